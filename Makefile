@@ -1,0 +1,31 @@
+# make demo | make test | make check: each sets up what it needs. Quotes keep paths with spaces whole.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check setup clean
+.DELETE_ON_ERROR:
+
+demo: setup
+	"$(BIN)/python" -m hdovd demo
+
+test: setup
+	"$(BIN)/python" -m pytest
+
+check: setup
+	"$(BIN)/python" -m ruff check .
+	"$(BIN)/python" -m mypy
+	"$(BIN)/python" -m pytest
+
+setup: $(VENV)/installed
+
+# uv installs torch together with the torchvision that fits it, and is many times faster than pip.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("hdovd needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	"$(BIN)/python" -m pip install --quiet uv
+	"$(BIN)/python" -m uv pip install --quiet --python "$(BIN)/python" --editable ".[dev]"
+	touch $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) hdovd-demo build dist *.egg-info

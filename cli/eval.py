@@ -1,0 +1,36 @@
+"""`hdovd eval`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hdovd.cli import options
+
+
+def eval(
+    run: Annotated[Path, typer.Argument(help="The run folder that hdovd train wrote.")],
+    data: options.Data = None,
+    images: options.Images = None,
+    annotations: options.Annotations = None,
+    protocol: Annotated[str | None, typer.Option("--protocol", help="Default: the protocol that the run was trained with.")] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Print the table of all classes.")] = False,
+    pictures: Annotated[int, typer.Option(min=0, help="Draw the detections of this many validation images.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 16,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+    device: options.Device = "auto",
+) -> None:
+    """Detect on the validation images and print OV-COCO AP: novel, base, all, and split-blind beside it.
+
+    Writes metrics.json and detections.json (COCO results form) into RUN.
+    """
+    from hdovd.coco import DataPaths
+    from hdovd.pipelines.evaluate import EvalJob, evaluate
+    from hdovd.pipelines.tables import class_table, result_table
+
+    result = evaluate(EvalJob(run, DataPaths(data, images, annotations), protocol, device, batch_size, workers, pictures))
+    typer.echo(result_table(result))
+    if per_class:
+        typer.echo(class_table(result))
+    for file in result.files:
+        typer.echo(f"wrote {file}")

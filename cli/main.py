@@ -1,0 +1,67 @@
+"""The command `hdovd`: one file a command, errors on one screen."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import hdovd
+from hdovd.cli import demo, eval, extract_clip, propose, train
+from hdovd.errors import HdovdError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="""Open-vocabulary detection by distillation from CLIP.
+
+    New here? [bold]hdovd demo[/bold] runs everything on a small world of its own and prints each command.
+
+    On your COCO folder, in this order: [bold]propose[/bold] (class-agnostic boxes), [bold]extract-clip[/bold]
+    (run CLIP once, fill the cache), [bold]train[/bold] (the detector, without CLIP), [bold]eval[/bold] (OV-COCO AP).
+    """,
+    rich_markup_mode="rich",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hdovd {hdovd.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Options before the command; `main` reads --debug itself, wherever it stands."""
+
+
+app.command("demo")(demo.demo)
+app.command("propose")(propose.propose)
+app.command("extract-clip")(extract_clip.extract_clip)
+app.command("train")(train.train)
+app.command("eval")(eval.eval)
+
+
+def main() -> None:
+    """Run a command; an error of the user's input is one message and exit code 1."""
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        app(args=arguments, prog_name="hdovd")
+    except HdovdError as error:
+        if debug:
+            raise
+        typer.secho("error: ", fg="red", err=True, nl=False)
+        typer.echo(str(error), err=True)
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        typer.secho("unexpected error: ", fg="red", err=True, nl=False)
+        typer.echo(f"{type(error).__name__}: {error}\nRun it again with --debug to see where; please report it.", err=True)
+        sys.exit(2)

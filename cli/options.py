@@ -1,0 +1,16 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Data = Annotated[Path | None, typer.Option("--data", help="COCO folder: train2017/, val2017/, annotations/instances_*.json.")]
+Images = Annotated[Path | None, typer.Option("--images", help="Image folder, instead of the one under --data.")]
+Annotations = Annotated[Path | None, typer.Option("--annotations", help="instances JSON, instead of the one under --data.")]
+Protocol = Annotated[str, typer.Option("--protocol", help="The base/novel split: ov-coco, or a TOML file with name, base and novel.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe or a TOML file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe: loss.image.enabled=false. Repeatable.")]

@@ -1,0 +1,33 @@
+"""`hdovd propose`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hdovd.cli import options
+
+
+def propose(
+    out: Annotated[Path, typer.Option("--out", help="The proposal file to write: COCO results JSON.")],
+    data: options.Data = None,
+    images: options.Images = None,
+    annotations: options.Annotations = None,
+    protocol: options.Protocol = "ov-coco",
+    recipe: options.RecipeName = "ov-coco-faster-rcnn-r50",
+    set_: options.Set = None,
+    top: Annotated[int, typer.Option(min=1, help="Proposals an image, at most.")] = 10,
+    min_side: Annotated[float, typer.Option(min=0, help="Shortest side of a proposal, pixels of the original image.")] = 8.0,
+    device: options.Device = "auto",
+) -> None:
+    """Train a class-agnostic proposal network on base boxes, and write proposals for the training images.
+
+    The recipe gives backbone, input size and schedule. Next: hdovd extract-clip --proposals OUT.
+    """
+    from hdovd.coco import DataPaths
+    from hdovd.config import load_recipe
+    from hdovd.pipelines.propose import ProposeJob
+    from hdovd.pipelines.propose import propose as run
+
+    run(ProposeJob(DataPaths(data, images, annotations), out, load_recipe(recipe, set_ or []), protocol, top, min_side, device))
+    typer.echo(f"next: hdovd extract-clip --proposals {out} ...")

@@ -1,0 +1,39 @@
+"""`hdovd train`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hdovd.cli import options
+from hdovd.config import PRESETS, load_recipe
+
+Preset = StrEnum("Preset", {name.replace("-", "_").upper(): name for name in PRESETS})  # type: ignore[misc]
+
+
+def train(
+    cache: Annotated[Path, typer.Option("--cache", help="The cache that hdovd extract-clip wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="The run folder to write.")],
+    data: options.Data = None,
+    images: options.Images = None,
+    annotations: options.Annotations = None,
+    recipe: options.RecipeName = "ov-coco-faster-rcnn-r50",
+    preset: Annotated[Preset | None, typer.Option(help="Settings laid over the recipe; base-only turns all distillation off.")] = None,
+    set_: options.Set = None,
+    protocol: options.Protocol = "ov-coco",
+    device: options.Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")] = False,
+) -> None:
+    """Train a detector from the cache; CLIP is not needed. --set overrides any value of the recipe.
+
+    The three levels: --set loss.instance.enabled=false, loss.class.enabled=false, loss.image.enabled=false.
+    Next: hdovd eval OUT.
+    """
+    from hdovd.coco import DataPaths
+    from hdovd.pipelines.train import TrainJob
+    from hdovd.pipelines.train import train as run
+
+    settings = [*(PRESETS[preset.value] if preset else ()), *(set_ or [])]
+    run(TrainJob(DataPaths(data, images, annotations), cache, out, load_recipe(recipe, settings), protocol, device, overwrite))
+    typer.echo(f"next: hdovd eval {out} ...")

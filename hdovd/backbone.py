@@ -1,0 +1,114 @@
+"""ResNet with a feature pyramid, from torchvision's parts.
+
+Levels are named by their stride: level l has stride 2^l, P2..P5 come from the ResNet's four stages and one
+more is pooled from the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import FrozenBatchNorm2d
+
+from hdovd.config import BackboneConfig
+from hdovd.errors import HdovdError
+
+
+class TinyResNet(nn.Module):
+    """A ResNet of four one-block stages for pictures of about 150 pixels: the demo's backbone, 1.2 M parameters."""
+
+    widths = (32, 64, 128, 192)
+
+    def __init__(self, norm_layer: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False)
+        self.bn1 = norm_layer(32)
+        self.relu = nn.ReLU(inplace=True)
+        inner = 32
+        for stage, width in enumerate(self.widths, start=1):
+            shortcut = nn.Sequential(nn.Conv2d(inner, width, 1, stride=2, bias=False), norm_layer(width))
+            self.add_module(f"layer{stage}", BasicBlock(inner, width, 2, shortcut, norm_layer=norm_layer))
+            inner = width
+
+
+def build_backbone(config: BackboneConfig, log: Callable[[str], None] | None) -> BackboneWithFPN:
+    """The backbone of a recipe, initialised as its `weights` say; says through `log` which it used.
+
+    Without `log` it is left as it is, for weights that are loaded over it.
+
+    Raises HdovdError if weights are wanted and cannot be had, or do not fit.
+    """
+    norm = FrozenBatchNorm2d if config.norm == "frozen" else nn.BatchNorm2d
+    if config.name == "resnet-tiny":
+        body: nn.Module = TinyResNet(norm)
+        widths = list(TinyResNet.widths)
+    else:
+        body = getattr(torchvision.models, config.name)(weights=None, norm_layer=norm)
+        widths = [body.inplanes // 8, body.inplanes // 4, body.inplanes // 2, body.inplanes]
+    if log is not None:
+        _initialise(body, config, log)
+    stages = ["conv1", "layer1", "layer2", "layer3", "layer4"]
+    for name, parameter in body.named_parameters():
+        if name.split(".")[0] in (*stages[: config.frozen_stages], *(["bn1"] if config.frozen_stages else [])):
+            parameter.requires_grad_(False)
+    levels = sorted(config.levels)
+    return BackboneWithFPN(
+        body,
+        return_layers={f"layer{level - 1}": str(level) for level in levels},
+        in_channels_list=[widths[level - 2] for level in levels],
+        out_channels=config.fpn_channels,
+    )
+
+
+def _initialise(body: nn.Module, config: BackboneConfig, log: Callable[[str], None]) -> None:
+    if config.weights == "none":
+        if config.norm == "frozen":
+            raise HdovdError("backbone.weights is none and backbone.norm is frozen: a random frozen backbone cannot "
+                             "learn; set detector.backbone.norm=batch and detector.backbone.frozen_stages=0")
+        log(f"backbone {config.name}: random initialisation")
+        return
+    if config.weights == "auto":
+        state = _imagenet(config, log)
+    else:
+        state = _read(Path(config.weights))
+        log(f"backbone {config.name}: weights from {config.weights}")
+    wanted = {k: v for k, v in body.state_dict().items() if not k.startswith("fc.")}
+    state = {k: v for k, v in state.items() if k in wanted}
+    missing = sorted(k for k in wanted.keys() - state.keys() if not k.endswith("num_batches_tracked"))
+    wrong = sorted(k for k, v in state.items() if v.shape != wanted[k].shape)
+    if missing or wrong:
+        raise HdovdError(f"{config.weights} does not fit {config.name}: missing {missing[:4]}, of another shape {wrong[:4]} "
+                         f"({len(missing)} and {len(wrong)} in all)")
+    body.load_state_dict(state, strict=False)
+
+
+def _imagenet(config: BackboneConfig, log: Callable[[str], None]) -> dict[str, Tensor]:
+    if config.name == "resnet-tiny":
+        raise HdovdError("resnet-tiny has no ImageNet weights: set detector.backbone.weights=none")
+    weights = torchvision.models.get_model_weights(config.name).IMAGENET1K_V1  # type: ignore[attr-defined]
+    try:
+        state = weights.get_state_dict(progress=False)
+    except (URLError, OSError) as error:
+        raise HdovdError(
+            f"the ImageNet weights of {config.name} are not reachable from here ({error}). On a machine with internet "
+            f"fetch {weights.url}, then set detector.backbone.weights=FILE; or train from random initialisation with "
+            "detector.backbone.weights=none, norm=batch and frozen_stages=0") from error
+    log(f"backbone {config.name}: {weights}")
+    return dict(state)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise HdovdError(f"backbone weights {path}: no such file")
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise HdovdError(f"backbone weights {path}: not a .safetensors file or a state dict that is safe to load ({error})") from error

@@ -1,0 +1,40 @@
+"""From pictures of any size to one padded batch at the detector's input scale."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.models.detection.image_list import ImageList
+
+from hdovd.config import InputConfig
+
+SIZE_DIVISOR = 32  # the coarsest stride of the pyramid
+
+
+def batch_images(images: list[Tensor], config: InputConfig) -> tuple[ImageList, list[tuple[float, float]]]:
+    """Normalise, resize (short side, capped by the long side, bilinear) and pad a batch.
+
+    Args:
+        images: (3, h, w) uint8 RGB each.
+
+    Returns:
+        The padded batch with the size of each picture in it, and the (x, y) resize factors of each.
+    """
+    mean, std = (torch.tensor(v, device=images[0].device).view(3, 1, 1) for v in (config.mean, config.std))
+    resized, factors = [], []
+    for image in images:
+        height, width = image.shape[-2:]
+        scale = min(config.short_side / min(height, width), config.long_side / max(height, width))
+        size = (round(height * scale), round(width * scale))
+        pixels = (image.float() / 255 - mean) / std
+        if size != (height, width):
+            pixels = F.interpolate(pixels[None], size, mode="bilinear", align_corners=False)[0]
+        resized.append(pixels)
+        factors.append((size[1] / width, size[0] / height))
+    sizes = [(int(p.shape[1]), int(p.shape[2])) for p in resized]
+    height, width = (-(-max(s) // SIZE_DIVISOR) * SIZE_DIVISOR for s in zip(*sizes, strict=True))
+    batch = resized[0].new_zeros(len(images), 3, height, width)
+    for i, pixels in enumerate(resized):
+        batch[i, :, : pixels.shape[1], : pixels.shape[2]] = pixels
+    return ImageList(batch.contiguous(memory_format=torch.channels_last), sizes), factors

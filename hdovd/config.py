@@ -1,0 +1,223 @@
+"""The recipe: every value of a training run, validated, in one tree. Defaults live in the recipe files alone.
+
+`load_recipe` is the one way in, for the command line and for Python. A recipe is a TOML file; the resolved
+tree of a run is written back as TOML and can itself be given as a recipe.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hdovd.errors import HdovdError
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "base-only": ("loss.instance.enabled=false", "loss.class.enabled=false", "loss.image.enabled=false"),
+}
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=True)
+
+
+class BackboneConfig(_Section):
+    """`weights`: "auto" (ImageNet, downloaded by torchvision), "none", or a file (.pth, .safetensors)."""
+
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet-tiny"]
+    weights: str
+    norm: Literal["frozen", "batch"]
+    frozen_stages: Annotated[int, Field(ge=0, le=5)]  # 1 is the stem, 2 the stem and the first stage, ...
+    fpn_channels: Count
+    levels: Annotated[list[Annotated[int, Field(ge=2, le=5)]], Field(min_length=1)]  # 5 has stride 32; P6 is pooled
+
+
+class RpnConfig(_Section):
+    anchor_sizes: list[Count]  # one a level, P6 included, pixels at the detector's input scale
+    samples: Count
+    pre_nms: Count  # a level, training; half of it in testing
+    post_nms: Count
+    nms: Share
+
+
+class HeadConfig(_Section):
+    fc_channels: Count
+    samples: Count
+    positive_share: Share
+    canonical_size: Count  # RoIs of this size go to P4
+    logit_scale: Positive
+
+
+class DetectorConfig(_Section):
+    name: Literal["faster_rcnn"]
+    backbone: BackboneConfig
+    rpn: RpnConfig
+    head: HeadConfig
+
+
+class InputConfig(_Section):
+    short_side: Count
+    long_side: Count
+    flip: Share
+    mean: Annotated[list[float], Field(min_length=3, max_length=3)]
+    std: Annotated[list[float], Field(min_length=3, max_length=3)]
+
+
+class PseudoBoxConfig(_Section):
+    max_per_image: Count
+    min_side: NonNegative  # both sides must be longer, pixels at the detector's input scale
+    reliability_centre: float
+    reliability_width: Positive
+    reliability_scale: Positive
+
+
+class InstanceLossConfig(_Section):
+    enabled: bool
+    alignment_weight: NonNegative
+    relation_weight: NonNegative
+    tau: Positive
+    relation_tau: Positive
+    relation_temperature: Positive
+    queue: Annotated[int, Field(ge=0)]
+
+
+class ClassLossConfig(_Section):
+    enabled: bool
+    weight: NonNegative  # factor on the weights w_j of pseudo boxes
+
+
+class ImageLossConfig(_Section):
+    enabled: bool
+    weight: NonNegative
+    tau: Positive
+    queue: Annotated[int, Field(ge=0)]
+
+
+class LossConfig(_Section):
+    instance: InstanceLossConfig
+    class_: ClassLossConfig = Field(alias="class")
+    image: ImageLossConfig
+
+    @property
+    def uses_pseudo_boxes(self) -> bool:
+        return self.instance.enabled or self.class_.enabled
+
+    @property
+    def uses_cache(self) -> bool:
+        return self.uses_pseudo_boxes or self.image.enabled
+
+
+class InferenceConfig(_Section):
+    alpha: Share
+    beta: Share
+    distillation_scale: Positive
+    score_threshold: Share
+    nms: Share
+    detections_per_image: Count
+
+
+class TrainConfig(_Section):
+    epochs: Count
+    batch_size: Count
+    optimizer: Literal["sgd", "adamw"]
+    lr: Positive
+    momentum: Share  # sgd
+    weight_decay: NonNegative
+    warmup_iterations: Annotated[int, Field(ge=0)]
+    schedule: Literal["step", "cosine"]
+    step_epochs: list[Count]  # step
+    clip_norm: NonNegative  # 0 is off
+    precision: Literal["fp32", "bf16"]
+    workers: Annotated[int, Field(ge=0)]
+    seed: int
+
+
+class Recipe(_Section):
+    detector: DetectorConfig
+    input: InputConfig
+    pseudo_boxes: PseudoBoxConfig
+    loss: LossConfig
+    inference: InferenceConfig
+    train: TrainConfig
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.model_dump(by_alias=True))
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(p.name.removesuffix(".toml") for p in resources.files("hdovd").joinpath("recipes").iterdir()
+                  if p.name.endswith(".toml"))
+
+
+def load_recipe(name_or_file: str, sets: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A shipped recipe or a TOML file, with `key.path=value` settings laid over it.
+
+    Raises HdovdError naming the key and the nearest valid one, or the wrong value.
+    """
+    if name_or_file in shipped_recipes():
+        text = resources.files("hdovd").joinpath("recipes", f"{name_or_file}.toml").read_text()
+    elif Path(name_or_file).is_file():
+        text = Path(name_or_file).read_text()
+    else:
+        near = difflib.get_close_matches(name_or_file, shipped_recipes(), 1)
+        raise HdovdError(f"no recipe {name_or_file!r}{f', did you mean {near[0]!r}' if near else ''}: "
+                         f"give one of {', '.join(shipped_recipes())}, or a TOML file")
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise HdovdError(f"recipe {name_or_file} is not valid TOML: {error}") from error
+    for setting in sets:
+        _apply(tree, setting)
+    return build_recipe(tree, name_or_file)
+
+
+def build_recipe(tree: dict[str, Any], origin: str) -> Recipe:
+    """Validate a tree of plain values. Raises HdovdError."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise HdovdError(f"recipe {origin}:\n" + "\n".join(f"  {_explain(dict(e))}" for e in error.errors())) from error
+
+
+def _apply(tree: dict[str, Any], setting: str) -> None:
+    path, equals, value = setting.partition("=")
+    if not equals or not path.strip():
+        raise HdovdError(f"--set takes key=value, such as loss.image.enabled=false; got {setting!r}")
+    *parents, leaf = path.strip().split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise HdovdError(f"--set {setting}: {parent!r} is a value, not a section")
+    try:
+        tree[leaf] = tomllib.loads(f"v = {value}")["v"]
+    except tomllib.TOMLDecodeError:
+        tree[leaf] = value
+
+
+def _explain(error: dict[str, Any]) -> str:
+    path = ".".join(str(p) for p in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path, _keys(Recipe), 1, cutoff=0.3)
+        return f"unknown key {path}" + (f"; the nearest valid one is {near[0]}" if near else "")
+    if error["type"] == "missing":
+        return f"missing key {path}"
+    return f"{path} = {error['input']!r}: {error['msg']}"
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        key = prefix + (field.alias or name)
+        kind = field.annotation
+        keys += _keys(kind, key + ".") if isinstance(kind, type) and issubclass(kind, BaseModel) else [key]
+    return keys

@@ -1,0 +1,49 @@
+"""Level 2, class-wise distillation in text space, novel-class-aware (METHOD section 5).
+
+N images, R sampled RoIs, K base classes, P pseudo boxes of the whole batch, D embedding size.
+Prompts are [t_1..t_K; u_1..u_P; bg], so labels are 0..K-1 base, K..K+P-1 pseudo, K+P background.
+
+The paper writes image i's prompts with its own pseudo boxes first and the others in ring order. A softmax
+does not see the order of its columns, so all images share one order here and only the labels shift.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cosine_logits(features: Tensor, prompts: Tensor, scale: float) -> Tensor:
+    """`scale * cos(feature, prompt)`: features (R, D), prompts (C, D), float32 logits (R, C)."""
+    return scale * F.normalize(features.float(), dim=1) @ F.normalize(prompts.float(), dim=1).T
+
+
+def classification_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Weighted cross-entropy, summed and divided by the number of RoIs with positive weight.
+
+    Args:
+        logits: (R, K+P+1). labels: (R,) int64.
+        weights: (R,) 1 for base and background RoIs, w_j for a RoI matched to pseudo box j.
+    """
+    rows = F.cross_entropy(logits, labels, reduction="none")
+    return (rows * weights).sum() / (weights > 0).sum().clamp(min=1)
+
+
+def box_loss(deltas: Tensor, targets: Tensor, is_base: Tensor) -> Tensor:
+    """L1 over the RoIs of base boxes, divided by all sampled RoIs: pseudo boxes teach no regression.
+
+    Args:
+        deltas, targets: (R, 4) encoded offsets. is_base: (R,) bool.
+    """
+    return (deltas - targets).abs()[is_base].sum() / max(len(deltas), 1)
+
+
+def reliability(visual: Tensor, text: Tensor, centre: float, width: float, scale: float) -> Tensor:
+    """How far a pseudo box's noun is trusted: `scale * sigmoid((cos(v, u) - centre) / width)` (METHOD section 2).
+
+    Args:
+        visual, text: (P, D) L2-normalised v and u.
+
+    Returns:
+        (P,) weights in 0..scale.
+    """
+    return scale * torch.sigmoid(((visual * text).sum(1) - centre) / width)

@@ -1,0 +1,29 @@
+"""InfoNCE with memory, used by the instance level (METHOD section 4) and the image level (section 6).
+
+n rows in the batch, m rows in the memory, D embedding size. All rows are expected to be L2-normalised.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def alignment_loss(student: Tensor, teacher: Tensor, student_memory: Tensor, teacher_memory: Tensor, tau: float) -> Tensor:
+    """Symmetric InfoNCE: row k of the student against row k of the teacher.
+
+        1/2 CE(tau q [e; E]^T, diag) + 1/2 CE(tau e [q; Q]^T, diag)
+
+    Args:
+        student, teacher: (n, D) rows q and e of the batch.
+        student_memory, teacher_memory: (m, D) rows Q and E of earlier batches; no gradient is wanted.
+        tau: inverse temperature.
+
+    Returns:
+        Scalar, mean over rows; exactly zero (with a gradient path) if n is 0.
+    """
+    if len(student) == 0:
+        return student.sum()
+    target = torch.arange(len(student), device=student.device)
+    to_teacher = tau * student @ torch.cat([teacher, teacher_memory]).T
+    to_student = tau * teacher @ torch.cat([student, student_memory]).T
+    return (F.cross_entropy(to_teacher, target) + F.cross_entropy(to_student, target)) / 2

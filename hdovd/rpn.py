@@ -1,0 +1,109 @@
+"""The region proposal networks: torchvision's, with the L1 loss of the method, and one that scores localisation.
+
+N images, A anchors an image. `build_rpn` serves the detector, `LocalisationRPN` serves `hdovd propose`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
+
+from hdovd.config import RpnConfig
+from hdovd.errors import HdovdError
+
+ASPECT_RATIOS = (0.5, 1.0, 2.0)
+
+
+class _FloatRPNHead(RPNHead):
+    """torchvision's head; its outputs are float32 under autocast too, as decoding and NMS want them."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        scores, deltas = super().forward(x)
+        return [s.float() for s in scores], [d.float() for d in deltas]
+
+
+class ObjectnessRPN(RegionProposalNetwork):
+    """Faster R-CNN's RPN with an L1 box loss, divided by the sampled anchors like the objectness loss."""
+
+    def compute_loss(self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor],
+                     regression_targets: list[Tensor]) -> tuple[Tensor, Tensor]:
+        positive, negative = (torch.cat(rows).bool() for rows in self.fg_bg_sampler(labels))
+        sampled = positive | negative
+        wanted = torch.cat(labels)
+        deltas, targets = pred_bbox_deltas[positive], torch.cat(regression_targets)[positive]
+        box = (deltas - targets).abs().sum() / sampled.sum().clamp(min=1)
+        logits = objectness.flatten()[sampled]
+        score = F.binary_cross_entropy_with_logits(logits, wanted[sampled], reduction="sum") / max(len(logits), 1)
+        return score, box
+
+
+    def scored_proposals(self, images: ImageList, features: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """What `forward` keeps of each image, with its scores: boxes (n, 4) in batch pixels, scores (n,) in 0..1."""
+        maps = list(features.values())
+        scores, deltas = self.head(maps)
+        anchors = self.anchor_generator(images, maps)
+        per_level = [s[0].numel() for s in scores]
+        flat_scores, flat_deltas = concat_box_prediction_layers(scores, deltas)
+        boxes = self.box_coder.decode(flat_deltas, anchors).view(len(anchors), -1, 4)
+        kept, kept_scores = self.filter_proposals(boxes, flat_scores, images.image_sizes, per_level)
+        return list(zip(kept, kept_scores, strict=True))
+
+
+class LocalisationRPN(ObjectnessRPN):
+    """An RPN whose score is how well an anchor is centred on an object, not whether it holds a known one.
+
+    The score of an anchor near a base box is trained towards its centerness in that box (OLN, arXiv
+    2108.06753, section 3.2); far anchors are trained towards zero with the weight `background_weight`, kept
+    small because some of them cover objects that nobody labelled.
+    """
+
+    background_weight = 0.3
+
+    def compute_loss(self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor],
+                     regression_targets: list[Tensor]) -> tuple[Tensor, Tensor]:
+        positive, negative = (torch.cat(rows).bool() for rows in self.fg_bg_sampler(labels))
+        targets = torch.cat(regression_targets)
+        count = positive.sum().clamp(min=1)
+        box = (pred_bbox_deltas[positive] - targets[positive]).abs().sum() / count / 4
+        logits = objectness.flatten()
+        score = F.binary_cross_entropy_with_logits(logits[positive], centerness(targets[positive]), reduction="sum")
+        far = F.binary_cross_entropy_with_logits(logits[negative], torch.zeros_like(logits[negative]), reduction="sum")
+        return (score + self.background_weight * far) / count, box
+
+
+def centerness(deltas: Tensor) -> Tensor:
+    """How centred anchors are in their boxes, 0 at an edge or outside, 1 in the middle.
+
+    Args:
+        deltas: (n, 4) encoded offsets (dx, dy, dw, dh) from anchor to box, unit weights.
+
+    Returns:
+        (n,) sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) (FCOS, arXiv 1904.01355, equation 3).
+    """
+    offset = deltas[:, :2] / deltas[:, 2:].exp()  # box centre minus anchor centre, in box sizes
+    near, far = (0.5 - offset.abs()).clamp(min=0), 0.5 + offset.abs()
+    return (near / far).prod(dim=1).sqrt()
+
+
+def build_rpn(config: RpnConfig, channels: int, level_count: int, *, kind: type[ObjectnessRPN] = ObjectnessRPN,
+              positive_iou: float = 0.7, negative_iou: float = 0.3) -> ObjectnessRPN:
+    """An RPN over `level_count` feature maps (the pooled one included) of `channels` channels."""
+    if len(config.anchor_sizes) != level_count:
+        raise HdovdError(f"detector.rpn.anchor_sizes has {len(config.anchor_sizes)} sizes for {level_count} feature levels "
+                         "(backbone.levels and one pooled level): give one size a level")
+    anchors = AnchorGenerator(tuple((size,) for size in config.anchor_sizes), (ASPECT_RATIOS,) * level_count)
+    return kind(
+        anchors,
+        _FloatRPNHead(channels, len(ASPECT_RATIOS)),
+        fg_iou_thresh=positive_iou,
+        bg_iou_thresh=negative_iou,
+        batch_size_per_image=config.samples,
+        positive_fraction=0.5,
+        pre_nms_top_n={"training": config.pre_nms, "testing": config.pre_nms // 2},
+        post_nms_top_n={"training": config.post_nms, "testing": config.post_nms},
+        nms_thresh=config.nms,
+    )

@@ -1,0 +1,211 @@
+"""The frozen CLIP: loaded through open_clip with its own preprocessing, tokenizer and activation.
+
+The only file of the commands that imports open_clip. n pictures or texts, D embedding size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from hdovd.errors import HdovdError
+from hdovd.pipelines.device import pick_device
+from hdovd.pipelines.extract_config import Activation, Precision
+
+_TEXT_BATCH = 256
+_DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class ClipTeacher:
+    """A CLIP ready to embed. `identity` is what determines its answers, `notes` what a user should read."""
+
+    model: Any
+    preprocess: Any  # PIL image -> (3, s, s) float
+    tokenizer: Any
+    device: torch.device
+    precision: Precision
+    dim: int
+    identity: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """open_clip's own evaluation transform of one RGB picture."""
+        pixels: Tensor = self.preprocess(image)
+        return pixels
+
+    @torch.inference_mode()
+    def embed_images(self, pixels: Tensor) -> np.ndarray:
+        """(n, 3, s, s) preprocessed pictures -> (n, D) float32, L2-normalised."""
+        with self._autocast():
+            embeddings = self.model.encode_image(pixels.to(self.device))
+        return _normalised(embeddings)
+
+    @torch.inference_mode()
+    def embed_names(self, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+        """Names -> (n, D) float32: mean over templates of normalised embeddings, normalised again (METHOD section 2)."""
+        texts = [template.format(name) for name in names for template in templates]
+        rows = []
+        for start in range(0, len(texts), _TEXT_BATCH):
+            with self._autocast():
+                rows.append(_normalised(self.model.encode_text(self.tokenizer(texts[start : start + _TEXT_BATCH]).to(self.device))))
+        mean = np.concatenate(rows).reshape(len(names), len(templates), -1).mean(axis=1)
+        return np.asarray(mean / np.linalg.norm(mean, axis=1, keepdims=True), np.float32)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision is not Precision.FP32)
+
+
+def load_clip(model: str, pretrained: str | None, *, device: str = "auto", precision: Precision = Precision.FP32,
+              activation: Activation = Activation.AUTO) -> ClipTeacher:
+    """Load a CLIP by open_clip's names.
+
+    Args:
+        model: `local-dir:PATH`, `hf-hub:NAME`, or a built-in name, which needs `pretrained`.
+        pretrained: a tag of open_clip, or a checkpoint file.
+
+    Raises HdovdError if the model or its weights cannot be had, or if the activation is not the one wanted.
+    """
+    target = pick_device(device)
+    if precision is Precision.FP16 and target.type == "cpu":
+        raise HdovdError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+    config = _model_config(model, pretrained)
+    quick_gelu, notes = _activation(model, pretrained, config, activation)
+    overrides = {} if quick_gelu == bool(config.get("quick_gelu", False)) else {"quick_gelu": quick_gelu}
+    torchscript = _is_torchscript(pretrained)
+    try:
+        net, _, preprocess = open_clip.create_model_and_transforms(
+            model, None if torchscript else pretrained, device=target, load_weights=True, pretrained_text=False, **overrides)
+        if torchscript:
+            _load_torchscript(net, str(pretrained))
+        tokenizer = open_clip.get_tokenizer(model)
+    except HdovdError:
+        raise
+    except Exception as error:  # open_clip raises whatever its loaders raise
+        raise HdovdError(f"CLIP {model}{f' with {pretrained}' if pretrained else ''} cannot be loaded: {error}\n"
+                         "Offline nodes: fetch it where there is internet, then give --pretrained FILE or --clip local-dir:PATH") from error
+    net.eval().requires_grad_(False)
+    _check_activation(net, quick_gelu)
+    identity = {
+        "architecture": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        "name": "local" if model.startswith("local-dir:") else model,
+        "weights_sha256": _hash_weights(net),
+        "activation": str(Activation.QUICK_GELU if quick_gelu else Activation.GELU),
+        "precision": str(precision),
+        "preprocessing": {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(net.visual.preprocess_cfg.items())},
+    }
+    dim = _embedding_size(net, preprocess, target)
+    return ClipTeacher(net, preprocess, tokenizer, target, precision, dim, identity, tuple(notes))
+
+
+def _embedding_size(net: Any, preprocess: Any, device: torch.device) -> int:
+    """The embedding size, asked of the model itself: no attribute for it is common to all families."""
+    blank = default_collate([preprocess(Image.new("RGB", (64, 64)))]).to(device)
+    with torch.inference_mode():
+        return int(net.encode_image(blank).shape[1])
+
+
+def _model_config(model: str, pretrained: str | None) -> dict[str, Any]:
+    if model.startswith("local-dir:"):
+        folder = Path(model.removeprefix("local-dir:"))
+        file = folder / "open_clip_config.json"
+        if not file.is_file():
+            raise HdovdError(f"--clip {model}: no {file}; the folder must hold open_clip_config.json and the weights")
+        if not any(p.suffix in (".safetensors", ".bin", ".pth") for p in folder.iterdir()):
+            raise HdovdError(f"--clip {model}: no weights (*.safetensors, *.bin, *.pth) in {folder}")
+        try:
+            return dict(json.loads(file.read_text())["model_cfg"])
+        except (json.JSONDecodeError, KeyError) as error:
+            raise HdovdError(f"--clip {model}: {file} is no open_clip config ({error!r})") from error
+    if model.startswith("hf-hub:"):
+        try:
+            return dict(open_clip.factory._get_hf_config(model.removeprefix("hf-hub:"))["model_cfg"])
+        except Exception as error:
+            raise HdovdError(f"--clip {model}: not reachable ({error}). On a machine with internet fetch the repository, then "
+                             "use --clip local-dir:PATH") from error
+    config = open_clip.get_model_config(model)
+    if config is None:
+        raise HdovdError(f"--clip {model}: open_clip knows no such model; python -c 'import open_clip; print(open_clip.list_models())' "
+                         "lists them, and local-dir:PATH or hf-hub:NAME take one from elsewhere")
+    if pretrained is None:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
+        raise HdovdError(f"--clip {model} needs --pretrained TAG_OR_FILE, or its weights would be random; tags: {tags}")
+    if not open_clip.get_pretrained_cfg(model, pretrained) and not Path(pretrained).is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
+        raise HdovdError(f"--pretrained {pretrained}: neither a file nor a tag of {model}; tags: {tags}")
+    return dict(config)
+
+
+def _activation(model: str, pretrained: str | None, config: dict[str, Any], wanted: Activation) -> tuple[bool, list[str]]:
+    """Whether the weights were trained with QuickGELU, and what to tell the user about how that is known."""
+    configured = bool(config.get("quick_gelu", False))
+    if wanted is not Activation.AUTO:
+        return wanted is Activation.QUICK_GELU, [f"activation: {wanted}, as asked"]
+    if ":" in model or pretrained is None:
+        return configured, [f"activation: {'quickgelu' if configured else 'gelu'}, from the model's own config"]
+    tag = open_clip.get_pretrained_cfg(model, pretrained)
+    if tag:
+        trained = bool(tag.get("quick_gelu", False))
+        return trained, [f"activation: {'quickgelu' if trained else 'gelu'}, as tag {pretrained} was trained"]
+    if _is_torchscript(pretrained) or _is_openai_file(Path(pretrained)):
+        return True, ["activation: quickgelu, because the file is OpenAI's"]
+    kind = "quickgelu" if configured else "gelu"
+    return configured, [f"activation: {kind}, from the config of {model}; the file {pretrained} does not say which it was trained "
+                        "with: if its authors used the other one, give --activation"]
+
+
+def _is_openai_file(path: Path) -> bool:
+    """True if the file is one that open_clip names by its sha256 in OpenAI's address of it."""
+    known = {part for name, tag in open_clip.list_pretrained() if tag == "openai"
+             for part in str(open_clip.get_pretrained_cfg(name, tag).get("url", "")).split("/") if len(part) == 64}
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() in known
+
+
+def _is_torchscript(pretrained: str | None) -> bool:
+    """True for a TorchScript archive, the form in which OpenAI published its weights."""
+    if pretrained is None or not Path(pretrained).is_file() or not zipfile.is_zipfile(pretrained):
+        return False
+    with zipfile.ZipFile(pretrained) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _load_torchscript(net: Any, path: str) -> None:
+    state = torch.jit.load(path, map_location="cpu").state_dict()  # runs no Python code, unlike a pickle
+    for extra in ("input_resolution", "context_length", "vocab_size"):
+        state.pop(extra, None)
+    net.load_state_dict({k: v.float() for k, v in state.items()})
+
+
+def _check_activation(net: Any, quick_gelu: bool) -> None:
+    has_quick = any(type(m).__name__ == "QuickGELU" for m in net.modules())
+    has_gelu = any(isinstance(m, torch.nn.GELU) for m in net.transformer.modules()) if hasattr(net, "transformer") else not has_quick
+    if quick_gelu and not has_quick or not quick_gelu and has_quick and not has_gelu:
+        raise HdovdError(f"the model was built with {'QuickGELU' if has_quick else 'GELU'}, the weights want "
+                         f"{'QuickGELU' if quick_gelu else 'GELU'}; report this with the model's name")
+
+
+def _hash_weights(net: Any) -> str:
+    """sha256 over names and float32 values of all weights: the same for every file format."""
+    digest = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _normalised(embeddings: Tensor) -> np.ndarray:
+    return np.asarray(F.normalize(embeddings.float(), dim=1).cpu().numpy())

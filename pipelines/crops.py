@@ -1,0 +1,70 @@
+"""From an image file to CLIP's input: the whole picture and a crop a box, through open_clip's own transform.
+
+The crop recipe, part of the cache's identity: the box widened outwards to whole pixels, cut to the image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+CROP_RECIPE = "box, widened outwards to whole pixels"
+
+
+def read_image(path: Path, width: int, height: int) -> Image.Image:
+    """Decode a picture as RGB and check its size against the annotation. Raises OSError or ValueError."""
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    if image.size != (width, height):
+        raise ValueError(f"is {image.width}x{image.height}, the annotation says {width}x{height}")
+    return image
+
+
+def pixel_box(box: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
+    """The whole pixels that a box (xyxy, float) touches, at least one."""
+    x0, y0 = min(math.floor(box[0]), width - 1), min(math.floor(box[1]), height - 1)
+    return x0, y0, min(max(math.ceil(box[2]), x0 + 1), width), min(max(math.ceil(box[3]), y0 + 1), height)
+
+
+@dataclass(frozen=True, slots=True)
+class CropJob:
+    """One image and its boxes (n, 4), xyxy pixels."""
+
+    image_id: int
+    path: Path
+    width: int
+    height: int
+    boxes: np.ndarray
+
+
+class CropDataset(Dataset[tuple[int, Tensor, str]]):
+    """Item i is job i: its number, pixels (1 + n, 3, s, s) with the whole picture first, and "" or what went wrong.
+
+    A picture that cannot be read gives no pixels and a reason instead of an error: one bad file must not
+    end the extraction of a hundred thousand.
+    """
+
+    def __init__(self, jobs: list[CropJob], transform: Callable[[Image.Image], Tensor]) -> None:
+        self.jobs, self.transform = jobs, transform
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, str]:
+        job = self.jobs[index]
+        try:
+            image = read_image(job.path, job.width, job.height)
+        except FileNotFoundError:
+            return index, torch.zeros(0), f"{job.path}: no such file"
+        except (OSError, ValueError, SyntaxError) as error:
+            return index, torch.zeros(0), f"{job.path}: {error}"
+        pictures = [image, *(image.crop(pixel_box(box, job.width, job.height)) for box in job.boxes)]
+        return index, torch.stack([self.transform(p) for p in pictures]), ""

@@ -1,0 +1,123 @@
+"""`hdovd demo`: the whole main job on a world of our own, every stage through the command a user would type.
+
+World and teacher are made once; then propose, extract-clip, and for every seed train and eval, base-only and
+distilled. The stages run in this process, from the same arguments as the printed commands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hdovd.errors import HdovdError
+from hdovd.pipelines.demo.teacher import demo_teacher
+from hdovd.pipelines.demo.world import make_world
+
+TRAIN_IMAGES, VAL_IMAGES = 1000, 250
+VARIANTS = {"base-only": ["--preset", "base-only"], "distilled": []}
+GROUPS = ("novel", "base", "all")
+
+
+@dataclass(frozen=True, slots=True)
+class DemoConfig:
+    """`out`: everything the demo writes, but the teacher. `settings`: --set values for every training run."""
+
+    out: Path
+    seeds: int = 1
+    teacher_folder: Path | None = None
+    train_images: int = TRAIN_IMAGES
+    val_images: int = VAL_IMAGES
+    settings: tuple[str, ...] = ()
+    overwrite: bool = False
+
+
+@dataclass(slots=True)
+class DemoResult:
+    """AP50 in percent by variant and group, a value a seed; seconds by stage; pictures."""
+
+    ap50: dict[str, dict[str, list[float]]]
+    split_blind: dict[str, dict[str, list[float]]]
+    seconds: dict[str, float] = field(default_factory=dict)
+    pictures: list[Path] = field(default_factory=list)
+
+
+def user_cache_folder() -> Path:
+    """Where things that are made once are kept: $XDG_CACHE_HOME/hdovd, or ~/.cache/hdovd."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hdovd"
+
+
+def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable[[str], None] = print) -> DemoResult:
+    """Run the demo; `command` runs one hdovd command line (without the word hdovd) in this process."""
+    root = config.out
+    if root.exists() and any(root.iterdir()):
+        if not config.overwrite and not (root / "world" / "protocol.toml").is_file():
+            raise HdovdError(f"{root} is not empty and is no demo folder: give another --out")
+        shutil.rmtree(root)
+    world = root / "world"
+    result = DemoResult({v: {g: [] for g in GROUPS} for v in VARIANTS}, {v: {g: [] for g in GROUPS} for v in VARIANTS})
+
+    @contextmanager
+    def timed(stage: str) -> Any:
+        since = time.monotonic()
+        yield
+        result.seconds[stage] = result.seconds.get(stage, 0.0) + time.monotonic() - since
+
+    def run(stage: str, *arguments: object) -> None:
+        words = [str(a) for a in arguments]
+        log(f"\n$ hdovd {shlex.join(words)}")
+        with timed(stage):
+            command(words)
+
+    with timed("world"):
+        make_world(world, train_images=config.train_images, val_images=config.val_images, seed=0)
+    log(f"drew {config.train_images} training and {config.val_images} validation pictures: {world}")
+    with timed("teacher"):
+        clip = demo_teacher(config.teacher_folder or user_cache_folder() / "teachers", log=log)
+    data = ("--data", world, "--protocol", world / "protocol.toml")
+    proposals, cache = root / "proposals.json", root / "cache"
+    run("propose", "propose", *data, "--recipe", "demo", "--set", "train.epochs=5", "--out", proposals)
+    run("extract-clip", "extract-clip", *data, "--cache", cache, "--clip", clip, "--proposals", proposals,
+        "--vocabulary", world / "vocabulary.txt", "--captions", world / "annotations" / "captions_train2017.json")
+    for seed in range(config.seeds):
+        for variant, options in VARIANTS.items():
+            out = root / "runs" / f"{variant}-seed{seed}"
+            sets = [word for setting in (f"train.seed={seed}", *config.settings) for word in ("--set", setting)]
+            run(f"train {variant}", "train", *data, "--cache", cache, "--recipe", "demo", *options, *sets, "--out", out)
+            run("eval", "eval", out, "--data", world, *(["--pictures", 8] if seed == 0 and variant == "distilled" else []))
+            _collect(result, variant, out)
+    result.pictures = sorted((root / "runs" / "distilled-seed0" / "pictures").glob("*.png"))
+    return result
+
+
+def _collect(result: DemoResult, variant: str, run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    for group in GROUPS:
+        result.ap50[variant][group].append(metrics["ap50"][group])
+        result.split_blind[variant][group].append(metrics["split_blind"]["ap50"][group])
+
+
+def demo_table(result: DemoResult) -> str:
+    """Mean over seeds, with the standard deviation where there are several, and the time of each stage."""
+    seeds = len(result.ap50["distilled"]["all"])
+    lines = [f"AP50 on the demo world, percent, mean of {seeds} seed{'s' if seeds > 1 else ''}"
+             + (" (standard deviation)" if seeds > 1 else ""), f"{'':28s}" + "".join(f"{g:>14s}" for g in GROUPS)]
+    for variant in VARIANTS:
+        lines.append(f"{variant:28s}" + "".join(f"{_spread(result.ap50[variant][g]):>14s}" for g in GROUPS))
+    lines.append(f"{'distilled, split-blind':28s}" + "".join(f"{_spread(result.split_blind['distilled'][g]):>14s}" for g in GROUPS))
+    lines.append("These are numbers of a drawn world, not of COCO.")
+    lines.append("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items())
+                 + f"; {sum(result.seconds.values()):.0f} in all")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f}" + (f" ({statistics.stdev(values):.1f})" if len(values) > 1 else "")

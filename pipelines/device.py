@@ -1,0 +1,14 @@
+"""Which device a stage runs on."""
+
+import torch
+
+from hdovd.errors import HdovdError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises HdovdError for CUDA without a GPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise HdovdError("--device cuda: torch sees no GPU here; use --device cpu, or check the driver with nvidia-smi")
+    return torch.device(name)

@@ -1,0 +1,82 @@
+"""The optimisation loop that training stages share: schedule, precision, interval means, a finite loss."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from hdovd.config import TrainConfig
+from hdovd.errors import HdovdError
+from hdovd.pipelines.progress import progress
+
+LOG_EVERY = 20  # steps
+Sample = TypeVar("Sample")
+
+
+def fit(model: nn.Module, losses_of: Callable[[list[Any]], dict[str, Tensor]], loader: "DataLoader[Any]", config: TrainConfig,
+        device: torch.device, what: str, *, on_interval: Callable[[dict[str, float]], None] = lambda _: None,
+        on_epoch: Callable[[], None] = lambda: None) -> None:
+    """Minimise the sum of `losses_of(batch)`, weighted losses by name, for `config.epochs`.
+
+    `on_interval` gets the means since the last call with step, epoch, lr and images_per_s. Raises HdovdError
+    if the loss is not finite.
+    """
+    optimizer = build_optimizer(model, config)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, len(loader), config))
+    model.train()
+    bar = progress(None, what, "step", config.epochs * len(loader))
+    window: list[dict[str, Tensor]] = []
+    since, step, images = time.monotonic(), 0, 0
+    for epoch in range(1, config.epochs + 1):
+        for batch in loader:
+            step += 1
+            images += len(batch)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                losses = losses_of(batch)
+            optimizer.zero_grad(set_to_none=True)
+            torch.stack(list(losses.values())).sum().backward()
+            if config.clip_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            optimizer.step()
+            window.append({name: loss.detach() for name, loss in losses.items()})
+            if step % LOG_EVERY == 0 or step == config.epochs * len(loader):
+                means = {name: torch.stack([w[name] for w in window]).mean().item() for name in window[0]}
+                if not all(map(math.isfinite, means.values())):
+                    raise HdovdError(f"{what}: the loss is not finite at step {step}: {means}; lower train.lr or set train.clip_norm")
+                elapsed = time.monotonic() - since
+                on_interval({"step": step, "epoch": epoch, "lr": schedule.get_last_lr()[0], "images_per_s": images / elapsed, **means})
+                bar.set_postfix(epoch=epoch, loss=f"{sum(means.values()):.3f}", refresh=False)
+                window, since, images = [], time.monotonic(), 0
+            schedule.step()
+            bar.update()
+        on_epoch()
+    bar.close()
+
+
+def shuffled(data: Dataset[Sample], config: TrainConfig, device: torch.device) -> "DataLoader[Any]":
+    """Batches as lists of samples, in an order that follows from the seed; a last batch that is not full is dropped."""
+    return DataLoader(data, batch_size=config.batch_size, shuffle=True, generator=torch.Generator().manual_seed(config.seed),
+                      collate_fn=list, num_workers=config.workers, persistent_workers=config.workers > 0,
+                      drop_last=len(data) >= config.batch_size, pin_memory=device.type == "cuda")  # type: ignore[arg-type]
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+
+
+def lr_factor(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
+    """The factor on `lr` at 0-based `step`: linear warm-up from 0.001, then steps of 0.1 or a cosine to zero."""
+    warmup = config.warmup_iterations
+    rise = 1.0 if step >= warmup else 0.001 + 0.999 * step / warmup
+    if config.schedule == "step":
+        return float(rise * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.step_epochs))
+    return rise * (1 + math.cos(math.pi * min(step / (config.epochs * steps_per_epoch), 1.0))) / 2

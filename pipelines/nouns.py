@@ -1,0 +1,63 @@
+"""Which nouns may name an image's pseudo boxes (METHOD section 2).
+
+With captions: the vocabulary's words that the image's own captions hold. Without: the whole vocabulary, the
+same for every image. Plain matching of whole words, the longest name first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hdovd.coco import read_json
+from hdovd.errors import HdovdError
+
+
+@dataclass(frozen=True, slots=True)
+class Nouns:
+    """`vocabulary` in row order; `by_image` the rows that each image offers, or None: all, for every image."""
+
+    vocabulary: tuple[str, ...]
+    by_image: dict[int, tuple[int, ...]] | None
+
+    def offered(self, image_id: int) -> tuple[int, ...]:
+        if self.by_image is None:
+            return tuple(range(len(self.vocabulary)))
+        return self.by_image.get(image_id, ())
+
+
+def read_vocabulary(path: Path) -> tuple[str, ...]:
+    """One name a line; blank lines and lines that begin with # do not count. Raises HdovdError if none is left."""
+    if not path.is_file():
+        raise HdovdError(f"--vocabulary {path}: no such file; expected one name a line")
+    lines = (line.strip() for line in path.read_text().splitlines())
+    names = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if not names:
+        raise HdovdError(f"--vocabulary {path} holds no name; expected one a line")
+    return names
+
+
+def read_nouns(vocabulary: Path, captions: Path | None) -> Nouns:
+    """The nouns that images offer. Raises HdovdError if the captions hold no word of the vocabulary."""
+    names = read_vocabulary(vocabulary)
+    if captions is None:
+        return Nouns(names, None)
+    tree = read_json(captions, "captions")
+    if not isinstance(tree, dict) or not isinstance(tree.get("annotations"), list):
+        raise HdovdError(f"{captions} is no COCO captions file: it needs annotations of {{image_id, caption}}")
+    rows = {name.lower(): row for row, name in enumerate(names)}
+    pattern = re.compile(r"\b(" + "|".join(re.escape(n) for n in sorted(rows, key=len, reverse=True)) + r")\b", re.IGNORECASE)
+    found: dict[int, set[int]] = {}
+    for entry in tree["annotations"]:
+        found.setdefault(entry["image_id"], set()).update(rows[word.lower()] for word in pattern.findall(entry["caption"]))
+    if not any(found.values()):
+        raise HdovdError(f"no caption of {captions} holds a word of {vocabulary} ({len(names)} names): are they of one language?")
+    return Nouns(names, {image_id: tuple(sorted(words)) for image_id, words in found.items()})
+
+
+def named_novel(vocabulary: Sequence[str], novel: Sequence[str]) -> list[str]:
+    """The novel class names that a vocabulary holds: allowed, since captions hold them, but reported."""
+    words = {name.lower() for name in vocabulary}
+    return [name for name in novel if name.lower() in words]

@@ -1,0 +1,96 @@
+"""Proposals: train a class-agnostic proposal network on base boxes alone, then propose boxes on training images.
+
+Called by `hdovd propose`, `hdovd demo` and Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import box_iou
+
+from hdovd.coco import DataPaths, Split
+from hdovd.config import Recipe
+from hdovd.errors import HdovdError
+from hdovd.pipelines.crops import read_image
+from hdovd.pipelines.device import pick_device
+from hdovd.pipelines.fit import fit, shuffled
+from hdovd.pipelines.progress import progress
+from hdovd.pipelines.proposal_file import Proposals, write_proposals
+from hdovd.proposer import ProposalNetwork
+from hdovd.protocol import load_protocol
+
+BASE_OVERLAP = 0.5  # a proposal that overlaps a base box by more is that base box again
+
+
+@dataclass(frozen=True, slots=True)
+class ProposeJob:
+    """`top` proposals an image at most, both sides at least `min_side` pixels of the original image."""
+
+    data: DataPaths
+    out: Path
+    recipe: Recipe
+    protocol: str = "ov-coco"
+    top: int = 10
+    min_side: float = 8.0
+    device: str = "auto"
+
+
+class _Pictures(Dataset[tuple[Tensor, Tensor, int]]):
+    """Item i is picture i (3, h, w) uint8, its base boxes (n, 4) and its id; flipped at random if `flip`."""
+
+    def __init__(self, split: Split, flip: float) -> None:
+        self.split, self.flip = split, flip
+
+    def __len__(self) -> int:
+        return len(self.split.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        image = self.split.images[index]
+        try:
+            picture = read_image(self.split.path(image), image.width, image.height)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise HdovdError(f"image {image.id}: {self.split.path(image)}: {error}") from error
+        pixels, boxes = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1), torch.from_numpy(image.boxes)
+        if self.flip and torch.rand(()) < self.flip:
+            x0, y0, x1, y1 = boxes.unbind(1)
+            pixels, boxes = pixels.flip(-1), torch.stack([image.width - x1, y0, image.width - x0, y1], dim=1)
+        return pixels, boxes, image.id
+
+
+def propose(job: ProposeJob, log: Callable[[str], None] = print) -> dict[int, Proposals]:
+    """Train, propose, write `job.out` and return the proposals by image id. Raises HdovdError for bad input."""
+    recipe, device = job.recipe, pick_device(job.device)
+    split = job.data.load("train2017", load_protocol(job.protocol), base_only=True, log=log)
+    torch.manual_seed(recipe.train.seed)
+    network = ProposalNetwork(recipe, log).to(device)
+
+    def losses_of(samples: list[tuple[Tensor, Tensor, int]]) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = network([p.to(device) for p, _, _ in samples], [b.to(device) for _, b, _ in samples])
+        return losses
+
+    fit(network, losses_of, shuffled(_Pictures(split, recipe.input.flip), recipe.train, device), recipe.train, device, "proposals")
+    found = _propose(network.eval(), split, job, device)
+    count = write_proposals(job.out, found)
+    log(f"wrote {job.out}: {count} proposals for {len(found)} images, {count / len(found):.1f} an image")
+    return found
+
+
+def _propose(network: ProposalNetwork, split: Split, job: ProposeJob, device: torch.device) -> dict[int, Proposals]:
+    base = {image.id: torch.from_numpy(image.boxes) for image in split.images}
+    loader = DataLoader(_Pictures(split, 0.0), batch_size=job.recipe.train.batch_size, collate_fn=list,
+                        num_workers=job.recipe.train.workers)
+    found = {}
+    for samples in progress(loader, "propose", "batch"):
+        for (boxes, scores), (_, _, image_id) in zip(network.propose([p.to(device) for p, _, _ in samples]), samples, strict=True):
+            boxes, scores = boxes.cpu(), scores.cpu()
+            new = box_iou(boxes, base[image_id]).amax(dim=1) <= BASE_OVERLAP
+            keep = (new & ((boxes[:, 2:] - boxes[:, :2]) >= job.min_side).all(dim=1)).nonzero().flatten()[: job.top]
+            found[image_id] = Proposals(boxes[keep].numpy(), scores[keep].numpy())
+    return found
