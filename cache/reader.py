@@ -14,6 +14,8 @@ from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.schema import INSTANCE_COLUMNS, SCHEMA_VERSION, Level, Source
 from hdovd.errors import HdovdError
 
+HELD_IN_MEMORY_BYTES = 256 * 2**20  # instance embeddings up to this size are read once, larger ones an image at a time
+
 
 @dataclass(frozen=True, slots=True)
 class InstanceRows:
@@ -53,6 +55,7 @@ class FeatureCache:
         if version != SCHEMA_VERSION:
             raise HdovdError(f"{path} has cache schema {version}, this hdovd reads {SCHEMA_VERSION}: extract it again")
         self._tables: dict[str, np.ndarray] = {}
+        self._arrays: dict[str, zarr.Array[Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -125,13 +128,16 @@ class FeatureCache:
 
     def image_embedding(self, image_id: int) -> np.ndarray:
         """(D,) float32."""
-        return self._table(f"{Level.IMAGE}/embedding")[self._row(Level.IMAGE, image_id)].astype(np.float32)
+        return np.asarray(self._table(f"{Level.IMAGE}/embedding")[self._row(Level.IMAGE, image_id)], np.float32)
 
     def instances(self, image_id: int) -> InstanceRows:
         """The instance rows of one image."""
         row, offset = self._row(Level.INSTANCE, image_id), self._table(f"{Level.INSTANCE}/offset")
         rows = slice(int(offset[row]), int(offset[row + 1]))
-        embedding = np.asarray(self._array(f"{Level.INSTANCE}/embedding")[rows], np.float32)
+        name = f"{Level.INSTANCE}/embedding"
+        array = self._array(name)
+        source = self._table(name) if array.nbytes <= HELD_IN_MEMORY_BYTES else array
+        embedding = np.asarray(source[rows], np.float32)
         return InstanceRows(embedding, *(self._table(f"{Level.INSTANCE}/{name}")[rows] for name in INSTANCE_COLUMNS))
 
     def _row(self, level: Level, image_id: int) -> int:
@@ -153,10 +159,11 @@ class FeatureCache:
         return group
 
     def _array(self, name: str) -> zarr.Array[Any]:
-        self._group(Level(name.split("/")[0]))
-        array = self._root[name]
-        assert isinstance(array, zarr.Array)
-        return array
+        if name not in self._arrays:
+            array = self._group(Level(name.split("/")[0]))[name.split("/")[1]]
+            assert isinstance(array, zarr.Array)
+            self._arrays[name] = array
+        return self._arrays[name]
 
     def _table(self, name: str) -> np.ndarray:
         if name not in self._tables:

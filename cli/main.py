@@ -13,6 +13,7 @@ from hdovd.errors import HdovdError
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     help="""Open-vocabulary detection by distillation from CLIP.

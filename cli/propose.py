@@ -17,7 +17,13 @@ def propose(
     recipe: options.RecipeName = "ov-coco-faster-rcnn-r50",
     set_: options.Set = None,
     top: Annotated[int, typer.Option(min=1, help="Proposals an image, at most.")] = 10,
+    overlap: Annotated[
+        float, typer.Option(min=0, max=1, help="Largest IoU of a proposal with a base box or a better proposal.")
+    ] = 0.5,
     min_side: Annotated[float, typer.Option(min=0, help="Shortest side of a proposal, pixels of the original image.")] = 8.0,
+    backbone_out: Annotated[
+        Path | None, typer.Option("--backbone-out", help="Also keep the trained backbone: weights that hdovd train can start from.")
+    ] = None,
     device: options.Device = "auto",
 ) -> None:
     """Train a class-agnostic proposal network on base boxes, and write proposals for the training images.
@@ -29,5 +35,6 @@ def propose(
     from hdovd.pipelines.propose import ProposeJob
     from hdovd.pipelines.propose import propose as run
 
-    run(ProposeJob(DataPaths(data, images, annotations), out, load_recipe(recipe, set_ or []), protocol, top, min_side, device))
+    run(ProposeJob(DataPaths(data, images, annotations), out, load_recipe(recipe, set_ or []), protocol, top, overlap, min_side, device,
+                   backbone_out))
     typer.echo(f"next: hdovd extract-clip --proposals {out} ...")

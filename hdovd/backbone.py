@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -48,11 +49,11 @@ def build_backbone(config: BackboneConfig, log: Callable[[str], None] | None) ->
     """
     norm = FrozenBatchNorm2d if config.norm == "frozen" else nn.BatchNorm2d
     if config.name == "resnet-tiny":
-        body: nn.Module = TinyResNet(norm)
+        body: Any = TinyResNet(norm)
         widths = list(TinyResNet.widths)
     else:
         body = getattr(torchvision.models, config.name)(weights=None, norm_layer=norm)
-        widths = [body.inplanes // 8, body.inplanes // 4, body.inplanes // 2, body.inplanes]
+        widths = [body.fc.in_features // 2**k for k in (3, 2, 1, 0)]
     if log is not None:
         _initialise(body, config, log)
     stages = ["conv1", "layer1", "layer2", "layer3", "layer4"]
@@ -93,7 +94,7 @@ def _initialise(body: nn.Module, config: BackboneConfig, log: Callable[[str], No
 def _imagenet(config: BackboneConfig, log: Callable[[str], None]) -> dict[str, Tensor]:
     if config.name == "resnet-tiny":
         raise HdovdError("resnet-tiny has no ImageNet weights: set detector.backbone.weights=none")
-    weights = torchvision.models.get_model_weights(config.name).IMAGENET1K_V1  # type: ignore[attr-defined]
+    weights = torchvision.models.get_model_weights(config.name).IMAGENET1K_V1
     try:
         state = weights.get_state_dict(progress=False)
     except (URLError, OSError) as error:

@@ -94,7 +94,9 @@ def average_precision(annotations: Path, coco_ids: tuple[int, ...], image_ids: I
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.evaluate()
         evaluation.accumulate()
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU x recall x class, -1 where there is no ground truth
+    # IoU x recall x class, -1 where there is no ground truth; COCOeval sorts the classes by category id
+    place = {coco_id: k for k, coco_id in enumerate(evaluation.params.catIds)}
+    precision = evaluation.eval["precision"][:, :, [place[coco_id] for coco_id in coco_ids], 0, -1]
     precision = np.where(precision < 0, np.nan, precision)
     return AveragePrecision(protocol, precision[0].mean(axis=0) * 100, precision.mean(axis=(0, 1)) * 100)
 

@@ -43,7 +43,7 @@ class BackboneConfig(_Section):
 
 
 class RpnConfig(_Section):
-    anchor_sizes: list[Count]  # one a level, P6 included, pixels at the detector's input scale
+    anchor_sizes: list[list[Count]]  # a list a level, P6 included; pixels at the detector's input scale
     samples: Count
     pre_nms: Count  # a level, training; half of it in testing
     post_nms: Count
@@ -55,6 +55,7 @@ class HeadConfig(_Section):
     samples: Count
     positive_share: Share
     canonical_size: Count  # RoIs of this size go to P4
+    sampling_ratio: Annotated[int, Field(ge=0)]  # RoIAlign points a bin and axis; 0 adapts to the RoI
     logit_scale: Positive
 
 
@@ -207,6 +208,9 @@ def _apply(tree: dict[str, Any], setting: str) -> None:
 def _explain(error: dict[str, Any]) -> str:
     path = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
+        while isinstance(error["input"], dict) and error["input"]:  # an unknown section: name the key that was set
+            leaf, error["input"] = next(iter(error["input"].items()))
+            path += f".{leaf}"
         near = difflib.get_close_matches(path, _keys(Recipe), 1, cutoff=0.3)
         return f"unknown key {path}" + (f"; the nearest valid one is {near[0]}" if near else "")
     if error["type"] == "missing":

@@ -78,7 +78,7 @@ class FasterRCNN(nn.Module):
         self.backbone = build_backbone(detector.backbone, log)
         channels = detector.backbone.fpn_channels
         self.rpn = build_rpn(detector.rpn, channels, len(detector.backbone.levels) + 1)
-        self.pool = PyramidRoIAlign(detector.backbone.levels, detector.head.canonical_size)
+        self.pool = PyramidRoIAlign(detector.backbone.levels, detector.head.canonical_size, detector.head.sampling_ratio)
         self.head = BoxHead(channels, detector.head.fc_channels, dim, loss.instance.enabled)
         self.background = nn.Parameter(torch.randn(dim))
         if loss.instance.enabled:

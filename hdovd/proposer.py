@@ -9,14 +9,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import nms
 
 from hdovd.backbone import build_backbone
 from hdovd.batching import batch_images
 from hdovd.config import Recipe
 from hdovd.rpn import LocalisationRPN, build_rpn
-
-NMS_IOU = 0.5
 
 
 class ProposalNetwork(nn.Module):
@@ -37,8 +34,7 @@ class ProposalNetwork(nn.Module):
 
     @torch.inference_mode()
     def propose(self, images: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Boxes (n, 4) xyxy pixels of the original image and scores (n,), best first, after NMS."""
+        """Boxes (n, 4) xyxy pixels of the original image and scores (n,), best first."""
         batch, factors = batch_images(images, self.recipe.input)
         found = self.rpn.scored_proposals(batch, self.backbone(batch.tensors))
-        kept = [(boxes[keep], scores[keep]) for boxes, scores in found for keep in [nms(boxes, scores, NMS_IOU)]]
-        return [(boxes / boxes.new_tensor([*f, *f]), scores) for (boxes, scores), f in zip(kept, factors, strict=True)]
+        return [(boxes / boxes.new_tensor([*f, *f]), scores) for (boxes, scores), f in zip(found, factors, strict=True)]

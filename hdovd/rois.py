@@ -38,10 +38,11 @@ def sample_rois(proposals: Tensor, boxes: Tensor, samples: int, positive_share: 
 class PyramidRoIAlign(nn.Module):
     """RoIAlign 7x7 from the pyramid level that fits a RoI's size (FPN, arXiv 1612.03144, equation 1)."""
 
-    def __init__(self, levels: list[int], canonical_size: int) -> None:
+    def __init__(self, levels: list[int], canonical_size: int, sampling_ratio: int = 0) -> None:
         super().__init__()
         self.levels = sorted(levels)
         self.canonical_size = canonical_size
+        self.sampling_ratio = sampling_ratio
 
     def forward(self, features: dict[str, Tensor], rois: list[Tensor]) -> Tensor:
         """Pool the RoIs of a batch.
@@ -63,6 +64,7 @@ class PyramidRoIAlign(nn.Module):
         for level in self.levels:
             rows = (wanted == level).nonzero().flatten()
             level_map = features[str(level)].float()
-            crops = roi_align(level_map, indexed[rows], POOL_SIZE, spatial_scale=math.ldexp(1.0, -level), aligned=True)
+            crops = roi_align(level_map, indexed[rows], POOL_SIZE, spatial_scale=math.ldexp(1.0, -level),
+                              sampling_ratio=self.sampling_ratio, aligned=True)
             pooled = pooled.index_copy(0, rows, crops)
         return pooled

@@ -54,11 +54,11 @@ class ObjectnessRPN(RegionProposalNetwork):
 
 
 class LocalisationRPN(ObjectnessRPN):
-    """An RPN whose score is how well an anchor is centred on an object, not whether it holds a known one.
+    """An RPN whose score is how well a box fits an object, not whether it holds a known one.
 
-    The score of an anchor near a base box is trained towards its centerness in that box (OLN, arXiv
-    2108.06753, section 3.2); far anchors are trained towards zero with the weight `background_weight`, kept
-    small because some of them cover objects that nobody labelled.
+    The score of an anchor near a base box is trained towards the IoU of the box predicted from it (as OLN's
+    box head is, arXiv 2108.06753, section 3.2); far anchors are trained towards zero with the weight
+    `background_weight`, kept small because some of them cover objects that nobody labelled.
     """
 
     background_weight = 0.3
@@ -66,39 +66,36 @@ class LocalisationRPN(ObjectnessRPN):
     def compute_loss(self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor],
                      regression_targets: list[Tensor]) -> tuple[Tensor, Tensor]:
         positive, negative = (torch.cat(rows).bool() for rows in self.fg_bg_sampler(labels))
-        targets = torch.cat(regression_targets)
+        deltas, targets = pred_bbox_deltas[positive], torch.cat(regression_targets)[positive]
         count = positive.sum().clamp(min=1)
-        box = (pred_bbox_deltas[positive] - targets[positive]).abs().sum() / count / 4
+        box = (deltas - targets).abs().sum() / count / 4
         logits = objectness.flatten()
-        score = F.binary_cross_entropy_with_logits(logits[positive], centerness(targets[positive]), reduction="sum")
+        fit = iou_of_deltas(deltas.detach(), targets)
+        score = F.binary_cross_entropy_with_logits(logits[positive], fit, reduction="sum")
         far = F.binary_cross_entropy_with_logits(logits[negative], torch.zeros_like(logits[negative]), reduction="sum")
         return (score + self.background_weight * far) / count, box
 
 
-def centerness(deltas: Tensor) -> Tensor:
-    """How centred anchors are in their boxes, 0 at an edge or outside, 1 in the middle.
-
-    Args:
-        deltas: (n, 4) encoded offsets (dx, dy, dw, dh) from anchor to box, unit weights.
-
-    Returns:
-        (n,) sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) (FCOS, arXiv 1904.01355, equation 3).
-    """
-    offset = deltas[:, :2] / deltas[:, 2:].exp()  # box centre minus anchor centre, in box sizes
-    near, far = (0.5 - offset.abs()).clamp(min=0), 0.5 + offset.abs()
-    return (near / far).prod(dim=1).sqrt()
+def iou_of_deltas(one: Tensor, two: Tensor) -> Tensor:
+    """IoU of boxes that are encoded against the same anchors: (n, 4) offsets (dx, dy, dw, dh), unit weights -> (n,)."""
+    sizes = [d[:, 2:].clamp(max=4).exp() for d in (one, two)]
+    corners = [(d[:, :2] - size / 2, d[:, :2] + size / 2) for d, size in zip((one, two), sizes, strict=True)]
+    overlap = (torch.minimum(corners[0][1], corners[1][1]) - torch.maximum(corners[0][0], corners[1][0])).clamp(min=0).prod(dim=1)
+    return overlap / (sizes[0].prod(dim=1) + sizes[1].prod(dim=1) - overlap)
 
 
 def build_rpn(config: RpnConfig, channels: int, level_count: int, *, kind: type[ObjectnessRPN] = ObjectnessRPN,
               positive_iou: float = 0.7, negative_iou: float = 0.3) -> ObjectnessRPN:
     """An RPN over `level_count` feature maps (the pooled one included) of `channels` channels."""
     if len(config.anchor_sizes) != level_count:
-        raise HdovdError(f"detector.rpn.anchor_sizes has {len(config.anchor_sizes)} sizes for {level_count} feature levels "
-                         "(backbone.levels and one pooled level): give one size a level")
-    anchors = AnchorGenerator(tuple((size,) for size in config.anchor_sizes), (ASPECT_RATIOS,) * level_count)
+        raise HdovdError(f"detector.rpn.anchor_sizes has {len(config.anchor_sizes)} lists for {level_count} feature levels "
+                         "(backbone.levels and one pooled level): give one list of sizes a level")
+    if len({len(sizes) for sizes in config.anchor_sizes}) != 1:
+        raise HdovdError(f"detector.rpn.anchor_sizes {config.anchor_sizes}: every level needs the same number of sizes")
+    anchors = AnchorGenerator(tuple(map(tuple, config.anchor_sizes)), (ASPECT_RATIOS,) * level_count)
     return kind(
         anchors,
-        _FloatRPNHead(channels, len(ASPECT_RATIOS)),
+        _FloatRPNHead(channels, len(config.anchor_sizes[0]) * len(ASPECT_RATIOS)),
         fg_iou_thresh=positive_iou,
         bg_iou_thresh=negative_iou,
         batch_size_per_image=config.samples,

@@ -193,7 +193,7 @@ def _load_torchscript(net: Any, path: str) -> None:
 def _check_activation(net: Any, quick_gelu: bool) -> None:
     has_quick = any(type(m).__name__ == "QuickGELU" for m in net.modules())
     has_gelu = any(isinstance(m, torch.nn.GELU) for m in net.transformer.modules()) if hasattr(net, "transformer") else not has_quick
-    if quick_gelu and not has_quick or not quick_gelu and has_quick and not has_gelu:
+    if (quick_gelu and not has_quick) or (not quick_gelu and has_quick and not has_gelu):
         raise HdovdError(f"the model was built with {'QuickGELU' if has_quick else 'GELU'}, the weights want "
                          f"{'QuickGELU' if quick_gelu else 'GELU'}; report this with the model's name")
 

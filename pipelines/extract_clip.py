@@ -88,7 +88,7 @@ def _proposals(config: ExtractConfig, split: Split, log: Callable[[str], None]) 
 def _plan(config: ExtractConfig, inputs: dict[Level, KeyInputs]) -> dict[Level, str]:
     """Per level "hit", or "extract" with the reason. Raises HdovdError if another cache would be overwritten."""
     if not config.cache.exists():
-        return {level: "extract: no cache yet" for level in inputs}
+        return dict.fromkeys(inputs, "extract: no cache yet")
     cache = FeatureCache(config.cache)
     plan, have = {}, cache.levels()
     for level, wanted in inputs.items():

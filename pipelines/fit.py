@@ -19,7 +19,7 @@ LOG_EVERY = 20  # steps
 Sample = TypeVar("Sample")
 
 
-def fit(model: nn.Module, losses_of: Callable[[list[Any]], dict[str, Tensor]], loader: "DataLoader[Any]", config: TrainConfig,
+def fit(model: nn.Module, losses_of: Callable[[list[Any]], dict[str, Tensor]], loader: DataLoader[Any], config: TrainConfig,
         device: torch.device, what: str, *, on_interval: Callable[[dict[str, float]], None] = lambda _: None,
         on_epoch: Callable[[], None] = lambda: None) -> None:
     """Minimise the sum of `losses_of(batch)`, weighted losses by name, for `config.epochs`.
@@ -49,8 +49,8 @@ def fit(model: nn.Module, losses_of: Callable[[list[Any]], dict[str, Tensor]], l
                 means = {name: torch.stack([w[name] for w in window]).mean().item() for name in window[0]}
                 if not all(map(math.isfinite, means.values())):
                     raise HdovdError(f"{what}: the loss is not finite at step {step}: {means}; lower train.lr or set train.clip_norm")
-                elapsed = time.monotonic() - since
-                on_interval({"step": step, "epoch": epoch, "lr": schedule.get_last_lr()[0], "images_per_s": images / elapsed, **means})
+                rate, lr = images / (time.monotonic() - since), float(schedule.get_last_lr()[0])
+                on_interval({"step": step, "epoch": epoch, "lr": lr, "images_per_s": rate, **means})
                 bar.set_postfix(epoch=epoch, loss=f"{sum(means.values()):.3f}", refresh=False)
                 window, since, images = [], time.monotonic(), 0
             schedule.step()
@@ -59,7 +59,7 @@ def fit(model: nn.Module, losses_of: Callable[[list[Any]], dict[str, Tensor]], l
     bar.close()
 
 
-def shuffled(data: Dataset[Sample], config: TrainConfig, device: torch.device) -> "DataLoader[Any]":
+def shuffled(data: Dataset[Sample], config: TrainConfig, device: torch.device) -> DataLoader[Any]:
     """Batches as lists of samples, in an order that follows from the seed; a last batch that is not full is dropped."""
     return DataLoader(data, batch_size=config.batch_size, shuffle=True, generator=torch.Generator().manual_seed(config.seed),
                       collate_fn=list, num_workers=config.workers, persistent_workers=config.workers > 0,

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.ops import box_iou
+from torchvision.ops import nms
 
 from hdovd.coco import DataPaths, Split
 from hdovd.config import Recipe
@@ -26,20 +27,24 @@ from hdovd.pipelines.proposal_file import Proposals, write_proposals
 from hdovd.proposer import ProposalNetwork
 from hdovd.protocol import load_protocol
 
-BASE_OVERLAP = 0.5  # a proposal that overlaps a base box by more is that base box again
-
 
 @dataclass(frozen=True, slots=True)
 class ProposeJob:
-    """`top` proposals an image at most, both sides at least `min_side` pixels of the original image."""
+    """`top` proposals an image at most, both sides at least `min_side` pixels of the original image.
+
+    A proposal that overlaps a base box or a better proposal by an IoU of more than `overlap` is left out.
+    `backbone_out`: where to keep the trained backbone, a start for detectors where ImageNet weights do not fit.
+    """
 
     data: DataPaths
     out: Path
     recipe: Recipe
     protocol: str = "ov-coco"
     top: int = 10
+    overlap: float = 0.5
     min_side: float = 8.0
     device: str = "auto"
+    backbone_out: Path | None = None
 
 
 class _Pictures(Dataset[tuple[Tensor, Tensor, int]]):
@@ -76,6 +81,10 @@ def propose(job: ProposeJob, log: Callable[[str], None] = print) -> dict[int, Pr
         return losses
 
     fit(network, losses_of, shuffled(_Pictures(split, recipe.input.flip), recipe.train, device), recipe.train, device, "proposals")
+    if job.backbone_out is not None:
+        job.backbone_out.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in network.backbone.body.state_dict().items()}, job.backbone_out)
+        log(f"wrote {job.backbone_out}: the backbone, for --set detector.backbone.weights=")
     found = _propose(network.eval(), split, job, device)
     count = write_proposals(job.out, found)
     log(f"wrote {job.out}: {count} proposals for {len(found)} images, {count / len(found):.1f} an image")
@@ -89,8 +98,18 @@ def _propose(network: ProposalNetwork, split: Split, job: ProposeJob, device: to
     found = {}
     for samples in progress(loader, "propose", "batch"):
         for (boxes, scores), (_, _, image_id) in zip(network.propose([p.to(device) for p, _, _ in samples]), samples, strict=True):
-            boxes, scores = boxes.cpu(), scores.cpu()
-            new = box_iou(boxes, base[image_id]).amax(dim=1) <= BASE_OVERLAP
-            keep = (new & ((boxes[:, 2:] - boxes[:, :2]) >= job.min_side).all(dim=1)).nonzero().flatten()[: job.top]
-            found[image_id] = Proposals(boxes[keep].numpy(), scores[keep].numpy())
+            keep = select_proposals(boxes.cpu(), scores.cpu(), base[image_id], job)
+            found[image_id] = Proposals(boxes.cpu()[keep].numpy(), scores.cpu()[keep].numpy())
     return found
+
+
+def select_proposals(boxes: Tensor, scores: Tensor, base: Tensor, job: ProposeJob) -> Tensor:
+    """Rows to keep of an image's proposals, best first: NMS in which the base boxes come before all others.
+
+    Args:
+        boxes: (n, 4), scores: (n,), base: (b, 4); xyxy pixels of the original image.
+    """
+    large = ((boxes[:, 2:] - boxes[:, :2]) >= job.min_side).all(dim=1).nonzero().flatten()
+    first = torch.full((len(base),), torch.inf)
+    order = nms(torch.cat([base, boxes[large]]), torch.cat([first, scores[large]]), job.overlap)
+    return large[order[order >= len(base)] - len(base)][: job.top]

@@ -49,7 +49,7 @@ class RunFolder:
         if not (path / "run.json").is_file():
             raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote")
         if not (path / "model.safetensors").is_file():
-            raise HdovdError(f"{path} has no model.safetensors: its training did not finish an epoch; run hdovd train again with --overwrite")
+            raise HdovdError(f"{path} has no model.safetensors: its training did not finish an epoch; train it again with --overwrite")
         return cls(path)
 
     def recipe(self, sets: tuple[str, ...] = ()) -> Recipe:

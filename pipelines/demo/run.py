@@ -37,7 +37,6 @@ class DemoConfig:
     train_images: int = TRAIN_IMAGES
     val_images: int = VAL_IMAGES
     settings: tuple[str, ...] = ()
-    overwrite: bool = False
 
 
 @dataclass(slots=True)
@@ -59,8 +58,9 @@ def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable
     """Run the demo; `command` runs one hdovd command line (without the word hdovd) in this process."""
     root = config.out
     if root.exists() and any(root.iterdir()):
-        if not config.overwrite and not (root / "world" / "protocol.toml").is_file():
+        if not (root / "world" / "protocol.toml").is_file():
             raise HdovdError(f"{root} is not empty and is no demo folder: give another --out")
+        log(f"starting {root} anew")
         shutil.rmtree(root)
     world = root / "world"
     result = DemoResult({v: {g: [] for g in GROUPS} for v in VARIANTS}, {v: {g: [] for g in GROUPS} for v in VARIANTS})
@@ -84,7 +84,7 @@ def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable
         clip = demo_teacher(config.teacher_folder or user_cache_folder() / "teachers", log=log)
     data = ("--data", world, "--protocol", world / "protocol.toml")
     proposals, cache = root / "proposals.json", root / "cache"
-    run("propose", "propose", *data, "--recipe", "demo", "--set", "train.epochs=5", "--out", proposals)
+    run("propose", "propose", *data, "--recipe", "demo", "--set", "train.epochs=5", "--overlap", 0.3, "--out", proposals)
     run("extract-clip", "extract-clip", *data, "--cache", cache, "--clip", clip, "--proposals", proposals,
         "--vocabulary", world / "vocabulary.txt", "--captions", world / "annotations" / "captions_train2017.json")
     for seed in range(config.seeds):

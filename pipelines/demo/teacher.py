@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -25,12 +26,17 @@ from torch import Tensor
 from hdovd.pipelines.demo.world import Scene, scenes
 from hdovd.pipelines.progress import progress
 
-MODEL_CFG = {
+MODEL_CFG: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
 }
-PREPROCESS_CFG = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic", "resize_mode": "squash"}
+PREPROCESS_CFG: dict[str, Any] = {
+    "mean": [0.48, 0.46, 0.41],
+    "std": [0.27, 0.26, 0.28],
+    "interpolation": "bicubic",
+    "resize_mode": "squash",
+}
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a small {}")
 _SCENES, _STEPS, _BATCH, _RATE, _LOGIT_SCALE = 1500, 550, 128, 3e-3, 25.0
 
@@ -68,7 +74,7 @@ def train_teacher(seed: int, *, scene_count: int = _SCENES, steps: int = _STEPS)
     torch.nn.init.normal_(model.token_embedding.weight, std=0.1)  # so that short captions differ from the start
     model.logit_scale.data.fill_(np.log(_LOGIT_SCALE))
     flat = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2]}, {"params": flat, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.ndim >= 2]}, {"params": flat, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, _RATE, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps, pct_start=0.15)
     mean, std = (torch.tensor(PREPROCESS_CFG[k]).view(3, 1, 1) * 255 for k in ("mean", "std"))

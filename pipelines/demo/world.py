@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 from hdovd.pipelines.demo.shapes import SHAPES, paint_object
 
@@ -114,8 +115,6 @@ def paint_ground(kind: str, size: tuple[int, int], rng: np.random.Generator) -> 
 
 
 def _paint_clutter(ground: Image.Image, rng: np.random.Generator) -> None:
-    from PIL import ImageDraw
-
     colour = tuple(int(c) for c in rng.integers(20, 235, 3))
     x, y = rng.uniform(0, ground.width), rng.uniform(0, ground.height)
     pen = ImageDraw.Draw(ground)
@@ -147,7 +146,9 @@ def _caption(names: list[str], ground: str, rng: np.random.Generator) -> str:
 def _write_split(root: Path, split: str, count: int, seed: int, offset: int, workers: int) -> None:
     (root / split).mkdir(parents=True, exist_ok=True)
     category_id = {name: k for k, name in enumerate(sorted(SHAPES), start=1)}
-    images, annotations, captions = [], [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    captions: list[dict[str, Any]] = []
     for i, scene in enumerate(scenes(count, seed, offset, workers)):
         image_id = offset + i + 1
         file_name = f"{image_id:012d}.jpg"

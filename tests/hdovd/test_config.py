@@ -1,0 +1,178 @@
+"""Recipes: the shipped values are METHOD's, and a wrong key or value is named."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from hdovd.config import PRESETS, load_recipe, shipped_recipes
+from hdovd.errors import HdovdError
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads(name: str) -> None:
+    assert load_recipe(name).detector.name == "faster_rcnn"
+
+
+def test_names_of_shipped_recipes() -> None:
+    assert {"demo", "ov-coco-faster-rcnn-r50"} <= set(shipped_recipes())
+
+
+def test_ov_coco_recipe_has_the_constants_of_the_method() -> None:
+    recipe = load_recipe("ov-coco-faster-rcnn-r50")
+    tree = recipe.model_dump(by_alias=True)
+    assert tree["loss"] == {  # sections 4, 5 and 6
+        "instance": {"enabled": True, "alignment_weight": 0.1, "relation_weight": 1.0, "tau": 20.0, "relation_tau": 5.0,
+                     "relation_temperature": 10.0, "queue": 2048},
+        "class": {"enabled": True, "weight": 1.0},
+        "image": {"enabled": True, "weight": 0.1, "tau": 20.0, "queue": 512},
+    }
+    assert tree["pseudo_boxes"] == {"max_per_image": 5, "min_side": 32.0, "reliability_centre": 0.31, "reliability_width": 0.026,
+                                    "reliability_scale": 1.3}  # section 2
+    assert tree["inference"] == {"alpha": 0.25, "beta": 0.45, "distillation_scale": 20.0, "score_threshold": 0.05, "nms": 0.5,
+                                 "detections_per_image": 100}  # section 7
+    backbone, head, train = tree["detector"]["backbone"], tree["detector"]["head"], tree["train"]
+    assert (backbone["name"], backbone["norm"], backbone["frozen_stages"]) == ("resnet50", "frozen", 2)  # stem and first stage
+    assert (backbone["fpn_channels"], sorted(backbone["levels"])) == (256, [2, 3, 4, 5])  # section 3
+    assert (head["fc_channels"], head["logit_scale"]) == (1024, 50.0)
+    assert (tree["input"]["short_side"], tree["input"]["long_side"], tree["input"]["flip"]) == (800, 1333, 0.5)
+    expected = {"epochs": 12, "batch_size": 16, "optimizer": "sgd", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4,
+                "warmup_iterations": 500, "schedule": "step", "step_epochs": [8, 11]}  # section 8
+    assert {key: train[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_resolved_recipe_can_be_given_again(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name, ["train.lr=0.125", "loss.class.weight=0.5", "detector.backbone.weights=a b/weights.pth"])
+    file = tmp_path / "recipe.toml"
+    file.write_text(recipe.to_toml())
+    assert load_recipe(str(file)) == recipe
+    assert tomllib.loads(file.read_text())["loss"]["class"]["weight"] == 0.5
+
+
+@pytest.mark.parametrize(("setting", "path", "value"), [
+    ("loss.image.enabled=false", ("loss", "image", "enabled"), False),
+    ("loss.class.enabled=false", ("loss", "class_", "enabled"), False),
+    ("train.lr=1e-3", ("train", "lr"), 0.001),
+    ("train.clip_norm=5", ("train", "clip_norm"), 5.0),
+    ("train.epochs = 3", ("train", "epochs"), 3),
+    ("train.step_epochs=[1, 2]", ("train", "step_epochs"), [1, 2]),
+    ("detector.backbone.weights=none", ("detector", "backbone", "weights"), "none"),
+    ('detector.backbone.weights="none"', ("detector", "backbone", "weights"), "none"),
+    ("detector.backbone.weights=/some folder/a=b.pth", ("detector", "backbone", "weights"), "/some folder/a=b.pth"),
+    ("train.optimizer=sgd", ("train", "optimizer"), "sgd"),
+])
+def test_settings(setting: str, path: tuple[str, ...], value: object) -> None:
+    found: object = load_recipe("demo", [setting])
+    for name in path:
+        found = getattr(found, name)
+    assert found == value
+
+
+def test_the_last_setting_wins_and_the_rest_stays() -> None:
+    recipe, plain = load_recipe("demo", ["train.lr=0.5", "train.lr=0.25"]), load_recipe("demo")
+    assert recipe.train.lr == 0.25
+    assert recipe.train.model_copy(update={"lr": plain.train.lr}) == plain.train
+    assert recipe.loss == plain.loss
+
+
+@pytest.mark.parametrize(("setting", "near"), [
+    ("train.lrr=1", "train.lr"),
+    ("train.epoch=1", "train.epochs"),
+    ("loss.instance.temperature=1", "loss.instance.relation_temperature"),
+    ("loss.imag.enabled=false", "loss.image.enabled"),
+    ("loss.class_.enabled=false", "loss.class."),
+])
+def test_an_unknown_key_is_named_with_the_nearest_valid_one(setting: str, near: str) -> None:
+    with pytest.raises(HdovdError) as error:
+        load_recipe("demo", [setting])
+    key = setting.split("=")[0]
+    assert any(f"unknown key {part}" in str(error.value) for part in (key, key.rpartition(".")[0]))
+    assert near in str(error.value)
+
+
+@pytest.mark.parametrize(("setting", "key"), [
+    ("train.epochs=many", "train.epochs = 'many'"),
+    ("train.epochs=1.5", "train.epochs = 1.5"),
+    ("train.epochs=0", "train.epochs = 0"),
+    ("train.epochs=true", "train.epochs = True"),
+    ("train.lr=-1.0", "train.lr = -1.0"),
+    ("train.lr=nan", "train.lr = nan"),
+    ("train.lr=inf", "train.lr = inf"),
+    ("train.optimizer=lamb", "train.optimizer = 'lamb'"),
+    ("loss.image.enabled=1", "loss.image.enabled = 1"),
+    ("loss.image.enabled=no", "loss.image.enabled = 'no'"),
+    ("inference.alpha=1.5", "inference.alpha = 1.5"),
+    ("input.mean=[0.5, 0.5]", "input.mean"),
+    ("input.std=[0.5, 0.0, 0.5]", "input.std"),
+    ("detector.backbone.levels=[1, 2]", "detector.backbone.levels"),
+    ("detector.backbone.levels=[]", "detector.backbone.levels"),
+    ("detector.backbone.levels=[3, 5]", "detector.backbone.levels"),  # RoIs that belong to level 4 would be pooled from nowhere
+    ("detector.backbone.levels=[3, 3, 4]", "detector.backbone.levels"),
+    ("pseudo_boxes.reliability_centre=nan", "pseudo_boxes.reliability_centre"),
+    ("loss.image=3", "loss.image"),
+])
+def test_a_wrong_value_is_named(setting: str, key: str) -> None:
+    with pytest.raises(HdovdError) as error:
+        load_recipe("demo", [setting])
+    assert key in str(error.value)
+    assert "demo" in str(error.value)
+
+
+def test_every_problem_is_told_at_once() -> None:
+    with pytest.raises(HdovdError) as error:
+        load_recipe("demo", ["train.epochs=many", "loss.image.tau=0.0", "loss.image.rate=1"])
+    assert all(key in str(error.value) for key in ("train.epochs", "loss.image.tau", "loss.image.rate"))
+
+
+@pytest.mark.parametrize("setting", ["train.lr", "=3", "train.lr.x=3"])
+def test_a_malformed_setting_is_told(setting: str) -> None:
+    with pytest.raises(HdovdError, match="--set"):
+        load_recipe("demo", [setting])
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(load_recipe("demo").to_toml().replace("epochs", "epoch", 1))
+    with pytest.raises(HdovdError, match=r"missing key train\.epochs"):
+        load_recipe(str(file))
+
+
+@pytest.mark.parametrize("content", [b"[train\nlr = 1", b"\xff\xfe\x00"])
+def test_a_file_that_is_not_toml(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_bytes(content)
+    with pytest.raises(HdovdError, match=r"recipe\.toml"):
+        load_recipe(str(file))
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(HdovdError, match=r"did you mean 'demo'.*ov-coco-faster-rcnn-r50"):
+        load_recipe("demmo")
+    with pytest.raises(HdovdError, match="no recipe"):
+        load_recipe("/no/such/file.toml")
+
+
+def test_base_only_turns_all_distillation_off() -> None:
+    loss = load_recipe("demo", PRESETS["base-only"]).loss
+    assert not (loss.instance.enabled or loss.class_.enabled or loss.image.enabled)
+    assert not loss.uses_pseudo_boxes
+    assert not loss.uses_cache
+    assert load_recipe("demo").loss.uses_cache
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_preset_fits_every_recipe(name: str, preset: str) -> None:
+    assert load_recipe(name, PRESETS[preset]) != load_recipe(name)
+
+
+@pytest.mark.parametrize(("settings", "pseudo_boxes", "cache"), [
+    (["loss.instance.enabled=false"], True, True),
+    (["loss.class.enabled=false"], True, True),
+    (["loss.class.enabled=false", "loss.instance.enabled=false"], False, True),
+    (["loss.image.enabled=false"], True, True),
+])
+def test_what_the_levels_need(settings: list[str], pseudo_boxes: bool, cache: bool) -> None:
+    loss = load_recipe("demo", settings).loss
+    assert (loss.uses_pseudo_boxes, loss.uses_cache) == (pseudo_boxes, cache)

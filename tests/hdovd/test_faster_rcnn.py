@@ -1,0 +1,370 @@
+"""The detector: its losses against METHOD sections 4 to 6 written with loops, odd batches, and prediction.
+
+`naive_losses` draws the same RoIs as the detector (same seed), then does everything from the features on by hand.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from hdovd.batching import batch_images
+from hdovd.config import PRESETS, Recipe, load_recipe
+from hdovd.faster_rcnn import FasterRCNN
+from hdovd.rois import sample_rois
+from hdovd.targets import Targets
+
+DIM, BASE_COUNT = 6, 3
+SMALL = (
+    "input.short_side=64", "input.long_side=96", "detector.backbone.fpn_channels=8", "detector.rpn.anchor_sizes=[[8], [16], [32], [64]]",
+    "detector.rpn.samples=16", "detector.rpn.pre_nms=30", "detector.rpn.post_nms=20", "detector.head.fc_channels=16",
+    "detector.head.samples=32", "detector.head.positive_share=0.5", "detector.head.canonical_size=32", "loss.instance.queue=7",
+    "loss.image.queue=5", "pseudo_boxes.min_side=8.0", "pseudo_boxes.max_per_image=2", "pseudo_boxes.reliability_centre=0.1",
+    "pseudo_boxes.reliability_width=0.5", "train.precision=fp32")
+DISTILLED = {"rpn_objectness", "rpn_box", "classification", "box", "instance_alignment", "instance_relation", "image_alignment"}
+BASE_ONLY = {"rpn_objectness", "rpn_box", "classification", "box"}
+
+
+def small(*settings: str) -> Recipe:
+    return load_recipe("demo", [*SMALL, *settings])
+
+
+def detector(*settings: str) -> FasterRCNN:
+    torch.manual_seed(0)
+    return FasterRCNN(small(*settings), DIM, lambda _: None)
+
+
+def noise(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(*shape: int, seed: int) -> Tensor:
+    return torch.nn.functional.normalize(noise(*shape, seed=seed), dim=-1)
+
+
+def pictures(*sizes: tuple[int, int], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=generator) for h, w in sizes]
+
+
+BASE_BOXES = [[[4.0, 4.0, 30.0, 28.0], [40.0, 10.0, 80.0, 60.0]], [[10.0, 20.0, 60.0, 50.0]]]
+PSEUDO_BOXES = [[[20.0, 30.0, 40.0, 58.0]], [[5.0, 5.0, 25.0, 20.0], [64.0, 2.0, 70.0, 40.0], [60.0, 30.0, 90.0, 60.0]]]  # 2nd: 6 px wide
+
+
+def targets_of(base: list[list[float]], pseudo: list[list[float]], seed: int) -> Targets:
+    labels = torch.arange(seed, seed + len(base)) % BASE_COUNT
+    return Targets(torch.tensor(base).reshape(-1, 4), labels, unit(len(base), DIM, seed=100 + seed), torch.tensor(pseudo).reshape(-1, 4),
+                   unit(len(pseudo), DIM, seed=200 + seed), unit(len(pseudo), DIM, seed=300 + seed), unit(DIM, seed=400 + seed))
+
+
+def batch(base: list[list[list[float]]] = BASE_BOXES, pseudo: list[list[list[float]]] = PSEUDO_BOXES,
+          seed: int = 0) -> tuple[list[Tensor], list[Targets]]:
+    images = pictures(*[(64, 96)] * len(base), seed=seed)
+    return images, [targets_of(b, p, 10 * seed + i) for i, (b, p) in enumerate(zip(base, pseudo, strict=True))]
+
+
+TEXTS = unit(BASE_COUNT, DIM, seed=9)
+
+
+def run(model: FasterRCNN, images: list[Tensor], targets: list[Targets], seed: int = 5) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    losses: dict[str, Tensor] = model.train()(images, targets, TEXTS)
+    return losses
+
+
+def check_backward(model: FasterRCNN, losses: dict[str, Tensor]) -> None:
+    model.zero_grad()
+    assert all(loss.isfinite() and loss.shape == () for loss in losses.values()), losses
+    sum(losses.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+# Losses by hand.
+
+def cross_entropy(logits: list[float], place: int) -> float:
+    highest = max(logits)
+    return highest + math.log(sum(math.exp(v - highest) for v in logits)) - logits[place]
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(a.double() @ b.double() / a.double().norm() / b.double().norm())
+
+
+def info_nce(q: list[Tensor], e: list[Tensor], q_memory: list[Tensor], e_memory: list[Tensor], tau: float) -> float:
+    return sum(cross_entropy([tau * cosine(q[k], row) for row in e + e_memory], k)
+               + cross_entropy([tau * cosine(e[k], row) for row in q + q_memory], k) for k in range(len(q))) / 2 / len(q)
+
+
+def relation(q: list[Tensor], e: list[Tensor], tau: float, temperature: float) -> float:
+    total = 0.0
+    for k in range(len(q)):
+        teacher, student = ([tau * cosine(rows[k], row) / temperature for row in rows] for rows in (e, q))
+        p = [-cross_entropy(teacher, j) for j in range(len(q))]
+        total += sum(math.exp(p[j]) * (p[j] + cross_entropy(student, j)) for j in range(len(q)))
+    return temperature**2 * total / len(q)
+
+
+def encode(box: list[float], roi: list[float]) -> list[float]:
+    w, h, gw, gh = roi[2] - roi[0], roi[3] - roi[1], box[2] - box[0], box[3] - box[1]
+    return [10 * (box[0] + gw / 2 - roi[0] - w / 2) / w, 10 * (box[1] + gh / 2 - roi[1] - h / 2) / h, 5 * math.log(gw / w), 5 * math.log(gh / h)]
+
+
+Memories = dict[str, list[Tensor]]
+
+
+@torch.no_grad()
+def naive_losses(model: FasterRCNN, images: list[Tensor], targets: list[Targets], memories: Memories, seed: int) -> dict[str, float]:
+    torch.manual_seed(seed)
+    padded, _ = batch_images(images, model.recipe.input)
+    targets = [t.with_best_pseudo_boxes(8.0, 2) for t in targets]
+    features = model.backbone(padded.tensors)
+    proposals, rpn = model.rpn(padded, features, [{"boxes": t.all_boxes} for t in targets])
+    rois, matches = zip(*(sample_rois(p, t.all_boxes, 32, 0.5) for p, t in zip(proposals, targets, strict=True)), strict=True)
+    deltas, c, d = (rows.split([len(r) for r in rois]) for rows in model.head(model.pool(features, list(rois))))
+    classification = box = 0.0
+    counted = 0
+    q, e = [], []
+    for i, t in enumerate(targets):
+        ring = torch.cat([TEXTS, *(targets[(i + step) % len(targets)].pseudo_texts for step in range(len(targets))), model.background[None]])
+        for r, k in enumerate(matches[i].tolist()):
+            logits = [50.0 * cosine(c[i][r], prompt) for prompt in ring]
+            is_base = 0 <= k < len(t.boxes)
+            label, weight = (int(t.labels[k]) if is_base else len(ring) - 1), 1.0
+            if k >= len(t.boxes):
+                j = k - len(t.boxes)
+                label, weight = BASE_COUNT + j, 1.3 / (1 + math.exp(-(cosine(t.pseudo_embeddings[j], t.pseudo_texts[j]) - 0.1) / 0.5))
+            classification += weight * cross_entropy(logits, label)
+            counted += 1
+            if is_base:
+                wanted = encode(t.boxes[k].tolist(), rois[i][r].tolist())
+                box += sum(abs(a - b) for a, b in zip(deltas[i][r].tolist(), wanted, strict=True))
+        for k, teacher in enumerate([*t.embeddings, *t.pseudo_embeddings]):
+            members = [d[i][r] for r, match in enumerate(matches[i].tolist()) if match == k]
+            if members:
+                q.append(torch.nn.functional.normalize(sum(members) / len(members), dim=0))
+                e.append(teacher)
+    levels = [features[name] for name in ("3", "4", "5")]
+    g, f = list(model.image_head(levels, padded.image_sizes, 32)), [t.image_embedding for t in targets]
+    losses = {
+        "rpn_objectness": float(rpn["loss_objectness"]), "rpn_box": float(rpn["loss_rpn_box_reg"]),
+        "classification": classification / counted, "box": box / sum(map(len, rois)),
+        "instance_alignment": 0.1 * info_nce(q, e, memories["q"], memories["e"], 20.0),
+        "instance_relation": 1.0 * relation(q, e, 5.0, 10.0),
+        "image_alignment": 0.1 * info_nce(g, f, memories["g"], memories["f"], 20.0),
+    }
+    assert len({k for m, t in zip(matches, targets, strict=True) for k in m.tolist() if k >= len(t.boxes)}) > 0, "no pseudo box was matched"
+    for name, rows, length in (("q", q, 7), ("e", e, 7), ("g", g, 5), ("f", f, 5)):
+        memories[name] = (rows + memories[name])[:length]
+    return losses
+
+
+def test_losses_equal_the_method_over_steps_with_filled_queues() -> None:
+    model, memories = detector().train(), {name: [] for name in "qegf"}
+    for layer in (model.head.class_feature, model.head.deltas):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    for step in range(4):
+        images, targets = batch(seed=step)
+        expected = naive_losses(model, images, targets, memories, seed=step)
+        losses = run(model, images, targets, seed=step)
+        assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=2e-4, abs=2e-5)
+    assert len(memories["q"]) == 7
+    assert len(memories["g"]) == 5
+    for queue, name in ((model.student_queue, "q"), (model.teacher_queue, "e"), (model.image_student_queue, "g"), (model.image_teacher_queue, "f")):
+        torch.testing.assert_close(queue.read(), torch.stack(memories[name]), atol=1e-5, rtol=0)
+
+
+# Batches of every kind.
+
+def test_a_normal_batch_teaches_every_part() -> None:
+    model = detector().train()
+    losses = run(model, *batch())
+    assert set(losses) == DISTILLED
+    check_backward(model, losses)
+    assert all(loss > 0 for loss in losses.values())
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize(("base", "pseudo"), [
+    (BASE_BOXES, [[], []]),
+    ([[[4.0, 4.0, 30.0, 28.0]], BASE_BOXES[1]], PSEUDO_BOXES),  # images with a single base box
+    (BASE_BOXES, [PSEUDO_BOXES[0], [[5.0, 5.0, 12.0, 60.0], [50.0, 5.0, 90.0, 9.0]]]),  # all too small in one image
+    (BASE_BOXES, [[[5.0, 5.0, 9.0, 9.0]], [[50.0, 5.0, 90.0, 9.0]]]),  # all too small in all images
+    ([[[0.0, 0.0, 96.0, 64.0]], BASE_BOXES[1]], [[], PSEUDO_BOXES[1]]),
+    ([BASE_BOXES[0]], [PSEUDO_BOXES[0]]),  # a batch of one
+])
+def test_losses_of_odd_batches_are_finite(base: list[list[list[float]]], pseudo: list[list[list[float]]]) -> None:
+    model = detector().train()
+    for step in range(2):
+        images, targets = batch(base, pseudo, seed=step)
+        losses = run(model, images, targets)
+        assert set(losses) == DISTILLED
+        check_backward(model, losses)
+
+
+def test_one_pair_gives_no_instance_loss_and_no_memory() -> None:
+    model = detector().train()
+    losses = run(model, *batch([[[10.0, 20.0, 60.0, 50.0]]], [[]]))
+    assert losses["instance_alignment"] == 0
+    assert losses["instance_relation"] == 0
+    assert len(model.student_queue.read()) == 0
+    check_backward(model, losses)
+
+
+def test_small_pseudo_boxes_count_for_nothing() -> None:
+    images, targets = batch()
+    none = [t.with_best_pseudo_boxes(1e9, 5) for t in targets]
+    tiny = [targets_of(t.boxes.tolist(), [[5.0, 5.0, 12.0, 60.0], [50.0, 5.0, 90.0, 13.0]], i) for i, t in enumerate(targets)]
+    with_none, with_tiny = run(detector(), images, none), run(detector(), images, tiny)
+    for name in DISTILLED:
+        assert with_tiny[name].item() == pytest.approx(with_none[name].item(), abs=1e-7), name
+
+
+def test_pseudo_boxes_are_measured_at_the_input_scale() -> None:
+    images = pictures((32, 48), (128, 192))  # doubled, halved
+    base = [[[4.0, 4.0, 20.0, 20.0]], [[20.0, 20.0, 90.0, 100.0]]]
+    kept = [targets_of(base[0], [[20.0, 10.0, 25.0, 15.0]], 0), targets_of(base[1], [[20.0, 10.0, 34.0, 24.0]], 1)]  # 10 px and 7 px then
+    expected = [kept[0], kept[1].with_best_pseudo_boxes(1e9, 5)]
+    one, two = run(detector(), images, kept), run(detector(), images, expected)
+    for name in DISTILLED:
+        assert one[name].item() == pytest.approx(two[name].item(), abs=1e-7), name
+
+
+def test_base_only_has_no_distillation() -> None:
+    model = detector(*PRESETS["base-only"]).train()
+    losses = run(model, *batch(pseudo=[[], []]))
+    assert set(losses) == BASE_ONLY
+    check_backward(model, losses)
+    assert model.head.distillation is None
+    assert not any("queue" in name or "image_head" in name or "distillation" in name for name in model.state_dict())
+    assert model.eval().predict(pictures((64, 96)), TEXTS)[0].distillation_score is None
+
+
+@pytest.mark.parametrize(("settings", "absent"), [
+    (["loss.instance.enabled=false"], {"instance_alignment", "instance_relation"}),
+    (["loss.image.enabled=false"], {"image_alignment"}),
+    (["loss.class.enabled=false"], set()),
+])
+def test_levels_switch_off_one_by_one(settings: list[str], absent: set[str]) -> None:
+    model = detector(*settings).train()
+    losses = run(model, *batch())
+    assert set(losses) == DISTILLED - absent
+    check_backward(model, losses)
+
+
+def test_without_the_class_level_pseudo_texts_have_no_say() -> None:
+    """Then the prompts are [t_base; bg], and RoIs on pseudo boxes weigh nothing."""
+    images, targets = batch()
+    other = [Targets(*(unit(len(t.pseudo_texts), DIM, seed=77 + i) if name == "pseudo_texts" else getattr(t, name) for name in Targets.__slots__))
+             for i, t in enumerate(targets)]
+    off = ("loss.class.enabled=false",)
+    one, two = run(detector(*off), images, targets), run(detector(*off), images, other)
+    assert one["instance_alignment"] > 0
+    for name in DISTILLED:
+        assert one[name].item() == pytest.approx(two[name].item(), abs=1e-6), name
+    with_level = [run(detector(), images, rows)["classification"].item() for rows in (targets, other)]
+    assert abs(with_level[0] - with_level[1]) > 1e-3
+
+
+def test_the_class_weight_scales_the_pseudo_rois_only() -> None:
+    images, targets = batch()
+    model = detector("loss.class.weight=0.5")
+    matches = (torch.tensor([2, -1, 0]), torch.tensor([1]))
+    full, half = detector()._assign(matches, targets, BASE_COUNT)[3], model._assign(matches, targets, BASE_COUNT)[3]
+    torch.testing.assert_close(half, full * torch.tensor([0.5, 1.0, 1.0, 0.5]))
+    check_backward(model, run(model, images, targets))
+
+
+# Numbering.
+
+def test_assign_numbers_boxes_image_by_image_base_before_pseudo() -> None:
+    _, targets = batch()  # 2 base + 1 pseudo, 1 base + 3 pseudo
+    matches = (torch.tensor([-1, 0, 2, 1, 2]), torch.tensor([3, -1, 0, 1, 2]))
+    matched, boxes, labels, weights = detector()._assign(matches, targets, BASE_COUNT)
+    assert matched.tolist() == [-1, 0, 2, 1, 2, 6, -1, 3, 4, 5]
+    assert boxes.tolist() == BASE_BOXES[0] + PSEUDO_BOXES[0] + BASE_BOXES[1] + PSEUDO_BOXES[1]
+    background = BASE_COUNT + 4
+    assert labels.tolist() == [background, 0, 3, 1, 3, 6, background, 1, 4, 5]  # image 1's base box has label 1
+    trust = [1.3 / (1 + math.exp(-(cosine(v, u) - 0.1) / 0.5))
+             for t in targets for v, u in zip(t.pseudo_embeddings, t.pseudo_texts, strict=True)]
+    torch.testing.assert_close(weights, torch.tensor([1, 1, trust[0], 1, trust[0], trust[3], 1, 1, trust[1], trust[2]]))
+
+
+def test_assign_without_the_class_level_gives_pseudo_rois_no_weight() -> None:
+    _, targets = batch()
+    matches = (torch.tensor([-1, 0, 2]), torch.tensor([3, 0, -1]))
+    weights = detector("loss.class.enabled=false")._assign(matches, targets, BASE_COUNT)[3]
+    assert weights.tolist() == [1, 1, 0, 0, 1, 1]
+
+
+def test_assign_without_pseudo_boxes() -> None:
+    _, targets = batch(pseudo=[[], []])
+    matched, _, labels, weights = detector()._assign((torch.tensor([1, -1]), torch.tensor([-1, 0])), targets, BASE_COUNT)
+    assert matched.tolist() == [1, -1, -1, 2]
+    assert labels.tolist() == [1, BASE_COUNT, BASE_COUNT, 1]
+    assert weights.tolist() == [1, 1, 1, 1]
+
+
+# Prediction.
+
+def test_predict_scores_and_boxes_equal_loops_in_original_pixels() -> None:
+    model = detector().eval()
+    torch.nn.init.normal_(model.head.deltas.weight, std=0.3)  # large offsets: some boxes leave the image
+    images, texts = pictures((32, 40), (128, 180), (64, 96)), unit(5, DIM, seed=3)
+    found = model.predict(images, texts)
+    padded, factors = batch_images(images, model.recipe.input)
+    with torch.no_grad():
+        features = model.backbone(padded.tensors)
+        proposals, _ = model.rpn(padded, features)
+        deltas, c, d = (rows.split([len(p) for p in proposals]) for rows in model.head(model.pool(features, proposals)))
+    for i, (image, prediction) in enumerate(zip(images, found, strict=True)):
+        count, (height, width), (x, y) = len(proposals[i]), padded.image_sizes[i], factors[i]
+        assert prediction.boxes.shape == (count, 4)
+        assert prediction.class_probability.shape == (count, 6)
+        assert prediction.distillation_score is not None
+        assert prediction.distillation_score.shape == (count, 5)
+        for r in range(count):
+            x0, y0, x1, y1 = proposals[i][r].tolist()
+            dx, dy, dw, dh = deltas[i][r].tolist()
+            cx, cy = (x0 + x1) / 2 + dx / 10 * (x1 - x0), (y0 + y1) / 2 + dy / 10 * (y1 - y0)
+            w, h = (x1 - x0) * math.exp(min(dw / 5, math.log(1000 / 16))), (y1 - y0) * math.exp(min(dh / 5, math.log(1000 / 16)))
+            expected = [min(max(cx - w / 2, 0), width) / x, min(max(cy - h / 2, 0), height) / y,
+                        min(max(cx + w / 2, 0), width) / x, min(max(cy + h / 2, 0), height) / y]
+            assert prediction.boxes[r].tolist() == pytest.approx(expected, abs=1e-3)
+            logits = [50 * cosine(c[i][r], prompt) for prompt in [*texts, model.background]]
+            s1 = [math.exp(-cross_entropy(logits, k)) for k in range(6)]
+            assert prediction.class_probability[r].tolist() == pytest.approx(s1, abs=1e-4)
+            s2 = [1 / (1 + math.exp(-20 * cosine(d[i][r], text))) for text in texts]
+            assert prediction.distillation_score[r].tolist() == pytest.approx(s2, abs=1e-4)
+        assert (prediction.boxes[:, 2:] <= torch.tensor([image.shape[2], image.shape[1]]) + 1e-3).all()
+
+
+def test_predict_does_not_depend_on_the_classes_asked_for_beyond_their_scores() -> None:
+    model, images, texts = detector().eval(), pictures((64, 96)), unit(5, DIM, seed=3)
+    five, two = model.predict(images, texts)[0], model.predict(images, texts[:2])[0]
+    assert torch.equal(five.boxes, two.boxes)
+    assert five.distillation_score is not None
+    assert two.distillation_score is not None
+    torch.testing.assert_close(five.distillation_score[:, :2], two.distillation_score)
+
+
+def test_a_state_dict_makes_the_same_detector() -> None:
+    model = detector().train()
+    run(model, *batch())
+    again = FasterRCNN(small(), DIM, log=None)
+    again.load_state_dict(model.state_dict())
+    assert len(again.student_queue.read()) == len(model.student_queue.read()) > 0
+    images = pictures((64, 96))
+    one, two = model.eval().predict(images, TEXTS)[0], again.eval().predict(images, TEXTS)[0]
+    assert torch.equal(one.boxes, two.boxes)
+    assert torch.equal(one.class_probability, two.class_probability)
+
+
+def test_losses_barely_move_under_autocast() -> None:
+    images, targets = batch()
+    plain = run(detector(), images, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = run(detector(), images, targets)
+    assert {loss.dtype for loss in mixed.values()} == {torch.float32}
+    for name in ("rpn_objectness", "image_alignment"):  # these do not depend on which RoIs are drawn
+        assert mixed[name].item() == pytest.approx(plain[name].item(), rel=0.05), name

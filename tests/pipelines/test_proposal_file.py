@@ -1,0 +1,83 @@
+"""Proposal files: COCO results JSON, written and read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hdovd.coco import ImageBoxes, Skips
+from hdovd.errors import HdovdError
+from hdovd.pipelines.proposal_file import Proposals, read_proposals, write_proposals
+
+
+def _image(image_id: int) -> ImageBoxes:
+    return ImageBoxes(image_id, f"{image_id}.jpg", 200, 100, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+def _proposals(rng: np.random.Generator, count: int) -> Proposals:
+    corner = rng.uniform(0, 40, (count, 2))
+    return Proposals(np.concatenate([corner, corner + rng.uniform(1, 55, (count, 2))], 1).astype(np.float32),
+                     rng.uniform(0, 1, count).astype(np.float32))
+
+
+def test_written_then_read_is_the_same_sorted_best_first(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    written = {7: _proposals(rng, 5), 3: _proposals(rng, 1), 9: _proposals(rng, 0)}
+    skips = Skips()
+    assert write_proposals(tmp_path / "new folder" / "p.json", written) == 6
+    read = read_proposals(tmp_path / "new folder" / "p.json", [_image(i) for i in (3, 7, 9)], skips)
+    assert read.keys() == {3, 7}
+    assert skips.lines() == []
+    for image_id, found in read.items():
+        order = np.argsort(-written[image_id].scores)
+        np.testing.assert_allclose(found.boxes, written[image_id].boxes[order], atol=0.011)
+        np.testing.assert_allclose(found.scores, written[image_id].scores[order], atol=1e-5)
+        assert (np.diff(found.scores) <= 0).all()
+        assert found.boxes.dtype == found.scores.dtype == np.float32
+    assert [p.name for p in (tmp_path / "new folder").iterdir()] == ["p.json"]
+
+
+def test_file_is_coco_results_form(tmp_path: Path) -> None:
+    write_proposals(tmp_path / "p.json", {4: Proposals(np.array([[10, 20, 40, 25]], np.float32), np.array([0.5], np.float32))})
+    assert json.loads((tmp_path / "p.json").read_text()) == [{"image_id": 4, "bbox": [10, 20, 30, 5], "score": 0.5}]
+
+
+def test_equal_scores_keep_the_files_order(tmp_path: Path) -> None:
+    entries = [{"image_id": 1, "bbox": [k, 0, 10, 10], "score": 1} for k in range(20)]
+    (tmp_path / "p.json").write_text(json.dumps(entries))
+    assert read_proposals(tmp_path / "p.json", [_image(1)], Skips())[1].boxes[:, 0].tolist() == list(range(20))
+
+
+def test_box_over_the_edge_is_cut_to_the_image(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('[{"image_id": 1, "bbox": [-5, 90, 300, 30.5], "score": 1}]')
+    assert read_proposals(tmp_path / "p.json", [_image(1)], Skips())[1].boxes.tolist() == [[0, 90, 200, 100]]
+
+
+def test_bad_entries_are_skipped_with_reason_and_number(tmp_path: Path) -> None:
+    good = {"image_id": 1, "bbox": [1, 1, 9, 9], "score": 0.5}
+    entries = [good, good | {"bbox": [1, 1, -9, 9]}, good | {"image_id": 2}, good | {"bbox": [1, 1, 9, float("nan")]},
+               good | {"score": float("inf")}, good | {"bbox": [1, 1, 9, 0]}, good | {"bbox": [1, 1, -2, 9]}]
+    (tmp_path / "p.json").write_text(json.dumps(entries))
+    skips = Skips()
+    read = read_proposals(tmp_path / "p.json", [_image(1)], skips)
+    assert len(read[1].boxes) == 1
+    by_word = {word: ids for reason, ids in skips.by_reason.items() for word in ("inverted", "not in", "not finite", "score is", "no area")
+               if word in reason}
+    assert by_word == {"inverted": [1, 6], "not in": [2], "not finite": [3], "score is": [4], "no area": [5]}
+
+
+def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text("old")
+    broken = Proposals(np.zeros((2, 4), np.float32), np.zeros(1, np.float32))
+    with pytest.raises(ValueError, match="zip"):
+        write_proposals(tmp_path / "p.json", {1: broken})
+    assert (tmp_path / "p.json").read_text() == "old"
+
+
+def test_empty_file_is_an_error(tmp_path: Path) -> None:
+    write_proposals(tmp_path / "p.json", {1: _proposals(np.random.default_rng(0), 0)})
+    with pytest.raises(HdovdError, match="no proposals"):
+        read_proposals(tmp_path / "p.json", [_image(1)], Skips())

@@ -1,0 +1,219 @@
+"""The training set: cached rows joined to boxes by annotation id, and caches that do not fit refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from PIL import Image
+
+from hdovd.cache.reader import FeatureCache
+from hdovd.cache.schema import Level
+from hdovd.coco import load_split
+from hdovd.config import Recipe
+from hdovd.errors import HdovdError
+from hdovd.pipelines.demo.world import BASE
+from hdovd.pipelines.extract_clip import extract_clip
+from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.training_set import TrainingSet
+from hdovd.protocol import load_protocol
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def _silent(_: str) -> None: ...
+
+
+def _training_set(world: Path, cache: Path, recipe: Recipe) -> TrainingSet:
+    split = load_split(world / "annotations" / "instances_train2017.json", world / "train2017",
+                       load_protocol(str(world / "protocol.toml")), base_only=True)
+    return TrainingSet(split, FeatureCache(cache), recipe, _silent)
+
+
+def _edit(world: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    file = world / "annotations" / "instances_train2017.json"
+    tree = json.loads(file.read_text())
+    change(tree)
+    file.write_text(json.dumps(tree))
+
+
+# --- rows ---
+
+def test_rows_are_those_of_the_annotations(world: Path, cache: Path, kept: list[int], micro_recipe: MakeRecipe) -> None:
+    root: Any = zarr.open_group(cache, mode="r")
+    stored = {int(a): row for row, a in enumerate(root["instance/annotation_id"][:]) if a >= 0}
+    embedding = root["instance/embedding"][:].astype(np.float32)
+    image_row = {int(i): row for row, i in enumerate(root["image/image_id"][:])}
+    annotations = {a["id"]: a for a in json.loads((world / "annotations" / "instances_train2017.json").read_text())["annotations"]}
+    data = _training_set(world, cache, micro_recipe("input.flip=0.0"))
+    assert [image.id for image in data.images] == kept
+    for index in range(len(data)):
+        picture, targets, image_id = data[index]
+        image = data.images[index]
+        assert picture.shape == (3, image.height, image.width)
+        assert picture.dtype == torch.uint8
+        for box, annotation_id, row in zip(targets.boxes, image.annotation_ids.tolist(), targets.embeddings, strict=True):
+            x, y, w, h = annotations[annotation_id]["bbox"]
+            assert annotations[annotation_id]["image_id"] == image_id
+            assert box.tolist() == [x, y, x + w, y + h]
+            torch.testing.assert_close(row, torch.from_numpy(embedding[stored[annotation_id]]), atol=1e-3, rtol=0)
+        for rows in (targets.embeddings, targets.pseudo_embeddings, targets.pseudo_texts):
+            torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)), atol=1e-3, rtol=0)
+        whole = torch.from_numpy(root["image/embedding"][image_row[image_id]].astype(np.float32))
+        torch.testing.assert_close(targets.image_embedding, whole, atol=1e-3, rtol=0)
+
+
+def test_pseudo_boxes_come_best_first_with_their_noun(world: Path, cache: Path, micro_recipe: MakeRecipe) -> None:
+    reader = FeatureCache(cache)
+    nouns = reader.embeddings(Level.NOUN)
+    data = _training_set(world, cache, micro_recipe("input.flip=0.0"))
+    seen = 0
+    for index in range(len(data)):
+        _, targets, image_id = data[index]
+        rows = reader.instances(image_id).proposals()
+        named = rows.noun >= 0
+        assert (np.diff(rows.score) <= 0).all()
+        np.testing.assert_array_equal(targets.pseudo_boxes.numpy(), rows.box[named])
+        np.testing.assert_allclose(targets.pseudo_texts.numpy(), nouns[rows.noun[named]], atol=1e-3)
+        np.testing.assert_allclose(targets.pseudo_embeddings.numpy(), rows.embedding[named], atol=1e-3)
+        seen += int(named.sum())
+    assert seen > 100
+
+
+def test_flip_keeps_boxes_pseudo_boxes_rows_and_pixels_together(world: Path, cache: Path, micro_recipe: MakeRecipe) -> None:
+    plain = _training_set(world, cache, micro_recipe("input.flip=0.0"))
+    mirrored = _training_set(world, cache, micro_recipe("input.flip=1.0"))
+    for index in range(len(plain)):
+        picture, targets, _ = plain[index]
+        flipped, other, _ = mirrored[index]
+        assert torch.equal(flipped, picture.flip(-1))
+        for name in ("labels", "embeddings", "pseudo_embeddings", "pseudo_texts", "image_embedding"):
+            assert torch.equal(getattr(other, name), getattr(targets, name)), name
+        width = picture.shape[2]
+        for one, two in ((targets.boxes, other.boxes), (targets.pseudo_boxes, other.pseudo_boxes)):
+            torch.testing.assert_close(two[:, 0] + one[:, 2], torch.full((len(one),), float(width)))
+            torch.testing.assert_close(two[:, 2] + one[:, 0], torch.full((len(one),), float(width)))
+            assert torch.equal(two[:, 1::2], one[:, 1::2])
+        for one, two in zip(targets.boxes.int().tolist(), other.boxes.int().tolist(), strict=True):  # whole pixels in this world
+            inside = picture[:, one[1]:one[3], one[0]:one[2]]
+            assert torch.equal(flipped[:, two[1]:two[3], two[0]:two[2]], inside.flip(-1))
+
+
+def test_flip_happens_as_often_as_asked(world: Path, cache: Path, micro_recipe: MakeRecipe) -> None:
+    plain, random = (_training_set(world, cache, micro_recipe(f"input.flip={flip}")) for flip in (0.0, 0.5))
+    torch.manual_seed(0)
+    flipped = sum(not torch.equal(random[0][0], plain[0][0]) for _ in range(60))
+    assert 15 < flipped < 45
+
+
+def test_switches_decide_what_is_read(world: Path, cache: Path, micro_recipe: MakeRecipe) -> None:
+    base_only = [f"loss.{level}.enabled=false" for level in ("instance", "class", "image")]
+    _, targets, _ = _training_set(world, cache, micro_recipe(*base_only))[0]
+    assert len(targets.pseudo_boxes) == 0
+    assert not targets.embeddings.any()
+    assert not targets.image_embedding.any()
+    _, targets, _ = _training_set(world, cache, micro_recipe(*base_only[:2]))[0]
+    assert len(targets.pseudo_boxes) == 0
+    assert targets.image_embedding.any()
+    _, targets, _ = _training_set(world, cache, micro_recipe(*base_only[1:]))[0]
+    assert len(targets.pseudo_boxes) > 0
+    assert targets.embeddings.any()
+
+
+# --- refusals ---
+
+def _move_box(tree: dict[str, Any]) -> None:
+    base = {c["id"] for c in tree["categories"] if c["name"] in BASE}
+    next(a for a in tree["annotations"] if a["category_id"] in base)["bbox"][2] -= 1
+
+
+def _renumber(tree: dict[str, Any]) -> None:
+    for a in tree["annotations"]:
+        a["id"] += 1000
+
+
+def _drop_image(tree: dict[str, Any]) -> None:
+    tree["images"] = [i for i in tree["images"] if i["id"] != 3]
+    tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] != 3]
+
+
+def _rename(tree: dict[str, Any]) -> None:
+    tree["images"][2]["file_name"] = tree["images"][3]["file_name"]
+
+
+@pytest.mark.parametrize(("change", "named", "other"), [
+    (_move_box, "base_boxes.hash", "images."), (_renumber, "base_boxes.hash", "images."),
+    (_drop_image, "images.count", "nothing"), (_rename, "images.hash", "base_boxes."),
+], ids=["moved box", "other annotation ids", "image left out", "other file"])
+def test_cache_of_other_data_is_refused_naming_the_input(copied_world: Path, cache: Path, micro_recipe: MakeRecipe,
+                                                         change: Callable[[dict[str, Any]], None], named: str, other: str) -> None:
+    _edit(copied_world, change)
+    with pytest.raises(HdovdError, match=named) as error:
+        _training_set(copied_world, cache, micro_recipe())
+    assert other not in str(error.value).replace(str(cache), "")
+    assert "hdovd extract-clip" in str(error.value)
+
+
+def test_image_level_alone_checks_the_image_list_alone(copied_world: Path, cache: Path, micro_recipe: MakeRecipe) -> None:
+    recipe = micro_recipe("loss.instance.enabled=false", "loss.class.enabled=false")
+    _edit(copied_world, _move_box)
+    _training_set(copied_world, cache, recipe)
+    _edit(copied_world, _drop_image)
+    with pytest.raises(HdovdError, match="image level.*\n.*images"):
+        _training_set(copied_world, cache, recipe)
+
+
+def test_validation_split_is_refused(world: Path, cache: Path, micro_recipe: MakeRecipe) -> None:
+    split = load_split(world / "annotations" / "instances_val2017.json", world / "val2017",
+                       load_protocol(str(world / "protocol.toml")), base_only=True)
+    with pytest.raises(HdovdError, match="does not fit"):
+        TrainingSet(split, FeatureCache(cache), micro_recipe(), _silent)
+
+
+def test_class_level_of_another_clip_is_refused(world: Path, copied_cache: Path, tmp_path: Path, save_clip: Callable[..., str],
+                                                extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe) -> None:
+    extract_clip(extraction(tmp_path / "other", clip=save_clip(tmp_path / "clip", seed=1)), _silent)
+    shutil.rmtree(copied_cache / "class")
+    shutil.copytree(tmp_path / "other" / "class", copied_cache / "class")
+    with pytest.raises(HdovdError, match=r"different CLIPs.*\n.*clip\.weights_sha256"):
+        _training_set(world, copied_cache, micro_recipe())
+
+
+def test_class_level_needs_nouns(world: Path, tmp_path: Path, extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe) -> None:
+    extract_clip(extraction(tmp_path / "cache", vocabulary=None, captions=None), _silent)
+    with pytest.raises(HdovdError, match=r"--vocabulary.*loss\.class\.enabled=false"):
+        _training_set(world, tmp_path / "cache", micro_recipe())
+    data = _training_set(world, tmp_path / "cache", micro_recipe("loss.class.enabled=false"))
+    assert len(data[0][1].pseudo_boxes) > 0
+
+
+def test_tampered_annotation_ids_are_refused(world: Path, copied_cache: Path, micro_recipe: MakeRecipe) -> None:
+    ids: Any = zarr.open_array(copied_cache / "instance" / "annotation_id", mode="r+")
+    values = ids[:]
+    first, second = np.flatnonzero(values >= 0)[:2]
+    values[[first, second]] = values[[second, first]]
+    ids[:] = values
+    data = _training_set(world, copied_cache, micro_recipe())
+    with pytest.raises(HdovdError, match="image 1 are of annotations"):
+        data[0]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "other size"])
+def test_picture_broken_after_extraction_is_named(copied_world: Path, cache: Path, micro_recipe: MakeRecipe, damage: str) -> None:
+    file = copied_world / "train2017" / "000000000001.jpg"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(file.read_bytes()[:1500])
+    else:
+        Image.new("RGB", (10, 10)).save(file)
+    data = _training_set(copied_world, cache, micro_recipe())
+    with pytest.raises(HdovdError, match="image 1: .*000000000001.jpg"):
+        data[0]
