@@ -122,8 +122,13 @@ class FeatureCache:
         return int(self._array(f"{Level.CLASS}/embedding").shape[1])
 
     def failed(self) -> dict[int, str]:
-        """Images that have no embeddings, with the reason."""
-        failed: Any = self._group(Level.INSTANCE).attrs["failed"]
+        """Images that lack embeddings at the image or the instance level, with the reason."""
+        return {image: reason for level in (Level.IMAGE, Level.INSTANCE) if level in self.levels()
+                for image, reason in self.failed_at(level).items()}
+
+    def failed_at(self, level: Level) -> dict[int, str]:
+        """Images that have no rows at the image or the instance level, with the reason."""
+        failed: Any = self._group(level).attrs["failed"]
         return {int(k): str(v) for k, v in failed.items()}
 
     def image_embedding(self, image_id: int) -> np.ndarray:

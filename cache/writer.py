@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -59,7 +59,8 @@ class CacheWriter:
 
     def __enter__(self) -> CacheWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}.partial-"))
+        self._partial = self.path.parent / f".{self.path.name}.partial-{uuid.uuid4().hex[:8]}"
+        self._open: list[LevelWriter] = []
         self._root = zarr.create_group(self._partial, attributes={"schema_version": SCHEMA_VERSION})
         return self
 
@@ -67,13 +68,15 @@ class CacheWriter:
         if kind is not None:
             shutil.rmtree(self._partial, ignore_errors=True)
             return
+        unfinished = [level for level in self._open if not level.closed]
+        if unfinished:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            raise HdovdError(f"{self.path}: {len(unfinished)} levels were not closed; nothing was written")
+        old = self.path.parent / f".{self.path.name}.old-{uuid.uuid4().hex[:8]}"
         if self.path.exists():
-            old = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}.old-"))
-            os.rename(self.path, old / "cache")
-            os.rename(self._partial, self.path)
-            shutil.rmtree(old)
-        else:
-            os.rename(self._partial, self.path)
+            os.rename(self.path, old)
+        os.rename(self._partial, self.path)
+        shutil.rmtree(old, ignore_errors=True)
 
     def copy_level(self, level: Level, source: Path) -> None:
         """Take over a level that did not change from another cache."""
@@ -89,7 +92,8 @@ class CacheWriter:
     def image_level(self, inputs: KeyInputs, image_ids: Sequence[int], dim: int) -> LevelWriter:
         group = self._level(Level.IMAGE, inputs, {})
         group.create_array("image_id", data=np.asarray(image_ids, np.int64))
-        return LevelWriter(group, {"embedding": _Rows(group, "embedding", len(image_ids), "float16", (dim,))})
+        columns = {"embedding": _Rows(group, "embedding", len(image_ids), "float16", (dim,))}
+        return self._writer(group, columns, image_ids, [1] * len(image_ids))
 
     def instance_level(self, inputs: KeyInputs, image_ids: Sequence[int], counts: Sequence[int], dim: int) -> LevelWriter:
         """Rows come image by image in the order of `image_ids`, `counts` of them an image."""
@@ -99,22 +103,33 @@ class CacheWriter:
         total = int(sum(counts))
         columns = {"embedding": _Rows(group, "embedding", total, "float16", (dim,))}
         columns |= {name: _Rows(group, name, total, dtype, extra) for name, (dtype, extra) in INSTANCE_COLUMNS.items()}
-        return LevelWriter(group, columns)
+        return self._writer(group, columns, image_ids, counts)
+
+    def _writer(self, group: zarr.Group, columns: dict[str, _Rows], image_ids: Sequence[int], counts: Sequence[int]) -> LevelWriter:
+        self._open.append(LevelWriter(group, columns, image_ids, counts))
+        return self._open[-1]
 
     def _level(self, level: Level, inputs: KeyInputs, attributes: dict[str, Any]) -> zarr.Group:
         return self._root.create_group(level, attributes={"key": key_of(inputs), "key_inputs": inputs, **attributes})
 
 
 class LevelWriter:
-    """Appends rows to the columns of one level; `close` checks that all have come."""
+    """Appends rows to the columns of one level, image by image in the order announced; `close` checks that all have come."""
 
-    def __init__(self, group: zarr.Group, columns: dict[str, _Rows]) -> None:
+    def __init__(self, group: zarr.Group, columns: dict[str, _Rows], image_ids: Sequence[int], counts: Sequence[int]) -> None:
         self._group, self._columns = group, columns
+        self._expected = iter(zip(image_ids, counts, strict=True))
+        self.closed = False
 
     def append(self, image_id: int, **rows: np.ndarray) -> None:
         """Rows of one image, every column of the level; `embedding` (n, D) is float32 and L2-normalised."""
         if rows.keys() != self._columns.keys():
             raise ValueError(f"columns {sorted(rows)}, expected {sorted(self._columns)}")
+        expected = next(self._expected, None)
+        counts = sorted({len(values) for values in rows.values()})
+        if expected is None or image_id != expected[0] or counts != [expected[1]]:
+            announced = f"{expected[1]} rows of image {expected[0]}" if expected else "no more"
+            raise HdovdError(f"cache level {self._group.path}: got {counts} rows of image {image_id}, expected {announced}")
         rows["embedding"] = _normalised(rows["embedding"], lambda i: f"row {i} of image {image_id}")
         for name, values in rows.items():
             self._columns[name].append(values)
@@ -124,6 +139,7 @@ class LevelWriter:
         for column in self._columns.values():
             column.close()
         self._group.attrs["failed"] = {str(k): v for k, v in failed.items()}
+        self.closed = True
 
 
 def _normalised(rows: np.ndarray, name: Callable[[int], str]) -> np.ndarray:

@@ -38,7 +38,7 @@ def extract_clip(
     from hdovd.pipelines.extract_clip import extract_clip as run
     from hdovd.pipelines.nouns import read_vocabulary
 
-    lines = DEFAULT_TEMPLATES if templates is None else read_vocabulary(templates)
+    lines = DEFAULT_TEMPLATES if templates is None else read_vocabulary(templates, "--templates")
     run(ExtractConfig(DataPaths(data, images, annotations), cache, clip, pretrained, proposals, vocabulary, captions, protocol,
                       tuple(lines), device, precision, activation, batch_size, workers, overwrite))
     typer.echo(f"next: hdovd train --cache {cache} --out RUN ...")

@@ -24,6 +24,7 @@ def propose(
     backbone_out: Annotated[
         Path | None, typer.Option("--backbone-out", help="Also keep the trained backbone: weights that hdovd train can start from.")
     ] = None,
+    min_score: Annotated[float, typer.Option(min=0, max=1, help="Lowest score of a proposal.")] = 0.0,
     device: options.Device = "auto",
 ) -> None:
     """Train a class-agnostic proposal network on base boxes, and write proposals for the training images.
@@ -32,9 +33,11 @@ def propose(
     """
     from hdovd.coco import DataPaths
     from hdovd.config import load_recipe
+
+    loaded = load_recipe(recipe, set_ or [])  # before torch is imported: a mistake shows at once
     from hdovd.pipelines.propose import ProposeJob
     from hdovd.pipelines.propose import propose as run
 
-    run(ProposeJob(DataPaths(data, images, annotations), out, load_recipe(recipe, set_ or []), protocol, top, overlap, min_side, device,
-                   backbone_out))
+    run(ProposeJob(DataPaths(data, images, annotations), out, loaded, protocol, top=top, overlap=overlap,
+                   min_side=min_side, min_score=min_score, device=device, backbone_out=backbone_out))
     typer.echo(f"next: hdovd extract-clip --proposals {out} ...")

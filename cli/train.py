@@ -31,9 +31,10 @@ def train(
     Next: hdovd eval OUT.
     """
     from hdovd.coco import DataPaths
+
+    loaded = load_recipe(recipe, [*(PRESETS[preset.value] if preset else ()), *(set_ or [])])  # before torch: a mistake shows at once
     from hdovd.pipelines.train import TrainJob
     from hdovd.pipelines.train import train as run
 
-    settings = [*(PRESETS[preset.value] if preset else ()), *(set_ or [])]
-    run(TrainJob(DataPaths(data, images, annotations), cache, out, load_recipe(recipe, settings), protocol, device, overwrite))
+    run(TrainJob(DataPaths(data, images, annotations), cache, out, loaded, protocol, device, overwrite))
     typer.echo(f"next: hdovd eval {out} ...")

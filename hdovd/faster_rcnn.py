@@ -115,7 +115,8 @@ class FasterRCNN(nn.Module):
                               for p, t in zip(proposals, targets, strict=True)), strict=True)
         deltas, c, d = self.head(self.pool(features, list(rois)))
         matched, boxes, labels, weights = self._assign(matches, targets, len(texts))
-        prompts = torch.cat([texts, *(t.pseudo_texts for t in targets), self.background[None]])
+        pseudo_texts = [t.pseudo_texts for t in targets] if self.recipe.loss.class_.enabled else []
+        prompts = torch.cat([texts, *pseudo_texts, self.background[None]])
         is_base = labels < len(texts)
         wanted = _CODER.encode_single(boxes[matched.clamp(min=0)], torch.cat(rois)) if len(boxes) else torch.zeros_like(deltas)
         losses = {
@@ -132,6 +133,7 @@ class FasterRCNN(nn.Module):
         """Number the boxes of the batch and give every RoI its box, label and weight.
 
         Returns matched (R,) box number or -1, boxes (B, 4), labels (R,) as in `losses.classwise`, weights (R,).
+        Without the class level a RoI of a pseudo box has no prompt of its own: weight 0, and the background's label.
         """
         level, pseudo = self.recipe.loss.class_, self.recipe.pseudo_boxes
         boxes = torch.cat([t.all_boxes for t in targets])
@@ -139,12 +141,13 @@ class FasterRCNN(nn.Module):
         for match, t in zip(matches, targets, strict=True):
             matched.append(torch.where(match >= 0, match + first_box, -1))
             count = len(t.pseudo_boxes)
-            labels += [t.labels, base_count + first_pseudo + torch.arange(count, device=boxes.device)]
+            own = torch.arange(count, device=boxes.device) if level.enabled else torch.zeros(count, dtype=torch.int64, device=boxes.device)
+            labels += [t.labels, base_count + first_pseudo + own]
             trust = classwise.reliability(t.pseudo_embeddings, t.pseudo_texts, pseudo.reliability_centre,
                                           pseudo.reliability_width, pseudo.reliability_scale)
             weights += [torch.ones(len(t.boxes), device=boxes.device), trust * (level.weight if level.enabled else 0.0)]
             first_box += len(t.all_boxes)
-            first_pseudo += count
+            first_pseudo += count if level.enabled else 0
         roi_box = torch.cat(matched)
         background = base_count + first_pseudo
         box_labels = torch.cat([*labels, torch.tensor([background], device=boxes.device)])  # row -1 serves background

@@ -39,7 +39,7 @@ class Targets:
 
     def flipped(self, width: int) -> Targets:
         """Mirrored left to right in an image of `width` pixels; rows keep their places."""
-        return replace(self, boxes=_flip(self.boxes, width), pseudo_boxes=_flip(self.pseudo_boxes, width))
+        return replace(self, boxes=flip_boxes(self.boxes, width), pseudo_boxes=flip_boxes(self.pseudo_boxes, width))
 
     def scaled(self, x: float, y: float) -> Targets:
         """All coordinates multiplied by the resize factors of the two axes."""
@@ -54,5 +54,6 @@ class Targets:
                        pseudo_texts=self.pseudo_texts[keep])
 
 
-def _flip(boxes: Tensor, width: int) -> Tensor:
+def flip_boxes(boxes: Tensor, width: int) -> Tensor:
+    """Boxes (n, 4) xyxy mirrored left to right in an image of `width` pixels."""
     return torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)

@@ -57,7 +57,7 @@ class ClipTeacher:
     @torch.inference_mode()
     def embed_names(self, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
         """Names -> (n, D) float32: mean over templates of normalised embeddings, normalised again (METHOD section 2)."""
-        texts = [template.format(name) for name in names for template in templates]
+        texts = [template.replace("{}", name) for name in names for template in templates]
         rows = []
         for start in range(0, len(texts), _TEXT_BATCH):
             with self._autocast():
@@ -87,8 +87,9 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
     overrides = {} if quick_gelu == bool(config.get("quick_gelu", False)) else {"quick_gelu": quick_gelu}
     torchscript = _is_torchscript(pretrained)
     try:
-        net, _, preprocess = open_clip.create_model_and_transforms(
-            model, None if torchscript else pretrained, device=target, load_weights=True, pretrained_text=False, **overrides)
+        net = open_clip.create_model(model, None if torchscript else pretrained, device=target, pretrained_text=False,
+                                     require_pretrained=not torchscript, **overrides)
+        preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg), is_train=False)
         if torchscript:
             _load_torchscript(net, str(pretrained))
         tokenizer = open_clip.get_tokenizer(model)
@@ -128,7 +129,7 @@ def _model_config(model: str, pretrained: str | None) -> dict[str, Any]:
             raise HdovdError(f"--clip {model}: no weights (*.safetensors, *.bin, *.pth) in {folder}")
         try:
             return dict(json.loads(file.read_text())["model_cfg"])
-        except (json.JSONDecodeError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise HdovdError(f"--clip {model}: {file} is no open_clip config ({error!r})") from error
     if model.startswith("hf-hub:"):
         try:
@@ -158,7 +159,7 @@ def _activation(model: str, pretrained: str | None, config: dict[str, Any], want
         return configured, [f"activation: {'quickgelu' if configured else 'gelu'}, from the model's own config"]
     tag = open_clip.get_pretrained_cfg(model, pretrained)
     if tag:
-        trained = bool(tag.get("quick_gelu", False))
+        trained = bool(tag.get("quick_gelu", configured))
         return trained, [f"activation: {'quickgelu' if trained else 'gelu'}, as tag {pretrained} was trained"]
     if _is_torchscript(pretrained) or _is_openai_file(Path(pretrained)):
         return True, ["activation: quickgelu, because the file is OpenAI's"]

@@ -16,16 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hdovd.errors import HdovdError
+from hdovd.pipelines.images import read_image
+
 CROP_RECIPE = "box, widened outwards to whole pixels"
-
-
-def read_image(path: Path, width: int, height: int) -> Image.Image:
-    """Decode a picture as RGB and check its size against the annotation. Raises OSError or ValueError."""
-    with Image.open(path) as file:
-        image = file.convert("RGB")
-    if image.size != (width, height):
-        raise ValueError(f"is {image.width}x{image.height}, the annotation says {width}x{height}")
-    return image
 
 
 def pixel_box(box: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
@@ -62,9 +56,7 @@ class CropDataset(Dataset[tuple[int, Tensor, str]]):
         job = self.jobs[index]
         try:
             image = read_image(job.path, job.width, job.height)
-        except FileNotFoundError:
-            return index, torch.zeros(0), f"{job.path}: no such file"
-        except (OSError, ValueError, SyntaxError) as error:
-            return index, torch.zeros(0), f"{job.path}: {error}"
+        except HdovdError as error:
+            return index, torch.zeros(0), str(error)
         pictures = [image, *(image.crop(pixel_box(box, job.width, job.height)) for box in job.boxes)]
         return index, torch.stack([self.transform(p) for p in pictures]), ""

@@ -9,6 +9,9 @@ def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one. Raises HdovdError for CUDA without a GPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise HdovdError("--device cuda: torch sees no GPU here; use --device cpu, or check the driver with nvidia-smi")
-    return torch.device(name)
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise HdovdError(f"--device {name}: torch sees no GPU here; use --device cpu, or check the driver with nvidia-smi")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise HdovdError(f"--device {name}: expected auto, cpu or cuda (or cuda:N)") from None

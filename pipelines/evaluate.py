@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from hdovd.coco import DataPaths, Split
 from hdovd.coco_ap import AveragePrecision, average_precision
-from hdovd.errors import HdovdError, shorten
+from hdovd.errors import HdovdError
 from hdovd.faster_rcnn import FasterRCNN
 from hdovd.inference import Detections, detect
-from hdovd.pipelines.crops import read_image
 from hdovd.pipelines.device import pick_device
+from hdovd.pipelines.images import read_pixels
+from hdovd.pipelines.loading import Batches
 from hdovd.pipelines.pictures import draw_detections
 from hdovd.pipelines.progress import progress
 from hdovd.pipelines.run_folder import RunFolder
@@ -55,20 +55,15 @@ class EvalResult:
     files: list[Path]
 
 
-class _Pictures(Dataset[tuple[int, Tensor | None, str]]):
+class _Pictures(Dataset[Tensor]):
     def __init__(self, split: Split) -> None:
         self.split = split
 
     def __len__(self) -> int:
         return len(self.split.images)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
-        image = self.split.images[index]
-        try:
-            picture = read_image(self.split.path(image), image.width, image.height)
-        except (OSError, ValueError, SyntaxError) as error:
-            return index, None, f"{self.split.path(image)}: {error}"
-        return index, torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1), ""
+    def __getitem__(self, index: int) -> Tensor:
+        return read_pixels(self.split, self.split.images[index])
 
 
 def evaluate(job: EvalJob, log: Callable[[str], None] = print) -> EvalResult:
@@ -76,8 +71,8 @@ def evaluate(job: EvalJob, log: Callable[[str], None] = print) -> EvalResult:
     run, device = RunFolder.open(job.run), pick_device(job.device)
     trained = run.protocol()
     protocol = trained if job.protocol is None else load_protocol(job.protocol)
-    if protocol.names != trained.names:
-        raise HdovdError(f"{job.run} was trained for the classes of protocol {trained.name}, not of {protocol.name}")
+    if (protocol.base, protocol.novel) != (trained.base, trained.novel):
+        raise HdovdError(f"{job.run} was trained for the base and novel classes of protocol {trained.name}, not of {protocol.name}")
     split = job.data.load("val2017", protocol, base_only=False, log=log)
     recipe = run.recipe()
     model = FasterRCNN(recipe, run.class_embeddings().shape[1], log=None)
@@ -102,16 +97,16 @@ def evaluate(job: EvalJob, log: Callable[[str], None] = print) -> EvalResult:
 
 
 def _detect(model: FasterRCNN, texts: Tensor, split: Split, protocol: Protocol, job: EvalJob) -> tuple[list[Detections], list[Detections]]:
-    """Detections of every image, with both scores and split-blind. Raises HdovdError if a picture cannot be read."""
+    """Detections of every image, with both scores and split-blind.
+
+    Raises HdovdError if a picture cannot be read: an AP without it would not be the protocol's.
+    """
     is_novel = torch.arange(len(protocol.names), device=texts.device) >= len(protocol.base)
-    loader = DataLoader(_Pictures(split), batch_size=job.batch_size, collate_fn=list, num_workers=job.workers)
+    batches = Batches(_Pictures(split), job.batch_size, job.workers, device=texts.device)
     combined: list[Detections] = []
     blind: list[Detections] = []
-    for samples in progress(loader, "eval", "batch"):
-        broken = [problem for _, _, problem in samples if problem]
-        if broken:
-            raise HdovdError(f"validation pictures cannot be read, and an AP without them would not be the protocol's: {shorten(broken)}")
-        for predictions in model.predict([picture.to(texts.device) for _, picture, _ in samples], texts):
+    for pictures in progress(batches, "eval", "batch", len(batches)):
+        for predictions in model.predict([picture.to(texts.device) for picture in pictures], texts):
             combined.append(detect(predictions, is_novel, model.recipe.inference))
             blind.append(detect(predictions, is_novel, model.recipe.inference, split_blind=True))
     return combined, blind

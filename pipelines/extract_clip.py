@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hdovd.cache.identity import KeyInputs, differences, key_of
+from hdovd.cache.identity import KeyInputs, differences
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
 from hdovd.cache.writer import CacheWriter, LevelWriter
@@ -87,17 +87,26 @@ def _proposals(config: ExtractConfig, split: Split, log: Callable[[str], None]) 
 
 def _plan(config: ExtractConfig, inputs: dict[Level, KeyInputs]) -> dict[Level, str]:
     """Per level "hit", or "extract" with the reason. Raises HdovdError if another cache would be overwritten."""
-    if not config.cache.exists():
+    if not config.cache.exists() or not any(config.cache.iterdir()):
         return dict.fromkeys(inputs, "extract: no cache yet")
-    cache = FeatureCache(config.cache)
+    try:
+        cache = FeatureCache(config.cache)
+    except HdovdError as error:
+        if not (config.cache / "zarr.json").is_file():
+            raise HdovdError(f"{config.cache} is not empty and is no feature cache: give another --cache") from error
+        if not config.overwrite:
+            raise HdovdError(f"{config.cache} is in the way: {error}\nGive another --cache, or --overwrite to replace it") from error
+        return dict.fromkeys(inputs, "extract: what is there cannot be used")
     plan, have = {}, cache.levels()
     for level, wanted in inputs.items():
         if level not in have:
             plan[level] = "extract: not in the cache yet"
-        elif cache.key(level) == key_of(wanted):
-            plan[level] = "hit"
+        elif lines := differences(wanted, cache.key_inputs(level)):
+            plan[level] = "extract: " + "; ".join(lines)
+        elif level in (Level.IMAGE, Level.INSTANCE) and (failed := cache.failed_at(level)):
+            plan[level] = f"extract: {len(failed)} images failed before"
         else:
-            plan[level] = "extract: " + "; ".join(differences(wanted, cache.key_inputs(level)))
+            plan[level] = "hit"
     if any("differs" in decision for decision in plan.values()) and not config.overwrite:
         raise HdovdError(f"{config.cache} holds a cache that was made from something else:\n"
                          + "\n".join(f"  {level}: {decision}" for level, decision in plan.items())

@@ -28,14 +28,14 @@ class Nouns:
         return self.by_image.get(image_id, ())
 
 
-def read_vocabulary(path: Path) -> tuple[str, ...]:
+def read_vocabulary(path: Path, option: str = "--vocabulary") -> tuple[str, ...]:
     """One name a line; blank lines and lines that begin with # do not count. Raises HdovdError if none is left."""
     if not path.is_file():
-        raise HdovdError(f"--vocabulary {path}: no such file; expected one name a line")
+        raise HdovdError(f"{option} {path}: no such file; expected one a line")
     lines = (line.strip() for line in path.read_text().splitlines())
     names = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     if not names:
-        raise HdovdError(f"--vocabulary {path} holds no name; expected one a line")
+        raise HdovdError(f"{option} {path} holds nothing; expected one a line")
     return names
 
 
@@ -50,7 +50,9 @@ def read_nouns(vocabulary: Path, captions: Path | None) -> Nouns:
     rows = {name.lower(): row for row, name in enumerate(names)}
     pattern = re.compile(r"\b(" + "|".join(re.escape(n) for n in sorted(rows, key=len, reverse=True)) + r")\b", re.IGNORECASE)
     found: dict[int, set[int]] = {}
-    for entry in tree["annotations"]:
+    for number, entry in enumerate(tree["annotations"]):
+        if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int) or not isinstance(entry.get("caption"), str):
+            raise HdovdError(f"{captions}: entry {number} of annotations is no {{image_id, caption}}: {str(entry)[:80]}")
         found.setdefault(entry["image_id"], set()).update(rows[word.lower()] for word in pattern.findall(entry["caption"]))
     if not any(found.values()):
         raise HdovdError(f"no caption of {captions} holds a word of {vocabulary} ({len(names)} names): are they of one language?")

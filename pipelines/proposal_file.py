@@ -32,7 +32,7 @@ def read_proposals(path: Path, images: list[ImageBoxes], skips: Skips) -> dict[i
     Raises HdovdError if the file is not of that form, is empty, or fits none of the images.
     """
     entries = read_json(path, "proposals")
-    if not isinstance(entries, list) or not all(isinstance(e, dict) and {"image_id", "bbox", "score"} <= e.keys() for e in entries):
+    if not isinstance(entries, list) or not all(map(_is_entry, entries)):
         raise HdovdError(f"{path} is no proposal file: expected COCO results JSON, a list of {{image_id, bbox: [x, y, w, h], score}}")
     if not entries:
         raise HdovdError(f"{path} holds no proposals; make them with hdovd propose, or leave --proposals out to cache base boxes alone")
@@ -52,6 +52,10 @@ def read_proposals(path: Path, images: list[ImageBoxes], skips: Skips) -> dict[i
         raise HdovdError(f"{path} holds no usable proposal for the {len(images)} training images (ids {shorten(list(sizes), 4)}):\n"
                          + "\n".join(skips.lines()))
     return {image_id: _sorted(found) for image_id, found in rows.items()}
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("image_id"), int) and {"bbox", "score"} <= entry.keys()
 
 
 def write_proposals(path: Path, proposals: dict[int, Proposals]) -> int:

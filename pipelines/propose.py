@@ -9,28 +9,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision.ops import nms
+from torch.utils.data import Dataset
+from torchvision.ops import box_iou, nms
 
 from hdovd.coco import DataPaths, Split
 from hdovd.config import Recipe
-from hdovd.errors import HdovdError
-from hdovd.pipelines.crops import read_image
 from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.fit import fit, shuffled
+from hdovd.pipelines.images import read_pixels
+from hdovd.pipelines.loading import Batches
 from hdovd.pipelines.progress import progress
 from hdovd.pipelines.proposal_file import Proposals, write_proposals
 from hdovd.proposer import ProposalNetwork
 from hdovd.protocol import load_protocol
+from hdovd.targets import flip_boxes
 
 
 @dataclass(frozen=True, slots=True)
 class ProposeJob:
-    """`top` proposals an image at most, both sides at least `min_side` pixels of the original image.
+    """`top` proposals an image at most, of `min_score` or more, both sides at least `min_side` pixels of the original image.
 
     A proposal that overlaps a base box or a better proposal by an IoU of more than `overlap` is left out.
     `backbone_out`: where to keep the trained backbone, a start for detectors where ImageNet weights do not fit.
@@ -43,6 +43,7 @@ class ProposeJob:
     top: int = 10
     overlap: float = 0.5
     min_side: float = 8.0
+    min_score: float = 0.0
     device: str = "auto"
     backbone_out: Path | None = None
 
@@ -58,14 +59,9 @@ class _Pictures(Dataset[tuple[Tensor, Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
         image = self.split.images[index]
-        try:
-            picture = read_image(self.split.path(image), image.width, image.height)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise HdovdError(f"image {image.id}: {self.split.path(image)}: {error}") from error
-        pixels, boxes = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1), torch.from_numpy(image.boxes)
-        if self.flip and torch.rand(()) < self.flip:
-            x0, y0, x1, y1 = boxes.unbind(1)
-            pixels, boxes = pixels.flip(-1), torch.stack([image.width - x1, y0, image.width - x0, y1], dim=1)
+        pixels, boxes = read_pixels(self.split, image), torch.from_numpy(image.boxes)
+        if torch.rand(()) < self.flip:
+            pixels, boxes = pixels.flip(-1), flip_boxes(boxes, image.width)
         return pixels, boxes, image.id
 
 
@@ -93,10 +89,9 @@ def propose(job: ProposeJob, log: Callable[[str], None] = print) -> dict[int, Pr
 
 def _propose(network: ProposalNetwork, split: Split, job: ProposeJob, device: torch.device) -> dict[int, Proposals]:
     base = {image.id: torch.from_numpy(image.boxes) for image in split.images}
-    loader = DataLoader(_Pictures(split, 0.0), batch_size=job.recipe.train.batch_size, collate_fn=list,
-                        num_workers=job.recipe.train.workers)
+    batches = Batches(_Pictures(split, 0.0), job.recipe.train.batch_size, job.recipe.train.workers, device=device)
     found = {}
-    for samples in progress(loader, "propose", "batch"):
+    for samples in progress(batches, "propose", "batch", len(batches)):
         for (boxes, scores), (_, _, image_id) in zip(network.propose([p.to(device) for p, _, _ in samples]), samples, strict=True):
             keep = select_proposals(boxes.cpu(), scores.cpu(), base[image_id], job)
             found[image_id] = Proposals(boxes.cpu()[keep].numpy(), scores.cpu()[keep].numpy())
@@ -104,12 +99,12 @@ def _propose(network: ProposalNetwork, split: Split, job: ProposeJob, device: to
 
 
 def select_proposals(boxes: Tensor, scores: Tensor, base: Tensor, job: ProposeJob) -> Tensor:
-    """Rows to keep of an image's proposals, best first: NMS in which the base boxes come before all others.
+    """Rows to keep of an image's proposals, best first: those that overlap a base box go, then NMS.
 
     Args:
         boxes: (n, 4), scores: (n,), base: (b, 4); xyxy pixels of the original image.
     """
-    large = ((boxes[:, 2:] - boxes[:, :2]) >= job.min_side).all(dim=1).nonzero().flatten()
-    first = torch.full((len(base),), torch.inf)
-    order = nms(torch.cat([base, boxes[large]]), torch.cat([first, scores[large]]), job.overlap)
-    return large[order[order >= len(base)] - len(base)][: job.top]
+    usable = ((boxes[:, 2:] - boxes[:, :2]) >= job.min_side).all(dim=1) & (scores >= job.min_score)
+    usable &= (box_iou(boxes, base) <= job.overlap).all(dim=1)
+    rows = usable.nonzero().flatten()
+    return rows[nms(boxes[rows], scores[rows], job.overlap)][: job.top]

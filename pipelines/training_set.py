@@ -17,8 +17,8 @@ from hdovd.cache.schema import Level
 from hdovd.coco import ImageBoxes, Split
 from hdovd.config import Recipe
 from hdovd.errors import HdovdError, shorten
-from hdovd.pipelines.crops import read_image
 from hdovd.pipelines.identities import data_inputs
+from hdovd.pipelines.images import read_pixels
 from hdovd.targets import Targets
 
 Sample = tuple[Tensor, Targets, int]  # picture (3, h, w) uint8 RGB, its targets, its image id
@@ -31,15 +31,16 @@ class TrainingSet(Dataset[Sample]):
         """Raises HdovdError if a level of the cache that the recipe uses does not fit the split."""
         self.split, self.cache, self.recipe = split, cache, recipe
         self.images = split.images
-        if recipe.loss.uses_cache:
-            self._check(log)
+        self._check()
+        self._leave_out_failed(log)
         self._nouns = torch.zeros(0, cache.dim)
         if recipe.loss.uses_pseudo_boxes and Level.NOUN in cache.levels():
             self._nouns = torch.from_numpy(cache.embeddings(Level.NOUN))
 
-    def _check(self, log: Callable[[str], None]) -> None:
+    def _check(self) -> None:
         loss, cache = self.recipe.loss, self.cache
-        cache.require_one_clip()
+        if loss.uses_cache:
+            cache.require_one_clip()
         wanted = data_inputs(self.images)
         if loss.image.enabled:
             cache.require(Level.IMAGE, wanted[Level.IMAGE])
@@ -48,6 +49,10 @@ class TrainingSet(Dataset[Sample]):
             if loss.class_.enabled and Level.NOUN not in cache.levels():
                 raise HdovdError(f"{cache.path} has no nouns, so no pseudo box has a text embedding: extract it with --vocabulary "
                                  "(and --captions), or train with --set loss.class.enabled=false")
+
+    def _leave_out_failed(self, log: Callable[[str], None]) -> None:
+        """Images that extraction could not read, in base-only runs too: runs that are compared see the same images."""
+        cache = self.cache
         failed = cache.failed()
         if failed:
             log(f"skipped {len(failed)}: image without embeddings ({shorten(list(failed))}); the cache says why")
@@ -61,13 +66,7 @@ class TrainingSet(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         image = self.images[index]
-        path = self.split.path(image)
-        try:
-            picture = read_image(path, image.width, image.height)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise HdovdError(f"image {image.id}: {path}: {error}") from error
-        pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
-        targets = self._targets(image)
+        pixels, targets = read_pixels(self.split, image), self._targets(image)
         if torch.rand(()) < self.recipe.input.flip:
             pixels, targets = pixels.flip(-1), targets.flipped(image.width)
         return pixels, targets, image.id

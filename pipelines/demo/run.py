@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hdovd.coco_ap import GROUPS
 from hdovd.errors import HdovdError
 from hdovd.pipelines.demo.teacher import demo_teacher
 from hdovd.pipelines.demo.world import make_world
 
 TRAIN_IMAGES, VAL_IMAGES = 1000, 250
 VARIANTS = {"base-only": ["--preset", "base-only"], "distilled": []}
-GROUPS = ("novel", "base", "all")
+MARKER = ".hdovd-demo"  # a folder that holds it is a demo's, and a new demo may clear it
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,12 @@ def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable
     """Run the demo; `command` runs one hdovd command line (without the word hdovd) in this process."""
     root = config.out
     if root.exists() and any(root.iterdir()):
-        if not (root / "world" / "protocol.toml").is_file():
+        if not (root / MARKER).is_file():
             raise HdovdError(f"{root} is not empty and is no demo folder: give another --out")
         log(f"starting {root} anew")
         shutil.rmtree(root)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / MARKER).touch()
     world = root / "world"
     result = DemoResult({v: {g: [] for g in GROUPS} for v in VARIANTS}, {v: {g: [] for g in GROUPS} for v in VARIANTS})
 
@@ -83,14 +86,16 @@ def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable
     with timed("teacher"):
         clip = demo_teacher(config.teacher_folder or user_cache_folder() / "teachers", log=log)
     data = ("--data", world, "--protocol", world / "protocol.toml")
-    proposals, cache = root / "proposals.json", root / "cache"
-    run("propose", "propose", *data, "--recipe", "demo", "--set", "train.epochs=5", "--overlap", 0.3, "--out", proposals)
+    proposals, cache, backbone = root / "proposals.json", root / "cache", root / "backbone.safetensors"
+    run("propose", "propose", *data, "--recipe", "demo", "--set", "train.epochs=6", "--overlap", 0.15, "--min-score", 0.65,
+        "--out", proposals, "--backbone-out", backbone)
     run("extract-clip", "extract-clip", *data, "--cache", cache, "--clip", clip, "--proposals", proposals,
         "--vocabulary", world / "vocabulary.txt", "--captions", world / "annotations" / "captions_train2017.json")
     for seed in range(config.seeds):
         for variant, options in VARIANTS.items():
             out = root / "runs" / f"{variant}-seed{seed}"
-            sets = [word for setting in (f"train.seed={seed}", *config.settings) for word in ("--set", setting)]
+            settings = (f"train.seed={seed}", f"detector.backbone.weights={backbone}", *config.settings)
+            sets = [word for setting in settings for word in ("--set", setting)]
             run(f"train {variant}", "train", *data, "--cache", cache, "--recipe", "demo", *options, *sets, "--out", out)
             run("eval", "eval", out, "--data", world, *(["--pictures", 8] if seed == 0 and variant == "distilled" else []))
             _collect(result, variant, out)

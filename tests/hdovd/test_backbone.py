@@ -82,7 +82,8 @@ def test_frozen_stages_have_no_gradient_and_the_others_do(name: str, stages: int
 
 def test_frozen_stages_do_not_change_in_training() -> None:
     built = build_backbone(config(frozen_stages=2), ignore).train()
-    before = {k: v.clone() for k, v in built.body.state_dict().items() if k.startswith(("conv1", "bn1", "layer1")) and v.is_floating_point()}
+    frozen = ("conv1", "bn1", "layer1")
+    before = {k: v.clone() for k, v in built.body.state_dict().items() if k.startswith(frozen) and v.is_floating_point()}
     built(torch.randn(2, 3, 64, 64))
     assert [k for k, v in before.items() if not torch.equal(v, built.body.state_dict()[k])] == []
 
@@ -183,7 +184,7 @@ def test_a_file_that_runs_code_is_refused(tmp_path: Path, suffix: str, plain_pic
     file, trace = tmp_path / f"weights{suffix}", tmp_path / "trace"
     value = {**tiny_state(), "extra": _Malicious(trace)}
     if plain_pickle:
-        file.write_bytes(pickle.dumps(value))
+        file.write_bytes(pickle.dumps(value, protocol=2))
     else:
         torch.save(value, file)
     with pytest.raises(HdovdError, match="safe to load"):

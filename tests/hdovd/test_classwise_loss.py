@@ -14,7 +14,8 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def naive_cosine(a: Tensor, b: Tensor) -> float:
-    return sum(float(x) * float(y) for x, y in zip(a, b, strict=True)) / math.sqrt(sum(float(x) ** 2 for x in a) * sum(float(y) ** 2 for y in b))
+    dot = lambda x, y: sum(float(v) * float(w) for v, w in zip(x, y, strict=True))  # noqa: E731
+    return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
 
 
 def naive_cross_entropy(logits: list[float], place: int) -> float:

@@ -134,12 +134,15 @@ def test_detections_of_one_class_alone(tmp_path: Path) -> None:
     assert found.ap50[[0, 1, 3, 4]].tolist() == [0, 0, 0, 0]
 
 
+def cat(number: int, image_id: int) -> dict[str, Any]:
+    return {"id": number, "image_id": image_id, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "area": 2000, "iscrowd": 0}
+
+
 @pytest.mark.parametrize("ids", [[0, 1], [1, 2]])
 def test_perfect_detections_score_100_also_for_annotation_id_0(tmp_path: Path, ids: list[int]) -> None:
     tree, _ = world(0)
-    tree["annotations"] = [{"id": number, "image_id": 1 + k, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "area": 2000, "iscrowd": 0}
-                           for k, number in enumerate(ids)]
-    detections = [{"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.9} for a in tree["annotations"]]
+    tree["annotations"] = [cat(number, 1 + k) for k, number in enumerate(ids)]
+    detections = [{"image_id": 1 + k, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "score": 0.9} for k in range(2)]
     found = compute(tmp_path, tree, detections)
     assert found.ap50[1] == pytest.approx(100.0)
     assert found.ap[1] == pytest.approx(100.0)
@@ -148,7 +151,7 @@ def test_perfect_detections_score_100_also_for_annotation_id_0(tmp_path: Path, i
 def test_by_hand(tmp_path: Path) -> None:
     """Two cats: a hit, a miss above it, and one cat never found: precision 1/2 up to recall 1/2."""
     tree, _ = world(0)
-    tree["annotations"] = [{"id": k, "image_id": k, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "area": 2000, "iscrowd": 0} for k in (1, 2)]
+    tree["annotations"] = [cat(1, 1), cat(2, 2)]
     detections = [{"image_id": 3, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "score": 0.9},
                   {"image_id": 1, "category_id": IDS["cat"], "bbox": [10, 10, 50, 30], "score": 0.8}]  # IoU 0.75
     found = compute(tmp_path, tree, detections)
@@ -184,7 +187,7 @@ def test_the_detections_given_are_left_as_they_are(tmp_path: Path) -> None:
 
 def test_more_than_100_detections_an_image_count_up_to_the_protocols_maximum(tmp_path: Path) -> None:
     tree, _ = world(0)
-    tree["annotations"] = [{"id": 1, "image_id": 1, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "area": 2000, "iscrowd": 0}]
+    tree["annotations"] = [cat(1, 1)]
     misses = [{"image_id": 1, "category_id": IDS["cat"], "bbox": [100, 100, 20, 20], "score": 0.9 - k * 1e-3} for k in range(120)]
     detections = [*misses, {"image_id": 1, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "score": 0.1}]
     assert compute(tmp_path, tree, detections).ap50[1] == pytest.approx(100 / 121)

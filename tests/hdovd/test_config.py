@@ -155,7 +155,7 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
 
 def test_base_only_turns_all_distillation_off() -> None:
     loss = load_recipe("demo", PRESETS["base-only"]).loss
-    assert not (loss.instance.enabled or loss.class_.enabled or loss.image.enabled)
+    assert [loss.instance.enabled, loss.class_.enabled, loss.image.enabled] == [False] * 3
     assert not loss.uses_pseudo_boxes
     assert not loss.uses_cache
     assert load_recipe("demo").loss.uses_cache

@@ -31,7 +31,8 @@ def naive_alignment(q: Tensor, e: Tensor, q_memory: Tensor, e_memory: Tensor, ta
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_equals_the_equation(n: int, held: int) -> None:
     q, e, q_memory, e_memory = rows(n, seed=1), rows(n, seed=2), rows(held, seed=3), rows(held, seed=4)
-    assert alignment_loss(q, e, q_memory, e_memory, 20.0).item() == pytest.approx(naive_alignment(q, e, q_memory, e_memory, 20.0), abs=1e-12)
+    expected = naive_alignment(q, e, q_memory, e_memory, 20.0)
+    assert alignment_loss(q, e, q_memory, e_memory, 20.0).item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_memories_of_both_sides_are_told_apart() -> None:

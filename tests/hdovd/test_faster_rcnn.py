@@ -4,6 +4,7 @@
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,7 +108,8 @@ def relation(q: list[Tensor], e: list[Tensor], tau: float, temperature: float) -
 
 def encode(box: list[float], roi: list[float]) -> list[float]:
     w, h, gw, gh = roi[2] - roi[0], roi[3] - roi[1], box[2] - box[0], box[3] - box[1]
-    return [10 * (box[0] + gw / 2 - roi[0] - w / 2) / w, 10 * (box[1] + gh / 2 - roi[1] - h / 2) / h, 5 * math.log(gw / w), 5 * math.log(gh / h)]
+    centre = [10 * (box[0] + gw / 2 - roi[0] - w / 2) / w, 10 * (box[1] + gh / 2 - roi[1] - h / 2) / h]
+    return [*centre, 5 * math.log(gw / w), 5 * math.log(gh / h)]
 
 
 Memories = dict[str, list[Tensor]]
@@ -126,7 +128,8 @@ def naive_losses(model: FasterRCNN, images: list[Tensor], targets: list[Targets]
     counted = 0
     q, e = [], []
     for i, t in enumerate(targets):
-        ring = torch.cat([TEXTS, *(targets[(i + step) % len(targets)].pseudo_texts for step in range(len(targets))), model.background[None]])
+        in_turn = [targets[(i + step) % len(targets)].pseudo_texts for step in range(len(targets))]
+        ring = torch.cat([TEXTS, *in_turn, model.background[None]])
         for r, k in enumerate(matches[i].tolist()):
             logits = [50.0 * cosine(c[i][r], prompt) for prompt in ring]
             is_base = 0 <= k < len(t.boxes)
@@ -170,7 +173,8 @@ def test_losses_equal_the_method_over_steps_with_filled_queues() -> None:
         assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=2e-4, abs=2e-5)
     assert len(memories["q"]) == 7
     assert len(memories["g"]) == 5
-    for queue, name in ((model.student_queue, "q"), (model.teacher_queue, "e"), (model.image_student_queue, "g"), (model.image_teacher_queue, "f")):
+    queues = {"q": model.student_queue, "e": model.teacher_queue, "g": model.image_student_queue, "f": model.image_teacher_queue}
+    for name, queue in queues.items():
         torch.testing.assert_close(queue.read(), torch.stack(memories[name]), atol=1e-5, rtol=0)
 
 
@@ -255,8 +259,7 @@ def test_levels_switch_off_one_by_one(settings: list[str], absent: set[str]) -> 
 def test_without_the_class_level_pseudo_texts_have_no_say() -> None:
     """Then the prompts are [t_base; bg], and RoIs on pseudo boxes weigh nothing."""
     images, targets = batch()
-    other = [Targets(*(unit(len(t.pseudo_texts), DIM, seed=77 + i) if name == "pseudo_texts" else getattr(t, name) for name in Targets.__slots__))
-             for i, t in enumerate(targets)]
+    other = [replace(t, pseudo_texts=unit(len(t.pseudo_texts), DIM, seed=77 + i)) for i, t in enumerate(targets)]
     off = ("loss.class.enabled=false",)
     one, two = run(detector(*off), images, targets), run(detector(*off), images, other)
     assert one["instance_alignment"] > 0
@@ -331,7 +334,7 @@ def test_predict_scores_and_boxes_equal_loops_in_original_pixels() -> None:
             expected = [min(max(cx - w / 2, 0), width) / x, min(max(cy - h / 2, 0), height) / y,
                         min(max(cx + w / 2, 0), width) / x, min(max(cy + h / 2, 0), height) / y]
             assert prediction.boxes[r].tolist() == pytest.approx(expected, abs=1e-3)
-            logits = [50 * cosine(c[i][r], prompt) for prompt in [*texts, model.background]]
+            logits = [50 * cosine(c[i][r], prompt) for prompt in [*texts, model.background.detach()]]
             s1 = [math.exp(-cross_entropy(logits, k)) for k in range(6)]
             assert prediction.class_probability[r].tolist() == pytest.approx(s1, abs=1e-4)
             s2 = [1 / (1 + math.exp(-20 * cosine(d[i][r], text))) for text in texts]

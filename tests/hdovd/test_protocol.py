@@ -7,9 +7,9 @@ import pytest
 from hdovd.errors import HdovdError
 from hdovd.protocol import load_protocol, parse_protocol, shipped_protocols
 
-BASE = ("person, bicycle, car, motorcycle, train, truck, boat, bench, bird, horse, sheep, bear, zebra, giraffe, backpack, handbag, suitcase, "
-        "frisbee, skis, kite, surfboard, bottle, fork, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, pizza, donut, chair, "
-        "bed, toilet, tv, laptop, mouse, remote, microwave, oven, toaster, refrigerator, book, clock, vase, toothbrush")
+BASE = ("person, bicycle, car, motorcycle, train, truck, boat, bench, bird, horse, sheep, bear, zebra, giraffe, backpack, handbag, "
+        "suitcase, frisbee, skis, kite, surfboard, bottle, fork, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, pizza, "
+        "donut, chair, bed, toilet, tv, laptop, mouse, remote, microwave, oven, toaster, refrigerator, book, clock, vase, toothbrush")
 NOVEL = "airplane, bus, cat, dog, cow, elephant, umbrella, tie, snowboard, skateboard, cup, knife, cake, couch, keyboard, sink, scissors"
 
 
@@ -78,5 +78,5 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(HdovdError, match="ov-lvis.*ov-coco"):
+    with pytest.raises(HdovdError, match=r"ov-lvis.*ov-coco"):
         load_protocol("ov-lvis")

@@ -141,7 +141,7 @@ def test_scored_proposals_are_those_of_forward_best_first() -> None:
         torch.testing.assert_close(same, boxes)
         assert len(scores) == len(same) > 0
         assert (scores.diff() <= 0).all()
-        assert 0 < scores.min()
+        assert scores.min() > 0
         assert scores.max() < 1
         assert same.min() >= 0
         assert (same <= torch.tensor([width, height, width, height])).all()

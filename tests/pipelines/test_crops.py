@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from PIL import Image
 
-from hdovd.pipelines.crops import pixel_box, read_image
+from hdovd.pipelines.crops import pixel_box
 
 
 @pytest.mark.parametrize(("box", "expected"), [
@@ -36,15 +33,3 @@ def test_any_box_gives_pixels_that_hold_it() -> None:
         assert x1 - 1 <= box[2] <= x1
         assert y0 <= box[1] < y0 + 1
         assert y1 - 1 <= box[3] <= y1
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK"])
-def test_picture_of_any_kind_is_read_as_rgb(tmp_path: Path, mode: str) -> None:
-    Image.new(mode, (20, 10)).save(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
-    assert read_image(next(tmp_path.iterdir()), 20, 10).mode == "RGB"
-
-
-def test_size_that_disagrees_names_both(tmp_path: Path) -> None:
-    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="20x10.*10x20"):
-        read_image(tmp_path / "a.png", 10, 20)

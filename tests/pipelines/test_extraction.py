@@ -126,8 +126,8 @@ def test_class_and_noun_embeddings_are_means_over_templates(cache: Path, tmp_pat
     assert reader.names(Level.CLASS) == [*BASE, *NOVEL]
     for level in (Level.CLASS, Level.NOUN):
         with torch.no_grad():
-            each = torch.stack([torch.nn.functional.normalize(model.encode_text(tokenizer([t.format(n) for n in reader.names(level)])), dim=1)
-                                for t in TEMPLATES])
+            texts = [tokenizer([t.format(name) for name in reader.names(level)]) for t in TEMPLATES]
+            each = torch.stack([torch.nn.functional.normalize(model.encode_text(rows), dim=1) for rows in texts])
         wanted = torch.nn.functional.normalize(each.mean(dim=0), dim=1)
         assert _cosine(wanted, reader.embeddings(level)).min() >= 0.9999
         np.testing.assert_allclose(np.linalg.norm(reader.embeddings(level), axis=1), 1, atol=1e-3)

@@ -196,7 +196,7 @@ def test_without_proposals_base_boxes_alone_are_cached(tmp_path: Path, extractio
 def test_vocabulary_without_names(tmp_path: Path, extraction: Config, content: str | None) -> None:
     if content is not None:
         (tmp_path / "words.txt").write_text(content)
-    with pytest.raises(HdovdError, match="--vocabulary.*words.txt"):
+    with pytest.raises(HdovdError, match=r"--vocabulary.*words.txt"):
         extract_clip(extraction(tmp_path / "cache", vocabulary=tmp_path / "words.txt"), _silent)
 
 
@@ -217,7 +217,7 @@ def test_captions_that_cannot_be_used(tmp_path: Path, extraction: Config, conten
 def test_options_that_need_another(tmp_path: Path, extraction: Config) -> None:
     with pytest.raises(HdovdError, match="--captions needs --vocabulary"):
         extraction(tmp_path / "cache", vocabulary=None)
-    with pytest.raises(HdovdError, match="--vocabulary.*--proposals"):
+    with pytest.raises(HdovdError, match=r"--vocabulary.*--proposals"):
         extraction(tmp_path / "cache", proposals=None)
 
 

@@ -21,7 +21,7 @@ INSTANCE, IMAGE, CLASS, NOUN = Level.INSTANCE, Level.IMAGE, Level.CLASS, Level.N
 
 
 def _image(image_id: int, count: int, **changes: Any) -> ImageBoxes:
-    boxes = (np.arange(count * 4).reshape(-1, 4) + [0, 0, 10, 10]).astype(np.float32)
+    boxes = (np.arange(count * 4).reshape(-1, 4) + np.array([0, 0, 10, 10])).astype(np.float32)
     values = {"id": image_id, "file_name": f"{image_id}.jpg", "width": 64, "height": 48, "boxes": boxes,
               "labels": np.zeros(count, np.int64), "annotation_ids": np.arange(count) + 100 * image_id}
     return ImageBoxes(**(values | changes))
@@ -49,9 +49,10 @@ def _with_image(number: int, change: Callable[[ImageBoxes], ImageBoxes]) -> Call
 def _moved_box(values: dict[str, Any]) -> None:
     """The last box of image 1 becomes the first of image 2: the same boxes in the same order."""
     one, two = values["images"][:2]
-    values["images"][:2] = [
-        replace(one, boxes=one.boxes[:1], annotation_ids=one.annotation_ids[:1]),
-        replace(two, boxes=np.concatenate([one.boxes[1:], two.boxes]), annotation_ids=np.concatenate([one.annotation_ids[1:], two.annotation_ids]))]
+    boxes = np.concatenate([one.boxes[1:], two.boxes])
+    ids = np.concatenate([one.annotation_ids[1:], two.annotation_ids])
+    values["images"][:2] = [replace(one, boxes=one.boxes[:1], annotation_ids=one.annotation_ids[:1]),
+                            replace(two, boxes=boxes, annotation_ids=ids)]
 
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], set[Level]]] = {

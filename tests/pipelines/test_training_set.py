@@ -166,7 +166,7 @@ def test_image_level_alone_checks_the_image_list_alone(copied_world: Path, cache
     _edit(copied_world, _move_box)
     _training_set(copied_world, cache, recipe)
     _edit(copied_world, _drop_image)
-    with pytest.raises(HdovdError, match="image level.*\n.*images"):
+    with pytest.raises(HdovdError, match=r"image level.*\n.*images"):
         _training_set(copied_world, cache, recipe)
 
 
@@ -215,5 +215,5 @@ def test_picture_broken_after_extraction_is_named(copied_world: Path, cache: Pat
     else:
         Image.new("RGB", (10, 10)).save(file)
     data = _training_set(copied_world, cache, micro_recipe())
-    with pytest.raises(HdovdError, match="image 1: .*000000000001.jpg"):
+    with pytest.raises(HdovdError, match=r"image 1: .*000000000001.jpg"):
         data[0]

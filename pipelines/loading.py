@@ -1,0 +1,52 @@
+"""Batches of samples from a data set, with worker processes whose errors stay readable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from hdovd.errors import HdovdError
+
+Sample = TypeVar("Sample")
+
+
+class _Guarded(Dataset[Any]):
+    """Hands an HdovdError over as the item: raised in a worker it would arrive with a traceback in its text."""
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.data[index]
+        except HdovdError as error:
+            return error
+
+
+class Batches(Generic[Sample]):
+    """Lists of samples: in order, or shuffled by a seed (anew every epoch, and then without a last batch that is not full)."""
+
+    def __init__(self, data: Dataset[Sample], batch_size: int, workers: int, *, device: torch.device,
+                 shuffle_seed: int | None = None) -> None:
+        shuffle = shuffle_seed is not None
+        generator = torch.Generator().manual_seed(shuffle_seed) if shuffle_seed is not None else None
+        self._loader = DataLoader(
+            _Guarded(data), batch_size, shuffle=shuffle, generator=generator, collate_fn=list, num_workers=workers,
+            persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+            drop_last=shuffle and len(data) >= batch_size)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        for batch in self._loader:
+            for sample in batch:
+                if isinstance(sample, HdovdError):
+                    raise sample
+            yield batch
