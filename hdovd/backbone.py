@@ -56,10 +56,7 @@ def build_backbone(config: BackboneConfig, log: Callable[[str], None] | None) ->
         widths = [body.fc.in_features // 2**k for k in (3, 2, 1, 0)]
     if log is not None:
         _initialise(body, config, log)
-    stages = ["conv1", "layer1", "layer2", "layer3", "layer4"]
-    for name, parameter in body.named_parameters():
-        if name.split(".")[0] in (*stages[: config.frozen_stages], *(["bn1"] if config.frozen_stages else [])):
-            parameter.requires_grad_(False)
+    _freeze(body, config.frozen_stages)
     levels = sorted(config.levels)
     return BackboneWithFPN(
         body,
@@ -67,6 +64,19 @@ def build_backbone(config: BackboneConfig, log: Callable[[str], None] | None) ->
         in_channels_list=[widths[level - 2] for level in levels],
         out_channels=config.fpn_channels,
     )
+
+
+def _freeze(body: nn.Module, stages: int) -> None:
+    """Freeze the first stages (1: the stem): their weights, and the statistics of their batch norms."""
+    frozen = {name for names in [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)][:stages] for name in names}
+    for path, module in list(body.named_modules()):
+        if path.split(".")[0] in frozen:
+            module.requires_grad_(False)
+            if isinstance(module, nn.BatchNorm2d):
+                fixed = FrozenBatchNorm2d(module.num_features)
+                fixed.load_state_dict(module.state_dict())
+                parent, _, name = path.rpartition(".")
+                setattr(body.get_submodule(parent), name, fixed)
 
 
 def _initialise(body: nn.Module, config: BackboneConfig, log: Callable[[str], None]) -> None:
@@ -82,7 +92,7 @@ def _initialise(body: nn.Module, config: BackboneConfig, log: Callable[[str], No
         state = _read(Path(config.weights))
         log(f"backbone {config.name}: weights from {config.weights}")
     wanted = {k: v for k, v in body.state_dict().items() if not k.startswith("fc.")}
-    state = {k: v for k, v in state.items() if k in wanted}
+    state = {k: v for k, v in state.items() if k in wanted and isinstance(v, Tensor)}
     missing = sorted(k for k in wanted.keys() - state.keys() if not k.endswith("num_batches_tracked"))
     wrong = sorted(k for k, v in state.items() if v.shape != wanted[k].shape)
     if missing or wrong:
@@ -110,6 +120,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise HdovdError(f"backbone weights {path}: no such file")
     try:
-        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise HdovdError(f"backbone weights {path}: not a .safetensors file or a state dict that is safe to load ({error})") from error
+    if not isinstance(state, dict):
+        raise HdovdError(f"backbone weights {path}: expected a state dict, names to tensors; found {type(state).__name__}")
+    return state

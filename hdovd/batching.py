@@ -26,7 +26,7 @@ def batch_images(images: list[Tensor], config: InputConfig) -> tuple[ImageList, 
     for image in images:
         height, width = image.shape[-2:]
         scale = min(config.short_side / min(height, width), config.long_side / max(height, width))
-        size = (round(height * scale), round(width * scale))
+        size = (max(round(height * scale), 1), max(round(width * scale), 1))
         pixels = (image.float() / 255 - mean) / std
         if size != (height, width):
             pixels = F.interpolate(pixels[None], size, mode="bilinear", align_corners=False)[0]

@@ -84,9 +84,11 @@ def clip_box(xywh: Any, width: int, height: int) -> tuple[list[float] | None, st
         return None, "box is inverted (negative width or height)"
     if w * h == 0:
         return None, "box has no area"
-    box = [max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))]
-    if box[2] <= box[0] or box[3] <= box[1]:
+    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         return None, "box lies outside the image"
+    box = [float(np.float32(v)) for v in (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))]
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return None, "box has no area"
     return box, ""
 
 
@@ -108,7 +110,9 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
     label_of, coco_ids = _labels(tree["categories"], protocol, annotations)
     images, skips = _images(tree["images"], annotations), Skips()
     boxes: dict[int, list[tuple[list[float], int, int]]] = {i: [] for i in images}
-    for a in tree["annotations"]:
+    for number, a in enumerate(tree["annotations"]):
+        if not {"id", "image_id", "category_id", "bbox"} <= a.keys():
+            raise HdovdError(f"{annotations}: annotation {a.get('id', f'number {number}')} lacks one of id, image_id, category_id, bbox")
         image = images.get(a["image_id"])
         if image is None:
             raise HdovdError(f"{annotations}: annotation {a.get('id')} is for image {a['image_id']}, which is not in its "
@@ -138,6 +142,8 @@ def _too_small(image: dict[str, Any], protocol: Protocol, skips: Skips) -> bool:
 
 
 def _labels(categories: list[dict[str, Any]], protocol: Protocol, file: Path) -> tuple[dict[int, int], tuple[int, ...]]:
+    if not all({"id", "name"} <= c.keys() for c in categories):
+        raise HdovdError(f"{file}: a category lacks id or name")
     id_of = {c["name"]: c["id"] for c in categories}
     absent = [name for name in protocol.names if name not in id_of]
     if absent:

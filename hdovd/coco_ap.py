@@ -17,7 +17,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from hdovd.coco import read_json
+from hdovd.coco import clip_box, read_json
 from hdovd.protocol import Protocol
 
 GROUPS = ("novel", "base", "all")
@@ -74,7 +74,9 @@ def average_precision(annotations: Path, coco_ids: tuple[int, ...], image_ids: I
     """
     wanted_images, wanted_classes = set(image_ids), set(coco_ids)
     tree = read_json(annotations, "annotations")
-    kept = [a for a in tree["annotations"] if a["image_id"] in wanted_images and a["category_id"] in wanted_classes]
+    size = {i["id"]: (i["width"], i["height"]) for i in tree["images"]}
+    kept = [a for a in tree["annotations"] if a["image_id"] in wanted_images and a["category_id"] in wanted_classes
+            and clip_box(a["bbox"], *size[a["image_id"]])[0] is not None]  # what `load_split` skipped is no object
     # pycocotools takes annotation id 0 for "unmatched": number them anew from 1
     truth = [{**a, "id": number, "iscrowd": a.get("iscrowd", 0), "area": a.get("area", a["bbox"][2] * a["bbox"][3])}
              for number, a in enumerate(kept, start=1)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from hdovd.errors import HdovdError
 
@@ -21,8 +21,9 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "base-only": ("loss.instance.enabled=false", "loss.class.enabled=false", "loss.image.enabled=false"),
 }
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0)]
 
@@ -40,6 +41,13 @@ class BackboneConfig(_Section):
     frozen_stages: Annotated[int, Field(ge=0, le=5)]  # 1 is the stem, 2 the stem and the first stage, ...
     fpn_channels: Count
     levels: Annotated[list[Annotated[int, Field(ge=2, le=5)]], Field(min_length=1)]  # 5 has stride 32; P6 is pooled
+
+    @field_validator("levels")
+    @classmethod
+    def _without_gaps(cls, levels: list[int]) -> list[int]:
+        if sorted(levels) != list(range(min(levels), max(levels) + 1)):
+            raise ValueError("levels must be without gaps, such as [2, 3, 4, 5]")
+        return sorted(levels)
 
 
 class RpnConfig(_Section):
@@ -70,14 +78,14 @@ class InputConfig(_Section):
     short_side: Count
     long_side: Count
     flip: Share
-    mean: Annotated[list[float], Field(min_length=3, max_length=3)]
-    std: Annotated[list[float], Field(min_length=3, max_length=3)]
+    mean: Annotated[list[Finite], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)]
 
 
 class PseudoBoxConfig(_Section):
     max_per_image: Count
     min_side: NonNegative  # both sides must be longer, pixels at the detector's input scale
-    reliability_centre: float
+    reliability_centre: Finite
     reliability_width: Positive
     reliability_scale: Positive
 
@@ -166,16 +174,16 @@ def load_recipe(name_or_file: str, sets: list[str] | tuple[str, ...] = ()) -> Re
     Raises HdovdError naming the key and the nearest valid one, or the wrong value.
     """
     if name_or_file in shipped_recipes():
-        text = resources.files("hdovd").joinpath("recipes", f"{name_or_file}.toml").read_text()
+        content = resources.files("hdovd").joinpath("recipes", f"{name_or_file}.toml").read_bytes()
     elif Path(name_or_file).is_file():
-        text = Path(name_or_file).read_text()
+        content = Path(name_or_file).read_bytes()
     else:
         near = difflib.get_close_matches(name_or_file, shipped_recipes(), 1)
         raise HdovdError(f"no recipe {name_or_file!r}{f', did you mean {near[0]!r}' if near else ''}: "
                          f"give one of {', '.join(shipped_recipes())}, or a TOML file")
     try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        tree = tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise HdovdError(f"recipe {name_or_file} is not valid TOML: {error}") from error
     for setting in sets:
         _apply(tree, setting)

@@ -52,15 +52,15 @@ def load_protocol(name_or_file: str) -> Protocol:
     Raises HdovdError if there is no such protocol, or if the file is not a valid one.
     """
     if name_or_file in shipped_protocols():
-        text = resources.files("hdovd").joinpath("protocols", f"{name_or_file}.toml").read_text()
+        content = resources.files("hdovd").joinpath("protocols", f"{name_or_file}.toml").read_bytes()
     elif Path(name_or_file).is_file():
-        text = Path(name_or_file).read_text()
+        content = Path(name_or_file).read_bytes()
     else:
         raise HdovdError(f"no protocol {name_or_file!r}: give one of {', '.join(shipped_protocols())}, or a TOML file "
                          "with name = \"...\", base = [...] and novel = [...]")
     try:
-        return parse_protocol(tomllib.loads(text))
-    except (tomllib.TOMLDecodeError, HdovdError) as error:
+        return parse_protocol(tomllib.loads(content.decode()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, HdovdError) as error:
         raise HdovdError(f"protocol {name_or_file}: {error}") from error
 
 
@@ -78,6 +78,6 @@ def parse_protocol(values: dict[str, Any]) -> Protocol:
     if twice or not values["base"]:
         raise HdovdError(f"named twice: {twice}" if twice else "base holds no class name")
     side, dets = (values.get(key, default) for key, default in _DEFAULTS.items())
-    if not isinstance(side, int) or not dets or not all(isinstance(d, int) and d > 0 for d in dets):
+    if not isinstance(side, int) or not isinstance(dets, list | tuple) or not dets or not all(isinstance(d, int) and d > 0 for d in dets):
         raise HdovdError(f"min_image_side_px must be a whole number and max_detections a list of them: {side!r}, {dets!r}")
     return Protocol(str(values["name"]), tuple(values["base"]), tuple(values["novel"]), side, tuple(dets))

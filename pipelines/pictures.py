@@ -17,13 +17,13 @@ SMALLEST_WIDTH_PX = 480
 
 
 def draw_detections(split: Split, detections: list[Detections], protocol: Protocol, folder: Path, count: int) -> list[Path]:
-    """Draw the `count` images with most novel objects, found at `SHOWN_SCORE` or above, beside the ground truth.
+    """Draw the first `count` images that hold a novel object, detections of `SHOWN_SCORE` or more beside the ground truth.
 
     Returns the PNG files written, `IMAGEID.png` each.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    novel_count = [int((image.labels >= len(protocol.base)).sum()) for image in split.images]
-    order = sorted(range(len(novel_count)), key=lambda i: -novel_count[i])[:count]
+    has_novel = [bool((image.labels >= len(protocol.base)).any()) for image in split.images]
+    order = sorted(range(len(has_novel)), key=lambda i: not has_novel[i])[:count]
     files = []
     for i in order:
         image, found = split.images[i], detections[i]
@@ -50,7 +50,7 @@ def _draw(picture: Image.Image, boxes: torch.Tensor, labels: list[int], scores: 
     canvas = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(14)
-    for k, (box, label) in enumerate(zip((boxes * scale).tolist(), labels, strict=True)):
+    for k, (box, label) in reversed(list(enumerate(zip((boxes * scale).tolist(), labels, strict=True)))):  # the best on top
         novel = label >= len(protocol.base)
         colour = NOVEL_COLOUR if novel else BASE_COLOUR
         text = protocol.names[label] + (f" {scores[k]:.2f}" if scores is not None else "") + (" novel" if novel else "")

@@ -24,6 +24,7 @@ def alignment_loss(student: Tensor, teacher: Tensor, student_memory: Tensor, tea
     if len(student) == 0:
         return student.sum()
     target = torch.arange(len(student), device=student.device)
-    to_teacher = tau * student @ torch.cat([teacher, teacher_memory]).T
-    to_student = tau * teacher @ torch.cat([student, student_memory]).T
+    with torch.autocast(student.device.type, enabled=False):
+        to_teacher = tau * student @ torch.cat([teacher, teacher_memory]).T
+        to_student = tau * teacher @ torch.cat([student, student_memory]).T
     return (F.cross_entropy(to_teacher, target) + F.cross_entropy(to_student, target)) / 2

@@ -3,6 +3,7 @@
 N images, C pyramid channels, D embedding size. The loss itself is `contrastive.alignment_loss`.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
@@ -31,4 +32,5 @@ class ImageHead(nn.Module):
             fused = fused + F.interpolate(level.float(), fused.shape[-2:], mode="bilinear", align_corners=False)
         areas = [fused.new_tensor([[0, 0, width, height]]) for height, width in image_sizes]
         pooled = roi_align(fused, areas, 7, spatial_scale=1 / stride, sampling_ratio=2, aligned=True)
-        return F.normalize(self.project(self.norm(pooled.mean(dim=(2, 3)))), dim=1)
+        with torch.autocast(fused.device.type, enabled=False):
+            return F.normalize(self.project(self.norm(pooled.mean(dim=(2, 3)))), dim=1)

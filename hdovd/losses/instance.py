@@ -44,6 +44,7 @@ def relation_loss(student: Tensor, teacher: Tensor, tau: float, temperature: flo
     """
     if len(student) == 0:
         return student.sum()
-    log_q = F.log_softmax(tau * student @ student.T / temperature, dim=1)
-    log_p = F.log_softmax(tau * teacher @ teacher.T / temperature, dim=1).detach()
+    with torch.autocast(student.device.type, enabled=False):
+        log_q = F.log_softmax(tau * student @ student.T / temperature, dim=1)
+        log_p = F.log_softmax(tau * teacher @ teacher.T / temperature, dim=1).detach()
     return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
