@@ -110,9 +110,13 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
     label_of, coco_ids = _labels(tree["categories"], protocol, annotations)
     images, skips = _images(tree["images"], annotations), Skips()
     boxes: dict[int, list[tuple[list[float], int, int]]] = {i: [] for i in images}
+    seen: set[int] = set()
     for number, a in enumerate(tree["annotations"]):
         if not {"id", "image_id", "category_id", "bbox"} <= a.keys():
             raise HdovdError(f"{annotations}: annotation {a.get('id', f'number {number}')} lacks one of id, image_id, category_id, bbox")
+        if a["id"] in seen:
+            raise HdovdError(f"{annotations}: annotation id {a['id']} stands twice; the cache joins rows by it, so number them anew")
+        seen.add(a["id"])
         image = images.get(a["image_id"])
         if image is None:
             raise HdovdError(f"{annotations}: annotation {a.get('id')} is for image {a['image_id']}, which is not in its "
@@ -145,6 +149,9 @@ def _labels(categories: list[dict[str, Any]], protocol: Protocol, file: Path) ->
     if not all({"id", "name"} <= c.keys() for c in categories):
         raise HdovdError(f"{file}: a category lacks id or name")
     id_of = {c["name"]: c["id"] for c in categories}
+    if len(id_of) < len(categories):
+        twice = sorted({c["name"] for c in categories if [d["name"] for d in categories].count(c["name"]) > 1})
+        raise HdovdError(f"{file}: categories of the same name: {shorten(list(twice))}; rename or merge them")
     absent = [name for name in protocol.names if name not in id_of]
     if absent:
         near = {name: get_close_matches(name, id_of, 1) for name in absent}

@@ -38,7 +38,6 @@ class ExtractReport:
     levels: dict[Level, str] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
 
 
 def extract_clip(config: ExtractConfig, log: Callable[[str], None] = print) -> ExtractReport:

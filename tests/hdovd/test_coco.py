@@ -203,6 +203,17 @@ def test_a_category_without_a_key(tmp_path: Path, key: str) -> None:
         load(tmp_path, [image(1)], [annotation(1, 1, CAT)], categories=broken)
 
 
+def test_an_annotation_id_that_stands_twice(tmp_path: Path) -> None:
+    """Cached rows are joined by annotation id."""
+    with pytest.raises(HdovdError, match=r"instances\.json.*annotation id 1 .*twice"):
+        load(tmp_path, [image(1)], [annotation(1, 1, CAT), annotation(1, 1, CAT)])
+
+
+def test_categories_of_the_same_name(tmp_path: Path) -> None:
+    with pytest.raises(HdovdError, match=r"instances\.json.*same name.*" + CATEGORIES[0]["name"]):
+        load(tmp_path, [image(1)], [annotation(1, 1, CAT)], categories=[*CATEGORIES, {"id": 99, "name": CATEGORIES[0]["name"]}])
+
+
 def test_an_image_id_that_stands_twice(tmp_path: Path) -> None:
     with pytest.raises(HdovdError, match=r"instances\.json.*image id 1 .*twice"):
         load(tmp_path, [image(1), image(1)], [annotation(1, 1, CAT)])
