@@ -22,7 +22,7 @@ setup: $(VENV)/installed
 # uv installs torch together with the torchvision that fits it, and is many times faster than pip.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("hdovd needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { echo "python3 cannot make virtual environments here: apt-get install python3-venv"; exit 1; }
 	"$(BIN)/python" -m pip install --quiet uv
 	"$(BIN)/python" -m uv pip install --quiet --python "$(BIN)/python" --editable ".[dev]"
 	touch $(VENV)/installed

@@ -145,16 +145,29 @@ class FeatureCache:
         embedding = np.asarray(source[rows], np.float32)
         return InstanceRows(embedding, *(self._table(f"{Level.INSTANCE}/{name}")[rows] for name in INSTANCE_COLUMNS))
 
+    def hold(self, level: Level) -> None:
+        """Read the tables of the image or instance level now, so that worker processes forked later share them."""
+        names = ("embedding",) if level is Level.IMAGE else ("offset", *INSTANCE_COLUMNS)
+        for name in names:
+            self._table(f"{level}/{name}")
+        if level is Level.INSTANCE and self._array(f"{level}/embedding").nbytes <= HELD_IN_MEMORY_BYTES:
+            self._table(f"{level}/embedding")
+        self._row_table(level)
+
     def _row(self, level: Level, image_id: int) -> int:
-        name = f"{level}/row_of"
-        if name not in self._tables:
-            ids = self._table(f"{level}/image_id")
-            self._tables[name] = np.stack([ids[order := np.argsort(ids)], order])
-        ids, rows = self._tables[name]
+        ids, rows = self._row_table(level)
         at = int(np.searchsorted(ids, image_id))
         if at == len(ids) or ids[at] != image_id:
             raise HdovdError(f"{self.path}: level {level} has no rows of image {image_id}")
         return int(rows[at])
+
+    def _row_table(self, level: Level) -> np.ndarray:
+        """(2, N): image ids in order, and their rows."""
+        name = f"{level}/row_of"
+        if name not in self._tables:
+            ids = self._table(f"{level}/image_id")
+            self._tables[name] = np.stack([ids[order := np.argsort(ids)], order])
+        return self._tables[name]
 
     def _group(self, level: Level) -> zarr.Group:
         if level not in self._root:

@@ -54,14 +54,15 @@ class _Rows:
 class CacheWriter:
     """A new cache at `path`, built beside it and renamed into place on a clean exit of the `with` block."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, skipped: dict[str, list[int | str]] | None = None) -> None:
+        """`skipped`: ids by reason of what the input files hold and the cache does not, kept with it in full."""
+        self.path, self._skipped = path, skipped or {}
 
     def __enter__(self) -> CacheWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = self.path.parent / f".{self.path.name}.partial-{uuid.uuid4().hex[:8]}"
         self._open: list[LevelWriter] = []
-        self._root = zarr.create_group(self._partial, attributes={"schema_version": SCHEMA_VERSION})
+        self._root = zarr.create_group(self._partial, attributes={"schema_version": SCHEMA_VERSION, "skipped": self._skipped})
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:

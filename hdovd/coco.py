@@ -22,7 +22,7 @@ from hdovd.protocol import Protocol
 
 @dataclass(slots=True)
 class Skips:
-    """What was left out, by reason; every entry is an id. Printed in full as counts, listed on request."""
+    """What was left out, by reason; every entry is an id. Printed as counts with the first ids; caches and runs keep all."""
 
     by_reason: dict[str, list[int | str]] = field(default_factory=dict)
 

@@ -82,7 +82,7 @@ def average_precision(annotations: Path, coco_ids: tuple[int, ...], image_ids: I
              for number, a in enumerate(kept, start=1)]
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        coco.dataset = {"images": [i for i in tree["images"] if i["id"] in wanted_images], "annotations": truth,
+        coco.dataset = {"info": {}, "images": [i for i in tree["images"] if i["id"] in wanted_images], "annotations": truth,
                         "categories": [c for c in tree["categories"] if c["id"] in wanted_classes]}
         coco.createIndex()
         found = coco.loadRes([dict(d) for d in detections]) if detections else COCO()

@@ -18,6 +18,14 @@ from hdovd.errors import HdovdError
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 
 
+class _FloatAnchors(AnchorGenerator):
+    """torchvision's anchors take the feature maps' dtype; in bfloat16 their coordinates would be off by pixels."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        anchors: list[Tensor] = super().forward(image_list, [m.new_empty(m.shape, dtype=torch.float32) for m in feature_maps])
+        return anchors
+
+
 class _FloatRPNHead(RPNHead):
     """torchvision's head; its outputs are float32 under autocast too, as decoding and NMS want them."""
 
@@ -92,7 +100,7 @@ def build_rpn(config: RpnConfig, channels: int, level_count: int, *, kind: type[
                          "(backbone.levels and one pooled level): give one list of sizes a level")
     if len({len(sizes) for sizes in config.anchor_sizes}) != 1:
         raise HdovdError(f"detector.rpn.anchor_sizes {config.anchor_sizes}: every level needs the same number of sizes")
-    anchors = AnchorGenerator(tuple(map(tuple, config.anchor_sizes)), (ASPECT_RATIOS,) * level_count)
+    anchors = _FloatAnchors(tuple(map(tuple, config.anchor_sizes)), (ASPECT_RATIOS,) * level_count)
     return kind(
         anchors,
         _FloatRPNHead(channels, len(config.anchor_sizes[0]) * len(ASPECT_RATIOS)),

@@ -80,6 +80,8 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
     Raises HdovdError if the model or its weights cannot be had, or if the activation is not the one wanted.
     """
     target = pick_device(device)
+    if ":" in model and pretrained is not None:
+        raise HdovdError(f"--pretrained goes with a model name; {model} brings its own weights")
     if precision is Precision.FP16 and target.type == "cpu":
         raise HdovdError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     config = _model_config(model, pretrained)
@@ -100,7 +102,7 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
                          "Offline nodes: fetch it where there is internet, then give --pretrained FILE or --clip local-dir:PATH") from error
     net.eval().requires_grad_(False)
     _check_activation(net, quick_gelu)
-    identity = {
+    identity: dict[str, Any] = {
         "architecture": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
         "name": "local" if model.startswith("local-dir:") else model,
         "weights_sha256": _hash_weights(net),
@@ -108,6 +110,9 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
         "precision": str(precision),
         "preprocessing": {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(net.visual.preprocess_cfg.items())},
     }
+    shown = ", ".join(f"{k} {v}" for k, v in identity["preprocessing"].items() if k in ("size", "mean", "std", "resize_mode"))
+    from_file = pretrained is not None and not open_clip.get_pretrained_cfg(model, pretrained)
+    notes.append(f"preprocessing: {shown}" + (f"; open_clip's default for {model}, as a file does not say" if from_file else ""))
     dim = _embedding_size(net, preprocess, target)
     return ClipTeacher(net, preprocess, tokenizer, target, precision, dim, identity, tuple(notes))
 

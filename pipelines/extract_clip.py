@@ -6,6 +6,7 @@ whose inputs did not change is taken over from the cache that is there.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
 from hdovd.pipelines.crops import CropDataset, CropJob
 from hdovd.pipelines.extract_config import ExtractConfig
 from hdovd.pipelines.identities import level_inputs
+from hdovd.pipelines.images import read_image
 from hdovd.pipelines.nouns import Nouns, named_novel, read_nouns
 from hdovd.pipelines.progress import progress
 from hdovd.pipelines.proposal_file import NO_PROPOSALS, Proposals, read_proposals
@@ -53,17 +55,19 @@ def extract_clip(config: ExtractConfig, log: Callable[[str], None] = print) -> E
     for note in clip.notes:
         log(note)
     inputs = level_inputs(clip.identity, split.images, proposals, nouns, protocol.names, config.templates)
-    report = ExtractReport(levels=_plan(config, inputs))
+    report = ExtractReport(levels=_plan(config, inputs, split))
     for level, decision in report.levels.items():
         log(f"{level:9s} {decision}")
     if all(decision == "hit" for decision in report.levels.values()):
         log(f"{config.cache} is up to date: nothing to extract")
         return report
-    with CacheWriter(config.cache) as writer:
+    with CacheWriter(config.cache, skipped=split.skips.by_reason) as writer:
         for level, decision in report.levels.items():
             if decision == "hit":
                 writer.copy_level(level, config.cache)
         _Extraction(config, split, proposals, nouns, clip, inputs, writer, report).run()
+        if len(report.failed) == len(split.images):
+            raise HdovdError(f"no picture of {split.folder} can be read; first reason: {next(iter(report.failed.values()))}")
     for image_id, reason in list(report.failed.items())[:20]:
         log(f"failed: image {image_id}: {reason}")
     if report.failed:
@@ -84,7 +88,19 @@ def _proposals(config: ExtractConfig, split: Split, log: Callable[[str], None]) 
     return proposals
 
 
-def _plan(config: ExtractConfig, inputs: dict[Level, KeyInputs]) -> dict[Level, str]:
+def _readable_now(cache: FeatureCache, level: Level, split: Split) -> int:
+    """How many images that failed before can be read now."""
+    failed = cache.failed_at(level)
+    count = 0
+    for image in split.images:
+        if image.id in failed:
+            with contextlib.suppress(HdovdError):
+                read_image(split.path(image), image.width, image.height)
+                count += 1
+    return count
+
+
+def _plan(config: ExtractConfig, inputs: dict[Level, KeyInputs], split: Split) -> dict[Level, str]:
     """Per level "hit", or "extract" with the reason. Raises HdovdError if another cache would be overwritten."""
     if not config.cache.exists() or not any(config.cache.iterdir()):
         return dict.fromkeys(inputs, "extract: no cache yet")
@@ -102,8 +118,8 @@ def _plan(config: ExtractConfig, inputs: dict[Level, KeyInputs]) -> dict[Level, 
             plan[level] = "extract: not in the cache yet"
         elif lines := differences(wanted, cache.key_inputs(level)):
             plan[level] = "extract: " + "; ".join(lines)
-        elif level in (Level.IMAGE, Level.INSTANCE) and (failed := cache.failed_at(level)):
-            plan[level] = f"extract: {len(failed)} images failed before"
+        elif level in (Level.IMAGE, Level.INSTANCE) and (repaired := _readable_now(cache, level, split)):
+            plan[level] = f"extract: {repaired} images that failed before can be read now"
         else:
             plan[level] = "hit"
     if any("differs" in decision for decision in plan.values()) and not config.overwrite:
@@ -170,8 +186,7 @@ class _Extraction:
 
     def _embed(self, jobs: list[CropJob]) -> Iterator[tuple[int, np.ndarray]]:
         """The embeddings of every job in order, (1 + n, D): the image, then its boxes; zeros for a failed one."""
-        loader = DataLoader(CropDataset(jobs, self.clip.preprocess), batch_size=None, num_workers=self.config.workers,
-                            persistent_workers=False, pin_memory=self.clip.device.type == "cuda")
+        loader = DataLoader(CropDataset(jobs, self.clip.preprocess), batch_size=None, num_workers=self.config.workers)
         waiting: list[tuple[int, Tensor]] = []
         crops = 0
         with progress(None, "CLIP", "crop", sum(len(j.boxes) + 1 for j in jobs)) as bar:
@@ -205,9 +220,10 @@ def _append_instances(level: LevelWriter, image: ImageBoxes, proposals: Proposal
     base, extra = len(image.boxes), len(proposals.boxes)
     noun = np.full(base + extra, -1, np.int32)
     cosine = np.zeros(base + extra, np.float32)
-    offered = np.array(nouns.offered(image.id), np.int64) if nouns is not None else np.zeros(0, np.int64)
+    everything = nouns is not None and nouns.by_image is None
+    offered = np.array(nouns.offered(image.id) if nouns is not None else (), np.int64)
     if len(offered) and extra:
-        cosines = embeddings[base:] @ noun_rows[offered].T
+        cosines = embeddings[base:] @ (noun_rows if everything else noun_rows[offered]).T
         noun[base:] = offered[cosines.argmax(axis=1)]
         cosine[base:] = cosines.max(axis=1)
     level.append(

@@ -55,6 +55,7 @@ def fit(model: nn.Module, losses_of: Callable[[list[Sample]], dict[str, Tensor]]
                 schedule.step()
                 bar.update()
             on_epoch()
+            since = time.monotonic()
 
 
 def _means(window: list[dict[str, Tensor]], last_step: int, what: str) -> dict[str, float]:
@@ -69,9 +70,10 @@ def _means(window: list[dict[str, Tensor]], last_step: int, what: str) -> dict[s
     return dict(zip(window[0], table.mean(dim=0).tolist(), strict=True))
 
 
-def shuffled(data: Dataset[Sample], config: TrainConfig, device: torch.device) -> Batches[Sample]:
+def shuffled(data: Dataset[Sample], config: TrainConfig, device: torch.device,
+             on_error: Callable[[HdovdError], None] | None = None) -> Batches[Sample]:
     """The batches of a training run."""
-    return Batches(data, config.batch_size, config.workers, device=device, shuffle_seed=config.seed)
+    return Batches(data, config.batch_size, config.workers, device=device, shuffle_seed=config.seed, on_error=on_error)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

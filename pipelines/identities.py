@@ -39,7 +39,7 @@ def level_inputs(clip: KeyInputs, images: Sequence[ImageBoxes], proposals: dict[
         Level.CLASS: {**common, "templates": list(templates), "names": list(class_names)},
     }
     if nouns is not None:
-        offered = hash_tables(np.array(nouns.offered(i.id), np.int64) for i in images)
+        offered = "all" if nouns.by_image is None else hash_tables(np.array(nouns.offered(i.id), np.int64) for i in images)
         inputs[Level.NOUN] = {**common, "templates": list(templates), "names": list(nouns.vocabulary)}
         inputs[Level.INSTANCE]["nouns"] = {"vocabulary": hash_texts(nouns.vocabulary), "templates": list(templates),
                                            "offered": offered}

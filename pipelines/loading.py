@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -33,7 +33,11 @@ class Batches(Generic[Sample]):
     """Lists of samples: in order, or shuffled by a seed (anew every epoch, and then without a last batch that is not full)."""
 
     def __init__(self, data: Dataset[Sample], batch_size: int, workers: int, *, device: torch.device,
-                 shuffle_seed: int | None = None) -> None:
+                 shuffle_seed: int | None = None, on_error: Callable[[HdovdError], None] | None = None) -> None:
+        """`on_error`: is told of a sample that cannot be had, which is then left out; without it the error is raised."""
+        self._on_error = on_error
+        if workers:  # a file descriptor a tensor would run into the usual limit of 1024
+            torch.multiprocessing.set_sharing_strategy("file_system")
         shuffle = shuffle_seed is not None
         generator = torch.Generator().manual_seed(shuffle_seed) if shuffle_seed is not None else None
         self._loader = DataLoader(
@@ -46,7 +50,11 @@ class Batches(Generic[Sample]):
 
     def __iter__(self) -> Iterator[list[Sample]]:
         for batch in self._loader:
-            for sample in batch:
-                if isinstance(sample, HdovdError):
-                    raise sample
-            yield batch
+            good = [sample for sample in batch if not isinstance(sample, HdovdError)]
+            for error in batch:
+                if isinstance(error, HdovdError):
+                    if self._on_error is None:
+                        raise error
+                    self._on_error(error)
+            if good:
+                yield good

@@ -47,19 +47,39 @@ def read_nouns(vocabulary: Path, captions: Path | None) -> Nouns:
     tree = read_json(captions, "captions")
     if not isinstance(tree, dict) or not isinstance(tree.get("annotations"), list):
         raise HdovdError(f"{captions} is no COCO captions file: it needs annotations of {{image_id, caption}}")
-    rows = {name.lower(): row for row, name in enumerate(names)}
-    pattern = re.compile(r"\b(" + "|".join(re.escape(n) for n in sorted(rows, key=len, reverse=True)) + r")\b", re.IGNORECASE)
+    rows = {words(name): row for row, name in enumerate(names)}
+    longest = max(map(len, rows))
     found: dict[int, set[int]] = {}
     for number, entry in enumerate(tree["annotations"]):
         if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int) or not isinstance(entry.get("caption"), str):
             raise HdovdError(f"{captions}: entry {number} of annotations is no {{image_id, caption}}: {str(entry)[:80]}")
-        found.setdefault(entry["image_id"], set()).update(rows[word.lower()] for word in pattern.findall(entry["caption"]))
+        found.setdefault(entry["image_id"], set()).update(_matches(words(entry["caption"]), rows, longest))
     if not any(found.values()):
         raise HdovdError(f"no caption of {captions} holds a word of {vocabulary} ({len(names)} names): are they of one language?")
     return Nouns(names, {image_id: tuple(sorted(words)) for image_id, words in found.items()})
 
 
+def words(text: str) -> tuple[str, ...]:
+    """The words of a text in lower case, without punctuation."""
+    return tuple(re.findall(r"\w+", text.lower()))
+
+
+def _matches(caption: tuple[str, ...], rows: dict[tuple[str, ...], int], longest: int) -> list[int]:
+    """Rows of the names that stand in a caption; at every place the longest one, which takes its words."""
+    found, at = [], 0
+    while at < len(caption):
+        for length in range(min(longest, len(caption) - at), 0, -1):
+            row = rows.get(caption[at : at + length])
+            if row is not None:
+                found.append(row)
+                break
+        else:
+            length = 1
+        at += length
+    return found
+
+
 def named_novel(vocabulary: Sequence[str], novel: Sequence[str]) -> list[str]:
     """The novel class names that a vocabulary holds: allowed, since captions hold them, but reported."""
-    words = {name.lower() for name in vocabulary}
-    return [name for name in novel if name.lower() in words]
+    have = {words(name) for name in vocabulary}
+    return [name for name in novel if words(name) in have]

@@ -17,6 +17,7 @@ from torchvision.ops import box_iou, nms
 
 from hdovd.coco import DataPaths, Split
 from hdovd.config import Recipe
+from hdovd.errors import HdovdError
 from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.fit import fit, shuffled
 from hdovd.pipelines.images import read_pixels
@@ -76,20 +77,32 @@ def propose(job: ProposeJob, log: Callable[[str], None] = print) -> dict[int, Pr
         losses: dict[str, Tensor] = network([p.to(device) for p, _, _ in samples], [b.to(device) for _, b, _ in samples])
         return losses
 
-    fit(network, losses_of, shuffled(_Pictures(split, recipe.input.flip), recipe.train, device), recipe.train, device, "proposals")
+    unreadable: dict[str, None] = {}  # in the order met; extraction lists them too
+
+    def leave_out(error: HdovdError) -> None:
+        unreadable[str(error)] = None
+
+    fit(network, losses_of, shuffled(_Pictures(split, recipe.input.flip), recipe.train, device, leave_out), recipe.train, device,
+        "proposals")
     if job.backbone_out is not None:
         job.backbone_out.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in network.backbone.body.state_dict().items()}, job.backbone_out)
         log(f"wrote {job.backbone_out}: the backbone, for --set detector.backbone.weights=")
-    found = _propose(network.eval(), split, job, device)
+    found = _propose(network.eval(), split, job, device, leave_out)
+    for problem in unreadable:
+        log(f"skipped: {problem}")
+    if not found:
+        raise HdovdError(f"no training picture of {split.folder} can be read; first reason: {next(iter(unreadable))}")
     count = write_proposals(job.out, found)
     log(f"wrote {job.out}: {count} proposals for {len(found)} images, {count / len(found):.1f} an image")
     return found
 
 
-def _propose(network: ProposalNetwork, split: Split, job: ProposeJob, device: torch.device) -> dict[int, Proposals]:
+def _propose(network: ProposalNetwork, split: Split, job: ProposeJob, device: torch.device,
+             leave_out: Callable[[HdovdError], None]) -> dict[int, Proposals]:
     base = {image.id: torch.from_numpy(image.boxes) for image in split.images}
-    batches = Batches(_Pictures(split, 0.0), job.recipe.train.batch_size, job.recipe.train.workers, device=device)
+    batches = Batches(_Pictures(split, 0.0), job.recipe.train.batch_size, job.recipe.train.workers, device=device,
+                      on_error=leave_out)
     found = {}
     for samples in progress(batches, "propose", "batch", len(batches)):
         for (boxes, scores), (_, _, image_id) in zip(network.propose([p.to(device) for p, _, _ in samples]), samples, strict=True):

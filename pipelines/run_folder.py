@@ -24,6 +24,8 @@ from hdovd.config import Recipe, load_recipe
 from hdovd.errors import HdovdError
 from hdovd.protocol import Protocol, parse_protocol
 
+FILES = ("config.toml", "run.json", "class_embeddings.safetensors", "model.safetensors", "log.jsonl", "metrics.json", "detections.json")
+
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
@@ -36,7 +38,9 @@ class RunFolder:
         if (path / "run.json").exists():
             if not overwrite:
                 raise HdovdError(f"{path} holds a run already: give another --out, or --overwrite")
-            shutil.rmtree(path)
+            for name in FILES:
+                (path / name).unlink(missing_ok=True)
+            shutil.rmtree(path / "pictures", ignore_errors=True)
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.toml").write_text(recipe.to_toml())
         (path / "run.json").write_text(json.dumps({"protocol": protocol.to_dict(), **record}, indent=1))

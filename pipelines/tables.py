@@ -18,7 +18,7 @@ def result_table(result: EvalResult) -> str:
     absent = result.combined.without_ground_truth()
     if absent:
         lines.append(f"{len(absent)} classes without ground truth are left out of the means: {', '.join(absent)}")
-    else:
+    elif protocol.novel:
         base, novel = len(protocol.base), len(protocol.novel)
         lines.append(f"checked: all = ({base}*base + {novel}*novel)/{base + novel}")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hdovd.cache.reader import FeatureCache
-from hdovd.coco import DataPaths
+from hdovd.coco import DataPaths, Split
 from hdovd.config import LossConfig, Recipe
 from hdovd.faster_rcnn import FasterRCNN
 from hdovd.pipelines.device import pick_device
@@ -47,7 +47,7 @@ def train(job: TrainJob, log: Callable[[str], None] = print) -> RunFolder:
     class_embeddings = torch.from_numpy(cache.class_embeddings(protocol.names))
     torch.manual_seed(recipe.train.seed)
     model = FasterRCNN(recipe, cache.dim, log).to(device)
-    run = RunFolder.create(job.out, recipe, protocol, class_embeddings, _record(cache), overwrite=job.overwrite)
+    run = RunFolder.create(job.out, recipe, protocol, class_embeddings, _record(cache, split), overwrite=job.overwrite)
     log(f"{len(data)} images, {sum(len(i.boxes) for i in data.images)} base boxes of {len(protocol.base)} classes; "
         f"distillation levels: {enabled_levels(recipe.loss)}; {device}")
     texts = class_embeddings[: len(protocol.base)].to(device)
@@ -69,6 +69,6 @@ def enabled_levels(loss: LossConfig) -> str:
     return ", ".join(name for name, on in levels.items() if on) or "none (base-only)"
 
 
-def _record(cache: FeatureCache) -> dict[str, object]:
-    return {"cache": cache.identity(), "command": sys.argv,
+def _record(cache: FeatureCache, split: Split) -> dict[str, object]:
+    return {"cache": cache.identity(), "skipped": split.skips.by_reason, "command": sys.argv,
             "versions": {name: version(name) for name in ("hdovd", "torch", "torchvision", "zarr")}}

@@ -44,8 +44,10 @@ class TrainingSet(Dataset[Sample]):
         wanted = data_inputs(self.images)
         if loss.image.enabled:
             cache.require(Level.IMAGE, wanted[Level.IMAGE])
+            cache.hold(Level.IMAGE)
         if loss.uses_pseudo_boxes:
             cache.require(Level.INSTANCE, wanted[Level.INSTANCE])
+            cache.hold(Level.INSTANCE)
             if loss.class_.enabled and Level.NOUN not in cache.levels():
                 raise HdovdError(f"{cache.path} has no nouns, so no pseudo box has a text embedding: extract it with --vocabulary "
                                  "(and --captions), or train with --set loss.class.enabled=false")

@@ -191,3 +191,14 @@ def test_scores_are_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         scores, deltas = rpn.head(list(features.values()))
     assert {t.dtype for t in [*scores, *deltas]} == {torch.float32}
+
+
+def test_anchors_are_exact_under_autocast() -> None:
+    """In bfloat16 whole numbers above 256 are rounded, by up to 4 at 1333 pixels."""
+    rpn = build()
+    maps = [torch.zeros(1, 4, 8, 1344 >> level) for level in (3, 4)]
+    images = ImageList(torch.zeros(1, 3, 64, 1344), [(64, 1333)])
+    exact = rpn.anchor_generator(images, maps)[0]
+    low = rpn.anchor_generator(images, [m.bfloat16() for m in maps])[0]
+    assert low.dtype == torch.float32
+    assert torch.equal(low, exact)

@@ -219,6 +219,12 @@ def test_unknown_model() -> None:
         load_clip("ViT-Q-99", "openai")
 
 
+def test_weights_beside_a_local_dir_are_refused(clip: str) -> None:
+    """open_clip would ignore them."""
+    with pytest.raises(HdovdError, match="--pretrained goes with a model name"):
+        load_clip(clip, "openai")
+
+
 def test_missing_local_dir(tmp_path: Path) -> None:
     with pytest.raises(HdovdError, match=r"open_clip_config.json"):
         load_clip(f"local-dir:{tmp_path / 'none'}", None)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
+from hdovd.coco import DataPaths
 from hdovd.config import Recipe
 from hdovd.errors import HdovdError
 from hdovd.pipelines.extract_clip import extract_clip
@@ -97,6 +98,15 @@ def test_pictures_that_were_repaired_are_extracted(copied_world: Path, world: Pa
     reader = FeatureCache(tmp_path / "cache")
     assert reader.failed() == {}
     assert reader.image_embedding(MISSING).any()
+
+
+def test_no_readable_picture_is_an_error_and_leaves_no_cache(copied_world: Path, clip: str, tmp_path: Path) -> None:
+    for picture in (copied_world / "train2017").iterdir():
+        picture.unlink()
+    config = ExtractConfig(DataPaths(copied_world), tmp_path / "cache", clip, protocol=str(copied_world / "protocol.toml"), device="cpu")
+    with pytest.raises(HdovdError, match=r"no picture of .*no such file"):
+        extract_clip(config, lambda _: None)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_image_that_failed_in_one_level_alone_does_not_train(copied_world: Path, world: Path, tmp_path: Path, proposals: Path,

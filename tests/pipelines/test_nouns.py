@@ -62,3 +62,11 @@ def test_captions_in_another_language(tmp_path: Path) -> None:
 def test_leak_audit_names_the_novel_classes() -> None:
     assert named_novel(["Umbrella", "tree", "key"], ["key", "umbrella", "star"]) == ["key", "umbrella"]
     assert named_novel(["tree"], ["key"]) == []
+
+
+def test_the_longest_name_takes_its_words(tmp_path: Path) -> None:
+    captions = [(1, "A Fire  hydrant."), (2, "a t-shirt on fire"), (3, "fire; hydrant")]
+    nouns = _read(tmp_path, ["hydrant", "fire hydrant", "fire", "t-shirt"], captions)
+    assert nouns.offered(1) == (1,)
+    assert nouns.offered(2) == (2, 3)
+    assert nouns.offered(3) == (1,)

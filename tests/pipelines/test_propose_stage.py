@@ -74,9 +74,19 @@ def test_labels_do_not_matter(proposed: Path, copied_world: Path, micro_recipe: 
     assert (tmp_path / "p.json").read_bytes() == proposed.read_bytes()
 
 
-def test_broken_picture_is_named(copied_world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_broken_picture_is_left_out_and_named(copied_world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     (copied_world / "train2017" / "000000000003.jpg").unlink()
-    with pytest.raises(HdovdError, match=r"000000000003.jpg"):
+    said: list[str] = []
+    found = propose(_job(copied_world, tmp_path / "p.json", micro_recipe()), said.append)
+    assert 3 not in found
+    assert len(found) > 1
+    assert len([line for line in said if "skipped" in line and "000000000003.jpg" in line]) == 1
+
+
+def test_no_readable_picture_is_an_error(copied_world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    for picture in (copied_world / "train2017").iterdir():
+        picture.unlink()
+    with pytest.raises(HdovdError, match="no training picture"):
         propose(_job(copied_world, tmp_path / "p.json", micro_recipe()), _silent)
     assert not (tmp_path / "p.json").exists()
 
