@@ -7,14 +7,12 @@ A protocol is a small TOML file: `name`, `base`, `novel`, and optionally `min_im
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from hdovd.errors import HdovdError
-
-_DEFAULTS: dict[str, Any] = {"min_image_side_px": 32, "max_detections": (100, 300, 1000)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +37,9 @@ class Protocol:
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "base": list(self.base), "novel": list(self.novel),
                 "min_image_side_px": self.min_image_side_px, "max_detections": list(self.max_detections)}
+
+
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Protocol) if f.default is not MISSING}
 
 
 def shipped_protocols() -> list[str]:

@@ -74,25 +74,27 @@ def evaluate(job: EvalJob, log: Callable[[str], None] = print) -> EvalResult:
     if (protocol.base, protocol.novel) != (trained.base, trained.novel):
         raise HdovdError(f"{job.run} was trained for the base and novel classes of protocol {trained.name}, not of {protocol.name}")
     split = job.data.load("val2017", protocol, base_only=False, log=log)
-    recipe = run.recipe()
-    model = FasterRCNN(recipe, run.class_embeddings().shape[1], log=None)
+    recipe, texts = run.recipe(), run.class_embeddings()
+    model = FasterRCNN(recipe, texts.shape[1], log=None)
     run.load_model(model)
-    found = _detect(model.to(device).eval(), run.class_embeddings().to(device), split, protocol, job)
+    detections, blind_detections = _detect(model.to(device).eval(), texts.to(device), split, protocol, job)
     image_ids = [image.id for image in split.images]
-    combined, blind = (
-        average_precision(split.annotations, split.coco_ids, image_ids, _results(split, detections), protocol) for detections in found)
+    results = _results(split, detections)
+    combined = blind = average_precision(split.annotations, split.coco_ids, image_ids, results, protocol)
+    alpha = beta = 0.0
+    if recipe.loss.instance.enabled:  # else there is one score, and nothing to combine
+        alpha, beta = recipe.inference.alpha, recipe.inference.beta
+        blind = average_precision(split.annotations, split.coco_ids, image_ids, _results(split, blind_detections), protocol)
     for ap in (combined, blind):
         ap.check_weighted_mean()
-    has_distillation = recipe.loss.instance.enabled
-    alpha, beta = (recipe.inference.alpha, recipe.inference.beta) if has_distillation else (0.0, 0.0)
     files = [run.path / "metrics.json", run.path / "detections.json"]
     metrics = {"protocol": protocol.name, **combined.summary(), "split_blind": blind.summary(), "per_class": combined.per_class(),
                "images": len(image_ids), "alpha": alpha, "beta": beta,
                "classes_without_ground_truth": combined.without_ground_truth(), "cache": run.record()["cache"]}
     files[0].write_text(json.dumps(metrics, indent=1))
-    files[1].write_text(json.dumps(_results(split, found[0])))
+    files[1].write_text(json.dumps(results))
     if job.pictures:
-        files += draw_detections(split, found[0], protocol, run.path / "pictures", job.pictures)
+        files += draw_detections(split, detections, protocol, run.path / "pictures", job.pictures)
     return EvalResult(protocol, combined, blind, len(image_ids), alpha, beta, files)
 
 

@@ -56,8 +56,8 @@ class RunFolder:
             raise HdovdError(f"{path} has no model.safetensors: its training did not finish an epoch; train it again with --overwrite")
         return cls(path)
 
-    def recipe(self, sets: tuple[str, ...] = ()) -> Recipe:
-        return load_recipe(str(self.path / "config.toml"), sets)
+    def recipe(self) -> Recipe:
+        return load_recipe(str(self.path / "config.toml"))
 
     def record(self) -> dict[str, Any]:
         return dict(json.loads((self.path / "run.json").read_text()))

@@ -14,18 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# pytest puts this folder first on the import path, where tests/hdovd would stand before the package hdovd.
-HERE = Path(__file__).parent
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+import numpy as np
+import pytest
+import torch
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-from hdovd.coco import DataPaths  # noqa: E402
-from hdovd.config import Recipe, load_recipe  # noqa: E402
-from hdovd.pipelines.demo.world import BASE, make_world  # noqa: E402
-from hdovd.pipelines.extract_config import ExtractConfig  # noqa: E402
+from hdovd.coco import DataPaths
+from hdovd.config import Recipe, load_recipe
+from hdovd.pipelines.demo.world import BASE, make_world
+from hdovd.pipelines.extract_config import ExtractConfig
 
 TRAIN_IMAGES, VAL_IMAGES = 24, 8
 # The demo recipe cut to a second an epoch. Thresholds of zero: an untrained detector must still detect something.
