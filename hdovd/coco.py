@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -17,7 +18,11 @@ from typing import Any
 import numpy as np
 
 from hdovd.errors import HdovdError, shorten
+from hdovd.json_stream import JsonStream
 from hdovd.protocol import Protocol
+
+_PARTS = {"images", "annotations", "categories"}
+_IMAGE_KEYS = ("id", "file_name", "width", "height")
 
 
 @dataclass(slots=True)
@@ -64,7 +69,7 @@ class Split:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Parse a JSON file. Raises HdovdError naming it."""
+    """Parse a JSON file whole (`JsonStream` is for the large ones). Raises HdovdError naming it."""
     if not path.is_file():
         raise HdovdError(f"{what}: no file {path}")
     try:
@@ -73,9 +78,13 @@ def read_json(path: Path, what: str) -> Any:
         raise HdovdError(f"{what} {path} is not valid JSON ({error}); is the download complete?") from error
 
 
+def _four_numbers(xywh: Any) -> bool:
+    return isinstance(xywh, list) and len(xywh) == 4 and all(isinstance(v, int | float) for v in xywh)
+
+
 def clip_box(xywh: Any, width: int, height: int) -> tuple[list[float] | None, str]:
     """A COCO box (x, y, w, h) as xyxy inside the image, or None with the reason why it cannot be one."""
-    if not isinstance(xywh, list) or len(xywh) != 4 or not all(isinstance(v, int | float) for v in xywh):
+    if not _four_numbers(xywh):
         return None, "box is not four numbers"
     x, y, w, h = map(float, xywh)
     if not all(map(math.isfinite, (x, y, w, h))):
@@ -86,7 +95,7 @@ def clip_box(xywh: Any, width: int, height: int) -> tuple[list[float] | None, st
         return None, "box has no area"
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         return None, "box lies outside the image"
-    box = [float(np.float32(v)) for v in (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))]
+    box = array("f", (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))).tolist()  # as float32 holds it
     if box[2] <= box[0] or box[3] <= box[1]:
         return None, "box has no area"
     return box, ""
@@ -102,40 +111,94 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
     Raises HdovdError if the file is not COCO's, lacks a class of the protocol, names an unknown image, or
     if nothing is left.
     """
-    tree = read_json(annotations, "annotations")
-    if not isinstance(tree, dict) or not {"images", "annotations", "categories"} <= tree.keys():
-        raise HdovdError(f"{annotations} is no COCO instances file: it needs images, annotations and categories")
+    entries, categories, columns = _read(annotations)
     if not folder.is_dir():
         raise HdovdError(f"no image folder {folder}: give it with --images")
-    label_of, coco_ids = _labels(tree["categories"], protocol, annotations)
-    images, skips = _images(tree["images"], annotations), Skips()
-    boxes: dict[int, list[tuple[list[float], int, int]]] = {i: [] for i in images}
+    label_of, coco_ids = _labels(categories, protocol, annotations)
+    images, skips = _images(entries, annotations), Skips()
+    rows = {i: array("q") for i in images}  # of the columns, image by image
+    labels = np.zeros(len(columns.ids), np.int64)
     seen: set[int] = set()
-    for number, a in enumerate(tree["annotations"]):
-        if not {"id", "image_id", "category_id", "bbox"} <= a.keys():
-            raise HdovdError(f"{annotations}: annotation {a.get('id', f'number {number}')} lacks one of id, image_id, category_id, bbox")
-        if a["id"] in seen:
-            raise HdovdError(f"{annotations}: annotation id {a['id']} stands twice; the cache joins rows by it, so number them anew")
-        seen.add(a["id"])
-        image = images.get(a["image_id"])
+    for row, (number, image_id, category) in enumerate(zip(columns.ids, columns.image_ids, columns.categories, strict=True)):
+        if number in seen:
+            raise HdovdError(f"{annotations}: annotation id {number} stands twice; the cache joins rows by it, so number them anew")
+        seen.add(number)
+        image = images.get(image_id)
         if image is None:
-            raise HdovdError(f"{annotations}: annotation {a.get('id')} is for image {a['image_id']}, which is not in its "
+            raise HdovdError(f"{annotations}: annotation {number} is for image {image_id}, which is not in its "
                              "images; the file is damaged or was cut by hand")
-        label = label_of.get(a["category_id"])
-        if label is None or (base_only and (label >= len(protocol.base) or a.get("iscrowd", 0))):
+        label = label_of.get(category)
+        if label is None or (base_only and (label >= len(protocol.base) or columns.crowd[row])):
             continue
-        box, why = clip_box(a["bbox"], image["width"], image["height"])
+        box, why = clip_box(None if row in columns.odd else columns.boxes[4 * row:4 * row + 4].tolist(), image["width"], image["height"])
         if box is None:
-            skips.add(f"annotation, {why}", a["id"])
+            skips.add(f"annotation, {why}", number)
             continue
-        boxes[a["image_id"]].append((box, label, a["id"]))
-    kept = [_image_boxes(image, boxes[i]) for i, image in images.items()
-            if boxes[i] and not (base_only and _too_small(image, protocol, skips))]
+        columns.boxes[4 * row:4 * row + 4] = array("d", box)
+        labels[row] = label
+        rows[image_id].append(row)
+    if columns.fault:
+        raise HdovdError(columns.fault)
+    boxes = np.frombuffer(columns.boxes).reshape(-1, 4)
+    kept = [ImageBoxes(i, image["file_name"], image["width"], image["height"], boxes[rows[i]].astype(np.float32), labels[rows[i]],
+                       np.array([columns.ids[row] for row in rows[i]], np.int64))
+            for i, image in images.items() if rows[i] and not (base_only and _too_small(image, protocol, skips))]
     if not kept:
         wanted = protocol.base if base_only else protocol.names
         raise HdovdError(f"{annotations} holds no usable box of the {len(wanted)} classes of protocol {protocol.name} "
                          f"({shorten(list(wanted))})" + "".join("\n" + line for line in skips.lines()))
     return Split(kept, folder, annotations, coco_ids, skips)
+
+
+@dataclass(slots=True)
+class _Columns:
+    """Annotations in file order, up to the first that lacks a key (`fault` says so). As dicts, with outlines, they take gigabytes."""
+
+    ids: list[Any] = field(default_factory=list)
+    image_ids: list[Any] = field(default_factory=list)
+    categories: list[Any] = field(default_factory=list)
+    crowd: bytearray = field(default_factory=bytearray)
+    boxes: array[float] = field(default_factory=lambda: array("d"))  # four each
+    odd: set[int] = field(default_factory=set)  # rows whose box is not four numbers
+    fault: str = ""
+
+    def add(self, a: dict[str, Any], file: Path) -> None:
+        if self.fault:
+            return
+        if not {"id", "image_id", "category_id", "bbox"} <= a.keys():
+            self.fault = f"{file}: annotation {a.get('id', f'number {len(self.ids)}')} lacks one of id, image_id, category_id, bbox"
+            return
+        box = a["bbox"]
+        if not _four_numbers(box):
+            self.odd.add(len(self.ids))
+            box = (0, 0, 0, 0)
+        self.boxes.extend(box)
+        self.ids.append(a["id"])
+        self.image_ids.append(a["image_id"])
+        self.categories.append(a["category_id"])
+        self.crowd.append(bool(a.get("iscrowd", 0)))
+
+
+def _read(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], _Columns]:
+    """The images (their needed keys), categories and annotations of an instances file; the keys of the file come in any order."""
+    images: list[dict[str, Any]] = []
+    categories: list[dict[str, Any]] = []
+    columns, stream = _Columns(), JsonStream(file, "annotations")
+    strange = False  # said at the end, where the file is known to be JSON
+    for key, item in stream:
+        if key not in _PARTS:
+            continue
+        if key not in stream.lists or not isinstance(item, dict):
+            strange = True
+        elif key == "annotations":
+            columns.add(item, file)
+        elif key == "images":
+            images.append({k: item[k] for k in _IMAGE_KEYS if k in item})
+        else:
+            categories.append(item)
+    if strange or not stream.lists >= _PARTS:
+        raise HdovdError(f"{file} is no COCO instances file: it needs images, annotations and categories")
+    return images, categories, columns
 
 
 def _too_small(image: dict[str, Any], protocol: Protocol, skips: Skips) -> bool:
@@ -165,18 +228,12 @@ def _labels(categories: list[dict[str, Any]], protocol: Protocol, file: Path) ->
 def _images(entries: list[dict[str, Any]], file: Path) -> dict[int, dict[str, Any]]:
     images: dict[int, dict[str, Any]] = {}
     for entry in entries:
-        if not {"id", "file_name", "width", "height"} <= entry.keys():
+        if len(entry) < len(_IMAGE_KEYS):
             raise HdovdError(f"{file}: image {entry.get('id')} lacks one of id, file_name, width, height")
         if entry["id"] in images:
             raise HdovdError(f"{file}: image id {entry['id']} stands twice")
         images[entry["id"]] = entry
     return images
-
-
-def _image_boxes(image: dict[str, Any], rows: list[tuple[list[float], int, int]]) -> ImageBoxes:
-    boxes, labels, ids = zip(*rows, strict=True)
-    return ImageBoxes(image["id"], image["file_name"], image["width"], image["height"], np.array(boxes, np.float32),
-                      np.array(labels, np.int64), np.array(ids, np.int64))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """Annotation files: what a protocol may see, which boxes are left out, and what is said of a bad file."""
 
 import json
+import tracemalloc
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,50 @@ def test_an_annotation_without_iscrowd_is_no_crowd(tmp_path: Path) -> None:
     assert len(load(tmp_path, [image(1)], [plain]).images[0].boxes) == 1
 
 
+@pytest.mark.parametrize("order", list(permutations(["images", "annotations", "categories"])))
+def test_the_parts_come_in_any_order(tmp_path: Path, order: tuple[str, ...]) -> None:
+    parts = {"images": [image(3), image(1)], "categories": CATEGORIES,
+             "annotations": [annotation(1, 1, CAT), annotation(2, 3, ZEBRA, None), annotation(3, 3, DOG), annotation(4, 3, CAT, iscrowd=1),
+                             annotation(5, 1, ZEBRA, (1, 2, 3, 4)), annotation(6, 3, CAT, (5, 5, 200, 5))]}
+    file = tmp_path / "instances.json"
+    file.write_text(json.dumps({"info": {"images": 3}, **{key: parts[key] for key in order}, "licenses": [1]}))
+    split = load_split(file, tmp_path, PROTOCOL, base_only=True)
+    assert [i.id for i in split.images] == [3, 1]
+    assert [i.annotation_ids.tolist() for i in split.images] == [[6], [1, 5]]
+    assert [i.labels.tolist() for i in split.images] == [[1], [1, 0]]
+    assert [i.boxes.tolist() for i in split.images] == [[[5, 5, 100, 10]], [[10, 20, 40, 60], [1, 2, 4, 6]]]
+    assert list(split.skips.by_reason.values()) == [[2]]
+
+
+def test_every_image_gets_its_own_rows(tmp_path: Path) -> None:
+    """Against a plain reading of the file, with the annotations of all images mixed."""
+    rng = np.random.default_rng(0)
+    images = [image(int(i)) for i in rng.permutation(40)]
+    annotations = [annotation(int(k), int(rng.integers(40)), int(rng.choice([CAT, DOG, ZEBRA, IGNORED])),
+                              tuple(rng.uniform(-20, 90, 4).round(2).tolist()), iscrowd=int(rng.integers(5) == 0))
+                   for k in rng.permutation(600)]
+    for base_only in (True, False):
+        split = load(tmp_path, images, annotations, base_only=base_only)
+        label_of = {ZEBRA: 0, CAT: 1} | ({} if base_only else {DOG: 2})
+        wanted = {i["id"]: [(a["id"], label_of[a["category_id"]], clip_box(a["bbox"], 100, 80)[0]) for a in annotations
+                            if a["image_id"] == i["id"] and a["category_id"] in label_of and not (base_only and a["iscrowd"])
+                            and clip_box(a["bbox"], 100, 80)[0] is not None] for i in images}
+        assert {i.id: list(zip(i.annotation_ids.tolist(), i.labels.tolist(), i.boxes.tolist(), strict=True))
+                for i in split.images} == {key: rows for key, rows in wanted.items() if rows}
+        assert sum(map(len, split.skips.by_reason.values())) > 50
+
+
+def test_outlines_are_not_kept_in_memory(tmp_path: Path) -> None:
+    file = write(tmp_path, [image(1)], [annotation(k, 1, CAT, segmentation=[[0.5 + k] * 1000]) for k in range(1500)])
+    assert file.stat().st_size > 7_000_000
+    tracemalloc.start()
+    try:
+        assert len(load_split(file, tmp_path, PROTOCOL, base_only=True).images[0].boxes) == 1500
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000  # some blocks of 1 MiB
+    finally:
+        tracemalloc.stop()
+
+
 # Bad files.
 
 def test_an_annotation_for_an_unknown_image(tmp_path: Path) -> None:
@@ -166,7 +212,11 @@ def test_a_file_that_is_not_json(tmp_path: Path, content: bytes) -> None:
         load_split(file, tmp_path, PROTOCOL, base_only=True)
 
 
-@pytest.mark.parametrize("tree", [[], {}, {"images": [], "annotations": []}, 3])
+@pytest.mark.parametrize("tree", [
+    [], {}, {"images": [], "annotations": []}, 3, None, [{"images": [], "annotations": [], "categories": []}],
+    {"images": [], "annotations": {"id": 1}, "categories": []}, {"images": [], "annotations": [], "categories": [[]]},
+    {"images": [3], "annotations": [], "categories": []}, {"images": None, "annotations": [], "categories": []},
+    {"images": [image(1)], "annotations": [{"id": 1, "image_id": 1, "caption": "a cat"}]}])  # captions
 def test_a_file_that_is_not_cocos(tmp_path: Path, tree: Any) -> None:
     file = tmp_path / "instances.json"
     file.write_text(json.dumps(tree))
@@ -194,6 +244,24 @@ def test_an_annotation_without_a_key(tmp_path: Path, key: str) -> None:
     broken = {k: v for k, v in annotation(2, 1, CAT).items() if k != key}
     with pytest.raises(HdovdError, match=r"instances\.json"):
         load(tmp_path, [image(1)], [annotation(1, 1, CAT), broken])
+
+
+def test_of_two_faults_the_first_is_named(tmp_path: Path) -> None:
+    good, broken = annotation(1, 1, CAT), {"id": 8}
+    with pytest.raises(HdovdError, match="twice"):
+        load(tmp_path, [image(1)], [good, good, broken])
+    with pytest.raises(HdovdError, match="annotation 8 lacks"):
+        load(tmp_path, [image(1)], [good, broken, good, good])
+    with pytest.raises(HdovdError, match="annotation number 1 lacks"):
+        load(tmp_path, [image(1)], [good, {}, broken])
+    with pytest.raises(HdovdError, match="does not know"):
+        load(tmp_path, [image(1)], [broken], categories=CATEGORIES[:1])
+    file = write(tmp_path, [image(1)], [broken])
+    with pytest.raises(HdovdError, match="no image folder"):
+        load_split(file, tmp_path / "nowhere", PROTOCOL, base_only=True)
+    file.write_text(file.read_text()[:-1])
+    with pytest.raises(HdovdError, match="not valid JSON"):
+        load_split(file, tmp_path, PROTOCOL, base_only=True)
 
 
 @pytest.mark.parametrize("key", ["id", "name"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hdovd.coco import ImageBoxes, Skips
+from hdovd.coco import ImageBoxes, Skips, clip_box
 from hdovd.errors import HdovdError
 from hdovd.pipelines.proposal_file import Proposals, read_proposals, write_proposals
 
@@ -51,6 +52,28 @@ def test_equal_scores_keep_the_files_order(tmp_path: Path) -> None:
     assert read_proposals(tmp_path / "p.json", [_image(1)], Skips())[1].boxes[:, 0].tolist() == list(range(20))
 
 
+def test_the_order_is_that_of_the_written_scores_where_float32_makes_them_equal(tmp_path: Path) -> None:
+    entries = [{"image_id": 1, "bbox": [k, 0, 10, 10], "score": 0.5 + (k * 7 % 20) * 1e-12} for k in range(20)]
+    (tmp_path / "p.json").write_text(json.dumps(entries))
+    found = read_proposals(tmp_path / "p.json", [_image(1)], Skips())[1]
+    assert found.boxes[:, 0].tolist() == sorted(range(20), key=lambda k: -(k * 7 % 20))
+    assert found.scores.tolist() == [0.5] * 20
+
+
+def test_images_may_be_mixed_in_the_file(tmp_path: Path) -> None:
+    """Against a plain reading of the file."""
+    rng = np.random.default_rng(0)
+    entries = [{"image_id": int(rng.integers(5, 30)), "bbox": rng.uniform(0, 90, 4).round(3).tolist(), "score": float(rng.integers(9)) / 8}
+               for _ in range(1000)]
+    (tmp_path / "p.json").write_text(json.dumps(entries))
+    read = read_proposals(tmp_path / "p.json", [_image(i) for i in range(40)], Skips())
+    assert list(read) == list(dict.fromkeys(e["image_id"] for e in entries))
+    for image_id, found in read.items():
+        wanted = sorted((e for e in entries if e["image_id"] == image_id), key=lambda e: -e["score"])
+        assert found.boxes.tolist() == [clip_box(e["bbox"], 200, 100)[0] for e in wanted]
+        assert found.scores.tolist() == [e["score"] for e in wanted]
+
+
 def test_box_over_the_edge_is_cut_to_the_image(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('[{"image_id": 1, "bbox": [-5, 90, 300, 30.5], "score": 1}]')
     assert read_proposals(tmp_path / "p.json", [_image(1)], Skips())[1].boxes.tolist() == [[0, 90, 200, 100]]
@@ -81,3 +104,40 @@ def test_empty_file_is_an_error(tmp_path: Path) -> None:
     write_proposals(tmp_path / "p.json", {1: _proposals(np.random.default_rng(0), 0)})
     with pytest.raises(HdovdError, match="no proposals"):
         read_proposals(tmp_path / "p.json", [_image(1)], Skips())
+
+
+GOOD = {"image_id": 1, "bbox": [1, 1, 9, 9], "score": 0.5}
+
+
+@pytest.mark.parametrize("tree", [
+    {}, 3, None, GOOD, {"annotations": [GOOD]}, [[]], [GOOD, 3], [GOOD, GOOD | {"image_id": "1"}], [GOOD, GOOD | {"image_id": 1.0}],
+    *([GOOD, {k: v for k, v in GOOD.items() if k != key}] for key in GOOD)])
+def test_a_file_of_another_form(tmp_path: Path, tree: object) -> None:
+    (tmp_path / "p.json").write_text(json.dumps(tree))
+    with pytest.raises(HdovdError, match=r"p\.json is no proposal file: expected COCO results JSON, a list of \{image_id, bbox"):
+        read_proposals(tmp_path / "p.json", [_image(1)], Skips())
+
+
+def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(json.dumps([GOOD] * 3)[:-1])
+    with pytest.raises(HdovdError, match=r"proposals .*p\.json is not valid JSON .*is the download complete"):
+        read_proposals(tmp_path / "p.json", [_image(1)], Skips())
+
+
+def test_no_proposal_fits_the_images(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(json.dumps([GOOD, GOOD | {"image_id": 7}]))
+    with pytest.raises(HdovdError, match=r"(?s)no usable proposal for the 1 training images \(ids 2\).*skipped 2: .*not in the training"):
+        read_proposals(tmp_path / "p.json", [_image(2)], Skips())
+
+
+def test_memory_is_that_of_the_boxes(tmp_path: Path) -> None:
+    with (tmp_path / "p.json").open("w") as file:
+        file.write("[" + ",\n".join(json.dumps(GOOD | {"image_id": k // 100, "score": k / 50_000}) for k in range(50_000)) + "]")
+    images = [_image(k) for k in range(500)]
+    tracemalloc.start()
+    try:
+        read = read_proposals(tmp_path / "p.json", images, Skips())
+        assert tracemalloc.get_traced_memory()[1] < 6_000_000  # arrays of 1.2 MB and some blocks of 1 MiB; lists take 20 MB
+    finally:
+        tracemalloc.stop()
+    assert sum(len(found.scores) for found in read.values()) == 50_000
