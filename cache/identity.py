@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from hdovd.cache.schema import Level, Source
+
 KeyInputs = dict[str, Any]
+SHOWN = 120  # characters of a value in a message
 
 
 def key_of(inputs: KeyInputs) -> str:
@@ -33,18 +36,59 @@ def hash_texts(texts: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
 
 
-def differences(expected: KeyInputs, found: KeyInputs, prefix: str = "") -> list[str]:
-    """A line for every input that differs, nested values by their path."""
+def image_inputs(tables: Mapping[str, np.ndarray]) -> KeyInputs:
+    """What a product's tables say of its images: which, of what name and size."""
+    return {"count": len(tables["image_id"]), "hash": hash_tables([tables["image_id"], tables["image_hash"]])}
+
+
+def box_inputs(tables: Mapping[str, np.ndarray]) -> KeyInputs:
+    """What a product's tables say of its boxes: where, and how many an image has."""
+    return {"count": len(tables["box"]), "hash": hash_tables([tables["offset"], tables["box"]])}
+
+
+def source_inputs(tables: Mapping[str, np.ndarray], source: Source) -> KeyInputs:
+    """The boxes of one source: how many an image has, where, and annotation ids or scores."""
+    mask = tables["source"] == source
+    before = np.concatenate([[0], np.cumsum(mask)])
+    column = tables["annotation_id" if source is Source.BASE_BOX else "score"]
+    return {"count": int(mask.sum()), "hash": hash_tables([np.diff(before[tables["offset"]]), tables["box"][mask], column[mask]])}
+
+
+def table_inputs(level: Level, tables: Mapping[str, np.ndarray]) -> KeyInputs:
+    """The part of a level's inputs that follows from its tables."""
+    inputs: KeyInputs = {}
+    if "image_id" in tables:
+        inputs["images"] = image_inputs(tables)
+    if "box" in tables:
+        inputs["boxes"] = box_inputs(tables)
+    if level is Level.BOXES:
+        inputs["base_boxes"], inputs["proposals"] = source_inputs(tables, Source.BASE_BOX), source_inputs(tables, Source.PROPOSAL)
+    return inputs
+
+
+def differences(expected: KeyInputs, found: KeyInputs, prefix: str = "", *,
+                sides: tuple[str, str] = ("expected", "the cache has")) -> list[str]:
+    """A line for every input that differs, nested values by their path. `sides`: how a line speaks of the two."""
     lines = []
     for name in sorted(expected.keys() | found.keys()):
         a, b = expected.get(name), found.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            lines.append(f"{prefix}{name} differs: expected {_short(a)}, the cache has {_short(b)}")
+            lines += differences(a, b, f"{prefix}{name}.", sides=sides)
+        elif a != b and not (name == "hash" and expected.get("count") != found.get("count")):  # the count says it already
+            lines.append(f"{prefix}{name} differs: {sides[0]} {short(a)}, {sides[1]} {short(b)}{_first_difference(a, b)}")
     return lines
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value of the inputs as JSON, cut where it is long."""
     text = json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+
+
+def _first_difference(a: Any, b: Any) -> str:
+    """Where two lists differ first, if what is shown of them does not say it."""
+    if not (isinstance(a, list) and isinstance(b, list)) or max(len(json.dumps(a)), len(json.dumps(b))) <= SHOWN:
+        return ""
+    at = next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
+    first, second = (short(values[at]) if at < len(values) else "nothing" for values in (a, b))
+    return f" ({len(a)} and {len(b)} entries; entry {at} is the first that differs: {first} and {second})"

@@ -1,27 +1,29 @@
-"""Reading a feature cache: whole small tables in memory, embeddings by image."""
+"""Reading a set of products: small tables in memory, instance embeddings mapped. What `hdovd train` sees of a cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
+from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import KeyInputs, differences, key_of
-from hdovd.cache.schema import INSTANCE_COLUMNS, SCHEMA_VERSION, Level, Source
+from hdovd.cache.product import Product
+from hdovd.cache.rows import Rows, open_rows
+from hdovd.cache.schema import DEFAULT_SET, Level, Source
 from hdovd.errors import HdovdError
-
-HELD_IN_MEMORY_BYTES = 256 * 2**20  # instance embeddings up to this size are read once, larger ones an image at a time
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceRows:
-    """The rows of one image, base boxes first, then proposals best first; arrays of `schema.INSTANCE_COLUMNS`.
+    """The rows of one image, base boxes first, then proposals best first.
 
-    `embedding` (n, D) float32.
+    embedding (n, D) float16, box (n, 4) float32 xyxy pixels, source (n,) uint8, annotation_id (n,) int64, score (n,)
+    float32, noun (n,) int32 (-1: none), noun_cosine (n,) float32.
     """
 
     embedding: np.ndarray
@@ -44,146 +46,172 @@ class InstanceRows:
 
 
 class FeatureCache:
-    """A cache that is whole. Safe to use in DataLoader workers: a copy opens its own handles."""
+    """One set of a cache, every product of it whole. Safe in DataLoader workers: a copy opens its own handles."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        if not (self.path / "zarr.json").is_file():
-            raise HdovdError(f"no feature cache at {path}: make one with hdovd extract-clip --cache {path}")
-        self._root = zarr.open_group(self.path, mode="r")
-        version = self._root.attrs.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise HdovdError(f"{path} has cache schema {version}, this hdovd reads {SCHEMA_VERSION}: extract it again")
-        self._tables: dict[str, np.ndarray] = {}
-        self._arrays: dict[str, zarr.Array[Any]] = {}
+    def __init__(self, url: str | Path, features: str = DEFAULT_SET, *, mapped: bool | None = None) -> None:
+        """`features`: the set's name. `mapped`: as in `rows.open_rows`. Raises HdovdError if the set is not there or not whole."""
+        self._opened_from = url, features, mapped
+        self.url, self._mapped = str(url), mapped
+        catalog = Catalog(url)
+        sets = catalog.sets()
+        if features not in sets:
+            others = f"it has {', '.join(sets)}" if sets else "its extraction has not finished: run the extract-clip command again"
+            raise HdovdError(f"{url} has no set of features named {features}; {others}")
+        self.set = sets[features]
+        self._products = {level: Product(catalog.folder, level, key) for level, key in self.set.levels.items()}
+        for product in self._products.values():
+            if not product.whole:
+                raise HdovdError(f"{url}: {product} is not whole, {len(product.missing())} of {product.parts} parts are missing: "
+                                 "run the extract-clip command again, it goes on where it was")
+        self._tables: dict[tuple[Level, str], np.ndarray] = {}
+        self._rows: dict[tuple[Level, str], Rows] = {}
+        self._row_of: dict[Level, dict[int, int]] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
+    def __reduce__(self) -> Any:
+        return _reopen, self._opened_from
 
     def levels(self) -> list[Level]:
-        return [level for level in Level if level in self._root]
+        return [level for level in Level if level in self._products]
 
     def key(self, level: Level) -> str:
-        return str(self._group(level).attrs["key"])
+        return self._product(level).key
 
     def key_inputs(self, level: Level) -> KeyInputs:
         """What made the level. Raises HdovdError if they were changed since."""
-        attributes = self._group(level).attrs
-        inputs: Any = attributes["key_inputs"]
-        if key_of(inputs) != attributes["key"]:
-            raise HdovdError(f"{self.path}: the key of level {level} does not follow from its key_inputs; the metadata was edited")
-        return dict(inputs)
+        return self._product(level).key_inputs
 
     def identity(self) -> dict[str, Any]:
         """Keys and inputs of all levels, for a run's record."""
-        return {"path": str(self.path.resolve()),
-                "levels": {str(level): {"key": self.key(level), "inputs": self.key_inputs(level)} for level in self.levels()}}
+        url = self.url if "://" in self.url else str(Path(self.url).resolve())
+        return {"path": url, "levels": {str(level): {"key": self.key(level), "inputs": self.key_inputs(level)} for level in self.levels()}}
 
     def require(self, level: Level, expected: KeyInputs) -> None:
         """Refuse a level whose inputs differ from `expected` (a part of its inputs). Raises HdovdError."""
         found = self.key_inputs(level)
         lines = differences(expected, {name: found.get(name) for name in expected})
         if lines:
-            raise HdovdError(f"the {level} level of {self.path} does not fit this data:\n  " + "\n  ".join(lines)
-                             + "\nExtract it again with hdovd extract-clip, or give the data it was made from.")
+            raise HdovdError(f"the {level} level of {self.url} does not fit this data:\n  " + "\n  ".join(lines)
+                             + "\nExtract it with hdovd extract-clip (what did not change is kept), or give the data it was made from.")
 
-    def require_one_clip(self) -> None:
-        """Refuse a cache whose levels were made by different CLIPs. Raises HdovdError."""
-        levels = self.levels()
-        for level in levels[1:]:
-            lines = differences(self.key_inputs(levels[0])["clip"], self.key_inputs(level)["clip"], "clip.")
-            if lines:
-                raise HdovdError(f"{self.path}: levels {levels[0]} and {level} were made by different CLIPs, so their "
-                                 "embeddings cannot be compared:\n  " + "\n  ".join(lines))
+    def require_together(self) -> None:
+        """Refuse a set whose levels do not belong together: other CLIPs, or embeddings of other boxes. Raises HdovdError."""
+        require_together(self.url, {level: self.key_inputs(level) for level in self.levels()})
 
     def names(self, level: Level) -> list[str]:
         """Class or noun names, in row order."""
-        names: Any = self._group(level).attrs["names"]
-        return [str(n) for n in names]
+        return self._product(level).names
 
     def embeddings(self, level: Level) -> np.ndarray:
         """(n, D) float32 rows of the class, noun or image level, held in memory as float16."""
-        return self._table(f"{level}/embedding").astype(np.float32)
+        return self._table(level, "embedding").astype(np.float32)
 
     def class_embeddings(self, names: Sequence[str]) -> np.ndarray:
         """(len(names), D) float32 text embeddings. Raises HdovdError for a name that was not extracted."""
         have = {name: row for row, name in enumerate(self.names(Level.CLASS))}
         missing = [n for n in names if n not in have]
         if missing:
-            raise HdovdError(f"{self.path} has no text embedding of {missing[:8]}: extract it with the same --protocol")
+            raise HdovdError(f"{self.url} has no text embedding of {missing[:8]}: extract it with the same --protocol")
         return self.embeddings(Level.CLASS)[[have[n] for n in names]]
 
     @property
     def dim(self) -> int:
         """D, the size of every embedding."""
-        return int(self._array(f"{Level.CLASS}/embedding").shape[1])
+        return self._product(Level.CLASS).dim
 
     def failed(self) -> dict[int, str]:
         """Images that lack embeddings at the image or the instance level, with the reason."""
-        return {image: reason for level in (Level.IMAGE, Level.INSTANCE) if level in self.levels()
-                for image, reason in self.failed_at(level).items()}
-
-    def failed_at(self, level: Level) -> dict[int, str]:
-        """Images that have no rows at the image or the instance level, with the reason."""
-        failed: Any = self._group(level).attrs["failed"]
-        return {int(k): str(v) for k, v in failed.items()}
+        return {image: reason for level in (Level.IMAGE, Level.INSTANCE) if level in self._products
+                for image, reason in self._products[level].failed().items()}
 
     def image_embedding(self, image_id: int) -> np.ndarray:
-        """(D,) float32."""
-        return np.asarray(self._table(f"{Level.IMAGE}/embedding")[self._row(Level.IMAGE, image_id)], np.float32)
+        """(D,) float16."""
+        row: np.ndarray = self._table(Level.IMAGE, "embedding")[self._row(Level.IMAGE, image_id)]
+        return row
+
+    def instance_embeddings(self, image_id: int) -> np.ndarray:
+        """(n, D) float16, the instance rows of one image."""
+        row_of, offset, rows = self._instance_rows
+        row = row_of.get(image_id)
+        if row is None:
+            row = self._row(Level.INSTANCE, image_id)  # says what is wrong
+        return rows.read(offset.item(row), offset.item(row + 1))
+
+    @cached_property
+    def _instance_rows(self) -> tuple[dict[int, int], np.ndarray, Rows]:
+        """What `instance_embeddings` needs, looked up once: a read takes 10 microseconds."""
+        return self._rows_by_image(Level.INSTANCE), self._table(Level.INSTANCE, "offset"), self._row_array(Level.INSTANCE, "embedding")
+
+    @property
+    def reads_best_in_blocks(self) -> bool:
+        """Whether instance rows that are read in random order are decoded again and again (see `pipelines.block_shuffle`)."""
+        return Level.INSTANCE in self._products and self._row_array(Level.INSTANCE, "embedding").reads_best_in_blocks
 
     def instances(self, image_id: int) -> InstanceRows:
-        """The instance rows of one image."""
-        row, offset = self._row(Level.INSTANCE, image_id), self._table(f"{Level.INSTANCE}/offset")
-        rows = slice(int(offset[row]), int(offset[row + 1]))
-        name = f"{Level.INSTANCE}/embedding"
-        array = self._array(name)
-        source = self._table(name) if array.nbytes <= HELD_IN_MEMORY_BYTES else array
-        embedding = np.asarray(source[rows], np.float32)
-        return InstanceRows(embedding, *(self._table(f"{Level.INSTANCE}/{name}")[rows] for name in INSTANCE_COLUMNS))
+        """The instance rows of one image with what is known of their boxes."""
+        row, offset = self._row(Level.BOXES, image_id), self._table(Level.BOXES, "offset")
+        start, stop = int(offset[row]), int(offset[row + 1])
+        known = [self._table(Level.BOXES, name)[start:stop] for name in ("box", "source", "annotation_id", "score")]
+        if Level.PSEUDO_LABEL in self._products:
+            labels = [self._table(Level.PSEUDO_LABEL, name)[start:stop] for name in ("noun", "noun_cosine")]
+        else:
+            labels = [np.full(stop - start, -1, np.int32), np.zeros(stop - start, np.float32)]
+        return InstanceRows(self._row_array(Level.INSTANCE, "embedding").read(start, stop), *known, *labels)
 
     def hold(self, level: Level) -> None:
-        """Read the tables of the image or instance level now, so that worker processes forked later share them."""
-        names = ("embedding",) if level is Level.IMAGE else ("offset", *INSTANCE_COLUMNS)
-        for name in names:
-            self._table(f"{level}/{name}")
-        if level is Level.INSTANCE and self._array(f"{level}/embedding").nbytes <= HELD_IN_MEMORY_BYTES:
-            self._table(f"{level}/embedding")
-        self._row_table(level)
+        """Read what is held in memory of the image or instance level now, so that worker processes forked later share it."""
+        if level is Level.IMAGE:
+            self._table(level, "embedding")
+            self._rows_by_image(level)
+            return
+        for name in ("offset", "box", "source", "annotation_id", "score"):
+            self._table(Level.BOXES, name)
+        if Level.PSEUDO_LABEL in self._products:
+            for name in ("noun", "noun_cosine"):
+                self._table(Level.PSEUDO_LABEL, name)
+        self._rows_by_image(Level.BOXES)
+        self._row_array(Level.INSTANCE, "embedding")
 
     def _row(self, level: Level, image_id: int) -> int:
-        ids, rows = self._row_table(level)
-        at = int(np.searchsorted(ids, image_id))
-        if at == len(ids) or ids[at] != image_id:
-            raise HdovdError(f"{self.path}: level {level} has no rows of image {image_id}")
-        return int(rows[at])
+        row = self._rows_by_image(level).get(image_id)
+        if row is None:
+            raise HdovdError(f"{self.url}: level {level} has no rows of image {image_id}")
+        return row
 
-    def _row_table(self, level: Level) -> np.ndarray:
-        """(2, N): image ids in order, and their rows."""
-        name = f"{level}/row_of"
-        if name not in self._tables:
-            ids = self._table(f"{level}/image_id")
-            self._tables[name] = np.stack([ids[order := np.argsort(ids)], order])
-        return self._tables[name]
+    def _rows_by_image(self, level: Level) -> dict[int, int]:
+        if level not in self._row_of:
+            self._row_of[level] = {image: row for row, image in enumerate(self._table(level, "image_id").tolist())}
+        return self._row_of[level]
 
-    def _group(self, level: Level) -> zarr.Group:
-        if level not in self._root:
-            raise HdovdError(f"{self.path} has no {level} level; it has {', '.join(self.levels()) or 'none'}")
-        group = self._root[level]
-        assert isinstance(group, zarr.Group)
-        return group
+    def _product(self, level: Level) -> Product:
+        if level not in self._products:
+            raise HdovdError(f"{self.url} has no {level} level; it has {', '.join(self.levels()) or 'none'}")
+        return self._products[level]
 
-    def _array(self, name: str) -> zarr.Array[Any]:
-        if name not in self._arrays:
-            array = self._group(Level(name.split("/")[0]))[name.split("/")[1]]
-            assert isinstance(array, zarr.Array)
-            self._arrays[name] = array
-        return self._arrays[name]
+    def _table(self, level: Level, name: str) -> np.ndarray:
+        if (level, name) not in self._tables:
+            self._tables[level, name] = self._product(level).table(name)
+        return self._tables[level, name]
 
-    def _table(self, name: str) -> np.ndarray:
-        if name not in self._tables:
-            self._tables[name] = np.asarray(self._array(name)[:])
-        return self._tables[name]
+    def _row_array(self, level: Level, name: str) -> Rows:
+        if (level, name) not in self._rows:
+            self._rows[level, name] = open_rows(self._product(level), name, mapped=self._mapped)
+        return self._rows[level, name]
+
+
+def require_together(url: str, inputs: dict[Level, KeyInputs]) -> None:
+    """Refuse levels, given by what made them, that do not belong together. Raises HdovdError naming `url` and what differs."""
+    with_clip = [level for level in inputs if "clip" in inputs[level]]
+    lines = [f"{with_clip[0]} and {level}: {line}" for level in with_clip[1:]
+             for line in differences(inputs[with_clip[0]]["clip"], inputs[level]["clip"], "clip.")]
+    if Level.INSTANCE in inputs and Level.BOXES in inputs:
+        lines += [f"instance and boxes: {line}"
+                  for line in differences(inputs[Level.INSTANCE]["boxes"], inputs[Level.BOXES]["boxes"], "boxes.")]
+    if Level.PSEUDO_LABEL in inputs:
+        lines += [f"pseudo_label and {level}: it was made from {inputs[Level.PSEUDO_LABEL][level]}, the set has {key_of(inputs[level])}"
+                  for level in (Level.INSTANCE, Level.NOUN) if inputs[Level.PSEUDO_LABEL][level] != key_of(inputs[level])]
+    if lines:
+        raise HdovdError(f"{url}: these levels cannot be used together:\n  " + "\n  ".join(lines))
+
+
+def _reopen(url: str | Path, features: str, mapped: bool | None) -> FeatureCache:
+    return FeatureCache(url, features, mapped=mapped)

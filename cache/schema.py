@@ -1,46 +1,69 @@
-"""What stands in a feature cache: the levels, their arrays, and the version of it all.
+"""What stands in a feature cache: levels, their arrays, and the version of it all.
 
-A cache is one Zarr v3 group with a group a level. N images, M instance rows (image by image, base boxes
-before proposals), K class names, V vocabulary nouns, D embedding size. Embeddings are L2-normalised in
-float32 and stored as float16; boxes are xyxy, absolute pixels of the original image.
+A cache is a Zarr v3 group. Every level is a group in it, and in that stand products, one a key (see `identity`):
+what made it decides the key, so products of other templates, boxes or CLIPs lie side by side. N images, M rows
+of boxes (image by image, base boxes before proposals, proposals best first), K names, D embedding size.
+Embeddings are L2-normalised in float32 and stored as float16; boxes are xyxy, absolute pixels of the original
+image. A product reads on its own in any Zarr client:
 
-    instance   embedding (M, D) f16, box (M, 4) f32, source (M,) u8, annotation_id (M,) i64 (-1 for proposals),
-               score (M,) f32, noun (M,) i32 (-1: none), noun_cosine (M,) f32, image_id (N,) i64, offset (N+1,) i64
-    image      embedding (N, D) f16, image_id (N,) i64
-    class      embedding (K, D) f16; attribute names
-    noun       embedding (V, D) f16; attribute names
+    boxes/KEY         image_id (N,) i64, image_hash (N,) u64, image_size (N, 2) i32 (width, height), offset (N+1,) i64,
+                      box (M, 4) f32, source (M,) u8, score (M,) f32, annotation_id (M,) i64 (-1 for proposals)
+    instance/KEY      embedding (M, D) f16; image_id, image_hash, offset, box
+    image/KEY         embedding (N, D) f16; image_id, image_hash, image_size
+    class/KEY         embedding (K, D) f16; attribute names
+    noun/KEY          embedding (K, D) f16; attribute names
+    pseudo_label/KEY  noun (M,) i32, a row of the noun level or -1 for none; noun_cosine (M,) f32
 
-Every group has the attributes key, key_inputs (see `identity`); instance and image also `failed`, a map from
-image id to the reason why the image has no rows.
+Beside the arrays, every product has `parts/`: tables.json and one NUMBER.json for every part, a fixed slice of its
+rows that is one Zarr shard of each of its row arrays. A part's file is written last, so what is listed there is
+what is done; it holds sizes and checksums of the objects, and which images could not be read, with the reason.
+
+    sets/NAME.json    which products belong together: what `hdovd train` reads; "default" unless named
+    runs/ID.json      which training runs used which products
 """
 
 from enum import IntEnum, StrEnum
 
-SCHEMA_VERSION = 1
-SHARD_ROWS = 65_536
+SCHEMA_VERSION = 2
+PART_ROWS = 65_536  # rows of a part of the row levels
+IMAGE_PART_ROWS = 4_096  # of the image level: fewer rows, so that many workers find work
 CHUNK_ROWS = 1_024
+DEFAULT_SET = "default"
+TABLES = "tables"  # the part that holds everything but the row arrays
 
 
 class Level(StrEnum):
+    BOXES = "boxes"
     INSTANCE = "instance"
     IMAGE = "image"
     CLASS = "class"
     NOUN = "noun"
+    PSEUDO_LABEL = "pseudo_label"
 
 
 class Source(IntEnum):
-    """What an instance row's box is."""
+    """What a row's box is."""
 
     BASE_BOX = 0
     PROPOSAL = 1
 
 
-# Arrays of the instance level beside `embedding`, one entry a row: name -> (dtype, extra shape).
-INSTANCE_COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "box": ("float32", (4,)),
-    "source": ("uint8", ()),
-    "annotation_id": ("int64", ()),
-    "score": ("float32", ()),
-    "noun": ("int32", ()),
-    "noun_cosine": ("float32", ()),
+# Row arrays, written a part at a time: name -> (dtype, whether a row is D values).
+ROW_ARRAYS: dict[Level, dict[str, tuple[str, bool]]] = {
+    Level.BOXES: {},
+    Level.INSTANCE: {"embedding": ("float16", True)},
+    Level.IMAGE: {"embedding": ("float16", True)},
+    Level.CLASS: {"embedding": ("float16", True)},
+    Level.NOUN: {"embedding": ("float16", True)},
+    Level.PSEUDO_LABEL: {"noun": ("int32", False), "noun_cosine": ("float32", False)},
+}
+# Tables, written at once when a product is begun: name -> dtype.
+TABLE_ARRAYS: dict[Level, dict[str, str]] = {
+    Level.BOXES: {"image_id": "int64", "image_hash": "uint64", "image_size": "int32", "offset": "int64", "box": "float32",
+                  "source": "uint8", "score": "float32", "annotation_id": "int64"},
+    Level.INSTANCE: {"image_id": "int64", "image_hash": "uint64", "offset": "int64", "box": "float32"},
+    Level.IMAGE: {"image_id": "int64", "image_hash": "uint64", "image_size": "int32"},
+    Level.CLASS: {},
+    Level.NOUN: {},
+    Level.PSEUDO_LABEL: {},
 }

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
+from hdovd.cache.schema import DEFAULT_SET, PART_ROWS
 from hdovd.cli import options
-from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, Activation, ExtractConfig, Precision
+from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, Activation, Executor, ExtractConfig, Precision, Share, Store
 
 
 def extract_clip(
-    cache: Annotated[Path, typer.Option("--cache", help="The cache folder to write (Zarr v3).")],
+    cache: Annotated[str, typer.Option("--cache", help="The cache to write or add to: a folder, or s3://, gs://.")],
     clip: Annotated[str, typer.Option("--clip", help="open_clip model name, local-dir:PATH or hf-hub:NAME.")],
     pretrained: Annotated[str | None, typer.Option("--pretrained", help="Tag or checkpoint file, with a model name.")] = None,
     data: options.Data = None,
@@ -28,17 +29,35 @@ def extract_clip(
     activation: Annotated[Activation, typer.Option(help="The activation that the weights were trained with.")] = Activation.AUTO,
     batch_size: Annotated[int, typer.Option(min=1, help="Crops a CLIP batch.")] = 256,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode and crop.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the levels of a cache that differ.")] = False,
+    features: options.Features = DEFAULT_SET,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try images again that could not be read.")] = False,
+    shard: Annotated[
+        str | None, typer.Option("--shard", help="I/N: every N-th part, from the I-th (0 to N-1): one task of an array of N.")
+    ] = None,
+    executor: Annotated[
+        Executor, typer.Option(help="local: this process (or torchrun's). ray: the actors of a Ray cluster.")
+    ] = Executor.LOCAL,
+    store: Annotated[
+        Store, typer.Option("--store", help="webdataset: tar shards with pictures, boxes and embeddings, to train from as a stream.")
+    ] = Store.ZARR,
+    part_rows: Annotated[int, typer.Option("--part-rows", min=1, help="Rows of a part: the most that a killed process loses.")] = PART_ROWS,
 ) -> None:
     """Run the frozen CLIP once and fill the cache: class names, nouns, images, base boxes and proposals.
 
-    Needs no GPU, but wants one. Next: hdovd train --cache CACHE.
+    Prints first, level by level, whether the cache has it (hit), some of it (extend) or nothing (extract), and what that
+    costs. Killed? The same command goes on where it was. Needs no GPU, but wants one. Next: hdovd train --cache CACHE.
     """
     from hdovd.coco import DataPaths
     from hdovd.pipelines.extract_clip import extract_clip as run
     from hdovd.pipelines.nouns import read_vocabulary
+    from hdovd.pipelines.sharing import this_share
 
     lines = DEFAULT_TEMPLATES if templates is None else read_vocabulary(templates, "--templates")
-    run(ExtractConfig(DataPaths(data, images, annotations), cache, clip, pretrained, proposals, vocabulary, captions, protocol,
-                      tuple(lines), device, precision, activation, batch_size, workers, overwrite))
-    typer.echo(f"next: hdovd train --cache {cache} --out RUN ...")
+    report = run(ExtractConfig(
+        DataPaths(data, images, annotations), cache, clip, pretrained, proposals, vocabulary, captions, protocol, tuple(lines), precision,
+        activation, features, device, batch_size, part_rows, workers, dry_run, retry_failed, None if shard is None else Share.parse(shard),
+        executor, store))
+    if report.whole and not dry_run and this_share(None).speaks:
+        named = "" if features == DEFAULT_SET else f" --features {features}"
+        typer.echo(f"next: hdovd train --cache {cache}{named} --out RUN ...")

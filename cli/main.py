@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import hdovd
-from hdovd.cli import demo, eval, extract_clip, propose, train
+from hdovd.cli import bench, cache, demo, eval, extract_clip, propose, train
 from hdovd.errors import HdovdError
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app = typer.Typer(
 
     On your COCO folder, in this order: [bold]propose[/bold] (class-agnostic boxes), [bold]extract-clip[/bold]
     (run CLIP once, fill the cache), [bold]train[/bold] (the detector, without CLIP), [bold]eval[/bold] (OV-COCO AP).
+
+    [bold]cache[/bold] lists, compares, checks, mends and tidies what extract-clip wrote.
     """,
     rich_markup_mode="rich",
 )
@@ -46,6 +48,8 @@ app.command("propose")(propose.propose)
 app.command("extract-clip")(extract_clip.extract_clip)
 app.command("train")(train.train)
 app.command("eval")(eval.eval)
+app.add_typer(cache.app, name="cache")
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

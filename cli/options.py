@@ -14,3 +14,4 @@ Protocol = Annotated[str, typer.Option("--protocol", help="The base/novel split:
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe or a TOML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe: loss.image.enabled=false. Repeatable.")]
+Features = Annotated[str, typer.Option("--features", help="The name of a set of features: products of one cache that belong together.")]

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from hdovd.cache.identity import hash_tables
 from hdovd.errors import HdovdError
 from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.extract_config import Activation, Precision
@@ -29,9 +30,9 @@ _TEXT_BATCH = 256
 _DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ClipTeacher:
-    """A CLIP ready to embed. `identity` is what determines its answers, `notes` what a user should read."""
+    """A CLIP ready to embed: a `teacher.Teacher`."""
 
     model: Any
     preprocess: Any  # PIL image -> (3, s, s) float
@@ -40,12 +41,9 @@ class ClipTeacher:
     precision: Precision
     dim: int
     identity: dict[str, Any]
-    notes: tuple[str, ...]
-
-    def pixels(self, image: Image.Image) -> Tensor:
-        """open_clip's own evaluation transform of one RGB picture."""
-        pixels: Tensor = self.preprocess(image)
-        return pixels
+    preprocessing: dict[str, Any]
+    notes: Sequence[str]
+    made_with: dict[str, Any]
 
     @torch.inference_mode()
     def embed_images(self, pixels: Tensor) -> np.ndarray:
@@ -57,13 +55,20 @@ class ClipTeacher:
     @torch.inference_mode()
     def embed_names(self, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
         """Names -> (n, D) float32: mean over templates of normalised embeddings, normalised again (METHOD section 2)."""
-        texts = [template.replace("{}", name) for name in names for template in templates]
+        texts = _prompts(names, templates)
         rows = []
         for start in range(0, len(texts), _TEXT_BATCH):
             with self._autocast():
                 rows.append(_normalised(self.model.encode_text(self.tokenizer(texts[start : start + _TEXT_BATCH]).to(self.device))))
         mean = np.concatenate(rows).reshape(len(names), len(templates), -1).mean(axis=1)
         return np.asarray(mean / np.linalg.norm(mean, axis=1, keepdims=True), np.float32)
+
+    def hash_prompts(self, names: Sequence[str], templates: Sequence[str]) -> str:
+        texts = _prompts(names, templates)
+        return hash_tables(self.tokenizer(texts[start : start + _TEXT_BATCH]).numpy() for start in range(0, len(texts), _TEXT_BATCH))
+
+    def peak_memory_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision is not Precision.FP32)
@@ -103,18 +108,35 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
     net.eval().requires_grad_(False)
     _check_activation(net, quick_gelu)
     identity: dict[str, Any] = {
-        "architecture": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
-        "name": "local" if model.startswith("local-dir:") else model,
+        "architecture": _hash_config(config),
         "weights_sha256": _hash_weights(net),
         "activation": str(Activation.QUICK_GELU if quick_gelu else Activation.GELU),
-        "precision": str(precision),
-        "preprocessing": {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(net.visual.preprocess_cfg.items())},
+        "compute_dtype": str(_DTYPES[precision]).removeprefix("torch."),
     }
-    shown = ", ".join(f"{k} {v}" for k, v in identity["preprocessing"].items() if k in ("size", "mean", "std", "resize_mode"))
+    preprocessing = {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(net.visual.preprocess_cfg.items())}
+    preprocessing["antialias"] = True  # Pillow's resampling always does, and open_clip's transform resizes with Pillow
+    shown = ", ".join(f"{k} {v}" for k, v in preprocessing.items() if k in ("size", "mean", "std", "resize_mode"))
     from_file = pretrained is not None and not open_clip.get_pretrained_cfg(model, pretrained)
     notes.append(f"preprocessing: {shown}" + (f"; open_clip's default for {model}, as a file does not say" if from_file else ""))
     dim = _embedding_size(net, preprocess, target)
-    return ClipTeacher(net, preprocess, tokenizer, target, precision, dim, identity, tuple(notes))
+    made_with = {"clip": "local-dir" if model.startswith("local-dir:") else model, "pretrained": _tag_or_file_name(pretrained),
+                 "device": torch.cuda.get_device_name(target) if target.type == "cuda" else target.type,
+                 "torch": torch.__version__, "open_clip": open_clip.__version__}
+    return ClipTeacher(net, preprocess, tokenizer, target, precision, dim, identity, preprocessing, tuple(notes), made_with)
+
+
+def _tag_or_file_name(pretrained: str | None) -> str | None:
+    return None if pretrained is None else Path(pretrained).name
+
+
+def _prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    return [template.replace("{}", name) for name in names for template in templates]
+
+
+def _hash_config(config: dict[str, Any]) -> str:
+    """The architecture, apart from the activation, which the identity names by itself: one model has one hash under all its names."""
+    shape = {name: value for name, value in config.items() if name != "quick_gelu"}
+    return hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _embedding_size(net: Any, preprocess: Any, device: torch.device) -> int:

@@ -1,83 +1,111 @@
 """Extraction: run the frozen CLIP once over class names, nouns, images, base boxes and proposals.
 
-Called by `hdovd extract-clip`, `hdovd demo` and Python. Writes one cache (see `hdovd.cache.schema`); a level
-whose inputs did not change is taken over from the cache that is there.
+Called by `hdovd extract-clip`, `hdovd demo`, `hdovd cache verify --repair` and Python. Plans, spreads the units of the work
+over processes, and names the products that belong together. See `hdovd.cache.schema` for what it writes.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
-
-from hdovd.cache.identity import KeyInputs, differences
-from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level, Source
-from hdovd.cache.writer import CacheWriter, LevelWriter
-from hdovd.coco import ImageBoxes, Split
+from hdovd.cache.catalog import Catalog, FeatureSet
+from hdovd.cache.schema import Level
+from hdovd.cache.storage import open_folder
+from hdovd.coco import Split
 from hdovd.errors import HdovdError, shorten
-from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
-from hdovd.pipelines.crops import CropDataset, CropJob
-from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.box_table import box_table
+from hdovd.pipelines.extract_config import Executor, ExtractConfig, Store
+from hdovd.pipelines.extract_plan import LevelPlan, plan_levels
+from hdovd.pipelines.extraction import Extraction, Probe
 from hdovd.pipelines.identities import level_inputs
-from hdovd.pipelines.images import read_image
-from hdovd.pipelines.nouns import Nouns, named_novel, read_nouns
-from hdovd.pipelines.progress import progress
-from hdovd.pipelines.proposal_file import NO_PROPOSALS, Proposals, read_proposals
+from hdovd.pipelines.nouns import named_novel, read_nouns
+from hdovd.pipelines.proposal_file import Proposals, read_proposals
+from hdovd.pipelines.sharing import do_share, this_share
+from hdovd.pipelines.teacher import Teacher
 from hdovd.protocol import load_protocol
+
+Log = Callable[[str], None]
 
 
 @dataclass(slots=True)
 class ExtractReport:
-    """What an extraction did, for printing and for tests."""
+    """What an extraction did. `whole`: whether the cache is, or other workers' parts are missing."""
 
     levels: dict[Level, str] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
+    rows: dict[Level, int] = field(default_factory=dict)
+    new_rows: dict[Level, int] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
+    whole: bool = True
 
 
-def extract_clip(config: ExtractConfig, log: Callable[[str], None] = print) -> ExtractReport:
-    """Fill the cache at `config.cache`. Raises HdovdError for bad input, or if a cache that differs is in the way."""
+def extract_clip(config: ExtractConfig, log: Log = print, teacher: Teacher | None = None) -> ExtractReport:
+    """Fill the cache at `config.cache` with what it lacks. Raises HdovdError for bad input.
+
+    `teacher`: another model than the CLIP that `config` names.
+    """
+    if config.store is Store.WEBDATASET:
+        from hdovd.pipelines.tar_extraction import extract_to_tars
+
+        return extract_to_tars(config, log, teacher)
+    share = this_share(config.share)
+    if config.executor is Executor.RAY:
+        from hdovd.pipelines.ray_executor import do_with_ray
+
+        if share.count > 1:
+            raise HdovdError("--executor ray shares the work out by itself: start one process, without --shard and torchrun")
+    log = log if share.speaks else _silent
+    Catalog.find_at(config.cache)  # what is in the way is said before all work
+    extraction = prepare(config, log, teacher)
+    plans = list(extraction.plans.values())
+    report = ExtractReport({p.level: p.decision for p in plans}, {p.level: p.rows for p in plans}, {p.level: p.new_rows for p in plans})
+    with_pictures = any(extraction.plans[level].new_rows for level in (Level.IMAGE, Level.INSTANCE))
+    probe = extraction.probe() if with_pictures and share.speaks else None
+    for line in plan_lines(plans, probe, config, share.count):
+        log(line)
+    if config.dry_run:
+        log("a dry run: nothing was written")
+        return report
+    catalog = Catalog.create(config.cache)
+    for name in catalog.folder.sweep():
+        log(f"deleted {name}, left half-written by a process that is dead")
+    extraction.begin(catalog)
+    since = time.monotonic()
+    if config.executor is Executor.RAY:
+        do_with_ray(extraction, config, log)
+    else:
+        do_share(extraction, share)
+    _finish(extraction, catalog, config, report, log, time.monotonic() - since)
+    return report
+
+
+def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = None) -> Extraction:
+    """Read the inputs, load the model and plan. Writes nothing. Raises HdovdError for bad input."""
     protocol = load_protocol(config.protocol)
     split = config.data.load("train2017", protocol, base_only=True, log=log)
-    proposals = _proposals(config, split, log)
+    table = box_table(split.images, _proposals(config, split, log))
     nouns = None if config.vocabulary is None else read_nouns(config.vocabulary, config.captions)
     if nouns is not None and (leaked := named_novel(nouns.vocabulary, protocol.novel)):
         log(f"note: the vocabulary holds {len(leaked)} of the {len(protocol.novel)} novel names ({shorten(list(leaked))}); "
             "allowed, since captions hold them, and to be reported with results")
-    clip = load_clip(config.clip, config.pretrained, device=config.device, precision=config.precision, activation=config.activation)
-    for note in clip.notes:
+    if teacher is None:
+        from hdovd.pipelines.clip_teacher import load_clip
+
+        share = this_share(config.share)
+        loaded: Teacher = load_clip(config.clip, config.pretrained, device=share.device(config.device), precision=config.precision,
+                                    activation=config.activation)
+    else:
+        loaded = teacher
+    for note in loaded.notes:
         log(note)
-    inputs = level_inputs(clip.identity, split.images, proposals, nouns, protocol.names, config.templates)
-    report = ExtractReport(levels=_plan(config, inputs, split))
-    for level, decision in report.levels.items():
-        log(f"{level:9s} {decision}")
-    if all(decision == "hit" for decision in report.levels.values()):
-        log(f"{config.cache} is up to date: nothing to extract")
-        return report
-    with CacheWriter(config.cache, skipped=split.skips.by_reason) as writer:
-        for level, decision in report.levels.items():
-            if decision == "hit":
-                writer.copy_level(level, config.cache)
-        _Extraction(config, split, proposals, nouns, clip, inputs, writer, report).run()
-        if len(report.failed) == len(split.images):
-            raise HdovdError(f"no picture of {split.folder} can be read; first reason: {next(iter(report.failed.values()))}")
-    for image_id, reason in list(report.failed.items())[:20]:
-        log(f"failed: image {image_id}: {reason}")
-    if report.failed:
-        log(f"{len(report.failed)} images have no embeddings; training leaves them out. The reasons are in the cache")
-    log(f"wrote {config.cache}: " + ", ".join(f"{count} {name}" for name, count in report.rows.items())
-        + f"; {_size(config.cache) / 1e6:.1f} MB")
-    return report
+    inputs = level_inputs(loaded, table, nouns, protocol.names, config.templates)
+    catalog = Catalog(config.cache) if open_folder(config.cache).exists("zarr.json") else None
+    plans = plan_levels(catalog, inputs, table, loaded.dim, part_rows=config.part_rows, retry_failed=config.retry_failed)
+    return Extraction(split, table, nouns, loaded, plans, templates=config.templates, batch_size=config.batch_size, workers=config.workers)
 
 
-def _proposals(config: ExtractConfig, split: Split, log: Callable[[str], None]) -> dict[int, Proposals]:
+def _proposals(config: ExtractConfig, split: Split, log: Log) -> dict[int, Proposals]:
     if config.proposals is None:
         log("no --proposals: caching base boxes alone; pseudo boxes need them")
         return {}
@@ -88,156 +116,69 @@ def _proposals(config: ExtractConfig, split: Split, log: Callable[[str], None]) 
     return proposals
 
 
-def _readable_now(cache: FeatureCache, level: Level, split: Split) -> int:
-    """How many images that failed before can be read now."""
-    failed = cache.failed_at(level)
-    count = 0
-    for image in split.images:
-        if image.id in failed:
-            with contextlib.suppress(HdovdError):
-                read_image(split.path(image), image.width, image.height)
-                count += 1
-    return count
+def plan_lines(plans: list[LevelPlan], probe: Probe | None, config: ExtractConfig, processes: int) -> list[str]:
+    """The plan as a table, with what it will cost."""
+    lines = [f"plan for {config.cache}", f"  {'level':13s}{'plan':8s}{'rows':>11s}{'new':>11s}{'new bytes':>11s}  key"]
+    for plan in plans:
+        new = plan.new_rows if plan.parts else (0 if plan.decision == "hit" else plan.rows)
+        numbers = f"{plan.rows:11,d}{new:11,d}{size(new * plan.row_bytes):>11s}"
+        lines.append(f"  {plan.level:13s}{plan.decision:8s}{numbers}  {plan.key[:12]}")
+        lines += [f"  {'':13s}{reason}" for reason in plan.reason.split("; ") if reason]
+    if probe is not None:
+        rows = sum(plan.new_rows for plan in plans if plan.level in (Level.IMAGE, Level.INSTANCE))
+        seconds = probe.seconds(rows, config.workers) / processes
+        who = "a Ray worker" if config.executor is Executor.RAY else f"{processes} process{'es' if processes > 1 else ''}"
+        lines.append(f"  {rows:,d} pictures and crops: about {duration(seconds)} (a short probe: {1000 * probe.crop_s:.2f} ms to cut, "
+                     f"{1000 * probe.embed_s:.2f} ms to embed a crop; {who} with --workers {config.workers})"
+                     + ("" if probe.gpu_bytes is None else f"; GPU memory {size(probe.gpu_bytes)}"))
+    return lines
 
 
-def _plan(config: ExtractConfig, inputs: dict[Level, KeyInputs], split: Split) -> dict[Level, str]:
-    """Per level "hit", or "extract" with the reason. Raises HdovdError if another cache would be overwritten."""
-    if not config.cache.exists() or not any(config.cache.iterdir()):
-        return dict.fromkeys(inputs, "extract: no cache yet")
-    try:
-        cache = FeatureCache(config.cache)
-    except HdovdError as error:
-        if not (config.cache / "zarr.json").is_file():
-            raise HdovdError(f"{config.cache} is not empty and is no feature cache: give another --cache") from error
-        if not config.overwrite:
-            raise HdovdError(f"{config.cache} is in the way: {error}\nGive another --cache, or --overwrite to replace it") from error
-        return dict.fromkeys(inputs, "extract: what is there cannot be used")
-    plan, have = {}, cache.levels()
-    for level, wanted in inputs.items():
-        if level not in have:
-            plan[level] = "extract: not in the cache yet"
-        elif lines := differences(wanted, cache.key_inputs(level)):
-            plan[level] = "extract: " + "; ".join(lines)
-        elif level in (Level.IMAGE, Level.INSTANCE) and (repaired := _readable_now(cache, level, split)):
-            plan[level] = f"extract: {repaired} images that failed before can be read now"
-        else:
-            plan[level] = "hit"
-    if any("differs" in decision for decision in plan.values()) and not config.overwrite:
-        raise HdovdError(f"{config.cache} holds a cache that was made from something else:\n"
-                         + "\n".join(f"  {level}: {decision}" for level, decision in plan.items())
-                         + "\nGive another --cache, or --overwrite to replace what differs")
-    return plan
+def _finish(extraction: Extraction, catalog: Catalog, config: ExtractConfig, report: ExtractReport, log: Log, seconds: float) -> None:
+    """Say what was done; name the set if all of it is there."""
+    if all(decision == "hit" for decision in report.levels.values()):
+        log("everything is there: nothing to extract")
+    report.whole = extraction.whole
+    if not report.whole:
+        mine, everything = [unit for unit in extraction.done if unit.level is not Level.PSEUDO_LABEL], sum(map(len, extraction.units()))
+        log(f"this worker is done, it made {len(mine)} parts; {len(extraction.left())} of {everything} are other workers' or missing: "
+            "when all have ended, the same command without --shard finishes what is left")
+        return
+    features = FeatureSet({level: plan.key for level, plan in extraction.plans.items()}, extraction.split.skips.by_reason, config.to_dict())
+    if catalog.sets().get(config.features) != features:
+        catalog.write_set(config.features, features)
+    for level in (Level.IMAGE, Level.INSTANCE):
+        report.failed |= extraction.product(level).failed()
+    for image_id, reason in list(report.failed.items())[:20]:
+        log(f"failed: image {image_id}: {reason}")
+    if report.failed:
+        log(f"{len(report.failed)} images have no embeddings; training leaves them out. hdovd cache info lists them, "
+            "extract-clip --retry-failed tries them again")
+    pictures = (Level.IMAGE, Level.INSTANCE)
+    rows = sum(extraction.plans[unit.level].new_rows_of([unit.part]) for unit in extraction.done if unit.level in pictures)
+    elsewhere = sum(report.new_rows[level] for level in pictures) - rows
+    total = sum(extraction.product(level).bytes() for level in extraction.plans)
+    log(f"{config.cache}: set {config.features} is whole, {size(total)}"
+        + (f"; {rows:,d} pictures and crops in {duration(seconds)} ({rows / seconds:.0f}/s)" if rows else "")
+        + (f"; {elsewhere:,d} by other processes" if elsewhere > 0 else ""))
 
 
-@dataclass(slots=True)
-class _Extraction:
-    """One pass over the images, and the two text levels."""
-
-    config: ExtractConfig
-    split: Split
-    proposals: dict[int, Proposals]
-    nouns: Nouns | None
-    clip: ClipTeacher
-    inputs: dict[Level, KeyInputs]
-    writer: CacheWriter
-    report: ExtractReport
-
-    def run(self) -> None:
-        names = {Level.CLASS: self.inputs[Level.CLASS]["names"]} | ({Level.NOUN: list(self.nouns.vocabulary)} if self.nouns else {})
-        noun_rows = np.zeros((0, self.clip.dim), np.float32)
-        for level, listed in names.items():
-            embeddings = self.clip.embed_names(listed, self.config.templates)
-            noun_rows = embeddings if level is Level.NOUN else noun_rows
-            if self._wanted(level):
-                self.writer.write_names(level, self.inputs[level], listed, embeddings)
-            self.report.rows[f"{level} names"] = len(listed)
-        if self._wanted(Level.IMAGE) or self._wanted(Level.INSTANCE):
-            self._images(noun_rows)
-
-    def _wanted(self, level: Level) -> bool:
-        return self.report.levels[level] != "hit"
-
-    def _images(self, noun_rows: np.ndarray) -> None:
-        images = self.split.images
-        found = [self.proposals.get(i.id, NO_PROPOSALS) for i in images]
-        with_boxes = self._wanted(Level.INSTANCE)
-        jobs = [CropJob(i.id, self.split.path(i), i.width, i.height,
-                        np.concatenate([i.boxes, p.boxes]) if with_boxes else np.zeros((0, 4), np.float32))
-                for i, p in zip(images, found, strict=True)]
-        ids = [i.id for i in images]
-        image_level = self.writer.image_level(self.inputs[Level.IMAGE], ids, self.clip.dim) if self._wanted(Level.IMAGE) else None
-        counts = [len(job.boxes) for job in jobs]
-        instance_level = (self.writer.instance_level(self.inputs[Level.INSTANCE], ids, counts, self.clip.dim)
-                          if with_boxes else None)
-        unnamed = 0
-        for number, embeddings in self._embed(jobs):
-            image, proposals = images[number], found[number]
-            if image_level is not None:
-                image_level.append(image.id, embedding=embeddings[:1])
-            if instance_level is not None:
-                unnamed += _append_instances(instance_level, image, proposals, embeddings[1:], noun_rows, self.nouns)
-        for level in (image_level, instance_level):
-            if level is not None:
-                level.close(self.report.failed)
-        self.report.rows |= {"images": len(images), "base boxes": sum(len(i.boxes) for i in images),
-                             "proposals": sum(len(p.boxes) for p in found)}
-        if self.nouns is not None and with_boxes:
-            self.report.rows["proposals without a noun"] = unnamed
-
-    def _embed(self, jobs: list[CropJob]) -> Iterator[tuple[int, np.ndarray]]:
-        """The embeddings of every job in order, (1 + n, D): the image, then its boxes; zeros for a failed one."""
-        loader = DataLoader(CropDataset(jobs, self.clip.preprocess), batch_size=None, num_workers=self.config.workers)
-        waiting: list[tuple[int, Tensor]] = []
-        crops = 0
-        with progress(None, "CLIP", "crop", sum(len(j.boxes) + 1 for j in jobs)) as bar:
-            for number, pixels, problem in loader:
-                if problem:
-                    self.report.failed[jobs[number].image_id] = problem
-                waiting.append((number, pixels))
-                crops += len(pixels)
-                bar.update(len(jobs[number].boxes) + 1)
-                if crops >= self.config.batch_size:
-                    yield from self._flush(waiting, jobs)
-                    waiting, crops = [], 0
-            yield from self._flush(waiting, jobs)
-
-    def _flush(self, waiting: list[tuple[int, Tensor]], jobs: list[CropJob]) -> Iterator[tuple[int, np.ndarray]]:
-        filled = [pixels for _, pixels in waiting if len(pixels)]
-        rows = (np.concatenate([self.clip.embed_images(part) for part in torch.cat(filled).split(self.config.batch_size)])
-                if filled else np.zeros((0, self.clip.dim), np.float32))
-        start = 0
-        for number, pixels in waiting:
-            if len(pixels):
-                yield number, rows[start : start + len(pixels)]
-            else:
-                yield number, np.zeros((len(jobs[number].boxes) + 1, self.clip.dim), np.float32)
-            start += len(pixels)
+def _silent(_: str) -> None:
+    """The log of a process that is not to print."""
 
 
-def _append_instances(level: LevelWriter, image: ImageBoxes, proposals: Proposals, embeddings: np.ndarray,
-                      noun_rows: np.ndarray, nouns: Nouns | None) -> int:
-    """Write the rows of one image; returns how many of its proposals got no noun."""
-    base, extra = len(image.boxes), len(proposals.boxes)
-    noun = np.full(base + extra, -1, np.int32)
-    cosine = np.zeros(base + extra, np.float32)
-    everything = nouns is not None and nouns.by_image is None
-    offered = np.array(nouns.offered(image.id) if nouns is not None else (), np.int64)
-    if len(offered) and extra:
-        cosines = embeddings[base:] @ (noun_rows if everything else noun_rows[offered]).T
-        noun[base:] = offered[cosines.argmax(axis=1)]
-        cosine[base:] = cosines.max(axis=1)
-    level.append(
-        image.id,
-        embedding=embeddings,
-        box=np.concatenate([image.boxes, proposals.boxes]),
-        source=np.repeat([Source.BASE_BOX, Source.PROPOSAL], [base, extra]).astype(np.uint8),
-        annotation_id=np.concatenate([image.annotation_ids, np.full(extra, -1, np.int64)]),
-        score=np.concatenate([np.ones(base, np.float32), proposals.scores]),
-        noun=noun,
-        noun_cosine=cosine,
-    )
-    return 0 if len(offered) else extra
+def size(count: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
 
 
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
+from hdovd.cache.schema import CHUNK_ROWS, DEFAULT_SET, PART_ROWS
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
 
@@ -24,12 +27,45 @@ class Activation(StrEnum):
     QUICK_GELU = "quickgelu"
 
 
+class Store(StrEnum):
+    ZARR = "zarr"
+    WEBDATASET = "webdataset"
+
+
+class Executor(StrEnum):
+    LOCAL = "local"
+    RAY = "ray"
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The part of the work that this process does: worker `index` of `count`, index from 0."""
+
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise HdovdError(f"--shard {self.index}/{self.count}: expected I/N with I from 0 to N-1")
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdigit() and count.isdigit()):
+            raise HdovdError(f"--shard {text}: expected I/N, such as 0/8")
+        return cls(int(index), int(count))
+
+
 @dataclass(frozen=True, slots=True)
 class ExtractConfig:
-    """What to extract. `clip` and `pretrained` as in `clip_teacher.load_clip`; sizes in crops."""
+    """What to extract. `clip` and `pretrained` as in `clip_teacher.load_clip`; sizes in crops and rows.
+
+    `features` names the set that the products make up. `share`: None for torchrun's own, or all of the work.
+    `store`: what `cache` becomes, a Zarr cache or a folder of tar shards.
+    """
 
     data: DataPaths
-    cache: Path
+    cache: Path | str
     clip: str
     pretrained: str | None = None
     proposals: Path | None = None
@@ -37,12 +73,18 @@ class ExtractConfig:
     captions: Path | None = None
     protocol: str = "ov-coco"
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
-    device: str = "auto"
     precision: Precision = Precision.FP32
     activation: Activation = Activation.AUTO
+    features: str = DEFAULT_SET
+    device: str = "auto"
     batch_size: int = 256
+    part_rows: int = PART_ROWS
     workers: int = 0
-    overwrite: bool = False
+    dry_run: bool = False
+    retry_failed: bool = False
+    share: Share | None = None
+    executor: Executor = Executor.LOCAL
+    store: Store = Store.ZARR
 
     def __post_init__(self) -> None:
         if self.captions is not None and self.vocabulary is None:
@@ -52,3 +94,34 @@ class ExtractConfig:
         wrong = [t for t in self.templates if t.count("{}") != 1]
         if wrong or not self.templates:
             raise HdovdError(f"a prompt template holds {{}} once, where the name goes; got {wrong}")
+        if self.part_rows < 1 or (self.part_rows > CHUNK_ROWS and self.part_rows % CHUNK_ROWS):
+            raise HdovdError(f"--part-rows {self.part_rows}: expected at most {CHUNK_ROWS}, or a multiple of it")
+        if not re.fullmatch(r"[\w.-]+", self.features):
+            raise HdovdError(f"--features {self.features!r}: expected letters, digits, and . _ -")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What another process needs to make the same products: JSON values, absolute paths."""
+        paths = {name: _absolute(getattr(self, name)) for name in ("proposals", "vocabulary", "captions")}
+        data = {name: _absolute(getattr(self.data, name)) for name in ("root", "images", "annotations")}
+        pretrained = self.pretrained if self.pretrained is None or not Path(self.pretrained).is_file() else _absolute(Path(self.pretrained))
+        clip = f"local-dir:{_absolute(Path(self.clip[10:]))}" if self.clip.startswith("local-dir:") else self.clip
+        protocol = _absolute(Path(self.protocol)) if Path(self.protocol).is_file() else self.protocol
+        return {"data": data, **paths, "clip": clip, "pretrained": pretrained, "protocol": protocol, "templates": list(self.templates),
+                "precision": str(self.precision), "activation": str(self.activation), "features": self.features}
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any], cache: Path | str, **changes: Any) -> ExtractConfig:
+        """The extraction that `to_dict` described, with changes."""
+        paths = {name: _path(tree[name]) for name in ("proposals", "vocabulary", "captions")}
+        data = DataPaths(**{name: _path(value) for name, value in tree["data"].items()})
+        given = {**tree, **paths, "data": data, "templates": tuple(tree["templates"]), "precision": Precision(tree["precision"]),
+                 "activation": Activation(tree["activation"]), "cache": cache}
+        return cls(**(given | changes))
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from hdovd.config import TrainConfig
 from hdovd.errors import HdovdError
@@ -71,9 +71,9 @@ def _means(window: list[dict[str, Tensor]], last_step: int, what: str) -> dict[s
 
 
 def shuffled(data: Dataset[Sample], config: TrainConfig, device: torch.device,
-             on_error: Callable[[HdovdError], None] | None = None) -> Batches[Sample]:
-    """The batches of a training run."""
-    return Batches(data, config.batch_size, config.workers, device=device, shuffle_seed=config.seed, on_error=on_error)
+             on_error: Callable[[HdovdError], None] | None = None, sampler: Sampler[int] | None = None) -> Batches[Sample]:
+    """The batches of a training run. `sampler`: another order than a plain shuffle."""
+    return Batches(data, config.batch_size, config.workers, device=device, shuffle_seed=config.seed, sampler=sampler, on_error=on_error)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,13 @@ from hdovd.coco import ImageBoxes, Split
 from hdovd.errors import HdovdError
 
 
-def read_image(path: Path, width: int, height: int) -> Image.Image:
-    """Decode a picture as RGB. Raises HdovdError if it cannot be read or is not `width` x `height` pixels."""
+def read_image(path: Path | str, width: int, height: int, data: bytes | None = None) -> Image.Image:
+    """Decode a picture, from its file or the file's bytes, as RGB.
+
+    Raises HdovdError, naming `path`, if it cannot be read or is not `width` x `height` pixels.
+    """
     try:
-        with Image.open(path) as file:
+        with Image.open(path if data is None else io.BytesIO(data)) as file:
             image = file.convert("RGB")
     except FileNotFoundError:
         raise HdovdError(f"{path}: no such file") from None
@@ -33,4 +37,9 @@ def read_pixels(split: Split, image: ImageBoxes) -> Tensor:
         picture = read_image(split.path(image), image.width, image.height)
     except HdovdError as error:
         raise HdovdError(f"image {image.id}: {error}") from error
+    return pixels_of(picture)
+
+
+def pixels_of(picture: Image.Image) -> Tensor:
+    """(3, h, w) uint8 RGB."""
     return torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).copy())

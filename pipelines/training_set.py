@@ -1,21 +1,22 @@
 """The training set: pictures and base boxes from COCO files, joined to their cached rows by image and annotation id.
 
-Called by `train.py`. D embedding size.
+Called by `train.py`. What a sample is made of is shared with `tar_training`, where the same comes from tar shards. D embedding size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
+from hdovd.cache.reader import FeatureCache, InstanceRows
+from hdovd.cache.schema import Level, Source
 from hdovd.coco import ImageBoxes, Split
-from hdovd.config import Recipe
+from hdovd.config import LossConfig, Recipe
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.identities import data_inputs
 from hdovd.pipelines.images import read_pixels
@@ -34,23 +35,21 @@ class TrainingSet(Dataset[Sample]):
         self._check()
         self._leave_out_failed(log)
         self._nouns = torch.zeros(0, cache.dim)
-        if recipe.loss.uses_pseudo_boxes and Level.NOUN in cache.levels():
+        if uses_nouns(recipe.loss, cache.levels(), cache.url):
             self._nouns = torch.from_numpy(cache.embeddings(Level.NOUN))
 
     def _check(self) -> None:
         loss, cache = self.recipe.loss, self.cache
         if loss.uses_cache:
-            cache.require_one_clip()
+            cache.require_together()
         wanted = data_inputs(self.images)
         if loss.image.enabled:
             cache.require(Level.IMAGE, wanted[Level.IMAGE])
             cache.hold(Level.IMAGE)
         if loss.uses_pseudo_boxes:
+            cache.require(Level.BOXES, wanted[Level.BOXES])
             cache.require(Level.INSTANCE, wanted[Level.INSTANCE])
             cache.hold(Level.INSTANCE)
-            if loss.class_.enabled and Level.NOUN not in cache.levels():
-                raise HdovdError(f"{cache.path} has no nouns, so no pseudo box has a text embedding: extract it with --vocabulary "
-                                 "(and --captions), or train with --set loss.class.enabled=false")
 
     def _leave_out_failed(self, log: Callable[[str], None]) -> None:
         """Images that extraction could not read, in base-only runs too: runs that are compared see the same images."""
@@ -60,7 +59,7 @@ class TrainingSet(Dataset[Sample]):
             log(f"skipped {len(failed)}: image without embeddings ({shorten(list(failed))}); the cache says why")
             self.images = [image for image in self.images if image.id not in failed]
             if not self.images:
-                raise HdovdError(f"no image of {self.split.annotations} has embeddings in {cache.path}; first reason: "
+                raise HdovdError(f"no image of {self.split.annotations} has embeddings in {cache.url}; first reason: "
                                  f"{next(iter(failed.values()))}")
 
     def __len__(self) -> int:
@@ -68,33 +67,73 @@ class TrainingSet(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         image = self.images[index]
-        pixels, targets = read_pixels(self.split, image), self._targets(image)
-        if torch.rand(()) < self.recipe.input.flip:
-            pixels, targets = pixels.flip(-1), targets.flipped(image.width)
-        return pixels, targets, image.id
+        return flipped_at_random(read_pixels(self.split, image), self._targets(image), image.id, self.recipe.input.flip)
+
+    @property
+    def dim(self) -> int:
+        return self.cache.dim
+
+    def class_embeddings(self, names: Sequence[str]) -> np.ndarray:
+        """(len(names), D) float32 text embeddings. Raises HdovdError for a name that the cache lacks."""
+        return self.cache.class_embeddings(names)
+
+    def describe(self) -> str:
+        """What there is to train on, in words."""
+        return f"{len(self)} images, {sum(len(image.boxes) for image in self.images)} base boxes"
+
+    def record(self) -> dict[str, Any]:
+        """Where it came from, for the record of a run."""
+        return {"cache": self.cache.identity(), "skipped": self.split.skips.by_reason}
 
     def _targets(self, image: ImageBoxes) -> Targets:
-        dim, loss = self.cache.dim, self.recipe.loss
-        boxes, labels = torch.from_numpy(image.boxes), torch.from_numpy(image.labels)
-        embeddings = torch.zeros(len(boxes), dim)
-        pseudo_boxes, pseudo_embeddings, pseudo_texts = torch.zeros(0, 4), torch.zeros(0, dim), torch.zeros(0, dim)
-        if loss.uses_pseudo_boxes:
+        rows = None
+        if self.recipe.loss.uses_pseudo_boxes:
             rows = self.cache.instances(image.id)
-            base, proposals = rows.base_boxes(), rows.proposals()
-            if not np.array_equal(base.annotation_id, image.annotation_ids):
-                raise HdovdError(f"{self.cache.path}: the base rows of image {image.id} are of annotations "
-                                 f"{base.annotation_id.tolist()}, expected {image.annotation_ids.tolist()}: run extract-clip again")
-            embeddings = _normalised(base.embedding)
-            if len(self._nouns):
-                proposals = proposals.select(proposals.noun >= 0)
-                pseudo_texts = self._nouns[torch.from_numpy(proposals.noun.astype(np.int64))]
-            else:  # instance level alone: no noun, no weight in text space
-                pseudo_texts = torch.zeros(len(proposals.box), dim)
-            pseudo_boxes, pseudo_embeddings = torch.from_numpy(proposals.box), _normalised(proposals.embedding)
-        whole = _normalised(self.cache.image_embedding(image.id)) if loss.image.enabled else torch.zeros(dim)
-        return Targets(boxes, labels, embeddings, pseudo_boxes, pseudo_embeddings, pseudo_texts, whole)
+            base = rows.annotation_id[rows.source == Source.BASE_BOX]
+            if not np.array_equal(base, image.annotation_ids):
+                raise HdovdError(f"{self.cache.url}: the base rows of image {image.id} are of annotations "
+                                 f"{base.tolist()}, expected {image.annotation_ids.tolist()}: run extract-clip again")
+        whole = self.cache.image_embedding(image.id) if self.recipe.loss.image.enabled else None
+        return make_targets(image.boxes, image.labels, rows, whole, self._nouns, self.cache.dim)
+
+
+def uses_nouns(loss: LossConfig, levels: Collection[Level], where: str) -> bool:
+    """Whether pseudo boxes have nouns. Raises HdovdError if the losses need them and the features have none."""
+    if loss.uses_pseudo_boxes and loss.class_.enabled and Level.NOUN not in levels:
+        raise HdovdError(f"{where} has no nouns, so no pseudo box has a text embedding: extract it with --vocabulary "
+                         "(and --captions), or train with --set loss.class.enabled=false")
+    return loss.uses_pseudo_boxes and Level.NOUN in levels
+
+
+def make_targets(boxes: np.ndarray, labels: np.ndarray, rows: InstanceRows | None, image_embedding: np.ndarray | None, nouns: Tensor,
+                 dim: int) -> Targets:
+    """The targets of one image: zeros for levels that are off.
+
+    boxes (n, 4) float32 and labels (n,) int64 of the base boxes; rows: theirs, in this order, and the proposals';
+    image_embedding (D,) float16; nouns (K, D) float32, no rows if pseudo boxes have none.
+    """
+    base_boxes, base_labels, embeddings = torch.from_numpy(boxes), torch.from_numpy(labels), torch.zeros(len(boxes), dim)
+    pseudo_boxes, pseudo_embeddings, pseudo_texts = torch.zeros(0, 4), torch.zeros(0, dim), torch.zeros(0, dim)
+    if rows is not None:
+        base, proposals = rows.base_boxes(), rows.proposals()
+        embeddings = _normalised(base.embedding)
+        if len(nouns):
+            proposals = proposals.select(proposals.noun >= 0)
+            pseudo_texts = nouns[torch.from_numpy(proposals.noun.astype(np.int64))]
+        else:  # instance level alone: no noun, no weight in text space
+            pseudo_texts = torch.zeros(len(proposals.box), dim)
+        pseudo_boxes, pseudo_embeddings = torch.from_numpy(proposals.box), _normalised(proposals.embedding)
+    whole = torch.zeros(dim) if image_embedding is None else _normalised(image_embedding)
+    return Targets(base_boxes, base_labels, embeddings, pseudo_boxes, pseudo_embeddings, pseudo_texts, whole)
+
+
+def flipped_at_random(pixels: Tensor, targets: Targets, image_id: int, probability: float) -> Sample:
+    """A sample, mirrored left to right with this probability; boxes, pseudo boxes and rows stay together."""
+    if torch.rand(()) < probability:
+        return pixels.flip(-1), targets.flipped(pixels.shape[-1]), image_id
+    return pixels, targets, image_id
 
 
 def _normalised(rows: np.ndarray) -> Tensor:
     """Stored float16 rows, of norm one again in float32."""
-    return torch.nn.functional.normalize(torch.from_numpy(rows), dim=-1)
+    return torch.nn.functional.normalize(torch.from_numpy(rows).float(), dim=-1)

@@ -5,12 +5,14 @@ Session fixtures are read-only: a test that damages something copies it first (`
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,39 @@ def clip(tmp_path_factory: pytest.TempPathFactory, save_clip: Callable[..., str]
     return save_clip(tmp_path_factory.mktemp("shared") / "clip")
 
 
+class _CountingTeacher:
+    """A real CLIP that counts what it is asked for."""
+
+    def __init__(self, clip: str) -> None:
+        from hdovd.pipelines.clip_teacher import load_clip
+
+        self._teacher = load_clip(clip, None, device="cpu")
+        self.batches: list[int] = []  # pictures in each; those that fill a batch up are zeros, and do not count
+        self.names: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._teacher, name)
+
+    def embed_images(self, pixels: torch.Tensor) -> np.ndarray:
+        self.batches.append(int(pixels.flatten(1).any(dim=1).sum()))
+        return self._teacher.embed_images(pixels)
+
+    def embed_names(self, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+        self.names += names
+        return self._teacher.embed_names(names, templates)
+
+    @property
+    def pictures(self) -> int:
+        """Pictures and crops embedded; the first two batches are the probe's."""
+        return sum(self.batches[2:])
+
+
+@pytest.fixture
+def counting(clip: str) -> _CountingTeacher:
+    """A teacher for `extract_clip`: its `pictures` and `names` are what one extraction computed."""
+    return _CountingTeacher(clip)
+
+
 @pytest.fixture(scope="session")
 def proposals(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A proposal file: two boxes near every object, base or novel, some reaching over the edge; none for image 2."""
@@ -153,6 +188,29 @@ def copied_world(world: Path, tmp_path: Path) -> Path:
 def copied_cache(cache: Path, tmp_path: Path) -> Path:
     """A copy of the micro world's cache to damage."""
     return Path(shutil.copytree(cache, tmp_path / "copied cache"))
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, str]]:
+    """The sha256 of every file below a folder, by name."""
+    return lambda folder: {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+                           for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="session")
+def untouched(contents: Callable[[Path], dict[str, str]]) -> Callable[[Path], Any]:
+    """`with untouched(folder):` checks that nothing was written below it, not even files that were deleted again."""
+
+    def state(folder: Path) -> tuple[dict[str, str], dict[Path, int]]:
+        return contents(folder), {path: path.stat().st_mtime_ns for path in (folder, *sorted(folder.rglob("*")))}
+
+    @contextmanager
+    def watch(folder: Path) -> Iterator[None]:
+        before = state(folder)
+        yield
+        assert state(folder) == before
+
+    return watch
 
 
 @pytest.fixture(scope="session")

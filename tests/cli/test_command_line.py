@@ -147,7 +147,10 @@ def test_wrong_setting_names_the_key(hdovd: Callable[..., Ran], setting: str, ex
     (("train", "--recipe", "demo", "--cache", "c", "--out", "o", "--data", ".", "--protocol", "lvis"), "no protocol 'lvis'"),
     (("eval", "nowhere", "--data", "."), "no run"),
     (("extract-clip", "--cache", "c", "--clip", "x", "--data", ".", "--captions", "c.json"), "--vocabulary"),
-], ids=["recipe", "no data", "protocol", "run", "captions"])
+    (("extract-clip", "--cache", "c", "--clip", "x", "--data", ".", "--shard", "4/4"), "--shard 4/4: expected I/N with I from 0 to N-1"),
+    (("extract-clip", "--cache", "c", "--clip", "x", "--data", ".", "--shard", "1of4"), "--shard 1of4: expected I/N, such as 0/8"),
+    (("extract-clip", "--cache", "c", "--clip", "x", "--data", ".", "--features", "a/b"), "--features 'a/b': expected letters"),
+], ids=["recipe", "no data", "protocol", "run", "captions", "shard", "shard in words", "features"])
 def test_user_errors(hdovd: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...],
                      expected: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -188,18 +191,30 @@ def test_the_main_job_by_commands(hdovd: Callable[..., Ran], world: Path, clip: 
     assert "hdovd extract-clip" in ran.out
     assert json.loads(proposals.read_text())
 
-    ran = hdovd("extract-clip", *data, "--cache", cache, "--clip", clip, "--proposals", proposals, "--vocabulary", world / "vocabulary.txt",
-                "--captions", world / "annotations" / "captions_train2017.json", "--templates", templates, "--device", "cpu")
+    extract = ("extract-clip", *data, "--cache", cache, "--clip", clip, "--proposals", proposals, "--vocabulary", world / "vocabulary.txt",
+               "--captions", world / "annotations" / "captions_train2017.json", "--templates", templates, "--device", "cpu")
+    ran = hdovd(*extract, "--dry-run")
     assert ran.code == 0, ran.err
-    assert "hdovd train" in ran.out
+    assert "no cache yet" in ran.out
+    assert "hdovd train" not in ran.out
+    assert not cache.exists()
+
+    ran = hdovd(*extract)
+    assert ran.code == 0, ran.err
+    assert f"next: hdovd train --cache {cache} --out" in ran.out
     assert "activation: gelu" in ran.out
-    assert json.loads((cache / "class" / "zarr.json").read_text())["attributes"]["key_inputs"]["templates"] == [
-        "a photo of a {}", "a drawing of a {}"]
+    (classes,) = (cache / "class").glob("*/zarr.json")
+    assert json.loads(classes.read_text())["attributes"]["key_inputs"]["templates"] == ["a photo of a {}", "a drawing of a {}"]
 
     ran = hdovd("train", *data, "--cache", cache, "--out", run, *micro_settings, "--device", "cpu")
     assert ran.code == 0, ran.err
     assert "hdovd eval" in ran.out
     assert "instance, class, image" in ran.out
+
+    ran = hdovd(*extract, "--features", "same")
+    assert ran.code == 0, ran.err
+    assert "everything is there" in ran.out
+    assert f"next: hdovd train --cache {cache} --features same --out" in ran.out
 
     ran = hdovd("eval", run, "--data", world, "--per-class", "--pictures", 1, "--device", "cpu")
     assert ran.code == 0, ran.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,19 @@ import pytest
 import torch
 from PIL import Image
 
+from hdovd.cache.identity import key_of
+from hdovd.cache.schema import Level
 from hdovd.errors import HdovdError
 from hdovd.pipelines import clip_teacher
-from hdovd.pipelines.clip_teacher import load_clip
-from hdovd.pipelines.device import pick_device
+from hdovd.pipelines.box_table import box_table
+from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
 from hdovd.pipelines.extract_config import Activation, Precision
+from hdovd.pipelines.identities import level_inputs
+from hdovd.pipelines.nouns import Nouns
 
 SaveClip = Callable[..., str]
+TEXTS = {Level.CLASS, Level.NOUN, Level.PSEUDO_LABEL}  # a pseudo label is a row of the noun level
+PICTURES = {Level.IMAGE, Level.INSTANCE, Level.PSEUDO_LABEL}
 
 
 def _noise(size: tuple[int, int] = (50, 30)) -> Image.Image:
@@ -37,7 +44,7 @@ def _activations(model: torch.nn.Module) -> set[str]:
 def test_any_embedding_size_and_resolution(tmp_path: Path, save_clip: SaveClip, embed_dim: int, image_size: int) -> None:
     teacher = load_clip(save_clip(tmp_path / "clip", embed_dim=embed_dim, image_size=image_size), None, device="cpu")
     assert teacher.dim == embed_dim
-    pixels = teacher.pixels(_noise())
+    pixels = teacher.preprocess(_noise())
     assert pixels.shape == (3, image_size, image_size)
     for rows in (teacher.embed_images(pixels[None]), teacher.embed_names(["cat"], ["a {}"])):
         assert rows.shape == (1, embed_dim)
@@ -51,9 +58,10 @@ def test_preprocessing_is_the_models_own(tmp_path: Path, save_clip: SaveClip, ch
     name = save_clip(tmp_path / "clip", preprocess=changes)
     teacher = load_clip(name, None, device="cpu")
     _, _, preprocess = open_clip.create_model_and_transforms(name)
-    assert torch.equal(teacher.pixels(_noise()), preprocess(_noise()))
+    assert torch.equal(teacher.preprocess(_noise()), preprocess(_noise()))
     for key, value in changes.items():
-        assert teacher.identity["preprocessing"][key] == value
+        assert teacher.preprocessing[key] == value
+    assert teacher.preprocessing.keys() == {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color", "antialias"}
 
 
 def test_weights_are_frozen_and_in_eval_mode(clip: str) -> None:
@@ -85,7 +93,7 @@ def test_activation_changes_embeddings_and_can_be_forced(tmp_path: Path, save_cl
     rows = {}
     for name, wanted in ((quick, Activation.AUTO), (plain, Activation.AUTO), (quick, Activation.GELU), (plain, Activation.QUICK_GELU)):
         teacher = load_clip(name, None, device="cpu", activation=wanted)
-        rows[name, wanted] = teacher.embed_images(teacher.pixels(_noise())[None])
+        rows[name, wanted] = teacher.embed_images(teacher.preprocess(_noise())[None])
         if wanted is not Activation.AUTO:
             assert teacher.identity["activation"] == str(wanted)
             assert _activations(teacher.model) == {"QuickGELU" if wanted is Activation.QUICK_GELU else "GELU"}
@@ -198,109 +206,79 @@ def test_identity_tells_weights_apart(tmp_path: Path, save_clip: SaveClip) -> No
 
 
 def test_identity_is_plain_values(clip: str) -> None:
-    identity = load_clip(clip, None, device="cpu").identity
-    assert json.loads(json.dumps(identity)) == identity
+    teacher = load_clip(clip, None, device="cpu")
+    for values in (teacher.identity, teacher.preprocessing, teacher.made_with):
+        assert json.loads(json.dumps(values)) == values
 
 
-# --- errors ---
-
-def test_built_in_name_without_pretrained() -> None:
-    with pytest.raises(HdovdError, match=r"needs --pretrained.*laion2b_s34b_b79k"):
-        load_clip("ViT-B-32", None)
+def _keys(teacher: ClipTeacher) -> dict[Level, str]:
+    inputs = level_inputs(teacher, box_table([], {}), Nouns(("fire-hydrant", "sky"), None), ["a-b", "cat"], ["a {}"])
+    return {level: key_of(values) for level, values in inputs.items()}
 
 
-def test_unknown_tag_lists_the_tags() -> None:
-    with pytest.raises(HdovdError, match=r"neither a file nor a tag of ViT-B-32.*laion2b_s34b_b79k"):
-        load_clip("ViT-B-32", "laion3b")
+def _other_keys(one: ClipTeacher, other: ClipTeacher) -> set[Level]:
+    a, b = _keys(one), _keys(other)
+    return {level for level in Level if a[level] != b[level]}
 
 
-def test_unknown_model() -> None:
-    with pytest.raises(HdovdError, match=r"ViT-Q-99.*list_models"):
-        load_clip("ViT-Q-99", "openai")
+def test_folder_is_no_part_of_the_identity(clip: str, tmp_path: Path) -> None:
+    moved = shutil.copytree(clip.removeprefix("local-dir:"), tmp_path / "moved")
+    one, other = load_clip(clip, None, device="cpu"), load_clip(f"local-dir:{moved}", None, device="cpu")
+    assert _keys(one) == _keys(other)
+    assert one.made_with == other.made_with
 
 
-def test_weights_beside_a_local_dir_are_refused(clip: str) -> None:
-    """open_clip would ignore them."""
-    with pytest.raises(HdovdError, match="--pretrained goes with a model name"):
-        load_clip(clip, "openai")
+@pytest.mark.parametrize("activation", [Activation.GELU, Activation.QUICK_GELU], ids=str)
+def test_built_in_name_with_a_file_and_local_dir_are_one_clip(built_in: tuple[str, Path], tmp_path: Path, save_clip: SaveClip,
+                                                              activation: Activation) -> None:
+    """The folder's config says what open_clip takes for granted of the name: its preprocessing, and an activation that is told to one."""
+    name, folder = built_in
+    default = load_clip(name, str(folder / "open_clip_model.safetensors"), device="cpu", activation=activation)
+    told = {key: value for key, value in default.preprocessing.items() if key != "antialias"}
+    local = load_clip(save_clip(tmp_path / "local", quick_gelu=activation is Activation.QUICK_GELU, preprocess=told), None, device="cpu")
+    assert _keys(default) == _keys(local)
+    assert default.made_with != local.made_with  # what a user called it can still be read
+    np.testing.assert_array_equal(default.embed_names(["cat"], ["a {}"]), local.embed_names(["cat"], ["a {}"]))
+    pixels = default.preprocess(_noise())[None]
+    np.testing.assert_array_equal(pixels, local.preprocess(_noise())[None])
+    np.testing.assert_array_equal(default.embed_images(pixels), local.embed_images(pixels))
 
 
-def test_missing_local_dir(tmp_path: Path) -> None:
-    with pytest.raises(HdovdError, match=r"open_clip_config.json"):
-        load_clip(f"local-dir:{tmp_path / 'none'}", None)
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16", "ViT-L-14", "RN50"])
+def test_quickgelu_twin_has_the_same_architecture(name: str) -> None:
+    one, twin = (open_clip.get_model_config(n) for n in (name, f"{name}-quickgelu"))
+    assert one != twin
+    assert clip_teacher._hash_config(one) == clip_teacher._hash_config(twin)
+    assert clip_teacher._hash_config(one) != clip_teacher._hash_config(open_clip.get_model_config("ViT-B-32-256"))
 
 
-def test_local_dir_without_weights(tmp_path: Path, clip: str) -> None:
-    shutil.copy(Path(clip.removeprefix("local-dir:")) / "open_clip_config.json", tmp_path)
-    with pytest.raises(HdovdError, match="no weights"):
-        load_clip(f"local-dir:{tmp_path}", None)
+@pytest.mark.parametrize(("change", "differ"), [
+    ({"seed": 1}, PICTURES | TEXTS), ({"quick_gelu": True}, PICTURES | TEXTS), ({"preprocess": {"mean": [0.5, 0.5, 0.5]}}, PICTURES),
+    ({"preprocess": {"interpolation": "bilinear"}}, PICTURES), ({"preprocess": {"resize_mode": "shortest"}}, PICTURES),
+], ids=["weights", "activation", "mean", "interpolation", "resize mode"])
+def test_change_of_the_model_changes_the_levels_that_it_concerns(tmp_path: Path, clip: str, save_clip: SaveClip, change: dict[str, Any],
+                                                                 differ: set[Level]) -> None:
+    other = load_clip(save_clip(tmp_path / "other", **change), None, device="cpu")
+    assert _other_keys(load_clip(clip, None, device="cpu"), other) == differ
 
 
-@pytest.mark.parametrize("content", ["{}", "not json", "[]"])
-def test_local_dir_with_a_config_that_is_none(tmp_path: Path, clip: str, content: str) -> None:
-    shutil.copytree(clip.removeprefix("local-dir:"), tmp_path / "clip")
-    (tmp_path / "clip" / "open_clip_config.json").write_text(content)
-    with pytest.raises(HdovdError, match=r"no open_clip config|cannot be loaded"):
-        load_clip(f"local-dir:{tmp_path / 'clip'}", None)
+def test_compute_precision_is_a_part_of_the_identity(clip: str) -> None:
+    one, other = (load_clip(clip, None, device="cpu", precision=precision) for precision in (Precision.FP32, Precision.BF16))
+    assert _other_keys(one, other) == PICTURES | TEXTS
 
 
-def test_weights_of_another_architecture(tmp_path: Path, save_clip: SaveClip) -> None:
-    save_clip(tmp_path / "one", embed_dim=24)
-    save_clip(tmp_path / "other", embed_dim=16)
-    shutil.copy(tmp_path / "other" / "open_clip_model.safetensors", tmp_path / "one")
-    with pytest.raises(HdovdError, match="cannot be loaded"):
-        load_clip(f"local-dir:{tmp_path / 'one'}", None)
+def test_tokenizer_counts_by_what_it_makes_of_the_prompts(clip: str) -> None:
+    """Not by its name: one that reads "fire-hydrant" otherwise is another for the text levels, and for them alone."""
+    teacher = load_clip(clip, None, device="cpu")
+    again = replace(teacher, tokenizer=open_clip.SimpleTokenizer(context_length=16))
+    assert _keys(again) == _keys(teacher)
+    without_punctuation = replace(teacher, tokenizer=open_clip.SimpleTokenizer(context_length=16, clean="canonicalize"))
+    assert _other_keys(teacher, without_punctuation) == TEXTS
+    assert without_punctuation.hash_prompts(["cat"], ["a {}"]) == teacher.hash_prompts(["cat"], ["a {}"])
 
 
-def test_cut_off_weights(tmp_path: Path, clip: str) -> None:
-    shutil.copytree(clip.removeprefix("local-dir:"), tmp_path / "clip")
-    file = tmp_path / "clip" / "open_clip_model.safetensors"
-    file.write_bytes(file.read_bytes()[:100_000])
-    with pytest.raises(HdovdError, match="cannot be loaded"):
-        load_clip(f"local-dir:{tmp_path / 'clip'}", None)
-
-
-def test_fp16_without_a_gpu(clip: str) -> None:
-    with pytest.raises(HdovdError, match="fp16"):
-        load_clip(clip, None, device="cpu", precision=Precision.FP16)
-
-
-def test_unknown_device() -> None:
-    with pytest.raises(HdovdError, match="banana"):
-        pick_device("banana")
-
-
-@pytest.fixture
-def hub(tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Put a repository with some of the files of `clip` into a Hugging Face cache, without a network; returns its `hf-hub:` name."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    def fill(*files: str) -> str:
-        repository = tmp_path / "hub" / "models--someone--tiny-clip"
-        snapshot = repository / "snapshots" / ("0" * 40)
-        snapshot.mkdir(parents=True)
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text("0" * 40)
-        for file in files:
-            shutil.copy(Path(clip.removeprefix("local-dir:")) / file, snapshot / file)
-        return "hf-hub:someone/tiny-clip"
-
-    return fill
-
-
-def test_hub_model_in_the_users_cache(hub: Callable[..., str], clip: str) -> None:
-    identity = load_clip(hub("open_clip_config.json", "open_clip_model.safetensors"), None, device="cpu").identity
-    assert identity["weights_sha256"] == load_clip(clip, None, device="cpu").identity["weights_sha256"]
-    assert identity["name"] == "hf-hub:someone/tiny-clip"
-
-
-def test_hub_model_whose_weights_are_out_of_reach_is_refused_not_random(hub: Callable[..., str]) -> None:
-    """open_clip only warns, and goes on with random weights."""
-    with pytest.raises(HdovdError, match="hf-hub:someone/tiny-clip"):
-        load_clip(hub("open_clip_config.json"), None, device="cpu")
-
-
-def test_hub_model_out_of_reach_names_the_way_out(hub: Callable[..., str]) -> None:
-    with pytest.raises(HdovdError, match="local-dir:PATH"):
-        load_clip(hub(), None, device="cpu")
+def test_prompt_hash_covers_every_prompt(clip: str) -> None:
+    """Also those after the first batch."""
+    teacher = load_clip(clip, None, device="cpu")
+    names = [f"thing {k}" for k in range(600)]
+    assert teacher.hash_prompts(names, ["a {}"]) != teacher.hash_prompts([*names[:-1], "other"], ["a {}"])

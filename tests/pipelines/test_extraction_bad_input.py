@@ -1,141 +1,25 @@
-"""Extraction on bad input: one broken picture is counted and listed, what cannot be right is an error that says so."""
+"""Extraction on bad input: what cannot be used is counted and listed, what cannot be right is an error that says so."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.coco import DataPaths
-from hdovd.config import Recipe
 from hdovd.errors import HdovdError
-from hdovd.pipelines.extract_clip import extract_clip
+from hdovd.pipelines.extract_clip import extract_clip, prepare
 from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.training_set import TrainingSet
-from hdovd.protocol import load_protocol
 
 Config = Callable[..., ExtractConfig]
-MISSING, TRUNCATED, RESIZED, EMPTY, TEXT = 1, 2, 3, 4, 5
 
 
 def _silent(_: str) -> None: ...
-
-
-def _file(world: Path, image_id: int) -> Path:
-    return world / "train2017" / f"{image_id:012d}.jpg"
-
-
-def _break_pictures(world: Path) -> dict[int, str]:
-    """Damage five pictures; returns what the reason of each must hold."""
-    _file(world, MISSING).unlink()
-    content = _file(world, TRUNCATED).read_bytes()
-    _file(world, TRUNCATED).write_bytes(content[: len(content) // 2])
-    with Image.open(_file(world, RESIZED)) as picture:
-        size = picture.size
-        picture.resize((size[0] + 1, size[1])).save(_file(world, RESIZED))
-    _file(world, EMPTY).write_bytes(b"")
-    _file(world, TEXT).write_text("<html>404</html>")
-    return {MISSING: "no such file", TRUNCATED: "truncated", RESIZED: f"{size[0] + 1}x{size[1]}.*{size[0]}x{size[1]}",
-            EMPTY: "cannot identify", TEXT: "cannot identify"}
-
-
-def _training_set(world: Path, cache: Path, recipe: Recipe, log: Callable[[str], None] = _silent) -> TrainingSet:
-    from hdovd.coco import load_split
-
-    split = load_split(world / "annotations" / "instances_train2017.json", world / "train2017",
-                       load_protocol(str(world / "protocol.toml")), base_only=True)
-    return TrainingSet(split, FeatureCache(cache), recipe, log)
-
-
-# --- pictures ---
-
-def test_broken_pictures_are_counted_listed_and_left_out_of_training(
-        copied_world: Path, tmp_path: Path, extraction: Config, cache: Path, kept: list[int], micro_recipe: Callable[..., Recipe]) -> None:
-    reasons = _break_pictures(copied_world)
-    assert reasons.keys() <= set(kept)
-    lines: list[str] = []
-    report = extract_clip(extraction(tmp_path / "cache", data=copied_world, batch_size=16), lines.append)
-    assert report.failed.keys() == reasons.keys()
-    for image_id, reason in reasons.items():
-        (line,) = [line for line in lines if f"image {image_id}:" in line]
-        assert str(_file(copied_world, image_id)) in line
-        assert re.search(reason, line)
-    assert any("5 images have no embeddings" in line for line in lines)
-    reader, whole = FeatureCache(tmp_path / "cache"), FeatureCache(cache)
-    assert reader.failed() == report.failed
-    for image_id in kept:  # the others have their own rows, not their neighbours'
-        rows, wanted = reader.instances(image_id), whole.instances(image_id)
-        np.testing.assert_array_equal(rows.box, wanted.box)
-        if image_id in reasons:
-            assert not rows.embedding.any()
-            assert not reader.image_embedding(image_id).any()
-        else:
-            np.testing.assert_allclose(rows.embedding, wanted.embedding, atol=1e-3)
-            np.testing.assert_allclose(reader.image_embedding(image_id), whole.image_embedding(image_id), atol=1e-3)
-    told: list[str] = []
-    data = _training_set(copied_world, tmp_path / "cache", micro_recipe(), told.append)
-    assert {image.id for image in data.images} == set(kept) - reasons.keys()
-    assert any(line.startswith("skipped 5") for line in told)
-    for index in range(len(data)):
-        assert data[index][1].embeddings.norm(dim=1).numpy() == pytest.approx(1, abs=1e-5)
-
-
-def test_pictures_that_were_repaired_are_extracted(copied_world: Path, world: Path, tmp_path: Path, extraction: Config) -> None:
-    """The remedy for a failed image is to repair the file and to run the same command again."""
-    content = _file(world, MISSING).read_bytes()
-    _file(copied_world, MISSING).unlink()
-    assert extract_clip(extraction(tmp_path / "cache", data=copied_world), _silent).failed.keys() == {MISSING}
-    _file(copied_world, MISSING).write_bytes(content)
-    extract_clip(extraction(tmp_path / "cache", data=copied_world, overwrite=True), _silent)
-    reader = FeatureCache(tmp_path / "cache")
-    assert reader.failed() == {}
-    assert reader.image_embedding(MISSING).any()
-
-
-def test_no_readable_picture_is_an_error_and_leaves_no_cache(copied_world: Path, clip: str, tmp_path: Path) -> None:
-    for picture in (copied_world / "train2017").iterdir():
-        picture.unlink()
-    config = ExtractConfig(DataPaths(copied_world), tmp_path / "cache", clip, protocol=str(copied_world / "protocol.toml"), device="cpu")
-    with pytest.raises(HdovdError, match=r"no picture of .*no such file"):
-        extract_clip(config, lambda _: None)
-    assert not (tmp_path / "cache").exists()
-
-
-def test_image_that_failed_in_one_level_alone_does_not_train(copied_world: Path, world: Path, tmp_path: Path, proposals: Path,
-                                                             extraction: Config, micro_recipe: Callable[..., Recipe]) -> None:
-    """The image level is taken over from a run in which the picture was missing, the instance level is new: the zero
-    image embedding must not become a training target."""
-    content = _file(world, MISSING).read_bytes()
-    _file(copied_world, MISSING).unlink()
-    extract_clip(extraction(tmp_path / "cache", data=copied_world), _silent)
-    _file(copied_world, MISSING).write_bytes(content)
-    (tmp_path / "fewer.json").write_text(json.dumps(json.loads(proposals.read_text())[2:]))
-    extract_clip(extraction(tmp_path / "cache", data=copied_world, proposals=tmp_path / "fewer.json", overwrite=True), _silent)
-    data = _training_set(copied_world, tmp_path / "cache", micro_recipe())
-    for index in range(len(data)):
-        _, targets, image_id = data[index]
-        assert float(targets.image_embedding.norm()) == pytest.approx(1, abs=1e-5), image_id
-
-
-def test_no_picture_at_all(copied_world: Path, tmp_path: Path, extraction: Config, micro_recipe: Callable[..., Recipe]) -> None:
-    """A wrong --images folder: whichever command says so, training does not start."""
-    for file in (copied_world / "train2017").iterdir():
-        file.unlink()
-
-    def run() -> None:
-        extract_clip(extraction(tmp_path / "cache", data=copied_world), _silent)
-        _training_set(copied_world, tmp_path / "cache", micro_recipe())
-
-    with pytest.raises(HdovdError, match="no such file"):
-        run()
 
 
 # --- proposals ---
@@ -229,6 +113,21 @@ def test_options_that_need_another(tmp_path: Path, extraction: Config) -> None:
         extraction(tmp_path / "cache", vocabulary=None)
     with pytest.raises(HdovdError, match=r"--vocabulary.*--proposals"):
         extraction(tmp_path / "cache", proposals=None)
+
+
+@pytest.mark.parametrize("part_rows", [0, -1, 1025, 65537])
+def test_rows_of_a_part_fit_chunks(tmp_path: Path, extraction: Config, part_rows: int) -> None:
+    with pytest.raises(HdovdError, match=f"--part-rows {part_rows}: expected at most 1024, or a multiple"):
+        extraction(tmp_path / "cache", part_rows=part_rows)
+
+
+@pytest.mark.parametrize("part_rows", [1, 100, 1024, 17 * 1024, 21 * 1024, 64 * 1024, 100 * 1024])
+def test_any_rows_of_a_part_suit_all_levels(tmp_path: Path, extraction: Config, counting: Any, part_rows: int) -> None:
+    """Also the image level, whose parts are smaller."""
+    begun = prepare(extraction(tmp_path / "cache", part_rows=part_rows), _silent, counting)
+    begun.begin(Catalog.create(tmp_path / "cache"))
+    assert begun.product(Level.INSTANCE).part_rows == begun.product(Level.PSEUDO_LABEL).part_rows == part_rows
+    assert 1 <= begun.product(Level.IMAGE).part_rows <= part_rows
 
 
 @pytest.mark.parametrize("templates", [(), ("a photo",), ("a photo of a {}", "{} and {}")], ids=str)

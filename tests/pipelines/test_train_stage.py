@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
+from hdovd.coco import DataPaths
 from hdovd.config import PRESETS, Recipe, load_recipe
 from hdovd.errors import HdovdError
 from hdovd.pipelines.demo.world import BASE, NOVEL
+from hdovd.pipelines.extract_clip import extract_clip
 from hdovd.pipelines.run_folder import RunFolder
+from hdovd.pipelines.train import TrainJob, train
 
 TrainMicro = Callable[..., RunFolder]
 LEVELS = ("instance", "class", "image")
@@ -108,13 +113,44 @@ def test_data_at_another_path_gives_the_same_bits(train_micro: TrainMicro, copie
 
 
 def test_resolved_config_repeats_the_run(distilled: RunFolder, world: Path, cache: Path, tmp_path: Path) -> None:
-    from hdovd.coco import DataPaths
-    from hdovd.pipelines.train import TrainJob, train
-
     recipe = load_recipe(str(distilled.path / "config.toml"))
     again = train(TrainJob(DataPaths(world), cache, tmp_path / "run", recipe, str(world / "protocol.toml"), "cpu"), lambda _: None)
     weights = _weights(again)
     assert all(torch.equal(value, weights[name]) for name, value in _weights(distilled).items())
+
+
+def test_cache_knows_the_runs_that_use_it(train_micro: TrainMicro, copied_cache: Path, tmp_path: Path) -> None:
+    """What a run reads is kept for as long as the run is there."""
+    run = train_micro(tmp_path / "run", *PRESETS["base-only"], from_cache=copied_cache)
+    catalog, reader = Catalog(copied_cache), FeatureCache(copied_cache)
+    (record,) = [record for record in catalog.runs() if record.path == str(run.path.resolve())]
+    assert record.levels == reader.set.levels
+    assert {level: key for (level, key), users in catalog.users().items() if record.path in users} == reader.set.levels
+    shutil.rmtree(run.path)
+    assert not any(record.path in users for users in catalog.users().values())
+
+
+def test_cache_that_cannot_be_written_to_can_be_trained_from(train_micro: TrainMicro, copied_cache: Path, tmp_path: Path) -> None:
+    shutil.rmtree(copied_cache / "runs", ignore_errors=True)
+    (copied_cache / "runs").write_text("in the way")
+    lines: list[str] = []
+    run = train_micro(tmp_path / "run", *PRESETS["base-only"], from_cache=copied_cache, log=lines.append)
+    assert (run.path / "model.safetensors").is_file()
+    assert any("hdovd cache gc will not know of this run" in line for line in lines)
+
+
+def test_features_name_the_set_that_is_read(world: Path, copied_cache: Path, tmp_path: Path, extraction: Callable[..., Any],
+                                            micro_recipe: Callable[..., Recipe]) -> None:
+    extract_clip(extraction(copied_cache, templates=("{} in the snow",), features="snow"), lambda _: None)
+    job = TrainJob(DataPaths(world), copied_cache, tmp_path / "run", micro_recipe(), str(world / "protocol.toml"), "cpu", features="snow")
+    run = train(job, lambda _: None)
+    reader = FeatureCache(copied_cache, "snow")
+    assert {level: entry["key"] for level, entry in run.record()["cache"]["levels"].items()} == reader.set.levels
+    np.testing.assert_array_equal(run.class_embeddings().numpy(), reader.class_embeddings([*BASE, *NOVEL]))
+    assert (run.class_embeddings().numpy() != FeatureCache(copied_cache).class_embeddings([*BASE, *NOVEL])).any()
+    with pytest.raises(HdovdError, match="no set of features named ice; it has default, snow"):
+        train(replace(job, features="ice", out=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 # --- switches ---
@@ -141,8 +177,6 @@ def test_pseudo_boxes_change_the_class_level(train_micro: TrainMicro, base_only:
 
 def test_cache_without_proposals_still_trains_the_instance_level(train_micro: TrainMicro, tmp_path: Path,
                                                                  extraction: Callable[..., Any]) -> None:
-    from hdovd.pipelines.extract_clip import extract_clip
-
     extract_clip(extraction(tmp_path / "cache", proposals=None, vocabulary=None, captions=None), lambda _: None)
     run = train_micro(tmp_path / "run", "loss.class.enabled=false", from_cache=tmp_path / "cache")
     assert math.isfinite(_log(run)[-1]["instance_relation"])
@@ -191,6 +225,13 @@ def test_error_in_a_worker_process_is_still_one_message(train_micro: TrainMicro,
 def test_missing_cache(train_micro: TrainMicro, tmp_path: Path) -> None:
     with pytest.raises(HdovdError, match="no feature cache"):
         train_micro(tmp_path / "run", from_cache=tmp_path / "none")
+    assert not (tmp_path / "run").exists()
+
+
+def test_cache_that_is_not_whole(train_micro: TrainMicro, copied_cache: Path, tmp_path: Path) -> None:
+    next((copied_cache / "instance").rglob("parts/000000.json")).unlink()
+    with pytest.raises(HdovdError, match=r"is not whole, .*run the extract-clip command again"):
+        train_micro(tmp_path / "run", from_cache=copied_cache)
     assert not (tmp_path / "run").exists()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ import torch
 import zarr
 from PIL import Image
 
+from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
+from hdovd.cache.schema import DEFAULT_SET, Level
 from hdovd.coco import load_split
 from hdovd.config import Recipe
 from hdovd.errors import HdovdError
@@ -31,10 +31,15 @@ MakeRecipe = Callable[..., Recipe]
 def _silent(_: str) -> None: ...
 
 
-def _training_set(world: Path, cache: Path, recipe: Recipe) -> TrainingSet:
+def _training_set(world: Path, cache: Path, recipe: Recipe, features: str = DEFAULT_SET) -> TrainingSet:
     split = load_split(world / "annotations" / "instances_train2017.json", world / "train2017",
                        load_protocol(str(world / "protocol.toml")), base_only=True)
-    return TrainingSet(split, FeatureCache(cache), recipe, _silent)
+    return TrainingSet(split, FeatureCache(cache, features), recipe, _silent)
+
+
+def _product(cache: Path, level: Level, mode: Any = "r") -> Any:
+    """A level of the default set, as plain Zarr shows it."""
+    return zarr.open_group(cache / level / FeatureCache(cache).key(level), mode=mode)
 
 
 def _edit(world: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -47,10 +52,10 @@ def _edit(world: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 # --- rows ---
 
 def test_rows_are_those_of_the_annotations(world: Path, cache: Path, kept: list[int], micro_recipe: MakeRecipe) -> None:
-    root: Any = zarr.open_group(cache, mode="r")
-    stored = {int(a): row for row, a in enumerate(root["instance/annotation_id"][:]) if a >= 0}
-    embedding = root["instance/embedding"][:].astype(np.float32)
-    image_row = {int(i): row for row, i in enumerate(root["image/image_id"][:])}
+    stored = {int(a): row for row, a in enumerate(_product(cache, Level.BOXES)["annotation_id"][:]) if a >= 0}
+    embedding = _product(cache, Level.INSTANCE)["embedding"][:].astype(np.float32)
+    images = _product(cache, Level.IMAGE)
+    image_row = {int(i): row for row, i in enumerate(images["image_id"][:])}
     annotations = {a["id"]: a for a in json.loads((world / "annotations" / "instances_train2017.json").read_text())["annotations"]}
     data = _training_set(world, cache, micro_recipe("input.flip=0.0"))
     assert [image.id for image in data.images] == kept
@@ -64,9 +69,9 @@ def test_rows_are_those_of_the_annotations(world: Path, cache: Path, kept: list[
             assert annotations[annotation_id]["image_id"] == image_id
             assert box.tolist() == [x, y, x + w, y + h]
             torch.testing.assert_close(row, torch.from_numpy(embedding[stored[annotation_id]]), atol=1e-3, rtol=0)
-        for rows in (targets.embeddings, targets.pseudo_embeddings, targets.pseudo_texts):
-            torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)), atol=1e-3, rtol=0)
-        whole = torch.from_numpy(root["image/embedding"][image_row[image_id]].astype(np.float32))
+        for rows, tolerance in ((targets.embeddings, 1e-5), (targets.pseudo_embeddings, 1e-5), (targets.pseudo_texts, 1e-3)):
+            torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)), atol=tolerance, rtol=0)
+        whole = torch.from_numpy(images["embedding"][image_row[image_id]].astype(np.float32))
         torch.testing.assert_close(targets.image_embedding, whole, atol=1e-3, rtol=0)
 
 
@@ -148,10 +153,14 @@ def _rename(tree: dict[str, Any]) -> None:
     tree["images"][2]["file_name"] = tree["images"][3]["file_name"]
 
 
+def _resize(tree: dict[str, Any]) -> None:
+    tree["images"][2]["width"] += 1
+
+
 @pytest.mark.parametrize(("change", "named", "other"), [
     (_move_box, "base_boxes.hash", "images."), (_renumber, "base_boxes.hash", "images."),
-    (_drop_image, "images.count", "nothing"), (_rename, "images.hash", "base_boxes."),
-], ids=["moved box", "other annotation ids", "image left out", "other file"])
+    (_drop_image, "images.count", "nothing"), (_rename, "images.hash", "base_boxes."), (_resize, "images.hash", "base_boxes."),
+], ids=["moved box", "other annotation ids", "image left out", "other file", "other size"])
 def test_cache_of_other_data_is_refused_naming_the_input(copied_world: Path, cache: Path, micro_recipe: MakeRecipe,
                                                          change: Callable[[dict[str, Any]], None], named: str, other: str) -> None:
     _edit(copied_world, change)
@@ -177,13 +186,43 @@ def test_validation_split_is_refused(world: Path, cache: Path, micro_recipe: Mak
         TrainingSet(split, FeatureCache(cache), micro_recipe(), _silent)
 
 
+def _mix(cache: Path, one: str, other: str, *levels: Level) -> None:
+    """Name a set "mixed": that of `one`, but for `levels`, which are those of `other`."""
+    catalog = Catalog(cache)
+    sets = catalog.sets()
+    catalog.write_set("mixed", FeatureSet(sets[one].levels | {level: sets[other].levels[level] for level in levels}))
+
+
 def test_class_level_of_another_clip_is_refused(world: Path, copied_cache: Path, tmp_path: Path, save_clip: Callable[..., str],
                                                 extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe) -> None:
-    extract_clip(extraction(tmp_path / "other", clip=save_clip(tmp_path / "clip", seed=1)), _silent)
-    shutil.rmtree(copied_cache / "class")
-    shutil.copytree(tmp_path / "other" / "class", copied_cache / "class")
-    with pytest.raises(HdovdError, match=r"different CLIPs.*\n.*clip\.weights_sha256"):
-        _training_set(world, copied_cache, micro_recipe())
+    extract_clip(extraction(copied_cache, clip=save_clip(tmp_path / "clip", seed=1), features="other"), _silent)
+    _training_set(world, copied_cache, micro_recipe(), "other")  # on its own it is as good as the first
+    _mix(copied_cache, "default", "other", Level.CLASS)
+    with pytest.raises(HdovdError, match=r"cannot be used together:\n  instance and class: clip\.weights_sha256") as error:
+        _training_set(world, copied_cache, micro_recipe(), "mixed")
+    assert "clip.activation" not in str(error.value)
+
+
+def test_embeddings_of_other_proposals_are_refused(world: Path, copied_cache: Path, tmp_path: Path, proposals: Path,
+                                                   extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe) -> None:
+    """The base boxes are the same, so the data fit both; but the rows are of other proposals than the boxes say."""
+    entries = json.loads(proposals.read_text())
+    entries[0]["bbox"][0] += 1
+    (tmp_path / "other.json").write_text(json.dumps(entries))
+    extract_clip(extraction(copied_cache, proposals=tmp_path / "other.json", features="other"), _silent)
+    _mix(copied_cache, "default", "other", Level.BOXES)
+    with pytest.raises(HdovdError, match=r"instance and boxes: boxes\.hash"):
+        _training_set(world, copied_cache, micro_recipe(), "mixed")
+
+
+def test_pseudo_labels_of_other_nouns_are_refused(world: Path, copied_cache: Path, extraction: Callable[..., ExtractConfig],
+                                                  micro_recipe: MakeRecipe) -> None:
+    extract_clip(extraction(copied_cache, templates=("{} in the snow",), features="other"), _silent)
+    _mix(copied_cache, "default", "other", Level.NOUN)
+    with pytest.raises(HdovdError, match="pseudo_label and noun: it was made from"):
+        _training_set(world, copied_cache, micro_recipe(), "mixed")
+    _mix(copied_cache, "default", "other", Level.NOUN, Level.PSEUDO_LABEL)
+    _training_set(world, copied_cache, micro_recipe(), "mixed")
 
 
 def test_class_level_needs_nouns(world: Path, tmp_path: Path, extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe) -> None:
@@ -195,7 +234,7 @@ def test_class_level_needs_nouns(world: Path, tmp_path: Path, extraction: Callab
 
 
 def test_tampered_annotation_ids_are_refused(world: Path, copied_cache: Path, micro_recipe: MakeRecipe) -> None:
-    ids: Any = zarr.open_array(copied_cache / "instance" / "annotation_id", mode="r+")
+    ids = _product(copied_cache, Level.BOXES, "r+")["annotation_id"]
     values = ids[:]
     first, second = np.flatnonzero(values >= 0)[:2]
     values[[first, second]] = values[[second, first]]

@@ -1,0 +1,156 @@
+"""All that a cache holds: products, the named sets that belong together, and the training runs that used them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zarr
+
+from hdovd.cache.identity import KeyInputs, differences
+from hdovd.cache.product import Product
+from hdovd.cache.schema import SCHEMA_VERSION, Level
+from hdovd.cache.storage import Folder, open_folder
+from hdovd.errors import HdovdError
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSet:
+    """Products that belong together.
+
+    `skipped`: ids by reason of what the input files hold and the cache does not. `made_from`: the extraction's
+    settings, so that a damaged part can be made again; empty for an import.
+    """
+
+    levels: dict[Level, str]
+    skipped: dict[str, list[int | str]] = field(default_factory=dict)
+    made_from: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A training run and the products that it read."""
+
+    path: str
+    levels: dict[Level, str]
+
+    @property
+    def is_there(self) -> bool:
+        return (Path(self.path) / "run.json").is_file()
+
+    @property
+    def file(self) -> str:
+        """Where the cache keeps it."""
+        return f"runs/{hashlib.sha256(self.path.encode()).hexdigest()[:16]}.json"
+
+
+class Catalog:
+    """A cache folder. Raises HdovdError if it is none, or of a schema that this version does not read."""
+
+    def __init__(self, url: str | Path) -> None:
+        self.folder = open_folder(url)
+        try:
+            tree = json.loads(self.folder.read("zarr.json"))
+            version = int(tree["attributes"]["schema_version"])
+        except FileNotFoundError:
+            raise HdovdError(f"no feature cache at {url}: make one with hdovd extract-clip --cache {url}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise HdovdError(f"{url} is no feature cache: its zarr.json does not say which cache schema it has") from error
+        if version != SCHEMA_VERSION:
+            advice = ("it was made by a newer hdovd: update this one" if version > SCHEMA_VERSION
+                      else "give another --cache and extract it again, there is no older reader")
+            raise HdovdError(f"{url} has cache schema {version}, this hdovd reads {SCHEMA_VERSION}: {advice}")
+
+    @classmethod
+    def find_at(cls, url: str | Path) -> Catalog | None:
+        """The cache at `url`, None if there is nothing. Raises HdovdError if something else is in the way."""
+        folder = open_folder(url)
+        if not folder.exists("zarr.json"):
+            there = [name for name in folder.sizes("") if not name.startswith(".") and name not in group_objects()]
+            if there and not folder.exists("zarr.json"):  # another process may make the cache at the same time
+                raise HdovdError(f"{url} is not empty and is no feature cache ({there[0]}): give another --cache")
+            return None
+        return cls(url)
+
+    @classmethod
+    def create(cls, url: str | Path) -> Catalog:
+        """The cache at `url`, made if there is nothing. Raises HdovdError if something else is in the way."""
+        if cls.find_at(url) is None:
+            folder, objects = open_folder(url), group_objects()
+            for name in sorted(objects):  # the root's, named zarr.json, last: a cache is one when it is there
+                folder.write(name, objects[name])
+        return cls(url)
+
+    def products(self, level: Level | None = None) -> list[Product]:
+        """All products, finished or not."""
+        found = []
+        for name in self.folder.sizes(str(level) if level else ""):
+            parts = name.split("/")
+            if len(parts) == 3 and parts[2] == "zarr.json" and parts[0] in set(Level):
+                found.append(Product(self.folder, Level(parts[0]), parts[1]))
+        return found
+
+    def find(self, level: Level, key: str) -> Product | None:
+        return Product(self.folder, level, key) if self.folder.exists(f"{level}/{key}/zarr.json") else None
+
+    def nearest(self, level: Level, inputs: KeyInputs) -> tuple[Product | None, list[str]]:
+        """The product of a level whose inputs differ least from `inputs`, and the differences in words."""
+        best: tuple[Product | None, list[str]] = None, []
+        for product in self.products(level):
+            lines = differences(inputs, product.attributes["key_inputs"])
+            if best[0] is None or len(lines) < len(best[1]):
+                best = product, lines
+        return best
+
+    def sets(self) -> dict[str, FeatureSet]:
+        return {name.removeprefix("sets/").removesuffix(".json"): read_set(self.folder, name) for name in self.folder.sizes("sets")}
+
+    def write_set(self, name: str, features: FeatureSet) -> None:
+        text = json.dumps({"levels": features.levels, "skipped": features.skipped, "made_from": features.made_from})
+        self.folder.write(f"sets/{name}.json", text.encode())
+
+    def runs(self) -> list[RunRecord]:
+        names = list(self.folder.sizes("runs"))
+        records = []
+        for name, text in zip(names, self.folder.read_many(names), strict=True):
+            try:
+                tree = json.loads(text)
+                records.append(RunRecord(tree["path"], {Level(level): key for level, key in tree["levels"].items()}))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise HdovdError(f"{self.folder.url}/{name} is damaged ({error!r}): delete it; the cache then knows nothing of that "
+                                 "run") from error
+        return records
+
+    def record_run(self, run: RunRecord) -> None:
+        self.folder.write(run.file, json.dumps({"path": run.path, "levels": run.levels}, indent=1).encode())
+
+    def users(self) -> dict[tuple[Level, str], list[str]]:
+        """Who needs which product: sets by name, and runs whose folder is still there by path."""
+        users: dict[tuple[Level, str], list[str]] = {}
+        named = [(f"set {name}", features.levels) for name, features in self.sets().items()]
+        for user, levels in named + [(run.path, run.levels) for run in self.runs() if run.is_there]:
+            for level, key in levels.items():
+                users.setdefault((level, key), []).append(user)
+        return users
+
+
+def group_objects() -> dict[str, bytes]:
+    """The metadata of the root and of every level, by name: all that an empty cache consists of."""
+    objects: dict[str, Any] = {}
+    root = zarr.create_group(zarr.storage.MemoryStore(objects), attributes={"schema_version": SCHEMA_VERSION})
+    for level in Level:
+        root.create_group(level)
+    return {name: data.to_bytes() for name, data in objects.items()}
+
+
+def read_set(folder: Folder, name: str) -> FeatureSet:
+    """The set of the file `name`. Raises HdovdError if it is damaged."""
+    try:
+        tree = json.loads(folder.read(name))
+        return FeatureSet({Level(level): str(key) for level, key in tree["levels"].items()}, tree["skipped"], tree["made_from"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HdovdError(f"{folder.url}/{name} is damaged ({error!r}): hdovd cache verify --repair, with the options of its "
+                         "extract-clip command, writes it again") from error

@@ -1,0 +1,146 @@
+"""One product of a cache: what its own metadata and part files say about it. Read by readers, writers and `hdovd cache`."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import zarr
+
+from hdovd.cache.identity import KeyInputs, key_of
+from hdovd.cache.schema import ROW_ARRAYS, TABLES, Level
+from hdovd.cache.storage import Folder
+from hdovd.errors import HdovdError
+
+
+class Product:
+    """A product by level and key. What is finished is read from `parts/` at every call: other processes may be writing."""
+
+    def __init__(self, folder: Folder, level: Level, key: str) -> None:
+        """Raises HdovdError if there is none."""
+        self.folder, self.level, self.key = folder, level, key
+        self.prefix = f"{level}/{key}"
+        try:
+            self.attributes: dict[str, Any] = json.loads(folder.read(f"{self.prefix}/zarr.json"))["attributes"]
+            self.rows: int = self.attributes["rows"]
+            self.part_rows: int = self.attributes["part_rows"]
+        except FileNotFoundError:
+            raise HdovdError(f"{folder.url} has no {level} product {key}; hdovd cache ls lists what is there") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise HdovdError(f"{folder.url}/{self.prefix}/zarr.json is damaged ({error!r}); "
+                             "hdovd cache verify --repair mends it") from error
+
+    def __str__(self) -> str:
+        return f"{self.level} {self.key}"
+
+    @property
+    def key_inputs(self) -> KeyInputs:
+        """What made the product. Raises HdovdError if they were changed since."""
+        inputs: KeyInputs = self.attributes["key_inputs"]
+        if key_of(inputs) != self.key:
+            raise HdovdError(f"{self.folder.url}: the key of {self} does not follow from its key_inputs; the metadata was edited")
+        return inputs
+
+    @property
+    def names(self) -> list[str]:
+        """Class or noun names, in row order."""
+        return list(self.attributes.get("names", ()))
+
+    @property
+    def dim(self) -> int:
+        """D, or 0 for a level without embeddings."""
+        return int(self.attributes["dim"])
+
+    @property
+    def parts(self) -> int:
+        """How many parts a whole product has, its tables not counted."""
+        return -(-self.rows // self.part_rows) if ROW_ARRAYS[self.level] else 0
+
+    def rows_of(self, part: int) -> tuple[int, int]:
+        """First row and row after the last."""
+        return part * self.part_rows, min((part + 1) * self.part_rows, self.rows)
+
+    def row_objects(self, part: int) -> dict[str, str]:
+        """The object that holds a part of each row array, by array."""
+        return {name: f"{name}/c/{part}" + ("/0" if wide else "") for name, (_, wide) in ROW_ARRAYS[self.level].items()}
+
+    def record_name(self, part: int | str) -> str:
+        return f"{self.prefix}/parts/{part if isinstance(part, str) else f'{part:06d}'}.json"
+
+    def finished(self) -> set[int]:
+        """The parts that are done."""
+        names = [name.rsplit("/", 1)[1].removesuffix(".json") for name in self.folder.sizes(f"{self.prefix}/parts")]
+        return {int(name) for name in names if name.isdigit()}
+
+    def is_finished(self, part: int | str) -> bool:
+        return self.folder.exists(self.record_name(part))
+
+    def missing(self) -> list[int]:
+        return sorted(set(range(self.parts)) - self.finished())
+
+    @property
+    def whole(self) -> bool:
+        return self.is_finished(TABLES) and not self.missing()
+
+    def records(self) -> dict[int | str, dict[str, Any]]:
+        """Of every finished part, `objects` (size and sha256 by name) and `failed` (reason by image id).
+
+        Raises HdovdError if one is not readable.
+        """
+        names = list(self.folder.sizes(f"{self.prefix}/parts"))
+        records: dict[int | str, dict[str, Any]] = {}
+        for name, text in zip(names, self.folder.read_many(names), strict=True):
+            part = name.rsplit("/", 1)[1].removesuffix(".json")
+            try:
+                record = json.loads(text)
+                assert {"objects", "failed"} <= record.keys()
+            except (ValueError, AssertionError, AttributeError) as error:
+                raise HdovdError(f"{self.folder.url}/{name} is damaged; hdovd cache verify --repair mends it") from error
+            records[int(part) if part.isdigit() else part] = record
+        return records
+
+    def failed(self) -> dict[int, str]:
+        """Images that could not be read, with the reason: their rows are zeros."""
+        return {int(image): reason for record in self.records().values() for image, reason in record["failed"].items()}
+
+    def failed_parts(self) -> list[int]:
+        """The parts that hold such images."""
+        return sorted(part for part, record in self.records().items() if record["failed"] and isinstance(part, int))
+
+    @cached_property
+    def _group(self) -> zarr.Group:
+        return zarr.open_group(self.folder.store(self.prefix), mode="r", zarr_format=3)
+
+    def array(self, name: str) -> zarr.Array[Any]:
+        """Raises HdovdError if its metadata are not there or not readable."""
+        try:
+            array = self._group[name]
+        except (KeyError, ValueError, TypeError) as error:
+            raise HdovdError(f"{self.folder.url}/{self.prefix}/{name}/zarr.json is missing or damaged ({error!r}); "
+                             "hdovd cache verify --repair mends it") from error
+        assert isinstance(array, zarr.Array)
+        return array
+
+    def table(self, name: str) -> np.ndarray:
+        """A table, whole. Raises HdovdError if it is not there or damaged."""
+        return decoded(self.array(name), slice(None))
+
+    def bytes(self) -> int:
+        return sum(self.folder.sizes(self.prefix).values())
+
+    def modified(self) -> float:
+        """When it was begun, seconds since the epoch."""
+        return self.folder.modified(f"{self.prefix}/zarr.json")
+
+
+def decoded(array: zarr.Array[Any], rows: slice) -> np.ndarray:
+    """Rows of an array, read by Zarr. Raises HdovdError if what is stored cannot be decoded."""
+    try:
+        return np.asarray(array[rows])
+    except HdovdError:
+        raise
+    except Exception as error:  # each codec has its own
+        raise HdovdError(f"{array.store_path} is damaged, Zarr cannot decode it ({type(error).__name__}: {error}); "
+                         "hdovd cache verify --repair makes it again") from error

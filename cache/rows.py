@@ -1,0 +1,220 @@
+"""Random access to the rows of one sharded array: mapped where it can be, through Zarr with an LRU of chunks elsewhere."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections import OrderedDict
+from collections.abc import Collection
+from time import perf_counter
+from typing import Any, Protocol
+
+import google_crc32c
+import numpy as np
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
+
+from hdovd.cache.product import Product, decoded
+from hdovd.errors import HdovdError
+
+LRU_BYTES = 128 * 2**20
+CHUNKS_AT_ONCE = 4  # neighbours that are decoded together and then count as one chunk: a call of Zarr's costs half of what a chunk does
+# A mapped read that takes so long waited for the disk: the data are not in memory. Asking ahead costs a fifth of a read that
+# need not wait, so it is done after such a read, until so many in a row were quick.
+SLOW_READ_S = 1e-4
+READS_AHEAD = 64
+
+
+class _NotPlainError(Exception):
+    """A shard that Zarr can read and a map cannot."""
+
+
+class Rows(Protocol):
+    """An array (rows, ...) read by ranges of rows.
+
+    `reads_best_in_blocks`: whether reads far from each other decode the same rows again and again.
+    """
+
+    @property
+    def reads_best_in_blocks(self) -> bool: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """A copy of rows start to stop."""
+        ...
+
+
+def open_rows(product: Product, name: str, *, mapped: bool | None = None, parts: Collection[int] | None = None) -> Rows:
+    """The rows of a product's row array: of all parts, or of `parts` alone. `mapped`: None for what fits, True or False to insist.
+
+    Raises HdovdError if a shard is not there or is cut short, or if `mapped` is asked for and cannot be.
+    """
+    array = product.array(name)
+    if mapped is not False:
+        why_not = _why_not_mapped(product, array)
+        if why_not is None:
+            try:
+                return MappedRows(product, name, array, parts)
+            except _NotPlainError as error:
+                why_not = str(error)
+        if mapped:
+            raise HdovdError(f"{product.folder.url}: {name} of {product} cannot be mapped: {why_not}")
+    return ZarrRows(product, name, array, parts)
+
+
+class MappedRows:
+    """Uncompressed shards whose chunks lie in order are plain rows: each is mapped once and sliced.
+
+    Safe after fork and spawn: a map is shared by processes, and a copy of this object opens its own.
+    """
+
+    reads_best_in_blocks = False
+
+    def __init__(self, product: Product, name: str, array: zarr.Array[Any], parts: Collection[int] | None = None) -> None:
+        self._opened_from = product, name, parts
+        self._part_rows = product.part_rows
+        self._shards = {part: _map_shard(product, product.row_objects(part)[name], array, part)
+                        for part in (range(product.parts) if parts is None else sorted(parts))}
+        self._no_rows = np.zeros((0, *array.shape[1:]), array.dtype)
+        self._ahead = READS_AHEAD  # reads that are still to be asked for ahead
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        part, first = divmod(start, self._part_rows)
+        last = first + stop - start
+        if not first < last <= self._part_rows:
+            return self._read_across(start, stop)
+        if self._ahead:
+            self._ask_for(part, first, last)
+        since = perf_counter()
+        rows = self._shards[part][1][first:last].copy()
+        if perf_counter() - since > SLOW_READ_S:
+            self._ahead = READS_AHEAD
+        elif self._ahead:
+            self._ahead -= 1
+        return rows
+
+    def _read_across(self, start: int, stop: int) -> np.ndarray:
+        """Rows of several parts, or none."""
+        pieces = [self._no_rows]
+        while start < stop:
+            after = min(stop, start - start % self._part_rows + self._part_rows)
+            pieces.append(self.read(start, after))
+            start = after
+        return np.concatenate(pieces)
+
+    def _ask_for(self, part: int, first: int, last: int) -> None:
+        """Have the system read these rows in one go: a map alone waits for the disk page by page."""
+        file, rows = self._shards[part]
+        begin = first * rows.strides[0] // mmap.PAGESIZE * mmap.PAGESIZE
+        file.madvise(mmap.MADV_WILLNEED, begin, last * rows.strides[0] - begin)
+
+    def __reduce__(self) -> Any:
+        product, name, parts = self._opened_from
+        return _reopen, (product, name, parts, True)
+
+
+class ZarrRows:
+    """Any Zarr array, compressed or remote: decoded chunks are kept, the least recently used ones dropped.
+
+    Fast where reads are near each other: use it with an order that shuffles blocks of images.
+    """
+
+    def __init__(self, product: Product, name: str, array: zarr.Array[Any], parts: Collection[int] | None = None) -> None:
+        self._opened_from = product, name, parts
+        self._array = array
+        # Whole chunks of one part: the next part may be missing.
+        self._chunk = array.chunks[0] * math.gcd(CHUNKS_AT_ONCE, product.part_rows // array.chunks[0])
+        per_chunk = max(1, self._chunk * int(np.prod(array.shape[1:], dtype=int)) * array.dtype.itemsize)
+        self._most = max(4, LRU_BYTES // per_chunk)
+        self._chunks: OrderedDict[int, np.ndarray] = OrderedDict()
+        _check_objects(product, name, array, range(product.parts) if parts is None else parts)
+
+    def __reduce__(self) -> Any:
+        product, name, parts = self._opened_from
+        return _reopen, (product, name, parts, False)
+
+    @property
+    def reads_best_in_blocks(self) -> bool:
+        """True if there are more chunks than are kept."""
+        return -(-int(self._array.shape[0]) // self._chunk) > self._most
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        first, last = start // self._chunk, max(start, stop - 1) // self._chunk
+        if first == last:
+            return self._decoded(first)[start - first * self._chunk : stop - first * self._chunk].copy()
+        return np.concatenate([self._decoded(c)[max(0, start - c * self._chunk) : stop - c * self._chunk] for c in range(first, last + 1)])
+
+    def _decoded(self, chunk: int) -> np.ndarray:
+        found = self._chunks.get(chunk)
+        if found is None:
+            found = self._chunks[chunk] = decoded(self._array, slice(chunk * self._chunk, (chunk + 1) * self._chunk))
+            if len(self._chunks) > self._most:
+                self._chunks.popitem(last=False)
+        else:
+            self._chunks.move_to_end(chunk)
+        return found
+
+
+def _reopen(product: Product, name: str, parts: Collection[int] | None, mapped: bool) -> Rows:
+    return open_rows(product, name, mapped=mapped, parts=parts)
+
+
+def _check_objects(product: Product, name: str, array: zarr.Array[Any], parts: Collection[int]) -> None:
+    """Raise HdovdError if an object of these parts is not there, now and not in the midst of a training run."""
+    listed = product.folder.sizes(f"{product.prefix}/{name}")
+    rows, rest = (array.shards or array.chunks)[0], (0,) * (array.ndim - 1)
+    for part in parts:
+        start, stop = product.rows_of(part)
+        for number in range(start // rows, -(-stop // rows)):
+            wanted = f"{product.prefix}/{name}/{array.metadata.encode_chunk_key((number, *rest))}"
+            if wanted not in listed:
+                raise HdovdError(f"{product.folder.url}/{wanted} (part {part} of {product}) is missing; "
+                                 "hdovd cache verify --repair makes it again")
+
+
+def _why_not_mapped(product: Product, array: zarr.Array[Any]) -> str | None:
+    if product.folder.path("zarr.json") is None:
+        return "it is not on a local file system"
+    codecs = tuple(getattr(array.metadata, "codecs", ()))
+    if len(codecs) != 1 or not isinstance(sharding := codecs[0], ShardingCodec):
+        return "it is not sharded"
+    if not _is_plain(sharding):
+        return "its chunks are compressed, or not little-endian"
+    if array.shards is None or (array.shape[0] > product.part_rows and array.shards[0] != product.part_rows):
+        return "its shards are not the product's parts"
+    return None
+
+
+def _is_plain(sharding: ShardingCodec) -> bool:
+    """Rows as they lie in memory, with the index at the end and its checksum after it."""
+    inner, index = tuple(sharding.codecs), tuple(sharding.index_codecs)
+    return (len(inner) == 1 and isinstance(inner[0], BytesCodec) and getattr(inner[0].endian, "value", "little") == "little"
+            and len(index) == 2 and isinstance(index[0], BytesCodec) and isinstance(index[1], Crc32cCodec)
+            and sharding.index_location.value == "end")
+
+
+def _map_shard(product: Product, name: str, array: zarr.Array[Any], part: int) -> tuple[mmap.mmap, np.ndarray]:
+    """One shard's map, and its rows in it; the index must say that the chunks follow one another from byte 0."""
+    path = product.folder.path(f"{product.prefix}/{name}")
+    assert path is not None and array.shards is not None  # noqa: PT018
+    start, stop = product.rows_of(part)
+    chunk_rows, shard_rows = array.chunks[0], array.shards[0]
+    row_shape = array.shape[1:]
+    chunk_bytes = chunk_rows * int(np.prod(row_shape, dtype=int)) * array.dtype.itemsize
+    used, entries = -(-(stop - start) // chunk_rows), shard_rows // chunk_rows
+    where = f"{path} (rows {start} to {stop} of {product})"
+    try:
+        with path.open("rb") as opened:
+            file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise HdovdError(f"{where} cannot be read: {error}; hdovd cache verify --repair extracts it again") from error
+    data, index_bytes = np.frombuffer(file, np.uint8), 16 * entries + 4
+    if len(data) < index_bytes:
+        raise HdovdError(f"{where} is cut short: {len(data)} bytes; hdovd cache verify --repair extracts it again")
+    tail = bytes(data[-index_bytes:])
+    index = np.frombuffer(tail[:-4], "<u8").reshape(entries, 2)
+    expected = np.stack([np.arange(used) * chunk_bytes, np.full(used, chunk_bytes)], axis=1)
+    if google_crc32c.value(tail[:-4]) != int.from_bytes(tail[-4:], "little"):
+        raise HdovdError(f"{where} is damaged: the checksum of its shard index is wrong; hdovd cache verify --repair extracts it again")
+    if len(data) < used * chunk_bytes + index_bytes or not np.array_equal(index[:used], expected):
+        raise _NotPlainError(f"the chunks of {path} do not follow one another")
+    return file, data[: (stop - start) * chunk_bytes // chunk_rows].view(array.dtype).reshape(stop - start, *row_shape)

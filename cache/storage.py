@@ -1,0 +1,227 @@
+"""Where a cache's bytes lie: a local folder, or an object store by URL. One contract for both, `Folder`.
+
+Names are relative, with slashes. A write is whole or absent under its name, and durable when it returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import unquote
+
+from hdovd.cache.locks import PARTIAL, is_stale, lock, partial_name, unlock
+from hdovd.cache.zarr_store import FolderStore
+from hdovd.errors import HdovdError
+
+CLAIMS = ".claims"
+CLAIM_WAIT_S = 3600.0  # no longer a wait for another process: it may hang, or be on a machine that is gone
+
+
+class Folder(ABC):
+    """A tree of named objects."""
+
+    url: str
+
+    @abstractmethod
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """An object, or its bytes from `start` (from the end if negative) to `stop`. Raises FileNotFoundError if there is none."""
+
+    def read_many(self, names: Sequence[str]) -> list[bytes]:
+        return [self.read(name) for name in names]
+
+    @abstractmethod
+    def write(self, name: str, data: bytes, *, exclusive: bool = False) -> bool:
+        """Write an object; with `exclusive` only if there is none. True if written. Raises HdovdError if it cannot be."""
+
+    @abstractmethod
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Size in bytes of every object below a prefix (a folder), by name, sorted; files being written are left out."""
+
+    @abstractmethod
+    def exists(self, name: str) -> bool: ...
+
+    @abstractmethod
+    def modified(self, name: str) -> float:
+        """When an object was written, seconds since the epoch."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Delete an object, or everything below a folder; what is not there is deleted already."""
+
+    def store(self, prefix: str) -> FolderStore:
+        """A Zarr store of a folder, to be read only."""
+        return FolderStore(self, prefix)
+
+    def path(self, name: str) -> Path | None:
+        """The local file of an object, or None where there is none to map."""
+        return None
+
+    @contextmanager
+    def claim(self, name: str, *, wait: bool) -> Iterator[bool]:
+        """True while this process alone may work on `name`; False if another does, unless told to `wait` (CLAIM_WAIT_S at most).
+
+        Only saves double work: results are the same bytes, so a store without locks is safe too.
+        """
+        yield True
+
+    def sweep(self) -> list[str]:
+        """Delete what processes that are dead left half-written; returns the names."""
+        return []
+
+
+class LocalFolder(Folder):
+    """A folder of a file system, shared or not."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        try:
+            with (self.root / name).open("rb") as file:
+                first, last, _ = slice(start, stop).indices(os.fstat(file.fileno()).st_size)
+                file.seek(first)
+                return file.read() if stop is None else file.read(max(0, last - first))
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise HdovdError(f"{self.root / name} cannot be read: {error.strerror}") from error
+
+    def write(self, name: str, data: bytes, *, exclusive: bool = False) -> bool:
+        target = self.root / name
+        if exclusive and target.exists():
+            return False
+        partial = target.parent / partial_name(uuid.uuid4().hex[:8])
+        try:
+            _make(target.parent)
+            with partial.open("wb") as file:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells `sweep` that the writer lives
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                if exclusive:
+                    _link(partial, target)
+                else:
+                    os.replace(partial, target)
+            _sync(target.parent)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise HdovdError(f"{target} cannot be written: {error.strerror}. What was finished before is kept: make room (or fix "
+                             "the folder) and run the same command again") from error
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+        return True
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        found = {}
+        for folder, folders, files in os.walk(self.root / prefix):
+            folders[:] = [f for f in folders if f != CLAIMS]
+            for file in files:
+                if not file.startswith(PARTIAL):
+                    path = Path(folder, file)
+                    with contextlib.suppress(FileNotFoundError):
+                        found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+        return dict(sorted(found.items()))
+
+    def exists(self, name: str) -> bool:
+        return (self.root / name).is_file()
+
+    def modified(self, name: str) -> float:
+        return (self.root / name).stat().st_mtime
+
+    def delete(self, name: str) -> None:
+        path = self.root / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+                _sync(path.parent)
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+    @contextmanager
+    def claim(self, name: str, *, wait: bool) -> Iterator[bool]:
+        file, locks = self.root / CLAIMS / name.replace("/", "-"), True
+        try:
+            _make(file.parent)
+            handle = lock(file, CLAIM_WAIT_S if wait else 0)
+        except OSError:  # no locks here, or no room: then `write` says what is wrong
+            handle, locks = None, False
+        try:
+            yield handle is not None or wait or not locks
+        finally:
+            if handle is not None:
+                with contextlib.suppress(OSError):
+                    unlock(file, handle)
+
+    def sweep(self) -> list[str]:
+        swept = []
+        for path in sorted(self.root.rglob(f"{PARTIAL}*")):
+            if is_stale(path):
+                path.unlink(missing_ok=True)
+                swept.append(path.relative_to(self.root).as_posix())
+        for path in sorted((self.root / CLAIMS).glob("*")):
+            with contextlib.suppress(OSError):
+                if (handle := lock(path, 0)) is not None:
+                    unlock(path, handle)
+        return swept
+
+
+def open_folder(url: str | Path) -> Folder:
+    """A local path, or file://, s3://, gs:// and whatever else fsspec knows. Raises HdovdError for a file:// URL of another machine."""
+    text = str(url)
+    if "://" not in text:
+        return LocalFolder(Path(text))
+    if text.startswith("file://"):
+        host, slash, path = text.removeprefix("file://").partition("/")
+        if host not in ("", "localhost"):
+            raise HdovdError(f"{text}: expected file:///PATH with three slashes, or the path alone")
+        return LocalFolder(Path(unquote(slash + path)))
+    from hdovd.cache.remote import RemoteFolder
+
+    return RemoteFolder(text)
+
+
+def _link(partial: Path, target: Path) -> None:
+    """Give a file its name unless that is taken. Raises FileExistsError."""
+    try:
+        os.link(partial, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        if target.exists():  # a file system without hard links
+            raise FileExistsError from error
+        os.replace(partial, target)
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and its parents, each durable."""
+    if folder.is_dir():
+        return
+    _make(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+    _sync(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems cannot sync a folder
+        pass
+    finally:
+        os.close(handle)

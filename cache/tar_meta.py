@@ -1,0 +1,125 @@
+"""What `meta.safetensors` holds: all that a folder of tar shards knows of its cache but the rows and pictures of single images.
+
+Written by `hdovd cache export` and `hdovd extract-clip --store webdataset`; see `tar_shards` for the folder that it stands in.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from hdovd.cache.catalog import Catalog, FeatureSet
+from hdovd.cache.identity import KeyInputs, key_of
+from hdovd.cache.product import Product
+from hdovd.cache.schema import SCHEMA_VERSION, TABLE_ARRAYS, Level
+from hdovd.errors import HdovdError
+
+META = "meta.safetensors"
+TEXTS = (Level.CLASS, Level.NOUN)  # levels whose rows are no image's: they stand here, whole
+TABLES_HERE = ("image_id", "image_hash", "image_size", "offset")  # of the boxes level
+
+
+@dataclass(frozen=True, slots=True)
+class TarMeta:
+    """N images, D embedding size.
+
+    `name` and `features`: the set as the cache has it. `samples`: of a full shard. `products`: of every level "attributes" and
+    "records" (of its parts, by number), as the cache has them. `about`: what the exporter adds, JSON values.
+    `tensors`: TABLES_HERE, and the embeddings (K, D) f16 of the levels in TEXTS by level.
+    """
+
+    name: str
+    features: FeatureSet
+    samples: int
+    products: dict[Level, dict[str, Any]]
+    about: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, catalog: Catalog, name: str, samples: int, about: dict[str, Any]) -> TarMeta:
+        """The description of a set whose products are whole."""
+        features = catalog.sets()[name]
+        found = {level: Product(catalog.folder, level, key) for level, key in features.levels.items()}
+        products = {level: {"attributes": product.attributes, "records": {str(part): r for part, r in product.records().items()}}
+                    for level, product in found.items()}
+        tensors = {table: found[Level.BOXES].table(table) for table in TABLES_HERE}
+        tensors |= {str(level): found[level].table("embedding") for level in TEXTS if level in found}
+        return cls(name, features, samples, products, about, tensors)
+
+    def to_bytes(self) -> bytes:
+        tree = {"schema_version": SCHEMA_VERSION, **self.identity(), "name": self.name,
+                "set": {"levels": self.features.levels, "skipped": self.features.skipped, "made_from": self.features.made_from}}
+        return save({name: np.ascontiguousarray(t) for name, t in self.tensors.items()}, {"hdovd": json.dumps(tree)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> TarMeta:
+        """Raises HdovdError, naming `where`, if it is damaged or of another schema."""
+        try:
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            tree = json.loads(header["__metadata__"]["hdovd"])
+            version = tree["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise HdovdError(f"{where} has cache schema {version}, this hdovd reads {SCHEMA_VERSION}: export the cache again")
+            features = FeatureSet({Level(level): str(key) for level, key in tree["set"]["levels"].items()}, tree["set"]["skipped"],
+                                  tree["set"]["made_from"])
+            products = {Level(level): product for level, product in tree["products"].items()}
+            meta = cls(tree["name"], features, int(tree["samples"]), products, tree["about"], load(data))
+            meta._check()
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise HdovdError(f"{where} is damaged ({error!r}): export the cache again") from error
+        return meta
+
+    def _check(self) -> None:
+        """Raises ValueError or KeyError for what does not go together."""
+        for level, product in self.products.items():
+            if key_of(product["attributes"]["key_inputs"]) != self.features.levels[level]:
+                raise ValueError(f"the key of {level} does not follow from its key_inputs")
+        expected = {name: TABLE_ARRAYS[Level.BOXES][name] for name in TABLES_HERE}
+        expected |= {str(level): "float16" for level in TEXTS if level in self.products}
+        found = {name: str(tensor.dtype) for name, tensor in self.tensors.items()}
+        images, offset = len(self.tensors["image_id"]), self.tensors["offset"]
+        if found != expected or offset.shape != (images + 1,) or (np.diff(offset) < 0).any() or self.samples < 1:
+            raise ValueError(f"tensors {found}, expected {expected} that fit together")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides on the bytes of the shards."""
+        return {"samples": self.samples, "products": {str(level): product for level, product in self.products.items()}, "about": self.about}
+
+    @property
+    def images(self) -> int:
+        return len(self.tensors["image_id"])
+
+    @property
+    def shards(self) -> int:
+        return -(-self.images // self.samples)
+
+    def places_of(self, shard: int) -> range:
+        """The images of a shard, by their place in the list of all."""
+        return range(shard * self.samples, min((shard + 1) * self.samples, self.images))
+
+    def attributes(self, level: Level) -> dict[str, Any]:
+        found: dict[str, Any] = self.products[level]["attributes"]
+        return found
+
+    def key_inputs(self) -> dict[Level, KeyInputs]:
+        return {level: self.attributes(level)["key_inputs"] for level in self.products}
+
+    @property
+    def dim(self) -> int:
+        """D, the size of every embedding."""
+        return max(int(self.attributes(level)["dim"]) for level in self.products)
+
+    def failed_parts(self, level: Level) -> dict[int, dict[int, str]]:
+        """Of every part of a level, why images could not be read, by image id."""
+        return {int(part): {int(image): reason for image, reason in record["failed"].items()}
+                for part, record in self.products[level]["records"].items() if part.isdigit()}
+
+    def failed(self) -> dict[int, str]:
+        """Images that lack embeddings at the image or the instance level, with the reason."""
+        return {image: reason for level in (Level.IMAGE, Level.INSTANCE) if level in self.products
+                for failed in self.failed_parts(level).values() for image, reason in failed.items()}

@@ -1,0 +1,269 @@
+"""The tar form of a set of features: shards of whole samples, which a trainer streams from first to last.
+
+A folder, or a prefix of an object store:
+
+    meta.safetensors   what is no single image's: see `tar_meta`
+    000000.tar, ...    samples, one an image, in the order of the cache
+    000000.json, ...   size and sha256 of the shard of that number, written after it: what has one is whole
+
+A sample's key is its image id in 12 digits. n rows of boxes (base boxes before proposals, proposals best first), D embedding size:
+
+    KEY.jpg (or what else the picture is)   the file as it was; none if it could not be read when the cache was made
+    KEY.json                                id, file_name, width, height, picture (its extension), annotations, failed (why, if so)
+    KEY.boxes.npy (n, 4) f32 xyxy pixels    KEY.source.npy (n,) u8            KEY.score.npy (n,) f32
+    KEY.annotation_id.npy (n,) i64          KEY.instance.npy (n, D) f16       KEY.image.npy (D,) f16
+    KEY.noun.npy (n,) i32                   KEY.noun_cosine.npy (n,) f32
+
+The `webdataset` package reads it on its own:
+
+    import webdataset
+
+    shards = webdataset.WebDataset("shards/{000000..000002}.tar", shardshuffle=False).decode("pil")
+    for sample in shards:
+        print(sample["json"]["file_name"], sample["jpg"].size, sample["boxes.npy"].shape, sample["instance.npy"].shape)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from hdovd.cache.identity import differences
+from hdovd.cache.storage import Folder, open_folder
+from hdovd.cache.tar_meta import META, TarMeta
+from hdovd.cache.tar_sample import MEMBERS, RawSample, TarSample, key_of_image
+from hdovd.errors import HdovdError, shorten
+
+SAMPLES = 1_000
+STREAM_BLOCK = 4 * 2**20  # bytes asked of an object store at a time
+T = TypeVar("T")
+
+
+class TarShards:
+    """Some or all shards of a folder, to read. Safe in DataLoader workers: every stream is opened where it is read."""
+
+    def __init__(self, url: str | Path) -> None:
+        """`url`: the folder, or shards in it: DIR/000003.tar, DIR/{000000..000009}.tar.
+
+        Raises HdovdError if there are none, or some of those asked for are not whole.
+        """
+        root, names = _split(str(url))
+        self.url, self._folder = root, open_folder(root)
+        try:
+            self.meta = TarMeta.from_bytes(self._folder.read(META), f"{root}/{META}")
+        except FileNotFoundError:
+            raise HdovdError(f"{root} holds no {META}: expected a folder that hdovd cache export --to webdataset wrote") from None
+        everything = {_tar(number): number for number in range(self.meta.shards)}
+        unknown = [name for name in names or () if name not in everything]
+        if unknown:
+            raise HdovdError(f"{root} has {self.meta.shards} shards, {_tar(0)} and on; asked for {shorten([*unknown])}")
+        self.numbers = list(everything.values()) if names is None else [everything[name] for name in dict.fromkeys(names)]
+        missing = [_tar(number) for number in unfinished_shards(self._folder, self.numbers)]
+        if missing:
+            raise HdovdError(f"{root}: {len(missing)} of {len(self.numbers)} shards are not there, or not as long as they were written "
+                             f"({shorten([*missing])}): run the export again, it goes on where it was; or copy them again")
+
+    @property
+    def images(self) -> int:
+        """How many images the shards hold, with those that have no picture."""
+        return sum(len(self.meta.places_of(number)) for number in self.numbers)
+
+    def failed(self) -> dict[int, str]:
+        """Images of these shards that have no picture, since they lack embeddings, with the reason."""
+        ids = self.meta.tensors["image_id"]
+        here = {int(image) for number in self.numbers for image in ids[self.meta.places_of(number)]}
+        return {image: reason for image, reason in self.meta.failed().items() if image in here}
+
+    def raw(self, number: int, *, verify: bool = False) -> Iterator[tuple[int, RawSample]]:
+        """The samples of a shard, in order, each with its place in the list of all images; `decode` makes sense of one.
+
+        Raises HdovdError, naming the shard, if it cannot be read, is cut short or holds other images; with `verify`
+        also, at its end, if it is not the very file that was written.
+        """
+        from webdataset.tariterators import group_by_keys, tar_file_expander  # type: ignore[import-untyped]
+
+        url, places = self._url(number), self.meta.places_of(number)
+        ids, place = self.meta.tensors["image_id"], places.start
+        with _stream(self._folder, _tar(number)) as stream:
+            source = _Hashed(stream) if verify else stream
+            samples = group_by_keys(tar_file_expander([{"url": url, "stream": source}]))
+            while (sample := _told(url, lambda: next(samples, None))) is not None:
+                expected = key_of_image(int(ids[place])) if place < places.stop else "no more"
+                if sample["__key__"] != expected:
+                    raise HdovdError(f"{url} holds sample {sample['__key__']} where {expected} is expected: is it another export's?")
+                yield place, sample
+                place += 1
+            if place < places.stop:
+                raise HdovdError(f"{url} is cut short: {place - places.start} of {len(places)} samples; export or copy it again")
+            if isinstance(source, _Hashed):
+                _told(url, source.drain)
+                self._compare(number, source)
+
+    def decode(self, place: int, raw: RawSample) -> TarSample:
+        """Raises HdovdError, naming the shard and the sample, if a part is missing or does not fit."""
+        where = f"{self._url(place // self.meta.samples)}: sample {raw['__key__']}"
+        offset, image_id = self.meta.tensors["offset"], int(self.meta.tensors["image_id"][place])
+        rows = int(offset[place + 1] - offset[place])
+        names = [name for name, (level, _) in MEMBERS.items() if level in self.meta.products]
+        try:
+            return TarSample.from_raw(image_id, raw, names, rows, self.meta.dim)
+        except KeyError as error:
+            raise HdovdError(f"{where} lacks {error}: the shard is cut short or damaged; export or copy it again") from error
+        except (ValueError, TypeError, SyntaxError) as error:
+            raise HdovdError(f"{where} is damaged ({error}): export or copy the shard again") from error
+
+    def verify(self, number: int) -> None:
+        """Read a shard whole. Raises HdovdError, naming it, if it is not the very file that was written."""
+        for place, raw in self.raw(number, verify=True):
+            self.decode(place, raw)
+
+    def _compare(self, number: int, found: _Hashed) -> None:
+        expected = _parse(self._folder.read(_json(number)))
+        if expected != found.record():
+            raise HdovdError(f"{self._url(number)} is damaged: it is {found.record()}, its record says {expected}; export or copy it again")
+
+    def _url(self, number: int) -> str:
+        return f"{self.url}/{_tar(number)}"
+
+
+class TarWriter:
+    """Writes the shards of one set, each whole or not at all, in any order, by any number of processes: always the same bytes."""
+
+    def __init__(self, url: str | Path, meta: TarMeta) -> None:
+        """Begin, or go on with what is there. Raises HdovdError if `url` holds anything else."""
+        self.folder = open_folder(url)
+        self.meta = meta
+        there = [name for name in self.folder.sizes("") if not name.startswith(".")]
+        if META in there:
+            found = TarMeta.from_bytes(self.folder.read(META), f"{url}/{META}")
+            lines = differences(meta.identity(), found.identity())
+            if lines:
+                raise HdovdError(f"{url} holds the shards of something else; give another folder:\n  " + "\n  ".join(lines[:20]))
+            self.meta = found
+        elif there:
+            raise HdovdError(f"{url} is not empty and holds no shards ({there[0]}): give another folder")
+        else:
+            self.folder.write(META, meta.to_bytes())
+
+    def unfinished(self) -> list[int]:
+        """The shards that are not there yet."""
+        return unfinished_shards(self.folder, range(self.meta.shards))
+
+    def is_finished(self, number: int) -> bool:
+        return not unfinished_shards(self.folder, [number])
+
+    def write(self, number: int, samples: Iterable[TarSample]) -> int:
+        """Write a shard: the samples of `meta.places_of(number)`. It is held in memory. Returns its bytes."""
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                for member, data in sample.files():
+                    tar.addfile(member, io.BytesIO(data))
+        data = buffer.getvalue()
+        self.folder.write(_tar(number), data)
+        self.folder.write(_json(number), json.dumps({"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}).encode())
+        return len(data)
+
+
+def is_tar_form(url: str | Path) -> bool:
+    """Whether `url` names shards, or a folder of them."""
+    return str(url).endswith(".tar") or open_folder(url).exists(META)
+
+
+def unfinished_shards(folder: Folder, numbers: Sequence[int]) -> list[int]:
+    """Shards that have no record, or another size than it says."""
+    sizes = folder.sizes("")
+    recorded = [number for number in numbers if _json(number) in sizes]
+    records = [_parse(text) for text in folder.read_many([_json(number) for number in recorded])]
+    whole = {number for number, record in zip(recorded, records, strict=True) if sizes.get(_tar(number)) == record.get("bytes")}
+    return [number for number in numbers if number not in whole]
+
+
+def forget_shard(folder: Folder, number: int) -> None:
+    """Count a shard as not written."""
+    folder.delete(_json(number))
+
+
+def _split(url: str) -> tuple[str, list[str] | None]:
+    """The folder, and the names of the shards in it if some are named."""
+    if not url.endswith(".tar"):
+        return url.rstrip("/"), None
+    from braceexpand import braceexpand
+
+    try:
+        found = [one.rpartition("/") for one in braceexpand(url)]
+    except ValueError as error:
+        raise HdovdError(f"{url}: {error}; expected a pattern such as DIR/{{000000..000009}}.tar") from error
+    roots = {root for root, _, _ in found}
+    if len(roots) > 1:
+        raise HdovdError(f"{url} names shards of {len(roots)} folders: give those of one")
+    return roots.pop() or ".", [name for _, _, name in found]
+
+
+def _tar(number: int) -> str:
+    return f"{number:06d}.tar"
+
+
+def _json(number: int) -> str:
+    return f"{number:06d}.json"
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except ValueError:  # a damaged record records nothing
+        record = None
+    return record if isinstance(record, dict) else {}
+
+
+def _told(url: str, read: Callable[[], T]) -> T:
+    """What `read` returns. Raises HdovdError naming the shard if it fails."""
+    try:
+        return read()
+    except Exception as error:  # tarfile's, the system's, and those of every store's client
+        said = getattr(error, "strerror", None) or str(error.args[0] if error.args else error).partition(" @ ")[0]
+        raise HdovdError(f"{url} cannot be read to its end ({type(error).__name__}: {said}): export or copy it again") from error
+
+
+@contextmanager
+def _stream(folder: Folder, name: str) -> Iterator[IO[bytes]]:
+    """An object as a stream. Raises HdovdError if there is none."""
+    try:
+        path = folder.path(name)
+        if path is not None:
+            stream: IO[bytes] = path.open("rb")
+        else:
+            from fsspec.core import url_to_fs
+
+            system, where = url_to_fs(f"{folder.url}/{name}", use_listings_cache=False)
+            stream = system.open(where, "rb", block_size=STREAM_BLOCK)
+    except Exception as error:
+        raise HdovdError(f"{folder.url}/{name} cannot be opened: {type(error).__name__}: {error}") from error
+    with stream:
+        yield stream
+
+
+class _Hashed:
+    """A stream that is measured while it is read."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._digest, self._bytes = stream, hashlib.sha256(), 0
+
+    def read(self, count: int) -> bytes:
+        data = self._stream.read(count)
+        self._digest.update(data)
+        self._bytes += len(data)
+        return data
+
+    def drain(self) -> None:
+        while self.read(STREAM_BLOCK):
+            pass
+
+    def record(self) -> dict[str, Any]:
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}

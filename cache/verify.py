@@ -1,0 +1,292 @@
+"""Checking a cache against itself: every checksum, every table, every row. Needs no data, no CLIP and no detector.
+
+Called by `hdovd.pipelines.cache_check` (`hdovd cache verify`), which adds what needs them. Memory is flat: objects are hashed in
+blocks and rows read in blocks, part after part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from hdovd.cache.catalog import FeatureSet, group_objects, read_set
+from hdovd.cache.content import Wrong, check_attributes, check_rows, check_tables
+from hdovd.cache.identity import hash_tables
+from hdovd.cache.product import Product
+from hdovd.cache.reader import FeatureCache
+from hdovd.cache.schema import ROW_ARRAYS, SCHEMA_VERSION, TABLE_ARRAYS, TABLES, Level
+from hdovd.cache.storage import Folder
+from hdovd.errors import HdovdError
+
+Names = list[tuple[Level, str]]  # of products: level and key
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong.
+
+    `place`: the object, by its name in the cache. `part`: what of the product has to be made again, a part's number or
+    `schema.TABLES`; None if the object just does not belong there. `where`: rows and images, in words.
+    """
+
+    place: str
+    expected: str
+    found: str
+    product: tuple[Level, str] | None = None
+    part: int | str | None = None
+    where: str = ""
+
+    def __str__(self) -> str:
+        if self.product is None:
+            named = self.place
+        else:
+            level, key = self.product
+            part = "" if self.part is None else ", tables" if self.part == TABLES else f", part {self.part}"
+            named = f"{level} {key[:12]}{part}, {self.place.removeprefix(f'{level}/{key}/')}"
+        return f"{named}{f', {self.where}' if self.where else ''}: expected {self.expected}, found {self.found}"
+
+
+@dataclass(slots=True)
+class Checked:
+    """How much was looked at. `unfinished`: products of which parts are still missing, which is no fault: "level key: parts"."""
+
+    products: int = 0
+    parts: int = 0
+    objects: int = 0
+    bytes: int = 0
+    rows: int = 0
+    unfinished: list[str] = field(default_factory=list)
+
+
+def product_names(folder: Folder) -> Names:
+    """Every product of a cache, damaged ones too: whatever has a folder LEVEL/KEY with something in it."""
+    levels = {str(level) for level in Level}
+    found = {tuple(name.split("/")[:2]) for name in folder.sizes("") if name.split("/")[0] in levels and name.count("/") > 1}
+    return [(Level(level), key) for level, key in sorted(found, key=lambda p: (list(Level).index(Level(p[0])), p[1]))]
+
+
+def check_groups(folder: Folder) -> list[Finding]:
+    """The metadata of the root and of the levels."""
+    findings = []
+    for name, data in group_objects().items():
+        wanted = json.loads(data)
+        try:
+            tree = json.loads(folder.read(name))
+            same = all(tree[key] == wanted[key] for key in ("zarr_format", "node_type", "attributes"))
+            found = "" if same else "another one"
+        except FileNotFoundError:
+            found = "no such object"
+        except (ValueError, KeyError, TypeError) as error:
+            found = _damage(error)
+        if found:
+            findings.append(Finding(name, f"the metadata of a cache of schema {SCHEMA_VERSION}", found))
+    return findings
+
+
+def check_records(folder: Folder) -> tuple[dict[str, FeatureSet], list[Finding]]:
+    """The sets that can be read, and what is wrong with sets and runs, or stands where nothing belongs."""
+    sets: dict[str, FeatureSet] = {}
+    findings, groups, listed = [], group_objects(), folder.sizes("")
+    for name in [n for n in listed if re.fullmatch(r"sets/[^/]+\.json", n)]:
+        try:
+            sets[name.removeprefix("sets/").removesuffix(".json")] = read_set(folder, name)
+        except HdovdError as error:
+            findings.append(Finding(name, "a set of features", _damage(error)))
+    for name in [n for n in listed if re.fullmatch(r"runs/[^/]+\.json", n)]:
+        try:
+            tree = json.loads(folder.read(name))
+            assert isinstance(tree["path"], str)
+            assert set(tree["levels"]) <= set(Level)
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            findings.append(Finding(name, "the record of a run", f"{_damage(error)}: delete it (gc then does not know of that run)"))
+    for name in listed:
+        top, _, rest = name.partition("/")
+        if not (name in groups or (top in set(Level) and "/" in rest) or re.fullmatch(r"(sets|runs)/[^/]+\.json", name)):
+            findings.append(Finding(name, "nothing there", "an object that is not the cache's: move it elsewhere"))
+    return sets, findings
+
+
+def check_set(folder: Folder, name: str, features: FeatureSet) -> list[Finding]:
+    """Whether a set's products are there and belong together; call it when they are whole and sound."""
+    place = f"sets/{name}.json"
+    try:
+        FeatureCache(folder.url, name).require_together()
+        if Level.PSEUDO_LABEL in features.levels:
+            boxes, labels = (Product(folder, level, features.levels[level]) for level in (Level.BOXES, Level.PSEUDO_LABEL))
+            wanted, found = hash_tables([boxes.table("source")]), labels.key_inputs.get("sources")
+            if found not in (None, wanted):  # None: imported
+                return [Finding(place, f"pseudo labels of boxes whose sources have the hash {wanted}", str(found))]
+    except (HdovdError, KeyError) as error:
+        return [Finding(place, "levels that belong together", " ".join(str(error).split()))]
+    return []
+
+
+class ProductCheck:
+    """Checks one product and adds up how much that was."""
+
+    def __init__(self, folder: Folder, name: tuple[Level, str], needed_by: str, checked: Checked, on_bytes: Callable[[int], None]) -> None:
+        """`needed_by`: the set that needs it whole, or "" if parts may be missing."""
+        self.folder, self.name, self.needed_by = folder, name, needed_by
+        self.checked, self.on_bytes = checked, on_bytes
+        self.prefix = f"{name[0]}/{name[1]}"
+        self.findings: list[Finding] = []
+        self.product: Product | None = None
+
+    def run(self) -> list[Finding]:
+        self.checked.products += 1
+        self._read_metadata()
+        records = self._read_records()
+        listed = self.folder.sizes(self.prefix)  # after the records: what these name was there before
+        for part, record in records.items():
+            sound = self._check_objects(part, record, listed)
+            if part == TABLES:
+                self._check_tables()
+            elif sound and self.product is not None and not self._is_found(TABLES):
+                self._check_rows(int(part), record)
+        if self.product is not None:
+            self._check_missing(self.product)
+            self._check_extra(self.product, records, listed)
+        return self.findings
+
+    def _add(self, place: str, expected: str, found: str, part: int | str | None, where: str = "") -> None:
+        self.findings.append(Finding(f"{self.prefix}/{place}", expected, found, self.name, part, where))
+
+    def _add_all(self, wrong: Iterable[Wrong], part: int | str) -> None:
+        for w in wrong:
+            self._add(w.array, w.expected, w.found, part, w.where)
+
+    def _is_found(self, part: int | str) -> bool:
+        return any(finding.part == part for finding in self.findings)
+
+    def _read_metadata(self) -> None:
+        try:
+            product = Product(self.folder, *self.name)
+            self._add_all(check_attributes(product), TABLES)
+        except HdovdError as error:
+            self._add("zarr.json", "the product's metadata", _damage(error) if error.__cause__ is not None else "no such object", TABLES)
+        else:
+            self.product = None if self.findings else product
+
+    def _read_records(self) -> dict[int | str, dict[str, Any]]:
+        """The records that can be read: of the tables first, then in order."""
+        records: dict[int | str, dict[str, Any]] = {}
+        for name in sorted(self.folder.sizes(f"{self.prefix}/parts"), key=lambda n: (not n.endswith(f"/{TABLES}.json"), n)):
+            part = re.fullmatch(rf".*/parts/({TABLES}|\d{{6,}})\.json", name)
+            if part is not None and (part[1] == TABLES or self.product is None or int(part[1]) < self.product.parts):
+                self._read_record(name, TABLES if part[1] == TABLES else int(part[1]), records)
+        return records
+
+    def _read_record(self, name: str, part: int | str, records: dict[int | str, dict[str, Any]]) -> None:
+        try:
+            record = json.loads(self.folder.read(name))
+            assert all(isinstance(o["bytes"], int) and isinstance(o["sha256"], str) for o in record["objects"].values())
+            assert all(int(image) is not None and isinstance(reason, str) for image, reason in record["failed"].items())
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            self._add(name.removeprefix(f"{self.prefix}/"), "the record of a part", _damage(error), part, self._rows_of(part))
+        else:
+            records[part] = record
+
+    def _rows_of(self, part: int | str) -> str:
+        if self.product is None or isinstance(part, str):
+            return ""
+        start, stop = self.product.rows_of(part)
+        return f"rows {start} to {stop - 1}" if stop - start > 1 else f"row {start}"
+
+    def _check_objects(self, part: int | str, record: dict[str, Any], listed: dict[str, int]) -> bool:
+        """Size and sha256 of every object of a part. True if all are as recorded."""
+        before = len(self.findings)
+        self.checked.parts += isinstance(part, int)
+        if not self._names_its_objects(part, record["objects"].keys()):
+            return False
+        for name, entry in record["objects"].items():
+            path = f"{self.prefix}/{name}"
+            if any(finding.place == path for finding in self.findings):  # metadata that cannot be read
+                continue
+            size = listed.get(path)
+            self.checked.objects += 1
+            if size is None:
+                self._add(name, f"{entry['bytes']} bytes", "no such object", part, self._rows_of(part))
+            elif size != entry["bytes"]:
+                self._add(name, f"{entry['bytes']} bytes", f"{size}", part, self._rows_of(part))
+            else:
+                found = sha256_of(self.folder, path)
+                if found != entry["sha256"]:
+                    self._add(name, f"sha256 {entry['sha256'][:16]}...", f"{found[:16]}...", part, self._rows_of(part))
+                self.checked.bytes += size
+            self.on_bytes(size or 0)
+        return len(self.findings) == before
+
+    def _names_its_objects(self, part: int | str, names: Collection[str]) -> bool:
+        level = self.name[0]
+        if isinstance(part, int):
+            wanted = set(self.product.row_objects(part).values()) if self.product is not None else set(names)
+            wrong = wanted ^ set(names)
+        else:
+            wanted = {"zarr.json", *(f"{name}/zarr.json" for name in (*ROW_ARRAYS[level], *TABLE_ARRAYS[level]))}
+            wrong = {name for name in wanted ^ set(names) if name in wanted or name.split("/")[0] not in TABLE_ARRAYS[level]}
+        if wrong:
+            file = f"parts/{TABLES if part == TABLES else f'{part:06d}'}.json"
+            self._add(file, f"a record of {len(wanted)} objects and of no others", f"wrong or missing: {', '.join(sorted(wrong))}", part)
+        return not wrong
+
+    def _check_tables(self) -> None:
+        if self.product is None or self._is_found(TABLES):
+            return
+        try:
+            self._add_all(check_tables(self.product), TABLES)
+        except Exception as error:  # whatever Zarr and numpy raise for metadata that were changed along with their checksums
+            self._add("zarr.json", "tables that can be read", f"{type(error).__name__}: {error}", TABLES)
+
+    def _check_rows(self, part: int, record: dict[str, Any]) -> None:
+        assert self.product is not None
+        try:
+            self._add_all(check_rows(self.product, part, {int(image) for image in record["failed"]}), part)
+        except Exception as error:  # as above
+            self._add(f"parts/{part:06d}.json", "rows that can be read", f"{type(error).__name__}: {error}", part, self._rows_of(part))
+        start, stop = self.product.rows_of(part)
+        self.checked.rows += stop - start
+
+    def _check_missing(self, product: Product) -> None:
+        missing: list[int | str] = [*([] if product.is_finished(TABLES) else [TABLES]), *product.missing()]
+        if missing and not self.needed_by:
+            done = product.parts - len(product.missing())
+            self.checked.unfinished.append(f"{product.level} {product.key[:12]}: {done}/{product.parts} parts")
+        for part in missing if self.needed_by else ():
+            if not self._is_found(part):
+                name = product.record_name(part).removeprefix(f"{self.prefix}/")
+                self._add(name, f"the record of a part that {self.needed_by} needs", "no such object", part, self._rows_of(part))
+
+    def _check_extra(self, product: Product, records: dict[int | str, dict[str, Any]], listed: dict[str, int]) -> None:
+        """Objects that no record names, and that no part that is still to come or to be made again can have written."""
+        known = {"zarr.json"}
+        for part in [TABLES, *range(product.parts)]:
+            known.add(product.record_name(part).removeprefix(f"{self.prefix}/"))
+            if part in records:
+                known |= records[part]["objects"].keys()
+            if isinstance(part, int):
+                known |= set(product.row_objects(part).values())
+        of_tables = (*(f"{name}/" for name in TABLE_ARRAYS[product.level]), *(f"{name}/zarr.json" for name in ROW_ARRAYS[product.level]))
+        tables_unknown = TABLES not in records or self._is_found(TABLES)
+        for path in listed:
+            name = path.removeprefix(f"{self.prefix}/")
+            if name not in known and not (tables_unknown and name.startswith(of_tables)):
+                self._add(name, "nothing there", "an object that no record names", None)
+
+
+def _damage(error: BaseException) -> str:
+    """What a reader stumbled over, in one line."""
+    cause = error.__cause__ or error
+    return f"damage ({type(cause).__name__}: {' '.join(str(cause).split())[:100]})"
+
+
+def sha256_of(folder: Folder, name: str) -> str:
+    """The checksum of an object, of a local file in blocks."""
+    path = folder.path(name)
+    if path is None:
+        return hashlib.sha256(folder.read(name)).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,86 @@
+"""A folder of a cache as a Zarr store, to be read only: Zarr then has the folder's own retries, errors and care for forks.
+
+A chunk that is not there is an error: every part and every table is written whole, and Zarr would make up its values.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from typing import TYPE_CHECKING, Any
+
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+
+from hdovd.errors import HdovdError
+
+if TYPE_CHECKING:
+    from hdovd.cache.storage import Folder
+
+
+class FolderStore(Store):
+    """What Zarr asks of a store, answered by `Folder`."""
+
+    supports_writes = False
+    supports_deletes = False
+    supports_listing = True
+
+    def __init__(self, folder: Folder, prefix: str) -> None:
+        super().__init__(read_only=True)
+        self._folder, self._prefix = folder, prefix
+
+    def __str__(self) -> str:
+        return f"{self._folder.url}/{self._prefix}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FolderStore) and str(other) == str(self)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        try:
+            data = await asyncio.to_thread(self._folder.read, self._name(key), *_slice(byte_range))
+        except FileNotFoundError:
+            if "/c/" in key:
+                raise HdovdError(f"{self}/{key} is missing; hdovd cache verify --repair makes it again") from None
+            return None
+        return prototype.buffer.from_bytes(data)
+
+    async def get_partial_values(self, prototype: BufferPrototype,
+                                 key_ranges: Iterable[tuple[str, ByteRequest | None]]) -> list[Buffer | None]:
+        return list(await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges)))
+
+    async def exists(self, key: str) -> bool:
+        return await asyncio.to_thread(self._folder.exists, self._name(key))
+
+    async def list(self) -> AsyncIterator[str]:
+        async for name in self.list_prefix(""):
+            yield name
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        start = len(self._name(""))
+        for name in await asyncio.to_thread(self._folder.sizes, self._prefix):
+            if name[start:].startswith(prefix):
+                yield name[start:]
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        folder = f"{prefix.rstrip('/')}/".lstrip("/")
+        names = [name.removeprefix(folder).split("/")[0] async for name in self.list_prefix(folder)]
+        for name in dict.fromkeys(names):
+            yield name
+
+    async def set(self, key: str, value: Buffer) -> None:
+        raise NotImplementedError(f"{self} is read only")
+
+    async def delete(self, key: str) -> None:
+        raise NotImplementedError(f"{self} is read only")
+
+    def _name(self, key: str) -> str:
+        return f"{self._prefix}/{key}".lstrip("/")
+
+
+def _slice(byte_range: ByteRequest | None) -> tuple[Any, Any]:
+    """First byte and byte after the last, as `Folder.read` takes them."""
+    if isinstance(byte_range, RangeByteRequest):
+        return byte_range.start, byte_range.end
+    if isinstance(byte_range, OffsetByteRequest):
+        return byte_range.offset, None
+    return (-byte_range.suffix, None) if isinstance(byte_range, SuffixByteRequest) else (None, None)

@@ -1,0 +1,144 @@
+"""`hdovd cache`: what lies in a feature cache, whether it is sound, and what of it nothing needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hdovd.cli import export_cache, import_cache, options
+from hdovd.pipelines.extract_config import Activation, Precision
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="""Look into a feature cache, check it, mend it, tidy it.
+
+    A cache holds products of one level each (boxes, instance, image, class, noun, pseudo_label),
+    named by a key that follows from all that made them. A set names products that belong together;
+    hdovd train reads one.
+    """,
+)
+
+Cache = Annotated[str, typer.Argument(help="The cache: a folder, or s3://, gs://.")]
+
+
+@app.command()
+def ls(cache: Cache) -> None:
+    """List all products: size, rows, model, age, and which sets and runs use them."""
+    from hdovd.cache.catalog import Catalog
+    from hdovd.pipelines.cache_tables import product_lines
+
+    _print(product_lines(Catalog(cache)))
+
+
+@app.command()
+def info(
+    cache: Cache,
+    name: Annotated[str | None, typer.Argument(metavar="[KEY]", help="A product by the first characters of its key (4 at least), or a "
+                                               "set by its name. Default: the set default.")] = None,
+) -> None:
+    """Tell all of a set or a product: what made it, images that could not be read, what was skipped, runs."""
+    from hdovd.cache.catalog import Catalog
+    from hdovd.pipelines.cache_tables import info_lines
+
+    _print(info_lines(Catalog(cache), name))
+
+
+@app.command()
+def diff(
+    cache: Cache,
+    a: Annotated[str, typer.Argument(metavar="A", help="A set, or a product by the first characters of its key.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="What to compare it with.")],
+    other: Annotated[str | None, typer.Option("--other", help="Look for B in this cache.")] = None,
+) -> None:
+    """Say which inputs differ between two products, or level by level between two sets."""
+    from hdovd.cache.catalog import Catalog
+    from hdovd.pipelines.cache_tables import difference_lines
+
+    _print(difference_lines(Catalog(cache), a, Catalog(other or cache), b))
+
+
+@app.command()
+def gc(
+    cache: Cache,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete it. Without, it is only listed.")] = False,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="Delete unfinished products too.")] = False,
+    drop_set: Annotated[
+        str | None, typer.Option("--drop-set", metavar="NAME", help="Delete this set first: what it alone uses goes too.")
+    ] = None,
+) -> None:
+    """List what no set and no run uses, and what dead processes left behind; --yes deletes it.
+
+    A run counts while its folder is there, as seen from this machine.
+    """
+    from hdovd.cache.catalog import Catalog
+    from hdovd.cache.inventory import delete_garbage, find_garbage
+    from hdovd.pipelines.cache_tables import garbage_lines
+    from hdovd.pipelines.extract_clip import size
+
+    catalog = Catalog(cache)
+    garbage = find_garbage(catalog, drop_set)
+    _print(garbage_lines(garbage))
+    if not garbage.everything and drop_set is None:
+        typer.echo("everything is in use: there is nothing to delete")
+    elif yes:
+        deleted, left = delete_garbage(catalog, garbage, unfinished=unfinished, without_set=drop_set)
+        for entry in left:
+            typer.echo(f"left alone, an extraction is running that needs it: {entry.level} {entry.key[:12]}")
+        typer.echo(f"deleted {size(deleted)}")
+    else:
+        typer.echo(f"nothing was deleted; with --yes it would be {size(garbage.bytes(unfinished=unfinished))}"
+                   + (" (and the unfinished ones with --unfinished)" if garbage.unfinished and not unfinished else ""))
+
+
+@app.command()
+def verify(
+    cache: Cache,
+    features: Annotated[str | None, typer.Option("--features", help="Check one set alone. Default: all products.")] = None,
+    sample: Annotated[int, typer.Option("--sample", min=0, metavar="N", help="Encode N rows of images and boxes again.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Which rows --sample takes.")] = 0,
+    repair: Annotated[bool, typer.Option("--repair", help="Make again what is damaged, and nothing else.")] = False,
+    data: options.Data = None,
+    images: options.Images = None,
+    annotations: options.Annotations = None,
+    clip: Annotated[str | None, typer.Option("--clip", help="The CLIP that the cache was made with, if it is elsewhere now.")] = None,
+    pretrained: Annotated[str | None, typer.Option("--pretrained", help="Tag or checkpoint file, with a model name.")] = None,
+    proposals: Annotated[Path | None, typer.Option("--proposals", help="Where the proposals are now.")] = None,
+    vocabulary: Annotated[Path | None, typer.Option("--vocabulary", help="Where the vocabulary is now.")] = None,
+    captions: Annotated[Path | None, typer.Option("--captions", help="Where the captions are now.")] = None,
+    protocol: Annotated[str | None, typer.Option("--protocol", help="ov-coco, or where the protocol's TOML file is now.")] = None,
+    templates: Annotated[Path | None, typer.Option("--templates", help="Prompt templates, one a line, with {} for the name.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Compute precision.")] = None,
+    activation: Annotated[Activation | None, typer.Option(help="The activation that the weights were trained with.")] = None,
+    device: options.Device = "auto",
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Crops a CLIP batch, where --repair has lost that.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that decode and crop for --repair.")] = 0,
+) -> None:
+    """Check every checksum, table and row; name what is damaged; exit with 1 if anything is.
+
+    --sample and --repair need the pictures and the CLIP. A set knows what it was made from;
+    the options from --data on say where that is now.
+    """
+    from hdovd.coco import DataPaths
+    from hdovd.pipelines.cache_check import check_cache
+    from hdovd.pipelines.check_config import CheckConfig
+    from hdovd.pipelines.nouns import read_vocabulary
+
+    lines = None if templates is None else tuple(read_vocabulary(templates, "--templates"))
+    changes: dict[str, Any] = {"data": DataPaths(data, images, annotations) if data or images or annotations else None, "clip": clip,
+                               "pretrained": pretrained, "proposals": proposals, "vocabulary": vocabulary, "captions": captions,
+                               "protocol": protocol, "templates": lines, "precision": precision, "activation": activation,
+                               "device": device, "batch_size": batch_size, "workers": workers}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if check_cache(CheckConfig(cache, features, sample, seed, repair, changes), typer.echo).findings:
+        raise typer.Exit(1)
+
+
+app.command("export")(export_cache.export)
+app.command("import")(import_cache.import_)
+
+
+def _print(lines: list[str]) -> None:
+    for line in lines:
+        typer.echo(line)

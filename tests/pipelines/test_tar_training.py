@@ -1,0 +1,296 @@
+"""Training from tar shards: the very samples of the Zarr cache, every image once an epoch, and the same refusals."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import SequentialSampler
+
+from hdovd.cache.reader import FeatureCache
+from hdovd.cache.tar_meta import META, TarMeta
+from hdovd.coco import DataPaths
+from hdovd.config import PRESETS, Recipe
+from hdovd.errors import HdovdError
+from hdovd.faster_rcnn import FasterRCNN
+from hdovd.pipelines.export import ExportConfig, export_tars
+from hdovd.pipelines.extract_clip import extract_clip
+from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.loading import Batches, StreamBatches
+from hdovd.pipelines.run_folder import RunFolder
+from hdovd.pipelines.tar_training import TarTrainingSet
+from hdovd.pipelines.train import TrainJob, train, train_on
+from hdovd.pipelines.training_set import Sample, TrainingSet
+from hdovd.protocol import Protocol, load_protocol
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+MakeRecipe = Callable[..., Recipe]
+CPU = torch.device("cpu")
+OFF = {level: f"loss.{level}.enabled=false" for level in ("instance", "class", "image")}
+
+
+def _silent(_: str) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def shards(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The micro world's cache as shards of 5 images: five of them, the last of 3."""
+    folder = tmp_path_factory.mktemp("tar") / "shards"
+    export_tars(ExportConfig(cache, folder, samples=5), _silent)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def protocol(world: Path) -> Protocol:
+    return load_protocol(str(world / "protocol.toml"))
+
+
+@pytest.fixture(scope="module")
+def zarr_set(world: Path, cache: Path, protocol: Protocol) -> Callable[[Recipe], TrainingSet]:
+    split = DataPaths(world).load("train2017", protocol, base_only=True, log=_silent)
+    return lambda recipe: TrainingSet(split, FeatureCache(cache), recipe, _silent)
+
+
+def _same(found: Sample, expected: Sample) -> None:
+    assert found[2] == expected[2]
+    assert torch.equal(found[0], expected[0])
+    for name in expected[1].__slots__:
+        one, two = getattr(found[1], name), getattr(expected[1], name)
+        assert one.dtype == two.dtype, name
+        assert torch.equal(one, two), name
+
+
+# --- samples ---
+
+@pytest.mark.parametrize("off", [(), ("class",), ("image",), ("instance", "class"), ("instance", "class", "image")], ids=" ".join)
+def test_samples_are_those_of_the_zarr_cache(shards: Path, protocol: Protocol, zarr_set: Callable[[Recipe], TrainingSet], kept: list[int],
+                                             micro_recipe: MakeRecipe, off: tuple[str, ...]) -> None:
+    recipe = micro_recipe("input.flip=0.0", *(OFF[level] for level in off))
+    expected = zarr_set(recipe)
+    found = list(TarTrainingSet(str(shards), protocol, recipe, _silent, shuffle=False))
+    assert [sample[2] for sample in found] == kept
+    assert len(found) == len(expected)
+    for sample, number in zip(found, range(len(expected)), strict=True):
+        _same(sample, expected[number])
+
+
+def test_image_without_proposals_keeps_its_base_boxes(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe) -> None:
+    _, targets, _ = next(s for s in TarTrainingSet(str(shards), protocol, micro_recipe(), _silent) if s[2] == 2)
+    assert len(targets.boxes) > 0
+    assert len(targets.pseudo_boxes) == 0
+
+
+def test_flips_are_as_frequent_as_asked_and_drawn_anew(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe) -> None:
+    plain = {s[2]: s[0] for s in TarTrainingSet(str(shards), protocol, micro_recipe("input.flip=0.0"), _silent)}
+    torch.manual_seed(0)
+    data = TarTrainingSet(str(shards), protocol, micro_recipe("input.flip=0.5"), _silent)
+    flipped = [[s[2] for s in data if not torch.equal(s[0], plain[s[2]])] for _ in range(3)]
+    assert 20 < sum(map(len, flipped)) < 50  # of 69
+    assert len({tuple(sorted(ids)) for ids in flipped}) == 3
+
+
+# --- epochs ---
+
+def _epochs(data: TarTrainingSet, workers: int, batch_size: int = 4, epochs: int = 2, **options: Any) -> list[list[int]]:
+    """Image ids, epoch by epoch, of all batches."""
+    batches = StreamBatches(data, len(data), batch_size, workers, device=CPU, **options)
+    found = []
+    for _ in range(epochs):
+        lists = [[sample[2] for sample in batch] for batch in batches]
+        assert len(lists) == len(batches)
+        assert all(len(one) == batch_size for one in lists[:-1])
+        found.append([image for one in lists for image in one])
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 7])
+def test_every_image_once_an_epoch_however_many_workers(shards: Path, protocol: Protocol, kept: list[int], micro_recipe: MakeRecipe,
+                                                        workers: int) -> None:
+    """Five shards: fewer than workers, as many as two each and one left over, or all for one."""
+    data = TarTrainingSet(str(shards), protocol, micro_recipe(), _silent)
+    first, second = _epochs(data, workers, drop_last=False)
+    assert sorted(first) == sorted(second) == kept
+    assert kept not in (first, second)
+    assert first != second
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5, 7])
+def test_workers_have_equal_shares(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe, workers: int) -> None:
+    data = TarTrainingSet(str(shards), protocol, micro_recipe(), _silent)
+    counts = [sum(1 for _ in data.share(data.shards.numbers, index, workers)) for index in range(workers)]
+    assert sum(counts) == 23
+    assert max(counts) - min(counts) <= (2 if workers == 5 else 1)  # a shard each, and the last one holds 3
+
+
+def test_a_seed_repeats_the_order_and_another_does_not(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe) -> None:
+    data = [TarTrainingSet(str(shards), protocol, micro_recipe(f"train.seed={seed}"), _silent) for seed in (4, 4, 5)]
+    one, same, other = (_epochs(some, 2) for some in data)
+    assert one == same
+    assert one != other
+
+
+@pytest.mark.parametrize(("batch_size", "drop_last", "expected"),
+                         [(8, True, 16), (8, False, 23), (23, True, 23), (30, True, 23), (5, True, 20)])
+def test_the_last_batch_that_is_not_full(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe, batch_size: int, drop_last: bool,
+                                         zarr_set: Callable[[Recipe], TrainingSet], expected: int) -> None:
+    """As many steps an epoch as from the Zarr cache: the schedule and a comparison depend on it."""
+    data = TarTrainingSet(str(shards), protocol, micro_recipe(), _silent)
+    (found,) = _epochs(data, 2, batch_size, 1, drop_last=drop_last)
+    assert len(found) == len(set(found)) == expected
+    if drop_last:
+        other = Batches(zarr_set(micro_recipe()), batch_size, 0, device=CPU, shuffle_seed=0)
+        assert len(other) == len(StreamBatches(data, len(data), batch_size, 0, device=CPU))
+
+
+def test_some_shards_are_some_images(shards: Path, protocol: Protocol, kept: list[int], micro_recipe: MakeRecipe) -> None:
+    data = TarTrainingSet(f"{shards}/{{000001..000002}}.tar", protocol, micro_recipe(), _silent)
+    assert len(data) == 10
+    assert sorted(_epochs(data, 3, drop_last=False, epochs=1)[0]) == kept[5:15]
+
+
+def test_a_copy_in_another_process_reads_the_same(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe) -> None:
+    """What workers that are spawned get."""
+    data = TarTrainingSet(str(shards), protocol, micro_recipe("input.flip=0.0"), _silent)
+    for found, expected in zip(pickle.loads(pickle.dumps(data)), data, strict=True):
+        _same(found, expected)
+
+
+@pytest.fixture(scope="module")
+def broken(world: Path, extraction: Callable[..., ExtractConfig], tmp_path_factory: pytest.TempPathFactory, kept: list[int]) -> Path:
+    """Shards of a world in which the third image could not be read, nor any of the last shard."""
+    folder = tmp_path_factory.mktemp("broken")
+    copied = Path(shutil.copytree(world, folder / "world"))
+    for image in (kept[2], *kept[20:]):
+        (copied / "train2017" / f"{image:012d}.jpg").unlink()
+    extract_clip(extraction(folder / "cache", data=copied), _silent)
+    export_tars(ExportConfig(folder / "cache", folder / "shards", samples=5), _silent)
+    return folder / "shards"
+
+
+def test_images_that_failed_are_skipped_by_name(broken: Path, protocol: Protocol, kept: list[int], micro_recipe: MakeRecipe) -> None:
+    lines: list[str] = []
+    left = [image for image in kept[:20] if image != kept[2]]
+    data = TarTrainingSet(str(broken), protocol, micro_recipe(), lines.append)
+    assert any(line.startswith("skipped 4: image without embeddings") and str(kept[2]) in line for line in lines)
+    assert len(data) == len(left)
+    for workers in (0, 2):
+        assert sorted(_epochs(data, workers, drop_last=False, epochs=1)[0]) == left
+    with pytest.raises(HdovdError, match=r"no image of .*000004\.tar has embeddings; first reason: .*no such file"):
+        TarTrainingSet(str(broken / "000004.tar"), protocol, micro_recipe(), _silent)
+
+
+# --- the whole stage ---
+
+def _job(shards: Path | str, out: Path, recipe: Recipe, world: Path) -> TrainJob:
+    return TrainJob(DataPaths(), shards, out, recipe, str(world / "protocol.toml"), "cpu")
+
+
+def test_fixed_order_trains_the_same_weights_as_zarr(shards: Path, protocol: Protocol, zarr_set: Callable[[Recipe], TrainingSet],
+                                                     micro_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe, logs, weights = micro_recipe(), [], []
+    zarr, tar = zarr_set(recipe), TarTrainingSet(str(shards), protocol, recipe, _silent, shuffle=False)
+    in_order = {"zarr": Batches(zarr, 8, 0, device=CPU, shuffle_seed=1, sampler=SequentialSampler(zarr)),
+                "tar": StreamBatches(tar, len(tar), 8, 0, device=CPU, seed=1)}
+    for name, batches in in_order.items():
+        torch.manual_seed(7)
+        model, texts = FasterRCNN(recipe, tar.dim, _silent), torch.from_numpy(tar.class_embeddings(protocol.names))
+        run = RunFolder.create(tmp_path / name, recipe, protocol, texts, {}, overwrite=False)
+        train_on(model, batches, texts[: len(protocol.base)], recipe, CPU, run)
+        entries = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+        logs.append([{key: value for key, value in entry.items() if key != "images_per_s"} for entry in entries])
+        weights.append((run.path / "model.safetensors").read_bytes())
+    assert logs[0] == logs[1]
+    assert logs[0][-1]["step"] == 2
+    assert weights[0] == weights[1]
+
+
+def test_trains_from_shards_alone_by_command(shards: Path, world: Path, cache: Path, micro_settings: list[str], tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from hdovd.cli.main import main
+
+    monkeypatch.setattr(sys, "argv", ["hdovd", "train", "--cache", f"{shards}/{{000000..000004}}.tar", "--out", str(tmp_path / "run"),
+                                      "--device", "cpu", "--protocol", str(world / "protocol.toml"), *micro_settings, "--debug"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert "23 images in 5 of 5 tar shards" in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    reader = FeatureCache(cache)
+    assert record["cache"]["levels"] == reader.identity()["levels"]
+    assert record["skipped"] == reader.set.skipped
+    run = RunFolder.open(tmp_path / "run")
+    np.testing.assert_array_equal(run.class_embeddings().numpy(), reader.class_embeddings(run.protocol().names))
+
+
+def test_same_seed_gives_the_same_bits(shards: Path, world: Path, micro_recipe: MakeRecipe, tmp_path: Path) -> None:
+    runs = [train(_job(shards, tmp_path / name, micro_recipe("train.epochs=2"), world), _silent) for name in ("a", "b")]
+    assert (runs[0].path / "model.safetensors").read_bytes() == (runs[1].path / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_picture_stops_naming_image_and_shards(shards: Path, world: Path, micro_recipe: MakeRecipe, tmp_path: Path, kept: list[int],
+                                                       workers: int) -> None:
+    copied = Path(shutil.copytree(shards, tmp_path / "shards"))
+    data = bytearray((copied / "000001.tar").read_bytes())
+    data[512:3000] = b"\0" * 2488  # of the first picture in it
+    (copied / "000001.tar").write_bytes(data)
+    with pytest.raises(HdovdError, match=rf"image {kept[5]}: .*{kept[5]}\.jpg") as error:
+        train(_job(copied, tmp_path / "run", micro_recipe(f"train.workers={workers}"), world), _silent)
+    assert "Traceback" not in str(error.value)
+
+
+# --- refusals ---
+
+def _refused(shards: Path, world: Path, recipe: Recipe, said: str, **changes: Any) -> None:
+    with pytest.raises(HdovdError, match=said):
+        train(replace(_job(shards, shards / "run", recipe, world), **changes), _silent)
+    assert not (shards / "run").exists()
+
+
+def test_other_protocols_are_refused_naming_the_classes(shards: Path, world: Path, micro_recipe: MakeRecipe, tmp_path: Path,
+                                                        protocol: Protocol) -> None:
+    text = (world / "protocol.toml").read_text()
+    (tmp_path / "fewer.toml").write_text(text.replace(f'"{protocol.base[0]}", ', ""))
+    _refused(shards, world, micro_recipe(), f"base classes differ in {protocol.base[0]}", protocol=str(tmp_path / "fewer.toml"))
+    (tmp_path / "side.toml").write_text(text + "\nmin_image_side_px = 40\n")
+    _refused(shards, world, micro_recipe(*PRESETS["base-only"]), "min_image_side_px differs", protocol=str(tmp_path / "side.toml"))
+    (tmp_path / "novel.toml").write_text(text.replace(f'"{protocol.novel[0]}"', '"unicorn"'))
+    _refused(shards, world, micro_recipe(*PRESETS["base-only"]), "no text embedding of.*unicorn", protocol=str(tmp_path / "novel.toml"))
+
+
+def test_class_level_needs_nouns(world: Path, tmp_path: Path, extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe,
+                                 protocol: Protocol) -> None:
+    extract_clip(extraction(tmp_path / "cache", vocabulary=None, captions=None), _silent)
+    export_tars(ExportConfig(tmp_path / "cache", tmp_path / "shards"), _silent)
+    _refused(tmp_path / "shards", world, micro_recipe(), r"--vocabulary.*loss\.class\.enabled=false")
+    data = TarTrainingSet(str(tmp_path / "shards"), protocol, micro_recipe(OFF["class"]), _silent)
+    assert max(len(sample[1].pseudo_boxes) for sample in data) > 0
+
+
+def test_levels_that_do_not_belong_together_are_refused(shards: Path, world: Path, micro_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Such a set is not exported; somebody may put one together."""
+    from hdovd.cache.identity import key_of
+    from hdovd.cache.schema import Level
+
+    copied = Path(shutil.copytree(shards, tmp_path / "shards"))
+    meta = TarMeta.from_bytes((copied / META).read_bytes(), META)
+    meta.attributes(Level.CLASS)["key_inputs"]["clip"]["weights_sha256"] = "another"
+    meta.features.levels[Level.CLASS] = key_of(meta.attributes(Level.CLASS)["key_inputs"])
+    (copied / META).write_bytes(meta.to_bytes())
+    _refused(copied, world, micro_recipe(), r"cannot be used together:\n.*clip\.weights_sha256")
+    _refused(copied, world, micro_recipe(), "not other", features="other")
+
+
+def test_truncated_shard_is_refused_before_a_run_is_begun(shards: Path, world: Path, micro_recipe: MakeRecipe, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(shards, tmp_path / "shards"))
+    (copied / "000003.tar").write_bytes((copied / "000003.tar").read_bytes()[:-10240])
+    _refused(copied, world, micro_recipe(), r"000003\.tar")
