@@ -18,7 +18,7 @@ from hdovd.cache.identity import differences
 from hdovd.cache.product import Product
 from hdovd.cache.schema import PART_ROWS, ROW_ARRAYS, TABLES, Level
 from hdovd.cache.storage import open_folder
-from hdovd.cache.verify import Finding, check_records
+from hdovd.cache.verify import Finding, check_records, product_names
 from hdovd.cache.writer import ProductWriter
 from hdovd.errors import HdovdError
 from hdovd.pipelines.check_config import CheckConfig, Clips, settings_of, told_where
@@ -102,7 +102,9 @@ class Repair:
         settings = settings_of(self.config, name, features.made_from if features else {})
         with told_where(name):
             extraction = prepare(replace(settings, cache=NO_CACHE), _silent, self.clips.of(settings))
-        lines = []
+        there = set(product_names(self.folder))
+        lines = [f"{level}: the cache has no product {plan.key}" for level, plan in extraction.plans.items()
+                 if features is None and (level, plan.key) not in there]  # a set that is lost, and options that are not its own
         for level, key in features.levels.items() if features else ():
             plan = extraction.plans.get(level)
             if plan is None:
@@ -110,8 +112,8 @@ class Repair:
             elif plan.key != key:
                 lines += [f"{level}: {line}" for line in self._what_changed(level, key, plan.inputs)]
         if lines:
-            raise HdovdError(f"set {name} of {self.config.cache} cannot be made again from what it names as its origin:\n  "
-                             + "\n  ".join(lines) + "\nGive what it was made from (--data, --clip, --proposals, ...). Nothing was changed.")
+            raise HdovdError(f"set {name} of {self.config.cache} cannot be made again, this is not what it was made from:\n  "
+                             + "\n  ".join(lines) + "\nGive that (--data, --clip, --proposals, ...). Nothing was changed.")
         return _Job(name, features, settings, extraction)
 
     def _what_changed(self, level: Level, key: str, inputs: dict[str, Any]) -> list[str]:

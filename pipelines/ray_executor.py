@@ -166,7 +166,7 @@ def _connect() -> None:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise HdovdError(f"no Ray cluster can be reached or started: {error}\nRAY_ADDRESS names one, `ray start --head` starts one; "
-                         "`ray status` shows it") from error
+                         "does it ask for a token (RAY_AUTH_TOKEN)? `ray status` tries the connection") from error
 
 
 def _size_of_actor(config: ExtractConfig) -> Size:

@@ -326,6 +326,8 @@ def test_a_damaged_set_is_written_again_from_the_options_of_its_extraction(
     assert check(copied).findings[0].place == "sets/default.json"
     with untouched(copied), pytest.raises(HdovdError, match=r"not known what set default was made from.*--data, --clip"):
         check(copied, repair=True)
+    with untouched(copied), pytest.raises(HdovdError, match=r"cannot be made again.*\s+class: the cache has no product [0-9a-f]{24}"):
+        check(copied, repair=True, changes=_settings(extraction) | {"templates": ("{} on a table",)})
     assert check(copied, repair=True, changes=_settings(extraction)).findings == []
     assert unchanged(copied, parted) == []
 

@@ -1,6 +1,6 @@
 """An extraction that is killed, or has no room: what was finished is whole, and the same command makes it the cache of an unbroken run.
 
-The scenes are real processes (see `forked_extractions`); they are played once, and these tests judge what was seen.
+The scenes are real processes (`killed_scenes`); they are played once, and these tests judge what was seen.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ import pytest
 
 from hdovd.pipelines.extract_config import ExtractConfig
 
-SCENES = ("killed_at_random", "killed_at_a_write", "killed_while_retrying", "killed_with_a_worker", "too_long_a_file", "full_disk")
-
 
 @pytest.fixture(scope="module")
 def facts(extraction: Callable[..., ExtractConfig], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("killed")
     (folder / "extraction.json").write_text(json.dumps(extraction(folder).to_dict()))
-    script = Path(__file__).with_name("forked_extractions.py")
-    done = subprocess.run([sys.executable, script, "extraction.json", *SCENES], cwd=folder, capture_output=True, text=True, timeout=600)
+    script = Path(__file__).with_name("killed_scenes.py")
+    done = subprocess.run([sys.executable, script, "extraction.json"], cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 

@@ -1,6 +1,6 @@
 """An extraction by many processes: started twice by mistake, in shards that change, by torchrun, by Ray. The bytes are one process's.
 
-Most scenes are real processes played once (see `forked_extractions`). The test of Ray needs `pip install 'hdovd[ray]'`.
+Most scenes are real processes played once (`spread_scenes`). The test of Ray needs `pip install 'hdovd[ray]'`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.extract_clip import extract_clip
 from hdovd.pipelines.extract_config import Executor, ExtractConfig, Share
 
-SCENES = ("together", "elastic", "ranks_and_shards")
 Config = Callable[..., ExtractConfig]
 
 
@@ -44,7 +43,7 @@ def _script(name: str) -> Path:
 def facts(extraction: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("spread")
     (folder / "extraction.json").write_text(json.dumps(extraction(folder).to_dict()))
-    done = _run([_script("forked_extractions.py"), "extraction.json", *SCENES], folder)
+    done = _run([_script("spread_scenes.py"), "extraction.json"], folder)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 
