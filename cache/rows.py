@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import resource
 from collections import OrderedDict
 from collections.abc import Collection
 from time import perf_counter
@@ -23,6 +24,7 @@ CHUNKS_AT_ONCE = 4  # neighbours that are decoded together and then count as one
 # need not wait, so it is done after such a read, until so many in a row were quick.
 SLOW_READ_S = 1e-4
 READS_AHEAD = 64
+OTHER_FILES = 512  # that a process may have open beside the shards
 
 
 class _NotPlainError(Exception):
@@ -72,8 +74,9 @@ class MappedRows:
     def __init__(self, product: Product, name: str, array: zarr.Array[Any], parts: Collection[int] | None = None) -> None:
         self._opened_from = product, name, parts
         self._part_rows = product.part_rows
-        self._shards = {part: _map_shard(product, product.row_objects(part)[name], array, part)
-                        for part in (range(product.parts) if parts is None else sorted(parts))}
+        wanted = range(product.parts) if parts is None else sorted(parts)
+        _allow_open_files(len(wanted))
+        self._shards = {part: _map_shard(product, product.row_objects(part)[name], array, part) for part in wanted}
         self._no_rows = np.zeros((0, *array.shape[1:]), array.dtype)
         self._ahead = READS_AHEAD  # reads that are still to be asked for ahead
 
@@ -169,6 +172,14 @@ def _check_objects(product: Product, name: str, array: zarr.Array[Any], parts: C
             if wanted not in listed:
                 raise HdovdError(f"{product.folder.url}/{wanted} (part {part} of {product}) is missing; "
                                  "hdovd cache verify --repair makes it again")
+
+
+def _allow_open_files(count: int) -> None:
+    """Let this process open `count` files beside what it has: a map keeps its file open, and the usual limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def _why_not_mapped(product: Product, array: zarr.Array[Any]) -> str | None:

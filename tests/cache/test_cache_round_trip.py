@@ -192,3 +192,14 @@ def test_reader_in_worker_processes(tmp_path: Path, write_cache: Callable[..., A
         for name in COLUMNS:
             np.testing.assert_array_equal(getattr(rows, name), written.instances[image_id][name])
     _assert_same(cache, written)  # the parent's handles are still good
+
+
+def test_more_shards_than_the_process_may_open_files(tmp_path: Path, write_cache: Callable[..., Any],
+                                                     python: Callable[..., Any]) -> None:
+    """A map keeps its file open."""
+    written = write_cache(tmp_path / "cache", dict.fromkeys(range(150), (1, 0)), part_rows=1, levels=[Level.BOXES, Level.INSTANCE])
+    code = ("import resource as r, sys; r.setrlimit(r.RLIMIT_NOFILE, (100, r.getrlimit(r.RLIMIT_NOFILE)[1]));"
+            "from hdovd.cache.reader import FeatureCache; cache = FeatureCache(sys.argv[1], mapped=True);"
+            "print(sum(len(cache.instance_embeddings(i)) for i in range(150)))")
+    done = python(["-c", code, written.path], tmp_path)
+    assert done.stdout.strip() == "150", done.stderr[-2000:]
