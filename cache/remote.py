@@ -145,9 +145,10 @@ def _file_system(url: str) -> tuple[Any, str]:
 
     options: dict[str, Any] = {"use_listings_cache": False}
     if url.startswith(("s3://", "s3a://")):
-        theirs = fsspec.config.apply_config(fsspec.get_filesystem_class("s3"), {}).get("config_kwargs", {})
-        options["config_kwargs"] = {**S3_CLIENT, **theirs}
-        if {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys() and "retries" not in theirs:
+        theirs = fsspec.config.apply_config(fsspec.get_filesystem_class("s3"), {})
+        options["max_concurrency"] = theirs.get("max_concurrency", 1)  # one request a read: with more it asks for the size first
+        options["config_kwargs"] = {**S3_CLIENT, **theirs.get("config_kwargs", {})}
+        if {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys() and "retries" not in theirs.get("config_kwargs", {}):
             del options["config_kwargs"]["retries"]
     fs, root = url_to_fs(url, **options)
     if url.startswith(("s3://", "s3a://")):
