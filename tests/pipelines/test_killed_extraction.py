@@ -6,6 +6,7 @@ The scenes are real processes (`killed_scenes`); they are played once, and these
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +23,8 @@ def facts(extraction: Callable[..., ExtractConfig], tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("killed")
     (folder / "extraction.json").write_text(json.dumps(extraction(folder).to_dict()))
     script = Path(__file__).with_name("killed_scenes.py")
-    done = subprocess.run([sys.executable, script, "extraction.json"], cwd=folder, capture_output=True, text=True, timeout=600)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # threads of OpenMP do not live through the forks of the scenes
+    done = subprocess.run([sys.executable, script, "extraction.json"], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 
