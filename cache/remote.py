@@ -17,9 +17,9 @@ from typing import Any
 from hdovd.cache.storage import Folder
 from hdovd.errors import HdovdError
 
-# A store that refuses is tried for about 15 s, one that takes no answer back for 2 * 6 * 30 s at most. The user's configuration wins.
-S3_CLIENT = {"connect_timeout": 10, "read_timeout": 30, "retries": {"mode": "standard", "max_attempts": 6}}
-S3FS_TRIES = 2  # s3fs tries all of that again, but neither refused connections nor an answer that breaks off in a large object
+# A store that refuses connections is tried for some 15 s, one that gives no answer for 6 * 30 s. The user's configuration wins.
+S3_CLIENT = {"connect_timeout": 10, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 6}}
+S3FS_TRIES = 1  # of all of that: s3fs would multiply the time and not the chances
 READ_TRIES = 6
 WRITE_TRIES = 2
 # For the whole of a write: no time-out of the client's own runs while it asks a store whether to send the data, or sends them.
@@ -66,8 +66,7 @@ class RemoteFolder(Folder):
                 try:
                     return bytes(self._fs.cat_file(self._at(name), start=start, end=stop))
                 except Exception as error:
-                    broken_off = type(error).__module__.startswith("aiohttp")  # in the midst of the answer: clients leave that to us
-                    if not broken_off or trial == READ_TRIES - 1:
+                    if not _broke_off(error) or trial == READ_TRIES - 1:
                         raise
                 time.sleep(0.1 * 2**trial)
         raise AssertionError
@@ -154,3 +153,9 @@ def _file_system(url: str) -> tuple[Any, str]:
     if url.startswith(("s3://", "s3a://")):
         fs.retries = S3FS_TRIES
     return fs, root
+
+
+def _broke_off(error: Exception) -> bool:
+    """Whether an answer began and did not end: what came before it, the client has tried again itself."""
+    return (isinstance(error, TimeoutError) or type(error).__module__.startswith("aiohttp")
+            or type(error).__name__ in ("ResponseStreamingError", "IncompleteReadError"))
