@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.schema import Level
-from hdovd.cache.storage import open_folder
 from hdovd.coco import Split
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.box_table import box_table
@@ -56,7 +55,6 @@ def extract_clip(config: ExtractConfig, log: Log = print, teacher: Teacher | Non
         if share.count > 1:
             raise HdovdError("--executor ray shares the work out by itself: start one process, without --shard and torchrun")
     log = log if share.speaks else _silent
-    Catalog.find_at(config.cache)  # what is in the way is said before all work
     extraction = prepare(config, log, teacher)
     plans = list(extraction.plans.values())
     report = ExtractReport({p.level: p.decision for p in plans}, {p.level: p.rows for p in plans}, {p.level: p.new_rows for p in plans})
@@ -82,6 +80,7 @@ def extract_clip(config: ExtractConfig, log: Log = print, teacher: Teacher | Non
 
 def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = None) -> Extraction:
     """Read the inputs, load the model and plan. Writes nothing. Raises HdovdError for bad input."""
+    catalog = Catalog.find_at(config.cache)  # first: what is in the way is said before all work
     protocol = load_protocol(config.protocol)
     split = config.data.load("train2017", protocol, base_only=True, log=log)
     table = box_table(split.images, _proposals(config, split, log))
@@ -100,7 +99,6 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
     for note in loaded.notes:
         log(note)
     inputs = level_inputs(loaded, table, nouns, protocol.names, config.templates)
-    catalog = Catalog(config.cache) if open_folder(config.cache).exists("zarr.json") else None
     plans = plan_levels(catalog, inputs, table, loaded.dim, part_rows=config.part_rows, retry_failed=config.retry_failed)
     return Extraction(split, table, nouns, loaded, plans, templates=config.templates, batch_size=config.batch_size, workers=config.workers)
 

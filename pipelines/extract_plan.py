@@ -10,7 +10,7 @@ import numpy as np
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.product import Product
-from hdovd.cache.schema import CHUNK_ROWS, IMAGE_PART_ROWS, PART_ROWS, ROW_ARRAYS, TABLE_ARRAYS, Level
+from hdovd.cache.schema import CHUNK_ROWS, IMAGE_PART_ROWS, PART_ROWS, ROW_ARRAYS, TABLE_ARRAYS, TABLES, Level
 from hdovd.pipelines.box_table import BoxTable, match_rows
 
 MATCHED_BY = {Level.IMAGE: ("image_id", "image_hash"), Level.INSTANCE: ("image_id", "image_hash", "box")}  # what makes a row the same row
@@ -127,30 +127,22 @@ def _find_donor(catalog: Catalog, plan: LevelPlan, table: BoxTable) -> None:
     """The product of the same CLIP and recipe that has most of the rows wanted."""
     if plan.level not in MATCHED_BY:
         return
-    wanted = [_per_row(table, name, plan.level) for name in MATCHED_BY[plan.level]]
+    wanted = [_per_row(name, plan.level, getattr(table, name), table.offset) for name in MATCHED_BY[plan.level]]
     fixed = {name: value for name, value in plan.inputs.items() if name not in DATA_INPUTS}
     for product in catalog.products(plan.level):
         theirs = {name: value for name, value in product.attributes["key_inputs"].items() if name not in DATA_INPUTS}
-        if product.key == plan.key or differences(fixed, theirs) or not product.is_finished("tables"):
+        if product.key == plan.key or differences(fixed, theirs) or not product.is_finished(TABLES):
             continue
-        reuse = match_rows(wanted, _donor_columns(product))
+        offset = product.table("offset") if product.level is Level.INSTANCE else table.offset
+        reuse = match_rows(wanted, [_per_row(name, product.level, product.table(name), offset) for name in MATCHED_BY[product.level]])
         reuse[~_usable(product)[reuse] & (reuse >= 0)] = -1
         if (reuse >= 0).sum() > (0 if plan.reuse is None else (plan.reuse >= 0).sum()):
             plan.donor, plan.reuse = product, reuse
 
 
-def _per_row(table: BoxTable, name: str, level: Level) -> np.ndarray:
-    values: np.ndarray = getattr(table, name)
-    return values if level is Level.IMAGE or name == "box" else np.repeat(values, np.diff(table.offset))
-
-
-def _donor_columns(product: Product) -> list[np.ndarray]:
-    columns = [product.table(name) for name in MATCHED_BY[product.level]]
-    if product.level is Level.IMAGE:
-        return columns
-    counts = np.diff(product.table("offset"))
-    return [column if len(column) == product.rows and name == "box" else np.repeat(column, counts)
-            for name, column in zip(MATCHED_BY[product.level], columns, strict=True)]
+def _per_row(name: str, level: Level, values: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """A table with an entry a row of the level: what an image has stands once for each of its boxes."""
+    return values if level is Level.IMAGE or name == "box" else np.repeat(values, np.diff(offset))
 
 
 def _usable(product: Product) -> np.ndarray:
