@@ -117,9 +117,8 @@ class Catalog:
         records = []
         for name, text in zip(names, self.folder.read_many(names), strict=True):
             try:
-                tree = json.loads(text)
-                records.append(RunRecord(tree["path"], {Level(level): key for level, key in tree["levels"].items()}))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                records.append(parse_run(text))
+            except ValueError as error:
                 raise HdovdError(f"{self.folder.url}/{name} is damaged ({error!r}): delete it; the cache then knows nothing of that "
                                  "run") from error
         return records
@@ -144,6 +143,15 @@ def group_objects() -> dict[str, bytes]:
     for level in Level:
         root.create_group(level)
     return {name: data.to_bytes() for name, data in objects.items()}
+
+
+def parse_run(text: bytes) -> RunRecord:
+    """Raises ValueError if it is none."""
+    try:
+        tree = json.loads(text)
+        return RunRecord(str(tree["path"]), {Level(level): str(key) for level, key in tree["levels"].items()})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(repr(error)) from error
 
 
 def read_set(folder: Folder, name: str) -> FeatureSet:

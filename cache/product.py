@@ -85,21 +85,28 @@ class Product:
         return self.is_finished(TABLES) and not self.missing()
 
     def records(self) -> dict[int | str, dict[str, Any]]:
-        """Of every finished part, `objects` (size and sha256 by name) and `failed` (reason by image id).
-
-        Raises HdovdError if one is not readable.
-        """
+        """Of every finished part, its record (see `parse_record`). Raises HdovdError if one is not readable."""
         names = list(self.folder.sizes(f"{self.prefix}/parts"))
         records: dict[int | str, dict[str, Any]] = {}
         for name, text in zip(names, self.folder.read_many(names), strict=True):
             part = name.rsplit("/", 1)[1].removesuffix(".json")
             try:
-                record = json.loads(text)
-                assert {"objects", "failed"} <= record.keys()
-            except (ValueError, AssertionError, AttributeError) as error:
+                records[int(part) if part.isdigit() else part] = parse_record(text)
+            except ValueError as error:
                 raise HdovdError(f"{self.folder.url}/{name} is damaged; hdovd cache verify --repair mends it") from error
-            records[int(part) if part.isdigit() else part] = record
         return records
+
+    def require_sound(self, part: int) -> None:
+        """Raises HdovdError unless every object of a finished part has the bytes that were recorded when it was written."""
+        try:
+            objects = parse_record(self.folder.read(self.record_name(part)))["objects"]
+            wrong = [name for name, entry in objects.items() if self.folder.sha256(f"{self.prefix}/{name}") != entry["sha256"]]
+        except (ValueError, FileNotFoundError) as error:
+            raise HdovdError(f"{self.folder.url}: part {part} of {self} is gone or damaged ({error}); hdovd cache verify --repair "
+                             "makes it again") from error
+        if wrong:
+            raise HdovdError(f"{self.folder.url}/{self.prefix}/{wrong[0]} is damaged, it is not what was written there; "
+                             "hdovd cache verify --repair makes it again")
 
     def failed(self) -> dict[int, str]:
         """Images that could not be read, with the reason: their rows are zeros."""
@@ -133,6 +140,19 @@ class Product:
     def modified(self) -> float:
         """When it was begun, seconds since the epoch."""
         return self.folder.modified(f"{self.prefix}/zarr.json")
+
+
+def parse_record(text: bytes) -> dict[str, Any]:
+    """The record of a part: `objects`, "bytes" and "sha256" by name, and `failed`, reason by image id. Raises ValueError if it is none."""
+    try:
+        record: dict[str, Any] = json.loads(text)
+        sound = all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in record["objects"].values())
+        sound = sound and all(int(image) is not None and isinstance(reason, str) for image, reason in record["failed"].items())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(repr(error)) from error
+    if not sound:
+        raise ValueError("an object without its size and checksum, or an image without its reason")
+    return record
 
 
 def decoded(array: zarr.Array[Any], rows: slice) -> np.ndarray:

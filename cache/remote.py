@@ -78,11 +78,10 @@ class RemoteFolder(Folder):
         return [self.read(name) if isinstance(data, BaseException) else bytes(data) for name, data in zip(names, found, strict=True)]
 
     def write(self, name: str, data: bytes, *, exclusive: bool = False) -> bool:
-        if exclusive and (self.exists(name) or not self._create(name, data)):
-            return False
-        if not exclusive:
-            with self._told(name, missing_is_an_error=True):
-                self._pipe(name, data)
+        if exclusive:
+            return not self.exists(name) and self._create(name, data)
+        with self._told(name, missing_is_an_error=True):
+            self._pipe(name, data)
         return True
 
     def _pipe(self, name: str, data: bytes, **how: str) -> None:

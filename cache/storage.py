@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import uuid
@@ -36,6 +37,14 @@ class Folder(ABC):
 
     def read_many(self, names: Sequence[str]) -> list[bytes]:
         return [self.read(name) for name in names]
+
+    def sha256(self, name: str) -> str:
+        """The checksum of an object, of a local file in blocks. Raises FileNotFoundError if there is none."""
+        path = self.path(name)
+        if path is None:
+            return hashlib.sha256(self.read(name)).hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @abstractmethod
     def write(self, name: str, data: bytes, *, exclusive: bool = False) -> bool:

@@ -6,17 +6,16 @@ blocks and rows read in blocks, part after part.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from hdovd.cache.catalog import FeatureSet, group_objects, read_set
+from hdovd.cache.catalog import FeatureSet, group_objects, parse_run, read_set
 from hdovd.cache.content import Wrong, check_attributes, check_rows, check_tables
 from hdovd.cache.identity import hash_tables
-from hdovd.cache.product import Product
+from hdovd.cache.product import Product, parse_record
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import ROW_ARRAYS, SCHEMA_VERSION, TABLE_ARRAYS, TABLES, Level
 from hdovd.cache.storage import Folder
@@ -98,10 +97,8 @@ def check_records(folder: Folder) -> tuple[dict[str, FeatureSet], list[Finding]]
             findings.append(Finding(name, "a set of features", _damage(error)))
     for name in [n for n in listed if re.fullmatch(r"runs/[^/]+\.json", n)]:
         try:
-            tree = json.loads(folder.read(name))
-            assert isinstance(tree["path"], str)
-            assert set(tree["levels"]) <= set(Level)
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            parse_run(folder.read(name))
+        except ValueError as error:
             findings.append(Finding(name, "the record of a run", f"{_damage(error)}: delete it (gc then does not know of that run)"))
     for name in listed:
         top, _, rest = name.partition("/")
@@ -182,13 +179,9 @@ class ProductCheck:
 
     def _read_record(self, name: str, part: int | str, records: dict[int | str, dict[str, Any]]) -> None:
         try:
-            record = json.loads(self.folder.read(name))
-            assert all(isinstance(o["bytes"], int) and isinstance(o["sha256"], str) for o in record["objects"].values())
-            assert all(int(image) is not None and isinstance(reason, str) for image, reason in record["failed"].items())
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            records[part] = parse_record(self.folder.read(name))
+        except ValueError as error:
             self._add(name.removeprefix(f"{self.prefix}/"), "the record of a part", _damage(error), part, self._rows_of(part))
-        else:
-            records[part] = record
 
     def _rows_of(self, part: int | str) -> str:
         if self.product is None or isinstance(part, str):
@@ -213,7 +206,7 @@ class ProductCheck:
             elif size != entry["bytes"]:
                 self._add(name, f"{entry['bytes']} bytes", f"{size}", part, self._rows_of(part))
             else:
-                found = sha256_of(self.folder, path)
+                found = self.folder.sha256(path)
                 if found != entry["sha256"]:
                     self._add(name, f"sha256 {entry['sha256'][:16]}...", f"{found[:16]}...", part, self._rows_of(part))
                 self.checked.bytes += size
@@ -281,12 +274,3 @@ def _damage(error: BaseException) -> str:
     """What a reader stumbled over, in one line."""
     cause = error.__cause__ or error
     return f"damage ({type(cause).__name__}: {' '.join(str(cause).split())[:100]})"
-
-
-def sha256_of(folder: Folder, name: str) -> str:
-    """The checksum of an object, of a local file in blocks."""
-    path = folder.path(name)
-    if path is None:
-        return hashlib.sha256(folder.read(name)).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -67,6 +67,7 @@ class Extraction:
         self.done: list[Unit] = []  # by this process, pseudo labels too
         self._writers: dict[Level, ProductWriter] = {}
         self._donors: dict[Level, Rows] = {}
+        self._sound: set[tuple[Level, int]] = set()  # parts of donors whose checksums were found right
         self._offered = {} if nouns is None or nouns.by_image is None else {i: np.array(nouns.offered(i), np.int64) for i in nouns.by_image}
         self.bar: tqdm[Any] | None = None
 
@@ -197,6 +198,10 @@ class Extraction:
     def _reused(self, level: Level, donor: Product, rows: np.ndarray) -> np.ndarray:
         if level not in self._donors:
             self._donors[level] = open_rows(donor, "embedding", parts=donor.finished())
+        for part in np.unique(rows // donor.part_rows).tolist():
+            if (level, part) not in self._sound:  # a copy of a damaged row would have a checksum that is right
+                donor.require_sound(part)
+                self._sound.add((level, part))
         runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
         pieces = [self._donors[level].read(int(run[0]), int(run[-1]) + 1) for run in runs]
         return np.concatenate(pieces) if pieces else np.zeros((0, self.teacher.dim), np.float16)

@@ -15,6 +15,7 @@ from PIL import Image
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import ROW_ARRAYS, Level
+from hdovd.errors import HdovdError
 from hdovd.pipelines.extract_clip import ExtractReport, extract_clip, prepare
 from hdovd.pipelines.extract_config import ExtractConfig
 
@@ -74,6 +75,20 @@ def test_more_proposals_extend(copied_cache: Path, tmp_path: Path, proposals: Pa
     assert report.new_rows[INSTANCE] == counting.pictures == 5
     assert counting.names == []
     _assert_equals_fresh(copied_cache, "more", extraction(tmp_path / "fresh", proposals=more))
+
+
+def test_damaged_rows_are_not_copied(copied_cache: Path, tmp_path: Path, proposals: Path, extraction: Config) -> None:
+    """A copy would have a checksum that is right, and nobody would ever find the damage."""
+    key = FeatureCache(copied_cache).key(INSTANCE)
+    shard = copied_cache / INSTANCE / key / "embedding" / "c" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    data[5] ^= 1
+    shard.write_bytes(data)
+    more = _write_proposals(tmp_path / "more.json",
+                            [*json.loads(proposals.read_text()), {"image_id": 2, "bbox": [1.5, 4, 30, 20], "score": 0.5}])
+    with pytest.raises(HdovdError, match=rf"{key}/embedding/c/0/0 is damaged.*verify --repair"):
+        extract_clip(extraction(copied_cache, proposals=more, features="more"), _silent)
+    assert "more" not in Catalog(copied_cache).sets()
 
 
 def test_other_scores_compute_no_row(copied_cache: Path, tmp_path: Path, proposals: Path, extraction: Config, counting: Any) -> None:
