@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from hdovd.cli import options
+from hdovd.errors import HdovdError
+from hdovd.pipelines.crop_recipe import CropRecipe, Shape
+from hdovd.pipelines.extract_config import Precision
 
 app = typer.Typer(no_args_is_help=True, help="Measure the cache and the extraction on this machine, on made-up data.")
 
@@ -44,6 +50,40 @@ def cache(
 
 @app.command()
 def extract(
+    clip: Annotated[str, typer.Option("--clip", help="open_clip model name, local-dir:PATH or hf-hub:NAME.")] = "ViT-B-32",
+    pretrained: Annotated[str | None, typer.Option("--pretrained", help="Tag or checkpoint file. Default: random weights.")] = None,
+    precision: Annotated[Precision, typer.Option(help="Compute precision.")] = Precision.FP32,
+    device: options.Device = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode and crop.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Crops a CLIP batch.")] = 64,
+    crop: Annotated[Shape, typer.Option(help="The pixels that a box stands for.")] = Shape.BOX,
+    crop_scales: Annotated[str, typer.Option("--crop-scales", help="As for extract-clip.")] = "1",
+    images: Annotated[int | None, typer.Option(min=1, help="Images a round. Default: what the model does in ten seconds.")] = None,
+    boxes: Annotated[int, typer.Option(min=2, help="Boxes an image.")] = 30,
+    picture: Annotated[str, typer.Option("--picture", help="Size of the JPEG files, WIDTHxHEIGHT.")] = "640x480",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the bare model and of all; medians are printed.")] = 3,
+    forecast: Annotated[str, typer.Option("--forecast", help="IMAGES,BOXES of the data set to forecast. Default: COCO, 30 proposals an "
+                                          "image.")] = "118287,4400000",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there too.")] = None,
+    folder: Folder = None,
+    keep: Keep = False,
+) -> None:
+    """Measure the extraction beside the bare model, stage by stage, and beside other ways to do it; forecast a data set's cost."""
+    from hdovd.pipelines.bench_extract import SpeedBench, bench_speed
+
+    (width, height), (pictures, rows) = _two(picture, "x", "--picture"), _two(forecast, ",", "--forecast")
+    with _workplace(folder, keep=keep) as place:
+        recipe = CropRecipe.parse(crop, crop_scales)
+        speed = bench_speed(SpeedBench(place, clip, pretrained, precision, device, workers, batch_size, images, boxes, width, height,
+                                       rounds, recipe, pictures, rows), typer.echo)
+        for line in speed.lines():
+            typer.echo(line)
+        if json_file is not None:
+            json_file.write_text(json.dumps(speed.tree(), indent=1))
+
+
+@app.command()
+def scale(
     images: Annotated[int, typer.Option(min=1, help="Images; COCO train2017 has 118287.")] = 118_287,
     boxes: Annotated[int, typer.Option(min=1, help="Proposals an image; 4 annotated boxes come on top.")] = 30,
     dim: Annotated[int, typer.Option(min=1, help="Embedding size.")] = 512,
@@ -56,11 +96,19 @@ def extract(
 
     The defaults make 4 million rows, 5 GB on disk.
     """
-    from hdovd.pipelines.bench_extract import ExtractBench, bench_extract
+    from hdovd.pipelines.bench_scale import ScaleBench, bench_scale
 
     with _workplace(folder, keep=keep) as place:
-        for line in bench_extract(ExtractBench(place, images, boxes, dim, side, workers), typer.echo).lines():
+        for line in bench_scale(ScaleBench(place, images, boxes, dim, side, workers), typer.echo).lines():
             typer.echo(line)
+
+
+def _two(text: str, mark: str, option: str) -> tuple[int, int]:
+    """Two whole numbers with a mark between them. Raises HdovdError for anything else."""
+    first, _, second = text.partition(mark)
+    if not (first.isdigit() and second.isdigit() and int(first) and int(second)):
+        raise HdovdError(f"{option} {text}: expected two whole numbers above 0 with {mark!r} between them")
+    return int(first), int(second)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import typer
 
 from hdovd.cache.schema import DEFAULT_SET, PART_ROWS
 from hdovd.cli import options
+from hdovd.pipelines.crop_recipe import CropRecipe, Shape
 from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, Activation, Executor, ExtractConfig, Precision, Share, Store
 
 
@@ -24,6 +25,8 @@ def extract_clip(
     ] = None,
     protocol: options.Protocol = "ov-coco",
     templates: Annotated[Path | None, typer.Option("--templates", help="Prompt templates, one a line, with {} for the name.")] = None,
+    crop: Annotated[Shape, typer.Option(help="The pixels that a box stands for: see docs/CACHE.md.")] = Shape.BOX,
+    crop_scales: Annotated[str, typer.Option("--crop-scales", help="Mean over crops of these sizes of the box: 1,1.5 as in ViLD.")] = "1",
     device: options.Device = "auto",
     precision: Annotated[Precision, typer.Option(help="Compute precision; embeddings are stored as float16.")] = Precision.FP32,
     activation: Annotated[Activation, typer.Option(help="The activation that the weights were trained with.")] = Activation.AUTO,
@@ -55,9 +58,9 @@ def extract_clip(
 
     lines = DEFAULT_TEMPLATES if templates is None else read_vocabulary(templates, "--templates")
     report = run(ExtractConfig(
-        DataPaths(data, images, annotations), cache, clip, pretrained, proposals, vocabulary, captions, protocol, tuple(lines), precision,
-        activation, features, device, batch_size, part_rows, workers, dry_run, retry_failed, None if shard is None else Share.parse(shard),
-        executor, store))
+        DataPaths(data, images, annotations), cache, clip, pretrained, proposals, vocabulary, captions, protocol, tuple(lines),
+        CropRecipe.parse(crop, crop_scales), precision, activation, features, device, batch_size, part_rows, workers, dry_run,
+        retry_failed, None if shard is None else Share.parse(shard), executor, store))
     if report.whole and not dry_run and this_share(None).speaks:
         named = "" if features == DEFAULT_SET else f" --features {features}"
         typer.echo(f"next: hdovd train --cache {cache}{named} --out RUN ...")

@@ -22,7 +22,9 @@ from hdovd.cache.verify import Finding
 from hdovd.coco import Split
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.box_table import box_table
-from hdovd.pipelines.crops import CropDataset, CropJob
+from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe
+from hdovd.pipelines.crops import CropJob, Cutter
+from hdovd.pipelines.part_rows import mean_of
 from hdovd.pipelines.progress import progress
 from hdovd.pipelines.teacher import Teacher
 
@@ -107,10 +109,12 @@ def _cosines(product: Product, split: Split, teacher: Teacher, rows: np.ndarray)
     by_id = {image.id: image for image in split.images}
     number = rows if product.level is Level.IMAGE else np.searchsorted(product.table("offset"), rows, "right") - 1
     box = None if product.level is Level.IMAGE else product.table("box")
+    recipe = CropRecipe.from_inputs(product.key_inputs["crop"]) if "crop" in product.key_inputs else PLAIN_BOX
+    crops, cutter = 1 if box is None else len(recipe.scales), Cutter(teacher.fit, teacher.input_size)
     stored = open_rows(product, "embedding", parts={int(part) for part in rows // product.part_rows})
     done, cosines, problems = [np.zeros(0, np.int64)], [np.zeros(0)], []
     for some in progress(np.array_split(np.arange(len(rows)), -(-len(rows) // BATCH_ROWS)), f"sample of {product.level}", "batch"):
-        jobs, places = [], []
+        jobs, places = list[CropJob](), list[np.ndarray]()
         have = np.array([stored.read(int(row), int(row) + 1)[0] for row in rows[some]], np.float64)
         for n in np.unique(number[some[have.any(axis=1)]]):  # zeros: the picture could not be read then either
             image = by_id.get(int(image_id[n]))
@@ -118,13 +122,16 @@ def _cosines(product: Product, split: Split, teacher: Teacher, rows: np.ndarray)
                 problems.append(f"image {image_id[n]} has another name or size in the annotations, or is not there")
                 continue
             of_image = np.flatnonzero((number[some] == n) & have.any(axis=1))
-            jobs.append(CropJob(image.id, split.path(image), image.width, image.height, None if box is None else box[rows[some[of_image]]]))
+            regions = None if box is None else recipe.regions(box[rows[some[of_image]]], image.width, image.height)
+            jobs.append(CropJob(image.id, split.path(image), image.width, image.height, regions, sum(job.count for job in jobs)))
             places.append(of_image)
-        read = [CropDataset(jobs, teacher.preprocess)[job] for job in range(len(jobs))]
-        problems += [f"image {jobs[job].image_id}: {problem}" for job, _, problem in read if problem]
-        if pixels := [pixels for _, pixels, problem in read if not problem]:
-            at = np.concatenate([places[job] for job, _, problem in read if not problem])
-            new = teacher.embed_images(torch.cat(pixels)).astype(np.float64)
+        batch = cutter.batch(jobs, sum(job.count for job in jobs))
+        problems += [f"image {image_id}: {problem}" for image_id, problem in batch.problems.items()]
+        read = [job for job in jobs if job.image_id not in batch.problems]
+        if read:
+            at = np.concatenate([of_image for job, of_image in zip(jobs, places, strict=True) if job in read])
+            pixels = torch.cat([batch.pixels[job.place : job.place + job.count] for job in read])
+            new = mean_of(teacher.embed_images(pixels), crops).astype(np.float64)
             cosines.append((new * have[at]).sum(axis=1) / np.linalg.norm(new, axis=1) / np.linalg.norm(have[at], axis=1))
             done.append(rows[some[at]])
     return np.concatenate(done), np.concatenate(cosines), problems

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from hdovd.cache.identity import hash_tables
 from hdovd.errors import HdovdError
 from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.extract_config import Activation, Precision
+from hdovd.pipelines.preprocessing import Preprocessing
 
 _TEXT_BATCH = 256
 _DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
@@ -35,22 +35,44 @@ class ClipTeacher:
     """A CLIP ready to embed: a `teacher.Teacher`."""
 
     model: Any
-    preprocess: Any  # PIL image -> (3, s, s) float
+    transform: Preprocessing
     tokenizer: Any
     device: torch.device
     precision: Precision
     dim: int
     identity: dict[str, Any]
-    preprocessing: dict[str, Any]
     notes: Sequence[str]
     made_with: dict[str, Any]
 
+    @property
+    def input_size(self) -> tuple[int, int]:
+        return self.transform.size
+
+    @property
+    def fit(self) -> Callable[[Tensor], Tensor]:
+        return self.transform.fit
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        return self.transform.inputs()
+
     @torch.inference_mode()
     def embed_images(self, pixels: Tensor) -> np.ndarray:
-        """(n, 3, s, s) preprocessed pictures -> (n, D) float32, L2-normalised."""
+        """(n, 3, *input_size) uint8 -> (n, D) float32, L2-normalised."""
+        return self.embed_preprocessed(self.transform.normalise(pixels.to(self.device, non_blocking=True)))
+
+    @torch.inference_mode()
+    def embed_preprocessed(self, pixels: Tensor) -> np.ndarray:
+        """(n, 3, *input_size) float32 as open_clip's own transform gives it -> (n, D) float32, L2-normalised."""
         with self._autocast():
             embeddings = self.model.encode_image(pixels.to(self.device))
         return _normalised(embeddings)
+
+    def reference_transform(self) -> Callable[[Image.Image], Tensor]:
+        """open_clip's own transform, PIL image -> (3, *input_size) float32: what `transform` has to equal."""
+        config = open_clip.transform.PreprocessCfg(**self.model.visual.preprocess_cfg)
+        transform: Callable[[Image.Image], Tensor] = open_clip.transform.image_transform_v2(config, is_train=False)
+        return transform
 
     @torch.inference_mode()
     def embed_names(self, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
@@ -75,12 +97,13 @@ class ClipTeacher:
 
 
 def load_clip(model: str, pretrained: str | None, *, device: str = "auto", precision: Precision = Precision.FP32,
-              activation: Activation = Activation.AUTO) -> ClipTeacher:
+              activation: Activation = Activation.AUTO, random_weights: bool = False) -> ClipTeacher:
     """Load a CLIP by open_clip's names.
 
     Args:
         model: `local-dir:PATH`, `hf-hub:NAME`, or a built-in name, which needs `pretrained`.
         pretrained: a tag of open_clip, or a checkpoint file.
+        random_weights: do without `pretrained`, to measure speed.
 
     Raises HdovdError if the model or its weights cannot be had, or if the activation is not the one wanted.
     """
@@ -89,14 +112,13 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
         raise HdovdError(f"--pretrained goes with a model name; {model} brings its own weights")
     if precision is Precision.FP16 and target.type == "cpu":
         raise HdovdError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
-    config = _model_config(model, pretrained)
+    config = dict(open_clip.get_model_config(model) or {}) if random_weights else _model_config(model, pretrained)
     quick_gelu, notes = _activation(model, pretrained, config, activation)
     overrides = {} if quick_gelu == bool(config.get("quick_gelu", False)) else {"quick_gelu": quick_gelu}
     torchscript = _is_torchscript(pretrained)
     try:
         net = open_clip.create_model(model, None if torchscript else pretrained, device=target, pretrained_text=False,
-                                     require_pretrained=not torchscript, **overrides)
-        preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**net.visual.preprocess_cfg), is_train=False)
+                                     require_pretrained=not (torchscript or random_weights), **overrides)
         if torchscript:
             _load_torchscript(net, str(pretrained))
         tokenizer = open_clip.get_tokenizer(model)
@@ -113,16 +135,15 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
         "activation": str(Activation.QUICK_GELU if quick_gelu else Activation.GELU),
         "compute_dtype": str(_DTYPES[precision]).removeprefix("torch."),
     }
-    preprocessing = {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(net.visual.preprocess_cfg.items())}
-    preprocessing["antialias"] = True  # Pillow's resampling always does, and open_clip's transform resizes with Pillow
-    shown = ", ".join(f"{k} {v}" for k, v in preprocessing.items() if k in ("size", "mean", "std", "resize_mode"))
+    transform = Preprocessing.of(net.visual.preprocess_cfg)
+    shown = ", ".join(f"{k} {v}" for k, v in transform.inputs().items() if k in ("size", "mean", "std", "resize_mode"))
     from_file = pretrained is not None and not open_clip.get_pretrained_cfg(model, pretrained)
     notes.append(f"preprocessing: {shown}" + (f"; open_clip's default for {model}, as a file does not say" if from_file else ""))
-    dim = _embedding_size(net, preprocess, target)
+    dim = _embedding_size(net, transform, target)
     made_with = {"clip": "local-dir" if model.startswith("local-dir:") else model, "pretrained": _tag_or_file_name(pretrained),
                  "device": torch.cuda.get_device_name(target) if target.type == "cuda" else target.type,
                  "torch": torch.__version__, "open_clip": open_clip.__version__}
-    return ClipTeacher(net, preprocess, tokenizer, target, precision, dim, identity, preprocessing, tuple(notes), made_with)
+    return ClipTeacher(net, transform, tokenizer, target, precision, dim, identity, tuple(notes), made_with)
 
 
 def _tag_or_file_name(pretrained: str | None) -> str | None:
@@ -139,11 +160,10 @@ def _hash_config(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _embedding_size(net: Any, preprocess: Any, device: torch.device) -> int:
+def _embedding_size(net: Any, transform: Preprocessing, device: torch.device) -> int:
     """The embedding size, asked of the model itself: no attribute for it is common to all families."""
-    blank = default_collate([preprocess(Image.new("RGB", (64, 64)))]).to(device)
     with torch.inference_mode():
-        return int(net.encode_image(blank).shape[1])
+        return int(net.encode_image(torch.zeros(1, 3, *transform.size, device=device)).shape[1])
 
 
 def _model_config(model: str, pretrained: str | None) -> dict[str, Any]:

@@ -1,62 +1,90 @@
-"""From an image file to CLIP's input: the whole picture and a crop a box, through open_clip's own transform.
-
-The crop recipe, part of the cache's identity: the box widened outwards to whole pixels, cut to the image.
-"""
+"""From an image file to CLIP's input: reading pictures and cutting out the regions that `crop_recipe` gives."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from hdovd.errors import HdovdError
 from hdovd.pipelines.images import read_image
 
-CROP = {"recipe": "box, widened outwards to whole pixels", "context_scale": 1.0}
 
-
-def pixel_box(box: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """The whole pixels that a box (xyxy, float) touches, at least one."""
-    x0, y0 = min(math.floor(box[0]), width - 1), min(math.floor(box[1]), height - 1)
-    return x0, y0, min(max(math.ceil(box[2]), x0 + 1), width), min(max(math.ceil(box[3]), y0 + 1), height)
+def cut(picture: Tensor, region: Sequence[int]) -> Tensor:
+    """The pixels of a region xyxy of (3, h, w); black outside the picture. A view where it can be."""
+    (x0, y0, x1, y1), (height, width) = region, picture.shape[-2:]
+    left, top, right, bottom = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+    if (left, top, right, bottom) == (x0, y0, x1, y1):
+        return picture[:, top:bottom, left:right]
+    pixels = picture.new_zeros(3, y1 - y0, x1 - x0)
+    if left < right and top < bottom:
+        pixels[:, top - y0 : bottom - y0, left - x0 : right - x0] = picture[:, top:bottom, left:right]
+    return pixels
 
 
 @dataclass(frozen=True, slots=True)
 class CropJob:
-    """One image and its boxes (n, 4), xyxy pixels; None for the whole picture."""
+    """One image and its regions (n, 4), xyxy pixels; None for the whole picture. `place`: of the first crop in its batch."""
 
     image_id: int
     path: Path
     width: int
     height: int
-    boxes: np.ndarray | None
+    regions: np.ndarray | None
+    place: int = 0
+
+    @property
+    def count(self) -> int:
+        return 1 if self.regions is None else len(self.regions)
+
+    def region_list(self) -> list[Any]:
+        return [None] if self.regions is None else self.regions.tolist()
 
 
-class CropDataset(Dataset[tuple[int, Tensor, str]]):
-    """Item i is job i: its number, pixels (n, 3, s, s), and "" or what went wrong.
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Crops (count, 3, s, s) uint8, zeros where there is none, and by image id why a picture could not be read."""
 
-    A picture that cannot be read gives no pixels and a reason instead of an error: one bad file must not
-    end the extraction of a hundred thousand.
+    pixels: Tensor
+    problems: dict[int, str] = field(default_factory=dict)
+
+    def pin_memory(self) -> Batch:
+        """For torch's DataLoader, on the way to a GPU."""
+        return Batch(self.pixels.pin_memory(), self.problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Cutter:
+    """Reads pictures and cuts them. `fit` is the model's own resizing, (3, h, w) uint8 -> (3, *size) uint8.
+
+    A picture that cannot be read gives a reason instead of an error: one bad file must not end the extraction of a hundred thousand.
     """
 
-    def __init__(self, jobs: list[CropJob], transform: Callable[[Image.Image], Tensor]) -> None:
-        self.jobs, self.transform = jobs, transform
+    fit: Callable[[Tensor], Tensor]
+    size: tuple[int, int]
 
-    def __len__(self) -> int:
-        return len(self.jobs)
+    def batch(self, jobs: Sequence[CropJob], count: int) -> Batch:
+        """The crops of some jobs at their places among `count`."""
+        batch = Batch(torch.zeros(count, 3, *self.size, dtype=torch.uint8))
+        for job in jobs:
+            try:
+                picture = self.read(job)
+            except HdovdError as error:
+                batch.problems[job.image_id] = str(error)
+                continue
+            for place, crop in enumerate(self.crops(picture, job), job.place):
+                batch.pixels[place] = crop
+        return batch
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor, str]:
-        job = self.jobs[index]
-        try:
-            image = read_image(job.path, job.width, job.height)
-        except HdovdError as error:
-            return index, torch.zeros(0), str(error)
-        pictures = [image] if job.boxes is None else [image.crop(pixel_box(box, job.width, job.height)) for box in job.boxes.tolist()]
-        return index, torch.stack([self.transform(p) for p in pictures]), ""
+    def read(self, job: CropJob) -> Tensor:
+        """(3, h, w) uint8 RGB. Raises HdovdError."""
+        return torch.from_numpy(np.array(read_image(job.path, job.width, job.height))).permute(2, 0, 1)
+
+    def crops(self, picture: Tensor, job: CropJob) -> list[Tensor]:
+        """(3, *size) uint8, one a region."""
+        return [self.fit(picture if region is None else cut(picture, region)) for region in job.region_list()]

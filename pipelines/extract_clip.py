@@ -98,9 +98,10 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
         loaded = teacher
     for note in loaded.notes:
         log(note)
-    inputs = level_inputs(loaded, table, nouns, protocol.names, config.templates)
+    inputs = level_inputs(loaded, table, nouns, protocol.names, config.templates, config.crop)
     plans = plan_levels(catalog, inputs, table, loaded.dim, part_rows=config.part_rows, retry_failed=config.retry_failed)
-    return Extraction(split, table, nouns, loaded, plans, templates=config.templates, batch_size=config.batch_size, workers=config.workers)
+    return Extraction(split, table, nouns, loaded, plans, recipe=config.crop, templates=config.templates, batch_size=config.batch_size,
+                      workers=config.workers)
 
 
 def _proposals(config: ExtractConfig, split: Split, log: Log) -> dict[int, Proposals]:

@@ -11,6 +11,7 @@ from typing import Any
 from hdovd.cache.schema import CHUNK_ROWS, DEFAULT_SET, PART_ROWS
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
+from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 
@@ -73,6 +74,7 @@ class ExtractConfig:
     captions: Path | None = None
     protocol: str = "ov-coco"
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    crop: CropRecipe = PLAIN_BOX
     precision: Precision = Precision.FP32
     activation: Activation = Activation.AUTO
     features: str = DEFAULT_SET
@@ -107,15 +109,16 @@ class ExtractConfig:
         clip = f"local-dir:{_absolute(Path(self.clip[10:]))}" if self.clip.startswith("local-dir:") else self.clip
         protocol = _absolute(Path(self.protocol)) if Path(self.protocol).is_file() else self.protocol
         return {"data": data, **paths, "clip": clip, "pretrained": pretrained, "protocol": protocol, "templates": list(self.templates),
-                "precision": str(self.precision), "activation": str(self.activation), "features": self.features}
+                "crop": self.crop.inputs(), "precision": str(self.precision), "activation": str(self.activation), "features": self.features}
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any], cache: Path | str, **changes: Any) -> ExtractConfig:
         """The extraction that `to_dict` described, with changes."""
         paths = {name: _path(tree[name]) for name in ("proposals", "vocabulary", "captions")}
         data = DataPaths(**{name: _path(value) for name, value in tree["data"].items()})
-        given = {**tree, **paths, "data": data, "templates": tuple(tree["templates"]), "precision": Precision(tree["precision"]),
-                 "activation": Activation(tree["activation"]), "cache": cache}
+        crop = CropRecipe.from_inputs(tree["crop"]) if "crop" in tree else PLAIN_BOX
+        given = {**tree, **paths, "data": data, "templates": tuple(tree["templates"]), "crop": crop,
+                 "precision": Precision(tree["precision"]), "activation": Activation(tree["activation"]), "cache": cache}
         return cls(**(given | changes))
 
 

@@ -1,4 +1,4 @@
-"""One process's hands on an extraction: it can do any unit of the work, a part of a level, in any order.
+"""One process's hands on an extraction: it can do any units of the work, parts of levels, in any order.
 
 Units are the same whoever does them: a part's crops go through the model in row order, in batches of one fixed shape
 (the last one filled up with zeros), so that its bytes depend neither on the number of workers nor on what was done before.
@@ -7,14 +7,15 @@ Units are the same whoever does them: a part's crops go through the model in row
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from hdovd.cache.catalog import Catalog
@@ -25,14 +26,18 @@ from hdovd.cache.writer import ProductWriter
 from hdovd.coco import Split
 from hdovd.errors import HdovdError
 from hdovd.pipelines.box_table import BoxTable
-from hdovd.pipelines.crops import CropDataset, CropJob
+from hdovd.pipelines.crop_recipe import CropRecipe
+from hdovd.pipelines.crops import Cutter
 from hdovd.pipelines.extract_plan import LevelPlan
+from hdovd.pipelines.feeding import Wanted, embed
 from hdovd.pipelines.nouns import Nouns
+from hdovd.pipelines.part_rows import PartRows, Pictures, RowBatch
 from hdovd.pipelines.teacher import Teacher
 
 PROBE_IMAGES = 16
 PROBE_BATCH_CPU = 32
 SIMILARITY_ROWS = 4_096  # crops compared with nouns at a time
+WRITES_BEHIND = 1  # parts that wait in memory to be written while the next is computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +48,19 @@ class Unit:
     part: int
 
 
+@dataclass(slots=True)
+class _Part:
+    """A unit in work. `claim`: what to let go of when it is written; `rows`: None if it is whole, or of texts."""
+
+    unit: Unit
+    claim: ExitStack = field(default_factory=ExitStack)
+    is_mine: bool = False
+    rows: PartRows | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Seconds that a row takes to be cut out and to be embedded, measured on a few, and GPU memory in use."""
+    """Seconds that a row takes to be cut out by one core and to be embedded, measured on a few, and GPU memory in use."""
 
     crop_s: float
     embed_s: float
@@ -53,16 +68,17 @@ class Probe:
 
     def seconds(self, rows: int, workers: int) -> float:
         """Expected for `rows`: with worker processes the slower of the two counts, without them both do."""
-        return rows * (max(self.crop_s / workers, self.embed_s) if workers else self.crop_s + self.embed_s)
+        return rows * (max(self.crop_s / workers, self.embed_s) if workers else self.crop_s / torch.get_num_threads() + self.embed_s)
 
 
 class Extraction:
     """The inputs of an extraction, its plan, and the products that it fills."""
 
     def __init__(self, split: Split, table: BoxTable, nouns: Nouns | None, teacher: Teacher, plans: list[LevelPlan], *,
-                 templates: tuple[str, ...], batch_size: int, workers: int) -> None:
+                 recipe: CropRecipe, templates: tuple[str, ...], batch_size: int, workers: int) -> None:
         self.split, self.table, self.nouns, self.teacher = split, table, nouns, teacher
         self.plans = {plan.level: plan for plan in plans}
+        self._pictures = Pictures(split, table, recipe)
         self._templates, self._batch_size, self._workers = templates, batch_size, workers
         self.done: list[Unit] = []  # by this process, pseudo labels too
         self._writers: dict[Level, ProductWriter] = {}
@@ -89,21 +105,47 @@ class Extraction:
         pictures = [Unit(level, part) for level in (Level.IMAGE, Level.INSTANCE) for part in range(self.plans[level].parts)]
         return texts, pictures
 
-    def do(self, unit: Unit, *, wait: bool = True) -> bool:
-        """Do a unit unless it is done. False, at once, if another process is at it and we shall not `wait`."""
-        for level in self._levels_of(unit):
-            product = self.product(level)
-            if product.is_finished(unit.part) and unit.part not in self.plans[level].redo:
-                continue
-            with self._catalog.folder.claim(f"{product.prefix}/{unit.part}", wait=wait) as mine:
-                if not mine:
-                    return False
-                if unit.part in self.plans[level].redo:
-                    self._undo(unit)
-                if not product.is_finished(unit.part):
-                    self._write(Unit(level, unit.part))
-                    self.done.append(Unit(level, unit.part))
-        return True
+    def do(self, units: Iterable[Unit]) -> list[Unit]:
+        """Do units unless they are done; those that another process is at are left out, and returned.
+
+        While a part is written, the next one is computed.
+        """
+        busy: list[Unit] = []
+        writes: deque[Future[None]] = deque()
+        asked: deque[tuple[_Part, RowBatch]] = deque()  # what is being embedded
+        with ExitStack() as claims, ThreadPoolExecutor(1) as writer:
+            def finish(part: _Part) -> None:
+                writes.append(writer.submit(self._finish, part, busy))
+                while len(writes) > WRITES_BEHIND:
+                    writes.popleft().result()
+
+            def wanted() -> Iterator[Wanted]:
+                for part in self._claimed(units, busy, claims):
+                    if part.rows is None or not part.rows.missing.any():
+                        finish(part)
+                        continue
+                    for batch in part.rows.batches(self._batch_size_of(part.unit.level)):
+                        asked.append((part, batch))
+                        yield batch.wanted
+
+            for answer in embed(wanted(), self.teacher, self._workers):
+                part, batch = asked.popleft()
+                assert part.rows is not None
+                part.rows.take(batch, answer)
+                if self.bar is not None:
+                    self.bar.update(len(batch.rows))
+                if batch.last:
+                    finish(part)
+            for write in writes:
+                write.result()
+        return busy
+
+    def wait_for(self, unit: Unit) -> None:
+        """Do a unit; if another process is at it, wait until it ends, and do what it has not done."""
+        while self.do([unit]):  # only now, with no claim of our own, may we wait for another's
+            for level in self._levels_of(unit):
+                with self._catalog.folder.claim(self._claim_name(level, unit.part), wait=True):
+                    pass
 
     def left(self) -> list[Unit]:
         """What is not done, in the order of `units`."""
@@ -113,6 +155,26 @@ class Extraction:
     def _levels_of(self, unit: Unit) -> list[Level]:
         """A unit's own level and what follows from it."""
         return [unit.level] + [Level.PSEUDO_LABEL] * (unit.level is Level.INSTANCE and Level.PSEUDO_LABEL in self.plans)
+
+    def _claim_name(self, level: Level, part: int) -> str:
+        return f"{self.product(level).prefix}/{part}"
+
+    def _claimed(self, units: Iterable[Unit], busy: list[Unit], claims: ExitStack) -> Iterator[_Part]:
+        """Units of which something is to be done, claimed; those that another process is at go to `busy`."""
+        for unit in units:
+            product, redo = self.product(unit.level), unit.part in self.plans[unit.level].redo
+            part = _Part(unit)
+            if redo or not product.is_finished(unit.part):
+                part.claim = claims.enter_context(ExitStack())
+                if not part.claim.enter_context(self._catalog.folder.claim(self._claim_name(unit.level, unit.part), wait=False)):
+                    busy.append(unit)
+                    continue
+                if redo:
+                    self._undo(unit)
+                part.is_mine = not product.is_finished(unit.part)
+                if part.is_mine and unit.level in (Level.IMAGE, Level.INSTANCE):
+                    part.rows = self._rows(unit)
+            yield part
 
     def _undo(self, unit: Unit) -> None:
         """Forget a part that is to be made again, what follows from it first: killed at any moment, no record speaks of other bytes."""
@@ -127,73 +189,45 @@ class Extraction:
     def whole(self) -> bool:
         return all(writer.product.whole for writer in self._writers.values())
 
-    def _write(self, unit: Unit) -> None:
-        writer = self._writers[unit.level]
-        start, stop = writer.product.rows_of(unit.part)
-        if unit.level in (Level.CLASS, Level.NOUN):
-            writer.write_part(unit.part, {"embedding": self.teacher.embed_names(writer.product.names[start:stop], self._templates)})
-        elif unit.level is Level.PSEUDO_LABEL:
-            noun, cosine = self._pseudo_labels(start, stop)
-            writer.write_part(unit.part, {"noun": noun, "noun_cosine": cosine})
-        else:
-            embeddings, failed = self._embed(unit.level, start, stop)
-            writer.write_part(unit.part, {"embedding": embeddings}, failed)
+    def _finish(self, part: _Part, busy: list[Unit]) -> None:
+        """Write a part, let go of it, and write what follows from it."""
+        level, number = part.unit.level, part.unit.part
+        with part.claim:
+            if part.rows is not None:
+                self._writers[level].write_part(number, {"embedding": part.rows.embedding}, part.rows.failed)
+            elif part.is_mine:
+                names = self.product(level).names[slice(*self.product(level).rows_of(number))]
+                self._writers[level].write_part(number, {"embedding": self.teacher.embed_names(names, self._templates)})
+            if part.is_mine:
+                self.done.append(part.unit)
+        for follows in self._levels_of(part.unit)[1:]:
+            product = self.product(follows)
+            if product.is_finished(number):
+                continue
+            with self._catalog.folder.claim(self._claim_name(follows, number), wait=False) as mine:
+                if not mine:
+                    busy.append(part.unit)
+                elif not product.is_finished(number):
+                    noun, cosine = self._pseudo_labels(*product.rows_of(number))
+                    self._writers[follows].write_part(number, {"noun": noun, "noun_cosine": cosine})
+                    self.done.append(Unit(follows, number))
 
     # --- pictures ---
 
-    def _embed(self, level: Level, start: int, stop: int) -> tuple[np.ndarray, dict[int, str]]:
-        """Rows `start` to `stop` of the image or instance level (n, D) float16, and why images have none."""
-        out = np.zeros((stop - start, self.teacher.dim), np.float16)
-        todo = np.ones(stop - start, bool)
-        plan = self.plans[level]
+    def _rows(self, unit: Unit) -> PartRows:
+        """The rows of a part, with what another product has of them."""
+        plan, (start, stop) = self.plans[unit.level], self.product(unit.level).rows_of(unit.part)
+        empty = np.zeros((stop - start, self.teacher.dim), np.float16)
+        rows = PartRows(self._pictures, unit.level, start, empty, np.ones(stop - start, bool))
         if plan.reuse is not None and plan.donor is not None:
             reuse = plan.reuse[start:stop]
-            todo = reuse < 0
-            out[~todo] = self._reused(level, plan.donor, reuse[~todo])
-        jobs, places = self._jobs(level, start, todo)
-        failed: dict[int, str] = {}
-        batches = self._batches(jobs, places, failed)
-        size = self._writers[level].product.attributes["made_with"].get("batch_size", self._batch_size)
-        for rows, pixels in _fixed_size(batches, size):
-            out[rows] = self._embed_batch(pixels, size)
-            if self.bar is not None:
-                self.bar.update(len(rows))
-        return out, failed
+            rows.missing = reuse < 0
+            rows.embedding[~rows.missing] = self._reused(unit.level, plan.donor, reuse[~rows.missing])
+        return rows
 
-    def _jobs(self, level: Level, start: int, todo: np.ndarray) -> tuple[list[CropJob], list[np.ndarray]]:
-        """What to read and cut for the rows in `todo`, counted from `start`, image by image, and the rows of each job."""
-        table, jobs, places = self.table, [], []
-        images = range(start, start + len(todo)) if level is Level.IMAGE else table.images_of(start, start + len(todo))
-        for number in images:
-            image = self.split.images[number]
-            if level is Level.IMAGE:
-                rows, boxes = np.array([number - start]), None
-                rows = rows[todo[rows]]
-            else:
-                first, last = max(int(table.offset[number]), start), min(int(table.offset[number + 1]), start + len(todo))
-                rows = np.arange(first - start, last - start)
-                rows = rows[todo[rows]]
-                boxes = table.box[rows + start]
-            if len(rows):
-                jobs.append(CropJob(image.id, self.split.path(image), image.width, image.height, boxes))
-                places.append(rows)
-        return jobs, places
-
-    def _batches(self, jobs: list[CropJob], places: list[np.ndarray], failed: dict[int, str]) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Rows and pixels, image by image, in order; images that cannot be read go to `failed`."""
-        for number, pixels, problem in DataLoader(CropDataset(jobs, self.teacher.preprocess), batch_size=None, num_workers=self._workers):
-            if problem:
-                failed[jobs[number].image_id] = problem
-                if self.bar is not None:
-                    self.bar.update(len(places[number]))
-            else:
-                yield places[number], pixels
-
-    def _embed_batch(self, pixels: Tensor, size: int) -> np.ndarray:
-        if len(pixels) == size:
-            return self.teacher.embed_images(pixels)
-        filled = torch.cat([pixels, pixels.new_zeros(size - len(pixels), *pixels.shape[1:])])
-        return self.teacher.embed_images(filled)[: len(pixels)]
+    def _batch_size_of(self, level: Level) -> int:
+        """The one that the product was begun with, whatever this process was told."""
+        return int(self.product(level).attributes["made_with"].get("batch_size", self._batch_size))
 
     def _reused(self, level: Level, donor: Product, rows: np.ndarray) -> np.ndarray:
         if level not in self._donors:
@@ -233,43 +267,20 @@ class Extraction:
     def probe(self) -> Probe:
         """Cut and embed a few crops of images spread over the list. Raises HdovdError if none of those can be read."""
         count = min(PROBE_IMAGES, len(self.split.images))
-        numbers = sorted({int(n) for n in np.linspace(0, len(self.split.images) - 1, count)})
-        jobs = []
-        for number in numbers:
-            image = self.split.images[number]
-            boxes = self.table.box[self.table.offset[number] : self.table.offset[number] + 4]
-            jobs.append(CropJob(image.id, self.split.path(image), image.width, image.height, boxes))
-        since, data = time.monotonic(), CropDataset(jobs, self.teacher.preprocess)
-        read = [data[number] for number in range(len(jobs))]
-        pixels = [pixels for _, pixels, problem in read if not problem]
-        if not pixels:
+        numbers = np.unique(np.linspace(0, len(self.split.images) - 1, count).astype(np.int64))
+        offset, cutter = self.table.offset, Cutter(self.teacher.fit, self.teacher.input_size)
+        rows = np.concatenate([np.arange(offset[n], min(offset[n] + 4, offset[n + 1])) for n in numbers])
+        level = Level.INSTANCE if len(rows) else Level.IMAGE
+        jobs = self._pictures.jobs(level, rows if len(rows) else numbers)
+        since = time.monotonic()
+        batch = cutter.batch(jobs, sum(job.count for job in jobs))
+        crop_s = (time.monotonic() - since) / len(batch.pixels)
+        if len(batch.problems) == len({job.image_id for job in jobs}):
             raise HdovdError(f"none of {len(jobs)} pictures of {self.split.folder} can be read, spread over {len(self.split.images)}; "
-                             f"the first: {read[0][2]}")
-        crops = torch.cat(pixels)
-        crop_s = (time.monotonic() - since) / len(crops)
-        gpu = self.teacher.peak_memory_bytes() is not None
-        size = self._batch_size if gpu else min(self._batch_size, PROBE_BATCH_CPU)
-        crops = crops.repeat(-(-size // len(crops)), 1, 1, 1)[:size]
+                             f"the first: {next(iter(batch.problems.values()))}")
+        size = self._batch_size if self.teacher.device.type == "cuda" else min(self._batch_size, PROBE_BATCH_CPU)
+        crops = batch.pixels.repeat(-(-size // len(batch.pixels)), 1, 1, 1)[:size]
         self.teacher.embed_images(crops)  # the first call prepares what later ones use
         since = time.monotonic()
         self.teacher.embed_images(crops)
         return Probe(crop_s, (time.monotonic() - since) / size, self.teacher.peak_memory_bytes())
-
-
-def _fixed_size(items: Iterator[tuple[np.ndarray, Tensor]], size: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """The same rows and pixels, `size` at a time; fewer at the end."""
-    rows: list[np.ndarray] = []
-    pixels: list[Tensor] = []
-    waiting = 0
-    for some_rows, some_pixels in items:
-        rows.append(some_rows)
-        pixels.append(some_pixels)
-        waiting += len(some_rows)
-        if waiting >= size:
-            all_rows, all_pixels = np.concatenate(rows), torch.cat(pixels)
-            whole = waiting - waiting % size
-            for start in range(0, whole, size):
-                yield all_rows[start : start + size], all_pixels[start : start + size]
-            rows, pixels, waiting = [all_rows[whole:]], [all_pixels[whole:].clone()], waiting - whole
-    if waiting:
-        yield np.concatenate(rows), torch.cat(pixels)

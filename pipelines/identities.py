@@ -13,7 +13,7 @@ from hdovd.cache.identity import KeyInputs, hash_tables, key_of
 from hdovd.cache.schema import SCHEMA_VERSION, Level
 from hdovd.coco import ImageBoxes
 from hdovd.pipelines.box_table import BoxTable, box_table
-from hdovd.pipelines.crops import CROP
+from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe
 from hdovd.pipelines.nouns import Nouns
 from hdovd.pipelines.teacher import Teacher
 
@@ -27,7 +27,7 @@ def data_inputs(images: Sequence[ImageBoxes]) -> dict[Level, KeyInputs]:
 
 
 def level_inputs(clip: Teacher, table: BoxTable, nouns: Nouns | None, class_names: Sequence[str],
-                 templates: Sequence[str]) -> dict[Level, KeyInputs]:
+                 templates: Sequence[str], recipe: CropRecipe = PLAIN_BOX) -> dict[Level, KeyInputs]:
     """All inputs of every level that an extraction writes: what determines its bytes, and nothing else."""
     schema: KeyInputs = {"schema_version": SCHEMA_VERSION}
     images, boxes = table.image_inputs(), table.box_inputs()
@@ -37,7 +37,7 @@ def level_inputs(clip: Teacher, table: BoxTable, nouns: Nouns | None, class_name
                       "boxes": boxes},
         Level.CLASS: {**schema, **_texts(clip, class_names, templates)},
         Level.IMAGE: pictures,
-        Level.INSTANCE: {**pictures, "crop": CROP, "boxes": boxes},
+        Level.INSTANCE: {**pictures, "crop": recipe.inputs(), "boxes": boxes},
     }
     if nouns is not None:
         offered = "all" if nouns.by_image is None else hash_tables(np.array(nouns.offered(i), np.int64) for i in table.image_id.tolist())

@@ -68,9 +68,13 @@ class Worker:
         self._extraction.begin(Catalog(config.cache))
 
     def do(self, unit: Unit, wait: bool) -> tuple[bool, list[Unit]]:
-        """As `Extraction.do`, and what it has written."""
+        """Whether the unit is done, by whomever, and what this worker has written."""
         before = len(self._extraction.done)
-        return self._extraction.do(unit, wait=wait), self._extraction.done[before:]
+        if busy := self._extraction.do([unit]) if not wait else []:
+            return False, self._extraction.done[before:]
+        if wait:
+            self._extraction.wait_for(unit)
+        return not busy, self._extraction.done[before:]
 
 
 @dataclass(frozen=True, slots=True)

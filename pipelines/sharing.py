@@ -52,15 +52,14 @@ def this_share(asked: Share | None) -> ProcessShare:
 def do_share(extraction: Extraction, share: ProcessShare) -> None:
     """Do this process's units, then what the others of the same torchrun have not come to, and wait for what is in work."""
     texts, units = extraction.units()
-    for unit in texts:
-        extraction.do(unit)
+    for unit in extraction.do(texts):
+        extraction.wait_for(unit)
     asked = units[share.command.index :: share.command.count]
     mine = asked[share.rank :: share.world]
     others = [unit for unit in reversed(asked) if unit not in mine]  # from the end: where the others come last
     with progress(None, "CLIP", "crop", total=new_rows(extraction, mine) if share.speaks else 0) as extraction.bar:
-        busy = [unit for unit in mine + others if not extraction.do(unit, wait=False)]
-        for unit in busy:
-            extraction.do(unit)
+        for unit in extraction.do(mine + others):
+            extraction.wait_for(unit)
 
 
 def new_rows(extraction: Extraction, units: list[Unit]) -> int:

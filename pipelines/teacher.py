@@ -6,27 +6,35 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+import torch
 from torch import Tensor
 
 
 class Teacher(Protocol):
-    """Embeds pictures and names. n pictures or texts, D embedding size, s input side.
+    """Embeds pictures and names. n pictures or texts, D embedding size.
 
-    `preprocess`: an RGB picture -> (3, s, s); called in worker processes. `identity`: what determines the answers,
-    preprocessing aside; JSON values. `notes`: what a user should read. `made_with`: what a user may want to know later, of
-    no weight in the identity.
+    `fit`: a picture (3, h, w) uint8 -> (3, *input_size) uint8; called in worker processes. `identity`: what determines the
+    answers, preprocessing aside; JSON values. `notes`: what a user should read. `made_with`: what a user may want to know later,
+    of no weight in the identity.
     """
 
     dim: int
-    preprocess: Callable[[Image.Image], Tensor]
+    device: torch.device
     identity: dict[str, Any]
-    preprocessing: dict[str, Any]
     notes: Sequence[str]
     made_with: dict[str, Any]
 
+    @property
+    def input_size(self) -> tuple[int, int]: ...
+
+    @property
+    def fit(self) -> Callable[[Tensor], Tensor]: ...
+
+    @property
+    def preprocessing(self) -> dict[str, Any]: ...
+
     def embed_images(self, pixels: Tensor) -> np.ndarray:
-        """(n, 3, s, s) -> (n, D) float32, L2-normalised."""
+        """(n, 3, *input_size) uint8 -> (n, D) float32, L2-normalised. Called by several threads at once."""
         ...
 
     def embed_names(self, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:

@@ -19,8 +19,8 @@ from hdovd.cli.main import app
 from hdovd.errors import HdovdError
 from hdovd.pipelines import memory_limit
 from hdovd.pipelines.bench_cache import Rates, time_reading, time_workers
-from hdovd.pipelines.bench_extract import BASE_BOXES, ExtractBench, ExtractFigures, bench_extract
 from hdovd.pipelines.bench_layouts import CacheBench, Layout, check_same, make_layouts, open_layouts
+from hdovd.pipelines.bench_scale import BASE_BOXES, ScaleBench, ScaleFigures, bench_scale
 from hdovd.pipelines.packing import pack
 
 
@@ -119,9 +119,9 @@ def test_no_memory_limit_without_cgroups(tmp_path: Path, monkeypatch: pytest.Mon
         pass
 
 
-def test_extraction_figures(tmp_path: Path) -> None:
+def test_scale_figures(tmp_path: Path) -> None:
     lines: list[str] = []
-    figures = bench_extract(ExtractBench(tmp_path, images=20, boxes=6, dim=16), lines.append)
+    figures = bench_scale(ScaleBench(tmp_path, images=20, boxes=6, dim=16), lines.append)
     assert figures.rows == 20 + 20 * (BASE_BOXES + 6)
     assert figures.cache_bytes == sum(file.stat().st_size for level in Level for file in (tmp_path / "cache" / level).rglob("*/**/*")
                                       if file.is_file())
@@ -133,14 +133,14 @@ def test_extraction_figures(tmp_path: Path) -> None:
 
 
 def test_peaks_add_up() -> None:
-    figures = ExtractFigures(1000, 2.0, main_peak_bytes=10**9, worker_peak_bytes=2 * 10**8, cache_bytes=5 * 10**6, workers=3)
+    figures = ScaleFigures(1000, 2.0, main_peak_bytes=10**9, worker_peak_bytes=2 * 10**8, cache_bytes=5 * 10**6, workers=3)
     assert figures.peak_bytes == 16 * 10**8
     assert figures.lines() == ["1,000 rows in 2 s, 500 rows/s", "peak host memory 1.6 GB (main 1.0 GB, 3 workers of 200.0 MB)",
                                "cache 5.0 MB"]
 
 
-def test_the_extract_command(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["bench", "extract", "--images", "6", "--boxes", "2", "--dim", "8", "--workers", "1",
+def test_the_scale_command(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["bench", "scale", "--images", "6", "--boxes", "2", "--dim", "8", "--workers", "1",
                                     "--folder", str(tmp_path), "--keep"], catch_exceptions=False)
     assert done.exit_code == 0
     assert re.search(r"^42 rows in \d+ s, [\d,]+ rows/s$", done.stdout, re.M)

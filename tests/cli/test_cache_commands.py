@@ -179,7 +179,7 @@ def test_info_of_a_product(copied: Path, run: Callable[..., Ran]) -> None:
     key = _keys(copied, "drawn")["instance"]
     out = run("info", copied, key[:6]).out
     assert out.startswith(f"instance {key}\n")
-    for word in ("clip.weights_sha256", "crop.context_scale", "batch_size", "1 part of at most 65,536 rows", "set drawn", "not be read: "):
+    for word in ("clip.weights_sha256", "crop.scales", "batch_size", "1 part of at most 65,536 rows", "set drawn", "not be read: "):
         assert word in out
     names = run("info", copied, _keys(copied)["noun"][:6]).out
     assert re.search(r'names +\["anchor", .*\.\.\. \(40 entries\)', names)

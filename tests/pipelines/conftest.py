@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,13 +17,20 @@ TrainMicro = Callable[..., RunFolder]
 
 
 @pytest.fixture(scope="session")
-def train_micro(world: Path, cache: Path, micro_recipe: Callable[..., Recipe]) -> TrainMicro:
+def training_cache(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache that micro runs read, and that keeps a record of them."""
+    return Path(shutil.copytree(cache, tmp_path_factory.mktemp("runs") / "cache"))
+
+
+@pytest.fixture(scope="session")
+def train_micro(world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe]) -> TrainMicro:
     """Train a micro run: `train_micro(out, "train.seed=1", overwrite=True)`."""
 
     def run(out: Path, *settings: str, data: Path | None = None, from_cache: Path | None = None, overwrite: bool = False,
             log: Callable[[str], None] = lambda _: None) -> RunFolder:
         root = data or world
-        job = TrainJob(DataPaths(root), from_cache or cache, out, micro_recipe(*settings), str(root / "protocol.toml"), "cpu", overwrite)
+        recipe, protocol = micro_recipe(*settings), str(root / "protocol.toml")
+        job = TrainJob(DataPaths(root), from_cache or training_cache, out, recipe, protocol, "cpu", overwrite)
         return train(job, log)
 
     return run

@@ -201,7 +201,6 @@ def test_process_that_began_later_takes_over_the_size_of_parts(tmp_path: Path, e
     late.begin(Catalog(tmp_path / "cache"))
     for extraction_ in (late, early):
         for units in extraction_.units():
-            for unit in units:
-                extraction_.do(unit)
+            assert extraction_.do(units) == []
     assert late.whole
     assert late.product(INSTANCE).parts == -(-late.product(INSTANCE).rows // 16)

@@ -185,7 +185,7 @@ def test_what_made_a_product_is_readable_in_its_attributes(cache: Path, clip: st
         assert found[level]["made_with"] == teacher.made_with | {"batch_size": 256}
     for level in (INSTANCE, IMAGE):
         assert found[level]["key_inputs"]["preprocessing"] == teacher.preprocessing
-    assert found[INSTANCE]["key_inputs"]["crop"]["context_scale"] == 1.0
+    assert found[INSTANCE]["key_inputs"]["crop"] == {"shape": "box", "scales": [1.0]}
     assert found[CLASS]["key_inputs"]["templates"] == ["a photo of a {}"]
     assert found[CLASS]["names"] == found[CLASS]["key_inputs"]["names"] == FeatureCache(cache).names(CLASS)
     assert {"images", "boxes", "base_boxes", "proposals"} <= found[BOXES]["key_inputs"].keys()

@@ -60,7 +60,7 @@ def test_a_killed_processs_loader_workers_hold_no_claims(facts: dict[str, Any]) 
     seen = facts["killed_with_a_worker"]
     assert seen["code"] == -9
     assert seen["alive"] == 1  # the worker outlives its parent for some seconds
-    assert seen["claims"] == seen["free"] == 1
+    assert seen["claims"] == seen["free"] >= 1
     assert not seen["damaged"]
     assert seen["again"] == 0
     assert seen["same"]

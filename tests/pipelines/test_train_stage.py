@@ -60,14 +60,14 @@ def test_trains_where_open_clip_cannot_be_imported(world: Path, cache: Path, tmp
     assert "hdovd eval" in found.stdout
 
 
-def test_run_folder_holds_what_made_it(distilled: RunFolder, cache: Path, micro_recipe: Callable[..., Recipe]) -> None:
+def test_run_folder_holds_what_made_it(distilled: RunFolder, training_cache: Path, micro_recipe: Callable[..., Recipe]) -> None:
     recipe = micro_recipe("train.epochs=3")
     assert load_recipe(str(distilled.path / "config.toml")) == recipe
     record = json.loads((distilled.path / "run.json").read_text())
-    reader = FeatureCache(cache)
+    reader = FeatureCache(training_cache)
     assert record["cache"]["levels"] == {
         str(level): {"key": reader.key(level), "inputs": reader.key_inputs(level)} for level in reader.levels()}
-    assert record["cache"]["path"] == str(cache)
+    assert record["cache"]["path"] == str(training_cache)
     assert record["protocol"]["base"] == list(BASE)
     assert record["protocol"]["novel"] == list(NOVEL)
     assert {"hdovd", "torch"} <= record["versions"].keys()

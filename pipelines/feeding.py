@@ -1,0 +1,102 @@
+"""From files to embeddings, in order and in bounded memory: who reads and cuts pictures while the model computes.
+
+Without workers, threads carry a batch each from its files to its embeddings: on a CPU one a core, so that no core waits for another.
+With workers, those processes read and cut, and the model's threads embed what they hand over, the next batch on its way to
+the GPU while one is computed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from hdovd.pipelines.crops import Batch, CropJob, Cutter
+from hdovd.pipelines.teacher import Teacher
+
+GPU_THREADS = 2  # one batch on its way to the GPU and back while another is computed
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A batch to make: crops of some pictures, `size` with what fills it up."""
+
+    jobs: Sequence[CropJob]
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Embeddings (size, D) float32 of a batch, and by image id why a picture could not be read."""
+
+    rows: np.ndarray
+    problems: dict[int, str]
+
+
+def embed(wanted: Iterable[Wanted], teacher: Teacher, workers: int) -> Iterator[Embedded]:
+    """The embeddings of every batch, in order. `wanted` is read no further ahead than the work needs."""
+    wanted = iter(wanted)
+    first = next(wanted, None)
+    if first is None:  # no process and no thread for nothing
+        return
+    wanted = chain([first], wanted)
+    cutter = Cutter(teacher.fit, teacher.input_size)
+
+    def answer(batch: Batch) -> Embedded:
+        return Embedded(teacher.embed_images(batch.pixels), batch.problems)
+
+    on_gpu = teacher.device.type == "cuda"
+    threads = GPU_THREADS if on_gpu and workers else torch.get_num_threads()
+    with own_threads(threads) as pool:
+        if workers:
+            loader = DataLoader(_Batches(cutter), sampler=wanted, batch_size=None, num_workers=workers, pin_memory=on_gpu)
+            yield from in_order(pool, answer, loader, 2 * threads)
+        else:
+            yield from in_order(pool, lambda w: answer(cutter.batch(w.jobs, w.size)), wanted, 2 * threads)
+
+
+@contextmanager
+def own_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads in each of which torch computes alone, however many cores there are."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # what later threads start from
+
+
+def in_order(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], ahead: int) -> Iterator[B]:
+    """`function` of every item, in order, at most `ahead` of them begun before their answer is taken."""
+    begun: deque[Future[B]] = deque()
+    try:
+        for item in items:
+            begun.append(pool.submit(function, item))
+            if len(begun) >= ahead:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        for future in begun:
+            future.cancel()
+
+
+class _Batches(Dataset[Batch]):
+    """A data set whose indices are descriptions of batches."""
+
+    def __init__(self, cutter: Cutter) -> None:
+        self._cutter = cutter
+
+    def __getitem__(self, wanted: Wanted) -> Batch:
+        return self._cutter.batch(wanted.jobs, wanted.size)
