@@ -11,6 +11,7 @@ from typing import Any
 from hdovd.cache.schema import CHUNK_ROWS, DEFAULT_SET, PART_ROWS
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
+from hdovd.pipelines.prompt_templates import check_templates
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 
@@ -91,9 +92,7 @@ class ExtractConfig:
             raise HdovdError("--captions needs --vocabulary too: the names, one a line, that are looked for in the captions")
         if self.vocabulary is not None and self.proposals is None:
             raise HdovdError("--vocabulary names pseudo boxes, and there are none without --proposals")
-        wrong = [t for t in self.templates if t.count("{}") != 1]
-        if wrong or not self.templates:
-            raise HdovdError(f"a prompt template holds {{}} once, where the name goes; got {wrong}")
+        check_templates(self.templates)
         if self.part_rows < 1 or (self.part_rows > CHUNK_ROWS and self.part_rows % CHUNK_ROWS):
             raise HdovdError(f"--part-rows {self.part_rows}: expected at most {CHUNK_ROWS}, or a multiple of it")
         if not re.fullmatch(r"[\w.-]+", self.features):
