@@ -24,6 +24,8 @@ def extract_clip(
     ] = None,
     protocol: options.Protocol = "ov-coco",
     templates: options.Templates = "photo",
+    synonyms: options.Synonyms = None,
+    class_embeddings: options.ClassEmbeddings = None,
     device: options.Device = "auto",
     precision: Annotated[Precision, typer.Option(help="Compute precision; embeddings are stored as float16.")] = Precision.FP32,
     activation: Annotated[Activation, typer.Option(help="The activation that the weights were trained with.")] = Activation.AUTO,
@@ -56,7 +58,7 @@ def extract_clip(
     report = run(ExtractConfig(
         DataPaths(data, images, annotations), cache, clip, pretrained, proposals, vocabulary, captions, protocol, read_templates(templates),
         precision, activation, features, device, batch_size, part_rows, workers, dry_run, retry_failed,
-        None if shard is None else Share.parse(shard), executor, store))
+        None if shard is None else Share.parse(shard), executor, store, synonyms, class_embeddings))
     if report.whole and not dry_run and this_share(None).speaks:
         named = "" if features == DEFAULT_SET else f" --features {features}"
         typer.echo(f"next: hdovd train --cache {cache}{named} --out RUN ...")

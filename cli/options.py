@@ -14,6 +14,11 @@ Protocol = Annotated[str, typer.Option("--protocol", help="The base/novel split:
 Templates = Annotated[
     str, typer.Option("--templates", help="Prompts: photo, vild, clip80, or a file, one a line: {} is the name, {article} its a or an.")
 ]
+Synonyms = Annotated[Path | None, typer.Option("--synonyms", help='TOML: couch = ["couch", "sofa"]: all names of some classes.')]
+ClassEmbeddings = Annotated[
+    Path | None, typer.Option("--class-embeddings", help="A row for each class, base then novel, instead of its name's embedding: "
+                              "learned prompts. One array in .npy, .safetensors, .pt.")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe or a TOML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe: loss.image.enabled=false. Repeatable.")]

@@ -29,6 +29,7 @@ from hdovd.pipelines.crops import CropDataset, CropJob
 from hdovd.pipelines.extract_plan import LevelPlan
 from hdovd.pipelines.nouns import Nouns
 from hdovd.pipelines.teacher import Teacher
+from hdovd.pipelines.text_rows import TextRows
 
 PROBE_IMAGES = 16
 PROBE_BATCH_CPU = 32
@@ -59,9 +60,10 @@ class Probe:
 class Extraction:
     """The inputs of an extraction, its plan, and the products that it fills."""
 
-    def __init__(self, split: Split, table: BoxTable, nouns: Nouns | None, teacher: Teacher, plans: list[LevelPlan], *,
+    def __init__(self, split: Split, table: BoxTable, nouns: Nouns | None, classes: TextRows, teacher: Teacher, plans: list[LevelPlan], *,
                  templates: tuple[str, ...], batch_size: int, workers: int) -> None:
         self.split, self.table, self.nouns, self.teacher = split, table, nouns, teacher
+        self._texts = {Level.CLASS: classes} | ({} if nouns is None else {Level.NOUN: TextRows(nouns.vocabulary)})
         self.plans = {plan.level: plan for plan in plans}
         self._templates, self._batch_size, self._workers = templates, batch_size, workers
         self.done: list[Unit] = []  # by this process, pseudo labels too
@@ -130,8 +132,8 @@ class Extraction:
     def _write(self, unit: Unit) -> None:
         writer = self._writers[unit.level]
         start, stop = writer.product.rows_of(unit.part)
-        if unit.level in (Level.CLASS, Level.NOUN):
-            writer.write_part(unit.part, {"embedding": self.teacher.embed_names(writer.product.names[start:stop], self._templates)})
+        if unit.level in self._texts:
+            writer.write_part(unit.part, {"embedding": self._texts[unit.level].embed(self.teacher, self._templates, start, stop)})
         elif unit.level is Level.PSEUDO_LABEL:
             noun, cosine = self._pseudo_labels(start, stop)
             writer.write_part(unit.part, {"noun": noun, "noun_cosine": cosine})
