@@ -27,7 +27,7 @@ NORM_TOLERANCE = 1e-3  # of float16 rows that were normalised before they were r
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextRows:
-    """Names in row order. `synonyms`: all that those are called that have other names than their own.
+    """Names in row order. `synonyms`: all the names of a row, its own among them or not, where it has others than its own.
 
     `embeddings`: (K, D) float32 as a file has them, instead of CLIP's text embeddings of the names.
     """
