@@ -91,4 +91,4 @@ def _first_difference(a: Any, b: Any) -> str:
         return ""
     at = next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
     first, second = (short(values[at]) if at < len(values) else "nothing" for values in (a, b))
-    return f" ({len(a)} and {len(b)} entries; entry {at} is the first that differs: {first} and {second})"
+    return f" ({len(a)} and {len(b)} entries, the first that differs is entry {at}: {first} and {second})"

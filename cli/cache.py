@@ -108,7 +108,9 @@ def verify(
     vocabulary: Annotated[Path | None, typer.Option("--vocabulary", help="Where the vocabulary is now.")] = None,
     captions: Annotated[Path | None, typer.Option("--captions", help="Where the captions are now.")] = None,
     protocol: Annotated[str | None, typer.Option("--protocol", help="ov-coco, or where the protocol's TOML file is now.")] = None,
-    templates: Annotated[Path | None, typer.Option("--templates", help="Prompt templates, one a line, with {} for the name.")] = None,
+    templates: Annotated[str | None, typer.Option("--templates", help="The prompts: photo, vild, clip80, or a file, one a line.")] = None,
+    synonyms: Annotated[Path | None, typer.Option("--synonyms", help="Where the synonyms are now.")] = None,
+    class_embeddings: Annotated[Path | None, typer.Option("--class-embeddings", help="Where the class embeddings are now.")] = None,
     precision: Annotated[Precision | None, typer.Option(help="Compute precision.")] = None,
     activation: Annotated[Activation | None, typer.Option(help="The activation that the weights were trained with.")] = None,
     device: options.Device = "auto",
@@ -123,13 +125,14 @@ def verify(
     from hdovd.coco import DataPaths
     from hdovd.pipelines.cache_check import check_cache
     from hdovd.pipelines.check_config import CheckConfig
-    from hdovd.pipelines.nouns import read_vocabulary
+    from hdovd.pipelines.prompt_templates import read_templates
 
-    lines = None if templates is None else tuple(read_vocabulary(templates, "--templates"))
+    prompts = None if templates is None else read_templates(templates)
     changes: dict[str, Any] = {"data": DataPaths(data, images, annotations) if data or images or annotations else None, "clip": clip,
                                "pretrained": pretrained, "proposals": proposals, "vocabulary": vocabulary, "captions": captions,
-                               "protocol": protocol, "templates": lines, "precision": precision, "activation": activation,
-                               "device": device, "batch_size": batch_size, "workers": workers}
+                               "protocol": protocol, "templates": prompts, "synonyms": synonyms, "class_embeddings": class_embeddings,
+                               "precision": precision, "activation": activation, "device": device, "batch_size": batch_size,
+                               "workers": workers}
     changes = {name: value for name, value in changes.items() if value is not None}
     if check_cache(CheckConfig(cache, features, sample, seed, repair, changes), typer.echo).findings:
         raise typer.Exit(1)

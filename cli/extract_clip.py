@@ -8,7 +8,7 @@ import typer
 from hdovd.cache.schema import DEFAULT_SET, PART_ROWS
 from hdovd.cli import options
 from hdovd.pipelines.crop_recipe import CropRecipe, Shape
-from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, Activation, Executor, ExtractConfig, Precision, Share, Store
+from hdovd.pipelines.extract_config import Activation, Executor, ExtractConfig, Precision, Share, Store
 
 
 def extract_clip(
@@ -24,7 +24,9 @@ def extract_clip(
         Path | None, typer.Option("--captions", help="COCO captions JSON: an image offers only its own captions' words.")
     ] = None,
     protocol: options.Protocol = "ov-coco",
-    templates: Annotated[Path | None, typer.Option("--templates", help="Prompt templates, one a line, with {} for the name.")] = None,
+    templates: options.Templates = "photo",
+    synonyms: options.Synonyms = None,
+    class_embeddings: options.ClassEmbeddings = None,
     crop: Annotated[Shape, typer.Option(help="The pixels that a box stands for: see docs/CACHE.md.")] = Shape.BOX,
     crop_scales: Annotated[str, typer.Option("--crop-scales", help="Mean over crops of these sizes of the box: 1,1.5 as in ViLD.")] = "1",
     device: options.Device = "auto",
@@ -53,14 +55,13 @@ def extract_clip(
     """
     from hdovd.coco import DataPaths
     from hdovd.pipelines.extract_clip import extract_clip as run
-    from hdovd.pipelines.nouns import read_vocabulary
+    from hdovd.pipelines.prompt_templates import read_templates
     from hdovd.pipelines.sharing import this_share
 
-    lines = DEFAULT_TEMPLATES if templates is None else read_vocabulary(templates, "--templates")
     report = run(ExtractConfig(
-        DataPaths(data, images, annotations), cache, clip, pretrained, proposals, vocabulary, captions, protocol, tuple(lines),
+        DataPaths(data, images, annotations), cache, clip, pretrained, proposals, vocabulary, captions, protocol, read_templates(templates),
         CropRecipe.parse(crop, crop_scales), precision, activation, features, device, batch_size, part_rows, workers, dry_run,
-        retry_failed, None if shard is None else Share.parse(shard), executor, store))
+        retry_failed, None if shard is None else Share.parse(shard), executor, store, synonyms, class_embeddings))
     if report.whole and not dry_run and this_share(None).speaks:
         named = "" if features == DEFAULT_SET else f" --features {features}"
         typer.echo(f"next: hdovd train --cache {cache}{named} --out RUN ...")

@@ -7,7 +7,7 @@ import typer
 
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.cli import options
-from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, Activation, Precision
+from hdovd.pipelines.extract_config import Activation, Precision
 
 
 def import_(
@@ -21,7 +21,7 @@ def import_(
     protocol: options.Protocol = "ov-coco",
     clip: Annotated[str | None, typer.Option("--clip", help="The CLIP that the publishers used: embeds the class names.")] = None,
     pretrained: Annotated[str | None, typer.Option("--pretrained", help="Tag or checkpoint file, with a model name.")] = None,
-    templates: Annotated[Path | None, typer.Option("--templates", help="Prompt templates, one a line, with {} for the name.")] = None,
+    templates: options.Templates = "photo",
     features: options.Features = DEFAULT_SET,
     device: options.Device = "auto",
     precision: Annotated[Precision, typer.Option(help="Compute precision of the class names.")] = Precision.FP32,
@@ -41,11 +41,10 @@ def import_(
     from hdovd.coco import DataPaths
     from hdovd.errors import HdovdError
     from hdovd.pipelines.import_features import ForeignFormat, ImportConfig, import_features
-    from hdovd.pipelines.nouns import read_vocabulary
+    from hdovd.pipelines.prompt_templates import read_templates
 
     if format not in set(ForeignFormat):
         raise HdovdError(f"--format {format}: expected one of {', '.join(ForeignFormat)}, webdataset")
-    lines = DEFAULT_TEMPLATES if templates is None else read_vocabulary(templates, "--templates")
     import_features(ImportConfig(ForeignFormat(format), Path(source), DataPaths(data, images, annotations), cache, proposals, protocol,
-                                 clip, pretrained, tuple(lines), features, device, precision, activation))
+                                 clip, pretrained, read_templates(templates), features, device, precision, activation))
     typer.echo(f"next: hdovd cache info {cache}")

@@ -11,6 +11,14 @@ Data = Annotated[Path | None, typer.Option("--data", help="COCO folder: train201
 Images = Annotated[Path | None, typer.Option("--images", help="Image folder, instead of the one under --data.")]
 Annotations = Annotated[Path | None, typer.Option("--annotations", help="instances JSON, instead of the one under --data.")]
 Protocol = Annotated[str, typer.Option("--protocol", help="The base/novel split: ov-coco, or a TOML file with name, base and novel.")]
+Templates = Annotated[
+    str, typer.Option("--templates", help="Prompts: photo, vild, clip80, or a file, one a line: {} is the name, {article} its a or an.")
+]
+Synonyms = Annotated[Path | None, typer.Option("--synonyms", help='TOML: couch = ["couch", "sofa"]: all names of some classes.')]
+ClassEmbeddings = Annotated[
+    Path | None, typer.Option("--class-embeddings", help="A row for each class, base then novel, instead of its name's embedding: "
+                              "learned prompts. One array in .npy, .safetensors, .pt.")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe or a TOML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe: loss.image.enabled=false. Repeatable.")]

@@ -24,6 +24,7 @@ from hdovd.coco import DataPaths
 from hdovd.pipelines.bench_world import BenchWorld, make_world
 from hdovd.pipelines.extract_clip import extract_clip, size
 from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.prompt_templates import Name, prompts
 
 PICTURES = 16  # the images of the world are these, over and over
 WIDTH, HEIGHT = 64, 48
@@ -82,15 +83,15 @@ class StubTeacher:
         flat = pixels.flatten(1) / 255
         return self._project(torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1))  # the one: a black picture has a direction too
 
-    def embed_names(self, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+    def embed_names(self, names: Sequence[Name], templates: Sequence[str]) -> np.ndarray:
         letters = torch.zeros(len(names), len(self._projection))
-        for row, name in enumerate(names):
-            for place, letter in enumerate(name.encode()):
+        for row, text in prompts(names, ("{}",)):
+            for place, letter in enumerate(text.encode()):
                 letters[row, place % letters.shape[1]] += letter
         return self._project(letters)
 
-    def hash_prompts(self, names: Sequence[str], templates: Sequence[str]) -> str:
-        return hash_texts([*names, *templates])
+    def hash_prompts(self, names: Sequence[Name], templates: Sequence[str]) -> str:
+        return hash_texts(text for _, text in prompts(names, templates))
 
     def peak_memory_bytes(self) -> int | None:
         return None

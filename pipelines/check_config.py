@@ -53,7 +53,8 @@ def told_where(name: str) -> Iterator[None]:
         yield
     except HdovdError as error:
         raise HdovdError(f"{error}\nSet {name} was made from this. If it lies elsewhere now, say where: --data (or --images, "
-                         "--annotations), --clip, --proposals, --vocabulary, --captions, --protocol") from error
+                         "--annotations), --clip, --proposals, --vocabulary, --captions, --synonyms, --class-embeddings, "
+                         "--protocol") from error
 
 
 def settings_of(config: CheckConfig, name: str, made_from: dict[str, Any]) -> ExtractConfig:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.extract_config import Activation, Precision
 from hdovd.pipelines.preprocessing import Preprocessing
+from hdovd.pipelines.prompt_templates import Name, prompts
 
 _TEXT_BATCH = 256
 _DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
@@ -75,19 +77,22 @@ class ClipTeacher:
         return transform
 
     @torch.inference_mode()
-    def embed_names(self, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
-        """Names -> (n, D) float32: mean over templates of normalised embeddings, normalised again (METHOD section 2)."""
-        texts = _prompts(names, templates)
-        rows = []
-        for start in range(0, len(texts), _TEXT_BATCH):
+    def embed_names(self, names: Sequence[Name], templates: Sequence[str]) -> np.ndarray:
+        """Names -> (n, D) float32: mean over a row's prompts of normalised embeddings, normalised again (METHOD section 2).
+
+        Holds a batch of prompts and the n rows, however many prompts there are.
+        """
+        mean, count = np.zeros((len(names), self.dim), np.float32), np.zeros((len(names), 1), np.float32)
+        for rows, texts in _prompt_batches(names, templates):
             with self._autocast():
-                rows.append(_normalised(self.model.encode_text(self.tokenizer(texts[start : start + _TEXT_BATCH]).to(self.device))))
-        mean = np.concatenate(rows).reshape(len(names), len(templates), -1).mean(axis=1)
+                embeddings = _normalised(self.model.encode_text(self.tokenizer(texts).to(self.device)))
+            np.add.at(mean, rows, embeddings)
+            np.add.at(count, rows, 1)
+        mean /= count
         return np.asarray(mean / np.linalg.norm(mean, axis=1, keepdims=True), np.float32)
 
-    def hash_prompts(self, names: Sequence[str], templates: Sequence[str]) -> str:
-        texts = _prompts(names, templates)
-        return hash_tables(self.tokenizer(texts[start : start + _TEXT_BATCH]).numpy() for start in range(0, len(texts), _TEXT_BATCH))
+    def hash_prompts(self, names: Sequence[Name], templates: Sequence[str]) -> str:
+        return hash_tables(self.tokenizer(texts).numpy() for _, texts in _prompt_batches(names, templates))
 
     def peak_memory_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
@@ -150,8 +155,11 @@ def _tag_or_file_name(pretrained: str | None) -> str | None:
     return None if pretrained is None else Path(pretrained).name
 
 
-def _prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    return [template.replace("{}", name) for name in names for template in templates]
+def _prompt_batches(names: Sequence[Name], templates: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
+    """All prompts and the rows that they are of, _TEXT_BATCH at a time."""
+    left = prompts(names, templates)
+    while batch := list(islice(left, _TEXT_BATCH)):
+        yield [row for row, _ in batch], [text for _, text in batch]
 
 
 def _hash_config(config: dict[str, Any]) -> str:

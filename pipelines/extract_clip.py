@@ -23,6 +23,7 @@ from hdovd.pipelines.nouns import named_novel, read_nouns
 from hdovd.pipelines.proposal_file import Proposals, read_proposals
 from hdovd.pipelines.sharing import do_share, this_share
 from hdovd.pipelines.teacher import Teacher
+from hdovd.pipelines.text_rows import read_classes
 from hdovd.protocol import load_protocol
 
 Log = Callable[[str], None]
@@ -84,9 +85,11 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
     protocol = load_protocol(config.protocol)
     split = config.data.load("train2017", protocol, base_only=True, log=log)
     table = box_table(split.images, _proposals(config, split, log))
+    classes = read_classes(protocol.names, config.synonyms, config.class_embeddings, log)
     nouns = None if config.vocabulary is None else read_nouns(config.vocabulary, config.captions)
-    if nouns is not None and (leaked := named_novel(nouns.vocabulary, protocol.novel)):
-        log(f"note: the vocabulary holds {len(leaked)} of the {len(protocol.novel)} novel names ({shorten(list(leaked))}); "
+    novel = list(dict.fromkeys(name for own in protocol.novel for name in (own, *classes.synonyms.get(own, ()))))
+    if nouns is not None and (leaked := named_novel(nouns.vocabulary, novel)):
+        log(f"note: the vocabulary holds {len(leaked)} of the {len(novel)} novel names ({shorten(list(leaked))}); "
             "allowed, since captions hold them, and to be reported with results")
     if teacher is None:
         from hdovd.pipelines.clip_teacher import load_clip
@@ -98,9 +101,11 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
         loaded = teacher
     for note in loaded.notes:
         log(note)
-    inputs = level_inputs(loaded, table, nouns, protocol.names, config.templates, config.crop)
+    classes.require_dim(loaded.dim, config.class_embeddings)
+    inputs = level_inputs(loaded, table, nouns, classes, config.templates, config.crop)
     plans = plan_levels(catalog, inputs, table, loaded.dim, part_rows=config.part_rows, retry_failed=config.retry_failed)
-    return Extraction(split, table, nouns, loaded, plans, recipe=config.crop, templates=config.templates, batch_size=config.batch_size,
+    return Extraction(split, table, nouns, classes, loaded, plans, recipe=config.crop, templates=config.templates,
+                      batch_size=config.batch_size,
                       workers=config.workers)
 
 

@@ -12,8 +12,11 @@ from hdovd.cache.schema import CHUNK_ROWS, DEFAULT_SET, PART_ROWS
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe
+from hdovd.pipelines.prompt_templates import check_templates
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)
+_FILES = ("proposals", "vocabulary", "captions")
+_LATER_FILES = ("synonyms", "class_embeddings")  # not in `to_dict` without a value: sets that are older than these stay the same
 
 
 class Precision(StrEnum):
@@ -62,7 +65,8 @@ class ExtractConfig:
     """What to extract. `clip` and `pretrained` as in `clip_teacher.load_clip`; sizes in crops and rows.
 
     `features` names the set that the products make up. `share`: None for torchrun's own, or all of the work.
-    `store`: what `cache` becomes, a Zarr cache or a folder of tar shards.
+    `store`: what `cache` becomes, a Zarr cache or a folder of tar shards. `synonyms` and `class_embeddings`: files of
+    `text_rows.read_synonyms` and `read_class_embeddings`.
     """
 
     data: DataPaths
@@ -87,15 +91,17 @@ class ExtractConfig:
     share: Share | None = None
     executor: Executor = Executor.LOCAL
     store: Store = Store.ZARR
+    synonyms: Path | None = None
+    class_embeddings: Path | None = None
 
     def __post_init__(self) -> None:
         if self.captions is not None and self.vocabulary is None:
             raise HdovdError("--captions needs --vocabulary too: the names, one a line, that are looked for in the captions")
         if self.vocabulary is not None and self.proposals is None:
             raise HdovdError("--vocabulary names pseudo boxes, and there are none without --proposals")
-        wrong = [t for t in self.templates if t.count("{}") != 1]
-        if wrong or not self.templates:
-            raise HdovdError(f"a prompt template holds {{}} once, where the name goes; got {wrong}")
+        if self.synonyms is not None and self.class_embeddings is not None:
+            raise HdovdError("--synonyms has no use with --class-embeddings, which takes the place of all class names")
+        check_templates(self.templates)
         if self.part_rows < 1 or (self.part_rows > CHUNK_ROWS and self.part_rows % CHUNK_ROWS):
             raise HdovdError(f"--part-rows {self.part_rows}: expected at most {CHUNK_ROWS}, or a multiple of it")
         if not re.fullmatch(r"[\w.-]+", self.features):
@@ -103,7 +109,8 @@ class ExtractConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What another process needs to make the same products: JSON values, absolute paths."""
-        paths = {name: _absolute(getattr(self, name)) for name in ("proposals", "vocabulary", "captions")}
+        paths = {name: _absolute(getattr(self, name)) for name in _FILES}
+        paths |= {name: _absolute(file) for name in _LATER_FILES if (file := getattr(self, name)) is not None}
         data = {name: _absolute(getattr(self.data, name)) for name in ("root", "images", "annotations")}
         pretrained = self.pretrained if self.pretrained is None or not Path(self.pretrained).is_file() else _absolute(Path(self.pretrained))
         clip = f"local-dir:{_absolute(Path(self.clip[10:]))}" if self.clip.startswith("local-dir:") else self.clip
@@ -114,7 +121,7 @@ class ExtractConfig:
     @classmethod
     def from_dict(cls, tree: dict[str, Any], cache: Path | str, **changes: Any) -> ExtractConfig:
         """The extraction that `to_dict` described, with changes."""
-        paths = {name: _path(tree[name]) for name in ("proposals", "vocabulary", "captions")}
+        paths = {name: _path(tree[name]) for name in _FILES} | {name: _path(tree.get(name)) for name in _LATER_FILES}
         data = DataPaths(**{name: _path(value) for name, value in tree["data"].items()})
         crop = CropRecipe.from_inputs(tree["crop"]) if "crop" in tree else PLAIN_BOX
         given = {**tree, **paths, "data": data, "templates": tuple(tree["templates"]), "crop": crop,

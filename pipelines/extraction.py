@@ -33,6 +33,7 @@ from hdovd.pipelines.feeding import Wanted, embed
 from hdovd.pipelines.nouns import Nouns
 from hdovd.pipelines.part_rows import PartRows, Pictures, RowBatch
 from hdovd.pipelines.teacher import Teacher
+from hdovd.pipelines.text_rows import TextRows
 
 PROBE_IMAGES = 16
 PROBE_BATCH_CPU = 32
@@ -74,9 +75,10 @@ class Probe:
 class Extraction:
     """The inputs of an extraction, its plan, and the products that it fills."""
 
-    def __init__(self, split: Split, table: BoxTable, nouns: Nouns | None, teacher: Teacher, plans: list[LevelPlan], *,
+    def __init__(self, split: Split, table: BoxTable, nouns: Nouns | None, classes: TextRows, teacher: Teacher, plans: list[LevelPlan], *,
                  recipe: CropRecipe, templates: tuple[str, ...], batch_size: int, workers: int) -> None:
         self.split, self.table, self.nouns, self.teacher = split, table, nouns, teacher
+        self._texts = {Level.CLASS: classes} | ({} if nouns is None else {Level.NOUN: TextRows(nouns.vocabulary)})
         self.plans = {plan.level: plan for plan in plans}
         self._pictures = Pictures(split, table, recipe)
         self._templates, self._batch_size, self._workers = templates, batch_size, workers
@@ -196,8 +198,8 @@ class Extraction:
             if part.rows is not None:
                 self._writers[level].write_part(number, {"embedding": part.rows.embedding}, part.rows.failed)
             elif part.is_mine:
-                names = self.product(level).names[slice(*self.product(level).rows_of(number))]
-                self._writers[level].write_part(number, {"embedding": self.teacher.embed_names(names, self._templates)})
+                rows = self._texts[level].embed(self.teacher, self._templates, *self.product(level).rows_of(number))
+                self._writers[level].write_part(number, {"embedding": rows})
             if part.is_mine:
                 self.done.append(part.unit)
         for follows in self._levels_of(part.unit)[1:]:

@@ -16,26 +16,24 @@ coordinates over 512 are rounded to half pixels), of proposals with sides of 4 p
 tensor (D,) of the image. Base boxes have no embeddings there, and a proposal's embedding comes from a wider square crop
 with the surroundings masked in attention, not from a crop of the box. `blocks/`, a grid over the image, has no place here.
 
-Either way a file is read by `torch.load(weights_only=True)` or `safe_pickle`, never by a plain unpickler, and one that is
+Either way a file is read by `tensor_file` or `safe_pickle`, never by a plain unpickler, and one that is
 missing, damaged or does not fit costs its image alone: the reason stands in the image's place.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hdovd.coco import ImageBoxes, Split
 from hdovd.errors import HdovdError, shorten
 from hdovd.json_stream import JsonStream
 from hdovd.pipelines.safe_pickle import load_arrays
+from hdovd.pipelines.tensor_file import Unfit, floats, load_pth
 
 GT, PROPOSAL, TEXT, FULL = ("gt_clip_image_embedding", "proposal_clip_image_embedding", "proposal_clip_text_embedding",
                             "clip_full_image_embedding")
@@ -62,10 +60,6 @@ class ForeignImage:
     image_embedding: np.ndarray | None = None
     dropped: int = 0
     reason: str | None = None
-
-
-class _Unfit(Exception):
-    """Why one image cannot be taken."""
 
 
 def read_hd_ovd(folder: Path, proposals_pkl: Path, split: Split) -> Iterator[ForeignImage]:
@@ -100,8 +94,8 @@ def read_hd_ovd(folder: Path, proposals_pkl: Path, split: Split) -> Iterator[For
         base = _rows(tensors[GT], f"{file}: {GT}", len(ours) - len(absent), "base boxes"
                      + (f" ({len(ours)} less {len(absent)} that mmdetection leaves out)" if absent else ""))
         if absent:
-            raise _Unfit(f"{file} holds no embedding of annotations {shorten(absent)}: the published trainer leaves out boxes with a side "
-                         "under 1 px. Leave them out of the annotation file as well")
+            raise Unfit(f"{file} holds no embedding of annotations {shorten(absent)}: the published trainer leaves out boxes with a side "
+                        "under 1 px. Leave them out of the annotation file as well")
         boxes, scores = _boxes(proposals[place[image.id]], f"{proposals_pkl}: entry {place[image.id]}")
         keys = [key for key in (PROPOSAL, TEXT) if key in tensors]
         of = f"boxes in {proposals_pkl.name}; is that in the order of the annotation file?"
@@ -130,10 +124,10 @@ def read_oadp(folder: Path, split: Split) -> Iterator[ForeignImage]:
     def read(image: ImageBoxes) -> ForeignImage:
         file = objects / f"{image.id:012d}.pth"
         tensors = _load(file, "embeddings", "bboxes", "objectness")
-        boxes, _ = _boxes(_floats(tensors["bboxes"], f"{file}: bboxes"), f"{file}: bboxes", (4,))
-        scores = _floats(tensors["objectness"], f"{file}: objectness").reshape(-1)
+        boxes, _ = _boxes(floats(tensors["bboxes"], f"{file}: bboxes"), f"{file}: bboxes", (4,))
+        scores = floats(tensors["objectness"], f"{file}: objectness").reshape(-1)
         if len(scores) != len(boxes):
-            raise _Unfit(f"{file}: objectness has {len(scores)} rows, expected one for each of the {len(boxes)} bboxes")
+            raise Unfit(f"{file}: objectness has {len(scores)} rows, expected one for each of the {len(boxes)} bboxes")
         rows = _rows(tensors["embeddings"], f"{file}: embeddings", len(boxes), "bboxes")
         boxes, scores, (rows,), dropped = _inside(image, boxes, scores, [rows])
         order = np.argsort(-scores, kind="stable")
@@ -154,10 +148,10 @@ def _each(split: Split, read: Callable[[ImageBoxes], ForeignImage]) -> Iterator[
             sizes = {a.shape[-1] for a in (found.base_embedding, found.proposal_embedding, found.proposal_text, found.image_embedding)
                      if a is not None}
             if sizes != {expected or min(sizes)}:
-                raise _Unfit(f"embeddings of size {shorten(sorted(sizes))}, expected " + (f"{expected} as in the images before" if expected
-                             else "one size") + ": they are not all of one CLIP")
+                raise Unfit(f"embeddings of size {shorten(sorted(sizes))}, expected " + (f"{expected} as in the images before" if expected
+                            else "one size") + ": they are not all of one CLIP")
             expected = min(sizes)
-        except _Unfit as unfit:
+        except Unfit as unfit:
             found = ForeignImage(image.id, reason=str(unfit))
         yield found
 
@@ -184,40 +178,25 @@ def _files(folder: Path, kind: str, split: Split) -> Path | None:
 def _load(file: Path, *keys: str) -> Any:
     """The content of a .pth of plain tensors, a dict with `keys` if any are given."""
     if not file.is_file():
-        raise _Unfit(f"no file {file}")
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in many ways; torch's own text advises to switch the protection off
-        asks = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise _Unfit(f"{file} was not loaded: it asks for {asks[1]}, which is no tensor; do not trust it" if asks else
-                     f"{file} was not loaded: it is no file of tensors, or damaged ({type(error).__name__}); get it anew") from error
+        raise Unfit(f"no file {file}")
+    loaded = load_pth(file)
     if keys and not (isinstance(loaded, dict) and set(keys) <= loaded.keys()):
         found = shorten(list(loaded)) if isinstance(loaded, dict) else f"a {type(loaded).__name__}"
-        raise _Unfit(f"{file} holds {found}, expected {', '.join(keys)}")
+        raise Unfit(f"{file} holds {found}, expected {', '.join(keys)}")
     return loaded
 
 
-def _floats(value: Any, what: str) -> np.ndarray:
-    """A tensor as float32."""
-    if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided or not value.is_floating_point() or value.is_meta:
-        raise _Unfit(f"{what} is no tensor of floating-point numbers (found a {type(value).__name__})")
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # one number may pose as any amount of memory
-        raise _Unfit(f"{what} is a tensor of {tuple(value.shape)} numbers over {value.untyped_storage().nbytes()} bytes")
-    rows: np.ndarray = value.detach().float().numpy()
-    return rows
-
-
 def _rows(value: Any, what: str, count: int, of: str) -> np.ndarray:
-    rows = _floats(value, what)
+    rows = floats(value, what)
     if rows.ndim != 2 or len(rows) != count:
-        raise _Unfit(f"{what} has shape {rows.shape}, expected {count} rows for {count} {of}")
+        raise Unfit(f"{what} has shape {rows.shape}, expected {count} rows for {count} {of}")
     return rows
 
 
 def _image_row(value: Any, what: str) -> np.ndarray:
-    rows = _floats(value, what)
+    rows = floats(value, what)
     if rows.ndim not in (1, 2) or rows.shape[:-1] not in ((), (1,)):
-        raise _Unfit(f"{what} has shape {rows.shape}, expected one row")
+        raise Unfit(f"{what} has shape {rows.shape}, expected one row")
     return _unit(rows.reshape(1, -1), what).reshape(-1)
 
 
@@ -226,7 +205,7 @@ def _unit(rows: np.ndarray, what: str) -> np.ndarray:
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
     bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
     if len(bad):
-        raise _Unfit(f"{what}: {len(bad)} of {len(rows)} rows cannot be normalised: zero or not finite (rows {shorten([*bad])})")
+        raise Unfit(f"{what}: {len(bad)} of {len(rows)} rows cannot be normalised: zero or not finite (rows {shorten([*bad])})")
     return np.asarray(rows / norms)
 
 
@@ -236,7 +215,7 @@ def _boxes(value: Any, what: str, columns: tuple[int, ...] = (4, 5)) -> tuple[np
         return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf" or value.ndim != 2 or value.shape[1] not in columns:
         found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
-        raise _Unfit(f"{what} is no array of boxes: expected {' or '.join(f'(n, {c})' for c in columns)} numbers, found {found}")
+        raise Unfit(f"{what} is no array of boxes: expected {' or '.join(f'(n, {c})' for c in columns)} numbers, found {found}")
     with np.errstate(over="ignore"):
         rows = value.astype(np.float32)
     return rows[:, :4], rows[:, 4] if rows.shape[1] == 5 else np.ones(len(rows), np.float32)

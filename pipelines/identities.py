@@ -16,6 +16,7 @@ from hdovd.pipelines.box_table import BoxTable, box_table
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe
 from hdovd.pipelines.nouns import Nouns
 from hdovd.pipelines.teacher import Teacher
+from hdovd.pipelines.text_rows import TextRows
 
 
 def data_inputs(images: Sequence[ImageBoxes]) -> dict[Level, KeyInputs]:
@@ -26,8 +27,8 @@ def data_inputs(images: Sequence[ImageBoxes]) -> dict[Level, KeyInputs]:
             Level.BOXES: {"images": listed, "base_boxes": table.base_box_inputs()}}
 
 
-def level_inputs(clip: Teacher, table: BoxTable, nouns: Nouns | None, class_names: Sequence[str],
-                 templates: Sequence[str], recipe: CropRecipe = PLAIN_BOX) -> dict[Level, KeyInputs]:
+def level_inputs(clip: Teacher, table: BoxTable, nouns: Nouns | None, classes: TextRows, templates: Sequence[str],
+                 recipe: CropRecipe = PLAIN_BOX) -> dict[Level, KeyInputs]:
     """All inputs of every level that an extraction writes: what determines its bytes, and nothing else."""
     schema: KeyInputs = {"schema_version": SCHEMA_VERSION}
     images, boxes = table.image_inputs(), table.box_inputs()
@@ -35,18 +36,14 @@ def level_inputs(clip: Teacher, table: BoxTable, nouns: Nouns | None, class_name
     inputs: dict[Level, KeyInputs] = {
         Level.BOXES: {**schema, "images": images, "base_boxes": table.base_box_inputs(), "proposals": table.proposal_inputs(),
                       "boxes": boxes},
-        Level.CLASS: {**schema, **_texts(clip, class_names, templates)},
+        Level.CLASS: {**schema, **classes.inputs(clip, templates)},
         Level.IMAGE: pictures,
         Level.INSTANCE: {**pictures, "crop": recipe.inputs(), "boxes": boxes},
     }
     if nouns is not None:
         offered = "all" if nouns.by_image is None else hash_tables(np.array(nouns.offered(i), np.int64) for i in table.image_id.tolist())
-        inputs[Level.NOUN] = {**schema, **_texts(clip, nouns.vocabulary, templates)}
+        inputs[Level.NOUN] = {**schema, **TextRows(nouns.vocabulary).inputs(clip, templates)}
         inputs[Level.PSEUDO_LABEL] = {
             **schema, "instance": key_of(inputs[Level.INSTANCE]), "noun": key_of(inputs[Level.NOUN]), "offered": offered,
             "sources": hash_tables([table.source])}
     return inputs
-
-
-def _texts(clip: Teacher, names: Sequence[str], templates: Sequence[str]) -> KeyInputs:
-    return {"clip": clip.identity, "templates": list(templates), "names": list(names), "tokens": clip.hash_prompts(names, templates)}

@@ -26,6 +26,7 @@ from hdovd.pipelines.box_table import BoxTable, box_table
 from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, Activation, Precision
 from hdovd.pipelines.foreign import ForeignImage, read_hd_ovd, read_oadp
 from hdovd.pipelines.progress import progress
+from hdovd.pipelines.prompt_templates import check_templates
 from hdovd.pipelines.proposal_file import Proposals
 from hdovd.protocol import load_protocol
 
@@ -56,6 +57,7 @@ class ImportConfig:
     activation: Activation = Activation.AUTO
 
     def __post_init__(self) -> None:
+        check_templates(self.templates)
         if (self.format is ForeignFormat.HD_OVD) != (self.proposals is not None):
             raise HdovdError("--format hd-ovd needs --proposals, the .pkl of boxes that its files go with; --format oadp takes none")
 

@@ -32,7 +32,10 @@ def read_vocabulary(path: Path, option: str = "--vocabulary") -> tuple[str, ...]
     """One name a line; blank lines and lines that begin with # do not count. Raises HdovdError if none is left."""
     if not path.is_file():
         raise HdovdError(f"{option} {path}: no such file; expected one a line")
-    lines = (line.strip() for line in path.read_text().splitlines())
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except UnicodeDecodeError as error:
+        raise HdovdError(f"{option} {path} is no text file ({error}); expected one a line") from error
     names = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     if not names:
         raise HdovdError(f"{option} {path} holds nothing; expected one a line")

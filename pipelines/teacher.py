@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hdovd.pipelines.prompt_templates import Name
+
 
 class Teacher(Protocol):
     """Embeds pictures and names. n pictures or texts, D embedding size.
@@ -37,11 +39,11 @@ class Teacher(Protocol):
         """(n, 3, *input_size) uint8 -> (n, D) float32, L2-normalised. Called by several threads at once."""
         ...
 
-    def embed_names(self, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
-        """Names -> (n, D) float32, L2-normalised: the mean over templates (METHOD section 2)."""
+    def embed_names(self, names: Sequence[Name], templates: Sequence[str]) -> np.ndarray:
+        """Names -> (n, D) float32, L2-normalised: the mean over templates and over a row's names (METHOD section 2)."""
         ...
 
-    def hash_prompts(self, names: Sequence[str], templates: Sequence[str]) -> str:
+    def hash_prompts(self, names: Sequence[Name], templates: Sequence[str]) -> str:
         """A hash of what the text tower is given for every prompt: the tokenizer's part of the identity."""
         ...
 

@@ -55,7 +55,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected() -> set[str]:
-    """What the wheel must hold: all modules, recipes and protocols, at their import path."""
+    """What the wheel must hold: all modules, recipes, protocols and prompts, at their import path."""
     files = set()
     for name in _tracked(ROOT):
         top, _, rest = name.partition("/")
@@ -73,7 +73,8 @@ def wheel(source: Path) -> Path:
 
 def test_expected_files_are_what_they_should_be(expected: set[str]) -> None:
     assert {"hdovd/__main__.py", "hdovd/py.typed", "hdovd/cache/reader.py", "hdovd/cli/main.py", "hdovd/pipelines/demo/world.py",
-            "hdovd/losses/instance.py", "hdovd/recipes/demo.toml", "hdovd/protocols/ov-coco.toml"} <= expected
+            "hdovd/losses/instance.py", "hdovd/recipes/demo.toml", "hdovd/protocols/ov-coco.toml",
+            "hdovd/pipelines/prompts/vild.txt"} <= expected
 
 
 def test_wheel_holds_the_tree_and_nothing_else(wheel: Path, expected: set[str]) -> None:

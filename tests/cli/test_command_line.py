@@ -163,7 +163,7 @@ def test_user_errors(hdovd: Callable[..., Ran], tmp_path: Path, monkeypatch: pyt
 def test_missing_templates_file_names_its_own_option(hdovd: Callable[..., Ran], tmp_path: Path) -> None:
     found = hdovd("extract-clip", "--cache", tmp_path / "c", "--clip", "x", "--data", tmp_path, "--templates", tmp_path / "none.txt")
     assert found.code == 1
-    assert "--templates" in found.err
+    assert f"--templates {tmp_path / 'none.txt'}: neither a set nor a file. The sets are clip80, photo, vild" in found.err
     assert "--vocabulary" not in found.err
 
 

@@ -24,6 +24,7 @@ from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
 from hdovd.pipelines.extract_config import Activation, Precision
 from hdovd.pipelines.identities import level_inputs
 from hdovd.pipelines.nouns import Nouns
+from hdovd.pipelines.text_rows import TextRows
 
 SaveClip = Callable[..., str]
 TEXTS = {Level.CLASS, Level.NOUN, Level.PSEUDO_LABEL}  # a pseudo label is a row of the noun level
@@ -213,7 +214,7 @@ def test_identity_is_plain_values(clip: str) -> None:
 
 
 def _keys(teacher: ClipTeacher) -> dict[Level, str]:
-    inputs = level_inputs(teacher, box_table([], {}), Nouns(("fire-hydrant", "sky"), None), ["a-b", "cat"], ["a {}"])
+    inputs = level_inputs(teacher, box_table([], {}), Nouns(("fire-hydrant", "sky"), None), TextRows(("a-b", "cat")), ["a {}"])
     return {level: key_of(values) for level, values in inputs.items()}
 
 

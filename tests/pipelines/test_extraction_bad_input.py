@@ -136,16 +136,6 @@ def test_template_must_hold_the_name_once(tmp_path: Path, extraction: Config, te
         extraction(tmp_path / "cache", templates=templates)
 
 
-def test_template_with_other_braces_is_text_or_refused(tmp_path: Path, extraction: Config) -> None:
-    """Not a KeyError after the proposals have been read."""
-    try:
-        extract_clip(extraction(tmp_path / "cache", templates=("a {} {of sorts}",)), _silent)
-    except HdovdError as error:
-        assert "{of sorts}" in str(error)  # noqa: PT017
-    else:
-        assert Level.CLASS in FeatureCache(tmp_path / "cache").levels()
-
-
 def test_class_names_that_the_annotations_do_not_know(world: Path, tmp_path: Path, extraction: Config) -> None:
     (tmp_path / "other.toml").write_text('name = "other"\nbase = ["car", "umbrela"]\nnovel = ["star"]\n')
     with pytest.raises(HdovdError, match=r"'umbrela' \(the file has 'umbrella'\)"):

@@ -17,7 +17,9 @@ from hdovd.coco import ImageBoxes
 from hdovd.pipelines.box_table import box_table
 from hdovd.pipelines.identities import data_inputs, level_inputs
 from hdovd.pipelines.nouns import Nouns
+from hdovd.pipelines.prompt_templates import Name, prompts
 from hdovd.pipelines.proposal_file import Proposals
+from hdovd.pipelines.text_rows import TextRows
 
 ALL = set(Level)
 BOXES, INSTANCE, IMAGE, CLASS, NOUN, PSEUDO_LABEL = Level
@@ -35,9 +37,8 @@ class _Teacher:
     preprocessing: dict[str, Any] = field(default_factory=lambda: {"size": [32, 32], "mean": [0.5, 0.5, 0.5], "interpolation": "bicubic"})
     lower_case: bool = False
 
-    def hash_prompts(self, names: Sequence[str], templates: Sequence[str]) -> str:
-        texts = [template.replace("{}", name) for name in names for template in templates]
-        return hash_texts(text.lower() if self.lower_case else text for text in texts)
+    def hash_prompts(self, names: Sequence[Name], templates: Sequence[str]) -> str:
+        return hash_texts(text.lower() if self.lower_case else text for _, text in prompts(names, templates))
 
 
 def _image(image_id: int, count: int, **changes: Any) -> ImageBoxes:
@@ -52,11 +53,11 @@ def _values() -> dict[str, Any]:
     proposals = {1: Proposals(np.array([[1, 2, 30, 40]], np.float32), np.array([0.5], np.float32)),
                  5: Proposals(np.array([[1, 2, 30, 40], [3, 4, 20, 20]], np.float32), np.array([0.5, 0.25], np.float32))}
     return {"clip": _Teacher(), "images": images, "proposals": proposals, "nouns": Nouns(("Dog", "cat", "sky"), {1: (0, 2), 5: (1,)}),
-            "class_names": ["A", "b"], "templates": ["a {}", "the {}"]}
+            "classes": TextRows(("A", "b")), "templates": ["a {}", "the {}"]}
 
 
 def _inputs(values: dict[str, Any]) -> dict[Level, KeyInputs]:
-    return level_inputs(values["clip"], box_table(values["images"], values["proposals"]), values["nouns"], values["class_names"],
+    return level_inputs(values["clip"], box_table(values["images"], values["proposals"]), values["nouns"], values["classes"],
                         values["templates"])
 
 
@@ -97,8 +98,12 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], set[Level]]] = {
     "tokenizer": (lambda v: setattr(v["clip"], "lower_case", True), TEXTS),
     "template": (lambda v: v.update(templates=["a {}", "this {}"]), TEXTS),
     "template order": (lambda v: v["templates"].reverse(), TEXTS),
-    "class name": (lambda v: v.update(class_names=["A", "c"]), {CLASS}),
-    "class order": (lambda v: v["class_names"].reverse(), {CLASS}),
+    "class name": (lambda v: v.update(classes=TextRows(("A", "c"))), {CLASS}),
+    "class order": (lambda v: v.update(classes=TextRows(("b", "A"))), {CLASS}),
+    "synonym": (lambda v: v.update(classes=TextRows(("A", "b"), {"b": ("b", "c")})), {CLASS}),
+    "order of synonyms": (lambda v: v.update(classes=TextRows(("A", "b"), {"b": ("c", "b")})), {CLASS}),
+    "no synonym": (lambda v: v.update(classes=TextRows(("A", "b"), {})), set()),
+    "class embeddings": (lambda v: v.update(classes=TextRows(("A", "b"), {}, np.eye(2, 3, dtype=np.float32))), {CLASS}),
     "vocabulary word": (lambda v: v.update(nouns=replace(v["nouns"], vocabulary=("Dog", "cat", "sea"))), {NOUN, PSEUDO_LABEL}),
     "words of an image": (lambda v: v["nouns"].by_image.update({1: (0,)}), {PSEUDO_LABEL}),
     "words moved to another image": (lambda v: v.update(nouns=replace(v["nouns"], by_image={2: (0, 2), 5: (1,)})), {PSEUDO_LABEL}),
