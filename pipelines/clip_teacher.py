@@ -9,7 +9,8 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import QuickGELU, Transformer
 from PIL import Image
 from torch import Tensor
 
@@ -117,21 +119,20 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
         raise HdovdError(f"--pretrained goes with a model name; {model} brings its own weights")
     if precision is Precision.FP16 and target.type == "cpu":
         raise HdovdError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
-    config = dict(open_clip.get_model_config(model) or {}) if random_weights else _model_config(model, pretrained)
+    config = _model_config(model, pretrained, random_weights)
     quick_gelu, notes = _activation(model, pretrained, config, activation)
     overrides = {} if quick_gelu == bool(config.get("quick_gelu", False)) else {"quick_gelu": quick_gelu}
+    tokenizer = _tokenizer(model, config, random_weights)  # first: weights may take minutes
     torchscript = _is_torchscript(pretrained)
+    of_file, said = _preprocessing_of_file(model, pretrained)
     try:
         net = open_clip.create_model(model, None if torchscript else pretrained, device=target, pretrained_text=False,
-                                     require_pretrained=not (torchscript or random_weights), **overrides)
+                                     force_preprocess_cfg=of_file, require_pretrained=not (torchscript or random_weights), **overrides)
         if torchscript:
             _load_torchscript(net, str(pretrained))
-        tokenizer = open_clip.get_tokenizer(model)
-    except HdovdError:
-        raise
     except Exception as error:  # open_clip raises whatever its loaders raise
-        raise HdovdError(f"CLIP {model}{f' with {pretrained}' if pretrained else ''} cannot be loaded: {error}\n"
-                         "Offline nodes: fetch it where there is internet, then give --pretrained FILE or --clip local-dir:PATH") from error
+        raise HdovdError(f"CLIP {model}{f' with {pretrained}' if pretrained else ''} cannot be loaded: {error}"
+                         + _how_to_fetch(_repositories(model, pretrained, config))) from error
     net.eval().requires_grad_(False)
     _check_activation(net, quick_gelu)
     identity: dict[str, Any] = {
@@ -142,8 +143,9 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
     }
     transform = Preprocessing.of(net.visual.preprocess_cfg)
     shown = ", ".join(f"{k} {v}" for k, v in transform.inputs().items() if k in ("size", "mean", "std", "resize_mode"))
-    from_file = pretrained is not None and not open_clip.get_pretrained_cfg(model, pretrained)
-    notes.append(f"preprocessing: {shown}" + (f"; open_clip's default for {model}, as a file does not say" if from_file else ""))
+    notes.append(f"preprocessing: {shown}{said}")
+    if trunk := config["vision_cfg"].get("timm_model_name"):
+        notes.append(f"image encoder: timm's {trunk}, with its own activations")
     dim = _embedding_size(net, transform, target)
     made_with = {"clip": "local-dir" if model.startswith("local-dir:") else model, "pretrained": _tag_or_file_name(pretrained),
                  "device": torch.cuda.get_device_name(target) if target.type == "cuda" else target.type,
@@ -174,7 +176,7 @@ def _embedding_size(net: Any, transform: Preprocessing, device: torch.device) ->
         return int(net.encode_image(torch.zeros(1, 3, *transform.size, device=device)).shape[1])
 
 
-def _model_config(model: str, pretrained: str | None) -> dict[str, Any]:
+def _model_config(model: str, pretrained: str | None, random_weights: bool) -> dict[str, Any]:
     if model.startswith("local-dir:"):
         folder = Path(model.removeprefix("local-dir:"))
         file = folder / "open_clip_config.json"
@@ -183,19 +185,20 @@ def _model_config(model: str, pretrained: str | None) -> dict[str, Any]:
         if not any(p.suffix in (".safetensors", ".bin", ".pth") for p in folder.iterdir()):
             raise HdovdError(f"--clip {model}: no weights (*.safetensors, *.bin, *.pth) in {folder}")
         try:
-            return dict(json.loads(file.read_text())["model_cfg"])
+            return _towers(json.loads(file.read_text()))
         except (ValueError, KeyError, TypeError) as error:
             raise HdovdError(f"--clip {model}: {file} is no open_clip config ({error!r})") from error
     if model.startswith("hf-hub:"):
         try:
-            return dict(open_clip.factory._get_hf_config(model.removeprefix("hf-hub:"))["model_cfg"])
+            return _towers(open_clip.factory._get_hf_config(model.removeprefix("hf-hub:")))
         except Exception as error:
-            raise HdovdError(f"--clip {model}: not reachable ({error}). On a machine with internet fetch the repository, then "
-                             "use --clip local-dir:PATH") from error
+            raise HdovdError(f"--clip {model}: not reachable ({error!r}){_how_to_fetch(_repositories(model, None, {}))}") from error
     config = open_clip.get_model_config(model)
     if config is None:
         raise HdovdError(f"--clip {model}: open_clip knows no such model; python -c 'import open_clip; print(open_clip.list_models())' "
                          "lists them, and local-dir:PATH or hf-hub:NAME take one from elsewhere")
+    if random_weights:
+        return dict(config)
     if pretrained is None:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
         raise HdovdError(f"--clip {model} needs --pretrained TAG_OR_FILE, or its weights would be random; tags: {tags}")
@@ -203,6 +206,68 @@ def _model_config(model: str, pretrained: str | None) -> dict[str, Any]:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
         raise HdovdError(f"--pretrained {pretrained}: neither a file nor a tag of {model}; tags: {tags}")
     return dict(config)
+
+
+def _towers(tree: dict[str, Any]) -> dict[str, Any]:
+    """The model's part of an open_clip_config.json. Raises KeyError, ValueError or TypeError if it is none."""
+    config = dict(tree["model_cfg"])
+    return config | {tower: dict(config[tower]) for tower in ("vision_cfg", "text_cfg")}
+
+
+def _repositories(model: str, pretrained: str | None, config: dict[str, Any]) -> list[str]:
+    """Where Hugging Face has the weights, for a tag or an hf-hub name, and the configuration of a text tower that is one of its own."""
+    hub = (open_clip.get_pretrained_cfg(model, pretrained) if pretrained else {}).get("hf_hub", "")
+    names = [model.removeprefix("hf-hub:") if model.startswith("hf-hub:") else "/".join(hub.split("/")[:2]),
+             config.get("text_cfg", {}).get("hf_model_name")]
+    return [name for name in names if name]
+
+
+def _how_to_fetch(repositories: Sequence[str]) -> str:
+    """A line for an error."""
+    if not repositories:
+        return ""
+    commands = " and ".join(f"`hf download {name}`" for name in repositories)
+    return (f"\nOffline nodes: {commands} where there is internet; bring the cache that this fills here (~/.cache/huggingface, or HF_HOME) "
+            "and set HF_HUB_OFFLINE=1; or give --clip local-dir:PATH")
+
+
+def _tokenizer(model: str, config: dict[str, Any], random_weights: bool) -> Any:
+    """open_clip's tokenizer for the model, which for SigLIP, CLIPA and others is one of Hugging Face's."""
+    hugging_face = config["text_cfg"].get("hf_tokenizer_name")
+    if hugging_face and random_weights:  # whose texts mean nothing: do without a download
+        return partial(_one_token, length=config["text_cfg"].get("context_length", 77))
+    try:
+        return open_clip.get_tokenizer(model)
+    except ImportError as error:
+        raise HdovdError(f"the tokenizer of {model} is one of Hugging Face's: pip install 'hdovd[hf]' ({error})") from error
+    except Exception as error:  # open_clip raises whatever its loaders raise
+        way = _how_to_fetch([hugging_face] if hugging_face else [])
+        if hugging_face and model.startswith("local-dir:"):  # open_clip looks for it nowhere else
+            way = "\nThe folder must hold its files too: tokenizer.json and tokenizer_config.json"
+        raise HdovdError(f"the tokenizer of {model} cannot be loaded: {error}{way}") from error
+
+
+def _one_token(texts: Sequence[str], length: int) -> Tensor:
+    return torch.ones(len(texts), length, dtype=torch.long)
+
+
+def _preprocessing_of_file(model: str, pretrained: str | None) -> tuple[dict[str, Any] | None, str]:
+    """What a file of weights wants done to pictures, None for open_clip's default, and what to tell the user about how that is known.
+
+    open_clip takes its default for every file; but all weights that it knows for SigLIP, CLIPA or MobileCLIP want another one.
+    """
+    if pretrained is None or open_clip.get_pretrained_cfg(model, pretrained):
+        return None, ""
+    default, known = asdict(open_clip.transform.PreprocessCfg()), []
+    for tag in open_clip.list_pretrained_tags_by_model(model):
+        told = open_clip.transform.merge_preprocess_dict(default, open_clip.get_pretrained_cfg(model, tag))
+        wanted = {name: told[name] for name in ("mean", "std", "interpolation", "resize_mode")}
+        if wanted not in known:
+            known.append(wanted)
+    if len(known) == 1:
+        return known[0], f"; that of all weights that open_clip knows for {model}, as a file does not say"
+    others = "; it knows weights that want another: if the file holds these, give their tag, or local-dir:PATH" if known else ""
+    return None, f"; open_clip's default for {model}, as a file does not say{others}"
 
 
 def _activation(model: str, pretrained: str | None, config: dict[str, Any], wanted: Activation) -> tuple[bool, list[str]]:
@@ -247,11 +312,13 @@ def _load_torchscript(net: Any, path: str) -> None:
 
 
 def _check_activation(net: Any, quick_gelu: bool) -> None:
-    has_quick = any(type(m).__name__ == "QuickGELU" for m in net.modules())
-    has_gelu = any(isinstance(m, torch.nn.GELU) for m in net.transformer.modules()) if hasattr(net, "transformer") else not has_quick
-    if (quick_gelu and not has_quick) or (not quick_gelu and has_quick and not has_gelu):
-        raise HdovdError(f"the model was built with {'QuickGELU' if has_quick else 'GELU'}, the weights want "
-                         f"{'QuickGELU' if quick_gelu else 'GELU'}; report this with the model's name")
+    """Looks at open_clip's own transformers: timm's trunks and Hugging Face's text towers always come with what they were trained with."""
+    kinds = {QuickGELU: "QuickGELU", torch.nn.GELU: "GELU"}
+    own = (module for tower in net.modules() if isinstance(tower, Transformer) for module in tower.modules())
+    built, wanted = {type(module) for module in own} & kinds.keys(), QuickGELU if quick_gelu else torch.nn.GELU
+    if built != {wanted} and (built or quick_gelu):
+        raise HdovdError(f"the model was built with {' and '.join(sorted(kinds[kind] for kind in built)) or 'activations of its own'}, "
+                         f"the weights want {kinds[wanted]}; report this with the model's name")
 
 
 def _hash_weights(net: Any) -> str:
