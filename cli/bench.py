@@ -55,7 +55,7 @@ def extract(
     precision: Annotated[Precision, typer.Option(help="Compute precision.")] = Precision.FP32,
     device: options.Device = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode and crop.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Crops a CLIP batch.")] = 64,
+    batch: options.Batch = "auto",
     crop: Annotated[Shape, typer.Option(help="The pixels that a box stands for.")] = Shape.BOX,
     crop_scales: Annotated[str, typer.Option("--crop-scales", help="As for extract-clip.")] = "1",
     images: Annotated[int | None, typer.Option(min=1, help="Images a round. Default: what the model does in ten seconds.")] = None,
@@ -74,8 +74,8 @@ def extract(
     (width, height), (pictures, rows) = _two(picture, "x", "--picture"), _two(forecast, ",", "--forecast")
     with _workplace(folder, keep=keep) as place:
         recipe = CropRecipe.parse(crop, crop_scales)
-        speed = bench_speed(SpeedBench(place, clip, pretrained, precision, device, workers, batch_size, images, boxes, width, height,
-                                       rounds, recipe, pictures, rows), typer.echo)
+        speed = bench_speed(SpeedBench(place, clip, pretrained, precision, device, workers, options.batch_size(batch), images, boxes,
+                                       width, height, rounds, recipe, pictures, rows), typer.echo)
         for line in speed.lines():
             typer.echo(line)
         if json_file is not None:

@@ -76,7 +76,7 @@ class Extraction:
     """The inputs of an extraction, its plan, and the products that it fills."""
 
     def __init__(self, split: Split, table: BoxTable, nouns: Nouns | None, classes: TextRows, teacher: Teacher, plans: list[LevelPlan], *,
-                 recipe: CropRecipe, templates: tuple[str, ...], batch_size: int, workers: int) -> None:
+                 recipe: CropRecipe, templates: tuple[str, ...], batch_size: int | None, workers: int) -> None:
         self.split, self.table, self.nouns, self.teacher = split, table, nouns, teacher
         self._texts = {Level.CLASS: classes} | ({} if nouns is None else {Level.NOUN: TextRows(nouns.vocabulary)})
         self.plans = {plan.level: plan for plan in plans}
@@ -92,10 +92,10 @@ class Extraction:
     def begin(self, catalog: Catalog) -> None:
         """Begin every product that is not there yet."""
         self._catalog = catalog
+        made_with = {**self.teacher.made_with, "batch_size": self._batch_size or self.teacher.best_batch()}
         for level, plan in self.plans.items():
             if level is Level.PSEUDO_LABEL:  # made part by part with the crops that it names
                 plan.part_rows = self.plans[Level.INSTANCE].part_rows
-            made_with = {**self.teacher.made_with, "batch_size": self._batch_size}
             self._writers[level] = ProductWriter.begin(
                 catalog.folder, level, plan.inputs, rows=plan.rows, part_rows=plan.part_rows, dim=plan.dim,
                 tables=self.table.tables(level), names=plan.names, made_with={} if level is Level.BOXES else made_with)
@@ -229,7 +229,7 @@ class Extraction:
 
     def _batch_size_of(self, level: Level) -> int:
         """The one that the product was begun with, whatever this process was told."""
-        return int(self.product(level).attributes["made_with"].get("batch_size", self._batch_size))
+        return int(self.product(level).attributes["made_with"].get("batch_size") or self._batch_size or self.teacher.best_batch())
 
     def _reused(self, level: Level, donor: Product, rows: np.ndarray) -> np.ndarray:
         if level not in self._donors:
@@ -280,7 +280,8 @@ class Extraction:
         if len(batch.problems) == len({job.image_id for job in jobs}):
             raise HdovdError(f"none of {len(jobs)} pictures of {self.split.folder} can be read, spread over {len(self.split.images)}; "
                              f"the first: {next(iter(batch.problems.values()))}")
-        size = self._batch_size if self.teacher.device.type == "cuda" else min(self._batch_size, PROBE_BATCH_CPU)
+        size = self._batch_size or self.teacher.best_batch()
+        size = size if self.teacher.device.type == "cuda" else min(size, PROBE_BATCH_CPU)
         crops = batch.pixels.repeat(-(-size // len(batch.pixels)), 1, 1, 1)[:size]
         self.teacher.embed_images(crops)  # the first call prepares what later ones use
         since = time.monotonic()
