@@ -122,7 +122,7 @@ def bench_speed(bench: SpeedBench, log: Callable[[str], None] = print) -> Speed:
                      random_weights=bench.pretrained is None and ":" not in bench.clip)
     batch_size = bench.batch_size or clip.best_batch()
     bench = replace(bench, batch_size=batch_size)
-    blank = torch.zeros(batch_size, 3, *clip.input_size, dtype=torch.uint8, device=clip.device)
+    blank = torch.zeros(batch_size, *clip.input_size, 3, dtype=torch.uint8, device=clip.device).permute(0, 3, 1, 2)
     guess = [_model_only(clip, blank, 2 * torch.get_num_threads()) for _ in range(2)][1]  # the first prepares what later ones use
     scales = len(bench.crop.scales)
     images = bench.images or max(4, round(guess * ROUND_S / (bench.boxes * scales + 1)))

@@ -189,6 +189,7 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
     from_file = pretrained is not None and not open_clip.get_pretrained_cfg(model, pretrained)
     notes.append(f"preprocessing: {shown}" + (f"; open_clip's default for {model}, as a file does not say" if from_file else ""))
     dim = _embedding_size(net, transform, target)
+    _round_weights(net.visual, _DTYPES[precision])
     made_with = {"clip": "local-dir" if model.startswith("local-dir:") else model, "pretrained": _tag_or_file_name(pretrained),
                  "device": torch.cuda.get_device_name(target) if target.type == "cuda" else target.type,
                  "torch": torch.__version__, "open_clip": open_clip.__version__}
@@ -305,6 +306,14 @@ def _hash_weights(net: Any) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _round_weights(tower: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Round the large weights once, which autocast would do for every batch anew: on a CPU that takes longer than the batch."""
+    for module in tower.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.MultiheadAttention):
+            for weight in module.parameters(recurse=False):
+                weight.data = weight.data.to(dtype)
 
 
 def _normalised(embeddings: Tensor) -> np.ndarray:

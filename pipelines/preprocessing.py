@@ -39,12 +39,14 @@ class Preprocessing:
 
     def fit(self, picture: Tensor) -> Tensor:
         """(3, h, w) uint8 -> (3, *size) uint8: resized and cut, or filled up, about the centre."""
-        (height, width), (rows, columns) = picture.shape[-2:], self._resized(*picture.shape[-2:])
+        height, width = picture.shape[1:]
+        rows, columns = self._resized(height, width)
+        batch = picture[None].contiguous(memory_format=torch.channels_last)  # the form that torch's resizing of bytes wants
         if height > rows and 2 * (width - columns) < height - rows:  # Pillow 13 then shrinks down before across, and rounds in between
-            picture = F.interpolate(picture[None], (rows, width), mode=self._filter, antialias=True)[0]
-        if picture.shape[-2:] != (rows, columns):
-            picture = F.interpolate(picture[None], (rows, columns), mode=self._filter, antialias=True)[0]
-        return self._centred(picture)
+            batch = F.interpolate(batch, (rows, width), mode=self._filter, antialias=True)
+        if batch.shape[-2:] != (rows, columns):
+            batch = F.interpolate(batch, (rows, columns), mode=self._filter, antialias=True)
+        return batch[0] if (rows, columns) == self.size else self._centred(batch[0])
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(n, 3, h, w) uint8 -> float32 as the model takes it, on the same device."""
