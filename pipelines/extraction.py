@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,17 +112,24 @@ class Extraction:
 
         While a part is written, the next one is computed.
         """
+        return self._do(units, wait=False)
+
+    def wait_for(self, unit: Unit) -> None:
+        """Do a unit unless it is done; if another process is at it, wait until that ends, or takes too long."""
+        self._do([unit], wait=True)  # one unit: who waits for a claim may hold no other
+
+    def _do(self, units: Iterable[Unit], *, wait: bool) -> list[Unit]:
         busy: list[Unit] = []
         writes: deque[Future[None]] = deque()
         asked: deque[tuple[_Part, RowBatch]] = deque()  # what is being embedded
         with ExitStack() as claims, ThreadPoolExecutor(1) as writer:
             def finish(part: _Part) -> None:
-                writes.append(writer.submit(self._finish, part, busy))
+                writes.append(writer.submit(self._finish, part, busy, wait))
                 while len(writes) > WRITES_BEHIND:
                     writes.popleft().result()
 
             def wanted() -> Iterator[Wanted]:
-                for part in self._claimed(units, busy, claims):
+                for part in self._claimed(units, busy, claims, wait):
                     if part.rows is None or not part.rows.missing.any():
                         finish(part)
                         continue
@@ -142,13 +149,6 @@ class Extraction:
                 write.result()
         return busy
 
-    def wait_for(self, unit: Unit) -> None:
-        """Do a unit; if another process is at it, wait until it ends, and do what it has not done."""
-        while self.do([unit]):  # only now, with no claim of our own, may we wait for another's
-            for level in self._levels_of(unit):
-                with self._catalog.folder.claim(self._claim_name(level, unit.part), wait=True):
-                    pass
-
     def left(self) -> list[Unit]:
         """What is not done, in the order of `units`."""
         todo = {level: {*self.product(level).missing(), *plan.redo} for level, plan in self.plans.items()}
@@ -158,17 +158,17 @@ class Extraction:
         """A unit's own level and what follows from it."""
         return [unit.level] + [Level.PSEUDO_LABEL] * (unit.level is Level.INSTANCE and Level.PSEUDO_LABEL in self.plans)
 
-    def _claim_name(self, level: Level, part: int) -> str:
-        return f"{self.product(level).prefix}/{part}"
+    def _claim(self, level: Level, part: int, *, wait: bool) -> AbstractContextManager[bool]:
+        return self._catalog.folder.claim(f"{self.product(level).prefix}/{part}", wait=wait)
 
-    def _claimed(self, units: Iterable[Unit], busy: list[Unit], claims: ExitStack) -> Iterator[_Part]:
+    def _claimed(self, units: Iterable[Unit], busy: list[Unit], claims: ExitStack, wait: bool) -> Iterator[_Part]:
         """Units of which something is to be done, claimed; those that another process is at go to `busy`."""
         for unit in units:
             product, redo = self.product(unit.level), unit.part in self.plans[unit.level].redo
             part = _Part(unit)
             if redo or not product.is_finished(unit.part):
                 part.claim = claims.enter_context(ExitStack())
-                if not part.claim.enter_context(self._catalog.folder.claim(self._claim_name(unit.level, unit.part), wait=False)):
+                if not part.claim.enter_context(self._claim(unit.level, unit.part, wait=wait)):
                     busy.append(unit)
                     continue
                 if redo:
@@ -191,7 +191,7 @@ class Extraction:
     def whole(self) -> bool:
         return all(writer.product.whole for writer in self._writers.values())
 
-    def _finish(self, part: _Part, busy: list[Unit]) -> None:
+    def _finish(self, part: _Part, busy: list[Unit], wait: bool) -> None:
         """Write a part, let go of it, and write what follows from it."""
         level, number = part.unit.level, part.unit.part
         with part.claim:
@@ -206,7 +206,7 @@ class Extraction:
             product = self.product(follows)
             if product.is_finished(number):
                 continue
-            with self._catalog.folder.claim(self._claim_name(follows, number), wait=False) as mine:
+            with self._claim(follows, number, wait=wait) as mine:
                 if not mine:
                     busy.append(part.unit)
                 elif not product.is_finished(number):
