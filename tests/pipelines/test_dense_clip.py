@@ -261,8 +261,8 @@ def test_identity_is_plain_and_tells_sides_and_towers_apart() -> None:
 
 @pytest.mark.parametrize(("build", "named"), [
     (lambda: TimmModel("test_resnet", DIM, pool="avg", proj="linear"), "timm ResNet"),
-    (lambda: _vit(attentional_pool=True, attn_pooler_heads=2), "VisionTransformer"),
-    (lambda: _timm("test_vit", "avgmax", "linear"), "timm VisionTransformer"),
+    (lambda: _vit(attentional_pool=True, attn_pooler_heads=2), "VisionTransformer with attentional pool"),
+    (lambda: _timm("test_vit", "avgmax", "linear"), "timm VisionTransformer with PatchEmbed and pool 'avgmax'"),
     (lambda: nn.Linear(3, 3), "Linear"),
 ], ids=["timm ResNet", "CoCa", "unknown pool", "no tower"])
 def test_towers_without_a_map_are_refused(build: Callable[[], nn.Module], named: str) -> None:
