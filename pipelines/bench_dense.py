@@ -29,8 +29,9 @@ from hdovd.protocol import Protocol, load_protocol
 class DenseBench:
     """What to compare. `clip`, `pretrained`, `activation`: as in `clip_teacher.load_clip`. `sides`: of the dense input, in pixels.
 
-    `images`: so many of val2017, spread over the list; their pictures stay in memory. `batch_size` in crops, `image_batch` in pictures.
-    `rounds`: every way is timed once in each; medians count.
+    `images`: so many of val2017, spread over the list; their pictures stay in memory. `boxes`: so many a picture at least, for a dense pass
+    costs a picture first of all: shifted copies of the labelled ones are added, which count for the rates alone. `batch_size` in crops,
+    `image_batch` in pictures. `rounds`: every way is timed once in each; medians count.
     """
 
     data: DataPaths
@@ -43,6 +44,7 @@ class DenseBench:
     activation: Activation = Activation.AUTO
     device: str = "auto"
     images: int = 200
+    boxes: int = 30
     batch_size: int = 256
     image_batch: int = 16
     rounds: int = 3
@@ -67,10 +69,11 @@ class WayFigures:
 
 @dataclass(frozen=True, slots=True)
 class DenseFigures:
-    """`ways`: crops first, then a dense one a side."""
+    """`boxes`: all that were embedded; `labelled` of them count for accuracy and cosines. `ways`: crops first, then a dense one a side."""
 
     images: int
     boxes: int
+    labelled: int
     classes: int
     ways: list[WayFigures]
 
@@ -78,7 +81,8 @@ class DenseFigures:
         head = f"{'':12s}{'boxes/s':>10s}{'of crops':>10s}{'model alone':>13s}{'accuracy':>10s}{'cosine mean':>13s}{'min':>8s}"
         rows = [f"{way.name:12s}{way.per_s:10,.1f}{way.per_s / self.ways[0].per_s:10.2f}{way.model_per_s:13,.1f}{way.accuracy:10.3f}"
                 f"{way.cosine_mean:13.3f}{way.cosine_min:8.3f}" for way in self.ways]
-        return [f"{self.boxes:,d} boxes of {self.images:,d} images, {self.classes} classes; cosines are to crops", head, *rows]
+        return [f"{self.boxes:,d} boxes of {self.images:,d} images; accuracy among {self.classes} classes and cosines to crops of the "
+                f"{self.labelled:,d} that are labelled", head, *rows]
 
 
 def bench_dense(bench: DenseBench, log: Callable[[str], None] = print) -> DenseFigures:
@@ -86,20 +90,21 @@ def bench_dense(bench: DenseBench, log: Callable[[str], None] = print) -> DenseF
     protocol = load_protocol(bench.protocol)
     teacher = load_clip(bench.clip, bench.pretrained, device=bench.device, precision=bench.precision, activation=bench.activation)
     dense = [_Dense(teacher, side, bench.image_batch) for side in bench.sides]  # refuses what it cannot do before pictures are read
-    pictures, boxes, labels = _labelled(bench, protocol, log)
+    pictures, labelled, labels = _labelled(bench, protocol, log)
+    boxes, is_labelled = _filled_up(labelled, pictures, bench.boxes)
     names = torch.from_numpy(teacher.embed_names(protocol.names, bench.templates))
     ways: Sequence[_Crops | _Dense] = [_Crops(teacher, bench.batch_size), *dense]
-    timings: list[list[tuple[float, float]]] = [[] for _ in ways]
+    rates: list[list[tuple[float, float]]] = [[] for _ in ways]
     rows: list[Tensor] = []
     for number in range(bench.rounds):  # all in turn, again and again: other work on the machine slows whichever is running
-        for way, timing in zip(ways, timings, strict=True):
+        for way, of_way in zip(ways, rates, strict=True):
             embeddings, preparing, embedding = _run(way, pictures, boxes)
-            timing.append((preparing + embedding, embedding))
+            of_way.append((len(embeddings) / (preparing + embedding), len(embeddings) / embedding))
             if number == 0:
-                rows.append(embeddings)
-    figures = [_figures(way.name, timing, embeddings, rows[0], names, labels)
-               for way, timing, embeddings in zip(ways, timings, rows, strict=True)]
-    report = DenseFigures(len(pictures), len(labels), len(protocol.names), figures)
+                rows.append(embeddings[is_labelled])
+    figures = [_figures(way.name, of_way, embeddings, rows[0], names, labels)
+               for way, of_way, embeddings in zip(ways, rates, rows, strict=True)]
+    report = DenseFigures(len(pictures), len(is_labelled), len(labels), len(protocol.names), figures)
     for line in report.lines():
         log(line)
     return report
@@ -154,9 +159,9 @@ def _run(way: _Crops | _Dense, pictures: Sequence[Image.Image], boxes: Sequence[
     return torch.cat(rows), preparing, embedding
 
 
-def _figures(name: str, timings: list[tuple[float, float]], embeddings: Tensor, crops: Tensor, names: Tensor, labels: Tensor) -> WayFigures:
-    """From (seconds, seconds of CLIP alone) a round, embeddings of the boxes (n, D) this way and as crops, names (K, D), labels (n,)."""
-    together, alone = (len(labels) / statistics.median(seconds) for seconds in zip(*timings, strict=True))
+def _figures(name: str, rates: list[tuple[float, float]], embeddings: Tensor, crops: Tensor, names: Tensor, labels: Tensor) -> WayFigures:
+    """From rates (all, CLIP alone) a round, embeddings of labelled boxes (n, D) this way and as crops, names (K, D), labels (n,)."""
+    together, alone = (statistics.median(of_rounds) for of_rounds in zip(*rates, strict=True))
     cosine = (embeddings * crops).sum(dim=1)
     right = (embeddings @ names.T).argmax(dim=1) == labels
     return WayFigures(name, together, alone, float(right.float().mean()), float(cosine.mean()), float(cosine.min()))
@@ -169,3 +174,15 @@ def _labelled(bench: DenseBench, protocol: Protocol, log: Callable[[str], None])
     images = [split.images[int(number)] for number in np.linspace(0, len(split.images) - 1, count)]
     pictures = [read_image(split.path(image), image.width, image.height) for image in images]
     return pictures, [image.boxes for image in images], torch.from_numpy(np.concatenate([image.labels for image in images]))
+
+
+def _filled_up(labelled: Sequence[np.ndarray], pictures: Sequence[Image.Image], count: int) -> tuple[list[np.ndarray], Tensor]:
+    """Boxes of every picture, `count` at least, its labelled ones first, and which of all boxes are labelled (sum n_i,)."""
+    rng, boxes, is_labelled = np.random.default_rng(0), [], []
+    for picture, some in zip(pictures, labelled, strict=True):
+        added = some[np.arange(max(0, count - len(some))) % len(some)]
+        shift = np.tile(rng.uniform(-0.2, 0.2, (len(added), 2)) * (added[:, 2:] - added[:, :2]), 2)
+        limit = np.array([picture.width, picture.height] * 2)
+        boxes.append(np.concatenate([some, np.clip(added + shift, 0, limit).astype(np.float32)]))
+        is_labelled += [True] * len(some) + [False] * len(added)
+    return boxes, torch.tensor(is_labelled)

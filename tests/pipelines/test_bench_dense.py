@@ -25,7 +25,7 @@ from hdovd.protocol import load_protocol
 def bench(world: Path, clip: str) -> Any:
     def make(**changes: Any) -> DenseBench:
         return DenseBench(**{"data": DataPaths(world), "clip": clip, "sides": (32, 64), "protocol": str(world / "protocol.toml"),
-                             "device": "cpu", "batch_size": 7, "image_batch": 3, "rounds": 1} | changes)
+                             "device": "cpu", "boxes": 9, "batch_size": 7, "image_batch": 3, "rounds": 1} | changes)
 
     return make
 
@@ -47,7 +47,7 @@ def test_figures_are_those_of_the_boxes_one_by_one(bench: Any, world: Path, clip
             cosines.append(float((row * other).sum()))
     lines: list[str] = []
     figures = bench_dense(bench(), lines.append)
-    assert (figures.images, figures.boxes, figures.classes) == (len(split.images), len(right), 24)
+    assert (figures.images, figures.boxes, figures.labelled, figures.classes) == (len(split.images), 9 * len(split.images), len(right), 24)
     crops, _, way = figures.ways
     assert [w.name for w in figures.ways] == ["crops", "dense 32", "dense 64"]
     assert crops.accuracy == pytest.approx(sum(right) / len(right))
@@ -61,7 +61,9 @@ def test_figures_are_those_of_the_boxes_one_by_one(bench: Any, world: Path, clip
 
 
 def test_fewer_images_are_spread_over_the_list(bench: Any) -> None:
-    assert bench_dense(bench(images=2), lambda _: None).images == 2
+    figures = bench_dense(bench(images=2, boxes=1), lambda _: None)
+    assert figures.images == 2
+    assert figures.boxes == figures.labelled  # every picture has one at least: nothing is added
 
 
 def test_dense_runs_in_the_precision_of_the_crops(bench: Any) -> None:
