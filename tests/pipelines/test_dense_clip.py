@@ -48,6 +48,7 @@ POOLED: dict[str, tuple[Callable[..., nn.Module], int]] = {
     "open_clip ViT, average": (lambda: _vit(pool_type="avg", no_ln_pre=True, final_ln_after_pool=True), 32),
     "open_clip ViT, average of normed": (lambda: _vit(pool_type="avg"), 32),
     "timm ViT, average": (lambda: _timm("test_vit", "avg", "linear"), 160),
+    "timm ViT, average, then norm": (lambda: _timm("test_vit2", "avg", "linear"), 160),
     "timm SigLIP": (lambda: _timm("test_vit", "map", "none"), 160),
 }
 ALL = CLASS_TOKEN | POOLED
@@ -218,6 +219,15 @@ def test_position_embeddings_are_interpolated_between_patches() -> None:
     rows = resized[1:, 0].reshape(8, 8)
     assert torch.equal(rows, rows[:1].expand(8, 8))
     torch.testing.assert_close(rows[0, 3:5], torch.tensor([1.296875, 1.703125]), atol=1e-6, rtol=0)
+
+
+def test_position_embeddings_of_timm_are_interpolated_the_same_way() -> None:
+    """timm's own way, with antialias, gives other values."""
+    tower = _seeded(CLASS_TOKEN["timm ViT"][0])
+    embedding = tower.get_parameter("trunk.pos_embed")
+    own = DenseClip(tower, 320)._tower._visual.trunk.pos_embed
+    assert torch.equal(own, dense_clip._resized(embedding, (10, 10), 20))
+    assert own.shape == (1, 401, embedding.shape[2])
 
 
 @pytest.mark.parametrize("name", ALL)
