@@ -150,7 +150,12 @@ class _ResNet:
 
 
 class _OpenClipVit:
-    """Patch tokens, normalised and averaged over the box, then projected."""
+    """Patch tokens, normalised and averaged over the box, then projected.
+
+    A model that answers with its class token never answers with patch tokens. The last block's attention is left out for them: a token's
+    own value, with residual and MLP (MaskCLIP, arXiv 2112.01071, in the form that it was published in). Tiny ViTs trained on crops of the
+    demo world answer by chance with this and every other form, so measure yours before you trust it.
+    """
 
     bins = 1
     samples = -1
