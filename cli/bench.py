@@ -83,6 +83,34 @@ def extract(
 
 
 @app.command()
+def dense(
+    clip: Annotated[str, typer.Option("--clip", help="open_clip model name, local-dir:PATH or hf-hub:NAME.")],
+    pretrained: Annotated[str | None, typer.Option("--pretrained", help="Tag or checkpoint file, with a model name.")] = None,
+    data: options.Data = None,
+    images: options.Images = None,
+    annotations: options.Annotations = None,
+    protocol: options.Protocol = "ov-coco",
+    templates: options.Templates = "photo",
+    side: Annotated[list[int] | None, typer.Option("--side", min=1, help="Of the whole picture for CLIP, in pixels. Repeatable.")] = None,
+    precision: Annotated[Precision, typer.Option(help="Compute precision.")] = Precision.FP32,
+    device: options.Device = "auto",
+    count: Annotated[int, typer.Option(min=1, help="Validation images.")] = 200,
+    boxes: Annotated[int, typer.Option(min=1, help="Boxes an image, at least: filled up with shifted copies, for the rates.")] = 30,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds over all ways; medians are printed.")] = 3,
+) -> None:
+    """Compare CLIP's embeddings of crops with those of one pass an image and RoIAlign: rate, cosine, zero-shot accuracy.
+
+    On the annotated boxes of your validation images. What it measures is not a teacher of extract-clip yet.
+    """
+    from hdovd.coco import DataPaths
+    from hdovd.pipelines.bench_dense import DenseBench, bench_dense
+    from hdovd.pipelines.prompt_templates import read_templates
+
+    bench_dense(DenseBench(DataPaths(data, images, annotations), clip, tuple(side or (224, 448)), pretrained, protocol,
+                           read_templates(templates), precision, device=device, images=count, boxes=boxes, rounds=rounds), typer.echo)
+
+
+@app.command()
 def scale(
     images: Annotated[int, typer.Option(min=1, help="Images; COCO train2017 has 118287.")] = 118_287,
     boxes: Annotated[int, typer.Option(min=1, help="Proposals an image; 4 annotated boxes come on top.")] = 30,

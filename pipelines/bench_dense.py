@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
 from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
-from hdovd.pipelines.crops import pixel_box
-from hdovd.pipelines.dense_clip import DenseClip, scale_boxes, whole_picture
+from hdovd.pipelines.crop_recipe import PLAIN_BOX
+from hdovd.pipelines.crops import cut
+from hdovd.pipelines.dense_clip import DenseClip, scale_boxes
 from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, Activation, Precision
-from hdovd.pipelines.images import read_image
+from hdovd.pipelines.images import read_pixels
 from hdovd.protocol import Protocol, load_protocol
 
 
@@ -118,11 +118,11 @@ class _Crops:
     def __init__(self, teacher: ClipTeacher, batch_size: int) -> None:
         self._teacher, self._batch_size = teacher, batch_size
 
-    def batches(self, pictures: Sequence[Image.Image], boxes: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        of_box = [(picture, box) for picture, some in zip(pictures, boxes, strict=True) for box in some.tolist()]
+    def batches(self, pictures: Sequence[Tensor], boxes: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        of_box = [(picture, region) for picture, some in zip(pictures, boxes, strict=True)
+                  for region in PLAIN_BOX.regions(some, picture.shape[2], picture.shape[1]).tolist()]
         for start in range(0, len(of_box), self._batch_size):
-            crops = [picture.crop(pixel_box(box, picture.width, picture.height)) for picture, box in of_box[start:start + self._batch_size]]
-            yield torch.stack([self._teacher.preprocess(crop) for crop in crops]), []
+            yield torch.stack([self._teacher.fit(cut(*crop)) for crop in of_box[start : start + self._batch_size]]), []
 
     def embed(self, pixels: Tensor, _: list[Tensor]) -> Tensor:
         return torch.from_numpy(self._teacher.embed_images(pixels))
@@ -132,22 +132,22 @@ class _Dense:
     def __init__(self, teacher: ClipTeacher, side: int, image_batch: int) -> None:
         self.name = f"dense {side}"
         self._clip, self._side, self._image_batch = DenseClip(teacher.model.visual, side), side, image_batch
-        self._transform = whole_picture(teacher.model.visual.preprocess_cfg, side)
-        self._device, self._dtype = teacher.device.type, getattr(torch, teacher.identity["compute_dtype"])
+        self._transform = teacher.transform.squashed(side)
+        self._device, self._dtype = teacher.device, getattr(torch, teacher.identity["compute_dtype"])
 
-    def batches(self, pictures: Sequence[Image.Image], boxes: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    def batches(self, pictures: Sequence[Tensor], boxes: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, list[Tensor]]]:
         for start in range(0, len(pictures), self._image_batch):
             some = pictures[start : start + self._image_batch]
-            scaled = [scale_boxes(torch.from_numpy(of_picture), picture.width, picture.height, self._side)
+            scaled = [scale_boxes(torch.from_numpy(of_picture), picture.shape[2], picture.shape[1], self._side)
                       for picture, of_picture in zip(some, boxes[start : start + self._image_batch], strict=True)]
-            yield torch.stack([self._transform(picture) for picture in some]), scaled
+            yield torch.stack([self._transform.fit(picture) for picture in some]), scaled
 
     def embed(self, pixels: Tensor, boxes: list[Tensor]) -> Tensor:
-        with torch.autocast(self._device, self._dtype, enabled=self._dtype != torch.float32):
-            return self._clip.embed_boxes(pixels, boxes).cpu()
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            return self._clip.embed_boxes(self._transform.normalise(pixels.to(self._device)), boxes).cpu()
 
 
-def _run(way: _Crops | _Dense, pictures: Sequence[Image.Image], boxes: Sequence[np.ndarray]) -> tuple[Tensor, float, float]:
+def _run(way: _Crops | _Dense, pictures: Sequence[Tensor], boxes: Sequence[np.ndarray]) -> tuple[Tensor, float, float]:
     """Embeddings (n, D) in the order of the boxes, and seconds: of preparing CLIP's input, and of CLIP."""
     rows, preparing, embedding = [], 0.0, 0.0
     since = time.perf_counter()
@@ -167,22 +167,22 @@ def _figures(name: str, rates: list[tuple[float, float]], embeddings: Tensor, cr
     return WayFigures(name, together, alone, float(right.float().mean()), float(cosine.mean()), float(cosine.min()))
 
 
-def _labelled(bench: DenseBench, protocol: Protocol, log: Callable[[str], None]) -> tuple[list[Image.Image], list[np.ndarray], Tensor]:
-    """Pictures, their boxes (n_i, 4) xyxy, and the labels of all boxes in their order."""
+def _labelled(bench: DenseBench, protocol: Protocol, log: Callable[[str], None]) -> tuple[list[Tensor], list[np.ndarray], Tensor]:
+    """Pictures (3, h, w) uint8, their boxes (n_i, 4) xyxy, and the labels of all boxes in their order."""
     split = bench.data.load("val2017", protocol, base_only=False, log=log)
     count = min(bench.images, len(split.images))
     images = [split.images[int(number)] for number in np.linspace(0, len(split.images) - 1, count)]
-    pictures = [read_image(split.path(image), image.width, image.height) for image in images]
+    pictures = [read_pixels(split, image) for image in images]
     return pictures, [image.boxes for image in images], torch.from_numpy(np.concatenate([image.labels for image in images]))
 
 
-def _filled_up(labelled: Sequence[np.ndarray], pictures: Sequence[Image.Image], count: int) -> tuple[list[np.ndarray], Tensor]:
+def _filled_up(labelled: Sequence[np.ndarray], pictures: Sequence[Tensor], count: int) -> tuple[list[np.ndarray], Tensor]:
     """Boxes of every picture, `count` at least, its labelled ones first, and which of all boxes are labelled (sum n_i,)."""
     rng, boxes, is_labelled = np.random.default_rng(0), [], []
     for picture, some in zip(pictures, labelled, strict=True):
         added = some[np.arange(max(0, count - len(some))) % len(some)]
         shift = np.tile(rng.uniform(-0.2, 0.2, (len(added), 2)) * (added[:, 2:] - added[:, :2]), 2)
-        limit = np.array([picture.width, picture.height] * 2)
+        limit = np.array([picture.shape[2], picture.shape[1]] * 2)
         boxes.append(np.concatenate([some, np.clip(added + shift, 0, limit).astype(np.float32)]))
         is_labelled += [True] * len(some) + [False] * len(added)
     return boxes, torch.tensor(is_labelled)

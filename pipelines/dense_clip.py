@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import VisionTransformer
-from PIL import Image
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
@@ -60,7 +58,7 @@ class DenseClip:
         Args:
             pixels: (b, 3, S, S), preprocessed float.
             boxes: b tensors (n_i, 4), xyxy in pixels of the S x S input; n_i may be 0. A box is cut to the picture, and is at least a
-                pixel wide and high, as in `crops.pixel_box`.
+                pixel wide and high, as in `crop_recipe`'s plain box.
 
         Raises HdovdError if shapes do not fit, or a box is not finite.
         """
@@ -72,16 +70,6 @@ class DenseClip:
         rows = [tower.pool(roi_align(exact, some, tower.bins, 1 / tower.cell, tower.samples, aligned=True).to(features.dtype))
                 for some in at_least_one.split(BOXES_AT_A_TIME)]
         return F.normalize(torch.cat(rows)[: len(rois)].float(), dim=1)
-
-
-def whole_picture(preprocess_cfg: Mapping[str, Any], side: int) -> Callable[[Image.Image], Tensor]:
-    """From an RGB picture to `embed_boxes`' input (3, S, S): the preprocessing that open_clip's `visual.preprocess_cfg` says, at this side.
-
-    The picture is squashed into the square, whatever the model's resize mode: a centre crop would lose boxes, and a border cells.
-    """
-    transform: Callable[[Image.Image], Tensor] = image_transform_v2(
-        PreprocessCfg(**{**preprocess_cfg, "size": (side, side), "resize_mode": "squash"}), is_train=False)
-    return transform
 
 
 def scale_boxes(boxes: Tensor, width: int, height: int, side: int) -> Tensor:

@@ -6,7 +6,7 @@ Pictures stay bytes until they are on the model's device: a quarter of the memor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,10 @@ class Preprocessing:
         size, mean, std = (_tuple(config[name]) for name in ("size", "mean", "std"))
         return cls((size[0], size[-1]), mean * (3 // len(mean)), std * (3 // len(std)), config.get("interpolation") or "bicubic",
                    config.get("resize_mode") or "shortest", int(config.get("fill_color") or 0))
+
+    def squashed(self, side: int) -> Preprocessing:
+        """The same, of whole pictures into a square of `side` whatever the model's way: cutting would lose boxes, a border cells."""
+        return replace(self, size=(side, side), resize_mode="squash")
 
     def inputs(self) -> dict[str, Any]:
         """What of it determines embeddings, as JSON values: a part of a product's key."""

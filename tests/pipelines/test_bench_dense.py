@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from hdovd.coco import DataPaths, load_split
 from hdovd.errors import HdovdError
 from hdovd.pipelines.bench_dense import DenseBench, bench_dense
 from hdovd.pipelines.clip_teacher import load_clip
-from hdovd.pipelines.crops import pixel_box
-from hdovd.pipelines.dense_clip import DenseClip, scale_boxes, whole_picture
+from hdovd.pipelines.crop_recipe import PLAIN_BOX
+from hdovd.pipelines.dense_clip import DenseClip, scale_boxes
 from hdovd.pipelines.extract_config import Precision
-from hdovd.pipelines.images import read_image
+from hdovd.pipelines.images import pixels_of, read_image
 from hdovd.protocol import load_protocol
 
 
@@ -33,15 +33,16 @@ def bench(world: Path, clip: str) -> Any:
 def test_figures_are_those_of_the_boxes_one_by_one(bench: Any, world: Path, clip: str) -> None:
     teacher, protocol = load_clip(clip, None, device="cpu"), load_protocol(str(world / "protocol.toml"))
     names = torch.from_numpy(teacher.embed_names(protocol.names, ("a photo of a {}",)))
-    dense, transform = DenseClip(teacher.model.visual, 64), whole_picture(teacher.model.visual.preprocess_cfg, 64)
+    dense, transform, reference = DenseClip(teacher.model.visual, 64), teacher.transform.squashed(64), teacher.reference_transform()
     right, dense_right, cosines = [], [], []
     split = load_split(world / "annotations" / "instances_val2017.json", world / "val2017", protocol, base_only=False)
     for image in split.images:
         picture = read_image(split.path(image), image.width, image.height)
+        whole = transform.normalise(transform.fit(pixels_of(picture))[None])
         for box, label in zip(image.boxes, image.labels.tolist(), strict=True):
-            crop = teacher.preprocess(picture.crop(pixel_box(box.tolist(), image.width, image.height)))
+            crop = reference(picture.crop(PLAIN_BOX.regions(box[None], image.width, image.height)[0].tolist()))
             row = F.normalize(teacher.model.encode_image(crop[None]), dim=1)
-            other = dense.embed_boxes(transform(picture)[None], [scale_boxes(torch.from_numpy(box)[None], image.width, image.height, 64)])
+            other = dense.embed_boxes(whole, [scale_boxes(torch.from_numpy(box)[None], image.width, image.height, 64)])
             right.append(int((row @ names.T).argmax()) == label)
             dense_right.append(int((other @ names.T).argmax()) == label)
             cosines.append(float((row * other).sum()))
@@ -53,8 +54,8 @@ def test_figures_are_those_of_the_boxes_one_by_one(bench: Any, world: Path, clip
     assert crops.accuracy == pytest.approx(sum(right) / len(right))
     assert crops.cosine_min == pytest.approx(1, abs=1e-6)
     assert way.accuracy == pytest.approx(sum(dense_right) / len(right))
-    assert way.cosine_mean == pytest.approx(sum(cosines) / len(right), abs=1e-5)
-    assert way.cosine_min == pytest.approx(min(cosines), abs=1e-5)
+    assert way.cosine_mean == pytest.approx(sum(cosines) / len(right), abs=1e-3)
+    assert way.cosine_min == pytest.approx(min(cosines), abs=1e-3)  # the reference's crops are Pillow's
     assert all(w.model_per_s > w.per_s > 0 for w in figures.ways)  # preparing takes time too
     assert lines == figures.lines()
     assert len(lines) == 5
@@ -72,15 +73,12 @@ def test_dense_runs_in_the_precision_of_the_crops(bench: Any) -> None:
     assert rounded.cosine_mean != exact.cosine_mean
 
 
-def test_squashed_picture_is_the_models_own_preprocessing(clip: str, world: Path) -> None:
+def test_squashed_picture_is_the_models_own_preprocessing(clip: str) -> None:
     """At the model's own side, where its own way is to squash."""
-    teacher = load_clip(clip, None, device="cpu")
-    file = next((world / "val2017").iterdir())
-    picture = Image.open(file).convert("RGB")
-    cfg = teacher.model.visual.preprocess_cfg
-    assert torch.equal(whole_picture(cfg, 32)(picture), teacher.preprocess(picture))
-    assert torch.equal(whole_picture({**cfg, "resize_mode": "shortest"}, 32)(picture), teacher.preprocess(picture))
-    assert whole_picture(cfg, 80)(picture).shape == (3, 80, 80)
+    transform, picture = load_clip(clip, None, device="cpu").transform, torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8)
+    assert torch.equal(transform.squashed(32).fit(picture), transform.fit(picture))
+    assert torch.equal(replace(transform, resize_mode="shortest").squashed(32).fit(picture), transform.fit(picture))
+    assert transform.squashed(80).fit(picture).shape == (3, 80, 80)
 
 
 def test_boxes_are_scaled_with_the_picture() -> None:
