@@ -29,7 +29,7 @@ from hdovd.pipelines.box_table import BoxTable
 from hdovd.pipelines.crop_recipe import CropRecipe
 from hdovd.pipelines.crops import Cutter
 from hdovd.pipelines.extract_plan import LevelPlan
-from hdovd.pipelines.feeding import Wanted, embed
+from hdovd.pipelines.feeding import Wanted, embed, own_threads
 from hdovd.pipelines.nouns import Nouns
 from hdovd.pipelines.part_rows import PartRows, Pictures, RowBatch
 from hdovd.pipelines.teacher import Teacher
@@ -61,7 +61,7 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Seconds that a row takes to be cut out by one core and to be embedded, measured on a few, and GPU memory in use."""
+    """Seconds that a row takes to be cut out by one core and to be embedded by all, measured on a few, and GPU memory in use."""
 
     crop_s: float
     embed_s: float
@@ -274,16 +274,20 @@ class Extraction:
         rows = np.concatenate([np.arange(offset[n], min(offset[n] + 4, offset[n + 1])) for n in numbers])
         level = Level.INSTANCE if len(rows) else Level.IMAGE
         jobs = self._pictures.jobs(level, rows if len(rows) else numbers)
-        since = time.monotonic()
-        batch = cutter.batch(jobs, sum(job.count for job in jobs))
-        crop_s = (time.monotonic() - since) / len(batch.pixels)
+        with own_threads(1) as thread:
+            since = time.monotonic()
+            batch = thread.submit(cutter.batch, jobs, sum(job.count for job in jobs)).result()
+            crop_s = (time.monotonic() - since) / len(batch.pixels)
         if len(batch.problems) == len({job.image_id for job in jobs}):
             raise HdovdError(f"none of {len(jobs)} pictures of {self.split.folder} can be read, spread over {len(self.split.images)}; "
                              f"the first: {next(iter(batch.problems.values()))}")
         size = self._batch_size or self.teacher.best_batch()
         size = size if self.teacher.device.type == "cuda" else min(size, PROBE_BATCH_CPU)
         crops = batch.pixels.repeat(-(-size // len(batch.pixels)), 1, 1, 1)[:size]
-        self.teacher.embed_images(crops)  # the first call prepares what later ones use
-        since = time.monotonic()
-        self.teacher.embed_images(crops)
-        return Probe(crop_s, (time.monotonic() - since) / size, self.teacher.peak_memory_bytes())
+        threads = 1 if self.teacher.device.type == "cuda" else torch.get_num_threads()
+        with own_threads(1) as thread:
+            thread.submit(self.teacher.embed_images, crops).result()  # the first call prepares what later ones use
+            since = time.monotonic()
+            thread.submit(self.teacher.embed_images, crops).result()
+            embed_s = (time.monotonic() - since) / size / threads
+        return Probe(crop_s, embed_s, self.teacher.peak_memory_bytes())
