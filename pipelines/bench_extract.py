@@ -66,7 +66,7 @@ class SpeedBench:
 class Speed:
     """Crops a second, of all cores and workers unless it says `a_core`; None for what this device has not.
 
-    `efficiency`: end to end / model only. `pil` and `files`: the ways of others, end to end, on the same boxes (see `others`).
+    `efficiency`: end to end / model only. `pil` and `files`: the ways of others, end to end, on the same boxes (see `_Stages`).
     """
 
     device: str
