@@ -55,7 +55,7 @@ def extract(
     precision: Annotated[Precision, typer.Option(help="Compute precision.")] = Precision.FP32,
     device: options.Device = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode and crop.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Crops a CLIP batch.")] = 64,
+    batch: options.Batch = "auto",
     crop: Annotated[Shape, typer.Option(help="The pixels that a box stands for.")] = Shape.BOX,
     crop_scales: Annotated[str, typer.Option("--crop-scales", help="As for extract-clip.")] = "1",
     images: Annotated[int | None, typer.Option(min=1, help="Images a round. Default: what the model does in ten seconds.")] = None,
@@ -74,12 +74,40 @@ def extract(
     (width, height), (pictures, rows) = _two(picture, "x", "--picture"), _two(forecast, ",", "--forecast")
     with _workplace(folder, keep=keep) as place:
         recipe = CropRecipe.parse(crop, crop_scales)
-        speed = bench_speed(SpeedBench(place, clip, pretrained, precision, device, workers, batch_size, images, boxes, width, height,
-                                       rounds, recipe, pictures, rows), typer.echo)
+        speed = bench_speed(SpeedBench(place, clip, pretrained, precision, device, workers, options.batch_size(batch), images, boxes,
+                                       width, height, rounds, recipe, pictures, rows), typer.echo)
         for line in speed.lines():
             typer.echo(line)
         if json_file is not None:
             json_file.write_text(json.dumps(speed.tree(), indent=1))
+
+
+@app.command()
+def dense(
+    clip: Annotated[str, typer.Option("--clip", help="open_clip model name, local-dir:PATH or hf-hub:NAME.")],
+    pretrained: Annotated[str | None, typer.Option("--pretrained", help="Tag or checkpoint file, with a model name.")] = None,
+    data: options.Data = None,
+    images: options.Images = None,
+    annotations: options.Annotations = None,
+    protocol: options.Protocol = "ov-coco",
+    templates: options.Templates = "photo",
+    side: Annotated[list[int] | None, typer.Option("--side", min=1, help="Of the whole picture for CLIP, in pixels. Repeatable.")] = None,
+    precision: Annotated[Precision, typer.Option(help="Compute precision.")] = Precision.FP32,
+    device: options.Device = "auto",
+    count: Annotated[int, typer.Option(min=1, help="Validation images.")] = 200,
+    boxes: Annotated[int, typer.Option(min=1, help="Boxes an image, at least: filled up with shifted copies, for the rates.")] = 30,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds over all ways; medians are printed.")] = 3,
+) -> None:
+    """Compare CLIP's embeddings of crops with those of one pass an image and RoIAlign: rate, cosine, zero-shot accuracy.
+
+    On the annotated boxes of your validation images. What it measures is not a teacher of extract-clip yet.
+    """
+    from hdovd.coco import DataPaths
+    from hdovd.pipelines.bench_dense import DenseBench, bench_dense
+    from hdovd.pipelines.prompt_templates import read_templates
+
+    bench_dense(DenseBench(DataPaths(data, images, annotations), clip, tuple(side or (224, 448)), pretrained, protocol,
+                           read_templates(templates), precision, device=device, images=count, boxes=boxes, rounds=rounds), typer.echo)
 
 
 @app.command()

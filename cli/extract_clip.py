@@ -32,7 +32,7 @@ def extract_clip(
     device: options.Device = "auto",
     precision: Annotated[Precision, typer.Option(help="Compute precision; embeddings are stored as float16.")] = Precision.FP32,
     activation: Annotated[Activation, typer.Option(help="The activation that the weights were trained with.")] = Activation.AUTO,
-    batch_size: Annotated[int, typer.Option(min=1, help="Crops a CLIP batch.")] = 256,
+    batch: options.Batch = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode and crop.")] = 0,
     features: options.Features = DEFAULT_SET,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
@@ -60,8 +60,8 @@ def extract_clip(
 
     report = run(ExtractConfig(
         DataPaths(data, images, annotations), cache, clip, pretrained, proposals, vocabulary, captions, protocol, read_templates(templates),
-        CropRecipe.parse(crop, crop_scales), precision, activation, features, device, batch_size, part_rows, workers, dry_run,
-        retry_failed, None if shard is None else Share.parse(shard), executor, store, synonyms, class_embeddings))
+        CropRecipe.parse(crop, crop_scales), precision, activation, features, device, options.batch_size(batch), part_rows, workers,
+        dry_run, retry_failed, None if shard is None else Share.parse(shard), executor, store, synonyms, class_embeddings))
     if report.whole and not dry_run and this_share(None).speaks:
         named = "" if features == DEFAULT_SET else f" --features {features}"
         typer.echo(f"next: hdovd train --cache {cache}{named} --out RUN ...")

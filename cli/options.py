@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hdovd.errors import HdovdError
+
 Data = Annotated[Path | None, typer.Option("--data", help="COCO folder: train2017/, val2017/, annotations/instances_*.json.")]
 Images = Annotated[Path | None, typer.Option("--images", help="Image folder, instead of the one under --data.")]
 Annotations = Annotated[Path | None, typer.Option("--annotations", help="instances JSON, instead of the one under --data.")]
@@ -20,6 +22,16 @@ ClassEmbeddings = Annotated[
                               "learned prompts. One array in .npy, .safetensors, .pt.")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Batch = Annotated[str, typer.Option("--batch", "--batch-size", help="Crops that CLIP embeds at a time, or auto: found by trying.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe or a TOML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe: loss.image.enabled=false. Repeatable.")]
 Features = Annotated[str, typer.Option("--features", help="The name of a set of features: products of one cache that belong together.")]
+
+
+def batch_size(text: str) -> int | None:
+    """What --batch says; None for auto. Raises HdovdError for anything else."""
+    if text == "auto":
+        return None
+    if not (text.isdigit() and int(text)):
+        raise HdovdError(f"--batch {text}: expected auto, or a whole number above 0")
+    return int(text)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,7 +51,7 @@ class SpeedBench:
     precision: Precision = Precision.FP32
     device: str = "auto"
     workers: int = 0
-    batch_size: int = 64
+    batch_size: int | None = None
     images: int | None = None
     boxes: int = 30
     width: int = 640
@@ -66,7 +66,7 @@ class SpeedBench:
 class Speed:
     """Crops a second, of all cores and workers unless it says `a_core`; None for what this device has not.
 
-    `efficiency`: end to end / model only. `pil` and `files`: the ways of others, end to end, on the same boxes (see `others`).
+    `efficiency`: end to end / model only. `pil` and `files`: the ways of others, end to end, on the same boxes (see `_Stages`).
     """
 
     device: str
@@ -120,7 +120,9 @@ def bench_speed(bench: SpeedBench, log: Callable[[str], None] = print) -> Speed:
     """Make pictures and boxes in `bench.folder`, and measure."""
     clip = load_clip(bench.clip, bench.pretrained, device=bench.device, precision=bench.precision,
                      random_weights=bench.pretrained is None and ":" not in bench.clip)
-    blank = torch.zeros(bench.batch_size, 3, *clip.input_size, dtype=torch.uint8, device=clip.device)
+    batch_size = bench.batch_size or clip.best_batch()
+    bench = replace(bench, batch_size=batch_size)
+    blank = torch.zeros(batch_size, *clip.input_size, 3, dtype=torch.uint8, device=clip.device).permute(0, 3, 1, 2)
     guess = [_model_only(clip, blank, 2 * torch.get_num_threads()) for _ in range(2)][1]  # the first prepares what later ones use
     scales = len(bench.crop.scales)
     images = bench.images or max(4, round(guess * ROUND_S / (bench.boxes * scales + 1)))
@@ -132,9 +134,9 @@ def bench_speed(bench: SpeedBench, log: Callable[[str], None] = print) -> Speed:
     rounds = []
     for number in range(bench.rounds):
         extraction = _extraction(bench, clip, f"round {number}")
-        rounds.append((_model_only(clip, blank, -(-crops // bench.batch_size)), crops / _end_to_end(extraction)))
+        rounds.append((_model_only(clip, blank, -(-crops // batch_size)), crops / _end_to_end(extraction)))
     model_only, end_to_end = (median(values) for values in zip(*rounds, strict=True))
-    decode, cut, transfer, write = stages.decode(), stages.cut(), stages.transfer(bench.batch_size), _write(bench.folder, clip.dim)
+    decode, cut, transfer, write = stages.decode(), stages.cut(), stages.transfer(batch_size), _write(bench.folder, clip.dim)
     prepare_rate, cores = 1 / (1 / decode + 1 / cut), torch.get_num_threads()
     pil, pil_prepare = stages.pil_way()
     seconds = {"the model": 1 / model_only, "preparation": 1 / (prepare_rate * (bench.workers or cores)), "writing": 1 / write,
@@ -143,10 +145,10 @@ def bench_speed(bench: SpeedBench, log: Callable[[str], None] = print) -> Speed:
     a_box += sum(np.dtype(TABLE_ARRAYS[Level.BOXES][name]).itemsize for name in ("source", "score", "annotation_id")) + 2 * 4 * 4
     return Speed(
         device=torch.cuda.get_device_name(clip.device) if clip.device.type == "cuda" else "CPU", precision=str(bench.precision),
-        cores=cores, workers=bench.workers, batch_size=bench.batch_size, crops=crops, model_only=model_only, end_to_end=end_to_end,
+        cores=cores, workers=bench.workers, batch_size=batch_size, crops=crops, model_only=model_only, end_to_end=end_to_end,
         efficiency=median(ours / model for model, ours in rounds), decode_a_core=decode, cut_a_core=cut, prepare_a_core=prepare_rate,
         transfer=transfer, write=write, limit=max(seconds, key=lambda name: seconds[name]), pil=pil, pil_prepare_a_core=pil_prepare,
-        files=stages.files_way(bench.folder, bench.batch_size), peak_gpu_bytes=clip.peak_memory_bytes(),
+        files=stages.files_way(bench.folder, batch_size), peak_gpu_bytes=clip.peak_memory_bytes(),
         forecast_seconds=(bench.rows * scales + bench.pictures) / end_to_end,
         forecast_bytes=bench.rows * a_box + bench.pictures * 2 * clip.dim)
 

@@ -93,6 +93,9 @@ class StubTeacher:
     def hash_prompts(self, names: Sequence[Name], templates: Sequence[str]) -> str:
         return hash_texts(text for _, text in prompts(names, templates))
 
+    def best_batch(self) -> int:
+        return 256
+
     def peak_memory_bytes(self) -> int | None:
         return None
 

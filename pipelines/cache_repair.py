@@ -162,7 +162,8 @@ class Repair:
         levels = job.features.levels if job.features else {p.level: p.key for p in job.extraction.plans.values()}
         kin = [other for other in (*KIN, *Level) if other in levels and other is not level]
         part_rows = part_rows_of(level, PART_ROWS)
-        made_with = {**self.clips.of(job.settings).made_with, "batch_size": job.settings.batch_size}
+        clip = self.clips.of(job.settings)
+        made_with = {**clip.made_with, "batch_size": job.settings.batch_size or clip.best_batch()}
         for other in reversed(kin):  # the first of them counts
             try:
                 found = Product(self.folder, other, levels[other])

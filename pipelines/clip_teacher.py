@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,6 +24,7 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, Transformer
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from hdovd.cache.identity import hash_tables
 from hdovd.errors import HdovdError
@@ -31,6 +34,9 @@ from hdovd.pipelines.preprocessing import Preprocessing
 from hdovd.pipelines.prompt_templates import Name, prompts
 
 _TEXT_BATCH = 256
+CPU_BATCH = 64  # embedded by each thread alone: larger ones are no faster, and take longer to stop
+LARGEST_BATCH = 4_096
+BATCH_GAIN = 1.03  # a larger batch that is no faster than this only takes memory
 _DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
@@ -47,6 +53,8 @@ class ClipTeacher:
     identity: dict[str, Any]
     notes: Sequence[str]
     made_with: dict[str, Any]
+    halves: list[int] = field(default_factory=list)  # batches that it went down to for want of memory
+    _best_batch: int | None = None
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -65,12 +73,48 @@ class ClipTeacher:
         """(n, 3, *input_size) uint8 -> (n, D) float32, L2-normalised."""
         return self.embed_preprocessed(self.transform.normalise(pixels.to(self.device, non_blocking=True)))
 
-    @torch.inference_mode()
     def embed_preprocessed(self, pixels: Tensor) -> np.ndarray:
-        """(n, 3, *input_size) float32 as open_clip's own transform gives it -> (n, D) float32, L2-normalised."""
+        """(n, 3, *input_size) float32 as open_clip's own transform gives it -> (n, D) float32, L2-normalised.
+
+        What does not fit into the GPU's memory is done in halves. Raises HdovdError if not even one picture fits.
+        """
+        try:
+            return self._encode(pixels)
+        except torch.OutOfMemoryError as error:
+            if len(pixels) == 1:
+                raise HdovdError(f"{self.device} has no memory for one picture: {error}") from error
+            half = -(-len(pixels) // 2)
+        if half not in self.halves:
+            self.halves.append(half)
+            tqdm.write(f"out of memory with {len(pixels)} pictures at a time: going on with {half}", file=sys.stderr)
+        return np.concatenate([self.embed_preprocessed(some) for some in pixels.split(half)])
+
+    def best_batch(self) -> int:
+        """On a GPU the batch that was doubled as long as that fitted and made it faster, tried once; on a CPU CPU_BATCH."""
+        if self.device.type != "cuda":
+            return CPU_BATCH
+        if self._best_batch is None:
+            rate, size = 0.0, 16
+            while size <= LARGEST_BATCH and (faster := self._rate(size)) > BATCH_GAIN * rate:
+                rate, self._best_batch, size = faster, size, 2 * size
+        return self._best_batch or 1
+
+    def _rate(self, size: int) -> float:
+        """Pictures a second; 0 if so many do not fit."""
+        try:
+            pixels = torch.zeros(size, 3, *self.input_size, device=self.device)
+            self._encode(pixels)
+            since = time.perf_counter()
+            for _ in range(4):
+                self._encode(pixels)
+        except torch.OutOfMemoryError:
+            return 0.0
+        return 4 * size / (time.perf_counter() - since)
+
+    @torch.inference_mode()
+    def _encode(self, pixels: Tensor) -> np.ndarray:
         with self._autocast():
-            embeddings = self.model.encode_image(pixels.to(self.device))
-        return _normalised(embeddings)
+            return _normalised(self.model.encode_image(pixels.to(self.device)))
 
     def reference_transform(self) -> Callable[[Image.Image], Tensor]:
         """open_clip's own transform, PIL image -> (3, *input_size) float32: what `transform` has to equal."""
@@ -149,6 +193,7 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
     if trunk := config["vision_cfg"].get("timm_model_name"):
         notes.append(f"image encoder: timm's {trunk}, with its own activations")
     dim = _embedding_size(net, transform, target)
+    _round_weights(net.visual, _DTYPES[precision])
     made_with = {"clip": "local-dir" if model.startswith("local-dir:") else model, "pretrained": _tag_or_file_name(pretrained),
                  "device": torch.cuda.get_device_name(target) if target.type == "cuda" else target.type,
                  "torch": torch.__version__, "open_clip": open_clip.__version__}
@@ -342,6 +387,14 @@ def _hash_weights(net: Any) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _round_weights(tower: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Round the large weights once, which autocast would do for every batch anew: on a CPU that takes longer than the batch."""
+    for module in tower.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.MultiheadAttention):
+            for weight in module.parameters(recurse=False):
+                weight.data = weight.data.to(dtype)
 
 
 def _normalised(embeddings: Tensor) -> np.ndarray:

@@ -18,9 +18,9 @@ from hdovd.pipelines.images import read_image
 def cut(picture: Tensor, region: Sequence[int]) -> Tensor:
     """The pixels of a region xyxy of (3, h, w); black outside the picture. A view where it can be."""
     (x0, y0, x1, y1), (height, width) = region, picture.shape[-2:]
+    if x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height:
+        return picture[:, y0:y1, x0:x1]
     left, top, right, bottom = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-    if (left, top, right, bottom) == (x0, y0, x1, y1):
-        return picture[:, top:bottom, left:right]
     pixels = picture.new_zeros(3, y1 - y0, x1 - x0)
     if left < right and top < bottom:
         pixels[:, top - y0 : bottom - y0, left - x0 : right - x0] = picture[:, top:bottom, left:right]
@@ -69,16 +69,15 @@ class Cutter:
     size: tuple[int, int]
 
     def batch(self, jobs: Sequence[CropJob], count: int) -> Batch:
-        """The crops of some jobs at their places among `count`."""
-        batch = Batch(torch.zeros(count, 3, *self.size, dtype=torch.uint8))
+        """The crops of some jobs at their places among `count`; channels last, as pictures come and convolutions are fastest."""
+        batch = Batch(torch.zeros(count, *self.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2))
         for job in jobs:
             try:
                 picture = self.read(job)
             except HdovdError as error:
                 batch.problems[job.image_id] = str(error)
                 continue
-            for place, crop in enumerate(self.crops(picture, job), job.place):
-                batch.pixels[place] = crop
+            batch.pixels[job.place : job.place + job.count] = torch.stack(self.crops(picture, job))
         return batch
 
     def read(self, job: CropJob) -> Tensor:

@@ -64,9 +64,9 @@ class Share:
 class ExtractConfig:
     """What to extract. `clip` and `pretrained` as in `clip_teacher.load_clip`; sizes in crops and rows.
 
-    `features` names the set that the products make up. `share`: None for torchrun's own, or all of the work.
-    `store`: what `cache` becomes, a Zarr cache or a folder of tar shards. `synonyms` and `class_embeddings`: files of
-    `text_rows.read_synonyms` and `read_class_embeddings`.
+    `features` names the set that the products make up. `batch_size`: None for the teacher's best. `share`: None for torchrun's
+    own, or all of the work. `store`: what `cache` becomes, a Zarr cache or a folder of tar shards. `synonyms` and
+    `class_embeddings`: files of `text_rows.read_classes`.
     """
 
     data: DataPaths
@@ -83,7 +83,7 @@ class ExtractConfig:
     activation: Activation = Activation.AUTO
     features: str = DEFAULT_SET
     device: str = "auto"
-    batch_size: int = 256
+    batch_size: int | None = None
     part_rows: int = PART_ROWS
     workers: int = 0
     dry_run: bool = False

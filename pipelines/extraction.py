@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from hdovd.pipelines.box_table import BoxTable
 from hdovd.pipelines.crop_recipe import CropRecipe
 from hdovd.pipelines.crops import Cutter
 from hdovd.pipelines.extract_plan import LevelPlan
-from hdovd.pipelines.feeding import Wanted, embed
+from hdovd.pipelines.feeding import Wanted, embed, own_threads
 from hdovd.pipelines.nouns import Nouns
 from hdovd.pipelines.part_rows import PartRows, Pictures, RowBatch
 from hdovd.pipelines.teacher import Teacher
@@ -61,7 +61,7 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Seconds that a row takes to be cut out by one core and to be embedded, measured on a few, and GPU memory in use."""
+    """Seconds that a row takes to be cut out by one core and to be embedded by all, measured on a few, and GPU memory in use."""
 
     crop_s: float
     embed_s: float
@@ -76,7 +76,7 @@ class Extraction:
     """The inputs of an extraction, its plan, and the products that it fills."""
 
     def __init__(self, split: Split, table: BoxTable, nouns: Nouns | None, classes: TextRows, teacher: Teacher, plans: list[LevelPlan], *,
-                 recipe: CropRecipe, templates: tuple[str, ...], batch_size: int, workers: int) -> None:
+                 recipe: CropRecipe, templates: tuple[str, ...], batch_size: int | None, workers: int) -> None:
         self.split, self.table, self.nouns, self.teacher = split, table, nouns, teacher
         self._texts = {Level.CLASS: classes} | ({} if nouns is None else {Level.NOUN: TextRows(nouns.vocabulary)})
         self.plans = {plan.level: plan for plan in plans}
@@ -92,10 +92,10 @@ class Extraction:
     def begin(self, catalog: Catalog) -> None:
         """Begin every product that is not there yet."""
         self._catalog = catalog
+        made_with = {**self.teacher.made_with, "batch_size": self._batch_size or self.teacher.best_batch()}
         for level, plan in self.plans.items():
             if level is Level.PSEUDO_LABEL:  # made part by part with the crops that it names
                 plan.part_rows = self.plans[Level.INSTANCE].part_rows
-            made_with = {**self.teacher.made_with, "batch_size": self._batch_size}
             self._writers[level] = ProductWriter.begin(
                 catalog.folder, level, plan.inputs, rows=plan.rows, part_rows=plan.part_rows, dim=plan.dim,
                 tables=self.table.tables(level), names=plan.names, made_with={} if level is Level.BOXES else made_with)
@@ -112,17 +112,24 @@ class Extraction:
 
         While a part is written, the next one is computed.
         """
+        return self._do(units, wait=False)
+
+    def wait_for(self, unit: Unit) -> None:
+        """Do a unit unless it is done; if another process is at it, wait until that ends, or takes too long."""
+        self._do([unit], wait=True)  # one unit: who waits for a claim may hold no other
+
+    def _do(self, units: Iterable[Unit], *, wait: bool) -> list[Unit]:
         busy: list[Unit] = []
         writes: deque[Future[None]] = deque()
         asked: deque[tuple[_Part, RowBatch]] = deque()  # what is being embedded
         with ExitStack() as claims, ThreadPoolExecutor(1) as writer:
             def finish(part: _Part) -> None:
-                writes.append(writer.submit(self._finish, part, busy))
+                writes.append(writer.submit(self._finish, part, busy, wait))
                 while len(writes) > WRITES_BEHIND:
                     writes.popleft().result()
 
             def wanted() -> Iterator[Wanted]:
-                for part in self._claimed(units, busy, claims):
+                for part in self._claimed(units, busy, claims, wait):
                     if part.rows is None or not part.rows.missing.any():
                         finish(part)
                         continue
@@ -142,13 +149,6 @@ class Extraction:
                 write.result()
         return busy
 
-    def wait_for(self, unit: Unit) -> None:
-        """Do a unit; if another process is at it, wait until it ends, and do what it has not done."""
-        while self.do([unit]):  # only now, with no claim of our own, may we wait for another's
-            for level in self._levels_of(unit):
-                with self._catalog.folder.claim(self._claim_name(level, unit.part), wait=True):
-                    pass
-
     def left(self) -> list[Unit]:
         """What is not done, in the order of `units`."""
         todo = {level: {*self.product(level).missing(), *plan.redo} for level, plan in self.plans.items()}
@@ -158,17 +158,17 @@ class Extraction:
         """A unit's own level and what follows from it."""
         return [unit.level] + [Level.PSEUDO_LABEL] * (unit.level is Level.INSTANCE and Level.PSEUDO_LABEL in self.plans)
 
-    def _claim_name(self, level: Level, part: int) -> str:
-        return f"{self.product(level).prefix}/{part}"
+    def _claim(self, level: Level, part: int, *, wait: bool) -> AbstractContextManager[bool]:
+        return self._catalog.folder.claim(f"{self.product(level).prefix}/{part}", wait=wait)
 
-    def _claimed(self, units: Iterable[Unit], busy: list[Unit], claims: ExitStack) -> Iterator[_Part]:
+    def _claimed(self, units: Iterable[Unit], busy: list[Unit], claims: ExitStack, wait: bool) -> Iterator[_Part]:
         """Units of which something is to be done, claimed; those that another process is at go to `busy`."""
         for unit in units:
             product, redo = self.product(unit.level), unit.part in self.plans[unit.level].redo
             part = _Part(unit)
             if redo or not product.is_finished(unit.part):
                 part.claim = claims.enter_context(ExitStack())
-                if not part.claim.enter_context(self._catalog.folder.claim(self._claim_name(unit.level, unit.part), wait=False)):
+                if not part.claim.enter_context(self._claim(unit.level, unit.part, wait=wait)):
                     busy.append(unit)
                     continue
                 if redo:
@@ -191,7 +191,7 @@ class Extraction:
     def whole(self) -> bool:
         return all(writer.product.whole for writer in self._writers.values())
 
-    def _finish(self, part: _Part, busy: list[Unit]) -> None:
+    def _finish(self, part: _Part, busy: list[Unit], wait: bool) -> None:
         """Write a part, let go of it, and write what follows from it."""
         level, number = part.unit.level, part.unit.part
         with part.claim:
@@ -206,7 +206,7 @@ class Extraction:
             product = self.product(follows)
             if product.is_finished(number):
                 continue
-            with self._catalog.folder.claim(self._claim_name(follows, number), wait=False) as mine:
+            with self._claim(follows, number, wait=wait) as mine:
                 if not mine:
                     busy.append(part.unit)
                 elif not product.is_finished(number):
@@ -229,7 +229,7 @@ class Extraction:
 
     def _batch_size_of(self, level: Level) -> int:
         """The one that the product was begun with, whatever this process was told."""
-        return int(self.product(level).attributes["made_with"].get("batch_size", self._batch_size))
+        return int(self.product(level).attributes["made_with"].get("batch_size") or self._batch_size or self.teacher.best_batch())
 
     def _reused(self, level: Level, donor: Product, rows: np.ndarray) -> np.ndarray:
         if level not in self._donors:
@@ -274,15 +274,20 @@ class Extraction:
         rows = np.concatenate([np.arange(offset[n], min(offset[n] + 4, offset[n + 1])) for n in numbers])
         level = Level.INSTANCE if len(rows) else Level.IMAGE
         jobs = self._pictures.jobs(level, rows if len(rows) else numbers)
-        since = time.monotonic()
-        batch = cutter.batch(jobs, sum(job.count for job in jobs))
-        crop_s = (time.monotonic() - since) / len(batch.pixels)
+        with own_threads(1) as thread:
+            since = time.monotonic()
+            batch = thread.submit(cutter.batch, jobs, sum(job.count for job in jobs)).result()
+            crop_s = (time.monotonic() - since) / len(batch.pixels)
         if len(batch.problems) == len({job.image_id for job in jobs}):
             raise HdovdError(f"none of {len(jobs)} pictures of {self.split.folder} can be read, spread over {len(self.split.images)}; "
                              f"the first: {next(iter(batch.problems.values()))}")
-        size = self._batch_size if self.teacher.device.type == "cuda" else min(self._batch_size, PROBE_BATCH_CPU)
+        size = self._batch_size or self.teacher.best_batch()
+        size = size if self.teacher.device.type == "cuda" else min(size, PROBE_BATCH_CPU)
         crops = batch.pixels.repeat(-(-size // len(batch.pixels)), 1, 1, 1)[:size]
-        self.teacher.embed_images(crops)  # the first call prepares what later ones use
-        since = time.monotonic()
-        self.teacher.embed_images(crops)
-        return Probe(crop_s, (time.monotonic() - since) / size, self.teacher.peak_memory_bytes())
+        threads = 1 if self.teacher.device.type == "cuda" else torch.get_num_threads()
+        with own_threads(1) as thread:
+            thread.submit(self.teacher.embed_images, crops).result()  # the first call prepares what later ones use
+            since = time.monotonic()
+            thread.submit(self.teacher.embed_images, crops).result()
+            embed_s = (time.monotonic() - since) / size / threads
+        return Probe(crop_s, embed_s, self.teacher.peak_memory_bytes())

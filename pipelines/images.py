@@ -21,7 +21,8 @@ def read_image(path: Path | str, width: int, height: int, data: bytes | None = N
     """
     try:
         with Image.open(path if data is None else io.BytesIO(data)) as file:
-            image = file.convert("RGB")
+            file.load()
+            image = file if file.mode == "RGB" else file.convert("RGB")
     except FileNotFoundError:
         raise HdovdError(f"{path}: no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise on damaged files

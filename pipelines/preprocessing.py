@@ -6,7 +6,7 @@ Pictures stay bytes until they are on the model's device: a quarter of the memor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,10 @@ class Preprocessing:
         return cls((size[0], size[-1]), mean * (3 // len(mean)), std * (3 // len(std)), config.get("interpolation") or "bicubic",
                    config.get("resize_mode") or "shortest", int(config.get("fill_color") or 0))
 
+    def squashed(self, side: int) -> Preprocessing:
+        """The same, of whole pictures into a square of `side` whatever the model's way: cutting would lose boxes, a border cells."""
+        return replace(self, size=(side, side), resize_mode="squash")
+
     def inputs(self) -> dict[str, Any]:
         """What of it determines embeddings, as JSON values: a part of a product's key."""
         tree = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -39,12 +43,14 @@ class Preprocessing:
 
     def fit(self, picture: Tensor) -> Tensor:
         """(3, h, w) uint8 -> (3, *size) uint8: resized and cut, or filled up, about the centre."""
-        (height, width), (rows, columns) = picture.shape[-2:], self._resized(*picture.shape[-2:])
+        height, width = picture.shape[1:]
+        rows, columns = self._resized(height, width)
+        batch = picture[None].contiguous(memory_format=torch.channels_last)  # the form that torch's resizing of bytes wants
         if height > rows and 2 * (width - columns) < height - rows:  # Pillow 13 then shrinks down before across, and rounds in between
-            picture = F.interpolate(picture[None], (rows, width), mode=self._filter, antialias=True)[0]
-        if picture.shape[-2:] != (rows, columns):
-            picture = F.interpolate(picture[None], (rows, columns), mode=self._filter, antialias=True)[0]
-        return self._centred(picture)
+            batch = F.interpolate(batch, (rows, width), mode=self._filter, antialias=True)
+        if batch.shape[-2:] != (rows, columns):
+            batch = F.interpolate(batch, (rows, columns), mode=self._filter, antialias=True)
+        return batch[0] if (rows, columns) == self.size else self._centred(batch[0])
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(n, 3, h, w) uint8 -> float32 as the model takes it, on the same device."""

@@ -70,11 +70,10 @@ class Worker:
     def do(self, unit: Unit, wait: bool) -> tuple[bool, list[Unit]]:
         """Whether the unit is done, by whomever, and what this worker has written."""
         before = len(self._extraction.done)
-        if busy := self._extraction.do([unit]) if not wait else []:
-            return False, self._extraction.done[before:]
         if wait:
             self._extraction.wait_for(unit)
-        return not busy, self._extraction.done[before:]
+            return True, self._extraction.done[before:]
+        return not self._extraction.do([unit]), self._extraction.done[before:]
 
 
 @dataclass(frozen=True, slots=True)

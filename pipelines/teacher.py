@@ -47,6 +47,10 @@ class Teacher(Protocol):
         """A hash of what the text tower is given for every prompt: the tokenizer's part of the identity."""
         ...
 
+    def best_batch(self) -> int:
+        """How many pictures to embed at a time, found out on the device."""
+        ...
+
     def peak_memory_bytes(self) -> int | None:
         """The most GPU memory that was in use, or None without a GPU."""
         ...

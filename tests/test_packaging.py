@@ -160,7 +160,7 @@ def test_stages_know_no_command() -> None:
 def test_only_extraction_and_the_demo_teacher_import_clip() -> None:
     found = {str(f.relative_to(ROOT)) for folder in ("hdovd", *LINKED) for f in _modules(folder) for _, m in _imports(f)
              if _under(m, "open_clip")}
-    assert found == {"pipelines/clip_teacher.py", "pipelines/demo/teacher.py"}
+    assert found == {"pipelines/clip_teacher.py", "pipelines/dense_clip.py", "pipelines/demo/teacher.py"}
 
 
 @pytest.mark.parametrize("folder", ["hdovd", *LINKED, "tests"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hdovd.cache import rows
+from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.cli.main import app
@@ -148,3 +150,34 @@ def test_the_scale_command(tmp_path: Path) -> None:
     kept = re.search(r"^kept (.*)$", done.stdout, re.M)
     assert kept is not None
     assert FeatureCache(Path(kept[1]) / "cache").levels() == list(Level)
+
+
+# --- the speed of extraction ---
+
+def test_the_extract_command(tmp_path: Path, clip: str) -> None:
+    words = ["--images", "4", "--boxes", "3", "--picture", "64x48", "--rounds", "2", "--crop-scales", "1,1.5", "--forecast", "100,1000",
+             "--json", str(tmp_path / "speed.json"), "--folder", str(tmp_path), "--keep"]
+    done = CliRunner().invoke(app, ["bench", "extract", "--clip", clip, *words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert found["crops"] == 4 * (2 * 3 + 1)
+    assert 0 < found["efficiency"] < 2
+    assert found["prepare_a_core"] == pytest.approx(1 / (1 / found["decode_a_core"] + 1 / found["cut_a_core"]))
+    assert found["forecast_seconds"] == pytest.approx(2100 / found["end_to_end"])
+    assert found["transfer"] is found["peak_gpu_bytes"] is None
+    for word in ("model only", "end to end", "efficiency", "preparation", "what limits", "a PIL crop a box", "a file a crop", "forecast"):
+        assert word in done.stdout
+    kept = re.search(r"^kept (.*)$", done.stdout, re.M)
+    assert kept is not None
+    rows = [product.rows for product in Catalog(Path(kept[1]) / "round 1").products() if product.whole]
+    assert sorted(rows) == [4, 12, 12, 65]  # images, boxes, crops, classes
+
+
+@pytest.mark.parametrize(("option", "text", "message"), [
+    ("--picture", "640", "--picture 640: expected two whole numbers"), ("--forecast", "0,5", "--forecast 0,5: expected two"),
+    ("--batch", "many", "--batch many: expected auto"), ("--batch", "0", "--batch 0: expected auto"),
+    ("--crop-scales", "big", "--crop-scales big: expected numbers")])
+def test_wrong_words(option: str, text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(HdovdError, match=message):
+        CliRunner().invoke(app, ["bench", "extract", option, text, "--folder", str(tmp_path)], catch_exceptions=False)
+    assert not any(tmp_path.iterdir())

@@ -80,6 +80,37 @@ def test_many_names_are_embedded_alike_in_any_batch(clip: str) -> None:
     np.testing.assert_allclose(together[::37], alone, atol=1e-5)
 
 
+# --- batches ---
+
+class _Small(torch.nn.Module):
+    """An image encoder on a device that has room for so many pictures."""
+
+    def __init__(self, model: torch.nn.Module, room: int) -> None:
+        super().__init__()
+        self.model, self.room, self.seen = model, room, list[int]()
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(pixels))
+        if len(pixels) > self.room:
+            raise torch.OutOfMemoryError("no room")
+        found: torch.Tensor = self.model.encode_image(pixels)  # type: ignore[operator]
+        return found
+
+
+def test_what_does_not_fit_into_memory_is_done_in_halves_and_said_once(clip: str, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = load_clip(clip, None, device="cpu")
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (11, 3, 32, 32), np.uint8))
+    small = _Small(teacher.model, 3)
+    tight = replace(teacher, model=small)
+    np.testing.assert_allclose(tight.embed_images(pixels), teacher.embed_images(pixels), atol=1e-6)
+    assert small.seen == [11, 6, 3, 3, 5, 3, 2]
+    tight.embed_images(pixels)
+    assert capsys.readouterr().err.splitlines() == ["out of memory with 11 pictures at a time: going on with 6",
+                                                    "out of memory with 6 pictures at a time: going on with 3"]
+    with pytest.raises(HdovdError, match="cpu has no memory for one picture: no room"):
+        replace(teacher, model=_Small(teacher.model, 0)).embed_images(pixels)
+
+
 # --- activation ---
 
 @pytest.mark.parametrize(("quick", "found"), [(True, "quickgelu"), (False, "gelu"), (None, "gelu")])

@@ -12,12 +12,15 @@ import pytest
 import zarr
 from PIL import Image
 
+from hdovd.cache import storage
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import ROW_ARRAYS, Level
+from hdovd.cache.storage import open_folder
 from hdovd.errors import HdovdError
 from hdovd.pipelines.extract_clip import ExtractReport, extract_clip, prepare
 from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.extraction import Unit
 
 Config = Callable[..., ExtractConfig]
 BOXES, INSTANCE, IMAGE, CLASS, NOUN, PSEUDO_LABEL = Level
@@ -204,3 +207,24 @@ def test_process_that_began_later_takes_over_the_size_of_parts(tmp_path: Path, e
             assert extraction_.do(units) == []
     assert late.whole
     assert late.product(INSTANCE).parts == -(-late.product(INSTANCE).rows // 16)
+
+
+# --- claims ---
+
+@pytest.mark.parametrize("level", [INSTANCE, PSEUDO_LABEL, CLASS], ids=str)
+def test_part_of_a_process_that_hangs_is_done_after_some_time(tmp_path: Path, extraction: Config, monkeypatch: pytest.MonkeyPatch,
+                                                              level: Level) -> None:
+    """And until then everything else is: here the claim is never let go."""
+    monkeypatch.setattr(storage, "CLAIM_WAIT_S", 0.3)
+    config = extraction(tmp_path / "cache", part_rows=32)
+    begun = prepare(config, _silent)
+    begun.begin(Catalog.create(config.cache))
+    part = 0 if level is CLASS else 1
+    with open_folder(config.cache).claim(f"{begun.product(level).prefix}/{part}", wait=False) as mine:
+        assert mine
+        pictures = begun.units()[1]
+        if level is not CLASS:
+            assert begun.do(begun.units()[0]) == []
+            assert begun.do(pictures) == [Unit(INSTANCE, 1)]
+            assert [unit for unit in pictures if unit not in begun.left()] == [unit for unit in pictures if unit != Unit(INSTANCE, 1)]
+        assert extract_clip(config, _silent).whole

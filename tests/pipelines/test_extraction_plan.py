@@ -182,7 +182,7 @@ def test_what_made_a_product_is_readable_in_its_attributes(cache: Path, clip: st
     assert found.keys() == set(Level)
     for level in (INSTANCE, IMAGE, CLASS, NOUN):
         assert found[level]["key_inputs"]["clip"] == teacher.identity
-        assert found[level]["made_with"] == teacher.made_with | {"batch_size": 256}
+        assert found[level]["made_with"] == teacher.made_with | {"batch_size": teacher.best_batch()}
     for level in (INSTANCE, IMAGE):
         assert found[level]["key_inputs"]["preprocessing"] == teacher.preprocessing
     assert found[INSTANCE]["key_inputs"]["crop"] == {"shape": "box", "scales": [1.0]}
