@@ -179,8 +179,6 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
                          + _how_to_fetch(_repositories(model, pretrained, config))) from error
     net.eval().requires_grad_(False)
     _check_activation(net, quick_gelu)
-    if target.type == "cpu" and precision is Precision.BF16:
-        _put_tokens_first(net.visual)
     identity: dict[str, Any] = {
         "architecture": _hash_config(config),
         "weights_sha256": _hash_weights(net),
@@ -356,18 +354,6 @@ def _load_torchscript(net: Any, path: str) -> None:
     for extra in ("input_resolution", "context_length", "vocab_size"):
         state.pop(extra, None)
     net.load_state_dict({k: v.float() for k, v in state.items()})
-
-
-def _put_tokens_first(tower: Any) -> None:
-    """Let a ViT of open_clip's work on (tokens, n, width) rather than (n, tokens, width): the same numbers.
-
-    torch.nn.MultiheadAttention turns the latter into a view of the former, for which torch on a CPU copies the weights of the
-    bf16 projection once for every token of every layer: more work than the model's own, 1.6 GB in ViT-L/14.
-    """
-    transformer = getattr(tower, "transformer", None)
-    if isinstance(transformer, Transformer) and all(isinstance(b.attn, torch.nn.MultiheadAttention) for b in transformer.resblocks):
-        for part in (transformer, *(block.attn for block in transformer.resblocks)):
-            part.batch_first = False
 
 
 def _check_activation(net: Any, quick_gelu: bool) -> None:

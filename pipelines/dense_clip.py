@@ -214,8 +214,8 @@ class _OwnValue(nn.Module):
         self.attention = attention
 
     def forward(self, x: Tensor, *others: Tensor, **options: Any) -> Any:
-        """x (b, tokens, C), or (tokens, b, C) where the attention takes that; `others` and `options` as it takes them."""
-        tokens = x.shape[1 if getattr(self.attention, "batch_first", True) else 0]
+        """x (b, tokens, C); `others` and `options` as the attention takes them."""
+        tokens = x.shape[1]
         mask = x.new_full((tokens, tokens), -torch.inf).fill_diagonal_(0)
         return self.attention(x, *others, **{**options, "attn_mask": mask})
 

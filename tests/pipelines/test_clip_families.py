@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
@@ -175,33 +174,6 @@ def test_bf16_is_near_and_otherwise_the_same(family: _Family) -> None:
     assert (rows * family.reference(_pictures()).numpy()).sum(axis=1).min() >= 0.999
     texts = teacher.embed_names(PROMPTS, ["{}"]), family.teacher.embed_names(PROMPTS, ["{}"])
     assert (texts[0] * texts[1]).sum(axis=1).min() >= 0.999
-
-
-class _Projections(TorchDispatchMode):
-    """Counts the linear layers that were given a view with its dimensions in another order, and all of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.views, self.all = 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket is torch.ops.aten.linear:
-            self.all += 1
-            self.views += not args[0].is_contiguous()
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("name", ["ViT-L-14", "CLIPA"])
-def test_bf16_projections_do_not_copy_their_weights(saved: dict[str, str], name: str) -> None:
-    """As torch does for such views in bf16 on a CPU."""
-    teacher, model = load_clip(saved[name], None, device="cpu", precision=Precision.BF16), open_clip.create_model(saved[name]).eval()
-    pixels = _fitted(teacher, _pictures())
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), _Projections() as theirs:
-        model.encode_image(teacher.transform.normalise(pixels))
-    with _Projections() as ours:
-        teacher.embed_images(pixels)
-    assert ours.all == theirs.all
-    assert (ours.views, theirs.views) == (0, 2)  # a view a layer
 
 
 def test_threads_share_a_model(family: _Family) -> None:
