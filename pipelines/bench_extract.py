@@ -66,6 +66,7 @@ class SpeedBench:
 class Speed:
     """Crops a second, of all cores and workers unless it says `a_core`; None for what this device has not.
 
+    `crops`: a round's, of which `fill` only fill up the last batches; both count, for the model does both.
     `efficiency`: end to end / model only. `pil` and `files`: the ways of others, end to end, on the same boxes (see `_Stages`).
     """
 
@@ -75,6 +76,7 @@ class Speed:
     workers: int
     batch_size: int
     crops: int
+    fill: int
     model_only: float
     end_to_end: float
     efficiency: float
@@ -94,7 +96,7 @@ class Speed:
     def lines(self) -> list[str]:
         """For people."""
         shown = [f"{self.device}, {self.precision}, batches of {self.batch_size}, {self.cores} cores, {self.workers} workers; "
-                 f"{self.crops:,d} crops a round",
+                 f"{self.crops:,d} crops a round, {self.fill:,d} of them to fill up batches",
                  f"  model only          {self.model_only:10,.1f} crops/s",
                  f"  end to end          {self.end_to_end:10,.1f} crops/s   efficiency {self.efficiency:.3f}",
                  f"  decode              {self.decode_a_core:10,.0f} crops/s a core",
@@ -122,19 +124,20 @@ def bench_speed(bench: SpeedBench, log: Callable[[str], None] = print) -> Speed:
                      random_weights=bench.pretrained is None and ":" not in bench.clip)
     batch_size = bench.batch_size or clip.best_batch()
     bench = replace(bench, batch_size=batch_size)
-    blank = torch.zeros(batch_size, *clip.input_size, 3, dtype=torch.uint8, device=clip.device).permute(0, 3, 1, 2)
-    guess = [_model_only(clip, blank, 2 * torch.get_num_threads()) for _ in range(2)][1]  # the first prepares what later ones use
+    pixels = torch.randint(256, (batch_size, *clip.input_size, 3), dtype=torch.uint8, device=clip.device).permute(0, 3, 1, 2)
+    guess = [_model_only(clip, pixels, 2 * torch.get_num_threads()) for _ in range(2)][1]  # the first prepares what later ones use
     scales = len(bench.crop.scales)
     images = bench.images or max(4, round(guess * ROUND_S / (bench.boxes * scales + 1)))
-    crops = images * (bench.boxes * scales + 1)
-    log(f"making {images:,d} pictures of {bench.width}x{bench.height} with {bench.boxes} boxes each; every round embeds {crops:,d} crops")
+    log(f"making {images:,d} pictures of {bench.width}x{bench.height} with {bench.boxes} boxes each")
     proposals, files = max(1, bench.boxes // 2), min(images, PICTURES)
     make_world(bench.folder, BenchWorld(images, bench.boxes - proposals, proposals, files, bench.width, bench.height, "jpg"))
-    stages = _Stages(_extraction(bench, clip, "stages"), clip, bench.crop)
-    rounds = []
+    begun = _extraction(bench, clip, "stages")
+    stages, sizes = _Stages(begun, clip, bench.crop), _batch_sizes(begun, batch_size, scales)
+    crops, rounds = sum(sizes), []
+    log(f"every round embeds {crops:,d} crops in {len(sizes)} batches")
     for number in range(bench.rounds):
         extraction = _extraction(bench, clip, f"round {number}")
-        rounds.append((_model_only(clip, blank, -(-crops // batch_size)), crops / _end_to_end(extraction)))
+        rounds.append((_model_only(clip, pixels, len(sizes)), crops / _end_to_end(extraction)))
     model_only, end_to_end = (median(values) for values in zip(*rounds, strict=True))
     decode, cut, transfer, write = stages.decode(), stages.cut(), stages.transfer(batch_size), _write(bench.folder, clip.dim)
     prepare_rate, cores = 1 / (1 / decode + 1 / cut), torch.get_num_threads()
@@ -145,7 +148,8 @@ def bench_speed(bench: SpeedBench, log: Callable[[str], None] = print) -> Speed:
     a_box += sum(np.dtype(TABLE_ARRAYS[Level.BOXES][name]).itemsize for name in ("source", "score", "annotation_id")) + 2 * 4 * 4
     return Speed(
         device=torch.cuda.get_device_name(clip.device) if clip.device.type == "cuda" else "CPU", precision=str(bench.precision),
-        cores=cores, workers=bench.workers, batch_size=batch_size, crops=crops, model_only=model_only, end_to_end=end_to_end,
+        cores=cores, workers=bench.workers, batch_size=batch_size, crops=crops,
+        fill=crops - images * (bench.boxes * scales + 1), model_only=model_only, end_to_end=end_to_end,
         efficiency=median(ours / model for model, ours in rounds), decode_a_core=decode, cut_a_core=cut, prepare_a_core=prepare_rate,
         transfer=transfer, write=write, limit=max(seconds, key=lambda name: seconds[name]), pil=pil, pil_prepare_a_core=pil_prepare,
         files=stages.files_way(bench.folder, batch_size), peak_gpu_bytes=clip.peak_memory_bytes(),
@@ -162,6 +166,16 @@ def _extraction(bench: SpeedBench, clip: ClipTeacher, name: str) -> Extraction:
     extraction.begin(Catalog.create(config.cache))
     extraction.do(extraction.units()[0])
     return extraction
+
+
+def _batch_sizes(extraction: Extraction, batch_size: int, scales: int) -> list[int]:
+    """Of all batches that an extraction of pictures and boxes puts through the model."""
+    sizes = []
+    for level, crops_a_row in ((Level.IMAGE, 1), (Level.INSTANCE, scales)):
+        plan, rows = extraction.plans[level], max(1, batch_size // crops_a_row)
+        for first in range(0, plan.rows, plan.part_rows):
+            sizes += [max(batch_size, crops_a_row)] * -(-min(plan.part_rows, plan.rows - first) // rows)
+    return sizes
 
 
 def _end_to_end(extraction: Extraction) -> float:
@@ -198,7 +212,7 @@ class _Stages:
     def cut(self) -> float:
         """Crops a second of one core that only cuts and resizes what is read."""
         pictures = [self._cutter.read(job) for job in self._jobs]
-        return self._rate(lambda: [self._cutter.crops(picture, job) for picture, job in zip(pictures, self._jobs, strict=True)])
+        return self._rate(lambda: [list(self._cutter.crops(picture, job)) for picture, job in zip(pictures, self._jobs, strict=True)])
 
     def transfer(self, batch_size: int) -> float | None:
         """Crops a second on their way to the GPU."""

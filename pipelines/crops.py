@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,11 @@ def cut(picture: Tensor, region: Sequence[int]) -> Tensor:
     if left < right and top < bottom:
         pixels[:, top - y0 : bottom - y0, left - x0 : right - x0] = picture[:, top:bottom, left:right]
     return pixels
+
+
+def read_picture(path: Path, width: int, height: int) -> Tensor:
+    """(3, h, w) uint8 RGB, as `read_image` reads it."""
+    return torch.from_numpy(np.array(read_image(path, width, height))).permute(2, 0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,7 @@ class Cutter:
 
     fit: Callable[[Tensor], Tensor]
     size: tuple[int, int]
+    picture: Callable[[Path, int, int], Tensor] = read_picture
 
     def batch(self, jobs: Sequence[CropJob], count: int) -> Batch:
         """The crops of some jobs at their places among `count`; channels last, as pictures come and convolutions are fastest."""
@@ -77,13 +83,14 @@ class Cutter:
             except HdovdError as error:
                 batch.problems[job.image_id] = str(error)
                 continue
-            batch.pixels[job.place : job.place + job.count] = torch.stack(self.crops(picture, job))
+            for place, crop in enumerate(self.crops(picture, job), job.place):
+                batch.pixels[place] = crop
         return batch
 
     def read(self, job: CropJob) -> Tensor:
         """(3, h, w) uint8 RGB. Raises HdovdError."""
-        return torch.from_numpy(np.array(read_image(job.path, job.width, job.height))).permute(2, 0, 1)
+        return self.picture(job.path, job.width, job.height)
 
-    def crops(self, picture: Tensor, job: CropJob) -> list[Tensor]:
+    def crops(self, picture: Tensor, job: CropJob) -> Iterator[Tensor]:
         """(3, *size) uint8, one a region."""
-        return [self.fit(picture if region is None else cut(picture, region)) for region in job.region_list()]
+        return (self.fit(picture if region is None else cut(picture, region)) for region in job.region_list())

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import TypeVar
 
@@ -19,10 +20,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hdovd.pipelines.crops import Batch, CropJob, Cutter
+from hdovd.pipelines.crops import Batch, CropJob, Cutter, read_picture
 from hdovd.pipelines.teacher import Teacher
 
 GPU_THREADS = 2  # one batch on its way to the GPU and back while another is computed
+PICTURES_A_THREAD = 4  # that are kept: the boxes of a picture may go on in the next batch, which another thread is at
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -50,7 +52,6 @@ def embed(wanted: Iterable[Wanted], teacher: Teacher, workers: int) -> Iterator[
     if first is None:  # no process and no thread for nothing
         return
     wanted = chain([first], wanted)
-    cutter = Cutter(teacher.fit, teacher.input_size)
 
     def answer(batch: Batch) -> Embedded:
         return Embedded(teacher.embed_images(batch.pixels), batch.problems)
@@ -59,9 +60,12 @@ def embed(wanted: Iterable[Wanted], teacher: Teacher, workers: int) -> Iterator[
     threads = GPU_THREADS if on_gpu and workers else torch.get_num_threads()
     with own_threads(threads) as pool:
         if workers:
+            cutter = Cutter(teacher.fit, teacher.input_size)
             loader = DataLoader(_Batches(cutter), sampler=wanted, batch_size=None, num_workers=workers, pin_memory=on_gpu)
             yield from in_order(pool, answer, loader, 2 * threads)
         else:
+            shared = lru_cache(PICTURES_A_THREAD * threads)(read_picture)
+            cutter = Cutter(teacher.fit, teacher.input_size, shared)
             yield from in_order(pool, lambda w: answer(cutter.batch(w.jobs, w.size)), wanted, 2 * threads)
 
 

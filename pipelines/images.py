@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from hdovd.coco import ImageBoxes, Split
 from hdovd.errors import HdovdError
+
+if "PILLOW_BLOCKS_MAX" not in os.environ:
+    Image.core.set_blocks_max(4)  # type: ignore[attr-defined]  # memory of a picture that is kept for the next: page faults can cost as much as decoding
 
 
 def read_image(path: Path | str, width: int, height: int, data: bytes | None = None) -> Image.Image:

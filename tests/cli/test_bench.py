@@ -160,7 +160,8 @@ def test_the_extract_command(tmp_path: Path, clip: str) -> None:
     done = CliRunner().invoke(app, ["bench", "extract", "--clip", clip, *words], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "speed.json").read_text())
-    assert found["crops"] == 4 * (2 * 3 + 1)
+    assert found["crops"] == 2 * found["batch_size"]
+    assert found["crops"] - found["fill"] == 4 * (2 * 3 + 1)
     assert 0 < found["efficiency"] < 2
     assert found["prepare_a_core"] == pytest.approx(1 / (1 / found["decode_a_core"] + 1 / found["cut_a_core"]))
     assert found["forecast_seconds"] == pytest.approx(2100 / found["end_to_end"])
