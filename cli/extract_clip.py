@@ -8,7 +8,7 @@ import typer
 from hdovd.cache.schema import DEFAULT_SET, PART_ROWS
 from hdovd.cli import options
 from hdovd.pipelines.crop_recipe import CropRecipe, Shape
-from hdovd.pipelines.extract_config import Activation, Executor, ExtractConfig, Precision, Share, Store
+from hdovd.pipelines.extract_config import Activation, Executor, ExtractConfig, InstanceTeacher, Precision, Share, Store
 
 
 def extract_clip(
@@ -27,6 +27,13 @@ def extract_clip(
     templates: options.Templates = "photo",
     synonyms: options.Synonyms = None,
     class_embeddings: options.ClassEmbeddings = None,
+    instance_teacher: Annotated[
+        InstanceTeacher, typer.Option("--instance-teacher", help="crop: CLIP sees each box alone. dense: once the whole image, of which "
+                                      "boxes take their part: cheaper, and less sharp (hdovd bench dense).")
+    ] = InstanceTeacher.CROP,
+    dense_side: Annotated[
+        int | None, typer.Option("--dense-side", min=1, help="dense: the image becomes N x N pixels. Default: 3 times the crop's side.")
+    ] = None,
     crop: Annotated[Shape, typer.Option(help="The pixels that a box stands for: see docs/CACHE.md.")] = Shape.BOX,
     crop_scales: Annotated[str, typer.Option("--crop-scales", help="Mean over crops of these sizes of the box: 1,1.5 as in ViLD.")] = "1",
     device: options.Device = "auto",
@@ -58,10 +65,11 @@ def extract_clip(
     from hdovd.pipelines.prompt_templates import read_templates
     from hdovd.pipelines.sharing import this_share
 
+    recipe = options.recipe(instance_teacher, dense_side, CropRecipe.parse(crop, crop_scales))
     report = run(ExtractConfig(
         DataPaths(data, images, annotations), cache, clip, pretrained, proposals, vocabulary, captions, protocol, read_templates(templates),
-        CropRecipe.parse(crop, crop_scales), precision, activation, features, device, options.batch_size(batch), part_rows, workers,
-        dry_run, retry_failed, None if shard is None else Share.parse(shard), executor, store, synonyms, class_embeddings))
+        recipe, precision, activation, features, device, options.batch_size(batch), part_rows, workers, dry_run, retry_failed,
+        None if shard is None else Share.parse(shard), executor, store, synonyms, class_embeddings))
     if report.whole and not dry_run and this_share(None).speaks:
         named = "" if features == DEFAULT_SET else f" --features {features}"
         typer.echo(f"next: hdovd train --cache {cache}{named} --out RUN ...")

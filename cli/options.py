@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from hdovd.errors import HdovdError
+from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
+from hdovd.pipelines.extract_config import InstanceTeacher
 
 Data = Annotated[Path | None, typer.Option("--data", help="COCO folder: train2017/, val2017/, annotations/instances_*.json.")]
 Images = Annotated[Path | None, typer.Option("--images", help="Image folder, instead of the one under --data.")]
@@ -35,3 +37,14 @@ def batch_size(text: str) -> int | None:
     if not (text.isdigit() and int(text)):
         raise HdovdError(f"--batch {text}: expected auto, or a whole number above 0")
     return int(text)
+
+
+def recipe(teacher: InstanceTeacher, side: int | None, crop: CropRecipe) -> CropRecipe | DenseRecipe:
+    """What becomes of a box. Raises HdovdError for options that are of no use with the teacher."""
+    if teacher is InstanceTeacher.DENSE:
+        if crop != PLAIN_BOX:
+            raise HdovdError("--crop and --crop-scales are of crops: they have no use with --instance-teacher dense")
+        return DenseRecipe(side)
+    if side is not None:
+        raise HdovdError("--dense-side needs --instance-teacher dense")
+    return crop

@@ -30,7 +30,7 @@ from hdovd.pipelines.extract_config import ExtractConfig, Precision
 from hdovd.pipelines.extraction import Extraction
 from hdovd.pipelines.feeding import GPU_THREADS, in_order, own_threads
 from hdovd.pipelines.images import read_image
-from hdovd.pipelines.part_rows import Pictures
+from hdovd.pipelines.ways import Crops, Pictures
 
 ROUND_S = 10.0  # how long a round of the bare model should take
 PICTURES = 200  # files; more images are these again
@@ -161,7 +161,7 @@ def _extraction(bench: SpeedBench, clip: ClipTeacher, name: str) -> Extraction:
     """The extraction of the world into a cache of its own, begun, its texts done."""
     world = bench.folder
     config = ExtractConfig(DataPaths(images=world / "images", annotations=world / "annotations.json"), world / name, bench.clip,
-                           proposals=world / "proposals.json", crop=bench.crop, batch_size=bench.batch_size, workers=bench.workers)
+                           proposals=world / "proposals.json", recipe=bench.crop, batch_size=bench.batch_size, workers=bench.workers)
     extraction = prepare(config, lambda _: None, clip)
     extraction.begin(Catalog.create(config.cache))
     extraction.do(extraction.units()[0])
@@ -202,7 +202,8 @@ class _Stages:
         self._clip, self._cutter = clip, Cutter(clip.fit, clip.input_size)
         split, table = extraction.split, extraction.table
         count = min(len(split.images), max(4, -(-OTHERS_CROPS // len(recipe.scales) // max(1, int(table.offset[1])))))
-        self._jobs = Pictures(split, table, recipe).jobs(Level.INSTANCE, np.arange(table.offset[count]))
+        pictures = Pictures(split.images, split.path, table.offset, table.box)
+        self._jobs = Crops(clip, pictures, recipe).jobs(np.arange(table.offset[count]))
         self._crops = sum(job.count for job in self._jobs)
 
     def decode(self) -> float:

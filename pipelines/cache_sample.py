@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from hdovd.cache.catalog import FeatureSet
 from hdovd.cache.content import name_rows
@@ -19,17 +18,18 @@ from hdovd.cache.rows import open_rows
 from hdovd.cache.schema import TABLES, Level
 from hdovd.cache.storage import Folder
 from hdovd.cache.verify import Finding
-from hdovd.coco import Split
+from hdovd.coco import ImageBoxes, Split
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.box_table import box_table
-from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe
-from hdovd.pipelines.crops import CropJob, Cutter
-from hdovd.pipelines.part_rows import mean_of
+from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
+from hdovd.pipelines.crops import Cutter
 from hdovd.pipelines.progress import progress
 from hdovd.pipelines.teacher import Teacher
+from hdovd.pipelines.ways import Pictures, Way, ways_of
 
 LEAST_COSINE = 0.99
 BATCH_ROWS = 64
+GONE = ImageBoxes(-1, "", 1, 1, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,12 @@ def sample_set(sample: Sample, features: FeatureSet, findings: list[Finding], sa
             log(f"sample of {name}: left out, its tables are damaged")
             continue
         product = Product(sample.folder, level, features.levels[level])
-        _refuse_other_clip(product, sample.clip)
+        way = _way(product, sample)
         chosen = _choose(product, known, sample.count, sample.seed)
         if not len(chosen):
             log(f"sample of {name}: left out, none of its rows is sound")
             continue
-        rows, cosines, problems = _cosines(product, sample.split, sample.clip, chosen)
+        rows, cosines, problems = _cosines(product, way, chosen)
         if problems:
             log(f"sample of {name}: {len(problems)} images could not be encoded again: {shorten([*problems], 4)}")
         if not len(rows):
@@ -84,16 +84,27 @@ def sample_set(sample: Sample, features: FeatureSet, findings: list[Finding], sa
             log(str(finding))
 
 
-def _refuse_other_clip(product: Product, teacher: Teacher) -> None:
-    """The precision may be another one: it costs far less than LEAST_COSINE. What was imported names no CLIP to compare with."""
-    inputs = product.key_inputs
+def _way(product: Product, sample: Sample) -> Way:
+    """How the product's rows are embedded. Raises HdovdError if the CLIP is another one than made it.
+
+    The precision may be another one: it costs far less than LEAST_COSINE. What was imported names no CLIP to compare with.
+    """
+    inputs, teacher, tables = product.key_inputs, sample.clip, product.table
+    by_id = {image.id: image for image in sample.split.images}
+    images = [by_id.get(image_id, GONE) for image_id in tables("image_id").tolist()]
+    on_boxes = product.level is Level.INSTANCE
+    recipe = (DenseRecipe(inputs["dense"]["side"]) if "dense" in inputs
+              else CropRecipe.from_inputs(inputs["crop"]) if "crop" in inputs else PLAIN_BOX)
+    pictures = Pictures(images, sample.split.path, *((tables("offset"), tables("box")) if on_boxes else (np.zeros(1), np.zeros((0, 4)))))
+    way = ways_of(teacher, pictures, recipe)[product.level]
     if "weights_sha256" not in inputs["clip"]:
-        return
-    have = {"clip": {**teacher.identity, "compute_dtype": inputs["clip"].get("compute_dtype")}, "preprocessing": teacher.preprocessing}
-    lines = differences({name: inputs[name] for name in have}, have, sides=("the cache has", "the CLIP named has"))
+        return way
+    have = {"clip": {**teacher.identity, "compute_dtype": inputs["clip"].get("compute_dtype")}, **way.inputs()}
+    lines = differences({name: inputs[name] for name in have if name in inputs}, have, sides=("the cache has", "the CLIP named has"))
     if lines:
         raise HdovdError(f"{product.folder.url}: {product} was made by another CLIP:\n  " + "\n  ".join(lines)
                          + "\nGive the one that it was made with: --clip, --pretrained.")
+    return way
 
 
 def _choose(product: Product, known: set[int | str | None], count: int, seed: int) -> np.ndarray:
@@ -103,38 +114,25 @@ def _choose(product: Product, known: set[int | str | None], count: int, seed: in
     return np.sort(left[chosen])
 
 
-def _cosines(product: Product, split: Split, teacher: Teacher, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _cosines(product: Product, way: Way, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """The rows that could be encoded again, their cosines with the cache, and why others could not."""
-    image_id, image_hash = product.table("image_id"), product.table("image_hash")
-    by_id = {image.id: image for image in split.images}
-    number = rows if product.level is Level.IMAGE else np.searchsorted(product.table("offset"), rows, "right") - 1
-    box = None if product.level is Level.IMAGE else product.table("box")
-    recipe = CropRecipe.from_inputs(product.key_inputs["crop"]) if "crop" in product.key_inputs else PLAIN_BOX
-    crops, cutter = 1 if box is None else len(recipe.scales), Cutter(teacher.fit, teacher.input_size)
-    stored = open_rows(product, "embedding", parts={int(part) for part in rows // product.part_rows})
-    done, cosines, problems = [np.zeros(0, np.int64)], [np.zeros(0)], []
-    for some in progress(np.array_split(np.arange(len(rows)), -(-len(rows) // BATCH_ROWS)), f"sample of {product.level}", "batch"):
-        jobs, places = list[CropJob](), list[np.ndarray]()
-        have = np.array([stored.read(int(row), int(row) + 1)[0] for row in rows[some]], np.float64)
-        for n in np.unique(number[some[have.any(axis=1)]]):  # zeros: the picture could not be read then either
-            image = by_id.get(int(image_id[n]))
-            if image is None or box_table([image], {}).image_hash[0] != image_hash[n]:
-                problems.append(f"image {image_id[n]} has another name or size in the annotations, or is not there")
-                continue
-            of_image = np.flatnonzero((number[some] == n) & have.any(axis=1))
-            regions = None if box is None else recipe.regions(box[rows[some[of_image]]], image.width, image.height)
-            jobs.append(CropJob(image.id, split.path(image), image.width, image.height, regions, sum(job.count for job in jobs)))
-            places.append(of_image)
-        batch = cutter.batch(jobs, sum(job.count for job in jobs))
-        problems += [f"image {image_id}: {problem}" for image_id, problem in batch.problems.items()]
-        read = [job for job in jobs if job.image_id not in batch.problems]
-        if read:
-            at = np.concatenate([of_image for job, of_image in zip(jobs, places, strict=True) if job in read])
-            pixels = torch.cat([batch.pixels[job.place : job.place + job.count] for job in read])
-            new = mean_of(teacher.embed_images(pixels), crops).astype(np.float64)
-            cosines.append((new * have[at]).sum(axis=1) / np.linalg.norm(new, axis=1) / np.linalg.norm(have[at], axis=1))
-            done.append(rows[some[at]])
-    return np.concatenate(done), np.concatenate(cosines), problems
+    stored, problems = open_rows(product, "embedding", parts={int(part) for part in rows // product.part_rows}), list[str]()
+    have = np.array([stored.read(int(row), int(row) + 1)[0] for row in rows], np.float64)
+    usable = np.asarray(have.any(axis=1))  # zeros: the picture could not be read then either
+    number, image_id = way.images_of(rows), product.table("image_id")
+    hashes = box_table([way.pictures.images[n] for n in np.unique(number)], {}).image_hash
+    for n, now in zip(np.unique(number), hashes, strict=True):
+        if now != product.table("image_hash")[n] and usable[number == n].any():
+            problems.append(f"image {image_id[n]} has another name or size in the annotations, or is not there")
+            usable[number == n] = False
+    cutter, new = Cutter(way.fit, way.input_size), np.zeros(have.shape)
+    for some in progress(way.groups(rows[usable], BATCH_ROWS), f"sample of {product.level}", "batch"):
+        batch, mine = cutter.batch(way.jobs(some), way.places(BATCH_ROWS)), np.isin(rows, some)
+        problems += [f"image {unread}: {problem}" for unread, problem in batch.problems.items()]
+        new[mine] = way.encode(batch)[: len(some)]
+        usable[mine & np.isin(image_id[number], [*batch.problems])] = False
+    rows, have, new = rows[usable], have[usable], new[usable]
+    return rows, (new * have).sum(axis=1) / np.linalg.norm(new, axis=1) / np.linalg.norm(have, axis=1), problems
 
 
 def _findings(product: Product, rows: np.ndarray, cosines: np.ndarray) -> Sequence[Finding]:

@@ -74,20 +74,24 @@ class ClipTeacher:
         return self.embed_preprocessed(self.transform.normalise(pixels.to(self.device, non_blocking=True)))
 
     def embed_preprocessed(self, pixels: Tensor) -> np.ndarray:
-        """(n, 3, *input_size) float32 as open_clip's own transform gives it -> (n, D) float32, L2-normalised.
+        """(n, 3, *input_size) float32 as open_clip's own transform gives it -> (n, D) float32, L2-normalised."""
+        return self.in_memory(lambda start, stop: self._encode(pixels[start:stop]), 0, len(pixels))
 
-        What does not fit into the GPU's memory is done in halves. Raises HdovdError if not even one picture fits.
+    def in_memory(self, embed: Callable[[int, int], np.ndarray], start: int, stop: int) -> np.ndarray:
+        """The rows that `embed` gives for pictures `start` to `stop`, in halves where they do not fit into the GPU's memory.
+
+        Raises HdovdError if not even one picture fits.
         """
         try:
-            return self._encode(pixels)
+            return embed(start, stop)
         except torch.OutOfMemoryError as error:
-            if len(pixels) == 1:
+            if stop - start == 1:
                 raise HdovdError(f"{self.device} has no memory for one picture: {error}") from error
-            half = -(-len(pixels) // 2)
+            half = -(-(stop - start) // 2)
         if half not in self.halves:
             self.halves.append(half)
-            tqdm.write(f"out of memory with {len(pixels)} pictures at a time: going on with {half}", file=sys.stderr)
-        return np.concatenate([self.embed_preprocessed(some) for some in pixels.split(half)])
+            tqdm.write(f"out of memory with {stop - start} pictures at a time: going on with {half}", file=sys.stderr)
+        return np.concatenate([self.in_memory(embed, first, min(first + half, stop)) for first in (start, start + half)])
 
     def best_batch(self) -> int:
         """On a GPU the batch that was doubled as long as that fitted and made it faster, tried once; on a CPU CPU_BATCH."""
@@ -113,7 +117,7 @@ class ClipTeacher:
 
     @torch.inference_mode()
     def _encode(self, pixels: Tensor) -> np.ndarray:
-        with self._autocast():
+        with self.autocast():
             return _normalised(self.model.encode_image(pixels.to(self.device)))
 
     def reference_transform(self) -> Callable[[Image.Image], Tensor]:
@@ -130,7 +134,7 @@ class ClipTeacher:
         """
         mean, count = np.zeros((len(names), self.dim), np.float32), np.zeros((len(names), 1), np.float32)
         for rows, texts in _prompt_batches(names, templates):
-            with self._autocast():
+            with self.autocast():
                 embeddings = _normalised(self.model.encode_text(self.tokenizer(texts).to(self.device)))
             np.add.at(mean, rows, embeddings)
             np.add.at(count, rows, 1)
@@ -143,7 +147,8 @@ class ClipTeacher:
     def peak_memory_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """In the precision asked for."""
         return torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision is not Precision.FP32)
 
 

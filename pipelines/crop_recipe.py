@@ -76,4 +76,15 @@ class CropRecipe:
         return np.concatenate([first, last], axis=2).astype(np.int64).reshape(-1, 4)
 
 
+@dataclass(frozen=True, slots=True)
+class DenseRecipe:
+    """No crops: the box's part of one feature map of the whole picture, squashed to `side` x `side` pixels; None for the default."""
+
+    side: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.side is not None and self.side < 1:
+            raise HdovdError(f"--dense-side {self.side}: expected a whole number above 0")
+
+
 PLAIN_BOX = CropRecipe()

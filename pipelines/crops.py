@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,19 @@ def read_picture(path: Path, width: int, height: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class CropJob:
-    """One image and its regions (n, 4), xyxy pixels; None for the whole picture. `place`: of the first crop in its batch."""
+    """One image, for `rows` rows of a level. `regions` (n, 4): what to cut out, xyxy pixels; None for the whole picture.
+
+    `boxes` (rows, 4) float32: what the model is to look at, xyxy pixels of its input. `place`: of the first input in its batch.
+    """
 
     image_id: int
     path: Path
     width: int
     height: int
-    regions: np.ndarray | None
+    rows: int = 1
     place: int = 0
+    regions: np.ndarray | None = None
+    boxes: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -53,14 +58,15 @@ class CropJob:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Crops (count, 3, s, s) uint8, zeros where there is none, and by image id why a picture could not be read."""
+    """Inputs (count, 3, h, w) uint8, zeros where there is none; by image id why a picture could not be read; of each input the boxes."""
 
     pixels: Tensor
-    problems: dict[int, str] = field(default_factory=dict)
+    problems: dict[int, str]
+    boxes: list[np.ndarray]
 
     def pin_memory(self) -> Batch:
         """For torch's DataLoader, on the way to a GPU."""
-        return Batch(self.pixels.pin_memory(), self.problems)
+        return Batch(self.pixels.pin_memory(), self.problems, self.boxes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +82,11 @@ class Cutter:
 
     def batch(self, jobs: Sequence[CropJob], count: int) -> Batch:
         """The crops of some jobs at their places among `count`; channels last, as pictures come and convolutions are fastest."""
-        batch = Batch(torch.zeros(count, *self.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2))
+        pixels = torch.zeros(count, *self.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        batch = Batch(pixels, {}, [np.zeros((0, 4), np.float32)] * count)
         for job in jobs:
+            if job.boxes is not None:
+                batch.boxes[job.place] = job.boxes
             try:
                 picture = self.read(job)
             except HdovdError as error:

@@ -30,7 +30,7 @@ from hdovd.errors import HdovdError
 
 SUPPORTED = ("open_clip's ModifiedResNet (RN50 and its family), open_clip's VisionTransformer without attentional pool (ViT-B-32 and its "
              "family), timm's VisionTransformer and Eva with plain patches (SigLIP, EVA02, PE)")
-BOXES_AT_A_TIME = 256  # bounds the memory that the bins of boxes take
+BOXES_AT_A_TIME = 64  # always so many: bounds memory, and what a box gives does not depend on how many there are
 
 
 class DenseClip:
@@ -65,10 +65,10 @@ class DenseClip:
         rois = _rois(pixels, boxes, self._side).to(self._device)
         tower = self._tower
         features = tower.map(pixels.to(self._device))
-        at_least_one = rois if len(rois) else rois.new_zeros(1, 5)  # attention knows no empty batch
+        filled = F.pad(rois, (0, 0, 0, -len(rois) % BOXES_AT_A_TIME if len(rois) else BOXES_AT_A_TIME))
         exact = features.float()  # RoIAlign knows no bfloat16 on a CPU
         rows = [tower.pool(roi_align(exact, some, tower.bins, 1 / tower.cell, tower.samples, aligned=True).to(features.dtype))
-                for some in at_least_one.split(BOXES_AT_A_TIME)]
+                for some in filled.split(BOXES_AT_A_TIME)]
         return F.normalize(torch.cat(rows)[: len(rois)].float(), dim=1)
 
 

@@ -15,3 +15,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise HdovdError(f"--device {name}: expected auto, cpu or cuda (or cuda:N)") from None
+
+
+def shown(device: torch.device) -> str:
+    """What to call it in progress and reports."""
+    return f"{torch.cuda.get_device_name(device)} ({device})" if device.type == "cuda" else str(device)

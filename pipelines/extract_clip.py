@@ -24,6 +24,7 @@ from hdovd.pipelines.proposal_file import Proposals, read_proposals
 from hdovd.pipelines.sharing import do_share, this_share
 from hdovd.pipelines.teacher import Teacher
 from hdovd.pipelines.text_rows import read_classes
+from hdovd.pipelines.ways import Pictures, ways_of
 from hdovd.protocol import load_protocol
 
 Log = Callable[[str], None]
@@ -71,10 +72,14 @@ def extract_clip(config: ExtractConfig, log: Log = print, teacher: Teacher | Non
         log(f"deleted {name}, left half-written by a process that is dead")
     extraction.begin(catalog)
     since = time.monotonic()
-    if config.executor is Executor.RAY:
-        do_with_ray(extraction, config, log)
-    else:
-        do_share(extraction, share)
+    try:
+        if config.executor is Executor.RAY:
+            do_with_ray(extraction, config, log)
+        else:
+            do_share(extraction, share)
+    except KeyboardInterrupt:
+        log(f"stopped: {len(extraction.done)} parts were written and stay; the same command goes on with the rest")
+        raise
     _finish(extraction, catalog, config, report, log, time.monotonic() - since)
     return report
 
@@ -102,10 +107,10 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
     for note in loaded.notes:
         log(note)
     classes.require_dim(loaded.dim, config.class_embeddings)
-    inputs = level_inputs(loaded, table, nouns, classes, config.templates, config.crop)
+    ways = ways_of(loaded, Pictures(split.images, split.path, table.offset, table.box), config.recipe)
+    inputs = level_inputs(loaded, table, nouns, classes, config.templates, ways)
     plans = plan_levels(catalog, inputs, table, loaded.dim, part_rows=config.part_rows, retry_failed=config.retry_failed)
-    return Extraction(split, table, nouns, classes, loaded, plans, recipe=config.crop, templates=config.templates,
-                      batch_size=config.batch_size,
+    return Extraction(split, table, nouns, classes, loaded, ways, plans, templates=config.templates, batch_size=config.batch_size,
                       workers=config.workers)
 
 
@@ -129,11 +134,12 @@ def plan_lines(plans: list[LevelPlan], probe: Probe | None, config: ExtractConfi
         lines.append(f"  {plan.level:13s}{plan.decision:8s}{numbers}  {plan.key[:12]}")
         lines += [f"  {'':13s}{reason}" for reason in plan.reason.split("; ") if reason]
     if probe is not None:
-        rows = sum(plan.new_rows for plan in plans if plan.level in (Level.IMAGE, Level.INSTANCE))
-        seconds = probe.seconds(rows, config.workers) / processes
-        who = "a Ray worker" if config.executor is Executor.RAY else f"{processes} process{'es' if processes > 1 else ''}"
-        lines.append(f"  {rows:,d} pictures and crops: about {duration(seconds)} (a short probe: {1000 * probe.crop_s:.2f} ms to cut, "
-                     f"{1000 * probe.embed_s:.2f} ms to embed a crop; {who} with --workers {config.workers})"
+        rows = {plan.level: plan.new_rows for plan in plans if plan.level in probe.costs}
+        seconds = sum(cost.seconds(rows[level], config.workers) for level, cost in probe.costs.items()) / processes
+        box, who = probe.costs[Level.INSTANCE], f"{processes} process{'es' if processes > 1 else ''}"
+        who = "a Ray worker" if config.executor is Executor.RAY else who
+        lines.append(f"  {sum(rows.values()):,d} pictures and boxes: about {duration(seconds)} (a short probe: {1000 * box.cut_s:.2f} ms "
+                     f"to cut, {1000 * box.embed_s:.2f} ms to embed a box; {who} with --workers {config.workers})"
                      + ("" if probe.gpu_bytes is None else f"; GPU memory {size(probe.gpu_bytes)}"))
     return lines
 
@@ -163,7 +169,7 @@ def _finish(extraction: Extraction, catalog: Catalog, config: ExtractConfig, rep
     elsewhere = sum(report.new_rows[level] for level in pictures) - rows
     total = sum(extraction.product(level).bytes() for level in extraction.plans)
     log(f"{config.cache}: set {config.features} is whole, {size(total)}"
-        + (f"; {rows:,d} pictures and crops in {duration(seconds)} ({rows / seconds:.0f}/s)" if rows else "")
+        + (f"; {rows:,d} pictures and boxes in {duration(seconds)} ({rows / seconds:.0f}/s)" if rows else "")
         + (f"; {elsewhere:,d} by other processes" if elsewhere > 0 else ""))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from hdovd.cache.schema import CHUNK_ROWS, DEFAULT_SET, PART_ROWS
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
-from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe
+from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
 from hdovd.pipelines.prompt_templates import check_templates
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)
@@ -34,6 +34,11 @@ class Activation(StrEnum):
 class Store(StrEnum):
     ZARR = "zarr"
     WEBDATASET = "webdataset"
+
+
+class InstanceTeacher(StrEnum):
+    CROP = "crop"
+    DENSE = "dense"
 
 
 class Executor(StrEnum):
@@ -66,7 +71,7 @@ class ExtractConfig:
 
     `features` names the set that the products make up. `batch_size`: None for the teacher's best. `share`: None for torchrun's
     own, or all of the work. `store`: what `cache` becomes, a Zarr cache or a folder of tar shards. `synonyms` and
-    `class_embeddings`: files of `text_rows.read_classes`.
+    `class_embeddings`: files of `text_rows.read_classes`. `recipe`: what becomes of a box.
     """
 
     data: DataPaths
@@ -78,7 +83,7 @@ class ExtractConfig:
     captions: Path | None = None
     protocol: str = "ov-coco"
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
-    crop: CropRecipe = PLAIN_BOX
+    recipe: CropRecipe | DenseRecipe = PLAIN_BOX
     precision: Precision = Precision.FP32
     activation: Activation = Activation.AUTO
     features: str = DEFAULT_SET
@@ -116,17 +121,23 @@ class ExtractConfig:
         clip = f"local-dir:{_absolute(Path(self.clip[10:]))}" if self.clip.startswith("local-dir:") else self.clip
         protocol = _absolute(Path(self.protocol)) if Path(self.protocol).is_file() else self.protocol
         return {"data": data, **paths, "clip": clip, "pretrained": pretrained, "protocol": protocol, "templates": list(self.templates),
-                "crop": self.crop.inputs(), "precision": str(self.precision), "activation": str(self.activation), "features": self.features}
+                **_recipe_tree(self.recipe), "precision": str(self.precision), "activation": str(self.activation),
+                "features": self.features}
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any], cache: Path | str, **changes: Any) -> ExtractConfig:
         """The extraction that `to_dict` described, with changes."""
         paths = {name: _path(tree[name]) for name in _FILES} | {name: _path(tree.get(name)) for name in _LATER_FILES}
         data = DataPaths(**{name: _path(value) for name, value in tree["data"].items()})
-        crop = CropRecipe.from_inputs(tree["crop"]) if "crop" in tree else PLAIN_BOX
-        given = {**tree, **paths, "data": data, "templates": tuple(tree["templates"]), "crop": crop,
+        recipe = DenseRecipe(**tree["dense"]) if "dense" in tree else CropRecipe.from_inputs(tree["crop"]) if "crop" in tree else PLAIN_BOX
+        rest = {name: value for name, value in tree.items() if name not in ("crop", "dense")}
+        given = {**rest, **paths, "data": data, "templates": tuple(tree["templates"]), "recipe": recipe,
                  "precision": Precision(tree["precision"]), "activation": Activation(tree["activation"]), "cache": cache}
         return cls(**(given | changes))
+
+
+def _recipe_tree(recipe: CropRecipe | DenseRecipe) -> dict[str, Any]:
+    return {"dense": {"side": recipe.side}} if isinstance(recipe, DenseRecipe) else {"crop": recipe.inputs()}
 
 
 def _absolute(path: Path | None) -> str | None:

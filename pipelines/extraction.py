@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -26,16 +26,17 @@ from hdovd.cache.writer import ProductWriter
 from hdovd.coco import Split
 from hdovd.errors import HdovdError
 from hdovd.pipelines.box_table import BoxTable
-from hdovd.pipelines.crop_recipe import CropRecipe
 from hdovd.pipelines.crops import Cutter
 from hdovd.pipelines.extract_plan import LevelPlan
 from hdovd.pipelines.feeding import Wanted, embed, own_threads
 from hdovd.pipelines.nouns import Nouns
-from hdovd.pipelines.part_rows import PartRows, Pictures, RowBatch
+from hdovd.pipelines.part_rows import PartRows, RowBatch
 from hdovd.pipelines.teacher import Teacher
 from hdovd.pipelines.text_rows import TextRows
+from hdovd.pipelines.ways import Way
 
 PROBE_IMAGES = 16
+PROBE_BOXES = 64  # an image
 PROBE_BATCH_CPU = 32
 SIMILARITY_ROWS = 4_096  # crops compared with nouns at a time
 WRITES_BEHIND = 1  # parts that wait in memory to be written while the next is computed
@@ -60,27 +61,35 @@ class _Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """Seconds that a row takes to be cut out by one core and to be embedded by all, measured on a few, and GPU memory in use."""
+class Cost:
+    """Seconds that a row takes to be cut out by one core, and to be embedded by all."""
 
-    crop_s: float
+    cut_s: float
     embed_s: float
-    gpu_bytes: int | None
 
     def seconds(self, rows: int, workers: int) -> float:
         """Expected for `rows`: with worker processes the slower of the two counts, without them both do."""
-        return rows * (max(self.crop_s / workers, self.embed_s) if workers else self.crop_s / torch.get_num_threads() + self.embed_s)
+        return rows * (max(self.cut_s / workers, self.embed_s) if workers else self.cut_s / torch.get_num_threads() + self.embed_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What the rows of a level cost, measured on a few, and GPU memory in use."""
+
+    costs: dict[Level, Cost]
+    gpu_bytes: int | None
 
 
 class Extraction:
     """The inputs of an extraction, its plan, and the products that it fills."""
 
-    def __init__(self, split: Split, table: BoxTable, nouns: Nouns | None, classes: TextRows, teacher: Teacher, plans: list[LevelPlan], *,
-                 recipe: CropRecipe, templates: tuple[str, ...], batch_size: int | None, workers: int) -> None:
+    def __init__(self, split: Split, table: BoxTable, nouns: Nouns | None, classes: TextRows, teacher: Teacher,
+                 ways: Mapping[Level, Way], plans: list[LevelPlan], *, templates: tuple[str, ...], batch_size: int | None,
+                 workers: int) -> None:
         self.split, self.table, self.nouns, self.teacher = split, table, nouns, teacher
+        self._ways = ways
         self._texts = {Level.CLASS: classes} | ({} if nouns is None else {Level.NOUN: TextRows(nouns.vocabulary)})
         self.plans = {plan.level: plan for plan in plans}
-        self._pictures = Pictures(split, table, recipe)
         self._templates, self._batch_size, self._workers = templates, batch_size, workers
         self.done: list[Unit] = []  # by this process, pseudo labels too
         self._writers: dict[Level, ProductWriter] = {}
@@ -137,7 +146,7 @@ class Extraction:
                         asked.append((part, batch))
                         yield batch.wanted
 
-            for answer in embed(wanted(), self.teacher, self._workers):
+            for answer in embed(wanted(), self._ways, self.teacher.device, self._workers):
                 part, batch = asked.popleft()
                 assert part.rows is not None
                 part.rows.take(batch, answer)
@@ -220,7 +229,7 @@ class Extraction:
         """The rows of a part, with what another product has of them."""
         plan, (start, stop) = self.plans[unit.level], self.product(unit.level).rows_of(unit.part)
         empty = np.zeros((stop - start, self.teacher.dim), np.float16)
-        rows = PartRows(self._pictures, unit.level, start, empty, np.ones(stop - start, bool))
+        rows = PartRows(self._ways[unit.level], start, empty, np.ones(stop - start, bool))
         if plan.reuse is not None and plan.donor is not None:
             reuse = plan.reuse[start:stop]
             rows.missing = reuse < 0
@@ -267,27 +276,31 @@ class Extraction:
     # --- measuring ---
 
     def probe(self) -> Probe:
-        """Cut and embed a few crops of images spread over the list. Raises HdovdError if none of those can be read."""
-        count = min(PROBE_IMAGES, len(self.split.images))
+        """Cut rows of some images spread over the list, and embed a few. Raises HdovdError if none of those images can be read."""
+        count, offset = min(PROBE_IMAGES, len(self.split.images)), self.table.offset
         numbers = np.unique(np.linspace(0, len(self.split.images) - 1, count).astype(np.int64))
-        offset, cutter = self.table.offset, Cutter(self.teacher.fit, self.teacher.input_size)
-        rows = np.concatenate([np.arange(offset[n], min(offset[n] + 4, offset[n + 1])) for n in numbers])
-        level = Level.INSTANCE if len(rows) else Level.IMAGE
-        jobs = self._pictures.jobs(level, rows if len(rows) else numbers)
+        boxes = np.concatenate([np.arange(offset[n], min(offset[n] + PROBE_BOXES, offset[n + 1])) for n in numbers])
+        cost = self._cost(Level.INSTANCE, boxes) if len(boxes) else self._cost(Level.IMAGE, numbers)
+        alike = not len(boxes) or self._ways[Level.IMAGE].input_size == self._ways[Level.INSTANCE].input_size
+        return Probe({Level.IMAGE: cost if alike else self._cost(Level.IMAGE, numbers), Level.INSTANCE: cost},
+                     self.teacher.peak_memory_bytes())
+
+    def _cost(self, level: Level, rows: np.ndarray) -> Cost:
+        way, on_gpu = self._ways[level], self.teacher.device.type == "cuda"
+        jobs, cutter = way.jobs(rows), Cutter(way.fit, way.input_size)
         with own_threads(1) as thread:
             since = time.monotonic()
             batch = thread.submit(cutter.batch, jobs, sum(job.count for job in jobs)).result()
-            crop_s = (time.monotonic() - since) / len(batch.pixels)
-        if len(batch.problems) == len({job.image_id for job in jobs}):
-            raise HdovdError(f"none of {len(jobs)} pictures of {self.split.folder} can be read, spread over {len(self.split.images)}; "
-                             f"the first: {next(iter(batch.problems.values()))}")
-        size = self._batch_size or self.teacher.best_batch()
-        size = size if self.teacher.device.type == "cuda" else min(size, PROBE_BATCH_CPU)
-        crops = batch.pixels.repeat(-(-size // len(batch.pixels)), 1, 1, 1)[:size]
-        threads = 1 if self.teacher.device.type == "cuda" else torch.get_num_threads()
-        with own_threads(1) as thread:
-            thread.submit(self.teacher.embed_images, crops).result()  # the first call prepares what later ones use
+            cut_s = (time.monotonic() - since) / len(rows)
+            if len(batch.problems) == len(jobs):
+                raise HdovdError(f"none of {len(jobs)} pictures of {self.split.folder} can be read, spread over {len(self.split.images)}; "
+                                 f"the first: {next(iter(batch.problems.values()))}")
+            size = self._batch_size or self.teacher.best_batch()
+            size = size if on_gpu else min(size, PROBE_BATCH_CPU)
+            few = way.groups(rows, size)[0]
+            batch = cutter.batch(way.jobs(few), way.places(size))
+            thread.submit(way.encode, batch).result()  # the first call prepares what later ones use
             since = time.monotonic()
-            thread.submit(self.teacher.embed_images, crops).result()
-            embed_s = (time.monotonic() - since) / size / threads
-        return Probe(crop_s, embed_s, self.teacher.peak_memory_bytes())
+            thread.submit(way.encode, batch).result()
+            embed_s = (time.monotonic() - since) / len(few) / (1 if on_gpu else torch.get_num_threads())
+        return Cost(cut_s, embed_s)

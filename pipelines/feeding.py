@@ -8,7 +8,7 @@ the GPU while one is computed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from hdovd.cache.schema import Level
 from hdovd.pipelines.crops import Batch, CropJob, Cutter, read_picture
-from hdovd.pipelines.teacher import Teacher
+from hdovd.pipelines.ways import Way
 
 GPU_THREADS = 2  # one batch on its way to the GPU and back while another is computed
 PICTURES_A_THREAD = 4  # that are kept: the boxes of a picture may go on in the next batch, which another thread is at
@@ -31,21 +32,22 @@ B = TypeVar("B")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A batch to make: crops of some pictures, `size` with what fills it up."""
+    """A batch to make: inputs from some pictures, `size` with what fills it up."""
 
+    level: Level
     jobs: Sequence[CropJob]
     size: int
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """Embeddings (size, D) float32 of a batch, and by image id why a picture could not be read."""
+    """Embeddings (m, D) float32 of a batch's rows and what filled it up, and by image id why a picture could not be read."""
 
     rows: np.ndarray
     problems: dict[int, str]
 
 
-def embed(wanted: Iterable[Wanted], teacher: Teacher, workers: int) -> Iterator[Embedded]:
+def embed(wanted: Iterable[Wanted], ways: Mapping[Level, Way], device: torch.device, workers: int) -> Iterator[Embedded]:
     """The embeddings of every batch, in order. `wanted` is read no further ahead than the work needs."""
     wanted = iter(wanted)
     first = next(wanted, None)
@@ -53,20 +55,20 @@ def embed(wanted: Iterable[Wanted], teacher: Teacher, workers: int) -> Iterator[
         return
     wanted = chain([first], wanted)
 
-    def answer(batch: Batch) -> Embedded:
-        return Embedded(teacher.embed_images(batch.pixels), batch.problems)
+    def answer(level: Level, batch: Batch) -> Embedded:
+        return Embedded(ways[level].encode(batch), batch.problems)
 
-    on_gpu = teacher.device.type == "cuda"
+    on_gpu = device.type == "cuda"
     threads = GPU_THREADS if on_gpu and workers else torch.get_num_threads()
     with own_threads(threads) as pool:
         if workers:
-            cutter = Cutter(teacher.fit, teacher.input_size)
-            loader = DataLoader(_Batches(cutter), sampler=wanted, batch_size=None, num_workers=workers, pin_memory=on_gpu)
-            yield from in_order(pool, answer, loader, 2 * threads)
+            batches = _Batches({level: Cutter(way.fit, way.input_size) for level, way in ways.items()})
+            loader = DataLoader(batches, sampler=wanted, batch_size=None, num_workers=workers, pin_memory=on_gpu)
+            yield from in_order(pool, lambda made: answer(*made), loader, 2 * threads)
         else:
             shared = lru_cache(PICTURES_A_THREAD * threads)(read_picture)
-            cutter = Cutter(teacher.fit, teacher.input_size, shared)
-            yield from in_order(pool, lambda w: answer(cutter.batch(w.jobs, w.size)), wanted, 2 * threads)
+            batches = _Batches({level: Cutter(way.fit, way.input_size, shared) for level, way in ways.items()})
+            yield from in_order(pool, lambda w: answer(*batches[w]), wanted, 2 * threads)
 
 
 @contextmanager
@@ -96,11 +98,11 @@ def in_order(pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterab
             future.cancel()
 
 
-class _Batches(Dataset[Batch]):
+class _Batches(Dataset[tuple[Level, Batch]]):
     """A data set whose indices are descriptions of batches."""
 
-    def __init__(self, cutter: Cutter) -> None:
-        self._cutter = cutter
+    def __init__(self, cutters: Mapping[Level, Cutter]) -> None:
+        self._cutters = cutters
 
-    def __getitem__(self, wanted: Wanted) -> Batch:
-        return self._cutter.batch(wanted.jobs, wanted.size)
+    def __getitem__(self, wanted: Wanted) -> tuple[Level, Batch]:
+        return wanted.level, self._cutters[wanted.level].batch(wanted.jobs, wanted.size)

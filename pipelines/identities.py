@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,10 +13,10 @@ from hdovd.cache.identity import KeyInputs, hash_tables, key_of
 from hdovd.cache.schema import SCHEMA_VERSION, Level
 from hdovd.coco import ImageBoxes
 from hdovd.pipelines.box_table import BoxTable, box_table
-from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe
 from hdovd.pipelines.nouns import Nouns
 from hdovd.pipelines.teacher import Teacher
 from hdovd.pipelines.text_rows import TextRows
+from hdovd.pipelines.ways import Way
 
 
 def data_inputs(images: Sequence[ImageBoxes]) -> dict[Level, KeyInputs]:
@@ -28,17 +28,17 @@ def data_inputs(images: Sequence[ImageBoxes]) -> dict[Level, KeyInputs]:
 
 
 def level_inputs(clip: Teacher, table: BoxTable, nouns: Nouns | None, classes: TextRows, templates: Sequence[str],
-                 recipe: CropRecipe = PLAIN_BOX) -> dict[Level, KeyInputs]:
+                 ways: Mapping[Level, Way]) -> dict[Level, KeyInputs]:
     """All inputs of every level that an extraction writes: what determines its bytes, and nothing else."""
     schema: KeyInputs = {"schema_version": SCHEMA_VERSION}
     images, boxes = table.image_inputs(), table.box_inputs()
-    pictures = {**schema, "clip": clip.identity, "preprocessing": clip.preprocessing, "images": images}
+    pictures = {**schema, "clip": clip.identity, "images": images}
     inputs: dict[Level, KeyInputs] = {
         Level.BOXES: {**schema, "images": images, "base_boxes": table.base_box_inputs(), "proposals": table.proposal_inputs(),
                       "boxes": boxes},
         Level.CLASS: {**schema, **classes.inputs(clip, templates)},
-        Level.IMAGE: pictures,
-        Level.INSTANCE: {**pictures, "crop": recipe.inputs(), "boxes": boxes},
+        Level.IMAGE: {**pictures, **ways[Level.IMAGE].inputs()},
+        Level.INSTANCE: {**pictures, **ways[Level.INSTANCE].inputs(), "boxes": boxes},
     }
     if nouns is not None:
         offered = "all" if nouns.by_image is None else hash_tables(np.array(nouns.offered(i), np.int64) for i in table.image_id.tolist())

@@ -45,7 +45,7 @@ def do_with_ray(extraction: Extraction, config: ExtractConfig, log: Callable[[st
     try:
         texts = [unit for unit in left if unit in extraction.units()[0]]
         pictures = left[len(texts) :]
-        with progress(None, "CLIP", "crop", total=new_rows(extraction, pictures)) as bar:
+        with progress(None, "CLIP", "row", total=new_rows(extraction, pictures)) as bar:
             for units in (texts, pictures):  # pseudo labels need all nouns
                 for done in crew.do(units):
                     extraction.done += done

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from hdovd.pipelines.device import shown
 from hdovd.pipelines.extract_config import Share
 from hdovd.pipelines.extraction import Extraction, Unit
 from hdovd.pipelines.progress import progress
@@ -57,7 +58,8 @@ def do_share(extraction: Extraction, share: ProcessShare) -> None:
     asked = units[share.command.index :: share.command.count]
     mine = asked[share.rank :: share.world]
     others = [unit for unit in reversed(asked) if unit not in mine]  # from the end: where the others come last
-    with progress(None, "CLIP", "crop", total=new_rows(extraction, mine) if share.speaks else 0) as extraction.bar:
+    label = f"CLIP on {shown(extraction.teacher.device)}" + (f", 1 of {share.world}" if share.world > 1 else "")
+    with progress(None, label, "row", total=new_rows(extraction, mine) if share.speaks else 0) as extraction.bar:
         for unit in extraction.do(mine + others):
             extraction.wait_for(unit)
 

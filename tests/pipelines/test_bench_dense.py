@@ -25,7 +25,7 @@ from hdovd.protocol import load_protocol
 def bench(world: Path, clip: str) -> Any:
     def make(**changes: Any) -> DenseBench:
         return DenseBench(**{"data": DataPaths(world), "clip": clip, "sides": (32, 64), "protocol": str(world / "protocol.toml"),
-                             "device": "cpu", "boxes": 9, "batch_size": 7, "image_batch": 3, "rounds": 1} | changes)
+                             "device": "cpu", "boxes": 9, "batch_size": 7, "rounds": 1} | changes)
 
     return make
 

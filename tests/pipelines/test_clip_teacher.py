@@ -21,10 +21,12 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines import clip_teacher
 from hdovd.pipelines.box_table import box_table
 from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
+from hdovd.pipelines.crop_recipe import PLAIN_BOX
 from hdovd.pipelines.extract_config import Activation, Precision
 from hdovd.pipelines.identities import level_inputs
 from hdovd.pipelines.nouns import Nouns
 from hdovd.pipelines.text_rows import TextRows
+from hdovd.pipelines.ways import Pictures, ways_of
 
 SaveClip = Callable[..., str]
 TEXTS = {Level.CLASS, Level.NOUN, Level.PSEUDO_LABEL}  # a pseudo label is a row of the noun level
@@ -245,7 +247,8 @@ def test_identity_is_plain_values(clip: str) -> None:
 
 
 def _keys(teacher: ClipTeacher) -> dict[Level, str]:
-    inputs = level_inputs(teacher, box_table([], {}), Nouns(("fire-hydrant", "sky"), None), TextRows(("a-b", "cat")), ["a {}"])
+    ways = ways_of(teacher, Pictures([], Path, np.zeros(1), np.zeros((0, 4))), PLAIN_BOX)
+    inputs = level_inputs(teacher, box_table([], {}), Nouns(("fire-hydrant", "sky"), None), TextRows(("a-b", "cat")), ["a {}"], ways)
     return {level: key_of(values) for level, values in inputs.items()}
 
 

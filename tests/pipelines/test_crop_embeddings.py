@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from hdovd.coco import ImageBoxes
 from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
 from hdovd.pipelines.crop_recipe import CropRecipe, Shape
-from hdovd.pipelines.crops import CropJob
 from hdovd.pipelines.extract_config import Precision
 from hdovd.pipelines.feeding import Wanted, embed
-from hdovd.pipelines.part_rows import mean_of
+from hdovd.pipelines.ways import Crops, Pictures, mean_of
 
 WIDTH, HEIGHT, BATCH = 320, 240, 48
 RECIPES = [CropRecipe(), CropRecipe(Shape.SQUARE), CropRecipe(Shape.SQUARE_INSIDE), CropRecipe(Shape.BOX, (1, 1.5))]
@@ -47,11 +47,11 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _ours(clip: ClipTeacher, picture: Path, recipe: CropRecipe, boxes: np.ndarray, batch: int = BATCH, workers: int = 0) -> np.ndarray:
-    regions = recipe.regions(boxes, WIDTH, HEIGHT)
-    jobs = [CropJob(1, picture, WIDTH, HEIGHT, regions[first : first + batch]) for first in range(0, len(regions), batch)]
-    wanted = [Wanted([job], batch) for job in jobs]
-    rows = np.concatenate([answer.rows for answer in embed(wanted, clip, workers)])[: len(regions)]
-    return mean_of(rows, len(recipe.scales))
+    image = ImageBoxes(1, picture.name, WIDTH, HEIGHT, boxes, np.zeros(len(boxes), np.int64), np.arange(len(boxes)))
+    way = Crops(clip, Pictures([image], lambda _: picture, np.array([0, len(boxes)]), boxes), recipe)
+    wanted = [Wanted(way.level, way.jobs(some), way.places(batch)) for some in way.groups(np.arange(len(boxes)), batch)]
+    answers = embed(wanted, {way.level: way}, clip.device, workers)
+    return np.concatenate([answer.rows[: w.jobs[0].rows] for w, answer in zip(wanted, answers, strict=True)])
 
 
 def _reference(clip: ClipTeacher, picture: Path, recipe: CropRecipe, boxes: np.ndarray) -> np.ndarray:

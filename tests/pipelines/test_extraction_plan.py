@@ -106,7 +106,7 @@ def test_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path: Path, extrac
     assert report.rows[INSTANCE] == report.new_rows[INSTANCE] > 200
     size = report.rows[INSTANCE] * 24 * 2 / 1000  # 24 float16 values a row
     assert f"{size:.1f} kB" in text
-    assert f"{report.rows[IMAGE] + report.rows[INSTANCE]:,d} pictures and crops: about" in text
+    assert f"{report.rows[IMAGE] + report.rows[INSTANCE]:,d} pictures and boxes: about" in text
     assert lines[-1] == "a dry run: nothing was written"
 
 
@@ -214,3 +214,25 @@ def test_folder_with_something_else_is_never_taken(tmp_path: Path, extraction: C
     with untouched(tmp_path / "photos"), pytest.raises(HdovdError, match=r"photos is not empty .*mine\.jpg"):
         extract_clip(extraction(tmp_path / "photos"), _silent, counting)
     assert counting.batches == []
+
+
+def test_ctrl_c_says_what_stays_and_the_same_command_goes_on(extraction: Config, counting: Any, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    embed, lines, config = counting.embed_images, list[str](), extraction(tmp_path / "cache", part_rows=20, batch_size=20)
+
+    def pressed(pixels: Any) -> Any:
+        if len(counting.batches) == 9:
+            raise KeyboardInterrupt
+        return embed(pixels)
+
+    monkeypatch.setattr(counting, "embed_images", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        extract_clip(config, lines.append, counting)
+    (line,) = [line for line in lines if line.startswith("stopped: ")]
+    records = {file: file.read_bytes() for file in (tmp_path / "cache").glob("*/*/parts/0*.json")}
+    assert int(line.split()[1]) == len(records) > 0
+    monkeypatch.setattr(counting, "embed_images", embed)
+    report = extract_clip(config, lines.append, counting)
+    assert report.whole
+    assert 0 < report.new_rows[IMAGE] < report.rows[IMAGE]
+    assert {file: file.read_bytes() for file in records} == records

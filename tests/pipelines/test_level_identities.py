@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ from hdovd.cache.identity import KeyInputs, hash_texts, key_of
 from hdovd.cache.schema import Level
 from hdovd.coco import ImageBoxes
 from hdovd.pipelines.box_table import box_table
+from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe, Shape
 from hdovd.pipelines.identities import data_inputs, level_inputs
 from hdovd.pipelines.nouns import Nouns
 from hdovd.pipelines.prompt_templates import Name, prompts
 from hdovd.pipelines.proposal_file import Proposals
 from hdovd.pipelines.text_rows import TextRows
+from hdovd.pipelines.ways import Pictures, ways_of
 
 ALL = set(Level)
 BOXES, INSTANCE, IMAGE, CLASS, NOUN, PSEUDO_LABEL = Level
@@ -53,12 +56,13 @@ def _values() -> dict[str, Any]:
     proposals = {1: Proposals(np.array([[1, 2, 30, 40]], np.float32), np.array([0.5], np.float32)),
                  5: Proposals(np.array([[1, 2, 30, 40], [3, 4, 20, 20]], np.float32), np.array([0.5, 0.25], np.float32))}
     return {"clip": _Teacher(), "images": images, "proposals": proposals, "nouns": Nouns(("Dog", "cat", "sky"), {1: (0, 2), 5: (1,)}),
-            "classes": TextRows(("A", "b")), "templates": ["a {}", "the {}"]}
+            "classes": TextRows(("A", "b")), "templates": ["a {}", "the {}"], "recipe": PLAIN_BOX}
 
 
 def _inputs(values: dict[str, Any]) -> dict[Level, KeyInputs]:
+    ways = ways_of(values["clip"], Pictures([], Path, np.zeros(1), np.zeros((0, 4))), values["recipe"])
     return level_inputs(values["clip"], box_table(values["images"], values["proposals"]), values["nouns"], values["classes"],
-                        values["templates"])
+                        values["templates"], ways)
 
 
 def _keys(values: dict[str, Any]) -> dict[Level, str]:
@@ -95,6 +99,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], set[Level]]] = {
     "activation": (lambda v: v["clip"].identity.update(activation="quickgelu"), EMBEDDED),
     "compute dtype": (lambda v: v["clip"].identity.update(compute_dtype="bfloat16"), EMBEDDED),
     "preprocessing": (lambda v: v["clip"].preprocessing.update(mean=[0.5, 0.4, 0.5]), {IMAGE, INSTANCE, PSEUDO_LABEL}),
+    "crop shape": (lambda v: v.update(recipe=CropRecipe(Shape.SQUARE)), {INSTANCE, PSEUDO_LABEL}),
+    "crop scales": (lambda v: v.update(recipe=CropRecipe(scales=(1, 1.5))), {INSTANCE, PSEUDO_LABEL}),
     "tokenizer": (lambda v: setattr(v["clip"], "lower_case", True), TEXTS),
     "template": (lambda v: v.update(templates=["a {}", "this {}"]), TEXTS),
     "template order": (lambda v: v["templates"].reverse(), TEXTS),

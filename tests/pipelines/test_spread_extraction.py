@@ -58,7 +58,7 @@ def alone(extraction: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _crops(printed: str) -> tuple[int, int]:
     """Pictures and crops that the process made, and that others made, as it says."""
-    found = re.search(r"is whole, .*; ([\d,]+) pictures and crops in [^;\n]*(?:; ([\d,]+) by other processes)?", printed)
+    found = re.search(r"is whole, .*; ([\d,]+) pictures and boxes in [^;\n]*(?:; ([\d,]+) by other processes)?", printed)
     assert found, printed
     mine, others = (int((number or "0").replace(",", "")) for number in found.groups())
     return mine, others

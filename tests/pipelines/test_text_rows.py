@@ -303,7 +303,7 @@ def test_config_survives_as_plain_values_with_absolute_paths(tmp_path: Path, mon
     (tmp_path / "p.toml").touch()
     here = {"proposals": Path("p.json"), "vocabulary": Path("v.txt"), "captions": Path("c.json"), "synonyms": Path("s.toml")}
     config = ExtractConfig(DataPaths(Path("coco"), Path("images"), Path("a.json")), "cache", "local-dir:clip", "weights.pt",
-                           protocol="p.toml", templates=("{} here", "a {}"), crop=CropRecipe(Shape.SQUARE, (1, 2)),
+                           protocol="p.toml", templates=("{} here", "a {}"), recipe=CropRecipe(Shape.SQUARE, (1, 2)),
                            precision=Precision.BF16, activation=Activation.GELU, features="mine", device="cpu", batch_size=3, part_rows=5,
                            workers=1, dry_run=True, retry_failed=True, share=Share(1, 2), executor=Executor.RAY,
                            store=Store.WEBDATASET, **here)
@@ -313,7 +313,7 @@ def test_config_survives_as_plain_values_with_absolute_paths(tmp_path: Path, mon
     expected = {name: tmp_path / path for name, path in here.items()} | {
         "data": DataPaths(tmp_path / "coco", tmp_path / "images", tmp_path / "a.json"), "cache": "elsewhere",
         "clip": f"local-dir:{tmp_path / 'clip'}", "pretrained": str(tmp_path / "weights.pt"), "protocol": str(tmp_path / "p.toml"),
-        "templates": ("{} here", "a {}"), "crop": CropRecipe(Shape.SQUARE, (1, 2)), "precision": Precision.BF16,
+        "templates": ("{} here", "a {}"), "recipe": CropRecipe(Shape.SQUARE, (1, 2)), "precision": Precision.BF16,
         "activation": Activation.GELU, "features": "mine",
         "class_embeddings": None, "device": "auto", "batch_size": None, "part_rows": 65_536, "workers": 0, "dry_run": False,
         "retry_failed": False, "share": None, "executor": Executor.LOCAL, "store": Store.ZARR}
