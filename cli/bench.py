@@ -54,7 +54,7 @@ def extract(
     pretrained: Annotated[str | None, typer.Option("--pretrained", help="Tag or checkpoint file. Default: random weights.")] = None,
     precision: Annotated[Precision, typer.Option(help="Compute precision.")] = Precision.FP32,
     device: options.Device = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode and crop.")] = 0,
+    workers: options.Workers = "auto",
     batch: options.Batch = "auto",
     crop: Annotated[Shape, typer.Option(help="The pixels that a box stands for.")] = Shape.BOX,
     crop_scales: Annotated[str, typer.Option("--crop-scales", help="As for extract-clip.")] = "1",
@@ -74,8 +74,8 @@ def extract(
     (width, height), (pictures, rows) = _two(picture, "x", "--picture"), _two(forecast, ",", "--forecast")
     with _workplace(folder, keep=keep) as place:
         recipe = CropRecipe.parse(crop, crop_scales)
-        speed = bench_speed(SpeedBench(place, clip, pretrained, precision, device, workers, options.batch_size(batch), images, boxes,
-                                       width, height, rounds, recipe, pictures, rows), typer.echo)
+        speed = bench_speed(SpeedBench(place, clip, pretrained, precision, device, options.workers(workers), options.batch_size(batch),
+                                       images, boxes, width, height, rounds, recipe, pictures, rows), typer.echo)
         for line in speed.lines():
             typer.echo(line)
         if json_file is not None:

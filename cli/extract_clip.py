@@ -40,7 +40,7 @@ def extract_clip(
     precision: Annotated[Precision, typer.Option(help="Compute precision; embeddings are stored as float16.")] = Precision.FP32,
     activation: Annotated[Activation, typer.Option(help="The activation that the weights were trained with.")] = Activation.AUTO,
     batch: options.Batch = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode and crop.")] = 0,
+    workers: options.Workers = "auto",
     features: options.Features = DEFAULT_SET,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try images again that could not be read.")] = False,
@@ -68,8 +68,9 @@ def extract_clip(
     recipe = options.recipe(instance_teacher, dense_side, CropRecipe.parse(crop, crop_scales))
     report = run(ExtractConfig(
         DataPaths(data, images, annotations), cache, clip, pretrained, proposals, vocabulary, captions, protocol, read_templates(templates),
-        recipe, precision, activation, features, device, options.batch_size(batch), part_rows, workers, dry_run, retry_failed,
-        None if shard is None else Share.parse(shard), executor, store, synonyms, class_embeddings))
+        recipe, precision, activation, features, device, options.batch_size(batch), part_rows,
+        options.workers(workers), dry_run, retry_failed, None if shard is None else Share.parse(shard), executor, store, synonyms,
+        class_embeddings))
     if report.whole and not dry_run and this_share(None).speaks:
         named = "" if features == DEFAULT_SET else f" --features {features}"
         typer.echo(f"next: hdovd train --cache {cache}{named} --out RUN ...")

@@ -25,6 +25,9 @@ ClassEmbeddings = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Batch = Annotated[str, typer.Option("--batch", "--batch-size", help="Crops that CLIP embeds at a time, or auto: found by trying.")]
+Workers = Annotated[
+    str, typer.Option("--workers", help="Processes that decode and crop, or auto: none on a CPU, all cores but one for a GPU.")
+]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe or a TOML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe: loss.image.enabled=false. Repeatable.")]
 Features = Annotated[str, typer.Option("--features", help="The name of a set of features: products of one cache that belong together.")]
@@ -32,10 +35,19 @@ Features = Annotated[str, typer.Option("--features", help="The name of a set of 
 
 def batch_size(text: str) -> int | None:
     """What --batch says; None for auto. Raises HdovdError for anything else."""
+    return _number_or_auto("--batch", text, 1)
+
+
+def workers(text: str) -> int | None:
+    """What --workers says; None for auto. Raises HdovdError for anything else."""
+    return _number_or_auto("--workers", text, 0)
+
+
+def _number_or_auto(option: str, text: str, least: int) -> int | None:
     if text == "auto":
         return None
-    if not (text.isdigit() and int(text)):
-        raise HdovdError(f"--batch {text}: expected auto, or a whole number above 0")
+    if not text.isdigit() or int(text) < least:
+        raise HdovdError(f"{option} {text}: expected auto, or a whole number from {least} on")
     return int(text)
 
 

@@ -25,6 +25,7 @@ from hdovd.pipelines.bench_world import BenchWorld, make_world
 from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe
 from hdovd.pipelines.crops import CropJob, Cutter
+from hdovd.pipelines.device import workers_for
 from hdovd.pipelines.extract_clip import duration, prepare, size
 from hdovd.pipelines.extract_config import ExtractConfig, Precision
 from hdovd.pipelines.extraction import Extraction
@@ -50,7 +51,7 @@ class SpeedBench:
     pretrained: str | None = None
     precision: Precision = Precision.FP32
     device: str = "auto"
-    workers: int = 0
+    workers: int | None = None
     batch_size: int | None = None
     images: int | None = None
     boxes: int = 30
@@ -123,7 +124,8 @@ def bench_speed(bench: SpeedBench, log: Callable[[str], None] = print) -> Speed:
     clip = load_clip(bench.clip, bench.pretrained, device=bench.device, precision=bench.precision,
                      random_weights=bench.pretrained is None and ":" not in bench.clip)
     batch_size = bench.batch_size or clip.best_batch()
-    bench = replace(bench, batch_size=batch_size)
+    workers = workers_for(clip.device, bench.workers)
+    bench = replace(bench, batch_size=batch_size, workers=workers)
     pixels = torch.randint(256, (batch_size, *clip.input_size, 3), dtype=torch.uint8, device=clip.device).permute(0, 3, 1, 2)
     guess = [_model_only(clip, pixels, 2 * torch.get_num_threads()) for _ in range(2)][1]  # the first prepares what later ones use
     scales = len(bench.crop.scales)
@@ -142,13 +144,13 @@ def bench_speed(bench: SpeedBench, log: Callable[[str], None] = print) -> Speed:
     decode, cut, transfer, write = stages.decode(), stages.cut(), stages.transfer(batch_size), _write(bench.folder, clip.dim)
     prepare_rate, cores = 1 / (1 / decode + 1 / cut), torch.get_num_threads()
     pil, pil_prepare = stages.pil_way()
-    seconds = {"the model": 1 / model_only, "preparation": 1 / (prepare_rate * (bench.workers or cores)), "writing": 1 / write,
+    seconds = {"the model": 1 / model_only, "preparation": 1 / (prepare_rate * (workers or cores)), "writing": 1 / write,
                "transfer to the GPU": 0.0 if transfer is None else 1 / transfer}
     a_box = sum(np.dtype(dtype).itemsize * (clip.dim if wide else 1) for dtype, wide in ROW_ARRAYS[Level.INSTANCE].values())
     a_box += sum(np.dtype(TABLE_ARRAYS[Level.BOXES][name]).itemsize for name in ("source", "score", "annotation_id")) + 2 * 4 * 4
     return Speed(
         device=torch.cuda.get_device_name(clip.device) if clip.device.type == "cuda" else "CPU", precision=str(bench.precision),
-        cores=cores, workers=bench.workers, batch_size=batch_size, crops=crops,
+        cores=cores, workers=workers, batch_size=batch_size, crops=crops,
         fill=crops - images * (bench.boxes * scales + 1), model_only=model_only, end_to_end=end_to_end,
         efficiency=median(ours / model for model, ours in rounds), decode_a_core=decode, cut_a_core=cut, prepare_a_core=prepare_rate,
         transfer=transfer, write=write, limit=max(seconds, key=lambda name: seconds[name]), pil=pil, pil_prepare_a_core=pil_prepare,

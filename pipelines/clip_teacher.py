@@ -35,7 +35,7 @@ from hdovd.pipelines.prompt_templates import Name, prompts
 
 _TEXT_BATCH = 256
 CPU_BATCH = 64  # embedded by each thread alone: larger ones are no faster, and take longer to stop
-LARGEST_BATCH = 4_096
+LARGEST_BATCH = 1_024  # each worker process has two of them ready
 BATCH_GAIN = 1.03  # a larger batch that is no faster than this only takes memory
 _DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 

@@ -1,4 +1,6 @@
-"""Which device a stage runs on."""
+"""Which device a stage runs on, and how many processes feed it."""
+
+import os
 
 import torch
 
@@ -20,3 +22,13 @@ def pick_device(name: str) -> torch.device:
 def shown(device: torch.device) -> str:
     """What to call it in progress and reports."""
     return f"{torch.cuda.get_device_name(device)} ({device})" if device.type == "cuda" else str(device)
+
+
+def workers_for(device: torch.device, asked: int | None) -> int:
+    """`asked`, or what suits the device: on a CPU none, for its cores compute; for a GPU this process's share of the cores, less one."""
+    if asked is not None:
+        return asked
+    if device.type != "cuda":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)  # which torchrun sets

@@ -15,6 +15,7 @@ from hdovd.cache.schema import Level
 from hdovd.coco import Split
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.box_table import box_table
+from hdovd.pipelines.device import workers_for
 from hdovd.pipelines.extract_config import Executor, ExtractConfig, Store
 from hdovd.pipelines.extract_plan import LevelPlan, plan_levels
 from hdovd.pipelines.extraction import Extraction, Probe
@@ -62,7 +63,7 @@ def extract_clip(config: ExtractConfig, log: Log = print, teacher: Teacher | Non
     report = ExtractReport({p.level: p.decision for p in plans}, {p.level: p.rows for p in plans}, {p.level: p.new_rows for p in plans})
     with_pictures = any(extraction.plans[level].new_rows for level in (Level.IMAGE, Level.INSTANCE))
     probe = extraction.probe() if with_pictures and share.speaks else None
-    for line in plan_lines(plans, probe, config, share.count):
+    for line in plan_lines(plans, probe, config, share.count, extraction.workers):
         log(line)
     if config.dry_run:
         log("a dry run: nothing was written")
@@ -111,7 +112,7 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
     inputs = level_inputs(loaded, table, nouns, classes, config.templates, ways)
     plans = plan_levels(catalog, inputs, table, loaded.dim, part_rows=config.part_rows, retry_failed=config.retry_failed)
     return Extraction(split, table, nouns, classes, loaded, ways, plans, templates=config.templates, batch_size=config.batch_size,
-                      workers=config.workers)
+                      workers=workers_for(loaded.device, config.workers))
 
 
 def _proposals(config: ExtractConfig, split: Split, log: Log) -> dict[int, Proposals]:
@@ -125,7 +126,7 @@ def _proposals(config: ExtractConfig, split: Split, log: Log) -> dict[int, Propo
     return proposals
 
 
-def plan_lines(plans: list[LevelPlan], probe: Probe | None, config: ExtractConfig, processes: int) -> list[str]:
+def plan_lines(plans: list[LevelPlan], probe: Probe | None, config: ExtractConfig, processes: int, workers: int = 0) -> list[str]:
     """The plan as a table, with what it will cost."""
     lines = [f"plan for {config.cache}", f"  {'level':13s}{'plan':8s}{'rows':>11s}{'new':>11s}{'new bytes':>11s}  key"]
     for plan in plans:
@@ -135,11 +136,11 @@ def plan_lines(plans: list[LevelPlan], probe: Probe | None, config: ExtractConfi
         lines += [f"  {'':13s}{reason}" for reason in plan.reason.split("; ") if reason]
     if probe is not None:
         rows = {plan.level: plan.new_rows for plan in plans if plan.level in probe.costs}
-        seconds = sum(cost.seconds(rows[level], config.workers) for level, cost in probe.costs.items()) / processes
+        seconds = sum(cost.seconds(rows[level], workers) for level, cost in probe.costs.items()) / processes
         box, who = probe.costs[Level.INSTANCE], f"{processes} process{'es' if processes > 1 else ''}"
         who = "a Ray worker" if config.executor is Executor.RAY else who
         lines.append(f"  {sum(rows.values()):,d} pictures and boxes: about {duration(seconds)} (a short probe: {1000 * box.cut_s:.2f} ms "
-                     f"to cut, {1000 * box.embed_s:.2f} ms to embed a box; {who} with --workers {config.workers})"
+                     f"to cut, {1000 * box.embed_s:.2f} ms to embed a box; {who} with --workers {workers})"
                      + ("" if probe.gpu_bytes is None else f"; GPU memory {size(probe.gpu_bytes)}"))
     return lines
 

@@ -69,7 +69,8 @@ class Share:
 class ExtractConfig:
     """What to extract. `clip` and `pretrained` as in `clip_teacher.load_clip`; sizes in crops and rows.
 
-    `features` names the set that the products make up. `batch_size`: None for the teacher's best. `share`: None for torchrun's
+    `features` names the set that the products make up. `batch_size`: None for the teacher's best. `workers`: None for what suits
+    the device. `share`: None for torchrun's
     own, or all of the work. `store`: what `cache` becomes, a Zarr cache or a folder of tar shards. `synonyms` and
     `class_embeddings`: files of `text_rows.read_classes`. `recipe`: what becomes of a box.
     """
@@ -90,7 +91,7 @@ class ExtractConfig:
     device: str = "auto"
     batch_size: int | None = None
     part_rows: int = PART_ROWS
-    workers: int = 0
+    workers: int | None = None
     dry_run: bool = False
     retry_failed: bool = False
     share: Share | None = None

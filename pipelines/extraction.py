@@ -90,7 +90,7 @@ class Extraction:
         self._ways = ways
         self._texts = {Level.CLASS: classes} | ({} if nouns is None else {Level.NOUN: TextRows(nouns.vocabulary)})
         self.plans = {plan.level: plan for plan in plans}
-        self._templates, self._batch_size, self._workers = templates, batch_size, workers
+        self._templates, self._batch_size, self.workers = templates, batch_size, workers
         self.done: list[Unit] = []  # by this process, pseudo labels too
         self._writers: dict[Level, ProductWriter] = {}
         self._donors: dict[Level, Rows] = {}
@@ -146,7 +146,7 @@ class Extraction:
                         asked.append((part, batch))
                         yield batch.wanted
 
-            for answer in embed(wanted(), self._ways, self.teacher.device, self._workers):
+            for answer in embed(wanted(), self._ways, self.teacher.device, self.workers):
                 part, batch = asked.popleft()
                 assert part.rows is not None
                 part.rows.take(batch, answer)

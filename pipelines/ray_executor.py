@@ -97,7 +97,7 @@ class Crew:
         cache = config.cache if "://" in str(config.cache) else Path(config.cache).absolute()
         self._config = ExtractConfig.from_dict(  # with absolute paths: actors have another working directory
             config.to_dict(), cache, device="cuda" if self._size.gpus else "cpu", batch_size=config.batch_size, part_rows=config.part_rows,
-            workers=config.workers, retry_failed=config.retry_failed, executor=Executor.RAY)
+            workers=_workers(config, self._size), retry_failed=config.retry_failed, executor=Executor.RAY)
         self._idle: list[Any] = []
         self._at_work: dict[Any, tuple[Any, Unit | None, bool]] = {}  # by future: actor, unit (None: it loads), whether it may wait
         self._deaths: Counter[Unit | None] = Counter()
@@ -180,7 +180,15 @@ def _size_of_actor(config: ExtractConfig) -> Size:
     if config.device not in ("auto", "cpu"):
         raise HdovdError(f"--device {config.device}: the Ray cluster has no GPU (`ray status`); use --device cpu, or wait for its nodes")
     largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    return Size(0, max(1, min(1 + config.workers, largest)))
+    return Size(0, max(1, min(1 + (config.workers or 0), largest)))
+
+
+def _workers(config: ExtractConfig, size: Size) -> int:
+    """Of an actor. It may see all cores of its node, and nothing of the others there."""
+    if config.workers is not None or not size.gpus:
+        return config.workers or 0
+    have = ray.cluster_resources()
+    return max(1, int(have["CPU"] // have["GPU"]) - 1)
 
 
 def _first_line(error: RayError) -> str:

@@ -177,6 +177,7 @@ def test_the_extract_command(tmp_path: Path, clip: str) -> None:
 @pytest.mark.parametrize(("option", "text", "message"), [
     ("--picture", "640", "--picture 640: expected two whole numbers"), ("--forecast", "0,5", "--forecast 0,5: expected two"),
     ("--batch", "many", "--batch many: expected auto"), ("--batch", "0", "--batch 0: expected auto"),
+    ("--workers", "-1", "--workers -1: expected auto, or a whole number from 0"),
     ("--crop-scales", "big", "--crop-scales big: expected numbers")])
 def test_wrong_words(option: str, text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(HdovdError, match=message):

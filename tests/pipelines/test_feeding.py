@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from hdovd.pipelines.device import workers_for
 from hdovd.pipelines.feeding import in_order, own_threads
 
 
@@ -69,3 +70,12 @@ def test_torch_computes_alone_in_each_thread_and_as_before_elsewhere() -> None:
     later.start()
     later.join()
     assert [torch.get_num_threads(), *found] == [before, before]
+
+
+@pytest.mark.parametrize(("device", "asked", "processes", "expected"), [
+    ("cpu", None, "1", 0), ("cpu", 3, "1", 3), ("cuda", None, "1", 15), ("cuda:2", None, "4", 3), ("cuda", None, "16", 1),
+    ("cuda", 0, "1", 0)])
+def test_workers_suit_the_device(device: str, asked: int | None, processes: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert workers_for(torch.device(device), asked) == expected

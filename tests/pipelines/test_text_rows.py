@@ -315,7 +315,7 @@ def test_config_survives_as_plain_values_with_absolute_paths(tmp_path: Path, mon
         "clip": f"local-dir:{tmp_path / 'clip'}", "pretrained": str(tmp_path / "weights.pt"), "protocol": str(tmp_path / "p.toml"),
         "templates": ("{} here", "a {}"), "recipe": CropRecipe(Shape.SQUARE, (1, 2)), "precision": Precision.BF16,
         "activation": Activation.GELU, "features": "mine",
-        "class_embeddings": None, "device": "auto", "batch_size": None, "part_rows": 65_536, "workers": 0, "dry_run": False,
+        "class_embeddings": None, "device": "auto", "batch_size": None, "part_rows": 65_536, "workers": None, "dry_run": False,
         "retry_failed": False, "share": None, "executor": Executor.LOCAL, "store": Store.ZARR}
     assert {f.name: getattr(again, f.name) for f in fields(ExtractConfig)} == expected
     other = replace(again, synonyms=None, class_embeddings=Path("c.npy"))
