@@ -13,7 +13,7 @@ from hdovd.cache.storage import CLAIMS, Folder
 from hdovd.cache.verify import product_names
 from hdovd.errors import HdovdError
 
-TOGETHER = ("clip", "preprocessing", "images", "boxes")  # inputs that the products of one extraction share
+TOGETHER = ("clip", "images", "boxes")  # inputs that the products of one extraction share
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ def dense(
     annotations: options.Annotations = None,
     protocol: options.Protocol = "ov-coco",
     templates: options.Templates = "photo",
-    side: Annotated[list[int] | None, typer.Option("--side", min=1, help="Of the whole picture for CLIP, in pixels. Repeatable.")] = None,
+    side: Annotated[list[int] | None, typer.Option("--side", min=1, help="As --dense-side of extract-clip. Repeatable.")] = None,
     precision: Annotated[Precision, typer.Option(help="Compute precision.")] = Precision.FP32,
     device: options.Device = "auto",
     count: Annotated[int, typer.Option(min=1, help="Validation images.")] = 200,
@@ -100,13 +100,13 @@ def dense(
 ) -> None:
     """Compare CLIP's embeddings of crops with those of one pass an image and RoIAlign: rate, cosine, zero-shot accuracy.
 
-    On the annotated boxes of your validation images. What it measures is not a teacher of extract-clip yet.
+    On the annotated boxes of your validation images. Before you train from extract-clip --instance-teacher dense.
     """
     from hdovd.coco import DataPaths
     from hdovd.pipelines.bench_dense import DenseBench, bench_dense
     from hdovd.pipelines.prompt_templates import read_templates
 
-    bench_dense(DenseBench(DataPaths(data, images, annotations), clip, tuple(side or (224, 448)), pretrained, protocol,
+    bench_dense(DenseBench(DataPaths(data, images, annotations), clip, tuple(side or (None,)), pretrained, protocol,
                            read_templates(templates), precision, device=device, images=count, boxes=boxes, rounds=rounds), typer.echo)
 
 

@@ -115,7 +115,7 @@ def verify(
     activation: Annotated[Activation | None, typer.Option(help="The activation that the weights were trained with.")] = None,
     device: options.Device = "auto",
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Crops a CLIP batch, where --repair has lost that.")] = None,
-    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that decode and crop for --repair.")] = 0,
+    workers: options.Workers = "auto",
 ) -> None:
     """Check every checksum, table and row; name what is damaged; exit with 1 if anything is.
 
@@ -132,7 +132,7 @@ def verify(
                                "pretrained": pretrained, "proposals": proposals, "vocabulary": vocabulary, "captions": captions,
                                "protocol": protocol, "templates": prompts, "synonyms": synonyms, "class_embeddings": class_embeddings,
                                "precision": precision, "activation": activation, "device": device, "batch_size": batch_size,
-                               "workers": workers}
+                               "workers": options.workers(workers)}
     changes = {name: value for name, value in changes.items() if value is not None}
     if check_cache(CheckConfig(cache, features, sample, seed, repair, changes), typer.echo).findings:
         raise typer.Exit(1)

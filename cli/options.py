@@ -24,7 +24,8 @@ ClassEmbeddings = Annotated[
                               "learned prompts. One array in .npy, .safetensors, .pt.")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-Batch = Annotated[str, typer.Option("--batch", "--batch-size", help="Crops that CLIP embeds at a time, or auto: found by trying.")]
+Batch = Annotated[str, typer.Option("--batch", "--batch-size", help="Crops that CLIP embeds at a time (or the pixels of so many), or "
+                                    "auto: found by trying.")]
 Workers = Annotated[
     str, typer.Option("--workers", help="Processes that decode and crop, or auto: none on a CPU, all cores but one for a GPU.")
 ]

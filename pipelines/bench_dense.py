@@ -18,18 +18,20 @@ from torch import Tensor
 from hdovd.cache.schema import Level
 from hdovd.coco import DataPaths, ImageBoxes, Split
 from hdovd.errors import HdovdError
-from hdovd.pipelines.clip_teacher import load_clip
+from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, DenseRecipe
 from hdovd.pipelines.crops import Cutter, read_picture
-from hdovd.pipelines.dense_clip import DenseClip
 from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, Activation, Precision
 from hdovd.pipelines.ways import Pictures, Way, ways_of
 from hdovd.protocol import Protocol, load_protocol
 
+NO_PICTURES = Pictures([], lambda _: Path(), np.zeros(1, np.int64), np.zeros((0, 4), np.float32))
+
 
 @dataclass(frozen=True, slots=True)
 class DenseBench:
-    """What to compare. `clip`, `pretrained`, `activation`: as in `clip_teacher.load_clip`. `sides`: of the dense input, in pixels.
+    """What to compare. `clip`, `pretrained`, `activation`: as in `clip_teacher.load_clip`. `sides`: of the dense input, in pixels; None for
+    the default of extraction.
 
     `images`: so many of val2017, spread over the list; their pictures stay in memory. `boxes`: so many a picture at least, for a dense pass
     costs a picture first of all: shifted copies of the labelled ones are added, which count for the rates alone. `batch_size` in crops.
@@ -38,7 +40,7 @@ class DenseBench:
 
     data: DataPaths
     clip: str
-    sides: tuple[int, ...]
+    sides: tuple[int | None, ...]
     pretrained: str | None = None
     protocol: str = "ov-coco"
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
@@ -90,8 +92,7 @@ def bench_dense(bench: DenseBench, log: Callable[[str], None] = print) -> DenseF
     """Embed the same boxes as crops and densely at every side, and compare. Raises HdovdError for bad input."""
     protocol = load_protocol(bench.protocol)
     teacher = load_clip(bench.clip, bench.pretrained, device=bench.device, precision=bench.precision, activation=bench.activation)
-    for side in bench.sides:
-        DenseClip(teacher.model.visual, side)  # refuses what it cannot do before pictures are read
+    sides = [_dense(teacher, NO_PICTURES, side).input_size[0] for side in bench.sides]  # refused before pictures are read
     split, images = _chosen(bench, protocol, log)
     memory = {split.path(image): read_picture(split.path(image), image.width, image.height) for image in images}
     boxes, is_labelled = _filled_up(images, bench.boxes)
@@ -99,7 +100,7 @@ def bench_dense(bench: DenseBench, log: Callable[[str], None] = print) -> DenseF
     pictures = Pictures(images, split.path, np.cumsum([0, *map(len, boxes)]), np.concatenate(boxes))
     names = torch.from_numpy(teacher.embed_names(protocol.names, bench.templates))
     ways = {"crops": ways_of(teacher, pictures, PLAIN_BOX)[Level.INSTANCE]}
-    ways |= {f"dense {side}": ways_of(teacher, pictures, DenseRecipe(side))[Level.INSTANCE] for side in bench.sides}
+    ways |= {f"dense {side}": _dense(teacher, pictures, side) for side in sides}
     rates: list[list[tuple[float, float]]] = [[] for _ in ways]
     rows: list[Tensor] = []
     for number in range(bench.rounds):  # all in turn, again and again: other work on the machine slows whichever is running
@@ -114,6 +115,10 @@ def bench_dense(bench: DenseBench, log: Callable[[str], None] = print) -> DenseF
     for line in report.lines():
         log(line)
     return report
+
+
+def _dense(teacher: ClipTeacher, pictures: Pictures, side: int | None) -> Way:
+    return ways_of(teacher, pictures, DenseRecipe(side))[Level.INSTANCE]
 
 
 def _run(way: Way, batch_size: int, picture: Callable[[Path, int, int], Tensor]) -> tuple[Tensor, float, float]:

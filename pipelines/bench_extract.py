@@ -94,6 +94,11 @@ class Speed:
     forecast_seconds: float
     forecast_bytes: int
 
+    @property
+    def useful(self) -> float:
+        """End to end, without what fills up batches."""
+        return self.end_to_end * (self.crops - self.fill) / self.crops
+
     def lines(self) -> list[str]:
         """For people."""
         shown = [f"{self.device}, {self.precision}, batches of {self.batch_size}, {self.cores} cores, {self.workers} workers; "
@@ -107,9 +112,9 @@ class Speed:
         shown += [f"  write               {self.write:10,.0f} rows/s",
                   f"  what limits: {self.limit}",
                   "others' ways on the same boxes, end to end:",
-                  f"  a PIL crop a box    {self.pil:10,.1f} crops/s   hdovd is {self.end_to_end / self.pil:.2f} times as fast "
+                  f"  a PIL crop a box    {self.pil:10,.1f} crops/s   hdovd is {self.useful / self.pil:.2f} times as fast "
                   f"(preparation alone: {self.prepare_a_core / self.pil_prepare_a_core:.1f} times)",
-                  f"  a file a crop       {self.files:10,.1f} crops/s   hdovd is {self.end_to_end / self.files:.2f} times as fast",
+                  f"  a file a crop       {self.files:10,.1f} crops/s   hdovd is {self.useful / self.files:.2f} times as fast",
                   f"forecast: {duration(self.forecast_seconds)} on this machine, {size(self.forecast_bytes)} on disk"
                   + ("" if self.peak_gpu_bytes is None else f", {size(self.peak_gpu_bytes)} of GPU memory")]
         return shown
@@ -134,7 +139,7 @@ def bench_speed(bench: SpeedBench, log: Callable[[str], None] = print) -> Speed:
     proposals, files = max(1, bench.boxes // 2), min(images, PICTURES)
     make_world(bench.folder, BenchWorld(images, bench.boxes - proposals, proposals, files, bench.width, bench.height, "jpg"))
     begun = _extraction(bench, clip, "stages")
-    stages, sizes = _Stages(begun, clip, bench.crop), _batch_sizes(begun, batch_size, scales)
+    stages, sizes = _Stages(begun, clip, bench.crop), _batch_sizes(begun, batch_size)
     crops, rounds = sum(sizes), []
     log(f"every round embeds {crops:,d} crops in {len(sizes)} batches")
     for number in range(bench.rounds):
@@ -155,7 +160,7 @@ def bench_speed(bench: SpeedBench, log: Callable[[str], None] = print) -> Speed:
         efficiency=median(ours / model for model, ours in rounds), decode_a_core=decode, cut_a_core=cut, prepare_a_core=prepare_rate,
         transfer=transfer, write=write, limit=max(seconds, key=lambda name: seconds[name]), pil=pil, pil_prepare_a_core=pil_prepare,
         files=stages.files_way(bench.folder, batch_size), peak_gpu_bytes=clip.peak_memory_bytes(),
-        forecast_seconds=(bench.rows * scales + bench.pictures) / end_to_end,
+        forecast_seconds=(bench.rows * scales + bench.pictures) / end_to_end,  # of so many, the last batches do not count
         forecast_bytes=bench.rows * a_box + bench.pictures * 2 * clip.dim)
 
 
@@ -170,13 +175,13 @@ def _extraction(bench: SpeedBench, clip: ClipTeacher, name: str) -> Extraction:
     return extraction
 
 
-def _batch_sizes(extraction: Extraction, batch_size: int, scales: int) -> list[int]:
+def _batch_sizes(extraction: Extraction, batch_size: int) -> list[int]:
     """Of all batches that an extraction of pictures and boxes puts through the model."""
     sizes = []
-    for level, crops_a_row in ((Level.IMAGE, 1), (Level.INSTANCE, scales)):
-        plan, rows = extraction.plans[level], max(1, batch_size // crops_a_row)
+    for level in (Level.IMAGE, Level.INSTANCE):
+        plan, way = extraction.plans[level], extraction.ways[level]
         for first in range(0, plan.rows, plan.part_rows):
-            sizes += [max(batch_size, crops_a_row)] * -(-min(plan.part_rows, plan.rows - first) // rows)
+            sizes += [way.places(batch_size)] * len(way.groups(np.arange(first, min(first + plan.part_rows, plan.rows)), batch_size))
     return sizes
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -90,6 +91,9 @@ def _way(product: Product, sample: Sample) -> Way:
     The precision may be another one: it costs far less than LEAST_COSINE. What was imported names no CLIP to compare with.
     """
     inputs, teacher, tables = product.key_inputs, sample.clip, product.table
+    named = "weights_sha256" in inputs["clip"]
+    if named:
+        _refuse_others(product, {"clip": {**teacher.identity, "compute_dtype": inputs["clip"].get("compute_dtype")}})
     by_id = {image.id: image for image in sample.split.images}
     images = [by_id.get(image_id, GONE) for image_id in tables("image_id").tolist()]
     on_boxes = product.level is Level.INSTANCE
@@ -97,14 +101,17 @@ def _way(product: Product, sample: Sample) -> Way:
               else CropRecipe.from_inputs(inputs["crop"]) if "crop" in inputs else PLAIN_BOX)
     pictures = Pictures(images, sample.split.path, *((tables("offset"), tables("box")) if on_boxes else (np.zeros(1), np.zeros((0, 4)))))
     way = ways_of(teacher, pictures, recipe)[product.level]
-    if "weights_sha256" not in inputs["clip"]:
-        return way
-    have = {"clip": {**teacher.identity, "compute_dtype": inputs["clip"].get("compute_dtype")}, **way.inputs()}
-    lines = differences({name: inputs[name] for name in have if name in inputs}, have, sides=("the cache has", "the CLIP named has"))
+    if named:
+        _refuse_others(product, way.inputs())
+    return way
+
+
+def _refuse_others(product: Product, have: dict[str, Any]) -> None:
+    lines = differences({name: product.key_inputs[name] for name in have if name in product.key_inputs}, have,
+                        sides=("the cache has", "the CLIP named has"))
     if lines:
         raise HdovdError(f"{product.folder.url}: {product} was made by another CLIP:\n  " + "\n  ".join(lines)
                          + "\nGive the one that it was made with: --clip, --pretrained.")
-    return way
 
 
 def _choose(product: Product, known: set[int | str | None], count: int, seed: int) -> np.ndarray:
@@ -118,11 +125,12 @@ def _cosines(product: Product, way: Way, rows: np.ndarray) -> tuple[np.ndarray, 
     """The rows that could be encoded again, their cosines with the cache, and why others could not."""
     stored, problems = open_rows(product, "embedding", parts={int(part) for part in rows // product.part_rows}), list[str]()
     have = np.array([stored.read(int(row), int(row) + 1)[0] for row in rows], np.float64)
+    image_hash = product.table("image_hash")
     usable = np.asarray(have.any(axis=1))  # zeros: the picture could not be read then either
     number, image_id = way.images_of(rows), product.table("image_id")
     hashes = box_table([way.pictures.images[n] for n in np.unique(number)], {}).image_hash
     for n, now in zip(np.unique(number), hashes, strict=True):
-        if now != product.table("image_hash")[n] and usable[number == n].any():
+        if now != image_hash[n] and usable[number == n].any():
             problems.append(f"image {image_id[n]} has another name or size in the annotations, or is not there")
             usable[number == n] = False
     cutter, new = Cutter(way.fit, way.input_size), np.zeros(have.shape)

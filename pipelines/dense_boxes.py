@@ -13,7 +13,7 @@ from hdovd.coco import ImageBoxes
 from hdovd.errors import HdovdError
 from hdovd.pipelines.clip_teacher import ClipTeacher
 from hdovd.pipelines.crops import Batch
-from hdovd.pipelines.dense_clip import DenseClip, scale_boxes
+from hdovd.pipelines.dense_clip import DenseClip, near_side, scale_boxes
 from hdovd.pipelines.teacher import Teacher
 from hdovd.pipelines.ways import Pictures, Way
 
@@ -36,9 +36,9 @@ class DenseBoxes(Way):
     teacher: ClipTeacher
 
     def __init__(self, teacher: ClipTeacher, pictures: Pictures, side: int | None = None) -> None:
-        """`side`: None for DEFAULT_SIDES times that of the crop input. Raises HdovdError if the CLIP has no dense features."""
+        """`side`: None for about DEFAULT_SIDES times that of the crop input. Raises HdovdError if the CLIP has no dense features."""
         super().__init__(teacher, pictures)
-        self._side = side or DEFAULT_SIDES * max(teacher.input_size)
+        self._side = side or near_side(teacher.model.visual, DEFAULT_SIDES * max(teacher.input_size))
         self._clip, self._transform = DenseClip(teacher.model.visual, self._side), teacher.transform.squashed(self._side)
 
     @property

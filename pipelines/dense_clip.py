@@ -72,6 +72,17 @@ class DenseClip:
         return F.normalize(torch.cat(rows)[: len(rois)].float(), dim=1)
 
 
+def near_side(visual: nn.Module, side: int) -> int:
+    """The side next to `side` of which the tower's map has whole cells. Raises HdovdError as `DenseClip` does."""
+    if isinstance(visual, ModifiedResNet):
+        cell = _ResNet.cell
+    elif isinstance(visual, VisionTransformer):
+        cell = _square(visual.patch_size)
+    else:
+        cell = _square(visual.trunk.patch_embed.patch_size) if isinstance(visual, TimmModel) and hasattr(visual.trunk, "patch_embed") else 1
+    return max(cell, round(side / cell) * cell)
+
+
 def scale_boxes(boxes: Tensor, width: int, height: int, side: int) -> Tensor:
     """Boxes (n, 4), xyxy in pixels of a picture of `width` x `height`, in pixels of its squashed S x S form."""
     return boxes * boxes.new_tensor([side / width, side / height] * 2)
@@ -263,7 +274,7 @@ def _check_side(side: int, cell: int) -> None:
 
 
 def _rois(pixels: Tensor, boxes: Sequence[Tensor], side: int) -> Tensor:
-    """RoIAlign's form of the boxes: (n, 5) float32, the picture's number and xyxy."""
+    """RoIAlign's form of the boxes, on the CPU: (n, 5) float32, the picture's number and xyxy."""
     if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side) or len(pixels) != len(boxes):
         raise HdovdError(f"pixels are {tuple(pixels.shape)} with boxes of {len(boxes)} pictures; expected "
                          f"({len(boxes)}, 3, {side}, {side})")
@@ -271,9 +282,9 @@ def _rois(pixels: Tensor, boxes: Sequence[Tensor], side: int) -> Tensor:
     if wrong:
         raise HdovdError(f"boxes of picture {wrong[0]} of the batch: expected finite numbers of shape (n, 4), got shape "
                          f"{tuple(boxes[wrong[0]].shape)}")
-    rows = [pixels.new_zeros(0, 5, dtype=torch.float32)]
+    rows = [torch.zeros(0, 5)]
     for number, some in enumerate(boxes):
-        some = some.to(rows[0])
+        some = some.float().cpu()
         low = some[:, :2].clamp(0, side - 1)
         high = torch.maximum(some[:, 2:].clamp(max=side), low + 1)
         rows.append(torch.cat([torch.full_like(low[:, :1], number), low, high], dim=1))

@@ -6,6 +6,8 @@ import torch
 
 from hdovd.errors import HdovdError
 
+MOST_WORKERS = 16  # each holds two batches in shared memory
+
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one. Raises HdovdError for CUDA without a GPU."""
@@ -25,10 +27,16 @@ def shown(device: torch.device) -> str:
 
 
 def workers_for(device: torch.device, asked: int | None) -> int:
-    """`asked`, or what suits the device: on a CPU none, for its cores compute; for a GPU this process's share of the cores, less one."""
+    """`asked`, or what suits the device: on a CPU none, for its cores compute; for a GPU this process's share of the cores, less one,
+    MOST_WORKERS at most."""
     if asked is not None:
         return asked
     if device.type != "cuda":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)  # which torchrun sets
+    return workers_a_gpu(cores, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # which torchrun sets
+
+
+def workers_a_gpu(cores: int, gpus: int) -> int:
+    """Worker processes for each of a machine's GPUs."""
+    return min(MOST_WORKERS, max(1, cores // gpus - 1))

@@ -69,10 +69,9 @@ class Share:
 class ExtractConfig:
     """What to extract. `clip` and `pretrained` as in `clip_teacher.load_clip`; sizes in crops and rows.
 
-    `features` names the set that the products make up. `batch_size`: None for the teacher's best. `workers`: None for what suits
-    the device. `share`: None for torchrun's
-    own, or all of the work. `store`: what `cache` becomes, a Zarr cache or a folder of tar shards. `synonyms` and
-    `class_embeddings`: files of `text_rows.read_classes`. `recipe`: what becomes of a box.
+    `recipe`: what becomes of a box. `features` names the set that the products make up. `batch_size`: None for the teacher's
+    best. `workers`: None for what suits the device. `share`: None for torchrun's own, or all of the work. `store`: what `cache`
+    becomes, a Zarr cache or a folder of tar shards. `synonyms` and `class_embeddings`: files of `text_rows.read_classes`.
     """
 
     data: DataPaths

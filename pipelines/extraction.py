@@ -33,7 +33,7 @@ from hdovd.pipelines.nouns import Nouns
 from hdovd.pipelines.part_rows import PartRows, RowBatch
 from hdovd.pipelines.teacher import Teacher
 from hdovd.pipelines.text_rows import TextRows
-from hdovd.pipelines.ways import Way
+from hdovd.pipelines.ways import Crops, Way
 
 PROBE_IMAGES = 16
 PROBE_BOXES = 64  # an image
@@ -87,7 +87,7 @@ class Extraction:
                  ways: Mapping[Level, Way], plans: list[LevelPlan], *, templates: tuple[str, ...], batch_size: int | None,
                  workers: int) -> None:
         self.split, self.table, self.nouns, self.teacher = split, table, nouns, teacher
-        self._ways = ways
+        self.ways = ways
         self._texts = {Level.CLASS: classes} | ({} if nouns is None else {Level.NOUN: TextRows(nouns.vocabulary)})
         self.plans = {plan.level: plan for plan in plans}
         self._templates, self._batch_size, self.workers = templates, batch_size, workers
@@ -146,7 +146,7 @@ class Extraction:
                         asked.append((part, batch))
                         yield batch.wanted
 
-            for answer in embed(wanted(), self._ways, self.teacher.device, self.workers):
+            for answer in embed(wanted(), self.ways, self.teacher.device, self.workers):
                 part, batch = asked.popleft()
                 assert part.rows is not None
                 part.rows.take(batch, answer)
@@ -229,7 +229,7 @@ class Extraction:
         """The rows of a part, with what another product has of them."""
         plan, (start, stop) = self.plans[unit.level], self.product(unit.level).rows_of(unit.part)
         empty = np.zeros((stop - start, self.teacher.dim), np.float16)
-        rows = PartRows(self._ways[unit.level], start, empty, np.ones(stop - start, bool))
+        rows = PartRows(self.ways[unit.level], start, empty, np.ones(stop - start, bool))
         if plan.reuse is not None and plan.donor is not None:
             reuse = plan.reuse[start:stop]
             rows.missing = reuse < 0
@@ -280,13 +280,14 @@ class Extraction:
         count, offset = min(PROBE_IMAGES, len(self.split.images)), self.table.offset
         numbers = np.unique(np.linspace(0, len(self.split.images) - 1, count).astype(np.int64))
         boxes = np.concatenate([np.arange(offset[n], min(offset[n] + PROBE_BOXES, offset[n + 1])) for n in numbers])
-        cost = self._cost(Level.INSTANCE, boxes) if len(boxes) else self._cost(Level.IMAGE, numbers)
-        alike = not len(boxes) or self._ways[Level.IMAGE].input_size == self._ways[Level.INSTANCE].input_size
-        return Probe({Level.IMAGE: cost if alike else self._cost(Level.IMAGE, numbers), Level.INSTANCE: cost},
-                     self.teacher.peak_memory_bytes())
+        way = self.ways[Level.INSTANCE]
+        box = self._cost(Level.INSTANCE, boxes) if len(boxes) else None
+        alike = isinstance(way, Crops) and way.places(1) == 1  # a picture is a crop like any other
+        image = box if box is not None and alike else self._cost(Level.IMAGE, numbers)
+        return Probe({Level.IMAGE: image, Level.INSTANCE: box or image}, self.teacher.peak_memory_bytes())
 
     def _cost(self, level: Level, rows: np.ndarray) -> Cost:
-        way, on_gpu = self._ways[level], self.teacher.device.type == "cuda"
+        way, on_gpu = self.ways[level], self.teacher.device.type == "cuda"
         jobs, cutter = way.jobs(rows), Cutter(way.fit, way.input_size)
         with own_threads(1) as thread:
             since = time.monotonic()
@@ -297,10 +298,10 @@ class Extraction:
                                  f"the first: {next(iter(batch.problems.values()))}")
             size = self._batch_size or self.teacher.best_batch()
             size = size if on_gpu else min(size, PROBE_BATCH_CPU)
-            few = way.groups(rows, size)[0]
-            batch = cutter.batch(way.jobs(few), way.places(size))
+            few = way.jobs(way.groups(rows, size)[0])
+            batch, filled = cutter.batch(few, way.places(size)), sum(job.count for job in few) / way.places(size)
             thread.submit(way.encode, batch).result()  # the first call prepares what later ones use
             since = time.monotonic()
             thread.submit(way.encode, batch).result()
-            embed_s = (time.monotonic() - since) / len(few) / (1 if on_gpu else torch.get_num_threads())
+            embed_s = (time.monotonic() - since) * filled / sum(job.rows for job in few) / (1 if on_gpu else torch.get_num_threads())
         return Cost(cut_s, embed_s)

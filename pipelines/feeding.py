@@ -7,6 +7,8 @@ the GPU while one is computed.
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,13 +21,16 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from hdovd.cache.schema import Level
+from hdovd.errors import HdovdError
 from hdovd.pipelines.crops import Batch, CropJob, Cutter, read_picture
 from hdovd.pipelines.ways import Way
 
+SHARED_MEMORY = "/dev/shm"
 GPU_THREADS = 2  # one batch on its way to the GPU and back while another is computed
-PICTURES_A_THREAD = 4  # that are kept: the boxes of a picture may go on in the next batch, which another thread is at
+PICTURES_KEPT = 4  # and one a thread: the boxes of a picture may go on in the next batch, which another thread is at
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -58,17 +63,41 @@ def embed(wanted: Iterable[Wanted], ways: Mapping[Level, Way], device: torch.dev
     def answer(level: Level, batch: Batch) -> Embedded:
         return Embedded(ways[level].encode(batch), batch.problems)
 
-    on_gpu = device.type == "cuda"
+    on_gpu, workers = device.type == "cuda", _that_fit(workers, first, ways[first.level].input_size)
     threads = GPU_THREADS if on_gpu and workers else torch.get_num_threads()
     with own_threads(threads) as pool:
         if workers:
             batches = _Batches({level: Cutter(way.fit, way.input_size) for level, way in ways.items()})
             loader = DataLoader(batches, sampler=wanted, batch_size=None, num_workers=workers, pin_memory=on_gpu)
-            yield from in_order(pool, lambda made: answer(*made), loader, 2 * threads)
+            yield from in_order(pool, lambda made: answer(*made), _made(loader), 2 * threads)
         else:
-            shared = lru_cache(PICTURES_A_THREAD * threads)(read_picture)
+            shared = lru_cache(threads + PICTURES_KEPT)(read_picture)
             batches = _Batches({level: Cutter(way.fit, way.input_size, shared) for level, way in ways.items()})
             yield from in_order(pool, lambda w: answer(*batches[w]), wanted, 2 * threads)
+
+
+def _that_fit(workers: int, wanted: Wanted, input_size: tuple[int, int]) -> int:
+    """As many workers as shared memory has room for, two batches each: containers often have little of it."""
+    batch = wanted.size * 3 * input_size[0] * input_size[1]
+    try:
+        fit = shutil.disk_usage(SHARED_MEMORY).free // (2 * batch)
+    except OSError:
+        return workers
+    if fit < workers:
+        tqdm.write(f"--workers {workers}: {SHARED_MEMORY} has room for the batches of {fit} (docker run --shm-size 16g gives it more)",
+                   file=sys.stderr)
+    return min(fit, workers)
+
+
+def _made(loader: Iterable[A]) -> Iterator[A]:
+    """What workers make. Raises HdovdError if one of them dies."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise HdovdError(f"{str(error).splitlines()[0].rstrip('. ')}. Out of memory? Fewer --workers or a smaller --batch need less. What is finished "
+                         "is kept: the same command goes on") from error
 
 
 @contextmanager

@@ -34,7 +34,7 @@ class PartRows:
     failed: dict[int, str] = field(default_factory=dict)
 
     def batches(self, size: int) -> Iterator[RowBatch]:
-        """In row order, of one fixed shape: as much as `size` crops are, the last one filled up."""
+        """In row order, all of the shape that `size` crops have, the last one filled up."""
         rows = self.start + np.flatnonzero(self.missing)
         groups = self.way.groups(rows, size)
         for number, some in enumerate(groups, 1):

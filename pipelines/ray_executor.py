@@ -17,6 +17,7 @@ from typing import Any
 
 from hdovd.cache.catalog import Catalog
 from hdovd.errors import HdovdError
+from hdovd.pipelines.device import workers_a_gpu
 from hdovd.pipelines.extract_config import Executor, ExtractConfig
 from hdovd.pipelines.extraction import Extraction, Unit
 from hdovd.pipelines.progress import progress
@@ -187,8 +188,8 @@ def _workers(config: ExtractConfig, size: Size) -> int:
     """Of an actor. It may see all cores of its node, and nothing of the others there."""
     if config.workers is not None or not size.gpus:
         return config.workers or 0
-    have = ray.cluster_resources()
-    return max(1, int(have["CPU"] // have["GPU"]) - 1)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+    return min(workers_a_gpu(int(node.get("CPU", 0)), int(node["GPU"])) for node in nodes)
 
 
 def _first_line(error: RayError) -> str:

@@ -32,7 +32,7 @@ class Pictures:
 
 
 class Way(ABC):
-    """Of one level. `fit` and `input_size`: as a `Teacher` has them, of this way's input. `jobs` cost no reading of files."""
+    """Of one level, with one model. `fit`, `input_size`: as a `Teacher` has them, of this way's input. `jobs` read no files."""
 
     level = Level.INSTANCE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hdovd.cache.catalog import Catalog
+from hdovd.cache.inventory import find_garbage
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import open_rows
@@ -167,6 +169,21 @@ def test_a_batch_that_does_not_fit_is_done_in_halves(clip: str, monkeypatch: pyt
     monkeypatch.setattr(DenseClip, "embed_boxes", small)
     np.testing.assert_allclose(way.encode(batch), wanted, atol=1e-6)
     assert teacher.halves == [2, 1]
+
+
+@pytest.mark.parametrize("level", [Level.IMAGE, Level.CLASS])
+def test_gc_takes_nothing_from_an_extraction_that_may_be_running(unbroken: Path, tmp_path: Path, level: Level) -> None:
+    """Products of which one is not finished: those that are finished can be of the same extraction."""
+    folder = Path(shutil.copytree(unbroken, tmp_path / "cache"))
+    product = _instances(folder)
+    (folder / product.record_name(0)).unlink()
+    for other in Level:
+        if other not in (level, Level.INSTANCE):
+            shutil.rmtree(folder / other)
+    shutil.rmtree(folder / "sets")
+    garbage = find_garbage(Catalog(folder))
+    assert {entry.level for entry in garbage.unfinished} == {Level.INSTANCE, level}
+    assert not garbage.unused
 
 
 def test_another_model_has_no_dense_features(dense: Config, counting: Any, tmp_path: Path) -> None:

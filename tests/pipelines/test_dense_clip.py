@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hdovd.errors import HdovdError
 from hdovd.pipelines import dense_clip
-from hdovd.pipelines.dense_clip import DenseClip
+from hdovd.pipelines.dense_clip import DenseClip, near_side
 
 DIM = 24
 
@@ -301,3 +301,12 @@ def test_patches_that_are_not_square_are_refused() -> None:
 def test_what_does_not_fit_is_refused(pixels: Tensor, boxes: list[Tensor], message: str) -> None:
     with pytest.raises(HdovdError, match=message):
         DenseClip(_vit(), 32).embed_boxes(pixels, boxes)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_side_near_another_is_one_that_it_takes(name: str) -> None:
+    build, native = ALL[name]
+    tower, wanted = _seeded(build), 2 * native + 5
+    side = near_side(tower, wanted)
+    assert abs(side - wanted) <= 8  # half of the largest cell here
+    DenseClip(tower, side)

@@ -17,8 +17,9 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.errors import HdovdError
 from hdovd.pipelines.clip_teacher import load_clip
+from hdovd.pipelines.crop_recipe import CropRecipe
 from hdovd.pipelines.demo.world import NOVEL
-from hdovd.pipelines.extract_clip import ExtractReport, extract_clip
+from hdovd.pipelines.extract_clip import ExtractReport, extract_clip, prepare
 from hdovd.pipelines.extract_config import ExtractConfig, Precision
 
 Config = Callable[..., ExtractConfig]
@@ -236,3 +237,23 @@ def test_ctrl_c_says_what_stays_and_the_same_command_goes_on(extraction: Config,
     assert report.whole
     assert 0 < report.new_rows[IMAGE] < report.rows[IMAGE]
     assert {file: file.read_bytes() for file in records} == records
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 1.5)])
+def test_probe_does_not_count_what_fills_up_a_batch(extraction: Config, counting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    scales: tuple[float, ...]) -> None:
+    """By a clock that only the model moves: a second a crop, those included that fill up a batch of more than there are."""
+    now, embed = [0.0], counting.embed_images
+
+    def second_each(pixels: Any) -> Any:
+        now[0] += len(pixels)
+        return embed(pixels)
+
+    monkeypatch.setattr(counting, "embed_images", second_each)
+    monkeypatch.setattr("hdovd.pipelines.extraction.PROBE_BATCH_CPU", 10_000)
+    monkeypatch.setattr("hdovd.pipelines.extraction.time.monotonic", lambda: now[0])
+    config = extraction(tmp_path / "cache", batch_size=10_000, recipe=CropRecipe(scales=scales))
+    costs = prepare(config, _silent, counting).probe().costs
+    assert costs[INSTANCE].embed_s == pytest.approx(len(scales))
+    assert costs[IMAGE].embed_s == pytest.approx(1)
+    assert costs[INSTANCE].cut_s == 0

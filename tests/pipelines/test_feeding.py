@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
+from hdovd.cache.schema import Level
+from hdovd.errors import HdovdError
+from hdovd.pipelines.crops import Batch, CropJob
 from hdovd.pipelines.device import workers_for
-from hdovd.pipelines.feeding import in_order, own_threads
+from hdovd.pipelines.feeding import Wanted, embed, in_order, own_threads
 
 
 def test_answers_come_in_order_whatever_takes_how_long() -> None:
@@ -79,3 +90,51 @@ def test_workers_suit_the_device(device: str, asked: int | None, processes: str,
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     assert workers_for(torch.device(device), asked) == expected
+
+
+# --- worker processes ---
+
+class _Way:
+    """Adds up the pixels of each input. `fit` runs where pictures are cut."""
+
+    level, input_size = Level.IMAGE, (2, 2)
+
+    def __init__(self, fit: Callable[[Tensor], Tensor]) -> None:
+        self.fit = fit
+
+    def encode(self, batch: Batch) -> np.ndarray:
+        return batch.pixels.flatten(1).sum(dim=1).numpy()
+
+
+def _corner(picture: Tensor) -> Tensor:
+    return picture[:, :2, :2]
+
+
+def _die(picture: Tensor) -> Tensor:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return picture
+
+
+def _embed(tmp_path: Path, fit: Callable[[Tensor], Tensor], workers: int) -> list[int]:
+    jobs = []
+    for number in range(5):
+        Image.new("RGB", (3, 3), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        jobs.append(CropJob(number, tmp_path / f"{number}.png", 3, 3))
+    way: Any = _Way(fit)
+    wanted = [Wanted(Level.IMAGE, [job], 1) for job in jobs]
+    return [int(answer.rows[0]) for answer in embed(wanted, {Level.IMAGE: way}, torch.device("cpu"), workers)]
+
+
+@pytest.mark.parametrize(("free", "workers", "said"), [(10**9, 2, ""), (2 * 12, 2, "room for the batches of 1"), (5, 3, "batches of 0")])
+def test_workers_are_as_many_as_shared_memory_has_room_for(free: int, workers: int, said: str, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    assert _embed(tmp_path, _corner, workers) == [0, 4, 8, 12, 16]
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert ("--shm-size" in printed) == bool(said)
+
+
+def test_a_worker_that_dies_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(HdovdError, match=r"(?s)worker.* (exited|killed).*--workers.*--batch.*goes on"):
+        _embed(tmp_path, _die, 1)
