@@ -96,8 +96,8 @@ def _made(loader: Iterable[A]) -> Iterator[A]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise HdovdError(f"{str(error).splitlines()[0].rstrip('. ')}. Out of memory? Fewer --workers or a smaller --batch need less. What is finished "
-                         "is kept: the same command goes on") from error
+        raise HdovdError(f"{str(error).splitlines()[0].rstrip('. ')}. Out of memory? Fewer --workers or a smaller --batch need less. "
+                         "What is finished is kept: the same command goes on") from error
 
 
 @contextmanager
