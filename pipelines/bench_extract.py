@@ -67,7 +67,8 @@ class SpeedBench:
 class Speed:
     """Crops a second, of all cores and workers unless it says `a_core`; None for what this device has not.
 
-    `crops`: a round's, of which `fill` only fill up the last batches; both count, for the model does both.
+    `crops`: a round's, of which `fill` only fill up the last batches; both count, for the model does both. `at_scale`: end to end
+    where next to nothing has to be filled up: a crop's time in the model, and what all else adds for one that is no fill.
     `efficiency`: end to end / model only. `pil` and `files`: the ways of others, end to end, on the same boxes (see `_Stages`).
     """
 
@@ -80,6 +81,7 @@ class Speed:
     fill: int
     model_only: float
     end_to_end: float
+    at_scale: float
     efficiency: float
     decode_a_core: float
     cut_a_core: float
@@ -94,17 +96,13 @@ class Speed:
     forecast_seconds: float
     forecast_bytes: int
 
-    @property
-    def useful(self) -> float:
-        """End to end, without what fills up batches."""
-        return self.end_to_end * (self.crops - self.fill) / self.crops
-
     def lines(self) -> list[str]:
         """For people."""
         shown = [f"{self.device}, {self.precision}, batches of {self.batch_size}, {self.cores} cores, {self.workers} workers; "
                  f"{self.crops:,d} crops a round, {self.fill:,d} of them to fill up batches",
                  f"  model only          {self.model_only:10,.1f} crops/s",
                  f"  end to end          {self.end_to_end:10,.1f} crops/s   efficiency {self.efficiency:.3f}",
+                 f"  of many images      {self.at_scale:10,.1f} crops/s",
                  f"  decode              {self.decode_a_core:10,.0f} crops/s a core",
                  f"  crop and resize     {self.cut_a_core:10,.0f} crops/s a core",
                  f"  both: preparation   {self.prepare_a_core:10,.0f} crops/s a core"]
@@ -112,9 +110,9 @@ class Speed:
         shown += [f"  write               {self.write:10,.0f} rows/s",
                   f"  what limits: {self.limit}",
                   "others' ways on the same boxes, end to end:",
-                  f"  a PIL crop a box    {self.pil:10,.1f} crops/s   hdovd is {self.useful / self.pil:.2f} times as fast "
+                  f"  a PIL crop a box    {self.pil:10,.1f} crops/s   hdovd is {self.at_scale / self.pil:.2f} times as fast "
                   f"(preparation alone: {self.prepare_a_core / self.pil_prepare_a_core:.1f} times)",
-                  f"  a file a crop       {self.files:10,.1f} crops/s   hdovd is {self.useful / self.files:.2f} times as fast",
+                  f"  a file a crop       {self.files:10,.1f} crops/s   hdovd is {self.at_scale / self.files:.2f} times as fast",
                   f"forecast: {duration(self.forecast_seconds)} on this machine, {size(self.forecast_bytes)} on disk"
                   + ("" if self.peak_gpu_bytes is None else f", {size(self.peak_gpu_bytes)} of GPU memory")]
         return shown
@@ -146,6 +144,8 @@ def bench_speed(bench: SpeedBench, log: Callable[[str], None] = print) -> Speed:
         extraction = _extraction(bench, clip, f"round {number}")
         rounds.append((_model_only(clip, pixels, len(sizes)), crops / _end_to_end(extraction)))
     model_only, end_to_end = (median(values) for values in zip(*rounds, strict=True))
+    real = images * (bench.boxes * scales + 1)
+    at_scale = 1 / (1 / model_only + max(0.0, 1 / end_to_end - 1 / model_only) * crops / real)
     decode, cut, transfer, write = stages.decode(), stages.cut(), stages.transfer(batch_size), _write(bench.folder, clip.dim)
     prepare_rate, cores = 1 / (1 / decode + 1 / cut), torch.get_num_threads()
     pil, pil_prepare = stages.pil_way()
@@ -156,11 +156,11 @@ def bench_speed(bench: SpeedBench, log: Callable[[str], None] = print) -> Speed:
     return Speed(
         device=torch.cuda.get_device_name(clip.device) if clip.device.type == "cuda" else "CPU", precision=str(bench.precision),
         cores=cores, workers=workers, batch_size=batch_size, crops=crops,
-        fill=crops - images * (bench.boxes * scales + 1), model_only=model_only, end_to_end=end_to_end,
+        fill=crops - real, model_only=model_only, end_to_end=end_to_end, at_scale=at_scale,
         efficiency=median(ours / model for model, ours in rounds), decode_a_core=decode, cut_a_core=cut, prepare_a_core=prepare_rate,
         transfer=transfer, write=write, limit=max(seconds, key=lambda name: seconds[name]), pil=pil, pil_prepare_a_core=pil_prepare,
         files=stages.files_way(bench.folder, batch_size), peak_gpu_bytes=clip.peak_memory_bytes(),
-        forecast_seconds=(bench.rows * scales + bench.pictures) / end_to_end,  # of so many, the last batches do not count
+        forecast_seconds=(bench.rows * scales + bench.pictures) / at_scale,
         forecast_bytes=bench.rows * a_box + bench.pictures * 2 * clip.dim)
 
 

@@ -164,7 +164,9 @@ def test_the_extract_command(tmp_path: Path, clip: str) -> None:
     assert found["crops"] - found["fill"] == 4 * (2 * 3 + 1)
     assert 0 < found["efficiency"] < 2
     assert found["prepare_a_core"] == pytest.approx(1 / (1 / found["decode_a_core"] + 1 / found["cut_a_core"]))
-    assert found["forecast_seconds"] == pytest.approx(2100 / found["end_to_end"])
+    real, rest = found["crops"] - found["fill"], found["crops"] / found["end_to_end"] - found["crops"] / found["model_only"]
+    assert 1 / found["at_scale"] == pytest.approx(1 / found["model_only"] + max(0, rest) / real)
+    assert found["forecast_seconds"] == pytest.approx(2100 / found["at_scale"])
     assert found["transfer"] is found["peak_gpu_bytes"] is None
     for word in ("model only", "end to end", "efficiency", "preparation", "what limits", "a PIL crop a box", "a file a crop", "forecast"):
         assert word in done.stdout
