@@ -136,7 +136,7 @@ class _ResNet:
         _check_side(side, self.cell)
         self._visual = visual
         self.bins = 2 * math.isqrt(len(visual.attnpool.positional_embedding) - 1)  # layer 4 halves it
-        self.identity: dict[str, Any] = {"features": "layer 3; layer 4 and attention pool a box"}
+        self.identity: dict[str, Any] = {"features": "layer 3, then layer 4 and attention pool a box"}
 
     def map(self, pixels: Tensor) -> Tensor:
         v = self._visual
@@ -248,7 +248,7 @@ def _resized(embedding: Tensor, grid: tuple[int, int], cells: int, prefix: int =
 
 def _vit_identity(after: str, by_class_token: bool) -> dict[str, Any]:
     attention = "every token attends to itself alone" if by_class_token else "as trained"
-    return {"features": f"patch tokens; {after}", "last_attention": attention,
+    return {"features": f"patch tokens, {after}", "last_attention": attention,
             "position_embeddings": "bicubic, no antialias, corners not aligned"}
 
 
