@@ -27,7 +27,7 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Batch = Annotated[str, typer.Option("--batch", "--batch-size", help="Crops that CLIP embeds at a time (or the pixels of so many), or "
                                     "auto: found by trying.")]
 Workers = Annotated[
-    str, typer.Option("--workers", help="Processes that decode and crop, or auto: none on a CPU, all cores but one for a GPU.")
+    str, typer.Option("--workers", help="Processes that decode and crop, or auto: none on a CPU, up to 16 for a GPU.")
 ]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe or a TOML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe: loss.image.enabled=false. Repeatable.")]
