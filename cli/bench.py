@@ -100,7 +100,7 @@ def dense(
 ) -> None:
     """Compare CLIP's embeddings of crops with those of one pass an image and RoIAlign: rate, cosine, zero-shot accuracy.
 
-    On the annotated boxes of your validation images: to know, before you train from it, what extract-clip --instance-teacher dense gives.
+    On the annotated boxes of your validation images: what extract-clip --instance-teacher dense would give you to train from.
     """
     from hdovd.coco import DataPaths
     from hdovd.pipelines.bench_dense import DenseBench, bench_dense
