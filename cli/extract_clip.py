@@ -32,7 +32,7 @@ def extract_clip(
                                       "boxes take their part: cheaper, and less sharp (hdovd bench dense).")
     ] = InstanceTeacher.CROP,
     dense_side: Annotated[
-        int | None, typer.Option("--dense-side", min=1, help="dense: the image becomes N x N pixels. Default: about 3 times the crop's side.")
+        int | None, typer.Option("--dense-side", min=1, help="dense: the image becomes N x N pixels. Default: about 3 times the crop.")
     ] = None,
     crop: Annotated[Shape, typer.Option(help="The pixels that a box stands for: see docs/CACHE.md.")] = Shape.BOX,
     crop_scales: Annotated[str, typer.Option("--crop-scales", help="Mean over crops of these sizes of the box: 1,1.5 as in ViLD.")] = "1",
