@@ -56,7 +56,7 @@ def train(rank: int, shares: list[int], out: Path) -> None:
     nn.init.normal_(model.head.class_feature.weight, std=0.3)
     trained: nn.Module = model if len(shares) == 1 else DistributedDataParallel(model)
     torch.manual_seed(100 + rank)  # keys, not the global generator, decide
-    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), 0.002, momentum=0.9)
     texts, first, steps = unit(BASE, DIM, seed=9), sum(shares[:rank]), []
     trained.train()
     for step in range(STEPS):
