@@ -31,7 +31,11 @@ def alone(python: Python, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.mark.parametrize("shares", [[3, 2], [1, 3, 1]])
 def test_processes_together_train_as_one(python: Python, tmp_path: Path, alone: dict[str, Any], shares: list[int]) -> None:
-    """With [1, 3, 1] one process has no pseudo box, one no box at all, and one has all pairs of step 2. Tolerance 1e-5."""
+    """With [1, 3, 1] one process has no pseudo box, one no box at all, and one has all pairs of step 2.
+
+    Tolerance: losses 1e-5; gradients and weights 5e-5 of the largest of a tensor, which is float32's rounding of
+    convolutions over batches of other sizes.
+    """
     together = results(python, tmp_path / "out", shares)
     for step, expected in enumerate(alone["steps"]):
         for name, loss in expected["losses"].items():
@@ -40,10 +44,11 @@ def test_processes_together_train_as_one(python: Python, tmp_path: Path, alone: 
         for one in together:
             for name, gradient in expected["gradients"].items():
                 torch.testing.assert_close(one["steps"][step]["gradients"][name], gradient, rtol=1e-5,
-                                           atol=1e-5 * float(gradient.abs().max()), msg=lambda text, name=name: f"{name}: {text}")
+                                           atol=5e-5 * float(gradient.abs().max()), msg=lambda text, name=name: f"{name}: {text}")
     for one in together:
         for name, value in alone["state"].items():
-            torch.testing.assert_close(one["state"][name], value, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(one["state"][name], value, rtol=1e-5,
+                                       atol=5e-5 * max(float(value.abs().max()), 1e-3), msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_one_process_needs_no_group() -> None:
