@@ -76,6 +76,7 @@ class DetectorConfig(_Section):
 
 class InputConfig(_Section):
     short_side: Count
+    train_short_sides: list[Count] = []  # one is drawn for each image of a training step; empty, or not there: short_side
     long_side: Count
     flip: Share
     mean: Annotated[list[Finite], Field(min_length=3, max_length=3)]

@@ -16,7 +16,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import clip_boxes_to_image
 
 from hdovd.backbone import build_backbone
-from hdovd.batching import batch_images
+from hdovd.batching import batch_images, draw_short_sides
 from hdovd.config import Recipe
 from hdovd.distributed import divisor
 from hdovd.levels.classwise import ClassLevel
@@ -107,7 +107,7 @@ class FasterRCNN(nn.Module):
         Raises HdovdError for keys that do not fit.
         """
         image_keys = keys_of(keys, len(images))
-        batch, factors = batch_images(images, self.recipe.input)
+        batch, factors = batch_images(images, self.recipe.input, draw_short_sides(image_keys, self.recipe.input))
         pseudo = self.recipe.pseudo_boxes
         targets = [t.scaled(*f).with_best_pseudo_boxes(pseudo.min_side, pseudo.max_per_image)
                    for t, f in zip(targets, factors, strict=True)]
