@@ -16,9 +16,10 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import clip_boxes_to_image
 
 from hdovd.backbone import build_backbone
-from hdovd.batching import batch_images
+from hdovd.batching import batch_images, draw_short_sides
 from hdovd.config import Recipe
 from hdovd.distributed import divisor
+from hdovd.extra_losses import ExtraLosses
 from hdovd.levels.classwise import ClassLevel
 from hdovd.levels.imagewise import ImageLevel
 from hdovd.levels.instance import InstanceLevel
@@ -88,6 +89,7 @@ class FasterRCNN(nn.Module):
         self.class_level = ClassLevel(loss.class_, recipe.pseudo_boxes, detector.head.logit_scale)
         self.instance_level = InstanceLevel(loss.instance, dim) if loss.instance.enabled else None
         self.image_level = ImageLevel(loss.image, levels, channels, dim) if loss.image.enabled else None
+        self.extra = ExtraLosses(loss.extra, dim, channels)
         self.register_load_state_dict_pre_hook(_rename_old)
 
     def forward(self, images: list[Tensor], targets: list[Targets], texts: Tensor,
@@ -107,7 +109,7 @@ class FasterRCNN(nn.Module):
         Raises HdovdError for keys that do not fit.
         """
         image_keys = keys_of(keys, len(images))
-        batch, factors = batch_images(images, self.recipe.input)
+        batch, factors = batch_images(images, self.recipe.input, draw_short_sides(image_keys, self.recipe.input))
         pseudo = self.recipe.pseudo_boxes
         targets = [t.scaled(*f).with_best_pseudo_boxes(pseudo.min_side, pseudo.max_per_image)
                    for t, f in zip(targets, factors, strict=True)]
@@ -118,7 +120,7 @@ class FasterRCNN(nn.Module):
         losses = {"rpn_objectness": rpn_losses["loss_objectness"], "rpn_box": rpn_losses["loss_rpn_box_reg"]}
         losses |= self.class_level(view, self.background)
         losses["box"] = _box_loss(view)
-        for level in (self.instance_level, self.image_level):
+        for level in (self.instance_level, self.image_level, self.extra):
             if level is not None:
                 losses |= level(view)
         return losses

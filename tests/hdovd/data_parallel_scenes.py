@@ -28,13 +28,14 @@ SETTINGS = (
 
 
 def unit(*shape: int, seed: int) -> Tensor:
-    return nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+    rows = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return nn.functional.normalize(rows, dim=-1)
 
 
 def boxes(count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    corner = torch.rand(count, 2, generator=generator) * torch.tensor([60.0, 36.0])
-    return torch.cat([corner, corner + 12 + torch.rand(count, 2, generator=generator) * 16], dim=1)
+    corner = torch.rand(count, 2, generator=generator, dtype=torch.float64) * torch.tensor([60.0, 36.0])
+    return torch.cat([corner, corner + 12 + torch.rand(count, 2, generator=generator, dtype=torch.float64) * 16], dim=1)
 
 
 def global_batch(step: int) -> list[tuple[Tensor, Targets]]:
@@ -51,12 +52,14 @@ def global_batch(step: int) -> list[tuple[Tensor, Targets]]:
 
 def train(rank: int, shares: list[int], out: Path) -> None:
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)  # float32's rounding flips ReLUs, which hides small errors in the gradients
+    torch.Tensor.float = torch.Tensor.double
     torch.manual_seed(0)
-    model = FasterRCNN(load_recipe("demo", SETTINGS), DIM, None)
+    model = FasterRCNN(load_recipe("demo", SETTINGS), DIM, None).double()
     nn.init.normal_(model.head.class_feature.weight, std=0.3)
     trained: nn.Module = model if len(shares) == 1 else DistributedDataParallel(model)
     torch.manual_seed(100 + rank)  # keys, not the global generator, decide
-    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), 0.002, momentum=0.9)
     texts, first, steps = unit(BASE, DIM, seed=9), sum(shares[:rank]), []
     trained.train()
     for step in range(STEPS):
@@ -75,7 +78,7 @@ def check_gathering(rank: int, world: int) -> None:
     """Rows in rank order; the mean over processes of the gradients is the gradient of the loss of all rows."""
     counts = [2, 0, 3][:world]
     everything = unit(sum(counts), DIM, seed=1)
-    scale = torch.ones(1, requires_grad=True)  # a parameter: the same in every process
+    scale = torch.ones(1, dtype=torch.float64, requires_grad=True)  # a parameter: the same in every process
     rows = everything[sum(counts[:rank]) :][: counts[rank]] * scale
     gathered = gather_rows(rows)
     assert torch.equal(gathered.detach(), everything)

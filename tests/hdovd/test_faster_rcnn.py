@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdovd.batching import batch_images
+from hdovd.batching import batch_images, draw_short_sides
 from hdovd.config import PRESETS, Recipe, load_recipe
 from hdovd.errors import HdovdError
 from hdovd.faster_rcnn import FasterRCNN
@@ -360,11 +360,10 @@ def test_other_keys_draw_otherwise() -> None:
     assert len(values) == 3
 
 
-def test_with_keys_the_rois_of_an_image_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_keys_the_rois_of_an_image_do_not_depend_on_the_batch() -> None:
     model, seen = frozen_detector().train(), []
     images, targets = batch(THREE_BASE, THREE_PSEUDO)
-    pool = model.pool.forward
-    monkeypatch.setattr(model.pool, "forward", lambda features, rois: seen.append(rois) or pool(features, rois))
+    model.pool.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
     for order in ([1], [0, 1], [1, 2, 0]):
         model([images[i] for i in order], [targets[i] for i in order], TEXTS, [KEYS[i] for i in order])
     for rois in (seen[1][1], seen[2][0]):
@@ -385,6 +384,32 @@ def test_keys_leave_the_global_generator_alone() -> None:
 def test_keys_that_do_not_fit_are_refused(keys: list[int], message: str) -> None:
     with pytest.raises(HdovdError, match=message):
         detector().train()(*batch(), TEXTS, keys)
+
+
+# Multi-scale training.
+
+def test_boxes_and_the_size_rule_follow_the_scale_that_is_drawn() -> None:
+    """At scale 1 the pseudo box has 10 px, at scale 1/2 it has 5 and is too small; two images of the same picture."""
+    model = frozen_detector("input.train_short_sides=[64, 32]").train()
+    keys = [next(k for k in range(99) if draw_short_sides([k], model.recipe.input) == [side]) for side in (64, 32)]
+    images = pictures((64, 96)) * 2
+    targets = [targets_of(BASE_BOXES[0], [[60.0, 40.0, 70.0, 50.0]], 0)] * 2
+    views = []
+    model.image_level.register_forward_pre_hook(lambda _, arguments: views.append(arguments[0]))
+    model(images, targets, TEXTS, keys)
+    for i, (pseudo, factor, size) in enumerate((([[60.0, 40.0, 70.0, 50.0]], 1.0, (64, 96)), ([], 0.5, (32, 48)))):
+        assert views[0].image_sizes[i] == size
+        torch.testing.assert_close(views[0].targets[i].boxes, factor * torch.tensor(BASE_BOXES[0]))
+        assert views[0].targets[i].pseudo_boxes.tolist() == pseudo
+        assert (views[0].rois[i] <= torch.tensor([size[1], size[0], size[1], size[0]])).all()
+        assert len(views[0].targets[i].pseudo_texts) == len(views[0].targets[i].pseudo_embeddings) == len(pseudo)
+
+
+def test_prediction_is_at_the_fixed_scale() -> None:
+    images = pictures((64, 96), (100, 120))
+    plain, several = (frozen_detector(*setting).eval().predict(images, TEXTS) for setting in ((), ("input.train_short_sides=[32, 40]",)))
+    for one, two in zip(plain, several, strict=True):
+        assert torch.equal(one.boxes, two.boxes)
 
 
 # Prediction.
