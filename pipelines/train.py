@@ -110,7 +110,7 @@ def build_model(recipe: Recipe, dim: int, us: Team, log: Callable[[str], None] |
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         elif log is not None:
             log("note: batch norms take the statistics of each process's images alone: torch has no SyncBatchNorm for CPUs")
-    return model.to(us.device, memory_format=torch.channels_last)  # as the pictures of a batch are
+    return model.to(us.device).to(memory_format=torch.channels_last)  # as pictures are
 
 
 def data_parallel(model: nn.Module) -> DistributedDataParallel:
