@@ -224,7 +224,7 @@ def _epochs_done(path: Path, epochs: int | None, wrong: list[str]) -> int:
 def _date(path: Path, record: Mapping[str, Any]) -> datetime:
     """When the run was begun."""
     try:
-        return datetime.fromisoformat(record["date"]).astimezone()
+        return datetime.fromisoformat(record["time"]).astimezone()
     except (KeyError, TypeError, ValueError):
         file = path / "run.json"
         return datetime.fromtimestamp((file if file.exists() else path).stat().st_mtime).astimezone()
