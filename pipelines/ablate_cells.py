@@ -94,6 +94,6 @@ def _split(text: str) -> list[str]:
 
 
 def _as_name(text: str) -> str:
-    """A value in a folder's name; with a few letters of its hash where not all of it can stand there."""
-    plain = re.sub(r"[^A-Za-z0-9.+-]+", "-", text)[-LONGEST:].strip("-.")
+    """A value in a folder's name, of a path its end; with a few letters of its hash where not all of it can stand there."""
+    plain = re.sub(r"[^A-Za-z0-9.+-]+", "-", text.rstrip("/").rpartition("/")[2])[-LONGEST:].strip("-.")
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}".lstrip("-")
