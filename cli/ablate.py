@@ -1,6 +1,5 @@
 """`hdovd ablate`."""
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +8,6 @@ import typer
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.cli import options
 from hdovd.cli.train import Preset
-
-INTERRUPTED, PREEMPTED = 130, 75  # exit codes: of Ctrl-C, and "try again" of sysexits.h
 
 
 def ablate(
@@ -39,13 +36,14 @@ def ablate(
     """Train and evaluate every cell of a grid with several seeds over one cache; write table.md, table.csv and table.tex.
 
     --grid loss.instance.enabled=true,false loss.class.enabled=true,false are four cells. The same command skips what is done and
-    goes on with what was stopped or failed; another config in a run's folder is an error. Ctrl-C lets the runs save and end.
-    Exit code 1 if a run failed. Look on with: hdovd runs OUT.
+    goes on with what was stopped or failed; another config in a run's folder is an error. Ctrl-C, SIGTERM and SIGUSR1 let the runs
+    save and end (exit code 130 or 75). Exit code 1 if a run failed. Runs are not validated between epochs. Look on: hdovd runs OUT.
     """
     from hdovd.coco import DataPaths
     from hdovd.pipelines.ablate import AblateConfig
     from hdovd.pipelines.ablate import ablate as run
     from hdovd.pipelines.ablate_table import markdown
+    from hdovd.pipelines.stop_signal import exit_code
 
     validation = DataPaths(data, val_images, val_annotations) if val_images or val_annotations else None
     config = AblateConfig(DataPaths(data, images, annotations), cache, out, (*(grid or ()), *(more or ())), recipe,
@@ -63,6 +61,6 @@ def ablate(
         typer.secho(f"{len(result.failed)} failed: {', '.join(result.failed)}; the same command tries them again", fg="red", err=True)
     if result.stopped:
         typer.echo(f"stopped, {result.left} of {len(result.standing)} runs are left: the same command goes on", err=True)
-        raise typer.Exit(INTERRUPTED if result.stopped == signal.SIGINT else PREEMPTED)
+        raise typer.Exit(exit_code(result.stopped))
     if result.failed:
         raise typer.Exit(1)

@@ -1,6 +1,8 @@
-"""From pictures of any size to one padded batch at the detector's input scale."""
+"""From pictures of any size to one padded batch at the detector's input scale. Called by the detector and the proposer."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,24 +10,34 @@ from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
 from hdovd.config import InputConfig
+from hdovd.sampling import Use, image_generator
 
 SIZE_DIVISOR = 32  # the coarsest stride of the pyramid
 
 
-def batch_images(images: list[Tensor], config: InputConfig) -> tuple[ImageList, list[tuple[float, float]]]:
+def draw_short_sides(keys: Sequence[int | None], config: InputConfig) -> list[int]:
+    """The short side of each image of a training step: one of `train_short_sides`, drawn by its key, if there are any."""
+    choices = config.train_short_sides
+    if not choices:
+        return [config.short_side] * len(keys)
+    return [choices[int(torch.randint(len(choices), (), generator=image_generator(key, Use.SCALE)))] for key in keys]
+
+
+def batch_images(images: list[Tensor], config: InputConfig,
+                 short_sides: Sequence[int] | None = None) -> tuple[ImageList, list[tuple[float, float]]]:
     """Normalise, resize (short side, capped by the long side, bilinear) and pad a batch.
 
     Args:
-        images: (3, h, w) uint8 RGB each.
+        images: (3, h, w) uint8 RGB each. short_sides: pixels, one an image; None: that of the config.
 
     Returns:
         The padded batch with the size of each picture in it, and the (x, y) resize factors of each.
     """
     mean, std = (torch.tensor(v, device=images[0].device).view(3, 1, 1) for v in (config.mean, config.std))
     resized, factors = [], []
-    for image in images:
+    for image, short_side in zip(images, [config.short_side] * len(images) if short_sides is None else short_sides, strict=True):
         height, width = image.shape[-2:]
-        scale = min(config.short_side / min(height, width), config.long_side / max(height, width))
+        scale = min(short_side / min(height, width), config.long_side / max(height, width))
         size = (max(round(height * scale), 1), max(round(width * scale), 1))
         pixels = (image.float() / 255 - mean) / std
         if size != (height, width):

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hdovd.errors import HdovdError
 
 PRESETS: dict[str, tuple[str, ...]] = {
-    "base-only": ("loss.instance.enabled=false", "loss.class.enabled=false", "loss.image.enabled=false"),
+    "base-only": ("loss.instance.enabled=false", "loss.class.enabled=false", "loss.image.enabled=false", "loss.extra={}"),
 }
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -76,6 +76,7 @@ class DetectorConfig(_Section):
 
 class InputConfig(_Section):
     short_side: Count
+    train_short_sides: list[Count] = []  # one is drawn for each image of a training step; empty, or not there: short_side
     long_side: Count
     flip: Share
     mean: Annotated[list[Finite], Field(min_length=3, max_length=3)]
@@ -112,10 +113,24 @@ class ImageLossConfig(_Section):
     queue: Annotated[int, Field(ge=0)]
 
 
+class ExtraLossConfig(_Section):
+    """A loss of the user's own (`extra_losses`). All keys but these two are its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    use: str  # module:Class
+    weight: NonNegative
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
 class LossConfig(_Section):
     instance: InstanceLossConfig
     class_: ClassLossConfig = Field(alias="class")
     image: ImageLossConfig
+    extra: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ExtraLossConfig] = {}
 
     @property
     def uses_pseudo_boxes(self) -> bool:
@@ -137,7 +152,7 @@ class InferenceConfig(_Section):
 
 class TrainConfig(_Section):
     epochs: Count
-    batch_size: Count
+    batch_size: Count  # images a step, of all processes together
     optimizer: Literal["sgd", "adamw"]
     lr: Positive
     momentum: Share  # sgd
@@ -147,8 +162,8 @@ class TrainConfig(_Section):
     step_epochs: list[Count]  # step
     clip_norm: NonNegative  # 0 is off
     precision: Literal["fp32", "bf16"]
-    workers: Annotated[int, Field(ge=0)]
-    seed: int
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"]  # processes that prepare batches
+    seed: Annotated[int, Field(ge=0)]
 
 
 class Recipe(_Section):

@@ -1,11 +1,12 @@
 """Faster R-CNN with a text-embedding classifier and three levels of distillation (METHOD sections 3 to 6).
 
-N images, R RoIs, K base classes, P pseudo boxes of the batch, B boxes of the batch, D embedding size.
+The levels are parts of their own (`levels`), their losses pure functions (`losses`). Built by the stages train and evaluate.
+N images, R RoIs, K base classes, D embedding size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,14 +16,18 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import clip_boxes_to_image
 
 from hdovd.backbone import build_backbone
-from hdovd.batching import batch_images
+from hdovd.batching import batch_images, draw_short_sides
 from hdovd.config import Recipe
-from hdovd.feature_queue import FeatureQueue
-from hdovd.losses import classwise, instance
-from hdovd.losses.contrastive import alignment_loss
-from hdovd.losses.imagewise import ImageHead
-from hdovd.rois import POOL_SIZE, PyramidRoIAlign, sample_rois
+from hdovd.distributed import divisor
+from hdovd.extra_losses import ExtraLosses
+from hdovd.levels.classwise import ClassLevel
+from hdovd.levels.imagewise import ImageLevel
+from hdovd.levels.instance import InstanceLevel
+from hdovd.losses import classwise
+from hdovd.rois import POOL_SIZE, PyramidRoIAlign, number_boxes, sample_rois
 from hdovd.rpn import build_rpn
+from hdovd.sampling import keys_of
+from hdovd.step_view import StepView
 from hdovd.targets import Targets
 
 _CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
@@ -76,106 +81,59 @@ class FasterRCNN(nn.Module):
         self.recipe, self.dim = recipe, dim
         detector, loss = recipe.detector, recipe.loss
         self.backbone = build_backbone(detector.backbone, log)
-        channels = detector.backbone.fpn_channels
-        self.rpn = build_rpn(detector.rpn, channels, len(detector.backbone.levels) + 1)
-        self.pool = PyramidRoIAlign(detector.backbone.levels, detector.head.canonical_size, detector.head.sampling_ratio)
+        channels, levels = detector.backbone.fpn_channels, detector.backbone.levels
+        self.rpn = build_rpn(detector.rpn, channels, len(levels) + 1)
+        self.pool = PyramidRoIAlign(levels, detector.head.canonical_size, detector.head.sampling_ratio)
         self.head = BoxHead(channels, detector.head.fc_channels, dim, loss.instance.enabled)
         self.background = nn.Parameter(torch.randn(dim))
-        if loss.instance.enabled:
-            self.student_queue = FeatureQueue(loss.instance.queue, dim)
-            self.teacher_queue = FeatureQueue(loss.instance.queue, dim)
-        if loss.image.enabled:
-            self.image_head = ImageHead(channels, dim)
-            self.image_student_queue = FeatureQueue(loss.image.queue, dim)
-            self.image_teacher_queue = FeatureQueue(loss.image.queue, dim)
+        self.class_level = ClassLevel(loss.class_, recipe.pseudo_boxes, detector.head.logit_scale)
+        self.instance_level = InstanceLevel(loss.instance, dim) if loss.instance.enabled else None
+        self.image_level = ImageLevel(loss.image, levels, channels, dim) if loss.image.enabled else None
+        self.extra = ExtraLosses(loss.extra, dim, channels)
+        self.register_load_state_dict_pre_hook(_rename_old)
 
-    def forward(self, images: list[Tensor], targets: list[Targets], texts: Tensor) -> dict[str, Tensor]:
-        """The weighted losses of one batch, by name.
+    def forward(self, images: list[Tensor], targets: list[Targets], texts: Tensor,
+                keys: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """The weighted losses of one batch, by name; with several processes those of the global batch in the mean (`distributed`).
+
+        With keys the losses do not depend on the order of the images, nor what is drawn for an image on what else is in
+        the batch, as far as its features do not: padding reaches into them, and batch norm where it is not frozen.
+        The order of rows in the levels' queues is that of the images.
 
         Args:
             images: (3, h, w) uint8 RGB each. targets: one an image, in its pixels.
             texts: (K, D) text embeddings of the base classes.
+            keys: a whole number below 2**63 an image, which seeds all random choices about it: anchors, RoIs, scale.
+                None draws from torch's global generator.
+
+        Raises HdovdError for keys that do not fit.
         """
-        batch, factors = batch_images(images, self.recipe.input)
+        image_keys = keys_of(keys, len(images))
+        batch, factors = batch_images(images, self.recipe.input, draw_short_sides(image_keys, self.recipe.input))
         pseudo = self.recipe.pseudo_boxes
         targets = [t.scaled(*f).with_best_pseudo_boxes(pseudo.min_side, pseudo.max_per_image)
                    for t, f in zip(targets, factors, strict=True)]
         features = self.backbone(batch.tensors)
-        proposals, rpn_losses = self.rpn(batch, features, [{"boxes": t.all_boxes} for t in targets])
+        wanted = [{"boxes": t.all_boxes, "key": key} for t, key in zip(targets, image_keys, strict=True)]
+        proposals, rpn_losses = self.rpn(batch, features, wanted)
+        view = self._view(batch, features, proposals, targets, texts, image_keys)
         losses = {"rpn_objectness": rpn_losses["loss_objectness"], "rpn_box": rpn_losses["loss_rpn_box_reg"]}
-        losses |= self._head_losses(features, proposals, targets, texts)
-        if self.recipe.loss.image.enabled:
-            losses["image_alignment"] = self._image_loss(batch, features, targets)
+        losses |= self.class_level(view, self.background)
+        losses["box"] = _box_loss(view)
+        for level in (self.instance_level, self.image_level, self.extra):
+            if level is not None:
+                losses |= level(view)
         return losses
 
-    def _head_losses(self, features: dict[str, Tensor], proposals: list[Tensor], targets: list[Targets],
-                     texts: Tensor) -> dict[str, Tensor]:
+    def _view(self, batch: ImageList, features: dict[str, Tensor], proposals: list[Tensor], targets: list[Targets], texts: Tensor,
+              keys: Sequence[int | None]) -> StepView:
+        """Draw the RoIs of every image and run the head on them."""
         config = self.recipe.detector.head
-        rois, matches = zip(*(sample_rois(p, t.all_boxes, config.samples, config.positive_share)
-                              for p, t in zip(proposals, targets, strict=True)), strict=True)
+        rois, matches = zip(*(sample_rois(p, t.all_boxes, config.samples, config.positive_share, key)
+                              for p, t, key in zip(proposals, targets, keys, strict=True)), strict=True)
         deltas, c, d = self.head(self.pool(features, list(rois)))
-        matched, boxes, labels, weights = self._assign(matches, targets, len(texts))
-        pseudo_texts = [t.pseudo_texts for t in targets] if self.recipe.loss.class_.enabled else []
-        prompts = torch.cat([texts, *pseudo_texts, self.background[None]])
-        is_base = labels < len(texts)
-        wanted = _CODER.encode_single(boxes[matched.clamp(min=0)], torch.cat(rois)) if len(boxes) else torch.zeros_like(deltas)
-        losses = {
-            "classification": classwise.classification_loss(
-                classwise.cosine_logits(c, prompts, config.logit_scale), labels, weights),
-            "box": classwise.box_loss(deltas, wanted, is_base),
-        }
-        if d is not None:
-            losses |= self._instance_losses(d, matched, targets)
-        return losses
-
-    def _assign(self, matches: tuple[Tensor, ...], targets: list[Targets],
-                base_count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Number the boxes of the batch and give every RoI its box, label and weight.
-
-        Returns matched (R,) box number or -1, boxes (B, 4), labels (R,) as in `losses.classwise`, weights (R,).
-        Without the class level a RoI of a pseudo box has no prompt of its own: weight 0, and the background's label.
-        """
-        level, pseudo = self.recipe.loss.class_, self.recipe.pseudo_boxes
-        boxes = torch.cat([t.all_boxes for t in targets])
-        labels, weights, first_box, first_pseudo, matched = [], [], 0, 0, []
-        for match, t in zip(matches, targets, strict=True):
-            matched.append(torch.where(match >= 0, match + first_box, -1))
-            count = len(t.pseudo_boxes)
-            own = torch.arange(count, device=boxes.device) if level.enabled else torch.zeros(count, dtype=torch.int64, device=boxes.device)
-            labels += [t.labels, base_count + first_pseudo + own]
-            trust = classwise.reliability(t.pseudo_embeddings, t.pseudo_texts, pseudo.reliability_centre,
-                                          pseudo.reliability_width, pseudo.reliability_scale)
-            weights += [torch.ones(len(t.boxes), device=boxes.device), trust * (level.weight if level.enabled else 0.0)]
-            first_box += len(t.all_boxes)
-            first_pseudo += count if level.enabled else 0
-        roi_box = torch.cat(matched)
-        background = base_count + first_pseudo
-        box_labels = torch.cat([*labels, torch.tensor([background], device=boxes.device)])  # row -1 serves background
-        box_weights = torch.cat([*weights, torch.ones(1, device=boxes.device)])
-        return roi_box, boxes, box_labels[roi_box], box_weights[roi_box]
-
-    def _instance_losses(self, d: Tensor, matched: Tensor, targets: list[Targets]) -> dict[str, Tensor]:
-        config = self.recipe.loss.instance
-        teachers = torch.cat([rows for t in targets for rows in (t.embeddings, t.pseudo_embeddings)])
-        q, used = instance.box_students(d, matched, len(teachers))
-        e = teachers[used]
-        if len(q) < instance.MIN_PAIRS:
-            return {"instance_alignment": d.sum() * 0, "instance_relation": d.sum() * 0}
-        aligned = alignment_loss(q, e, self.student_queue.read(), self.teacher_queue.read(), config.tau)
-        related = instance.relation_loss(q, e, config.relation_tau, config.relation_temperature)
-        self.student_queue.push(q)
-        self.teacher_queue.push(e)
-        return {"instance_alignment": config.alignment_weight * aligned, "instance_relation": config.relation_weight * related}
-
-    def _image_loss(self, batch: ImageList, features: dict[str, Tensor], targets: list[Targets]) -> Tensor:
-        config = self.recipe.loss.image
-        levels = sorted(self.recipe.detector.backbone.levels)
-        g = self.image_head([features[str(level)] for level in levels], batch.image_sizes, 2 ** levels[-1])
-        f = torch.stack([t.image_embedding for t in targets])
-        loss = alignment_loss(g, f, self.image_student_queue.read(), self.image_teacher_queue.read(), config.tau)
-        self.image_student_queue.push(g)
-        self.image_teacher_queue.push(f)
-        return config.weight * loss
+        box_of_roi = number_boxes(matches, [len(t.all_boxes) for t in targets])
+        return StepView(features, batch.image_sizes, targets, texts, list(rois), box_of_roi, deltas, c, d)
 
     @torch.inference_mode()
     def predict(self, images: list[Tensor], texts: Tensor) -> list[RoIPredictions]:
@@ -197,3 +155,24 @@ class FasterRCNN(nn.Module):
                         batch.image_sizes, factors, strict=True)
         return [RoIPredictions(clip_boxes_to_image(boxes, size) / boxes.new_tensor([*factor, *factor]), one, two)
                 for boxes, one, two, size, factor in per_image]
+
+
+def _box_loss(view: StepView) -> Tensor:
+    boxes = torch.cat([t.all_boxes for t in view.targets])
+    base = torch.cat([torch.arange(len(t.all_boxes), device=boxes.device) < len(t.boxes) for t in view.targets])
+    if len(boxes):
+        wanted = _CODER.encode_single(boxes[view.box_of_roi.clamp(min=0)], torch.cat(view.rois))
+        is_base = base[view.box_of_roi.clamp(min=0)] & (view.box_of_roi >= 0)
+    else:
+        wanted, is_base = torch.zeros_like(view.deltas), view.box_of_roi >= 0
+    count = divisor(torch.tensor(len(view.deltas), device=view.deltas.device))
+    return classwise.box_loss(view.deltas, wanted, is_base, count)
+
+
+def _rename_old(_: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+    """Checkpoints of before the levels were parts of their own have their rows and weights under other names."""
+    for old, new in (("student_queue.", "instance_level.student_queue."), ("teacher_queue.", "instance_level.teacher_queue."),
+                     ("image_head.", "image_level.head."), ("image_student_queue.", "image_level.student_queue."),
+                     ("image_teacher_queue.", "image_level.teacher_queue.")):
+        for name in [n for n in state if n.startswith(prefix + old)]:
+            state[prefix + new + name.removeprefix(prefix + old)] = state.pop(name)

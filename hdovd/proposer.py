@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hdovd.backbone import build_backbone
-from hdovd.batching import batch_images
+from hdovd.batching import batch_images, draw_short_sides
 from hdovd.config import Recipe
 from hdovd.rpn import LocalisationRPN, build_rpn
 
@@ -27,7 +27,8 @@ class ProposalNetwork(nn.Module):
 
     def forward(self, images: list[Tensor], boxes: list[Tensor]) -> dict[str, Tensor]:
         """Losses of one batch: images (3, h, w) uint8 each, boxes (n, 4) xyxy pixels each."""
-        batch, factors = batch_images(images, self.recipe.input)
+        short_sides = draw_short_sides([None] * len(images), self.recipe.input)
+        batch, factors = batch_images(images, self.recipe.input, short_sides)
         scaled = [{"boxes": b * b.new_tensor([*f, *f])} for b, f in zip(boxes, factors, strict=True)]
         _, losses = self.rpn(batch, self.backbone(batch.tensors), scaled)
         return {"score": losses["loss_objectness"], "box": losses["loss_rpn_box_reg"]}

@@ -6,33 +6,51 @@ B boxes of an image (base before pseudo), R RoIs, C channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
+from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou, roi_align
+
+from hdovd.sampling import Use, image_generator, sample_balanced
 
 POOL_SIZE = 7
 POSITIVE_IOU = 0.5
 
 
-def sample_rois(proposals: Tensor, boxes: Tensor, samples: int, positive_share: float) -> tuple[Tensor, Tensor]:
+def sample_rois(proposals: Tensor, boxes: Tensor, samples: int, positive_share: float,
+                key: int | None = None) -> tuple[Tensor, Tensor]:
     """Match proposals to boxes at IoU 0.5 and sample a fixed number of them; the boxes themselves take part.
 
     Args:
         proposals: (n, 4). boxes: (B, 4), may be empty.
+        key: the image's, which alone the choice depends on; None draws from torch's global generator.
 
     Returns:
         RoIs (R, 4) and the box each one belongs to (R,) int64, -1 for background; R is at most `samples`.
     """
     candidates = torch.cat([boxes, proposals])
-    if len(boxes) == 0:
-        keep = torch.randperm(len(candidates), device=candidates.device)[:samples]
-        return candidates[keep], torch.full((len(keep),), -1, device=candidates.device)
-    matched = Matcher(POSITIVE_IOU, POSITIVE_IOU, allow_low_quality_matches=False)(box_iou(boxes, candidates)).clamp(min=-1)
-    positive, negative = BalancedPositiveNegativeSampler(samples, positive_share)([(matched >= 0).float()])
-    keep = (positive[0].bool() | negative[0].bool()).nonzero().flatten()
+    matched = torch.full((len(candidates),), -1, device=candidates.device)
+    if len(boxes):
+        matched = Matcher(POSITIVE_IOU, POSITIVE_IOU, allow_low_quality_matches=False)(box_iou(boxes, candidates)).clamp(min=-1)
+    generator = image_generator(key, Use.ROIS, candidates.device)
+    positive, negative = sample_balanced(matched >= 0, matched < 0, samples, positive_share, generator)
+    keep = (positive | negative).nonzero().flatten()
     return candidates[keep], matched[keep]
+
+
+def number_boxes(matches: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Number the boxes of a batch image by image: the box (R,) int64 that each RoI of the batch belongs to, or -1.
+
+    Args:
+        matches: (R_i,) an image, as `sample_rois` returns. counts: boxes of each image.
+    """
+    numbered, first = [], 0
+    for match, count in zip(matches, counts, strict=True):
+        numbered.append(torch.where(match >= 0, match + first, -1))
+        first += count
+    return torch.cat(numbered)
 
 
 class PyramidRoIAlign(nn.Module):

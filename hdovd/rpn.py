@@ -5,6 +5,8 @@ N images, A anchors an image. `build_rpn` serves the detector, `LocalisationRPN`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,9 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 
 from hdovd.config import RpnConfig
+from hdovd.distributed import divisor
 from hdovd.errors import HdovdError
+from hdovd.sampling import Use, image_generator, sample_balanced
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 
@@ -35,19 +39,40 @@ class _FloatRPNHead(RPNHead):
 
 
 class ObjectnessRPN(RegionProposalNetwork):
-    """Faster R-CNN's RPN with an L1 box loss, divided by the sampled anchors like the objectness loss."""
+    """Faster R-CNN's RPN with an L1 box loss, divided by the sampled anchors like the objectness loss.
+
+    The target of an image holds `boxes` (n, 4), and may hold the `key` that its anchors are drawn by
+    (`sampling.image_generator`). Sampled anchors are counted over all processes.
+    """
+
+    def assign_targets_to_anchors(self, anchors: list[Tensor], targets: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
+        """Labels (A,) an image, 1 object and 0 background for the anchors drawn, -1 for all others; and boxes (A, 4) matched."""
+        labels, boxes = super().assign_targets_to_anchors(anchors, targets)
+        drawn = []
+        for rows, target in zip(labels, targets, strict=True):
+            generator = image_generator(target.get("key"), Use.ANCHORS, rows.device)
+            positive, negative = sample_balanced(rows >= 1, rows == 0, self.samples, self.positive_share, generator)
+            drawn.append(torch.where(positive | negative, rows, -1.0))
+        return drawn, boxes
+
+    @property
+    def samples(self) -> int:
+        return int(self.fg_bg_sampler.batch_size_per_image)
+
+    @property
+    def positive_share(self) -> float:
+        return float(self.fg_bg_sampler.positive_fraction)
 
     def compute_loss(self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor],
                      regression_targets: list[Tensor]) -> tuple[Tensor, Tensor]:
-        positive, negative = (torch.cat(rows).bool() for rows in self.fg_bg_sampler(labels))
-        sampled = positive | negative
+        """The losses over anchors with labels 1 and 0: all of those that were drawn."""
         wanted = torch.cat(labels)
+        positive, sampled = wanted >= 1, wanted >= 0
+        count = divisor(sampled.sum())
         deltas, targets = pred_bbox_deltas[positive], torch.cat(regression_targets)[positive]
-        box = (deltas - targets).abs().sum() / sampled.sum().clamp(min=1)
-        logits = objectness.flatten()[sampled]
-        score = F.binary_cross_entropy_with_logits(logits, wanted[sampled], reduction="sum") / max(len(logits), 1)
+        box = (deltas - targets).abs().sum() / count
+        score = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], wanted[sampled], reduction="sum") / count
         return score, box
-
 
     def scored_proposals(self, images: ImageList, features: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """What `forward` keeps of each image, with its scores: boxes (n, 4) in batch pixels, scores (n,) in 0..1."""
@@ -73,9 +98,10 @@ class LocalisationRPN(ObjectnessRPN):
 
     def compute_loss(self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor],
                      regression_targets: list[Tensor]) -> tuple[Tensor, Tensor]:
-        positive, negative = (torch.cat(rows).bool() for rows in self.fg_bg_sampler(labels))
+        wanted = torch.cat(labels)
+        positive, negative = wanted >= 1, wanted == 0
         deltas, targets = pred_bbox_deltas[positive], torch.cat(regression_targets)[positive]
-        count = positive.sum().clamp(min=1)
+        count = divisor(positive.sum())
         box = (deltas - targets).abs().sum() / count / 4
         logits = objectness.flatten()
         fit = iou_of_deltas(deltas.detach(), targets)

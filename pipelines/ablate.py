@@ -162,7 +162,7 @@ def commands(planned: Planned, config: AblateConfig, standing: Standing) -> tupl
     hdovd = (sys.executable, "-m", "hdovd")
     train = (*hdovd, "train", "--cache", str(config.cache), "--out", str(planned.path), "--recipe", config.recipe,
              *(("--preset", config.preset) if config.preset else ()), "--protocol", config.protocol, "--features", config.features,
-             "--device", config.device, *(() if is_tar_form(config.cache) else _data_words(config.data)),
+             "--device", config.device, "--val-every", "0", *(() if is_tar_form(config.cache) else _data_words(config.data)),
              *(word for setting in (*config.settings, *planned.cell.settings, f"train.seed={planned.seed}") for word in ("--set", setting)),
              *(("--resume",) if standing is Standing.GO_ON else ()))
     evaluate = (*hdovd, "eval", str(planned.path), *_data_words(config.validation or config.data), "--device", config.device)

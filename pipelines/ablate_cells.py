@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hdovd.config import Recipe, load_recipe
 from hdovd.errors import HdovdError
@@ -57,14 +58,24 @@ def cells_of(recipe: str, settings: Sequence[str], grid: Sequence[str], preset: 
             made = load_recipe(recipe, [*base, *mine])
         except HdovdError as error:
             raise HdovdError(f"--grid {' '.join(mine)}: {error}") from error
-        values = {key: recipe_settings(made).get(key) for key in keys}
+        values = {key: _value(made, key) for key in keys}
         name = "_".join(f"{short[key]}-{_as_name(in_full(value))}" for key, value in values.items()) or "recipe"
         cell = Cell(name, values, mine)
         same = seen.setdefault(made.to_toml(), cell)
         if same is not cell:
             raise HdovdError(f"--grid: {' '.join(mine)} and {' '.join(same.settings)} are the same cell: leave one out")
         cells.append(cell)
+    if len({cell.name for cell in cells}) < len(cells):  # 1 and "1", where a recipe takes both
+        raise HdovdError(f"--grid {' '.join(grid)}: two cells have the same name: {', '.join(cell.name for cell in cells)}")
     return cells
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    """What stands in the recipe at a dotted key: a value, or a section such as loss.extra."""
+    tree: Any = recipe.model_dump(by_alias=True)
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def _key_and_values(item: str) -> tuple[str, list[str]]:

@@ -63,9 +63,11 @@ class Run:
 
     @property
     def distillation(self) -> tuple[str, ...]:
-        """The levels of distillation that are on."""
-        return tuple(key.split(".")[1] for key, value in self.settings.items()
-                     if key.startswith("loss.") and key.endswith(SWITCH) and value is True)
+        """The levels of distillation that are on, and the losses that the recipe adds."""
+        levels = [key.split(".")[1] for key, value in self.settings.items()
+                  if key.startswith("loss.") and key.endswith(SWITCH) and value is True]
+        added = [key.split(".")[2] for key in self.settings if key.startswith("loss.extra.") and key.endswith(".use")]
+        return tuple(dict.fromkeys(levels + added))
 
     @property
     def cache_id(self) -> str | None:

@@ -18,24 +18,26 @@ def cosine_logits(features: Tensor, prompts: Tensor, scale: float) -> Tensor:
         return scale * F.normalize(features.float(), dim=1) @ F.normalize(prompts.float(), dim=1).T
 
 
-def classification_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+def classification_loss(logits: Tensor, labels: Tensor, weights: Tensor, count: Tensor | None = None) -> Tensor:
     """Weighted cross-entropy, summed and divided by the number of RoIs with positive weight.
 
     Args:
         logits: (R, K+P+1). labels: (R,) int64.
         weights: (R,) 1 for base and background RoIs, w_j for a RoI matched to pseudo box j.
+        count: () what to divide by where these rows are a part of all (`distributed.divisor`); None: counted here.
     """
     rows = F.cross_entropy(logits, labels, reduction="none")
-    return (rows * weights).sum() / (weights > 0).sum().clamp(min=1)
+    return (rows * weights).sum() / ((weights > 0).sum().clamp(min=1) if count is None else count)
 
 
-def box_loss(deltas: Tensor, targets: Tensor, is_base: Tensor) -> Tensor:
+def box_loss(deltas: Tensor, targets: Tensor, is_base: Tensor, count: Tensor | None = None) -> Tensor:
     """L1 over the RoIs of base boxes, divided by all sampled RoIs: pseudo boxes teach no regression.
 
     Args:
         deltas, targets: (R, 4) encoded offsets. is_base: (R,) bool.
+        count: () as in `classification_loss`; None: R.
     """
-    return (deltas - targets).abs()[is_base].sum() / max(len(deltas), 1)
+    return (deltas - targets).abs()[is_base].sum() / (max(len(deltas), 1) if count is None else count)
 
 
 def reliability(visual: Tensor, text: Tensor, centre: float, width: float, scale: float) -> Tensor:

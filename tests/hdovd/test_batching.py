@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdovd.batching import batch_images
+from hdovd.batching import batch_images, draw_short_sides
 from hdovd.config import InputConfig
 
 CONFIG = InputConfig(short_side=64, long_side=96, flip=0.0, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.5])
@@ -73,3 +73,34 @@ def test_a_sliver_keeps_at_least_a_pixel(size: tuple[int, int]) -> None:
     assert min(batch.image_sizes[0]) >= 1
     assert min(factors[0]) > 0
     assert batch.tensors.isfinite().all()
+
+
+def test_every_picture_has_the_short_side_asked_for() -> None:
+    batch, factors = batch_images([picture(50, 70), picture(50, 70), picture(100, 300)], CONFIG, [64, 40, 48])
+    assert batch.image_sizes == [(64, 90), (40, 56), (32, 96)]  # the last is capped by the long side
+    assert factors[1] == (pytest.approx(0.8), pytest.approx(0.8))
+
+
+SCALES = CONFIG.model_copy(update={"train_short_sides": [40, 48, 64]})
+
+
+def test_scales_are_drawn_by_key_and_evenly() -> None:
+    drawn = draw_short_sides(range(3000), SCALES)
+    assert all(abs(drawn.count(side) - 1000) < 6 * 1000**0.5 for side in (40, 48, 64))
+    torch.manual_seed(7)
+    assert draw_short_sides([5, 900, 5], SCALES) == [drawn[5], drawn[900], drawn[5]]
+
+
+def test_without_keys_the_global_generator_draws_scales() -> None:
+    torch.manual_seed(7)
+    first = draw_short_sides([None] * 40, SCALES)
+    torch.manual_seed(7)
+    assert draw_short_sides([None] * 40, SCALES) == first
+    assert set(first) == {40, 48, 64}
+
+
+def test_without_training_scales_nothing_is_drawn() -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    assert draw_short_sides([1, None], CONFIG) == [64, 64]
+    assert torch.equal(torch.get_rng_state(), before)

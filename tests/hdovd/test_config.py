@@ -26,6 +26,7 @@ def test_ov_coco_recipe_has_the_constants_of_the_method() -> None:
                      "relation_temperature": 10.0, "queue": 2048},
         "class": {"enabled": True, "weight": 1.0},
         "image": {"enabled": True, "weight": 0.1, "tau": 20.0, "queue": 512},
+        "extra": {},
     }
     assert tree["pseudo_boxes"] == {"max_per_image": 5, "min_side": 32.0, "reliability_centre": 0.31, "reliability_width": 0.026,
                                     "reliability_scale": 1.3}  # section 2

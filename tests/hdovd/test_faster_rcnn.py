@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdovd.batching import batch_images
+from hdovd.batching import batch_images, draw_short_sides
 from hdovd.config import PRESETS, Recipe, load_recipe
+from hdovd.errors import HdovdError
 from hdovd.faster_rcnn import FasterRCNN
-from hdovd.rois import sample_rois
+from hdovd.rois import number_boxes, sample_rois
 from hdovd.targets import Targets
 
 DIM, BASE_COUNT = 6, 3
@@ -148,7 +149,7 @@ def naive_losses(model: FasterRCNN, images: list[Tensor], targets: list[Targets]
                 q.append(torch.nn.functional.normalize(sum(members) / len(members), dim=0))
                 e.append(teacher)
     levels = [features[name] for name in ("3", "4", "5")]
-    g, f = list(model.image_head(levels, padded.image_sizes, 32)), [t.image_embedding for t in targets]
+    g, f = list(model.image_level.head(levels, padded.image_sizes, 32)), [t.image_embedding for t in targets]
     losses = {
         "rpn_objectness": float(rpn["loss_objectness"]), "rpn_box": float(rpn["loss_rpn_box_reg"]),
         "classification": classification / counted, "box": box / sum(map(len, rois)),
@@ -173,7 +174,8 @@ def test_losses_equal_the_method_over_steps_with_filled_queues() -> None:
         assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=2e-4, abs=2e-5)
     assert len(memories["q"]) == 7
     assert len(memories["g"]) == 5
-    queues = {"q": model.student_queue, "e": model.teacher_queue, "g": model.image_student_queue, "f": model.image_teacher_queue}
+    queues = {"q": model.instance_level.student_queue, "e": model.instance_level.teacher_queue,
+              "g": model.image_level.student_queue, "f": model.image_level.teacher_queue}
     for name, queue in queues.items():
         torch.testing.assert_close(queue.read(), torch.stack(memories[name]), atol=1e-5, rtol=0)
 
@@ -211,7 +213,7 @@ def test_one_pair_gives_no_instance_loss_and_no_memory() -> None:
     losses = run(model, *batch([[[10.0, 20.0, 60.0, 50.0]]], [[]]))
     assert losses["instance_alignment"] == 0
     assert losses["instance_relation"] == 0
-    assert len(model.student_queue.read()) == 0
+    assert len(model.instance_level.student_queue.read()) == 0
     check_backward(model, losses)
 
 
@@ -240,7 +242,7 @@ def test_base_only_has_no_distillation() -> None:
     assert set(losses) == BASE_ONLY
     check_backward(model, losses)
     assert model.head.distillation is None
-    assert not any("queue" in name or "image_head" in name or "distillation" in name for name in model.state_dict())
+    assert not any("queue" in name or "image_level" in name or "distillation" in name for name in model.state_dict())
     assert model.eval().predict(pictures((64, 96)), TEXTS)[0].distillation_score is None
 
 
@@ -270,22 +272,28 @@ def test_without_the_class_level_pseudo_texts_have_no_say() -> None:
 
 
 def test_the_class_weight_scales_the_pseudo_rois_only() -> None:
-    images, targets = batch()
-    model = detector("loss.class.weight=0.5")
-    matches = (torch.tensor([2, -1, 0]), torch.tensor([1]))
-    full, half = detector()._assign(matches, targets, BASE_COUNT)[3], model._assign(matches, targets, BASE_COUNT)[3]
+    matches = number_boxes((torch.tensor([2, -1, 0]), torch.tensor([1])), [3, 4])
+    full, half = (labels_and_weights(matches, *setting)[1] for setting in ((), ("loss.class.weight=0.5",)))
     torch.testing.assert_close(half, full * torch.tensor([0.5, 1.0, 1.0, 0.5]))
-    check_backward(model, run(model, images, targets))
+    model = detector("loss.class.weight=0.5")
+    check_backward(model, run(model, *batch()))
 
 
 # Numbering.
 
-def test_assign_numbers_boxes_image_by_image_base_before_pseudo() -> None:
+def labels_and_weights(box_of_roi: Tensor, *settings: str, first: int = BASE_COUNT, pseudo: int = 4) -> tuple[Tensor, Tensor]:
     _, targets = batch()  # 2 base + 1 pseudo, 1 base + 3 pseudo
-    matches = (torch.tensor([-1, 0, 2, 1, 2]), torch.tensor([3, -1, 0, 1, 2]))
-    matched, boxes, labels, weights = detector()._assign(matches, targets, BASE_COUNT)
-    assert matched.tolist() == [-1, 0, 2, 1, 2, 6, -1, 3, 4, 5]
-    assert boxes.tolist() == BASE_BOXES[0] + PSEUDO_BOXES[0] + BASE_BOXES[1] + PSEUDO_BOXES[1]
+    return detector(*settings).class_level.labels_and_weights(box_of_roi, targets, first, BASE_COUNT + pseudo)
+
+
+def test_boxes_are_numbered_image_by_image() -> None:
+    matches = (torch.tensor([-1, 0, 2, 1, 2]), torch.tensor([], dtype=torch.int64), torch.tensor([3, -1, 0, 1, 2]))
+    assert number_boxes(matches, [3, 2, 4]).tolist() == [-1, 0, 2, 1, 2, 8, -1, 5, 6, 7]
+
+
+def test_labels_and_weights_are_those_of_the_boxes_base_before_pseudo() -> None:
+    _, targets = batch()
+    labels, weights = labels_and_weights(torch.tensor([-1, 0, 2, 1, 2, 6, -1, 3, 4, 5]))
     background = BASE_COUNT + 4
     assert labels.tolist() == [background, 0, 3, 1, 3, 6, background, 1, 4, 5]  # image 1's base box has label 1
     trust = [1.3 / (1 + math.exp(-(cosine(v, u) - 0.1) / 0.5))
@@ -293,19 +301,115 @@ def test_assign_numbers_boxes_image_by_image_base_before_pseudo() -> None:
     torch.testing.assert_close(weights, torch.tensor([1, 1, trust[0], 1, trust[0], trust[3], 1, 1, trust[1], trust[2]]))
 
 
-def test_assign_without_the_class_level_gives_pseudo_rois_no_weight() -> None:
-    _, targets = batch()
-    matches = (torch.tensor([-1, 0, 2]), torch.tensor([3, 0, -1]))
-    weights = detector("loss.class.enabled=false")._assign(matches, targets, BASE_COUNT)[3]
+def test_labels_of_pseudo_boxes_begin_behind_the_prompts_of_other_processes() -> None:
+    labels, _ = labels_and_weights(torch.tensor([-1, 0, 2, 3, 6]), first=BASE_COUNT + 5, pseudo=11)
+    assert labels.tolist() == [BASE_COUNT + 11, 0, BASE_COUNT + 5, 1, BASE_COUNT + 8]
+
+
+def test_without_the_class_level_pseudo_rois_have_no_weight() -> None:
+    labels, weights = labels_and_weights(torch.tensor([-1, 0, 2, 6, 3, -1]), "loss.class.enabled=false", pseudo=0)
+    assert labels.tolist() == [BASE_COUNT, 0, BASE_COUNT, BASE_COUNT, 1, BASE_COUNT]
     assert weights.tolist() == [1, 1, 0, 0, 1, 1]
 
 
-def test_assign_without_pseudo_boxes() -> None:
+def test_labels_without_pseudo_boxes() -> None:
     _, targets = batch(pseudo=[[], []])
-    matched, _, labels, weights = detector()._assign((torch.tensor([1, -1]), torch.tensor([-1, 0])), targets, BASE_COUNT)
-    assert matched.tolist() == [1, -1, -1, 2]
+    labels, weights = detector().class_level.labels_and_weights(torch.tensor([1, -1, -1, 2]), targets, BASE_COUNT, BASE_COUNT)
     assert labels.tolist() == [1, BASE_COUNT, BASE_COUNT, 1]
     assert weights.tolist() == [1, 1, 1, 1]
+
+
+# Keys: what is drawn for an image is its own.
+
+KEYS = [11, 2**63 - 1, 7]
+THREE_BASE = [*BASE_BOXES, [[30.0, 8.0, 70.0, 44.0], [2.0, 30.0, 20.0, 60.0]]]
+THREE_PSEUDO = [*PSEUDO_BOXES, []]
+
+
+def losses_in_order(order: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses and gradients of three images in an order, from a fresh detector without batch statistics."""
+    model = frozen_detector().train()
+    images, targets = batch(THREE_BASE, THREE_PSEUDO)
+    losses = model([images[i] for i in order], [targets[i] for i in order], TEXTS, [KEYS[i] for i in order])
+    sum(losses.values()).backward()
+    return losses, {name: p.grad for name, p in model.named_parameters()}
+
+
+def frozen_detector(*settings: str) -> FasterRCNN:
+    torch.manual_seed(0)
+    return FasterRCNN(small("detector.backbone.norm=frozen", *settings), DIM, None)
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1], [1, 0, 2]])
+def test_with_keys_the_order_of_images_changes_no_loss_and_no_gradient(order: list[int]) -> None:
+    torch.manual_seed(1)
+    losses, gradients = losses_in_order([0, 1, 2])
+    torch.manual_seed(2)
+    other_losses, other_gradients = losses_in_order(order)
+    for name, loss in losses.items():
+        assert loss.item() > 0
+        assert other_losses[name].item() == pytest.approx(loss.item(), rel=1e-6), name
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
+
+
+def test_other_keys_draw_otherwise() -> None:
+    images, targets = batch()
+    values = {tuple(loss.item() for loss in frozen_detector().train()(images, targets, TEXTS, keys).values())
+              for keys in ([1, 2], [1, 2 + 2**32], [1 + 2**40, 2])}
+    assert len(values) == 3
+
+
+def test_with_keys_the_rois_of_an_image_do_not_depend_on_the_batch() -> None:
+    model, seen = frozen_detector().train(), []
+    images, targets = batch(THREE_BASE, THREE_PSEUDO)
+    model.pool.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
+    for order in ([1], [0, 1], [1, 2, 0]):
+        model([images[i] for i in order], [targets[i] for i in order], TEXTS, [KEYS[i] for i in order])
+    for rois in (seen[1][1], seen[2][0]):
+        torch.testing.assert_close(rois, seen[0][0], atol=1e-4, rtol=0)
+
+
+def test_keys_leave_the_global_generator_alone() -> None:
+    model = frozen_detector().train()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    model(*batch(), TEXTS, [1, 2])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    ([1], "one an image, 2; found 1"), ([1, 2**63], "key 9223372036854775808"), ([-1, 0], "key -1"),
+])
+def test_keys_that_do_not_fit_are_refused(keys: list[int], message: str) -> None:
+    with pytest.raises(HdovdError, match=message):
+        detector().train()(*batch(), TEXTS, keys)
+
+
+# Multi-scale training.
+
+def test_boxes_and_the_size_rule_follow_the_scale_that_is_drawn() -> None:
+    """At scale 1 the pseudo box has 10 px, at scale 1/2 it has 5 and is too small; two images of the same picture."""
+    model = frozen_detector("input.train_short_sides=[64, 32]").train()
+    keys = [next(k for k in range(99) if draw_short_sides([k], model.recipe.input) == [side]) for side in (64, 32)]
+    images = pictures((64, 96)) * 2
+    targets = [targets_of(BASE_BOXES[0], [[60.0, 40.0, 70.0, 50.0]], 0)] * 2
+    views = []
+    model.image_level.register_forward_pre_hook(lambda _, arguments: views.append(arguments[0]))
+    model(images, targets, TEXTS, keys)
+    for i, (pseudo, factor, size) in enumerate((([[60.0, 40.0, 70.0, 50.0]], 1.0, (64, 96)), ([], 0.5, (32, 48)))):
+        assert views[0].image_sizes[i] == size
+        torch.testing.assert_close(views[0].targets[i].boxes, factor * torch.tensor(BASE_BOXES[0]))
+        assert views[0].targets[i].pseudo_boxes.tolist() == pseudo
+        assert (views[0].rois[i] <= torch.tensor([size[1], size[0], size[1], size[0]])).all()
+        assert len(views[0].targets[i].pseudo_texts) == len(views[0].targets[i].pseudo_embeddings) == len(pseudo)
+
+
+def test_prediction_is_at_the_fixed_scale() -> None:
+    images = pictures((64, 96), (100, 120))
+    plain, several = (frozen_detector(*setting).eval().predict(images, TEXTS) for setting in ((), ("input.train_short_sides=[32, 40]",)))
+    for one, two in zip(plain, several, strict=True):
+        assert torch.equal(one.boxes, two.boxes)
 
 
 # Prediction.
@@ -356,11 +460,26 @@ def test_a_state_dict_makes_the_same_detector() -> None:
     run(model, *batch())
     again = FasterRCNN(small(), DIM, log=None)
     again.load_state_dict(model.state_dict())
-    assert len(again.student_queue.read()) == len(model.student_queue.read()) > 0
+    assert len(again.instance_level.student_queue.read()) == len(model.instance_level.student_queue.read()) > 0
     images = pictures((64, 96))
     one, two = model.eval().predict(images, TEXTS)[0], again.eval().predict(images, TEXTS)[0]
     assert torch.equal(one.boxes, two.boxes)
     assert torch.equal(one.class_probability, two.class_probability)
+
+
+def test_checkpoints_of_before_the_levels_were_parts_still_load() -> None:
+    model = detector().train()
+    run(model, *batch())
+    old = {"instance_level.student_queue": "student_queue", "instance_level.teacher_queue": "teacher_queue",
+           "image_level.head": "image_head", "image_level.student_queue": "image_student_queue",
+           "image_level.teacher_queue": "image_teacher_queue"}
+    state = {next((before + name.removeprefix(now) for now, before in old.items() if name.startswith(now)), name): value
+             for name, value in model.state_dict().items()}
+    assert not any("level" in name for name in state)
+    again = FasterRCNN(small(), DIM, log=None)
+    again.load_state_dict(state)
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
 
 
 def test_losses_barely_move_under_autocast() -> None:

@@ -76,6 +76,12 @@ def test_the_grid_may_turn_on_what_a_preset_turned_off() -> None:
     assert len(cells) == 4
 
 
+def test_a_loss_that_the_recipe_adds_can_be_a_cell() -> None:
+    cells = cells_of("demo", (), ['loss.extra={},{mine={use="a:B",weight=1.0}}'])
+    assert [cell.values["loss.extra"] for cell in cells] == [{}, {"mine": {"use": "a:B", "weight": 1.0}}]
+    assert len({cell.name for cell in cells}) == 2
+
+
 def test_without_a_grid_there_is_one_cell() -> None:
     assert [(cell.name, cell.values) for cell in cells_of("demo", (), [])] == [("recipe", {})]
 

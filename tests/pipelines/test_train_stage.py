@@ -93,7 +93,8 @@ def test_weights_moved_and_queues_are_filled(distilled: RunFolder, train_micro: 
     assert weights.keys() == other.keys()
     moved = [name for name, value in weights.items() if not torch.equal(value, other[name])]
     assert {"background", "head.distillation.weight", "rpn.head.cls_logits.weight"} <= set(moved)
-    for name in ("student_queue.rows", "teacher_queue.rows", "image_student_queue.rows", "image_teacher_queue.rows"):
+    for name in ("instance_level.student_queue.rows", "instance_level.teacher_queue.rows", "image_level.student_queue.rows",
+                 "image_level.teacher_queue.rows"):
         norms = weights[name].norm(dim=1)
         held = norms > 0
         assert held.sum() > 8
@@ -158,7 +159,7 @@ def test_features_name_the_set_that_is_read(world: Path, copied_cache: Path, tmp
 def test_base_only_has_no_distillation(base_only: RunFolder) -> None:
     assert _log(base_only)[-1].keys() >= DETECTION_LOSSES
     assert not any(name.startswith(("instance", "image_a")) for name in _log(base_only)[-1])
-    assert not any("queue" in name or "distillation" in name or "image_head" in name for name in _weights(base_only))
+    assert not any("queue" in name or "distillation" in name or "image_level" in name for name in _weights(base_only))
 
 
 @pytest.mark.parametrize("level", LEVELS)
