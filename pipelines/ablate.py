@@ -123,7 +123,7 @@ def ablate(config: AblateConfig, log: Callable[[str], None] = print) -> Ablation
     with _locked(config.out) as lock:
         standings = {p.name: standing(p, config) for p in plans}
         to_do = [p for p in plans if standings[p.name] is not Standing.DONE]
-        log(f"{len(plans) // config.seeds} cells x {config.seeds} seeds: {len(plans) - len(to_do)} of {len(plans)} runs done")
+        log(f"{len(plans) // config.seeds} cell(s) x {config.seeds} seed(s): {len(plans) - len(to_do)} of {len(plans)} runs done")
         _check_features(plans, _features(config, plans) if to_do else None)
         result = _result(config, plans, standings)
         if to_do:
