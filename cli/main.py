@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import hdovd
-from hdovd.cli import bench, cache, demo, eval, extract_clip, propose, train
+from hdovd.cli import ablate, bench, cache, demo, eval, extract_clip, propose, runs, train
 from hdovd.errors import HdovdError, Stopped
 
 app = typer.Typer(
@@ -23,7 +23,8 @@ app = typer.Typer(
     On your COCO folder, in this order: [bold]propose[/bold] (class-agnostic boxes), [bold]extract-clip[/bold]
     (run CLIP once, fill the cache), [bold]train[/bold] (the detector, without CLIP), [bold]eval[/bold] (OV-COCO AP).
 
-    [bold]cache[/bold] lists, compares, checks, mends and tidies what extract-clip wrote.
+    [bold]cache[/bold] lists, compares, checks, mends and tidies what extract-clip wrote;
+    [bold]runs[/bold] lists and compares what train wrote. [bold]ablate[/bold] trains and evaluates a grid of settings.
     """,
     rich_markup_mode="rich",
 )
@@ -48,7 +49,9 @@ app.command("propose")(propose.propose)
 app.command("extract-clip")(extract_clip.extract_clip)
 app.command("train")(train.train)
 app.command("eval")(eval.eval)
+app.command("ablate")(ablate.ablate)
 app.add_typer(cache.app, name="cache")
+app.add_typer(runs.app, name="runs")
 app.add_typer(bench.app, name="bench")
 
 

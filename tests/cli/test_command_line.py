@@ -22,6 +22,8 @@ NEXT = {
     ("extract-clip",): ["hdovd train"],
     ("train",): ["hdovd eval"],
     ("eval",): ["metrics.json", "detections.json"],  # the last one: what it leaves
+    ("ablate",): ["hdovd runs", "table.md"],
+    ("runs",): ["hdovd runs diff A B"],
 }
 
 

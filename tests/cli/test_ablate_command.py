@@ -1,0 +1,168 @@
+"""`hdovd ablate` from the first run to the table: stopped, gone on with, run again for nothing, and with a cell that fails.
+
+Every command of a run is a process that imports torch: two of the four runs are trained in this process beforehand.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from hdovd.cli.main import app
+from hdovd.coco import DataPaths
+from hdovd.pipelines.ablate import LOCK, AblateConfig, plan
+from hdovd.pipelines.train import TrainJob, train
+
+Watch = Callable[[Path], Any]
+GRID = ("--grid", "loss.image.enabled=true,false", "train.lr=0.002")  # the second without --grid: more of it
+CELLS = ("image-on_lr-0.002", "image-off_lr-0.002")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An ablation that was stopped after its first run, then gone on with. The first and the last run were trained before."""
+
+    words: tuple[str, ...]
+    out: Path
+    stopped: subprocess.CompletedProcess[str]
+    first_metrics_ns: int
+    table_when_stopped: str
+    lock_was_free: bool
+    went_on: Any
+
+
+def _words(world: Path, cache: Path, settings: list[str], out: Path) -> tuple[str, ...]:
+    return ("ablate", "--data", str(world), "--protocol", str(world / "protocol.toml"), "--cache", str(cache), "--device", "cpu",
+            *settings, "--out", str(out))
+
+
+def _here(*words: str) -> Any:
+    return CliRunner().invoke(app, list(words), env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def scene(world: Path, cache: Path, micro_settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    out = tmp_path_factory.mktemp("ablation") / "with space"
+    shared = Path(shutil.copytree(cache, out.parent / "cache"))
+    words = (*_words(world, shared, micro_settings, out), *GRID, "--seeds", "2")
+    protocol = str(world / "protocol.toml")
+    config = AblateConfig(DataPaths(world), shared, out, GRID[1:], "demo", settings=tuple(micro_settings[3::2]), seeds=2, protocol=protocol)
+    for planned in plan(config)[::3]:
+        train(TrainJob(config.data, shared, planned.path, planned.recipe, protocol, "cpu"), lambda _: None)
+    (out / CELLS[0] / "seed0" / "checkpoint.pt").unlink()  # with one, training goes on, if only to see that it is at its end
+    first = out / CELLS[0] / "seed0" / "metrics.json"
+    process = subprocess.Popen([sys.executable, "-m", "hdovd", *words], cwd=out.parent, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"})
+    deadline = time.monotonic() + 100
+    while not (first.exists() and (out / CELLS[0] / "seed1.log").exists()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)
+    stopped = subprocess.CompletedProcess(words, process.returncode, *said)
+    assert first.exists(), stopped.stdout + stopped.stderr
+    table = (out / "table.md").read_text()
+    with (out / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+    return Scene(words, out, stopped, first.stat().st_mtime_ns, table, free, _here(*words, "--jobs", "2"))
+
+
+def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(scene: Scene) -> None:
+    assert scene.stopped.returncode == 130
+    assert "3 of 4 runs are left: the same command goes on" in scene.stopped.stderr
+    assert "Traceback" not in scene.stopped.stderr
+    assert "[1/4]" in scene.stopped.stdout
+    assert scene.lock_was_free  # the runs hold it too: none of them is left
+    rows = scene.table_when_stopped.splitlines()
+    assert "1 of 2" in rows[2]
+    assert "0 of 2" in rows[3]
+
+
+def test_goes_on_with_what_is_left(scene: Scene) -> None:
+    assert scene.went_on.exit_code == 0, scene.went_on.output
+    assert "1 of 4 runs done" in scene.went_on.output
+    assert "3 to do, 2 at a time" in scene.went_on.output
+    assert (scene.out / CELLS[0] / "seed0" / "metrics.json").stat().st_mtime_ns == scene.first_metrics_ns
+    for cell in CELLS:
+        for seed in (0, 1):
+            assert json.loads((scene.out / cell / f"seed{seed}" / "metrics.json").read_text())["ap50"]
+            log = (scene.out / cell / f"seed{seed}.log").read_text()
+            assert ("hdovd train" in log) == ((cell, seed) != (CELLS[0], 0))
+            assert "hdovd eval" in log
+    assert "goes on at step" in (scene.out / CELLS[1] / "seed1.log").read_text()
+
+
+def test_the_table_is_of_the_metrics(scene: Scene) -> None:
+    rows = {row["cell"]: row for row in csv.DictReader((scene.out / "table.csv").open())}
+    for cell in CELLS:
+        found = [json.loads((scene.out / cell / f"seed{seed}" / "metrics.json").read_text()) for seed in (0, 1)]
+        for name, values in (("ap50_base", [m["ap50"]["base"] for m in found]), ("ap50_all", [m["ap50"]["all"] for m in found]),
+                             ("ap50_novel", [m["ap50"]["novel"] for m in found]),
+                             ("ap50_novel_split_blind", [m["split_blind"]["ap50"]["novel"] for m in found])):
+            assert float(rows[cell][f"{name}_mean"]) == pytest.approx(statistics.mean(values))
+            assert float(rows[cell][f"{name}_sd"]) == pytest.approx(statistics.stdev(values))
+    table = (scene.out / "table.md").read_text()
+    assert table in scene.went_on.output
+    assert "Not finished" not in table
+    assert r"\bottomrule" in (scene.out / "table.tex").read_text()
+
+
+def test_run_again_it_runs_nothing(scene: Scene, untouched: Watch) -> None:
+    with untouched(scene.out / CELLS[0]), untouched(scene.out / CELLS[1]):
+        table = (scene.out / "table.md").read_text()
+        again = _here(*scene.words)
+        listed = _here(*scene.words, "--dry-run")
+    assert again.exit_code == listed.exit_code == 0
+    assert "4 of 4 runs done" in again.output
+    assert (scene.out / "table.md").read_text() == table
+    assert listed.output.count("done  ") == 4
+    assert "4 of 4 runs done" in listed.output
+
+
+def test_dry_run_says_what_is_to_do(scene: Scene) -> None:
+    found = _here(*scene.words, "--seeds", "3", "--dry-run")
+    assert [line.split(" " + str(scene.out))[0].split("  ")[0] for line in found.output.splitlines()[:-1]] == ["done", "done", "to do"] * 2
+
+
+def test_another_config_under_the_same_name_is_an_error(scene: Scene) -> None:
+    found = CliRunner().invoke(app, [*scene.words, "--set", "train.weight_decay=0.5"])
+    assert found.exit_code == 1
+    assert "train.weight_decay differs: asked for 0.5, there 0.01" in str(found.exception)
+
+
+def test_a_cell_that_fails_is_told_and_the_others_finish(scene: Scene, world: Path, micro_settings: list[str], tmp_path: Path) -> None:
+    missing = tmp_path / "missing.pth"
+    words = _words(world, scene.out.parent / "cache", micro_settings, tmp_path / "out")
+    grid = ("--grid", f"detector.backbone.weights=none,{missing}", "--set", "train.lr=0.002", "--seeds", "1")
+    trained = tmp_path / "out" / "weights-none" / "seed0"
+    shutil.copytree(scene.out / CELLS[0] / "seed0", trained)
+    (trained / "metrics.json").unlink()
+    (trained / "checkpoint.pt").unlink(missing_ok=True)
+    found = _here(*words, *grid, "--jobs", "2")
+    assert found.exit_code == 1, found.output
+    assert "FAILED: hdovd train, exit code 1" in found.output
+    assert "missing.pth" in found.output.partition("FAILED")[2].partition("|")[0]  # the last lines of its log
+    assert "1 failed: weights-missing.pth-" in found.output
+    assert json.loads((trained / "metrics.json").read_text())["ap50"]
+    log = trained.with_name("seed0.log").read_text()
+    assert "hdovd eval" in log
+    assert "hdovd train" not in log  # it was trained already
+    assert "0 of 1, 1 failed" in (tmp_path / "out" / "table.md").read_text()

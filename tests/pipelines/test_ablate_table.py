@@ -1,0 +1,87 @@
+"""The numbers of an ablation's table against values computed by hand, in all three forms."""
+
+from __future__ import annotations
+
+import csv
+import io
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from hdovd.pipelines.ablate_cells import Cell
+from hdovd.pipelines.ablate_table import AblationTable, ablation_table, comma_separated, latex, markdown, tex, write_tables
+from hdovd.pipelines.runs import Run, State
+
+MADE_OF = {"data": "coco", "protocol": "ov-coco", "cache": "my_cache", "features": "default", "recipe": "demo train.epochs=2"}
+
+
+def _run(novel: float | None, base: float) -> Run:
+    return Run(Path("r"), State.FINISHED, datetime(2026, 3, 4).astimezone(), levels={"instance": {"key": "k"}},
+               versions={"hdovd": "1.2", "torch": "2.6"}, git={"commit": "0123456789abcdef", "dirty": False},
+               ap50={"novel": novel, "base": base, "all": 1.0}, split_blind={"novel": novel})
+
+
+@pytest.fixture
+def table() -> AblationTable:
+    """Three cells of three seeds: done; one seed done and one failed; none done."""
+    cells = [Cell(f"image-{on}_lr-{lr}", {"loss.image.enabled": on, "train.lr": lr}, ())
+             for on, lr in ((True, 0.1), (False, 0.1), (False, 1))]
+    done = {cells[0].name: {0: _run(10.0, 50.0), 2: _run(13.0, 50.0), 1: _run(16.0, 50.5)}, cells[1].name: {1: _run(None, 3.0)},
+            cells[2].name: {}}
+    return ablation_table(cells, 3, done, {cells[0].name: set(), cells[1].name: {0}, cells[2].name: set()}, MADE_OF)
+
+
+def test_mean_and_sample_deviation(table: AblationTable) -> None:
+    first, second, third = table.rows
+    assert first.mean("novel") == pytest.approx(13.0)
+    assert first.deviation("novel") == pytest.approx(3.0)  # sqrt((9 + 0 + 9) / 2)
+    assert first.deviation("base") == pytest.approx((0.5**2 / 3) ** 0.5)  # squares 1/36 + 1/36 + 4/36, over 2
+    assert (second.mean("novel"), second.mean("base"), second.deviation("base")) == (None, 3.0, None)
+    assert (third.mean("novel"), third.done) == (None, 0)
+    assert not table.complete
+
+
+def test_markdown(table: AblationTable) -> None:
+    lines = markdown(table).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:5]]
+    assert cells[0] == ["image", "train.lr", "novel", "base", "all", "novel, split-blind", "seeds"]
+    assert cells[2] == ["✓", "0.1", "13.0 (3.0)", "50.2 (0.3)", "1.0 (0.0)", "13.0 (3.0)", "3"]
+    assert cells[3] == ["\u2013", "0.1", "-", "3.0", "1.0", "-", "1 of 3, 1 failed"]
+    assert cells[4] == ["\u2013", "1", "...", "...", "...", "...", "0 of 3"]
+    assert len({len(line) for line in lines[:5]}) == 1
+    for part in ("my_cache", "set default, features ", "demo train.epochs=2", "seeds 0 to 2", "2026-03-04", "hdovd 1.2",
+                 "commit 0123456789."):
+        assert part in lines[6]
+    assert lines[7].startswith("Not finished")
+
+
+def test_csv_has_the_plain_numbers(table: AblationTable) -> None:
+    rows = list(csv.DictReader(io.StringIO(comma_separated(table))))
+    assert [row["cell"] for row in rows] == [row.name for row in table.rows]
+    assert [row["loss.image.enabled"] for row in rows] == ["true", "false", "false"]
+    novel = [rows[0][f"ap50_novel_{what}"] for what in ("seed0", "seed1", "seed2", "mean", "sd")]
+    assert novel == ["10.0", "16.0", "13.0", "13.0", "3.0"]
+    assert float(rows[0]["ap50_base_sd"]) == pytest.approx(0.288675134594813)
+    second = [rows[1][name] for name in ("ap50_novel_seed1", "ap50_base_seed0", "ap50_base_seed1", "done", "failed")]
+    assert second == ["", "", "3.0", "1", "1"]
+    assert rows[0]["ap50_novel_split_blind_mean"] == "13.0"
+
+
+def test_latex_is_escaped(table: AblationTable) -> None:
+    text = latex(table)
+    assert text.count(r"\\") == 4
+    assert r"\checkmark & 0.1 & 13.0 (3.0)" in text
+    assert r"\ldots" in text
+    assert all(f"\\{rule}rule" in text for rule in ("top", "mid", "bottom"))
+    assert text.index("% AP50 in percent") < text.index(r"\begin{tabular}{llrrrrr}")
+    assert tex("a_b & 50% {x} ~^#$\\") == r"a\_b \& 50\% \{x\} \textasciitilde{}\textasciicircum{}\#\$\textbackslash{}"
+
+
+def test_one_cell_without_a_grid_and_files(tmp_path: Path) -> None:
+    table = ablation_table([Cell("recipe", {}, ())], 1, {"recipe": {0: _run(1.0, 2.0)}}, {"recipe": set()}, MADE_OF)
+    files = write_tables(table, tmp_path)
+    assert [file.name for file in files] == ["table.md", "table.csv", "table.tex"]
+    assert files == sorted(tmp_path.iterdir(), key=lambda file: [".md", ".csv", ".tex"].index(file.suffix))
+    assert "| recipe |   1.0 |" in files[0].read_text()
+    assert "seed 0;" in files[0].read_text()
