@@ -143,7 +143,7 @@ class FeatureCache:
 
     @property
     def reads_best_in_blocks(self) -> bool:
-        """Whether instance rows that are read in random order are decoded again and again (see `pipelines.block_shuffle`)."""
+        """Whether instance rows that are read in random order are decoded again and again (see `pipelines.epoch_order`)."""
         return Level.INSTANCE in self._products and self._row_array(Level.INSTANCE, "embedding").reads_best_in_blocks
 
     def instances(self, image_id: int) -> InstanceRows:

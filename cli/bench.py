@@ -17,7 +17,7 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.crop_recipe import CropRecipe, Shape
 from hdovd.pipelines.extract_config import Precision
 
-app = typer.Typer(no_args_is_help=True, help="Measure the cache and the extraction on this machine, on made-up data.")
+app = typer.Typer(no_args_is_help=True, help="Measure the cache, the extraction and the evaluation on this machine, on made-up data.")
 
 Folder = Annotated[Path | None, typer.Option("--folder", help="Where to work: a new folder in this one. Default: the system's for "
                                              "temporary files.")]
@@ -129,6 +129,28 @@ def scale(
     with _workplace(folder, keep=keep) as place:
         for line in bench_scale(ScaleBench(place, images, boxes, dim, side, workers), typer.echo).lines():
             typer.echo(line)
+
+
+@app.command("eval")
+def ap_engines(
+    images: Annotated[int, typer.Option(min=1, help="Images; the default is COCO val2017 under the ov-coco protocol.")] = 4_836,
+    objects: Annotated[int, typer.Option(min=1, help="Annotated objects, of 65 classes, in all.")] = 36_000,
+    detections: Annotated[int, typer.Option(min=1, help="Detections an image.")] = 100,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds over both engines; medians are printed.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the made-up objects and detections.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there too.")] = None,
+    folder: Folder = None,
+    keep: Keep = False,
+) -> None:
+    """Time AP with both engines of hdovd eval on the same made-up detections, and compare what they find."""
+    from hdovd.pipelines.bench_eval import EvalBench, bench_eval
+
+    with _workplace(folder, keep=keep) as place:
+        times = bench_eval(EvalBench(place, images, objects, detections, rounds, seed), typer.echo)
+        for line in times.lines():
+            typer.echo(line)
+        if json_file is not None:
+            json_file.write_text(json.dumps(times.tree(), indent=1))
 
 
 def _two(text: str, mark: str, option: str) -> tuple[int, int]:

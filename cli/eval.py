@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from hdovd.ap_engine import Engine
 from hdovd.cli import options
 
 
@@ -17,8 +18,10 @@ def eval(
     per_class: Annotated[bool, typer.Option("--per-class", help="Print the table of all classes.")] = False,
     pictures: Annotated[int, typer.Option(min=0, help="Draw the detections of this many validation images.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 16,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+    workers: Annotated[str, typer.Option(help="Processes that decode images, or auto: none on a CPU, up to 16 for a GPU.")] = "auto",
     device: options.Device = "auto",
+    engine: Annotated[Engine, typer.Option(help="What counts AP. faster-coco-eval gives the same sooner; it comes with hdovd's extra "
+                                           "fast-eval.")] = Engine.PYCOCOTOOLS,
 ) -> None:
     """Detect on the validation images and print OV-COCO AP: novel, base, all, and split-blind beside it.
 
@@ -28,7 +31,8 @@ def eval(
     from hdovd.pipelines.evaluate import EvalJob, evaluate
     from hdovd.pipelines.tables import class_table, result_table
 
-    result = evaluate(EvalJob(run, DataPaths(data, images, annotations), protocol, device, batch_size, workers, pictures))
+    result = evaluate(EvalJob(run, DataPaths(data, images, annotations), protocol, device, batch_size, options.workers(workers), pictures,
+                              engine))
     typer.echo(result_table(result))
     if per_class:
         typer.echo(class_table(result))

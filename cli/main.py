@@ -9,7 +9,7 @@ import typer
 
 import hdovd
 from hdovd.cli import bench, cache, demo, eval, extract_clip, propose, train
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, Stopped
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,6 +58,9 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     try:
         app(args=arguments, prog_name="hdovd")
+    except Stopped as stopped:
+        typer.echo(str(stopped), err=True)
+        sys.exit(stopped.code)
     except HdovdError as error:
         if debug:
             raise

@@ -28,17 +28,31 @@ def train(
     features: options.Features = DEFAULT_SET,
     device: options.Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", "--requeue-safe", help="Go on from the checkpoint in OUT, or begin if there is none: for jobs that "
+                           "may be started again.")
+    ] = False,
+    save_minutes: Annotated[float, typer.Option("--save-minutes", min=0, help="Between two checkpoints within an epoch.")] = 10.0,
+    val_every: Annotated[int, typer.Option("--val-every", min=0, help="Validate after so many epochs; 0: never.")] = 1,
+    val_images: Annotated[Path | None, typer.Option("--val-images", help="Validation images, instead of DATA/val2017.")] = None,
+    val_annotations: Annotated[
+        Path | None, typer.Option("--val-annotations", help="Validation boxes, instead of DATA/annotations/instances_val2017.json.")
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write OUT/tensorboard too.")] = False,
 ) -> None:
     """Train a detector from the cache; CLIP is not needed. --set overrides any value of the recipe.
 
     The three levels: --set loss.instance.enabled=false, loss.class.enabled=false, loss.image.enabled=false.
-    CACHE may be s3:// or gs://. Next: hdovd eval OUT.
+    CACHE may be s3:// or gs://. Several GPUs: torchrun --nproc-per-node 8 -m hdovd train ...; train.batch_size is that of all
+    of them. Ctrl-C, SIGTERM and SIGUSR1 save and end (exit code 130 or 75); --resume goes on to the sample. Next: hdovd eval OUT.
     """
     from hdovd.coco import DataPaths
 
     loaded = load_recipe(recipe, [*(PRESETS[preset.value] if preset else ()), *(set_ or [])])  # before torch: a mistake shows at once
-    from hdovd.pipelines.train import TrainJob
+    from hdovd.pipelines.train import TrainJob, validation_paths
     from hdovd.pipelines.train import train as run
 
-    run(TrainJob(DataPaths(data, images, annotations), cache, out, loaded, protocol, device, overwrite, features))
+    validation = validation_paths(data, val_images, val_annotations, typer.echo) if val_every else None
+    run(TrainJob(DataPaths(data, images, annotations), cache, out, loaded, protocol, device, overwrite, features, resume, save_minutes,
+                 validation, val_every, tensorboard))
     typer.echo(f"next: hdovd eval {out} ...")

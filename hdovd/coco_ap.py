@@ -1,4 +1,4 @@
-"""OV-COCO AP through pycocotools (METHOD section 1).
+"""OV-COCO AP through pycocotools or an engine that gives the same (METHOD section 1).
 
 One COCOeval run over all classes of the protocol; novel, base and all are means over slices of its classes.
 All values are in percent.
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
+from hdovd.ap_engine import Engine, classes
 from hdovd.coco import clip_box, read_json
+from hdovd.errors import HdovdError, shorten
 from hdovd.protocol import Protocol
 
 GROUPS = ("novel", "base", "all")
@@ -64,43 +64,71 @@ class AveragePrecision:
                 for name, a, b in zip(self.protocol.names, self.ap50, self.ap, strict=True)}
 
 
-def average_precision(annotations: Path, coco_ids: tuple[int, ...], image_ids: Iterable[int], detections: list[dict[str, Any]],
-                      protocol: Protocol) -> AveragePrecision:
-    """AP of COCO results on `image_ids` of an annotation file.
+class GroundTruth:
+    """The objects of an annotation file that AP counts, read and indexed once: they serve one set of detections after another."""
 
-    Args:
-        coco_ids: the file's category id of every class, in label order.
-        detections: `[{image_id, category_id, bbox: [x, y, w, h], score}]`, pixels of the original images.
-    """
-    wanted_images, wanted_classes = set(image_ids), set(coco_ids)
-    tree = read_json(annotations, "annotations")
-    size = {i["id"]: (i["width"], i["height"]) for i in tree["images"]}
-    kept = [a for a in tree["annotations"] if a["image_id"] in wanted_images and a["category_id"] in wanted_classes
-            and clip_box(a["bbox"], *size[a["image_id"]])[0] is not None]  # what `load_split` skipped is no object
-    # pycocotools takes annotation id 0 for "unmatched": number them anew from 1
-    truth = [{**a, "id": number, "iscrowd": a.get("iscrowd", 0), "area": a.get("area", a["bbox"][2] * a["bbox"][3])}
-             for number, a in enumerate(kept, start=1)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = {"info": {}, "images": [i for i in tree["images"] if i["id"] in wanted_images], "annotations": truth,
-                        "categories": [c for c in tree["categories"] if c["id"] in wanted_classes]}
-        coco.createIndex()
-        found = coco.loadRes([dict(d) for d in detections]) if detections else COCO()
-        if not detections:
-            found.dataset = {"images": coco.dataset["images"], "annotations": [], "categories": coco.dataset["categories"]}
-            found.createIndex()
-        evaluation = COCOeval(coco, found, "bbox")
-        evaluation.params.imgIds = sorted(wanted_images)
-        evaluation.params.catIds = list(coco_ids)
-        evaluation.params.maxDets = list(protocol.max_detections)
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-        evaluation.evaluate()
-        evaluation.accumulate()
-    # IoU x recall x class, -1 where there is no ground truth; COCOeval sorts the classes by category id
-    place = {coco_id: k for k, coco_id in enumerate(evaluation.params.catIds)}
-    precision = evaluation.eval["precision"][:, :, [place[coco_id] for coco_id in coco_ids], 0, -1]
-    precision = np.where(precision < 0, np.nan, precision)
-    return AveragePrecision(protocol, precision[0].mean(axis=0) * 100, precision.mean(axis=(0, 1)) * 100)
+    def __init__(self, annotations: Path, coco_ids: tuple[int, ...], image_ids: Iterable[int], protocol: Protocol,
+                 engine: Engine = Engine.PYCOCOTOOLS) -> None:
+        """`coco_ids`: the file's category id of every class, in label order. Raises HdovdError without the file or the engine."""
+        self.protocol, self.coco_ids, self.engine = protocol, coco_ids, engine
+        self._coco, self._evaluation = classes(engine)
+        self._image_ids, wanted_classes = set(image_ids), set(coco_ids)
+        tree = read_json(annotations, "annotations")
+        size = {i["id"]: (i["width"], i["height"]) for i in tree["images"]}
+        kept = [a for a in tree["annotations"] if a["image_id"] in self._image_ids and a["category_id"] in wanted_classes
+                and clip_box(a["bbox"], *size[a["image_id"]])[0] is not None]  # what `load_split` skipped is no object
+        # pycocotools takes annotation id 0 for "unmatched": number them anew from 1
+        self._truth = self._indexed([
+            {"id": number, "image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "iscrowd": a.get("iscrowd", 0),
+             "area": a.get("area", a["bbox"][2] * a["bbox"][3])} for number, a in enumerate(kept, start=1)])
+
+    def average_precision(self, detections: list[dict[str, Any]]) -> AveragePrecision:
+        """AP of COCO results.
+
+        Args:
+            detections: `[{image_id, category_id, bbox: [x, y, w, h], score}]`, pixels of the original images; any order.
+
+        Raises HdovdError if one is for an image that is not in the truth.
+        """
+        strange = {d["image_id"] for d in detections} - self._image_ids
+        if strange:
+            raise HdovdError(f"detections for images that the ground truth does not hold: {shorten(sorted(strange))}; "
+                             "were they made for another split?")
+        found = self._indexed([
+            {"id": number, "image_id": d["image_id"], "category_id": d["category_id"], "bbox": d["bbox"], "score": d["score"],
+             "area": d["bbox"][2] * d["bbox"][3], "iscrowd": 0} for number, d in enumerate(detections, start=1)])
+        with _quiet():
+            evaluation = self._evaluation(self._truth, found, "bbox")
+            evaluation.params.imgIds = sorted(self._image_ids)
+            evaluation.params.catIds = list(self.coco_ids)
+            evaluation.params.maxDets = [max(self.protocol.max_detections)]  # AP is read at the largest; the others would cost their time
+            evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+            evaluation.evaluate()
+            evaluation.accumulate()
+        # IoU x recall x class, -1 where there is no ground truth; COCOeval sorts the classes by category id
+        place = {coco_id: k for k, coco_id in enumerate(evaluation.params.catIds)}
+        precision = evaluation.eval["precision"][:, :, [place[coco_id] for coco_id in self.coco_ids], 0, -1]
+        precision = np.where(precision < 0, np.nan, precision)
+        return AveragePrecision(self.protocol, precision[0].mean(axis=0) * 100, precision.mean(axis=(0, 1)) * 100)
+
+    def _indexed(self, annotations: list[dict[str, Any]]) -> Any:
+        with _quiet():
+            coco = self._coco()
+            coco.dataset = {"info": {}, "images": [{"id": i} for i in sorted(self._image_ids)], "annotations": annotations,
+                            "categories": [{"id": i, "name": name} for i, name in zip(self.coco_ids, self.protocol.names, strict=True)]}
+            coco.createIndex()
+        return coco
+
+
+def average_precision(annotations: Path, coco_ids: tuple[int, ...], image_ids: Iterable[int], detections: list[dict[str, Any]],
+                      protocol: Protocol, engine: Engine = Engine.PYCOCOTOOLS) -> AveragePrecision:
+    """AP of COCO results on `image_ids` of an annotation file, once; arguments and errors as of `GroundTruth`."""
+    return GroundTruth(annotations, coco_ids, image_ids, protocol, engine).average_precision(detections)
+
+
+def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
+    """pycocotools prints what it does."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _number(value: float) -> float | None:

@@ -165,7 +165,7 @@ class InferenceConfig(_Section):
 
 class TrainConfig(_Section):
     epochs: Count
-    batch_size: Count
+    batch_size: Count  # images a step, of all processes together
     optimizer: Literal["sgd", "adamw"]
     lr: Positive
     momentum: Share  # sgd
@@ -175,8 +175,8 @@ class TrainConfig(_Section):
     step_epochs: list[Count]  # step
     clip_norm: NonNegative  # 0 is off
     precision: Literal["fp32", "bf16"]
-    workers: Annotated[int, Field(ge=0)]
-    seed: int
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"]  # processes that prepare batches
+    seed: Annotated[int, Field(ge=0)]
 
 
 class Recipe(_Section):

@@ -5,6 +5,14 @@ class HdovdError(Exception):
     """Bad input. The text names the file and id, what was expected, what was found and what to do."""
 
 
+class Stopped(HdovdError):
+    """A signal ended the work: it was saved and can go on. `code`: the exit code of a command that ends so."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
 def shorten(items: list[object], most: int = 8) -> str:
     """`items` in one line, cut after `most` with a count of the rest."""
     shown = ", ".join(map(str, items[:most]))

@@ -42,14 +42,30 @@ def combine_scores(s1: Tensor, s2: Tensor, is_novel: Tensor, alpha: float, beta:
 
 
 def detect(predictions: RoIPredictions, is_novel: Tensor, config: InferenceConfig, *, split_blind: bool = False) -> Detections:
-    """Threshold, per-class NMS and the cap on detections of one image.
+    """`detect_batch` of one image."""
+    return detect_batch([predictions], is_novel, config, split_blind=split_blind)[0]
 
-    Without a distillation feature, or with `split_blind`, the classification score stands alone.
+
+def detect_batch(predictions: list[RoIPredictions], is_novel: Tensor, config: InferenceConfig, *,
+                 split_blind: bool = False) -> list[Detections]:
+    """Threshold, per-class NMS and the cap on detections of every image of a batch; what is found lies on the CPU.
+
+    Without a distillation feature, or with `split_blind`, the classification score stands alone. Scores are combined and
+    compared for the batch at once, and come from the device at once: NMS alone goes image by image.
     """
-    scores = predictions.class_probability
-    if predictions.distillation_score is not None and not split_blind:
-        scores = combine_scores(scores, predictions.distillation_score, is_novel, config.alpha, config.beta)
+    counts = [len(p.boxes) for p in predictions]
+    scores, boxes = torch.cat([p.class_probability for p in predictions]), torch.cat([p.boxes for p in predictions])
+    seconds = [p.distillation_score for p in predictions if p.distillation_score is not None]
+    if seconds and not split_blind:
+        scores = combine_scores(scores, torch.cat(seconds), is_novel, config.alpha, config.beta)
     roi, label = (scores[:, :-1] > config.score_threshold).nonzero(as_tuple=True)
-    score, boxes = scores[roi, label], predictions.boxes[roi]
-    keep = batched_nms(boxes, score, label, config.nms)[: config.detections_per_image]
-    return Detections(boxes[keep], score[keep], label[keep])
+    ends = torch.tensor([0, *counts], device=roi.device).cumsum(0)
+    per_image = torch.searchsorted(roi, ends).diff().tolist()  # candidates; `nonzero` gives them RoI by RoI
+    score, boxes = scores[roi, label], boxes[roi]
+    kept = []
+    for b, s, k in zip(boxes.split(per_image), score.split(per_image), label.split(per_image), strict=True):
+        keep = batched_nms(b, s, k, config.nms)[: config.detections_per_image]
+        kept.append((b[keep], s[keep], k[keep]))
+    found = [len(s) for _, s, _ in kept]
+    on_cpu = [torch.cat(parts).cpu().split(found) for parts in zip(*kept, strict=True)]
+    return [Detections(*parts) for parts in zip(*on_cpu, strict=True)]

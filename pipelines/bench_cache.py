@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hdovd.pipelines.bench_layouts import CacheBench, Layout, Nothing, check_same, make_layouts, open_layouts
-from hdovd.pipelines.block_shuffle import BlockShuffle
+from hdovd.pipelines.epoch_order import BlockShuffle, Streams
 from hdovd.pipelines.extract_clip import size
 from hdovd.pipelines.memory_limit import memory_limit
 from hdovd.pipelines.packing import Packed, pack
@@ -72,11 +72,11 @@ def time_rounds(bench: CacheBench, layouts: Sequence[Layout], rounds: int, reads
     """Rates from the seconds that `run(layout, image ids)` says; every layout once a round."""
     rates = [Rates(layout.name, min(bench.images, max(1, reads(layout))), []) for layout in layouts]
     ids, rng = bench.ids, np.random.default_rng(1)
-    blocks = BlockShuffle(bench.images, seed=0, workers=workers, batch_size=BATCH)
-    for _ in range(rounds):
+    blocks = BlockShuffle(bench.images, seed=0, streams=Streams(max(1, workers), BATCH))
+    for epoch in range(rounds):
         for turn in rng.permutation(len(layouts)):  # each suffers from what was read before it
             layout, rate = layouts[turn], rates[turn]
-            order = list(blocks) if layout.in_blocks else rng.permutation(bench.images).tolist()
+            order = blocks.indices(epoch).tolist() if layout.in_blocks else rng.permutation(bench.images).tolist()
             rate.per_s.append(rate.images / run(layout, [ids[number] for number in order[: rate.images]]))
     return rates
 

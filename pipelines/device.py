@@ -1,6 +1,7 @@
 """Which device a stage runs on, and how many processes feed it."""
 
 import os
+from typing import Literal
 
 import torch
 
@@ -35,6 +36,11 @@ def workers_for(device: torch.device, asked: int | None) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return workers_a_gpu(cores, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # which torchrun sets
+
+
+def training_workers(device: torch.device, asked: int | Literal["auto"]) -> int:
+    """`asked`, or what keeps a step from waiting for data: for a GPU as `workers_for`; on a CPU one, which prepares the next batch."""
+    return asked if asked != "auto" else max(1, workers_for(device, None))
 
 
 def workers_a_gpu(cores: int, gpus: int) -> int:

@@ -1,79 +1,184 @@
-"""The optimisation loop that training stages share: schedule, precision, interval means, a finite loss."""
+"""The optimisation loop that training stages share: schedule, precision, interval means, a sound loss, and a state to go on from.
+
+Called by `train` and `propose`. In several processes (torch.distributed) each has its part of every batch; `model` is then wrapped in DDP.
+"""
 
 from __future__ import annotations
 
 import math
+import resource
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from hdovd.config import TrainConfig
 from hdovd.errors import HdovdError
-from hdovd.pipelines.loading import Batches
+from hdovd.pipelines.device import training_workers
+from hdovd.pipelines.epoch_order import Dealing, PlainShuffle
+from hdovd.pipelines.loading import TrainingBatches
+from hdovd.pipelines.loss_window import LossWindow
 from hdovd.pipelines.progress import progress
 
-LOG_EVERY = 20  # steps
+LOG_EVERY = 50  # steps
 Sample = TypeVar("Sample")
 
 
-def fit(model: nn.Module, losses_of: Callable[[list[Sample]], dict[str, Tensor]], batches: Batches[Sample], config: TrainConfig,
-        device: torch.device, what: str, *, on_interval: Callable[[dict[str, float]], None] = lambda _: None,
-        on_epoch: Callable[[], None] = lambda: None) -> None:
-    """Minimise the sum of `losses_of(batch)`, weighted losses by name, for `config.epochs`.
+class Hooks:
+    """What a stage does between the steps of a loop; here nothing. `shows_bar`: whether the loop draws its progress bar."""
 
-    `on_interval` gets the means since the last call with step, epoch, lr and images_per_s. Raises HdovdError
-    if a loss is not finite, before `on_epoch` could save what came of it.
+    shows_bar = True
+
+    def interval(self, entry: dict[str, float], left_s: float) -> None:
+        """Every LOG_EVERY steps and after the last of an epoch: means since the last call. `left_s`: seconds to the end."""
+
+    def step(self, loop: Loop[Any]) -> None:
+        """After every step. May raise to stop."""
+
+    def epoch(self, loop: Loop[Any], epoch: int) -> None:
+        """After an epoch, counted from 1; its losses were sound."""
+
+
+class Loop(Generic[Sample]):
+    """Minimises the sum of `losses_of(batch, epoch)`, weighted losses by name, for `config.epochs`; epochs here count from 0.
+
+    `id_of` names a sample where a loss is not sound.
     """
-    optimizer = build_optimizer(model, config)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, len(batches), config))
-    model.train()
-    window: list[dict[str, Tensor]] = []
-    since, step, images = time.monotonic(), 0, 0
-    with progress(None, what, "step", config.epochs * len(batches)) as bar:
-        for epoch in range(1, config.epochs + 1):
-            for number, batch in enumerate(batches, start=1):
-                step += 1
-                images += len(batch)
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    losses = losses_of(batch)
-                optimizer.zero_grad(set_to_none=True)
-                torch.stack(list(losses.values())).sum().backward()
-                if config.clip_norm:
-                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-                optimizer.step()
-                window.append({name: loss.detach() for name, loss in losses.items()})
-                if step % LOG_EVERY == 0 or number == len(batches):
-                    means = _means(window, step, what)
-                    rate, lr = images / (time.monotonic() - since), float(schedule.get_last_lr()[0])
-                    on_interval({"step": step, "epoch": epoch, "lr": lr, "images_per_s": rate, **means})
-                    bar.set_postfix(epoch=epoch, loss=f"{sum(means.values()):.3f}", refresh=False)
-                    window, since, images = [], time.monotonic(), 0
-                schedule.step()
-                bar.update()
-            on_epoch()
-            since = time.monotonic()
+
+    def __init__(self, model: nn.Module, losses_of: Callable[[list[Sample], int], dict[str, Tensor]], batches: TrainingBatches[Sample],
+                 config: TrainConfig, device: torch.device, what: str, id_of: Callable[[Sample], int]) -> None:
+        self.model, self.batches, self.config, self.device = model, batches, config, device
+        self._losses_of, self._what, self._id_of = losses_of, what, id_of
+        self.optimizer = build_optimizer(model, config)
+        self.step_number, self.total = 0, config.epochs * len(batches)
+        self.window = LossWindow(what)
+        self._clock = _Clock()
+
+    @property
+    def lr(self) -> float:
+        """Of the next step."""
+        return self.config.lr * lr_factor(self.step_number, len(self.batches), self.config)
+
+    def run(self, hooks: Hooks) -> None:
+        """Go on from `step_number` to the end. Raises HdovdError, with the window's record of the batch, for a loss that is not sound."""
+        with progress(None, self._what, "step", self.total if hooks.shows_bar else 0, initial=self.step_number) as bar:
+            while self.step_number < self.total:
+                epoch, done = divmod(self.step_number, len(self.batches))
+                self.model.train()
+                self.batches.seek(epoch, done)
+                for batch in self._clock.waiting(iter(self.batches)):
+                    self._take_step(batch, epoch)
+                    bar.update()
+                    at_end = self.step_number == (epoch + 1) * len(self.batches)
+                    if self.step_number % LOG_EVERY == 0 or at_end:
+                        self._tell(epoch, hooks)
+                    if not at_end:
+                        hooks.step(self)
+                self.step_number = (epoch + 1) * len(self.batches)  # batches of which no picture could be read count too
+                self.window.means(self.device)  # sound?
+                with self._clock.stopped():
+                    hooks.epoch(self, epoch + 1)
+
+    def _take_step(self, batch: list[Sample], epoch: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            losses = self._losses_of(batch, epoch)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(losses.values())).sum().backward()
+        if self.config.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        self.step_number += 1
+        self._clock.images += len(batch)
+        self.window.add(self.step_number, losses, [self._id_of(sample) for sample in batch])
+
+    def _tell(self, epoch: int, hooks: Hooks) -> None:
+        means = self.window.means(self.device)
+        self.window.clear()
+        rate, wait, step_s = self._clock.interval()
+        last_lr = self.config.lr * lr_factor(self.step_number - 1, len(self.batches), self.config)
+        entry = {"step": self.step_number, "epoch": epoch + 1, "lr": last_lr, "images_per_s": rate, "data_wait": wait,
+                 "memory_gb": memory_gb(self.device), **means}
+        hooks.interval(entry, (self.total - self.step_number) * step_s)
+
+    def state(self) -> dict[str, Any]:
+        """All that `load` needs to go on as if nothing had happened, but torch's own generators. All processes have to ask for it."""
+        return {"optimizer": self.optimizer.state_dict(), "step": self.step_number, "window": self.window.state(self.device)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step_number = int(state["step"])
+        self.window.load(state["window"])
 
 
-def _means(window: list[dict[str, Tensor]], last_step: int, what: str) -> dict[str, float]:
-    """Mean of every loss over the steps up to `last_step`. Raises HdovdError naming the first step that is not finite."""
-    table = torch.stack([torch.stack(list(losses.values())) for losses in window]).cpu()
-    wrong = (~table.isfinite()).any(dim=1).nonzero()
-    if len(wrong):
-        first = int(wrong[0])
-        values = dict(zip(window[0], table[first].tolist(), strict=True))
-        raise HdovdError(f"{what}: the loss is not finite at step {last_step - len(window) + 1 + first}: {values}; "
-                         "lower train.lr or set train.clip_norm")
-    return dict(zip(window[0], table.mean(dim=0).tolist(), strict=True))
+@dataclass(slots=True)
+class _Clock:
+    """Images a second, and the share of the time spent waiting for data, since the last interval; of this process."""
+
+    images: int = 0
+    steps: int = 0
+    waited_s: float = 0.0
+    since: float = 0.0
+    all_steps: int = 0
+    all_s: float = 0.0
+
+    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches; how long each one takes to come is counted."""
+        self.since = self.since or time.monotonic()
+        while True:
+            before = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited_s += time.monotonic() - before
+            self.steps += 1
+            yield batch
+
+    def interval(self) -> tuple[float, float, float]:
+        """Images a second, share of waiting, and seconds a step so far; begins the next interval."""
+        now = time.monotonic()
+        seconds = now - self.since
+        self.all_steps, self.all_s = self.all_steps + self.steps, self.all_s + seconds
+        found = self.images / seconds, self.waited_s / seconds, self.all_s / max(1, self.all_steps)
+        self.images = self.steps = 0
+        self.waited_s, self.since = 0.0, now
+        return found
+
+    def stopped(self) -> _Pause:
+        """What is done meanwhile does not count."""
+        return _Pause(self)
+
+
+@dataclass(slots=True)
+class _Pause:
+    clock: _Clock
+    began: float = 0.0
+
+    def __enter__(self) -> None:
+        self.began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.clock.since += time.monotonic() - self.began
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most memory so far, in 10^9 bytes: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def shuffled(data: Dataset[Sample], config: TrainConfig, device: torch.device,
-             on_error: Callable[[HdovdError], None] | None = None, sampler: Sampler[int] | None = None) -> Batches[Sample]:
-    """The batches of a training run. `sampler`: another order than a plain shuffle."""
-    return Batches(data, config.batch_size, config.workers, device=device, shuffle_seed=config.seed, sampler=sampler, on_error=on_error)
+             on_error: Callable[[HdovdError], None] | None = None) -> TrainingBatches[Sample]:
+    """The batches of a training run in one process."""
+    dealing = Dealing(PlainShuffle(len(data), config.seed), config.batch_size)  # type: ignore[arg-type]
+    return TrainingBatches(data, dealing, training_workers(device, config.workers), device=device, on_error=on_error)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

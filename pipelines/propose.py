@@ -18,8 +18,9 @@ from torchvision.ops import box_iou, nms
 from hdovd.coco import DataPaths, Split
 from hdovd.config import Recipe
 from hdovd.errors import HdovdError
-from hdovd.pipelines.device import pick_device
-from hdovd.pipelines.fit import fit, shuffled
+from hdovd.pipelines.device import pick_device, training_workers
+from hdovd.pipelines.draws import Draw, is_flipped, key_of
+from hdovd.pipelines.fit import Hooks, Loop, shuffled
 from hdovd.pipelines.images import read_pixels
 from hdovd.pipelines.loading import Batches
 from hdovd.pipelines.progress import progress
@@ -50,18 +51,18 @@ class ProposeJob:
 
 
 class _Pictures(Dataset[tuple[Tensor, Tensor, int]]):
-    """Item i is picture i (3, h, w) uint8, its base boxes (n, 4) and its id; flipped at random if `flip`."""
+    """A picture (3, h, w) uint8, its base boxes (n, 4) and its id, by number; or by draw, and then flipped as its key says."""
 
-    def __init__(self, split: Split, flip: float) -> None:
-        self.split, self.flip = split, flip
+    def __init__(self, split: Split, recipe: Recipe) -> None:
+        self.split, self.recipe = split, recipe
 
     def __len__(self) -> int:
         return len(self.split.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        image = self.split.images[index]
+    def __getitem__(self, wanted: int | Draw) -> tuple[Tensor, Tensor, int]:
+        image = self.split.images[wanted.index if isinstance(wanted, Draw) else wanted]
         pixels, boxes = read_pixels(self.split, image), torch.from_numpy(image.boxes)
-        if torch.rand(()) < self.flip:
+        if isinstance(wanted, Draw) and is_flipped(key_of(self.recipe.train.seed, wanted.epoch, image.id), self.recipe.input.flip):
             pixels, boxes = pixels.flip(-1), flip_boxes(boxes, image.width)
         return pixels, boxes, image.id
 
@@ -73,7 +74,7 @@ def propose(job: ProposeJob, log: Callable[[str], None] = print) -> dict[int, Pr
     torch.manual_seed(recipe.train.seed)
     network = ProposalNetwork(recipe, log).to(device)
 
-    def losses_of(samples: list[tuple[Tensor, Tensor, int]]) -> dict[str, Tensor]:
+    def losses_of(samples: list[tuple[Tensor, Tensor, int]], _: int) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = network([p.to(device) for p, _, _ in samples], [b.to(device) for _, b, _ in samples])
         return losses
 
@@ -82,8 +83,8 @@ def propose(job: ProposeJob, log: Callable[[str], None] = print) -> dict[int, Pr
     def leave_out(error: HdovdError) -> None:
         unreadable[str(error)] = None
 
-    fit(network, losses_of, shuffled(_Pictures(split, recipe.input.flip), recipe.train, device, leave_out), recipe.train, device,
-        "proposals")
+    batches = shuffled(_Pictures(split, recipe), recipe.train, device, leave_out)
+    Loop(network, losses_of, batches, recipe.train, device, "proposals", lambda sample: sample[2]).run(Hooks())
     if job.backbone_out is not None:
         job.backbone_out.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in network.backbone.body.state_dict().items()}, job.backbone_out)
@@ -101,8 +102,8 @@ def propose(job: ProposeJob, log: Callable[[str], None] = print) -> dict[int, Pr
 def _propose(network: ProposalNetwork, split: Split, job: ProposeJob, device: torch.device,
              leave_out: Callable[[HdovdError], None]) -> dict[int, Proposals]:
     base = {image.id: torch.from_numpy(image.boxes) for image in split.images}
-    batches = Batches(_Pictures(split, 0.0), job.recipe.train.batch_size, job.recipe.train.workers, device=device,
-                      on_error=leave_out)
+    workers = training_workers(device, job.recipe.train.workers)
+    batches = Batches(_Pictures(split, job.recipe), job.recipe.train.batch_size, workers, device=device, on_error=leave_out)
     found = {}
     for samples in progress(batches, "propose", "batch", len(batches)):
         for (boxes, scores), (_, _, image_id) in zip(network.propose([p.to(device) for p, _, _ in samples]), samples, strict=True):

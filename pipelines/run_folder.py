@@ -1,15 +1,18 @@
 """The folder of one training run: what is in it, and how it is written so that it is whole or absent.
 
     config.toml                   the resolved recipe; can be given as --recipe
-    run.json                      protocol, cache identity, package versions, command
+    run.json                      protocol, cache identity, package versions, git commit, command; `resumed`: the same of every resumption
     class_embeddings.safetensors  text embeddings of the protocol's classes, in its order: evaluation needs no cache
     model.safetensors             weights and queues after the last finished epoch
-    log.jsonl                     losses, learning rate and speed while training
+    best.safetensors              the same of the epoch with the best validation AP50 of base classes
+    checkpoint.pt                 what `--resume` goes on from (see `checkpoint`)
+    log.jsonl, log.csv            losses, learning rate, speed and validation while training
     metrics.json, detections.json, pictures/   written by hdovd eval
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -20,11 +23,14 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hdovd.cache.identity import differences
 from hdovd.config import Recipe, load_recipe
 from hdovd.errors import HdovdError
 from hdovd.protocol import Protocol, parse_protocol
 
-FILES = ("config.toml", "run.json", "class_embeddings.safetensors", "model.safetensors", "log.jsonl", "metrics.json", "detections.json")
+FILES = ("config.toml", "run.json", "class_embeddings.safetensors", "model.safetensors", "best.safetensors", "checkpoint.pt", "log.jsonl",
+         "log.csv", "unsound_batch.json", "metrics.json", "detections.json")
+FOLDERS = ("pictures", "tensorboard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +43,35 @@ class RunFolder:
         """Start a run. Raises HdovdError if one is there, unless `overwrite`."""
         if (path / "run.json").exists():
             if not overwrite:
-                raise HdovdError(f"{path} holds a run already: give another --out, or --overwrite")
+                raise HdovdError(f"{path} holds a run already: --resume goes on with it; or give another --out, or --overwrite")
             for name in FILES:
                 (path / name).unlink(missing_ok=True)
-            shutil.rmtree(path / "pictures", ignore_errors=True)
+            for name in FOLDERS:
+                shutil.rmtree(path / name, ignore_errors=True)
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.toml").write_text(recipe.to_toml())
-        (path / "run.json").write_text(json.dumps({"protocol": protocol.to_dict(), **record}, indent=1))
         save_file({"embeddings": class_embeddings.contiguous()}, path / "class_embeddings.safetensors")
-        return cls(path)
+        run = cls(path)
+        run._write_record({"protocol": protocol.to_dict(), **record, "resumed": []})  # the last: what has one is begun
+        return run
+
+    def resume(self, recipe: Recipe, protocol: Protocol, record: dict[str, Any], log_bytes: int, now: dict[str, Any]) -> None:
+        """Go on: the log is cut back to `log_bytes`. Raises HdovdError naming what is asked for otherwise than the run began."""
+        before = self.record()
+        wanted: dict[str, Any] = {"recipe": _values(recipe), "protocol": protocol.to_dict(), "cache": _levels(record)}
+        began = {"recipe": _values(self.recipe()), "protocol": before["protocol"], "cache": _levels(before)}
+        if lines := differences(wanted, began, sides=("asked for", "began with")):
+            raise HdovdError(f"{self.path} began otherwise:\n  " + "\n  ".join(lines)
+                             + "\nGo on with what it began with, or give another --out")
+        file = self.path / "log.jsonl"
+        if file.exists():
+            os.truncate(file, log_bytes)
+        self._write_record(before | {"resumed": [*before.get("resumed", []), now]})
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        partial = self.path / ".run.json.partial"
+        partial.write_text(json.dumps(record, indent=1))
+        os.replace(partial, self.path / "run.json")
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -68,10 +94,10 @@ class RunFolder:
     def class_embeddings(self) -> Tensor:
         return load_file(self.path / "class_embeddings.safetensors")["embeddings"]
 
-    def save_model(self, model: nn.Module) -> None:
-        partial = self.path / ".model.safetensors.partial"
+    def save_model(self, model: nn.Module, name: str = "model.safetensors") -> None:
+        partial = self.path / f".{name}.partial"
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial)
-        os.replace(partial, self.path / "model.safetensors")
+        os.replace(partial, self.path / name)
 
     def load_model(self, model: nn.Module) -> None:
         """Raises HdovdError if the weights are not of this model."""
@@ -83,3 +109,36 @@ class RunFolder:
     def log(self, entry: dict[str, Any]) -> None:
         with (self.path / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+    def log_bytes(self) -> int:
+        file = self.path / "log.jsonl"
+        return file.stat().st_size if file.exists() else 0
+
+    def entries(self) -> list[dict[str, Any]]:
+        """What was logged. Raises HdovdError for a line that is no entry."""
+        file = self.path / "log.jsonl"
+        try:
+            return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        except ValueError as error:
+            raise HdovdError(f"{file} is damaged: {error}") from error
+
+    def write_csv(self) -> None:
+        """The log as a table, a line an entry."""
+        entries = self.entries()
+        partial = self.path / ".log.csv.partial"
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for entry in entries for name in entry)))
+            writer.writeheader()
+            writer.writerows(entries)
+        os.replace(partial, self.path / "log.csv")
+
+
+def _values(recipe: Recipe) -> dict[str, Any]:
+    """What a run may not change on its way; the number of worker processes it may."""
+    tree = recipe.model_dump(by_alias=True)
+    del tree["train"]["workers"]
+    return tree
+
+
+def _levels(record: dict[str, Any]) -> dict[str, str]:
+    return {level: entry["key"] for level, entry in record["cache"]["levels"].items()}

@@ -5,49 +5,56 @@ Called by `train.py`, where `training_set` is its counterpart for a Zarr cache. 
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from hdovd.cache.identity import differences
 from hdovd.cache.reader import InstanceRows, require_together
 from hdovd.cache.schema import DEFAULT_SET, Level, Source
-from hdovd.cache.tar_sample import RawSample, TarSample
+from hdovd.cache.tar_sample import TarSample
 from hdovd.cache.tar_shards import TarShards
 from hdovd.config import Recipe
 from hdovd.errors import HdovdError, shorten
+from hdovd.pipelines.draws import Draw, as_draw
+from hdovd.pipelines.epoch_order import Dealing, EpochOrder, ShardShuffle, Streams
 from hdovd.pipelines.images import pixels_of, read_image
+from hdovd.pipelines.shard_reading import ShardReading
 from hdovd.pipelines.training_set import Sample, flipped_at_random, make_targets, uses_nouns
 from hdovd.protocol import Protocol
 
-SHUFFLE_BUFFER = 512  # samples, of which the next one is drawn: about 100 MB a worker at COCO
 
+class TarTrainingSet(Dataset[Sample]):
+    """The images of the shards by their draw; those that failed are no part of it.
 
-class TarTrainingSet(IterableDataset[Sample]):
-    """The images of the shards, each once an epoch, for all workers together; going over it again is the next epoch.
-
-    With `shuffle`, shards come in an order drawn anew every epoch, and samples through a buffer; without, in the cache's order.
+    Each worker streams the shards that its draws are in. It knows them beforehand from `dealing`, and keeps what it
+    comes past before its turn: at most a shuffle buffer of its own stream.
     """
 
-    def __init__(self, url: str, protocol: Protocol, recipe: Recipe, log: Callable[[str], None] = print, *, features: str = DEFAULT_SET,
-                 shuffle: bool = True) -> None:
+    def __init__(self, url: str, protocol: Protocol, recipe: Recipe, log: Callable[[str], None] = print, *,
+                 features: str = DEFAULT_SET) -> None:
         """Raises HdovdError if the shards do not fit the protocol or lack what the recipe uses."""
-        self.shards, self.recipe, self._shuffle = TarShards(url), recipe, shuffle
-        self.url, self._meta, self._epoch = self.shards.url, self.shards.meta, -1
+        self.shards, self.recipe = TarShards(url), recipe
+        self.url, self._meta = self.shards.url, self.shards.meta
         self._label = {name: label for label, name in enumerate(protocol.base)}
         self._check(protocol, features)
-        self._failed = self.shards.failed()
-        if self._failed:
-            log(f"skipped {len(self._failed)}: image without embeddings ({shorten(list(self._failed))}); the shards say why")
-        if not len(self):
-            raise HdovdError(f"no image of {url} has embeddings; first reason: {next(iter(self._failed.values()))}")
+        failed, ids = self.shards.failed(), self._meta.tensors["image_id"]
+        if failed:
+            log(f"skipped {len(failed)}: image without embeddings ({shorten(list(failed))}); the shards say why")
+        per_shard = [[place for place in self._meta.places_of(number) if int(ids[place]) not in failed] for number in self.shards.numbers]
+        self._places = [place for places in per_shard for place in places]
+        self._ranges = tuple(range(end - len(some), end) for some, end in zip(per_shard, accumulate(map(len, per_shard)), strict=True))
+        if not self._places:
+            raise HdovdError(f"no image of {url} has embeddings; first reason: {next(iter(failed.values()))}")
         self._nouns = torch.zeros(0, self.dim)
         if uses_nouns(recipe.loss, self._meta.products, self.url):
             self._nouns = torch.from_numpy(self._meta.tensors[Level.NOUN].astype(np.float32))
+        self.dealing: Dealing | None = None
+        self._reading: ShardReading | None = None
 
     def _check(self, protocol: Protocol, features: str) -> None:
         meta, loss, inputs = self._meta, self.recipe.loss, self._meta.key_inputs()
@@ -71,7 +78,7 @@ class TarTrainingSet(IterableDataset[Sample]):
                              + ". Give the same --protocol, or extract and export with this one")
 
     def __len__(self) -> int:
-        return self.shards.images - len(self._failed)
+        return len(self._places)
 
     def describe(self) -> str:
         """What there is to train on, in words."""
@@ -96,38 +103,27 @@ class TarTrainingSet(IterableDataset[Sample]):
         levels = {str(level): {"key": keys[level], "inputs": inputs[level]} for level in inputs}
         return {"cache": {"path": self.url, "levels": levels, "shards": self.shards.numbers}, "skipped": self._meta.features.skipped}
 
-    def __iter__(self) -> Iterator[Sample]:
-        """This worker's samples of the next epoch. Raises HdovdError, naming the shard, for one that cannot be read."""
+    def order(self, streams: Streams) -> EpochOrder:
+        """How an epoch goes over the images."""
+        return ShardShuffle(self._ranges, self.recipe.train.seed, streams)
+
+    def __getitem__(self, wanted: Draw | int) -> Sample:
+        """Raises HdovdError, naming the shard, for one that cannot be read."""
+        draw = as_draw(wanted)
+        if self._reading is None or self._reading.epoch != draw.epoch:
+            self._reading = ShardReading(self.shards, draw.epoch, {self._places[index] for index in self._wanted(draw)})
+        place = self._places[draw.index]
+        return self._sample(self.shards.decode(place, self._reading.take(place)), draw.epoch)
+
+    def _wanted(self, draw: Draw) -> Iterable[int]:
+        """What this worker will be asked for from here to the end of the epoch."""
+        if self.dealing is None:
+            return [draw.index]
         worker = get_worker_info()
-        index, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        self._epoch += 1
-        numbers = list(self.shards.numbers)
-        if self._shuffle:
-            random.Random(f"{self.recipe.train.seed} {self._epoch}").shuffle(numbers)  # the same in all workers
-        samples = self.share(numbers, index, count)
-        if self._shuffle:
-            from webdataset.filters import shuffle  # type: ignore[import-untyped]
+        steps = range(draw.step, self.dealing.steps, 1 if worker is None else worker.num_workers)
+        return (index for step in steps for index in self.dealing.part(draw.epoch, step))
 
-            draw = random.Random(f"{self.recipe.train.seed} {self._epoch} {index}")
-            samples = shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=draw)(samples)
-        for place, raw in samples:
-            yield self._sample(self.shards.decode(place, raw))
-
-    def share(self, numbers: list[int], index: int, count: int) -> Iterator[tuple[int, RawSample]]:
-        """What worker `index` of `count` does of these shards, failed images left out, by place in the list of all images.
-
-        Whole shards, as many for each; of the shards left over every `count`-th sample, so that none is idle meanwhile.
-        """
-        whole = len(numbers) - len(numbers) % count
-        for number in numbers[index:whole:count]:
-            yield from ((place, raw) for place, raw in self.shards.raw(number) if not self._is_failed(place))
-        for number in numbers[whole:]:
-            yield from ((place, raw) for place, raw in self.shards.raw(number) if place % count == index and not self._is_failed(place))
-
-    def _is_failed(self, place: int) -> bool:
-        return bool(self._failed) and int(self._meta.tensors["image_id"][place]) in self._failed
-
-    def _sample(self, sample: TarSample) -> Sample:
+    def _sample(self, sample: TarSample, epoch: int) -> Sample:
         about, arrays, loss = sample.about, sample.arrays, self.recipe.loss
         where = f"{self.url}: image {sample.image_id}"
         if sample.picture is None:
@@ -146,4 +142,4 @@ class TarTrainingSet(IterableDataset[Sample]):
         picture = read_image(f"{where}: {about['file_name']}", about["width"], about["height"], sample.picture)
         whole = arrays["image"] if loss.image.enabled else None
         targets = make_targets(boxes.astype(np.float32), labels, rows, whole, self._nouns, self.dim)
-        return flipped_at_random(pixels_of(picture), targets, sample.image_id, self.recipe.input.flip)
+        return flipped_at_random(pixels_of(picture), targets, sample.image_id, epoch, self.recipe)

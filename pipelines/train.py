@@ -1,32 +1,39 @@
 """Training: stream pictures and cached rows into the detector, from a Zarr cache or tar shards. CLIP is not imported in this process.
 
-Called by `hdovd train`, `hdovd demo` and Python.
+Called by `hdovd train`, `hdovd demo` and Python; under torchrun by every one of its processes.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hdovd.cache.catalog import Catalog, RunRecord
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.cache.tar_shards import is_tar_form
 from hdovd.coco import DataPaths
-from hdovd.config import LossConfig, Recipe, TrainConfig
+from hdovd.config import LossConfig, Recipe
 from hdovd.errors import HdovdError
 from hdovd.faster_rcnn import FasterRCNN
-from hdovd.pipelines.block_shuffle import BlockShuffle
-from hdovd.pipelines.device import pick_device
-from hdovd.pipelines.fit import fit, shuffled
-from hdovd.pipelines.loading import Batches, StreamBatches
+from hdovd.pipelines.checkpoint import load_checkpoint, set_rng_state
+from hdovd.pipelines.device import training_workers
+from hdovd.pipelines.draws import key_of
+from hdovd.pipelines.epoch_order import Dealing, Streams
+from hdovd.pipelines.fit import Loop
+from hdovd.pipelines.loading import TrainingBatches
+from hdovd.pipelines.loss_window import UnsoundLoss
+from hdovd.pipelines.processes import Team, team
+from hdovd.pipelines.provenance import provenance
 from hdovd.pipelines.run_folder import RunFolder
+from hdovd.pipelines.run_hooks import RunHooks, unsound_record
+from hdovd.pipelines.stop_signal import StopSignal
 from hdovd.pipelines.tar_training import TarTrainingSet
 from hdovd.pipelines.training_set import Sample, TrainingSet
 from hdovd.protocol import Protocol, load_protocol
@@ -34,7 +41,11 @@ from hdovd.protocol import Protocol, load_protocol
 
 @dataclass(frozen=True, slots=True)
 class TrainJob:
-    """One training run. `cache`: a Zarr cache, with the `data` that it was made of, or tar shards, which need no other data."""
+    """One training run. `cache`: a Zarr cache, with the `data` that it was made of, or tar shards, which need no other data.
+
+    `resume`: go on from the checkpoint in `out`, or begin if there is none. `save_minutes`: between two checkpoints within an
+    epoch. `validation`: validation images, on which AP is computed after every `val_every` epochs; None: never.
+    """
 
     data: DataPaths
     cache: Path | str
@@ -44,23 +55,61 @@ class TrainJob:
     device: str = "auto"
     overwrite: bool = False
     features: str = DEFAULT_SET
+    resume: bool = False
+    save_minutes: float = 10.0
+    validation: DataPaths | None = None
+    val_every: int = 1
+    tensorboard: bool = False
 
 
 def train(job: TrainJob, log: Callable[[str], None] = print) -> RunFolder:
-    """Train one detector and return its folder. Raises HdovdError for bad input or a loss that is not finite."""
-    recipe, protocol, device = job.recipe, load_protocol(job.protocol), pick_device(job.device)
+    """Train one detector and return its folder.
+
+    Raises HdovdError for bad input or a loss that is not sound, and Stopped if a signal ended it: it is saved, and can be resumed.
+    """
+    with team(job.device) as us, StopSignal() as stop:
+        return _train(job, us, stop, log if us.leads else lambda _: None)
+
+
+def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]) -> RunFolder:
+    recipe, protocol = job.recipe, load_protocol(job.protocol)
     data = training_data(job, protocol, log)
+    state = load_checkpoint(job.out) if job.resume else None
     class_embeddings = torch.from_numpy(data.class_embeddings(protocol.names))
     torch.manual_seed(recipe.train.seed)
-    model = FasterRCNN(recipe, data.dim, log).to(device)
-    run = RunFolder.create(job.out, recipe, protocol, class_embeddings, _record(data), overwrite=job.overwrite)
-    if isinstance(data, TrainingSet):
+    model = build_model(recipe, data.dim, us, log if state is None else None)
+    run = _run_folder(job, data, protocol, class_embeddings, us, state)
+    if isinstance(data, TrainingSet) and us.leads:
         _tell_cache(job, data.cache, run, log)
-    log(f"{data.describe()} of {len(protocol.base)} classes; distillation levels: {enabled_levels(recipe.loss)}; {device}")
-    batches = batches_of(data, recipe.train, device)
-    train_on(model, batches, class_embeddings[: len(protocol.base)], recipe, device, run)
+    log(f"{data.describe()} of {len(protocol.base)} classes; distillation levels: {enabled_levels(recipe.loss)}; {us.device}"
+        + (f", {us.world} processes" if us.world > 1 else ""))
+    batches, layout = batches_of(data, us, None if state is None else state["layout"])
+    net = model if us.world == 1 else DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    loop = loop_of(net, batches, class_embeddings[: len(protocol.base)].to(us.device), recipe, us.device)
+    hooks = RunHooks(run, model, us, stop, layout, log, job.save_minutes, _validation(job, protocol, model, class_embeddings, us, log),
+                     job.val_every, _tensorboard(job, run, us, state))
+    if us.world > 1:  # each process draws for itself, where anything draws from torch's own generator
+        torch.manual_seed(key_of(recipe.train.seed, -1, us.rank))
+    if state is not None:
+        _restore(state, model, loop, hooks, us)
+        log(f"goes on at step {loop.step_number} of {loop.total}")
+    try:
+        loop.run(hooks)
+    except UnsoundLoss as error:
+        raise HdovdError(f"{error}; the batch is in {unsound_record(run, error.record)}") from error
     log(f"wrote {run.path}")
     return run
+
+
+def build_model(recipe: Recipe, dim: int, us: Team, log: Callable[[str], None] | None) -> FasterRCNN:
+    """The detector on its device. In several processes on GPUs, batch norms take the statistics of the whole batch."""
+    model = FasterRCNN(recipe, dim, log)
+    if us.world > 1 and recipe.detector.backbone.norm == "batch":
+        if us.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif log is not None:
+            log("note: batch norms take the statistics of each process's images alone: torch has no SyncBatchNorm for CPUs")
+    return model.to(us.device)
 
 
 def training_data(job: TrainJob, protocol: Protocol, log: Callable[[str], None]) -> TrainingSet | TarTrainingSet:
@@ -73,26 +122,86 @@ def training_data(job: TrainJob, protocol: Protocol, log: Callable[[str], None])
     return TrainingSet(split, FeatureCache(job.cache, job.features), job.recipe, log)
 
 
-def batches_of(data: TrainingSet | TarTrainingSet, config: TrainConfig, device: torch.device) -> Batches[Sample]:
-    """The batches of an epoch, shuffled; as many of them whatever the data come from."""
-    if isinstance(data, TrainingSet):
-        in_blocks = data.recipe.loss.uses_pseudo_boxes and data.cache.reads_best_in_blocks
-        order = BlockShuffle(len(data), config.seed, workers=config.workers, batch_size=config.batch_size) if in_blocks else None
-        return shuffled(data, config, device, sampler=order)
-    return StreamBatches(data, len(data), config.batch_size, config.workers, device=device, seed=config.seed)
+def batches_of(data: TrainingSet | TarTrainingSet, us: Team, layout: dict[str, int] | None = None
+               ) -> tuple[TrainingBatches[Sample], dict[str, int]]:
+    """This process's batches, and who reads side by side. `layout`: that of a run that is resumed, which keeps its order."""
+    config = data.recipe.train
+    workers = training_workers(us.device, config.workers)
+    if layout is None:
+        layout = {"streams": max(1, workers) * us.world, "unit": max(1, min(config.batch_size, len(data)) // us.world)}
+    dealing = Dealing(data.order(Streams(layout["streams"], layout["unit"])), config.batch_size, us.rank, us.world)
+    if isinstance(data, TarTrainingSet):
+        data.dealing = dealing
+    return TrainingBatches(data, dealing, workers, device=us.device), layout
 
 
-def train_on(model: FasterRCNN, batches: Batches[Sample], class_embeddings: Tensor, recipe: Recipe, device: torch.device,
-             run: RunFolder) -> None:
-    """Train a model on batches, with the text embeddings (Kb, D) of the base classes; losses and weights go to `run`."""
-    texts = class_embeddings.to(device)
+def loop_of(model: nn.Module, batches: TrainingBatches[Sample], texts: Tensor, recipe: Recipe, device: torch.device) -> Loop[Sample]:
+    """The loop that trains a model on batches, with the text embeddings (Kb, D) of the base classes on its device."""
 
-    def losses_of(samples: list[Sample]) -> dict[str, Tensor]:
+    def losses_of(samples: list[Sample], epoch: int) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = model([picture.to(device, non_blocking=True) for picture, _, _ in samples],
-                                          [targets.to(device) for _, targets, _ in samples], texts)
+                                          [targets.to(device) for _, targets, _ in samples], texts,
+                                          [key_of(recipe.train.seed, epoch, image_id) for _, _, image_id in samples])
         return losses
 
-    fit(model, losses_of, batches, recipe.train, device, "train", on_interval=run.log, on_epoch=lambda: run.save_model(model))
+    return Loop(model, losses_of, batches, recipe.train, device, "train", lambda sample: sample[2])
+
+
+def _run_folder(job: TrainJob, data: TrainingSet | TarTrainingSet, protocol: Protocol, class_embeddings: Tensor, us: Team,
+                state: dict[str, Any] | None) -> RunFolder:
+    """Begun or gone on with by the process that leads; the others wait for it."""
+    run, now = RunFolder(job.out), provenance(us.device, us.world)
+    if us.leads and state is None:
+        nothing_saved = job.resume and not (job.out / "model.safetensors").exists()
+        run = RunFolder.create(job.out, job.recipe, protocol, class_embeddings, {**data.record(), **now},
+                               overwrite=job.overwrite or nothing_saved)
+    elif us.leads and state is not None:
+        run.resume(job.recipe, protocol, data.record(), int(state["log_bytes"]), {**now, "step": int(state["step"])})
+    us.wait()
+    return run
+
+
+def _restore(state: dict[str, Any], model: nn.Module, loop: Loop[Sample], hooks: RunHooks, us: Team) -> None:
+    model.load_state_dict(state["model"])
+    loop.load(state)
+    hooks.best = float(state["best"])
+    if len(state["rng"]) == us.world:
+        set_rng_state(state["rng"][us.rank], us.device)
+    else:  # as many generators as there are processes now: none of the old ones
+        torch.manual_seed(key_of(loop.config.seed, -2 - loop.step_number, us.rank))
+
+
+def _validation(job: TrainJob, protocol: Protocol, model: FasterRCNN, class_embeddings: Tensor, us: Team, log: Callable[[str], None]
+                ) -> Callable[[], dict[str, float | None]] | None:
+    if job.validation is None or not job.val_every or not us.leads:
+        return None
+    from hdovd.pipelines.validation import Validation
+
+    validation = Validation(job.validation, protocol, us.device, batch_size=job.recipe.train.batch_size, log=log)
+    texts = class_embeddings.to(us.device)
+    return lambda: validation.run(model, texts).combined.summary()["ap50"]
+
+
+def validation_paths(data: Path | None, images: Path | None, annotations: Path | None, log: Callable[[str], None] = print
+                     ) -> DataPaths | None:
+    """The validation images: those named, or val2017 of a COCO folder that has one; else None, which is said."""
+    if images or annotations:
+        return DataPaths(data, images, annotations)
+    if data is not None and (data / "annotations" / "instances_val2017.json").is_file() and (data / "val2017").is_dir():
+        return DataPaths(data)
+    if data is None or data.is_dir():  # else there are worse news
+        log("no validation while training: no val2017 under --data, and no --val-images and --val-annotations")
+    return None
+
+
+def _tensorboard(job: TrainJob, run: RunFolder, us: Team, state: dict[str, Any] | None) -> Any:
+    if not job.tensorboard or not us.leads:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise HdovdError(f"--tensorboard needs the package tensorboard: pip install hdovd[tensorboard] ({error})") from error
+    return SummaryWriter(run.path / "tensorboard", purge_step=None if state is None else int(state["step"]) + 1)
 
 
 def _tell_cache(job: TrainJob, cache: FeatureCache, run: RunFolder, log: Callable[[str], None]) -> None:
@@ -107,8 +216,3 @@ def enabled_levels(loss: LossConfig) -> str:
     """The levels of distillation that are on, in words."""
     levels = {"instance": loss.instance.enabled, "class": loss.class_.enabled, "image": loss.image.enabled}
     return ", ".join(name for name, on in levels.items() if on) or "none (base-only)"
-
-
-def _record(data: TrainingSet | TarTrainingSet) -> dict[str, object]:
-    return {**data.record(), "command": sys.argv,
-            "versions": {name: version(name) for name in ("hdovd", "torch", "torchvision", "zarr")}}

@@ -18,6 +18,8 @@ from hdovd.cache.schema import Level, Source
 from hdovd.coco import ImageBoxes, Split
 from hdovd.config import LossConfig, Recipe
 from hdovd.errors import HdovdError, shorten
+from hdovd.pipelines.draws import Draw, as_draw, is_flipped, key_of
+from hdovd.pipelines.epoch_order import BlockShuffle, EpochOrder, PlainShuffle, Streams
 from hdovd.pipelines.identities import data_inputs
 from hdovd.pipelines.images import read_pixels
 from hdovd.targets import Targets
@@ -26,7 +28,7 @@ Sample = tuple[Tensor, Targets, int]  # picture (3, h, w) uint8 RGB, its targets
 
 
 class TrainingSet(Dataset[Sample]):
-    """Sample i is image i of the split, flipped at random; boxes, pseudo boxes and rows stay together."""
+    """The images of a split by their draw, flipped at random; boxes, pseudo boxes and rows stay together."""
 
     def __init__(self, split: Split, cache: FeatureCache, recipe: Recipe, log: Callable[[str], None] = print) -> None:
         """Raises HdovdError if a level of the cache that the recipe uses does not fit the split."""
@@ -65,9 +67,16 @@ class TrainingSet(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Sample:
-        image = self.images[index]
-        return flipped_at_random(read_pixels(self.split, image), self._targets(image), image.id, self.recipe.input.flip)
+    def __getitem__(self, wanted: Draw | int) -> Sample:
+        draw = as_draw(wanted)
+        image = self.images[draw.index]
+        return flipped_at_random(read_pixels(self.split, image), self._targets(image), image.id, draw.epoch, self.recipe)
+
+    def order(self, streams: Streams) -> EpochOrder:
+        """How an epoch goes over the images."""
+        if self.recipe.loss.uses_pseudo_boxes and self.cache.reads_best_in_blocks:
+            return BlockShuffle(len(self), self.recipe.train.seed, streams)
+        return PlainShuffle(len(self), self.recipe.train.seed)
 
     @property
     def dim(self) -> int:
@@ -127,9 +136,9 @@ def make_targets(boxes: np.ndarray, labels: np.ndarray, rows: InstanceRows | Non
     return Targets(base_boxes, base_labels, embeddings, pseudo_boxes, pseudo_embeddings, pseudo_texts, whole)
 
 
-def flipped_at_random(pixels: Tensor, targets: Targets, image_id: int, probability: float) -> Sample:
-    """A sample, mirrored left to right with this probability; boxes, pseudo boxes and rows stay together."""
-    if torch.rand(()) < probability:
+def flipped_at_random(pixels: Tensor, targets: Targets, image_id: int, epoch: int, recipe: Recipe) -> Sample:
+    """A sample, mirrored left to right as its key says; boxes, pseudo boxes and rows stay together."""
+    if is_flipped(key_of(recipe.train.seed, epoch, image_id), recipe.input.flip):
         return pixels.flip(-1), targets.flipped(pixels.shape[-1]), image_id
     return pixels, targets, image_id
 

@@ -146,11 +146,12 @@ def test_wrong_setting_names_the_key(hdovd: Callable[..., Ran], setting: str, ex
     (("train", "--recipe", "demo", "--cache", "c", "--out", "o"), "--data ROOT, or both --images and --annotations"),
     (("train", "--recipe", "demo", "--cache", "c", "--out", "o", "--data", ".", "--protocol", "lvis"), "no protocol 'lvis'"),
     (("eval", "nowhere", "--data", "."), "no run"),
+    (("eval", "nowhere", "--data", ".", "--workers", "many"), "--workers many: expected auto, or a whole number from 0"),
     (("extract-clip", "--cache", "c", "--clip", "x", "--data", ".", "--captions", "c.json"), "--vocabulary"),
     (("extract-clip", "--cache", "c", "--clip", "x", "--data", ".", "--shard", "4/4"), "--shard 4/4: expected I/N with I from 0 to N-1"),
     (("extract-clip", "--cache", "c", "--clip", "x", "--data", ".", "--shard", "1of4"), "--shard 1of4: expected I/N, such as 0/8"),
     (("extract-clip", "--cache", "c", "--clip", "x", "--data", ".", "--features", "a/b"), "--features 'a/b': expected letters"),
-], ids=["recipe", "no data", "protocol", "run", "captions", "shard", "shard in words", "features"])
+], ids=["recipe", "no data", "protocol", "run", "eval workers", "captions", "shard", "shard in words", "features"])
 def test_user_errors(hdovd: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...],
                      expected: str) -> None:
     monkeypatch.chdir(tmp_path)

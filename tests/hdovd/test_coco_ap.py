@@ -1,9 +1,10 @@
-"""AP through hdovd against plain COCOeval runs, one class at a time and one group at a time."""
+"""AP through hdovd against plain COCOeval runs, one class at a time and one group at a time; and the engines against each other."""
 
 import contextlib
 import copy
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from hdovd.ap_engine import Engine, require
 from hdovd.coco import load_split
-from hdovd.coco_ap import AveragePrecision, average_precision
+from hdovd.coco_ap import AveragePrecision, GroundTruth, average_precision
+from hdovd.errors import HdovdError
 from hdovd.protocol import Protocol
 
 PROTOCOL = Protocol("mine", ("zebra", "cat", "bus"), ("dog", "ant"))
@@ -21,6 +24,7 @@ IDS = {"zebra": 90, "cat": 7, "bus": 41, "dog": 2, "ant": 18, "ignored": 1}  # n
 COCO_IDS = tuple(IDS[name] for name in PROTOCOL.names)
 Tree = dict[str, Any]
 Detection = dict[str, Any]
+EVERY_ENGINE = pytest.mark.parametrize("engine", list(Engine))
 
 
 def world(seed: int, *, without: str | None = None) -> tuple[Tree, list[Detection]]:
@@ -72,16 +76,18 @@ def plain_ap(tree: Tree, detections: list[Detection], names: tuple[str, ...], im
 
 
 def compute(folder: Path, tree: Tree, detections: list[Detection], image_ids: list[int] | None = None,
-            protocol: Protocol = PROTOCOL) -> AveragePrecision:
+            protocol: Protocol = PROTOCOL, engine: Engine = Engine.PYCOCOTOOLS) -> AveragePrecision:
     file = folder / "instances.json"
     file.write_text(json.dumps(tree))
-    return average_precision(file, COCO_IDS, [i["id"] for i in tree["images"]] if image_ids is None else image_ids, detections, protocol)
+    ids = [i["id"] for i in tree["images"]] if image_ids is None else image_ids
+    return average_precision(file, COCO_IDS, ids, detections, protocol, engine)
 
 
+@EVERY_ENGINE
 @pytest.mark.parametrize("seed", range(4))
-def test_equals_a_plain_run_per_class_and_per_group(tmp_path: Path, seed: int) -> None:
+def test_equals_a_plain_run_per_class_and_per_group(tmp_path: Path, seed: int, engine: Engine) -> None:
     tree, detections = world(seed)
-    found = compute(tmp_path, tree, detections)
+    found = compute(tmp_path, tree, detections, engine=engine)
     for label, name in enumerate(PROTOCOL.names):
         ap50, ap = plain_ap(tree, detections, (name,))
         assert found.ap50[label] == pytest.approx(ap50, abs=1e-9)
@@ -119,9 +125,10 @@ def test_a_group_without_ground_truth_has_no_mean(tmp_path: Path) -> None:
     assert summary["ap50"]["all"] == pytest.approx(summary["ap50"]["base"])
 
 
-def test_no_detections_at_all(tmp_path: Path) -> None:
+@EVERY_ENGINE
+def test_no_detections_at_all(tmp_path: Path, engine: Engine) -> None:
     tree, _ = world(7, without="cat")
-    found = compute(tmp_path, tree, [])
+    found = compute(tmp_path, tree, [], engine=engine)
     assert found.ap50.tolist() == pytest.approx([0, float("nan"), 0, 0, 0], nan_ok=True)
     assert found.summary()["ap50"] == {"novel": 0.0, "base": 0.0, "all": 0.0}
 
@@ -138,32 +145,35 @@ def cat(number: int, image_id: int) -> dict[str, Any]:
     return {"id": number, "image_id": image_id, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "area": 2000, "iscrowd": 0}
 
 
+@EVERY_ENGINE
 @pytest.mark.parametrize("ids", [[0, 1], [1, 2]])
-def test_perfect_detections_score_100_also_for_annotation_id_0(tmp_path: Path, ids: list[int]) -> None:
+def test_perfect_detections_score_100_also_for_annotation_id_0(tmp_path: Path, ids: list[int], engine: Engine) -> None:
     tree, _ = world(0)
     tree["annotations"] = [cat(number, 1 + k) for k, number in enumerate(ids)]
     detections = [{"image_id": 1 + k, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "score": 0.9} for k in range(2)]
-    found = compute(tmp_path, tree, detections)
+    found = compute(tmp_path, tree, detections, engine=engine)
     assert found.ap50[1] == pytest.approx(100.0)
     assert found.ap[1] == pytest.approx(100.0)
 
 
-def test_by_hand(tmp_path: Path) -> None:
+@EVERY_ENGINE
+def test_by_hand(tmp_path: Path, engine: Engine) -> None:
     """Two cats: a hit, a miss above it, and one cat never found: precision 1/2 up to recall 1/2."""
     tree, _ = world(0)
     tree["annotations"] = [cat(1, 1), cat(2, 2)]
     detections = [{"image_id": 3, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "score": 0.9},
                   {"image_id": 1, "category_id": IDS["cat"], "bbox": [10, 10, 50, 30], "score": 0.8}]  # IoU 0.75
-    found = compute(tmp_path, tree, detections)
+    found = compute(tmp_path, tree, detections, engine=engine)
     assert found.ap50[1] == pytest.approx(100 * 51 / 101 / 2)  # 51 of 101 recall points
     assert found.ap[1] == pytest.approx(100 * 51 / 101 / 2 * 6 / 10)  # IoU 0.50 to 0.75
 
 
-def test_only_the_images_asked_for_count(tmp_path: Path) -> None:
+@EVERY_ENGINE
+def test_only_the_images_asked_for_count(tmp_path: Path, engine: Engine) -> None:
     tree, detections = world(9)
     some = [0, 2, 5, 6]
     kept = [d for d in detections if d["image_id"] in some]
-    found = compute(tmp_path, tree, kept, some)
+    found = compute(tmp_path, tree, kept, some, engine=engine)
     for label, name in enumerate(PROTOCOL.names):
         assert found.ap50[label] == pytest.approx(plain_ap(tree, kept, (name,), some)[0], abs=1e-9, nan_ok=True)
 
@@ -185,14 +195,15 @@ def test_the_detections_given_are_left_as_they_are(tmp_path: Path) -> None:
     assert detections == before
 
 
-def test_more_than_100_detections_an_image_count_up_to_the_protocols_maximum(tmp_path: Path) -> None:
+@EVERY_ENGINE
+def test_more_than_100_detections_an_image_count_up_to_the_protocols_maximum(tmp_path: Path, engine: Engine) -> None:
     tree, _ = world(0)
     tree["annotations"] = [cat(1, 1)]
     misses = [{"image_id": 1, "category_id": IDS["cat"], "bbox": [100, 100, 20, 20], "score": 0.9 - k * 1e-3} for k in range(120)]
     detections = [*misses, {"image_id": 1, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "score": 0.1}]
-    assert compute(tmp_path, tree, detections).ap50[1] == pytest.approx(100 / 121)
+    assert compute(tmp_path, tree, detections, engine=engine).ap50[1] == pytest.approx(100 / 121)
     narrow = Protocol("mine", PROTOCOL.base, PROTOCOL.novel, max_detections=(10, 50, 100))
-    assert compute(tmp_path, tree, detections, protocol=narrow).ap50[1] == 0.0
+    assert compute(tmp_path, tree, detections, protocol=narrow, engine=engine).ap50[1] == 0.0
 
 
 @pytest.mark.parametrize("bbox", [[10, 10, 0, 20], [10, 10, -5, 5], [float("nan"), 1, 5, 5], [500, 10, 20, 20], None, [1, 2, 3]])
@@ -206,3 +217,57 @@ def test_a_box_that_the_split_leaves_out_is_no_ground_truth(tmp_path: Path, bbox
     split = load_split(file, tmp_path, PROTOCOL, base_only=False)
     assert [999] in split.skips.by_reason.values()
     np.testing.assert_allclose(compute(tmp_path, tree, detections).ap50, expected.ap50, atol=1e-9)
+
+
+# --- the truth read once, and the engines ---
+
+def _check_same(found: AveragePrecision, expected: AveragePrecision, atol: float) -> None:
+    """Of every class, and of the three groups."""
+    for key in ("ap50", "ap"):
+        np.testing.assert_allclose(getattr(found, key), getattr(expected, key), rtol=0, atol=atol)  # NaN where both have none
+        groups, wanted = found.summary()[key], expected.summary()[key]
+        assert groups == {group: pytest.approx(wanted[group], abs=atol, rel=0) for group in ("novel", "base", "all")}
+
+
+@pytest.mark.parametrize("seed", range(20, 40))
+def test_engines_agree(tmp_path: Path, seed: int) -> None:
+    """Crowds and an annotation id 0 are in every world; here also equal scores, images without detections or without objects, and
+    classes without ground truth or without detections."""
+    rng = np.random.default_rng(seed)
+    tree, detections = world(seed, without=str(rng.choice(PROTOCOL.names)) if seed % 2 else None)
+    bare, unseen = rng.choice([i["id"] for i in tree["images"]], 2, replace=False)
+    tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] != bare]
+    silent = IDS[str(rng.choice(PROTOCOL.names))] if seed % 3 == 0 else None
+    detections = [d | {"score": round(d["score"], 1)} for d in detections if d["image_id"] != unseen and d["category_id"] != silent]
+    rng.shuffle(detections)  # type: ignore[arg-type]
+    expected = compute(tmp_path, tree, detections)
+    _check_same(compute(tmp_path, tree, detections, engine=Engine.FASTER), expected, 1e-6)
+    assert len(set(expected.ap[~np.isnan(expected.ap)].tolist())) >= 3  # not a comparison of zeros
+    assert any(a["iscrowd"] for a in tree["annotations"])
+
+
+@EVERY_ENGINE
+def test_a_truth_serves_many_sets_of_detections(tmp_path: Path, engine: Engine) -> None:
+    tree, detections = world(13)
+    fresh = [compute(tmp_path, tree, some, engine=engine) for some in (detections, detections[::3], [])]
+    truth = GroundTruth(tmp_path / "instances.json", COCO_IDS, [i["id"] for i in tree["images"]], PROTOCOL, engine)
+    (tmp_path / "instances.json").unlink()  # it is not read again
+    for expected, some in zip([*fresh, fresh[0]], (detections, detections[::3], [], detections), strict=True):
+        _check_same(truth.average_precision(some), expected, 0.0)
+    assert fresh[0].summary() != fresh[1].summary()
+
+
+@EVERY_ENGINE
+def test_detections_of_an_unknown_image(tmp_path: Path, engine: Engine) -> None:
+    tree, detections = world(14)
+    with pytest.raises(HdovdError, match=r"does not hold.*77.*another split"):
+        compute(tmp_path, tree, [*detections, detections[0] | {"image_id": 77}], engine=engine)
+
+
+def test_an_engine_that_is_not_installed_says_how_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert require(Engine.FASTER)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    tree, detections = world(15)
+    with pytest.raises(HdovdError, match=r"faster-coco-eval.*pip install 'hdovd\[fast-eval\]'.*pycocotools"):
+        compute(tmp_path, tree, detections, engine=Engine.FASTER)
+    compute(tmp_path, tree, detections)  # the reference needs it not

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hdovd.config import InferenceConfig
 from hdovd.faster_rcnn import RoIPredictions
-from hdovd.inference import combine_scores, detect
+from hdovd.inference import combine_scores, detect, detect_batch
 
 CONFIG = InferenceConfig(alpha=0.25, beta=0.45, distillation_scale=20.0, score_threshold=0.05, nms=0.5, detections_per_image=100)
 NOVEL = torch.tensor([False, False, True])
@@ -116,3 +116,23 @@ def test_a_confident_background_stays_background() -> None:
     combined = combine_scores(s1, torch.ones(1, 3), NOVEL, 0.25, 0.45)
     assert combined[0, 3].item() > 0.99
     assert math.isclose(combined[0, 2].item(), 1e-6**0.55, rel_tol=0.01)
+
+
+@pytest.mark.parametrize("split_blind", [False, True])
+@pytest.mark.parametrize("with_distillation", [True, False])
+def test_a_batch_is_its_images_one_by_one(with_distillation: bool, split_blind: bool) -> None:
+    """Images of many RoIs, of none, and of some that are all background."""
+    batch = []
+    for number, rois in enumerate((40, 0, 7, 25, 0)):
+        s1, s2 = scores(rois, seed=number)
+        if rois == 7:
+            s1 = torch.tensor([[0.0, 0.0, 0.0, 1.0]]).expand(7, 4)
+        corner = 30 * torch.rand(rois, 2, generator=torch.Generator().manual_seed(number))
+        batch.append(RoIPredictions(torch.cat([corner, corner + 12], dim=1), s1, s2 if with_distillation else None))
+    found = detect_batch(batch, NOVEL, CONFIG, split_blind=split_blind)
+    assert [len(f.scores) > 0 for f in found] == [True, False, False, True, False]
+    for one, predictions in zip(found, batch, strict=True):
+        alone = detect(predictions, NOVEL, CONFIG, split_blind=split_blind)
+        assert torch.equal(one.boxes, alone.boxes)
+        assert torch.equal(one.scores, alone.scores)
+        assert torch.equal(one.labels, alone.labels)

@@ -7,6 +7,8 @@ import io
 import json
 import math
 import shutil
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from hdovd.ap_engine import Engine
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
 from hdovd.pipelines.demo.world import BASE, NOVEL
@@ -227,7 +230,24 @@ def test_no_detection_at_all_is_an_ap_of_zero(base_only: RunFolder, world: Path,
     assert _metrics(out)["ap50"] == {"novel": 0, "base": 0, "all": 0}
 
 
+def test_the_other_engine_gives_the_same_and_is_recorded(distilled: RunFolder, evaluated: tuple[EvalResult, Path], world: Path,
+                                                         tmp_path: Path) -> None:
+    result, out = _evaluate(distilled, tmp_path, world, engine=Engine.FASTER)
+    for found, expected in ((result.combined, evaluated[0].combined), (result.split_blind, evaluated[0].split_blind)):
+        np.testing.assert_allclose(found.ap50, expected.ap50, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(found.ap, expected.ap, rtol=0, atol=1e-6)
+    assert _metrics(out)["engine"] == {"name": "faster-coco-eval", "version": version("faster-coco-eval")}
+    assert _metrics(evaluated[1])["engine"] == {"name": "pycocotools", "version": version("pycocotools")}
+    assert _metrics(out)["precision"] == "fp32"
+
+
 # --- refusals ---
+
+def test_a_missing_engine_says_what_to_install(base_only: RunFolder, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(HdovdError, match=r"pip install 'hdovd\[fast-eval\]'"):
+        _evaluate(base_only, tmp_path, world, engine=Engine.FASTER)
+
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "other size"])
 def test_validation_picture_that_cannot_be_read_is_an_error(base_only: RunFolder, copied_world: Path, tmp_path: Path, damage: str) -> None:

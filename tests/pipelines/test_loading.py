@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from hdovd.errors import HdovdError
-from hdovd.pipelines.loading import Batches
+from hdovd.pipelines.draws import Draw, as_draw
+from hdovd.pipelines.epoch_order import Dealing, PlainShuffle
+from hdovd.pipelines.loading import Batches, TrainingBatches
 from hdovd.targets import Targets
 
 CPU = torch.device("cpu")
@@ -29,19 +30,12 @@ class _Data(Dataset[Sample]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, wanted: Draw | int) -> Sample:
+        index = as_draw(wanted).index
         if index in self.bad:
             raise self.error(f"picture {index} cannot be read")
         rows = [torch.full((index % 3, 4), float(index)) for _ in range(6)]
         return torch.full((3, 2, index), index, dtype=torch.uint8), Targets(*rows, *[torch.full((4,), float(index))]), index
-
-
-class _Backwards(Sampler[int]):
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(6, -1, -1))
-
-    def __len__(self) -> int:
-        return 7
 
 
 def _told(batches: Batches[Any], epochs: int = 1) -> list[list[list[Any]]]:
@@ -59,29 +53,48 @@ def _ids(batches: Batches[Any]) -> list[list[int]]:
     return [[index for _, _, index in batch] for batch in batches]
 
 
-@pytest.mark.parametrize("seed", [None, 5])
-def test_workers_change_nothing_in_any_epoch(seed: int | None) -> None:
-    alone, one, two = (_told(Batches(_Data(), 3, workers, device=CPU, shuffle_seed=seed), epochs=3) for workers in (0, 1, 2))
-    assert one == alone
-    assert two == alone
-    assert (alone[0] == alone[1]) is (seed is None)
+def _training(data: Dataset[Any], batch_size: int, workers: int, seed: int = 5, **options: Any) -> TrainingBatches[Any]:
+    return TrainingBatches(data, Dealing(PlainShuffle(len(data), seed), batch_size), workers, device=CPU, **options)  # type: ignore[arg-type]
+
+
+def test_workers_change_nothing_in_any_epoch() -> None:
+    for make in (lambda workers: Batches(_Data(), 3, workers, device=CPU), lambda workers: _training(_Data(), 3, workers)):
+        alone, one, two = (_told(make(workers), epochs=3) for workers in (0, 1, 2))
+        assert one == alone
+        assert two == alone
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_order_and_last_batch(workers: int) -> None:
     assert _ids(Batches(_Data(5), 2, workers, device=CPU)) == [[0, 1], [2, 3], [4]]
-    shuffled = _ids(Batches(_Data(5), 2, workers, device=CPU, shuffle_seed=1))
+    shuffled = _ids(_training(_Data(5), 2, workers))
     assert [len(batch) for batch in shuffled] == [2, 2]
-    assert _ids(Batches(_Data(5), 2, workers, device=CPU, shuffle_seed=1)) == shuffled
-    assert len(_ids(Batches(_Data(5), 8, workers, device=CPU, shuffle_seed=1))[0]) == 5  # or there would be none
+    assert _ids(_training(_Data(5), 2, workers)) == shuffled
+    assert len(_ids(_training(_Data(5), 8, workers))[0]) == 5  # or there would be none
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_sampler_gives_the_order(workers: int) -> None:
-    assert _ids(Batches(_Data(), 3, workers, device=CPU, sampler=_Backwards())) == [[6, 5, 4], [3, 2, 1], [0]]
-    batches = Batches(_Data(), 3, workers, device=CPU, sampler=_Backwards(), shuffle_seed=1)
-    assert len(batches) == 2
-    assert _ids(batches) == [[6, 5, 4], [3, 2, 1]]
+def test_an_epoch_can_be_entered_at_any_step(workers: int) -> None:
+    batches = _training(_Data(), 2, workers)
+    assert len(batches) == 5
+    epochs = []
+    for epoch in range(3):
+        batches.seek(epoch)
+        epochs.append(_ids(batches))
+    assert epochs[0] != epochs[1]
+    again = _training(_Data(), 2, workers)
+    for epoch, step in ((1, 3), (2, 0), (0, 4)):
+        again.seek(epoch, step)
+        assert _ids(again) == epochs[epoch][step:]
+        assert len(again) == 5  # of a whole epoch
+
+
+def test_loading_leaves_the_generator_of_training_alone() -> None:
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        _ids(_training(_Data(), 2, workers))
+        _ids(Batches(_Data(), 2, workers, device=CPU))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

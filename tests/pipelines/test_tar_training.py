@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import SequentialSampler
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.tar_meta import META, TarMeta
@@ -22,13 +22,16 @@ from hdovd.coco import DataPaths
 from hdovd.config import PRESETS, Recipe
 from hdovd.errors import HdovdError
 from hdovd.faster_rcnn import FasterRCNN
+from hdovd.pipelines.draws import Draw
+from hdovd.pipelines.epoch_order import Dealing, InOrder, Streams
 from hdovd.pipelines.export import ExportConfig, export_tars
 from hdovd.pipelines.extract_clip import extract_clip
 from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.loading import Batches, StreamBatches
+from hdovd.pipelines.fit import Hooks
+from hdovd.pipelines.loading import TrainingBatches
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.tar_training import TarTrainingSet
-from hdovd.pipelines.train import TrainJob, train, train_on
+from hdovd.pipelines.train import TrainJob, loop_of, train
 from hdovd.pipelines.training_set import Sample, TrainingSet
 from hdovd.protocol import Protocol, load_protocol
 
@@ -39,6 +42,10 @@ OFF = {level: f"loss.{level}.enabled=false" for level in ("instance", "class", "
 
 
 def _silent(_: str) -> None: ...
+
+
+def _in_order(data: TarTrainingSet) -> Iterator[Sample]:
+    return (data[number] for number in range(len(data)))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +83,8 @@ def test_samples_are_those_of_the_zarr_cache(shards: Path, protocol: Protocol, z
                                              micro_recipe: MakeRecipe, off: tuple[str, ...]) -> None:
     recipe = micro_recipe("input.flip=0.0", *(OFF[level] for level in off))
     expected = zarr_set(recipe)
-    found = list(TarTrainingSet(str(shards), protocol, recipe, _silent, shuffle=False))
+    data = TarTrainingSet(str(shards), protocol, recipe, _silent)
+    found = [data[number] for number in range(len(data))]
     assert [sample[2] for sample in found] == kept
     assert len(found) == len(expected)
     for sample, number in zip(found, range(len(expected)), strict=True):
@@ -84,27 +92,38 @@ def test_samples_are_those_of_the_zarr_cache(shards: Path, protocol: Protocol, z
 
 
 def test_image_without_proposals_keeps_its_base_boxes(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe) -> None:
-    _, targets, _ = next(s for s in TarTrainingSet(str(shards), protocol, micro_recipe(), _silent) if s[2] == 2)
+    _, targets, _ = next(s for s in _in_order(TarTrainingSet(str(shards), protocol, micro_recipe(), _silent)) if s[2] == 2)
     assert len(targets.boxes) > 0
     assert len(targets.pseudo_boxes) == 0
 
 
-def test_flips_are_as_frequent_as_asked_and_drawn_anew(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe) -> None:
-    plain = {s[2]: s[0] for s in TarTrainingSet(str(shards), protocol, micro_recipe("input.flip=0.0"), _silent)}
-    torch.manual_seed(0)
-    data = TarTrainingSet(str(shards), protocol, micro_recipe("input.flip=0.5"), _silent)
-    flipped = [[s[2] for s in data if not torch.equal(s[0], plain[s[2]])] for _ in range(3)]
-    assert 20 < sum(map(len, flipped)) < 50  # of 69
-    assert len({tuple(sorted(ids)) for ids in flipped}) == 3
+def test_flips_are_those_of_the_zarr_cache(shards: Path, protocol: Protocol, zarr_set: Callable[[Recipe], TrainingSet],
+                                           micro_recipe: MakeRecipe) -> None:
+    recipe = micro_recipe("input.flip=0.5")
+    tar, zarr = TarTrainingSet(str(shards), protocol, recipe, _silent), zarr_set(recipe)
+    for epoch in (0, 3):
+        for number in range(len(zarr)):
+            _same(tar[Draw(epoch, 0, number)], zarr[Draw(epoch, 0, number)])
 
 
 # --- epochs ---
 
-def _epochs(data: TarTrainingSet, workers: int, batch_size: int = 4, epochs: int = 2, **options: Any) -> list[list[int]]:
-    """Image ids, epoch by epoch, of all batches."""
-    batches = StreamBatches(data, len(data), batch_size, workers, device=CPU, **options)
+def _batches(data: TarTrainingSet, workers: int, batch_size: int = 4, world: int = 1) -> list[TrainingBatches[Sample]]:
+    """Of each process."""
     found = []
-    for _ in range(epochs):
+    for rank in range(world):
+        mine = copy.copy(data)
+        mine.dealing = Dealing(mine.order(Streams(max(1, workers) * world, batch_size // world)), batch_size, rank, world)
+        found.append(TrainingBatches(mine, mine.dealing, workers, device=CPU))
+    return found
+
+
+def _epochs(data: TarTrainingSet, workers: int, batch_size: int = 4, epochs: int = 2) -> list[list[int]]:
+    """Image ids, epoch by epoch, of all batches."""
+    (batches,) = _batches(data, workers, batch_size)
+    found = []
+    for epoch in range(epochs):
+        batches.seek(epoch)
         lists = [[sample[2] for sample in batch] for batch in batches]
         assert len(lists) == len(batches)
         assert all(len(one) == batch_size for one in lists[:-1])
@@ -117,18 +136,10 @@ def test_every_image_once_an_epoch_however_many_workers(shards: Path, protocol: 
                                                         workers: int) -> None:
     """Five shards: fewer than workers, as many as two each and one left over, or all for one."""
     data = TarTrainingSet(str(shards), protocol, micro_recipe(), _silent)
-    first, second = _epochs(data, workers, drop_last=False)
+    first, second = _epochs(data, workers, batch_size=1)
     assert sorted(first) == sorted(second) == kept
     assert kept not in (first, second)
     assert first != second
-
-
-@pytest.mark.parametrize("workers", [2, 3, 5, 7])
-def test_workers_have_equal_shares(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe, workers: int) -> None:
-    data = TarTrainingSet(str(shards), protocol, micro_recipe(), _silent)
-    counts = [sum(1 for _ in data.share(data.shards.numbers, index, workers)) for index in range(workers)]
-    assert sum(counts) == 23
-    assert max(counts) - min(counts) <= (2 if workers == 5 else 1)  # a shard each, and the last one holds 3
 
 
 def test_a_seed_repeats_the_order_and_another_does_not(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe) -> None:
@@ -138,29 +149,60 @@ def test_a_seed_repeats_the_order_and_another_does_not(shards: Path, protocol: P
     assert one != other
 
 
-@pytest.mark.parametrize(("batch_size", "drop_last", "expected"),
-                         [(8, True, 16), (8, False, 23), (23, True, 23), (30, True, 23), (5, True, 20)])
-def test_the_last_batch_that_is_not_full(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe, batch_size: int, drop_last: bool,
+def test_an_epoch_entered_in_the_middle_by_other_workers_is_the_same(shards: Path, protocol: Protocol, kept: list[int],
+                                                                     micro_recipe: MakeRecipe) -> None:
+    """As a run that is resumed with other processes does: it keeps its streams, and each image is still seen once."""
+    data = TarTrainingSet(str(shards), protocol, micro_recipe("input.flip=0.5"), _silent)
+    order = data.order(Streams(2, 2))
+    expected: list[int] = []
+    for workers, world, steps in ((2, 1, range(2)), (0, 2, range(2, 4)), (3, 1, range(4, 11))):
+        parts = []
+        for rank in range(world):
+            mine = copy.copy(data)
+            mine.dealing = Dealing(order, 2, rank, world)
+            batches = TrainingBatches(mine, mine.dealing, workers, device=CPU)
+            batches.seek(1, steps.start)
+            parts.append([[sample[2] for sample in batch] for batch, _ in zip(batches, steps, strict=False)])
+        expected += [image for step in zip(*parts, strict=True) for part in step for image in part]
+    ids = [sample[2] for sample in _in_order(data)]
+    assert expected == [ids[index] for index in order.indices(1)[:22]]
+    assert len(set(expected)) == 22
+    assert set(expected) < set(kept)
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(8, 16), (23, 23), (30, 23), (5, 20)])
+def test_the_last_batch_that_is_not_full(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe, batch_size: int,
                                          zarr_set: Callable[[Recipe], TrainingSet], expected: int) -> None:
     """As many steps an epoch as from the Zarr cache: the schedule and a comparison depend on it."""
     data = TarTrainingSet(str(shards), protocol, micro_recipe(), _silent)
-    (found,) = _epochs(data, 2, batch_size, 1, drop_last=drop_last)
+    (found,) = _epochs(data, 2, batch_size, 1)
     assert len(found) == len(set(found)) == expected
-    if drop_last:
-        other = Batches(zarr_set(micro_recipe()), batch_size, 0, device=CPU, shuffle_seed=0)
-        assert len(other) == len(StreamBatches(data, len(data), batch_size, 0, device=CPU))
+    other = zarr_set(micro_recipe())
+    assert Dealing(other.order(Streams()), batch_size).steps == Dealing(data.order(Streams()), batch_size).steps
+
+
+def test_shards_are_read_once_by_the_worker_that_owns_them(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe) -> None:
+    data = TarTrainingSet(f"{shards}/{{000000..000003}}.tar", protocol, micro_recipe(), _silent)
+    for batches in _batches(data, 0, 4, world=2):
+        mine = batches._loader.dataset.data  # type: ignore[attr-defined]
+        opened: list[int] = []
+        raw = mine.shards.raw
+        mine.shards = copy.copy(mine.shards)
+        mine.shards.raw = lambda number, opened=opened, raw=raw: (opened.append(number), raw(number))[1]
+        assert sum(1 for _ in batches) == 5
+        assert len(opened) == len(set(opened)) == 2
 
 
 def test_some_shards_are_some_images(shards: Path, protocol: Protocol, kept: list[int], micro_recipe: MakeRecipe) -> None:
     data = TarTrainingSet(f"{shards}/{{000001..000002}}.tar", protocol, micro_recipe(), _silent)
     assert len(data) == 10
-    assert sorted(_epochs(data, 3, drop_last=False, epochs=1)[0]) == kept[5:15]
+    assert sorted(_epochs(data, 3, 1, epochs=1)[0]) == kept[5:15]
 
 
 def test_a_copy_in_another_process_reads_the_same(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe) -> None:
     """What workers that are spawned get."""
     data = TarTrainingSet(str(shards), protocol, micro_recipe("input.flip=0.0"), _silent)
-    for found, expected in zip(pickle.loads(pickle.dumps(data)), data, strict=True):
+    for found, expected in zip(_in_order(pickle.loads(pickle.dumps(data))), _in_order(data), strict=True):
         _same(found, expected)
 
 
@@ -183,7 +225,7 @@ def test_images_that_failed_are_skipped_by_name(broken: Path, protocol: Protocol
     assert any(line.startswith("skipped 4: image without embeddings") and str(kept[2]) in line for line in lines)
     assert len(data) == len(left)
     for workers in (0, 2):
-        assert sorted(_epochs(data, workers, drop_last=False, epochs=1)[0]) == left
+        assert sorted(_epochs(data, workers, 1, epochs=1)[0]) == left
     with pytest.raises(HdovdError, match=r"no image of .*000004\.tar has embeddings; first reason: .*no such file"):
         TarTrainingSet(str(broken / "000004.tar"), protocol, micro_recipe(), _silent)
 
@@ -194,23 +236,27 @@ def _job(shards: Path | str, out: Path, recipe: Recipe, world: Path) -> TrainJob
     return TrainJob(DataPaths(), shards, out, recipe, str(world / "protocol.toml"), "cpu")
 
 
+class _Entries(Hooks):
+    def __init__(self) -> None:
+        self.told: list[dict[str, float]] = []
+
+    def interval(self, entry: dict[str, float], left_s: float) -> None:
+        self.told.append({name: value for name, value in entry.items() if name not in ("images_per_s", "data_wait", "memory_gb")})
+
+
 def test_fixed_order_trains_the_same_weights_as_zarr(shards: Path, protocol: Protocol, zarr_set: Callable[[Recipe], TrainingSet],
-                                                     micro_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe, logs, weights = micro_recipe(), [], []
-    zarr, tar = zarr_set(recipe), TarTrainingSet(str(shards), protocol, recipe, _silent, shuffle=False)
-    in_order = {"zarr": Batches(zarr, 8, 0, device=CPU, shuffle_seed=1, sampler=SequentialSampler(zarr)),
-                "tar": StreamBatches(tar, len(tar), 8, 0, device=CPU, seed=1)}
-    for name, batches in in_order.items():
+                                                     micro_recipe: MakeRecipe) -> None:
+    recipe, told, weights = micro_recipe(), [], []
+    for data in (zarr_set(recipe), TarTrainingSet(str(shards), protocol, recipe, _silent)):
         torch.manual_seed(7)
-        model, texts = FasterRCNN(recipe, tar.dim, _silent), torch.from_numpy(tar.class_embeddings(protocol.names))
-        run = RunFolder.create(tmp_path / name, recipe, protocol, texts, {}, overwrite=False)
-        train_on(model, batches, texts[: len(protocol.base)], recipe, CPU, run)
-        entries = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
-        logs.append([{key: value for key, value in entry.items() if key != "images_per_s"} for entry in entries])
-        weights.append((run.path / "model.safetensors").read_bytes())
-    assert logs[0] == logs[1]
-    assert logs[0][-1]["step"] == 2
-    assert weights[0] == weights[1]
+        model, texts = FasterRCNN(recipe, data.dim, _silent), torch.from_numpy(data.class_embeddings(protocol.names))
+        batches, hooks = TrainingBatches(data, Dealing(InOrder(len(data)), 8), 0, device=CPU), _Entries()
+        loop_of(model, batches, texts[: len(protocol.base)], recipe, CPU).run(hooks)
+        told.append(hooks.told)
+        weights.append(model.state_dict())
+    assert told[0] == told[1]
+    assert told[0][-1]["step"] == 2
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_trains_from_shards_alone_by_command(shards: Path, world: Path, cache: Path, micro_settings: list[str], tmp_path: Path,
@@ -244,7 +290,7 @@ def test_damaged_picture_stops_naming_image_and_shards(shards: Path, world: Path
     data[512:3000] = b"\0" * 2488  # of the first picture in it
     (copied / "000001.tar").write_bytes(data)
     with pytest.raises(HdovdError, match=rf"image {kept[5]}: .*{kept[5]}\.jpg") as error:
-        train(_job(copied, tmp_path / "run", micro_recipe(f"train.workers={workers}"), world), _silent)
+        train(_job(copied, tmp_path / "run", micro_recipe(f"train.workers={workers}", "train.batch_size=1"), world), _silent)
     assert "Traceback" not in str(error.value)
 
 
@@ -273,7 +319,7 @@ def test_class_level_needs_nouns(world: Path, tmp_path: Path, extraction: Callab
     export_tars(ExportConfig(tmp_path / "cache", tmp_path / "shards"), _silent)
     _refused(tmp_path / "shards", world, micro_recipe(), r"--vocabulary.*loss\.class\.enabled=false")
     data = TarTrainingSet(str(tmp_path / "shards"), protocol, micro_recipe(OFF["class"]), _silent)
-    assert max(len(sample[1].pseudo_boxes) for sample in data) > 0
+    assert max(len(sample[1].pseudo_boxes) for sample in _in_order(data)) > 0
 
 
 def test_levels_that_do_not_belong_together_are_refused(shards: Path, world: Path, micro_recipe: MakeRecipe, tmp_path: Path) -> None:

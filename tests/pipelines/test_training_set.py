@@ -20,8 +20,11 @@ from hdovd.coco import load_split
 from hdovd.config import Recipe
 from hdovd.errors import HdovdError
 from hdovd.pipelines.demo.world import BASE
+from hdovd.pipelines.draws import Draw
+from hdovd.pipelines.epoch_order import Dealing, PlainShuffle
 from hdovd.pipelines.extract_clip import extract_clip
 from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.loading import TrainingBatches
 from hdovd.pipelines.training_set import TrainingSet
 from hdovd.protocol import load_protocol
 
@@ -111,11 +114,34 @@ def test_flip_keeps_boxes_pseudo_boxes_rows_and_pixels_together(world: Path, cac
             assert torch.equal(flipped[:, two[1]:two[3], two[0]:two[2]], inside.flip(-1))
 
 
-def test_flip_happens_as_often_as_asked(world: Path, cache: Path, micro_recipe: MakeRecipe) -> None:
-    plain, random = (_training_set(world, cache, micro_recipe(f"input.flip={flip}")) for flip in (0.0, 0.5))
-    torch.manual_seed(0)
-    flipped = sum(not torch.equal(random[0][0], plain[0][0]) for _ in range(60))
-    assert 15 < flipped < 45
+def test_flips_are_as_frequent_as_asked_and_drawn_anew_each_epoch(world: Path, cache: Path, micro_recipe: MakeRecipe) -> None:
+    plain, random, again, other = (_training_set(world, cache, micro_recipe(f"input.flip={flip}", f"train.seed={seed}"))
+                                   for flip, seed in ((0.0, 0), (0.5, 0), (0.5, 0), (0.5, 1)))
+    found = [[[epoch for epoch in range(4) if not torch.equal(data[Draw(epoch, 0, i)][0], plain[i][0])] for i in range(len(plain))]
+             for data in (random, again, other)]
+    assert 30 < sum(map(len, found[0])) < 62  # of 92
+    assert len({tuple(epochs) for epochs in found[0]}) > 1
+    assert found[0] == found[1] != found[2]
+
+
+def test_shuffled_and_flipped_samples_keep_their_rows(world: Path, cache: Path, micro_recipe: MakeRecipe) -> None:
+    """Through the loader with its order, its workers and flips: what belongs to a box is still at its box."""
+    data = _training_set(world, cache, micro_recipe("input.flip=0.5"))
+    plain = {data.images[i].id: _training_set(world, cache, micro_recipe("input.flip=0.0"))[i] for i in range(len(data))}
+    batches = TrainingBatches(data, Dealing(PlainShuffle(len(data), 3), 5), 1, device=torch.device("cpu"))
+    batches.seek(2)
+    seen, mirrored = [], 0
+    for picture, targets, image_id in (sample for batch in batches for sample in batch):
+        pixels, expected, _ = plain[image_id]
+        seen.append(image_id)
+        if not torch.equal(picture, pixels):
+            mirrored += 1
+            pixels, expected = pixels.flip(-1), expected.flipped(pixels.shape[-1])
+        assert torch.equal(picture, pixels)
+        for name in targets.__slots__:
+            assert torch.equal(getattr(targets, name), getattr(expected, name)), name
+    assert seen != sorted(seen)
+    assert 0 < mirrored < len(seen) == 20
 
 
 def test_switches_decide_what_is_read(world: Path, cache: Path, micro_recipe: MakeRecipe) -> None:

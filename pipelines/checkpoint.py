@@ -1,0 +1,56 @@
+"""A checkpoint: all that a run needs to go on sample by sample, in one file that is whole or absent.
+
+    model      weights and queues                 optimizer, step, window   as of `fit.Loop`
+    rng        torch's generators, a process each  layout                   who reads side by side (`epoch_order.Streams`)
+    log_bytes  length of log.jsonl                best                      the best validation so far
+
+Written and read by `train`. Losses, samples and their order follow from seed and epoch; torch's generators matter only to what else
+draws from them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hdovd.errors import HdovdError
+
+FILE = "checkpoint.pt"
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Replace the checkpoint; a kill or a power cut leaves the old one or the new one."""
+    partial = folder / f".{FILE}.partial"
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / FILE)
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The checkpoint, or None if there is none. Raises HdovdError for one that cannot be read."""
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise HdovdError(f"{file} cannot be read ({error}): was it copied whole? Without it the run can only begin anew, with --overwrite"
+                         ) from error
+    return state
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Of this process."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

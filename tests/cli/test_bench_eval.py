@@ -1,0 +1,80 @@
+"""`hdovd bench eval` at a small size: the made-up world is what it should be, the command measures both engines and compares them."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from hdovd.cli.main import app
+from hdovd.coco import load_split
+from hdovd.coco_ap import AveragePrecision
+from hdovd.errors import HdovdError
+from hdovd.pipelines.bench_eval import EvalBench, largest_difference, make_eval_world
+from hdovd.protocol import Protocol, load_protocol
+
+OV_COCO = load_protocol("ov-coco")
+
+
+def _made(folder: Path, seed: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    detections = make_eval_world(EvalBench(folder, images=60, objects=400, detections=20, seed=seed), OV_COCO, folder / "instances.json")
+    return json.loads((folder / "instances.json").read_text()), detections
+
+
+def test_the_world_is_coco_like_and_made_by_its_seed(tmp_path: Path) -> None:
+    tree, detections = _made(tmp_path)
+    split = load_split(tmp_path / "instances.json", tmp_path, OV_COCO, base_only=False)
+    assert split.skips.lines() == []  # every object counts
+    assert sum(len(image.labels) for image in split.images) == len(tree["annotations"]) == 400
+    assert {d["image_id"] for d in detections} == {i["id"] for i in tree["images"]} == set(range(1, 61))
+    assert len(detections) == 60 * 20
+    assert {d["category_id"] for d in detections} <= set(range(1, 66))
+    counts = np.bincount([a["category_id"] for a in tree["annotations"]], minlength=66)[1:]
+    assert counts.max() > 5 * np.median(counts)
+    assert len({d["score"] for d in detections}) < len(detections)  # some are equal
+    assert any(a["iscrowd"] for a in tree["annotations"])
+    assert _made(tmp_path) == (tree, detections)
+    assert _made(tmp_path, seed=1)[1] != detections
+
+
+def test_the_eval_command(tmp_path: Path) -> None:
+    words = ["--images", "60", "--objects", "400", "--detections", "20", "--rounds", "2", "--json", str(tmp_path / "times.json")]
+    (tmp_path / "work").mkdir()
+    done = CliRunner().invoke(app, ["bench", "eval", *words, "--folder", str(tmp_path / "work")], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "times.json").read_text())
+    assert [engine["engine"] for engine in found["engines"]] == ["pycocotools", "faster-coco-eval"]
+    assert all(engine["load"] > 0 and engine["evaluate"] > 0 and engine["version"] for engine in found["engines"])
+    assert found["ratio"] == pytest.approx(found["engines"][0]["evaluate"] / found["engines"][1]["evaluate"])
+    assert found["difference"] <= 1e-6
+    assert (found["images"], found["classes"], found["objects"], found["detections"], found["rounds"]) == (60, 65, 400, 1200, 2)
+    assert 5 < found["ap50"] < 95  # neither all nor none is found
+    assert 0 < found["ap"] < found["ap50"]
+    for word in (r"pycocotools [\d.]+ +[\d.]+ s +[\d.]+ s$", r"faster-coco-eval [\d.]+ +[\d.]+ s +[\d.]+ s$",
+                 r"faster-coco-eval evaluates [\d.]+ times as fast as pycocotools; largest difference"):
+        assert re.search(word, done.stdout, re.M), done.stdout
+    assert not any((tmp_path / "work").iterdir())
+
+
+def test_a_missing_engine_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(HdovdError, match=r"pip install 'hdovd\[fast-eval\]'"):
+        CliRunner().invoke(app, ["bench", "eval", "--folder", str(tmp_path)], catch_exceptions=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_largest_difference() -> None:
+    protocol = Protocol("mine", ("a", "b"), ("c",))
+    nan = float("nan")
+    one = AveragePrecision(protocol, np.array([10.0, 20.0, nan]), np.array([5.0, 6.0, nan]))
+    two = AveragePrecision(protocol, np.array([10.5, 20.0, nan]), np.array([5.0, 4.0, nan]))
+    three = AveragePrecision(protocol, np.array([10.0, 20.0, 1.0]), np.array([5.0, 6.0, 1.0]))
+    assert largest_difference([one, one]) == 0
+    assert largest_difference([one, one, two]) == 2.0
+    assert largest_difference([one, three]) == float("inf")

@@ -1,0 +1,212 @@
+"""Runs that were killed and resumed, against unbroken ones: the same losses, weights and memories, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hdovd.coco import DataPaths
+from hdovd.config import Recipe
+from hdovd.errors import HdovdError, Stopped
+from hdovd.pipelines.checkpoint import load_checkpoint
+from hdovd.pipelines.export import ExportConfig, export_tars
+from hdovd.pipelines.run_folder import RunFolder
+from hdovd.pipelines.train import TrainJob, train
+
+SCENE = Path(__file__).with_name("train_scenes.py")
+# 23 images: 5 steps of 4 an epoch; the optimiser has a state, the schedule moves
+SETTINGS = ("train.epochs=3", "train.batch_size=4", "input.flip=0.5", "train.optimizer=adamw", "train.warmup_iterations=2")
+Play = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def play(world: Path, training_cache: Path, micro_settings: list[str]) -> Play:
+    """Run a scene; returns the exit code of the process, or of the first of several."""
+
+    def run(out: Path, *, cache: Path | None = None, world_size: int = 1, settings: tuple[str, ...] = (), code: int = 0, **job: Any) -> int:
+        sets = [word for word in micro_settings[2:] if word != "--set"]
+        whole = {"data": None if cache else str(world), "cache": str(cache or training_cache), "out": str(out),
+                 "protocol": str(world / "protocol.toml"), "settings": [*sets, *SETTINGS, *settings]} | job
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        words = [sys.executable, str(SCENE), json.dumps(whole)]
+        if world_size > 1:
+            words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size), *words[1:]]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.returncode
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def unbroken(play: Play, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    play(out)
+    return out
+
+
+def _told(run: Path) -> list[dict[str, Any]]:
+    """The log without what a clock or a machine decides."""
+    return [{name: value for name, value in entry.items() if name not in ("images_per_s", "data_wait", "memory_gb")}
+            for entry in RunFolder(run).entries()]
+
+
+def _same(one: Path, two: Path) -> None:
+    assert _told(one) == _told(two)
+    for name, value in load_file(one / "model.safetensors").items():
+        assert torch.equal(value, load_file(two / "model.safetensors")[name]), name
+    first, second = load_checkpoint(one), load_checkpoint(two)
+    assert first is not None
+    assert second is not None
+    assert first["step"] == second["step"]
+    assert first["model"].keys() == second["model"].keys()
+    assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+    for number, state in first["optimizer"]["state"].items():
+        assert all(torch.equal(value, second["optimizer"]["state"][number][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("kill_at", [3, 7, 13])
+def test_killed_in_mid_epoch_and_resumed_is_bit_equal(play: Play, unbroken: Path, tmp_path: Path, kill_at: int) -> None:
+    play(tmp_path / "run", kill_at=kill_at, code=-9)
+    saved = load_checkpoint(tmp_path / "run")
+    assert saved is not None
+    assert saved["step"] == kill_at - 1  # saved after every step; killed before that of this one
+    play(tmp_path / "run", resume=True)
+    _same(tmp_path / "run", unbroken)
+
+
+def test_killed_long_after_the_checkpoint(play: Play, unbroken: Path, tmp_path: Path) -> None:
+    """What was logged after it is taken back; and a run may be killed more than once."""
+    play(tmp_path / "run", kill_at=9, save_minutes=60.0, code=-9)
+    assert load_checkpoint(tmp_path / "run")["step"] == 5  # type: ignore[index]
+    assert _told(tmp_path / "run")[-1]["step"] == 9
+    play(tmp_path / "run", kill_at=12, save_minutes=60.0, resume=True, code=-9)
+    play(tmp_path / "run", resume=True)
+    _same(tmp_path / "run", unbroken)
+    assert [entry["step"] for entry in RunFolder(tmp_path / "run").record()["resumed"]] == [5, 10]
+
+
+def test_killed_before_the_first_checkpoint_begins_anew(play: Play, unbroken: Path, tmp_path: Path) -> None:
+    play(tmp_path / "run", kill_at=2, save_minutes=60.0, code=-9)
+    assert load_checkpoint(tmp_path / "run") is None
+    play(tmp_path / "run", resume=True)
+    _same(tmp_path / "run", unbroken)
+
+
+def test_workers_and_tar_shards_resume_too(play: Play, unbroken: Path, training_cache: Path, tmp_path: Path) -> None:
+    """The number of workers may change; from shards the order is that of the streams that the run began with."""
+    play(tmp_path / "run", kill_at=7, settings=("train.workers=2",), code=-9)
+    play(tmp_path / "run", resume=True, settings=("train.workers=1",))
+    _same(tmp_path / "run", unbroken)
+    export_tars(ExportConfig(training_cache, tmp_path / "shards", samples=5), lambda _: None)
+    play(tmp_path / "whole", cache=tmp_path / "shards", settings=("train.workers=2",))
+    play(tmp_path / "tar", cache=tmp_path / "shards", settings=("train.workers=2",), kill_at=8, code=-9)
+    play(tmp_path / "tar", cache=tmp_path / "shards", resume=True)
+    _same(tmp_path / "tar", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)], ids=lambda v: str(int(v)))
+def test_a_signal_saves_and_ends_with_a_code_of_its_own(play: Play, unbroken: Path, tmp_path: Path, number: int, code: int) -> None:
+    play(tmp_path / "run", kill_at=8, signal=int(number), save_minutes=60.0, code=code)
+    assert load_checkpoint(tmp_path / "run")["step"] == 8  # type: ignore[index]
+    play(tmp_path / "run", resume=True)
+    _same(tmp_path / "run", unbroken)
+
+
+# --- several processes ---
+
+# What is each process's own: the statistics of batch norm, and how far pictures are padded; here all to 96 x 96 pixels. Plain SGD does
+# not blow rounding up.
+FROZEN = ("detector.backbone.norm=frozen", "train.precision=fp32", "input.short_side=96", "input.long_side=96", "train.optimizer=sgd",
+          "train.lr=0.005")
+
+
+@pytest.fixture(scope="module")
+def frozen(unbroken: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Settings for a backbone that is frozen where it normalises: it starts from some weights."""
+    file = tmp_path_factory.mktemp("weights") / "backbone.pth"
+    body = {name.removeprefix("backbone.body."): value for name, value in load_file(unbroken / "model.safetensors").items()
+            if name.startswith("backbone.body.")}
+    torch.save(body, file)
+    return (*FROZEN, f"detector.backbone.weights={file}")
+
+
+def _close(one: Path, two: Path, tolerance: float) -> None:
+    """Loss curves and weights."""
+    first, second = _told(one), _told(two)
+    assert [entry["step"] for entry in first] == [entry["step"] for entry in second]
+    for a, b in zip(first, second, strict=True):
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (a["step"], name)
+    other = load_file(two / "model.safetensors")
+    for name, value in load_file(one / "model.safetensors").items():
+        torch.testing.assert_close(value, other[name], rtol=tolerance, atol=tolerance)
+
+
+def test_two_processes_have_the_loss_curve_of_one(play: Play, frozen: tuple[str, ...], tmp_path: Path) -> None:
+    """Sums come in another order, no more."""
+    play(tmp_path / "one", settings=frozen)
+    play(tmp_path / "two", settings=frozen, world_size=2)
+    _close(tmp_path / "one", tmp_path / "two", 1e-3)
+
+
+def test_a_run_of_two_processes_goes_on_with_one_and_back(play: Play, frozen: tuple[str, ...], tmp_path: Path) -> None:
+    """Each image still once an epoch: the curve is that of the unbroken run."""
+    settings = frozen
+    play(tmp_path / "one", settings=settings)
+    play(tmp_path / "run", settings=settings, world_size=2, kill_at=7, signal=int(signal.SIGTERM), code=1)  # torchrun's own code
+    assert load_checkpoint(tmp_path / "run")["step"] == 7  # type: ignore[index]
+    play(tmp_path / "run", settings=settings, resume=True, kill_at=12, code=-9)
+    play(tmp_path / "run", settings=settings, resume=True, world_size=2)
+    _close(tmp_path / "one", tmp_path / "run", 1e-3)
+
+
+# --- refusals ---
+
+def _job(world: Path, cache: Path, out: Path, recipe: Recipe, **changes: Any) -> TrainJob:
+    return TrainJob(**({"data": DataPaths(world), "cache": cache, "out": out, "recipe": recipe,
+                        "protocol": str(world / "protocol.toml"), "device": "cpu", "resume": True} | changes))
+
+
+def test_another_recipe_is_refused_naming_what_differs(world: Path, training_cache: Path, unbroken: Path, tmp_path: Path,
+                                                       micro_recipe: Callable[..., Recipe]) -> None:
+    out = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with pytest.raises(HdovdError, match=r"began otherwise:\n  recipe\.train\.lr differs: asked for 0\.5, began with 0\.002"):
+        train(_job(world, training_cache, out, micro_recipe(*SETTINGS, "train.lr=0.5")), lambda _: None)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_named(world: Path, training_cache: Path, unbroken: Path, tmp_path: Path,
+                                       micro_recipe: Callable[..., Recipe]) -> None:
+    out = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:1000])
+    with pytest.raises(HdovdError, match=r"checkpoint\.pt cannot be read.*--overwrite"):
+        train(_job(world, training_cache, out, micro_recipe(*SETTINGS)), lambda _: None)
+
+
+def test_a_finished_run_is_left_as_it_is(world: Path, training_cache: Path, unbroken: Path, tmp_path: Path,
+                                         micro_recipe: Callable[..., Recipe]) -> None:
+    out = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    before = {name: (out / name).read_bytes() for name in ("model.safetensors", "log.jsonl", "checkpoint.pt")}
+    lines: list[str] = []
+    train(_job(world, training_cache, out, micro_recipe(*SETTINGS)), lines.append)
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert any("step 15 of 15" in line for line in lines)
+
+
+def test_a_stop_says_how_to_go_on() -> None:
+    stopped = Stopped("stopped at step 3", 75)
+    assert isinstance(stopped, HdovdError)
+    assert stopped.code == 75

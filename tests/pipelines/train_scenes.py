@@ -1,0 +1,47 @@
+"""A training run in a process of its own, for tests that kill it: `python train_scenes.py JOB.json`.
+
+JOB: data, cache, out, protocol, settings; `kill_at`: step after which the process kills itself (-9), or sends itself `signal`;
+`save_minutes`; `world`, `rank`, `init`: of a run in several processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hdovd.coco import DataPaths
+from hdovd.config import load_recipe
+from hdovd.errors import Stopped
+from hdovd.pipelines import fit, run_hooks, train
+from hdovd.pipelines.fit import Loop
+
+
+def main(job: dict[str, Any]) -> int:
+    torch.set_num_threads(1)
+    fit.LOG_EVERY = job.get("log_every", 3)
+    told = run_hooks.RunHooks.step
+
+    def step(self: run_hooks.RunHooks, loop: Loop[Any]) -> None:
+        if loop.step_number == job.get("kill_at"):
+            os.kill(os.getpid(), job.get("signal", 9))
+        told(self, loop)
+
+    run_hooks.RunHooks.step = step  # type: ignore[method-assign]
+    recipe = load_recipe("demo", job["settings"])
+    data = DataPaths(Path(job["data"])) if job["data"] else DataPaths()
+    try:
+        train.train(train.TrainJob(data, job["cache"], Path(job["out"]), recipe, job["protocol"], "cpu", resume=job.get("resume", False),
+                                   save_minutes=job.get("save_minutes", 0.0)))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(sys.argv[1])))
