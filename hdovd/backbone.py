@@ -86,6 +86,16 @@ def build_backbone(config: BackboneConfig, log: Callable[[str], None] | None) ->
     )
 
 
+def with_synced_norms(model: nn.Module) -> nn.Module:
+    """The model with SyncBatchNorm in place of every batch norm that is not frozen; timm's keep the activation that they hold."""
+    if any(isinstance(module, ForeignPyramid) for module in model.modules()):
+        from timm.layers import convert_sync_batchnorm as convert  # type: ignore[attr-defined]  # torch's own would drop them
+    else:
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    synced: nn.Module = convert(model)
+    return synced
+
+
 def _foreign(config: BackboneConfig, log: Callable[[str], None] | None) -> ForeignPyramid:
     from hdovd.bodies import build_body  # timm's import takes a second, and nobody else needs it
 

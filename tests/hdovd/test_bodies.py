@@ -9,7 +9,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from hdovd.backbone import ForeignPyramid, build_backbone
+from hdovd.backbone import ForeignPyramid, build_backbone, with_synced_norms
 from hdovd.config import BackboneConfig, load_recipe
 from hdovd.errors import HdovdError
 
@@ -161,6 +161,22 @@ def test_frozen_norms_keep_the_activation() -> None:
     with torch.no_grad():
         for a, b in zip(one.eval()(pixels), two.train()(pixels), strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["timm:mobilenetv3_small_050", "torchvision:mobilenet_v3_small", "resnet-tiny"])
+def test_synced_norms_keep_the_activation(name: str) -> None:
+    torch.manual_seed(5)
+    built = build_backbone(config(name, levels=[3, 4]), None).eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = built(pixels)
+        synced = with_synced_norms(built).eval()
+        after = synced(pixels)
+    norms = [m for m in synced.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    for level, maps in before.items():
+        torch.testing.assert_close(after[level], maps)
 
 
 @pytest.mark.parametrize(("name", "stages", "frozen"), [
