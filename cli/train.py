@@ -55,4 +55,3 @@ def train(
     validation = validation_paths(data, val_images, val_annotations, typer.echo) if val_every else None
     run(TrainJob(DataPaths(data, images, annotations), cache, out, loaded, protocol, device, overwrite, features, resume, save_minutes,
                  validation, val_every, tensorboard))
-    typer.echo(f"next: hdovd eval {out} ...")

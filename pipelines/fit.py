@@ -101,6 +101,7 @@ class Loop(Generic[Sample]):
         means = self.window.means(self.device)
         self.window.clear()
         rate, wait, step_s = self._clock.interval()
+        rate *= self.batches.dealing.world
         last_lr = self.config.lr * lr_factor(self.step_number - 1, len(self.batches), self.config)
         entry = {"step": self.step_number, "epoch": epoch + 1, "lr": last_lr, "images_per_s": rate, "data_wait": wait,
                  "memory_gb": memory_gb(self.device), **means}
@@ -118,7 +119,7 @@ class Loop(Generic[Sample]):
 
 @dataclass(slots=True)
 class _Clock:
-    """Images a second, and the share of the time spent waiting for data, since the last interval; of this process."""
+    """Images a second of this process, and the share of its time spent waiting for data, since the last interval."""
 
     images: int = 0
     steps: int = 0

@@ -5,6 +5,7 @@ Called by `hdovd train`, `hdovd demo` and Python; under torchrun by every one of
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
     log(f"{data.describe()} of {len(protocol.base)} classes; distillation levels: {enabled_levels(recipe.loss)}; {us.device}"
         + (f", {us.world} processes" if us.world > 1 else ""))
     batches, layout = batches_of(data, us, None if state is None else state["layout"])
-    net = model if us.world == 1 else DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    net = model if us.world == 1 else data_parallel(model)
     loop = loop_of(net, batches, class_embeddings[: len(protocol.base)].to(us.device), recipe, us.device)
     hooks = RunHooks(run, model, us, stop, layout, log, job.save_minutes, _validation(job, protocol, model, class_embeddings, us, log),
                      job.val_every, _tensorboard(job, run, us, state))
@@ -93,12 +94,12 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
         torch.manual_seed(key_of(recipe.train.seed, -1, us.rank))
     if state is not None:
         _restore(state, model, loop, hooks, us)
-        log(f"goes on at step {loop.step_number} of {loop.total}")
+        log(f"goes on at step {loop.step_number} of {loop.total}" if loop.step_number < loop.total else "is finished already")
     try:
         loop.run(hooks)
     except UnsoundLoss as error:
         raise HdovdError(f"{error}; the batch is in {unsound_record(run, error.record)}") from error
-    log(f"wrote {run.path}")
+    log(f"wrote {run.path}; next: hdovd eval {run.path} ...")
     return run
 
 
@@ -110,7 +111,14 @@ def build_model(recipe: Recipe, dim: int, us: Team, log: Callable[[str], None] |
             model.backbone = with_synced_norms(model.backbone)
         elif log is not None:
             log("note: batch norms take the statistics of each process's images alone: torch has no SyncBatchNorm for CPUs")
-    return model.to(us.device)
+    return model.to(us.device).to(memory_format=torch.channels_last)  # as pictures are
+
+
+def data_parallel(model: nn.Module) -> DistributedDataParallel:
+    """Buffers are not sent at every step: the memories are the same in all processes, and no step needs those of batch norms."""
+    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # and the old name warns
+    options: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
 
 
 def training_data(job: TrainJob, protocol: Protocol, log: Callable[[str], None]) -> TrainingSet | TarTrainingSet:
