@@ -1,7 +1,7 @@
-"""ResNet with a feature pyramid, from torchvision's parts.
+"""The backbone with its feature pyramid: a ResNet of torchvision's parts, or another network (`bodies`).
 
 Levels are named by their stride: level l has stride 2^l, P2..P5 come from the ResNet's four stages and one
-more is pooled from the last.
+more is pooled from the last. Called by the detector and the proposer.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.resnet import BasicBlock
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from hdovd.config import BackboneConfig
 from hdovd.errors import HdovdError
+
+RANDOM_AND_FROZEN = ("backbone.weights is none and backbone.norm is frozen: a random frozen backbone cannot learn; set "
+                     "detector.backbone.norm=batch and detector.backbone.frozen_stages=0")
 
 
 class TinyResNet(nn.Module):
@@ -40,13 +44,29 @@ class TinyResNet(nn.Module):
             inner = width
 
 
-def build_backbone(config: BackboneConfig, log: Callable[[str], None] | None) -> BackboneWithFPN:
+class ForeignPyramid(nn.Module):
+    """The feature pyramid over a body that is not a ResNet of torchvision's parts."""
+
+    def __init__(self, body: nn.Module, channels: list[int], levels: list[int], out_channels: int) -> None:
+        super().__init__()
+        self.body, self.levels = body, levels  # body's state is what `propose` keeps of a trained backbone
+        self.fpn = FeaturePyramidNetwork(channels, out_channels, LastLevelMaxPool())
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        maps: dict[str, Tensor] = self.fpn({str(level): maps for level, maps in zip(self.levels, self.body(pixels), strict=True)})
+        return maps
+
+
+def build_backbone(config: BackboneConfig, log: Callable[[str], None] | None) -> BackboneWithFPN | ForeignPyramid:
     """The backbone of a recipe, initialised as its `weights` say; says through `log` which it used.
 
+    It maps a batch (N, 3, H, W) to feature maps (N, C, h, w) by level name. Its network without the pyramid is `body`.
     Without `log` it is left as it is, for weights that are loaded over it.
 
     Raises HdovdError if weights are wanted and cannot be had, or do not fit.
     """
+    if ":" in config.name:
+        return _foreign(config, log)
     norm = FrozenBatchNorm2d if config.norm == "frozen" else nn.BatchNorm2d
     if config.name == "resnet-tiny":
         body: Any = TinyResNet(norm)
@@ -66,6 +86,30 @@ def build_backbone(config: BackboneConfig, log: Callable[[str], None] | None) ->
     )
 
 
+def with_synced_norms(model: nn.Module) -> nn.Module:
+    """The model with SyncBatchNorm in place of every batch norm that is not frozen; timm's keep the activation that they hold."""
+    if any(isinstance(module, ForeignPyramid) for module in model.modules()):
+        from timm.layers import convert_sync_batchnorm as convert  # type: ignore[attr-defined]  # torch's own would drop them
+    else:
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    synced: nn.Module = convert(model)
+    return synced
+
+
+def _foreign(config: BackboneConfig, log: Callable[[str], None] | None) -> ForeignPyramid:
+    from hdovd.bodies import build_body  # timm's import takes a second, and nobody else needs it
+
+    body = build_body(config if log is not None or config.weights != "auto" else config.model_copy(update={"weights": "none"}))
+    if log is not None and config.weights in ("auto", "none"):
+        if config.weights == "none" and config.norm == "frozen" and config.name.startswith(("timm:", "torchvision:")):
+            raise HdovdError(RANDOM_AND_FROZEN)
+        log(f"backbone {config.name}: {'pretrained weights' if config.weights == 'auto' else 'as it is built, no weights loaded'}")
+    elif log is not None:
+        _load(body.inner, {str(k).removeprefix("inner."): v for k, v in _read(Path(config.weights)).items()}, config)
+        log(f"backbone {config.name}: weights from {config.weights}")
+    return ForeignPyramid(body, body.channels, config.levels, config.fpn_channels)
+
+
 def _freeze(body: nn.Module, stages: int) -> None:
     """Freeze the first stages (1: the stem): their weights, and the statistics of their batch norms."""
     frozen = {name for names in [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)][:stages] for name in names}
@@ -82,8 +126,7 @@ def _freeze(body: nn.Module, stages: int) -> None:
 def _initialise(body: nn.Module, config: BackboneConfig, log: Callable[[str], None]) -> None:
     if config.weights == "none":
         if config.norm == "frozen":
-            raise HdovdError("backbone.weights is none and backbone.norm is frozen: a random frozen backbone cannot "
-                             "learn; set detector.backbone.norm=batch and detector.backbone.frozen_stages=0")
+            raise HdovdError(RANDOM_AND_FROZEN)
         log(f"backbone {config.name}: random initialisation")
         return
     if config.weights == "auto":
@@ -91,7 +134,13 @@ def _initialise(body: nn.Module, config: BackboneConfig, log: Callable[[str], No
     else:
         state = _read(Path(config.weights))
         log(f"backbone {config.name}: weights from {config.weights}")
+    _load(body, state, config)
+
+
+def _load(body: nn.Module, state: dict[str, Tensor], config: BackboneConfig) -> None:
+    """Load what the body has of a state dict; timm joins the first two parts of a name where it keeps feature maps alone."""
     wanted = {k: v for k, v in body.state_dict().items() if not k.startswith("fc.")}
+    state = {k if k in wanted else str(k).replace(".", "_", 1): v for k, v in state.items()}
     state = {k: v for k, v in state.items() if k in wanted and isinstance(v, Tensor)}
     missing = sorted(k for k in wanted.keys() - state.keys() if not k.endswith("num_batches_tracked"))
     wrong = sorted(k for k, v in state.items() if v.shape != wanted[k].shape)

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hdovd.errors import HdovdError
 
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet-tiny")
+
 PRESETS: dict[str, tuple[str, ...]] = {
     "base-only": ("loss.instance.enabled=false", "loss.class.enabled=false", "loss.image.enabled=false", "loss.extra={}"),
 }
@@ -33,14 +35,25 @@ class _Section(BaseModel):
 
 
 class BackboneConfig(_Section):
-    """`weights`: "auto" (ImageNet, downloaded by torchvision), "none", or a file (.pth, .safetensors)."""
+    """`name`: one of BACKBONES, timm:NAME, torchvision:NAME (a classifier), or module:function of the user's own (`bodies`).
+    `weights`: "auto" (those that torchvision or timm download), "none", or a file (.pth, .safetensors).
+    """
 
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet-tiny"]
+    name: str
     weights: str
     norm: Literal["frozen", "batch"]
     frozen_stages: Annotated[int, Field(ge=0, le=5)]  # 1 is the stem, 2 the stem and the first stage, ...
     fpn_channels: Count
     levels: Annotated[list[Annotated[int, Field(ge=2, le=5)]], Field(min_length=1)]  # 5 has stride 32; P6 is pooled
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in BACKBONES and not all(name.partition(":")):
+            near = difflib.get_close_matches(name, BACKBONES, 1)
+            raise ValueError((f"did you mean {near[0]}? " if near else "") + f"Expected one of {', '.join(BACKBONES)}, timm:NAME, "
+                             "torchvision:NAME or my_module:function")
+        return name
 
     @field_validator("levels")
     @classmethod

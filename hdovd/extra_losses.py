@@ -32,7 +32,7 @@ class ExtraLosses(nn.Module):
             if not isinstance(loss, Tensor) or loss.shape != ():
                 found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise HdovdError(f"loss.extra.{name}: {type(part).__name__}.forward: expected a scalar tensor (shape ()), found {found}")
-            losses[name] = self.weights[name] * loss
+            losses[name] = self.weights[name] * loss.float()  # bfloat16 under autocast
         return losses
 
 

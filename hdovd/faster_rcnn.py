@@ -165,7 +165,7 @@ def _box_loss(view: StepView) -> Tensor:
         is_base = base[view.box_of_roi.clamp(min=0)] & (view.box_of_roi >= 0)
     else:
         wanted, is_base = torch.zeros_like(view.deltas), view.box_of_roi >= 0
-    count = divisor(torch.tensor(len(view.deltas), device=view.deltas.device))
+    count = divisor(torch.full((), len(view.deltas), device=view.deltas.device))
     return classwise.box_loss(view.deltas, wanted, is_base, count)
 
 

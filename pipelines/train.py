@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hdovd.backbone import with_synced_norms
 from hdovd.cache.catalog import Catalog, RunRecord
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import DEFAULT_SET
@@ -107,7 +108,7 @@ def build_model(recipe: Recipe, dim: int, us: Team, log: Callable[[str], None] |
     model = FasterRCNN(recipe, dim, log)
     if us.world > 1 and recipe.detector.backbone.norm == "batch":
         if us.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model.backbone = with_synced_norms(model.backbone)
         elif log is not None:
             log("note: batch norms take the statistics of each process's images alone: torch has no SyncBatchNorm for CPUs")
     return model.to(us.device).to(memory_format=torch.channels_last)  # as pictures are

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hdovd.config import load_recipe
-from hdovd.distributed import gather_rows, mean_count
+from hdovd.distributed import divisor, gather_rows, mean_count
 from hdovd.faster_rcnn import FasterRCNN
+from hdovd.step_view import StepView
 from hdovd.targets import Targets
 
 DIM, BASE, STEPS = 6, 3, 3
@@ -24,7 +25,20 @@ SETTINGS = (
     "detector.rpn.samples=16", "detector.rpn.pre_nms=30", "detector.rpn.post_nms=20", "detector.head.fc_channels=16",
     "detector.head.samples=32", "detector.head.canonical_size=32", "loss.instance.queue=19", "loss.image.queue=12",
     "pseudo_boxes.min_side=8.0", "pseudo_boxes.reliability_centre=0.1", "pseudo_boxes.reliability_width=0.5", "train.precision=fp32",
-    "detector.backbone.norm=frozen")
+    "detector.backbone.norm=frozen", "loss.extra.agree.use=data_parallel_scenes:Agree", "loss.extra.agree.weight=0.5")
+
+
+class Agree(nn.Module):
+    """A loss of the recipe's own, as docs/EXTENDING.md has it: divided by the RoIs of all processes."""
+
+    def __init__(self, dim: int, channels: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(dim, dim)
+
+    def forward(self, view: StepView) -> Tensor:
+        positive = view.box_of_roi >= 0
+        distance = 1 - nn.functional.cosine_similarity(self.project(view.c[positive]), view.d[positive], dim=1)
+        return distance.sum() / divisor(positive.sum())
 
 
 def unit(*shape: int, seed: int) -> Tensor:

@@ -43,6 +43,18 @@ def test_boxes_are_scaled_like_the_picture() -> None:
         torch.testing.assert_close(small[name], large[name], atol=0.02, rtol=0.02)  # the doubled picture is rounded to bytes
 
 
+def test_training_scales_are_drawn_and_boxes_follow() -> None:
+    torch.manual_seed(0)
+    recipe = RECIPE.model_copy(update={"input": RECIPE.input.model_copy(update={"train_short_sides": [32, 64]})})
+    model, seen = ProposalNetwork(recipe, lambda _: None).train(), []
+    model.rpn.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
+    model(pictures(*[(64, 96)] * 8), [torch.tensor([[8.0, 16.0, 40.0, 40.0]])] * 8)
+    (batch, _, targets), = seen
+    assert set(batch.image_sizes) == {(64, 96), (32, 48)}
+    for (height, _), target in zip(batch.image_sizes, targets, strict=True):
+        assert target["boxes"].tolist() == [[v * height / 64 for v in (8.0, 16.0, 40.0, 40.0)]]
+
+
 def test_proposals_come_best_first_in_original_pixels() -> None:
     model, images = network().eval(), pictures((32, 40), (128, 180))
     found = model.propose(images)
