@@ -171,3 +171,35 @@ def _workplace(folder: Path | None, *, keep: bool) -> Iterator[Path]:
             typer.echo(f"kept {place}")
         else:
             shutil.rmtree(place)
+
+
+@app.command("train")
+def training(
+    recipe: options.RecipeName = "demo",
+    set_: options.Set = None,
+    clip: Annotated[str, typer.Option("--clip", help="Model of the cache and of the steps with CLIP; a model name has random weights.")
+                    ] = "ViT-B-32",
+    device: options.Device = "auto",
+    images: Annotated[int, typer.Option(min=1, help="Pictures; at least a batch.")] = 96,
+    picture: Annotated[str, typer.Option("--picture", help="Size of the JPEG files, WIDTHxHEIGHT.")] = "640x480",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every variant; medians are printed.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps a turn.")] = 5,
+    online: Annotated[bool, typer.Option("--online/--no-online", help="Measure steps in which CLIP runs too.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there too.")] = None,
+    folder: Folder = None,
+    keep: Keep = False,
+) -> None:
+    """Time a training step: the detector alone, with three levels from the cache, with CLIP in every step, and torchvision's.
+
+    torchvision's fasterrcnn_resnet50_fpn is measured with recipes of a resnet50. On made-up pictures, with random weights.
+    """
+    from hdovd.pipelines.bench_train import TrainBench, bench_train
+
+    width, height = _two(picture, "x", "--picture")
+    with _workplace(folder, keep=keep) as place:
+        times = bench_train(TrainBench(place, recipe, tuple(set_ or ()), clip, device, images, width, height, rounds, steps, online),
+                            typer.echo)
+        for line in times.lines():
+            typer.echo(line)
+        if json_file is not None:
+            json_file.write_text(json.dumps(times.tree(), indent=1))

@@ -71,7 +71,7 @@ class Loop(Generic[Sample]):
                 self.model.train()
                 self.batches.seek(epoch, done)
                 for batch in self._clock.waiting(iter(self.batches)):
-                    self._take_step(batch, epoch)
+                    self.take_step(batch, epoch)
                     bar.update()
                     at_end = self.step_number == (epoch + 1) * len(self.batches)
                     if self.step_number % LOG_EVERY == 0 or at_end:
@@ -83,7 +83,8 @@ class Loop(Generic[Sample]):
                 with self._clock.stopped():
                     hooks.epoch(self, epoch + 1)
 
-    def _take_step(self, batch: list[Sample], epoch: int) -> None:
+    def take_step(self, batch: list[Sample], epoch: int) -> None:
+        """One step of optimisation."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
