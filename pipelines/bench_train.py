@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
@@ -26,7 +27,7 @@ from hdovd.faster_rcnn import FasterRCNN
 from hdovd.pipelines.bench_world import BenchWorld, make_world
 from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
 from hdovd.pipelines.device import training_workers
-from hdovd.pipelines.epoch_order import Dealing, InOrder
+from hdovd.pipelines.epoch_order import Dealing, EpochOrder
 from hdovd.pipelines.extract_clip import extract_clip
 from hdovd.pipelines.extract_config import ExtractConfig, Precision
 from hdovd.pipelines.fit import Loop
@@ -58,6 +59,17 @@ class TrainBench:
     online: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class _OverAndOver(EpochOrder):
+    """One long epoch of the same images in the same order: at its start nothing is loaded ahead, and a real one is long."""
+
+    images: int
+    count: int
+
+    def indices(self, epoch: int) -> np.ndarray:
+        return np.arange(self.count) % self.images
+
+
 @dataclass(slots=True)
 class Variant:
     """One way to train. `step`: of the loop whose batches are `batches`. `seconds`: of steps, `waited`: for their data."""
@@ -68,26 +80,17 @@ class Variant:
     seconds: list[float] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)
     _running: Iterator[list[Sample]] | None = None
-    _epoch: int = 0
 
     def take(self) -> None:
         """One step, timed with the wait for its batch."""
+        if self._running is None:
+            self._running = iter(self.batches)
         since = time.perf_counter()
-        batch = self._next()
+        batch = next(self._running)
         loaded = time.perf_counter()
         self.step(batch)
         self.seconds.append(time.perf_counter() - since)
         self.waited.append(loaded - since)
-
-    def _next(self) -> list[Sample]:
-        while True:
-            if self._running is None:
-                self.batches.seek(self._epoch)
-                self._running, self._epoch = iter(self.batches), self._epoch + 1
-            batch = next(self._running, None)
-            if batch is not None:
-                return batch
-            self._running = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +193,10 @@ def _data(bench: TrainBench, recipe: Recipe) -> TrainingSet:
 
 
 def _batches(bench: TrainBench, recipe: Recipe, device: torch.device) -> TrainingBatches[Sample]:
-    """In order: all variants see the same pictures at the same step."""
-    data = _data(bench, recipe)
-    workers = training_workers(device, recipe.train.workers)
-    return TrainingBatches(data, Dealing(InOrder(len(data)), recipe.train.batch_size), workers, device=device)
+    """All variants see the same pictures at the same step."""
+    data, size = _data(bench, recipe), recipe.train.batch_size
+    order = _OverAndOver(len(data), size * bench.rounds * (SETTLE + bench.steps))
+    return TrainingBatches(data, Dealing(order, size), training_workers(device, recipe.train.workers), device=device)
 
 
 def _loop(bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Loop[Sample]:

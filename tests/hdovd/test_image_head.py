@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import roi_align
 
 from hdovd.losses.imagewise import ImageHead
 
@@ -100,3 +101,23 @@ def test_a_single_level_is_enough(count: int) -> None:
         torch.stack([bilinear(level[i], (r + 0.5) * 4 / 14 - 0.5, (c + 0.5) * 4 / 14 - 0.5) for r in range(14) for c in range(14)]).mean(0)
         for i in range(count)]))), dim=1)
     torch.testing.assert_close(model([level], [(128, 128)] * count, 32), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_values_and_gradients_equal_resize_and_roi_align(layout: torch.memory_format) -> None:
+    """torchvision's and torch's own operations, one after the other; maps of odd sizes too, as padding to 32 never makes them."""
+    model, sizes = head(), [(96, 160), (70, 130), (33, 64)]
+    fine, _, coarse = pyramid(3, 96, 160)
+    levels = [f.to(memory_format=layout).requires_grad_() for f in (fine, torch.randn(3, CHANNELS, 7, 9), coarse)]
+    fused = levels[-1]
+    for level in levels[:-1]:
+        fused = fused + F.interpolate(level, fused.shape[-2:], mode="bilinear", align_corners=False)
+    areas = [torch.tensor([[0.0, 0.0, width, height]]) for height, width in sizes]
+    pooled = roi_align(fused, areas, 7, spatial_scale=1 / 32, sampling_ratio=2, aligned=True).mean(dim=(2, 3))
+    expected = F.normalize(model.project(model.norm(pooled)), dim=1)
+    found = model(levels, sizes, 32)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    weight = torch.randn(3, DIM)
+    for one, two in zip(torch.autograd.grad((found * weight).sum(), levels), torch.autograd.grad((expected * weight).sum(), levels),
+                        strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
