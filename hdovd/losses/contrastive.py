@@ -25,6 +25,7 @@ def alignment_loss(student: Tensor, teacher: Tensor, student_memory: Tensor, tea
         return student.sum()
     target = torch.arange(len(student), device=student.device)
     with torch.autocast(student.device.type, enabled=False):
-        to_teacher = tau * student @ torch.cat([teacher, teacher_memory]).T
-        to_student = tau * teacher @ torch.cat([student, student_memory]).T
+        cosines = student @ teacher.T  # once, for both directions; and no gradient is computed for the memories
+        to_teacher = tau * torch.cat([cosines, student @ teacher_memory.T], dim=1)
+        to_student = tau * torch.cat([cosines.T, teacher @ student_memory.T], dim=1)
     return (F.cross_entropy(to_teacher, target) + F.cross_entropy(to_student, target)) / 2
