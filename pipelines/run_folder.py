@@ -6,6 +6,7 @@
     model.safetensors             weights and queues after the last finished epoch
     best.safetensors              the same of the epoch with the best validation AP50 of base classes
     checkpoint.pt                 what `--resume` goes on from (see `checkpoint`)
+    stopped                       there while a run rests that a signal ended: it can go on
     log.jsonl, log.csv            losses, learning rate, speed and validation while training
     metrics.json, detections.json, pictures/   written by hdovd eval
 """
@@ -28,8 +29,8 @@ from hdovd.config import Recipe, load_recipe
 from hdovd.errors import HdovdError
 from hdovd.protocol import Protocol, parse_protocol
 
-FILES = ("config.toml", "run.json", "class_embeddings.safetensors", "model.safetensors", "best.safetensors", "checkpoint.pt", "log.jsonl",
-         "log.csv", "unsound_batch.json", "metrics.json", "detections.json")
+FILES = ("config.toml", "run.json", "class_embeddings.safetensors", "model.safetensors", "best.safetensors", "checkpoint.pt", "stopped",
+         "log.jsonl", "log.csv", "unsound_batch.json", "metrics.json", "detections.json")
 FOLDERS = ("pictures", "tensorboard")
 
 
@@ -63,6 +64,7 @@ class RunFolder:
         if lines := differences(wanted, began, sides=("asked for", "began with")):
             raise HdovdError(f"{self.path} began otherwise:\n  " + "\n  ".join(lines)
                              + "\nGo on with what it began with, or give another --out")
+        (self.path / "stopped").unlink(missing_ok=True)
         file = self.path / "log.jsonl"
         if file.exists():
             os.truncate(file, log_bytes)
@@ -109,6 +111,10 @@ class RunFolder:
     def log(self, entry: dict[str, Any]) -> None:
         with (self.path / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+    def mark_stopped(self) -> None:
+        """For job files, which do not see this process's exit code through torchrun."""
+        (self.path / "stopped").touch()
 
     def log_bytes(self) -> int:
         file = self.path / "log.jsonl"

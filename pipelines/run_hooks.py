@@ -62,19 +62,28 @@ class RunHooks(Hooks):
         if due_for_all or signal:
             self._save(loop)
         if signal:
+            if self.team.leads:
+                self.run.mark_stopped()
             raise Stopped(f"stopped at step {loop.step_number} of {loop.total}, saved in {self.run.path}; the same command with --resume "
                           "goes on there", exit_code(signal))
 
     def epoch(self, loop: Loop[Any], epoch: int) -> None:
         if self.team.leads:
             self.run.save_model(self.model)
-            if self.validate is not None and (epoch % self.val_every == 0 or epoch == loop.config.epochs):
+        self._save(loop)  # before validating, which takes a while and can be done again
+        self.catch_up(loop)
+        if loop.step_number < loop.total:
+            self.step(loop)
+
+    def catch_up(self, loop: Loop[Any]) -> None:
+        """At the end of an epoch: validate, if it is time and was not done."""
+        epoch, within = divmod(loop.step_number, len(loop.batches))
+        if self.team.leads and not within and epoch:
+            due = self.validate is not None and (epoch % self.val_every == 0 or epoch == loop.config.epochs)
+            if due and not any(entry["epoch"] == epoch and "val_base" in entry for entry in self.run.entries()):
                 self._validate(loop, epoch)
             self.run.write_csv()
         self.team.wait()
-        self._save(loop)
-        if loop.step_number < loop.total:
-            self.step(loop)
 
     def _validate(self, loop: Loop[Any], epoch: int) -> None:
         assert self.validate is not None

@@ -96,6 +96,7 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
         _restore(state, model, loop, hooks, us)
         log(f"goes on at step {loop.step_number} of {loop.total}" if loop.step_number < loop.total else "is finished already")
     try:
+        hooks.catch_up(loop)
         loop.run(hooks)
     except UnsoundLoss as error:
         raise HdovdError(f"{error}; the batch is in {unsound_record(run, error.record)}") from error

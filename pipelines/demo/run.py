@@ -96,7 +96,7 @@ def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable
             out = root / "runs" / f"{variant}-seed{seed}"
             settings = (f"train.seed={seed}", f"detector.backbone.weights={backbone}", *config.settings)
             sets = [word for setting in settings for word in ("--set", setting)]
-            run(f"train {variant}", "train", *data, "--cache", cache, "--recipe", "demo", *options, *sets, "--out", out)
+            run(f"train {variant}", "train", *data, "--cache", cache, "--recipe", "demo", *options, *sets, "--val-every", 0, "--out", out)
             run("eval", "eval", out, "--data", world, *(["--pictures", 8] if seed == 0 and variant == "distilled" else []))
             _collect(result, variant, out)
     result.pictures = sorted((root / "runs" / "distilled-seed0" / "pictures").glob("*.png"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.util
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,24 +30,48 @@ from hdovd.pipelines.train import TrainJob, train
 SCENE = Path(__file__).with_name("train_scenes.py")
 # 23 images: 5 steps of 4 an epoch; the optimiser has a state, the schedule moves
 SETTINGS = ("train.epochs=3", "train.batch_size=4", "input.flip=0.5", "train.optimizer=adamw", "train.warmup_iterations=2")
-Play = Callable[..., int]
+Play = Callable[..., None]
+
+
+def _forked(job: dict[str, Any], log: Path) -> tuple[int, str]:
+    """In a process of its own that has imported everything already. Returns its exit code, negative for a signal, and what it printed."""
+    spec = importlib.util.spec_from_file_location("train_scenes", SCENE)
+    assert spec is not None
+    assert spec.loader is not None
+    scenes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scenes)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process = os.fork()
+    if process == 0:
+        code = 99
+        try:
+            for number in (1, 2):
+                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            code = scenes.main(job)
+        except BaseException:
+            log.write_text(traceback.format_exc())
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), log.read_text()
+
+
+def _torchrun(job: dict[str, Any], processes: int) -> tuple[int, str]:
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(SCENE), json.dumps(job)]
+    done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False)
+    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def play(world: Path, training_cache: Path, micro_settings: list[str]) -> Play:
-    """Run a scene; returns the exit code of the process, or of the first of several."""
+    """Run a scene, which is to end with `code`."""
 
-    def run(out: Path, *, cache: Path | None = None, world_size: int = 1, settings: tuple[str, ...] = (), code: int = 0, **job: Any) -> int:
+    def run(out: Path, *, cache: Path | None = None, world_size: int = 1, settings: tuple[str, ...] = (), code: int = 0,
+            **job: Any) -> None:
         sets = [word for word in micro_settings[2:] if word != "--set"]
         whole = {"data": None if cache else str(world), "cache": str(cache or training_cache), "out": str(out),
                  "protocol": str(world / "protocol.toml"), "settings": [*sets, *SETTINGS, *settings]} | job
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        words = [sys.executable, str(SCENE), json.dumps(whole)]
-        if world_size > 1:
-            words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size), *words[1:]]
-        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=200, check=False)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.returncode
+        found, printed = _torchrun(whole, world_size) if world_size > 1 else _forked(whole, out.with_name("printed.txt"))
+        assert found == code, printed
 
     return run
 
@@ -120,8 +147,26 @@ def test_workers_and_tar_shards_resume_too(play: Play, unbroken: Path, training_
 def test_a_signal_saves_and_ends_with_a_code_of_its_own(play: Play, unbroken: Path, tmp_path: Path, number: int, code: int) -> None:
     play(tmp_path / "run", kill_at=8, signal=int(number), save_minutes=60.0, code=code)
     assert load_checkpoint(tmp_path / "run")["step"] == 8  # type: ignore[index]
+    assert (tmp_path / "run" / "stopped").exists()
     play(tmp_path / "run", resume=True)
+    assert not (tmp_path / "run" / "stopped").exists()
     _same(tmp_path / "run", unbroken)
+
+
+def test_killed_while_it_validates(play: Play, unbroken: Path, tmp_path: Path) -> None:
+    """The epoch is not trained again, and its validation is made up for; validating changes nothing else."""
+    play(tmp_path / "whole", validate=True)
+    play(tmp_path / "run", validate=True, kill_in_validation=2, code=-9)
+    assert load_checkpoint(tmp_path / "run")["step"] == 10  # type: ignore[index]
+    play(tmp_path / "run", validate=True, resume=True)
+    _same(tmp_path / "run", tmp_path / "whole")
+    entries = _told(tmp_path / "run")
+    assert [entry["epoch"] for entry in entries if "val_all" in entry] == [1, 2, 3]
+    assert [entry for entry in entries if "val_all" not in entry] == _told(unbroken)
+    with (tmp_path / "run" / "log.csv").open() as file:
+        assert [row["val_all"] for row in csv.DictReader(file) if row["val_all"]] == [
+            str(entry["val_all"]) for entry in entries if "val_all" in entry]
+    assert (tmp_path / "run" / "best.safetensors").is_file()
 
 
 # --- several processes ---

@@ -1,7 +1,7 @@
-"""A training run in a process of its own, for tests that kill it: `python train_scenes.py JOB.json`.
+"""A training run in a process of its own, for tests that kill it: `python train_scenes.py JOB`, in JSON.
 
-JOB: data, cache, out, protocol, settings; `kill_at`: step after which the process kills itself (-9), or sends itself `signal`;
-`save_minutes`; `world`, `rank`, `init`: of a run in several processes.
+JOB: data, cache, out, protocol, settings, resume, save_minutes, log_every; `kill_at`: the step after which the process kills itself
+(-9), or sends itself `signal`; `kill_in_validation`: of this number; `validate`: whether to validate at all.
 """
 
 from __future__ import annotations
@@ -31,12 +31,19 @@ def main(job: dict[str, Any]) -> int:
             os.kill(os.getpid(), job.get("signal", 9))
         told(self, loop)
 
+    def validate(self: run_hooks.RunHooks, loop: Loop[Any], epoch: int) -> None:
+        if epoch == job.get("kill_in_validation"):
+            os.kill(os.getpid(), 9)
+        validated(self, loop, epoch)
+
+    validated = run_hooks.RunHooks._validate
     run_hooks.RunHooks.step = step  # type: ignore[method-assign]
+    run_hooks.RunHooks._validate = validate  # type: ignore[method-assign]
     recipe = load_recipe("demo", job["settings"])
     data = DataPaths(Path(job["data"])) if job["data"] else DataPaths()
     try:
         train.train(train.TrainJob(data, job["cache"], Path(job["out"]), recipe, job["protocol"], "cpu", resume=job.get("resume", False),
-                                   save_minutes=job.get("save_minutes", 0.0)))
+                                   save_minutes=job.get("save_minutes", 0.0), validation=data if job.get("validate") else None))
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.code
