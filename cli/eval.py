@@ -7,6 +7,7 @@ import typer
 
 from hdovd.ap_engine import Engine
 from hdovd.cli import options
+from hdovd.pipelines.weights import Weights
 
 
 def eval(
@@ -22,6 +23,8 @@ def eval(
     device: options.Device = "auto",
     engine: Annotated[Engine, typer.Option(help="What counts AP. faster-coco-eval gives the same sooner; it comes with hdovd's extra "
                                            "fast-eval.")] = Engine.PYCOCOTOOLS,
+    weights: Annotated[Weights, typer.Option(help="Of the last epoch, or of the one with the best validation AP50 of base classes.")
+                       ] = Weights.LAST,
 ) -> None:
     """Detect on the validation images and print OV-COCO AP: novel, base, all, and split-blind beside it.
 
@@ -32,7 +35,7 @@ def eval(
     from hdovd.pipelines.tables import class_table, result_table
 
     result = evaluate(EvalJob(run, DataPaths(data, images, annotations), protocol, device, batch_size, options.workers(workers), pictures,
-                              engine))
+                              engine, weights))
     typer.echo(result_table(result))
     if per_class:
         typer.echo(class_table(result))

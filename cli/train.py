@@ -44,7 +44,8 @@ def train(
 
     The three levels: --set loss.instance.enabled=false, loss.class.enabled=false, loss.image.enabled=false.
     CACHE may be s3:// or gs://. Several GPUs: torchrun --nproc-per-node 8 -m hdovd train ...; train.batch_size is that of all
-    of them. Ctrl-C, SIGTERM and SIGUSR1 save and end (exit code 130 or 75); --resume goes on to the sample. Next: hdovd eval OUT.
+    of them. Ctrl-C, SIGTERM and SIGUSR1 save and end, with exit code 130 or 75 (torchrun has codes of its own); --resume goes on to the
+    sample. Next: hdovd eval OUT.
     """
     from hdovd.coco import DataPaths
 
@@ -52,6 +53,6 @@ def train(
     from hdovd.pipelines.train import TrainJob, validation_paths
     from hdovd.pipelines.train import train as run
 
-    validation = validation_paths(data, val_images, val_annotations, typer.echo) if val_every else None
+    validation = validation_paths(data, val_images, val_annotations) if val_every else None
     run(TrainJob(DataPaths(data, images, annotations), cache, out, loaded, protocol, device, overwrite, features, resume, save_minutes,
                  validation, val_every, tensorboard))

@@ -135,8 +135,8 @@ def _try_out(body: Body, config: BackboneConfig) -> None:
         found = [tuple(level.shape) for level in maps]
     except Exception as error:
         raise HdovdError(_fails(config, error)) from error
-    for module, mode in modes.items():
-        module.training = mode
+    for module, mode in modes.items():  # parents first; torch.fx's modules change more than a flag
+        module.train(mode)
     if found != expected:
         raise HdovdError(f"{KEY} = {config.name!r}: for two pictures of {TRIAL[1]} x {TRIAL[0]} expected feature maps {expected}, "
                          f"one for each of the levels {config.levels}; found {found}")

@@ -14,7 +14,8 @@ from hdovd.errors import HdovdError
 from hdovd.extensions import resolve
 from hdovd.step_view import StepView
 
-OWN_NAMES = ("rpn_objectness", "rpn_box", "classification", "box", "instance_alignment", "instance_relation", "image_alignment")
+OWN_NAMES = ("rpn_objectness", "rpn_box", "classification", "box", "instance_alignment", "instance_relation", "image_alignment",
+             "step", "epoch", "lr", "images_per_s", "data_wait", "memory_gb")  # losses, and what the log has beside them
 
 
 class ExtraLosses(nn.Module):
@@ -38,8 +39,8 @@ class ExtraLosses(nn.Module):
 
 def _build(name: str, config: ExtraLossConfig, dim: int, channels: int) -> nn.Module:
     section = f"loss.extra.{name}"
-    if name in OWN_NAMES:
-        raise HdovdError(f"{section}: the detector has a loss of that name: choose another than {', '.join(OWN_NAMES)}")
+    if name in OWN_NAMES or name.startswith("val_"):
+        raise HdovdError(f"{section}: the log has a column of that name: choose another than {', '.join(OWN_NAMES)} and val_...")
     kind = resolve(config.use, f"{section}.use")
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise HdovdError(f"{section}.use = {config.use!r}: expected a class of torch.nn.Module, found {kind!r}")

@@ -151,7 +151,7 @@ def standing(planned: Planned, config: AblateConfig) -> Standing:
     if lines := differences(asked, there, sides=("asked for", "there")):
         raise HdovdError(f"{planned.path} holds a run of another config:\n  " + "\n  ".join(lines)
                          + "\nAsk for that, give another --out, or delete that folder")
-    if run.ap50:
+    if run.ap50 and run.epochs_done == run.epochs:
         return Standing.DONE
     trained = run.epochs_done == run.epochs and not (planned.path / "checkpoint.pt").exists()  # where one is, training knows how far it is
     return Standing.EVALUATE if trained else Standing.GO_ON

@@ -1,8 +1,8 @@
 """A checkpoint: all that a run needs to go on sample by sample, in one file that is whole or absent.
 
     model      weights and queues                 optimizer, step, window   as of `fit.Loop`
-    rng        torch's generators, a process each  layout                   who reads side by side (`epoch_order.Streams`)
-    log_bytes  length of log.jsonl                best                      the best validation so far
+    rng        torch's generators, a process each  layout                   of `train.batches_of`: what the order depends on
+    log_bytes  length of log.jsonl                best, ended               of `run_hooks.RunHooks`
 
 Written and read by `train`. Losses, samples and their order follow from seed and epoch; torch's generators matter only to what else
 draws from them.
@@ -10,25 +10,20 @@ draws from them.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hdovd.errors import HdovdError
+from hdovd.pipelines.run_folder import replace_file
 
 FILE = "checkpoint.pt"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Replace the checkpoint; a kill or a power cut leaves the old one or the new one."""
-    partial = folder / f".{FILE}.partial"
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / FILE)
+    """Replace the checkpoint; a kill, a power cut or a full disk leaves the old one or the new one. Raises HdovdError."""
+    replace_file(folder / FILE, lambda partial: torch.save(state, partial))
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -39,8 +34,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise HdovdError(f"{file} cannot be read ({error}): was it copied whole? Without it the run can only begin anew, with --overwrite"
-                         ) from error
+        raise HdovdError(f"{file} cannot be read ({error}): was it copied whole? Without it the run can only begin anew: "
+                         "--overwrite in place of --resume") from error
     return state
 
 

@@ -19,12 +19,16 @@ from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.pictures import draw_detections
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.validation import Validation, inference_precision, results
+from hdovd.pipelines.weights import Weights
 from hdovd.protocol import Protocol, load_protocol
 
 
 @dataclass(frozen=True, slots=True)
 class EvalJob:
-    """`protocol` None: that of the run. `workers` None: what suits the device. `pictures`: how many validation images to draw."""
+    """`protocol` None: that of the run. `workers` None: what suits the device. `pictures`: how many validation images to draw.
+
+    `weights`: of the last epoch, or of the one with the best validation AP50 of base classes.
+    """
 
     run: Path
     data: DataPaths
@@ -34,6 +38,7 @@ class EvalJob:
     workers: int | None = None
     pictures: int = 0
     engine: Engine = Engine.PYCOCOTOOLS
+    weights: Weights = Weights.LAST
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,7 @@ def evaluate(job: EvalJob, log: Callable[[str], None] = print) -> EvalResult:
     validation = Validation(job.data, protocol, device, batch_size=job.batch_size, workers=job.workers, engine=job.engine, log=log)
     recipe, texts = run.recipe(), run.class_embeddings()
     model = FasterRCNN(recipe, texts.shape[1], log=None)
-    run.load_model(model)
+    run.load_model(model, job.weights.file)
     found = validation.run(model.to(device), texts)
     split, combined, blind = validation.split, found.combined, found.split_blind
     alpha = beta = 0.0
@@ -69,7 +74,8 @@ def evaluate(job: EvalJob, log: Callable[[str], None] = print) -> EvalResult:
     metrics = {"protocol": protocol.name, **combined.summary(), "split_blind": blind.summary(), "per_class": combined.per_class(),
                "images": len(split.images), "alpha": alpha, "beta": beta,
                "classes_without_ground_truth": combined.without_ground_truth(), "cache": run.record()["cache"],
-               "engine": {"name": job.engine.value, "version": require(job.engine)}, "precision": inference_precision(device, recipe)}
+               "engine": {"name": job.engine.value, "version": require(job.engine)}, "precision": inference_precision(device, recipe),
+               "weights": job.weights.value}
     files[0].write_text(json.dumps(metrics, indent=1))
     files[1].write_text(json.dumps(results(split, found.detections)))
     if job.pictures:

@@ -14,9 +14,10 @@ EXPLODED = 1e4  # a sum of losses above this teaches nothing any more; sound one
 
 
 class UnsoundLoss(HdovdError):
-    """A loss that is not finite, or beyond all bounds. `record`: step, image_ids of this process's part of the batch, losses."""
+    """A loss that is not finite, or beyond all bounds. `record`: step, image_ids of this process's part of the batch, losses; None
+    where the loss of another process is meant."""
 
-    def __init__(self, text: str, record: dict[str, Any]) -> None:
+    def __init__(self, text: str, record: dict[str, Any] | None) -> None:
         super().__init__(text)
         self.record = record
 
@@ -40,7 +41,7 @@ class LossWindow:
     def means(self, device: torch.device) -> dict[str, float]:
         """Mean of every loss over steps and processes; empty if there was no step.
 
-        Raises UnsoundLoss for the first step whose losses are not finite or sum up to more than EXPLODED.
+        Raises UnsoundLoss, in all processes, for the first step whose losses in one of them are not finite or sum up to more than EXPLODED.
         """
         if not self._losses:
             return {}
@@ -48,11 +49,15 @@ class LossWindow:
         mean = _over_processes(table.mean(dim=0))
         table = table.cpu()
         wrong = (~table.isfinite().all(dim=1) | (table.sum(dim=1) > EXPLODED)).nonzero()
-        if len(wrong):
-            self._raise(int(wrong[0]), table)
+        own = int(wrong[0]) if len(wrong) else len(table)
+        first = _first_of_processes(own, device)
+        if first < len(table):
+            self._raise(first, table, is_own=own == first)
         return dict(zip(self._losses[0], mean.tolist(), strict=True))
 
-    def _raise(self, row: int, table: Tensor) -> None:
+    def _raise(self, row: int, table: Tensor, *, is_own: bool) -> None:
+        if not is_own:
+            raise UnsoundLoss(f"{self._what}: the loss is not sound at step {self._steps[row]} in another process, which says more", None)
         values = dict(zip(self._losses[row], table[row].tolist(), strict=True))
         what = "too large to learn from" if bool(table[row].isfinite().all()) else "not finite"
         raise UnsoundLoss(f"{self._what}: the loss is {what} at step {self._steps[row]}: {values}, images {self._ids[row]}; "
@@ -71,6 +76,15 @@ class LossWindow:
     def load(self, state: dict[str, Any]) -> None:
         self._steps, self._ids = list(state["steps"]), list(state["ids"])
         self._losses = [dict(zip(state["names"], row.unbind(), strict=True)) for row in state["losses"]]
+
+
+def _first_of_processes(row: int, device: torch.device) -> int:
+    """The smallest row of all processes."""
+    if not dist.is_initialized():
+        return row
+    found = torch.tensor(row, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return int(found)
 
 
 def _over_processes(values: Tensor) -> Tensor:

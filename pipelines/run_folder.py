@@ -17,6 +17,7 @@ import csv
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from hdovd.errors import HdovdError
 from hdovd.protocol import Protocol, parse_protocol
 
 FILES = ("config.toml", "run.json", "class_embeddings.safetensors", "model.safetensors", "best.safetensors", "checkpoint.pt", "stopped",
-         "log.jsonl", "log.csv", "unsound_batch.json", "metrics.json", "detections.json")
+         "log.jsonl", "log.csv", "metrics.json", "detections.json")
 FOLDERS = ("pictures", "tensorboard")
 
 
@@ -42,11 +43,13 @@ class RunFolder:
     def create(cls, path: Path, recipe: Recipe, protocol: Protocol, class_embeddings: Tensor, record: dict[str, Any], *,
                overwrite: bool) -> RunFolder:
         """Start a run. Raises HdovdError if one is there, unless `overwrite`."""
+        if not overwrite:
+            cls.require_none(path)
         if (path / "run.json").exists():
-            if not overwrite:
-                raise HdovdError(f"{path} holds a run already: --resume goes on with it; or give another --out, or --overwrite")
             for name in FILES:
                 (path / name).unlink(missing_ok=True)
+            for file in (*path.glob("unsound_batch*.json"), *path.glob(".*.partial")):
+                file.unlink()
             for name in FOLDERS:
                 shutil.rmtree(path / name, ignore_errors=True)
         path.mkdir(parents=True, exist_ok=True)
@@ -56,18 +59,24 @@ class RunFolder:
         run._write_record({"protocol": protocol.to_dict(), **record, "resumed": []})  # the last: what has one is begun
         return run
 
-    def resume(self, recipe: Recipe, protocol: Protocol, record: dict[str, Any], log_bytes: int, now: dict[str, Any]) -> None:
-        """Go on: the log is cut back to `log_bytes`. Raises HdovdError naming what is asked for otherwise than the run began."""
+    def check_same(self, recipe: Recipe, protocol: Protocol, record: dict[str, Any]) -> None:
+        """Raises HdovdError naming what is asked for otherwise than the run began."""
         before = self.record()
         wanted: dict[str, Any] = {"recipe": _values(recipe), "protocol": protocol.to_dict(), "cache": _levels(record)}
         began = {"recipe": _values(self.recipe()), "protocol": before["protocol"], "cache": _levels(before)}
         if lines := differences(wanted, began, sides=("asked for", "began with")):
             raise HdovdError(f"{self.path} began otherwise:\n  " + "\n  ".join(lines)
                              + "\nGo on with what it began with, or give another --out")
-        (self.path / "stopped").unlink(missing_ok=True)
+
+    def go_on(self, log_bytes: int, now: dict[str, Any]) -> None:
+        """The log is cut back to `log_bytes`; detections of weights on the way go."""
+        for name in ("stopped", "metrics.json", "detections.json"):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "pictures", ignore_errors=True)
+        before = self.record()
         file = self.path / "log.jsonl"
         if file.exists():
-            os.truncate(file, log_bytes)
+            os.truncate(file, min(log_bytes, file.stat().st_size))
         self._write_record(before | {"resumed": [*before.get("resumed", []), now]})
 
     def _write_record(self, record: dict[str, Any]) -> None:
@@ -75,13 +84,20 @@ class RunFolder:
         partial.write_text(json.dumps(record, indent=1))
         os.replace(partial, self.path / "run.json")
 
+    @staticmethod
+    def require_none(path: Path) -> None:
+        """Raises HdovdError if a run is there."""
+        if (path / "run.json").exists():
+            raise HdovdError(f"{path} holds a run already: --resume goes on with it; or give another --out, or --overwrite")
+
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """A finished run. Raises HdovdError if there is none."""
         if not (path / "run.json").is_file():
             raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote")
         if not (path / "model.safetensors").is_file():
-            raise HdovdError(f"{path} has no model.safetensors: its training did not finish an epoch; train it again with --overwrite")
+            raise HdovdError(f"{path} has no model.safetensors: its training did not finish an epoch; go on with its hdovd train command "
+                             "and --resume")
         return cls(path)
 
     def recipe(self) -> Recipe:
@@ -97,16 +113,17 @@ class RunFolder:
         return load_file(self.path / "class_embeddings.safetensors")["embeddings"]
 
     def save_model(self, model: nn.Module, name: str = "model.safetensors") -> None:
-        partial = self.path / f".{name}.partial"
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial)
-        os.replace(partial, self.path / name)
+        state = {k: v.contiguous() for k, v in model.state_dict().items()}
+        replace_file(self.path / name, lambda partial: save_file(state, partial))
 
-    def load_model(self, model: nn.Module) -> None:
-        """Raises HdovdError if the weights are not of this model."""
+    def load_model(self, model: nn.Module, name: str = "model.safetensors") -> None:
+        """Raises HdovdError if there are no such weights, or they are not of this model."""
+        if not (self.path / name).is_file():
+            raise HdovdError(f"{self.path} has no {name}: was the run validated while it trained?")
         try:
-            model.load_state_dict(load_file(self.path / "model.safetensors"))
+            model.load_state_dict(load_file(self.path / name))
         except RuntimeError as error:
-            raise HdovdError(f"{self.path}: model.safetensors does not fit config.toml: {error}") from error
+            raise HdovdError(f"{self.path}: {name} does not fit config.toml: {error}") from error
 
     def log(self, entry: dict[str, Any]) -> None:
         with (self.path / "log.jsonl").open("a") as file:
@@ -116,9 +133,14 @@ class RunFolder:
         """For job files, which do not see this process's exit code through torchrun."""
         (self.path / "stopped").touch()
 
-    def log_bytes(self) -> int:
+    def synced_log_bytes(self) -> int:
+        """The length of the log, all of which is on the disk then."""
         file = self.path / "log.jsonl"
-        return file.stat().st_size if file.exists() else 0
+        if not file.exists():
+            return 0
+        with file.open("ab") as log:
+            os.fsync(log.fileno())
+            return log.tell()
 
     def entries(self) -> list[dict[str, Any]]:
         """What was logged. Raises HdovdError for a line that is no entry."""
@@ -137,6 +159,19 @@ class RunFolder:
             writer.writeheader()
             writer.writerows(entries)
         os.replace(partial, self.path / "log.csv")
+
+
+def replace_file(file: Path, write: Callable[[Path], object]) -> None:
+    """Replace a file whole or not at all. Raises HdovdError, and leaves what is there, if it cannot be written: no room, no right."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        write(partial)
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, file)
+    except Exception as error:  # safetensors and torch have errors of their own for a full disk
+        partial.unlink(missing_ok=True)
+        raise HdovdError(f"{file} cannot be written ({error}); what was there is whole. Make room, then go on with --resume") from error
 
 
 def _values(recipe: Recipe) -> dict[str, Any]:

@@ -27,7 +27,8 @@ class RunHooks(Hooks):
     """`model`: not wrapped in DDP. `layout`: kept in the checkpoint. `validate`: AP50 by group, after every `val_every` epochs.
 
     A checkpoint is written every `save_minutes`, after every epoch, and when `stop` hears a signal; the run then ends with `Stopped`.
-    `best` is the best AP50 of base classes so far: novel boxes are for the test, not for choosing weights.
+    `best` is the best AP50 of base classes so far: novel boxes are for the test, not for choosing weights. `ended`: epochs whose
+    weights were kept and validated.
     """
 
     run: RunFolder
@@ -41,6 +42,7 @@ class RunHooks(Hooks):
     val_every: int = 1
     tensorboard: Any = None
     best: float = -1.0
+    ended: int = 0
     _saved: float = 0.0
 
     def __post_init__(self) -> None:
@@ -68,21 +70,22 @@ class RunHooks(Hooks):
                           "goes on there", exit_code(signal))
 
     def epoch(self, loop: Loop[Any], epoch: int) -> None:
-        if self.team.leads:
-            self.run.save_model(self.model)
-        self._save(loop)  # before validating, which takes a while and can be done again
-        self.catch_up(loop)
+        self._save(loop)  # before what takes a while and can be done again
         if loop.step_number < loop.total:
             self.step(loop)
+        self.catch_up(loop)
+        if loop.step_number == loop.total:
+            self._save(loop)
 
     def catch_up(self, loop: Loop[Any]) -> None:
-        """At the end of an epoch: validate, if it is time and was not done."""
+        """At the end of an epoch: keep its weights, and validate if it is time. A run that was killed meanwhile begins with it."""
         epoch, within = divmod(loop.step_number, len(loop.batches))
-        if self.team.leads and not within and epoch:
-            due = self.validate is not None and (epoch % self.val_every == 0 or epoch == loop.config.epochs)
-            if due and not any(entry["epoch"] == epoch and "val_base" in entry for entry in self.run.entries()):
+        if self.team.leads and not within and epoch > self.ended:
+            self.run.save_model(self.model)
+            if self.validate is not None and (epoch % self.val_every == 0 or epoch == loop.config.epochs):
                 self._validate(loop, epoch)
             self.run.write_csv()
+        self.ended = epoch
         self.team.wait()
 
     def _validate(self, loop: Loop[Any], epoch: int) -> None:
@@ -100,9 +103,10 @@ class RunHooks(Hooks):
 
     def _save(self, loop: Loop[Any]) -> None:
         loop.window.means(loop.device)  # unsound weights never replace good ones
-        state = {"rng": self.team.gather(rng_state(self.team.device)), "layout": self.layout, "best": self.best, **loop.state()}
+        state = {"rng": self.team.gather(rng_state(self.team.device)), "layout": self.layout, "best": self.best, "ended": self.ended,
+                 **loop.state()}
         if self.team.leads:
-            save_checkpoint(self.run.path, {"model": self.model.state_dict(), "log_bytes": self.run.log_bytes(), **state})
+            save_checkpoint(self.run.path, {"model": self.model.state_dict(), "log_bytes": self.run.synced_log_bytes(), **state})
         self._saved = time.monotonic()
 
     def _record(self, entry: dict[str, Any]) -> None:
@@ -139,8 +143,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def unsound_record(run: RunFolder, record: dict[str, Any]) -> str:
-    """Keep what is known of a batch whose loss is not sound; returns the file's path."""
-    file = run.path / "unsound_batch.json"
+def unsound_record(run: RunFolder, team: Team, record: dict[str, Any]) -> str:
+    """Keep what is known of a batch whose loss is not sound, of this process's part of it; returns the file's path."""
+    file = run.path / (f"unsound_batch-{team.rank}.json" if team.world > 1 else "unsound_batch.json")
     file.write_text(json.dumps(record, indent=1))
     return str(file)

@@ -141,7 +141,8 @@ def read_run(path: Path) -> Run:
     ap50, blind = _groups(metrics), _groups(_tree(metrics.get("split_blind")))
     if metrics and not ap50:
         wrong.append("metrics.json has no AP50: run hdovd eval again")
-    state = State.DAMAGED if wrong else State.FINISHED if metrics else State.NOT_EVALUATED if done and done == epochs else State.STOPPED
+    at_end = bool(done) and done == epochs
+    state = State.DAMAGED if wrong else State.STOPPED if not at_end else State.FINISHED if metrics else State.NOT_EVALUATED
     return Run(path, state, _date(path, record), settings, _tree(record.get("protocol")), levels, cache.get("path"),
                _tree(record.get("versions")), _tree(record.get("git")) or None, done, ap50, blind, per_class, tuple(wrong))
 

@@ -103,6 +103,11 @@ class TarTrainingSet(Dataset[Sample]):
         levels = {str(level): {"key": keys[level], "inputs": inputs[level]} for level in inputs}
         return {"cache": {"path": self.url, "levels": levels, "shards": self.shards.numbers}, "skipped": self._meta.features.skipped}
 
+    def image_ids(self) -> np.ndarray:
+        """(n,) int64, by index."""
+        ids: np.ndarray = self._meta.tensors["image_id"][self._places].astype(np.int64)
+        return ids
+
     def order(self, streams: Streams) -> EpochOrder:
         """How an epoch goes over the images."""
         return ShardShuffle(self._ranges, self.recipe.train.seed, streams)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from hdovd.pipelines.run_hooks import RunHooks, unsound_record
 from hdovd.pipelines.stop_signal import StopSignal
 from hdovd.pipelines.tar_training import TarTrainingSet
 from hdovd.pipelines.training_set import Sample, TrainingSet
+from hdovd.pipelines.validation import Validation
 from hdovd.protocol import Protocol, load_protocol
 
 
@@ -74,32 +76,39 @@ def train(job: TrainJob, log: Callable[[str], None] = print) -> RunFolder:
 
 
 def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]) -> RunFolder:
-    recipe, protocol = job.recipe, load_protocol(job.protocol)
+    recipe, protocol, run = job.recipe, load_protocol(job.protocol), RunFolder(job.out)
+    if not (job.resume or job.overwrite):
+        run.require_none(job.out)
     data = training_data(job, protocol, log)
     state = load_checkpoint(job.out) if job.resume else None
+    if state is not None:
+        run.check_same(recipe, protocol, data.record())
     class_embeddings = torch.from_numpy(data.class_embeddings(protocol.names))
+    batches, layout = batches_of(data, us, None if state is None else state["layout"])
+    validation, board = _validation(job, protocol, us, log), _tensorboard(job, us)
     torch.manual_seed(recipe.train.seed)
     model = build_model(recipe, data.dim, us, log if state is None else None)
-    run = _run_folder(job, data, protocol, class_embeddings, us, state)
-    if isinstance(data, TrainingSet) and us.leads:
-        _tell_cache(job, data.cache, run, log)
-    log(f"{data.describe()} of {len(protocol.base)} classes; distillation levels: {enabled_levels(recipe.loss)}; {us.device}"
-        + (f", {us.world} processes" if us.world > 1 else ""))
-    batches, layout = batches_of(data, us, None if state is None else state["layout"])
-    net = model if us.world == 1 else data_parallel(model)
-    loop = loop_of(net, batches, class_embeddings[: len(protocol.base)].to(us.device), recipe, us.device)
-    hooks = RunHooks(run, model, us, stop, layout, log, job.save_minutes, _validation(job, protocol, model, class_embeddings, us, log),
-                     job.val_every, _tensorboard(job, run, us, state))
+    loop = loop_of(model if us.world == 1 else data_parallel(model), batches, class_embeddings[: len(protocol.base)].to(us.device), recipe,
+                   us.device)
+    hooks = RunHooks(run, model, us, stop, layout, log, job.save_minutes, _validate(validation, model, class_embeddings), job.val_every)
     if us.world > 1:  # each process draws for itself, where anything draws from torch's own generator
         torch.manual_seed(key_of(recipe.train.seed, -1, us.rank))
     if state is not None:
         _restore(state, model, loop, hooks, us)
-        log(f"goes on at step {loop.step_number} of {loop.total}" if loop.step_number < loop.total else "is finished already")
+        if hooks.ended == recipe.train.epochs:
+            log(f"{run.path} is finished already")
+            return run
+    _begin(job, data, protocol, class_embeddings, us, state, log)
+    if board is not None:
+        hooks.tensorboard = board(run.path / "tensorboard", purge_step=None if state is None else loop.step_number + 1)
+    log(f"{data.describe()} of {len(protocol.base)} classes; distillation levels: {enabled_levels(recipe.loss)}; {us.device}"
+        + (f", {us.world} processes" if us.world > 1 else "") + (f"; goes on at step {loop.step_number} of {loop.total}" if state else ""))
     try:
         hooks.catch_up(loop)
         loop.run(hooks)
     except UnsoundLoss as error:
-        raise HdovdError(f"{error}; the batch is in {unsound_record(run, error.record)}") from error
+        where = "" if error.record is None else f"; the batch is in {unsound_record(run, us, error.record)}"
+        raise HdovdError(f"{error}{where}") from error
     log(f"wrote {run.path}; next: hdovd eval {run.path} ...")
     return run
 
@@ -126,23 +135,34 @@ def training_data(job: TrainJob, protocol: Protocol, log: Callable[[str], None])
     """Tar shards alone, or a Zarr cache with the data set that it was made of."""
     if is_tar_form(job.cache):
         if job.data != DataPaths():
-            log("note: the shards hold pictures and boxes; --data, --images and --annotations are not read")
+            log("note: the shards hold pictures and boxes; --data, --images and --annotations are not read for training")
         return TarTrainingSet(str(job.cache), protocol, job.recipe, log, features=job.features)
     split = job.data.load("train2017", protocol, base_only=True, log=log)
     return TrainingSet(split, FeatureCache(job.cache, job.features), job.recipe, log)
 
 
-def batches_of(data: TrainingSet | TarTrainingSet, us: Team, layout: dict[str, int] | None = None
-               ) -> tuple[TrainingBatches[Sample], dict[str, int]]:
-    """This process's batches, and who reads side by side. `layout`: that of a run that is resumed, which keeps its order."""
+def batches_of(data: TrainingSet | TarTrainingSet, us: Team, layout: dict[str, Any] | None = None
+               ) -> tuple[TrainingBatches[Sample], dict[str, Any]]:
+    """This process's batches, and what their order depends on: who reads side by side, and a hash of the first epoch.
+
+    `layout`: that of a run that is resumed, which keeps its order. Raises HdovdError if the data come in another one.
+    """
     config = data.recipe.train
     workers = training_workers(us.device, config.workers)
-    if layout is None:
-        layout = {"streams": max(1, workers) * us.world, "unit": max(1, min(config.batch_size, len(data)) // us.world)}
-    dealing = Dealing(data.order(Streams(layout["streams"], layout["unit"])), config.batch_size, us.rank, us.world)
+    streams = Streams(max(1, workers) * us.world, max(1, min(config.batch_size, len(data)) // us.world))
+    if layout is not None:
+        streams = Streams(layout["streams"], layout["unit"])
+    order = data.order(streams)
+    first = data.image_ids()[order.indices(0)].tobytes()
+    found = {"streams": streams.count, "unit": streams.unit, "images": len(data), "order": sha256(first).hexdigest()[:16]}
+    if layout is not None and found != layout:
+        raise HdovdError(f"the run began with {layout['images']} images, now there are {len(data)}: give the same --data and --annotations"
+                         if layout["images"] != len(data) else "the images come in another order than the run began with: go on with the "
+                         "same form and place of the cache (Zarr or tar shards, the same shards, on disk or in an object store)")
+    dealing = Dealing(order, config.batch_size, us.rank, us.world)
     if isinstance(data, TarTrainingSet):
         data.dealing = dealing
-    return TrainingBatches(data, dealing, workers, device=us.device), layout
+    return TrainingBatches(data, dealing, workers, device=us.device), found
 
 
 def loop_of(model: nn.Module, batches: TrainingBatches[Sample], texts: Tensor, recipe: Recipe, device: torch.device) -> Loop[Sample]:
@@ -157,61 +177,66 @@ def loop_of(model: nn.Module, batches: TrainingBatches[Sample], texts: Tensor, r
     return Loop(model, losses_of, batches, recipe.train, device, "train", lambda sample: sample[2])
 
 
-def _run_folder(job: TrainJob, data: TrainingSet | TarTrainingSet, protocol: Protocol, class_embeddings: Tensor, us: Team,
-                state: dict[str, Any] | None) -> RunFolder:
-    """Begun or gone on with by the process that leads; the others wait for it."""
-    run, now = RunFolder(job.out), provenance(us.device, us.world)
-    if us.leads and state is None:
-        nothing_saved = job.resume and not (job.out / "model.safetensors").exists()
-        run = RunFolder.create(job.out, job.recipe, protocol, class_embeddings, {**data.record(), **now},
-                               overwrite=job.overwrite or nothing_saved)
-    elif us.leads and state is not None:
-        run.resume(job.recipe, protocol, data.record(), int(state["log_bytes"]), {**now, "step": int(state["step"])})
+def _begin(job: TrainJob, data: TrainingSet | TarTrainingSet, protocol: Protocol, class_embeddings: Tensor, us: Team,
+           state: dict[str, Any] | None, log: Callable[[str], None]) -> None:
+    """The run folder is made, or made ready to go on, by the process that leads; the others wait for it."""
+    if us.leads:
+        now = provenance(us.device, us.world)
+        if state is None:
+            if job.resume and (job.out / "model.safetensors").exists() and not job.overwrite:
+                raise HdovdError(f"{job.out} holds a run without a checkpoint.pt: it cannot be resumed. Give another --out, or --overwrite")
+            run = RunFolder.create(job.out, job.recipe, protocol, class_embeddings, {**data.record(), **now},
+                                   overwrite=job.overwrite or job.resume)
+        else:
+            run = RunFolder(job.out)
+            run.go_on(int(state["log_bytes"]), {**now, "step": int(state["step"])})
+        if isinstance(data, TrainingSet):
+            _tell_cache(job, data.cache, run, log)
     us.wait()
-    return run
 
 
 def _restore(state: dict[str, Any], model: nn.Module, loop: Loop[Sample], hooks: RunHooks, us: Team) -> None:
     model.load_state_dict(state["model"])
     loop.load(state)
-    hooks.best = float(state["best"])
+    hooks.best, hooks.ended = float(state["best"]), int(state["ended"])
     if len(state["rng"]) == us.world:
         set_rng_state(state["rng"][us.rank], us.device)
     else:  # as many generators as there are processes now: none of the old ones
         torch.manual_seed(key_of(loop.config.seed, -2 - loop.step_number, us.rank))
 
 
-def _validation(job: TrainJob, protocol: Protocol, model: FasterRCNN, class_embeddings: Tensor, us: Team, log: Callable[[str], None]
-                ) -> Callable[[], dict[str, float | None]] | None:
+def _validation(job: TrainJob, protocol: Protocol, us: Team, log: Callable[[str], None]) -> Validation | None:
+    """One process validates."""
+    if job.validation is None and job.val_every:
+        log("no validation while training: no val2017 under --data, and no --val-images and --val-annotations")
     if job.validation is None or not job.val_every or not us.leads:
         return None
-    from hdovd.pipelines.validation import Validation
-
-    validation = Validation(job.validation, protocol, us.device, batch_size=job.recipe.train.batch_size, log=log)
-    texts = class_embeddings.to(us.device)
-    return lambda: validation.run(model, texts).combined.summary()["ap50"]
+    return Validation(job.validation, protocol, us.device, batch_size=max(1, job.recipe.train.batch_size // us.world), log=log)
 
 
-def validation_paths(data: Path | None, images: Path | None, annotations: Path | None, log: Callable[[str], None] = print
-                     ) -> DataPaths | None:
-    """The validation images: those named, or val2017 of a COCO folder that has one; else None, which is said."""
+def _validate(validation: Validation | None, model: FasterRCNN, class_embeddings: Tensor) -> Callable[[], dict[str, float | None]] | None:
+    """What gives the AP50 of each group, now."""
+    return None if validation is None else lambda: validation.run(model, class_embeddings).combined.summary()["ap50"]
+
+
+def validation_paths(data: Path | None, images: Path | None, annotations: Path | None) -> DataPaths | None:
+    """The validation images: those named, or val2017 of a COCO folder that has one; else None."""
     if images or annotations:
         return DataPaths(data, images, annotations)
     if data is not None and (data / "annotations" / "instances_val2017.json").is_file() and (data / "val2017").is_dir():
         return DataPaths(data)
-    if data is None or data.is_dir():  # else there are worse news
-        log("no validation while training: no val2017 under --data, and no --val-images and --val-annotations")
     return None
 
 
-def _tensorboard(job: TrainJob, run: RunFolder, us: Team, state: dict[str, Any] | None) -> Any:
+def _tensorboard(job: TrainJob, us: Team) -> Any:
+    """What writes for TensorBoard, if that is wanted of this process. Raises HdovdError if it is not installed."""
     if not job.tensorboard or not us.leads:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise HdovdError(f"--tensorboard needs the package tensorboard: pip install hdovd[tensorboard] ({error})") from error
-    return SummaryWriter(run.path / "tensorboard", purge_step=None if state is None else int(state["step"]) + 1)
+    return SummaryWriter
 
 
 def _tell_cache(job: TrainJob, cache: FeatureCache, run: RunFolder, log: Callable[[str], None]) -> None:

@@ -72,6 +72,10 @@ class TrainingSet(Dataset[Sample]):
         image = self.images[draw.index]
         return flipped_at_random(read_pixels(self.split, image), self._targets(image), image.id, draw.epoch, self.recipe)
 
+    def image_ids(self) -> np.ndarray:
+        """(n,) int64, by index."""
+        return np.array([image.id for image in self.images], np.int64)
+
     def order(self, streams: Streams) -> EpochOrder:
         """How an epoch goes over the images."""
         if self.recipe.loss.uses_pseudo_boxes and self.cache.reads_best_in_blocks:

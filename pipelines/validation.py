@@ -134,5 +134,5 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, mode in modes:  # parents first; torch.fx's modules change more than a flag
+            module.train(mode)

@@ -147,7 +147,9 @@ def test_training_takes_it_where_blocks_are_better(cache: Path, world: Path, mic
     monkeypatch.setattr(rows.ZarrRows, "reads_best_in_blocks", True)
     blocks, layout = batches_of(data, alone)
     assert len(plain) == len(blocks)
-    assert layout == {"streams": 1, "unit": recipe.train.batch_size}
+    assert (layout["streams"], layout["unit"], layout["images"]) == (1, recipe.train.batch_size, len(data))
+    with pytest.raises(HdovdError, match="another order than the run began with: go on with the same form and place"):
+        batches_of(data, alone, layout | {"order": "of shards"})
     wanted = BlockShuffle(len(data), recipe.train.seed, Streams(1, recipe.train.batch_size)).indices(0).tolist()
     found = [image_id for batch in blocks for _, _, image_id in batch]
     assert found == [data.images[number].id for number in wanted[: len(found)]]

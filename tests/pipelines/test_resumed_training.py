@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -20,11 +21,12 @@ import torch
 from safetensors.torch import load_file
 
 from hdovd.coco import DataPaths
-from hdovd.config import Recipe
+from hdovd.config import PRESETS, Recipe
 from hdovd.errors import HdovdError, Stopped
-from hdovd.pipelines.checkpoint import load_checkpoint
+from hdovd.pipelines.checkpoint import load_checkpoint, save_checkpoint
 from hdovd.pipelines.export import ExportConfig, export_tars
-from hdovd.pipelines.run_folder import RunFolder
+from hdovd.pipelines.run_folder import RunFolder, replace_file
+from hdovd.pipelines.runs import State, read_run
 from hdovd.pipelines.train import TrainJob, train
 
 SCENE = Path(__file__).with_name("train_scenes.py")
@@ -33,26 +35,35 @@ SETTINGS = ("train.epochs=3", "train.batch_size=4", "input.flip=0.5", "train.opt
 Play = Callable[..., None]
 
 
-def _forked(job: dict[str, Any], log: Path) -> tuple[int, str]:
-    """In a process of its own that has imported everything already. Returns its exit code, negative for a signal, and what it printed."""
+def _forked(job: dict[str, Any], log: Path, processes: int = 1) -> tuple[int, str]:
+    """In processes of their own that have imported everything already. Returns the first one's exit code, negative for a signal, and
+    what was printed."""
     spec = importlib.util.spec_from_file_location("train_scenes", SCENE)
     assert spec is not None
     assert spec.loader is not None
     scenes = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(scenes)
     log.parent.mkdir(parents=True, exist_ok=True)
-    process = os.fork()
-    if process == 0:
-        code = 99
-        try:
-            for number in (1, 2):
-                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            code = scenes.main(job)
-        except BaseException:
-            log.write_text(traceback.format_exc())
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), log.read_text()
+    log.write_text("")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    started = []
+    for rank in range(processes):
+        started.append(os.fork())
+        if started[-1] == 0:
+            code = 99
+            try:
+                os.environ.update({} if processes == 1 else address | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                for number in (1, 2):
+                    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
+                code = scenes.main(job)
+            except BaseException:
+                traceback.print_exc(file=open(log, "a"))  # noqa: SIM115 - the process ends here
+            finally:
+                os._exit(code)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
+    return codes[0], log.read_text()
 
 
 def _torchrun(job: dict[str, Any], processes: int) -> tuple[int, str]:
@@ -65,12 +76,12 @@ def _torchrun(job: dict[str, Any], processes: int) -> tuple[int, str]:
 def play(world: Path, training_cache: Path, micro_settings: list[str]) -> Play:
     """Run a scene, which is to end with `code`."""
 
-    def run(out: Path, *, cache: Path | None = None, world_size: int = 1, settings: tuple[str, ...] = (), code: int = 0,
-            **job: Any) -> None:
+    def run(out: Path, *, cache: Path | None = None, torchrun: bool = False, world_size: int = 1, settings: tuple[str, ...] = (),
+            code: int = 0, **job: Any) -> None:
         sets = [word for word in micro_settings[2:] if word != "--set"]
         whole = {"data": None if cache else str(world), "cache": str(cache or training_cache), "out": str(out),
                  "protocol": str(world / "protocol.toml"), "settings": [*sets, *SETTINGS, *settings]} | job
-        found, printed = _torchrun(whole, world_size) if world_size > 1 else _forked(whole, out.with_name("printed.txt"))
+        found, printed = _torchrun(whole, 2) if torchrun else _forked(whole, out.with_name("printed.txt"), world_size)
         assert found == code, printed
 
     return run
@@ -153,6 +164,33 @@ def test_a_signal_saves_and_ends_with_a_code_of_its_own(play: Play, unbroken: Pa
     _same(tmp_path / "run", unbroken)
 
 
+def test_a_signal_to_all_processes_of_a_job_spares_the_workers(play: Play, unbroken: Path, tmp_path: Path) -> None:
+    """As a terminal, SLURM and torchrun send it: a worker that dies of it would take the run with it."""
+    play(tmp_path / "run", kill_at=8, signal=int(signal.SIGTERM), group=True, save_minutes=60.0, settings=("train.workers=2",), code=75)
+    assert load_checkpoint(tmp_path / "run")["step"] == 8  # type: ignore[index]
+    play(tmp_path / "run", resume=True)
+    _same(tmp_path / "run", unbroken)
+
+
+def test_killed_as_an_epoch_ends(play: Play, unbroken: Path, tmp_path: Path) -> None:
+    """Right after its checkpoint, before its weights are kept: the first epoch's, and the last one's."""
+    play(tmp_path / "run", kill_in_catch_up=5, save_minutes=60.0, code=-9)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    play(tmp_path / "run", kill_in_catch_up=15, save_minutes=60.0, resume=True, code=-9)
+    play(tmp_path / "run", resume=True)
+    _same(tmp_path / "run", unbroken)
+
+
+def test_a_run_that_was_evaluated_on_its_way_is_not_finished(play: Play, tmp_path: Path) -> None:
+    """An AP of weights on the way does not stand beside those of the end."""
+    play(tmp_path / "run", kill_at=13, code=-9)
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"ap50": {"novel": 1.0, "base": 2.0, "all": 1.5}}))
+    assert read_run(tmp_path / "run").state is State.STOPPED
+    play(tmp_path / "run", resume=True)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert read_run(tmp_path / "run").state is State.NOT_EVALUATED
+
+
 def test_killed_while_it_validates(play: Play, unbroken: Path, tmp_path: Path) -> None:
     """The epoch is not trained again, and its validation is made up for; validating changes nothing else."""
     play(tmp_path / "whole", validate=True)
@@ -202,7 +240,7 @@ def _close(one: Path, two: Path, tolerance: float) -> None:
 def test_two_processes_have_the_loss_curve_of_one(play: Play, frozen: tuple[str, ...], tmp_path: Path) -> None:
     """Sums come in another order, no more."""
     play(tmp_path / "one", settings=frozen)
-    play(tmp_path / "two", settings=frozen, world_size=2)
+    play(tmp_path / "two", settings=frozen, torchrun=True)
     _close(tmp_path / "one", tmp_path / "two", 1e-3)
 
 
@@ -210,7 +248,7 @@ def test_a_run_of_two_processes_goes_on_with_one_and_back(play: Play, frozen: tu
     """Each image still once an epoch: the curve is that of the unbroken run."""
     settings = frozen
     play(tmp_path / "one", settings=settings)
-    play(tmp_path / "run", settings=settings, world_size=2, kill_at=7, signal=int(signal.SIGTERM), code=1)  # torchrun's own code
+    play(tmp_path / "run", settings=settings, world_size=2, kill_at=7, signal=int(signal.SIGTERM), code=75)
     assert load_checkpoint(tmp_path / "run")["step"] == 7  # type: ignore[index]
     play(tmp_path / "run", settings=settings, resume=True, kill_at=12, code=-9)
     play(tmp_path / "run", settings=settings, resume=True, world_size=2)
@@ -241,6 +279,41 @@ def test_a_damaged_checkpoint_is_named(world: Path, training_cache: Path, unbrok
         train(_job(world, training_cache, out, micro_recipe(*SETTINGS)), lambda _: None)
 
 
+def test_a_run_without_a_checkpoint_is_refused_as_such(world: Path, training_cache: Path, unbroken: Path, tmp_path: Path,
+                                                       micro_recipe: Callable[..., Recipe]) -> None:
+    out = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    (out / "checkpoint.pt").unlink()
+    with pytest.raises(HdovdError, match=r"holds a run without a checkpoint\.pt: it cannot be resumed"):
+        train(_job(world, training_cache, out, micro_recipe(*SETTINGS)), lambda _: None)
+
+
+def test_other_images_are_refused(world: Path, training_cache: Path, unbroken: Path, tmp_path: Path, copied_world: Path,
+                                  play: Play, micro_recipe: Callable[..., Recipe]) -> None:
+    """Base-only runs check nothing of their data against the cache."""
+    settings = [*SETTINGS, *PRESETS["base-only"]]
+    train(_job(world, training_cache, tmp_path / "run", micro_recipe(*settings)), lambda _: None)
+    file = copied_world / "annotations" / "instances_train2017.json"
+    tree = json.loads(file.read_text())
+    tree["images"] = tree["images"][1:]
+    tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] in {i["id"] for i in tree["images"]}]
+    file.write_text(json.dumps(tree))
+    with pytest.raises(HdovdError, match="the run began with 23 images, now there are 22"):
+        train(_job(copied_world, training_cache, tmp_path / "run", micro_recipe(*settings)), lambda _: None)
+
+
+def test_a_full_disk_keeps_the_checkpoint_that_is_there(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"step": 1})
+    with pytest.raises(HdovdError, match=r"checkpoint\.pt cannot be written .*go on with --resume"):
+        replace_file(tmp_path / "checkpoint.pt", _no_room)
+    assert load_checkpoint(tmp_path) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def _no_room(partial: Path) -> None:
+    partial.write_bytes(b"half of it")
+    raise OSError(28, "No space left on device")
+
+
 def test_a_finished_run_is_left_as_it_is(world: Path, training_cache: Path, unbroken: Path, tmp_path: Path,
                                          micro_recipe: Callable[..., Recipe]) -> None:
     out = Path(shutil.copytree(unbroken, tmp_path / "run"))
@@ -248,7 +321,7 @@ def test_a_finished_run_is_left_as_it_is(world: Path, training_cache: Path, unbr
     lines: list[str] = []
     train(_job(world, training_cache, out, micro_recipe(*SETTINGS)), lines.append)
     assert {name: (out / name).read_bytes() for name in before} == before
-    assert "is finished already" in lines
+    assert lines[-1].endswith("is finished already")
 
 
 def test_a_stop_says_how_to_go_on() -> None:

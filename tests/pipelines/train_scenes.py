@@ -1,7 +1,8 @@
 """A training run in a process of its own, for tests that kill it: `python train_scenes.py JOB`, in JSON.
 
 JOB: data, cache, out, protocol, settings, resume, save_minutes, log_every; `kill_at`: the step after which the process kills itself
-(-9), or sends itself `signal`; `kill_in_validation`: of this number; `validate`: whether to validate at all.
+(-9), or sends itself, or with `group` all its workers too, `signal`; `kill_in_validation`: of this number; `kill_in_catch_up`: at the
+end of the epoch that this step ends; `validate`: whether to validate at all.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ def main(job: dict[str, Any]) -> int:
 
     def step(self: run_hooks.RunHooks, loop: Loop[Any]) -> None:
         if loop.step_number == job.get("kill_at"):
-            os.kill(os.getpid(), job.get("signal", 9))
+            if job.get("group"):
+                os.killpg(os.getpgid(0), job["signal"])
+            else:
+                os.kill(os.getpid(), job.get("signal", 9))
         told(self, loop)
 
     def validate(self: run_hooks.RunHooks, loop: Loop[Any], epoch: int) -> None:
@@ -36,7 +40,16 @@ def main(job: dict[str, Any]) -> int:
             os.kill(os.getpid(), 9)
         validated(self, loop, epoch)
 
+    def catch_up(self: run_hooks.RunHooks, loop: Loop[Any]) -> None:
+        if loop.step_number == job.get("kill_in_catch_up"):
+            os.kill(os.getpid(), 9)
+        caught_up(self, loop)
+
+    caught_up = run_hooks.RunHooks.catch_up
     validated = run_hooks.RunHooks._validate
+    if job.get("group"):
+        os.setpgid(0, 0)  # or the signal would reach the tests
+    run_hooks.RunHooks.catch_up = catch_up  # type: ignore[method-assign]
     run_hooks.RunHooks.step = step  # type: ignore[method-assign]
     run_hooks.RunHooks._validate = validate  # type: ignore[method-assign]
     recipe = load_recipe("demo", job["settings"])
