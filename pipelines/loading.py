@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -96,16 +96,15 @@ class TrainingBatches(Batches[Sample]):
         self._steps.epoch, self._steps.first = epoch, step
 
 
-def _leave_signals_to_parent(_: int) -> None:
-    """Signals often go to all processes of a job. A worker that died of one would end a run that is about to save itself."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _apart(_: int) -> None:
+    """Signals often go to all processes of a group. A worker that died of one would end a run that is about to save itself."""
+    os.setpgid(0, 0)
 
 
 def _loader(data: Dataset[Any], workers: int, device: torch.device, **batches: Any) -> DataLoader[Any]:
     # A batch is one file descriptor for as long as it is held, and stages hold a few: the usual limit of 1024 is far off without
     # the sharing strategy "file_system", a setting for the whole process that does not reach spawned workers.
     return DataLoader(_Guarded(data), collate_fn=pack if workers else list, num_workers=workers, persistent_workers=workers > 0,
-                      worker_init_fn=_leave_signals_to_parent,
+                      worker_init_fn=_apart,
                       generator=torch.Generator().manual_seed(0),  # or the loader would draw from the generator that training uses
                       pin_memory=device.type == "cuda", **batches)
