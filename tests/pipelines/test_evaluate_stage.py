@@ -25,6 +25,7 @@ from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.evaluate import EvalJob, EvalResult, evaluate
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.tables import class_table, result_table
+from hdovd.pipelines.weights import Weights
 
 GROUPS = {"novel", "base", "all"}
 
@@ -293,6 +294,17 @@ def test_weights_of_another_recipe(base_only: RunFolder, distilled: RunFolder, w
     shutil.copy(distilled.path / "model.safetensors", out)
     with pytest.raises(HdovdError, match=r"does not fit config\.toml"):
         evaluate(EvalJob(out, DataPaths(world), device="cpu"), _silent)
+
+
+def test_the_best_weights_where_there_are_any(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
+    with pytest.raises(HdovdError, match=r"no best\.safetensors: was the run validated"):
+        _evaluate(distilled, tmp_path / "none", world, weights=Weights.BEST)
+    result, out = _evaluate(distilled, tmp_path / "last", world)
+    shutil.copy(out / "model.safetensors", out / "best.safetensors")
+    (out / "model.safetensors").write_bytes(b"others")
+    assert evaluate(EvalJob(out, DataPaths(world), device="cpu", weights=Weights.BEST), _silent).combined.summary() == (
+        result.combined.summary())
+    assert _metrics(out)["weights"] == "best"
 
 
 def test_missing_validation_annotations(base_only: RunFolder, copied_world: Path, tmp_path: Path) -> None:

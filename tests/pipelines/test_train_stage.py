@@ -204,6 +204,10 @@ def test_loss_that_is_not_finite_stops_naming_the_step(train_micro: TrainMicro, 
     with pytest.raises(HdovdError, match=r"not finite at step [234]\b.*train\.lr"):
         train_micro(tmp_path / "run", "train.lr=1e30", "train.optimizer=sgd", "train.clip_norm=0.0", f"train.epochs={epochs}",
                     "train.warmup_iterations=0")
+    record = json.loads((tmp_path / "run" / "unsound_batch.json").read_text())
+    assert record["step"] in (2, 3, 4)
+    assert len(set(record["image_ids"])) == 8
+    assert record["losses"].keys() >= DETECTION_LOSSES
 
 
 def test_weights_that_are_not_finite_are_never_saved(train_micro: TrainMicro, tmp_path: Path) -> None:
@@ -248,3 +252,17 @@ def test_base_only_needs_the_class_names_alone(train_micro: TrainMicro, copied_w
     (copied_world / "protocol.toml").write_text(text.replace(f'"{NOVEL[0]}"', '"unicorn"'))
     with pytest.raises(HdovdError, match="unicorn"):
         train_micro(tmp_path / "other", *PRESETS["base-only"], data=copied_world)
+
+
+def test_tensorboard_has_losses_and_validation_by_step(world: Path, training_cache: Path, tmp_path: Path,
+                                                       micro_recipe: Callable[..., Recipe]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    job = TrainJob(DataPaths(world), training_cache, tmp_path / "run", micro_recipe("train.epochs=2"), str(world / "protocol.toml"), "cpu",
+                   validation=DataPaths(world), tensorboard=True)
+    entries = RunFolder(train(job, lambda _: None).path).entries()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    found = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    assert found["loss/classification"] == {e["step"]: pytest.approx(e["classification"]) for e in entries if "classification" in e}
+    assert found["val_base"] == {e["step"]: pytest.approx(e["val_base"]) for e in entries if "val_base" in e}
+    assert list(found["val_base"]) == [2, 4]
