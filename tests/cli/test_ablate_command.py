@@ -107,7 +107,7 @@ def test_goes_on_with_what_is_left(scene: Scene) -> None:
             log = (scene.out / cell / f"seed{seed}.log").read_text()
             assert ("hdovd train" in log) == ((cell, seed) != (CELLS[0], 0))
             assert "hdovd eval" in log
-    assert "goes on at step" in (scene.out / CELLS[1] / "seed1.log").read_text()
+    assert "is finished already" in (scene.out / CELLS[1] / "seed1.log").read_text()
 
 
 def test_the_table_is_of_the_metrics(scene: Scene) -> None:
