@@ -47,7 +47,7 @@ class RoIPredictions:
 
 
 class BoxHead(nn.Module):
-    """RoI features -> two FC -> box deltas, classification feature c and (if wanted) distillation feature d."""
+    """RoI features -> two FC -> box deltas, classification feature c and what the distillation feature d is made of, if it is wanted."""
 
     def __init__(self, channels: int, fc_channels: int, dim: int, with_distillation: bool) -> None:
         super().__init__()
@@ -63,11 +63,14 @@ class BoxHead(nn.Module):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(R, C, 7, 7) -> deltas (R, 4), c (R, D), d (R, D) or None, float32."""
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(R, C, 7, 7) -> deltas (R, 4), c (R, D), float32; and r (R, F), what `distill` takes."""
         r = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
-        d = None if self.distillation is None else self.distillation(r).float()
-        return self.deltas(r).float(), self.class_feature(r).float(), d
+        return self.deltas(r).float(), self.class_feature(r).float(), r
+
+    def distill(self, r: Tensor) -> Tensor | None:
+        """Any rows of r, (n, F) -> d (n, D) float32, or None if the head has no such feature."""
+        return None if self.distillation is None else self.distillation(r).float()
 
 
 class FasterRCNN(nn.Module):
@@ -131,8 +134,9 @@ class FasterRCNN(nn.Module):
         config = self.recipe.detector.head
         rois, matches = zip(*(sample_rois(p, t.all_boxes, config.samples, config.positive_share, key)
                               for p, t, key in zip(proposals, targets, keys, strict=True)), strict=True)
-        deltas, c, d = self.head(self.pool(features, list(rois)))
+        deltas, c, r = self.head(self.pool(features, list(rois)))
         box_of_roi = number_boxes(matches, [len(t.all_boxes) for t in targets])
+        d = self.head.distill(r[(box_of_roi >= 0).nonzero().flatten()])  # no loss asks for the others: three quarters of the rows
         return StepView(features, batch.image_sizes, targets, texts, list(rois), box_of_roi, deltas, c, d)
 
     @torch.inference_mode()
@@ -145,7 +149,8 @@ class FasterRCNN(nn.Module):
         batch, factors = batch_images(images, self.recipe.input)
         features = self.backbone(batch.tensors)
         proposals, _ = self.rpn(batch, features)
-        deltas, c, d = self.head(self.pool(features, proposals))
+        deltas, c, r = self.head(self.pool(features, proposals))
+        d = self.head.distill(r)
         prompts = torch.cat([texts, self.background[None]])
         s1 = classwise.cosine_logits(c, prompts, self.recipe.detector.head.logit_scale).softmax(dim=1)
         s2 = None if d is None else classwise.cosine_logits(d, texts, self.recipe.inference.distillation_scale).sigmoid()

@@ -50,19 +50,19 @@ class ClassLevel(nn.Module):
             labels (R,) int64, weights (R,).
         """
         device = box_of_roi.device
+        counts = [len(t.pseudo_boxes) for t in targets]
+        trust, own = torch.zeros(sum(counts), device=device), torch.full((sum(counts),), background, device=device)
+        if self.config.enabled:  # for all images at once: on a CPU it is the number of operations that costs
+            trust = self.config.weight * classwise.reliability(
+                torch.cat([t.pseudo_embeddings for t in targets]), torch.cat([t.pseudo_texts for t in targets]),
+                self.pseudo.reliability_centre, self.pseudo.reliability_width, self.pseudo.reliability_scale)
+            own = torch.arange(first, first + len(trust), device=device)
+        base_counts = [len(t.boxes) for t in targets]
+        every = torch.ones(sum(base_counts), device=device)
+        last = torch.full((1,), background, device=device)  # row -1 serves background
         labels, weights = [], []
-        for t in targets:
-            count = len(t.pseudo_boxes)
-            if self.config.enabled:
-                trust = self.config.weight * classwise.reliability(
-                    t.pseudo_embeddings, t.pseudo_texts, self.pseudo.reliability_centre, self.pseudo.reliability_width,
-                    self.pseudo.reliability_scale)
-                own = torch.arange(first, first + count, device=device)
-                first += count
-            else:
-                trust, own = torch.zeros(count, device=device), torch.full((count,), background, device=device)
-            labels += [t.labels, own]
-            weights += [torch.ones(len(t.boxes), device=device), trust]
-        box_labels = torch.cat([*labels, torch.full((1,), background, device=device)])  # row -1 serves background
-        box_weights = torch.cat([*weights, torch.ones(1, device=device)])
+        for t, base, of_pseudo, trusted in zip(targets, every.split(base_counts), own.split(counts), trust.split(counts), strict=True):
+            labels += [t.labels, of_pseudo]
+            weights += [base, trusted]
+        box_labels, box_weights = torch.cat([*labels, last]), torch.cat([*weights, every.new_ones(1)])
         return box_labels[box_of_roi], box_weights[box_of_roi]

@@ -28,7 +28,7 @@ class InstanceLevel(nn.Module):
     def forward(self, view: StepView) -> dict[str, Tensor]:
         assert view.d is not None  # the detector builds the feature for this level
         teachers = torch.cat([rows for t in view.targets for rows in (t.embeddings, t.pseudo_embeddings)])
-        q, used = instance.box_students(view.d, view.box_of_roi, len(teachers))
+        q, used = instance.box_students(view.d, view.box_of_roi[view.box_of_roi >= 0], len(teachers))
         counts = counts_of_ranks(len(q), q.device)
         q, e = gather_rows(q, counts), gather_rows(teachers[used], counts)
         if len(q) < instance.MIN_PAIRS:

@@ -1,6 +1,6 @@
 """Level 1, instance-wise distillation in visual space (METHOD section 4).
 
-R sampled RoIs, B boxes of the batch (image by image, base before pseudo), n boxes with a positive RoI,
+P positive RoIs, B boxes of the batch (image by image, base before pseudo), n boxes with a positive RoI,
 D embedding size.
 """
 
@@ -15,17 +15,15 @@ def box_students(distillation: Tensor, box_of_roi: Tensor, box_count: int) -> tu
     """The student embedding of every box that has a positive RoI: mean first, then normalise.
 
     Args:
-        distillation: (R, D) features d of the RoIs.
-        box_of_roi: (R,) int64, the box in 0..box_count-1 that a positive RoI belongs to, or -1.
+        distillation: (P, D) features d of the positive RoIs.
+        box_of_roi: (P,) int64, the box in 0..box_count-1 that each belongs to.
         box_count: B.
 
     Returns:
         q (n, D) normalised, and (n,) int64 the boxes they belong to, in box order.
     """
-    positive = box_of_roi >= 0
-    rows, boxes = distillation[positive], box_of_roi[positive]
-    count = torch.bincount(boxes, minlength=box_count)
-    total = distillation.new_zeros(box_count, distillation.shape[1]).index_add(0, boxes, rows)
+    count = torch.bincount(box_of_roi, minlength=box_count)
+    total = distillation.new_zeros(box_count, distillation.shape[1]).index_add(0, box_of_roi, distillation)
     matched = count.nonzero().flatten()
     return F.normalize(total[matched] / count[matched, None], dim=1), matched
 

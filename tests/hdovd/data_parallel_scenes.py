@@ -37,7 +37,7 @@ class Agree(nn.Module):
 
     def forward(self, view: StepView) -> Tensor:
         positive = view.box_of_roi >= 0
-        distance = 1 - nn.functional.cosine_similarity(self.project(view.c[positive]), view.d[positive], dim=1)
+        distance = 1 - nn.functional.cosine_similarity(self.project(view.c[positive]), view.d, dim=1)
         return distance.sum() / divisor(positive.sum())
 
 

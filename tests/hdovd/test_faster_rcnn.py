@@ -124,7 +124,8 @@ def naive_losses(model: FasterRCNN, images: list[Tensor], targets: list[Targets]
     features = model.backbone(padded.tensors)
     proposals, rpn = model.rpn(padded, features, [{"boxes": t.all_boxes} for t in targets])
     rois, matches = zip(*(sample_rois(p, t.all_boxes, 32, 0.5) for p, t in zip(proposals, targets, strict=True)), strict=True)
-    deltas, c, d = (rows.split([len(r) for r in rois]) for rows in model.head(model.pool(features, list(rois))))
+    deltas, c, r_of_rois = model.head(model.pool(features, list(rois)))
+    deltas, c, d = (rows.split([len(r) for r in rois]) for rows in (deltas, c, model.head.distill(r_of_rois)))
     classification = box = 0.0
     counted = 0
     q, e = [], []
@@ -423,7 +424,8 @@ def test_predict_scores_and_boxes_equal_loops_in_original_pixels() -> None:
     with torch.no_grad():
         features = model.backbone(padded.tensors)
         proposals, _ = model.rpn(padded, features)
-        deltas, c, d = (rows.split([len(p) for p in proposals]) for rows in model.head(model.pool(features, proposals)))
+        deltas, c, r_of_rois = model.head(model.pool(features, proposals))
+        deltas, c, d = (rows.split([len(p) for p in proposals]) for rows in (deltas, c, model.head.distill(r_of_rois)))
     for i, (image, prediction) in enumerate(zip(images, found, strict=True)):
         count, (height, width), (x, y) = len(proposals[i]), padded.image_sizes[i], factors[i]
         assert prediction.boxes.shape == (count, 4)

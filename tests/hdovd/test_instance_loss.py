@@ -33,15 +33,15 @@ def test_two_pairs_are_the_least() -> None:
 
 
 def test_students_are_means_before_they_are_normalised() -> None:
-    d = torch.tensor([[10.0, 0.0], [0.0, 1.0], [3.0, 4.0], [7.0, 7.0]])
-    q, boxes = box_students(d, torch.tensor([2, 2, 0, -1]), 4)
+    d = torch.tensor([[10.0, 0.0], [0.0, 1.0], [3.0, 4.0]])
+    q, boxes = box_students(d, torch.tensor([2, 2, 0]), 4)
     assert boxes.tolist() == [0, 2]
     length = math.hypot(5.0, 0.5)
     torch.testing.assert_close(q, torch.tensor([[0.6, 0.8], [5.0 / length, 0.5 / length]]))
 
 
 def test_students_equal_a_loop() -> None:
-    d, owner = noise(20, 5), torch.randint(-1, 9, (20,), generator=torch.Generator().manual_seed(3))
+    d, owner = noise(20, 5), torch.randint(9, (20,), generator=torch.Generator().manual_seed(3))
     q, boxes = box_students(d, owner, 11)
     expected = [b for b in range(11) if b in owner.tolist()]
     assert boxes.tolist() == expected
@@ -51,18 +51,15 @@ def test_students_equal_a_loop() -> None:
 
 
 def test_students_pass_the_gradient_of_the_mean() -> None:
-    owner = torch.tensor([0, -1, 2, 0, 2])
-    d = noise(5, 3).requires_grad_()
+    owner = torch.tensor([0, 2, 0, 2])
+    d = noise(4, 3).requires_grad_()
     assert torch.autograd.gradcheck(lambda rows: box_students(rows, owner, 3)[0], (d,))
-    box_students(d, owner, 3)[0].sum().backward()
-    assert d.grad is not None
-    assert d.grad[1].abs().sum() == 0
 
 
-@pytest.mark.parametrize("roi_count", [0, 3])
-def test_no_positive_roi_gives_no_student(roi_count: int) -> None:
-    d = torch.randn(roi_count, 4, requires_grad=True)
-    q, boxes = box_students(d, torch.full((roi_count,), -1), 2)
+@pytest.mark.parametrize("box_count", [0, 2])
+def test_no_positive_roi_gives_no_student(box_count: int) -> None:
+    d = torch.randn(0, 4, requires_grad=True)
+    q, boxes = box_students(d, torch.zeros(0, dtype=torch.int64), box_count)
     assert q.shape == (0, 4)
     assert boxes.shape == (0,)
     q.sum().backward()
