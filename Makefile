@@ -28,4 +28,4 @@ $(VENV)/installed: pyproject.toml
 	touch $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) hdovd-demo build dist *.egg-info
+	rm -rf $(VENV) hdovd-demo build dist *.egg-info .pytest_cache

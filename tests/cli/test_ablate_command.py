@@ -1,6 +1,7 @@
 """`hdovd ablate` from the first run to the table: stopped, gone on with, run again for nothing, and with a cell that fails.
 
-Every command of a run is a process that imports torch: two of the four runs are trained in this process beforehand.
+Every command of a run is a process that imports torch, for seconds: what is not about such a process is done in this one beforehand,
+and `hdovd ablate` itself is forked from it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from hdovd.cli.main import app
+from hdovd.cli.main import app, main
 from hdovd.coco import DataPaths
 from hdovd.pipelines.ablate import LOCK, AblateConfig, plan
+from hdovd.pipelines.evaluate import EvalJob, evaluate
 from hdovd.pipelines.train import TrainJob, train
 
 Watch = Callable[[Path], Any]
@@ -35,11 +37,14 @@ CELLS = ("image-on_lr-0.002", "image-off_lr-0.002")
 
 @dataclass(frozen=True)
 class Scene:
-    """An ablation that was stopped after its first run, then gone on with. The first and the last run were trained before."""
+    """An ablation that was stopped after its first run, then gone on with. All runs but the second were trained before, and the third
+    evaluated too."""
 
     words: tuple[str, ...]
     out: Path
-    stopped: subprocess.CompletedProcess[str]
+    code: int
+    printed: str
+    errors: str
     first_metrics_ns: int
     table_when_stopped: str
     lock_was_free: bool
@@ -55,26 +60,54 @@ def _here(*words: str) -> Any:
     return CliRunner().invoke(app, list(words), env={"COLUMNS": "200"})
 
 
+def _forked(words: tuple[str, ...], out: Path, errors: Path) -> int:
+    """The command line in a process of its own; returns its id."""
+    process = os.fork()
+    if process == 0:
+        code = 99
+        try:
+            for number, file in ((1, out), (2, errors)):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+            os.environ |= {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+            sys.argv = ["hdovd", *words]
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return process
+
+
+def _trained_before(config: AblateConfig) -> None:
+    first, _, third, last = plan(config)
+    for planned in (first, third, last):
+        train(TrainJob(config.data, config.cache, planned.path, planned.recipe, config.protocol, "cpu"), lambda _: None)
+    evaluate(EvalJob(third.path, config.data, device="cpu"), lambda _: None)
+    (first.path / "checkpoint.pt").unlink()  # with one, training goes on, if only to see that it is at its end
+
+
 @pytest.fixture(scope="module")
 def scene(world: Path, cache: Path, micro_settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    out = tmp_path_factory.mktemp("ablation") / "with space"
-    shared = Path(shutil.copytree(cache, out.parent / "cache"))
+    folder = tmp_path_factory.mktemp("ablation")
+    out, shared = folder / "with space", Path(shutil.copytree(cache, folder / "cache"))
     words = (*_words(world, shared, micro_settings, out), *GRID, "--seeds", "2")
-    protocol = str(world / "protocol.toml")
-    config = AblateConfig(DataPaths(world), shared, out, GRID[1:], "demo", settings=tuple(micro_settings[3::2]), seeds=2, protocol=protocol)
-    for planned in plan(config)[::3]:
-        train(TrainJob(config.data, shared, planned.path, planned.recipe, protocol, "cpu"), lambda _: None)
-    (out / CELLS[0] / "seed0" / "checkpoint.pt").unlink()  # with one, training goes on, if only to see that it is at its end
+    _trained_before(AblateConfig(DataPaths(world), shared, out, GRID[1:], "demo", settings=tuple(micro_settings[3::2]), seeds=2,
+                                 protocol=str(world / "protocol.toml")))
     first = out / CELLS[0] / "seed0" / "metrics.json"
-    process = subprocess.Popen([sys.executable, "-m", "hdovd", *words], cwd=out.parent, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"})
+    printed, errors = folder / "printed", folder / "errors"
+    process, ended = _forked(words, printed, errors), 0
     deadline = time.monotonic() + 100
-    while not (first.exists() and (out / CELLS[0] / "seed1.log").exists()) and process.poll() is None and time.monotonic() < deadline:
+    while not (first.exists() and (out / CELLS[0] / "seed1.log").exists()) and not ended and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)
-    stopped = subprocess.CompletedProcess(words, process.returncode, *said)
-    assert first.exists(), stopped.stdout + stopped.stderr
+        ended, _ = os.waitpid(process, os.WNOHANG)
+    assert not ended, printed.read_text() + errors.read_text()
+    assert first.exists(), printed.read_text() + errors.read_text()
+    os.kill(process, signal.SIGINT)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     table = (out / "table.md").read_text()
     with (out / LOCK).open("w") as file:
         try:
@@ -82,31 +115,35 @@ def scene(world: Path, cache: Path, micro_settings: list[str], tmp_path_factory:
             free = True
         except BlockingIOError:
             free = False
-    return Scene(words, out, stopped, first.stat().st_mtime_ns, table, free, _here(*words, "--jobs", "2"))
+    return Scene(words, out, code, printed.read_text(), errors.read_text(), first.stat().st_mtime_ns, table, free,
+                 _here(*words, "--jobs", "2"))
 
 
 def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(scene: Scene) -> None:
-    assert scene.stopped.returncode == 130
-    assert "3 of 4 runs are left: the same command goes on" in scene.stopped.stderr
-    assert "Traceback" not in scene.stopped.stderr
-    assert "[1/4]" in scene.stopped.stdout
+    assert scene.code == 130, scene.errors
+    assert "2 of 4 runs are left: the same command goes on" in scene.errors
+    assert "Traceback" not in scene.errors
+    assert "1 of 4 runs done" in scene.printed
+    assert "[1/3]" in scene.printed
     assert scene.lock_was_free  # the runs hold it too: none of them is left
     rows = scene.table_when_stopped.splitlines()
     assert "1 of 2" in rows[2]
-    assert "0 of 2" in rows[3]
+    assert "1 of 2" in rows[3]
 
 
 def test_goes_on_with_what_is_left(scene: Scene) -> None:
     assert scene.went_on.exit_code == 0, scene.went_on.output
-    assert "1 of 4 runs done" in scene.went_on.output
-    assert "3 to do, 2 at a time" in scene.went_on.output
+    assert "2 of 4 runs done" in scene.went_on.output
+    assert "2 to do, 2 at a time" in scene.went_on.output
     assert (scene.out / CELLS[0] / "seed0" / "metrics.json").stat().st_mtime_ns == scene.first_metrics_ns
     for cell in CELLS:
         for seed in (0, 1):
             assert json.loads((scene.out / cell / f"seed{seed}" / "metrics.json").read_text())["ap50"]
-            log = (scene.out / cell / f"seed{seed}.log").read_text()
-            assert ("hdovd train" in log) == ((cell, seed) != (CELLS[0], 0))
-            assert "hdovd eval" in log
+    assert not (scene.out / CELLS[1] / "seed0.log").exists()  # it was done
+    for cell, seed in ((CELLS[0], 0), (CELLS[0], 1), (CELLS[1], 1)):
+        log = (scene.out / cell / f"seed{seed}.log").read_text()
+        assert ("hdovd train" in log) == ((cell, seed) != (CELLS[0], 0))
+        assert "hdovd eval" in log
     assert "is finished already" in (scene.out / CELLS[1] / "seed1.log").read_text()
 
 
