@@ -169,13 +169,24 @@ def extraction(world: Path, clip: str, proposals: Path) -> Callable[..., Extract
 
 
 @pytest.fixture(scope="session")
-def cache(extraction: Callable[..., ExtractConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The micro world's feature cache, all levels, nouns from captions."""
+def cache(extraction: Callable[..., ExtractConfig], contents: Callable[[Path], dict[str, str]],
+          tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The micro world's feature cache, all levels, nouns from captions. Runs leave a record in theirs: they read `training_cache`."""
     from hdovd.pipelines.extract_clip import extract_clip
 
     folder = tmp_path_factory.mktemp("shared") / "cache"
     extract_clip(extraction(folder), _silent)
-    return folder
+    before = contents(folder)
+    yield folder
+    changed = [f"{name}: {(folder / name).read_bytes()[:300]!r}" if (folder / name).exists() else name
+               for name, _ in sorted(before.items() ^ contents(folder).items())]
+    assert not changed, f"a test wrote to the cache that all tests of the session read: {changed}"
+
+
+@pytest.fixture(scope="session")
+def training_cache(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache that micro runs read, and that keeps a record of them."""
+    return Path(shutil.copytree(cache, tmp_path_factory.mktemp("runs") / "cache"))
 
 
 @pytest.fixture

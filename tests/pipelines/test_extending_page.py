@@ -41,10 +41,10 @@ def test_the_page_is_as_short_as_it_says() -> None:
 
 
 @pytest.mark.parametrize("block", RECIPES, ids=["loss", "timm", "backbone"])
-def test_the_page_trains(block: str, tmp_path: Path, world: Path, cache: Path, micro_recipe: Callable[..., Recipe],
+def test_the_page_trains(block: str, tmp_path: Path, world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe],
                          python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     write_page(tmp_path, micro_recipe("train.batch_size=4"), block)
-    words = {"hdovd": "-m hdovd", "COCO": str(world), "CACHE": str(cache), "RUN": "run"}
+    words = {"hdovd": "-m hdovd", "COCO": str(world), "CACHE": str(training_cache), "RUN": "run"}
     command = " ".join(words.get(word, word) for word in COMMANDS[0].split())
     trained = python([*command.split(), "--protocol", world / "protocol.toml", "--device", "cpu"], tmp_path)
     assert trained.returncode == 0, trained.stderr
