@@ -13,9 +13,8 @@ import os
 import shutil
 import signal
 import statistics
-import sys
+import subprocess
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from hdovd.cli.main import app, main
+from hdovd.cli.main import app
 from hdovd.coco import DataPaths
 from hdovd.pipelines.ablate import LOCK, AblateConfig, plan
 from hdovd.pipelines.evaluate import EvalJob, evaluate
@@ -42,9 +41,7 @@ class Scene:
 
     words: tuple[str, ...]
     out: Path
-    code: int
-    printed: str
-    errors: str
+    stopped: subprocess.CompletedProcess[str]
     first_metrics_ns: int
     table_when_stopped: str
     lock_was_free: bool
@@ -60,28 +57,6 @@ def _here(*words: str) -> Any:
     return CliRunner().invoke(app, list(words), env={"COLUMNS": "200"})
 
 
-def _forked(words: tuple[str, ...], out: Path, errors: Path) -> int:
-    """The command line in a process of its own; returns its id."""
-    process = os.fork()
-    if process == 0:
-        code = 99
-        try:
-            for number, file in ((1, out), (2, errors)):
-                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
-            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-            os.environ |= {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-            sys.argv = ["hdovd", *words]
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return process
-
-
 def _trained_before(config: AblateConfig) -> None:
     first, _, third, last = plan(config)
     for planned in (first, third, last):
@@ -91,22 +66,22 @@ def _trained_before(config: AblateConfig) -> None:
 
 
 @pytest.fixture(scope="module")
-def scene(world: Path, cache: Path, micro_settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Scene:
+def scene(world: Path, cache: Path, micro_settings: list[str], forked: Callable[..., Any],
+          tmp_path_factory: pytest.TempPathFactory) -> Scene:
     folder = tmp_path_factory.mktemp("ablation")
     out, shared = folder / "with space", Path(shutil.copytree(cache, folder / "cache"))
     words = (*_words(world, shared, micro_settings, out), *GRID, "--seeds", "2")
     _trained_before(AblateConfig(DataPaths(world), shared, out, GRID[1:], "demo", settings=tuple(micro_settings[3::2]), seeds=2,
                                  protocol=str(world / "protocol.toml")))
     first = out / CELLS[0] / "seed0" / "metrics.json"
-    printed, errors = folder / "printed", folder / "errors"
-    process, deadline = _forked(words, printed, errors), time.monotonic() + 300
+    process, deadline = forked(words, folder), time.monotonic() + 300
     while not (first.exists() and (out / CELLS[0] / "seed1.log").exists()) and time.monotonic() < deadline:
         time.sleep(0.05)
-        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):  # it ended, with an error
+        if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):  # it ended, with an error
             break
-    os.kill(process, signal.SIGINT)
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    assert first.exists(), printed.read_text() + errors.read_text()
+    os.kill(process.pid, signal.SIGINT)
+    stopped = process.wait()
+    assert first.exists(), stopped.stdout + stopped.stderr
     table = (out / "table.md").read_text()
     with (out / LOCK).open("w") as file:
         try:
@@ -114,16 +89,15 @@ def scene(world: Path, cache: Path, micro_settings: list[str], tmp_path_factory:
             free = True
         except BlockingIOError:
             free = False
-    return Scene(words, out, code, printed.read_text(), errors.read_text(), first.stat().st_mtime_ns, table, free,
-                 _here(*words, "--jobs", "2"))
+    return Scene(words, out, stopped, first.stat().st_mtime_ns, table, free, _here(*words, "--jobs", "2"))
 
 
 def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(scene: Scene) -> None:
-    assert scene.code == 130, scene.errors
-    assert "2 of 4 runs are left: the same command goes on" in scene.errors
-    assert "Traceback" not in scene.errors
-    assert "1 of 4 runs done" in scene.printed
-    assert "[1/3]" in scene.printed
+    assert scene.stopped.returncode == 130
+    assert "2 of 4 runs are left: the same command goes on" in scene.stopped.stderr
+    assert "Traceback" not in scene.stopped.stderr
+    assert "1 of 4 runs done" in scene.stopped.stdout
+    assert "[1/3]" in scene.stopped.stdout
     assert scene.lock_was_free  # the runs hold it too: none of them is left
     rows = scene.table_when_stopped.splitlines()
     assert "1 of 2" in rows[2]
