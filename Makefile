@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Files of tests side by side, in their order: the quick ones are last. Each process makes anew what files share, and needs some 2 GB.
+PYTEST := "$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test check setup clean
 .DELETE_ON_ERROR:
@@ -10,12 +12,12 @@ demo: setup
 	"$(BIN)/python" -m hdovd demo
 
 test: setup
-	"$(BIN)/python" -m pytest
+	$(PYTEST)
 
 check: setup
 	"$(BIN)/python" -m ruff check .
 	"$(BIN)/python" -m mypy
-	"$(BIN)/python" -m pytest
+	$(PYTEST)
 
 setup: $(VENV)/installed
 
@@ -28,4 +30,4 @@ $(VENV)/installed: pyproject.toml
 	touch $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) hdovd-demo build dist *.egg-info
+	rm -rf $(VENV) hdovd-demo build dist *.egg-info .pytest_cache

@@ -11,8 +11,10 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +171,24 @@ def extraction(world: Path, clip: str, proposals: Path) -> Callable[..., Extract
 
 
 @pytest.fixture(scope="session")
-def cache(extraction: Callable[..., ExtractConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The micro world's feature cache, all levels, nouns from captions."""
+def cache(extraction: Callable[..., ExtractConfig], contents: Callable[[Path], dict[str, str]],
+          tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The micro world's feature cache, all levels, nouns from captions. Runs leave a record in theirs: they read `training_cache`."""
     from hdovd.pipelines.extract_clip import extract_clip
 
     folder = tmp_path_factory.mktemp("shared") / "cache"
     extract_clip(extraction(folder), _silent)
-    return folder
+    before = contents(folder)
+    yield folder
+    changed = [f"{name}: {(folder / name).read_bytes()[:300]!r}" if (folder / name).exists() else name
+               for name, _ in sorted(before.items() ^ contents(folder).items())]
+    assert not changed, f"a test wrote to the cache that all tests of the session read: {changed}"
+
+
+@pytest.fixture(scope="session")
+def training_cache(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache that micro runs read, and that keeps a record of them."""
+    return Path(shutil.copytree(cache, tmp_path_factory.mktemp("runs") / "cache"))
 
 
 @pytest.fixture
@@ -231,9 +244,54 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(arguments: Sequence[object], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"} | environment
-        return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+        return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
     return run
+
+
+@dataclass(frozen=True)
+class _Forked:
+    """A process that runs; what it prints goes to files."""
+
+    pid: int
+    words: tuple[str, ...]
+    out: Path
+    err: Path
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """When it has ended: its exit code, or minus the signal that ended it, and what it printed."""
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return subprocess.CompletedProcess(self.words, code, self.out.read_text(), self.err.read_text())
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., _Forked]:
+    """Start `hdovd WORDS` in a process forked from this one, which has imported torch already: a fresh one needs seconds for that."""
+    from hdovd.cli.main import main
+
+    def start(words: Sequence[object], cwd: Path) -> _Forked:
+        prints = tmp_path_factory.mktemp("prints")
+        process = _Forked(os.fork(), ("hdovd", *map(str, words)), prints / "out", prints / "err")
+        if process.pid:
+            return process
+        code = 99
+        try:
+            for number, file in ((1, process.out), (2, process.err)):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+            os.environ.update({"OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+            os.chdir(cwd)
+            sys.argv = list(process.words)
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    return start
 
 
 def _silent(_: str) -> None:

@@ -227,15 +227,16 @@ def test_the_main_job_by_commands(hdovd: Callable[..., Ran], world: Path, clip: 
     assert metrics["cache"]["path"] == str(cache.resolve())
 
 
-def test_paths_given_one_by_one(hdovd: Callable[..., Ran], world: Path, cache: Path, tmp_path: Path, micro_settings: list[str]) -> None:
+def test_paths_given_one_by_one(hdovd: Callable[..., Ran], world: Path, training_cache: Path, tmp_path: Path,
+                                micro_settings: list[str]) -> None:
     """--images and --annotations stand in for --data; --preset is laid over the recipe."""
     pictures = Path(shutil.copytree(world / "train2017", tmp_path / "pictures"))
     annotations = Path(shutil.copy(world / "annotations" / "instances_train2017.json", tmp_path / "boxes.json"))
-    ran = hdovd("train", "--images", pictures, "--annotations", annotations, "--protocol", world / "protocol.toml", "--cache", cache,
-                "--out", tmp_path / "run", "--preset", "base-only", *micro_settings, "--device", "cpu")
+    words = ("train", "--images", pictures, "--annotations", annotations, "--protocol", world / "protocol.toml", "--cache", training_cache,
+             "--out", tmp_path / "run", *micro_settings)
+    ran = hdovd(*words, "--preset", "base-only", "--device", "cpu")
     assert ran.code == 0, ran.err
     assert "none (base-only)" in ran.out
-    again = hdovd("train", "--images", pictures, "--annotations", annotations, "--protocol", world / "protocol.toml", "--cache", cache,
-                  "--out", tmp_path / "run", *micro_settings)
+    again = hdovd(*words)
     assert again.code == 1
     assert "--overwrite" in again.err

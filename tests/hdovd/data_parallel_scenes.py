@@ -119,4 +119,4 @@ if __name__ == "__main__":
     if len(numbers) == 1:
         train(0, numbers, folder)
     else:
-        mp.spawn(work, (numbers, folder), nprocs=len(numbers))
+        mp.start_processes(work, (numbers, folder), len(numbers), start_method="fork")  # torch is imported, and has no threads yet

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +13,6 @@ from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.train import TrainJob, train
 
 TrainMicro = Callable[..., RunFolder]
-
-
-@pytest.fixture(scope="session")
-def training_cache(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache that micro runs read, and that keeps a record of them."""
-    return Path(shutil.copytree(cache, tmp_path_factory.mktemp("runs") / "cache"))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -41,12 +40,14 @@ def test_the_page_is_as_short_as_it_says() -> None:
 
 
 @pytest.mark.parametrize("block", RECIPES, ids=["loss", "timm", "backbone"])
-def test_the_page_trains(block: str, tmp_path: Path, world: Path, cache: Path, micro_recipe: Callable[..., Recipe],
-                         python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_the_page_trains(block: str, tmp_path: Path, world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe],
+                         forked: Callable[..., Any]) -> None:
     write_page(tmp_path, micro_recipe("train.batch_size=4"), block)
-    words = {"hdovd": "-m hdovd", "COCO": str(world), "CACHE": str(cache), "RUN": "run"}
-    command = " ".join(words.get(word, word) for word in COMMANDS[0].split())
-    trained = python([*command.split(), "--protocol", world / "protocol.toml", "--device", "cpu"], tmp_path)
+    hdovd, *command = COMMANDS[0].split()
+    assert hdovd == "hdovd"
+    words = {"COCO": str(world), "CACHE": str(training_cache), "RUN": "run"}
+    command = [words.get(word, word) for word in command]
+    trained = forked([*command, "--protocol", world / "protocol.toml", "--device", "cpu"], tmp_path).wait()
     assert trained.returncode == 0, trained.stderr
     last = [entry for line in (tmp_path / "run" / "log.jsonl").open() if "classification" in (entry := json.loads(line))][-1]
     weights = load_file(tmp_path / "run" / "model.safetensors")
@@ -59,5 +60,5 @@ def test_the_page_trains(block: str, tmp_path: Path, world: Path, cache: Path, m
         assert any(key.startswith("backbone.body.inner.") for key in weights)
     assert all(torch.isfinite(value).all() for value in weights.values())
     if "my_" in block:  # what it names is imported again
-        scored = python(["-m", "hdovd", "eval", "run", "--data", world, "--device", "cpu"], tmp_path)
+        scored = forked(["eval", "run", "--data", world, "--device", "cpu"], tmp_path).wait()
         assert scored.returncode == 0, scored.stderr

@@ -51,10 +51,10 @@ def _weights(run: RunFolder) -> dict[str, torch.Tensor]:
     return dict(load_file(run.path / "model.safetensors"))
 
 
-def test_trains_where_open_clip_cannot_be_imported(world: Path, cache: Path, tmp_path: Path, micro_settings: list[str],
+def test_trains_where_open_clip_cannot_be_imported(world: Path, training_cache: Path, tmp_path: Path, micro_settings: list[str],
                                                    python: Callable[..., Any]) -> None:
-    found = python(["-c", WITHOUT_CLIP, "train", "--data", world, "--cache", cache, "--out", tmp_path / "run", "--device", "cpu",
-                    "--protocol", world / "protocol.toml", *micro_settings], tmp_path)
+    found = python(["-c", WITHOUT_CLIP, "train", "--data", world, "--cache", training_cache, "--out", tmp_path / "run",
+                    "--device", "cpu", "--protocol", world / "protocol.toml", *micro_settings], tmp_path)
     assert found.returncode == 0, found.stderr
     assert (tmp_path / "run" / "model.safetensors").is_file()
     assert "hdovd eval" in found.stdout
@@ -113,9 +113,9 @@ def test_data_at_another_path_gives_the_same_bits(train_micro: TrainMicro, copie
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_resolved_config_repeats_the_run(distilled: RunFolder, world: Path, cache: Path, tmp_path: Path) -> None:
+def test_resolved_config_repeats_the_run(distilled: RunFolder, world: Path, training_cache: Path, tmp_path: Path) -> None:
     recipe = load_recipe(str(distilled.path / "config.toml"))
-    again = train(TrainJob(DataPaths(world), cache, tmp_path / "run", recipe, str(world / "protocol.toml"), "cpu"), lambda _: None)
+    again = train(TrainJob(DataPaths(world), training_cache, tmp_path / "run", recipe, str(world / "protocol.toml"), "cpu"), lambda _: None)
     weights = _weights(again)
     assert all(torch.equal(value, weights[name]) for name, value in _weights(distilled).items())
 
