@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from hdovd.errors import HdovdError
 from hdovd.pipelines.name_list import GENERAL, shipped
-from hdovd.pipelines.noun_matching import Found, NameMatcher, StopList, unmatched
+from hdovd.pipelines.noun_matching import Found, Match, NameMatcher, StopList, unmatched
 from hdovd.pipelines.noun_words import noun_words, singular
 
 if TYPE_CHECKING:
@@ -61,8 +61,9 @@ class _Word:
 class ParsingFinder:
     """The nouns of captions as spaCy tags them.
 
-    With a vocabulary: its names, where the last word is a noun. Without: those of the general list likewise, and beside them every
-    other common noun with the nouns that the parser calls its compound ("beach volleyball"), in the singular.
+    With a vocabulary: its names, where the last word is a noun. Without: every common noun with the nouns that the parser calls its
+    compound ("beach volleyball player"), in the singular. The general list helps with what a parser takes apart or calls a proper
+    name: hot dogs, a Frisbee. Of a compound with a word of the stop list (a train front) the rest is left.
     """
 
     def __init__(self, pipeline: Language, model: str, vocabulary: Sequence[str] | None, stop: StopList) -> None:
@@ -87,7 +88,7 @@ class ParsingFinder:
         parsed = doc.has_annotation("DEP")
         words = [word for token in doc for word in _words(token, parsed)]
         texts = [word.text for word in words]
-        matches = [m for m in self._matcher.find(texts) if words[m.stop - 1].noun]
+        matches = [m for m in self._matcher.find(texts) if words[m.stop - 1].noun and (self.vocabulary is not None or _helps(words, m))]
         names = [name for m in matches if (name := self._names[m.row]) not in self.stopped]
         if self.vocabulary is not None:
             return Found(image_id, names, [w for w in unmatched(texts, matches, self._stop) if w in _nouns_of(words)])
@@ -98,15 +99,27 @@ class ParsingFinder:
         """Compounds and nouns that no match took, each to its last word."""
         found = []
         for at, word in enumerate(words):
-            if at in taken or not word.common or (word.compound and at + 1 < len(words) and at + 1 not in taken and words[at + 1].noun):
+            if at in taken or not word.common or (at + 1 not in taken and _goes_on(words, at)):
                 continue
             start = at
             while start and start - 1 not in taken and words[start - 1].compound:
                 start -= 1
             parts = [w.text for w in words[start:at]] + [singular(word.text) if word.plural else word.text]
-            if not self._stop.ends(parts) and len(parts[-1]) > 1 and any(c.isalpha() for c in parts[-1]):
+            while parts and self._stop.ends(parts):
+                parts.pop()
+            if parts and len(parts[-1]) > 1 and any(map(str.isalpha, parts[-1])):
                 found.append(" ".join(parts))
         return found
+
+
+def _goes_on(words: Sequence[_Word], at: int) -> bool:
+    """Whether this word belongs to the noun after it."""
+    return words[at].compound and at + 1 < len(words) and words[at + 1].noun
+
+
+def _helps(words: Sequence[_Word], match: Match) -> bool:
+    """Whether a parser alone would miss this name of the general list."""
+    return not _goes_on(words, match.stop - 1) and (match.stop - match.start > 1 or not words[match.start].common)
 
 
 def _words(token: Token, parsed: bool) -> list[_Word]:
