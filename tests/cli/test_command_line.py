@@ -16,9 +16,10 @@ import pytest
 from hdovd.cli.main import main
 
 NEXT = {
-    (): ["hdovd demo", "propose", "extract-clip", "train", "eval"],
+    (): ["hdovd demo", "propose", "nouns", "extract-clip", "train", "eval"],
     ("demo",): ["propose", "extract-clip", "train", "eval"],
     ("propose",): ["hdovd extract-clip"],
+    ("nouns",): ["hdovd extract-clip --nouns"],
     ("extract-clip",): ["hdovd train"],
     ("train",): ["hdovd eval"],
     ("eval",): ["metrics.json", "detections.json"],  # the last one: what it leaves
