@@ -107,6 +107,7 @@ def verify(
     proposals: Annotated[Path | None, typer.Option("--proposals", help="Where the proposals are now.")] = None,
     vocabulary: Annotated[Path | None, typer.Option("--vocabulary", help="Where the vocabulary is now.")] = None,
     captions: Annotated[Path | None, typer.Option("--captions", help="Where the captions are now.")] = None,
+    nouns: Annotated[Path | None, typer.Option("--nouns", help="Where the file of nouns is now.")] = None,
     protocol: Annotated[str | None, typer.Option("--protocol", help="ov-coco, or where the protocol's TOML file is now.")] = None,
     templates: Annotated[str | None, typer.Option("--templates", help="The prompts: photo, vild, clip80, or a file, one a line.")] = None,
     synonyms: Annotated[Path | None, typer.Option("--synonyms", help="Where the synonyms are now.")] = None,
@@ -130,9 +131,9 @@ def verify(
     prompts = None if templates is None else read_templates(templates)
     changes: dict[str, Any] = {"data": DataPaths(data, images, annotations) if data or images or annotations else None, "clip": clip,
                                "pretrained": pretrained, "proposals": proposals, "vocabulary": vocabulary, "captions": captions,
-                               "protocol": protocol, "templates": prompts, "synonyms": synonyms, "class_embeddings": class_embeddings,
-                               "precision": precision, "activation": activation, "device": device, "batch_size": batch_size,
-                               "workers": options.workers(workers)}
+                               "nouns": nouns, "protocol": protocol, "templates": prompts, "synonyms": synonyms,
+                               "class_embeddings": class_embeddings, "precision": precision, "activation": activation, "device": device,
+                               "batch_size": batch_size, "workers": options.workers(workers)}
     changes = {name: value for name, value in changes.items() if value is not None}
     if check_cache(CheckConfig(cache, features, sample, seed, repair, changes), typer.echo).findings:
         raise typer.Exit(1)

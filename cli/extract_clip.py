@@ -19,9 +19,14 @@ def extract_clip(
     images: options.Images = None,
     annotations: options.Annotations = None,
     proposals: Annotated[Path | None, typer.Option("--proposals", help="COCO results JSON: [{image_id, bbox, score}].")] = None,
-    vocabulary: Annotated[Path | None, typer.Option("--vocabulary", help="Nouns for pseudo boxes, one name a line.")] = None,
+    vocabulary: Annotated[Path | None, typer.Option("--vocabulary", help="Nouns for pseudo boxes, one name a line, or general: the object "
+                                                        "list that ships.")] = None,
     captions: Annotated[
-        Path | None, typer.Option("--captions", help="COCO captions JSON: an image offers only its own captions' words.")
+        Path | None, typer.Option("--captions", help="COCO captions JSON: an image offers only its own captions' words, in singular "
+                                     "or plural, as hdovd nouns --parser match finds them.")
+    ] = None,
+    nouns: Annotated[
+        Path | None, typer.Option("--nouns", help="A file of hdovd nouns, instead of --vocabulary and --captions.")
     ] = None,
     protocol: options.Protocol = "ov-coco",
     templates: options.Templates = "photo",
@@ -70,7 +75,7 @@ def extract_clip(
         DataPaths(data, images, annotations), cache, clip, pretrained, proposals, vocabulary, captions, protocol, read_templates(templates),
         recipe, precision, activation, features, device, options.batch_size(batch), part_rows,
         options.workers(workers), dry_run, retry_failed, None if shard is None else Share.parse(shard), executor, store, synonyms,
-        class_embeddings))
+        class_embeddings, nouns))
     if report.whole and not dry_run and this_share(None).speaks:
         named = "" if features == DEFAULT_SET else f" --features {features}"
         typer.echo(f"next: hdovd train --cache {cache}{named} --out RUN ...")

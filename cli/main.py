@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import hdovd
-from hdovd.cli import ablate, bench, cache, demo, eval, extract_clip, propose, runs, train
+from hdovd.cli import ablate, bench, cache, demo, eval, extract_clip, nouns, propose, runs, train
 from hdovd.errors import HdovdError, Stopped
 
 app = typer.Typer(
@@ -20,8 +20,9 @@ app = typer.Typer(
 
     New here? [bold]hdovd demo[/bold] runs everything on a small world of its own and prints each command.
 
-    On your COCO folder, in this order: [bold]propose[/bold] (class-agnostic boxes), [bold]extract-clip[/bold]
-    (run CLIP once, fill the cache), [bold]train[/bold] (the detector, without CLIP), [bold]eval[/bold] (OV-COCO AP).
+    On your COCO folder, in this order: [bold]propose[/bold] (class-agnostic boxes), [bold]nouns[/bold] (of captions),
+    [bold]extract-clip[/bold] (run CLIP once, fill the cache), [bold]train[/bold] (the detector, without CLIP), [bold]eval[/bold]
+    (OV-COCO AP).
 
     [bold]cache[/bold] lists, compares, checks, mends and tidies what extract-clip wrote;
     [bold]runs[/bold] lists and compares what train wrote. [bold]ablate[/bold] trains and evaluates a grid of settings.
@@ -46,6 +47,7 @@ def _root(
 
 app.command("demo")(demo.demo)
 app.command("propose")(propose.propose)
+app.command("nouns")(nouns.nouns)
 app.command("extract-clip")(extract_clip.extract_clip)
 app.command("train")(train.train)
 app.command("eval")(eval.eval)

@@ -53,7 +53,7 @@ def told_where(name: str) -> Iterator[None]:
         yield
     except HdovdError as error:
         raise HdovdError(f"{error}\nSet {name} was made from this. If it lies elsewhere now, say where: --data (or --images, "
-                         "--annotations), --clip, --proposals, --vocabulary, --captions, --synonyms, --class-embeddings, "
+                         "--annotations), --clip, --proposals, --vocabulary, --captions, --nouns, --synonyms, --class-embeddings, "
                          "--protocol") from error
 
 

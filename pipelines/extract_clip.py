@@ -20,7 +20,8 @@ from hdovd.pipelines.extract_config import Executor, ExtractConfig, Store
 from hdovd.pipelines.extract_plan import LevelPlan, plan_levels
 from hdovd.pipelines.extraction import Extraction, Probe
 from hdovd.pipelines.identities import level_inputs
-from hdovd.pipelines.nouns import named_novel, read_nouns
+from hdovd.pipelines.noun_file import read_noun_file
+from hdovd.pipelines.nouns import Nouns, named_novel, read_nouns
 from hdovd.pipelines.proposal_file import Proposals, read_proposals
 from hdovd.pipelines.sharing import do_share, this_share
 from hdovd.pipelines.teacher import Teacher
@@ -92,7 +93,7 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
     split = config.data.load("train2017", protocol, base_only=True, log=log)
     table = box_table(split.images, _proposals(config, split, log))
     classes = read_classes(protocol.names, config.synonyms, config.class_embeddings, log)
-    nouns = None if config.vocabulary is None else read_nouns(config.vocabulary, config.captions)
+    nouns = _nouns(config, split)
     novel = list(dict.fromkeys(name for own in protocol.novel for name in (own, *classes.synonyms.get(own, ()))))
     if nouns is not None and (leaked := named_novel(nouns.vocabulary, novel)):
         log(f"note: the vocabulary holds {len(leaked)} of the {len(novel)} novel names ({shorten(list(leaked))}); "
@@ -113,6 +114,17 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
     plans = plan_levels(catalog, inputs, table, loaded.dim, part_rows=config.part_rows, retry_failed=config.retry_failed)
     return Extraction(split, table, nouns, classes, loaded, ways, plans, templates=config.templates, batch_size=config.batch_size,
                       workers=workers_for(loaded.device, config.workers))
+
+
+def _nouns(config: ExtractConfig, split: Split) -> Nouns | None:
+    """What pseudo boxes may be named, if they are. Raises HdovdError for files that do not fit."""
+    if config.nouns is None:
+        return None if config.vocabulary is None else read_nouns(config.vocabulary, config.captions, config.matching)
+    nouns = read_noun_file(config.nouns)
+    if not any(nouns.offered(image.id) for image in split.images):
+        raise HdovdError(f"--nouns {config.nouns} has no noun for any of the {len(split.images)} training images (ids "
+                         f"{shorten([image.id for image in split.images], 4)}): it is of the captions of other images")
+    return nouns
 
 
 def _proposals(config: ExtractConfig, split: Split, log: Log) -> dict[int, Proposals]:

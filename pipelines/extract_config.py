@@ -12,11 +12,13 @@ from hdovd.cache.schema import CHUNK_ROWS, DEFAULT_SET, PART_ROWS
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
+from hdovd.pipelines.name_list import is_shipped
+from hdovd.pipelines.nouns_config import Matching
 from hdovd.pipelines.prompt_templates import check_templates
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 _FILES = ("proposals", "vocabulary", "captions")
-_LATER_FILES = ("synonyms", "class_embeddings")  # not in `to_dict` without a value: sets that are older than these stay the same
+_LATER_FILES = ("synonyms", "class_embeddings", "nouns")  # not in `to_dict` without a value: sets that are older than these stay the same
 
 
 class Precision(StrEnum):
@@ -72,6 +74,7 @@ class ExtractConfig:
     `recipe`: what becomes of a box. `features` names the set that the products make up. `batch_size`: None for the teacher's
     best. `workers`: None for what suits the device. `share`: None for torchrun's own, or all of the work. `store`: what `cache`
     becomes, a Zarr cache or a folder of tar shards. `synonyms` and `class_embeddings`: files of `text_rows.read_classes`.
+    `nouns`: a file of `hdovd nouns`, instead of `vocabulary` and `captions`; `matching`: how these are, if there are captions.
     """
 
     data: DataPaths
@@ -98,12 +101,17 @@ class ExtractConfig:
     store: Store = Store.ZARR
     synonyms: Path | None = None
     class_embeddings: Path | None = None
+    nouns: Path | None = None
+    matching: Matching = Matching.LEMMAS
 
     def __post_init__(self) -> None:
+        if self.nouns is not None and (self.vocabulary is not None or self.captions is not None):
+            raise HdovdError("--nouns holds a vocabulary and what of it each image offers: leave --vocabulary and --captions out")
         if self.captions is not None and self.vocabulary is None:
             raise HdovdError("--captions needs --vocabulary too: the names, one a line, that are looked for in the captions")
-        if self.vocabulary is not None and self.proposals is None:
-            raise HdovdError("--vocabulary names pseudo boxes, and there are none without --proposals")
+        for option in ("vocabulary", "nouns"):
+            if self.proposals is None and getattr(self, option) is not None:
+                raise HdovdError(f"--{option} names pseudo boxes, and there are none without --proposals")
         if self.synonyms is not None and self.class_embeddings is not None:
             raise HdovdError("--synonyms has no use with --class-embeddings, which takes the place of all class names")
         check_templates(self.templates)
@@ -115,6 +123,8 @@ class ExtractConfig:
     def to_dict(self) -> dict[str, Any]:
         """What another process needs to make the same products: JSON values, absolute paths."""
         paths = {name: _absolute(getattr(self, name)) for name in _FILES}
+        if self.captions is not None and self.matching is not Matching.WORDS:  # sets that do not say it are of whole words
+            paths["matching"] = str(self.matching)
         paths |= {name: _absolute(file) for name in _LATER_FILES if (file := getattr(self, name)) is not None}
         data = {name: _absolute(getattr(self.data, name)) for name in ("root", "images", "annotations")}
         pretrained = self.pretrained if self.pretrained is None or not Path(self.pretrained).is_file() else _absolute(Path(self.pretrained))
@@ -132,7 +142,8 @@ class ExtractConfig:
         recipe = DenseRecipe(**tree["dense"]) if "dense" in tree else CropRecipe.from_inputs(tree["crop"]) if "crop" in tree else PLAIN_BOX
         rest = {name: value for name, value in tree.items() if name not in ("crop", "dense")}
         given = {**rest, **paths, "data": data, "templates": tuple(tree["templates"]), "recipe": recipe,
-                 "precision": Precision(tree["precision"]), "activation": Activation(tree["activation"]), "cache": cache}
+                 "precision": Precision(tree["precision"]), "activation": Activation(tree["activation"]), "cache": cache,
+                 "matching": _matching(tree)}
         return cls(**(given | changes))
 
 
@@ -140,8 +151,13 @@ def _recipe_tree(recipe: CropRecipe | DenseRecipe) -> dict[str, Any]:
     return {"dense": {"side": recipe.side}} if isinstance(recipe, DenseRecipe) else {"crop": recipe.inputs()}
 
 
+def _matching(tree: dict[str, Any]) -> Matching:
+    """What a set says of how names were found in captions; one without captions says nothing, and one that is older neither."""
+    return Matching(tree.get("matching", Matching.LEMMAS if tree.get("captions") is None else Matching.WORDS))
+
+
 def _absolute(path: Path | None) -> str | None:
-    return None if path is None else str(path.absolute())
+    return None if path is None else str(path) if is_shipped(path) else str(path.absolute())
 
 
 def _path(text: str | None) -> Path | None:

@@ -1,18 +1,22 @@
-"""Which nouns may name an image's pseudo boxes (METHOD section 2).
+"""Which nouns may name an image's pseudo boxes (METHOD section 2), for extraction.
 
-With captions: the vocabulary's words that the image's own captions hold. Without: the whole vocabulary, the
-same for every image. Plain matching of whole words, the longest name first.
+Without captions: the whole vocabulary, the same for every image. With captions, or a file of `hdovd nouns`: the vocabulary's
+names that the image's own captions hold. See `noun_matching` for how they are found.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hdovd.coco import read_json
 from hdovd.errors import HdovdError
+from hdovd.pipelines.captions import Captions
+from hdovd.pipelines.name_list import read_vocabulary
+from hdovd.pipelines.noun_matching import Found, MatchFinder, StopList
+from hdovd.pipelines.noun_words import noun_words, singular_of
+from hdovd.pipelines.nouns_config import Matching
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,38 +32,44 @@ class Nouns:
         return self.by_image.get(image_id, ())
 
 
-def read_vocabulary(path: Path, option: str = "--vocabulary") -> tuple[str, ...]:
-    """One name a line; blank lines and lines that begin with # do not count. Raises HdovdError if none is left."""
-    if not path.is_file():
-        raise HdovdError(f"{option} {path}: no such file; expected one a line")
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except UnicodeDecodeError as error:
-        raise HdovdError(f"{option} {path} is no text file ({error}); expected one a line") from error
-    names = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
-    if not names:
-        raise HdovdError(f"{option} {path} holds nothing; expected one a line")
-    return names
-
-
-def read_nouns(vocabulary: Path, captions: Path | None) -> Nouns:
+def read_nouns(vocabulary: Path, captions: Path | None, matching: Matching = Matching.LEMMAS) -> Nouns:
     """The nouns that images offer. Raises HdovdError if the captions hold no word of the vocabulary."""
     names = read_vocabulary(vocabulary)
     if captions is None:
         return Nouns(names, None)
-    tree = read_json(captions, "captions")
-    if not isinstance(tree, dict) or not isinstance(tree.get("annotations"), list):
-        raise HdovdError(f"{captions} is no COCO captions file: it needs annotations of {{image_id, caption}}")
-    rows = {words(name): row for row, name in enumerate(names)}
-    longest = max(map(len, rows))
+    finder = MatchFinder(names, StopList()) if matching is Matching.LEMMAS else _WholeWords(names)
+    row_of = {name: row for row, name in enumerate(names)}
     found: dict[int, set[int]] = {}
-    for number, entry in enumerate(tree["annotations"]):
-        if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int) or not isinstance(entry.get("caption"), str):
-            raise HdovdError(f"{captions}: entry {number} of annotations is no {{image_id, caption}}: {str(entry)[:80]}")
-        found.setdefault(entry["image_id"], set()).update(_matches(words(entry["caption"]), rows, longest))
+    for one in finder(Captions(captions)):
+        found.setdefault(one.image_id, set()).update(row_of[name] for name in one.nouns)
     if not any(found.values()):
         raise HdovdError(f"no caption of {captions} holds a word of {vocabulary} ({len(names)} names): are they of one language?")
-    return Nouns(names, {image_id: tuple(sorted(words)) for image_id, words in found.items()})
+    return Nouns(names, {image_id: tuple(sorted(rows)) for image_id, rows in found.items()})
+
+
+class _WholeWords:
+    """The names that stand in captions letter by letter; at every place the longest one, which takes its words."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = {words(name): name for name in names}
+        self._longest = max(map(len, self._names))
+
+    def __call__(self, captions: Iterable[tuple[int, str]]) -> Iterator[Found]:
+        for image_id, caption in captions:
+            yield Found(image_id, self._matches(words(caption)), [])
+
+    def _matches(self, caption: tuple[str, ...]) -> list[str]:
+        found, at = [], 0
+        while at < len(caption):
+            for length in range(min(self._longest, len(caption) - at), 0, -1):
+                name = self._names.get(caption[at : at + length])
+                if name is not None:
+                    found.append(name)
+                    break
+            else:
+                length = 1
+            at += length
+        return found
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -67,22 +77,7 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+", text.lower()))
 
 
-def _matches(caption: tuple[str, ...], rows: dict[tuple[str, ...], int], longest: int) -> list[int]:
-    """Rows of the names that stand in a caption; at every place the longest one, which takes its words."""
-    found, at = [], 0
-    while at < len(caption):
-        for length in range(min(longest, len(caption) - at), 0, -1):
-            row = rows.get(caption[at : at + length])
-            if row is not None:
-                found.append(row)
-                break
-        else:
-            length = 1
-        at += length
-    return found
-
-
 def named_novel(vocabulary: Sequence[str], novel: Sequence[str]) -> list[str]:
-    """The novel class names that a vocabulary holds: allowed, since captions hold them, but reported."""
-    have = {words(name) for name in vocabulary}
-    return [name for name in novel if words(name) in have]
+    """The novel class names that a vocabulary holds, in the plural too: allowed, since captions hold them, but reported."""
+    have = {singular_of(noun_words(name)) for name in vocabulary}
+    return [name for name in novel if singular_of(noun_words(name)) in have]

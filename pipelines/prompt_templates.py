@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hdovd.errors import HdovdError
-from hdovd.pipelines.nouns import read_vocabulary
+from hdovd.pipelines.name_list import read_vocabulary
 
 Name = str | tuple[str, ...]  # what a row of embeddings stands for: a name, or several names of one thing
 ARTICLE = "{article}"

@@ -113,8 +113,8 @@ class TrainingSet(Dataset[Sample]):
 def uses_nouns(loss: LossConfig, levels: Collection[Level], where: str) -> bool:
     """Whether pseudo boxes have nouns. Raises HdovdError if the losses need them and the features have none."""
     if loss.uses_pseudo_boxes and loss.class_.enabled and Level.NOUN not in levels:
-        raise HdovdError(f"{where} has no nouns, so no pseudo box has a text embedding: extract it with --vocabulary "
-                         "(and --captions), or train with --set loss.class.enabled=false")
+        raise HdovdError(f"{where} has no nouns, so no pseudo box has a text embedding: extract it with --nouns, or "
+                         "--vocabulary (and --captions), or train with --set loss.class.enabled=false")
     return loss.uses_pseudo_boxes and Level.NOUN in levels
 
 

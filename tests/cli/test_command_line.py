@@ -16,9 +16,10 @@ import pytest
 from hdovd.cli.main import main
 
 NEXT = {
-    (): ["hdovd demo", "propose", "extract-clip", "train", "eval"],
+    (): ["hdovd demo", "propose", "nouns", "extract-clip", "train", "eval"],
     ("demo",): ["propose", "extract-clip", "train", "eval"],
     ("propose",): ["hdovd extract-clip"],
+    ("nouns",): ["hdovd extract-clip --nouns"],
     ("extract-clip",): ["hdovd train"],
     ("train",): ["hdovd eval"],
     ("eval",): ["metrics.json", "detections.json"],  # the last one: what it leaves
@@ -177,6 +178,23 @@ def test_unknown_device_is_a_user_error(hdovd: Callable[..., Ran], world: Path, 
     assert found.code in (1, 2)
     assert "unexpected" not in found.err
     assert "gpu" in found.err
+
+
+# --- nouns ---
+
+def test_nouns_by_command(hdovd: Callable[..., Ran], world: Path, tmp_path: Path) -> None:
+    out, captions = tmp_path / "with space" / "nouns.json", world / "annotations" / "captions_train2017.json"
+    common = ("nouns", "--captions", captions, "--out", out, "--protocol", world / "protocol.toml", "--vocabulary")
+    ran = hdovd(*common, world / "vocabulary.txt")
+    assert ran.code == 0, ran.err
+    assert "24 captions of 24 images" in ran.out
+    assert "of the 8 novel names, in images: " in ran.out
+    assert f"next: hdovd extract-clip --nouns {out}" in ran.out
+    assert len(json.loads(out.read_text())["images"]) == 24
+    (tmp_path / "words.txt").write_text("Regenschirm\nKatze\n")
+    ran = hdovd(*common, tmp_path / "words.txt", "--parser", "match")
+    assert ran.code == 1
+    assert "are they of one language?" in ran.err
 
 
 # --- the whole way ---

@@ -1,0 +1,38 @@
+"""COCO captions, one at a time: `{"images": [...], "annotations": [{"image_id": 1, "caption": "A dog."}]}`.
+
+Read by `nouns.read_nouns` and `find_nouns`. The file of COCO's training images holds 591,753 of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from hdovd.errors import HdovdError
+from hdovd.json_stream import JsonStream
+
+
+class Captions:
+    """Iterates over `(image id, caption)`; `images` then holds the ids that the file lists, those without captions too.
+
+    Iterating raises HdovdError if there is no such file, or an entry is no caption.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.images = path, set[int]()
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        self.images.clear()
+        stream, number = JsonStream(self.path, "captions"), 0
+        for key, item in stream:
+            if key == "images" and key in stream.lists and isinstance(item, dict) and isinstance(item.get("id"), int):
+                self.images.add(item["id"])
+            if key != "annotations" or key not in stream.lists:
+                continue
+            if not isinstance(item, dict) or not isinstance(item.get("image_id"), int) or not isinstance(item.get("caption"), str):
+                raise HdovdError(f"{self.path}: entry {number} of annotations is no {{image_id, caption}}: {str(item)[:80]}")
+            number += 1
+            self.images.add(item["image_id"])
+            yield item["image_id"], item["caption"]
+        if "annotations" not in stream.lists:
+            raise HdovdError(f"{self.path} is no COCO captions file: it needs annotations of {{image_id, caption}}")

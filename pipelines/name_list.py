@@ -1,0 +1,41 @@
+"""Lists of names, one a line: files of a user's, and those that ship (`names/*.txt`).
+
+Called by `nouns`, `noun_words`, `prompt_templates` and the command line's stages.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hdovd.errors import HdovdError
+
+GENERAL = "general"  # the vocabulary that ships; it stands beside file paths
+_SHIPPED = Path(__file__).parent / "names"
+
+
+def is_shipped(vocabulary: Path) -> bool:
+    """Whether this is the name of the list that ships, and no path."""
+    return str(vocabulary) == GENERAL
+
+
+def read_vocabulary(path: Path, option: str = "--vocabulary") -> tuple[str, ...]:
+    """The names of a file, one a line, or of the list that ships; blank lines and lines that begin with # do not count.
+
+    Raises HdovdError if there is no such file, or no name in it.
+    """
+    path = _SHIPPED / f"{GENERAL}.txt" if is_shipped(path) else path
+    if not path.is_file():
+        raise HdovdError(f"{option} {path}: no such file; expected one a line")
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except UnicodeDecodeError as error:
+        raise HdovdError(f"{option} {path} is no text file ({error}); expected one a line") from error
+    names = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if not names:
+        raise HdovdError(f"{option} {path} holds nothing; expected one a line")
+    return names
+
+
+def shipped(name: str) -> tuple[str, ...]:
+    """The lines of a list that ships: general, stop, common, singular."""
+    return read_vocabulary(_SHIPPED / f"{name}.txt")
