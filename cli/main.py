@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import hdovd
-from hdovd.cli import ablate, bench, cache, demo, eval, extract_clip, propose, runs, train
+from hdovd.cli import ablate, bench, cache, demo, eval, extract_clip, proposals, propose, runs, train
 from hdovd.errors import HdovdError, Stopped
 
 app = typer.Typer(
@@ -52,6 +52,7 @@ app.command("eval")(eval.eval)
 app.command("ablate")(ablate.ablate)
 app.add_typer(cache.app, name="cache")
 app.add_typer(runs.app, name="runs")
+app.add_typer(proposals.app, name="proposals")
 app.add_typer(bench.app, name="bench")
 
 
