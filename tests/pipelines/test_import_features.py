@@ -83,6 +83,8 @@ def test_identity_says_that_the_origin_is_unknown(published: Path, run: Import) 
     for level in (Level.INSTANCE, Level.IMAGE, Level.CLASS, Level.NOUN):
         assert reader.key_inputs(level)["clip"]["origin"] == UNKNOWN_ORIGIN
     reader.require_together()
+    assert reader.set.proposals.keys() == {"file", "identity", "made_by"}
+    assert reader.set.proposals["made_by"] is None
 
 
 def test_other_rows_give_another_key(published: Path, run: Import) -> None:
