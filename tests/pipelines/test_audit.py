@@ -357,21 +357,6 @@ def test_pseudo_boxes_on_novel_objects_by_a_plain_count(world: Path, cache: Path
     assert boxes > 20
 
 
-def test_nouns_of_an_import_are_not_known(world: Path, copied_cache: Path) -> None:
-    """Published texts come without words: neither novel names nor right nouns can be counted."""
-    from hdovd.cache.reader import FeatureCache
-    from hdovd.pipelines.audit_inputs import read_boxes
-
-    cache = FeatureCache(copied_cache)
-    assert read_boxes(cache).nouns
-    attributes = cache._products[Level.NOUN].attributes
-    attributes["key_inputs"]["names"] = {"count": 3}
-    cache._products[Level.NOUN].__dict__["key_inputs"] = attributes["key_inputs"]
-    boxes = read_boxes(cache)
-    assert boxes.nouns == ()
-    assert boxes.noun is not None
-
-
 @pytest.mark.parametrize(("noun", "name"), [
     ("knives", "knife"), ("Knife", "knife"), ("buses", "bus"), ("cats", "cat"), ("key board", "keyboard"), ("ties", "tie"),
     ("sofas", "couch"), ("sofa", "couch"), ("tennis rackets", "tennis racket"), ("catfish", None), ("cup board", None), ("", None)])
