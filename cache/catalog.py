@@ -22,12 +22,25 @@ class FeatureSet:
     """Products that belong together.
 
     `skipped`: ids by reason of what the input files hold and the cache does not. `made_from`: the extraction's
-    settings, so that a damaged part can be made again; empty for an import.
+    settings, so that a damaged part can be made again; empty for an import. `proposals`: `file`, `identity` and `made_by` (None if that
+    is not known) of the proposals; empty if that was not recorded. No key depends on it.
     """
 
     levels: dict[Level, str]
     skipped: dict[str, list[int | str]] = field(default_factory=dict)
     made_from: dict[str, Any] = field(default_factory=dict)
+    proposals: dict[str, Any] = field(default_factory=dict)
+
+    def to_tree(self) -> dict[str, Any]:
+        """As JSON values."""
+        tree: dict[str, Any] = {"levels": self.levels, "skipped": self.skipped, "made_from": self.made_from}
+        return tree | ({"proposals": self.proposals} if self.proposals else {})  # sets that are older than it stay the same
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> FeatureSet:
+        """Raises ValueError, KeyError, TypeError or AttributeError if it is none."""
+        return cls({Level(level): str(key) for level, key in tree["levels"].items()}, tree["skipped"], tree["made_from"],
+                   dict(tree.get("proposals", {})))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +122,7 @@ class Catalog:
         return {name.removeprefix("sets/").removesuffix(".json"): read_set(self.folder, name) for name in self.folder.sizes("sets")}
 
     def write_set(self, name: str, features: FeatureSet) -> None:
-        text = json.dumps({"levels": features.levels, "skipped": features.skipped, "made_from": features.made_from})
-        self.folder.write(f"sets/{name}.json", text.encode())
+        self.folder.write(f"sets/{name}.json", json.dumps(features.to_tree()).encode())
 
     def runs(self) -> list[RunRecord]:
         names = list(self.folder.sizes("runs"))
@@ -157,8 +169,7 @@ def parse_run(text: bytes) -> RunRecord:
 def read_set(folder: Folder, name: str) -> FeatureSet:
     """The set of the file `name`. Raises HdovdError if it is damaged."""
     try:
-        tree = json.loads(folder.read(name))
-        return FeatureSet({Level(level): str(key) for level, key in tree["levels"].items()}, tree["skipped"], tree["made_from"])
+        return FeatureSet.from_tree(json.loads(folder.read(name)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HdovdError(f"{folder.url}/{name} is damaged ({error!r}): hdovd cache verify --repair, with the options of its "
                          "extract-clip command, writes it again") from error

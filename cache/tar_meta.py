@@ -52,8 +52,7 @@ class TarMeta:
         return cls(name, features, samples, products, about, tensors)
 
     def to_bytes(self) -> bytes:
-        tree = {"schema_version": SCHEMA_VERSION, **self.identity(), "name": self.name,
-                "set": {"levels": self.features.levels, "skipped": self.features.skipped, "made_from": self.features.made_from}}
+        tree = {"schema_version": SCHEMA_VERSION, **self.identity(), "name": self.name, "set": self.features.to_tree()}
         return save({name: np.ascontiguousarray(t) for name, t in self.tensors.items()}, {"hdovd": json.dumps(tree)})
 
     @classmethod
@@ -65,8 +64,7 @@ class TarMeta:
             version = tree["schema_version"]
             if version != SCHEMA_VERSION:
                 raise HdovdError(f"{where} has cache schema {version}, this hdovd reads {SCHEMA_VERSION}: export the cache again")
-            features = FeatureSet({Level(level): str(key) for level, key in tree["set"]["levels"].items()}, tree["set"]["skipped"],
-                                  tree["set"]["made_from"])
+            features = FeatureSet.from_tree(tree["set"])
             products = {Level(level): product for level, product in tree["products"].items()}
             meta = cls(tree["name"], features, int(tree["samples"]), products, tree["about"], load(data))
             meta._check()

@@ -18,7 +18,9 @@ def extract_clip(
     data: options.Data = None,
     images: options.Images = None,
     annotations: options.Annotations = None,
-    proposals: Annotated[Path | None, typer.Option("--proposals", help="COCO results JSON: [{image_id, bbox, score}].")] = None,
+    proposals: Annotated[
+        Path | None, typer.Option("--proposals", help="COCO results JSON, hdovd's .npz, or a .pkl of mmdetection or Detectron2.")
+    ] = None,
     vocabulary: Annotated[Path | None, typer.Option("--vocabulary", help="Nouns for pseudo boxes, one name a line, or general: the object "
                                                         "list that ships.")] = None,
     captions: Annotated[

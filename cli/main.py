@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import hdovd
-from hdovd.cli import ablate, bench, cache, demo, eval, extract_clip, nouns, propose, runs, train
+from hdovd.cli import ablate, audit, bench, cache, demo, eval, extract_clip, nouns, proposals, propose, runs, train
 from hdovd.errors import HdovdError, Stopped
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 
     [bold]cache[/bold] lists, compares, checks, mends and tidies what extract-clip wrote;
     [bold]runs[/bold] lists and compares what train wrote. [bold]ablate[/bold] trains and evaluates a grid of settings.
+    [bold]audit[/bold] shows that no novel annotation was used; [bold]proposals[/bold] converts proposal files.
     """,
     rich_markup_mode="rich",
 )
@@ -52,8 +53,10 @@ app.command("extract-clip")(extract_clip.extract_clip)
 app.command("train")(train.train)
 app.command("eval")(eval.eval)
 app.command("ablate")(ablate.ablate)
+app.command("audit")(audit.audit)
 app.add_typer(cache.app, name="cache")
 app.add_typer(runs.app, name="runs")
+app.add_typer(proposals.app, name="proposals")
 app.add_typer(bench.app, name="bench")
 
 

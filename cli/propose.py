@@ -9,7 +9,7 @@ from hdovd.cli import options
 
 
 def propose(
-    out: Annotated[Path, typer.Option("--out", help="The proposal file to write: COCO results JSON.")],
+    out: Annotated[Path, typer.Option("--out", help="The proposal file to write: COCO results JSON, or .npz.")],
     data: options.Data = None,
     images: options.Images = None,
     annotations: options.Annotations = None,

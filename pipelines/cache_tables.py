@@ -19,6 +19,7 @@ from hdovd.coco import Skips
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.box_table import match_rows
 from hdovd.pipelines.extract_clip import size
+from hdovd.pipelines.proposal_file import made_by_line
 
 LEAST_PREFIX = 4  # characters of a key
 PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -128,6 +129,10 @@ def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Seque
     lines += [f"  {level} {key[:12]} is not there: hdovd cache verify" for level, key in features.levels.items()
               if (level, key) not in {(e.level, e.key) for e in mine}]
     lines += ["made from", *_pairs(features.made_from)] if features.made_from else ["made from: imported, nothing to make it again from"]
+    if features.proposals:
+        made_by = features.proposals.get("made_by")
+        lines += [f"proposals {features.proposals.get('identity')} of {features.proposals.get('file')}, "
+                  + ("made by" if made_by else made_by_line(None)), *_pairs(made_by or {})]
     lines += Skips(features.skipped).lines() or ["skipped: nothing"]
     failed = {image: reason for entry in mine if entry.level in (Level.IMAGE, Level.INSTANCE) and entry.product is not None
               for image, reason in entry.product.failed().items()}

@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.schema import Level
-from hdovd.coco import Split
+from hdovd.coco import Skips, Split
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.box_table import box_table
 from hdovd.pipelines.device import workers_for
@@ -22,7 +23,7 @@ from hdovd.pipelines.extraction import Extraction, Probe
 from hdovd.pipelines.identities import level_inputs
 from hdovd.pipelines.noun_file import read_noun_file
 from hdovd.pipelines.nouns import Nouns, named_novel, read_nouns
-from hdovd.pipelines.proposal_file import Proposals, read_proposals
+from hdovd.pipelines.proposal_file import Proposals, made_by_line, read_table, usable_proposals
 from hdovd.pipelines.sharing import do_share, this_share
 from hdovd.pipelines.teacher import Teacher
 from hdovd.pipelines.text_rows import read_classes
@@ -91,7 +92,8 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
     catalog = Catalog.find_at(config.cache)  # first: what is in the way is said before all work
     protocol = load_protocol(config.protocol)
     split = config.data.load("train2017", protocol, base_only=True, log=log)
-    table = box_table(split.images, _proposals(config, split, log))
+    proposals, origin = _proposals(config, split, log)
+    table = box_table(split.images, proposals)
     classes = read_classes(protocol.names, config.synonyms, config.class_embeddings, log)
     nouns = _nouns(config, split)
     novel = list(dict.fromkeys(name for own in protocol.novel for name in (own, *classes.synonyms.get(own, ()))))
@@ -113,7 +115,7 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
     inputs = level_inputs(loaded, table, nouns, classes, config.templates, ways)
     plans = plan_levels(catalog, inputs, table, loaded.dim, part_rows=config.part_rows, retry_failed=config.retry_failed)
     return Extraction(split, table, nouns, classes, loaded, ways, plans, templates=config.templates, batch_size=config.batch_size,
-                      workers=workers_for(loaded.device, config.workers))
+                      workers=workers_for(loaded.device, config.workers), origin=origin)
 
 
 def _nouns(config: ExtractConfig, split: Split) -> Nouns | None:
@@ -127,15 +129,21 @@ def _nouns(config: ExtractConfig, split: Split) -> Nouns | None:
     return nouns
 
 
-def _proposals(config: ExtractConfig, split: Split, log: Log) -> dict[int, Proposals]:
+def _proposals(config: ExtractConfig, split: Split, log: Log) -> tuple[dict[int, Proposals], dict[str, Any]]:
+    """The proposals, and what the set's record says of them."""
     if config.proposals is None:
         log("no --proposals: caching base boxes alone; pseudo boxes need them")
-        return {}
-    shown = len(split.skips.lines())
-    proposals = read_proposals(config.proposals, split.images, split.skips)
-    for line in split.skips.lines()[shown:]:
+        return {}, {}
+    found = read_table(config.proposals, split.annotations)
+    identity = found.identity()
+    for line in (f"proposals {identity} of {config.proposals}: {len(found.image_id):,d} boxes, {found.form}; "
+                 + made_by_line(found.made_by), *found.notes):
         log(line)
-    return proposals
+    before = dict(split.skips.by_reason)
+    proposals = usable_proposals(found, config.proposals, split.images, split.skips)
+    for line in Skips({reason: ids for reason, ids in split.skips.by_reason.items() if reason not in before}).lines():
+        log(line)
+    return proposals, {"file": config.proposals.name, "identity": identity, "made_by": found.made_by}
 
 
 def plan_lines(plans: list[LevelPlan], probe: Probe | None, config: ExtractConfig, processes: int, workers: int = 0) -> list[str]:
@@ -167,8 +175,12 @@ def _finish(extraction: Extraction, catalog: Catalog, config: ExtractConfig, rep
         log(f"this worker is done, it made {len(mine)} parts; {len(extraction.left())} of {everything} are other workers' or missing: "
             "when all have ended, the same command without --shard finishes what is left")
         return
-    features = FeatureSet({level: plan.key for level, plan in extraction.plans.items()}, extraction.split.skips.by_reason, config.to_dict())
-    if catalog.sets().get(config.features) != features:
+    before, origin = catalog.sets().get(config.features), extraction.origin
+    if before is not None and origin.get("made_by") is None and before.proposals.get("identity") == origin.get("identity", ""):
+        origin = before.proposals  # a file that was moved without its sidecar takes nothing away
+    features = FeatureSet({level: plan.key for level, plan in extraction.plans.items()}, extraction.split.skips.by_reason,
+                          config.to_dict(), origin)
+    if before != features:
         catalog.write_set(config.features, features)
     for level in (Level.IMAGE, Level.INSTANCE):
         report.failed |= extraction.product(level).failed()

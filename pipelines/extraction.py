@@ -85,7 +85,9 @@ class Extraction:
 
     def __init__(self, split: Split, table: BoxTable, nouns: Nouns | None, classes: TextRows, teacher: Teacher,
                  ways: Mapping[Level, Way], plans: list[LevelPlan], *, templates: tuple[str, ...], batch_size: int | None,
-                 workers: int) -> None:
+                 workers: int, origin: dict[str, Any] | None = None) -> None:
+        """`origin`: what a set's record says of the proposals."""
+        self.origin = origin or {}
         self.split, self.table, self.nouns, self.teacher = split, table, nouns, teacher
         self.ways = ways
         self._texts = {Level.CLASS: classes} | ({} if nouns is None else {Level.NOUN: TextRows(nouns.vocabulary)})

@@ -27,7 +27,7 @@ from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, Activation, Precis
 from hdovd.pipelines.foreign import ForeignImage, read_hd_ovd, read_oadp
 from hdovd.pipelines.progress import progress
 from hdovd.pipelines.prompt_templates import check_templates
-from hdovd.pipelines.proposal_file import Proposals
+from hdovd.pipelines.proposal_table import Proposals, ProposalTable
 from hdovd.protocol import load_protocol
 
 UNKNOWN_ORIGIN = "imported, origin unknown"
@@ -75,7 +75,8 @@ def import_features(config: ImportConfig, log: Callable[[str], None] = print) ->
     else:
         writers[Level.CLASS] = _write_classes(config, protocol.names, catalog, found.dim, log)
     features = FeatureSet({level: writer.product.key for level, writer in writers.items()},
-                          {**split.skips.by_reason, **({"proposal without area, image": list(found.dropped)} if found.dropped else {})})
+                          {**split.skips.by_reason, **({"proposal without area, image": list(found.dropped)} if found.dropped else {})},
+                          proposals={"file": (config.proposals or config.folder).name, "identity": found.proposals, "made_by": None})
     catalog.write_set(config.features, features)
     log(f"{config.cache}: set {config.features}: {len(split.images):,d} images, {len(found.table.box):,d} boxes, "
         f"{len(found.texts):,d} texts of pseudo boxes; {UNKNOWN_ORIGIN}")
@@ -84,7 +85,10 @@ def import_features(config: ImportConfig, log: Callable[[str], None] = print) ->
 
 @dataclass(slots=True)
 class _Survey:
-    """What the first reading found. `texts`: the row number of every different text embedding, by its bytes."""
+    """What the first reading found. `texts`: the row number of every different text embedding, by its bytes.
+
+    `proposals`: their identity.
+    """
 
     table: BoxTable
     failed: dict[int, str]
@@ -92,6 +96,7 @@ class _Survey:
     texts: dict[bytes, int]
     content: dict[Level, str]
     dim: int
+    proposals: str
     with_base: bool
     with_images: bool
 
@@ -135,7 +140,7 @@ def _survey(config: ImportConfig, split: Split, log: Callable[[str], None]) -> _
     if dropped:
         log(f"skipped proposals without area in {len(dropped)} images ({shorten(list(dropped))})")
     return _Survey(box_table(images, proposals), failed, dropped, texts, {level: h.hexdigest() for level, h in hashes.items()}, dim,
-                   with_base, with_images)
+                   ProposalTable.of(proposals).identity(), with_base, with_images)
 
 
 def _instance_rows(image: ForeignImage, dim: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from hdovd.pipelines.fit import Hooks, Loop, shuffled
 from hdovd.pipelines.images import read_pixels
 from hdovd.pipelines.loading import Batches
 from hdovd.pipelines.progress import progress
-from hdovd.pipelines.proposal_file import Proposals, write_proposals
+from hdovd.pipelines.proposal_file import Proposals, ProposalTable, write_proposals
 from hdovd.proposer import ProposalNetwork
 from hdovd.protocol import load_protocol
 from hdovd.targets import flip_boxes
@@ -95,7 +95,8 @@ def propose(job: ProposeJob, log: Callable[[str], None] = print) -> dict[int, Pr
     if not found:
         raise HdovdError(f"no training picture of {split.folder} can be read; first reason: {next(iter(unreadable))}")
     count = write_proposals(job.out, found)
-    log(f"wrote {job.out}: {count} proposals for {len(found)} images, {count / len(found):.1f} an image")
+    log(f"wrote {job.out}: {count} proposals for {len(found)} images, {count / len(found):.1f} an image, identity "
+        + ProposalTable.of(found).identity())
     return found
 
 

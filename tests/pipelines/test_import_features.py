@@ -17,6 +17,8 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
+from hdovd.pipelines.audit import AuditConfig, audit
+from hdovd.pipelines.audit_report import Verdict
 from hdovd.pipelines.import_features import UNKNOWN_ORIGIN, ForeignFormat, ImportConfig, import_features
 
 Import = Callable[..., list[str]]
@@ -83,6 +85,17 @@ def test_identity_says_that_the_origin_is_unknown(published: Path, run: Import) 
     for level in (Level.INSTANCE, Level.IMAGE, Level.CLASS, Level.NOUN):
         assert reader.key_inputs(level)["clip"]["origin"] == UNKNOWN_ORIGIN
     reader.require_together()
+    assert reader.set.proposals.keys() == {"file", "identity", "made_by"}
+    assert reader.set.proposals["made_by"] is None
+
+
+def test_audit_does_not_pass_what_the_publishers_do_not_say(published: Path, run: Import, world: Path) -> None:
+    """Neither what made the proposals nor which words the texts are."""
+    run()
+    report = audit(AuditConfig(DataPaths(world), published / "imported", str(world / "protocol.toml")), lambda _: None)
+    unknown = {check.name for check in report.checks if check.verdict is Verdict.UNKNOWN}
+    assert {"proposals: made by", "novel names"} <= unknown
+    assert report.leaks == 0
 
 
 def test_other_rows_give_another_key(published: Path, run: Import) -> None:

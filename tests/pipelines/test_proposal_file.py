@@ -95,7 +95,7 @@ def test_bad_entries_are_skipped_with_reason_and_number(tmp_path: Path) -> None:
 def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text("old")
     broken = Proposals(np.zeros((2, 4), np.float32), np.zeros(1, np.float32))
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="shape"):
         write_proposals(tmp_path / "p.json", {1: broken})
     assert (tmp_path / "p.json").read_text() == "old"
 

@@ -1,0 +1,56 @@
+"""Proposal files from one form to another, and what one holds. Called by `hdovd proposals` and Python."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from hdovd.errors import HdovdError
+from hdovd.pipelines.proposal_file import made_by_line, read_table, write_proposals
+from hdovd.pipelines.proposal_formats import ListOrder
+from hdovd.pipelines.proposal_table import ProposalTable
+
+FORMS = (".npz", ".json")
+
+
+def convert_proposals(source: Path, out: Path, annotations: Path | None = None, order: ListOrder = ListOrder.FILE,
+                      log: Callable[[str], None] = print) -> str:
+    """Write all proposals of `source` to `out` as its suffix says, best first; returns their identity. Raises HdovdError for bad input."""
+    if out.suffix not in FORMS:
+        raise HdovdError(f"--out {out}: expected a name that ends in {' or '.join(FORMS)}")
+    if out.resolve() == source.resolve():
+        raise HdovdError(f"--out {out} is the file to read: give another name")
+    table = read_table(source, annotations, order)
+    for note in table.notes:
+        log(note)
+    bad = int((~np.isfinite(table.box).all(1) | ~np.isfinite(table.score)).sum())
+    if bad:
+        log(f"{bad:,d} entries hold what is no finite number; they are kept, and extract-clip will skip them")
+    count = write_proposals(out, table.by_image(), table.made_by)
+    identity = table.identity()
+    log(f"wrote {out}: {count:,d} proposals, identity {identity}; {made_by_line(table.made_by)}")
+    return identity
+
+
+def info_lines(source: Path, annotations: Path | None = None, order: ListOrder = ListOrder.FILE) -> list[str]:
+    """What a proposal file holds. Raises HdovdError if it cannot be read."""
+    table = read_table(source, annotations, order)
+    values = {"form": table.form, "identity": table.identity(), **_numbers(table)}
+    lines = [str(source), *(f"  {name:10s}{value}" for name, value in values.items())]
+    if table.made_by is None:
+        lines.append(f"  {made_by_line(None)}")
+    else:
+        lines += ["  made by", *(f"    {line}" for line in json.dumps(table.made_by, indent=1).splitlines()[1:-1])]
+    return lines + [f"  note: {note}" for note in table.notes]
+
+
+def _numbers(table: ProposalTable) -> dict[str, str]:
+    counts = np.unique(table.image_id, return_counts=True)[1]
+    side = np.sqrt(np.maximum(table.box[:, 2:] - table.box[:, :2], 0).prod(axis=1))
+    return {"proposals": f"{len(table.image_id):,d}",
+            "images": f"{len(counts):,d} with {counts.min()} to {counts.max()} (median {np.median(counts):g}) proposals each",
+            "scores": f"{np.nanmin(table.score):.4g} to {np.nanmax(table.score):.4g}" if not np.isnan(table.score).all() else "none",
+            "size": f"median {np.nanmedian(side):.0f} px (the square root of the area)" if not np.isnan(side).all() else "none"}

@@ -1,0 +1,377 @@
+"""The leak report: an honest cache passes, and one planted leak of each kind is found, named and ends in exit code 1."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hdovd.cache.catalog import Catalog
+from hdovd.cache.schema import Level
+from hdovd.cli.main import main
+from hdovd.coco import DataPaths, Skips
+from hdovd.errors import HdovdError
+from hdovd.pipelines.audit import AuditConfig, audit
+from hdovd.pipelines.audit_inputs import read_truth
+from hdovd.pipelines.audit_names import class_of_noun, forms
+from hdovd.pipelines.audit_report import AuditReport, Check, Verdict
+from hdovd.pipelines.demo.world import BASE
+from hdovd.pipelines.extract_clip import extract_clip
+from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.proposal_file import Proposals, read_proposals, read_table, write_proposals
+from hdovd.protocol import load_protocol
+
+Extract = Callable[..., ExtractConfig]
+MADE_BY = {"detector": "oln", "protocol": {"name": "demo-world", "base": list(BASE)}, "training_boxes": dict.fromkeys(BASE, 5)}
+
+
+def _silent(_: str) -> None: ...
+
+
+def _audit(root: Path, cache: Path, **changes: Any) -> AuditReport:
+    return audit(AuditConfig(DataPaths(root), cache, **({"protocol": str(root / "protocol.toml")} | changes)), _silent)
+
+
+def _check(report: AuditReport, name: str) -> Check:
+    (found,) = [check for check in report.checks if check.name == name]
+    return found
+
+
+def _leak(report: AuditReport, name: str) -> str:
+    """All that the one leaking check says."""
+    assert [check.name for check in report.checks if check.verdict is Verdict.LEAK] == [name]
+    check = _check(report, name)
+    return "\n".join((check.text, *check.details))
+
+
+def _edit(file: Path, change: Callable[[Any], None]) -> None:
+    tree = json.loads(file.read_text())
+    change(tree)
+    file.write_text(json.dumps(tree))
+
+
+@pytest.fixture
+def run(tmp_path: Path, cache: Path, world: Path) -> Path:
+    """The record that a run over the cache leaves."""
+    from hdovd.cache.reader import FeatureCache
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    record = {"protocol": load_protocol(str(world / "protocol.toml")).to_dict(), "cache": FeatureCache(cache).identity(), "resumed": []}
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def documented(copied_cache: Path, extraction: Extract, proposals: Path, tmp_path: Path, world: Path) -> Callable[..., Path]:
+    """The cache with a record of what made its proposals."""
+
+    def write(made_by: dict[str, Any]) -> Path:
+        write_proposals(tmp_path / "p.npz", read_table(proposals).by_image(), made_by)
+        extract_clip(extraction(copied_cache, proposals=tmp_path / "p.npz"), _silent)
+        return copied_cache
+
+    return write
+
+
+# --- an honest cache ---
+
+def test_an_honest_cache_and_run_pass(world: Path, documented: Callable[..., Path], run: Path) -> None:
+    report = _audit(world, documented(MADE_BY), run=run)
+    assert [check.verdict for check in report.checks] == [Verdict.OK] * 7 + [Verdict.REPORT] * 2
+    assert report.lines()[-1] == "no leak found"
+    assert _check(report, "calibration").text.startswith("no calibration recorded")
+
+
+def test_what_cannot_be_checked_is_said(world: Path, cache: Path) -> None:
+    report = _audit(world, cache)
+    assert report.leaks == 0
+    assert [c.name for c in report.checks if c.verdict is Verdict.UNKNOWN] == ["proposals: made by", "run: cache", "calibration"]
+    assert "3 of 9 checks could not be made" in report.lines()[-1]
+
+
+def test_nothing_is_written(world: Path, cache: Path, untouched: Callable[[Path], Any], run: Path) -> None:
+    with untouched(cache), untouched(world), untouched(run):
+        _audit(world, cache, run=run)
+
+
+def test_command_line_and_json(world: Path, cache: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                               capsys: pytest.CaptureFixture[str]) -> None:
+    def command(root: Path) -> int:
+        words = ["--data", root, "--protocol", root / "protocol.toml", "--cache", cache, "--run", run,
+                 "--json", tmp_path / "out" / "a.json"]
+        monkeypatch.setattr(sys, "argv", ["hdovd", "audit", *map(str, words)])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    assert command(world) == 0
+    assert "ok       base boxes" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "a.json").read_text())["leaks"] == 0
+    _edit(run / "run.json", lambda tree: tree["cache"]["levels"]["image"].update(key="0" * 24))
+    assert command(world) == 1
+    assert "LEAK     run: cache" in capsys.readouterr().out
+    tree = json.loads((tmp_path / "out" / "a.json").read_text())
+    assert [c["name"] for c in tree["checks"] if c["verdict"] == "LEAK"] == ["run: cache"]
+    assert set(tree["levels"]) == set(map(str, Level))
+
+
+# --- planted leaks: the training set ---
+
+def _novel(world: Path) -> tuple[dict[str, Any], dict[int, str]]:
+    """A novel annotation of an image that is trained on, and the names of all categories."""
+    tree = json.loads((world / "annotations" / "instances_train2017.json").read_text())
+    names = {c["id"]: c["name"] for c in tree["categories"]}
+    with_base = {a["image_id"] for a in tree["annotations"] if names[a["category_id"]] in BASE}
+    return next(a for a in tree["annotations"] if names[a["category_id"]] not in BASE and a["image_id"] in with_base), names
+
+
+def test_a_novel_annotation_that_was_relabelled_for_training(world: Path, copied_world: Path, extraction: Extract, tmp_path: Path) -> None:
+    """The cache was made from a file that calls a novel object base; the raw file says what it is."""
+    wanted, names = _novel(world)
+
+    def relabel(tree: dict[str, Any]) -> None:
+        own = next(a for a in tree["annotations"] if a["id"] == wanted["id"])
+        own["category_id"] = next(i for i, name in names.items() if name == BASE[0])
+
+    _edit(copied_world / "annotations" / "instances_train2017.json", relabel)
+    extract_clip(extraction(tmp_path / "c", data=copied_world), _silent)
+    text = _leak(_audit(world, tmp_path / "c"), "base boxes")
+    assert f"annotation {wanted['id']} of image {wanted['image_id']}" in text
+    assert f"{names[wanted['category_id']]!r}, which is novel" in text
+
+
+def test_a_novel_box_under_a_base_annotations_id(world: Path, copied_world: Path, extraction: Extract, tmp_path: Path) -> None:
+    wanted, names = _novel(world)
+    changed = []
+
+    def move(tree: dict[str, Any]) -> None:
+        own = next(a for a in tree["annotations"] if a["image_id"] == wanted["image_id"] and names[a["category_id"]] in BASE)
+        own["bbox"] = wanted["bbox"]
+        changed.append(own["id"])
+
+    _edit(copied_world / "annotations" / "instances_train2017.json", move)
+    extract_clip(extraction(tmp_path / "c", data=copied_world), _silent)
+    text = _leak(_audit(world, tmp_path / "c"), "base boxes")
+    assert f"annotation {changed[0]}, image {wanted['image_id']}, has the box of annotation {wanted['id']}" in text
+
+
+def test_other_data_is_unknown_and_not_fine(copied_world: Path, cache: Path) -> None:
+    def renumber(tree: dict[str, Any]) -> None:
+        for annotation in tree["annotations"]:
+            annotation["id"] += 10_000
+
+    _edit(copied_world / "annotations" / "instances_train2017.json", renumber)
+    check = _check(_audit(copied_world, cache), "base boxes")
+    assert check.verdict is Verdict.UNKNOWN
+    assert "give the annotation file that the cache was made from" in check.text
+
+
+def test_class_lists_of_the_cache_and_the_protocol(world: Path, cache: Path, tmp_path: Path) -> None:
+    text = (world / "protocol.toml").read_text().replace('"umbrella"]', '"umbrella"]\n').replace(', "star"', "")
+    (tmp_path / "p.toml").write_text(text)
+    found = _leak(_audit(world, cache, protocol=str(tmp_path / "p.toml")), "class lists")
+    assert "the cache has text embeddings of 'star'" in found
+
+
+def test_a_run_of_another_split(world: Path, cache: Path, run: Path) -> None:
+    def promote(record: dict[str, Any]) -> None:
+        record["protocol"]["novel"].remove("star")
+        record["protocol"]["base"].append("star")
+
+    _edit(run / "run.json", promote)
+    text = _leak(_audit(world, cache, run=run), "class lists")
+    assert "run.json has 'star' as base, protocol demo-world has not" in text
+
+
+def test_lists_under_the_name_of_a_shipped_protocol(world: Path, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text((world / "protocol.toml").read_text().replace('"demo-world"', '"ov-coco"'))
+    text = _leak(_audit(world, cache, protocol=str(tmp_path / "p.toml")), "class lists")
+    assert "calls itself ov-coco, has 'anchor' as base" in text
+
+
+def test_a_validation_image_in_the_training_set(copied_world: Path, cache: Path) -> None:
+    train = json.loads((copied_world / "annotations" / "instances_train2017.json").read_text())["images"]
+    _edit(copied_world / "annotations" / "instances_val2017.json", lambda tree: tree["images"].append(train[0]))
+    assert f"image {train[0]['id']} is in the training set and in" in _leak(_audit(copied_world, cache), "train and val")
+
+
+def test_a_copy_of_a_validation_picture_under_another_id(copied_world: Path, cache: Path) -> None:
+    train = json.loads((copied_world / "annotations" / "instances_train2017.json").read_text())["images"][0]
+    val = json.loads((copied_world / "annotations" / "instances_val2017.json").read_text())["images"][0]
+    shutil.copy(copied_world / "val2017" / val["file_name"], copied_world / "train2017" / train["file_name"])
+    text = _leak(_audit(copied_world, cache), "train and val")
+    assert f"training image {train['id']} " in text
+    assert val["file_name"] in text
+
+
+def test_ids_that_both_sides_count_from_one_are_no_leak(copied_world: Path, cache: Path) -> None:
+    train = json.loads((copied_world / "annotations" / "instances_train2017.json").read_text())["images"][0]
+    _edit(copied_world / "annotations" / "instances_val2017.json", lambda tree: tree["images"][0].update(id=train["id"]))
+    check = _check(_audit(copied_world, cache), "train and val")
+    assert check.verdict is Verdict.OK
+    assert any(f"image id {train['id']} is used" in detail for detail in check.details)
+
+
+def test_pictures_that_are_elsewhere_are_not_passed(copied_world: Path, cache: Path) -> None:
+    shutil.rmtree(copied_world / "val2017")
+    check = _check(_audit(copied_world, cache), "train and val")
+    assert (check.verdict, check.numbers["absent"]) == (Verdict.UNKNOWN, 8)
+    (copied_world / "annotations" / "instances_val2017.json").unlink()
+    assert _check(_audit(copied_world, cache), "train and val").verdict is Verdict.UNKNOWN
+
+
+# --- planted leaks: proposals ---
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"training_boxes": {"anchor": 3, "star": 12}}, "trained on 12 boxes of 'star', which is novel"),
+    ({"protocol": {"name": "mine", "base": [*BASE, "key"]}}, "its protocol has 'key' as base")])
+def test_proposals_of_a_network_that_saw_novel_boxes(world: Path, documented: Callable[..., Path], change: Any, words: str) -> None:
+    assert words in _leak(_audit(world, documented(MADE_BY | change)), "proposals: made by")
+
+
+@pytest.mark.parametrize("made_by", [{"detector": "mine"}, MADE_BY | {"training_boxes": "many"}, MADE_BY | {"protocol": "ov-coco"}])
+def test_a_record_that_says_too_little_is_unknown(world: Path, documented: Callable[..., Path], made_by: dict[str, Any]) -> None:
+    check = _check(_audit(world, documented(made_by)), "proposals: made by")
+    assert check.verdict is Verdict.UNKNOWN
+
+
+def test_the_file_speaks_for_a_cache_that_does_not(world: Path, cache: Path, proposals: Path, tmp_path: Path) -> None:
+    found = read_table(proposals).by_image()
+    write_proposals(tmp_path / "p.npz", found, MADE_BY)
+    report = _audit(world, cache, proposals=tmp_path / "p.npz")
+    assert _check(report, "proposals: made by").verdict is _check(report, "proposals: the file").verdict is Verdict.OK
+    write_proposals(tmp_path / "p.npz", found, MADE_BY | {"training_boxes": {"fish": 1}})
+    assert "'fish', which is novel" in _leak(_audit(world, cache, proposals=tmp_path / "p.npz"), "proposals: made by")
+    image_id = next(iter(found))
+    found[image_id] = Proposals(found[image_id].boxes[:-1], found[image_id].scores[:-1])
+    write_proposals(tmp_path / "p.npz", found, MADE_BY)
+    assert _check(_audit(world, cache, proposals=tmp_path / "p.npz"), "proposals: the file").verdict is Verdict.UNKNOWN
+
+
+def _planted(world: Path, proposals: Path, share: float, move: float = 0.0) -> dict[int, Proposals]:
+    """The proposals, a share of those near novel objects exchanged for the annotations themselves, `move` px off."""
+    split = DataPaths(world).load("train2017", load_protocol(str(world / "protocol.toml")), base_only=True, log=_silent)
+    found = read_proposals(proposals, split.images, Skips())
+    truth, rng = read_truth(world / "annotations" / "instances_train2017.json"), np.random.default_rng(0)
+    novel = np.flatnonzero(~truth.of_classes(BASE))
+    for image_id, own in found.items():
+        for row in novel[truth.of_image[novel] == image_id]:
+            if rng.uniform() < share:
+                own.boxes[np.abs(own.boxes - truth.box[row]).sum(1).argmin()] = truth.box[row] + np.float32(move)
+    return found
+
+
+def test_proposals_made_from_the_ground_truth(world: Path, proposals: Path, extraction: Extract, tmp_path: Path) -> None:
+    write_proposals(tmp_path / "p.json", _planted(world, proposals, 0.3))
+    extract_clip(extraction(tmp_path / "c", proposals=tmp_path / "p.json"), _silent)
+    report = _audit(world, tmp_path / "c")
+    text = _leak(report, "proposals: copies")
+    assert "made from the annotations" in text
+    assert "annotation" in text.split("\n")[1]
+    assert _check(report, "proposals: copies").numbers["copies"] >= 3
+
+
+def test_boxes_in_whole_pixels_are_not_taken_for_copies(world: Path, proposals: Path, extraction: Extract, tmp_path: Path) -> None:
+    """A detector that answers in whole pixels is often a pixel off, and so hits whole-pixel annotations now and then."""
+    found, rng = _planted(world, proposals, 1.0), np.random.default_rng(1)
+    for own in found.values():
+        own.boxes[:] = own.boxes.round() + rng.choice([-1, 0, 0, 1], own.boxes.shape)
+    write_proposals(tmp_path / "p.json", found)
+    extract_clip(extraction(tmp_path / "c", proposals=tmp_path / "p.json"), _silent)
+    check = _check(_audit(world, tmp_path / "c"), "proposals: copies")
+    assert check.verdict is Verdict.OK
+    assert check.numbers["chance"] > 0
+
+
+# --- planted leaks: the run ---
+
+def test_a_run_of_another_cache(world: Path, cache: Path, run: Path) -> None:
+    _edit(run / "run.json", lambda tree: tree["cache"]["levels"]["instance"].update(key="abc"))
+    text = _leak(_audit(world, cache, run=run), "run: cache")
+    assert "trained on instance abc, this set has " + Catalog(cache).sets()["default"].levels[Level.INSTANCE] in text
+
+
+def test_a_calibration_on_novel_names(world: Path, cache: Path, run: Path) -> None:
+    levels = Catalog(cache).sets()["default"].levels
+    fitted_on = {"classes": [*BASE], "instance": levels[Level.INSTANCE], "class": levels[Level.CLASS]}
+    _edit(run / "run.json", lambda tree: tree.update(calibration={"centre": 0.2, "fitted_on": fitted_on}))
+    assert _check(_audit(world, cache, run=run), "calibration").verdict is Verdict.OK
+    _edit(run / "run.json", lambda tree: tree["calibration"]["fitted_on"]["classes"].append("fish"))
+    assert "fitted on the name 'fish', which is novel" in _leak(_audit(world, cache, run=run), "calibration")
+
+
+@pytest.mark.parametrize("calibration", [3, {"centre": 1}, {"fitted_on": {"classes": [*BASE]}},
+                                         {"fitted_on": {"classes": [*BASE], "instance": "a", "class": "b"}}])
+def test_a_calibration_that_says_too_little_is_unknown(world: Path, cache: Path, run: Path, calibration: Any) -> None:
+    _edit(run / "run.json", lambda tree: tree.update(calibration=calibration))
+    assert _check(_audit(world, cache, run=run), "calibration").verdict is Verdict.UNKNOWN
+
+
+def test_no_run_there(world: Path, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(HdovdError, match=r"--run: no file .*run\.json"):
+        _audit(world, cache, run=tmp_path)
+
+
+# --- reports ---
+
+def test_novel_names_are_counted_as_the_pseudo_labels_have_them(world: Path, cache: Path) -> None:
+    from hdovd.cache.reader import FeatureCache
+
+    reader = FeatureCache(cache)
+    nouns, novel = reader.names(Level.NOUN), load_protocol(str(world / "protocol.toml")).novel
+    images = json.loads((world / "annotations" / "instances_train2017.json").read_text())["images"]
+    wins = [nouns[row] for image in images if image["id"] in reader._rows_by_image(Level.BOXES)
+            for row in reader.instances(image["id"]).proposals().noun if row >= 0]
+    numbers = _check(_audit(world, cache), "novel names").numbers
+    assert numbers["pseudo_labels"] == len(wins) > 0
+    assert {name: entry["pseudo_labels"] for name, entry in numbers["won"].items()} == {n: wins.count(n) for n in nouns if n in novel}
+
+
+def test_pseudo_boxes_on_novel_objects_by_a_plain_count(world: Path, cache: Path) -> None:
+    import torch
+    from torchvision.ops import box_iou
+
+    from hdovd.cache.reader import FeatureCache
+
+    reader, truth = FeatureCache(cache), read_truth(world / "annotations" / "instances_train2017.json")
+    novel, boxes, covered, right = ~truth.of_classes(BASE), 0, 0, 0
+    nouns = [*reader.names(Level.NOUN), ""]
+    for image_id in reader._rows_by_image(Level.BOXES):
+        own, rows = reader.instances(image_id).proposals(), np.flatnonzero(novel & (truth.of_image == image_id))
+        if len(rows) and len(own.box):
+            overlap = box_iou(torch.from_numpy(own.box), torch.from_numpy(truth.box[rows]))
+            boxes, covered = boxes + int((overlap.amax(1) >= 0.5).sum()), covered + int((overlap.amax(0) >= 0.5).sum())
+            right += sum(nouns[own.noun[k]] == truth.class_name(rows[best]) for k, best in enumerate(overlap.argmax(1))
+                         if overlap[k, best] >= 0.5)
+    found = _check(_audit(world, cache), "pseudo boxes").numbers["by_class"].values()
+    assert (boxes, covered, right) == tuple(sum(entry[name] for entry in found) for name in ("boxes", "covered", "right"))
+    assert boxes > 20
+
+
+@pytest.mark.parametrize(("noun", "name"), [
+    ("knives", "knife"), ("Knife", "knife"), ("buses", "bus"), ("cats", "cat"), ("key board", "keyboard"), ("ties", "tie"),
+    ("sofas", "couch"), ("sofa", "couch"), ("tennis rackets", "tennis racket"), ("catfish", None), ("cup board", None), ("", None)])
+def test_forms_of_names(noun: str, name: str | None) -> None:
+    classes = ("knife", "bus", "cat", "keyboard", "tie", "couch", "tennis racket", "cup")
+    assert class_of_noun([noun], classes, {"couch": ["couch", "sofa"]}).get(0) == name
+
+
+def test_forms_of_a_name_in_y() -> None:
+    assert {("puppies",), ("puppy",)} <= forms("puppy")
+
+
+@pytest.mark.parametrize("tree", [{}, {"images": [], "annotations": [{"id": 1}], "categories": []},
+                                  {"images": [{"id": 1}], "annotations": [], "categories": []}])
+def test_a_file_that_is_no_instances_file(tmp_path: Path, tree: dict[str, Any]) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(tree))
+    with pytest.raises(HdovdError, match=r"a\.json is no COCO instances file"):
+        read_truth(tmp_path / "a.json")
