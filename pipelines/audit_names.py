@@ -8,36 +8,13 @@ import numpy as np
 
 from hdovd.pipelines.audit_inputs import Audited
 from hdovd.pipelines.audit_report import Check, Verdict
-from hdovd.pipelines.nouns import words
-
-_IRREGULAR = {"person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "goose": "geese", "foot": "feet",
-              "tooth": "teeth", "ox": "oxen", "knife": "knives", "leaf": "leaves", "loaf": "loaves", "shelf": "shelves", "wolf": "wolves",
-              "calf": "calves", "scarf": "scarves", "half": "halves", "life": "lives"}
-
-
-def forms(name: str) -> set[tuple[str, ...]]:
-    """A name as words in lower case, and its plurals: of the last word, by rule or from a list. Joined words count too: teddybear."""
-    own = words(name)
-    if not own:
-        return set()
-    last = own[-1]
-    plurals = {last + "s", last + "es", _IRREGULAR.get(last, last)}
-    if last.endswith("y"):
-        plurals.add(last[:-1] + "ies")
-    found = {own, *((*own[:-1], plural) for plural in plurals)}
-    return found | {("".join(form),) for form in found}
+from hdovd.pipelines.nouns import meaning
 
 
 def class_of_noun(nouns: Sequence[str], classes: Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> dict[int, str]:
-    """The class that a noun names, by the noun's row: its name, a synonym, or the plural of either."""
-    meant = {form: name for name in reversed(classes) for own in (*synonyms.get(name, ()), name) for form in forms(own)}
-    found = {}
-    for row, noun in enumerate(nouns):
-        own = words(noun)
-        name = meant.get(own) or meant.get(("".join(own),))
-        if name is not None:
-            found[row] = name
-    return found
+    """The class that a noun names, by the noun's row: its name or a synonym, in whatever form (`nouns.meaning`)."""
+    meant = {meaning(own): name for name in reversed(classes) for own in (*synonyms.get(name, ()), name)}
+    return {row: meant[form] for row, noun in enumerate(nouns) if (form := meaning(noun)) in meant}
 
 
 def report_names(audited: Audited) -> Check:

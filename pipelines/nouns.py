@@ -77,7 +77,12 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+", text.lower()))
 
 
+def meaning(name: str) -> str:
+    """What names have in common that differ in case, number, signs and spaces alone: "Hot-dogs" and "hotdog" are one."""
+    return "".join(singular_of(noun_words(name)))
+
+
 def named_novel(vocabulary: Sequence[str], novel: Sequence[str]) -> list[str]:
-    """The novel class names that a vocabulary holds, in the plural too: allowed, since captions hold them, but reported."""
-    have = {singular_of(noun_words(name)) for name in vocabulary}
-    return [name for name in novel if singular_of(noun_words(name)) in have]
+    """The novel class names that a vocabulary holds, in whatever form: allowed, since captions hold them, but reported."""
+    have = set(map(meaning, vocabulary))
+    return [name for name in novel if meaning(name) in have]

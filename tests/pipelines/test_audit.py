@@ -19,7 +19,7 @@ from hdovd.coco import DataPaths, Skips
 from hdovd.errors import HdovdError
 from hdovd.pipelines.audit import AuditConfig, audit
 from hdovd.pipelines.audit_inputs import read_truth
-from hdovd.pipelines.audit_names import class_of_noun, forms
+from hdovd.pipelines.audit_names import class_of_noun
 from hdovd.pipelines.audit_report import AuditReport, Check, Verdict
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extract_clip import extract_clip
@@ -363,10 +363,6 @@ def test_pseudo_boxes_on_novel_objects_by_a_plain_count(world: Path, cache: Path
 def test_forms_of_names(noun: str, name: str | None) -> None:
     classes = ("knife", "bus", "cat", "keyboard", "tie", "couch", "tennis racket", "cup")
     assert class_of_noun([noun], classes, {"couch": ["couch", "sofa"]}).get(0) == name
-
-
-def test_forms_of_a_name_in_y() -> None:
-    assert {("puppies",), ("puppy",)} <= forms("puppy")
 
 
 @pytest.mark.parametrize("tree", [{}, {"images": [], "annotations": [{"id": 1}], "categories": []},
