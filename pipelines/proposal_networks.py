@@ -79,7 +79,7 @@ def save_network(file: Path, network: ProposalNetwork, made_by: dict[str, Any]) 
 
 def made_by(file: Path) -> dict[str, Any]:
     """What made the network in a file. Raises HdovdError for a file that holds none."""
-    return dict(json.loads(_metadata(file)["made_by"]))
+    return _origin(_metadata(file), file)
 
 
 def check_made_by(found: dict[str, Any], wanted: dict[str, Any], file: Path) -> None:
@@ -98,11 +98,10 @@ def load_network(file: Path, trusted: Recipe | None = None) -> tuple[ProposalNet
     Raises HdovdError if the file holds no network, or one of another shape than its metadata says.
     """
     metadata = _metadata(file)
-    origin = dict(json.loads(metadata["made_by"]))
+    origin = _origin(metadata, file)
     try:
-        recipe = build_recipe(tomllib.loads(metadata["recipe"]), f"in {file}")
-        detector = Detector(origin["detector"])
-    except (tomllib.TOMLDecodeError, ValueError, KeyError) as error:
+        recipe, detector = build_recipe(tomllib.loads(metadata["recipe"]), f"in {file}"), Detector(origin["detector"])
+    except ValueError as error:
         raise HdovdError(f"{file}: its metadata cannot be read ({error}); was it written by another version of hdovd?") from error
     name = recipe.detector.backbone.name
     own_code = name not in BACKBONES and not name.startswith(("timm:", "torchvision:"))
@@ -119,8 +118,19 @@ def load_network(file: Path, trusted: Recipe | None = None) -> tuple[ProposalNet
 
 def _compared(origin: dict[str, Any]) -> dict[str, Any]:
     """Without what a file is called."""
-    return {"detector": origin.get("detector"), "recipe": origin.get("recipe"), "base classes": origin.get("protocol", {}).get("base"),
-            "annotations sha256": origin.get("annotations", {}).get("sha256")}
+    return {"detector": origin["detector"], "recipe": origin["recipe"], "base classes": origin["protocol"]["base"],
+            "annotations sha256": origin["annotations"]["sha256"]}
+
+
+def _origin(metadata: dict[str, str], file: Path) -> dict[str, Any]:
+    try:
+        origin = json.loads(metadata["made_by"])
+        base, _, _, _ = origin["protocol"]["base"], origin["detector"], origin["recipe"], origin["annotations"]["sha256"]
+        if not all(isinstance(name, str) for name in base):
+            raise TypeError("base names")
+    except (ValueError, KeyError, TypeError) as error:
+        raise HdovdError(f"{file}: its metadata does not say what made it ({error!r}); get it anew, or train one") from error
+    return dict(origin)
 
 
 def _metadata(file: Path) -> dict[str, str]:

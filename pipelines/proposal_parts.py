@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from hdovd.coco import Split
 from hdovd.pipelines.proposal_file import Proposals
 from hdovd.pipelines.run_folder import replace_file
 
@@ -43,9 +44,13 @@ class Parts:
     key: str
 
     @classmethod
-    def of(cls, folder: Path, images: int, batch_size: int, origin: dict[str, Any]) -> Parts:
+    def of(cls, folder: Path, split: Split, batch_size: int, origin: dict[str, Any]) -> Parts:
+        """`origin`: what made the network, and what is kept of what it finds; as JSON has it."""
+        rows, images = hashlib.sha256(), len(split.images)
+        for image in split.images:
+            rows.update(f"{image.id} {len(image.boxes)} ".encode() + image.boxes.tobytes())
         size = batch_size * max(1, IMAGES // batch_size)
-        key = hashlib.sha256(json.dumps([origin, images, size, batch_size], sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([origin, rows.hexdigest(), size, batch_size], sort_keys=True).encode()).hexdigest()
         return cls(folder, images, size, key)
 
     def numbers(self) -> range:
@@ -69,7 +74,7 @@ class Parts:
         replace_file(self._file(number), lambda partial: save_file(arrays, partial, metadata))
 
     def read(self, number: int) -> Part:
-        arrays, ends = load_file(self._file(number)), None
+        arrays = load_file(self._file(number))
         ends = arrays["count"].cumsum().tolist()
         found = {image_id: Proposals(arrays["boxes"][end - n : end], arrays["scores"][end - n : end])
                  for image_id, n, end in zip(arrays["image_id"].tolist(), arrays["count"].tolist(), ends, strict=True)}

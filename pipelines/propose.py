@@ -49,9 +49,8 @@ def _propose(job: ProposeJob, us: Team, stop: StopSignal, log: Callable[[str], N
         save_file({k: v.cpu().contiguous() for k, v in network.backbone.body.state_dict().items()}, job.backbone_out)
         log(f"wrote {job.backbone_out}: the backbone, for --set detector.backbone.weights=")
     require_readable(split)
-    parts = Parts.of(job.out.with_name(f"{job.out.stem}.parts"), len(split.images), job.recipe.train.batch_size,
-                     {"network": origin, "selection": job.selection(), "images": [image.id for image in split.images],
-                      "base": [image.boxes.tolist() for image in split.images]})
+    made_by = {**origin, "selection": job.selection()}  # everything that made the proposals
+    parts = Parts.of(job.out.with_name(f"{job.out.stem}.parts"), split, job.recipe.train.batch_size, made_by)
     mine = parts.missing()[us.rank :: us.world]
     us.wait()  # all have looked, before the first one writes
     doing = f"proposing; whole parts are in {parts.folder}"
