@@ -163,6 +163,24 @@ class InferenceConfig(_Section):
     detections_per_image: Count
 
 
+class ProposalsConfig(_Section):
+    """The networks of `hdovd propose` (`oln`, `proposer`). With defaults, unlike the rest: recipes kept before it was there still load.
+
+    The defaults are those of the authors' configuration of OLN (oln_box.py), but `roi_iou`, which is the paper's.
+    """
+
+    score_iou: Share = 0.3  # anchors of at least this IoU with a base box learn centerness (arXiv 2108.06753, section 3)
+    box_iou: Share = 0.7  # anchors of at least this IoU learn the box; so does the best one for a box
+    roi_iou: Share = 0.3  # RoIs of at least this IoU learn box and IoU (arXiv 2108.06753, section 3)
+    rois: Count = 2000  # that the box head scores, and as many a level of the pyramid at most
+    rpn_nms: Share = 1.0  # of RoIs, by centerness; 1 is none
+    nms: Share = 0.7  # of proposals, by their score
+    centerness_weight: NonNegative = 1.0
+    rpn_box_weight: NonNegative = 10.0
+    iou_weight: NonNegative = 1.0
+    box_weight: NonNegative = 1.0
+
+
 class TrainConfig(_Section):
     epochs: Count
     batch_size: Count  # images a step, of all processes together
@@ -186,6 +204,7 @@ class Recipe(_Section):
     loss: LossConfig
     inference: InferenceConfig
     train: TrainConfig
+    proposals: ProposalsConfig = ProposalsConfig()
 
     def to_toml(self) -> str:
         return tomli_w.dumps(self.model_dump(by_alias=True))

@@ -1,6 +1,6 @@
-"""The region proposal networks: torchvision's, with the L1 loss of the method, and one that scores localisation.
+"""The region proposal network: torchvision's, with the L1 loss of the method.
 
-N images, A anchors an image. `build_rpn` serves the detector, `LocalisationRPN` serves `hdovd propose`.
+N images, A anchors an image. Called by the detector and by both networks of `hdovd propose`, of which `oln` has an RPN of its own kind.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hdovd.sampling import Use, image_generator, sample_balanced
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 
 
-class _FloatAnchors(AnchorGenerator):
+class FloatAnchors(AnchorGenerator):
     """torchvision's anchors take the feature maps' dtype; in bfloat16 their coordinates would be off by pixels."""
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
@@ -30,7 +30,7 @@ class _FloatAnchors(AnchorGenerator):
         return anchors
 
 
-class _FloatRPNHead(RPNHead):
+class FloatRPNHead(RPNHead):
     """torchvision's head; its outputs are float32 under autocast too, as decoding and NMS want them."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -86,55 +86,26 @@ class ObjectnessRPN(RegionProposalNetwork):
         return list(zip(kept, kept_scores, strict=True))
 
 
-class LocalisationRPN(ObjectnessRPN):
-    """An RPN whose score is how well a box fits an object, not whether it holds a known one.
-
-    The score of an anchor near a base box is trained towards the IoU of the box predicted from it (as OLN's
-    box head is, arXiv 2108.06753, section 3.2); far anchors are trained towards zero with the weight
-    `background_weight`, kept small because some of them cover objects that nobody labelled.
-    """
-
-    background_weight = 0.3
-
-    def compute_loss(self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor],
-                     regression_targets: list[Tensor]) -> tuple[Tensor, Tensor]:
-        wanted = torch.cat(labels)
-        positive, negative = wanted >= 1, wanted == 0
-        deltas, targets = pred_bbox_deltas[positive], torch.cat(regression_targets)[positive]
-        count = divisor(positive.sum())
-        box = (deltas - targets).abs().sum() / count / 4
-        logits = objectness.flatten()
-        fit = iou_of_deltas(deltas.detach(), targets)
-        score = F.binary_cross_entropy_with_logits(logits[positive], fit, reduction="sum")
-        far = F.binary_cross_entropy_with_logits(logits[negative], torch.zeros_like(logits[negative]), reduction="sum")
-        return (score + self.background_weight * far) / count, box
-
-
-def iou_of_deltas(one: Tensor, two: Tensor) -> Tensor:
-    """IoU of boxes that are encoded against the same anchors: (n, 4) offsets (dx, dy, dw, dh), unit weights -> (n,)."""
-    sizes = [d[:, 2:].clamp(max=4).exp() for d in (one, two)]
-    corners = [(d[:, :2] - size / 2, d[:, :2] + size / 2) for d, size in zip((one, two), sizes, strict=True)]
-    overlap = (torch.minimum(corners[0][1], corners[1][1]) - torch.maximum(corners[0][0], corners[1][0])).clamp(min=0).prod(dim=1)
-    return overlap / (sizes[0].prod(dim=1) + sizes[1].prod(dim=1) - overlap)
-
-
-def build_rpn(config: RpnConfig, channels: int, level_count: int, *, kind: type[ObjectnessRPN] = ObjectnessRPN,
-              positive_iou: float = 0.7, negative_iou: float = 0.3) -> ObjectnessRPN:
+def build_rpn(config: RpnConfig, channels: int, level_count: int) -> ObjectnessRPN:
     """An RPN over `level_count` feature maps (the pooled one included) of `channels` channels."""
-    if len(config.anchor_sizes) != level_count:
-        raise HdovdError(f"detector.rpn.anchor_sizes has {len(config.anchor_sizes)} lists for {level_count} feature levels "
-                         "(backbone.levels and one pooled level): give one list of sizes a level")
-    if len({len(sizes) for sizes in config.anchor_sizes}) != 1:
-        raise HdovdError(f"detector.rpn.anchor_sizes {config.anchor_sizes}: every level needs the same number of sizes")
-    anchors = _FloatAnchors(tuple(map(tuple, config.anchor_sizes)), (ASPECT_RATIOS,) * level_count)
-    return kind(
-        anchors,
-        _FloatRPNHead(channels, len(config.anchor_sizes[0]) * len(ASPECT_RATIOS)),
-        fg_iou_thresh=positive_iou,
-        bg_iou_thresh=negative_iou,
+    return ObjectnessRPN(
+        anchors_of(config, level_count, ASPECT_RATIOS),
+        FloatRPNHead(channels, len(config.anchor_sizes[0]) * len(ASPECT_RATIOS)),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
         batch_size_per_image=config.samples,
         positive_fraction=0.5,
         pre_nms_top_n={"training": config.pre_nms, "testing": config.pre_nms // 2},
         post_nms_top_n={"training": config.post_nms, "testing": config.post_nms},
         nms_thresh=config.nms,
     )
+
+
+def anchors_of(config: RpnConfig, level_count: int, aspect_ratios: tuple[float, ...]) -> FloatAnchors:
+    """The anchors of every level. Raises HdovdError if the sizes do not fit the levels."""
+    if len(config.anchor_sizes) != level_count:
+        raise HdovdError(f"detector.rpn.anchor_sizes has {len(config.anchor_sizes)} lists for {level_count} feature levels "
+                         "(backbone.levels and one pooled level): give one list of sizes a level")
+    if len({len(sizes) for sizes in config.anchor_sizes}) != 1:
+        raise HdovdError(f"detector.rpn.anchor_sizes {config.anchor_sizes}: every level needs the same number of sizes")
+    return FloatAnchors(tuple(map(tuple, config.anchor_sizes)), (aspect_ratios,) * level_count)

@@ -1,116 +1,106 @@
-"""Proposals: train a class-agnostic proposal network on base boxes alone, then propose boxes on training images.
+"""Proposals: train a class-agnostic network on base boxes alone, or take a trained one, then propose boxes on training images.
 
-Called by `hdovd propose`, `hdovd demo` and Python.
+Called by `hdovd propose`, `hdovd demo` and Python; under torchrun by every one of its processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.ops import box_iou, nms
 
-from hdovd.coco import DataPaths, Split
-from hdovd.config import Recipe
-from hdovd.errors import HdovdError
-from hdovd.pipelines.device import pick_device, training_workers
-from hdovd.pipelines.draws import Draw, is_flipped, key_of
-from hdovd.pipelines.fit import Hooks, Loop, shuffled
-from hdovd.pipelines.images import read_pixels
+from hdovd.coco import Split
+from hdovd.errors import HdovdError, Stopped
+from hdovd.pipelines.device import training_workers
 from hdovd.pipelines.loading import Batches
+from hdovd.pipelines.processes import Team, team
 from hdovd.pipelines.progress import progress
 from hdovd.pipelines.proposal_file import Proposals, ProposalTable, write_proposals
+from hdovd.pipelines.proposal_networks import load_network
+from hdovd.pipelines.proposal_parts import Parts, fill
+from hdovd.pipelines.proposal_pictures import Pictures, require_readable
+from hdovd.pipelines.propose_config import ProposeJob
+from hdovd.pipelines.proposer_training import trained_network
+from hdovd.pipelines.stop_signal import StopSignal, exit_code
 from hdovd.proposer import ProposalNetwork
 from hdovd.protocol import load_protocol
-from hdovd.targets import flip_boxes
-
-
-@dataclass(frozen=True, slots=True)
-class ProposeJob:
-    """`top` proposals an image at most, of `min_score` or more, both sides at least `min_side` pixels of the original image.
-
-    A proposal that overlaps a base box or a better proposal by an IoU of more than `overlap` is left out.
-    `backbone_out`: where to keep the trained backbone, a start for detectors where ImageNet weights do not fit.
-    """
-
-    data: DataPaths
-    out: Path
-    recipe: Recipe
-    protocol: str = "ov-coco"
-    top: int = 10
-    overlap: float = 0.5
-    min_side: float = 8.0
-    min_score: float = 0.0
-    device: str = "auto"
-    backbone_out: Path | None = None
-
-
-class _Pictures(Dataset[tuple[Tensor, Tensor, int]]):
-    """A picture (3, h, w) uint8, its base boxes (n, 4) and its id, by number; or by draw, and then flipped as its key says."""
-
-    def __init__(self, split: Split, recipe: Recipe) -> None:
-        self.split, self.recipe = split, recipe
-
-    def __len__(self) -> int:
-        return len(self.split.images)
-
-    def __getitem__(self, wanted: int | Draw) -> tuple[Tensor, Tensor, int]:
-        image = self.split.images[wanted.index if isinstance(wanted, Draw) else wanted]
-        pixels, boxes = read_pixels(self.split, image), torch.from_numpy(image.boxes)
-        if isinstance(wanted, Draw) and is_flipped(key_of(self.recipe.train.seed, wanted.epoch, image.id), self.recipe.input.flip):
-            pixels, boxes = pixels.flip(-1), flip_boxes(boxes, image.width)
-        return pixels, boxes, image.id
 
 
 def propose(job: ProposeJob, log: Callable[[str], None] = print) -> dict[int, Proposals]:
-    """Train, propose, write `job.out` and return the proposals by image id. Raises HdovdError for bad input."""
-    recipe, device = job.recipe, pick_device(job.device)
+    """Train or load the network, propose, write `job.out` and return the proposals by image id.
+
+    Raises HdovdError for bad input, and Stopped if a signal ended it: the same call goes on.
+    """
+    with team(job.device) as us, StopSignal() as stop:
+        return _propose(job, us, stop, log if us.leads else lambda _: None)
+
+
+def _propose(job: ProposeJob, us: Team, stop: StopSignal, log: Callable[[str], None]) -> dict[int, Proposals]:
     split = job.data.load("train2017", load_protocol(job.protocol), base_only=True, log=log)
-    torch.manual_seed(recipe.train.seed)
-    network = ProposalNetwork(recipe, log).to(device)
-
-    def losses_of(samples: list[tuple[Tensor, Tensor, int]], _: int) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = network([p.to(device) for p, _, _ in samples], [b.to(device) for _, b, _ in samples])
-        return losses
-
-    unreadable: dict[str, None] = {}  # in the order met; extraction lists them too
-
-    def leave_out(error: HdovdError) -> None:
-        unreadable[str(error)] = None
-
-    batches = shuffled(_Pictures(split, recipe), recipe.train, device, leave_out)
-    Loop(network, losses_of, batches, recipe.train, device, "proposals", lambda sample: sample[2]).run(Hooks())
-    if job.backbone_out is not None:
+    network, origin = checkpointed(job.checkpoint, job, us) if job.checkpoint else trained_network(job.network, split, us, stop, log)
+    if us.leads and job.backbone_out is not None:
         job.backbone_out.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in network.backbone.body.state_dict().items()}, job.backbone_out)
+        save_file({k: v.cpu().contiguous() for k, v in network.backbone.body.state_dict().items()}, job.backbone_out)
         log(f"wrote {job.backbone_out}: the backbone, for --set detector.backbone.weights=")
-    found = _propose(network.eval(), split, job, device, leave_out)
-    for problem in unreadable:
+    require_readable(split)
+    made_by = {**origin, "selection": job.selection()}  # everything that made the proposals
+    parts = Parts.of(job.out.with_name(f"{job.out.stem}.parts"), split, job.recipe.train.batch_size, made_by)
+    mine = parts.missing()[us.rank :: us.world]
+    us.wait()  # all have looked, before the first one writes
+    doing = f"proposing; whole parts are in {parts.folder}"
+    fill(parts, mine, _results(network, split, parts, mine, job, us), lambda: stop_if_asked(stop, doing))
+    us.wait()
+    done = [parts.read(number) for number in parts.numbers()]
+    us.wait()
+    found = {image_id: proposals for part in done for image_id, proposals in part.found.items()}
+    for problem in (problem for part in done for problem in part.unreadable):
         log(f"skipped: {problem}")
-    if not found:
-        raise HdovdError(f"no training picture of {split.folder} can be read; first reason: {next(iter(unreadable))}")
-    count = write_proposals(job.out, found)
-    log(f"wrote {job.out}: {count} proposals for {len(found)} images, {count / len(found):.1f} an image, identity "
-        + ProposalTable.of(found).identity())
+    if us.leads:
+        count = write_proposals(job.out, found, made_by)
+        shutil.rmtree(parts.folder, ignore_errors=True)
+        log(f"wrote {job.out}: {count} proposals for {len(found)} images, {count / len(found):.1f} an image, identity "
+            + ProposalTable.of(found).identity())
+        log(f"next: hdovd extract-clip --proposals {job.out} ...")
     return found
 
 
-def _propose(network: ProposalNetwork, split: Split, job: ProposeJob, device: torch.device,
-             leave_out: Callable[[HdovdError], None]) -> dict[int, Proposals]:
-    base = {image.id: torch.from_numpy(image.boxes) for image in split.images}
-    workers = training_workers(device, job.recipe.train.workers)
-    batches = Batches(_Pictures(split, job.recipe), job.recipe.train.batch_size, workers, device=device, on_error=leave_out)
-    found = {}
-    for samples in progress(batches, "propose", "batch", len(batches)):
-        for (boxes, scores), (_, _, image_id) in zip(network.propose([p.to(device) for p, _, _ in samples]), samples, strict=True):
-            keep = select_proposals(boxes.cpu(), scores.cpu(), base[image_id], job)
-            found[image_id] = Proposals(boxes.cpu()[keep].numpy(), scores.cpu()[keep].numpy())
-    return found
+def checkpointed(file: Path, job: ProposeJob, us: Team) -> tuple[ProposalNetwork, dict[str, Any]]:
+    """The network of --checkpoint, on the team's device, and what made it. Raises HdovdError if it saw other base classes."""
+    network, origin = load_network(file, job.recipe)
+    known, base = set(origin["protocol"]["base"]), set(load_protocol(job.protocol).base)
+    if not known <= base:
+        raise HdovdError(f"{file} was trained on boxes of {', '.join(sorted(known - base)[:8])}, which {job.protocol} does not call base: "
+                         "its proposals would give novel classes away. Train a network with this protocol")
+    return network.to(us.device).to(memory_format=torch.channels_last).eval(), origin
+
+
+def _results(network: ProposalNetwork, split: Split, parts: Parts, mine: list[int], job: ProposeJob,
+             us: Team) -> Iterator[tuple[int, Proposals | str]]:
+    """The images of the parts `mine` in order: the id of each, and its proposals, or why it cannot be read."""
+    numbers = [number for part in mine for number in parts.rows(part)]
+    base = {split.images[number].id: torch.from_numpy(split.images[number].boxes) for number in numbers}
+    workers, config = training_workers(us.device, job.recipe.train.workers), job.recipe.train
+    if not numbers:
+        return
+    batches = Batches(Pictures(split, job.recipe, numbers), config.batch_size, workers, device=us.device)
+    for pictures in progress(batches, "propose", "batch", len(batches) if us.leads else 0):
+        scored = network.propose([picture.pixels.to(us.device) for picture in pictures])
+        for (boxes, scores), picture in zip(scored, pictures, strict=True):
+            keep = select_proposals(boxes.cpu(), scores.cpu(), base[picture.image_id], job)
+            found = Proposals(boxes.cpu()[keep].numpy(), scores.cpu()[keep].numpy())
+            yield picture.image_id, picture.problem or found
+
+
+def stop_if_asked(stop: StopSignal, doing: str) -> None:
+    """Raises Stopped, saying what was being done, if a signal came."""
+    if stop.received:
+        raise Stopped(f"stopped while {doing}; the same command goes on there", exit_code(stop.received))
 
 
 def select_proposals(boxes: Tensor, scores: Tensor, base: Tensor, job: ProposeJob) -> Tensor:

@@ -177,7 +177,7 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
 def _values(recipe: Recipe) -> dict[str, Any]:
     """What a run may not change on its way; the number of worker processes it may."""
     tree = recipe.model_dump(by_alias=True)
-    del tree["train"]["workers"]
+    del tree["train"]["workers"], tree["proposals"]  # the latter are of another stage
     return tree
 
 

@@ -87,7 +87,7 @@ def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable
         clip = demo_teacher(config.teacher_folder or user_cache_folder() / "teachers", log=log)
     data = ("--data", world, "--protocol", world / "protocol.toml")
     proposals, cache, backbone = root / "proposals.json", root / "cache", root / "backbone.safetensors"
-    run("propose", "propose", *data, "--recipe", "demo", "--set", "train.epochs=6", "--overlap", 0.15, "--min-score", 0.65,
+    run("propose", "propose", *data, "--recipe", "demo", "--set", "train.epochs=6", "--overlap", 0.15, "--min-score", 0.55,
         "--out", proposals, "--backbone-out", backbone)
     run("extract-clip", "extract-clip", *data, "--cache", cache, "--clip", clip, "--proposals", proposals,
         "--vocabulary", world / "vocabulary.txt", "--captions", world / "annotations" / "captions_train2017.json")

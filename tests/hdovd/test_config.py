@@ -174,6 +174,14 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         load_recipe(str(file))
 
 
+def test_a_recipe_kept_before_there_were_proposals_loads(tmp_path: Path) -> None:
+    """Run folders are read back: without the section its values are those of the COCO recipe, which are its defaults."""
+    before = load_recipe("ov-coco-faster-rcnn-r50").to_toml().partition("[proposals]")[0]
+    (tmp_path / "config.toml").write_text(before)
+    assert "proposals" not in tomllib.loads(before)
+    assert load_recipe(str(tmp_path / "config.toml")) == load_recipe("ov-coco-faster-rcnn-r50")
+
+
 @pytest.mark.parametrize("content", [b"[train\nlr = 1", b"\xff\xfe\x00"])
 def test_a_file_that_is_not_toml(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"

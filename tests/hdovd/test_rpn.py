@@ -1,4 +1,4 @@
-"""The proposal networks: their losses against loops, their scores, their anchors."""
+"""The region proposal network: its losses against loops, its scores, its anchors."""
 
 import math
 
@@ -10,14 +10,14 @@ from torchvision.ops import box_iou
 
 from hdovd.config import RpnConfig
 from hdovd.errors import HdovdError
-from hdovd.rpn import LocalisationRPN, ObjectnessRPN, build_rpn, iou_of_deltas
+from hdovd.rpn import ObjectnessRPN, build_rpn
 
 CONFIG = RpnConfig(anchor_sizes=[[16], [32]], samples=64, pre_nms=50, post_nms=20, nms=0.7)
 
 
-def build(kind: type[ObjectnessRPN] = ObjectnessRPN, **settings: object) -> ObjectnessRPN:
+def build(**settings: object) -> ObjectnessRPN:
     torch.manual_seed(0)
-    return build_rpn(CONFIG.model_copy(update=settings), 4, 2, kind=kind)
+    return build_rpn(CONFIG.model_copy(update=settings), 4, 2)
 
 
 def scene(images: int = 2) -> tuple[ImageList, dict[str, Tensor]]:
@@ -51,73 +51,13 @@ def test_objectness_losses_equal_loops() -> None:
     assert box.item() == pytest.approx(distance / 9)
 
 
-def test_localisation_losses_equal_loops() -> None:
-    scores, deltas, labels, targets = predictions()
-    rpn = build(LocalisationRPN)
-    score, box = rpn.compute_loss(scores, deltas, labels, targets)
-    kinds, wanted = torch.cat(labels).tolist(), torch.cat(targets)
-    anchor = (40.0, 30.0, 16.0, 24.0)
-    positives = [k for k, kind in enumerate(kinds) if kind == 1]
-    near = sum(naive_bce(scores[k].item(), naive_iou(decode(deltas[k], anchor), decode(wanted[k], anchor))) for k in positives)
-    far = sum(naive_bce(scores[k].item(), 0.0) for k, kind in enumerate(kinds) if kind == 0)
-    assert score.item() == pytest.approx((near + 0.3 * far) / len(positives))
-    distance = sum(abs(float(a - b)) for k in positives for a, b in zip(deltas[k], wanted[k], strict=True))
-    assert box.item() == pytest.approx(distance / len(positives) / 4)
-
-
-def test_localisation_score_teaches_no_box() -> None:
-    scores, deltas, labels, targets = predictions()
-    score, _ = build(LocalisationRPN).compute_loss(scores.requires_grad_(), deltas.requires_grad_(), labels, targets)
-    score.backward()
-    assert scores.grad is not None
-    assert scores.grad.abs().sum() > 0
-    assert deltas.grad is None or not deltas.grad.any()
-
-
-@pytest.mark.parametrize("kind", [ObjectnessRPN, LocalisationRPN])
-def test_without_positives_the_losses_are_finite_with_backward(kind: type[ObjectnessRPN]) -> None:
+def test_without_positives_the_losses_are_finite_with_backward() -> None:
     scores, deltas, labels, targets = predictions()
     nothing = [torch.zeros_like(rows) for rows in labels]
-    score, box = build(kind).compute_loss(scores.requires_grad_(), deltas.requires_grad_(), nothing, targets)
+    score, box = build().compute_loss(scores.requires_grad_(), deltas.requires_grad_(), nothing, targets)
     (score + box).backward()
     assert math.isfinite(score.item())
     assert box.item() == 0.0
-
-
-def decode(deltas: Tensor, anchor: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-    """xyxy of offsets (dx, dy, dw, dh) from an anchor (centre x, centre y, width, height)."""
-    dx, dy, dw, dh = map(float, deltas)
-    x, y, w, h = anchor[0] + dx * anchor[2], anchor[1] + dy * anchor[3], anchor[2] * math.exp(dw), anchor[3] * math.exp(dh)
-    return x - w / 2, y - h / 2, x + w / 2, y + h / 2
-
-
-def naive_iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    overlap = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    return overlap / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - overlap)
-
-
-@pytest.mark.parametrize("anchor", [(50.0, 50.0, 20.0, 20.0), (10.0, 90.0, 64.0, 8.0)])
-def test_iou_of_deltas_equals_the_iou_of_the_boxes(anchor: tuple[float, float, float, float]) -> None:
-    generator = torch.Generator().manual_seed(3)
-    one, two = (0.4 * torch.randn(40, 4, generator=generator, dtype=torch.float64) for _ in range(2))
-    expected = [naive_iou(decode(a, anchor), decode(b, anchor)) for a, b in zip(one, two, strict=True)]
-    assert min(expected) < 0.1 < 0.4 < max(expected)
-    torch.testing.assert_close(iou_of_deltas(one, two), torch.tensor(expected, dtype=torch.float64))
-
-
-def test_iou_of_deltas_by_hand() -> None:
-    same = torch.tensor([[0.1, -0.2, 0.3, 0.0]])
-    assert iou_of_deltas(same, same).item() == pytest.approx(1.0)
-    zero = torch.zeros(1, 4)
-    assert iou_of_deltas(zero, torch.tensor([[0.5, 0.0, 0.0, 0.0]])).item() == pytest.approx(1 / 3)
-    assert iou_of_deltas(zero, torch.tensor([[0.0, 0.0, math.log(2), math.log(2)]])).item() == pytest.approx(0.25)
-    assert iou_of_deltas(zero, torch.tensor([[3.0, 0.0, 0.0, 0.0]])).item() == 0.0
-    assert iou_of_deltas(zero[:0], zero[:0]).shape == (0,)
-
-
-def test_wild_deltas_have_a_finite_iou() -> None:
-    wild = torch.tensor([[0.0, 0.0, 200.0, 200.0], [0.0, 0.0, -200.0, 0.0]])
-    assert iou_of_deltas(wild, torch.zeros(2, 4)).isfinite().all()
 
 
 def test_training_proposes_and_gives_both_losses() -> None:
@@ -149,7 +89,7 @@ def test_scored_proposals_are_those_of_forward_best_first() -> None:
 
 def test_scores_belong_to_their_boxes() -> None:
     """With a score that follows from position alone, the best proposal lies where the score is highest."""
-    rpn = build(LocalisationRPN, pre_nms=1000).eval()
+    rpn = build(pre_nms=1000).eval()
     images, features = scene(1)
     for layer in (rpn.head.conv[0][0], rpn.head.cls_logits, rpn.head.bbox_pred):
         torch.nn.init.zeros_(layer.weight)

@@ -1,0 +1,113 @@
+"""What `hdovd propose` is asked for: validated, and read without torch, for the sake of --help. Called by `cli.propose` and Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from hdovd.coco import DataPaths
+from hdovd.config import Recipe
+from hdovd.errors import HdovdError
+
+
+class Detector(StrEnum):
+    """What finds proposals: the object localisation network, or a plain region proposal network."""
+
+    OLN = "oln"
+    RPN = "rpn"
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkJob:
+    """A network to train on the base boxes of `data`, kept in `file`; one that is there already, of the same settings, is taken.
+
+    `overwrite`: train anew, whatever is there. `save_minutes`: between two checkpoints within an epoch.
+    """
+
+    data: DataPaths
+    file: Path
+    detector: Detector
+    recipe: Recipe
+    protocol: str = "ov-coco"
+    overwrite: bool = False
+    save_minutes: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProposeJob:
+    """`top` proposals an image at most, of `min_score` or more, both sides at least `min_side` pixels of the original image.
+
+    A proposal that overlaps a base box or a better proposal by an IoU of more than `overlap` is left out.
+    `checkpoint`: a trained network, of which the values are its own; of `recipe` batch size and workers are taken.
+    `backbone_out`: where to keep the trained backbone, a start for detectors where ImageNet weights do not fit.
+    """
+
+    data: DataPaths
+    out: Path
+    recipe: Recipe
+    protocol: str = "ov-coco"
+    top: int = 10
+    overlap: float = 0.5
+    min_side: float = 8.0
+    min_score: float = 0.0
+    device: str = "auto"
+    backbone_out: Path | None = None
+    detector: Detector = Detector.OLN
+    checkpoint: Path | None = None
+    overwrite: bool = False
+    save_minutes: float = 10.0
+
+    @property
+    def network(self) -> NetworkJob:
+        """The network of this job lies beside its proposals."""
+        return NetworkJob(self.data, network_file(self.out, self.detector), self.detector, self.recipe, self.protocol, self.overwrite,
+                          self.save_minutes)
+
+    def selection(self) -> dict[str, float]:
+        return {"top": self.top, "overlap": self.overlap, "min_side": self.min_side, "min_score": self.min_score}
+
+
+@dataclass(frozen=True, slots=True)
+class RecallJob:
+    """Average recall on `validation` of networks side by side: those in `checkpoints`, and those of `detectors`, which lie beside `out`
+    or are trained on `data`."""
+
+    data: DataPaths
+    validation: DataPaths | None
+    recipe: Recipe
+    out: Path | None = None
+    protocol: str = "ov-coco"
+    detectors: tuple[Detector, ...] = ()
+    checkpoints: tuple[Path, ...] = ()
+    device: str = "auto"
+    overwrite: bool = False
+    save_minutes: float = 10.0
+
+    def networks(self) -> list[NetworkJob]:
+        """What is to be trained, or was. Raises HdovdError without a place for it."""
+        wanted = self.detectors if self.detectors or self.checkpoints else (Detector.OLN,)
+        if wanted and self.out is None:
+            raise HdovdError(f"--report trains {' and '.join(wanted)}, and keeps the networks beside --out FILE, for proposals later: give "
+                             "--out, or trained networks with --checkpoint")
+        return [NetworkJob(self.data, network_file(self.out, detector), detector, self.recipe, self.protocol, self.overwrite,
+                           self.save_minutes) for detector in dict.fromkeys(wanted) if self.out is not None]
+
+
+def network_file(out: Path, detector: Detector) -> Path:
+    """Where the network of a proposal file lies: proposals.json has its OLN in proposals.oln.safetensors."""
+    return out.with_name(f"{out.stem}.{detector.value}.safetensors")
+
+
+def propose_job(data: DataPaths, out: Path | None, recipe: Recipe, detectors: tuple[Detector, ...], checkpoints: tuple[Path, ...],
+                **options: Any) -> ProposeJob:
+    """A job from the words of a command line. Raises HdovdError without `out`, or for more than one network."""
+    if out is None:
+        raise HdovdError("--out FILE is missing: the proposal file to write (or --report, to count recall alone)")
+    if len(detectors) > 1 or len(checkpoints) > 1:
+        raise HdovdError("one --detector or --checkpoint makes a proposal file; several are compared with --report")
+    if detectors and checkpoints:
+        raise HdovdError("--checkpoint is a network of one kind already: leave --detector out")
+    return ProposeJob(data, out, recipe, detector=detectors[0] if detectors else Detector.OLN,
+                      checkpoint=checkpoints[0] if checkpoints else None, **options)

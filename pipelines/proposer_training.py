@@ -1,0 +1,134 @@
+"""Training a proposal network on base boxes alone; killed, it goes on from its checkpoint. Called by `propose` and `proposal_recall`.
+
+While it trains, a folder NAME.training beside the network's file NAME.safetensors holds the checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hdovd.backbone import with_synced_norms
+from hdovd.coco import Split
+from hdovd.errors import Stopped
+from hdovd.pipelines.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from hdovd.pipelines.device import training_workers
+from hdovd.pipelines.draws import key_of
+from hdovd.pipelines.epoch_order import Dealing, PlainShuffle
+from hdovd.pipelines.fit import Hooks, Loop
+from hdovd.pipelines.loading import TrainingBatches
+from hdovd.pipelines.processes import Team
+from hdovd.pipelines.proposal_networks import build_network, check_made_by, load_network, made_by, provenance, save_network, settings
+from hdovd.pipelines.proposal_pictures import Picture, Pictures, require_readable
+from hdovd.pipelines.propose_config import NetworkJob
+from hdovd.pipelines.run_hooks import line_of
+from hdovd.pipelines.stop_signal import StopSignal, exit_code
+from hdovd.pipelines.train import data_parallel
+from hdovd.proposer import ProposalNetwork
+
+
+def trained_network(job: NetworkJob, split: Split, us: Team, stop: StopSignal,
+                    log: Callable[[str], None]) -> tuple[ProposalNetwork, dict[str, Any]]:
+    """The network of a job, on the team's device, and what made it: from its file, or trained and put there.
+
+    Raises HdovdError if the file, or the checkpoint of a training that was killed, was made otherwise; Stopped if a signal came.
+    """
+    wanted = settings(job, split)
+    if job.file.is_file() and not job.overwrite:
+        check_made_by(made_by(job.file), wanted, job.file)
+        log(f"network: {job.file}, trained with these settings before")
+    else:
+        _train(job, split, wanted, us, stop, log)
+    us.wait()
+    network, origin = load_network(job.file, job.recipe)
+    return network.to(us.device).to(memory_format=torch.channels_last).eval(), origin
+
+
+def _train(job: NetworkJob, split: Split, wanted: dict[str, Any], us: Team, stop: StopSignal, log: Callable[[str], None]) -> None:
+    config, folder = job.recipe.train, job.file.with_suffix(".training")
+    state = None if job.overwrite else load_checkpoint(folder)
+    us.wait()  # all have looked, before the first one writes
+    if state is not None:
+        check_made_by(state["wanted"], wanted, folder)
+    require_readable(split)
+    torch.manual_seed(config.seed)
+    network = build_network(job.detector, job.recipe, log if state is None else None)
+    if us.world > 1 and us.device.type == "cuda" and job.recipe.detector.backbone.norm == "batch":
+        network.backbone = with_synced_norms(network.backbone)
+    network = network.to(us.device).to(memory_format=torch.channels_last)
+    model = network if us.world == 1 else data_parallel(network)
+
+    def losses_of(samples: list[Picture], epoch: int) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = model([s.pixels.to(us.device, non_blocking=True) for s in samples],
+                                          [s.boxes.to(us.device) for s in samples],
+                                          [key_of(config.seed, epoch, s.image_id) for s in samples])
+        return losses
+
+    dealing = Dealing(PlainShuffle(len(split.images), config.seed), config.batch_size, us.rank, us.world)
+    batches = TrainingBatches(Pictures(split, job.recipe), dealing, training_workers(us.device, config.workers), device=us.device)
+    loop = Loop(model, losses_of, batches, config, us.device, f"train {job.detector.value}", lambda sample: sample.image_id)
+    if us.world > 1:  # each process draws for itself, where a backbone draws from torch's own generator
+        torch.manual_seed(key_of(config.seed, -1, us.rank))
+    if state is not None:
+        network.load_state_dict(state["model"])
+        loop.load(state)
+        if len(state["rng"]) == us.world:
+            set_rng_state(state["rng"][us.rank], us.device)
+        log(f"training goes on at step {loop.step_number} of {loop.total}")
+    hooks = _Keep(folder, network, wanted, us, stop, log, job.save_minutes)
+    loop.run(hooks)
+    if us.leads:
+        save_network(job.file, network, provenance(job, split, network.state_dict()))
+        shutil.rmtree(folder, ignore_errors=True)
+        log(f"wrote {job.file}: the network, for --checkpoint")
+
+
+@dataclass(slots=True)
+class _Keep(Hooks):
+    """Tells how it goes, and keeps a checkpoint: every `save_minutes`, after every epoch, and when a signal came."""
+
+    folder: Path
+    network: ProposalNetwork
+    wanted: dict[str, Any]
+    team: Team
+    stop: StopSignal
+    log: Callable[[str], None]
+    save_minutes: float
+    _saved: float = field(default_factory=time.monotonic)
+
+    @property
+    def shows_bar(self) -> bool:  # type: ignore[override]
+        return self.team.leads
+
+    def interval(self, entry: dict[str, float], left_s: float) -> None:
+        with tqdm.external_write_mode():
+            self.log(line_of(entry, left_s))
+
+    def step(self, loop: Loop[Any]) -> None:
+        due, signal = self.team.agree(int(time.monotonic() - self._saved > 60 * self.save_minutes), self.stop.received)
+        if due or signal:
+            self._save(loop)
+        if signal:
+            raise Stopped(f"stopped at step {loop.step_number} of {loop.total}, saved in {self.folder}; the same command goes on there",
+                          exit_code(signal))
+
+    def epoch(self, loop: Loop[Any], epoch: int) -> None:
+        if loop.step_number < loop.total:
+            self._save(loop)
+            self.step(loop)
+
+    def _save(self, loop: Loop[Any]) -> None:
+        loop.window.means(loop.device)  # unsound weights never replace good ones
+        state = {"rng": self.team.gather(rng_state(self.team.device)), "wanted": self.wanted, **loop.state()}
+        if self.team.leads:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(self.folder, {"model": self.network.state_dict(), **state})
+        self._saved = time.monotonic()
