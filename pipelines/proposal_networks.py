@@ -74,6 +74,7 @@ def save_network(file: Path, network: ProposalNetwork, made_by: dict[str, Any]) 
     """The file is replaced whole or not at all. Raises HdovdError."""
     state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     metadata = {"made_by": json.dumps(made_by), "recipe": network.recipe.to_toml()}
+    file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, lambda partial: save_file(state, partial, metadata))
 
 

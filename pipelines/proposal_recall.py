@@ -77,6 +77,7 @@ def recall_report(job: RecallJob, log: Callable[[str], None] = print) -> list[Re
             found.append(_recall(name, network.to(us.device).eval(), validation, protocol, job, us, stop))
         if us.leads and job.out is not None:
             file, content = job.out.with_name(f"{job.out.stem}.recall.json"), json.dumps([one.to_dict() for one in found], indent=1)
+            file.parent.mkdir(parents=True, exist_ok=True)
             replace_file(file, lambda partial: partial.write_text(content))
             log(f"wrote {file}")
         log(recall_table(found))

@@ -49,6 +49,12 @@ OF_OTHERS = {  # the authors' configuration and mmdetection's defaults, which ME
 }
 
 
+OF_OLN = {  # arXiv 2108.06753, section 3, and its authors' configuration, typed from there
+    "proposals.score_iou": 0.3, "proposals.box_iou": 0.7, "proposals.roi_iou": 0.3, "proposals.rois": 2000, "proposals.rpn_nms": 1.0,
+    "proposals.nms": 0.7, "proposals.centerness_weight": 1.0, "proposals.rpn_box_weight": 10.0, "proposals.iou_weight": 1.0,
+    "proposals.box_weight": 1.0}
+
+
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
@@ -58,7 +64,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def test_ov_coco_recipe_has_the_constants_of_the_method() -> None:
     found = leaves(load_recipe("ov-coco-faster-rcnn-r50").model_dump(by_alias=True))
-    expected = OV_COCO | OF_OTHERS
+    expected = OV_COCO | OF_OTHERS | OF_OLN
     assert {key: found.get(key) for key in expected} == expected
     assert {key for key in found if not key.startswith("train.")} <= expected.keys()  # none without a source
 
@@ -74,7 +80,7 @@ def test_every_value_of_the_ov_coco_recipe_has_its_source_behind_it() -> None:
     lines = resources.files("hdovd").joinpath("recipes/ov-coco-faster-rcnn-r50.toml").read_text().splitlines()
     values = [line for line in lines if re.match(r"\w+ = ", line)]
     assert len(values) > 60
-    assert [line for line in values if not re.search(r"# .*(METHOD \d|config|mmdetection|torchvision|here)", line)] == []
+    assert [line for line in values if not re.search(r"# .*(METHOD \d|config|OLN|mmdetection|torchvision|here)", line)] == []
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

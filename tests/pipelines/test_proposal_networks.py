@@ -29,7 +29,7 @@ def _silent(_: str) -> None: ...
 @pytest.fixture(scope="module")
 def made(world: Path, micro_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> ProposeJob:
     """A job that is done: p.json and p.oln.safetensors."""
-    out = tmp_path_factory.mktemp("made") / "p.json"
+    out = tmp_path_factory.mktemp("made") / "not there yet" / "p.json"
     job = ProposeJob(DataPaths(world), out, micro_recipe(), str(world / "protocol.toml"), device="cpu", top=6)
     propose(job, _silent)
     return job
