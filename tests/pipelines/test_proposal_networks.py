@@ -70,7 +70,7 @@ def test_a_network_proposes_the_same_anywhere(made: ProposeJob, network: Path, t
     job = replace(made, out=tmp_path / "again.json", checkpoint=network, recipe=micro_recipe("proposals.nms=0.1", "input.short_side=64"))
     propose(job, _silent)
     assert job.out.read_bytes() == made.out.read_bytes()
-    assert [file.name for file in tmp_path.iterdir()] == ["again.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["again.json", "again.json.made_by.json"]
 
 
 def test_what_made_it_is_kept(made: ProposeJob, network: Path, world: Path, kept: list[int]) -> None:
