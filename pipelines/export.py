@@ -15,7 +15,7 @@ import numpy as np
 
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import DEFAULT_SET, ROW_ARRAYS, TABLE_ARRAYS, TABLES, Level
+from hdovd.cache.schema import DEFAULT_SET, TABLE_ARRAYS, TABLES, Level, row_arrays
 from hdovd.cache.tar_meta import TABLES_HERE, TEXTS, TarMeta
 from hdovd.cache.tar_sample import MEMBERS, TarSample
 from hdovd.cache.tar_shards import SAMPLES, TarShards, TarWriter
@@ -121,7 +121,9 @@ class _Exporter:
             rows = self._cache.instances(image.id)
             found = {"box": rows.box, "source": rows.source, "score": rows.score, "annotation_id": rows.annotation_id,
                      "embedding": rows.embedding, "noun": rows.noun, "noun_cosine": rows.noun_cosine}
-            arrays = {name: found[array] for name, (level, array) in MEMBERS.items() if level in self._levels and level is not Level.IMAGE}
+            found |= {"top_noun": rows.top_noun, "top_weight": rows.top_weight} if rows.top_noun.shape[1] else {}
+            arrays = {name: found[array] for name, (level, array) in MEMBERS.items()
+                      if level in self._levels and level is not Level.IMAGE and array in found}
         if Level.IMAGE in self._levels:
             arrays["image"] = self._cache.image_embedding(image.id)
         return arrays
@@ -154,7 +156,8 @@ def import_tars(url: Path | str, cache: Path | str, log: Log = print) -> Feature
             parts[level].add({"embedding": meta.tensors[level]})
     for sample in _samples(shards, "writing", verify=False):
         for level in parts.keys() - set(TEXTS):
-            arrays = {array: sample.arrays[name] for name, (of, array) in MEMBERS.items() if of is level and array in ROW_ARRAYS[level]}
+            arrays = {array: sample.arrays[name] for name, (of, array) in MEMBERS.items()
+                      if of is level and array in row_arrays(level, meta.attributes(level)["dim"])}
             parts[level].add({"embedding": arrays["embedding"][None]} if level is Level.IMAGE else arrays)
     catalog.write_set(meta.name, meta.features)
     log(f"{cache}: set {meta.name} of {meta.images:,d} images, {size(sum(part.product.bytes() for part in parts.values()))}")

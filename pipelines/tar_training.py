@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from hdovd.cache.identity import differences
-from hdovd.cache.reader import InstanceRows, require_together
+from hdovd.cache.reader import InstanceRows, no_labels, require_together
 from hdovd.cache.schema import DEFAULT_SET, Level, Source
 from hdovd.cache.tar_sample import TarSample
 from hdovd.cache.tar_shards import TarShards
@@ -141,9 +141,9 @@ class TarTrainingSet(Dataset[Sample]):
             base = arrays["source"] == Source.BASE_BOX
             if [a["id"] for a in about["annotations"]] != arrays["annotation_id"][base].tolist():
                 raise HdovdError(f"{where}: its .json and .annotation_id.npy name other annotations; export again")
-            none = np.full(len(base), -1, np.int32), np.zeros(len(base), np.float32)
-            labelled = (arrays["noun"], arrays["noun_cosine"]) if Level.PSEUDO_LABEL in self._meta.products else none
-            rows = InstanceRows(arrays["instance"], *(arrays[name] for name in ("boxes", "source", "annotation_id", "score")), *labelled)
+            none = no_labels(len(base))
+            labelled = none | {name: arrays[name] for name in none if name in arrays}
+            rows = InstanceRows(arrays["instance"], *(arrays[name] for name in ("boxes", "source", "annotation_id", "score")), **labelled)
         picture = read_image(f"{where}: {about['file_name']}", about["width"], about["height"], sample.picture)
         whole = arrays["image"] if loss.image.enabled else None
         targets = make_targets(boxes.astype(np.float32), labels, rows, whole, self._nouns, self.dim)
