@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import hdovd
-from hdovd.cli import ablate, bench, cache, demo, eval, extract_clip, propose, runs, train
+from hdovd.cli import ablate, bench, cache, calibrate, demo, eval, extract_clip, propose, runs, train
 from hdovd.errors import HdovdError, Stopped
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
     On your COCO folder, in this order: [bold]propose[/bold] (class-agnostic boxes), [bold]extract-clip[/bold]
     (run CLIP once, fill the cache), [bold]train[/bold] (the detector, without CLIP), [bold]eval[/bold] (OV-COCO AP).
 
+    [bold]calibrate[/bold], before train, fits the trust in pseudo labels to any CLIP.
     [bold]cache[/bold] lists, compares, checks, mends and tidies what extract-clip wrote;
     [bold]runs[/bold] lists and compares what train wrote. [bold]ablate[/bold] trains and evaluates a grid of settings.
     """,
@@ -47,6 +48,7 @@ def _root(
 app.command("demo")(demo.demo)
 app.command("propose")(propose.propose)
 app.command("extract-clip")(extract_clip.extract_clip)
+app.command("calibrate")(calibrate.calibrate)
 app.command("train")(train.train)
 app.command("eval")(eval.eval)
 app.command("ablate")(ablate.ablate)

@@ -49,7 +49,7 @@ def export_tars(config: ExportConfig, log: Log = print) -> TarMeta:
     """Write the shards that are not there yet. Raises HdovdError if the set does not fit the data, or a picture is gone."""
     cache = FeatureCache(config.cache, config.features)
     cache.require_together()
-    data, protocol = _made_from(config, cache.set)
+    data, protocol = made_from(config.cache, cache.set, config.features, config.data, config.protocol)
     split = data.load("train2017", protocol, base_only=True, log=log)
     inputs = data_inputs(split.images)
     for level in inputs.keys() & set(cache.levels()):
@@ -79,13 +79,15 @@ def export_tars(config: ExportConfig, log: Log = print) -> TarMeta:
     return writer.meta
 
 
-def _made_from(config: ExportConfig, features: FeatureSet) -> tuple[DataPaths, Protocol]:
-    if config.data is not None and config.protocol is not None:
-        return config.data, load_protocol(config.protocol)
+def made_from(cache: Path | str, features: FeatureSet, name: str, data: DataPaths | None, protocol: str | None
+              ) -> tuple[DataPaths, Protocol]:
+    """The data and the protocol of the set `name`: those given, or else those that it was extracted from. Raises HdovdError."""
+    if data is not None and protocol is not None:
+        return data, load_protocol(protocol)
     if not features.made_from:
-        raise HdovdError(f"set {config.features} of {config.cache} does not say which data it was made from: give --data and --protocol")
-    extraction = ExtractConfig.from_dict(features.made_from, config.cache)
-    return config.data or extraction.data, load_protocol(config.protocol or extraction.protocol)
+        raise HdovdError(f"set {name} of {cache} does not say which data it was made from: give --data and --protocol")
+    extraction = ExtractConfig.from_dict(features.made_from, cache)
+    return data or extraction.data, load_protocol(protocol or extraction.protocol)
 
 
 class _Exporter:

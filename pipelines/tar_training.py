@@ -20,6 +20,7 @@ from hdovd.cache.tar_sample import TarSample
 from hdovd.cache.tar_shards import TarShards
 from hdovd.config import Recipe
 from hdovd.errors import HdovdError, shorten
+from hdovd.pipelines.calibration import LabelOrigin
 from hdovd.pipelines.draws import Draw, as_draw
 from hdovd.pipelines.epoch_order import Dealing, EpochOrder, ShardShuffle, Streams
 from hdovd.pipelines.images import pixels_of, read_image
@@ -96,6 +97,10 @@ class TarTrainingSet(Dataset[Sample]):
             raise HdovdError(f"{self.url} has no text embedding of {missing[:8]}: extract and export with the same --protocol")
         rows: np.ndarray = self._meta.tensors[Level.CLASS].astype(np.float32)[[have[name] for name in names]]
         return rows
+
+    def label_origin(self) -> LabelOrigin:
+        """What the weights of pseudo labels depend on."""
+        return LabelOrigin(self.url, self._meta.key_inputs(), self._meta.attributes(Level.INSTANCE)["made_with"], self.dim)
 
     def record(self) -> dict[str, Any]:
         """Where it came from, for the record of a run."""

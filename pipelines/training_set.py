@@ -18,6 +18,7 @@ from hdovd.cache.schema import Level, Source
 from hdovd.coco import ImageBoxes, Split
 from hdovd.config import LossConfig, Recipe
 from hdovd.errors import HdovdError, shorten
+from hdovd.pipelines.calibration import LabelOrigin, origin_of
 from hdovd.pipelines.draws import Draw, as_draw, is_flipped, key_of
 from hdovd.pipelines.epoch_order import BlockShuffle, EpochOrder, PlainShuffle, Streams
 from hdovd.pipelines.identities import data_inputs
@@ -94,6 +95,10 @@ class TrainingSet(Dataset[Sample]):
     def describe(self) -> str:
         """What there is to train on, in words."""
         return f"{len(self)} images, {sum(len(image.boxes) for image in self.images)} base boxes"
+
+    def label_origin(self) -> LabelOrigin:
+        """What the weights of pseudo labels depend on."""
+        return origin_of(self.cache)
 
     def record(self) -> dict[str, Any]:
         """Where it came from, for the record of a run."""

@@ -55,8 +55,7 @@ class ClassLevel(nn.Module):
             count = len(t.pseudo_boxes)
             if self.config.enabled:
                 trust = self.config.weight * classwise.reliability(
-                    t.pseudo_embeddings, t.pseudo_texts, self.pseudo.reliability_centre, self.pseudo.reliability_width,
-                    self.pseudo.reliability_scale)
+                    t.pseudo_embeddings, t.pseudo_texts, *self.pseudo.reliability)
                 own = torch.arange(first, first + count, device=device)
                 first += count
             else:
