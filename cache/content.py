@@ -11,7 +11,7 @@ import numpy as np
 from hdovd.cache.identity import differences, key_of, table_inputs
 from hdovd.cache.product import Product
 from hdovd.cache.rows import open_rows
-from hdovd.cache.schema import CHUNK_ROWS, ROW_ARRAYS, TABLE_ARRAYS, Level, Source
+from hdovd.cache.schema import CHUNK_ROWS, TABLE_ARRAYS, Level, Source, row_arrays
 from hdovd.cache.writer import NORM_TOLERANCE
 from hdovd.errors import shorten
 
@@ -52,7 +52,7 @@ def check_attributes(product: Product) -> list[Wrong]:
 def check_tables(product: Product) -> list[Wrong]:
     """The tables of a product against each other, and against its key inputs. Raises what Zarr raises for what it cannot read."""
     wrong = []
-    for name, (dtype, wide) in ROW_ARRAYS[product.level].items():
+    for name, (dtype, wide) in row_arrays(product.level, product.dim).items():
         array, shape = product.array(name), (product.rows, *([product.dim] if wide else []))
         if array.shape != shape or array.dtype != dtype:
             wrong.append(Wrong(f"{name}/zarr.json", f"{dtype} {shape}", f"{array.dtype} {array.shape}"))
@@ -168,6 +168,23 @@ def _check_labels(product: Product, part: int) -> Iterator[Wrong]:
         yield Wrong(places["noun"], f"-1 to {last}", f"{noun[wrong[0]]}", _named(product, start + wrong))
     if len(wrong := np.flatnonzero(~(abs(cosine) <= 1 + COSINE_TOLERANCE) | ((noun == -1) & (cosine != 0)))):
         yield Wrong(places["noun_cosine"], "cosines, and 0 where there is no noun", f"{cosine[wrong[0]]}", _named(product, start + wrong))
+    if product.dim:
+        yield from _check_top(product, part, noun, nouns)
+
+
+def _check_top(product: Product, part: int, noun: np.ndarray, nouns: int | None) -> Iterator[Wrong]:
+    """Labels of several nouns: the winner first, weights that add up to 1, nothing where there is no noun."""
+    start, stop = product.rows_of(part)
+    places = product.row_objects(part)
+    top, weight = (open_rows(product, name, parts={part}).read(start, stop) for name in ("top_noun", "top_weight"))
+    bad = ((top < -1) | (top >= (np.inf if nouns is None else nouns))).any(axis=1) | (top[:, 0] != noun)
+    if len(wrong := np.flatnonzero(bad)):
+        yield Wrong(places["top_noun"], f"nouns, {noun[wrong[0]]} first", f"{top[wrong[0]].tolist()}", _named(product, start + wrong))
+    total = np.where(noun == -1, 0, 1)
+    sound = (abs(weight.sum(axis=1) - total) <= COSINE_TOLERANCE) & ((weight >= 0) & ((top >= 0) | (weight == 0))).all(axis=1)
+    if len(wrong := np.flatnonzero(~sound)):
+        yield Wrong(places["top_weight"], f"weights that add up to {total[wrong[0]]}", f"{weight[wrong[0]].tolist()}",
+                    _named(product, start + wrong))
 
 
 def _images_of(product: Product, rows: np.ndarray) -> np.ndarray:

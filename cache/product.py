@@ -10,7 +10,7 @@ import numpy as np
 import zarr
 
 from hdovd.cache.identity import KeyInputs, key_of
-from hdovd.cache.schema import ROW_ARRAYS, TABLES, Level
+from hdovd.cache.schema import ROW_ARRAYS, TABLES, Level, row_arrays
 from hdovd.cache.storage import Folder
 from hdovd.errors import HdovdError
 
@@ -50,7 +50,7 @@ class Product:
 
     @property
     def dim(self) -> int:
-        """D, or 0 for a level without embeddings."""
+        """D; of pseudo labels the number of nouns that a label is made of, if it is more than one; else 0."""
         return int(self.attributes["dim"])
 
     @property
@@ -64,7 +64,7 @@ class Product:
 
     def row_objects(self, part: int) -> dict[str, str]:
         """The object that holds a part of each row array, by array."""
-        return {name: f"{name}/c/{part}" + ("/0" if wide else "") for name, (_, wide) in ROW_ARRAYS[self.level].items()}
+        return {name: f"{name}/c/{part}" + ("/0" if wide else "") for name, (_, wide) in row_arrays(self.level, self.dim).items()}
 
     def record_name(self, part: int | str) -> str:
         return f"{self.prefix}/parts/{part if isinstance(part, str) else f'{part:06d}'}.json"

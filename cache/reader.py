@@ -14,7 +14,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.product import Product
 from hdovd.cache.rows import Rows, open_rows
-from hdovd.cache.schema import DEFAULT_SET, Level, Source
+from hdovd.cache.schema import DEFAULT_SET, Level, Source, row_arrays
 from hdovd.errors import HdovdError
 
 
@@ -23,7 +23,8 @@ class InstanceRows:
     """The rows of one image, base boxes first, then proposals best first.
 
     embedding (n, D) float16, box (n, 4) float32 xyxy pixels, source (n,) uint8, annotation_id (n,) int64, score (n,)
-    float32, noun (n,) int32 (-1: none), noun_cosine (n,) float32.
+    float32, noun (n,) int32 (-1: none), noun_cosine (n,) float32; top_noun (n, k) int32 (-1: none) and top_weight (n, k) float32,
+    the nouns that a label is made of, k = 0 where that is `noun` alone.
     """
 
     embedding: np.ndarray
@@ -33,6 +34,8 @@ class InstanceRows:
     score: np.ndarray
     noun: np.ndarray
     noun_cosine: np.ndarray
+    top_noun: np.ndarray
+    top_weight: np.ndarray
 
     def select(self, rows: np.ndarray) -> InstanceRows:
         """These rows: an index or a mask."""
@@ -43,6 +46,12 @@ class InstanceRows:
 
     def proposals(self) -> InstanceRows:
         return self.select(self.source == Source.PROPOSAL)
+
+
+def no_labels(count: int) -> dict[str, np.ndarray]:
+    """The label fields of `InstanceRows` for rows without pseudo labels."""
+    return {"noun": np.full(count, -1, np.int32), "noun_cosine": np.zeros(count, np.float32),
+            "top_noun": np.zeros((count, 0), np.int32), "top_weight": np.zeros((count, 0), np.float32)}
 
 
 class FeatureCache:
@@ -79,6 +88,10 @@ class FeatureCache:
     def key_inputs(self, level: Level) -> KeyInputs:
         """What made the level. Raises HdovdError if they were changed since."""
         return self._product(level).key_inputs
+
+    def made_with(self, level: Level) -> dict[str, Any]:
+        """What the level's product says of its making that its key does not depend on."""
+        return dict(self._product(level).attributes["made_with"])
 
     def identity(self) -> dict[str, Any]:
         """Keys and inputs of all levels, for a run's record."""
@@ -152,10 +165,13 @@ class FeatureCache:
         start, stop = int(offset[row]), int(offset[row + 1])
         known = [self._table(Level.BOXES, name)[start:stop] for name in ("box", "source", "annotation_id", "score")]
         if Level.PSEUDO_LABEL in self._products:
-            labels = [self._table(Level.PSEUDO_LABEL, name)[start:stop] for name in ("noun", "noun_cosine")]
+            labels = {name: self._table(Level.PSEUDO_LABEL, name)[start:stop] for name in self._label_arrays()}
         else:
-            labels = [np.full(stop - start, -1, np.int32), np.zeros(stop - start, np.float32)]
-        return InstanceRows(self._row_array(Level.INSTANCE, "embedding").read(start, stop), *known, *labels)
+            labels = {}
+        return InstanceRows(self._row_array(Level.INSTANCE, "embedding").read(start, stop), *known, **no_labels(stop - start) | labels)
+
+    def _label_arrays(self) -> list[str]:
+        return list(row_arrays(Level.PSEUDO_LABEL, self._product(Level.PSEUDO_LABEL).dim))
 
     def hold(self, level: Level) -> None:
         """Read what is held in memory of the image or instance level now, so that worker processes forked later share it."""
@@ -166,7 +182,7 @@ class FeatureCache:
         for name in ("offset", "box", "source", "annotation_id", "score"):
             self._table(Level.BOXES, name)
         if Level.PSEUDO_LABEL in self._products:
-            for name in ("noun", "noun_cosine"):
+            for name in self._label_arrays():
                 self._table(Level.PSEUDO_LABEL, name)
         self._rows_by_image(Level.BOXES)
         self._row_array(Level.INSTANCE, "embedding")

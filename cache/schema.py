@@ -12,7 +12,9 @@ image. A product reads on its own in any Zarr client:
     image/KEY         embedding (N, D) f16; image_id, image_hash, image_size
     class/KEY         embedding (K, D) f16; attribute names
     noun/KEY          embedding (K, D) f16; attribute names
-    pseudo_label/KEY  noun (M,) i32, a row of the noun level or -1 for none; noun_cosine (M,) f32
+    pseudo_label/KEY  noun (M,) i32, a row of the noun level or -1 for none; noun_cosine (M,) f32; for labels of the k best nouns
+                      (k > 1, the product's dim) also top_noun (M, k) i32, best first, and top_weight (M, k) f32, which add up to 1
+                      or, where there is no noun, are -1 and 0
 
 Beside the arrays, every product has `parts/`: tables.json and one NUMBER.json for every part, a fixed slice of its
 rows that is one Zarr shard of each of its row arrays. A part's file is written last, so what is listed there is
@@ -57,6 +59,8 @@ ROW_ARRAYS: dict[Level, dict[str, tuple[str, bool]]] = {
     Level.NOUN: {"embedding": ("float16", True)},
     Level.PSEUDO_LABEL: {"noun": ("int32", False), "noun_cosine": ("float32", False)},
 }
+# Row arrays of pseudo labels that are made of several nouns, beside the others; a row is k values.
+TOP_ARRAYS: dict[str, tuple[str, bool]] = {"top_noun": ("int32", True), "top_weight": ("float32", True)}
 # Tables, written at once when a product is begun: name -> dtype.
 TABLE_ARRAYS: dict[Level, dict[str, str]] = {
     Level.BOXES: {"image_id": "int64", "image_hash": "uint64", "image_size": "int32", "offset": "int64", "box": "float32",
@@ -67,3 +71,8 @@ TABLE_ARRAYS: dict[Level, dict[str, str]] = {
     Level.NOUN: {},
     Level.PSEUDO_LABEL: {},
 }
+
+
+def row_arrays(level: Level, dim: int) -> dict[str, tuple[str, bool]]:
+    """The row arrays of a product, whose rows of many values have `dim` of them: D embedding values, or k nouns."""
+    return ROW_ARRAYS[level] | (TOP_ARRAYS if level is Level.PSEUDO_LABEL and dim else {})

@@ -110,7 +110,12 @@ class TarMeta:
     @property
     def dim(self) -> int:
         """D, the size of every embedding."""
-        return max(int(self.attributes(level)["dim"]) for level in self.products)
+        return max(int(self.attributes(level)["dim"]) for level in self.products if level is not Level.PSEUDO_LABEL)
+
+    @property
+    def top(self) -> int:
+        """How many nouns a pseudo label is made of; 0 for one, or no labels."""
+        return int(self.attributes(Level.PSEUDO_LABEL)["dim"]) if Level.PSEUDO_LABEL in self.products else 0
 
     def failed_parts(self, level: Level) -> dict[int, dict[int, str]]:
         """Of every part of a level, why images could not be read, by image id."""

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.cache.schema import ROW_ARRAYS, TABLE_ARRAYS, Level
+from hdovd.cache.schema import ROW_ARRAYS, TABLE_ARRAYS, TOP_ARRAYS, Level
 
 MEMBERS = {"boxes": (Level.BOXES, "box"), "source": (Level.BOXES, "source"), "score": (Level.BOXES, "score"),
            "annotation_id": (Level.BOXES, "annotation_id"), "instance": (Level.INSTANCE, "embedding"), "image": (Level.IMAGE, "embedding"),
-           "noun": (Level.PSEUDO_LABEL, "noun"), "noun_cosine": (Level.PSEUDO_LABEL, "noun_cosine")}
-DTYPES = {name: np.dtype((TABLE_ARRAYS[level] | {a: dtype for a, (dtype, _) in ROW_ARRAYS[level].items()})[array])
+           "noun": (Level.PSEUDO_LABEL, "noun"), "noun_cosine": (Level.PSEUDO_LABEL, "noun_cosine"),
+           "top_noun": (Level.PSEUDO_LABEL, "top_noun"), "top_weight": (Level.PSEUDO_LABEL, "top_weight")}
+DTYPES = {name: np.dtype((TABLE_ARRAYS[level] | {a: dtype for a, (dtype, _) in (ROW_ARRAYS[level] | TOP_ARRAYS).items()})[array])
           for name, (level, array) in MEMBERS.items()}
 RawSample = dict[str, Any]  # a sample as webdataset groups it: bytes by extension, and "__key__"
 
@@ -49,10 +50,13 @@ class TarSample:
         return member, data
 
     @classmethod
-    def from_raw(cls, image_id: int, raw: RawSample, names: list[str], rows: int, dim: int) -> TarSample:
-        """The sample with the arrays `names`. Raises KeyError for what is missing, ValueError for what does not fit."""
+    def from_raw(cls, image_id: int, raw: RawSample, names: list[str], rows: int, dim: int, top: int) -> TarSample:
+        """The sample with the arrays `names`; `top`: how many nouns a label is made of, 0 for one.
+
+        Raises KeyError for what is missing, ValueError for what does not fit.
+        """
         about = json.loads(raw["json"])
-        arrays = {name: _array(raw[f"{name}.npy"], name, rows, dim) for name in names}
+        arrays = {name: _array(raw[f"{name}.npy"], name, rows, dim, top) for name in names}
         return cls(image_id, about, None if about["picture"] is None else raw[about["picture"]], arrays)
 
 
@@ -66,9 +70,10 @@ def _extension(file_name: str) -> str:
     return "picture" if not extension or extension in ("json", "npy") else extension
 
 
-def _array(data: bytes, name: str, rows: int, dim: int) -> np.ndarray:
+def _array(data: bytes, name: str, rows: int, dim: int, top: int) -> np.ndarray:
     array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    expected = {"boxes": (rows, 4), "instance": (rows, dim), "image": (dim,)}.get(name, (rows,))
+    wide = {"boxes": (rows, 4), "instance": (rows, dim), "image": (dim,), "top_noun": (rows, top), "top_weight": (rows, top)}
+    expected = wide.get(name, (rows,))
     if array.shape != expected or array.dtype != DTYPES[name]:
         raise ValueError(f"{name}.npy is {array.dtype} {array.shape}, expected {DTYPES[name]} {expected}")
     return array

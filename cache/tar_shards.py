@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from hdovd.cache.identity import differences
+from hdovd.cache.schema import TOP_ARRAYS
 from hdovd.cache.storage import Folder, open_folder
 from hdovd.cache.tar_meta import META, TarMeta
 from hdovd.cache.tar_sample import MEMBERS, RawSample, TarSample, key_of_image
@@ -110,9 +111,10 @@ class TarShards:
         where = f"{self._url(place // self.meta.samples)}: sample {raw['__key__']}"
         offset, image_id = self.meta.tensors["offset"], int(self.meta.tensors["image_id"][place])
         rows = int(offset[place + 1] - offset[place])
-        names = [name for name, (level, _) in MEMBERS.items() if level in self.meta.products]
+        names = [name for name, (level, array) in MEMBERS.items()
+                 if level in self.meta.products and (self.meta.top or array not in TOP_ARRAYS)]
         try:
-            return TarSample.from_raw(image_id, raw, names, rows, self.meta.dim)
+            return TarSample.from_raw(image_id, raw, names, rows, self.meta.dim, self.meta.top)
         except KeyError as error:
             raise HdovdError(f"{where} lacks {error}: the shard is cut short or damaged; export or copy it again") from error
         except (ValueError, TypeError, SyntaxError) as error:

@@ -17,7 +17,7 @@ from hdovd.cache.content import Wrong, check_attributes, check_rows, check_table
 from hdovd.cache.identity import hash_tables
 from hdovd.cache.product import Product, parse_record
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import ROW_ARRAYS, SCHEMA_VERSION, TABLE_ARRAYS, TABLES, Level
+from hdovd.cache.schema import ROW_ARRAYS, SCHEMA_VERSION, TABLE_ARRAYS, TABLES, Level, row_arrays
 from hdovd.cache.storage import Folder
 from hdovd.errors import HdovdError
 
@@ -219,7 +219,8 @@ class ProductCheck:
             wanted = set(self.product.row_objects(part).values()) if self.product is not None else set(names)
             wrong = wanted ^ set(names)
         else:
-            wanted = {"zarr.json", *(f"{name}/zarr.json" for name in (*ROW_ARRAYS[level], *TABLE_ARRAYS[level]))}
+            rows = ROW_ARRAYS[level] if self.product is None else row_arrays(level, self.product.dim)
+            wanted = {"zarr.json", *(f"{name}/zarr.json" for name in (*rows, *TABLE_ARRAYS[level]))}
             wrong = {name for name in wanted ^ set(names) if name in wanted or name.split("/")[0] not in TABLE_ARRAYS[level]}
         if wrong:
             file = f"parts/{TABLES if part == TABLES else f'{part:06d}'}.json"
@@ -262,7 +263,8 @@ class ProductCheck:
                 known |= records[part]["objects"].keys()
             if isinstance(part, int):
                 known |= set(product.row_objects(part).values())
-        of_tables = (*(f"{name}/" for name in TABLE_ARRAYS[product.level]), *(f"{name}/zarr.json" for name in ROW_ARRAYS[product.level]))
+        of_tables = (*(f"{name}/" for name in TABLE_ARRAYS[product.level]),
+                     *(f"{name}/zarr.json" for name in row_arrays(product.level, product.dim)))
         tables_unknown = TABLES not in records or self._is_found(TABLES)
         for path in listed:
             name = path.removeprefix(f"{self.prefix}/")

@@ -17,7 +17,7 @@ import zarr
 
 from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.product import Product
-from hdovd.cache.schema import CHUNK_ROWS, PART_ROWS, ROW_ARRAYS, SCHEMA_VERSION, TABLE_ARRAYS, TABLES, Level
+from hdovd.cache.schema import CHUNK_ROWS, PART_ROWS, SCHEMA_VERSION, TABLE_ARRAYS, TABLES, Level, row_arrays
 from hdovd.cache.storage import Folder
 from hdovd.errors import HdovdError
 
@@ -40,7 +40,7 @@ class ProductWriter:
 
         Args:
             rows: of every row array; a part holds `part_rows` of them: at most CHUNK_ROWS, or a multiple of it.
-            dim: D, for levels with embeddings.
+            dim: D, for levels with embeddings; of pseudo labels k, if a label is made of k > 1 nouns.
             tables: all of the level's tables (`schema.TABLE_ARRAYS`).
             names: for the class and noun levels.
             made_with: what a reader may want to know and the key does not depend on.
@@ -70,11 +70,11 @@ class ProductWriter:
         product, failed = self.product, failed or {}
         start, stop = product.rows_of(part)
         group, objects = self._empty()
-        for name, (_, wide) in ROW_ARRAYS[product.level].items():
+        for name, (_, wide) in row_arrays(product.level, product.dim).items():
             expected = (stop - start, product.dim) if wide else (stop - start,)
             if arrays[name].shape != expected:
                 raise HdovdError(f"{product}, part {part}: {name} has shape {arrays[name].shape}, expected {expected}")
-            if wide:
+            if name == "embedding":
                 self._check_norms(part, arrays[name], zeros=bool(failed))
             group[name][start:stop] = arrays[name]
         self._store(part, {name: objects[name].to_bytes() for name in product.row_objects(part).values()}, failed)
@@ -102,7 +102,7 @@ class ProductWriter:
         """The product's group in memory, its row arrays still empty, and the objects that it consists of."""
         product, objects = self.product, dict[str, Any]()
         group = zarr.create_group(zarr.storage.MemoryStore(objects))
-        for name, (dtype, wide) in ROW_ARRAYS[product.level].items():
+        for name, (dtype, wide) in row_arrays(product.level, product.dim).items():
             _array(group, name, (product.rows, *([product.dim] if wide else [])), dtype, product.part_rows)
         del objects["zarr.json"]  # of the group: stored when it was begun
         return group, objects

@@ -9,6 +9,7 @@ from hdovd.cache.schema import DEFAULT_SET, PART_ROWS
 from hdovd.cli import options
 from hdovd.pipelines.crop_recipe import CropRecipe, Shape
 from hdovd.pipelines.extract_config import Activation, Executor, ExtractConfig, InstanceTeacher, Precision, Share, Store
+from hdovd.pipelines.label_rule import TEMPERATURE, LabelRule
 
 
 def extract_clip(
@@ -30,6 +31,12 @@ def extract_clip(
     nouns: Annotated[
         Path | None, typer.Option("--nouns", help="A file of hdovd nouns, instead of --vocabulary and --captions.")
     ] = None,
+    label_top_k: Annotated[
+        int, typer.Option("--label-top-k", min=1, help="Nouns that a pseudo box's text embedding is the weighted mean of: the best K.")
+    ] = 1,
+    label_temperature: Annotated[
+        float, typer.Option("--label-temperature", help="With K over 1: their weights are softmax(cosine / T).")
+    ] = TEMPERATURE,
     protocol: options.Protocol = "ov-coco",
     templates: options.Templates = "photo",
     synonyms: options.Synonyms = None,
@@ -77,7 +84,7 @@ def extract_clip(
         DataPaths(data, images, annotations), cache, clip, pretrained, proposals, vocabulary, captions, protocol, read_templates(templates),
         recipe, precision, activation, features, device, options.batch_size(batch), part_rows,
         options.workers(workers), dry_run, retry_failed, None if shard is None else Share.parse(shard), executor, store, synonyms,
-        class_embeddings, nouns))
+        class_embeddings, nouns, labels=LabelRule(label_top_k, label_temperature)))
     if report.whole and not dry_run and this_share(None).speaks:
         named = "" if features == DEFAULT_SET else f" --features {features}"
         typer.echo(f"next: hdovd train --cache {cache}{named} --out RUN ...")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import hdovd
-from hdovd.cli import ablate, audit, bench, cache, demo, eval, extract_clip, nouns, proposals, propose, runs, train
+from hdovd.cli import ablate, audit, bench, cache, calibrate, demo, eval, extract_clip, nouns, proposals, propose, runs, train
 from hdovd.errors import HdovdError, Stopped
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
     [bold]extract-clip[/bold] (run CLIP once, fill the cache), [bold]train[/bold] (the detector, without CLIP), [bold]eval[/bold]
     (OV-COCO AP).
 
+    [bold]calibrate[/bold], before train, fits the trust in pseudo labels to any CLIP.
     [bold]cache[/bold] lists, compares, checks, mends and tidies what extract-clip wrote;
     [bold]runs[/bold] lists and compares what train wrote. [bold]ablate[/bold] trains and evaluates a grid of settings.
     [bold]audit[/bold] shows that no novel annotation was used; [bold]proposals[/bold] converts proposal files.
@@ -50,6 +51,7 @@ app.command("demo")(demo.demo)
 app.command("propose")(propose.propose)
 app.command("nouns")(nouns.nouns)
 app.command("extract-clip")(extract_clip.extract_clip)
+app.command("calibrate")(calibrate.calibrate)
 app.command("train")(train.train)
 app.command("eval")(eval.eval)
 app.command("ablate")(ablate.ablate)

@@ -31,6 +31,9 @@ Workers = Annotated[
 ]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe or a TOML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe: loss.image.enabled=false. Repeatable.")]
+Calibration = Annotated[
+    Path | None, typer.Option("--calibration", help="What hdovd calibrate wrote: how far to trust pseudo labels, over the recipe's values.")
+]
 Features = Annotated[str, typer.Option("--features", help="The name of a set of features: products of one cache that belong together.")]
 
 

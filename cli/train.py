@@ -26,6 +26,7 @@ def train(
     set_: options.Set = None,
     protocol: options.Protocol = "ov-coco",
     features: options.Features = DEFAULT_SET,
+    calibration: options.Calibration = None,
     device: options.Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")] = False,
     resume: Annotated[
@@ -55,4 +56,4 @@ def train(
 
     validation = validation_paths(data, val_images, val_annotations) if val_every else None
     run(TrainJob(DataPaths(data, images, annotations), cache, out, loaded, protocol, device, overwrite, features, resume, save_minutes,
-                 validation, val_every, tensorboard))
+                 validation, val_every, tensorboard, calibration))

@@ -28,6 +28,8 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0)]
+AUTO = "auto"
+Auto = Literal["auto"]
 
 
 class _Section(BaseModel):
@@ -99,9 +101,17 @@ class InputConfig(_Section):
 class PseudoBoxConfig(_Section):
     max_per_image: Count
     min_side: NonNegative  # both sides must be longer, pixels at the detector's input scale
-    reliability_centre: Finite
-    reliability_width: Positive
-    reliability_scale: Positive
+    reliability_centre: Finite | Auto  # "auto": the values of METHOD section 2, for the models that it knows
+    reliability_width: Positive | Auto
+    reliability_scale: Positive | Auto
+
+    @property
+    def reliability(self) -> tuple[float, float, float]:
+        """Centre, width and scale. Raises HdovdError if one is still "auto": `Recipe.with_reliability` says what it is."""
+        centre, width, scale = self.reliability_centre, self.reliability_width, self.reliability_scale
+        if isinstance(centre, str) or isinstance(width, str) or isinstance(scale, str):
+            raise HdovdError(f"pseudo_boxes.reliability_... = {centre}, {width}, {scale}: training needs numbers, as hdovd calibrate finds")
+        return centre, width, scale
 
 
 class InstanceLossConfig(_Section):
@@ -205,6 +215,11 @@ class Recipe(_Section):
     inference: InferenceConfig
     train: TrainConfig
     proposals: ProposalsConfig = ProposalsConfig()
+
+    def with_reliability(self, centre: float, width: float, scale: float) -> Recipe:
+        """The recipe with these values of the reliability weight."""
+        values = {"reliability_centre": centre, "reliability_width": width, "reliability_scale": scale}
+        return self.model_copy(update={"pseudo_boxes": self.pseudo_boxes.model_copy(update=values)})
 
     def to_toml(self) -> str:
         return tomli_w.dumps(self.model_dump(by_alias=True))

@@ -24,6 +24,7 @@ from hdovd.config import PRESETS, Recipe, load_recipe
 from hdovd.errors import HdovdError
 from hdovd.pipelines.ablate_cells import Cell, cells_of, recipe_settings
 from hdovd.pipelines.ablate_table import AblationTable, ablation_table, write_tables
+from hdovd.pipelines.calibration import read_calibration
 from hdovd.pipelines.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
 from hdovd.pipelines.runs import Run, read_run
 from hdovd.pipelines.settings import SWITCH
@@ -62,6 +63,7 @@ class AblateConfig:
     features: str = DEFAULT_SET
     device: str = "auto"
     dry_run: bool = False
+    calibration: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("seeds", "jobs"):
@@ -75,7 +77,8 @@ class AblateConfig:
     @property
     def all_settings(self) -> tuple[str, ...]:
         """What is laid over the recipe in all cells."""
-        return (*(PRESETS[self.preset] if self.preset else ()), *self.settings)
+        calibrated = () if self.calibration is None else read_calibration(self.calibration).settings()
+        return (*(PRESETS[self.preset] if self.preset else ()), *self.settings, *calibrated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +167,7 @@ def commands(planned: Planned, config: AblateConfig, standing: Standing) -> tupl
              *(("--preset", config.preset) if config.preset else ()), "--protocol", config.protocol, "--features", config.features,
              "--device", config.device, "--val-every", "0", *(() if is_tar_form(config.cache) else _data_words(config.data)),
              *(word for setting in (*config.settings, *planned.cell.settings, f"train.seed={planned.seed}") for word in ("--set", setting)),
+             *(("--calibration", str(config.calibration)) if config.calibration else ()),
              *(("--resume",) if standing is Standing.GO_ON else ()))
     evaluate = (*hdovd, "eval", str(planned.path), *_data_words(config.validation or config.data), "--device", config.device)
     return {Standing.DONE: (), Standing.EVALUATE: (evaluate,)}.get(standing, (train, evaluate))
@@ -234,6 +238,8 @@ def _features(config: AblateConfig, plans: list[Planned]) -> dict[str, str]:
     found = training_data(TrainJob(data, config.cache, config.out, everything, config.protocol, config.device, features=config.features),
                           protocol, _silent)
     found.class_embeddings(protocol.names)
+    if config.calibration is not None:
+        read_calibration(config.calibration).require_fits(found.label_origin(), config.calibration)
     return {level: entry["key"] for level, entry in found.record()["cache"]["levels"].items()}
 
 

@@ -29,8 +29,9 @@ MEANING = {
     "proposals.hash": "the proposals and their scores", "clip.weights_sha256": "the CLIP's weights",
     "clip.architecture": "the CLIP's model",
     "clip.compute_dtype": "the precision that the CLIP ran in", "tokens": "what the tokenizer makes of the prompts",
-    "offered": "which nouns an image's captions offer", "sources": "which rows are proposals", "instance": "the embeddings that were named",
-    "noun": "the nouns to name them by",
+    "offered": "which nouns an image's captions offer", "sources": "which rows are proposals",
+    "top_k": "how many nouns a label is made of", "temperature": "how sharply they are weighed",
+    "instance": "the embeddings that were named", "noun": "the nouns to name them by",
 }
 HEAD = ("level", "key", "state", "rows", "size", "model", "precision", "age")
 NUMBERS = {"rows", "size", "age"}

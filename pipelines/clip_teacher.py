@@ -200,6 +200,8 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
     made_with = {"clip": "local-dir" if model.startswith("local-dir:") else model, "pretrained": _tag_or_file_name(pretrained),
                  "device": torch.cuda.get_device_name(target) if target.type == "cuda" else target.type,
                  "torch": torch.__version__, "open_clip": open_clip.__version__}
+    if pretrained is not None and Path(pretrained).is_file() and _is_openai_file(Path(pretrained)):
+        made_with["weights"] = "openai"  # whatever the file is called
     return ClipTeacher(net, transform, tokenizer, target, precision, dim, identity, tuple(notes), made_with)
 
 

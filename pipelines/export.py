@@ -15,7 +15,7 @@ import numpy as np
 
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import DEFAULT_SET, ROW_ARRAYS, TABLE_ARRAYS, TABLES, Level
+from hdovd.cache.schema import DEFAULT_SET, TABLE_ARRAYS, TABLES, Level, row_arrays
 from hdovd.cache.tar_meta import TABLES_HERE, TEXTS, TarMeta
 from hdovd.cache.tar_sample import MEMBERS, TarSample
 from hdovd.cache.tar_shards import SAMPLES, TarShards, TarWriter
@@ -49,7 +49,7 @@ def export_tars(config: ExportConfig, log: Log = print) -> TarMeta:
     """Write the shards that are not there yet. Raises HdovdError if the set does not fit the data, or a picture is gone."""
     cache = FeatureCache(config.cache, config.features)
     cache.require_together()
-    data, protocol = _made_from(config, cache.set)
+    data, protocol = made_from(config.cache, cache.set, config.features, config.data, config.protocol)
     split = data.load("train2017", protocol, base_only=True, log=log)
     inputs = data_inputs(split.images)
     for level in inputs.keys() & set(cache.levels()):
@@ -79,13 +79,15 @@ def export_tars(config: ExportConfig, log: Log = print) -> TarMeta:
     return writer.meta
 
 
-def _made_from(config: ExportConfig, features: FeatureSet) -> tuple[DataPaths, Protocol]:
-    if config.data is not None and config.protocol is not None:
-        return config.data, load_protocol(config.protocol)
+def made_from(cache: Path | str, features: FeatureSet, name: str, data: DataPaths | None, protocol: str | None
+              ) -> tuple[DataPaths, Protocol]:
+    """The data and the protocol of the set `name`: those given, or else those that it was extracted from. Raises HdovdError."""
+    if data is not None and protocol is not None:
+        return data, load_protocol(protocol)
     if not features.made_from:
-        raise HdovdError(f"set {config.features} of {config.cache} does not say which data it was made from: give --data and --protocol")
-    extraction = ExtractConfig.from_dict(features.made_from, config.cache)
-    return config.data or extraction.data, load_protocol(config.protocol or extraction.protocol)
+        raise HdovdError(f"set {name} of {cache} does not say which data it was made from: give --data and --protocol")
+    extraction = ExtractConfig.from_dict(features.made_from, cache)
+    return data or extraction.data, load_protocol(protocol or extraction.protocol)
 
 
 class _Exporter:
@@ -121,7 +123,9 @@ class _Exporter:
             rows = self._cache.instances(image.id)
             found = {"box": rows.box, "source": rows.source, "score": rows.score, "annotation_id": rows.annotation_id,
                      "embedding": rows.embedding, "noun": rows.noun, "noun_cosine": rows.noun_cosine}
-            arrays = {name: found[array] for name, (level, array) in MEMBERS.items() if level in self._levels and level is not Level.IMAGE}
+            found |= {"top_noun": rows.top_noun, "top_weight": rows.top_weight} if rows.top_noun.shape[1] else {}
+            arrays = {name: found[array] for name, (level, array) in MEMBERS.items()
+                      if level in self._levels and level is not Level.IMAGE and array in found}
         if Level.IMAGE in self._levels:
             arrays["image"] = self._cache.image_embedding(image.id)
         return arrays
@@ -154,7 +158,8 @@ def import_tars(url: Path | str, cache: Path | str, log: Log = print) -> Feature
             parts[level].add({"embedding": meta.tensors[level]})
     for sample in _samples(shards, "writing", verify=False):
         for level in parts.keys() - set(TEXTS):
-            arrays = {array: sample.arrays[name] for name, (of, array) in MEMBERS.items() if of is level and array in ROW_ARRAYS[level]}
+            arrays = {array: sample.arrays[name] for name, (of, array) in MEMBERS.items()
+                      if of is level and array in row_arrays(level, meta.attributes(level)["dim"])}
             parts[level].add({"embedding": arrays["embedding"][None]} if level is Level.IMAGE else arrays)
     catalog.write_set(meta.name, meta.features)
     log(f"{cache}: set {meta.name} of {meta.images:,d} images, {size(sum(part.product.bytes() for part in parts.values()))}")

@@ -112,7 +112,7 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
         log(note)
     classes.require_dim(loaded.dim, config.class_embeddings)
     ways = ways_of(loaded, Pictures(split.images, split.path, table.offset, table.box), config.recipe)
-    inputs = level_inputs(loaded, table, nouns, classes, config.templates, ways)
+    inputs = level_inputs(loaded, table, nouns, classes, config.templates, ways, config.labels)
     plans = plan_levels(catalog, inputs, table, loaded.dim, part_rows=config.part_rows, retry_failed=config.retry_failed)
     return Extraction(split, table, nouns, classes, loaded, ways, plans, templates=config.templates, batch_size=config.batch_size,
                       workers=workers_for(loaded.device, config.workers), origin=origin)

@@ -12,6 +12,7 @@ from hdovd.cache.schema import CHUNK_ROWS, DEFAULT_SET, PART_ROWS
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
+from hdovd.pipelines.label_rule import ONE_NOUN, LabelRule
 from hdovd.pipelines.name_list import is_shipped
 from hdovd.pipelines.nouns_config import Matching
 from hdovd.pipelines.prompt_templates import check_templates
@@ -75,6 +76,7 @@ class ExtractConfig:
     best. `workers`: None for what suits the device. `share`: None for torchrun's own, or all of the work. `store`: what `cache`
     becomes, a Zarr cache or a folder of tar shards. `synonyms` and `class_embeddings`: files of `text_rows.read_classes`.
     `nouns`: a file of `hdovd nouns`, instead of `vocabulary` and `captions`; `matching`: how these are, if there are captions.
+    `labels`: how many nouns a pseudo label is made of.
     """
 
     data: DataPaths
@@ -103,6 +105,7 @@ class ExtractConfig:
     class_embeddings: Path | None = None
     nouns: Path | None = None
     matching: Matching = Matching.LEMMAS
+    labels: LabelRule = ONE_NOUN
 
     def __post_init__(self) -> None:
         if self.nouns is not None and (self.vocabulary is not None or self.captions is not None):
@@ -112,6 +115,8 @@ class ExtractConfig:
         for option in ("vocabulary", "nouns"):
             if self.proposals is None and getattr(self, option) is not None:
                 raise HdovdError(f"--{option} names pseudo boxes, and there are none without --proposals")
+        if self.labels.top > 1 and self.vocabulary is None and self.nouns is None:
+            raise HdovdError(f"--label-top-k {self.labels.top} is of pseudo labels, and there are none without --nouns or --vocabulary")
         if self.synonyms is not None and self.class_embeddings is not None:
             raise HdovdError("--synonyms has no use with --class-embeddings, which takes the place of all class names")
         check_templates(self.templates)
@@ -132,7 +137,7 @@ class ExtractConfig:
         protocol = _absolute(Path(self.protocol)) if Path(self.protocol).is_file() else self.protocol
         return {"data": data, **paths, "clip": clip, "pretrained": pretrained, "protocol": protocol, "templates": list(self.templates),
                 **_recipe_tree(self.recipe), "precision": str(self.precision), "activation": str(self.activation),
-                "features": self.features}
+                "features": self.features, **({} if self.labels.top == 1 else {"labels": self.labels.inputs()})}
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any], cache: Path | str, **changes: Any) -> ExtractConfig:
@@ -140,10 +145,10 @@ class ExtractConfig:
         paths = {name: _path(tree[name]) for name in _FILES} | {name: _path(tree.get(name)) for name in _LATER_FILES}
         data = DataPaths(**{name: _path(value) for name, value in tree["data"].items()})
         recipe = DenseRecipe(**tree["dense"]) if "dense" in tree else CropRecipe.from_inputs(tree["crop"]) if "crop" in tree else PLAIN_BOX
-        rest = {name: value for name, value in tree.items() if name not in ("crop", "dense")}
+        rest = {name: value for name, value in tree.items() if name not in ("crop", "dense", "labels")}
         given = {**rest, **paths, "data": data, "templates": tuple(tree["templates"]), "recipe": recipe,
-                 "precision": Precision(tree["precision"]), "activation": Activation(tree["activation"]), "cache": cache,
-                 "matching": _matching(tree)}
+                 "labels": LabelRule.of(tree.get("labels", {})), "matching": _matching(tree),
+                 "precision": Precision(tree["precision"]), "activation": Activation(tree["activation"]), "cache": cache}
         return cls(**(given | changes))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.product import Product
-from hdovd.cache.schema import CHUNK_ROWS, IMAGE_PART_ROWS, PART_ROWS, ROW_ARRAYS, TABLE_ARRAYS, TABLES, Level
+from hdovd.cache.schema import CHUNK_ROWS, IMAGE_PART_ROWS, PART_ROWS, ROW_ARRAYS, TABLE_ARRAYS, TABLES, Level, row_arrays
 from hdovd.pipelines.box_table import BoxTable, match_rows
 
 MATCHED_BY = {Level.IMAGE: ("image_id", "image_hash"), Level.INSTANCE: ("image_id", "image_hash", "box")}  # what makes a row the same row
@@ -67,7 +67,7 @@ class LevelPlan:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row of the row arrays, or of the tables of a level that has nothing else."""
-        arrays = ROW_ARRAYS[self.level]
+        arrays = row_arrays(self.level, self.dim)
         if not arrays:
             return sum(np.dtype(dtype).itemsize for dtype in TABLE_ARRAYS[self.level].values()) + 3 * 4  # box is four values
         return sum(np.dtype(dtype).itemsize * (self.dim if wide else 1) for dtype, wide in arrays.values())
@@ -85,7 +85,8 @@ def plan_levels(catalog: Catalog | None, inputs: dict[Level, KeyInputs], table: 
         asked = part_rows_of(level, part_rows)
         if level is Level.PSEUDO_LABEL:  # made part by part with the crops that it names
             asked = next((plan.part_rows for plan in plans if plan.level is Level.INSTANCE), asked)
-        plan = LevelPlan(level, inputs[level], rows, dim if any(wide for _, wide in ROW_ARRAYS[level].values()) else 0, asked, names)
+        wide = dim if "embedding" in ROW_ARRAYS[level] else inputs[level].get("top_k", 0)
+        plan = LevelPlan(level, inputs[level], rows, wide, asked, names)
         if catalog is None:
             plan.reason = "no cache yet"
         else:

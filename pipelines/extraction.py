@@ -21,7 +21,7 @@ from tqdm import tqdm
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.product import Product
 from hdovd.cache.rows import Rows, open_rows
-from hdovd.cache.schema import Level, Source
+from hdovd.cache.schema import Level
 from hdovd.cache.writer import ProductWriter
 from hdovd.coco import Split
 from hdovd.errors import HdovdError
@@ -29,8 +29,10 @@ from hdovd.pipelines.box_table import BoxTable
 from hdovd.pipelines.crops import Cutter
 from hdovd.pipelines.extract_plan import LevelPlan
 from hdovd.pipelines.feeding import Wanted, embed, own_threads
+from hdovd.pipelines.label_rule import LabelRule
 from hdovd.pipelines.nouns import Nouns
 from hdovd.pipelines.part_rows import PartRows, RowBatch
+from hdovd.pipelines.pseudo_labels import Labels, label_rows
 from hdovd.pipelines.teacher import Teacher
 from hdovd.pipelines.text_rows import TextRows
 from hdovd.pipelines.ways import Crops, Way
@@ -38,7 +40,6 @@ from hdovd.pipelines.ways import Crops, Way
 PROBE_IMAGES = 16
 PROBE_BOXES = 64  # an image
 PROBE_BATCH_CPU = 32
-SIMILARITY_ROWS = 4_096  # crops compared with nouns at a time
 WRITES_BEHIND = 1  # parts that wait in memory to be written while the next is computed
 
 
@@ -97,7 +98,8 @@ class Extraction:
         self._writers: dict[Level, ProductWriter] = {}
         self._donors: dict[Level, Rows] = {}
         self._sound: set[tuple[Level, int]] = set()  # parts of donors whose checksums were found right
-        self._offered = {} if nouns is None or nouns.by_image is None else {i: np.array(nouns.offered(i), np.int64) for i in nouns.by_image}
+        by_image = None if nouns is None else nouns.by_image
+        self._offered = None if by_image is None else {image: np.array(rows, np.int64) for image, rows in by_image.items()}
         self.bar: tqdm[Any] | None = None
 
     def begin(self, catalog: Catalog) -> None:
@@ -221,8 +223,7 @@ class Extraction:
                 if not mine:
                     busy.append(part.unit)
                 elif not product.is_finished(number):
-                    noun, cosine = self._pseudo_labels(*product.rows_of(number))
-                    self._writers[follows].write_part(number, {"noun": noun, "noun_cosine": cosine})
+                    self._writers[follows].write_part(number, self._pseudo_labels(*product.rows_of(number)).arrays())
                     self.done.append(Unit(follows, number))
 
     # --- pictures ---
@@ -255,25 +256,12 @@ class Extraction:
 
     # --- pseudo labels ---
 
-    def _pseudo_labels(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """The noun that each proposal is most like among those that its image offers, and the cosine; -1 and 0 for other rows."""
-        noun, cosine = np.full(stop - start, -1, np.int32), np.zeros(stop - start, np.float32)
+    def _pseudo_labels(self, start: int, stop: int) -> Labels:
+        """Of the rows of a part, from what the cache holds of its crops and of the nouns."""
         instances = self.product(Level.INSTANCE)
         embeddings = open_rows(instances, "embedding", parts={start // instances.part_rows}).read(start, stop)
-        nouns = torch.from_numpy(self.product(Level.NOUN).table("embedding").astype(np.float32))
-        named = (self.table.source[start:stop] == Source.PROPOSAL) & embeddings.any(axis=1)
-        for number in self.table.images_of(start, stop) if self._offered else ():
-            first, last = max(int(self.table.offset[number]), start) - start, min(int(self.table.offset[number + 1]), stop) - start
-            rows = first + np.flatnonzero(named[first:last])
-            offered = self._offered.get(int(self.table.image_id[number]))
-            if offered is not None and len(offered) and len(rows):
-                best = (torch.from_numpy(embeddings[rows].astype(np.float32)) @ nouns[offered].T).max(dim=1)
-                noun[rows], cosine[rows] = offered[best.indices.numpy()], best.values.numpy()
-        if self.nouns is not None and self.nouns.by_image is None:
-            for rows in np.array_split(np.flatnonzero(named), max(1, -(-int(named.sum()) // SIMILARITY_ROWS))):
-                best = (torch.from_numpy(embeddings[rows].astype(np.float32)) @ nouns.T).max(dim=1)
-                noun[rows], cosine[rows] = best.indices.numpy(), best.values.numpy()
-        return noun, cosine
+        nouns, rule = self.product(Level.NOUN).table("embedding"), LabelRule.of(self.plans[Level.PSEUDO_LABEL].inputs)
+        return label_rows(self.table, start, stop, embeddings, nouns, self._offered, rule)
 
     # --- measuring ---
 

@@ -13,6 +13,7 @@ from hdovd.cache.identity import KeyInputs, hash_tables, key_of
 from hdovd.cache.schema import SCHEMA_VERSION, Level
 from hdovd.coco import ImageBoxes
 from hdovd.pipelines.box_table import BoxTable, box_table
+from hdovd.pipelines.label_rule import ONE_NOUN, LabelRule
 from hdovd.pipelines.nouns import Nouns
 from hdovd.pipelines.teacher import Teacher
 from hdovd.pipelines.text_rows import TextRows
@@ -28,7 +29,7 @@ def data_inputs(images: Sequence[ImageBoxes]) -> dict[Level, KeyInputs]:
 
 
 def level_inputs(clip: Teacher, table: BoxTable, nouns: Nouns | None, classes: TextRows, templates: Sequence[str],
-                 ways: Mapping[Level, Way]) -> dict[Level, KeyInputs]:
+                 ways: Mapping[Level, Way], rule: LabelRule = ONE_NOUN) -> dict[Level, KeyInputs]:
     """All inputs of every level that an extraction writes: what determines its bytes, and nothing else."""
     schema: KeyInputs = {"schema_version": SCHEMA_VERSION}
     images, boxes = table.image_inputs(), table.box_inputs()
@@ -45,5 +46,5 @@ def level_inputs(clip: Teacher, table: BoxTable, nouns: Nouns | None, classes: T
         inputs[Level.NOUN] = {**schema, **TextRows(nouns.vocabulary).inputs(clip, templates)}
         inputs[Level.PSEUDO_LABEL] = {
             **schema, "instance": key_of(inputs[Level.INSTANCE]), "noun": key_of(inputs[Level.NOUN]), "offered": offered,
-            "sources": hash_tables([table.source])}
+            "sources": hash_tables([table.source]), **rule.inputs()}
     return inputs

@@ -14,12 +14,13 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from hdovd.cache.identity import differences
-from hdovd.cache.reader import InstanceRows, require_together
+from hdovd.cache.reader import InstanceRows, no_labels, require_together
 from hdovd.cache.schema import DEFAULT_SET, Level, Source
 from hdovd.cache.tar_sample import TarSample
 from hdovd.cache.tar_shards import TarShards
 from hdovd.config import Recipe
 from hdovd.errors import HdovdError, shorten
+from hdovd.pipelines.calibration import LabelOrigin
 from hdovd.pipelines.draws import Draw, as_draw
 from hdovd.pipelines.epoch_order import Dealing, EpochOrder, ShardShuffle, Streams
 from hdovd.pipelines.images import pixels_of, read_image
@@ -97,6 +98,10 @@ class TarTrainingSet(Dataset[Sample]):
         rows: np.ndarray = self._meta.tensors[Level.CLASS].astype(np.float32)[[have[name] for name in names]]
         return rows
 
+    def label_origin(self) -> LabelOrigin:
+        """What the weights of pseudo labels depend on."""
+        return LabelOrigin(self.url, self._meta.key_inputs(), self._meta.attributes(Level.INSTANCE)["made_with"], self.dim)
+
     def record(self) -> dict[str, Any]:
         """Where it came from, for the record of a run."""
         inputs, keys = self._meta.key_inputs(), self._meta.features.levels
@@ -141,9 +146,9 @@ class TarTrainingSet(Dataset[Sample]):
             base = arrays["source"] == Source.BASE_BOX
             if [a["id"] for a in about["annotations"]] != arrays["annotation_id"][base].tolist():
                 raise HdovdError(f"{where}: its .json and .annotation_id.npy name other annotations; export again")
-            none = np.full(len(base), -1, np.int32), np.zeros(len(base), np.float32)
-            labelled = (arrays["noun"], arrays["noun_cosine"]) if Level.PSEUDO_LABEL in self._meta.products else none
-            rows = InstanceRows(arrays["instance"], *(arrays[name] for name in ("boxes", "source", "annotation_id", "score")), *labelled)
+            none = no_labels(len(base))
+            labelled = none | {name: arrays[name] for name in none if name in arrays}
+            rows = InstanceRows(arrays["instance"], *(arrays[name] for name in ("boxes", "source", "annotation_id", "score")), **labelled)
         picture = read_image(f"{where}: {about['file_name']}", about["width"], about["height"], sample.picture)
         whole = arrays["image"] if loss.image.enabled else None
         targets = make_targets(boxes.astype(np.float32), labels, rows, whole, self._nouns, self.dim)

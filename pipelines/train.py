@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from hdovd.coco import DataPaths
 from hdovd.config import LossConfig, Recipe
 from hdovd.errors import HdovdError
 from hdovd.faster_rcnn import FasterRCNN
+from hdovd.pipelines.calibration import with_reliability
 from hdovd.pipelines.checkpoint import load_checkpoint, set_rng_state
 from hdovd.pipelines.device import training_workers
 from hdovd.pipelines.draws import key_of
@@ -48,7 +49,8 @@ class TrainJob:
     """One training run. `cache`: a Zarr cache, with the `data` that it was made of, or tar shards, which need no other data.
 
     `resume`: go on from the checkpoint in `out`, or begin if there is none. `save_minutes`: between two checkpoints within an
-    epoch. `validation`: validation images, on which AP is computed after every `val_every` epochs; None: never.
+    epoch. `validation`: validation images, on which AP is computed after every `val_every` epochs; None: never. `calibration`: a
+    file of `calibrate`, whose values the weights of pseudo labels take instead of the recipe's.
     """
 
     data: DataPaths
@@ -64,6 +66,7 @@ class TrainJob:
     validation: DataPaths | None = None
     val_every: int = 1
     tensorboard: bool = False
+    calibration: Path | None = None
 
 
 def train(job: TrainJob, log: Callable[[str], None] = print) -> RunFolder:
@@ -76,13 +79,15 @@ def train(job: TrainJob, log: Callable[[str], None] = print) -> RunFolder:
 
 
 def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]) -> RunFolder:
-    recipe, protocol, run = job.recipe, load_protocol(job.protocol), RunFolder(job.out)
+    protocol, run = load_protocol(job.protocol), RunFolder(job.out)
     if not (job.resume or job.overwrite):
         run.require_none(job.out)
     data = training_data(job, protocol, log)
+    written, recipe, reliability = with_reliability(job.recipe, data.label_origin, job.calibration, log)
+    job = replace(job, recipe=written)
     state = load_checkpoint(job.out) if job.resume else None
     if state is not None:
-        run.check_same(recipe, protocol, data.record())
+        run.check_same(job.recipe, protocol, data.record())
     class_embeddings = torch.from_numpy(data.class_embeddings(protocol.names))
     batches, layout = batches_of(data, us, None if state is None else state["layout"])
     validation, board = _validation(job, protocol, us, log), _tensorboard(job, us)
@@ -98,7 +103,7 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
         if hooks.ended == recipe.train.epochs:
             log(f"{run.path} is finished already")
             return run
-    _begin(job, data, protocol, class_embeddings, us, state, log)
+    _begin(job, data, protocol, class_embeddings, us, state, reliability, log)
     if board is not None:
         hooks.tensorboard = board(run.path / "tensorboard", purge_step=None if state is None else loop.step_number + 1)
     log(f"{data.describe()} of {len(protocol.base)} classes; distillation levels: {enabled_levels(recipe.loss)}; {us.device}"
@@ -178,14 +183,14 @@ def loop_of(model: nn.Module, batches: TrainingBatches[Sample], texts: Tensor, r
 
 
 def _begin(job: TrainJob, data: TrainingSet | TarTrainingSet, protocol: Protocol, class_embeddings: Tensor, us: Team,
-           state: dict[str, Any] | None, log: Callable[[str], None]) -> None:
+           state: dict[str, Any] | None, reliability: dict[str, Any], log: Callable[[str], None]) -> None:
     """The run folder is made, or made ready to go on, by the process that leads; the others wait for it."""
     if us.leads:
         now = provenance(us.device, us.world)
         if state is None:
             if job.resume and (job.out / "model.safetensors").exists() and not job.overwrite:
                 raise HdovdError(f"{job.out} holds a run without a checkpoint.pt: it cannot be resumed. Give another --out, or --overwrite")
-            run = RunFolder.create(job.out, job.recipe, protocol, class_embeddings, {**data.record(), **now},
+            run = RunFolder.create(job.out, job.recipe, protocol, class_embeddings, {**data.record(), **reliability, **now},
                                    overwrite=job.overwrite or job.resume)
         else:
             run = RunFolder(job.out)

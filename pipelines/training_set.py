@@ -18,10 +18,12 @@ from hdovd.cache.schema import Level, Source
 from hdovd.coco import ImageBoxes, Split
 from hdovd.config import LossConfig, Recipe
 from hdovd.errors import HdovdError, shorten
+from hdovd.pipelines.calibration import LabelOrigin, origin_of
 from hdovd.pipelines.draws import Draw, as_draw, is_flipped, key_of
 from hdovd.pipelines.epoch_order import BlockShuffle, EpochOrder, PlainShuffle, Streams
 from hdovd.pipelines.identities import data_inputs
 from hdovd.pipelines.images import read_pixels
+from hdovd.pipelines.pseudo_labels import label_texts
 from hdovd.targets import Targets
 
 Sample = tuple[Tensor, Targets, int]  # picture (3, h, w) uint8 RGB, its targets, its image id
@@ -94,6 +96,10 @@ class TrainingSet(Dataset[Sample]):
         """What there is to train on, in words."""
         return f"{len(self)} images, {sum(len(image.boxes) for image in self.images)} base boxes"
 
+    def label_origin(self) -> LabelOrigin:
+        """What the weights of pseudo labels depend on."""
+        return origin_of(self.cache)
+
     def record(self) -> dict[str, Any]:
         """Where it came from, for the record of a run."""
         return {"cache": self.cache.identity(), "skipped": self.split.skips.by_reason}
@@ -132,12 +138,19 @@ def make_targets(boxes: np.ndarray, labels: np.ndarray, rows: InstanceRows | Non
         embeddings = _normalised(base.embedding)
         if len(nouns):
             proposals = proposals.select(proposals.noun >= 0)
-            pseudo_texts = nouns[torch.from_numpy(proposals.noun.astype(np.int64))]
+            pseudo_texts = _texts(proposals, nouns)
         else:  # instance level alone: no noun, no weight in text space
             pseudo_texts = torch.zeros(len(proposals.box), dim)
         pseudo_boxes, pseudo_embeddings = torch.from_numpy(proposals.box), _normalised(proposals.embedding)
     whole = torch.zeros(dim) if image_embedding is None else _normalised(image_embedding)
     return Targets(base_boxes, base_labels, embeddings, pseudo_boxes, pseudo_embeddings, pseudo_texts, whole)
+
+
+def _texts(rows: InstanceRows, nouns: Tensor) -> Tensor:
+    """(n, D) u of rows that have a label: their noun's embedding, or the mean of several."""
+    if not rows.top_noun.shape[1]:
+        return nouns[torch.from_numpy(rows.noun.astype(np.int64))]
+    return label_texts(nouns, torch.from_numpy(rows.top_noun.astype(np.int64)), torch.from_numpy(rows.top_weight))
 
 
 def flipped_at_random(pixels: Tensor, targets: Targets, image_id: int, epoch: int, recipe: Recipe) -> Sample:

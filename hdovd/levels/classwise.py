@@ -54,8 +54,7 @@ class ClassLevel(nn.Module):
         trust, own = torch.zeros(sum(counts), device=device), torch.full((sum(counts),), background, device=device)
         if self.config.enabled:  # for all images at once: on a CPU it is the number of operations that costs
             trust = self.config.weight * classwise.reliability(
-                torch.cat([t.pseudo_embeddings for t in targets]), torch.cat([t.pseudo_texts for t in targets]),
-                self.pseudo.reliability_centre, self.pseudo.reliability_width, self.pseudo.reliability_scale)
+                torch.cat([t.pseudo_embeddings for t in targets]), torch.cat([t.pseudo_texts for t in targets]), *self.pseudo.reliability)
             own = torch.arange(first, first + len(trust), device=device)
         base_counts = [len(t.boxes) for t in targets]
         every = torch.ones(sum(base_counts), device=device)

@@ -1,6 +1,6 @@
 """`hdovd demo`: the whole main job on a world of our own, every stage through the command a user would type.
 
-World and teacher are made once; then propose, extract-clip, and for every seed train and eval, base-only and
+World and teacher are made once; then propose, extract-clip, calibrate, and for every seed train and eval, base-only and
 distilled. The stages run in this process, from the same arguments as the printed commands.
 """
 
@@ -24,7 +24,8 @@ from hdovd.pipelines.demo.teacher import demo_teacher
 from hdovd.pipelines.demo.world import make_world
 
 TRAIN_IMAGES, VAL_IMAGES = 1000, 250
-VARIANTS = {"base-only": ["--preset", "base-only"], "distilled": []}
+DISTILLED = "distilled"
+VARIANTS = {"base-only": ["--preset", "base-only"], DISTILLED: []}
 MARKER = ".hdovd-demo"  # a folder that holds it is a demo's, and a new demo may clear it
 
 
@@ -91,13 +92,16 @@ def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable
         "--out", proposals, "--backbone-out", backbone)
     run("extract-clip", "extract-clip", *data, "--cache", cache, "--clip", clip, "--proposals", proposals,
         "--vocabulary", world / "vocabulary.txt", "--captions", world / "annotations" / "captions_train2017.json")
+    calibration = root / "calibration.toml"
+    run("calibrate", "calibrate", "--cache", cache, "--out", calibration)
     for seed in range(config.seeds):
         for variant, options in VARIANTS.items():
             out = root / "runs" / f"{variant}-seed{seed}"
             settings = (f"train.seed={seed}", f"detector.backbone.weights={backbone}", *config.settings)
             sets = [word for setting in settings for word in ("--set", setting)]
-            run(f"train {variant}", "train", *data, "--cache", cache, "--recipe", "demo", *options, *sets, "--val-every", 0, "--out", out)
-            run("eval", "eval", out, "--data", world, *(["--pictures", 8] if seed == 0 and variant == "distilled" else []))
+            run(f"train {variant}", "train", *data, "--cache", cache, "--recipe", "demo", *options, *sets,
+                *(["--calibration", calibration] if variant == DISTILLED else []), "--val-every", 0, "--out", out)
+            run("eval", "eval", out, "--data", world, *(["--pictures", 8] if seed == 0 and variant == DISTILLED else []))
             _collect(result, variant, out)
     result.pictures = sorted((root / "runs" / "distilled-seed0" / "pictures").glob("*.png"))
     return result

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 from hdovd.cache.identity import key_of
 from hdovd.cache.reader import FeatureCache, InstanceRows
-from hdovd.cache.schema import ROW_ARRAYS, SCHEMA_VERSION, TABLE_ARRAYS, Level
+from hdovd.cache.schema import ROW_ARRAYS, SCHEMA_VERSION, TABLE_ARRAYS, TOP_ARRAYS, Level
 
-COLUMNS = InstanceRows.__slots__
+COLUMNS = [name for name in InstanceRows.__slots__ if name not in TOP_ARRAYS]
 
 
 def _assert_same(cache: FeatureCache, written: Any) -> None:
@@ -78,6 +78,7 @@ def test_without_pseudo_labels_no_row_has_a_noun(tmp_path: Path, write_cache: Ca
     rows = FeatureCache(tmp_path / "cache").instances(40)
     assert rows.noun.tolist() == [-1] * 5
     assert rows.noun_cosine.tolist() == [0] * 5
+    assert rows.top_noun.shape == rows.top_weight.shape == (5, 0)
     np.testing.assert_array_equal(rows.embedding, written.instances[40]["embedding"])
 
 

@@ -29,7 +29,7 @@ OV_COCO = {  # every number of METHOD sections 2 to 8 for faster_rcnn, typed fro
     "detector.name": "faster_rcnn", "detector.backbone.name": "resnet50", "detector.backbone.fpn_channels": 256,  # 3
     "detector.backbone.levels": [2, 3, 4, 5], "detector.head.fc_channels": 1024, "detector.head.logit_scale": 50.0,
     "pseudo_boxes.max_per_image": 5, "pseudo_boxes.min_side": 32.0,  # 2
-    "pseudo_boxes.reliability_centre": 0.31, "pseudo_boxes.reliability_width": 0.026, "pseudo_boxes.reliability_scale": 1.3,
+    "pseudo_boxes.reliability_centre": "auto", "pseudo_boxes.reliability_width": "auto", "pseudo_boxes.reliability_scale": "auto",
     "loss.instance.enabled": True, "loss.instance.tau": 20.0, "loss.instance.queue": 2048, "loss.instance.relation_tau": 5.0,  # 4
     "loss.instance.relation_temperature": 10.0, "loss.instance.alignment_weight": 0.1, "loss.instance.relation_weight": 1.0,
     "loss.class.enabled": True, "loss.class.weight": 1.0,  # 5: the weight of a RoI of pseudo box j is w_j itself

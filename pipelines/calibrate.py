@@ -1,0 +1,173 @@
+"""`hdovd calibrate`: fit the reliability weight of pseudo labels to a cache's own base boxes (METHOD section 2). No CLIP.
+
+Called by the command line, the demo and Python. Nothing novel is read: base boxes, and the text embeddings of base classes.
+
+A pseudo label is the noun that a crop is most like among those offered, so the same is done with base boxes and base classes, twice:
+
+- **right**: all classes are offered, and the label is the box's own class. Boxes that CLIP takes for another class make no right label.
+- **wrong**: the box's own class is left out, as where captions or vocabulary lack the right noun. The label is then the best wrong
+  name, not any wrong name: a label is always the best of its list, and the cosines of all wrong names lie far below.
+
+What this cannot know is which nouns a picture's captions offer, and what a proposal without any object looks like; `reliability_fit`
+says what follows from that. With labels of the k best nouns, those are what is made here too, and the cosine is that of their mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hdovd.cache.reader import FeatureCache
+from hdovd.cache.schema import DEFAULT_SET, Level
+from hdovd.cache.tar_shards import is_tar_form
+from hdovd.coco import DataPaths, Split
+from hdovd.errors import HdovdError
+from hdovd.pipelines.calibration import Calibration, origin_of
+from hdovd.pipelines.calibration_picture import draw_calibration
+from hdovd.pipelines.export import made_from
+from hdovd.pipelines.identities import data_inputs
+from hdovd.pipelines.label_rule import LabelRule
+from hdovd.pipelines.progress import progress
+from hdovd.pipelines.pseudo_labels import best_nouns, label_texts
+from hdovd.pipelines.reliability_fit import MANY, Fit, fit_reliability
+from hdovd.protocol import Protocol
+
+BOXES_AT_ONCE = 4_096
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateConfig:
+    """`data` and `protocol`: None for those that the set was extracted from. `out`: the TOML file; the picture lies beside it, .png."""
+
+    cache: Path | str
+    out: Path
+    features: str = DEFAULT_SET
+    data: DataPaths | None = None
+    protocol: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cosines:
+    """Of labels made of base boxes: right (n,), wrong (m,). `boxes`: how many there are, each of which has one wrong label."""
+
+    right: np.ndarray
+    wrong: np.ndarray
+    boxes: int
+
+
+def calibrate(config: CalibrateConfig, log: Callable[[str], None] = print) -> Calibration:
+    """Fit, write the values and the picture. Raises HdovdError if the set does not fit the data, or nothing can be fitted."""
+    if is_tar_form(config.cache):
+        raise HdovdError(f"{config.cache} is of tar shards: calibrate on the Zarr cache that they were made from, or on one that hdovd "
+                         "cache import makes of them")
+    cache = FeatureCache(config.cache, config.features)
+    data, protocol = made_from(config.cache, cache.set, config.features, config.data, config.protocol)
+    origin = origin_of(cache)
+    _require_prompts(cache)
+    split = data.load("train2017", protocol, base_only=True, log=log)
+    found = label_cosines(cache, split, protocol)
+    try:
+        fit = fit_reliability(found.right, found.wrong)
+    except HdovdError as error:
+        raise HdovdError(f"set {config.features} of {config.cache}, {found.boxes} base boxes of {len(protocol.base)} classes: "
+                         f"{error}") from error
+    picture = config.out.with_suffix(".png")
+    about = {"boxes": found.boxes, "right": len(found.right), "wrong": len(found.wrong), "auc": fit.auc,
+             "right_mean": float(found.right.mean()), "wrong_mean": float(found.wrong.mean()),
+             "weight_of_right": float(fit.weights(found.right).mean()), "weight_of_wrong": float(fit.weights(found.wrong).mean())}
+    fitted_on = {"cache": cache.identity()["path"], "features": config.features, "protocol": protocol.name, "classes": list(protocol.base),
+                 "levels": {str(level): cache.key(level) for level in cache.levels()}, "way": origin.way(),
+                 "base_boxes": cache.key_inputs(Level.BOXES)["base_boxes"]}
+    result = Calibration(fit.centre, fit.width, fit.scale, fitted_on, about)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    draw_calibration(found.right, found.wrong, fit, picture)
+    config.out.write_text(result.to_toml())
+    for line in _lines(found, fit):
+        log(line)
+    log(f"wrote {config.out} and {picture}; next: hdovd train --cache {config.cache} --calibration {config.out} ...")
+    return result
+
+
+def label_cosines(cache: FeatureCache, split: Split, protocol: Protocol) -> Cosines:
+    """The labels that base boxes would get from the base classes. Raises HdovdError if the cache is not of these boxes."""
+    if len(protocol.base) < 2:
+        raise HdovdError(f"protocol {protocol.name} has one base class: there is no wrong name to tell a right one from")
+    wanted = data_inputs(split.images)
+    cache.require_together()
+    cache.require(Level.BOXES, wanted[Level.BOXES])
+    cache.require(Level.INSTANCE, wanted[Level.INSTANCE])
+    inputs = {level: cache.key_inputs(level) for level in cache.levels()}
+    rule = LabelRule.of(inputs.get(Level.PSEUDO_LABEL, {}))
+    texts = F.normalize(torch.from_numpy(cache.class_embeddings(protocol.base)), dim=1)
+    cache.hold(Level.INSTANCE)
+    failed, rows, labels = cache.failed(), list[np.ndarray](), list[np.ndarray]()
+    right, wrong, count, waiting = list[np.ndarray](), list[np.ndarray](), 0, 0
+
+    def take() -> None:
+        crops = F.normalize(torch.from_numpy(np.concatenate(rows)).float(), dim=1)
+        some = labels_of_boxes(crops, torch.from_numpy(np.concatenate(labels)), texts, rule)
+        right.append(some.right)
+        wrong.append(some.wrong)
+        rows.clear()
+        labels.clear()
+
+    for image in progress(split.images, "base boxes", "image"):
+        if image.id in failed or not len(image.boxes):
+            continue
+        rows.append(cache.instances(image.id).base_boxes().embedding)
+        labels.append(image.labels)
+        count, waiting = count + len(image.labels), waiting + len(image.labels)
+        if waiting >= BOXES_AT_ONCE:
+            take()
+            waiting = 0
+    if rows:
+        take()
+    if not count:
+        raise HdovdError(f"{cache.url} has no embeddings of base boxes: a calibration needs them (imports of oadp have none)")
+    return Cosines(np.concatenate(right), np.concatenate(wrong), count)
+
+
+def labels_of_boxes(crops: Tensor, classes: Tensor, texts: Tensor, rule: LabelRule) -> Cosines:
+    """Right and wrong labels of boxes: crops (n, D), classes (n,) int64, texts (K, D) of the classes; all L2-normalised."""
+    found, weights, _ = best_nouns(crops, texts, rule)
+    is_right = found[:, 0] == classes
+    right = _cosines(crops[is_right], texts, found[is_right], weights[is_right])
+    wrong = torch.zeros(len(crops))
+    for own in classes.unique().tolist():
+        mine, others = classes == own, torch.tensor([k for k in range(len(texts)) if k != own])
+        found, weights, _ = best_nouns(crops[mine], texts[others], rule)
+        wrong[mine] = _cosines(crops[mine], texts[others], found, weights)
+    return Cosines(right.numpy(), wrong.numpy(), len(crops))
+
+
+def _cosines(crops: Tensor, texts: Tensor, found: Tensor, weights: Tensor) -> Tensor:
+    """(n,) cosines of crops and their labels."""
+    return (crops * label_texts(texts, found, weights)).sum(dim=1)
+
+
+def _require_prompts(cache: FeatureCache) -> None:
+    """Raises HdovdError if the classes' embeddings are of other prompts than the nouns', whose cosines are to be weighed."""
+    if Level.NOUN not in cache.levels():
+        return
+    classes, nouns = cache.key_inputs(Level.CLASS), cache.key_inputs(Level.NOUN)
+    if "templates" in nouns and classes.get("templates") != nouns["templates"]:
+        raise HdovdError(f"{cache.url}: the nouns are of the prompts {nouns['templates']}, the classes "
+                         + ("of a file of embeddings" if "class_embeddings" in classes else f"of {classes.get('templates')}")
+                         + ": their cosines say nothing of the nouns'. Extract a set of the same prompts beside it (the same extract-clip "
+                         "command with --features plain and without --class-embeddings: texts alone), and calibrate with --features plain")
+
+
+def _lines(found: Cosines, fit: Fit) -> list[str]:
+    right, wrong = found.right, found.wrong
+    fewest = min(len(right), len(wrong))
+    few = [f"note: {fewest} labels of a kind are few: the values are uncertain"] if fewest < MANY else []
+    return [f"{found.boxes:,d} base boxes: {len(right):,d} are named rightly ({len(right) / found.boxes:.1%}), cosine {right.mean():.3f} "
+            f"({right.std():.3f}); the best wrong names have {wrong.mean():.3f} ({wrong.std():.3f}); AUC {fit.auc:.3f}",
+            f"centre {fit.centre:.4f}, width {fit.width:.4f}, scale {fit.scale:.3f}: right labels weigh {fit.weights(right).mean():.2f} on "
+            f"average, wrong ones {fit.weights(wrong).mean():.2f}", *few]
