@@ -37,19 +37,23 @@ def check_calibration(audited: Audited) -> Check:
     if audited.run is None:
         found.unknown.append(audited.missing["run"])
         return found.check(name, "")
-    calibration = audited.run.get("calibration")
-    if not calibration:
-        return found.check(name, "no calibration recorded: the weights are the recipe's numbers")
-    fitted_on: Any = calibration.get("fitted_on") if isinstance(calibration, dict) else None
-    classes = fitted_on.get("classes") if isinstance(fitted_on, dict) else None
-    if not isinstance(classes, list):
+    record = audited.run.get("reliability")
+    if not record:
+        return found.check(name, "no calibration recorded: the weights are the recipe's numbers, or none are used")
+    record = record if isinstance(record, dict) else {}
+    source, fitted_on = str(record.get("source", "")), record.get("fitted_on")
+    if source and fitted_on is None and not source.startswith("calibration"):
+        return found.check(name, f"no calibration: the weights are of {source}")
+    classes: Any = fitted_on.get("classes") if isinstance(fitted_on, dict) else None
+    products: Any = fitted_on.get("levels") if isinstance(fitted_on, dict) else None
+    if not isinstance(classes, list) or not isinstance(products, dict):
         found.unknown.append("run.json has a calibration that does not say which classes it was fitted on")
         return found.check(name, "")
     found.leaks += [f"fitted on the name {own!r}, which is {'novel' if own in audited.protocol.novel else 'no base class'}"
                     for own in classes if own not in audited.protocol.base]
     levels, others = audited.cache.levels(), []
     for level in (Level.INSTANCE, Level.CLASS):
-        key, ours = fitted_on.get(str(level)), audited.cache.key(level) if level in levels else None
+        key, ours = products.get(str(level)), audited.cache.key(level) if level in levels else None
         if key is None:
             found.unknown.append(f"the calibration does not say which {level} product it was fitted on")
         elif key != ours:

@@ -2,14 +2,16 @@
 
 Called by the command line, the demo and Python. Nothing novel is read: base boxes, and the text embeddings of base classes.
 
-A pseudo label is the noun that a crop is most like among those offered, so the same is done with base boxes and base classes, twice:
+Every base box makes two labels:
 
-- **right**: all classes are offered, and the label is the box's own class. Boxes that CLIP takes for another class make no right label.
-- **wrong**: the box's own class is left out, as where captions or vocabulary lack the right noun. The label is then the best wrong
-  name, not any wrong name: a label is always the best of its list, and the cosines of all wrong names lie far below.
+- **right**: its own class. Boxes that are more like another class count too: the captions of a picture offer a few nouns, and the
+  right one among them wins with cosines at which it would lose against all classes.
+- **wrong**: the class that it is most like when its own is left out, as where captions or vocabulary lack the right noun. Not any
+  wrong class: a label is the best of its list, and the cosines of all wrong names lie far below.
 
 What this cannot know is which nouns a picture's captions offer, and what a proposal without any object looks like; `reliability_fit`
-says what follows from that. With labels of the k best nouns, those are what is made here too, and the cosine is that of their mean.
+says what follows from that. Where labels are made of the k best nouns, so are these (the right one of its own class and the k - 1 best
+others), and the cosine is that of their mean.
 """
 
 from __future__ import annotations
@@ -54,11 +56,11 @@ class CalibrateConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cosines:
-    """Of labels made of base boxes: right (n,), wrong (m,). `boxes`: how many there are, each of which has one wrong label."""
+    """Of the labels that n base boxes make: right (n,), wrong (n,). `named`: of how many the right one is the higher."""
 
     right: np.ndarray
     wrong: np.ndarray
-    boxes: int
+    named: int
 
 
 def calibrate(config: CalibrateConfig, log: Callable[[str], None] = print) -> Calibration:
@@ -75,10 +77,10 @@ def calibrate(config: CalibrateConfig, log: Callable[[str], None] = print) -> Ca
     try:
         fit = fit_reliability(found.right, found.wrong)
     except HdovdError as error:
-        raise HdovdError(f"set {config.features} of {config.cache}, {found.boxes} base boxes of {len(protocol.base)} classes: "
+        raise HdovdError(f"set {config.features} of {config.cache}, {len(found.right)} base boxes of {len(protocol.base)} classes: "
                          f"{error}") from error
     picture = config.out.with_suffix(".png")
-    about = {"boxes": found.boxes, "right": len(found.right), "wrong": len(found.wrong), "auc": fit.auc,
+    about = {"boxes": len(found.right), "named_rightly": found.named, "auc": fit.auc,
              "right_mean": float(found.right.mean()), "wrong_mean": float(found.wrong.mean()),
              "weight_of_right": float(fit.weights(found.right).mean()), "weight_of_wrong": float(fit.weights(found.wrong).mean())}
     fitted_on = {"cache": cache.identity()["path"], "features": config.features, "protocol": protocol.name, "classes": list(protocol.base),
@@ -107,13 +109,11 @@ def label_cosines(cache: FeatureCache, split: Split, protocol: Protocol) -> Cosi
     texts = F.normalize(torch.from_numpy(cache.class_embeddings(protocol.base)), dim=1)
     cache.hold(Level.INSTANCE)
     failed, rows, labels = cache.failed(), list[np.ndarray](), list[np.ndarray]()
-    right, wrong, count, waiting = list[np.ndarray](), list[np.ndarray](), 0, 0
+    found, waiting = list[Cosines](), 0
 
     def take() -> None:
         crops = F.normalize(torch.from_numpy(np.concatenate(rows)).float(), dim=1)
-        some = labels_of_boxes(crops, torch.from_numpy(np.concatenate(labels)), texts, rule)
-        right.append(some.right)
-        wrong.append(some.wrong)
+        found.append(labels_of_boxes(crops, torch.from_numpy(np.concatenate(labels)), texts, rule))
         rows.clear()
         labels.clear()
 
@@ -122,33 +122,35 @@ def label_cosines(cache: FeatureCache, split: Split, protocol: Protocol) -> Cosi
             continue
         rows.append(cache.instances(image.id).base_boxes().embedding)
         labels.append(image.labels)
-        count, waiting = count + len(image.labels), waiting + len(image.labels)
+        waiting += len(image.labels)
         if waiting >= BOXES_AT_ONCE:
             take()
             waiting = 0
     if rows:
         take()
-    if not count:
+    if not found:
         raise HdovdError(f"{cache.url} has no embeddings of base boxes: a calibration needs them (imports of oadp have none)")
-    return Cosines(np.concatenate(right), np.concatenate(wrong), count)
+    return Cosines(np.concatenate([part.right for part in found]), np.concatenate([part.wrong for part in found]),
+                   sum(part.named for part in found))
 
 
 def labels_of_boxes(crops: Tensor, classes: Tensor, texts: Tensor, rule: LabelRule) -> Cosines:
     """Right and wrong labels of boxes: crops (n, D), classes (n,) int64, texts (K, D) of the classes; all L2-normalised."""
-    found, weights, _ = best_nouns(crops, texts, rule)
-    is_right = found[:, 0] == classes
-    right = _cosines(crops[is_right], texts, found[is_right], weights[is_right])
-    wrong = torch.zeros(len(crops))
+    right, wrong, named = torch.zeros(len(crops)), torch.zeros(len(crops)), 0
     for own in classes.unique().tolist():
         mine, others = classes == own, torch.tensor([k for k in range(len(texts)) if k != own])
-        found, weights, _ = best_nouns(crops[mine], texts[others], rule)
-        wrong[mine] = _cosines(crops[mine], texts[others], found, weights)
-    return Cosines(right.numpy(), wrong.numpy(), len(crops))
+        found, _, best = best_nouns(crops[mine], texts[others], rule)
+        found = others[found]
+        right[mine] = _cosines(crops[mine], texts, torch.cat([torch.full((len(found), 1), own), found[:, : rule.top - 1]], dim=1), rule)
+        wrong[mine] = _cosines(crops[mine], texts, found, rule)
+        named += int((crops[mine] @ texts[own] > best).sum())
+    return Cosines(right.numpy(), wrong.numpy(), named)
 
 
-def _cosines(crops: Tensor, texts: Tensor, found: Tensor, weights: Tensor) -> Tensor:
-    """(n,) cosines of crops and their labels."""
-    return (crops * label_texts(texts, found, weights)).sum(dim=1)
+def _cosines(crops: Tensor, texts: Tensor, found: Tensor, rule: LabelRule) -> Tensor:
+    """(n,) cosines of crops (n, D) and the labels that are made of the rows found (n, k) of texts."""
+    cosines = (crops[:, None] * texts[found]).sum(dim=2)
+    return (crops * label_texts(texts, found, (cosines / rule.temperature).softmax(dim=1))).sum(dim=1)
 
 
 def _require_prompts(cache: FeatureCache) -> None:
@@ -165,9 +167,9 @@ def _require_prompts(cache: FeatureCache) -> None:
 
 def _lines(found: Cosines, fit: Fit) -> list[str]:
     right, wrong = found.right, found.wrong
-    fewest = min(len(right), len(wrong))
-    few = [f"note: {fewest} labels of a kind are few: the values are uncertain"] if fewest < MANY else []
-    return [f"{found.boxes:,d} base boxes: {len(right):,d} are named rightly ({len(right) / found.boxes:.1%}), cosine {right.mean():.3f} "
-            f"({right.std():.3f}); the best wrong names have {wrong.mean():.3f} ({wrong.std():.3f}); AUC {fit.auc:.3f}",
+    few = [f"note: {len(right)} boxes are few: the values are uncertain"] if len(right) < MANY else []
+    return [f"{len(right):,d} base boxes: their own names have cosine {right.mean():.3f} ({right.std():.3f}), the best wrong ones "
+            f"{wrong.mean():.3f} ({wrong.std():.3f}); AUC {fit.auc:.3f}; {found.named:,d} ({found.named / len(right):.1%}) would be named "
+            "rightly among all base classes",
             f"centre {fit.centre:.4f}, width {fit.width:.4f}, scale {fit.scale:.3f}: right labels weigh {fit.weights(right).mean():.2f} on "
             f"average, wrong ones {fit.weights(wrong).mean():.2f}", *few]

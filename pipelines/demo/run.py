@@ -1,7 +1,7 @@
 """`hdovd demo`: the whole main job on a world of our own, every stage through the command a user would type.
 
-World and teacher are made once; then propose, extract-clip, calibrate, and for every seed train and eval, base-only and
-distilled. The stages run in this process, from the same arguments as the printed commands.
+World and teacher are made once; then propose, nouns, extract-clip, calibrate, for every seed train and eval, base-only and
+distilled, and the audit. The stages run in this process, from the same arguments as the printed commands.
 """
 
 from __future__ import annotations
@@ -90,8 +90,10 @@ def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable
     proposals, cache, backbone = root / "proposals.json", root / "cache", root / "backbone.safetensors"
     run("propose", "propose", *data, "--recipe", "demo", "--set", "train.epochs=6", "--overlap", 0.15, "--min-score", 0.55,
         "--out", proposals, "--backbone-out", backbone)
-    run("extract-clip", "extract-clip", *data, "--cache", cache, "--clip", clip, "--proposals", proposals,
-        "--vocabulary", world / "vocabulary.txt", "--captions", world / "annotations" / "captions_train2017.json")
+    nouns = root / "nouns.json"
+    run("nouns", "nouns", "--captions", world / "annotations" / "captions_train2017.json", "--vocabulary", world / "vocabulary.txt",
+        "--parser", "match", "--protocol", world / "protocol.toml", "--out", nouns)
+    run("extract-clip", "extract-clip", *data, "--cache", cache, "--clip", clip, "--proposals", proposals, "--nouns", nouns)
     calibration = root / "calibration.toml"
     run("calibrate", "calibrate", "--cache", cache, "--out", calibration)
     for seed in range(config.seeds):
@@ -103,6 +105,7 @@ def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable
                 *(["--calibration", calibration] if variant == DISTILLED else []), "--val-every", 0, "--out", out)
             run("eval", "eval", out, "--data", world, *(["--pictures", 8] if seed == 0 and variant == DISTILLED else []))
             _collect(result, variant, out)
+    run("audit", "audit", *data, "--cache", cache, "--run", root / "runs" / f"{DISTILLED}-seed0")
     result.pictures = sorted((root / "runs" / "distilled-seed0" / "pictures").glob("*.png"))
     return result
 

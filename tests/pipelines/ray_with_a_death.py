@@ -2,7 +2,8 @@
 
     python ray_with_a_death.py EXTRACTION.json CACHE PART_ROWS BATCH_SIZE > FACTS.json
 
-The picture parts are claimed here until three workers are at one each; so they are all at work when one is killed.
+The picture parts are claimed here until three workers are at one each; so they are all at work when one is killed, and none of them
+is writing: what it left half-written would be swept by the next extraction, not by this one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import ray
 
 from hdovd.cache.catalog import Catalog
+from hdovd.cache.product import Product
+from hdovd.cache.schema import Level
 from hdovd.pipelines.extract_clip import extract_clip
 from hdovd.pipelines.extract_config import Executor, ExtractConfig
 
@@ -61,7 +64,9 @@ def main(extraction: Path, cache: Path, part_rows: int, batch_size: int) -> None
             for at in (product, images):
                 for part in range(100):
                     claims.enter_context(folder.claim(f"{at.relative_to(cache)}/{part}", wait=True))
-            while most < 3:
+            texts = [Product(folder, level, at.parent.name) for level in (Level.CLASS, Level.NOUN)
+                     for at in cache.glob(f"{level}/*/zarr.json")]
+            while most < 3 or not all(product.whole for product in texts):
                 time.sleep(0.02)
                 most = max(most, len(workers_at_work()))
             os.kill(workers_at_work()[0], signal.SIGKILL)

@@ -302,18 +302,24 @@ def test_a_run_of_another_cache(world: Path, cache: Path, run: Path) -> None:
 
 def test_a_calibration_on_novel_names(world: Path, cache: Path, run: Path) -> None:
     levels = Catalog(cache).sets()["default"].levels
-    fitted_on = {"classes": [*BASE], "instance": levels[Level.INSTANCE], "class": levels[Level.CLASS]}
-    _edit(run / "run.json", lambda tree: tree.update(calibration={"centre": 0.2, "fitted_on": fitted_on}))
+    fitted_on = {"classes": [*BASE], "levels": {"instance": levels[Level.INSTANCE], "class": levels[Level.CLASS]}}
+    _edit(run / "run.json", lambda tree: tree.update(reliability={"centre": 0.2, "source": "calibration c.toml", "fitted_on": fitted_on}))
     assert _check(_audit(world, cache, run=run), "calibration").verdict is Verdict.OK
-    _edit(run / "run.json", lambda tree: tree["calibration"]["fitted_on"]["classes"].append("fish"))
+    _edit(run / "run.json", lambda tree: tree["reliability"]["fitted_on"]["classes"].append("fish"))
     assert "fitted on the name 'fish', which is novel" in _leak(_audit(world, cache, run=run), "calibration")
 
 
-@pytest.mark.parametrize("calibration", [3, {"centre": 1}, {"fitted_on": {"classes": [*BASE]}},
-                                         {"fitted_on": {"classes": [*BASE], "instance": "a", "class": "b"}}])
-def test_a_calibration_that_says_too_little_is_unknown(world: Path, cache: Path, run: Path, calibration: Any) -> None:
-    _edit(run / "run.json", lambda tree: tree.update(calibration=calibration))
+@pytest.mark.parametrize("record", [3, {"centre": 1}, {"source": "calibration c.toml"}, {"fitted_on": {"classes": [*BASE]}},
+                                    {"fitted_on": {"classes": [*BASE], "levels": {"instance": "a", "class": "b"}}}])
+def test_a_calibration_that_says_too_little_is_unknown(world: Path, cache: Path, run: Path, record: Any) -> None:
+    _edit(run / "run.json", lambda tree: tree.update(reliability=record))
     assert _check(_audit(world, cache, run=run), "calibration").verdict is Verdict.UNKNOWN
+
+
+def test_weights_that_are_the_recipe_s(world: Path, cache: Path, run: Path) -> None:
+    _edit(run / "run.json", lambda tree: tree.update(reliability={"centre": 0.25, "source": "the recipe"}))
+    check = _check(_audit(world, cache, run=run), "calibration")
+    assert (check.verdict, check.text) == (Verdict.OK, "no calibration: the weights are of the recipe")
 
 
 def test_no_run_there(world: Path, cache: Path, tmp_path: Path) -> None:

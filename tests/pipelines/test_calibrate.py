@@ -19,6 +19,8 @@ from hdovd.cache.schema import Level
 from hdovd.coco import DataPaths
 from hdovd.config import Recipe, load_recipe
 from hdovd.errors import HdovdError
+from hdovd.pipelines.audit import AuditConfig, audit
+from hdovd.pipelines.audit_report import Verdict
 from hdovd.pipelines.calibrate import CalibrateConfig, calibrate, labels_of_boxes
 from hdovd.pipelines.calibration import KNOWN, Calibration, LabelOrigin, origin_of, read_calibration, with_reliability
 from hdovd.pipelines.extract_clip import extract_clip
@@ -37,14 +39,13 @@ def _silent(_: str) -> None: ...
 # --- which labels ---
 
 def test_labels_of_boxes_by_hand() -> None:
-    """Classes at 0, 60 and 90 degrees; a box at 10 degrees of the first is right, one at 80 of the second is taken for the third."""
+    """Classes at 0, 60 and 90 degrees; a box at 10 degrees is of the first, one at 80 of the second, and taken for the third."""
     angles = torch.deg2rad(torch.tensor([0.0, 60.0, 90.0])), torch.deg2rad(torch.tensor([10.0, 80.0]))
     texts, crops = (torch.stack([a.cos(), a.sin()], dim=1) for a in angles)
     found = labels_of_boxes(crops, torch.tensor([0, 1]), texts, LabelRule())
-    cosine = [np.cos(np.deg2rad(angle)) for angle in (10, 50)]
-    np.testing.assert_allclose(found.right, cosine[:1], rtol=1e-6)
-    np.testing.assert_allclose(found.wrong, [cosine[1], np.cos(np.deg2rad(10))], rtol=1e-6)  # the best wrong name of each box
-    assert found.boxes == 2
+    np.testing.assert_allclose(found.right, np.cos(np.deg2rad([10, 20])), rtol=1e-6)
+    np.testing.assert_allclose(found.wrong, np.cos(np.deg2rad([50, 10])), rtol=1e-6)  # the best wrong name of each box
+    assert found.named == 1
     both = labels_of_boxes(crops[:1], torch.tensor([0]), texts, LabelRule(2, 1e9))  # both classes alike: their mean, at 30 degrees
     np.testing.assert_allclose(both.right, [np.cos(np.deg2rad(20))], rtol=1e-6)
     np.testing.assert_allclose(both.wrong, [np.cos(np.deg2rad(65))], rtol=1e-6)
@@ -52,14 +53,14 @@ def test_labels_of_boxes_by_hand() -> None:
 
 @pytest.fixture(scope="module")
 def knowing(cache: Path, world: Path, extraction: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache whose CLIP knows the base classes a little: their embeddings are the mean of their boxes'; novel ones are noise."""
+    """A cache whose CLIP knows the base classes a little: their embeddings tell their boxes from others'; novel ones are noise."""
     folder, protocol = tmp_path_factory.mktemp("calibration"), load_protocol(str(world / "protocol.toml"))
     split, reader = DataPaths(world).load("train2017", protocol, base_only=True, log=_silent), FeatureCache(cache)
     rows = np.random.default_rng(0).normal(size=(len(protocol.names), reader.dim)).astype(np.float32)
     crops = np.concatenate([reader.instances(image.id).base_boxes().embedding for image in split.images]).astype(np.float32)
     labels = np.concatenate([image.labels for image in split.images])
-    for label in np.unique(labels):
-        rows[label] = crops[labels == label].mean(axis=0) - 0.9 * crops.mean(axis=0)
+    own = labels[:, None] == np.arange(len(protocol.base))
+    rows[: len(protocol.base)] = np.linalg.solve(crops.T @ crops + 1e-4 * np.eye(reader.dim), crops.T @ own).T  # regression on one-hot rows
     np.save(folder / "classes.npy", rows)
     extract_clip(extraction(folder / "cache", vocabulary=None, captions=None, class_embeddings=folder / "classes.npy"), _silent)
     return folder / "cache"
@@ -74,7 +75,7 @@ def test_a_cache_is_calibrated(knowing: Path, tmp_path: Path) -> None:
     assert tree["fitted_on"]["levels"]["instance"] == FeatureCache(knowing).key(Level.INSTANCE)
     assert any("AUC" in line for line in said)
     assert "note: " in said[-2]  # few boxes
-    assert found.found["right"] <= found.found["boxes"] == found.found["wrong"]
+    assert 0 < found.found["named_rightly"] <= found.found["boxes"]
     assert found.found["weight_of_right"] == pytest.approx(1, abs=1e-4)
     assert found.found["weight_of_wrong"] < 0.9
     with Image.open(tmp_path / "new" / "c.png") as picture:
@@ -121,18 +122,29 @@ def _calibration(cache: Path) -> Calibration:
     return Calibration(0.2, 0.03, 1.1, way, {})
 
 
-def test_a_run_takes_and_records_the_values(cache: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_run_takes_and_records_the_values(training_cache: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
-    file.write_text(_calibration(cache).to_toml())
-    job = TrainJob(DataPaths(world), cache, tmp_path / "run", micro_recipe("pseudo_boxes.reliability_width=auto"),
+    file.write_text(_calibration(training_cache).to_toml())
+    job = TrainJob(DataPaths(world), training_cache, tmp_path / "run", micro_recipe("pseudo_boxes.reliability_width=auto"),
                    str(world / "protocol.toml"), "cpu", calibration=file)
     run = train(job, _silent)
     assert run.recipe().pseudo_boxes.reliability == (0.2, 0.03, 1.1)
     record = run.record()["reliability"]
     assert (record["centre"], record["width"], record["scale"]) == (0.2, 0.03, 1.1)
-    assert record["fitted_on"]["way"] == origin_of(FeatureCache(cache)).way()
+    assert record["fitted_on"]["way"] == origin_of(FeatureCache(training_cache)).way()
     with pytest.raises(HdovdError, match="reliability_centre differs"):
         train(replace(job, calibration=None, recipe=micro_recipe(), resume=True), _silent)
+
+
+def test_the_audit_reads_what_it_was_fitted_on(knowing: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    calibrate(CalibrateConfig(knowing, tmp_path / "c.toml"), _silent)
+    cache, protocol = FeatureCache(knowing), str(world / "protocol.toml")
+    _, _, record = with_reliability(micro_recipe(), lambda: origin_of(cache), tmp_path / "c.toml", _silent)
+    record |= {"protocol": load_protocol(protocol).to_dict(), "cache": cache.identity(), "resumed": []}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    report = audit(AuditConfig(DataPaths(world), knowing, run=tmp_path, protocol=protocol), _silent)
+    (check,) = (check for check in report.checks if check.name == "calibration")
+    assert (check.verdict, check.text) == (Verdict.OK, "fitted on the names of 16 base classes and this cache's base boxes")
 
 
 def test_a_calibration_of_another_clip_or_prompts_is_refused(cache: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

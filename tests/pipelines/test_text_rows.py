@@ -27,6 +27,7 @@ from hdovd.pipelines.crop_recipe import CropRecipe, Shape
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.extract_clip import ExtractReport, extract_clip, prepare
 from hdovd.pipelines.extract_config import Activation, Executor, ExtractConfig, Precision, Share, Store
+from hdovd.pipelines.label_rule import LabelRule
 from hdovd.pipelines.nouns_config import Matching
 from hdovd.pipelines.text_rows import read_class_embeddings, read_synonyms
 
@@ -316,7 +317,7 @@ def test_config_survives_as_plain_values_with_absolute_paths(tmp_path: Path, mon
         "clip": f"local-dir:{tmp_path / 'clip'}", "pretrained": str(tmp_path / "weights.pt"), "protocol": str(tmp_path / "p.toml"),
         "templates": ("{} here", "a {}"), "recipe": CropRecipe(Shape.SQUARE, (1, 2)), "precision": Precision.BF16,
         "activation": Activation.GELU, "features": "mine",
-        "class_embeddings": None, "nouns": None, "matching": Matching.LEMMAS, "device": "auto",
+        "class_embeddings": None, "nouns": None, "matching": Matching.LEMMAS, "labels": LabelRule(), "device": "auto",
         "batch_size": None, "part_rows": 65_536, "workers": None, "dry_run": False,
         "retry_failed": False, "share": None, "executor": Executor.LOCAL, "store": Store.ZARR}
     assert {f.name: getattr(again, f.name) for f in fields(ExtractConfig)} == expected
