@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -36,4 +37,4 @@ def export(
 
     given = DataPaths(data, images, annotations)
     export_tars(ExportConfig(cache, out, None if given == DataPaths() else given, protocol, features, samples))
-    typer.echo(f"next: hdovd train --cache {out} --out RUN ...")
+    typer.echo(f"next: hdovd train --cache {quote(str(out))} --out RUN ...")

@@ -1,6 +1,7 @@
 """`hdovd extract-clip`."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -87,4 +88,4 @@ def extract_clip(
         class_embeddings, nouns, labels=LabelRule(label_top_k, label_temperature)))
     if report.whole and not dry_run and this_share(None).speaks:
         named = "" if features == DEFAULT_SET else f" --features {features}"
-        typer.echo(f"next: hdovd train --cache {cache}{named} --out RUN ...")
+        typer.echo(f"next: hdovd train --cache {quote(str(cache))}{named} --out RUN ...")

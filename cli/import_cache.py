@@ -1,6 +1,7 @@
 """`hdovd cache import`."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -36,7 +37,7 @@ def import_(
         from hdovd.pipelines.export import import_tars
 
         import_tars(source, cache)
-        typer.echo(f"next: hdovd cache info {cache}")
+        typer.echo(f"next: hdovd cache info {quote(str(cache))}")
         return
     from hdovd.coco import DataPaths
     from hdovd.errors import HdovdError
@@ -47,4 +48,4 @@ def import_(
         raise HdovdError(f"--format {format}: expected one of {', '.join(ForeignFormat)}, webdataset")
     import_features(ImportConfig(ForeignFormat(format), Path(source), DataPaths(data, images, annotations), cache, proposals, protocol,
                                  clip, pretrained, read_templates(templates), features, device, precision, activation))
-    typer.echo(f"next: hdovd cache info {cache}")
+    typer.echo(f"next: hdovd cache info {quote(str(cache))}")

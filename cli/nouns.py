@@ -1,6 +1,7 @@
 """`hdovd nouns`."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -34,4 +35,4 @@ def nouns(
     from hdovd.pipelines.find_nouns import find_nouns
 
     find_nouns(NounsJob(captions, out, vocabulary, parser, stop_list, spacy_model, protocol), typer.echo)
-    typer.echo(f"next: hdovd extract-clip --nouns {out} --proposals FILE ...")
+    typer.echo(f"next: hdovd extract-clip --nouns {quote(str(out))} --proposals FILE ...")

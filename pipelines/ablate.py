@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from hdovd.cache.identity import differences
 from hdovd.cache.schema import DEFAULT_SET
@@ -24,10 +23,10 @@ from hdovd.config import PRESETS, Recipe, load_recipe
 from hdovd.errors import HdovdError
 from hdovd.pipelines.ablate_cells import Cell, cells_of, recipe_settings
 from hdovd.pipelines.ablate_table import AblationTable, ablation_table, write_tables
-from hdovd.pipelines.calibration import read_calibration
+from hdovd.pipelines.calibration import read_calibration, refuse_two_sources, with_reliability
 from hdovd.pipelines.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
 from hdovd.pipelines.runs import Run, read_run
-from hdovd.pipelines.settings import SWITCH
+from hdovd.pipelines.settings import SWITCH, lasting_values
 from hdovd.protocol import load_protocol
 
 LOCK = ".ablate.lock"
@@ -71,6 +70,7 @@ class AblateConfig:
                 raise HdovdError(f"--{name} {getattr(self, name)}: expected 1 or more")
         if self.preset is not None and self.preset not in PRESETS:
             raise HdovdError(f"--preset {self.preset}: expected one of {', '.join(PRESETS)}")
+        refuse_two_sources((*self.settings, *self.grid), self.calibration)
         if (self.data.images or self.data.annotations) and self.validation is None:
             raise HdovdError("--images and --annotations are those to train on: give --val-images and --val-annotations for evaluation")
 
@@ -149,8 +149,8 @@ def standing(planned: Planned, config: AblateConfig) -> Standing:
     run = read_run(planned.path)
     if not run.settings or not run.protocol:
         raise HdovdError(f"{planned.path}: {'; '.join(run.wrong) or 'run.json names no protocol'}: delete this folder, and it is made anew")
-    there = {"protocol": run.protocol, **_values(load_recipe(str(planned.path / "config.toml")))}
-    asked = {"protocol": load_protocol(config.protocol).to_dict(), **_values(planned.recipe)}
+    there = {"protocol": run.protocol, **lasting_values(load_recipe(str(planned.path / "config.toml")))}
+    asked = {"protocol": load_protocol(config.protocol).to_dict(), **lasting_values(planned.recipe)}
     if lines := differences(asked, there, sides=("asked for", "there")):
         raise HdovdError(f"{planned.path} holds a run of another config:\n  " + "\n  ".join(lines)
                          + "\nAsk for that, give another --out, or delete that folder")
@@ -238,8 +238,8 @@ def _features(config: AblateConfig, plans: list[Planned]) -> dict[str, str]:
     found = training_data(TrainJob(data, config.cache, config.out, everything, config.protocol, config.device, features=config.features),
                           protocol, _silent)
     found.class_embeddings(protocol.names)
-    if config.calibration is not None:
-        read_calibration(config.calibration).require_fits(found.label_origin(), config.calibration)
+    for planned in plans:  # a weight that is not known is said now, not by each run
+        with_reliability(planned.recipe, found.label_origin, config.calibration, protocol.base, _silent)
     return {level: entry["key"] for level, entry in found.record()["cache"]["levels"].items()}
 
 
@@ -267,13 +267,6 @@ def _locked(out: Path) -> Iterator[int]:
         except BlockingIOError:
             raise HdovdError(f"another ablation, or a run that one left behind, is at work in {out}: wait for it, or end it") from None
         yield file.fileno()
-
-
-def _values(recipe: Recipe) -> dict[str, Any]:
-    """What a run may not change between two calls; the number of its worker processes it may."""
-    tree = recipe.model_dump(by_alias=True)
-    del tree["train"]["workers"]
-    return tree
 
 
 def _data_words(data: DataPaths) -> list[str]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from hdovd.pipelines.label_rule import LabelRule
 from hdovd.pipelines.progress import progress
 from hdovd.pipelines.pseudo_labels import best_nouns, label_texts
 from hdovd.pipelines.reliability_fit import MANY, Fit, fit_reliability
+from hdovd.pipelines.whole_file import replace_file
 from hdovd.protocol import Protocol
 
 BOXES_AT_ONCE = 4_096
@@ -65,6 +67,8 @@ class Cosines:
 
 def calibrate(config: CalibrateConfig, log: Callable[[str], None] = print) -> Calibration:
     """Fit, write the values and the picture. Raises HdovdError if the set does not fit the data, or nothing can be fitted."""
+    if config.out.suffix != ".toml":  # the picture has its name, and another ending
+        raise HdovdError(f"--out {config.out}: expected a name that ends in .toml")
     if is_tar_form(config.cache):
         raise HdovdError(f"{config.cache} is of tar shards: calibrate on the Zarr cache that they were made from, or on one that hdovd "
                          "cache import makes of them")
@@ -89,10 +93,11 @@ def calibrate(config: CalibrateConfig, log: Callable[[str], None] = print) -> Ca
     result = Calibration(fit.centre, fit.width, fit.scale, fitted_on, about)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     draw_calibration(found.right, found.wrong, fit, picture)
-    config.out.write_text(result.to_toml())
+    replace_file(config.out, lambda partial: partial.write_text(result.to_toml()))
     for line in _lines(found, fit):
         log(line)
-    log(f"wrote {config.out} and {picture}; next: hdovd train --cache {config.cache} --calibration {config.out} ...")
+    log(f"wrote {config.out} and {picture}; next: hdovd train --cache {quote(str(config.cache))} --calibration "
+        f"{quote(str(config.out))} ...")
     return result
 
 

@@ -8,7 +8,7 @@ that, so a calibration holds for every set that was made in the same way (`Label
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from hdovd.cache.identity import KeyInputs, differences
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config import AUTO, Recipe
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, shorten
 
 VALUES = ("centre", "width", "scale")
 CLIPS = {"ViT-B/32": ("ViT-B-32", "hf-hub:timm/vit_base_patch32_clip_224.openai"), "RN50": ("RN50", "hf-hub:timm/resnet50_clip.openai")}
@@ -84,8 +84,12 @@ class Calibration:
         """As of --set."""
         return tuple(f"pseudo_boxes.reliability_{name}={getattr(self, name)!r}" for name in VALUES)
 
-    def require_fits(self, origin: LabelOrigin, file: Path) -> None:
-        """Raises HdovdError, naming both, if the features were made in another way than those that it was fitted on."""
+    def require_fits(self, origin: LabelOrigin, base: Sequence[str], file: Path) -> None:
+        """Raises HdovdError if the features were made in another way than those that it was fitted on, or if it was fitted on boxes
+        of classes that are not `base`."""
+        if novel := [name for name in self.fitted_on.get("classes", ()) if name not in base]:
+            raise HdovdError(f"--calibration {file} was fitted on boxes of {shorten(novel)}, which the protocol does not call base: "
+                             f"it would give novel classes away. Fit one with this protocol: hdovd calibrate --cache {origin.url}")
         lines = differences(self.fitted_on["way"], origin.way(), sides=("fitted on", "these features have"))
         if lines:
             raise HdovdError(f"--calibration {file} was fitted on set {self.fitted_on['features']} of {self.fitted_on['cache']}, which was "
@@ -109,16 +113,22 @@ def read_calibration(file: Path) -> Calibration:
     return Calibration(centre, width, scale, fitted_on, dict(tree.get("found", {})))
 
 
-def with_reliability(recipe: Recipe, origin: Callable[[], LabelOrigin], calibration: Path | None, log: Callable[[str], None]
-                     ) -> tuple[Recipe, Recipe, dict[str, Any]]:
+def refuse_two_sources(settings: Sequence[str], calibration: Path | None) -> None:
+    """Raises HdovdError if `settings`, as of --set and --grid, hold a value that the calibration gives too."""
+    if calibration is not None and (both := [one for one in settings if one.strip().startswith("pseudo_boxes.reliability_")]):
+        raise HdovdError(f"{' '.join(both)}: --calibration {calibration} says what the reliability weight is; leave one of them out")
+
+
+def with_reliability(recipe: Recipe, origin: Callable[[], LabelOrigin], calibration: Path | None, base: Sequence[str],
+                     log: Callable[[str], None]) -> tuple[Recipe, Recipe, dict[str, Any]]:
     """The recipe to write down, the one to train with, whose values are numbers, and what to record of where they are from.
 
-    A recipe that says auto is written down so, as with its other automatic values. Raises HdovdError for a calibration of other
-    features, and for auto with a CLIP that is not known.
+    A recipe that says auto is written down so, as with its other automatic values. `base`: the classes that may be known of. Raises
+    HdovdError for a calibration of other features or classes, and for auto with a CLIP that is not known.
     """
     if calibration is not None:
         found = read_calibration(calibration)
-        found.require_fits(origin(), calibration)
+        found.require_fits(origin(), base, calibration)
         recipe = recipe.with_reliability(found.centre, found.width, found.scale)
         about = {"file": str(calibration.absolute()), "fitted_on": found.fitted_on, "found": found.found}
         return recipe, recipe, _record(recipe, f"calibration {calibration}", about)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hdovd.errors import HdovdError
-from hdovd.pipelines.run_folder import replace_file
+from hdovd.pipelines.whole_file import replace_file
 
 FILE = "checkpoint.pt"
 
@@ -34,8 +34,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise HdovdError(f"{file} cannot be read ({error}): was it copied whole? Without it the run can only begin anew: "
-                         "--overwrite in place of --resume") from error
+        raise HdovdError(f"{file} cannot be read ({error}): was it copied whole? Without it training can only begin anew: "
+                         "--overwrite, and no --resume") from error
     return state
 
 

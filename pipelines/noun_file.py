@@ -9,7 +9,6 @@ that the vocabulary lacks, with the number of captions.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from hdovd.coco import read_json
 from hdovd.errors import HdovdError
 from hdovd.pipelines.nouns import Nouns
+from hdovd.pipelines.whole_file import replace_file
 
 FORMAT, VERSION = "hdovd nouns", 1
 
@@ -25,17 +25,10 @@ def write_noun_file(path: Path, nouns: Nouns, made_by: Mapping[str, Any], unmatc
     """The file appears whole or not at all; the same nouns give the same bytes, in whatever order the captions were."""
     assert nouns.by_image is not None
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     head = {"format": FORMAT, "version": VERSION, "made_by": made_by, "vocabulary": nouns.vocabulary, "unmatched": unmatched}
     lines = [f'"{image_id}": {json.dumps(rows)}' for image_id, rows in sorted(nouns.by_image.items())]
-    try:
-        with partial.open("w") as file:  # one image a line: for people, and for diff
-            file.write(json.dumps(head)[:-1] + ',\n"images": {\n' + ",\n".join(lines) + "\n}}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    text = json.dumps(head)[:-1] + ',\n"images": {\n' + ",\n".join(lines) + "\n}}\n"  # one image a line: for people, and for diff
+    replace_file(path, lambda partial: partial.write_text(text))
 
 
 def read_noun_file(path: Path) -> Nouns:

@@ -38,7 +38,8 @@ class NameMatcher:
     """Finds the names of a vocabulary in the words of a text.
 
     Words are compared in the singular and joined, so that `hot dog` is in "hotdogs", and `skateboard` in "skate boards". A name
-    that has no singular (scissors, glasses) is found as it is. Of two names alike, the one that the text has letter by letter wins.
+    that has no singular (scissors, glasses) is found as it is. Of two names
+    that are the same then (hot dog, hotdog), the first one is found.
     """
 
     def __init__(self, names: Sequence[str]) -> None:

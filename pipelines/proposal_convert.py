@@ -12,15 +12,13 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.proposal_file import made_by_line, read_table, write_proposals
 from hdovd.pipelines.proposal_formats import ListOrder
 from hdovd.pipelines.proposal_table import ProposalTable
-
-FORMS = (".npz", ".json")
+from hdovd.pipelines.propose_config import require_form
 
 
 def convert_proposals(source: Path, out: Path, annotations: Path | None = None, order: ListOrder = ListOrder.FILE,
                       log: Callable[[str], None] = print) -> str:
     """Write all proposals of `source` to `out` as its suffix says, best first; returns their identity. Raises HdovdError for bad input."""
-    if out.suffix not in FORMS:
-        raise HdovdError(f"--out {out}: expected a name that ends in {' or '.join(FORMS)}")
+    require_form(out)
     if out.resolve() == source.resolve():
         raise HdovdError(f"--out {out} is the file to read: give another name")
     table = read_table(source, annotations, order)

@@ -7,7 +7,6 @@ in a sidecar, `FILE.made_by.json`, which names the identity of the proposals tha
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +17,7 @@ from hdovd.coco import ImageBoxes, Skips
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.proposal_formats import NPZ_FORMAT, NPZ_VERSION, ListOrder, read_coco_results, read_npz, read_pickle
 from hdovd.pipelines.proposal_table import NO_PROPOSALS, MadeBy, Proposals, ProposalTable
+from hdovd.pipelines.whole_file import replace_file
 
 __all__ = ["NO_PROPOSALS", "MadeBy", "ProposalTable", "Proposals", "made_by_file", "made_by_line", "read_proposals", "read_table",
            "usable_proposals", "write_proposals"]
@@ -123,13 +123,11 @@ def _replace(table: ProposalTable, made_by: MadeBy | None, *notes: str) -> Propo
 
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    def fill(partial: Path) -> None:
         with partial.open("wb") as file:
             write(file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    replace_file(path, fill)
 
 
 def _write_npz(file: BinaryIO, proposals: dict[int, Proposals], table: ProposalTable, about: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from hdovd.config import BACKBONES, Recipe, build_recipe
 from hdovd.errors import HdovdError
 from hdovd.oln import ObjectLocalisationNetwork
 from hdovd.pipelines.propose_config import Detector, NetworkJob
-from hdovd.pipelines.run_folder import replace_file
+from hdovd.pipelines.whole_file import replace_file
 from hdovd.proposer import ObjectnessNetwork, ProposalNetwork
 from hdovd.protocol import load_protocol
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from hdovd.coco import Split
 from hdovd.pipelines.proposal_file import Proposals
-from hdovd.pipelines.run_folder import replace_file
+from hdovd.pipelines.whole_file import replace_file
 
 IMAGES = 1024  # of a part, about; half a minute on a GPU
 

@@ -24,8 +24,8 @@ from hdovd.pipelines.proposal_pictures import Pictures
 from hdovd.pipelines.propose import stop_if_asked
 from hdovd.pipelines.propose_config import RecallJob
 from hdovd.pipelines.proposer_training import trained_network
-from hdovd.pipelines.run_folder import replace_file
 from hdovd.pipelines.stop_signal import StopSignal
+from hdovd.pipelines.whole_file import replace_file
 from hdovd.proposer import ProposalNetwork
 from hdovd.protocol import Protocol, load_protocol
 from hdovd.recall import THRESHOLDS, found_at, recall
@@ -50,7 +50,12 @@ class Recall:
 
     def to_dict(self) -> dict[str, Any]:
         return {"network": self.name, "images": self.images, "proposals_per_image": self.proposals, "objects": self.objects,
-                "ar50": self.ar50, "ar50_95": self.ar, "novel": "a diagnosis: never used for choosing"}
+                "ar50": _without_nan(self.ar50), "ar50_95": _without_nan(self.ar), "novel": "a diagnosis: never used for choosing"}
+
+
+def _without_nan(rows: dict[str, dict[int, float]]) -> dict[str, dict[int, float | None]]:
+    """JSON knows no NaN."""
+    return {group: {most: None if value != value else value for most, value in values.items()} for group, values in rows.items()}
 
 
 def recall_report(job: RecallJob, log: Callable[[str], None] = print) -> list[Recall]:

@@ -5,6 +5,7 @@ Read and written by `proposal_file`; the forms of files are in `proposal_formats
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,17 +74,19 @@ class ProposalTable:
         sizes = np.array([(image.width, image.height) for image in images], np.float32)
         by_id = np.argsort(ids)
         ids, sizes = ids[by_id], sizes[by_id]
-        keep = np.zeros(len(self.image_id), bool)
+        keep, unknown = np.zeros(len(self.image_id), bool), Counter[int]()
         for start in range(0, len(keep), ROWS):
             rows = slice(start, start + ROWS)
             place = np.searchsorted(ids, self.image_id[rows]).clip(max=len(ids) - 1)
             known = ids[place] == self.image_id[rows]
-            for image_id in self.image_id[rows][~known].tolist():
-                skips.add("proposal for an image that is not in the training set, image", image_id)
+            others, counts = np.unique(self.image_id[rows][~known], return_counts=True)
+            unknown.update(dict(zip(others.tolist(), counts.tolist(), strict=True)))
             reason = _reason(self.box[rows], sizes[place], self.score[rows])
             for row in np.flatnonzero(known & (reason >= 0)).tolist():
                 skips.add(f"proposal, {_REASONS[reason[row]]}, entry", start + row)
             keep[rows] = known & (reason < 0)
+        for image_id in sorted(unknown):  # an image once: a set's record is read by every run
+            skips.add(f"image with proposals that is not in the training set ({unknown.total():,d} proposals)", image_id)
         order = self._order(keep)
         found = _grouped(self.image_id, self.box, self.score, order)
         for image_id, own in found.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def _propose(job: ProposeJob, us: Team, stop: StopSignal, log: Callable[[str], N
         shutil.rmtree(parts.folder, ignore_errors=True)
         log(f"wrote {job.out}: {count} proposals for {len(found)} images, {count / len(found):.1f} an image, identity "
             + ProposalTable.of(found).identity())
-        log(f"next: hdovd extract-clip --proposals {job.out} ...")
+        log(f"next: hdovd extract-clip --proposals {quote(str(job.out))} ...")
     return found
 
 

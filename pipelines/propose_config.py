@@ -11,6 +11,8 @@ from hdovd.coco import DataPaths
 from hdovd.config import Recipe
 from hdovd.errors import HdovdError
 
+FORMS = (".json", ".npz")  # of proposal files that we write
+
 
 class Detector(StrEnum):
     """What finds proposals: the object localisation network, or a plain region proposal network."""
@@ -91,8 +93,16 @@ class RecallJob:
         if wanted and self.out is None:
             raise HdovdError(f"--report trains {' and '.join(wanted)}, and keeps the networks beside --out FILE, for proposals later: give "
                              "--out, or trained networks with --checkpoint")
+        if self.out is not None:
+            require_form(self.out)
         return [NetworkJob(self.data, network_file(self.out, detector), detector, self.recipe, self.protocol, self.overwrite,
                            self.save_minutes) for detector in dict.fromkeys(wanted) if self.out is not None]
+
+
+def require_form(out: Path) -> None:
+    """Raises HdovdError for a name under which proposals cannot be written, before any work is done for them."""
+    if out.suffix not in FORMS or out.is_dir():
+        raise HdovdError(f"--out {out}: expected a file whose name ends in {' or '.join(FORMS)}")
 
 
 def network_file(out: Path, detector: Detector) -> Path:
@@ -105,6 +115,7 @@ def propose_job(data: DataPaths, out: Path | None, recipe: Recipe, detectors: tu
     """A job from the words of a command line. Raises HdovdError without `out`, or for more than one network."""
     if out is None:
         raise HdovdError("--out FILE is missing: the proposal file to write (or --report, to count recall alone)")
+    require_form(out)
     if len(detectors) > 1 or len(checkpoints) > 1:
         raise HdovdError("one --detector or --checkpoint makes a proposal file; several are compared with --report")
     if detectors and checkpoints:

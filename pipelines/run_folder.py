@@ -17,7 +17,6 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ from torch import Tensor, nn
 from hdovd.cache.identity import differences
 from hdovd.config import Recipe, load_recipe
 from hdovd.errors import HdovdError
+from hdovd.pipelines.settings import lasting_values
+from hdovd.pipelines.whole_file import replace_file
 from hdovd.protocol import Protocol, parse_protocol
 
 FILES = ("config.toml", "run.json", "class_embeddings.safetensors", "model.safetensors", "best.safetensors", "checkpoint.pt", "stopped",
@@ -62,8 +63,8 @@ class RunFolder:
     def check_same(self, recipe: Recipe, protocol: Protocol, record: dict[str, Any]) -> None:
         """Raises HdovdError naming what is asked for otherwise than the run began."""
         before = self.record()
-        wanted: dict[str, Any] = {"recipe": _values(recipe), "protocol": protocol.to_dict(), "cache": _levels(record)}
-        began = {"recipe": _values(self.recipe()), "protocol": before["protocol"], "cache": _levels(before)}
+        wanted: dict[str, Any] = {"recipe": lasting_values(recipe), "protocol": protocol.to_dict(), "cache": _levels(record)}
+        began = {"recipe": lasting_values(self.recipe()), "protocol": before["protocol"], "cache": _levels(before)}
         if lines := differences(wanted, began, sides=("asked for", "began with")):
             raise HdovdError(f"{self.path} began otherwise:\n  " + "\n  ".join(lines)
                              + "\nGo on with what it began with, or give another --out")
@@ -159,26 +160,6 @@ class RunFolder:
             writer.writeheader()
             writer.writerows(entries)
         os.replace(partial, self.path / "log.csv")
-
-
-def replace_file(file: Path, write: Callable[[Path], object]) -> None:
-    """Replace a file whole or not at all. Raises HdovdError, and leaves what is there, if it cannot be written: no room, no right."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        write(partial)
-        with partial.open("rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, file)
-    except Exception as error:  # safetensors and torch have errors of their own for a full disk
-        partial.unlink(missing_ok=True)
-        raise HdovdError(f"{file} cannot be written ({error}); what was there is whole. Make room, then go on with --resume") from error
-
-
-def _values(recipe: Recipe) -> dict[str, Any]:
-    """What a run may not change on its way; the number of worker processes it may."""
-    tree = recipe.model_dump(by_alias=True)
-    del tree["train"]["workers"], tree["proposals"]  # the latter are of another stage
-    return tree
 
 
 def _levels(record: dict[str, Any]) -> dict[str, str]:

@@ -193,7 +193,9 @@ def _json(file: Path, wrong: list[str]) -> dict[str, Any]:
 def _settings(file: Path, wrong: list[str]) -> Settings:
     """The recipe as it is written: that of another version, which has other keys, can be listed and compared too."""
     try:
-        return flat(tomllib.loads(file.read_text()))
+        tree = tomllib.loads(file.read_text())
+        tree.pop("proposals", None)  # of another stage, and not in the files of older versions
+        return flat(tree)
     except FileNotFoundError:
         wrong.append(f"no {file.name}")
     except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors

@@ -1,6 +1,6 @@
 """The values of recipes by dotted key: told apart, named shortly, and shown.
 
-Called by `runs`, `run_tables`, `ablate_cells` and `ablate_table`.
+Called by `runs`, `run_tables`, `run_folder`, `ablate`, `ablate_cells` and `ablate_table`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from hdovd.config import Recipe
+
 SWITCH = ".enabled"
 SHOWN = 28  # characters of a value in a table
 
 Settings = dict[str, Any]
+
+
+def lasting_values(recipe: Recipe) -> dict[str, Any]:
+    """What a run may not change on its way; the number of worker processes it may, and the values of another stage."""
+    tree = recipe.model_dump(by_alias=True)
+    del tree["train"]["workers"], tree["proposals"]
+    return tree
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Settings:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
     if not (job.resume or job.overwrite):
         run.require_none(job.out)
     data = training_data(job, protocol, log)
-    written, recipe, reliability = with_reliability(job.recipe, data.label_origin, job.calibration, log)
+    written, recipe, reliability = with_reliability(job.recipe, data.label_origin, job.calibration, protocol.base, log)
     job = replace(job, recipe=written)
     state = load_checkpoint(job.out) if job.resume else None
     if state is not None:
@@ -114,7 +115,7 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
     except UnsoundLoss as error:
         where = "" if error.record is None else f"; the batch is in {unsound_record(run, us, error.record)}"
         raise HdovdError(f"{error}{where}") from error
-    log(f"wrote {run.path}; next: hdovd eval {run.path} ...")
+    log(f"wrote {run.path}; next: hdovd eval {quote(str(run.path))} ...")
     return run
 
 

@@ -176,6 +176,13 @@ def test_another_config_in_a_runs_folder_is_named(config: AblateConfig, begun: C
         ablate(config)
 
 
+def test_a_run_from_before_proposals_were_in_recipes_is_the_same(config: AblateConfig, begun: Callable[[AblateConfig], Path]) -> None:
+    path = begun(config)
+    text = (path / "config.toml").read_text()
+    (path / "config.toml").write_text(text[: text.index("[proposals]")])
+    assert standing(plan(config)[0], config) is Standing.GO_ON
+
+
 def test_runs_of_other_features_are_refused(config: AblateConfig, begun: Callable[[AblateConfig], Path]) -> None:
     path = begun(config)
     record = json.loads((path / "run.json").read_text())
@@ -189,6 +196,7 @@ def test_runs_of_other_features_are_refused(config: AblateConfig, begun: Callabl
     ({"features": "other"}, "other"),
     ({"validation": DataPaths(Path("nowhere"))}, "nowhere: no such folder"),
     ({"data": DataPaths(Path("nowhere"))}, "nowhere: no such folder"),
+    ({"settings": ("pseudo_boxes.reliability_width=auto",)}, "Fit the values to it: hdovd calibrate"),
 ])
 def test_data_and_cache_are_checked_once_before_anything_runs(config: AblateConfig, change: dict[str, object], expected: str) -> None:
     with pytest.raises(HdovdError, match=expected):
@@ -212,9 +220,11 @@ def test_two_ablations_do_not_share_a_folder(config: AblateConfig) -> None:
             ablate(config)
 
 
-@pytest.mark.parametrize("change", [{"seeds": 0}, {"jobs": 0}, {"preset": "none"}, {"data": DataPaths(None, Path("i"), Path("a"))}])
+@pytest.mark.parametrize("change", [
+    {"seeds": 0}, {"jobs": 0}, {"preset": "none"}, {"data": DataPaths(None, Path("i"), Path("a"))},
+    {"grid": ("pseudo_boxes.reliability_width=0.1,0.2",), "calibration": Path("c.toml")}])
 def test_config_is_checked(config: AblateConfig, change: dict[str, object]) -> None:
-    with pytest.raises(HdovdError, match=r"expected|--val-images"):
+    with pytest.raises(HdovdError, match=r"expected|--val-images|leave one of them out"):
         replace(config, **change)  # type: ignore[arg-type]
 
 

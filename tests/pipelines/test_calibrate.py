@@ -22,7 +22,16 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.audit import AuditConfig, audit
 from hdovd.pipelines.audit_report import Verdict
 from hdovd.pipelines.calibrate import CalibrateConfig, calibrate, labels_of_boxes
-from hdovd.pipelines.calibration import KNOWN, Calibration, LabelOrigin, origin_of, read_calibration, with_reliability
+from hdovd.pipelines.calibration import (
+    KNOWN,
+    Calibration,
+    LabelOrigin,
+    origin_of,
+    read_calibration,
+    refuse_two_sources,
+    with_reliability,
+)
+from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.extract_clip import extract_clip
 from hdovd.pipelines.extract_config import ExtractConfig
 from hdovd.pipelines.label_rule import LabelRule
@@ -139,7 +148,7 @@ def test_a_run_takes_and_records_the_values(training_cache: Path, world: Path, m
 def test_the_audit_reads_what_it_was_fitted_on(knowing: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     calibrate(CalibrateConfig(knowing, tmp_path / "c.toml"), _silent)
     cache, protocol = FeatureCache(knowing), str(world / "protocol.toml")
-    _, _, record = with_reliability(micro_recipe(), lambda: origin_of(cache), tmp_path / "c.toml", _silent)
+    _, _, record = with_reliability(micro_recipe(), lambda: origin_of(cache), tmp_path / "c.toml", BASE, _silent)
     record |= {"protocol": load_protocol(protocol).to_dict(), "cache": cache.identity(), "resumed": []}
     (tmp_path / "run.json").write_text(json.dumps(record))
     report = audit(AuditConfig(DataPaths(world), knowing, run=tmp_path, protocol=protocol), _silent)
@@ -159,9 +168,9 @@ def test_a_calibration_of_another_clip_or_prompts_is_refused(cache: Path, micro_
             (Level.PSEUDO_LABEL, labels | {"top_k": 3, "temperature": 0.01}, r"labels.top_k differs")]:
         other = replace(origin, inputs=inputs | {level: changed})
         with pytest.raises(HdovdError, match=f"(?s)was fitted on set default of {cache}.*{line}"):
-            with_reliability(micro_recipe(), lambda other=other: other, file, _silent)
+            with_reliability(micro_recipe(), lambda other=other: other, file, BASE, _silent)
     others = replace(origin, inputs=inputs | {Level.NOUN: noun | {"names": ["x"], "tokens": "t"}})
-    assert with_reliability(micro_recipe(), lambda: others, file, _silent)[1].pseudo_boxes.reliability == (0.2, 0.03, 1.1)
+    assert with_reliability(micro_recipe(), lambda: others, file, BASE, _silent)[1].pseudo_boxes.reliability == (0.2, 0.03, 1.1)
 
 
 @pytest.mark.parametrize("text", ["", "[pseudo_boxes]\nreliability_centre = 0.2\n", "not toml", None])
@@ -170,6 +179,20 @@ def test_what_is_no_calibration_is_refused(text: str | None, tmp_path: Path) -> 
         (tmp_path / "c.toml").write_text(text)
     with pytest.raises(HdovdError, match=r"c.toml is no calibration .*hdovd calibrate"):
         read_calibration(tmp_path / "c.toml")
+
+
+def test_a_calibration_on_classes_that_are_novel_now_is_refused(cache: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    fitted, file = _calibration(cache), tmp_path / "c.toml"
+    file.write_text(replace(fitted, fitted_on=fitted.fitted_on | {"classes": [*BASE, NOVEL[0]]}).to_toml())
+    with pytest.raises(HdovdError, match=f"fitted on boxes of {NOVEL[0]}, which the protocol does not call base"):
+        with_reliability(micro_recipe(), lambda: origin_of(FeatureCache(cache)), file, BASE, _silent)
+
+
+def test_a_weight_has_one_source(tmp_path: Path) -> None:
+    refuse_two_sources(["pseudo_boxes.reliability_scale=1"], None)
+    refuse_two_sources(["train.lr=1"], tmp_path)
+    with pytest.raises(HdovdError, match=r"pseudo_boxes.reliability_scale=1: --calibration .* says what the reliability weight is"):
+        refuse_two_sources(["train.lr=1", "pseudo_boxes.reliability_scale=1"], tmp_path)
 
 
 def test_a_width_of_zero_is_refused(cache: Path, tmp_path: Path) -> None:
@@ -198,7 +221,7 @@ def _origin(made_with: dict[str, Any], *, activation: str = "quickgelu", templat
     (_origin({"clip": "?"}, imported="hd-ovd"), (0.31, 0.026, 1.3)),
 ])
 def test_auto_is_the_table_of_the_method(origin: LabelOrigin, values: tuple[float, ...]) -> None:
-    written, used, record = with_reliability(load_recipe("ov-coco-faster-rcnn-r50"), lambda: origin, None, _silent)
+    written, used, record = with_reliability(load_recipe("ov-coco-faster-rcnn-r50"), lambda: origin, None, BASE, _silent)
     assert used.pseudo_boxes.reliability == values
     assert values in KNOWN.values()
     assert written.pseudo_boxes.reliability_centre == "auto"
@@ -214,13 +237,13 @@ def test_auto_is_the_table_of_the_method(origin: LabelOrigin, values: tuple[floa
 def test_auto_of_what_is_not_known_says_what_to_do(origin: LabelOrigin) -> None:
     recipe = load_recipe("ov-coco-faster-rcnn-r50")
     with pytest.raises(HdovdError, match=r"a cache is of none of them.*hdovd calibrate --cache a cache"):
-        with_reliability(recipe, lambda: origin, None, _silent)
+        with_reliability(recipe, lambda: origin, None, BASE, _silent)
     without = load_recipe("ov-coco-faster-rcnn-r50", ["loss.class.enabled=false"])
-    assert with_reliability(without, lambda: origin, None, _silent) == (without, without, {})
+    assert with_reliability(without, lambda: origin, None, BASE, _silent) == (without, without, {})
 
 
 def test_a_number_beside_auto_stays(micro_recipe: Callable[..., Recipe]) -> None:
     recipe = load_recipe("ov-coco-faster-rcnn-r50", ["pseudo_boxes.reliability_scale=1.7"])
-    assert with_reliability(recipe, lambda: _origin(OPENAI), None, _silent)[1].pseudo_boxes.reliability == (0.25, 0.026, 1.7)
+    assert with_reliability(recipe, lambda: _origin(OPENAI), None, BASE, _silent)[1].pseudo_boxes.reliability == (0.25, 0.026, 1.7)
     with pytest.raises(HdovdError, match="training needs numbers"):
         _ = recipe.pseudo_boxes.reliability

@@ -260,7 +260,7 @@ def test_npz_arrays_that_do_not_fit_together(tmp_path: Path, change: dict[str, n
 
 def test_convert_says_where_it_cannot_write(tmp_path: Path) -> None:
     write_proposals(tmp_path / "p.json", _found())
-    with pytest.raises(HdovdError, match=r"ends in \.npz or \.json"):
+    with pytest.raises(HdovdError, match=r"ends in \.json or \.npz"):
         convert_proposals(tmp_path / "p.json", tmp_path / "q.pkl")
     with pytest.raises(HdovdError, match="is the file to read"):
         convert_proposals(tmp_path / "p.json", tmp_path / "." / "p.json")

@@ -200,3 +200,10 @@ def test_one_network_makes_a_file(made: ProposeJob, detectors: tuple[Detector, .
         propose_job(made.data, made.out, made.recipe, detectors, checkpoints)
     with pytest.raises(HdovdError, match="--out FILE"):
         propose_job(made.data, None, made.recipe, detectors[:1], ())
+
+
+@pytest.mark.parametrize("name", ["p.pkl", "p", "folder.json"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(made: ProposeJob, tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(HdovdError, match=r"expected a file whose name ends in \.json or \.npz"):
+        propose_job(made.data, tmp_path / name, made.recipe, (), ())

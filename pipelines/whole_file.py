@@ -1,0 +1,23 @@
+"""Files that appear whole or not at all. Called by whatever writes one: checkpoints, weights, proposals, nouns, calibrations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from hdovd.errors import HdovdError
+
+
+def replace_file(file: Path, write: Callable[[Path], object]) -> None:
+    """Replace a file whole or not at all. Raises HdovdError, and leaves what is there, if it cannot be written: no room, no right."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        write(partial)
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, file)
+    except Exception as error:  # safetensors and torch have errors of their own for a full disk
+        partial.unlink(missing_ok=True)
+        raise HdovdError(f"{file} cannot be written ({error}); what was there is whole. Make room, then give the command again (train: "
+                         "with --resume)") from error
