@@ -40,11 +40,12 @@ def settings(job: NetworkJob, split: Split) -> dict[str, Any]:
     """What a training is determined by: detector, recipe, protocol, and the annotation file with its sha256."""
     recipe, protocol = job.recipe.model_dump(by_alias=True), load_protocol(job.protocol)
     del recipe["train"]["workers"]
-    with split.annotations.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    body = recipe["detector"]["backbone"]
+    if Path(body["weights"]).is_file():  # what is in it counts, not where it lies
+        body["weights"] = f"sha256:{_sha256(Path(body['weights']))}"
     return {"detector": job.detector.value, "recipe": {name: recipe[name] for name in SECTIONS},
             "protocol": {"name": protocol.name, "base": list(protocol.base)},
-            "annotations": {"file": str(split.annotations.resolve()), "sha256": digest}}
+            "annotations": {"file": str(split.annotations.resolve()), "sha256": _sha256(split.annotations)}}
 
 
 def provenance(job: NetworkJob, split: Split, weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -115,6 +116,11 @@ def load_network(file: Path, trusted: Recipe | None = None) -> tuple[ProposalNet
     except RuntimeError as error:
         raise HdovdError(f"{file} does not fit the recipe in its metadata: {error}") from error
     return network, origin
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _compared(origin: dict[str, Any]) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from hdovd.coco import DataPaths, ImageBoxes, Skips, Split
 from hdovd.config import Recipe
 from hdovd.errors import HdovdError
 from hdovd.pipelines.demo.world import BASE
-from hdovd.pipelines.proposal_networks import load_network, made_by, save_network, weights_hash
+from hdovd.pipelines.proposal_networks import load_network, made_by, save_network, settings, weights_hash
 from hdovd.pipelines.proposal_recall import Recall, recall_report, recall_table, without_crowds
 from hdovd.pipelines.propose import propose
 from hdovd.pipelines.propose_config import Detector, ProposeJob, RecallJob, propose_job
+from hdovd.protocol import load_protocol
 
 Made = tuple[ProposeJob, list[str]]
 
@@ -55,6 +56,16 @@ def test_other_settings_are_refused_and_named(made: ProposeJob, network: Path, m
     assert network.read_bytes() == before
     propose(replace(made, recipe=micro_recipe("train.workers=1")), _silent)  # which change nothing
     assert network.read_bytes() == before
+
+
+def test_backbone_weights_count_by_content(made: ProposeJob, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    split = DataPaths(world).load("train2017", load_protocol(made.protocol), base_only=True, log=_silent)
+
+    def found(name: str, content: bytes) -> dict[str, object]:
+        (tmp_path / name).write_bytes(content)
+        return settings(replace(made, recipe=micro_recipe(f"detector.backbone.weights={tmp_path / name}")).network, split)
+
+    assert found("a.pth", b"1") == found("b.pth", b"1") != found("a.pth", b"2")
 
 
 def test_other_annotations_are_refused(made: ProposeJob, copied_world: Path) -> None:
