@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,11 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import Level
 from hdovd.cli.main import main
 from hdovd.coco import DataPaths, Skips
+from hdovd.config import Recipe
 from hdovd.errors import HdovdError
 from hdovd.pipelines.audit import AuditConfig, audit
 from hdovd.pipelines.audit_inputs import read_truth
@@ -29,6 +34,7 @@ from hdovd.protocol import load_protocol
 
 Extract = Callable[..., ExtractConfig]
 MADE_BY = {"detector": "oln", "protocol": {"name": "demo-world", "base": list(BASE)}, "training_boxes": dict.fromkeys(BASE, 5)}
+TRAIN, VAL = "instances_train2017.json", "instances_val2017.json"
 
 
 def _silent(_: str) -> None: ...
@@ -41,6 +47,12 @@ def _audit(root: Path, cache: Path, **changes: Any) -> AuditReport:
 def _check(report: AuditReport, name: str) -> Check:
     (found,) = [check for check in report.checks if check.name == name]
     return found
+
+
+def _made_by(world: Path, file: str = TRAIN, **changes: Any) -> dict[str, Any]:
+    """The record of a network that was trained on an annotation file of the world."""
+    path = world / "annotations" / file
+    return MADE_BY | {"annotations": {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}} | changes
 
 
 def _leak(report: AuditReport, name: str) -> str:
@@ -57,7 +69,7 @@ def _edit(file: Path, change: Callable[[Any], None]) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path, cache: Path, world: Path) -> Path:
+def run(tmp_path: Path, cache: Path, world: Path, micro_recipe: Callable[..., Recipe]) -> Path:
     """The record that a run over the cache leaves."""
     from hdovd.cache.reader import FeatureCache
 
@@ -65,6 +77,7 @@ def run(tmp_path: Path, cache: Path, world: Path) -> Path:
     folder.mkdir()
     record = {"protocol": load_protocol(str(world / "protocol.toml")).to_dict(), "cache": FeatureCache(cache).identity(), "resumed": []}
     (folder / "run.json").write_text(json.dumps(record))
+    (folder / "config.toml").write_text(micro_recipe().to_toml())
     return folder
 
 
@@ -83,8 +96,8 @@ def documented(copied_cache: Path, extraction: Extract, proposals: Path, tmp_pat
 # --- an honest cache ---
 
 def test_an_honest_cache_and_run_pass(world: Path, documented: Callable[..., Path], run: Path) -> None:
-    report = _audit(world, documented(MADE_BY), run=run)
-    assert [check.verdict for check in report.checks] == [Verdict.OK] * 7 + [Verdict.REPORT] * 2
+    report = _audit(world, documented(_made_by(world)), run=run)
+    assert [check.verdict for check in report.checks] == [Verdict.OK] * 8 + [Verdict.REPORT] * 2
     assert report.lines()[-1] == "no leak found"
     assert _check(report, "calibration").text.startswith("no calibration recorded")
 
@@ -92,8 +105,9 @@ def test_an_honest_cache_and_run_pass(world: Path, documented: Callable[..., Pat
 def test_what_cannot_be_checked_is_said(world: Path, cache: Path) -> None:
     report = _audit(world, cache)
     assert report.leaks == 0
-    assert [c.name for c in report.checks if c.verdict is Verdict.UNKNOWN] == ["proposals: made by", "run: cache", "calibration"]
-    assert "3 of 9 checks could not be made" in report.lines()[-1]
+    assert [c.name for c in report.checks if c.verdict is Verdict.UNKNOWN] == ["proposals: made by", "run: cache", "run: backbone",
+                                                                                     "calibration"]
+    assert "4 of 10 checks could not be made" in report.lines()[-1]
 
 
 def test_nothing_is_written(world: Path, cache: Path, untouched: Callable[[Path], Any], run: Path) -> None:
@@ -116,11 +130,11 @@ def test_command_line_and_json(world: Path, cache: Path, run: Path, tmp_path: Pa
     assert command(world) == 0
     assert "ok       base boxes" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "a.json").read_text())["leaks"] == 0
-    _edit(run / "run.json", lambda tree: tree["cache"]["levels"]["image"].update(key="0" * 24))
+    _edit(run / "run.json", lambda tree: tree["protocol"]["base"].append("star"))
     assert command(world) == 1
-    assert "LEAK     run: cache" in capsys.readouterr().out
+    assert "LEAK     class lists" in capsys.readouterr().out
     tree = json.loads((tmp_path / "out" / "a.json").read_text())
-    assert [c["name"] for c in tree["checks"] if c["verdict"] == "LEAK"] == ["run: cache"]
+    assert [c["name"] for c in tree["checks"] if c["verdict"] == "LEAK"] == ["class lists"]
     assert set(tree["levels"]) == set(map(str, Level))
 
 
@@ -161,7 +175,67 @@ def test_a_novel_box_under_a_base_annotations_id(world: Path, copied_world: Path
     _edit(copied_world / "annotations" / "instances_train2017.json", move)
     extract_clip(extraction(tmp_path / "c", data=copied_world), _silent)
     text = _leak(_audit(world, tmp_path / "c"), "base boxes")
-    assert f"annotation {changed[0]}, image {wanted['image_id']}, has the box of annotation {wanted['id']}" in text
+    assert f"that of annotation {changed[0]}, image {wanted['image_id']}, has the box of annotation {wanted['id']}" in text
+    assert f"{names[wanted['category_id']]!r}, which is novel" in text
+
+
+def test_a_novel_box_under_an_id_that_is_in_no_file(world: Path, copied_world: Path, extraction: Extract, tmp_path: Path) -> None:
+    wanted, names = _novel(world)
+
+    def add(tree: dict[str, Any]) -> None:
+        category = next(i for i, name in names.items() if name == BASE[0])
+        tree["annotations"].append(wanted | {"id": 987_654, "category_id": category})
+
+    _edit(copied_world / "annotations" / TRAIN, add)
+    extract_clip(extraction(tmp_path / "c", data=copied_world), _silent)
+    report = _audit(world, tmp_path / "c")
+    assert f"that of annotation 987654, image {wanted['image_id']}, has the box of annotation {wanted['id']}" in _leak(report, "base boxes")
+    assert _check(report, "base boxes").numbers["unknown_ids"] == 1
+
+
+def test_ids_that_were_dealt_anew_are_no_leak(copied_world: Path, cache: Path) -> None:
+    """Base rows whose ids now are those of novel annotations elsewhere: the file is another, and nothing was learned."""
+    def reverse(tree: dict[str, Any]) -> None:
+        ids = [own["id"] for own in tree["annotations"]]
+        for own, other in zip(tree["annotations"], reversed(ids), strict=True):
+            own["id"] = other
+
+    _edit(copied_world / "annotations" / TRAIN, reverse)
+    check = _check(_audit(copied_world, cache), "base boxes")
+    assert check.verdict is Verdict.UNKNOWN
+    assert "lie elsewhere than their annotation" in check.text
+    assert check.numbers["not_base"] == check.numbers["copied"] == 0
+
+
+def test_a_base_object_that_shares_a_novel_object_s_box(copied_world: Path, cache: Path) -> None:
+    """In a renumbered file with a novel annotation on a base box: the row is the base annotation."""
+    def double(tree: dict[str, Any]) -> None:
+        names = {c["id"]: c["name"] for c in tree["categories"]}
+        novel = next(i for i, name in names.items() if name not in BASE)
+        for own in tree["annotations"]:
+            own["id"] += 10_000
+        own = next(a for a in tree["annotations"] if names[a["category_id"]] in BASE)
+        tree["annotations"].append(own | {"id": 99_999, "category_id": novel})
+
+    _edit(copied_world / "annotations" / TRAIN, double)
+    assert _check(_audit(copied_world, cache), "base boxes").verdict is Verdict.UNKNOWN
+
+
+def test_all_novel_boxes_under_new_ids_are_counted(copied_world: Path, world: Path, extraction: Extract, tmp_path: Path) -> None:
+    """Many rows in many images, each beside its own annotation."""
+    def rename(tree: dict[str, Any]) -> None:
+        base = next(c["id"] for c in tree["categories"] if c["name"] == BASE[0])
+        for own in tree["annotations"]:
+            own.update(category_id=base, id=own["id"] + 10_000)
+
+    _edit(copied_world / "annotations" / TRAIN, rename)
+    extract_clip(extraction(tmp_path / "c", data=copied_world), _silent)
+    tree = json.loads((world / "annotations" / TRAIN).read_text())
+    base = {c["id"] for c in tree["categories"] if c["name"] in BASE}
+    novel = [a for a in tree["annotations"] if a["category_id"] not in base]
+    check = _check(_audit(world, tmp_path / "c"), "base boxes")
+    assert check.numbers["copied"] == len(novel) > 10
+    assert check.numbers["unknown_ids"] == check.numbers["base_rows"] == len(tree["annotations"])
 
 
 def test_other_data_is_unknown_and_not_fine(copied_world: Path, cache: Path) -> None:
@@ -221,6 +295,32 @@ def test_ids_that_both_sides_count_from_one_are_no_leak(copied_world: Path, cach
     assert any(f"image id {train['id']} is used" in detail for detail in check.details)
 
 
+def test_shared_ids_without_the_pictures(copied_world: Path, cache: Path) -> None:
+    """Both sets count from one, and their pictures are not here: the id alone shows nothing, name and size do."""
+    train = json.loads((copied_world / "annotations" / TRAIN).read_text())["images"][0]
+    shutil.rmtree(copied_world / "val2017")
+    _edit(copied_world / "annotations" / VAL, lambda tree: tree["images"][0].update(id=train["id"]))
+    check = _check(_audit(copied_world, cache), "train and val")
+    assert check.verdict is Verdict.UNKNOWN
+    assert any(f"on both sides (ids {train['id']})" in line for line in check.details)
+    _edit(copied_world / "annotations" / VAL, lambda tree: tree["images"][0].update(train | {"width": train["width"] + 1}))
+    assert _check(_audit(copied_world, cache), "train and val").verdict is Verdict.UNKNOWN
+    _edit(copied_world / "annotations" / VAL, lambda tree: tree["images"][0].update(train))
+    assert f"image {train['id']} is in the training set and in" in _leak(_audit(copied_world, cache), "train and val")
+
+
+def test_a_cache_of_validation_pictures(copied_world: Path, cache: Path) -> None:
+    """The cache was made from what --data calls validation: its images are not in the training file, but its boxes are there."""
+    folder = copied_world / "annotations"
+    first, second = ((folder / file).read_text() for file in (TRAIN, VAL))
+    (folder / TRAIN).write_text(second)
+    (folder / VAL).write_text(first)
+    report = _audit(copied_world, cache)
+    assert "is in the training set and in" in _leak(report, "train and val")
+    _edit(folder / VAL, lambda tree: [own.update(bbox=[0, 0, 5, 5]) for own in tree["annotations"]])
+    assert _check(_audit(copied_world, cache), "train and val").verdict is Verdict.UNKNOWN
+
+
 def test_pictures_that_are_elsewhere_are_not_passed(copied_world: Path, cache: Path) -> None:
     shutil.rmtree(copied_world / "val2017")
     check = _check(_audit(copied_world, cache), "train and val")
@@ -235,7 +335,24 @@ def test_pictures_that_are_elsewhere_are_not_passed(copied_world: Path, cache: P
     ({"training_boxes": {"anchor": 3, "star": 12}}, "trained on 12 boxes of 'star', which is novel"),
     ({"protocol": {"name": "mine", "base": [*BASE, "key"]}}, "its protocol has 'key' as base")])
 def test_proposals_of_a_network_that_saw_novel_boxes(world: Path, documented: Callable[..., Path], change: Any, words: str) -> None:
-    assert words in _leak(_audit(world, documented(MADE_BY | change)), "proposals: made by")
+    assert words in _leak(_audit(world, documented(_made_by(world) | change)), "proposals: made by")
+
+
+def test_proposals_of_a_network_that_saw_test_pictures(world: Path, documented: Callable[..., Path], tmp_path: Path) -> None:
+    cache = documented(_made_by(world, VAL))
+    assert "instances_val2017.json: those are the test pictures" in _leak(_audit(world, cache), "proposals: made by")
+    elsewhere = AuditConfig(DataPaths(images=world / "train2017", annotations=world / "annotations" / TRAIN), cache,
+                            str(world / "protocol.toml"))
+    check = _check(audit(elsewhere, _silent), "proposals: made by")  # no validation file to compare with
+    assert check.verdict is Verdict.UNKNOWN
+    assert "give that file with --annotations" in check.text
+
+
+@pytest.mark.parametrize("annotations", [{"file": "mine.json", "sha256": "ab" * 32}, {"file": "mine.json"}, "mine.json"])
+def test_proposals_of_a_network_of_another_annotation_file(world: Path, documented: Callable[..., Path], annotations: Any) -> None:
+    check = _check(_audit(world, documented(_made_by(world, annotations=annotations))), "proposals: made by")
+    assert check.verdict is Verdict.UNKNOWN
+    assert "annotation" in check.text
 
 
 @pytest.mark.parametrize("made_by", [{"detector": "mine"}, MADE_BY | {"training_boxes": "many"}, MADE_BY | {"protocol": "ov-coco"}])
@@ -246,7 +363,7 @@ def test_a_record_that_says_too_little_is_unknown(world: Path, documented: Calla
 
 def test_the_file_speaks_for_a_cache_that_does_not(world: Path, cache: Path, proposals: Path, tmp_path: Path) -> None:
     found = read_table(proposals).by_image()
-    write_proposals(tmp_path / "p.npz", found, MADE_BY)
+    write_proposals(tmp_path / "p.npz", found, _made_by(world))
     report = _audit(world, cache, proposals=tmp_path / "p.npz")
     assert _check(report, "proposals: made by").verdict is _check(report, "proposals: the file").verdict is Verdict.OK
     write_proposals(tmp_path / "p.npz", found, MADE_BY | {"training_boxes": {"fish": 1}})
@@ -294,10 +411,67 @@ def test_boxes_in_whole_pixels_are_not_taken_for_copies(world: Path, proposals: 
 
 # --- planted leaks: the run ---
 
-def test_a_run_of_another_cache(world: Path, cache: Path, run: Path) -> None:
+def test_a_run_of_another_cache_was_not_audited(world: Path, cache: Path, run: Path) -> None:
     _edit(run / "run.json", lambda tree: tree["cache"]["levels"]["instance"].update(key="abc"))
-    text = _leak(_audit(world, cache, run=run), "run: cache")
-    assert "trained on instance abc, this set has " + Catalog(cache).sets()["default"].levels[Level.INSTANCE] in text
+    report = _audit(world, cache, run=run)
+    check = _check(report, "run: cache")
+    assert (report.leaks, check.verdict) == (0, Verdict.UNKNOWN)
+    assert "trained on instance abc, this set has " + Catalog(cache).sets()["default"].levels[Level.INSTANCE] in check.text
+    assert f"audit {cache}" in check.text
+
+
+def _weights(run: Path, file: str | Path, made_by: Any = None) -> Path:
+    """Let the run have started from a file of backbone weights, with this record in it."""
+    path = run / file
+    if made_by is not None:
+        save_file({"conv1.weight": torch.zeros(2)}, path, {"made_by": made_by if isinstance(made_by, str) else json.dumps(made_by)})
+    text = (run / "config.toml").read_text()
+    assert 'weights = "none"' in text
+    (run / "config.toml").write_text(text.replace('weights = "none"', f'weights = "{path}"'))
+    return path
+
+
+def test_a_backbone_that_saw_novel_boxes(world: Path, cache: Path, run: Path) -> None:
+    _weights(run, "b.safetensors", _made_by(world, training_boxes={"anchor": 3, "star": 12}))
+    assert "trained on 12 boxes of 'star', which is novel" in _leak(_audit(world, cache, run=run), "run: backbone")
+
+
+def test_a_backbone_that_saw_test_pictures(world: Path, cache: Path, run: Path) -> None:
+    _weights(run, "b.safetensors", _made_by(world, VAL))
+    assert "those are the test pictures" in _leak(_audit(world, cache, run=run), "run: backbone")
+
+
+def test_a_backbone_with_an_honest_record(world: Path, cache: Path, run: Path) -> None:
+    file = _weights(run, "b.safetensors", _made_by(world))
+    check = _check(_audit(world, cache, run=run), "run: backbone")
+    assert (check.verdict, check.text) == (Verdict.OK, f"{file}: oln trained on {5 * len(BASE)} boxes, all of base classes")
+
+
+@pytest.mark.parametrize(("made_by", "words"), [(None, "is not here"), ("not json", "does not say what made it"),
+                                                ("[]", "does not say what made it"), ("{}", "3 findings")])
+def test_a_backbone_that_says_too_little_is_unknown(world: Path, cache: Path, run: Path, made_by: Any, words: str) -> None:
+    _weights(run, "b.safetensors", made_by)
+    check = _check(_audit(world, cache, run=run), "run: backbone")
+    assert check.verdict is Verdict.UNKNOWN
+    assert re.search(words, check.text)
+
+
+def test_a_backbone_without_a_record_or_of_a_run_without_settings(world: Path, cache: Path, run: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(2)}, _weights(run, "b.pth"))
+    assert "b.pth, which does not say what made it" in _check(_audit(world, cache, run=run), "run: backbone").text
+    (run / "config.toml").unlink()
+    check = _check(_audit(world, cache, run=run), "run: backbone")
+    assert (check.verdict, "does not say what the backbone started from" in check.text) == (Verdict.UNKNOWN, True)
+
+
+@pytest.mark.parametrize(("name", "weights", "verdict", "words"), [
+    ("resnet50", "auto", Verdict.OK, "the weights that torchvision publishes"), ("resnet-tiny", "none", Verdict.OK, "random weights"),
+    ("timm:resnet18", "auto", Verdict.OK, "the weights that timm publishes"),
+    ("mine:plain", "none", Verdict.UNKNOWN, "code outside of hdovd")])
+def test_a_backbone_without_a_file(world: Path, cache: Path, run: Path, name: str, weights: str, verdict: Verdict, words: str) -> None:
+    (run / "config.toml").write_text(f'[detector.backbone]\nname = "{name}"\nweights = "{weights}"\n')
+    check = _check(_audit(world, cache, run=run), "run: backbone")
+    assert (check.verdict, words in check.text) == (verdict, True)
 
 
 def test_a_calibration_on_novel_names(world: Path, cache: Path, run: Path) -> None:
@@ -319,7 +493,8 @@ def test_a_calibration_that_says_too_little_is_unknown(world: Path, cache: Path,
 def test_weights_that_are_the_recipe_s(world: Path, cache: Path, run: Path) -> None:
     _edit(run / "run.json", lambda tree: tree.update(reliability={"centre": 0.25, "source": "the recipe"}))
     check = _check(_audit(world, cache, run=run), "calibration")
-    assert (check.verdict, check.text) == (Verdict.OK, "no calibration: the weights are of the recipe")
+    assert check.verdict is Verdict.REPORT
+    assert "who chose them, and by what, is not recorded" in check.text
 
 
 def test_no_run_there(world: Path, cache: Path, tmp_path: Path) -> None:
@@ -343,7 +518,6 @@ def test_novel_names_are_counted_as_the_pseudo_labels_have_them(world: Path, cac
 
 
 def test_pseudo_boxes_on_novel_objects_by_a_plain_count(world: Path, cache: Path) -> None:
-    import torch
     from torchvision.ops import box_iou
 
     from hdovd.cache.reader import FeatureCache
