@@ -37,7 +37,7 @@ def propose(
     ] = 0.5,
     min_side: Annotated[float, typer.Option(min=0, help="Shortest side of a proposal, pixels of the original image.")] = 8.0,
     backbone_out: Annotated[
-        Path | None, typer.Option("--backbone-out", help="Also keep the trained backbone: weights that hdovd train can start from.")
+        Path | None, typer.Option("--backbone-out", help="Also keep the trained backbone and its record: hdovd train can start from it.")
     ] = None,
     min_score: Annotated[float, typer.Option(min=0, max=1, help="Lowest score of a proposal.")] = 0.0,
     device: options.Device = "auto",

@@ -20,7 +20,7 @@ from hdovd.pipelines.audit_inputs import Audited, read_boxes, read_truth
 from hdovd.pipelines.audit_names import report_names
 from hdovd.pipelines.audit_proposals import check_copies, check_made_by, check_same_proposals, report_pseudo_boxes
 from hdovd.pipelines.audit_report import AuditReport, Check
-from hdovd.pipelines.audit_run import check_calibration, check_run_cache
+from hdovd.pipelines.audit_run import check_backbone, check_calibration, check_run_cache
 from hdovd.pipelines.audit_split import check_base_rows, check_pictures, check_split_lists
 from hdovd.pipelines.proposal_file import read_table
 from hdovd.protocol import Protocol, load_protocol
@@ -45,8 +45,8 @@ def audit(config: AuditConfig, log: Callable[[str], None] = print) -> AuditRepor
     protocol = load_protocol(config.protocol)
     audited = _read(config, protocol)
     checks = [check_base_rows(audited), check_split_lists(audited), check_pictures(audited), *_proposal_checks(config, audited),
-              check_copies(audited), check_run_cache(audited), check_calibration(audited), report_names(audited),
-              report_pseudo_boxes(audited)]
+              check_copies(audited), check_run_cache(audited), check_backbone(audited), check_calibration(audited),
+              report_names(audited), report_pseudo_boxes(audited)]
     recorded = audited.cache.set.proposals
     about = {"cache": audited.cache.url, "set": config.features, "protocol": f"{protocol.name}, {len(protocol.base)} base and "
              f"{len(protocol.novel)} novel classes", "annotations": str(audited.truth.file), "run": str(config.run or "none given"),

@@ -15,10 +15,12 @@ from hdovd.cache.identity import differences
 from hdovd.cache.schema import Level
 from hdovd.coco import Skips, Split
 from hdovd.pipelines.audit_inputs import Audited
+from hdovd.pipelines.audit_made_by import judge_record
 from hdovd.pipelines.audit_names import class_of_noun
 from hdovd.pipelines.audit_report import Check, Findings, Verdict
 from hdovd.pipelines.box_table import box_table
 from hdovd.pipelines.proposal_table import ProposalTable
+from hdovd.recall import box_ious
 
 COPY_PX = 0.02  # decimals of a file that was written and read
 LEAST_COPIES, TIMES_CHANCE = 3, 5
@@ -27,35 +29,14 @@ IOU = 0.5
 
 def check_made_by(audited: Audited, made_by: dict[str, Any] | None, whose: str) -> Check:
     """The proposals' network was trained on base boxes alone, as its record says. `whose`: the record, in words."""
-    name, protocol, found = "proposals: made by", audited.protocol, Findings()
+    name, found = "proposals: made by", Findings()
     if not audited.boxes.is_base.all() and not made_by:
         found.unknown.append(f"{whose} does not say what made the proposals: whether that saw novel boxes is not known")
         return found.check(name, "")
     if not made_by:
         return found.check(name, "the cache has no proposals")
-    counts, base = made_by.get("training_boxes"), _base_names(made_by)
-    if isinstance(counts, dict) and all(isinstance(count, int) for count in counts.values()):
-        found.leaks += [f"{whose}: trained on {count:,d} boxes of {own!r}, which is {'novel' if own in protocol.novel else 'no base class'}"
-                        for own, count in counts.items() if count and own not in protocol.base]
-    else:
-        found.unknown.append(f"{whose} does not say on how many boxes of which class (training_boxes)")
-    if base is not None:
-        found.leaks += [f"{whose}: its protocol has {own!r} as base, {protocol.name} has not" for own in base if own not in protocol.base]
-    else:
-        found.unknown.append(f"{whose} does not say which classes were base")
-    annotations = made_by.get("annotations")
-    recorded = annotations.get("sha256") if isinstance(annotations, dict) else None
-    if recorded != audited.truth.sha256():
-        found.notes.append(f"note: its annotation file is not {audited.truth.file} byte by byte")
-    total = sum(counts.values()) if isinstance(counts, dict) and not found.unknown else 0
-    return found.check(name, f"{made_by.get('detector', 'a network')} trained on {total:,d} boxes, all of base classes",
-                       {"made_by": made_by})
-
-
-def _base_names(made_by: dict[str, Any]) -> list[str] | None:
-    protocol = made_by.get("protocol")
-    base = protocol.get("base") if isinstance(protocol, dict) else None
-    return base if isinstance(base, list) else None
+    fine = judge_record(audited, made_by, whose, found)
+    return found.check(name, fine, {"made_by": made_by})
 
 
 def check_same_proposals(audited: Audited, table: ProposalTable, split: Split, whose: str) -> Check:
@@ -122,7 +103,7 @@ def report_pseudo_boxes(audited: Audited) -> Check:
     meant = class_of_noun(boxes.nouns, protocol.novel, audited.synonyms)
     on_novel, right, covered = Counter[str](), Counter[str](), Counter[str]()
     for _, rows, targets in _together(audited, novel):
-        overlap = _iou(boxes.box[rows], truth.box[targets])
+        overlap = box_ious(boxes.box[rows], truth.box[targets])
         covered.update(truth.class_name(i) for i in targets[(overlap >= IOU).any(0)].tolist())
         best = overlap.argmax(1)
         for k in np.flatnonzero(overlap[np.arange(len(rows)), best] >= IOU).tolist():
@@ -141,11 +122,3 @@ def report_pseudo_boxes(audited: Audited) -> Check:
     numbers = {name: {"boxes": on_novel[name], "right": right[name], "covered": covered[name], "objects": objects[name]}
                for name in protocol.novel}
     return Check("pseudo boxes", Verdict.REPORT, text, details, {"pseudo_boxes": proposals, "by_class": numbers})
-
-
-def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(n, m) of boxes (n, 4) and (m, 4) xyxy."""
-    side = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
-    common = side.clip(0).prod(-1)
-    area = [(boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (a, b)]
-    return np.asarray(common / np.maximum(area[0][:, None] + area[1][None] - common, 1e-9))

@@ -1,13 +1,24 @@
-"""The audit's checks of a training run: the cache that it read, and what its reliability weights were fitted on. Called by `audit`."""
+"""The audit's checks of a training run: its cache, what its backbone started from, what its reliability weights were fitted on.
+
+Called by `audit`.
+"""
 
 from __future__ import annotations
 
+import json
+import tomllib
+from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from hdovd.cache.schema import Level
 from hdovd.errors import shorten
 from hdovd.pipelines.audit_inputs import Audited
-from hdovd.pipelines.audit_report import Check, Findings
+from hdovd.pipelines.audit_made_by import judge_record
+from hdovd.pipelines.audit_report import Check, Findings, Verdict
+
+RECIPE = "the recipe"  # as `calibration.with_reliability` names numbers that the recipe gives
 
 
 def check_run_cache(audited: Audited) -> Check:
@@ -26,9 +37,51 @@ def check_run_cache(audited: Audited) -> Check:
         theirs = levels.get(str(level), {}).get("key")
         ours = audited.cache.key(level) if level in audited.cache.levels() else None
         if theirs != ours:
-            found.leaks.append(f"{audited.run_path} was trained on {level} {theirs or '(none)'}, this set has {ours or '(none)'}: audit "
-                               f"{recorded.get('path', 'the cache that it read')}, or another set of it with --features")
+            found.unknown.append(f"{audited.run_path} was trained on {level} {theirs or '(none)'}, this set has {ours or '(none)'}: what "
+                                 f"it read was not audited; audit {recorded.get('path', 'the cache that it read')}, or another set of it "
+                                 "with --features")
     return found.check(name, f"{audited.run_path} was trained on this cache: {len(levels)} levels with the same keys")
+
+
+def check_backbone(audited: Audited) -> Check:
+    """The run's backbone started from weights that saw no novel box and no test picture, as their file says."""
+    found, name = Findings(), "run: backbone"
+    if audited.run_path is None:
+        found.unknown.append(audited.missing["run"])
+        return found.check(name, "")
+    config = audited.run_path / "config.toml"
+    try:
+        backbone = tomllib.loads(config.read_text())["detector"]["backbone"]
+        network, weights = str(backbone["name"]), str(backbone["weights"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found.unknown.append(f"{config} does not say what the backbone started from ({error!r})")
+        return found.check(name, "")
+    if weights not in ("auto", "none"):
+        made_by = _record_of(Path(weights), found)
+        fine = judge_record(audited, made_by, weights, found) if made_by is not None else ""
+        return found.check(name, f"{weights}: {fine}", {"made_by": made_by})
+    if ":" in network and not network.startswith(("timm:", "torchvision:")):
+        found.unknown.append(f"{network} is code outside of hdovd: which weights it starts from is not known")
+    return found.check(name, f"{network} started from random weights" if weights == "none" else
+                       f"{network} started from the weights that {'timm' if network.startswith('timm:') else 'torchvision'} publishes")
+
+
+def _record_of(weights: Path, found: Findings) -> dict[str, Any] | None:
+    """What made a file of backbone weights; if it does not say, None, and `found` says why."""
+    if not weights.is_file():
+        found.unknown.append(f"the backbone started from {weights}, which is not here: what made it is not known; run the audit where it "
+                             "is (a relative path counts from the folder that hdovd train ran in)")
+        return None
+    try:
+        with safe_open(weights, "np") as tensors:
+            made_by = json.loads((tensors.metadata() or {}).get("made_by", "null"))
+    except (SafetensorError, OSError, ValueError, RecursionError):  # a .pth, or damaged: neither has a record
+        made_by = None
+    if not isinstance(made_by, dict):
+        found.unknown.append(f"the backbone started from {weights}, which does not say what made it: whether that saw novel boxes or test "
+                             "pictures is not known (files of hdovd propose --backbone-out say so)")
+        return None
+    return made_by
 
 
 def check_calibration(audited: Audited) -> Check:
@@ -43,6 +96,8 @@ def check_calibration(audited: Audited) -> Check:
     record = record if isinstance(record, dict) else {}
     source, fitted_on = str(record.get("source", "")), record.get("fitted_on")
     if source and fitted_on is None and not source.startswith("calibration"):
+        if source == RECIPE:
+            return Check(name, Verdict.REPORT, "the weights are the recipe's numbers: who chose them, and by what, is not recorded")
         return found.check(name, f"no calibration: the weights are of {source}")
     classes: Any = fitted_on.get("classes") if isinstance(fitted_on, dict) else None
     products: Any = fitted_on.get("levels") if isinstance(fitted_on, dict) else None

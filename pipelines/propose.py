@@ -5,6 +5,7 @@ Called by `hdovd propose`, `hdovd demo` and Python; under torchrun by every one 
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,7 +48,8 @@ def _propose(job: ProposeJob, us: Team, stop: StopSignal, log: Callable[[str], N
     network, origin = checkpointed(job.checkpoint, job, us) if job.checkpoint else trained_network(job.network, split, us, stop, log)
     if us.leads and job.backbone_out is not None:
         job.backbone_out.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.cpu().contiguous() for k, v in network.backbone.body.state_dict().items()}, job.backbone_out)
+        body = {k: v.cpu().contiguous() for k, v in network.backbone.body.state_dict().items()}
+        save_file(body, job.backbone_out, {"made_by": json.dumps(origin)})  # for the audit of detectors that start from it
         log(f"wrote {job.backbone_out}: the backbone, for --set detector.backbone.weights=")
     require_readable(split)
     made_by = {**origin, "selection": job.selection()}  # everything that made the proposals

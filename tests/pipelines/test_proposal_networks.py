@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from hdovd.backbone import build_backbone
 from hdovd.coco import DataPaths, ImageBoxes, Skips, Split
 from hdovd.config import Recipe
 from hdovd.errors import HdovdError
@@ -47,6 +49,16 @@ def test_the_same_settings_take_the_network_that_is_there(made: ProposeJob, netw
     assert network.stat().st_mtime_ns == before
     assert made.out.read_bytes() == proposals
     assert any("trained with these settings before" in line for line in said)
+
+
+def test_the_backbone_is_kept_with_what_made_it(made: ProposeJob, network: Path, tmp_path: Path) -> None:
+    file = tmp_path / "b.safetensors"
+    propose(replace(made, out=tmp_path / "p.json", checkpoint=network, backbone_out=file), _silent)
+    with safe_open(file, "pt") as tensors:
+        assert json.loads(tensors.metadata()["made_by"]) == made_by(network)
+    config = made.recipe.detector.backbone.model_copy(update={"weights": str(file)})
+    loaded = build_backbone(config, _silent).body.state_dict()  # a detector starts from it
+    assert all(torch.equal(value, loaded[name]) for name, value in load_file(file).items())
 
 
 def test_other_settings_are_refused_and_named(made: ProposeJob, network: Path, micro_recipe: Callable[..., Recipe]) -> None:
