@@ -23,6 +23,7 @@ from hdovd.pipelines.audit_report import AuditReport, Check
 from hdovd.pipelines.audit_run import check_backbone, check_calibration, check_run_cache
 from hdovd.pipelines.audit_split import check_base_rows, check_pictures, check_split_lists
 from hdovd.pipelines.proposal_file import read_table
+from hdovd.pipelines.whole_file import replace_file
 from hdovd.protocol import Protocol, load_protocol
 
 
@@ -42,6 +43,8 @@ class AuditConfig:
 
 def audit(config: AuditConfig, log: Callable[[str], None] = print) -> AuditReport:
     """All checks; the report goes to `log`. Raises HdovdError for input that cannot be read."""
+    if config.json_out is not None and config.json_out.is_dir():
+        raise HdovdError(f"--json {config.json_out} is a folder: expected the file to write")
     protocol = load_protocol(config.protocol)
     audited = _read(config, protocol)
     checks = [check_base_rows(audited), check_split_lists(audited), check_pictures(audited), *_proposal_checks(config, audited),
@@ -57,8 +60,9 @@ def audit(config: AuditConfig, log: Callable[[str], None] = print) -> AuditRepor
     if config.json_out is not None:
         keys = {str(level): audited.cache.key(level) for level in audited.cache.levels()}
         tree = report.to_dict() | {"levels": keys, "annotations_sha256": audited.truth.sha256()}
+        text = json.dumps(tree, indent=1)
         config.json_out.parent.mkdir(parents=True, exist_ok=True)
-        config.json_out.write_text(json.dumps(tree, indent=1))
+        replace_file(config.json_out, lambda partial: partial.write_text(text))
     return report
 
 

@@ -74,7 +74,7 @@ def check_copies(audited: Audited) -> Check:
                 classes.update(truth.class_name(i) for i in own.tolist())
                 where += [f"image {image_id}, annotation {truth.id[i]}, a {truth.class_name(i)!r}" for i in own.tolist()]
     copies, chance, proposals = int(hits[0]), int(hits[1:].max()), int((~boxes.is_base).sum())
-    text = f"{copies:,d} of {proposals:,d} proposals are novel ground truth boxes to {COPY_PX} px"
+    text = f"{copies:,d} of {proposals:,d} proposals are novel ground truth boxes to {COPY_PX} px (jittered copies are not looked for)"
     if copies >= LEAST_COPIES and copies > TIMES_CHANCE * chance:
         found.leaks.append(f"{text}; by chance it would be about {chance}: they were made from the annotations")
         found.notes += where

@@ -100,7 +100,7 @@ class Calibration:
 def read_calibration(file: Path) -> Calibration:
     """Raises HdovdError if it is none."""
     try:
-        tree = tomllib.loads(file.read_text())
+        tree = tomllib.loads(file.read_bytes().decode(errors="replace"))  # an error of decoding would show the whole file
         centre, width, scale = numbers = [float(tree["pseudo_boxes"][f"reliability_{name}"]) for name in VALUES]
         fitted_on = tree["fitted_on"]
         if not (isinstance(fitted_on["way"], dict) and isinstance(fitted_on["cache"], str) and isinstance(fitted_on["features"], str)):
@@ -108,8 +108,9 @@ def read_calibration(file: Path) -> Calibration:
         if not (all(abs(number) < float("inf") for number in numbers) and width > 0 and scale > 0):
             raise ValueError(f"centre, width and scale are {numbers}, expected finite numbers, width and scale above 0")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HdovdError(f"--calibration {file} is no calibration ({error!r}): "
-                         f"hdovd calibrate --cache CACHE --out {file} writes one") from error
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:200]
+        raise HdovdError(f"--calibration {file} is no calibration ({what}): hdovd calibrate --cache CACHE writes one, calibration.toml "
+                         "unless --out says otherwise") from error
     return Calibration(centre, width, scale, fitted_on, dict(tree.get("found", {})))
 
 

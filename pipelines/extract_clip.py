@@ -96,6 +96,8 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
     table = box_table(split.images, proposals)
     classes = read_classes(protocol.names, config.synonyms, config.class_embeddings, log)
     nouns = _nouns(config, split)
+    if nouns is not None and config.labels.top > len(nouns.vocabulary):
+        raise HdovdError(f"--label-top-k {config.labels.top}: there are {len(nouns.vocabulary)} nouns")
     novel = list(dict.fromkeys(name for own in protocol.novel for name in (own, *classes.synonyms.get(own, ()))))
     if nouns is not None and (leaked := named_novel(nouns.vocabulary, novel)):
         log(f"note: the vocabulary holds {len(leaked)} of the {len(novel)} novel names ({shorten(list(leaked))}); "

@@ -20,7 +20,7 @@ from hdovd.pipelines.noun_file import write_noun_file
 from hdovd.pipelines.noun_matching import Found, MatchFinder, StopList
 from hdovd.pipelines.noun_parsing import ParsingFinder, load_parser, why_not
 from hdovd.pipelines.nouns import Nouns, named_novel
-from hdovd.pipelines.nouns_config import NounsJob, Parser
+from hdovd.pipelines.nouns_config import SPACY_MODEL, NounsJob, Parser
 from hdovd.pipelines.progress import progress
 from hdovd.protocol import load_protocol
 
@@ -77,6 +77,8 @@ def _finder(job: NounsJob, stop: StopList, log: Log) -> tuple[MatchFinder | Pars
     parser = job.parser
     if parser is Parser.AUTO:
         missing = why_not(job.spacy_model)
+        if missing and job.spacy_model != SPACY_MODEL:  # it was asked for by name
+            raise HdovdError(f"--spacy-model {job.spacy_model}: {missing}")
         parser = Parser.MATCH if missing else Parser.SPACY
         log(f"parser: {parser}" + (f" ({missing})" if missing else f" with {job.spacy_model}"))
     given = None if job.vocabulary is None else read_vocabulary(job.vocabulary)

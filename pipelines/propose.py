@@ -69,6 +69,8 @@ def _propose(job: ProposeJob, us: Team, stop: StopSignal, log: Callable[[str], N
         shutil.rmtree(parts.folder, ignore_errors=True)
         log(f"wrote {job.out}: {count} proposals for {len(found)} images, {count / len(found):.1f} an image, identity "
             + ProposalTable.of(found).identity())
+        if not count:
+            log(f"note: no proposal is left of what the network found: lower --min-score ({job.min_score}), or raise --overlap")
         log(f"next: hdovd extract-clip --proposals {quote(str(job.out))} ...")
     return found
 

@@ -9,11 +9,19 @@ from pathlib import Path
 from hdovd.errors import HdovdError
 
 
+def _umask() -> int:
+    """The process's own; it can only be read by being set."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def replace_file(file: Path, write: Callable[[Path], object]) -> None:
     """Replace a file whole or not at all. Raises HdovdError, and leaves what is there, if it cannot be written: no room, no right."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         write(partial)
+        partial.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else may read
         with partial.open("rb+") as written:
             os.fsync(written.fileno())
         os.replace(partial, file)

@@ -188,6 +188,16 @@ def test_a_calibration_on_classes_that_are_novel_now_is_refused(cache: Path, mic
         with_reliability(micro_recipe(), lambda: origin_of(FeatureCache(cache)), file, BASE, _silent)
 
 
+@pytest.mark.parametrize(("content", "expected"), [
+    (b"PK\x03\x04\xff" * 10_000, "is no calibration"), (b"", r"lacks 'pseudo_boxes'"), (None, "No such file")])
+def test_what_is_no_calibration_is_said_in_a_line(tmp_path: Path, content: bytes | None, expected: str) -> None:
+    if content is not None:
+        (tmp_path / "c.toml").write_bytes(content)
+    with pytest.raises(HdovdError, match=expected) as error:
+        read_calibration(tmp_path / "c.toml")
+    assert len(str(error.value)) < 600
+
+
 def test_a_weight_has_one_source(tmp_path: Path) -> None:
     refuse_two_sources(["pseudo_boxes.reliability_scale=1"], None)
     refuse_two_sources(["train.lr=1"], tmp_path)

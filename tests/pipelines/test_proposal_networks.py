@@ -70,6 +70,13 @@ def test_other_settings_are_refused_and_named(made: ProposeJob, network: Path, m
     assert network.read_bytes() == before
 
 
+def test_others_may_read_the_network(network: Path, made: ProposeJob) -> None:
+    """safetensors makes files for their owner alone."""
+    (plain := made.out.with_name("plain")).touch()
+    assert network.stat().st_mode == plain.stat().st_mode
+    plain.unlink()
+
+
 def test_backbone_weights_count_by_content(made: ProposeJob, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     split = DataPaths(world).load("train2017", load_protocol(made.protocol), base_only=True, log=_silent)
 
