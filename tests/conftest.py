@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -279,6 +280,7 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., _Forked]:
             for number, file in ((1, process.out), (2, process.err)):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
             sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, tests among them, ignores it
             os.environ.update({"OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
             os.chdir(cwd)
             sys.argv = list(process.words)

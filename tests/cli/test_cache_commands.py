@@ -172,7 +172,7 @@ def test_info_of_a_set_lists_every_failed_image(copied: Path, tmp_path: Path, ke
     assert "skipped 6: " not in out
     default = run("info", copied).out
     assert default.startswith("set default of ")
-    assert re.search(r"^skipped \d+: proposal for an image", default, re.MULTILINE)
+    assert re.search(r"^skipped \d+: image with proposals that is not in the training set", default, re.MULTILINE)
 
 
 def test_info_of_a_product(copied: Path, run: Callable[..., Ran]) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import pytest
@@ -189,7 +190,7 @@ def test_nouns_by_command(hdovd: Callable[..., Ran], world: Path, tmp_path: Path
     assert ran.code == 0, ran.err
     assert "24 captions of 24 images" in ran.out
     assert "of the 8 novel names, in images: " in ran.out
-    assert f"next: hdovd extract-clip --nouns {out}" in ran.out
+    assert f"next: hdovd extract-clip --nouns {quote(str(out))}" in ran.out
     assert len(json.loads(out.read_text())["images"]) == 24
     (tmp_path / "words.txt").write_text("Regenschirm\nKatze\n")
     ran = hdovd(*common, tmp_path / "words.txt", "--parser", "match")
@@ -222,7 +223,7 @@ def test_the_main_job_by_commands(hdovd: Callable[..., Ran], world: Path, clip: 
 
     ran = hdovd(*extract)
     assert ran.code == 0, ran.err
-    assert f"next: hdovd train --cache {cache} --out" in ran.out
+    assert f"next: hdovd train --cache {quote(str(cache))} --out" in ran.out
     assert "activation: gelu" in ran.out
     (classes,) = (cache / "class").glob("*/zarr.json")
     assert json.loads(classes.read_text())["attributes"]["key_inputs"]["templates"] == ["a photo of a {}", "a drawing of a {}"]
@@ -235,7 +236,7 @@ def test_the_main_job_by_commands(hdovd: Callable[..., Ran], world: Path, clip: 
     ran = hdovd(*extract, "--features", "same")
     assert ran.code == 0, ran.err
     assert "everything is there" in ran.out
-    assert f"next: hdovd train --cache {cache} --features same --out" in ran.out
+    assert f"next: hdovd train --cache {quote(str(cache))} --features same --out" in ran.out
 
     ran = hdovd("eval", run, "--data", world, "--per-class", "--pictures", 1, "--device", "cpu")
     assert ran.code == 0, ran.err
