@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from audit_scenes import MADE_BY, TRAIN, VAL, check_of, edit, leak_of, made_by_training, report_of
 
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import Level
@@ -22,7 +22,7 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.audit import AuditConfig, audit
 from hdovd.pipelines.audit_inputs import read_truth
 from hdovd.pipelines.audit_names import class_of_noun
-from hdovd.pipelines.audit_report import AuditReport, Check, Verdict
+from hdovd.pipelines.audit_report import Verdict
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extract_clip import extract_clip
 from hdovd.pipelines.extract_config import ExtractConfig
@@ -30,39 +30,9 @@ from hdovd.pipelines.proposal_file import Proposals, read_proposals, read_table,
 from hdovd.protocol import load_protocol
 
 Extract = Callable[..., ExtractConfig]
-MADE_BY = {"detector": "oln", "protocol": {"name": "demo-world", "base": list(BASE)}, "training_boxes": dict.fromkeys(BASE, 5)}
-TRAIN, VAL = "instances_train2017.json", "instances_val2017.json"
 
 
 def _silent(_: str) -> None: ...
-
-
-def _audit(root: Path, cache: Path, **changes: Any) -> AuditReport:
-    return audit(AuditConfig(DataPaths(root), cache, **({"protocol": str(root / "protocol.toml")} | changes)), _silent)
-
-
-def _check(report: AuditReport, name: str) -> Check:
-    (found,) = [check for check in report.checks if check.name == name]
-    return found
-
-
-def _made_by(world: Path, file: str = TRAIN, **changes: Any) -> dict[str, Any]:
-    """The record of a network that was trained on an annotation file of the world."""
-    path = world / "annotations" / file
-    return MADE_BY | {"annotations": {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}} | changes
-
-
-def _leak(report: AuditReport, name: str) -> str:
-    """All that the one leaking check says."""
-    assert [check.name for check in report.checks if check.verdict is Verdict.LEAK] == [name]
-    check = _check(report, name)
-    return "\n".join((check.text, *check.details))
-
-
-def _edit(file: Path, change: Callable[[Any], None]) -> None:
-    tree = json.loads(file.read_text())
-    change(tree)
-    file.write_text(json.dumps(tree))
 
 
 @pytest.fixture
@@ -93,14 +63,14 @@ def documented(copied_cache: Path, extraction: Extract, proposals: Path, tmp_pat
 # --- an honest cache ---
 
 def test_an_honest_cache_and_run_pass(world: Path, documented: Callable[..., Path], run: Path) -> None:
-    report = _audit(world, documented(_made_by(world)), run=run)
+    report = report_of(world, documented(made_by_training(world)), run=run)
     assert [check.verdict for check in report.checks] == [Verdict.OK] * 8 + [Verdict.REPORT] * 2
     assert report.lines()[-1] == "no leak found"
-    assert _check(report, "calibration").text.startswith("no calibration recorded")
+    assert check_of(report, "calibration").text.startswith("no calibration recorded")
 
 
 def test_what_cannot_be_checked_is_said(world: Path, cache: Path) -> None:
-    report = _audit(world, cache)
+    report = report_of(world, cache)
     assert report.leaks == 0
     assert [c.name for c in report.checks if c.verdict is Verdict.UNKNOWN] == ["proposals: made by", "run: cache", "run: backbone",
                                                                                      "calibration"]
@@ -109,7 +79,7 @@ def test_what_cannot_be_checked_is_said(world: Path, cache: Path) -> None:
 
 def test_nothing_is_written(world: Path, cache: Path, untouched: Callable[[Path], Any], run: Path) -> None:
     with untouched(cache), untouched(world), untouched(run):
-        _audit(world, cache, run=run)
+        report_of(world, cache, run=run)
 
 
 def test_command_line_and_json(world: Path, cache: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -127,7 +97,7 @@ def test_command_line_and_json(world: Path, cache: Path, run: Path, tmp_path: Pa
     assert command(world) == 0
     assert "ok       base boxes" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "a.json").read_text())["leaks"] == 0
-    _edit(run / "run.json", lambda tree: tree["protocol"]["base"].append("star"))
+    edit(run / "run.json", lambda tree: tree["protocol"]["base"].append("star"))
     assert command(world) == 1
     assert "LEAK     class lists" in capsys.readouterr().out
     tree = json.loads((tmp_path / "out" / "a.json").read_text())
@@ -140,7 +110,7 @@ def test_command_line_and_json(world: Path, cache: Path, run: Path, tmp_path: Pa
 def test_class_lists_of_the_cache_and_the_protocol(world: Path, cache: Path, tmp_path: Path) -> None:
     text = (world / "protocol.toml").read_text().replace('"umbrella"]', '"umbrella"]\n').replace(', "star"', "")
     (tmp_path / "p.toml").write_text(text)
-    found = _leak(_audit(world, cache, protocol=str(tmp_path / "p.toml")), "class lists")
+    found = leak_of(report_of(world, cache, protocol=str(tmp_path / "p.toml")), "class lists")
     assert "the cache has text embeddings of 'star'" in found
 
 
@@ -149,14 +119,14 @@ def test_a_run_of_another_split(world: Path, cache: Path, run: Path) -> None:
         record["protocol"]["novel"].remove("star")
         record["protocol"]["base"].append("star")
 
-    _edit(run / "run.json", promote)
-    text = _leak(_audit(world, cache, run=run), "class lists")
+    edit(run / "run.json", promote)
+    text = leak_of(report_of(world, cache, run=run), "class lists")
     assert "run.json has 'star' as base, protocol demo-world has not" in text
 
 
 def test_lists_under_the_name_of_a_shipped_protocol(world: Path, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "p.toml").write_text((world / "protocol.toml").read_text().replace('"demo-world"', '"ov-coco"'))
-    text = _leak(_audit(world, cache, protocol=str(tmp_path / "p.toml")), "class lists")
+    text = leak_of(report_of(world, cache, protocol=str(tmp_path / "p.toml")), "class lists")
     assert "calls itself ov-coco, has 'anchor' as base" in text
 
 
@@ -166,43 +136,43 @@ def test_lists_under_the_name_of_a_shipped_protocol(world: Path, cache: Path, tm
     ({"training_boxes": {"anchor": 3, "star": 12}}, "trained on 12 boxes of 'star', which is novel"),
     ({"protocol": {"name": "mine", "base": [*BASE, "key"]}}, "its protocol has 'key' as base")])
 def test_proposals_of_a_network_that_saw_novel_boxes(world: Path, documented: Callable[..., Path], change: Any, words: str) -> None:
-    assert words in _leak(_audit(world, documented(_made_by(world) | change)), "proposals: made by")
+    assert words in leak_of(report_of(world, documented(made_by_training(world) | change)), "proposals: made by")
 
 
 def test_proposals_of_a_network_that_saw_test_pictures(world: Path, documented: Callable[..., Path], tmp_path: Path) -> None:
-    cache = documented(_made_by(world, VAL))
-    assert "instances_val2017.json: those are the test pictures" in _leak(_audit(world, cache), "proposals: made by")
+    cache = documented(made_by_training(world, VAL))
+    assert "instances_val2017.json: those are the test pictures" in leak_of(report_of(world, cache), "proposals: made by")
     elsewhere = AuditConfig(DataPaths(images=world / "train2017", annotations=world / "annotations" / TRAIN), cache,
                             str(world / "protocol.toml"))
-    check = _check(audit(elsewhere, _silent), "proposals: made by")  # no validation file to compare with
+    check = check_of(audit(elsewhere, _silent), "proposals: made by")  # no validation file to compare with
     assert check.verdict is Verdict.UNKNOWN
     assert "give that file with --annotations" in check.text
 
 
 @pytest.mark.parametrize("annotations", [{"file": "mine.json", "sha256": "ab" * 32}, {"file": "mine.json"}, "mine.json"])
 def test_proposals_of_a_network_of_another_annotation_file(world: Path, documented: Callable[..., Path], annotations: Any) -> None:
-    check = _check(_audit(world, documented(_made_by(world, annotations=annotations))), "proposals: made by")
+    check = check_of(report_of(world, documented(made_by_training(world, annotations=annotations))), "proposals: made by")
     assert check.verdict is Verdict.UNKNOWN
     assert "annotation" in check.text
 
 
 @pytest.mark.parametrize("made_by", [{"detector": "mine"}, MADE_BY | {"training_boxes": "many"}, MADE_BY | {"protocol": "ov-coco"}])
 def test_a_record_that_says_too_little_is_unknown(world: Path, documented: Callable[..., Path], made_by: dict[str, Any]) -> None:
-    check = _check(_audit(world, documented(made_by)), "proposals: made by")
+    check = check_of(report_of(world, documented(made_by)), "proposals: made by")
     assert check.verdict is Verdict.UNKNOWN
 
 
 def test_the_file_speaks_for_a_cache_that_does_not(world: Path, cache: Path, proposals: Path, tmp_path: Path) -> None:
     found = read_table(proposals).by_image()
-    write_proposals(tmp_path / "p.npz", found, _made_by(world))
-    report = _audit(world, cache, proposals=tmp_path / "p.npz")
-    assert _check(report, "proposals: made by").verdict is _check(report, "proposals: the file").verdict is Verdict.OK
+    write_proposals(tmp_path / "p.npz", found, made_by_training(world))
+    report = report_of(world, cache, proposals=tmp_path / "p.npz")
+    assert check_of(report, "proposals: made by").verdict is check_of(report, "proposals: the file").verdict is Verdict.OK
     write_proposals(tmp_path / "p.npz", found, MADE_BY | {"training_boxes": {"fish": 1}})
-    assert "'fish', which is novel" in _leak(_audit(world, cache, proposals=tmp_path / "p.npz"), "proposals: made by")
+    assert "'fish', which is novel" in leak_of(report_of(world, cache, proposals=tmp_path / "p.npz"), "proposals: made by")
     image_id = next(iter(found))
     found[image_id] = Proposals(found[image_id].boxes[:-1], found[image_id].scores[:-1])
     write_proposals(tmp_path / "p.npz", found, MADE_BY)
-    assert _check(_audit(world, cache, proposals=tmp_path / "p.npz"), "proposals: the file").verdict is Verdict.UNKNOWN
+    assert check_of(report_of(world, cache, proposals=tmp_path / "p.npz"), "proposals: the file").verdict is Verdict.UNKNOWN
 
 
 def _planted(world: Path, proposals: Path, share: float, move: float = 0.0) -> dict[int, Proposals]:
@@ -221,11 +191,11 @@ def _planted(world: Path, proposals: Path, share: float, move: float = 0.0) -> d
 def test_proposals_made_from_the_ground_truth(world: Path, proposals: Path, extraction: Extract, tmp_path: Path) -> None:
     write_proposals(tmp_path / "p.json", _planted(world, proposals, 0.3))
     extract_clip(extraction(tmp_path / "c", proposals=tmp_path / "p.json"), _silent)
-    report = _audit(world, tmp_path / "c")
-    text = _leak(report, "proposals: copies")
+    report = report_of(world, tmp_path / "c")
+    text = leak_of(report, "proposals: copies")
     assert "made from the annotations" in text
     assert "annotation" in text.split("\n")[1]
-    assert _check(report, "proposals: copies").numbers["copies"] >= 3
+    assert check_of(report, "proposals: copies").numbers["copies"] >= 3
 
 
 def test_boxes_in_whole_pixels_are_not_taken_for_copies(world: Path, proposals: Path, extraction: Extract, tmp_path: Path) -> None:
@@ -235,7 +205,7 @@ def test_boxes_in_whole_pixels_are_not_taken_for_copies(world: Path, proposals: 
         own.boxes[:] = own.boxes.round() + rng.choice([-1, 0, 0, 1], own.boxes.shape)
     write_proposals(tmp_path / "p.json", found)
     extract_clip(extraction(tmp_path / "c", proposals=tmp_path / "p.json"), _silent)
-    check = _check(_audit(world, tmp_path / "c"), "proposals: copies")
+    check = check_of(report_of(world, tmp_path / "c"), "proposals: copies")
     assert check.verdict is Verdict.OK
     assert check.numbers["chance"] > 0
 
@@ -243,9 +213,9 @@ def test_boxes_in_whole_pixels_are_not_taken_for_copies(world: Path, proposals: 
 # --- planted leaks: the run ---
 
 def test_a_run_of_another_cache_was_not_audited(world: Path, cache: Path, run: Path) -> None:
-    _edit(run / "run.json", lambda tree: tree["cache"]["levels"]["instance"].update(key="abc"))
-    report = _audit(world, cache, run=run)
-    check = _check(report, "run: cache")
+    edit(run / "run.json", lambda tree: tree["cache"]["levels"]["instance"].update(key="abc"))
+    report = report_of(world, cache, run=run)
+    check = check_of(report, "run: cache")
     assert (report.leaks, check.verdict) == (0, Verdict.UNKNOWN)
     assert "trained on instance abc, this set has " + Catalog(cache).sets()["default"].levels[Level.INSTANCE] in check.text
     assert f"audit {cache}" in check.text
@@ -254,29 +224,29 @@ def test_a_run_of_another_cache_was_not_audited(world: Path, cache: Path, run: P
 def test_a_calibration_on_novel_names(world: Path, cache: Path, run: Path) -> None:
     levels = Catalog(cache).sets()["default"].levels
     fitted_on = {"classes": [*BASE], "levels": {"instance": levels[Level.INSTANCE], "class": levels[Level.CLASS]}}
-    _edit(run / "run.json", lambda tree: tree.update(reliability={"centre": 0.2, "source": "calibration c.toml", "fitted_on": fitted_on}))
-    assert _check(_audit(world, cache, run=run), "calibration").verdict is Verdict.OK
-    _edit(run / "run.json", lambda tree: tree["reliability"]["fitted_on"]["classes"].append("fish"))
-    assert "fitted on the name 'fish', which is novel" in _leak(_audit(world, cache, run=run), "calibration")
+    edit(run / "run.json", lambda tree: tree.update(reliability={"centre": 0.2, "source": "calibration c.toml", "fitted_on": fitted_on}))
+    assert check_of(report_of(world, cache, run=run), "calibration").verdict is Verdict.OK
+    edit(run / "run.json", lambda tree: tree["reliability"]["fitted_on"]["classes"].append("fish"))
+    assert "fitted on the name 'fish', which is novel" in leak_of(report_of(world, cache, run=run), "calibration")
 
 
 @pytest.mark.parametrize("record", [3, {"centre": 1}, {"source": "calibration c.toml"}, {"fitted_on": {"classes": [*BASE]}},
                                     {"fitted_on": {"classes": [*BASE], "levels": {"instance": "a", "class": "b"}}}])
 def test_a_calibration_that_says_too_little_is_unknown(world: Path, cache: Path, run: Path, record: Any) -> None:
-    _edit(run / "run.json", lambda tree: tree.update(reliability=record))
-    assert _check(_audit(world, cache, run=run), "calibration").verdict is Verdict.UNKNOWN
+    edit(run / "run.json", lambda tree: tree.update(reliability=record))
+    assert check_of(report_of(world, cache, run=run), "calibration").verdict is Verdict.UNKNOWN
 
 
 def test_weights_that_are_the_recipe_s(world: Path, cache: Path, run: Path) -> None:
-    _edit(run / "run.json", lambda tree: tree.update(reliability={"centre": 0.25, "source": "the recipe"}))
-    check = _check(_audit(world, cache, run=run), "calibration")
+    edit(run / "run.json", lambda tree: tree.update(reliability={"centre": 0.25, "source": "the recipe"}))
+    check = check_of(report_of(world, cache, run=run), "calibration")
     assert check.verdict is Verdict.REPORT
     assert "who chose them, and by what, is not recorded" in check.text
 
 
 def test_no_run_there(world: Path, cache: Path, tmp_path: Path) -> None:
     with pytest.raises(HdovdError, match=r"--run: no file .*run\.json"):
-        _audit(world, cache, run=tmp_path)
+        report_of(world, cache, run=tmp_path)
 
 
 # --- reports ---
@@ -289,7 +259,7 @@ def test_novel_names_are_counted_as_the_pseudo_labels_have_them(world: Path, cac
     images = json.loads((world / "annotations" / "instances_train2017.json").read_text())["images"]
     wins = [nouns[row] for image in images if image["id"] in reader._rows_by_image(Level.BOXES)
             for row in reader.instances(image["id"]).proposals().noun if row >= 0]
-    numbers = _check(_audit(world, cache), "novel names").numbers
+    numbers = check_of(report_of(world, cache), "novel names").numbers
     assert numbers["pseudo_labels"] == len(wins) > 0
     assert {name: entry["pseudo_labels"] for name, entry in numbers["won"].items()} == {n: wins.count(n) for n in nouns if n in novel}
 
@@ -309,7 +279,7 @@ def test_pseudo_boxes_on_novel_objects_by_a_plain_count(world: Path, cache: Path
             boxes, covered = boxes + int((overlap.amax(1) >= 0.5).sum()), covered + int((overlap.amax(0) >= 0.5).sum())
             right += sum(nouns[own.noun[k]] == truth.class_name(rows[best]) for k, best in enumerate(overlap.argmax(1))
                          if overlap[k, best] >= 0.5)
-    found = _check(_audit(world, cache), "pseudo boxes").numbers["by_class"].values()
+    found = check_of(report_of(world, cache), "pseudo boxes").numbers["by_class"].values()
     assert (boxes, covered, right) == tuple(sum(entry[name] for entry in found) for name in ("boxes", "covered", "right"))
     assert boxes > 20
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -11,41 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from audit_scenes import VAL, check_of, leak_of, made_by_training, report_of
 from safetensors.torch import save_file
 
-from hdovd.coco import DataPaths
 from hdovd.config import Recipe
-from hdovd.pipelines.audit import AuditConfig, audit
-from hdovd.pipelines.audit_report import AuditReport, Check, Verdict
+from hdovd.pipelines.audit_report import Verdict
 from hdovd.pipelines.demo.world import BASE
-
-MADE_BY = {"detector": "oln", "protocol": {"name": "demo-world", "base": list(BASE)}, "training_boxes": dict.fromkeys(BASE, 5)}
-TRAIN, VAL = "instances_train2017.json", "instances_val2017.json"
-
-
-def _silent(_: str) -> None: ...
-
-
-def _audit(root: Path, cache: Path, **changes: Any) -> AuditReport:
-    return audit(AuditConfig(DataPaths(root), cache, **({"protocol": str(root / "protocol.toml")} | changes)), _silent)
-
-
-def _check(report: AuditReport, name: str) -> Check:
-    (found,) = [check for check in report.checks if check.name == name]
-    return found
-
-
-def _made_by(world: Path, file: str = TRAIN, **changes: Any) -> dict[str, Any]:
-    """The record of a network that was trained on an annotation file of the world."""
-    path = world / "annotations" / file
-    return MADE_BY | {"annotations": {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}} | changes
-
-
-def _leak(report: AuditReport, name: str) -> str:
-    """All that the one leaking check says."""
-    assert [check.name for check in report.checks if check.verdict is Verdict.LEAK] == [name]
-    check = _check(report, name)
-    return "\n".join((check.text, *check.details))
 
 
 @pytest.fixture
@@ -68,18 +38,18 @@ def _weights(run: Path, file: str | Path, made_by: Any = None) -> Path:
 
 
 def test_a_backbone_that_saw_novel_boxes(world: Path, cache: Path, run: Path) -> None:
-    _weights(run, "b.safetensors", _made_by(world, training_boxes={"anchor": 3, "star": 12}))
-    assert "trained on 12 boxes of 'star', which is novel" in _leak(_audit(world, cache, run=run), "run: backbone")
+    _weights(run, "b.safetensors", made_by_training(world, training_boxes={"anchor": 3, "star": 12}))
+    assert "trained on 12 boxes of 'star', which is novel" in leak_of(report_of(world, cache, run=run), "run: backbone")
 
 
 def test_a_backbone_that_saw_test_pictures(world: Path, cache: Path, run: Path) -> None:
-    _weights(run, "b.safetensors", _made_by(world, VAL))
-    assert "those are the test pictures" in _leak(_audit(world, cache, run=run), "run: backbone")
+    _weights(run, "b.safetensors", made_by_training(world, VAL))
+    assert "those are the test pictures" in leak_of(report_of(world, cache, run=run), "run: backbone")
 
 
 def test_a_backbone_with_an_honest_record(world: Path, cache: Path, run: Path) -> None:
-    file = _weights(run, "b.safetensors", _made_by(world))
-    check = _check(_audit(world, cache, run=run), "run: backbone")
+    file = _weights(run, "b.safetensors", made_by_training(world))
+    check = check_of(report_of(world, cache, run=run), "run: backbone")
     assert (check.verdict, check.text) == (Verdict.OK, f"{file}: oln trained on {5 * len(BASE)} boxes, all of base classes")
 
 
@@ -87,16 +57,16 @@ def test_a_backbone_with_an_honest_record(world: Path, cache: Path, run: Path) -
                                                 ("[]", "does not say what made it"), ("{}", "3 findings")])
 def test_a_backbone_that_says_too_little_is_unknown(world: Path, cache: Path, run: Path, made_by: Any, words: str) -> None:
     _weights(run, "b.safetensors", made_by)
-    check = _check(_audit(world, cache, run=run), "run: backbone")
+    check = check_of(report_of(world, cache, run=run), "run: backbone")
     assert check.verdict is Verdict.UNKNOWN
     assert re.search(words, check.text)
 
 
 def test_a_backbone_without_a_record_or_of_a_run_without_settings(world: Path, cache: Path, run: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(2)}, _weights(run, "b.pth"))
-    assert "b.pth, which does not say what made it" in _check(_audit(world, cache, run=run), "run: backbone").text
+    assert "b.pth, which does not say what made it" in check_of(report_of(world, cache, run=run), "run: backbone").text
     (run / "config.toml").unlink()
-    check = _check(_audit(world, cache, run=run), "run: backbone")
+    check = check_of(report_of(world, cache, run=run), "run: backbone")
     assert (check.verdict, "does not say what the backbone started from" in check.text) == (Verdict.UNKNOWN, True)
 
 
@@ -106,5 +76,5 @@ def test_a_backbone_without_a_record_or_of_a_run_without_settings(world: Path, c
     ("mine:plain", "none", Verdict.UNKNOWN, "code outside of hdovd")])
 def test_a_backbone_without_a_file(world: Path, cache: Path, run: Path, name: str, weights: str, verdict: Verdict, words: str) -> None:
     (run / "config.toml").write_text(f'[detector.backbone]\nname = "{name}"\nweights = "{weights}"\n')
-    check = _check(_audit(world, cache, run=run), "run: backbone")
+    check = check_of(report_of(world, cache, run=run), "run: backbone")
     assert (check.verdict, words in check.text) == (verdict, True)

@@ -8,40 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hdovd.coco import DataPaths
-from hdovd.pipelines.audit import AuditConfig, audit
-from hdovd.pipelines.audit_report import AuditReport, Check, Verdict
+from audit_scenes import TRAIN, VAL, check_of, edit, leak_of, report_of
+
+from hdovd.pipelines.audit_report import Verdict
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extract_clip import extract_clip
 from hdovd.pipelines.extract_config import ExtractConfig
 
 Extract = Callable[..., ExtractConfig]
-TRAIN, VAL = "instances_train2017.json", "instances_val2017.json"
 
 
 def _silent(_: str) -> None: ...
-
-
-def _audit(root: Path, cache: Path, **changes: Any) -> AuditReport:
-    return audit(AuditConfig(DataPaths(root), cache, **({"protocol": str(root / "protocol.toml")} | changes)), _silent)
-
-
-def _check(report: AuditReport, name: str) -> Check:
-    (found,) = [check for check in report.checks if check.name == name]
-    return found
-
-
-def _leak(report: AuditReport, name: str) -> str:
-    """All that the one leaking check says."""
-    assert [check.name for check in report.checks if check.verdict is Verdict.LEAK] == [name]
-    check = _check(report, name)
-    return "\n".join((check.text, *check.details))
-
-
-def _edit(file: Path, change: Callable[[Any], None]) -> None:
-    tree = json.loads(file.read_text())
-    change(tree)
-    file.write_text(json.dumps(tree))
 
 
 # --- base rows ---
@@ -62,9 +39,9 @@ def test_a_novel_annotation_that_was_relabelled_for_training(world: Path, copied
         own = next(a for a in tree["annotations"] if a["id"] == wanted["id"])
         own["category_id"] = next(i for i, name in names.items() if name == BASE[0])
 
-    _edit(copied_world / "annotations" / "instances_train2017.json", relabel)
+    edit(copied_world / "annotations" / "instances_train2017.json", relabel)
     extract_clip(extraction(tmp_path / "c", data=copied_world), _silent)
-    text = _leak(_audit(world, tmp_path / "c"), "base boxes")
+    text = leak_of(report_of(world, tmp_path / "c"), "base boxes")
     assert f"annotation {wanted['id']} of image {wanted['image_id']}" in text
     assert f"{names[wanted['category_id']]!r}, which is novel" in text
 
@@ -78,9 +55,9 @@ def test_a_novel_box_under_a_base_annotations_id(world: Path, copied_world: Path
         own["bbox"] = wanted["bbox"]
         changed.append(own["id"])
 
-    _edit(copied_world / "annotations" / "instances_train2017.json", move)
+    edit(copied_world / "annotations" / "instances_train2017.json", move)
     extract_clip(extraction(tmp_path / "c", data=copied_world), _silent)
-    text = _leak(_audit(world, tmp_path / "c"), "base boxes")
+    text = leak_of(report_of(world, tmp_path / "c"), "base boxes")
     assert f"that of annotation {changed[0]}, image {wanted['image_id']}, has the box of annotation {wanted['id']}" in text
     assert f"{names[wanted['category_id']]!r}, which is novel" in text
 
@@ -92,11 +69,12 @@ def test_a_novel_box_under_an_id_that_is_in_no_file(world: Path, copied_world: P
         category = next(i for i, name in names.items() if name == BASE[0])
         tree["annotations"].append(wanted | {"id": 987_654, "category_id": category})
 
-    _edit(copied_world / "annotations" / TRAIN, add)
+    edit(copied_world / "annotations" / TRAIN, add)
     extract_clip(extraction(tmp_path / "c", data=copied_world), _silent)
-    report = _audit(world, tmp_path / "c")
-    assert f"that of annotation 987654, image {wanted['image_id']}, has the box of annotation {wanted['id']}" in _leak(report, "base boxes")
-    assert _check(report, "base boxes").numbers["unknown_ids"] == 1
+    report = report_of(world, tmp_path / "c")
+    expected = f"that of annotation 987654, image {wanted['image_id']}, has the box of annotation {wanted['id']}"
+    assert expected in leak_of(report, "base boxes")
+    assert check_of(report, "base boxes").numbers["unknown_ids"] == 1
 
 
 def test_ids_that_were_dealt_anew_are_no_leak(copied_world: Path, cache: Path) -> None:
@@ -106,8 +84,8 @@ def test_ids_that_were_dealt_anew_are_no_leak(copied_world: Path, cache: Path) -
         for own, other in zip(tree["annotations"], reversed(ids), strict=True):
             own["id"] = other
 
-    _edit(copied_world / "annotations" / TRAIN, reverse)
-    check = _check(_audit(copied_world, cache), "base boxes")
+    edit(copied_world / "annotations" / TRAIN, reverse)
+    check = check_of(report_of(copied_world, cache), "base boxes")
     assert check.verdict is Verdict.UNKNOWN
     assert "lie elsewhere than their annotation" in check.text
     assert check.numbers["not_base"] == check.numbers["copied"] == 0
@@ -123,8 +101,8 @@ def test_a_base_object_that_shares_a_novel_object_s_box(copied_world: Path, cach
         own = next(a for a in tree["annotations"] if names[a["category_id"]] in BASE)
         tree["annotations"].append(own | {"id": 99_999, "category_id": novel})
 
-    _edit(copied_world / "annotations" / TRAIN, double)
-    assert _check(_audit(copied_world, cache), "base boxes").verdict is Verdict.UNKNOWN
+    edit(copied_world / "annotations" / TRAIN, double)
+    assert check_of(report_of(copied_world, cache), "base boxes").verdict is Verdict.UNKNOWN
 
 
 def test_all_novel_boxes_under_new_ids_are_counted(copied_world: Path, world: Path, extraction: Extract, tmp_path: Path) -> None:
@@ -134,12 +112,12 @@ def test_all_novel_boxes_under_new_ids_are_counted(copied_world: Path, world: Pa
         for own in tree["annotations"]:
             own.update(category_id=base, id=own["id"] + 10_000)
 
-    _edit(copied_world / "annotations" / TRAIN, rename)
+    edit(copied_world / "annotations" / TRAIN, rename)
     extract_clip(extraction(tmp_path / "c", data=copied_world), _silent)
     tree = json.loads((world / "annotations" / TRAIN).read_text())
     base = {c["id"] for c in tree["categories"] if c["name"] in BASE}
     novel = [a for a in tree["annotations"] if a["category_id"] not in base]
-    check = _check(_audit(world, tmp_path / "c"), "base boxes")
+    check = check_of(report_of(world, tmp_path / "c"), "base boxes")
     assert check.numbers["copied"] == len(novel) > 10
     assert check.numbers["unknown_ids"] == check.numbers["base_rows"] == len(tree["annotations"])
 
@@ -149,8 +127,8 @@ def test_other_data_is_unknown_and_not_fine(copied_world: Path, cache: Path) -> 
         for annotation in tree["annotations"]:
             annotation["id"] += 10_000
 
-    _edit(copied_world / "annotations" / "instances_train2017.json", renumber)
-    check = _check(_audit(copied_world, cache), "base boxes")
+    edit(copied_world / "annotations" / "instances_train2017.json", renumber)
+    check = check_of(report_of(copied_world, cache), "base boxes")
     assert check.verdict is Verdict.UNKNOWN
     assert "give the annotation file that the cache was made from" in check.text
 
@@ -159,23 +137,23 @@ def test_other_data_is_unknown_and_not_fine(copied_world: Path, cache: Path) -> 
 
 def test_a_validation_image_in_the_training_set(copied_world: Path, cache: Path) -> None:
     train = json.loads((copied_world / "annotations" / "instances_train2017.json").read_text())["images"]
-    _edit(copied_world / "annotations" / "instances_val2017.json", lambda tree: tree["images"].append(train[0]))
-    assert f"image {train[0]['id']} is in the training set and in" in _leak(_audit(copied_world, cache), "train and val")
+    edit(copied_world / "annotations" / "instances_val2017.json", lambda tree: tree["images"].append(train[0]))
+    assert f"image {train[0]['id']} is in the training set and in" in leak_of(report_of(copied_world, cache), "train and val")
 
 
 def test_a_copy_of_a_validation_picture_under_another_id(copied_world: Path, cache: Path) -> None:
     train = json.loads((copied_world / "annotations" / "instances_train2017.json").read_text())["images"][0]
     val = json.loads((copied_world / "annotations" / "instances_val2017.json").read_text())["images"][0]
     shutil.copy(copied_world / "val2017" / val["file_name"], copied_world / "train2017" / train["file_name"])
-    text = _leak(_audit(copied_world, cache), "train and val")
+    text = leak_of(report_of(copied_world, cache), "train and val")
     assert f"training image {train['id']} " in text
     assert val["file_name"] in text
 
 
 def test_ids_that_both_sides_count_from_one_are_no_leak(copied_world: Path, cache: Path) -> None:
     train = json.loads((copied_world / "annotations" / "instances_train2017.json").read_text())["images"][0]
-    _edit(copied_world / "annotations" / "instances_val2017.json", lambda tree: tree["images"][0].update(id=train["id"]))
-    check = _check(_audit(copied_world, cache), "train and val")
+    edit(copied_world / "annotations" / "instances_val2017.json", lambda tree: tree["images"][0].update(id=train["id"]))
+    check = check_of(report_of(copied_world, cache), "train and val")
     assert check.verdict is Verdict.OK
     assert any(f"image id {train['id']} is used" in detail for detail in check.details)
 
@@ -184,14 +162,14 @@ def test_shared_ids_without_the_pictures(copied_world: Path, cache: Path) -> Non
     """Both sets count from one, and their pictures are not here: the id alone shows nothing, name and size do."""
     train = json.loads((copied_world / "annotations" / TRAIN).read_text())["images"][0]
     shutil.rmtree(copied_world / "val2017")
-    _edit(copied_world / "annotations" / VAL, lambda tree: tree["images"][0].update(id=train["id"]))
-    check = _check(_audit(copied_world, cache), "train and val")
+    edit(copied_world / "annotations" / VAL, lambda tree: tree["images"][0].update(id=train["id"]))
+    check = check_of(report_of(copied_world, cache), "train and val")
     assert check.verdict is Verdict.UNKNOWN
     assert any(f"on both sides (ids {train['id']})" in line for line in check.details)
-    _edit(copied_world / "annotations" / VAL, lambda tree: tree["images"][0].update(train | {"width": train["width"] + 1}))
-    assert _check(_audit(copied_world, cache), "train and val").verdict is Verdict.UNKNOWN
-    _edit(copied_world / "annotations" / VAL, lambda tree: tree["images"][0].update(train))
-    assert f"image {train['id']} is in the training set and in" in _leak(_audit(copied_world, cache), "train and val")
+    edit(copied_world / "annotations" / VAL, lambda tree: tree["images"][0].update(train | {"width": train["width"] + 1}))
+    assert check_of(report_of(copied_world, cache), "train and val").verdict is Verdict.UNKNOWN
+    edit(copied_world / "annotations" / VAL, lambda tree: tree["images"][0].update(train))
+    assert f"image {train['id']} is in the training set and in" in leak_of(report_of(copied_world, cache), "train and val")
 
 
 def test_a_cache_of_validation_pictures(copied_world: Path, cache: Path) -> None:
@@ -200,15 +178,15 @@ def test_a_cache_of_validation_pictures(copied_world: Path, cache: Path) -> None
     first, second = ((folder / file).read_text() for file in (TRAIN, VAL))
     (folder / TRAIN).write_text(second)
     (folder / VAL).write_text(first)
-    report = _audit(copied_world, cache)
-    assert "is in the training set and in" in _leak(report, "train and val")
-    _edit(folder / VAL, lambda tree: [own.update(bbox=[0, 0, 5, 5]) for own in tree["annotations"]])
-    assert _check(_audit(copied_world, cache), "train and val").verdict is Verdict.UNKNOWN
+    report = report_of(copied_world, cache)
+    assert "is in the training set and in" in leak_of(report, "train and val")
+    edit(folder / VAL, lambda tree: [own.update(bbox=[0, 0, 5, 5]) for own in tree["annotations"]])
+    assert check_of(report_of(copied_world, cache), "train and val").verdict is Verdict.UNKNOWN
 
 
 def test_pictures_that_are_elsewhere_are_not_passed(copied_world: Path, cache: Path) -> None:
     shutil.rmtree(copied_world / "val2017")
-    check = _check(_audit(copied_world, cache), "train and val")
+    check = check_of(report_of(copied_world, cache), "train and val")
     assert (check.verdict, check.numbers["absent"]) == (Verdict.UNKNOWN, 8)
     (copied_world / "annotations" / "instances_val2017.json").unlink()
-    assert _check(_audit(copied_world, cache), "train and val").verdict is Verdict.UNKNOWN
+    assert check_of(report_of(copied_world, cache), "train and val").verdict is Verdict.UNKNOWN

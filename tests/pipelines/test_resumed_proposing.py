@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from propose_scenes import play
 from safetensors.torch import load_file, save_file
 
 from hdovd.coco import DataPaths
 from hdovd.config import Recipe, build_recipe
 from hdovd.pipelines.proposal_networks import build_network
 from hdovd.pipelines.propose_config import Detector, ProposeJob
-
-SCENE = Path(__file__).with_name("propose_scenes.py")
-
-
-@pytest.fixture(scope="module")
-def scenes() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("propose_scenes", SCENE)
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +27,9 @@ def job(world: Path, micro_recipe: Callable[..., Recipe]) -> Callable[..., Propo
 
 
 @pytest.fixture(scope="module")
-def unbroken(scenes: ModuleType, job: Callable[..., ProposeJob], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(job: Callable[..., ProposeJob], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unbroken") / "p.json"
-    code, printed = scenes.play(job(out), out.with_name("printed.txt"))
+    code, printed = play(job(out), out.with_name("printed.txt"))
     assert code == 0, printed
     return out
 
@@ -57,48 +44,48 @@ def _same(one: Path, two: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
-def test_stopped_in_training_and_called_again(scenes: ModuleType, job: Callable[..., ProposeJob], unbroken: Path, tmp_path: Path,
+def test_stopped_in_training_and_called_again(job: Callable[..., ProposeJob], unbroken: Path, tmp_path: Path,
                                               number: int, code: int) -> None:
     out = tmp_path / "p.json"
-    found, printed = scenes.play(job(out), tmp_path / "printed.txt", kill_at=3, signal=number)
+    found, printed = play(job(out), tmp_path / "printed.txt", kill_at=3, signal=number)
     assert found == code, printed
     assert not out.exists()
     assert not out.with_name("p.oln.safetensors").exists()
-    found, printed = scenes.play(job(out), tmp_path / "printed.txt")
+    found, printed = play(job(out), tmp_path / "printed.txt")
     assert found == 0, printed
     assert f"goes on at step {2 if number == signal.SIGKILL else 3} of 5" in printed
     _same(unbroken, out)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
-def test_stopped_while_proposing_and_called_again(scenes: ModuleType, job: Callable[..., ProposeJob], unbroken: Path, tmp_path: Path,
+def test_stopped_while_proposing_and_called_again(job: Callable[..., ProposeJob], unbroken: Path, tmp_path: Path,
                                                   number: int, code: int) -> None:
     out = tmp_path / "p.json"
-    found, printed = scenes.play(job(out), tmp_path / "printed.txt", kill_in_part=1, signal=number)
+    found, printed = play(job(out), tmp_path / "printed.txt", kill_in_part=1, signal=number)
     assert found == code, printed
     assert not out.exists()
     first = tmp_path / "p.parts" / "00000.safetensors"
     before = first.stat().st_mtime_ns
-    found, printed = scenes.play(job(out, top=4), tmp_path / "printed.txt", kill_in_part=1)  # parts of other settings are made again
+    found, printed = play(job(out, top=4), tmp_path / "printed.txt", kill_in_part=1)  # parts of other settings are made again
     assert found == -9, printed
     assert first.stat().st_mtime_ns > before
-    found, printed = scenes.play(job(out), tmp_path / "printed.txt")
+    found, printed = play(job(out), tmp_path / "printed.txt")
     assert found == 0, printed
     assert "trained with these settings before" in printed
     _same(unbroken, out)
 
 
-def test_processes_share_the_pictures_and_write_one_file(scenes: ModuleType, job: Callable[..., ProposeJob], unbroken: Path,
+def test_processes_share_the_pictures_and_write_one_file(job: Callable[..., ProposeJob], unbroken: Path,
                                                          tmp_path: Path) -> None:
     """Three parts for two processes: with the network of one, the proposals of one, to the byte."""
     out = tmp_path / "p.json"
-    found, printed = scenes.play(job(out, checkpoint=unbroken.with_name("p.oln.safetensors")), tmp_path / "printed.txt", processes=2)
+    found, printed = play(job(out, checkpoint=unbroken.with_name("p.oln.safetensors")), tmp_path / "printed.txt", processes=2)
     assert found == 0, printed
     assert out.read_bytes() == unbroken.read_bytes()
     assert printed.count("wrote") == 1
 
 
-def test_processes_train_one_network(scenes: ModuleType, job: Callable[..., ProposeJob], unbroken: Path, tmp_path: Path) -> None:
+def test_processes_train_one_network(job: Callable[..., ProposeJob], unbroken: Path, tmp_path: Path) -> None:
     """Without batch norms, which see each process's pictures alone, it goes where that of one process goes: apart from each other they
     are a fraction of the way, for the size that a process's pictures are padded to."""
     body = {name.removeprefix("backbone.body."): value for name, value in load_file(unbroken.with_name("p.oln.safetensors")).items()
@@ -111,7 +98,7 @@ def test_processes_train_one_network(scenes: ModuleType, job: Callable[..., Prop
     for processes in (1, 2):
         out = tmp_path / str(processes) / "p.json"
         out.parent.mkdir()
-        found, printed = scenes.play(replace(job(out), recipe=recipe), tmp_path / "printed.txt", processes=processes)
+        found, printed = play(replace(job(out), recipe=recipe), tmp_path / "printed.txt", processes=processes)
         assert found == 0, printed
         networks.append(load_file(out.with_name("p.oln.safetensors")))
     torch.manual_seed(recipe.train.seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import train_scenes
 from safetensors.torch import load_file
 
 from hdovd.coco import DataPaths
@@ -38,11 +38,6 @@ Play = Callable[..., None]
 def _forked(job: dict[str, Any], log: Path, processes: int = 1) -> tuple[int, str]:
     """In processes of their own that have imported everything already. Returns the first one's exit code, negative for a signal, and
     what was printed."""
-    spec = importlib.util.spec_from_file_location("train_scenes", SCENE)
-    assert spec is not None
-    assert spec.loader is not None
-    scenes = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(scenes)
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     with socket.socket() as free:
@@ -57,7 +52,7 @@ def _forked(job: dict[str, Any], log: Path, processes: int = 1) -> tuple[int, st
                 os.environ.update({} if processes == 1 else address | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
                 for number in (1, 2):
                     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
-                code = scenes.main(job)
+                code = train_scenes.main(job)
             except BaseException:
                 traceback.print_exc(file=open(log, "a"))  # noqa: SIM115 - the process ends here
             finally:
