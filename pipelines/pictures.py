@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from hdovd.coco import ImageBoxes, Split
 from hdovd.inference import Detections
+from hdovd.pipelines.drawing import BASE_COLOUR, NOVEL_COLOUR, Labelled, draw_boxes
 from hdovd.protocol import Protocol
 
-BASE_COLOUR, NOVEL_COLOUR, TRUTH_COLOUR = (60, 140, 255), (255, 130, 0), (255, 255, 255)
 SHOWN_SCORE = 0.3
-SMALLEST_WIDTH_PX = 480
 
 
 def draw_detections(split: Split, detections: list[Detections], protocol: Protocol, folder: Path, count: int) -> list[Path]:
@@ -46,18 +45,9 @@ def _name(image: ImageBoxes) -> str:
 
 def _draw(picture: Image.Image, boxes: torch.Tensor, labels: list[int], scores: list[float] | None, protocol: Protocol,
           title: str) -> Image.Image:
-    scale = max(1, -(-SMALLEST_WIDTH_PX // picture.width))
-    canvas = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
-    pen = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(14)
-    for k, (box, label) in reversed(list(enumerate(zip((boxes * scale).tolist(), labels, strict=True)))):  # the best on top
+    shown = []
+    for k, (box, label) in enumerate(zip(boxes.tolist(), labels, strict=True)):
         novel = label >= len(protocol.base)
-        colour = NOVEL_COLOUR if novel else BASE_COLOUR
         text = protocol.names[label] + (f" {scores[k]:.2f}" if scores is not None else "") + (" novel" if novel else "")
-        pen.rectangle(box, outline=colour, width=3)
-        left, top = min(max(box[0], 0), canvas.width - 1), max(box[1] - 17, 0)
-        pen.rectangle((left, top, left + pen.textlength(text, font) + 6, top + 17), fill=colour)
-        pen.text((left + 3, top), text, fill="black", font=font)
-    pen.rectangle((0, canvas.height - 20, pen.textlength(title, font) + 10, canvas.height), fill="black")
-    pen.text((5, canvas.height - 19), title, fill=TRUTH_COLOUR, font=font)
-    return canvas
+        shown.append(Labelled(tuple(box), text, NOVEL_COLOUR if novel else BASE_COLOUR))
+    return draw_boxes(picture, shown, title)
