@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import clip_boxes_to_image
 
 from hdovd.backbone import build_backbone
@@ -24,6 +23,7 @@ from hdovd.levels.classwise import ClassLevel
 from hdovd.levels.imagewise import ImageLevel
 from hdovd.levels.instance import InstanceLevel
 from hdovd.losses import classwise
+from hdovd.losses.instance import box_students
 from hdovd.rois import POOL_SIZE, PyramidRoIAlign, number_boxes, sample_rois
 from hdovd.rpn import build_rpn
 from hdovd.sampling import keys_of
@@ -44,6 +44,16 @@ class RoIPredictions:
     boxes: Tensor
     class_probability: Tensor
     distillation_score: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Students:
+    """q (n, D) L2-normalised student embeddings (METHOD section 4), box (n,) int64 the boxes that they are of, numbered image by image,
+    base before pseudo; targets: those of the batch with the pseudo boxes that were used."""
+
+    q: Tensor
+    box: Tensor
+    targets: list[Targets]
 
 
 class BoxHead(nn.Module):
@@ -111,15 +121,7 @@ class FasterRCNN(nn.Module):
 
         Raises HdovdError for keys that do not fit.
         """
-        image_keys = keys_of(keys, len(images))
-        batch, factors = batch_images(images, self.recipe.input, draw_short_sides(image_keys, self.recipe.input))
-        pseudo = self.recipe.pseudo_boxes
-        targets = [t.scaled(*f).with_best_pseudo_boxes(pseudo.min_side, pseudo.max_per_image)
-                   for t, f in zip(targets, factors, strict=True)]
-        features = self.backbone(batch.tensors)
-        wanted = [{"boxes": t.all_boxes, "key": key} for t, key in zip(targets, image_keys, strict=True)]
-        proposals, rpn_losses = self.rpn(batch, features, wanted)
-        view = self._view(batch, features, proposals, targets, texts, image_keys)
+        view, rpn_losses = self._view(images, targets, texts, keys)
         losses = {"rpn_objectness": rpn_losses["loss_objectness"], "rpn_box": rpn_losses["loss_rpn_box_reg"]}
         losses |= self.class_level(view, self.background)
         losses["box"] = _box_loss(view)
@@ -128,16 +130,37 @@ class FasterRCNN(nn.Module):
                 losses |= level(view)
         return losses
 
-    def _view(self, batch: ImageList, features: dict[str, Tensor], proposals: list[Tensor], targets: list[Targets], texts: Tensor,
-              keys: Sequence[int | None]) -> StepView:
-        """Draw the RoIs of every image and run the head on them."""
+    def _view(self, images: list[Tensor], targets: list[Targets], texts: Tensor,
+              keys: Sequence[int] | None) -> tuple[StepView, dict[str, Tensor]]:
+        """What the levels' losses are made of, and the RPN's losses, of which there are none in evaluation mode."""
+        image_keys = keys_of(keys, len(images))
+        batch, factors = batch_images(images, self.recipe.input, draw_short_sides(image_keys, self.recipe.input))
+        pseudo = self.recipe.pseudo_boxes
+        targets = [t.scaled(*f).with_best_pseudo_boxes(pseudo.min_side, pseudo.max_per_image)
+                   for t, f in zip(targets, factors, strict=True)]
+        features = self.backbone(batch.tensors)
+        wanted = [{"boxes": t.all_boxes, "key": key} for t, key in zip(targets, image_keys, strict=True)]
+        proposals, rpn_losses = self.rpn(batch, features, wanted)
         config = self.recipe.detector.head
         rois, matches = zip(*(sample_rois(p, t.all_boxes, config.samples, config.positive_share, key)
-                              for p, t, key in zip(proposals, targets, keys, strict=True)), strict=True)
+                              for p, t, key in zip(proposals, targets, image_keys, strict=True)), strict=True)
         deltas, c, r = self.head(self.pool(features, list(rois)))
         box_of_roi = number_boxes(matches, [len(t.all_boxes) for t in targets])
         d = self.head.distill(r[(box_of_roi >= 0).nonzero().flatten()])  # no loss asks for the others: three quarters of the rows
-        return StepView(features, batch.image_sizes, targets, texts, list(rois), box_of_roi, deltas, c, d)
+        return StepView(features, batch.image_sizes, targets, texts, list(rois), box_of_roi, deltas, c, d), rpn_losses
+
+    @torch.inference_mode()
+    def students(self, images: list[Tensor], targets: list[Targets], keys: Sequence[int] | None = None) -> Students:
+        """The student embeddings of a batch, as `forward` makes them for the instance level; no loss, and no memory changes.
+
+        In evaluation mode batch norms that are not frozen take their running statistics. Raises ValueError if the recipe does without
+        the instance level.
+        """
+        view, _ = self._view(images, targets, images[0].new_zeros(0, self.dim, dtype=torch.float32), keys)
+        if view.d is None:
+            raise ValueError("a detector without the instance level has no student embeddings")
+        boxes = sum(len(t.all_boxes) for t in view.targets)
+        return Students(*box_students(view.d, view.box_of_roi[view.box_of_roi >= 0], boxes), view.targets)
 
     @torch.inference_mode()
     def predict(self, images: list[Tensor], texts: Tensor) -> list[RoIPredictions]:

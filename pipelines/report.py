@@ -1,0 +1,135 @@
+"""One page about one run or several: what they find, what they miss, and where the AP comes from. A single HTML file that needs nothing else.
+
+Called by `hdovd report`, `hdovd demo` and Python. The parts are made by `report_tables`, `report_charts` and `report_gallery`; the page is
+`page/report.html`, with its own style and script in it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+import hdovd
+from hdovd.coco import DataPaths
+from hdovd.errors import HdovdError
+from hdovd.pipelines import report_charts, report_gallery, report_tables
+from hdovd.pipelines.evaluate import EvalJob, evaluate
+from hdovd.pipelines.relations import relations
+from hdovd.pipelines.report_runs import OneRun, data_of, open_runs
+from hdovd.pipelines.weights import Weights
+from hdovd.pipelines.whole_file import replace_file
+
+FILE = "index.html"
+SECTIONS = (("ap", "AP"), ("curves", "Curves"), ("errors", "Errors"), ("confusion", "Confusion"), ("reliability", "Scores"),
+            ("losses", "Losses"), ("gallery", "Images"), ("pseudo", "Pseudo boxes"), ("relations", "Relations"), ("identity", "Identity"))
+
+
+@dataclass(frozen=True, slots=True)
+class ReportJob:
+    """`data`: where the pictures are; nothing given: where the first run's cache says that it was made from. `gallery`, `pseudo`: how many
+    validation and training images are shown. `relation_images`: in the batch of the relation matrices; 0 leaves them out. `threshold`:
+    scores from which a detection is shown and counts in the confusion. `validation`: the validation images, if they are not val2017 of
+    `data`. `batch_size`, `workers`: of the evaluation of runs that have none yet."""
+
+    runs: tuple[Path, ...]
+    out: Path
+    data: DataPaths = DataPaths()
+    validation: DataPaths | None = None
+    gallery: int = 48
+    pseudo: int = 12
+    relation_images: int = 12
+    threshold: float = 0.3
+    device: str = "auto"
+    batch_size: int = 16
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise HdovdError("a report needs a run: give the folders that hdovd train wrote")
+        if not 0 <= self.threshold < 1:
+            raise HdovdError(f"--threshold {self.threshold}: expected a score from 0 up to, not including, 1")
+
+
+def report(job: ReportJob, log: Callable[[str], None] = print) -> Path:
+    """Write the page into the folder `job.out`; runs that are not evaluated yet are evaluated first. Returns its path.
+
+    Raises HdovdError for a folder that is no run, runs of different protocols or validation images, and pictures that are not there.
+    """
+    if job.out.is_file():
+        raise HdovdError(f"--out {job.out} is a file: give a folder, in which {FILE} is written")
+    data = data_of(job.runs, job.data)
+    validation = job.validation or data
+    for run in job.runs:
+        _evaluate_if_needed(run, job, validation, log)
+    runs = open_runs(job.runs, validation, job.threshold, log)
+    context = _context(runs, job, data, log)
+    job.out.mkdir(parents=True, exist_ok=True)
+    file = job.out / FILE
+    text = page("report.html", context)
+    replace_file(file, lambda partial: Path(partial).write_text(text, encoding="utf-8"))
+    log(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB, one file that needs nothing else)")
+    return file
+
+
+def page(template: str, context: dict[str, Any]) -> str:
+    """A template of the folder `page` with its style and script in it. What is not Markup is escaped: names may hold anything."""
+    folder = resources.files("hdovd").joinpath("pipelines", "page")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False,
+                                     loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")))
+    style, script = (Markup(folder.joinpath(f"page.{end}").read_text(encoding="utf-8")) for end in ("css", "js"))
+    return environment.get_template(template).render(css=style, js=script, **context)
+
+
+def _evaluate_if_needed(run: Path, job: ReportJob, data: DataPaths, log: Callable[[str], None]) -> None:
+    if all((run / name).is_file() for name in ("metrics.json", "detections.json")):
+        return
+    log(f"{run} is not evaluated yet: hdovd eval {run}")
+    evaluate(EvalJob(run, data, device=job.device, batch_size=job.batch_size, workers=job.workers, weights=Weights.LAST), log)
+
+
+def _context(runs: Sequence[OneRun], job: ReportJob, data: DataPaths, log: Callable[[str], None]) -> dict[str, Any]:
+    first = runs[0].analysis
+    gallery = report_gallery.validation_cards(runs, job.gallery, job.threshold)
+    pseudo, pseudo_none = report_gallery.pseudo_boxes(runs, data, job.pseudo, log)
+    matrices, matrices_none = _relations(runs, job, data, log)
+    return {
+        "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs of {os.path.commonpath([r.folder.path.resolve() for r in runs])}",
+        "version": hdovd.__version__, "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}", "sections": SECTIONS,
+        "protocol": first.protocol, "images": len(first.split.images), "notes": [note for run in runs for note in run.notes],
+        "runs": [report_tables.run_row(run, runs) | report_charts.confusion(run) for run in runs],
+        "ablation": report_tables.ablation([run.run for run in runs]),
+        "classes": report_tables.class_rows(runs, {name for card in gallery for name in card["classes"]}),
+        "curves": report_charts.group_curves(runs), "class_curves": report_charts.class_curves(runs),
+        "error_kinds": report_tables.ERROR_NAMES, "errors": report_tables.error_rows(runs), "threshold": job.threshold,
+        "reliability": report_charts.reliability(runs), "losses": report_charts.losses(runs),
+        "gallery": gallery, "gallery_none": "the gallery was left out" if not job.gallery else "there is none",
+        "gallery_events": list(dict.fromkeys(event for card in gallery for event in card["events"])),
+        "lowest_score": min((box["score"] for card in gallery for panel in card["panels"] for box in panel["boxes"]
+                             if box["score"] is not None), default=0.0),
+        "pseudo": pseudo, "pseudo_none": pseudo_none, "relations": matrices, "relations_none": matrices_none,
+        "footer": "hdovd " + " ".join(["report", *(str(run.folder.path) for run in runs)])}
+
+
+def _relations(runs: Sequence[OneRun], job: ReportJob, data: DataPaths, log: Callable[[str], None]) -> tuple[list[Any], list[str]]:
+    """The figures, and of each run without one why."""
+    figures: list[Any] = []
+    reasons: list[str] = []
+    if not job.relation_images:
+        return figures, ["The matrices were left out."]
+    for run in runs:
+        try:
+            found = relations(run.folder, data, job.relation_images, device=job.device, weights=run.analysis.weights.file, log=lambda _: None)
+        except HdovdError as error:
+            reasons.append(f"{run.name}: {error}")
+        else:
+            figures += report_charts.relation_figures(run.name, found, with_teacher=not figures)
+            log(f"{run.name}: relations of {len(found.names)} boxes")
+    return figures, reasons

@@ -1,0 +1,160 @@
+"""The pictures of a report: validation images with truth and detections, training images with their pseudo boxes. Called by `report`.
+
+A card is plain values for the template: a picture as data, its size in pixels of the original image, and boxes in the same pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hdovd.cache.schema import Source
+from hdovd.coco import DataPaths
+from hdovd.errors import HdovdError
+from hdovd.pipelines.cache_view import CacheView, Reliability, gather_view
+from hdovd.pipelines.charts import picture_data
+from hdovd.pipelines.image_verdicts import Fate, ImageVerdicts
+from hdovd.pipelines.images import read_image
+from hdovd.pipelines.relations import cache_of
+from hdovd.pipelines.report_runs import OneRun
+from hdovd.error_breakdown import Kind
+from hdovd.protocol import Protocol
+
+LONGEST_SIDE_PX = 560
+MOST_BOXES = 40  # of one picture
+FOUND, MISSED, FALSE, APART = "novel objects found", "novel objects missed", "false novel detections", "runs that disagree on novel objects"
+
+
+def validation_cards(runs: Sequence[OneRun], count: int, threshold: float) -> list[dict[str, Any]]:
+    """The first `count` images: those whose novel objects are found or missed first, the most of them foremost, then by place."""
+    analysis = runs[0].analysis
+    novel = [sum(1 for label in image.labels.tolist() if label >= len(analysis.protocol.base)) for image in analysis.split.images]
+    order = sorted(range(len(novel)), key=lambda place: -novel[place])[:count]
+    return [_validation_card(runs, place, threshold) for place in order]
+
+
+def _validation_card(runs: Sequence[OneRun], place: int, threshold: float) -> dict[str, Any]:
+    analysis = runs[0].analysis
+    protocol, image = analysis.protocol, analysis.split.images[place]
+    card = _card(analysis.split.path(image), image.id, image.width, image.height, f"val-{place}")
+    verdicts = [run.analysis.image(place) for run in runs]
+    truths = [t for t in verdicts[0].truths if t.fate is not Fate.CROWD]
+    panels = [_panel(run.name, of_image, protocol, threshold) for run, of_image in zip(runs, verdicts, strict=True)]
+    names = [protocol.names[t.label] for t in truths]
+    names += [protocol.names[d.label] for of_image in verdicts for d in of_image.detections if d.score >= threshold]
+    novel_found = {panel["novel_which"] for panel in panels}
+    events = [name for name, there in ((FOUND, any(panel["novel_found"] for panel in panels)),
+                                       (MISSED, any(panel["novel_found"] < panel["novel_objects"] for panel in panels)),
+                                       (FALSE, any(panel["novel_false"] for panel in panels)), (APART, len(novel_found) > 1)) if there]
+    return card | {"classes": list(dict.fromkeys(names)), "events": events, "panels": panels,
+                   "truth": [_box(t.box, protocol.names[t.label], _style(t.label, protocol)) for t in truths]}
+
+
+def _panel(name: str, verdicts: ImageVerdicts, protocol: Protocol, threshold: float) -> dict[str, Any]:
+    """One run's view of an image. A truth counts as found by a detection of `threshold` or more."""
+    found = {t for d in verdicts.detections if d.kind is Kind.RIGHT and d.score >= threshold and (t := d.truth) is not None}
+    objects = {k: t for k, t in enumerate(verdicts.truths) if t.fate is not Fate.CROWD}
+    novel = {k for k, t in objects.items() if t.label >= len(protocol.base)}
+    boxes = [_box(t.box, "", _style(t.label, protocol) + " missed", title=f"missed: {protocol.names[t.label]}")
+             for k, t in objects.items() if k not in found]
+    for d in verdicts.detections[:MOST_BOXES][::-1]:  # the best on top
+        wrong = d.kind not in (Kind.RIGHT, Kind.IGNORED)
+        said = f"{protocol.names[d.label]} {d.score:.2f}: {d.kind}" + (" error" if wrong and d.kind is not Kind.DUPLICATE else "")
+        boxes.append(_box(d.box, f"{protocol.names[d.label]} {d.score:.2f}", _style(d.label, protocol) + (" wrong" if wrong else ""), d.score, said))
+    false = sum(1 for d in verdicts.detections if d.score >= threshold and d.label >= len(protocol.base) and d.kind not in (Kind.RIGHT, Kind.IGNORED))
+    return {"run": name, "boxes": boxes, "objects": len(objects), "found": len(found & objects.keys()), "novel_objects": len(novel),
+            "novel_found": len(found & novel), "novel_which": frozenset(found & novel), "novel_false": false}
+
+
+def pseudo_boxes(runs: Sequence[OneRun], data: DataPaths, count: int, log: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Cards of the training images, for each features and weights that a run was trained with; and why there are none of a run."""
+    parts: dict[tuple[Any, ...], dict[str, Any]] = {}
+    reasons: list[str] = []
+    if not count:
+        return [], ["Pseudo boxes were left out."]
+    for run in runs:
+        if not run.folder.recipe().loss.uses_pseudo_boxes:
+            reasons.append(f"{run.name} was trained without pseudo boxes.")
+            continue
+        weight = _weight(run)
+        key = (run.run.cache_id, weight)
+        if key in parts:
+            parts[key]["names"].append(run.name)
+            continue
+        try:
+            parts[key] = {"names": [run.name], "weight": weight, "cards": _pseudo_cards(run, data, count, weight)}
+        except HdovdError as error:
+            reasons.append(f"{run.name}: {error}")
+    for part in parts.values():
+        weight = part["weight"]
+        by = "" if weight is None else (f" Weight of a label: {weight.scale:.3g} * sigmoid((cosine - {weight.centre:.4g}) / {weight.width:.3g}), "
+                                        f"from {weight.source}.")
+        part["note"] = (f"What {', '.join(part['names'])} learned from besides base boxes: proposals, each with the noun that CLIP finds most like "
+                        f"its crop. Evenly spaced over the training images that have some; in training at most {_most(runs)} of an image are "
+                        f"used.{by}")
+    return list(parts.values()), reasons
+
+
+def _most(runs: Sequence[OneRun]) -> str:
+    return " or ".join(sorted({str(run.folder.recipe().pseudo_boxes.max_per_image) for run in runs}))
+
+
+def _weight(run: OneRun) -> Reliability | None:
+    """What the run was trained with, as it recorded it."""
+    recorded = run.folder.record().get("reliability")
+    if not recorded:
+        return None
+    return Reliability(float(recorded["centre"]), float(recorded["width"]), float(recorded["scale"]), str(recorded["source"]))
+
+
+def _pseudo_cards(run: OneRun, data: DataPaths, count: int, weight: Reliability | None) -> list[dict[str, Any]]:
+    cache, protocol = cache_of(run.folder.record()), run.analysis.protocol
+    split = data.load("train2017", protocol, base_only=True, log=lambda _: None)
+    failed = cache.failed()
+    with_some = [image for image in split.images if image.id not in failed]
+    step = max(1, len(with_some) // (3 * count))
+    cards = []
+    for image in with_some[::step]:
+        if not len(cache.instances(image.id).proposals().box):
+            continue
+        view = gather_view(cache, image.id, image, names=protocol.names, file=split.path(image), reliability=weight)
+        cards.append(_card(split.path(image), image.id, image.width, image.height, f"train-{image.id}") | _pseudo_rows(view))
+        if len(cards) == count:
+            break
+    if not cards:
+        raise HdovdError("none of the images looked at has a proposal in the cache")
+    return cards
+
+
+def _pseudo_rows(view: CacheView) -> dict[str, Any]:
+    boxes, rows = [], []
+    for row in view.rows:
+        if row.source is Source.BASE_BOX:
+            boxes.append(_box(row.box, row.name, "base"))
+            continue
+        number = len(rows) + 1
+        nouns = " + ".join(f"{noun.name} ({noun.share:.2f})" if len(row.nouns) > 1 else noun.name for noun in row.nouns) or "no noun"
+        boxes.append(_box(row.box, f"{number} {row.name}", "novel", title=f"{number}: {nouns}"))
+        rows.append({"number": number, "noun": nouns, "cosine": row.cosine, "weight": row.weight,
+                     "nearest": ", ".join(f"{near.name} {near.cosine:.2f}" for near in row.nearest)})
+    return {"boxes": boxes, "rows": rows}
+
+
+def _card(path: Path, image_id: int, width: int, height: int, key: str) -> dict[str, Any]:
+    picture = read_image(path, width, height)
+    picture.thumbnail((LONGEST_SIDE_PX, LONGEST_SIDE_PX), Image.Resampling.LANCZOS)
+    return {"image_id": image_id, "key": key, "width": width, "height": height, "unit": round(max(width, height) / 30, 1),
+            "data": picture_data(picture, quality=82)}
+
+
+def _box(box: tuple[float, float, float, float], text: str, style: str, score: float | None = None, title: str = "") -> dict[str, Any]:
+    left, top, right, bottom = box
+    return {"x": left, "y": top, "w": max(right - left, 0.0), "h": max(bottom - top, 0.0), "text": text, "style": style, "score": score,
+            "title": title or text}
+
+
+def _style(label: int, protocol: Protocol) -> str:
+    return "novel" if label >= len(protocol.base) else "base"

@@ -1,0 +1,80 @@
+"""The runs that a report is about: opened, named, checked to be of one kind. Called by `report`; its other parts take `OneRun`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hdovd.cache.catalog import Catalog
+from hdovd.coco import DataPaths
+from hdovd.errors import HdovdError
+from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.run_analysis import RunAnalysis, analyse
+from hdovd.pipelines.run_folder import RunFolder
+from hdovd.pipelines.runs import Run, read_run
+
+
+@dataclass(frozen=True, slots=True)
+class OneRun:
+    """A run by the name that the report calls it by. `entries`: its log. `notes`: what a reader should know of it."""
+
+    name: str
+    folder: RunFolder
+    run: Run
+    analysis: RunAnalysis
+    entries: list[dict[str, Any]]
+    notes: tuple[str, ...]
+
+
+def open_runs(paths: Sequence[Path], validation: DataPaths, threshold: float, log: Callable[[str], None]) -> list[OneRun]:
+    """Raises HdovdError if two runs are of different protocols or validation images, or one is given twice."""
+    resolved = [path.resolve() for path in paths]
+    if twice := [str(path) for path, where in zip(paths, resolved, strict=True) if resolved.count(where) > 1]:
+        raise HdovdError(f"{twice[0]} is given twice")
+    runs = []
+    for name, path in zip(names_of(resolved), paths, strict=True):
+        folder, run = RunFolder.open(path), read_run(path)
+        analysis = analyse(path, validation, confusion_score=threshold, log=log if not runs else lambda _: None)
+        notes = [f"{name}: {reason}" for reason in run.wrong]
+        if run.epochs is not None and run.epochs_done < run.epochs:
+            notes.append(f"{name} has done {run.epochs_done} of its {run.epochs} epochs")
+        runs.append(OneRun(name, folder, run, analysis, folder.entries(), tuple(notes)))
+        _require_same(runs[0], runs[-1])
+    return runs
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """What each path has of its own, beneath the folder that all lie in; of one alone its last part."""
+    if len(paths) == 1:
+        return [paths[0].name]
+    common = Path(os.path.commonpath(paths))
+    return [str(path.relative_to(common)) if path != common else path.name for path in paths]
+
+
+def data_of(runs: Sequence[Path], given: DataPaths) -> DataPaths:
+    """`given`, or what the cache of the first run that knows it was made from. Raises HdovdError if none does."""
+    if given != DataPaths():
+        return given
+    reasons = []
+    for path in runs:
+        try:
+            cache = RunFolder.open(path).record()["cache"]["path"]
+            for features in Catalog(cache).sets().values():
+                if features.made_from:
+                    return ExtractConfig.from_dict(features.made_from, cache).data
+            reasons.append(f"{cache} does not say what it was made from")
+        except (HdovdError, KeyError, TypeError, ValueError) as error:
+            reasons.append(str(error))
+    raise HdovdError("where are the pictures? Give --data ROOT, or --images and --annotations; the runs do not tell: " + "; ".join(reasons))
+
+
+def _require_same(first: OneRun, other: OneRun) -> None:
+    a, b = first.analysis, other.analysis
+    if (a.protocol.base, a.protocol.novel) != (b.protocol.base, b.protocol.novel):
+        raise HdovdError(f"{first.name} was evaluated by protocol {a.protocol.name} and {other.name} by {b.protocol.name}: their AP does "
+                         "not compare; make a report of each")
+    if [image.id for image in a.split.images] != [image.id for image in b.split.images]:
+        raise HdovdError(f"{first.name} and {other.name} were evaluated on different images: run hdovd eval of both on the same")
