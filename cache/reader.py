@@ -129,7 +129,7 @@ class FeatureCache:
     @property
     def dim(self) -> int:
         """D, the size of every embedding."""
-        return self._product(Level.CLASS).dim
+        return self._product(Level.CLASS if Level.CLASS in self._products else Level.INSTANCE).dim
 
     def failed(self) -> dict[int, str]:
         """Images that lack embeddings at the image or the instance level, with the reason."""
