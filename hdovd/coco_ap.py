@@ -23,6 +23,12 @@ from hdovd.protocol import Protocol
 GROUPS = ("novel", "base", "all")
 
 
+def group_slice(protocol: Protocol, group: str) -> slice:
+    """The labels of the classes of a group."""
+    base = len(protocol.base)
+    return {"novel": slice(base, None), "base": slice(0, base), "all": slice(None)}[group]
+
+
 @dataclass(frozen=True, slots=True)
 class AveragePrecision:
     """Per class AP50 and AP (IoU 0.5:0.95) in label order; NaN for a class without ground truth."""
@@ -31,13 +37,9 @@ class AveragePrecision:
     ap50: np.ndarray
     ap: np.ndarray
 
-    def _group(self, group: str) -> slice:
-        base = len(self.protocol.base)
-        return {"novel": slice(base, None), "base": slice(0, base), "all": slice(None)}[group]
-
     def mean(self, values: np.ndarray, group: str) -> float | None:
         """Mean over the classes of a group that have ground truth; None if none has."""
-        counted = values[self._group(group)]
+        counted = values[group_slice(self.protocol, group)]
         counted = counted[~np.isnan(counted)]
         return float(counted.mean()) if len(counted) else None
 

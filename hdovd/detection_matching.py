@@ -1,0 +1,155 @@
+"""Which detection found which object, as COCOeval decides it at one IoU: what curves, errors and verdicts are counted from.
+
+Called by `pipelines/run_analysis` and, through it, by `hdovd eval` and `hdovd report`. D detections, G objects, P overlapping pairs of
+them. Boxes are (x, y, width, height) float64 in pixels of the original image, as the files have them: from corners the IoU would differ in
+its last bits, and with it, now and then, a match.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+IOU = 0.5  # at which a detection is right: AP50
+LEAST_IOU = 0.1  # below it nothing is asked of a pair (TIDE's background threshold)
+PAIRS_AT_ONCE = 1 << 21  # bounds the memory, about 40 bytes a pair
+
+
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """Ground truth, flat: `image_ids` (G,), `boxes` (G, 4), `labels` (G,), `crowd` (G,) bool: not one object, asks and answers nothing."""
+
+    image_ids: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Detections, flat, in any order: `image_ids` (D,), `boxes` (D, 4), `labels` (D,), `scores` (D,)."""
+
+    image_ids: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Overlaps:
+    """Pairs of one image that overlap by `LEAST_IOU` or more, whatever their classes: places `detection` (P,) and `item` (P,) in
+    `Found` and `Objects`, and `iou` (P,); with a crowd it is the share of the detection that lies in it. Sorted by both places."""
+
+    detection: np.ndarray
+    item: np.ndarray
+    iou: np.ndarray
+
+
+class Verdict(IntEnum):
+    """On a detection. IGNORED: it lies in a crowd of its class, or beyond the cap on detections; AP does not count it."""
+
+    WRONG = 0
+    RIGHT = 1
+    IGNORED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """`verdict` (D,) of `Verdict`; `item` (D,): the object, or crowd, that a detection took, or -1; `finder` (G,): the detection that
+    found an object, or -1, always so for crowds; `rank` (D,): places of detections, class by class, best first."""
+
+    verdict: np.ndarray
+    item: np.ndarray
+    finder: np.ndarray
+    rank: np.ndarray
+
+
+def find_overlaps(found: Found, objects: Objects) -> Overlaps:
+    """All pairs of a detection and an object, or crowd, of its image that overlap."""
+    by_image = np.argsort(objects.image_ids, kind="stable")
+    ids = objects.image_ids[by_image]
+    first = np.searchsorted(ids, found.image_ids, "left")
+    count = np.searchsorted(ids, found.image_ids, "right") - first
+    parts = []
+    ends = np.cumsum(count)
+    start = 0
+    while start < len(count):
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + PAIRS_AT_ONCE, "right")))
+        counts = count[start:stop]
+        detection = np.repeat(np.arange(start, stop), counts)
+        within = np.arange(len(detection)) - np.repeat(np.cumsum(counts) - counts, counts)
+        item = by_image[first[detection] + within]
+        iou = paired_ious(found.boxes[detection], objects.boxes[item], objects.crowd[item])
+        near = iou >= LEAST_IOU
+        parts.append((detection[near], item[near], iou[near]))
+        start = stop
+    if not parts:
+        return Overlaps(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    return Overlaps(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def paired_ious(one: np.ndarray, two: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """(P, 4), (P, 4) -> (P,) in the order of operations of pycocotools, so that the last bit is its own."""
+    sides = np.minimum(one[:, :2] + one[:, 2:], two[:, :2] + two[:, 2:]) - np.maximum(one[:, :2], two[:, :2])
+    meet = (sides > 0).all(axis=1)
+    shared = sides[:, 0] * sides[:, 1]
+    area = one[:, 2] * one[:, 3]
+    union = np.where(crowd, area, area + two[:, 2] * two[:, 3] - shared)
+    return np.divide(shared, union, out=np.zeros(len(one)), where=meet)
+
+
+def match(found: Found, objects: Objects, overlaps: Overlaps, most: int, threshold: float = IOU) -> Matching:
+    """COCOeval's rule: in each image and class every detection in turn, best first, takes the object, of those still free, that it
+    overlaps most; else a crowd, which is never used up.
+
+    Args:
+        most: the cap of COCOeval's maxDets: detections of one class in one image that count.
+        threshold: least IoU, `LEAST_IOU` or more.
+    """
+    rank = np.lexsort((found.image_ids, -found.scores, found.labels))  # of equal scores by image id, then in order, as COCOeval
+    verdict = np.full(len(found.labels), Verdict.WRONG, np.int8)
+    verdict[_beyond(found, most)] = Verdict.IGNORED
+    place = np.empty(len(rank), np.int64)
+    place[rank] = np.arange(len(rank))
+    taken = np.full(len(found.labels), -1)
+    finder = np.full(len(objects.labels), -1)
+    able = (overlaps.iou >= min(threshold, 1 - 1e-10)) & (found.labels[overlaps.detection] == objects.labels[overlaps.item])
+    able &= verdict[overlaps.detection] == Verdict.WRONG
+    detection, item, iou = overlaps.detection[able], overlaps.item[able], overlaps.iou[able]
+    crowd = objects.crowd[item]
+    order = np.lexsort((item, crowd, place[detection]))  # the pairs of one detection: objects in order, then crowds
+    best, best_iou, last, in_crowd = -1, 0.0, -1, False
+    free = finder.copy()  # a list of Python's is faster to ask, but slower to fill
+
+    def settle() -> None:
+        if best >= 0:
+            taken[last] = best
+            verdict[last] = Verdict.IGNORED if in_crowd else Verdict.RIGHT
+            if not in_crowd:
+                free[best] = last
+
+    for d, g, overlap, of_crowd in zip(detection[order].tolist(), item[order].tolist(), iou[order].tolist(), crowd[order].tolist(),
+                                       strict=True):
+        if d != last:
+            settle()
+            best, best_iou, last, in_crowd = -1, 0.0, d, False
+        if of_crowd:
+            if best >= 0 and not in_crowd:
+                continue  # it has an object
+        elif free[g] >= 0:
+            continue
+        if overlap >= best_iou:  # of equals the last
+            best, best_iou, in_crowd = g, overlap, of_crowd
+    settle()
+    return Matching(verdict, taken, free, rank)
+
+
+def _beyond(found: Found, most: int) -> np.ndarray:
+    """Places of detections beyond the `most` best of their class and image."""
+    order = np.lexsort((-found.scores, found.labels, found.image_ids))
+    same = (np.diff(found.image_ids[order], prepend=-1) == 0) & (np.diff(found.labels[order], prepend=-1) == 0)
+    starts = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
+    return order[np.arange(len(order)) - starts >= most]
