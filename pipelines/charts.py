@@ -1,7 +1,7 @@
 """Charts as SVG text, for pages that take no script from elsewhere: lines over a number axis, and matrices.
 
-Called by the report's templates. Colours are the page's CSS variables, so that a chart is light or dark with its page; what a chart shows is
-in its data attribute as well, from which the page's script says the values under the pointer or the arrow keys.
+Called by `report_charts`. Colours are the page's CSS variables, so that a chart is light or dark with its page; what a chart shows is
+in its data attribute as well, from which the page's script says the values under the pointer or at the arrow keys.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> Markup:
 
 def matrix_chart(title: str, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, low: float, high: float,
                  digits: int = 2, row_title: str = "", column_title: str = "") -> Markup:
-    """A figure's SVG of values (n, m), the darker the nearer to `high`; NaN is left blank. Names may be cut; in full they are in the data."""
+    """A figure's SVG of values (n, m), the more inked the nearer to `high`; NaN is left blank. Long names are cut, but not in the data."""
     n, m = values.shape
     cell = 10
     left, top = _margin(rows, cell), _margin(columns, cell)
@@ -103,10 +103,11 @@ def matrix_chart(title: str, values: np.ndarray, rows: Sequence[str], columns: S
     if top > cell:
         parts += [f'<text class="name" transform="translate({left + j * cell + 8},{top - 3}) rotate(-90)">{escape(_cut(name))}</text>'
                   for j, name in enumerate(columns)]
-    data = {"origin": [left, top], "cell": cell, "rows": list(rows), "columns": list(columns), "row": row_title, "column": column_title,
+    data = {"origin": [left, top], "cell": cell, "row": row_title, "rows": list(rows), "column": column_title, "columns": list(columns),
             "values": [[None if math.isnan(v) else round(float(v), digits) for v in row] for row in values.tolist()]}
-    return Markup(f'<svg class="matrix" viewBox="0 0 {width} {height}" style="max-width:{max(width * 1.6, 220):.0f}px" role="img" tabindex="0" '
-                  f'aria-label="{escape(title)}" data-matrix="{escape(json.dumps(data, separators=(",", ":")))}">{"".join(parts)}</svg>')
+    return Markup(f'<svg class="matrix" viewBox="0 0 {width} {height}" style="max-width:{max(width * 1.6, 220):.0f}px" role="img" '
+                  f'tabindex="0" aria-label="{escape(title)}" data-matrix="{escape(json.dumps(data, separators=(",", ":")))}">'
+                  f'{"".join(parts)}</svg>')
 
 
 def picture_data(picture: Image.Image, form: str = "JPEG", **options: Any) -> str:

@@ -1,4 +1,4 @@
-"""One page about one run or several: what they find, what they miss, and where the AP comes from. A single HTML file that needs nothing else.
+"""One page about one run or several: what they find, what they miss, where the AP comes from. One HTML file that needs nothing else.
 
 Called by `hdovd report`, `hdovd demo` and Python. The parts are made by `report_tables`, `report_charts` and `report_gallery`; the page is
 `page/report.html`, with its own style and script in it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -41,7 +41,7 @@ class ReportJob:
 
     runs: tuple[Path, ...]
     out: Path
-    data: DataPaths = DataPaths()
+    data: DataPaths = field(default_factory=DataPaths)
     validation: DataPaths | None = None
     gallery: int = 48
     pseudo: int = 12
@@ -65,7 +65,7 @@ def report(job: ReportJob, log: Callable[[str], None] = print) -> Path:
     """
     if job.out.is_file():
         raise HdovdError(f"--out {job.out} is a file: give a folder, in which {FILE} is written")
-    data = data_of(job.runs, job.data)
+    data = data_of(job.runs, job.data, needed=job.validation is None)
     validation = job.validation or data
     for run in job.runs:
         _evaluate_if_needed(run, job, validation, log)
@@ -98,7 +98,7 @@ def _evaluate_if_needed(run: Path, job: ReportJob, data: DataPaths, log: Callabl
 def _context(runs: Sequence[OneRun], job: ReportJob, data: DataPaths, log: Callable[[str], None]) -> dict[str, Any]:
     first = runs[0].analysis
     gallery = report_gallery.validation_cards(runs, job.gallery, job.threshold)
-    pseudo, pseudo_none = report_gallery.pseudo_boxes(runs, data, job.pseudo, log)
+    pseudo, pseudo_none = report_gallery.pseudo_boxes(runs, data, job.pseudo)
     matrices, matrices_none = _relations(runs, job, data, log)
     return {
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs of {os.path.commonpath([r.folder.path.resolve() for r in runs])}",
@@ -126,7 +126,8 @@ def _relations(runs: Sequence[OneRun], job: ReportJob, data: DataPaths, log: Cal
         return figures, ["The matrices were left out."]
     for run in runs:
         try:
-            found = relations(run.folder, data, job.relation_images, device=job.device, weights=run.analysis.weights.file, log=lambda _: None)
+            found = relations(run.folder, data, job.relation_images, device=job.device, weights=run.analysis.weights.file,
+                              log=lambda _: None)
         except HdovdError as error:
             reasons.append(f"{run.name}: {error}")
         else:

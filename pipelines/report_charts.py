@@ -19,8 +19,8 @@ from hdovd.pipelines.report_runs import OneRun
 from hdovd.pipelines.run_hooks import PLAIN
 
 MOST_CONFUSIONS = 12
-LEVELS = {"rpn": "Detector", "box": "Detector", "classification": "Class level: base classes and pseudo boxes' nouns", "instance": "Instance level",
-          "image": "Image level", "val": "Validation AP50"}
+LEVELS = {"rpn": "Detector", "box": "Detector", "classification": "Class level: base classes and the nouns of pseudo boxes",
+          "instance": "Instance level", "image": "Image level", "val": "Validation AP50"}
 RECALL, PRECISION = Axis("recall", 0.0, 1.0), Axis("precision", 0.0, 1.0)
 
 
@@ -102,7 +102,8 @@ def confusion(run: OneRun) -> dict[str, Any]:
 def relation_figures(name: str, found: Relations, *, with_teacher: bool) -> list[dict[str, Any]]:
     """The student's matrix, and before it the teacher's if it is not there yet."""
     names = [text + ("*" if pseudo else "") for text, pseudo in zip(found.names, found.pseudo.tolist(), strict=True)]
-    sides = ([("CLIP, the teacher", found.teacher, f"{len(names)} boxes of {len(found.image_ids)} training images")] if with_teacher else [])
+    batch = f"{len(names)} boxes of {len(found.image_ids)} training images"
+    sides = [("CLIP, the teacher", found.teacher, batch)] if with_teacher else []
     alike = "" if found.correlation is None else f"correlation with the teacher's {found.correlation:.2f}; "
     sides.append((f"{name}, the student", found.student, f"{alike}relation loss of this batch {found.loss:.3g}, without its weight"))
     figures = []

@@ -5,7 +5,7 @@ A card is plain values for the template: a picture as data, its size in pixels o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import Image
 
 from hdovd.cache.schema import Source
 from hdovd.coco import DataPaths
+from hdovd.error_breakdown import Kind
 from hdovd.errors import HdovdError
 from hdovd.pipelines.cache_view import CacheView, Reliability, gather_view
 from hdovd.pipelines.charts import picture_data
@@ -20,7 +21,6 @@ from hdovd.pipelines.image_verdicts import Fate, ImageVerdicts
 from hdovd.pipelines.images import read_image
 from hdovd.pipelines.relations import cache_of
 from hdovd.pipelines.report_runs import OneRun
-from hdovd.error_breakdown import Kind
 from hdovd.protocol import Protocol
 
 LONGEST_SIDE_PX = 560
@@ -63,13 +63,15 @@ def _panel(name: str, verdicts: ImageVerdicts, protocol: Protocol, threshold: fl
     for d in verdicts.detections[:MOST_BOXES][::-1]:  # the best on top
         wrong = d.kind not in (Kind.RIGHT, Kind.IGNORED)
         said = f"{protocol.names[d.label]} {d.score:.2f}: {d.kind}" + (" error" if wrong and d.kind is not Kind.DUPLICATE else "")
-        boxes.append(_box(d.box, f"{protocol.names[d.label]} {d.score:.2f}", _style(d.label, protocol) + (" wrong" if wrong else ""), d.score, said))
-    false = sum(1 for d in verdicts.detections if d.score >= threshold and d.label >= len(protocol.base) and d.kind not in (Kind.RIGHT, Kind.IGNORED))
+        style = _style(d.label, protocol) + (" wrong" if wrong else "")
+        boxes.append(_box(d.box, f"{protocol.names[d.label]} {d.score:.2f}", style, d.score, said))
+    false = sum(1 for d in verdicts.detections
+                if d.score >= threshold and d.label >= len(protocol.base) and d.kind not in (Kind.RIGHT, Kind.IGNORED))
     return {"run": name, "boxes": boxes, "objects": len(objects), "found": len(found & objects.keys()), "novel_objects": len(novel),
             "novel_found": len(found & novel), "novel_which": frozenset(found & novel), "novel_false": false}
 
 
-def pseudo_boxes(runs: Sequence[OneRun], data: DataPaths, count: int, log: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[str]]:
+def pseudo_boxes(runs: Sequence[OneRun], data: DataPaths, count: int) -> tuple[list[dict[str, Any]], list[str]]:
     """Cards of the training images, for each features and weights that a run was trained with; and why there are none of a run."""
     parts: dict[tuple[Any, ...], dict[str, Any]] = {}
     reasons: list[str] = []
@@ -90,11 +92,11 @@ def pseudo_boxes(runs: Sequence[OneRun], data: DataPaths, count: int, log: Calla
             reasons.append(f"{run.name}: {error}")
     for part in parts.values():
         weight = part["weight"]
-        by = "" if weight is None else (f" Weight of a label: {weight.scale:.3g} * sigmoid((cosine - {weight.centre:.4g}) / {weight.width:.3g}), "
-                                        f"from {weight.source}.")
-        part["note"] = (f"What {', '.join(part['names'])} learned from besides base boxes: proposals, each with the noun that CLIP finds most like "
-                        f"its crop. Evenly spaced over the training images that have some; in training at most {_most(runs)} of an image are "
-                        f"used.{by}")
+        by = "" if weight is None else (f" Weight of a label: {weight.scale:.3g} * sigmoid((cosine - {weight.centre:.4g}) / "
+                                        f"{weight.width:.3g}), from {weight.source}.")
+        part["note"] = (f"What {', '.join(part['names'])} learned from besides base boxes: proposals, each with the noun that CLIP finds "
+                        f"most like its crop. The images are spread evenly over those of training; at most {_most(runs)} proposals of an "
+                        f"image are used in a step.{by}")
     return list(parts.values()), reasons
 
 
@@ -130,7 +132,7 @@ def _pseudo_cards(run: OneRun, data: DataPaths, count: int, weight: Reliability 
 
 
 def _pseudo_rows(view: CacheView) -> dict[str, Any]:
-    boxes, rows = [], []
+    boxes, rows = list[dict[str, Any]](), list[dict[str, Any]]()
     for row in view.rows:
         if row.source is Source.BASE_BOX:
             boxes.append(_box(row.box, row.name, "base"))
@@ -150,7 +152,8 @@ def _card(path: Path, image_id: int, width: int, height: int, key: str) -> dict[
             "data": picture_data(picture, quality=82)}
 
 
-def _box(box: tuple[float, float, float, float], text: str, style: str, score: float | None = None, title: str = "") -> dict[str, Any]:
+def _box(box: tuple[float, float, float, float], text: str, style: str, score: float | None = None,
+         title: str = "") -> dict[str, Any]:
     left, top, right, bottom = box
     return {"x": left, "y": top, "w": max(right - left, 0.0), "h": max(bottom - top, 0.0), "text": text, "style": style, "score": score,
             "title": title or text}

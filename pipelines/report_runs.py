@@ -34,7 +34,7 @@ def open_runs(paths: Sequence[Path], validation: DataPaths, threshold: float, lo
     resolved = [path.resolve() for path in paths]
     if twice := [str(path) for path, where in zip(paths, resolved, strict=True) if resolved.count(where) > 1]:
         raise HdovdError(f"{twice[0]} is given twice")
-    runs = []
+    runs: list[OneRun] = []
     for name, path in zip(names_of(resolved), paths, strict=True):
         folder, run = RunFolder.open(path), read_run(path)
         analysis = analyse(path, validation, confusion_score=threshold, log=log if not runs else lambda _: None)
@@ -54,8 +54,8 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     return [str(path.relative_to(common)) if path != common else path.name for path in paths]
 
 
-def data_of(runs: Sequence[Path], given: DataPaths) -> DataPaths:
-    """`given`, or what the cache of the first run that knows it was made from. Raises HdovdError if none does."""
+def data_of(runs: Sequence[Path], given: DataPaths, *, needed: bool = True) -> DataPaths:
+    """`given`, or what the cache of the first run that knows it was made from; HdovdError if none does, and it is `needed`."""
     if given != DataPaths():
         return given
     reasons = []
@@ -68,6 +68,8 @@ def data_of(runs: Sequence[Path], given: DataPaths) -> DataPaths:
             reasons.append(f"{cache} does not say what it was made from")
         except (HdovdError, KeyError, TypeError, ValueError) as error:
             reasons.append(str(error))
+    if not needed:
+        return given
     raise HdovdError("where are the pictures? Give --data ROOT, or --images and --annotations; the runs do not tell: " + "; ".join(reasons))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hdovd.coco_ap import GROUPS
-from hdovd.error_breakdown import ERRORS, Kind
+from hdovd.error_breakdown import ERRORS
 from hdovd.pipelines.ablate_cells import SEED
 from hdovd.pipelines.ablate_table import METRICS, NO, YES, Row
 from hdovd.pipelines.report_runs import OneRun
@@ -56,9 +56,10 @@ def _texts(values: Sequence[Any]) -> list[str]:
 def run_row(run: OneRun, runs: Sequence[OneRun]) -> dict[str, Any]:
     """A run in the table of AP, and the facts about it."""
     metrics = run.analysis.metrics
-    best = {group: len(runs) > 1 and _is_best([r.analysis.metrics["ap50"][group] for r in runs], metrics["ap50"][group]) for group in GROUPS}
-    return {"name": run.name, "levels": ", ".join(run.run.distillation) or "none", "seed": "-" if run.run.seed is None else run.run.seed,
-            "metrics": metrics, "best": best, "facts": facts(run)}
+    best = {group: len(runs) > 1 and _is_best([r.analysis.metrics["ap50"][group] for r in runs], metrics["ap50"][group])
+            for group in GROUPS}
+    return {"name": run.name, "levels": ", ".join(run.run.distillation) or "none", "metrics": metrics, "best": best, "facts": facts(run),
+            "seed": "-" if run.run.seed is None else run.run.seed}
 
 
 def class_rows(runs: Sequence[OneRun], in_gallery: Collection[str]) -> list[dict[str, Any]]:
@@ -84,17 +85,17 @@ def _is_best(values: Sequence[float | None], value: float | None) -> bool:
 
 def error_rows(runs: Sequence[OneRun]) -> list[dict[str, Any]]:
     """Counts and AP50 that would be gained, by kind, of novel and of base classes; the longest bar of the table has share 1."""
-    rows = []
+    rows = list[dict[str, Any]]()
     for group in ("novel", "base"):
         for run in runs:
             errors = run.analysis.errors.groups[group]
-            cells = [{"count": errors.counts[Kind(kind)], "dap": errors.gains[Kind(kind)]} for kind in ERRORS]
+            cells: list[dict[str, Any]] = [{"count": errors.counts[kind], "dap": errors.gains[kind]} for kind in ERRORS]
             cells += [{"count": errors.false_positives, "dap": errors.false_positive_gain},
                       {"count": errors.false_negatives, "dap": errors.false_negative_gain}]
             rows.append({"run": run.name, "group": group, "cells": cells})
-    most = max((float(cell["dap"] or 0.0) for row in rows for cell in row["cells"]), default=0.0) or 1.0  # type: ignore[attr-defined]
+    most = max((float(cell["dap"] or 0.0) for row in rows for cell in row["cells"]), default=0.0) or 1.0
     for row in rows:
-        for cell in row["cells"]:  # type: ignore[attr-defined]
+        for cell in row["cells"]:
             cell["share"] = max(cell["dap"] or 0.0, 0.0) / most
     return rows
 
