@@ -17,6 +17,7 @@ import numpy as np
 
 from hdovd.ap_engine import Engine, classes
 from hdovd.coco import clip_box, read_json
+from hdovd.detection_matching import Objects
 from hdovd.errors import HdovdError, shorten
 from hdovd.protocol import Protocol
 
@@ -67,7 +68,9 @@ class AveragePrecision:
 
 
 class GroundTruth:
-    """The objects of an annotation file that AP counts, read and indexed once: they serve one set of detections after another."""
+    """The objects of an annotation file that AP counts, read and indexed once: they serve one set of detections after another.
+
+    `objects`: the same as arrays, in the file's order."""
 
     def __init__(self, annotations: Path, coco_ids: tuple[int, ...], image_ids: Iterable[int], protocol: Protocol,
                  engine: Engine = Engine.PYCOCOTOOLS) -> None:
@@ -79,6 +82,7 @@ class GroundTruth:
         size = {i["id"]: (i["width"], i["height"]) for i in tree["images"]}
         kept = [a for a in tree["annotations"] if a["image_id"] in self._image_ids and a["category_id"] in wanted_classes
                 and clip_box(a["bbox"], *size[a["image_id"]])[0] is not None]  # what `load_split` skipped is no object
+        self.objects = _flat(kept, coco_ids)
         # pycocotools takes annotation id 0 for "unmatched": number them anew from 1
         self._truth = self._indexed([
             {"id": number, "image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "iscrowd": a.get("iscrowd", 0),
@@ -126,6 +130,14 @@ def average_precision(annotations: Path, coco_ids: tuple[int, ...], image_ids: I
                       protocol: Protocol, engine: Engine = Engine.PYCOCOTOOLS) -> AveragePrecision:
     """AP of COCO results on `image_ids` of an annotation file, once; arguments and errors as of `GroundTruth`."""
     return GroundTruth(annotations, coco_ids, image_ids, protocol, engine).average_precision(detections)
+
+
+def _flat(annotations: list[dict[str, Any]], coco_ids: tuple[int, ...]) -> Objects:
+    label = {coco_id: k for k, coco_id in enumerate(coco_ids)}
+    return Objects(np.array([a["image_id"] for a in annotations], np.int64),
+                   np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4),
+                   np.array([label[a["category_id"]] for a in annotations], np.int64),
+                   np.array([bool(a.get("iscrowd", 0)) for a in annotations], bool))
 
 
 def _quiet() -> contextlib.redirect_stdout[io.StringIO]:

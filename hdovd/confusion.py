@@ -8,11 +8,12 @@ class; what is taken by none counts in the column "missed".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from hdovd.detection_matching import IOU, Found, Objects, Overlaps, take_in_turn
 from hdovd.protocol import Protocol
 
 
@@ -39,8 +40,43 @@ class Confusion:
 
     def top(self, most: int = 20) -> list[ConfusedPair]:
         """The commonest confusions of two classes, background and missed aside; of equals in label order."""
-        raise NotImplementedError
+        names, base = self.protocol.names, len(self.protocol.base)
+        between = self.counts[:-1, :-1].copy()
+        np.fill_diagonal(between, 0)
+        order = np.argsort(-between, axis=None, kind="stable")[:most]
+        objects = self.counts.sum(axis=1)
+
+        def group(label: int) -> str:
+            return "base" if label < base else "novel"
+
+        return [ConfusedPair(names[t], group(t), names[d], group(d), int(between[t, d]), float(between[t, d] / objects[t]))
+                for t, d in zip(*(rows.tolist() for rows in np.unravel_index(order, between.shape)), strict=True) if between[t, d]]
 
     def to_tree(self) -> dict[str, Any]:
-        """`{"threshold", "rows": [names, "background"], "columns": [names, "missed"], "counts": [[...]], "top": [fields of ConfusedPair]}`."""
-        raise NotImplementedError
+        """`{"threshold", "rows": [names, "background"], "columns": [names, "missed"], "counts": rows, "top": [ConfusedPair]}`."""
+        names = list(self.protocol.names)
+        return {"threshold": self.threshold, "rows": [*names, "background"], "columns": [*names, "missed"], "counts": self.counts.tolist(),
+                "top": [asdict(pair) for pair in self.top()]}
+
+
+def confusion(found: Found, objects: Objects, overlaps: Overlaps, protocol: Protocol, threshold: float) -> Confusion:
+    """Count what is taken for what among the detections scored `threshold` or more."""
+    classes = len(protocol.names)
+    shown = found.scores >= threshold
+    turn = np.empty(len(shown), np.int64)
+    turn[np.argsort(-found.scores, kind="stable")] = np.arange(len(shown))
+    own, crowd = found.labels[overlaps.detection] == objects.labels[overlaps.item], objects.crowd[overlaps.item]
+    able = (overlaps.iou >= IOU) & shown[overlaps.detection] & (own | ~crowd)
+    detection, item = overlaps.detection[able], overlaps.item[able]
+    order = np.lexsort((item, own[able], crowd[able], turn[detection]))  # its own class last: of equals the last is taken
+    taker, taken = take_in_turn(detection[order], item[order], overlaps.iou[able][order], crowd[able][order])
+    alone = shown.copy()
+    alone[taker] = False
+    missed = ~objects.crowd
+    missed[taken] = False
+    took_object = ~objects.crowd[taken]
+    counts = np.zeros((classes + 1, classes + 1), np.int64)
+    np.add.at(counts, (objects.labels[taken[took_object]], found.labels[taker[took_object]]), 1)
+    np.add.at(counts[-1], found.labels[alone], 1)
+    np.add.at(counts[:, -1], objects.labels[missed], 1)
+    return Confusion(protocol, threshold, counts)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 
@@ -98,58 +100,72 @@ def paired_ious(one: np.ndarray, two: np.ndarray, crowd: np.ndarray) -> np.ndarr
     shared = sides[:, 0] * sides[:, 1]
     area = one[:, 2] * one[:, 3]
     union = np.where(crowd, area, area + two[:, 2] * two[:, 3] - shared)
-    return np.divide(shared, union, out=np.zeros(len(one)), where=meet)
+    return np.asarray(np.divide(shared, union, out=np.zeros(len(one)), where=meet))
 
 
-def match(found: Found, objects: Objects, overlaps: Overlaps, most: int, threshold: float = IOU) -> Matching:
+def match(found: Found, objects: Objects, overlaps: Overlaps, most: int) -> Matching:
     """COCOeval's rule: in each image and class every detection in turn, best first, takes the object, of those still free, that it
     overlaps most; else a crowd, which is never used up.
 
     Args:
         most: the cap of COCOeval's maxDets: detections of one class in one image that count.
-        threshold: least IoU, `LEAST_IOU` or more.
     """
-    rank = np.lexsort((found.image_ids, -found.scores, found.labels))  # of equal scores by image id, then in order, as COCOeval
-    verdict = np.full(len(found.labels), Verdict.WRONG, np.int8)
+    rank = ranking(found.labels, found.scores, found.image_ids)
+    turn = np.empty(len(rank), np.int64)
+    turn[rank] = np.arange(len(rank))
+    verdict = np.full(len(rank), Verdict.WRONG, np.int8)
     verdict[_beyond(found, most)] = Verdict.IGNORED
-    place = np.empty(len(rank), np.int64)
-    place[rank] = np.arange(len(rank))
-    taken = np.full(len(found.labels), -1)
-    finder = np.full(len(objects.labels), -1)
-    able = (overlaps.iou >= min(threshold, 1 - 1e-10)) & (found.labels[overlaps.detection] == objects.labels[overlaps.item])
+    able = (overlaps.iou >= IOU) & (found.labels[overlaps.detection] == objects.labels[overlaps.item])
     able &= verdict[overlaps.detection] == Verdict.WRONG
     detection, item, iou = overlaps.detection[able], overlaps.item[able], overlaps.iou[able]
     crowd = objects.crowd[item]
-    order = np.lexsort((item, crowd, place[detection]))  # the pairs of one detection: objects in order, then crowds
-    best, best_iou, last, in_crowd = -1, 0.0, -1, False
-    free = finder.copy()  # a list of Python's is faster to ask, but slower to fill
+    order = np.lexsort((item, crowd, turn[detection]))  # the pairs of one detection: objects in order, then crowds
+    taker, taken = take_in_turn(detection[order], item[order], iou[order], crowd[order])
+    of_crowd = objects.crowd[taken]
+    verdict[taker] = np.where(of_crowd, Verdict.IGNORED, Verdict.RIGHT)
+    items, finder = np.full(len(rank), -1), np.full(len(objects.labels), -1)
+    items[taker] = taken
+    finder[taken[~of_crowd]] = taker[~of_crowd]
+    return Matching(verdict, items, finder, rank)
 
-    def settle() -> None:
+
+def ranking(labels: np.ndarray, scores: np.ndarray, image_ids: np.ndarray) -> np.ndarray:
+    """(D,) places, class by class, best first; of equal scores by image id and then as they come: COCOeval's order."""
+    return np.lexsort((image_ids, -scores, labels))
+
+
+def take_in_turn(detection: np.ndarray, item: np.ndarray, iou: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every detection takes the free object that it overlaps most, of equals the last; if there is none, a crowd, which stays free.
+
+    Args:
+        all (P,): pairs that may go together, of one detection after the other, in their turn; of each its crowds last.
+
+    Returns:
+        Detections that took something, in their turn, and what.
+    """
+    pairs = zip(detection.tolist(), item.tolist(), iou.tolist(), crowd.tolist(), strict=True)
+    used: set[int] = set()
+    took: list[tuple[int, int]] = []
+    for d, candidates in groupby(pairs, key=itemgetter(0)):
+        best, best_iou, best_is_crowd = -1, 0.0, True
+        for _, g, overlap, is_crowd in candidates:
+            if is_crowd and not best_is_crowd:
+                break  # it has an object
+            if overlap >= best_iou and g not in used:
+                best, best_iou, best_is_crowd = g, overlap, is_crowd
         if best >= 0:
-            taken[last] = best
-            verdict[last] = Verdict.IGNORED if in_crowd else Verdict.RIGHT
-            if not in_crowd:
-                free[best] = last
-
-    for d, g, overlap, of_crowd in zip(detection[order].tolist(), item[order].tolist(), iou[order].tolist(), crowd[order].tolist(),
-                                       strict=True):
-        if d != last:
-            settle()
-            best, best_iou, last, in_crowd = -1, 0.0, d, False
-        if of_crowd:
-            if best >= 0 and not in_crowd:
-                continue  # it has an object
-        elif free[g] >= 0:
-            continue
-        if overlap >= best_iou:  # of equals the last
-            best, best_iou, in_crowd = g, overlap, of_crowd
-    settle()
-    return Matching(verdict, taken, free, rank)
+            took.append((d, best))
+            if not best_is_crowd:
+                used.add(best)
+    both = np.array(took, np.int64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
 
 
 def _beyond(found: Found, most: int) -> np.ndarray:
     """Places of detections beyond the `most` best of their class and image."""
     order = np.lexsort((-found.scores, found.labels, found.image_ids))
-    same = (np.diff(found.image_ids[order], prepend=-1) == 0) & (np.diff(found.labels[order], prepend=-1) == 0)
-    starts = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
-    return order[np.arange(len(order)) - starts >= most]
+    same = np.zeros(len(order), bool)
+    same[1:] = (np.diff(found.image_ids[order]) == 0) & (np.diff(found.labels[order]) == 0)
+    place = np.arange(len(order))
+    first = np.maximum.accumulate(np.where(same, 0, place))
+    return np.asarray(order[place - first >= most])

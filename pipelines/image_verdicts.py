@@ -9,7 +9,11 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from hdovd.error_breakdown import Kind
+import numpy as np
+
+from hdovd.coco import ImageBoxes
+from hdovd.detection_matching import Found, Matching, Objects, paired_ious
+from hdovd.error_breakdown import KINDS, Errors, Kind
 
 Box = tuple[float, float, float, float]
 
@@ -63,3 +67,34 @@ class ImageVerdicts:
     def to_tree(self) -> dict[str, Any]:
         """The fields as JSON values; kinds and fates by name."""
         return asdict(self)
+
+
+def verdicts_on(image: ImageBoxes, found: Found, objects: Objects, matching: Matching, errors: Errors) -> ImageVerdicts:
+    """What became of an image's detections and objects; `objects` holds those of the image in its order."""
+    mine = np.flatnonzero(found.image_ids == image.id)
+    mine = mine[np.argsort(-found.scores[mine], kind="stable")]
+    truths = np.flatnonzero(objects.image_ids == image.id)
+    about = errors.item[mine]
+    has = about >= 0
+    ious = np.zeros(len(mine))
+    ious[has] = paired_ious(found.boxes[mine[has]], objects.boxes[about[has]], objects.crowd[about[has]])
+    place = {item: k for k, item in enumerate(truths.tolist())}
+    detections = [DetectionVerdict(box, label, score, KINDS[kind], place.get(item), iou) for box, label, score, kind, item, iou in zip(
+        _corners(found.boxes[mine]), found.labels[mine].tolist(), found.scores[mine].tolist(), errors.kind[mine].tolist(), about.tolist(),
+        ious.tolist(), strict=True)]
+    shown = {detection: k for k, detection in enumerate(mine.tolist())}
+    fates: list[tuple[Fate, int | None]] = []
+    for item, finder, mender in zip(truths.tolist(), matching.finder[truths].tolist(), errors.mended_by[truths].tolist(), strict=True):
+        if finder >= 0:
+            fates.append((Fate.FOUND, shown[finder]))
+        elif mender >= 0:
+            fates.append((Fate.MISNAMED if KINDS[errors.kind[mender]] is Kind.CLASSIFICATION else Fate.MISPLACED, shown[mender]))
+        else:
+            fates.append((Fate.CROWD if objects.crowd[item] else Fate.MISSED, None))
+    return ImageVerdicts(image.id, image.file_name, image.width, image.height, detections, [
+        TruthVerdict(box, label, number, *fate) for box, label, number, fate in zip(
+            _corners(objects.boxes[truths]), objects.labels[truths].tolist(), image.annotation_ids.tolist(), fates, strict=True)])
+
+
+def _corners(boxes: np.ndarray) -> list[Box]:
+    return [(x, y, x + w, y + h) for x, y, w, h in boxes.tolist()]

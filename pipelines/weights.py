@@ -1,6 +1,8 @@
-"""Which weights of a run to evaluate. Imports nothing, for the sake of --help."""
+"""Which weights of a run to evaluate, and which they are. Imports nothing heavy, for the sake of --help."""
 
+import hashlib
 from enum import StrEnum
+from pathlib import Path
 
 
 class Weights(StrEnum):
@@ -12,3 +14,9 @@ class Weights(StrEnum):
     @property
     def file(self) -> str:
         return "model.safetensors" if self is Weights.LAST else "best.safetensors"
+
+
+def weights_hash(file: Path) -> str:
+    """What tells the weights in a file from others: the start of its SHA-256."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:24]
