@@ -43,9 +43,9 @@ class ReportJob:
     out: Path
     data: DataPaths = field(default_factory=DataPaths)
     validation: DataPaths | None = None
-    gallery: int = 48
+    gallery: int = 36
     pseudo: int = 12
-    relation_images: int = 12
+    relation_images: int = 8
     threshold: float = 0.3
     device: str = "auto"
     batch_size: int = 16

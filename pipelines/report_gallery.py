@@ -25,6 +25,7 @@ from hdovd.protocol import Protocol
 
 LONGEST_SIDE_PX = 560
 MOST_BOXES = 40  # of one picture
+TEXT_SHARE = 26  # letters are this part of the longer side high
 FOUND, MISSED, FALSE, APART = "novel objects found", "novel objects missed", "false novel detections", "runs that disagree on novel objects"
 
 
@@ -148,7 +149,7 @@ def _pseudo_rows(view: CacheView) -> dict[str, Any]:
 def _card(path: Path, image_id: int, width: int, height: int, key: str) -> dict[str, Any]:
     picture = read_image(path, width, height)
     picture.thumbnail((LONGEST_SIDE_PX, LONGEST_SIDE_PX), Image.Resampling.LANCZOS)
-    return {"image_id": image_id, "key": key, "width": width, "height": height, "unit": round(max(width, height) / 30, 1),
+    return {"image_id": image_id, "key": key, "width": width, "height": height, "unit": round(max(width, height) / TEXT_SHARE, 1),
             "data": picture_data(picture, quality=82)}
 
 
@@ -156,7 +157,7 @@ def _box(box: tuple[float, float, float, float], text: str, style: str, score: f
          title: str = "") -> dict[str, Any]:
     left, top, right, bottom = box
     return {"x": left, "y": top, "w": max(right - left, 0.0), "h": max(bottom - top, 0.0), "text": text, "style": style, "score": score,
-            "title": title or text}
+            "title": title or text, "low": style.endswith("wrong")}
 
 
 def _style(label: int, protocol: Protocol) -> str:

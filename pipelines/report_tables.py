@@ -17,7 +17,7 @@ from hdovd.pipelines.ablate_table import METRICS, NO, YES, Row
 from hdovd.pipelines.report_runs import OneRun
 from hdovd.pipelines.run_hooks import duration
 from hdovd.pipelines.runs import Run
-from hdovd.pipelines.settings import different_keys, short_names, shown_apart
+from hdovd.pipelines.settings import SWITCH, Settings, different_keys, short_names, shown_apart
 
 ERROR_NAMES = [*(str(kind) for kind in ERRORS), "all false detections", "all objects not found"]
 EQUAL = 1e-9
@@ -27,16 +27,19 @@ def ablation(runs: Sequence[Run]) -> dict[str, Any] | None:
     """A row for each setting that the runs do not share, its runs taken together; None of a single setting with a single run."""
     if len(runs) < 2:
         return None
-    keys = [key for key in different_keys([run.settings for run in runs]) if key != SEED]
+    settings = [_that_count(run.settings) for run in runs]
+    keys = [key for key in different_keys(settings) if key != SEED and len({repr(s[key]) for s in settings if key in s}) > 1]
+    keys.sort(key=lambda key: not key.endswith(SWITCH))
     groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(repr([run.settings.get(key) for key in keys]), []).append(run)
+    for run, values in zip(runs, settings, strict=True):
+        groups.setdefault(repr([values.get(key) for key in keys]), []).append(run)
     rows = []
     for members in groups.values():
         scores: dict[str, dict[int, float | None]] = {
             metric: {k: run.ap50.get(metric) if metric in GROUPS else run.split_blind.get("novel") for k, run in enumerate(members)}
             for metric in METRICS}
-        rows.append(Row("", tuple(members[0].settings.get(key) for key in keys), scores, len(members)))
+        values = _that_count(members[0].settings)
+        rows.append(Row("", tuple(values.get(key) for key in keys), scores, len(members)))
     best = {metric: max((row.mean(metric) or 0.0 for row in rows), default=0.0) for metric in METRICS}
     columns = [_texts([row.values[k] for row in rows]) for k in range(len(keys))]
     names = short_names(keys, {key for run in runs for key in run.settings})
@@ -44,6 +47,12 @@ def ablation(runs: Sequence[Run]) -> dict[str, Any] | None:
             "rows": [{"texts": [column[i] for column in columns], "row": row,
                       "best": {metric: len(rows) > 1 and (row.mean(metric) or -1.0) >= best[metric] - EQUAL for metric in METRICS}}
                      for i, row in enumerate(rows)]}
+
+
+def _that_count(settings: Settings) -> Settings:
+    """Without those of pseudo boxes for a run that uses none."""
+    uses_them = any(settings.get(f"loss.{level}{SWITCH}") for level in ("instance", "class"))
+    return {key: value for key, value in settings.items() if uses_them or not key.startswith("pseudo_boxes.")}
 
 
 def _texts(values: Sequence[Any]) -> list[str]:
