@@ -26,12 +26,12 @@ INK = (47, 111, 208)  # of matrices; its opacity is the value, so that it goes w
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a chart: points in order; NaN or None breaks it. `series`: which of the page's colours, from 0."""
+    """One line of a chart: points in order; NaN or None breaks it. `series`: which of the page's colours, from 0; None: none of them."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float | None]
-    series: int = 0
+    series: int | None = 0
     dashed: bool = False
     dots: bool = False
 
@@ -71,7 +71,7 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> Markup:
     parts.append(f'<text class="axis" transform="rotate(-90)" x="{-(TOP + HEIGHT - BOTTOM) / 2}" y="11" text-anchor="middle">'
                  f'{escape(y.label)}</text>')
     for line in drawn:
-        style = f"s{line.series % 8}" + (" dashed" if line.dashed else "")
+        style = _style(line.series) + (" dashed" if line.dashed else "")
         for run in _unbroken(line):
             points = [point(a, b) for a, b in run]
             if len(points) > 1:
@@ -81,8 +81,7 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> Markup:
                     cx, cy = p.split(",")
                     parts.append(f'<circle class="dot {style}" cx="{cx}" cy="{cy}" r="3"/>')
     data = {"frame": [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM], "range": [x_low, x_high, y_low, y_high], "x": x.label,
-            "lines": [{"name": line.name, "s": line.series % 8, "x": [_rounded(v) for v in line.x], "y": [_rounded(v) for v in line.y]}
-                      for line in drawn]}
+            "lines": [{"name": line.name, "x": [_rounded(v) for v in line.x], "y": [_rounded(v) for v in line.y]} for line in drawn]}
     return Markup(f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(title)}" '
                   f'data-chart="{escape(json.dumps(data, separators=(",", ":")))}">{"".join(parts)}</svg>')
 
@@ -123,6 +122,10 @@ def ticks(low: float, high: float) -> list[float]:
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= TICKS + 1)
     first = math.ceil(low / step - 1e-9)
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _style(series: int | None) -> str:
+    return "plain" if series is None else f"s{series % 8}"
 
 
 def _ink(values: np.ndarray, low: float, high: float) -> str:

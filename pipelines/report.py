@@ -1,7 +1,7 @@
 """One page about one run or several: what they find, what they miss, where the AP comes from. One HTML file that needs nothing else.
 
 Called by `hdovd report`, `hdovd demo` and Python. The parts are made by `report_tables`, `report_charts` and `report_gallery`; the page is
-`page/report.html`, with its own style and script in it.
+`pages/report.html`, with its own style and script in it.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def report(job: ReportJob, log: Callable[[str], None] = print) -> Path:
 
 
 def page(template: str, context: dict[str, Any]) -> str:
-    """A template of the folder `page` with its style and script in it. What is not Markup is escaped: names may hold anything."""
-    folder = resources.files("hdovd").joinpath("pipelines", "page")
+    """A template of the folder `pages` with its style and script in it. What is not Markup is escaped: names may hold anything."""
+    folder = resources.files("hdovd").joinpath("pipelines", "pages")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False,
                                      loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")))
     style, script = (Markup(folder.joinpath(f"page.{end}").read_text(encoding="utf-8")) for end in ("css", "js"))

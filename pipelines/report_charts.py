@@ -53,7 +53,7 @@ def reliability(runs: Sequence[OneRun]) -> list[tuple[str, Markup, str]]:
     """Share of right detections by score, novel and base apart."""
     charts = []
     for group in ("novel", "base"):
-        lines = [Line("right as often as it says", [0.0, 1.0], [0.0, 1.0], 7, dashed=True)]
+        lines = [Line("right as often as it says", [0.0, 1.0], [0.0, 1.0], None, dashed=True)]
         errors = []
         for place, run in enumerate(runs):
             found = run.analysis.reliability[group]

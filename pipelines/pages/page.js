@@ -116,7 +116,7 @@ for (const svg of all("svg[data-chart], svg[data-matrix]")) {
     showTip(text, ...(event ? [event.clientX, event.clientY] : onScreen(svg, x, y)));
   };
   const ready = () => { reader ??= svg.dataset.chart ? readChart(svg) : readMatrix(svg); };
-  const leave = () => { tip.hidden = true; svg.querySelector("[data-mark]")?.remove(); };
+  const leave = () => { place = null; tip.hidden = true; svg.querySelector("[data-mark]")?.remove(); };
   svg.addEventListener("pointermove", event => { ready(); show(reader.nearest(...inSvg(svg, event)), event); });
   svg.addEventListener("pointerleave", leave);
   svg.addEventListener("blur", leave);
