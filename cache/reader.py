@@ -170,6 +170,29 @@ class FeatureCache:
             labels = {}
         return InstanceRows(self._row_array(Level.INSTANCE, "embedding").read(start, stop), *known, **no_labels(stop - start) | labels)
 
+    def image_ids(self) -> np.ndarray:
+        """(N,) int64, the images that have rows, in row order."""
+        return self._table(Level.BOXES, "image_id")
+
+    def row_count(self) -> int:
+        """How many instance rows there are, of all images together."""
+        return int(self._table(Level.BOXES, "offset")[-1])
+
+    def instances_at(self, rows: np.ndarray) -> tuple[np.ndarray, InstanceRows]:
+        """Instance rows by their number in the product, rows (n,) int64: the images (n,) int64 that they are of, and what is known of them.
+
+        Embeddings are read row by row: ascending numbers are read fastest.
+        """
+        image = self.image_ids()[np.searchsorted(self._table(Level.BOXES, "offset"), rows, "right") - 1]
+        known = [self._table(Level.BOXES, name)[rows] for name in ("box", "source", "annotation_id", "score")]
+        labels = {name: self._table(Level.PSEUDO_LABEL, name)[rows] for name in self._label_arrays()} if self._has_labels() else {}
+        stored = self._row_array(Level.INSTANCE, "embedding")
+        embedding = np.concatenate([stored.read(row, row + 1) for row in rows.tolist()] or [stored.read(0, 0)])
+        return image, InstanceRows(embedding, *known, **no_labels(len(rows)) | labels)
+
+    def _has_labels(self) -> bool:
+        return Level.PSEUDO_LABEL in self._products
+
     def _label_arrays(self) -> list[str]:
         return list(row_arrays(Level.PSEUDO_LABEL, self._product(Level.PSEUDO_LABEL).dim))
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hdovd.cli import export_cache, import_cache, options
+from hdovd.cli import cache_map, cache_view, export_cache, import_cache, options
 from hdovd.pipelines.extract_config import Activation, Precision
 
 app = typer.Typer(
@@ -141,6 +141,8 @@ def verify(
 
 app.command("export")(export_cache.export)
 app.command("import")(import_cache.import_)
+app.command("view")(cache_view.view)
+app.command("map")(cache_map.map_)
 
 
 def _print(lines: list[str]) -> None:
