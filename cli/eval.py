@@ -17,6 +17,8 @@ def eval(
     annotations: options.Annotations = None,
     protocol: Annotated[str | None, typer.Option("--protocol", help="Default: the protocol that the run was trained with.")] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Print the table of all classes.")] = False,
+    errors: Annotated[bool, typer.Option("--errors", help="Print what keeps AP50 from 100: errors by kind, novel and base apart "
+                                         "(docs/ERRORS.md).")] = False,
     pictures: Annotated[int, typer.Option(min=0, help="Draw the detections of this many validation images.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 16,
     workers: Annotated[str, typer.Option(help="Processes that decode images, or auto: none on a CPU, up to 16 for a GPU.")] = "auto",
@@ -32,12 +34,14 @@ def eval(
     """
     from hdovd.coco import DataPaths
     from hdovd.pipelines.evaluate import EvalJob, evaluate
-    from hdovd.pipelines.tables import class_table, result_table
+    from hdovd.pipelines.tables import class_table, error_table, result_table
 
     result = evaluate(EvalJob(run, DataPaths(data, images, annotations), protocol, device, batch_size, options.workers(workers), pictures,
                               engine, weights))
     typer.echo(result_table(result))
     if per_class:
         typer.echo(class_table(result))
+    if errors:
+        typer.echo(error_table(result.errors))
     for file in result.files:
         typer.echo(f"wrote {file}")

@@ -16,7 +16,7 @@ import numpy as np
 
 IOU = 0.5  # at which a detection is right: AP50
 LEAST_IOU = 0.1  # below it nothing is asked of a pair (TIDE's background threshold)
-PAIRS_AT_ONCE = 1 << 21  # bounds the memory, about 40 bytes a pair
+PAIRS_AT_ONCE = 1 << 19  # bounds the memory, some 200 bytes a pair
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,8 @@ tidecv 1.0 does. It differs from it in what follows.
   them. maxDets caps a class in an image, as in COCOeval; in tidecv an image.
 - Intervals are half open: an overlap of exactly 0.5 with an object that another has found is a duplicate (tidecv: localisation), one of
   exactly 0.1 with another class is "both" (background).
+- The 101 recalls are COCOeval's to the last bit, which decides at recalls that are met exactly; without this and crowds, all
+  counts are tidecv's, and all gains to 1e-12.
 - A class without objects is in no mean, as in COCOeval; tidecv counts it as 0 if something was detected as it.
 - A gain is the mean over the classes of its group, and may be a little below 0 where fewer objects shift the 101 recalls; tidecv cuts
   it off at 0.

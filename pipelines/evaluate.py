@@ -13,13 +13,15 @@ from pathlib import Path
 from hdovd.ap_engine import Engine, require
 from hdovd.coco import DataPaths
 from hdovd.coco_ap import AveragePrecision
+from hdovd.error_breakdown import ErrorBreakdown, break_down
 from hdovd.errors import HdovdError
 from hdovd.faster_rcnn import FasterRCNN
 from hdovd.pipelines.device import pick_device
+from hdovd.pipelines.found_rows import found_of
 from hdovd.pipelines.pictures import draw_detections
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.validation import Validation, inference_precision, results
-from hdovd.pipelines.weights import Weights
+from hdovd.pipelines.weights import Weights, weights_hash
 from hdovd.protocol import Protocol, load_protocol
 
 
@@ -43,11 +45,12 @@ class EvalJob:
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """`combined` uses the base/novel split at test time (METHOD section 7), `split_blind` does not."""
+    """`combined` uses the base/novel split at test time (METHOD section 7), `split_blind` does not. `errors`: of `combined`."""
 
     protocol: Protocol
     combined: AveragePrecision
     split_blind: AveragePrecision
+    errors: ErrorBreakdown
     images: int
     alpha: float
     beta: float
@@ -67,6 +70,8 @@ def evaluate(job: EvalJob, log: Callable[[str], None] = print) -> EvalResult:
     run.load_model(model, job.weights.file)
     found = validation.run(model.to(device), texts)
     split, combined, blind = validation.split, found.combined, found.split_blind
+    rows = results(split, found.detections)
+    errors = break_down(found_of(rows, split.coco_ids), validation.truth.objects, protocol)
     alpha = beta = 0.0
     if recipe.loss.instance.enabled:  # else there is one score, and nothing to combine
         alpha, beta = recipe.inference.alpha, recipe.inference.beta
@@ -75,9 +80,9 @@ def evaluate(job: EvalJob, log: Callable[[str], None] = print) -> EvalResult:
                "images": len(split.images), "alpha": alpha, "beta": beta,
                "classes_without_ground_truth": combined.without_ground_truth(), "cache": run.record()["cache"],
                "engine": {"name": job.engine.value, "version": require(job.engine)}, "precision": inference_precision(device, recipe),
-               "weights": job.weights.value}
+               "weights": job.weights.value, "weights_hash": weights_hash(run.path / job.weights.file), "errors": errors.to_tree()}
     files[0].write_text(json.dumps(metrics, indent=1))
-    files[1].write_text(json.dumps(results(split, found.detections)))
+    files[1].write_text(json.dumps(rows))
     if job.pictures:
         files += draw_detections(split, found.detections, protocol, run.path / "pictures", job.pictures)
-    return EvalResult(protocol, combined, blind, len(split.images), alpha, beta, files)
+    return EvalResult(protocol, combined, blind, errors, len(split.images), alpha, beta, files)

@@ -38,7 +38,7 @@ def read_found(file: Path, split: Split) -> Found:
             if None not in stream.lists:
                 break
             if (fault := _fault(row, images, classes, split)):
-                raise HdovdError(f"{file}: entry {number}: {fault}")
+                raise HdovdError(f"{file}: entry {number}: {fault}; give the data that the run was evaluated on, or run hdovd eval again")
             yield row
         if None not in stream.lists:
             raise HdovdError(f"{file} is no list of detections: run hdovd eval again")
@@ -50,8 +50,7 @@ def _fault(row: Any, images: set[int], classes: set[int], split: Split) -> str:
     if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
         return "a detection has image_id, category_id, bbox and score"
     if not isinstance(row["image_id"], int) or row["image_id"] not in images:
-        return (f"it is for image {row['image_id']}, which {split.annotations} does not hold; were these detections made for other images? "
-                "Give the data that the run was evaluated on")
+        return f"it is for image {row['image_id']}, of which {split.annotations} holds no object of the protocol's classes"
     if not isinstance(row["category_id"], int) or row["category_id"] not in classes:
         return f"category {row['category_id']} is none of the protocol's"
     box, score = row["bbox"], row["score"]

@@ -5,7 +5,7 @@ Boxes are xyxy, pixels of the original image.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -65,8 +65,12 @@ class ImageVerdicts:
     truths: list[TruthVerdict]
 
     def to_tree(self) -> dict[str, Any]:
-        """The fields as JSON values; kinds and fates by name."""
-        return asdict(self)
+        """The fields as JSON values; kinds and fates by name, boxes to a hundredth of a pixel, scores and IoU to five digits."""
+        return {"image_id": self.image_id, "file_name": self.file_name, "width": self.width, "height": self.height,
+                "detections": [{"box": [round(v, 2) for v in d.box], "label": d.label, "score": round(d.score, 5), "kind": d.kind.value,
+                                "truth": d.truth, "iou": round(d.iou, 5)} for d in self.detections],
+                "truths": [{"box": [round(v, 2) for v in t.box], "label": t.label, "annotation_id": t.annotation_id, "fate": t.fate.value,
+                            "detection": t.detection} for t in self.truths]}
 
 
 def verdicts_on(image: ImageBoxes, found: Found, objects: Objects, matching: Matching, errors: Errors) -> ImageVerdicts:

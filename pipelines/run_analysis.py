@@ -59,7 +59,7 @@ class RunAnalysis:
 
     def to_tree(self, images: Iterable[int] = ()) -> dict[str, Any]:
         """JSON values: "run", "protocol", "weights", "metrics", "curves", "errors", "confusion", "reliability", and "images": the
-        verdicts on those at these places of the split (on all of COCO's they are some 100 MB)."""
+        verdicts on those at these places of the split (on all of COCO's they are some 70 MB)."""
         return {"run": str(self.run), "protocol": self.protocol.to_dict(), "weights": self.weights.value, "metrics": self.metrics,
                 "curves": self.curves.to_tree(), "errors": self.errors.to_tree(), "confusion": self.confusion.to_tree(),
                 "reliability": {group: part.to_tree() for group, part in self.reliability.items()},
@@ -102,7 +102,8 @@ def _metrics(run: RunFolder) -> dict[str, Any]:
         if not (run.path / name).is_file():
             raise HdovdError(f"{run.path} has no {name}: run hdovd eval {run.path} first")
     metrics = read_json(run.path / "metrics.json", "metrics")
-    if not isinstance(metrics, dict) or not isinstance(metrics.get("per_class"), dict):
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("per_class"), dict) or (
+            metrics.get("weights", Weights.LAST) not in [*Weights]):
         raise HdovdError(f"{run.path / 'metrics.json'} is not what hdovd eval writes: run it again")
     return metrics
 

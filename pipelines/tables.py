@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hdovd.coco_ap import GROUPS, AveragePrecision
+from hdovd.error_breakdown import ERRORS, ErrorBreakdown
 from hdovd.pipelines.evaluate import EvalResult
 
 
@@ -31,6 +32,28 @@ def class_table(result: EvalResult) -> str:
         kind = "novel" if label >= len(result.protocol.base) else "base"
         lines.append(f"{name:24s}{kind:8s}{_number(ap['ap50']):>8s}{_number(ap['ap']):>8s}")
     return "\n".join(lines)
+
+
+def error_table(errors: ErrorBreakdown) -> str:
+    """How many errors of each kind the groups have, and the AP50 that mending them would gain."""
+    parts = [errors.groups[group] for group in GROUPS]
+    rows: list[tuple[str, list[tuple[int, float | None]]]] = [
+        *((kind.value, [(part.counts[kind], part.gains[kind]) for part in parts]) for kind in ERRORS),
+        ("all wrong detections", [(part.false_positives, part.false_positive_gain) for part in parts]),
+        ("all objects not found", [(part.false_negatives, part.false_negative_gain) for part in parts])]
+    lines = ["errors at IoU 0.5: how many, and the AP50 gained if that kind alone were mended",
+             f"{'':24s}" + "".join(f"{group:>20s}" for group in GROUPS), f"{'':24s}" + f"{'count':>11s}{'dAP50':>9s}" * len(GROUPS)]
+    lines += [f"{name:24s}" + "".join(f"{count:>11,d}{_signed(gain):>9s}" for count, gain in cells) for name, cells in rows]
+    shares = [f"{part.found:,d} of {part.objects:,d}" for part in parts]
+    lines.append(f"{'objects found':24s}" + "".join(f"{share:>20s}" for share in shares))
+    lines.append(f"{'classification errors':24s}" + "".join(f"{f'named {named}':>20s}" for named in ("novel", "base")))
+    lines += [f"{f'  of {truth} objects':24s}" + "".join(f"{errors.misnamed[truth][named]:>20,d}" for named in ("novel", "base"))
+              for truth in ("novel", "base")]
+    return "\n".join(lines)
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.1f}"
 
 
 def _values(ap: AveragePrecision) -> list[float | None]:

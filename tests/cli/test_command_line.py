@@ -238,9 +238,9 @@ def test_the_main_job_by_commands(hdovd: Callable[..., Ran], world: Path, clip: 
     assert "everything is there" in ran.out
     assert f"next: hdovd train --cache {quote(str(cache))} --features same --out" in ran.out
 
-    ran = hdovd("eval", run, "--data", world, "--per-class", "--pictures", 1, "--device", "cpu")
+    ran = hdovd("eval", run, "--data", world, "--per-class", "--errors", "--pictures", 1, "--device", "cpu")
     assert ran.code == 0, ran.err
-    for word in ("novel", "base", "all", "split-blind", "demo-world", "umbrella", "metrics.json"):
+    for word in ("novel", "base", "all", "split-blind", "demo-world", "umbrella", "localisation", "named novel", "metrics.json"):
         assert word in ran.out
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["cache"]["path"] == str(cache.resolve())
