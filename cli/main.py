@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import hdovd
-from hdovd.cli import ablate, audit, bench, cache, calibrate, demo, eval, extract_clip, nouns, proposals, propose, report, runs, train
+from hdovd.cli import ablate, audit, bench, cache, calibrate, demo, eval, export, extract_clip, nouns, proposals, propose, report, runs, train
 from hdovd.errors import HdovdError, Stopped
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app = typer.Typer(
     [bold]cache[/bold] lists, compares, checks, mends and tidies what extract-clip wrote;
     [bold]runs[/bold] lists and compares what train wrote. [bold]ablate[/bold] trains and evaluates a grid of settings.
     [bold]report[/bold] writes one page about runs: AP, errors, pictures, curves.
+    [bold]export[/bold] writes the detector as ONNX, TorchScript or safetensors.
     [bold]audit[/bold] shows that no novel annotation was used; [bold]proposals[/bold] converts proposal files.
     """,
     rich_markup_mode="rich",
@@ -55,6 +56,7 @@ app.command("extract-clip")(extract_clip.extract_clip)
 app.command("calibrate")(calibrate.calibrate)
 app.command("train")(train.train)
 app.command("eval")(eval.eval)
+app.command("export")(export.export)
 app.command("ablate")(ablate.ablate)
 app.command("report")(report.report)
 app.command("audit")(audit.audit)

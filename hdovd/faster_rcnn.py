@@ -30,7 +30,7 @@ from hdovd.sampling import keys_of
 from hdovd.step_view import StepView
 from hdovd.targets import Targets
 
-_CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
+CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ class FasterRCNN(nn.Module):
         prompts = torch.cat([texts, self.background[None]])
         s1 = classwise.cosine_logits(c, prompts, self.recipe.detector.head.logit_scale).softmax(dim=1)
         s2 = None if d is None else classwise.cosine_logits(d, texts, self.recipe.inference.distillation_scale).sigmoid()
-        decoded = _CODER.decode_single(deltas, torch.cat(proposals))
+        decoded = CODER.decode_single(deltas, torch.cat(proposals))
         counts = [len(p) for p in proposals]
         per_image = zip(decoded.split(counts), s1.split(counts), [None] * len(counts) if s2 is None else s2.split(counts),
                         batch.image_sizes, factors, strict=True)
@@ -189,7 +189,7 @@ def _box_loss(view: StepView) -> Tensor:
     boxes = torch.cat([t.all_boxes for t in view.targets])
     base = torch.cat([torch.arange(len(t.all_boxes), device=boxes.device) < len(t.boxes) for t in view.targets])
     if len(boxes):
-        wanted = _CODER.encode_single(boxes[view.box_of_roi.clamp(min=0)], torch.cat(view.rois))
+        wanted = CODER.encode_single(boxes[view.box_of_roi.clamp(min=0)], torch.cat(view.rois))
         is_base = base[view.box_of_roi.clamp(min=0)] & (view.box_of_roi >= 0)
     else:
         wanted, is_base = torch.zeros_like(view.deltas), view.box_of_roi >= 0

@@ -64,7 +64,8 @@ def detect_batch(predictions: list[RoIPredictions], is_novel: Tensor, config: In
     score, boxes = scores[roi, label], boxes[roi]
     kept = []
     for b, s, k in zip(boxes.split(per_image), score.split(per_image), label.split(per_image), strict=True):
-        keep = batched_nms(b, s, k, config.nms)[: config.detections_per_image]
+        # batched_nms shifts the classes apart by the picture's size: with many classes, too far for pixels to be exact in float32
+        keep = batched_nms(b.double(), s.double(), k, config.nms)[: config.detections_per_image]
         kept.append((b[keep], s[keep], k[keep]))
     found = [len(s) for _, s, _ in kept]
     on_cpu = [torch.cat(parts).cpu().split(found) for parts in zip(*kept, strict=True)]

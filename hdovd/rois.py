@@ -74,15 +74,22 @@ class PyramidRoIAlign(nn.Module):
         """
         image = torch.cat([torch.full((len(r), 1), float(i), device=r.device) for i, r in enumerate(rois)])
         boxes = torch.cat(rois)
-        side = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1).sqrt()
-        wanted = torch.floor(4 + torch.log2(side / self.canonical_size + 1e-6)).clamp(self.levels[0], self.levels[-1])
+        wanted = self.level_of(boxes)
         channels = features[str(self.levels[0])].shape[1]
         pooled = boxes.new_zeros(len(boxes), channels, POOL_SIZE, POOL_SIZE)
         indexed = torch.cat([image, boxes], dim=1)
         for level in self.levels:
             rows = (wanted == level).nonzero().flatten()
-            level_map = features[str(level)].float()
-            crops = roi_align(level_map, indexed[rows], POOL_SIZE, spatial_scale=math.ldexp(1.0, -level),
-                              sampling_ratio=self.sampling_ratio, aligned=True)
-            pooled = pooled.index_copy(0, rows, crops)
+            pooled = pooled.index_copy(0, rows, self.crop(features, level, indexed[rows]))
         return pooled
+
+    def level_of(self, boxes: Tensor) -> Tensor:
+        """(R, 4) boxes -> (R,) float32 whole numbers: the level that each is pooled from."""
+        side = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1).sqrt()
+        return torch.floor(4 + torch.log2(side / self.canonical_size + 1e-6)).clamp(self.levels[0], self.levels[-1])
+
+    def crop(self, features: dict[str, Tensor], level: int, indexed: Tensor) -> Tensor:
+        """RoIs (r, 5), the picture's number before each box, all from one level -> (r, C, 7, 7) float32."""
+        crops: Tensor = roi_align(features[str(level)].float(), indexed, POOL_SIZE, spatial_scale=math.ldexp(1.0, -level),
+                                  sampling_ratio=self.sampling_ratio, aligned=True)
+        return crops

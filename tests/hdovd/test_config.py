@@ -73,7 +73,7 @@ def test_constants_of_the_method_that_are_not_in_recipes() -> None:
     """Sections 3 to 6: RoIAlign 7x7, IoU 0.5, n >= 2, box deltas of the authors' configuration (0.1, 0.1, 0.2, 0.2)."""
     assert (POOL_SIZE, POSITIVE_IOU, MIN_PAIRS) == (7, 0.5, 2)
     assert ASPECT_RATIOS == (0.5, 1.0, 2.0)
-    assert faster_rcnn._CODER.weights == (10.0, 10.0, 5.0, 5.0)
+    assert faster_rcnn.CODER.weights == (10.0, 10.0, 5.0, 5.0)
 
 
 def test_every_value_of_the_ov_coco_recipe_has_its_source_behind_it() -> None:

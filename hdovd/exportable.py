@@ -1,0 +1,181 @@
+"""The detector as one function of tensors alone, from a picture to detections, that torch can trace. Called by the stage `export_model`.
+
+It is `FasterRCNN.predict` and `inference.detect` over the same weights, written so that a trace keeps what depends on the
+data: sizes are tensors, nothing is a Python number that a picture decides, and no device is written into it.
+R RoIs, C classes, D embedding size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import nms
+
+from hdovd.batching import SIZE_DIVISOR
+from hdovd.faster_rcnn import CODER, FasterRCNN
+from hdovd.inference import combine_scores
+from hdovd.losses import classwise
+
+_MANY_BOXES = 4000  # torchvision's batched_nms goes class by class from so many coordinates on; below, it shifts the classes apart
+_SMALLEST = 1e-3  # pixels; torchvision's RPN drops proposals with a shorter side
+
+
+class ExportableDetector(nn.Module):
+    """What detection needs of a trained FasterRCNN, which is put in eval mode: one picture, any classes, detections."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: FasterRCNN) -> None:
+        super().__init__()
+        self.recipe = model.recipe
+        self.backbone, self.rpn, self.pool, self.head, self.background = model.backbone, model.rpn, model.pool, model.head, model.background
+        config = model.recipe.input
+        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
+        for level, anchors in enumerate(model.rpn.anchor_generator.cell_anchors):
+            self.register_buffer(f"anchors{level}", anchors.float().clone(), persistent=False)
+        model.eval()
+        self.eval()
+
+    def forward(self, image: Tensor, texts: Tensor, is_novel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Detect.
+
+        Args:
+            image: (3, h, w) uint8 RGB, of any size.
+            texts: (C, D) float32 text embeddings of the classes asked for, of any length.
+            is_novel: (C,) bool: classes that were not annotated in training (METHOD section 7). Without effect on a model that
+                has one score alone.
+
+        Returns:
+            Best first: boxes (n, 4) xyxy pixels of `image`, scores (n,), labels (n,) int64, rows of `texts`.
+        """
+        boxes, c, d = self.rois(image)
+        head, inference = self.recipe.detector.head, self.recipe.inference
+        prompts = torch.cat([texts, self.background[None]])
+        scores = classwise.cosine_logits(c, prompts, head.logit_scale).softmax(dim=1)
+        if d is not None:
+            second = classwise.cosine_logits(d, texts, inference.distillation_scale).sigmoid()
+            scores = combine_scores(scores, second, is_novel, inference.alpha, inference.beta)
+        return self._detections(boxes, scores[:, :-1])
+
+    def rois(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What does not depend on the classes: boxes (R, 4) xyxy pixels of `image`, c (R, D), and d (R, D) if the model has it."""
+        pixels, size, factor = self._prepare(image)
+        features = self.backbone(pixels[None])
+        limit = torch.cat([size.flip(0), size.flip(0)]).to(pixels)
+        proposals = self._proposals(features, pixels.shape, limit)
+        deltas, c, r = self.head(self._pool(features, proposals))
+        boxes = _clip(CODER.decode_single(deltas, proposals), limit)
+        return boxes / torch.cat([factor.flip(0), factor.flip(0)]).to(boxes), c, self.head.distill(r)
+
+    def _prepare(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`batch_images` of one: pixels (3, H, W), padded; size (2,) of the picture in them and resize factors (2,), y before x."""
+        config = self.recipe.input
+        shape = torch._shape_as_tensor(image)[1:].double()
+        short, long = (torch.full_like(shape[0], side) for side in (config.short_side, config.long_side))  # number / tensor rounds twice
+        scale = torch.minimum(short / shape.min(), long / shape.max())
+        size = (shape * scale).round().clamp(min=1)
+        height, width = size.long().unbind()
+        pixels = (image.float() / 255 - self.mean) / self.std
+        pixels = F.interpolate(pixels[None], [height, width],  # type: ignore[list-item]  # in a trace, sizes are tensors
+                               mode="bilinear", align_corners=False)[0]
+        right, bottom = -width % SIZE_DIVISOR, -height % SIZE_DIVISOR
+        return F.pad(pixels, [0, right, 0, bottom]), size, size / shape  # type: ignore[list-item]
+
+    def _proposals(self, features: dict[str, Tensor], shape: torch.Size, limit: Tensor) -> Tensor:
+        """The RPN's `filter_proposals`: (R, 4) pixels of the batch, best first."""
+        rpn = self.rpn
+        boxes, scores = [], []
+        for level, (logits, deltas) in enumerate(zip(*rpn.head(list(features.values())), strict=True)):
+            anchors = self._anchors(level, logits, shape)
+            logits = logits[0].permute(1, 2, 0).flatten()
+            best = logits.topk(_at_most(logits, rpn.pre_nms_top_n())).indices
+            deltas = deltas[0].unflatten(0, (-1, 4)).permute(2, 3, 0, 1).reshape(-1, 4)
+            level_boxes = _clip(rpn.box_coder.decode_single(deltas[best], anchors[best]), limit)
+            keep = ((level_boxes[:, 2:] - level_boxes[:, :2]).amin(dim=1) >= _SMALLEST).nonzero().flatten()
+            boxes.append(level_boxes[keep])
+            scores.append(logits[best][keep].sigmoid())
+        together = torch.cat([torch.cat(boxes), limit[None]])
+        shift = torch.where(torch._shape_as_tensor(together)[0] * 4 - 4 > _MANY_BOXES, 0.0, 1.0).to(limit)
+        shift = shift * (torch.cat(boxes).amax() + 1)
+        kept = [nms(b + level * shift, s, rpn.nms_thresh) for level, (b, s) in enumerate(zip(boxes, scores, strict=True))]
+        boxes, scores = ([rows[k] for rows, k in zip(parts, kept, strict=True)] for parts in (boxes, scores))
+        return torch.cat(boxes)[_best(torch.cat(scores), rpn.post_nms_top_n())]
+
+    def _anchors(self, level: int, logits: Tensor, shape: torch.Size) -> Tensor:
+        """torchvision's grid of anchors over a map of logits (1, A, h, w): (h * w * A, 4)."""
+        cells = self.get_buffer(f"anchors{level}")
+        rows, columns = (torch.ones_like(line).cumsum(0) - 1 for line in (logits[0, 0, :, 0], logits[0, 0, 0, :]))
+        rows, columns = rows * (shape[1] // logits.shape[2]), columns * (shape[2] // logits.shape[3])
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
+        return (torch.stack([x, y, x, y], dim=2).unsqueeze(2) + cells).reshape(-1, 4)
+
+    def _pool(self, features: dict[str, Tensor], boxes: Tensor) -> Tensor:
+        """`PyramidRoIAlign` of one picture."""
+        pool = self.pool
+        wanted, indexed = pool.level_of(boxes), torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)
+        rows = [(wanted == level).nonzero().flatten() for level in pool.levels]
+        crops = torch.cat([pool.crop(features, level, indexed[r]) for level, r in zip(pool.levels, rows, strict=True)])
+        return crops[torch.cat(rows).argsort()]
+
+    def _detections(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`detect_batch` of one picture: scores (R, C)."""
+        config = self.recipe.inference
+        find = _OnnxClassNms.apply if torch.onnx.is_in_onnx_export() else class_nms
+        roi, label = find(boxes, scores, config.nms, config.score_threshold).unbind(1)
+        score = scores[roi, label]
+        best = _best(score, config.detections_per_image)
+        return boxes[roi[best]], score[best], label[best]
+
+
+def class_nms(boxes: Tensor, scores: Tensor, threshold: float, least: float) -> Tensor:
+    """NMS within each class of all scores above `least`: (n, 2) RoI and label, RoI by RoI."""
+    candidates = (scores > least).nonzero()
+    roi, label = candidates.unbind(1)
+    apart = boxes.double()[roi] + label.double()[:, None] * (torch.cat([boxes.double().flatten(), boxes.new_zeros(1)]).amax() + 1)
+    kept: Tensor = nms(apart, scores[roi, label].double(), threshold)
+    return candidates[kept.sort().values]
+
+
+class _OnnxClassNms(torch.autograd.Function):
+    """`class_nms` by the operator that ONNX has for it."""
+
+    @staticmethod
+    def forward(ctx: Any, boxes: Tensor, scores: Tensor, threshold: float, least: float) -> Tensor:
+        return class_nms(boxes, scores, threshold, least)
+
+    @staticmethod
+    def symbolic(g: Any, boxes: Any, scores: Any, threshold: float, least: float) -> Any:
+        def constant(value: Tensor) -> Any:
+            return g.op("Constant", value_t=value)
+
+        first = constant(torch.tensor([0]))
+        by_class = g.op("Unsqueeze", g.op("Transpose", scores, perm_i=[1, 0]), first)
+        found = g.op("NonMaxSuppression", g.op("Unsqueeze", boxes, first), by_class, constant(torch.tensor([2**31 - 1])),
+                     constant(torch.tensor([threshold])), constant(torch.tensor([least])))  # (n, 3): picture, class, box
+        roi, label = (g.op("Gather", found, constant(torch.tensor([column])), axis_i=1) for column in (2, 1))
+        classes = g.op("Gather", g.op("Shape", scores), constant(torch.tensor([1])))
+        place = g.op("Add", g.op("Mul", roi, classes), label)  # RoI by RoI, as equal scores are ordered by it
+        size = g.op("Shape", found)
+        count = g.op("Gather", size, constant(torch.tensor([0])))
+        _, order = g.op("TopK", g.op("Squeeze", place, constant(torch.tensor([1]))), count, axis_i=0, largest_i=0, sorted_i=1, outputs=2)
+        return g.op("Gather", g.op("Concat", roi, label, axis_i=1), order, axis_i=0)
+
+
+def _clip(boxes: Tensor, limit: Tensor) -> Tensor:
+    """Boxes (n, 4) inside (4,) width, height, width, height."""
+    return torch.minimum(boxes.clamp(min=0), limit)
+
+
+def _at_most(rows: Tensor, most: int) -> Tensor:
+    """The lesser of the length of rows and `most`, as a trace keeps it."""
+    return torch._shape_as_tensor(rows)[0].clamp(max=most)
+
+
+def _best(scores: Tensor, most: int) -> Tensor:
+    """The places of the `most` highest scores, best first; of equal ones the first."""
+    return scores.sort(descending=True).indices[:most]

@@ -1,0 +1,95 @@
+"""Whether an exported file finds what the model finds. Called by `export_model`, before the file gets its name.
+
+A picture is as good as its detections, and a trained model may find none in made-up ones. So it is also asked for made-up classes,
+which are the model's own features of some of its regions: what they name is there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from hdovd.config import InferenceConfig
+from hdovd.exportable import ExportableDetector
+from hdovd.faster_rcnn import FasterRCNN
+from hdovd.inference import Detections, detect
+from hdovd.pipelines.images import pixels_of
+from hdovd.pipelines.model_forms import Run
+
+_SIZES = ((150, 110), (96, 170))  # width, height: neither has the shape of what is traced
+_MADE_UP_CLASSES = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """`difference`: the largest, in pixels and scores, of `detections` in `pictures`; inf if classes differ."""
+
+    pictures: int
+    detections: int
+    difference: float
+
+
+def check(run: Run, model: FasterRCNN, texts: Tensor, is_novel: Tensor, pictures: Sequence[Tensor]) -> Checked:
+    """Set a file's detections against those of `FasterRCNN.predict` and `detect`.
+
+    Args:
+        run: the file. model: that it was made of. pictures: (3, h, w) uint8 each.
+        texts: (C, D) the run's classes. is_novel: (C,) bool.
+    """
+    config, detector, worst, count = model.recipe.inference, ExportableDetector(model), 0.0, 0
+    with torch.inference_mode():
+        for picture in pictures:
+            features = detector.rois(picture)[1]
+            made_up = features[:: -(-max(len(features), 1) // _MADE_UP_CLASSES)]
+            for classes, novel in ((texts, is_novel), (made_up, torch.arange(len(made_up)) % 2 == 1)):
+                if not len(classes):
+                    continue
+                expected = detect(model.predict([picture], classes)[0], novel, config)
+                found = Detections(*run(picture, classes, novel))
+                worst, count = max(worst, largest_difference(expected, found, config)), count + len(expected.scores)
+    return Checked(len(pictures), count, worst)
+
+
+def largest_difference(one: Detections, other: Detections, config: InferenceConfig) -> float:
+    """The largest difference of a coordinate or a score between detections and their nearest of the same class on the other side.
+
+    One without such a partner counts by how far its score is above what the other side cut off: the threshold, or its last
+    detection if it has as many as are allowed.
+    """
+    if not (one.boxes.isfinite().all() and other.boxes.isfinite().all() and other.scores.isfinite().all()):
+        return math.inf
+    return max(_from(one, other, config), _from(other, one, config))
+
+
+def _from(one: Detections, other: Detections, config: InferenceConfig) -> float:
+    if not len(one.scores):
+        return 0.0
+    full = len(other.scores) >= config.detections_per_image
+    cut = other.scores.min().item() if full else config.score_threshold
+    nearest = (one.scores - cut).clamp(min=0)
+    if len(other.scores):
+        rows, others = (torch.cat([d.boxes, d.scores[:, None]], dim=1) for d in (one, other))
+        apart = (rows[:, None] - others).abs().amax(dim=2)
+        nearest = torch.minimum(nearest, apart.where(one.labels[:, None] == other.labels, math.inf).amin(dim=1))
+    return float(nearest.max())
+
+
+def made_up_pictures() -> list[Tensor]:
+    """(3, h, w) uint8: coloured shapes on noise, the same every time."""
+    drawn = []
+    for seed, (width, height) in enumerate(_SIZES):
+        rng = np.random.default_rng(seed)
+        picture = Image.fromarray(rng.integers(60, 196, (height // 6, width // 6, 3), np.uint8)).resize((width, height))
+        draw = ImageDraw.Draw(picture)
+        for number in range(9):
+            x, y, side = rng.integers(0, width - 20), rng.integers(0, height - 20), rng.integers(15, min(width, height) // 2)
+            box = [(int(x), int(y)), (int(x + side), int(y + side * rng.uniform(0.6, 1.4)))]
+            (draw.ellipse if number % 2 else draw.rectangle)(box, fill=tuple(int(v) for v in rng.integers(0, 256, 3)), outline="black")
+        drawn.append(pixels_of(picture))
+    return drawn

@@ -1,0 +1,117 @@
+"""Export: the detector of a run as one file for other programs, with classes as an input. Called by `hdovd export` and Python.
+
+The file is run before it gets its name: what does not find the model's detections is no export of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import hdovd
+from hdovd.errors import HdovdError
+from hdovd.faster_rcnn import FasterRCNN
+from hdovd.pipelines import model_forms
+from hdovd.pipelines.export_check import Checked, check, made_up_pictures
+from hdovd.pipelines.images import pixels_of
+from hdovd.pipelines.model_form import ModelForm
+from hdovd.pipelines.run_folder import FILES, RunFolder
+from hdovd.pipelines.weights import Weights
+from hdovd.pipelines.whole_file import replace_file
+
+TOLERANCE = 1e-3  # pixels of the picture, and scores
+
+
+@dataclass(frozen=True, slots=True)
+class ExportModelJob:
+    """`check_images`: pictures to check the file on, besides those that are made up."""
+
+    run: Path
+    form: ModelForm
+    out: Path
+    weights: Weights = Weights.LAST
+    check_images: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedModel:
+    file: Path
+    bytes: int
+    checked: Checked
+
+
+def export_model(job: ExportModelJob, log: Callable[[str], None] = print) -> ExportedModel:
+    """Write the detector of a run to one file. Raises HdovdError for bad input, and if the file does not find what the model finds."""
+    model_forms.require(job.form)
+    run = RunFolder.open(job.run)
+    if job.out.is_dir() or (job.out.name in FILES and job.out.resolve().parent == run.path.resolve()):
+        raise HdovdError(f"--out {job.out} is {'a folder' if job.out.is_dir() else 'a file of the run itself'}: expected the name of a new "
+                         f"file, such as detector.{job.form.value}")
+    if not job.out.resolve().parent.is_dir():
+        raise HdovdError(f"--out {job.out}: there is no folder {job.out.resolve().parent}")
+    pictures = made_up_pictures() + [_read(path) for path in job.check_images]
+    recipe, protocol, texts = run.recipe(), run.protocol(), run.class_embeddings().float()
+    model = FasterRCNN(recipe, texts.shape[1], log=None)
+    run.load_model(model, job.weights.file)
+    is_novel = torch.arange(len(texts)) >= len(protocol.base)
+    log(f"{job.run}: {job.weights.value} weights, {len(texts)} classes, embeddings of {texts.shape[1]} numbers")
+    example = (pictures[0][:, :90, :120].contiguous(), texts, is_novel)  # smaller, and of another shape, than what is checked
+    aside = job.out.with_name(f".{job.out.name}.unchecked")
+
+    def write(partial: Path) -> None:
+        try:
+            model_forms.write(job.form, model, example, carried(run, job.weights), partial)
+        except (torch.onnx.OnnxExporterError, RuntimeError, TypeError) as error:
+            raise RuntimeError(f"torch {torch.__version__} cannot export a detector with backbone {recipe.detector.backbone.name}: "
+                               f"{error}") from error
+
+    try:
+        replace_file(aside, write)
+        checked = check(model_forms.open_model(job.form, aside)[0], model, texts, is_novel, pictures)
+        if not checked.difference <= TOLERANCE:
+            raise HdovdError(f"{job.out} was not written: run as {job.form.value}, the detector with backbone "
+                             f"{recipe.detector.backbone.name} differs from the model by {checked.difference:.2g} (pixels, or score), more "
+                             f"than {TOLERANCE:g}; try --format safetensors")
+        size = aside.stat().st_size
+        os.replace(aside, job.out)
+    finally:
+        aside.unlink(missing_ok=True)
+    return ExportedModel(job.out, size, checked)
+
+
+def carried(run: RunFolder, weights: Weights) -> dict[str, str]:
+    """The text of `model_forms.CARRIED` for a run."""
+    protocol, texts, made = run.protocol(), run.class_embeddings().float(), _made_by(run)
+    about = (f"image: (3, height, width) uint8 RGB, as decoded, any size; resizing and normalisation are inside. texts: (classes, "
+             f"{texts.shape[1]}) float32, CLIP text embeddings of any class names. is_novel: (classes,) bool, true for classes that had no "
+             "boxes in training. boxes: (detections, 4) x0, y0, x1, y1 pixels of the image. scores: (detections,) best first. labels: "
+             "(detections,) int64, rows of texts. Threshold, NMS within each class and cap are inside, as in recipe [inference].")
+    values = {
+        "hdovd": hdovd.__version__, "about": about,
+        "class_names": json.dumps(protocol.names), "is_novel": json.dumps([name in set(protocol.novel) for name in protocol.names]),
+        "class_embeddings": base64.b64encode(texts.numpy().astype("<f4").tobytes()).decode(), "embedding_size": str(texts.shape[1]),
+        "clip": json.dumps(made.get("clip")), "templates": json.dumps(made.get("templates")),
+        "protocol": protocol.name, "weights": weights.value, "recipe": run.recipe().to_toml()}
+    assert values.keys() == model_forms.CARRIED.keys()
+    return values
+
+
+def _made_by(run: RunFolder) -> dict[str, object]:
+    """What made the run's class embeddings, as its cache had it."""
+    return dict(run.record()["cache"]["levels"].get("class", {}).get("inputs", {}))
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        with Image.open(path) as file:
+            return pixels_of(file.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise HdovdError(f"--check-image {path}: {error}") from error
