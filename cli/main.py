@@ -8,7 +8,24 @@ from typing import Annotated
 import typer
 
 import hdovd
-from hdovd.cli import ablate, audit, bench, cache, calibrate, demo, eval, export, extract_clip, nouns, proposals, propose, report, runs, train
+from hdovd.cli import (
+    ablate,
+    audit,
+    bench,
+    cache,
+    calibrate,
+    demo,
+    detect,
+    eval,
+    export,
+    extract_clip,
+    nouns,
+    proposals,
+    propose,
+    report,
+    runs,
+    train,
+)
 from hdovd.errors import HdovdError, Stopped
 
 app = typer.Typer(
@@ -23,6 +40,8 @@ app = typer.Typer(
     On your COCO folder, in this order: [bold]propose[/bold] (class-agnostic boxes), [bold]nouns[/bold] (of captions),
     [bold]extract-clip[/bold] (run CLIP once, fill the cache), [bold]train[/bold] (the detector, without CLIP), [bold]eval[/bold]
     (OV-COCO AP).
+
+    [bold]detect[/bold] finds anything that has a name, in any pictures.
 
     [bold]calibrate[/bold], before train, fits the trust in pseudo labels to any CLIP.
     [bold]cache[/bold] lists, compares, checks, mends and tidies what extract-clip wrote;
@@ -56,6 +75,7 @@ app.command("extract-clip")(extract_clip.extract_clip)
 app.command("calibrate")(calibrate.calibrate)
 app.command("train")(train.train)
 app.command("eval")(eval.eval)
+app.command("detect")(detect.detect)
 app.command("export")(export.export)
 app.command("ablate")(ablate.ablate)
 app.command("report")(report.report)

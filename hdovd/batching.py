@@ -23,6 +23,17 @@ def draw_short_sides(keys: Sequence[int | None], config: InputConfig) -> list[in
     return [choices[int(torch.randint(len(choices), (), generator=image_generator(key, Use.SCALE)))] for key in keys]
 
 
+def input_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
+    """(h, w) of a picture at the detector's input scale, before padding."""
+    scale = min(short_side / min(height, width), long_side / max(height, width))
+    return max(round(height * scale), 1), max(round(width * scale), 1)
+
+
+def padded(side: int) -> int:
+    """The side of the batch that a side of so many pixels takes alone."""
+    return -(-side // SIZE_DIVISOR) * SIZE_DIVISOR
+
+
 def batch_images(images: list[Tensor], config: InputConfig,
                  short_sides: Sequence[int] | None = None) -> tuple[ImageList, list[tuple[float, float]]]:
     """Normalise, resize (short side, capped by the long side, bilinear) and pad a batch.
@@ -37,15 +48,14 @@ def batch_images(images: list[Tensor], config: InputConfig,
     resized, factors = [], []
     for image, short_side in zip(images, [config.short_side] * len(images) if short_sides is None else short_sides, strict=True):
         height, width = image.shape[-2:]
-        scale = min(short_side / min(height, width), config.long_side / max(height, width))
-        size = (max(round(height * scale), 1), max(round(width * scale), 1))
+        size = input_size(height, width, short_side, config.long_side)
         pixels = (image.float() / 255 - mean) / std
         if size != (height, width):
             pixels = F.interpolate(pixels[None], size, mode="bilinear", align_corners=False)[0]
         resized.append(pixels)
         factors.append((size[1] / width, size[0] / height))
     sizes = [(int(p.shape[1]), int(p.shape[2])) for p in resized]
-    height, width = (-(-max(s) // SIZE_DIVISOR) * SIZE_DIVISOR for s in zip(*sizes, strict=True))
+    height, width = (padded(max(s)) for s in zip(*sizes, strict=True))
     batch = resized[0].new_zeros(len(images), 3, height, width)
     for i, pixels in enumerate(resized):
         batch[i, :, : pixels.shape[1], : pixels.shape[2]] = pixels

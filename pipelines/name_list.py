@@ -1,13 +1,14 @@
 """Lists of names, one a line: files of a user's, and those that ship (`names/*.txt`).
 
-Called by `nouns`, `noun_words`, `prompt_templates` and the command line's stages.
+Called by `nouns`, `noun_words`, `prompt_templates` and the command line's stages, of which `detect` has them in its words too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, shorten
 
 GENERAL = "general"  # the vocabulary that ships; it stands beside file paths
 _SHIPPED = Path(__file__).parent / "names"
@@ -39,3 +40,25 @@ def read_vocabulary(path: Path, option: str = "--vocabulary") -> tuple[str, ...]
 def shipped(name: str) -> tuple[str, ...]:
     """The lines of a list that ships: general, stop, common, singular."""
     return read_vocabulary(_SHIPPED / f"{name}.txt")
+
+
+def names_asked(text: str, log: Callable[[str], None]) -> tuple[str, ...]:
+    """The names of `--classes`: with commas between them, or @FILE, one a line (@general: the list that ships).
+
+    A name that comes twice, in capitals or not, is taken once, and told. Raises HdovdError if there is none.
+    """
+    if text.startswith("@"):
+        names = list(read_vocabulary(Path(text[1:]), "--classes"))
+    elif Path(text).is_file():
+        raise HdovdError(f"--classes {text} is a file: give @{text} for the names in it, one a line")
+    else:
+        names = [" ".join(name.split()) for name in text.split(",")]
+        if empty := names.count(""):
+            if empty == len(names):
+                raise HdovdError(f"--classes {text!r} names nothing: expected names with commas between them, or @FILE")
+            log(f"note: --classes: {empty} empty name{'s' * (empty > 1)} left out")
+    first: dict[str, str] = {}
+    twice = [name for name in names if name and first.setdefault(name.casefold(), name) is not name]
+    if twice:
+        log(f"note: --classes: named twice, taken once: {shorten(list(twice))}")
+    return tuple(first.values())

@@ -97,8 +97,9 @@ def read_synonyms(file: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]
     return {name: tuple(tree[name]) for name in names if name in tree and tree[name] != [name]}
 
 
-def read_class_embeddings(file: Path, names: Sequence[str], log: Callable[[str], None]) -> np.ndarray:
-    """(K, D) float32, the rows of a .npy, .safetensors, .pt or .pth file in the order of `names`, as they are.
+def read_class_embeddings(file: Path, names: Sequence[str], log: Callable[[str], None], *,
+                          each: str = "class of the protocol, base then novel") -> np.ndarray:
+    """(K, D) float32, the rows of a .npy, .safetensors, .pt or .pth file in the order of `names`, as they are. `each`: what has a row.
 
     Says it if they are not normalised. Raises HdovdError if they do not fit, or cannot be normalised.
     """
@@ -110,8 +111,8 @@ def read_class_embeddings(file: Path, names: Sequence[str], log: Callable[[str],
     except Unfit as unfit:
         raise HdovdError(f"--class-embeddings: {unfit}") from unfit
     if rows.ndim != 2 or len(rows) != len(names) or not rows.shape[1]:
-        raise HdovdError(f"{where} has shape {rows.shape}, expected ({len(names)}, D): a row for each class of the protocol, base then "
-                         f"novel, {names[0]} first and {names[-1]} last")
+        raise HdovdError(f"{where} has shape {rows.shape}, expected ({len(names)}, D): a row for each {each}, "
+                         f"{names[0]} first and {names[-1]} last")
     norms = np.linalg.norm(rows.astype(np.float64), axis=1)
     if bad := np.flatnonzero(~(np.isfinite(norms) & (norms > 0))).tolist():
         raise HdovdError(f"{where}: {len(bad)} of {len(rows)} rows cannot be normalised, they are zero or not finite: "

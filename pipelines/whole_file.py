@@ -16,9 +16,12 @@ def _umask() -> int:
     return mask
 
 
-def replace_file(file: Path, write: Callable[[Path], object]) -> None:
-    """Replace a file whole or not at all. Raises HdovdError, and leaves what is there, if it cannot be written: no room, no right."""
-    partial = file.with_name(f".{file.name}.partial")
+def replace_file(file: Path, write: Callable[[Path], object], *, writer: str = "") -> None:
+    """Replace a file whole or not at all. Raises HdovdError, and leaves what is there, if it cannot be written: no room, no right.
+
+    writer: who this is, where several processes may write the same file at once.
+    """
+    partial = file.with_name(f".{file.name}{writer and '.'}{writer}.partial")
     try:
         write(partial)
         partial.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else may read

@@ -7,7 +7,6 @@ distilled, and the audit. The stages run in this process, from the same argument
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import statistics
@@ -22,6 +21,7 @@ from hdovd.coco_ap import GROUPS
 from hdovd.errors import HdovdError
 from hdovd.pipelines.demo.teacher import demo_teacher
 from hdovd.pipelines.demo.world import make_world
+from hdovd.pipelines.user_cache import user_cache_folder
 
 TRAIN_IMAGES, VAL_IMAGES = 1000, 250
 DISTILLED = "distilled"
@@ -49,11 +49,6 @@ class DemoResult:
     split_blind: dict[str, dict[str, list[float]]]
     seconds: dict[str, float] = field(default_factory=dict)
     pictures: list[Path] = field(default_factory=list)
-
-
-def user_cache_folder() -> Path:
-    """Where things that are made once are kept: $XDG_CACHE_HOME/hdovd, or ~/.cache/hdovd."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hdovd"
 
 
 def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable[[str], None] = print) -> DemoResult:

@@ -1,0 +1,156 @@
+"""Detection of anything that has a name, in any pictures: JSON in COCO's forms, and the pictures with boxes.
+
+Called by `hdovd detect` and Python; `detector` is the same for single pictures in memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import hdovd
+from hdovd.errors import HdovdError, shorten
+from hdovd.pipelines.detect_output import DetectionFolder, Tally
+from hdovd.pipelines.detector import Detector
+from hdovd.pipelines.device import workers_for
+from hdovd.pipelines.loading import Batches
+from hdovd.pipelines.picture_decoding import Decoded, decode
+from hdovd.pipelines.picture_files import PictureFile, find_pictures, printable
+from hdovd.pipelines.pictures import SHOWN_SCORE
+from hdovd.pipelines.progress import progress
+from hdovd.pipelines.text_rows import read_class_embeddings
+from hdovd.pipelines.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class DetectJob:
+    """`images`: words as in `picture_files.find_pictures`. `classes` None: those of the run's protocol. `threshold`: the score from which
+    on something is found. `class_embeddings`: a file with a row for each class, in order; CLIP is not needed then.
+
+    `clip`, `pretrained`, `templates`: None for those of the run. `workers` None: what suits the device. `pictures`: draw them.
+    """
+
+    run: Path
+    images: tuple[str, ...]
+    out: Path
+    classes: tuple[str, ...] | None = None
+    threshold: float = SHOWN_SCORE
+    class_embeddings: Path | None = None
+    clip: str | None = None
+    pretrained: str | None = None
+    templates: tuple[str, ...] | None = None
+    weights: Weights = Weights.LAST
+    device: str = "auto"
+    batch_size: int = 8
+    workers: int | None = None
+    pictures: bool = True
+    split_blind: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < 1:
+            raise HdovdError(f"--threshold {self.threshold}: expected a score from 0 on, below 1")
+        if self.batch_size < 1:
+            raise HdovdError(f"--batch-size {self.batch_size}: expected 1 or more")
+        if self.class_embeddings is not None and (self.clip is not None or self.templates is not None):
+            raise HdovdError("--clip and --templates have no use with --class-embeddings, which takes the place of both")
+
+
+@dataclass(frozen=True, slots=True)
+class DetectResult:
+    """`names` that were looked for, `is_novel` of each; `skipped`: pictures that could not be read, with the reason."""
+
+    names: tuple[str, ...]
+    is_novel: tuple[bool, ...]
+    tally: Tally
+    skipped: dict[str, str]
+    files: list[Path]
+
+
+class _Opened(NamedTuple):
+    """`problem`: why the picture cannot be read; it has no pixels then."""
+
+    number: int
+    pixels: Tensor
+    width: int
+    height: int
+    problem: str
+
+
+class _Pictures(Dataset[_Opened]):
+    def __init__(self, files: Sequence[PictureFile]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> _Opened:
+        file = self.files[number]
+        try:
+            picture = decode(file.path if file.data is None else file.data)
+        except HdovdError as error:
+            return _Opened(number, torch.zeros(3, 0, 0, dtype=torch.uint8), 0, 0, str(error))
+        return _Opened(number, picture.pixels, picture.width, picture.height, "")
+
+
+def detect(job: DetectJob, log: Callable[[str], None] = print, stdin: BinaryIO | None = None) -> DetectResult:
+    """Look for the classes in all pictures and write what is found into `job.out` (`detect_output`).
+
+    stdin: instead of the process's own. Pictures that cannot be read are skipped. Raises HdovdError for bad input.
+    """
+    files = find_pictures(job.images, stdin or sys.stdin.buffer, job.out, log)
+    detector = Detector.from_run(job.run, weights=job.weights, device=job.device, clip=job.clip, pretrained=job.pretrained,
+                                 templates=job.templates, log=log)
+    _set_classes(detector, job, log)
+    novel = [bool(one) for one in detector.is_novel.tolist()]
+    log(f"{len(files):,d} pictures, {len(detector.names)} names, {len(novel) - sum(novel)} of them base classes of the run: "
+        f"{printable(shorten(list(detector.names)))}")
+    DetectionFolder.begin(job.out, overwrite=job.overwrite)
+    folder = DetectionFolder(job.out, detector.names, novel, draw=job.pictures)
+    skipped = _run(detector, files, folder, job)
+    written = folder.finish(_info(detector, job))
+    return DetectResult(detector.names, tuple(novel), folder.tally, skipped, written)
+
+
+def _set_classes(detector: Detector, job: DetectJob, log: Callable[[str], None]) -> None:
+    names = detector.names if job.classes is None else job.classes
+    rows = None if job.class_embeddings is None else read_class_embeddings(job.class_embeddings, names, log, each="name")
+    detector.set_classes(names, embeddings=rows, split_blind=job.split_blind)
+    detector.embedder.forget_clip()
+
+
+def _run(detector: Detector, files: list[PictureFile], folder: DetectionFolder, job: DetectJob) -> dict[str, str]:
+    """Returns what was skipped."""
+    skipped: dict[str, str] = {}
+    workers = min(workers_for(detector.device, job.workers), len(files))
+    batches = Batches(_Pictures(files), job.batch_size, workers, device=detector.device)
+    with progress(None, "detect", "image", total=len(files)) as bar:
+        for batch in batches:
+            good = [Decoded(one.pixels, one.width, one.height) for one in batch if not one.problem]
+            found = iter(zip(good, detector.find(good, job.threshold), strict=True))
+            for one in batch:  # in the order of the files
+                file = files[one.number]
+                if one.problem:
+                    skipped[file.name] = one.problem
+                    folder.skip(one.number + 1, file.name, one.problem)
+                else:
+                    picture, detections = next(found)
+                    folder.add(one.number + 1, file.name, file.path.stem, picture, detections)
+            folder.flush()
+            bar.update(len(batch))
+    return skipped
+
+
+def _info(detector: Detector, job: DetectJob) -> dict[str, Any]:
+    """What the detections were made with, for `images.json`."""
+    embedded = {"class_embeddings": str(job.class_embeddings)} if job.class_embeddings is not None else \
+        {} if job.templates is None else {"templates": list(job.templates)}
+    return {"description": f"hdovd {hdovd.__version__} detect", "run": str(job.run.absolute()), "weights": str(job.weights),
+            "threshold": job.threshold, "split_blind": job.split_blind, "device": str(detector.device), **embedded}
