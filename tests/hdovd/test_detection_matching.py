@@ -51,6 +51,12 @@ def test_the_best_scored_detection_takes_the_object_and_an_equal_one_the_first_l
     assert (matching.item.tolist(), matching.finder.tolist()) == ([-1, 0, -1], [1])
 
 
+def test_of_objects_overlapped_alike_the_last_is_taken_and_then_the_other() -> None:
+    objects = scenes.objects_of((1, CAT, (0, 0, 10, 10)), (1, CAT, (0, 0, 10, 10)))
+    found = scenes.found_of((1, CAT, (0, 0, 10, 9), 0.5), (1, CAT, (0, 0, 10, 8), 0.9))
+    assert matched(found, objects).item.tolist() == [0, 1]
+
+
 def test_half_an_overlap_is_enough_in_the_same_class_and_image_alone() -> None:
     objects = scenes.objects_of((1, CAT, (0, 0, 10, 10)), (2, DOG, (0, 0, 10, 10)))
     found = scenes.found_of((1, CAT, (0, 0, 10, 5), 0.9), (2, CAT, (0, 0, 10, 10), 0.8), (3, DOG, (0, 0, 10, 10), 0.7))

@@ -15,6 +15,8 @@ from matching_scenes import ANT, BUS, CAT, DOG, PROTOCOL, ZEBRA
 from hdovd.coco_ap import group_slice
 from hdovd.detection_matching import Found, Objects, Verdict, find_overlaps, match
 from hdovd.error_breakdown import ERRORS, KINDS, ErrorBreakdown, Errors, Kind, break_down, classify
+from hdovd.pipelines.tables import error_table
+from hdovd.protocol import Protocol
 
 WHOLE = (0.0, 0.0, 10.0, 10.0)
 AWAY = (70.0, 70.0, 10.0, 10.0)
@@ -136,6 +138,16 @@ def test_a_crowd_is_no_object_to_be_mistaken() -> None:
     assert (errors.item.tolist(), errors.missed.tolist()) == ([0, -1, -1], [False])
     broken = break_down(found, objects, PROTOCOL)
     assert (broken.groups["all"].objects, broken.groups["all"].ap50, broken.groups["all"].gains[Kind.MISSED]) == (0, None, None)
+
+
+def test_a_protocol_without_novel_classes_has_no_novel_numbers() -> None:
+    found, objects = scenes.found_of((1, CAT, WHOLE, 0.9), (1, DOG, WHOLE, 0.8)), scenes.objects_of((1, CAT, WHOLE))
+    broken = break_down(found, objects, Protocol("base alone", ("cat", "dog"), ()))
+    novel, base = broken.groups["novel"], broken.groups["base"]
+    assert (novel.ap50, novel.objects, set(novel.gains.values()), set(novel.counts.values())) == (None, 0, {None}, {0})
+    assert (base.ap50, base.counts[Kind.CLASSIFICATION]) == (pytest.approx(100), 1)
+    assert broken.groups["all"] == base
+    assert " -" in error_table(broken)
 
 
 def test_who_is_named_what_is_told_by_group() -> None:
