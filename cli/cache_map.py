@@ -25,7 +25,7 @@ def map_(
                                              "them alone, the nearest class name, the source. The page can switch.")] = ColourBy.NAME,
     points: Annotated[int, typer.Option("--points", min=1, help="At most so many boxes, sampled.")] = 5_000,
     seed: Annotated[int, typer.Option("--seed", help="Which boxes, and how the projection begins.")] = 0,
-    thumbnails: Annotated[int, typer.Option("--thumbnails", min=0, help="Embed the crops of so many points in the page (about 1 kB "
+    thumbnails: Annotated[int, typer.Option("--thumbnails", min=0, help="Embed the crops of so many points in the page (about 1.5 kB "
                                             "each).")] = 0,
     features: options.Features = DEFAULT_SET,
     data: options.Data = None,

@@ -102,7 +102,7 @@ def project(embedding: np.ndarray, seed: int) -> np.ndarray:
 
     count = len(embedding)
     centred = embedding.astype(np.float64) - embedding.mean(axis=0, dtype=np.float64)
-    if count < FEW or not centred.any():
+    if count < FEW or embedding.shape[1] < 2 or not centred.any():
         places = np.zeros((count, 2))
         width = min(2, count, embedding.shape[1])
         if centred.any():

@@ -56,7 +56,7 @@ def _data(found: CacheMap, cell_of: dict[int, int]) -> dict[str, Any]:
         "image": points.image.tolist(), "box": np.rint(points.box).astype(int).tolist(), "base": points.base.astype(int).tolist(),
         "name": points.name, "cosine": _rounded(points.cosine), "nearest": points.nearest, "nearestCosine": _rounded(points.nearest_cosine),
         "score": _rounded(points.score), "colourings": colourings, "colour": str(found.config.colour),
-        "palette": ["#{:02x}{:02x}{:02x}".format(*group_colour(k)) for k in range(most)],
+        "palettes": [["#{:02x}{:02x}{:02x}".format(*group_colour(k, dark=dark)) for k in range(most)] for dark in (False, True)],
         "cells": [cell_of.get(k, -1) for k in range(len(points.name))] if cell_of else [], "cell": CELL, "columns": COLUMNS}
 
 

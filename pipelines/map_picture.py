@@ -24,9 +24,11 @@ def ordered_groups(groups: list[str]) -> list[tuple[str, int]]:
     return sorted(Counter(name for name in groups if name).items(), key=lambda item: (-item[1], item[0]))
 
 
-def group_colour(number: int) -> tuple[int, int, int]:
-    """Neighbouring numbers differ most; `map_page` counts its hues in the same way."""
+def group_colour(number: int, *, dark: bool = False) -> tuple[int, int, int]:
+    """Neighbouring numbers differ most. `dark`: the same hue, lighter, for a dark ground."""
     lightness, saturation = ((0.45, 0.75), (0.62, 0.6), (0.33, 0.6))[number // 3 % 3]
+    if dark:
+        lightness = 0.48 + lightness / 2.2
     red, green, blue = colorsys.hls_to_rgb(number * GOLDEN_ANGLE % 1, lightness, saturation)
     return round(red * 255), round(green * 255), round(blue * 255)
 
