@@ -22,7 +22,7 @@ from hdovd.pipelines.detector import Detector
 from hdovd.pipelines.device import workers_for
 from hdovd.pipelines.loading import Batches
 from hdovd.pipelines.picture_decoding import Decoded, decode
-from hdovd.pipelines.picture_files import PictureFile, find_pictures, printable
+from hdovd.pipelines.picture_files import PictureFile, find_pictures
 from hdovd.pipelines.pictures import SHOWN_SCORE
 from hdovd.pipelines.progress import progress
 from hdovd.pipelines.text_rows import read_class_embeddings
@@ -105,15 +105,15 @@ def detect(job: DetectJob, log: Callable[[str], None] = print, stdin: BinaryIO |
 
     stdin: instead of the process's own. Pictures that cannot be read are skipped. Raises HdovdError for bad input.
     """
+    DetectionFolder.require_room(job.out, overwrite=job.overwrite)
     files = find_pictures(job.images, stdin or sys.stdin.buffer, job.out, log)
     detector = Detector.from_run(job.run, weights=job.weights, device=job.device, clip=job.clip, pretrained=job.pretrained,
                                  templates=job.templates, log=log)
     _set_classes(detector, job, log)
     novel = [bool(one) for one in detector.is_novel.tolist()]
-    log(f"{len(files):,d} pictures, {len(detector.names)} names, {len(novel) - sum(novel)} of them base classes of the run: "
-        f"{printable(shorten(list(detector.names)))}")
-    DetectionFolder.begin(job.out, overwrite=job.overwrite)
-    folder = DetectionFolder(job.out, detector.names, novel, draw=job.pictures)
+    log(f"pictures: {len(files):,d}; names: {len(novel)}, of them base classes of the run: {len(novel) - sum(novel)}: "
+        f"{shorten(list(detector.names))}")
+    folder = DetectionFolder.begin(job.out, detector.names, novel, draw=job.pictures)
     skipped = _run(detector, files, folder, job)
     written = folder.finish(_info(detector, job))
     return DetectResult(detector.names, tuple(novel), folder.tally, skipped, written)

@@ -54,15 +54,15 @@ class DetectionFolder:
     """Takes detections picture by picture: what it keeps in memory does not grow with their number, but for the names of drawn files."""
 
     def __init__(self, path: Path, names: Sequence[str], is_novel: Sequence[bool], *, draw: bool) -> None:
-        """A folder that was begun (`begin`). names, is_novel: of the K names asked for."""
+        """See `begin`."""
         self.path, self.tally = path, Tally()
         self._names, self._novel, self._draw = tuple(names), tuple(is_novel), draw
         self._taken: set[str] = set()
         self._lines: IO[str] = (path / LINES).open("w")
 
     @staticmethod
-    def begin(path: Path, *, overwrite: bool) -> None:
-        """Make the folder ready. Raises HdovdError if something else than old detections, or these without `overwrite`, is there."""
+    def require_room(path: Path, *, overwrite: bool) -> None:
+        """Raises HdovdError if something else than old detections, or these without `overwrite`, is there."""
         if path.exists() and not path.is_dir():
             raise HdovdError(f"--out {path} is a file, expected a folder")
         if path.is_dir() and any(path.iterdir()):
@@ -70,12 +70,18 @@ class DetectionFolder:
                 raise HdovdError(f"--out {path} is not empty and holds no detections: give another one")
             if not overwrite:
                 raise HdovdError(f"--out {path} holds detections: give another one, or --overwrite")
+
+    @classmethod
+    def begin(cls, path: Path, names: Sequence[str], is_novel: Sequence[bool], *, draw: bool) -> DetectionFolder:
+        """Start anew; old detections go. names, is_novel: of the K names asked for. draw: pictures too. Raises HdovdError."""
+        if (path / MARKER).is_file():
             for name in (LINES, DETECTIONS, IMAGES):
                 (path / name).unlink(missing_ok=True)
             shutil.rmtree(path / PICTURES, ignore_errors=True)
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / MARKER).touch()
+            return cls(path, names, is_novel, draw=draw)
         except OSError as error:
             raise HdovdError(f"--out {path} cannot be written: {error}") from error
 

@@ -55,9 +55,10 @@ def find_pictures(words: Sequence[str], stdin: BinaryIO | None, leave_out: Path,
                 found[key] = picture
         if empty:
             raise HdovdError(f"{'standard input' if word == STANDARD_INPUT else printable(word)}: no pictures there")
-    for count, what in ((twice, "named more than once, taken once"), (own, f"left out: they are in {leave_out}, where the results go")):
-        if count:
-            log(f"note: {count} pictures {what}")
+    if twice:
+        log(f"note: pictures that are named more than once, and taken once: {twice}")
+    if own:
+        log(f"note: pictures left out, since they are in {leave_out}, where the results go: {own}")
     if not found:
         raise HdovdError("no pictures: name files, folders, patterns such as 'photos/**/*.jpg', or - for standard input")
     return list(found.values())

@@ -1,0 +1,90 @@
+"""Which pictures words of a command line name."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hdovd.errors import HdovdError
+from hdovd.pipelines.picture_files import find_pictures, printable
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder, from which the tests run: names and nothing in them, for finding reads no picture."""
+    for name in ("photos/b.jpg", "photos/a.PNG", "photos/deep/er/c.webp", "photos/.hidden/d.jpg", "photos/.e.jpg", "photos/notes.txt",
+                 "photos/f[1].jpg", "photos/raw", "out/pictures/b.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _found(*words: str, stdin: bytes = b"", out: str = "out", log: list[str] | None = None) -> list[str]:
+    return [picture.name for picture in find_pictures(words, io.BytesIO(stdin), Path(out), ([] if log is None else log).append)]
+
+
+def test_a_folder_gives_its_pictures_and_those_of_its_folders(photos: Path) -> None:
+    log: list[str] = []
+    assert _found("photos", log=log) == ["photos/a.PNG", "photos/b.jpg", "photos/f[1].jpg", "photos/deep/er/c.webp"]
+    assert len(log) == 1
+    assert ".txt" in log[0]
+    assert "(none)" in log[0]
+
+
+@pytest.mark.parametrize(("word", "expected"), [
+    ("photos/*.jpg", ["photos/b.jpg", "photos/f[1].jpg"]), ("photos/**/*.webp", ["photos/deep/er/c.webp"]),
+    ("photos/f[1].jpg", ["photos/f[1].jpg"]),  # a file of this name stands before the pattern
+    ("photos/raw", ["photos/raw"]), ("photos/n*", ["photos/notes.txt"])])
+def test_files_and_patterns(photos: Path, word: str, expected: list[str]) -> None:
+    assert _found(word) == expected
+
+
+@pytest.mark.parametrize("between", [b"\n", b"\r\n", b"\0"])
+def test_paths_by_standard_input(photos: Path, between: bytes) -> None:
+    names = ["photos/b.jpg", "not there.jpg", "P1.jpg"]
+    assert _found("-", stdin=between.join([*map(str.encode, names), b""])) == names
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"])
+def test_a_picture_by_standard_input(photos: Path, kind: str) -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (5, 4), "red").save(data, kind)
+    (picture,) = find_pictures(["-"], io.BytesIO(data.getvalue()), Path("out"), lambda _: None)
+    assert picture.data == data.getvalue()
+    assert picture.name == "standard input"
+
+
+def test_each_picture_is_taken_once(photos: Path) -> None:
+    log: list[str] = []
+    assert _found("photos/b.jpg", "photos/*.jpg", str(photos / "photos/b.jpg"), log=log) == ["photos/b.jpg", "photos/f[1].jpg"]
+    assert log == ["note: pictures that are named more than once, and taken once: 2"]
+
+
+def test_what_was_drawn_before_is_no_input(photos: Path) -> None:
+    log: list[str] = []
+    assert "out/pictures/b.jpg" not in _found(".", log=log)
+    assert any("left out" in line and "out" in line for line in log)
+
+
+@pytest.mark.parametrize("word", ["nothing.jpg", "photos/*.xyz", "-", "photos/.hidden/none"])
+def test_words_that_give_nothing_are_errors(photos: Path, word: str) -> None:
+    with pytest.raises(HdovdError, match=r"no such file|no pictures"):
+        _found("photos/b.jpg", word)
+
+
+def test_an_empty_folder_is_an_error(photos: Path) -> None:
+    (photos / "empty").mkdir()
+    with pytest.raises(HdovdError, match="empty: no pictures"):
+        _found("empty")
+
+
+def test_names_need_not_be_text(photos: Path) -> None:
+    name = os.fsdecode(b"photos/\xff.jpg")
+    Path(name).touch()
+    assert name in _found("photos")
+    assert printable(name) == "photos/\N{REPLACEMENT CHARACTER}.jpg"
