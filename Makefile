@@ -1,15 +1,19 @@
-# make demo | make test | make check: each sets up what it needs. Quotes keep paths with spaces whole.
+# make demo | make pictures | make test | make check: each sets up what it needs. Quotes keep paths with spaces whole.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Files of tests side by side, in their order: the quick ones are last. Each process makes anew what files share, and needs some 2 GB.
 PYTEST := "$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check setup clean
+.PHONY: demo pictures test check setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
 	"$(BIN)/python" -m hdovd demo
+
+# The pictures of the README, of a new run of the demo.
+pictures: setup
+	"$(BIN)/python" -m hdovd demo --pictures docs/pictures
 
 test: setup
 	$(PYTEST)

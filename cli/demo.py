@@ -12,9 +12,11 @@ def demo(
     teacher_folder: Annotated[
         Path | None, typer.Option("--teachers", help="Where the demo's CLIP is kept; default ~/.cache/hdovd/teachers.")
     ] = None,
+    pictures: Annotated[Path | None, typer.Option("--pictures", help="Write small copies of three pictures here, as in the README.")
+                        ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a value of the demo recipe in every run.")] = None,
 ) -> None:
-    """Run the main job on a small drawn world: propose, extract-clip, train (base-only and distilled), eval.
+    """Run the main job on a small drawn world: propose, extract-clip, train (base-only and distilled), eval, report.
 
     Prints every command before it runs, so that you can repeat it by hand. Minutes on two CPU cores.
     """
@@ -29,8 +31,9 @@ def demo(
     def command(words: list[str]) -> None:
         group.main(args=words, prog_name="hdovd", standalone_mode=False)
 
-    result = run(DemoConfig(out, seeds, teacher_folder, settings=tuple(set_ or ())), command, typer.echo)
+    result = run(DemoConfig(out, seeds, teacher_folder, settings=tuple(set_ or ()), pictures=pictures), command, typer.echo)
     typer.echo("\n" + demo_table(result))
-    typer.echo("pictures (left detections, right ground truth; novel classes in orange):")
+    typer.echo("pictures (detections with novel classes in orange; what the cache knows):")
     for picture in result.pictures:
         typer.echo(f"  {picture}")
+    typer.echo(f"report, one page about all runs: {result.report}")

@@ -1,7 +1,8 @@
 """`hdovd demo`: the whole main job on a world of our own, every stage through the command a user would type.
 
 World and teacher are made once; then propose, nouns, extract-clip, calibrate, for every seed train and eval, base-only and
-distilled, and the audit. The stages run in this process, from the same arguments as the printed commands.
+distilled, the audit, and what there is to look at: detect, cache view, cache map, report. The stages run in this process, from the same
+arguments as the printed commands.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any
 
 from hdovd.coco_ap import GROUPS
 from hdovd.errors import HdovdError
+from hdovd.pipelines.demo.looking import can_map, image_with_most_proposals, small_pictures, telling_pictures
 from hdovd.pipelines.demo.teacher import demo_teacher
-from hdovd.pipelines.demo.world import make_world
+from hdovd.pipelines.demo.world import NOVEL, make_world
 from hdovd.pipelines.user_cache import user_cache_folder
 
 TRAIN_IMAGES, VAL_IMAGES = 1000, 250
@@ -31,7 +33,9 @@ MARKER = ".hdovd-demo"  # a folder that holds it is a demo's, and a new demo may
 
 @dataclass(frozen=True, slots=True)
 class DemoConfig:
-    """`out`: everything the demo writes, but the teacher. `settings`: --set values for every training run."""
+    """`out`: everything the demo writes, but the teacher. `settings`: --set values for every training run. `pictures`: a folder for small
+    copies of three pictures, as the README shows them.
+    """
 
     out: Path
     seeds: int = 1
@@ -39,16 +43,18 @@ class DemoConfig:
     train_images: int = TRAIN_IMAGES
     val_images: int = VAL_IMAGES
     settings: tuple[str, ...] = ()
+    pictures: Path | None = None
 
 
 @dataclass(slots=True)
 class DemoResult:
-    """AP50 in percent by variant and group, a value a seed; seconds by stage; pictures."""
+    """AP50 in percent by variant and group, a value a seed; seconds by stage; pictures; the report's page."""
 
     ap50: dict[str, dict[str, list[float]]]
     split_blind: dict[str, dict[str, list[float]]]
     seconds: dict[str, float] = field(default_factory=dict)
     pictures: list[Path] = field(default_factory=list)
+    report: Path | None = None
 
 
 def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable[[str], None] = print) -> DemoResult:
@@ -98,10 +104,26 @@ def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable
             sets = [word for setting in settings for word in ("--set", setting)]
             run(f"train {variant}", "train", *data, "--cache", cache, "--recipe", "demo", *options, *sets,
                 *(["--calibration", calibration] if variant == DISTILLED else []), "--val-every", 0, "--out", out)
-            run("eval", "eval", out, "--data", world, *(["--pictures", 8] if seed == 0 and variant == DISTILLED else []))
+            run("eval", "eval", out, "--data", world)
             _collect(result, variant, out)
-    run("audit", "audit", *data, "--cache", cache, "--run", root / "runs" / f"{DISTILLED}-seed0")
-    result.pictures = sorted((root / "runs" / "distilled-seed0" / "pictures").glob("*.png"))
+    distilled = root / "runs" / f"{DISTILLED}-seed0"
+    run("audit", "audit", *data, "--cache", cache, "--run", distilled)
+    shown = telling_pictures(world, NOVEL)
+    run("detect", "detect", distilled, *shown, "--out", root / "detected")
+    view, cache_map = root / "cache-view.png", root / "cache-map.html"
+    run("cache view", "cache", "view", cache, "--image", image_with_most_proposals(proposals), "--calibration", calibration, "--out", view)
+    if can_map():
+        run("cache map", "cache", "map", cache, "--out", cache_map)
+    else:
+        log("left out: hdovd cache map, which needs pip install 'hdovd[map]'")
+    runs = [root / "runs" / f"{variant}-seed{seed}" for seed in range(config.seeds) for variant in (DISTILLED, "base-only")]
+    run("report", "report", *runs, "--data", world, "--out", root / "report")
+    result.report = root / "report" / "index.html"
+    detected = [root / "detected" / "pictures" / file.name for file in shown]
+    map_picture = cache_map.with_suffix(".png") if can_map() else None
+    result.pictures = [*detected, view, *([map_picture] if map_picture else [])]
+    if config.pictures is not None:
+        result.pictures = small_pictures(detected, view, map_picture, config.pictures)
     return result
 
 
