@@ -1,8 +1,7 @@
 """`hdovd cache map`: instance embeddings as points in a plane, as a PNG and as one page of HTML that needs no network.
 
 Called by the command line. `map_points` samples and measures, `map_picture` and `map_page` draw. scikit-learn projects: PCA to 50 values,
-then t-SNE, which keeps near what is near. Its result does not depend on a compiled cache or threads' order, as UMAP's does, and it is
-one well-kept package where UMAP needs a compiler at run time. n points.
+then t-SNE, which keeps near what is near. UMAP would bring numba, and a compiler at run time, for a picture of the same use. n points.
 """
 
 from __future__ import annotations
