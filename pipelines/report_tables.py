@@ -20,6 +20,8 @@ from hdovd.pipelines.runs import Run
 from hdovd.pipelines.settings import SWITCH, Settings, different_keys, short_names, shown_apart
 
 ERROR_NAMES = [*(str(kind) for kind in ERRORS), "all false detections", "all objects not found"]
+MISNAMED = {"novel named base": ("novel", "base"), "novel named another novel": ("novel", "novel"), "base named novel": ("base", "novel"),
+            "base named another base": ("base", "base")}
 EQUAL = 1e-9
 
 
@@ -107,6 +109,11 @@ def error_rows(runs: Sequence[OneRun]) -> list[dict[str, Any]]:
         for cell in row["cells"]:
             cell["share"] = max(cell["dap"] or 0.0, 0.0) / most
     return rows
+
+
+def misnamed_rows(runs: Sequence[OneRun]) -> list[dict[str, Any]]:
+    """Of each run the classification errors in the order of `MISNAMED`."""
+    return [{"run": run.name, "counts": [run.analysis.errors.misnamed[truth][named] for truth, named in MISNAMED.values()]} for run in runs]
 
 
 def facts(run: OneRun) -> list[tuple[str, str]]:
