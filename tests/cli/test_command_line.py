@@ -17,7 +17,7 @@ import pytest
 from hdovd.cli.main import main
 
 NEXT = {
-    (): ["hdovd demo", "propose", "nouns", "extract-clip", "train", "eval"],
+    (): ["hdovd demo", "propose", "nouns", "extract-clip", "train", "eval", "detect"],
     ("demo",): ["propose", "extract-clip", "train", "eval"],
     ("propose",): ["hdovd extract-clip"],
     ("nouns",): ["hdovd extract-clip --nouns"],
