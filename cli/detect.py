@@ -38,6 +38,10 @@ def detect(
         bool, typer.Option("--split-blind", help="Score all names alike. Without it a name of a base class of the run, in capitals or not, "
                            "is scored as one, and any other name as novel: see docs/METHOD.md, section 7.")
     ] = False,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Let the names compete with each other alone. Without it the run's other base classes "
+                           "compete too, so that a person is not called a dog where only dogs are asked for.")
+    ] = False,
     no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Draw nothing.")] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")] = 8,
     workers: Annotated[str, typer.Option(help="Processes that decode pictures, or auto: none on a CPU, up to 16 for a GPU.")] = "auto",
@@ -60,7 +64,7 @@ def detect(
     prompts = None if templates is None else read_templates(templates)
     result = run_detect(DetectJob(
         run, tuple(images), out, names, threshold, class_embeddings, clip, pretrained, prompts, weights, device, batch_size,
-        options.workers(workers), not no_pictures, split_blind, overwrite), typer.echo)
+        options.workers(workers), not no_pictures, split_blind, overwrite, alone), typer.echo)
     for line in detect_lines(result):
         typer.echo(line)
     for file in result.files:

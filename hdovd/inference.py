@@ -47,9 +47,10 @@ def detect(predictions: RoIPredictions, is_novel: Tensor, config: InferenceConfi
 
 
 def detect_batch(predictions: list[RoIPredictions], is_novel: Tensor, config: InferenceConfig, *,
-                 split_blind: bool = False) -> list[Detections]:
+                 split_blind: bool = False, wanted: int | None = None) -> list[Detections]:
     """Threshold, per-class NMS and the cap on detections of every image of a batch; what is found lies on the CPU.
 
+    Of the classes only the first `wanted` are looked for; the others have taken their part of the scores.
     Without a distillation feature, or with `split_blind`, the classification score stands alone. Scores are combined and
     compared for the batch at once, and come from the device at once: NMS alone goes image by image.
     """
@@ -58,7 +59,7 @@ def detect_batch(predictions: list[RoIPredictions], is_novel: Tensor, config: In
     seconds = [p.distillation_score for p in predictions if p.distillation_score is not None]
     if seconds and not split_blind:
         scores = combine_scores(scores, torch.cat(seconds), is_novel, config.alpha, config.beta)
-    roi, label = (scores[:, :-1] > config.score_threshold).nonzero(as_tuple=True)
+    roi, label = (scores[:, :-1][:, :wanted] > config.score_threshold).nonzero(as_tuple=True)
     ends = torch.tensor([0, *counts], device=roi.device).cumsum(0)
     per_image = torch.searchsorted(roi, ends).diff().tolist()  # candidates; `nonzero` gives them RoI by RoI
     score, boxes = scores[roi, label], boxes[roi]

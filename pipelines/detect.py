@@ -35,6 +35,7 @@ class DetectJob:
     on something is found. `class_embeddings`: a file with a row for each class, in order; CLIP is not needed then.
 
     `clip`, `pretrained`, `templates`: None for those of the run. `workers` None: what suits the device. `pictures`: draw them.
+    `alone`: no base classes of the run compete with `classes` (`Detector.set_classes`).
     """
 
     run: Path
@@ -53,6 +54,7 @@ class DetectJob:
     pictures: bool = True
     split_blind: bool = False
     overwrite: bool = False
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1:
@@ -113,6 +115,8 @@ def detect(job: DetectJob, log: Callable[[str], None] = print, stdin: BinaryIO |
     novel = [bool(one) for one in detector.is_novel.tolist()]
     log(f"pictures: {len(files):,d}; names: {len(novel)}, of them base classes of the run: {len(novel) - sum(novel)}: "
         f"{shorten(list(detector.names))}")
+    if detector.rivals:
+        log(f"{len(detector.rivals)} other base classes of the run compete with them, and are not written; --alone does without")
     folder = DetectionFolder.begin(job.out, detector.names, novel, draw=job.pictures)
     skipped = _run(detector, files, folder, job)
     written = folder.finish(_info(detector, job))
@@ -122,7 +126,7 @@ def detect(job: DetectJob, log: Callable[[str], None] = print, stdin: BinaryIO |
 def _set_classes(detector: Detector, job: DetectJob, log: Callable[[str], None]) -> None:
     names = detector.names if job.classes is None else job.classes
     rows = None if job.class_embeddings is None else read_class_embeddings(job.class_embeddings, names, log, each="name")
-    detector.set_classes(names, embeddings=rows, split_blind=job.split_blind)
+    detector.set_classes(names, embeddings=rows, split_blind=job.split_blind, alone=job.alone)
     detector.embedder.forget_clip()
 
 
@@ -153,4 +157,5 @@ def _info(detector: Detector, job: DetectJob) -> dict[str, Any]:
     embedded = {"class_embeddings": str(job.class_embeddings)} if job.class_embeddings is not None else \
         {} if job.templates is None else {"templates": list(job.templates)}
     return {"description": f"hdovd {hdovd.__version__} detect", "run": str(job.run.absolute()), "weights": str(job.weights),
-            "threshold": job.threshold, "split_blind": job.split_blind, "device": str(detector.device), **embedded}
+            "threshold": job.threshold, "split_blind": job.split_blind, "rivals": list(detector.rivals),
+            "device": str(detector.device), **embedded}

@@ -46,6 +46,7 @@ class Detector:
         """model: on the device. `from_run` is the usual way."""
         self.model, self.protocol, self.embedder, self.device = model.eval(), protocol, embedder, device
         self.names: tuple[str, ...] = ()
+        self.rivals: tuple[str, ...] = ()
         self.is_novel = torch.zeros(0, dtype=torch.bool)
         self.set_classes(protocol.names)
 
@@ -71,14 +72,19 @@ class Detector:
     def recipe(self) -> Recipe:
         return self.model.recipe
 
-    def set_classes(self, names: Sequence[str], *, embeddings: Tensor | np.ndarray | None = None, split_blind: bool = False) -> Detector:
+    def set_classes(self, names: Sequence[str], *, embeddings: Tensor | np.ndarray | None = None, split_blind: bool = False,
+                    alone: bool = False) -> Detector:
         """What to look for; returns the detector itself.
 
         Names of base classes of the run, in capitals or not, take the base share of the two scores, all others the novel one
         (METHOD section 7); with `split_blind` the classification score stands alone for all.
 
+        Names compete for a box (the scores are a softmax). So that a person is not called a dog where only dogs are asked for, the base
+        classes of the run that are not asked for compete too, and what they win is not given back.
+
         Args:
             embeddings: (K, D) text embeddings of the run's CLIP, a row a name, of any norm; CLIP is not needed then.
+            alone: the names compete with each other and the background alone.
 
         Raises HdovdError for names or embeddings that do not fit, and if CLIP is needed and cannot be had.
         """
@@ -92,7 +98,9 @@ class Detector:
             raise HdovdError("no names to look for" if not asked else f"name {asked.index('') + 1} of {len(asked)} is empty")
         rows = self.embedder.embed(asked) if embeddings is None else self._fitting(embeddings, asked)
         base = {name.casefold() for name in self.protocol.base}
-        self._texts, self.names, self._split_blind = rows.to(self.device), asked, split_blind
+        self.rivals = () if alone else tuple(name for name in self.protocol.base if name.casefold() not in folded)
+        self._texts = torch.cat([rows, self.embedder.own_rows(self.rivals)]).to(self.device)
+        self.names, self._split_blind = asked, split_blind
         self.is_novel = torch.tensor([name not in base for name in folded], device=self.device)
         return self
 
@@ -135,7 +143,8 @@ class Detector:
         for numbers in groups.values():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=inference_precision(self.device, self.recipe) == "bf16"):
                 predictions = self.model.predict([pictures[n].pixels.to(self.device, non_blocking=True) for n in numbers], self._texts)
-                detections = detect_batch(predictions, self.is_novel, config, split_blind=self._split_blind)
+                is_novel = torch.cat([self.is_novel, self.is_novel.new_zeros(len(self.rivals))])
+                detections = detect_batch(predictions, is_novel, config, split_blind=self._split_blind, wanted=len(self.names))
             found |= {n: self._named(pictures[n], one) for n, one in zip(numbers, detections, strict=True)}
         return [found[number] for number in range(len(pictures))]
 

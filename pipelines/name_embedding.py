@@ -51,6 +51,10 @@ class NameEmbedder:
             rows |= self._others(names, rows)
         return torch.stack([rows[name] for name in names]).float()
 
+    def own_rows(self, names: Sequence[str]) -> Tensor:
+        """(K, D) float32, as the run has them, of classes of its protocol."""
+        return torch.stack([self._rows[self._classes[name.casefold()]] for name in names]).float() if names else torch.zeros(0, self.dim)
+
     def forget_clip(self) -> None:
         """Free the memory of the text tower; it is loaded again when it is needed."""
         self._clip = None

@@ -125,10 +125,27 @@ def test_split_blind_leaves_the_second_score_out(distilled: RunFolder, world: Pa
     assert detector.set_classes(names)(picture, 0.0).scores.tolist() == combined.scores.tolist()
 
 
+def test_base_classes_that_were_not_asked_for_take_what_is_theirs(distilled: RunFolder, world: Path) -> None:
+    """Novel names alone are found as among all classes; without rivals their scores are higher."""
+    detector, protocol = Detector.from_run(distilled.path, device="cpu"), distilled.protocol()
+    picture = next((world / "val2017").iterdir())
+    everything = detector(picture, 0.0)
+    expected = [(n, s) for n, s in zip(everything.names, everything.scores.tolist(), strict=True) if n in protocol.novel]
+    found = detector.set_classes(protocol.novel)(picture, 0.0)
+    assert detector.rivals == protocol.base
+    assert len(found.names) > len(expected) > 5  # there is room for more
+    assert list(found.names[: len(expected)]) == [name for name, _ in expected]
+    np.testing.assert_allclose(found.scores[: len(expected)], [score for _, score in expected], atol=1e-5)
+    alone = detector.set_classes(protocol.novel, alone=True)(picture, 0.0)
+    assert detector.rivals == ()
+    assert alone.scores.mean() > found.scores.mean()
+    assert detector.set_classes([protocol.base[0].upper()]).rivals == protocol.base[1:]
+
+
 def test_embeddings_of_ones_own_stand_for_names(detector: Detector, distilled: RunFolder, world: Path) -> None:
     rows, picture = distilled.class_embeddings(), next((world / "val2017").iterdir())
     own = Detector.from_run(distilled.path, device="cpu").set_classes([f"name {k}" for k in range(len(rows))], embeddings=7 * rows,
-                                                                      split_blind=True)
+                                                                      split_blind=True, alone=True)
     expected = Detector.from_run(distilled.path, device="cpu").set_classes(distilled.protocol().names, split_blind=True)(picture, 0.0)
     found = own(picture, 0.0)
     assert torch.allclose(found.scores, expected.scores, atol=1e-3)
