@@ -1,9 +1,11 @@
-"""Two trained micro runs that several tests read."""
+"""Two trained micro runs that several tests read, and a browser for the pages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,3 +41,18 @@ def distilled(train_micro: TrainMicro, tmp_path_factory: pytest.TempPathFactory)
 def base_only(train_micro: TrainMicro, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run without distillation."""
     return train_micro(tmp_path_factory.mktemp("runs") / "base-only", *PRESETS["base-only"])
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The system's Chromium, driven by Playwright. Tests that ask for it are skipped where there is none.
+
+    One a file: while it is open, an event loop runs in this thread, and no other can.
+    """
+    chromium = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    if chromium is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as tools:
+        opened = tools.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()

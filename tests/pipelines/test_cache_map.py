@@ -21,7 +21,6 @@ from hdovd.pipelines.map_picture import draw_map, ordered_groups
 from hdovd.pipelines.map_points import MapPoints, measure
 
 pytest.importorskip("sklearn", reason="hdovd cache map needs the extra hdovd[map]")
-CHROMIUM = Path("/usr/bin/chromium")
 EVIL = ["</script><script>window.broken = 1</script>", "<img src=x onerror='window.broken = 1'>", "\"quotes' & <b>bold</b>",
         "猫 ☂ {{ 7*7 }}"]
 COUNTS = (40, 30, 20, 10)  # of the names above
@@ -127,17 +126,6 @@ def test_the_picture_names_its_groups(evil: CacheMap) -> None:
 
 
 # --- the page, in a browser ---
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM.is_file():
-        pytest.skip(f"no browser at {CHROMIUM}")
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield started
-        started.close()
-
 
 @pytest.fixture
 def page(evil: CacheMap, browser: Any, tmp_path: Path) -> Iterator[Any]:

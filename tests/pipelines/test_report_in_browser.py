@@ -14,10 +14,6 @@ from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.report import ReportJob, report
 from hdovd.pipelines.run_folder import RunFolder
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
-playwright = pytest.importorskip("playwright.sync_api")
-
 
 @pytest.fixture(scope="module")
 def file(distilled: RunFolder, base_only: RunFolder, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -26,14 +22,6 @@ def file(distilled: RunFolder, base_only: RunFolder, world: Path, tmp_path_facto
     runs = tuple(Path(shutil.copytree(run.path, folder / name)) for name, run in named.items())
     job = ReportJob(runs, folder / "report", DataPaths(world), gallery=6, pseudo=2, relation_images=3, threshold=0.05, device="cpu")
     return report(job, lambda _: None)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as tools:
-        chromium = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
