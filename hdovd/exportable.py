@@ -19,7 +19,7 @@ from hdovd.faster_rcnn import CODER, FasterRCNN
 from hdovd.inference import combine_scores
 from hdovd.losses import classwise
 
-_MANY_BOXES = 4000  # torchvision's batched_nms goes class by class from so many coordinates on; below, it shifts the classes apart
+_MANY_BOXES = 1000  # torchvision's batched_nms goes class by class where there are more; else it shifts the classes apart
 _SMALLEST = 1e-3  # pixels; torchvision's RPN drops proposals with a shorter side
 
 
@@ -99,9 +99,9 @@ class ExportableDetector(nn.Module):
             keep = ((level_boxes[:, 2:] - level_boxes[:, :2]).amin(dim=1) >= _SMALLEST).nonzero().flatten()
             boxes.append(level_boxes[keep])
             scores.append(logits[best][keep].sigmoid())
-        together = torch.cat([torch.cat(boxes), limit[None]])
-        shift = torch.where(torch._shape_as_tensor(together)[0] * 4 - 4 > _MANY_BOXES, 0.0, 1.0).to(limit)
-        shift = shift * (torch.cat(boxes).amax() + 1)
+        together = torch.cat([torch.cat(boxes), torch.zeros_like(limit[None])])  # one more, or there may be no largest
+        few = torch._shape_as_tensor(together)[0] - 1 <= _MANY_BOXES
+        shift = few.to(limit) * (together.amax() + 1)
         kept = [nms(b + level * shift, s, rpn.nms_thresh) for level, (b, s) in enumerate(zip(boxes, scores, strict=True))]
         boxes, scores = ([rows[k] for rows, k in zip(parts, kept, strict=True)] for parts in (boxes, scores))
         return torch.cat(boxes)[_best(torch.cat(scores), rpn.post_nms_top_n())]
