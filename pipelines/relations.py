@@ -5,16 +5,16 @@ Called by `report`. n boxes of the batch that have a positive RoI, sorted by nam
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.coco import DataPaths
+from hdovd.coco import Split
 from hdovd.errors import HdovdError
 from hdovd.faster_rcnn import FasterRCNN
 from hdovd.losses.instance import relation_loss
@@ -22,6 +22,8 @@ from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.training_set import TrainingSet
 from hdovd.protocol import Protocol
+
+LOOKED_AT = 2000  # training images: reading rows of all of COCO's would take minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +43,18 @@ class Relations:
     loss: float
 
 
-def relations(run: RunFolder, data: DataPaths, images: int, *, device: str = "auto", weights: str = "model.safetensors",
-              log: Callable[[str], None] = print) -> Relations:
-    """The matrices for the first `images` training images with the most boxes of those that hold a pseudo box, or of all if none does.
+def relations(run: RunFolder, split: Split, images: int, *, device: str = "auto", weights: str = "model.safetensors") -> Relations:
+    """The matrices for `images` of the training images `split`: those with the most boxes among `LOOKED_AT` that are spread evenly over
+    it, those with a proposal before all others.
 
-    Raises HdovdError, saying why, if the run has no instance level, or its cache or training images cannot be read any more.
+    Raises HdovdError, saying why, if the run has no instance level, or its cache cannot be read any more or is of other images.
     """
     recipe, record, protocol = run.recipe(), run.record(), run.protocol()
     if not recipe.loss.instance.enabled:
         raise HdovdError("this run has no instance level, so no student embeddings")
     cache = cache_of(record)
-    split = data.load("train2017", protocol, base_only=True, log=log)
-    training = TrainingSet(split, cache, recipe.model_copy(update={"input": recipe.input.model_copy(update={"flip": 0.0})}), log)
+    as_it_is = recipe.model_copy(update={"input": recipe.input.model_copy(update={"flip": 0.0})})
+    training = TrainingSet(split, cache, as_it_is, lambda _: None)
     batch = [training[i] for i in _telling(training, images)]
     place = pick_device(device)
     model = FasterRCNN(recipe, training.dim, log=None)
@@ -75,8 +77,6 @@ def cache_of(record: dict[str, Any]) -> FeatureCache:
     where, keys = record["cache"]["path"], {level: entry["key"] for level, entry in record["cache"]["levels"].items()}
     if not where or "levels" not in record["cache"]:
         raise HdovdError("the run does not say which cache it was trained from")
-    from hdovd.cache.catalog import Catalog
-
     sets = Catalog(where).sets()
     for name, features in sets.items():
         if {str(level): key for level, key in features.levels.items()} == keys:
@@ -85,13 +85,13 @@ def cache_of(record: dict[str, Any]) -> FeatureCache:
 
 
 def _telling(training: TrainingSet, count: int) -> list[int]:
-    """Which images: the most boxes first, those with a pseudo box before all others; then by place."""
+    """Places of the images that are shown."""
     def boxes(index: int) -> tuple[bool, int]:
         rows = training.cache.instances(training.images[index].id)
-        usable = len(rows.proposals().box)
-        return usable == 0, -len(rows.box)
+        return not len(rows.proposals().box), -len(rows.box)
 
-    return sorted(range(len(training)), key=boxes)[:count]
+    step = -(-len(training) // LOOKED_AT)
+    return sorted(range(0, len(training), step), key=boxes)[:count]
 
 
 def _names(targets: list[Any], cache: FeatureCache, protocol: Protocol) -> tuple[list[str], list[bool]]:

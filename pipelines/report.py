@@ -23,7 +23,7 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines import report_charts, report_gallery, report_tables
 from hdovd.pipelines.evaluate import EvalJob, evaluate
 from hdovd.pipelines.relations import relations
-from hdovd.pipelines.report_runs import OneRun, data_of, open_runs
+from hdovd.pipelines.report_runs import OneRun, TrainingImages, data_of, open_runs
 from hdovd.pipelines.weights import Weights
 from hdovd.pipelines.whole_file import replace_file
 
@@ -98,8 +98,9 @@ def _evaluate_if_needed(run: Path, job: ReportJob, data: DataPaths, log: Callabl
 def _context(runs: Sequence[OneRun], job: ReportJob, data: DataPaths, log: Callable[[str], None]) -> dict[str, Any]:
     first = runs[0].analysis
     gallery = report_gallery.validation_cards(runs, job.gallery, job.threshold)
-    pseudo, pseudo_none = report_gallery.pseudo_boxes(runs, data, job.pseudo)
-    matrices, matrices_none = _relations(runs, job, data, log)
+    training = TrainingImages(data, first.protocol)
+    pseudo, pseudo_none = report_gallery.pseudo_boxes(runs, training, job.pseudo)
+    matrices, matrices_none = _relations(runs, job, training, log)
     return {
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs of {os.path.commonpath([r.folder.path.resolve() for r in runs])}",
         "version": hdovd.__version__, "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}", "sections": SECTIONS,
@@ -119,7 +120,7 @@ def _context(runs: Sequence[OneRun], job: ReportJob, data: DataPaths, log: Calla
         "footer": "hdovd " + " ".join(["report", *(str(run.folder.path) for run in runs)])}
 
 
-def _relations(runs: Sequence[OneRun], job: ReportJob, data: DataPaths, log: Callable[[str], None]) -> tuple[list[Any], list[str]]:
+def _relations(runs: Sequence[OneRun], job: ReportJob, training: TrainingImages, log: Callable[[str], None]) -> tuple[list[Any], list[str]]:
     """The figures, and of each run without one why."""
     figures: list[Any] = []
     reasons: list[str] = []
@@ -127,8 +128,7 @@ def _relations(runs: Sequence[OneRun], job: ReportJob, data: DataPaths, log: Cal
         return figures, ["The matrices were left out."]
     for run in runs:
         try:
-            found = relations(run.folder, data, job.relation_images, device=job.device, weights=run.analysis.weights.file,
-                              log=lambda _: None)
+            found = relations(run.folder, training.split, job.relation_images, device=job.device, weights=run.analysis.weights.file)
         except HdovdError as error:
             reasons.append(f"{run.name}: {error}")
         else:

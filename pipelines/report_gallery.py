@@ -12,7 +12,6 @@ from typing import Any
 from PIL import Image
 
 from hdovd.cache.schema import Source
-from hdovd.coco import DataPaths
 from hdovd.error_breakdown import Kind
 from hdovd.errors import HdovdError
 from hdovd.pipelines.cache_view import CacheView, Reliability, gather_view
@@ -20,7 +19,7 @@ from hdovd.pipelines.charts import picture_data
 from hdovd.pipelines.image_verdicts import Fate, ImageVerdicts
 from hdovd.pipelines.images import read_image
 from hdovd.pipelines.relations import cache_of
-from hdovd.pipelines.report_runs import OneRun
+from hdovd.pipelines.report_runs import OneRun, TrainingImages
 from hdovd.protocol import Protocol
 
 LONGEST_SIDE_PX = 560
@@ -72,7 +71,7 @@ def _panel(name: str, verdicts: ImageVerdicts, protocol: Protocol, threshold: fl
             "novel_found": len(found & novel), "novel_which": frozenset(found & novel), "novel_false": false}
 
 
-def pseudo_boxes(runs: Sequence[OneRun], data: DataPaths, count: int) -> tuple[list[dict[str, Any]], list[str]]:
+def pseudo_boxes(runs: Sequence[OneRun], training: TrainingImages, count: int) -> tuple[list[dict[str, Any]], list[str]]:
     """Cards of the training images, for each features and weights that a run was trained with; and why there are none of a run."""
     parts: dict[tuple[Any, ...], dict[str, Any]] = {}
     reasons: list[str] = []
@@ -88,7 +87,7 @@ def pseudo_boxes(runs: Sequence[OneRun], data: DataPaths, count: int) -> tuple[l
             parts[key]["names"].append(run.name)
             continue
         try:
-            parts[key] = {"names": [run.name], "weight": weight, "cards": _pseudo_cards(run, data, count, weight)}
+            parts[key] = {"names": [run.name], "weight": weight, "cards": _pseudo_cards(run, training, count, weight)}
         except HdovdError as error:
             reasons.append(f"{run.name}: {error}")
     for part in parts.values():
@@ -113,9 +112,8 @@ def _weight(run: OneRun) -> Reliability | None:
     return Reliability(float(recorded["centre"]), float(recorded["width"]), float(recorded["scale"]), str(recorded["source"]))
 
 
-def _pseudo_cards(run: OneRun, data: DataPaths, count: int, weight: Reliability | None) -> list[dict[str, Any]]:
-    cache, protocol = cache_of(run.folder.record()), run.analysis.protocol
-    split = data.load("train2017", protocol, base_only=True, log=lambda _: None)
+def _pseudo_cards(run: OneRun, training: TrainingImages, count: int, weight: Reliability | None) -> list[dict[str, Any]]:
+    cache, protocol, split = cache_of(run.folder.record()), run.analysis.protocol, training.split
     failed = cache.failed()
     with_some = [image for image in split.images if image.id not in failed]
     step = max(1, len(with_some) // (3 * count))

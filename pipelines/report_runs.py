@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hdovd.cache.catalog import Catalog
-from hdovd.coco import DataPaths
+from hdovd.coco import DataPaths, Split
 from hdovd.errors import HdovdError
 from hdovd.pipelines.extract_config import ExtractConfig
 from hdovd.pipelines.run_analysis import RunAnalysis, analyse
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.runs import Run, read_run
+from hdovd.protocol import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,18 @@ class OneRun:
     analysis: RunAnalysis
     entries: list[dict[str, Any]]
     notes: tuple[str, ...]
+
+
+class TrainingImages:
+    """The training images of a report, read when they are first asked for, and once: COCO's take a while."""
+
+    def __init__(self, data: DataPaths, protocol: Protocol) -> None:
+        self._data, self._protocol = data, protocol
+
+    @cached_property
+    def split(self) -> Split:
+        """Raises HdovdError if they cannot be read."""
+        return self._data.load("train2017", self._protocol, base_only=True, log=lambda _: None)
 
 
 def open_runs(paths: Sequence[Path], validation: DataPaths, threshold: float, log: Callable[[str], None]) -> list[OneRun]:

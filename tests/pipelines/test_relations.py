@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hdovd.cache.reader import FeatureCache
-from hdovd.coco import DataPaths
+from hdovd.coco import DataPaths, Split
 from hdovd.errors import HdovdError
 from hdovd.losses.instance import relation_loss
 from hdovd.pipelines.demo.world import BASE
@@ -19,9 +19,13 @@ from hdovd.pipelines.relations import Relations, cache_of, relations
 from hdovd.pipelines.run_folder import RunFolder
 
 
+def _training(run: RunFolder, world: Path) -> Split:
+    return DataPaths(world).load("train2017", run.protocol(), base_only=True, log=lambda _: None)
+
+
 @pytest.fixture(scope="module")
 def found(distilled: RunFolder, world: Path) -> Relations:
-    return relations(distilled, DataPaths(world), 4, log=lambda _: None)
+    return relations(distilled, _training(distilled, world), 4)
 
 
 def test_matrices_are_cosines_of_the_same_boxes(found: Relations) -> None:
@@ -67,7 +71,7 @@ def test_loss_and_correlation_are_of_these_matrices(found: Relations, distilled:
 
 def test_a_run_without_the_level_says_so(base_only: RunFolder, world: Path) -> None:
     with pytest.raises(HdovdError, match="no instance level"):
-        relations(base_only, DataPaths(world), 4)
+        relations(base_only, _training(base_only, world), 4)
 
 
 def test_a_cache_that_was_extracted_anew_is_not_taken_for_the_runs_own(distilled: RunFolder, tmp_path: Path) -> None:
