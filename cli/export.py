@@ -18,17 +18,17 @@ def export(
                                             "torch.jit.load, with torchvision; safetensors: the weights.")] = ModelForm.ONNX,
     weights: Annotated[Weights, typer.Option(help="Of the last epoch, or of the one with the best validation AP50 of base classes.")
                        ] = Weights.LAST,
-    check_image: Annotated[list[Path] | None, typer.Option("--check-image", help="A picture to check the file on, besides two that are "
-                                                           "made up. Repeatable.")] = None,
+    check_image: Annotated[list[Path] | None, typer.Option("--check-image", help="A picture to check the file on, besides those that "
+                                                           "are made up. Repeatable.")] = None,
 ) -> None:
     """Write the detector to one file for other programs: picture and class embeddings in, detections out.
 
     The file holds the run's class names and embeddings too. It is run before it gets its name, and refused if it does not find what
-    the model finds, to 1e-3 pixels and scores.
+    the model finds: to 1e-3 of a score, and of a pixel of the detector's input, to which any picture is resized.
     """
     from hdovd.pipelines.export_model import ExportModelJob, export_model
 
     done = export_model(ExportModelJob(run, form, out, weights, tuple(check_image or ())), typer.echo)
     typer.echo(f"checked: {done.checked.detections} detections in {done.checked.pictures} pictures; largest difference from the model "
-               f"{done.checked.difference:.1e} (pixels, scores)")
+               f"{done.checked.difference:.1e} (pixels of the detector's input, scores)")
     typer.echo(f"wrote {done.file} ({done.bytes / 1e6:.1f} MB)")

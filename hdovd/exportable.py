@@ -7,6 +7,7 @@ R RoIs, C classes, D embedding size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,15 +77,14 @@ class ExportableDetector(nn.Module):
         """`batch_images` of one: pixels (3, H, W), padded; size (2,) of the picture in them and resize factors (2,), y before x."""
         config = self.recipe.input
         shape = torch._shape_as_tensor(image)[1:].double()
-        short, long = (torch.full_like(shape[0], side) for side in (config.short_side, config.long_side))  # number / tensor rounds twice
-        scale = torch.minimum(short / shape.min(), long / shape.max())
+        # Both sides at once: of a number and a tensor, or of two numbers, ONNX would take the quotient in float32.
+        limits = torch.tensor([config.short_side, config.long_side], dtype=torch.float64)
+        scale = (limits / shape.sort().values).amin()
         size = (shape * scale).round().clamp(min=1)
         height, width = size.long().unbind()
-        pixels = (image.float() / 255 - self.mean) / self.std
-        pixels = F.interpolate(pixels[None], [height, width],  # type: ignore[list-item]  # in a trace, sizes are tensors
-                               mode="bilinear", align_corners=False)[0]
+        pixels = _resized(image, shape, size, lambda some: (some.float() / 255 - self.mean) / self.std)
         right, bottom = -width % SIZE_DIVISOR, -height % SIZE_DIVISOR
-        return F.pad(pixels, [0, right, 0, bottom]), size, size / shape  # type: ignore[list-item]
+        return F.pad(pixels, [0, right, 0, bottom]), size, size / shape  # type: ignore[list-item]  # in a trace, sizes are tensors
 
     def _proposals(self, features: dict[str, Tensor], shape: torch.Size, limit: Tensor) -> Tensor:
         """The RPN's `filter_proposals`: (R, 4) pixels of the batch, best first."""
@@ -164,6 +164,38 @@ class _OnnxClassNms(torch.autograd.Function):
         count = g.op("Gather", size, constant(torch.tensor([0])))
         _, order = g.op("TopK", g.op("Squeeze", place, constant(torch.tensor([1]))), count, axis_i=0, largest_i=0, sorted_i=1, outputs=2)
         return g.op("Gather", g.op("Concat", roi, label, axis_i=1), order, axis_i=0)
+
+
+def _resized(image: Tensor, shape: Tensor, size: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
+    """`F.interpolate(prepare(image)[None], size, mode="bilinear")[0]`, from just the places between the pixels that it takes.
+
+    ONNX's own Resize is some ten-thousandths of a pixel off in large pictures, which takes boxes along.
+
+    Args:
+        image: (3, h, w). shape: (2,) float64, h and w. size: (2,) float64, whole numbers, those of the result.
+        prepare: a function of each pixel alone; what is left out does not go through it.
+    """
+    (top, bottom, down), (left, right, across) = (_taken(shape[axis], size[axis]) for axis in (0, 1))
+
+    def row(lines: Tensor) -> Tensor:
+        some = image[:, lines]
+        one, other = prepare(some[:, :, left]), prepare(some[:, :, right])
+        return one * (1 - across.to(one)) + other * across.to(one)
+
+    upper, lower = row(top), row(bottom)
+    return upper * (1 - down.to(upper)[:, None]) + lower * down.to(upper)[:, None]
+
+
+def _taken(length: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each of `count` pixels along an axis of `length`: the two that it lies between, and how far from the first, in 0..1.
+
+    Rounded to float32 where torch does, which multiplies and subtracts in one step.
+    """
+    ratio = (length / count).float().double()
+    places = torch.arange(count.long()).double()  # type: ignore[call-overload]  # in a trace, sizes are tensors
+    place = (ratio * (places + 0.5) - 0.5).float().clamp(min=0)
+    first = place.long()
+    return first, torch.minimum(first + 1, length.long() - 1), place - first.float()
 
 
 def _clip(boxes: Tensor, limit: Tensor) -> Tensor:

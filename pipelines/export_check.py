@@ -2,20 +2,24 @@
 
 A picture is as good as its detections, and a trained model may find none in made-up ones. So it is also asked for made-up classes,
 which are the model's own features of some of its regions: what they name is there.
+
+Boxes are compared at the scale that the network sees: in a picture of 4,000 pixels, one of its own is many, and so is what float32
+leaves open.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from hdovd.config import InferenceConfig
+from hdovd.batching import input_size
+from hdovd.config import InferenceConfig, InputConfig
 from hdovd.exportable import ExportableDetector
 from hdovd.faster_rcnn import FasterRCNN
 from hdovd.inference import Detections, detect
@@ -23,12 +27,13 @@ from hdovd.pipelines.images import pixels_of
 from hdovd.pipelines.model_forms import Run
 
 _SIZES = ((150, 110), (96, 170))  # width, height: neither has the shape of what is traced
+_LARGER = (1.75, 1.25)  # width and height of another one in short sides of the input: it is made smaller, as photos are
 _MADE_UP_CLASSES = 7
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """`difference`: the largest, in pixels and scores, of `detections` in `pictures`; inf if classes differ."""
+    """`difference`: the largest, in pixels of the detector's input and scores, of `detections` in `pictures`; inf if not finite."""
 
     pictures: int
     detections: int
@@ -52,8 +57,16 @@ def check(run: Run, model: FasterRCNN, texts: Tensor, is_novel: Tensor, pictures
                 classes, novel = torch.cat([texts, classes]), torch.cat([is_novel, novel])
             expected = detect(model.predict([picture], classes)[0], novel, config)
             found = Detections(*run(picture, classes, novel))
-            worst, count = max(worst, largest_difference(expected, found, config)), count + len(expected.scores)
+            one, other = (at_input_scale(d, picture, model.recipe.input) for d in (expected, found))
+            worst, count = max(worst, largest_difference(one, other, config)), count + len(expected.scores)
     return Checked(len(pictures), count, worst)
+
+
+def at_input_scale(found: Detections, picture: Tensor, config: InputConfig) -> Detections:
+    """Detections with boxes in pixels of the detector's input in place of those of the picture (3, h, w)."""
+    height, width = picture.shape[1:]
+    high, wide = input_size(height, width, config.short_side, config.long_side)
+    return replace(found, boxes=found.boxes * torch.tensor([wide / width, high / height] * 2))
 
 
 def largest_difference(one: Detections, other: Detections, config: InferenceConfig) -> float:
@@ -80,10 +93,10 @@ def _from(one: Detections, other: Detections, config: InferenceConfig) -> float:
     return float(nearest.max())
 
 
-def made_up_pictures() -> list[Tensor]:
-    """(3, h, w) uint8: coloured shapes on noise, the same every time."""
-    drawn = []
-    for seed, (width, height) in enumerate(_SIZES):
+def made_up_pictures(config: InputConfig) -> list[Tensor]:
+    """(3, h, w) uint8: coloured shapes on noise, the same every time; small ones, and one that is larger than the input."""
+    drawn, larger = [], tuple(round(part * config.short_side) for part in _LARGER)
+    for seed, (width, height) in enumerate((*_SIZES, larger)):
         rng = np.random.default_rng(seed)
         picture = Image.fromarray(rng.integers(60, 196, (height // 6, width // 6, 3), np.uint8)).resize((width, height))
         draw = ImageDraw.Draw(picture)

@@ -27,7 +27,7 @@ from hdovd.pipelines.run_folder import FILES, RunFolder
 from hdovd.pipelines.weights import Weights
 from hdovd.pipelines.whole_file import replace_file
 
-TOLERANCE = 1e-3  # pixels of the picture, and scores
+TOLERANCE = 1e-3  # pixels of the detector's input, and scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,8 @@ def export_model(job: ExportModelJob, log: Callable[[str], None] = print) -> Exp
                          f"file, such as detector.{job.form.value}")
     if not job.out.resolve().parent.is_dir():
         raise HdovdError(f"--out {job.out}: there is no folder {job.out.resolve().parent}")
-    pictures = made_up_pictures() + [_read(path) for path in job.check_images]
     recipe, protocol, texts = run.recipe(), run.protocol(), run.class_embeddings().float()
+    pictures = made_up_pictures(recipe.input) + [_read(path) for path in job.check_images]
     model = FasterRCNN(recipe, texts.shape[1], log=None)
     run.load_model(model, job.weights.file)
     is_novel = torch.arange(len(texts)) >= len(protocol.base)
@@ -78,8 +78,8 @@ def export_model(job: ExportModelJob, log: Callable[[str], None] = print) -> Exp
         checked = check(model_forms.open_model(job.form, aside)[0], model, texts, is_novel, pictures)
         if not checked.difference <= TOLERANCE:
             raise HdovdError(f"{job.out} was not written: run as {job.form.value}, the detector with backbone "
-                             f"{recipe.detector.backbone.name} differs from the model by {checked.difference:.2g} (pixels, or score), more "
-                             f"than {TOLERANCE:g}; try --format safetensors")
+                             f"{recipe.detector.backbone.name} differs from the model by {checked.difference:.2g} (pixels of its "
+                             f"input, or score), more than {TOLERANCE:g}; try --format safetensors")
         size = aside.stat().st_size
         os.replace(aside, job.out)
     finally:

@@ -25,6 +25,7 @@ KEPT_PIXELS = 25_000_000  # a larger picture is reduced by a whole number: the d
 KEPT_SIDE = 16_384  # and so is a longer one
 _ORIENTATION = 0x0112  # of EXIF; from 5 on the picture lies on its side
 _AVERAGED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes that are reduced before they are converted, which needs less memory
+_16_BITS_AT_MOST = ("PNG", "PPM")  # kinds of files that Pillow, some versions of it, opens with mode I, which has 32
 _bomb_limit = threading.Lock()
 
 AnyPicture = Path | str | bytes | Image.Image | Tensor | np.ndarray
@@ -103,27 +104,29 @@ def _factor(width: int, height: int) -> int:
 
 def _reduced(picture: Image.Image, width: int, height: int) -> Decoded:
     """As RGB. width, height: of the whole picture, upright."""
-    factor = _factor(*picture.size)
+    factor, kind = _factor(*picture.size), picture.format  # which what is made of a picture no longer has
     if factor > 1 and picture.mode in _AVERAGED:
         picture = picture.reduce(factor)
-    picture = _rgb(picture)
+    picture = _rgb(picture, kind)
     return Decoded(pixels_of(picture if _factor(*picture.size) == 1 else picture.reduce(factor)), width, height)
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _rgb(picture: Image.Image, kind: str | None) -> Image.Image:
     """8 bits a channel. What can be seen through stands on white. Grey of 16 bits gives its upper 8, as Pillow has it for colours;
-    32 bits and floats, which have no white of their own, are stretched from their lowest to their highest value."""
+    32 bits and floats, which have no white of their own, are stretched from their lowest to their highest value. `kind`: of the file,
+    in Pillow's words."""
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        return Image.fromarray(_grey(np.asarray(picture))).convert("RGB")
+        of_16_bits = picture.mode.startswith("I;16") or (picture.mode == "I" and kind in _16_BITS_AT_MOST)
+        return Image.fromarray(_grey(np.asarray(picture), of_16_bits=of_16_bits)).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def _grey(values: np.ndarray) -> np.ndarray:
+def _grey(values: np.ndarray, *, of_16_bits: bool) -> np.ndarray:
     """(h, w) integers or floats -> uint8."""
-    if values.dtype.kind in "iu" and values.min() >= 0 and values.max() < 2**16:  # Pillow before 11 has 16 bits as 32
+    if of_16_bits:
         return (values >> 8).astype(np.uint8)
     finite = np.isfinite(values)
     low, high = (float(values[finite].min()), float(values[finite].max())) if finite.any() else (0.0, 0.0)

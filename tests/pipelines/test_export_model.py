@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -20,12 +21,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from hdovd.batching import batch_images
 from hdovd.cli.main import app
 from hdovd.config import PRESETS, InferenceConfig, Recipe
 from hdovd.errors import HdovdError
+from hdovd.exportable import ExportableDetector
 from hdovd.faster_rcnn import FasterRCNN
 from hdovd.inference import Detections, detect
-from hdovd.pipelines.export_check import largest_difference, made_up_pictures
+from hdovd.pipelines.export_check import at_input_scale, largest_difference, made_up_pictures
 from hdovd.pipelines.export_model import ExportModelJob, export_model
 from hdovd.pipelines.images import pixels_of
 from hdovd.pipelines.model_form import ModelForm
@@ -92,10 +95,50 @@ def test_every_form_finds_what_the_model_finds(form: ModelForm, name: str, world
     assert count > 500
 
 
+def test_a_photo_is_resized_as_the_model_does_it(tmp_path: Path, micro_recipe: Callable[..., Recipe]) -> None:
+    """To the bit where torch adds alike: boxes of large pictures are off by whatever the resizing is."""
+    trained = _random_run(tmp_path / "run", micro_recipe())
+    detector, config = ExportableDetector(_model(trained)), trained.recipe().input
+    generator = torch.Generator().manual_seed(0)
+    for size in ((1000, 1500), (1125, 1500), (3000, 400), (7, 5), (config.short_side, config.short_side), (1, 900)):
+        picture = torch.randint(0, 256, (3, *size), generator=generator).byte()
+        expected, factors = batch_images([picture], config)
+        pixels, _, factor = detector._prepare(picture)
+        torch.testing.assert_close(pixels[None], expected.tensors.contiguous(), atol=2e-6, rtol=0)
+        assert factor.flip(0).tolist() == pytest.approx(factors[0], abs=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer
+def test_onnx_resizes_a_photo_as_the_model_does_it(tmp_path: Path, micro_recipe: Callable[..., Recipe]) -> None:
+    class Prepared(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.detector = ExportableDetector(_model(_random_run(tmp_path / "run", micro_recipe())))
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.detector._prepare(image)[0]
+
+    module, picture = Prepared(), torch.randint(0, 256, (3, 1000, 1500), generator=torch.Generator().manual_seed(0)).byte()
+    torch.onnx.export(module, (picture[:, :90, :120],), str(tmp_path / "x.onnx"), input_names=["image"], output_names=["pixels"],
+                      dynamic_axes={"image": {1: "height", 2: "width"}}, opset_version=17, dynamo=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"image": picture.numpy()})
+    np.testing.assert_allclose(found, module(picture).numpy(), atol=2e-6)
+
+
+def test_a_check_on_a_photo(distilled: RunFolder, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1000, 1500, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    job = ExportModelJob(distilled.path, ModelForm.ONNX, tmp_path / "x.onnx", check_images=(tmp_path / "noise.png",))
+    done = export_model(job, _silent)
+    assert done.checked.pictures == 4
+    assert done.checked.difference <= 2e-4
+
+
 def test_a_picture_without_detections(tmp_path: Path, micro_recipe: Callable[..., Recipe]) -> None:
     trained = _random_run(tmp_path / "run", micro_recipe("inference.score_threshold=1.0"))
     run, _ = open_model(ModelForm.ONNX, _export(trained, ModelForm.ONNX, tmp_path / "detector"))
-    boxes, scores, labels = run(made_up_pictures()[0], trained.class_embeddings(), torch.tensor([False, False, True]))
+    boxes, scores, labels = run(made_up_pictures(trained.recipe().input)[0], trained.class_embeddings(), torch.tensor([False, False, True]))
     assert (boxes.shape, scores.shape, labels.shape) == ((0, 4), (0,), (0,))
 
 
@@ -220,7 +263,7 @@ def test_the_command(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
     picture = sorted((world / "val2017").iterdir())[0]
     code, output = invoke(run, "--out", tmp_path / "detector.onnx", "--check-image", picture)
     assert code == 0, output
-    assert re.search(r"checked: \d+ detections in 3 pictures; largest difference from the model \d\.\de-0[4-9] ", output)
+    assert re.search(r"checked: \d+ detections in 4 pictures; largest difference from the model \d\.\de-0[4-9] ", output)
     assert (tmp_path / "detector.onnx").stat().st_mode & 0o777 == (run / "config.toml").stat().st_mode & 0o777
     before = (run / "model.safetensors").read_bytes()
     for words, message in (((run, "--out", tmp_path), "is a folder"), ((run, "--out", tmp_path / "no" / "x"), "there is no folder"),
@@ -241,6 +284,18 @@ def _found(*rows: tuple[float, float, int]) -> Detections:
     """Detections of (left edge, score, label)."""
     boxes = torch.tensor([[x, 0.0, 90.0, 9.0] for x, _, _ in rows]).reshape(-1, 4)
     return Detections(boxes, torch.tensor([s for _, s, _ in rows]), torch.tensor([k for _, _, k in rows], dtype=torch.int64))
+
+
+def test_boxes_are_compared_at_the_scale_of_the_input(micro_recipe: Callable[..., Recipe]) -> None:
+    config = micro_recipe("input.short_side=50", "input.long_side=120").input
+    scaled = at_input_scale(_found((8.0, 0.9, 0)), torch.zeros(3, 200, 400, dtype=torch.uint8), config)
+    assert scaled.boxes.tolist() == [[2.0, 0.0, 22.5, 2.25]]
+    assert scaled.scores.tolist() == pytest.approx([0.9])
+
+
+def test_a_made_up_picture_is_larger_than_the_input(micro_recipe: Callable[..., Recipe]) -> None:
+    config = micro_recipe("input.short_side=800", "input.long_side=1333").input
+    assert [tuple(picture.shape) for picture in made_up_pictures(config)] == [(3, 110, 150), (3, 170, 96), (3, 1000, 1400)]
 
 
 ONE = ((1.0, 0.9, 0), (5.0, 0.5, 1))

@@ -44,11 +44,27 @@ def test_pictures_are_turned_upright(pixels: np.ndarray, orientation: int, endin
     assert (found.width, found.height) == (10, 6)
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32], ids=["16 bits", "16 bits as 32"])
-def test_grey_of_16_bits_keeps_its_levels(dtype: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["tif", "png", "pgm"])
+def test_grey_of_16_bits_keeps_its_levels(ending: str, tmp_path: Path) -> None:
+    """Of whatever mode Pillow reads it with: 32 bits, for some kinds."""
     levels = np.array([[0, 255, 256, 32768, 65280, 65535]])
-    Image.fromarray(levels.astype(dtype)).save(tmp_path / "x.tif")
-    assert _decoded(tmp_path / "x.tif")[0].tolist() == [[v] * 3 for v in (0, 0, 1, 128, 255, 255)]
+    Image.fromarray(levels.astype(np.uint16)).save(tmp_path / f"x.{ending}")
+    assert _decoded(tmp_path / f"x.{ending}")[0].tolist() == [[v] * 3 for v in (0, 0, 1, 128, 255, 255)]
+
+
+def test_grey_of_16_bits_on_its_side_keeps_its_levels(tmp_path: Path) -> None:
+    levels = np.array([[0], [256], [32768]])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(levels.astype(np.uint16)).save(tmp_path / "x.png", exif=exif)
+    assert _decoded(tmp_path / "x.png")[0, :, 0].tolist() == [128, 1, 0]
+
+
+@pytest.mark.parametrize("values", [[0, 51, 255], [0, 200, 1000], [-40_000, -20_000, 60_000], [7, 7, 7]])
+def test_grey_of_32_bits_is_stretched(values: list[int], tmp_path: Path) -> None:
+    Image.fromarray(np.array([values], np.int32)).save(tmp_path / "x.tif")
+    low, high = min(values), max(values)
+    assert _decoded(tmp_path / "x.tif")[0, :, 0].tolist() == [int(255 * (v - low) / max(high - low, 1) + 0.5) for v in values]
 
 
 @pytest.mark.parametrize(("values", "expected"), [([0.0, 0.5, 1.0], [0, 128, 255]), ([-3.0, np.nan, 7.0], [0, 0, 255]),
