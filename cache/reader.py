@@ -254,3 +254,10 @@ def require_together(url: str, inputs: dict[Level, KeyInputs]) -> None:
 
 def _reopen(url: str | Path, features: str, mapped: bool | None) -> FeatureCache:
     return FeatureCache(url, features, mapped=mapped)
+
+
+def normalised_rows(rows: np.ndarray) -> np.ndarray:
+    """Stored float16 rows (n, D), of norm one again in float32; rows of zeros, which no embedding is, stay so."""
+    wide = rows.astype(np.float32)
+    normalised: np.ndarray = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
+    return normalised

@@ -1,4 +1,6 @@
-"""A font for a label. Pillow's own has the letters of English and its neighbours; for others the system is asked. Called by `drawing`."""
+"""A font for a label. Pillow's own has the letters of English and its neighbours; for others the system is asked.
+
+Called by `drawing`, `view_picture` and `map_picture`."""
 
 from __future__ import annotations
 
@@ -18,6 +20,16 @@ def label_font(text: str, size: int) -> Font:
     own = _own(size)
     unknown = frozenset(character for character in text if not character.isspace() and not _has(own, character))
     return own if not unknown else _system_font(unknown, size) or own
+
+
+def cut_label(text: str, width: float, size: int) -> str:
+    """The text, with dots at its end if it is wider than `width` pixels."""
+    font = label_font(text, size)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
 
 
 @lru_cache(maxsize=32)

@@ -7,7 +7,9 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from hdovd.pipelines.label_font import cut_label, label_font
 
 if TYPE_CHECKING:
     from hdovd.pipelines.cache_map import CacheMap
@@ -63,19 +65,20 @@ def _point(pen: ImageDraw.ImageDraw, place: np.ndarray, base: bool, colour: tupl
 def _names(sheet: Image.Image, places: np.ndarray, groups: list[str], ordered: list[tuple[str, int]],
            colours: dict[str, tuple[int, int, int]]) -> None:
     """The name of each large group at the point of it that the others are nearest to."""
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    pen = ImageDraw.Draw(sheet)
     for name, count in ordered:
         if count < LEAST_LABELLED * len(groups):
             break
         mine = places[[k for k, group in enumerate(groups) if group == name]]
         middle = mine[np.abs(mine - np.median(mine, axis=0)).sum(axis=1).argmin()]
         dark = tuple(round(v * 0.55) for v in colours[name])
-        pen.text((float(middle[0]), float(middle[1])), name, fill=dark, font=font, anchor="mm", stroke_width=3, stroke_fill=PAPER)
+        pen.text((float(middle[0]), float(middle[1])), name, fill=dark, font=label_font(name, 15), anchor="mm", stroke_width=3,
+                 stroke_fill=PAPER)
 
 
 def _legend(sheet: Image.Image, found: CacheMap, ordered: list[tuple[str, int]], colours: dict[str, tuple[int, int, int]]) -> None:
     pen, left, top = ImageDraw.Draw(sheet), PLOT + 10, MARGIN
-    font, small = ImageFont.load_default(16), ImageFont.load_default(13)
+    font, small = label_font("", 16), label_font("", 13)
     pen.text((left, top), f"{len(found.seen):,d} of {found.points.rows:,d} boxes, by {found.config.colour}", fill=INK, font=font)
     pen.text((left, top + 24), "disc: base box   triangle: proposal", fill=DIM, font=small)
     rows = (PLOT - top - 60 - MARGIN) // LINE
@@ -83,9 +86,8 @@ def _legend(sheet: Image.Image, found: CacheMap, ordered: list[tuple[str, int]],
     for k, (name, count) in enumerate(shown):
         y = top + 56 + k * LINE
         pen.ellipse((left, y + 4, left + 12, y + 16), fill=colours[name])
-        while name and small.getlength(name) > PANEL - 90:
-            name = name.removesuffix("...")[:-1] + "..."
-        pen.text((left + 20, y + 2), name, fill=INK, font=small)
+        shown_name = cut_label(name, PANEL - 90, 13)
+        pen.text((left + 20, y + 2), shown_name, fill=INK, font=label_font(shown_name, 13))
         pen.text((PLOT + PANEL - 20, y + 2), f"{count:,d}", fill=DIM, font=small, anchor="ra")
     if len(shown) < len(ordered):
         pen.text((left + 20, top + 58 + len(shown) * LINE), f"and {len(ordered) - len(shown)} more", fill=DIM, font=small)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hdovd.cache.reader import FeatureCache
+from hdovd.cache.reader import FeatureCache, normalised_rows
 from hdovd.cache.schema import Level, Source
 from hdovd.coco import ImageBoxes
 
@@ -69,10 +69,10 @@ def take_points(cache: FeatureCache, count: int, seed: int, images: Mapping[int,
     image, rows = cache.instances_at(chosen)
     there = np.asarray(rows.embedding.any(axis=1))
     image, rows = image[there], rows.select(there)
-    crops = _normalised(rows.embedding)
+    crops = normalised_rows(rows.embedding)
     levels = cache.levels()
     classes = cache.names(Level.CLASS) if Level.CLASS in levels else []
-    texts = _normalised(cache.embeddings(Level.CLASS)) if classes else np.zeros((0, crops.shape[1]), np.float32)
+    texts = normalised_rows(cache.embeddings(Level.CLASS)) if classes else np.zeros((0, crops.shape[1]), np.float32)
     nouns = cache.names(Level.NOUN) if Level.NOUN in levels else []
     own = [""] * len(crops)
     for k, (number, source) in enumerate(zip(image.tolist(), rows.source.tolist(), strict=True)):
@@ -161,9 +161,3 @@ def measure(points: MapPoints, seen: np.ndarray) -> MapNumbers:
 
 def _purity(points: np.ndarray, code: np.ndarray) -> float:
     return float((code[nearest_neighbours(points)] == code[:, None]).mean())
-
-
-def _normalised(rows: np.ndarray) -> np.ndarray:
-    wide = rows.astype(np.float32)
-    normalised: np.ndarray = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
-    return normalised

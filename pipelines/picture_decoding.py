@@ -112,8 +112,9 @@ def _reduced(picture: Image.Image, width: int, height: int) -> Decoded:
 
 
 def _rgb(picture: Image.Image, kind: str | None) -> Image.Image:
-    """8 bits a channel. `kind`: of the file, in Pillow's words. What can be seen through stands on white. Grey of 16 bits gives its upper 8, as Pillow has it for colours;
-    32 bits and floats, which have no white of their own, are stretched from their lowest to their highest value."""
+    """8 bits a channel. What can be seen through stands on white. Grey of 16 bits gives its upper 8, as Pillow has it for colours;
+    32 bits and floats, which have no white of their own, are stretched from their lowest to their highest value. `kind`: of the file,
+    in Pillow's words."""
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         of_16_bits = picture.mode.startswith("I;16") or (picture.mode == "I" and kind in _16_BITS_AT_MOST)
         return Image.fromarray(_grey(np.asarray(picture), of_16_bits=of_16_bits)).convert("RGB")

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from hdovd.cache.schema import Source
 from hdovd.pipelines.cache_view import CacheView, Likeness, ViewRow
+from hdovd.pipelines.drawing import BASE_COLOUR, Colour
+from hdovd.pipelines.label_font import cut_label, label_font
 
-Colour = tuple[int, int, int]
-BASE, STRONG, WEAK = (30, 110, 235), (240, 95, 0), (255, 222, 178)
+STRONG, WEAK = (240, 95, 0), (255, 222, 178)  # of proposals, whatever their class: not the colour of novel ones
 INK, DIM, PAPER, RULE, GONE = (25, 25, 28), (105, 105, 112), (255, 255, 255), (225, 225, 230), (120, 120, 124)
 LONG_SIDE = 1_000  # of the picture on the sheet, pixels
 MARGIN, COLUMN, ENTRY, BAR = 16, 500, 46, 60
@@ -42,7 +43,7 @@ def draw_view(view: CacheView, picture: Image.Image | None, novel: Collection[st
 def row_colour(row: ViewRow, most: float | None) -> Colour:
     """`most`: the highest weight that there can be; None if weights are not known."""
     if row.source is Source.BASE_BOX:
-        return BASE
+        return BASE_COLOUR
     return _mixed(1.0 if most is None else (row.weight or 0.0) / most)
 
 
@@ -56,7 +57,7 @@ def _most(view: CacheView) -> float | None:
 
 
 def _draw_boxes(ground: Image.Image, view: CacheView, scale: float) -> None:
-    pen, font, most = ImageDraw.Draw(ground), _font(SIZE), _most(view)
+    pen, most = ImageDraw.Draw(ground), _most(view)
     order = sorted(range(len(view.rows)), key=lambda k: (view.rows[k].source is Source.BASE_BOX, view.rows[k].weight or 0.0))
     for k in order:  # the weakest first: what counts most is on top
         row = view.rows[k]
@@ -68,7 +69,7 @@ def _draw_boxes(ground: Image.Image, view: CacheView, scale: float) -> None:
     taken: list[tuple[float, float, float, float]] = []
     for k in reversed(order):
         row, text = view.rows[k], str(k + 1)
-        size = pen.textlength(text, font) + 10, 20
+        size = pen.textlength(text, label_font(text, SIZE)) + 10, 20
         place = _free_place([v * scale for v in row.box], size, taken, ground.size)
         taken.append(place)
         _chip(pen, place, text, row_colour(row, most))
@@ -96,7 +97,7 @@ def _free_place(box: Sequence[float], size: tuple[float, float], taken: Sequence
 def _chip(pen: ImageDraw.ImageDraw, place: tuple[float, float, float, float], text: str, colour: Colour) -> None:
     pen.rectangle(place, fill=colour, outline=INK)
     ink = PAPER if sum(colour) < 420 else INK
-    pen.text(((place[0] + place[2]) / 2, (place[1] + place[3]) / 2), text, fill=ink, font=_font(SIZE), anchor="mm")
+    _write(pen, ((place[0] + place[2]) / 2, (place[1] + place[3]) / 2), text, SIZE, ink, anchor="mm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +123,13 @@ class _Legend:
         notes = [line for note in self._foot() for line in _wrapped(note, inner, SMALL)]
         panel = Image.new("RGB", (columns * COLUMN, self.head + each * self.entry + 18 * len(notes) + 2 * MARGIN), PAPER)
         pen = ImageDraw.Draw(panel)
-        pen.text((MARGIN, MARGIN), f"image {view.image_id}" + (f"   {view.file.name}" if view.file else ""), fill=INK, font=_font(TITLE))
+        _write(pen, (MARGIN, MARGIN), f"image {view.image_id}" + (f"   {view.file.name}" if view.file else ""), TITLE, INK)
         for k, line in enumerate(self._subtitles(COLUMN - 2 * MARGIN)):
-            pen.text((MARGIN, MARGIN + 30 + 20 * k), line, fill=DIM, font=_font(SMALL))
+            _write(pen, (MARGIN, MARGIN + 30 + 20 * k), line, SMALL, DIM)
         for k, row in enumerate(rows):
             self._entry(pen, k + 1, row, MARGIN + k // each * COLUMN, self.head + k % each * self.entry)
         for k, line in enumerate(notes):
-            pen.text((MARGIN, self.head + each * self.entry + MARGIN + 18 * k), line, fill=DIM, font=_font(SMALL))
+            _write(pen, (MARGIN, self.head + each * self.entry + MARGIN + 18 * k), line, SMALL, DIM)
         return panel
 
     def _entry(self, pen: ImageDraw.ImageDraw, number: int, row: ViewRow, left: int, top: int) -> None:
@@ -138,18 +139,18 @@ class _Legend:
         name = self._marked(row.name) if row.name else ("base box" if base else "no noun")
         if len(row.nouns) > 1:
             made_of = "of " + ",  ".join(f"{self._marked(noun.name)} {noun.share:.0%}" for noun in row.nouns)
-            pen.text((left + 40, top + 42), _cut(made_of, right - left - 40, SMALL), fill=DIM, font=_font(SMALL))
+            _write(pen, (left + 40, top + 42), cut_label(made_of, right - left - 40, SMALL), SMALL, DIM)
         if row.weight is not None and most:
             pen.rectangle((right - BAR, top + 6, right, top + 18), outline=RULE, fill=RULE)
             pen.rectangle((right - BAR, top + 6, right - BAR + BAR * row.weight / most, top + 18), fill=colour, outline=INK)
         facts = "base class" if base else "" if row.weight is None else f"weight {row.weight:.2f}"
         edge = right - BAR - 10 if row.weight is not None else right
-        pen.text((edge, top + 12), facts, fill=DIM if base else INK, font=_font(SMALL), anchor="rm")
+        _write(pen, (edge, top + 12), facts, SMALL, DIM if base else INK, anchor="rm")
         cosine = "" if row.cosine is None else f"cos {row.cosine:.2f}"
-        pen.text((right - BAR - 90, top + 12), cosine, fill=INK, font=_font(SMALL), anchor="rm")
-        pen.text((left + 40, top + 3), _cut(name, right - BAR - 150 - left - 40, SIZE), fill=INK, font=_font(SIZE))
+        _write(pen, (right - BAR - 90, top + 12), cosine, SMALL, INK, anchor="rm")
+        _write(pen, (left + 40, top + 3), cut_label(name, right - BAR - 150 - left - 40, SIZE), SIZE, INK)
         nearest = f"like {self._names(row.nearest)}" if row.nearest else "no embedding" if row.cosine is None else ""
-        pen.text((left + 40, top + 24), _cut(nearest, right - left - 40, SMALL), fill=DIM, font=_font(SMALL))
+        _write(pen, (left + 40, top + 24), cut_label(nearest, right - left - 40, SMALL), SMALL, DIM)
 
     def _subtitles(self, width: int) -> list[str]:
         view = self.view
@@ -171,26 +172,16 @@ class _Legend:
         return ",  ".join(f"{self._marked(one.name)} {one.cosine:.2f}" for one in found)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def _cut(text: str, width: float, size: int) -> str:
-    """The text, with dots at its end if it is wider than `width` pixels."""
-    font = _font(size)
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+def _write(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, size: int, colour: Colour, anchor: str | None = None) -> None:
+    pen.text(place, text, fill=colour, font=label_font(text, size), anchor=anchor)
 
 
 def _wrapped(text: str, width: float, size: int) -> list[str]:
-    font, lines = _font(size), [""]
+    font, lines = label_font(text, size), [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer
-    return [_cut(line, width, size) for line in lines]
+    return [cut_label(line, width, size) for line in lines]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from hdovd.cli.main import main
 from hdovd.errors import HdovdError
 from hdovd.pipelines.cache_data import CacheSource
 from hdovd.pipelines.cache_map import CacheMap, Colour, MapConfig, map_cache, project
+from hdovd.pipelines.label_font import label_font
 from hdovd.pipelines.map_page import page_of
 from hdovd.pipelines.map_picture import draw_map, ordered_groups
 from hdovd.pipelines.map_points import MapPoints, measure
@@ -123,6 +125,16 @@ def test_the_picture_names_its_groups(evil: CacheMap) -> None:
     sheet = np.asarray(draw_map(evil))
     assert (sheet != 255).any(axis=2).mean() > 0.005
     assert sheet.shape[0] == 1_000
+
+
+def test_names_of_other_scripts_are_no_squares_in_the_picture(evil: CacheMap) -> None:
+    def drawn(character: str) -> np.ndarray:
+        points = dataclasses.replace(evil.points, name=[character] * len(evil.points.name))
+        return np.asarray(draw_map(dataclasses.replace(evil, points=points)))
+
+    if label_font("سظ", 13) is label_font("", 13):
+        pytest.skip("no font with these characters on this machine")
+    assert not np.array_equal(drawn("س"), drawn("ظ"))  # squares are all alike
 
 
 # --- the page, in a browser ---
