@@ -20,8 +20,8 @@ def detect(
         str | None, typer.Option("--classes", help='What to look for: "umbrella, red kite, dog", or @FILE with one name a line (@general: '
                                  "the 1,447 names that ship). Default: the classes of the run's protocol.")
     ] = None,
-    threshold: Annotated[float, typer.Option("--threshold", help="Lowest score of what is written and drawn; hdovd eval goes down to the "
-                                             "recipe's, mostly 0.05.")] = 0.3,
+    threshold: Annotated[float, typer.Option("--threshold", help="What scores above it is written and drawn; hdovd eval goes down to "
+                                             "the recipe's, mostly 0.05.")] = 0.3,
     class_embeddings: Annotated[
         Path | None, typer.Option("--class-embeddings", help="A row for each name, in order, of the run's CLIP, which is not needed then. "
                                   "One array in .npy, .safetensors, .pt.")

@@ -24,11 +24,11 @@ def export(
     """Write the detector to one file for other programs: picture and class embeddings in, detections out.
 
     The file holds the run's class names and embeddings too. It is run before it gets its name, and refused if it does not find what
-    the model finds: to 1e-3 of a score, and of a pixel of the detector's input, to which any picture is resized.
+    the model finds: scores to 1e-3, boxes to 1e-3 percent of the long side of the detector's input, to which any picture is resized.
     """
     from hdovd.pipelines.export_model import ExportModelJob, export_model
 
     done = export_model(ExportModelJob(run, form, out, weights, tuple(check_image or ())), typer.echo)
     typer.echo(f"checked: {done.checked.detections} detections in {done.checked.pictures} pictures; largest difference from the model "
-               f"{done.checked.difference:.1e} (pixels of the detector's input, scores)")
+               f"{done.checked.difference:.1e} (scores; boxes in percent of the input's long side)")
     typer.echo(f"wrote {done.file} ({done.bytes / 1e6:.1f} MB)")

@@ -31,8 +31,8 @@ from hdovd.pipelines.weights import Weights
 
 @dataclass(frozen=True, slots=True)
 class DetectJob:
-    """`images`: words as in `picture_files.find_pictures`. `classes` None: those of the run's protocol. `threshold`: the score from which
-    on something is found. `class_embeddings`: a file with a row for each class, in order; CLIP is not needed then.
+    """`images`: words as in `picture_files.find_pictures`. `classes` None: those of the run's protocol. `threshold`: what is found
+    scores above it. `class_embeddings`: a file with a row for each class, in order; CLIP is not needed then.
 
     `clip`, `pretrained`, `templates`: None for those of the run. `workers` None: what suits the device. `pictures`: draw them.
     `alone`: no base classes of the run compete with `classes` (`Detector.set_classes`).
@@ -58,7 +58,7 @@ class DetectJob:
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1:
-            raise HdovdError(f"--threshold {self.threshold}: expected a score from 0 on, below 1")
+            raise HdovdError(f"--threshold {self.threshold}: expected a score of at least 0 and below 1")
         if self.batch_size < 1:
             raise HdovdError(f"--batch-size {self.batch_size}: expected 1 or more")
         if self.class_embeddings is not None and (self.clip is not None or self.templates is not None):

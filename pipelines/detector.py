@@ -120,7 +120,7 @@ class Detector:
         return self.batch([picture], threshold)[0]
 
     def batch(self, pictures: Sequence[AnyPicture], threshold: float = SHOWN_SCORE) -> list[NamedDetections]:
-        """What is found in each picture, with a score over `threshold`.
+        """What is found in each picture, with a score above `threshold`.
 
         Args:
             pictures: files, which are turned as their EXIF says, so that boxes are of the upright picture; or PIL images,

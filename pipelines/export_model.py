@@ -27,7 +27,7 @@ from hdovd.pipelines.run_folder import FILES, RunFolder
 from hdovd.pipelines.weights import Weights
 from hdovd.pipelines.whole_file import replace_file
 
-TOLERANCE = 1e-3  # pixels of the detector's input, and scores
+TOLERANCE = 1e-3  # of boxes in percent of the input's long side, and of scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,8 @@ def export_model(job: ExportModelJob, log: Callable[[str], None] = print) -> Exp
         checked = check(model_forms.open_model(job.form, aside)[0], model, texts, is_novel, pictures)
         if not checked.difference <= TOLERANCE:
             raise HdovdError(f"{job.out} was not written: run as {job.form.value}, the detector with backbone "
-                             f"{recipe.detector.backbone.name} differs from the model by {checked.difference:.2g} (pixels of its "
-                             f"input, or score), more than {TOLERANCE:g}; try --format safetensors")
+                             f"{recipe.detector.backbone.name} differs from the model by {checked.difference:.2g} (score, or percent of "
+                             f"its input's long side), more than {TOLERANCE:g}; try --format safetensors")
         size = aside.stat().st_size
         os.replace(aside, job.out)
     finally:

@@ -19,9 +19,10 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Source
 from hdovd.cli.main import main
 from hdovd.pipelines.cache_view import CacheView, Likeness, Reliability, ViewRow
+from hdovd.pipelines.drawing import BASE_COLOUR
 from hdovd.pipelines.extract_clip import extract_clip
 from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.view_picture import BASE, STRONG, WEAK, draw_view, row_colour
+from hdovd.pipelines.view_picture import STRONG, WEAK, draw_view, row_colour
 
 WEIGHTS = ("--recipe", "demo", "--set", "pseudo_boxes.reliability_centre=0.2", "--set", "pseudo_boxes.reliability_width=0.1")
 
@@ -68,7 +69,7 @@ def test_a_table_and_a_picture_for_every_image(cache: Path, kept: list[int], vie
         assert f"wrote pictures/{image}.png" in ran.out
         with Image.open(f"pictures/{image}.png") as picture:
             pixels = np.asarray(picture)
-        assert (pixels == BASE).all(axis=2).any()
+        assert (pixels == BASE_COLOUR).all(axis=2).any()
     assert sorted(os.listdir("pictures")) == sorted(f"{i}.png" for i in (kept[1], kept[3]))
 
 
@@ -152,7 +153,7 @@ def test_the_more_a_label_weighs_the_stronger_its_colour() -> None:
     assert row_colour(_row(None), None) == STRONG
     greens = [row_colour(_row(w), 1.3)[1] for w in (0.0, 0.4, 0.8, 1.3)]
     assert greens == sorted(greens, reverse=True)
-    assert row_colour(_row(None, Source.BASE_BOX), 1.3) == BASE
+    assert row_colour(_row(None, Source.BASE_BOX), 1.3) == BASE_COLOUR
 
 
 @pytest.mark.parametrize("size", [(640, 480), (3000, 20), (20, 3000), (1, 1)])

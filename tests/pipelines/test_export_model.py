@@ -28,7 +28,7 @@ from hdovd.errors import HdovdError
 from hdovd.exportable import ExportableDetector
 from hdovd.faster_rcnn import FasterRCNN
 from hdovd.inference import Detections, detect
-from hdovd.pipelines.export_check import at_input_scale, largest_difference, made_up_pictures
+from hdovd.pipelines.export_check import in_percent, largest_difference, made_up_pictures
 from hdovd.pipelines.export_model import ExportModelJob, export_model
 from hdovd.pipelines.images import pixels_of
 from hdovd.pipelines.model_form import ModelForm
@@ -287,9 +287,9 @@ def _found(*rows: tuple[float, float, int]) -> Detections:
 
 
 def test_boxes_are_compared_at_the_scale_of_the_input(micro_recipe: Callable[..., Recipe]) -> None:
-    config = micro_recipe("input.short_side=50", "input.long_side=120").input
-    scaled = at_input_scale(_found((8.0, 0.9, 0)), torch.zeros(3, 200, 400, dtype=torch.uint8), config)
-    assert scaled.boxes.tolist() == [[2.0, 0.0, 22.5, 2.25]]
+    config = micro_recipe("input.short_side=50", "input.long_side=100").input
+    scaled = in_percent(_found((8.0, 0.9, 0)), torch.zeros(3, 200, 400, dtype=torch.uint8), config)
+    assert scaled.boxes[0].tolist() == pytest.approx([2.0, 0.0, 22.5, 2.25])
     assert scaled.scores.tolist() == pytest.approx([0.9])
 
 
