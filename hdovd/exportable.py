@@ -54,7 +54,7 @@ class ExportableDetector(nn.Module):
             Best first: boxes (n, 4) xyxy pixels of `image`, scores (n,), labels (n,) int64, rows of `texts`.
         """
         boxes, c, d = self.rois(image)
-        head, inference = self.recipe.detector.head, self.recipe.inference
+        head, inference = self.recipe.faster_rcnn.head, self.recipe.inference
         prompts = torch.cat([texts, self.background[None]])
         scores = classwise.cosine_logits(c, prompts, head.logit_scale).softmax(dim=1)
         if d is not None:

@@ -14,7 +14,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 
-from hdovd.config import RpnConfig
+from hdovd.detector_config import RpnConfig
 from hdovd.distributed import divisor
 from hdovd.errors import HdovdError
 from hdovd.sampling import Use, image_generator, sample_balanced
