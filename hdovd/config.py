@@ -26,7 +26,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 class InputConfig(Section):
     short_side: Count
-    train_short_sides: list[Count] = []  # one is drawn for each image of a training step; empty, or not there: short_side
+    train_short_sides: list[Count] = Field(default_factory=list)  # one is drawn for each image of a step; empty, or not there: short_side
     long_side: Count
     flip: Share
     mean: Annotated[list[Finite], Field(min_length=3, max_length=3)]
@@ -89,7 +89,7 @@ class LossConfig(Section):
     instance: InstanceLossConfig
     class_: ClassLossConfig = Field(alias="class")
     image: ImageLossConfig
-    extra: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ExtraLossConfig] = {}
+    extra: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ExtraLossConfig] = Field(default_factory=dict)
 
     @property
     def uses_pseudo_boxes(self) -> bool:

@@ -7,14 +7,16 @@ is one more line, in `DetectorConfig`. Called by `config` and `detectors`. Impor
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
+from hdovd.adamixer.config import AdaMixerConfig
 from hdovd.config_parts import BackboneConfig, Count, Positive, Section, Share
 
 DETECTORS = {  # name -> module:Class, a class of `detectors.Detector`
     "faster_rcnn": "hdovd.faster_rcnn:FasterRCNN",
+    "adamixer": "hdovd.adamixer.model:AdaMixer",
 }
 _OWN = "own"
 
@@ -25,9 +27,9 @@ class RpnConfig(Section):
     pre_nms: Count  # a level, training; half of it in testing
     post_nms: Count
     nms: Share
-    # How anchors are laid out and matched: as torchvision does, with sides rounded to pixels, or as mmdetection does, on which the
-    # authors' code and weights stand (`rpn.PlainAnchors`). Recipes of before there was a choice mean torchvision's.
-    rules: Literal["torchvision", "mmdetection"] = "torchvision"
+    # Where anchors lie and which boxes they learn (`rpn.AuthorsRPN` says how the two differ). The authors' published weights want
+    # "authors". Recipes of before there was a choice mean torchvision's.
+    rules: Literal["torchvision", "authors"] = "torchvision"
 
 
 class HeadConfig(Section):
@@ -76,7 +78,8 @@ def _form(section: Any) -> str:
 
 DetectorConfig = Annotated[
     Annotated[FasterRCNNConfig, Tag("faster_rcnn")]
+    | Annotated[AdaMixerConfig, Tag("adamixer")]
     | Annotated[OwnDetectorConfig, Tag(_OWN)],
     Discriminator(_form)]
 
-FORMS: dict[str, type[BaseModel]] = {member.__metadata__[0].tag: member.__origin__ for member in DetectorConfig.__origin__.__args__}
+FORMS: dict[str, type[BaseModel]] = {tag.tag: form for form, tag in map(get_args, get_args(get_args(DetectorConfig)[0]))}

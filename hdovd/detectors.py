@@ -42,19 +42,23 @@ class Students:
 
 
 class Detector(nn.Module):
-    """What the stages use of a detector; built as MyDetector(recipe, dim, log), which has to set `recipe` and `dim`.
+    """What the stages use of a detector; built as MyDetector(recipe, dim, log), which has to set `recipe`, `dim` and `backbone`.
 
     Text embeddings are arguments: a detector holds no class list. `log` None: weights are loaded over it, so nothing is initialised that
-    would have to be downloaded. `backbone`, if it has one, takes SyncBatchNorm in several processes.
+    would have to be downloaded. With `norm = "batch"`, batch norms of `backbone` become SyncBatchNorm in several processes.
     """
 
     recipe: Recipe
     dim: int
+    backbone: nn.Module
     # module:Class of a module over (image, texts, is_novel) that torch can trace (`exportable`); None: no export but safetensors
     exportable: ClassVar[str | None] = None
     training_parts: ClassVar[tuple[str, ...]] = ()  # beginnings of names in the state that no detection depends on
     published: ClassVar[str | None] = None  # module:function, the names of the authors' weights (`pipelines.import_checkpoint`)
     has_idle_parameters: ClassVar[bool] = False  # whether some have no part in some steps
+
+    def set_object_text(self, row: Tensor) -> None:
+        """Before training: (D,) the text embedding of the word "object", for a detector that knows objects by it."""
 
     def begin_epoch(self, epoch: int) -> None:
         """Before the steps of an epoch, counted from 1; also when training goes on in the middle of one."""

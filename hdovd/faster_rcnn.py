@@ -90,6 +90,11 @@ class FasterRCNN(Detector):
         """Pseudo boxes take part from the recipe's epoch on; base boxes and whole images do in all."""
         self.uses_pseudo_boxes = epoch >= self.recipe.pseudo_boxes.from_epoch
 
+    @property
+    def _all_are_objects(self) -> bool:
+        """To the authors' RPN pseudo boxes are objects also beyond `max_per_image`."""
+        return self.config.rpn.rules == "authors" and self.uses_pseudo_boxes
+
     def forward(self, images: list[Tensor], targets: list[Targets], texts: Tensor,
                 keys: Sequence[int] | None = None) -> dict[str, Tensor]:
         """The weighted losses of one batch, by name; with several processes those of the global batch in the mean (`distributed`).
@@ -122,10 +127,12 @@ class FasterRCNN(Detector):
         batch, factors = batch_images(images, self.recipe.input, draw_short_sides(image_keys, self.recipe.input))
         pseudo = self.recipe.pseudo_boxes
         most = pseudo.max_per_image if self.uses_pseudo_boxes else 0
-        targets = [t.scaled(*f).with_best_pseudo_boxes(pseudo.min_side, most)
-                   for t, f in zip(targets, factors, strict=True)]
+        scaled = [t.scaled(*f) for t, f in zip(targets, factors, strict=True)]
+        targets = [t.with_best_pseudo_boxes(pseudo.min_side, most) for t in scaled]
         features = self.backbone(batch.tensors)
-        wanted = [{"boxes": t.all_boxes, "key": key} for t, key in zip(targets, image_keys, strict=True)]
+        objects = [t.with_best_pseudo_boxes(pseudo.min_side, None) for t in scaled] if self._all_are_objects else targets
+        wanted = [{"boxes": t.all_boxes, "key": key, "size": size}
+                  for t, key, size in zip(objects, image_keys, batch.image_sizes, strict=True)]
         proposals, rpn_losses = self.rpn(batch, features, wanted)
         config = self.config.head
         rois, matches = zip(*(sample_rois(p, t.all_boxes, config.samples, config.positive_share, key)

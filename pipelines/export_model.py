@@ -60,6 +60,7 @@ def export_model(job: ExportModelJob, log: Callable[[str], None] = print) -> Exp
     pictures = made_up_pictures() + [_read(path) for path in job.check_images]
     recipe, protocol, texts = run.recipe(), run.protocol(), run.class_embeddings().float()
     model = build_detector(recipe, texts.shape[1], log=None)
+    model_forms.require_traceable(job.form, model)
     run.load_model(model, job.weights.file)
     is_novel = torch.arange(len(texts)) >= len(protocol.base)
     log(f"{job.run}: {job.weights.value} weights, {len(texts)} classes, embeddings of {texts.shape[1]} numbers")

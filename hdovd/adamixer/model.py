@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hdovd.config import Recipe
-from hdovd.faster_rcnn import RoIPredictions, Students
+from hdovd.detectors import Detector, RoIPredictions, Students
 from hdovd.targets import Targets
 
 
-class AdaMixer(nn.Module):
+class AdaMixer(Detector):
     """The query-based detector. Text embeddings are arguments; that of the word "object" is kept (`set_object_text`)."""
 
     def __init__(self, recipe: Recipe, dim: int, log: Callable[[str], None] | None) -> None:
