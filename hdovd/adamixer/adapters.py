@@ -1,0 +1,34 @@
+"""From the class feature c to text space, two ways (HD-OVD, METHOD sections 5 and 11). Called by `model`.
+
+D embedding size, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class TextAdapters(nn.Module):
+    """`classified` is what the classifier compares with its prompts; `distilled` what the losses in text space are about.
+
+    The second one's weights are made of the last ones of the first, which learn nothing by it. It starts as the identity.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.visual_to_text = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.transfer = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        nn.init.zeros_(self.transfer[-1].weight)
+        nn.init.zeros_(self.transfer[-1].bias)
+
+    def classified(self, c: Tensor) -> Tensor:
+        """(..., D) -> (..., D) float32."""
+        return c + self.visual_to_text(c).float()
+
+    def distilled(self, c: Tensor) -> Tensor:
+        """(..., D) -> (..., D) float32."""
+        last = self.visual_to_text[-1]
+        assert isinstance(last, nn.Linear)
+        with torch.autocast(c.device.type, enabled=False):
+            return c + c @ self.transfer(last.weight.detach()).T
