@@ -18,6 +18,7 @@ from hdovd.batching import SIZE_DIVISOR
 from hdovd.faster_rcnn import CODER, FasterRCNN
 from hdovd.inference import combine_scores
 from hdovd.losses import classwise
+from hdovd.rpn import ExactAnchors
 
 _MANY_BOXES = 4000  # torchvision's batched_nms goes class by class from so many coordinates on; below, it shifts the classes apart
 _SMALLEST = 1e-3  # pixels; torchvision's RPN drops proposals with a shorter side
@@ -54,7 +55,7 @@ class ExportableDetector(nn.Module):
             Best first: boxes (n, 4) xyxy pixels of `image`, scores (n,), labels (n,) int64, rows of `texts`.
         """
         boxes, c, d = self.rois(image)
-        head, inference = self.recipe.detector.head, self.recipe.inference
+        head, inference = self.recipe.faster_rcnn.head, self.recipe.inference
         prompts = torch.cat([texts, self.background[None]])
         scores = classwise.cosine_logits(c, prompts, head.logit_scale).softmax(dim=1)
         if d is not None:
@@ -78,7 +79,7 @@ class ExportableDetector(nn.Module):
         shape = torch._shape_as_tensor(image)[1:].double()
         short, long = (torch.full_like(shape[0], side) for side in (config.short_side, config.long_side))  # number / tensor rounds twice
         scale = torch.minimum(short / shape.min(), long / shape.max())
-        size = (shape * scale).round().clamp(min=1)
+        size = (shape * scale + 0.5).floor().clamp(min=1)
         height, width = size.long().unbind()
         pixels = (image.float() / 255 - self.mean) / self.std
         pixels = F.interpolate(pixels[None], [height, width],  # type: ignore[list-item]  # in a trace, sizes are tensors
@@ -110,7 +111,11 @@ class ExportableDetector(nn.Module):
         """torchvision's grid of anchors over a map of logits (1, A, h, w): (h * w * A, 4)."""
         cells = self.get_buffer(f"anchors{level}")
         rows, columns = (torch.ones_like(line).cumsum(0) - 1 for line in (logits[0, 0, :, 0], logits[0, 0, 0, :]))
-        rows, columns = rows * (shape[1] // logits.shape[2]), columns * (shape[2] // logits.shape[3])
+        if isinstance(self.rpn.anchor_generator, ExactAnchors):
+            stride = 2 ** (self.pool.levels[0] + level)
+            rows, columns = rows * stride, columns * stride
+        else:
+            rows, columns = rows * (shape[1] // logits.shape[2]), columns * (shape[2] // logits.shape[3])
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         return (torch.stack([x, y, x, y], dim=2).unsqueeze(2) + cells).reshape(-1, 4)
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 
 from hdovd.config import InferenceConfig
+from hdovd.detectors import Detector
 from hdovd.exportable import ExportableDetector
-from hdovd.faster_rcnn import FasterRCNN
 from hdovd.inference import Detections, detect
 from hdovd.pipelines.images import pixels_of
-from hdovd.pipelines.model_forms import Run
+from hdovd.pipelines.model_forms import Run, traceable
 
 _SIZES = ((150, 110), (96, 170))  # width, height: neither has the shape of what is traced
 _MADE_UP_CLASSES = 7
@@ -35,18 +35,17 @@ class Checked:
     difference: float
 
 
-def check(run: Run, model: FasterRCNN, texts: Tensor, is_novel: Tensor, pictures: Sequence[Tensor]) -> Checked:
-    """Set a file's detections against those of `FasterRCNN.predict` and `detect`.
+def check(run: Run, model: Detector, texts: Tensor, is_novel: Tensor, pictures: Sequence[Tensor]) -> Checked:
+    """Set a file's detections against those of `Detector.predict` and `detect`.
 
     Args:
         run: the file. model: that it was made of. pictures: (3, h, w) uint8 each.
         texts: (C, D) the run's classes. is_novel: (C,) bool.
     """
-    config, detector, worst, count = model.recipe.inference, ExportableDetector(model), 0.0, 0
+    config, detector, worst, count = model.recipe.inference, traceable(model), 0.0, 0
     with torch.inference_mode():
         for picture in pictures:
-            features = detector.rois(picture)[1]
-            made_up = features[:: -(-max(len(features), 1) // _MADE_UP_CLASSES)]
+            made_up = _made_up_classes(detector, picture, texts)
             for classes, novel in ((texts, is_novel), (made_up, torch.arange(len(made_up)) % 2 == 1)):
                 if not len(classes):
                     continue
@@ -54,6 +53,14 @@ def check(run: Run, model: FasterRCNN, texts: Tensor, is_novel: Tensor, pictures
                 found = Detections(*run(picture, classes, novel))
                 worst, count = max(worst, largest_difference(expected, found, config)), count + len(expected.scores)
     return Checked(len(pictures), count, worst)
+
+
+def _made_up_classes(detector: nn.Module, picture: Tensor, texts: Tensor) -> Tensor:
+    """(n, D): features of some regions, where the detector tells them; else its classes in mixtures."""
+    if isinstance(detector, ExportableDetector):
+        features = detector.rois(picture)[1]
+        return features[:: -(-max(len(features), 1) // _MADE_UP_CLASSES)]
+    return texts + texts.roll(1, 0)
 
 
 def largest_difference(one: Detections, other: Detections, config: InferenceConfig) -> float:

@@ -15,8 +15,8 @@ import torch
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.coco import DataPaths
+from hdovd.detectors import build_detector
 from hdovd.errors import HdovdError
-from hdovd.faster_rcnn import FasterRCNN
 from hdovd.losses.instance import relation_loss
 from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.run_folder import RunFolder
@@ -55,7 +55,7 @@ def relations(run: RunFolder, data: DataPaths, images: int, *, device: str = "au
     training = TrainingSet(split, cache, recipe.model_copy(update={"input": recipe.input.model_copy(update={"flip": 0.0})}), log)
     batch = [training[i] for i in _telling(training, images)]
     place = pick_device(device)
-    model = FasterRCNN(recipe, training.dim, log=None)
+    model = build_detector(recipe, training.dim, log=None)
     run.load_model(model, weights)
     model.to(place).eval()
     ids = [image_id for _, _, image_id in batch]

@@ -45,8 +45,6 @@ class DecoderConfig(Section):
     out_points: Count = 128   # that spatial mixing makes of the points
     heads: Count = 8          # of self-attention
     feedforward: Count = 2048
-    objectness_channels: Count = 128  # hidden; code
-    adapter_channels: Count = 1024    # hidden, of both adapters to text space; code
     logit_scale: Positive = 50.0      # of the classifier's cosines; config
 
 
