@@ -54,7 +54,6 @@ class Detector(nn.Module):
     # module:Class of a module over (image, texts, is_novel) that torch can trace (`exportable`); None: no export but safetensors
     exportable: ClassVar[str | None] = None
     training_parts: ClassVar[tuple[str, ...]] = ()  # beginnings of names in the state that no detection depends on
-    published: ClassVar[str | None] = None  # module:function, the names of the authors' weights (`pipelines.import_checkpoint`)
     has_idle_parameters: ClassVar[bool] = False  # whether some have no part in some steps
 
     def set_object_text(self, row: Tensor) -> None:

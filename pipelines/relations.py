@@ -73,6 +73,8 @@ def relations(run: RunFolder, data: DataPaths, images: int, *, device: str = "au
 def cache_of(record: dict[str, Any]) -> FeatureCache:
     """The cache that a run was trained from, with the very products of then. Raises HdovdError if they are not there any more."""
     where, keys = record["cache"]["path"], {level: entry["key"] for level, entry in record["cache"]["levels"].items()}
+    if "imported" in record:
+        raise HdovdError("the run was imported from a checkpoint, so there is no cache that it was trained from")
     if not where or "levels" not in record["cache"]:
         raise HdovdError("the run does not say which cache it was trained from")
     from hdovd.cache.catalog import Catalog

@@ -150,9 +150,9 @@ class AdaMixer(AdaMixerNetwork):
         """The levels' losses; zero before their first epoch, so that a log has the same columns throughout."""
         losses: dict[str, Tensor] = {}
         if not self.distils:
-            levels = {("instance_alignment", "instance_relation"): self.instance_level, ("text_alignment", "text_relation"): self.text_level,
-                      ("image_alignment",): self.image_level}
-            return {name: c.new_zeros(()) for names, level in levels.items() if level is not None for name in names}
+            names = {"instance_alignment": self.instance_level, "instance_relation": self.instance_level,
+                     "text_alignment": self.text_level, "text_relation": self.text_level, "image_alignment": self.image_level}
+            return {name: c.new_zeros(()) for name, level in names.items() if level is not None}
         if self.instance_level is not None:
             students = pairs.students(c)
             losses |= self.instance_level([q for q, _ in students], [boxes.embeddings[box] for _, box in students])
