@@ -1,6 +1,6 @@
 """From the class feature c to text space, two ways (HD-OVD, METHOD sections 5 and 11). Called by `model`.
 
-D embedding size. Hidden layers have 2 D (released code).
+D embedding size, H hidden.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ class TextAdapters(nn.Module):
     The second one's weights are made of the last ones of the first, which learn nothing by it. It starts as the identity.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        hidden = 2 * dim
         self.visual_to_text = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.transfer = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, dim))
         for start in self.transfer[-1].parameters():

@@ -36,7 +36,7 @@ class DecoderStage(nn.Module):
         self.class_feature = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels), nn.Linear(channels, dim))
         layers = [layer for _ in range(3) for layer in (nn.Linear(channels, channels), nn.LayerNorm(channels), nn.ReLU(inplace=True))]
         self.deltas = nn.Sequential(*layers, nn.Linear(channels, 4))
-        hidden = channels // 2  # released code
+        hidden = config.objectness_channels
         self.objectness = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, 1))
         self._initialise()
 

@@ -62,7 +62,7 @@ class AdaMixerNetwork(Detector):
         self.norms = nn.ModuleList(nn.GroupNorm(GROUPS_OF_NORM, channels) for _ in self.strides)
         self.proposals = QueryProposals(config.proposals, channels, dim, len(levels))
         self.stages = nn.ModuleList(DecoderStage(config.decoder, channels, dim) for _ in range(config.decoder.stages))
-        self.adapters = TextAdapters(dim)
+        self.adapters = TextAdapters(dim, config.decoder.adapter_channels)
         self.background = nn.Parameter(torch.randn(1, dim))
         self.object_text: Tensor
         self.register_buffer("object_text", torch.zeros(dim))
