@@ -19,16 +19,18 @@ class TextAdapters(nn.Module):
         super().__init__()
         self.visual_to_text = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.transfer = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, dim))
-        nn.init.zeros_(self.transfer[-1].weight)
-        nn.init.zeros_(self.transfer[-1].bias)
+        for start in self.transfer[-1].parameters():
+            nn.init.zeros_(start)
 
     def classified(self, c: Tensor) -> Tensor:
         """(..., D) -> (..., D) float32."""
-        return c + self.visual_to_text(c).float()
+        moved: Tensor = self.visual_to_text(c)
+        return c + moved.float()
 
     def distilled(self, c: Tensor) -> Tensor:
         """(..., D) -> (..., D) float32."""
         last = self.visual_to_text[-1]
         assert isinstance(last, nn.Linear)
         with torch.autocast(c.device.type, enabled=False):
-            return c + c @ self.transfer(last.weight.detach()).T
+            moved: Tensor = c @ self.transfer(last.weight.detach()).T
+            return c + moved

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -23,8 +25,10 @@ class StepBoxes:
     """targets: an image each, with the pseudo boxes that are used. base, pseudo: how many boxes each picture has.
 
     boxes (G, 4), is_base (G,) bool; picture (G,) and column (G,) int64, its place among the padded (N, T); padded (N, T, 4).
-    labels (G,) int64: the class, or -1 for a pseudo box. weights (G,): 1, or w_j for a pseudo box (0 without the class level). embeddings (G, D).
-    objects (N, H, 4), is_object (N, H) bool: what the proposals are trained on, base boxes and all pseudo boxes of the least size.
+    labels (G,) int64: the class, or -1 for a pseudo box. weights (G,): 1, or w_j for a pseudo box (0 without the class level).
+    embeddings (G, D).
+    objects (N, H, 4), is_object (N, H) bool, object_counts of each picture: what the proposals are trained on, base boxes and all
+    pseudo boxes that are large enough.
     sizes (N, 2) height, width of each picture, pixels.
     """
 
@@ -41,12 +45,18 @@ class StepBoxes:
     embeddings: Tensor
     objects: Tensor
     is_object: Tensor
+    object_counts: list[int]
     sizes: Tensor
 
     @property
     def places(self) -> list[tuple[int, int]]:
         """The picture and the column of each of the G boxes."""
         return _places(self.base, self.pseudo)
+
+    @property
+    def base_on_host(self) -> NDArray[np.bool_]:
+        """`is_base`, without waiting for the device."""
+        return np.array([column < max(self.base) for _, column in self.places], dtype=bool)
 
 
 def boxes_of_step(targets: Sequence[Targets], sizes: Sequence[tuple[int, int]], config: PseudoBoxConfig,
@@ -64,7 +74,7 @@ def boxes_of_step(targets: Sequence[Targets], sizes: Sequence[tuple[int, int]], 
     padded = torch.cat([pad_sequence([t.boxes for t in used], batch_first=True),
                         pad_sequence([t.pseudo_boxes for t in used], batch_first=True)], dim=1)
     trust = padded.new_zeros(sum(pseudo))  # without the class level no pseudo box has a prompt, and its query's loss no weight
-    if of_class.enabled and sum(pseudo):
+    if of_class.enabled and any(pseudo):
         trust = of_class.weight * reliability(torch.cat([t.pseudo_embeddings for t in used]), torch.cat([t.pseudo_texts for t in used]),
                                               *config.reliability)
     labels, weights = [], []
@@ -72,11 +82,12 @@ def boxes_of_step(targets: Sequence[Targets], sizes: Sequence[tuple[int, int]], 
         labels += [t.labels, t.labels.new_full(trusted.shape, -1)]
         weights += [padded.new_ones(len(t.boxes)), trusted]
     objects = pad_sequence([torch.cat([t.all_boxes, t.boxes.new_zeros(1, 4)]) for t in large], batch_first=True)  # never without a column
-    counts = torch.tensor([len(t.all_boxes) for t in large], device=device)
+    counts = [len(t.all_boxes) for t in large]
     return StepBoxes(
         used, base, pseudo, torch.cat([t.all_boxes for t in used]), column < max(base), picture, column, padded, torch.cat(labels),
         torch.cat(weights), torch.cat([rows for t in used for rows in (t.embeddings, t.pseudo_embeddings)]), objects,
-        torch.arange(objects.shape[1], device=device) < counts[:, None], torch.tensor(sizes, device=device, dtype=torch.float32))
+        torch.arange(objects.shape[1], device=device) < torch.tensor(counts, device=device)[:, None], counts,
+        torch.tensor(sizes, device=device, dtype=padded.dtype))
 
 
 def _places(base: list[int], pseudo: list[int]) -> list[tuple[int, int]]:

@@ -45,8 +45,8 @@ class DecoderConfig(Section):
     out_points: Count = 128   # that spatial mixing makes of the points
     heads: Count = 8          # of self-attention
     feedforward: Count = 2048
-    objectness_channels: Count = 128  # hidden; code
-    adapter_channels: Count = 1024    # hidden, of both adapters to text space; code
+    objectness_channels: Count = 128  # hidden; code: half of the pyramid's
+    adapter_channels: Count = 1024    # hidden, of both adapters to text space; code: twice the embedding's
     logit_scale: Positive = 50.0      # of the classifier's cosines; config
 
 

@@ -46,11 +46,11 @@ class DecoderStage(nn.Module):
             for weight in part.parameters():
                 if weight.dim() > 1:
                     nn.init.xavier_uniform_(weight)
-        nn.init.zeros_(self.deltas[-1].weight)
-        nn.init.zeros_(self.deltas[-1].bias)
-        nn.init.constant_(self.objectness[-1].bias, RARE)
-        nn.init.zeros_(self.offsets.weight)
         with torch.no_grad():
+            for start in self.deltas[-1].parameters():
+                start.zero_()
+            self.objectness[-1].get_parameter("bias").fill_(RARE)
+            self.offsets.weight.zero_()
             points = self.offsets.bias.view(-1, 3)
             points[:, :2].uniform_(-0.5, 0.5)
             points[:, 2] = -1.0
@@ -68,7 +68,7 @@ class DecoderStage(nn.Module):
 
     def points_of(self, content: Tensor, xyzr: Tensor) -> Tensor:
         """Where queries sample: (N, Q, G, P, 3) x, y, z, offsets from the box in its sides and in levels (section 3.2)."""
-        offsets = self.offsets(content).float().unflatten(-1, (self.groups, self.points, 3))
+        offsets: Tensor = self.offsets(content).float().unflatten(-1, (self.groups, self.points, 3))
         unit = torch.cat([sides(xyzr), torch.ones_like(xyzr[..., :1])], dim=-1)
         return xyzr[..., None, None, :3] + offsets * unit[..., None, None, :]
 

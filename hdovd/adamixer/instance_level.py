@@ -16,8 +16,6 @@ from hdovd.feature_queue import FeatureQueue
 from hdovd.losses import instance
 from hdovd.losses.contrastive import alignment_loss
 
-PAIR_IOU = 0.5  # a query is a student of its box from more IoU than this on
-
 
 class InstanceLevels(nn.Module):
     """Pairs are those of all processes: every process pushes the same rows into its memories, which are in the checkpoint.

@@ -7,13 +7,16 @@ N pictures, A positions, M candidates, H objects of a picture, padded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from hdovd.adamixer.boxes import overlap
 from hdovd.adamixer.config import QueryProposalsConfig
 from hdovd.adamixer.matching import NONE
-from hdovd.adamixer.proposals import Candidates, DensePredictions
+from hdovd.adamixer.proposals import Candidates, DensePredictions, positions
+from hdovd.batching import SIZE_DIVISOR
 from hdovd.distributed import divisor
 
 SMALL = 1e-7  # added to what a quality is divided by; released code. It is felt where p * IoU^6 is as small
@@ -95,6 +98,22 @@ def aligned_positions(dense: DensePredictions, centres: Tensor, valid: Tensor, o
     strength, own = strength * wins, own * wins
     quality = strength / (strength.amax(dim=1, keepdim=True) + SMALL) * own.amax(dim=1, keepdim=True)
     return best, torch.where(wins, quality, NONE)
+
+
+def valid_positions(shapes: Sequence[torch.Size], strides: Sequence[int], sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """The centres (A, 2) x, y of all positions of levels of these shapes, and which count for each picture, (N, A) bool.
+
+    Those within the picture as it would be padded alone, of levels whose stride is not longer than its shorter side (released code).
+
+    Args:
+        sizes: (N, 2) height, width of the pictures.
+    """
+    centres = torch.cat([positions(shape, stride, sizes.device) for shape, stride in zip(shapes, strides, strict=True)])
+    counts = torch.tensor([h * w for h, w in shapes], device=sizes.device)
+    stride = torch.tensor(strides, device=sizes.device, dtype=sizes.dtype).repeat_interleave(counts, output_size=len(centres))
+    alone = (sizes / SIZE_DIVISOR).ceil().flip(-1) * SIZE_DIVISOR
+    within = (centres - stride[:, None] / 2 < alone[:, None]).all(dim=-1)
+    return centres, within & (stride < sizes.amin(dim=1, keepdim=True) + 1)
 
 
 def _scattered(like: Tensor, slot: Tensor, values: Tensor) -> Tensor:

@@ -109,7 +109,8 @@ class QueryProposals(nn.Module):
         probability = dense.probability.gather(1, index)
         boxes = dense.boxes.gather(1, index[..., None].expand(-1, -1, 4))
         picture = torch.arange(len(index), device=index.device)[:, None].expand_as(index)
-        kept = batched_nms(boxes.detach().flatten(0, 1).double(), probability.detach().flatten(), picture.flatten(), self.config.nms)
+        scores = probability.detach().flatten().double()
+        kept = batched_nms(boxes.detach().flatten(0, 1).double(), scores, picture.flatten(), self.config.nms)
         distinct = torch.zeros(index.numel(), dtype=torch.bool, device=index.device).index_fill(0, kept, True).view_as(index)
         return Candidates(probability, boxes, distinct & (probability > 0))
 

@@ -6,8 +6,6 @@ S stages, N pictures, Q queries, G boxes of the batch, T boxes of a picture, pad
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,37 +14,8 @@ from torchvision.ops import sigmoid_focal_loss
 from hdovd.adamixer.boxes import overlap
 from hdovd.adamixer.boxes_of_step import StepBoxes
 from hdovd.adamixer.config import StageLossConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """Which query is which box's. query (S, G) int64 in 0..N Q - 1, anything where there is none; found (S, G) bool, whether there is.
-
-    iou (S, N, Q, T) of all queries' boxes with all boxes of their picture; own_iou (S, G) of each box with its query's.
-    """
-
-    query: Tensor
-    found: Tensor
-    iou: Tensor
-    own_iou: Tensor
-
-    @classmethod
-    def of(cls, query: Tensor, iou: Tensor, boxes: StepBoxes) -> Pairs:
-        """`query`: (S, G) int64, negative for none."""
-        found, query = query >= 0, query.clamp(min=0)
-        return cls(query, found, iou, iou.flatten(1).gather(1, query * iou.shape[3] + boxes.column))
-
-    def of_boxes(self, rows: Tensor) -> Tensor:
-        """What the query of each box has: (S, N, Q, X) -> (S, G, X)."""
-        return rows.flatten(1, 2).gather(1, self.query[..., None].expand(*self.query.shape, rows.shape[-1]))
-
-    def to_queries(self, values: Tensor, nothing: float) -> Tensor:
-        """What each query is given by its box: values (G,) or (S, G) -> (S, N, Q), `nothing` to a query without a box."""
-        shape = self.iou.shape[:3]
-        slots = shape[1] * shape[2]
-        given = values.new_full((shape[0], slots + 1), nothing)
-        slot = torch.where(self.found, self.query, slots)  # one past the last is nobody's
-        return given.scatter(1, slot, values.expand_as(slot))[:, :slots].view(shape)
+from hdovd.adamixer.pairs import Pairs
+from hdovd.distributed import counts_of_ranks, gather_rows, rank
 
 
 def query_weights(pairs: Pairs, boxes: StepBoxes, config: StageLossConfig) -> Tensor:
@@ -62,8 +31,8 @@ def query_weights(pairs: Pairs, boxes: StepBoxes, config: StageLossConfig) -> Te
 
 
 def classification_loss(logits: Tensor, labels: Tensor, weights: Tensor, count: Tensor) -> Tensor:
-    """Weighted cross-entropy of logits (S, N, Q, X) and labels (S, N, Q): the sum, divided by `count` ()."""
-    rows = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none")
+    """Weighted cross-entropy of logits (S N Q, X) and labels (S, N, Q): the sum, divided by `count` ()."""
+    rows = F.cross_entropy(logits, labels.flatten(), reduction="none")
     return (rows * weights.flatten()).sum() / count
 
 
@@ -81,3 +50,24 @@ def box_losses(predicted: Tensor, pairs: Pairs, boxes: StepBoxes, count: Tensor)
     far = ((own - boxes.boxes).abs() / sides).sum(dim=-1)
     _, giou = overlap(own, boxes.boxes)
     return (far * counted).sum() / count, ((1 - giou) * counted).sum() / count
+
+
+def prompts_and_labels(boxes: StepBoxes, texts: Tensor, background: Tensor, *, with_pseudo: bool) -> tuple[Tensor, Tensor]:
+    """The classifier's prompts (X, D), and which of them the query of each box should be found by, (G,) int64.
+
+    Prompts are [t_1..t_K; u of the pseudo boxes of all processes; bg]. The paper writes a picture's own u first: a softmax does not
+    see the order of its columns. Without pseudo boxes among them, those are to be found by bg (and weigh nothing).
+
+    Args:
+        texts: (K, D). background: (1, D).
+    """
+    first = len(texts)
+    parts = [texts.to(background)]
+    place = torch.full_like(boxes.labels, first)  # of bg
+    if with_pseudo:
+        own = torch.cat([t.pseudo_texts for t in boxes.targets]).to(background)
+        counts = counts_of_ranks(len(own), own.device)
+        parts.append(gather_rows(own, counts))
+        first += sum(counts[: rank()])
+        place = first + (~boxes.is_base).cumsum(0) - 1
+    return torch.cat([*parts, background]), torch.where(boxes.is_base, boxes.labels, place)
