@@ -77,6 +77,11 @@ def files(tmp_path: Path, world: Path) -> Callable[..., ImportCheckpointJob]:
     return write
 
 
+ADAMIXER = ("detector.backbone.name=resnet18", "detector.backbone.weights=none", "detector.backbone.fpn_channels=32",
+            "detector.proposals.shuffle=8", "detector.proposals.pre_nms=40", "detector.decoder.queries=6", "detector.decoder.stages=2",
+            "detector.decoder.points=4", "detector.decoder.out_points=6", "detector.decoder.heads=4", "detector.decoder.feedforward=16",
+            "input.short_side=96", "input.long_side=128", "loss.instance.queue=8", "loss.image.queue=8")
+
 Files = Callable[..., ImportCheckpointJob]
 
 
@@ -114,6 +119,72 @@ def test_the_run_is_evaluated_and_listed_and_has_no_cache(files: Files, world: P
     assert (listed.state, listed.cache, listed.wrong) == (State.FINISHED, None, ())
     with pytest.raises(HdovdError, match="imported from a checkpoint, so there is no cache"):
         relations(RunFolder(run.path), DataPaths(world), 2, log=silent)
+
+
+def their_adamixer() -> tuple[Any, dict[str, Tensor]]:
+    """A small AdaMixer, and its state under the authors' names: for each of ours, the one of theirs that is mapped to it."""
+    from hdovd.config import load_recipe
+
+    torch.manual_seed(5)
+    model = build_detector(load_recipe("ov-coco-adamixer-r50", ADAMIXER), D, None)
+    state = {}
+    for name, value in model.state_dict().items():
+        for pattern, own in ADAMIXER_NAMES:
+            if re.fullmatch(pattern, name):
+                theirs = re.fullmatch(pattern, name).expand(own)  # type: ignore[union-attr]
+                assert PUBLISHED["adamixer"].own_name(theirs) == name
+                state[theirs] = value
+    return model, state
+
+
+ADAMIXER_NAMES = (
+    (r"backbone\.body\.(.+)", r"backbone.\1"), (r"backbone\.fpn\.inner_blocks\.(\d)\.0\.(.+)", r"neck.lateral_convs.\1.conv.\2"),
+    (r"backbone\.fpn\.layer_blocks\.(\d)\.0\.(.+)", r"neck.fpn_convs.\1.conv.\2"), (r"norms\.(.+)", r"norms.\1"),
+    (r"proposals\.content_norm\.(.+)", r"rpn_head.token_norm.\1"), (r"proposals\.trunk\.(conv\d)\.0\.(.+)", r"rpn_head.\1.conv.\2"),
+    (r"proposals\.trunk\.(conv\d)\.1\.(.+)", r"rpn_head.\1.gn.\2"),
+    (r"proposals\.(main|aux)(?:iliary)?\.object_(.+)", r"rpn_head.\1_head.obj_\2"),
+    (r"proposals\.(main|aux)(?:iliary)?\.deltas\.(.+)", r"rpn_head.\1_head.anchor_deltas.\2"),
+    (r"proposals\.(main|aux)(?:iliary)?\.feature\.(.+)", r"rpn_head.\1_head.objectness_logits.\2"),
+    (r"proposals\.(main|aux)(?:iliary)?\.scales\.(\d)", r"rpn_head.\1_head.scales.\2.scale"),
+    (r"stages\.(\d)\.attention\.iof_tau", r"roi_head.bbox_head.\1.iof_tau"),
+    (r"stages\.(\d)\.attention\.in_proj\.(.+)", r"roi_head.bbox_head.\1.attention.attn.in_proj_\2"),
+    (r"stages\.(\d)\.attention\.out_proj\.(.+)", r"roi_head.bbox_head.\1.attention.attn.out_proj.\2"),
+    (r"stages\.(\d)\.attention_norm\.(.+)", r"roi_head.bbox_head.\1.attention_norm.\2"),
+    (r"stages\.(\d)\.offsets\.(.+)", r"roi_head.bbox_head.\1.sampling_n_mixing.sampling_offset_generator.0.\2"),
+    (r"stages\.(\d)\.mixing\.parameters_of\.(.+)", r"roi_head.bbox_head.\1.sampling_n_mixing.adaptive_mixing.parameter_generator.0.\2"),
+    (r"stages\.(\d)\.mixing\.out\.(.+)", r"roi_head.bbox_head.\1.sampling_n_mixing.adaptive_mixing.out_proj.\2"),
+    (r"stages\.(\d)\.mixing_norm\.(.+)", r"roi_head.bbox_head.\1.sampling_n_mixing.norm.\2"),
+    (r"stages\.(\d)\.feedforward\.0\.(.+)", r"roi_head.bbox_head.\1.ffn.layers.0.0.\2"),
+    (r"stages\.(\d)\.feedforward\.2\.(.+)", r"roi_head.bbox_head.\1.ffn.layers.1.\2"),
+    (r"stages\.(\d)\.feedforward_norm\.(.+)", r"roi_head.bbox_head.\1.ffn_norm.\2"),
+    (r"stages\.(\d)\.class_feature\.([01])\.(.+)", r"roi_head.bbox_head.\1.cls_fcs.\2.\3"),
+    (r"stages\.(\d)\.class_feature\.2\.(.+)", r"roi_head.bbox_head.\1.fc_cls.\2"),
+    (r"stages\.(\d)\.deltas\.9\.(.+)", r"roi_head.bbox_head.\1.fc_reg.\2"),
+    (r"stages\.(\d)\.deltas\.([0-8])\.(.+)", r"roi_head.bbox_head.\1.reg_fcs.\2.\3"),
+    (r"stages\.(\d)\.objectness\.(.+)", r"roi_head.bbox_head.\1.objness.\2"), (r"background", r"roi_head.bg_embedding.weight"),
+    (r"adapters\.visual_to_text\.0\.(.+)", r"roi_head.visual2text.layers.0.\1"),
+    (r"adapters\.visual_to_text\.2\.(.+)", r"roi_head.visual2text.layers.1.\1"),
+    (r"adapters\.visual_to_text\.4\.(.+)", r"roi_head.visual2text.layers.2.\1"),
+    (r"adapters\.transfer\.0\.(.+)", r"roi_head.fc1.\1"), (r"adapters\.transfer\.2\.(.+)", r"roi_head.fc2.\1"),
+    (r"image_level\.head\.norm\.(.+)", r"roi_head.layernorm.\1"),
+    (r"image_level\.head\.project\.(.+)", r"roi_head.linear_transform.\1"),
+)
+
+
+def test_an_adamixer_is_imported_with_the_text_of_object(files: Files, tmp_path: Path) -> None:
+    model, state = their_adamixer()
+    row = torch.randn(1, D, generator=torch.Generator().manual_seed(1))
+    torch.save(row, tmp_path / "object.pt")
+    job = files({"state_dict": state}, detector="adamixer", settings=ADAMIXER, object_embedding=tmp_path / "object.pt")
+    run = import_checkpoint(job, silent)
+    again = build_detector(run.recipe(), D, None)
+    run.load_model(again)
+    expected = model.state_dict() | {"object_text": torch.nn.functional.normalize(row, dim=1)[0]}
+    torch.testing.assert_close(again.state_dict(), expected)
+    with pytest.raises(HdovdError, match="give --object-embedding FILE"):
+        import_checkpoint(files({"state_dict": state}, detector="adamixer", settings=ADAMIXER, overwrite=True), silent)
+    with pytest.raises(HdovdError, match="is a checkpoint of adamixer, not of faster_rcnn"):
+        import_checkpoint(files({"state_dict": state}, overwrite=True), silent)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
