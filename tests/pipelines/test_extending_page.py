@@ -33,7 +33,8 @@ def write_page(folder: Path, recipe: Recipe, block: str) -> None:
 
 
 def test_the_page_is_as_short_as_it_says() -> None:
-    assert sorted(text.split("\n", 1)[0] for kind, text in BLOCKS if kind == "python") == ["# my_backbones.py", "# my_detectors.py", "# my_losses.py"]
+    modules = sorted(text.split("\n", 1)[0] for kind, text in BLOCKS if kind == "python")
+    assert modules == ["# my_backbones.py", "# my_detectors.py", "# my_losses.py"]
     assert all(len(text.splitlines()) <= 55 for _, text in BLOCKS)
     assert len(RECIPES) == 4
     assert len(set(COMMANDS)) == 1
