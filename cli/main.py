@@ -19,6 +19,7 @@ from hdovd.cli import (
     eval,
     export,
     extract_clip,
+    import_checkpoint,
     nouns,
     proposals,
     propose,
@@ -48,6 +49,7 @@ app = typer.Typer(
     [bold]runs[/bold] lists and compares what train wrote. [bold]ablate[/bold] trains and evaluates a grid of settings.
     [bold]report[/bold] writes one page about runs: AP, errors, pictures, curves.
     [bold]export[/bold] writes the detector as ONNX, TorchScript or safetensors.
+    [bold]import-checkpoint[/bold] makes a run of the authors' published weights.
     [bold]audit[/bold] shows that no novel annotation was used; [bold]proposals[/bold] converts proposal files.
     """,
     rich_markup_mode="rich",
@@ -77,6 +79,7 @@ app.command("train")(train.train)
 app.command("eval")(eval.eval)
 app.command("detect")(detect.detect)
 app.command("export")(export.export)
+app.command("import-checkpoint")(import_checkpoint.import_checkpoint)
 app.command("ablate")(ablate.ablate)
 app.command("report")(report.report)
 app.command("audit")(audit.audit)

@@ -20,7 +20,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from hdovd.config import BackboneConfig
+from hdovd.config_parts import BackboneConfig
 from hdovd.errors import HdovdError
 
 RANDOM_AND_FROZEN = ("backbone.weights is none and backbone.norm is frozen: a random frozen backbone cannot learn; set "

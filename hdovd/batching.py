@@ -26,7 +26,7 @@ def draw_short_sides(keys: Sequence[int | None], config: InputConfig) -> list[in
 def input_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
     """(h, w) of a picture at the detector's input scale, before padding."""
     scale = min(short_side / min(height, width), long_side / max(height, width))
-    return max(round(height * scale), 1), max(round(width * scale), 1)
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)  # halves up, as mmcv does; round() would go to even ones
 
 
 def padded(side: int) -> int:

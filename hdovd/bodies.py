@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from hdovd.config import BackboneConfig
+from hdovd.config_parts import BackboneConfig
 from hdovd.errors import HdovdError
 from hdovd.extensions import resolve
 

@@ -13,97 +13,33 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hdovd.config_parts import Auto, Count, Finite, NonNegative, Positive, Section, Share
+from hdovd.detector_config import FORMS, DetectorConfig, FasterRCNNConfig
 from hdovd.errors import HdovdError
-
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet-tiny")
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "base-only": ("loss.instance.enabled=false", "loss.class.enabled=false", "loss.image.enabled=false", "loss.extra={}"),
 }
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(gt=0)]
-AUTO = "auto"
-Auto = Literal["auto"]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=True)
-
-
-class BackboneConfig(_Section):
-    """`name`: one of BACKBONES, timm:NAME, torchvision:NAME (a classifier), or module:function of the user's own (`bodies`).
-    `weights`: "auto" (those that torchvision or timm download), "none", or a file (.pth, .safetensors).
-    """
-
-    name: str
-    weights: str
-    norm: Literal["frozen", "batch"]
-    frozen_stages: Annotated[int, Field(ge=0, le=5)]  # 1 is the stem, 2 the stem and the first stage, ...
-    fpn_channels: Count
-    levels: Annotated[list[Annotated[int, Field(ge=2, le=5)]], Field(min_length=1)]  # 5 has stride 32; P6 is pooled
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in BACKBONES and not all(name.partition(":")):
-            near = difflib.get_close_matches(name, BACKBONES, 1)
-            raise ValueError((f"did you mean {near[0]}? " if near else "") + f"Expected one of {', '.join(BACKBONES)}, timm:NAME, "
-                             "torchvision:NAME or my_module:function")
-        return name
-
-    @field_validator("levels")
-    @classmethod
-    def _without_gaps(cls, levels: list[int]) -> list[int]:
-        if sorted(levels) != list(range(min(levels), max(levels) + 1)):
-            raise ValueError("levels must be without gaps, such as [2, 3, 4, 5]")
-        return sorted(levels)
-
-
-class RpnConfig(_Section):
-    anchor_sizes: list[list[Count]]  # a list a level, P6 included; pixels at the detector's input scale
-    samples: Count
-    pre_nms: Count  # a level, training; half of it in testing
-    post_nms: Count
-    nms: Share
-
-
-class HeadConfig(_Section):
-    fc_channels: Count
-    samples: Count
-    positive_share: Share
-    canonical_size: Count  # RoIs of this size go to P4
-    sampling_ratio: Annotated[int, Field(ge=0)]  # RoIAlign points a bin and axis; 0 adapts to the RoI
-    logit_scale: Positive
-
-
-class DetectorConfig(_Section):
-    name: Literal["faster_rcnn"]
-    backbone: BackboneConfig
-    rpn: RpnConfig
-    head: HeadConfig
-
-
-class InputConfig(_Section):
+class InputConfig(Section):
     short_side: Count
-    train_short_sides: list[Count] = []  # one is drawn for each image of a training step; empty, or not there: short_side
+    train_short_sides: list[Count] = Field(default_factory=list)  # one is drawn for each image of a step; empty, or not there: short_side
     long_side: Count
     flip: Share
     mean: Annotated[list[Finite], Field(min_length=3, max_length=3)]
     std: Annotated[list[Positive], Field(min_length=3, max_length=3)]
 
 
-class PseudoBoxConfig(_Section):
+class PseudoBoxConfig(Section):
     max_per_image: Count
     min_side: NonNegative  # both sides must be longer, pixels at the detector's input scale
     reliability_centre: Finite | Auto  # "auto": the values of METHOD section 2, for the models that it knows
     reliability_width: Positive | Auto
     reliability_scale: Positive | Auto
+    from_epoch: Count = 1  # the first epoch that uses them; recipes of before there was a choice mean all
 
     @property
     def reliability(self) -> tuple[float, float, float]:
@@ -114,7 +50,7 @@ class PseudoBoxConfig(_Section):
         return centre, width, scale
 
 
-class InstanceLossConfig(_Section):
+class InstanceLossConfig(Section):
     enabled: bool
     alignment_weight: NonNegative
     relation_weight: NonNegative
@@ -124,19 +60,19 @@ class InstanceLossConfig(_Section):
     queue: Annotated[int, Field(ge=0)]
 
 
-class ClassLossConfig(_Section):
+class ClassLossConfig(Section):
     enabled: bool
     weight: NonNegative  # factor on the weights w_j of pseudo boxes
 
 
-class ImageLossConfig(_Section):
+class ImageLossConfig(Section):
     enabled: bool
     weight: NonNegative
     tau: Positive
     queue: Annotated[int, Field(ge=0)]
 
 
-class ExtraLossConfig(_Section):
+class ExtraLossConfig(Section):
     """A loss of the user's own (`extra_losses`). All keys but these two are its options."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
@@ -149,11 +85,11 @@ class ExtraLossConfig(_Section):
         return dict(self.model_extra or {})
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     instance: InstanceLossConfig
     class_: ClassLossConfig = Field(alias="class")
     image: ImageLossConfig
-    extra: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ExtraLossConfig] = {}
+    extra: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ExtraLossConfig] = Field(default_factory=dict)
 
     @property
     def uses_pseudo_boxes(self) -> bool:
@@ -164,7 +100,7 @@ class LossConfig(_Section):
         return self.uses_pseudo_boxes or self.image.enabled
 
 
-class InferenceConfig(_Section):
+class InferenceConfig(Section):
     alpha: Share
     beta: Share
     distillation_scale: Positive
@@ -173,7 +109,7 @@ class InferenceConfig(_Section):
     detections_per_image: Count
 
 
-class ProposalsConfig(_Section):
+class ProposalsConfig(Section):
     """The networks of `hdovd propose` (`oln`, `proposer`). With defaults, unlike the rest: recipes kept before it was there still load.
 
     The defaults are those of the authors' configuration of OLN (oln_box.py), but `roi_iou`, which is the paper's.
@@ -191,7 +127,7 @@ class ProposalsConfig(_Section):
     box_weight: NonNegative = 1.0
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     epochs: Count
     batch_size: Count  # images a step, of all processes together
     optimizer: Literal["sgd", "adamw"]
@@ -207,7 +143,7 @@ class TrainConfig(_Section):
     seed: Annotated[int, Field(ge=0)]
 
 
-class Recipe(_Section):
+class Recipe(Section):
     detector: DetectorConfig
     input: InputConfig
     pseudo_boxes: PseudoBoxConfig
@@ -220,6 +156,13 @@ class Recipe(_Section):
         """The recipe with these values of the reliability weight."""
         values = {"reliability_centre": centre, "reliability_width": width, "reliability_scale": scale}
         return self.model_copy(update={"pseudo_boxes": self.pseudo_boxes.model_copy(update=values)})
+
+    @property
+    def faster_rcnn(self) -> FasterRCNNConfig:
+        """The detector's section, for what is built of Faster R-CNN's parts. Raises HdovdError if it is another detector's."""
+        if not isinstance(self.detector, FasterRCNNConfig):
+            raise HdovdError(f"detector.name = {self.detector.name!r}: this needs a recipe with detector.name = 'faster_rcnn'")
+        return self.detector
 
     def to_toml(self) -> str:
         return tomli_w.dumps(self.model_dump(by_alias=True))
@@ -276,19 +219,24 @@ def _apply(tree: dict[str, Any], setting: str) -> None:
 
 
 def _explain(error: dict[str, Any]) -> str:
-    path = ".".join(str(p) for p in error["loc"])
+    form, loc = "", list(error["loc"])
+    if loc[0] == "detector" and len(loc) > 1:  # the second is pydantic's name for the form that the section has
+        form = str(loc.pop(1))
+    path = ".".join(str(p) for p in loc)
     if error["type"] == "extra_forbidden":
         while isinstance(error["input"], dict) and error["input"]:  # an unknown section: name the key that was set
             leaf, error["input"] = next(iter(error["input"].items()))
             path += f".{leaf}"
-        near = difflib.get_close_matches(path, _keys(Recipe), 1, cutoff=0.3)
+        near = difflib.get_close_matches(path, _keys(Recipe) + (_keys(FORMS[form], "detector.") if form else []), 1, cutoff=0.3)
         return f"unknown key {path}" + (f"; the nearest valid one is {near[0]}" if near else "")
     if error["type"] == "missing":
         return f"missing key {path}"
-    return f"{path} = {error['input']!r}: {error['msg']}"
+    given = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"  # of a whole section the message says what is wrong
+    return f"{path}{given}: {error['msg']}"
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """The keys of a section; those of the detector's forms are asked for by form."""
     keys = []
     for name, field in section.model_fields.items():
         key = prefix + (field.alias or name)

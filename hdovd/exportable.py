@@ -19,6 +19,7 @@ from hdovd.batching import SIZE_DIVISOR
 from hdovd.faster_rcnn import CODER, FasterRCNN
 from hdovd.inference import combine_scores
 from hdovd.losses import classwise
+from hdovd.rpn import ExactAnchors
 
 _MANY_BOXES = 1000  # torchvision's batched_nms goes class by class where there are more; else it shifts the classes apart
 _SMALLEST = 1e-3  # pixels; torchvision's RPN drops proposals with a shorter side
@@ -55,7 +56,7 @@ class ExportableDetector(nn.Module):
             Best first: boxes (n, 4) xyxy pixels of `image`, scores (n,), labels (n,) int64, rows of `texts`.
         """
         boxes, c, d = self.rois(image)
-        head, inference = self.recipe.detector.head, self.recipe.inference
+        head, inference = self.recipe.faster_rcnn.head, self.recipe.inference
         prompts = torch.cat([texts, self.background[None]])
         scores = classwise.cosine_logits(c, prompts, head.logit_scale).softmax(dim=1)
         if d is not None:
@@ -80,7 +81,7 @@ class ExportableDetector(nn.Module):
         # Both sides at once: of a number and a tensor, or of two numbers, ONNX would take the quotient in float32.
         limits = torch.tensor([config.short_side, config.long_side], dtype=torch.float64)
         scale = (limits / shape.sort().values).amin()
-        size = (shape * scale).round().clamp(min=1)
+        size = (shape * scale + 0.5).floor().clamp(min=1)  # halves up, as `input_size`
         height, width = size.long().unbind()
         pixels = _resized(image, shape, size, lambda some: (some.float() / 255 - self.mean) / self.std)
         right, bottom = -width % SIZE_DIVISOR, -height % SIZE_DIVISOR
@@ -110,7 +111,11 @@ class ExportableDetector(nn.Module):
         """torchvision's grid of anchors over a map of logits (1, A, h, w): (h * w * A, 4)."""
         cells = self.get_buffer(f"anchors{level}")
         rows, columns = (torch.ones_like(line).cumsum(0) - 1 for line in (logits[0, 0, :, 0], logits[0, 0, 0, :]))
-        rows, columns = rows * (shape[1] // logits.shape[2]), columns * (shape[2] // logits.shape[3])
+        if isinstance(self.rpn.anchor_generator, ExactAnchors):
+            stride = 2 ** (self.pool.levels[0] + level)
+            rows, columns = rows * stride, columns * stride
+        else:
+            rows, columns = rows * (shape[1] // logits.shape[2]), columns * (shape[2] // logits.shape[3])
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         return (torch.stack([x, y, x, y], dim=2).unsqueeze(2) + cells).reshape(-1, 4)
 

@@ -7,7 +7,6 @@ N images, R RoIs, K base classes, D embedding size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torchvision.ops import clip_boxes_to_image
 from hdovd.backbone import build_backbone
 from hdovd.batching import batch_images, draw_short_sides
 from hdovd.config import Recipe
+from hdovd.detectors import Detector, RoIPredictions, Students
 from hdovd.distributed import divisor
 from hdovd.extra_losses import ExtraLosses
 from hdovd.levels.classwise import ClassLevel
@@ -31,29 +31,6 @@ from hdovd.step_view import StepView
 from hdovd.targets import Targets
 
 CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
-
-
-@dataclass(frozen=True, slots=True)
-class RoIPredictions:
-    """What the head says of one image's RoIs, before thresholds and NMS.
-
-    boxes (R, 4) xyxy pixels of the original image; class_probability (R, C+1) softmax s1, background last;
-    distillation_score (R, C) sigmoid s2, or None if the model has no distillation feature.
-    """
-
-    boxes: Tensor
-    class_probability: Tensor
-    distillation_score: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Students:
-    """q (n, D) L2-normalised student embeddings (METHOD section 4), box (n,) int64 the boxes that they are of, numbered image by image,
-    base before pseudo; targets: those of the batch with the pseudo boxes that were used."""
-
-    q: Tensor
-    box: Tensor
-    targets: list[Targets]
 
 
 class BoxHead(nn.Module):
@@ -83,16 +60,20 @@ class BoxHead(nn.Module):
         return None if self.distillation is None else self.distillation(r).float()
 
 
-class FasterRCNN(nn.Module):
+class FasterRCNN(Detector):
     """The compact detector. Text embeddings are arguments: it holds no class list.
 
     `log` None: the backbone is not initialised, because weights are loaded over it.
     """
 
+    exportable = "hdovd.exportable:ExportableDetector"
+    training_parts = ("class_level.", "instance_level.", "image_level.", "extra.")
+
     def __init__(self, recipe: Recipe, dim: int, log: Callable[[str], None] | None) -> None:
         super().__init__()
         self.recipe, self.dim = recipe, dim
-        detector, loss = recipe.detector, recipe.loss
+        detector, loss = recipe.faster_rcnn, recipe.loss
+        self.config, self.uses_pseudo_boxes = detector, True
         self.backbone = build_backbone(detector.backbone, log)
         channels, levels = detector.backbone.fpn_channels, detector.backbone.levels
         self.rpn = build_rpn(detector.rpn, channels, len(levels) + 1)
@@ -104,6 +85,15 @@ class FasterRCNN(nn.Module):
         self.image_level = ImageLevel(loss.image, levels, channels, dim) if loss.image.enabled else None
         self.extra = ExtraLosses(loss.extra, dim, channels)
         self.register_load_state_dict_pre_hook(_rename_old)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Pseudo boxes take part from the recipe's epoch on; base boxes and whole images do in all."""
+        self.uses_pseudo_boxes = epoch >= self.recipe.pseudo_boxes.from_epoch
+
+    @property
+    def _all_are_objects(self) -> bool:
+        """To the authors' RPN pseudo boxes are objects also beyond `max_per_image`."""
+        return self.config.rpn.rules == "authors" and self.uses_pseudo_boxes
 
     def forward(self, images: list[Tensor], targets: list[Targets], texts: Tensor,
                 keys: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -136,12 +126,15 @@ class FasterRCNN(nn.Module):
         image_keys = keys_of(keys, len(images))
         batch, factors = batch_images(images, self.recipe.input, draw_short_sides(image_keys, self.recipe.input))
         pseudo = self.recipe.pseudo_boxes
-        targets = [t.scaled(*f).with_best_pseudo_boxes(pseudo.min_side, pseudo.max_per_image)
-                   for t, f in zip(targets, factors, strict=True)]
+        most = pseudo.max_per_image if self.uses_pseudo_boxes else 0
+        scaled = [t.scaled(*f) for t, f in zip(targets, factors, strict=True)]
+        targets = [t.with_best_pseudo_boxes(pseudo.min_side, most) for t in scaled]
         features = self.backbone(batch.tensors)
-        wanted = [{"boxes": t.all_boxes, "key": key} for t, key in zip(targets, image_keys, strict=True)]
+        objects = [t.with_best_pseudo_boxes(pseudo.min_side, None) for t in scaled] if self._all_are_objects else targets
+        wanted = [{"boxes": t.all_boxes, "key": key, "size": size}
+                  for t, key, size in zip(objects, image_keys, batch.image_sizes, strict=True)]
         proposals, rpn_losses = self.rpn(batch, features, wanted)
-        config = self.recipe.detector.head
+        config = self.config.head
         rois, matches = zip(*(sample_rois(p, t.all_boxes, config.samples, config.positive_share, key)
                               for p, t, key in zip(proposals, targets, image_keys, strict=True)), strict=True)
         deltas, c, r = self.head(self.pool(features, list(rois)))
@@ -175,7 +168,7 @@ class FasterRCNN(nn.Module):
         deltas, c, r = self.head(self.pool(features, proposals))
         d = self.head.distill(r)
         prompts = torch.cat([texts, self.background[None]])
-        s1 = classwise.cosine_logits(c, prompts, self.recipe.detector.head.logit_scale).softmax(dim=1)
+        s1 = classwise.cosine_logits(c, prompts, self.config.head.logit_scale).softmax(dim=1)
         s2 = None if d is None else classwise.cosine_logits(d, texts, self.recipe.inference.distillation_scale).sigmoid()
         decoded = CODER.decode_single(deltas, torch.cat(proposals))
         counts = [len(p) for p in proposals]

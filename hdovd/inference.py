@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from hdovd.config import InferenceConfig
-from hdovd.faster_rcnn import RoIPredictions
+from hdovd.detectors import RoIPredictions
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ class CenternessRPN(ObjectnessRPN):
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        rpn, channels = recipe.detector.rpn, recipe.detector.backbone.fpn_channels
+        rpn, channels = recipe.faster_rcnn.rpn, recipe.detector.backbone.fpn_channels
         self.config: ProposalsConfig = recipe.proposals
         rois = self.config.rois
         super().__init__(
@@ -101,7 +101,7 @@ class QualityHead(nn.Module):
 class ObjectLocalisationNetwork(ProposalNetwork):
     def __init__(self, recipe: Recipe, log: Callable[[str], None] | None) -> None:
         super().__init__(recipe, log)
-        detector = recipe.detector
+        detector = recipe.faster_rcnn
         self.rpn = CenternessRPN(recipe)
         self.pool = PyramidRoIAlign(detector.backbone.levels, detector.head.canonical_size, detector.head.sampling_ratio)
         self.head = QualityHead(detector.backbone.fpn_channels, detector.head.fc_channels)
@@ -109,7 +109,7 @@ class ObjectLocalisationNetwork(ProposalNetwork):
     def losses(self, batch: ImageList, features: dict[str, Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
         config = self.recipe.proposals
         proposals, rpn_losses = self.rpn(batch, features, targets)
-        drawn = [sample_near(p, t["boxes"], self.recipe.detector.head.samples, config.roi_iou, t["key"])
+        drawn = [sample_near(p, t["boxes"], self.recipe.faster_rcnn.head.samples, config.roi_iou, t["key"])
                  for p, t in zip(proposals, targets, strict=True)]
         rois, boxes, overlaps = ([one[k] for one in drawn] for k in range(3))
         deltas, logits = self.head(self.pool(features, rois))

@@ -66,7 +66,7 @@ class ObjectnessNetwork(ProposalNetwork):
     def __init__(self, recipe: Recipe, log: Callable[[str], None] | None) -> None:
         super().__init__(recipe, log)
         backbone = recipe.detector.backbone
-        self.rpn = build_rpn(recipe.detector.rpn, backbone.fpn_channels, len(backbone.levels) + 1)
+        self.rpn = build_rpn(recipe.faster_rcnn.rpn, backbone.fpn_channels, len(backbone.levels) + 1)
 
     def losses(self, batch: ImageList, features: dict[str, Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
         _, losses = self.rpn(batch, features, targets)

@@ -13,8 +13,10 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
+from torchvision.ops import box_iou
 
-from hdovd.config import RpnConfig
+from hdovd.batching import padded
+from hdovd.detector_config import RpnConfig
 from hdovd.distributed import divisor
 from hdovd.errors import HdovdError
 from hdovd.sampling import Use, image_generator, sample_balanced
@@ -27,6 +29,23 @@ class FloatAnchors(AnchorGenerator):
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         anchors: list[Tensor] = super().forward(image_list, [m.new_empty(m.shape, dtype=torch.float32) for m in feature_maps])
+        return anchors
+
+
+class ExactAnchors(FloatAnchors):
+    """The same without rounding: sides are not rounded to pixels, and each level's stride is twice that of the one before, where
+    torchvision divides sides of the batch by those of the map, which is 58 for the pooled level of a batch 352 pixels wide."""
+
+    def generate_anchors(self, scales: list[int], aspect_ratios: list[float], dtype: torch.dtype = torch.float32,
+                         device: torch.device | str = "cpu") -> Tensor:
+        """(ratios * scales, 4) around the origin."""
+        high, side = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt(), torch.as_tensor(scales, dtype=dtype, device=device)
+        w, h = ((factor[:, None] * side[None]).flatten() for factor in (1 / high, high))
+        return torch.stack([-w, -h, w, h], dim=1) / 2
+
+    def grid_anchors(self, grid_sizes: list[list[int]], strides: list[list[Tensor]]) -> list[Tensor]:
+        exact = [[finest * 2**level for finest in strides[0]] for level in range(len(strides))]
+        anchors: list[Tensor] = super().grid_anchors(grid_sizes, exact)
         return anchors
 
 
@@ -86,9 +105,48 @@ class ObjectnessRPN(RegionProposalNetwork):
         return list(zip(kept, kept_scores, strict=True))
 
 
+class AuthorsRPN(ObjectnessRPN):
+    """As the authors' code does it, on mmdetection: anchors are `ExactAnchors`, and a box's best anchor learns it only from an IoU of
+    `least_best` on, and then for this box even if it fits another one better; anchors whose centre lies outside of the picture's own
+    padding to a multiple of 32 are left out.
+
+    The target of an image also holds its `size` (height, width) in the batch.
+    """
+
+    least_best = 0.3
+
+    def assign_targets_to_anchors(self, anchors: list[Tensor], targets: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
+        drawn, matched = [], []
+        for grid, target in zip(anchors, targets, strict=True):
+            labels, box_of = self._match(grid, target)
+            generator = image_generator(target.get("key"), Use.ANCHORS, grid.device)
+            positive, negative = sample_balanced(labels == 1, labels == 0, self.samples, self.positive_share, generator)
+            drawn.append(torch.where(positive | negative, labels, -1.0))
+            matched.append(target["boxes"][box_of] if len(target["boxes"]) else torch.zeros_like(grid))
+        return drawn, matched
+
+    def _match(self, anchors: Tensor, target: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Labels (A,) 1 object, 0 background, -1 neither; and the box (A,) that an object is."""
+        right, bottom = (padded(side) for side in reversed(target["size"]))
+        centre = (anchors[:, :2] + anchors[:, 2:]) / 2
+        inside = (centre < centre.new_tensor([right, bottom]) - 0.5).all(dim=1)
+        box_of = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
+        if not len(target["boxes"]):
+            return torch.where(inside, 0.0, -1.0), box_of
+        iou = box_iou(target["boxes"], anchors).masked_fill(~inside, -1.0)
+        best, box_of = iou.max(dim=0)
+        low, high = self.proposal_matcher.low_threshold, self.proposal_matcher.high_threshold
+        labels = torch.full_like(best, -1.0).masked_fill((best >= 0) & (best < low), 0.0).masked_fill(best >= high, 1.0)
+        most = iou.max(dim=1, keepdim=True).values
+        is_best = (iou == most) & (most >= self.least_best)
+        last = (is_best * torch.arange(1, len(iou) + 1, device=iou.device)[:, None]).amax(dim=0)  # of several boxes the last
+        return torch.where(last > 0, 1.0, labels), torch.where(last > 0, last - 1, box_of)
+
+
 def build_rpn(config: RpnConfig, channels: int, level_count: int) -> ObjectnessRPN:
     """An RPN over `level_count` feature maps (the pooled one included) of `channels` channels."""
-    return ObjectnessRPN(
+    kind = AuthorsRPN if config.rules == "authors" else ObjectnessRPN
+    return kind(
         anchors_of(config, level_count, ASPECT_RATIOS),
         FloatRPNHead(channels, len(config.anchor_sizes[0]) * len(ASPECT_RATIOS)),
         fg_iou_thresh=0.7,
@@ -108,4 +166,5 @@ def anchors_of(config: RpnConfig, level_count: int, aspect_ratios: tuple[float, 
                          "(backbone.levels and one pooled level): give one list of sizes a level")
     if len({len(sizes) for sizes in config.anchor_sizes}) != 1:
         raise HdovdError(f"detector.rpn.anchor_sizes {config.anchor_sizes}: every level needs the same number of sizes")
-    return FloatAnchors(tuple(map(tuple, config.anchor_sizes)), (aspect_ratios,) * level_count)
+    kind = ExactAnchors if config.rules == "authors" else FloatAnchors
+    return kind(tuple(map(tuple, config.anchor_sizes)), (aspect_ratios,) * level_count)

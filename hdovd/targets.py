@@ -46,8 +46,8 @@ class Targets:
         factor = self.boxes.new_tensor([x, y, x, y])
         return replace(self, boxes=self.boxes * factor, pseudo_boxes=self.pseudo_boxes * factor)
 
-    def with_best_pseudo_boxes(self, min_side: float, most: int) -> Targets:
-        """Keeps the first `most` pseudo boxes with both sides over `min_side` pixels (METHOD section 2)."""
+    def with_best_pseudo_boxes(self, min_side: float, most: int | None) -> Targets:
+        """Keeps the first `most` pseudo boxes (None: all) with both sides over `min_side` pixels (METHOD section 2)."""
         large = ((self.pseudo_boxes[:, 2:] - self.pseudo_boxes[:, :2]) > min_side).all(dim=1)
         keep = large.nonzero().flatten()[:most]
         return replace(self, pseudo_boxes=self.pseudo_boxes[keep], pseudo_embeddings=self.pseudo_embeddings[keep],

@@ -27,6 +27,9 @@ def check_run_cache(audited: Audited) -> Check:
     if audited.run is None:
         found.unknown.append(audited.missing["run"])
         return found.check(name, "")
+    if "imported" in audited.run:
+        found.unknown.append(f"{audited.run_path} was imported from {_file_of(audited.run)}: what it was trained on is not recorded")
+        return found.check(name, "")
     recorded = audited.run.get("cache")
     levels = recorded.get("levels") if isinstance(recorded, dict) else None
     if not isinstance(levels, dict) or not all(isinstance(entry, dict) and "key" in entry for entry in levels.values()):
@@ -43,11 +46,20 @@ def check_run_cache(audited: Audited) -> Check:
     return found.check(name, f"{audited.run_path} was trained on this cache: {len(levels)} levels with the same keys")
 
 
+def _file_of(run: dict[str, Any]) -> str:
+    imported = run["imported"]
+    return str(imported.get("file", "a checkpoint")) if isinstance(imported, dict) else "a checkpoint"
+
+
 def check_backbone(audited: Audited) -> Check:
     """The run's backbone started from weights that saw no novel box and no test picture, as their file says."""
     found, name = Findings(), "run: backbone"
     if audited.run_path is None:
         found.unknown.append(audited.missing["run"])
+        return found.check(name, "")
+    if audited.run is not None and "imported" in audited.run:
+        found.unknown.append(f"{audited.run_path} was imported from {_file_of(audited.run)}, which does not say what its backbone "
+                             "started from")
         return found.check(name, "")
     config = audited.run_path / "config.toml"
     try:

@@ -23,7 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from hdovd.cache.reader import FeatureCache
 from hdovd.coco import DataPaths
 from hdovd.config import PRESETS, Recipe, load_recipe
-from hdovd.faster_rcnn import FasterRCNN
+from hdovd.detectors import build_detector
 from hdovd.pipelines.bench_world import BenchWorld, make_world
 from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
 from hdovd.pipelines.device import training_workers
@@ -167,7 +167,7 @@ def _variants(bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> list[Vari
         online = OnlineClip(clip, recipe)
         found.append(Variant("three levels, CLIP in every step", loop.batches,
                              lambda batch: _take(loop, [online.replace(sample) for sample in batch])))
-    if recipe.detector.backbone.name == "resnet50":
+    if recipe.detector.name == "faster_rcnn" and recipe.detector.backbone.name == "resnet50":
         found.append(_torchvision(bench, recipe, clip))
     stub = _loop(bench, recipe, clip)
     found.append(Variant(f"the cache, a step that sleeps {STUB_S * 1e3:.0f} ms", stub.batches, lambda _: time.sleep(STUB_S)))
@@ -202,7 +202,8 @@ def _batches(bench: TrainBench, recipe: Recipe, device: torch.device) -> Trainin
 def _loop(bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Loop[Sample]:
     torch.manual_seed(0)
     protocol, batches = load_protocol("ov-coco"), _batches(bench, recipe, clip.device)
-    model = FasterRCNN(recipe, clip.dim, None)
+    model = build_detector(recipe, clip.dim, None)
+    model.begin_epoch(recipe.pseudo_boxes.from_epoch)  # with all losses
     _calm(model)
     texts = torch.from_numpy(FeatureCache(bench.folder / "cache").class_embeddings(protocol.base)).to(clip.device)
     model = model.to(clip.device).to(memory_format=torch.channels_last).train()
@@ -211,7 +212,7 @@ def _loop(bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Loop[Sample]:
 
 def _torchvision(bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Variant:
     """torchvision's own detector with as many trained stages, samples and proposals, on the same pictures and base boxes."""
-    detector, size = recipe.detector, recipe.input
+    detector, size = recipe.faster_rcnn, recipe.input
     body = resnet50(weights=None, norm_layer=FrozenBatchNorm2d if detector.backbone.norm == "frozen" else nn.BatchNorm2d)
     backbone = _resnet_fpn_extractor(body, 5 - detector.backbone.frozen_stages)
     model = TorchvisionFasterRCNN(

@@ -18,7 +18,8 @@ import tomli_w
 from hdovd.cache.identity import KeyInputs, differences
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.config import AUTO, Recipe
+from hdovd.config import Recipe
+from hdovd.config_parts import AUTO
 from hdovd.errors import HdovdError, shorten
 
 VALUES = ("centre", "width", "scale")

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from hdovd.batching import input_size, padded
 from hdovd.config import Recipe
+from hdovd.detectors import Detector as Model
+from hdovd.detectors import build_detector
 from hdovd.errors import HdovdError, shorten
-from hdovd.faster_rcnn import FasterRCNN
 from hdovd.inference import Detections, detect_batch
 from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.name_embedding import NameEmbedder
@@ -42,7 +43,7 @@ def _silent(_: str) -> None: ...
 class Detector:
     """Until `set_classes` it looks for the classes of the run's protocol. It belongs to one thread."""
 
-    def __init__(self, model: FasterRCNN, protocol: Protocol, embedder: NameEmbedder, device: torch.device) -> None:
+    def __init__(self, model: Model, protocol: Protocol, embedder: NameEmbedder, device: torch.device) -> None:
         """model: on the device. `from_run` is the usual way."""
         self.model, self.protocol, self.embedder, self.device = model.eval(), protocol, embedder, device
         self.names: tuple[str, ...] = ()
@@ -64,7 +65,7 @@ class Detector:
         """
         folder, target = RunFolder.open(Path(run)), pick_device(device)
         embedder = NameEmbedder(folder, target, clip=clip, pretrained=pretrained, templates=templates, log=log)
-        model = FasterRCNN(folder.recipe(), embedder.dim, log=None)
+        model = build_detector(folder.recipe(), embedder.dim, log=None)
         folder.load_model(model, Weights(weights).file)
         return cls(model.to(target), folder.protocol(), embedder, target)
 

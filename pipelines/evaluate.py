@@ -13,9 +13,9 @@ from pathlib import Path
 from hdovd.ap_engine import Engine, require
 from hdovd.coco import DataPaths
 from hdovd.coco_ap import AveragePrecision
+from hdovd.detectors import build_detector
 from hdovd.error_breakdown import ErrorBreakdown, break_down
 from hdovd.errors import HdovdError
-from hdovd.faster_rcnn import FasterRCNN
 from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.found_rows import found_of
 from hdovd.pipelines.pictures import draw_detections
@@ -66,14 +66,14 @@ def evaluate(job: EvalJob, log: Callable[[str], None] = print) -> EvalResult:
         raise HdovdError(f"{job.run} was trained for the base and novel classes of protocol {trained.name}, not of {protocol.name}")
     validation = Validation(job.data, protocol, device, batch_size=job.batch_size, workers=job.workers, engine=job.engine, log=log)
     recipe, texts = run.recipe(), run.class_embeddings()
-    model = FasterRCNN(recipe, texts.shape[1], log=None)
+    model = build_detector(recipe, texts.shape[1], log=None)
     run.load_model(model, job.weights.file)
     found = validation.run(model.to(device), texts)
     split, combined, blind = validation.split, found.combined, found.split_blind
     rows = results(split, found.detections)
     errors = break_down(found_of(rows, split.coco_ids), validation.truth.objects, protocol)
     alpha = beta = 0.0
-    if recipe.loss.instance.enabled:  # else there is one score, and nothing to combine
+    if combined is not blind:  # else there is one score, and nothing to combine
         alpha, beta = recipe.inference.alpha, recipe.inference.beta
     files = [run.path / "metrics.json", run.path / "detections.json"]
     metrics = {"protocol": protocol.name, **combined.summary(), "split_blind": blind.summary(), "per_class": combined.per_class(),

@@ -16,15 +16,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 
 from hdovd.batching import input_size
 from hdovd.config import InferenceConfig, InputConfig
+from hdovd.detectors import Detector
 from hdovd.exportable import ExportableDetector
-from hdovd.faster_rcnn import FasterRCNN
 from hdovd.inference import Detections, detect
 from hdovd.pipelines.images import pixels_of
-from hdovd.pipelines.model_forms import Run
+from hdovd.pipelines.model_forms import Run, traceable
 
 _SIZES = ((150, 110), (96, 170))  # width, height: neither has the shape of what is traced
 _LARGER = (1.75, 1.25)  # width and height of another one in short sides of the input: it is made smaller, as photos are
@@ -41,18 +41,17 @@ class Checked:
     difference: float
 
 
-def check(run: Run, model: FasterRCNN, texts: Tensor, is_novel: Tensor, pictures: Sequence[Tensor]) -> Checked:
-    """Set a file's detections against those of `FasterRCNN.predict` and `detect`.
+def check(run: Run, model: Detector, texts: Tensor, is_novel: Tensor, pictures: Sequence[Tensor]) -> Checked:
+    """Set a file's detections against those of `Detector.predict` and `detect`.
 
     Args:
         run: the file. model: that it was made of. pictures: (3, h, w) uint8 each.
         texts: (C, D) the run's classes. is_novel: (C,) bool.
     """
-    config, detector, worst, count = model.recipe.inference, ExportableDetector(model), 0.0, 0
+    config, detector, worst, count = model.recipe.inference, traceable(model), 0.0, 0
     with torch.inference_mode():
         for number, picture in enumerate(pictures):
-            features = detector.rois(picture)[1]
-            classes = features[:: -(-max(len(features), 1) // _MADE_UP_CLASSES)]
+            classes = _made_up_classes(detector, picture, texts)
             novel = torch.arange(len(classes)) % 2 == 1
             if number % 2 == 0:  # with the run's own, and without: the number of classes is the user's choice
                 classes, novel = torch.cat([texts, classes]), torch.cat([is_novel, novel])
@@ -68,6 +67,14 @@ def in_percent(found: Detections, picture: Tensor, config: InputConfig) -> Detec
     height, width = picture.shape[1:]
     high, wide = input_size(height, width, config.short_side, config.long_side)
     return replace(found, boxes=found.boxes * torch.tensor([wide / width, high / height] * 2) * 100 / config.long_side)
+
+
+def _made_up_classes(detector: nn.Module, picture: Tensor, texts: Tensor) -> Tensor:
+    """(n, D): features of some regions, where the detector tells them; else its classes in mixtures."""
+    if isinstance(detector, ExportableDetector):
+        features = detector.rois(picture)[1]
+        return features[:: -(-max(len(features), 1) // _MADE_UP_CLASSES)]
+    return texts + texts.roll(1, 0)
 
 
 def largest_difference(one: Detections, other: Detections, config: InferenceConfig) -> float:

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 import hdovd
+from hdovd.detectors import build_detector
 from hdovd.errors import HdovdError
-from hdovd.faster_rcnn import FasterRCNN
 from hdovd.pipelines import model_forms
 from hdovd.pipelines.export_check import Checked, check, made_up_pictures
 from hdovd.pipelines.images import pixels_of
@@ -59,7 +59,8 @@ def export_model(job: ExportModelJob, log: Callable[[str], None] = print) -> Exp
         raise HdovdError(f"--out {job.out}: there is no folder {job.out.resolve().parent}")
     recipe, protocol, texts = run.recipe(), run.protocol(), run.class_embeddings().float()
     pictures = made_up_pictures(recipe.input) + [_read(path) for path in job.check_images]
-    model = FasterRCNN(recipe, texts.shape[1], log=None)
+    model = build_detector(recipe, texts.shape[1], log=None)
+    model_forms.require_traceable(job.form, model)
     run.load_model(model, job.weights.file)
     is_novel = torch.arange(len(texts)) >= len(protocol.base)
     log(f"{job.run}: {job.weights.value} weights, {len(texts)} classes, embeddings of {texts.shape[1]} numbers")

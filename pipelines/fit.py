@@ -46,13 +46,14 @@ class Hooks:
 class Loop(Generic[Sample]):
     """Minimises the sum of `losses_of(batch, epoch)`, weighted losses by name, for `config.epochs`; epochs here count from 0.
 
-    `id_of` names a sample where a loss is not sound.
+    `id_of` names a sample where a loss is not sound. `begin_epoch` is told every epoch that begins or goes on, counted from 1.
     """
 
     def __init__(self, model: nn.Module, losses_of: Callable[[list[Sample], int], dict[str, Tensor]], batches: TrainingBatches[Sample],
-                 config: TrainConfig, device: torch.device, what: str, id_of: Callable[[Sample], int]) -> None:
+                 config: TrainConfig, device: torch.device, what: str, id_of: Callable[[Sample], int],
+                 begin_epoch: Callable[[int], None] = lambda _: None) -> None:
         self.model, self.batches, self.config, self.device = model, batches, config, device
-        self._losses_of, self._what, self._id_of = losses_of, what, id_of
+        self._losses_of, self._what, self._id_of, self._begin_epoch = losses_of, what, id_of, begin_epoch
         self.optimizer = build_optimizer(model, config)
         self.step_number, self.total = 0, config.epochs * len(batches)
         self.window = LossWindow(what)
@@ -69,6 +70,7 @@ class Loop(Generic[Sample]):
             while self.step_number < self.total:
                 epoch, done = divmod(self.step_number, len(self.batches))
                 self.model.train()
+                self._begin_epoch(epoch + 1)
                 self.batches.seek(epoch, done)
                 for batch in self._clock.waiting(iter(self.batches)):
                     self.take_step(batch, epoch)

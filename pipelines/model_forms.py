@@ -18,12 +18,13 @@ import torch
 import torchvision  # noqa: F401  TorchScript files call its operators
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hdovd.config import build_recipe
+from hdovd.detectors import Detector, build_detector
 from hdovd.errors import HdovdError
-from hdovd.exportable import ExportableDetector
-from hdovd.faster_rcnn import FasterRCNN
+from hdovd.extensions import resolve
+from hdovd.inference import detect
 from hdovd.pipelines.model_form import ModelForm
 
 CARRIED = {
@@ -41,7 +42,6 @@ CARRIED = {
 }
 INPUTS, OUTPUTS = ("image", "texts", "is_novel"), ("boxes", "scores", "labels")
 _OPSET = 17
-_TRAINING_PARTS = ("class_level.", "instance_level.", "image_level.", "extra.")  # no detection depends on them
 
 Run = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -55,7 +55,34 @@ def require(form: ModelForm) -> None:
             raise HdovdError(f"--format onnx needs the packages onnx and onnxruntime: pip install 'hdovd[export]' ({error})") from error
 
 
-def write(form: ModelForm, model: FasterRCNN, example: tuple[Tensor, Tensor, Tensor], carried: dict[str, str],
+def require_traceable(form: ModelForm, detector: Detector) -> None:
+    """Raises HdovdError, naming the form that works, if the form needs a trace of a detector that has none."""
+    if form is not ModelForm.SAFETENSORS and detector.exportable is None:
+        raise HdovdError(f"--format {form.value}: a run of detector {detector.recipe.detector.name} can be exported as safetensors alone "
+                         "(--format safetensors), which hdovd opens; there is no form of it that other programs run")
+
+
+def traceable(detector: Detector) -> nn.Module:
+    """The detector as a module over (image, texts, is_novel), in eval mode: one that torch can trace, if it has one."""
+    if detector.exportable is None:
+        return _OnePicture(detector)
+    module: nn.Module = resolve(detector.exportable, "the detector's exportable")(detector)
+    return module
+
+
+class _OnePicture(nn.Module):
+    """`Detector.predict` and `detect` of one picture."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector.eval()
+
+    def forward(self, image: Tensor, texts: Tensor, is_novel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = detect(self.detector.predict([image], texts)[0], is_novel, self.detector.recipe.inference)
+        return found.boxes, found.scores, found.labels
+
+
+def write(form: ModelForm, model: Detector, example: tuple[Tensor, Tensor, Tensor], carried: dict[str, str],
           file: Path) -> None:
     """Write a file of a form. `example`: inputs to trace with; the file takes others of any size."""
     with warnings.catch_warnings(), torch.no_grad():
@@ -68,18 +95,18 @@ def write(form: ModelForm, model: FasterRCNN, example: tuple[Tensor, Tensor, Ten
 def open_model(form: ModelForm, file: Path) -> tuple[Run, dict[str, str]]:
     """Open a file that `write` wrote, as its user would: a function of (image, texts, is_novel), and what the file carries.
 
-    The function is `ExportableDetector.forward`. A safetensors file names the backbone, which may be code (docs/EXTENDING.md).
+    The function is that of `traceable`. A safetensors file names the backbone, which may be code (docs/EXTENDING.md).
     """
     return {ModelForm.ONNX: _open_onnx, ModelForm.TORCHSCRIPT: _open_torchscript, ModelForm.SAFETENSORS: _open_safetensors}[form](file)
 
 
-def _write_onnx(model: FasterRCNN, example: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
+def _write_onnx(model: Detector, example: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
     import onnx
 
     sizes = {"image": {1: "height", 2: "width"}, "texts": {0: "classes"}, "is_novel": {0: "classes"}}
     found = {name: {0: "detections"} for name in OUTPUTS}
     # The exporter that follows torch.export keeps no NMS whose result has a length of its own; this one is in torch 2.6 to 2.15 at least.
-    torch.onnx.export(ExportableDetector(model), example, str(file), input_names=list(INPUTS), output_names=list(OUTPUTS),
+    torch.onnx.export(traceable(model), example, str(file), input_names=list(INPUTS), output_names=list(OUTPUTS),
                       dynamic_axes=sizes | found, opset_version=_OPSET, dynamo=False)
     written = onnx.load(str(file))
     if "is_novel" not in {given.name for given in written.graph.input}:  # a run with one score alone asks for none of it
@@ -104,8 +131,8 @@ def _open_onnx(file: Path) -> tuple[Run, dict[str, str]]:
     return run, dict(session.get_modelmeta().custom_metadata_map)
 
 
-def _write_torchscript(model: FasterRCNN, example: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
-    traced = torch.jit.trace(ExportableDetector(model), example, check_trace=False)
+def _write_torchscript(model: Detector, example: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
+    traced = torch.jit.trace(traceable(model), example, check_trace=False)
     torch.jit.save(traced, str(file), _extra_files={"hdovd.json": json.dumps(carried)})
 
 
@@ -116,16 +143,16 @@ def _open_torchscript(file: Path) -> tuple[Run, dict[str, str]]:
         return torch.jit.load(str(file), map_location="cpu", _extra_files=extra), json.loads(extra["hdovd.json"])
 
 
-def _write_safetensors(model: FasterRCNN, _: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
+def _write_safetensors(model: Detector, _: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
     state = model.state_dict()
-    save_file({name: value.contiguous() for name, value in state.items() if not name.startswith(_TRAINING_PARTS)}, file, carried)
+    save_file({name: value.contiguous() for name, value in state.items() if not name.startswith(model.training_parts)}, file, carried)
 
 
 def _open_safetensors(file: Path) -> tuple[Run, dict[str, str]]:
     with safe_open(file, framework="pt") as opened:
         carried = dict(opened.metadata())
-    model = FasterRCNN(build_recipe(tomllib.loads(carried["recipe"]), str(file)), int(carried["embedding_size"]), log=None)
+    model = build_detector(build_recipe(tomllib.loads(carried["recipe"]), str(file)), int(carried["embedding_size"]), log=None)
     fit = model.load_state_dict(load_file(file), strict=False)
-    if fit.unexpected_keys or (missing := [name for name in fit.missing_keys if not name.startswith(_TRAINING_PARTS)]):
+    if fit.unexpected_keys or (missing := [name for name in fit.missing_keys if not name.startswith(model.training_parts)]):
         raise HdovdError(f"{file} does not hold the detector of its recipe: unknown {fit.unexpected_keys}, missing {missing}")
-    return ExportableDetector(model), carried
+    return traceable(model), carried

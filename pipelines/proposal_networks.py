@@ -20,7 +20,8 @@ from torch import Tensor
 import hdovd
 from hdovd.cache.identity import differences
 from hdovd.coco import Split
-from hdovd.config import BACKBONES, Recipe, build_recipe
+from hdovd.config import Recipe, build_recipe
+from hdovd.config_parts import BACKBONES
 from hdovd.errors import HdovdError
 from hdovd.oln import ObjectLocalisationNetwork
 from hdovd.pipelines.propose_config import Detector, NetworkJob

@@ -14,8 +14,8 @@ import torch
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
 from hdovd.coco import Split
+from hdovd.detectors import build_detector
 from hdovd.errors import HdovdError
-from hdovd.faster_rcnn import FasterRCNN
 from hdovd.losses.instance import relation_loss
 from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.run_cache import cache_of
@@ -54,11 +54,13 @@ def relations(run: RunFolder, split: Split, images: int, *, device: str = "auto"
     training = TrainingSet(split, cache, as_it_is, lambda _: None)
     batch = [training[i] for i in _telling(training, images)]
     place = pick_device(device)
-    model = FasterRCNN(recipe, training.dim, log=None)
+    model = build_detector(recipe, training.dim, log=None)
     run.load_model(model, weights)
     model.to(place).eval()
     ids = [image_id for _, _, image_id in batch]
     found = model.students([pixels.to(place) for pixels, _, _ in batch], [t.to(place) for _, t, _ in batch], ids)
+    if not len(found.box):
+        raise HdovdError(f"no box of these {len(ids)} training images has a student embedding: the run finds none of them yet")
     teacher = torch.cat([rows for t in found.targets for rows in (t.embeddings, t.pseudo_embeddings)])[found.box]
     names, pseudo = _names(found.targets, cache, protocol)
     order = sorted(range(len(found.box)), key=lambda k: (bool(pseudo[found.box[k]]), names[found.box[k]]))

@@ -31,6 +31,8 @@ def data_of_cache(record: dict[str, Any]) -> DataPaths:
 
 def _find(record: dict[str, Any]) -> tuple[str, str, FeatureSet]:
     """The cache's place, and the set with the run's keys."""
+    if "imported" in record:
+        raise HdovdError("the run was imported from a checkpoint, so there is no cache that it was trained from")
     cache = record.get("cache") or {}
     where, levels = cache.get("path"), cache.get("levels")
     if not where or not levels:

@@ -136,7 +136,8 @@ def read_run(path: Path) -> Run:
         levels[str(level)] = _tree(entry)
     metrics = _json(path / "metrics.json", wrong) if (path / "metrics.json").exists() else {}
     epochs = settings.get("train.epochs")
-    done = _epochs_done(path, epochs if isinstance(epochs, int) else None, wrong)
+    planned = epochs if isinstance(epochs, int) else None
+    done = planned if "imported" in record and planned else _epochs_done(path, planned, wrong)
     per_class = {name: _number(_tree(values).get("ap50")) for name, values in _tree(metrics.get("per_class")).items()}
     ap50, blind = _groups(metrics), _groups(_tree(metrics.get("split_blind")))
     if metrics and not ap50:

@@ -24,8 +24,9 @@ from hdovd.cache.schema import DEFAULT_SET
 from hdovd.cache.tar_shards import is_tar_form
 from hdovd.coco import DataPaths
 from hdovd.config import LossConfig, Recipe
+from hdovd.detectors import Detector, build_detector
+from hdovd.distributed import world_size
 from hdovd.errors import HdovdError
-from hdovd.faster_rcnn import FasterRCNN
 from hdovd.pipelines.calibration import with_reliability
 from hdovd.pipelines.checkpoint import load_checkpoint, set_rng_state
 from hdovd.pipelines.device import training_workers
@@ -94,8 +95,7 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
     validation, board = _validation(job, protocol, us, log), _tensorboard(job, us)
     torch.manual_seed(recipe.train.seed)
     model = build_model(recipe, data.dim, us, log if state is None else None)
-    loop = loop_of(model if us.world == 1 else data_parallel(model), batches, class_embeddings[: len(protocol.base)].to(us.device), recipe,
-                   us.device)
+    loop = loop_of(model, batches, class_embeddings[: len(protocol.base)].to(us.device), recipe, us.device)
     hooks = RunHooks(run, model, us, stop, layout, log, job.save_minutes, _validate(validation, model, class_embeddings), job.val_every)
     if us.world > 1:  # each process draws for itself, where anything draws from torch's own generator
         torch.manual_seed(key_of(recipe.train.seed, -1, us.rank))
@@ -119,9 +119,9 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
     return run
 
 
-def build_model(recipe: Recipe, dim: int, us: Team, log: Callable[[str], None] | None) -> FasterRCNN:
+def build_model(recipe: Recipe, dim: int, us: Team, log: Callable[[str], None] | None) -> Detector:
     """The detector on its device. In several processes on GPUs, batch norms take the statistics of the whole batch."""
-    model = FasterRCNN(recipe, dim, log)
+    model = build_detector(recipe, dim, log)
     if us.world > 1 and recipe.detector.backbone.norm == "batch":
         if us.device.type == "cuda":
             model.backbone = with_synced_norms(model.backbone)
@@ -134,7 +134,8 @@ def data_parallel(model: nn.Module) -> DistributedDataParallel:
     """Buffers are not sent at every step: the memories are the same in all processes, and no step needs those of batch norms."""
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # and the old name warns
     options: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **options,
+                                   find_unused_parameters=getattr(model, "has_idle_parameters", False))
 
 
 def training_data(job: TrainJob, protocol: Protocol, log: Callable[[str], None]) -> TrainingSet | TarTrainingSet:
@@ -171,8 +172,9 @@ def batches_of(data: TrainingSet | TarTrainingSet, us: Team, layout: dict[str, A
     return TrainingBatches(data, dealing, workers, device=us.device), found
 
 
-def loop_of(model: nn.Module, batches: TrainingBatches[Sample], texts: Tensor, recipe: Recipe, device: torch.device) -> Loop[Sample]:
-    """The loop that trains a model on batches, with the text embeddings (Kb, D) of the base classes on its device."""
+def loop_of(detector: Detector, batches: TrainingBatches[Sample], texts: Tensor, recipe: Recipe, device: torch.device) -> Loop[Sample]:
+    """The loop that trains a detector on batches, with the text embeddings (Kb, D) of the base classes on its device."""
+    model: nn.Module = detector if world_size() == 1 else data_parallel(detector)
 
     def losses_of(samples: list[Sample], epoch: int) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = model([picture.to(device, non_blocking=True) for picture, _, _ in samples],
@@ -180,7 +182,7 @@ def loop_of(model: nn.Module, batches: TrainingBatches[Sample], texts: Tensor, r
                                           [key_of(recipe.train.seed, epoch, image_id) for _, _, image_id in samples])
         return losses
 
-    return Loop(model, losses_of, batches, recipe.train, device, "train", lambda sample: sample[2])
+    return Loop(model, losses_of, batches, recipe.train, device, "train", lambda sample: sample[2], detector.begin_epoch)
 
 
 def _begin(job: TrainJob, data: TrainingSet | TarTrainingSet, protocol: Protocol, class_embeddings: Tensor, us: Team,
@@ -220,7 +222,7 @@ def _validation(job: TrainJob, protocol: Protocol, us: Team, log: Callable[[str]
     return Validation(job.validation, protocol, us.device, batch_size=max(1, job.recipe.train.batch_size // us.world), log=log)
 
 
-def _validate(validation: Validation | None, model: FasterRCNN, class_embeddings: Tensor) -> Callable[[], dict[str, float | None]] | None:
+def _validate(validation: Validation | None, model: Detector, class_embeddings: Tensor) -> Callable[[], dict[str, float | None]] | None:
     """What gives the AP50 of each group, now."""
     return None if validation is None else lambda: validation.run(model, class_embeddings).combined.summary()["ap50"]
 

@@ -18,8 +18,8 @@ from hdovd.ap_engine import Engine, require
 from hdovd.coco import DataPaths, Split
 from hdovd.coco_ap import AveragePrecision, GroundTruth
 from hdovd.config import Recipe
+from hdovd.detectors import Detector
 from hdovd.errors import HdovdError
-from hdovd.faster_rcnn import FasterRCNN
 from hdovd.inference import Detections, detect_batch
 from hdovd.pipelines.device import workers_for
 from hdovd.pipelines.images import read_pixels
@@ -63,7 +63,7 @@ class Validation:
         self.truth = GroundTruth(self.split.annotations, self.split.coco_ids, [image.id for image in self.split.images], protocol, engine)
         self._order = by_shape(self.split)
 
-    def run(self, model: FasterRCNN, texts: Tensor) -> Validated:
+    def run(self, model: Detector, texts: Tensor) -> Validated:
         """Detect on all images and count AP, combined and split-blind.
 
         Leaves every module in the mode it was in, and torch's random state as it was: training goes on as if this had not been.
@@ -85,7 +85,7 @@ class Validation:
             ap.check_weighted_mean()
         return Validated(detections, combined, split_blind)
 
-    def _detect(self, model: FasterRCNN, texts: Tensor) -> tuple[list[Detections], list[Detections] | None]:
+    def _detect(self, model: Detector, texts: Tensor) -> tuple[list[Detections], list[Detections] | None]:
         """Detections in the split's order, with both scores and split-blind; None for the latter if there is one score alone."""
         is_novel = torch.arange(len(self.protocol.names), device=self.device) >= len(self.protocol.base)
         batches = Batches(_Pictures(self.split, self._order), self.batch_size, self.workers, device=self.device)

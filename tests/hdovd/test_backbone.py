@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from hdovd.backbone import TinyResNet, build_backbone
-from hdovd.config import BackboneConfig
+from hdovd.config_parts import BackboneConfig
 from hdovd.errors import HdovdError
 
 

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hdovd.backbone import ForeignPyramid, build_backbone, with_synced_norms
-from hdovd.config import BackboneConfig, load_recipe
+from hdovd.config import load_recipe
+from hdovd.config_parts import BackboneConfig
 from hdovd.errors import HdovdError
 
 MODULE = '''

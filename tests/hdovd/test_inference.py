@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hdovd.config import InferenceConfig
-from hdovd.faster_rcnn import RoIPredictions
+from hdovd.detectors import RoIPredictions
 from hdovd.inference import combine_scores, detect, detect_batch
 
 CONFIG = InferenceConfig(alpha=0.25, beta=0.45, distillation_scale=20.0, score_threshold=0.05, nms=0.5, detections_per_image=100)

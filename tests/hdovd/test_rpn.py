@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
-from hdovd.config import RpnConfig
+from hdovd.detector_config import RpnConfig
 from hdovd.errors import HdovdError
 from hdovd.rpn import ObjectnessRPN, build_rpn
 
