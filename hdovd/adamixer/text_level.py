@@ -70,7 +70,7 @@ class TextLevel(nn.Module):
             students = F.normalize(torch.cat([torch.where(present[:, None], new, old), features]), dim=1)
             teachers = F.normalize(torch.cat([texts, u]), dim=1)
             aligned.append(text_alignment_loss(students, teachers, torch.cat([present.to(weight), weight[:, 0]]),
-                                               present.sum() + len(u), self.config.tau))
+                                               (present.sum() + len(u)).clamp(min=1), self.config.tau))
             related.append(relation_loss(students, teachers, self.config.relation_tau, self.config.relation_temperature))
             moved.append(torch.where((present & enough)[:, None], decay * old + (1 - decay) * new.detach(), old))
         self.centroids = torch.stack(moved)

@@ -29,7 +29,7 @@ from hdovd.adamixer.published import NOT_PUBLISHED, own_name
 from hdovd.config import load_recipe
 from hdovd.inference import detect_batch
 
-CLASSES, BASE = 65, 48
+CLASSES, BASE, FIRST = 65, 48, 30
 FULL_SHAPE = {"channels": 256, "dim": 512, "stages": 6, "groups": 4, "points": 32, "out_points": 128, "heads": 8, "feedforward": 2048,
               "objectness": 128, "adapter": 1024}
 
@@ -57,7 +57,7 @@ def steps(model: AdaMixer, weights: dict[str, Tensor], texts: Tensor) -> list[tu
     """What the reference has of each step, then our losses and norms of gradients."""
     model.train()
     done, scene = [], reference()["pictures"]
-    images = pictures(*(tuple(one["size"]) for one in scene))
+    images = pictures(*(tuple(one["size"]) for one in scene), first=FIRST)
     for wanted in reference()["steps"]:
         model.load_state_dict(weights, strict=False)  # a step moves the batch norms' statistics
         model.set_object_text(unit(DIM, seed=5))
@@ -92,7 +92,7 @@ def test_detections(model: AdaMixer, weights: dict[str, Tensor], texts: Tensor) 
     model.set_object_text(unit(DIM, seed=5))
     model.eval()
     wanted = reference()
-    predictions = model.predict(pictures(*(tuple(one["size"]) for one in wanted["pictures"])), texts)
+    predictions = model.predict(pictures(*(tuple(one["size"]) for one in wanted["pictures"]), first=FIRST), texts)
     found = detect_batch(predictions, torch.arange(CLASSES) >= BASE, model.recipe.inference)
     for one, rows, count in zip(found, wanted["detections"], wanted["counts"], strict=True):
         expected = torch.tensor(rows)
