@@ -118,7 +118,7 @@ def test_the_run_is_evaluated_and_listed_and_has_no_cache(files: Files, world: P
     listed = read_run(run.path)
     assert (listed.state, listed.cache, listed.wrong) == (State.FINISHED, None, ())
     with pytest.raises(HdovdError, match="imported from a checkpoint, so there is no cache"):
-        relations(RunFolder(run.path), DataPaths(world), 2, log=silent)
+        relations(RunFolder(run.path), DataPaths(world).load("train2017", run.protocol(), base_only=True, log=silent), 2)
 
 
 def their_adamixer() -> tuple[Any, dict[str, Tensor]]:
