@@ -14,8 +14,9 @@ from hdovd.pipelines.weights import Weights
 def export(
     run: Annotated[Path, typer.Argument(help="The run folder that hdovd train wrote.")],
     out: Annotated[Path, typer.Option("--out", help="The file to write.")],
-    form: Annotated[ModelForm, typer.Option("--format", help="onnx: for onnxruntime, written with hdovd's extra export; torchscript: for "
-                                            "torch.jit.load, with torchvision; safetensors: the weights.")] = ModelForm.ONNX,
+    form: Annotated[ModelForm | None, typer.Option("--format", help="onnx: for onnxruntime, written with hdovd's extra export; "
+                                                   "torchscript: for torch.jit.load, with torchvision; safetensors: the weights. Default: "
+                                                   "what the name of --out ends in, .onnx, .pt or .safetensors.")] = None,
     weights: Annotated[Weights, typer.Option(help="Of the last epoch, or of the one with the best validation AP50 of base classes.")
                        ] = Weights.LAST,
     check_image: Annotated[list[Path] | None, typer.Option("--check-image", help="A picture to check the file on, besides those that "
@@ -28,7 +29,8 @@ def export(
     """
     from hdovd.pipelines.export_model import ExportModelJob, export_model
 
+    form = ModelForm.of(out, form)
     done = export_model(ExportModelJob(run, form, out, weights, tuple(check_image or ())), typer.echo)
     typer.echo(f"checked: {done.checked.detections} detections in {done.checked.pictures} pictures; largest difference from the model "
                f"{done.checked.difference:.1e} (scores; boxes in percent of the input's long side)")
-    typer.echo(f"wrote {done.file} ({done.bytes / 1e6:.1f} MB)")
+    typer.echo(f"wrote {done.file} ({form.value}, {done.bytes / 1e6:.1f} MB)")

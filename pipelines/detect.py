@@ -6,8 +6,9 @@ Called by `hdovd detect` and Python; `detector` is the same for single pictures 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -125,9 +126,22 @@ def detect(job: DetectJob, log: Callable[[str], None] = print, stdin: BinaryIO |
 
 def _set_classes(detector: Detector, job: DetectJob, log: Callable[[str], None]) -> None:
     names = detector.names if job.classes is None else job.classes
+    if job.classes is not None:
+        for line in _doubtful(job.classes, detector.protocol.names):
+            log(line)
     rows = None if job.class_embeddings is None else read_class_embeddings(job.class_embeddings, names, log, each="name")
     detector.set_classes(names, embeddings=rows, split_blind=job.split_blind, alone=job.alone)
     detector.embedder.forget_clip()
+
+
+def _doubtful(names: Sequence[str], classes: Sequence[str]) -> Iterator[str]:
+    """What may be a slip of the pen."""
+    known = {name.casefold() for name in classes}
+    for name in names:
+        if ";" in name or "|" in name:
+            yield f"note: {name!r} is taken for one name; names are separated by commas"
+        if name.casefold() not in known and (near := get_close_matches(name.casefold(), known, 1, cutoff=0.8)):
+            yield f"note: {name!r} is no class of the run; did you mean {near[0]!r}?"
 
 
 def _run(detector: Detector, files: list[PictureFile], folder: DetectionFolder, job: DetectJob) -> dict[str, str]:

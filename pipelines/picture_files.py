@@ -15,7 +15,8 @@ from PIL import Image
 from hdovd.errors import HdovdError, shorten
 
 ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".avif", ".jp2", ".ppm",
-                     ".pgm", ".pbm", ".pnm", ".tga", ".mpo"))
+                     ".pgm", ".pbm", ".pnm", ".tga", ".mpo",
+                     ".heic", ".heif"))  # the last two are skipped with a reason where Pillow cannot read them
 STANDARD_INPUT = "-"
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from markupsafe import Markup
 
 import hdovd
 from hdovd.coco import DataPaths
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines import report_charts, report_gallery, report_tables
 from hdovd.pipelines.evaluate import EvalJob, evaluate
 from hdovd.pipelines.relations import relations
 from hdovd.pipelines.report_runs import OneRun, TrainingImages, data_of, open_runs
+from hdovd.pipelines.runs import find_runs
 from hdovd.pipelines.weights import Weights
 from hdovd.pipelines.whole_file import replace_file
 
@@ -63,8 +65,9 @@ def report(job: ReportJob, log: Callable[[str], None] = print) -> Path:
 
     Raises HdovdError for a folder that is no run, runs of different protocols or validation images, and pictures that are not there.
     """
-    if job.out.is_file():
-        raise HdovdError(f"--out {job.out} is a file: give a folder, in which {FILE} is written")
+    _require_room(job.out)
+    for run in job.runs:
+        _require_run(run)
     data = data_of(job.runs, job.data, needed=job.validation is None)
     validation = job.validation or data
     for run in job.runs:
@@ -77,6 +80,24 @@ def report(job: ReportJob, log: Callable[[str], None] = print) -> Path:
     replace_file(file, lambda partial: Path(partial).write_text(text, encoding="utf-8"))
     log(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB, one file that needs nothing else)")
     return file
+
+
+def _require_room(out: Path) -> None:
+    """Raises HdovdError for a file, or a folder that holds other things than a report."""
+    if out.is_file() or out.suffix == ".html":
+        raise HdovdError(f"--out {out} is a file: give a folder, in which {FILE} is written")
+    if out.is_dir() and not (out / FILE).is_file() and (others := sorted(entry.name for entry in out.iterdir())):
+        raise HdovdError(f"--out {out} holds other things ({shorten(list(others))}): give a folder that is new, empty, or a report's")
+
+
+def _require_run(path: Path) -> None:
+    """Raises HdovdError, naming runs that are near, for a folder that is none."""
+    if (path / "run.json").is_file():
+        return
+    inside = [str(run) for run in find_runs([path])] if path.is_dir() else []
+    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], 1) if path.parent.is_dir() else []
+    hint = f"; there are runs in it: {shorten(list(inside))}" if inside else f"; did you mean {path.parent / near[0]}?" if near else ""
+    raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote{hint}")
 
 
 def page(template: str, context: dict[str, Any]) -> str:

@@ -102,7 +102,7 @@ def confusion(run: OneRun) -> dict[str, Any]:
 
 def relation_figures(name: str, found: Relations, *, with_teacher: bool) -> list[dict[str, Any]]:
     """The student's matrix, and before it the teacher's if it is not there yet."""
-    names = [text + ("*" if pseudo else "") for text, pseudo in zip(found.names, found.pseudo.tolist(), strict=True)]
+    names = [text + (" (p)" if pseudo else "") for text, pseudo in zip(found.names, found.pseudo.tolist(), strict=True)]
     batch = f"{len(names)} boxes of {len(found.image_ids)} training images"
     sides = [("CLIP, the teacher", found.teacher, batch)] if with_teacher else []
     alike = "" if found.correlation is None else f"correlation with the teacher's {found.correlation:.2f}; "

@@ -266,10 +266,13 @@ def test_the_command(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
     assert re.search(r"checked: \d+ detections in 4 pictures; largest difference from the model \d\.\de-0[4-9] ", output)
     assert (tmp_path / "detector.onnx").stat().st_mode & 0o777 == (run / "config.toml").stat().st_mode & 0o777
     before = (run / "model.safetensors").read_bytes()
-    for words, message in (((run, "--out", tmp_path), "is a folder"), ((run, "--out", tmp_path / "no" / "x"), "there is no folder"),
-                           ((tmp_path, "--out", tmp_path / "x"), "is no run"),
+    for words, message in (((run, "--out", tmp_path, "--format", "onnx"), "is a folder"),
+                               ((run, "--out", tmp_path / "no" / "x.pt"), "there is no folder"),
+                               ((run, "--out", tmp_path / "x"), "give --format, or a name that ends in one of .onnx"),
+                               ((run, "--out", tmp_path / "x.pt", "--format", "onnx"), "is named as torchscript"),
+                           ((tmp_path, "--out", tmp_path / "x.pt"), "is no run"),
                            ((run, "--format", "safetensors", "--out", run / "model.safetensors"), "a file of the run itself"),
-                           ((run, "--out", tmp_path / "x", "--check-image", PAGE), "cannot identify image file")):
+                           ((run, "--out", tmp_path / "x.pt", "--check-image", PAGE), "cannot identify image file")):
         code, output = invoke(*words)
         assert code == 1
         assert message in output

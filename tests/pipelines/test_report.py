@@ -102,7 +102,7 @@ def test_tables_say_what_the_metrics_say(two: tuple[_Page, list[str], list[Path]
         at = page.cells.index(run.name)
         expected = [*(metrics["ap50"][g] for g in ("novel", "base", "all")), metrics["split_blind"]["ap50"]["novel"],
                     *(metrics["ap"][g] for g in ("novel", "base", "all"))]
-        assert page.cells[at + 3:at + 10] == [f"{value:.1f}" for value in expected]
+        assert page.cells[at + 1:at + 8] == [f"{value:.1f}" for value in expected]
     of_both = [json.loads((run / "metrics.json").read_text())["per_class"] for run in runs]
     for name in (*BASE, *NOVEL):
         at = next(k for k, cell in enumerate(page.cells) if cell == name and page.cells[k + 1] in ("base", "novel"))
@@ -203,10 +203,20 @@ def test_refusals(runs: tuple[str, ...], why: str, distilled: RunFolder, world: 
     assert not (tmp_path / "out").exists()
 
 
-def test_out_that_is_a_file_is_refused(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
+def test_out_that_is_something_else_is_refused(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
     (tmp_path / "out").touch()
-    with pytest.raises(HdovdError, match="is a file: give a folder"):
-        report(ReportJob((distilled.path,), tmp_path / "out", DataPaths(world)), lambda _: None)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    for out, why in (("out", "is a file: give a folder"), ("page.html", "give a folder"), ("photos", "holds other things .cat.jpg")):
+        with pytest.raises(HdovdError, match=why):
+            report(ReportJob((distilled.path,), tmp_path / out, DataPaths(world)), lambda _: None)
+
+
+def test_a_folder_of_runs_and_a_slip_of_the_pen_are_told(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
+    _copies({"distilled": distilled}, tmp_path / "runs")
+    for name, why in (("runs", "there are runs in it: .*runs/distilled"), ("runs/distiled", "did you mean .*runs/distilled")):
+        with pytest.raises(HdovdError, match=why):
+            report(ReportJob((tmp_path / name,), tmp_path / "out", DataPaths(world)), lambda _: None)
 
 
 def test_names_are_what_paths_do_not_share() -> None:
