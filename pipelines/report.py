@@ -10,18 +10,15 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import jinja2
-from markupsafe import Markup
 
 import hdovd
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
 from hdovd.pipelines import report_charts, report_gallery, report_tables
 from hdovd.pipelines.evaluate import EvalJob, evaluate
+from hdovd.pipelines.html_page import page
 from hdovd.pipelines.relations import relations
 from hdovd.pipelines.report_runs import OneRun, TrainingImages, data_of, open_runs
 from hdovd.pipelines.weights import Weights
@@ -77,15 +74,6 @@ def report(job: ReportJob, log: Callable[[str], None] = print) -> Path:
     replace_file(file, lambda partial: Path(partial).write_text(text, encoding="utf-8"))
     log(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB, one file that needs nothing else)")
     return file
-
-
-def page(template: str, context: dict[str, Any]) -> str:
-    """A template of the folder `pages` with its style and script in it. What is not Markup is escaped: names may hold anything."""
-    folder = resources.files("hdovd").joinpath("pipelines", "pages")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False,
-                                     loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")))
-    style, script = (Markup(folder.joinpath(f"page.{end}").read_text(encoding="utf-8")) for end in ("css", "js"))
-    return environment.get_template(template).render(css=style, js=script, **context)
 
 
 def _evaluate_if_needed(run: Path, job: ReportJob, data: DataPaths, log: Callable[[str], None]) -> None:
