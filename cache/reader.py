@@ -133,8 +133,17 @@ class FeatureCache:
 
     def failed(self) -> dict[int, str]:
         """Images that lack embeddings at the image or the instance level, with the reason."""
+        return dict(self._failed)
+
+    @cached_property
+    def _failed(self) -> dict[int, str]:
         return {image: reason for level in (Level.IMAGE, Level.INSTANCE) if level in self._products
                 for image, reason in self._products[level].failed().items()}
+
+    def counts(self, source: Source) -> dict[int, int]:
+        """How many instance rows of a source each image has; no embedding is read."""
+        ends = np.concatenate([[0], np.cumsum(self._table(Level.BOXES, "source") == source)])[self._table(Level.BOXES, "offset")]
+        return dict(zip(self.image_ids().tolist(), np.diff(ends).tolist(), strict=True))
 
     def image_embedding(self, image_id: int) -> np.ndarray:
         """(D,) float16."""

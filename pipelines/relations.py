@@ -11,19 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import Level
+from hdovd.cache.schema import Level, Source
 from hdovd.coco import Split
 from hdovd.errors import HdovdError
 from hdovd.faster_rcnn import FasterRCNN
 from hdovd.losses.instance import relation_loss
 from hdovd.pipelines.device import pick_device
+from hdovd.pipelines.run_cache import cache_of
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.training_set import TrainingSet
 from hdovd.protocol import Protocol
-
-LOOKED_AT = 2000  # training images: reading rows of all of COCO's would take minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +42,7 @@ class Relations:
 
 
 def relations(run: RunFolder, split: Split, images: int, *, device: str = "auto", weights: str = "model.safetensors") -> Relations:
-    """The matrices for `images` of the training images `split`: those with the most boxes among `LOOKED_AT` that are spread evenly over
-    it, those with a proposal before all others.
+    """The matrices for `images` of the training images `split`: those with the most boxes, and those with a proposal before all others.
 
     Raises HdovdError, saying why, if the run has no instance level, or its cache cannot be read any more or is of other images.
     """
@@ -72,26 +69,15 @@ def relations(run: RunFolder, split: Split, images: int, *, device: str = "auto"
                      _correlation(of_teacher, of_student), loss)
 
 
-def cache_of(record: dict[str, Any]) -> FeatureCache:
-    """The cache that a run was trained from, with the very products of then. Raises HdovdError if they are not there any more."""
-    where, keys = record["cache"]["path"], {level: entry["key"] for level, entry in record["cache"]["levels"].items()}
-    if not where or "levels" not in record["cache"]:
-        raise HdovdError("the run does not say which cache it was trained from")
-    sets = Catalog(where).sets()
-    for name, features in sets.items():
-        if {str(level): key for level, key in features.levels.items()} == keys:
-            return FeatureCache(where, name)
-    raise HdovdError(f"{where} has no set of features with the products that the run was trained from ({', '.join(sets) or 'no sets'})")
-
-
 def _telling(training: TrainingSet, count: int) -> list[int]:
-    """Places of the images that are shown."""
-    def boxes(index: int) -> tuple[bool, int]:
-        rows = training.cache.instances(training.images[index].id)
-        return not len(rows.proposals().box), -len(rows.box)
+    """Places of the images that are shown: the most boxes first, those with a proposal before all others; then by place."""
+    base, proposals = (training.cache.counts(source) for source in (Source.BASE_BOX, Source.PROPOSAL))
 
-    step = -(-len(training) // LOOKED_AT)
-    return sorted(range(0, len(training), step), key=boxes)[:count]
+    def order(index: int) -> tuple[bool, int]:
+        image = training.images[index].id
+        return not proposals[image], -base[image] - proposals[image]
+
+    return sorted(range(len(training)), key=order)[:count]
 
 
 def _names(targets: list[Any], cache: FeatureCache, protocol: Protocol) -> tuple[list[str], list[bool]]:

@@ -94,7 +94,7 @@ def _context(runs: Sequence[OneRun], job: ReportJob, data: DataPaths, log: Calla
         "version": hdovd.__version__, "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}", "sections": SECTIONS,
         "protocol": first.protocol, "images": len(first.split.images), "notes": [note for run in runs for note in run.notes],
         "runs": [report_tables.run_row(run, runs) | report_charts.confusion(run) for run in runs],
-        "ablation": report_tables.ablation([run.run for run in runs]),
+        "ablation": report_tables.ablation([run.run for run in runs], [run.analysis.weights.value for run in runs]),
         "classes": report_tables.class_rows(runs, {name for card in gallery for name in card["classes"]}),
         "curves": report_charts.group_curves(runs), "class_curves": report_charts.class_curves(runs),
         "error_kinds": report_tables.ERROR_NAMES, "errors": report_tables.error_rows(runs),

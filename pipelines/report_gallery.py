@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from hdovd.cache.schema import Source
@@ -18,12 +19,13 @@ from hdovd.pipelines.cache_view import CacheView, Reliability, gather_view
 from hdovd.pipelines.charts import picture_data
 from hdovd.pipelines.image_verdicts import Fate, ImageVerdicts
 from hdovd.pipelines.images import read_image
-from hdovd.pipelines.relations import cache_of
 from hdovd.pipelines.report_runs import OneRun, TrainingImages
+from hdovd.pipelines.run_cache import cache_of
+from hdovd.pipelines.settings import SWITCH
 from hdovd.protocol import Protocol
 
 LONGEST_SIDE_PX = 560
-MOST_BOXES = 40  # of one picture
+MOST_BOXES = 40  # of one picture, and all of `threshold` or more
 TEXT_SHARE = 26  # letters are this part of the longer side high
 FOUND, MISSED, FALSE, APART = "novel objects found", "novel objects missed", "false novel detections", "runs that disagree on novel objects"
 
@@ -60,7 +62,8 @@ def _panel(name: str, verdicts: ImageVerdicts, protocol: Protocol, threshold: fl
     novel = {k for k, t in objects.items() if t.label >= len(protocol.base)}
     boxes = [_box(t.box, "", _style(t.label, protocol) + " missed", title=f"missed: {protocol.names[t.label]}")
              for k, t in objects.items() if k not in found]
-    for d in verdicts.detections[:MOST_BOXES][::-1]:  # the best on top
+    shown = max(MOST_BOXES, sum(d.score >= threshold for d in verdicts.detections))
+    for d in verdicts.detections[:shown][::-1]:  # the best on top
         wrong = d.kind not in (Kind.RIGHT, Kind.IGNORED)
         said = f"{protocol.names[d.label]} {d.score:.2f}: {d.kind}" + (" error" if wrong and d.kind is not Kind.DUPLICATE else "")
         style = _style(d.label, protocol) + (" wrong" if wrong else "")
@@ -78,7 +81,7 @@ def pseudo_boxes(runs: Sequence[OneRun], training: TrainingImages, count: int) -
     if not count:
         return [], ["Pseudo boxes were left out."]
     for run in runs:
-        if not run.folder.recipe().loss.uses_pseudo_boxes:
+        if not any(run.run.settings.get(f"loss.{level}{SWITCH}") for level in ("instance", "class")):
             reasons.append(f"{run.name} was trained without pseudo boxes.")
             continue
         weight = _weight(run)
@@ -87,21 +90,21 @@ def pseudo_boxes(runs: Sequence[OneRun], training: TrainingImages, count: int) -
             parts[key]["names"].append(run.name)
             continue
         try:
-            parts[key] = {"names": [run.name], "weight": weight, "cards": _pseudo_cards(run, training, count, weight)}
+            parts[key] = {"names": [run.name], "weight": weight, "cards": _pseudo_cards(run, training, count, weight, f"train{len(parts)}")}
         except HdovdError as error:
             reasons.append(f"{run.name}: {error}")
     for part in parts.values():
         weight = part["weight"]
         by = "" if weight is None else (f" Weight of a label: {weight.scale:.3g} * sigmoid((cosine - {weight.centre:.4g}) / "
                                         f"{weight.width:.3g}), from {weight.source}.")
-        part["note"] = (f"What {', '.join(part['names'])} learned from besides base boxes: proposals, each with the noun that CLIP finds "
-                        f"most like its crop. The images are spread evenly over those of training; at most {_most(runs)} proposals of an "
-                        f"image are used in a step.{by}")
+        part["note"] = (f"What {', '.join(part['names'])} learned from besides base boxes (blue): proposals (green), each with the noun "
+                        f"that CLIP finds most like its crop; * marks a novel class. The images are spread evenly over the training images "
+                        f"that have proposals; at most {_most(runs)} proposals of an image are used in a step.{by}")
     return list(parts.values()), reasons
 
 
 def _most(runs: Sequence[OneRun]) -> str:
-    return " or ".join(sorted({str(run.folder.recipe().pseudo_boxes.max_per_image) for run in runs}))
+    return " or ".join(sorted({str(most) for run in runs if (most := run.run.settings.get("pseudo_boxes.max_per_image"))}))
 
 
 def _weight(run: OneRun) -> Reliability | None:
@@ -112,35 +115,35 @@ def _weight(run: OneRun) -> Reliability | None:
     return Reliability(float(recorded["centre"]), float(recorded["width"]), float(recorded["scale"]), str(recorded["source"]))
 
 
-def _pseudo_cards(run: OneRun, training: TrainingImages, count: int, weight: Reliability | None) -> list[dict[str, Any]]:
+def _pseudo_cards(run: OneRun, training: TrainingImages, count: int, weight: Reliability | None, key: str) -> list[dict[str, Any]]:
     cache, protocol, split = cache_of(run.folder.record()), run.analysis.protocol, training.split
-    failed = cache.failed()
-    with_some = [image for image in split.images if image.id not in failed]
-    step = max(1, len(with_some) // (3 * count))
+    failed, proposals = cache.failed(), cache.counts(Source.PROPOSAL)
+    with_some = [image for image in split.images if image.id not in failed and proposals.get(image.id)]
+    if not with_some:
+        raise HdovdError("no training image has a proposal in the cache")
     cards = []
-    for image in with_some[::step]:
-        if not len(cache.instances(image.id).proposals().box):
-            continue
+    for place in np.unique(np.linspace(0, len(with_some) - 1, count).round().astype(int)).tolist():
+        image = with_some[place]
         view = gather_view(cache, image.id, image, names=protocol.names, file=split.path(image), reliability=weight)
-        cards.append(_card(split.path(image), image.id, image.width, image.height, f"train-{image.id}") | _pseudo_rows(view))
-        if len(cards) == count:
-            break
-    if not cards:
-        raise HdovdError("none of the images looked at has a proposal in the cache")
+        cards.append(_card(split.path(image), image.id, image.width, image.height, f"{key}-{image.id}") | _pseudo_rows(view, protocol))
     return cards
 
 
-def _pseudo_rows(view: CacheView) -> dict[str, Any]:
+def _pseudo_rows(view: CacheView, protocol: Protocol) -> dict[str, Any]:
+    def marked(name: str) -> str:
+        return name + "*" * (name in protocol.novel)
+
     boxes, rows = list[dict[str, Any]](), list[dict[str, Any]]()
     for row in view.rows:
         if row.source is Source.BASE_BOX:
             boxes.append(_box(row.box, row.name, "base"))
             continue
         number = len(rows) + 1
-        nouns = " + ".join(f"{noun.name} ({noun.share:.2f})" if len(row.nouns) > 1 else noun.name for noun in row.nouns) or "no noun"
-        boxes.append(_box(row.box, f"{number} {row.name}", "novel", title=f"{number}: {nouns}"))
+        parts = [marked(noun.name) + (f" ({noun.share:.2f})" if len(row.nouns) > 1 else "") for noun in row.nouns]
+        nouns = " + ".join(parts) or "no noun"
+        boxes.append(_box(row.box, f"{number} {marked(row.name)}", "pseudo", title=f"{number}: {nouns}"))
         rows.append({"number": number, "noun": nouns, "cosine": row.cosine, "weight": row.weight,
-                     "nearest": ", ".join(f"{near.name} {near.cosine:.2f}" for near in row.nearest)})
+                     "nearest": ", ".join(f"{marked(near.name)} {near.cosine:.2f}" for near in row.nearest)})
     return {"boxes": boxes, "rows": rows}
 
 

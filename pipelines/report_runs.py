@@ -9,11 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hdovd.cache.catalog import Catalog
 from hdovd.coco import DataPaths, Split
 from hdovd.errors import HdovdError
-from hdovd.pipelines.extract_config import ExtractConfig
 from hdovd.pipelines.run_analysis import RunAnalysis, analyse
+from hdovd.pipelines.run_cache import data_of_cache
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.runs import Run, read_run
 from hdovd.protocol import Protocol
@@ -53,9 +52,14 @@ def open_runs(paths: Sequence[Path], validation: DataPaths, threshold: float, lo
         folder, run = RunFolder.open(path), read_run(path)
         analysis = analyse(path, validation, confusion_score=threshold, log=log if not runs else lambda _: None)
         notes = [f"{name}: {reason}" for reason in run.wrong]
+        try:
+            entries = folder.entries()
+        except HdovdError as error:
+            notes.append(f"{name}: {error}; its losses are left out")
+            entries = []
         if run.epochs is not None and run.epochs_done < run.epochs:
             notes.append(f"{name} has done {run.epochs_done} of its {run.epochs} epochs")
-        runs.append(OneRun(name, folder, run, analysis, folder.entries(), tuple(notes)))
+        runs.append(OneRun(name, folder, run, analysis, entries, tuple(notes)))
         _require_same(runs[0], runs[-1])
     return runs
 
@@ -75,12 +79,8 @@ def data_of(runs: Sequence[Path], given: DataPaths, *, needed: bool = True) -> D
     reasons = []
     for path in runs:
         try:
-            cache = RunFolder.open(path).record()["cache"]["path"]
-            for features in Catalog(cache).sets().values():
-                if features.made_from:
-                    return ExtractConfig.from_dict(features.made_from, cache).data
-            reasons.append(f"{cache} does not say what it was made from")
-        except (HdovdError, KeyError, TypeError, ValueError) as error:
+            return data_of_cache(RunFolder.open(path).record())
+        except HdovdError as error:
             reasons.append(str(error))
     if not needed:
         return given

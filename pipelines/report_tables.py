@@ -25,36 +25,42 @@ MISNAMED = {"novel named base": ("novel", "base"), "novel named another novel": 
 EQUAL = 1e-9
 
 
-def ablation(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """A row for each setting that the runs do not share, its runs taken together; None of a single setting with a single run."""
+def ablation(runs: Sequence[Run], weights: Sequence[str]) -> dict[str, Any] | None:
+    """A row for each setting, features and weights that the runs do not share, the seed aside; None of a single run.
+
+    weights: which each run was evaluated with.
+    """
     if len(runs) < 2:
         return None
-    settings = [_that_count(run.settings) for run in runs]
+    settings = [_that_count(run) | {"weights": of_run} for run, of_run in zip(runs, weights, strict=True)]
     keys = [key for key in different_keys(settings) if key != SEED and len({repr(s[key]) for s in settings if key in s}) > 1]
     keys.sort(key=lambda key: not key.endswith(SWITCH))
     groups: dict[str, list[Run]] = {}
+    of_group: dict[str, Settings] = {}
     for run, values in zip(runs, settings, strict=True):
-        groups.setdefault(repr([values.get(key) for key in keys]), []).append(run)
+        group = repr([values.get(key) for key in keys])
+        groups.setdefault(group, []).append(run)
+        of_group[group] = values
     rows = []
-    for members in groups.values():
+    for group, members in groups.items():
         scores: dict[str, dict[int, float | None]] = {
             metric: {k: run.ap50.get(metric) if metric in GROUPS else run.split_blind.get("novel") for k, run in enumerate(members)}
             for metric in METRICS}
-        values = _that_count(members[0].settings)
-        rows.append(Row("", tuple(values.get(key) for key in keys), scores, len(members)))
-    best = {metric: max((row.mean(metric) or 0.0 for row in rows), default=0.0) for metric in METRICS}
+        rows.append(Row("", tuple(of_group[group].get(key) for key in keys), scores, len(members)))
     columns = [_texts([row.values[k] for row in rows]) for k in range(len(keys))]
     names = short_names(keys, {key for run in runs for key in run.settings})
     return {"columns": [names[key] for key in keys], "metrics": METRICS,
             "rows": [{"texts": [column[i] for column in columns], "row": row,
-                      "best": {metric: len(rows) > 1 and (row.mean(metric) or -1.0) >= best[metric] - EQUAL for metric in METRICS}}
+                      "best": {metric: len(rows) > 1 and _is_best([other.mean(metric) for other in rows], row.mean(metric))
+                               for metric in METRICS}}
                      for i, row in enumerate(rows)]}
 
 
-def _that_count(settings: Settings) -> Settings:
-    """Without those of pseudo boxes for a run that uses none."""
-    uses_them = any(settings.get(f"loss.{level}{SWITCH}") for level in ("instance", "class"))
-    return {key: value for key, value in settings.items() if uses_them or not key.startswith("pseudo_boxes.")}
+def _that_count(run: Run) -> Settings:
+    """Its settings, without those of pseudo boxes if it uses none, and which features it read, if it used any."""
+    uses_them = any(run.settings.get(f"loss.{level}{SWITCH}") for level in ("instance", "class"))
+    kept = {key: value for key, value in run.settings.items() if uses_them or not key.startswith("pseudo_boxes.")}
+    return kept | ({"features": run.cache_id} if run.distillation else {})
 
 
 def _texts(values: Sequence[Any]) -> list[str]:
@@ -125,14 +131,15 @@ def facts(run: OneRun) -> list[tuple[str, str]]:
               + " ".join(str(v) for v in run.analysis.metrics.get("engine", {}).values()))]
     if steps:
         rates = [entry["images_per_s"] for entry in steps if entry["images_per_s"]]
+        waits, memory = ([e[key] for e in steps if key in e] for key in ("data_wait", "memory_gb"))
         batch, done = settings.get("train.batch_size", 0), 0
         seconds = 0.0
         for entry in steps:
             seconds += (entry["step"] - done) * batch / entry["images_per_s"] if entry["images_per_s"] else 0.0
             done = entry["step"]
         found += [("training time", f"{duration(seconds)} by the log, without validation and start"),
-                  ("speed", f"{np.median(rates):.1f} images/s, {np.mean([e['data_wait'] for e in steps]):.1%} of it waiting for data"),
-                  ("memory", f"{max(e['memory_gb'] for e in steps):.1f} GB at most")]
+                  ("speed", f"{np.median(rates):.1f} images/s" + (f", {np.mean(waits):.1%} of it waiting for data" if waits else ""))]
+        found += [("memory", f"{max(memory):.1f} GB at most")] if memory else []
     found.append(("device", f"{record.get('device', '?')}, {record.get('processes', '?')} process"
                   + ("" if record.get("processes") == 1 else "es")))
     found += [("cache", f"{run.run.cache or '-'}, features {run.run.cache_id or '-'}")]

@@ -109,8 +109,7 @@ def _metrics(run: RunFolder) -> dict[str, Any]:
 
 
 def _check_weights(run: RunFolder, weights: Weights, metrics: dict[str, Any]) -> None:
-    """Raises HdovdError if the detections are of weights that are no longer there. What evaluated without noting a hash is judged by
-    the age of the files."""
+    """Raises HdovdError if the detections are of weights that are no longer there, as far as the evaluation noted their hash."""
     file, detections = run.path / weights.file, run.path / "detections.json"
     again = f"run hdovd eval {run.path} --weights {weights.value} again"
     if not file.is_file():
@@ -119,8 +118,6 @@ def _check_weights(run: RunFolder, weights: Weights, metrics: dict[str, Any]) ->
     known = metrics.get("weights_hash")
     if known is not None and known != (now := weights_hash(file)):
         raise HdovdError(f"{detections} is of weights {known}, but {file} are {now} now: the run was trained on since; {again}")
-    if known is None and detections.stat().st_mtime < file.stat().st_mtime:
-        raise HdovdError(f"{detections} is older than {file}: {again}")
 
 
 def _check_ap(run: RunFolder, metrics: dict[str, Any], curves: Curves) -> None:

@@ -144,10 +144,12 @@ class RunFolder:
             return log.tell()
 
     def entries(self) -> list[dict[str, Any]]:
-        """What was logged. Raises HdovdError for a line that is no entry."""
+        """What was logged, but for a last line that is torn: the process was killed while it wrote. Raises HdovdError for another line
+        that is no entry."""
         file = self.path / "log.jsonl"
         try:
-            return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+            whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
+            return [json.loads(line) for line in whole.splitlines()]
         except ValueError as error:
             raise HdovdError(f"{file} is damaged: {error}") from error
 

@@ -141,12 +141,11 @@ for (const select of all("select[data-shows]")) {
 // --- the gallery: by class, by what happened, by score ---
 for (const gallery of all("[data-gallery]")) {
   const [byClass, byEvent, score, count] = ["class", "event", "score", "count"].map(name => gallery.querySelector(`[data-filter="${name}"]`));
-  const words = text => (text || "").split("|");
   const apply = () => {
     let shown = 0;
     const cards = all(".card", gallery);
     for (const card of cards) {
-      const fits = (!byClass.value || words(card.dataset.classes).includes(byClass.value)) && (!byEvent.value || words(card.dataset.events).includes(byEvent.value));
+      const fits = (!byClass.value || JSON.parse(card.dataset.classes).includes(byClass.value)) && (!byEvent.value || JSON.parse(card.dataset.events).includes(byEvent.value));
       card.hidden = !fits;
       shown += fits;
     }

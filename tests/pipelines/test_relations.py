@@ -15,7 +15,8 @@ from hdovd.coco import DataPaths, Split
 from hdovd.errors import HdovdError
 from hdovd.losses.instance import relation_loss
 from hdovd.pipelines.demo.world import BASE
-from hdovd.pipelines.relations import Relations, cache_of, relations
+from hdovd.pipelines.relations import Relations, relations
+from hdovd.pipelines.run_cache import cache_of, data_of_cache
 from hdovd.pipelines.run_folder import RunFolder
 
 
@@ -79,5 +80,22 @@ def test_a_cache_that_was_extracted_anew_is_not_taken_for_the_runs_own(distilled
     record = run.record()
     record["cache"]["levels"]["instance"]["key"] = "0" * 24
     (run.path / "run.json").write_text(json.dumps(record))
-    with pytest.raises(HdovdError, match=r"no set of features with the products that the run was trained from \(default\)"):
+    with pytest.raises(HdovdError, match=r"no set of features with the products that the run was trained from \(it has default\)"):
         cache_of(run.record())
+
+
+def test_data_are_those_of_the_runs_own_set(distilled: RunFolder, copied_cache: Path, world: Path) -> None:
+    record = distilled.record()
+    record["cache"]["path"] = str(copied_cache)
+    own = json.loads((copied_cache / "sets" / "default.json").read_text())
+    other = own | {"levels": own["levels"] | {"class": "0" * 24}, "made_from": own["made_from"] | {"data": {"root": "/elsewhere"}}}
+    (copied_cache / "sets" / "aaa.json").write_text(json.dumps(other))
+    assert data_of_cache(record) == DataPaths(world)
+
+
+@pytest.mark.parametrize(("cache", "why"), [({"path": None}, "does not say which cache"), ({"path": "c"}, "does not say which cache"),
+                                            ({"path": "shards/{000000..000002}.tar", "levels": {"image": {"key": "k"}}}, "tar shards"),
+                                            ({"path": "gone", "levels": {"image": {"key": "k"}}}, "no feature cache at gone")])
+def test_a_record_without_a_cache_of_use(cache: dict[str, object], why: str) -> None:
+    with pytest.raises(HdovdError, match=why):
+        cache_of({"cache": cache})

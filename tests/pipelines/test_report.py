@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
+from hdovd.cache.reader import FeatureCache
+from hdovd.cache.schema import Source
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
 from hdovd.pipelines.demo.world import BASE, NOVEL
+from hdovd.pipelines.evaluate import EvalJob, evaluate
 from hdovd.pipelines.report import ReportJob, report
 from hdovd.pipelines.report_runs import names_of
 from hdovd.pipelines.report_tables import ablation
@@ -121,7 +124,7 @@ def test_the_gallery_shows_truth_and_each_run_with_novel_objects_first(two: tupl
     names = {c["id"]: c["name"] for c in tree["categories"]}
     for image, card in zip(shown, cards, strict=True):
         truth = {names[a["category_id"]] for a in tree["annotations"] if a["image_id"] == image}
-        assert truth <= set(str(card["data-classes"]).split("|"))
+        assert truth <= set(json.loads(str(card["data-classes"])))
     assert len(page.with_class("scene")) == 3 * 3 + 2  # truth and two runs of each image; two training images
 
 
@@ -148,6 +151,41 @@ def test_without_data_the_pictures_are_where_the_cache_was_made(distilled: RunFo
     page, _ = _report([run], None, tmp_path / "out", gallery=0, pseudo=0, relation_images=0)
     assert "the gallery was left out" in page.text
     assert "The matrices were left out" in page.text
+
+
+def test_what_scores_less_is_hidden_without_scripts_too(two: tuple[_Page, list[str], list[Path]], world: Path, tmp_path: Path) -> None:
+    page, _ = _report(two[2], world, tmp_path / "out", threshold=0.06, pseudo=0, relation_images=0)
+    scored = [attributes for tag, attributes in page.tags if tag == "g" and "data-score" in attributes]
+    hidden = ["hidden" in attributes for attributes in scored]
+    assert hidden == [float(str(attributes["data-score"])) < 0.06 for attributes in scored]
+    assert set(hidden) == {True, False}
+
+
+def test_pseudo_boxes_are_of_images_from_first_to_last(distilled: RunFolder, world: Path, training_cache: Path, tmp_path: Path) -> None:
+    page, _ = _report(_copies({"run": distilled}, tmp_path), world, tmp_path / "out", gallery=0, pseudo=3, relation_images=0)
+    shown = [int(number) for number in re.findall(r"training image (\d+)", page.text)]
+    with_some = [image for image, count in FeatureCache(training_cache).counts(Source.PROPOSAL).items() if count]
+    assert shown == [with_some[0], with_some[round((len(with_some) - 1) / 2)], with_some[-1]]
+
+
+def test_a_damaged_log_leaves_out_the_losses_and_a_torn_end_nothing(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
+    runs = _copies({"torn": distilled, "damaged": distilled}, tmp_path)
+    whole = (runs[0] / "log.jsonl").read_text()
+    (runs[0] / "log.jsonl").write_text(whole + '{"step": 9, "epo')
+    (runs[1] / "log.jsonl").write_text("{nonsense\n" + whole)
+    page, _ = _report(runs, world, tmp_path / "out", gallery=0, pseudo=0, relation_images=0)
+    assert "its losses are left out" in page.text
+    assert "torn: log.jsonl" not in page.text
+    assert "Instance level" in page.text
+
+
+def test_a_recipe_of_another_version_leaves_out_what_needs_the_model(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
+    runs = _copies({"run": distilled}, tmp_path)
+    evaluate(EvalJob(runs[0], DataPaths(world), device="cpu"), lambda _: None)
+    (runs[0] / "config.toml").write_text("some_old_key = 1\n" + (runs[0] / "config.toml").read_text())
+    page, _ = _report(runs, world, tmp_path / "out")
+    assert "run: recipe" in page.text
+    assert "some_old_key" in page.text
 
 
 def test_an_unfinished_run_is_called_that(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
@@ -185,7 +223,7 @@ def _run(ap50: float, **settings: Any) -> Run:
 
 def test_runs_that_differ_in_the_seed_alone_are_one_row() -> None:
     without = {"loss.class.enabled": False, "pseudo_boxes.reliability_centre": 9}
-    table = ablation([_run(10.0), _run(20.0, **{"train.seed": 1}), _run(5.0, **without)])
+    table = ablation([_run(10.0), _run(20.0, **{"train.seed": 1}), _run(5.0, **without)], ["last"] * 3)
     assert table is not None
     assert table["columns"] == ["class"]  # what weighs pseudo boxes is of no interest to a run without them
     assert [row["texts"] for row in table["rows"]] == [["\N{CHECK MARK}"], ["\N{EN DASH}"]]
@@ -196,6 +234,21 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row() -> None:
 
 
 def test_a_run_that_is_not_evaluated_has_no_mean() -> None:
-    table = ablation([_run(10.0, **{"train.lr": 0.2}), replace(_run(0.0, **{"train.lr": 0.1}), ap50={}, split_blind={})])
+    table = ablation([_run(10.0, **{"train.lr": 0.2}), replace(_run(0.0, **{"train.lr": 0.1}), ap50={}, split_blind={})], ["last"] * 2)
     assert table is not None
     assert [row["row"].text("novel") for row in table["rows"]] == ["10.0", "-"]
+
+
+def test_runs_of_other_features_or_weights_are_rows_of_their_own() -> None:
+    levels: dict[str, dict[str, Any]] = {"instance": {"key": "a"}}
+    runs = [replace(_run(10.0), levels=levels), replace(_run(20.0), levels={"instance": {"key": "b"}}), replace(_run(30.0), levels=levels)]
+    table = ablation(runs, ["last", "last", "best"])
+    assert table is not None
+    assert table["columns"] == ["features", "weights"]
+    assert [(row["row"].text("novel"), row["texts"][1]) for row in table["rows"]] == [("10.0", "last"), ("20.0", "last"), ("30.0", "best")]
+
+
+def test_all_rows_of_zero_are_best() -> None:
+    table = ablation([_run(0.0), _run(0.0, **{"loss.class.enabled": False})], ["last", "last"])
+    assert table is not None
+    assert [row["best"]["novel"] for row in table["rows"]] == [True, True]

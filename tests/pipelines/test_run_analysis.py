@@ -142,17 +142,11 @@ def _first(**changes: Any) -> Callable[[Path], None]:
     return lambda run: _edit(run / "detections.json", lambda rows: rows[3].update(changes))
 
 
-def _older(run: Path) -> None:
-    _edit(run / "metrics.json", lambda metrics: metrics.pop("weights_hash"))
-    os.utime(run / "detections.json", (1, 1))
-
-
 REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "not evaluated": (lambda run: (run / "metrics.json").unlink(), "no metrics.json: run hdovd eval"),
     "no detections": (lambda run: (run / "detections.json").unlink(), "no detections.json: run hdovd eval"),
     "trained on": (lambda run: shutil.copy(run / "class_embeddings.safetensors", run / "model.safetensors"),
                    "trained on since; run hdovd eval"),
-    "older": (_older, r"detections\.json is older than .*model\.safetensors: run hdovd eval"),
     "best gone": (lambda run: _edit(run / "metrics.json", lambda m: m.update(weights="best")) or (run / "best.safetensors").unlink(
         missing_ok=True), r"evaluated with its best weights, but has no best\.safetensors"),
     "fewer images": (lambda run: _edit(run / "metrics.json", lambda m: m.update(images=7)), "was evaluated on 7 images, but .* has 8"),
