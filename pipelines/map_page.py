@@ -9,13 +9,13 @@ import base64
 import io
 import math
 from collections.abc import Callable
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from hdovd.errors import HdovdError, shorten
+from hdovd.pipelines.html_page import page
 from hdovd.pipelines.images import read_image
 from hdovd.pipelines.map_picture import group_colour, ordered_groups
 
@@ -30,14 +30,10 @@ STEPS = 10_000  # places in the picture are whole numbers of so many parts
 
 def page_of(found: CacheMap, log: Callable[[str], None]) -> str:
     """The page, whole. Raises nothing for pictures that cannot be read: they are counted, and their points have no thumbnail."""
-    from jinja2 import Environment
-
-    template = resources.files("hdovd").joinpath("pipelines", "pages", "cache_map.html").read_text(encoding="utf-8")
     sheet, cell_of = _thumbnails(found, log)
-    page: str = Environment(autoescape=True).from_string(template).render(
-        source=found.config.source, count=len(found.seen), rows=found.points.rows, figures=found.numbers.lines(found.points.rows),
-        data=_data(found, cell_of), thumbnails=sheet)
-    return page
+    return page("cache_map.html", {
+        "source": found.config.source, "figures": found.numbers.lines(found.points.rows),
+        "data": _data(found, cell_of) | {"rows": found.points.rows, "sheet": sheet}}, own="cache_map")
 
 
 def _data(found: CacheMap, cell_of: dict[int, int]) -> dict[str, Any]:

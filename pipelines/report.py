@@ -11,18 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from difflib import get_close_matches
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import jinja2
-from markupsafe import Markup
 
 import hdovd
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines import report_charts, report_gallery, report_tables
 from hdovd.pipelines.evaluate import EvalJob, evaluate
+from hdovd.pipelines.html_page import page
 from hdovd.pipelines.relations import relations
 from hdovd.pipelines.report_runs import OneRun, TrainingImages, data_of, open_runs
 from hdovd.pipelines.runs import find_runs
@@ -98,15 +95,6 @@ def _require_run(path: Path) -> None:
     near = get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], 1) if path.parent.is_dir() else []
     hint = f"; there are runs in it: {shorten(list(inside))}" if inside else f"; did you mean {path.parent / near[0]}?" if near else ""
     raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote{hint}")
-
-
-def page(template: str, context: dict[str, Any]) -> str:
-    """A template of the folder `pages` with its style and script in it. What is not Markup is escaped: names may hold anything."""
-    folder = resources.files("hdovd").joinpath("pipelines", "pages")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False,
-                                     loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")))
-    style, script = (Markup(folder.joinpath(f"page.{end}").read_text(encoding="utf-8")) for end in ("css", "js"))
-    return environment.get_template(template).render(css=style, js=script, **context)
 
 
 def _evaluate_if_needed(run: Path, job: ReportJob, data: DataPaths, log: Callable[[str], None]) -> None:

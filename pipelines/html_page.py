@@ -1,0 +1,34 @@
+"""HTML pages that need nothing else: a template of the folder `pages` with styles, scripts and data inside.
+
+Called by `report` and `map_page`.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+# Nothing is loaded from anywhere: style, script and pictures are in the page.
+CONTENT_POLICY = Markup('<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'; '
+                        'script-src \'unsafe-inline\'; img-src data:">')
+
+
+def page(template: str, context: dict[str, Any], own: str = "") -> str:
+    """A template with `css` and `js`, what all pages have. What is not Markup is escaped: names may hold anything.
+
+    `own`: a name of style and script of this page alone, which the template has as `own_css` and `own_js`.
+    """
+    folder = resources.files("hdovd").joinpath("pipelines", "pages")
+
+    def text(name: str) -> str:
+        return folder.joinpath(name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False,
+                                     loader=jinja2.FunctionLoader(text))
+    parts = {end: Markup(text(f"page.{end}")) for end in ("css", "js")}
+    if own:
+        parts |= {f"own_{end}": Markup(text(f"{own}.{end}")) for end in ("css", "js")}
+    return environment.get_template(template).render(policy=CONTENT_POLICY, **parts, **context)
