@@ -231,7 +231,8 @@ def _explain(error: dict[str, Any]) -> str:
         return f"unknown key {path}" + (f"; the nearest valid one is {near[0]}" if near else "")
     if error["type"] == "missing":
         return f"missing key {path}"
-    return f"{path} = {error['input']!r}: {error['msg']}"
+    given = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"  # of a whole section the message says what is wrong
+    return f"{path}{given}: {error['msg']}"
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:

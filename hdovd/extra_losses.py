@@ -15,6 +15,7 @@ from hdovd.extensions import resolve
 from hdovd.step_view import StepView
 
 OWN_NAMES = ("rpn_objectness", "rpn_box", "classification", "box", "instance_alignment", "instance_relation", "image_alignment",
+             "rpn_cls", "rpn_aux_cls", "rpn_aux_box", "objectness", "giou", "text_alignment", "text_relation",  # AdaMixer's
              "step", "epoch", "lr", "images_per_s", "data_wait", "memory_gb")  # losses, and what the log has beside them
 
 

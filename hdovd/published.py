@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hdovd.adamixer import published as adamixer
+
 
 @dataclass(frozen=True, slots=True)
 class Published:
@@ -60,4 +62,5 @@ PUBLISHED = {
         faster_rcnn_name,
         {r".*num_batches_tracked": "frozen batch norms count no batches"},
         {r".*_queue\.rows": "memories of the alignment losses, which begin empty"}),
+    "adamixer": Published("ov-coco-adamixer-r50", (), adamixer.own_name, {}, adamixer.NOT_PUBLISHED),
 }

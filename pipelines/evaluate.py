@@ -73,7 +73,7 @@ def evaluate(job: EvalJob, log: Callable[[str], None] = print) -> EvalResult:
     rows = results(split, found.detections)
     errors = break_down(found_of(rows, split.coco_ids), validation.truth.objects, protocol)
     alpha = beta = 0.0
-    if recipe.loss.instance.enabled:  # else there is one score, and nothing to combine
+    if combined is not blind:  # else there is one score, and nothing to combine
         alpha, beta = recipe.inference.alpha, recipe.inference.beta
     files = [run.path / "metrics.json", run.path / "detections.json"]
     metrics = {"protocol": protocol.name, **combined.summary(), "split_blind": blind.summary(), "per_class": combined.per_class(),

@@ -60,6 +60,8 @@ def relations(run: RunFolder, data: DataPaths, images: int, *, device: str = "au
     model.to(place).eval()
     ids = [image_id for _, _, image_id in batch]
     found = model.students([pixels.to(place) for pixels, _, _ in batch], [t.to(place) for _, t, _ in batch], ids)
+    if not len(found.box):
+        raise HdovdError(f"no box of these {len(ids)} training images has a student embedding: the run finds none of them yet")
     teacher = torch.cat([rows for t in found.targets for rows in (t.embeddings, t.pseudo_embeddings)])[found.box]
     names, pseudo = _names(found.targets, cache, protocol)
     order = sorted(range(len(found.box)), key=lambda k: (bool(pseudo[found.box[k]]), names[found.box[k]]))

@@ -19,8 +19,9 @@ from hdovd.pipelines.report_runs import OneRun
 from hdovd.pipelines.run_hooks import PLAIN
 
 MOST_CONFUSIONS = 12
-LEVELS = {"rpn": "Detector", "box": "Detector", "classification": "Class level: base classes and the nouns of pseudo boxes",
-          "instance": "Instance level", "image": "Image level", "val": "Validation AP50"}
+LEVELS = {"rpn": "Detector", "box": "Detector", "giou": "Detector", "objectness": "Detector",
+          "classification": "Class level: base classes and the nouns of pseudo boxes",
+          "text": "Class level, in text space", "instance": "Instance level", "image": "Image level", "val": "Validation AP50"}
 RECALL, PRECISION = Axis("recall", 0.0, 1.0), Axis("precision", 0.0, 1.0)
 
 

@@ -18,7 +18,7 @@ from hdovd.rpn import ASPECT_RATIOS
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_loads(name: str) -> None:
-    assert load_recipe(name).detector.name == "faster_rcnn"
+    assert load_recipe(name).detector.name == ("adamixer" if "adamixer" in name else "faster_rcnn")
 
 
 def test_names_of_shipped_recipes() -> None:
@@ -46,6 +46,25 @@ OF_OTHERS = {  # the authors' configuration and mmdetection's defaults, which ME
     "detector.rpn.post_nms": 1000, "detector.rpn.nms": 0.7, "detector.head.samples": 512, "detector.head.positive_share": 0.25,
     "detector.head.canonical_size": 224, "detector.head.sampling_ratio": 0, "detector.backbone.weights": "auto",
     "input.mean": [0.485, 0.456, 0.406], "input.std": [0.229, 0.224, 0.225], "loss.extra": {}, "train.clip_norm": 0.0,
+    "detector.rpn.rules": "authors", "pseudo_boxes.from_epoch": 1,
+}
+
+
+ADAMIXER = {  # typed from METHOD sections 3 to 8, and from the authors' configuration and code
+    "detector.backbone.norm": "batch", "detector.backbone.frozen_stages": 0, "detector.proposals.pre_nms": 1000,
+    "detector.proposals.nms": 0.7, "detector.proposals.shuffle": 64, "detector.proposals.aux_positives": 8,
+    "detector.proposals.iou_power": 6.0, "detector.proposals.class_weight": 1.0, "detector.proposals.box_weight": 2.0,
+    "detector.decoder.queries": 300, "detector.decoder.stages": 6, "detector.decoder.points": 32, "detector.decoder.groups": 4,
+    "detector.decoder.out_points": 128, "detector.decoder.heads": 8, "detector.decoder.feedforward": 2048,
+    "detector.decoder.logit_scale": 50.0, "detector.matching.objectness": 2.0, "detector.matching.l1": 5.0, "detector.matching.giou": 2.0,
+    "detector.loss.classification": 0.5, "detector.loss.objectness": 2.0, "detector.loss.box": 5.0, "detector.loss.giou": 2.0,
+    "detector.loss.unmatched_weight": 0.5, "detector.loss.near_iou": 0.7, "detector.loss.poor_iou": 0.4,
+    "detector.text.alignment_weight": 0.5, "detector.text.relation_weight": 5.0, "detector.text.decay": 0.9999,
+    "detector.text.decay_updates": 2000.0, "input.short_side": 800, "input.long_side": 1333, "pseudo_boxes.from_epoch": 2,
+    "loss.instance.alignment_weight": 0.5, "loss.instance.relation_weight": 5.0, "loss.instance.queue": 2048, "loss.image.weight": 0.2,
+    "loss.image.queue": 512, "inference.alpha": 0.35, "inference.beta": 0.65, "inference.score_threshold": 0.005, "inference.nms": 0.7,
+    "inference.detections_per_image": 100, "train.epochs": 12, "train.batch_size": 16, "train.optimizer": "adamw", "train.lr": 5e-5,
+    "train.weight_decay": 1e-4, "train.clip_norm": 1.0, "train.step_epochs": [8, 11], "train.warmup_iterations": 500,
 }
 
 
@@ -69,6 +88,11 @@ def test_ov_coco_recipe_has_the_constants_of_the_method() -> None:
     assert {key for key in found if not key.startswith("train.")} <= expected.keys()  # none without a source
 
 
+def test_the_adamixer_recipe_has_the_constants_of_the_method() -> None:
+    found = leaves(load_recipe("ov-coco-adamixer-r50").model_dump(by_alias=True))
+    assert {key: found.get(key) for key in ADAMIXER} == ADAMIXER
+
+
 def test_constants_of_the_method_that_are_not_in_recipes() -> None:
     """Sections 3 to 6: RoIAlign 7x7, IoU 0.5, n >= 2, box deltas of the authors' configuration (0.1, 0.1, 0.2, 0.2)."""
     assert (POOL_SIZE, POSITIVE_IOU, MIN_PAIRS) == (7, 0.5, 2)
@@ -76,11 +100,12 @@ def test_constants_of_the_method_that_are_not_in_recipes() -> None:
     assert faster_rcnn.CODER.weights == (10.0, 10.0, 5.0, 5.0)
 
 
-def test_every_value_of_the_ov_coco_recipe_has_its_source_behind_it() -> None:
-    lines = resources.files("hdovd").joinpath("recipes/ov-coco-faster-rcnn-r50.toml").read_text().splitlines()
+@pytest.mark.parametrize("name", ["ov-coco-faster-rcnn-r50", "ov-coco-adamixer-r50"])
+def test_every_value_of_the_ov_coco_recipes_has_its_source_behind_it(name: str) -> None:
+    lines = resources.files("hdovd").joinpath(f"recipes/{name}.toml").read_text().splitlines()
     values = [line for line in lines if re.match(r"\w+ = ", line)]
     assert len(values) > 60
-    assert [line for line in values if not re.search(r"# .*(METHOD \d|config|OLN|mmdetection|torchvision|here)", line)] == []
+    assert [line for line in values if not re.search(r"# .*(METHOD \d|config|code|OLN|mmdetection|torchvision|here)", line)] == []
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -159,6 +184,33 @@ def test_a_wrong_value_is_named(setting: str, key: str) -> None:
         load_recipe("demo", [setting])
     assert key in str(error.value)
     assert "demo" in str(error.value)
+
+
+@pytest.mark.parametrize(("recipe", "setting", "told"), [
+    ("demo", "detector.rpn.sample=3", "the nearest valid one is detector.rpn.samples"),
+    ("demo-adamixer", "detector.decoder.quries=3", "the nearest valid one is detector.decoder.queries"),
+    ("demo-adamixer", "detector.rpn.samples=3", "unknown key detector.rpn.samples"),
+    ("demo", "detector.backbone.nam=x", "the nearest valid one is detector.backbone.name"),
+    ("demo", "detector.name=faster_rcn", "did you mean faster_rcnn"),
+    ("demo", "detector.name=3", "detector.name = 3"),
+    ("demo", "detector=3", "detector = 3"),
+])
+def test_a_wrong_value_of_a_detector_is_told_of_that_detector(recipe: str, setting: str, told: str) -> None:
+    with pytest.raises(HdovdError) as error:
+        load_recipe(recipe, [setting])
+    assert told in str(error.value)
+    assert not ("adamixer" in recipe and "head.samples" in str(error.value))
+
+
+def test_a_recipe_of_before_there_were_rules_and_epochs_for_pseudo_boxes_loads() -> None:
+    recipe = load_recipe("demo")
+    assert (recipe.faster_rcnn.rpn.rules, recipe.pseudo_boxes.from_epoch) == ("torchvision", 1)
+    assert "rules" not in resources.files("hdovd").joinpath("recipes/demo.toml").read_text()
+
+
+def test_what_is_built_of_faster_rcnn_parts_refuses_another_detector() -> None:
+    with pytest.raises(HdovdError, match=r"'adamixer'.*needs a recipe with detector\.name = 'faster_rcnn'"):
+        _ = load_recipe("demo-adamixer").faster_rcnn
 
 
 def test_every_problem_is_told_at_once() -> None:

@@ -1,0 +1,92 @@
+"""Detectors by name: the registry, and one of the user's own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hdovd.config import Recipe, load_recipe
+from hdovd.detector_config import DETECTORS, FORMS
+from hdovd.detectors import Detector, build_detector
+from hdovd.errors import HdovdError
+from hdovd.faster_rcnn import FasterRCNN
+
+OWN = """
+from torch import nn
+
+from hdovd.detectors import Detector
+
+
+class Mine(Detector):
+    def __init__(self, recipe, dim, log):
+        super().__init__()
+        self.recipe, self.dim = recipe, dim
+        self.backbone = nn.Linear(recipe.detector.options["width"], dim)
+
+
+class NoDetector(nn.Module):
+    pass
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"own_detector_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def test_the_registry_builds_what_it_names() -> None:
+    model = build_detector(load_recipe("demo"), 8, None)
+    assert type(model) is FasterRCNN
+    assert (model.dim, model.recipe) == (8, load_recipe("demo"))
+    assert DETECTORS.keys() == FORMS.keys() - {"own"}
+
+
+def test_a_detector_of_ones_own_gets_its_options(module: str, tmp_path: Path) -> None:
+    recipe = load_recipe("demo", [f"detector.name={module}:Mine", "detector.width=3"])
+    model = build_detector(recipe, 8, None)
+    assert type(model).__name__ == "Mine"
+    assert model.backbone.weight.shape == (8, 3)
+    file = tmp_path / "again.toml"
+    file.write_text(recipe.to_toml())
+    assert load_recipe(str(file)) == recipe
+    with pytest.raises(HdovdError, match="does not give the embeddings of its boxes"):
+        model.students([], [])
+
+
+@pytest.mark.parametrize(("attribute", "told"), [
+    ("NoDetector", r"expected a class of hdovd\.detectors\.Detector"), ("Min", "did you mean Mine"), ("nn", "expected a class")])
+def test_what_is_no_detector_is_told(attribute: str, told: str, module: str) -> None:
+    with pytest.raises(HdovdError, match=rf"detector\.name.*{told}"):
+        build_detector(load_recipe("demo", [f"detector.name={module}:{attribute}", "detector.width=3"]), 8, None)
+
+
+def test_pseudo_boxes_wait_for_their_epoch(micro: Recipe) -> None:
+    model = build_detector(micro, 8, lambda _: None)
+    assert isinstance(model, FasterRCNN)
+    used = []
+    for epoch in (1, 2, 3):
+        model.begin_epoch(epoch)
+        used.append(model.uses_pseudo_boxes)
+    assert used == [False, True, True]
+
+
+@pytest.fixture
+def micro() -> Recipe:
+    return load_recipe("demo", ["detector.backbone.fpn_channels=8", "pseudo_boxes.from_epoch=2"])
+
+
+def test_recipes_are_read_without_torch() -> None:
+    code = "import sys, hdovd.config; hdovd.config.load_recipe('demo'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_a_detector_must_have_is_said_where_it_lacks() -> None:
+    bare = Detector()
+    with pytest.raises(NotImplementedError, match=r"Detector\.predict"):
+        bare.predict([], torch.zeros(0, 8))
