@@ -1,0 +1,62 @@
+"""Two steps of a small AdaMixer in W processes over gloo, or in one: `python adamixer_processes.py OUT SHARE...`, an integer a process.
+
+Every process writes OUT/RANK.pt: losses of both steps, gradients of the second, the state. Run by test_adamixer_distributed.py.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from adamixer_scenes import BASE, detector, pictures, targets, unit
+
+from hdovd.adamixer.model import AdaMixer
+from hdovd.batching import batch_images
+from hdovd.targets import Targets
+
+IMAGES = pictures(*[(96, 128)] * 4)
+PSEUDO = [[30.0, 5.0, 80.0, 60.0], [0.0, 40.0, 50.0, 90.0]]
+
+
+def global_batch(model: AdaMixer) -> list[Targets]:
+    """Base boxes near predictions, so that there are pairs; the third picture has no box, the last no pseudo box."""
+    with torch.no_grad():
+        look = model.look(batch_images(IMAGES, model.recipe.input)[0].tensors, with_auxiliary=False)
+    aside = torch.tensor([0.7, -0.9, 0.6, 1.1])  # pixels: where a prediction is its box, the L1 loss has no gradient to compare
+    found = [(boxes[:3] + aside).tolist() for boxes in look.boxes[-1]]
+    rows = [targets(found[0], PSEUDO, [1, 3, 1], 10), targets(found[1][:1], PSEUDO[:1], [0], 20), targets([], [], [], 30),
+            targets(found[3][:2], [], [2, 3], 40)]
+    return [Targets(*(value.double() if value.is_floating_point() else value for value in (getattr(t, name) for name in t.__slots__)))
+            for t in rows]
+
+
+def train(rank: int, shares: list[int], out: Path) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)  # float32's rounding flips ReLUs, which hides small errors in the gradients
+    torch.Tensor.float = torch.Tensor.double
+    model = detector("detector.backbone.norm=frozen", "loss.instance.queue=9", "loss.image.queue=6", log=None).double().train()
+    own = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+    batch, steps = global_batch(model), []
+    for _ in range(2):
+        model.zero_grad()
+        losses = model(IMAGES[own], batch[own], unit(BASE, model.dim, seed=1).double())
+        sum(losses.values()).backward()
+        steps.append({name: loss.detach() for name, loss in losses.items()})
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    torch.save({"steps": steps, "gradients": gradients, "state": model.state_dict()}, out / f"{rank}.pt")
+
+
+def work(rank: int, shares: list[int], out: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=len(shares))
+    train(rank, shares, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    folder, numbers = Path(sys.argv[1]), [int(word) for word in sys.argv[2:]]
+    folder.mkdir()
+    if len(numbers) == 1:
+        train(0, numbers, folder)
+    else:
+        mp.start_processes(work, (numbers, folder), len(numbers), start_method="fork")  # torch is imported, and has no threads yet
