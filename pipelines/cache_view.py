@@ -1,6 +1,6 @@
 """What a cache knows of one image: its boxes with their nouns, cosines, weights and nearest class names. No CLIP, nothing drawn.
 
-Called by `hdovd cache view` (`cache_view_stage`, which draws it with `cache_view_picture`), and by whatever else shows pseudo boxes.
+Called by `view_images`, which has `view_picture` draw it, and by `report_gallery`.
 D embedding size.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hdovd.cache.reader import FeatureCache, InstanceRows
+from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
 from hdovd.cache.schema import Level, Source
 from hdovd.coco import ImageBoxes
 from hdovd.config import Recipe, load_recipe
@@ -114,9 +114,9 @@ def gather_view(cache: FeatureCache, image_id: int, image: ImageBoxes | None = N
     rows, notes = cache.instances(image_id), list[str]()
     if image_id in failed:
         notes.append(f"the extraction could not read it: {failed[image_id]}")
-    crops = _normalised(rows.embedding)
+    crops = normalised_rows(rows.embedding)
     classes = cache.names(Level.CLASS) if Level.CLASS in levels else []
-    texts = _normalised(cache.embeddings(Level.CLASS)) if classes else np.zeros((0, crops.shape[1]), np.float32)
+    texts = normalised_rows(cache.embeddings(Level.CLASS)) if classes else np.zeros((0, crops.shape[1]), np.float32)
     labels = _Labels(cache, rows, crops)
     notes += _missing(levels, rows, reliability)
     own = {} if image is None else {number: names[label] for number, label in
@@ -136,7 +136,7 @@ def gather_view(cache: FeatureCache, image_id: int, image: ImageBoxes | None = N
         weight = reliability.weight(cosine) if reliability and cosine is not None and not base else None
         found.append(ViewRow(tuple(box), Source(rows.source[row]), class_name, number, None if base else float(rows.score[row]),
                              labels.nouns(row), cosine, weight, _nearest(classes, likeness)))
-    whole = _normalised(cache.image_embedding(image_id)[None])[0] if Level.IMAGE in levels else np.zeros(0, np.float32)
+    whole = normalised_rows(cache.image_embedding(image_id)[None])[0] if Level.IMAGE in levels else np.zeros(0, np.float32)
     size = None if image is None else (image.width, image.height)
     return CacheView(image_id, file, size, tuple(found), _nearest(classes, texts @ whole) if whole.any() else (), reliability, tuple(notes))
 
@@ -154,7 +154,7 @@ class _Labels:
         else:
             self._noun, self._share = rows.noun[:, None], np.ones((len(rows.noun), 1), np.float32)
         used = np.unique(self._noun[self._noun >= 0])
-        self._text = dict(zip(used.tolist(), _normalised(cache.embeddings(Level.NOUN)[used]), strict=True))
+        self._text = dict(zip(used.tolist(), normalised_rows(cache.embeddings(Level.NOUN)[used]), strict=True))
 
     def nouns(self, row: int) -> tuple[Likeness, ...]:
         return tuple(Likeness(self._names[noun], float(self._text[noun] @ self._crops[row]), share) for noun, share in self._made_of(row))
@@ -194,11 +194,3 @@ def _missing(levels: Collection[Level], rows: InstanceRows, reliability: Reliabi
 
 def _nearest(names: Sequence[str], cosines: np.ndarray) -> tuple[Likeness, ...]:
     return tuple(Likeness(names[k], float(cosines[k])) for k in np.argsort(-cosines, kind="stable")[:NEAREST].tolist())
-
-
-def _normalised(rows: np.ndarray) -> np.ndarray:
-    """Stored float16 rows, of norm one again in float32; rows of zeros, which no embedding is, stay so."""
-    wide = rows.astype(np.float32)
-    normalised: np.ndarray = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
-    return normalised
-
