@@ -49,7 +49,7 @@ def ablation(runs: Sequence[Run], weights: Sequence[str]) -> dict[str, Any] | No
         rows.append(Row("", tuple(of_group[group].get(key) for key in keys), scores, len(members)))
     columns = [_texts([row.values[k] for row in rows]) for k in range(len(keys))]
     names = short_names(keys, {key for run in runs for key in run.settings})
-    return {"columns": [names[key] for key in keys], "metrics": METRICS,
+    return {"columns": [names[key] for key in keys], "switches": sum(key.endswith(SWITCH) for key in keys), "metrics": METRICS,
             "rows": [{"texts": [column[i] for column in columns], "row": row,
                       "best": {metric: len(rows) > 1 and _is_best([other.mean(metric) for other in rows], row.mean(metric))
                                for metric in METRICS}}
