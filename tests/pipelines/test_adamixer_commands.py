@@ -101,12 +101,13 @@ def test_it_is_evaluated(run: RunFolder, world: Path) -> None:
 
 def test_relations(run: RunFolder, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After four steps no query is near a box; with pairs of any IoU there are matrices."""
+    training = DataPaths(world).load("train2017", run.protocol(), base_only=True, log=lambda _: None)
     with pytest.raises(HdovdError, match=r"no box .* has a student embedding"):
-        relations(run, DataPaths(world), 4, log=lambda _: None)
+        relations(run, training, 4)
     from hdovd.adamixer import pairs
 
     monkeypatch.setattr(pairs, "STUDENT_IOU", -1.0)
-    found = relations(run, DataPaths(world), 4, log=lambda _: None)
+    found = relations(run, training, 4)
     assert found.student.shape == found.teacher.shape == (len(found.names),) * 2
     assert len(found.names) > 1
 
