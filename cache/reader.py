@@ -194,13 +194,11 @@ class FeatureCache:
         """
         image = self.image_ids()[np.searchsorted(self._table(Level.BOXES, "offset"), rows, "right") - 1]
         known = [self._table(Level.BOXES, name)[rows] for name in ("box", "source", "annotation_id", "score")]
-        labels = {name: self._table(Level.PSEUDO_LABEL, name)[rows] for name in self._label_arrays()} if self._has_labels() else {}
+        has_labels = Level.PSEUDO_LABEL in self._products
+        labels = {name: self._table(Level.PSEUDO_LABEL, name)[rows] for name in self._label_arrays()} if has_labels else {}
         stored = self._row_array(Level.INSTANCE, "embedding")
         embedding = np.concatenate([stored.read(row, row + 1) for row in rows.tolist()] or [stored.read(0, 0)])
         return image, InstanceRows(embedding, *known, **no_labels(len(rows)) | labels)
-
-    def _has_labels(self) -> bool:
-        return Level.PSEUDO_LABEL in self._products
 
     def _label_arrays(self) -> list[str]:
         return list(row_arrays(Level.PSEUDO_LABEL, self._product(Level.PSEUDO_LABEL).dim))

@@ -1,4 +1,4 @@
-"""A checkpoint of the authors' detectors as a run folder of ours, for eval, detect, export and further training.
+"""A checkpoint of the authors' detectors as a run folder of ours, for eval, detect, export and report.
 
 Called by `hdovd import-checkpoint` and Python. The file is a stranger's: tensors and plain containers are read from it, nothing is run.
 Every tensor of it is used or named, and every weight of the detector comes from it or is named. D embedding size.

@@ -14,9 +14,12 @@ from hdovd.coco import DataPaths
 from hdovd.config import Recipe
 from hdovd.detectors import build_detector
 from hdovd.errors import HdovdError
+from hdovd.pipelines.audit import AuditConfig, audit
+from hdovd.pipelines.audit_report import Verdict
 from hdovd.pipelines.evaluate import EvalJob, evaluate
 from hdovd.pipelines.import_checkpoint import ImportCheckpointJob, import_checkpoint
 from hdovd.pipelines.relations import relations
+from hdovd.pipelines.report import ReportJob, report
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.runs import State, read_run
 from hdovd.protocol import load_protocol
@@ -117,8 +120,21 @@ def test_the_run_is_evaluated_and_listed_and_has_no_cache(files: Files, world: P
     assert json.loads((run.path / "metrics.json").read_text())["cache"] == {"path": None, "levels": {}}
     listed = read_run(run.path)
     assert (listed.state, listed.cache, listed.wrong) == (State.FINISHED, None, ())
+    page = report(ReportJob((run.path,), run.path / "report", DataPaths(world), gallery=2, pseudo=2, device="cpu"), silent)
+    assert page.read_text().count("imported from a checkpoint, so there is no cache") == 2  # of pseudo boxes, and of relations
     with pytest.raises(HdovdError, match="imported from a checkpoint, so there is no cache"):
         relations(RunFolder(run.path), DataPaths(world).load("train2017", run.protocol(), base_only=True, log=silent), 2)
+
+
+def test_the_audit_does_not_know_what_an_imported_run_was_trained_on(files: Files, world: Path, training_cache: Path) -> None:
+    run = import_checkpoint(files({"state_dict": theirs_of(model_of())}), silent)
+    found = audit(AuditConfig(DataPaths(world), training_cache, str(world / "protocol.toml"), run=run.path), silent)
+    of_run = [check for check in found.checks if check.name in ("run: cache", "run: backbone")]
+    assert len(of_run) == 2
+    for check in of_run:
+        assert check.verdict is Verdict.UNKNOWN
+        assert "was imported from" in check.text
+    assert not found.count(Verdict.LEAK)
 
 
 def their_adamixer() -> tuple[Any, dict[str, Tensor]]:
