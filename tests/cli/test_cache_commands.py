@@ -9,15 +9,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_runs import Ran
 
 from hdovd.cache.catalog import Catalog, FeatureSet, RunRecord
 from hdovd.cache.schema import Level
-from hdovd.cli.main import main
 from hdovd.pipelines.extract_clip import extract_clip
 from hdovd.pipelines.extract_config import ExtractConfig
 
@@ -31,37 +31,13 @@ with open_folder(sys.argv[1]).claim(sys.argv[2], wait=False) as mine:
 """
 
 
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[str]:
-        return self.out.splitlines()
-
-
 def _silent(_: str) -> None: ...
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+def run(hdovd: Callable[..., Ran]) -> Callable[..., Ran]:
     """`hdovd cache WORDS` in this process."""
-
-    def command(*words: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["hdovd", "cache", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        found = capsys.readouterr()
-        return Ran(code, found.out, found.err)
-
-    return command
+    return partial(hdovd, "cache")
 
 
 @pytest.fixture(scope="module")

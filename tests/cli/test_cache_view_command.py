@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from command_runs import Ran
 from PIL import Image
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Source
-from hdovd.cli.main import main
 from hdovd.pipelines.cache_view import CacheView, Likeness, Reliability, ViewRow
 from hdovd.pipelines.drawing import BASE_COLOUR
 from hdovd.pipelines.extract_clip import extract_clip
@@ -27,31 +27,12 @@ from hdovd.pipelines.view_picture import STRONG, WEAK, draw_view, row_colour
 WEIGHTS = ("--recipe", "demo", "--set", "pseudo_boxes.reliability_centre=0.2", "--set", "pseudo_boxes.reliability_width=0.1")
 
 
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def view(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Ran]:
+def view(monkeypatch: pytest.MonkeyPatch, hdovd: Callable[..., Ran], tmp_path: Path) -> Callable[..., Ran]:
     """`hdovd cache view WORDS` in this process, in an empty folder."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-
-    def command(*words: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["hdovd", "cache", "view", *map(str, words)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        found = capsys.readouterr()
-        return Ran(code, found.out, found.err)
-
-    return command
+    return partial(hdovd, "cache", "view")
 
 
 def test_a_table_and_a_picture_for_every_image(cache: Path, kept: list[int], view: Callable[..., Ran], untouched: Callable[[Path], Any]

@@ -7,12 +7,12 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 import pytest
+from command_runs import Ran
 
 from hdovd.cli.main import main
 
@@ -27,32 +27,6 @@ NEXT = {
     ("ablate",): ["hdovd runs", "table.md"],
     ("runs",): ["hdovd runs diff A B"],
 }
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def hdovd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Run a command line in this process, through the same `main` as the installed command."""
-
-    def run(*words: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["hdovd", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        found = capsys.readouterr()
-        return Ran(code, found.out, found.err)
-
-    return run
 
 
 # --- help ---
