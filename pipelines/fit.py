@@ -186,10 +186,12 @@ def shuffled(data: Dataset[Sample], config: TrainConfig, device: torch.device,
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW in one pass over the memory of the parameters (`fused`): of AdaMixer's 146 million, several passes cost a tenth of a step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
 def lr_factor(step: int, steps_per_epoch: int, config: TrainConfig) -> float:

@@ -157,7 +157,7 @@ class AdaMixer(AdaMixerNetwork):
             students = pairs.students(c)
             losses |= self.instance_level([q for q, _ in students], [boxes.embeddings[box] for _, box in students])
         if self.text_level is not None:
-            base, pseudo = pairs.in_text_space(self.adapters.distilled(c), boxes)
+            base, pseudo = pairs.in_text_space(c, self.adapters.distilled, boxes)
             losses |= self.text_level(base, pseudo, torch.cat([t.labels for t in boxes.targets]), view.texts)
         if self.image_level is not None:
             losses.update(self.image_level(view))

@@ -6,7 +6,7 @@ S stages, N pictures, Q queries, G boxes of the batch, T boxes of a picture, pad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,19 +74,23 @@ class Pairs:
             boxes.append(chosen[query[chosen].argsort()])
         return [(F.normalize(rows, dim=1), box) for rows, box in zip(*self._rows(c, boxes), strict=True)]
 
-    def in_text_space(self, features: Tensor, boxes: StepBoxes) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+    def in_text_space(self, c: Tensor, distilled: Callable[[Tensor], Tensor],
+                      boxes: StepBoxes) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
         """What `TextLevel` is told of each stage: of queries with a base box features, labels and IoUs, with a pseudo box features, texts
         and weights.
 
         Args:
-            features: (S, N, Q, D).
+            c: (S, N, Q, D) class features. distilled: makes of rows (n, D) the features (n, D); only the rows in question go through it.
         """
         texts = torch.cat([t.pseudo_texts for t in boxes.targets])
         of_text = (~boxes.is_base).cumsum(0) - 1  # the row of a pseudo box among the texts
         base_on_host = boxes.base_on_host
         found = [query != NONE for query in self.on_host]
-        base_rows, base = self._rows(features, [(f & base_on_host).nonzero()[0] for f in found])
-        pseudo_rows, pseudo = self._rows(features, [(f & ~base_on_host).nonzero()[0] for f in found])
+        base_rows, base = self._rows(c, [(f & base_on_host).nonzero()[0] for f in found])
+        pseudo_rows, pseudo = self._rows(c, [(f & ~base_on_host).nonzero()[0] for f in found])
+        rows = [*base_rows, *pseudo_rows]
+        moved = distilled(torch.cat(rows)).split([len(r) for r in rows])
+        base_rows, pseudo_rows = list(moved[: len(found)]), list(moved[len(found) :])
         return ([(rows, boxes.labels[box], self.own_iou[s, box]) for s, (rows, box) in enumerate(zip(base_rows, base, strict=True))],
                 [(rows, texts[of_text[box]], boxes.weights[box]) for rows, box in zip(pseudo_rows, pseudo, strict=True)])
 

@@ -207,7 +207,7 @@ def test_killed_while_it_validates(play: Play, unbroken: Path, tmp_path: Path) -
 # What is each process's own: the statistics of batch norm, and how far pictures are padded; here all to 96 x 96 pixels. Plain SGD does
 # not blow rounding up.
 FROZEN = ("detector.backbone.norm=frozen", "train.precision=fp32", "input.short_side=96", "input.long_side=96", "train.optimizer=sgd",
-          "train.lr=0.005")
+          "train.lr=0.002")
 
 
 @pytest.fixture(scope="module")
