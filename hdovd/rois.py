@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou, roi_align
 
+from hdovd.roi_gradient import roi_align_on_cpu
 from hdovd.sampling import Use, image_generator, sample_balanced
 
 POOL_SIZE = 7
@@ -90,6 +91,8 @@ class PyramidRoIAlign(nn.Module):
 
     def crop(self, features: dict[str, Tensor], level: int, indexed: Tensor) -> Tensor:
         """RoIs (r, 5), the picture's number before each box, all from one level -> (r, C, 7, 7) float32."""
-        crops: Tensor = roi_align(features[str(level)].float(), indexed, POOL_SIZE, spatial_scale=math.ldexp(1.0, -level),
-                                  sampling_ratio=self.sampling_ratio, aligned=True)
+        maps, scale = features[str(level)].float(), math.ldexp(1.0, -level)
+        if maps.requires_grad and maps.device.type == "cpu":
+            return roi_align_on_cpu(maps, indexed, POOL_SIZE, scale, self.sampling_ratio)
+        crops: Tensor = roi_align(maps, indexed, POOL_SIZE, spatial_scale=scale, sampling_ratio=self.sampling_ratio, aligned=True)
         return crops

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from hdovd.roi_gradient import roi_align_on_cpu
 from hdovd.rois import PyramidRoIAlign, sample_rois
 
 
@@ -151,3 +152,25 @@ def test_half_precision_maps_are_pooled_in_float32() -> None:
     pooled = PyramidRoIAlign([3, 4], 32)(maps, [roi])
     assert pooled.dtype == torch.float32
     torch.testing.assert_close(pooled, roi_align(maps["4"].float(), [roi], 7, spatial_scale=1 / 16, aligned=True))
+
+
+@pytest.mark.parametrize("samples", [0, 1, 2, 3])
+@pytest.mark.parametrize("size", [(12, 9), (1, 5), (2, 1)])
+def test_the_gradient_on_a_cpu_is_torchvisions(size: tuple[int, int], samples: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    maps = torch.randn(3, 4, *size, generator=generator, requires_grad=True)
+    boxes = random_boxes(40, 8)
+    odd = torch.tensor([[0.0, 0, 0, 0], [10, 10, 10, 30], [5, 5, 5.001, 5.001], [-60, -60, 160, 160], [-90, -90, -70, -70],
+                        [95, 70, 130, 90], [30, 30, 20, 20], [0, 0, 72, 96]])
+    rois = torch.cat([torch.randint(0, 3, (48, 1), generator=generator).float(), torch.cat([boxes, odd])], dim=1)
+    expected = roi_align(maps, rois, 7, 1 / 8, samples, aligned=True)
+    pooled = roi_align_on_cpu(maps, rois, 7, 1 / 8, samples)
+    assert torch.equal(pooled, expected)
+    weight = torch.randn(pooled.shape, generator=generator)
+    torch.testing.assert_close(torch.autograd.grad(pooled, maps, weight), torch.autograd.grad(expected, maps, weight), atol=1e-5, rtol=1e-5)
+
+
+def test_no_rois_have_no_gradient() -> None:
+    maps = torch.randn(1, 2, 4, 4, requires_grad=True)
+    gradient, = torch.autograd.grad(roi_align_on_cpu(maps, torch.zeros(0, 5), 7, 0.25, 2).sum(), maps)
+    assert torch.equal(gradient, torch.zeros_like(maps))
