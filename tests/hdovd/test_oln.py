@@ -142,11 +142,13 @@ def test_it_learns_to_find_an_object() -> None:
     picture = torch.randint(100, 130, (3, 64, 64), dtype=torch.uint8)
     picture[:, 16:40, 20:44] = 250
     box = torch.tensor([[20.0, 16.0, 44.0, 40.0]])
-    optimizer = torch.optim.AdamW(network.parameters(), 4e-3)
-    for step in range(25):
+    optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, 40)
+    for step in range(40):
         optimizer.zero_grad()
         sum(network([picture], [box], [step]).values()).backward()
         optimizer.step()
+        decay.step()
     (boxes, scores), = network.eval().propose([picture])
     assert box_iou(boxes[:1], box).item() > 0.6
     assert scores[0] > 0.6
