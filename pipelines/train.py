@@ -36,6 +36,7 @@ from hdovd.pipelines.fit import Loop
 from hdovd.pipelines.initial_weights import begin_with, require_same_init
 from hdovd.pipelines.loading import TrainingBatches
 from hdovd.pipelines.loss_window import UnsoundLoss
+from hdovd.pipelines.object_text import give_object_text
 from hdovd.pipelines.processes import Team, team
 from hdovd.pipelines.provenance import provenance
 from hdovd.pipelines.run_folder import RunFolder
@@ -102,7 +103,11 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
     torch.manual_seed(recipe.train.seed)
     anew = state is None and job.init is None
     model = build_model(recipe, data.dim, us, log if anew else None)
-    init = {} if state is not None or job.init is None else {"init": begin_with(model, job.init, protocol, class_embeddings, log)}
+    begun: dict[str, Any] = {}
+    if state is None:
+        if job.init is not None:
+            begun["init"] = begin_with(model, job.init, protocol, class_embeddings, log)
+        begun |= give_object_text(model, data.object_text(), str(job.cache), log)
     loop = loop_of(model, batches, class_embeddings[: len(protocol.base)].to(us.device), recipe, us.device)
     hooks = RunHooks(run, model, us, stop, layout, log, job.save_minutes, _validate(validation, model, class_embeddings), job.val_every)
     if us.world > 1:  # each process draws for itself, where anything draws from torch's own generator
@@ -112,7 +117,7 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
         if hooks.ended == recipe.train.epochs:
             log(f"{run.path} is finished already")
             return run
-    _begin(job, data, protocol, class_embeddings, us, state, reliability | init, log)
+    _begin(job, data, protocol, class_embeddings, us, state, reliability | begun, log)
     if board is not None:
         hooks.tensorboard = board(run.path / "tensorboard", purge_step=None if state is None else loop.step_number + 1)
     log(f"{data.describe()} of {len(protocol.base)} classes; distillation levels: {enabled_levels(recipe.loss)}; {us.device}"
