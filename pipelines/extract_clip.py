@@ -178,11 +178,12 @@ def _finish(extraction: Extraction, catalog: Catalog, config: ExtractConfig, rep
         log(f"this worker is done, it made {len(mine)} parts; {len(extraction.left())} of {everything} are other workers' or missing: "
             "when all have ended, the same command without --shard finishes what is left")
         return
-    before, origin = catalog.sets().get(config.features), extraction.origin
+    sets, origin = catalog.sets(), extraction.origin
+    before = sets.get(config.features)
     if before is not None and origin.get("made_by") is None and before.proposals.get("identity") == origin.get("identity", ""):
         origin = before.proposals  # a file that was moved without its sidecar takes nothing away
     features = FeatureSet({level: plan.key for level, plan in extraction.plans.items()}, extraction.split.skips.by_reason,
-                          config.to_dict(), origin, object_text_entry(extraction.teacher, extraction.templates, before))
+                          config.to_dict(), origin, object_text_entry(extraction.teacher, extraction.templates, sets.values()))
     if before != features:
         catalog.write_set(config.features, features)
     if before is not None and before.object_text != features.object_text:

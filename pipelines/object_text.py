@@ -6,7 +6,7 @@ the classes, one row would give every cache that is there other keys. `train` ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,13 @@ from hdovd.pipelines.text_rows import TextRows
 WORD = "object"
 
 
-def object_text_entry(clip: Teacher, templates: Sequence[str], before: FeatureSet | None) -> dict[str, Any]:
-    """What a set keeps: the key of what made the row, and the row as float16 values; that of the set as it was if it is the same."""
+def object_text_entry(clip: Teacher, templates: Sequence[str], sets: Iterable[FeatureSet]) -> dict[str, Any]:
+    """What a set keeps: the key of what made the row, and the row as float16 values; that of a set of the cache which has it."""
     rows = TextRows((WORD,))
     key = key_of(rows.inputs(clip, templates))
-    if before is not None and before.object_text.get("key") == key:
-        return dict(before.object_text)
+    for features in sets:
+        if features.object_text.get("key") == key:
+            return dict(features.object_text)
     return {"key": key, "embedding": rows.embed(clip, templates, 0, 1)[0].astype(np.float16).tolist()}
 
 
