@@ -23,24 +23,27 @@ class FeatureSet:
 
     `skipped`: ids by reason of what the input files hold and the cache does not. `made_from`: the extraction's
     settings, so that a damaged part can be made again; empty for an import. `proposals`: `file`, `identity` and `made_by` (None if that
-    is not known) of the proposals; empty if that was not recorded. No key depends on it.
+    is not known) of the proposals; empty if that was not recorded. No key depends on it. `object_text`: `key` and `embedding` (D float16
+    values) of the text of the word "object"; empty in older sets and imports.
     """
 
     levels: dict[Level, str]
     skipped: dict[str, list[int | str]] = field(default_factory=dict)
     made_from: dict[str, Any] = field(default_factory=dict)
     proposals: dict[str, Any] = field(default_factory=dict)
+    object_text: dict[str, Any] = field(default_factory=dict)
 
     def to_tree(self) -> dict[str, Any]:
         """As JSON values."""
         tree: dict[str, Any] = {"levels": self.levels, "skipped": self.skipped, "made_from": self.made_from}
-        return tree | ({"proposals": self.proposals} if self.proposals else {})  # sets that are older than it stay the same
+        later = {"proposals": self.proposals, "object_text": self.object_text}
+        return tree | {name: value for name, value in later.items() if value}  # sets that are older than these stay the same
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> FeatureSet:
         """Raises ValueError, KeyError, TypeError or AttributeError if it is none."""
         return cls({Level(level): str(key) for level, key in tree["levels"].items()}, tree["skipped"], tree["made_from"],
-                   dict(tree.get("proposals", {})))
+                   dict(tree.get("proposals", {})), dict(tree.get("object_text", {})))
 
 
 @dataclass(frozen=True, slots=True)

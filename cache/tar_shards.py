@@ -31,6 +31,7 @@ import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -148,6 +149,9 @@ class TarWriter:
             if lines:
                 raise HdovdError(f"{url} holds the shards of something else; give another folder:\n  " + "\n  ".join(lines[:20]))
             self.meta = found
+            if meta.features.object_text and not found.features.object_text:  # the cache learned it since
+                self.meta = replace(found, features=replace(found.features, object_text=meta.features.object_text))
+                self.folder.write(META, self.meta.to_bytes())
         elif there:
             raise HdovdError(f"{url} is not empty and holds no shards ({there[0]}): give another folder")
         else:

@@ -31,6 +31,7 @@ def ablate(
     protocol: options.Protocol = "ov-coco",
     features: options.Features = DEFAULT_SET,
     calibration: options.Calibration = None,
+    init: options.Init = None,
     device: options.Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, done and to do, and stop.")] = False,
 ) -> None:
@@ -49,7 +50,7 @@ def ablate(
     validation = DataPaths(data, val_images, val_annotations) if val_images or val_annotations else None
     config = AblateConfig(DataPaths(data, images, annotations), cache, out, (*(grid or ()), *(more or ())), recipe,
                           preset.value if preset else None, tuple(set_ or ()), seeds, jobs, validation, protocol, features, device, dry_run,
-                          calibration)
+                          calibration, init)
     result = run(config, typer.echo)
     if dry_run:
         for name, standing in result.standing.items():

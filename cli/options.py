@@ -34,6 +34,10 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Override a value o
 Calibration = Annotated[
     Path | None, typer.Option("--calibration", help="What hdovd calibrate wrote: how far to trust pseudo labels, over the recipe's values.")
 ]
+Init = Annotated[
+    Path | None, typer.Option("--init", help="A run whose weights training begins with, such as import-checkpoint wrote: losses' memories, "
+                              "optimizer and schedule begin anew.")
+]
 Features = Annotated[str, typer.Option("--features", help="The name of a set of features: products of one cache that belong together.")]
 
 

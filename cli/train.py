@@ -28,6 +28,7 @@ def train(
     features: options.Features = DEFAULT_SET,
     calibration: options.Calibration = None,
     device: options.Device = "auto",
+    init: options.Init = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", "--requeue-safe", help="Go on from the checkpoint in OUT, or begin if there is none: for jobs that "
@@ -58,4 +59,4 @@ def train(
     refuse_two_sources(set_ or [], calibration)
     validation = validation_paths(data, val_images, val_annotations) if val_every else None
     run(TrainJob(DataPaths(data, images, annotations), cache, out, loaded, protocol, device, overwrite, features, resume, save_minutes,
-                 validation, val_every, tensorboard, calibration))
+                 validation, val_every, tensorboard, calibration, init))

@@ -51,6 +51,7 @@ class Detector(nn.Module):
     recipe: Recipe
     dim: int
     backbone: nn.Module
+    knows_objects: bool = True  # False: training has to give it the text embedding of "object" first
     # module:Class of a module over (image, texts, is_novel) that torch can trace (`exportable`); None: no export but safetensors
     exportable: ClassVar[str | None] = None
     training_parts: ClassVar[tuple[str, ...]] = ()  # beginnings of names in the state that no detection depends on

@@ -7,6 +7,7 @@ processes of their own; what they printed is in OUT/CELL/seedK.log. The same cal
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -63,6 +64,7 @@ class AblateConfig:
     device: str = "auto"
     dry_run: bool = False
     calibration: Path | None = None
+    init: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("seeds", "jobs"):
@@ -89,6 +91,7 @@ class Planned:
     seed: int
     recipe: Recipe
     path: Path
+    init: str | None = None  # hash of the weights that it begins with
 
     @property
     def name(self) -> str:
@@ -138,7 +141,12 @@ def ablate(config: AblateConfig, log: Callable[[str], None] = print) -> Ablation
 def plan(config: AblateConfig) -> list[Planned]:
     """All runs, cell by cell. Raises HdovdError for a wrong recipe or grid."""
     cells = cells_of(config.recipe, config.settings, config.grid, PRESETS[config.preset] if config.preset else ())
-    return [Planned(cell, seed, cell.recipe(config.recipe, config.all_settings, seed), config.out / cell.name / f"seed{seed}")
+    init = None
+    if config.init is not None:
+        from hdovd.pipelines.initial_weights import init_hash
+
+        init = init_hash(config.init)
+    return [Planned(cell, seed, cell.recipe(config.recipe, config.all_settings, seed), config.out / cell.name / f"seed{seed}", init)
             for cell in cells for seed in range(config.seeds)]
 
 
@@ -149,8 +157,9 @@ def standing(planned: Planned, config: AblateConfig) -> Standing:
     run = read_run(planned.path)
     if not run.settings or not run.protocol:
         raise HdovdError(f"{planned.path}: {'; '.join(run.wrong) or 'run.json names no protocol'}: delete this folder, and it is made anew")
-    there = {"protocol": run.protocol, **lasting_values(load_recipe(str(planned.path / "config.toml")))}
-    asked = {"protocol": load_protocol(config.protocol).to_dict(), **lasting_values(planned.recipe)}
+    init = (json.loads((planned.path / "run.json").read_text()).get("init") or {}).get("sha256")
+    there = {"protocol": run.protocol, "weights of --init": init, **lasting_values(load_recipe(str(planned.path / "config.toml")))}
+    asked = {"protocol": load_protocol(config.protocol).to_dict(), "weights of --init": planned.init, **lasting_values(planned.recipe)}
     if lines := differences(asked, there, sides=("asked for", "there")):
         raise HdovdError(f"{planned.path} holds a run of another config:\n  " + "\n  ".join(lines)
                          + "\nAsk for that, give another --out, or delete that folder")
@@ -168,6 +177,7 @@ def commands(planned: Planned, config: AblateConfig, standing: Standing) -> tupl
              "--device", config.device, "--val-every", "0", *(() if is_tar_form(config.cache) else _data_words(config.data)),
              *(word for setting in (*config.settings, *planned.cell.settings, f"train.seed={planned.seed}") for word in ("--set", setting)),
              *(("--calibration", str(config.calibration)) if config.calibration else ()),
+             *(("--init", str(config.init)) if config.init else ()),
              *(("--resume",) if standing is Standing.GO_ON else ()))
     evaluate = (*hdovd, "eval", str(planned.path), *_data_words(config.validation or config.data), "--device", config.device)
     return {Standing.DONE: (), Standing.EVALUATE: (evaluate,)}.get(standing, (train, evaluate))

@@ -61,6 +61,10 @@ def check_backbone(audited: Audited) -> Check:
         found.unknown.append(f"{audited.run_path} was imported from {_file_of(audited.run)}, which does not say what its backbone "
                              "started from")
         return found.check(name, "")
+    if audited.run is not None and (init := audited.run.get("init")):
+        before = init.get("run") if isinstance(init, dict) else "another run"
+        found.unknown.append(f"{audited.run_path} began with the weights of {before}: what those were trained on, its own audit says")
+        return found.check(name, "")
     config = audited.run_path / "config.toml"
     try:
         backbone = tomllib.loads(config.read_text())["detector"]["backbone"]

@@ -23,6 +23,7 @@ from hdovd.pipelines.extraction import Extraction, Probe
 from hdovd.pipelines.identities import level_inputs
 from hdovd.pipelines.noun_file import read_noun_file
 from hdovd.pipelines.nouns import Nouns, named_novel, read_nouns
+from hdovd.pipelines.object_text import object_text_entry
 from hdovd.pipelines.proposal_file import Proposals, made_by_line, read_table, usable_proposals
 from hdovd.pipelines.sharing import do_share, this_share
 from hdovd.pipelines.teacher import Teacher
@@ -177,13 +178,16 @@ def _finish(extraction: Extraction, catalog: Catalog, config: ExtractConfig, rep
         log(f"this worker is done, it made {len(mine)} parts; {len(extraction.left())} of {everything} are other workers' or missing: "
             "when all have ended, the same command without --shard finishes what is left")
         return
-    before, origin = catalog.sets().get(config.features), extraction.origin
+    sets, origin = catalog.sets(), extraction.origin
+    before = sets.get(config.features)
     if before is not None and origin.get("made_by") is None and before.proposals.get("identity") == origin.get("identity", ""):
         origin = before.proposals  # a file that was moved without its sidecar takes nothing away
     features = FeatureSet({level: plan.key for level, plan in extraction.plans.items()}, extraction.split.skips.by_reason,
-                          config.to_dict(), origin)
+                          config.to_dict(), origin, object_text_entry(extraction.teacher, extraction.templates, sets.values()))
     if before != features:
         catalog.write_set(config.features, features)
+    if before is not None and before.object_text != features.object_text:
+        log(f"set {config.features}: the text embedding of \"object\" was added")
     for level in (Level.IMAGE, Level.INSTANCE):
         report.failed |= extraction.product(level).failed()
     for image_id, reason in list(report.failed.items())[:20]:

@@ -93,7 +93,7 @@ class Extraction:
         self.ways = ways
         self._texts = {Level.CLASS: classes} | ({} if nouns is None else {Level.NOUN: TextRows(nouns.vocabulary)})
         self.plans = {plan.level: plan for plan in plans}
-        self._templates, self._batch_size, self.workers = templates, batch_size, workers
+        self.templates, self._batch_size, self.workers = templates, batch_size, workers
         self.done: list[Unit] = []  # by this process, pseudo labels too
         self._writers: dict[Level, ProductWriter] = {}
         self._donors: dict[Level, Rows] = {}
@@ -211,7 +211,7 @@ class Extraction:
             if part.rows is not None:
                 self._writers[level].write_part(number, {"embedding": part.rows.embedding}, part.rows.failed)
             elif part.is_mine:
-                rows = self._texts[level].embed(self.teacher, self._templates, *self.product(level).rows_of(number))
+                rows = self._texts[level].embed(self.teacher, self.templates, *self.product(level).rows_of(number))
                 self._writers[level].write_part(number, {"embedding": rows})
             if part.is_mine:
                 self.done.append(part.unit)

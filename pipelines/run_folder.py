@@ -1,7 +1,8 @@
 """The folder of one training run: what is in it, and how it is written so that it is whole or absent.
 
     config.toml                   the resolved recipe; can be given as --recipe
-    run.json                      protocol, cache identity, package versions, git commit, command; `resumed`: the same of every resumption
+    run.json                      protocol, cache identity, package versions, git commit, command; `resumed`: the same of every resumption;
+                                  `init`: the run whose weights it began with, and their hash
     class_embeddings.safetensors  text embeddings of the protocol's classes, in its order: evaluation needs no cache
     model.safetensors             weights and queues after the last finished epoch
     best.safetensors              the same of the epoch with the best validation AP50 of base classes
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -123,6 +125,8 @@ class RunFolder:
             raise HdovdError(f"{self.path} has no {name}: was the run validated while it trained?")
         try:
             model.load_state_dict(load_file(self.path / name))
+        except SafetensorError as error:
+            raise HdovdError(f"{self.path / name} is damaged ({error}): was it copied whole?") from error
         except RuntimeError as error:
             raise HdovdError(f"{self.path}: {name} does not fit config.toml: {error}") from error
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from hdovd.cache.identity import differences
@@ -24,6 +25,7 @@ from hdovd.pipelines.calibration import LabelOrigin
 from hdovd.pipelines.draws import Draw, as_draw
 from hdovd.pipelines.epoch_order import Dealing, EpochOrder, ShardShuffle, Streams
 from hdovd.pipelines.images import pixels_of, read_image
+from hdovd.pipelines.object_text import object_text_of
 from hdovd.pipelines.shard_reading import ShardReading
 from hdovd.pipelines.training_set import Sample, flipped_at_random, make_targets, uses_nouns
 from hdovd.protocol import Protocol
@@ -97,6 +99,10 @@ class TarTrainingSet(Dataset[Sample]):
             raise HdovdError(f"{self.url} has no text embedding of {missing[:8]}: extract and export with the same --protocol")
         rows: np.ndarray = self._meta.tensors[Level.CLASS].astype(np.float32)[[have[name] for name in names]]
         return rows
+
+    def object_text(self) -> Tensor | None:
+        """(D,) the text embedding of "object", None if there is none. Raises HdovdError for one that is damaged."""
+        return object_text_of(self._meta.features, self.dim, self.url)
 
     def label_origin(self) -> LabelOrigin:
         """What the weights of pseudo labels depend on."""

@@ -33,8 +33,10 @@ from hdovd.pipelines.device import training_workers
 from hdovd.pipelines.draws import key_of
 from hdovd.pipelines.epoch_order import Dealing, Streams
 from hdovd.pipelines.fit import Loop
+from hdovd.pipelines.initial_weights import begin_with, require_same_init
 from hdovd.pipelines.loading import TrainingBatches
 from hdovd.pipelines.loss_window import UnsoundLoss
+from hdovd.pipelines.object_text import give_object_text
 from hdovd.pipelines.processes import Team, team
 from hdovd.pipelines.provenance import provenance
 from hdovd.pipelines.run_folder import RunFolder
@@ -52,7 +54,8 @@ class TrainJob:
 
     `resume`: go on from the checkpoint in `out`, or begin if there is none. `save_minutes`: between two checkpoints within an
     epoch. `validation`: validation images, on which AP is computed after every `val_every` epochs; None: never. `calibration`: a
-    file of `calibrate`, whose values the weights of pseudo labels take instead of the recipe's.
+    file of `calibrate`, whose values the weights of pseudo labels take instead of the recipe's. `init`: a run whose model's weights the
+    new one begins with.
     """
 
     data: DataPaths
@@ -69,6 +72,7 @@ class TrainJob:
     val_every: int = 1
     tensorboard: bool = False
     calibration: Path | None = None
+    init: Path | None = None
 
 
 def train(job: TrainJob, log: Callable[[str], None] = print) -> RunFolder:
@@ -84,17 +88,26 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
     protocol, run = load_protocol(job.protocol), RunFolder(job.out)
     if not (job.resume or job.overwrite):
         run.require_none(job.out)
+    if job.init is not None and job.init.resolve() == job.out.resolve():
+        raise HdovdError(f"--init {job.init} is --out too: give another --out, or --resume to go on with that run")
     data = training_data(job, protocol, log)
     written, recipe, reliability = with_reliability(job.recipe, data.label_origin, job.calibration, protocol.base, log)
     job = replace(job, recipe=written)
     state = load_checkpoint(job.out) if job.resume else None
     if state is not None:
         run.check_same(job.recipe, protocol, data.record())
+        require_same_init(job.init, run)
     class_embeddings = torch.from_numpy(data.class_embeddings(protocol.names))
     batches, layout = batches_of(data, us, None if state is None else state["layout"])
     validation, board = _validation(job, protocol, us, log), _tensorboard(job, us)
     torch.manual_seed(recipe.train.seed)
-    model = build_model(recipe, data.dim, us, log if state is None else None)
+    anew = state is None and job.init is None
+    model = build_model(recipe, data.dim, us, log if anew else None)
+    begun: dict[str, Any] = {}
+    if state is None:
+        if job.init is not None:
+            begun["init"] = begin_with(model, job.init, protocol, class_embeddings, log)
+        begun |= give_object_text(model, data.object_text(), str(job.cache), log)
     loop = loop_of(model, batches, class_embeddings[: len(protocol.base)].to(us.device), recipe, us.device)
     hooks = RunHooks(run, model, us, stop, layout, log, job.save_minutes, _validate(validation, model, class_embeddings), job.val_every)
     if us.world > 1:  # each process draws for itself, where anything draws from torch's own generator
@@ -104,7 +117,7 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
         if hooks.ended == recipe.train.epochs:
             log(f"{run.path} is finished already")
             return run
-    _begin(job, data, protocol, class_embeddings, us, state, reliability, log)
+    _begin(job, data, protocol, class_embeddings, us, state, reliability | begun, log)
     if board is not None:
         hooks.tensorboard = board(run.path / "tensorboard", purge_step=None if state is None else loop.step_number + 1)
     log(f"{data.describe()} of {len(protocol.base)} classes; distillation levels: {enabled_levels(recipe.loss)}; {us.device}"
@@ -186,14 +199,14 @@ def loop_of(detector: Detector, batches: TrainingBatches[Sample], texts: Tensor,
 
 
 def _begin(job: TrainJob, data: TrainingSet | TarTrainingSet, protocol: Protocol, class_embeddings: Tensor, us: Team,
-           state: dict[str, Any] | None, reliability: dict[str, Any], log: Callable[[str], None]) -> None:
+           state: dict[str, Any] | None, origin: dict[str, Any], log: Callable[[str], None]) -> None:
     """The run folder is made, or made ready to go on, by the process that leads; the others wait for it."""
     if us.leads:
         now = provenance(us.device, us.world)
         if state is None:
             if job.resume and (job.out / "model.safetensors").exists() and not job.overwrite:
                 raise HdovdError(f"{job.out} holds a run without a checkpoint.pt: it cannot be resumed. Give another --out, or --overwrite")
-            run = RunFolder.create(job.out, job.recipe, protocol, class_embeddings, {**data.record(), **reliability, **now},
+            run = RunFolder.create(job.out, job.recipe, protocol, class_embeddings, {**data.record(), **origin, **now},
                                    overwrite=job.overwrite or job.resume)
         else:
             run = RunFolder(job.out)

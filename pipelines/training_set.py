@@ -23,6 +23,7 @@ from hdovd.pipelines.draws import Draw, as_draw, is_flipped, key_of
 from hdovd.pipelines.epoch_order import BlockShuffle, EpochOrder, PlainShuffle, Streams
 from hdovd.pipelines.identities import data_inputs
 from hdovd.pipelines.images import read_pixels
+from hdovd.pipelines.object_text import object_text_of
 from hdovd.pipelines.pseudo_labels import label_texts
 from hdovd.targets import Targets
 
@@ -95,6 +96,10 @@ class TrainingSet(Dataset[Sample]):
     def describe(self) -> str:
         """What there is to train on, in words."""
         return f"{len(self)} images, {sum(len(image.boxes) for image in self.images)} base boxes"
+
+    def object_text(self) -> Tensor | None:
+        """(D,) the text embedding of "object", None if there is none. Raises HdovdError for one that is damaged."""
+        return object_text_of(self.cache.set, self.dim, self.cache.url)
 
     def label_origin(self) -> LabelOrigin:
         """What the weights of pseudo labels depend on."""
