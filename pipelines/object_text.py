@@ -53,8 +53,8 @@ def give_object_text(model: Detector, row: Tensor | None, where: str, log: Calla
     if model.knows_objects:
         return {}
     if row is None:
-        log(f"{where} has no text embedding of \"{WORD}\": the mean of the base classes' texts stands in for it. The hdovd extract-clip "
-            "command that made the cache adds it, and extracts nothing else again")
+        log(f"{where} has no text embedding of \"{WORD}\": the hdovd extract-clip command that made a cache adds it, and extracts nothing "
+            "else again")
         return {"object_text": "mean of the base classes"}
     model.set_object_text(row)
     log(f"the text embedding of \"{WORD}\" is that of {where}")
