@@ -2,7 +2,7 @@
 
 RoIAlign is linear, and separable in the axes: a bin is the sum of few cells, each times a weight of its row and one of its column.
 Its gradient is then, for each cell, a weighted sum of rows of the bins' gradients: an embedding bag. Called by `rois`; on a GPU
-torchvision's own gradient is used.
+torchvision's own gradient is used, and for the few RoIs that are very long.
 R RoIs, N pictures, C channels, h x w cells, B bins a side, K cells a bin reaches over along one axis.
 """
 
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
+
+LONG = 8  # cells a bin, from which on a RoI's gradient is torchvision's: a few thin ones would widen the table for all
 
 
 def roi_align_on_cpu(maps: Tensor, rois: Tensor, bins: int, scale: float, samples: int) -> Tensor:
@@ -41,21 +43,34 @@ class _RoIAlign(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rois, = ctx.saved_tensors
-        (pictures, channels, height, width), bins = ctx.shape, ctx.bins
-        if len(rois) == 0:
-            return gradients[0].new_zeros(ctx.shape), None, None, None, None
-        row, of_row = reach(rois[:, 2] * ctx.scale - 0.5, rois[:, 4] * ctx.scale - 0.5, height, bins, ctx.samples)
-        column, of_column = reach(rois[:, 1] * ctx.scale - 0.5, rois[:, 3] * ctx.scale - 0.5, width, bins, ctx.samples)
-        cell = (row * width)[:, :, None, :, None] + column[:, None, :, None, :]  # (R, B, B, K, K)
-        cell = cell + (rois[:, 0].int() * (height * width)).view(-1, 1, 1, 1, 1)
-        weight = of_row[:, :, None, :, None] * of_column[:, None, :, None, :]
-        cells = pictures * height * width
-        cell, order = cell.flatten().sort()
-        first = torch.searchsorted(cell, torch.arange(cells + 1, dtype=torch.int32), out_int32=True)
-        of_bin = order.div(weight[0, 0, 0].numel(), rounding_mode="floor").int()
-        rows = gradients[0].flatten(2).transpose(1, 2).reshape(-1, channels)
-        of_maps = F.embedding_bag(of_bin, rows, first, mode="sum", per_sample_weights=weight.flatten()[order], include_last_offset=True)
-        return of_maps.view(pictures, height, width, channels).permute(0, 3, 1, 2), None, None, None, None
+        sides = (rois[:, 3:] - rois[:, 1:3]).amax(dim=1) * ctx.scale
+        long = sides > LONG * ctx.bins
+        of_maps = _shared(gradients[0][~long], rois[~long], ctx)
+        if long.any():
+            of_maps = of_maps + torch.ops.torchvision._roi_align_backward(
+                gradients[0][long], rois[long], ctx.scale, ctx.bins, ctx.bins, *ctx.shape, ctx.samples, True)
+        return of_maps, None, None, None, None
+
+
+def _shared(gradient: Tensor, rois: Tensor, ctx: Any) -> Tensor:
+    """The gradient (N, C, h, w) of the maps by RoIs (R, 5) whose bins reach over few cells; `gradient`: (R, C, B, B)."""
+    (pictures, channels, height, width), bins = ctx.shape, ctx.bins
+    if len(rois) == 0:
+        return gradient.new_zeros(ctx.shape)
+    row, of_row = reach(rois[:, 2] * ctx.scale - 0.5, rois[:, 4] * ctx.scale - 0.5, height, bins, ctx.samples)
+    column, of_column = reach(rois[:, 1] * ctx.scale - 0.5, rois[:, 3] * ctx.scale - 0.5, width, bins, ctx.samples)
+    cell = (row * width)[:, :, None, :, None] + column[:, None, :, None, :]  # (R, B, B, K, K)
+    cell = cell + (rois[:, 0].int() * (height * width)).view(-1, 1, 1, 1, 1)
+    weight = of_row[:, :, None, :, None] * of_column[:, None, :, None, :]
+    of_bin = torch.arange(len(rois) * bins * bins, dtype=torch.int32).view(len(rois), bins, bins, 1, 1).expand_as(cell)
+    taken = weight.flatten().nonzero()[:, 0]
+    cell, order = cell.flatten()[taken].sort()
+    order = taken[order]
+    first = torch.searchsorted(cell, torch.arange(pictures * height * width + 1, dtype=torch.int32), out_int32=True)
+    rows = gradient.flatten(2).transpose(1, 2).reshape(-1, channels)
+    of_maps = F.embedding_bag(of_bin.reshape(-1)[order], rows, first, mode="sum", per_sample_weights=weight.flatten()[order],
+                              include_last_offset=True)
+    return of_maps.view(pictures, height, width, channels).permute(0, 3, 1, 2)
 
 
 def reach(low: Tensor, high: Tensor, cells: int, bins: int, samples: int) -> tuple[Tensor, Tensor]:

@@ -299,7 +299,8 @@ def _table(config: AblateConfig, plans: list[Planned], standings: dict[str, Stan
             done[p.cell.name][p.seed] = read_run(p.path)
     made_of = {"data": str(config.data.root or config.data.annotations or config.cache), "protocol": config.protocol,
                "cache": str(config.cache), "features": config.features,
-               "recipe": " ".join([config.recipe, *([f"with {config.preset}"] if config.preset else []), *config.settings])}
+               "recipe": " ".join([config.recipe, *([f"with {config.preset}"] if config.preset else []), *config.settings,
+                                   *([f"from the weights of {config.init}"] if config.init else [])])}
     cells = list({p.cell.name: p.cell for p in plans}.values())
     return ablation_table(cells, config.seeds, done, broken, made_of)
 

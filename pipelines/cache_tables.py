@@ -134,7 +134,8 @@ def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Seque
         made_by = features.proposals.get("made_by")
         lines += [f"proposals {features.proposals.get('identity')} of {features.proposals.get('file')}, "
                   + ("made by" if made_by else made_by_line(None)), *_pairs(made_by or {})]
-    lines += ['text embedding of "object": ' + ("there" if features.object_text else "none; extract-clip, run again, adds it")]
+    adds = "; extract-clip, run again, adds it" if features.made_from else ""
+    lines += ['text embedding of "object": ' + ("there" if features.object_text else f"none{adds}")]
     lines += Skips(features.skipped).lines() or ["skipped: nothing"]
     failed = {image: reason for entry in mine if entry.level in (Level.IMAGE, Level.INSTANCE) and entry.product is not None
               for image, reason in entry.product.failed().items()}

@@ -186,7 +186,7 @@ def _finish(extraction: Extraction, catalog: Catalog, config: ExtractConfig, rep
                           config.to_dict(), origin, object_text_entry(extraction.teacher, extraction.templates, sets.values()))
     if before != features:
         catalog.write_set(config.features, features)
-    if before is not None and before.object_text != features.object_text:
+    if before is not None and not before.object_text:
         log(f"set {config.features}: the text embedding of \"object\" was added")
     for level in (Level.IMAGE, Level.INSTANCE):
         report.failed |= extraction.product(level).failed()

@@ -186,7 +186,10 @@ def shuffled(data: Dataset[Sample], config: TrainConfig, device: torch.device,
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW in one pass over the memory of the parameters (`fused`): of AdaMixer's 146 million, several passes cost a tenth of a step."""
+    """AdamW in one pass over the memory of the parameters (`fused`): of AdaMixer's 146 million, several passes cost a tenth of a step.
+
+    A checkpoint brings its own choice: runs that were begun before there was one go on as they began.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)

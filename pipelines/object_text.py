@@ -29,9 +29,16 @@ def object_text_entry(clip: Teacher, templates: Sequence[str], sets: Iterable[Fe
     rows = TextRows((WORD,))
     key = key_of(rows.inputs(clip, templates))
     for features in sets:
-        if features.object_text.get("key") == key:
+        if features.object_text.get("key") == key and _is_sound(features, clip.dim):
             return dict(features.object_text)
     return {"key": key, "embedding": rows.embed(clip, templates, 0, 1)[0].astype(np.float16).tolist()}
+
+
+def _is_sound(features: FeatureSet, dim: int) -> bool:
+    try:
+        return object_text_of(features, dim, "") is not None
+    except HdovdError:
+        return False
 
 
 def object_text_of(features: FeatureSet, dim: int, where: str) -> Tensor | None:
@@ -53,8 +60,8 @@ def give_object_text(model: Detector, row: Tensor | None, where: str, log: Calla
     if model.knows_objects:
         return {}
     if row is None:
-        log(f"{where} has no text embedding of \"{WORD}\": the hdovd extract-clip command that made a cache adds it, and extracts nothing "
-            "else again")
+        log(f"{where} has no text embedding of \"{WORD}\": the hdovd extract-clip command that made a Zarr cache adds it, and extracts "
+            "nothing else again; tar shards get it by hdovd cache export of that cache")
         return {"object_text": "mean of the base classes"}
     model.set_object_text(row)
     log(f"the text embedding of \"{WORD}\" is that of {where}")

@@ -62,7 +62,7 @@ def test_an_old_cache_trains_with_the_mean_and_says_what_adds_it(copied_cache: P
     texts = load_file(tmp_path / "run" / "class_embeddings.safetensors")["embeddings"]
     base = json.loads((tmp_path / "run" / "run.json").read_text())["protocol"]["base"]
     torch.testing.assert_close(found, F.normalize(texts[: len(base)].mean(dim=0), dim=0))
-    assert "the hdovd extract-clip command that made a cache adds it" in said
+    assert "the hdovd extract-clip command that made a Zarr cache adds it" in said
     assert "the mean of the base classes' texts stands in for it" in said
 
 
