@@ -76,13 +76,10 @@ class PyramidRoIAlign(nn.Module):
         image = torch.cat([torch.full((len(r), 1), float(i), device=r.device) for i, r in enumerate(rois)])
         boxes = torch.cat(rois)
         wanted = self.level_of(boxes)
-        channels = features[str(self.levels[0])].shape[1]
-        pooled = boxes.new_zeros(len(boxes), channels, POOL_SIZE, POOL_SIZE)
         indexed = torch.cat([image, boxes], dim=1)
-        for level in self.levels:
-            rows = (wanted == level).nonzero().flatten()
-            pooled = pooled.index_copy(0, rows, self.crop(features, level, indexed[rows]))
-        return pooled
+        rows = [(wanted == level).nonzero().flatten() for level in self.levels]
+        crops = torch.cat([self.crop(features, level, indexed[r]) for level, r in zip(self.levels, rows, strict=True)])
+        return crops.index_select(0, torch.cat(rows).argsort())
 
     def level_of(self, boxes: Tensor) -> Tensor:
         """(R, 4) boxes -> (R,) float32 whole numbers: the level that each is pooled from."""

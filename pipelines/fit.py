@@ -20,6 +20,7 @@ from hdovd.config import TrainConfig
 from hdovd.errors import HdovdError
 from hdovd.pipelines.device import training_workers
 from hdovd.pipelines.epoch_order import Dealing, PlainShuffle
+from hdovd.pipelines.kept_memory import keep_freed_memory
 from hdovd.pipelines.loading import TrainingBatches
 from hdovd.pipelines.loss_window import LossWindow
 from hdovd.pipelines.progress import progress
@@ -66,6 +67,8 @@ class Loop(Generic[Sample]):
 
     def run(self, hooks: Hooks) -> None:
         """Go on from `step_number` to the end. Raises HdovdError, with the window's record of the batch, for a loss that is not sound."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
         with progress(None, self._what, "step", self.total if hooks.shows_bar else 0, initial=self.step_number) as bar:
             while self.step_number < self.total:
                 epoch, done = divmod(self.step_number, len(self.batches))
@@ -89,9 +92,9 @@ class Loop(Generic[Sample]):
         """One step of optimisation."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
+        self.optimizer.zero_grad(set_to_none=True)  # the last step's make room for the activations
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             losses = self._losses_of(batch, epoch)
-        self.optimizer.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)

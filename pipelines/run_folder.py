@@ -113,7 +113,14 @@ class RunFolder:
         return parse_protocol(self.record()["protocol"])
 
     def class_embeddings(self) -> Tensor:
-        return load_file(self.path / "class_embeddings.safetensors")["embeddings"]
+        """(C, D) text embeddings of the protocol's classes. Raises HdovdError if the file is not there, or damaged."""
+        file = self.path / "class_embeddings.safetensors"
+        try:
+            return load_file(file)["embeddings"]
+        except FileNotFoundError:
+            raise HdovdError(f"{self.path} has no {file.name}, which hdovd train writes: was the run copied whole?") from None
+        except (SafetensorError, KeyError) as error:
+            raise HdovdError(f"{file} is damaged ({error}): was it copied whole?") from error
 
     def save_model(self, model: nn.Module, name: str = "model.safetensors") -> None:
         state = {k: v.contiguous() for k, v in model.state_dict().items()}

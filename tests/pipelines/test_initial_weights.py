@@ -240,3 +240,13 @@ def test_all_cells_of_an_ablation_begin_with_it(distilled: RunFolder, base_only:
         asked = replace(config, init=other)
         with pytest.raises(HdovdError, match="weights of --init differs"):
             standing(plan(asked)[0], asked)
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, r"has no class_embeddings\.safetensors.*copied whole"),
+                                               (b"torn", r"class_embeddings\.safetensors is damaged.*copied whole")])
+def test_a_run_that_was_not_copied_whole_is_named(distilled: RunFolder, tmp_path: Path, content: bytes | None, said: str) -> None:
+    shutil.copytree(distilled.path, tmp_path / "run")
+    file = tmp_path / "run" / "class_embeddings.safetensors"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(HdovdError, match=said):
+        RunFolder.open(tmp_path / "run").class_embeddings()
