@@ -70,7 +70,7 @@ class ExportableDetector(nn.Module):
         features = self.backbone(pixels[None])
         limit = torch.cat([size.flip(0), size.flip(0)]).to(pixels)
         proposals = self._proposals(features, pixels.shape, limit)
-        deltas, c, r = self.head(self._pool(features, proposals))
+        deltas, c, r = self.head(self.pool(features, [proposals]))
         boxes = _clip(CODER.decode_single(deltas, proposals), limit)
         return boxes / torch.cat([factor.flip(0), factor.flip(0)]).to(boxes), c, self.head.distill(r)
 
@@ -118,14 +118,6 @@ class ExportableDetector(nn.Module):
             rows, columns = rows * (shape[1] // logits.shape[2]), columns * (shape[2] // logits.shape[3])
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         return (torch.stack([x, y, x, y], dim=2).unsqueeze(2) + cells).reshape(-1, 4)
-
-    def _pool(self, features: dict[str, Tensor], boxes: Tensor) -> Tensor:
-        """`PyramidRoIAlign` of one picture."""
-        pool = self.pool
-        wanted, indexed = pool.level_of(boxes), torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)
-        rows = [(wanted == level).nonzero().flatten() for level in pool.levels]
-        crops = torch.cat([pool.crop(features, level, indexed[r]) for level, r in zip(pool.levels, rows, strict=True)])
-        return crops[torch.cat(rows).argsort()]
 
     def _detections(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`detect_batch` of one picture: scores (R, C)."""

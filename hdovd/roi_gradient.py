@@ -45,10 +45,10 @@ class _RoIAlign(torch.autograd.Function):
         rois, = ctx.saved_tensors
         sides = (rois[:, 3:] - rois[:, 1:3]).amax(dim=1) * ctx.scale
         long = sides > LONG * ctx.bins
-        of_maps = _shared(gradients[0][~long], rois[~long], ctx)
-        if long.any():
-            of_maps = of_maps + torch.ops.torchvision._roi_align_backward(
-                gradients[0][long], rois[long], ctx.scale, ctx.bins, ctx.bins, *ctx.shape, ctx.samples, True)
+        if not long.any():
+            return _shared(gradients[0], rois, ctx), None, None, None, None
+        of_maps = _shared(gradients[0][~long], rois[~long], ctx) + torch.ops.torchvision._roi_align_backward(
+            gradients[0][long], rois[long], ctx.scale, ctx.bins, ctx.bins, *ctx.shape, ctx.samples, True)
         return of_maps, None, None, None, None
 
 

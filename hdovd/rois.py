@@ -73,7 +73,7 @@ class PyramidRoIAlign(nn.Module):
         Returns:
             (R, C, 7, 7) float32, image by image.
         """
-        image = torch.cat([torch.full((len(r), 1), float(i), device=r.device) for i, r in enumerate(rois)])
+        image = torch.cat([torch.full_like(r[:, :1], i) for i, r in enumerate(rois)])
         boxes = torch.cat(rois)
         wanted = self.level_of(boxes)
         indexed = torch.cat([image, boxes], dim=1)

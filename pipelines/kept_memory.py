@@ -1,7 +1,7 @@
 """Freed memory stays with the process, on the CPU: a step of training then writes where the last one did. Called by `fit`.
 
-glibc hands large blocks back to the system as they are freed, and the next step waits while gigabytes of new pages are zeroed:
-a quarter of AdaMixer's step. It costs a few percent of peak memory, for holes are not always of the size that is asked for next.
+glibc hands large blocks back to the system as they are freed, and the next step waits while gigabytes of new pages are zeroed
+(docs/TRAINING.md has figures). It costs peak memory, for holes are not always of the size that is asked for next.
 """
 
 import ctypes

@@ -154,15 +154,16 @@ def test_half_precision_maps_are_pooled_in_float32() -> None:
     torch.testing.assert_close(pooled, roi_align(maps["4"].float(), [roi], 7, spatial_scale=1 / 16, aligned=True))
 
 
+@pytest.mark.parametrize("count", [48, 50])  # the last two are long
 @pytest.mark.parametrize("samples", [0, 1, 2, 3])
 @pytest.mark.parametrize("size", [(12, 9), (1, 5), (2, 1), (90, 80)])
-def test_the_gradient_on_a_cpu_is_torchvisions(size: tuple[int, int], samples: int) -> None:
+def test_the_gradient_on_a_cpu_is_torchvisions(size: tuple[int, int], samples: int, count: int) -> None:
     generator = torch.Generator().manual_seed(7)
     maps = torch.randn(3, 4, *size, generator=generator, requires_grad=True)
     boxes = random_boxes(40, 8)
     odd = torch.tensor([[0.0, 0, 0, 0], [10, 10, 10, 30], [5, 5, 5.001, 5.001], [-60, -60, 160, 160], [-90, -90, -70, -70],
                         [95, 70, 130, 90], [30, 30, 20, 20], [0, 0, 72, 96], [0, 90, 610, 110], [60, 3, 75, 700]])
-    rois = torch.cat([torch.randint(0, 3, (50, 1), generator=generator).float(), torch.cat([boxes, odd])], dim=1)
+    rois = torch.cat([torch.randint(0, 3, (50, 1), generator=generator).float(), torch.cat([boxes, odd])], dim=1)[:count]
     expected = roi_align(maps, rois, 7, 1 / 8, samples, aligned=True)
     pooled = roi_align_on_cpu(maps, rois, 7, 1 / 8, samples)
     assert torch.equal(pooled, expected)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 COUNT = """
-import resource, sys, torch
+import resource, torch
 from hdovd.pipelines.kept_memory import keep_freed_memory
 
 def pages():
