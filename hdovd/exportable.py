@@ -1,7 +1,8 @@
 """The detector as one function of tensors alone, from a picture to detections, that torch can trace. Called by the stage `export_model`.
 
-It is `FasterRCNN.predict` and `inference.detect` over the same weights, written so that a trace keeps what depends on the
-data: sizes are tensors, nothing is a Python number that a picture decides, and no device is written into it.
+It is `Detector.predict` and `inference.detect` over the same weights, written so that a trace keeps what depends on the
+data: sizes are tensors, nothing is a Python number that a picture decides, and no device is written into it. `exportable_rcnn` and
+`adamixer.exportable` are the detectors that there are.
 R RoIs, C classes, D embedding size.
 """
 
@@ -16,30 +17,23 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from hdovd.batching import SIZE_DIVISOR
-from hdovd.faster_rcnn import CODER, FasterRCNN
+from hdovd.detectors import Detector
 from hdovd.inference import combine_scores
-from hdovd.losses import classwise
-from hdovd.rpn import ExactAnchors
-
-_MANY_BOXES = 1000  # torchvision's batched_nms goes class by class where there are more; else it shifts the classes apart
-_SMALLEST = 1e-3  # pixels; torchvision's RPN drops proposals with a shorter side
 
 
 class ExportableDetector(nn.Module):
-    """What detection needs of a trained FasterRCNN, which is put in eval mode: one picture, any classes, detections."""
+    """One picture, any classes, detections: what detection needs of a trained model, which is put in eval mode. A detector's own says
+    what it finds (`rois`) and how sure it is (`scores`)."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: FasterRCNN) -> None:
+    def __init__(self, model: Detector) -> None:
         super().__init__()
         self.recipe = model.recipe
-        self.backbone, self.rpn, self.pool, self.head, self.background = model.backbone, model.rpn, model.pool, model.head, model.background
         config = model.recipe.input
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
-        for level, anchors in enumerate(model.rpn.anchor_generator.cell_anchors):
-            self.register_buffer(f"anchors{level}", anchors.float().clone(), persistent=False)
         model.eval()
         self.eval()
 
@@ -56,25 +50,21 @@ class ExportableDetector(nn.Module):
             Best first: boxes (n, 4) xyxy pixels of `image`, scores (n,), labels (n,) int64, rows of `texts`.
         """
         boxes, c, d = self.rois(image)
-        head, inference = self.recipe.faster_rcnn.head, self.recipe.inference
-        prompts = torch.cat([texts, self.background[None]])
-        scores = classwise.cosine_logits(c, prompts, head.logit_scale).softmax(dim=1)
-        if d is not None:
-            second = classwise.cosine_logits(d, texts, inference.distillation_scale).sigmoid()
-            scores = combine_scores(scores, second, is_novel, inference.alpha, inference.beta)
+        scores, second = self.scores(c, d, texts)
+        if second is not None:
+            scores = combine_scores(scores, second, is_novel, self.recipe.inference.alpha, self.recipe.inference.beta)
         return self._detections(boxes, scores[:, :-1])
 
     def rois(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What does not depend on the classes: boxes (R, 4) xyxy pixels of `image`, c (R, D), and d (R, D) if the model has it."""
-        pixels, size, factor = self._prepare(image)
-        features = self.backbone(pixels[None])
-        limit = torch.cat([size.flip(0), size.flip(0)]).to(pixels)
-        proposals = self._proposals(features, pixels.shape, limit)
-        deltas, c, r = self.head(self.pool(features, [proposals]))
-        boxes = _clip(CODER.decode_single(deltas, proposals), limit)
-        return boxes / torch.cat([factor.flip(0), factor.flip(0)]).to(boxes), c, self.head.distill(r)
+        """What does not depend on the classes: boxes (R, 4) xyxy pixels of `image`; features (R, D) that are compared with the classes'
+        texts, and those that distillation taught, if the model has them."""
+        raise NotImplementedError
 
-    def _prepare(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of `rois`' features: s1 (R, C+1), background last, and s2 (R, C), as in METHOD section 7."""
+        raise NotImplementedError
+
+    def prepare(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`batch_images` of one: pixels (3, H, W), padded; size (2,) of the picture in them and resize factors (2,), y before x."""
         config = self.recipe.input
         shape = torch._shape_as_tensor(image)[1:].double()
@@ -87,45 +77,13 @@ class ExportableDetector(nn.Module):
         right, bottom = -width % SIZE_DIVISOR, -height % SIZE_DIVISOR
         return F.pad(pixels, [0, right, 0, bottom]), size, size / shape  # type: ignore[list-item]  # in a trace, sizes are tensors
 
-    def _proposals(self, features: dict[str, Tensor], shape: torch.Size, limit: Tensor) -> Tensor:
-        """The RPN's `filter_proposals`: (R, 4) pixels of the batch, best first."""
-        rpn = self.rpn
-        boxes, scores = [], []
-        for level, (logits, deltas) in enumerate(zip(*rpn.head(list(features.values())), strict=True)):
-            anchors = self._anchors(level, logits, shape)
-            logits = logits[0].permute(1, 2, 0).flatten()
-            best = logits.topk(_at_most(logits, rpn.pre_nms_top_n())).indices
-            deltas = deltas[0].unflatten(0, (-1, 4)).permute(2, 3, 0, 1).reshape(-1, 4)
-            level_boxes = _clip(rpn.box_coder.decode_single(deltas[best], anchors[best]), limit)
-            keep = ((level_boxes[:, 2:] - level_boxes[:, :2]).amin(dim=1) >= _SMALLEST).nonzero().flatten()
-            boxes.append(level_boxes[keep])
-            scores.append(logits[best][keep].sigmoid())
-        together = torch.cat([torch.cat(boxes), torch.zeros_like(limit[None])])  # one more, or there may be no largest
-        few = torch._shape_as_tensor(together)[0] - 1 <= _MANY_BOXES
-        shift = few.to(limit) * (together.amax() + 1)
-        kept = [nms(b + level * shift, s, rpn.nms_thresh) for level, (b, s) in enumerate(zip(boxes, scores, strict=True))]
-        boxes, scores = ([rows[k] for rows, k in zip(parts, kept, strict=True)] for parts in (boxes, scores))
-        return torch.cat(boxes)[_best(torch.cat(scores), rpn.post_nms_top_n())]
-
-    def _anchors(self, level: int, logits: Tensor, shape: torch.Size) -> Tensor:
-        """torchvision's grid of anchors over a map of logits (1, A, h, w): (h * w * A, 4)."""
-        cells = self.get_buffer(f"anchors{level}")
-        rows, columns = (torch.ones_like(line).cumsum(0) - 1 for line in (logits[0, 0, :, 0], logits[0, 0, 0, :]))
-        if isinstance(self.rpn.anchor_generator, ExactAnchors):
-            stride = 2 ** (self.pool.levels[0] + level)
-            rows, columns = rows * stride, columns * stride
-        else:
-            rows, columns = rows * (shape[1] // logits.shape[2]), columns * (shape[2] // logits.shape[3])
-        y, x = torch.meshgrid(rows, columns, indexing="ij")
-        return (torch.stack([x, y, x, y], dim=2).unsqueeze(2) + cells).reshape(-1, 4)
-
     def _detections(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`detect_batch` of one picture: scores (R, C)."""
         config = self.recipe.inference
         find = _OnnxClassNms.apply if torch.onnx.is_in_onnx_export() else class_nms
         roi, label = find(boxes, scores, config.nms, config.score_threshold).unbind(1)
         score = scores[roi, label]
-        best = _best(score, config.detections_per_image)
+        best = best_places(score, config.detections_per_image)
         return boxes[roi[best]], score[best], label[best]
 
 
@@ -195,16 +153,16 @@ def _taken(length: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return first, torch.minimum(first + 1, length.long() - 1), place - first.float()
 
 
-def _clip(boxes: Tensor, limit: Tensor) -> Tensor:
+def clip(boxes: Tensor, limit: Tensor) -> Tensor:
     """Boxes (n, 4) inside (4,) width, height, width, height."""
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
-def _at_most(rows: Tensor, most: int) -> Tensor:
+def at_most(rows: Tensor, most: int) -> Tensor:
     """The lesser of the length of rows and `most`, as a trace keeps it."""
     return torch._shape_as_tensor(rows)[0].clamp(max=most)
 
 
-def _best(scores: Tensor, most: int) -> Tensor:
+def best_places(scores: Tensor, most: int) -> Tensor:
     """The places of the `most` highest scores, best first; of equal ones the first."""
     return scores.sort(descending=True).indices[:most]

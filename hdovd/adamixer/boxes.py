@@ -23,7 +23,7 @@ def to_xyzr(boxes: Tensor) -> Tensor:
 def sides(xyzr: Tensor) -> Tensor:
     """(..., 4) x, y, z, r -> (..., 2) width and height, pixels."""
     z, half = xyzr[..., 2], xyzr[..., 3] / 2
-    return torch.stack([torch.exp2(z - half), torch.exp2(z + half)], dim=-1)
+    return 2.0 ** torch.stack([z - half, z + half], dim=-1)
 
 
 def to_corners(xyzr: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def to_corners(xyzr: Tensor) -> Tensor:
 
 def refine(xyzr: Tensor, deltas: Tensor) -> Tensor:
     """Boxes moved by (..., 4) deltas: the centre by parts of 2^z, z and r by addition (arXiv 2203.16507, section 3.1)."""
-    return torch.cat([xyzr[..., :2] + deltas[..., :2] * torch.exp2(xyzr[..., 2:3]), xyzr[..., 2:] + deltas[..., 2:]], dim=-1)
+    return torch.cat([xyzr[..., :2] + deltas[..., :2] * 2.0 ** xyzr[..., 2:3], xyzr[..., 2:] + deltas[..., 2:]], dim=-1)
 
 
 def overlap(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:

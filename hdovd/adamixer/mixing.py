@@ -24,11 +24,11 @@ class AdaptiveMixing(nn.Module):
         made = self.parameters_of(content).view(-1, self.width**2 + self.points * self.out_points)
         of_channels, of_points = made.split([self.width**2, self.points * self.out_points], dim=1)
         values = torch.bmm(sampled.flatten(0, 1).to(made.dtype), of_channels.unflatten(1, (self.width, self.width)))
-        values = torch.bmm(of_points.unflatten(1, (self.out_points, self.points)), _normalised(values))
-        mixed: Tensor = self.out(_normalised(values).view(len(content), -1))
+        values = torch.bmm(of_points.unflatten(1, (self.out_points, self.points)), _normalised(values, self.points, self.width))
+        mixed: Tensor = self.out(_normalised(values, self.out_points, self.width).view(-1, self.out.in_features))
         return mixed
 
 
-def _normalised(values: Tensor) -> Tensor:
+def _normalised(values: Tensor, points: int, width: int) -> Tensor:
     """LayerNorm over both, points and channels, without weights; then ReLU."""
-    return F.layer_norm(values, values.shape[-2:]).relu_()
+    return F.layer_norm(values, (points, width)).relu_()

@@ -20,16 +20,15 @@ class SamplingTable:
     def __init__(self, maps: list[Tensor], strides: list[int]) -> None:
         """`maps`: (N, C, h, w) each. `strides`: pixels a cell, of each."""
         device = maps[0].device
+        sizes = torch.stack([torch._shape_as_tensor(m)[2:] for m in maps])  # (L, 2) height, width; tensors, so that a trace keeps them
+        wide = sizes + 2  # with the border
         bordered = [F.pad(m.float(), (1, 1, 1, 1)).permute(0, 2, 3, 1).flatten(1, 2) for m in maps]
         self.rows = torch.cat(bordered, dim=1).contiguous()  # (N, cells, C) float32
-        shapes = [m.shape[-2:] for m in maps]
+        cells = wide.prod(dim=1)
         self.strides = torch.tensor(strides, device=device, dtype=torch.float32)
-        self.sizes = torch.tensor(shapes, device=device, dtype=torch.float32)  # (L, 2) height, width
-        first = [0]
-        for height, width in shapes:
-            first.append(first[-1] + (height + 2) * (width + 2))
-        self.width = torch.tensor([w + 2 for _, w in shapes], device=device, dtype=torch.int32)  # (L,) with the border
-        self.first = torch.tensor(first[:-1], device=device, dtype=torch.int32) + self.width + 1  # of the cell in the upper left corner
+        self.sizes = sizes.to(device, torch.float32)
+        self.width = wide[:, 1].to(device, torch.int32)  # (L,)
+        self.first = (cells.cumsum(0) - cells).to(device, torch.int32) + self.width + 1  # of the cell in the upper left corner
 
     def sample(self, points: Tensor, groups: int) -> Tensor:
         """The values at points, of the group's own channels.
@@ -50,7 +49,11 @@ class SamplingTable:
         steps = torch.stack([torch.zeros_like(step), torch.full_like(step, groups), step, step + groups], dim=1)
         index = index[..., None] + steps  # (N, Q, G, P, L, 4): of 32 bits, which are sorted several times faster than 64
         table = self.rows.reshape(-1, channels // groups)
-        taken = F.embedding_bag(index.flatten(0, 3).flatten(1), table, mode="sum", per_sample_weights=weight.flatten(0, 3).flatten(1))
+        index, weight = index.flatten(0, 3).flatten(1), weight.flatten(0, 3).flatten(1)
+        if torch.onnx.is_in_onnx_export():  # whose embedding bag is a loop over the points
+            taken = (table[index] * weight[..., None]).sum(dim=1)
+        else:
+            taken = F.embedding_bag(index, table, mode="sum", per_sample_weights=weight)
         return taken.view(*points.shape[:-1], channels // groups)
 
     def _cells(self, points: Tensor) -> tuple[Tensor, Tensor]:

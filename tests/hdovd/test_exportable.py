@@ -8,7 +8,8 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from hdovd.config import PRESETS, InferenceConfig, load_recipe
-from hdovd.exportable import ExportableDetector, class_nms
+from hdovd.exportable import class_nms
+from hdovd.exportable_rcnn import ExportableFasterRCNN
 from hdovd.faster_rcnn import FasterRCNN, RoIPredictions
 from hdovd.inference import Detections, detect
 
@@ -41,7 +42,7 @@ def same(model: FasterRCNN, image: Tensor, texts: Tensor, is_novel: Tensor) -> i
     """Asserts that both find the same; how many they find."""
     expected = detect(model.predict([image], texts)[0], is_novel, model.recipe.inference)
     with torch.inference_mode():
-        found = Detections(*ExportableDetector(model)(image, texts, is_novel))
+        found = Detections(*ExportableFasterRCNN(model)(image, texts, is_novel))
     torch.testing.assert_close(found.boxes, expected.boxes, atol=1e-4, rtol=0)
     torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=0)
     assert found.labels.tolist() == expected.labels.tolist()
@@ -77,13 +78,13 @@ def test_no_proposals() -> None:
 def test_the_novel_classes_are_asked_for() -> None:
     model, texts = detector(), noise(4, DIM, seed=3)
     with torch.inference_mode():
-        one, other = (ExportableDetector(model)(picture(60, 60), texts, torch.full((4,), novel)) for novel in (False, True))
+        one, other = (ExportableFasterRCNN(model)(picture(60, 60), texts, torch.full((4,), novel)) for novel in (False, True))
     assert one[1][:5].tolist() != other[1][:5].tolist()
 
 
 def test_the_training_mode_of_the_model_does_not_matter() -> None:
     model = detector()
-    assert not ExportableDetector(model.train()).training
+    assert not ExportableFasterRCNN(model.train()).training
     assert not model.training
 
 

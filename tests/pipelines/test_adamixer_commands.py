@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hdovd.adamixer.model import AdaMixer
 from hdovd.coco import DataPaths
 from hdovd.config import PRESETS, Recipe, load_recipe
 from hdovd.detectors import Detector, build_detector
@@ -112,20 +113,28 @@ def test_relations(run: RunFolder, world: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(found.names) > 1
 
 
+@pytest.mark.parametrize("form", ModelForm)
+def test_every_form_finds_what_the_model_finds(form: ModelForm, run: RunFolder, tmp_path: Path) -> None:
+    done = export_model(ExportModelJob(run.path, form, tmp_path / "out"), lambda _: None)
+    assert done.checked.detections > 0
+    assert done.checked.difference < 5e-4
+
+
+def test_exported_weights_leave_training_out(run: RunFolder, tmp_path: Path) -> None:
+    names = load_file(export_model(ExportModelJob(run.path, ModelForm.SAFETENSORS, tmp_path / "out"), lambda _: None).file).keys()
+    assert "background" in names
+    assert not [name for name in names if name.startswith(("text_level.", "instance_level.", "proposals.auxiliary."))]
+
+
 @pytest.mark.parametrize("form", [ModelForm.ONNX, ModelForm.TORCHSCRIPT])
-def test_export_says_which_form_works(form: ModelForm, run: RunFolder, tmp_path: Path) -> None:
+def test_a_detector_that_cannot_be_traced_says_which_form_works(form: ModelForm, run: RunFolder, tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AdaMixer, "exportable", None)
     with pytest.raises(HdovdError, match=rf"--format {form}: .*adamixer.*--format safetensors"):
         export_model(ExportModelJob(run.path, form, tmp_path / "out"), lambda _: None)
     assert not list(tmp_path.iterdir())
-
-
-def test_exported_weights_find_the_same(run: RunFolder, tmp_path: Path) -> None:
-    done = export_model(ExportModelJob(run.path, ModelForm.SAFETENSORS, tmp_path / "out.safetensors"), lambda _: None)
-    assert done.checked.detections > 0
+    done = export_model(ExportModelJob(run.path, ModelForm.SAFETENSORS, tmp_path / "out"), lambda _: None)
     assert done.checked.difference < 1e-5
-    names = load_file(done.file).keys()
-    assert "background" in names
-    assert not [name for name in names if name.startswith(("text_level.", "instance_level.", "proposals.auxiliary."))]
 
 
 def test_a_grid_over_its_values() -> None:

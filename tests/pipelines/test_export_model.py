@@ -24,7 +24,7 @@ from hdovd.batching import batch_images
 from hdovd.cli.main import app
 from hdovd.config import PRESETS, Recipe
 from hdovd.errors import HdovdError
-from hdovd.exportable import ExportableDetector
+from hdovd.exportable_rcnn import ExportableFasterRCNN
 from hdovd.faster_rcnn import FasterRCNN
 from hdovd.inference import Detections, detect
 from hdovd.pipelines.export_check import largest_difference, made_up_pictures
@@ -97,12 +97,12 @@ def test_every_form_finds_what_the_model_finds(form: ModelForm, name: str, world
 def test_a_photo_is_resized_as_the_model_does_it(tmp_path: Path, micro_recipe: Callable[..., Recipe]) -> None:
     """To the bit where torch adds alike: boxes of large pictures are off by whatever the resizing is."""
     trained = _random_run(tmp_path / "run", micro_recipe())
-    detector, config = ExportableDetector(_model(trained)), trained.recipe().input
+    detector, config = ExportableFasterRCNN(_model(trained)), trained.recipe().input
     generator = torch.Generator().manual_seed(0)
     for size in ((1000, 1500), (1125, 1500), (3000, 400), (7, 5), (config.short_side, config.short_side), (1, 900)):
         picture = torch.randint(0, 256, (3, *size), generator=generator).byte()
         expected, factors = batch_images([picture], config)
-        pixels, _, factor = detector._prepare(picture)
+        pixels, _, factor = detector.prepare(picture)
         torch.testing.assert_close(pixels[None], expected.tensors.contiguous(), atol=2e-6, rtol=0)
         assert factor.flip(0).tolist() == pytest.approx(factors[0], abs=0)
 
@@ -112,10 +112,10 @@ def test_onnx_resizes_a_photo_as_the_model_does_it(tmp_path: Path, micro_recipe:
     class Prepared(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.detector = ExportableDetector(_model(_random_run(tmp_path / "run", micro_recipe())))
+            self.detector = ExportableFasterRCNN(_model(_random_run(tmp_path / "run", micro_recipe())))
 
         def forward(self, image: Tensor) -> Tensor:
-            return self.detector._prepare(image)[0]
+            return self.detector.prepare(image)[0]
 
     module, picture = Prepared(), torch.randint(0, 256, (3, 1000, 1500), generator=torch.Generator().manual_seed(0)).byte()
     torch.onnx.export(module, (picture[:, :90, :120],), str(tmp_path / "x.onnx"), input_names=["image"], output_names=["pixels"],

@@ -1,0 +1,52 @@
+"""The AdaMixer that can be traced finds what `predict` and `detect` find; so does a trace of it, in pictures of other sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from adamixer_scenes import DIM, detector, pictures, unit
+
+from hdovd.adamixer.exportable import ExportableAdaMixer
+from hdovd.adamixer.model import AdaMixer
+from hdovd.config import PRESETS
+from hdovd.inference import Detections, detect
+from hdovd.pipelines.model_form import ModelForm
+from hdovd.pipelines.model_forms import CARRIED, Run, open_model, write
+
+SIZES = [(96, 80), (37, 91), (300, 40), (7, 5), (64, 64)]  # height, width
+
+
+def same(model: AdaMixer, run: Run) -> None:
+    for size in SIZES:
+        for classes in (1, 9):
+            picture, texts, is_novel = pictures(size, first=size[0])[0], unit(classes, DIM, seed=classes), torch.arange(classes) % 3 == 0
+            expected = detect(model.predict([picture], texts)[0], is_novel, model.recipe.inference)
+            with torch.inference_mode():
+                found = Detections(*run(picture, texts, is_novel))
+            assert found.labels.tolist() == expected.labels.tolist()
+            assert len(found.labels) > 0
+            torch.testing.assert_close(found.boxes, expected.boxes, atol=1e-3, rtol=0)
+            torch.testing.assert_close(found.scores, expected.scores, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [
+    (),  # more candidates than queries
+    PRESETS["base-only"],  # one score
+    ("detector.decoder.queries=9999",),  # fewer candidates than queries
+    ("detector.proposals.pre_nms=5", "detector.decoder.queries=15"),  # those that the NMS dropped come back
+    ("detector.proposals.nms=0.1",)], ids=["usual", "one score", "all candidates", "few", "strict"])
+def test_it_finds_what_the_model_finds(settings: tuple[str, ...]) -> None:
+    model = detector(*settings).eval()
+    same(model, ExportableAdaMixer(model))
+
+
+@pytest.mark.parametrize("settings", [(), ("detector.proposals.pre_nms=60", "detector.decoder.queries=200")], ids=["usual", "varying"])
+@pytest.mark.parametrize("form", [ModelForm.ONNX, ModelForm.TORCHSCRIPT])
+def test_a_trace_keeps_what_a_picture_decides(form: ModelForm, settings: tuple[str, ...], tmp_path: Path) -> None:
+    """Traced on a picture of none of the sizes; queries and candidates in number as the picture has them."""
+    model = detector(*settings).eval()
+    example = (pictures((90, 120))[0].contiguous(), unit(4, DIM, seed=1), torch.tensor([True, False, False, True]))
+    write(form, model, example, dict.fromkeys(CARRIED, ""), tmp_path / "out")
+    same(model, open_model(form, tmp_path / "out")[0])
