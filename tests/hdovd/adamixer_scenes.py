@@ -1,4 +1,4 @@
-"""A small AdaMixer, batches for it, and weights that any machine makes alike. Used by the tests in `adamixer`."""
+"""A small AdaMixer, batches, weights that any machine makes alike, a comparison. Used by the tests in `adamixer` and of released code."""
 
 import json
 import zlib
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hdovd.adamixer.model import AdaMixer
 from hdovd.config import Recipe, load_recipe
+from hdovd.inference import Detections
 from hdovd.targets import Targets
 
 REFERENCE = Path(__file__).parent / "adamixer" / "reference.json"
@@ -151,3 +152,13 @@ SMALL_SHAPE = {"channels": 32, "dim": DIM, "stages": 2, "groups": 4, "points": 6
 
 def reference() -> dict:
     return json.loads(REFERENCE.read_text())
+
+
+def require_same(found: list[Detections], wanted: dict) -> None:
+    """Asserts that detections are those of the authors' code, of which `wanted` has the number and the first ones of each picture."""
+    for one, rows, count in zip(found, wanted["detections"], wanted["counts"], strict=True):
+        expected = torch.tensor(rows)
+        assert len(one.scores) == count
+        torch.testing.assert_close(one.boxes[: len(rows)], expected[:, :4], atol=1e-3, rtol=0)
+        torch.testing.assert_close(one.scores[: len(rows)], expected[:, 4], atol=1e-4, rtol=0)
+        assert one.labels[: len(rows)].tolist() == expected[:, 5].long().tolist()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from adamixer_scenes import made_weights, noise, pictures, targets
+from adamixer_scenes import made_weights, noise, pictures, require_same, targets
 from torch import Tensor
 
 from hdovd.config import load_recipe
@@ -94,12 +94,7 @@ def test_detections(model: FasterRCNN, images: list[Tensor], texts: Tensor) -> N
     """To 1e-3 pixels and 1e-4 in score."""
     model.eval()
     found = detect_batch(model.predict(images, texts), torch.arange(CLASSES) >= BASE, model.recipe.inference)
-    for one, rows, count in zip(found, REFERENCE["detections"], REFERENCE["counts"], strict=True):
-        expected = torch.tensor(rows)
-        assert len(one.scores) == count
-        torch.testing.assert_close(one.boxes[: len(rows)], expected[:, :4], atol=1e-3, rtol=0)
-        torch.testing.assert_close(one.scores[: len(rows)], expected[:, 4], atol=1e-4, rtol=0)
-        assert one.labels[: len(rows)].tolist() == expected[:, 5].long().tolist()
+    require_same(found, REFERENCE)
 
 
 def test_the_shapes_are_the_published_ones() -> None:

@@ -18,6 +18,7 @@ from adamixer_scenes import (
     pictures,
     published_shapes,
     reference,
+    require_same,
     small,
     targets,
     unit,
@@ -94,12 +95,7 @@ def test_detections(model: AdaMixer, weights: dict[str, Tensor], texts: Tensor) 
     wanted = reference()
     predictions = model.predict(pictures(*(tuple(one["size"]) for one in wanted["pictures"]), first=FIRST), texts)
     found = detect_batch(predictions, torch.arange(CLASSES) >= BASE, model.recipe.inference)
-    for one, rows, count in zip(found, wanted["detections"], wanted["counts"], strict=True):
-        expected = torch.tensor(rows)
-        assert len(one.scores) == count
-        torch.testing.assert_close(one.boxes[: len(rows)], expected[:, :4], atol=1e-3, rtol=0)
-        torch.testing.assert_close(one.scores[: len(rows)], expected[:, 4], atol=1e-4, rtol=0)
-        assert one.labels[: len(rows)].tolist() == expected[:, 5].long().tolist()
+    require_same(found, wanted)
 
 
 def own_state(model: AdaMixer) -> Iterator[tuple[str, tuple[int, ...]]]:
