@@ -165,4 +165,6 @@ def at_most(rows: Tensor, most: int) -> Tensor:
 
 def best_places(scores: Tensor, most: int) -> Tensor:
     """The places of the `most` highest scores, best first; of equal ones the first."""
-    return scores.sort(descending=True).indices[:most]
+    if torch.onnx.is_in_onnx_export():  # its sort keeps the order of equal ones anyway, and has no word for it
+        return scores.sort(descending=True).indices[:most]
+    return scores.sort(descending=True, stable=True).indices[:most]

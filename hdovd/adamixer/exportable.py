@@ -11,7 +11,7 @@ from torchvision.ops import nms
 
 from hdovd.adamixer.boxes import to_corners, to_xyzr
 from hdovd.adamixer.model import AdaMixer
-from hdovd.adamixer.proposals import DensePredictions
+from hdovd.adamixer.proposals import DensePredictions, by_rank
 from hdovd.adamixer.sampling import SamplingTable
 from hdovd.exportable import ExportableDetector, best_places
 from hdovd.losses.classwise import cosine_logits
@@ -54,11 +54,11 @@ class ExportableAdaMixer(ExportableDetector):
         probability, boxes = dense.probability[0], dense.boxes[0]
         counts = torch.stack([torch._shape_as_tensor(m)[2:].prod() for m in maps])
         ends = counts.cumsum(0)
-        chosen = [probability[end - count : end].topk(count.clamp(max=self.config.proposals.pre_nms)).indices + (end - count)
+        chosen = [best_places(probability[end - count : end], self.config.proposals.pre_nms) + (end - count)
                   for count, end in zip(counts, ends, strict=True)]
         best = torch.cat(chosen)
         probability, boxes = probability[best], boxes[best]
         exact = torch.float32 if torch.onnx.is_in_onnx_export() else torch.float64  # ONNX has no other NMS
         kept = nms(boxes.to(exact), probability.to(exact), self.config.proposals.nms)
-        first = torch.zeros_like(probability).index_fill(0, kept, 2.0) * (probability > 0)
-        return boxes[best_places(probability + first, self.config.decoder.queries)]
+        distinct = torch.zeros_like(probability).index_fill(0, kept, 1.0) * probability > 0
+        return boxes[best_places(by_rank(probability, distinct), self.config.decoder.queries)]

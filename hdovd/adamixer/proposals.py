@@ -99,10 +99,13 @@ class QueryProposals(nn.Module):
         self.content_norm = nn.LayerNorm(channels)
 
     def candidates(self, dense: DensePredictions, positions_of_levels: list[int]) -> Candidates:
-        """The best of each level, with gradient, and which of them are distinct. The NMS waits for the device, once for the batch."""
+        """The best of each level, with gradient, and which of them are distinct. The NMS waits for the device, once for the batch.
+
+        Of equal ones the first: in the padding all are equal, and without an order each kernel would find other objects from there.
+        """
         chosen, first = [], 0
         for count in positions_of_levels:
-            best = dense.probability[:, first : first + count].topk(min(self.config.pre_nms, count), dim=1).indices
+            best = dense.probability[:, first : first + count].sort(dim=1, descending=True, stable=True).indices[:, : self.config.pre_nms]
             chosen.append(best + first)
             first += count
         index = torch.cat(chosen, dim=1)
@@ -121,7 +124,7 @@ class QueryProposals(nn.Module):
         Where a picture has fewer than `queries` of them, those that the NMS dropped follow, best first, so that all pictures of a
         batch have as many; Q is less than `queries` only where there are fewer candidates of either kind. (The released code stops.)
         """
-        order = (candidates.probability + 2.0 * candidates.distinct).topk(min(queries, candidates.probability.shape[1]), dim=1).indices
+        order = by_rank(candidates.probability, candidates.distinct).sort(dim=1, descending=True, stable=True).indices[:, :queries]
         return candidates.boxes.gather(1, order[..., None].expand(-1, -1, 4))
 
     def content(self, table: SamplingTable, boxes: Tensor) -> Tensor:
@@ -129,6 +132,12 @@ class QueryProposals(nn.Module):
         points = to_xyzr(boxes)[..., None, None, :3]
         content: Tensor = self.content_norm(table.sample(points, 1)[..., 0, 0, :])
         return content
+
+
+def by_rank(probability: Tensor, distinct: Tensor) -> Tensor:
+    """Numbers by which candidates of some probability (...) are in order, the distinct ones (...) bool first, which keep all their bits:
+    small ones lie closer together than the bits of a number above 1."""
+    return probability.where(distinct, probability - 1)
 
 
 def positions(size: tuple[int, int] | torch.Size, stride: int, device: torch.device) -> Tensor:

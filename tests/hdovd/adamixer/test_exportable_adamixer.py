@@ -18,6 +18,12 @@ from hdovd.pipelines.model_forms import CARRIED, Run, open_model, write
 SIZES = [(96, 80), (37, 91), (300, 40), (7, 5), (64, 64)]  # height, width
 
 
+def written(form: ModelForm, model: AdaMixer, file: Path) -> Run:
+    example = (pictures((90, 120))[0].contiguous(), unit(4, DIM, seed=1), torch.tensor([True, False, False, True]))
+    write(form, model, example, dict.fromkeys(CARRIED, ""), file)
+    return open_model(form, file)[0]
+
+
 def same(model: AdaMixer, run: Run) -> None:
     for size in SIZES:
         for classes in (1, 9):
@@ -47,6 +53,13 @@ def test_it_finds_what_the_model_finds(settings: tuple[str, ...]) -> None:
 def test_a_trace_keeps_what_a_picture_decides(form: ModelForm, settings: tuple[str, ...], tmp_path: Path) -> None:
     """Traced on a picture of none of the sizes; queries and candidates in number as the picture has them."""
     model = detector(*settings).eval()
-    example = (pictures((90, 120))[0].contiguous(), unit(4, DIM, seed=1), torch.tensor([True, False, False, True]))
-    write(form, model, example, dict.fromkeys(CARRIED, ""), tmp_path / "out")
-    same(model, open_model(form, tmp_path / "out")[0])
+    same(model, written(form, model, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("form", [ModelForm.ONNX, ModelForm.TORCHSCRIPT, None])
+def test_queries_from_equal_candidates(form: ModelForm | None, tmp_path: Path) -> None:
+    """As cells of the padding are: the first ones are taken, in a trace too."""
+    model = detector("detector.proposals.pre_nms=100").eval()
+    with torch.no_grad():
+        model.proposals.main.object_scale.zero_()
+    same(model, ExportableAdaMixer(model) if form is None else written(form, model, tmp_path / "out"))
