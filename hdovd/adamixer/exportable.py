@@ -1,6 +1,6 @@
 """AdaMixer as one function of tensors alone (`hdovd.exportable`). Called by the stage `export_model`.
 
-Q queries, C classes, D embedding size, A positions of all levels.
+R queries, C classes, D embedding size.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ExportableAdaMixer(ExportableDetector):
         return first, cosine_logits(d, texts, self.recipe.inference.distillation_scale).softmax(dim=1)
 
     def _start(self, dense: DensePredictions, maps: list[Tensor]) -> Tensor:
-        """`QueryProposals.candidates` and `choose` of one picture: (Q, 4) xyxy."""
+        """`QueryProposals.candidates` and `choose` of one picture: (R, 4) xyxy."""
         probability, boxes = dense.probability[0], dense.boxes[0]
         counts = torch.stack([torch._shape_as_tensor(m)[2:].prod() for m in maps])
         ends = counts.cumsum(0)
