@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+# Torch has no public name for oneDNN's product in float32; its compiler calls this operator (torch 2.6 to 2.15).
+HAS_PRODUCT = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
 
 class WideLinear(nn.Linear):
     """`nn.Linear` with a bias, by its state and by its values but for rounding. Other products where it trains in float32 on a CPU."""
@@ -20,7 +23,7 @@ class WideLinear(nn.Linear):
         """(M, I) -> (M, O)."""
         trains = torch.is_grad_enabled() and self.weight.requires_grad
         plain = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if trains and plain and len(x) and torch.backends.mkldnn.is_available():
+        if HAS_PRODUCT and trains and plain and len(x):
             out: Tensor = _Products.apply(x, self.weight, self.bias)
             return out
         return super().forward(x)
@@ -40,6 +43,6 @@ class _Products(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` by oneDNN. Torch has no public name for it in float32; its compiler calls this one (torch 2.6 to 2.15)."""
+    """`F.linear` by oneDNN."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
