@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hdovd.cache.catalog import Catalog, FeatureSet
-from hdovd.cache.identity import KeyInputs, differences, short
+from hdovd.cache.identity import KeyInputs, differences
 from hdovd.cache.inventory import Entry, Garbage, inventory, of_unfinished_extractions
 from hdovd.cache.product import Product
 from hdovd.cache.schema import DEFAULT_SET, TABLES, Level
@@ -20,6 +19,7 @@ from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.box_table import match_rows
 from hdovd.pipelines.extract_clip import size
 from hdovd.pipelines.proposal_file import made_by_line
+from hdovd.pipelines.settings import pair_lines
 
 LEAST_PREFIX = 4  # characters of a key
 PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -129,11 +129,12 @@ def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Seque
              *_table(HEAD, [_cells(entry, entries) for entry in mine], "  ")]
     lines += [f"  {level} {key[:12]} is not there: hdovd cache verify" for level, key in features.levels.items()
               if (level, key) not in {(e.level, e.key) for e in mine}]
-    lines += ["made from", *_pairs(features.made_from)] if features.made_from else ["made from: imported, nothing to make it again from"]
+    lines += (["made from", *pair_lines(features.made_from)] if features.made_from
+              else ["made from: imported, nothing to make it again from"])
     if features.proposals:
         made_by = features.proposals.get("made_by")
         lines += [f"proposals {features.proposals.get('identity')} of {features.proposals.get('file')}, "
-                  + ("made by" if made_by else made_by_line(None)), *_pairs(made_by or {})]
+                  + ("made by" if made_by else made_by_line(None)), *pair_lines(made_by or {})]
     adds = "; extract-clip, run again, adds it" if features.made_from else ""
     lines += ['text embedding of "object": ' + ("there" if features.object_text else f"none{adds}")]
     lines += Skips(features.skipped).lines() or ["skipped: nothing"]
@@ -154,27 +155,9 @@ def _product_lines(entry: Entry, entries: Sequence[Entry]) -> list[str]:
               "begun": f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(entry.began))}, {age(time.time() - entry.began)} ago",
               "used by": ", ".join(entry.users) or "nothing"}
     lines = [f"{entry.level} {entry.key}", *(f"  {name:10s}{value}" for name, value in values.items())]
-    lines += ["made with", *_pairs(product.attributes["made_with"])] if product.attributes["made_with"] else []
-    lines += ["key inputs", *_pairs(product.attributes["key_inputs"])]
+    lines += ["made with", *pair_lines(product.attributes["made_with"])] if product.attributes["made_with"] else []
+    lines += ["key inputs", *pair_lines(product.attributes["key_inputs"])]
     return lines + (_failed_lines(product.failed()) if entry.level in (Level.IMAGE, Level.INSTANCE) else [])
-
-
-def _pairs(tree: dict[str, Any]) -> list[str]:
-    """Values by their path, what is not set left out."""
-    pairs = _flat(tree)
-    width = max((len(path) for path, _ in pairs), default=0)
-    return [f"  {path:{width}s}  {text}" for path, text in pairs]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    pairs = []
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            pairs += _flat(value, f"{prefix}{name}.")
-        elif value is not None:
-            text = value if isinstance(value, str) else short(value)
-            pairs.append((prefix + name, text + (f" ({len(value)} entries)" if isinstance(value, list) and text.endswith("...") else "")))
-    return pairs
 
 
 def _failed_lines(failed: dict[int, str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from hdovd.pipelines.proposal_file import made_by_line, read_table, write_propos
 from hdovd.pipelines.proposal_formats import ListOrder
 from hdovd.pipelines.proposal_table import ProposalTable
 from hdovd.pipelines.propose_config import require_form
+from hdovd.pipelines.settings import pair_lines
 
 
 def convert_proposals(source: Path, out: Path, annotations: Path | None = None, order: ListOrder = ListOrder.FILE,
@@ -41,7 +41,7 @@ def info_lines(source: Path, annotations: Path | None = None, order: ListOrder =
     if table.made_by is None:
         lines.append(f"  {made_by_line(None)}")
     else:
-        lines += ["  made by", *(f"    {line}" for line in json.dumps(table.made_by, indent=1).splitlines()[1:-1])]
+        lines += ["  made by", *(f"  {line}" for line in pair_lines(table.made_by))]
     return lines + [f"  note: {note}" for note in table.notes]
 
 

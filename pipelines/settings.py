@@ -1,6 +1,6 @@
 """The values of recipes by dotted key: told apart, named shortly, and shown.
 
-Called by `runs`, `run_tables`, `run_folder`, `ablate`, `ablate_cells` and `ablate_table`.
+Called by `cache_tables`, `proposal_convert`, `runs`, `run_tables`, `run_folder`, `ablate`, `ablate_cells` and `ablate_table`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from hdovd.cache.identity import short
 from hdovd.config import Recipe
 
 SWITCH = ".enabled"
@@ -30,6 +31,13 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Settings:
     for name, value in tree.items():
         leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return leaves
+
+
+def pair_lines(tree: Mapping[str, Any]) -> list[str]:
+    """A line for each value of a tree by its dotted key, long ones cut; what is not set is left out."""
+    pairs = {key: value for key, value in flat(tree).items() if value is not None}
+    width = max(map(len, pairs), default=0)
+    return [f"  {key:{width}s}  {_text(value)}" for key, value in pairs.items()]
 
 
 def different_keys(many: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -73,6 +81,11 @@ def shown(value: Any) -> str:
     if len(text) > SHOWN and "/" in text:
         text = PurePath(text).name
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else short(value)
+    return text + (f" ({len(value)} entries)" if isinstance(value, list) and text.endswith("...") else "")
 
 
 def _same(settings: Mapping[str, Any], first: Mapping[str, Any], key: str) -> bool:
