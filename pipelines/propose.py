@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -23,8 +23,9 @@ from hdovd.pipelines.device import training_workers
 from hdovd.pipelines.loading import Batches
 from hdovd.pipelines.processes import Team, team
 from hdovd.pipelines.progress import progress
-from hdovd.pipelines.proposal_file import Proposals, ProposalTable, write_proposals
-from hdovd.pipelines.proposal_networks import load_network
+from hdovd.pipelines.proposal_file import Proposals, ProposalTable, made_by_line, read_table, write_proposals
+from hdovd.pipelines.proposal_networks import load_network, settings
+from hdovd.pipelines.proposal_networks import made_by as made_by_of
 from hdovd.pipelines.proposal_parts import Parts, fill
 from hdovd.pipelines.proposal_pictures import Pictures, require_readable
 from hdovd.pipelines.propose_config import ProposeJob
@@ -45,6 +46,10 @@ def propose(job: ProposeJob, log: Callable[[str], None] = print) -> dict[int, Pr
 
 def _propose(job: ProposeJob, us: Team, stop: StopSignal, log: Callable[[str], None]) -> dict[int, Proposals]:
     split = job.data.load("train2017", load_protocol(job.protocol), base_only=True, log=log)
+    if us.leads and job.out.is_file():
+        planned = made_by_of(job.checkpoint) if job.checkpoint else settings(job.network, split)
+        if note := replaced_line(job.out, {**planned, "selection": job.selection()}):
+            log(note)
     network, origin = checkpointed(job.checkpoint, job, us) if job.checkpoint else trained_network(job.network, split, us, stop, log)
     if us.leads and job.backbone_out is not None:
         job.backbone_out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +88,19 @@ def checkpointed(file: Path, job: ProposeJob, us: Team) -> tuple[ProposalNetwork
         raise HdovdError(f"{file} was trained on boxes of {', '.join(sorted(known - base)[:8])}, which {job.protocol} does not call base: "
                          "its proposals would give novel classes away. Train a network with this protocol")
     return network.to(us.device).to(memory_format=torch.channels_last).eval(), origin
+
+
+def replaced_line(file: Path, planned: Mapping[str, Any]) -> str | None:
+    """What to say of a file whose place new proposals will take; None if what is `planned` of them made it too."""
+    try:
+        before = read_table(file)
+    except HdovdError:
+        return f"note: {file} is there, but is no proposal file that can be read; these proposals will replace it"
+    known = before.made_by or {}
+    if all(known.get(name) == value for name, value in planned.items()):
+        return None
+    return (f"note: {file} is there with {len(before.image_id):,d} proposals made otherwise ({made_by_line(before.made_by)}); "
+            "these will replace them. To keep them, stop here and give another --out")
 
 
 def _results(network: ProposalNetwork, split: Split, parts: Parts, mine: list[int], job: ProposeJob,

@@ -14,6 +14,7 @@ from hdovd.coco import DataPaths
 from hdovd.config import Recipe
 from hdovd.errors import HdovdError
 from hdovd.pipelines.demo.world import BASE
+from hdovd.pipelines.proposal_file import made_by_file
 from hdovd.pipelines.propose import ProposeJob, propose, select_proposals
 
 
@@ -50,6 +51,28 @@ def test_file_keeps_its_promises(proposed: Path, world: Path, kept: list[int]) -
         assert (boxes[:, 2:] <= torch.tensor(sizes[image_id]) + 0.02).all()
         assert (boxes >= 0).all()
         assert (box_iou(boxes, torch.tensor(truth[image_id], dtype=boxes.dtype)) <= 0.51).all()
+
+
+def test_other_proposals_in_the_place_of_the_new_ones_are_named(
+        proposed: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+
+    def notes(**changes: object) -> list[str]:
+        lines: list[str] = []
+        propose(_job(world, out, micro_recipe(), **changes), lines.append)
+        return [line for line in lines if line.startswith("note:")]
+
+    (tmp_path / "p.oln.safetensors").write_bytes(proposed.with_name("p.oln.safetensors").read_bytes())
+    assert notes(top=3) == notes(top=3) == []
+    assert notes(top=3, checkpoint=tmp_path / "p.oln.safetensors") == []
+    count = len(json.loads(out.read_text()))
+    [note] = notes(top=2)
+    assert f"{out} is there with {count} proposals made otherwise (made by: detector oln" in note
+    made_by_file(out).unlink()
+    assert "made by: unknown" in notes(top=2)[0]
+    out.write_text("{")
+    assert "is no proposal file that can be read" in notes(top=2)[0]
+    assert notes(top=2) == []
 
 
 def test_novel_annotations_leave_no_trace(proposed: Path, copied_world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
