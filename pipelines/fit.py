@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from hdovd.config import TrainConfig
 from hdovd.errors import HdovdError
+from hdovd.pipelines.common.precision import Precision, choose
 from hdovd.pipelines.device import training_workers
 from hdovd.pipelines.epoch_order import Dealing, PlainShuffle
 from hdovd.pipelines.kept_memory import keep_freed_memory
@@ -59,6 +60,7 @@ class Loop(Generic[Sample]):
         self.step_number, self.total = 0, config.epochs * len(batches)
         self.window = LossWindow(what)
         self._clock = _Clock()
+        self._bf16 = choose(config.precision, device, training=True).precision is Precision.BF16
 
     @property
     def lr(self) -> float:
@@ -93,7 +95,7 @@ class Loop(Generic[Sample]):
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.zero_grad(set_to_none=True)  # the last step's make room for the activations
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
             losses = self._losses_of(batch, epoch)
         torch.stack(list(losses.values())).sum().backward()
         if self.config.clip_norm:
