@@ -9,6 +9,7 @@ is what a training alone leaves idle.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ LAUNCHES = {"hdovd": ["-m", "hdovd"], "torch's own": ["-c", "import runpy, torch
 
 
 def prepare(folder: Path) -> None:
-    """A small drawn world and its cache, by random weights."""
+    """A small drawn world and its cache, by random weights; proposals lie on all objects, so that there is something to distil."""
     from hdovd.coco import DataPaths
     from hdovd.pipelines.clip_teacher import load_clip
     from hdovd.pipelines.demo.world import make_world
@@ -29,7 +30,11 @@ def prepare(folder: Path) -> None:
     from hdovd.pipelines.extract_config import ExtractConfig
 
     make_world(folder / "world", train_images=160, val_images=4, seed=0)
-    config = ExtractConfig(DataPaths(folder / "world"), folder / "cache", "RN50", protocol=str(folder / "world" / "protocol.toml"))
+    world, proposals = folder / "world", folder / "proposals.json"
+    boxes = json.loads((world / "annotations" / "instances_train2017.json").read_text())["annotations"]
+    proposals.write_text(json.dumps([{"image_id": one["image_id"], "bbox": one["bbox"], "score": 0.5} for one in boxes]))
+    config = ExtractConfig(DataPaths(world), folder / "cache", "RN50", proposals=proposals, vocabulary=world / "vocabulary.txt",
+                           protocol=str(world / "protocol.toml"))
     extract_clip(config, lambda _: None, load_clip("RN50", None, random_weights=True))
 
 

@@ -204,7 +204,7 @@ def _loop(bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Loop[Sample]:
     protocol, batches = load_protocol("ov-coco"), _batches(bench, recipe, clip.device)
     model = build_detector(recipe, clip.dim, None)
     model.begin_epoch(recipe.pseudo_boxes.from_epoch)  # with all losses
-    _calm(model)
+    calm(model)
     texts = torch.from_numpy(FeatureCache(bench.folder / "cache").class_embeddings(protocol.base)).to(clip.device)
     model = model.to(clip.device).to(memory_format=torch.channels_last).train()
     return loop_of(model, batches, texts, recipe, clip.device)
@@ -219,7 +219,7 @@ def _torchvision(bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Varian
         backbone, len(load_protocol("ov-coco").base) + 1, min_size=size.short_side, max_size=size.long_side,
         rpn_pre_nms_top_n_train=detector.rpn.pre_nms, rpn_post_nms_top_n_train=detector.rpn.post_nms,
         rpn_batch_size_per_image=detector.rpn.samples, box_batch_size_per_image=detector.head.samples)
-    _calm(model)
+    calm(model)
     model = model.to(clip.device).train()
 
     def losses_of(samples: list[Sample], _: int) -> dict[str, Tensor]:
@@ -233,7 +233,7 @@ def _torchvision(bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Varian
     return _of_loop("torchvision's fasterrcnn_resnet50_fpn", loop)
 
 
-def _calm(model: nn.Module) -> None:
+def calm(model: nn.Module) -> None:
     """Frozen norms without trained weights would let activations double at every block."""
     for name, module in model.named_modules():
         if isinstance(module, FrozenBatchNorm2d) and name.endswith("bn3"):
