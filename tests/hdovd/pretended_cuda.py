@@ -16,7 +16,8 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
 from typing import Any, Self
 from unittest.mock import patch
@@ -60,6 +61,15 @@ class OnCuda(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.detach().held.__reduce_ex__(protocol)  # torch.save reads a GPU's memory too
 
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        return self.detach()
+
+    @data.setter
+    def data(self, value: OnCuda) -> None:
+        torch.Tensor.data.__set__(self, value)
+        self.held = value.held
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
@@ -71,8 +81,8 @@ class OnCuda(torch.Tensor):
 
 
 class PretendedCuda(TorchDispatchMode):
-    """`mixed`: operations that a GPU would refuse. `waits`, `uploads`: how often the host waited, or gave the device numbers, by operation
-    and line. `on_host`: computations on tensors of the CPU."""
+    """`mixed`: operations that a GPU would refuse. `waits`, `uploads`: how often the host waited, or a copy to the device, by operation and
+    line. `on_host`: what was computed on the CPU with tensors of floating-point numbers."""
 
     current: PretendedCuda | None = None
 
@@ -85,6 +95,7 @@ class PretendedCuda(TorchDispatchMode):
         self.on_host: Counter[tuple[str, str]] = Counter()
         self._pinned: WeakSet[torch.UntypedStorage] = WeakSet()
         self._patches = ExitStack()
+        self._submitted = ThreadPoolExecutor.submit
 
     def __enter__(self) -> Self:
         torch._C._ensureCUDADeviceGuardSet()
@@ -121,16 +132,28 @@ class PretendedCuda(TorchDispatchMode):
         found["torch.cuda.synchronize"] = lambda *_: self.waits.update([("synchronize", _where())])
         found["torch.cuda.get_rng_state"] = lambda *_: torch.zeros(16, dtype=torch.uint8)
         found["torch.Generator"] = _Generator
-        found["torch.Tensor.pin_memory"] = self._pin
+        found["torch.Tensor.pin_memory"] = lambda tensor, *_: self._pin(tensor)
         found["torch.Tensor.is_pinned"] = lambda tensor, *_: self._is_pinned(tensor)
         whole, as_list = torch.Tensor.backward, torch.Tensor.tolist
         found["torch.Tensor.tolist"] = lambda tensor: as_list(tensor.cpu())  # refused to subclasses
         found["torch.Tensor.backward"] = lambda root, *rest, **more: (_backward if isinstance(root, OnCuda) else whole)(root, *rest, **more)
+        for name in ("untyped_storage", "data_ptr"):  # safetensors reads a GPU's memory too
+            found[f"torch.Tensor.{name}"] = _of_held(getattr(torch.Tensor, name))
+        found["concurrent.futures.ThreadPoolExecutor.submit"] = lambda pool, *work: self._submit(pool, *work)
         found["torch.accelerator.is_available"] = _answering(True)
+        found["torch._C._InferenceMode"] = lambda mode: torch.no_grad() if mode else nullcontext()  # wrappers want a version counter
         found["torch._has_compatible_shallow_copy_type"] = _answering(False)  # Module.to then makes new parameters
         return found
 
-    def _pin(self, tensor: torch.Tensor, *_: Any) -> torch.Tensor:
+    def _submit(self, pool: Any, function: Callable[..., Any], *args: Any) -> Any:
+        def run() -> Any:
+            torch._C._set_only_lift_cpu_tensors(True)  # of this thread
+            with _OfThread(self):
+                return function(*args)
+
+        return self._submitted(pool, run)
+
+    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
         copy = tensor.clone()
         self._pinned.add(copy.untyped_storage())
         return copy
@@ -163,7 +186,7 @@ class PretendedCuda(TorchDispatchMode):
         if func in COPIES:
             self._note_copy(func, args, kwargs, wanted)
         elif not ours:
-            if func not in FREE and wanted != "cuda" and not func.is_view and any(x.numel() for x in tensors):
+            if func not in FREE and wanted != "cuda" and not func.is_view and any(x.numel() and x.is_floating_point() for x in tensors):
                 self.on_host[str(func), _where()] += 1
         elif func in INDEXING:
             self._note_indexing(func, args)
@@ -240,6 +263,17 @@ def _through(node: Any, gradients: dict[int, torch.Tensor]) -> tuple[torch.Tenso
     return found[: len(node.next_functions)]  # torchvision names its numbers too
 
 
+class _OfThread(TorchDispatchMode):
+    """The pretended device in one more thread."""
+
+    def __init__(self, cuda: PretendedCuda) -> None:
+        super().__init__()
+        self.cuda, self._mode_key = cuda, cuda._mode_key
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.cuda.compute(func, args, kwargs)
+
+
 class _Generator(torch.Generator):
     """Numbers of the CPU's, whatever the device."""
 
@@ -249,6 +283,10 @@ class _Generator(torch.Generator):
 
 def _answering(value: Any) -> Callable[..., Any]:
     return lambda *_, **__: value
+
+
+def _of_held(ask: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda tensor: ask(_held(tensor))
 
 
 def _held(x: Any) -> Any:

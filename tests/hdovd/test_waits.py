@@ -74,6 +74,7 @@ def test_a_training_step_waits_as_seldom_for_four_pictures_as_for_two(name: str)
             print(f"{name}, {images} pictures: {waits[-1]} waits, {cuda.uploads.total()} copies to the device that are waited for")
         assert not cuda.mixed
         assert not cuda.uploads
+        assert not cuda.on_host
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert 0 < waits[0] == waits[1] <= MOST_WAITS
 
