@@ -44,7 +44,7 @@ def batch_images(images: list[Tensor], config: InputConfig,
     Returns:
         The padded batch with the size of each picture in it, and the (x, y) resize factors of each.
     """
-    mean, std = (torch.tensor(v, device=images[0].device).view(3, 1, 1) for v in (config.mean, config.std))
+    mean, std = torch.tensor([config.mean, config.std]).view(2, 3, 1, 1).to(images[0].device, non_blocking=True)
     resized, factors = [], []
     for image, short_side in zip(images, [config.short_side] * len(images) if short_sides is None else short_sides, strict=True):
         height, width = image.shape[-2:]

@@ -33,7 +33,7 @@ class ExportableFasterRCNN(ExportableDetector):
         features = self.backbone(pixels[None])
         limit = torch.cat([size.flip(0), size.flip(0)]).to(pixels)
         proposals = self._proposals(features, pixels.shape, limit)
-        deltas, c, r = self.head(self.pool(features, [proposals]))
+        deltas, c, r = self.head(self._pooled(features, proposals))
         boxes = clip(CODER.decode_single(deltas, proposals), limit)
         return boxes / torch.cat([factor.flip(0), factor.flip(0)]).to(boxes), c, self.head.distill(r)
 
@@ -43,6 +43,13 @@ class ExportableFasterRCNN(ExportableDetector):
         if d is None:
             return first, None
         return first, classwise.cosine_logits(d, texts, self.recipe.inference.distillation_scale).sigmoid()
+
+    def _pooled(self, features: dict[str, Tensor], rois: Tensor) -> Tensor:
+        """`PyramidRoIAlign.forward` of one picture: how many RoIs each level has is not known when it is traced."""
+        level_of, indexed = self.pool.level_of(rois), torch.cat([torch.zeros_like(rois[:, :1]), rois], dim=1)
+        rows = [(level_of == level).nonzero().flatten() for level in self.pool.levels]
+        crops = torch.cat([self.pool.crop(features, level, indexed[r]) for level, r in zip(self.pool.levels, rows, strict=True)])
+        return crops.index_select(0, torch.cat(rows).argsort())
 
     def _proposals(self, features: dict[str, Tensor], shape: torch.Size, limit: Tensor) -> Tensor:
         """The RPN's `filter_proposals`: (R, 4) pixels of the batch, best first."""

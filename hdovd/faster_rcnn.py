@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import clip_boxes_to_image
 
 from hdovd.backbone import build_backbone
 from hdovd.batching import batch_images, draw_short_sides
+from hdovd.box_coder import BoxCoder
 from hdovd.config import Recipe
 from hdovd.detectors import Detector, RoIPredictions, Students
 from hdovd.distributed import divisor
@@ -24,11 +24,11 @@ from hdovd.levels.imagewise import ImageLevel
 from hdovd.levels.instance import InstanceLevel
 from hdovd.losses import classwise
 from hdovd.losses.instance import box_students
-from hdovd.rois import POOL_SIZE, PyramidRoIAlign, number_boxes, sample_rois
+from hdovd.rois import POOL_SIZE, PyramidRoIAlign, number_boxes, sample_rois_of_images
 from hdovd.rpn import build_rpn
 from hdovd.sampling import keys_of
 from hdovd.step_view import StepView
-from hdovd.targets import Targets
+from hdovd.targets import Targets, scale_all, with_large_pseudo_boxes
 
 CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
 
@@ -127,20 +127,19 @@ class FasterRCNN(Detector):
         batch, factors = batch_images(images, self.recipe.input, draw_short_sides(image_keys, self.recipe.input))
         pseudo = self.recipe.pseudo_boxes
         most = pseudo.max_per_image if self.uses_pseudo_boxes else 0
-        scaled = [t.scaled(*f) for t, f in zip(targets, factors, strict=True)]
-        targets = [t.with_best_pseudo_boxes(pseudo.min_side, most) for t in scaled]
+        large = with_large_pseudo_boxes(scale_all(targets, factors), pseudo.min_side)
+        targets = [t.with_first_pseudo_boxes(most) for t in large]
         features = self.backbone(batch.tensors)
-        objects = [t.with_best_pseudo_boxes(pseudo.min_side, None) for t in scaled] if self._all_are_objects else targets
         wanted = [{"boxes": t.all_boxes, "key": key, "size": size}
-                  for t, key, size in zip(objects, image_keys, batch.image_sizes, strict=True)]
+                  for t, key, size in zip(large if self._all_are_objects else targets, image_keys, batch.image_sizes, strict=True)]
         proposals, rpn_losses = self.rpn(batch, features, wanted)
         config = self.config.head
-        rois, matches = zip(*(sample_rois(p, t.all_boxes, config.samples, config.positive_share, key)
-                              for p, t, key in zip(proposals, targets, image_keys, strict=True)), strict=True)
-        deltas, c, r = self.head(self.pool(features, list(rois)))
+        rois, matches, positive = sample_rois_of_images(proposals, [t.all_boxes for t in targets], config.samples, config.positive_share,
+                                                        image_keys)
+        deltas, c, r = self.head(self.pool(features, rois))
         box_of_roi = number_boxes(matches, [len(t.all_boxes) for t in targets])
-        d = self.head.distill(r[(box_of_roi >= 0).nonzero().flatten()])  # no loss asks for the others: three quarters of the rows
-        return StepView(features, batch.image_sizes, targets, texts, list(rois), box_of_roi, deltas, c, d), rpn_losses
+        d = self.head.distill(r[positive])  # no loss asks for the others: three quarters of the rows
+        return StepView(features, batch.image_sizes, targets, texts, rois, box_of_roi, deltas, c, d), rpn_losses
 
     @torch.inference_mode()
     def students(self, images: list[Tensor], targets: list[Targets], keys: Sequence[int] | None = None) -> Students:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou, clip_boxes_to_image
 
+from hdovd.box_coder import BoxCoder
 from hdovd.config import ProposalsConfig, Recipe
 from hdovd.distributed import divisor
 from hdovd.losses import localisation

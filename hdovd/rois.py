@@ -18,27 +18,49 @@ from hdovd.sampling import Use, image_generator, sample_balanced
 
 POOL_SIZE = 7
 POSITIVE_IOU = 0.5
+NOT_DRAWN = -2
 
 
 def sample_rois(proposals: Tensor, boxes: Tensor, samples: int, positive_share: float,
                 key: int | None = None) -> tuple[Tensor, Tensor]:
+    """`sample_rois_of_images` of one image."""
+    (rois,), (matches,), _ = sample_rois_of_images([proposals], [boxes], samples, positive_share, [key])
+    return rois, matches
+
+
+def sample_rois_of_images(proposals: Sequence[Tensor], boxes: Sequence[Tensor], samples: int, positive_share: float,
+                          keys: Sequence[int | None]) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Match proposals to boxes at IoU 0.5 and sample a fixed number of them; the boxes themselves take part.
 
+    The host waits for the device once.
+
     Args:
-        proposals: (n, 4). boxes: (B, 4), may be empty.
-        key: the image's, which alone the choice depends on; None draws from torch's global generator.
+        proposals: (n, 4) an image. boxes: (B, 4) an image, may be empty.
+        keys: of the images; on its own alone an image's choice depends. None draws from torch's global generator.
 
     Returns:
-        RoIs (R, 4) and the box each one belongs to (R,) int64, -1 for background; R is at most `samples`.
+        RoIs (R, 4) an image, R at most `samples`; the box that each one belongs to, (R,) int64 an image, -1 for background; and the
+        places (P,) int64 of those that belong to one, in the batch.
     """
-    candidates = torch.cat([boxes, proposals])
+    candidates = [torch.cat(pair) for pair in zip(boxes, proposals, strict=True)]
+    drawn = torch.cat([_drawn(some, own, samples, positive_share, key)
+                       for some, own, key in zip(candidates, boxes, keys, strict=True)])
+    on_host = drawn.cpu()
+    keep = on_host > NOT_DRAWN
+    counts = [int(own.sum()) for own in keep.split([len(some) for some in candidates])]
+    rows, positive = keep.nonzero().flatten(), (on_host[keep] >= 0).nonzero().flatten()
+    rows, positive = torch.cat([rows, positive]).to(drawn.device, non_blocking=True).split([len(rows), len(positive)])
+    return list(torch.cat(candidates)[rows].split(counts)), list(drawn[rows].split(counts)), positive
+
+
+def _drawn(candidates: Tensor, boxes: Tensor, samples: int, positive_share: float, key: int | None) -> Tensor:
+    """The box (n,) int64 that each candidate (n, 4) belongs to, -1 for background, NOT_DRAWN for those that do not take part."""
     matched = torch.full((len(candidates),), -1, device=candidates.device)
     if len(boxes):
         matched = Matcher(POSITIVE_IOU, POSITIVE_IOU, allow_low_quality_matches=False)(box_iou(boxes, candidates)).clamp(min=-1)
     generator = image_generator(key, Use.ROIS, candidates.device)
     positive, negative = sample_balanced(matched >= 0, matched < 0, samples, positive_share, generator)
-    keep = (positive | negative).nonzero().flatten()
-    return candidates[keep], matched[keep]
+    return matched.masked_fill(~(positive | negative), NOT_DRAWN)
 
 
 def number_boxes(matches: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
@@ -64,7 +86,7 @@ class PyramidRoIAlign(nn.Module):
         self.sampling_ratio = sampling_ratio
 
     def forward(self, features: dict[str, Tensor], rois: list[Tensor]) -> Tensor:
-        """Pool the RoIs of a batch.
+        """Pool the RoIs of a batch. The host waits for the device once: for how many RoIs each level has.
 
         Args:
             features: level name -> (N, C, h, w); level l has stride 2^l.
@@ -77,9 +99,11 @@ class PyramidRoIAlign(nn.Module):
         boxes = torch.cat(rois)
         wanted = self.level_of(boxes)
         indexed = torch.cat([image, boxes], dim=1)
-        rows = [(wanted == level).nonzero().flatten() for level in self.levels]
-        crops = torch.cat([self.crop(features, level, indexed[r]) for level, r in zip(self.levels, rows, strict=True)])
-        return crops.index_select(0, torch.cat(rows).argsort())
+        counts = torch.stack([(wanted == level).sum() for level in self.levels]).tolist()
+        order = wanted.argsort(stable=True)
+        crops = torch.cat([self.crop(features, level, some)
+                           for level, some in zip(self.levels, indexed[order].split(counts), strict=True)])
+        return crops.index_select(0, order.argsort())
 
     def level_of(self, boxes: Tensor) -> Tensor:
         """(R, 4) boxes -> (R,) float32 whole numbers: the level that each is pooled from."""

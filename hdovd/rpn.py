@@ -16,12 +16,15 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, con
 from torchvision.ops import box_iou
 
 from hdovd.batching import padded
+from hdovd.box_coder import BoxCoder
 from hdovd.detector_config import RpnConfig
 from hdovd.distributed import divisor
 from hdovd.errors import HdovdError
+from hdovd.image_nms import nms_of_images
 from hdovd.sampling import Use, image_generator, sample_balanced
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
+DROPPED = -1.0  # less than any score
 
 
 class FloatAnchors(AnchorGenerator):
@@ -64,15 +67,65 @@ class ObjectnessRPN(RegionProposalNetwork):
     (`sampling.image_generator`). Sampled anchors are counted over all processes.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.box_coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
+
+    def filter_proposals(self, proposals: Tensor, objectness: Tensor, image_shapes: list[tuple[int, int]],
+                         num_anchors_per_level: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """The proposals (n, 4) that are kept of each image, and their scores (n,), best first.
+
+        torchvision's, which goes image by image, on a CPU; on a GPU all images together.
+        """
+        kept: tuple[list[Tensor], list[Tensor]]
+        if proposals.device.type == "cpu":
+            kept = super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)
+        else:
+            kept = self.filter_together(proposals, objectness, image_shapes, num_anchors_per_level)
+        return kept
+
+    def filter_together(self, proposals: Tensor, objectness: Tensor, image_shapes: list[tuple[int, int]],
+                        num_anchors_per_level: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """`filter_proposals` of all images at once: the host waits for the device twice, for the NMS and for what is left."""
+        objectness = objectness.detach().reshape(len(proposals), -1)
+        best = self._get_top_n_idx(objectness, num_anchors_per_level)
+        scores = objectness.gather(1, best).sigmoid()
+        limit = torch.tensor([(w, h, w, h) for h, w in image_shapes], dtype=proposals.dtype).to(proposals.device, non_blocking=True)
+        boxes = proposals.gather(1, best[..., None].expand(-1, -1, 4)).clamp(min=0).minimum(limit[:, None])
+        dropped = ((boxes[..., 2:] - boxes[..., :2]) < self.min_size).any(dim=2) | (scores < self.score_thresh)
+        scores = scores.masked_fill(dropped, DROPPED)  # the last in the NMS: they take no other box along
+        kept = nms_of_images(boxes, scores, self.nms_thresh, [min(n, self.pre_nms_top_n()) for n in num_anchors_per_level])
+        boxes, scores = boxes.flatten(0, 1), scores.flatten()
+        on_host = kept.masked_fill(scores[kept] == DROPPED, -1).cpu()
+        image = torch.where(on_host >= 0, on_host // best.shape[1], -1)
+        places = [on_host[image == i][: self.post_nms_top_n()] for i in range(len(best))]
+        rows, counts = torch.cat(places).to(kept.device, non_blocking=True), [len(own) for own in places]
+        return list(boxes[rows].split(counts)), list(scores[rows].split(counts))
+
     def assign_targets_to_anchors(self, anchors: list[Tensor], targets: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
         """Labels (A,) an image, 1 object and 0 background for the anchors drawn, -1 for all others; and boxes (A, 4) matched."""
-        labels, boxes = super().assign_targets_to_anchors(anchors, targets)
-        drawn = []
-        for rows, target in zip(labels, targets, strict=True):
-            generator = image_generator(target.get("key"), Use.ANCHORS, rows.device)
-            positive, negative = sample_balanced(rows >= 1, rows == 0, self.samples, self.positive_share, generator)
-            drawn.append(torch.where(positive | negative, rows, -1.0))
-        return drawn, boxes
+        drawn, matched = [], []
+        for grid, target in zip(anchors, targets, strict=True):
+            labels, box_of = self._match(grid, target)
+            generator = image_generator(target.get("key"), Use.ANCHORS, grid.device)
+            positive, negative = sample_balanced(labels == 1, labels == 0, self.samples, self.positive_share, generator)
+            drawn.append(labels.masked_fill(~(positive | negative), -1.0))
+            matched.append(target["boxes"][box_of] if len(target["boxes"]) else torch.zeros_like(grid))
+        return drawn, matched
+
+    def _match(self, anchors: Tensor, target: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Labels (A,) 1 object, 0 background, -1 neither; and the box (A,) that an object is.
+
+        torchvision's rules: the anchors that fit a box best are objects, however badly they fit it.
+        """
+        if not len(target["boxes"]):
+            return anchors.new_zeros(len(anchors)), torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
+        iou = box_iou(target["boxes"], anchors)
+        best, box_of = iou.max(dim=0)
+        is_best = (iou == iou.amax(dim=1, keepdim=True)).any(dim=0)
+        low, high = self.proposal_matcher.low_threshold, self.proposal_matcher.high_threshold
+        labels = torch.ones_like(best).masked_fill(best < high, -1.0).masked_fill(best < low, 0.0)
+        return labels.masked_fill(is_best, 1.0), box_of
 
     @property
     def samples(self) -> int:
@@ -88,9 +141,10 @@ class ObjectnessRPN(RegionProposalNetwork):
         wanted = torch.cat(labels)
         positive, sampled = wanted >= 1, wanted >= 0
         count = divisor(sampled.sum())
-        deltas, targets = pred_bbox_deltas[positive], torch.cat(regression_targets)[positive]
-        box = (deltas - targets).abs().sum() / count
-        score = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], wanted[sampled], reduction="sum") / count
+        # All anchors, with zeros for those that do not count: as many as count would have the host wait for the device.
+        box = (pred_bbox_deltas - torch.cat(regression_targets)).masked_fill(~positive[:, None], 0.0).abs().sum() / count
+        scores = objectness.flatten()
+        score = F.binary_cross_entropy_with_logits(scores, positive.to(scores), sampled.to(scores), reduction="sum") / count
         return score, box
 
     def scored_proposals(self, images: ImageList, features: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -115,21 +169,10 @@ class AuthorsRPN(ObjectnessRPN):
 
     least_best = 0.3
 
-    def assign_targets_to_anchors(self, anchors: list[Tensor], targets: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
-        drawn, matched = [], []
-        for grid, target in zip(anchors, targets, strict=True):
-            labels, box_of = self._match(grid, target)
-            generator = image_generator(target.get("key"), Use.ANCHORS, grid.device)
-            positive, negative = sample_balanced(labels == 1, labels == 0, self.samples, self.positive_share, generator)
-            drawn.append(torch.where(positive | negative, labels, -1.0))
-            matched.append(target["boxes"][box_of] if len(target["boxes"]) else torch.zeros_like(grid))
-        return drawn, matched
-
     def _match(self, anchors: Tensor, target: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Labels (A,) 1 object, 0 background, -1 neither; and the box (A,) that an object is."""
         right, bottom = (padded(side) for side in reversed(target["size"]))
         centre = (anchors[:, :2] + anchors[:, 2:]) / 2
-        inside = (centre < centre.new_tensor([right, bottom]) - 0.5).all(dim=1)
+        inside = (centre[:, 0] < right - 0.5) & (centre[:, 1] < bottom - 0.5)
         box_of = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
         if not len(target["boxes"]):
             return torch.where(inside, 0.0, -1.0), box_of

@@ -6,6 +6,7 @@ then resized by the detector). All embeddings are L2-normalised float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,15 +44,35 @@ class Targets:
 
     def scaled(self, x: float, y: float) -> Targets:
         """All coordinates multiplied by the resize factors of the two axes."""
-        factor = self.boxes.new_tensor([x, y, x, y])
-        return replace(self, boxes=self.boxes * factor, pseudo_boxes=self.pseudo_boxes * factor)
+        return scale_all([self], [(x, y)])[0]
 
     def with_best_pseudo_boxes(self, min_side: float, most: int | None) -> Targets:
         """Keeps the first `most` pseudo boxes (None: all) with both sides over `min_side` pixels (METHOD section 2)."""
-        large = ((self.pseudo_boxes[:, 2:] - self.pseudo_boxes[:, :2]) > min_side).all(dim=1)
-        keep = large.nonzero().flatten()[:most]
-        return replace(self, pseudo_boxes=self.pseudo_boxes[keep], pseudo_embeddings=self.pseudo_embeddings[keep],
-                       pseudo_texts=self.pseudo_texts[keep])
+        return with_large_pseudo_boxes([self], min_side)[0].with_first_pseudo_boxes(most)
+
+    def with_first_pseudo_boxes(self, most: int | None) -> Targets:
+        """Keeps the first `most` pseudo boxes; None: all."""
+        return replace(self, pseudo_boxes=self.pseudo_boxes[:most], pseudo_embeddings=self.pseudo_embeddings[:most],
+                       pseudo_texts=self.pseudo_texts[:most])
+
+
+def scale_all(targets: Sequence[Targets], factors: Sequence[tuple[float, float]]) -> list[Targets]:
+    """The targets of a batch, each multiplied by the (x, y) resize factors of its image."""
+    boxes = targets[0].boxes
+    rows = torch.tensor([(x, y, x, y) for x, y in factors], dtype=boxes.dtype).to(boxes.device, non_blocking=True)
+    return [replace(t, boxes=t.boxes * row, pseudo_boxes=t.pseudo_boxes * row) for t, row in zip(targets, rows, strict=True)]
+
+
+def with_large_pseudo_boxes(targets: Sequence[Targets], min_side: float) -> list[Targets]:
+    """The targets of a batch with those pseudo boxes that have both sides over `min_side` pixels. The host waits for the device once."""
+    boxes = torch.cat([t.pseudo_boxes for t in targets])
+    large = ((boxes[:, 2:] - boxes[:, :2]) > min_side).all(dim=1).cpu()
+    counts = [int(own.sum()) for own in large.split([len(t.pseudo_boxes) for t in targets])]
+    rows = large.nonzero().flatten().to(boxes.device, non_blocking=True)
+    tables = (boxes, torch.cat([t.pseudo_embeddings for t in targets]), torch.cat([t.pseudo_texts for t in targets]))
+    parts = zip(*(table[rows].split(counts) for table in tables), strict=True)
+    return [replace(t, pseudo_boxes=own, pseudo_embeddings=embeddings, pseudo_texts=texts)
+            for t, (own, embeddings, texts) in zip(targets, parts, strict=True)]
 
 
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pretended_cuda import PretendedCuda
 
 from hdovd.coco import DataPaths
 from hdovd.config import Recipe, load_recipe
@@ -43,6 +44,14 @@ MICRO_SETTINGS = (
 def _one_thread() -> None:
     """The tensors here are tiny: threads cost more than they gain, and sums come out the same on every machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def pretended_cuda() -> Iterator[PretendedCuda]:
+    """A GPU that is not there, for one test; no operation may mix its tensors with the CPU's."""
+    with PretendedCuda() as cuda:
+        yield cuda
+    assert not cuda.mixed
 
 
 @pytest.fixture(scope="session")

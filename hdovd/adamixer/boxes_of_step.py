@@ -7,7 +7,7 @@ Called by `model`. N pictures, G boxes of the batch, picture by picture, base be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hdovd.config import ClassLossConfig, PseudoBoxConfig
 from hdovd.losses.classwise import reliability
-from hdovd.targets import Targets
+from hdovd.targets import Targets, with_large_pseudo_boxes
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +68,10 @@ def boxes_of_step(targets: Sequence[Targets], sizes: Sequence[tuple[int, int]], 
         with_pseudo: whether the stages see pseudo boxes; the proposals always do (released code: in every epoch, and all of them).
     """
     device = targets[0].boxes.device
-    large, used = _pseudo_boxes(targets, config.min_side, config.max_per_image if with_pseudo else 0)
+    large = with_large_pseudo_boxes(targets, config.min_side)
+    used = [t.with_first_pseudo_boxes(config.max_per_image if with_pseudo else 0) for t in large]
     base, pseudo = [len(t.boxes) for t in used], [len(t.pseudo_boxes) for t in used]
-    picture, column = torch.tensor(_places(base, pseudo), dtype=torch.int64).reshape(-1, 2).to(device).unbind(1)
+    picture, column = torch.tensor(_places(base, pseudo), dtype=torch.int64).reshape(-1, 2).to(device, non_blocking=True).unbind(1)
     padded = torch.cat([pad_sequence([t.boxes for t in used], batch_first=True),
                         pad_sequence([t.pseudo_boxes for t in used], batch_first=True)], dim=1)
     trust = padded.new_zeros(sum(pseudo))  # without the class level no pseudo box has a prompt, and its query's loss no weight
@@ -86,27 +87,10 @@ def boxes_of_step(targets: Sequence[Targets], sizes: Sequence[tuple[int, int]], 
     return StepBoxes(
         used, base, pseudo, torch.cat([t.all_boxes for t in used]), column < max(base), picture, column, padded, torch.cat(labels),
         torch.cat(weights), torch.cat([rows for t in used for rows in (t.embeddings, t.pseudo_embeddings)]), objects,
-        torch.arange(objects.shape[1], device=device) < torch.tensor(counts, device=device)[:, None], counts,
-        torch.tensor(sizes, device=device, dtype=padded.dtype))
+        torch.arange(objects.shape[1], device=device) < torch.tensor(counts).to(device, non_blocking=True)[:, None], counts,
+        torch.tensor(sizes, dtype=padded.dtype).to(device, non_blocking=True))
 
 
 def _places(base: list[int], pseudo: list[int]) -> list[tuple[int, int]]:
     start = max(base)
     return [(n, column) for n in range(len(base)) for column in (*range(base[n]), *range(start, start + pseudo[n]))]
-
-
-def _pseudo_boxes(targets: Sequence[Targets], min_side: float, most: int) -> tuple[list[Targets], list[Targets]]:
-    """The targets with all pseudo boxes that are large enough, and with the `most` best of them; one transfer for the batch."""
-    all_sides = [t.pseudo_boxes[:, 2:] - t.pseudo_boxes[:, :2] for t in targets]
-    is_large = (torch.cat(all_sides) > min_side).all(dim=1).cpu().split([len(rows) for rows in all_sides])
-    large, best = [], []
-    for t, keep in zip(targets, is_large, strict=True):
-        rows = keep.nonzero().flatten().to(t.pseudo_boxes.device)
-        large.append(_with_rows(t, rows))
-        best.append(_with_rows(t, rows[:most]))
-    return large, best
-
-
-def _with_rows(targets: Targets, rows: Tensor) -> Targets:
-    return replace(targets, pseudo_boxes=targets.pseudo_boxes[rows], pseudo_embeddings=targets.pseudo_embeddings[rows],
-                   pseudo_texts=targets.pseudo_texts[rows])

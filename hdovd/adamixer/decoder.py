@@ -106,7 +106,7 @@ class BoxAttention(nn.Module):
 
 def positional_code(xyzr: Tensor, channels: int) -> Tensor:
     """Boxes (..., 4) -> (..., C): C / 4 channels for each of x, y, z, r, sines and cosines in turn (arXiv 1706.03762, section 3.5)."""
-    unit = xyzr.new_tensor([PICTURE, PICTURE, 1.0, 1.0])
+    unit = torch.tensor([PICTURE, PICTURE, 1.0, 1.0], dtype=xyzr.dtype).to(xyzr.device, non_blocking=True)
     waves = channels // 8
     wavelength = 10000 ** (torch.arange(waves, device=xyzr.device, dtype=xyzr.dtype) / waves)
     phase = (xyzr / unit)[..., None] / wavelength

@@ -30,7 +30,7 @@ from hdovd.levels.imagewise import ImageLevel
 from hdovd.losses.classwise import cosine_logits
 from hdovd.sampling import keys_of
 from hdovd.step_view import StepView
-from hdovd.targets import Targets
+from hdovd.targets import Targets, scale_all
 
 LEAST_PROBABILITY = 1e-5  # of a candidate, and 1 less it the most, in the cost of pairing it; released code
 
@@ -108,7 +108,7 @@ class AdaMixer(AdaMixerNetwork):
     def _batch(self, images: list[Tensor], targets: list[Targets], keys: Sequence[int] | None) -> tuple[ImageList, StepBoxes]:
         image_keys = keys_of(keys, len(images))
         batch, factors = batch_images(images, self.recipe.input, draw_short_sides(image_keys, self.recipe.input))
-        scaled = [t.scaled(*factor) for t, factor in zip(targets, factors, strict=True)]
+        scaled = scale_all(targets, factors)
         return batch, boxes_of_step(scaled, batch.image_sizes, self.recipe.pseudo_boxes, self.recipe.loss.class_, with_pseudo=self.distils)
 
     def _pair(self, look: Look, logits: Tensor, boxes: StepBoxes) -> tuple[Pairs, Tensor]:

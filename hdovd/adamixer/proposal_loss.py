@@ -109,8 +109,8 @@ def valid_positions(shapes: Sequence[torch.Size], strides: Sequence[int], sizes:
         sizes: (N, 2) height, width of the pictures.
     """
     centres = torch.cat([positions(shape, stride, sizes.device) for shape, stride in zip(shapes, strides, strict=True)])
-    counts = torch.tensor([h * w for h, w in shapes], device=sizes.device)
-    stride = torch.tensor(strides, device=sizes.device, dtype=sizes.dtype).repeat_interleave(counts, output_size=len(centres))
+    counts = [h * w for h, w in shapes]
+    stride = torch.cat([sizes.new_full((count,), stride) for count, stride in zip(counts, strides, strict=True)])
     alone = (sizes / SIZE_DIVISOR).ceil().flip(-1) * SIZE_DIVISOR
     within = (centres - stride[:, None] / 2 < alone[:, None]).all(dim=-1)
     return centres, within & (stride < sizes.amin(dim=1, keepdim=True) + 1)

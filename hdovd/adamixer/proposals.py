@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
 
 from hdovd.adamixer.boxes import to_xyzr
 from hdovd.adamixer.config import GROUPS_OF_NORM, QueryProposalsConfig
 from hdovd.adamixer.sampling import SamplingTable
+from hdovd.image_nms import nms_of_images
 
 RARE = -math.log(99)  # logit of 1 %
 
@@ -111,9 +111,7 @@ class QueryProposals(nn.Module):
         index = torch.cat(chosen, dim=1)
         probability = dense.probability.gather(1, index)
         boxes = dense.boxes.gather(1, index[..., None].expand(-1, -1, 4))
-        picture = torch.arange(len(index), device=index.device)[:, None].expand_as(index)
-        scores = probability.detach().flatten().double()
-        kept = batched_nms(boxes.detach().flatten(0, 1).double(), scores, picture.flatten(), self.config.nms)
+        kept = nms_of_images(boxes.detach(), probability.detach(), self.config.nms)
         distinct = torch.zeros(index.numel(), dtype=torch.bool, device=index.device).index_fill(0, kept, True).view_as(index)
         return Candidates(probability, boxes, distinct & (probability > 0))
 

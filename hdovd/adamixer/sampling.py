@@ -25,10 +25,11 @@ class SamplingTable:
         bordered = [F.pad(m.float(), (1, 1, 1, 1)).permute(0, 2, 3, 1).flatten(1, 2) for m in maps]
         self.rows = torch.cat(bordered, dim=1).contiguous()  # (N, cells, C) float32
         cells = wide.prod(dim=1)
-        self.strides = torch.tensor(strides, device=device, dtype=torch.float32)
-        self.sizes = sizes.to(device, torch.float32)
-        self.width = wide[:, 1].to(device, torch.int32)  # (L,)
-        self.first = (cells.cumsum(0) - cells).to(device, torch.int32) + self.width + 1  # of the cell in the upper left corner
+        self.strides = torch.tensor(strides, dtype=torch.float32).to(device, non_blocking=True)
+        self.sizes = sizes.to(device, torch.float32, non_blocking=True)
+        self.width = wide[:, 1].to(device, torch.int32, non_blocking=True)  # (L,)
+        before = (cells.cumsum(0) - cells).to(device, torch.int32, non_blocking=True)
+        self.first = before + self.width + 1  # of the cell in the upper left corner
 
     def sample(self, points: Tensor, groups: int) -> Tensor:
         """The values at points, of the group's own channels.

@@ -32,7 +32,7 @@ class ImageHead(nn.Module):
         Returns:
             (N, D) L2-normalised.
         """
-        sizes = torch.tensor(image_sizes, device=levels[-1].device).float()
+        sizes = torch.tensor(image_sizes, dtype=torch.float32).to(levels[-1].device, non_blocking=True)
         height, width = levels[-1].shape[-2:]
         with torch.autocast(sizes.device.type, enabled=False):
             rows, columns = area_weights(sizes[:, 0] / stride, height), area_weights(sizes[:, 1] / stride, width)
