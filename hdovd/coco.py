@@ -13,13 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from hdovd.errors import HdovdError, shorten
 from hdovd.json_stream import JsonStream
 from hdovd.protocol import Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _PARTS = {"images", "annotations", "categories"}
 _IMAGE_KEYS = ("id", "file_name", "width", "height")
@@ -111,6 +112,8 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
     Raises HdovdError if the file is not COCO's, lacks a class of the protocol, names an unknown image, or
     if nothing is left.
     """
+    import numpy as np  # here: the command line names DataPaths before it needs arrays
+
     entries, categories, columns = _read(annotations)
     if not folder.is_dir():
         raise HdovdError(f"no image folder {folder}: give it with --images")
