@@ -22,9 +22,7 @@ def audit(
     ] = None,
     json_: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the report as JSON too.")] = None,
 ) -> None:
-    """Check that nothing learned from novel annotations or from test pictures; exit with 1 on a leak.
-
-    Compares the cache, and a run, with the raw annotation files. Each check ends as ok, LEAK, or unknown (it could not be
+    """Compares the cache, and a run, with the raw annotation files. Each check ends as ok, LEAK, or unknown (it could not be
     made); report lines are disclosures, such as which novel names the nouns hold, and no leaks. See docs/AUDIT.md.
     """
     from hdovd.coco import DataPaths

@@ -13,11 +13,12 @@ from typing import Annotated
 import typer
 
 from hdovd.cli import options
+from hdovd.cli.lazy import new_app
 from hdovd.errors import HdovdError
 from hdovd.pipelines.crop_recipe import CropRecipe, Shape
 from hdovd.pipelines.extract_config import Precision
 
-app = typer.Typer(no_args_is_help=True, help="Measure the cache, the extraction and the evaluation on this machine, on made-up data.")
+app = new_app(no_args_is_help=True)
 
 Folder = Annotated[Path | None, typer.Option("--folder", help="Where to work: a new folder in this one. Default: the system's for "
                                              "temporary files.")]

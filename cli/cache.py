@@ -8,13 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from hdovd.cli import cache_map, cache_view, export_cache, import_cache, options
+from hdovd.cli.lazy import new_app
 from hdovd.pipelines.extract_config import Activation, Precision
 
-app = typer.Typer(
+app = new_app(
     no_args_is_help=True,
-    help="""Look into a feature cache, check it, mend it, tidy it.
-
-    A cache holds products of one level each (boxes, instance, image, class, noun, pseudo_label),
+    help="""A cache holds products of one level each (boxes, instance, image, class, noun, pseudo_label),
     named by a key that follows from all that made them. A set names products that belong together;
     hdovd train reads one.
     """,

@@ -33,7 +33,7 @@ def map_(
     annotations: options.Annotations = None,
     protocol: Annotated[str | None, typer.Option("--protocol", help="Default: the protocol that the cache was made with.")] = None,
 ) -> None:
-    """Show instance embeddings as points: a page that needs no network, and a picture. Needs pip install 'hdovd\\[map]'.
+    """Show instance embeddings as points: a page that needs no network, and a picture. Needs pip install 'hdovd[map]'.
 
     Projected by t-SNE: boxes that lie near each other look alike to CLIP. It prints how often a box is most like its own
     class's name, and how alike neighbours are. CLIP is not needed.

@@ -7,7 +7,6 @@ import typer
 
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.cli import options
-from hdovd.config import load_recipe
 from hdovd.errors import HdovdError
 
 
@@ -34,6 +33,8 @@ def view(
     """
     if recipe is None and set_:
         raise HdovdError("--set lays values over a recipe: give --recipe too")
+    from hdovd.config import load_recipe
+
     loaded = load_recipe(recipe, set_ or []) if recipe is not None else None
     from hdovd.coco import DataPaths
     from hdovd.pipelines.cache_data import CacheSource

@@ -19,9 +19,7 @@ def calibrate(
     annotations: options.Annotations = None,
     protocol: Annotated[str | None, typer.Option("--protocol", help="Default: the protocol that the cache was made with.")] = None,
 ) -> None:
-    """Fit how far pseudo labels are trusted, w = scale * sigmoid((cosine - centre) / width), for the cache's CLIP and prompts.
-
-    From base boxes and base names alone: the cosine of each box and its name against that of the best wrong name. CLIP is not
+    """From base boxes and base names alone: the cosine of each box and its name against that of the best wrong name. CLIP is not
     needed. The cache knows where its data are; --data and --protocol say it anew. Next: hdovd train --calibration FILE.
     """
     from hdovd.coco import DataPaths

@@ -48,9 +48,7 @@ def detect(
     device: options.Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the detections that are in --out.")] = False,
 ) -> None:
-    """Find anything that has a name in any pictures.
-
-    Names that are no classes of the run are embedded by the text tower of its CLIP, once: they are kept in ~/.cache/hdovd. What
+    """Names that are no classes of the run are embedded by the text tower of its CLIP, once: they are kept in ~/.cache/hdovd. What
     cannot be read is skipped and listed; the exit code is 1 if nothing could be read. See docs/DETECT.md.
     """
     from hdovd.pipelines.name_list import names_asked

@@ -28,9 +28,7 @@ def eval(
     weights: Annotated[Weights, typer.Option(help="Of the last epoch, or of the one with the best validation AP50 of base classes.")
                        ] = Weights.LAST,
 ) -> None:
-    """Detect on the validation images and print OV-COCO AP: novel, base, all, and split-blind beside it.
-
-    Writes metrics.json and detections.json (COCO results form) into RUN.
+    """Writes metrics.json and detections.json (COCO results form) into RUN.
     """
     from hdovd.coco import DataPaths
     from hdovd.pipelines.evaluate import EvalJob, evaluate

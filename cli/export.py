@@ -22,9 +22,7 @@ def export(
     check_image: Annotated[list[Path] | None, typer.Option("--check-image", help="A picture to check the file on, besides those that "
                                                            "are made up. Repeatable.")] = None,
 ) -> None:
-    """Write the detector to one file for other programs: picture and class embeddings in, detections out.
-
-    The file holds the run's class names and embeddings too. It is run before it gets its name, and refused if it does not find what
+    """The file holds the run's class names and embeddings too. It is run before it gets its name, and refused if it does not find what
     the model finds: scores to 1e-3, boxes to 1e-3 percent of the long side of the detector's input, to which any picture is resized.
     """
     from hdovd.pipelines.export_model import ExportModelJob, export_model

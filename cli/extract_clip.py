@@ -70,9 +70,7 @@ def extract_clip(
     ] = Store.ZARR,
     part_rows: Annotated[int, typer.Option("--part-rows", min=1, help="Rows of a part: the most that a killed process loses.")] = PART_ROWS,
 ) -> None:
-    """Run the frozen CLIP once and fill the cache: class names, nouns, images, base boxes and proposals.
-
-    Prints first, level by level, whether the cache has it (hit), some of it (extend) or nothing (extract), and what that
+    """Prints first, level by level, whether the cache has it (hit), some of it (extend) or nothing (extract), and what that
     costs. Killed? The same command goes on where it was. Needs no GPU, but wants one. Next: hdovd train --cache CACHE.
     """
     from hdovd.coco import DataPaths

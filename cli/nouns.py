@@ -27,9 +27,7 @@ def nouns(
     spacy_model: Annotated[str, typer.Option("--spacy-model", help="An installed spaCy model, or its folder.")] = SPACY_MODEL,
     protocol: options.Protocol = "ov-coco",
 ) -> None:
-    """Find the nouns in each image's captions: what its pseudo boxes may be named.
-
-    Says how many there are, which words of the captions the vocabulary lacks, and which novel names it holds and how often.
+    """Says how many there are, which words of the captions the vocabulary lacks, and which novel names it holds and how often.
     See docs/NOUNS.md. Next: hdovd extract-clip --nouns OUT.
     """
     from hdovd.pipelines.find_nouns import find_nouns

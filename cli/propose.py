@@ -48,9 +48,7 @@ def propose(
         Path | None, typer.Option("--val-annotations", help="For --report, instead of DATA/annotations/instances_val2017.json.")
     ] = None,
 ) -> None:
-    """Train a class-agnostic proposal network on base boxes, and write proposals for the training images.
-
-    The recipe gives backbone, input size, schedule and the section \\[proposals]. The same command goes on where a killed one was, and
+    """The recipe gives backbone, input size, schedule and the section [proposals]. The same command goes on where a killed one was, and
     takes a network that is there already with the same settings. Several GPUs: torchrun --nproc-per-node 8 -m hdovd propose ...
     Side by side: hdovd propose --report --detector rpn --detector oln. Next: hdovd extract-clip --proposals OUT.
     """

@@ -15,13 +15,10 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hdovd.config_parts import PRESETS as PRESETS
 from hdovd.config_parts import Auto, Count, Finite, NonNegative, Positive, Section, Share
 from hdovd.detector_config import FORMS, DetectorConfig, FasterRCNNConfig
 from hdovd.errors import HdovdError
-
-PRESETS: dict[str, tuple[str, ...]] = {
-    "base-only": ("loss.instance.enabled=false", "loss.class.enabled=false", "loss.image.enabled=false", "loss.extra={}"),
-}
 
 
 class InputConfig(Section):

@@ -10,8 +10,7 @@ from typing import Any
 from hdovd.coco import DataPaths
 from hdovd.config import Recipe
 from hdovd.errors import HdovdError
-
-FORMS = (".json", ".npz")  # of proposal files that we write
+from hdovd.pipelines.proposal_options import require_form
 
 
 class Detector(StrEnum):
@@ -97,12 +96,6 @@ class RecallJob:
             require_form(self.out)
         return [NetworkJob(self.data, network_file(self.out, detector), detector, self.recipe, self.protocol, self.overwrite,
                            self.save_minutes) for detector in dict.fromkeys(wanted) if self.out is not None]
-
-
-def require_form(out: Path) -> None:
-    """Raises HdovdError for a name under which proposals cannot be written, before any work is done for them."""
-    if out.suffix not in FORMS or out.is_dir():
-        raise HdovdError(f"--out {out}: expected a file whose name ends in {' or '.join(FORMS)}")
 
 
 def network_file(out: Path, detector: Detector) -> Path:
