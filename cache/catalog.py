@@ -10,7 +10,7 @@ from typing import Any
 
 from hdovd.cache.identity import KeyInputs, differences
 from hdovd.cache.product import Product
-from hdovd.cache.schema import SCHEMA_VERSION, Level
+from hdovd.cache.schema import SCHEMA_VERSION, TAR_META, Level
 from hdovd.cache.storage import Folder, open_folder
 from hdovd.errors import HdovdError
 
@@ -178,3 +178,8 @@ def read_set(folder: Folder, name: str) -> FeatureSet:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HdovdError(f"{folder.url}/{name} is damaged ({error!r}): hdovd cache verify --repair, with the options of its "
                          "extract-clip command, writes it again") from error
+
+
+def is_tar_form(url: str | Path) -> bool:
+    """Whether `url` names shards, or a folder of them."""
+    return str(url).endswith(".tar") or open_folder(url).exists(TAR_META)

@@ -31,6 +31,7 @@ PART_ROWS = 65_536  # rows of a part of the row levels
 IMAGE_PART_ROWS = 4_096  # of the image level: fewer rows, so that many workers find work
 CHUNK_ROWS = 1_024
 DEFAULT_SET = "default"
+TAR_META = "meta.safetensors"  # what tells a folder of tar shards from a cache
 TABLES = "tables"  # the part that holds everything but the row arrays
 
 

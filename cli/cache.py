@@ -74,7 +74,7 @@ def gc(
     from hdovd.cache.catalog import Catalog
     from hdovd.cache.inventory import delete_garbage, find_garbage
     from hdovd.pipelines.cache_tables import garbage_lines
-    from hdovd.pipelines.extract_clip import size
+    from hdovd.pipelines.format import size
 
     catalog = Catalog(cache)
     garbage = find_garbage(catalog, drop_set)

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from hdovd.cache.catalog import is_tar_form
 from hdovd.cache.identity import differences
 from hdovd.cache.schema import DEFAULT_SET
-from hdovd.cache.tar_shards import is_tar_form
 from hdovd.coco import DataPaths
 from hdovd.config import PRESETS, Recipe, load_recipe
 from hdovd.errors import HdovdError

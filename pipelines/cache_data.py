@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hdovd.cache.catalog import is_tar_form
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import DEFAULT_SET, Level
-from hdovd.cache.tar_shards import is_tar_form
 from hdovd.coco import DataPaths, ImageBoxes, Split
 from hdovd.errors import HdovdError
 from hdovd.pipelines.extract_config import ExtractConfig

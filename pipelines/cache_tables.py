@@ -17,7 +17,7 @@ from hdovd.cache.verify import product_names
 from hdovd.coco import Skips
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.box_table import match_rows
-from hdovd.pipelines.extract_clip import size
+from hdovd.pipelines.format import size
 from hdovd.pipelines.proposal_file import made_by_line
 from hdovd.pipelines.settings import pair_lines
 

@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hdovd.cache.catalog import is_tar_form
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import DEFAULT_SET, Level
-from hdovd.cache.tar_shards import is_tar_form
 from hdovd.coco import DataPaths, Split
 from hdovd.errors import HdovdError
 from hdovd.pipelines.calibration import Calibration, origin_of

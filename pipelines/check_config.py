@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
 from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.teacher import Teacher
+
+if TYPE_CHECKING:
+    from hdovd.pipelines.teacher import Teacher
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ from hdovd.cache.tar_shards import SAMPLES, TarShards, TarWriter
 from hdovd.cache.writer import ProductWriter
 from hdovd.coco import DataPaths, ImageBoxes, Split
 from hdovd.errors import HdovdError
-from hdovd.pipelines.extract_clip import size
 from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.format import size
 from hdovd.pipelines.identities import data_inputs
 from hdovd.pipelines.progress import progress
 from hdovd.protocol import Protocol, load_protocol

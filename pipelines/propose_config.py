@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hdovd.coco import DataPaths
-from hdovd.config import Recipe
 from hdovd.errors import HdovdError
 from hdovd.pipelines.proposal_options import require_form
+
+if TYPE_CHECKING:
+    from hdovd.config import Recipe
 
 
 class Detector(StrEnum):

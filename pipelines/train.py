@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hdovd.backbone import with_synced_norms
-from hdovd.cache.catalog import Catalog, RunRecord
+from hdovd.cache.catalog import Catalog, RunRecord, is_tar_form
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import DEFAULT_SET
-from hdovd.cache.tar_shards import is_tar_form
 from hdovd.coco import DataPaths
 from hdovd.config import LossConfig, Recipe
 from hdovd.detectors import Detector, build_detector
