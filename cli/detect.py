@@ -53,16 +53,18 @@ def detect(
     """
     from hdovd.pipelines.name_list import names_asked
     from hdovd.pipelines.prompt_templates import read_templates
+    from hdovd.pipelines.run_jobs import DetectJob
 
     names = None if classes is None else names_asked(classes, typer.echo)
-    from hdovd.pipelines.detect import DetectJob
+    prompts = None if templates is None else read_templates(templates)
+    job = DetectJob(
+        run, tuple(images), out, names, threshold, class_embeddings, clip, pretrained, prompts, weights, device, batch_size,
+        options.workers(workers), not no_pictures, split_blind, overwrite, alone)
+    job.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.detect import detect as run_detect
     from hdovd.pipelines.detect_table import detect_lines
 
-    prompts = None if templates is None else read_templates(templates)
-    result = run_detect(DetectJob(
-        run, tuple(images), out, names, threshold, class_embeddings, clip, pretrained, prompts, weights, device, batch_size,
-        options.workers(workers), not no_pictures, split_blind, overwrite, alone), typer.echo)
+    result = run_detect(job, typer.echo)
     for line in detect_lines(result):
         typer.echo(line)
     for file in result.files:

@@ -59,7 +59,7 @@ def propose(
     loaded, paths = load_recipe(recipe, set_ or []), DataPaths(data, images, annotations)  # before torch: a mistake shows at once
     if report:
         from hdovd.pipelines.proposal_recall import recall_report
-        from hdovd.pipelines.train import validation_paths
+        from hdovd.pipelines.train_config import validation_paths
 
         recall_report(RecallJob(paths, validation_paths(data, val_images, val_annotations), loaded, out, protocol,
                                 tuple(detector or ()), tuple(checkpoint or ()), device, overwrite, save_minutes))

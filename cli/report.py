@@ -28,9 +28,12 @@ def report(
     runs' cache was made.
     """
     from hdovd.coco import DataPaths
-    from hdovd.pipelines.report import ReportJob
-    from hdovd.pipelines.report import report as run
+    from hdovd.pipelines.run_jobs import ReportJob
 
     validation = DataPaths(data, images, annotations) if images or annotations else None
-    run(ReportJob(tuple(runs), out, DataPaths(data), validation, gallery, pseudo, relations, threshold, device, batch_size,
-                  options.workers(workers)), typer.echo)
+    job = ReportJob(tuple(runs), out, DataPaths(data), validation, gallery, pseudo, relations, threshold, device, batch_size,
+                  options.workers(workers))
+    job.check()  # before torch: a mistake shows at once
+    from hdovd.pipelines.report import report as run
+
+    run(job, typer.echo)

@@ -50,12 +50,15 @@ def train(
     from hdovd.coco import DataPaths
     from hdovd.config import load_recipe
 
-    loaded = load_recipe(recipe, [*(PRESETS[preset.value] if preset else ()), *(set_ or [])])  # before torch: a mistake shows at once
+    loaded = load_recipe(recipe, [*(PRESETS[preset.value] if preset else ()), *(set_ or [])])
     from hdovd.pipelines.calibration import refuse_two_sources
-    from hdovd.pipelines.train import TrainJob, validation_paths
-    from hdovd.pipelines.train import train as run
+    from hdovd.pipelines.train_config import TrainJob, validation_paths
 
     refuse_two_sources(set_ or [], calibration)
     validation = validation_paths(data, val_images, val_annotations) if val_every else None
-    run(TrainJob(DataPaths(data, images, annotations), cache, out, loaded, protocol, device, overwrite, features, resume, save_minutes,
-                 validation, val_every, tensorboard, calibration, init))
+    job = TrainJob(DataPaths(data, images, annotations), cache, out, loaded, protocol, device, overwrite, features, resume, save_minutes,
+                 validation, val_every, tensorboard, calibration, init)
+    job.check()  # before torch: a mistake shows at once
+    from hdovd.pipelines.train import train as run
+
+    run(job)

@@ -249,13 +249,21 @@ class DataPaths:
 
     def load(self, split: str, protocol: Protocol, *, base_only: bool, log: Callable[[str], None] = print) -> Split:
         """`load_split` of `split` ("train2017", "val2017"); what is skipped goes to `log`."""
+        loaded = load_split(*self.locate(split), protocol, base_only=base_only)
+        for line in loaded.skips.lines():
+            log(line)
+        return loaded
+
+    def locate(self, split: str) -> tuple[Path, Path]:
+        """The annotation file and the image folder of a split. Raises HdovdError if they are not there."""
         if self.root is None and (self.images is None or self.annotations is None):
             raise HdovdError("give --data ROOT, or both --images and --annotations")
         root = self.root or Path()
         if self.root is not None and not root.is_dir():
             raise HdovdError(f"--data {root}: no such folder; expected a COCO folder with {split}/ and annotations/")
-        loaded = load_split(self.annotations or root / "annotations" / f"instances_{split}.json", self.images or root / split,
-                            protocol, base_only=base_only)
-        for line in loaded.skips.lines():
-            log(line)
-        return loaded
+        annotations, folder = self.annotations or root / "annotations" / f"instances_{split}.json", self.images or root / split
+        if not annotations.is_file():
+            raise HdovdError(f"annotations: no file {annotations}")
+        if not folder.is_dir():
+            raise HdovdError(f"no image folder {folder}: give it with --images")
+        return annotations, folder

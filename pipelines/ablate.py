@@ -28,6 +28,7 @@ from hdovd.pipelines.calibration import read_calibration, refuse_two_sources, wi
 from hdovd.pipelines.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
 from hdovd.pipelines.runs import Run, read_run
 from hdovd.pipelines.settings import SWITCH, lasting_values
+from hdovd.pipelines.train_config import TrainJob
 from hdovd.protocol import load_protocol
 
 LOCK = ".ablate.lock"
@@ -238,15 +239,16 @@ def _failure(end: Ended, planned: Planned, config: AblateConfig, result: Ablatio
 
 def _features(config: AblateConfig, plans: list[Planned]) -> dict[str, str]:
     """The keys of the cache's levels. Raises HdovdError if the data of training or evaluation are not there or do not fit the cache."""
-    from hdovd.pipelines.train import TrainJob, training_data
-
     flags = {key for p in plans for key, on in recipe_settings(p.recipe).items() if key.startswith("loss.") and key.endswith(SWITCH) and on}
     everything = load_recipe(config.recipe, [*config.all_settings, *plans[0].cell.settings, *(f"{key}=true" for key in sorted(flags))])
     protocol = load_protocol(config.protocol)
     (config.validation or config.data).load("val2017", protocol, base_only=False, log=_silent)
     data = config.data if not is_tar_form(config.cache) else DataPaths()
-    found = training_data(TrainJob(data, config.cache, config.out, everything, config.protocol, config.device, features=config.features),
-                          protocol, _silent)
+    job = TrainJob(data, config.cache, config.out, everything, config.protocol, config.device, features=config.features)
+    job.check()
+    from hdovd.pipelines.train import training_data
+
+    found = training_data(job, protocol, _silent)
     found.class_embeddings(protocol.names)
     for planned in plans:  # a weight that is not known is said now, not by each run
         with_reliability(planned.recipe, found.label_origin, config.calibration, protocol.base, _silent)
