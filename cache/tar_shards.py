@@ -42,7 +42,6 @@ from hdovd.cache.tar_meta import TarMeta
 from hdovd.cache.tar_sample import MEMBERS, RawSample, TarSample, key_of_image
 from hdovd.errors import HdovdError, shorten
 
-SAMPLES = 1_000
 STREAM_BLOCK = 4 * 2**20  # bytes asked of an object store at a time
 T = TypeVar("T")
 

@@ -37,11 +37,14 @@ def view(
 
     loaded = load_recipe(recipe, set_ or []) if recipe is not None else None
     from hdovd.coco import DataPaths
-    from hdovd.pipelines.cache_data import CacheSource
+    from hdovd.pipelines.cache_jobs import CacheSource, ViewConfig
     from hdovd.pipelines.calibration import refuse_two_sources
-    from hdovd.pipelines.view_images import ViewConfig, view_images
 
     refuse_two_sources(set_ or [], calibration)
     where = DataPaths(data, images, annotations) if data or images or annotations else None
     asked = tuple(word.strip() for words in image or () for word in words.split(",") if word.strip())
-    view_images(ViewConfig(CacheSource(cache, features, where, protocol), asked, out, calibration, loaded, seed), typer.echo)
+    config = ViewConfig(CacheSource(cache, features, where, protocol), asked, out, calibration, loaded, seed)
+    config.check()  # before torch: a mistake shows at once
+    from hdovd.pipelines.view_images import view_images
+
+    view_images(config, typer.echo)

@@ -23,8 +23,11 @@ def calibrate(
     needed. The cache knows where its data are; --data and --protocol say it anew. Next: hdovd train --calibration FILE.
     """
     from hdovd.coco import DataPaths
-    from hdovd.pipelines.calibrate import CalibrateConfig
+    from hdovd.pipelines.cache_jobs import CalibrateConfig
+
+    where = DataPaths(data, images, annotations) if data or images or annotations else None
+    config = CalibrateConfig(cache, out, features, where, protocol)
+    config.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.calibrate import calibrate as run
 
-    run(CalibrateConfig(cache, out, features, DataPaths(data, images, annotations) if data or images or annotations else None, protocol),
-        typer.echo)
+    run(config, typer.echo)

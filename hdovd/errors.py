@@ -27,4 +27,4 @@ def require_files(**options: Path | None) -> None:
     """Raises HdovdError for a file that is not there, named by the option that it was given with."""
     for name, file in options.items():
         if file is not None and not file.is_file():
-            raise HdovdError(f"--{name.replace('_', '-')} {file}: no such file")
+            raise HdovdError(f"--{name.replace('_', '-')}: no file {file}")

@@ -51,6 +51,7 @@ def extract_clip(config: ExtractConfig, log: Log = print, teacher: Teacher | Non
 
     `teacher`: another model than the CLIP that `config` names.
     """
+    config.check()
     if config.store is Store.WEBDATASET:
         from hdovd.pipelines.tar_extraction import extract_to_tars
 

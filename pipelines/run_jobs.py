@@ -1,4 +1,4 @@
-"""What is asked of finished runs: `hdovd eval`, `detect`, `export`, `report`. Imports no torch: what is wrong shows before that."""
+"""What is asked of finished runs: `hdovd eval`, `detect`, `export`, `report`. Imports no torch: a mistake shows before that."""
 
 from __future__ import annotations
 

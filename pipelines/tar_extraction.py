@@ -14,7 +14,8 @@ from hdovd.cache.storage import Folder, open_folder
 from hdovd.cache.tar_meta import TarMeta
 from hdovd.cache.tar_shards import TarShards, forget_shard, unfinished_shards
 from hdovd.errors import HdovdError
-from hdovd.pipelines.export import ExportConfig, export_tars
+from hdovd.pipelines.cache_jobs import ExportConfig
+from hdovd.pipelines.export import export_tars
 from hdovd.pipelines.extract_clip import ExtractReport, Log, extract_clip, plan_lines, prepare
 from hdovd.pipelines.extract_config import ExtractConfig, Store
 from hdovd.pipelines.extraction import Extraction

@@ -1,4 +1,4 @@
-"""What `hdovd train` is asked for. Imports no torch: what is wrong with it shows before that."""
+"""What `hdovd train` is asked for. Imports no torch: a mistake shows before that."""
 
 from __future__ import annotations
 
