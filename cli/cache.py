@@ -26,9 +26,11 @@ Cache = Annotated[str, typer.Argument(help="The cache: a folder, or s3://, gs://
 def ls(cache: Cache) -> None:
     """List all products: size, rows, model, age, and which sets and runs use them."""
     from hdovd.cache.catalog import Catalog
+
+    catalog = Catalog(cache)
     from hdovd.pipelines.cache_tables import product_lines
 
-    _print(product_lines(Catalog(cache)))
+    _print(product_lines(catalog))
 
 
 @app.command()
@@ -39,9 +41,11 @@ def info(
 ) -> None:
     """Tell all of a set or a product: what made it, images that could not be read, what was skipped, runs."""
     from hdovd.cache.catalog import Catalog
+
+    catalog = Catalog(cache)
     from hdovd.pipelines.cache_tables import info_lines
 
-    _print(info_lines(Catalog(cache), name))
+    _print(info_lines(catalog, name))
 
 
 @app.command()
@@ -53,9 +57,11 @@ def diff(
 ) -> None:
     """Say which inputs differ between two products, or level by level between two sets."""
     from hdovd.cache.catalog import Catalog
+
+    first, second = Catalog(cache), Catalog(other or cache)
     from hdovd.pipelines.cache_tables import difference_lines
 
-    _print(difference_lines(Catalog(cache), a, Catalog(other or cache), b))
+    _print(difference_lines(first, a, second, b))
 
 
 @app.command()
@@ -72,11 +78,12 @@ def gc(
     A run counts while its folder is there, as seen from this machine.
     """
     from hdovd.cache.catalog import Catalog
+
+    catalog = Catalog(cache)
     from hdovd.cache.inventory import delete_garbage, find_garbage
     from hdovd.pipelines.cache_tables import garbage_lines
     from hdovd.pipelines.format import size
 
-    catalog = Catalog(cache)
     garbage = find_garbage(catalog, drop_set)
     _print(garbage_lines(garbage))
     if not garbage.everything and drop_set is None:
@@ -123,7 +130,6 @@ def verify(
     the options from --data on say where that is now.
     """
     from hdovd.coco import DataPaths
-    from hdovd.pipelines.cache_check import check_cache
     from hdovd.pipelines.check_config import CheckConfig
     from hdovd.pipelines.prompt_templates import read_templates
 
@@ -134,7 +140,11 @@ def verify(
                                "class_embeddings": class_embeddings, "precision": precision, "activation": activation, "device": device,
                                "batch_size": batch_size, "workers": options.workers(workers)}
     changes = {name: value for name, value in changes.items() if value is not None}
-    if check_cache(CheckConfig(cache, features, sample, seed, repair, changes), typer.echo).findings:
+    config = CheckConfig(cache, features, sample, seed, repair, changes)
+    config.check()  # before torch: a mistake shows at once
+    from hdovd.pipelines.cache_check import check_cache
+
+    if check_cache(config, typer.echo).findings:
         raise typer.Exit(1)
 
 

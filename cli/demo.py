@@ -19,13 +19,17 @@ def demo(
 ) -> None:
     """Prints every command before it runs, so that you can repeat it by hand. Minutes on two CPU cores.
     """
-    from hdovd.pipelines.demo.run import DemoConfig, demo_table
+    from hdovd.pipelines.demo.config import DemoConfig
+
+    config = DemoConfig(out, seeds, teacher_folder, settings=tuple(set_ or ()), pictures=pictures)
+    config.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.demo.run import demo as run
+    from hdovd.pipelines.demo.run import demo_table
 
     def command(words: list[str]) -> None:
         context.find_root().command.main(args=words, prog_name="hdovd", standalone_mode=False)
 
-    result = run(DemoConfig(out, seeds, teacher_folder, settings=tuple(set_ or ()), pictures=pictures), command, typer.echo)
+    result = run(config, command, typer.echo)
     typer.echo("\n" + demo_table(result))
     typer.echo("pictures (detections with novel classes in orange; what the cache knows):")
     for picture in result.pictures:

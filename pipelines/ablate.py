@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from hdovd.cache.catalog import is_tar_form
+from hdovd.cache.catalog import Catalog, is_tar_form
 from hdovd.cache.identity import differences
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.coco import DataPaths
@@ -77,6 +77,14 @@ class AblateConfig:
         if (self.data.images or self.data.annotations) and self.validation is None:
             raise HdovdError("--images and --annotations are those to train on: give --val-images and --val-annotations for evaluation")
 
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        load_protocol(self.protocol)
+        (self.validation or self.data).locate("val2017")
+        if not is_tar_form(self.cache):
+            self.data.locate("train2017")
+            Catalog(self.cache)
+
     @property
     def all_settings(self) -> tuple[str, ...]:
         """What is laid over the recipe in all cells."""
@@ -124,6 +132,7 @@ def ablate(config: AblateConfig, log: Callable[[str], None] = print) -> Ablation
     Raises HdovdError, before anything runs, for a wrong grid, data that do not fit the cache, and runs of another config in OUT.
     """
     plans = plan(config)
+    config.check()
     if config.dry_run:
         return _result(config, plans, {p.name: standing(p, config) for p in plans})
     config.out.mkdir(parents=True, exist_ok=True)
@@ -239,15 +248,14 @@ def _failure(end: Ended, planned: Planned, config: AblateConfig, result: Ablatio
 
 def _features(config: AblateConfig, plans: list[Planned]) -> dict[str, str]:
     """The keys of the cache's levels. Raises HdovdError if the data of training or evaluation are not there or do not fit the cache."""
+    from hdovd.pipelines.train import training_data
+
     flags = {key for p in plans for key, on in recipe_settings(p.recipe).items() if key.startswith("loss.") and key.endswith(SWITCH) and on}
     everything = load_recipe(config.recipe, [*config.all_settings, *plans[0].cell.settings, *(f"{key}=true" for key in sorted(flags))])
     protocol = load_protocol(config.protocol)
     (config.validation or config.data).load("val2017", protocol, base_only=False, log=_silent)
     data = config.data if not is_tar_form(config.cache) else DataPaths()
     job = TrainJob(data, config.cache, config.out, everything, config.protocol, config.device, features=config.features)
-    job.check()
-    from hdovd.pipelines.train import training_data
-
     found = training_data(job, protocol, _silent)
     found.class_embeddings(protocol.names)
     for planned in plans:  # a weight that is not known is said now, not by each run
