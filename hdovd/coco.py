@@ -256,14 +256,19 @@ class DataPaths:
 
     def locate(self, split: str) -> tuple[Path, Path]:
         """The annotation file and the image folder of a split. Raises HdovdError if they are not there."""
+        annotations, folder = self.annotation_file(split), self.images or (self.root or Path()) / split
+        if not folder.is_dir():
+            raise HdovdError(f"no image folder {folder}: give it with --images")
+        return annotations, folder
+
+    def annotation_file(self, split: str) -> Path:
+        """Raises HdovdError if it is not there."""
         if self.root is None and (self.images is None or self.annotations is None):
             raise HdovdError("give --data ROOT, or both --images and --annotations")
         root = self.root or Path()
         if self.root is not None and not root.is_dir():
             raise HdovdError(f"--data {root}: no such folder; expected a COCO folder with {split}/ and annotations/")
-        annotations, folder = self.annotations or root / "annotations" / f"instances_{split}.json", self.images or root / split
+        annotations = self.annotations or root / "annotations" / f"instances_{split}.json"
         if not annotations.is_file():
             raise HdovdError(f"annotations: no file {annotations}")
-        if not folder.is_dir():
-            raise HdovdError(f"no image folder {folder}: give it with --images")
-        return annotations, folder
+        return annotations

@@ -132,9 +132,10 @@ def ablate(config: AblateConfig, log: Callable[[str], None] = print) -> Ablation
     Raises HdovdError, before anything runs, for a wrong grid, data that do not fit the cache, and runs of another config in OUT.
     """
     plans = plan(config)
-    config.check()
     if config.dry_run:
         return _result(config, plans, {p.name: standing(p, config) for p in plans})
+    if any(standing(p, config) is not Standing.DONE for p in plans):
+        config.check()
     config.out.mkdir(parents=True, exist_ok=True)
     with _locked(config.out) as lock:
         standings = {p.name: standing(p, config) for p in plans}

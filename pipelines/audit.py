@@ -53,7 +53,7 @@ def audit(config: AuditConfig, log: Callable[[str], None] = print) -> AuditRepor
 def _read(config: AuditConfig, protocol: Protocol) -> Audited:
     data = config.data
     root, missing = data.root or Path(), {"run": "no --run was given: not checked"}
-    truth = read_truth(data.annotations or root / "annotations" / "instances_train2017.json")
+    truth = read_truth(data.annotation_file("train2017"))
     if absent := [name for name in protocol.names if name not in truth.names.values()]:
         raise HdovdError(f"protocol {protocol.name} names classes that {truth.file} does not know: {', '.join(absent[:8])}. Give the split "
                          "that fits this data with --protocol")

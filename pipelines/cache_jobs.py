@@ -144,6 +144,6 @@ class AuditConfig:
         if self.json_out is not None and self.json_out.is_dir():
             raise HdovdError(f"--json {self.json_out} is a folder: expected the file to write")
         load_protocol(self.protocol)
-        self.data.locate("train2017")
+        self.data.annotation_file("train2017")
         Catalog(self.cache)
         require_files(run=None if self.run is None else self.run / "run.json", proposals=self.proposals)

@@ -52,13 +52,14 @@ class TrainJob:
         if self.init is not None:
             if self.init.resolve() == self.out.resolve():
                 raise HdovdError(f"--init {self.init} is --out too: give another --out, or --resume to go on with that run")
-            RunFolder.open(self.init)
+            if not (self.resume and (self.out / "checkpoint.pt").is_file()):  # a run that goes on needs it no more
+                RunFolder.open(self.init)
         if self.calibration is not None:
             read_calibration(self.calibration)
         if not is_tar_form(self.cache):
             self.data.locate("train2017")
             Catalog(self.cache)
-        if self.validation is not None:
+        if self.validation is not None and self.val_every:
             self.validation.locate("val2017")
 
 
