@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import zarr
-
 from hdovd.cache.identity import KeyInputs, differences
 from hdovd.cache.product import Product
-from hdovd.cache.schema import SCHEMA_VERSION, Level
+from hdovd.cache.schema import SCHEMA_VERSION, TAR_META, Level
 from hdovd.cache.storage import Folder, open_folder
 from hdovd.errors import HdovdError
+
+_GROUPS = {"zarr.json", *(f"{level}/zarr.json" for level in Level)}  # all that an empty cache consists of
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Catalog:
         """The cache at `url`, None if there is nothing. Raises HdovdError if something else is in the way."""
         folder = open_folder(url)
         if not folder.exists("zarr.json"):
-            there = [name for name in folder.sizes("") if not name.startswith(".") and name not in group_objects()]
+            there = [name for name in folder.sizes("") if not name.startswith(".") and name not in _GROUPS]
             if there and not folder.exists("zarr.json"):  # another process may make the cache at the same time
                 raise HdovdError(f"{url} is not empty and is no feature cache ({there[0]}): give another --cache")
             return None
@@ -152,7 +152,9 @@ class Catalog:
 
 
 def group_objects() -> dict[str, bytes]:
-    """The metadata of the root and of every level, by name: all that an empty cache consists of."""
+    """The metadata of the root and of every level, by name (`_GROUPS`)."""
+    import zarr  # here: a cache is found, listed and told apart without it
+
     objects: dict[str, Any] = {}
     root = zarr.create_group(zarr.storage.MemoryStore(objects), attributes={"schema_version": SCHEMA_VERSION})
     for level in Level:
@@ -176,3 +178,8 @@ def read_set(folder: Folder, name: str) -> FeatureSet:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HdovdError(f"{folder.url}/{name} is damaged ({error!r}): hdovd cache verify --repair, with the options of its "
                          "extract-clip command, writes it again") from error
+
+
+def is_tar_form(url: str | Path) -> bool:
+    """Whether `url` names shards, or a folder of them."""
+    return str(url).endswith(".tar") or open_folder(url).exists(TAR_META)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.schema import Level, Source
+
+if TYPE_CHECKING:
+    import numpy as np
 
 KeyInputs = dict[str, Any]
 SHOWN = 120  # characters of a value in a message
@@ -25,6 +26,8 @@ def key_of(inputs: KeyInputs) -> str:
 
 def hash_tables(tables: Iterable[np.ndarray]) -> str:
     """A hash of arrays, by dtype, shape and content."""
+    import numpy as np  # here: most of this file, and what the command line needs of it, is of plain values
+
     digest = hashlib.sha256()
     for table in tables:
         digest.update(f"{table.dtype.str}{table.shape}".encode())
@@ -48,6 +51,8 @@ def box_inputs(tables: Mapping[str, np.ndarray]) -> KeyInputs:
 
 def source_inputs(tables: Mapping[str, np.ndarray], source: Source) -> KeyInputs:
     """The boxes of one source: how many an image has, where, and annotation ids or scores."""
+    import numpy as np
+
     mask = tables["source"] == source
     before = np.concatenate([[0], np.cumsum(mask)])
     column = tables["annotation_id" if source is Source.BASE_BOX else "score"]

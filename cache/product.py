@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
-from typing import Any
-
-import numpy as np
-import zarr
+from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.schema import ROW_ARRAYS, TABLES, Level, row_arrays
 from hdovd.cache.storage import Folder
 from hdovd.errors import HdovdError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import zarr
 
 
 class Product:
@@ -118,10 +119,16 @@ class Product:
 
     @cached_property
     def _group(self) -> zarr.Group:
-        return zarr.open_group(self.folder.store(self.prefix), mode="r", zarr_format=3)
+        import zarr  # here: catalogs list products by their metadata alone
+
+        from hdovd.cache.zarr_store import FolderStore
+
+        return zarr.open_group(FolderStore(self.folder, self.prefix), mode="r", zarr_format=3)
 
     def array(self, name: str) -> zarr.Array[Any]:
         """Raises HdovdError if its metadata are not there or not readable."""
+        import zarr
+
         try:
             array = self._group[name]
         except (KeyError, ValueError, TypeError) as error:
@@ -157,6 +164,8 @@ def parse_record(text: bytes) -> dict[str, Any]:
 
 def decoded(array: zarr.Array[Any], rows: slice) -> np.ndarray:
     """Rows of an array, read by Zarr. Raises HdovdError if what is stored cannot be decoded."""
+    import numpy as np
+
     try:
         return np.asarray(array[rows])
     except HdovdError:

@@ -30,7 +30,9 @@ SCHEMA_VERSION = 2
 PART_ROWS = 65_536  # rows of a part of the row levels
 IMAGE_PART_ROWS = 4_096  # of the image level: fewer rows, so that many workers find work
 CHUNK_ROWS = 1_024
+TAR_SAMPLES = 1_000  # images of a tar shard
 DEFAULT_SET = "default"
+TAR_META = "meta.safetensors"  # what tells a folder of tar shards from a cache
 TABLES = "tables"  # the part that holds everything but the row arrays
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from hdovd.cache.locks import PARTIAL, is_stale, lock, partial_name, unlock
-from hdovd.cache.zarr_store import FolderStore
 from hdovd.errors import HdovdError
 
 CLAIMS = ".claims"
@@ -64,10 +63,6 @@ class Folder(ABC):
     @abstractmethod
     def delete(self, name: str) -> None:
         """Delete an object, or everything below a folder; what is not there is deleted already."""
-
-    def store(self, prefix: str) -> FolderStore:
-        """A Zarr store of a folder, to be read only."""
-        return FolderStore(self, prefix)
 
     def path(self, name: str) -> Path | None:
         """The local file of an object, or None where there is none to map."""

@@ -19,7 +19,6 @@ from hdovd.cache.product import Product
 from hdovd.cache.schema import SCHEMA_VERSION, TABLE_ARRAYS, Level
 from hdovd.errors import HdovdError
 
-META = "meta.safetensors"
 TEXTS = (Level.CLASS, Level.NOUN)  # levels whose rows are no image's: they stand here, whole
 TABLES_HERE = ("image_id", "image_hash", "image_size", "offset")  # of the boxes level
 

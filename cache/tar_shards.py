@@ -36,13 +36,12 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from hdovd.cache.identity import differences
-from hdovd.cache.schema import TOP_ARRAYS
+from hdovd.cache.schema import TAR_META, TOP_ARRAYS
 from hdovd.cache.storage import Folder, open_folder
-from hdovd.cache.tar_meta import META, TarMeta
+from hdovd.cache.tar_meta import TarMeta
 from hdovd.cache.tar_sample import MEMBERS, RawSample, TarSample, key_of_image
 from hdovd.errors import HdovdError, shorten
 
-SAMPLES = 1_000
 STREAM_BLOCK = 4 * 2**20  # bytes asked of an object store at a time
 T = TypeVar("T")
 
@@ -58,9 +57,9 @@ class TarShards:
         root, names = _split(str(url))
         self.url, self._folder = root, open_folder(root)
         try:
-            self.meta = TarMeta.from_bytes(self._folder.read(META), f"{root}/{META}")
+            self.meta = TarMeta.from_bytes(self._folder.read(TAR_META), f"{root}/{TAR_META}")
         except FileNotFoundError:
-            raise HdovdError(f"{root} holds no {META}: expected a folder that hdovd cache export --to webdataset wrote") from None
+            raise HdovdError(f"{root} holds no {TAR_META}: expected a folder that hdovd cache export --to webdataset wrote") from None
         everything = {_tar(number): number for number in range(self.meta.shards)}
         unknown = [name for name in names or () if name not in everything]
         if unknown:
@@ -143,19 +142,19 @@ class TarWriter:
         self.folder = open_folder(url)
         self.meta = meta
         there = [name for name in self.folder.sizes("") if not name.startswith(".")]
-        if META in there:
-            found = TarMeta.from_bytes(self.folder.read(META), f"{url}/{META}")
+        if TAR_META in there:
+            found = TarMeta.from_bytes(self.folder.read(TAR_META), f"{url}/{TAR_META}")
             lines = differences(meta.identity(), found.identity())
             if lines:
                 raise HdovdError(f"{url} holds the shards of something else; give another folder:\n  " + "\n  ".join(lines[:20]))
             self.meta = found
             if meta.features.object_text and not found.features.object_text:  # the cache learned it since
                 self.meta = replace(found, features=replace(found.features, object_text=meta.features.object_text))
-                self.folder.write(META, self.meta.to_bytes())
+                self.folder.write(TAR_META, self.meta.to_bytes())
         elif there:
             raise HdovdError(f"{url} is not empty and holds no shards ({there[0]}): give another folder")
         else:
-            self.folder.write(META, meta.to_bytes())
+            self.folder.write(TAR_META, meta.to_bytes())
 
     def unfinished(self) -> list[int]:
         """The shards that are not there yet."""
@@ -175,11 +174,6 @@ class TarWriter:
         self.folder.write(_tar(number), data)
         self.folder.write(_json(number), json.dumps({"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}).encode())
         return len(data)
-
-
-def is_tar_form(url: str | Path) -> bool:
-    """Whether `url` names shards, or a folder of them."""
-    return str(url).endswith(".tar") or open_folder(url).exists(META)
 
 
 def unfinished_shards(folder: Folder, numbers: Sequence[int]) -> list[int]:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 
+from hdovd.cache.storage import Folder
 from hdovd.errors import HdovdError
-
-if TYPE_CHECKING:
-    from hdovd.cache.storage import Folder
 
 
 class FolderStore(Store):

@@ -35,9 +35,7 @@ def ablate(
     device: options.Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, done and to do, and stop.")] = False,
 ) -> None:
-    """Train and evaluate every cell of a grid with several seeds over one cache; write table.md, table.csv and table.tex.
-
-    --grid loss.instance.enabled=true,false loss.class.enabled=true,false are four cells. The same command skips what is done and
+    """--grid loss.instance.enabled=true,false loss.class.enabled=true,false are four cells. The same command skips what is done and
     goes on with what was stopped or failed; another config in a run's folder is an error. Ctrl-C, SIGTERM and SIGUSR1 let the runs
     save and end (exit code 130 or 75). Exit code 1 if a run failed. Runs are not validated between epochs. Look on: hdovd runs OUT.
     """

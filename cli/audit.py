@@ -22,14 +22,15 @@ def audit(
     ] = None,
     json_: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write the report as JSON too.")] = None,
 ) -> None:
-    """Check that nothing learned from novel annotations or from test pictures; exit with 1 on a leak.
-
-    Compares the cache, and a run, with the raw annotation files. Each check ends as ok, LEAK, or unknown (it could not be
+    """Compares the cache, and a run, with the raw annotation files. Each check ends as ok, LEAK, or unknown (it could not be
     made); report lines are disclosures, such as which novel names the nouns hold, and no leaks. See docs/AUDIT.md.
     """
     from hdovd.coco import DataPaths
-    from hdovd.pipelines.audit import AuditConfig
+    from hdovd.pipelines.cache_jobs import AuditConfig
+
+    config = AuditConfig(DataPaths(data, images, annotations), cache, protocol, features, run, proposals, json_)
+    config.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.audit import audit as run_audit
 
-    if run_audit(AuditConfig(DataPaths(data, images, annotations), cache, protocol, features, run, proposals, json_), typer.echo).leaks:
+    if run_audit(config, typer.echo).leaks:
         raise typer.Exit(1)

@@ -13,11 +13,12 @@ from typing import Annotated
 import typer
 
 from hdovd.cli import options
+from hdovd.cli.lazy import new_app
 from hdovd.errors import HdovdError
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import CropRecipe, Shape
 
-app = typer.Typer(no_args_is_help=True, help="Measure the cache, the extraction and the evaluation on this machine, on made-up data.")
+app = new_app(no_args_is_help=True)
 
 Folder = Annotated[Path | None, typer.Option("--folder", help="Where to work: a new folder in this one. Default: the system's for "
                                              "temporary files.")]
@@ -69,11 +70,11 @@ def extract(
     keep: Keep = False,
 ) -> None:
     """Measure the extraction beside the bare model, stage by stage, and beside other ways to do it; forecast a data set's cost."""
+    (width, height), (pictures, rows) = _two(picture, "x", "--picture"), _two(forecast, ",", "--forecast")
+    recipe = CropRecipe.parse(crop, crop_scales)
     from hdovd.pipelines.bench_extract import SpeedBench, bench_speed
 
-    (width, height), (pictures, rows) = _two(picture, "x", "--picture"), _two(forecast, ",", "--forecast")
     with _workplace(folder, keep=keep) as place:
-        recipe = CropRecipe.parse(crop, crop_scales)
         speed = bench_speed(SpeedBench(place, clip, pretrained, precision, device, options.workers(workers), options.batch_size(batch),
                                        images, boxes, width, height, rounds, recipe, pictures, rows), typer.echo)
         for line in speed.lines():
@@ -103,11 +104,16 @@ def dense(
     On the annotated boxes of your validation images: what extract-clip --instance-teacher dense would give you to train from.
     """
     from hdovd.coco import DataPaths
-    from hdovd.pipelines.bench_dense import DenseBench, bench_dense
     from hdovd.pipelines.prompt_templates import read_templates
+    from hdovd.protocol import load_protocol
 
-    bench_dense(DenseBench(DataPaths(data, images, annotations), clip, tuple(side or (None,)), pretrained, protocol,
-                           read_templates(templates), precision, device=device, images=count, boxes=boxes, rounds=rounds), typer.echo)
+    paths, prompts = DataPaths(data, images, annotations), read_templates(templates)
+    load_protocol(protocol)
+    paths.locate("val2017")  # before torch: a mistake shows at once
+    from hdovd.pipelines.bench_dense import DenseBench, bench_dense
+
+    bench_dense(DenseBench(paths, clip, tuple(side or (None,)), pretrained, protocol, prompts, precision, device=device, images=count,
+                           boxes=boxes, rounds=rounds), typer.echo)
 
 
 @app.command()
@@ -193,9 +199,12 @@ def training(
 
     torchvision's fasterrcnn_resnet50_fpn is measured with recipes of a resnet50. On made-up pictures, with random weights.
     """
-    from hdovd.pipelines.bench_train import TrainBench, bench_train
+    from hdovd.config import load_recipe
 
     width, height = _two(picture, "x", "--picture")
+    load_recipe(recipe, set_ or [])  # before torch: a mistake shows at once
+    from hdovd.pipelines.bench_train import TrainBench, bench_train
+
     with _workplace(folder, keep=keep) as place:
         times = bench_train(TrainBench(place, recipe, tuple(set_ or ()), clip, device, images, width, height, rounds, steps, online),
                             typer.echo)

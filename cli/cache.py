@@ -8,14 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from hdovd.cli import cache_map, cache_view, export_cache, import_cache, options
+from hdovd.cli.lazy import new_app
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.extract_config import Activation
 
-app = typer.Typer(
+app = new_app(
     no_args_is_help=True,
-    help="""Look into a feature cache, check it, mend it, tidy it.
-
-    A cache holds products of one level each (boxes, instance, image, class, noun, pseudo_label),
+    help="""A cache holds products of one level each (boxes, instance, image, class, noun, pseudo_label),
     named by a key that follows from all that made them. A set names products that belong together;
     hdovd train reads one.
     """,
@@ -28,9 +27,11 @@ Cache = Annotated[str, typer.Argument(help="The cache: a folder, or s3://, gs://
 def ls(cache: Cache) -> None:
     """List all products: size, rows, model, age, and which sets and runs use them."""
     from hdovd.cache.catalog import Catalog
+
+    catalog = Catalog(cache)
     from hdovd.pipelines.cache_tables import product_lines
 
-    _print(product_lines(Catalog(cache)))
+    _print(product_lines(catalog))
 
 
 @app.command()
@@ -41,9 +42,11 @@ def info(
 ) -> None:
     """Tell all of a set or a product: what made it, images that could not be read, what was skipped, runs."""
     from hdovd.cache.catalog import Catalog
+
+    catalog = Catalog(cache)
     from hdovd.pipelines.cache_tables import info_lines
 
-    _print(info_lines(Catalog(cache), name))
+    _print(info_lines(catalog, name))
 
 
 @app.command()
@@ -55,9 +58,11 @@ def diff(
 ) -> None:
     """Say which inputs differ between two products, or level by level between two sets."""
     from hdovd.cache.catalog import Catalog
+
+    first, second = Catalog(cache), Catalog(other or cache)
     from hdovd.pipelines.cache_tables import difference_lines
 
-    _print(difference_lines(Catalog(cache), a, Catalog(other or cache), b))
+    _print(difference_lines(first, a, second, b))
 
 
 @app.command()
@@ -74,11 +79,12 @@ def gc(
     A run counts while its folder is there, as seen from this machine.
     """
     from hdovd.cache.catalog import Catalog
-    from hdovd.cache.inventory import delete_garbage, find_garbage
-    from hdovd.pipelines.cache_tables import garbage_lines
-    from hdovd.pipelines.extract_clip import size
 
     catalog = Catalog(cache)
+    from hdovd.cache.inventory import delete_garbage, find_garbage
+    from hdovd.pipelines.cache_tables import garbage_lines
+    from hdovd.pipelines.format import size
+
     garbage = find_garbage(catalog, drop_set)
     _print(garbage_lines(garbage))
     if not garbage.everything and drop_set is None:
@@ -125,7 +131,6 @@ def verify(
     the options from --data on say where that is now.
     """
     from hdovd.coco import DataPaths
-    from hdovd.pipelines.cache_check import check_cache
     from hdovd.pipelines.check_config import CheckConfig
     from hdovd.pipelines.prompt_templates import read_templates
 
@@ -136,7 +141,11 @@ def verify(
                                "class_embeddings": class_embeddings, "precision": precision, "activation": activation, "device": device,
                                "batch_size": batch_size, "workers": options.workers(workers)}
     changes = {name: value for name, value in changes.items() if value not in (None, Precision.AUTO)}
-    if check_cache(CheckConfig(cache, features, sample, seed, repair, changes), typer.echo).findings:
+    config = CheckConfig(cache, features, sample, seed, repair, changes)
+    config.check()  # before torch: a mistake shows at once
+    from hdovd.pipelines.cache_check import check_cache
+
+    if check_cache(config, typer.echo).findings:
         raise typer.Exit(1)
 
 

@@ -7,7 +7,6 @@ import typer
 
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.cli import options
-from hdovd.config import load_recipe
 from hdovd.errors import HdovdError
 
 
@@ -34,13 +33,18 @@ def view(
     """
     if recipe is None and set_:
         raise HdovdError("--set lays values over a recipe: give --recipe too")
+    from hdovd.config import load_recipe
+
     loaded = load_recipe(recipe, set_ or []) if recipe is not None else None
     from hdovd.coco import DataPaths
-    from hdovd.pipelines.cache_data import CacheSource
+    from hdovd.pipelines.cache_jobs import CacheSource, ViewConfig
     from hdovd.pipelines.calibration import refuse_two_sources
-    from hdovd.pipelines.view_images import ViewConfig, view_images
 
     refuse_two_sources(set_ or [], calibration)
     where = DataPaths(data, images, annotations) if data or images or annotations else None
     asked = tuple(word.strip() for words in image or () for word in words.split(",") if word.strip())
-    view_images(ViewConfig(CacheSource(cache, features, where, protocol), asked, out, calibration, loaded, seed), typer.echo)
+    config = ViewConfig(CacheSource(cache, features, where, protocol), asked, out, calibration, loaded, seed)
+    config.check()  # before torch: a mistake shows at once
+    from hdovd.pipelines.view_images import view_images
+
+    view_images(config, typer.echo)

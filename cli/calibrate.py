@@ -19,14 +19,15 @@ def calibrate(
     annotations: options.Annotations = None,
     protocol: Annotated[str | None, typer.Option("--protocol", help="Default: the protocol that the cache was made with.")] = None,
 ) -> None:
-    """Fit how far pseudo labels are trusted, w = scale * sigmoid((cosine - centre) / width), for the cache's CLIP and prompts.
-
-    From base boxes and base names alone: the cosine of each box and its name against that of the best wrong name. CLIP is not
+    """From base boxes and base names alone: the cosine of each box and its name against that of the best wrong name. CLIP is not
     needed. The cache knows where its data are; --data and --protocol say it anew. Next: hdovd train --calibration FILE.
     """
     from hdovd.coco import DataPaths
-    from hdovd.pipelines.calibrate import CalibrateConfig
+    from hdovd.pipelines.cache_jobs import CalibrateConfig
+
+    where = DataPaths(data, images, annotations) if data or images or annotations else None
+    config = CalibrateConfig(cache, out, features, where, protocol)
+    config.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.calibrate import calibrate as run
 
-    run(CalibrateConfig(cache, out, features, DataPaths(data, images, annotations) if data or images or annotations else None, protocol),
-        typer.echo)
+    run(config, typer.echo)

@@ -7,6 +7,7 @@ import typer
 
 
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", help="Folder for the world, the cache and the runs.")] = Path("hdovd-demo"),
     seeds: Annotated[int, typer.Option(min=1, help="Train both detectors with this many seeds; the table shows the spread.")] = 1,
     teacher_folder: Annotated[
@@ -16,22 +17,19 @@ def demo(
                         ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a value of the demo recipe in every run.")] = None,
 ) -> None:
-    """Run the main job on a small drawn world: propose, extract-clip, train (base-only and distilled), eval, report.
-
-    Prints every command before it runs, so that you can repeat it by hand. Minutes on two CPU cores.
+    """Prints every command before it runs, so that you can repeat it by hand. Minutes on two CPU cores.
     """
-    from typer.main import get_command
+    from hdovd.pipelines.demo.config import DemoConfig
 
-    from hdovd.cli.main import app
-    from hdovd.pipelines.demo.run import DemoConfig, demo_table
+    config = DemoConfig(out, seeds, teacher_folder, settings=tuple(set_ or ()), pictures=pictures)
+    config.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.demo.run import demo as run
-
-    group = get_command(app)
+    from hdovd.pipelines.demo.run import demo_table
 
     def command(words: list[str]) -> None:
-        group.main(args=words, prog_name="hdovd", standalone_mode=False)
+        context.find_root().command.main(args=words, prog_name="hdovd", standalone_mode=False)
 
-    result = run(DemoConfig(out, seeds, teacher_folder, settings=tuple(set_ or ()), pictures=pictures), command, typer.echo)
+    result = run(config, command, typer.echo)
     typer.echo("\n" + demo_table(result))
     typer.echo("pictures (detections with novel classes in orange; what the cache knows):")
     for picture in result.pictures:

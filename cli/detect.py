@@ -48,23 +48,23 @@ def detect(
     device: options.Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the detections that are in --out.")] = False,
 ) -> None:
-    """Find anything that has a name in any pictures.
-
-    Names that are no classes of the run are embedded by the text tower of its CLIP, once: they are kept in ~/.cache/hdovd. What
+    """Names that are no classes of the run are embedded by the text tower of its CLIP, once: they are kept in ~/.cache/hdovd. What
     cannot be read is skipped and listed; the exit code is 1 if nothing could be read. See docs/DETECT.md.
     """
     from hdovd.pipelines.name_list import names_asked
     from hdovd.pipelines.prompt_templates import read_templates
+    from hdovd.pipelines.run_jobs import DetectJob
 
     names = None if classes is None else names_asked(classes, typer.echo)
-    from hdovd.pipelines.detect import DetectJob
+    prompts = None if templates is None else read_templates(templates)
+    job = DetectJob(
+        run, tuple(images), out, names, threshold, class_embeddings, clip, pretrained, prompts, weights, device, batch_size,
+        options.workers(workers), not no_pictures, split_blind, overwrite, alone)
+    job.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.detect import detect as run_detect
     from hdovd.pipelines.detect_table import detect_lines
 
-    prompts = None if templates is None else read_templates(templates)
-    result = run_detect(DetectJob(
-        run, tuple(images), out, names, threshold, class_embeddings, clip, pretrained, prompts, weights, device, batch_size,
-        options.workers(workers), not no_pictures, split_blind, overwrite, alone), typer.echo)
+    result = run_detect(job, typer.echo)
     for line in detect_lines(result):
         typer.echo(line)
     for file in result.files:

@@ -28,16 +28,18 @@ def eval(
     weights: Annotated[Weights, typer.Option(help="Of the last epoch, or of the one with the best validation AP50 of base classes.")
                        ] = Weights.LAST,
 ) -> None:
-    """Detect on the validation images and print OV-COCO AP: novel, base, all, and split-blind beside it.
-
-    Writes metrics.json and detections.json (COCO results form) into RUN.
+    """Writes metrics.json and detections.json (COCO results form) into RUN.
     """
     from hdovd.coco import DataPaths
-    from hdovd.pipelines.evaluate import EvalJob, evaluate
+    from hdovd.pipelines.run_jobs import EvalJob
+
+    job = EvalJob(run, DataPaths(data, images, annotations), protocol, device, batch_size, options.workers(workers), pictures,
+                              engine, weights)
+    job.check()  # before torch: a mistake shows at once
+    from hdovd.pipelines.evaluate import evaluate
     from hdovd.pipelines.tables import class_table, error_table, result_table
 
-    result = evaluate(EvalJob(run, DataPaths(data, images, annotations), protocol, device, batch_size, options.workers(workers), pictures,
-                              engine, weights))
+    result = evaluate(job)
     typer.echo(result_table(result))
     if per_class:
         typer.echo(class_table(result))

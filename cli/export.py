@@ -22,15 +22,17 @@ def export(
     check_image: Annotated[list[Path] | None, typer.Option("--check-image", help="A picture to check the file on, besides those that "
                                                            "are made up. Repeatable.")] = None,
 ) -> None:
-    """Write the detector to one file for other programs: picture and class embeddings in, detections out.
-
-    The file holds the run's class names and embeddings too. It is run before it gets its name, and refused if it does not find what
+    """The file holds the run's class names and embeddings too. It is run before it gets its name, and refused if it does not find what
     the model finds: scores to 1e-3, boxes to 1e-3 percent of the long side of the detector's input, to which any picture is resized.
     """
-    from hdovd.pipelines.export_model import ExportModelJob, export_model
+    from hdovd.pipelines.run_jobs import ExportModelJob
 
     form = ModelForm.of(out, form)
-    done = export_model(ExportModelJob(run, form, out, weights, tuple(check_image or ())), typer.echo)
+    job = ExportModelJob(run, form, out, weights, tuple(check_image or ()))
+    job.check()  # before torch: a mistake shows at once
+    from hdovd.pipelines.export_model import export_model
+
+    done = export_model(job, typer.echo)
     typer.echo(f"checked: {done.checked.detections} detections in {done.checked.pictures} pictures; largest difference from the model "
                f"{done.checked.difference:.1e} (scores; boxes in percent of the input's long side)")
     typer.echo(f"wrote {done.file} ({form.value}, {done.bytes / 1e6:.1f} MB)")

@@ -33,8 +33,12 @@ def export(
     Next: hdovd train --cache OUT, which needs no other data.
     """
     from hdovd.coco import DataPaths
-    from hdovd.pipelines.export import ExportConfig, export_tars
+    from hdovd.pipelines.cache_jobs import ExportConfig
 
     given = DataPaths(data, images, annotations)
-    export_tars(ExportConfig(cache, out, None if given == DataPaths() else given, protocol, features, samples))
+    config = ExportConfig(cache, out, None if given == DataPaths() else given, protocol, features, samples)
+    config.check()  # before torch: a mistake shows at once
+    from hdovd.pipelines.export import export_tars
+
+    export_tars(config)
     typer.echo(f"next: hdovd train --cache {quote(str(out))} --out RUN ...")

@@ -71,22 +71,23 @@ def extract_clip(
     ] = Store.ZARR,
     part_rows: Annotated[int, typer.Option("--part-rows", min=1, help="Rows of a part: the most that a killed process loses.")] = PART_ROWS,
 ) -> None:
-    """Run the frozen CLIP once and fill the cache: class names, nouns, images, base boxes and proposals.
-
-    Prints first, level by level, whether the cache has it (hit), some of it (extend) or nothing (extract), and what that
+    """Prints first, level by level, whether the cache has it (hit), some of it (extend) or nothing (extract), and what that
     costs. Killed? The same command goes on where it was. Needs no GPU, but wants one. Next: hdovd train --cache CACHE.
     """
     from hdovd.coco import DataPaths
-    from hdovd.pipelines.extract_clip import extract_clip as run
     from hdovd.pipelines.prompt_templates import read_templates
-    from hdovd.pipelines.sharing import this_share
 
     recipe = options.recipe(instance_teacher, dense_side, CropRecipe.parse(crop, crop_scales))
-    report = run(ExtractConfig(
+    config = ExtractConfig(
         DataPaths(data, images, annotations), cache, clip, pretrained, proposals, vocabulary, captions, protocol, read_templates(templates),
         recipe, precision, activation, features, device, options.batch_size(batch), part_rows,
         options.workers(workers), dry_run, retry_failed, None if shard is None else Share.parse(shard), executor, store, synonyms,
-        class_embeddings, nouns, labels=LabelRule(label_top_k, label_temperature)))
+        class_embeddings, nouns, labels=LabelRule(label_top_k, label_temperature))
+    config.check()  # before torch: a mistake shows at once
+    from hdovd.pipelines.extract_clip import extract_clip as run
+    from hdovd.pipelines.sharing import this_share
+
+    report = run(config)
     if report.whole and not dry_run and this_share(None).speaks:
         named = "" if features == DEFAULT_SET else f" --features {features}"
         typer.echo(f"next: hdovd train --cache {quote(str(cache))}{named} --out RUN ...")

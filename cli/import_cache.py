@@ -42,11 +42,15 @@ def import_(
         return
     from hdovd.coco import DataPaths
     from hdovd.errors import HdovdError
-    from hdovd.pipelines.import_features import ForeignFormat, ImportConfig, import_features
+    from hdovd.pipelines.import_config import ForeignFormat, ImportConfig
     from hdovd.pipelines.prompt_templates import read_templates
 
     if format not in set(ForeignFormat):
         raise HdovdError(f"--format {format}: expected one of {', '.join(ForeignFormat)}, webdataset")
-    import_features(ImportConfig(ForeignFormat(format), Path(source), DataPaths(data, images, annotations), cache, proposals, protocol,
-                                 clip, pretrained, read_templates(templates), features, device, precision, activation))
+    config = ImportConfig(ForeignFormat(format), Path(source), DataPaths(data, images, annotations), cache, proposals, protocol,
+                                 clip, pretrained, read_templates(templates), features, device, precision, activation)
+    config.check()  # before torch: a mistake shows at once
+    from hdovd.pipelines.import_features import import_features
+
+    import_features(config)
     typer.echo(f"next: hdovd cache info {quote(str(cache))}")

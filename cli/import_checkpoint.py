@@ -28,12 +28,12 @@ def import_checkpoint(
     settings: Annotated[list[str] | None, typer.Option("--set", help="A value of the detector's recipe, KEY=VALUE. Repeatable.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is there.")] = False,
 ) -> None:
-    """Make a run folder of the authors' published weights, for eval, detect, export and report.
-
-    Every tensor of the file is used or named, and nothing of it is run: a file of anything but tensors is refused.
+    """Every tensor of the file is used or named, and nothing of it is run: a file of anything but tensors is refused.
     """
-    from hdovd.pipelines.import_checkpoint import ImportCheckpointJob
+    from hdovd.pipelines.import_config import ImportCheckpointJob
+
+    job = ImportCheckpointJob(file, out, detector.value, class_embeddings, object_embedding, protocol, tuple(settings or ()), overwrite)
+    job.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.import_checkpoint import import_checkpoint as run
 
-    run(ImportCheckpointJob(file, out, detector.value, class_embeddings, object_embedding, protocol, tuple(settings or ()), overwrite),
-        typer.echo)
+    run(job, typer.echo)

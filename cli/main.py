@@ -1,59 +1,58 @@
-"""The command `hdovd`: one file a command, errors on one screen."""
+"""The command `hdovd`: one file a command, imported when it is asked for; errors on one screen."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
 import hdovd
-from hdovd.cli import (
-    ablate,
-    audit,
-    bench,
-    cache,
-    calibrate,
-    demo,
-    detect,
-    eval,
-    export,
-    extract_clip,
-    import_checkpoint,
-    nouns,
-    proposals,
-    propose,
-    report,
-    runs,
-    train,
-)
+from hdovd.cli.lazy import LazyGroup, new_app
 from hdovd.errors import HdovdError, Stopped
 from hdovd.pipelines.common.threads import limit_threads
 
-app = typer.Typer(
+
+class _Commands(LazyGroup):
+    table: ClassVar[dict[str, str]] = {  # the first paragraph of each command's help; the rest stands in its file
+        "demo": "Run the main job on a small drawn world: propose, extract-clip, train (base-only and distilled), "
+                "eval, report.",
+        "propose": "Train a class-agnostic proposal network on base boxes, and write proposals for the training "
+                   "images.",
+        "nouns": "Find the nouns in each image's captions: what its pseudo boxes may be named.",
+        "extract-clip": "Run the frozen CLIP once and fill the cache: class names, nouns, images, base boxes and "
+                        "proposals.",
+        "calibrate": "Fit how far pseudo labels are trusted, w = scale * sigmoid((cosine - centre) / width), for the "
+                     "cache's CLIP and prompts.",
+        "train": "Train a detector from the cache; CLIP is not needed. --set overrides any value of the recipe.",
+        "eval": "Detect on the validation images and print OV-COCO AP: novel, base, all, and split-blind beside it.",
+        "detect": "Find anything that has a name in any pictures.",
+        "export": "Write the detector to one file for other programs: picture and class embeddings in, detections out.",
+        "import-checkpoint": "Make a run folder of the authors' published weights, for eval, detect, export and "
+                             "report.",
+        "ablate": "Train and evaluate every cell of a grid with several seeds over one cache; write table.md, "
+                  "table.csv and table.tex.",
+        "report": "Write one HTML page about a run, or several side by side: it needs no network and no other file.",
+        "audit": "Check that nothing learned from novel annotations or from test pictures; exit with 1 on a leak.",
+        "cache": "Look into a feature cache, check it, mend it, tidy it.",
+        "runs": "List runs as a table, or tell what differs between two.",
+        "proposals": "Convert proposal files and look into them.",
+        "bench": "Measure the cache, the extraction and the evaluation on this machine, on made-up data.",
+    }
+
+
+app = new_app(
+    cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     help="""Open-vocabulary detection by distillation from CLIP.
 
-    New here? [bold]hdovd demo[/bold] runs everything on a small world of its own and prints each command.
+    New here? hdovd demo runs everything on a small world of its own and prints each command.
 
-    On your COCO folder, in this order: [bold]propose[/bold] (class-agnostic boxes), [bold]nouns[/bold] (of captions),
-    [bold]extract-clip[/bold] (run CLIP once, fill the cache), [bold]train[/bold] (the detector, without CLIP), [bold]eval[/bold]
-    (OV-COCO AP).
-
-    [bold]detect[/bold] finds anything that has a name, in any pictures.
-
-    [bold]calibrate[/bold], before train, fits the trust in pseudo labels to any CLIP.
-    [bold]cache[/bold] lists, compares, checks, mends and tidies what extract-clip wrote;
-    [bold]runs[/bold] lists and compares what train wrote. [bold]ablate[/bold] trains and evaluates a grid of settings.
-    [bold]report[/bold] writes one page about runs: AP, errors, pictures, curves.
-    [bold]export[/bold] writes the detector as ONNX, TorchScript or safetensors.
-    [bold]import-checkpoint[/bold] makes a run of the authors' published weights.
-    [bold]audit[/bold] shows that no novel annotation was used; [bold]proposals[/bold] converts proposal files.
+    On your COCO folder, in this order: propose (class-agnostic boxes), nouns (of captions), extract-clip (run CLIP once, fill the
+    cache), calibrate (the trust in pseudo labels, for other CLIPs than OpenAI's), train (the detector, without CLIP), eval (OV-COCO AP).
+    Then detect finds anything that has a name, in any pictures.
     """,
-    rich_markup_mode="rich",
 )
 
 
@@ -69,25 +68,6 @@ def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Options before the command; `main` reads --debug itself, wherever it stands."""
-
-
-app.command("demo")(demo.demo)
-app.command("propose")(propose.propose)
-app.command("nouns")(nouns.nouns)
-app.command("extract-clip")(extract_clip.extract_clip)
-app.command("calibrate")(calibrate.calibrate)
-app.command("train")(train.train)
-app.command("eval")(eval.eval)
-app.command("detect")(detect.detect)
-app.command("export")(export.export)
-app.command("import-checkpoint")(import_checkpoint.import_checkpoint)
-app.command("ablate")(ablate.ablate)
-app.command("report")(report.report)
-app.command("audit")(audit.audit)
-app.add_typer(cache.app, name="cache")
-app.add_typer(runs.app, name="runs")
-app.add_typer(proposals.app, name="proposals")
-app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

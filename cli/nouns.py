@@ -27,12 +27,12 @@ def nouns(
     spacy_model: Annotated[str, typer.Option("--spacy-model", help="An installed spaCy model, or its folder.")] = SPACY_MODEL,
     protocol: options.Protocol = "ov-coco",
 ) -> None:
-    """Find the nouns in each image's captions: what its pseudo boxes may be named.
-
-    Says how many there are, which words of the captions the vocabulary lacks, and which novel names it holds and how often.
+    """Says how many there are, which words of the captions the vocabulary lacks, and which novel names it holds and how often.
     See docs/NOUNS.md. Next: hdovd extract-clip --nouns OUT.
     """
+    job = NounsJob(captions, out, vocabulary, parser, stop_list, spacy_model, protocol)
+    job.check()  # before spaCy: a mistake shows at once
     from hdovd.pipelines.find_nouns import find_nouns
 
-    find_nouns(NounsJob(captions, out, vocabulary, parser, stop_list, spacy_model, protocol), typer.echo)
+    find_nouns(job, typer.echo)
     typer.echo(f"next: hdovd extract-clip --nouns {quote(str(out))} --proposals FILE ...")

@@ -5,13 +5,12 @@ from typing import Annotated
 
 import typer
 
-from hdovd.pipelines.proposal_formats import ListOrder
+from hdovd.cli.lazy import new_app
+from hdovd.pipelines.proposal_options import ListOrder
 
-app = typer.Typer(
+app = new_app(
     no_args_is_help=True,
-    help="""Convert proposal files and look into them.
-
-    Read are COCO results JSON, hdovd's .npz, and the .pkl of mmdetection and Detectron2 (without running what is in it).
+    help="""Read are COCO results JSON, hdovd's .npz, and the .pkl of mmdetection and Detectron2 (without running what is in it).
     A proposal file has an identity: a hash of boxes and scores by image id, whatever its form and order.
     """,
 )

@@ -48,9 +48,7 @@ def propose(
         Path | None, typer.Option("--val-annotations", help="For --report, instead of DATA/annotations/instances_val2017.json.")
     ] = None,
 ) -> None:
-    """Train a class-agnostic proposal network on base boxes, and write proposals for the training images.
-
-    The recipe gives backbone, input size, schedule and the section \\[proposals]. The same command goes on where a killed one was, and
+    """The recipe gives backbone, input size, schedule and the section [proposals]. The same command goes on where a killed one was, and
     takes a network that is there already with the same settings. Several GPUs: torchrun --nproc-per-node 8 -m hdovd propose ...
     Side by side: hdovd propose --report --detector rpn --detector oln. Next: hdovd extract-clip --proposals OUT.
     """
@@ -58,17 +56,21 @@ def propose(
     from hdovd.config import load_recipe
     from hdovd.pipelines.propose_config import RecallJob, propose_job
 
-    loaded, paths = load_recipe(recipe, set_ or []), DataPaths(data, images, annotations)  # before torch: a mistake shows at once
+    loaded, paths = load_recipe(recipe, set_ or []), DataPaths(data, images, annotations)
     if report:
-        from hdovd.pipelines.proposal_recall import recall_report
-        from hdovd.pipelines.train import validation_paths
+        from hdovd.pipelines.train_config import validation_paths
 
-        recall_report(RecallJob(paths, validation_paths(data, val_images, val_annotations), loaded, out, protocol,
-                                tuple(detector or ()), tuple(checkpoint or ()), device, overwrite, save_minutes))
+        recall = RecallJob(paths, validation_paths(data, val_images, val_annotations), loaded, out, protocol,
+                           tuple(detector or ()), tuple(checkpoint or ()), device, overwrite, save_minutes)
+        recall.check()
+        from hdovd.pipelines.proposal_recall import recall_report
+
+        recall_report(recall)
         return
     job = propose_job(paths, out, loaded, tuple(detector or ()), tuple(checkpoint or ()), protocol=protocol, top=top, overlap=overlap,
                       min_side=min_side, min_score=min_score, device=device, backbone_out=backbone_out, overwrite=overwrite,
                       save_minutes=save_minutes)
+    job.check()
     from hdovd.pipelines.propose import propose as run
 
     run(job)

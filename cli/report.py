@@ -22,17 +22,18 @@ def report(
     workers: Annotated[str, typer.Option(help="Processes that decode images for that, or auto.")] = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Write one HTML page about a run, or several side by side: it needs no network and no other file.
-
-    AP by run and class, precision and recall, errors by kind, confusion, reliability of scores, losses by level, validation images with
+    """AP by run and class, precision and recall, errors by kind, confusion, reliability of scores, losses by level, validation images with
     truth and detections, pseudo boxes with their nouns and weights, relations of teacher and student, time and identity.
     The pictures are taken from --data; --images and --annotations name other validation images. Without any, from where the
     runs' cache was made.
     """
     from hdovd.coco import DataPaths
-    from hdovd.pipelines.report import ReportJob
-    from hdovd.pipelines.report import report as run
+    from hdovd.pipelines.run_jobs import ReportJob
 
     validation = DataPaths(data, images, annotations) if images or annotations else None
-    run(ReportJob(tuple(runs), out, DataPaths(data), validation, gallery, pseudo, relations, threshold, device, batch_size,
-                  options.workers(workers)), typer.echo)
+    job = ReportJob(tuple(runs), out, DataPaths(data), validation, gallery, pseudo, relations, threshold, device, batch_size,
+                  options.workers(workers))
+    job.check()  # before torch: a mistake shows at once
+    from hdovd.pipelines.report import report as run
+
+    run(job, typer.echo)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+
+from hdovd.cli.lazy import Group, new_app
 
 
-class _ListsByDefault(TyperGroup):
+class _ListsByDefault(Group):
     """`hdovd runs FOLDER` is `hdovd runs ls FOLDER`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -19,11 +20,9 @@ class _ListsByDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(
+app = new_app(
     cls=_ListsByDefault,
-    help="""List runs as a table, or tell what differs between two.
-
-    hdovd runs [FOLDER ...] [--json] lists; hdovd runs diff A B compares. Without a FOLDER: the current one.
+    help="""hdovd runs [FOLDER ...] [--json] lists; hdovd runs diff A B compares. Without a FOLDER: the current one.
     """,
 )
 

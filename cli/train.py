@@ -8,7 +8,7 @@ import typer
 
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.cli import options
-from hdovd.config import PRESETS, load_recipe
+from hdovd.config_parts import PRESETS
 
 Preset = StrEnum("Preset", {name.replace("-", "_").upper(): name for name in PRESETS})  # type: ignore[misc]
 
@@ -42,21 +42,23 @@ def train(
     ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write OUT/tensorboard too.")] = False,
 ) -> None:
-    """Train a detector from the cache; CLIP is not needed. --set overrides any value of the recipe.
-
-    The three levels: --set loss.instance.enabled=false, loss.class.enabled=false, loss.image.enabled=false.
+    """The three levels: --set loss.instance.enabled=false, loss.class.enabled=false, loss.image.enabled=false.
     CACHE may be s3:// or gs://. Several GPUs: torchrun --nproc-per-node 8 -m hdovd train ...; train.batch_size is that of all
     of them. Ctrl-C, SIGTERM and SIGUSR1 save and end, with exit code 130 or 75 (torchrun has codes of its own); --resume goes on to the
     sample. Next: hdovd eval OUT.
     """
     from hdovd.coco import DataPaths
+    from hdovd.config import load_recipe
 
-    loaded = load_recipe(recipe, [*(PRESETS[preset.value] if preset else ()), *(set_ or [])])  # before torch: a mistake shows at once
+    loaded = load_recipe(recipe, [*(PRESETS[preset.value] if preset else ()), *(set_ or [])])
     from hdovd.pipelines.calibration import refuse_two_sources
-    from hdovd.pipelines.train import TrainJob, validation_paths
-    from hdovd.pipelines.train import train as run
+    from hdovd.pipelines.train_config import TrainJob, validation_paths
 
     refuse_two_sources(set_ or [], calibration)
     validation = validation_paths(data, val_images, val_annotations) if val_every else None
-    run(TrainJob(DataPaths(data, images, annotations), cache, out, loaded, protocol, device, overwrite, features, resume, save_minutes,
-                 validation, val_every, tensorboard, calibration, init))
+    job = TrainJob(DataPaths(data, images, annotations), cache, out, loaded, protocol, device, overwrite, features, resume, save_minutes,
+                 validation, val_every, tensorboard, calibration, init)
+    job.check()  # before torch: a mistake shows at once
+    from hdovd.pipelines.train import train as run
+
+    run(job)

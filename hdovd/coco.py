@@ -13,13 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from hdovd.errors import HdovdError, shorten
 from hdovd.json_stream import JsonStream
 from hdovd.protocol import Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _PARTS = {"images", "annotations", "categories"}
 _IMAGE_KEYS = ("id", "file_name", "width", "height")
@@ -111,6 +112,8 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
     Raises HdovdError if the file is not COCO's, lacks a class of the protocol, names an unknown image, or
     if nothing is left.
     """
+    import numpy as np  # here: the command line names DataPaths before it needs arrays
+
     entries, categories, columns = _read(annotations)
     if not folder.is_dir():
         raise HdovdError(f"no image folder {folder}: give it with --images")
@@ -246,13 +249,26 @@ class DataPaths:
 
     def load(self, split: str, protocol: Protocol, *, base_only: bool, log: Callable[[str], None] = print) -> Split:
         """`load_split` of `split` ("train2017", "val2017"); what is skipped goes to `log`."""
+        loaded = load_split(*self.locate(split), protocol, base_only=base_only)
+        for line in loaded.skips.lines():
+            log(line)
+        return loaded
+
+    def locate(self, split: str) -> tuple[Path, Path]:
+        """The annotation file and the image folder of a split. Raises HdovdError if they are not there."""
+        annotations, folder = self.annotation_file(split), self.images or (self.root or Path()) / split
+        if not folder.is_dir():
+            raise HdovdError(f"no image folder {folder}: give it with --images")
+        return annotations, folder
+
+    def annotation_file(self, split: str) -> Path:
+        """Raises HdovdError if it is not there."""
         if self.root is None and (self.images is None or self.annotations is None):
             raise HdovdError("give --data ROOT, or both --images and --annotations")
         root = self.root or Path()
         if self.root is not None and not root.is_dir():
             raise HdovdError(f"--data {root}: no such folder; expected a COCO folder with {split}/ and annotations/")
-        loaded = load_split(self.annotations or root / "annotations" / f"instances_{split}.json", self.images or root / split,
-                            protocol, base_only=base_only)
-        for line in loaded.skips.lines():
-            log(line)
-        return loaded
+        annotations = self.annotations or root / "annotations" / f"instances_{split}.json"
+        if not annotations.is_file():
+            raise HdovdError(f"annotations: no file {annotations}")
+        return annotations

@@ -16,12 +16,9 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hdovd.config_parts import AUTO, Auto, Count, Finite, NonNegative, Positive, Section, Share
+from hdovd.config_parts import PRESETS as PRESETS
 from hdovd.detector_config import FORMS, DetectorConfig, FasterRCNNConfig
 from hdovd.errors import HdovdError
-
-PRESETS: dict[str, tuple[str, ...]] = {
-    "base-only": ("loss.instance.enabled=false", "loss.class.enabled=false", "loss.image.enabled=false", "loss.extra={}"),
-}
 
 
 class InputConfig(Section):

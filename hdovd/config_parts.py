@@ -10,6 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+PRESETS: dict[str, tuple[str, ...]] = {
+    "base-only": ("loss.instance.enabled=false", "loss.class.enabled=false", "loss.image.enabled=false", "loss.extra={}"),
+}
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet-tiny")
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

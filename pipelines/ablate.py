@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from hdovd.cache.catalog import Catalog, is_tar_form
 from hdovd.cache.identity import differences
 from hdovd.cache.schema import DEFAULT_SET
-from hdovd.cache.tar_shards import is_tar_form
 from hdovd.coco import DataPaths
 from hdovd.config import PRESETS, Recipe, load_recipe
 from hdovd.errors import HdovdError
@@ -29,6 +29,7 @@ from hdovd.pipelines.common.threads import usable_cores
 from hdovd.pipelines.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
 from hdovd.pipelines.runs import Run, read_run
 from hdovd.pipelines.settings import SWITCH, lasting_values
+from hdovd.pipelines.train_config import TrainJob
 from hdovd.protocol import load_protocol
 
 LOCK = ".ablate.lock"
@@ -76,6 +77,14 @@ class AblateConfig:
         refuse_two_sources((*self.settings, *self.grid), self.calibration)
         if (self.data.images or self.data.annotations) and self.validation is None:
             raise HdovdError("--images and --annotations are those to train on: give --val-images and --val-annotations for evaluation")
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        load_protocol(self.protocol)
+        (self.validation or self.data).locate("val2017")
+        if not is_tar_form(self.cache):
+            self.data.locate("train2017")
+            Catalog(self.cache)
 
     @property
     def all_settings(self) -> tuple[str, ...]:
@@ -126,6 +135,8 @@ def ablate(config: AblateConfig, log: Callable[[str], None] = print) -> Ablation
     plans = plan(config)
     if config.dry_run:
         return _result(config, plans, {p.name: standing(p, config) for p in plans})
+    if any(standing(p, config) is not Standing.DONE for p in plans):
+        config.check()
     config.out.mkdir(parents=True, exist_ok=True)
     with _locked(config.out) as lock:
         standings = {p.name: standing(p, config) for p in plans}
@@ -240,15 +251,15 @@ def _failure(end: Ended, planned: Planned, config: AblateConfig, result: Ablatio
 
 def _features(config: AblateConfig, plans: list[Planned]) -> dict[str, str]:
     """The keys of the cache's levels. Raises HdovdError if the data of training or evaluation are not there or do not fit the cache."""
-    from hdovd.pipelines.train import TrainJob, training_data
+    from hdovd.pipelines.train import training_data
 
     flags = {key for p in plans for key, on in recipe_settings(p.recipe).items() if key.startswith("loss.") and key.endswith(SWITCH) and on}
     everything = load_recipe(config.recipe, [*config.all_settings, *plans[0].cell.settings, *(f"{key}=true" for key in sorted(flags))])
     protocol = load_protocol(config.protocol)
     (config.validation or config.data).load("val2017", protocol, base_only=False, log=_silent)
     data = config.data if not is_tar_form(config.cache) else DataPaths()
-    found = training_data(TrainJob(data, config.cache, config.out, everything, config.protocol, config.device, features=config.features),
-                          protocol, _silent)
+    job = TrainJob(data, config.cache, config.out, everything, config.protocol, config.device, features=config.features)
+    found = training_data(job, protocol, _silent)
     found.class_embeddings(protocol.names)
     for planned in plans:  # a weight that is not known is said now, not by each run
         with_reliability(planned.recipe, found.label_origin, config.calibration, protocol.base, _silent)

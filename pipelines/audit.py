@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import DEFAULT_SET
-from hdovd.coco import DataPaths, read_json
+from hdovd.coco import read_json
 from hdovd.errors import HdovdError
 from hdovd.pipelines.audit_inputs import Audited, read_boxes, read_truth
 from hdovd.pipelines.audit_names import report_names
@@ -22,29 +20,15 @@ from hdovd.pipelines.audit_proposals import check_copies, check_made_by, check_s
 from hdovd.pipelines.audit_report import AuditReport, Check
 from hdovd.pipelines.audit_run import check_backbone, check_calibration, check_run_cache
 from hdovd.pipelines.audit_split import check_base_rows, check_pictures, check_split_lists
+from hdovd.pipelines.cache_jobs import AuditConfig
 from hdovd.pipelines.proposal_file import read_table
 from hdovd.pipelines.whole_file import replace_file
 from hdovd.protocol import Protocol, load_protocol
 
 
-@dataclass(frozen=True, slots=True)
-class AuditConfig:
-    """`features`: the set of the cache. `run`: a folder of hdovd train. `proposals`: the file that the cache was made from, where its
-    set does not say what made them. `json_out`: where to write the report as JSON too."""
-
-    data: DataPaths
-    cache: Path | str
-    protocol: str = "ov-coco"
-    features: str = DEFAULT_SET
-    run: Path | None = None
-    proposals: Path | None = None
-    json_out: Path | None = None
-
-
 def audit(config: AuditConfig, log: Callable[[str], None] = print) -> AuditReport:
     """All checks; the report goes to `log`. Raises HdovdError for input that cannot be read."""
-    if config.json_out is not None and config.json_out.is_dir():
-        raise HdovdError(f"--json {config.json_out} is a folder: expected the file to write")
+    config.check()
     protocol = load_protocol(config.protocol)
     audited = _read(config, protocol)
     checks = [check_base_rows(audited), check_split_lists(audited), check_pictures(audited), *_proposal_checks(config, audited),
@@ -68,10 +52,8 @@ def audit(config: AuditConfig, log: Callable[[str], None] = print) -> AuditRepor
 
 def _read(config: AuditConfig, protocol: Protocol) -> Audited:
     data = config.data
-    if data.root is None and (data.images is None or data.annotations is None):
-        raise HdovdError("give --data ROOT, or both --images and --annotations")
     root, missing = data.root or Path(), {"run": "no --run was given: not checked"}
-    truth = read_truth(data.annotations or root / "annotations" / "instances_train2017.json")
+    truth = read_truth(data.annotation_file("train2017"))
     if absent := [name for name in protocol.names if name not in truth.names.values()]:
         raise HdovdError(f"protocol {protocol.name} names classes that {truth.file} does not know: {', '.join(absent[:8])}. Give the split "
                          "that fits this data with --protocol")

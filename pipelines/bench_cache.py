@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hdovd.pipelines.bench_layouts import CacheBench, Layout, Nothing, check_same, make_layouts, open_layouts
 from hdovd.pipelines.epoch_order import BlockShuffle, Streams
-from hdovd.pipelines.extract_clip import size
+from hdovd.pipelines.format import size
 from hdovd.pipelines.memory_limit import memory_limit
 from hdovd.pipelines.packing import Packed, pack
 

@@ -27,10 +27,11 @@ from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe
 from hdovd.pipelines.crops import CropJob, Cutter
 from hdovd.pipelines.device import workers_for
-from hdovd.pipelines.extract_clip import duration, prepare, size
+from hdovd.pipelines.extract_clip import prepare
 from hdovd.pipelines.extract_config import ExtractConfig
 from hdovd.pipelines.extraction import Extraction
 from hdovd.pipelines.feeding import GPU_THREADS, in_order, own_threads
+from hdovd.pipelines.format import duration, size
 from hdovd.pipelines.images import read_image
 from hdovd.pipelines.ways import Crops, Pictures
 

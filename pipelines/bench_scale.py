@@ -22,8 +22,9 @@ from hdovd.cache.identity import hash_texts
 from hdovd.cache.schema import Level
 from hdovd.coco import DataPaths
 from hdovd.pipelines.bench_world import BenchWorld, make_world
-from hdovd.pipelines.extract_clip import extract_clip, size
+from hdovd.pipelines.extract_clip import extract_clip
 from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.format import size
 from hdovd.pipelines.prompt_templates import Name, prompts
 
 PICTURES = 16  # the images of the world are these, over and over

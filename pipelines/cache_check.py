@@ -13,7 +13,7 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.cache_repair import Repair
 from hdovd.pipelines.cache_sample import Sample, Sampled, sample_set
 from hdovd.pipelines.check_config import CheckConfig, Clips, settings_of, told_where
-from hdovd.pipelines.extract_clip import size
+from hdovd.pipelines.format import size
 from hdovd.pipelines.progress import progress
 from hdovd.pipelines.teacher import Teacher
 from hdovd.protocol import load_protocol

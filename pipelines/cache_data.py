@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import DEFAULT_SET, Level
-from hdovd.cache.tar_shards import is_tar_form
+from hdovd.cache.schema import Level
 from hdovd.coco import DataPaths, ImageBoxes, Split
 from hdovd.errors import HdovdError
+from hdovd.pipelines.cache_jobs import CacheSource
 from hdovd.pipelines.extract_config import ExtractConfig
 from hdovd.pipelines.identities import data_inputs
 from hdovd.protocol import Protocol, load_protocol
-
-
-@dataclass(frozen=True, slots=True)
-class CacheSource:
-    """A set of a cache. `data` and `protocol`: None for what the set says it was made from; parts of `data` count for themselves."""
-
-    cache: Path | str
-    features: str = DEFAULT_SET
-    data: DataPaths | None = None
-    protocol: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +23,6 @@ class CacheWithData:
     split: Split
     protocol: Protocol
     images: dict[int, ImageBoxes]
-
-
-def open_cache(source: CacheSource) -> FeatureCache:
-    """Raises HdovdError if the set is not there, or not whole."""
-    if is_tar_form(source.cache):
-        raise HdovdError(f"{source.cache} is of tar shards: look into the Zarr cache that they were made from, or into one that hdovd "
-                         "cache import --format webdataset makes of them")
-    return FeatureCache(source.cache, source.features)
 
 
 def with_data(cache: FeatureCache, source: CacheSource, log: Callable[[str], None]) -> CacheWithData:

@@ -8,46 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
-from pathlib import Path
 
 import numpy as np
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.coco import ImageBoxes
 from hdovd.errors import HdovdError
-from hdovd.pipelines.cache_data import CacheSource, CacheWithData, open_cache, with_data
+from hdovd.pipelines.cache_data import CacheWithData, with_data
+from hdovd.pipelines.cache_jobs import CacheSource, Colour, MapConfig
 from hdovd.pipelines.map_points import MapNumbers, MapPoints, measure, take_points
 from hdovd.pipelines.whole_file import replace_file
 
 PCA_VALUES = 50
 PERPLEXITY = 30
 FEW = 5  # points: below, t-SNE has nothing to do
-
-
-class Colour(StrEnum):
-    """What gives a point its colour: class of base boxes and noun of proposals, or one of them alone, or the nearest class name."""
-
-    NAME = "name"
-    CLASS = "class"
-    NOUN = "noun"
-    NEAREST = "nearest"
-    SOURCE = "source"
-
-
-@dataclass(frozen=True, slots=True)
-class MapConfig:
-    """`out`: the HTML file; the PNG lies beside it. `points`: at most so many rows, of a choice that follows from `seed`.
-
-    `thumbnails`: so many points of the page show their crop.
-    """
-
-    source: CacheSource
-    out: Path = Path("cache-map.html")
-    points: int = 5_000
-    colour: Colour = Colour.NAME
-    seed: int = 0
-    thumbnails: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,10 +47,9 @@ class CacheMap:
 
 def map_cache(config: MapConfig, log: Callable[[str], None] = print) -> CacheMap:
     """Project, write the page and the picture, print the figures. Raises HdovdError for bad input, or without scikit-learn."""
-    if config.out.suffix != ".html":
-        raise HdovdError(f"--out {config.out}: expected a name that ends in .html; the picture lies beside it, as .png")
+    config.check()
     require_sklearn()
-    cache = open_cache(config.source)
+    cache = FeatureCache(config.source.cache, config.source.features)
     found = _data(cache, config.source, log)
     images: dict[int, ImageBoxes] = {} if found is None else found.images
     names, base = ((), ()) if found is None else (found.protocol.names, found.protocol.base)

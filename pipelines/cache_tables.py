@@ -18,7 +18,7 @@ from hdovd.coco import Skips
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.box_table import match_rows
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.extract_clip import size
+from hdovd.pipelines.format import size
 from hdovd.pipelines.proposal_file import made_by_line
 from hdovd.pipelines.settings import pair_lines
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from shlex import quote
 
 import numpy as np
@@ -27,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import DEFAULT_SET, Level
-from hdovd.cache.tar_shards import is_tar_form
-from hdovd.coco import DataPaths, Split
+from hdovd.cache.schema import Level
+from hdovd.coco import Split
 from hdovd.errors import HdovdError
+from hdovd.pipelines.cache_jobs import CalibrateConfig
 from hdovd.pipelines.calibration import Calibration, origin_of
 from hdovd.pipelines.calibration_picture import draw_calibration
 from hdovd.pipelines.export import made_from
@@ -45,17 +44,6 @@ from hdovd.protocol import Protocol
 BOXES_AT_ONCE = 4_096
 
 
-@dataclass(frozen=True, slots=True)
-class CalibrateConfig:
-    """`data` and `protocol`: None for those that the set was extracted from. `out`: the TOML file; the picture lies beside it, .png."""
-
-    cache: Path | str
-    out: Path
-    features: str = DEFAULT_SET
-    data: DataPaths | None = None
-    protocol: str | None = None
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Cosines:
     """Of the labels that n base boxes make: right (n,), wrong (n,). `named`: of how many the right one is the higher."""
@@ -67,11 +55,7 @@ class Cosines:
 
 def calibrate(config: CalibrateConfig, log: Callable[[str], None] = print) -> Calibration:
     """Fit, write the values and the picture. Raises HdovdError if the set does not fit the data, or nothing can be fitted."""
-    if config.out.suffix != ".toml":  # the picture has its name, and another ending
-        raise HdovdError(f"--out {config.out}: expected a name that ends in .toml")
-    if is_tar_form(config.cache):
-        raise HdovdError(f"{config.cache} is of tar shards: calibrate on the Zarr cache that they were made from, or on one that hdovd "
-                         "cache import makes of them")
+    config.check()
     cache = FeatureCache(config.cache, config.features)
     data, protocol = made_from(config.cache, cache.set, config.features, config.data, config.protocol)
     origin = origin_of(cache)

@@ -11,16 +11,18 @@ import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
 from hdovd.cache.identity import KeyInputs, differences
-from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.config import Recipe
 from hdovd.config_parts import AUTO
 from hdovd.errors import HdovdError, shorten
+
+if TYPE_CHECKING:
+    from hdovd.cache.reader import FeatureCache
+    from hdovd.config import Recipe
 
 VALUES = ("centre", "width", "scale")
 CLIPS = {"ViT-B/32": ("ViT-B-32", "hf-hub:timm/vit_base_patch32_clip_224.openai"), "RN50": ("RN50", "hf-hub:timm/resnet50_clip.openai")}

@@ -6,12 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hdovd.cache.catalog import Catalog
+from hdovd.cache.schema import Level
+from hdovd.cache.storage import open_folder
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
 from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.teacher import Teacher
+
+if TYPE_CHECKING:
+    from hdovd.pipelines.teacher import Teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,12 @@ class CheckConfig:
     seed: int = 0
     repair: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises HdovdError if there is no cache, not even a damaged one."""
+        folder = open_folder(self.cache)
+        if not folder.exists("zarr.json") and not any(folder.sizes(level) for level in Level):
+            Catalog(self.cache)  # says so
 
 
 class Clips:

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from hdovd.errors import HdovdError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Shape(StrEnum):
@@ -60,6 +61,8 @@ class CropRecipe:
 
     def regions(self, boxes: np.ndarray, width: int, height: int) -> np.ndarray:
         """(n, 4) boxes -> (n * len(scales), 4) int64 xyxy, the scales of a box together; of a square shape also beyond the image."""
+        import numpy as np  # here: the command line names recipes
+
         size = np.array([width, height], np.float64)
         low, high = boxes[:, None, :2].astype(np.float64), boxes[:, None, 2:].astype(np.float64)
         centre, half = (low + high) / 2, (high - low) / 2 * np.array(self.scales)[:, None]

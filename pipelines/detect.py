@@ -24,46 +24,9 @@ from hdovd.pipelines.device import workers_for
 from hdovd.pipelines.loading import Batches
 from hdovd.pipelines.picture_decoding import Decoded, decode
 from hdovd.pipelines.picture_files import PictureFile, find_pictures
-from hdovd.pipelines.pictures import SHOWN_SCORE
 from hdovd.pipelines.progress import progress
+from hdovd.pipelines.run_jobs import DetectJob
 from hdovd.pipelines.text_rows import read_class_embeddings
-from hdovd.pipelines.weights import Weights
-
-
-@dataclass(frozen=True, slots=True)
-class DetectJob:
-    """`images`: words as in `picture_files.find_pictures`. `classes` None: those of the run's protocol. `threshold`: what is found
-    scores above it. `class_embeddings`: a file with a row for each class, in order; CLIP is not needed then.
-
-    `clip`, `pretrained`, `templates`: None for those of the run. `workers` None: what suits the device. `pictures`: draw them.
-    `alone`: no base classes of the run compete with `classes` (`Detector.set_classes`).
-    """
-
-    run: Path
-    images: tuple[str, ...]
-    out: Path
-    classes: tuple[str, ...] | None = None
-    threshold: float = SHOWN_SCORE
-    class_embeddings: Path | None = None
-    clip: str | None = None
-    pretrained: str | None = None
-    templates: tuple[str, ...] | None = None
-    weights: Weights = Weights.LAST
-    device: str = "auto"
-    batch_size: int = 8
-    workers: int | None = None
-    pictures: bool = True
-    split_blind: bool = False
-    overwrite: bool = False
-    alone: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.threshold < 1:
-            raise HdovdError(f"--threshold {self.threshold}: expected a score of at least 0 and below 1")
-        if self.batch_size < 1:
-            raise HdovdError(f"--batch-size {self.batch_size}: expected 1 or more")
-        if self.class_embeddings is not None and (self.clip is not None or self.templates is not None):
-            raise HdovdError("--clip and --templates have no use with --class-embeddings, which takes the place of both")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +71,7 @@ def detect(job: DetectJob, log: Callable[[str], None] = print, stdin: BinaryIO |
 
     stdin: instead of the process's own. Pictures that cannot be read are skipped. Raises HdovdError for bad input.
     """
-    DetectionFolder.require_room(job.out, overwrite=job.overwrite)
+    job.check()
     files = find_pictures(job.images, stdin or sys.stdin.buffer, job.out, log)
     detector = Detector.from_run(job.run, weights=job.weights, device=job.device, clip=job.clip, pretrained=job.pretrained,
                                  templates=job.templates, log=log)

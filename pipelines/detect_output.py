@@ -22,9 +22,9 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.detector import NamedDetections
 from hdovd.pipelines.drawing import BASE_COLOUR, NOVEL_COLOUR, Labelled, draw_boxes
 from hdovd.pipelines.picture_decoding import Decoded
+from hdovd.pipelines.run_jobs import DETECTIONS_MARKER
 from hdovd.pipelines.whole_file import replace_file
 
-MARKER = ".hdovd-detect"  # a folder that holds it is of detections, and may be overwritten
 LINES, DETECTIONS, IMAGES, PICTURES = "detections.jsonl", "detections.json", "images.json", "pictures"
 SHOWN_ROWS = 20
 
@@ -60,27 +60,16 @@ class DetectionFolder:
         self._taken: set[str] = set()
         self._lines: IO[str] = (path / LINES).open("w")
 
-    @staticmethod
-    def require_room(path: Path, *, overwrite: bool) -> None:
-        """Raises HdovdError if something else than old detections, or these without `overwrite`, is there."""
-        if path.exists() and not path.is_dir():
-            raise HdovdError(f"--out {path} is a file, expected a folder")
-        if path.is_dir() and any(path.iterdir()):
-            if not (path / MARKER).is_file():
-                raise HdovdError(f"--out {path} is not empty and holds no detections: give another one")
-            if not overwrite:
-                raise HdovdError(f"--out {path} holds detections: give another one, or --overwrite")
-
     @classmethod
     def begin(cls, path: Path, names: Sequence[str], is_novel: Sequence[bool], *, draw: bool) -> DetectionFolder:
         """Start anew; old detections go. names, is_novel: of the K names asked for. draw: pictures too. Raises HdovdError."""
-        if (path / MARKER).is_file():
+        if (path / DETECTIONS_MARKER).is_file():
             for name in (LINES, DETECTIONS, IMAGES):
                 (path / name).unlink(missing_ok=True)
             shutil.rmtree(path / PICTURES, ignore_errors=True)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / MARKER).touch()
+            (path / DETECTIONS_MARKER).touch()
             return cls(path, names, is_novel, draw=draw)
         except OSError as error:
             raise HdovdError(f"--out {path} cannot be written: {error}") from error

@@ -24,8 +24,8 @@ from hdovd.pipelines.common.precision import inference_autocast
 from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.name_embedding import NameEmbedder
 from hdovd.pipelines.picture_decoding import AnyPicture, Decoded, decode
-from hdovd.pipelines.pictures import SHOWN_SCORE
 from hdovd.pipelines.run_folder import RunFolder
+from hdovd.pipelines.run_jobs import SHOWN_SCORE
 from hdovd.pipelines.weights import Weights
 from hdovd.protocol import Protocol
 

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hdovd.ap_engine import Engine, require
-from hdovd.coco import DataPaths
+from hdovd.ap_engine import require
 from hdovd.coco_ap import AveragePrecision
 from hdovd.detectors import build_detector
 from hdovd.error_breakdown import ErrorBreakdown, break_down
@@ -21,27 +20,10 @@ from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.found_rows import found_of
 from hdovd.pipelines.pictures import draw_detections
 from hdovd.pipelines.run_folder import RunFolder
+from hdovd.pipelines.run_jobs import EvalJob
 from hdovd.pipelines.validation import Validation, results
-from hdovd.pipelines.weights import Weights, weights_hash
+from hdovd.pipelines.weights import weights_hash
 from hdovd.protocol import Protocol, load_protocol
-
-
-@dataclass(frozen=True, slots=True)
-class EvalJob:
-    """`protocol` None: that of the run. `workers` None: what suits the device. `pictures`: how many validation images to draw.
-
-    `weights`: of the last epoch, or of the one with the best validation AP50 of base classes.
-    """
-
-    run: Path
-    data: DataPaths
-    protocol: str | None = None
-    device: str = "auto"
-    batch_size: int = 16
-    workers: int | None = None
-    pictures: int = 0
-    engine: Engine = Engine.PYCOCOTOOLS
-    weights: Weights = Weights.LAST
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +42,8 @@ class EvalResult:
 
 def evaluate(job: EvalJob, log: Callable[[str], None] = print) -> EvalResult:
     """Evaluate a run; writes metrics.json, detections.json and pictures into it. Raises HdovdError for bad input."""
-    run, device = RunFolder.open(job.run), pick_device(job.device)
+    job.check()
+    run, device = RunFolder(job.run), pick_device(job.device)
     trained = run.protocol()
     protocol = trained if job.protocol is None else load_protocol(job.protocol)
     if (protocol.base, protocol.novel) != (trained.base, trained.novel):

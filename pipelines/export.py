@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,16 @@ import numpy as np
 
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import DEFAULT_SET, TABLE_ARRAYS, TABLES, Level, row_arrays
+from hdovd.cache.schema import TABLE_ARRAYS, TABLES, Level, row_arrays
 from hdovd.cache.tar_meta import TABLES_HERE, TEXTS, TarMeta
 from hdovd.cache.tar_sample import MEMBERS, TarSample
-from hdovd.cache.tar_shards import SAMPLES, TarShards, TarWriter
+from hdovd.cache.tar_shards import TarShards, TarWriter
 from hdovd.cache.writer import ProductWriter
 from hdovd.coco import DataPaths, ImageBoxes, Split
 from hdovd.errors import HdovdError
-from hdovd.pipelines.extract_clip import size
+from hdovd.pipelines.cache_jobs import ExportConfig
 from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.format import size
 from hdovd.pipelines.identities import data_inputs
 from hdovd.pipelines.progress import progress
 from hdovd.protocol import Protocol, load_protocol
@@ -31,22 +31,11 @@ from hdovd.protocol import Protocol, load_protocol
 Log = Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True)
-class ExportConfig:
-    """What to export. `data` and `protocol`: None for those that the set was extracted from. `samples`: of a shard."""
-
-    cache: Path | str
-    out: Path | str
-    data: DataPaths | None = None
-    protocol: str | None = None
-    features: str = DEFAULT_SET
-    samples: int = SAMPLES
-
-
 # --- to tar shards ---
 
 def export_tars(config: ExportConfig, log: Log = print) -> TarMeta:
     """Write the shards that are not there yet. Raises HdovdError if the set does not fit the data, or a picture is gone."""
+    config.check()
     cache = FeatureCache(config.cache, config.features)
     cache.require_together()
     data, protocol = made_from(config.cache, cache.set, config.features, config.data, config.protocol)

@@ -22,23 +22,12 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines import model_forms
 from hdovd.pipelines.export_check import Checked, check, made_up_pictures
 from hdovd.pipelines.images import pixels_of
-from hdovd.pipelines.model_form import ModelForm
-from hdovd.pipelines.run_folder import FILES, RunFolder
+from hdovd.pipelines.run_folder import RunFolder
+from hdovd.pipelines.run_jobs import ExportModelJob
 from hdovd.pipelines.weights import Weights
 from hdovd.pipelines.whole_file import replace_file
 
 TOLERANCE = 1e-3  # of boxes in percent of the input's long side, and of scores
-
-
-@dataclass(frozen=True, slots=True)
-class ExportModelJob:
-    """`check_images`: pictures to check the file on, besides those that are made up."""
-
-    run: Path
-    form: ModelForm
-    out: Path
-    weights: Weights = Weights.LAST
-    check_images: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +40,8 @@ class ExportedModel:
 def export_model(job: ExportModelJob, log: Callable[[str], None] = print) -> ExportedModel:
     """Write the detector of a run to one file. Raises HdovdError for bad input, and if the file does not find what the model finds."""
     model_forms.require(job.form)
-    run = RunFolder.open(job.run)
-    if job.out.is_dir() or (job.out.name in FILES and job.out.resolve().parent == run.path.resolve()):
-        raise HdovdError(f"--out {job.out} is {'a folder' if job.out.is_dir() else 'a file of the run itself'}: expected the name of a new "
-                         f"file, such as detector.{job.form.value}")
-    if not job.out.resolve().parent.is_dir():
-        raise HdovdError(f"--out {job.out}: there is no folder {job.out.resolve().parent}")
+    job.check()
+    run = RunFolder(job.run)
     recipe, protocol, texts = run.recipe(), run.protocol(), run.class_embeddings().float()
     pictures = made_up_pictures(recipe.input) + [_read(path) for path in job.check_images]
     model = build_detector(recipe, texts.shape[1], log=None)

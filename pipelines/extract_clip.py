@@ -23,6 +23,7 @@ from hdovd.pipelines.device import workers_for
 from hdovd.pipelines.extract_config import Executor, ExtractConfig, Store
 from hdovd.pipelines.extract_plan import LevelPlan, plan_levels
 from hdovd.pipelines.extraction import Extraction, Probe
+from hdovd.pipelines.format import duration, size
 from hdovd.pipelines.identities import level_inputs
 from hdovd.pipelines.noun_file import read_noun_file
 from hdovd.pipelines.nouns import Nouns, named_novel, read_nouns
@@ -53,6 +54,7 @@ def extract_clip(config: ExtractConfig, log: Log = print, teacher: Teacher | Non
 
     `teacher`: another model than the CLIP that `config` names.
     """
+    config.check()
     if config.store is Store.WEBDATASET:
         from hdovd.pipelines.tar_extraction import extract_to_tars
 
@@ -225,20 +227,3 @@ def _finish(extraction: Extraction, catalog: Catalog, config: ExtractConfig, rep
 
 def _silent(_: str) -> None:
     """The log of a process that is not to print."""
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that suits them."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-

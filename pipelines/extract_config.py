@@ -8,15 +8,17 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import CHUNK_ROWS, DEFAULT_SET, PART_ROWS
 from hdovd.coco import DataPaths
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, require_files
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
 from hdovd.pipelines.label_rule import ONE_NOUN, LabelRule
-from hdovd.pipelines.name_list import is_shipped
+from hdovd.pipelines.name_list import is_shipped, read_vocabulary
 from hdovd.pipelines.nouns_config import Matching
 from hdovd.pipelines.prompt_templates import check_templates
+from hdovd.protocol import load_protocol
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 _FILES = ("proposals", "vocabulary", "captions")
@@ -119,6 +121,17 @@ class ExtractConfig:
             raise HdovdError(f"--part-rows {self.part_rows}: expected at most {CHUNK_ROWS}, or a multiple of it")
         if not re.fullmatch(r"[\w.-]+", self.features):
             raise HdovdError(f"--features {self.features!r}: expected letters, digits, and . _ -")
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        if self.store is Store.ZARR:  # else it is a folder of tar shards, which the extraction looks into
+            Catalog.find_at(self.cache)
+        load_protocol(self.protocol)
+        self.data.locate("train2017")
+        require_files(proposals=self.proposals, captions=self.captions, nouns=self.nouns, synonyms=self.synonyms,
+                      class_embeddings=self.class_embeddings)
+        if self.vocabulary is not None:
+            read_vocabulary(self.vocabulary)
 
     def to_dict(self) -> dict[str, Any]:
         """What another process needs to make the same products: JSON values, absolute paths."""

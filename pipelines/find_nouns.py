@@ -44,6 +44,7 @@ class NounsReport:
 
 def find_nouns(job: NounsJob, log: Log = print) -> NounsReport:
     """Find the nouns of `job.captions` and write `job.out`. Raises HdovdError for bad input, or if there is no noun at all."""
+    job.check()
     protocol = load_protocol(job.protocol)
     stop = StopList(() if job.stop_list is None else read_vocabulary(job.stop_list, "--stop-list"))
     finder, made_with = _finder(job, stop, log)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from hdovd.config import Recipe, load_recipe
 from hdovd.detectors import Detector, build_detector
 from hdovd.errors import HdovdError, shorten
+from hdovd.pipelines.import_config import ImportCheckpointJob
 from hdovd.pipelines.provenance import provenance
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.tensor_file import Unfit, floats, load_pth
@@ -29,30 +29,10 @@ from hdovd.published import PUBLISHED, Published
 _TRUST = ("pseudo_boxes.reliability_centre=0.31", "pseudo_boxes.reliability_width=0.026", "pseudo_boxes.reliability_scale=1.3")  # METHOD 2
 
 
-@dataclass(frozen=True, slots=True)
-class ImportCheckpointJob:
-    """`class_embeddings`: a .pt of (C, D) rows in the protocol's order. `object_embedding`: a .pt of (1, D), for AdaMixer.
-
-    `settings`: laid over the detector's recipe.
-    """
-
-    file: Path
-    out: Path
-    detector: str
-    class_embeddings: Path | None = None
-    object_embedding: Path | None = None
-    protocol: str = "ov-coco"
-    settings: tuple[str, ...] = ()
-    overwrite: bool = False
-
-
 def import_checkpoint(job: ImportCheckpointJob, log: Callable[[str], None] = print) -> RunFolder:
     """Write a run folder with the weights of a checkpoint. Raises HdovdError, before anything is written, for one that does not fit."""
-    published = PUBLISHED.get(job.detector)
-    if published is None:
-        raise HdovdError(f"--detector {job.detector}: expected {' or '.join(PUBLISHED)}, those that the authors published weights of")
-    if not job.overwrite:
-        RunFolder.require_none(job.out)
+    job.check()
+    published = PUBLISHED[job.detector]
     protocol = load_protocol(job.protocol)
     recipe = load_recipe(published.recipe, [*_TRUST, *published.settings, *job.settings]).with_precision("fp32")  # the authors'
     state, about = read_checkpoint(job.file, log)

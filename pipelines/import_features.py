@@ -10,61 +10,29 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import KeyInputs, key_of
-from hdovd.cache.schema import CHUNK_ROWS, DEFAULT_SET, IMAGE_PART_ROWS, PART_ROWS, SCHEMA_VERSION, Level, Source
+from hdovd.cache.schema import CHUNK_ROWS, IMAGE_PART_ROWS, PART_ROWS, SCHEMA_VERSION, Level, Source
 from hdovd.cache.writer import ProductWriter
-from hdovd.coco import DataPaths, Split
+from hdovd.coco import Split
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.box_table import BoxTable, box_table
-from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, Activation
 from hdovd.pipelines.foreign import ForeignImage, read_hd_ovd, read_oadp
+from hdovd.pipelines.import_config import ForeignFormat, ImportConfig
 from hdovd.pipelines.progress import progress
-from hdovd.pipelines.prompt_templates import check_templates
 from hdovd.pipelines.proposal_table import Proposals, ProposalTable
 from hdovd.protocol import load_protocol
 
 UNKNOWN_ORIGIN = "imported, origin unknown"
 
 
-class ForeignFormat(StrEnum):
-    HD_OVD = "hd-ovd"
-    OADP = "oadp"
-
-
-@dataclass(frozen=True, slots=True)
-class ImportConfig:
-    """What to import. `proposals`: the .pkl that goes with hd-ovd. `clip`: embeds the class names; None for no class level."""
-
-    format: ForeignFormat
-    folder: Path
-    data: DataPaths
-    cache: Path | str
-    proposals: Path | None = None
-    protocol: str = "ov-coco"
-    clip: str | None = None
-    pretrained: str | None = None
-    templates: tuple[str, ...] = DEFAULT_TEMPLATES
-    features: str = DEFAULT_SET
-    device: str = "auto"
-    precision: Precision = Precision.AUTO
-    activation: Activation = Activation.AUTO
-
-    def __post_init__(self) -> None:
-        check_templates(self.templates)
-        if (self.format is ForeignFormat.HD_OVD) != (self.proposals is not None):
-            raise HdovdError("--format hd-ovd needs --proposals, the .pkl of boxes that its files go with; --format oadp takes none")
-
-
 def import_features(config: ImportConfig, log: Callable[[str], None] = print) -> FeatureSet:
     """Write the products and name them as a set. Raises HdovdError for bad input, or if nothing fits the data."""
+    config.check()
     protocol = load_protocol(config.protocol)
     split = config.data.load("train2017", protocol, base_only=True, log=log)
     found = _survey(config, split, log)

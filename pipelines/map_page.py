@@ -37,7 +37,7 @@ def page_of(found: CacheMap, log: Callable[[str], None]) -> str:
 
 
 def _data(found: CacheMap, cell_of: dict[int, int]) -> dict[str, Any]:
-    from hdovd.pipelines.cache_map import Colour
+    from hdovd.pipelines.cache_jobs import Colour
 
     points = found.points
     colourings, most = {}, 0

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, require_files
+from hdovd.pipelines.name_list import read_vocabulary
+from hdovd.protocol import load_protocol
 
 SPACY_MODEL = "en_core_web_sm"
 
@@ -44,3 +46,11 @@ class NounsJob:
             raise HdovdError(f"--out {self.out} is a folder: expected the file to write, such as {self.out / 'nouns.json'}")
         if self.out.absolute() in {file.absolute() for file in (self.captions, self.vocabulary, self.stop_list) if file is not None}:
             raise HdovdError(f"--out {self.out} is one of the files that are read: name another")
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        load_protocol(self.protocol)
+        require_files(captions=self.captions)
+        for option, file in (("--vocabulary", self.vocabulary), ("--stop-list", self.stop_list)):
+            if file is not None:
+                read_vocabulary(file, option)

@@ -10,9 +10,8 @@ from PIL import Image
 from hdovd.coco import ImageBoxes, Split
 from hdovd.inference import Detections
 from hdovd.pipelines.drawing import BASE_COLOUR, NOVEL_COLOUR, Labelled, draw_boxes
+from hdovd.pipelines.run_jobs import SHOWN_SCORE
 from hdovd.protocol import Protocol
-
-SHOWN_SCORE = 0.3
 
 
 def draw_detections(split: Split, detections: list[Detections], protocol: Protocol, folder: Path, count: int) -> list[Path]:

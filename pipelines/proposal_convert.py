@@ -9,9 +9,8 @@ import numpy as np
 
 from hdovd.errors import HdovdError
 from hdovd.pipelines.proposal_file import made_by_line, read_table, write_proposals
-from hdovd.pipelines.proposal_formats import ListOrder
+from hdovd.pipelines.proposal_options import ListOrder, require_form
 from hdovd.pipelines.proposal_table import ProposalTable
-from hdovd.pipelines.propose_config import require_form
 from hdovd.pipelines.settings import pair_lines
 
 

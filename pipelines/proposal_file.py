@@ -15,7 +15,8 @@ import numpy as np
 
 from hdovd.coco import ImageBoxes, Skips
 from hdovd.errors import HdovdError, shorten
-from hdovd.pipelines.proposal_formats import NPZ_FORMAT, NPZ_VERSION, ListOrder, read_coco_results, read_npz, read_pickle
+from hdovd.pipelines.proposal_formats import NPZ_FORMAT, NPZ_VERSION, read_coco_results, read_npz, read_pickle
+from hdovd.pipelines.proposal_options import ListOrder
 from hdovd.pipelines.proposal_table import NO_PROPOSALS, MadeBy, Proposals, ProposalTable
 from hdovd.pipelines.whole_file import replace_file
 

@@ -17,7 +17,6 @@ import json
 import zipfile
 import zlib
 from array import array
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import numpy as np
 
 from hdovd.errors import HdovdError
 from hdovd.json_stream import JsonStream
+from hdovd.pipelines.proposal_options import ListOrder
 from hdovd.pipelines.proposal_table import ProposalTable
 from hdovd.pipelines.safe_pickle import load_arrays
 
@@ -32,17 +32,6 @@ NPZ_FORMAT, NPZ_VERSION = "hdovd proposals", 1
 _NPZ = {"image_id": np.int64, "offset": np.int64, "box": np.float32, "score": np.float32}
 _RENAMED = {"indexes": "ids", "scores": "objectness_logits"}
 _MOST_OUTSIDE = 0.01  # of the boxes: mmdetection cuts proposals to the image, so in the right order none reach out
-
-
-class ListOrder(StrEnum):
-    """Which images a list of proposals goes through."""
-
-    FILE = "file"
-    ID = "id"
-
-    @property
-    def words(self) -> str:
-        return "in the order of its images" if self is ListOrder.FILE else "by ascending image id"
 
 
 def read_coco_results(path: Path) -> ProposalTable:

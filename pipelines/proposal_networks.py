@@ -24,7 +24,7 @@ from hdovd.config import Recipe, build_recipe
 from hdovd.config_parts import BACKBONES
 from hdovd.errors import HdovdError
 from hdovd.oln import ObjectLocalisationNetwork
-from hdovd.pipelines.propose_config import Detector, NetworkJob
+from hdovd.pipelines.propose_config import Detector, NetworkJob, require_network
 from hdovd.pipelines.whole_file import replace_file
 from hdovd.proposer import ObjectnessNetwork, ProposalNetwork
 from hdovd.protocol import load_protocol
@@ -142,8 +142,7 @@ def _origin(metadata: dict[str, str], file: Path) -> dict[str, Any]:
 
 
 def _metadata(file: Path) -> dict[str, str]:
-    if not file.is_file():
-        raise HdovdError(f"no file {file}: expected a network that hdovd propose trained (NAME.oln.safetensors)")
+    require_network(file)
     try:
         with safe_open(file, "pt") as tensors:
             metadata = dict(tensors.metadata() or {})

@@ -64,11 +64,10 @@ def recall_report(job: RecallJob, log: Callable[[str], None] = print) -> list[Re
 
     Raises HdovdError for bad input or a validation picture that cannot be read, and Stopped if a signal ended it.
     """
+    job.check()
     with team(job.device) as us, StopSignal() as stop:
         log = log if us.leads else lambda _: None
-        if job.validation is None:
-            raise HdovdError("--report counts on validation pictures: there is no val2017 under --data; give --val-images and "
-                             "--val-annotations")
+        assert job.validation is not None  # as checked
         wanted, protocol = job.networks(), load_protocol(job.protocol)
         validation = without_crowds(job.validation.load("val2017", protocol, base_only=False, log=log))
         found = []

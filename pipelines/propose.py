@@ -41,6 +41,7 @@ def propose(job: ProposeJob, log: Callable[[str], None] = print) -> dict[int, Pr
 
     Raises HdovdError for bad input, and Stopped if a signal ended it: the same call goes on.
     """
+    job.check()
     with team(job.device) as us, StopSignal() as stop:
         return _propose(job, us, stop, log if us.leads else lambda _: None)
 

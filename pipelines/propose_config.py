@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hdovd.coco import DataPaths
-from hdovd.config import Recipe
 from hdovd.errors import HdovdError
+from hdovd.pipelines.proposal_options import require_form
+from hdovd.protocol import load_protocol
 
-FORMS = (".json", ".npz")  # of proposal files that we write
+if TYPE_CHECKING:
+    from hdovd.config import Recipe
 
 
 class Detector(StrEnum):
@@ -67,6 +69,13 @@ class ProposeJob:
         return NetworkJob(self.data, network_file(self.out, self.detector), self.detector, self.recipe, self.protocol, self.overwrite,
                           self.save_minutes)
 
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        load_protocol(self.protocol)
+        self.data.locate("train2017")
+        if self.checkpoint is not None:
+            require_network(self.checkpoint)
+
     def selection(self) -> dict[str, float]:
         return {"top": self.top, "overlap": self.overlap, "min_side": self.min_side, "min_score": self.min_score}
 
@@ -87,6 +96,18 @@ class RecallJob:
     overwrite: bool = False
     save_minutes: float = 10.0
 
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        if self.validation is None:
+            raise HdovdError("--report counts on validation pictures: there is no val2017 under --data; give --val-images and "
+                             "--val-annotations")
+        if self.networks():
+            self.data.locate("train2017")
+        load_protocol(self.protocol)
+        self.validation.locate("val2017")
+        for file in self.checkpoints:
+            require_network(file)
+
     def networks(self) -> list[NetworkJob]:
         """What is to be trained, or was. Raises HdovdError without a place for it."""
         wanted = self.detectors if self.detectors or self.checkpoints else (Detector.OLN,)
@@ -99,10 +120,10 @@ class RecallJob:
                            self.save_minutes) for detector in dict.fromkeys(wanted) if self.out is not None]
 
 
-def require_form(out: Path) -> None:
-    """Raises HdovdError for a name under which proposals cannot be written, before any work is done for them."""
-    if out.suffix not in FORMS or out.is_dir():
-        raise HdovdError(f"--out {out}: expected a file whose name ends in {' or '.join(FORMS)}")
+def require_network(file: Path) -> None:
+    """Raises HdovdError if there is no such file."""
+    if not file.is_file():
+        raise HdovdError(f"no file {file}: expected a network that hdovd propose trained (NAME.oln.safetensors)")
 
 
 def network_file(out: Path, detector: Detector) -> Path:

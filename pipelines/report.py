@@ -8,53 +8,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import hdovd
 from hdovd.coco import DataPaths
-from hdovd.errors import HdovdError, shorten
+from hdovd.errors import HdovdError
 from hdovd.pipelines import report_charts, report_gallery, report_tables
-from hdovd.pipelines.evaluate import EvalJob, evaluate
+from hdovd.pipelines.evaluate import evaluate
 from hdovd.pipelines.html_page import page
 from hdovd.pipelines.relations import relations
 from hdovd.pipelines.report_runs import OneRun, TrainingImages, data_of, open_runs
-from hdovd.pipelines.runs import find_runs
+from hdovd.pipelines.run_jobs import REPORT_FILE, EvalJob, ReportJob
 from hdovd.pipelines.weights import Weights
 from hdovd.pipelines.whole_file import replace_file
 
-FILE = "index.html"
 SECTIONS = (("ap", "AP"), ("curves", "Curves"), ("errors", "Errors"), ("confusion", "Confusion"), ("reliability", "Scores"),
             ("losses", "Losses"), ("gallery", "Images"), ("pseudo", "Pseudo boxes"), ("relations", "Relations"), ("identity", "Identity"))
-
-
-@dataclass(frozen=True, slots=True)
-class ReportJob:
-    """`data`: where the pictures are; nothing given: where the first run's cache says that it was made from. `gallery`, `pseudo`: how many
-    validation and training images are shown. `relation_images`: in the batch of the relation matrices; 0 leaves them out. `threshold`:
-    scores from which a detection is shown and counts in the confusion. `validation`: the validation images, if they are not val2017 of
-    `data`. `batch_size`, `workers`: of the evaluation of runs that have none yet."""
-
-    runs: tuple[Path, ...]
-    out: Path
-    data: DataPaths = field(default_factory=DataPaths)
-    validation: DataPaths | None = None
-    gallery: int = 36
-    pseudo: int = 12
-    relation_images: int = 8
-    threshold: float = 0.3
-    device: str = "auto"
-    batch_size: int = 16
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.runs:
-            raise HdovdError("a report needs a run: give the folders that hdovd train wrote")
-        if not 0 <= self.threshold < 1:
-            raise HdovdError(f"--threshold {self.threshold}: expected a score from 0 up to, not including, 1")
 
 
 def report(job: ReportJob, log: Callable[[str], None] = print) -> Path:
@@ -62,9 +33,7 @@ def report(job: ReportJob, log: Callable[[str], None] = print) -> Path:
 
     Raises HdovdError for a folder that is no run, runs of different protocols or validation images, and pictures that are not there.
     """
-    _require_room(job.out)
-    for run in job.runs:
-        _require_run(run)
+    job.check()
     data = data_of(job.runs, job.data, needed=job.validation is None)
     validation = job.validation or data
     for run in job.runs:
@@ -72,29 +41,11 @@ def report(job: ReportJob, log: Callable[[str], None] = print) -> Path:
     runs = open_runs(job.runs, validation, job.threshold, log)
     context = _context(runs, job, data, log)
     job.out.mkdir(parents=True, exist_ok=True)
-    file = job.out / FILE
+    file = job.out / REPORT_FILE
     text = page("report.html", context)
     replace_file(file, lambda partial: Path(partial).write_text(text, encoding="utf-8"))
     log(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB, one file that needs nothing else)")
     return file
-
-
-def _require_room(out: Path) -> None:
-    """Raises HdovdError for a file, or a folder that holds other things than a report."""
-    if out.is_file() or out.suffix == ".html":
-        raise HdovdError(f"--out {out} is a file: give a folder, in which {FILE} is written")
-    if out.is_dir() and not (out / FILE).is_file() and (others := sorted(entry.name for entry in out.iterdir())):
-        raise HdovdError(f"--out {out} holds other things ({shorten(list(others))}): give a folder that is new, empty, or a report's")
-
-
-def _require_run(path: Path) -> None:
-    """Raises HdovdError, naming runs that are near, for a folder that is none."""
-    if (path / "run.json").is_file():
-        return
-    inside = [str(run) for run in find_runs([path])] if path.is_dir() else []
-    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], 1) if path.parent.is_dir() else []
-    hint = f"; there are runs in it: {shorten(list(inside))}" if inside else f"; did you mean {path.parent / near[0]}?" if near else ""
-    raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote{hint}")
 
 
 def _evaluate_if_needed(run: Path, job: ReportJob, data: DataPaths, log: Callable[[str], None]) -> None:

@@ -21,8 +21,8 @@ from hdovd.error_breakdown import ErrorBreakdown, Errors, classify, count_errors
 from hdovd.errors import HdovdError
 from hdovd.pipelines.found_rows import read_found
 from hdovd.pipelines.image_verdicts import ImageVerdicts, verdicts_on
-from hdovd.pipelines.pictures import SHOWN_SCORE
 from hdovd.pipelines.run_folder import RunFolder
+from hdovd.pipelines.run_jobs import SHOWN_SCORE
 from hdovd.pipelines.weights import Weights, weights_hash
 from hdovd.protocol import Protocol, load_protocol
 from hdovd.score_reliability import Reliability, score_reliability

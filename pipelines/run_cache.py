@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hdovd.cache.catalog import Catalog, FeatureSet
+from hdovd.cache.catalog import Catalog, FeatureSet, is_tar_form
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.tar_shards import is_tar_form
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.extract_config import ExtractConfig

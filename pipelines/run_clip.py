@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from hdovd.cache.catalog import Catalog, FeatureSet
+from hdovd.cache.catalog import Catalog, FeatureSet, is_tar_form
 from hdovd.cache.identity import KeyInputs, differences
 from hdovd.cache.schema import Level
-from hdovd.cache.tar_shards import TarShards, is_tar_form
+from hdovd.cache.tar_shards import TarShards
 from hdovd.errors import HdovdError
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.extract_config import Activation

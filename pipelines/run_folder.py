@@ -20,11 +20,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.identity import differences
 from hdovd.config import Recipe, load_recipe
@@ -32,6 +28,9 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.settings import lasting_values
 from hdovd.pipelines.whole_file import replace_file
 from hdovd.protocol import Protocol, parse_protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 FILES = ("config.toml", "run.json", "class_embeddings.safetensors", "model.safetensors", "best.safetensors", "checkpoint.pt", "stopped",
          "log.jsonl", "log.csv", "metrics.json", "detections.json")
@@ -46,6 +45,8 @@ class RunFolder:
     def create(cls, path: Path, recipe: Recipe, protocol: Protocol, class_embeddings: Tensor, record: dict[str, Any], *,
                overwrite: bool) -> RunFolder:
         """Start a run. Raises HdovdError if one is there, unless `overwrite`."""
+        from safetensors.torch import save_file  # here: whether there is a run is asked before torch is imported
+
         if not overwrite:
             cls.require_none(path)
         if (path / "run.json").exists():
@@ -114,6 +115,9 @@ class RunFolder:
 
     def class_embeddings(self) -> Tensor:
         """(C, D) text embeddings of the protocol's classes. Raises HdovdError if the file is not there, or damaged."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
         file = self.path / "class_embeddings.safetensors"
         try:
             return load_file(file)["embeddings"]
@@ -123,11 +127,16 @@ class RunFolder:
             raise HdovdError(f"{file} is damaged ({error}): was it copied whole?") from error
 
     def save_model(self, model: nn.Module, name: str = "model.safetensors") -> None:
+        from safetensors.torch import save_file
+
         state = {k: v.contiguous() for k, v in model.state_dict().items()}
         replace_file(self.path / name, lambda partial: save_file(state, partial))
 
     def load_model(self, model: nn.Module, name: str = "model.safetensors") -> None:
         """Raises HdovdError if there are no such weights, or they are not of this model."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
         if not (self.path / name).is_file():
             raise HdovdError(f"{self.path} has no {name}: was the run validated while it trained?")
         try:

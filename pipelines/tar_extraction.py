@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hdovd.cache.identity import differences
+from hdovd.cache.schema import TAR_META
 from hdovd.cache.storage import Folder, open_folder
-from hdovd.cache.tar_meta import META, TarMeta
+from hdovd.cache.tar_meta import TarMeta
 from hdovd.cache.tar_shards import TarShards, forget_shard, unfinished_shards
 from hdovd.errors import HdovdError
+from hdovd.pipelines.cache_jobs import ExportConfig
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.export import ExportConfig, export_tars
+from hdovd.pipelines.export import export_tars
 from hdovd.pipelines.extract_clip import ExtractReport, Log, extract_clip, plan_lines, prepare
 from hdovd.pipelines.extract_config import ExtractConfig, Store
 from hdovd.pipelines.extraction import Extraction
@@ -34,8 +36,8 @@ def extract_to_tars(config: ExtractConfig, log: Log = print, teacher: Teacher | 
     inner = replace(config, cache=f"{config.cache}/{ZARR}", store=Store.ZARR)
     if folder.exists("zarr.json"):
         raise HdovdError(f"{config.cache} is a Zarr cache: give the shards another folder, or make them with hdovd cache export")
-    if folder.exists(META):
-        meta, said = TarMeta.from_bytes(folder.read(META), f"{config.cache}/{META}"), list[str]()
+    if folder.exists(TAR_META):
+        meta, said = TarMeta.from_bytes(folder.read(TAR_META), f"{config.cache}/{TAR_META}"), list[str]()
         if config.precision is Precision.AUTO:
             known = (Precision.of(inputs.get("clip", {}).get("compute_dtype")) for inputs in meta.key_inputs().values())
             inner = replace(inner, precision=next(filter(None, known), Precision.AUTO))

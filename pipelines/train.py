@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -18,10 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hdovd.backbone import with_synced_norms
-from hdovd.cache.catalog import Catalog, RunRecord
+from hdovd.cache.catalog import Catalog, RunRecord, is_tar_form
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import DEFAULT_SET
-from hdovd.cache.tar_shards import is_tar_form
 from hdovd.coco import DataPaths
 from hdovd.config import LossConfig, Recipe
 from hdovd.detectors import Detector, build_detector
@@ -44,36 +41,10 @@ from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.run_hooks import RunHooks, unsound_record
 from hdovd.pipelines.stop_signal import StopSignal
 from hdovd.pipelines.tar_training import TarTrainingSet
+from hdovd.pipelines.train_config import TrainJob
 from hdovd.pipelines.training_set import Sample, TrainingSet
 from hdovd.pipelines.validation import Validation
 from hdovd.protocol import Protocol, load_protocol
-
-
-@dataclass(frozen=True, slots=True)
-class TrainJob:
-    """One training run. `cache`: a Zarr cache, with the `data` that it was made of, or tar shards, which need no other data.
-
-    `resume`: go on from the checkpoint in `out`, or begin if there is none. `save_minutes`: between two checkpoints within an
-    epoch. `validation`: validation images, on which AP is computed after every `val_every` epochs; None: never. `calibration`: a
-    file of `calibrate`, whose values the weights of pseudo labels take instead of the recipe's. `init`: a run whose model's weights the
-    new one begins with.
-    """
-
-    data: DataPaths
-    cache: Path | str
-    out: Path
-    recipe: Recipe
-    protocol: str = "ov-coco"
-    device: str = "auto"
-    overwrite: bool = False
-    features: str = DEFAULT_SET
-    resume: bool = False
-    save_minutes: float = 10.0
-    validation: DataPaths | None = None
-    val_every: int = 1
-    tensorboard: bool = False
-    calibration: Path | None = None
-    init: Path | None = None
 
 
 def train(job: TrainJob, log: Callable[[str], None] = print) -> RunFolder:
@@ -81,16 +52,13 @@ def train(job: TrainJob, log: Callable[[str], None] = print) -> RunFolder:
 
     Raises HdovdError for bad input or a loss that is not sound, and Stopped if a signal ended it: it is saved, and can be resumed.
     """
+    job.check()
     with team(job.device) as us, StopSignal() as stop:
         return _train(job, us, stop, log if us.leads else lambda _: None)
 
 
 def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]) -> RunFolder:
     protocol, run = load_protocol(job.protocol), RunFolder(job.out)
-    if not (job.resume or job.overwrite):
-        run.require_none(job.out)
-    if job.init is not None and job.init.resolve() == job.out.resolve():
-        raise HdovdError(f"--init {job.init} is --out too: give another --out, or --resume to go on with that run")
     began = run.recipe().train.precision if job.resume and (job.out / "config.toml").is_file() else None
     recipe, line = settled(job.recipe, us.device, began, "the run's")
     if line:
@@ -244,15 +212,6 @@ def _validation(job: TrainJob, protocol: Protocol, us: Team, log: Callable[[str]
 def _validate(validation: Validation | None, model: Detector, class_embeddings: Tensor) -> Callable[[], dict[str, float | None]] | None:
     """What gives the AP50 of each group, now."""
     return None if validation is None else lambda: validation.run(model, class_embeddings).combined.summary()["ap50"]
-
-
-def validation_paths(data: Path | None, images: Path | None, annotations: Path | None) -> DataPaths | None:
-    """The validation images: those named, or val2017 of a COCO folder that has one; else None."""
-    if images or annotations:
-        return DataPaths(data, images, annotations)
-    if data is not None and (data / "annotations" / "instances_val2017.json").is_file() and (data / "val2017").is_dir():
-        return DataPaths(data)
-    return None
 
 
 def _tensorboard(job: TrainJob, us: Team) -> Any:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Source
-from hdovd.config import Recipe
 from hdovd.errors import HdovdError
-from hdovd.pipelines.cache_data import CacheSource, CacheWithData, open_cache, with_data
+from hdovd.pipelines.cache_data import CacheWithData, with_data
+from hdovd.pipelines.cache_jobs import ViewConfig
 from hdovd.pipelines.cache_view import CacheView, Likeness, ViewRow, find_reliability, gather_view
 from hdovd.pipelines.images import read_image
 from hdovd.pipelines.view_picture import draw_view
@@ -24,29 +23,13 @@ from hdovd.pipelines.whole_file import replace_file
 NEAR_IDS = 6  # named where an image is not there
 
 
-@dataclass(frozen=True, slots=True)
-class ViewConfig:
-    """`images`: ids, or `random` or `random:N`; empty: the first that has rows. `seed`: which random ones.
-
-    `out`: a PNG, or a folder for IMAGEID.png. `calibration`, `recipe`: where weights are from; None: those known for the cache's CLIP.
-    """
-
-    source: CacheSource
-    images: tuple[str, ...] = ()
-    out: Path = Path()
-    calibration: Path | None = None
-    recipe: Recipe | None = None
-    seed: int = 0
-
-
 def view_images(config: ViewConfig, log: Callable[[str], None] = print) -> list[Path]:
     """Draw the images and print their tables; returns the files written. Raises HdovdError for bad input."""
-    cache = open_cache(config.source)
+    config.check()
+    cache = FeatureCache(config.source.cache, config.source.features)
     ids = chosen_images(cache, config.images, config.seed)
     if config.out.suffix and len(ids) > 1:
         raise HdovdError(f"--out {config.out} is one file, and {len(ids)} images are asked for: give a folder")
-    if config.out.suffix not in ("", ".png"):
-        raise HdovdError(f"--out {config.out}: expected a name that ends in .png, or a folder")
     found = with_data(cache, config.source, log)
     reliability = find_reliability(cache, config.calibration, config.recipe, found.protocol.base)
     if reliability is not None:

@@ -19,33 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from hdovd.coco_ap import GROUPS
-from hdovd.errors import HdovdError
+from hdovd.pipelines.demo.config import MARKER, DemoConfig
 from hdovd.pipelines.demo.looking import can_map, image_with_most_proposals, small_pictures, telling_pictures
 from hdovd.pipelines.demo.teacher import demo_teacher
 from hdovd.pipelines.demo.world import NOVEL, make_world
 from hdovd.pipelines.user_cache import user_cache_folder
 
-TRAIN_IMAGES, VAL_IMAGES = 1000, 250
 DISTILLED = "distilled"
 VARIANTS = {"base-only": ["--preset", "base-only"], DISTILLED: []}
-MARKER = ".hdovd-demo"  # a folder that holds it is a demo's, and a new demo may clear it
-
-
-@dataclass(frozen=True, slots=True)
-class DemoConfig:
-    """`out`: everything the demo writes, but the teacher. `settings`: --set values for every training run. `pictures`: a folder for small
-    copies of three pictures, as the README shows them.
-    """
-
-    out: Path
-    seeds: int = 1
-    teacher_folder: Path | None = None
-    train_images: int = TRAIN_IMAGES
-    val_images: int = VAL_IMAGES
-    settings: tuple[str, ...] = ()
-    pictures: Path | None = None
-
-
 @dataclass(slots=True)
 class DemoResult:
     """AP50 in percent by variant and group, a value a seed; seconds by stage; pictures; the report's page."""
@@ -60,9 +41,8 @@ class DemoResult:
 def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable[[str], None] = print) -> DemoResult:
     """Run the demo; `command` runs one hdovd command line (without the word hdovd) in this process."""
     root = config.out
+    config.check()
     if root.exists() and any(root.iterdir()):
-        if not (root / MARKER).is_file():
-            raise HdovdError(f"{root} is not empty and is no demo folder: give another --out")
         log(f"starting {root} anew")
         shutil.rmtree(root)
     root.mkdir(parents=True, exist_ok=True)

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hdovd.cache import tar_shards
-from hdovd.cache.catalog import Catalog
-from hdovd.cache.schema import DEFAULT_SET, Level
-from hdovd.cache.tar_meta import META, TarMeta
+from hdovd.cache.catalog import Catalog, is_tar_form
+from hdovd.cache.schema import DEFAULT_SET, TAR_META, Level
+from hdovd.cache.tar_meta import TarMeta
 from hdovd.cache.tar_sample import MEMBERS, TarSample
-from hdovd.cache.tar_shards import TarShards, TarWriter, is_tar_form
+from hdovd.cache.tar_shards import TarShards, TarWriter
 from hdovd.errors import HdovdError
 
 COUNTS = {40: (2, 3), 7: (1, 0), 19: (0, 0), 23: (3, 1), 2_000_000_000: (1, 2)}
@@ -146,7 +146,7 @@ def test_the_same_bytes_at_any_time_and_in_any_order(make: Make, tmp_path: Path)
     for number in (2, 0, 1):
         other.writer.write(number, [other.samples[place] for place in other.writer.meta.places_of(number)])
     names = sorted(file.name for file in (tmp_path / "one").iterdir())
-    assert names == ["000000.json", "000000.tar", "000001.json", "000001.tar", "000002.json", "000002.tar", META]
+    assert names == ["000000.json", "000000.tar", "000001.json", "000001.tar", "000002.json", "000002.tar", TAR_META]
     assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes() for name in names)
     with tarfile.open(tmp_path / "one" / "000000.tar") as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in tar.getmembers()} == {(0, 0, 0, "", "")}
@@ -294,7 +294,7 @@ def test_damaged_meta_is_named(make: Make, tmp_path: Path, damage: str) -> None:
     from safetensors.numpy import load, save
 
     meta = make().writer.meta
-    file = tmp_path / "shards" / META
+    file = tmp_path / "shards" / TAR_META
     data = file.read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     tree = json.loads(header["__metadata__"]["hdovd"])
@@ -306,7 +306,7 @@ def test_damaged_meta_is_named(make: Make, tmp_path: Path, damage: str) -> None:
     if damage == "tensor":
         tensors["offset"] = tensors["offset"][:-1]
     file.write_bytes({"cut": data[:-100], "no json": save(tensors, {"other": "x"})}.get(damage, save(tensors, {"hdovd": json.dumps(tree)})))
-    with pytest.raises(HdovdError, match=META):
+    with pytest.raises(HdovdError, match=TAR_META):
         TarShards(tmp_path / "shards")
     file.write_bytes(meta.to_bytes())
     assert TarShards(tmp_path / "shards").images == 5
@@ -324,7 +324,7 @@ def test_writing_goes_on_where_it_was(make: Make, tmp_path: Path) -> None:
     assert make().write() == []  # `make` itself has written them
     after = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir() if not file.name.startswith(".")}
     assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
-    assert [name for name in sorted(after) if after[name] == before[name]] == ["000000.json", "000000.tar", META]
+    assert [name for name in sorted(after) if after[name] == before[name]] == ["000000.json", "000000.tar", TAR_META]
 
 
 def test_other_content_is_never_mixed(make: Make, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_bad_input_says_what_there_is(cache: Path, copied_cache: Path, kept: lis
     assert "one file, and 2 images" in view(cache, "--image", f"{kept[0]},{kept[1]}", "--out", "a.png").err
     assert "expected a name that ends in .png" in view(cache, "--out", "a.jpg").err
     assert "give --recipe" in view(cache, "--set", "train.epochs=1").err
-    assert "--data (or --images" in view(cache, "--data", "/no/such/folder").err
+    assert "--data /no/such/folder: no such folder" in view(cache, "--data", "/no/such/folder").err
     sets.write_text(json.dumps(tree | {"made_from": {}}))
     assert "give --data and --protocol" in view(copied_cache).err
     assert os.listdir() == []

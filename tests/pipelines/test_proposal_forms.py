@@ -16,7 +16,7 @@ from hdovd.cache.schema import Level
 from hdovd.errors import HdovdError
 from hdovd.pipelines.proposal_convert import convert_proposals, info_lines
 from hdovd.pipelines.proposal_file import Proposals, ProposalTable, made_by_file, read_table, write_proposals
-from hdovd.pipelines.proposal_formats import ListOrder
+from hdovd.pipelines.proposal_options import ListOrder
 
 MADE_BY = {"detector": "oln", "training_boxes": {"anchor": 3}}
 SIZES = {9: (300, 200), 2: (50, 400), 5: (200, 200)}  # in the order of the annotation file, which is not that of ids

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.tar_meta import META, TarMeta
+from hdovd.cache.schema import TAR_META
+from hdovd.cache.tar_meta import TarMeta
 from hdovd.coco import DataPaths
 from hdovd.config import PRESETS, Recipe
 from hdovd.errors import HdovdError
@@ -328,10 +329,10 @@ def test_levels_that_do_not_belong_together_are_refused(shards: Path, world: Pat
     from hdovd.cache.schema import Level
 
     copied = Path(shutil.copytree(shards, tmp_path / "shards"))
-    meta = TarMeta.from_bytes((copied / META).read_bytes(), META)
+    meta = TarMeta.from_bytes((copied / TAR_META).read_bytes(), TAR_META)
     meta.attributes(Level.CLASS)["key_inputs"]["clip"]["weights_sha256"] = "another"
     meta.features.levels[Level.CLASS] = key_of(meta.attributes(Level.CLASS)["key_inputs"])
-    (copied / META).write_bytes(meta.to_bytes())
+    (copied / TAR_META).write_bytes(meta.to_bytes())
     _refused(copied, world, micro_recipe(), r"cannot be used together:\n.*clip\.weights_sha256")
     _refused(copied, world, micro_recipe(), "not other", features="other")
 

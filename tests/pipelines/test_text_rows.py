@@ -191,7 +191,7 @@ class _Code:
 
 
 BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "missing": ("c.pt", lambda file: None, "no such file"),
+    "missing": ("c.pt", lambda file: None, "no file"),
     "a row less": ("c.pt", _bad(lambda rows: rows[1:]),
                    rf"shape \(23, 24\), expected \(24, D\): .* base then novel, {NAMES[0]} first and {NAMES[-1]} last"),
     "one row": ("c.pt", _bad(lambda rows: rows[0]), r"shape \(24,\), expected"),

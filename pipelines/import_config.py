@@ -1,0 +1,84 @@
+"""What `hdovd cache import` and `hdovd import-checkpoint` are asked for. Imports no torch: a mistake shows before that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from hdovd.cache.catalog import Catalog
+from hdovd.cache.schema import DEFAULT_SET
+from hdovd.coco import DataPaths
+from hdovd.errors import HdovdError, require_files
+from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, Activation
+from hdovd.pipelines.prompt_templates import check_templates
+from hdovd.pipelines.run_folder import RunFolder
+from hdovd.protocol import load_protocol
+from hdovd.published import PUBLISHED
+
+
+class ForeignFormat(StrEnum):
+    HD_OVD = "hd-ovd"
+    OADP = "oadp"
+
+
+@dataclass(frozen=True, slots=True)
+class ImportConfig:
+    """What to import. `proposals`: the .pkl that goes with hd-ovd. `clip`: embeds the class names; None for no class level."""
+
+    format: ForeignFormat
+    folder: Path
+    data: DataPaths
+    cache: Path | str
+    proposals: Path | None = None
+    protocol: str = "ov-coco"
+    clip: str | None = None
+    pretrained: str | None = None
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    features: str = DEFAULT_SET
+    device: str = "auto"
+    precision: Precision = Precision.AUTO
+    activation: Activation = Activation.AUTO
+
+    def __post_init__(self) -> None:
+        check_templates(self.templates)
+        if (self.format is ForeignFormat.HD_OVD) != (self.proposals is not None):
+            raise HdovdError("--format hd-ovd needs --proposals, the .pkl of boxes that its files go with; --format oadp takes none")
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        load_protocol(self.protocol)
+        self.data.locate("train2017")
+        require_files(proposals=self.proposals)
+        if not self.folder.is_dir():
+            raise HdovdError(f"{self.folder}: no such folder")
+        Catalog.find_at(self.cache)
+
+
+@dataclass(frozen=True, slots=True)
+class ImportCheckpointJob:
+    """`class_embeddings`: a .pt of (C, D) rows in the protocol's order. `object_embedding`: a .pt of (1, D), for AdaMixer.
+
+    `settings`: laid over the detector's recipe.
+    """
+
+    file: Path
+    out: Path
+    detector: str
+    class_embeddings: Path | None = None
+    object_embedding: Path | None = None
+    protocol: str = "ov-coco"
+    settings: tuple[str, ...] = ()
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        if self.detector not in PUBLISHED:
+            raise HdovdError(f"--detector {self.detector}: expected {' or '.join(PUBLISHED)}, those that the authors published weights of")
+        if not self.overwrite:
+            RunFolder.require_none(self.out)
+        load_protocol(self.protocol)
+        if not self.file.is_file():
+            raise HdovdError(f"{self.file}: no such file")
+        require_files(class_embeddings=self.class_embeddings, object_embedding=self.object_embedding)
