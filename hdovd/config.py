@@ -141,6 +141,8 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"]
     workers: Annotated[int, Field(ge=0)] | Literal["auto"]  # processes that prepare batches
     seed: Annotated[int, Field(ge=0)]
+    # With defaults: recipes of before there was a choice mean these.
+    accumulate: Count = 1  # micro-batches that the images of a step are split into, one after the other: less memory
 
 
 class Recipe(Section):

@@ -9,17 +9,17 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.nn.parallel import DistributedDataParallel
 
 from hdovd.config import TrainConfig
 from hdovd.errors import HdovdError
-from hdovd.pipelines.device import training_workers
-from hdovd.pipelines.epoch_order import Dealing, PlainShuffle
+from hdovd.pipelines.epoch_order import Dealing
 from hdovd.pipelines.kept_memory import keep_freed_memory
 from hdovd.pipelines.loading import TrainingBatches
 from hdovd.pipelines.loss_window import LossWindow
@@ -48,6 +48,9 @@ class Loop(Generic[Sample]):
     """Minimises the sum of `losses_of(batch, epoch)`, weighted losses by name, for `config.epochs`; epochs here count from 0.
 
     `id_of` names a sample where a loss is not sound. `begin_epoch` is told every epoch that begins or goes on, counted from 1.
+    With `config.accumulate` above 1 the images of a step are split into that many micro-batches of equal size, in their order, and the
+    mean of the micro-batches' losses is minimised. Everything that counts steps (schedule, log, checkpoints) counts steps of the
+    optimiser. Raises HdovdError if a step's images cannot be split evenly.
     """
 
     def __init__(self, model: nn.Module, losses_of: Callable[[list[Sample], int], dict[str, Tensor]], batches: TrainingBatches[Sample],
@@ -55,6 +58,7 @@ class Loop(Generic[Sample]):
                  begin_epoch: Callable[[int], None] = lambda _: None) -> None:
         self.model, self.batches, self.config, self.device = model, batches, config, device
         self._losses_of, self._what, self._id_of, self._begin_epoch = losses_of, what, id_of, begin_epoch
+        _require_even_split(batches.dealing, config)
         self.optimizer = build_optimizer(model, config)
         self.step_number, self.total = 0, config.epochs * len(batches)
         self.window = LossWindow(what)
@@ -93,15 +97,32 @@ class Loop(Generic[Sample]):
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.zero_grad(set_to_none=True)  # the last step's make room for the activations
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            losses = self._losses_of(batch, epoch)
-        torch.stack(list(losses.values())).sum().backward()
+        losses = self._add_gradients(batch, epoch)
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
         self.step_number += 1
         self._clock.images += len(batch)
         self.window.add(self.step_number, losses, [self._id_of(sample) for sample in batch])
+
+    def _add_gradients(self, batch: list[Sample], epoch: int) -> dict[str, Tensor]:
+        """The mean over the step's micro-batches of each loss, detached; the gradient of their sum is added to the parameters'."""
+        size = -(-len(batch) // self.config.accumulate)
+        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+        found: list[dict[str, Tensor]] = []
+        for number, part in enumerate(parts, start=1):
+            with self._gradients_exchanged(number == len(parts)):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                    losses = self._losses_of(part, epoch)
+                (torch.stack(list(losses.values())).sum() / len(parts)).backward()
+            found.append({name: loss.detach() for name, loss in losses.items()})
+        return {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
+
+    def _gradients_exchanged(self, wanted: bool) -> AbstractContextManager[None]:
+        """Whether processes average their gradients after the passes within: once a step, with its last micro-batch."""
+        if wanted or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
 
     def _tell(self, epoch: int, hooks: Hooks) -> None:
         means = self.window.means(self.device)
@@ -181,11 +202,12 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def shuffled(data: Dataset[Sample], config: TrainConfig, device: torch.device,
-             on_error: Callable[[HdovdError], None] | None = None) -> TrainingBatches[Sample]:
-    """The batches of a training run in one process."""
-    dealing = Dealing(PlainShuffle(len(data), config.seed), config.batch_size)  # type: ignore[arg-type]
-    return TrainingBatches(data, dealing, training_workers(device, config.workers), device=device, on_error=on_error)
+def _require_even_split(dealing: Dealing, config: TrainConfig) -> None:
+    size = len(dealing.part(0, 0)) * dealing.world
+    if size % (dealing.world * config.accumulate):
+        among = f" of {dealing.world} processes" if dealing.world > 1 else ""
+        raise HdovdError(f"a batch of {size} images cannot be split into train.accumulate = {config.accumulate} micro-batches{among}: "
+                         f"set train.batch_size to a multiple of {dealing.world * config.accumulate}, or train.accumulate to less")
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

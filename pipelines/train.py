@@ -232,7 +232,8 @@ def _validation(job: TrainJob, protocol: Protocol, us: Team, log: Callable[[str]
         log("no validation while training: no val2017 under --data, and no --val-images and --val-annotations")
     if job.validation is None or not job.val_every or not us.leads:
         return None
-    return Validation(job.validation, protocol, us.device, batch_size=max(1, job.recipe.train.batch_size // us.world), log=log)
+    config = job.recipe.train
+    return Validation(job.validation, protocol, us.device, batch_size=max(1, config.batch_size // (us.world * config.accumulate)), log=log)
 
 
 def _validate(validation: Validation | None, model: Detector, class_embeddings: Tensor) -> Callable[[], dict[str, float | None]] | None:

@@ -208,6 +208,13 @@ def test_a_recipe_of_before_there_were_rules_and_epochs_for_pseudo_boxes_loads()
     assert "rules" not in resources.files("hdovd").joinpath("recipes/demo.toml").read_text()
 
 
+@pytest.mark.parametrize("recipe", ["ov-coco-faster-rcnn-r50", "ov-coco-adamixer-r50", "demo", "demo-adamixer"])
+def test_a_recipe_of_before_steps_could_be_split_loads(recipe: str) -> None:
+    """Run folders are read back; the shipped recipes are of the same form."""
+    assert not {"accumulate"} & tomllib.loads(resources.files("hdovd").joinpath(f"recipes/{recipe}.toml").read_text())["train"].keys()
+    assert load_recipe(recipe).train.accumulate == 1
+
+
 def test_what_is_built_of_faster_rcnn_parts_refuses_another_detector() -> None:
     with pytest.raises(HdovdError, match=r"'adamixer'.*needs a recipe with detector\.name = 'faster_rcnn'"):
         _ = load_recipe("demo-adamixer").faster_rcnn

@@ -119,6 +119,16 @@ def test_killed_in_mid_epoch_and_resumed_is_bit_equal(play: Play, unbroken: Path
     _same(tmp_path / "run", unbroken)
 
 
+def test_micro_batches_resume_too(play: Play, unbroken: Path, tmp_path: Path) -> None:
+    """As many steps and images as without, and the same bits after a kill."""
+    settings = ("train.accumulate=2",)
+    play(tmp_path / "whole", settings=settings)
+    play(tmp_path / "run", settings=settings, kill_at=8, code=-9)
+    play(tmp_path / "run", settings=settings, resume=True)
+    _same(tmp_path / "run", tmp_path / "whole")
+    assert [entry["step"] for entry in _told(tmp_path / "whole")] == [entry["step"] for entry in _told(unbroken)]
+
+
 def test_killed_long_after_the_checkpoint(play: Play, unbroken: Path, tmp_path: Path) -> None:
     """What was logged after it is taken back; and a run may be killed more than once."""
     play(tmp_path / "run", kill_at=9, save_minutes=60.0, code=-9)
@@ -236,6 +246,14 @@ def test_two_processes_have_the_loss_curve_of_one(play: Play, frozen: tuple[str,
     """Sums come in another order, no more."""
     play(tmp_path / "one", settings=frozen)
     play(tmp_path / "two", settings=frozen, torchrun=True)
+    _close(tmp_path / "one", tmp_path / "two", 1e-3)
+
+
+def test_micro_batches_of_two_processes_make_the_steps_of_one(play: Play, frozen: tuple[str, ...], tmp_path: Path) -> None:
+    """Without distillation no divisor differs between micro-batches: each image has as many RoIs and anchors."""
+    settings = (*frozen, *PRESETS["base-only"], "train.clip_norm=1.0", "train.epochs=1")
+    play(tmp_path / "one", settings=settings)
+    play(tmp_path / "two", settings=(*settings, "train.accumulate=2"), world_size=2)
     _close(tmp_path / "one", tmp_path / "two", 1e-3)
 
 
