@@ -24,6 +24,7 @@ from hdovd.pipelines.kept_memory import keep_freed_memory
 from hdovd.pipelines.loading import TrainingBatches
 from hdovd.pipelines.loss_window import LossWindow
 from hdovd.pipelines.progress import progress
+from hdovd.pipelines.weight_average import WeightAverage
 
 LOG_EVERY = 50  # steps
 Sample = TypeVar("Sample")
@@ -60,6 +61,8 @@ class Loop(Generic[Sample]):
         self._losses_of, self._what, self._id_of, self._begin_epoch = losses_of, what, id_of, begin_epoch
         _require_even_split(batches.dealing, config)
         self.optimizer = build_optimizer(model, config)
+        self._bare: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        self._average = WeightAverage(self._bare, config.ema) if config.ema else None
         self.step_number, self.total = 0, config.epochs * len(batches)
         self.window = LossWindow(what)
         self._clock = _Clock()
@@ -68,6 +71,11 @@ class Loop(Generic[Sample]):
     def lr(self) -> float:
         """Of the next step."""
         return self.config.lr * lr_factor(self.step_number, len(self.batches), self.config)
+
+    @property
+    def result(self) -> nn.Module:
+        """The model to validate and to keep, not wrapped: with `config.ema` that of the averaged weights."""
+        return self._bare if self._average is None else self._average.model
 
     def run(self, hooks: Hooks) -> None:
         """Go on from `step_number` to the end. Raises HdovdError, with the window's record of the batch, for a loss that is not sound."""
@@ -101,6 +109,8 @@ class Loop(Generic[Sample]):
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
+        if self._average is not None:
+            self._average.update()
         self.step_number += 1
         self._clock.images += len(batch)
         self.window.add(self.step_number, losses, [self._id_of(sample) for sample in batch])
@@ -136,12 +146,15 @@ class Loop(Generic[Sample]):
 
     def state(self) -> dict[str, Any]:
         """All that `load` needs to go on as if nothing had happened, but torch's own generators. All processes have to ask for it."""
-        return {"optimizer": self.optimizer.state_dict(), "step": self.step_number, "window": self.window.state(self.device)}
+        average = {} if self._average is None else {"ema": self._average.state()}
+        return {"optimizer": self.optimizer.state_dict(), "step": self.step_number, "window": self.window.state(self.device), **average}
 
     def load(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step_number = int(state["step"])
         self.window.load(state["window"])
+        if self._average is not None:
+            self._average.load(state["ema"])
 
 
 @dataclass(slots=True)

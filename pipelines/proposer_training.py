@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -86,7 +86,8 @@ def _train(job: NetworkJob, split: Split, wanted: dict[str, Any], us: Team, stop
     hooks = _Keep(folder, network, wanted, us, stop, log, job.save_minutes)
     loop.run(hooks)
     if us.leads:
-        save_network(job.file, network, provenance(job, split, network.state_dict()))
+        trained = cast(ProposalNetwork, loop.result)
+        save_network(job.file, trained, provenance(job, split, trained.state_dict()))
         shutil.rmtree(folder, ignore_errors=True)
         log(f"wrote {job.file}: the network, for --checkpoint")
 

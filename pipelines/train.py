@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
             begun["init"] = begin_with(model, job.init, protocol, class_embeddings, log)
         begun |= give_object_text(model, data.object_text(), str(job.cache), log)
     loop = loop_of(model, batches, class_embeddings[: len(protocol.base)].to(us.device), recipe, us.device)
-    hooks = RunHooks(run, model, us, stop, layout, log, job.save_minutes, _validate(validation, model, class_embeddings), job.val_every)
+    hooks = RunHooks(run, model, us, stop, layout, log, job.save_minutes, _validate(validation, class_embeddings), job.val_every)
     if us.world > 1:  # each process draws for itself, where anything draws from torch's own generator
         torch.manual_seed(key_of(recipe.train.seed, -1, us.rank))
     if state is not None:
@@ -236,9 +236,11 @@ def _validation(job: TrainJob, protocol: Protocol, us: Team, log: Callable[[str]
     return Validation(job.validation, protocol, us.device, batch_size=max(1, config.batch_size // (us.world * config.accumulate)), log=log)
 
 
-def _validate(validation: Validation | None, model: Detector, class_embeddings: Tensor) -> Callable[[], dict[str, float | None]] | None:
-    """What gives the AP50 of each group, now."""
-    return None if validation is None else lambda: validation.run(model, class_embeddings).combined.summary()["ap50"]
+def _validate(validation: Validation | None, class_embeddings: Tensor) -> Callable[[nn.Module], dict[str, float | None]] | None:
+    """What gives the AP50 of each group of a detector."""
+    if validation is None:
+        return None
+    return lambda model: validation.run(cast(Detector, model), class_embeddings).combined.summary()["ap50"]
 
 
 def validation_paths(data: Path | None, images: Path | None, annotations: Path | None) -> DataPaths | None:
