@@ -14,8 +14,8 @@ import typer
 
 from hdovd.cli import options
 from hdovd.errors import HdovdError
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import CropRecipe, Shape
-from hdovd.pipelines.extract_config import Precision
 
 app = typer.Typer(no_args_is_help=True, help="Measure the cache, the extraction and the evaluation on this machine, on made-up data.")
 
@@ -52,7 +52,7 @@ def cache(
 def extract(
     clip: Annotated[str, typer.Option("--clip", help="open_clip model name, local-dir:PATH or hf-hub:NAME.")] = "ViT-B-32",
     pretrained: Annotated[str | None, typer.Option("--pretrained", help="Tag or checkpoint file. Default: random weights.")] = None,
-    precision: Annotated[Precision, typer.Option(help="Compute precision.")] = Precision.FP32,
+    precision: options.Compute = Precision.AUTO,
     device: options.Device = "auto",
     workers: options.Workers = "auto",
     batch: options.Batch = "auto",
@@ -92,7 +92,7 @@ def dense(
     protocol: options.Protocol = "ov-coco",
     templates: options.Templates = "photo",
     side: Annotated[list[int] | None, typer.Option("--side", min=1, help="As --dense-side of extract-clip. Repeatable.")] = None,
-    precision: Annotated[Precision, typer.Option(help="Compute precision.")] = Precision.FP32,
+    precision: options.Compute = Precision.AUTO,
     device: options.Device = "auto",
     count: Annotated[int, typer.Option(min=1, help="Validation images.")] = 200,
     boxes: Annotated[int, typer.Option(min=1, help="Boxes an image, at least: filled up with shifted copies, for the rates.")] = 30,

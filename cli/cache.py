@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from hdovd.cli import cache_map, cache_view, export_cache, import_cache, options
-from hdovd.pipelines.extract_config import Activation, Precision
+from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.extract_config import Activation
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -112,7 +113,7 @@ def verify(
     templates: Annotated[str | None, typer.Option("--templates", help="The prompts: photo, vild, clip80, or a file, one a line.")] = None,
     synonyms: Annotated[Path | None, typer.Option("--synonyms", help="Where the synonyms are now.")] = None,
     class_embeddings: Annotated[Path | None, typer.Option("--class-embeddings", help="Where the class embeddings are now.")] = None,
-    precision: Annotated[Precision | None, typer.Option(help="Compute precision.")] = None,
+    precision: options.Compute = Precision.AUTO,
     activation: Annotated[Activation | None, typer.Option(help="The activation that the weights were trained with.")] = None,
     device: options.Device = "auto",
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Crops a CLIP batch, where --repair has lost that.")] = None,
@@ -134,7 +135,7 @@ def verify(
                                "nouns": nouns, "protocol": protocol, "templates": prompts, "synonyms": synonyms,
                                "class_embeddings": class_embeddings, "precision": precision, "activation": activation, "device": device,
                                "batch_size": batch_size, "workers": options.workers(workers)}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    changes = {name: value for name, value in changes.items() if value not in (None, Precision.AUTO)}
     if check_cache(CheckConfig(cache, features, sample, seed, repair, changes), typer.echo).findings:
         raise typer.Exit(1)
 

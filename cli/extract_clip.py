@@ -8,8 +8,9 @@ import typer
 
 from hdovd.cache.schema import DEFAULT_SET, PART_ROWS
 from hdovd.cli import options
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import CropRecipe, Shape
-from hdovd.pipelines.extract_config import Activation, Executor, ExtractConfig, InstanceTeacher, Precision, Share, Store
+from hdovd.pipelines.extract_config import Activation, Executor, ExtractConfig, InstanceTeacher, Share, Store
 from hdovd.pipelines.label_rule import TEMPERATURE, LabelRule
 
 
@@ -52,7 +53,7 @@ def extract_clip(
     crop: Annotated[Shape, typer.Option(help="The pixels that a box stands for: see docs/CACHE.md.")] = Shape.BOX,
     crop_scales: Annotated[str, typer.Option("--crop-scales", help="Mean over crops of these sizes of the box: 1,1.5 as in ViLD.")] = "1",
     device: options.Device = "auto",
-    precision: Annotated[Precision, typer.Option(help="Compute precision; embeddings are stored as float16.")] = Precision.FP32,
+    precision: options.Compute = Precision.AUTO,
     activation: Annotated[Activation, typer.Option(help="The activation that the weights were trained with.")] = Activation.AUTO,
     batch: options.Batch = "auto",
     workers: options.Workers = "auto",

@@ -8,7 +8,8 @@ import typer
 
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.cli import options
-from hdovd.pipelines.extract_config import Activation, Precision
+from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.extract_config import Activation
 
 
 def import_(
@@ -25,7 +26,7 @@ def import_(
     templates: options.Templates = "photo",
     features: options.Features = DEFAULT_SET,
     device: options.Device = "auto",
-    precision: Annotated[Precision, typer.Option(help="Compute precision of the class names.")] = Precision.FP32,
+    precision: options.Compute = Precision.AUTO,
     activation: Annotated[Activation, typer.Option(help="The activation that the weights were trained with.")] = Activation.AUTO,
 ) -> None:
     """Turn embeddings that others published into a cache. Its identity says "imported, origin unknown".

@@ -28,6 +28,7 @@ from hdovd.cli import (
     train,
 )
 from hdovd.errors import HdovdError, Stopped
+from hdovd.pipelines.common.threads import limit_threads
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -91,6 +92,8 @@ app.add_typer(bench.app, name="bench")
 
 def main() -> None:
     """Run a command; an error of the user's input is one message and exit code 1."""
+    if warning := limit_threads():
+        typer.echo(warning, err=True)
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:

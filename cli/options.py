@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hdovd.errors import HdovdError
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
 from hdovd.pipelines.extract_config import InstanceTeacher
 
@@ -28,6 +29,10 @@ Batch = Annotated[str, typer.Option("--batch", "--batch-size", help="Crops that 
                                     "auto: found by trying.")]
 Workers = Annotated[
     str, typer.Option("--workers", help="Processes that decode and crop, or auto: none on a CPU, up to 16 for a GPU.")
+]
+Compute = Annotated[
+    Precision, typer.Option("--precision", help="What CLIP computes in; auto: what the cache was begun in, else what suits the device "
+                            "(docs/MACHINES.md). Embeddings are stored as float16.")
 ]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A shipped recipe or a TOML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a value of the recipe: loss.image.enabled=false. Repeatable.")]

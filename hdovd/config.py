@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hdovd.config_parts import Auto, Count, Finite, NonNegative, Positive, Section, Share
+from hdovd.config_parts import AUTO, Auto, Count, Finite, NonNegative, Positive, Section, Share
 from hdovd.detector_config import FORMS, DetectorConfig, FasterRCNNConfig
 from hdovd.errors import HdovdError
 
@@ -138,7 +138,7 @@ class TrainConfig(Section):
     schedule: Literal["step", "cosine"]
     step_epochs: list[Count]  # step
     clip_norm: NonNegative  # 0 is off
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 on a device that has it, else fp32; what is recorded is what it came to
     workers: Annotated[int, Field(ge=0)] | Literal["auto"]  # processes that prepare batches
     seed: Annotated[int, Field(ge=0)]
     # With defaults: recipes of before there was a choice mean these.
@@ -159,6 +159,12 @@ class Recipe(Section):
         """The recipe with these values of the reliability weight."""
         values = {"reliability_centre": centre, "reliability_width": width, "reliability_scale": scale}
         return self.model_copy(update={"pseudo_boxes": self.pseudo_boxes.model_copy(update=values)})
+
+    def with_precision(self, precision: str) -> Recipe:
+        """The recipe trained in this precision, where its own is auto."""
+        if self.train.precision != AUTO:
+            return self
+        return self.model_copy(update={"train": self.train.model_copy(update={"precision": precision})})
 
     @property
     def faster_rcnn(self) -> FasterRCNNConfig:

@@ -25,6 +25,7 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.ablate_cells import Cell, cells_of, recipe_settings
 from hdovd.pipelines.ablate_table import AblationTable, ablation_table, write_tables
 from hdovd.pipelines.calibration import read_calibration, refuse_two_sources, with_reliability
+from hdovd.pipelines.common.threads import usable_cores
 from hdovd.pipelines.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
 from hdovd.pipelines.runs import Run, read_run
 from hdovd.pipelines.settings import SWITCH, lasting_values
@@ -159,7 +160,8 @@ def standing(planned: Planned, config: AblateConfig) -> Standing:
         raise HdovdError(f"{planned.path}: {'; '.join(run.wrong) or 'run.json names no protocol'}: delete this folder, and it is made anew")
     init = (json.loads((planned.path / "run.json").read_text()).get("init") or {}).get("sha256")
     there = {"protocol": run.protocol, "weights of --init": init, **lasting_values(load_recipe(str(planned.path / "config.toml")))}
-    asked = {"protocol": load_protocol(config.protocol).to_dict(), "weights of --init": planned.init, **lasting_values(planned.recipe)}
+    recipe = planned.recipe.with_precision(str(run.settings.get("train.precision")))
+    asked = {"protocol": load_protocol(config.protocol).to_dict(), "weights of --init": planned.init, **lasting_values(recipe)}
     if lines := differences(asked, there, sides=("asked for", "there")):
         raise HdovdError(f"{planned.path} holds a run of another config:\n  " + "\n  ".join(lines)
                          + "\nAsk for that, give another --out, or delete that folder")
@@ -188,8 +190,8 @@ def places(config: AblateConfig, runs: int) -> list[dict[str, str]]:
     import torch
 
     jobs = min(config.jobs, runs)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // jobs))} if jobs > 1 and "OMP_NUM_THREADS" not in os.environ else {}
+    share, own = max(1, usable_cores() // jobs), os.environ.get("OMP_NUM_THREADS", "")
+    threads = {"OMP_NUM_THREADS": str(share)} if jobs > 1 and not (own.isdigit() and int(own) <= share) else {}
     gpus: list[str] = []
     if config.device in ("auto", "cuda"):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

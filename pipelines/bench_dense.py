@@ -19,9 +19,10 @@ from hdovd.cache.schema import Level
 from hdovd.coco import DataPaths, ImageBoxes, Split
 from hdovd.errors import HdovdError
 from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, DenseRecipe
 from hdovd.pipelines.crops import Cutter, read_picture
-from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, Activation, Precision
+from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, Activation
 from hdovd.pipelines.ways import Pictures, Way, ways_of
 from hdovd.protocol import Protocol, load_protocol
 
@@ -44,7 +45,7 @@ class DenseBench:
     pretrained: str | None = None
     protocol: str = "ov-coco"
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
-    precision: Precision = Precision.FP32
+    precision: Precision = Precision.AUTO
     activation: Activation = Activation.AUTO
     device: str = "auto"
     images: int = 200

@@ -6,7 +6,6 @@ The truth is an instances file like COCO's, with outlines. Detections stand near
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import numpy as np
 
 from hdovd.ap_engine import Engine, require
 from hdovd.coco_ap import AveragePrecision, GroundTruth
+from hdovd.pipelines.common.threads import usable_cores
 from hdovd.protocol import Protocol, load_protocol
 
 WIDTH, HEIGHT = 640, 480  # of every image, pixels
@@ -107,7 +107,7 @@ def bench_eval(bench: EvalBench, log: Callable[[str], None] = print) -> EvalTime
     times = [EngineTimes(engine.value, versions[engine], median(seconds[engine, "load"]), median(seconds[engine, "evaluate"]))
              for engine in Engine]
     reference = found[Engine.PYCOCOTOOLS]
-    return EvalTimes(bench.images, len(protocol.names), bench.objects, len(detections), len(os.sched_getaffinity(0)), bench.rounds, times,
+    return EvalTimes(bench.images, len(protocol.names), bench.objects, len(detections), usable_cores(), bench.rounds, times,
                      times[0].evaluate / times[-1].evaluate, largest_difference(list(found.values())),
                      reference.mean(reference.ap50, "all"), reference.mean(reference.ap, "all"))
 

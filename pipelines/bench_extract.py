@@ -23,11 +23,12 @@ from hdovd.cache.writer import ProductWriter
 from hdovd.coco import DataPaths
 from hdovd.pipelines.bench_world import BenchWorld, make_world
 from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe
 from hdovd.pipelines.crops import CropJob, Cutter
 from hdovd.pipelines.device import workers_for
 from hdovd.pipelines.extract_clip import duration, prepare, size
-from hdovd.pipelines.extract_config import ExtractConfig, Precision
+from hdovd.pipelines.extract_config import ExtractConfig
 from hdovd.pipelines.extraction import Extraction
 from hdovd.pipelines.feeding import GPU_THREADS, in_order, own_threads
 from hdovd.pipelines.images import read_image
@@ -49,7 +50,7 @@ class SpeedBench:
     folder: Path
     clip: str = "ViT-B-32"
     pretrained: str | None = None
-    precision: Precision = Precision.FP32
+    precision: Precision = Precision.AUTO
     device: str = "auto"
     workers: int | None = None
     batch_size: int | None = None
@@ -154,7 +155,7 @@ def bench_speed(bench: SpeedBench, log: Callable[[str], None] = print) -> Speed:
     a_box = sum(np.dtype(dtype).itemsize * (clip.dim if wide else 1) for dtype, wide in ROW_ARRAYS[Level.INSTANCE].values())
     a_box += sum(np.dtype(TABLE_ARRAYS[Level.BOXES][name]).itemsize for name in ("source", "score", "annotation_id")) + 2 * 4 * 4
     return Speed(
-        device=torch.cuda.get_device_name(clip.device) if clip.device.type == "cuda" else "CPU", precision=str(bench.precision),
+        device=torch.cuda.get_device_name(clip.device) if clip.device.type == "cuda" else "CPU", precision=str(clip.precision),
         cores=cores, workers=workers, batch_size=batch_size, crops=crops,
         fill=crops - real, model_only=model_only, end_to_end=end_to_end, at_scale=at_scale,
         efficiency=median(ours / model for model, ours in rounds), decode_a_core=decode, cut_a_core=cut, prepare_a_core=prepare_rate,

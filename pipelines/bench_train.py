@@ -29,7 +29,7 @@ from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
 from hdovd.pipelines.device import training_workers
 from hdovd.pipelines.epoch_order import Dealing, EpochOrder
 from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig, Precision
+from hdovd.pipelines.extract_config import ExtractConfig
 from hdovd.pipelines.fit import Loop
 from hdovd.pipelines.loading import TrainingBatches
 from hdovd.pipelines.online_clip import OnlineClip
@@ -126,7 +126,7 @@ class TrainTimes:
 
 def bench_train(bench: TrainBench, log: Callable[[str], None] = print) -> TrainTimes:
     """Make pictures, boxes and a cache in `bench.folder`, and measure."""
-    clip = load_clip(bench.clip, None, device=bench.device, precision=Precision.BF16, random_weights=":" not in bench.clip)
+    clip = load_clip(bench.clip, None, device=bench.device, random_weights=":" not in bench.clip)
     recipe = load_recipe(bench.recipe, bench.settings).with_reliability(0.0, 1.0, 1.0)  # no matter of time; auto knows no random CLIP
     log(f"making {bench.images} pictures of {bench.width}x{bench.height} and their cache")
     _make_cache(bench, clip)

@@ -17,12 +17,12 @@ from hdovd.cache.verify import product_names
 from hdovd.coco import Skips
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.box_table import match_rows
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.extract_clip import size
 from hdovd.pipelines.proposal_file import made_by_line
 from hdovd.pipelines.settings import pair_lines
 
 LEAST_PREFIX = 4  # characters of a key
-PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 MEANING = {
     "images.count": "images", "images.hash": "which images, of what file name and size", "boxes.count": "rows",
     "boxes.hash": "where the boxes are, and of which images", "base_boxes.hash": "the annotated boxes and their ids",
@@ -81,7 +81,7 @@ def _model(entry: Entry, entries: Sequence[Entry]) -> tuple[str, str]:
     if name == "local-dir" and "weights_sha256" in clip:  # a folder's name is not kept: say which weights
         name += f" {clip['weights_sha256'][:8]}"
     dtype = str(clip.get("compute_dtype", "-"))
-    return name, PRECISION.get(dtype, dtype)
+    return name, Precision.of(dtype) or dtype
 
 
 def _users(entry: Entry) -> str:

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from hdovd.cache.identity import hash_tables
 from hdovd.errors import HdovdError
+from hdovd.pipelines.common.precision import Precision, choose
 from hdovd.pipelines.device import pick_device
-from hdovd.pipelines.extract_config import Activation, Precision
+from hdovd.pipelines.extract_config import Activation
 from hdovd.pipelines.preprocessing import Preprocessing
 from hdovd.pipelines.prompt_templates import Name, prompts
 
@@ -37,7 +38,6 @@ _TEXT_BATCH = 256
 CPU_BATCH = 64  # embedded by each thread alone: larger ones are no faster, and take longer to stop
 LARGEST_BATCH = 1_024  # each worker process has two of them ready
 BATCH_GAIN = 1.03  # a larger batch that is no faster than this only takes memory
-_DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
 @dataclass(slots=True)
@@ -149,25 +149,26 @@ class ClipTeacher:
 
     def autocast(self) -> torch.autocast:
         """In the precision asked for."""
-        return torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision is not Precision.FP32)
+        return torch.autocast(self.device.type, self.precision.dtype, enabled=self.precision is not Precision.FP32)
 
 
-def load_clip(model: str, pretrained: str | None, *, device: str = "auto", precision: Precision = Precision.FP32,
-              activation: Activation = Activation.AUTO, random_weights: bool = False) -> ClipTeacher:
+def load_clip(model: str, pretrained: str | None, *, device: str = "auto", precision: Precision = Precision.AUTO,
+              activation: Activation = Activation.AUTO, random_weights: bool = False,
+              cached: Callable[[dict[str, Any]], Precision | None] = lambda _: None) -> ClipTeacher:
     """Load a CLIP by open_clip's names.
 
     Args:
         model: `local-dir:PATH`, `hf-hub:NAME`, or a built-in name, which needs `pretrained`.
         pretrained: a tag of open_clip, or a checkpoint file.
         random_weights: do without `pretrained`, to measure speed.
+        cached: the precision that a cache holds embeddings in of the CLIP of this identity, if it does; what `auto` takes.
 
     Raises HdovdError if the model or its weights cannot be had, or if the activation is not the one wanted.
     """
     target = pick_device(device)
     if ":" in model and pretrained is not None:
         raise HdovdError(f"--pretrained goes with a model name; {model} brings its own weights")
-    if precision is Precision.FP16 and target.type == "cpu":
-        raise HdovdError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+    choose(precision, target, training=False)  # refused before weights are loaded
     config = _model_config(model, pretrained, random_weights)
     quick_gelu, notes = _activation(model, pretrained, config, activation)
     overrides = {} if quick_gelu == bool(config.get("quick_gelu", False)) else {"quick_gelu": quick_gelu}
@@ -188,21 +189,27 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
         "architecture": _hash_config(config),
         "weights_sha256": _hash_weights(net),
         "activation": str(Activation.QUICK_GELU if quick_gelu else Activation.GELU),
-        "compute_dtype": str(_DTYPES[precision]).removeprefix("torch."),
     }
+    own = cached(identity)
+    choice = choose(precision, target, training=False, own=own, whose="the cache's")
+    identity["compute_dtype"] = str(choice.precision.dtype).removeprefix("torch.")
+    notes += [choice.line] if choice.line else []
+    if own not in (None, choice.precision):
+        notes.append(f"note: --precision {precision}: the cache's embeddings of this CLIP are {own}, of which none serves: all are made "
+                     "anew. --precision auto extends them")
     transform = Preprocessing.of(net.visual.preprocess_cfg)
     shown = ", ".join(f"{k} {v}" for k, v in transform.inputs().items() if k in ("size", "mean", "std", "resize_mode"))
     notes.append(f"preprocessing: {shown}{said}")
     if trunk := config["vision_cfg"].get("timm_model_name"):
         notes.append(f"image encoder: timm's {trunk}, with its own activations")
     dim = _embedding_size(net, transform, target)
-    _round_weights(net.visual, _DTYPES[precision])
+    _round_weights(net.visual, choice.precision.dtype)
     made_with = {"clip": "local-dir" if model.startswith("local-dir:") else model, "pretrained": _tag_or_file_name(pretrained),
                  "device": torch.cuda.get_device_name(target) if target.type == "cuda" else target.type,
                  "torch": torch.__version__, "open_clip": open_clip.__version__}
     if pretrained is not None and Path(pretrained).is_file() and _is_openai_file(Path(pretrained)):
         made_with["weights"] = "openai"  # whatever the file is called
-    return ClipTeacher(net, transform, tokenizer, target, precision, dim, identity, tuple(notes), made_with)
+    return ClipTeacher(net, transform, tokenizer, target, choice.precision, dim, identity, tuple(notes), made_with)
 
 
 def _tag_or_file_name(pretrained: str | None) -> str | None:

@@ -20,12 +20,12 @@ from hdovd.detectors import Detector as Model
 from hdovd.detectors import build_detector
 from hdovd.errors import HdovdError, shorten
 from hdovd.inference import Detections, detect_batch
+from hdovd.pipelines.common.precision import inference_autocast
 from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.name_embedding import NameEmbedder
 from hdovd.pipelines.picture_decoding import AnyPicture, Decoded, decode
 from hdovd.pipelines.pictures import SHOWN_SCORE
 from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.validation import inference_precision
 from hdovd.pipelines.weights import Weights
 from hdovd.protocol import Protocol
 
@@ -142,7 +142,7 @@ class Detector:
             groups.setdefault(tuple(map(padded, size)), []).append(number)
         found: dict[int, NamedDetections] = {}
         for numbers in groups.values():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=inference_precision(self.device, self.recipe) == "bf16"):
+            with inference_autocast(self.device, self.recipe):
                 predictions = self.model.predict([pictures[n].pixels.to(self.device, non_blocking=True) for n in numbers], self._texts)
                 is_novel = torch.cat([self.is_novel, self.is_novel.new_zeros(len(self.rivals))])
                 detections = detect_batch(predictions, is_novel, config, split_blind=self._split_blind, wanted=len(self.names))

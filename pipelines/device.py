@@ -6,20 +6,26 @@ from typing import Literal
 import torch
 
 from hdovd.errors import HdovdError
+from hdovd.pipelines.common.threads import usable_cores
 
 MOST_WORKERS = 16  # each holds two batches in shared memory
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises HdovdError for CUDA without a GPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise HdovdError(f"--device {name}: torch sees no GPU here; use --device cpu, or check the driver with nvidia-smi")
+    """`auto` is CUDA where there is one. Raises HdovdError for a device that is not there."""
     try:
-        return torch.device(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
-        raise HdovdError(f"--device {name}: expected auto, cpu or cuda (or cuda:N)") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise HdovdError(f"--device {name}: expected auto, cpu or cuda (or cuda:N)")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise HdovdError(f"--device {name}: torch sees no GPU here; use --device cpu, or check the driver with nvidia-smi")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise HdovdError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here, which are counted from cuda:0")
+    if device.type == "cpu" and torch.get_num_threads() > usable_cores():  # a container's quota; a program that is not `hdovd.cli.main`
+        torch.set_num_threads(usable_cores())
+    return device
 
 
 def shown(device: torch.device) -> str:
@@ -34,8 +40,7 @@ def workers_for(device: torch.device, asked: int | None) -> int:
         return asked
     if device.type != "cuda":
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return workers_a_gpu(cores, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # which torchrun sets
+    return workers_a_gpu(usable_cores(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # which torchrun sets
 
 
 def training_workers(device: torch.device, asked: int | Literal["auto"]) -> int:

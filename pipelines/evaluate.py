@@ -16,11 +16,12 @@ from hdovd.coco_ap import AveragePrecision
 from hdovd.detectors import build_detector
 from hdovd.error_breakdown import ErrorBreakdown, break_down
 from hdovd.errors import HdovdError
+from hdovd.pipelines.common.precision import inference_precision
 from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.found_rows import found_of
 from hdovd.pipelines.pictures import draw_detections
 from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.validation import Validation, inference_precision, results
+from hdovd.pipelines.validation import Validation, results
 from hdovd.pipelines.weights import Weights, weights_hash
 from hdovd.protocol import Protocol, load_protocol
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from hdovd.cache.catalog import Catalog, FeatureSet
+from hdovd.cache.identity import KeyInputs
 from hdovd.cache.schema import Level
 from hdovd.coco import Skips, Split
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.box_table import box_table
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.device import workers_for
 from hdovd.pipelines.extract_config import Executor, ExtractConfig, Store
 from hdovd.pipelines.extract_plan import LevelPlan, plan_levels
@@ -62,6 +65,7 @@ def extract_clip(config: ExtractConfig, log: Log = print, teacher: Teacher | Non
             raise HdovdError("--executor ray shares the work out by itself: start one process, without --shard and torchrun")
     log = log if share.speaks else _silent
     extraction = prepare(config, log, teacher)
+    config = replace(config, precision=Precision.of(extraction.teacher.identity.get("compute_dtype")) or config.precision)
     plans = list(extraction.plans.values())
     report = ExtractReport({p.level: p.decision for p in plans}, {p.level: p.rows for p in plans}, {p.level: p.new_rows for p in plans})
     with_pictures = any(extraction.plans[level].new_rows for level in (Level.IMAGE, Level.INSTANCE))
@@ -108,7 +112,7 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
 
         share = this_share(config.share)
         loaded: Teacher = load_clip(config.clip, config.pretrained, device=share.device(config.device), precision=config.precision,
-                                    activation=config.activation)
+                                    activation=config.activation, cached=partial(cached_precision, catalog, config.features))
     else:
         loaded = teacher
     for note in loaded.notes:
@@ -119,6 +123,21 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
     plans = plan_levels(catalog, inputs, table, loaded.dim, part_rows=config.part_rows, retry_failed=config.retry_failed)
     return Extraction(split, table, nouns, classes, loaded, ways, plans, templates=config.templates, batch_size=config.batch_size,
                       workers=workers_for(loaded.device, config.workers), origin=origin)
+
+
+def cached_precision(catalog: Catalog | None, features: str, clip: KeyInputs) -> Precision | None:
+    """What the cache's embeddings of a CLIP were computed in: those of the set `features`, else of whichever are there; None without any.
+
+    clip: its identity, without `compute_dtype`.
+    """
+    if catalog is None:
+        return None
+    named = catalog.sets().get(features, FeatureSet({})).levels
+    products = sorted(catalog.products(), key=lambda product: named.get(product.level) != product.key)
+    for found in (product.attributes["key_inputs"].get("clip", {}) for product in products):
+        if all(found.get(name) == value for name, value in clip.items()):
+            return Precision.of(found.get("compute_dtype"))
+    return None
 
 
 def _nouns(config: ExtractConfig, split: Split) -> Nouns | None:

@@ -11,6 +11,7 @@ from typing import Any
 from hdovd.cache.schema import CHUNK_ROWS, DEFAULT_SET, PART_ROWS
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
 from hdovd.pipelines.label_rule import ONE_NOUN, LabelRule
 from hdovd.pipelines.name_list import is_shipped
@@ -20,12 +21,6 @@ from hdovd.pipelines.prompt_templates import check_templates
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 _FILES = ("proposals", "vocabulary", "captions")
 _LATER_FILES = ("synonyms", "class_embeddings", "nouns")  # not in `to_dict` without a value: sets that are older than these stay the same
-
-
-class Precision(StrEnum):
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
 
 
 class Activation(StrEnum):
@@ -89,7 +84,7 @@ class ExtractConfig:
     protocol: str = "ov-coco"
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     recipe: CropRecipe | DenseRecipe = PLAIN_BOX
-    precision: Precision = Precision.FP32
+    precision: Precision = Precision.AUTO
     activation: Activation = Activation.AUTO
     features: str = DEFAULT_SET
     device: str = "auto"

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hdovd.config import TrainConfig
 from hdovd.errors import HdovdError
+from hdovd.pipelines.common.precision import Precision, choose
 from hdovd.pipelines.epoch_order import Dealing
 from hdovd.pipelines.kept_memory import keep_freed_memory
 from hdovd.pipelines.loading import TrainingBatches
@@ -66,6 +67,7 @@ class Loop(Generic[Sample]):
         self.step_number, self.total = 0, config.epochs * len(batches)
         self.window = LossWindow(what)
         self._clock = _Clock()
+        self._bf16 = choose(config.precision, device, training=True).precision is Precision.BF16
 
     @property
     def lr(self) -> float:
@@ -122,7 +124,7 @@ class Loop(Generic[Sample]):
         found: list[dict[str, Tensor]] = []
         for number, part in enumerate(parts, start=1):
             with self._gradients_exchanged(number == len(parts)):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
                     losses = self._losses_of(part, epoch)
                 (torch.stack(list(losses.values())).sum() / len(parts)).backward()
             found.append({name: loss.detach() for name, loss in losses.items()})

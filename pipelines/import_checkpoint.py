@@ -54,7 +54,7 @@ def import_checkpoint(job: ImportCheckpointJob, log: Callable[[str], None] = pri
     if not job.overwrite:
         RunFolder.require_none(job.out)
     protocol = load_protocol(job.protocol)
-    recipe = load_recipe(published.recipe, [*_TRUST, *published.settings, *job.settings])
+    recipe = load_recipe(published.recipe, [*_TRUST, *published.settings, *job.settings]).with_precision("fp32")  # the authors'
     state, about = read_checkpoint(job.file, log)
     _require_detector(state, job)
     dim = int(state[published.background].shape[-1])

@@ -23,7 +23,8 @@ from hdovd.cache.writer import ProductWriter
 from hdovd.coco import DataPaths, Split
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.box_table import BoxTable, box_table
-from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, Activation, Precision
+from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, Activation
 from hdovd.pipelines.foreign import ForeignImage, read_hd_ovd, read_oadp
 from hdovd.pipelines.progress import progress
 from hdovd.pipelines.prompt_templates import check_templates
@@ -53,7 +54,7 @@ class ImportConfig:
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     features: str = DEFAULT_SET
     device: str = "auto"
-    precision: Precision = Precision.FP32
+    precision: Precision = Precision.AUTO
     activation: Activation = Activation.AUTO
 
     def __post_init__(self) -> None:

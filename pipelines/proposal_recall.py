@@ -15,6 +15,7 @@ import numpy as np
 
 from hdovd.coco import Split, read_json
 from hdovd.errors import HdovdError
+from hdovd.pipelines.common.precision import inference_autocast
 from hdovd.pipelines.device import training_workers
 from hdovd.pipelines.loading import Batches
 from hdovd.pipelines.processes import Team, team
@@ -108,7 +109,9 @@ def _recall(name: str, network: ProposalNetwork, split: Split, protocol: Protoco
     batches = Batches(Pictures(split, job.recipe, numbers), job.recipe.train.batch_size, workers, device=us.device)
     for pictures in progress(batches, f"recall {name}", "batch", len(batches) if us.leads else 0):
         stop_if_asked(stop, "counting; networks that were trained are kept")
-        for picture, (boxes, _) in zip(pictures, network.propose([p.pixels.to(us.device) for p in pictures]), strict=True):
+        with inference_autocast(us.device, network.recipe):
+            scored = network.propose([p.pixels.to(us.device) for p in pictures])
+        for picture, (boxes, _) in zip(pictures, scored, strict=True):
             if picture.problem:
                 raise HdovdError(f"{picture.problem}; recall without it would be another data set's")
             image, best = split.images[numbers[place]], boxes[: max(MOST)].cpu().numpy()

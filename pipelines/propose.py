@@ -19,6 +19,7 @@ from torchvision.ops import box_iou, nms
 
 from hdovd.coco import Split
 from hdovd.errors import HdovdError, Stopped
+from hdovd.pipelines.common.precision import inference_autocast
 from hdovd.pipelines.device import training_workers
 from hdovd.pipelines.loading import Batches
 from hdovd.pipelines.processes import Team, team
@@ -29,7 +30,7 @@ from hdovd.pipelines.proposal_networks import made_by as made_by_of
 from hdovd.pipelines.proposal_parts import Parts, fill
 from hdovd.pipelines.proposal_pictures import Pictures, require_readable
 from hdovd.pipelines.propose_config import ProposeJob
-from hdovd.pipelines.proposer_training import trained_network
+from hdovd.pipelines.proposer_training import settled_job, trained_network
 from hdovd.pipelines.stop_signal import StopSignal, exit_code
 from hdovd.proposer import ProposalNetwork
 from hdovd.protocol import load_protocol
@@ -47,7 +48,7 @@ def propose(job: ProposeJob, log: Callable[[str], None] = print) -> dict[int, Pr
 def _propose(job: ProposeJob, us: Team, stop: StopSignal, log: Callable[[str], None]) -> dict[int, Proposals]:
     split = job.data.load("train2017", load_protocol(job.protocol), base_only=True, log=log)
     if us.leads and job.out.is_file():
-        planned = made_by_of(job.checkpoint) if job.checkpoint else settings(job.network, split)
+        planned = made_by_of(job.checkpoint) if job.checkpoint else settings(settled_job(job.network, us)[0], split)
         if note := replaced_line(job.out, {**planned, "selection": job.selection()}):
             log(note)
     network, origin = checkpointed(job.checkpoint, job, us) if job.checkpoint else trained_network(job.network, split, us, stop, log)
@@ -113,7 +114,8 @@ def _results(network: ProposalNetwork, split: Split, parts: Parts, mine: list[in
         return
     batches = Batches(Pictures(split, job.recipe, numbers), config.batch_size, workers, device=us.device)
     for pictures in progress(batches, "propose", "batch", len(batches) if us.leads else 0):
-        scored = network.propose([picture.pixels.to(us.device) for picture in pictures])
+        with inference_autocast(us.device, network.recipe):
+            scored = network.propose([picture.pixels.to(us.device) for picture in pictures])
         for (boxes, scores), picture in zip(scored, pictures, strict=True):
             keep = select_proposals(boxes.cpu(), scores.cpu(), base[picture.image_id], job)
             found = Proposals(boxes.cpu()[keep].numpy(), scores.cpu()[keep].numpy())

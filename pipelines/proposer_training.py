@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from hdovd.backbone import with_synced_norms
 from hdovd.coco import Split
+from hdovd.config_parts import AUTO
 from hdovd.errors import Stopped
 from hdovd.pipelines.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from hdovd.pipelines.common.precision import settled
 from hdovd.pipelines.device import training_workers
 from hdovd.pipelines.draws import key_of
 from hdovd.pipelines.epoch_order import Dealing, PlainShuffle
@@ -41,15 +43,29 @@ def trained_network(job: NetworkJob, split: Split, us: Team, stop: StopSignal,
 
     Raises HdovdError if the file, or the checkpoint of a training that was killed, was made otherwise; Stopped if a signal came.
     """
+    job, line = settled_job(job, us)
     wanted = settings(job, split)
     if job.file.is_file() and not job.overwrite:
         check_made_by(made_by(job.file), wanted, job.file)
         log(f"network: {job.file}, trained with these settings before")
     else:
+        if line:
+            log(line)
         _train(job, split, wanted, us, stop, log)
     us.wait()
     network, origin = load_network(job.file, job.recipe)
     return network.to(us.device).to(memory_format=torch.channels_last).eval(), origin
+
+
+def settled_job(job: NetworkJob, us: Team) -> tuple[NetworkJob, str]:
+    """The job with a precision that is not auto, and the line to say of it: that of the network, or of its training, that is there."""
+    own = None
+    if job.recipe.train.precision == AUTO and not job.overwrite:
+        state = None if job.file.is_file() else load_checkpoint(job.file.with_suffix(".training"))
+        origin = made_by(job.file) if job.file.is_file() else None if state is None else state["wanted"]
+        own = None if origin is None else str(origin["recipe"]["train"]["precision"])
+    recipe, line = settled(job.recipe, us.device, own, "the network's")
+    return replace(job, recipe=recipe), line
 
 
 def _train(job: NetworkJob, split: Split, wanted: dict[str, Any], us: Team, stop: StopSignal, log: Callable[[str], None]) -> None:

@@ -16,10 +16,9 @@ from hdovd.cache.identity import KeyInputs, differences
 from hdovd.cache.schema import Level
 from hdovd.cache.tar_shards import TarShards, is_tar_form
 from hdovd.errors import HdovdError
-from hdovd.pipelines.extract_config import Activation, Precision
+from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.extract_config import Activation
 from hdovd.pipelines.teacher import Teacher
-
-_PRECISIONS = {"float32": Precision.FP32, "bfloat16": Precision.BF16, "float16": Precision.FP16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ def load_text_tower(texts: RunTexts, given: ClipName | None, device: torch.devic
     if name is None:
         raise HdovdError(f"other names than the run's classes need its CLIP, and it is not known where that is: {texts.why}. Give --clip "
                          "(with --pretrained, as for hdovd extract-clip), or --class-embeddings")
-    precision = _PRECISIONS.get(str(texts.identity.get("compute_dtype", "float32")), Precision.FP32)
+    precision = Precision.of(texts.identity.get("compute_dtype")) or Precision.FP32
     if precision is Precision.FP16 and device.type == "cpu":
         raise HdovdError("the run's CLIP was computed in float16, which needs a GPU: give --device cuda, or --class-embeddings")
     from hdovd.pipelines.clip_teacher import load_clip

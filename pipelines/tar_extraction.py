@@ -13,6 +13,7 @@ from hdovd.cache.storage import Folder, open_folder
 from hdovd.cache.tar_meta import META, TarMeta
 from hdovd.cache.tar_shards import TarShards, forget_shard, unfinished_shards
 from hdovd.errors import HdovdError
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.export import ExportConfig, export_tars
 from hdovd.pipelines.extract_clip import ExtractReport, Log, extract_clip, plan_lines, prepare
 from hdovd.pipelines.extract_config import ExtractConfig, Store
@@ -35,6 +36,9 @@ def extract_to_tars(config: ExtractConfig, log: Log = print, teacher: Teacher | 
         raise HdovdError(f"{config.cache} is a Zarr cache: give the shards another folder, or make them with hdovd cache export")
     if folder.exists(META):
         meta, said = TarMeta.from_bytes(folder.read(META), f"{config.cache}/{META}"), list[str]()
+        if config.precision is Precision.AUTO:
+            known = (Precision.of(inputs.get("clip", {}).get("compute_dtype")) for inputs in meta.key_inputs().values())
+            inner = replace(inner, precision=next(filter(None, known), Precision.AUTO))
         extraction = prepare(inner, said.append, teacher)
         _require_same(config, extraction, meta)
         if not unfinished_shards(folder, range(meta.shards)) and not folder.exists(f"{ZARR}/zarr.json"):

@@ -29,6 +29,7 @@ from hdovd.distributed import world_size
 from hdovd.errors import HdovdError
 from hdovd.pipelines.calibration import with_reliability
 from hdovd.pipelines.checkpoint import load_checkpoint, set_rng_state
+from hdovd.pipelines.common.precision import settled
 from hdovd.pipelines.device import training_workers
 from hdovd.pipelines.draws import key_of
 from hdovd.pipelines.epoch_order import Dealing, Streams
@@ -90,6 +91,11 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
         run.require_none(job.out)
     if job.init is not None and job.init.resolve() == job.out.resolve():
         raise HdovdError(f"--init {job.init} is --out too: give another --out, or --resume to go on with that run")
+    began = run.recipe().train.precision if job.resume and (job.out / "config.toml").is_file() else None
+    recipe, line = settled(job.recipe, us.device, began, "the run's")
+    if line:
+        log(line)
+    job = replace(job, recipe=recipe)
     data = training_data(job, protocol, log)
     written, recipe, reliability = with_reliability(job.recipe, data.label_origin, job.calibration, protocol.base, log)
     job = replace(job, recipe=written)
@@ -103,7 +109,7 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
     torch.manual_seed(recipe.train.seed)
     anew = state is None and job.init is None
     model = build_model(recipe, data.dim, us, log if anew else None)
-    begun: dict[str, Any] = {}
+    begun: dict[str, Any] = {"precision": recipe.train.precision}
     if state is None:
         if job.init is not None:
             begun["init"] = begin_with(model, job.init, protocol, class_embeddings, log)

@@ -17,10 +17,10 @@ from torch.utils.data import Dataset
 from hdovd.ap_engine import Engine, require
 from hdovd.coco import DataPaths, Split
 from hdovd.coco_ap import AveragePrecision, GroundTruth
-from hdovd.config import Recipe
 from hdovd.detectors import Detector
 from hdovd.errors import HdovdError
 from hdovd.inference import Detections, detect_batch
+from hdovd.pipelines.common.precision import inference_autocast
 from hdovd.pipelines.device import workers_for
 from hdovd.pipelines.images import read_pixels
 from hdovd.pipelines.loading import Batches
@@ -76,8 +76,8 @@ class Validation:
         if len(texts) != len(self.protocol.names):
             raise HdovdError(f"protocol {self.protocol.name} has {len(self.protocol.names)} classes, but there are {len(texts)} class "
                              "embeddings: give those of the protocol, base before novel")
-        devices = [self.device] if self.device.type == "cuda" else []
-        with _evaluating(model), torch.random.fork_rng(devices), _autocast(self.device, model.recipe):  # a DataLoader draws its seed
+        devices = [self.device] if self.device.type == "cuda" else []  # whose generators are kept: a DataLoader draws its seed
+        with _evaluating(model), torch.random.fork_rng(devices), inference_autocast(self.device, model.recipe):
             detections, blind = self._detect(model, texts.to(self.device))
         combined = self.truth.average_precision(results(self.split, detections))
         split_blind = combined if blind is None else self.truth.average_precision(results(self.split, blind))
@@ -115,15 +115,6 @@ def results(split: Split, detections: list[Detections]) -> list[dict[str, Any]]:
         for (x0, y0, x1, y1), score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True):
             rows.append({"image_id": image.id, "category_id": split.coco_ids[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score})
     return rows
-
-
-def inference_precision(device: torch.device, recipe: Recipe) -> str:
-    """bf16 on a GPU for a model that was trained in it; else fp32: a CPU gains nothing from less, and a result is kept exact."""
-    return "bf16" if device.type == "cuda" and recipe.train.precision == "bf16" else "fp32"
-
-
-def _autocast(device: torch.device, recipe: Recipe) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=inference_precision(device, recipe) == "bf16")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hdovd.pipelines.common.precision import Precision, choose
 from hdovd.pipelines.demo.world import Scene, scenes
 from hdovd.pipelines.progress import progress
 
@@ -43,12 +44,15 @@ _SCENES, _STEPS, _BATCH, _RATE, _LOGIT_SCALE = 1500, 550, 128, 3e-3, 25.0
 
 def demo_teacher(folder: Path, seed: int = 0, log: Callable[[str], None] = print) -> str:
     """The `local-dir:` name of the demo's CLIP, trained now unless `folder` holds it already."""
-    recipe = json.dumps([MODEL_CFG, PREPROCESS_CFG, TEMPLATES, _SCENES, _STEPS, _BATCH, _RATE, _LOGIT_SCALE, seed, open_clip.__version__])
+    choice = choose(Precision.AUTO, torch.device("cpu"), training=True)
+    recipe = json.dumps([MODEL_CFG, PREPROCESS_CFG, TEMPLATES, _SCENES, _STEPS, _BATCH, _RATE, _LOGIT_SCALE, seed, open_clip.__version__,
+                         choice.precision])
     home = folder / f"demo-clip-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if (home / "open_clip_config.json").is_file():
         log(f"reusing the demo CLIP in {home}")
         return f"local-dir:{home}"
-    model = train_teacher(seed)
+    log(choice.line)
+    model = train_teacher(seed, in_bf16=choice.precision is Precision.BF16)
     folder.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder, prefix=".demo-clip-"))
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / "open_clip_model.safetensors")
@@ -62,7 +66,7 @@ def demo_teacher(folder: Path, seed: int = 0, log: Callable[[str], None] = print
     return f"local-dir:{home}"
 
 
-def train_teacher(seed: int, *, scene_count: int = _SCENES, steps: int = _STEPS) -> open_clip.CLIP:
+def train_teacher(seed: int, *, in_bf16: bool, scene_count: int = _SCENES, steps: int = _STEPS) -> open_clip.CLIP:
     """Train the tiny CLIP contrastively; pairs with the same caption are positives of each other."""
     images, captions = captioned_crops(scenes(scene_count, seed + 1000, 0), seed)
     row_of = {text: row for row, text in enumerate(dict.fromkeys(captions))}
@@ -85,7 +89,7 @@ def train_teacher(seed: int, *, scene_count: int = _SCENES, steps: int = _STEPS)
         if torch.rand((), generator=generator) < 0.5:
             batch = batch.flip(-1)
         used, which = caption_id[rows].unique(return_inverse=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_bf16):
             v = model.encode_image(batch)
             t = model.encode_text(tokens[used])
         loss = _multi_positive_loss(F.normalize(v.float(), dim=-1), F.normalize(t.float(), dim=-1)[which],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from detections_alike import require_alike
 from torch import Tensor
 from torchvision.ops import nms
 
@@ -43,9 +44,7 @@ def same(model: FasterRCNN, image: Tensor, texts: Tensor, is_novel: Tensor) -> i
     expected = detect(model.predict([image], texts)[0], is_novel, model.recipe.inference)
     with torch.inference_mode():
         found = Detections(*ExportableFasterRCNN(model)(image, texts, is_novel))
-    torch.testing.assert_close(found.boxes, expected.boxes, atol=1e-4, rtol=0)
-    torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=0)
-    assert found.labels.tolist() == expected.labels.tolist()
+    require_alike(found, expected, pixels=1e-4, score=1e-5)
     return len(found.labels)
 
 

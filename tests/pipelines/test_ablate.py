@@ -121,6 +121,9 @@ def test_standing_follows_the_run_folder(config: AblateConfig, begun: Callable[[
     (path / "metrics.json").write_text('{"ap50": {"novel": 1.0, "base": 2.0, "all": 1.5}}')
     assert standing(first, config) is Standing.DONE
     assert standing(first, replace(config, settings=(*config.settings, "train.workers=1"))) is Standing.DONE
+    [auto] = [one for one in plan(replace(config, settings=(*config.settings, "train.precision=auto"))) if one.name == first.name]
+    assert auto.recipe.train.precision == "auto"
+    assert standing(auto, config) is Standing.DONE
 
 
 def test_commands_say_all_that_the_run_needs(config: AblateConfig) -> None:

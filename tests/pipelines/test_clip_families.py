@@ -26,8 +26,9 @@ from hdovd.cache.schema import Level
 from hdovd.errors import HdovdError
 from hdovd.pipelines import clip_teacher
 from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import Activation, ExtractConfig, Precision
+from hdovd.pipelines.extract_config import Activation, ExtractConfig
 
 DIM = 24
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}

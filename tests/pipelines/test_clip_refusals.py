@@ -10,8 +10,8 @@ import pytest
 
 from hdovd.errors import HdovdError
 from hdovd.pipelines.clip_teacher import load_clip
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.device import pick_device
-from hdovd.pipelines.extract_config import Precision
 
 SaveClip = Callable[..., str]
 

@@ -21,8 +21,9 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines import clip_teacher
 from hdovd.pipelines.box_table import box_table
 from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import PLAIN_BOX
-from hdovd.pipelines.extract_config import Activation, Precision
+from hdovd.pipelines.extract_config import Activation
 from hdovd.pipelines.identities import level_inputs
 from hdovd.pipelines.nouns import Nouns
 from hdovd.pipelines.text_rows import TextRows

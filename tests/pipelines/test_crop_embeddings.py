@@ -12,8 +12,8 @@ from PIL import Image
 
 from hdovd.coco import ImageBoxes
 from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import CropRecipe, Shape
-from hdovd.pipelines.extract_config import Precision
 from hdovd.pipelines.feeding import Wanted, embed
 from hdovd.pipelines.ways import Crops, Pictures, mean_of
 

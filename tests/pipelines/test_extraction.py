@@ -21,9 +21,10 @@ from torch import Tensor
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.errors import HdovdError
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig, Precision
+from hdovd.pipelines.extract_config import ExtractConfig
 
 Config = Callable[..., ExtractConfig]
 TEMPLATES = ("a photo of a {}", "{} in the snow", "a drawing of one {}")

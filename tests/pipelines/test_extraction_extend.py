@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import ROW_ARRAYS, Level
 from hdovd.cache.storage import open_folder
 from hdovd.errors import HdovdError
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.extract_clip import ExtractReport, extract_clip, prepare
 from hdovd.pipelines.extract_config import ExtractConfig
 from hdovd.pipelines.extraction import Unit
@@ -52,6 +54,31 @@ def _keep_images(wanted: Callable[[int], bool]) -> Callable[[dict[str, Any]], No
         tree["annotations"] = [a for a in tree["annotations"] if wanted(a["image_id"])]
 
     return change
+
+
+def test_a_cache_is_extended_in_its_own_precision(copied_world: Path, tmp_path: Path, extraction: Config) -> None:
+    """Chosen by auto, whatever suits this device; also before the set has its name, and under another one."""
+    root, lines = tmp_path / "cache", list[str]()
+    fewer = extraction(root, data=copied_world, precision=Precision.BF16)
+    extract_clip(fewer, _silent)
+    _edit(copied_world, _keep_images(lambda image_id: image_id % 2 == 0))
+    auto = replace(fewer, precision=Precision.AUTO)
+    for config in (auto, replace(auto, features="other")):
+        decisions = extract_clip(config, lines.append).levels
+        assert decisions[CLASS] == decisions[NOUN] == "hit"
+        assert Catalog(root).sets()[config.features].made_from["precision"] == "bf16"
+    (root / "sets" / "default.json").unlink()
+    assert set(extract_clip(auto, lines.append).levels.values()) == {"hit"}
+    assert sum(line.startswith("precision: bf16, the cache's own") for line in lines) == 3
+
+
+def test_another_precision_than_the_caches_says_what_it_costs(copied_cache: Path, extraction: Config) -> None:
+    lines = list[str]()
+    extract_clip(extraction(copied_cache, precision=Precision.BF16, dry_run=True), lines.append)
+    assert any("--precision bf16: the cache's embeddings of this CLIP are fp32" in line and "made anew" in line for line in lines)
+    lines.clear()
+    extract_clip(extraction(copied_cache, precision=Precision.FP32, dry_run=True), lines.append)
+    assert not any("precision:" in line or "--precision" in line for line in lines)
 
 
 def _write_proposals(file: Path, entries: list[dict[str, Any]]) -> Path:

@@ -17,10 +17,11 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.errors import HdovdError
 from hdovd.pipelines.clip_teacher import load_clip
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import CropRecipe
 from hdovd.pipelines.demo.world import NOVEL
 from hdovd.pipelines.extract_clip import ExtractReport, extract_clip, prepare
-from hdovd.pipelines.extract_config import ExtractConfig, Precision
+from hdovd.pipelines.extract_config import ExtractConfig
 
 Config = Callable[..., ExtractConfig]
 Untouched = Callable[[Path], Any]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from hdovd.coco import DataPaths
 from hdovd.config import Recipe, build_recipe
-from hdovd.pipelines.proposal_networks import build_network, load_network, weights_hash
+from hdovd.pipelines.proposal_networks import build_network, made_by, weights_hash
 from hdovd.pipelines.propose_config import Detector, ProposeJob
 
 
@@ -43,6 +43,19 @@ def _same(one: Path, two: Path) -> None:
     assert all(one.with_name(name).read_bytes() == two.with_name(name).read_bytes() for name in kept[:2])
 
 
+def test_auto_goes_on_in_the_precision_of_what_is_there(job: Callable[..., ProposeJob], micro_recipe: Callable[..., Recipe],
+                                                        tmp_path: Path) -> None:
+    """Of the checkpoint of a training that was killed, then of the network."""
+    auto, printed = micro_recipe("train.batch_size=4", "train.precision=auto"), tmp_path / "printed.txt"
+    bf16 = replace(job(tmp_path / "p.json"), recipe=micro_recipe("train.batch_size=4", "train.precision=bf16"))
+    assert play(bf16, printed, kill_at=3)[0] == -9
+    for said in ("goes on at step 2 of 5", "trained with these settings before"):
+        code, text = play(replace(bf16, recipe=auto), printed)
+        assert code == 0, text
+        assert said in text
+    assert made_by(tmp_path / "p.oln.safetensors")["recipe"]["train"]["precision"] == "bf16"
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
 def test_stopped_in_training_and_called_again(job: Callable[..., ProposeJob], unbroken: Path, tmp_path: Path,
                                               number: int, code: int) -> None:
@@ -68,8 +81,7 @@ def test_a_network_of_averaged_weights(job: Callable[..., ProposeJob], unbroken:
     _same(*out)
     one, other = (load_file(file.with_name("p.oln.safetensors")) for file in (out[0], unbroken))
     assert not torch.equal(one["head.fc1.weight"], other["head.fc1.weight"])
-    _, made_by = load_network(out[0].with_name("p.oln.safetensors"))
-    assert made_by["weights_sha256"] == weights_hash(one)
+    assert made_by(out[0].with_name("p.oln.safetensors"))["weights_sha256"] == weights_hash(one)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])

@@ -23,10 +23,11 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.cache_check import check_cache
 from hdovd.pipelines.check_config import CheckConfig
 from hdovd.pipelines.clip_teacher import load_clip
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import CropRecipe, Shape
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.extract_clip import ExtractReport, extract_clip, prepare
-from hdovd.pipelines.extract_config import Activation, Executor, ExtractConfig, Precision, Share, Store
+from hdovd.pipelines.extract_config import Activation, Executor, ExtractConfig, Share, Store
 from hdovd.pipelines.label_rule import LabelRule
 from hdovd.pipelines.nouns_config import Matching
 from hdovd.pipelines.text_rows import read_class_embeddings, read_synonyms

@@ -113,6 +113,23 @@ def test_data_at_another_path_gives_the_same_bits(train_micro: TrainMicro, copie
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_the_precision_that_auto_came_to_is_recorded_and_gone_on_with(train_micro: TrainMicro, world: Path, training_cache: Path,
+                                                                      micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    lines = list[str]()
+    run = train_micro(tmp_path / "auto", "train.precision=auto", log=lines.append)
+    assert "precision: fp32, by HDOVD_PRECISION" in lines
+    assert (run.recipe().train.precision, run.record()["precision"]) == ("fp32", "fp32")
+    begun = train_micro(tmp_path / "bf16", "train.precision=bf16")
+    job = TrainJob(DataPaths(world), training_cache, begun.path, micro_recipe("train.precision=auto"), str(world / "protocol.toml"), "cpu",
+                   resume=True)
+    lines.clear()
+    train(job, lines.append)
+    assert lines[0].startswith("precision: bf16, the run's own")
+    assert lines[-1].endswith("is finished already")
+    with pytest.raises(HdovdError, match=r'train\.precision.*"fp32".*"bf16"'):
+        train(replace(job, recipe=micro_recipe("train.precision=fp32")), lines.append)
+
+
 def test_resolved_config_repeats_the_run(distilled: RunFolder, world: Path, training_cache: Path, tmp_path: Path) -> None:
     recipe = load_recipe(str(distilled.path / "config.toml"))
     again = train(TrainJob(DataPaths(world), training_cache, tmp_path / "run", recipe, str(world / "protocol.toml"), "cpu"), lambda _: None)

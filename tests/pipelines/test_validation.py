@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ from torch import Tensor
 from hdovd.ap_engine import Engine
 from hdovd.coco import DataPaths, Split
 from hdovd.coco_ap import AveragePrecision
-from hdovd.config import Recipe
 from hdovd.errors import HdovdError
 from hdovd.faster_rcnn import FasterRCNN
 from hdovd.inference import detect
 from hdovd.pipelines.evaluate import EvalJob, evaluate
 from hdovd.pipelines.images import read_pixels
 from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.validation import Validated, Validation, by_shape, inference_precision, results
+from hdovd.pipelines.validation import Validated, Validation, by_shape, results
 from hdovd.targets import Targets
 
 CPU = torch.device("cpu")
@@ -177,12 +175,6 @@ def test_training_goes_on_to_the_bit(distilled: RunFolder, world: Path) -> None:
 
 
 # --- precision, bad input ---
-
-def test_bf16_is_for_a_gpu_and_a_model_trained_in_it(micro_recipe: Callable[..., Recipe]) -> None:
-    recipes = {name: micro_recipe(f"train.precision={name}") for name in ("fp32", "bf16")}
-    found = {(kind, name): inference_precision(torch.device(kind), recipe) for kind in ("cpu", "cuda") for name, recipe in recipes.items()}
-    assert found == {("cpu", "fp32"): "fp32", ("cpu", "bf16"): "fp32", ("cuda", "fp32"): "fp32", ("cuda", "bf16"): "bf16"}
-
 
 def test_a_cpu_counts_in_fp32_whatever_it_was_trained_in(distilled: RunFolder, world: Path, tmp_path: Path, validated: Validated) -> None:
     out = Path(shutil.copytree(distilled.path, tmp_path / "run"))
