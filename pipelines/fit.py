@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hdovd.config import TrainConfig
 from hdovd.errors import HdovdError
-from hdovd.pipelines.common.precision import Precision, choose
+from hdovd.pipelines.common.precision import Precision, choose, training_products
 from hdovd.pipelines.epoch_order import Dealing
 from hdovd.pipelines.kept_memory import keep_freed_memory
 from hdovd.pipelines.loading import TrainingBatches
@@ -107,7 +107,8 @@ class Loop(Generic[Sample]):
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.zero_grad(set_to_none=True)  # the last step's make room for the activations
-        losses = self._add_gradients(batch, epoch)
+        with training_products(self.device):
+            losses = self._add_gradients(batch, epoch)
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
@@ -226,14 +227,14 @@ def _require_even_split(dealing: Dealing, config: TrainConfig) -> None:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW in one pass over the memory of the parameters (`fused`): of AdaMixer's 146 million, several passes cost a tenth of a step.
+    """SGD or AdamW in one pass over the memory of the parameters (`fused`): of AdaMixer's 146 million, several cost a tenth of a step.
 
     A checkpoint brings its own choice: runs that were begun before there was one go on as they began.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     fused = parameters[0].device.type in ("cpu", "cuda")
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
     return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
 
 

@@ -22,7 +22,7 @@ from hdovd.config_parts import AUTO
 from hdovd.errors import Stopped
 from hdovd.pipelines.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from hdovd.pipelines.common.precision import settled
-from hdovd.pipelines.device import training_workers
+from hdovd.pipelines.device import placed, training_workers
 from hdovd.pipelines.draws import key_of
 from hdovd.pipelines.epoch_order import Dealing, PlainShuffle
 from hdovd.pipelines.fit import Hooks, Loop
@@ -54,7 +54,7 @@ def trained_network(job: NetworkJob, split: Split, us: Team, stop: StopSignal,
         _train(job, split, wanted, us, stop, log)
     us.wait()
     network, origin = load_network(job.file, job.recipe)
-    return network.to(us.device).to(memory_format=torch.channels_last).eval(), origin
+    return placed(network, us.device).eval(), origin
 
 
 def settled_job(job: NetworkJob, us: Team) -> tuple[NetworkJob, str]:
@@ -79,7 +79,7 @@ def _train(job: NetworkJob, split: Split, wanted: dict[str, Any], us: Team, stop
     network = build_network(job.detector, job.recipe, log if state is None else None)
     if us.world > 1 and us.device.type == "cuda" and job.recipe.detector.backbone.norm == "batch":
         network.backbone = with_synced_norms(network.backbone)
-    network = network.to(us.device).to(memory_format=torch.channels_last)
+    network = placed(network, us.device)
     model = network if us.world == 1 else data_parallel(network)
 
     def losses_of(samples: list[Picture], epoch: int) -> dict[str, Tensor]:

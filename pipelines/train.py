@@ -30,7 +30,7 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.calibration import with_reliability
 from hdovd.pipelines.checkpoint import load_checkpoint, set_rng_state
 from hdovd.pipelines.common.precision import settled
-from hdovd.pipelines.device import training_workers
+from hdovd.pipelines.device import placed, training_workers
 from hdovd.pipelines.draws import key_of
 from hdovd.pipelines.epoch_order import Dealing, Streams
 from hdovd.pipelines.fit import Loop
@@ -146,7 +146,7 @@ def build_model(recipe: Recipe, dim: int, us: Team, log: Callable[[str], None] |
             model.backbone = with_synced_norms(model.backbone)
         elif log is not None:
             log("note: batch norms take the statistics of each process's images alone: torch has no SyncBatchNorm for CPUs")
-    return model.to(us.device).to(memory_format=torch.channels_last)  # as pictures are
+    return placed(model, us.device)
 
 
 def data_parallel(model: nn.Module) -> DistributedDataParallel:
