@@ -144,6 +144,7 @@ class TrainConfig(Section):
     # With defaults: recipes of before there was a choice mean these.
     accumulate: Count = 1  # micro-batches that the images of a step are split into, one after the other: less memory
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the moving average of weights that is validated and kept; 0: none
+    compile: bool = False  # the backbone by torch.compile
 
 
 class Recipe(Section):

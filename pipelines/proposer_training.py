@@ -22,6 +22,7 @@ from hdovd.config_parts import AUTO
 from hdovd.errors import Stopped
 from hdovd.pipelines.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from hdovd.pipelines.common.precision import settled
+from hdovd.pipelines.compiling import compile_backbone, told_shortly
 from hdovd.pipelines.device import placed, training_workers
 from hdovd.pipelines.draws import key_of
 from hdovd.pipelines.epoch_order import Dealing, PlainShuffle
@@ -80,6 +81,8 @@ def _train(job: NetworkJob, split: Split, wanted: dict[str, Any], us: Team, stop
     if us.world > 1 and us.device.type == "cuda" and job.recipe.detector.backbone.norm == "batch":
         network.backbone = with_synced_norms(network.backbone)
     network = placed(network, us.device)
+    if config.compile:
+        compile_backbone(network.backbone, us.device)
     model = network if us.world == 1 else data_parallel(network)
 
     def losses_of(samples: list[Picture], epoch: int) -> dict[str, Tensor]:
@@ -100,7 +103,8 @@ def _train(job: NetworkJob, split: Split, wanted: dict[str, Any], us: Team, stop
             set_rng_state(state["rng"][us.rank], us.device)
         log(f"training goes on at step {loop.step_number} of {loop.total}")
     hooks = _Keep(folder, network, wanted, us, stop, log, job.save_minutes)
-    loop.run(hooks)
+    with told_shortly():
+        loop.run(hooks)
     if us.leads:
         trained = cast(ProposalNetwork, loop.result)
         save_network(job.file, trained, provenance(job, split, trained.state_dict()))

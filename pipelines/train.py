@@ -30,6 +30,7 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.calibration import with_reliability
 from hdovd.pipelines.checkpoint import load_checkpoint, set_rng_state
 from hdovd.pipelines.common.precision import settled
+from hdovd.pipelines.compiling import compile_backbone, told_shortly
 from hdovd.pipelines.device import placed, training_workers
 from hdovd.pipelines.draws import key_of
 from hdovd.pipelines.epoch_order import Dealing, Streams
@@ -130,7 +131,8 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
         + (f", {us.world} processes" if us.world > 1 else "") + (f"; goes on at step {loop.step_number} of {loop.total}" if state else ""))
     try:
         hooks.catch_up(loop)
-        loop.run(hooks)
+        with told_shortly():
+            loop.run(hooks)
     except UnsoundLoss as error:
         where = "" if error.record is None else f"; the batch is in {unsound_record(run, us, error.record)}"
         raise HdovdError(f"{error}{where}") from error
@@ -146,7 +148,10 @@ def build_model(recipe: Recipe, dim: int, us: Team, log: Callable[[str], None] |
             model.backbone = with_synced_norms(model.backbone)
         elif log is not None:
             log("note: batch norms take the statistics of each process's images alone: torch has no SyncBatchNorm for CPUs")
-    return placed(model, us.device)
+    model = placed(model, us.device)
+    if recipe.train.compile:
+        compile_backbone(model.backbone, us.device)
+    return model
 
 
 def data_parallel(model: nn.Module) -> DistributedDataParallel:

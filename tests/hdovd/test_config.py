@@ -209,12 +209,12 @@ def test_a_recipe_of_before_there_were_rules_and_epochs_for_pseudo_boxes_loads()
 
 
 @pytest.mark.parametrize("recipe", ["ov-coco-faster-rcnn-r50", "ov-coco-adamixer-r50", "demo", "demo-adamixer"])
-def test_a_recipe_of_before_steps_could_be_split_or_weights_averaged_loads(recipe: str) -> None:
+def test_a_recipe_of_before_these_choices_loads(recipe: str) -> None:
     """Run folders are read back; the shipped recipes are of the same form."""
     content = resources.files("hdovd").joinpath(f"recipes/{recipe}.toml").read_text()
-    assert not {"accumulate", "ema"} & tomllib.loads(content)["train"].keys()
+    assert not {"accumulate", "ema", "compile"} & tomllib.loads(content)["train"].keys()
     train = load_recipe(recipe).train
-    assert (train.accumulate, train.ema) == (1, 0.0)
+    assert (train.accumulate, train.ema, train.compile) == (1, 0.0, False)
 
 
 def test_what_is_built_of_faster_rcnn_parts_refuses_another_detector() -> None:

@@ -332,11 +332,11 @@ def _no_room(partial: Path) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_run_of_before_steps_could_be_split_or_weights_averaged_goes_on(play: Play, unbroken: Path, tmp_path: Path) -> None:
+def test_a_run_of_before_these_choices_goes_on(play: Play, unbroken: Path, tmp_path: Path) -> None:
     """Its recipe has no such keys, nor has its checkpoint."""
     play(tmp_path / "run", kill_at=7, code=-9)
     file = tmp_path / "run" / "config.toml"
-    later = ("accumulate", "ema")
+    later = ("accumulate", "ema", "compile")
     assert sum(line.startswith(later) for line in file.read_text().splitlines()) == len(later)
     file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if not line.startswith(later)))
     assert "ema" not in load_checkpoint(tmp_path / "run")  # type: ignore[operator]
