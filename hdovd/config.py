@@ -138,6 +138,10 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 on a device that has it, else fp32; what is recorded is what it came to
     workers: Annotated[int, Field(ge=0)] | Literal["auto"]  # processes that prepare batches
     seed: Annotated[int, Field(ge=0)]
+    # With defaults: recipes of before there was a choice mean these.
+    accumulate: Count = 1  # micro-batches that the images of a step are split into, one after the other: less memory
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the moving average of weights that is validated and kept; 0: none
+    compile: bool = False  # the backbone by torch.compile
 
 
 class Recipe(Section):

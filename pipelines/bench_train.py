@@ -26,7 +26,7 @@ from hdovd.config import PRESETS, Recipe, load_recipe
 from hdovd.detectors import build_detector
 from hdovd.pipelines.bench_world import BenchWorld, make_world
 from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
-from hdovd.pipelines.device import training_workers
+from hdovd.pipelines.device import placed, training_workers
 from hdovd.pipelines.epoch_order import Dealing, EpochOrder
 from hdovd.pipelines.extract_clip import extract_clip
 from hdovd.pipelines.extract_config import ExtractConfig
@@ -206,7 +206,7 @@ def _loop(bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Loop[Sample]:
     model.begin_epoch(recipe.pseudo_boxes.from_epoch)  # with all losses
     calm(model)
     texts = torch.from_numpy(FeatureCache(bench.folder / "cache").class_embeddings(protocol.base)).to(clip.device)
-    model = model.to(clip.device).to(memory_format=torch.channels_last).train()
+    model = placed(model, clip.device).train()
     return loop_of(model, batches, texts, recipe, clip.device)
 
 

@@ -21,7 +21,7 @@ from hdovd.detectors import build_detector
 from hdovd.errors import HdovdError, shorten
 from hdovd.inference import Detections, detect_batch
 from hdovd.pipelines.common.precision import inference_autocast
-from hdovd.pipelines.device import pick_device
+from hdovd.pipelines.device import pick_device, placed
 from hdovd.pipelines.name_embedding import NameEmbedder
 from hdovd.pipelines.picture_decoding import AnyPicture, Decoded, decode
 from hdovd.pipelines.run_folder import RunFolder
@@ -67,7 +67,7 @@ class Detector:
         embedder = NameEmbedder(folder, target, clip=clip, pretrained=pretrained, templates=templates, log=log)
         model = build_detector(folder.recipe(), embedder.dim, log=None)
         folder.load_model(model, Weights(weights).file)
-        return cls(model.to(target), folder.protocol(), embedder, target)
+        return cls(placed(model, target), folder.protocol(), embedder, target)
 
     @property
     def recipe(self) -> Recipe:

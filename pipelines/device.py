@@ -1,13 +1,15 @@
 """Which device a stage runs on, and how many processes feed it."""
 
 import os
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
+from torch import nn
 
 from hdovd.errors import HdovdError
 from hdovd.pipelines.common.threads import usable_cores
 
+Model = TypeVar("Model", bound=nn.Module)
 MOST_WORKERS = 16  # each holds two batches in shared memory
 
 
@@ -26,6 +28,11 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cpu" and torch.get_num_threads() > usable_cores():  # a container's quota; a program that is not `hdovd.cli.main`
         torch.set_num_threads(usable_cores())
     return device
+
+
+def placed(model: Model, device: torch.device) -> Model:
+    """The model on a device, its convolutions in the layout of pictures: a batch has the channels of a pixel side by side (`batching`)."""
+    return model.to(device).to(memory_format=torch.channels_last)
 
 
 def shown(device: torch.device) -> str:

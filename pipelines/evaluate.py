@@ -16,7 +16,7 @@ from hdovd.detectors import build_detector
 from hdovd.error_breakdown import ErrorBreakdown, break_down
 from hdovd.errors import HdovdError
 from hdovd.pipelines.common.precision import inference_precision
-from hdovd.pipelines.device import pick_device
+from hdovd.pipelines.device import pick_device, placed
 from hdovd.pipelines.found_rows import found_of
 from hdovd.pipelines.pictures import draw_detections
 from hdovd.pipelines.run_folder import RunFolder
@@ -52,7 +52,7 @@ def evaluate(job: EvalJob, log: Callable[[str], None] = print) -> EvalResult:
     recipe, texts = run.recipe(), run.class_embeddings()
     model = build_detector(recipe, texts.shape[1], log=None)
     run.load_model(model, job.weights.file)
-    found = validation.run(model.to(device), texts)
+    found = validation.run(placed(model, device), texts)
     split, combined, blind = validation.split, found.combined, found.split_blind
     rows = results(split, found.detections)
     errors = break_down(found_of(rows, split.coco_ids), validation.truth.objects, protocol)

@@ -9,22 +9,23 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.nn.parallel import DistributedDataParallel
 
 from hdovd.config import TrainConfig
 from hdovd.errors import HdovdError
-from hdovd.pipelines.common.precision import Precision, choose
-from hdovd.pipelines.device import training_workers
-from hdovd.pipelines.epoch_order import Dealing, PlainShuffle
+from hdovd.pipelines.common.precision import Precision, choose, training_products
+from hdovd.pipelines.epoch_order import Dealing
 from hdovd.pipelines.kept_memory import keep_freed_memory
 from hdovd.pipelines.loading import TrainingBatches
 from hdovd.pipelines.loss_window import LossWindow
 from hdovd.pipelines.progress import progress
+from hdovd.pipelines.weight_average import WeightAverage
 
 LOG_EVERY = 50  # steps
 Sample = TypeVar("Sample")
@@ -49,6 +50,9 @@ class Loop(Generic[Sample]):
     """Minimises the sum of `losses_of(batch, epoch)`, weighted losses by name, for `config.epochs`; epochs here count from 0.
 
     `id_of` names a sample where a loss is not sound. `begin_epoch` is told every epoch that begins or goes on, counted from 1.
+    With `config.accumulate` above 1 the images of a step are split into that many micro-batches of equal size, in their order, and the
+    mean of the micro-batches' losses is minimised. Everything that counts steps (schedule, log, checkpoints) counts steps of the
+    optimiser. Raises HdovdError if a step's images cannot be split evenly.
     """
 
     def __init__(self, model: nn.Module, losses_of: Callable[[list[Sample], int], dict[str, Tensor]], batches: TrainingBatches[Sample],
@@ -56,7 +60,10 @@ class Loop(Generic[Sample]):
                  begin_epoch: Callable[[int], None] = lambda _: None) -> None:
         self.model, self.batches, self.config, self.device = model, batches, config, device
         self._losses_of, self._what, self._id_of, self._begin_epoch = losses_of, what, id_of, begin_epoch
+        _require_even_split(batches.dealing, config)
         self.optimizer = build_optimizer(model, config)
+        self._bare: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        self._average = WeightAverage(self._bare, config.ema) if config.ema else None
         self.step_number, self.total = 0, config.epochs * len(batches)
         self.window = LossWindow(what)
         self._clock = _Clock()
@@ -66,6 +73,11 @@ class Loop(Generic[Sample]):
     def lr(self) -> float:
         """Of the next step."""
         return self.config.lr * lr_factor(self.step_number, len(self.batches), self.config)
+
+    @property
+    def result(self) -> nn.Module:
+        """The model to validate and to keep, not wrapped: with `config.ema` that of the averaged weights."""
+        return self._bare if self._average is None else self._average.model
 
     def run(self, hooks: Hooks) -> None:
         """Go on from `step_number` to the end. Raises HdovdError, with the window's record of the batch, for a loss that is not sound."""
@@ -95,15 +107,35 @@ class Loop(Generic[Sample]):
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.zero_grad(set_to_none=True)  # the last step's make room for the activations
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-            losses = self._losses_of(batch, epoch)
-        torch.stack(list(losses.values())).sum().backward()
+        with training_products(self.device):
+            losses = self._add_gradients(batch, epoch)
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
+        if self._average is not None:
+            self._average.update()
         self.step_number += 1
         self._clock.images += len(batch)
         self.window.add(self.step_number, losses, [self._id_of(sample) for sample in batch])
+
+    def _add_gradients(self, batch: list[Sample], epoch: int) -> dict[str, Tensor]:
+        """The mean over the step's micro-batches of each loss, detached; the gradient of their sum is added to the parameters'."""
+        size = -(-len(batch) // self.config.accumulate)
+        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+        found: list[dict[str, Tensor]] = []
+        for number, part in enumerate(parts, start=1):
+            with self._gradients_exchanged(number == len(parts)):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+                    losses = self._losses_of(part, epoch)
+                (torch.stack(list(losses.values())).sum() / len(parts)).backward()
+            found.append({name: loss.detach() for name, loss in losses.items()})
+        return {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
+
+    def _gradients_exchanged(self, wanted: bool) -> AbstractContextManager[None]:
+        """Whether processes average their gradients after the passes within: once a step, with its last micro-batch."""
+        if wanted or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
 
     def _tell(self, epoch: int, hooks: Hooks) -> None:
         means = self.window.means(self.device)
@@ -117,12 +149,15 @@ class Loop(Generic[Sample]):
 
     def state(self) -> dict[str, Any]:
         """All that `load` needs to go on as if nothing had happened, but torch's own generators. All processes have to ask for it."""
-        return {"optimizer": self.optimizer.state_dict(), "step": self.step_number, "window": self.window.state(self.device)}
+        average = {} if self._average is None else {"ema": self._average.state()}
+        return {"optimizer": self.optimizer.state_dict(), "step": self.step_number, "window": self.window.state(self.device), **average}
 
     def load(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step_number = int(state["step"])
         self.window.load(state["window"])
+        if self._average is not None:
+            self._average.load(state["ema"])
 
 
 @dataclass(slots=True)
@@ -183,22 +218,23 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def shuffled(data: Dataset[Sample], config: TrainConfig, device: torch.device,
-             on_error: Callable[[HdovdError], None] | None = None) -> TrainingBatches[Sample]:
-    """The batches of a training run in one process."""
-    dealing = Dealing(PlainShuffle(len(data), config.seed), config.batch_size)  # type: ignore[arg-type]
-    return TrainingBatches(data, dealing, training_workers(device, config.workers), device=device, on_error=on_error)
+def _require_even_split(dealing: Dealing, config: TrainConfig) -> None:
+    size = len(dealing.part(0, 0)) * dealing.world
+    if size % (dealing.world * config.accumulate):
+        among = f" of {dealing.world} processes" if dealing.world > 1 else ""
+        raise HdovdError(f"a batch of {size} images cannot be split into train.accumulate = {config.accumulate} micro-batches{among}: "
+                         f"set train.batch_size to a multiple of {dealing.world * config.accumulate}, or train.accumulate to less")
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW in one pass over the memory of the parameters (`fused`): of AdaMixer's 146 million, several passes cost a tenth of a step.
+    """SGD or AdamW in one pass over the memory of the parameters (`fused`): of AdaMixer's 146 million, several cost a tenth of a step.
 
     A checkpoint brings its own choice: runs that were begun before there was one go on as they began.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     fused = parameters[0].device.type in ("cpu", "cuda")
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
     return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
 
 

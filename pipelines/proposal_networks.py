@@ -40,7 +40,8 @@ def build_network(detector: Detector, recipe: Recipe, log: Callable[[str], None]
 def settings(job: NetworkJob, split: Split) -> dict[str, Any]:
     """What a training is determined by: detector, recipe, protocol, and the annotation file with its sha256."""
     recipe, protocol = job.recipe.model_dump(by_alias=True), load_protocol(job.protocol)
-    del recipe["train"]["workers"]
+    # A key that came later is left out at its default: files of before it was there say the same.
+    recipe["train"] = job.recipe.train.model_dump(exclude={"workers", "compile"}, exclude_defaults=True)
     body = recipe["detector"]["backbone"]
     if Path(body["weights"]).is_file():  # what is in it counts, not where it lies
         body["weights"] = f"sha256:{_sha256(Path(body['weights']))}"

@@ -16,7 +16,7 @@ import numpy as np
 from hdovd.coco import Split, read_json
 from hdovd.errors import HdovdError
 from hdovd.pipelines.common.precision import inference_autocast
-from hdovd.pipelines.device import training_workers
+from hdovd.pipelines.device import placed, training_workers
 from hdovd.pipelines.loading import Batches
 from hdovd.pipelines.processes import Team, team
 from hdovd.pipelines.progress import progress
@@ -79,7 +79,7 @@ def recall_report(job: RecallJob, log: Callable[[str], None] = print) -> list[Re
         for file in job.checkpoints:
             network, origin = load_network(file, job.recipe)
             name = f"{origin['detector']} {file.name}"
-            found.append(_recall(name, network.to(us.device).eval(), validation, protocol, job, us, stop))
+            found.append(_recall(name, placed(network, us.device).eval(), validation, protocol, job, us, stop))
         if us.leads and job.out is not None:
             file, content = job.out.with_name(f"{job.out.stem}.recall.json"), json.dumps([one.to_dict() for one in found], indent=1)
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from torchvision.ops import box_iou, nms
 from hdovd.coco import Split
 from hdovd.errors import HdovdError, Stopped
 from hdovd.pipelines.common.precision import inference_autocast
-from hdovd.pipelines.device import training_workers
+from hdovd.pipelines.device import placed, training_workers
 from hdovd.pipelines.loading import Batches
 from hdovd.pipelines.processes import Team, team
 from hdovd.pipelines.progress import progress
@@ -89,7 +89,7 @@ def checkpointed(file: Path, job: ProposeJob, us: Team) -> tuple[ProposalNetwork
     if not known <= base:
         raise HdovdError(f"{file} was trained on boxes of {', '.join(sorted(known - base)[:8])}, which {job.protocol} does not call base: "
                          "its proposals would give novel classes away. Train a network with this protocol")
-    return network.to(us.device).to(memory_format=torch.channels_last).eval(), origin
+    return placed(network, us.device).eval(), origin
 
 
 def replaced_line(file: Path, planned: Mapping[str, Any]) -> str | None:

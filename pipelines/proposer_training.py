@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from hdovd.config_parts import AUTO
 from hdovd.errors import Stopped
 from hdovd.pipelines.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from hdovd.pipelines.common.precision import settled
-from hdovd.pipelines.device import training_workers
+from hdovd.pipelines.compiling import compile_backbone, told_shortly
+from hdovd.pipelines.device import placed, training_workers
 from hdovd.pipelines.draws import key_of
 from hdovd.pipelines.epoch_order import Dealing, PlainShuffle
 from hdovd.pipelines.fit import Hooks, Loop
@@ -54,7 +55,7 @@ def trained_network(job: NetworkJob, split: Split, us: Team, stop: StopSignal,
         _train(job, split, wanted, us, stop, log)
     us.wait()
     network, origin = load_network(job.file, job.recipe)
-    return network.to(us.device).to(memory_format=torch.channels_last).eval(), origin
+    return placed(network, us.device).eval(), origin
 
 
 def settled_job(job: NetworkJob, us: Team) -> tuple[NetworkJob, str]:
@@ -79,7 +80,9 @@ def _train(job: NetworkJob, split: Split, wanted: dict[str, Any], us: Team, stop
     network = build_network(job.detector, job.recipe, log if state is None else None)
     if us.world > 1 and us.device.type == "cuda" and job.recipe.detector.backbone.norm == "batch":
         network.backbone = with_synced_norms(network.backbone)
-    network = network.to(us.device).to(memory_format=torch.channels_last)
+    network = placed(network, us.device)
+    if config.compile:
+        compile_backbone(network.backbone, us.device)
     model = network if us.world == 1 else data_parallel(network)
 
     def losses_of(samples: list[Picture], epoch: int) -> dict[str, Tensor]:
@@ -100,9 +103,11 @@ def _train(job: NetworkJob, split: Split, wanted: dict[str, Any], us: Team, stop
             set_rng_state(state["rng"][us.rank], us.device)
         log(f"training goes on at step {loop.step_number} of {loop.total}")
     hooks = _Keep(folder, network, wanted, us, stop, log, job.save_minutes)
-    loop.run(hooks)
+    with told_shortly():
+        loop.run(hooks)
     if us.leads:
-        save_network(job.file, network, provenance(job, split, network.state_dict()))
+        trained = cast(ProposalNetwork, loop.result)
+        save_network(job.file, trained, provenance(job, split, trained.state_dict()))
         shutil.rmtree(folder, ignore_errors=True)
         log(f"wrote {job.file}: the network, for --checkpoint")
 

@@ -17,7 +17,7 @@ from hdovd.coco import Split
 from hdovd.detectors import build_detector
 from hdovd.errors import HdovdError
 from hdovd.losses.instance import relation_loss
-from hdovd.pipelines.device import pick_device
+from hdovd.pipelines.device import pick_device, placed
 from hdovd.pipelines.run_cache import cache_of
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.training_set import TrainingSet
@@ -56,7 +56,7 @@ def relations(run: RunFolder, split: Split, images: int, *, device: str = "auto"
     place = pick_device(device)
     model = build_detector(recipe, training.dim, log=None)
     run.load_model(model, weights)
-    model.to(place).eval()
+    placed(model, place).eval()
     ids = [image_id for _, _, image_id in batch]
     found = model.students([pixels.to(place) for pixels, _, _ in batch], [t.to(place) for _, t, _ in batch], ids)
     if not len(found.box):

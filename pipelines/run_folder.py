@@ -4,7 +4,7 @@
     run.json                      protocol, cache identity, package versions, git commit, command; `resumed`: the same of every resumption;
                                   `init`: the run whose weights it began with, and their hash
     class_embeddings.safetensors  text embeddings of the protocol's classes, in its order: evaluation needs no cache
-    model.safetensors             weights and queues after the last finished epoch
+    model.safetensors             weights and queues after the last finished epoch; with `train.ema` the averaged weights
     best.safetensors              the same of the epoch with the best validation AP50 of base classes
     checkpoint.pt                 what `--resume` goes on from (see `checkpoint`)
     stopped                       there while a run rests that a signal ended: it can go on

@@ -24,7 +24,7 @@ PLAIN = ("step", "epoch", "lr", "images_per_s", "data_wait", "memory_gb")  # of 
 
 @dataclass(slots=True)
 class RunHooks(Hooks):
-    """`model`: not wrapped in DDP. `layout`: kept in the checkpoint. `validate`: AP50 by group, after every `val_every` epochs.
+    """`model`: not wrapped in DDP. `layout`: kept in the checkpoint. `validate`: AP50 by group of a model, every `val_every` epochs.
 
     A checkpoint is written every `save_minutes`, after every epoch, and when `stop` hears a signal; the run then ends with `Stopped`.
     `best` is the best AP50 of base classes so far: novel boxes are for the test, not for choosing weights. `ended`: epochs whose
@@ -38,7 +38,7 @@ class RunHooks(Hooks):
     layout: dict[str, int]
     log: Callable[[str], None]
     save_minutes: float
-    validate: Callable[[], dict[str, float | None]] | None = None
+    validate: Callable[[nn.Module], dict[str, float | None]] | None = None
     val_every: int = 1
     tensorboard: Any = None
     best: float = -1.0
@@ -81,7 +81,7 @@ class RunHooks(Hooks):
         """At the end of an epoch: keep its weights, and validate if it is time. A run that was killed meanwhile begins with it."""
         epoch, within = divmod(loop.step_number, len(loop.batches))
         if self.team.leads and not within and epoch > self.ended:
-            self.run.save_model(self.model)
+            self.run.save_model(loop.result)
             if self.validate is not None and (epoch % self.val_every == 0 or epoch == loop.config.epochs):
                 self._validate(loop, epoch)
             self.run.write_csv()
@@ -90,14 +90,14 @@ class RunHooks(Hooks):
 
     def _validate(self, loop: Loop[Any], epoch: int) -> None:
         assert self.validate is not None
-        ap50 = self.validate()
+        ap50 = self.validate(loop.result)
         self._record({"step": loop.step_number, "epoch": epoch, **{f"val_{group}": value for group, value in ap50.items()}})
         base = ap50["base"]
         better = base is not None and base > self.best
         if better:
             assert base is not None
             self.best = base
-            self.run.save_model(self.model, "best.safetensors")
+            self.run.save_model(loop.result, "best.safetensors")
         numbers = ", ".join(f"{group} {'none' if value is None else f'{value:.1f}'}" for group, value in ap50.items())
         self._say(f"epoch {epoch}: validation AP50 {numbers}" + ("; best of base classes so far" if better else ""))
 

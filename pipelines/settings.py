@@ -19,9 +19,9 @@ Settings = dict[str, Any]
 
 
 def lasting_values(recipe: Recipe) -> dict[str, Any]:
-    """What a run may not change on its way; the number of worker processes it may, and the values of another stage."""
+    """What a run may not change on its way. It may change how it is computed (workers, compiled or not) and the values of another stage."""
     tree = recipe.model_dump(by_alias=True)
-    del tree["train"]["workers"], tree["proposals"]
+    del tree["train"]["workers"], tree["train"]["compile"], tree["proposals"]
     return tree
 
 

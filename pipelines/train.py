@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from shlex import quote
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.calibration import with_reliability
 from hdovd.pipelines.checkpoint import load_checkpoint, set_rng_state
 from hdovd.pipelines.common.precision import settled
-from hdovd.pipelines.device import training_workers
+from hdovd.pipelines.compiling import compile_backbone, told_shortly
+from hdovd.pipelines.device import placed, training_workers
 from hdovd.pipelines.draws import key_of
 from hdovd.pipelines.epoch_order import Dealing, Streams
 from hdovd.pipelines.fit import Loop
@@ -83,7 +84,7 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
             begun["init"] = begin_with(model, job.init, protocol, class_embeddings, log)
         begun |= give_object_text(model, data.object_text(), str(job.cache), log)
     loop = loop_of(model, batches, class_embeddings[: len(protocol.base)].to(us.device), recipe, us.device)
-    hooks = RunHooks(run, model, us, stop, layout, log, job.save_minutes, _validate(validation, model, class_embeddings), job.val_every)
+    hooks = RunHooks(run, model, us, stop, layout, log, job.save_minutes, _validate(validation, class_embeddings), job.val_every)
     if us.world > 1:  # each process draws for itself, where anything draws from torch's own generator
         torch.manual_seed(key_of(recipe.train.seed, -1, us.rank))
     if state is not None:
@@ -98,7 +99,8 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
         + (f", {us.world} processes" if us.world > 1 else "") + (f"; goes on at step {loop.step_number} of {loop.total}" if state else ""))
     try:
         hooks.catch_up(loop)
-        loop.run(hooks)
+        with told_shortly():
+            loop.run(hooks)
     except UnsoundLoss as error:
         where = "" if error.record is None else f"; the batch is in {unsound_record(run, us, error.record)}"
         raise HdovdError(f"{error}{where}") from error
@@ -114,7 +116,10 @@ def build_model(recipe: Recipe, dim: int, us: Team, log: Callable[[str], None] |
             model.backbone = with_synced_norms(model.backbone)
         elif log is not None:
             log("note: batch norms take the statistics of each process's images alone: torch has no SyncBatchNorm for CPUs")
-    return model.to(us.device).to(memory_format=torch.channels_last)  # as pictures are
+    model = placed(model, us.device)
+    if recipe.train.compile:
+        compile_backbone(model.backbone, us.device)
+    return model
 
 
 def data_parallel(model: nn.Module) -> DistributedDataParallel:
@@ -206,12 +211,15 @@ def _validation(job: TrainJob, protocol: Protocol, us: Team, log: Callable[[str]
         log("no validation while training: no val2017 under --data, and no --val-images and --val-annotations")
     if job.validation is None or not job.val_every or not us.leads:
         return None
-    return Validation(job.validation, protocol, us.device, batch_size=max(1, job.recipe.train.batch_size // us.world), log=log)
+    config = job.recipe.train
+    return Validation(job.validation, protocol, us.device, batch_size=max(1, config.batch_size // (us.world * config.accumulate)), log=log)
 
 
-def _validate(validation: Validation | None, model: Detector, class_embeddings: Tensor) -> Callable[[], dict[str, float | None]] | None:
-    """What gives the AP50 of each group, now."""
-    return None if validation is None else lambda: validation.run(model, class_embeddings).combined.summary()["ap50"]
+def _validate(validation: Validation | None, class_embeddings: Tensor) -> Callable[[nn.Module], dict[str, float | None]] | None:
+    """What gives the AP50 of each group of a detector."""
+    if validation is None:
+        return None
+    return lambda model: validation.run(cast(Detector, model), class_embeddings).combined.summary()["ap50"]
 
 
 def _tensorboard(job: TrainJob, us: Team) -> Any:

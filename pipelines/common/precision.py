@@ -14,6 +14,8 @@ result is kept exact. What is recorded is never `auto`. torch is imported where 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -132,6 +134,24 @@ def settled(recipe: Recipe, device: torch.device, own: str | None = None, whose:
     """The recipe with a precision that is not auto, and the line to say of it. Raises HdovdError."""
     choice = choose(recipe.train.precision, device, training=True, own=own, whose=whose)
     return recipe.with_precision(choice.precision.value), choice.line
+
+
+@contextmanager
+def training_products(device: torch.device) -> Iterator[None]:
+    """Within, matrix products in float32 on a GPU are TF32's: 10 bits of mantissa, summed in float32, several times as fast.
+
+    torch's default has convolutions so, and matrix products not; the torch that the authors trained with (before 1.12) had both. It is
+    a setting of the whole process: outside, extraction and inference have torch's default. cuDNN's benchmark mode stays off: it tries all
+    algorithms for every new size of a batch, and padded pictures come in many. NVIDIA_TF32_OVERRIDE=0 in the environment turns TF32 off.
+    """
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def inference_precision(device: torch.device, recipe: Recipe) -> Precision:

@@ -208,6 +208,15 @@ def test_a_recipe_of_before_there_were_rules_and_epochs_for_pseudo_boxes_loads()
     assert "rules" not in resources.files("hdovd").joinpath("recipes/demo.toml").read_text()
 
 
+@pytest.mark.parametrize("recipe", ["ov-coco-faster-rcnn-r50", "ov-coco-adamixer-r50", "demo", "demo-adamixer"])
+def test_a_recipe_of_before_these_choices_loads(recipe: str) -> None:
+    """Run folders are read back; the shipped recipes are of the same form."""
+    content = resources.files("hdovd").joinpath(f"recipes/{recipe}.toml").read_text()
+    assert not {"accumulate", "ema", "compile"} & tomllib.loads(content)["train"].keys()
+    train = load_recipe(recipe).train
+    assert (train.accumulate, train.ema, train.compile) == (1, 0.0, False)
+
+
 def test_what_is_built_of_faster_rcnn_parts_refuses_another_detector() -> None:
     with pytest.raises(HdovdError, match=r"'adamixer'.*needs a recipe with detector\.name = 'faster_rcnn'"):
         _ = load_recipe("demo-adamixer").faster_rcnn

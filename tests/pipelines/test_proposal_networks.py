@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hdovd.backbone import build_backbone
 from hdovd.coco import DataPaths, ImageBoxes, Skips, Split
-from hdovd.config import Recipe
+from hdovd.config import Recipe, TrainConfig
 from hdovd.errors import HdovdError
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.proposal_networks import load_network, made_by, save_network, settings, weights_hash
@@ -68,6 +68,15 @@ def test_other_settings_are_refused_and_named(made: ProposeJob, network: Path, m
     assert network.read_bytes() == before
     propose(replace(made, recipe=micro_recipe("train.workers=1")), _silent)  # which change nothing
     assert network.read_bytes() == before
+
+
+def test_a_key_that_came_later_is_told_where_it_is_not_the_default(made: ProposeJob, network: Path,
+                                                                   micro_recipe: Callable[..., Recipe]) -> None:
+    """Files of before there was such a key are those of its default."""
+    assert made_by(network)["recipe"]["train"].keys() == {name for name, field in TrainConfig.model_fields.items()
+                                                          if field.is_required()} - {"workers"}
+    with pytest.raises(HdovdError, match=r"recipe\.train\.accumulate"):
+        propose(replace(made, recipe=micro_recipe("train.accumulate=2")), _silent)
 
 
 def test_others_may_read_the_network(network: Path, made: ProposeJob) -> None:

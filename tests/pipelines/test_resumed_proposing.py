@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from hdovd.coco import DataPaths
 from hdovd.config import Recipe, build_recipe
-from hdovd.pipelines.proposal_networks import build_network, made_by
+from hdovd.pipelines.proposal_networks import build_network, made_by, weights_hash
 from hdovd.pipelines.propose_config import Detector, ProposeJob
 
 
@@ -68,6 +68,20 @@ def test_stopped_in_training_and_called_again(job: Callable[..., ProposeJob], un
     assert found == 0, printed
     assert f"goes on at step {2 if number == signal.SIGKILL else 3} of 5" in printed
     _same(unbroken, out)
+
+
+def test_a_network_of_averaged_weights(job: Callable[..., ProposeJob], unbroken: Path, tmp_path: Path) -> None:
+    """Killed or not; and it is not that of the weights which are trained: those are the same without."""
+    out = [tmp_path / name / "p.json" for name in ("whole", "killed")]
+    recipe = build_recipe(merged(job(tmp_path).recipe.model_dump(by_alias=True), {"train": {"ema": 0.9}}), "test")
+    for file, kill_at, code in ((out[0], -1, 0), (out[1], 3, -9), (out[1], -1, 0)):
+        file.parent.mkdir(exist_ok=True)
+        found, printed = play(replace(job(file), recipe=recipe), file.with_name("printed.txt"), kill_at=kill_at)
+        assert found == code, printed
+    _same(*out)
+    one, other = (load_file(file.with_name("p.oln.safetensors")) for file in (out[0], unbroken))
+    assert not torch.equal(one["head.fc1.weight"], other["head.fc1.weight"])
+    assert made_by(out[0].with_name("p.oln.safetensors"))["weights_sha256"] == weights_hash(one)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])

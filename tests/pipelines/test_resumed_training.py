@@ -107,6 +107,10 @@ def _same(one: Path, two: Path) -> None:
     assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
     for number, state in first["optimizer"]["state"].items():
         assert all(torch.equal(value, second["optimizer"]["state"][number][name]) for name, value in state.items())
+    assert ("ema" in first) == ("ema" in second)
+    if "ema" in first:
+        assert first["ema"]["updates"] == second["ema"]["updates"] == first["step"]
+        assert all(torch.equal(value, second["ema"]["weights"][name]) for name, value in first["ema"]["weights"].items())
 
 
 @pytest.mark.parametrize("kill_at", [3, 7, 13])
@@ -117,6 +121,17 @@ def test_killed_in_mid_epoch_and_resumed_is_bit_equal(play: Play, unbroken: Path
     assert saved["step"] == kill_at - 1  # saved after every step; killed before that of this one
     play(tmp_path / "run", resume=True)
     _same(tmp_path / "run", unbroken)
+
+
+def test_micro_batches_and_averaged_weights_resume_too(play: Play, unbroken: Path, tmp_path: Path) -> None:
+    """As many steps as without, and the same bits after kills: as an epoch's weights are kept, and within one."""
+    settings = ("train.accumulate=2", "train.ema=0.9")
+    play(tmp_path / "whole", settings=settings)
+    play(tmp_path / "run", settings=settings, kill_in_catch_up=5, code=-9)
+    play(tmp_path / "run", settings=settings, resume=True, kill_at=8, code=-9)
+    play(tmp_path / "run", settings=settings, resume=True)
+    _same(tmp_path / "run", tmp_path / "whole")
+    assert [entry["step"] for entry in _told(tmp_path / "whole")] == [entry["step"] for entry in _told(unbroken)]
 
 
 def test_killed_long_after_the_checkpoint(play: Play, unbroken: Path, tmp_path: Path) -> None:
@@ -239,6 +254,14 @@ def test_two_processes_have_the_loss_curve_of_one(play: Play, frozen: tuple[str,
     _close(tmp_path / "one", tmp_path / "two", 1e-3)
 
 
+def test_micro_batches_of_two_processes_make_the_steps_of_one(play: Play, frozen: tuple[str, ...], tmp_path: Path) -> None:
+    """Without distillation no divisor differs between micro-batches: each image has as many RoIs and anchors."""
+    settings = (*frozen, *PRESETS["base-only"], "train.clip_norm=1.0", "train.epochs=1")
+    play(tmp_path / "one", settings=settings)
+    play(tmp_path / "two", settings=(*settings, "train.accumulate=2"), world_size=2)
+    _close(tmp_path / "one", tmp_path / "two", 1e-3)
+
+
 def test_a_run_of_two_processes_goes_on_with_one_and_back(play: Play, frozen: tuple[str, ...], tmp_path: Path) -> None:
     """Each image still once an epoch: the curve is that of the unbroken run."""
     settings = frozen
@@ -307,6 +330,18 @@ def test_a_full_disk_keeps_the_checkpoint_that_is_there(tmp_path: Path) -> None:
 def _no_room(partial: Path) -> None:
     partial.write_bytes(b"half of it")
     raise OSError(28, "No space left on device")
+
+
+def test_a_run_of_before_these_choices_goes_on(play: Play, unbroken: Path, tmp_path: Path) -> None:
+    """Its recipe has no such keys, nor has its checkpoint."""
+    play(tmp_path / "run", kill_at=7, code=-9)
+    file = tmp_path / "run" / "config.toml"
+    later = ("accumulate", "ema", "compile")
+    assert sum(line.startswith(later) for line in file.read_text().splitlines()) == len(later)
+    file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if not line.startswith(later)))
+    assert "ema" not in load_checkpoint(tmp_path / "run")  # type: ignore[operator]
+    play(tmp_path / "run", resume=True)
+    _same(tmp_path / "run", unbroken)
 
 
 def test_a_finished_run_is_left_as_it_is(world: Path, training_cache: Path, unbroken: Path, tmp_path: Path,

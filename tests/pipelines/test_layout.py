@@ -1,0 +1,68 @@
+"""The layout of convolutions where a network runs: channels of a pixel side by side, in pictures, feature maps and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_adamixer_commands import recipe as adamixer_recipe
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from hdovd.coco import DataPaths
+from hdovd.config import Recipe
+from hdovd.pipelines.detector import Detector
+from hdovd.pipelines.evaluate import EvalJob, evaluate
+from hdovd.pipelines.propose import propose
+from hdovd.pipelines.propose_config import ProposeJob
+from hdovd.pipelines.relations import relations
+from hdovd.pipelines.run_folder import RunFolder
+from hdovd.pipelines.train import TrainJob, train
+
+
+@pytest.fixture
+def laid_out() -> Iterator[list[bool]]:
+    """Of every convolution that ran over a neighbourhood, in order: whether what it read and its weights lie so."""
+    found: list[bool] = []
+
+    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+            found.append(all(t.is_contiguous(memory_format=torch.channels_last) for t in (inputs[0], module.weight)))
+
+    hook = register_module_forward_pre_hook(look)
+    yield found
+    hook.remove()
+
+
+def test_evaluating_detecting_and_relating(distilled: RunFolder, world: Path, training_cache: Path, laid_out: list[bool]) -> None:
+    for stage in (lambda: evaluate(EvalJob(distilled.path, DataPaths(world), device="cpu"), lambda _: None),
+                  lambda: Detector.from_run(distilled.path, device="cpu")(next((world / "val2017").iterdir())),
+                  lambda: relations(distilled, DataPaths(world).load("train2017", distilled.protocol(), base_only=True, log=lambda _: None),
+                                    images=4, device="cpu")):
+        laid_out.clear()
+        stage()
+        assert len(laid_out) > 8
+        assert all(laid_out)
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "adamixer"])
+def test_training_and_validating(world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path,
+                                 laid_out: list[bool], detector: str) -> None:
+    """The averaged weights too."""
+    recipe = micro_recipe("train.ema=0.9") if detector == "faster_rcnn" else adamixer_recipe("train.ema=0.9", "train.epochs=1")
+    train(TrainJob(DataPaths(world), training_cache, tmp_path / "run", recipe, str(world / "protocol.toml"), "cpu",
+                   validation=DataPaths(world)), lambda _: None)
+    assert len(laid_out) > 30
+    assert all(laid_out)
+
+
+def test_proposing(world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path, laid_out: list[bool]) -> None:
+    job = ProposeJob(DataPaths(world), tmp_path / "p.json", micro_recipe(), str(world / "protocol.toml"), device="cpu")
+    propose(job, lambda _: None)
+    propose(replace(job, out=tmp_path / "q.json", checkpoint=tmp_path / "p.oln.safetensors"), lambda _: None)
+    assert len(laid_out) > 30
+    assert all(laid_out)
