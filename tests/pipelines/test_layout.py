@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,8 +39,10 @@ def laid_out() -> Iterator[list[bool]]:
     hook.remove()
 
 
-def test_evaluating_detecting_and_relating(distilled: RunFolder, world: Path, training_cache: Path, laid_out: list[bool]) -> None:
-    for stage in (lambda: evaluate(EvalJob(distilled.path, DataPaths(world), device="cpu"), lambda _: None),
+def test_evaluating_detecting_and_relating(distilled: RunFolder, world: Path, training_cache: Path, laid_out: list[bool],
+                                           tmp_path: Path) -> None:
+    run = Path(shutil.copytree(distilled.path, tmp_path / "run"))  # evaluation writes into it
+    for stage in (lambda: evaluate(EvalJob(run, DataPaths(world), device="cpu"), lambda _: None),
                   lambda: Detector.from_run(distilled.path, device="cpu")(next((world / "val2017").iterdir())),
                   lambda: relations(distilled, DataPaths(world).load("train2017", distilled.protocol(), base_only=True, log=lambda _: None),
                                     images=4, device="cpu")):

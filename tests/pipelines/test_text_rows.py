@@ -330,7 +330,7 @@ def test_sets_from_before_these_options_stay_what_they_are(copied_cache: Path, e
     """What they were made from says nothing of the options; they are read, and written no other way."""
     made_from = FeatureCache(copied_cache).set.made_from
     assert not made_from.keys() & {"synonyms", "class_embeddings"}
-    assert ExtractConfig.from_dict(made_from, "c", device="cpu") == replace(extraction(Path("c")), cache="c")
+    assert ExtractConfig.from_dict(made_from, "c", device="cpu") == replace(extraction(Path("c")), cache="c", precision=Precision.FP32)
 
 
 @pytest.mark.parametrize("option", ["synonyms", "class_embeddings"])
