@@ -23,8 +23,10 @@ LAUNCHES = {"hdovd": ["-m", "hdovd"], "torch's own": ["-c", "import runpy, torch
 
 def prepare(folder: Path) -> None:
     """A small drawn world and its cache, by random weights; proposals lie on all objects, so that there is something to distil."""
+    import open_clip
+
     from hdovd.coco import DataPaths
-    from hdovd.pipelines.clip_teacher import load_clip
+    from hdovd.pipelines.demo.teacher import MODEL_CFG, save_clip
     from hdovd.pipelines.demo.world import make_world
     from hdovd.pipelines.extract_clip import extract_clip
     from hdovd.pipelines.extract_config import ExtractConfig
@@ -33,9 +35,11 @@ def prepare(folder: Path) -> None:
     world, proposals = folder / "world", folder / "proposals.json"
     boxes = json.loads((world / "annotations" / "instances_train2017.json").read_text())["annotations"]
     proposals.write_text(json.dumps([{"image_id": one["image_id"], "bbox": one["bbox"], "score": 0.5} for one in boxes]))
-    config = ExtractConfig(DataPaths(world), folder / "cache", "RN50", proposals=proposals, vocabulary=world / "vocabulary.txt",
-                           protocol=str(world / "protocol.toml"))
-    extract_clip(config, lambda _: None, load_clip("RN50", None, random_weights=True))
+    clip = folder / "clip"
+    clip.mkdir()
+    save_clip(open_clip.CLIP(**MODEL_CFG), clip)
+    extract_clip(ExtractConfig(DataPaths(world), folder / "cache", f"local-dir:{clip}", proposals=proposals,
+                               vocabulary=world / "vocabulary.txt", protocol=str(world / "protocol.toml")), lambda _: None)
 
 
 def training(folder: Path, name: str, epochs: int) -> list[str]:

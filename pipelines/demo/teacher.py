@@ -55,15 +55,20 @@ def demo_teacher(folder: Path, seed: int = 0, log: Callable[[str], None] = print
     model = train_teacher(seed, in_bf16=choice.precision is Precision.BF16)
     folder.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder, prefix=".demo-clip-"))
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / "open_clip_model.safetensors")
-    config = {"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG}
-    (partial / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+    save_clip(model, partial)
     try:
         os.rename(partial, home)
     except OSError:  # another demo finished first: its copy is the same
         shutil.rmtree(partial)
     log(f"trained the demo CLIP: {home}")
     return f"local-dir:{home}"
+
+
+def save_clip(model: open_clip.CLIP, folder: Path) -> None:
+    """Write a model of MODEL_CFG in open_clip's `local-dir:` form."""
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    config = {"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
 
 
 def train_teacher(seed: int, *, in_bf16: bool, scene_count: int = _SCENES, steps: int = _STEPS) -> open_clip.CLIP:
