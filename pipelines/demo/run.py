@@ -1,8 +1,8 @@
 """`hdovd demo`: the whole main job on a world of our own, every stage through the command a user would type.
 
 World and teacher are made once; then propose, nouns, extract-clip, calibrate, for every seed train and eval, base-only and
-distilled, the audit, and what there is to look at: detect, cache view, cache map, report. The stages run in this process, from the same
-arguments as the printed commands.
+distilled, the audit, and what there is to look at: detect, cache view, cache map, report. Short stages run in this process, from the
+same arguments as the printed commands; the long ones that need nothing of each other side by side, in processes of their own.
 """
 
 from __future__ import annotations
@@ -11,22 +11,30 @@ import json
 import shlex
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hdovd.coco_ap import GROUPS
+from hdovd.errors import HdovdError, Stopped
+from hdovd.pipelines.common.threads import usable_cores
 from hdovd.pipelines.demo.config import MARKER, DemoConfig
 from hdovd.pipelines.demo.looking import can_map, image_with_most_proposals, small_pictures, telling_pictures
 from hdovd.pipelines.demo.teacher import demo_teacher
 from hdovd.pipelines.demo.world import NOVEL, make_world
+from hdovd.pipelines.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
+from hdovd.pipelines.stop_signal import exit_code
 from hdovd.pipelines.user_cache import user_cache_folder
 
 DISTILLED = "distilled"
+PROPOSER_EPOCHS = 5
+MAP_POINTS = 500
+PROPOSALS, BACKBONE, CALIBRATION = "proposals.json", "backbone.safetensors", "calibration.toml"
 VARIANTS = {"base-only": ["--preset", "base-only"], DISTILLED: []}
+
+
 @dataclass(slots=True)
 class DemoResult:
     """AP50 in percent by variant and group, a value a seed; seconds by stage; pictures; the report's page."""
@@ -36,6 +44,7 @@ class DemoResult:
     seconds: dict[str, float] = field(default_factory=dict)
     pictures: list[Path] = field(default_factory=list)
     report: Path | None = None
+    total_s: float = 0.0
 
 
 def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable[[str], None] = print) -> DemoResult:
@@ -47,64 +56,140 @@ def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable
         shutil.rmtree(root)
     root.mkdir(parents=True, exist_ok=True)
     (root / MARKER).touch()
-    world = root / "world"
+    began = time.monotonic()
     result = DemoResult({v: {g: [] for g in GROUPS} for v in VARIANTS}, {v: {g: [] for g in GROUPS} for v in VARIANTS})
+    stages = _Stages(config, command, log, result.seconds)
+    clip = _world_teacher_and_proposals(stages)
+    _cache(stages, clip)
+    for variant, out in _runs(stages):
+        _collect(result, variant, out)
+    _look(stages, result)
+    result.total_s = time.monotonic() - began
+    return result
 
-    @contextmanager
-    def timed(stage: str) -> Any:
-        since = time.monotonic()
-        yield
-        result.seconds[stage] = result.seconds.get(stage, 0.0) + time.monotonic() - since
 
-    def run(stage: str, *arguments: object) -> None:
+@dataclass(slots=True)
+class _Stages:
+    """Runs command lines and says them. `seconds`: by stage."""
+
+    config: DemoConfig
+    command: Callable[[list[str]], None]
+    log: Callable[[str], None]
+    seconds: dict[str, float]
+
+    @property
+    def root(self) -> Path:
+        return self.config.out
+
+    @property
+    def data(self) -> tuple[object, ...]:
+        return "--data", self.root / "world", "--protocol", self.root / "world" / "protocol.toml"
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def run(self, stage: str, *arguments: object) -> None:
+        """One command line, in this process."""
         words = [str(a) for a in arguments]
-        log(f"\n$ hdovd {shlex.join(words)}")
-        with timed(stage):
-            command(words)
+        self.log(f"\n$ hdovd {shlex.join(words)}")
+        since = time.monotonic()
+        self.command(words)
+        self.add(stage, time.monotonic() - since)
 
-    with timed("world"):
-        make_world(world, train_images=config.train_images, val_images=config.val_images, seed=0)
-    log(f"drew {config.train_images} training and {config.val_images} validation pictures: {world}")
-    with timed("teacher"):
-        clip = demo_teacher(config.teacher_folder or user_cache_folder() / "teachers", log=log)
-    data = ("--data", world, "--protocol", world / "protocol.toml")
-    proposals, cache, backbone = root / "proposals.json", root / "cache", root / "backbone.safetensors"
-    run("propose", "propose", *data, "--recipe", "demo", "--set", "train.epochs=6", "--overlap", 0.15, "--min-score", 0.55,
-        "--out", proposals, "--backbone-out", backbone)
-    nouns = root / "nouns.json"
-    run("nouns", "nouns", "--captions", world / "annotations" / "captions_train2017.json", "--vocabulary", world / "vocabulary.txt",
-        "--parser", "match", "--protocol", world / "protocol.toml", "--out", nouns)
-    run("extract-clip", "extract-clip", *data, "--cache", cache, "--clip", clip, "--proposals", proposals, "--nouns", nouns)
-    calibration = root / "calibration.toml"
-    run("calibrate", "calibrate", "--cache", cache, "--out", calibration)
-    for seed in range(config.seeds):
+    def job(self, stage: str, *command_lines: tuple[object, ...]) -> Job:
+        """Command lines for a process of their own, one after the other."""
+        hdovd = (sys.executable, "-m", "hdovd")
+        return Job(stage, tuple((*hdovd, *map(str, words)) for words in command_lines), self.log_file(stage))
+
+    def log_file(self, stage: str) -> Path:
+        return self.root / "logs" / f"{stage}.log"
+
+    def side_by_side(self, jobs: list[Job]) -> None:
+        """A training on one core does more than half of one on two: two at a time are sooner done than one after the other.
+
+        Raises HdovdError for a job that fails, with the end of its log, and Stopped if a signal came.
+        """
+        for words in (words for job in jobs for words in job.commands):
+            self.log("\n$ " + (f"hdovd {shlex.join(words[3:])}" if words[1] == "-m" else shlex.join(words)))
+        count = min(len(jobs), usable_cores())
+        self.log(f"\n{count} at a time; what they print is in " + " ".join(shlex.quote(str(job.log)) for job in jobs))
+
+        def on_end(end: Ended) -> None:
+            if end.code:
+                raise HdovdError("\n".join([f"{end.job.name} failed with exit code {end.code}; {end.job.log} ends with",
+                                            *(f"    {line}" for line in last_lines(end.job.log))]))
+            self.add(end.job.name, end.seconds)
+            self.log(f"{end.job.name}: {end.seconds:.0f} s")
+
+        with stop_signals() as stop:
+            run_jobs(jobs, [{"OMP_NUM_THREADS": str(usable_cores() // count)}] * count, on_end, stop)
+        if stop.signals:
+            raise Stopped("stopped; the same command starts the demo anew", exit_code(stop.signals[0]))
+
+
+def _world_teacher_and_proposals(stages: _Stages) -> str:
+    """The name of the demo's CLIP."""
+    config, world, since = stages.config, stages.root / "world", time.monotonic()
+    make_world(world, train_images=config.train_images, val_images=config.val_images, seed=0)
+    stages.add("world", time.monotonic() - since)
+    stages.log(f"drew {config.train_images} training and {config.val_images} validation pictures: {world}")
+    teachers = config.teacher_folder or user_cache_folder() / "teachers"
+    make = (sys.executable, "-c", "import sys; from hdovd.pipelines.demo.teacher import main; main(sys.argv[1])", str(teachers))
+    stages.side_by_side([
+        Job("teacher", (make,), stages.log_file("teacher")),
+        stages.job("propose", ("propose", *stages.data, "--recipe", "demo", "--set", f"train.epochs={PROPOSER_EPOCHS}", "--overlap", 0.15,
+                               "--min-score", 0.55, "--out", stages.root / PROPOSALS, "--backbone-out", stages.root / BACKBONE))])
+    return demo_teacher(teachers, log=stages.log)
+
+
+def _cache(stages: _Stages, clip: str) -> None:
+    root, world = stages.root, stages.root / "world"
+    stages.run("nouns", "nouns", "--captions", world / "annotations" / "captions_train2017.json", "--vocabulary",
+               world / "vocabulary.txt", "--parser", "match", "--protocol", world / "protocol.toml", "--out", root / "nouns.json")
+    stages.run("extract-clip", "extract-clip", *stages.data, "--cache", root / "cache", "--clip", clip, "--proposals", root / PROPOSALS,
+               "--nouns", root / "nouns.json")
+    stages.run("calibrate", "calibrate", "--cache", root / "cache", "--out", root / CALIBRATION)
+
+
+def _runs(stages: _Stages) -> list[tuple[str, Path]]:
+    """Train and evaluate all; the variant and the folder of each."""
+    root, outs, jobs = stages.root, list[tuple[str, Path]](), list[Job]()
+    for seed in range(stages.config.seeds):
         for variant, options in VARIANTS.items():
             out = root / "runs" / f"{variant}-seed{seed}"
-            settings = (f"train.seed={seed}", f"detector.backbone.weights={backbone}", *config.settings)
+            settings = (f"train.seed={seed}", f"detector.backbone.weights={root / BACKBONE}", *stages.config.settings)
             sets = [word for setting in settings for word in ("--set", setting)]
-            run(f"train {variant}", "train", *data, "--cache", cache, "--recipe", "demo", *options, *sets,
-                *(["--calibration", calibration] if variant == DISTILLED else []), "--val-every", 0, "--out", out)
-            run("eval", "eval", out, "--data", world)
-            _collect(result, variant, out)
+            calibrated = ("--calibration", root / CALIBRATION) if variant == DISTILLED else ()
+            jobs.append(stages.job(out.name, ("train", *stages.data, "--cache", root / "cache", "--recipe", "demo", *options, *sets,
+                                              *calibrated, "--val-every", 0, "--out", out),
+                                   ("eval", out, "--data", root / "world")))
+            outs.append((variant, out))
+    stages.side_by_side(jobs)
+    return outs
+
+
+def _look(stages: _Stages, result: DemoResult) -> None:
+    """The audit, and what there is to look at."""
+    root, world, cache = stages.root, stages.root / "world", stages.root / "cache"
     distilled = root / "runs" / f"{DISTILLED}-seed0"
-    run("audit", "audit", *data, "--cache", cache, "--run", distilled)
+    stages.run("audit", "audit", *stages.data, "--cache", cache, "--run", distilled)
     shown = telling_pictures(world, NOVEL)
-    run("detect", "detect", distilled, *shown, "--out", root / "detected")
+    stages.run("detect", "detect", distilled, *shown, "--out", root / "detected")
     view, cache_map = root / "cache-view.png", root / "cache-map.html"
-    run("cache view", "cache", "view", cache, "--image", image_with_most_proposals(proposals), "--calibration", calibration, "--out", view)
+    stages.run("cache view", "cache", "view", cache, "--image", image_with_most_proposals(root / PROPOSALS), "--calibration",
+               root / CALIBRATION, "--out", view)
     if can_map():
-        run("cache map", "cache", "map", cache, "--out", cache_map)
+        stages.run("cache map", "cache", "map", cache, "--points", MAP_POINTS, "--out", cache_map)
     else:
-        log("left out: hdovd cache map, which needs pip install 'hdovd[map]'")
-    runs = [root / "runs" / f"{variant}-seed{seed}" for seed in range(config.seeds) for variant in (DISTILLED, "base-only")]
-    run("report", "report", *runs, "--data", world, "--out", root / "report")
+        stages.log("left out: hdovd cache map, which needs pip install 'hdovd[map]'")
+    runs = [root / "runs" / f"{variant}-seed{seed}" for seed in range(stages.config.seeds) for variant in (DISTILLED, "base-only")]
+    stages.run("report", "report", *runs, "--data", world, "--out", root / "report")
     result.report = root / "report" / "index.html"
     detected = [root / "detected" / "pictures" / file.name for file in shown]
     map_picture = cache_map.with_suffix(".png") if can_map() else None
     result.pictures = [*detected, view, *([map_picture] if map_picture else [])]
-    if config.pictures is not None:
-        result.pictures = small_pictures(detected, view, map_picture, config.pictures)
-    return result
+    if stages.config.pictures is not None:
+        result.pictures = small_pictures(detected, view, map_picture, stages.config.pictures)
 
 
 def _collect(result: DemoResult, variant: str, run: Path) -> None:
@@ -124,7 +209,7 @@ def demo_table(result: DemoResult) -> str:
     lines.append(f"{'distilled, split-blind':28s}" + "".join(f"{_spread(result.split_blind['distilled'][g]):>14s}" for g in GROUPS))
     lines.append("These are numbers of a drawn world, not of COCO.")
     lines.append("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items())
-                 + f"; {sum(result.seconds.values()):.0f} in all")
+                 + f"; {result.total_s:.0f} in all, for some ran side by side")
     return "\n".join(lines)
 
 

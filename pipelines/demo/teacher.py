@@ -39,7 +39,7 @@ PREPROCESS_CFG: dict[str, Any] = {
     "resize_mode": "squash",
 }
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a small {}")
-_SCENES, _STEPS, _BATCH, _RATE, _LOGIT_SCALE = 1500, 550, 128, 3e-3, 25.0
+_SCENES, _STEPS, _BATCH, _RATE, _LOGIT_SCALE = 1500, 400, 96, 3e-3, 25.0
 
 
 def demo_teacher(folder: Path, seed: int = 0, log: Callable[[str], None] = print) -> str:
@@ -62,6 +62,11 @@ def demo_teacher(folder: Path, seed: int = 0, log: Callable[[str], None] = print
         shutil.rmtree(partial)
     log(f"trained the demo CLIP: {home}")
     return f"local-dir:{home}"
+
+
+def main(folder: str) -> None:
+    """`demo_teacher` in a process of its own."""
+    demo_teacher(Path(folder))
 
 
 def save_clip(model: open_clip.CLIP, folder: Path) -> None:
