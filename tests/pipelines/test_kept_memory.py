@@ -16,7 +16,7 @@ def pages(write):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 def large():
-    torch.ones(9 * 2**26)  # 2.25 GiB: more than a limit of 31 bits
+    torch.empty(9 * 2**26)[: 2**24].fill_(1)  # 2.25 GiB: more than a limit of 31 bits; a part of it is written
 
 def small():
     [torch.ones(2**18) for _ in range(200)]

@@ -18,11 +18,11 @@ from hdovd.cache.schema import Level
 from hdovd.coco import DataPaths
 from hdovd.config import Recipe
 from hdovd.pipelines.checkpoint import load_checkpoint
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
 from hdovd.pipelines.detect import DetectJob, detect
 from hdovd.pipelines.evaluate import EvalJob, evaluate
 from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import Precision
 from hdovd.pipelines.propose import propose
 from hdovd.pipelines.propose_config import Detector, ProposeJob
 from hdovd.pipelines.run_folder import RunFolder
@@ -38,8 +38,8 @@ OF_NETWORKS = {"convolution", "addmm", "bmm", "baddbmm", "_softmax", "native_lay
                "roi_align", "topk", "_scaled_dot_product_flash_attention_for_cpu"}
 Micro = Callable[..., Recipe]
 RECIPES: dict[str, Callable[[Micro], Recipe]] = {
-    "faster_rcnn": lambda micro: micro("train.epochs=2"),
-    "faster_rcnn in bf16": lambda micro: micro("train.epochs=2", "train.precision=bf16", "train.optimizer=sgd", "train.clip_norm=0.0"),
+    "faster_rcnn": lambda micro: micro(),
+    "faster_rcnn in bf16": lambda micro: micro("train.precision=bf16", "train.optimizer=sgd", "train.clip_norm=0.0"),
     "adamixer": lambda _: test_adamixer_commands.recipe("pseudo_boxes.from_epoch=1"),
 }
 
@@ -119,8 +119,9 @@ def test_propose(detector: Detector, world: Path, micro_recipe: Micro, tmp_path:
     assert found.keys() == on_cpu.keys()
 
 
-@pytest.mark.parametrize("recipe", [PLAIN_BOX, CropRecipe(scales=(1.0, 1.5)), DenseRecipe(64)], ids=["crops", "two crops", "dense"])
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+@pytest.mark.parametrize(("recipe", "precision"), [
+    (PLAIN_BOX, Precision.BF16), (CropRecipe(scales=(1.0, 1.5)), Precision.FP32), (DenseRecipe(64), Precision.FP32),
+    (DenseRecipe(64), Precision.BF16)], ids=["crops in bf16", "two crops", "dense", "dense in bf16"])
 def test_extract(recipe: CropRecipe | DenseRecipe, precision: Precision, extraction: Callable[..., object], kept: list[int], tmp_path: Path,
                  pretended_cuda: PretendedCuda) -> None:
     caches = []
