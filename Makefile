@@ -1,11 +1,15 @@
-# make demo | make pictures | make test | make check: each sets up what it needs. Quotes keep paths with spaces whole.
+# make demo | make pictures | make test | make test-avx2 | make check: each sets up what it needs. Quotes keep paths with spaces whole.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Files of tests side by side, in their order: the quick ones are last. Each process makes anew what files share, and needs some 2 GB.
 PYTEST := "$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo pictures test check setup clean
+# Tests whose numbers depend on a CPU's instructions.
+NUMERICAL := tests/hdovd $(addprefix tests/pipelines/test_,clip_teacher.py crop_embeddings.py dense_clip.py detector.py evaluate_stage.py \
+             export_model.py precision.py pseudo_labels.py train_stage.py)
+
+.PHONY: demo pictures test test-avx2 check setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -17,6 +21,12 @@ pictures: setup
 
 test: setup
 	$(PYTEST)
+
+# Once more as on a CPU without AVX-512, where this one has it.
+test-avx2: setup
+	if "$(BIN)/python" -c 'import sys, torch; sys.exit("AVX512" in torch.backends.cpu.get_cpu_capability())'; \
+	then echo "this CPU has no AVX-512 that torch would use: its tests were those of AVX2"; \
+	else ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(NUMERICAL); fi
 
 check: setup
 	"$(BIN)/python" -m ruff check .
