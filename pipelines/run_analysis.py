@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.coco import DataPaths, Split, read_json
+from hdovd.coco import DataPaths, Split
 from hdovd.coco_ap import GROUPS, GroundTruth, group_slice
 from hdovd.confusion import Confusion, confusion
 from hdovd.curves import Curves, precision_curves
@@ -26,6 +26,7 @@ from hdovd.pipelines.run_jobs import SHOWN_SCORE
 from hdovd.pipelines.weights import Weights, weights_hash
 from hdovd.protocol import Protocol, load_protocol
 from hdovd.score_reliability import Reliability, score_reliability
+from hdovd.text_files import read_json
 
 AP_TOLERANCE = 1e-6  # percent; the same count in another order of sums differs by less
 

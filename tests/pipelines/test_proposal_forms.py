@@ -214,7 +214,13 @@ def test_old_keys_and_xywh(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"bbox_mode": 2}, "bbox_mode 2"), ({"ids": [7, 8]}, "2 ids"), ({"ids": ["a"]}, "whole numbers"),
+    ({"bbox_mode": 2}, "bbox_mode is 2"), ({"bbox_mode": np.zeros(2)}, "bbox_mode is of type ndarray"),
+    ({"ids": [7, 8]}, "2 ids"),
+    ({"ids": ["a"]}, "one of ids is the text 'a', expected a whole number"), ({"ids": [7.5]}, "ids is 7.5"),
+    ({"ids": [True]}, "ids is true"),
+    ({"ids": [np.zeros(2)]}, "ids is of type ndarray"), ({"ids": ["9" * 30]}, "more than 64 bits"), ({"ids": [None]}, "ids is null"),
+    ({"objectness_logits": ["0.5"]}, "image 7: objectness_logits are the text '0.5'"), ({"objectness_logits": [{}]}, "an object"),
+    ({"objectness_logits": [[[1], [1, 2]]]}, "a list of something else than numbers"), ({"objectness_logits": 3}, "one entry an image"),
     ({"boxes": [np.zeros((2, 4))]}, "2 boxes"),
     ({"boxes": [np.zeros((1, 3))]}, r"expected \(n, 4\)"), ({"boxes": [[1, 2, 3, 4]]}, "found a list"), ({"ids": 3}, "one entry an image")])
 def test_a_dict_that_does_not_fit(tmp_path: Path, change: dict[str, Any], message: str) -> None:
