@@ -155,13 +155,29 @@ def test_writing_without_made_by_takes_an_old_sidecar_away(tmp_path: Path) -> No
     assert [file.name for file in tmp_path.iterdir()] == ["p.json"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"identity": "a"}', '{"identity": "a", "made_by": 3}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"identity": "a"}', '{"identity": "a", "made_by": 3}', "[" * 100_000,
+                                     '{"identity": "a", "made_by": {"a": ["\\u001b[31m"]}}',
+                                     '{"identity": "a", "made_by": {"\\u0007": 1}}'],
+                         ids=lambda content: content[:40])
 def test_a_damaged_sidecar_says_nothing(tmp_path: Path, content: str) -> None:
     write_proposals(tmp_path / "p.json", _found(), MADE_BY)
     made_by_file(tmp_path / "p.json").write_text(content)
     table = read_table(tmp_path / "p.json")
     assert table.made_by is None
     assert any("unknown" in note for note in table.notes)
+
+
+@pytest.mark.parametrize("method", [14, 99])  # one whose data are damaged then, one that nobody knows
+def test_npz_of_another_compression_is_damaged(tmp_path: Path, method: int) -> None:
+    write_proposals(tmp_path / "p.npz", _found())
+    data = bytearray((tmp_path / "p.npz").read_bytes())
+    for head, place in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        at = -1
+        while (at := data.find(head, at + 1)) >= 0:
+            data[at + place:at + place + 2] = method.to_bytes(2, "little")
+    (tmp_path / "p.npz").write_bytes(data)
+    with pytest.raises(HdovdError, match=r"p\.npz is damaged .*is the download complete"):
+        read_table(tmp_path / "p.npz")
 
 
 def test_npz_whose_boxes_were_changed_keeps_no_made_by(tmp_path: Path) -> None:
