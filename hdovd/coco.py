@@ -370,9 +370,16 @@ def _inside(name: str, folder: Path | None, where: str) -> str:
     root = os.path.abspath(folder or "/")
     path = os.path.abspath(os.path.join(root, name))
     if folder is not None and os.path.commonpath((root, path)) != root:
-        raise HdovdError(f"{where}: file_name {shown(name)} lies outside of the image folder {folder}: give the folder that holds all "
-                         "pictures with --images")
+        raise HdovdError(f"{where}: file_name is {shown(name)}, which lies outside of the image folder {folder}: give the folder that "
+                         "holds all pictures with --images")
     return os.path.relpath(path, root)
+
+
+def instances_file(root: Path, split: str) -> Path:
+    """Where a COCO folder has the annotations of a split; packed, if they are there so alone."""
+    plain = root / "annotations" / f"instances_{split}.json"
+    packed = plain.with_name(f"{plain.name}.gz")
+    return packed if packed.is_file() and not plain.is_file() else plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,10 +415,7 @@ class DataPaths:
         root = self.root or Path()
         if self.root is not None and not root.is_dir():
             raise HdovdError(f"--data {root}: no such folder; expected a COCO folder with {split}/ and annotations/")
-        annotations = self.annotations or root / "annotations" / f"instances_{split}.json"
-        packed = annotations.with_name(f"{annotations.name}.gz")
-        if not annotations.is_file() and packed.is_file():
-            return packed
+        annotations = self.annotations or instances_file(root, split)
         if not annotations.is_file():
             raise HdovdError(f"annotations: no file {annotations}")
         return annotations

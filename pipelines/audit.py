@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hdovd.cache.reader import FeatureCache
+from hdovd.coco import instances_file
 from hdovd.errors import HdovdError
 from hdovd.pipelines.audit_inputs import Audited, read_boxes, read_truth
 from hdovd.pipelines.audit_names import report_names
@@ -58,7 +59,7 @@ def _read(config: AuditConfig, protocol: Protocol) -> Audited:
     if absent := [name for name in protocol.names if name not in truth.names.values()]:
         raise HdovdError(f"protocol {protocol.name} names classes that {truth.file} does not know: {', '.join(absent[:8])}. Give the split "
                          "that fits this data with --protocol")
-    val_file = root / "annotations" / "instances_val2017.json"
+    val_file = instances_file(root, "val2017")
     if data.root is None or not val_file.is_file():
         missing["val"] = f"no {val_file}: whether training and validation share pictures is not known" if data.root is not None else \
             "no --data was given: where the validation pictures are is not known"

@@ -13,6 +13,7 @@ import pytest
 
 from hdovd.coco import DataPaths, Skips, Split, clip_box, load_split
 from hdovd.errors import HdovdError
+from hdovd.pipelines.train_config import validation_paths
 from hdovd.protocol import Protocol
 
 PROTOCOL = Protocol("mine", ("zebra", "cat"), ("dog",))
@@ -437,6 +438,9 @@ def test_a_packed_file_is_found_and_read(tmp_path: Path) -> None:
     file.write_bytes(gzip.compress(content))
     split = DataPaths(tmp_path).load("train2017", PROTOCOL, base_only=True, log=lambda _: None)
     assert (split.annotations, len(split.images)) == (file, 1)
+    (tmp_path / "val2017").mkdir()
+    file.rename(tmp_path / "annotations" / "instances_val2017.json.gz")
+    assert validation_paths(tmp_path, None, None) is not None
     file.write_bytes(gzip.compress(content)[:-12])
     with pytest.raises(HdovdError, match=r"instances_train2017\.json\.gz is not valid JSON .*is the download complete"):
         DataPaths(tmp_path).load("train2017", PROTOCOL, base_only=True)
@@ -468,7 +472,7 @@ def test_category_names_that_cannot_be_printed(tmp_path: Path, name: Any, shown:
 
 @pytest.mark.parametrize("name", ["../0001.jpg", "a/../../0001.jpg", "/etc/passwd", "a/../..", "..", "/"])
 def test_pictures_outside_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(HdovdError, match=r"instances\.json: image 1: file_name .* lies outside of the image folder .*--images"):
+    with pytest.raises(HdovdError, match=r"instances\.json: image 1: file_name is .* lies outside of the image folder .*--images"):
         load(tmp_path, [image(1) | {"file_name": name}], [annotation(1, 1, CAT)])
 
 

@@ -140,7 +140,7 @@ def _reads_text(node: ast.AST) -> bool:
     if not isinstance(node, ast.Call):
         return False
     words = ast.unparse(node.func).split(".")
-    if words[-1] == "read_text" and len(words) > 1 or words[0] in ("json", "tomllib") and words[-1] in ("load", "loads"):
+    if (words[-1] == "read_text" and len(words) > 1) or (words[0] in ("json", "tomllib") and words[-1] in ("load", "loads")):
         return True
     modes = [a.value for a in (*node.args, *(k.value for k in node.keywords if k.arg == "mode")) if isinstance(a, ast.Constant)]
     return words[-1] == "open" and words != ["os", "open"] and not any(isinstance(m, str) and set(m) & set("bwax") for m in modes) and (
