@@ -203,7 +203,7 @@ class Instances:
         crowd, area = a.get("iscrowd"), a.get("area")
         if crowd not in (None, 0, 1):
             raise HdovdError(f"{self._name(a)}: iscrowd is {shown(crowd)}, expected 0 or 1")
-        if area is not None and not _is_finite(area):
+        if area is not None and not is_finite(area):
             raise HdovdError(f"{self._name(a)}: area is {shown(area)}, expected a number")
         numbers = _four_numbers(box)
         if numbers is None:
@@ -276,7 +276,8 @@ def whole(value: Any, where: str, least: int = -_MOST, most: int = _MOST) -> int
     return value
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Whether a value of a file is a number, and no bool, that a float holds."""
     try:
         return type(value) in (int, float) and math.isfinite(value)
     except OverflowError:
@@ -290,7 +291,7 @@ def outline_box(segmentation: Any) -> Any:
     if not isinstance(segmentation, list) or not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation):
         return None
     xs, ys = ([v for polygon in segmentation for v in polygon[first::2]] for first in (0, 1))
-    if not all(map(_is_finite, xs + ys)):
+    if not all(map(is_finite, xs + ys)):
         return None
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 

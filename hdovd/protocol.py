@@ -62,18 +62,17 @@ def load_protocol(name_or_file: str) -> Protocol:
 
     Raises HdovdError if there is no such protocol, or if the file is not a valid one.
     """
-    where = f"protocol {cut(name_or_file)}"
     if name_or_file in shipped_protocols():
         tree = parse_toml(resources.files("hdovd").joinpath("protocols", f"{name_or_file}.toml").read_text("utf-8"))
     elif Path(name_or_file).is_file():
         tree = read_toml(Path(name_or_file), "protocol")
     else:
-        raise HdovdError(f"no {where}: give one of {', '.join(shipped_protocols())}, or a TOML file "
+        raise HdovdError(f"no protocol {cut(name_or_file)!r}: give one of {', '.join(shipped_protocols())}, or a TOML file "
                          "with name = \"...\", base = [...] and novel = [...]")
     try:
         return parse_protocol(tree)
     except HdovdError as error:
-        raise HdovdError(f"{where}: {error}") from error
+        raise HdovdError(f"protocol {name_or_file}: {error}") from error
 
 
 def parse_protocol(values: dict[str, Any]) -> Protocol:

@@ -56,15 +56,14 @@ def _reference(tree: Any, base_only: bool) -> dict[int, list[tuple[int, int, lis
 
 @pytest.mark.parametrize("base_only", [True, False])
 def test_instances(tmp_path: Path, base_only: bool) -> None:
-    file, read, refused = tmp_path / "i.json", 0, 0
+    file, read, refused = tmp_path / "i.json", 0, list[str]()
     for seed in range(250):
         tree = mutated(INSTANCES, seed, 1 + seed % 2)
         file.write_text(json.dumps(tree))
         try:
             split = load_split(file, tmp_path, PROTOCOL, base_only=base_only)
         except HdovdError as error:
-            assert len(str(error)) < 700, (seed, error)
-            refused += 1
+            refused.append(str(error))
             continue
         read += 1
         found = {i.id: list(zip(i.annotation_ids.tolist(), i.labels.tolist(), i.boxes.tolist(), strict=True)) for i in split.images}
@@ -75,11 +74,12 @@ def test_instances(tmp_path: Path, base_only: bool) -> None:
         GroundTruth(file, split.coco_ids, [i.id for i in split.images], PROTOCOL)
         truth = read_truth(file, tmp_path)
         assert truth.id.tolist() == [int(a["id"]) for a in tree["annotations"]]
-    assert min(read, refused) > 50
+    assert min(read, len(refused)) > 50
+    assert max(map(len, refused)) < 700
 
 
 def test_proposals_captions_nouns_and_protocols(tmp_path: Path) -> None:
-    file, refused = tmp_path / "f.json", 0
+    file, refused = tmp_path / "f.json", list[str]()
     for seed in range(120):
         changes = 1 + seed % 2
         for tree, read in ((PROPOSALS, read_table), (CAPTIONS, lambda file: [*Captions(file)]), (NOUNS, read_noun_file)):
@@ -88,8 +88,7 @@ def test_proposals_captions_nouns_and_protocols(tmp_path: Path) -> None:
             try:
                 found: Any = read(file)
             except HdovdError as error:
-                assert len(str(error)) < 700, (seed, error)
-                refused += 1
+                refused.append(str(error))
                 continue
             if tree is PROPOSALS:
                 assert found.image_id.tolist() == [_strict(entry["image_id"]) for entry in changed], seed
@@ -99,6 +98,6 @@ def test_proposals_captions_nouns_and_protocols(tmp_path: Path) -> None:
         try:
             parse_protocol(mutated(PROTOCOL.to_dict(), seed, changes))
         except HdovdError as error:
-            assert len(str(error)) < 700, (seed, error)
-            refused += 1
-    assert refused > 80
+            refused.append(str(error))
+    assert len(refused) > 80
+    assert max(map(len, refused)) < 700

@@ -91,7 +91,7 @@ def test_values_in_messages(value: object, expected: str) -> None:
 
 
 def test_names_that_people_use_are_names() -> None:
-    for name in ("hot dog", "crêpe", "نان", "می\u200cخواهم", "狗", "👩\u200d🚀", " x"):
+    for name in ("hot dog", "crêpe", "نان", "می\u200cخواهم", "狗", "👩\u200d🚀", " x"):  # noqa: RUF001
         assert checked_name(name, "name") == name
     assert cut("a\x1bb" * 200) == ("a\\x1bb" * 200)[:600] + "..."
 
