@@ -12,8 +12,9 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,13 @@ _IMAGE_KEYS = ("id", "file_name", "coco_url", "width", "height")
 _MOST = (1 << 63) - 1  # of ids: caches hold them in 64 bits
 _LONGEST_SIDE = (1 << 31) - 1
 _LONGEST_PATH = 4096
+
+
+class Exif(StrEnum):
+    """Whether pictures whose annotated size fits both turned as their EXIF orientation says and as stored are turned."""
+
+    APPLY = "apply"
+    IGNORE = "ignore"
 
 
 @dataclass(slots=True)
@@ -70,6 +78,7 @@ class Split:
     annotations: Path
     coco_ids: tuple[int, ...]
     skips: Skips
+    exif: Exif = Exif.APPLY
     empty: list[int] = field(default_factory=list)
 
     def path(self, image: ImageBoxes) -> Path:
@@ -161,7 +170,7 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
         else:
             kept.append(ImageBoxes(i, name, width, height, boxes[own].astype(np.float32), labels[own],
                                    np.array([found.ids[row] for row in own], np.int64)))
-    return Split(kept, folder, annotations, coco_ids, skips, empty)
+    return Split(kept, folder, annotations, coco_ids, skips, empty=empty)
 
 
 @dataclass(slots=True)
@@ -391,9 +400,10 @@ class DataPaths:
     images: Path | None = None
     annotations: Path | None = None
 
-    def load(self, split: str, protocol: Protocol, *, base_only: bool, log: Callable[[str], None] = print) -> Split:
-        """`load_split` of `split` ("train2017", "val2017"); what is skipped goes to `log`."""
-        loaded = load_split(*self.locate(split), protocol, base_only=base_only)
+    def load(self, split: str, protocol: Protocol, *, base_only: bool, log: Callable[[str], None] = print,
+             exif: Exif = Exif.APPLY) -> Split:
+        """`load_split` of `split` ("train2017", "val2017"), its pictures to be read by `exif`; what is skipped goes to `log`."""
+        loaded = replace(load_split(*self.locate(split), protocol, base_only=base_only), exif=exif)
         for line in loaded.skips.lines():
             log(line)
         if loaded.empty:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,10 +69,10 @@ def recall_report(job: RecallJob, log: Callable[[str], None] = print) -> list[Re
         log = log if us.leads else lambda _: None
         assert job.validation is not None  # as checked
         wanted, protocol = job.networks(), load_protocol(job.protocol)
-        validation = without_crowds(job.validation.load("val2017", protocol, base_only=False, log=log))
+        validation = without_crowds(job.validation.load("val2017", protocol, base_only=False, log=log, exif=job.recipe.input.exif))
         found = []
         if wanted:
-            split = job.data.load("train2017", protocol, base_only=True, log=log)
+            split = job.data.load("train2017", protocol, base_only=True, log=log, exif=job.recipe.input.exif)
             for network_job in wanted:
                 network, _ = trained_network(network_job, split, us, stop, log)
                 found.append(_recall(network_job.detector.value, network, validation, protocol, job, us, stop))
@@ -98,7 +98,7 @@ def without_crowds(split: Split) -> Split:
         keep = np.array([number not in crowds for number in image.annotation_ids.tolist()], bool)
         images.append(type(image)(image.id, image.file_name, image.width, image.height, image.boxes[keep], image.labels[keep],
                                   image.annotation_ids[keep]))
-    return Split(images, split.folder, split.annotations, split.coco_ids, split.skips)
+    return replace(split, images=images)
 
 
 def _recall(name: str, network: ProposalNetwork, split: Split, protocol: Protocol, job: RecallJob, us: Team, stop: StopSignal) -> Recall:
