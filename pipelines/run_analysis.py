@@ -67,16 +67,17 @@ class RunAnalysis:
 
 
 def analyse(run: Path, data: DataPaths, *, protocol: str | None = None, confusion_score: float = SHOWN_SCORE, bins: int = 10,
-            log: Callable[[str], None] = print) -> RunAnalysis:
+            trust: bool = False, log: Callable[[str], None] = print) -> RunAnalysis:
     """Read a run's detections and take them apart. What is skipped in the annotations goes to `log`.
 
     Args:
         protocol: that the run was evaluated with, if it is not the run's own. confusion_score: detections below it are in no confusion.
+        trust: as `RunFolder.trusted`.
 
     Raises HdovdError if the run was not evaluated, its detections are of other weights or other images, or they do not give the AP50 that
     metrics.json states.
     """
-    folder = RunFolder.open(run)
+    folder = RunFolder.open(run, trusted=trust)
     counted = folder.protocol() if protocol is None else load_protocol(protocol)
     metrics = _metrics(folder)
     weights = Weights(metrics.get("weights", Weights.LAST))
