@@ -141,7 +141,7 @@ def training_data(job: TrainJob, protocol: Protocol, log: Callable[[str], None])
             log("note: the shards hold pictures and boxes; --data, --images and --annotations are not read for training")
         return TarTrainingSet(str(job.cache), protocol, job.recipe, log, features=job.features)
     split = job.data.load("train2017", protocol, base_only=True, log=log)
-    return TrainingSet(split, FeatureCache(job.cache, job.features), job.recipe, log)
+    return TrainingSet(split, FeatureCache(job.cache, job.features, checked=job.checksums), job.recipe, log)
 
 
 def batches_of(data: TrainingSet | TarTrainingSet, us: Team, layout: dict[str, Any] | None = None
