@@ -116,7 +116,8 @@ def check_records(folder: Folder) -> tuple[dict[str, FeatureSet], list[Finding]]
         if folder.read(f"{NAMED}/{name}") != name.encode():
             findings.append(Finding(f"{NAMED}/{name}", name, "something else: delete it"))
         if f"sets/{name}.json" not in listed:
-            findings.append(Finding(f"sets/{name}.json", "a set of features", "no such object: it was deleted, and not by gc --drop-set"))
+            findings.append(Finding(f"sets/{name}.json", "a set of features", "no such object: it was not dropped by gc --drop-set "
+                                    f"(if it was meant to go, delete {NAMED}/{name})"))
     for name in listed:
         top, _, rest = name.partition("/")
         if not (name in groups or (top in set(Level) and "/" in rest) or re.fullmatch(rf"(sets|runs)/[^/]+\.json|{NAMED}/[^/]+", name)):

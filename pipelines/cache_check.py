@@ -42,6 +42,7 @@ class CheckReport:
 
 def check_cache(config: CheckConfig, log: Log = print, teacher: Teacher | None = None) -> CheckReport:
     """Check, and repair what is wrong if asked to; what is wrong afterwards is in the report. Raises HdovdError for bad input."""
+    config.check()
     clips = Clips(teacher)
     report = _check(config, log, clips)
     before: list[Finding] = []
@@ -91,8 +92,6 @@ def _check(config: CheckConfig, log: Log, clips: Clips) -> CheckReport:
 
 def _check_shards(config: CheckConfig, log: Log) -> CheckReport:
     """A folder of tar shards: what it holds besides them, and each shard whole."""
-    if config.sample or config.repair:
-        raise HdovdError(f"{config.cache} is of tar shards: --sample and --repair need the Zarr cache; export damaged shards again from it")
     shards, report = TarShards(config.cache, whole=False), CheckReport()
     checks = [(TAR_META, partial(shards.meta.check_rows, f"{shards.url}/{TAR_META}"))]
     checks += [(f"{number:06d}.tar", partial(shards.verify, number)) for number in shards.numbers]
