@@ -19,8 +19,8 @@ from hdovd.coco_ap import AveragePrecision
 from hdovd.errors import HdovdError
 from hdovd.faster_rcnn import FasterRCNN
 from hdovd.inference import detect
+from hdovd.pipelines.common.images import read_pixels
 from hdovd.pipelines.evaluate import EvalJob, evaluate
-from hdovd.pipelines.images import read_pixels
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.validation import Validated, Validation, by_shape, results
 from hdovd.targets import Targets
