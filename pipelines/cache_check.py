@@ -110,7 +110,8 @@ def _check_shards(config: CheckConfig, log: Log) -> CheckReport:
             report.findings.append(Finding(place, "what was exported", str(error)))
             log(str(report.findings[-1]))
     log(f"checked {len(shards.numbers)} tar shards of {shards.images:,d} images: every file, by checksum and by value")
-    log("nothing is wrong" if not report.findings else f"{len(report.findings)} findings; export or copy these shards again")
+    count = len(report.findings)
+    log("nothing is wrong" if not count else f"{count} finding{'s' if count > 1 else ''}; export or copy these shards again")
     return report
 
 

@@ -28,7 +28,7 @@ def tensors_hash(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None 
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\0".encode())
-        digest.update(memoryview(value.flatten().view(torch.uint8).numpy()))
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
     for name, text in sorted((texts or {}).items()):
         digest.update(f"{name}\0{text}\0".encode())
     return digest.hexdigest()

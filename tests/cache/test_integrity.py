@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hdovd.cache.catalog import Catalog, FeatureSet, RunRecord
 from hdovd.cache.identity import key_of
 from hdovd.cache.inventory import delete_garbage, find_garbage, inventory
+from hdovd.cache.picture_files import FILE, known_files, write_files
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
@@ -186,3 +188,20 @@ def test_a_product_of_very_many_missing_parts_is_told_shortly(root: Path) -> Non
     (old.with_name(key) / "zarr.json").write_text(json.dumps(tree))
     found = ProductCheck(LocalFolder(root), (Level.PSEUDO_LABEL, key), "set default", Checked(), lambda _: None).run()
     assert 100 <= len(found) < 200
+
+
+def test_a_flipped_bit_of_what_is_known_of_pictures_is_a_line(root: Path) -> None:
+    """A zip file that is damaged fails in many ways, each with an exception of its own."""
+    image = Catalog(root).products(Level.IMAGE)[0]
+    files = np.zeros(40, FILE)
+    files["image_id"], files["size"] = np.arange(40), np.arange(40) ** 3
+    write_files(image, 0, files)
+    file = root / image.prefix / "pictures" / "000000.npz"
+    before, refused = file.read_bytes(), 0
+    for at in range(0, len(before), 3):
+        file.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
+        try:
+            assert known_files(image).tobytes() == files.tobytes()
+        except HdovdError:
+            refused += 1
+    assert refused > len(before) / 6
