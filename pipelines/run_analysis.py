@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.coco import DataPaths, Split, read_json
+from hdovd.coco import DataPaths, Split
 from hdovd.coco_ap import GROUPS, GroundTruth, group_slice
 from hdovd.confusion import Confusion, confusion
 from hdovd.curves import Curves, precision_curves
@@ -23,9 +23,11 @@ from hdovd.pipelines.found_rows import read_found
 from hdovd.pipelines.image_verdicts import ImageVerdicts, verdicts_on
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.run_jobs import SHOWN_SCORE
+from hdovd.pipelines.runs import read_run
 from hdovd.pipelines.weights import Weights, weights_hash
 from hdovd.protocol import Protocol, load_protocol
 from hdovd.score_reliability import Reliability, score_reliability
+from hdovd.text_files import read_json
 
 AP_TOLERANCE = 1e-6  # percent; the same count in another order of sums differs by less
 
@@ -82,7 +84,8 @@ def analyse(run: Path, data: DataPaths, *, protocol: str | None = None, confusio
     metrics = _metrics(folder)
     weights = Weights(metrics.get("weights", Weights.LAST))
     _check_weights(folder, weights, metrics)
-    split = data.load("val2017", counted, base_only=False, log=log, exif=folder.recipe().input.exif)
+    exif = Exif(str(read_run(run).settings.get("input.exif", Exif.APPLY)))  # whatever else its recipe says: of another version perhaps
+    split = data.load("val2017", counted, base_only=False, log=log, exif=exif)
     if metrics.get("images") != len(split.images):
         raise HdovdError(f"{run} was evaluated on {metrics.get('images')} images, but {split.annotations} has {len(split.images)} of "
                          f"protocol {counted.name}: give the data that it was evaluated on, or run hdovd eval again")

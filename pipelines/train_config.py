@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hdovd.cache.catalog import Catalog, is_tar_form
 from hdovd.cache.schema import DEFAULT_SET
-from hdovd.coco import DataPaths
+from hdovd.coco import DataPaths, instances_file
 from hdovd.errors import HdovdError
 from hdovd.pipelines.calibration import read_calibration
 from hdovd.pipelines.run_folder import RunFolder
@@ -68,6 +68,6 @@ def validation_paths(data: Path | None, images: Path | None, annotations: Path |
     """The validation images: those named, or val2017 of a COCO folder that has one; else None."""
     if images or annotations:
         return DataPaths(data, images, annotations)
-    if data is not None and (data / "annotations" / "instances_val2017.json").is_file() and (data / "val2017").is_dir():
+    if data is not None and instances_file(data, "val2017").is_file() and (data / "val2017").is_dir():
         return DataPaths(data)
     return None

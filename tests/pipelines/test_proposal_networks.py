@@ -224,7 +224,9 @@ def test_crowds_are_no_objects(tmp_path: Path) -> None:
     import numpy as np
 
     file = tmp_path / "a.json"
-    file.write_text(json.dumps({"annotations": [{"id": 7, "iscrowd": 1}, {"id": 8, "iscrowd": 0}, {"id": 9}]}))
+    rows = [{"id": 7, "iscrowd": 1}, {"id": 8, "iscrowd": 0}, {"id": 9, "iscrowd": None}, {"id": 10}]
+    file.write_text(json.dumps({"images": [{"id": 1, "file_name": "1.jpg", "width": 50, "height": 50}], "categories": [],
+                                "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]} | row for row in rows]}))
     image = ImageBoxes(1, "1.jpg", 50, 50, np.arange(12, dtype=np.float32).reshape(3, 4), np.array([0, 1, 2]), np.array([7, 8, 9]))
     (left,) = without_crowds(Split([image], tmp_path, file, (1, 2, 3), Skips())).images
     assert left.annotation_ids.tolist() == [8, 9]
