@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hdovd.cache.identity import require_seal
 from hdovd.cache.reader import FeatureCache
 from hdovd.coco import instances_file
 from hdovd.errors import HdovdError
@@ -74,6 +75,10 @@ def _read_run(run: Path | None) -> dict[str, Any] | None:
     tree = read_json(run / "run.json", "--run")
     if not isinstance(tree, dict):
         raise HdovdError(f"{run / 'run.json'} is damaged: expected the record that hdovd train writes")
+    try:
+        require_seal(tree)
+    except ValueError as error:
+        raise HdovdError(f"{run / 'run.json'}: {error}; what it says cannot be audited") from error
     return tree
 
 

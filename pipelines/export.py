@@ -150,6 +150,9 @@ def import_tars(url: Path | str, cache: Path | str, log: Log = print) -> Feature
             arrays = {array: sample.arrays[name] for name, (of, array) in MEMBERS.items()
                       if of is level and array in row_arrays(level, meta.attributes(level)["dim"])}
             parts[level].add({"embedding": arrays["embedding"][None]} if level is Level.IMAGE else arrays)
+    for part in parts.values():
+        if not part.product.whole:
+            raise HdovdError(f"{url} holds too few rows of {part.product}: {len(part.product.missing())} parts are not full; export again")
     catalog.write_set(meta.name, meta.features)
     log(f"{cache}: set {meta.name} of {meta.images:,d} images, {size(sum(part.product.bytes() for part in parts.values()))}")
     return meta.features

@@ -25,7 +25,7 @@ class TrainJob:
     `resume`: go on from the checkpoint in `out`, or begin if there is none. `save_minutes`: between two checkpoints within an
     epoch. `validation`: validation images, on which AP is computed after every `val_every` epochs; None: never. `calibration`: a
     file of `calibrate`, whose values the weights of pseudo labels take instead of the recipe's. `init`: a run whose model's weights the
-    new one begins with.
+    new one begins with. `checksums`: compare those of a Zarr cache's instance rows, each part once, when it is first read.
     """
 
     data: DataPaths
@@ -43,6 +43,7 @@ class TrainJob:
     tensorboard: bool = False
     calibration: Path | None = None
     init: Path | None = None
+    checksums: bool = True
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
