@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.coco import DataPaths, Split
+from hdovd.coco import DataPaths, Exif, Split
 from hdovd.coco_ap import GROUPS, GroundTruth, group_slice
 from hdovd.confusion import Confusion, confusion
 from hdovd.curves import Curves, precision_curves
@@ -84,7 +84,7 @@ def analyse(run: Path, data: DataPaths, *, protocol: str | None = None, confusio
     metrics = _metrics(folder)
     weights = Weights(metrics.get("weights", Weights.LAST))
     _check_weights(folder, weights, metrics)
-    exif = Exif(str(read_run(run).settings.get("input.exif", Exif.APPLY)))  # whatever else its recipe says: of another version perhaps
+    exif = Exif.IGNORE if read_run(run).settings.get("input.exif") == Exif.IGNORE else Exif.APPLY  # whatever else its recipe says: of another version perhaps
     split = data.load("val2017", counted, base_only=False, log=log, exif=exif)
     if metrics.get("images") != len(split.images):
         raise HdovdError(f"{run} was evaluated on {metrics.get('images')} images, but {split.annotations} has {len(split.images)} of "
