@@ -84,7 +84,8 @@ def analyse(run: Path, data: DataPaths, *, protocol: str | None = None, confusio
     metrics = _metrics(folder)
     weights = Weights(metrics.get("weights", Weights.LAST))
     _check_weights(folder, weights, metrics)
-    exif = Exif.IGNORE if read_run(run).settings.get("input.exif") == Exif.IGNORE else Exif.APPLY  # whatever else its recipe says: of another version perhaps
+    ignored = read_run(run).settings.get("input.exif") == Exif.IGNORE  # whatever else its recipe says: of another version perhaps
+    exif = Exif.IGNORE if ignored else Exif.APPLY
     split = data.load("val2017", counted, base_only=False, log=log, exif=exif)
     if metrics.get("images") != len(split.images):
         raise HdovdError(f"{run} was evaluated on {metrics.get('images')} images, but {split.annotations} has {len(split.images)} of "
