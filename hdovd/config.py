@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hdovd.config_parts import AUTO, Auto, Count, Finite, NonNegative, Positive, Section, Share
 from hdovd.config_parts import PRESETS as PRESETS
 from hdovd.detector_config import FORMS, DetectorConfig, FasterRCNNConfig
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, is_file
 
 
 class InputConfig(Section):
@@ -187,7 +187,7 @@ def load_recipe(name_or_file: str, sets: list[str] | tuple[str, ...] = ()) -> Re
     """
     if name_or_file in shipped_recipes():
         content = resources.files("hdovd").joinpath("recipes", f"{name_or_file}.toml").read_bytes()
-    elif Path(name_or_file).is_file():
+    elif is_file(name_or_file):
         content = Path(name_or_file).read_bytes()
     else:
         near = difflib.get_close_matches(name_or_file, shipped_recipes(), 1)

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, is_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def load_protocol(name_or_file: str) -> Protocol:
     """
     if name_or_file in shipped_protocols():
         content = resources.files("hdovd").joinpath("protocols", f"{name_or_file}.toml").read_bytes()
-    elif Path(name_or_file).is_file():
+    elif is_file(name_or_file):
         content = Path(name_or_file).read_bytes()
     else:
         raise HdovdError(f"no protocol {name_or_file!r}: give one of {', '.join(shipped_protocols())}, or a TOML file "

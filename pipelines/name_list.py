@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from hdovd.errors import HdovdError, shorten
+from hdovd.errors import HdovdError, is_file, shorten
 
 GENERAL = "general"  # the vocabulary that ships; it stands beside file paths
 _SHIPPED = Path(__file__).parent / "names"
@@ -49,7 +49,7 @@ def names_asked(text: str, log: Callable[[str], None]) -> tuple[str, ...]:
     """
     if text.startswith("@"):
         names = list(read_vocabulary(Path(text[1:]), "--classes"))
-    elif Path(text).is_file():
+    elif is_file(text):
         raise HdovdError(f"--classes {text} is a file: give @{text} for the names in it, one a line")
     else:
         names = [" ".join(name.split()) for name in text.split(",")]

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -24,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.identity import differences
 from hdovd.config import Recipe, load_recipe
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, require_readable
 from hdovd.pipelines.settings import lasting_values
-from hdovd.pipelines.whole_file import replace_file
+from hdovd.pipelines.whole_file import replace_file, write_text, writing
 from hdovd.protocol import Protocol, parse_protocol
 
 if TYPE_CHECKING:
@@ -56,9 +57,8 @@ class RunFolder:
                 file.unlink()
             for name in FOLDERS:
                 shutil.rmtree(path / name, ignore_errors=True)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.toml").write_text(recipe.to_toml())
-        save_file({"embeddings": class_embeddings.contiguous()}, path / "class_embeddings.safetensors")
+        write_text(path / "config.toml", recipe.to_toml())
+        replace_file(path / "class_embeddings.safetensors", lambda file: save_file({"embeddings": class_embeddings.contiguous()}, file))
         run = cls(path)
         run._write_record({"protocol": protocol.to_dict(), **record, "resumed": []})  # the last: what has one is begun
         return run
@@ -84,9 +84,7 @@ class RunFolder:
         self._write_record(before | {"resumed": [*before.get("resumed", []), now]})
 
     def _write_record(self, record: dict[str, Any]) -> None:
-        partial = self.path / ".run.json.partial"
-        partial.write_text(json.dumps(record, indent=1))
-        os.replace(partial, self.path / "run.json")
+        write_text(self.path / "run.json", json.dumps(record, indent=1))
 
     @staticmethod
     def require_none(path: Path) -> None:
@@ -119,10 +117,11 @@ class RunFolder:
         from safetensors.torch import load_file
 
         file = self.path / "class_embeddings.safetensors"
+        if not file.is_file():
+            raise HdovdError(f"{self.path} has no {file.name}, which hdovd train writes: was the run copied whole?")
+        require_readable(file)
         try:
             return load_file(file)["embeddings"]
-        except FileNotFoundError:
-            raise HdovdError(f"{self.path} has no {file.name}, which hdovd train writes: was the run copied whole?") from None
         except (SafetensorError, KeyError) as error:
             raise HdovdError(f"{file} is damaged ({error}): was it copied whole?") from error
 
@@ -139,6 +138,7 @@ class RunFolder:
 
         if not (self.path / name).is_file():
             raise HdovdError(f"{self.path} has no {name}: was the run validated while it trained?")
+        require_readable(self.path / name)
         try:
             model.load_state_dict(load_file(self.path / name))
         except SafetensorError as error:
@@ -147,7 +147,7 @@ class RunFolder:
             raise HdovdError(f"{self.path}: {name} does not fit config.toml: {error}") from error
 
     def log(self, entry: dict[str, Any]) -> None:
-        with (self.path / "log.jsonl").open("a") as file:
+        with writing(self.path / "log.jsonl"), (self.path / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def mark_stopped(self) -> None:
@@ -176,12 +176,11 @@ class RunFolder:
     def write_csv(self) -> None:
         """The log as a table, a line an entry."""
         entries = self.entries()
-        partial = self.path / ".log.csv.partial"
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for entry in entries for name in entry)))
-            writer.writeheader()
-            writer.writerows(entries)
-        os.replace(partial, self.path / "log.csv")
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(dict.fromkeys(name for entry in entries for name in entry)))
+        writer.writeheader()
+        writer.writerows(entries)
+        write_text(self.path / "log.csv", table.getvalue())
 
 
 def _levels(record: dict[str, Any]) -> dict[str, str]:

@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hdovd.errors import require_readable
+
 
 class Unfit(Exception):
     """Why a file, or a value in it, cannot be taken."""
 
 
 def load_pth(file: Path) -> Any:
-    """The content of a .pth or .pt file of tensors and plain containers. Raises Unfit."""
+    """The content of a .pth or .pt file of tensors and plain containers. Raises Unfit, and HdovdError without the right to read it."""
+    require_readable(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways; torch's own text advises to switch the protection off
