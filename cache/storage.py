@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from hdovd.cache.locks import PARTIAL, is_stale, lock, partial_name, unlock
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, system_reason
 
 CLAIMS = ".claims"
 CLAIM_WAIT_S = 3600.0  # no longer a wait for another process: it may hang, or be on a machine that is gone
@@ -97,7 +97,7 @@ class LocalFolder(Folder):
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise HdovdError(f"{self.path(name)} cannot be read: {error.strerror}") from error
+            raise HdovdError(f"{self.path(name)} cannot be read: {system_reason(error)}") from error
 
     def write(self, name: str, data: bytes, *, exclusive: bool = False) -> bool:
         target = self.path(name)
@@ -120,8 +120,8 @@ class LocalFolder(Folder):
         except FileExistsError:
             return False
         except OSError as error:
-            raise HdovdError(f"{target} cannot be written: {error.strerror}. What was finished before is kept: make room (or fix "
-                             "the folder) and run the same command again") from error
+            raise HdovdError(f"{target} cannot be written: {system_reason(error)}. What was finished before is kept: then run the same "
+                             "command again") from error
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)

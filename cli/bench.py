@@ -17,6 +17,7 @@ from hdovd.cli.lazy import new_app
 from hdovd.errors import HdovdError
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import CropRecipe, Shape
+from hdovd.pipelines.whole_file import write_text
 
 app = new_app(no_args_is_help=True)
 
@@ -80,7 +81,7 @@ def extract(
         for line in speed.lines():
             typer.echo(line)
         if json_file is not None:
-            json_file.write_text(json.dumps(speed.tree(), indent=1))
+            write_text(json_file, json.dumps(speed.tree(), indent=1))
 
 
 @app.command()
@@ -156,7 +157,7 @@ def ap_engines(
         for line in times.lines():
             typer.echo(line)
         if json_file is not None:
-            json_file.write_text(json.dumps(times.tree(), indent=1))
+            write_text(json_file, json.dumps(times.tree(), indent=1))
 
 
 def _two(text: str, mark: str, option: str) -> tuple[int, int]:
@@ -211,4 +212,4 @@ def training(
         for line in times.lines():
             typer.echo(line)
         if json_file is not None:
-            json_file.write_text(json.dumps(times.tree(), indent=1))
+            write_text(json_file, json.dumps(times.tree(), indent=1))

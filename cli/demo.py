@@ -1,5 +1,6 @@
 """`hdovd demo`."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,9 @@ def demo(
     from hdovd.pipelines.demo.run import demo_table
 
     def command(words: list[str]) -> None:
-        context.find_root().command.main(args=words, prog_name="hdovd", standalone_mode=False)
+        root = context.find_root().command
+        with suppress(typer.Exit), root.make_context("hdovd", words) as inner:
+            root.invoke(inner)
 
     result = run(config, command, typer.echo)
     typer.echo("\n" + demo_table(result))

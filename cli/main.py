@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
-from typing import Annotated, ClassVar
+from types import FrameType
+from typing import Annotated, Any, ClassVar
 
 import typer
+from typer.main import get_command
 
 import hdovd
 from hdovd.cli.lazy import LazyGroup, new_app
-from hdovd.errors import HdovdError, Stopped
+from hdovd.errors import HdovdError, Stopped, system_line
 from hdovd.pipelines.common.threads import limit_threads
+from hdovd.pipelines.stop_signal import INTERRUPTED
 
+PIPE_BROKE = 141  # as a shell says of SIGPIPE
+_interrupts: list[int] = []
 
 class _Commands(LazyGroup):
     table: ClassVar[dict[str, str]] = {  # the first paragraph of each command's help; the rest stands in its file
@@ -71,25 +78,75 @@ def _root(
 
 
 def main() -> None:
-    """Run a command; an error of the user's input is one message and exit code 1."""
-    if warning := limit_threads():
-        typer.echo(warning, err=True)
+    """Run a command and end with its exit code.
+
+    1: an error of the user's input or of the system. 2: wrong words, and errors that are ours. 75, 130: a signal, or Ctrl-C, stopped it.
+    141: nobody reads what it prints. The last two are what a shell says of these signals.
+    """
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
     try:
-        app(args=arguments, prog_name="hdovd")
+        code = _run(arguments, debug=len(arguments) < len(sys.argv) - 1)
+    except BrokenPipeError:  # of the error that was to be told
+        code = PIPE_BROKE
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            error.filename = stream.name
+            code = code or _tell(error)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # the interpreter flushes once more
+    if code:
+        sys.exit(code)
+
+
+def _run(arguments: list[str], *, debug: bool) -> int:
+    """Returns the exit code; an error is told, or raised if `debug`."""
+    try:
+        if warning := limit_threads():
+            typer.echo(warning, err=True)
+        command = get_command(app)
+        with command.make_context("hdovd", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
     except Stopped as stopped:
         typer.echo(str(stopped), err=True)
-        sys.exit(stopped.code)
-    except HdovdError as error:
-        if debug:
+        return stopped.code
+    except (Exception, KeyboardInterrupt) as error:
+        if _interrupts or isinstance(error, KeyboardInterrupt):
+            typer.echo("stopped", err=True)
+            return INTERRUPTED
+        if debug and not hasattr(error, "show"):
             raise
-        typer.secho("error: ", fg="red", err=True, nl=False)
-        typer.echo(str(error), err=True)
-        sys.exit(1)
-    except Exception as error:
-        if debug:
-            raise
-        typer.secho("unexpected error: ", fg="red", err=True, nl=False)
-        typer.echo(f"{type(error).__name__}: {error}\nRun it again with --debug to see where; please report it.", err=True)
-        sys.exit(2)
+        return _tell(error)
+    return 0
+
+
+def interrupt(number: int, _: FrameType | None) -> None:
+    """Ctrl-C: KeyboardInterrupt, as Python has it. Noted, since modules that are being imported may make another error of it."""
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
+def _tell(error: Any) -> int:
+    """Say what went wrong on standard error; returns the exit code."""
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+        return PIPE_BROKE
+    if hasattr(error, "show"):  # wrong words on the command line
+        error.show()
+        return int(error.exit_code)
+    expected = isinstance(error, HdovdError | OSError)
+    typer.secho("error: " if expected else "unexpected error: ", fg="red", err=True, nl=False)
+    if expected:
+        typer.echo(system_line(error) if isinstance(error, OSError) else str(error), err=True)
+        return 1
+    typer.echo(f"{type(error).__name__}: {error}\nRun it again with --debug to see where; please report it.", err=True)
+    return 2
+
+
+def _nobody_reads() -> bool:
+    """Whether it is standard output or standard error whose reader is gone, and no other pipe."""
+    streams = select.poll()
+    for number in (1, 2):
+        streams.register(number, 0)  # for errors alone
+    return any(event & select.POLLERR for _, event in streams.poll(0))

@@ -21,7 +21,7 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from hdovd.config_parts import BackboneConfig
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, require_readable
 
 RANDOM_AND_FROZEN = ("backbone.weights is none and backbone.norm is frozen: a random frozen backbone cannot learn; set "
                      "detector.backbone.norm=batch and detector.backbone.frozen_stages=0")
@@ -168,6 +168,7 @@ def _imagenet(config: BackboneConfig, log: Callable[[str], None]) -> dict[str, T
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise HdovdError(f"backbone weights {path}: no such file")
+    require_readable(path)
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

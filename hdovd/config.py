@@ -18,7 +18,7 @@ from hdovd.coco import Exif
 from hdovd.config_parts import AUTO, Auto, Count, Finite, NonNegative, Positive, Section, Share
 from hdovd.config_parts import PRESETS as PRESETS
 from hdovd.detector_config import FORMS, DetectorConfig, FasterRCNNConfig
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, is_file
 from hdovd.text_files import cut, parse_toml, read_toml
 
 _MOST_ERRORS = 20  # said of one recipe
@@ -191,7 +191,7 @@ def load_recipe(name_or_file: str, sets: list[str] | tuple[str, ...] = ()) -> Re
     """
     if name_or_file in shipped_recipes():
         tree = parse_toml(resources.files("hdovd").joinpath("recipes", f"{name_or_file}.toml").read_text("utf-8"))
-    elif Path(name_or_file).is_file():
+    elif is_file(name_or_file):
         tree = read_toml(Path(name_or_file), "recipe")
     else:
         near = difflib.get_close_matches(name_or_file, shipped_recipes(), 1)

@@ -1,8 +1,16 @@
-"""The one exception that users see: `cli` prints its text without a traceback."""
+"""The one exception that users see, whose text `cli` prints without a traceback; and what the system says of files, in words."""
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ADVICE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "raise the limit (ulimit -f)",
+           errno.EROFS: "give a place that can be written to", errno.ENAMETOOLONG: "a name has at most 255 bytes, a path 4,095",
+           errno.ENOENT: "was it moved, or mistyped?", errno.EMFILE: "raise the limit (ulimit -n)"}
+_SHOWN = 160  # letters of a path
 
 
 class HdovdError(Exception):
@@ -21,6 +29,50 @@ def shorten(items: list[object], most: int = 8) -> str:
     """`items` in one line, cut after `most` with a count of the rest."""
     shown = ", ".join(map(str, items[:most]))
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
+
+
+def system_reason(error: OSError, file: Path | None = None) -> str:
+    """Why the system refused a file (`error`'s own if None): with mode and owner where a right is missing, and with what to do."""
+    name = file if file is not None else error.filename
+    if name is not None and error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        path = Path(os.fsdecode(name)).absolute()
+        place = next((one for one in (path, *path.parents) if os.path.lexists(one)), path)
+        return _missing_right(place) if error.errno in (errno.EACCES, errno.EPERM) else f"{place} is a file, expected a folder"
+    advice = _ADVICE.get(error.errno or 0)
+    return (error.strerror or str(error)) + (f" ({advice})" if advice else "")
+
+
+def system_line(error: OSError) -> str:
+    """The file that an error names, cut if it is long, and the reason."""
+    name = "" if error.filename is None else os.fsencode(error.filename).decode(errors="replace")
+    return f"{name[:_SHOWN]}{'...' * (len(name) > _SHOWN)}{': ' * bool(name)}{system_reason(error)}"
+
+
+def _missing_right(place: Path) -> str:
+    try:
+        about = f"mode {place.stat().st_mode & 0o7777:04o}, owner {place.owner()}"
+    except (OSError, KeyError) as error:  # KeyError: the owner has a number and no name
+        about = str(error)
+    right = "read" if not os.access(place, os.R_OK, effective_ids=True) else "write in" if place.is_dir() else "write"
+    return f"no permission to {right} {place} ({about})"
+
+
+def is_file(text: str) -> bool:
+    """Whether words are the name of a file; they may be longer than names can be. Raises OSError if a folder may not be looked into."""
+    try:
+        return Path(text).is_file()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
+
+
+def require_readable(file: Path) -> None:
+    """Raises HdovdError for a file that cannot be opened; safetensors calls all such files missing."""
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise HdovdError(system_line(error)) from error
 
 
 def require_files(**options: Path | None) -> None:

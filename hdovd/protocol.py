@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from hdovd.errors import HdovdError, shorten
+from hdovd.errors import HdovdError, is_file, shorten
 from hdovd.text_files import checked_name, cut, parse_toml, read_toml, shown
 
 
@@ -64,7 +64,7 @@ def load_protocol(name_or_file: str) -> Protocol:
     """
     if name_or_file in shipped_protocols():
         tree = parse_toml(resources.files("hdovd").joinpath("protocols", f"{name_or_file}.toml").read_text("utf-8"))
-    elif Path(name_or_file).is_file():
+    elif is_file(name_or_file):
         tree = read_toml(Path(name_or_file), "protocol")
     else:
         raise HdovdError(f"no protocol {cut(name_or_file)!r}: give one of {', '.join(shipped_protocols())}, or a TOML file "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence, Set
@@ -15,6 +14,7 @@ from typing import Any
 from hdovd.pipelines.ablate_cells import Cell
 from hdovd.pipelines.runs import Run
 from hdovd.pipelines.settings import SWITCH, short_names, shown_apart
+from hdovd.pipelines.whole_file import write_text
 
 METRICS = ("novel", "base", "all", "novel, split-blind")
 YES, NO, NONE = "\N{CHECK MARK}", "\N{EN DASH}", "..."
@@ -149,9 +149,7 @@ def write_tables(table: AblationTable, out: Path) -> list[Path]:
     """table.md, table.csv and table.tex in `out`, each whole or as it was."""
     files = []
     for name, text in (("table.md", markdown(table)), ("table.csv", comma_separated(table)), ("table.tex", latex(table))):
-        partial = out / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, out / name)
+        write_text(out / name, text)
         files.append(out / name)
     return files
 

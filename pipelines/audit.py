@@ -23,7 +23,7 @@ from hdovd.pipelines.audit_run import check_backbone, check_calibration, check_r
 from hdovd.pipelines.audit_split import check_base_rows, check_pictures, check_split_lists
 from hdovd.pipelines.cache_jobs import AuditConfig
 from hdovd.pipelines.proposal_file import read_table
-from hdovd.pipelines.whole_file import replace_file
+from hdovd.pipelines.whole_file import write_text
 from hdovd.protocol import Protocol, load_protocol
 from hdovd.text_files import read_json
 
@@ -46,9 +46,7 @@ def audit(config: AuditConfig, log: Callable[[str], None] = print) -> AuditRepor
     if config.json_out is not None:
         keys = {str(level): audited.cache.key(level) for level in audited.cache.levels()}
         tree = report.to_dict() | {"levels": keys, "annotations_sha256": audited.truth.sha256()}
-        text = json.dumps(tree, indent=1)
-        config.json_out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(config.json_out, lambda partial: partial.write_text(text))
+        write_text(config.json_out, json.dumps(tree, indent=1))
     return report
 
 

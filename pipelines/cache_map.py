@@ -17,7 +17,7 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.cache_data import CacheWithData, with_data
 from hdovd.pipelines.cache_jobs import CacheSource, Colour, MapConfig
 from hdovd.pipelines.map_points import MapNumbers, MapPoints, measure, take_points
-from hdovd.pipelines.whole_file import replace_file
+from hdovd.pipelines.whole_file import write_picture, write_text
 
 PCA_VALUES = 50
 PERPLEXITY = 30
@@ -113,8 +113,6 @@ def _write(result: CacheMap, log: Callable[[str], None]) -> None:
 
     out = result.config.out
     page, picture = page_of(result, log), out.with_suffix(".png")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    drawn = draw_map(result)
-    replace_file(picture, lambda partial: drawn.save(partial, "PNG"))
-    replace_file(out, lambda partial: partial.write_text(page, encoding="utf-8"))
+    write_picture(picture, draw_map(result), "PNG")
+    write_text(out, page)
     log(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB, opens in any browser) and {picture}")

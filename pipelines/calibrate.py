@@ -38,7 +38,7 @@ from hdovd.pipelines.label_rule import LabelRule
 from hdovd.pipelines.progress import progress
 from hdovd.pipelines.pseudo_labels import best_nouns, label_texts
 from hdovd.pipelines.reliability_fit import MANY, Fit, fit_reliability
-from hdovd.pipelines.whole_file import replace_file
+from hdovd.pipelines.whole_file import write_text
 from hdovd.protocol import Protocol
 
 BOXES_AT_ONCE = 4_096
@@ -75,9 +75,8 @@ def calibrate(config: CalibrateConfig, log: Callable[[str], None] = print) -> Ca
                  "levels": {str(level): cache.key(level) for level in cache.levels()}, "way": origin.way(),
                  "base_boxes": cache.key_inputs(Level.BOXES)["base_boxes"]}
     result = Calibration(fit.centre, fit.width, fit.scale, fitted_on, about)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     draw_calibration(found.right, found.wrong, fit, picture)
-    replace_file(config.out, lambda partial: partial.write_text(result.to_toml()))
+    write_text(config.out, result.to_toml())
     for line in _lines(found, fit):
         log(line)
     log(f"wrote {config.out} and {picture}; next: hdovd train --cache {quote(str(config.cache))} --calibration "

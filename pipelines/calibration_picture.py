@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hdovd.pipelines.reliability_fit import Fit
+from hdovd.pipelines.whole_file import write_picture
 
 RIGHT, WRONG, CURVE, GRID = (40, 110, 220), (230, 120, 20), (20, 20, 20), (215, 215, 215)
 WIDTH, HEIGHT, LEFT, TOP, RIGHT_MARGIN, BOTTOM = 900, 520, 70, 70, 70, 60
@@ -52,7 +53,7 @@ def draw_calibration(right: np.ndarray, wrong: np.ndarray, fit: Fit, file: Path)
     pen.text((LEFT, 30), f"{len(right):,d} right labels, share of them in each bin", fill=RIGHT, font=font)
     pen.text((LEFT + across // 2, 30), f"{len(wrong):,d} wrong labels: the best wrong name of each box", fill=WRONG, font=font)
     pen.text((LEFT + across // 2, HEIGHT - 8), "cosine of the crop's and the label's embedding", fill="black", font=font, anchor="ms")
-    canvas.save(file)
+    write_picture(file, canvas, "PNG")
 
 
 def _range(right: np.ndarray, wrong: np.ndarray) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
     model      weights and queues                 optimizer, step, window   as of `fit.Loop`
     rng        torch's generators, a process each  layout                   of `train.batches_of`: what the order depends on
-    log_bytes  length of log.jsonl                best, ended               of `run_hooks.RunHooks`
+    log_bytes  length of log.jsonl                best, ended, failed       of `run_hooks.RunHooks`
     ema        with `train.ema`: of `weight_average.WeightAverage`; `model` has the weights that are trained
 
 Written and read by `train`. Losses, samples and their order follow from seed and epoch; torch's generators matter only to what else
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, require_readable
 from hdovd.pipelines.whole_file import replace_file
 
 FILE = "checkpoint.pt"
@@ -36,6 +36,7 @@ def load_checkpoint(folder: Path, needs: Collection[str] = ()) -> dict[str, Any]
     file = folder / FILE
     if not file.is_file():
         return None
+    require_readable(file)
     try:
         with zipfile.ZipFile(file) as records:
             if (damaged := records.testzip()) is not None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hdovd.cache.identity import hash_tables
-from hdovd.errors import HdovdError, shorten
+from hdovd.errors import HdovdError, is_file, shorten
 from hdovd.pipelines.common.precision import Precision, choose
 from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.extract_config import Activation
@@ -227,7 +227,7 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
     made_with = {"clip": "local-dir" if model.startswith("local-dir:") else model, "pretrained": _tag_or_file_name(pretrained),
                  "device": torch.cuda.get_device_name(target) if target.type == "cuda" else target.type,
                  "torch": torch.__version__, "open_clip": open_clip.__version__}
-    if pretrained is not None and Path(pretrained).is_file() and _is_openai_file(Path(pretrained)):
+    if pretrained is not None and is_file(pretrained) and _is_openai_file(Path(pretrained)):
         made_with["weights"] = "openai"  # whatever the file is called
     return ClipTeacher(net, transform, tokenizer, target, choice.precision, dim, identity, tuple(notes), made_with)
 
@@ -281,7 +281,7 @@ def _model_config(model: str, pretrained: str | None, random_weights: bool) -> d
     if pretrained is None:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
         raise HdovdError(f"--clip {model} needs --pretrained TAG_OR_FILE, or its weights would be random; tags: {tags}")
-    if not open_clip.get_pretrained_cfg(model, pretrained) and not Path(pretrained).is_file():
+    if not open_clip.get_pretrained_cfg(model, pretrained) and not is_file(pretrained):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
         raise HdovdError(f"--pretrained {pretrained}: neither a file nor a tag of {model}; tags: {tags}")
     return dict(config)
@@ -378,7 +378,7 @@ def _is_openai_file(path: Path) -> bool:
 
 def _is_torchscript(pretrained: str | None) -> bool:
     """True for a TorchScript archive, the form in which OpenAI published its weights."""
-    if pretrained is None or not Path(pretrained).is_file() or not zipfile.is_zipfile(pretrained):
+    if pretrained is None or not is_file(pretrained) or not zipfile.is_zipfile(pretrained):
         return False
     with zipfile.ZipFile(pretrained) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())

@@ -18,12 +18,11 @@ from typing import IO, Any
 
 from PIL import Image
 
-from hdovd.errors import HdovdError
 from hdovd.pipelines.common.images import Decoded
 from hdovd.pipelines.detector import NamedDetections
 from hdovd.pipelines.drawing import BASE_COLOUR, NOVEL_COLOUR, Labelled, draw_boxes
 from hdovd.pipelines.run_jobs import DETECTIONS_MARKER
-from hdovd.pipelines.whole_file import replace_file
+from hdovd.pipelines.whole_file import replace_file, write_picture, writing
 
 LINES, DETECTIONS, IMAGES, PICTURES = "detections.jsonl", "detections.json", "images.json", "pictures"
 SHOWN_ROWS = 20
@@ -63,16 +62,14 @@ class DetectionFolder:
     @classmethod
     def begin(cls, path: Path, names: Sequence[str], is_novel: Sequence[bool], *, draw: bool) -> DetectionFolder:
         """Start anew; old detections go. names, is_novel: of the K names asked for. draw: pictures too. Raises HdovdError."""
-        if (path / DETECTIONS_MARKER).is_file():
-            for name in (LINES, DETECTIONS, IMAGES):
-                (path / name).unlink(missing_ok=True)
-            shutil.rmtree(path / PICTURES, ignore_errors=True)
-        try:
+        with writing(path):
+            if (path / DETECTIONS_MARKER).is_file():
+                for name in (LINES, DETECTIONS, IMAGES):
+                    (path / name).unlink(missing_ok=True)
+                shutil.rmtree(path / PICTURES, ignore_errors=True)
             path.mkdir(parents=True, exist_ok=True)
             (path / DETECTIONS_MARKER).touch()
             return cls(path, names, is_novel, draw=draw)
-        except OSError as error:
-            raise HdovdError(f"--out {path} cannot be written: {error}") from error
 
     def add(self, image_id: int, file_name: str, stem: str, picture: Decoded, found: NamedDetections) -> None:
         """image_id: from 1 on. stem: what the drawn picture is called, if nothing else is called so."""
@@ -98,11 +95,13 @@ class DetectionFolder:
 
     def flush(self) -> None:
         """What was added is in the file when this returns."""
-        self._lines.flush()
+        with writing(self.path / LINES):
+            self._lines.flush()
 
     def finish(self, info: dict[str, Any]) -> list[Path]:
         """Write detections.json and images.json; returns what is in the folder."""
-        self._lines.close()
+        with writing(self.path / LINES):
+            self._lines.close()
         categories = [{"id": row + 1, "name": name, "supercategory": "novel" if novel else "base"}
                       for row, (name, novel) in enumerate(zip(self._names, self._novel, strict=True))]
         head: dict[str, Any] = {"info": info, "categories": categories, "annotations": []}
@@ -117,7 +116,8 @@ class DetectionFolder:
         return (found for line in self._read() for found in line.get("detections", ()))
 
     def _add(self, line: dict[str, Any]) -> None:
-        self._lines.write(json.dumps(line) + "\n")
+        with writing(self.path / LINES):
+            self._lines.write(json.dumps(line) + "\n")
 
     def _read(self) -> Iterator[dict[str, Any]]:
         with (self.path / LINES).open() as file:
@@ -136,9 +136,8 @@ class DetectionFolder:
         for box, score, label, text in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), found.names, strict=True):
             place = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
             boxes.append(Labelled(place, f"{text} {score:.2f}", NOVEL_COLOUR if self._novel[label] else BASE_COLOUR))
-        (self.path / PICTURES).mkdir(exist_ok=True)
         file = self.path / PICTURES / f"{name}.jpg"
-        draw_boxes(canvas, boxes).save(file, quality=90, subsampling=0)
+        write_picture(file, draw_boxes(canvas, boxes), "JPEG", quality=90, subsampling=0)
         return f"{PICTURES}/{file.name}"
 
 

@@ -23,6 +23,7 @@ from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.run_jobs import EvalJob
 from hdovd.pipelines.validation import Validation, results
 from hdovd.pipelines.weights import weights_hash
+from hdovd.pipelines.whole_file import write_text
 from hdovd.protocol import Protocol, load_protocol
 
 
@@ -66,8 +67,8 @@ def evaluate(job: EvalJob, log: Callable[[str], None] = print) -> EvalResult:
                "classes_without_ground_truth": combined.without_ground_truth(), "cache": run.record()["cache"],
                "engine": {"name": job.engine.value, "version": require(job.engine)}, "precision": inference_precision(device, recipe),
                "weights": job.weights.value, "weights_hash": weights_hash(run.path / job.weights.file), "errors": errors.to_tree()}
-    files[0].write_text(json.dumps(metrics, indent=1))
-    files[1].write_text(json.dumps(rows))
+    write_text(files[1], json.dumps(rows))
+    write_text(files[0], json.dumps(metrics, indent=1))
     if job.pictures:
         files += draw_detections(split, found.detections, protocol, run.path / "pictures", job.pictures)
     return EvalResult(protocol, combined, blind, errors, len(split.images), alpha, beta, files)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +48,8 @@ def export_model(job: ExportModelJob, log: Callable[[str], None] = print) -> Exp
     is_novel = torch.arange(len(texts)) >= len(protocol.base)
     log(f"{job.run}: {job.weights.value} weights, {len(texts)} classes, embeddings of {texts.shape[1]} numbers")
     example = (pictures[0][:, :90, :120].contiguous(), texts, is_novel)  # smaller, and of another shape, than what is checked
-    aside = job.out.with_name(f".{job.out.name}.unchecked")
+
+    checked: list[Checked] = []
 
     def write(partial: Path) -> None:
         try:
@@ -58,18 +58,14 @@ def export_model(job: ExportModelJob, log: Callable[[str], None] = print) -> Exp
             raise RuntimeError(f"torch {torch.__version__} cannot export a detector with backbone {recipe.detector.backbone.name}: "
                                f"{error}") from error
 
-    try:
-        replace_file(aside, write)
-        checked = check(model_forms.open_model(job.form, aside)[0], model, texts, is_novel, pictures)
-        if not checked.difference <= TOLERANCE:
+        checked.append(check(model_forms.open_model(job.form, partial)[0], model, texts, is_novel, pictures))
+        if not checked[0].difference <= TOLERANCE:
             raise HdovdError(f"{job.out} was not written: run as {job.form.value}, the detector with backbone "
-                             f"{recipe.detector.backbone.name} differs from the model by {checked.difference:.2g} (score, or percent of "
+                             f"{recipe.detector.backbone.name} differs from the model by {checked[0].difference:.2g} (score, or percent of "
                              f"its input's long side), more than {TOLERANCE:g}; try --format safetensors")
-        size = aside.stat().st_size
-        os.replace(aside, job.out)
-    finally:
-        aside.unlink(missing_ok=True)
-    return ExportedModel(job.out, size, checked)
+
+    replace_file(job.out, write)
+    return ExportedModel(job.out, job.out.stat().st_size, checked[0])
 
 
 def carried(run: RunFolder, weights: Weights) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, is_set_name
 from hdovd.cache.schema import CHUNK_ROWS, DEFAULT_SET, PART_ROWS
 from hdovd.coco import DataPaths, Exif
-from hdovd.errors import HdovdError, require_files
+from hdovd.errors import HdovdError, is_file, require_files
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
 from hdovd.pipelines.label_rule import ONE_NOUN, LabelRule
@@ -140,9 +140,9 @@ class ExtractConfig:
             paths["matching"] = str(self.matching)
         paths |= {name: _absolute(file) for name in _LATER_FILES if (file := getattr(self, name)) is not None}
         data = {name: _absolute(getattr(self.data, name)) for name in ("root", "images", "annotations")}
-        pretrained = self.pretrained if self.pretrained is None or not Path(self.pretrained).is_file() else _absolute(Path(self.pretrained))
+        pretrained = self.pretrained if self.pretrained is None or not is_file(self.pretrained) else _absolute(Path(self.pretrained))
         clip = f"local-dir:{_absolute(Path(self.clip[10:]))}" if self.clip.startswith("local-dir:") else self.clip
-        protocol = _absolute(Path(self.protocol)) if Path(self.protocol).is_file() else self.protocol
+        protocol = _absolute(Path(self.protocol)) if is_file(self.protocol) else self.protocol
         return {"data": data, **paths, "clip": clip, "pretrained": pretrained, "protocol": protocol, "templates": list(self.templates),
                 **_recipe_tree(self.recipe), "precision": str(self.precision), "activation": str(self.activation),
                 "features": self.features, **({} if self.labels.top == 1 else {"labels": self.labels.inputs()}),

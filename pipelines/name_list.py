@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from hdovd.errors import HdovdError, shorten
+from hdovd.errors import HdovdError, is_file, shorten
 from hdovd.text_files import LONGEST_NAME, checked_name, read_text
 
 GENERAL = "general"  # the vocabulary that ships; it stands beside file paths
@@ -46,7 +46,7 @@ def names_asked(text: str, log: Callable[[str], None]) -> tuple[str, ...]:
     """
     if text.startswith("@"):
         names = list(read_vocabulary(Path(text[1:]), "--classes"))
-    elif Path(text).is_file():
+    elif is_file(text):
         raise HdovdError(f"--classes {text} is a file: give @{text} for the names in it, one a line")
     else:
         names = [" ".join(name.split()) for name in text.split(",")]

@@ -16,7 +16,7 @@ from typing import Any
 
 from hdovd.errors import HdovdError
 from hdovd.pipelines.nouns import Nouns
-from hdovd.pipelines.whole_file import replace_file
+from hdovd.pipelines.whole_file import write_text
 from hdovd.text_files import checked_name, cut, read_json, shown
 
 FORMAT, VERSION = "hdovd nouns", 1
@@ -25,11 +25,10 @@ FORMAT, VERSION = "hdovd nouns", 1
 def write_noun_file(path: Path, nouns: Nouns, made_by: Mapping[str, Any], unmatched: Mapping[str, int]) -> None:
     """The file appears whole or not at all; the same nouns give the same bytes, in whatever order the captions were."""
     assert nouns.by_image is not None
-    path.parent.mkdir(parents=True, exist_ok=True)
     head = {"format": FORMAT, "version": VERSION, "made_by": made_by, "vocabulary": nouns.vocabulary, "unmatched": unmatched}
     lines = [f'"{image_id}": {json.dumps(rows)}' for image_id, rows in sorted(nouns.by_image.items())]
     text = json.dumps(head)[:-1] + ',\n"images": {\n' + ",\n".join(lines) + "\n}}\n"  # one image a line: for people, and for diff
-    replace_file(path, lambda partial: partial.write_text(text))
+    write_text(path, text)
 
 
 def read_noun_file(path: Path) -> Nouns:

@@ -12,6 +12,7 @@ from hdovd.inference import Detections
 from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.drawing import BASE_COLOUR, NOVEL_COLOUR, Labelled, draw_boxes
 from hdovd.pipelines.run_jobs import SHOWN_SCORE
+from hdovd.pipelines.whole_file import write_picture
 from hdovd.protocol import Protocol
 
 
@@ -20,7 +21,6 @@ def draw_detections(split: Split, detections: list[Detections], protocol: Protoc
 
     Returns the PNG files written, `IMAGEID.png` each.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     has_novel = [bool((image.labels >= len(protocol.base)).any()) for image in split.images]
     order = sorted(range(len(has_novel)), key=lambda i: not has_novel[i])[:count]
     files = []
@@ -34,7 +34,7 @@ def draw_detections(split: Split, detections: list[Detections], protocol: Protoc
         sheet.paste(left, (0, 0))
         sheet.paste(truth, (left.width + 8, 0))
         files.append(folder / _name(image))
-        sheet.save(files[-1])
+        write_picture(files[-1], sheet, "PNG")
     return files
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, is_file
 from hdovd.pipelines.name_list import read_vocabulary
 
 Name = str | tuple[str, ...]  # what a row of embeddings stands for: a name, or several names of one thing
@@ -26,7 +26,7 @@ def read_templates(name_or_file: str) -> tuple[str, ...]:
     """A shipped set by name, or the lines of a file. Raises HdovdError if it is neither."""
     if name_or_file in shipped_templates():
         return read_vocabulary(_SETS / f"{name_or_file}.txt")
-    if not Path(name_or_file).is_file():
+    if not is_file(name_or_file):
         raise HdovdError(f"--templates {name_or_file}: neither a set nor a file. The sets are {', '.join(shipped_templates())}; a file has "
                          "one prompt a line, with {} for the name")
     return read_vocabulary(Path(name_or_file), "--templates", LONGEST_TEMPLATE)

@@ -71,7 +71,6 @@ def write_proposals(path: Path, proposals: dict[int, Proposals], made_by: MadeBy
     """
     table = ProposalTable.of(proposals)
     about = {"identity": table.identity(), "made_by": made_by}
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npz":
         _write_whole(path, lambda file: _write_npz(file, proposals, table, about))
     else:

@@ -20,7 +20,7 @@ import hdovd
 from hdovd.cache.identity import differences
 from hdovd.coco import Split
 from hdovd.config import Recipe, build_recipe
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, is_file, require_readable
 from hdovd.extensions import outside_code
 from hdovd.oln import ObjectLocalisationNetwork
 from hdovd.pipelines.propose_config import Detector, NetworkJob, require_network
@@ -43,7 +43,7 @@ def settings(job: NetworkJob, split: Split) -> dict[str, Any]:
     # A key that came later is left out at its default: files of before it was there say the same.
     recipe["train"] = job.recipe.train.model_dump(exclude={"workers", "compile"}, exclude_defaults=True)
     body = recipe["detector"]["backbone"]
-    if Path(body["weights"]).is_file():  # what is in it counts, not where it lies
+    if is_file(body["weights"]):  # what is in it counts, not where it lies
         body["weights"] = f"sha256:{_sha256(Path(body['weights']))}"
     return {"detector": job.detector.value, "recipe": {name: recipe[name] for name in SECTIONS},
             "protocol": {"name": protocol.name, "base": list(protocol.base)},
@@ -67,7 +67,6 @@ def save_network(file: Path, network: ProposalNetwork, made_by: dict[str, Any]) 
     """The file is replaced whole or not at all. Raises HdovdError."""
     state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     metadata = {"made_by": json.dumps(made_by), "recipe": network.recipe.to_toml()}
-    file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, lambda partial: save_tensors(state, partial, metadata))
 
 
@@ -133,6 +132,7 @@ def _origin(metadata: dict[str, str], file: Path) -> dict[str, Any]:
 
 def _metadata(file: Path) -> dict[str, str]:
     require_network(file)
+    require_readable(file)
     try:
         with safe_open(file, "pt") as tensors:
             metadata = dict(tensors.metadata() or {})

@@ -65,7 +65,6 @@ class Parts:
 
     def write(self, number: int, part: Part) -> None:
         """Raises HdovdError if there is no room."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         found = part.found.values()
         arrays = {"image_id": np.array(list(part.found), np.int64), "count": np.array([len(p.scores) for p in found], np.int64),
                   "boxes": np.concatenate([np.zeros((0, 4), np.float32), *(p.boxes for p in found)]),

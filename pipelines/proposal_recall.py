@@ -26,7 +26,7 @@ from hdovd.pipelines.propose import stop_if_asked
 from hdovd.pipelines.propose_config import RecallJob
 from hdovd.pipelines.proposer_training import trained_network
 from hdovd.pipelines.stop_signal import StopSignal
-from hdovd.pipelines.whole_file import replace_file
+from hdovd.pipelines.whole_file import write_text
 from hdovd.proposer import ProposalNetwork
 from hdovd.protocol import Protocol, load_protocol
 from hdovd.recall import THRESHOLDS, found_at, recall
@@ -82,8 +82,7 @@ def recall_report(job: RecallJob, log: Callable[[str], None] = print) -> list[Re
             found.append(_recall(name, placed(network, us.device).eval(), validation, protocol, job, us, stop))
         if us.leads and job.out is not None:
             file, content = job.out.with_name(f"{job.out.stem}.recall.json"), json.dumps([one.to_dict() for one in found], indent=1)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(file, lambda partial: partial.write_text(content))
+            write_text(file, content)
             log(f"wrote {file}")
         log(recall_table(found))
         return found

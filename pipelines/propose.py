@@ -32,6 +32,7 @@ from hdovd.pipelines.proposal_pictures import Pictures, require_readable
 from hdovd.pipelines.propose_config import ProposeJob
 from hdovd.pipelines.proposer_training import settled_job, trained_network
 from hdovd.pipelines.stop_signal import StopSignal, exit_code
+from hdovd.pipelines.whole_file import replace_file
 from hdovd.proposer import ProposalNetwork
 from hdovd.protocol import load_protocol
 
@@ -54,9 +55,9 @@ def _propose(job: ProposeJob, us: Team, stop: StopSignal, log: Callable[[str], N
             log(note)
     network, origin = checkpointed(job.checkpoint, job, us) if job.checkpoint else trained_network(job.network, split, us, stop, log)
     if us.leads and job.backbone_out is not None:
-        job.backbone_out.parent.mkdir(parents=True, exist_ok=True)
         body = {k: v.cpu().contiguous() for k, v in network.backbone.body.state_dict().items()}
-        save_file(body, job.backbone_out, {"made_by": json.dumps(origin)})  # for the audit of detectors that start from it
+        about = {"made_by": json.dumps(origin)}  # for the audit of detectors that start from it
+        replace_file(job.backbone_out, lambda partial: save_file(body, partial, about))
         log(f"wrote {job.backbone_out}: the backbone, for --set detector.backbone.weights=")
     require_readable(split)
     made_by = {**origin, "selection": job.selection()}  # everything that made the proposals

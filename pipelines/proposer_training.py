@@ -153,6 +153,5 @@ class _Keep(Hooks):
         loop.window.means(loop.device)  # unsound weights never replace good ones
         state = {"rng": self.team.gather(rng_state(self.team.device)), "wanted": self.wanted, **loop.state()}
         if self.team.leads:
-            self.folder.mkdir(parents=True, exist_ok=True)
             save_checkpoint(self.folder, {"model": self.network.state_dict(), **state})
         self._saved = time.monotonic()

@@ -23,7 +23,7 @@ from hdovd.pipelines.report_runs import OneRun, TrainingImages, data_of, open_ru
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.run_jobs import REPORT_FILE, EvalJob, ReportJob
 from hdovd.pipelines.weights import Weights
-from hdovd.pipelines.whole_file import replace_file
+from hdovd.pipelines.whole_file import write_text
 
 SECTIONS = (("ap", "AP"), ("curves", "Curves"), ("errors", "Errors"), ("confusion", "Confusion"), ("reliability", "Scores"),
             ("losses", "Losses"), ("gallery", "Images"), ("pseudo", "Pseudo boxes"), ("relations", "Relations"), ("identity", "Identity"))
@@ -42,10 +42,8 @@ def report(job: ReportJob, log: Callable[[str], None] = print) -> Path:
         _evaluate_if_needed(run, job, validation, log)
     runs = open_runs(folders, validation, job.threshold, log)
     context = _context(runs, job, data, log)
-    job.out.mkdir(parents=True, exist_ok=True)
     file = job.out / REPORT_FILE
-    text = page("report.html", context)
-    replace_file(file, lambda partial: Path(partial).write_text(text, encoding="utf-8"))
+    write_text(file, page("report.html", context))
     log(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB, one file that needs nothing else)")
     return file
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -31,12 +32,12 @@ from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.identity import differences, require_seal, sealed
 from hdovd.config import Recipe, load_recipe
-from hdovd.errors import HdovdError, shorten
+from hdovd.errors import HdovdError, require_readable, shorten
 from hdovd.extensions import outside_code
 from hdovd.pipelines.settings import lasting_values
 from hdovd.pipelines.user_cache import user_cache_folder
 from hdovd.pipelines.weights import weights_hash
-from hdovd.pipelines.whole_file import replace_file
+from hdovd.pipelines.whole_file import replace_file, write_text, writing
 from hdovd.protocol import Protocol, parse_protocol
 
 if TYPE_CHECKING:
@@ -71,9 +72,9 @@ class RunFolder:
                 file.unlink()
             for name in FOLDERS:
                 shutil.rmtree(path / name, ignore_errors=True)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.toml").write_text(recipe.to_toml())
-        save_tensors({"embeddings": class_embeddings.contiguous()}, path / "class_embeddings.safetensors")
+        write_text(path / "config.toml", recipe.to_toml())
+        rows = {"embeddings": class_embeddings.contiguous()}
+        replace_file(path / "class_embeddings.safetensors", lambda partial: save_tensors(rows, partial))
         run = cls(path, trusted=True)
         files = {name: weights_hash(path / name) for name in LASTING}
         run._write_record({"protocol": protocol.to_dict(), **record, "resumed": [], "files": files})  # the last: what has one is begun
@@ -100,8 +101,7 @@ class RunFolder:
         self._write_record(before | {"resumed": [*before.get("resumed", []), now]})
 
     def _write_record(self, record: dict[str, Any]) -> None:
-        text = json.dumps(sealed(record), indent=1)
-        replace_file(self.path / "run.json", lambda partial: partial.write_text(text))
+        write_text(self.path / "run.json", json.dumps(sealed(record), indent=1))
         if self._names():
             with suppress(OSError):  # then the user will be asked for --trust
                 self._made_here().parent.mkdir(parents=True, exist_ok=True)
@@ -182,6 +182,7 @@ class RunFolder:
         file, names = self.path / "class_embeddings.safetensors", self.protocol().names
         if not file.exists():
             raise HdovdError(f"{self.path} has no {file.name}, which hdovd train writes: was the run copied whole?")
+        require_readable(file)
         tensors = load_tensors(file)
         self._require_as_written(file.name)
         rows = tensors.get("embeddings")
@@ -204,6 +205,7 @@ class RunFolder:
 
         if not (self.path / name).is_file():
             raise HdovdError(f"{self.path} has no {name}: was the run validated while it trained?")
+        require_readable(self.path / name)
         state, begun = load_tensors(self.path / name), model.state_dict()
         if bad := [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()
                    and not (key in begun and begun[key].isinf().any())]:  # a mask of a model's own is full of infinities
@@ -215,7 +217,7 @@ class RunFolder:
             raise HdovdError(f"{self.path}: {name} does not fit config.toml: {error}") from error
 
     def log(self, entry: dict[str, Any]) -> None:
-        with (self.path / "log.jsonl").open("a") as file:
+        with writing(self.path / "log.jsonl"), (self.path / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def mark_stopped(self) -> None:
@@ -244,12 +246,11 @@ class RunFolder:
     def write_csv(self) -> None:
         """The log as a table, a line an entry."""
         entries = self.entries()
-        partial = self.path / ".log.csv.partial"
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for entry in entries for name in entry)))
-            writer.writeheader()
-            writer.writerows(entries)
-        os.replace(partial, self.path / "log.csv")
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(dict.fromkeys(name for entry in entries for name in entry)))
+        writer.writeheader()
+        writer.writerows(entries)
+        write_text(self.path / "log.csv", table.getvalue())
 
 
 def parse_record(text: bytes, *, trusted: bool = False) -> dict[str, Any]:

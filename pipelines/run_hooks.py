@@ -12,12 +12,14 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from hdovd.errors import Stopped
+from hdovd.coco_ap import GROUPS
+from hdovd.errors import HdovdError, Stopped
 from hdovd.pipelines.checkpoint import rng_state, save_checkpoint
 from hdovd.pipelines.fit import Hooks, Loop
 from hdovd.pipelines.processes import Team
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.stop_signal import StopSignal, exit_code
+from hdovd.pipelines.whole_file import write_text
 
 PLAIN = ("step", "epoch", "lr", "images_per_s", "data_wait", "memory_gb")  # of an entry; the rest are losses
 
@@ -28,7 +30,7 @@ class RunHooks(Hooks):
 
     A checkpoint is written every `save_minutes`, after every epoch, and when `stop` hears a signal; the run then ends with `Stopped`.
     `best` is the best AP50 of base classes so far: novel boxes are for the test, not for choosing weights. `ended`: epochs whose
-    weights were kept and validated.
+    weights were kept and validated. `failed`: validations that could not be done.
     """
 
     run: RunFolder
@@ -43,6 +45,7 @@ class RunHooks(Hooks):
     tensorboard: Any = None
     best: float = -1.0
     ended: int = 0
+    failed: int = 0
     _saved: float = 0.0
 
     def __post_init__(self) -> None:
@@ -90,7 +93,14 @@ class RunHooks(Hooks):
 
     def _validate(self, loop: Loop[Any], epoch: int) -> None:
         assert self.validate is not None
-        ap50 = self.validate(loop.result)
+        try:
+            ap50 = self.validate(loop.result)
+        except Exception as error:  # whatever it is, what was trained for days goes on; its figures are empty in the log
+            self.failed += 1
+            self._record({"step": loop.step_number, "epoch": epoch, **{f"val_{group}": None for group in GROUPS}})
+            kind = "" if isinstance(error, HdovdError) else f"{type(error).__name__}: "
+            self._say(f"epoch {epoch}: NOT validated, and training goes on: {kind}{error}")
+            return
         self._record({"step": loop.step_number, "epoch": epoch, **{f"val_{group}": value for group, value in ap50.items()}})
         base = ap50["base"]
         better = base is not None and base > self.best
@@ -104,7 +114,7 @@ class RunHooks(Hooks):
     def _save(self, loop: Loop[Any]) -> None:
         loop.window.means(loop.device)  # unsound weights never replace good ones
         state = {"rng": self.team.gather(rng_state(self.team.device)), "layout": self.layout, "best": self.best, "ended": self.ended,
-                 **loop.state()}
+                 "failed": self.failed, **loop.state()}
         if self.team.leads:
             save_checkpoint(self.run.path, {"model": self.model.state_dict(), "log_bytes": self.run.synced_log_bytes(), **state})
         self._saved = time.monotonic()
@@ -146,5 +156,5 @@ def duration(seconds: float) -> str:
 def unsound_record(run: RunFolder, team: Team, record: dict[str, Any]) -> str:
     """Keep what is known of a batch whose loss is not sound, of this process's part of it; returns the file's path."""
     file = run.path / (f"unsound_batch-{team.rank}.json" if team.world > 1 else "unsound_batch.json")
-    file.write_text(json.dumps(record, indent=1))
+    write_text(file, json.dumps(record, indent=1))
     return str(file)

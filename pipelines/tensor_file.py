@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, require_readable
 
 CHECKSUM = "sha256"  # in the metadata: `tensors_hash`
 
@@ -61,7 +61,8 @@ class Unfit(Exception):
 
 
 def load_pth(file: Path) -> Any:
-    """The content of a .pth or .pt file of tensors and plain containers. Raises Unfit."""
+    """The content of a .pth or .pt file of tensors and plain containers. Raises Unfit, and HdovdError without the right to read it."""
+    require_readable(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways; torch's own text advises to switch the protection off

@@ -46,9 +46,8 @@ class TextCache:
         """(D,) float16. False, and told, if it cannot be kept."""
         file = self._file(name)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
             replace_file(file, lambda partial: save_file({"embedding": row}, partial, _about(name, row)), writer=str(os.getpid()))
-        except (OSError, HdovdError) as error:
+        except HdovdError as error:
             self._log(f"note: text embeddings are not kept for the next time ({error})")
             return False
         return True

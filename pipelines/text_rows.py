@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hdovd.cache.identity import KeyInputs, hash_tables
-from hdovd.errors import HdovdError, shorten
+from hdovd.errors import HdovdError, require_readable, shorten
 from hdovd.pipelines.prompt_templates import Name
 from hdovd.pipelines.teacher import Teacher
 from hdovd.pipelines.tensor_file import Unfit, floats, load_pth
@@ -107,6 +107,7 @@ def read_class_embeddings(file: Path, names: Sequence[str], log: Callable[[str],
     where = f"--class-embeddings {file}"
     if not file.is_file():
         raise HdovdError(f"{where}: no such file")
+    require_readable(file)
     try:
         rows = _read_rows(file)
     except Unfit as unfit:

@@ -108,7 +108,8 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
     except UnsoundLoss as error:
         where = "" if error.record is None else f"; the batch is in {unsound_record(run, us, error.record)}"
         raise HdovdError(f"{error}{where}") from error
-    log(f"wrote {run.path}; next: hdovd eval {quote(str(run.path))} ...")
+    failed = f"; validations that failed, as said above: {hooks.failed}" if hooks.failed else ""
+    log(f"wrote {run.path}{failed}; next: hdovd eval {quote(str(run.path))} ...")
     return run
 
 
@@ -203,7 +204,7 @@ def _restore(state: dict[str, Any], model: nn.Module, loop: Loop[Sample], hooks:
     with fits(hooks.run.path):
         model.load_state_dict(state["model"])
         loop.load(state)
-        hooks.best, hooks.ended = float(state["best"]), int(state["ended"])
+        hooks.best, hooks.ended, hooks.failed = float(state["best"]), int(state["ended"]), int(state.get("failed", 0))
         if len(state["rng"]) == us.world:
             set_rng_state(state["rng"][us.rank], us.device)
         else:  # as many generators as there are processes now: none of the old ones

@@ -18,7 +18,7 @@ from hdovd.pipelines.cache_jobs import ViewConfig
 from hdovd.pipelines.cache_view import CacheView, Likeness, ViewRow, find_reliability, gather_view
 from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.view_picture import draw_view
-from hdovd.pipelines.whole_file import replace_file
+from hdovd.pipelines.whole_file import write_picture
 
 NEAR_IDS = 6  # named where an image is not there
 
@@ -105,8 +105,7 @@ def _draw(view: CacheView, found: CacheWithData, out: Path) -> Path:
     except HdovdError as error:  # an image that the extraction could not read either: its boxes are still to be seen
         problem = f"the picture cannot be read: {error}"
     sheet = draw_view(view, picture, found.protocol.novel, problem)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, lambda partial: sheet.save(partial, "PNG"))
+    write_picture(file, sheet, "PNG")
     return file
 
 

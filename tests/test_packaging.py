@@ -94,7 +94,7 @@ def test_wheel_names_the_command_and_every_requirement(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (entry,) = [n for n in archive.namelist() if n.endswith("entry_points.txt")]
         (metadata,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
-        assert "hdovd = hdovd.cli.main:main" in archive.read(entry).decode()
+        assert "hdovd = hdovd.__main__:main" in archive.read(entry).decode()
         text = archive.read(metadata).decode()
     assert text.count("\nRequires-Dist: ") == len(project["dependencies"]) + sum(map(len, project["optional-dependencies"].values()))
 

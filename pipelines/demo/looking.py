@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from hdovd.pipelines.whole_file import write_picture
+
 SHOWN_PICTURES = 3
 WIDTH_PX = 900
 GAP_PX = 6
@@ -39,14 +41,13 @@ def can_map() -> bool:
 
 def small_pictures(detections: list[Path], view: Path, cache_map: Path | None, out: Path) -> list[Path]:
     """Write detections.jpg, cache-view.jpg and cache-map.png, `WIDTH_PX` wide, into `out`; without a map two of them."""
-    out.mkdir(parents=True, exist_ok=True)
     files = []
     for name, picture in (("detections.jpg", _side_by_side(detections)), ("cache-view.jpg", _opened(view))):
         files.append(out / name)
-        _narrowed(picture).save(files[-1], quality=80, optimize=True)
+        write_picture(files[-1], _narrowed(picture), "JPEG", quality=80, optimize=True)
     if cache_map is not None:
         files.append(out / "cache-map.png")
-        _narrowed(_opened(cache_map)).quantize(64, dither=Image.Dither.NONE).save(files[-1], optimize=True)
+        write_picture(files[-1], _narrowed(_opened(cache_map)).quantize(64, dither=Image.Dither.NONE), "PNG", optimize=True)
     return files
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch import Tensor
 from hdovd.pipelines.common.precision import Precision, choose
 from hdovd.pipelines.demo.world import Scene, scenes
 from hdovd.pipelines.progress import progress
+from hdovd.pipelines.whole_file import replace_file, write_text
 
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": 128,
@@ -53,8 +53,7 @@ def demo_teacher(folder: Path, seed: int = 0, log: Callable[[str], None] = print
         return f"local-dir:{home}"
     log(choice.line)
     model = train_teacher(seed, in_bf16=choice.precision is Precision.BF16)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder, prefix=".demo-clip-"))
+    partial = folder / f".{home.name}.{os.getpid()}"  # not mkdtemp's, which would be this user's alone
     save_clip(model, partial)
     try:
         os.rename(partial, home)
@@ -71,9 +70,10 @@ def main(folder: str) -> None:
 
 def save_clip(model: open_clip.CLIP, folder: Path) -> None:
     """Write a model of MODEL_CFG in open_clip's `local-dir:` form."""
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    replace_file(folder / "open_clip_model.safetensors", lambda partial: save_file(state, partial))
     config = {"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+    write_text(folder / "open_clip_config.json", json.dumps(config, indent=2))
 
 
 def train_teacher(seed: int, *, in_bf16: bool, scene_count: int = _SCENES, steps: int = _STEPS) -> open_clip.CLIP:

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from hdovd.pipelines.demo.shapes import SHAPES, paint_object
+from hdovd.pipelines.whole_file import write_picture, write_text
 
 NOVEL = ("butterfly", "fish", "heart", "hourglass", "key", "mushroom", "star", "umbrella")
 BASE = tuple(name for name in SHAPES if name not in NOVEL)
@@ -43,14 +44,13 @@ def make_world(root: Path, *, train_images: int, val_images: int, seed: int, wor
 
     The same arguments give the same bytes, whatever `workers` is.
     """
-    (root / "annotations").mkdir(parents=True, exist_ok=True)
     for split, count, offset in (("train2017", train_images, 0), ("val2017", val_images, 500_000)):
         _write_split(root, split, count, seed, offset, workers)
-    (root / "vocabulary.txt").write_text("\n".join(sorted((*SHAPES, *GROUNDS, *ABSENT))) + "\n")
+    write_text(root / "vocabulary.txt", "\n".join(sorted((*SHAPES, *GROUNDS, *ABSENT))) + "\n")
     quoted = {"base": BASE, "novel": NOVEL}
     lines = ['# The base/novel split of the demo world; every hdovd command takes it with --protocol.', 'name = "demo-world"']
     lines += [f"{key} = {json.dumps(names)}" for key, names in quoted.items()]
-    (root / "protocol.toml").write_text("\n".join(lines) + "\n")
+    write_text(root / "protocol.toml", "\n".join(lines) + "\n")
 
 
 def scenes(count: int, seed: int, offset: int, workers: int = 2) -> list[Scene]:
@@ -144,7 +144,6 @@ def _caption(names: list[str], ground: str, rng: np.random.Generator) -> str:
 
 
 def _write_split(root: Path, split: str, count: int, seed: int, offset: int, workers: int) -> None:
-    (root / split).mkdir(parents=True, exist_ok=True)
     category_id = {name: k for k, name in enumerate(sorted(SHAPES), start=1)}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -152,7 +151,7 @@ def _write_split(root: Path, split: str, count: int, seed: int, offset: int, wor
     for i, scene in enumerate(scenes(count, seed, offset, workers)):
         image_id = offset + i + 1
         file_name = f"{image_id:012d}.jpg"
-        scene.image.save(root / split / file_name, quality=92)
+        write_picture(root / split / file_name, scene.image, "JPEG", quality=92)
         images.append({"id": image_id, "file_name": file_name, "width": scene.image.width, "height": scene.image.height})
         captions.append({"id": image_id, "image_id": image_id, "caption": scene.caption})
         for (x0, y0, x1, y1), name in zip(scene.boxes.tolist(), scene.names, strict=True):
@@ -160,6 +159,5 @@ def _write_split(root: Path, split: str, count: int, seed: int, offset: int, wor
                                 "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": 0})
     categories = [{"id": k, "name": name} for name, k in category_id.items()]
     folder = root / "annotations"
-    (folder / f"instances_{split}.json").write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories}))
-    (folder / f"captions_{split}.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    write_text(folder / f"instances_{split}.json", json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    write_text(folder / f"captions_{split}.json", json.dumps({"images": images, "annotations": captions}))

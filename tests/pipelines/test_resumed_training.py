@@ -321,7 +321,7 @@ def test_other_images_are_refused(world: Path, training_cache: Path, unbroken: P
 
 def test_a_full_disk_keeps_the_checkpoint_that_is_there(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, {"step": 1})
-    with pytest.raises(HdovdError, match=r"checkpoint\.pt cannot be written .*with --resume"):
+    with pytest.raises(HdovdError, match=r"checkpoint\.pt cannot be written: No space left .*with --resume"):
         replace_file(tmp_path / "checkpoint.pt", _no_room)
     assert load_checkpoint(tmp_path) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]

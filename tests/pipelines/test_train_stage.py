@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -283,3 +285,40 @@ def test_tensorboard_has_losses_and_validation_by_step(world: Path, training_cac
     assert found["loss/classification"] == {e["step"]: pytest.approx(e["classification"]) for e in entries if "classification" in e}
     assert found["val_base"] == {e["step"]: pytest.approx(e["val_base"]) for e in entries if "val_base" in e}
     assert list(found["val_base"]) == [2, 4]
+
+
+def test_a_validation_that_fails_is_told_and_training_goes_on(copied_world: Path, training_cache: Path, tmp_path: Path,
+                                                              micro_recipe: Callable[..., Recipe]) -> None:
+    """Its figures are empty in the log, the weights of the best epoch are chosen among the others, and the last line says it."""
+    picture = sorted((copied_world / "val2017").iterdir())[3]
+    whole, lines = picture.read_bytes(), list[str]()
+    picture.write_bytes(whole[: len(whole) // 2])
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if "NOT validated, and" in line:
+            picture.write_bytes(whole)
+
+    job = TrainJob(DataPaths(copied_world), training_cache, tmp_path / "run", micro_recipe("train.epochs=3"),
+                   str(copied_world / "protocol.toml"), "cpu", validation=DataPaths(copied_world))
+    run = train(job, log)
+    told = re.compile(rf"epoch 1: NOT validated, and training goes on: image {int(picture.stem)}: .*{picture.name}")
+    assert [line for line in lines if told.match(line)]
+    assert "; validations that failed, as said above: 1; next: " in lines[-1]
+    found = [entry for entry in _log(run) if "val_base" in entry]
+    assert [entry["epoch"] for entry in found] == [1, 2, 3]
+    assert [entry["val_base"] is None for entry in found] == [True, False, False]
+    with (run.path / "log.csv").open() as file:
+        assert [row["val_base"] == "" for row in csv.DictReader(file) if not row["lr"]] == [True, False, False]
+    assert (run.path / "best.safetensors").is_file()
+
+
+def test_validation_pictures_that_are_not_there_are_named_before_the_first_step(copied_world: Path, training_cache: Path, tmp_path: Path,
+                                                                                micro_recipe: Callable[..., Recipe]) -> None:
+    picture = sorted((copied_world / "val2017").iterdir())[3]
+    picture.unlink()
+    job = TrainJob(DataPaths(copied_world), training_cache, tmp_path / "run", micro_recipe(), str(copied_world / "protocol.toml"), "cpu",
+                   validation=DataPaths(copied_world))
+    with pytest.raises(HdovdError, match=f"val2017: 1 of 8 validation pictures are not there: {picture.name}"):
+        train(job, lambda _: None)
+    assert not (tmp_path / "run").exists()
