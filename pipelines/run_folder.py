@@ -139,9 +139,10 @@ class RunFolder:
     def record(self) -> dict[str, Any]:
         """Raises HdovdError for one that is damaged, or was changed, unless the run is trusted."""
         file = self.path / "run.json"
+        require_readable(file)
         try:
             return parse_record(file.read_bytes(), trusted=self.trusted)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise HdovdError(f"{file} is damaged ({error}): was the run copied whole? If you changed it yourself: --trust") from error
 
     def cache_url(self) -> str | None:
@@ -179,11 +180,10 @@ class RunFolder:
         """(C, D) text embeddings of the protocol's classes. Raises HdovdError if the file is not there, damaged, or of other classes."""
         from hdovd.pipelines.tensor_file import load_tensors
 
-        file, names = self.path / "class_embeddings.safetensors", self.protocol().names
+        file = self.path / "class_embeddings.safetensors"
         if not file.exists():
             raise HdovdError(f"{self.path} has no {file.name}, which hdovd train writes: was the run copied whole?")
-        require_readable(file)
-        tensors = load_tensors(file)
+        tensors, names = load_tensors(file), self.protocol().names
         self._require_as_written(file.name)
         rows = tensors.get("embeddings")
         if rows is None or rows.ndim != 2 or len(rows) != len(names) or not rows.is_floating_point():
@@ -205,7 +205,6 @@ class RunFolder:
 
         if not (self.path / name).is_file():
             raise HdovdError(f"{self.path} has no {name}: was the run validated while it trained?")
-        require_readable(self.path / name)
         state, begun = load_tensors(self.path / name), model.state_dict()
         if bad := [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()
                    and not (key in begun and begun[key].isinf().any())]:  # a mask of a model's own is full of infinities

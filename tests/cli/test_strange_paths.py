@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from command_runs import Ran
+
+from hdovd.config import load_recipe
 
 LONG = "person, bicycle, " * 20  # more than 255 bytes
 NAME = "x" * 300
@@ -66,8 +69,10 @@ def test_a_file_where_the_output_should_have_a_folder(command: str, hdovd: Calla
 
 
 def test_a_picture_whose_name_is_too_long_is_skipped_by_name(hdovd: Callable[..., Ran], tmp_path: Path) -> None:
-    for name in ("run.json", "model.safetensors"):
-        (tmp_path / name).touch()
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.toml").write_text(load_recipe("demo").to_toml())
+    protocol = {"name": "mine", "base": ["cat"], "novel": ["dog"]}
+    (tmp_path / "run.json").write_text(json.dumps({"protocol": protocol, "cache": {"path": None, "levels": {}}}))
     ran = hdovd("detect", tmp_path, NAME, "--out", tmp_path / "out")
     assert (ran.code, ran.err.count("\n")) == (1, 1)
     assert "File name too long" in ran.err
