@@ -81,9 +81,9 @@ def killed_while_retrying(all_of: Extractions) -> Facts:
         file.write_bytes(data[:99])
     assert Child(here.function(cache)).wait() == 0
     facts["failed"] = sum(len(json.loads(file.read_text())["failed"]) for file in cache.rglob("parts/*.json"))
-    for file, (data, time) in pictures.items():
+    for file, (data, modified) in pictures.items():
         file.write_bytes(data)
-        os.utime(file, ns=(time, time))  # which the cache keeps
+        os.utime(file, ns=(modified, modified))  # which the cache keeps
     rng = random.Random(3)
     while True:
         n = rng.randrange(2, 60)
