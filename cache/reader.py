@@ -85,6 +85,9 @@ class FeatureCache:
     def key(self, level: Level) -> str:
         return self._product(level).key
 
+    def products(self) -> list[Product]:
+        return list(self._products.values())
+
     def key_inputs(self, level: Level) -> KeyInputs:
         """What made the level. Raises HdovdError if they were changed since."""
         return self._product(level).key_inputs

@@ -20,6 +20,8 @@ Beside the arrays, every product has `parts/`: tables.json and one NUMBER.json f
 rows that is one Zarr shard of each of its row arrays. A part's file is written last, so what is listed there is
 what is done; it holds sizes and checksums of the objects, and which images could not be read, with the reason.
 
+Products of images also have `pictures/`: what the files were that their rows were made from (see `picture_files`).
+
     sets/NAME.json    which products belong together: what `hdovd train` reads; "default" unless named; and the text of "object"
     runs/ID.json      which training runs used which products
 """

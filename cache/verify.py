@@ -15,6 +15,7 @@ from typing import Any
 from hdovd.cache.catalog import FeatureSet, group_objects, parse_run, read_set
 from hdovd.cache.content import Wrong, check_attributes, check_rows, check_tables
 from hdovd.cache.identity import hash_tables
+from hdovd.cache.picture_files import LATER, known_files
 from hdovd.cache.product import Product, parse_record
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import ROW_ARRAYS, SCHEMA_VERSION, TABLE_ARRAYS, TABLES, Level, row_arrays
@@ -145,6 +146,7 @@ class ProductCheck:
             elif sound and self.product is not None and not self._is_found(TABLES):
                 self._check_rows(int(part), record)
         if self.product is not None:
+            self._check_pictures(self.product)
             self._check_missing(self.product)
             self._check_extra(self.product, records, listed)
         return self.findings
@@ -244,6 +246,13 @@ class ProductCheck:
         start, stop = self.product.rows_of(part)
         self.checked.rows += stop - start
 
+    def _check_pictures(self, product: Product) -> None:
+        """What stands there of the picture files: a file that is damaged only makes the cache know less, so it may be deleted."""
+        try:
+            known_files(product)
+        except HdovdError as error:
+            self._add("pictures", "what the files of the pictures were", str(error), None)
+
     def _check_missing(self, product: Product) -> None:
         missing: list[int | str] = [*([] if product.is_finished(TABLES) else [TABLES]), *product.missing()]
         if missing and not self.needed_by:
@@ -256,13 +265,13 @@ class ProductCheck:
 
     def _check_extra(self, product: Product, records: dict[int | str, dict[str, Any]], listed: dict[str, int]) -> None:
         """Objects that no record names, and that no part that is still to come or to be made again can have written."""
-        known = {"zarr.json"}
+        known = {"zarr.json", f"pictures/{LATER}.npz"}
         for part in [TABLES, *range(product.parts)]:
             known.add(product.record_name(part).removeprefix(f"{self.prefix}/"))
             if part in records:
                 known |= records[part]["objects"].keys()
             if isinstance(part, int):
-                known |= set(product.row_objects(part).values())
+                known |= {*product.row_objects(part).values(), f"pictures/{part:06d}.npz"}
         of_tables = (*(f"{name}/" for name in TABLE_ARRAYS[product.level]),
                      *(f"{name}/zarr.json" for name in row_arrays(product.level, product.dim)))
         tables_unknown = TABLES not in records or self._is_found(TABLES)

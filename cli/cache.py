@@ -127,8 +127,8 @@ def verify(
 ) -> None:
     """Check every checksum, table and row; name what is damaged; exit with 1 if anything is.
 
-    --sample and --repair need the pictures and the CLIP. A set knows what it was made from;
-    the options from --data on say where that is now.
+    --sample and --repair need the pictures and the CLIP; with --data, pictures that have changed are found too. A set knows
+    what it was made from; the options from --data on say where that is now.
     """
     from hdovd.coco import DataPaths
     from hdovd.pipelines.check_config import CheckConfig

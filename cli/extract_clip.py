@@ -8,6 +8,7 @@ import typer
 
 from hdovd.cache.schema import DEFAULT_SET, PART_ROWS
 from hdovd.cli import options
+from hdovd.coco import Exif
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import CropRecipe, Shape
 from hdovd.pipelines.extract_config import Activation, Executor, ExtractConfig, InstanceTeacher, Share, Store
@@ -52,6 +53,8 @@ def extract_clip(
     ] = None,
     crop: Annotated[Shape, typer.Option(help="The pixels that a box stands for: see docs/CACHE.md.")] = Shape.BOX,
     crop_scales: Annotated[str, typer.Option("--crop-scales", help="Mean over crops of these sizes of the box: 1,1.5 as in ViLD.")] = "1",
+    exif: Annotated[Exif, typer.Option(help="Pictures with an EXIF orientation whose annotated size fits them turned and as stored: apply "
+                                            "turns them. The annotated size decides of all others.")] = Exif.APPLY,
     device: options.Device = "auto",
     precision: options.Compute = Precision.AUTO,
     activation: Annotated[Activation, typer.Option(help="The activation that the weights were trained with.")] = Activation.AUTO,
@@ -82,7 +85,7 @@ def extract_clip(
         DataPaths(data, images, annotations), cache, clip, pretrained, proposals, vocabulary, captions, protocol, read_templates(templates),
         recipe, precision, activation, features, device, options.batch_size(batch), part_rows,
         options.workers(workers), dry_run, retry_failed, None if shard is None else Share.parse(shard), executor, store, synonyms,
-        class_embeddings, nouns, labels=LabelRule(label_top_k, label_temperature))
+        class_embeddings, nouns, labels=LabelRule(label_top_k, label_temperature), exif=exif)
     config.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.extract_clip import extract_clip as run
     from hdovd.pipelines.sharing import this_share

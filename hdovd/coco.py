@@ -10,8 +10,9 @@ import json
 import math
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
 
 _PARTS = {"images", "annotations", "categories"}
 _IMAGE_KEYS = ("id", "file_name", "width", "height")
+
+
+class Exif(StrEnum):
+    """Whether pictures whose annotated size fits both turned as their EXIF orientation says and as stored are turned."""
+
+    APPLY = "apply"
+    IGNORE = "ignore"
 
 
 @dataclass(slots=True)
@@ -64,6 +72,7 @@ class Split:
     annotations: Path
     coco_ids: tuple[int, ...]
     skips: Skips
+    exif: Exif = Exif.APPLY
 
     def path(self, image: ImageBoxes) -> Path:
         return self.folder / image.file_name
@@ -247,9 +256,10 @@ class DataPaths:
     images: Path | None = None
     annotations: Path | None = None
 
-    def load(self, split: str, protocol: Protocol, *, base_only: bool, log: Callable[[str], None] = print) -> Split:
-        """`load_split` of `split` ("train2017", "val2017"); what is skipped goes to `log`."""
-        loaded = load_split(*self.locate(split), protocol, base_only=base_only)
+    def load(self, split: str, protocol: Protocol, *, base_only: bool, log: Callable[[str], None] = print,
+             exif: Exif = Exif.APPLY) -> Split:
+        """`load_split` of `split` ("train2017", "val2017"), its pictures to be read by `exif`; what is skipped goes to `log`."""
+        loaded = replace(load_split(*self.locate(split), protocol, base_only=base_only), exif=exif)
         for line in loaded.skips.lines():
             log(line)
         return loaded

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from hdovd.cache.schema import Level
-from hdovd.coco import DataPaths, ImageBoxes, Split
+from hdovd.coco import DataPaths, Exif, ImageBoxes, Split
 from hdovd.errors import HdovdError
 from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, DenseRecipe
-from hdovd.pipelines.crops import Cutter, read_picture
+from hdovd.pipelines.crops import Cutter, Picture, read_picture
 from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, Activation
 from hdovd.pipelines.ways import Pictures, Way, ways_of
 from hdovd.protocol import Protocol, load_protocol
@@ -95,7 +95,7 @@ def bench_dense(bench: DenseBench, log: Callable[[str], None] = print) -> DenseF
     teacher = load_clip(bench.clip, bench.pretrained, device=bench.device, precision=bench.precision, activation=bench.activation)
     sides = [_dense(teacher, NO_PICTURES, side).input_size[0] for side in bench.sides]  # refused before pictures are read
     split, images = _chosen(bench, protocol, log)
-    memory = {split.path(image): read_picture(split.path(image), image.width, image.height) for image in images}
+    memory = {split.path(image): read_picture(split.path(image), image.width, image.height, split.exif) for image in images}
     boxes, is_labelled = _filled_up(images, bench.boxes)
     labels = torch.from_numpy(np.concatenate([image.labels for image in images]))
     pictures = Pictures(images, split.path, np.cumsum([0, *map(len, boxes)]), np.concatenate(boxes))
@@ -122,7 +122,7 @@ def _dense(teacher: ClipTeacher, pictures: Pictures, side: int | None) -> Way:
     return ways_of(teacher, pictures, DenseRecipe(side))[Level.INSTANCE]
 
 
-def _run(way: Way, batch_size: int, picture: Callable[[Path, int, int], Tensor]) -> tuple[Tensor, float, float]:
+def _run(way: Way, batch_size: int, picture: Callable[[Path, int, int, Exif], Picture]) -> tuple[Tensor, float, float]:
     """Embeddings (n, D) of all boxes, and seconds: of preparing CLIP's input from pictures in memory, and of CLIP."""
     cutter, embeddings, preparing, embedding = Cutter(way.fit, way.input_size, picture), list[np.ndarray](), 0.0, 0.0
     for rows in way.groups(np.arange(len(way.pictures.box)), batch_size):

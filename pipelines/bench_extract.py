@@ -23,6 +23,7 @@ from hdovd.cache.writer import ProductWriter
 from hdovd.coco import DataPaths
 from hdovd.pipelines.bench_world import BenchWorld, make_world
 from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
+from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe
 from hdovd.pipelines.crops import CropJob, Cutter
@@ -32,7 +33,6 @@ from hdovd.pipelines.extract_config import ExtractConfig
 from hdovd.pipelines.extraction import Extraction
 from hdovd.pipelines.feeding import GPU_THREADS, in_order, own_threads
 from hdovd.pipelines.format import duration, size
-from hdovd.pipelines.images import read_image
 from hdovd.pipelines.ways import Crops, Pictures
 
 ROUND_S = 10.0  # how long a round of the bare model should take
@@ -222,7 +222,7 @@ class _Stages:
     def cut(self) -> float:
         """Crops a second of one core that only cuts and resizes what is read."""
         pictures = [self._cutter.read(job) for job in self._jobs]
-        return self._rate(lambda: [list(self._cutter.crops(picture, job)) for picture, job in zip(pictures, self._jobs, strict=True)])
+        return self._rate(lambda: [list(self._cutter.crops(read.pixels, job)) for read, job in zip(pictures, self._jobs, strict=True)])
 
     def transfer(self, batch_size: int) -> float | None:
         """Crops a second on their way to the GPU."""

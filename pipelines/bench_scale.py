@@ -94,6 +94,9 @@ class StubTeacher:
     def hash_prompts(self, names: Sequence[Name], templates: Sequence[str]) -> str:
         return hash_texts(text for _, text in prompts(names, templates))
 
+    def prompt_notes(self, names: Sequence[Name], templates: Sequence[str]) -> list[str]:
+        return []
+
     def best_batch(self) -> int:
         return 256
 

@@ -5,7 +5,6 @@ N images, M boxes: image by image in file order, base boxes before proposals, pr
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,12 +13,13 @@ import numpy as np
 from hdovd.cache.identity import KeyInputs, box_inputs, image_inputs, source_inputs
 from hdovd.cache.schema import TABLE_ARRAYS, Level, Source
 from hdovd.coco import ImageBoxes
+from hdovd.pipelines.picture_hashes import image_hash
 from hdovd.pipelines.proposal_file import NO_PROPOSALS, Proposals
 
 
 @dataclass(frozen=True, slots=True)
 class BoxTable:
-    """image_id (N,) i64, image_hash (N,) u64 of name and size, image_size (N, 2) i32, offset (N+1,) i64; box (M, 4) f32 xyxy pixels,
+    """image_id (N,) i64, image_hash (N,) u64 (see `picture_hashes`), image_size (N, 2) i32, offset (N+1,) i64; box (M, 4) f32 xyxy pixels,
     source (M,) u8, score (M,) f32, annotation_id (M,) i64."""
 
     image_id: np.ndarray
@@ -55,8 +55,8 @@ class BoxTable:
         return range(first, int(np.searchsorted(self.offset, stop, "left")))
 
 
-def box_table(images: Sequence[ImageBoxes], proposals: dict[int, Proposals]) -> BoxTable:
-    """The table of all base boxes and proposals."""
+def box_table(images: Sequence[ImageBoxes], proposals: dict[int, Proposals], hashes: np.ndarray | None = None) -> BoxTable:
+    """The table of all base boxes and proposals. hashes: None for those of images that no cache has another picture of."""
     found = [proposals.get(i.id, NO_PROPOSALS) for i in images]
     counts = np.array([(len(i.boxes), len(p.boxes)) for i, p in zip(images, found, strict=True)], np.int64).reshape(-1, 2)
     source = np.repeat(np.tile(np.array([Source.BASE_BOX, Source.PROPOSAL], np.uint8), len(images)), counts.reshape(-1))
@@ -68,14 +68,10 @@ def box_table(images: Sequence[ImageBoxes], proposals: dict[int, Proposals]) -> 
         annotation_id[base] = np.concatenate([i.annotation_ids for i in images])
     return BoxTable(
         image_id=np.array([i.id for i in images], np.int64),
-        image_hash=np.array([_image_hash(i) for i in images], np.uint64),
+        image_hash=np.array([image_hash(i) for i in images], np.uint64) if hashes is None else hashes,
         image_size=np.array([(i.width, i.height) for i in images], np.int32).reshape(-1, 2),
         offset=np.concatenate([[0], np.cumsum(counts.sum(axis=1))]).astype(np.int64),
         box=box, source=source, score=score, annotation_id=annotation_id)
-
-
-def _image_hash(image: ImageBoxes) -> int:
-    return int.from_bytes(hashlib.sha256(f"{image.file_name}\0{image.width}x{image.height}".encode()).digest()[:8], "little")
 
 
 def match_rows(wanted: Sequence[np.ndarray], have: Sequence[np.ndarray]) -> np.ndarray:

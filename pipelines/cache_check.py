@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache.catalog import Catalog, FeatureSet
+from hdovd.cache.product import Product
 from hdovd.cache.schema import Level
 from hdovd.cache.storage import Folder, open_folder
 from hdovd.cache.verify import Checked, Finding, Names, ProductCheck, check_groups, check_records, check_set, product_names
-from hdovd.errors import HdovdError
+from hdovd.coco import Split
+from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.cache_repair import Repair
 from hdovd.pipelines.cache_sample import Sample, Sampled, sample_set
 from hdovd.pipelines.check_config import CheckConfig, Clips, settings_of, told_where
 from hdovd.pipelines.format import size
+from hdovd.pipelines.picture_hashes import picture_hashes
 from hdovd.pipelines.progress import progress
 from hdovd.pipelines.teacher import Teacher
 from hdovd.protocol import load_protocol
@@ -64,15 +67,31 @@ def _check(config: CheckConfig, log: Log, clips: Clips) -> CheckReport:
             for finding in check_set(folder, name, features):
                 report.findings.append(finding)
                 log(str(finding))
-    for name, features in looked_at.items() if config.sample else ():
+    for name, features in looked_at.items() if config.sample or "data" in config.changes else ():
         settings = settings_of(config, name, features.made_from)
         with told_where(name):
-            split = settings.data.load("train2017", load_protocol(settings.protocol), base_only=True, log=lambda _: None)
-            clip = clips.of(settings)
-        sample_set(Sample(folder, split, clip, config.sample, config.seed), features, report.findings, report.sampled, log)
+            protocol = load_protocol(settings.protocol)
+            split = settings.data.load("train2017", protocol, base_only=True, log=lambda _: None, exif=settings.exif)
+            clip = clips.of(settings) if config.sample else None
+        for finding in _changed_pictures(folder, name, features, split, report.findings):
+            report.findings.append(finding)
+            log(str(finding))
+        if clip is not None:
+            sample_set(Sample(folder, split, clip, config.sample, config.seed), features, report.findings, report.sampled, log)
     for line in _summary(config, report):
         log(line)
     return report
+
+
+def _changed_pictures(folder: Folder, name: str, features: FeatureSet, split: Split, found: Sequence[Finding]) -> list[Finding]:
+    """Pictures whose files are not those that a set was made from; nothing of products that are damaged."""
+    damaged = {finding.product for finding in found}
+    hashes = picture_hashes(split, [Product(folder, *product) for product in features.levels.items() if product not in damaged])
+    if not hashes.changed:
+        return []
+    expected, count = f"the pictures that set {name} was made from", len(hashes.changed)
+    return [Finding(str(split.folder), expected, f"{count} of another content, which extract-clip embeds again",
+                    where=f"images {shorten([*hashes.changed])}")]
 
 
 def _refuse_strangers(config: CheckConfig, folder: Folder, there: Names) -> None:

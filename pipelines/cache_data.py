@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.coco import DataPaths, ImageBoxes, Split
+from hdovd.coco import DataPaths, Exif, ImageBoxes, Split
 from hdovd.errors import HdovdError
 from hdovd.pipelines.cache_jobs import CacheSource
 from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.identities import data_inputs
+from hdovd.pipelines.identities import exif_of, inputs_of
 from hdovd.protocol import Protocol, load_protocol
 
 
@@ -29,15 +29,16 @@ def with_data(cache: FeatureCache, source: CacheSource, log: Callable[[str], Non
     """The data of an opened set. Raises HdovdError if they are not known, not there, or not those that the set was made from."""
     where = f"set {source.features} of {source.cache}"
     data, protocol_name = _named(cache, source, where)
+    exif = exif_of({level: cache.key_inputs(level) for level in cache.levels()}) or Exif.APPLY
     try:
         protocol = load_protocol(protocol_name)
-        split = data.load("train2017", protocol, base_only=True, log=log)
+        split = data.load("train2017", protocol, base_only=True, log=log, exif=exif)
     except HdovdError as error:
         if source.data is not None and source.protocol is not None:
             raise
         raise HdovdError(f"{error}\nThis is what {where} was made from. If it lies elsewhere now, say where: --data (or --images, "
                          "--annotations), --protocol") from error
-    cache.require(Level.BOXES, {"images": data_inputs(split.images)[Level.BOXES]["images"]})
+    cache.require(Level.BOXES, {"images": inputs_of(split, cache)[Level.BOXES]["images"]})
     return CacheWithData(cache, split, protocol, {image.id: image for image in split.images})
 
 

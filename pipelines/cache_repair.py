@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class Repair:
                              "the folders of the products named above and import them again")
         settings = settings_of(self.config, name, features.made_from if features else {})
         with told_where(name):
-            extraction = prepare(replace(settings, cache=NO_CACHE), _silent, self.clips.of(settings))
+            extraction = prepare(replace(settings, cache=NO_CACHE), _silent, self.clips.of(settings), knowing=self._readable())
         there = set(product_names(self.folder))
         lines = [f"{level}: the cache has no product {plan.key}" for level, plan in extraction.plans.items()
                  if features is None and (level, plan.key) not in there]  # a set that is lost, and options that are not its own
@@ -115,6 +115,11 @@ class Repair:
             raise HdovdError(f"set {name} of {self.config.cache} cannot be made again, this is not what it was made from:\n  "
                              + "\n  ".join(lines) + "\nGive that (--data, --clip, --proposals, ...). Nothing was changed.")
         return _Job(name, features, settings, extraction)
+
+    def _readable(self) -> Iterator[Product]:
+        """The products whose metadata and pictures are sound."""
+        damaged = {finding.product for finding in self.findings if finding.place.endswith(("/zarr.json", "/pictures"))}
+        return (Product(self.folder, *name) for name in product_names(self.folder) if name not in damaged)
 
     def _what_changed(self, level: Level, key: str, inputs: dict[str, Any]) -> list[str]:
         try:

@@ -14,6 +14,7 @@ import numpy as np
 from hdovd.cache.catalog import FeatureSet
 from hdovd.cache.content import name_rows
 from hdovd.cache.identity import differences
+from hdovd.cache.picture_files import known_files
 from hdovd.cache.product import Product
 from hdovd.cache.rows import open_rows
 from hdovd.cache.schema import TABLES, Level
@@ -21,9 +22,9 @@ from hdovd.cache.storage import Folder
 from hdovd.cache.verify import Finding
 from hdovd.coco import ImageBoxes, Split
 from hdovd.errors import HdovdError, shorten
-from hdovd.pipelines.box_table import box_table
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
 from hdovd.pipelines.crops import Cutter
+from hdovd.pipelines.picture_hashes import image_hash
 from hdovd.pipelines.progress import progress
 from hdovd.pipelines.teacher import Teacher
 from hdovd.pipelines.ways import Pictures, Way, ways_of
@@ -99,7 +100,8 @@ def _way(product: Product, sample: Sample) -> Way:
     on_boxes = product.level is Level.INSTANCE
     recipe = (DenseRecipe(inputs["dense"]["side"]) if "dense" in inputs
               else CropRecipe.from_inputs(inputs["crop"]) if "crop" in inputs else PLAIN_BOX)
-    pictures = Pictures(images, sample.split.path, *((tables("offset"), tables("box")) if on_boxes else (np.zeros(1), np.zeros((0, 4)))))
+    offset, box = (tables("offset"), tables("box")) if on_boxes else (np.zeros(1), np.zeros((0, 4)))
+    pictures = Pictures(images, sample.split.path, offset, box, sample.split.exif)
     way = ways_of(teacher, pictures, recipe)[product.level]
     if named:
         _refuse_others(product, way.inputs())
@@ -125,12 +127,13 @@ def _cosines(product: Product, way: Way, rows: np.ndarray) -> tuple[np.ndarray, 
     """The rows that could be encoded again, their cosines with the cache, and why others could not."""
     stored, problems = open_rows(product, "embedding", parts={int(part) for part in rows // product.part_rows}), list[str]()
     have = np.array([stored.read(int(row), int(row) + 1)[0] for row in rows], np.float64)
-    image_hash = product.table("image_hash")
+    labels = product.table("image_hash")
     usable = np.asarray(have.any(axis=1))  # zeros: the picture could not be read then either
     number, image_id = way.images_of(rows), product.table("image_id")
-    hashes = box_table([way.pictures.images[n] for n in np.unique(number)], {}).image_hash
-    for n, now in zip(np.unique(number), hashes, strict=True):
-        if now != image_hash[n] and usable[number == n].any():
+    known = {(int(file["image_id"]), int(file["label"])) for file in known_files(product)}  # by their contents, whatever they are called
+    for n in np.unique(number):
+        named = image_hash(way.pictures.images[n]) == labels[n] or (int(image_id[n]), int(labels[n])) in known
+        if not named and usable[number == n].any():
             problems.append(f"image {image_id[n]} has another name or size in the annotations, or is not there")
             usable[number == n] = False
     cutter, new = Cutter(way.fit, way.input_size), np.zeros(have.shape)

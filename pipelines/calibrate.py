@@ -33,7 +33,7 @@ from hdovd.pipelines.cache_jobs import CalibrateConfig
 from hdovd.pipelines.calibration import Calibration, origin_of
 from hdovd.pipelines.calibration_picture import draw_calibration
 from hdovd.pipelines.export import made_from
-from hdovd.pipelines.identities import data_inputs
+from hdovd.pipelines.identities import inputs_of
 from hdovd.pipelines.label_rule import LabelRule
 from hdovd.pipelines.progress import progress
 from hdovd.pipelines.pseudo_labels import best_nouns, label_texts
@@ -88,7 +88,7 @@ def label_cosines(cache: FeatureCache, split: Split, protocol: Protocol) -> Cosi
     """The labels that base boxes would get from the base classes. Raises HdovdError if the cache is not of these boxes."""
     if len(protocol.base) < 2:
         raise HdovdError(f"protocol {protocol.name} has one base class: there is no wrong name to tell a right one from")
-    wanted = data_inputs(split.images)
+    wanted = inputs_of(split, cache)
     cache.require_together()
     cache.require(Level.BOXES, wanted[Level.BOXES])
     cache.require(Level.INSTANCE, wanted[Level.INSTANCE])

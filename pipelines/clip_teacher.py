@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hdovd.cache.identity import hash_tables
-from hdovd.errors import HdovdError, is_file
+from hdovd.errors import HdovdError, is_file, shorten
 from hdovd.pipelines.common.precision import Precision, choose
 from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.extract_config import Activation
@@ -143,6 +143,25 @@ class ClipTeacher:
 
     def hash_prompts(self, names: Sequence[Name], templates: Sequence[str]) -> str:
         return hash_tables(self.tokenizer(texts).numpy() for _, texts in _prompt_batches(names, templates))
+
+    def prompt_notes(self, names: Sequence[Name], templates: Sequence[str]) -> list[str]:
+        length = self.tokenizer([""]).shape[1]
+        cut, told_apart = dict[str, None](), [hashlib.sha256() for _ in names]
+        for rows, texts in _prompt_batches(names, templates):
+            tokens = self.tokenizer(texts)
+            for row, text, short in zip(rows, texts, tokens, strict=True):
+                told_apart[row].update(short.numpy().tobytes())
+                if len(text.encode()) + 2 > length:  # a token is a byte at least; and there are one before and one after
+                    whole = self.tokenizer([text], context_length=len(text.encode()) + 2)[0]
+                    if not torch.equal(whole[:length], short):
+                        cut[text] = None
+        alike: dict[bytes, list[str]] = {}
+        for name, digest in zip(names, told_apart, strict=True):
+            alike.setdefault(digest.digest(), []).append(name if isinstance(name, str) else " or ".join(name))
+        notes = [f"note: {len(cut)} prompts are longer than the {length} tokens of the text tower, which cuts them: {shorten([*cut], 4)}"]
+        notes = notes if cut else []
+        return notes + [f"note: {' and '.join(map(repr, same))} become the same tokens: they have one embedding"
+                        for same in alike.values() if len(same) > 1]
 
     def peak_memory_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
@@ -306,7 +325,8 @@ def _tokenizer(model: str, config: dict[str, Any], random_weights: bool) -> Any:
         raise HdovdError(f"the tokenizer of {model} cannot be loaded: {error}{way}") from error
 
 
-def _one_token(texts: Sequence[str], length: int) -> Tensor:
+def _one_token(texts: Sequence[str], length: int, context_length: int | None = None) -> Tensor:
+    length = context_length or length
     return torch.ones(len(texts), length, dtype=torch.long)
 
 

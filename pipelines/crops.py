@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hdovd.cache.picture_files import PictureFile
+from hdovd.coco import Exif
 from hdovd.errors import HdovdError
-from hdovd.pipelines.images import read_image
+from hdovd.pipelines.common.images import read_annotated, told
 
 
 def cut(picture: Tensor, region: Sequence[int]) -> Tensor:
@@ -27,9 +30,20 @@ def cut(picture: Tensor, region: Sequence[int]) -> Tensor:
     return pixels
 
 
-def read_picture(path: Path, width: int, height: int) -> Tensor:
-    """(3, h, w) uint8 RGB, as `read_image` reads it."""
-    return torch.from_numpy(np.array(read_image(path, width, height))).permute(2, 0, 1)
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """pixels (3, h, w) uint8 RGB, and the file that they were read from."""
+
+    pixels: Tensor
+    file: PictureFile
+
+
+def read_picture(path: Path, width: int, height: int, exif: Exif) -> Picture:
+    """A picture as `images.read_image` reads it. Raises HdovdError."""
+    with told(str(path)), path.open("rb") as file:
+        stat, data = os.fstat(file.fileno()), file.read()
+    found = read_annotated(path, width, height, data, exif)
+    return Picture(torch.from_numpy(np.array(found.image)).permute(2, 0, 1), PictureFile.of(path, stat, data, either=found.either))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +61,7 @@ class CropJob:
     place: int = 0
     regions: np.ndarray | None = None
     boxes: np.ndarray | None = None
+    exif: Exif = Exif.APPLY
 
     @property
     def count(self) -> int:
@@ -58,15 +73,17 @@ class CropJob:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Inputs (count, 3, h, w) uint8, zeros where there is none; by image id why a picture could not be read; of each input the boxes."""
+    """Inputs (count, 3, h, w) uint8, zeros where there is none; by image id why a picture could not be read; of each input the boxes; by
+    image id the files that were read."""
 
     pixels: Tensor
     problems: dict[int, str]
     boxes: list[np.ndarray]
+    files: dict[int, PictureFile] = field(default_factory=dict)
 
     def pin_memory(self) -> Batch:
         """For torch's DataLoader, on the way to a GPU."""
-        return Batch(self.pixels.pin_memory(), self.problems, self.boxes)
+        return replace(self, pixels=self.pixels.pin_memory())
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +95,7 @@ class Cutter:
 
     fit: Callable[[Tensor], Tensor]
     size: tuple[int, int]
-    picture: Callable[[Path, int, int], Tensor] = read_picture
+    picture: Callable[[Path, int, int, Exif], Picture] = read_picture
 
     def batch(self, jobs: Sequence[CropJob], count: int) -> Batch:
         """The crops of some jobs at their places among `count`; channels last, as pictures come and convolutions are fastest."""
@@ -92,13 +109,14 @@ class Cutter:
             except HdovdError as error:
                 batch.problems[job.image_id] = str(error)
                 continue
-            for place, crop in enumerate(self.crops(picture, job), job.place):
+            batch.files[job.image_id] = picture.file
+            for place, crop in enumerate(self.crops(picture.pixels, job), job.place):
                 batch.pixels[place] = crop
         return batch
 
-    def read(self, job: CropJob) -> Tensor:
-        """(3, h, w) uint8 RGB. Raises HdovdError."""
-        return self.picture(job.path, job.width, job.height)
+    def read(self, job: CropJob) -> Picture:
+        """Raises HdovdError."""
+        return self.picture(job.path, job.width, job.height, job.exif)
 
     def crops(self, picture: Tensor, job: CropJob) -> Iterator[Tensor]:
         """(3, *size) uint8, one a region."""

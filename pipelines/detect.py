@@ -18,11 +18,11 @@ from torch.utils.data import Dataset
 
 import hdovd
 from hdovd.errors import HdovdError, shorten
+from hdovd.pipelines.common.images import Decoded, decode
 from hdovd.pipelines.detect_output import DetectionFolder, Tally
 from hdovd.pipelines.detector import Detector
 from hdovd.pipelines.device import workers_for
 from hdovd.pipelines.loading import Batches
-from hdovd.pipelines.picture_decoding import Decoded, decode
 from hdovd.pipelines.picture_files import PictureFile, find_pictures
 from hdovd.pipelines.progress import progress
 from hdovd.pipelines.run_jobs import DetectJob

@@ -18,9 +18,9 @@ from typing import IO, Any
 
 from PIL import Image
 
+from hdovd.pipelines.common.images import Decoded
 from hdovd.pipelines.detector import NamedDetections
 from hdovd.pipelines.drawing import BASE_COLOUR, NOVEL_COLOUR, Labelled, draw_boxes
-from hdovd.pipelines.picture_decoding import Decoded
 from hdovd.pipelines.run_jobs import DETECTIONS_MARKER
 from hdovd.pipelines.whole_file import replace_file, write_picture, writing
 

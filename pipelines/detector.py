@@ -20,10 +20,10 @@ from hdovd.detectors import Detector as Model
 from hdovd.detectors import build_detector
 from hdovd.errors import HdovdError, shorten
 from hdovd.inference import Detections, detect_batch
+from hdovd.pipelines.common.images import AnyPicture, Decoded, decode
 from hdovd.pipelines.common.precision import inference_autocast
 from hdovd.pipelines.device import pick_device, placed
 from hdovd.pipelines.name_embedding import NameEmbedder
-from hdovd.pipelines.picture_decoding import AnyPicture, Decoded, decode
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.run_jobs import SHOWN_SCORE
 from hdovd.pipelines.weights import Weights

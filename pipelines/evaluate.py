@@ -49,8 +49,9 @@ def evaluate(job: EvalJob, log: Callable[[str], None] = print) -> EvalResult:
     protocol = trained if job.protocol is None else load_protocol(job.protocol)
     if (protocol.base, protocol.novel) != (trained.base, trained.novel):
         raise HdovdError(f"{job.run} was trained for the base and novel classes of protocol {trained.name}, not of {protocol.name}")
-    validation = Validation(job.data, protocol, device, batch_size=job.batch_size, workers=job.workers, engine=job.engine, log=log)
     recipe, texts = run.recipe(), run.class_embeddings()
+    validation = Validation(job.data, protocol, device, exif=recipe.input.exif, batch_size=job.batch_size, workers=job.workers,
+                            engine=job.engine, log=log)
     model = build_detector(recipe, texts.shape[1], log=None)
     run.load_model(model, job.weights.file)
     found = validation.run(placed(model, device), texts)

@@ -24,7 +24,7 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.cache_jobs import ExportConfig
 from hdovd.pipelines.extract_config import ExtractConfig
 from hdovd.pipelines.format import size
-from hdovd.pipelines.identities import data_inputs
+from hdovd.pipelines.identities import inputs_of
 from hdovd.pipelines.progress import progress
 from hdovd.protocol import Protocol, load_protocol
 
@@ -40,7 +40,7 @@ def export_tars(config: ExportConfig, log: Log = print) -> TarMeta:
     cache.require_together()
     data, protocol = made_from(config.cache, cache.set, config.features, config.data, config.protocol)
     split = data.load("train2017", protocol, base_only=True, log=log)
-    inputs = data_inputs(split.images)
+    inputs = inputs_of(split, cache)
     for level in inputs.keys() & set(cache.levels()):
         only_images = level is Level.BOXES and not cache.key_inputs(level)["base_boxes"]["count"]  # some imports have no base boxes
         cache.require(level, {"images": inputs[level]["images"]} if only_images else inputs[level])

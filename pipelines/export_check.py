@@ -23,7 +23,7 @@ from hdovd.config import InferenceConfig, InputConfig
 from hdovd.detectors import Detector
 from hdovd.exportable import ExportableDetector
 from hdovd.inference import Detections, detect
-from hdovd.pipelines.images import pixels_of
+from hdovd.pipelines.common.images import pixels_of
 from hdovd.pipelines.model_forms import Run, traceable
 
 _SIZES = ((150, 110), (96, 170))  # width, height: neither has the shape of what is traced

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 import hdovd
 from hdovd.detectors import build_detector
 from hdovd.errors import HdovdError
 from hdovd.pipelines import model_forms
+from hdovd.pipelines.common.images import decode
 from hdovd.pipelines.export_check import Checked, check, made_up_pictures
-from hdovd.pipelines.images import pixels_of
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.run_jobs import ExportModelJob
 from hdovd.pipelines.weights import Weights
@@ -93,7 +92,6 @@ def _made_by(run: RunFolder) -> dict[str, object]:
 
 def _read(path: Path) -> Tensor:
     try:
-        with Image.open(path) as file:
-            return pixels_of(file.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise HdovdError(f"--check-image {path}: {error}") from error
+        return decode(path).pixels
+    except HdovdError as error:
+        raise HdovdError(f"--check-image {error}") from error

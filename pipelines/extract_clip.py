@@ -7,17 +7,19 @@ over processes, and names the products that belong together. See `hdovd.cache.sc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import KeyInputs
+from hdovd.cache.product import Product
 from hdovd.cache.schema import Level
-from hdovd.coco import Skips, Split
+from hdovd.coco import Exif, Skips, Split
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.box_table import box_table
+from hdovd.pipelines.common.images import read_alike
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.device import workers_for
 from hdovd.pipelines.extract_config import Executor, ExtractConfig, Store
@@ -28,10 +30,11 @@ from hdovd.pipelines.identities import level_inputs
 from hdovd.pipelines.noun_file import read_noun_file
 from hdovd.pipelines.nouns import Nouns, named_novel, read_nouns
 from hdovd.pipelines.object_text import object_text_entry
+from hdovd.pipelines.picture_hashes import picture_hashes
 from hdovd.pipelines.proposal_file import Proposals, made_by_line, read_table, usable_proposals
 from hdovd.pipelines.sharing import do_share, this_share
 from hdovd.pipelines.teacher import Teacher
-from hdovd.pipelines.text_rows import read_classes
+from hdovd.pipelines.text_rows import TextRows, read_classes
 from hdovd.pipelines.ways import Pictures, ways_of
 from hdovd.protocol import load_protocol
 
@@ -94,13 +97,22 @@ def extract_clip(config: ExtractConfig, log: Log = print, teacher: Teacher | Non
     return report
 
 
-def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = None) -> Extraction:
-    """Read the inputs, load the model and plan. Writes nothing. Raises HdovdError for bad input."""
+def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = None, *,
+            knowing: Iterable[Product] | None = None) -> Extraction:
+    """Read the inputs, load the model and plan. Writes nothing. Raises HdovdError for bad input.
+
+    `knowing`: products that know pictures by their content, if they are others than those of the cache.
+    """
     catalog = Catalog.find_at(config.cache)  # first: what is in the way is said before all work
+    known = (catalog.products() if catalog is not None else ()) if knowing is None else knowing
     protocol = load_protocol(config.protocol)
-    split = config.data.load("train2017", protocol, base_only=True, log=log)
+    split = config.data.load("train2017", protocol, base_only=True, log=log, exif=config.exif)
     proposals, origin = _proposals(config, split, log)
-    table = box_table(split.images, proposals)
+    pictures = picture_hashes(split, known)
+    if pictures.changed:
+        log(f"{len(pictures.changed)} pictures are not those that the cache has under their names (images "
+            f"{shorten([*pictures.changed])}): they are embedded again")
+    table = box_table(split.images, proposals, pictures.values)
     classes = read_classes(protocol.names, config.synonyms, config.class_embeddings, log)
     nouns = _nouns(config, split)
     if nouns is not None and config.labels.top > len(nouns.vocabulary):
@@ -120,10 +132,14 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
     for note in loaded.notes:
         log(note)
     classes.require_dim(loaded.dim, config.class_embeddings)
-    ways = ways_of(loaded, Pictures(split.images, split.path, table.offset, table.box), config.recipe)
+    for rows in (classes, *(() if nouns is None else (TextRows(nouns.vocabulary),))):
+        for note in rows.notes(loaded, config.templates):
+            log(note)
+    ways = ways_of(loaded, Pictures(split.images, split.path, table.offset, table.box, split.exif), config.recipe)
     inputs = level_inputs(loaded, table, nouns, classes, config.templates, ways, config.labels)
-    plans = plan_levels(catalog, inputs, table, loaded.dim, part_rows=config.part_rows, retry_failed=config.retry_failed)
-    return Extraction(split, table, nouns, classes, loaded, ways, plans, templates=config.templates, batch_size=config.batch_size,
+    plans = plan_levels(catalog, inputs, table, loaded.dim, part_rows=config.part_rows, retry_failed=config.retry_failed,
+                        read_alike=partial(read_alike, split))
+    return Extraction(split, table, pictures, nouns, classes, loaded, ways, plans, templates=config.templates, batch_size=config.batch_size,
                       workers=workers_for(loaded.device, config.workers), origin=origin)
 
 
@@ -207,6 +223,10 @@ def _finish(extraction: Extraction, catalog: Catalog, config: ExtractConfig, rep
                           config.to_dict(), origin, object_text_entry(extraction.teacher, extraction.templates, sets.values()))
     if before != features:
         catalog.write_set(config.features, features)
+    if count := extraction.turned_either_way():
+        log(f"{count} pictures have an EXIF orientation, and an annotated size that fits them turned and as stored: --exif {config.exif} "
+            + ("turned them upright; are their boxes drawn on what is stored? --exif ignore" if config.exif is Exif.APPLY
+               else "left them as stored; are their boxes drawn on upright pictures? --exif apply"))
     if before is not None and not before.object_text:
         log(f"set {config.features}: the text embedding of \"object\" was added")
     for level in (Level.IMAGE, Level.INSTANCE):

@@ -10,7 +10,7 @@ from typing import Any
 
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import CHUNK_ROWS, DEFAULT_SET, PART_ROWS
-from hdovd.coco import DataPaths
+from hdovd.coco import DataPaths, Exif
 from hdovd.errors import HdovdError, is_file, require_files
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
@@ -73,7 +73,7 @@ class ExtractConfig:
     best. `workers`: None for what suits the device. `share`: None for torchrun's own, or all of the work. `store`: what `cache`
     becomes, a Zarr cache or a folder of tar shards. `synonyms` and `class_embeddings`: files of `text_rows.read_classes`.
     `nouns`: a file of `hdovd nouns`, instead of `vocabulary` and `captions`; `matching`: how these are, if there are captions.
-    `labels`: how many nouns a pseudo label is made of.
+    `labels`: how many nouns a pseudo label is made of. `exif`: how pictures are read.
     """
 
     data: DataPaths
@@ -103,6 +103,7 @@ class ExtractConfig:
     nouns: Path | None = None
     matching: Matching = Matching.LEMMAS
     labels: LabelRule = ONE_NOUN
+    exif: Exif = Exif.APPLY
 
     def __post_init__(self) -> None:
         if self.nouns is not None and (self.vocabulary is not None or self.captions is not None):
@@ -145,7 +146,8 @@ class ExtractConfig:
         protocol = _absolute(Path(self.protocol)) if is_file(self.protocol) else self.protocol
         return {"data": data, **paths, "clip": clip, "pretrained": pretrained, "protocol": protocol, "templates": list(self.templates),
                 **_recipe_tree(self.recipe), "precision": str(self.precision), "activation": str(self.activation),
-                "features": self.features, **({} if self.labels.top == 1 else {"labels": self.labels.inputs()})}
+                "features": self.features, **({} if self.labels.top == 1 else {"labels": self.labels.inputs()}),
+                **({} if self.exif is Exif.APPLY else {"exif": str(self.exif)})}
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any], cache: Path | str, **changes: Any) -> ExtractConfig:
@@ -156,7 +158,8 @@ class ExtractConfig:
         rest = {name: value for name, value in tree.items() if name not in ("crop", "dense", "labels")}
         given = {**rest, **paths, "data": data, "templates": tuple(tree["templates"]), "recipe": recipe,
                  "labels": LabelRule.of(tree.get("labels", {})), "matching": _matching(tree),
-                 "precision": Precision(tree["precision"]), "activation": Activation(tree["activation"]), "cache": cache}
+                 "precision": Precision(tree["precision"]), "exif": Exif(tree.get("exif", Exif.APPLY)),
+                 "activation": Activation(tree["activation"]), "cache": cache}
         return cls(**(given | changes))
 
 

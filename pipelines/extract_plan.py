@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from hdovd.cache.schema import CHUNK_ROWS, IMAGE_PART_ROWS, PART_ROWS, ROW_ARRAY
 from hdovd.pipelines.box_table import BoxTable, match_rows
 
 MATCHED_BY = {Level.IMAGE: ("image_id", "image_hash"), Level.INSTANCE: ("image_id", "image_hash", "box")}  # what makes a row the same row
-DATA_INPUTS = ("images", "boxes")  # inputs that may differ between two products whose rows are the same where they match
+DATA_INPUTS = ("images", "boxes", "exif")  # inputs that may differ between two products whose rows are the same where they match
 
 
 @dataclass(slots=True)
@@ -22,7 +22,8 @@ class LevelPlan:
     """One level of an extraction.
 
     `decision` is "hit", "extend" or "extract", `reason` why it is no hit. `redo`: finished parts to make again.
-    `donor` and `reuse` (rows,): another product that has rows of this one, and which; -1 where it has not.
+    `kept` (rows,) bool: rows whose image could be read, if parts are made again. `donor` and `reuse` (rows,): another product that has rows
+    of this one, and which; -1 where it has not.
     """
 
     level: Level
@@ -35,6 +36,7 @@ class LevelPlan:
     reason: str = ""
     missing: list[int] | None = None
     redo: tuple[int, ...] = ()
+    kept: np.ndarray | None = None
     donor: Product | None = None
     reuse: np.ndarray | None = None
 
@@ -57,12 +59,10 @@ class LevelPlan:
         return self.new_rows_of(self.todo)
 
     def new_rows_of(self, parts: Iterable[int]) -> int:
-        """Rows of some parts, less those that another product has."""
-        count = 0
-        for part in parts:
-            start, stop = part * self.part_rows, min((part + 1) * self.part_rows, self.rows)
-            count += stop - start if self.reuse is None else int((self.reuse[start:stop] < 0).sum())
-        return count
+        """Rows of some parts, less those that the product itself or another one has."""
+        new = np.ones(self.rows, bool) if self.reuse is None else self.reuse < 0
+        new = new if self.kept is None else new & ~self.kept
+        return sum(int(new[part * self.part_rows : (part + 1) * self.part_rows].sum()) for part in parts)
 
     @property
     def row_bytes(self) -> int:
@@ -74,8 +74,9 @@ class LevelPlan:
 
 
 def plan_levels(catalog: Catalog | None, inputs: dict[Level, KeyInputs], table: BoxTable, dim: int, *, part_rows: int,
-                retry_failed: bool) -> list[LevelPlan]:
-    """A plan for every level of `inputs`, against what `catalog` holds; None for no cache yet."""
+                retry_failed: bool, read_alike: Callable[[int], bool] = lambda _: True) -> list[LevelPlan]:
+    """A plan for every level of `inputs`, against what `catalog` holds; None for no cache yet. `read_alike`: whether the picture of this
+    number is the same by all rules of reading."""
     plans: list[LevelPlan] = []
     for level in Level:
         if level not in inputs:
@@ -90,7 +91,7 @@ def plan_levels(catalog: Catalog | None, inputs: dict[Level, KeyInputs], table: 
         if catalog is None:
             plan.reason = "no cache yet"
         else:
-            _compare(catalog, plan, table, retry_failed=retry_failed)
+            _compare(catalog, plan, table, read_alike, retry_failed=retry_failed)
         plans.append(plan)
     return plans
 
@@ -103,28 +104,29 @@ def part_rows_of(level: Level, part_rows: int) -> int:
     return rows if rows <= CHUNK_ROWS else rows - rows % CHUNK_ROWS
 
 
-def _compare(catalog: Catalog, plan: LevelPlan, table: BoxTable, *, retry_failed: bool) -> None:
+def _compare(catalog: Catalog, plan: LevelPlan, table: BoxTable, read_alike: Callable[[int], bool], *, retry_failed: bool) -> None:
     product = catalog.find(plan.level, plan.key)
     if product is not None:
         plan.part_rows, plan.missing = product.part_rows, product.missing()
         plan.redo = tuple(product.failed_parts()) if retry_failed else ()
+        plan.kept = _usable(product)[:-1] if plan.redo else None
         again = f"tries {len(product.failed())} images again that could not be read" if plan.redo else ""
         if product.whole:
             plan.decision, plan.reason = "extract" if plan.redo else "hit", again
             return
-        _find_donor(catalog, plan, table)
+        _find_donor(catalog, plan, table, read_alike)
         done = product.parts - len(plan.missing)
         plan.decision = "extend" if done or plan.donor else "extract"
         plan.reason = f"goes on: {done} of {product.parts} parts are done" + (f"; {again}" if again else "")
         return
     nearest, lines = catalog.nearest(plan.level, plan.inputs)
     plan.reason = f"no {plan.level} product yet" if nearest is None else "; ".join(lines)
-    _find_donor(catalog, plan, table)
+    _find_donor(catalog, plan, table, read_alike)
     if plan.donor is not None:
         plan.decision = "extend"
 
 
-def _find_donor(catalog: Catalog, plan: LevelPlan, table: BoxTable) -> None:
+def _find_donor(catalog: Catalog, plan: LevelPlan, table: BoxTable, read_alike: Callable[[int], bool]) -> None:
     """The product of the same CLIP and recipe that has most of the rows wanted."""
     if plan.level not in MATCHED_BY:
         return
@@ -137,6 +139,9 @@ def _find_donor(catalog: Catalog, plan: LevelPlan, table: BoxTable) -> None:
         offset = product.table("offset") if product.level is Level.INSTANCE else table.offset
         reuse = match_rows(wanted, [_per_row(name, product.level, product.table(name), offset) for name in MATCHED_BY[product.level]])
         reuse[~_usable(product)[reuse] & (reuse >= 0)] = -1
+        if product.attributes["key_inputs"].get("exif") != plan.inputs["exif"]:
+            alike = np.array([read_alike(n) for n in range(len(table.image_id))], bool)
+            reuse[~_per_row("", plan.level, alike, table.offset)] = -1
         if (reuse >= 0).sum() > (0 if plan.reuse is None else (plan.reuse >= 0).sum()):
             plan.donor, plan.reuse = product, reuse
 

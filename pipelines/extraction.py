@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from hdovd.cache.catalog import Catalog
+from hdovd.cache.picture_files import LATER, known_files, write_files
 from hdovd.cache.product import Product
 from hdovd.cache.rows import Rows, open_rows
 from hdovd.cache.schema import Level
@@ -32,6 +33,7 @@ from hdovd.pipelines.feeding import Wanted, embed, own_threads
 from hdovd.pipelines.label_rule import LabelRule
 from hdovd.pipelines.nouns import Nouns
 from hdovd.pipelines.part_rows import PartRows, RowBatch
+from hdovd.pipelines.picture_hashes import PictureHashes, files_of
 from hdovd.pipelines.pseudo_labels import Labels, label_rows
 from hdovd.pipelines.teacher import Teacher
 from hdovd.pipelines.text_rows import TextRows
@@ -84,12 +86,12 @@ class Probe:
 class Extraction:
     """The inputs of an extraction, its plan, and the products that it fills."""
 
-    def __init__(self, split: Split, table: BoxTable, nouns: Nouns | None, classes: TextRows, teacher: Teacher,
+    def __init__(self, split: Split, table: BoxTable, pictures: PictureHashes, nouns: Nouns | None, classes: TextRows, teacher: Teacher,
                  ways: Mapping[Level, Way], plans: list[LevelPlan], *, templates: tuple[str, ...], batch_size: int | None,
                  workers: int, origin: dict[str, Any] | None = None) -> None:
         """`origin`: what a set's record says of the proposals."""
         self.origin = origin or {}
-        self.split, self.table, self.nouns, self.teacher = split, table, nouns, teacher
+        self.split, self.table, self.pictures, self.nouns, self.teacher = split, table, pictures, nouns, teacher
         self.ways = ways
         self._texts = {Level.CLASS: classes} | ({} if nouns is None else {Level.NOUN: TextRows(nouns.vocabulary)})
         self.plans = {plan.level: plan for plan in plans}
@@ -113,6 +115,8 @@ class Extraction:
                 catalog.folder, level, plan.inputs, rows=plan.rows, part_rows=plan.part_rows, dim=plan.dim,
                 tables=self.table.tables(level), names=plan.names, made_with={} if level is Level.BOXES else made_with)
             plan.part_rows = self._writers[level].product.part_rows  # another process may have begun it since it was planned
+        if self.pictures.later:  # they need not be hashed again
+            write_files(self.product(Level.IMAGE), LATER, self.pictures.files[self.pictures.files["size"] >= 0])
 
     def units(self) -> tuple[list[Unit], list[Unit]]:
         """The texts, which every process needs first, and what can be shared out: a fixed order, done or not."""
@@ -185,9 +189,10 @@ class Extraction:
                     busy.append(unit)
                     continue
                 if redo:
+                    part.rows = self._rows_again(unit)
                     self._undo(unit)
                 part.is_mine = not product.is_finished(unit.part)
-                if part.is_mine and unit.level in (Level.IMAGE, Level.INSTANCE):
+                if part.is_mine and part.rows is None and unit.level in (Level.IMAGE, Level.INSTANCE):
                     part.rows = self._rows(unit)
             yield part
 
@@ -209,6 +214,8 @@ class Extraction:
         level, number = part.unit.level, part.unit.part
         with part.claim:
             if part.rows is not None:
+                files = files_of(part.rows.files, self.pictures.files, self._images_of(part).tolist())
+                write_files(self.product(level), number, files)
                 self._writers[level].write_part(number, {"embedding": part.rows.embedding}, part.rows.failed)
             elif part.is_mine:
                 rows = self._texts[level].embed(self.teacher, self.templates, *self.product(level).rows_of(number))
@@ -228,6 +235,16 @@ class Extraction:
 
     # --- pictures ---
 
+    def _images_of(self, part: _Part) -> np.ndarray:
+        """The numbers of the images that a part has rows of."""
+        rows = np.arange(*self.product(part.unit.level).rows_of(part.unit.part))
+        return np.unique(self.ways[part.unit.level].images_of(rows))
+
+    def turned_either_way(self) -> int:
+        """Pictures whose annotated size fits them turned and as stored, as far as that is known."""
+        known = known_files(self.product(Level.IMAGE))
+        return len(np.unique(known["image_id"][known["either"]]))
+
     def _rows(self, unit: Unit) -> PartRows:
         """The rows of a part, with what another product has of them."""
         plan, (start, stop) = self.plans[unit.level], self.product(unit.level).rows_of(unit.part)
@@ -238,6 +255,15 @@ class Extraction:
             rows.missing = reuse < 0
             rows.embedding[~rows.missing] = self._reused(unit.level, plan.donor, reuse[~rows.missing])
         return rows
+
+    def _rows_again(self, unit: Unit) -> PartRows:
+        """The rows of a finished part, those of images that could not be read to be embedded again."""
+        product, (start, stop) = self.product(unit.level), self.product(unit.level).rows_of(unit.part)
+        product.require_sound(unit.part)
+        rows = open_rows(product, "embedding", parts={unit.part}).read(start, stop)
+        way = self.ways[unit.level]
+        image_ids = self.table.image_id[way.images_of(np.arange(start, stop))]
+        return PartRows(way, start, np.array(rows), np.isin(image_ids, [*product.failed()]))
 
     def _batch_size_of(self, level: Level) -> int:
         """The one that the product was begun with, whatever this process was told."""

@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from hdovd.cache.picture_files import PictureFile
 from hdovd.cache.schema import Level
 from hdovd.errors import HdovdError
 from hdovd.pipelines.crops import Batch, CropJob, Cutter, read_picture
@@ -46,10 +47,12 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """Embeddings (m, D) float32 of a batch's rows and what filled it up, and by image id why a picture could not be read."""
+    """Embeddings (m, D) float32 of a batch's rows and what filled it up; by image id why a picture could not be read, and the file of one
+    that could."""
 
     rows: np.ndarray
     problems: dict[int, str]
+    files: dict[int, PictureFile]
 
 
 def embed(wanted: Iterable[Wanted], ways: Mapping[Level, Way], device: torch.device, workers: int) -> Iterator[Embedded]:
@@ -61,7 +64,7 @@ def embed(wanted: Iterable[Wanted], ways: Mapping[Level, Way], device: torch.dev
     wanted = chain([first], wanted)
 
     def answer(level: Level, batch: Batch) -> Embedded:
-        return Embedded(ways[level].encode(batch), batch.problems)
+        return Embedded(ways[level].encode(batch), batch.problems, batch.files)
 
     on_gpu, workers = device.type == "cuda", _that_fit(workers, first, ways[first.level].input_size)
     threads = GPU_THREADS if on_gpu and workers else torch.get_num_threads()

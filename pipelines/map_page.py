@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from hdovd.errors import HdovdError, shorten
+from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.html_page import page
-from hdovd.pipelines.images import read_image
 from hdovd.pipelines.map_picture import group_colour, ordered_groups
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def _thumbnails(found: CacheMap, log: Callable[[str], None]) -> tuple[str, dict[
     wanted = min(found.config.thumbnails, len(found.seen))
     if not wanted or found.pictures is None:
         return "", {}
+    split = found.pictures.split
     chosen = np.sort(np.random.default_rng(found.config.seed).choice(len(found.seen), wanted, replace=False))
     sheet = Image.new("RGB", (COLUMNS * CELL, -(-wanted // COLUMNS) * CELL), (127, 127, 127))
     cells, unread, opened = dict[int, int](), dict[object, None](), (-1, Image.new("RGB", (1, 1)))
@@ -72,7 +73,7 @@ def _thumbnails(found: CacheMap, log: Callable[[str], None]) -> tuple[str, dict[
         image = found.pictures.images[int(found.points.image[k])]
         if opened[0] != image.id:
             try:
-                opened = image.id, read_image(found.pictures.split.path(image), image.width, image.height)
+                opened = image.id, read_image(split.path(image), image.width, image.height, exif=split.exif)
             except HdovdError:
                 unread[image.id] = None
                 continue

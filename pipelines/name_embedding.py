@@ -96,4 +96,6 @@ class NameEmbedder:
         self._clip = self._clip or load_text_tower(texts, self._given, self._device, self._log)
         if self._clip.dim != self.dim:
             raise HdovdError(f"this CLIP embeds in {self._clip.dim} values, the run has {self.dim}: it is not the CLIP of the run")
+        for note in self._clip.prompt_notes(names, templates):
+            self._log(note)
         return self._clip.embed_names(names, templates).astype(np.float16)

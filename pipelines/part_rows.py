@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hdovd.cache.picture_files import PictureFile
 from hdovd.pipelines.feeding import Embedded, Wanted
 from hdovd.pipelines.ways import Way
 
@@ -32,6 +33,7 @@ class PartRows:
     embedding: np.ndarray
     missing: np.ndarray
     failed: dict[int, str] = field(default_factory=dict)
+    files: dict[int, PictureFile] = field(default_factory=dict)
 
     def batches(self, size: int) -> Iterator[RowBatch]:
         """In row order, all of the shape that `size` crops have, the last one filled up."""
@@ -49,3 +51,4 @@ class PartRows:
             start += job.rows
         self.embedding[batch.rows - self.start] = embeddings
         self.failed |= answer.problems
+        self.files |= answer.files

@@ -9,6 +9,7 @@ from PIL import Image
 
 from hdovd.coco import ImageBoxes, Split
 from hdovd.inference import Detections
+from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.drawing import BASE_COLOUR, NOVEL_COLOUR, Labelled, draw_boxes
 from hdovd.pipelines.run_jobs import SHOWN_SCORE
 from hdovd.pipelines.whole_file import write_picture
@@ -25,8 +26,7 @@ def draw_detections(split: Split, detections: list[Detections], protocol: Protoc
     files = []
     for i in order:
         image, found = split.images[i], detections[i]
-        with Image.open(split.path(image)) as file:
-            picture = file.convert("RGB")
+        picture = read_image(split.path(image), image.width, image.height, exif=split.exif)
         shown = found.scores >= SHOWN_SCORE
         left = _draw(picture, found.boxes[shown], found.labels[shown].tolist(), found.scores[shown].tolist(), protocol, "detections")
         truth = _draw(picture, torch.from_numpy(image.boxes), image.labels.tolist(), None, protocol, "ground truth")

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 from hdovd.coco import Split
 from hdovd.config import Recipe
 from hdovd.errors import HdovdError
+from hdovd.pipelines.common.images import read_pixels
 from hdovd.pipelines.draws import Draw, is_flipped, key_of
-from hdovd.pipelines.images import read_pixels
 from hdovd.targets import flip_boxes
 
 

@@ -69,10 +69,10 @@ def recall_report(job: RecallJob, log: Callable[[str], None] = print) -> list[Re
         log = log if us.leads else lambda _: None
         assert job.validation is not None  # as checked
         wanted, protocol = job.networks(), load_protocol(job.protocol)
-        validation = without_crowds(job.validation.load("val2017", protocol, base_only=False, log=log))
+        validation = without_crowds(job.validation.load("val2017", protocol, base_only=False, log=log, exif=job.recipe.input.exif))
         found = []
         if wanted:
-            split = job.data.load("train2017", protocol, base_only=True, log=log)
+            split = job.data.load("train2017", protocol, base_only=True, log=log, exif=job.recipe.input.exif)
             for network_job in wanted:
                 network, _ = trained_network(network_job, split, us, stop, log)
                 found.append(_recall(network_job.detector.value, network, validation, protocol, job, us, stop))

@@ -48,7 +48,7 @@ def propose(job: ProposeJob, log: Callable[[str], None] = print) -> dict[int, Pr
 
 
 def _propose(job: ProposeJob, us: Team, stop: StopSignal, log: Callable[[str], None]) -> dict[int, Proposals]:
-    split = job.data.load("train2017", load_protocol(job.protocol), base_only=True, log=log)
+    split = job.data.load("train2017", load_protocol(job.protocol), base_only=True, log=log, exif=job.recipe.input.exif)
     if us.leads and job.out.is_file():
         planned = made_by_of(job.checkpoint) if job.checkpoint else settings(settled_job(job.network, us)[0], split)
         if note := replaced_line(job.out, {**planned, "selection": job.selection()}):

@@ -56,7 +56,7 @@ def _evaluate_if_needed(run: Path, job: ReportJob, data: DataPaths, log: Callabl
 def _context(runs: Sequence[OneRun], job: ReportJob, data: DataPaths, log: Callable[[str], None]) -> dict[str, Any]:
     first = runs[0].analysis
     gallery = report_gallery.validation_cards(runs, job.gallery, job.threshold)
-    training = TrainingImages(data, first.protocol)
+    training = TrainingImages(data, first.protocol, first.split.exif)
     pseudo, pseudo_none = report_gallery.pseudo_boxes(runs, training, job.pseudo)
     matrices, matrices_none = _relations(runs, job, training, log)
     return {

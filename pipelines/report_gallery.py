@@ -6,19 +6,19 @@ A card is plain values for the template: a picture as data, its size in pixels o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from hdovd.cache.schema import Source
+from hdovd.coco import ImageBoxes, Split
 from hdovd.error_breakdown import Kind
 from hdovd.errors import HdovdError
 from hdovd.pipelines.cache_view import CacheView, Reliability, gather_view
 from hdovd.pipelines.charts import picture_data
+from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.image_verdicts import Fate, ImageVerdicts
-from hdovd.pipelines.images import read_image
 from hdovd.pipelines.report_runs import OneRun, TrainingImages
 from hdovd.pipelines.run_cache import cache_of
 from hdovd.pipelines.settings import SWITCH
@@ -41,7 +41,7 @@ def validation_cards(runs: Sequence[OneRun], count: int, threshold: float) -> li
 def _validation_card(runs: Sequence[OneRun], place: int, threshold: float) -> dict[str, Any]:
     analysis = runs[0].analysis
     protocol, image = analysis.protocol, analysis.split.images[place]
-    card = _card(analysis.split.path(image), image.id, image.width, image.height, f"val-{place}")
+    card = _card(analysis.split, image, f"val-{place}")
     verdicts = [run.analysis.image(place) for run in runs]
     truths = [t for t in verdicts[0].truths if t.fate is not Fate.CROWD]
     panels = [_panel(run.name, of_image, protocol, threshold) for run, of_image in zip(runs, verdicts, strict=True)]
@@ -125,7 +125,7 @@ def _pseudo_cards(run: OneRun, training: TrainingImages, count: int, weight: Rel
     for place in np.unique(np.linspace(0, len(with_some) - 1, count).round().astype(int)).tolist():
         image = with_some[place]
         view = gather_view(cache, image.id, image, names=protocol.names, file=split.path(image), reliability=weight)
-        cards.append(_card(split.path(image), image.id, image.width, image.height, f"{key}-{image.id}") | _pseudo_rows(view, protocol))
+        cards.append(_card(split, image, f"{key}-{image.id}") | _pseudo_rows(view, protocol))
     return cards
 
 
@@ -147,10 +147,11 @@ def _pseudo_rows(view: CacheView, protocol: Protocol) -> dict[str, Any]:
     return {"boxes": boxes, "rows": rows}
 
 
-def _card(path: Path, image_id: int, width: int, height: int, key: str) -> dict[str, Any]:
-    picture = read_image(path, width, height)
+def _card(split: Split, image: ImageBoxes, key: str) -> dict[str, Any]:
+    width, height = image.width, image.height
+    picture = read_image(split.path(image), width, height, exif=split.exif)
     picture.thumbnail((LONGEST_SIDE_PX, LONGEST_SIDE_PX), Image.Resampling.LANCZOS)
-    return {"image_id": image_id, "key": key, "width": width, "height": height, "unit": round(max(width, height) / TEXT_SHARE, 1),
+    return {"image_id": image.id, "key": key, "width": width, "height": height, "unit": round(max(width, height) / TEXT_SHARE, 1),
             "data": picture_data(picture, quality=82)}
 
 

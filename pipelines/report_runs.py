@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hdovd.coco import DataPaths, Split
+from hdovd.coco import DataPaths, Exif, Split
 from hdovd.errors import HdovdError
 from hdovd.pipelines.run_analysis import RunAnalysis, analyse
 from hdovd.pipelines.run_cache import data_of_cache
@@ -33,13 +33,13 @@ class OneRun:
 class TrainingImages:
     """The training images of a report, read when they are first asked for, and once: COCO's take a while."""
 
-    def __init__(self, data: DataPaths, protocol: Protocol) -> None:
-        self._data, self._protocol = data, protocol
+    def __init__(self, data: DataPaths, protocol: Protocol, exif: Exif) -> None:
+        self._data, self._protocol, self._exif = data, protocol, exif
 
     @cached_property
     def split(self) -> Split:
         """Raises HdovdError if they cannot be read."""
-        return self._data.load("train2017", self._protocol, base_only=True, log=lambda _: None)
+        return self._data.load("train2017", self._protocol, base_only=True, log=lambda _: None, exif=self._exif)
 
 
 def open_runs(paths: Sequence[Path], validation: DataPaths, threshold: float, log: Callable[[str], None]) -> list[OneRun]:

@@ -81,7 +81,7 @@ def analyse(run: Path, data: DataPaths, *, protocol: str | None = None, confusio
     metrics = _metrics(folder)
     weights = Weights(metrics.get("weights", Weights.LAST))
     _check_weights(folder, weights, metrics)
-    split = data.load("val2017", counted, base_only=False, log=log)
+    split = data.load("val2017", counted, base_only=False, log=log, exif=folder.recipe().input.exif)
     if metrics.get("images") != len(split.images):
         raise HdovdError(f"{run} was evaluated on {metrics.get('images')} images, but {split.annotations} has {len(split.images)} of "
                          f"protocol {counted.name}: give the data that it was evaluated on, or run hdovd eval again")

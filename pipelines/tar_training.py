@@ -22,9 +22,9 @@ from hdovd.cache.tar_shards import TarShards
 from hdovd.config import Recipe
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.calibration import LabelOrigin
+from hdovd.pipelines.common.images import pixels_of, read_image
 from hdovd.pipelines.draws import Draw, as_draw
 from hdovd.pipelines.epoch_order import Dealing, EpochOrder, ShardShuffle, Streams
-from hdovd.pipelines.images import pixels_of, read_image
 from hdovd.pipelines.object_text import object_text_of
 from hdovd.pipelines.shard_reading import ShardReading
 from hdovd.pipelines.training_set import Sample, flipped_at_random, make_targets, uses_nouns
@@ -155,7 +155,7 @@ class TarTrainingSet(Dataset[Sample]):
             none = no_labels(len(base))
             labelled = none | {name: arrays[name] for name in none if name in arrays}
             rows = InstanceRows(arrays["instance"], *(arrays[name] for name in ("boxes", "source", "annotation_id", "score")), **labelled)
-        picture = read_image(f"{where}: {about['file_name']}", about["width"], about["height"], sample.picture)
+        picture = read_image(f"{where}: {about['file_name']}", about["width"], about["height"], sample.picture, self.recipe.input.exif)
         whole = arrays["image"] if loss.image.enabled else None
         targets = make_targets(boxes.astype(np.float32), labels, rows, whole, self._nouns, self.dim)
         return flipped_at_random(pixels_of(picture), targets, sample.image_id, epoch, self.recipe)

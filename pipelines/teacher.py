@@ -47,6 +47,10 @@ class Teacher(Protocol):
         """A hash of what the text tower is given for every prompt: the tokenizer's part of the identity."""
         ...
 
+    def prompt_notes(self, names: Sequence[Name], templates: Sequence[str]) -> list[str]:
+        """What the user should know of the prompts: which are too long for the text tower, and which names it cannot tell apart."""
+        ...
+
     def best_batch(self) -> int:
         """How many pictures to embed at a time, found out on the device."""
         ...

@@ -49,6 +49,10 @@ class TextRows:
                             "tokens": clip.hash_prompts(self.texts, templates)}
         return texts | ({"synonyms": {name: list(names) for name, names in self.synonyms.items()}} if self.synonyms else {})
 
+    def notes(self, clip: Teacher, templates: Sequence[str]) -> list[str]:
+        """What the text tower makes of the names, where it is not what they say."""
+        return clip.prompt_notes(self.texts, templates) if self.embeddings is None else []
+
     def embed(self, clip: Teacher, templates: Sequence[str], start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of K: (n, D) float32, L2-normalised."""
         if self.embeddings is None:

@@ -137,7 +137,7 @@ def training_data(job: TrainJob, protocol: Protocol, log: Callable[[str], None])
         if job.data != DataPaths():
             log("note: the shards hold pictures and boxes; --data, --images and --annotations are not read for training")
         return TarTrainingSet(str(job.cache), protocol, job.recipe, log, features=job.features)
-    split = job.data.load("train2017", protocol, base_only=True, log=log)
+    split = job.data.load("train2017", protocol, base_only=True, log=log, exif=job.recipe.input.exif)
     return TrainingSet(split, FeatureCache(job.cache, job.features), job.recipe, log)
 
 
@@ -213,7 +213,8 @@ def _validation(job: TrainJob, protocol: Protocol, us: Team, log: Callable[[str]
     if job.validation is None or not job.val_every or not us.leads:
         return None
     config = job.recipe.train
-    return Validation(job.validation, protocol, us.device, batch_size=max(1, config.batch_size // (us.world * config.accumulate)), log=log)
+    return Validation(job.validation, protocol, us.device, exif=job.recipe.input.exif, log=log,
+                      batch_size=max(1, config.batch_size // (us.world * config.accumulate)))
 
 
 def _validate(validation: Validation | None, class_embeddings: Tensor) -> Callable[[nn.Module], dict[str, float | None]] | None:

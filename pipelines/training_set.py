@@ -19,10 +19,10 @@ from hdovd.coco import ImageBoxes, Split
 from hdovd.config import LossConfig, Recipe
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.calibration import LabelOrigin, origin_of
+from hdovd.pipelines.common.images import read_pixels
 from hdovd.pipelines.draws import Draw, as_draw, is_flipped, key_of
 from hdovd.pipelines.epoch_order import BlockShuffle, EpochOrder, PlainShuffle, Streams
-from hdovd.pipelines.identities import data_inputs
-from hdovd.pipelines.images import read_pixels
+from hdovd.pipelines.identities import inputs_of, require_exif
 from hdovd.pipelines.object_text import object_text_of
 from hdovd.pipelines.pseudo_labels import label_texts
 from hdovd.targets import Targets
@@ -47,7 +47,10 @@ class TrainingSet(Dataset[Sample]):
         loss, cache = self.recipe.loss, self.cache
         if loss.uses_cache:
             cache.require_together()
-        wanted = data_inputs(self.images)
+        if not (loss.image.enabled or loss.uses_pseudo_boxes):
+            return
+        require_exif({level: cache.key_inputs(level) for level in cache.levels()}, self.split.exif, cache.url)
+        wanted = inputs_of(self.split, cache)
         if loss.image.enabled:
             cache.require(Level.IMAGE, wanted[Level.IMAGE])
             cache.hold(Level.IMAGE)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from hdovd.ap_engine import Engine, require
-from hdovd.coco import DataPaths, Split
+from hdovd.coco import DataPaths, Exif, Split
 from hdovd.coco_ap import AveragePrecision, GroundTruth
 from hdovd.detectors import Detector
 from hdovd.errors import HdovdError, shorten
 from hdovd.inference import Detections, detect_batch
+from hdovd.pipelines.common.images import read_pixels
 from hdovd.pipelines.common.precision import inference_autocast
 from hdovd.pipelines.device import workers_for
-from hdovd.pipelines.images import read_pixels
 from hdovd.pipelines.loading import Batches
 from hdovd.pipelines.progress import progress
 from hdovd.protocol import Protocol
@@ -54,13 +54,13 @@ class _Pictures(Dataset[Tensor]):
 class Validation:
     """Holds the validation split and its ground truth, read once."""
 
-    def __init__(self, data: DataPaths, protocol: Protocol, device: torch.device, *, batch_size: int = 16, workers: int | None = None,
-                 engine: Engine = Engine.PYCOCOTOOLS, log: Callable[[str], None] = print) -> None:
+    def __init__(self, data: DataPaths, protocol: Protocol, device: torch.device, *, exif: Exif = Exif.APPLY, batch_size: int = 16,
+                 workers: int | None = None, engine: Engine = Engine.PYCOCOTOOLS, log: Callable[[str], None] = print) -> None:
         """`workers` None: what suits the device. Raises HdovdError for bad data, pictures that are not there, and without the engine's
         package."""
         require(engine)  # before the files are read
         self.protocol, self.device, self.batch_size, self.workers = protocol, device, batch_size, workers_for(device, workers)
-        self.split = data.load("val2017", protocol, base_only=False, log=log)
+        self.split = data.load("val2017", protocol, base_only=False, log=log, exif=exif)
         if missing := [image.file_name for image in self.split.images if not self.split.path(image).is_file()]:
             raise HdovdError(f"{self.split.folder}: {len(missing)} of {len(self.split.images)} validation pictures are not there: "
                              f"{shorten(list(missing))}")

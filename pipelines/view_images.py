@@ -16,7 +16,7 @@ from hdovd.errors import HdovdError
 from hdovd.pipelines.cache_data import CacheWithData, with_data
 from hdovd.pipelines.cache_jobs import ViewConfig
 from hdovd.pipelines.cache_view import CacheView, Likeness, ViewRow, find_reliability, gather_view
-from hdovd.pipelines.images import read_image
+from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.view_picture import draw_view
 from hdovd.pipelines.whole_file import write_picture
 
@@ -101,7 +101,7 @@ def _draw(view: CacheView, found: CacheWithData, out: Path) -> Path:
     assert view.file is not None and view.size is not None  # noqa: PT018
     problem, picture = "", None
     try:
-        picture = read_image(view.file, *view.size)
+        picture = read_image(view.file, *view.size, exif=found.split.exif)
     except HdovdError as error:  # an image that the extraction could not read either: its boxes are still to be seen
         problem = f"the picture cannot be read: {error}"
     sheet = draw_view(view, picture, found.protocol.novel, problem)

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from hdovd.cache.schema import Level
-from hdovd.coco import ImageBoxes
+from hdovd.coco import Exif, ImageBoxes
 from hdovd.pipelines.crop_recipe import CropRecipe, DenseRecipe
 from hdovd.pipelines.crops import Batch, CropJob
 from hdovd.pipelines.teacher import Teacher
@@ -29,6 +29,7 @@ class Pictures:
     path: Callable[[ImageBoxes], Path]
     offset: np.ndarray
     box: np.ndarray
+    exif: Exif = Exif.APPLY
 
 
 class Way(ABC):
@@ -70,7 +71,7 @@ class Way(ABC):
         for mine in np.split(rows, np.flatnonzero(np.diff(number)) + 1) if len(rows) else ():
             image = self.pictures.images[number[first]]
             jobs.append(CropJob(image.id, self.pictures.path(image), image.width, image.height, len(mine), place,
-                                **self.cuts(image, mine)))
+                                exif=self.pictures.exif, **self.cuts(image, mine)))
             first, place = first + len(mine), place + jobs[-1].count
         return jobs
 

@@ -141,7 +141,7 @@ def test_info_of_a_set_lists_every_failed_image(copied: Path, tmp_path: Path, ke
     failed = [image for image in kept if image <= BROKEN]
     assert f"images that could not be read: {len(failed)}; " in out
     for image in failed:
-        assert re.search(rf"^  {image}  .*{image:012d}\.jpg: cannot identify", out, re.MULTILINE)
+        assert re.search(rf"^  {image}  .*{image:012d}\.jpg: no picture of a kind", out, re.MULTILINE)
     assert "a drawing of a {}" in out
     assert f"  {tmp_path}/runs/one\n" in out
     assert f"  {tmp_path}/runs/gone (gone)\n" in out

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 from unittest.mock import patch
@@ -39,7 +40,8 @@ WAITS = {
 COPIES = {aten._to_copy.default, aten.copy_.default}
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}  # indices may be the host's
 FREE = {aten.detach.default, aten.alias.default, aten._pin_memory.default, aten.is_pinned.default}  # no computation anywhere
-OURS = ("/hdovd/", "/pipelines/", "/cache/", "/cli/", "/torchvision/", "/torch/optim/", "/torch/nn/utils/")
+ROOT = Path(__file__).parents[2]  # in which a virtual environment may lie, and which may have any name
+OURS = (*(f"{ROOT}/{folder}/" for folder in ("hdovd", "pipelines", "cache", "cli")), "/torchvision/", "/torch/optim/", "/torch/nn/utils/")
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 

@@ -14,10 +14,10 @@ from hdovd.coco import DataPaths, load_split
 from hdovd.errors import HdovdError
 from hdovd.pipelines.bench_dense import DenseBench, bench_dense
 from hdovd.pipelines.clip_teacher import load_clip
+from hdovd.pipelines.common.images import pixels_of, read_image
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.crop_recipe import PLAIN_BOX
 from hdovd.pipelines.dense_clip import DenseClip, scale_boxes
-from hdovd.pipelines.images import pixels_of, read_image
 from hdovd.protocol import load_protocol
 
 

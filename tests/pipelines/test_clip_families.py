@@ -354,6 +354,8 @@ def test_siglip_tokenizer_of_the_folder(tmp_path: Path) -> None:
     teacher = load_clip(name, None, device="cpu")
     assert teacher.hash_prompts(["CAT!"], ["a {}"]) == teacher.hash_prompts(["cat"], ["a {}"])
     assert teacher.hash_prompts(["cat"], ["a {}"]) != teacher.hash_prompts(["zebras"], ["a {}"])
+    assert teacher.prompt_notes(["cat", "zebras", "cat " * 10], ["a {}"]) == []
+    assert ["cat " * 80 in note for note in teacher.prompt_notes(["cat", "cat " * 80], ["a {}"])] == [True]
 
 
 def test_text_tower_of_hugging_face(tmp_path: Path) -> None:

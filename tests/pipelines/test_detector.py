@@ -44,7 +44,7 @@ def test_names_scores_and_labels_go_together(distilled: RunFolder, world: Path) 
 
 
 def test_boxes_are_of_the_upright_whole_picture(detector: Detector, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hdovd.pipelines import picture_decoding
+    from hdovd.pipelines.common import images as picture_decoding
 
     picture = Image.open(next((world / "val2017").iterdir())).convert("RGB")
     large = picture.resize((picture.width * 4, picture.height * 4), Image.Resampling.NEAREST)

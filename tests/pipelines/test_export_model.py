@@ -27,9 +27,9 @@ from hdovd.errors import HdovdError
 from hdovd.exportable_rcnn import ExportableFasterRCNN
 from hdovd.faster_rcnn import FasterRCNN
 from hdovd.inference import Detections, detect
+from hdovd.pipelines.common.images import pixels_of
 from hdovd.pipelines.export_check import largest_difference, made_up_pictures
 from hdovd.pipelines.export_model import ExportModelJob, export_model
-from hdovd.pipelines.images import pixels_of
 from hdovd.pipelines.model_form import ModelForm
 from hdovd.pipelines.model_forms import CARRIED, open_model
 from hdovd.pipelines.run_folder import RunFolder
@@ -271,7 +271,7 @@ def test_the_command(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
                                ((run, "--out", tmp_path / "x.pt", "--format", "onnx"), "is named as torchscript"),
                            ((tmp_path, "--out", tmp_path / "x.pt"), "is no run"),
                            ((run, "--format", "safetensors", "--out", run / "model.safetensors"), "a file of the run itself"),
-                           ((run, "--out", tmp_path / "x.pt", "--check-image", PAGE), "cannot identify image file")):
+                           ((run, "--out", tmp_path / "x.pt", "--check-image", PAGE), "no picture of a kind that Pillow reads")):
         code, output = invoke(*words)
         assert code == 1
         assert message in output

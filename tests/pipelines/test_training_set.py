@@ -272,13 +272,12 @@ def test_tampered_annotation_ids_are_refused(world: Path, copied_cache: Path, mi
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "other size"])
 def test_picture_broken_after_extraction_is_named(copied_world: Path, cache: Path, micro_recipe: MakeRecipe, damage: str) -> None:
-    file = copied_world / "train2017" / "000000000001.jpg"
+    data, file = _training_set(copied_world, cache, micro_recipe()), copied_world / "train2017" / "000000000001.jpg"
     if damage == "missing":
         file.unlink()
     elif damage == "truncated":
         file.write_bytes(file.read_bytes()[:1500])
     else:
         Image.new("RGB", (10, 10)).save(file)
-    data = _training_set(copied_world, cache, micro_recipe())
     with pytest.raises(HdovdError, match=r"image 1: .*000000000001.jpg"):
         data[0]

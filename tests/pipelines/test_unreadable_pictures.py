@@ -45,7 +45,7 @@ def _break_pictures(world: Path) -> dict[int, str]:
     _file(world, EMPTY).write_bytes(b"")
     _file(world, TEXT).write_text("<html>404</html>")
     return {MISSING: "no such file", TRUNCATED: "truncated", RESIZED: f"{size[0] + 1}x{size[1]}.*{size[0]}x{size[1]}",
-            EMPTY: "cannot identify", TEXT: "cannot identify"}
+            EMPTY: "no picture of a kind", TEXT: "no picture of a kind"}
 
 
 def _repair(world: Path, whole: Path, *image_ids: int) -> None:
@@ -60,8 +60,8 @@ def _training_set(world: Path, cache: Path, recipe: Recipe, log: Callable[[str],
 
 
 def _tables(found: dict[str, str]) -> dict[str, str]:
-    """Without the set: it names the folder of the pictures."""
-    return {name: digest for name, digest in found.items() if not name.startswith("sets/")}
+    """Without what names the folder of the pictures: the set, and the files that they were."""
+    return {name: digest for name, digest in found.items() if not name.startswith("sets/") and "/pictures/" not in name}
 
 
 # --- rows of zeros ---
@@ -158,7 +158,7 @@ def test_retry_after_repair_gives_the_bytes_of_whole_pictures(copied_world: Path
     assert set(extract_clip(config, _silent).levels.values()) == {"hit"}
 
 
-def test_retry_computes_the_parts_with_failed_images_alone(copied_world: Path, world: Path, tmp_path: Path, extraction: Config,
+def test_retry_computes_the_rows_of_failed_images_alone(copied_world: Path, world: Path, tmp_path: Path, extraction: Config,
                                                            counting: Any, contents: Callable[..., Any]) -> None:
     _file(copied_world, MISSING).unlink()
     extract_clip(extraction(tmp_path / "cache", data=copied_world, part_rows=32), _silent)
@@ -167,11 +167,12 @@ def test_retry_computes_the_parts_with_failed_images_alone(copied_world: Path, w
     report = extract_clip(extraction(tmp_path / "cache", data=copied_world, part_rows=32, retry_failed=True), _silent, counting)
     assert {level for level, decision in report.levels.items() if decision != "hit"} >= {Level.INSTANCE, Level.IMAGE}
     assert counting.pictures == report.new_rows[Level.INSTANCE] + report.new_rows[Level.IMAGE]
-    assert 0 < report.new_rows[Level.INSTANCE] < report.rows[Level.INSTANCE] / 2
+    assert report.new_rows[Level.IMAGE] == 1
+    assert report.new_rows[Level.INSTANCE] == len(FeatureCache(tmp_path / "cache").instances(MISSING).box)
     assert counting.names == []
     after = contents(tmp_path / "cache")
     changed = {name.rpartition("/")[2] for name in after if after[name] != before.get(name)}
-    assert changed == {"0", "000000.json"}  # image 1 is the first: part 0 of each level
+    assert changed == {"0", "000000.json", "000000.npz"}  # image 1 is the first: part 0 of each level
 
 
 def test_retry_of_what_is_still_broken_changes_nothing(copied_world: Path, tmp_path: Path, extraction: Config,

@@ -1,34 +1,53 @@
-"""Any picture as the detector takes it: RGB of 8 bits, upright, of a size that fits into memory.
+"""The one way to read a picture: RGB of 8 bits a channel, upright, whatever the file holds.
 
-Called by `detector` and `detect`. `images.read_image` is the one for data sets, whose annotations say what a picture is.
+- **EXIF orientation**: `detect` turns every file upright. Of a data set, the annotated size decides: what fits it turned alone is turned,
+  what fits it as stored alone is not; where both fit (orientations 2 to 4, and squares) the setting `exif` does. Its default is to
+  apply: annotation tools, OpenCV and Detectron2 show and read pictures so.
+- **See-through** (alpha, a palette with transparency) stands on white; **palettes**, **CMYK** and **grey** are converted by Pillow.
+- **Grey of 16 bits** gives its upper 8, as Pillow has it for colours; **32 bits and floats**, which have no white of their own, are
+  stretched from their lowest to their highest value.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import os
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from hdovd.coco import Exif, ImageBoxes, Split
 from hdovd.errors import HdovdError
-from hdovd.pipelines.images import pixels_of
+
+if "PILLOW_BLOCKS_MAX" not in os.environ:
+    Image.core.set_blocks_max(4)  # type: ignore[attr-defined]  # memory of a picture that is kept for the next: page faults can cost as much as decoding
 
 MOST_PIXELS = 500_000_000  # refused beyond: 2 GB decoded, and a small file that claims more can be an attack
-KEPT_PIXELS = 25_000_000  # a larger picture is reduced by a whole number: the detector's input is far smaller
-KEPT_SIDE = 16_384  # and so is a longer one
+KEPT_PIXELS = 25_000_000  # `decode` reduces a larger picture by a whole number: the detector's input is far smaller
+KEPT_SIDE = 16_384  # and so it does a longer one
 _ORIENTATION = 0x0112  # of EXIF; from 5 on the picture lies on its side
 _AVERAGED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes that are reduced before they are converted, which needs less memory
 _16_BITS_AT_MOST = ("PNG", "PPM")  # kinds of files that Pillow, some versions of it, opens with mode I, which has 32
 _bomb_limit = threading.Lock()
 
 AnyPicture = Path | str | bytes | Image.Image | Tensor | np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Annotated:
+    """A picture of a data set. `either`: whether its annotated size fits it turned and as stored, so that `Exif` decided."""
+
+    image: Image.Image
+    either: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +59,56 @@ class Decoded:
     height: int
 
 
+def read_image(path: Path | str, width: int, height: int, data: bytes | None = None, exif: Exif = Exif.APPLY) -> Image.Image:
+    """A picture of a data set, from its file or the file's bytes, as RGB.
+
+    Raises HdovdError, naming `path`, if it cannot be read or is not `width` x `height` pixels.
+    """
+    return read_annotated(path, width, height, data, exif).image
+
+
+def read_annotated(path: Path | str, width: int, height: int, data: bytes | None, exif: Exif) -> Annotated:
+    """`read_image`, and what was to be decided."""
+    with told(str(path)), _open(path if data is None else io.BytesIO(data)) as file:
+        file.load()  # a PNG may have its EXIF after its pixels
+        orientation, kind = _orientation(file), file.format
+        turned = file.size[::-1] if orientation >= 5 else file.size
+        if (width, height) not in (file.size, turned):
+            stored = f"{file.width}x{file.height}"
+            by_exif = f" ({turned[0]}x{turned[1]} as its EXIF orientation {orientation} turns it)" if turned != file.size else ""
+            raise HdovdError(f"is {stored}{by_exif}, the annotation says {width}x{height}")
+        either = orientation != 1 and turned == file.size
+        if orientation != 1 and (exif is Exif.APPLY if either else (width, height) == turned):
+            ImageOps.exif_transpose(file, in_place=True)
+        return Annotated(_rgb(file, kind), either)
+
+
+def read_pixels(split: Split, image: ImageBoxes) -> Tensor:
+    """A picture of a split as (3, h, w) uint8 RGB. Raises HdovdError naming the image."""
+    try:
+        picture = read_image(split.path(image), image.width, image.height, exif=split.exif)
+    except HdovdError as error:
+        raise HdovdError(f"image {image.id}: {error}") from error
+    return pixels_of(picture)
+
+
+def read_alike(split: Split, number: int) -> bool:
+    """Whether a picture is the same read by any rule, those of before there was a choice included: it is upright, of 8 bits, and hides
+    nothing. One that cannot be read is not."""
+    try:
+        with told(""), _open(split.path(split.images[number])) as file:
+            return _orientation(file) == 1 and not _is_deep(file) and not file.has_transparency_data
+    except HdovdError:
+        return False
+
+
+def pixels_of(picture: Image.Image) -> Tensor:
+    """(3, h, w) uint8 RGB."""
+    return torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).copy())
+
+
 def decode(picture: AnyPicture) -> Decoded:
-    """A picture in any form.
+    """A picture in any form, of no data set.
 
     Args:
         picture: a file, or the bytes of one, turned upright as its EXIF says; or a PIL image, a (3, h, w) uint8 tensor or a
@@ -55,17 +122,25 @@ def decode(picture: AnyPicture) -> Decoded:
     if not isinstance(picture, Path | str | bytes | Image.Image):
         raise HdovdError(f"a picture is a path, a PIL image, a (3, h, w) uint8 tensor or a (h, w, 3) uint8 array, not a "
                          f"{type(picture).__name__}")
-    name = str(picture) if isinstance(picture, Path | str) else "the picture"
-    try:
+    with told(str(picture) if isinstance(picture, Path | str) else "the picture"):
         if isinstance(picture, Image.Image):
             return _reduced(picture, *picture.size)
         return _read(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
+
+
+@contextmanager
+def told(name: str) -> Iterator[None]:
+    """Raises HdovdError, naming the picture, for whatever is wrong with it."""
+    try:
+        yield
     except FileNotFoundError:
         raise HdovdError(f"{name}: no such file") from None
     except IsADirectoryError:
         raise HdovdError(f"{name} is a folder, expected a picture") from None
     except UnidentifiedImageError:
         raise HdovdError(f"{name}: no picture of a kind that Pillow reads") from None
+    except HdovdError as error:
+        raise HdovdError(f"{name} {error}") from None
     except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
         raise HdovdError(f"{name}: {error}" if str(error) else f"{name}: {error!r}") from error
 
@@ -73,19 +148,15 @@ def decode(picture: AnyPicture) -> Decoded:
 def _read(source: Any) -> Decoded:
     with _open(source) as file:
         whole = file.size
-        if whole[0] * whole[1] > MOST_PIXELS:
-            raise HdovdError(f"{whole[0]}x{whole[1]} pixels are more than the {MOST_PIXELS:,d} that are read: make it smaller")
         if (factor := _factor(*whole)) > 1:
             file.draft(None, (whole[0] // factor, whole[1] // factor))  # a JPEG is decoded at 1/2, 1/4 or 1/8; others ignore it
-        drafted, orientation = file.size != whole, 1
-        with suppress(Exception):  # a picture with damaged EXIF is a picture
-            orientation = file.getexif().get(_ORIENTATION, 1)
+        drafted, orientation = file.size != whole, _orientation(file)
         file.load()
         with suppress(Exception):
             ImageOps.exif_transpose(file, in_place=True)
         if not drafted:
             return _reduced(file, *file.size)
-        return _reduced(file, *(reversed(whole) if orientation in (5, 6, 7, 8) else whole))
+        return _reduced(file, *(reversed(whole) if orientation >= 5 else whole))
 
 
 def _open(source: Any) -> Image.Image:
@@ -93,9 +164,21 @@ def _open(source: Any) -> Image.Image:
     with _bomb_limit:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(source)
+            file = Image.open(source)
         finally:
             Image.MAX_IMAGE_PIXELS = before
+    if file.width * file.height > MOST_PIXELS:
+        file.close()
+        raise HdovdError(f"has {file.width}x{file.height} pixels, more than the {MOST_PIXELS:,d} that are read: make it smaller")
+    return file
+
+
+def _orientation(file: Image.Image) -> int:
+    """EXIF's, 1 for upright to 8. Pictures without it, and with what is no orientation, are taken as they are."""
+    with suppress(Exception):  # a picture with damaged EXIF is a picture
+        found = file.getexif().get(_ORIENTATION, 1)
+        return found if isinstance(found, int) and 1 <= found <= 8 else 1
+    return 1
 
 
 def _factor(width: int, height: int) -> int:
@@ -112,16 +195,19 @@ def _reduced(picture: Image.Image, width: int, height: int) -> Decoded:
 
 
 def _rgb(picture: Image.Image, kind: str | None) -> Image.Image:
-    """8 bits a channel. What can be seen through stands on white. Grey of 16 bits gives its upper 8, as Pillow has it for colours;
-    32 bits and floats, which have no white of their own, are stretched from their lowest to their highest value. `kind`: of the file,
-    in Pillow's words."""
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+    """8 bits a channel, by the rules above. `kind`: of the file, in Pillow's words."""
+    if _is_deep(picture):
         of_16_bits = picture.mode.startswith("I;16") or (picture.mode == "I" and kind in _16_BITS_AT_MOST)
         return Image.fromarray(_grey(np.asarray(picture), of_16_bits=of_16_bits)).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _is_deep(picture: Image.Image) -> bool:
+    """Grey of more than 8 bits."""
+    return picture.mode in ("I", "F") or picture.mode.startswith("I;16")
 
 
 def _grey(values: np.ndarray, *, of_16_bits: bool) -> np.ndarray:
