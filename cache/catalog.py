@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hdovd.cache.identity import KeyInputs, differences
+from hdovd.cache.identity import KeyInputs, differences, require_seal, sealed
 from hdovd.cache.product import Product
 from hdovd.cache.schema import SCHEMA_VERSION, TAR_META, Level
 from hdovd.cache.storage import Folder, open_folder
 from hdovd.errors import HdovdError
 
 _GROUPS = {"zarr.json", *(f"{level}/zarr.json" for level in Level)}  # all that an empty cache consists of
+NAMED = "named"  # a folder of an object for each set, by its name: a set that is lost is missed
+SET_NAME_TOLD = "letters, digits, and . _ -, no dot in front, 100 at most"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +45,8 @@ class FeatureSet:
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> FeatureSet:
         """Raises ValueError, KeyError, TypeError or AttributeError if it is none."""
-        return cls({Level(level): str(key) for level, key in tree["levels"].items()}, tree["skipped"], tree["made_from"],
-                   dict(tree.get("proposals", {})), dict(tree.get("object_text", {})))
+        return cls(_levels(tree), dict(tree["skipped"]), dict(tree["made_from"]), dict(tree.get("proposals", {})),
+                   dict(tree.get("object_text", {})))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +73,12 @@ class Catalog:
         self.folder = open_folder(url)
         try:
             tree = json.loads(self.folder.read("zarr.json"))
-            version = int(tree["attributes"]["schema_version"])
+            version = tree["attributes"]["schema_version"]
+            if type(version) is not int:
+                raise TypeError("schema_version")
         except FileNotFoundError:
             raise HdovdError(f"no feature cache at {url}: make one with hdovd extract-clip --cache {url}") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise HdovdError(f"{url} is no feature cache: its zarr.json does not say which cache schema it has") from error
         if version != SCHEMA_VERSION:
             advice = ("it was made by a newer hdovd: update this one" if version > SCHEMA_VERSION
@@ -125,7 +130,15 @@ class Catalog:
         return {name.removeprefix("sets/").removesuffix(".json"): read_set(self.folder, name) for name in self.folder.sizes("sets")}
 
     def write_set(self, name: str, features: FeatureSet) -> None:
-        self.folder.write(f"sets/{name}.json", json.dumps(features.to_tree()).encode())
+        """Raises HdovdError for a name that is none."""
+        if not is_set_name(name):
+            raise HdovdError(f"a set of features cannot be named {name[:100]!r}: expected {SET_NAME_TOLD}")
+        self.folder.write(f"sets/{name}.json", json.dumps(sealed(features.to_tree())).encode())
+        self.folder.write(f"{NAMED}/{name}", name.encode())
+
+    def delete_set(self, name: str) -> None:
+        self.folder.delete(f"{NAMED}/{name}")
+        self.folder.delete(f"sets/{name}.json")
 
     def runs(self) -> list[RunRecord]:
         names = list(self.folder.sizes("runs"))
@@ -139,7 +152,7 @@ class Catalog:
         return records
 
     def record_run(self, run: RunRecord) -> None:
-        self.folder.write(run.file, json.dumps({"path": run.path, "levels": run.levels}, indent=1).encode())
+        self.folder.write(run.file, json.dumps(sealed({"path": run.path, "levels": run.levels}), indent=1).encode())
 
     def users(self) -> dict[tuple[Level, str], list[str]]:
         """Who needs which product: sets by name, and runs whose folder is still there by path."""
@@ -166,16 +179,32 @@ def parse_run(text: bytes) -> RunRecord:
     """Raises ValueError if it is none."""
     try:
         tree = json.loads(text)
-        return RunRecord(str(tree["path"]), {Level(level): str(key) for level, key in tree["levels"].items()})
-    except (KeyError, TypeError, AttributeError) as error:
+        require_seal(tree)
+        return RunRecord(str(tree["path"]), _levels(tree))
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(repr(error)) from error
+
+
+def _levels(tree: dict[str, Any]) -> dict[Level, str]:
+    """The products that a set or a run names. Raises ValueError for keys that are none: they become names of folders."""
+    levels = {Level(level): str(key) for level, key in tree["levels"].items()}
+    if wrong := [key for key in levels.values() if not re.fullmatch(r"[\w-]{1,64}", key)]:
+        raise ValueError(f"{wrong[0][:80]!r} is no key")
+    return levels
+
+
+def is_set_name(name: object) -> bool:
+    """Whether a set may have this name, which becomes that of a file."""
+    return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]{,99}", name) is not None
 
 
 def read_set(folder: Folder, name: str) -> FeatureSet:
     """The set of the file `name`. Raises HdovdError if it is damaged."""
     try:
-        return FeatureSet.from_tree(json.loads(folder.read(name)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        tree = json.loads(folder.read(name))
+        require_seal(tree)
+        return FeatureSet.from_tree(tree)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise HdovdError(f"{folder.url}/{name} is damaged ({error!r}): hdovd cache verify --repair, with the options of its "
                          "extract-clip command, writes it again") from error
 

@@ -11,11 +11,9 @@ import numpy as np
 from hdovd.cache.identity import differences, key_of, table_inputs
 from hdovd.cache.product import Product
 from hdovd.cache.rows import open_rows
-from hdovd.cache.schema import CHUNK_ROWS, TABLE_ARRAYS, Level, Source, row_arrays
-from hdovd.cache.writer import NORM_TOLERANCE
+from hdovd.cache.schema import CHUNK_ROWS, STORED_NORM_TOLERANCE, TABLE_ARRAYS, Level, Source, row_arrays
 from hdovd.errors import shorten
 
-STORED_NORM_TOLERANCE = 2 * NORM_TOLERANCE  # the writer's, and what rounding to float16 adds
 COSINE_TOLERANCE = 0.01
 RANGES_SHOWN = 4
 

@@ -16,12 +16,25 @@ if TYPE_CHECKING:
     import numpy as np
 
 KeyInputs = dict[str, Any]
+SEAL = "sha256"  # of all else in a JSON file
 SHOWN = 120  # characters of a value in a message
 
 
 def key_of(inputs: KeyInputs) -> str:
     """The key of a level: a hash of its inputs, which must be JSON values."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:24]
+
+
+def sealed(tree: KeyInputs) -> KeyInputs:
+    """JSON values with a checksum of their own, under SEAL."""
+    rest = {name: value for name, value in tree.items() if name != SEAL}
+    return rest | {SEAL: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def require_seal(tree: KeyInputs) -> None:
+    """Raises ValueError if values are not those that were sealed; those of older versions have no seal, and pass."""
+    if SEAL in tree and tree[SEAL] != sealed(tree)[SEAL]:
+        raise ValueError("its checksum is another one: it was changed since it was written")
 
 
 def hash_tables(tables: Iterable[np.ndarray]) -> str:

@@ -104,7 +104,7 @@ def delete_garbage(catalog: Catalog, garbage: Garbage, *, unfinished: bool, with
     claims = _claimed(catalog.folder)
     left = _grown([entry for entry in doomed if any(name.startswith(f"{entry.level}-{entry.key}-") for name in claims)], doomed)
     if without_set is not None:
-        catalog.folder.delete(f"sets/{without_set}.json")
+        catalog.delete_set(without_set)
     for entry in doomed:
         if entry not in left:
             catalog.folder.delete(f"{entry.prefix}/parts")  # first: without records nobody takes the rest for whole

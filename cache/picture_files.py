@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ def known_files(product: Product) -> np.ndarray:
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 found.append(file["files"].astype(FILE))
-        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, TypeError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise HdovdError(f"{product.folder.url}/{name} is damaged ({error!r}): delete it; the cache then does not know of the pictures "
                              "of that part whether they have changed") from error
     return np.concatenate(found)

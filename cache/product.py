@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.identity import KeyInputs, key_of
-from hdovd.cache.schema import ROW_ARRAYS, TABLES, Level, row_arrays
+from hdovd.cache.schema import PART_ROWS, ROW_ARRAYS, TABLE_ARRAYS, TABLES, Level, row_arrays
 from hdovd.cache.storage import Folder
 from hdovd.errors import HdovdError
 
 if TYPE_CHECKING:
     import numpy as np
     import zarr
+
+MOST_PARTS, MOST_PART_ROWS, MOST_DIM = 1_000_000, 2**24, 2**16  # far beyond all that is made: what is more was damaged or made up
+MOST_PACKED = 1_000  # how many times larger a table may be than what is stored of it
 
 
 class Product:
@@ -25,11 +29,12 @@ class Product:
         self.prefix = f"{level}/{key}"
         try:
             self.attributes: dict[str, Any] = json.loads(folder.read(f"{self.prefix}/zarr.json"))["attributes"]
+            require_sizes(self.attributes)
             self.rows: int = self.attributes["rows"]
             self.part_rows: int = self.attributes["part_rows"]
         except FileNotFoundError:
             raise HdovdError(f"{folder.url} has no {level} product {key}; hdovd cache ls lists what is there") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise HdovdError(f"{folder.url}/{self.prefix}/zarr.json is damaged ({error!r}); "
                              "hdovd cache verify --repair mends it") from error
 
@@ -97,11 +102,13 @@ class Product:
                 raise HdovdError(f"{self.folder.url}/{name} is damaged; hdovd cache verify --repair mends it") from error
         return records
 
-    def require_sound(self, part: int) -> None:
-        """Raises HdovdError unless every object of a finished part has the bytes that were recorded when it was written."""
+    def require_sound(self, part: int | str, names: Collection[str] | None = None) -> None:
+        """Raises HdovdError unless objects of a finished part, all or those of `names`, have the bytes that were recorded when they were
+        written."""
         try:
             objects = parse_record(self.folder.read(self.record_name(part)))["objects"]
-            wrong = [name for name, entry in objects.items() if self.folder.sha256(f"{self.prefix}/{name}") != entry["sha256"]]
+            wrong = [name for name in (objects if names is None else names)
+                     if name not in objects or self.folder.sha256(f"{self.prefix}/{name}") != objects[name]["sha256"]]
         except (ValueError, FileNotFoundError) as error:
             raise HdovdError(f"{self.folder.url}: part {part} of {self} is gone or damaged ({error}); hdovd cache verify --repair "
                              "makes it again") from error
@@ -131,15 +138,31 @@ class Product:
 
         try:
             array = self._group[name]
-        except (KeyError, ValueError, TypeError) as error:
+            if not isinstance(array, zarr.Array):
+                raise ValueError("no array")
+            rows, *rest = array.shards or array.chunks
+            if not 0 < rows <= max(self.part_rows, PART_ROWS) or array.ndim > 2 or (rest and not 0 < rest[0] <= max(1, array.shape[1])):
+                raise ValueError(f"parts of {(rows, *rest)} values of {array.shape}")
+        except HdovdError:
+            raise
+        except Exception as error:  # Zarr has many, for numbers and names that cannot be
             raise HdovdError(f"{self.folder.url}/{self.prefix}/{name}/zarr.json is missing or damaged ({error!r}); "
                              "hdovd cache verify --repair mends it") from error
-        assert isinstance(array, zarr.Array)
         return array
 
     def table(self, name: str) -> np.ndarray:
-        """A table, whole. Raises HdovdError if it is not there or damaged."""
-        return decoded(self.array(name), slice(None))
+        """A table, or a row array, whole. Raises HdovdError if it is not there, damaged, or not what was written."""
+        listed, array = self.folder.sizes(f"{self.prefix}/{name}"), self.array(name)
+        if array.nbytes > MOST_PACKED * sum(listed.values()):
+            raise HdovdError(f"{self.folder.url}/{self.prefix}/{name} is damaged: expected {array.shape} values, of which "
+                             f"{sum(listed.values())} bytes are there; hdovd cache verify --repair makes it again")
+        if name in TABLE_ARRAYS[self.level]:
+            self.require_sound(TABLES, [path.removeprefix(f"{self.prefix}/") for path in listed])
+        else:
+            self.require_sound(TABLES, [f"{name}/zarr.json"])
+            for part in range(self.parts):
+                self.require_sound(part, [self.row_objects(part)[name]])
+        return decoded(array, slice(None))
 
     def bytes(self) -> int:
         return sum(self.folder.sizes(self.prefix).values())
@@ -147,6 +170,21 @@ class Product:
     def modified(self) -> float:
         """When it was begun, seconds since the epoch."""
         return self.folder.modified(f"{self.prefix}/zarr.json")
+
+
+def require_sizes(attributes: dict[str, Any]) -> None:
+    """Raises ValueError, KeyError, TypeError or AttributeError for attributes that no product has: sizes that are no whole numbers, or
+    beyond all reason."""
+    for name, (least, most) in {"rows": (0, MOST_PARTS * MOST_PART_ROWS), "part_rows": (1, MOST_PART_ROWS), "dim": (0, MOST_DIM)}.items():
+        value = attributes[name]
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"{name} {str(value)[:40]}, expected a whole number from {least} to {most}")
+    names, rows = attributes.get("names"), attributes["rows"]
+    if -(-rows // attributes["part_rows"]) > MOST_PARTS:
+        raise ValueError(f"{rows} rows in parts of {attributes['part_rows']}, expected {MOST_PARTS} parts at most")
+    if names is not None and (len(names) != rows or not all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{len(names)} names of {rows} rows")
+    attributes["key_inputs"].keys(), attributes["made_with"].keys()
 
 
 def parse_record(text: bytes) -> dict[str, Any]:

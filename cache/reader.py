@@ -14,7 +14,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.product import Product
 from hdovd.cache.rows import Rows, open_rows
-from hdovd.cache.schema import DEFAULT_SET, Level, Source, row_arrays
+from hdovd.cache.schema import DEFAULT_SET, STORED_NORM_TOLERANCE, TABLES, Level, Source, row_arrays
 from hdovd.errors import HdovdError
 
 
@@ -57,10 +57,12 @@ def no_labels(count: int) -> dict[str, np.ndarray]:
 class FeatureCache:
     """One set of a cache, every product of it whole. Safe in DataLoader workers: a copy opens its own handles."""
 
-    def __init__(self, url: str | Path, features: str = DEFAULT_SET, *, mapped: bool | None = None) -> None:
-        """`features`: the set's name. `mapped`: as in `rows.open_rows`. Raises HdovdError if the set is not there or not whole."""
-        self._opened_from = url, features, mapped
-        self.url, self._mapped = str(url), mapped
+    def __init__(self, url: str | Path, features: str = DEFAULT_SET, *, mapped: bool | None = None, checked: bool = True) -> None:
+        """`features`: the set's name. `mapped`, `checked`: as in `rows.open_rows`, of instance rows; all else is always checked.
+
+        Raises HdovdError if the set is not there, not whole, or its metadata are not what was written."""
+        self._opened_from = url, features, mapped, checked
+        self.url, self._mapped, self._checked = str(url), mapped, checked
         catalog = Catalog(url)
         sets = catalog.sets()
         if features not in sets:
@@ -72,6 +74,7 @@ class FeatureCache:
             if not product.whole:
                 raise HdovdError(f"{url}: {product} is not whole, {len(product.missing())} of {product.parts} parts are missing: "
                                  "run the extract-clip command again, it goes on where it was")
+            product.require_sound(TABLES, ["zarr.json"])
         self._tables: dict[tuple[Level, str], np.ndarray] = {}
         self._rows: dict[tuple[Level, str], Rows] = {}
         self._row_of: dict[Level, dict[int, int]] = {}
@@ -112,6 +115,10 @@ class FeatureCache:
     def require_together(self) -> None:
         """Refuse a set whose levels do not belong together: other CLIPs, or embeddings of other boxes. Raises HdovdError."""
         require_together(self.url, {level: self.key_inputs(level) for level in self.levels()})
+        rows = {level: self._products[level].rows for level in (Level.BOXES, Level.INSTANCE, Level.PSEUDO_LABEL) if level in self._products}
+        if len(set(rows.values())) > 1:
+            raise HdovdError(f"{self.url}: levels of the same boxes have other numbers of rows: "
+                             + ", ".join(f"{level} {count}" for level, count in rows.items()))
 
     def names(self, level: Level) -> list[str]:
         """Class or noun names, in row order."""
@@ -243,7 +250,7 @@ class FeatureCache:
 
     def _row_array(self, level: Level, name: str) -> Rows:
         if (level, name) not in self._rows:
-            self._rows[level, name] = open_rows(self._product(level), name, mapped=self._mapped)
+            self._rows[level, name] = open_rows(self._product(level), name, mapped=self._mapped, checked=self._checked)
         return self._rows[level, name]
 
 
@@ -262,8 +269,16 @@ def require_together(url: str, inputs: dict[Level, KeyInputs]) -> None:
         raise HdovdError(f"{url}: these levels cannot be used together:\n  " + "\n  ".join(lines))
 
 
-def _reopen(url: str | Path, features: str, mapped: bool | None) -> FeatureCache:
-    return FeatureCache(url, features, mapped=mapped)
+def _reopen(url: str | Path, features: str, mapped: bool | None, checked: bool) -> FeatureCache:
+    return FeatureCache(url, features, mapped=mapped, checked=checked)
+
+
+def require_unit(rows: np.ndarray, what: str) -> None:
+    """Raises HdovdError, naming `what`, unless embeddings (n, D) float16 are finite and of norm one."""
+    norms = np.linalg.norm(rows.astype(np.float32), axis=1)
+    if len(wrong := np.flatnonzero(~(abs(norms - 1) <= STORED_NORM_TOLERANCE))):
+        raise HdovdError(f"{what}: expected rows of norm 1, found {norms[wrong[0]]:.4g} ({len(wrong)} of {len(rows)} rows): they are "
+                         "damaged; hdovd cache verify tells more")
 
 
 def normalised_rows(rows: np.ndarray) -> np.ndarray:

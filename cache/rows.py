@@ -45,22 +45,42 @@ class Rows(Protocol):
         ...
 
 
-def open_rows(product: Product, name: str, *, mapped: bool | None = None, parts: Collection[int] | None = None) -> Rows:
+class _Sound:
+    """Compares a part's checksum when it is first read. What is known, forked processes share: a part is read whole once, not by each."""
+
+    def __init__(self, product: Product, name: str, *, checked: bool) -> None:
+        self._product, self._name = product, name
+        self._known = mmap.mmap(-1, max(1, product.parts))
+        if not checked:
+            self._known[:] = b"\1" * len(self._known)
+
+    def require(self, part: int) -> None:
+        """Raises HdovdError if a part is not what was written."""
+        if not self._known[part]:
+            self._product.require_sound(part, [self._product.row_objects(part)[self._name]])
+            self._known[part] = 1
+
+
+def open_rows(product: Product, name: str, *, mapped: bool | None = None, parts: Collection[int] | None = None,
+              checked: bool = False) -> Rows:
     """The rows of a product's row array: of all parts, or of `parts` alone. `mapped`: None for what fits, True or False to insist.
+    `checked`: compare the checksum of each part when it is first read.
 
     Raises HdovdError if a shard is not there or is cut short, or if `mapped` is asked for and cannot be.
     """
     array = product.array(name)
+    if array.shape[0] != product.rows:
+        raise HdovdError(f"{product.folder.url}: {name} of {product} has {array.shape[0]} rows, expected {product.rows}")
     if mapped is not False:
         why_not = _why_not_mapped(product, array)
         if why_not is None:
             try:
-                return MappedRows(product, name, array, parts)
+                return MappedRows(product, name, array, parts, checked=checked)
             except _NotPlainError as error:
                 why_not = str(error)
         if mapped:
             raise HdovdError(f"{product.folder.url}: {name} of {product} cannot be mapped: {why_not}")
-    return ZarrRows(product, name, array, parts)
+    return ZarrRows(product, name, array, parts, checked=checked)
 
 
 class MappedRows:
@@ -71,8 +91,10 @@ class MappedRows:
 
     reads_best_in_blocks = False
 
-    def __init__(self, product: Product, name: str, array: zarr.Array[Any], parts: Collection[int] | None = None) -> None:
-        self._opened_from = product, name, parts
+    def __init__(self, product: Product, name: str, array: zarr.Array[Any], parts: Collection[int] | None = None, *,
+                 checked: bool = False) -> None:
+        self._opened_from = product, name, parts, checked
+        self._sound = _Sound(product, name, checked=checked)
         self._part_rows = product.part_rows
         wanted = range(product.parts) if parts is None else sorted(parts)
         _allow_open_files(len(wanted))
@@ -85,6 +107,7 @@ class MappedRows:
         last = first + stop - start
         if not first < last <= self._part_rows:
             return self._read_across(start, stop)
+        self._sound.require(part)
         if self._ahead:
             self._ask_for(part, first, last)
         since = perf_counter()
@@ -111,8 +134,7 @@ class MappedRows:
         file.madvise(mmap.MADV_WILLNEED, begin, last * rows.strides[0] - begin)
 
     def __reduce__(self) -> Any:
-        product, name, parts = self._opened_from
-        return _reopen, (product, name, parts, True)
+        return _reopen, (*self._opened_from, True)
 
 
 class ZarrRows:
@@ -121,8 +143,10 @@ class ZarrRows:
     Fast where reads are near each other: use it with an order that shuffles blocks of images.
     """
 
-    def __init__(self, product: Product, name: str, array: zarr.Array[Any], parts: Collection[int] | None = None) -> None:
-        self._opened_from = product, name, parts
+    def __init__(self, product: Product, name: str, array: zarr.Array[Any], parts: Collection[int] | None = None, *,
+                 checked: bool = False) -> None:
+        self._opened_from = product, name, parts, checked
+        self._sound, self._part_rows = _Sound(product, name, checked=checked), product.part_rows
         self._array = array
         # Whole chunks of one part: the next part may be missing.
         self._chunk = array.chunks[0] * math.gcd(CHUNKS_AT_ONCE, product.part_rows // array.chunks[0])
@@ -132,8 +156,7 @@ class ZarrRows:
         _check_objects(product, name, array, range(product.parts) if parts is None else parts)
 
     def __reduce__(self) -> Any:
-        product, name, parts = self._opened_from
-        return _reopen, (product, name, parts, False)
+        return _reopen, (*self._opened_from, False)
 
     @property
     def reads_best_in_blocks(self) -> bool:
@@ -149,6 +172,8 @@ class ZarrRows:
     def _decoded(self, chunk: int) -> np.ndarray:
         found = self._chunks.get(chunk)
         if found is None:
+            if chunk * self._chunk < self._array.shape[0]:
+                self._sound.require(chunk * self._chunk // self._part_rows)
             found = self._chunks[chunk] = decoded(self._array, slice(chunk * self._chunk, (chunk + 1) * self._chunk))
             if len(self._chunks) > self._most:
                 self._chunks.popitem(last=False)
@@ -157,8 +182,8 @@ class ZarrRows:
         return found
 
 
-def _reopen(product: Product, name: str, parts: Collection[int] | None, mapped: bool) -> Rows:
-    return open_rows(product, name, mapped=mapped, parts=parts)
+def _reopen(product: Product, name: str, parts: Collection[int] | None, checked: bool, mapped: bool) -> Rows:
+    return open_rows(product, name, mapped=mapped, parts=parts, checked=checked)
 
 
 def _check_objects(product: Product, name: str, array: zarr.Array[Any], parts: Collection[int]) -> None:

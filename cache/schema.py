@@ -23,7 +23,10 @@ what is done; it holds sizes and checksums of the objects, and which images coul
 Products of images also have `pictures/`: what the files were that their rows were made from (see `picture_files`).
 
     sets/NAME.json    which products belong together: what `hdovd train` reads; "default" unless named; and the text of "object"
+    named/NAME        that there is such a set, so that one which is lost is missed
     runs/ID.json      which training runs used which products
+
+Sets and runs have a checksum of their own, under sha256; those of older versions have none.
 """
 
 from enum import IntEnum, StrEnum
@@ -35,6 +38,8 @@ CHUNK_ROWS = 1_024
 TAR_SAMPLES = 1_000  # images of a tar shard
 DEFAULT_SET = "default"
 TAR_META = "meta.safetensors"  # what tells a folder of tar shards from a cache
+NORM_TOLERANCE = 1e-3  # of embeddings that are written
+STORED_NORM_TOLERANCE = 2 * NORM_TOLERANCE  # and what rounding to float16 adds
 TABLES = "tables"  # the part that holds everything but the row arrays
 
 

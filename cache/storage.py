@@ -90,17 +90,17 @@ class LocalFolder(Folder):
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         try:
-            with (self.root / name).open("rb") as file:
+            with self.path(name).open("rb") as file:
                 first, last, _ = slice(start, stop).indices(os.fstat(file.fileno()).st_size)
                 file.seek(first)
                 return file.read() if stop is None else file.read(max(0, last - first))
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise HdovdError(f"{self.root / name} cannot be read: {system_reason(error)}") from error
+            raise HdovdError(f"{self.path(name)} cannot be read: {system_reason(error)}") from error
 
     def write(self, name: str, data: bytes, *, exclusive: bool = False) -> bool:
-        target = self.root / name
+        target = self.path(name)
         if exclusive and target.exists():
             return False
         partial = target.parent / partial_name(uuid.uuid4().hex[:8])
@@ -129,7 +129,7 @@ class LocalFolder(Folder):
 
     def sizes(self, prefix: str) -> dict[str, int]:
         found = {}
-        for folder, folders, files in os.walk(self.root / prefix):
+        for folder, folders, files in os.walk(self.path(prefix)):
             folders[:] = [f for f in folders if f != CLAIMS]
             for file in files:
                 if not file.startswith(PARTIAL):
@@ -139,13 +139,13 @@ class LocalFolder(Folder):
         return dict(sorted(found.items()))
 
     def exists(self, name: str) -> bool:
-        return (self.root / name).is_file()
+        return self.path(name).is_file()
 
     def modified(self, name: str) -> float:
-        return (self.root / name).stat().st_mtime
+        return self.path(name).stat().st_mtime
 
     def delete(self, name: str) -> None:
-        path = self.root / name
+        path = self.path(name)
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -154,6 +154,9 @@ class LocalFolder(Folder):
                 _sync(path.parent)
 
     def path(self, name: str) -> Path:
+        """Raises HdovdError for a name that leads out of the folder: some are read from files."""
+        if ".." in name.split("/") or name.startswith("/") or "\0" in name:
+            raise HdovdError(f"{self.root}: {name[:200]!r} is no name of an object in it")
         return self.root / name
 
     @contextmanager

@@ -13,9 +13,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from hdovd.cache.catalog import Catalog, FeatureSet
-from hdovd.cache.identity import KeyInputs, key_of
-from hdovd.cache.product import Product
+from hdovd.cache.catalog import Catalog, FeatureSet, is_set_name
+from hdovd.cache.identity import KeyInputs, hash_tables, hash_texts, key_of, require_seal, sealed
+from hdovd.cache.product import Product, parse_record, require_sizes
+from hdovd.cache.reader import require_unit
 from hdovd.cache.schema import SCHEMA_VERSION, TABLE_ARRAYS, Level
 from hdovd.errors import HdovdError
 
@@ -51,7 +52,8 @@ class TarMeta:
         return cls(name, features, samples, products, about, tensors)
 
     def to_bytes(self) -> bytes:
-        tree = {"schema_version": SCHEMA_VERSION, **self.identity(), "name": self.name, "set": self.features.to_tree()}
+        tree = sealed({"schema_version": SCHEMA_VERSION, **self.identity(), "name": self.name, "set": self.features.to_tree(),
+                       "tensors": _hash(self.tensors)})  # in one text: safetensors writes several in any order
         return save({name: np.ascontiguousarray(t) for name, t in self.tensors.items()}, {"hdovd": json.dumps(tree)})
 
     @classmethod
@@ -59,29 +61,49 @@ class TarMeta:
         """Raises HdovdError, naming `where`, if it is damaged or of another schema."""
         try:
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            tree = json.loads(header["__metadata__"]["hdovd"])
+            tree, tensors = json.loads(header["__metadata__"]["hdovd"]), load(data)
+            require_seal(tree)
+            if tree.get("tensors", found := _hash(tensors)) != found:  # older versions have no checksums
+                raise ValueError("its tensors have another checksum")
             version = tree["schema_version"]
             if version != SCHEMA_VERSION:
                 raise HdovdError(f"{where} has cache schema {version}, this hdovd reads {SCHEMA_VERSION}: export the cache again")
             features = FeatureSet.from_tree(tree["set"])
             products = {Level(level): product for level, product in tree["products"].items()}
-            meta = cls(tree["name"], features, int(tree["samples"]), products, tree["about"], load(data))
+            meta = cls(tree["name"], features, tree["samples"], products, tree["about"], tensors)
             meta._check()
-        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, SafetensorError) as error:
             raise HdovdError(f"{where} is damaged ({error!r}): export the cache again") from error
         return meta
 
     def _check(self) -> None:
-        """Raises ValueError or KeyError for what does not go together."""
+        """Raises ValueError, KeyError, TypeError or AttributeError for what cannot be, or does not go together."""
+        known = is_set_name(self.name) and type(self.samples) is int and self.samples >= 1
+        if not known or self.products.keys() != self.features.levels.keys():
+            raise ValueError(f"set {str(self.name)[:80]!r} of {str(self.samples)[:40]} images a shard, levels {list(self.products)}")
         for level, product in self.products.items():
+            require_sizes(product["attributes"])
+            for record in product["records"].values():
+                parse_record(json.dumps(record).encode())
             if key_of(product["attributes"]["key_inputs"]) != self.features.levels[level]:
                 raise ValueError(f"the key of {level} does not follow from its key_inputs")
         expected = {name: TABLE_ARRAYS[Level.BOXES][name] for name in TABLES_HERE}
         expected |= {str(level): "float16" for level in TEXTS if level in self.products}
         found = {name: str(tensor.dtype) for name, tensor in self.tensors.items()}
         images, offset = len(self.tensors["image_id"]), self.tensors["offset"]
-        if found != expected or offset.shape != (images + 1,) or (np.diff(offset) < 0).any() or self.samples < 1:
+        if found != expected or offset.shape != (images + 1,) or offset[0] != 0 or (np.diff(offset) < 0).any():
             raise ValueError(f"tensors {found}, expected {expected} that fit together")
+        wanted = {level: len(self.tensors[level]) if level in TEXTS else images if level is Level.IMAGE else int(offset[-1])
+                  for level in self.products}
+        if wrong := [f"{level} {self.attributes(level)['rows']}, expected {rows}" for level, rows in wanted.items()
+                     if self.attributes(level)["rows"] != rows]:
+            raise ValueError(f"rows of {', '.join(wrong)}")
+
+    def check_rows(self, where: str) -> None:
+        """Raises HdovdError if the embeddings that stand here are not finite, or not of norm one."""
+        for level in TEXTS:
+            if level in self.products:
+                require_unit(self.tensors[level], f"{where}: {level}")
 
     def identity(self) -> dict[str, Any]:
         """What decides on the bytes of the shards."""
@@ -125,3 +147,7 @@ class TarMeta:
         """Images that lack embeddings at the image or the instance level, with the reason."""
         return {image: reason for level in (Level.IMAGE, Level.INSTANCE) if level in self.products
                 for failed in self.failed_parts(level).values() for image, reason in failed.items()}
+
+
+def _hash(tensors: dict[str, np.ndarray]) -> str:
+    return hash_texts([*sorted(tensors), hash_tables(tensors[name] for name in sorted(tensors))])

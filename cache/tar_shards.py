@@ -4,7 +4,8 @@ A folder, or a prefix of an object store:
 
     meta.safetensors   what is no single image's: see `tar_meta`
     000000.tar, ...    samples, one an image, in the order of the cache
-    000000.json, ...   size and sha256 of the shard of that number, written after it: what has one is whole
+    000000.json, ...   size and sha256 of the shard of that number, and crc32 of the files of each sample one after another; written
+                       after it: what has one is whole
 
 A sample's key is its image id in 12 digits. n rows of boxes (base boxes before proposals, proposals best first), D embedding size:
 
@@ -29,13 +30,17 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import numpy as np
+
 from hdovd.cache.identity import differences
+from hdovd.cache.reader import require_unit
 from hdovd.cache.schema import TAR_META, TOP_ARRAYS
 from hdovd.cache.storage import Folder, open_folder
 from hdovd.cache.tar_meta import TarMeta
@@ -49,8 +54,8 @@ T = TypeVar("T")
 class TarShards:
     """Some or all shards of a folder, to read. Safe in DataLoader workers: every stream is opened where it is read."""
 
-    def __init__(self, url: str | Path) -> None:
-        """`url`: the folder, or shards in it: DIR/000003.tar, DIR/{000000..000009}.tar.
+    def __init__(self, url: str | Path, *, whole: bool = True) -> None:
+        """`url`: the folder, or shards in it: DIR/000003.tar, DIR/{000000..000009}.tar. `whole`: ask whether they are all there.
 
         Raises HdovdError if there are none, or some of those asked for are not whole.
         """
@@ -65,7 +70,7 @@ class TarShards:
         if unknown:
             raise HdovdError(f"{root} has {self.meta.shards} shards, {_tar(0)} and on; asked for {shorten([*unknown])}")
         self.numbers = list(everything.values()) if names is None else [everything[name] for name in dict.fromkeys(names)]
-        missing = [_tar(number) for number in unfinished_shards(self._folder, self.numbers)]
+        missing = [_tar(number) for number in unfinished_shards(self._folder, self.numbers)] if whole else []
         if missing:
             raise HdovdError(f"{root}: {len(missing)} of {len(self.numbers)} shards are not there, or not as long as they were written "
                              f"({shorten([*missing])}): run the export again, it goes on where it was; or copy them again")
@@ -84,13 +89,18 @@ class TarShards:
     def raw(self, number: int, *, verify: bool = False) -> Iterator[tuple[int, RawSample]]:
         """The samples of a shard, in order, each with its place in the list of all images; `decode` makes sense of one.
 
-        Raises HdovdError, naming the shard, if it cannot be read, is cut short or holds other images; with `verify`
-        also, at its end, if it is not the very file that was written.
+        Raises HdovdError, naming the shard, if it cannot be read, is cut short, holds other images, or a sample is not what was written;
+        with `verify`, or if the shard is of an older version, which has no checksums of samples, at its end, if it is not the very file
+        that was written.
         """
         from webdataset.tariterators import group_by_keys, tar_file_expander  # type: ignore[import-untyped]
 
         url, places = self._url(number), self.meta.places_of(number)
         ids, place = self.meta.tensors["image_id"], places.start
+        record = _told(url, lambda: _parse(self._folder.read(_json(number))))
+        sums = record.get("crc32")
+        if not isinstance(sums, list) or len(sums) != len(places):
+            sums, verify = None, True
         with _stream(self._folder, _tar(number)) as stream:
             source = _Hashed(stream) if verify else stream
             samples = group_by_keys(tar_file_expander([{"url": url, "stream": source}]))
@@ -98,13 +108,17 @@ class TarShards:
                 expected = key_of_image(int(ids[place])) if place < places.stop else "no more"
                 if sample["__key__"] != expected:
                     raise HdovdError(f"{url} holds sample {sample['__key__']} where {expected} is expected: is it another export's?")
+                files = (data for name, data in sample.items() if not name.startswith("__"))
+                if sums is not None and _crc32(files) != sums[place - places.start]:
+                    raise HdovdError(f"{url}: sample {expected} is damaged, by its checksum; export or copy the shard again")
                 yield place, sample
                 place += 1
             if place < places.stop:
                 raise HdovdError(f"{url} is cut short: {place - places.start} of {len(places)} samples; export or copy it again")
             if isinstance(source, _Hashed):
                 _told(url, source.drain)
-                self._compare(number, source)
+                if source.record() != {name: record.get(name) for name in ("bytes", "sha256")}:
+                    raise HdovdError(f"{url} is damaged: it is {source.record()}, its record says otherwise; export or copy it again")
 
     def decode(self, place: int, raw: RawSample) -> TarSample:
         """Raises HdovdError, naming the shard and the sample, if a part is missing or does not fit."""
@@ -121,14 +135,13 @@ class TarShards:
             raise HdovdError(f"{where} is damaged ({error}): export or copy the shard again") from error
 
     def verify(self, number: int) -> None:
-        """Read a shard whole. Raises HdovdError, naming it, if it is not the very file that was written."""
+        """Read a shard whole. Raises HdovdError, naming it, if it is not the very file that was written, or holds embeddings that are no
+        embeddings."""
         for place, raw in self.raw(number, verify=True):
-            self.decode(place, raw)
-
-    def _compare(self, number: int, found: _Hashed) -> None:
-        expected = _parse(self._folder.read(_json(number)))
-        if expected != found.record():
-            raise HdovdError(f"{self._url(number)} is damaged: it is {found.record()}, its record says {expected}; export or copy it again")
+            sample = self.decode(place, raw)
+            for name, rows in sample.arrays.items():
+                if MEMBERS[name][1] == "embedding" and "failed" not in sample.about:
+                    require_unit(np.atleast_2d(rows), f"{self._url(number)}: sample {raw['__key__']}, {name}")
 
     def _url(self, number: int) -> str:
         return f"{self.url}/{_tar(number)}"
@@ -165,15 +178,26 @@ class TarWriter:
 
     def write(self, number: int, samples: Iterable[TarSample]) -> int:
         """Write a shard: the samples of `meta.places_of(number)`. It is held in memory. Returns its bytes."""
-        buffer = io.BytesIO()
+        buffer, sums = io.BytesIO(), []
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for sample in samples:
-                for member, data in sample.files():
+                files = list(sample.files())
+                for member, data in files:
                     tar.addfile(member, io.BytesIO(data))
+                sums.append(_crc32(data for _, data in files))
         data = buffer.getvalue()
         self.folder.write(_tar(number), data)
-        self.folder.write(_json(number), json.dumps({"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}).encode())
+        record = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "crc32": sums}
+        self.folder.write(_json(number), json.dumps(record).encode())
         return len(data)
+
+
+def _crc32(files: Iterable[bytes]) -> int:
+    """Of files one after another."""
+    found = 0
+    for data in files:
+        found = zlib.crc32(data, found)
+    return found
 
 
 def unfinished_shards(folder: Folder, numbers: Sequence[int]) -> list[int]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from hdovd.cache.catalog import FeatureSet, group_objects, parse_run, read_set
+from hdovd.cache.catalog import NAMED, FeatureSet, group_objects, parse_run, read_set
 from hdovd.cache.content import Wrong, check_attributes, check_rows, check_tables
-from hdovd.cache.identity import hash_tables
+from hdovd.cache.identity import SEAL, hash_tables
 from hdovd.cache.picture_files import LATER, known_files
 from hdovd.cache.product import Product, parse_record
 from hdovd.cache.reader import FeatureCache
@@ -22,6 +23,7 @@ from hdovd.cache.schema import ROW_ARRAYS, SCHEMA_VERSION, TABLE_ARRAYS, TABLES,
 from hdovd.cache.storage import Folder
 from hdovd.errors import HdovdError
 
+MOST_MISSING = 100  # parts of a product that are named
 Names = list[tuple[Level, str]]  # of products: level and key
 
 
@@ -87,6 +89,15 @@ def check_groups(folder: Folder) -> list[Finding]:
     return findings
 
 
+def unsealed_records(folder: Folder) -> list[str]:
+    """Sets and runs of older versions, which have no checksum: what they say cannot be checked."""
+    found = []
+    for name in (name for kind in ("sets", "runs") for name in folder.sizes(kind)):
+        with suppress(ValueError):  # a finding
+            found += [name] * (SEAL not in json.loads(folder.read(name)))
+    return found
+
+
 def check_records(folder: Folder) -> tuple[dict[str, FeatureSet], list[Finding]]:
     """The sets that can be read, and what is wrong with sets and runs, or stands where nothing belongs."""
     sets: dict[str, FeatureSet] = {}
@@ -98,12 +109,19 @@ def check_records(folder: Folder) -> tuple[dict[str, FeatureSet], list[Finding]]
             findings.append(Finding(name, "a set of features", _damage(error)))
     for name in [n for n in listed if re.fullmatch(r"runs/[^/]+\.json", n)]:
         try:
-            parse_run(folder.read(name))
+            if (run := parse_run(folder.read(name))).file != name:
+                raise ValueError(f"it is the record of {run.path}, whose name is {run.file}")
         except ValueError as error:
             findings.append(Finding(name, "the record of a run", f"{_damage(error)}: delete it (gc then does not know of that run)"))
+    for name in [n.removeprefix(f"{NAMED}/") for n in listed if n.startswith(f"{NAMED}/")]:
+        if folder.read(f"{NAMED}/{name}") != name.encode():
+            findings.append(Finding(f"{NAMED}/{name}", name, "something else: delete it"))
+        if f"sets/{name}.json" not in listed:
+            findings.append(Finding(f"sets/{name}.json", "a set of features", "no such object: it was not dropped by gc --drop-set "
+                                    f"(if it was meant to go, delete {NAMED}/{name})"))
     for name in listed:
         top, _, rest = name.partition("/")
-        if not (name in groups or (top in set(Level) and "/" in rest) or re.fullmatch(r"(sets|runs)/[^/]+\.json", name)):
+        if not (name in groups or (top in set(Level) and "/" in rest) or re.fullmatch(rf"(sets|runs)/[^/]+\.json|{NAMED}/[^/]+", name)):
             findings.append(Finding(name, "nothing there", "an object that is not the cache's: move it elsewhere"))
     return sets, findings
 
@@ -258,7 +276,7 @@ class ProductCheck:
         if missing and not self.needed_by:
             done = product.parts - len(product.missing())
             self.checked.unfinished.append(f"{product.level} {product.key[:12]}: {done}/{product.parts} parts")
-        for part in missing if self.needed_by else ():
+        for part in missing[:MOST_MISSING] if self.needed_by else ():
             if not self._is_found(part):
                 name = product.record_name(part).removeprefix(f"{self.prefix}/")
                 self._add(name, f"the record of a part that {self.needed_by} needs", "no such object", part, self._rows_of(part))

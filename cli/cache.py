@@ -125,7 +125,7 @@ def verify(
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Crops a CLIP batch, where --repair has lost that.")] = None,
     workers: options.Workers = "auto",
 ) -> None:
-    """Check every checksum, table and row; name what is damaged; exit with 1 if anything is.
+    """Check every checksum, table and row, of tar shards too; name what is damaged; exit with 1 if anything is.
 
     --sample and --repair need the pictures and the CLIP; with --data, pictures that have changed are found too. A set knows
     what it was made from; the options from --data on say where that is now.

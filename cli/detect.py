@@ -47,6 +47,7 @@ def detect(
     workers: Annotated[str, typer.Option(help="Processes that decode pictures, or auto: none on a CPU, up to 16 for a GPU.")] = "auto",
     device: options.Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the detections that are in --out.")] = False,
+    trust: options.Trust = False,
 ) -> None:
     """Names that are no classes of the run are embedded by the text tower of its CLIP, once: they are kept in ~/.cache/hdovd. What
     cannot be read is skipped and listed; the exit code is 1 if nothing could be read. See docs/DETECT.md.
@@ -59,7 +60,7 @@ def detect(
     prompts = None if templates is None else read_templates(templates)
     job = DetectJob(
         run, tuple(images), out, names, threshold, class_embeddings, clip, pretrained, prompts, weights, device, batch_size,
-        options.workers(workers), not no_pictures, split_blind, overwrite, alone)
+        options.workers(workers), not no_pictures, split_blind, overwrite, alone, trust)
     job.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.detect import detect as run_detect
     from hdovd.pipelines.detect_table import detect_lines

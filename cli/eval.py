@@ -27,6 +27,7 @@ def eval(
                                            "fast-eval.")] = Engine.PYCOCOTOOLS,
     weights: Annotated[Weights, typer.Option(help="Of the last epoch, or of the one with the best validation AP50 of base classes.")
                        ] = Weights.LAST,
+    trust: options.Trust = False,
 ) -> None:
     """Writes metrics.json and detections.json (COCO results form) into RUN.
     """
@@ -34,7 +35,7 @@ def eval(
     from hdovd.pipelines.run_jobs import EvalJob
 
     job = EvalJob(run, DataPaths(data, images, annotations), protocol, device, batch_size, options.workers(workers), pictures,
-                              engine, weights)
+                              engine, weights, trust)
     job.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.evaluate import evaluate
     from hdovd.pipelines.tables import class_table, error_table, result_table

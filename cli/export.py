@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hdovd.cli import options
 from hdovd.pipelines.model_form import ModelForm
 from hdovd.pipelines.weights import Weights
 
@@ -21,6 +22,7 @@ def export(
                        ] = Weights.LAST,
     check_image: Annotated[list[Path] | None, typer.Option("--check-image", help="A picture to check the file on, besides those that "
                                                            "are made up. Repeatable.")] = None,
+    trust: options.Trust = False,
 ) -> None:
     """The file holds the run's class names and embeddings too. It is run before it gets its name, and refused if it does not find what
     the model finds: scores to 1e-3, boxes to 1e-3 percent of the long side of the detector's input, to which any picture is resized.
@@ -28,7 +30,7 @@ def export(
     from hdovd.pipelines.run_jobs import ExportModelJob
 
     form = ModelForm.of(out, form)
-    job = ExportModelJob(run, form, out, weights, tuple(check_image or ()))
+    job = ExportModelJob(run, form, out, weights, tuple(check_image or ()), trust)
     job.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.export_model import export_model
 

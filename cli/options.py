@@ -43,6 +43,10 @@ Init = Annotated[
     Path | None, typer.Option("--init", help="A run whose weights training begins with, such as import-checkpoint wrote: losses' memories, "
                               "optimizer and schedule begin anew.")
 ]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Import code and ask addresses that RUN names, and take it as it was changed, though it was not "
+                       "trained here by you.")
+]
 Features = Annotated[str, typer.Option("--features", help="The name of a set of features: products of one cache that belong together.")]
 
 

@@ -21,6 +21,7 @@ def report(
     batch_size: Annotated[int, typer.Option(min=1, help="Images a batch, for runs that have to be evaluated first.")] = 16,
     workers: Annotated[str, typer.Option(help="Processes that decode images for that, or auto.")] = "auto",
     device: options.Device = "auto",
+    trust: options.Trust = False,
 ) -> None:
     """AP by run and class, precision and recall, errors by kind, confusion, reliability of scores, losses by level, validation images with
     truth and detections, pseudo boxes with their nouns and weights, relations of teacher and student, time and identity.
@@ -32,7 +33,7 @@ def report(
 
     validation = DataPaths(data, images, annotations) if images or annotations else None
     job = ReportJob(tuple(runs), out, DataPaths(data), validation, gallery, pseudo, relations, threshold, device, batch_size,
-                  options.workers(workers))
+                  options.workers(workers), trust)
     job.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.report import report as run
 

@@ -41,6 +41,8 @@ def train(
         Path | None, typer.Option("--val-annotations", help="Validation boxes, instead of DATA/annotations/instances_val2017.json.")
     ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write OUT/tensorboard too.")] = False,
+    no_checksums: Annotated[bool, typer.Option("--no-checksums", help="Do not read each part of the cache whole, once, to compare its "
+                                               "checksum: for caches larger than memory, which hdovd cache verify has checked.")] = False,
 ) -> None:
     """The three levels: --set loss.instance.enabled=false, loss.class.enabled=false, loss.image.enabled=false.
     CACHE may be s3:// or gs://. Several GPUs: torchrun --nproc-per-node 8 -m hdovd train ...; train.batch_size is that of all
@@ -57,7 +59,7 @@ def train(
     refuse_two_sources(set_ or [], calibration)
     validation = validation_paths(data, val_images, val_annotations) if val_every else None
     job = TrainJob(DataPaths(data, images, annotations), cache, out, loaded, protocol, device, overwrite, features, resume, save_minutes,
-                 validation, val_every, tensorboard, calibration, init)
+                 validation, val_every, tensorboard, calibration, init, not no_checksums)
     job.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.train import train as run
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hdovd.ap_engine import Engine, classes
-from hdovd.coco import clip_box, read_json
+from hdovd.coco import Instances, clip_box, read_instances
 from hdovd.detection_matching import Objects
 from hdovd.errors import HdovdError, shorten
 from hdovd.protocol import Protocol
@@ -78,15 +78,18 @@ class GroundTruth:
         self.protocol, self.coco_ids, self.engine = protocol, coco_ids, engine
         self._coco, self._evaluation = classes(engine)
         self._image_ids, wanted_classes = set(image_ids), set(coco_ids)
-        tree = read_json(annotations, "annotations")
-        size = {i["id"]: (i["width"], i["height"]) for i in tree["images"]}
-        kept = [a for a in tree["annotations"] if a["image_id"] in self._image_ids and a["category_id"] in wanted_classes
-                and clip_box(a["bbox"], *size[a["image_id"]])[0] is not None]  # what `load_split` skipped is no object
-        self.objects = _flat(kept, coco_ids)
+        found = read_instances(annotations)
+        boxes = np.array(found.boxes).reshape(-1, 4)
+        kept = [row for row, (image_id, category) in enumerate(zip(found.image_ids, found.categories, strict=True))
+                if image_id in self._image_ids and category in wanted_classes and row not in found.odd
+                and clip_box(boxes[row].tolist(), *found.images[image_id][1:])[0] is not None]  # what `load_split` skipped is no object
+        self.objects = _flat(found, boxes, kept, coco_ids)
+        areas = np.array(found.areas)
+        areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas).tolist()
         # pycocotools takes annotation id 0 for "unmatched": number them anew from 1
         self._truth = self._indexed([
-            {"id": number, "image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "iscrowd": a.get("iscrowd", 0),
-             "area": a.get("area", a["bbox"][2] * a["bbox"][3])} for number, a in enumerate(kept, start=1)])
+            {"id": number, "image_id": found.image_ids[row], "category_id": found.categories[row], "bbox": boxes[row].tolist(),
+             "iscrowd": found.crowd[row], "area": areas[row]} for number, row in enumerate(kept, start=1)])
 
     def average_precision(self, detections: list[dict[str, Any]]) -> AveragePrecision:
         """AP of COCO results.
@@ -132,12 +135,10 @@ def average_precision(annotations: Path, coco_ids: tuple[int, ...], image_ids: I
     return GroundTruth(annotations, coco_ids, image_ids, protocol, engine).average_precision(detections)
 
 
-def _flat(annotations: list[dict[str, Any]], coco_ids: tuple[int, ...]) -> Objects:
+def _flat(found: Instances, boxes: np.ndarray, rows: list[int], coco_ids: tuple[int, ...]) -> Objects:
     label = {coco_id: k for k, coco_id in enumerate(coco_ids)}
-    return Objects(np.array([a["image_id"] for a in annotations], np.int64),
-                   np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4),
-                   np.array([label[a["category_id"]] for a in annotations], np.int64),
-                   np.array([bool(a.get("iscrowd", 0)) for a in annotations], bool))
+    return Objects(np.array(found.image_ids, np.int64)[rows], boxes[rows],
+                   np.array([label[found.categories[row]] for row in rows], np.int64), np.array(found.crowd, bool)[rows])
 
 
 def _quiet() -> contextlib.redirect_stdout[io.StringIO]:

@@ -7,7 +7,6 @@ tree of a run is written back as TOML and can itself be given as a recipe.
 from __future__ import annotations
 
 import difflib
-import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +19,9 @@ from hdovd.config_parts import AUTO, Auto, Count, Finite, NonNegative, Positive,
 from hdovd.config_parts import PRESETS as PRESETS
 from hdovd.detector_config import FORMS, DetectorConfig, FasterRCNNConfig
 from hdovd.errors import HdovdError, is_file
+from hdovd.text_files import cut, parse_toml, read_toml
+
+_MOST_ERRORS = 20  # said of one recipe
 
 
 class InputConfig(Section):
@@ -188,17 +190,13 @@ def load_recipe(name_or_file: str, sets: list[str] | tuple[str, ...] = ()) -> Re
     Raises HdovdError naming the key and the nearest valid one, or the wrong value.
     """
     if name_or_file in shipped_recipes():
-        content = resources.files("hdovd").joinpath("recipes", f"{name_or_file}.toml").read_bytes()
+        tree = parse_toml(resources.files("hdovd").joinpath("recipes", f"{name_or_file}.toml").read_text("utf-8"))
     elif is_file(name_or_file):
-        content = Path(name_or_file).read_bytes()
+        tree = read_toml(Path(name_or_file), "recipe")
     else:
         near = difflib.get_close_matches(name_or_file, shipped_recipes(), 1)
         raise HdovdError(f"no recipe {name_or_file!r}{f', did you mean {near[0]!r}' if near else ''}: "
                          f"give one of {', '.join(shipped_recipes())}, or a TOML file")
-    try:
-        tree = tomllib.loads(content.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise HdovdError(f"recipe {name_or_file} is not valid TOML: {error}") from error
     for setting in sets:
         _apply(tree, setting)
     return build_recipe(tree, name_or_file)
@@ -209,7 +207,9 @@ def build_recipe(tree: dict[str, Any], origin: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise HdovdError(f"recipe {origin}:\n" + "\n".join(f"  {_explain(dict(e))}" for e in error.errors())) from error
+        lines = [f"  {_explain(dict(e))}" for e in error.errors()[:_MOST_ERRORS]]
+        more = error.error_count() - len(lines)
+        raise HdovdError(f"recipe {origin}:\n" + "\n".join(lines) + (f"\n  and {more} more" if more else "")) from error
 
 
 def _apply(tree: dict[str, Any], setting: str) -> None:
@@ -222,8 +222,8 @@ def _apply(tree: dict[str, Any], setting: str) -> None:
         if not isinstance(tree, dict):
             raise HdovdError(f"--set {setting}: {parent!r} is a value, not a section")
     try:
-        tree[leaf] = tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
+        tree[leaf] = parse_toml(f"v = {value}")["v"]
+    except HdovdError:
         tree[leaf] = value
 
 
@@ -237,11 +237,11 @@ def _explain(error: dict[str, Any]) -> str:
             leaf, error["input"] = next(iter(error["input"].items()))
             path += f".{leaf}"
         near = difflib.get_close_matches(path, _keys(Recipe) + (_keys(FORMS[form], "detector.") if form else []), 1, cutoff=0.3)
-        return f"unknown key {path}" + (f"; the nearest valid one is {near[0]}" if near else "")
+        return f"unknown key {cut(path)}" + (f"; the nearest valid one is {near[0]}" if near else "")
     if error["type"] == "missing":
         return f"missing key {path}"
-    given = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"  # of a whole section the message says what is wrong
-    return f"{path}{given}: {error['msg']}"
+    given = "" if isinstance(error["input"], dict) else f" = {cut(repr(error['input']))}"  # of a section the message says it
+    return f"{cut(path)}{given}: {cut(error['msg'])}"
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:

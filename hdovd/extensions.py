@@ -9,9 +9,24 @@ import difflib
 import importlib
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hdovd.config_parts import BACKBONES
+from hdovd.detector_config import DETECTORS
 from hdovd.errors import HdovdError
+
+if TYPE_CHECKING:
+    from hdovd.config import Recipe
+
+
+def outside_code(recipe: Recipe) -> dict[str, str]:
+    """What a recipe names that is not part of hdovd and runs when its detector is built: values by dotted key."""
+    detector, body = recipe.detector.name, recipe.detector.backbone.name
+    named = {} if detector in DETECTORS else {"detector.name": detector}
+    library, _, model = body.partition(":")
+    if body not in BACKBONES and (library not in ("timm", "torchvision") or ":" in model):  # timm:hf-hub:... is fetched
+        named["detector.backbone.name"] = body
+    return named | {f"loss.extra.{name}.use": extra.use for name, extra in recipe.loss.extra.items()}
 
 
 def resolve(use: str, key: str) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hdovd.errors import HdovdError
+from hdovd.text_files import DAMAGED, cut, json_fault, open_bytes
 
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -22,6 +23,8 @@ class JsonStream:
     The items of a top-level list, or another top-level value whole, have the key None. `lists` holds the keys of
     the lists met so far, empty ones too. `block`: bytes read at a time; the text held is that, or twice the longest item.
 
+    A file of gzip's is unpacked on the way, and a byte-order mark passed over.
+
     Iterating raises HdovdError if there is no such file, it is not JSON in UTF-8, or two lists have one key.
     """
 
@@ -32,15 +35,17 @@ class JsonStream:
         if not self.path.is_file():
             raise HdovdError(f"{self.what}: no file {self.path}")
         self.lists.clear()
-        self._text, self._at, self._dropped, self._utf8 = "", 0, 0, codecs.getincrementaldecoder("utf-8")()
-        with self.path.open("rb") as self._file:
+        self._text, self._at, self._dropped, self._utf8 = "", 0, 0, codecs.getincrementaldecoder("utf-8-sig")()
+        with open_bytes(self.path) as self._file:
             try:
                 yield from self._document()
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (*DAMAGED, ValueError, RecursionError) as error:
                 if isinstance(error, json.JSONDecodeError):
                     why = f"{error.msg}: char {self._dropped + error.pos}"
-                else:  # its object ends where the file was read to
+                elif isinstance(error, UnicodeDecodeError):  # its object ends where the file was read to
                     why = f"{error.reason}: byte {self._file.tell() - len(error.object) + error.start}"
+                else:
+                    why = str(error) if isinstance(error, DAMAGED) else json_fault(error)
                 raise HdovdError(f"{self.what} {self.path} is not valid JSON ({why}); is the download complete?") from error
 
     def _document(self) -> Iterator[tuple[str | None, Any]]:
@@ -60,7 +65,7 @@ class JsonStream:
             yield key, self._value()
             return
         if key in self.lists:
-            raise HdovdError(f"{self.what} {self.path}: the list {key!r} stands twice")
+            raise HdovdError(f"{self.what} {self.path}: the list {cut(str(key))!r} stands twice")
         self.lists.add(key)
         for _ in self._parts("]"):
             yield key, self._value()

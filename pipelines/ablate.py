@@ -7,7 +7,6 @@ processes of their own; what they printed is in OUT/CELL/seedK.log. The same cal
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from hdovd.pipelines.ablate_table import AblationTable, ablation_table, write_ta
 from hdovd.pipelines.calibration import read_calibration, refuse_two_sources, with_reliability
 from hdovd.pipelines.common.threads import usable_cores
 from hdovd.pipelines.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
+from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.runs import Run, read_run
 from hdovd.pipelines.settings import SWITCH, lasting_values
 from hdovd.pipelines.train_config import TrainJob
@@ -169,8 +169,8 @@ def standing(planned: Planned, config: AblateConfig) -> Standing:
     run = read_run(planned.path)
     if not run.settings or not run.protocol:
         raise HdovdError(f"{planned.path}: {'; '.join(run.wrong) or 'run.json names no protocol'}: delete this folder, and it is made anew")
-    init = (json.loads((planned.path / "run.json").read_text()).get("init") or {}).get("sha256")
-    there = {"protocol": run.protocol, "weights of --init": init, **lasting_values(load_recipe(str(planned.path / "config.toml")))}
+    init = (RunFolder(planned.path).record().get("init") or {}).get("sha256")
+    there = {"protocol": run.protocol, "weights of --init": init, **lasting_values(RunFolder(planned.path).written_recipe())}
     recipe = planned.recipe.with_precision(str(run.settings.get("train.precision")))
     asked = {"protocol": load_protocol(config.protocol).to_dict(), "weights of --init": planned.init, **lasting_values(recipe)}
     if lines := differences(asked, there, sides=("asked for", "there")):

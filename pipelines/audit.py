@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hdovd.cache.identity import require_seal
 from hdovd.cache.reader import FeatureCache
-from hdovd.coco import read_json
+from hdovd.coco import instances_file
 from hdovd.errors import HdovdError
 from hdovd.pipelines.audit_inputs import Audited, read_boxes, read_truth
 from hdovd.pipelines.audit_names import report_names
@@ -24,6 +25,7 @@ from hdovd.pipelines.cache_jobs import AuditConfig
 from hdovd.pipelines.proposal_file import read_table
 from hdovd.pipelines.whole_file import write_text
 from hdovd.protocol import Protocol, load_protocol
+from hdovd.text_files import read_json
 
 
 def audit(config: AuditConfig, log: Callable[[str], None] = print) -> AuditReport:
@@ -51,16 +53,17 @@ def audit(config: AuditConfig, log: Callable[[str], None] = print) -> AuditRepor
 def _read(config: AuditConfig, protocol: Protocol) -> Audited:
     data = config.data
     root, missing = data.root or Path(), {"run": "no --run was given: not checked"}
-    truth = read_truth(data.annotation_file("train2017"))
+    folder = data.images or root / "train2017"
+    truth = read_truth(data.annotation_file("train2017"), folder)
     if absent := [name for name in protocol.names if name not in truth.names.values()]:
         raise HdovdError(f"protocol {protocol.name} names classes that {truth.file} does not know: {', '.join(absent[:8])}. Give the split "
                          "that fits this data with --protocol")
-    val_file = root / "annotations" / "instances_val2017.json"
+    val_file = instances_file(root, "val2017")
     if data.root is None or not val_file.is_file():
         missing["val"] = f"no {val_file}: whether training and validation share pictures is not known" if data.root is not None else \
             "no --data was given: where the validation pictures are is not known"
     cache = FeatureCache(config.cache, config.features)
-    return Audited(protocol, truth, data.images or root / "train2017", None if "val" in missing else read_truth(val_file),
+    return Audited(protocol, truth, folder, None if "val" in missing else read_truth(val_file, root / "val2017"),
                    None if "val" in missing else root / "val2017", cache, read_boxes(cache), _read_run(config.run), config.run, missing)
 
 
@@ -70,6 +73,10 @@ def _read_run(run: Path | None) -> dict[str, Any] | None:
     tree = read_json(run / "run.json", "--run")
     if not isinstance(tree, dict):
         raise HdovdError(f"{run / 'run.json'} is damaged: expected the record that hdovd train writes")
+    try:
+        require_seal(tree)
+    except ValueError as error:
+        raise HdovdError(f"{run / 'run.json'}: {error}; what it says cannot be audited") from error
     return tree
 
 

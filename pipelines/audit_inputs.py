@@ -6,7 +6,6 @@ Training never sees these: `coco.load_split` leaves novel boxes out. N images, A
 from __future__ import annotations
 
 import hashlib
-from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
+from hdovd.coco import read_instances
 from hdovd.errors import HdovdError
-from hdovd.json_stream import JsonStream
 from hdovd.protocol import Protocol
 
 
@@ -50,36 +49,19 @@ class GroundTruth:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_truth(file: Path) -> GroundTruth:
-    """All of an instances file, whatever the protocol. Raises HdovdError if it is none."""
-    images: dict[int, tuple[str, float, float]] = {}
-    names: dict[int, str] = {}
-    columns = {name: array("q") for name in ("id", "image_id", "category_id")}
-    crowd, boxes, stream = bytearray(), array("f"), JsonStream(file, "annotations")
-    try:
-        for key, item in stream:
-            if key == "images":
-                images[item["id"]] = str(item["file_name"]), float(item["width"]), float(item["height"])
-            elif key == "categories":
-                names[item["id"]] = str(item["name"])
-            elif key == "annotations":
-                for name, column in columns.items():
-                    column.append(item[name])
-                x, y, w, h = map(float, item["bbox"])
-                boxes.extend((x, y, x + w, y + h))
-                crowd.append(bool(item.get("iscrowd", 0)))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise HdovdError(f"{file} is no COCO instances file: an entry of {key} is not as expected ({error!r})") from error
-    if not {"images", "annotations", "categories"} <= stream.lists:
-        raise HdovdError(f"{file} is no COCO instances file: it needs images, annotations and categories")
-    of_image = np.frombuffer(columns["image_id"], np.int64)
-    size = np.array([entry[1:] for entry in images.values()], np.float32).reshape(-1, 2)
-    image_id = np.array(list(images), np.int64)
-    box = np.frombuffer(boxes, np.float32).reshape(-1, 4).copy()
-    place = rows_of(of_image, image_id)
-    edge = np.tile(size, 2)[place] if len(size) else np.zeros_like(box)
-    return GroundTruth(file, image_id, [entry[0] for entry in images.values()], size, np.frombuffer(columns["id"], np.int64), of_image,
-                       np.frombuffer(columns["category_id"], np.int64), np.frombuffer(crowd, bool), np.clip(box, 0, edge), names)
+def read_truth(file: Path, folder: Path | None = None) -> GroundTruth:
+    """All of an instances file, whatever the protocol; boxes that are none have no area. `folder`: of its pictures.
+
+    Raises HdovdError if it is no such file."""
+    found = read_instances(file, folder)
+    image_id, of_image = np.array(list(found.images), np.int64), np.array(found.image_ids, np.int64)
+    size = np.array([entry[1:] for entry in found.images.values()], np.float32).reshape(-1, 2)
+    box = np.array(found.boxes).reshape(-1, 4)
+    box[:, 2:] += box[:, :2]
+    edge = np.tile(size, 2)[rows_of(of_image, image_id)] if len(size) else np.zeros_like(box)
+    return GroundTruth(file, image_id, [entry[0] for entry in found.images.values()], size, np.array(found.ids, np.int64), of_image,
+                       np.array(found.categories, np.int64), np.array(found.crowd, bool), np.clip(box.astype(np.float32), 0, edge),
+                       found.names)
 
 
 def rows_of(wanted: np.ndarray, among: np.ndarray) -> np.ndarray:

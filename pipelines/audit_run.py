@@ -6,17 +6,17 @@ Called by `audit`.
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from hdovd.cache.schema import Level
-from hdovd.errors import shorten
+from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.audit_inputs import Audited
 from hdovd.pipelines.audit_made_by import judge_record
 from hdovd.pipelines.audit_report import Check, Findings, Verdict
+from hdovd.text_files import read_toml
 
 RECIPE = "the recipe"  # as `calibration.with_reliability` names numbers that the recipe gives
 
@@ -67,9 +67,9 @@ def check_backbone(audited: Audited) -> Check:
         return found.check(name, "")
     config = audited.run_path / "config.toml"
     try:
-        backbone = tomllib.loads(config.read_text())["detector"]["backbone"]
+        backbone = read_toml(config, "recipe")["detector"]["backbone"]
         network, weights = str(backbone["name"]), str(backbone["weights"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (HdovdError, KeyError, TypeError) as error:
         found.unknown.append(f"{config} does not say what the backbone started from ({error!r})")
         return found.check(name, "")
     if weights not in ("auto", "none"):

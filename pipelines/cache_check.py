@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from hdovd.cache.catalog import Catalog, FeatureSet
+from hdovd.cache.catalog import Catalog, FeatureSet, is_tar_form
 from hdovd.cache.product import Product
-from hdovd.cache.schema import Level
+from hdovd.cache.schema import TAR_META, Level
 from hdovd.cache.storage import Folder, open_folder
-from hdovd.cache.verify import Checked, Finding, Names, ProductCheck, check_groups, check_records, check_set, product_names
+from hdovd.cache.tar_shards import TarShards
+from hdovd.cache.verify import (
+    Checked,
+    Finding,
+    Names,
+    ProductCheck,
+    check_groups,
+    check_records,
+    check_set,
+    product_names,
+    unsealed_records,
+)
 from hdovd.coco import Split
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.cache_repair import Repair
@@ -33,6 +45,7 @@ class CheckReport:
 
 def check_cache(config: CheckConfig, log: Log = print, teacher: Teacher | None = None) -> CheckReport:
     """Check, and repair what is wrong if asked to; what is wrong afterwards is in the report. Raises HdovdError for bad input."""
+    config.check()
     clips = Clips(teacher)
     report = _check(config, log, clips)
     before: list[Finding] = []
@@ -45,6 +58,8 @@ def check_cache(config: CheckConfig, log: Log = print, teacher: Teacher | None =
 
 
 def _check(config: CheckConfig, log: Log, clips: Clips) -> CheckReport:
+    if is_tar_form(config.cache):
+        return _check_shards(config, log)
     folder, report = open_folder(config.cache), CheckReport()
     there = product_names(folder)
     _refuse_strangers(config, folder, there)
@@ -78,8 +93,25 @@ def _check(config: CheckConfig, log: Log, clips: Clips) -> CheckReport:
             log(str(finding))
         if clip is not None:
             sample_set(Sample(folder, split, clip, config.sample, config.seed), features, report.findings, report.sampled, log)
-    for line in _summary(config, report):
+    for line in _summary(config, report, unsealed_records(folder)):
         log(line)
+    return report
+
+
+def _check_shards(config: CheckConfig, log: Log) -> CheckReport:
+    """A folder of tar shards: what it holds besides them, and each shard whole."""
+    shards, report = TarShards(config.cache, whole=False), CheckReport()
+    checks = [(TAR_META, partial(shards.meta.check_rows, f"{shards.url}/{TAR_META}"))]
+    checks += [(f"{number:06d}.tar", partial(shards.verify, number)) for number in shards.numbers]
+    for place, check in progress(checks, "verify", "shard"):
+        try:
+            check()
+        except HdovdError as error:
+            report.findings.append(Finding(place, "what was exported", str(error)))
+            log(str(report.findings[-1]))
+    log(f"checked {len(shards.numbers)} tar shards of {shards.images:,d} images: every file, by checksum and by value")
+    count = len(report.findings)
+    log("nothing is wrong" if not count else f"{count} finding{'s' if count > 1 else ''}; export or copy these shards again")
     return report
 
 
@@ -117,9 +149,10 @@ def _check_products(folder: Folder, wanted: Names, needed: dict[tuple[Level, str
                 log(str(finding))
 
 
-def _summary(config: CheckConfig, report: CheckReport) -> list[str]:
+def _summary(config: CheckConfig, report: CheckReport, unsealed: Sequence[str]) -> list[str]:
     done = report.checked
     lines = [f"not finished, which is no fault: {name}" for name in done.unfinished]
+    lines += [f"no checksum: {name} was written by an older version; what it says was not checked" for name in unsealed]
     lines.append(f"checked {done.products} products: {done.objects:,d} objects of {size(done.bytes)} by size and checksum, "
                  f"{done.rows:,d} rows in {done.parts:,d} parts by value")
     if not report.findings:

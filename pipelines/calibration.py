@@ -7,7 +7,6 @@ that, so a calibration holds for every set that was made in the same way (`Label
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from hdovd.cache.identity import KeyInputs, differences
 from hdovd.cache.schema import Level
 from hdovd.config_parts import AUTO
 from hdovd.errors import HdovdError, shorten
+from hdovd.text_files import read_toml
 
 if TYPE_CHECKING:
     from hdovd.cache.reader import FeatureCache
@@ -103,18 +103,18 @@ class Calibration:
 def read_calibration(file: Path) -> Calibration:
     """Raises HdovdError if it is none."""
     try:
-        tree = tomllib.loads(file.read_bytes().decode(errors="replace"))  # an error of decoding would show the whole file
+        tree = read_toml(file, "--calibration")
         centre, width, scale = numbers = [float(tree["pseudo_boxes"][f"reliability_{name}"]) for name in VALUES]
-        fitted_on = tree["fitted_on"]
+        fitted_on, found = tree["fitted_on"], dict(tree.get("found", {}))
         if not (isinstance(fitted_on["way"], dict) and isinstance(fitted_on["cache"], str) and isinstance(fitted_on["features"], str)):
             raise TypeError("fitted_on")
         if not (all(abs(number) < float("inf") for number in numbers) and width > 0 and scale > 0):
             raise ValueError(f"centre, width and scale are {numbers}, expected finite numbers, width and scale above 0")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (HdovdError, ValueError, OverflowError, KeyError, TypeError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:200]
         raise HdovdError(f"--calibration {file} is no calibration ({what}): hdovd calibrate --cache CACHE writes one, calibration.toml "
                          "unless --out says otherwise") from error
-    return Calibration(centre, width, scale, fitted_on, dict(tree.get("found", {})))
+    return Calibration(centre, width, scale, fitted_on, found)
 
 
 def refuse_two_sources(settings: Sequence[str], calibration: Path | None) -> None:

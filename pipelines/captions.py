@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from hdovd.coco import whole
 from hdovd.errors import HdovdError
 from hdovd.json_stream import JsonStream
+from hdovd.text_files import shown
 
 
 class Captions:
@@ -25,14 +27,18 @@ class Captions:
         self.images.clear()
         stream, number = JsonStream(self.path, "captions"), 0
         for key, item in stream:
-            if key == "images" and key in stream.lists and isinstance(item, dict) and isinstance(item.get("id"), int):
-                self.images.add(item["id"])
+            if key == "images" and key in stream.lists and isinstance(item, dict) and "id" in item:
+                self.images.add(whole(item["id"], f"{self.path}: an image's id"))
             if key != "annotations" or key not in stream.lists:
                 continue
-            if not isinstance(item, dict) or not isinstance(item.get("image_id"), int) or not isinstance(item.get("caption"), str):
-                raise HdovdError(f"{self.path}: entry {number} of annotations is no {{image_id, caption}}: {str(item)[:80]}")
+            where = f"{self.path}: entry {number} of annotations"
+            if not isinstance(item, dict) or not {"image_id", "caption"} <= item.keys():
+                raise HdovdError(f"{where} is no {{image_id, caption}}")
+            if not isinstance(item["caption"], str):
+                raise HdovdError(f"{where}: caption is {shown(item['caption'])}, expected text")
+            image_id = whole(item["image_id"], f"{where}: image_id")
             number += 1
-            self.images.add(item["image_id"])
-            yield item["image_id"], item["caption"]
+            self.images.add(image_id)
+            yield image_id, item["caption"].encode(errors="replace").decode()  # halves of surrogate pairs are no text
         if "annotations" not in stream.lists:
             raise HdovdError(f"{self.path} is no COCO captions file: it needs annotations of {{image_id, caption}}")

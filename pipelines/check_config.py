@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache.catalog import Catalog, is_tar_form
 from hdovd.cache.schema import Level
 from hdovd.cache.storage import open_folder
 from hdovd.coco import DataPaths
@@ -34,7 +34,11 @@ class CheckConfig:
     changes: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raises HdovdError if there is no cache, not even a damaged one."""
+        """Raises HdovdError if there is no cache, not even a damaged one, or tar shards are to be repaired."""
+        if is_tar_form(self.cache):
+            if self.sample or self.repair:
+                raise HdovdError(f"{self.cache} is of tar shards: --sample and --repair need the Zarr cache that they were exported from")
+            return
         folder = open_folder(self.cache)
         if not folder.exists("zarr.json") and not any(folder.sizes(level) for level in Level):
             Catalog(self.cache)  # says so

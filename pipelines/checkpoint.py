@@ -11,6 +11,9 @@ draws from them.
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +30,34 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     replace_file(folder / FILE, lambda partial: torch.save(state, partial))
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The checkpoint, or None if there is none. Raises HdovdError for one that cannot be read."""
+def load_checkpoint(folder: Path, needs: Collection[str] = ()) -> dict[str, Any] | None:
+    """The checkpoint, or None if there is none. Raises HdovdError for one that cannot be read, is not what was written (by the checksums
+    of its zip file, which torch does not look at), or lacks something of `needs`."""
     file = folder / FILE
     if not file.is_file():
         return None
     require_readable(file)
     try:
+        with zipfile.ZipFile(file) as records:
+            if (damaged := records.testzip()) is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        if missing := set(needs) - state.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except Exception as error:
         raise HdovdError(f"{file} cannot be read ({error}): was it copied whole? Without it training can only begin anew: "
                          "--overwrite, and no --resume") from error
     return state
+
+
+@contextmanager
+def fits(folder: Path) -> Iterator[None]:
+    """Raises HdovdError if what is done with the checkpoint of a folder fails."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise HdovdError(f"{folder / FILE} does not fit this training ({type(error).__name__}: {' '.join(str(error).split())[:300]}): is "
+                         "it that of another run?") from error
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -33,6 +33,7 @@ from hdovd.pipelines.device import pick_device
 from hdovd.pipelines.extract_config import Activation
 from hdovd.pipelines.preprocessing import Preprocessing
 from hdovd.pipelines.prompt_templates import Name, prompts
+from hdovd.text_files import read_json
 
 _TEXT_BATCH = 256
 CPU_BATCH = 64  # embedded by each thread alone: larger ones are no faster, and take longer to stop
@@ -263,8 +264,8 @@ def _model_config(model: str, pretrained: str | None, random_weights: bool) -> d
         if not any(p.suffix in (".safetensors", ".bin", ".pth") for p in folder.iterdir()):
             raise HdovdError(f"--clip {model}: no weights (*.safetensors, *.bin, *.pth) in {folder}")
         try:
-            return _towers(json.loads(file.read_text()))
-        except (ValueError, KeyError, TypeError) as error:
+            return _towers(read_json(file, "--clip"))
+        except (HdovdError, ValueError, KeyError, TypeError) as error:
             raise HdovdError(f"--clip {model}: {file} is no open_clip config ({error!r})") from error
     if model.startswith("hf-hub:"):
         try:

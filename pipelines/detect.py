@@ -74,7 +74,7 @@ def detect(job: DetectJob, log: Callable[[str], None] = print, stdin: BinaryIO |
     job.check()
     files = find_pictures(job.images, stdin or sys.stdin.buffer, job.out, log)
     detector = Detector.from_run(job.run, weights=job.weights, device=job.device, clip=job.clip, pretrained=job.pretrained,
-                                 templates=job.templates, log=log)
+                                 templates=job.templates, trust=job.trust, log=log)
     _set_classes(detector, job, log)
     novel = [bool(one) for one in detector.is_novel.tolist()]
     log(f"pictures: {len(files):,d}; names: {len(novel)}, of them base classes of the run: {len(novel) - sum(novel)}: "

@@ -53,17 +53,19 @@ class Detector:
 
     @classmethod
     def from_run(cls, run: Path | str, *, weights: Weights | str = Weights.LAST, device: str = "auto", clip: str | None = None,
-                 pretrained: str | None = None, templates: Sequence[str] | None = None, log: Callable[[str], None] = _silent) -> Detector:
+                 pretrained: str | None = None, templates: Sequence[str] | None = None, trust: bool = False,
+                 log: Callable[[str], None] = _silent) -> Detector:
         """The detector of a run folder.
 
         Args:
             weights: "last" or "best". device: "auto", "cpu" or "cuda". log: is told which CLIP and prompts were used.
             clip, pretrained: the run's CLIP, as for `hdovd extract-clip`, where it lies elsewhere than the run's cache says.
             templates: prompts, "{}" for the name, instead of those that the run's classes were embedded with.
+            trust: build code that the run names, and ask addresses that it names, though it was not trained here by this user.
 
         CLIP is loaded for names that are no classes of the run, and were not asked for before on this machine. Raises HdovdError.
         """
-        folder, target = RunFolder.open(Path(run)), pick_device(device)
+        folder, target = RunFolder.open(Path(run), trusted=trust), pick_device(device)
         embedder = NameEmbedder(folder, target, clip=clip, pretrained=pretrained, templates=templates, log=log)
         model = build_detector(folder.recipe(), embedder.dim, log=None)
         folder.load_model(model, Weights(weights).file)

@@ -44,7 +44,7 @@ class EvalResult:
 def evaluate(job: EvalJob, log: Callable[[str], None] = print) -> EvalResult:
     """Evaluate a run; writes metrics.json, detections.json and pictures into it. Raises HdovdError for bad input."""
     job.check()
-    run, device = RunFolder(job.run), pick_device(job.device)
+    run, device = RunFolder(job.run, job.trust), pick_device(job.device)
     trained = run.protocol()
     protocol = trained if job.protocol is None else load_protocol(job.protocol)
     if (protocol.base, protocol.novel) != (trained.base, trained.novel):

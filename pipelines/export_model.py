@@ -39,7 +39,7 @@ def export_model(job: ExportModelJob, log: Callable[[str], None] = print) -> Exp
     """Write the detector of a run to one file. Raises HdovdError for bad input, and if the file does not find what the model finds."""
     model_forms.require(job.form)
     job.check()
-    run = RunFolder(job.run)
+    run = RunFolder(job.run, job.trust)
     recipe, protocol, texts = run.recipe(), run.protocol(), run.class_embeddings().float()
     pictures = made_up_pictures(recipe.input) + [_read(path) for path in job.check_images]
     model = build_detector(recipe, texts.shape[1], log=None)

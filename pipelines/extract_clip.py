@@ -160,11 +160,14 @@ def cached_precision(catalog: Catalog | None, features: str, clip: KeyInputs) ->
 
 def _nouns(config: ExtractConfig, split: Split) -> Nouns | None:
     """What pseudo boxes may be named, if they are. Raises HdovdError for files that do not fit."""
-    if config.nouns is None:
-        return None if config.vocabulary is None else read_nouns(config.vocabulary, config.captions, config.matching)
-    nouns = read_noun_file(config.nouns)
+    if config.nouns is not None:
+        nouns, source = read_noun_file(config.nouns), f"--nouns {config.nouns}"
+    elif config.vocabulary is not None:
+        nouns, source = read_nouns(config.vocabulary, config.captions, config.matching), f"--captions {config.captions}"
+    else:
+        return None
     if not any(nouns.offered(image.id) for image in split.images):
-        raise HdovdError(f"--nouns {config.nouns} has no noun for any of the {len(split.images)} training images (ids "
+        raise HdovdError(f"{source} has no noun for any of the {len(split.images)} training images (ids "
                          f"{shorten([image.id for image in split.images], 4)}): it is of the captions of other images")
     return nouns
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, is_set_name
 from hdovd.cache.schema import CHUNK_ROWS, DEFAULT_SET, PART_ROWS
 from hdovd.coco import DataPaths, Exif
 from hdovd.errors import HdovdError, is_file, require_files
@@ -120,8 +119,8 @@ class ExtractConfig:
         check_templates(self.templates)
         if self.part_rows < 1 or (self.part_rows > CHUNK_ROWS and self.part_rows % CHUNK_ROWS):
             raise HdovdError(f"--part-rows {self.part_rows}: expected at most {CHUNK_ROWS}, or a multiple of it")
-        if not re.fullmatch(r"[\w.-]+", self.features):
-            raise HdovdError(f"--features {self.features!r}: expected letters, digits, and . _ -")
+        if not is_set_name(self.features):
+            raise HdovdError(f"--features {self.features[:100]!r}: expected {SET_NAME_TOLD}")
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""

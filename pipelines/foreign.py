@@ -29,9 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.coco import ImageBoxes, Split
+from hdovd.coco import ImageBoxes, Instances, Split, read_instances
 from hdovd.errors import HdovdError, shorten
-from hdovd.json_stream import JsonStream
 from hdovd.pipelines.safe_pickle import load_arrays
 from hdovd.pipelines.tensor_file import Unfit, floats, load_pth
 
@@ -71,13 +70,9 @@ def read_hd_ovd(folder: Path, proposals_pkl: Path, split: Split) -> Iterator[For
     """
     _require_pth(folder, "the HD-OVD embeddings, one .pth an image (000000000009.pth)")
     kept = {i for image in split.images for i in image.annotation_ids.tolist()}
-    place: dict[int, int] = {}
-    without_row: set[int] = set()
-    for key, item in JsonStream(split.annotations, "annotations"):  # again, since the split holds neither the other images nor areas
-        if key == "images":
-            place[item["id"]] = len(place)
-        elif key == "annotations" and item["id"] in kept and _left_out_by_mmdetection(item):
-            without_row.add(item["id"])
+    found = read_instances(split.annotations, split.folder)  # again, since the split holds neither the other images nor areas
+    place = {image_id: number for number, image_id in enumerate(found.images)}
+    without_row = {number for row, number in enumerate(found.ids) if number in kept and _left_out_by_mmdetection(found, row)}
     proposals = load_arrays(proposals_pkl)
     if not isinstance(proposals, list):
         raise HdovdError(f"{proposals_pkl} is no HD-OVD proposal file: expected a list of arrays, one an image, found a "
@@ -156,10 +151,10 @@ def _each(split: Split, read: Callable[[ImageBoxes], ForeignImage]) -> Iterator[
         yield found
 
 
-def _left_out_by_mmdetection(annotation: dict[str, Any]) -> bool:
+def _left_out_by_mmdetection(found: Instances, row: int) -> bool:
     """Whether an annotation that `load_split` keeps gets no row all the same; what lies outside the image neither keeps."""
-    small = "area" in annotation and (annotation["area"] <= 0 or min(annotation["bbox"][2:]) < 1)
-    return small or bool(annotation.get("ignore", False))
+    area = found.areas[row]
+    return row in found.ignored or area <= 0 or (area == area and min(found.boxes[4 * row + 2:4 * row + 4]) < 1)
 
 
 def _require_pth(folder: Path, what: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.coco import Split
+from hdovd.coco import Split, is_finite
 from hdovd.detection_matching import Found
 from hdovd.errors import HdovdError
 from hdovd.json_stream import JsonStream
+from hdovd.text_files import cut, shown
 
 
 def found_of(rows: Iterable[Mapping[str, Any]], coco_ids: tuple[int, ...]) -> Found:
@@ -49,15 +49,11 @@ def read_found(file: Path, split: Split) -> Found:
 def _fault(row: Any, images: set[int], classes: set[int], split: Split) -> str:
     if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
         return "a detection has image_id, category_id, bbox and score"
-    if not isinstance(row["image_id"], int) or row["image_id"] not in images:
-        return f"it is for image {row['image_id']}, of which {split.annotations} holds no object of the protocol's classes"
-    if not isinstance(row["category_id"], int) or row["category_id"] not in classes:
-        return f"category {row['category_id']} is none of the protocol's"
+    if type(row["image_id"]) is not int or row["image_id"] not in images:
+        return f"it is for image {shown(row['image_id'])}, of which {split.annotations} holds no object of the protocol's classes"
+    if type(row["category_id"]) is not int or row["category_id"] not in classes:
+        return f"category {shown(row['category_id'])} is none of the protocol's"
     box, score = row["bbox"], row["score"]
-    if not isinstance(box, list) or len(box) != 4 or not all(_finite(v) for v in box):
-        return f"the box is not four numbers: {box}"
-    return "" if _finite(score) and 0 <= score <= 1 else f"the score is not in 0..1: {score}"
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    if not isinstance(box, list) or len(box) != 4 or not all(is_finite(v) for v in box):
+        return f"the box is not four numbers: {cut(str(box))}"
+    return "" if is_finite(score) and 0 <= score <= 1 else f"the score is not in 0..1: {shown(score)}"

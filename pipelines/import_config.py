@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from hdovd.cache.catalog import Catalog
+from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, is_set_name
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError, require_files
@@ -48,6 +48,8 @@ class ImportConfig:
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
+        if not is_set_name(self.features):
+            raise HdovdError(f"--features {self.features[:100]!r}: expected {SET_NAME_TOLD}")
         load_protocol(self.protocol)
         self.data.locate("train2017")
         require_files(proposals=self.proposals)

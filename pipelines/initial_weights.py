@@ -18,6 +18,7 @@ from hdovd.cache.identity import differences
 from hdovd.config import Recipe
 from hdovd.detectors import Detector, build_detector
 from hdovd.errors import HdovdError, shorten
+from hdovd.extensions import outside_code
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.weights import Weights, weights_hash
 from hdovd.protocol import Protocol
@@ -34,7 +35,7 @@ def begin_with(model: Detector, init: Path, protocol: Protocol, texts: Tensor, l
 
     Raises HdovdError if they do not fit; the model is as it was then.
     """
-    run = RunFolder.open(init)
+    run = _trusted(RunFolder.open(init), model.recipe)
     with torch.random.fork_rng(devices=[]):  # what is drawn in vain does not change the new run
         source = _source(model, run, init)
         found, anew, unused = _matched(model, source, init)
@@ -52,6 +53,12 @@ def begin_with(model: Detector, init: Path, protocol: Protocol, texts: Tensor, l
         log(f"note: {note}")
     return {"run": str(init.resolve()), "weights": Weights.LAST.file, "sha256": init_hash(init), "tensors": len(found),
             "memories_begun_anew": [*own], "begun_anew": anew, "unused": unused}
+
+
+def _trusted(run: RunFolder, recipe: Recipe) -> RunFolder:
+    """A run whose code may be run if the recipe, which the user gave, names the same."""
+    theirs = outside_code(run.written_recipe())
+    return RunFolder(run.path, trusted=True) if theirs and theirs.items() <= outside_code(recipe).items() else run
 
 
 def init_hash(init: Path) -> str:

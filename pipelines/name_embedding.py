@@ -61,7 +61,7 @@ class NameEmbedder:
 
     def _others(self, names: Sequence[str], rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of the names that are no classes of the run, or of all, if they are wanted in other prompts than its."""
-        texts = self._texts = self._texts or run_texts(self._run.record())
+        texts = self._texts = self._texts or run_texts(self._run)
         templates = self._templates(texts)
         others = list(names) if texts.templates not in (None, templates) else [name for name in names if name not in rows]
         if not others:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hdovd.errors import HdovdError, is_file, shorten
+from hdovd.text_files import LONGEST_NAME, checked_name, read_text
 
 GENERAL = "general"  # the vocabulary that ships; it stands beside file paths
 _SHIPPED = Path(__file__).parent / "names"
@@ -19,19 +20,15 @@ def is_shipped(vocabulary: Path) -> bool:
     return str(vocabulary) == GENERAL
 
 
-def read_vocabulary(path: Path, option: str = "--vocabulary") -> tuple[str, ...]:
+def read_vocabulary(path: Path, option: str = "--vocabulary", most: int = LONGEST_NAME) -> tuple[str, ...]:
     """The names of a file, one a line, or of the list that ships; blank lines and lines that begin with # do not count.
 
-    Raises HdovdError if there is no such file, or no name in it.
+    `most`: characters of a name. Raises HdovdError if there is no such file, no name in it, or one that cannot be printed.
     """
     path = _SHIPPED / f"{GENERAL}.txt" if is_shipped(path) else path
-    if not path.is_file():
-        raise HdovdError(f"{option} {path}: no such file; expected one a line")
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except UnicodeDecodeError as error:
-        raise HdovdError(f"{option} {path} is no text file ({error}); expected one a line") from error
-    names = tuple(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    lines = [line.strip() for line in read_text(path, option, "one a line").splitlines()]
+    names = tuple(dict.fromkeys(checked_name(line, f"{option} {path}: line {number}", most)
+                                for number, line in enumerate(lines, start=1) if line and not line.startswith("#")))
     if not names:
         raise HdovdError(f"{option} {path} holds nothing; expected one a line")
     return names
@@ -57,6 +54,8 @@ def names_asked(text: str, log: Callable[[str], None]) -> tuple[str, ...]:
             if empty == len(names):
                 raise HdovdError(f"--classes {text!r} names nothing: expected names with commas between them, or @FILE")
             log(f"note: --classes: {empty} empty name{'s' * (empty > 1)} left out")
+    for name in filter(None, names):
+        checked_name(name, "--classes: a name")
     first: dict[str, str] = {}
     twice = [name for name in names if name and first.setdefault(name.casefold(), name) is not name]
     if twice:

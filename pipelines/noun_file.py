@@ -9,14 +9,15 @@ that the vocabulary lacks, with the number of captions.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hdovd.coco import read_json
 from hdovd.errors import HdovdError
 from hdovd.pipelines.nouns import Nouns
 from hdovd.pipelines.whole_file import write_text
+from hdovd.text_files import checked_name, cut, read_json, shown
 
 FORMAT, VERSION = "hdovd nouns", 1
 
@@ -36,21 +37,24 @@ def read_noun_file(path: Path) -> Nouns:
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise HdovdError(f'{where} is no file of nouns: expected {{"format": "{FORMAT}", ...}}; make one with hdovd nouns')
     if tree.get("version") != VERSION:
-        raise HdovdError(f"{where} is of version {tree.get('version')}, this hdovd reads {VERSION}: make it again with hdovd nouns")
+        raise HdovdError(f"{where} is of version {shown(tree.get('version'))}, this hdovd reads {VERSION}: make it again with hdovd nouns")
     vocabulary, images = tree.get("vocabulary"), tree.get("images")
-    if not isinstance(vocabulary, list) or not vocabulary or not all(isinstance(n, str) and n.strip() for n in vocabulary):
+    if not isinstance(vocabulary, list) or not vocabulary:
         raise HdovdError(f"{where}: vocabulary must be a list of names")
+    for row, name in enumerate(vocabulary):
+        checked_name(name, f"{where}: vocabulary must be a list of names: number {row}")
     if len(set(vocabulary)) < len(vocabulary):
         twice = sorted({n for n in vocabulary if vocabulary.count(n) > 1})
         raise HdovdError(f"{where}: vocabulary holds {twice[0]!r} twice")
     if not isinstance(images, dict):
-        raise HdovdError(f"{where}: images must be rows by image id, not {str(images)[:80]}")
+        raise HdovdError(f"{where}: images must be rows by image id, not {shown(images)}")
     by_image: dict[int, tuple[int, ...]] = {}
     for image_id, rows in images.items():
-        if not image_id.lstrip("-").isdecimal():
-            raise HdovdError(f"{where}: images has {image_id!r}, expected an image id")
+        if not re.fullmatch("-?[0-9]{1,18}", image_id):
+            raise HdovdError(f"{where}: images has {shown(image_id)}, expected an image id")
         if not isinstance(rows, list) or not all(type(row) is int and 0 <= row < len(vocabulary) for row in rows):
-            raise HdovdError(f"{where}: image {image_id} has {str(rows)[:80]}, expected rows of the vocabulary, 0 to {len(vocabulary) - 1}")
+            raise HdovdError(f"{where}: image {image_id} has {cut(str(rows), 80)}, expected rows of the vocabulary, 0 to "
+                             f"{len(vocabulary) - 1}")
         by_image[int(image_id)] = tuple(sorted(set(rows)))
     if not any(by_image.values()):
         raise HdovdError(f"{where} holds no image with a noun; make it again with hdovd nouns")

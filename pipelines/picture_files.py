@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import os
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,7 @@ def _of_stdin(stdin: BinaryIO | None) -> Iterator[PictureFile]:
     if _is_picture(data):
         yield PictureFile(Path("stdin"), data)
         return
+    data = data.removeprefix(BOM_UTF8)
     for line in data.split(b"\0" if b"\0" in data else b"\n"):
         if name := line.strip(b"\r\n"):
             yield PictureFile(Path(os.fsdecode(name)))

@@ -14,6 +14,7 @@ from hdovd.pipelines.name_list import read_vocabulary
 
 Name = str | tuple[str, ...]  # what a row of embeddings stands for: a name, or several names of one thing
 ARTICLE = "{article}"
+LONGEST_TEMPLATE = 1000  # characters
 _SETS = Path(__file__).parent / "prompts"
 
 
@@ -28,7 +29,7 @@ def read_templates(name_or_file: str) -> tuple[str, ...]:
     if not is_file(name_or_file):
         raise HdovdError(f"--templates {name_or_file}: neither a set nor a file. The sets are {', '.join(shipped_templates())}; a file has "
                          "one prompt a line, with {} for the name")
-    return read_vocabulary(Path(name_or_file), "--templates")
+    return read_vocabulary(Path(name_or_file), "--templates", LONGEST_TEMPLATE)
 
 
 def check_templates(templates: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from hdovd.pipelines.proposal_formats import NPZ_FORMAT, NPZ_VERSION, read_coco_
 from hdovd.pipelines.proposal_options import ListOrder
 from hdovd.pipelines.proposal_table import NO_PROPOSALS, MadeBy, Proposals, ProposalTable
 from hdovd.pipelines.whole_file import replace_file
+from hdovd.text_files import printable, read_json, shown
 
 __all__ = ["NO_PROPOSALS", "MadeBy", "ProposalTable", "Proposals", "made_by_file", "made_by_line", "read_proposals", "read_table",
            "usable_proposals", "write_proposals"]
@@ -100,10 +101,10 @@ def _with_sidecar(table: ProposalTable, path: Path) -> ProposalTable:
     if not sidecar.is_file():
         return table
     try:
-        tree = json.loads(sidecar.read_bytes())
+        tree = read_json(sidecar, "made_by")
         identity, made_by = tree["identity"], tree["made_by"]
-    except (ValueError, KeyError, TypeError) as error:
-        note = f"{sidecar} is damaged ({error!r}): what made these proposals counts as unknown"
+    except (HdovdError, KeyError, TypeError) as error:
+        note = f"{sidecar} is damaged ({error}): what made these proposals counts as unknown"
         return _replace(table, None, note)
     return _with_made_by(table, identity, made_by, f"{sidecar} was written")
 
@@ -112,8 +113,10 @@ def _with_made_by(table: ProposalTable, identity: Any, made_by: Any, who: str) -
     """With `made_by`, if it is of these proposals."""
     if made_by is None:
         return table
+    if not printable(made_by):
+        return _replace(table, None, f"{who} with characters that cannot be printed: what made these counts as unknown")
     if not isinstance(made_by, dict) or identity != (own := table.identity()):
-        found = "and is no table" if not isinstance(made_by, dict) else f"of the proposals {identity}, these are {own}"
+        found = "and is no table" if not isinstance(made_by, dict) else f"of the proposals {shown(identity)}, these are {own}"
         return _replace(table, None, f"{who} {found}: what made these counts as unknown")
     return _replace(table, made_by)
 

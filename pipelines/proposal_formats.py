@@ -14,19 +14,19 @@ Pickles are read by `safe_pickle`. mmdetection 3 pickles objects of its own clas
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from array import array
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hdovd.coco import whole
 from hdovd.errors import HdovdError
 from hdovd.json_stream import JsonStream
 from hdovd.pipelines.proposal_options import ListOrder
 from hdovd.pipelines.proposal_table import ProposalTable
 from hdovd.pipelines.safe_pickle import load_arrays
+from hdovd.text_files import cut, shown
 
 NPZ_FORMAT, NPZ_VERSION = "hdovd proposals", 1
 _NPZ = {"image_id": np.int64, "offset": np.int64, "box": np.float32, "score": np.float32}
@@ -41,12 +41,9 @@ def read_coco_results(path: Path) -> ProposalTable:
     ids, boxes, scores = array("q"), array("f"), array("d")
     stream = JsonStream(path, "proposals")
     for _, entry in stream:
-        if None not in stream.lists or not _is_entry(entry):
+        if None not in stream.lists or not isinstance(entry, dict) or not {"image_id", "bbox", "score"} <= entry.keys():
             raise HdovdError(strange)
-        try:
-            ids.append(entry["image_id"])
-        except OverflowError:
-            raise HdovdError(strange) from None
+        ids.append(whole(entry["image_id"], f"{path}: entry {len(ids)}: image_id"))
         boxes.extend(_xyxy(entry["bbox"]))
         scores.append(_number(entry["score"]))
     if None not in stream.lists:
@@ -55,13 +52,9 @@ def read_coco_results(path: Path) -> ProposalTable:
                          "COCO results JSON")
 
 
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("image_id"), int) and {"bbox", "score"} <= entry.keys()
-
-
 def _number(value: Any) -> float:
     try:
-        return float(value) if isinstance(value, int | float) else float("nan")
+        return float(value) if type(value) in (int, float) else float("nan")
     except OverflowError:  # a whole number past the largest float
         return float("inf")
 
@@ -78,15 +71,18 @@ def read_npz(path: Path) -> tuple[ProposalTable, dict[str, Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             if absent := sorted({*_NPZ, "metadata"} - set(file.files)):
-                raise HdovdError(f"{path} is no proposal file of hdovd's: it lacks {', '.join(absent)}; it holds {', '.join(file.files)}")
+                raise HdovdError(f"{path} is no proposal file of hdovd's: it lacks {', '.join(absent)}; it holds "
+                                 + cut(", ".join(file.files)))
             metadata = json.loads(str(file["metadata"]))
             columns = {name: file[name] for name in _NPZ}
         if metadata["format"] != NPZ_FORMAT or metadata["version"] != NPZ_VERSION:
-            raise HdovdError(f"{path} is of {metadata['format']}, version {metadata['version']}; this hdovd reads {NPZ_FORMAT}, version "
-                             f"{NPZ_VERSION}: is it of a newer hdovd?")
-    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise HdovdError(f"{path} is damaged ({type(error).__name__}: {error}); expected the .npz of hdovd propose or hdovd proposals "
-                         "convert: is the download complete?") from error
+            raise HdovdError(f"{path} is of {shown(metadata['format'])}, version {shown(metadata['version'])}; this hdovd reads "
+                             f"{NPZ_FORMAT}, version {NPZ_VERSION}: is it of a newer hdovd?")
+    except HdovdError:
+        raise
+    except Exception as error:  # a damaged archive fails in every way that zipfile, its decompressors and numpy have
+        raise HdovdError(f"{path} is damaged ({type(error).__name__}: {cut(str(error))}); expected the .npz of hdovd propose or hdovd "
+                         "proposals convert: is the download complete?") from error
     image_id, offset, box, score = columns.values()
     shapes = (image_id.shape, offset.shape, box.shape, score.shape)
     if (any(columns[name].dtype != kind for name, kind in _NPZ.items()) or image_id.ndim != 1 or offset.shape != (len(image_id) + 1,)
@@ -149,10 +145,11 @@ def _images(annotations: Path) -> tuple[np.ndarray, np.ndarray]:
             if len(ids):
                 break
             continue
-        if not isinstance(item, dict) or not all(isinstance(item.get(name), int) for name in ("id", "width", "height")):
-            raise HdovdError(f"{annotations}: entry {len(ids)} of images lacks one of id, width, height")
-        ids.append(item["id"])
-        sizes.extend((item["width"], item["height"]))
+        if not isinstance(item, dict):
+            raise HdovdError(f"{annotations}: entry {len(ids)} of images is {shown(item)}, expected an image")
+        number, *size = (whole(item.get(name), f"{annotations}: image number {len(ids)}: {name}") for name in ("id", "width", "height"))
+        ids.append(number)
+        sizes.extend(size)
     return np.frombuffer(ids, np.int64), np.frombuffer(sizes, np.float32).reshape(-1, 2)
 
 
@@ -160,19 +157,20 @@ def _of_dict(content: dict[Any, Any], path: Path) -> ProposalTable:
     """Detectron2's: every value but `bbox_mode` has an entry an image."""
     needed = ("ids", "boxes", "objectness_logits")
     if not set(needed) <= content.keys():
-        raise HdovdError(f"{path} is no proposal file: expected a dict with {', '.join(needed)}, found {str(list(content)[:6])[:80]}")
+        raise HdovdError(f"{path} is no proposal file: expected a dict with {', '.join(needed)}, found one with "
+                         + ", ".join(map(shown, list(content)[:6])))
     ids, boxes, scores = (content[name] for name in needed)
-    mode = content.get("bbox_mode", 0)
-    if mode not in (0, 1):
-        raise HdovdError(f"{path}: bbox_mode {str(mode)[:40]}: expected 0 (xyxy) or 1 (xywh), in pixels")
+    mode = _plain(content.get("bbox_mode", 0))
+    if type(mode) is not int or mode not in (0, 1):
+        raise HdovdError(f"{path}: bbox_mode is {shown(mode)}: expected 0 (xyxy) or 1 (xywh), in pixels")
     try:
-        numbers = [int(i) for i in ids]
+        numbers = [whole(int(i) if isinstance(i, str) and i.isdecimal() else _plain(i), f"{path}: one of ids") for i in ids]
         if not len(numbers) == len(boxes) == len(scores) or len(set(numbers)) < len(numbers):
             raise ValueError(f"{len(numbers)} ids ({len(set(numbers))} different), {len(boxes)} boxes, {len(scores)} scores")
     except (ValueError, TypeError) as error:
         raise HdovdError(f"{path}: ids, boxes and objectness_logits need one entry an image, and whole numbers as ids: {error}") from error
     parts = [_boxes(own, f"{path}: image {i}")[0] for i, own in zip(numbers, boxes, strict=True)]
-    logits = [np.asarray(own, np.float32).reshape(-1) for own in scores]
+    logits = [_scores(own, f"{path}: image {i}") for i, own in zip(numbers, scores, strict=True)]
     for i, own, values in zip(numbers, parts, logits, strict=True):
         if len(own) != len(values):
             raise HdovdError(f"{path}: image {i} has {len(own)} boxes and {len(values)} objectness_logits")
@@ -181,6 +179,23 @@ def _of_dict(content: dict[Any, Any], path: Path) -> ProposalTable:
         box[:, 2:] += box[:, :2]
     return ProposalTable(np.repeat(np.array(numbers, np.int64), [len(own) for own in parts]), box,
                          np.concatenate([np.zeros(0, np.float32), *logits]), "a pickled dict of Detectron2's form")
+
+
+def _plain(value: Any) -> Any:
+    """The Python number of numpy's."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _scores(value: Any, what: str) -> np.ndarray:
+    """(n,) float32 of an array or a list of numbers."""
+    try:
+        values = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        values = np.array(None)
+    if values.dtype.kind not in "iuf":
+        raise HdovdError(f"{what}: objectness_logits are {shown(value)} of something else than numbers")
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32).reshape(-1)
 
 
 def _boxes(value: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
@@ -192,5 +207,6 @@ def _boxes(value: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf" or value.ndim != 2 or value.shape[1] not in (4, 5):
         found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
         raise HdovdError(f"{what} is no array of boxes: expected (n, 4) or (n, 5) numbers, found {found}")
-    rows = value.astype(np.float32)
+    with np.errstate(over="ignore"):
+        rows = value.astype(np.float32)
     return rows[:, :4], rows[:, 4] if rows.shape[1] == 5 else np.ones(len(rows), np.float32)

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hdovd
 from hdovd.cache.identity import differences
 from hdovd.coco import Split
 from hdovd.config import Recipe, build_recipe
-from hdovd.config_parts import BACKBONES
 from hdovd.errors import HdovdError, is_file, require_readable
+from hdovd.extensions import outside_code
 from hdovd.oln import ObjectLocalisationNetwork
 from hdovd.pipelines.propose_config import Detector, NetworkJob, require_network
+from hdovd.pipelines.tensor_file import load_tensors, save_tensors, tensors_hash
 from hdovd.pipelines.whole_file import replace_file
 from hdovd.proposer import ObjectnessNetwork, ProposalNetwork
 from hdovd.protocol import load_protocol
@@ -60,24 +60,14 @@ def provenance(job: NetworkJob, split: Split, weights: Mapping[str, Tensor]) -> 
     names = load_protocol(job.protocol).names
     boxes = {names[label]: counts[label] for label in sorted(counts)}
     return {**settings(job, split), "training_images": len(split.images), "training_boxes": boxes,
-            "weights_sha256": weights_hash(weights), "hdovd": hdovd.__version__}
-
-
-def weights_hash(weights: Mapping[str, Tensor]) -> str:
-    """sha256 over names, types and values of all tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        value = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\0".encode())
-        digest.update(value.flatten().numpy().tobytes())
-    return digest.hexdigest()
+            "weights_sha256": tensors_hash(weights), "hdovd": hdovd.__version__}
 
 
 def save_network(file: Path, network: ProposalNetwork, made_by: dict[str, Any]) -> None:
     """The file is replaced whole or not at all. Raises HdovdError."""
     state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     metadata = {"made_by": json.dumps(made_by), "recipe": network.recipe.to_toml()}
-    replace_file(file, lambda partial: save_file(state, partial, metadata))
+    replace_file(file, lambda partial: save_tensors(state, partial, metadata))
 
 
 def made_by(file: Path) -> dict[str, Any]:
@@ -106,14 +96,13 @@ def load_network(file: Path, trusted: Recipe | None = None) -> tuple[ProposalNet
         recipe, detector = build_recipe(tomllib.loads(metadata["recipe"]), f"in {file}"), Detector(origin["detector"])
     except ValueError as error:
         raise HdovdError(f"{file}: its metadata cannot be read ({error}); was it written by another version of hdovd?") from error
-    name = recipe.detector.backbone.name
-    own_code = name not in BACKBONES and not name.startswith(("timm:", "torchvision:"))
-    if own_code and (trusted is None or trusted.detector.backbone.name != name):
+    name = outside_code(recipe).get("detector.backbone.name")
+    if name is not None and (trusted is None or trusted.detector.backbone.name != name):
         raise HdovdError(f"{file} wants the backbone {name}, code outside of hdovd: if you trust it, say so with "
                          f"--set detector.backbone.name={name}")
     network = build_network(detector, recipe, None)
     try:
-        network.load_state_dict(load_file(file))
+        network.load_state_dict(load_tensors(file))
     except RuntimeError as error:
         raise HdovdError(f"{file} does not fit the recipe in its metadata: {error}") from error
     return network, origin

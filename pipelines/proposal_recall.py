@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from hdovd.coco import Split, read_json
+from hdovd.coco import Split, read_instances
 from hdovd.errors import HdovdError
 from hdovd.pipelines.common.precision import inference_autocast
 from hdovd.pipelines.device import placed, training_workers
@@ -90,13 +90,14 @@ def recall_report(job: RecallJob, log: Callable[[str], None] = print) -> list[Re
 
 def without_crowds(split: Split) -> Split:
     """A box around many objects is none that a proposal could find."""
-    crowds = {a["id"] for a in read_json(split.annotations, "annotations")["annotations"] if a.get("iscrowd")}
+    found = read_instances(split.annotations)
+    crowds = {number for number, crowd in zip(found.ids, found.crowd, strict=True) if crowd}
     images = []
     for image in split.images:
         keep = np.array([number not in crowds for number in image.annotation_ids.tolist()], bool)
         images.append(type(image)(image.id, image.file_name, image.width, image.height, image.boxes[keep], image.labels[keep],
                                   image.annotation_ids[keep]))
-    return Split(images, split.folder, split.annotations, split.coco_ids, split.skips)
+    return replace(split, images=images)
 
 
 def _recall(name: str, network: ProposalNetwork, split: Split, protocol: Protocol, job: RecallJob, us: Team, stop: StopSignal) -> Recall:

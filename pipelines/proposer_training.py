@@ -20,7 +20,7 @@ from hdovd.backbone import with_synced_norms
 from hdovd.coco import Split
 from hdovd.config_parts import AUTO
 from hdovd.errors import Stopped
-from hdovd.pipelines.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from hdovd.pipelines.checkpoint import fits, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from hdovd.pipelines.common.precision import settled
 from hdovd.pipelines.compiling import compile_backbone, told_shortly
 from hdovd.pipelines.device import placed, training_workers
@@ -36,6 +36,8 @@ from hdovd.pipelines.run_hooks import line_of
 from hdovd.pipelines.stop_signal import StopSignal, exit_code
 from hdovd.pipelines.train import data_parallel
 from hdovd.proposer import ProposalNetwork
+
+STATE = ("model", "optimizer", "step", "window", "rng", "wanted")  # of a checkpoint
 
 
 def trained_network(job: NetworkJob, split: Split, us: Team, stop: StopSignal,
@@ -62,7 +64,7 @@ def settled_job(job: NetworkJob, us: Team) -> tuple[NetworkJob, str]:
     """The job with a precision that is not auto, and the line to say of it: that of the network, or of its training, that is there."""
     own = None
     if job.recipe.train.precision == AUTO and not job.overwrite:
-        state = None if job.file.is_file() else load_checkpoint(job.file.with_suffix(".training"))
+        state = None if job.file.is_file() else load_checkpoint(job.file.with_suffix(".training"), STATE)
         origin = made_by(job.file) if job.file.is_file() else None if state is None else state["wanted"]
         own = None if origin is None else str(origin["recipe"]["train"]["precision"])
     recipe, line = settled(job.recipe, us.device, own, "the network's")
@@ -71,7 +73,7 @@ def settled_job(job: NetworkJob, us: Team) -> tuple[NetworkJob, str]:
 
 def _train(job: NetworkJob, split: Split, wanted: dict[str, Any], us: Team, stop: StopSignal, log: Callable[[str], None]) -> None:
     config, folder = job.recipe.train, job.file.with_suffix(".training")
-    state = None if job.overwrite else load_checkpoint(folder)
+    state = None if job.overwrite else load_checkpoint(folder, STATE)
     us.wait()  # all have looked, before the first one writes
     if state is not None:
         check_made_by(state["wanted"], wanted, folder)
@@ -97,10 +99,11 @@ def _train(job: NetworkJob, split: Split, wanted: dict[str, Any], us: Team, stop
     if us.world > 1:  # each process draws for itself, where a backbone draws from torch's own generator
         torch.manual_seed(key_of(config.seed, -1, us.rank))
     if state is not None:
-        network.load_state_dict(state["model"])
-        loop.load(state)
-        if len(state["rng"]) == us.world:
-            set_rng_state(state["rng"][us.rank], us.device)
+        with fits(folder):
+            network.load_state_dict(state["model"])
+            loop.load(state)
+            if len(state["rng"]) == us.world:
+                set_rng_state(state["rng"][us.rank], us.device)
         log(f"training goes on at step {loop.step_number} of {loop.total}")
     hooks = _Keep(folder, network, wanted, us, stop, log, job.save_minutes)
     with told_shortly():

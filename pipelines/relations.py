@@ -46,10 +46,10 @@ def relations(run: RunFolder, split: Split, images: int, *, device: str = "auto"
 
     Raises HdovdError, saying why, if the run has no instance level, or its cache cannot be read any more or is of other images.
     """
-    recipe, record, protocol = run.recipe(), run.record(), run.protocol()
+    recipe, protocol = run.recipe(), run.protocol()
     if not recipe.loss.instance.enabled:
         raise HdovdError("this run has no instance level, so no student embeddings")
-    cache = cache_of(record)
+    cache = cache_of(run)
     as_it_is = recipe.model_copy(update={"input": recipe.input.model_copy(update={"flip": 0.0})})
     training = TrainingSet(split, cache, as_it_is, lambda _: None)
     batch = [training[i] for i in _telling(training, images)]

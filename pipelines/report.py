@@ -20,6 +20,7 @@ from hdovd.pipelines.evaluate import evaluate
 from hdovd.pipelines.html_page import page
 from hdovd.pipelines.relations import relations
 from hdovd.pipelines.report_runs import OneRun, TrainingImages, data_of, open_runs
+from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.run_jobs import REPORT_FILE, EvalJob, ReportJob
 from hdovd.pipelines.weights import Weights
 from hdovd.pipelines.whole_file import write_text
@@ -34,11 +35,12 @@ def report(job: ReportJob, log: Callable[[str], None] = print) -> Path:
     Raises HdovdError for a folder that is no run, runs of different protocols or validation images, and pictures that are not there.
     """
     job.check()
-    data = data_of(job.runs, job.data, needed=job.validation is None)
+    folders = [RunFolder.open(path, trusted=job.trust) for path in job.runs]
+    data = data_of(folders, job.data, needed=job.validation is None)
     validation = job.validation or data
     for run in job.runs:
         _evaluate_if_needed(run, job, validation, log)
-    runs = open_runs(job.runs, validation, job.threshold, log)
+    runs = open_runs(folders, validation, job.threshold, log)
     context = _context(runs, job, data, log)
     file = job.out / REPORT_FILE
     write_text(file, page("report.html", context))
@@ -50,7 +52,8 @@ def _evaluate_if_needed(run: Path, job: ReportJob, data: DataPaths, log: Callabl
     if all((run / name).is_file() for name in ("metrics.json", "detections.json")):
         return
     log(f"{run} is not evaluated yet: hdovd eval {run}")
-    evaluate(EvalJob(run, data, device=job.device, batch_size=job.batch_size, workers=job.workers, weights=Weights.LAST), log)
+    evaluate(EvalJob(run, data, device=job.device, batch_size=job.batch_size, workers=job.workers, weights=Weights.LAST,
+                     trust=job.trust), log)
 
 
 def _context(runs: Sequence[OneRun], job: ReportJob, data: DataPaths, log: Callable[[str], None]) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def _weight(run: OneRun) -> Reliability | None:
 
 
 def _pseudo_cards(run: OneRun, training: TrainingImages, count: int, weight: Reliability | None, key: str) -> list[dict[str, Any]]:
-    cache, protocol, split = cache_of(run.folder.record()), run.analysis.protocol, training.split
+    cache, protocol, split = cache_of(run.folder), run.analysis.protocol, training.split
     failed, proposals = cache.failed(), cache.counts(Source.PROPOSAL)
     with_some = [image for image in split.images if image.id not in failed and proposals.get(image.id)]
     if not with_some:

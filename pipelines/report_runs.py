@@ -42,15 +42,16 @@ class TrainingImages:
         return self._data.load("train2017", self._protocol, base_only=True, log=lambda _: None, exif=self._exif)
 
 
-def open_runs(paths: Sequence[Path], validation: DataPaths, threshold: float, log: Callable[[str], None]) -> list[OneRun]:
+def open_runs(folders: Sequence[RunFolder], validation: DataPaths, threshold: float, log: Callable[[str], None]) -> list[OneRun]:
     """Raises HdovdError if two runs are of different protocols or validation images, or one is given twice."""
-    resolved = [path.resolve() for path in paths]
-    if twice := [str(path) for path, where in zip(paths, resolved, strict=True) if resolved.count(where) > 1]:
+    resolved = [folder.path.resolve() for folder in folders]
+    if twice := [str(folder.path) for folder, where in zip(folders, resolved, strict=True) if resolved.count(where) > 1]:
         raise HdovdError(f"{twice[0]} is given twice")
     runs: list[OneRun] = []
-    for name, path in zip(names_of(resolved), paths, strict=True):
-        folder, run = RunFolder.open(path), read_run(path)
-        analysis = analyse(path, validation, confusion_score=threshold, log=log if not runs else lambda _: None)
+    for name, folder in zip(names_of(resolved), folders, strict=True):
+        run = read_run(folder.path)
+        analysis = analyse(folder.path, validation, confusion_score=threshold, trust=folder.trusted,
+                           log=log if not runs else lambda _: None)
         notes = [f"{name}: {reason}" for reason in run.wrong]
         try:
             entries = folder.entries()
@@ -72,14 +73,14 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     return [str(path.relative_to(common)) if path != common else path.name for path in paths]
 
 
-def data_of(runs: Sequence[Path], given: DataPaths, *, needed: bool = True) -> DataPaths:
+def data_of(runs: Sequence[RunFolder], given: DataPaths, *, needed: bool = True) -> DataPaths:
     """`given`, or what the cache of the first run that knows it was made from; HdovdError if none does, and it is `needed`."""
     if given != DataPaths():
         return given
     reasons = []
-    for path in runs:
+    for run in runs:
         try:
-            return data_of_cache(RunFolder.open(path).record())
+            return data_of_cache(run)
         except HdovdError as error:
             reasons.append(str(error))
     if not needed:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.coco import DataPaths, Split, read_json
+from hdovd.coco import DataPaths, Exif, Split
 from hdovd.coco_ap import GROUPS, GroundTruth, group_slice
 from hdovd.confusion import Confusion, confusion
 from hdovd.curves import Curves, precision_curves
@@ -23,9 +23,11 @@ from hdovd.pipelines.found_rows import read_found
 from hdovd.pipelines.image_verdicts import ImageVerdicts, verdicts_on
 from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.run_jobs import SHOWN_SCORE
+from hdovd.pipelines.runs import read_run
 from hdovd.pipelines.weights import Weights, weights_hash
 from hdovd.protocol import Protocol, load_protocol
 from hdovd.score_reliability import Reliability, score_reliability
+from hdovd.text_files import read_json
 
 AP_TOLERANCE = 1e-6  # percent; the same count in another order of sums differs by less
 
@@ -67,21 +69,24 @@ class RunAnalysis:
 
 
 def analyse(run: Path, data: DataPaths, *, protocol: str | None = None, confusion_score: float = SHOWN_SCORE, bins: int = 10,
-            log: Callable[[str], None] = print) -> RunAnalysis:
+            trust: bool = False, log: Callable[[str], None] = print) -> RunAnalysis:
     """Read a run's detections and take them apart. What is skipped in the annotations goes to `log`.
 
     Args:
         protocol: that the run was evaluated with, if it is not the run's own. confusion_score: detections below it are in no confusion.
+        trust: as `RunFolder.trusted`.
 
     Raises HdovdError if the run was not evaluated, its detections are of other weights or other images, or they do not give the AP50 that
     metrics.json states.
     """
-    folder = RunFolder.open(run)
+    folder = RunFolder.open(run, trusted=trust)
     counted = folder.protocol() if protocol is None else load_protocol(protocol)
     metrics = _metrics(folder)
     weights = Weights(metrics.get("weights", Weights.LAST))
     _check_weights(folder, weights, metrics)
-    split = data.load("val2017", counted, base_only=False, log=log, exif=folder.recipe().input.exif)
+    ignored = read_run(run).settings.get("input.exif") == Exif.IGNORE  # whatever else its recipe says: of another version perhaps
+    exif = Exif.IGNORE if ignored else Exif.APPLY
+    split = data.load("val2017", counted, base_only=False, log=log, exif=exif)
     if metrics.get("images") != len(split.images):
         raise HdovdError(f"{run} was evaluated on {metrics.get('images')} images, but {split.annotations} has {len(split.images)} of "
                          f"protocol {counted.name}: give the data that it was evaluated on, or run hdovd eval again")

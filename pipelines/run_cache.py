@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hdovd.cache.catalog import Catalog, FeatureSet, is_tar_form
 from hdovd.cache.reader import FeatureCache
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.run_folder import RunFolder
 
 
-def cache_of(record: dict[str, Any]) -> FeatureCache:
-    """The cache of a run's record, with the very products of then. Raises HdovdError if they are not there any more."""
-    where, name, _ = _find(record)
+def cache_of(run: RunFolder) -> FeatureCache:
+    """The cache that a run was trained from, with the very products of then. Raises HdovdError if they are not there any more."""
+    where, name, _ = _find(run)
     return FeatureCache(where, name)
 
 
-def data_of_cache(record: dict[str, Any]) -> DataPaths:
+def data_of_cache(run: RunFolder) -> DataPaths:
     """Where the data lay that the run's features were made from. Raises HdovdError if that is not known."""
-    where, name, features = _find(record)
+    where, name, features = _find(run)
     if not features.made_from:
         raise HdovdError(f"set {name} of {where} does not say which data it was made from")
     try:
@@ -28,12 +27,12 @@ def data_of_cache(record: dict[str, Any]) -> DataPaths:
         raise HdovdError(f"set {name} of {where}: made_from is damaged ({error!r})") from error
 
 
-def _find(record: dict[str, Any]) -> tuple[str, str, FeatureSet]:
+def _find(run: RunFolder) -> tuple[str, str, FeatureSet]:
     """The cache's place, and the set with the run's keys."""
+    record = run.record()
     if "imported" in record:
         raise HdovdError("the run was imported from a checkpoint, so there is no cache that it was trained from")
-    cache = record.get("cache") or {}
-    where, levels = cache.get("path"), cache.get("levels")
+    where, levels = run.cache_url(), record["cache"]["levels"]
     if not where or not levels:
         raise HdovdError("the run does not say which cache it was trained from")
     if is_tar_form(where):

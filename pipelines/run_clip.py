@@ -5,7 +5,7 @@ Called by `name_embedding`. Imports open_clip only when a CLIP is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from hdovd.cache.tar_shards import TarShards
 from hdovd.errors import HdovdError
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.extract_config import Activation
+from hdovd.pipelines.run_folder import RunFolder
 from hdovd.pipelines.teacher import Teacher
 
 
@@ -50,25 +51,26 @@ class RunTexts:
         return {"clip": self.identity, "templates": list(templates), "tokens": self.tokens} if self.identity else None
 
 
-def run_texts(record: Mapping[str, Any]) -> RunTexts:
+def run_texts(run: RunFolder) -> RunTexts:
     """From a run's record (run.json), and from its cache, if that is still there. Raises HdovdError for a record without a class level."""
     try:
-        cache, level = record["cache"], record["cache"]["levels"]["class"]
-        inputs, key, url = dict(level["inputs"]), str(level["key"]), str(cache["path"])
+        level = run.record()["cache"]["levels"]["class"]
+        inputs, key = dict(level["inputs"]), str(level["key"])
     except (KeyError, TypeError) as error:
         raise HdovdError(f"run.json does not say what made the class embeddings ({error!r}): names other than the run's classes need "
                          "--class-embeddings") from error
     clip = dict(inputs.get("text_clip") or inputs.get("clip") or {})  # imported features have texts of the CLIP that the user named
     identity = clip if "weights_sha256" in clip else {}
     templates = tuple(inputs["templates"]) if "templates" in inputs else None
-    where, why = _where(url, key)
+    where, why = _where(run, key)
     return RunTexts(identity, templates, tuple(inputs.get("names", ())),
                     {name: tuple(names) for name, names in inputs.get("synonyms", {}).items()}, inputs.get("tokens"), where, why)
 
 
-def _where(url: str, key: str) -> tuple[ClipName | None, str]:
-    """How the cache at `url` names the CLIP of its class product `key`, or why it does not."""
+def _where(run: RunFolder, key: str) -> tuple[ClipName | None, str]:
+    """How the cache of a run names the CLIP of its class product `key`, or why it does not."""
     try:
+        url = str(run.cache_url())
         sets: list[FeatureSet] = [TarShards(url).meta.features] if is_tar_form(url) else list(Catalog(url).sets().values())
     except (HdovdError, OSError, ValueError, ImportError) as error:
         return None, f"the run's cache cannot be asked ({error})"

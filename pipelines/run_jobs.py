@@ -24,7 +24,7 @@ DETECTIONS_MARKER = ".hdovd-detect"  # a folder that holds it is of detections, 
 class EvalJob:
     """`protocol` None: that of the run. `workers` None: what suits the device. `pictures`: how many validation images to draw.
 
-    `weights`: of the last epoch, or of the one with the best validation AP50 of base classes.
+    `weights`: of the last epoch, or of the one with the best validation AP50 of base classes. `trust`: as `RunFolder.trusted`.
     """
 
     run: Path
@@ -36,10 +36,11 @@ class EvalJob:
     pictures: int = 0
     engine: Engine = Engine.PYCOCOTOOLS
     weights: Weights = Weights.LAST
+    trust: bool = False
 
     def check(self) -> None:
-        """Raises HdovdError for what is wrong with the paths and names alone."""
-        RunFolder.open(self.run)
+        """Raises HdovdError for what is wrong with the paths and names alone, or a run that needs to be trusted."""
+        RunFolder.open(self.run, trusted=self.trust).recipe()
         if self.protocol is not None:
             load_protocol(self.protocol)
         self.data.locate("val2017")
@@ -51,7 +52,7 @@ class DetectJob:
     scores above it. `class_embeddings`: a file with a row for each class, in order; CLIP is not needed then.
 
     `clip`, `pretrained`, `templates`: None for those of the run. `workers` None: what suits the device. `pictures`: draw them.
-    `alone`: no base classes of the run compete with `classes` (`Detector.set_classes`).
+    `alone`: no base classes of the run compete with `classes` (`Detector.set_classes`). `trust`: as `RunFolder.trusted`.
     """
 
     run: Path
@@ -71,6 +72,7 @@ class DetectJob:
     split_blind: bool = False
     overwrite: bool = False
     alone: bool = False
+    trust: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1:
@@ -83,23 +85,25 @@ class DetectJob:
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths alone."""
         _require_place(self.out, overwrite=self.overwrite)
-        RunFolder.open(self.run)
+        RunFolder.open(self.run, trusted=self.trust).recipe()
         require_files(class_embeddings=self.class_embeddings)
 
 
 @dataclass(frozen=True, slots=True)
 class ExportModelJob:
-    """`check_images`: pictures to check the file on, besides those that are made up."""
+    """`check_images`: pictures to check the file on, besides those that are made up. `trust`: as `RunFolder.trusted`."""
 
     run: Path
     form: ModelForm
     out: Path
     weights: Weights = Weights.LAST
     check_images: tuple[Path, ...] = ()
+    trust: bool = False
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths alone."""
-        run = RunFolder.open(self.run)
+        run = RunFolder.open(self.run, trusted=self.trust)
+        run.recipe()
         if self.out.is_dir() or (self.out.name in FILES and self.out.resolve().parent == run.path.resolve()):
             raise HdovdError(f"--out {self.out} is {'a folder' if self.out.is_dir() else 'a file of the run itself'}: expected the name of "
                              f"a new file, such as detector.{self.form.value}")
@@ -114,7 +118,7 @@ class ReportJob:
     """`data`: where the pictures are; nothing given: where the first run's cache says that it was made from. `gallery`, `pseudo`: how many
     validation and training images are shown. `relation_images`: in the batch of the relation matrices; 0 leaves them out. `threshold`:
     scores from which a detection is shown and counts in the confusion. `validation`: the validation images, if they are not val2017 of
-    `data`. `batch_size`, `workers`: of the evaluation of runs that have none yet."""
+    `data`. `batch_size`, `workers`: of the evaluation of runs that have none yet. `trust`: as `RunFolder.trusted`, of all of them."""
 
     runs: tuple[Path, ...]
     out: Path
@@ -127,6 +131,7 @@ class ReportJob:
     device: str = "auto"
     batch_size: int = 16
     workers: int | None = None
+    trust: bool = False
 
     def __post_init__(self) -> None:
         if not self.runs:

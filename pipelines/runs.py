@@ -17,6 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from hdovd.cache.identity import require_seal
 from hdovd.errors import HdovdError
 from hdovd.pipelines.settings import SWITCH, Settings, differences, flat
 
@@ -130,6 +131,10 @@ def read_run(path: Path) -> Run:
         raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote")
     wrong: list[str] = []
     record = _json(path / "run.json", wrong)
+    try:
+        require_seal(record)
+    except ValueError as error:
+        wrong.append(f"run.json: {error}")
     settings = _settings(path / "config.toml", wrong)
     cache, levels = _tree(record.get("cache")), {}
     for level, entry in _tree(cache.get("levels")).items():

@@ -20,6 +20,7 @@ class ShardReading:
         self.epoch = epoch
         self._shards, self._wanted = shards, wanted
         self._open: dict[int, Iterator[tuple[int, RawSample]]] = {}  # by number of shard, the one opened first in front
+        self._last: dict[int, int] = {}  # the last place of a shard that was wanted when it was opened
         self._kept: dict[int, RawSample] = {}
 
     def take(self, place: int) -> RawSample:
@@ -31,16 +32,18 @@ class ShardReading:
         return self._kept.pop(place)
 
     def _advance(self, number: int, place: int | None) -> None:
-        """Read shard `number` up to `place`, or to its end. What comes twice was passed over before: it is opened anew."""
+        """Read shard `number` up to `place`; to its end, where some checksums are compared, if nothing behind it is wanted, or `place` is
+        None. What comes twice was passed over before: the shard is opened anew."""
         if number not in self._open:
             if len(self._open) == MOST_OPEN:
                 self._advance(next(iter(self._open)), None)
             self._open[number] = self._shards.raw(number)
+            self._last[number] = max((at for at in self._shards.meta.places_of(number) if at in self._wanted), default=-1)
         for at, sample in self._open[number]:
             if at in self._wanted:
                 self._kept[at] = sample
-            if at == place:
+            if at == place and at < self._last[number]:
                 return
         del self._open[number]
-        if place is not None:
+        if place is not None and place not in self._kept:
             self._advance(number, place)

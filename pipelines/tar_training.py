@@ -60,6 +60,7 @@ class TarTrainingSet(Dataset[Sample]):
         self._reading: ShardReading | None = None
 
     def _check(self, protocol: Protocol, features: str) -> None:
+        self._meta.check_rows(self.url)
         meta, loss, inputs = self._meta, self.recipe.loss, self._meta.key_inputs()
         if features not in (DEFAULT_SET, meta.name):
             raise HdovdError(f"{self.url} holds the set of features {meta.name}, not {features}: export that one")
@@ -69,12 +70,15 @@ class TarTrainingSet(Dataset[Sample]):
             raise HdovdError(f"{self.url} has no {' and no '.join(missing)} level; it has {', '.join(inputs)}")
         if loss.uses_cache:
             require_together(self.url, inputs)
-        wanted = meta.about["data"][Level.BOXES]["base_boxes"]
+        try:
+            wanted, theirs = meta.about["data"][Level.BOXES]["base_boxes"], meta.about["protocol"]
+            same = set(theirs["base"]) == set(protocol.base) and theirs["min_image_side_px"] == protocol.min_image_side_px
+        except (KeyError, TypeError) as error:
+            raise HdovdError(f"{self.url} does not say what it was exported from ({error!r}): export the cache again") from error
         if loss.uses_pseudo_boxes and (lines := differences(wanted, inputs[Level.BOXES]["base_boxes"])):
             raise HdovdError(f"{self.url} has no embeddings of the base boxes:\n  " + "\n  ".join(lines)
                              + "\nTrain with --set loss.instance.enabled=false --set loss.class.enabled=false, or extract them")
-        theirs = meta.about["protocol"]
-        if set(theirs["base"]) != set(protocol.base) or theirs["min_image_side_px"] != protocol.min_image_side_px:
+        if not same:
             differ = sorted(set(theirs["base"]) ^ set(protocol.base))
             raise HdovdError(f"{self.url} holds the images and base boxes of protocol {theirs['name']}, which is not {protocol.name}: "
                              + (f"base classes differ in {shorten([*differ])}" if differ else "min_image_side_px differs")
@@ -157,5 +161,5 @@ class TarTrainingSet(Dataset[Sample]):
             rows = InstanceRows(arrays["instance"], *(arrays[name] for name in ("boxes", "source", "annotation_id", "score")), **labelled)
         picture = read_image(f"{where}: {about['file_name']}", about["width"], about["height"], sample.picture, self.recipe.input.exif)
         whole = arrays["image"] if loss.image.enabled else None
-        targets = make_targets(boxes.astype(np.float32), labels, rows, whole, self._nouns, self.dim)
+        targets = make_targets(boxes.astype(np.float32), labels, rows, whole, self._nouns, self.dim, where)
         return flipped_at_random(pixels_of(picture), targets, sample.image_id, epoch, self.recipe)

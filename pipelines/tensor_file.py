@@ -1,16 +1,59 @@
-"""Tensors from files that strangers may have written: never unpickled, and no number of theirs believed before it is checked."""
+"""Tensors from files that strangers may have written: never unpickled, and no number of theirs believed before it is checked.
+
+Tensors that hdovd keeps carry a checksum in their own file (safetensors' metadata), so that no kill comes between the two.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from hdovd.errors import require_readable
+from hdovd.errors import HdovdError, require_readable, system_reason
+
+CHECKSUM = "sha256"  # in the metadata: `tensors_hash`
+
+
+def tensors_hash(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> str:
+    """sha256 over names, types, shapes and values of all tensors, and over texts by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\0".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    for name, text in sorted((texts or {}).items()):
+        digest.update(f"{name}\0{text}\0".encode())
+    return digest.hexdigest()
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file that `load_tensors` can check. `texts`: its metadata, besides the checksum."""
+    save_file(dict(tensors), file, {**(texts or {}), CHECKSUM: tensors_hash(tensors, texts)})
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises HdovdError if it cannot be read, or holds others than were written (older ones have no
+    checksum)."""
+    try:
+        file.open("rb").close()
+        with safe_open(file, "pt") as opened:
+            texts = dict(opened.metadata() or {})
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+    except OSError as error:
+        raise HdovdError(f"{file} cannot be read: {system_reason(error)}") from error
+    except SafetensorError as error:
+        raise HdovdError(f"{file} is damaged ({error}): was it copied whole?") from error
+    if texts.pop(CHECKSUM, None) not in (None, tensors_hash(tensors, texts)):
+        raise HdovdError(f"{file} is damaged: its tensors are not those that were written (by their sha256). Copy it again, or train again")
+    return tensors
 
 
 class Unfit(Exception):

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -21,6 +20,7 @@ from hdovd.errors import HdovdError, require_readable, shorten
 from hdovd.pipelines.prompt_templates import Name
 from hdovd.pipelines.teacher import Teacher
 from hdovd.pipelines.tensor_file import Unfit, floats, load_pth
+from hdovd.text_files import checked_name, read_toml, shown
 
 NORM_TOLERANCE = 1e-3  # of float16 rows that were normalised before they were rounded
 
@@ -82,20 +82,17 @@ def read_synonyms(file: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]
     A class that has its own name alone is left out. Raises HdovdError.
     """
     where, example = f"--synonyms {file}", 'couch = ["couch", "sofa"], one class a line, quoted where it has spaces'
-    if not file.is_file():
-        raise HdovdError(f"{where}: no such file; expected TOML such as {example}")
-    try:
-        tree: dict[str, Any] = tomllib.loads(file.read_bytes().decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise HdovdError(f"{where} is not valid TOML ({error}); expected {example}") from error
+    tree = read_toml(file, "--synonyms", f"TOML such as {example}")
     if unknown := [name for name in tree if name not in names]:
         near = {name: get_close_matches(name, names, 1, cutoff=0.3) for name in unknown}
         raise HdovdError(f"{where}: no classes of the protocol: "
                          + shorten([repr(name) + (f" (the nearest is {n[0]!r})" if n else "") for name, n in near.items()])
                          + f". Each key is a class, its value all names of it: {example}")
     for name, found in tree.items():
-        if not isinstance(found, list) or not found or not all(isinstance(n, str) and n.strip() for n in found):
-            raise HdovdError(f"{where}: {name} must be a list of names, not {str(found)[:80]}")
+        if not isinstance(found, list) or not found:
+            raise HdovdError(f"{where}: {name} must be a list of names, not {shown(found)}")
+        for other in found:
+            checked_name(other, f"{where}: {name} must be a list of names: one")
         if twice := sorted({n for n in found if found.count(n) > 1}):
             raise HdovdError(f"{where}: {name} lists {shorten(list(twice))} twice")
     return {name: tuple(tree[name]) for name in names if name in tree and tree[name] != [name]}

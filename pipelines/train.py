@@ -25,7 +25,7 @@ from hdovd.detectors import Detector, build_detector
 from hdovd.distributed import world_size
 from hdovd.errors import HdovdError
 from hdovd.pipelines.calibration import with_reliability
-from hdovd.pipelines.checkpoint import load_checkpoint, set_rng_state
+from hdovd.pipelines.checkpoint import fits, load_checkpoint, set_rng_state
 from hdovd.pipelines.common.precision import settled
 from hdovd.pipelines.compiling import compile_backbone, told_shortly
 from hdovd.pipelines.device import placed, training_workers
@@ -47,6 +47,8 @@ from hdovd.pipelines.training_set import Sample, TrainingSet
 from hdovd.pipelines.validation import Validation
 from hdovd.protocol import Protocol, load_protocol
 
+STATE = ("model", "optimizer", "step", "window", "rng", "layout", "log_bytes", "best", "ended")  # of a checkpoint
+
 
 def train(job: TrainJob, log: Callable[[str], None] = print) -> RunFolder:
     """Train one detector and return its folder.
@@ -60,7 +62,7 @@ def train(job: TrainJob, log: Callable[[str], None] = print) -> RunFolder:
 
 def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]) -> RunFolder:
     protocol, run = load_protocol(job.protocol), RunFolder(job.out)
-    began = run.recipe().train.precision if job.resume and (job.out / "config.toml").is_file() else None
+    began = run.written_recipe().train.precision if job.resume and (job.out / "config.toml").is_file() else None
     recipe, line = settled(job.recipe, us.device, began, "the run's")
     if line:
         log(line)
@@ -68,10 +70,12 @@ def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]
     data = training_data(job, protocol, log)
     written, recipe, reliability = with_reliability(job.recipe, data.label_origin, job.calibration, protocol.base, log)
     job = replace(job, recipe=written)
-    state = load_checkpoint(job.out) if job.resume else None
+    state = load_checkpoint(job.out, STATE) if job.resume else None
     if state is not None:
         run.check_same(job.recipe, protocol, data.record())
         require_same_init(job.init, run)
+        with fits(job.out):
+            _ = int(state["log_bytes"]), *(state["layout"][name] for name in ("streams", "unit", "images"))
     class_embeddings = torch.from_numpy(data.class_embeddings(protocol.names))
     batches, layout = batches_of(data, us, None if state is None else state["layout"])
     validation, board = _validation(job, protocol, us, log), _tensorboard(job, us)
@@ -138,7 +142,7 @@ def training_data(job: TrainJob, protocol: Protocol, log: Callable[[str], None])
             log("note: the shards hold pictures and boxes; --data, --images and --annotations are not read for training")
         return TarTrainingSet(str(job.cache), protocol, job.recipe, log, features=job.features)
     split = job.data.load("train2017", protocol, base_only=True, log=log, exif=job.recipe.input.exif)
-    return TrainingSet(split, FeatureCache(job.cache, job.features), job.recipe, log)
+    return TrainingSet(split, FeatureCache(job.cache, job.features, checked=job.checksums), job.recipe, log)
 
 
 def batches_of(data: TrainingSet | TarTrainingSet, us: Team, layout: dict[str, Any] | None = None
@@ -197,13 +201,14 @@ def _begin(job: TrainJob, data: TrainingSet | TarTrainingSet, protocol: Protocol
 
 
 def _restore(state: dict[str, Any], model: nn.Module, loop: Loop[Sample], hooks: RunHooks, us: Team) -> None:
-    model.load_state_dict(state["model"])
-    loop.load(state)
-    hooks.best, hooks.ended, hooks.failed = float(state["best"]), int(state["ended"]), int(state.get("failed", 0))
-    if len(state["rng"]) == us.world:
-        set_rng_state(state["rng"][us.rank], us.device)
-    else:  # as many generators as there are processes now: none of the old ones
-        torch.manual_seed(key_of(loop.config.seed, -2 - loop.step_number, us.rank))
+    with fits(hooks.run.path):
+        model.load_state_dict(state["model"])
+        loop.load(state)
+        hooks.best, hooks.ended, hooks.failed = float(state["best"]), int(state["ended"]), int(state.get("failed", 0))
+        if len(state["rng"]) == us.world:
+            set_rng_state(state["rng"][us.rank], us.device)
+        else:  # as many generators as there are processes now: none of the old ones
+            torch.manual_seed(key_of(loop.config.seed, -2 - loop.step_number, us.rank))
 
 
 def _validation(job: TrainJob, protocol: Protocol, us: Team, log: Callable[[str], None]) -> Validation | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hdovd.cache.catalog import Catalog, is_tar_form
 from hdovd.cache.schema import DEFAULT_SET
-from hdovd.coco import DataPaths
+from hdovd.coco import DataPaths, instances_file
 from hdovd.errors import HdovdError
 from hdovd.pipelines.calibration import read_calibration
 from hdovd.pipelines.run_folder import RunFolder
@@ -25,7 +25,7 @@ class TrainJob:
     `resume`: go on from the checkpoint in `out`, or begin if there is none. `save_minutes`: between two checkpoints within an
     epoch. `validation`: validation images, on which AP is computed after every `val_every` epochs; None: never. `calibration`: a
     file of `calibrate`, whose values the weights of pseudo labels take instead of the recipe's. `init`: a run whose model's weights the
-    new one begins with.
+    new one begins with. `checksums`: compare those of a Zarr cache's instance rows, each part once, when it is first read.
     """
 
     data: DataPaths
@@ -43,6 +43,7 @@ class TrainJob:
     tensorboard: bool = False
     calibration: Path | None = None
     init: Path | None = None
+    checksums: bool = True
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
@@ -67,6 +68,6 @@ def validation_paths(data: Path | None, images: Path | None, annotations: Path |
     """The validation images: those named, or val2017 of a COCO folder that has one; else None."""
     if images or annotations:
         return DataPaths(data, images, annotations)
-    if data is not None and (data / "annotations" / "instances_val2017.json").is_file() and (data / "val2017").is_dir():
+    if data is not None and instances_file(data, "val2017").is_file() and (data / "val2017").is_dir():
         return DataPaths(data)
     return None

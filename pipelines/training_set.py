@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hdovd.cache.reader import FeatureCache, InstanceRows
+from hdovd.cache.reader import FeatureCache, InstanceRows, require_unit
 from hdovd.cache.schema import Level, Source
 from hdovd.coco import ImageBoxes, Split
 from hdovd.config import LossConfig, Recipe
@@ -121,7 +121,8 @@ class TrainingSet(Dataset[Sample]):
                 raise HdovdError(f"{self.cache.url}: the base rows of image {image.id} are of annotations "
                                  f"{base.tolist()}, expected {image.annotation_ids.tolist()}: run extract-clip again")
         whole = self.cache.image_embedding(image.id) if self.recipe.loss.image.enabled else None
-        return make_targets(image.boxes, image.labels, rows, whole, self._nouns, self.cache.dim)
+        return make_targets(image.boxes, image.labels, rows, whole, self._nouns, self.cache.dim,
+                            f"{self.cache.url}: image {image.id}")
 
 
 def uses_nouns(loss: LossConfig, levels: Collection[Level], where: str) -> bool:
@@ -133,8 +134,8 @@ def uses_nouns(loss: LossConfig, levels: Collection[Level], where: str) -> bool:
 
 
 def make_targets(boxes: np.ndarray, labels: np.ndarray, rows: InstanceRows | None, image_embedding: np.ndarray | None, nouns: Tensor,
-                 dim: int) -> Targets:
-    """The targets of one image: zeros for levels that are off.
+                 dim: int, where: str) -> Targets:
+    """The targets of one image: zeros for levels that are off. Raises HdovdError, naming `where`, for embeddings not of norm one.
 
     boxes (n, 4) float32 and labels (n,) int64 of the base boxes; rows: theirs, in this order, and the proposals';
     image_embedding (D,) float16; nouns (K, D) float32, no rows if pseudo boxes have none.
@@ -142,6 +143,7 @@ def make_targets(boxes: np.ndarray, labels: np.ndarray, rows: InstanceRows | Non
     base_boxes, base_labels, embeddings = torch.from_numpy(boxes), torch.from_numpy(labels), torch.zeros(len(boxes), dim)
     pseudo_boxes, pseudo_embeddings, pseudo_texts = torch.zeros(0, 4), torch.zeros(0, dim), torch.zeros(0, dim)
     if rows is not None:
+        require_unit(rows.embedding, f"{where}, instance level")
         base, proposals = rows.base_boxes(), rows.proposals()
         embeddings = _normalised(base.embedding)
         if len(nouns):
@@ -150,6 +152,8 @@ def make_targets(boxes: np.ndarray, labels: np.ndarray, rows: InstanceRows | Non
         else:  # instance level alone: no noun, no weight in text space
             pseudo_texts = torch.zeros(len(proposals.box), dim)
         pseudo_boxes, pseudo_embeddings = torch.from_numpy(proposals.box), _normalised(proposals.embedding)
+    if image_embedding is not None:
+        require_unit(image_embedding[None], f"{where}, image level")
     whole = torch.zeros(dim) if image_embedding is None else _normalised(image_embedding)
     return Targets(base_boxes, base_labels, embeddings, pseudo_boxes, pseudo_embeddings, pseudo_texts, whole)
 

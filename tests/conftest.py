@@ -46,6 +46,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing that a test makes stays in the user's own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user cache")))
+        yield
+
+
 @pytest.fixture
 def pretended_cuda() -> Iterator[PretendedCuda]:
     """A GPU that is not there, for one test; no operation may mix its tensors with the CPU's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -135,6 +136,12 @@ def test_edited_metadata_is_noticed(tmp_path: Path, write_cache: Callable[..., A
     tree = json.loads(file.read_text())
     tree["attributes"]["key_inputs"]["clip"]["weights"] = "w2"
     file.write_text(json.dumps(tree))
+    with pytest.raises(HdovdError, match=r"zarr\.json is damaged, it is not what was written"):
+        FeatureCache(tmp_path / "cache")
+    record = file.parent / "parts" / "tables.json"
+    objects = json.loads(record.read_text())
+    objects["objects"]["zarr.json"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    record.write_text(json.dumps(objects))  # its checksum was changed with it
     cache = FeatureCache(tmp_path / "cache")
     asked = {"clip": {"weights": "w2", "activation": "gelu"}}
     for read in (lambda: cache.key_inputs(Level.IMAGE), lambda: cache.require(Level.IMAGE, asked), cache.identity, cache.require_together):

@@ -18,9 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.numpy import load, save
 
 from hdovd.cache import tar_shards
 from hdovd.cache.catalog import Catalog, is_tar_form
+from hdovd.cache.identity import sealed
 from hdovd.cache.schema import DEFAULT_SET, TAR_META, Level
 from hdovd.cache.tar_meta import TarMeta
 from hdovd.cache.tar_sample import MEMBERS, TarSample
@@ -235,7 +237,7 @@ def test_flipped_byte_is_found_and_named(make: Make, tmp_path: Path) -> None:
     shards = TarShards(tmp_path / "shards")
     for number in (0, 1):
         shards.verify(number)
-    with pytest.raises(HdovdError, match=r"000002\.tar is damaged"):
+    with pytest.raises(HdovdError, match=r"000002\.tar: sample 002000000000 is damaged, by its checksum"):
         shards.verify(2)
 
 
@@ -345,3 +347,59 @@ def test_a_cache_is_no_tar_form(write_cache: Callable[..., Any], tmp_path: Path)
     assert not is_tar_form(write_cache(tmp_path / "cache").path)
     assert not is_tar_form(tmp_path / "nothing")
     assert is_tar_form(tmp_path / "shards" / "{000000..000002}.tar")
+
+
+# --- damage, and what a stranger made up ---
+
+def test_a_sample_that_is_damaged_is_never_given_out(make: Make, tmp_path: Path) -> None:
+    """By its own checksum, before the shard was read to its end; a record of an older version has none, and the end tells."""
+    make()
+    file, record = tmp_path / "shards" / "000001.tar", tmp_path / "shards" / "000001.json"
+    data = bytearray(file.read_bytes())
+    data[700] ^= 1
+    file.write_bytes(data)
+    stream = TarShards(tmp_path / "shards").raw(1)
+    with pytest.raises(HdovdError, match=r"000001\.tar: sample \d+ is damaged, by its checksum"):
+        next(stream)
+    tree = json.loads(record.read_text())
+    del tree["crc32"]
+    record.write_text(json.dumps(tree))
+    stream = TarShards(tmp_path / "shards").raw(1)
+    next(stream)
+    with pytest.raises(HdovdError, match=r"000001\.tar is damaged"):
+        list(stream)
+
+
+def rewrite_meta(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what meta.safetensors says, with the checksum."""
+    data = file.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    tree = json.loads(header["__metadata__"]["hdovd"])
+    change(tree)
+    file.write_bytes(save(load(data), {"hdovd": json.dumps(sealed(tree))}))
+
+
+def test_a_flipped_bit_of_the_meta_is_found(make: Make, tmp_path: Path) -> None:
+    make()
+    file = tmp_path / "shards" / TAR_META
+    before = file.read_bytes()
+    for at in range(0, len(before), max(1, len(before) // 60)):
+        file.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
+        with pytest.raises(HdovdError, match=rf"{TAR_META} (is damaged|has cache schema)"):
+            TarShards(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: t.update(samples=-1), lambda t: t.update(samples="3"), lambda t: t.update(samples=2.5), lambda t: t.update(samples=None),
+    lambda t: t.update(name="../../outside"), lambda t: t.update(name="a\x1b[2J"), lambda t: t.update(name=7), lambda t: t.update(set=[]),
+    lambda t: t["set"]["levels"].update({"class": "../../outside"}), lambda t: t["set"]["levels"].pop("boxes"),
+    lambda t: t["products"]["boxes"]["attributes"].update(rows=-1), lambda t: t["products"]["boxes"]["attributes"].update(rows="9"),
+    lambda t: t["products"]["instance"]["attributes"].update(rows=10**18),
+    lambda t: t["products"]["instance"]["attributes"].update(part_rows=0),
+    lambda t: t["products"]["class"]["attributes"].update(dim=-4), lambda t: t["products"]["class"].update(records=3),
+    lambda t: t["products"].update(instance=None), lambda t: t.update(products={}), lambda t: t.pop("about")])
+def test_meta_that_was_made_up_is_a_line(make: Make, tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    make()
+    rewrite_meta(tmp_path / "shards" / TAR_META, change)
+    with pytest.raises(HdovdError, match=rf"{TAR_META} is damaged"):
+        TarShards(tmp_path / "shards")

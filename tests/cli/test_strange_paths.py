@@ -73,11 +73,3 @@ def test_a_current_folder_that_is_gone(hdovd: Callable[..., Ran], world: Path, t
                 "--parser", "match", "--protocol", world / "protocol.toml", "--out", "n.json")
     assert ran.code == 1
     assert "error: the current folder is not there any more: change to another one" in ran.err
-
-
-def test_a_picture_whose_name_is_too_long_is_skipped_by_name(hdovd: Callable[..., Ran], tmp_path: Path) -> None:
-    for name in ("run.json", "model.safetensors"):
-        (tmp_path / name).touch()
-    ran = hdovd("detect", tmp_path, NAME, "--out", tmp_path / "out")
-    assert (ran.code, ran.err.count("\n")) == (1, 1)
-    assert "File name too long" in ran.err

@@ -1,7 +1,9 @@
 """Annotation files: what a protocol may see, which boxes are left out, and what is said of a bad file."""
 
+import gzip
 import json
 import tracemalloc
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 
 from hdovd.coco import DataPaths, Skips, Split, clip_box, load_split
 from hdovd.errors import HdovdError
+from hdovd.pipelines.train_config import validation_paths
 from hdovd.protocol import Protocol
 
 PROTOCOL = Protocol("mine", ("zebra", "cat"), ("dog",))
@@ -51,6 +54,7 @@ def test_base_only_sees_base_boxes_alone(tmp_path: Path) -> None:
     assert three.annotation_ids.tolist() == [1, 4]
     assert (three.boxes.dtype, three.labels.dtype, three.annotation_ids.dtype) == (np.float32, np.int64, np.int64)
     assert split.coco_ids == (ZEBRA, CAT, DOG)
+    assert split.empty == [4, 6, 8]
     assert split.path(three) == tmp_path / "0003.jpg"
     assert split.skips.by_reason == {}
 
@@ -84,7 +88,8 @@ BAD_BOXES = [
     ((float("nan"), 1, 2, 3), "not finite"), ((1, 1, float("inf"), 3), "not finite"), ((1, 1, 3, float("nan")), "not finite"),
     ((10, 10, -5, 5), "inverted"), ((10, 10, 5, -5), "inverted"), ((10, 10, -5, -5), "inverted"),
     ((1, 2, 3), "four numbers"), ((1, 2, 3, 4, 5), "four numbers"), ("1 2 3 4", "four numbers"), (None, "four numbers"),
-    ((1, 2, "3", 4), "four numbers"), ((1, 2, None, 4), "four numbers"), ({"x": 1}, "four numbers"),
+    ((1, 2, "3", 4), "four numbers"), ((1, 2, None, 4), "four numbers"), ({"x": 1}, "four numbers"), ((1, 2, True, 4), "four numbers"),
+    ((1, 2, [3], 4), "four numbers"), ((1, 2, 10**400, 4), "not finite"),
 ]
 
 
@@ -95,9 +100,9 @@ def test_a_bad_box_is_left_out_and_counted(tmp_path: Path, bbox: Any, reason: st
                  base_only=base_only)
     assert [i.id for i in split.images] == [1]  # the other has no box left
     assert split.images[0].annotation_ids.tolist() == [11]
-    (found, ids), = split.skips.by_reason.items()
+    (found, ids), (image_reason, image_ids) = split.skips.by_reason.items()
     assert reason in found
-    assert ids == [12, 13]
+    assert (ids, image_reason, image_ids) == ([12, 13], "image, no annotation of it is left", [2])
     assert any("skipped 2" in line and reason in line and "12, 13" in line for line in split.skips.lines())
 
 
@@ -254,7 +259,7 @@ def test_of_two_faults_the_first_is_named(tmp_path: Path) -> None:
         load(tmp_path, [image(1)], [good, broken, good, good])
     with pytest.raises(HdovdError, match="annotation number 1 lacks"):
         load(tmp_path, [image(1)], [good, {}, broken])
-    with pytest.raises(HdovdError, match="does not know"):
+    with pytest.raises(HdovdError, match="annotation 8 lacks"):  # of what the file is comes before what the protocol asks
         load(tmp_path, [image(1)], [broken], categories=CATEGORIES[:1])
     file = write(tmp_path, [image(1)], [broken])
     with pytest.raises(HdovdError, match="no image folder"):
@@ -294,6 +299,193 @@ def test_many_skips_are_shortened() -> None:
     line, = skips.lines()
     assert line.startswith("skipped 20: reason (0, 1, 2")
     assert "12 more" in line
+
+
+# Values of other types than their keys have.
+
+WRONG = [("1", "the text '1'"), (True, "true"), (None, "null"), ([1], "a list"), ({"a": 1}, "an object"), (1.5, "1.5"),
+         (float("nan"), "nan"), (float("inf"), "inf"), (1 << 63, "9223372036854775808"), (1e300, "a number of more than 64 bits"),
+         (10**400, "a number of more than 64 bits")]
+
+
+@pytest.mark.parametrize(("value", "found"), WRONG)
+@pytest.mark.parametrize("key", ["id", "image_id", "category_id"])
+def test_a_key_of_an_annotation_that_is_no_whole_number(tmp_path: Path, key: str, value: Any, found: str) -> None:
+    with pytest.raises(HdovdError, match=rf"instances\.json: annotation .*: {key} is {found}, expected a whole number"):
+        load(tmp_path, [image(1)], [annotation(1, 1, CAT), annotation(2, 1, CAT) | {key: value}])
+
+
+@pytest.mark.parametrize(("value", "found"), [*WRONG, (0, "0"), (-3, "-3")])
+@pytest.mark.parametrize("key", ["width", "height"])
+def test_a_side_of_an_image_that_is_none(tmp_path: Path, key: str, value: Any, found: str) -> None:
+    with pytest.raises(HdovdError, match=rf"instances\.json: image 2: {key} is {found}, expected a whole number of 1 to"):
+        load(tmp_path, [image(1), image(2) | {key: value}], [annotation(1, 1, CAT)])
+
+
+@pytest.mark.parametrize(("value", "found"), [*WRONG])
+def test_an_id_of_an_image_or_category_that_is_no_whole_number(tmp_path: Path, value: Any, found: str) -> None:
+    with pytest.raises(HdovdError, match=rf"instances\.json: image number 1: id is {found}"):
+        load(tmp_path, [image(1), image(2) | {"id": value}], [annotation(1, 1, CAT)])
+    with pytest.raises(HdovdError, match=rf"instances\.json: category number 4: id is {found}"):
+        load(tmp_path, [image(1)], [annotation(1, 1, CAT)], categories=[*CATEGORIES, {"id": value, "name": "last"}])
+
+
+def test_whole_floats_are_whole_numbers_and_nulls_are_absent(tmp_path: Path) -> None:
+    plain = load(tmp_path, [image(1), image(2)], [annotation(7, 2, CAT), annotation(8, 2, DOG)], base_only=False)
+    split = load(tmp_path, [image(1) | {"id": 1.0}, image(2) | {"width": 100.0, "height": 80.0}], [
+        annotation(7, 2, CAT, iscrowd=None, area=None, segmentation=None), annotation(8, 2, DOG) | {"image_id": 2.0, "category_id": 2.0}],
+        base_only=False, categories=[c | {"id": float(c["id"])} for c in CATEGORIES])
+    (expected,), (found,) = plain.images, split.images
+    assert (found.id, found.width, found.height, found.labels.tolist(), found.annotation_ids.tolist()) == (
+        expected.id, expected.width, expected.height, expected.labels.tolist(), expected.annotation_ids.tolist())
+    assert all(type(value) is int for value in (found.id, found.width, found.height, *split.coco_ids))
+
+
+@pytest.mark.parametrize("base_only", [True, False])
+@pytest.mark.parametrize(("change", "message"), [
+    ({"iscrowd": "0"}, "iscrowd is the text '0', expected 0 or 1"), ({"iscrowd": 2}, "iscrowd is 2"),
+    ({"iscrowd": [0]}, "iscrowd is a list"),
+    ({"area": "9"}, "area is the text '9', expected a number"), ({"area": True}, "area is true"), ({"area": float("nan")}, "area is nan"),
+    ({"area": 10**400}, "area is a number of more than 64 bits")])
+def test_an_optional_key_of_another_type(tmp_path: Path, base_only: bool, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(HdovdError, match=rf"instances\.json: annotation 2: {message}"):
+        load(tmp_path, [image(1)], [annotation(1, 1, CAT), annotation(2, 1, CAT) | change], base_only=base_only)
+
+
+def test_iscrowd_may_be_true_or_false(tmp_path: Path) -> None:
+    split = load(tmp_path, [image(1)], [annotation(1, 1, CAT, iscrowd=True), annotation(2, 1, CAT, iscrowd=False)])
+    assert split.images[0].annotation_ids.tolist() == [2]
+
+
+# Categories.
+
+def test_two_categories_of_one_id(tmp_path: Path) -> None:
+    """Files merged by hand: one class would be taught as the other."""
+    with pytest.raises(HdovdError, match=r"instances\.json: category id 7 is both 'cat' and 'horse'"):
+        load(tmp_path, [image(1)], [annotation(1, 1, CAT)], categories=[*CATEGORIES, {"id": 7, "name": "horse"}])
+
+
+@pytest.mark.parametrize("base_only", [True, False])
+def test_annotations_of_no_category_are_counted(tmp_path: Path, base_only: bool) -> None:
+    split = load(tmp_path, [image(1), image(2), image(3)], [
+        annotation(1, 1, CAT), annotation(2, 1, 55), annotation(3, 2, 55), annotation(4, 3, IGNORED)], base_only=base_only)
+    assert [i.id for i in split.images] == [1]
+    assert split.skips.by_reason == {"annotation, its category is none of instances.json": [2, 3],
+                                     "image, no annotation of it is left": [2]}
+    assert split.empty == [3]
+
+
+# Images without objects.
+
+def test_images_without_objects_are_told_and_may_be_kept(tmp_path: Path) -> None:
+    images = [image(1), image(2), image(3), image(4, 20, 20), image(5)]
+    annotations = [annotation(1, 1, CAT), annotation(2, 2, DOG), annotation(3, 5, CAT, (1, 1, 0, 0))]
+    file, said = write(tmp_path, images, annotations), list[str]()
+    data = DataPaths(None, tmp_path, file)
+    for base_only, left_out, line in ((True, [2, 3, 4], "3: image without an object of the base classes"),
+                                      (False, [3, 4], "2: image without an object of the protocol's classes")):
+        split = data.load("", PROTOCOL, base_only=base_only, log=said.append)
+        assert split.empty == left_out
+        assert any(line in one and "keep_empty" in one for one in said), said
+        keeping = replace(PROTOCOL, **{"keep_empty_train" if base_only else "keep_empty_val": True})
+        split = data.load("", keeping, base_only=base_only, log=said.append)
+        # 4 is too small to train on, 5 not without objects
+        assert [i.id for i in split.images] == ([1, 2, 3] if base_only else [1, 2, 3, 4])
+        assert split.empty == []
+        three = split.images[2]
+        assert (three.boxes.shape, three.labels.shape, three.annotation_ids.shape) == ((0, 4), (0,), (0,))
+        assert (three.boxes.dtype, three.labels.dtype, three.annotation_ids.dtype) == (np.float32, np.int64, np.int64)
+    other = replace(PROTOCOL, keep_empty_train=True)
+    assert data.load("", other, base_only=False, log=said.append).empty == [3, 4]  # each switch is for one
+
+
+# Annotations that say it otherwise.
+
+@pytest.mark.parametrize("bbox", [{}, {"bbox": None}])
+@pytest.mark.parametrize(("segmentation", "expected"), [
+    ([[10, 20, 40, 25, 30, 60.5]], [10, 20, 40, 60.5]), ([[10, 20, 12, 20, 12, 22], [50, 30, 60, 30, 60, 70.25]], [10, 20, 60, 70.25]),
+    ({"size": [80, 100], "counts": [80 * 10 + 20, 40, 40, 40, 80 * 90 - 140]}, [10, 20, 12, 60])])
+def test_the_box_follows_from_the_outline(tmp_path: Path, bbox: Any, segmentation: Any, expected: list[float]) -> None:
+    bare = {k: v for k, v in annotation(1, 1, CAT, segmentation=segmentation).items() if k != "bbox"} | bbox
+    assert load(tmp_path, [image(1)], [bare]).images[0].boxes.tolist() == [expected]
+
+
+def test_the_box_of_a_compressed_mask(tmp_path: Path) -> None:
+    from pycocotools import mask
+
+    area = np.zeros((80, 100), np.uint8, order="F")
+    area[20:60, 10:30] = 1
+    counts = mask.encode(area)["counts"].decode()
+    bare = annotation(1, 1, CAT, None, segmentation={"size": [80, 100], "counts": counts})
+    assert load(tmp_path, [image(1)], [bare]).images[0].boxes.tolist() == [[10, 20, 30, 60]]
+
+
+@pytest.mark.parametrize("segmentation", [
+    [[1, 2, 3]], [[1, 2, 3, 4]], [["1", 2, 3, 4, 5, 6]], ["x"], "x", 3, [[1, 2, 3, 4, 5, float("nan")]], {"a": 1},
+    {"size": [0, 0], "counts": [1]},
+    {"size": [80, 100], "counts": [3]}, {"size": [80, 100], "counts": [-3, 8003]}, {"size": [80, 100], "counts": "ooo"},
+    {"size": [80, "100"], "counts": "0"}, {"size": [80, 100], "counts": 3}, {"size": [80, 100], "counts": "\u00e9"}])
+def test_an_outline_that_is_none(tmp_path: Path, segmentation: Any) -> None:
+    split = load(tmp_path, [image(1)], [annotation(1, 1, CAT), annotation(2, 1, CAT, None, segmentation=segmentation)])
+    assert split.skips.by_reason == {"annotation, box is not four numbers": [2]}
+
+
+def test_a_packed_file_is_found_and_read(tmp_path: Path) -> None:
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "annotations").mkdir()
+    content = write(tmp_path, [image(1)], [annotation(1, 1, CAT)]).read_bytes()
+    file = tmp_path / "annotations" / "instances_train2017.json.gz"
+    file.write_bytes(gzip.compress(content))
+    split = DataPaths(tmp_path).load("train2017", PROTOCOL, base_only=True, log=lambda _: None)
+    assert (split.annotations, len(split.images)) == (file, 1)
+    (tmp_path / "val2017").mkdir()
+    file.rename(tmp_path / "annotations" / "instances_val2017.json.gz")
+    assert validation_paths(tmp_path, None, None) is not None
+    file.write_bytes(gzip.compress(content)[:-12])
+    with pytest.raises(HdovdError, match=r"instances_train2017\.json\.gz is not valid JSON .*is the download complete"):
+        DataPaths(tmp_path).load("train2017", PROTOCOL, base_only=True)
+
+
+def test_coco_url_names_the_picture(tmp_path: Path) -> None:
+    def entry(number: int, folder: str) -> dict[str, Any]:
+        bare = {k: v for k, v in image(number).items() if k != "file_name"}
+        return bare | {"coco_url": f"http://images.cocodataset.org/{folder}/{number:04d}.jpg"}
+
+    images, annotations = [entry(1, "train2017"), entry(2, "val2017")], [annotation(1, 1, CAT), annotation(2, 2, CAT)]
+    assert [i.file_name for i in load(tmp_path, images, annotations).images] == ["0001.jpg", "0002.jpg"]
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "val2017").mkdir()  # LVIS: the pictures of both lie side by side
+    assert [i.file_name for i in load(tmp_path, images, annotations).images] == ["train2017/0001.jpg", "val2017/0002.jpg"]
+
+
+# Names.
+
+@pytest.mark.parametrize(("name", "shown"), [
+    ("cat\x1b[31m", r"'cat\\x1b\[31m'"), ("cat\n", r"'cat\\n'"), ("\u202ecat", r"'\\u202ecat'"), ("\ud800", r"'\\ud800'"), ("", "''"),
+    ("c" * 201, "of 201 characters"), (3, "3"), (None, "null"), (["cat"], "a list")])
+def test_category_names_that_cannot_be_printed(tmp_path: Path, name: Any, shown: str) -> None:
+    with pytest.raises(HdovdError, match=rf"instances\.json: category 99: name is .*{shown}") as error:
+        load(tmp_path, [image(1)], [annotation(1, 1, CAT)], categories=[*CATEGORIES, {"id": 99, "name": name}])
+    assert len(str(error.value)) < 400
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["../0001.jpg", "a/../../0001.jpg", "/etc/passwd", "a/../..", "..", "/"])
+def test_pictures_outside_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(HdovdError, match=r"instances\.json: image 1: file_name is .* lies outside of the image folder .*--images"):
+        load(tmp_path, [image(1) | {"file_name": name}], [annotation(1, 1, CAT)])
+
+
+def test_other_ways_to_name_a_picture_in_the_folder(tmp_path: Path) -> None:
+    images = [image(k) | {"file_name": name} for k, name in enumerate((str(tmp_path / "a" / "1.jpg"), "a/../2..jpg", "b/3.jpg"), start=1)]
+    split = load(tmp_path, images, [annotation(k, k, CAT) for k in (1, 2, 3)])
+    assert [i.file_name for i in split.images] == ["a/1.jpg", "2..jpg", "b/3.jpg"]
+
+
+@pytest.mark.parametrize("name", [None, 3, "", "a\0.jpg", "a\n.jpg", ["a.jpg"], "x" * 5000])
+def test_a_file_name_that_is_none(tmp_path: Path, name: Any) -> None:
+    with pytest.raises(HdovdError, match=r"instances\.json: image 1"):
+        load(tmp_path, [image(1) | {"file_name": name}], [annotation(1, 1, CAT)])
 
 
 # Where a data set lies.

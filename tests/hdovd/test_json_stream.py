@@ -96,7 +96,7 @@ def test_trailing_garbage(tmp_path: Path, text: str, after: str) -> None:
 
 @pytest.mark.parametrize("text", [
     "[1,]", "[,1]", "[1 2]", '{"a" 1}', '{"a": }', '{"a": 1,}', '{"a": [1], }', '{a: 1}', '{1: 1}', "[1}", '{"a": [1}', "[.5]", "[01]",
-    "[1.]", "[1e+]", "[+1]", "['a']", '["\n"]', '["\\x"]', '["\\u12"]', "[tru]", "nul", "", "  ", "\ufeff[]"])
+    "[1.]", "[1e+]", "[+1]", "['a']", '["\n"]', '["\\x"]', '["\\u12"]', "[tru]", "nul", "", "  ", "\ufeff", "\ufeff\ufeff[]"])
 def test_what_is_no_json(tmp_path: Path, text: str) -> None:
     path = tmp_path / "f.json"
     path.write_text(text, encoding="utf-8")

@@ -292,9 +292,10 @@ def test_forms_of_names(noun: str, name: str | None) -> None:
     assert class_of_noun([noun], classes, {"couch": ["couch", "sofa"]}).get(0) == name
 
 
-@pytest.mark.parametrize("tree", [{}, {"images": [], "annotations": [{"id": 1}], "categories": []},
-                                  {"images": [{"id": 1}], "annotations": [], "categories": []}])
-def test_a_file_that_is_no_instances_file(tmp_path: Path, tree: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("tree", "message"), [
+    ({}, " is no COCO instances file"), ({"images": [], "annotations": [{"id": 1}], "categories": []}, ": annotation 1 lacks one of"),
+    ({"images": [{"id": 1}], "annotations": [], "categories": []}, ": image 1 lacks one of")])
+def test_a_file_that_is_no_instances_file(tmp_path: Path, tree: dict[str, Any], message: str) -> None:
     (tmp_path / "a.json").write_text(json.dumps(tree))
-    with pytest.raises(HdovdError, match=r"a\.json is no COCO instances file"):
+    with pytest.raises(HdovdError, match=rf"a\.json{message}"):
         read_truth(tmp_path / "a.json")

@@ -150,9 +150,18 @@ def test_a_copy_of_a_validation_picture_under_another_id(copied_world: Path, cac
     assert val["file_name"] in text
 
 
+def change_first(tree: Any, values: dict[str, Any]) -> None:
+    """Another entry for the first image, whose annotations go with it."""
+    image = tree["images"][0]
+    for a in tree["annotations"]:
+        if a["image_id"] == image["id"]:
+            a["image_id"] = values["id"]
+    image.update(values)
+
+
 def test_ids_that_both_sides_count_from_one_are_no_leak(copied_world: Path, cache: Path) -> None:
     train = json.loads((copied_world / "annotations" / "instances_train2017.json").read_text())["images"][0]
-    edit(copied_world / "annotations" / "instances_val2017.json", lambda tree: tree["images"][0].update(id=train["id"]))
+    edit(copied_world / "annotations" / "instances_val2017.json", lambda tree: change_first(tree, {"id": train["id"]}))
     check = check_of(report_of(copied_world, cache), "train and val")
     assert check.verdict is Verdict.OK
     assert any(f"image id {train['id']} is used" in detail for detail in check.details)
@@ -162,13 +171,13 @@ def test_shared_ids_without_the_pictures(copied_world: Path, cache: Path) -> Non
     """Both sets count from one, and their pictures are not here: the id alone shows nothing, name and size do."""
     train = json.loads((copied_world / "annotations" / TRAIN).read_text())["images"][0]
     shutil.rmtree(copied_world / "val2017")
-    edit(copied_world / "annotations" / VAL, lambda tree: tree["images"][0].update(id=train["id"]))
+    edit(copied_world / "annotations" / VAL, lambda tree: change_first(tree, {"id": train["id"]}))
     check = check_of(report_of(copied_world, cache), "train and val")
     assert check.verdict is Verdict.UNKNOWN
     assert any(f"on both sides (ids {train['id']})" in line for line in check.details)
-    edit(copied_world / "annotations" / VAL, lambda tree: tree["images"][0].update(train | {"width": train["width"] + 1}))
+    edit(copied_world / "annotations" / VAL, lambda tree: change_first(tree, train | {"width": train["width"] + 1}))
     assert check_of(report_of(copied_world, cache), "train and val").verdict is Verdict.UNKNOWN
-    edit(copied_world / "annotations" / VAL, lambda tree: tree["images"][0].update(train))
+    edit(copied_world / "annotations" / VAL, lambda tree: change_first(tree, train))
     assert f"image {train['id']} is in the training set and in" in leak_of(report_of(copied_world, cache), "train and val")
 
 

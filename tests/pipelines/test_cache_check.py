@@ -7,18 +7,22 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import TABLES, Level
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
 from hdovd.pipelines.cache_check import CheckReport, check_cache
+from hdovd.pipelines.cache_jobs import ExportConfig
 from hdovd.pipelines.check_config import CheckConfig
 from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
+from hdovd.pipelines.export import export_tars
 from hdovd.pipelines.extract_clip import extract_clip
 from hdovd.pipelines.extract_config import ExtractConfig
 
@@ -395,7 +399,7 @@ def test_repair_of_one_set_leaves_others_alone(copied: Path, extraction: Callabl
 def test_unfinished_products_are_no_fault(copied: Path, parted: Path, extraction: Callable[..., ExtractConfig], teacher: ClipTeacher,
                                           check: Callable[..., CheckReport], unchanged: Callable[[Path, Path], list[str]]) -> None:
     """As a killed extraction leaves them; a damaged part among the finished ones is dropped by repair, and the extraction goes on."""
-    (copied / "sets/default.json").unlink()
+    Catalog(copied).delete_set("default")
     product = _product(copied, Level.INSTANCE)
     (product / "parts/000003.json").unlink()
     (product / "parts/000000.json").unlink()
@@ -411,15 +415,15 @@ def test_unfinished_products_are_no_fault(copied: Path, parted: Path, extraction
 
 
 def test_metadata_that_no_set_can_make_again(copied: Path, check: Callable[..., CheckReport], untouched: Callable[[Path], Any]) -> None:
-    (copied / "sets/default.json").unlink()
+    Catalog(copied).delete_set("default")
     _in_metadata(copied)
     with untouched(copied), pytest.raises(HdovdError, match=r"instance/[0-9a-f]{24} is damaged.*no set says.*gc"):
         check(copied, repair=True)
 
 
 def test_imported_sets_cannot_be_made_again(copied: Path, check: Callable[..., CheckReport], untouched: Callable[[Path], Any]) -> None:
-    file = copied / "sets/default.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"made_from": {}}))
+    catalog = Catalog(copied)
+    catalog.write_set("default", replace(catalog.sets()["default"], made_from={}))
     _in_embedding(copied)
     with untouched(copied), pytest.raises(HdovdError, match=r"was imported.*import them again"):
         check(copied, repair=True)
@@ -432,3 +436,21 @@ def test_what_is_no_cache_is_refused(tmp_path: Path, check: Callable[..., CheckR
     file.write_text(file.read_text().replace('"schema_version": 2', '"schema_version": 3'))
     with pytest.raises(HdovdError, match="newer hdovd"):
         check(copied, repair=True)
+
+
+def test_shards_are_checked_one_by_one(parted: Path, tmp_path: Path) -> None:
+    """All that is wrong is named, and what is sound is said to be so."""
+    export_tars(ExportConfig(parted, tmp_path / "shards", samples=6), lambda _: None)
+    said: list[str] = []
+    assert check_cache(CheckConfig(tmp_path / "shards"), said.append).findings == []
+    assert said[-2:] == ["checked 4 tar shards of 23 images: every file, by checksum and by value", "nothing is wrong"]
+    for number, at in ((1, 700), (3, 5000)):
+        file = tmp_path / "shards" / f"{number:06d}.tar"
+        data = bytearray(file.read_bytes())
+        data[at] ^= 1
+        file.write_bytes(data)
+    (tmp_path / "shards" / "000002.json").unlink()
+    found = check_cache(CheckConfig(tmp_path / "shards"), said.append).findings
+    assert [finding.place for finding in found] == ["000001.tar", "000002.tar", "000003.tar"]
+    with pytest.raises(HdovdError, match=r"is of tar shards: --sample and --repair need the Zarr cache"):
+        check_cache(CheckConfig(tmp_path / "shards", repair=True), said.append)

@@ -189,7 +189,7 @@ def test_a_calibration_on_classes_that_are_novel_now_is_refused(cache: Path, mic
 
 
 @pytest.mark.parametrize(("content", "expected"), [
-    (b"PK\x03\x04\xff" * 10_000, "is no calibration"), (b"", r"lacks 'pseudo_boxes'"), (None, "No such file")])
+    (b"PK\x03\x04\xff" * 10_000, "is no calibration"), (b"", r"lacks 'pseudo_boxes'"), (None, "no such file")])
 def test_what_is_no_calibration_is_said_in_a_line(tmp_path: Path, content: bytes | None, expected: str) -> None:
     if content is not None:
         (tmp_path / "c.toml").write_bytes(content)

@@ -123,3 +123,13 @@ def test_file_of_nouns_of_other_images(extraction: Config, nouns_file: Path, tmp
     nouns_file.write_text(json.dumps(tree))
     with pytest.raises(HdovdError, match=r"nouns\.json has no noun for any of the \d+ training images"):
         prepare(extraction(tmp_path / "cache", vocabulary=None, captions=None, nouns=nouns_file), _silent)
+
+
+def test_captions_of_other_images(extraction: Config, tmp_path: Path) -> None:
+    config = extraction(tmp_path / "cache")
+    tree = json.loads(config.captions.read_text())
+    for entry in tree["annotations"]:
+        entry["image_id"] += 1_000_000
+    (tmp_path / "c.json").write_text(json.dumps(tree))
+    with pytest.raises(HdovdError, match=r"--captions .*c\.json has no noun for any of the \d+ training images"):
+        prepare(replace(config, captions=tmp_path / "c.json"), _silent)

@@ -116,7 +116,10 @@ def test_extraction_finds_the_same_in_captions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("content", "what"), [
     (None, "no file"), ("{}", "no COCO captions file"), ("[]", "no COCO captions file"), ('{"annotations": {}}', "no COCO captions file"),
     ('{"annotations": [{"image_id": 1}]}', "entry 0 of annotations is no"),
-    ('{"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "a"}]}', "entry 1 of annotations is no"),
+    ('{"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "a"}]}',
+     "entry 1 of annotations: image_id is the text '1', expected a whole number"),
+    ('{"annotations": [{"image_id": 1, "caption": ["a"]}]}', "entry 0 of annotations: caption is a list, expected text"),
+    ('{"images": [{"id": "1"}], "annotations": []}', "an image's id is the text '1'"),
     ('{"annotations": []}', "0 captions, and none holds a noun"), ('{"annotations": [', "not valid JSON"),
     ('{"annotations": [{"image_id": 1, "caption": "Ein Regenschirm und eine Katze"}]}', "are they of one language"),
 ])

@@ -59,7 +59,8 @@ def untrained(world: Path, training_cache: Path, tmp_path: Path) -> Callable[...
     def write(name: str, recipe: Recipe, dim: int = 24, protocol: Protocol | None = None) -> RunFolder:
         torch.manual_seed(7)
         protocol = protocol or load_protocol(str(world / "protocol.toml"))
-        run = RunFolder.create(tmp_path / name, recipe, protocol, torch.randn(len(protocol.names), dim), {"cache": {"levels": {}}},
+        texts = torch.nn.functional.normalize(torch.randn(len(protocol.names), dim), dim=1)
+        run = RunFolder.create(tmp_path / name, recipe, protocol, texts, {"cache": {"levels": {}}},
                                overwrite=False)
         model = build_detector(recipe, dim, None)
         model.set_object_text(torch.randn(dim))
@@ -234,7 +235,7 @@ def test_all_cells_of_an_ablation_begin_with_it(distilled: RunFolder, base_only:
     first.path.mkdir(parents=True)
     (first.path / "config.toml").write_text(first.recipe.to_toml())
     (first.path / "run.json").write_text(json.dumps({"protocol": load_protocol(config.protocol).to_dict(), "cache": {"levels": {}},
-                                                     "init": {"sha256": init_hash(distilled.path)}}))
+                                                     "init": {"run": "source", "sha256": init_hash(distilled.path)}}))
     standing(first, config)
     for other in (None, base_only.path):
         asked = replace(config, init=other)

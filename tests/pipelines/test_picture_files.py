@@ -48,6 +48,7 @@ def test_files_and_patterns(photos: Path, word: str, expected: list[str]) -> Non
 def test_paths_by_standard_input(photos: Path, between: bytes) -> None:
     names = ["photos/b.jpg", "not there.jpg", "P1.jpg"]
     assert _found("-", stdin=between.join([*map(str.encode, names), b""])) == names
+    assert _found("-", stdin=b"\xef\xbb\xbf" + between.join(map(str.encode, names))) == names
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"])

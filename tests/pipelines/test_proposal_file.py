@@ -110,12 +110,29 @@ GOOD = {"image_id": 1, "bbox": [1, 1, 9, 9], "score": 0.5}
 
 
 @pytest.mark.parametrize("tree", [
-    {}, 3, None, GOOD, {"annotations": [GOOD]}, [[]], [GOOD, 3], [GOOD, GOOD | {"image_id": "1"}], [GOOD, GOOD | {"image_id": 1.0}],
+    {}, 3, None, GOOD, {"annotations": [GOOD]}, [[]], [GOOD, 3],
     *([GOOD, {k: v for k, v in GOOD.items() if k != key}] for key in GOOD)])
 def test_a_file_of_another_form(tmp_path: Path, tree: object) -> None:
     (tmp_path / "p.json").write_text(json.dumps(tree))
     with pytest.raises(HdovdError, match=r"p\.json is no proposal file: expected COCO results JSON, a list of \{image_id, bbox"):
         read_proposals(tmp_path / "p.json", [_image(1)], Skips())
+
+
+@pytest.mark.parametrize(("image_id", "found"), [
+    ("1", "the text '1', expected a whole number: write it without quotes"), (None, "null"), (True, "true"), (1.5, "1.5"), ([1], "a list"),
+    (float("nan"), "nan"), (1 << 63, "9223372036854775808"), (10**400, "a number of more than 64 bits")])
+def test_an_image_id_that_is_no_whole_number(tmp_path: Path, image_id: object, found: str) -> None:
+    (tmp_path / "p.json").write_text(json.dumps([GOOD, GOOD | {"image_id": image_id}]))
+    with pytest.raises(HdovdError, match=rf"p\.json: entry 1: image_id is {found}"):
+        read_proposals(tmp_path / "p.json", [_image(1)], Skips())
+
+
+def test_a_whole_float_is_an_image_id_and_no_bool_is_a_number(tmp_path: Path) -> None:
+    entries = [GOOD, GOOD | {"image_id": 1.0}, GOOD | {"score": True}, GOOD | {"bbox": [1, 1, True, 9]}, GOOD | {"score": "0.9"}]
+    (tmp_path / "p.json").write_text(json.dumps(entries))
+    skips = Skips()
+    assert len(read_proposals(tmp_path / "p.json", [_image(1)], skips)[1].boxes) == 2
+    assert sorted(skips.by_reason.values()) == [[2, 4], [3]]
 
 
 def test_a_file_that_is_cut_off(tmp_path: Path) -> None:

@@ -155,13 +155,29 @@ def test_writing_without_made_by_takes_an_old_sidecar_away(tmp_path: Path) -> No
     assert [file.name for file in tmp_path.iterdir()] == ["p.json"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"identity": "a"}', '{"identity": "a", "made_by": 3}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"identity": "a"}', '{"identity": "a", "made_by": 3}', "[" * 100_000,
+                                     '{"identity": "a", "made_by": {"a": ["\\u001b[31m"]}}',
+                                     '{"identity": "a", "made_by": {"\\u0007": 1}}'],
+                         ids=lambda content: content[:40])
 def test_a_damaged_sidecar_says_nothing(tmp_path: Path, content: str) -> None:
     write_proposals(tmp_path / "p.json", _found(), MADE_BY)
     made_by_file(tmp_path / "p.json").write_text(content)
     table = read_table(tmp_path / "p.json")
     assert table.made_by is None
     assert any("unknown" in note for note in table.notes)
+
+
+@pytest.mark.parametrize("method", [14, 99])  # one whose data are damaged then, one that nobody knows
+def test_npz_of_another_compression_is_damaged(tmp_path: Path, method: int) -> None:
+    write_proposals(tmp_path / "p.npz", _found())
+    data = bytearray((tmp_path / "p.npz").read_bytes())
+    for head, place in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        at = -1
+        while (at := data.find(head, at + 1)) >= 0:
+            data[at + place:at + place + 2] = method.to_bytes(2, "little")
+    (tmp_path / "p.npz").write_bytes(data)
+    with pytest.raises(HdovdError, match=r"p\.npz is damaged .*is the download complete"):
+        read_table(tmp_path / "p.npz")
 
 
 def test_npz_whose_boxes_were_changed_keeps_no_made_by(tmp_path: Path) -> None:
@@ -214,7 +230,13 @@ def test_old_keys_and_xywh(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"bbox_mode": 2}, "bbox_mode 2"), ({"ids": [7, 8]}, "2 ids"), ({"ids": ["a"]}, "whole numbers"),
+    ({"bbox_mode": 2}, "bbox_mode is 2"), ({"bbox_mode": np.zeros(2)}, "bbox_mode is of type ndarray"),
+    ({"ids": [7, 8]}, "2 ids"),
+    ({"ids": ["a"]}, "one of ids is the text 'a', expected a whole number"), ({"ids": [7.5]}, "ids is 7.5"),
+    ({"ids": [True]}, "ids is true"),
+    ({"ids": [np.zeros(2)]}, "ids is of type ndarray"), ({"ids": ["9" * 30]}, "more than 64 bits"), ({"ids": [None]}, "ids is null"),
+    ({"objectness_logits": ["0.5"]}, "image 7: objectness_logits are the text '0.5'"), ({"objectness_logits": [{}]}, "an object"),
+    ({"objectness_logits": [[[1], [1, 2]]]}, "a list of something else than numbers"), ({"objectness_logits": 3}, "one entry an image"),
     ({"boxes": [np.zeros((2, 4))]}, "2 boxes"),
     ({"boxes": [np.zeros((1, 3))]}, r"expected \(n, 4\)"), ({"boxes": [[1, 2, 3, 4]]}, "found a list"), ({"ids": 3}, "one entry an image")])
 def test_a_dict_that_does_not_fit(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -17,10 +17,11 @@ from hdovd.coco import DataPaths, ImageBoxes, Skips, Split
 from hdovd.config import Recipe, TrainConfig
 from hdovd.errors import HdovdError
 from hdovd.pipelines.demo.world import BASE
-from hdovd.pipelines.proposal_networks import load_network, made_by, save_network, settings, weights_hash
+from hdovd.pipelines.proposal_networks import load_network, made_by, save_network, settings
 from hdovd.pipelines.proposal_recall import Recall, recall_report, recall_table, without_crowds
 from hdovd.pipelines.propose import propose
 from hdovd.pipelines.propose_config import Detector, ProposeJob, RecallJob, propose_job
+from hdovd.pipelines.tensor_file import tensors_hash
 from hdovd.protocol import load_protocol
 
 Made = tuple[ProposeJob, list[str]]
@@ -122,16 +123,16 @@ def test_what_made_it_is_kept(made: ProposeJob, network: Path, world: Path, kept
     assert found["protocol"] == {"name": "demo-world", "base": list(BASE)}
     assert found["recipe"]["proposals"] == made.recipe.proposals.model_dump()
     assert set(found["recipe"]) == {"detector", "input", "proposals", "train"}
-    assert found["weights_sha256"] == weights_hash(load_file(network))
+    assert found["weights_sha256"] == tensors_hash(load_file(network))
     assert json.loads(json.dumps(found)) == found
 
 
-def test_weights_hash_sees_names_shapes_and_values() -> None:
+def test_tensors_hash_sees_names_shapes_and_values() -> None:
     one = {"a": torch.zeros(2, 3), "b": torch.ones(2)}
     others = [{"a": torch.zeros(3, 2), "b": torch.ones(2)}, {"c": torch.zeros(2, 3), "b": torch.ones(2)},
               {"a": torch.zeros(2, 3), "b": torch.tensor([1.0, 1.5])}, {"a": torch.zeros(2, 3)}]
-    assert weights_hash(one) == weights_hash(dict(reversed(one.items())))
-    assert len({weights_hash(other) for other in (one, *others)}) == 5
+    assert tensors_hash(one) == tensors_hash(dict(reversed(one.items())))
+    assert len({tensors_hash(other) for other in (one, *others)}) == 5
 
 
 def test_files_that_hold_no_network(made: ProposeJob, network: Path, tmp_path: Path) -> None:
@@ -223,7 +224,9 @@ def test_crowds_are_no_objects(tmp_path: Path) -> None:
     import numpy as np
 
     file = tmp_path / "a.json"
-    file.write_text(json.dumps({"annotations": [{"id": 7, "iscrowd": 1}, {"id": 8, "iscrowd": 0}, {"id": 9}]}))
+    rows = [{"id": 7, "iscrowd": 1}, {"id": 8, "iscrowd": 0}, {"id": 9, "iscrowd": None}, {"id": 10}]
+    file.write_text(json.dumps({"images": [{"id": 1, "file_name": "1.jpg", "width": 50, "height": 50}], "categories": [],
+                                "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]} | row for row in rows]}))
     image = ImageBoxes(1, "1.jpg", 50, 50, np.arange(12, dtype=np.float32).reshape(3, 4), np.array([0, 1, 2]), np.array([7, 8, 9]))
     (left,) = without_crowds(Split([image], tmp_path, file, (1, 2, 3), Skips())).images
     assert left.annotation_ids.tolist() == [8, 9]

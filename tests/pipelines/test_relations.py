@@ -79,23 +79,32 @@ def test_a_cache_that_was_extracted_anew_is_not_taken_for_the_runs_own(distilled
     run = RunFolder(Path(shutil.copytree(distilled.path, tmp_path / "run")))
     record = run.record()
     record["cache"]["levels"]["instance"]["key"] = "0" * 24
-    (run.path / "run.json").write_text(json.dumps(record))
+    _write(run, record)
     with pytest.raises(HdovdError, match=r"no set of features with the products that the run was trained from \(it has default\)"):
-        cache_of(run.record())
+        cache_of(run)
 
 
-def test_data_are_those_of_the_runs_own_set(distilled: RunFolder, copied_cache: Path, world: Path) -> None:
-    record = distilled.record()
+def test_data_are_those_of_the_runs_own_set(distilled: RunFolder, copied_cache: Path, world: Path, tmp_path: Path) -> None:
+    run = RunFolder(Path(shutil.copytree(distilled.path, tmp_path / "run")))
+    record = run.record()
     record["cache"]["path"] = str(copied_cache)
     own = json.loads((copied_cache / "sets" / "default.json").read_text())
     other = own | {"levels": own["levels"] | {"class": "0" * 24}, "made_from": own["made_from"] | {"data": {"root": "/elsewhere"}}}
     (copied_cache / "sets" / "aaa.json").write_text(json.dumps(other))
-    assert data_of_cache(record) == DataPaths(world)
+    _write(run, record)
+    assert data_of_cache(run) == DataPaths(world)
 
 
-@pytest.mark.parametrize(("cache", "why"), [({"path": None}, "does not say which cache"), ({"path": "c"}, "does not say which cache"),
+@pytest.mark.parametrize(("recorded", "why"), [({"path": None, "levels": {}}, "does not say which cache"),
+                                            ({"path": "c", "levels": {}}, "does not say which cache"),
                                             ({"path": "shards/{000000..000002}.tar", "levels": {"image": {"key": "k"}}}, "tar shards"),
                                             ({"path": "gone", "levels": {"image": {"key": "k"}}}, "no feature cache at gone")])
-def test_a_record_without_a_cache_of_use(cache: dict[str, object], why: str) -> None:
+def test_a_record_without_a_cache_of_use(distilled: RunFolder, tmp_path: Path, recorded: dict[str, object], why: str) -> None:
+    _write(RunFolder(tmp_path), distilled.record() | {"cache": recorded})
     with pytest.raises(HdovdError, match=why):
-        cache_of({"cache": cache})
+        cache_of(RunFolder(tmp_path))
+
+
+def _write(run: RunFolder, record: dict[str, object]) -> None:
+    """A record as an older version wrote it, without a checksum."""
+    (run.path / "run.json").write_text(json.dumps({name: value for name, value in record.items() if name != "sha256"}))

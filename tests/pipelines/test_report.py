@@ -140,10 +140,10 @@ def test_a_run_whose_cache_is_gone_still_has_a_report(distilled: RunFolder, worl
     record = json.loads((run / "run.json").read_text())
     record["cache"]["path"] = str(tmp_path / "moved away")
     (run / "run.json").write_text(json.dumps(record))
-    page, _ = _report([run], world, tmp_path / "out")
+    page, _ = _report([run], world, tmp_path / "out", trust=True)
     assert page.text.count("no feature cache at") == 2  # of pseudo boxes, and of relations
     with pytest.raises(HdovdError, match=r"where are the pictures.*moved away"):
-        report(ReportJob((run,), tmp_path / "out"), lambda _: None)
+        report(ReportJob((run,), tmp_path / "out", trust=True), lambda _: None)
 
 
 def test_without_data_the_pictures_are_where_the_cache_was_made(distilled: RunFolder, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_recipe_of_another_version_leaves_out_what_needs_the_model(distilled: 
     runs = _copies({"run": distilled}, tmp_path)
     evaluate(EvalJob(runs[0], DataPaths(world), device="cpu"), lambda _: None)
     (runs[0] / "config.toml").write_text("some_old_key = 1\n" + (runs[0] / "config.toml").read_text())
-    page, _ = _report(runs, world, tmp_path / "out")
+    page, _ = _report(runs, world, tmp_path / "out", trust=True)
     assert "run: recipe" in page.text
     assert "some_old_key" in page.text
 
@@ -191,7 +191,7 @@ def test_a_recipe_of_another_version_leaves_out_what_needs_the_model(distilled: 
 def test_an_unfinished_run_is_called_that(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
     (run,) = _copies({"run": distilled}, tmp_path)
     (run / "config.toml").write_text((run / "config.toml").read_text().replace("epochs = 3", "epochs = 9"))
-    page, _ = _report([run], world, tmp_path / "out", gallery=0, pseudo=0, relation_images=0)
+    page, _ = _report([run], world, tmp_path / "out", gallery=0, pseudo=0, relation_images=0, trust=True)
     assert "run has done 3 of its 9 epochs" in page.text
 
 

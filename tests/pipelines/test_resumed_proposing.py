@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from hdovd.coco import DataPaths
 from hdovd.config import Recipe, build_recipe
-from hdovd.pipelines.proposal_networks import build_network, made_by, weights_hash
+from hdovd.pipelines.proposal_networks import build_network, made_by
 from hdovd.pipelines.propose_config import Detector, ProposeJob
+from hdovd.pipelines.tensor_file import tensors_hash
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_a_network_of_averaged_weights(job: Callable[..., ProposeJob], unbroken:
     _same(*out)
     one, other = (load_file(file.with_name("p.oln.safetensors")) for file in (out[0], unbroken))
     assert not torch.equal(one["head.fc1.weight"], other["head.fc1.weight"])
-    assert made_by(out[0].with_name("p.oln.safetensors"))["weights_sha256"] == weights_hash(one)
+    assert made_by(out[0].with_name("p.oln.safetensors"))["weights_sha256"] == tensors_hash(one)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])

@@ -339,6 +339,8 @@ def test_a_run_of_before_these_choices_goes_on(play: Play, unbroken: Path, tmp_p
     later = ("accumulate", "ema", "compile")
     assert sum(line.startswith(later) for line in file.read_text().splitlines()) == len(later)
     file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if not line.startswith(later)))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({name: record[name] for name in record if name not in ("files", "sha256")}))
     assert "ema" not in load_checkpoint(tmp_path / "run")  # type: ignore[operator]
     play(tmp_path / "run", resume=True)
     _same(tmp_path / "run", unbroken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,12 @@ def test_tampered_annotation_ids_are_refused(world: Path, copied_cache: Path, mi
     first, second = np.flatnonzero(values >= 0)[:2]
     values[[first, second]] = values[[second, first]]
     ids[:] = values
+    with pytest.raises(HdovdError, match=r"annotation_id/c/0 is damaged"):
+        _training_set(world, copied_cache, micro_recipe())
+    record = next((copied_cache / "boxes").glob("*/parts/tables.json"))
+    tree = json.loads(record.read_text())
+    tree["objects"]["annotation_id/c/0"]["sha256"] = sha256((record.parent.parent / "annotation_id/c/0").read_bytes()).hexdigest()
+    record.write_text(json.dumps(tree))  # its checksum was changed with it
     data = _training_set(world, copied_cache, micro_recipe())
     with pytest.raises(HdovdError, match="image 1 are of annotations"):
         data[0]

@@ -181,7 +181,7 @@ def test_a_cpu_counts_in_fp32_whatever_it_was_trained_in(distilled: RunFolder, w
     config = (out / "config.toml").read_text()
     assert 'precision = "fp32"' in config
     (out / "config.toml").write_text(config.replace('precision = "fp32"', 'precision = "bf16"'))
-    model, texts = _model(RunFolder(out))
+    model, texts = _model(RunFolder(out, trusted=True))
     found = _validation(distilled, world).run(model, texts)
     assert all(torch.equal(a.scores, b.scores) for a, b in zip(found.detections, validated.detections, strict=True))
 
