@@ -1,4 +1,4 @@
-# make demo | make pictures | make test | make test-avx2 | make check: each sets up what it needs. Quotes keep paths with spaces whole.
+# make demo | make pictures | make test | make test-avx2 | make fuzz | make check: each sets up what it needs. Quotes keep paths with spaces whole.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ PYTEST := "$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --n
 NUMERICAL := tests/hdovd $(addprefix tests/pipelines/test_,clip_teacher.py crop_embeddings.py dense_clip.py detector.py evaluate_stage.py \
              export_model.py precision.py pseudo_labels.py train_stage.py)
 
-.PHONY: demo pictures test test-avx2 check setup clean
+.PHONY: demo pictures test test-avx2 fuzz check setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -27,6 +27,11 @@ test-avx2: setup
 	if "$(BIN)/python" -c 'import sys, torch; sys.exit("AVX512" in torch.backends.cpu.get_cpu_capability())'; \
 	then echo "this CPU has no AVX-512 that torch would use: its tests were those of AVX2"; \
 	else ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(NUMERICAL); fi
+
+# Ten times as many changed files as the tests have, and a hundred flipped bits of each kind: docs/RELIABILITY.md.
+fuzz: setup
+	HDOVD_FUZZ=8 HDOVD_FLIPS=100 "$(BIN)/python" -m pytest -q -s tests/hdovd/test_mutated_files.py tests/pipelines/test_mutated_folders.py \
+	  tests/pipelines/test_flipped_bits.py
 
 check: setup
 	"$(BIN)/python" -m ruff check .

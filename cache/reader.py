@@ -262,9 +262,11 @@ def require_together(url: str, inputs: dict[Level, KeyInputs]) -> None:
     if Level.INSTANCE in inputs and Level.BOXES in inputs:
         lines += [f"instance and boxes: {line}"
                   for line in differences(inputs[Level.INSTANCE]["boxes"], inputs[Level.BOXES]["boxes"], "boxes.")]
-    if Level.PSEUDO_LABEL in inputs:
-        lines += [f"pseudo_label and {level}: it was made from {inputs[Level.PSEUDO_LABEL][level]}, the set has {key_of(inputs[level])}"
-                  for level in (Level.INSTANCE, Level.NOUN) if inputs[Level.PSEUDO_LABEL][level] != key_of(inputs[level])]
+    labels = inputs.get(Level.PSEUDO_LABEL, {})
+    for level in (Level.INSTANCE, Level.NOUN) if labels else ():
+        have = key_of(inputs[level]) if level in inputs else "none"
+        if labels[level] != have:
+            lines.append(f"pseudo_label and {level}: it was made from {labels[level]}, the set has {have}")
     if lines:
         raise HdovdError(f"{url}: these levels cannot be used together:\n  " + "\n  ".join(lines))
 

@@ -401,9 +401,9 @@ class DataPaths:
     annotations: Path | None = None
 
     def load(self, split: str, protocol: Protocol, *, base_only: bool, log: Callable[[str], None] = print,
-             exif: Exif = Exif.APPLY) -> Split:
+             exif: str = Exif.APPLY) -> Split:
         """`load_split` of `split` ("train2017", "val2017"), its pictures to be read by `exif`; what is skipped goes to `log`."""
-        loaded = replace(load_split(*self.locate(split), protocol, base_only=base_only), exif=exif)
+        loaded = replace(load_split(*self.locate(split), protocol, base_only=base_only), exif=Exif(exif))
         for line in loaded.skips.lines():
             log(line)
         if loaded.empty:

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hdovd.coco import Exif
 from hdovd.config_parts import AUTO, Auto, Count, Finite, NonNegative, Positive, Section, Share
 from hdovd.config_parts import PRESETS as PRESETS
 from hdovd.detector_config import FORMS, DetectorConfig, FasterRCNNConfig
@@ -29,7 +28,7 @@ class InputConfig(Section):
     train_short_sides: list[Count] = Field(default_factory=list)  # one is drawn for each image of a step; empty, or not there: short_side
     long_side: Count
     flip: Share
-    exif: Annotated[Exif, Field(strict=False)] = Exif.APPLY  # for pictures whose annotated size fits both turned as EXIF says and as stored
+    exif: Literal["apply", "ignore"] = "apply"  # for pictures whose annotated size fits both turned as EXIF says and as stored
     mean: Annotated[list[Finite], Field(min_length=3, max_length=3)]
     std: Annotated[list[Positive], Field(min_length=3, max_length=3)]
 

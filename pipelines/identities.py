@@ -44,7 +44,7 @@ def exif_of(inputs: Mapping[Level, KeyInputs]) -> Exif | None:
     return next((exif for exif in Exif if exif in found), None)
 
 
-def require_exif(inputs: Mapping[Level, KeyInputs], wanted: Exif, where: str) -> None:
+def require_exif(inputs: Mapping[Level, KeyInputs], wanted: str, where: str) -> None:
     """Raises HdovdError if the pictures of a set were read in another way."""
     exif = exif_of(inputs)
     if exif not in (None, wanted):

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.identity import differences, require_seal, sealed
 from hdovd.config import Recipe, load_recipe
-from hdovd.errors import HdovdError, shorten, system_line
+from hdovd.errors import HdovdError, require_readable, shorten
 from hdovd.extensions import outside_code
 from hdovd.pipelines.settings import lasting_values
 from hdovd.pipelines.user_cache import user_cache_folder
@@ -73,8 +73,8 @@ class RunFolder:
             for name in FOLDERS:
                 shutil.rmtree(path / name, ignore_errors=True)
         write_text(path / "config.toml", recipe.to_toml())
-        embeddings = {"embeddings": class_embeddings.contiguous()}
-        replace_file(path / "class_embeddings.safetensors", lambda partial: save_tensors(embeddings, partial))
+        rows = {"embeddings": class_embeddings.contiguous()}
+        replace_file(path / "class_embeddings.safetensors", lambda partial: save_tensors(rows, partial))
         run = cls(path, trusted=True)
         files = {name: weights_hash(path / name) for name in LASTING}
         run._write_record({"protocol": protocol.to_dict(), **record, "resumed": [], "files": files})  # the last: what has one is begun
@@ -139,11 +139,10 @@ class RunFolder:
     def record(self) -> dict[str, Any]:
         """Raises HdovdError for one that is damaged, or was changed, unless the run is trusted."""
         file = self.path / "run.json"
+        require_readable(file)
         try:
             return parse_record(file.read_bytes(), trusted=self.trusted)
-        except PermissionError as error:
-            raise HdovdError(system_line(error)) from error
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise HdovdError(f"{file} is damaged ({error}): was the run copied whole? If you changed it yourself: --trust") from error
 
     def cache_url(self) -> str | None:
@@ -181,10 +180,10 @@ class RunFolder:
         """(C, D) text embeddings of the protocol's classes. Raises HdovdError if the file is not there, damaged, or of other classes."""
         from hdovd.pipelines.tensor_file import load_tensors
 
-        file, names = self.path / "class_embeddings.safetensors", self.protocol().names
+        file = self.path / "class_embeddings.safetensors"
         if not file.exists():
             raise HdovdError(f"{self.path} has no {file.name}, which hdovd train writes: was the run copied whole?")
-        tensors = load_tensors(file)
+        tensors, names = load_tensors(file), self.protocol().names
         self._require_as_written(file.name)
         rows = tensors.get("embeddings")
         if rows is None or rows.ndim != 2 or len(rows) != len(names) or not rows.is_floating_point():

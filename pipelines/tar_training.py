@@ -19,12 +19,14 @@ from hdovd.cache.reader import InstanceRows, no_labels, require_together
 from hdovd.cache.schema import DEFAULT_SET, Level, Source
 from hdovd.cache.tar_sample import TarSample
 from hdovd.cache.tar_shards import TarShards
+from hdovd.coco import Exif
 from hdovd.config import Recipe
 from hdovd.errors import HdovdError, shorten
 from hdovd.pipelines.calibration import LabelOrigin
 from hdovd.pipelines.common.images import pixels_of, read_image
 from hdovd.pipelines.draws import Draw, as_draw
 from hdovd.pipelines.epoch_order import Dealing, EpochOrder, ShardShuffle, Streams
+from hdovd.pipelines.identities import require_exif
 from hdovd.pipelines.object_text import object_text_of
 from hdovd.pipelines.shard_reading import ShardReading
 from hdovd.pipelines.training_set import Sample, flipped_at_random, make_targets, uses_nouns
@@ -70,6 +72,7 @@ class TarTrainingSet(Dataset[Sample]):
             raise HdovdError(f"{self.url} has no {' and no '.join(missing)} level; it has {', '.join(inputs)}")
         if loss.uses_cache:
             require_together(self.url, inputs)
+            require_exif(inputs, self.recipe.input.exif, self.url)
         try:
             wanted, theirs = meta.about["data"][Level.BOXES]["base_boxes"], meta.about["protocol"]
             same = set(theirs["base"]) == set(protocol.base) and theirs["min_image_side_px"] == protocol.min_image_side_px
@@ -159,7 +162,8 @@ class TarTrainingSet(Dataset[Sample]):
             none = no_labels(len(base))
             labelled = none | {name: arrays[name] for name in none if name in arrays}
             rows = InstanceRows(arrays["instance"], *(arrays[name] for name in ("boxes", "source", "annotation_id", "score")), **labelled)
-        picture = read_image(f"{where}: {about['file_name']}", about["width"], about["height"], sample.picture, self.recipe.input.exif)
+        name, exif = f"{where}: {about['file_name']}", Exif(self.recipe.input.exif)
+        picture = read_image(name, about["width"], about["height"], sample.picture, exif)
         whole = arrays["image"] if loss.image.enabled else None
         targets = make_targets(boxes.astype(np.float32), labels, rows, whole, self._nouns, self.dim, where)
         return flipped_at_random(pixels_of(picture), targets, sample.image_id, epoch, self.recipe)

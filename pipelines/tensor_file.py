@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hdovd.errors import HdovdError, require_readable, system_reason
+from hdovd.errors import HdovdError, require_readable
 
 CHECKSUM = "sha256"  # in the metadata: `tensors_hash`
 
@@ -42,14 +42,12 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, texts: Mapping[str, 
 def load_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises HdovdError if it cannot be read, or holds others than were written (older ones have no
     checksum)."""
+    require_readable(file)
     try:
-        file.open("rb").close()
         with safe_open(file, "pt") as opened:
             texts = dict(opened.metadata() or {})
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
-    except OSError as error:
-        raise HdovdError(f"{file} cannot be read: {system_reason(error)}") from error
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise HdovdError(f"{file} is damaged ({error}): was it copied whole?") from error
     if texts.pop(CHECKSUM, None) not in (None, tensors_hash(tensors, texts)):
         raise HdovdError(f"{file} is damaged: its tensors are not those that were written (by their sha256). Copy it again, or train again")

@@ -54,7 +54,7 @@ class _Pictures(Dataset[Tensor]):
 class Validation:
     """Holds the validation split and its ground truth, read once."""
 
-    def __init__(self, data: DataPaths, protocol: Protocol, device: torch.device, *, exif: Exif = Exif.APPLY, batch_size: int = 16,
+    def __init__(self, data: DataPaths, protocol: Protocol, device: torch.device, *, exif: str = Exif.APPLY, batch_size: int = 16,
                  workers: int | None = None, engine: Engine = Engine.PYCOCOTOOLS, log: Callable[[str], None] = print) -> None:
         """`workers` None: what suits the device. Raises HdovdError for bad data, pictures that are not there, and without the engine's
         package."""

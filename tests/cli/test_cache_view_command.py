@@ -16,6 +16,7 @@ import pytest
 from command_runs import Ran
 from PIL import Image
 
+from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Source
 from hdovd.pipelines.cache_view import CacheView, Likeness, Reliability, ViewRow
@@ -74,21 +75,21 @@ def test_bad_input_says_what_there_is(cache: Path, copied_cache: Path, kept: lis
     assert str(max(kept)) in ran.err.split("nearest ids are ")[1]
     sets = copied_cache / "sets/default.json"
     tree = json.loads(sets.read_text())
-    sets.write_text(json.dumps(tree | {"skipped": {"image with a side under 32 px": [far]}}))
+    sets.write_text(json.dumps(sealed(tree | {"skipped": {"image with a side under 32 px": [far]}})))
     assert "it was skipped: image with a side under 32 px" in view(copied_cache, "--image", far).err
     assert "expected an image id" in view(cache, "--image", "first").err
     assert "one file, and 2 images" in view(cache, "--image", f"{kept[0]},{kept[1]}", "--out", "a.png").err
     assert "expected a name that ends in .png" in view(cache, "--out", "a.jpg").err
     assert "give --recipe" in view(cache, "--set", "train.epochs=1").err
     assert "--data /no/such/folder: no such folder" in view(cache, "--data", "/no/such/folder").err
-    sets.write_text(json.dumps(tree | {"made_from": {}}))
+    sets.write_text(json.dumps(sealed(tree | {"made_from": {}})))
     assert "give --data and --protocol" in view(copied_cache).err
     assert os.listdir() == []
 
 
 def test_an_import_is_seen_with_its_data(copied_cache: Path, world: Path, kept: list[int], view: Callable[..., Ran]) -> None:
     sets = copied_cache / "sets/default.json"
-    sets.write_text(json.dumps(json.loads(sets.read_text()) | {"made_from": {}}))
+    sets.write_text(json.dumps(sealed(json.loads(sets.read_text()) | {"made_from": {}})))
     ran = view(copied_cache, "--data", world, "--protocol", world / "protocol.toml", "--image", kept[0], "--out", "one.png")
     assert ran.code == 0, ran.err
     assert os.listdir() == ["one.png"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from command_runs import Ran
+
+from hdovd.config import load_recipe
 
 LONG = "person, bicycle, " * 20  # more than 255 bytes
 NAME = "x" * 300
@@ -73,3 +76,13 @@ def test_a_current_folder_that_is_gone(hdovd: Callable[..., Ran], world: Path, t
                 "--parser", "match", "--protocol", world / "protocol.toml", "--out", "n.json")
     assert ran.code == 1
     assert "error: the current folder is not there any more: change to another one" in ran.err
+
+
+def test_a_picture_whose_name_is_too_long_is_skipped_by_name(hdovd: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.toml").write_text(load_recipe("demo").to_toml())
+    protocol = {"name": "mine", "base": ["cat"], "novel": ["dog"]}
+    (tmp_path / "run.json").write_text(json.dumps({"protocol": protocol, "cache": {"path": None, "levels": {}}}))
+    ran = hdovd("detect", tmp_path, NAME, "--out", tmp_path / "out")
+    assert (ran.code, ran.err.count("\n")) == (1, 1)
+    assert "File name too long" in ran.err

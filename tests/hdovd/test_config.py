@@ -47,6 +47,7 @@ OF_OTHERS = {  # the authors' configuration and mmdetection's defaults, which ME
     "detector.head.canonical_size": 224, "detector.head.sampling_ratio": 0, "detector.backbone.weights": "auto",
     "input.mean": [0.485, 0.456, 0.406], "input.std": [0.229, 0.224, 0.225], "loss.extra": {}, "train.clip_norm": 0.0,
     "detector.rpn.rules": "authors", "pseudo_boxes.from_epoch": 1,
+    "input.exif": "apply",  # as OpenCV reads pictures for mmdetection
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hdovd.pipelines.noun_file import read_noun_file
 from hdovd.pipelines.proposal_file import read_table
 from hdovd.protocol import Protocol, parse_protocol
 
+FACTOR = int(os.environ.get("HDOVD_FUZZ", "1"))  # times as many files
 PROTOCOL = Protocol("mine", ("zebra", "cat"), ("dog",))
 INSTANCES = {
     "images": [{"id": k, "file_name": f"{k}.jpg", "width": 100, "height": 80} for k in (1, 2, 3)],
@@ -57,7 +59,7 @@ def _reference(tree: Any, base_only: bool) -> dict[int, list[tuple[int, int, lis
 @pytest.mark.parametrize("base_only", [True, False])
 def test_instances(tmp_path: Path, base_only: bool) -> None:
     file, read, refused = tmp_path / "i.json", 0, list[str]()
-    for seed in range(250):
+    for seed in range(250 * FACTOR):
         tree = mutated(INSTANCES, seed, 1 + seed % 2)
         file.write_text(json.dumps(tree))
         try:
@@ -80,7 +82,7 @@ def test_instances(tmp_path: Path, base_only: bool) -> None:
 
 def test_proposals_captions_nouns_and_protocols(tmp_path: Path) -> None:
     file, refused = tmp_path / "f.json", list[str]()
-    for seed in range(120):
+    for seed in range(120 * FACTOR):
         changes = 1 + seed % 2
         for tree, read in ((PROPOSALS, read_table), (CAPTIONS, lambda file: [*Captions(file)]), (NOUNS, read_noun_file)):
             changed = mutated(tree, seed, changes)

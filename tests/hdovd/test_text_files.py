@@ -100,7 +100,7 @@ def test_names_that_people_use_are_names() -> None:
 
 OWN = {  # files that hdovd wrote itself, or that the system or the package holds
     "cache": "the stores' own records", "hdovd/text_files.py": "here", "hdovd/json_stream.py": "here",
-    "hdovd/config.py": "the recipes that ship", "hdovd/protocol.py": "the protocols that ship",
+    "hdovd/__main__.py": "the standard streams", "hdovd/config.py": "the recipes that ship", "hdovd/protocol.py": "the protocols that ship",
     "pipelines/ablate.py": "runs", "pipelines/runs.py": "runs", "pipelines/run_folder.py": "runs",
     "pipelines/detect_output.py": "its lines",
     "pipelines/export.py": "cache records", "pipelines/cache_repair.py": "cache records", "pipelines/model_forms.py": "exported models",

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.errors import HdovdError
@@ -207,7 +208,7 @@ def test_a_clip_that_is_not_where_the_cache_says_is_named(embedder: Callable[...
     (file,) = (copied_cache / "sets").iterdir()
     tree = json.loads(file.read_text())
     tree["made_from"]["clip"] = f"local-dir:{tmp_path}/moved"
-    file.write_text(json.dumps(tree))
+    file.write_text(json.dumps(sealed(tree)))
     run = changed(lambda cache: cache.update(path=str(copied_cache)))
     with pytest.raises(HdovdError, match=r"moved[\s\S]*say where: --clip"):
         embedder(run).embed(["zeppelin"])

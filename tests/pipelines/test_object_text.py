@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_adamixer_commands import recipe as adamixer_recipe
 from torch import Tensor
 
+from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.coco import DataPaths
 from hdovd.errors import HdovdError
@@ -29,7 +30,7 @@ def forget(cache: Path) -> None:
     file = cache / "sets" / "default.json"
     tree = json.loads(file.read_text())
     del tree["object_text"]
-    file.write_text(json.dumps(tree))
+    file.write_text(json.dumps(sealed(tree)))
 
 
 @pytest.fixture
@@ -99,6 +100,6 @@ def test_tar_shards_have_it_and_old_ones_get_it(copied_cache: Path, world: Path,
 def test_a_damaged_one_is_refused(entry: dict[str, Any], copied_cache: Path,
                                   text_after_training: Callable[..., tuple[Tensor, str]]) -> None:
     file = copied_cache / "sets" / "default.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"object_text": entry}))
+    file.write_text(json.dumps(sealed(json.loads(file.read_text()) | {"object_text": entry})))
     with pytest.raises(HdovdError, match=r'the text embedding of "object" is damaged'):
         text_after_training(copied_cache)

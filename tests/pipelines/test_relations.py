@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.coco import DataPaths, Split
 from hdovd.errors import HdovdError
@@ -90,7 +91,7 @@ def test_data_are_those_of_the_runs_own_set(distilled: RunFolder, copied_cache: 
     record["cache"]["path"] = str(copied_cache)
     own = json.loads((copied_cache / "sets" / "default.json").read_text())
     other = own | {"levels": own["levels"] | {"class": "0" * 24}, "made_from": own["made_from"] | {"data": {"root": "/elsewhere"}}}
-    (copied_cache / "sets" / "aaa.json").write_text(json.dumps(other))
+    (copied_cache / "sets" / "aaa.json").write_text(json.dumps(sealed(other)))
     _write(run, record)
     assert data_of_cache(run) == DataPaths(world)
 

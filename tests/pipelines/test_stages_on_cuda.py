@@ -32,7 +32,8 @@ from hdovd.pipelines.train import TrainJob, train
 BEGIN_WITH = {"uniform_", "normal_", "fill_", "zero_", "mul", "random_"}  # weights are drawn before they are moved
 ANCHORS = {"anchor_utils.py", "rpn.py"}  # the few of one cell, when the network is built
 SAMPLES = {"training_set.py", "targets.py", "loading.py", "object_text.py"}  # read and prepared before they are moved
-LOADED = {"feature_queue.py", "network.py"}  # whether there are rows, and a text of "object", in what was read from a file
+# Of what was read from a file: whether there are rows, a text of "object", values that are not finite, the values that were written.
+LOADED = {"feature_queue.py", "network.py", "run_folder.py", "tensor_file.py"}
 LOSSES = {"loss_window.py"}  # looked at every 50 steps
 OF_NETWORKS = {"convolution", "addmm", "bmm", "baddbmm", "_softmax", "native_layer_norm", "native_batch_norm", "relu", "gelu", "sigmoid",
                "roi_align", "topk", "_scaled_dot_product_flash_attention_for_cpu"}
@@ -114,7 +115,7 @@ def test_a_run_goes_on_where_it_was(world: Path, training_cache: Path, micro_rec
 def test_propose(detector: Detector, world: Path, micro_recipe: Micro, tmp_path: Path, pretended_cuda: PretendedCuda) -> None:
     job = ProposeJob(DataPaths(world), tmp_path / "cuda.json", micro_recipe(), str(world / "protocol.toml"), top=4, detector=detector)
     found = propose(job, silent)
-    assert on_host(pretended_cuda) <= ANCHORS | SAMPLES | LOSSES | {"proposal_networks.py", "propose.py", "boxes.py"}  # boxes of results
+    assert on_host(pretended_cuda) <= ANCHORS | SAMPLES | LOSSES | LOADED | {"proposal_networks.py", "propose.py", "boxes.py"}
     on_cpu = propose(replace(job, out=tmp_path / "cpu.json", device="cpu"), silent)
     assert found.keys() == on_cpu.keys()
 

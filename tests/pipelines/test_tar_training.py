@@ -266,9 +266,7 @@ def test_trains_from_shards_alone_by_command(shards: Path, world: Path, cache: P
 
     monkeypatch.setattr(sys, "argv", ["hdovd", "train", "--cache", f"{shards}/{{000000..000004}}.tar", "--out", str(tmp_path / "run"),
                                       "--device", "cpu", "--protocol", str(world / "protocol.toml"), *micro_settings, "--debug"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert not end.value.code
+    main()
     assert "23 images in 5 of 5 tar shards" in capsys.readouterr().out
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     reader = FeatureCache(cache)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.coco import DataPaths
+from hdovd.coco import DataPaths, Exif
 from hdovd.errors import HdovdError
 from hdovd.pipelines.cache_check import check_cache
 from hdovd.pipelines.check_config import CheckConfig
@@ -309,7 +309,7 @@ def test_config_survives_as_plain_values_with_absolute_paths(tmp_path: Path, mon
                            protocol="p.toml", templates=("{} here", "a {}"), recipe=CropRecipe(Shape.SQUARE, (1, 2)),
                            precision=Precision.BF16, activation=Activation.GELU, features="mine", device="cpu", batch_size=3, part_rows=5,
                            workers=1, dry_run=True, retry_failed=True, share=Share(1, 2), executor=Executor.RAY,
-                           store=Store.WEBDATASET, **here)
+                           store=Store.WEBDATASET, exif=Exif.IGNORE, **here)
     tree = json.loads(json.dumps(config.to_dict()))
     monkeypatch.chdir("/")
     again = ExtractConfig.from_dict(tree, "elsewhere")
@@ -320,7 +320,8 @@ def test_config_survives_as_plain_values_with_absolute_paths(tmp_path: Path, mon
         "activation": Activation.GELU, "features": "mine",
         "class_embeddings": None, "nouns": None, "matching": Matching.LEMMAS, "labels": LabelRule(), "device": "auto",
         "batch_size": None, "part_rows": 65_536, "workers": None, "dry_run": False,
-        "retry_failed": False, "share": None, "executor": Executor.LOCAL, "store": Store.ZARR}
+        "retry_failed": False, "share": None, "executor": Executor.LOCAL, "store": Store.ZARR,
+        "exif": Exif.IGNORE}
     assert {f.name: getattr(again, f.name) for f in fields(ExtractConfig)} == expected
     other = replace(again, synonyms=None, class_embeddings=Path("c.npy"))
     assert ExtractConfig.from_dict(other.to_dict(), "elsewhere") == replace(other, class_embeddings=Path("/c.npy"))

@@ -129,10 +129,11 @@ def test_modes_are_restored(distilled: RunFolder, world: Path, start: str) -> No
 def test_modes_and_random_state_are_restored_after_an_error(distilled: RunFolder, copied_world: Path) -> None:
     model, texts = _model(distilled)
     model.train()
-    sorted((copied_world / "val2017").iterdir())[4].write_bytes(b"torn")
+    validation = _validation(distilled, copied_world)
+    sorted((copied_world / "val2017").iterdir())[4].unlink()
     state = torch.get_rng_state()
-    with pytest.raises(HdovdError, match=r"image 500005: .*no picture of a kind that Pillow reads"):
-        _validation(distilled, copied_world).run(model, texts)
+    with pytest.raises(HdovdError, match="no such file"):
+        validation.run(model, texts)
     assert all(_modes(model))
     assert torch.equal(torch.get_rng_state(), state)
 
