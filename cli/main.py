@@ -6,7 +6,7 @@ import os
 import select
 import sys
 from types import FrameType
-from typing import Annotated, Any, ClassVar, NoReturn
+from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.main import get_command
@@ -77,7 +77,7 @@ def _root(
     """Options before the command; `main` reads --debug itself, wherever it stands."""
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run a command and end with its exit code.
 
     1: an error of the user's input or of the system. 2: wrong words, and errors that are ours. 75, 130: a signal, or Ctrl-C, stopped it.
@@ -95,7 +95,8 @@ def main() -> NoReturn:
             error.filename = stream.name
             code = code or _tell(error)
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # the interpreter flushes once more
-    sys.exit(code)
+    if code:
+        sys.exit(code)
 
 
 def _run(arguments: list[str], *, debug: bool) -> int:
