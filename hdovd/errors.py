@@ -43,9 +43,16 @@ def system_reason(error: OSError, file: Path | None = None) -> str:
 
 
 def system_line(error: OSError) -> str:
-    """The file that an error names, cut if it is long, and the reason."""
-    name = "" if error.filename is None else os.fsencode(error.filename).decode(errors="replace")
-    return f"{name[:_SHOWN]}{'...' * (len(name) > _SHOWN)}{': ' * bool(name)}{system_reason(error)}"
+    """The reason, after the file that an error names, cut if it is long."""
+    reason = system_reason(error)
+    if error.filename is None:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return "the current folder is not there any more: change to another one"
+        return reason
+    name = os.fsencode(error.filename).decode(errors="replace")
+    return reason if name in reason else f"{name[:_SHOWN]}{'...' * (len(name) > _SHOWN)}: {reason}"
 
 
 def _missing_right(place: Path) -> str:

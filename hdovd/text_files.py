@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 from typing import IO, Any, cast
 
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, system_reason
 
 DAMAGED = (OSError, EOFError, zlib.error)  # what reading a file raises, a packed one too
 LONGEST_NAME = 200
@@ -31,7 +31,7 @@ def open_bytes(path: Path) -> IO[bytes]:
             packed = file.read(2) == _GZIP
         return cast(IO[bytes], gzip.open(path)) if packed else path.open("rb")
     except OSError as error:
-        raise HdovdError(f"cannot read {path}: {error.strerror}") from error
+        raise HdovdError(f"cannot read {path}: {system_reason(error)}") from error
 
 
 def read_text(path: Path, what: str, expected: str = "") -> str:

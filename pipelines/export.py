@@ -20,7 +20,7 @@ from hdovd.cache.tar_sample import MEMBERS, TarSample
 from hdovd.cache.tar_shards import TarShards, TarWriter
 from hdovd.cache.writer import ProductWriter
 from hdovd.coco import DataPaths, ImageBoxes, Split
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, system_reason
 from hdovd.pipelines.cache_jobs import ExportConfig
 from hdovd.pipelines.extract_config import ExtractConfig
 from hdovd.pipelines.format import size
@@ -103,7 +103,7 @@ class _Exporter:
         try:
             return path.read_bytes()
         except OSError as error:
-            raise HdovdError(f"image {image.id}: {path} cannot be read ({error.strerror}), but the cache has embeddings of it: "
+            raise HdovdError(f"image {image.id}: {path} cannot be read ({system_reason(error)}), but the cache has embeddings of it: "
                              "give the data that it was made from") from error
 
     def _arrays(self, image: ImageBoxes) -> dict[str, np.ndarray]:

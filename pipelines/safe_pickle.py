@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, system_reason
 
 _NUMBER = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|c8|c16)")
 _PLAIN = (NoneType, bool, int, float, str, bytes)
@@ -203,7 +203,7 @@ def load_arrays(path: Path) -> Any:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise HdovdError(f"cannot read {path}: {error.strerror}") from error
+        raise HdovdError(f"cannot read {path}: {system_reason(error)}") from error
     try:
         if not data.endswith(pickle.STOP):
             raise EOFError("it does not end as pickles do")

@@ -68,6 +68,16 @@ def test_a_file_where_the_output_should_have_a_folder(command: str, hdovd: Calla
     assert (tmp_path / "file").read_text() == "of before"
 
 
+def test_a_current_folder_that_is_gone(hdovd: Callable[..., Ran], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    ran = hdovd("nouns", "--captions", world / "annotations" / "captions_train2017.json", "--vocabulary", world / "vocabulary.txt",
+                "--parser", "match", "--protocol", world / "protocol.toml", "--out", "n.json")
+    assert ran.code == 1
+    assert "error: the current folder is not there any more: change to another one" in ran.err
+
+
 def test_a_picture_whose_name_is_too_long_is_skipped_by_name(hdovd: Callable[..., Ran], tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.toml").write_text(load_recipe("demo").to_toml())

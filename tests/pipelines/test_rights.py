@@ -18,7 +18,7 @@ from hdovd.errors import HdovdError, is_file, system_line
 from hdovd.pipelines.checkpoint import load_checkpoint
 from hdovd.pipelines.proposal_networks import made_by
 from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.tensor_file import load_pth
+from hdovd.pipelines.tensor_file import load_pth, load_tensors
 from hdovd.pipelines.text_rows import read_class_embeddings
 from hdovd.pipelines.whole_file import write_text
 
@@ -52,7 +52,7 @@ def _said(use: Callable[[], object]) -> str:
 
 
 READERS: dict[str, Callable[[Path], object]] = {
-    "class_embeddings.safetensors": lambda file: RunFolder(file.parent).class_embeddings(),
+    "class_embeddings.safetensors": load_tensors,
     "model.safetensors": lambda file: RunFolder(file.parent).load_model(np),  # type: ignore[arg-type]  # the file comes first
     "run.json": lambda file: RunFolder(file.parent).record(),
     "checkpoint.pt": lambda file: load_checkpoint(file.parent),
