@@ -13,11 +13,12 @@ device, by line. It knows nothing of speed, nor of the kernels of a GPU and thei
 
 from __future__ import annotations
 
-import traceback
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -27,7 +28,6 @@ from weakref import WeakSet
 import torch
 import torchvision  # noqa: F401  # its operators
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 aten = torch.ops.aten
 # Operations that hand over a number, or a tensor whose size depends on the data: the host waits for what the device has still to do.
@@ -169,7 +169,7 @@ class PretendedCuda(TorchDispatchMode):
     def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Of the held tensors; what it shows is noted."""
         kwargs = dict(kwargs or {})
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        tensors = [*_tensors((*args, *kwargs.values()))]
         ours = any(isinstance(x, OnCuda) for x in tensors)
         asked = kwargs.get("device")
         wanted = None if asked is None else torch.device(asked).type
@@ -178,11 +178,11 @@ class PretendedCuda(TorchDispatchMode):
             kwargs["device"] = CPU
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
-        out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        out = func(*_changed(args, _held), **{name: _changed(value, _held) for name, value in kwargs.items()})
         if (wanted != "cuda") if wanted is not None else not ours:
             return out
         same = {id(x.held): x for x in tensors if isinstance(x, OnCuda)}  # in place: the same wrapper comes back
-        return tree_map(lambda x: (same[id(x)] if id(x) in same else OnCuda(x)) if isinstance(x, torch.Tensor) else x, out)
+        return _changed(out, lambda x: same[id(x)] if id(x) in same else OnCuda(x))
 
     def _note(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], ours: bool, wanted: str | None) -> None:
         if func in COPIES:
@@ -295,6 +295,32 @@ def _held(x: Any) -> Any:
     return x.held if isinstance(x, OnCuda) else x
 
 
+def _tensors(x: Any) -> Iterator[torch.Tensor]:
+    """Those in lists and tuples: torch's trees know more, and are ten times as slow."""
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, list | tuple):
+        for one in x:
+            yield from _tensors(one)
+
+
+def _changed(x: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """With each of its tensors changed."""
+    if isinstance(x, torch.Tensor):
+        return change(x)
+    return type(x)([_changed(one, change) for one in x]) if isinstance(x, list | tuple) else x
+
+
+@cache
+def _is_ours(filename: str) -> bool:
+    return any(part in filename for part in OURS) and "pretended_cuda" not in filename
+
+
 def _where() -> str:
-    frames = [f for f in traceback.extract_stack() if any(part in f.filename for part in OURS) and "pretended_cuda" not in f.filename]
-    return f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}" if frames else "?"
+    """The innermost line of ours. Called at every operation: no list of all frames."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if _is_ours(frame.f_code.co_filename):
+            return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+    return "?"

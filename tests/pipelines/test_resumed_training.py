@@ -8,10 +8,9 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import pytest
 import torch
 import train_scenes
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hdovd.coco import DataPaths
 from hdovd.config import PRESETS, Recipe
@@ -29,13 +29,12 @@ from hdovd.pipelines.run_folder import RunFolder, replace_file
 from hdovd.pipelines.runs import State, read_run
 from hdovd.pipelines.train import TrainJob, train
 
-SCENE = Path(__file__).with_name("train_scenes.py")
 # 23 images: 5 steps of 4 an epoch; the optimiser has a state, the schedule moves
-SETTINGS = ("train.epochs=3", "train.batch_size=4", "input.flip=0.5", "train.optimizer=adamw", "train.warmup_iterations=2")
+SETTINGS = ("train.epochs=2", "train.batch_size=4", "input.flip=0.5", "train.optimizer=adamw", "train.warmup_iterations=2")
 Play = Callable[..., None]
 
 
-def _forked(job: dict[str, Any], log: Path, processes: int = 1) -> tuple[int, str]:
+def _forked(main: Callable[[dict[str, Any]], int], job: dict[str, Any], log: Path, processes: int = 1) -> tuple[int, str]:
     """In processes of their own that have imported everything already. Returns the first one's exit code, negative for a signal, and
     what was printed."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +51,7 @@ def _forked(job: dict[str, Any], log: Path, processes: int = 1) -> tuple[int, st
                 os.environ.update({} if processes == 1 else address | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
                 for number in (1, 2):
                     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
-                code = train_scenes.main(job)
+                code = main(job)
             except BaseException:
                 traceback.print_exc(file=open(log, "a"))  # noqa: SIM115 - the process ends here
             finally:
@@ -61,22 +60,24 @@ def _forked(job: dict[str, Any], log: Path, processes: int = 1) -> tuple[int, st
     return codes[0], log.read_text()
 
 
-def _torchrun(job: dict[str, Any], processes: int) -> tuple[int, str]:
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(SCENE), json.dumps(job)]
-    done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False)
-    return done.returncode, done.stdout + done.stderr
+def _torchrun(job: dict[str, Any], processes: int) -> int:
+    """What torchrun does, but that its processes are forked and have imported everything already; for train_scenes."""
+    launch = LaunchConfig(1, 1, processes, run_id="resumed", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
+    return next(code for code in elastic_launch(launch, train_scenes.main)(job).values() if code is not None)
 
 
 @pytest.fixture(scope="module")
 def play(world: Path, training_cache: Path, micro_settings: list[str]) -> Play:
-    """Run a scene, which is to end with `code`."""
+    """Run a scene, which is to end with `code`; one that is killed saves after every step."""
 
     def run(out: Path, *, cache: Path | None = None, torchrun: bool = False, world_size: int = 1, settings: tuple[str, ...] = (),
             code: int = 0, **job: Any) -> None:
         sets = [word for word in micro_settings[2:] if word != "--set"]
         whole = {"data": None if cache else str(world), "cache": str(cache or training_cache), "out": str(out),
-                 "protocol": str(world / "protocol.toml"), "settings": [*sets, *SETTINGS, *settings]} | job
-        found, printed = _torchrun(whole, 2) if torchrun else _forked(whole, out.with_name("printed.txt"), world_size)
+                 "protocol": str(world / "protocol.toml"), "settings": [*sets, *SETTINGS, *settings],
+                 "save_minutes": 0.0 if code == -9 else 60.0} | job
+        main = partial(_torchrun, processes=2) if torchrun else train_scenes.main
+        found, printed = _forked(main, whole, out.with_name("printed.txt"), world_size)
         assert found == code, printed
 
     return run
@@ -113,14 +114,21 @@ def _same(one: Path, two: Path) -> None:
         assert all(torch.equal(value, second["ema"]["weights"][name]) for name, value in first["ema"]["weights"].items())
 
 
-@pytest.mark.parametrize("kill_at", [3, 13])
-def test_killed_in_mid_epoch_and_resumed_is_bit_equal(play: Play, unbroken: Path, tmp_path: Path, kill_at: int) -> None:
-    play(tmp_path / "run", kill_at=kill_at, code=-9)
-    saved = load_checkpoint(tmp_path / "run")
-    assert saved is not None
-    assert saved["step"] == kill_at - 1  # saved after every step; killed before that of this one
+@pytest.fixture(scope="module")
+def killed(play: Play, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed in its first epoch, went on, and was killed in its last one: to be copied."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    for kill_at in (3, 8):
+        play(out, kill_at=kill_at, resume=kill_at == 8, code=-9)
+        assert load_checkpoint(out)["step"] == kill_at - 1  # type: ignore[index] # killed before that of this step
+    return out
+
+
+def test_killed_in_mid_epoch_and_resumed_is_bit_equal(play: Play, unbroken: Path, killed: Path, tmp_path: Path) -> None:
+    shutil.copytree(killed, tmp_path / "run")
     play(tmp_path / "run", resume=True)
     _same(tmp_path / "run", unbroken)
+    assert [entry["step"] for entry in RunFolder(tmp_path / "run").record()["resumed"]] == [2, 7]
 
 
 def test_micro_batches_and_averaged_weights_resume_too(play: Play, unbroken: Path, tmp_path: Path) -> None:
@@ -134,29 +142,29 @@ def test_micro_batches_and_averaged_weights_resume_too(play: Play, unbroken: Pat
     assert [entry["step"] for entry in _told(tmp_path / "whole")] == [entry["step"] for entry in _told(unbroken)]
 
 
-def test_killed_long_after_the_checkpoint(play: Play, unbroken: Path, tmp_path: Path) -> None:
-    """What was logged after it is taken back; and a run may be killed more than once."""
-    play(tmp_path / "run", kill_at=9, save_minutes=60.0, code=-9)
-    assert load_checkpoint(tmp_path / "run")["step"] == 5  # type: ignore[index]
-    assert _told(tmp_path / "run")[-1]["step"] == 9
-    play(tmp_path / "run", kill_at=12, save_minutes=60.0, resume=True, code=-9)
-    play(tmp_path / "run", resume=True)
-    _same(tmp_path / "run", unbroken)
-    assert [entry["step"] for entry in RunFolder(tmp_path / "run").record()["resumed"]] == [5, 10]
-
-
-def test_killed_before_the_first_checkpoint_begins_anew(play: Play, unbroken: Path, tmp_path: Path) -> None:
+def test_killed_before_the_first_checkpoint_and_long_after_one(play: Play, unbroken: Path, tmp_path: Path) -> None:
+    """It begins anew; and what was logged after the checkpoint is taken back."""
     play(tmp_path / "run", kill_at=2, save_minutes=60.0, code=-9)
     assert load_checkpoint(tmp_path / "run") is None
+    play(tmp_path / "run", kill_at=9, save_minutes=60.0, resume=True, code=-9)
+    assert load_checkpoint(tmp_path / "run")["step"] == 5  # type: ignore[index]
+    assert _told(tmp_path / "run")[-1]["step"] == 9
     play(tmp_path / "run", resume=True)
     _same(tmp_path / "run", unbroken)
 
 
-def test_workers_and_tar_shards_resume_too(play: Play, unbroken: Path, training_cache: Path, tmp_path: Path) -> None:
-    """The number of workers may change; from shards the order is that of the streams that the run began with."""
-    play(tmp_path / "run", kill_at=7, settings=("train.workers=2",), code=-9)
+def test_workers_may_change_and_a_signal_to_all_processes_of_a_job_spares_them(play: Play, unbroken: Path, tmp_path: Path) -> None:
+    """As a terminal, SLURM and torchrun send it: a worker that dies of it would take the run with it."""
+    workers = ("train.workers=2",)
+    play(tmp_path / "run", kill_at=3, settings=workers, code=-9)
+    play(tmp_path / "run", kill_at=8, signal=int(signal.SIGTERM), group=True, resume=True, settings=workers, code=75)
+    assert load_checkpoint(tmp_path / "run")["step"] == 8  # type: ignore[index]
     play(tmp_path / "run", resume=True, settings=("train.workers=1",))
     _same(tmp_path / "run", unbroken)
+
+
+def test_tar_shards_resume_too(play: Play, training_cache: Path, tmp_path: Path) -> None:
+    """The order is that of the streams that the run began with."""
     export_tars(ExportConfig(training_cache, tmp_path / "shards", samples=5), lambda _: None)
     play(tmp_path / "whole", cache=tmp_path / "shards", settings=("train.workers=2",))
     play(tmp_path / "tar", cache=tmp_path / "shards", settings=("train.workers=2",), kill_at=8, code=-9)
@@ -164,21 +172,13 @@ def test_workers_and_tar_shards_resume_too(play: Play, unbroken: Path, training_
     _same(tmp_path / "tar", tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)], ids=lambda v: str(int(v)))
-def test_a_signal_saves_and_ends_with_a_code_of_its_own(play: Play, unbroken: Path, tmp_path: Path, number: int, code: int) -> None:
-    play(tmp_path / "run", kill_at=8, signal=int(number), save_minutes=60.0, code=code)
-    assert load_checkpoint(tmp_path / "run")["step"] == 8  # type: ignore[index]
-    assert (tmp_path / "run" / "stopped").exists()
+def test_a_signal_saves_and_ends_with_a_code_of_its_own(play: Play, unbroken: Path, tmp_path: Path) -> None:
+    for number, code, kill_at in ((signal.SIGUSR1, 75, 3), (signal.SIGINT, 130, 8)):
+        play(tmp_path / "run", kill_at=kill_at, signal=int(number), resume=kill_at == 8, code=code)
+        assert load_checkpoint(tmp_path / "run")["step"] == kill_at  # type: ignore[index]
+        assert (tmp_path / "run" / "stopped").exists()
     play(tmp_path / "run", resume=True)
     assert not (tmp_path / "run" / "stopped").exists()
-    _same(tmp_path / "run", unbroken)
-
-
-def test_a_signal_to_all_processes_of_a_job_spares_the_workers(play: Play, unbroken: Path, tmp_path: Path) -> None:
-    """As a terminal, SLURM and torchrun send it: a worker that dies of it would take the run with it."""
-    play(tmp_path / "run", kill_at=8, signal=int(signal.SIGTERM), group=True, save_minutes=60.0, settings=("train.workers=2",), code=75)
-    assert load_checkpoint(tmp_path / "run")["step"] == 8  # type: ignore[index]
-    play(tmp_path / "run", resume=True)
     _same(tmp_path / "run", unbroken)
 
 
@@ -186,14 +186,14 @@ def test_killed_as_an_epoch_ends(play: Play, unbroken: Path, tmp_path: Path) -> 
     """Right after its checkpoint, before its weights are kept: the first epoch's, and the last one's."""
     play(tmp_path / "run", kill_in_catch_up=5, save_minutes=60.0, code=-9)
     assert not (tmp_path / "run" / "model.safetensors").exists()
-    play(tmp_path / "run", kill_in_catch_up=15, save_minutes=60.0, resume=True, code=-9)
+    play(tmp_path / "run", kill_in_catch_up=10, save_minutes=60.0, resume=True, code=-9)
     play(tmp_path / "run", resume=True)
     _same(tmp_path / "run", unbroken)
 
 
-def test_a_run_that_was_evaluated_on_its_way_is_not_finished(play: Play, tmp_path: Path) -> None:
+def test_a_run_that_was_evaluated_on_its_way_is_not_finished(play: Play, killed: Path, tmp_path: Path) -> None:
     """An AP of weights on the way does not stand beside those of the end."""
-    play(tmp_path / "run", kill_at=13, code=-9)
+    shutil.copytree(killed, tmp_path / "run")
     (tmp_path / "run" / "metrics.json").write_text(json.dumps({"ap50": {"novel": 1.0, "base": 2.0, "all": 1.5}}))
     assert read_run(tmp_path / "run").state is State.STOPPED
     play(tmp_path / "run", resume=True)
@@ -204,12 +204,14 @@ def test_a_run_that_was_evaluated_on_its_way_is_not_finished(play: Play, tmp_pat
 def test_killed_while_it_validates(play: Play, unbroken: Path, tmp_path: Path) -> None:
     """The epoch is not trained again, and its validation is made up for; validating changes nothing else."""
     play(tmp_path / "whole", validate=True)
-    play(tmp_path / "run", validate=True, kill_in_validation=2, code=-9)
+    play(tmp_path / "run", validate=True, kill_in_validation=1, save_minutes=60.0, code=-9)
+    assert load_checkpoint(tmp_path / "run")["step"] == 5  # type: ignore[index]
+    play(tmp_path / "run", validate=True, kill_in_validation=2, save_minutes=60.0, resume=True, code=-9)
     assert load_checkpoint(tmp_path / "run")["step"] == 10  # type: ignore[index]
     play(tmp_path / "run", validate=True, resume=True)
     _same(tmp_path / "run", tmp_path / "whole")
     entries = _told(tmp_path / "run")
-    assert [entry["epoch"] for entry in entries if "val_all" in entry] == [1, 2, 3]
+    assert [entry["epoch"] for entry in entries if "val_all" in entry] == [1, 2]
     assert [entry for entry in entries if "val_all" not in entry] == _told(unbroken)
     with (tmp_path / "run" / "log.csv").open() as file:
         assert [row["val_all"] for row in csv.DictReader(file) if row["val_all"]] == [
@@ -235,6 +237,14 @@ def frozen(unbroken: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[st
     return (*FROZEN, f"detector.backbone.weights={file}")
 
 
+@pytest.fixture(scope="module")
+def frozen_alone(play: Play, frozen: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process's run with them."""
+    out = tmp_path_factory.mktemp("frozen") / "run"
+    play(out, settings=frozen)
+    return out
+
+
 def _close(one: Path, two: Path, tolerance: float) -> None:
     """Loss curves and weights."""
     first, second = _told(one), _told(two)
@@ -247,11 +257,10 @@ def _close(one: Path, two: Path, tolerance: float) -> None:
         torch.testing.assert_close(value, other[name], rtol=tolerance, atol=tolerance)
 
 
-def test_two_processes_have_the_loss_curve_of_one(play: Play, frozen: tuple[str, ...], tmp_path: Path) -> None:
+def test_two_processes_have_the_loss_curve_of_one(play: Play, frozen: tuple[str, ...], frozen_alone: Path, tmp_path: Path) -> None:
     """Sums come in another order, no more."""
-    play(tmp_path / "one", settings=frozen)
     play(tmp_path / "two", settings=frozen, torchrun=True)
-    _close(tmp_path / "one", tmp_path / "two", 1e-3)
+    _close(frozen_alone, tmp_path / "two", 1e-3)
 
 
 def test_micro_batches_of_two_processes_make_the_steps_of_one(play: Play, frozen: tuple[str, ...], tmp_path: Path) -> None:
@@ -262,15 +271,14 @@ def test_micro_batches_of_two_processes_make_the_steps_of_one(play: Play, frozen
     _close(tmp_path / "one", tmp_path / "two", 1e-3)
 
 
-def test_a_run_of_two_processes_goes_on_with_one_and_back(play: Play, frozen: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_run_of_two_processes_goes_on_with_one_and_back(play: Play, frozen: tuple[str, ...], frozen_alone: Path, tmp_path: Path) -> None:
     """Each image still once an epoch: the curve is that of the unbroken run."""
     settings = frozen
-    play(tmp_path / "one", settings=settings)
-    play(tmp_path / "run", settings=settings, world_size=2, kill_at=7, signal=int(signal.SIGTERM), code=75)
-    assert load_checkpoint(tmp_path / "run")["step"] == 7  # type: ignore[index]
-    play(tmp_path / "run", settings=settings, resume=True, kill_at=12, code=-9)
+    play(tmp_path / "run", settings=settings, world_size=2, kill_at=3, signal=int(signal.SIGTERM), code=75)
+    assert load_checkpoint(tmp_path / "run")["step"] == 3  # type: ignore[index]
+    play(tmp_path / "run", settings=settings, resume=True, kill_at=8, code=-9)
     play(tmp_path / "run", settings=settings, resume=True, world_size=2)
-    _close(tmp_path / "one", tmp_path / "run", 1e-3)
+    _close(frozen_alone, tmp_path / "run", 1e-3)
 
 
 # --- refusals ---
@@ -308,7 +316,7 @@ def test_a_run_without_a_checkpoint_is_refused_as_such(world: Path, training_cac
 def test_other_images_are_refused(world: Path, training_cache: Path, unbroken: Path, tmp_path: Path, copied_world: Path,
                                   play: Play, micro_recipe: Callable[..., Recipe]) -> None:
     """Base-only runs check nothing of their data against the cache."""
-    settings = [*SETTINGS, *PRESETS["base-only"]]
+    settings = [*SETTINGS, *PRESETS["base-only"], "train.epochs=1"]
     train(_job(world, training_cache, tmp_path / "run", micro_recipe(*settings)), lambda _: None)
     file = copied_world / "annotations" / "instances_train2017.json"
     tree = json.loads(file.read_text())
@@ -332,9 +340,9 @@ def _no_room(partial: Path) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_run_of_before_these_choices_goes_on(play: Play, unbroken: Path, tmp_path: Path) -> None:
+def test_a_run_of_before_these_choices_goes_on(play: Play, unbroken: Path, killed: Path, tmp_path: Path) -> None:
     """Its recipe has no such keys, nor has its checkpoint."""
-    play(tmp_path / "run", kill_at=7, code=-9)
+    shutil.copytree(killed, tmp_path / "run")
     file = tmp_path / "run" / "config.toml"
     later = ("accumulate", "ema", "compile")
     assert sum(line.startswith(later) for line in file.read_text().splitlines()) == len(later)

@@ -1,4 +1,4 @@
-"""A training run in a process of its own, for tests that kill it: `python train_scenes.py JOB`, in JSON.
+"""A training run in a process of its own, for tests that kill it.
 
 JOB: data, cache, out, protocol, settings, resume, save_minutes, log_every; `kill_at`: the step after which the process kills itself
 (-9), or sends itself, or with `group` all its workers too, `signal`; `kill_in_validation`: of this number; `kill_in_catch_up`: at the
@@ -7,7 +7,6 @@ end of the epoch that this step ends; `validate`: whether to validate at all.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -61,7 +60,3 @@ def main(job: dict[str, Any]) -> int:
         print(stopped, file=sys.stderr)
         return stopped.code
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(json.loads(sys.argv[1])))
