@@ -57,7 +57,7 @@ def picture_hashes(split: Split, products: Iterable[Product]) -> PictureHashes:
     ids = np.array([image.id for image in split.images], np.int64)
     first, last = (np.searchsorted(known["image_id"], ids, side) for side in ("left", "right"))
     values = np.array([image_hash(image) for image in split.images], np.uint64)
-    files, changed, unsure = np.zeros(len(ids), FILE), list[int](), list[int]()
+    files, changed, unsure, later = np.zeros(len(ids), FILE), list[int](), list[int](), False
     files["image_id"], files["label"], files["size"] = ids, values, -1
     files["annotated"] = np.array([(image.width, image.height) for image in split.images], np.int32).reshape(-1, 2)
     candidates = dict[int, np.ndarray]()
@@ -74,7 +74,8 @@ def picture_hashes(split: Split, products: Iterable[Product]) -> PictureHashes:
         for n, file in zip(unsure, pool.map(_read, paths), strict=True):
             if file is not None and not _settle(files, n, split.images[n], file, candidates[n]):
                 changed.append(split.images[n].id)
-    return PictureHashes(files["label"].copy(), files, changed, len(unsure) > len(changed))
+            later = later or files[n]["size"] >= 0
+    return PictureHashes(files["label"].copy(), files, changed, bool(later))
 
 
 def files_of(read: dict[int, PictureFile], known: np.ndarray, numbers: Iterable[int]) -> np.ndarray:
