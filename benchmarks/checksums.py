@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hdovd.cache.reader import FeatureCache
-from hdovd.pipelines.bench_layouts import CacheBench, make_layouts
-from hdovd.pipelines.tensor_file import load_tensors, save_tensors
+from hdovd.pipelines.bench.bench_layouts import CacheBench, make_layouts
+from hdovd.pipelines.common.tensors import load_tensors, save_tensors
 
 ROUNDS = 7
 PICTURE_S = 0.005  # to decode one and lay it out: the least that an image costs besides

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from side_by_side import prepare
 
-from hdovd.coco import DataPaths
-from hdovd.config import Recipe, load_recipe
-from hdovd.pipelines.bench_train import calm
-from hdovd.pipelines.processes import team
-from hdovd.pipelines.train import TrainJob, batches_of, build_model, loop_of, training_data
-from hdovd.protocol import load_protocol
+from hdovd.config.recipe import Recipe, load_recipe
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.bench.bench_train import calm
+from hdovd.pipelines.common.distributed import team
+from hdovd.pipelines.training.train import TrainJob, batches_of, build_model, loop_of, training_data
 
 
 def losses_of(recipe: Recipe, folder: Path, device: str, steps: int) -> list[dict[str, float]]:

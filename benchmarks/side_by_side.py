@@ -25,11 +25,11 @@ def prepare(folder: Path) -> None:
     """A small drawn world and its cache, by random weights; proposals lie on all objects, so that there is something to distil."""
     import open_clip
 
-    from hdovd.coco import DataPaths
+    from hdovd.data.coco import DataPaths
     from hdovd.pipelines.demo.teacher import MODEL_CFG, save_clip
     from hdovd.pipelines.demo.world import make_world
-    from hdovd.pipelines.extract_clip import extract_clip
-    from hdovd.pipelines.extract_config import ExtractConfig
+    from hdovd.pipelines.extraction.config import ExtractConfig
+    from hdovd.pipelines.extraction.extract_clip import extract_clip
 
     make_world(folder / "world", train_images=160, val_images=4, seed=0)
     world, proposals = folder / "world", folder / "proposals.json"

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from hdovd.cache.identity import KeyInputs, differences, require_seal, sealed
+from hdovd.cache.open import open_folder
 from hdovd.cache.product import Product
 from hdovd.cache.schema import SCHEMA_VERSION, TAR_META, Level
-from hdovd.cache.storage import Folder, open_folder
-from hdovd.errors import HdovdError
+from hdovd.cache.store import Folder
+from hdovd.core.errors import HdovdError
 
 _GROUPS = {"zarr.json", *(f"{level}/zarr.json" for level in Level)}  # all that an empty cache consists of
 NAMED = "named"  # a folder of an object for each set, by its name: a set that is lost is missed

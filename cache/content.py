@@ -12,7 +12,7 @@ from hdovd.cache.identity import differences, key_of, table_inputs
 from hdovd.cache.product import Product
 from hdovd.cache.rows import open_rows
 from hdovd.cache.schema import CHUNK_ROWS, STORED_NORM_TOLERANCE, TABLE_ARRAYS, Level, Source, row_arrays
-from hdovd.errors import shorten
+from hdovd.core.errors import shorten
 
 COSINE_TOLERANCE = 0.01
 RANGES_SHOWN = 4

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hdovd.cache.catalog import Catalog, FeatureSet, RunRecord
+from hdovd.cache.local import CLAIMS
 from hdovd.cache.locks import PARTIAL, is_stale, lock, unlock
 from hdovd.cache.product import Product
 from hdovd.cache.schema import TABLES, Level
-from hdovd.cache.storage import CLAIMS, Folder
+from hdovd.cache.store import Folder
 from hdovd.cache.verify import product_names
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
 
 TOGETHER = ("clip", "images", "boxes")  # inputs that the products of one extraction share
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hdovd.cache.product import Product
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
 
 LATER = "later"
 # `label` and `annotated`: `image_hash` and size (width, height) of the image in the product's tables. `content`: sha256 of the file, 32 hex

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.schema import PART_ROWS, ROW_ARRAYS, TABLE_ARRAYS, TABLES, Level, row_arrays
-from hdovd.cache.storage import Folder
-from hdovd.errors import HdovdError
+from hdovd.cache.store import Folder
+from hdovd.core.errors import HdovdError
 
 if TYPE_CHECKING:
     import numpy as np

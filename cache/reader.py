@@ -15,7 +15,7 @@ from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.product import Product
 from hdovd.cache.rows import Rows, open_rows
 from hdovd.cache.schema import DEFAULT_SET, STORED_NORM_TOLERANCE, TABLES, Level, Source, row_arrays
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
 
 
 @dataclass(frozen=True, slots=True)

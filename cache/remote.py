@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from hdovd.cache.storage import Folder
-from hdovd.errors import HdovdError
+from hdovd.cache.store import Folder
+from hdovd.core.errors import HdovdError
 
 # A store that refuses connections is tried for some 15 s, one that gives no answer for 6 * 30 s. The user's configuration wins.
 S3_CLIENT = {"connect_timeout": 10, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 6}}

@@ -16,7 +16,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
 from hdovd.cache.product import Product, decoded
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
 
 LRU_BYTES = 128 * 2**20
 CHUNKS_AT_ONCE = 4  # neighbours that are decoded together and then count as one chunk: a call of Zarr's costs half of what a chunk does

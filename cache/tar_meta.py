@@ -18,7 +18,7 @@ from hdovd.cache.identity import KeyInputs, hash_tables, hash_texts, key_of, req
 from hdovd.cache.product import Product, parse_record, require_sizes
 from hdovd.cache.reader import require_unit
 from hdovd.cache.schema import SCHEMA_VERSION, TABLE_ARRAYS, Level
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
 
 TEXTS = (Level.CLASS, Level.NOUN)  # levels whose rows are no image's: they stand here, whole
 TABLES_HERE = ("image_id", "image_hash", "image_size", "offset")  # of the boxes level

@@ -40,12 +40,13 @@ from typing import IO, Any, TypeVar
 import numpy as np
 
 from hdovd.cache.identity import differences
+from hdovd.cache.open import open_folder
 from hdovd.cache.reader import require_unit
 from hdovd.cache.schema import TAR_META, TOP_ARRAYS
-from hdovd.cache.storage import Folder, open_folder
+from hdovd.cache.store import Folder
 from hdovd.cache.tar_meta import TarMeta
 from hdovd.cache.tar_sample import MEMBERS, RawSample, TarSample, key_of_image
-from hdovd.errors import HdovdError, shorten
+from hdovd.core.errors import HdovdError, shorten
 
 STREAM_BLOCK = 4 * 2**20  # bytes asked of an object store at a time
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """Checking a cache against itself: every checksum, every table, every row. Needs no data, no CLIP and no detector.
 
-Called by `hdovd.pipelines.cache_check` (`hdovd cache verify`), which adds what needs them. Memory is flat: objects are hashed in
+Called by `hdovd.pipelines.cache_tools.verify` (`hdovd cache verify`), which adds what needs them. Memory is flat: objects are hashed in
 blocks and rows read in blocks, part after part.
 """
 
@@ -20,8 +20,8 @@ from hdovd.cache.picture_files import LATER, known_files
 from hdovd.cache.product import Product, parse_record
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import ROW_ARRAYS, SCHEMA_VERSION, TABLE_ARRAYS, TABLES, Level, row_arrays
-from hdovd.cache.storage import Folder
-from hdovd.errors import HdovdError
+from hdovd.cache.store import Folder
+from hdovd.core.errors import HdovdError
 
 MOST_MISSING = 100  # parts of a product that are named
 Names = list[tuple[Level, str]]  # of products: level and key

@@ -18,8 +18,8 @@ import zarr
 from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.product import Product
 from hdovd.cache.schema import CHUNK_ROWS, NORM_TOLERANCE, PART_ROWS, SCHEMA_VERSION, TABLE_ARRAYS, TABLES, Level, row_arrays
-from hdovd.cache.storage import Folder
-from hdovd.errors import HdovdError
+from hdovd.cache.store import Folder
+from hdovd.core.errors import HdovdError
 
 # What other Zarr readers make of an object that is missing: values that nothing has, so that no shard is left out as empty.
 UNWRITTEN = {"float16": math.nan, "float32": math.nan, "int32": -(2**31), "int64": -(2**63), "uint64": 2**64 - 1, "uint8": 255}

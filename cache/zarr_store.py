@@ -12,8 +12,8 @@ from typing import Any
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 
-from hdovd.cache.storage import Folder
-from hdovd.errors import HdovdError
+from hdovd.cache.store import Folder
+from hdovd.core.errors import HdovdError
 
 
 class FolderStore(Store):

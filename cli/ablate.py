@@ -39,11 +39,11 @@ def ablate(
     goes on with what was stopped or failed; another config in a run's folder is an error. Ctrl-C, SIGTERM and SIGUSR1 let the runs
     save and end (exit code 130 or 75). Exit code 1 if a run failed. Runs are not validated between epochs. Look on: hdovd runs OUT.
     """
-    from hdovd.coco import DataPaths
-    from hdovd.pipelines.ablate import AblateConfig
-    from hdovd.pipelines.ablate import ablate as run
-    from hdovd.pipelines.ablate_table import markdown
-    from hdovd.pipelines.stop_signal import exit_code
+    from hdovd.data.coco import DataPaths
+    from hdovd.pipelines.ablation.ablate import AblateConfig
+    from hdovd.pipelines.ablation.ablate import ablate as run
+    from hdovd.pipelines.ablation.table import markdown
+    from hdovd.pipelines.common.signals import exit_code
 
     validation = DataPaths(data, val_images, val_annotations) if val_images or val_annotations else None
     config = AblateConfig(DataPaths(data, images, annotations), cache, out, (*(grid or ()), *(more or ())), recipe,

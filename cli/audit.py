@@ -25,12 +25,12 @@ def audit(
     """Compares the cache, and a run, with the raw annotation files. Each check ends as ok, LEAK, or unknown (it could not be
     made); report lines are disclosures, such as which novel names the nouns hold, and no leaks. See docs/AUDIT.md.
     """
-    from hdovd.coco import DataPaths
-    from hdovd.pipelines.cache_jobs import AuditConfig
+    from hdovd.data.coco import DataPaths
+    from hdovd.pipelines.audit.config import AuditConfig
 
     config = AuditConfig(DataPaths(data, images, annotations), cache, protocol, features, run, proposals, json_)
     config.check()  # before torch: a mistake shows at once
-    from hdovd.pipelines.audit import audit as run_audit
+    from hdovd.pipelines.audit.audit import audit as run_audit
 
     if run_audit(config, typer.echo).leaks:
         raise typer.Exit(1)

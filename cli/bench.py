@@ -14,10 +14,10 @@ import typer
 
 from hdovd.cli import options
 from hdovd.cli.lazy import new_app
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.crop_recipe import CropRecipe, Shape
-from hdovd.pipelines.whole_file import write_text
+from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
 
 app = new_app(no_args_is_help=True)
 
@@ -43,8 +43,8 @@ def cache(
 
     The defaults make 3.3 GB in temporary files.
     """
-    from hdovd.pipelines.bench_cache import bench_cache
-    from hdovd.pipelines.bench_layouts import CacheBench
+    from hdovd.pipelines.bench.bench_cache import bench_cache
+    from hdovd.pipelines.bench.bench_layouts import CacheBench
 
     with _workplace(folder, keep=keep) as place:
         bench_cache(CacheBench(place, images, rows, dim, rounds, reads, workers, memory_limit and memory_limit * 10**6), typer.echo)
@@ -73,7 +73,7 @@ def extract(
     """Measure the extraction beside the bare model, stage by stage, and beside other ways to do it; forecast a data set's cost."""
     (width, height), (pictures, rows) = _two(picture, "x", "--picture"), _two(forecast, ",", "--forecast")
     recipe = CropRecipe.parse(crop, crop_scales)
-    from hdovd.pipelines.bench_extract import SpeedBench, bench_speed
+    from hdovd.pipelines.bench.bench_extract import SpeedBench, bench_speed
 
     with _workplace(folder, keep=keep) as place:
         speed = bench_speed(SpeedBench(place, clip, pretrained, precision, device, options.workers(workers), options.batch_size(batch),
@@ -104,14 +104,14 @@ def dense(
 
     On the annotated boxes of your validation images: what extract-clip --instance-teacher dense would give you to train from.
     """
-    from hdovd.coco import DataPaths
-    from hdovd.pipelines.prompt_templates import read_templates
-    from hdovd.protocol import load_protocol
+    from hdovd.data.coco import DataPaths
+    from hdovd.data.protocol import load_protocol
+    from hdovd.pipelines.teachers.prompts import read_templates
 
     paths, prompts = DataPaths(data, images, annotations), read_templates(templates)
     load_protocol(protocol)
     paths.locate("val2017")  # before torch: a mistake shows at once
-    from hdovd.pipelines.bench_dense import DenseBench, bench_dense
+    from hdovd.pipelines.bench.bench_dense import DenseBench, bench_dense
 
     bench_dense(DenseBench(paths, clip, tuple(side or (None,)), pretrained, protocol, prompts, precision, device=device, images=count,
                            boxes=boxes, rounds=rounds), typer.echo)
@@ -131,7 +131,7 @@ def scale(
 
     The defaults make 4 million rows, 5 GB on disk.
     """
-    from hdovd.pipelines.bench_scale import ScaleBench, bench_scale
+    from hdovd.pipelines.bench.bench_scale import ScaleBench, bench_scale
 
     with _workplace(folder, keep=keep) as place:
         for line in bench_scale(ScaleBench(place, images, boxes, dim, side, workers), typer.echo).lines():
@@ -150,7 +150,7 @@ def ap_engines(
     keep: Keep = False,
 ) -> None:
     """Time AP with both engines of hdovd eval on the same made-up detections, and compare what they find."""
-    from hdovd.pipelines.bench_eval import EvalBench, bench_eval
+    from hdovd.pipelines.bench.bench_eval import EvalBench, bench_eval
 
     with _workplace(folder, keep=keep) as place:
         times = bench_eval(EvalBench(place, images, objects, detections, rounds, seed), typer.echo)
@@ -200,11 +200,11 @@ def training(
 
     torchvision's fasterrcnn_resnet50_fpn is measured with recipes of a resnet50. On made-up pictures, with random weights.
     """
-    from hdovd.config import load_recipe
+    from hdovd.config.recipe import load_recipe
 
     width, height = _two(picture, "x", "--picture")
     load_recipe(recipe, set_ or [])  # before torch: a mistake shows at once
-    from hdovd.pipelines.bench_train import TrainBench, bench_train
+    from hdovd.pipelines.bench.bench_train import TrainBench, bench_train
 
     with _workplace(folder, keep=keep) as place:
         times = bench_train(TrainBench(place, recipe, tuple(set_ or ()), clip, device, images, width, height, rounds, steps, online),

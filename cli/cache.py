@@ -10,7 +10,7 @@ import typer
 from hdovd.cli import cache_map, cache_view, export_cache, import_cache, options
 from hdovd.cli.lazy import new_app
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.extract_config import Activation
+from hdovd.pipelines.teachers.activation import Activation
 
 app = new_app(
     no_args_is_help=True,
@@ -29,7 +29,7 @@ def ls(cache: Cache) -> None:
     from hdovd.cache.catalog import Catalog
 
     catalog = Catalog(cache)
-    from hdovd.pipelines.cache_tables import product_lines
+    from hdovd.pipelines.cache_tools.listing import product_lines
 
     _print(product_lines(catalog))
 
@@ -44,7 +44,7 @@ def info(
     from hdovd.cache.catalog import Catalog
 
     catalog = Catalog(cache)
-    from hdovd.pipelines.cache_tables import info_lines
+    from hdovd.pipelines.cache_tools.listing import info_lines
 
     _print(info_lines(catalog, name))
 
@@ -60,7 +60,7 @@ def diff(
     from hdovd.cache.catalog import Catalog
 
     first, second = Catalog(cache), Catalog(other or cache)
-    from hdovd.pipelines.cache_tables import difference_lines
+    from hdovd.pipelines.cache_tools.listing import difference_lines
 
     _print(difference_lines(first, a, second, b))
 
@@ -82,8 +82,8 @@ def gc(
 
     catalog = Catalog(cache)
     from hdovd.cache.inventory import delete_garbage, find_garbage
-    from hdovd.pipelines.cache_tables import garbage_lines
-    from hdovd.pipelines.format import size
+    from hdovd.pipelines.cache_tools.listing import garbage_lines
+    from hdovd.pipelines.common.format import size
 
     garbage = find_garbage(catalog, drop_set)
     _print(garbage_lines(garbage))
@@ -130,9 +130,9 @@ def verify(
     --sample and --repair need the pictures and the CLIP; with --data, pictures that have changed are found too. A set knows
     what it was made from; the options from --data on say where that is now.
     """
-    from hdovd.coco import DataPaths
-    from hdovd.pipelines.check_config import CheckConfig
-    from hdovd.pipelines.prompt_templates import read_templates
+    from hdovd.data.coco import DataPaths
+    from hdovd.pipelines.cache_tools.check_config import CheckConfig
+    from hdovd.pipelines.teachers.prompts import read_templates
 
     prompts = None if templates is None else read_templates(templates)
     changes: dict[str, Any] = {"data": DataPaths(data, images, annotations) if data or images or annotations else None, "clip": clip,
@@ -143,7 +143,7 @@ def verify(
     changes = {name: value for name, value in changes.items() if value not in (None, Precision.AUTO)}
     config = CheckConfig(cache, features, sample, seed, repair, changes)
     config.check()  # before torch: a mistake shows at once
-    from hdovd.pipelines.cache_check import check_cache
+    from hdovd.pipelines.cache_tools.verify import check_cache
 
     if check_cache(config, typer.echo).findings:
         raise typer.Exit(1)

@@ -7,7 +7,8 @@ import typer
 
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.cli import options
-from hdovd.pipelines.cache_jobs import CacheSource, Colour, MapConfig
+from hdovd.pipelines.cache_tools.config import Colour, MapConfig
+from hdovd.pipelines.extraction.source import CacheSource
 
 
 def map_(
@@ -30,11 +31,11 @@ def map_(
     Projected by t-SNE: boxes that lie near each other look alike to CLIP. It prints how often a box is most like its own
     class's name, and how alike neighbours are. CLIP is not needed.
     """
-    from hdovd.coco import DataPaths
+    from hdovd.data.coco import DataPaths
 
     where = DataPaths(data, images, annotations) if data or images or annotations else None
     config = MapConfig(CacheSource(cache, features, where, protocol), out, points, colour, seed, thumbnails)
     config.check()  # before torch: a mistake shows at once
-    from hdovd.pipelines.cache_map import map_cache
+    from hdovd.pipelines.cache_tools.cache_map import map_cache
 
     map_cache(config, typer.echo)

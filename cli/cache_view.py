@@ -7,7 +7,7 @@ import typer
 
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.cli import options
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
 
 
 def view(
@@ -33,18 +33,19 @@ def view(
     """
     if recipe is None and set_:
         raise HdovdError("--set lays values over a recipe: give --recipe too")
-    from hdovd.config import load_recipe
+    from hdovd.config.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_ or []) if recipe is not None else None
-    from hdovd.coco import DataPaths
-    from hdovd.pipelines.cache_jobs import CacheSource, ViewConfig
-    from hdovd.pipelines.calibration import refuse_two_sources
+    from hdovd.data.coco import DataPaths
+    from hdovd.pipelines.cache_tools.config import ViewConfig
+    from hdovd.pipelines.calibration.values import refuse_two_sources
+    from hdovd.pipelines.extraction.source import CacheSource
 
     refuse_two_sources(set_ or [], calibration)
     where = DataPaths(data, images, annotations) if data or images or annotations else None
     asked = tuple(word.strip() for words in image or () for word in words.split(",") if word.strip())
     config = ViewConfig(CacheSource(cache, features, where, protocol), asked, out, calibration, loaded, seed)
     config.check()  # before torch: a mistake shows at once
-    from hdovd.pipelines.view_images import view_images
+    from hdovd.pipelines.cache_tools.view_images import view_images
 
     view_images(config, typer.echo)

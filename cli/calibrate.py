@@ -22,12 +22,12 @@ def calibrate(
     """From base boxes and base names alone: the cosine of each box and its name against that of the best wrong name. CLIP is not
     needed. The cache knows where its data are; --data and --protocol say it anew. Next: hdovd train --calibration FILE.
     """
-    from hdovd.coco import DataPaths
-    from hdovd.pipelines.cache_jobs import CalibrateConfig
+    from hdovd.data.coco import DataPaths
+    from hdovd.pipelines.calibration.config import CalibrateConfig
 
     where = DataPaths(data, images, annotations) if data or images or annotations else None
     config = CalibrateConfig(cache, out, features, where, protocol)
     config.check()  # before torch: a mistake shows at once
-    from hdovd.pipelines.calibrate import calibrate as run
+    from hdovd.pipelines.calibration.calibrate import calibrate as run
 
     run(config, typer.echo)

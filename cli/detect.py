@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hdovd.cli import options
-from hdovd.pipelines.weights import Weights
+from hdovd.pipelines.runs.weights import Weights
 
 
 def detect(
@@ -52,9 +52,9 @@ def detect(
     """Names that are no classes of the run are embedded by the text tower of its CLIP, once: they are kept in ~/.cache/hdovd. What
     cannot be read is skipped and listed; the exit code is 1 if nothing could be read. See docs/DETECT.md.
     """
-    from hdovd.pipelines.name_list import names_asked
-    from hdovd.pipelines.prompt_templates import read_templates
-    from hdovd.pipelines.run_jobs import DetectJob
+    from hdovd.pipelines.common.name_list import names_asked
+    from hdovd.pipelines.detection.config import DetectJob
+    from hdovd.pipelines.teachers.prompts import read_templates
 
     names = None if classes is None else names_asked(classes, typer.echo)
     prompts = None if templates is None else read_templates(templates)
@@ -62,8 +62,8 @@ def detect(
         run, tuple(images), out, names, threshold, class_embeddings, clip, pretrained, prompts, weights, device, batch_size,
         options.workers(workers), not no_pictures, split_blind, overwrite, alone, trust)
     job.check()  # before torch: a mistake shows at once
-    from hdovd.pipelines.detect import detect as run_detect
-    from hdovd.pipelines.detect_table import detect_lines
+    from hdovd.pipelines.detection.detect import detect as run_detect
+    from hdovd.pipelines.detection.table import detect_lines
 
     result = run_detect(job, typer.echo)
     for line in detect_lines(result):

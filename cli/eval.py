@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from hdovd.ap_engine import Engine
 from hdovd.cli import options
-from hdovd.pipelines.weights import Weights
+from hdovd.evaluation.engines import Engine
+from hdovd.pipelines.runs.weights import Weights
 
 
 def eval(
@@ -31,14 +31,14 @@ def eval(
 ) -> None:
     """Writes metrics.json and detections.json (COCO results form) into RUN.
     """
-    from hdovd.coco import DataPaths
-    from hdovd.pipelines.run_jobs import EvalJob
+    from hdovd.data.coco import DataPaths
+    from hdovd.pipelines.evaluation.config import EvalJob
 
     job = EvalJob(run, DataPaths(data, images, annotations), protocol, device, batch_size, options.workers(workers), pictures,
                               engine, weights, trust)
     job.check()  # before torch: a mistake shows at once
-    from hdovd.pipelines.evaluate import evaluate
-    from hdovd.pipelines.tables import class_table, error_table, result_table
+    from hdovd.pipelines.evaluation.evaluate import evaluate
+    from hdovd.pipelines.evaluation.tables import class_table, error_table, result_table
 
     result = evaluate(job)
     typer.echo(result_table(result))

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from hdovd.cli import options
-from hdovd.pipelines.model_form import ModelForm
-from hdovd.pipelines.weights import Weights
+from hdovd.pipelines.export.config import ModelForm
+from hdovd.pipelines.runs.weights import Weights
 
 
 def export(
@@ -27,12 +27,12 @@ def export(
     """The file holds the run's class names and embeddings too. It is run before it gets its name, and refused if it does not find what
     the model finds: scores to 1e-3, boxes to 1e-3 percent of the long side of the detector's input, to which any picture is resized.
     """
-    from hdovd.pipelines.run_jobs import ExportModelJob
+    from hdovd.pipelines.export.config import ExportModelJob
 
     form = ModelForm.of(out, form)
     job = ExportModelJob(run, form, out, weights, tuple(check_image or ()), trust)
     job.check()  # before torch: a mistake shows at once
-    from hdovd.pipelines.export_model import export_model
+    from hdovd.pipelines.export.model import export_model
 
     done = export_model(job, typer.echo)
     typer.echo(f"checked: {done.checked.detections} detections in {done.checked.pictures} pictures; largest difference from the model "

@@ -32,13 +32,13 @@ def export(
     The data are those of the extraction unless they are given. Killed? The same command goes on where it was.
     Next: hdovd train --cache OUT, which needs no other data.
     """
-    from hdovd.coco import DataPaths
-    from hdovd.pipelines.cache_jobs import ExportConfig
+    from hdovd.data.coco import DataPaths
+    from hdovd.pipelines.extraction.tar_config import ExportConfig
 
     given = DataPaths(data, images, annotations)
     config = ExportConfig(cache, out, None if given == DataPaths() else given, protocol, features, samples)
     config.check()  # before torch: a mistake shows at once
-    from hdovd.pipelines.export import export_tars
+    from hdovd.pipelines.extraction.tar_export import export_tars
 
     export_tars(config)
     typer.echo(f"next: hdovd train --cache {quote(str(out))} --out RUN ...")

@@ -8,11 +8,12 @@ import typer
 
 from hdovd.cache.schema import DEFAULT_SET, PART_ROWS
 from hdovd.cli import options
-from hdovd.coco import Exif
+from hdovd.data.coco import Exif
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.crop_recipe import CropRecipe, Shape
-from hdovd.pipelines.extract_config import Activation, Executor, ExtractConfig, InstanceTeacher, Share, Store
-from hdovd.pipelines.label_rule import TEMPERATURE, LabelRule
+from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
+from hdovd.pipelines.extraction.config import Executor, ExtractConfig, InstanceTeacher, Share, Store
+from hdovd.pipelines.extraction.label_rule import TEMPERATURE, LabelRule
+from hdovd.pipelines.teachers.activation import Activation
 
 
 def extract_clip(
@@ -77,8 +78,8 @@ def extract_clip(
     """Prints first, level by level, whether the cache has it (hit), some of it (extend) or nothing (extract), and what that
     costs. Killed? The same command goes on where it was. Needs no GPU, but wants one. Next: hdovd train --cache CACHE.
     """
-    from hdovd.coco import DataPaths
-    from hdovd.pipelines.prompt_templates import read_templates
+    from hdovd.data.coco import DataPaths
+    from hdovd.pipelines.teachers.prompts import read_templates
 
     recipe = options.recipe(instance_teacher, dense_side, CropRecipe.parse(crop, crop_scales))
     config = ExtractConfig(
@@ -87,8 +88,8 @@ def extract_clip(
         options.workers(workers), dry_run, retry_failed, None if shard is None else Share.parse(shard), executor, store, synonyms,
         class_embeddings, nouns, labels=LabelRule(label_top_k, label_temperature), exif=exif)
     config.check()  # before torch: a mistake shows at once
-    from hdovd.pipelines.extract_clip import extract_clip as run
-    from hdovd.pipelines.sharing import this_share
+    from hdovd.pipelines.extraction.extract_clip import extract_clip as run
+    from hdovd.pipelines.extraction.sharing import this_share
 
     report = run(config)
     if report.whole and not dry_run and this_share(None).speaks:

@@ -9,7 +9,7 @@ import typer
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.cli import options
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.extract_config import Activation
+from hdovd.pipelines.teachers.activation import Activation
 
 
 def import_(
@@ -35,22 +35,22 @@ def import_(
     --format webdataset: tar shards become the cache again that they were exported from; no other option is read.
     """
     if format == "webdataset":
-        from hdovd.pipelines.export import import_tars
+        from hdovd.pipelines.extraction.tar_export import import_tars
 
         import_tars(source, cache)
         typer.echo(f"next: hdovd cache info {quote(str(cache))}")
         return
-    from hdovd.coco import DataPaths
-    from hdovd.errors import HdovdError
-    from hdovd.pipelines.import_config import ForeignFormat, ImportConfig
-    from hdovd.pipelines.prompt_templates import read_templates
+    from hdovd.core.errors import HdovdError
+    from hdovd.data.coco import DataPaths
+    from hdovd.pipelines.cache_tools.import_config import ForeignFormat, ImportConfig
+    from hdovd.pipelines.teachers.prompts import read_templates
 
     if format not in set(ForeignFormat):
         raise HdovdError(f"--format {format}: expected one of {', '.join(ForeignFormat)}, webdataset")
     config = ImportConfig(ForeignFormat(format), Path(source), DataPaths(data, images, annotations), cache, proposals, protocol,
                                  clip, pretrained, read_templates(templates), features, device, precision, activation)
     config.check()  # before torch: a mistake shows at once
-    from hdovd.pipelines.import_features import import_features
+    from hdovd.pipelines.cache_tools.importing import import_features
 
     import_features(config)
     typer.echo(f"next: hdovd cache info {quote(str(cache))}")

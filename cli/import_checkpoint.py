@@ -30,10 +30,10 @@ def import_checkpoint(
 ) -> None:
     """Every tensor of the file is used or named, and nothing of it is run: a file of anything but tensors is refused.
     """
-    from hdovd.pipelines.import_config import ImportCheckpointJob
+    from hdovd.pipelines.runs.import_config import ImportCheckpointJob
 
     job = ImportCheckpointJob(file, out, detector.value, class_embeddings, object_embedding, protocol, tuple(settings or ()), overwrite)
     job.check()  # before torch: a mistake shows at once
-    from hdovd.pipelines.import_checkpoint import import_checkpoint as run
+    from hdovd.pipelines.runs.import_checkpoint import import_checkpoint as run
 
     run(job, typer.echo)

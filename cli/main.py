@@ -11,11 +11,11 @@ from typing import Annotated, Any, ClassVar
 import typer
 from typer.main import get_command
 
-import hdovd
 from hdovd.cli.lazy import LazyGroup, new_app
-from hdovd.errors import HdovdError, Stopped, system_line
+from hdovd.core.errors import HdovdError, Stopped, system_line
+from hdovd.core.version import __version__
+from hdovd.pipelines.common.signals import INTERRUPTED
 from hdovd.pipelines.common.threads import limit_threads
-from hdovd.pipelines.stop_signal import INTERRUPTED
 
 PIPE_BROKE = 141  # as a shell says of SIGPIPE
 _interrupts: list[int] = []
@@ -65,7 +65,7 @@ app = new_app(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"hdovd {hdovd.__version__}")
+        typer.echo(f"hdovd {__version__}")
         raise typer.Exit
 
 

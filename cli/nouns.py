@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hdovd.cli import options
-from hdovd.pipelines.nouns_config import SPACY_MODEL, NounsJob, Parser
+from hdovd.pipelines.nouns.config import SPACY_MODEL, NounsJob, Parser
 
 
 def nouns(
@@ -32,7 +32,7 @@ def nouns(
     """
     job = NounsJob(captions, out, vocabulary, parser, stop_list, spacy_model, protocol)
     job.check()  # before spaCy: a mistake shows at once
-    from hdovd.pipelines.find_nouns import find_nouns
+    from hdovd.pipelines.nouns.find import find_nouns
 
     find_nouns(job, typer.echo)
     typer.echo(f"next: hdovd extract-clip --nouns {quote(str(out))} --proposals FILE ...")

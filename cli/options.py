@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
-from hdovd.pipelines.extract_config import InstanceTeacher
+from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
+from hdovd.pipelines.extraction.config import InstanceTeacher
 
 Data = Annotated[Path | None, typer.Option("--data", help="COCO folder: train2017/, val2017/, annotations/instances_*.json.")]
 Images = Annotated[Path | None, typer.Option("--images", help="Image folder, instead of the one under --data.")]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hdovd.cli.lazy import new_app
-from hdovd.pipelines.proposal_options import ListOrder
+from hdovd.pipelines.proposal_files.options import ListOrder
 
 app = new_app(
     no_args_is_help=True,
@@ -30,7 +30,7 @@ def convert(
     order: Order = ListOrder.FILE,
 ) -> None:
     """Write the proposals in another form: the same boxes, scores and identity, and what made them if that is known."""
-    from hdovd.pipelines.proposal_convert import convert_proposals
+    from hdovd.pipelines.proposal_files.convert import convert_proposals
 
     convert_proposals(source, out, annotations, order, typer.echo)
 
@@ -38,6 +38,6 @@ def convert(
 @app.command()
 def info(source: Source, annotations: Annotations = None, order: Order = ListOrder.FILE) -> None:
     """Tell how many proposals a file holds, their identity, and what made them."""
-    from hdovd.pipelines.proposal_convert import info_lines
+    from hdovd.pipelines.proposal_files.convert import info_lines
 
     typer.echo("\n".join(info_lines(source, annotations, order)))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hdovd.cli import options
-from hdovd.pipelines.propose_config import Detector
+from hdovd.pipelines.proposals.config import Detector
 
 
 def propose(
@@ -52,18 +52,18 @@ def propose(
     takes a network that is there already with the same settings. Several GPUs: torchrun --nproc-per-node 8 -m hdovd propose ...
     Side by side: hdovd propose --report --detector rpn --detector oln. Next: hdovd extract-clip --proposals OUT.
     """
-    from hdovd.coco import DataPaths
-    from hdovd.config import load_recipe
-    from hdovd.pipelines.propose_config import RecallJob, propose_job
+    from hdovd.config.recipe import load_recipe
+    from hdovd.data.coco import DataPaths
+    from hdovd.pipelines.proposals.config import RecallJob, propose_job
 
     loaded, paths = load_recipe(recipe, set_ or []), DataPaths(data, images, annotations)
     if report:
-        from hdovd.pipelines.train_config import validation_paths
+        from hdovd.pipelines.training.config import validation_paths
 
         recall = RecallJob(paths, validation_paths(data, val_images, val_annotations), loaded, out, protocol,
                            tuple(detector or ()), tuple(checkpoint or ()), device, overwrite, save_minutes)
         recall.check()
-        from hdovd.pipelines.proposal_recall import recall_report
+        from hdovd.pipelines.proposals.recall import recall_report
 
         recall_report(recall)
         return
@@ -71,6 +71,6 @@ def propose(
                       min_side=min_side, min_score=min_score, device=device, backbone_out=backbone_out, overwrite=overwrite,
                       save_minutes=save_minutes)
     job.check()
-    from hdovd.pipelines.propose import propose as run
+    from hdovd.pipelines.proposals.propose import propose as run
 
     run(job)

@@ -28,13 +28,13 @@ def report(
     The pictures are taken from --data; --images and --annotations name other validation images. Without any, from where the
     runs' cache was made.
     """
-    from hdovd.coco import DataPaths
-    from hdovd.pipelines.run_jobs import ReportJob
+    from hdovd.data.coco import DataPaths
+    from hdovd.pipelines.report.config import ReportJob
 
     validation = DataPaths(data, images, annotations) if images or annotations else None
     job = ReportJob(tuple(runs), out, DataPaths(data), validation, gallery, pseudo, relations, threshold, device, batch_size,
                   options.workers(workers), trust)
     job.check()  # before torch: a mistake shows at once
-    from hdovd.pipelines.report import report as run
+    from hdovd.pipelines.report.report import report as run
 
     run(job, typer.echo)

@@ -8,7 +8,7 @@ import typer
 
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.cli import options
-from hdovd.config_parts import PRESETS
+from hdovd.config.backbone import PRESETS
 
 Preset = StrEnum("Preset", {name.replace("-", "_").upper(): name for name in PRESETS})  # type: ignore[misc]
 
@@ -49,18 +49,18 @@ def train(
     of them. Ctrl-C, SIGTERM and SIGUSR1 save and end, with exit code 130 or 75 (torchrun has codes of its own); --resume goes on to the
     sample. Next: hdovd eval OUT.
     """
-    from hdovd.coco import DataPaths
-    from hdovd.config import load_recipe
+    from hdovd.config.recipe import load_recipe
+    from hdovd.data.coco import DataPaths
 
     loaded = load_recipe(recipe, [*(PRESETS[preset.value] if preset else ()), *(set_ or [])])
-    from hdovd.pipelines.calibration import refuse_two_sources
-    from hdovd.pipelines.train_config import TrainJob, validation_paths
+    from hdovd.pipelines.calibration.values import refuse_two_sources
+    from hdovd.pipelines.training.config import TrainJob, validation_paths
 
     refuse_two_sources(set_ or [], calibration)
     validation = validation_paths(data, val_images, val_annotations) if val_every else None
     job = TrainJob(DataPaths(data, images, annotations), cache, out, loaded, protocol, device, overwrite, features, resume, save_minutes,
                  validation, val_every, tensorboard, calibration, init, not no_checksums)
     job.check()  # before torch: a mistake shows at once
-    from hdovd.pipelines.train import train as run
+    from hdovd.pipelines.training.train import train as run
 
     run(job)

@@ -1,1 +1,5 @@
-__version__ = "0.1.0"
+"""Open-vocabulary detection by hierarchical distillation from CLIP."""
+
+from hdovd.core.version import __version__
+
+__all__ = ["__version__"]

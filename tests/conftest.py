@@ -24,10 +24,10 @@ import pytest
 import torch
 from pretended_cuda import PretendedCuda
 
-from hdovd.coco import DataPaths
-from hdovd.config import Recipe, load_recipe
+from hdovd.config.recipe import Recipe, load_recipe
+from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE, make_world
-from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.extraction.config import ExtractConfig
 
 TRAIN_IMAGES, VAL_IMAGES = 24, 8
 # The demo recipe cut to a second an epoch. Thresholds of zero: an untrained detector must still detect something.
@@ -128,7 +128,7 @@ class _CountingTeacher:
     """A real CLIP that counts what it is asked for."""
 
     def __init__(self, clip: str) -> None:
-        from hdovd.pipelines.clip_teacher import load_clip
+        from hdovd.pipelines.teachers.openclip import load_clip
 
         self._teacher = load_clip(clip, None, device="cpu")
         self.batches: list[int] = []  # pictures in each; those that fill a batch up are zeros, and do not count
@@ -192,7 +192,7 @@ def extraction(world: Path, clip: str, proposals: Path) -> Callable[..., Extract
 def cache(extraction: Callable[..., ExtractConfig], contents: Callable[[Path], dict[str, str]],
           tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The micro world's feature cache, all levels, nouns from captions. Runs leave a record in theirs: they read `training_cache`."""
-    from hdovd.pipelines.extract_clip import extract_clip
+    from hdovd.pipelines.extraction.extract_clip import extract_clip
 
     folder = tmp_path_factory.mktemp("shared") / "cache"
     extract_clip(extraction(folder), _silent)

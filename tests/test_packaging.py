@@ -73,7 +73,7 @@ def wheel(source: Path) -> Path:
 
 def test_expected_files_are_what_they_should_be(expected: set[str]) -> None:
     assert {"hdovd/__main__.py", "hdovd/py.typed", "hdovd/cache/reader.py", "hdovd/cli/main.py", "hdovd/pipelines/demo/world.py",
-            "hdovd/losses/instance.py", "hdovd/recipes/demo.toml", "hdovd/protocols/ov-coco.toml",
+            "hdovd/modeling/losses/instance.py", "hdovd/recipes/demo.toml", "hdovd/protocols/ov-coco.toml",
             "hdovd/pipelines/prompts/vild.txt"} <= expected
 
 
@@ -147,7 +147,7 @@ def test_the_library_knows_no_stage_cache_or_command() -> None:
 
 def test_the_cache_stands_alone() -> None:
     def fine(module: str) -> bool:
-        return module == "hdovd" or _under(module, "hdovd.cache", "hdovd.errors")
+        return module == "hdovd" or _under(module, "hdovd.cache", "hdovd.core.errors")
 
     assert [f"{f.relative_to(ROOT)}:{line} imports {m}" for f in _modules("cache") for line, m in _imports(f)
             if _under(m, "hdovd") and not fine(m)] == []
@@ -160,7 +160,7 @@ def test_stages_know_no_command() -> None:
 def test_only_extraction_and_the_demo_teacher_import_clip() -> None:
     found = {str(f.relative_to(ROOT)) for folder in ("hdovd", *LINKED) for f in _modules(folder) for _, m in _imports(f)
              if _under(m, "open_clip")}
-    assert found == {"pipelines/clip_teacher.py", "pipelines/dense_clip.py", "pipelines/demo/teacher.py"}
+    assert found == {"pipelines/teachers/openclip.py", "pipelines/teachers/dense.py", "pipelines/demo/teacher.py"}
 
 
 @pytest.mark.parametrize("folder", ["hdovd", *LINKED, "tests"])

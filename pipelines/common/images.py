@@ -25,8 +25,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from hdovd.coco import Exif, ImageBoxes, Split
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import Exif, ImageBoxes, Split
 
 if "PILLOW_BLOCKS_MAX" not in os.environ:
     Image.core.set_blocks_max(4)  # type: ignore[attr-defined]  # memory of a picture that is kept for the next: page faults can cost as much as decoding

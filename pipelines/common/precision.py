@@ -21,12 +21,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
 
 if TYPE_CHECKING:
     import torch
 
-    from hdovd.config import Recipe
+    from hdovd.config.recipe import Recipe
 
 SLOW = "many times slower than fp32 (docs/MACHINES.md)"
 VARIABLE = "HDOVD_PRECISION"  # what auto stands for instead: for clusters whose nodes differ

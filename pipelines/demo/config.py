@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hdovd.config import load_recipe
-from hdovd.errors import HdovdError
+from hdovd.config.recipe import load_recipe
+from hdovd.core.errors import HdovdError
 
 TRAIN_IMAGES, VAL_IMAGES = 1000, 250
 MARKER = ".hdovd-demo"  # a folder that holds it is a demo's, and a new demo may clear it

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from hdovd.pipelines.whole_file import write_picture
+from hdovd.pipelines.common.atomic_write import write_picture
 
 SHOWN_PICTURES = 3
 WIDTH_PX = 900

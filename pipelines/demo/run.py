@@ -17,16 +17,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hdovd.coco_ap import GROUPS
-from hdovd.errors import HdovdError, Stopped
+from hdovd.core.errors import HdovdError, Stopped
+from hdovd.evaluation.coco import GROUPS
+from hdovd.pipelines.common.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
+from hdovd.pipelines.common.signals import exit_code
 from hdovd.pipelines.common.threads import usable_cores
+from hdovd.pipelines.common.user_cache import user_cache_folder
 from hdovd.pipelines.demo.config import MARKER, DemoConfig
 from hdovd.pipelines.demo.looking import can_map, image_with_most_proposals, small_pictures, telling_pictures
 from hdovd.pipelines.demo.teacher import demo_teacher
 from hdovd.pipelines.demo.world import NOVEL, make_world
-from hdovd.pipelines.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
-from hdovd.pipelines.stop_signal import exit_code
-from hdovd.pipelines.user_cache import user_cache_folder
 
 DISTILLED = "distilled"
 PROPOSER_EPOCHS = 5

@@ -22,10 +22,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.precision import Precision, choose
+from hdovd.pipelines.common.progress import progress
 from hdovd.pipelines.demo.world import Scene, scenes
-from hdovd.pipelines.progress import progress
-from hdovd.pipelines.whole_file import replace_file, write_text
 
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": 128,

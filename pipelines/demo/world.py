@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from hdovd.pipelines.common.atomic_write import write_picture, write_text
 from hdovd.pipelines.demo.shapes import SHAPES, paint_object
-from hdovd.pipelines.whole_file import write_picture, write_text
 
 NOVEL = ("butterfly", "fish", "heart", "hourglass", "key", "mushroom", "star", "umbrella")
 BASE = tuple(name for name in SHAPES if name not in NOVEL)

@@ -14,13 +14,14 @@ import pytest
 import zarr
 
 from hdovd.cache.catalog import Catalog, FeatureSet
+from hdovd.cache.open import open_folder
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import MappedRows, ZarrRows, open_rows
 from hdovd.cache.schema import TABLE_ARRAYS, TABLES, Level
-from hdovd.cache.storage import Folder, open_folder
+from hdovd.cache.store import Folder
 from hdovd.cache.writer import ProductWriter
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
 
 COUNTS, PART_ROWS = (3, 0, 1, 9, 0, 4, 2), 4  # 19 rows: 5 parts, the last one not full
 WHOLE = {TABLES, *range(5)}

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from store_contract import StoreContract, begin, contents, ragged, write_parts
 
+from hdovd.cache.local import LocalFolder
 from hdovd.cache.locks import PARTIAL
-from hdovd.cache.storage import LocalFolder, open_folder
-from hdovd.errors import HdovdError
+from hdovd.cache.open import open_folder
+from hdovd.core.errors import HdovdError
 
 ODD = "a cache [1] 100%25 ü"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hdovd.cache import locks, storage
-from hdovd.cache.storage import CLAIMS, LocalFolder
+from hdovd.cache.local import CLAIMS, LocalFolder
 
 DEAD = 2**22 + 1  # no process has this number: it is over the system's limit
 

@@ -14,7 +14,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.product import Product
 from hdovd.cache.schema import TABLE_ARRAYS, Level
 from hdovd.cache.writer import ProductWriter
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
 
 D = 8
 Begin = Callable[..., ProductWriter]

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from store_contract import begin, contents, failing, ragged, write_parts
 from zarr.codecs import BloscCodec, BytesCodec, ZstdCodec
 
+from hdovd.cache.local import LocalFolder
 from hdovd.cache.product import Product
 from hdovd.cache.rows import MappedRows, ZarrRows, open_rows
 from hdovd.cache.schema import CHUNK_ROWS, TABLE_ARRAYS, Level
-from hdovd.cache.storage import LocalFolder
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
 
 few = settings(max_examples=20, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 counts = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 40), st.sampled_from([0, 1, CHUNK_ROWS - 1, CHUNK_ROWS, 3000])), max_size=6)

@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader
 
 import hdovd.cache.remote
 from hdovd.cache.catalog import Catalog
+from hdovd.cache.open import open_folder
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import open_rows
 from hdovd.cache.schema import TABLE_ARRAYS, Level
-from hdovd.cache.storage import open_folder
-from hdovd.errors import HdovdError
-from hdovd.pipelines.extract_clip import extract_clip
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.extraction.extract_clip import extract_clip
 
 QUICK = {"connect_timeout": 2, "read_timeout": 5, "retries": {"mode": "standard", "total_max_attempts": 1}}  # gives up at once
 

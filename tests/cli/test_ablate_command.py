@@ -24,10 +24,10 @@ import pytest
 from typer.testing import CliRunner
 
 from hdovd.cli.main import app
-from hdovd.coco import DataPaths
-from hdovd.pipelines.ablate import LOCK, AblateConfig, plan
-from hdovd.pipelines.evaluate import EvalJob, evaluate
-from hdovd.pipelines.train import TrainJob, train
+from hdovd.data.coco import DataPaths
+from hdovd.pipelines.ablation.ablate import LOCK, AblateConfig, plan
+from hdovd.pipelines.evaluation.evaluate import EvalJob, evaluate
+from hdovd.pipelines.training.train import TrainJob, train
 
 Watch = Callable[[Path], Any]
 GRID = ("--grid", "loss.image.enabled=true,false", "train.lr=0.002")  # the second without --grid: more of it

@@ -18,12 +18,12 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.cli.main import app
-from hdovd.errors import HdovdError
-from hdovd.pipelines import memory_limit
-from hdovd.pipelines.bench_cache import Rates, time_reading, time_workers
-from hdovd.pipelines.bench_layouts import CacheBench, Layout, check_same, make_layouts, open_layouts
-from hdovd.pipelines.bench_scale import BASE_BOXES, ScaleBench, ScaleFigures, bench_scale
-from hdovd.pipelines.packing import pack
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.bench import memory_limit
+from hdovd.pipelines.bench.bench_cache import Rates, time_reading, time_workers
+from hdovd.pipelines.bench.bench_layouts import CacheBench, Layout, check_same, make_layouts, open_layouts
+from hdovd.pipelines.bench.bench_scale import BASE_BOXES, ScaleBench, ScaleFigures, bench_scale
+from hdovd.pipelines.dataloading.packing import pack
 
 
 @pytest.fixture(scope="module")

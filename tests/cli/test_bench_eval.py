@@ -13,11 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from hdovd.cli.main import app
-from hdovd.coco import load_split
-from hdovd.coco_ap import AveragePrecision
-from hdovd.errors import HdovdError
-from hdovd.pipelines.bench_eval import EvalBench, largest_difference, make_eval_world
-from hdovd.protocol import Protocol, load_protocol
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import load_split
+from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.evaluation.coco import AveragePrecision
+from hdovd.pipelines.bench.bench_eval import EvalBench, largest_difference, make_eval_world
 
 OV_COCO = load_protocol("ov-coco")
 

@@ -18,8 +18,8 @@ from command_runs import Ran
 
 from hdovd.cache.catalog import Catalog, FeatureSet, RunRecord
 from hdovd.cache.schema import Level
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
 
 BROKEN = 12
 HOLD = """

@@ -19,11 +19,11 @@ from PIL import Image
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Source
-from hdovd.pipelines.cache_view import CacheView, Likeness, Reliability, ViewRow
-from hdovd.pipelines.drawing import BASE_COLOUR
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.view_picture import STRONG, WEAK, draw_view, row_colour
+from hdovd.pipelines.cache_tools.view import CacheView, Likeness, Reliability, ViewRow
+from hdovd.pipelines.cache_tools.view_picture import STRONG, WEAK, draw_view, row_colour
+from hdovd.pipelines.common.drawing import BASE_COLOUR
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
 
 WEIGHTS = ("--recipe", "demo", "--set", "pseudo_boxes.reliability_centre=0.2", "--set", "pseudo_boxes.reliability_width=0.1")
 

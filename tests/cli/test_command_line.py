@@ -78,7 +78,7 @@ def test_missing_data_folder_is_one_message(hdovd: Callable[..., Ran], tmp_path:
 
 @pytest.mark.parametrize("before", [True, False], ids=["before the command", "after it"])
 def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
-    from hdovd.errors import HdovdError
+    from hdovd.core.errors import HdovdError
 
     words = ["extract-clip", "--data", str(tmp_path / "none"), "--cache", "c", "--clip", "x"]
     monkeypatch.setattr(sys, "argv", ["hdovd", "--debug", *words] if before else ["hdovd", *words, "--debug"])

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hdovd.cli.main import app
-from hdovd.config import Recipe
+from hdovd.config.recipe import Recipe
 
 
 @pytest.fixture

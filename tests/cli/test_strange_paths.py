@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command_runs import Ran
 
-from hdovd.config import load_recipe
+from hdovd.config.recipe import load_recipe
 
 LONG = "person, bicycle, " * 20  # more than 255 bytes
 NAME = "x" * 300

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from hdovd.step_view import StepView
+from hdovd.modeling.step_context import StepView
 
 
 class Seen(nn.Module):

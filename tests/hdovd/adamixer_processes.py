@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from adamixer_scenes import BASE, detector, pictures, targets, unit
 
-from hdovd.adamixer.model import AdaMixer
-from hdovd.batching import batch_images
-from hdovd.targets import Targets
+from hdovd.data.targets import Targets
+from hdovd.modeling.adamixer.model import AdaMixer
+from hdovd.modeling.batching import batch_images
 
 IMAGES = pictures(*[(96, 128)] * 4)
 PSEUDO = [[30.0, 5.0, 80.0, 60.0], [0.0, 40.0, 50.0, 90.0]]

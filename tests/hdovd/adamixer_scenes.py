@@ -11,10 +11,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from hdovd.adamixer.model import AdaMixer
-from hdovd.config import Recipe, load_recipe
-from hdovd.inference import Detections
-from hdovd.targets import Targets
+from hdovd.config.recipe import Recipe, load_recipe
+from hdovd.data.targets import Targets
+from hdovd.modeling.adamixer.model import AdaMixer
+from hdovd.modeling.postprocess import Detections
 
 REFERENCE = Path(__file__).parent / "adamixer" / "reference.json"
 BASE, DIM = 5, 16

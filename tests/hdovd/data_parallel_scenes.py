@@ -13,11 +13,11 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hdovd.config import load_recipe
-from hdovd.distributed import divisor, gather_rows, mean_count
-from hdovd.faster_rcnn import FasterRCNN
-from hdovd.step_view import StepView
-from hdovd.targets import Targets
+from hdovd.config.recipe import load_recipe
+from hdovd.data.targets import Targets
+from hdovd.modeling.distributed import divisor, gather_rows, mean_count
+from hdovd.modeling.faster_rcnn.model import FasterRCNN
+from hdovd.modeling.step_context import StepView
 
 DIM, BASE, STEPS = 6, 3, 3
 SETTINGS = (

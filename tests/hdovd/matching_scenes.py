@@ -10,8 +10,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from hdovd.detection_matching import Found, Objects
-from hdovd.protocol import Protocol
+from hdovd.data.protocol import Protocol
+from hdovd.evaluation.matching import Found, Objects
 
 PROTOCOL = Protocol("mine", ("cat", "dog", "bus"), ("ant", "zebra"))
 CAT, DOG, BUS, ANT, ZEBRA = range(5)

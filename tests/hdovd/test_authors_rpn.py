@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
-from hdovd.batching import input_size
-from hdovd.detector_config import RpnConfig
-from hdovd.rpn import AuthorsRPN, ObjectnessRPN, build_rpn
+from hdovd.config.detector import RpnConfig
+from hdovd.modeling.batching import input_size
+from hdovd.modeling.rpn import AuthorsRPN, ObjectnessRPN, build_rpn
 
 CONFIG = RpnConfig(anchor_sizes=[[8], [16], [32]], samples=10_000, pre_nms=50, post_nms=20, nms=0.7, rules="authors")
 

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from hdovd.backbone import TinyResNet, build_backbone
-from hdovd.config_parts import BackboneConfig
-from hdovd.errors import HdovdError
+from hdovd.config.backbone import BackboneConfig
+from hdovd.core.errors import HdovdError
+from hdovd.modeling.backbones.pyramid import TinyResNet, build_backbone
 
 
 def config(**values: object) -> BackboneConfig:

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdovd.batching import batch_images, draw_short_sides
-from hdovd.config import InputConfig
+from hdovd.config.recipe import InputConfig
+from hdovd.modeling.batching import batch_images, draw_short_sides
 
 CONFIG = InputConfig(short_side=64, long_side=96, flip=0.0, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.5])
 

@@ -9,10 +9,10 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from hdovd.backbone import ForeignPyramid, build_backbone, with_synced_norms
-from hdovd.config import load_recipe
-from hdovd.config_parts import BackboneConfig
-from hdovd.errors import HdovdError
+from hdovd.config.backbone import BackboneConfig
+from hdovd.config.recipe import load_recipe
+from hdovd.core.errors import HdovdError
+from hdovd.modeling.backbones.pyramid import ForeignPyramid, build_backbone, with_synced_norms
 
 MODULE = '''
 import torch

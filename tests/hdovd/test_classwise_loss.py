@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdovd.losses.classwise import box_loss, classification_loss, cosine_logits, reliability
+from hdovd.modeling.losses.classwise import box_loss, classification_loss, cosine_logits, reliability
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdovd.coco import DataPaths, Skips, Split, clip_box, load_split
-from hdovd.errors import HdovdError
-from hdovd.pipelines.train_config import validation_paths
-from hdovd.protocol import Protocol
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths, Skips, Split, clip_box, load_split
+from hdovd.data.protocol import Protocol
+from hdovd.pipelines.training.config import validation_paths
 
 PROTOCOL = Protocol("mine", ("zebra", "cat"), ("dog",))
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 90, "name": "zebra"}, {"id": 1, "name": "ignored"}]

@@ -13,11 +13,11 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from hdovd.ap_engine import Engine, require
-from hdovd.coco import load_split
-from hdovd.coco_ap import AveragePrecision, GroundTruth, average_precision
-from hdovd.errors import HdovdError
-from hdovd.protocol import Protocol
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import load_split
+from hdovd.data.protocol import Protocol
+from hdovd.evaluation.coco import AveragePrecision, GroundTruth, average_precision
+from hdovd.evaluation.engines import Engine, require
 
 PROTOCOL = Protocol("mine", ("zebra", "cat", "bus"), ("dog", "ant"))
 IDS = {"zebra": 90, "cat": 7, "bus": 41, "dog": 2, "ant": 18, "ignored": 1}  # not in the order of the labels

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from hdovd import faster_rcnn
-from hdovd.config import PRESETS, load_recipe, shipped_recipes
-from hdovd.errors import HdovdError
-from hdovd.losses.instance import MIN_PAIRS
-from hdovd.rois import POOL_SIZE, POSITIVE_IOU
-from hdovd.rpn import ASPECT_RATIOS
+from hdovd.config.recipe import PRESETS, load_recipe, shipped_recipes
+from hdovd.core.errors import HdovdError
+from hdovd.modeling.faster_rcnn import model as faster_rcnn
+from hdovd.modeling.losses.instance import MIN_PAIRS
+from hdovd.modeling.rois import POOL_SIZE, POSITIVE_IOU
+from hdovd.modeling.rpn import ASPECT_RATIOS
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

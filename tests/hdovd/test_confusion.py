@@ -8,8 +8,8 @@ import matching_scenes as scenes
 import numpy as np
 from matching_scenes import ANT, BUS, CAT, DOG, PROTOCOL
 
-from hdovd.confusion import ConfusedPair, Confusion, confusion
-from hdovd.detection_matching import Found, Objects, find_overlaps
+from hdovd.evaluation.confusion import ConfusedPair, Confusion, confusion
+from hdovd.evaluation.matching import Found, Objects, find_overlaps
 
 BACKGROUND = MISSED = 5
 WHOLE = (0.0, 0.0, 10.0, 10.0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hdovd.losses.contrastive import alignment_loss
+from hdovd.modeling.losses.contrastive import alignment_loss
 
 
 def rows(count: int, dim: int = 4, seed: int = 0) -> Tensor:

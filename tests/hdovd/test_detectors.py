@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from hdovd.config import Recipe, load_recipe
-from hdovd.detector_config import DETECTORS, FORMS
-from hdovd.detectors import Detector, build_detector
-from hdovd.errors import HdovdError
-from hdovd.faster_rcnn import FasterRCNN
+from hdovd.config.detector import DETECTORS, FORMS
+from hdovd.config.recipe import Recipe, load_recipe
+from hdovd.core.errors import HdovdError
+from hdovd.modeling.base import Detector, build_detector
+from hdovd.modeling.faster_rcnn.model import FasterRCNN
 
 OWN = """
 from torch import nn
 
-from hdovd.detectors import Detector
+from hdovd.modeling.base import Detector
 
 
 class Mine(Detector):
@@ -82,7 +82,7 @@ def micro() -> Recipe:
 
 
 def test_recipes_are_read_without_torch() -> None:
-    code = "import sys, hdovd.config; hdovd.config.load_recipe('demo'); sys.exit('torch' in sys.modules)"
+    code = "import sys, hdovd.config.recipe; hdovd.config.recipe.load_recipe('demo'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdovd.distributed import counts_of_ranks, divisor, gather_rows, mean_count, rank, world_size
+from hdovd.modeling.distributed import counts_of_ranks, divisor, gather_rows, mean_count, rank, world_size
 
 SCENES = Path(__file__).with_name("data_parallel_scenes.py")
 Python = Callable[..., subprocess.CompletedProcess[str]]

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from matching_scenes import ANT, BUS, CAT, DOG, PROTOCOL, ZEBRA
 
-from hdovd.coco_ap import group_slice
-from hdovd.detection_matching import Found, Objects, Verdict, find_overlaps, match
-from hdovd.error_breakdown import ERRORS, KINDS, ErrorBreakdown, Errors, Kind, break_down, classify
-from hdovd.pipelines.tables import error_table
-from hdovd.protocol import Protocol
+from hdovd.data.protocol import Protocol
+from hdovd.evaluation.coco import group_slice
+from hdovd.evaluation.matching import Found, Objects, Verdict, find_overlaps, match
+from hdovd.evaluation.tide import ERRORS, KINDS, ErrorBreakdown, Errors, Kind, break_down, classify
+from hdovd.pipelines.evaluation.tables import error_table
 
 WHOLE = (0.0, 0.0, 10.0, 10.0)
 AWAY = (70.0, 70.0, 10.0, 10.0)

@@ -8,11 +8,11 @@ from detections_alike import require_alike
 from torch import Tensor
 from torchvision.ops import nms
 
-from hdovd.config import PRESETS, InferenceConfig, load_recipe
-from hdovd.exportable import class_nms
-from hdovd.exportable_rcnn import ExportableFasterRCNN
-from hdovd.faster_rcnn import FasterRCNN, RoIPredictions
-from hdovd.inference import Detections, detect
+from hdovd.config.recipe import PRESETS, InferenceConfig, load_recipe
+from hdovd.modeling.export.base import class_nms
+from hdovd.modeling.export.faster_rcnn import ExportableFasterRCNN
+from hdovd.modeling.faster_rcnn.model import FasterRCNN, RoIPredictions
+from hdovd.modeling.postprocess import Detections, detect
 
 DIM = 6
 SMALL = ("input.short_side=64", "input.long_side=96", "detector.backbone.fpn_channels=8", "detector.rpn.post_nms=20",

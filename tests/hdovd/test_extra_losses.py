@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hdovd.config import PRESETS, Recipe, load_recipe
-from hdovd.errors import HdovdError
-from hdovd.faster_rcnn import FasterRCNN
-from hdovd.targets import Targets
+from hdovd.config.recipe import PRESETS, Recipe, load_recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.targets import Targets
+from hdovd.modeling.faster_rcnn.model import FasterRCNN
 
 DIM = 6
 MODULE = '''

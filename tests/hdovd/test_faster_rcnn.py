@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdovd.batching import batch_images, draw_short_sides
-from hdovd.config import PRESETS, Recipe, load_recipe
-from hdovd.errors import HdovdError
-from hdovd.faster_rcnn import FasterRCNN
-from hdovd.rois import number_boxes, sample_rois
-from hdovd.targets import Targets
+from hdovd.config.recipe import PRESETS, Recipe, load_recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.targets import Targets
+from hdovd.modeling.batching import batch_images, draw_short_sides
+from hdovd.modeling.faster_rcnn.model import FasterRCNN
+from hdovd.modeling.rois import number_boxes, sample_rois
 
 DIM, BASE_COUNT = 6, 3
 SMALL = (

@@ -15,10 +15,10 @@ import torchvision
 from adamixer_scenes import made_weights, noise, pictures, require_same, targets
 from torch import Tensor
 
-from hdovd.config import load_recipe
-from hdovd.faster_rcnn import FasterRCNN
-from hdovd.inference import detect_batch
-from hdovd.published import PUBLISHED, faster_rcnn_name
+from hdovd.config.recipe import load_recipe
+from hdovd.modeling.faster_rcnn.model import FasterRCNN
+from hdovd.modeling.postprocess import detect_batch
+from hdovd.modeling.published_weights.names import PUBLISHED, faster_rcnn_name
 
 REFERENCE = json.loads((Path(__file__).parent / "faster_rcnn_reference.json").read_text())
 CLASSES, BASE, DIM = 65, 48, 512

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from hdovd.losses.imagewise import ImageHead
+from hdovd.modeling.losses.imagewise import ImageHead
 
 CHANNELS, DIM = 3, 5
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdovd.config import InferenceConfig
-from hdovd.detectors import RoIPredictions
-from hdovd.inference import combine_scores, detect, detect_batch
+from hdovd.config.recipe import InferenceConfig
+from hdovd.modeling.base import RoIPredictions
+from hdovd.modeling.postprocess import combine_scores, detect, detect_batch
 
 CONFIG = InferenceConfig(alpha=0.25, beta=0.45, distillation_scale=20.0, score_threshold=0.05, nms=0.5, detections_per_image=100)
 NOVEL = torch.tensor([False, False, True])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from hdovd.losses.instance import MIN_PAIRS, box_students, relation_loss
+from hdovd.modeling.losses.instance import MIN_PAIRS, box_students, relation_loss
 
 
 def noise(count: int, dim: int = 4, seed: int = 0) -> Tensor:

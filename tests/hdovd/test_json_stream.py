@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hdovd.errors import HdovdError
-from hdovd.json_stream import JsonStream
+from hdovd.core.errors import HdovdError
+from hdovd.core.json_stream import JsonStream
 
 BLOCKS = [1, 2, 7, 64, 1 << 20]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdovd.losses.localisation import centerness, iou_loss, iou_of_offsets, offset_loss, quality_loss
+from hdovd.modeling.losses.localisation import centerness, iou_loss, iou_of_offsets, offset_loss, quality_loss
 
 ONE = torch.tensor(1.0)
 

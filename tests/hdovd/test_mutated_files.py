@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from mutations import mutated
 
-from hdovd.coco import load_split
-from hdovd.coco_ap import GroundTruth
-from hdovd.errors import HdovdError
-from hdovd.pipelines.audit_inputs import read_truth
-from hdovd.pipelines.captions import Captions
-from hdovd.pipelines.noun_file import read_noun_file
-from hdovd.pipelines.proposal_file import read_table
-from hdovd.protocol import Protocol, parse_protocol
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import load_split
+from hdovd.data.protocol import Protocol, parse_protocol
+from hdovd.evaluation.coco import GroundTruth
+from hdovd.pipelines.audit.inputs import read_truth
+from hdovd.pipelines.nouns.captions import Captions
+from hdovd.pipelines.nouns.file import read_noun_file
+from hdovd.pipelines.proposal_files.file import read_table
 
 FACTOR = int(os.environ.get("HDOVD_FUZZ", "1"))  # times as many files
 PROTOCOL = Protocol("mine", ("zebra", "cat"), ("dog",))

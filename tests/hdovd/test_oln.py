@@ -10,9 +10,9 @@ from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
-from hdovd.config import Recipe, load_recipe
-from hdovd.losses.localisation import centerness
-from hdovd.oln import _BOX, _SCORE, CenternessRPN, ObjectLocalisationNetwork, sample_near
+from hdovd.config.recipe import Recipe, load_recipe
+from hdovd.modeling.losses.localisation import centerness
+from hdovd.modeling.proposals.oln import _BOX, _SCORE, CenternessRPN, ObjectLocalisationNetwork, sample_near
 
 SETTINGS = ("detector.backbone.fpn_channels=4", "detector.backbone.levels=[3, 4]", "detector.rpn.anchor_sizes=[[16], [32], [64]]",
             "detector.rpn.samples=400", "proposals.rois=40", "proposals.rpn_nms=1.0", "proposals.box_iou=0.6", "input.short_side=64",

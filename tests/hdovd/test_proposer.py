@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou, nms
 
-from hdovd.batching import batch_images
-from hdovd.config import load_recipe
-from hdovd.oln import ObjectLocalisationNetwork
-from hdovd.proposer import ObjectnessNetwork, ProposalNetwork
+from hdovd.config.recipe import load_recipe
+from hdovd.modeling.batching import batch_images
+from hdovd.modeling.proposals.base import ObjectnessNetwork, ProposalNetwork
+from hdovd.modeling.proposals.oln import ObjectLocalisationNetwork
 
 RECIPE = load_recipe("demo", [
     "input.short_side=64", "input.long_side=96", "detector.backbone.fpn_channels=8", "detector.rpn.anchor_sizes=[[16], [32], [64], [96]]",

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.errors import HdovdError
-from hdovd.protocol import load_protocol, parse_protocol, shipped_protocols
+from hdovd.core.errors import HdovdError
+from hdovd.data.protocol import load_protocol, parse_protocol, shipped_protocols
 
 BASE = ("person, bicycle, car, motorcycle, train, truck, boat, bench, bird, horse, sheep, bear, zebra, giraffe, backpack, handbag, "
         "suitcase, frisbee, skis, kite, surfboard, bottle, fork, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, pizza, "

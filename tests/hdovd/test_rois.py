@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from hdovd.roi_gradient import roi_align_on_cpu
-from hdovd.rois import PyramidRoIAlign, sample_rois
+from hdovd.modeling.roi_gradient import roi_align_on_cpu
+from hdovd.modeling.rois import PyramidRoIAlign, sample_rois
 
 
 def naive_iou(a: Tensor, b: Tensor) -> float:

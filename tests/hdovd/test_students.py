@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hdovd.config import load_recipe
-from hdovd.faster_rcnn import FasterRCNN
-from hdovd.targets import Targets
+from hdovd.config.recipe import load_recipe
+from hdovd.data.targets import Targets
+from hdovd.modeling.faster_rcnn.model import FasterRCNN
 
 SMALL = ("detector.backbone.fpn_channels=16", "detector.rpn.samples=32", "detector.rpn.pre_nms=60", "detector.rpn.post_nms=30",
          "detector.head.fc_channels=16", "detector.head.samples=16", "input.short_side=64", "input.long_side=96",

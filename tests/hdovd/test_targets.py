@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hdovd.targets import Targets
+from hdovd.data.targets import Targets
 
 DIM = 3
 

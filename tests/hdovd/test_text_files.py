@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 import hdovd
-from hdovd.config import load_recipe
-from hdovd.errors import HdovdError
-from hdovd.json_stream import JsonStream
-from hdovd.pipelines.name_list import read_vocabulary
-from hdovd.pipelines.prompt_templates import read_templates
-from hdovd.pipelines.text_rows import read_synonyms
-from hdovd.protocol import load_protocol
-from hdovd.text_files import checked_name, cut, read_json, read_toml, shown
+from hdovd.config.recipe import load_recipe
+from hdovd.core.errors import HdovdError
+from hdovd.core.json_stream import JsonStream
+from hdovd.core.text_files import checked_name, cut, read_json, read_toml, shown
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.common.name_list import read_vocabulary
+from hdovd.pipelines.extraction.text import read_synonyms
+from hdovd.pipelines.teachers.prompts import read_templates
 
 BOM = codecs.BOM_UTF8
 PROTOCOL = 'name = "mine"\nbase = ["a"]\nnovel = []\n'
@@ -99,14 +99,14 @@ def test_names_that_people_use_are_names() -> None:
 # --- nobody reads such a file beside these functions ---
 
 OWN = {  # files that hdovd wrote itself, or that the system or the package holds
-    "cache": "the stores' own records", "hdovd/text_files.py": "here", "hdovd/json_stream.py": "here",
-    "hdovd/__main__.py": "the standard streams", "hdovd/config.py": "the recipes that ship", "hdovd/protocol.py": "the protocols that ship",
-    "pipelines/ablate.py": "runs", "pipelines/runs.py": "runs", "pipelines/run_folder.py": "runs",
-    "pipelines/detect_output.py": "its lines",
-    "pipelines/export.py": "cache records", "pipelines/cache_repair.py": "cache records", "pipelines/model_forms.py": "exported models",
-    "pipelines/proposal_networks.py": "metadata of weights", "pipelines/proposal_parts.py": "metadata of parts",
-    "pipelines/audit_run.py": "metadata of weights", "pipelines/proposal_formats.py": "metadata of .npz",
-    "pipelines/memory_limit.py": "/proc", "pipelines/common": "/proc and /sys", "pipelines/html_page.py": "pages that ship",
+    "cache": "the stores' own records", "hdovd/core/text_files.py": "here", "hdovd/core/json_stream.py": "here",
+    "hdovd/__main__.py": "the standard streams", "hdovd/config/recipe.py": "the recipes that ship", "hdovd/data/protocol.py": "the protocols that ship",
+    "pipelines/ablation/ablate.py": "runs", "pipelines/runs/listing.py": "runs", "pipelines/runs/folder.py": "runs",
+    "pipelines/detection/output.py": "its lines",
+    "pipelines/extraction/tar_export.py": "cache records", "pipelines/cache_tools/repair.py": "cache records", "pipelines/export/forms.py": "exported models",
+    "pipelines/proposals/networks.py": "metadata of weights", "pipelines/proposals/parts.py": "metadata of parts",
+    "pipelines/audit/run.py": "metadata of weights", "pipelines/proposal_files/formats.py": "metadata of .npz",
+    "pipelines/bench/memory_limit.py": "/proc", "pipelines/common": "/proc and /sys", "pipelines/common/html_page.py": "pages that ship",
     "pipelines/demo": "the demo's own world",
 }
 
@@ -123,7 +123,7 @@ def test_every_text_file_of_a_users_is_read_by_text_files() -> None:
             if any(name == own or name.startswith(f"{own}/") for own in OWN) or name.startswith(LINKS):
                 continue
             strays += [f"{name}:{node.lineno}" for node in ast.walk(ast.parse(file.read_text())) if _reads_text(node)]
-    assert not strays, f"read them by hdovd.text_files, which takes byte-order marks and packed files, or list them in OWN: {strays}"
+    assert not strays, f"read them by hdovd.core.text_files, which takes byte-order marks and packed files, or list them in OWN: {strays}"
 
 
 @pytest.mark.parametrize(("call", "reads"), [

@@ -10,13 +10,13 @@ from pretended_cuda import PretendedCuda
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from hdovd import image_nms
-from hdovd.config import PRESETS
-from hdovd.detector_config import RpnConfig
-from hdovd.detectors import Detector
-from hdovd.pipelines.fit import build_optimizer
-from hdovd.rpn import build_rpn
-from hdovd.targets import Targets
+from hdovd.config.detector import RpnConfig
+from hdovd.config.recipe import PRESETS
+from hdovd.data.targets import Targets
+from hdovd.modeling import image_nms
+from hdovd.modeling.base import Detector
+from hdovd.modeling.rpn import build_rpn
+from hdovd.pipelines.training.loop import build_optimizer
 
 MOST_WAITS = 10
 Scene = tuple[Detector, list[Tensor], list[Targets], Tensor]

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hdovd.coco import DataPaths
-from hdovd.pipelines.audit import AuditConfig, audit
-from hdovd.pipelines.audit_report import AuditReport, Check, Verdict
+from hdovd.data.coco import DataPaths
+from hdovd.pipelines.audit.audit import AuditConfig, audit
+from hdovd.pipelines.audit.report import AuditReport, Check, Verdict
 from hdovd.pipelines.demo.world import BASE
 
 MADE_BY = {"detector": "oln", "protocol": {"name": "demo-world", "base": list(BASE)}, "training_boxes": dict.fromkeys(BASE, 5)}

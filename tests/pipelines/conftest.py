@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from hdovd.coco import DataPaths
-from hdovd.config import PRESETS, Recipe
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.train import TrainJob, train
+from hdovd.config.recipe import PRESETS, Recipe
+from hdovd.data.coco import DataPaths
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.train import TrainJob, train
 
 TrainMicro = Callable[..., RunFolder]
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from hdovd.cli.main import main
-from hdovd.pipelines.clip_teacher import load_clip
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.teachers.openclip import load_clip
 
 PART_ROWS, BATCH = 16, 16  # 45 parts
 Body = Callable[[], object]

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from hdovd.errors import Stopped
-from hdovd.pipelines import proposal_parts, proposer_training
-from hdovd.pipelines.fit import Loop
-from hdovd.pipelines.propose import propose
-from hdovd.pipelines.propose_config import ProposeJob
+from hdovd.core.errors import Stopped
+from hdovd.pipelines.proposals import parts as proposal_parts
+from hdovd.pipelines.proposals import training as proposer_training
+from hdovd.pipelines.proposals.config import ProposeJob
+from hdovd.pipelines.proposals.propose import propose
+from hdovd.pipelines.training.loop import Loop
 
 PART = 8  # images of a part here
 

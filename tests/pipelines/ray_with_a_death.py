@@ -24,8 +24,8 @@ import ray
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.product import Product
 from hdovd.cache.schema import Level
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import Executor, ExtractConfig
+from hdovd.pipelines.extraction.config import Executor, ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
 
 
 def workers_at_work() -> list[int]:

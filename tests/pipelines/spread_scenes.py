@@ -8,7 +8,7 @@ import signal
 
 from forked_extractions import Child, Extractions, Facts, Interrupted, damaged, play
 
-from hdovd.pipelines.extract_config import Share
+from hdovd.pipelines.extraction.config import Share
 
 
 def together(all_of: Extractions) -> Facts:

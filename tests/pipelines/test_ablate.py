@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.coco import DataPaths
-from hdovd.config import PRESETS, load_recipe
-from hdovd.errors import HdovdError
-from hdovd.pipelines.ablate import LOCK, AblateConfig, Standing, ablate, commands, places, plan, standing
-from hdovd.pipelines.ablate_cells import cells_of, recipe_settings
-from hdovd.protocol import load_protocol
+from hdovd.config.recipe import PRESETS, load_recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.ablation.ablate import LOCK, AblateConfig, Standing, ablate, commands, places, plan, standing
+from hdovd.pipelines.ablation.cells import cells_of, recipe_settings
 
 SWITCHES = ("loss.instance.enabled=true,false", "loss.class.enabled=true,false")
 

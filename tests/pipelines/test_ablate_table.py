@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.pipelines.ablate_cells import Cell
-from hdovd.pipelines.ablate_table import AblationTable, ablation_table, comma_separated, latex, markdown, tex, write_tables
-from hdovd.pipelines.runs import Run, State
+from hdovd.pipelines.ablation.cells import Cell
+from hdovd.pipelines.ablation.table import AblationTable, ablation_table, comma_separated, latex, markdown, tex, write_tables
+from hdovd.pipelines.runs.listing import Run, State
 
 MADE_OF = {"data": "coco", "protocol": "ov-coco", "cache": "my_cache", "features": "default", "recipe": "demo train.epochs=2"}
 

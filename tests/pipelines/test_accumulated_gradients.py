@@ -13,16 +13,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hdovd.cache.reader import FeatureCache
-from hdovd.coco import DataPaths
-from hdovd.config import PRESETS, Recipe
-from hdovd.detectors import build_detector
-from hdovd.errors import HdovdError
-from hdovd.pipelines.epoch_order import Dealing, InOrder
-from hdovd.pipelines.fit import Hooks, Loop
-from hdovd.pipelines.loading import TrainingBatches
-from hdovd.pipelines.train import loop_of
-from hdovd.pipelines.training_set import Sample, TrainingSet
-from hdovd.protocol import load_protocol
+from hdovd.config.recipe import PRESETS, Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
+from hdovd.modeling.base import build_detector
+from hdovd.pipelines.dataloading.loader import TrainingBatches
+from hdovd.pipelines.dataloading.sampler import Dealing, InOrder
+from hdovd.pipelines.training.loop import Hooks, Loop
+from hdovd.pipelines.training.train import loop_of
+from hdovd.pipelines.training.training_set import Sample, TrainingSet
 
 CPU = torch.device("cpu")
 # Nothing that a loss is divided by, and no statistic, depends on which images are together: each has 16 RoIs and 32 anchors, all with

@@ -12,22 +12,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hdovd.adamixer.model import AdaMixer
-from hdovd.coco import DataPaths
-from hdovd.config import PRESETS, Recipe, load_recipe
-from hdovd.detectors import Detector, build_detector
-from hdovd.errors import HdovdError, Stopped
-from hdovd.pipelines.ablate_cells import cells_of
-from hdovd.pipelines.checkpoint import load_checkpoint
-from hdovd.pipelines.evaluate import EvalJob, evaluate
-from hdovd.pipelines.export_model import ExportModelJob, export_model
-from hdovd.pipelines.fit import Loop
-from hdovd.pipelines.model_form import ModelForm
-from hdovd.pipelines.relations import relations
-from hdovd.pipelines.report_charts import LEVELS
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.run_hooks import PLAIN, RunHooks
-from hdovd.pipelines.train import TrainJob, train
+from hdovd.config.recipe import PRESETS, Recipe, load_recipe
+from hdovd.core.errors import HdovdError, Stopped
+from hdovd.data.coco import DataPaths
+from hdovd.modeling.adamixer.model import AdaMixer
+from hdovd.modeling.base import Detector, build_detector
+from hdovd.pipelines.ablation.cells import cells_of
+from hdovd.pipelines.evaluation.evaluate import EvalJob, evaluate
+from hdovd.pipelines.export.config import ModelForm
+from hdovd.pipelines.export.model import ExportModelJob, export_model
+from hdovd.pipelines.report.charts_of_runs import LEVELS
+from hdovd.pipelines.report.relations import relations
+from hdovd.pipelines.runs.checkpoint import load_checkpoint
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.hooks import PLAIN, RunHooks
+from hdovd.pipelines.training.loop import Loop
+from hdovd.pipelines.training.train import TrainJob, train
 
 SETTINGS = ("detector.backbone.fpn_channels=32", "detector.proposals.shuffle=8", "detector.proposals.pre_nms=60",
             "detector.decoder.queries=8", "detector.decoder.stages=2", "detector.decoder.points=4", "detector.decoder.out_points=8",
@@ -105,7 +105,7 @@ def test_relations(run: RunFolder, world: Path, monkeypatch: pytest.MonkeyPatch)
     training = DataPaths(world).load("train2017", run.protocol(), base_only=True, log=lambda _: None)
     with pytest.raises(HdovdError, match=r"no box .* has a student embedding"):
         relations(run, training, 4)
-    from hdovd.adamixer import pairs
+    from hdovd.modeling.adamixer import pairs
 
     monkeypatch.setattr(pairs, "STUDENT_IOU", -1.0)
     found = relations(run, training, 4)
@@ -149,7 +149,7 @@ def test_base_only_trains_the_detector_alone(job: Job, tmp_path: Path) -> None:
 
 
 def test_adamw_decays_all_weights_alike() -> None:
-    from hdovd.pipelines.fit import build_optimizer
+    from hdovd.pipelines.training.loop import build_optimizer
 
     model: Detector = build_detector(recipe("train.weight_decay=0.25"), 24, lambda _: None)
     groups = build_optimizer(model, model.recipe.train).param_groups

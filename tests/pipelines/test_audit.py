@@ -16,18 +16,18 @@ from audit_scenes import MADE_BY, TRAIN, VAL, check_of, edit, leak_of, made_by_t
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import Level
 from hdovd.cli.main import main
-from hdovd.coco import DataPaths, Skips
-from hdovd.config import Recipe
-from hdovd.errors import HdovdError
-from hdovd.pipelines.audit import AuditConfig, audit
-from hdovd.pipelines.audit_inputs import read_truth
-from hdovd.pipelines.audit_names import class_of_noun
-from hdovd.pipelines.audit_report import Verdict
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths, Skips
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.audit.audit import AuditConfig, audit
+from hdovd.pipelines.audit.inputs import read_truth
+from hdovd.pipelines.audit.names import class_of_noun
+from hdovd.pipelines.audit.report import Verdict
 from hdovd.pipelines.demo.world import BASE
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.proposal_file import Proposals, read_proposals, read_table, write_proposals
-from hdovd.protocol import load_protocol
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.proposal_files.file import Proposals, read_proposals, read_table, write_proposals
 
 Extract = Callable[..., ExtractConfig]
 

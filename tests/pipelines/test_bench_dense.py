@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hdovd.coco import DataPaths, load_split
-from hdovd.errors import HdovdError
-from hdovd.pipelines.bench_dense import DenseBench, bench_dense
-from hdovd.pipelines.clip_teacher import load_clip
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths, load_split
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.bench.bench_dense import DenseBench, bench_dense
 from hdovd.pipelines.common.images import pixels_of, read_image
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.crop_recipe import PLAIN_BOX
-from hdovd.pipelines.dense_clip import DenseClip, scale_boxes
-from hdovd.protocol import load_protocol
+from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX
+from hdovd.pipelines.teachers.dense import DenseClip, scale_boxes
+from hdovd.pipelines.teachers.openclip import load_clip
 
 
 @pytest.fixture

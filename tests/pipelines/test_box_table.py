@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from hdovd.cache.schema import Source
-from hdovd.coco import ImageBoxes
-from hdovd.pipelines.box_table import BoxTable, box_table, match_rows
-from hdovd.pipelines.proposal_file import Proposals
+from hdovd.data.coco import ImageBoxes
+from hdovd.pipelines.extraction.boxes import BoxTable, box_table, match_rows
+from hdovd.pipelines.proposal_files.file import Proposals
 
 
 def _table(base: list[int], proposals: dict[int, int]) -> BoxTable:

@@ -16,15 +16,15 @@ import pytest
 
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import TABLES, Level
-from hdovd.coco import DataPaths
-from hdovd.errors import HdovdError
-from hdovd.pipelines.cache_check import CheckReport, check_cache
-from hdovd.pipelines.cache_jobs import ExportConfig
-from hdovd.pipelines.check_config import CheckConfig
-from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
-from hdovd.pipelines.export import export_tars
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.verify import CheckReport, check_cache
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.extraction.tar_config import ExportConfig
+from hdovd.pipelines.extraction.tar_export import export_tars
+from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 
 PART_ROWS, BATCH = 64, 48  # neither is the default
 Damage = Callable[[Path], tuple[str, int | str | None] | None]

@@ -15,13 +15,13 @@ from PIL import Image
 
 from hdovd.cache.identity import sealed
 from hdovd.cli.main import main
-from hdovd.errors import HdovdError
-from hdovd.pipelines.cache_data import CacheSource
-from hdovd.pipelines.cache_map import CacheMap, Colour, MapConfig, map_cache, project
-from hdovd.pipelines.label_font import label_font
-from hdovd.pipelines.map_page import page_of
-from hdovd.pipelines.map_picture import draw_map, ordered_groups
-from hdovd.pipelines.map_points import MapPoints, measure
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.cache_tools.cache_map import CacheMap, Colour, MapConfig, map_cache, project
+from hdovd.pipelines.cache_tools.map_page import page_of
+from hdovd.pipelines.cache_tools.map_picture import draw_map, ordered_groups
+from hdovd.pipelines.cache_tools.map_points import MapPoints, measure
+from hdovd.pipelines.common.label_font import label_font
+from hdovd.pipelines.extraction.cache_data import CacheSource
 
 pytest.importorskip("sklearn", reason="hdovd cache map needs the extra hdovd[map]")
 EVIL = ["</script><script>window.broken = 1</script>", "<img src=x onerror='window.broken = 1'>", "\"quotes' & <b>bold</b>",

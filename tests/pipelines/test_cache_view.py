@@ -11,14 +11,14 @@ import pytest
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
-from hdovd.coco import DataPaths, Split
-from hdovd.config import load_recipe
-from hdovd.errors import HdovdError
-from hdovd.pipelines.cache_view import Reliability, find_reliability, gather_view
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.label_rule import LabelRule
-from hdovd.protocol import Protocol, load_protocol
+from hdovd.config.recipe import load_recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths, Split
+from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.pipelines.cache_tools.view import Reliability, find_reliability, gather_view
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.extraction.label_rule import LabelRule
 
 WEIGH = Reliability(0.2, 0.05, 1.3, "a test")
 

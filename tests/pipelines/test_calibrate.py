@@ -16,13 +16,14 @@ from PIL import Image
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.coco import DataPaths
-from hdovd.config import Recipe, load_recipe
-from hdovd.errors import HdovdError
-from hdovd.pipelines.audit import AuditConfig, audit
-from hdovd.pipelines.audit_report import Verdict
-from hdovd.pipelines.calibrate import CalibrateConfig, calibrate, labels_of_boxes
-from hdovd.pipelines.calibration import (
+from hdovd.config.recipe import Recipe, load_recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.audit.audit import AuditConfig, audit
+from hdovd.pipelines.audit.report import Verdict
+from hdovd.pipelines.calibration.calibrate import CalibrateConfig, calibrate, labels_of_boxes
+from hdovd.pipelines.calibration.values import (
     KNOWN,
     Calibration,
     LabelOrigin,
@@ -32,11 +33,10 @@ from hdovd.pipelines.calibration import (
     with_reliability,
 )
 from hdovd.pipelines.demo.world import BASE, NOVEL
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.label_rule import LabelRule
-from hdovd.pipelines.train import TrainJob, train
-from hdovd.protocol import load_protocol
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.extraction.label_rule import LabelRule
+from hdovd.pipelines.training.train import TrainJob, train
 
 Config = Callable[..., ExtractConfig]
 OPENAI = {"clip": "ViT-B-32", "pretrained": "openai"}

@@ -16,17 +16,17 @@ from PIL import Image, ImageOps
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.coco import DataPaths, Exif
-from hdovd.config import Recipe
-from hdovd.errors import HdovdError
-from hdovd.pipelines import extract_clip as extract_module
-from hdovd.pipelines import picture_hashes
-from hdovd.pipelines.cache_check import check_cache
-from hdovd.pipelines.check_config import CheckConfig
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.train import TrainJob, training_data
-from hdovd.protocol import load_protocol
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths, Exif
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.verify import check_cache
+from hdovd.pipelines.extraction import extract_clip as extract_module
+from hdovd.pipelines.extraction import picture_hashes
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.training.train import TrainJob, training_data
 
 Config = Callable[..., ExtractConfig]
 CHANGED = 5

@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from hdovd.pipelines.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Line, line_chart, matrix_chart, ticks
+from hdovd.pipelines.common.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Line, line_chart, matrix_chart, ticks
 
 
 @pytest.mark.parametrize(("low", "high", "expected"), [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 0.33, [0, 0.1, 0.2, 0.3]),

@@ -23,12 +23,13 @@ from safetensors.torch import save_file
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.errors import HdovdError
-from hdovd.pipelines import clip_teacher
-from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
+from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import Activation, ExtractConfig
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.teachers import openclip as clip_teacher
+from hdovd.pipelines.teachers.activation import Activation
+from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 
 DIM = 24
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}

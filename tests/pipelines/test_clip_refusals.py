@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.errors import HdovdError
-from hdovd.pipelines.clip_teacher import load_clip
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.device import pick_device
+from hdovd.pipelines.teachers.openclip import load_clip
 
 SaveClip = Callable[..., str]
 

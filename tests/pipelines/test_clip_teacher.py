@@ -17,17 +17,18 @@ from torchvision.transforms.functional import to_pil_image
 
 from hdovd.cache.identity import key_of
 from hdovd.cache.schema import Level
-from hdovd.errors import HdovdError
-from hdovd.pipelines import clip_teacher
-from hdovd.pipelines.box_table import box_table
-from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
+from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.crop_recipe import PLAIN_BOX
-from hdovd.pipelines.extract_config import Activation
-from hdovd.pipelines.identities import level_inputs
-from hdovd.pipelines.nouns import Nouns
-from hdovd.pipelines.text_rows import TextRows
-from hdovd.pipelines.ways import Pictures, ways_of
+from hdovd.pipelines.embedding.build import ways_of
+from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX
+from hdovd.pipelines.embedding.embedders import Pictures
+from hdovd.pipelines.extraction.boxes import box_table
+from hdovd.pipelines.extraction.identities import level_inputs
+from hdovd.pipelines.extraction.text import TextRows
+from hdovd.pipelines.nouns.allowed import Nouns
+from hdovd.pipelines.teachers import openclip as clip_teacher
+from hdovd.pipelines.teachers.activation import Activation
+from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 
 SaveClip = Callable[..., str]
 TEXTS = {Level.CLASS, Level.NOUN, Level.PSEUDO_LABEL}  # a pseudo label is a row of the noun level

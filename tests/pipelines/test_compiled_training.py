@@ -15,15 +15,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hdovd.backbone import build_backbone
-from hdovd.coco import DataPaths
-from hdovd.config import Recipe, load_recipe
-from hdovd.errors import HdovdError
-from hdovd.pipelines import proposer_training, train
-from hdovd.pipelines.compiling import compile_backbone, told_shortly
-from hdovd.pipelines.propose import propose
-from hdovd.pipelines.propose_config import ProposeJob
-from hdovd.pipelines.run_folder import RunFolder
+from hdovd.config.recipe import Recipe, load_recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.modeling.backbones.pyramid import build_backbone
+from hdovd.pipelines.proposals import training as proposer_training
+from hdovd.pipelines.proposals.config import ProposeJob
+from hdovd.pipelines.proposals.propose import propose
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training import train
+from hdovd.pipelines.training.compiling import compile_backbone, told_shortly
 
 CPU = torch.device("cpu")
 TrainMicro = Callable[..., RunFolder]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from hdovd.coco import ImageBoxes
-from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
+from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.crop_recipe import CropRecipe, Shape
-from hdovd.pipelines.feeding import Wanted, embed
-from hdovd.pipelines.ways import Crops, Pictures, mean_of
+from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
+from hdovd.pipelines.embedding.embedders import Crops, Pictures, mean_of
+from hdovd.pipelines.embedding.feed import Wanted, embed
+from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 
 WIDTH, HEIGHT, BATCH = 320, 240, 48
 RECIPES = [CropRecipe(), CropRecipe(Shape.SQUARE), CropRecipe(Shape.SQUARE_INSIDE), CropRecipe(Shape.BOX, (1, 1.5))]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hdovd.errors import HdovdError
-from hdovd.pipelines.crop_recipe import CropRecipe, Shape
-from hdovd.pipelines.crops import cut
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
+from hdovd.pipelines.embedding.crops import cut
 
 BOX, SQUARE, INSIDE = Shape
 

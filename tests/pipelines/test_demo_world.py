@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.demo.shapes import SHAPES
 from hdovd.pipelines.demo.world import ABSENT, BASE, GROUNDS, NOVEL, make_world, scenes
-from hdovd.protocol import load_protocol
 
 
 def _hash(root: Path) -> dict[str, str]:

@@ -22,17 +22,17 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import open_rows
 from hdovd.cache.schema import Level
 from hdovd.cli.main import app
-from hdovd.errors import HdovdError
-from hdovd.pipelines.cache_check import check_cache
-from hdovd.pipelines.check_config import CheckConfig
-from hdovd.pipelines.clip_teacher import ClipTeacher, load_clip
-from hdovd.pipelines.crop_recipe import DenseRecipe
-from hdovd.pipelines.crops import Batch
-from hdovd.pipelines.dense_boxes import DenseBoxes
-from hdovd.pipelines.dense_clip import DenseClip, scale_boxes
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.ways import Pictures
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.verify import check_cache
+from hdovd.pipelines.embedding.crop_recipe import DenseRecipe
+from hdovd.pipelines.embedding.crops import Batch
+from hdovd.pipelines.embedding.dense import DenseBoxes
+from hdovd.pipelines.embedding.embedders import Pictures
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.teachers.dense import DenseClip, scale_boxes
+from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 
 Config = Callable[..., ExtractConfig]
 SIDE = 64

@@ -14,9 +14,9 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from hdovd.errors import HdovdError
-from hdovd.pipelines import dense_clip
-from hdovd.pipelines.dense_clip import DenseClip, near_side
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.teachers import dense as dense_clip
+from hdovd.pipelines.teachers.dense import DenseClip, near_side
 
 DIM = 24
 

@@ -19,12 +19,12 @@ from PIL import Image
 from pycocotools.coco import COCO
 from safetensors.numpy import save_file
 
-from hdovd.coco import DataPaths
-from hdovd.errors import HdovdError
-from hdovd.pipelines.detect import DetectJob, DetectResult, detect
-from hdovd.pipelines.detect_output import DetectionFolder
-from hdovd.pipelines.evaluate import EvalJob, evaluate
-from hdovd.pipelines.run_folder import RunFolder
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.pipelines.detection.detect import DetectJob, DetectResult, detect
+from hdovd.pipelines.detection.output import DetectionFolder
+from hdovd.pipelines.evaluation.evaluate import EvalJob, evaluate
+from hdovd.pipelines.runs.folder import RunFolder
 
 
 def _silent(_: str) -> None: ...

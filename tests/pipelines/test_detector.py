@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hdovd.errors import HdovdError
-from hdovd.pipelines.detector import Detector
-from hdovd.pipelines.run_folder import RunFolder
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.detection.detector import Detector
+from hdovd.pipelines.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")

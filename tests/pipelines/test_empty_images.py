@@ -12,17 +12,17 @@ import pytest
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.coco import DataPaths
-from hdovd.config import Recipe, load_recipe
-from hdovd.errors import HdovdError
+from hdovd.config.recipe import Recipe, load_recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE
-from hdovd.pipelines.evaluate import EvalJob, evaluate
-from hdovd.pipelines.export import ExportConfig, export_tars
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.run_hooks import PLAIN
-from hdovd.pipelines.train import TrainJob, train
+from hdovd.pipelines.evaluation.evaluate import EvalJob, evaluate
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.extraction.tar_export import ExportConfig, export_tars
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.hooks import PLAIN
+from hdovd.pipelines.training.train import TrainJob, train
 
 ADAMIXER = ("detector.backbone.fpn_channels=32", "detector.proposals.shuffle=8", "detector.proposals.pre_nms=60",
             "detector.decoder.queries=8", "detector.decoder.stages=2", "detector.decoder.points=4", "detector.decoder.out_points=8",

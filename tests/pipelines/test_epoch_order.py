@@ -12,10 +12,12 @@ import torch
 from hdovd.cache import rows
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.coco import DataPaths
-from hdovd.config import Recipe
-from hdovd.errors import HdovdError
-from hdovd.pipelines.epoch_order import (
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.common.distributed import Team
+from hdovd.pipelines.dataloading.sampler import (
     BLOCK,
     WINDOW,
     BlockShuffle,
@@ -27,10 +29,8 @@ from hdovd.pipelines.epoch_order import (
     Streams,
     share_of,
 )
-from hdovd.pipelines.processes import Team
-from hdovd.pipelines.train import batches_of
-from hdovd.pipelines.training_set import TrainingSet
-from hdovd.protocol import load_protocol
+from hdovd.pipelines.training.train import batches_of
+from hdovd.pipelines.training.training_set import TrainingSet
 
 
 def _shards(count: int, size: int) -> tuple[range, ...]:

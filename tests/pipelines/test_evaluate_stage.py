@@ -18,14 +18,14 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from hdovd.ap_engine import Engine
-from hdovd.coco import DataPaths
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.evaluation.engines import Engine
 from hdovd.pipelines.demo.world import BASE, NOVEL
-from hdovd.pipelines.evaluate import EvalJob, EvalResult, evaluate
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.tables import class_table, result_table
-from hdovd.pipelines.weights import Weights
+from hdovd.pipelines.evaluation.evaluate import EvalJob, EvalResult, evaluate
+from hdovd.pipelines.evaluation.tables import class_table, result_table
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.weights import Weights
 
 GROUPS = {"novel", "base", "all"}
 

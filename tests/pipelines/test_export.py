@@ -21,12 +21,12 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import Level
 from hdovd.cache.tar_shards import TarShards
 from hdovd.cli.cache import app
-from hdovd.coco import DataPaths
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE
-from hdovd.pipelines.export import ExportConfig, export_tars, import_tars
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig, Store
+from hdovd.pipelines.extraction.config import ExtractConfig, Store
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.extraction.tar_export import ExportConfig, export_tars, import_tars
 
 Extraction = Callable[..., ExtractConfig]
 
@@ -252,7 +252,7 @@ class _NeverAsked:
 
 @pytest.fixture
 def teacher(clip: str) -> Any:
-    from hdovd.pipelines.clip_teacher import load_clip
+    from hdovd.pipelines.teachers.openclip import load_clip
 
     return load_clip(clip, None, device="cpu")
 

@@ -20,21 +20,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from hdovd.batching import batch_images
 from hdovd.cli.main import app
-from hdovd.config import PRESETS, Recipe
-from hdovd.errors import HdovdError
-from hdovd.exportable_rcnn import ExportableFasterRCNN
-from hdovd.faster_rcnn import FasterRCNN
-from hdovd.inference import Detections, detect
+from hdovd.config.recipe import PRESETS, Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.protocol import Protocol
+from hdovd.modeling.batching import batch_images
+from hdovd.modeling.export.faster_rcnn import ExportableFasterRCNN
+from hdovd.modeling.faster_rcnn.model import FasterRCNN
+from hdovd.modeling.postprocess import Detections, detect
 from hdovd.pipelines.common.images import pixels_of
-from hdovd.pipelines.export_check import largest_difference, made_up_pictures
-from hdovd.pipelines.export_model import ExportModelJob, export_model
-from hdovd.pipelines.model_form import ModelForm
-from hdovd.pipelines.model_forms import CARRIED, open_model
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.weights import Weights
-from hdovd.protocol import Protocol
+from hdovd.pipelines.export.check import largest_difference, made_up_pictures
+from hdovd.pipelines.export.config import ModelForm
+from hdovd.pipelines.export.forms import CARRIED, open_model
+from hdovd.pipelines.export.model import ExportModelJob, export_model
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.weights import Weights
 
 PAGE = Path(__file__).parents[2] / "docs" / "EXPORT.md"
 EXAMPLES = {text.split("\n", 1)[0].removeprefix("# "): text

@@ -12,7 +12,7 @@ import tomli_w
 import torch
 from safetensors.torch import load_file
 
-from hdovd.config import Recipe
+from hdovd.config.recipe import Recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "EXTENDING.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)

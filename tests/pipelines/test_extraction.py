@@ -20,11 +20,11 @@ from torch import Tensor
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.demo.world import BASE, NOVEL
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
 
 Config = Callable[..., ExtractConfig]
 TEMPLATES = ("a photo of a {}", "{} in the snow", "a drawing of one {}")

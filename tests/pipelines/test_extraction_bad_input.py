@@ -12,9 +12,10 @@ import pytest
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.errors import HdovdError
-from hdovd.pipelines.extract_clip import extract_clip, prepare
-from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.extraction.prepare import prepare
 
 Config = Callable[..., ExtractConfig]
 

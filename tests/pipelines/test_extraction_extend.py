@@ -15,14 +15,15 @@ from PIL import Image
 
 from hdovd.cache import storage
 from hdovd.cache.catalog import Catalog
+from hdovd.cache.open import open_folder
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import ROW_ARRAYS, Level
-from hdovd.cache.storage import open_folder
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.extract_clip import ExtractReport, extract_clip, prepare
-from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.extraction import Unit
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.engine import Unit
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.extraction.prepare import ExtractReport, prepare
 
 Config = Callable[..., ExtractConfig]
 BOXES, INSTANCE, IMAGE, CLASS, NOUN, PSEUDO_LABEL = Level

@@ -13,14 +13,15 @@ import pytest
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.errors import HdovdError
-from hdovd.pipelines.cache_check import check_cache
-from hdovd.pipelines.check_config import CheckConfig
-from hdovd.pipelines.extract_clip import extract_clip, prepare
-from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.find_nouns import find_nouns
-from hdovd.pipelines.name_list import shipped
-from hdovd.pipelines.nouns_config import Matching, NounsJob, Parser
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.verify import check_cache
+from hdovd.pipelines.common.name_list import shipped
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.extraction.prepare import prepare
+from hdovd.pipelines.nouns.config import Matching, NounsJob, Parser
+from hdovd.pipelines.nouns.find import find_nouns
 
 Config = Callable[..., ExtractConfig]
 

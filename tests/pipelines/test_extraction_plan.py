@@ -15,13 +15,14 @@ import zarr
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.errors import HdovdError
-from hdovd.pipelines.clip_teacher import load_clip
+from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.crop_recipe import CropRecipe
 from hdovd.pipelines.demo.world import NOVEL
-from hdovd.pipelines.extract_clip import ExtractReport, extract_clip, prepare
-from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.embedding.crop_recipe import CropRecipe
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.extraction.prepare import ExtractReport, prepare
+from hdovd.pipelines.teachers.openclip import load_clip
 
 Config = Callable[..., ExtractConfig]
 Untouched = Callable[[Path], Any]
@@ -251,8 +252,8 @@ def test_probe_does_not_count_what_fills_up_a_batch(extraction: Config, counting
         return embed(pixels)
 
     monkeypatch.setattr(counting, "embed_images", second_each)
-    monkeypatch.setattr("hdovd.pipelines.extraction.PROBE_BATCH_CPU", 10_000)
-    monkeypatch.setattr("hdovd.pipelines.extraction.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("hdovd.pipelines.extraction.engine.PROBE_BATCH_CPU", 10_000)
+    monkeypatch.setattr("hdovd.pipelines.extraction.engine.time.monotonic", lambda: now[0])
     config = extraction(tmp_path / "cache", batch_size=10_000, recipe=CropRecipe(scales=scales))
     costs = prepare(config, _silent, counting).probe().costs
     assert costs[INSTANCE].embed_s == pytest.approx(len(scales))

@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from hdovd.cache.schema import Level
-from hdovd.errors import HdovdError
-from hdovd.pipelines.crops import Batch, CropJob
-from hdovd.pipelines.device import workers_for
-from hdovd.pipelines.feeding import Wanted, embed, in_order, own_threads
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.common.device import workers_for
+from hdovd.pipelines.embedding.crops import Batch, CropJob
+from hdovd.pipelines.embedding.feed import Wanted, embed, in_order, own_threads
 
 
 def test_answers_come_in_order_whatever_takes_how_long() -> None:

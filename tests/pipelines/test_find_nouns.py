@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from hdovd.errors import HdovdError
-from hdovd.pipelines.find_nouns import NounsReport, find_nouns
-from hdovd.pipelines.noun_file import read_noun_file
-from hdovd.pipelines.nouns import Nouns, read_nouns
-from hdovd.pipelines.nouns_config import Matching, NounsJob, Parser
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.nouns.allowed import Nouns, read_nouns
+from hdovd.pipelines.nouns.config import Matching, NounsJob, Parser
+from hdovd.pipelines.nouns.file import read_noun_file
+from hdovd.pipelines.nouns.find import NounsReport, find_nouns
 
 CAPTIONS = [(9, "Umbrellas and a tennis racket"), (2, "A dog's umbrella."), (9, "tennis rackets near a zog"), (30, "zogs, a zog")]
 

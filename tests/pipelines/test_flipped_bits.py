@@ -21,15 +21,15 @@ import torch
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.cache.tar_shards import TarShards
-from hdovd.detectors import build_detector
-from hdovd.errors import HdovdError
-from hdovd.pipelines.cache_check import check_cache
-from hdovd.pipelines.cache_jobs import ExportConfig
-from hdovd.pipelines.check_config import CheckConfig
-from hdovd.pipelines.checkpoint import load_checkpoint
-from hdovd.pipelines.export import export_tars
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.train import STATE
+from hdovd.core.errors import HdovdError
+from hdovd.modeling.base import build_detector
+from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.verify import check_cache
+from hdovd.pipelines.extraction.tar_config import ExportConfig
+from hdovd.pipelines.extraction.tar_export import export_tars
+from hdovd.pipelines.runs.checkpoint import load_checkpoint
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.train import STATE
 
 FLIPS = int(os.environ.get("HDOVD_FLIPS", "25"))
 NOT_READ = ("log.jsonl", "log.csv")  # of a run: what a person or a table reads, and no other stage

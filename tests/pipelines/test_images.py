@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from hdovd.coco import Exif, ImageBoxes, Skips, Split
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import Exif, ImageBoxes, Skips, Split
 from hdovd.pipelines.common import images
 from hdovd.pipelines.common.images import decode, read_annotated, read_image, read_pixels
-from hdovd.pipelines.crops import read_picture
+from hdovd.pipelines.embedding.crops import read_picture
 
 # How a camera stored the upright picture for each EXIF orientation: what undoes the turn that the tag asks for.
 STORED = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,

@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdovd.coco import DataPaths
-from hdovd.config import Recipe
-from hdovd.detectors import build_detector
-from hdovd.errors import HdovdError
-from hdovd.pipelines.audit import AuditConfig, audit
-from hdovd.pipelines.audit_report import Verdict
-from hdovd.pipelines.evaluate import EvalJob, evaluate
-from hdovd.pipelines.import_checkpoint import ImportCheckpointJob, import_checkpoint
-from hdovd.pipelines.relations import relations
-from hdovd.pipelines.report import ReportJob, report
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.runs import State, read_run
-from hdovd.protocol import load_protocol
-from hdovd.published import PUBLISHED, faster_rcnn_name
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
+from hdovd.modeling.base import build_detector
+from hdovd.modeling.published_weights.names import PUBLISHED, faster_rcnn_name
+from hdovd.pipelines.audit.audit import AuditConfig, audit
+from hdovd.pipelines.audit.report import Verdict
+from hdovd.pipelines.evaluation.evaluate import EvalJob, evaluate
+from hdovd.pipelines.report.relations import relations
+from hdovd.pipelines.report.report import ReportJob, report
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.import_checkpoint import ImportCheckpointJob, import_checkpoint
+from hdovd.pipelines.runs.listing import State, read_run
 
 D = 24
 SETTINGS = ("detector.backbone.name=resnet18", "detector.backbone.weights=none", "detector.backbone.fpn_channels=16",
@@ -38,7 +38,7 @@ THEIRS = {  # by our names; a few of the 355, typed from their code
 
 
 def model_of() -> Any:
-    from hdovd.config import load_recipe
+    from hdovd.config.recipe import load_recipe
 
     torch.manual_seed(4)
     recipe = load_recipe("ov-coco-faster-rcnn-r50", SETTINGS)
@@ -139,7 +139,7 @@ def test_the_audit_does_not_know_what_an_imported_run_was_trained_on(files: File
 
 def their_adamixer() -> tuple[Any, dict[str, Tensor]]:
     """A small AdaMixer, and its state under the authors' names: for each of ours, the one of theirs that is mapped to it."""
-    from hdovd.config import load_recipe
+    from hdovd.config.recipe import load_recipe
 
     torch.manual_seed(5)
     model = build_detector(load_recipe("ov-coco-adamixer-r50", ADAMIXER), D, None)

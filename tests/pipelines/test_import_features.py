@@ -15,11 +15,11 @@ import torch
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.coco import DataPaths
-from hdovd.errors import HdovdError
-from hdovd.pipelines.audit import AuditConfig, audit
-from hdovd.pipelines.audit_report import Verdict
-from hdovd.pipelines.import_features import UNKNOWN_ORIGIN, ForeignFormat, ImportConfig, import_features
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.pipelines.audit.audit import AuditConfig, audit
+from hdovd.pipelines.audit.report import Verdict
+from hdovd.pipelines.cache_tools.importing import UNKNOWN_ORIGIN, ForeignFormat, ImportConfig, import_features
 
 Import = Callable[..., list[str]]
 
@@ -143,8 +143,8 @@ def test_second_import_writes_nothing(published: Path, run: Import) -> None:
 
 def test_parts_are_cut_where_they_must_be(published: Path, run: Import, cache: Path, kept: list[int],
                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hdovd.pipelines.import_features.PART_ROWS", 7)
-    monkeypatch.setattr("hdovd.pipelines.import_features.IMAGE_PART_ROWS", 4)
+    monkeypatch.setattr("hdovd.pipelines.cache_tools.importing.PART_ROWS", 7)
+    monkeypatch.setattr("hdovd.pipelines.cache_tools.importing.IMAGE_PART_ROWS", 4)
     run()
     one, other = FeatureCache(cache), FeatureCache(published / "imported")
     assert len(Catalog(published / "imported").find(Level.INSTANCE, other.key(Level.INSTANCE)).finished()) > 10

@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from test_adamixer_commands import recipe as adamixer_recipe
 from torch import Tensor
 
-from hdovd.coco import DataPaths
-from hdovd.config import Recipe
-from hdovd.detectors import build_detector
-from hdovd.errors import HdovdError, Stopped
-from hdovd.pipelines.ablate import AblateConfig, commands, plan, standing
-from hdovd.pipelines.audit import AuditConfig, audit
-from hdovd.pipelines.audit_report import Verdict
-from hdovd.pipelines.fit import Loop
-from hdovd.pipelines.initial_weights import init_hash
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.run_hooks import RunHooks
-from hdovd.pipelines.train import TrainJob, train
-from hdovd.protocol import Protocol, load_protocol
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError, Stopped
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.modeling.base import build_detector
+from hdovd.pipelines.ablation.ablate import AblateConfig, commands, plan, standing
+from hdovd.pipelines.audit.audit import AuditConfig, audit
+from hdovd.pipelines.audit.report import Verdict
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.hooks import RunHooks
+from hdovd.pipelines.training.initial_weights import init_hash
+from hdovd.pipelines.training.loop import Loop
+from hdovd.pipelines.training.train import TrainJob, train
 
 Started = Callable[..., tuple[dict[str, Tensor], str]]
 NO_DISTILLATION = ("loss.instance.enabled=false", "loss.class.enabled=false", "loss.image.enabled=false")

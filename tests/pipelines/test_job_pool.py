@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.pipelines.job_pool import Ended, Job, Stop, last_lines, run_jobs, stop_signals
+from hdovd.pipelines.common.job_pool import Ended, Job, Stop, last_lines, run_jobs, stop_signals
 
 WAIT = 'i=0; while [ ! -e "{0}" ]; do sleep 0.02; i=$((i+1)); [ $i -lt 1500 ] || exit 9; done; '  # for a file, half a minute at most
 

@@ -8,7 +8,7 @@ import pytest
 
 COUNT = """
 import resource, threading, torch
-from hdovd.pipelines.kept_memory import keep_freed_memory
+from hdovd.pipelines.training.kept_memory import keep_freed_memory
 
 def pages(write):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

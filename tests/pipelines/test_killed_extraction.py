@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from hdovd.pipelines.extract_config import ExtractConfig
+from hdovd.pipelines.extraction.config import ExtractConfig
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,15 @@ from test_adamixer_commands import recipe as adamixer_recipe
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from hdovd.coco import DataPaths
-from hdovd.config import Recipe
-from hdovd.pipelines.detector import Detector
-from hdovd.pipelines.evaluate import EvalJob, evaluate
-from hdovd.pipelines.propose import propose
-from hdovd.pipelines.propose_config import ProposeJob
-from hdovd.pipelines.relations import relations
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.train import TrainJob, train
+from hdovd.config.recipe import Recipe
+from hdovd.data.coco import DataPaths
+from hdovd.pipelines.detection.detector import Detector
+from hdovd.pipelines.evaluation.evaluate import EvalJob, evaluate
+from hdovd.pipelines.proposals.config import ProposeJob
+from hdovd.pipelines.proposals.propose import propose
+from hdovd.pipelines.report.relations import relations
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.train import TrainJob, train
 
 
 @pytest.fixture

@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-import hdovd.pipelines.identities
+import hdovd.pipelines.extraction.identities
 from hdovd.cache.identity import KeyInputs, hash_texts, key_of
 from hdovd.cache.schema import Level
-from hdovd.coco import ImageBoxes
-from hdovd.pipelines.box_table import box_table
-from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe, Shape
-from hdovd.pipelines.identities import data_inputs, level_inputs
-from hdovd.pipelines.nouns import Nouns
-from hdovd.pipelines.prompt_templates import Name, prompts
-from hdovd.pipelines.proposal_file import Proposals
-from hdovd.pipelines.text_rows import TextRows
-from hdovd.pipelines.ways import Pictures, ways_of
+from hdovd.data.coco import ImageBoxes
+from hdovd.pipelines.embedding.build import ways_of
+from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, Shape
+from hdovd.pipelines.embedding.embedders import Pictures
+from hdovd.pipelines.extraction.boxes import box_table
+from hdovd.pipelines.extraction.identities import data_inputs, level_inputs
+from hdovd.pipelines.extraction.text import TextRows
+from hdovd.pipelines.nouns.allowed import Nouns
+from hdovd.pipelines.proposal_files.file import Proposals
+from hdovd.pipelines.teachers.prompts import Name, prompts
 
 ALL = set(Level)
 BOXES, INSTANCE, IMAGE, CLASS, NOUN, PSEUDO_LABEL = Level
@@ -157,7 +158,7 @@ def test_box_moved_to_the_next_image_is_another_table() -> None:
 
 def test_another_schema_is_another_key_of_every_level(monkeypatch: pytest.MonkeyPatch) -> None:
     before = _keys(_values())
-    monkeypatch.setattr(hdovd.pipelines.identities, "SCHEMA_VERSION", 99)
+    monkeypatch.setattr(hdovd.pipelines.extraction.identities, "SCHEMA_VERSION", 99)
     after = _keys(_values())
     assert {level for level in ALL if before[level] != after[level]} == ALL
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hdovd.errors import HdovdError
-from hdovd.pipelines.draws import Draw, as_draw
-from hdovd.pipelines.epoch_order import Dealing, PlainShuffle
-from hdovd.pipelines.loading import Batches, TrainingBatches
-from hdovd.targets import Targets
+from hdovd.core.errors import HdovdError
+from hdovd.data.targets import Targets
+from hdovd.pipelines.dataloading.loader import Batches, TrainingBatches
+from hdovd.pipelines.dataloading.sample_keys import Draw, as_draw
+from hdovd.pipelines.dataloading.sampler import Dealing, PlainShuffle
 
 CPU = torch.device("cpu")
 Sample = tuple[Tensor, Targets, int]
@@ -126,9 +126,9 @@ def test_sample_that_cannot_be_sent_is_an_error() -> None:
 # Samples in a list: a spawned process need not find the classes of this file.
 FROM_SPAWNED_WORKERS = """
 import torch
-from hdovd.errors import HdovdError
-from hdovd.pipelines.loading import Batches
-from hdovd.targets import Targets
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.dataloading.loader import Batches
+from hdovd.data.targets import Targets
 if __name__ == "__main__":
     torch.multiprocessing.set_start_method("spawn")
     data = [(torch.full((3, 2, i), i), Targets(*(torch.full((2, 4), i) for _ in range(7))), i) for i in range(1, 6)]
@@ -142,7 +142,7 @@ if __name__ == "__main__":
 UNDER_64_DESCRIPTORS = """
 import resource
 import torch
-from hdovd.pipelines.loading import Batches
+from hdovd.pipelines.dataloading.loader import Batches
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     data = [[torch.full((5,), i) for _ in range(8)] for i in range(1600)]

@@ -10,9 +10,9 @@ import zarr
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
-from hdovd.coco import DataPaths
-from hdovd.pipelines.map_points import BLOCK_ROWS, MapPoints, measure, nearest_neighbours, sample_rows, take_points
-from hdovd.protocol import load_protocol
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.cache_tools.map_points import BLOCK_ROWS, MapPoints, measure, nearest_neighbours, sample_rows, take_points
 
 
 @pytest.mark.parametrize("in_blocks", [False, True])

@@ -20,13 +20,13 @@ from PIL import Image
 from hdovd.cache.identity import SEAL, sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.config import load_recipe
-from hdovd.errors import HdovdError
-from hdovd.pipelines.cache_check import check_cache
-from hdovd.pipelines.check_config import CheckConfig
+from hdovd.config.recipe import load_recipe
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.common.images import decode, read_image
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.runs import read_run
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.listing import read_run
 
 FACTOR = int(os.environ.get("HDOVD_FUZZ", "1"))  # times as many files
 COUNT = 30 * FACTOR

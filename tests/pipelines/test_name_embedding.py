@@ -16,10 +16,10 @@ import torch
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.errors import HdovdError
-from hdovd.pipelines import name_embedding
-from hdovd.pipelines.name_embedding import NameEmbedder
-from hdovd.pipelines.run_folder import RunFolder
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.detection import names as name_embedding
+from hdovd.pipelines.detection.names import NameEmbedder
+from hdovd.pipelines.runs.folder import RunFolder
 
 CPU = torch.device("cpu")
 

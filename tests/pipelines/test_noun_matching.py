@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.pipelines.name_list import read_vocabulary, shipped
-from hdovd.pipelines.noun_matching import MatchFinder, NameMatcher, StopList
-from hdovd.pipelines.noun_words import noun_words
+from hdovd.pipelines.common.name_list import read_vocabulary, shipped
+from hdovd.pipelines.nouns.matching import MatchFinder, NameMatcher, StopList
+from hdovd.pipelines.nouns.words import noun_words
 
 
 def _found(names: list[str], caption: str, stop: tuple[str, ...] = ()) -> list[str]:

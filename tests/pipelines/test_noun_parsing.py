@@ -11,11 +11,11 @@ import pytest
 import spacy
 from spacy.tokens import Doc
 
-from hdovd.errors import HdovdError
-from hdovd.pipelines.find_nouns import NounsReport, find_nouns
-from hdovd.pipelines.noun_matching import StopList
-from hdovd.pipelines.noun_parsing import ParsingFinder, load_parser, why_not
-from hdovd.pipelines.nouns_config import NounsJob, Parser
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.nouns.config import NounsJob, Parser
+from hdovd.pipelines.nouns.find import NounsReport, find_nouns
+from hdovd.pipelines.nouns.matching import StopList
+from hdovd.pipelines.nouns.parsing import ParsingFinder, load_parser, why_not
 
 TAGS = {"NN": "NOUN", "NNS": "NOUN", "NNP": "PROPN", "JJ": "ADJ", "VBZ": "VERB", "IN": "ADP", "DT": "DET", "POS": "PART", ".": "PUNCT"}
 ENGLISH = spacy.blank("en")

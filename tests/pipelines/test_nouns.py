@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.errors import HdovdError
-from hdovd.pipelines.nouns import Nouns, named_novel, read_nouns, read_vocabulary
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.nouns.allowed import Nouns, named_novel, read_nouns, read_vocabulary
 
 
 def _read(tmp_path: Path, words: list[str], captions: list[tuple[int, str]] | None) -> Nouns:

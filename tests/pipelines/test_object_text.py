@@ -16,13 +16,13 @@ from torch import Tensor
 
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
-from hdovd.coco import DataPaths
-from hdovd.errors import HdovdError
-from hdovd.pipelines.clip_teacher import load_clip
-from hdovd.pipelines.export import ExportConfig, export_tars
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.object_text import object_text_of
-from hdovd.pipelines.train import TrainJob, train
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.extraction.object_text import object_text_of
+from hdovd.pipelines.extraction.tar_export import ExportConfig, export_tars
+from hdovd.pipelines.teachers.openclip import load_clip
+from hdovd.pipelines.training.train import TrainJob, train
 
 
 def forget(cache: Path) -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hdovd.config import Recipe
+from hdovd.config.recipe import Recipe
 from hdovd.pipelines.common.precision import training_products
-from hdovd.pipelines.epoch_order import Dealing, InOrder
-from hdovd.pipelines.fit import Loop, build_optimizer
-from hdovd.pipelines.loading import TrainingBatches
+from hdovd.pipelines.dataloading.loader import TrainingBatches
+from hdovd.pipelines.dataloading.sampler import Dealing, InOrder
+from hdovd.pipelines.training.loop import Loop, build_optimizer
 
 CPU = torch.device("cpu")
 Optimizer = torch.optim.Optimizer

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hdovd.errors import HdovdError
-from hdovd.pipelines.packing import ALIGNMENT, pack
-from hdovd.targets import Targets
+from hdovd.core.errors import HdovdError
+from hdovd.data.targets import Targets
+from hdovd.pipelines.dataloading.packing import ALIGNMENT, pack
 
 TORCH_DTYPES = [torch.bool, torch.uint8, torch.int16, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
                 torch.complex64]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hdovd.errors import HdovdError
-from hdovd.pipelines.picture_files import find_pictures, printable
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.common.picture_files import find_pictures, printable
 
 
 @pytest.fixture

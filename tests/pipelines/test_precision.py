@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hdovd.config import load_recipe
-from hdovd.errors import HdovdError
+from hdovd.config.recipe import load_recipe
+from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common import precision as precision_module
 from hdovd.pipelines.common.precision import Precision, choose, cpu_bf16, cpu_features, inference_precision, settled
 

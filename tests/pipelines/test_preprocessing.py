@@ -11,7 +11,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from hdovd.pipelines.preprocessing import Preprocessing
+from hdovd.pipelines.teachers.preprocessing import Preprocessing
 
 SIZES = [(1, 1), (2, 100), (160, 9), (480, 640), (37, 91), (56, 56), (500, 31), (57, 56), (55, 160)]
 

@@ -11,13 +11,13 @@ import open_clip
 import pytest
 import torch
 
-from hdovd.coco import DataPaths
-from hdovd.errors import HdovdError
-from hdovd.pipelines import prompt_templates
-from hdovd.pipelines.clip_teacher import load_clip
-from hdovd.pipelines.extract_config import DEFAULT_TEMPLATES, ExtractConfig
-from hdovd.pipelines.import_features import ForeignFormat, ImportConfig
-from hdovd.pipelines.prompt_templates import check_templates, prompts, read_templates, shipped_templates
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.pipelines.cache_tools.importing import ForeignFormat, ImportConfig
+from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, ExtractConfig
+from hdovd.pipelines.teachers import prompts as prompt_templates
+from hdovd.pipelines.teachers.openclip import load_clip
+from hdovd.pipelines.teachers.prompts import check_templates, prompts, read_templates, shipped_templates
 
 
 def test_shipped_sets() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hdovd.coco import ImageBoxes, Skips, clip_box
-from hdovd.errors import HdovdError
-from hdovd.pipelines.proposal_file import Proposals, read_proposals, write_proposals
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import ImageBoxes, Skips, clip_box
+from hdovd.pipelines.proposal_files.file import Proposals, read_proposals, write_proposals
 
 
 def _image(image_id: int) -> ImageBoxes:

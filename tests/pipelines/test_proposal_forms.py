@@ -13,10 +13,10 @@ import pytest
 
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import Level
-from hdovd.errors import HdovdError
-from hdovd.pipelines.proposal_convert import convert_proposals, info_lines
-from hdovd.pipelines.proposal_file import Proposals, ProposalTable, made_by_file, read_table, write_proposals
-from hdovd.pipelines.proposal_options import ListOrder
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.proposal_files.convert import convert_proposals, info_lines
+from hdovd.pipelines.proposal_files.file import Proposals, ProposalTable, made_by_file, read_table, write_proposals
+from hdovd.pipelines.proposal_files.options import ListOrder
 
 MADE_BY = {"detector": "oln", "training_boxes": {"anchor": 3}}
 SIZES = {9: (300, 200), 2: (50, 400), 5: (200, 200)}  # in the order of the annotation file, which is not that of ids
@@ -292,8 +292,8 @@ def test_convert_says_where_it_cannot_write(tmp_path: Path) -> None:
 
 def test_the_set_says_what_made_its_proposals_and_no_key_depends_on_it(
         tmp_path: Path, copied_cache: Path, proposals: Path, extraction: Any) -> None:
-    from hdovd.pipelines.cache_tables import info_lines as cache_info
-    from hdovd.pipelines.extract_clip import extract_clip
+    from hdovd.pipelines.cache_tools.listing import info_lines as cache_info
+    from hdovd.pipelines.extraction.extract_clip import extract_clip
 
     (tmp_path / "p.json").write_bytes(proposals.read_bytes())
     first = Catalog(copied_cache).sets()["default"]

@@ -12,17 +12,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hdovd.backbone import build_backbone
-from hdovd.coco import DataPaths, ImageBoxes, Skips, Split
-from hdovd.config import Recipe, TrainConfig
-from hdovd.errors import HdovdError
+from hdovd.config.recipe import Recipe, TrainConfig
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths, ImageBoxes, Skips, Split
+from hdovd.data.protocol import load_protocol
+from hdovd.modeling.backbones.pyramid import build_backbone
+from hdovd.pipelines.common.tensors import tensors_hash
 from hdovd.pipelines.demo.world import BASE
-from hdovd.pipelines.proposal_networks import load_network, made_by, save_network, settings
-from hdovd.pipelines.proposal_recall import Recall, recall_report, recall_table, without_crowds
-from hdovd.pipelines.propose import propose
-from hdovd.pipelines.propose_config import Detector, ProposeJob, RecallJob, propose_job
-from hdovd.pipelines.tensor_file import tensors_hash
-from hdovd.protocol import load_protocol
+from hdovd.pipelines.proposals.config import Detector, ProposeJob, RecallJob, propose_job
+from hdovd.pipelines.proposals.networks import load_network, made_by, save_network, settings
+from hdovd.pipelines.proposals.propose import propose
+from hdovd.pipelines.proposals.recall import Recall, recall_report, recall_table, without_crowds
 
 Made = tuple[ProposeJob, list[str]]
 

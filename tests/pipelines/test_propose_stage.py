@@ -10,12 +10,12 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from hdovd.coco import DataPaths
-from hdovd.config import Recipe
-from hdovd.errors import HdovdError
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE
-from hdovd.pipelines.proposal_file import made_by_file
-from hdovd.pipelines.propose import ProposeJob, propose, select_proposals
+from hdovd.pipelines.proposal_files.file import made_by_file
+from hdovd.pipelines.proposals.propose import ProposeJob, propose, select_proposals
 
 
 def _silent(_: str) -> None: ...

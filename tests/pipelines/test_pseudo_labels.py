@@ -14,19 +14,19 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.coco import DataPaths, load_split
-from hdovd.config import Recipe
-from hdovd.errors import HdovdError
-from hdovd.pipelines.cache_check import check_cache
-from hdovd.pipelines.check_config import CheckConfig
-from hdovd.pipelines.export import ExportConfig, export_tars, import_tars
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.label_rule import LabelRule
-from hdovd.pipelines.pseudo_labels import best_nouns, label_texts
-from hdovd.pipelines.tar_training import TarTrainingSet
-from hdovd.pipelines.training_set import TrainingSet
-from hdovd.protocol import load_protocol
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths, load_split
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.verify import check_cache
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.extraction.label_rule import LabelRule
+from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts
+from hdovd.pipelines.extraction.tar_export import ExportConfig, export_tars, import_tars
+from hdovd.pipelines.training.tar_training import TarTrainingSet
+from hdovd.pipelines.training.training_set import TrainingSet
 
 Config = Callable[..., ExtractConfig]
 NOUNS = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])

@@ -12,13 +12,13 @@ import torch
 
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
-from hdovd.coco import DataPaths, Split
-from hdovd.errors import HdovdError
-from hdovd.losses.instance import relation_loss
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths, Split
+from hdovd.modeling.losses.instance import relation_loss
 from hdovd.pipelines.demo.world import BASE
-from hdovd.pipelines.relations import Relations, relations
-from hdovd.pipelines.run_cache import cache_of, data_of_cache
-from hdovd.pipelines.run_folder import RunFolder
+from hdovd.pipelines.extraction.source import cache_of, data_of_cache
+from hdovd.pipelines.report.relations import Relations, relations
+from hdovd.pipelines.runs.folder import RunFolder
 
 
 def _training(run: RunFolder, world: Path) -> Split:

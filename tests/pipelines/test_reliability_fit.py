@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hdovd.errors import HdovdError
-from hdovd.pipelines.reliability_fit import LEAST, area_under_curve, fit_reliability
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.calibration.fit import LEAST, area_under_curve, fit_reliability
 
 
 def _normal(right: float, wrong: float, spread: float, n: int = 40_000, m: int = 40_000) -> tuple[np.ndarray, np.ndarray]:

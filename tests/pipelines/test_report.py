@@ -15,15 +15,15 @@ import pytest
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Source
-from hdovd.coco import DataPaths
-from hdovd.errors import HdovdError
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE, NOVEL
-from hdovd.pipelines.evaluate import EvalJob, evaluate
-from hdovd.pipelines.report import ReportJob, report
-from hdovd.pipelines.report_runs import names_of
-from hdovd.pipelines.report_tables import ablation
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.runs import Run, State
+from hdovd.pipelines.evaluation.evaluate import EvalJob, evaluate
+from hdovd.pipelines.report.report import ReportJob, report
+from hdovd.pipelines.report.runs import names_of
+from hdovd.pipelines.report.tables import ablation
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.listing import Run, State
 
 HOSTILE = "a<img src=x onerror=alert(1)>&\"b"
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from hdovd.coco import DataPaths
+from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE, NOVEL
-from hdovd.pipelines.report import ReportJob, report
-from hdovd.pipelines.run_folder import RunFolder
+from hdovd.pipelines.report.report import ReportJob, report
+from hdovd.pipelines.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")

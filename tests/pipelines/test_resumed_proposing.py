@@ -13,11 +13,11 @@ import torch
 from propose_scenes import play
 from safetensors.torch import load_file, save_file
 
-from hdovd.coco import DataPaths
-from hdovd.config import Recipe, build_recipe
-from hdovd.pipelines.proposal_networks import build_network, made_by
-from hdovd.pipelines.propose_config import Detector, ProposeJob
-from hdovd.pipelines.tensor_file import tensors_hash
+from hdovd.config.recipe import Recipe, build_recipe
+from hdovd.data.coco import DataPaths
+from hdovd.pipelines.common.tensors import tensors_hash
+from hdovd.pipelines.proposals.config import Detector, ProposeJob
+from hdovd.pipelines.proposals.networks import build_network, made_by
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,14 @@ import train_scenes
 from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from hdovd.coco import DataPaths
-from hdovd.config import PRESETS, Recipe
-from hdovd.errors import HdovdError, Stopped
-from hdovd.pipelines.checkpoint import load_checkpoint, save_checkpoint
-from hdovd.pipelines.export import ExportConfig, export_tars
-from hdovd.pipelines.run_folder import RunFolder, replace_file
-from hdovd.pipelines.runs import State, read_run
-from hdovd.pipelines.train import TrainJob, train
+from hdovd.config.recipe import PRESETS, Recipe
+from hdovd.core.errors import HdovdError, Stopped
+from hdovd.data.coco import DataPaths
+from hdovd.pipelines.extraction.tar_export import ExportConfig, export_tars
+from hdovd.pipelines.runs.checkpoint import load_checkpoint, save_checkpoint
+from hdovd.pipelines.runs.folder import RunFolder, replace_file
+from hdovd.pipelines.runs.listing import State, read_run
+from hdovd.pipelines.training.train import TrainJob, train
 
 # 23 images: 5 steps of 4 an epoch; the optimiser has a state, the schedule moves
 SETTINGS = ("train.epochs=2", "train.batch_size=4", "input.flip=0.5", "train.optimizer=adamw", "train.warmup_iterations=2")

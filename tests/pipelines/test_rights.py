@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hdovd.backbone import _read
-from hdovd.cache.storage import LocalFolder
-from hdovd.errors import HdovdError, is_file, system_line
-from hdovd.pipelines.checkpoint import load_checkpoint
-from hdovd.pipelines.proposal_networks import made_by
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.tensor_file import load_pth, load_tensors
-from hdovd.pipelines.text_rows import read_class_embeddings
-from hdovd.pipelines.whole_file import write_text
+from hdovd.cache.local import LocalFolder
+from hdovd.core.errors import HdovdError, is_file, system_line
+from hdovd.modeling.backbones.pyramid import _read
+from hdovd.pipelines.common.atomic_write import write_text
+from hdovd.pipelines.common.tensors import load_pth, load_tensors
+from hdovd.pipelines.extraction.text import read_class_embeddings
+from hdovd.pipelines.proposals.networks import made_by
+from hdovd.pipelines.runs.checkpoint import load_checkpoint
+from hdovd.pipelines.runs.folder import RunFolder
 
 NOBODY = 65534
 

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hdovd.coco import DataPaths, load_split
-from hdovd.coco_ap import GroundTruth
-from hdovd.error_breakdown import ERRORS, Kind
-from hdovd.errors import HdovdError
-from hdovd.pipelines.evaluate import EvalJob, evaluate
-from hdovd.pipelines.image_verdicts import Fate
-from hdovd.pipelines.run_analysis import RunAnalysis, analyse
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.tables import error_table
-from hdovd.pipelines.weights import weights_hash
-from hdovd.protocol import load_protocol
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths, load_split
+from hdovd.data.protocol import load_protocol
+from hdovd.evaluation.coco import GroundTruth
+from hdovd.evaluation.tide import ERRORS, Kind
+from hdovd.pipelines.evaluation.analysis import RunAnalysis, analyse
+from hdovd.pipelines.evaluation.evaluate import EvalJob, evaluate
+from hdovd.pipelines.evaluation.image_errors import Fate
+from hdovd.pipelines.evaluation.tables import error_table
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.weights import weights_hash
 
 
 def _silent(_: str) -> None: ...

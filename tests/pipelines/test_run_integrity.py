@@ -13,19 +13,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hdovd.coco import DataPaths
-from hdovd.config import Recipe
-from hdovd.detectors import build_detector
-from hdovd.errors import HdovdError
-from hdovd.pipelines.checkpoint import load_checkpoint
-from hdovd.pipelines.detector import Detector
-from hdovd.pipelines.evaluate import evaluate
-from hdovd.pipelines.report import report
-from hdovd.pipelines.run_cache import data_of_cache
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.run_jobs import DetectJob, EvalJob, ExportModelJob, ReportJob
-from hdovd.pipelines.train import STATE, TrainJob, train
-from hdovd.pipelines.train_config import TrainJob as Job
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.modeling.base import build_detector
+from hdovd.pipelines.detection.config import DetectJob
+from hdovd.pipelines.detection.detector import Detector
+from hdovd.pipelines.evaluation.config import EvalJob
+from hdovd.pipelines.evaluation.evaluate import evaluate
+from hdovd.pipelines.export.config import ExportModelJob
+from hdovd.pipelines.extraction.source import data_of_cache
+from hdovd.pipelines.report.config import ReportJob
+from hdovd.pipelines.report.report import report
+from hdovd.pipelines.runs.checkpoint import load_checkpoint
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.config import TrainJob as Job
+from hdovd.pipelines.training.train import STATE, TrainJob, train
 
 Edit = Callable[..., Path]
 CODE = "stranger_code"

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.coco import DataPaths
-from hdovd.config import Recipe
-from hdovd.errors import HdovdError
-from hdovd.pipelines.evaluate import EvalJob, evaluate
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.run_tables import difference_lines, run_lines, run_values
-from hdovd.pipelines.runs import GROUPS, State, compare_runs, find_runs, read_run, read_runs
-from hdovd.pipelines.settings import different_keys, flat, short_names, shown_apart
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.pipelines.common.settings import different_keys, flat, short_names, shown_apart
+from hdovd.pipelines.evaluation.evaluate import EvalJob, evaluate
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.listing import GROUPS, State, compare_runs, find_runs, read_run, read_runs
+from hdovd.pipelines.runs.tables import difference_lines, run_lines, run_values
 
 WriteRun = Callable[..., Path]
 

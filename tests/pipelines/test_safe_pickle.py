@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from hdovd.errors import HdovdError
-from hdovd.pipelines.safe_pickle import load_arrays
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.proposal_files.safe_pickle import load_arrays
 
 PROTOCOLS = (2, 3, 4, 5)
 ENCODE = b"c_codecs\nencode\n"

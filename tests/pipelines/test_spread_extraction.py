@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from hdovd.errors import HdovdError
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import Executor, ExtractConfig, Share
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.extraction.config import Executor, ExtractConfig, Share
+from hdovd.pipelines.extraction.extract_clip import extract_clip
 
 Config = Callable[..., ExtractConfig]
 

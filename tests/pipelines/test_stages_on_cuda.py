@@ -15,19 +15,19 @@ from pretended_cuda import PretendedCuda
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.coco import DataPaths
-from hdovd.config import Recipe
-from hdovd.pipelines.checkpoint import load_checkpoint
+from hdovd.config.recipe import Recipe
+from hdovd.data.coco import DataPaths
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
-from hdovd.pipelines.detect import DetectJob, detect
-from hdovd.pipelines.evaluate import EvalJob, evaluate
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.propose import propose
-from hdovd.pipelines.propose_config import Detector, ProposeJob
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.run_hooks import PLAIN
-from hdovd.pipelines.train import TrainJob, train
+from hdovd.pipelines.detection.detect import DetectJob, detect
+from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
+from hdovd.pipelines.evaluation.evaluate import EvalJob, evaluate
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.proposals.config import Detector, ProposeJob
+from hdovd.pipelines.proposals.propose import propose
+from hdovd.pipelines.runs.checkpoint import load_checkpoint
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.hooks import PLAIN
+from hdovd.pipelines.training.train import TrainJob, train
 
 BEGIN_WITH = {"uniform_", "normal_", "fill_", "zero_", "mul", "random_"}  # weights are drawn before they are moved
 ANCHORS = {"anchor_utils.py", "rpn.py"}  # the few of one cell, when the network is built

@@ -19,22 +19,22 @@ import torch
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import TAR_META
 from hdovd.cache.tar_meta import TarMeta
-from hdovd.coco import DataPaths
-from hdovd.config import PRESETS, Recipe
-from hdovd.errors import HdovdError
-from hdovd.faster_rcnn import FasterRCNN
-from hdovd.pipelines.draws import Draw
-from hdovd.pipelines.epoch_order import Dealing, InOrder, Streams
-from hdovd.pipelines.export import ExportConfig, export_tars
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.fit import Hooks
-from hdovd.pipelines.loading import TrainingBatches
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.tar_training import TarTrainingSet
-from hdovd.pipelines.train import TrainJob, loop_of, train
-from hdovd.pipelines.training_set import Sample, TrainingSet
-from hdovd.protocol import Protocol, load_protocol
+from hdovd.config.recipe import PRESETS, Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.modeling.faster_rcnn.model import FasterRCNN
+from hdovd.pipelines.dataloading.loader import TrainingBatches
+from hdovd.pipelines.dataloading.sample_keys import Draw
+from hdovd.pipelines.dataloading.sampler import Dealing, InOrder, Streams
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.extraction.tar_export import ExportConfig, export_tars
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.loop import Hooks
+from hdovd.pipelines.training.tar_training import TarTrainingSet
+from hdovd.pipelines.training.train import TrainJob, loop_of, train
+from hdovd.pipelines.training.training_set import Sample, TrainingSet
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 MakeRecipe = Callable[..., Recipe]

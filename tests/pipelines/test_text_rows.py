@@ -18,19 +18,21 @@ from safetensors.torch import save_file
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.coco import DataPaths, Exif
-from hdovd.errors import HdovdError
-from hdovd.pipelines.cache_check import check_cache
-from hdovd.pipelines.check_config import CheckConfig
-from hdovd.pipelines.clip_teacher import load_clip
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths, Exif
+from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.crop_recipe import CropRecipe, Shape
 from hdovd.pipelines.demo.world import BASE, NOVEL
-from hdovd.pipelines.extract_clip import ExtractReport, extract_clip, prepare
-from hdovd.pipelines.extract_config import Activation, Executor, ExtractConfig, Share, Store
-from hdovd.pipelines.label_rule import LabelRule
-from hdovd.pipelines.nouns_config import Matching
-from hdovd.pipelines.text_rows import read_class_embeddings, read_synonyms
+from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
+from hdovd.pipelines.extraction.config import Executor, ExtractConfig, Share, Store
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.extraction.label_rule import LabelRule
+from hdovd.pipelines.extraction.prepare import ExtractReport, prepare
+from hdovd.pipelines.extraction.text import read_class_embeddings, read_synonyms
+from hdovd.pipelines.nouns.config import Matching
+from hdovd.pipelines.teachers.activation import Activation
+from hdovd.pipelines.teachers.openclip import load_clip
 
 Config = Callable[..., ExtractConfig]
 NAMES = [*BASE, *NOVEL]

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
-from hdovd.coco import DataPaths
-from hdovd.config import PRESETS, Recipe, load_recipe
-from hdovd.errors import HdovdError
+from hdovd.config.recipe import PRESETS, Recipe, load_recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE, NOVEL
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.train import TrainJob, train
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.train import TrainJob, train
 
 TrainMicro = Callable[..., RunFolder]
 LEVELS = ("instance", "class", "image")

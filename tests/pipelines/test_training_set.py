@@ -17,17 +17,17 @@ from PIL import Image
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import DEFAULT_SET, Level
-from hdovd.coco import load_split
-from hdovd.config import Recipe
-from hdovd.errors import HdovdError
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import load_split
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.dataloading.loader import TrainingBatches
+from hdovd.pipelines.dataloading.sample_keys import Draw
+from hdovd.pipelines.dataloading.sampler import Dealing, PlainShuffle
 from hdovd.pipelines.demo.world import BASE
-from hdovd.pipelines.draws import Draw
-from hdovd.pipelines.epoch_order import Dealing, PlainShuffle
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.loading import TrainingBatches
-from hdovd.pipelines.training_set import TrainingSet
-from hdovd.protocol import load_protocol
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.training.training_set import TrainingSet
 
 MakeRecipe = Callable[..., Recipe]
 

@@ -14,13 +14,13 @@ from PIL import Image
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
-from hdovd.coco import load_split
-from hdovd.config import Recipe
-from hdovd.errors import HdovdError
-from hdovd.pipelines.extract_clip import extract_clip
-from hdovd.pipelines.extract_config import ExtractConfig
-from hdovd.pipelines.training_set import TrainingSet
-from hdovd.protocol import load_protocol
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import load_split
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.training.training_set import TrainingSet
 
 Config = Callable[..., ExtractConfig]
 MakeRecipe = Callable[..., Recipe]

@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdovd.ap_engine import Engine
-from hdovd.coco import DataPaths, Split
-from hdovd.coco_ap import AveragePrecision
-from hdovd.errors import HdovdError
-from hdovd.faster_rcnn import FasterRCNN
-from hdovd.inference import detect
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths, Split
+from hdovd.data.targets import Targets
+from hdovd.evaluation.coco import AveragePrecision
+from hdovd.evaluation.engines import Engine
+from hdovd.modeling.faster_rcnn.model import FasterRCNN
+from hdovd.modeling.postprocess import detect
 from hdovd.pipelines.common.images import read_pixels
-from hdovd.pipelines.evaluate import EvalJob, evaluate
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.validation import Validated, Validation, by_shape, results
-from hdovd.targets import Targets
+from hdovd.pipelines.evaluation.evaluate import EvalJob, evaluate
+from hdovd.pipelines.evaluation.validation import Validated, Validation, by_shape, results
+from hdovd.pipelines.runs.folder import RunFolder
 
 CPU = torch.device("cpu")
 

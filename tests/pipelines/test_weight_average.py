@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hdovd.adamixer.model import AdaMixer
-from hdovd.coco import DataPaths
-from hdovd.config import Recipe, load_recipe
-from hdovd.detectors import build_detector
-from hdovd.errors import HdovdError
-from hdovd.faster_rcnn import FasterRCNN
-from hdovd.feature_queue import FeatureQueue
-from hdovd.pipelines.checkpoint import load_checkpoint
-from hdovd.pipelines.evaluate import EvalJob, evaluate
-from hdovd.pipelines.run_folder import RunFolder
-from hdovd.pipelines.train import TrainJob, train
-from hdovd.pipelines.weight_average import WeightAverage
+from hdovd.config.recipe import Recipe, load_recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.modeling.adamixer.model import AdaMixer
+from hdovd.modeling.base import build_detector
+from hdovd.modeling.faster_rcnn.model import FasterRCNN
+from hdovd.modeling.feature_queue import FeatureQueue
+from hdovd.pipelines.evaluation.evaluate import EvalJob, evaluate
+from hdovd.pipelines.runs.checkpoint import load_checkpoint
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.train import TrainJob, train
+from hdovd.pipelines.training.weight_average import WeightAverage
 
 TrainMicro = Callable[..., RunFolder]
 

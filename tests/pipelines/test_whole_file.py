@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import hdovd
-from hdovd.errors import HdovdError
-from hdovd.pipelines.whole_file import replace_file, write_picture, write_text, writing
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.common.atomic_write import replace_file, write_picture, write_text, writing
 
 BIG = torch.zeros(100_000)
 NOISE = Image.effect_noise((600, 600), 100)
@@ -154,31 +154,31 @@ OF_MODULES = {("json", "dump"), ("pickle", "dump"), ("os", "replace"), ("os", "r
               ("shutil", "copy2"), ("shutil", "move"), ("onnx", "export")}
 OWN = {"replace_file", "write_text", "write_picture"}
 ALLOWED = {
-    "pipelines/whole_file.py": "the one place",
+    "pipelines/common/atomic_write.py": "the one place",
     "pipelines/bench_": "made-up data for measurements, deleted after them",
     "cache/storage.py write": "the cache's own place: whole or absent, and safe beside other processes",
     "cache/storage.py _link": "of it",
     "cache/locks.py lock": "a lock has no content",
     "cache/locks.py is_stale": "opens what it locks",
-    "pipelines/ablate.py _locked": "a lock has no content",
-    "pipelines/run_folder.py log": "a log that grows; its last line may be torn",
-    "pipelines/run_folder.py synced_log_bytes": "of it",
-    "pipelines/job_pool.py _next": "a log that grows",
-    "pipelines/detect_output.py __init__": "a log that grows, and goes in the end",
-    "pipelines/memory_limit.py memory_limit": "the kernel's files",
-    "pipelines/detect_output.py _write": "given to replace_file",
-    "pipelines/proposal_file.py fill": "given to replace_file",
-    "pipelines/proposal_file.py _write_npz": "given to replace_file",
-    "pipelines/model_forms.py _write_onnx": "given to replace_file",
-    "pipelines/model_forms.py _write_torchscript": "given to replace_file",
-    "pipelines/model_forms.py _write_safetensors": "given to replace_file",
+    "pipelines/ablation/ablate.py _locked": "a lock has no content",
+    "pipelines/runs/folder.py log": "a log that grows; its last line may be torn",
+    "pipelines/runs/folder.py synced_log_bytes": "of it",
+    "pipelines/common/job_pool.py _next": "a log that grows",
+    "pipelines/detection/output.py __init__": "a log that grows, and goes in the end",
+    "pipelines/bench/memory_limit.py memory_limit": "the kernel's files",
+    "pipelines/detection/output.py _write": "given to replace_file",
+    "pipelines/proposal_files/file.py fill": "given to replace_file",
+    "pipelines/proposal_files/file.py _write_npz": "given to replace_file",
+    "pipelines/export/forms.py _write_onnx": "given to replace_file",
+    "pipelines/export/forms.py _write_torchscript": "given to replace_file",
+    "pipelines/export/forms.py _write_safetensors": "given to replace_file",
     "pipelines/demo/teacher.py demo_teacher": "a folder that gets its name when it is whole",
-    "pipelines/tensor_file.py save_tensors": "given to replace_file",
+    "pipelines/common/tensors.py save_tensors": "given to replace_file",
     "cache/picture_files.py write_files": "in memory",
     "cache/tar_meta.py to_bytes": "in memory",
     "cache/tar_shards.py write": "in memory",
-    "pipelines/charts.py picture_data": "in memory",
-    "pipelines/map_page.py _thumbnails": "in memory",
+    "pipelines/common/charts.py picture_data": "in memory",
+    "pipelines/cache_tools/map_page.py _thumbnails": "in memory",
 }
 
 

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
-from hdovd.coco import DataPaths
-from hdovd.config import load_recipe
-from hdovd.errors import Stopped
-from hdovd.pipelines import fit, run_hooks, train
-from hdovd.pipelines.fit import Loop
+from hdovd.config.recipe import load_recipe
+from hdovd.core.errors import Stopped
+from hdovd.data.coco import DataPaths
+from hdovd.pipelines.training import hooks as run_hooks
+from hdovd.pipelines.training import loop as fit
+from hdovd.pipelines.training import train
+from hdovd.pipelines.training.loop import Loop
 
 
 def main(job: dict[str, Any]) -> int:

@@ -7,13 +7,13 @@ import torch
 from adamixer_scenes import BASE, DIM, detector, noise, pictures, small, targets, unit
 from torch import Tensor
 
-from hdovd.adamixer.model import AdaMixer
-from hdovd.batching import batch_images
-from hdovd.config import PRESETS, load_recipe
-from hdovd.detectors import build_detector
-from hdovd.errors import HdovdError
-from hdovd.inference import detect_batch
-from hdovd.targets import Targets
+from hdovd.config.recipe import PRESETS, load_recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.targets import Targets
+from hdovd.modeling.adamixer.model import AdaMixer
+from hdovd.modeling.base import build_detector
+from hdovd.modeling.batching import batch_images
+from hdovd.modeling.postprocess import detect_batch
 
 SIZES = ((96, 128), (128, 96))
 BOXES, PSEUDO = [[4.0, 4.0, 60.0, 70.0], [20.0, 10.0, 90.0, 80.0]], [[30.0, 5.0, 80.0, 60.0], [0.0, 40.0, 50.0, 90.0]]

@@ -25,10 +25,10 @@ from adamixer_scenes import (
 )
 from torch import Tensor
 
-from hdovd.adamixer.model import AdaMixer
-from hdovd.adamixer.published import NOT_PUBLISHED, own_name
-from hdovd.config import load_recipe
-from hdovd.inference import detect_batch
+from hdovd.config.recipe import load_recipe
+from hdovd.modeling.adamixer.model import AdaMixer
+from hdovd.modeling.postprocess import detect_batch
+from hdovd.modeling.published_weights.adamixer import NOT_PUBLISHED, own_name
 
 CLASSES, BASE, FIRST = 65, 48, 30
 FULL_SHAPE = {"channels": 256, "dim": 512, "stages": 6, "groups": 4, "points": 32, "out_points": 128, "heads": 8, "feedforward": 2048,

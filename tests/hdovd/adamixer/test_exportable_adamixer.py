@@ -9,12 +9,12 @@ import torch
 from adamixer_scenes import DIM, detector, pictures, unit
 from detections_alike import require_alike
 
-from hdovd.adamixer.exportable import ExportableAdaMixer
-from hdovd.adamixer.model import AdaMixer
-from hdovd.config import PRESETS
-from hdovd.inference import Detections, detect
-from hdovd.pipelines.model_form import ModelForm
-from hdovd.pipelines.model_forms import CARRIED, Run, open_model, write
+from hdovd.config.recipe import PRESETS
+from hdovd.modeling.adamixer.model import AdaMixer
+from hdovd.modeling.export.adamixer import ExportableAdaMixer
+from hdovd.modeling.postprocess import Detections, detect
+from hdovd.pipelines.export.config import ModelForm
+from hdovd.pipelines.export.forms import CARRIED, Run, open_model, write
 
 SIZES = [(96, 80), (37, 91), (300, 40), (7, 5), (64, 64)]  # height, width
 

@@ -7,10 +7,10 @@ from adamixer_scenes import noise
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
-from hdovd.adamixer.config import QueryProposalsConfig
-from hdovd.adamixer.proposal_loss import auxiliary_losses, main_losses, quality_focal_rows, valid_positions
-from hdovd.adamixer.proposals import Candidates, DenseHead, DensePredictions, ProposalTrunk, QueryProposals, positions
-from hdovd.adamixer.sampling import SamplingTable
+from hdovd.config.adamixer import QueryProposalsConfig
+from hdovd.modeling.adamixer.proposal_loss import auxiliary_losses, main_losses, quality_focal_rows, valid_positions
+from hdovd.modeling.adamixer.proposals import Candidates, DenseHead, DensePredictions, ProposalTrunk, QueryProposals, positions
+from hdovd.modeling.adamixer.sampling import SamplingTable
 
 CONFIG = QueryProposalsConfig(shuffle=8, aux_positives=3)
 

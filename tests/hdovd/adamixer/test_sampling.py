@@ -9,11 +9,11 @@ from adamixer_scenes import noise
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
-from hdovd.adamixer.boxes import covered, overlap, refine, sides, to_corners, to_xyzr
-from hdovd.adamixer.config import DecoderConfig
-from hdovd.adamixer.decoder import BoxAttention, DecoderStage, positional_code
-from hdovd.adamixer.mixing import AdaptiveMixing
-from hdovd.adamixer.sampling import SamplingTable
+from hdovd.config.adamixer import DecoderConfig
+from hdovd.modeling.adamixer.boxes import covered, overlap, refine, sides, to_corners, to_xyzr
+from hdovd.modeling.adamixer.decoder import BoxAttention, DecoderStage, positional_code
+from hdovd.modeling.adamixer.mixing import AdaptiveMixing
+from hdovd.modeling.adamixer.sampling import SamplingTable
 
 BOXES = torch.tensor([[0.0, 0.0, 8.0, 2.0], [4.0, 1.0, 12.0, 5.0], [20.0, 20.0, 24.0, 40.0]])
 

@@ -10,15 +10,15 @@ from adamixer_scenes import DIM, noise, small, targets, unit
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
-from hdovd.adamixer.boxes_of_step import StepBoxes, boxes_of_step
-from hdovd.adamixer.config import MatchCosts, StageLossConfig, TextLevelConfig
-from hdovd.adamixer.instance_level import InstanceLevels
-from hdovd.adamixer.matching import NONE, pair, pair_candidates, pair_stages, pairing_costs
-from hdovd.adamixer.pairs import Pairs
-from hdovd.adamixer.stage_losses import box_losses, classification_loss, objectness_loss, prompts_and_labels, query_weights
-from hdovd.adamixer.text_level import TextLevel, fused
-from hdovd.losses.classwise import reliability
-from hdovd.losses.instance import relation_loss
+from hdovd.config.adamixer import MatchCosts, StageLossConfig, TextLevelConfig
+from hdovd.modeling.adamixer.boxes_of_step import StepBoxes, boxes_of_step
+from hdovd.modeling.adamixer.instance_level import InstanceLevels
+from hdovd.modeling.adamixer.matching import NONE, pair, pair_candidates, pair_stages, pairing_costs
+from hdovd.modeling.adamixer.pairs import Pairs
+from hdovd.modeling.adamixer.stage_losses import box_losses, classification_loss, objectness_loss, prompts_and_labels, query_weights
+from hdovd.modeling.adamixer.text_level import TextLevel, fused
+from hdovd.modeling.losses.classwise import reliability
+from hdovd.modeling.losses.instance import relation_loss
 
 S, N, Q = 2, 3, 6
 SIZES = [(96, 128), (80, 64), (96, 96)]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hdovd.adamixer import wide_linear
-from hdovd.adamixer.wide_linear import WideLinear
+from hdovd.modeling.adamixer import wide_linear
+from hdovd.modeling.adamixer.wide_linear import WideLinear
 
 
 def pair() -> tuple[WideLinear, nn.Linear]:

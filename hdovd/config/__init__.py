@@ -1,0 +1,1 @@
+"""Recipes: every value of a training run, validated. Text in, frozen pydantic models out."""

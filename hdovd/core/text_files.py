@@ -1,0 +1,130 @@
+"""Text files that people bring: read whole, in UTF-8 with or without a byte-order mark, unpacked where they are gzip's.
+
+Every reader of such a file comes here, or to `JsonStream`, which opens it by `open_bytes`; and every check of a value in one ends in a
+message of `shown`, which fits into a line whatever the value is.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import tomllib
+import zlib
+from pathlib import Path
+from typing import IO, Any, cast
+
+from hdovd.core.errors import HdovdError, system_reason
+
+DAMAGED = (OSError, EOFError, zlib.error)  # what reading a file raises, a packed one too
+LONGEST_NAME = 200
+_CUT = 80
+_GZIP = b"\x1f\x8b"
+# Control characters, line separators, marks that turn the direction of what follows, byte-order marks, halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """A file for reading, unpacked if it is gzip's, whatever its name. Raises HdovdError if it cannot be opened."""
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == _GZIP
+        return cast(IO[bytes], gzip.open(path)) if packed else path.open("rb")
+    except OSError as error:
+        raise HdovdError(f"cannot read {path}: {system_reason(error)}") from error
+
+
+def read_text(path: Path, what: str, expected: str = "") -> str:
+    """The text of a file, without a byte-order mark. `what`: the file in messages, such as an option; `expected`: what it should hold.
+
+    Raises HdovdError if there is no such file, or it is no text in UTF-8.
+    """
+    if not path.is_file():
+        raise HdovdError(f"{what} {path}: no such file{expected and f'; expected {expected}'}")
+    try:
+        with open_bytes(path) as file:
+            return file.read().decode("utf-8-sig")
+    except (*DAMAGED, UnicodeDecodeError) as error:
+        raise HdovdError(f"{what} {path} is no text file in UTF-8 ({error}){expected and f'; expected {expected}'}") from error
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Parse a JSON file whole (`JsonStream` is for the large ones). Raises HdovdError naming it."""
+    text = read_text(path, what, "JSON")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise HdovdError(f"{what} {path} is not valid JSON ({json_fault(error)}); is the download complete?") from error
+
+
+def json_fault(error: ValueError | RecursionError) -> str:
+    """Why a text is no JSON that can be read."""
+    if isinstance(error, json.JSONDecodeError):
+        return cut(str(error))
+    return "it is nested too deeply" if isinstance(error, RecursionError) else "it holds a whole number of more digits than any number has"
+
+
+def read_toml(path: Path, what: str, expected: str = "TOML") -> dict[str, Any]:
+    """Parse a TOML file; arguments as of `read_text`. Raises HdovdError naming it."""
+    text = read_text(path, what, expected)
+    try:
+        return parse_toml(text)
+    except HdovdError as error:
+        raise HdovdError(f"{what} {path} is {error}; expected {expected}") from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """A TOML document. Raises HdovdError that begins with "not valid TOML"."""
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a ValueError, as TOMLDecodeError is
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else cut(str(error))
+        raise HdovdError(f"not valid TOML ({why})") from error
+
+
+def cut(text: str, most: int = 300) -> str:
+    """A text that fits into a message: what cannot be printed is escaped, and what is too much is left out."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text[:most]) + ("..." if len(text) > most else "")
+
+
+def shown(value: object) -> str:
+    """A value of a file, for a message that wants another one there: texts and numbers, cut; of all else the kind."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case str():
+            return f"the text {value[:_CUT]!r}" + ("..." if len(value) > _CUT else "")
+        case int() if abs(value) >> 64:
+            return "a number of more than 64 bits"
+        case int() | float():
+            return str(value)
+        case list() | tuple():
+            return "a list"
+        case dict():
+            return "an object"
+    return f"of type {type(value).__name__}"
+
+
+def checked_name(value: Any, where: str, most: int = LONGEST_NAME) -> str:
+    """`value` if it is a name: text that is not blank, that a terminal can print, of at most `most` characters.
+
+    `where`: what it is the name of, for the message. Raises HdovdError.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise HdovdError(f"{where} is {shown(value)}, expected a name")
+    if len(value) > most:
+        raise HdovdError(f"{where} is {shown(value)}, of {len(value):,d} characters: a name has {most} at most")
+    if _UNPRINTABLE.search(value):
+        raise HdovdError(f"{where} is {shown(value)}, which holds a character that cannot be printed: take it out")
+    return value
+
+
+def printable(tree: Any) -> bool:
+    """Whether all texts and keys of JSON values can be printed."""
+    if isinstance(tree, dict):
+        return all(map(printable, tree)) and all(map(printable, tree.values()))
+    if isinstance(tree, list):
+        return all(map(printable, tree))
+    return not (isinstance(tree, str) and _UNPRINTABLE.search(tree))

@@ -1,0 +1,1 @@
+"""COCO files and protocols in, images with checked boxes and labels out, and what one image brings to a detector."""

@@ -1,0 +1,432 @@
+"""COCO annotation files: read, checked, and cut to what a protocol may see.
+
+`load_split` serves training, extraction and proposals (`base_only=True`: novel boxes never leave this file)
+and evaluation. Boxes are xyxy, absolute pixels of the original image, clipped to it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from enum import StrEnum
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.json_stream import JsonStream
+from hdovd.core.text_files import checked_name, shown
+from hdovd.data.protocol import Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_PARTS = {"images", "annotations", "categories"}
+_IMAGE_KEYS = ("id", "file_name", "coco_url", "width", "height")
+_MOST = (1 << 63) - 1  # of ids: caches hold them in 64 bits
+_LONGEST_SIDE = (1 << 31) - 1
+_LONGEST_PATH = 4096
+
+
+class Exif(StrEnum):
+    """Whether pictures whose annotated size fits both turned as their EXIF orientation says and as stored are turned."""
+
+    APPLY = "apply"
+    IGNORE = "ignore"
+
+
+@dataclass(slots=True)
+class Skips:
+    """What was left out, by reason; every entry is an id. Printed as counts with the first ids; caches and runs keep all."""
+
+    by_reason: dict[str, list[int | str]] = field(default_factory=dict)
+
+    def add(self, reason: str, item: int | str) -> None:
+        self.by_reason.setdefault(reason, []).append(item)
+
+    def lines(self) -> list[str]:
+        return [f"skipped {len(ids)}: {reason} ({shorten(list(ids))})" for reason, ids in sorted(self.by_reason.items())]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBoxes:
+    """One image and its boxes: boxes (n, 4) float32, labels (n,) int64, annotation_ids (n,) int64."""
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+    boxes: np.ndarray
+    labels: np.ndarray
+    annotation_ids: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The images of one annotation file that a protocol keeps, in file order.
+
+    `coco_ids`: the category id of every class, in label order. `empty`: ids of images that were left out since they hold no object.
+    """
+
+    images: list[ImageBoxes]
+    folder: Path
+    annotations: Path
+    coco_ids: tuple[int, ...]
+    skips: Skips
+    exif: Exif = Exif.APPLY
+    empty: list[int] = field(default_factory=list)
+
+    def path(self, image: ImageBoxes) -> Path:
+        return self.folder / image.file_name
+
+
+def _four_numbers(xywh: Any) -> array[float] | None:
+    """The numbers of a COCO box, or None if it holds anything else."""
+    if not isinstance(xywh, list) or len(xywh) != 4 or bool in map(type, xywh):
+        return None
+    try:
+        return array("d", xywh)
+    except TypeError:
+        return None
+    except OverflowError:  # a whole number past the largest float
+        return array("d", [math.inf] * 4)
+
+
+def clip_box(xywh: Any, width: int, height: int) -> tuple[list[float] | None, str]:
+    """A COCO box (x, y, w, h) as xyxy inside the image, or None with the reason why it cannot be one."""
+    numbers = _four_numbers(xywh)
+    if numbers is None:
+        return None, "box is not four numbers"
+    x, y, w, h = numbers
+    if not all(map(math.isfinite, (x, y, w, h))):
+        return None, "box is not finite"
+    if w < 0 or h < 0:
+        return None, "box is inverted (negative width or height)"
+    if w * h == 0:
+        return None, "box has no area"
+    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
+        return None, "box lies outside the image"
+    box = array("f", (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))).tolist()  # as float32 holds it
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return None, "box has no area"
+    return box, ""
+
+
+def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only: bool) -> Split:
+    """Read an `instances_*.json`.
+
+    With `base_only` (training): base boxes alone, crowd boxes left out, images without a base box or with a
+    side under the protocol's minimum left out. Otherwise (evaluation): images with at least one annotation
+    of the protocol's classes, with the boxes of all classes. The protocol may keep the images without any (`keep_empty`).
+
+    Raises HdovdError if the file is not COCO's, holds a value of another type than its key has, lacks a class of the protocol, names
+    an unknown image, or if nothing is left.
+    """
+    import numpy as np  # here: the command line names DataPaths before it needs arrays
+
+    if not folder.is_dir():
+        raise HdovdError(f"no image folder {folder}: give it with --images")
+    found = read_instances(annotations, folder)
+    label_of, coco_ids = _labels(found.names, protocol, annotations)
+    skips, rows = Skips(), {i: array("q") for i in found.images}  # rows of the columns, image by image
+    labels, spoilt = np.zeros(len(found.ids), np.int64), set[int]()
+    for row, (number, image_id, category) in enumerate(zip(found.ids, found.image_ids, found.categories, strict=True)):
+        label = label_of.get(category)
+        if label is None and category in found.names:
+            continue
+        if label is None:
+            box, why = None, f"its category is none of {annotations.name}"
+        elif base_only and (label >= len(protocol.base) or found.crowd[row]):
+            continue
+        elif row in found.odd:
+            box, why = None, found.odd[row]
+        else:
+            box, why = clip_box(found.boxes[4 * row:4 * row + 4].tolist(), *found.images[image_id][1:])
+        if box is None or label is None:
+            skips.add(f"annotation, {why}", number)
+            spoilt.add(image_id)
+            continue
+        found.boxes[4 * row:4 * row + 4] = array("d", box)
+        labels[row] = label
+        rows[image_id].append(row)
+    if not any(rows.values()):
+        wanted = protocol.base if base_only else protocol.names
+        raise HdovdError(f"{annotations} holds no usable box of the {len(wanted)} classes of protocol {protocol.name} "
+                         f"({shorten(list(wanted))})" + "".join("\n" + line for line in skips.lines()))
+    boxes, kept, empty = np.frombuffer(found.boxes).reshape(-1, 4), list[ImageBoxes](), list[int]()
+    for i, (name, width, height) in found.images.items():
+        own = rows[i]
+        if not own and i in spoilt:
+            skips.add("image, no annotation of it is left", i)
+        elif not own and not protocol.keeps_empty(base_only):
+            empty.append(i)
+        elif base_only and min(width, height) < protocol.min_image_side_px:
+            skips.add(f"image with a side under {protocol.min_image_side_px} px", i)
+        else:
+            kept.append(ImageBoxes(i, name, width, height, boxes[own].astype(np.float32), labels[own],
+                                   np.array([found.ids[row] for row in own], np.int64)))
+    return Split(kept, folder, annotations, coco_ids, skips, empty=empty)
+
+
+@dataclass(slots=True)
+class Instances:
+    """An instances file, every value of the type that its key has. A annotations, in file order.
+
+    images: id -> (file name, width, height), in file order. names: category id -> name. ids, image_ids, categories, crowd (A,);
+    boxes: x, y, w, h as the file has them, 4 * A; odd: why those of a row, which are zeros then, are no box; areas (A,), NaN where there
+    is none; ignored: rows that say `ignore`.
+    As dicts, with outlines, the annotations of COCO's training images take gigabytes.
+    """
+
+    file: Path
+    images: dict[int, tuple[str, int, int]] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    ids: array[int] = field(default_factory=lambda: array("q"))
+    image_ids: array[int] = field(default_factory=lambda: array("q"))
+    categories: array[int] = field(default_factory=lambda: array("q"))
+    crowd: bytearray = field(default_factory=bytearray)
+    boxes: array[float] = field(default_factory=lambda: array("d"))
+    odd: dict[int, str] = field(default_factory=dict)
+    areas: array[float] = field(default_factory=lambda: array("d"))
+    ignored: set[int] = field(default_factory=set)
+
+    def add(self, a: dict[str, Any]) -> None:
+        """Check an annotation and add it. Raises HdovdError that says what is wrong with it."""
+        box, row = a.get("bbox"), len(self.ids)
+        if box is None and a.get("segmentation"):
+            box = outline_box(a["segmentation"])
+        elif box is None and "bbox" not in a:
+            raise HdovdError(f"{self._name(a)} lacks one of id, image_id, category_id, bbox (or segmentation)")
+        try:
+            number, image_id, category = a["id"], a["image_id"], a["category_id"]
+        except KeyError:
+            raise HdovdError(f"{self._name(a)} lacks one of id, image_id, category_id, bbox (or segmentation)") from None
+        if not (type(number) is type(image_id) is type(category) is int and -_MOST <= number <= _MOST and -_MOST <= image_id <= _MOST
+                and -_MOST <= category <= _MOST):
+            number, image_id, category = (whole(a[key], f"{self._name(a)}: {key}") for key in ("id", "image_id", "category_id"))
+        crowd, area = a.get("iscrowd"), a.get("area")
+        if crowd not in (None, 0, 1):
+            raise HdovdError(f"{self._name(a)}: iscrowd is {shown(crowd)}, expected 0 or 1")
+        if area is not None and not is_finite(area):
+            raise HdovdError(f"{self._name(a)}: area is {shown(area)}, expected a number")
+        numbers = _four_numbers(box)
+        if numbers is None:
+            self.odd[row], numbers = "box is not four numbers", array("d", bytes(32))
+        if a.get("ignore"):
+            self.ignored.add(row)
+        self.boxes.extend(numbers)
+        self.areas.append(math.nan if area is None else area)
+        self.crowd.append(crowd == 1)
+        self.ids.append(number)
+        self.image_ids.append(image_id)
+        self.categories.append(category)
+
+    def _name(self, a: dict[str, Any]) -> str:
+        return f"{self.file}: annotation {shown(a['id']) if 'id' in a else f'number {len(self.ids)}'}"
+
+    def check(self) -> None:
+        """Raises HdovdError for an annotation of an image that is not there, and for an id that stands twice."""
+        import numpy as np
+
+        ids, image_ids = np.array(self.ids, np.int64), np.array(self.image_ids, np.int64)
+        if len(lost := np.flatnonzero(~np.isin(image_ids, np.array([*self.images], np.int64)))):
+            raise HdovdError(f"{self.file}: annotation {ids[lost[0]]} is for image {image_ids[lost[0]]}, which is not in its "
+                             "images; the file is damaged or was cut by hand")
+        values, counts = np.unique(ids, return_counts=True)
+        if (counts > 1).any():
+            raise HdovdError(f"{self.file}: annotation id {values[counts > 1][0]} stands twice; the cache joins rows by it, so number "
+                             "them anew")
+
+
+def read_instances(file: Path, folder: Path | None = None) -> Instances:
+    """Read and check an instances file; its lists come in any order. `folder`: of the pictures, in which the names of files must lie.
+
+    Raises HdovdError that names the file and the first entry that is not as it should be.
+    """
+    found, images, categories = Instances(file), list[Any](), list[Any]()
+    fault: HdovdError | None = None  # of an annotation: said at the end, where the file is known to be COCO's, and its images are
+    stream, strange = JsonStream(file, "annotations"), False
+    for key, item in stream:
+        if key not in _PARTS:
+            continue
+        if key not in stream.lists or not isinstance(item, dict):
+            strange = True
+        elif key == "annotations" and fault is None:
+            try:
+                found.add(item)
+            except HdovdError as error:
+                fault = error
+        elif key == "images":
+            images.append({k: item[k] for k in _IMAGE_KEYS if k in item})
+        elif key == "categories":
+            categories.append(item)
+    if strange or not stream.lists >= _PARTS:
+        raise HdovdError(f"{file} is no COCO instances file: it needs images, annotations and categories")
+    found.names, found.images = _names(categories, file), _images(images, file, folder)
+    found.check()
+    if fault is not None:
+        raise fault
+    return found
+
+
+def whole(value: Any, where: str, least: int = -_MOST, most: int = _MOST) -> int:
+    """`value` as a whole number; 3.0 is one. `where`: the key in the message. Raises HdovdError."""
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    if type(value) is not int or not least <= value <= most:
+        wanted = "a whole number" if least < 0 else f"a whole number of {least} to {most:,d}"
+        raise HdovdError(f"{where} is {shown(value)}, expected {wanted}"
+                         + (": write it without quotes" if isinstance(value, str) else ""))
+    return value
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value of a file is a number, and no bool, that a float holds."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def outline_box(segmentation: Any) -> Any:
+    """The box (x, y, w, h) around polygons `[[x, y, x, y, ...], ...]` or a run-length mask `{"size", "counts"}`; None if it is neither."""
+    if isinstance(segmentation, dict):
+        return _mask_box(segmentation.get("size"), segmentation.get("counts"))
+    if not isinstance(segmentation, list) or not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation):
+        return None
+    xs, ys = ([v for polygon in segmentation for v in polygon[first::2]] for first in (0, 1))
+    if not all(map(is_finite, xs + ys)):
+        return None
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def _mask_box(size: Any, counts: Any) -> list[float] | None:
+    from pycocotools import mask  # here: it is slow to import, and such masks without a box are rare
+
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and 0 < side <= _LONGEST_SIDE for side in size):
+        return None
+    if isinstance(counts, list):
+        if not all(type(count) is int and 0 <= count <= size[0] * size[1] for count in counts) or sum(counts) != size[0] * size[1]:
+            return None
+        return list(map(float, mask.toBbox(mask.frPyObjects({"size": size, "counts": counts}, *size))))
+    if not isinstance(counts, str) or not re.fullmatch("[0-o]*[0-O]", counts):  # the last character says that no other follows
+        return None
+    return list(map(float, mask.toBbox({"size": size, "counts": counts})))
+
+
+def _names(categories: list[dict[str, Any]], file: Path) -> dict[int, str]:
+    """Category names by id. Raises HdovdError if two share an id or a name."""
+    names: dict[int, str] = {}
+    for place, category in enumerate(categories):
+        if not {"id", "name"} <= category.keys():
+            raise HdovdError(f"{file}: a category lacks id or name")
+        number = whole(category["id"], f"{file}: category number {place}: id")
+        name = checked_name(category["name"], f"{file}: category {number}: name")
+        if number in names:
+            raise HdovdError(f"{file}: category id {number} is both {names[number]!r} and {name!r}: were two files merged? Number the "
+                             "categories anew, and their annotations with them")
+        names[number] = name
+    twice = sorted(name for name, count in Counter(names.values()).items() if count > 1)
+    if twice:
+        raise HdovdError(f"{file}: categories of the same name: {shorten(list(twice))}; rename or merge them")
+    return names
+
+
+def _labels(names: dict[int, str], protocol: Protocol, file: Path) -> tuple[dict[int, int], tuple[int, ...]]:
+    id_of = {name: number for number, name in names.items()}
+    absent = [name for name in protocol.names if name not in id_of]
+    if absent:
+        near = {name: get_close_matches(name, id_of, 1) for name in absent}
+        hints = "; ".join(f"{name!r}" + (f" (the file has {n[0]!r})" if n else "") for name, n in list(near.items())[:8])
+        raise HdovdError(f"protocol {protocol.name} names classes that {file} does not know: {hints}. "
+                         "Give the split that fits this data with --protocol")
+    coco_ids = tuple(id_of[name] for name in protocol.names)
+    return {coco_id: label for label, coco_id in enumerate(coco_ids)}, coco_ids
+
+
+def _images(entries: list[dict[str, Any]], file: Path, folder: Path | None) -> dict[int, tuple[str, int, int]]:
+    images: dict[int, tuple[str, int, int]] = {}
+    for place, entry in enumerate(entries):
+        name = entry.get("file_name")
+        if not {"id", "width", "height"} <= entry.keys() or (name is None and "coco_url" not in entry):
+            raise HdovdError(f"{file}: image {shown(entry.get('id'))} lacks one of id, file_name (or coco_url), width, height")
+        number = whole(entry["id"], f"{file}: image number {place}: id")
+        where = f"{file}: image {number}"
+        if number in images:
+            raise HdovdError(f"{file}: image id {number} stands twice")
+        if name is None:
+            name = _name_of_url(checked_name(entry["coco_url"], f"{where}: coco_url", _LONGEST_PATH), folder)
+        images[number] = (_inside(checked_name(name, f"{where}: file_name", _LONGEST_PATH), folder, where),
+                          whole(entry["width"], f"{where}: width", 1, _LONGEST_SIDE),
+                          whole(entry["height"], f"{where}: height", 1, _LONGEST_SIDE))
+    return images
+
+
+def _name_of_url(url: str, folder: Path | None) -> str:
+    """`.../train2017/0009.jpg`: its last part, or its last two, as LVIS has pictures of two folders, where the folder holds such a one."""
+    *_, parent, name = ("", *PurePosixPath(url).parts)
+    return f"{parent}/{name}" if folder is not None and parent and (folder / parent).is_dir() else name
+
+
+def _inside(name: str, folder: Path | None, where: str) -> str:
+    """The name of a picture's file, relative to the folder. Raises HdovdError if it lies elsewhere."""
+    if not name.startswith("/") and ".." not in name:
+        return name
+    root = os.path.abspath(folder or "/")
+    path = os.path.abspath(os.path.join(root, name))
+    if folder is not None and os.path.commonpath((root, path)) != root:
+        raise HdovdError(f"{where}: file_name is {shown(name)}, which lies outside of the image folder {folder}: give the folder that "
+                         "holds all pictures with --images")
+    return os.path.relpath(path, root)
+
+
+def instances_file(root: Path, split: str) -> Path:
+    """Where a COCO folder has the annotations of a split; packed, if they are there so alone."""
+    plain = root / "annotations" / f"instances_{split}.json"
+    packed = plain.with_name(f"{plain.name}.gz")
+    return packed if packed.is_file() and not plain.is_file() else plain
+
+
+@dataclass(frozen=True, slots=True)
+class DataPaths:
+    """Where a COCO-style data set lies. `images` and `annotations` override the COCO 2017 layout under `root`."""
+
+    root: Path | None = None
+    images: Path | None = None
+    annotations: Path | None = None
+
+    def load(self, split: str, protocol: Protocol, *, base_only: bool, log: Callable[[str], None] = print,
+             exif: str = Exif.APPLY) -> Split:
+        """`load_split` of `split` ("train2017", "val2017"), its pictures to be read by `exif`; what is skipped goes to `log`."""
+        loaded = replace(load_split(*self.locate(split), protocol, base_only=base_only), exif=Exif(exif))
+        for line in loaded.skips.lines():
+            log(line)
+        if loaded.empty:
+            classes, switch = ("base", "keep_empty_train") if base_only else ("protocol's", "keep_empty_val")
+            log(f"left out {len(loaded.empty):,d}: image without an object of the {classes} classes ({shorten(list(loaded.empty))}); a "
+                f"protocol file with {switch} = true keeps them")
+        return loaded
+
+    def locate(self, split: str) -> tuple[Path, Path]:
+        """The annotation file and the image folder of a split. Raises HdovdError if they are not there."""
+        annotations, folder = self.annotation_file(split), self.images or (self.root or Path()) / split
+        if not folder.is_dir():
+            raise HdovdError(f"no image folder {folder}: give it with --images")
+        return annotations, folder
+
+    def annotation_file(self, split: str) -> Path:
+        """Raises HdovdError if it is not there."""
+        if self.root is None and (self.images is None or self.annotations is None):
+            raise HdovdError("give --data ROOT, or both --images and --annotations")
+        root = self.root or Path()
+        if self.root is not None and not root.is_dir():
+            raise HdovdError(f"--data {root}: no such folder; expected a COCO folder with {split}/ and annotations/")
+        annotations = self.annotations or instances_file(root, split)
+        if not annotations.is_file():
+            raise HdovdError(f"annotations: no file {annotations}")
+        return annotations

@@ -1,0 +1,98 @@
+"""Which classes are base and which are novel, and how AP is counted (METHOD section 1).
+
+A protocol is a small TOML file: `name`, `base`, `novel`, and optionally `min_image_side_px`, `max_detections`,
+`keep_empty_train` and `keep_empty_val`. `ov-coco` ships with the package. Category order is base 0..Kb-1, then novel.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import MISSING, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from hdovd.core.errors import HdovdError, is_file, shorten
+from hdovd.core.text_files import checked_name, cut, parse_toml, read_toml, shown
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """A base/novel split and its evaluation settings.
+
+    `min_image_side_px`: training images with a shorter side are dropped.
+    `max_detections`: COCOeval's maxDets; AP is read at the last of them.
+    `keep_empty_train`, `keep_empty_val`: whether images without an object of the (base) classes are trained and evaluated on.
+    """
+
+    name: str
+    base: tuple[str, ...]
+    novel: tuple[str, ...]
+    min_image_side_px: int = 32
+    max_detections: tuple[int, ...] = (100, 300, 1000)
+    keep_empty_train: bool = False
+    keep_empty_val: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All class names, base before novel: the label of a class is its place here."""
+        return self.base + self.novel
+
+    def keeps_empty(self, training: bool) -> bool:
+        return self.keep_empty_train if training else self.keep_empty_val
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; the switches where they are on, since records of before there were any have none."""
+        return {"name": self.name, "base": list(self.base), "novel": list(self.novel),
+                "min_image_side_px": self.min_image_side_px, "max_detections": list(self.max_detections)} | {
+                    switch: True for switch in _SWITCHES if getattr(self, switch)}
+
+
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Protocol) if f.default is not MISSING}
+_SWITCHES = ("keep_empty_train", "keep_empty_val")
+
+
+def shipped_protocols() -> list[str]:
+    return sorted(p.name.removesuffix(".toml") for p in resources.files("hdovd").joinpath("protocols").iterdir()
+                  if p.name.endswith(".toml"))
+
+
+def load_protocol(name_or_file: str) -> Protocol:
+    """A shipped protocol by name, or one from a TOML file.
+
+    Raises HdovdError if there is no such protocol, or if the file is not a valid one.
+    """
+    if name_or_file in shipped_protocols():
+        tree = parse_toml(resources.files("hdovd").joinpath("protocols", f"{name_or_file}.toml").read_text("utf-8"))
+    elif is_file(name_or_file):
+        tree = read_toml(Path(name_or_file), "protocol")
+    else:
+        raise HdovdError(f"no protocol {cut(name_or_file)!r}: give one of {', '.join(shipped_protocols())}, or a TOML file "
+                         "with name = \"...\", base = [...] and novel = [...]")
+    try:
+        return parse_protocol(tree)
+    except HdovdError as error:
+        raise HdovdError(f"protocol {name_or_file}: {error}") from error
+
+
+def parse_protocol(values: dict[str, Any]) -> Protocol:
+    """A protocol from plain values, checked. Raises HdovdError."""
+    unknown = sorted(values.keys() - {"name", "base", "novel", *_DEFAULTS})
+    missing = sorted({"name", "base", "novel"} - values.keys())
+    if unknown or missing:
+        raise HdovdError(f"unknown keys [{cut(', '.join(unknown))}], missing keys {missing}; needed: name, base, novel")
+    for key in ("base", "novel"):
+        if not isinstance(values[key], list | tuple):
+            raise HdovdError(f"{key} must be a list of class names, not {shown(values[key])}")
+        for place, name in enumerate(values[key]):
+            checked_name(name, f"{key} must be a list of class names: number {place}")
+    names = [*values["base"], *values["novel"]]
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice or not values["base"]:
+        raise HdovdError(f"named twice: {shorten(list(twice))}" if twice else "base holds no class name")
+    side, dets, *switches = (values.get(key, default) for key, default in _DEFAULTS.items())
+    if type(side) is not int or not isinstance(dets, list | tuple) or not dets or not all(type(d) is int and d > 0 for d in dets):
+        raise HdovdError(f"min_image_side_px must be a whole number and max_detections a list of them: {cut(f'{side!r}, {dets!r}')}")
+    if not all(isinstance(switch, bool) for switch in switches):
+        raise HdovdError(f"{' and '.join(_SWITCHES)} must be true or false: {cut(repr(switches))}")
+    return Protocol(checked_name(values["name"], "name"), tuple(values["base"]), tuple(values["novel"]), side, tuple(dets), *switches)

@@ -1,0 +1,111 @@
+"""Level 2's losses in text space: what queries say of a class, set against the texts of all classes (METHOD sections 5 and 11).
+
+Called by `model`. S stages, K base classes, b base and p pseudo boxes with a query, of one stage and all processes, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hdovd.config.adamixer import TextLevelConfig
+from hdovd.core.errors import HdovdError
+from hdovd.modeling.distributed import gather_rows
+from hdovd.modeling.losses.instance import relation_loss
+
+MIN_CLASSES = 2  # with fewer in a batch there is nothing to relate
+
+
+class TextLevel(nn.Module):
+    """Keeps a moving mean of every base class's centroid at every stage, for steps in which the class is absent.
+
+    The means start as the classes' own texts, so their number is known from the first step on. They are in the checkpoint.
+    """
+
+    def __init__(self, config: TextLevelConfig, stages: int, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.centroids: Tensor  # (S, K, D), not normalised; no rows before the first step
+        self.updates: Tensor
+        self.register_buffer("centroids", torch.zeros(stages, 0, dim))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_pre_hook(TextLevel._resize)
+
+    @staticmethod
+    def _resize(module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
+        """A checkpoint's number of classes is taken over."""
+        assert isinstance(module, TextLevel)
+        saved = state.get(prefix + "centroids")
+        if saved is not None and saved.shape[0] == module.centroids.shape[0] and saved.shape[2] == module.centroids.shape[2]:
+            module.centroids = module.centroids.new_zeros(saved.shape)
+
+    def forward(self, base: Sequence[tuple[Tensor, Tensor, Tensor]], pseudo: Sequence[tuple[Tensor, Tensor, Tensor]],
+                labels: Tensor, texts: Tensor) -> dict[str, Tensor]:
+        """The losses, summed over stages; zero if the batch has fewer than two base classes.
+
+        Args:
+            base: of each stage and this process, the distilled features (b, D) of queries with a base box, the box's label (b,) and
+                the IoU of the two (b,). pseudo: likewise features (p, D), the boxes' texts u (p, D) and weights w (p,).
+            labels: of all base boxes of this process. texts: (K, D) of the base classes.
+        """
+        if self.centroids.shape[1] == 0:
+            self.centroids = texts.detach().to(self.centroids).repeat(len(self.centroids), 1, 1)
+        if self.centroids.shape[1] != len(texts):
+            raise HdovdError(f"the moving means of this AdaMixer are of {self.centroids.shape[1]} base classes, expected {len(texts)}")
+        texts = texts.float()
+        every_label = gather_rows(labels.to(texts)[:, None])[:, 0].long()
+        present = torch.zeros(len(texts), dtype=torch.bool, device=texts.device).index_fill(0, every_label, True)
+        enough = present.sum() >= MIN_CLASSES
+        self.updates = self.updates + enough
+        decay = self.config.decay * (1 - (-self.updates.to(texts) / self.config.decay_updates).exp())
+        aligned, related, moved = [], [], []
+        for old, of_base, of_pseudo in zip(self.centroids, base, pseudo, strict=True):
+            features, label, iou = _gathered(*of_base)
+            new = fused(features, label[:, 0].long(), iou[:, 0], len(texts))
+            features, u, weight = _gathered(*of_pseudo)
+            students = F.normalize(torch.cat([torch.where(present[:, None], new, old), features]), dim=1)
+            teachers = F.normalize(torch.cat([texts, u]), dim=1)
+            aligned.append(text_alignment_loss(students, teachers, torch.cat([present.to(weight), weight[:, 0]]),
+                                               (present.sum() + len(u)).clamp(min=1), self.config.tau))
+            related.append(relation_loss(students, teachers, self.config.relation_tau, self.config.relation_temperature))
+            moved.append(torch.where((present & enough)[:, None], decay * old + (1 - decay) * new.detach(), old))
+        self.centroids = torch.stack(moved)
+        return {"text_alignment": self.config.alignment_weight * torch.stack(aligned).sum() * enough,
+                "text_relation": self.config.relation_weight * torch.stack(related).sum() * enough}
+
+
+def fused(features: Tensor, labels: Tensor, iou: Tensor, classes: int) -> Tensor:
+    """The centroid of each class: its rows, weighted by the softmax of their IoUs; zero for a class without rows.
+
+    Args:
+        features: (b, D). labels, iou: (b,). classes: K.
+
+    Returns:
+        (K, D), not normalised.
+    """
+    member = labels == torch.arange(classes, device=labels.device)[:, None]
+    shares = torch.where(member, iou, -torch.inf).softmax(dim=1)
+    with torch.autocast(features.device.type, enabled=False):
+        return torch.where(member, shares, 0.0) @ features  # a class without rows has shares that are no numbers
+
+
+def text_alignment_loss(students: Tensor, teachers: Tensor, weights: Tensor, count: Tensor, tau: float) -> Tensor:
+    """Weighted cross-entropy of rows against texts, `1 / count sum_i w_i CE(tau x_i Y^T, i)`; one way, without a memory.
+
+    Args:
+        students, teachers: (n, D) L2-normalised X and Y. weights: (n,), 0 for a row that is no student. count: () of those that are.
+    """
+    with torch.autocast(students.device.type, enabled=False):
+        rows = F.cross_entropy(tau * students @ teachers.T, torch.arange(len(students), device=students.device), reduction="none")
+    return (rows * weights).sum() / count
+
+
+def _gathered(*columns: Tensor) -> list[Tensor]:
+    """Rows of all processes: (n, D) each or (n,), which is taken for (n, 1); one transfer."""
+    wide = [c.float() if c.dim() == 2 else c.float()[:, None] for c in columns]
+    rows = gather_rows(torch.cat(wide, dim=1))
+    return list(rows.split([c.shape[1] for c in wide], dim=1))

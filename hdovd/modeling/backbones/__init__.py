@@ -1,0 +1,1 @@
+"""Backbones with their feature pyramids: pictures in, maps of several scales out."""

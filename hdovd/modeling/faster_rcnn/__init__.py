@@ -1,0 +1,1 @@
+"""Faster R-CNN with a text-embedding classifier: the compact detector."""

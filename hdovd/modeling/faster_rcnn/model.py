@@ -1,0 +1,198 @@
+"""Faster R-CNN with a text-embedding classifier and three levels of distillation (METHOD sections 3 to 6).
+
+The levels are parts of their own (`levels`), their losses pure functions (`losses`). Built by the stages train and evaluate.
+N images, R RoIs, K base classes, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import clip_boxes_to_image
+
+from hdovd.config.recipe import Recipe
+from hdovd.data.targets import Targets, scale_all, with_large_pseudo_boxes
+from hdovd.modeling.backbones.pyramid import build_backbone
+from hdovd.modeling.base import Detector, RoIPredictions, Students
+from hdovd.modeling.batching import batch_images, draw_short_sides
+from hdovd.modeling.box_coder import BoxCoder
+from hdovd.modeling.distributed import divisor
+from hdovd.modeling.extra_losses import ExtraLosses
+from hdovd.modeling.levels.classwise import ClassLevel
+from hdovd.modeling.levels.imagewise import ImageLevel
+from hdovd.modeling.levels.instance import InstanceLevel
+from hdovd.modeling.losses import classwise
+from hdovd.modeling.losses.instance import box_students
+from hdovd.modeling.rois import POOL_SIZE, PyramidRoIAlign, number_boxes, sample_rois_of_images
+from hdovd.modeling.rpn import build_rpn
+from hdovd.modeling.sampling import keys_of
+from hdovd.modeling.step_context import StepView
+
+CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
+
+
+class BoxHead(nn.Module):
+    """RoI features -> two FC -> box deltas, classification feature c and what the distillation feature d is made of, if it is wanted."""
+
+    def __init__(self, channels: int, fc_channels: int, dim: int, with_distillation: bool) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels * POOL_SIZE**2, fc_channels)
+        self.fc2 = nn.Linear(fc_channels, fc_channels)
+        self.deltas = nn.Linear(fc_channels, 4)
+        self.class_feature = nn.Linear(fc_channels, dim)
+        self.distillation = nn.Linear(fc_channels, dim) if with_distillation else None
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for layer, std in ((self.deltas, 0.001), (self.class_feature, 0.01)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(R, C, 7, 7) -> deltas (R, 4), c (R, D), float32; and r (R, F), what `distill` takes."""
+        r = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
+        return self.deltas(r).float(), self.class_feature(r).float(), r
+
+    def distill(self, r: Tensor) -> Tensor | None:
+        """Any rows of r, (n, F) -> d (n, D) float32, or None if the head has no such feature."""
+        return None if self.distillation is None else self.distillation(r).float()
+
+
+class FasterRCNN(Detector):
+    """The compact detector. Text embeddings are arguments: it holds no class list.
+
+    `log` None: the backbone is not initialised, because weights are loaded over it.
+    """
+
+    exportable = "hdovd.modeling.export.faster_rcnn:ExportableFasterRCNN"
+    training_parts = ("class_level.", "instance_level.", "image_level.", "extra.")
+
+    def __init__(self, recipe: Recipe, dim: int, log: Callable[[str], None] | None) -> None:
+        super().__init__()
+        self.recipe, self.dim = recipe, dim
+        detector, loss = recipe.faster_rcnn, recipe.loss
+        self.config, self.uses_pseudo_boxes = detector, True
+        self.backbone = build_backbone(detector.backbone, log)
+        channels, levels = detector.backbone.fpn_channels, detector.backbone.levels
+        self.rpn = build_rpn(detector.rpn, channels, len(levels) + 1)
+        self.pool = PyramidRoIAlign(levels, detector.head.canonical_size, detector.head.sampling_ratio)
+        self.head = BoxHead(channels, detector.head.fc_channels, dim, loss.instance.enabled)
+        self.background = nn.Parameter(torch.randn(dim))
+        self.class_level = ClassLevel(loss.class_, recipe.pseudo_boxes, detector.head.logit_scale)
+        self.instance_level = InstanceLevel(loss.instance, dim) if loss.instance.enabled else None
+        self.image_level = ImageLevel(loss.image, levels, channels, dim) if loss.image.enabled else None
+        self.extra = ExtraLosses(loss.extra, dim, channels)
+        self.register_load_state_dict_pre_hook(_rename_old)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Pseudo boxes take part from the recipe's epoch on; base boxes and whole images do in all."""
+        self.uses_pseudo_boxes = epoch >= self.recipe.pseudo_boxes.from_epoch
+
+    @property
+    def _all_are_objects(self) -> bool:
+        """To the authors' RPN pseudo boxes are objects also beyond `max_per_image`."""
+        return self.config.rpn.rules == "authors" and self.uses_pseudo_boxes
+
+    def forward(self, images: list[Tensor], targets: list[Targets], texts: Tensor,
+                keys: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """The weighted losses of one batch, by name; with several processes those of the global batch in the mean (`distributed`).
+
+        With keys the losses do not depend on the order of the images, nor what is drawn for an image on what else is in
+        the batch, as far as its features do not: padding reaches into them, and batch norm where it is not frozen.
+        The order of rows in the levels' queues is that of the images.
+
+        Args:
+            images: (3, h, w) uint8 RGB each. targets: one an image, in its pixels.
+            texts: (K, D) text embeddings of the base classes.
+            keys: a whole number below 2**63 an image, which seeds all random choices about it: anchors, RoIs, scale.
+                None draws from torch's global generator.
+
+        Raises HdovdError for keys that do not fit.
+        """
+        view, rpn_losses = self._view(images, targets, texts, keys)
+        losses = {"rpn_objectness": rpn_losses["loss_objectness"], "rpn_box": rpn_losses["loss_rpn_box_reg"]}
+        losses |= self.class_level(view, self.background)
+        losses["box"] = _box_loss(view)
+        for level in (self.instance_level, self.image_level, self.extra):
+            if level is not None:
+                losses |= level(view)
+        return losses
+
+    def _view(self, images: list[Tensor], targets: list[Targets], texts: Tensor,
+              keys: Sequence[int] | None) -> tuple[StepView, dict[str, Tensor]]:
+        """What the levels' losses are made of, and the RPN's losses, of which there are none in evaluation mode."""
+        image_keys = keys_of(keys, len(images))
+        batch, factors = batch_images(images, self.recipe.input, draw_short_sides(image_keys, self.recipe.input))
+        pseudo = self.recipe.pseudo_boxes
+        most = pseudo.max_per_image if self.uses_pseudo_boxes else 0
+        large = with_large_pseudo_boxes(scale_all(targets, factors), pseudo.min_side)
+        targets = [t.with_first_pseudo_boxes(most) for t in large]
+        features = self.backbone(batch.tensors)
+        wanted = [{"boxes": t.all_boxes, "key": key, "size": size}
+                  for t, key, size in zip(large if self._all_are_objects else targets, image_keys, batch.image_sizes, strict=True)]
+        proposals, rpn_losses = self.rpn(batch, features, wanted)
+        config = self.config.head
+        rois, matches, positive = sample_rois_of_images(proposals, [t.all_boxes for t in targets], config.samples, config.positive_share,
+                                                        image_keys)
+        deltas, c, r = self.head(self.pool(features, rois))
+        box_of_roi = number_boxes(matches, [len(t.all_boxes) for t in targets])
+        d = self.head.distill(r[positive])  # no loss asks for the others: three quarters of the rows
+        return StepView(features, batch.image_sizes, targets, texts, rois, box_of_roi, deltas, c, d), rpn_losses
+
+    @torch.inference_mode()
+    def students(self, images: list[Tensor], targets: list[Targets], keys: Sequence[int] | None = None) -> Students:
+        """The student embeddings of a batch, as `forward` makes them for the instance level; no loss, and no memory changes.
+
+        In evaluation mode batch norms that are not frozen take their running statistics. Raises ValueError if the recipe does without
+        the instance level.
+        """
+        view, _ = self._view(images, targets, images[0].new_zeros(0, self.dim, dtype=torch.float32), keys)
+        if view.d is None:
+            raise ValueError("a detector without the instance level has no student embeddings")
+        boxes = sum(len(t.all_boxes) for t in view.targets)
+        return Students(*box_students(view.d, view.box_of_roi[view.box_of_roi >= 0], boxes), view.targets)
+
+    @torch.inference_mode()
+    def predict(self, images: list[Tensor], texts: Tensor) -> list[RoIPredictions]:
+        """Scores of every proposal of a batch for any classes.
+
+        Args:
+            images: (3, h, w) uint8 RGB each. texts: (C, D) text embeddings of the classes asked for.
+        """
+        batch, factors = batch_images(images, self.recipe.input)
+        features = self.backbone(batch.tensors)
+        proposals, _ = self.rpn(batch, features)
+        deltas, c, r = self.head(self.pool(features, proposals))
+        d = self.head.distill(r)
+        prompts = torch.cat([texts, self.background[None]])
+        s1 = classwise.cosine_logits(c, prompts, self.config.head.logit_scale).softmax(dim=1)
+        s2 = None if d is None else classwise.cosine_logits(d, texts, self.recipe.inference.distillation_scale).sigmoid()
+        decoded = CODER.decode_single(deltas, torch.cat(proposals))
+        counts = [len(p) for p in proposals]
+        per_image = zip(decoded.split(counts), s1.split(counts), [None] * len(counts) if s2 is None else s2.split(counts),
+                        batch.image_sizes, factors, strict=True)
+        return [RoIPredictions(clip_boxes_to_image(boxes, size) / boxes.new_tensor([*factor, *factor]), one, two)
+                for boxes, one, two, size, factor in per_image]
+
+
+def _box_loss(view: StepView) -> Tensor:
+    boxes = torch.cat([t.all_boxes for t in view.targets])
+    base = torch.cat([torch.arange(len(t.all_boxes), device=boxes.device) < len(t.boxes) for t in view.targets])
+    if len(boxes):
+        wanted = CODER.encode_single(boxes[view.box_of_roi.clamp(min=0)], torch.cat(view.rois))
+        is_base = base[view.box_of_roi.clamp(min=0)] & (view.box_of_roi >= 0)
+    else:
+        wanted, is_base = torch.zeros_like(view.deltas), view.box_of_roi >= 0
+    count = divisor(torch.full((), len(view.deltas), device=view.deltas.device))
+    return classwise.box_loss(view.deltas, wanted, is_base, count)
+
+
+def _rename_old(_: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+    """Checkpoints of before the levels were parts of their own have their rows and weights under other names."""
+    for old, new in (("student_queue.", "instance_level.student_queue."), ("teacher_queue.", "instance_level.teacher_queue."),
+                     ("image_head.", "image_level.head."), ("image_student_queue.", "image_level.student_queue."),
+                     ("image_teacher_queue.", "image_level.teacher_queue.")):
+        for name in [n for n in state if n.startswith(prefix + old)]:
+            state[prefix + new + name.removeprefix(prefix + old)] = state.pop(name)

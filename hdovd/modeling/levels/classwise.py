@@ -1,0 +1,67 @@
+"""Level 2 as a part of the detector: the classifier's prompts, and the labels and weights of RoIs (METHOD section 5).
+
+R RoIs, B boxes and P pseudo boxes of this process, A pseudo boxes of all processes, K base classes, D embedding size.
+Prompts are [t_1..t_K; u_1..u_A; bg]. The level keeps nothing between steps: the background embedding is the detector's own,
+which needs it without this level too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hdovd.config.recipe import ClassLossConfig, PseudoBoxConfig
+from hdovd.data.targets import Targets
+from hdovd.modeling.distributed import counts_of_ranks, divisor, gather_rows, rank
+from hdovd.modeling.losses import classwise
+from hdovd.modeling.step_context import StepView
+
+
+class ClassLevel(nn.Module):
+    """The classification loss. Switched off, prompts are [t_1..t_K; bg] and RoIs of pseudo boxes weigh nothing."""
+
+    def __init__(self, config: ClassLossConfig, pseudo: PseudoBoxConfig, logit_scale: float) -> None:
+        super().__init__()
+        self.config, self.pseudo, self.logit_scale = config, pseudo, logit_scale
+
+    def forward(self, view: StepView, background: Tensor) -> dict[str, Tensor]:
+        """`background`: (D,) the learned embedding."""
+        texts, first = [view.texts], len(view.texts)
+        if self.config.enabled:
+            own = torch.cat([t.pseudo_texts for t in view.targets])
+            counts = counts_of_ranks(len(own), own.device)
+            texts.append(gather_rows(own, counts))
+            first += sum(counts[: rank()])
+        prompts = torch.cat([*texts, background[None]])
+        labels, weights = self.labels_and_weights(view.box_of_roi, view.targets, first, len(prompts) - 1)
+        logits = classwise.cosine_logits(view.c, prompts, self.logit_scale)
+        return {"classification": classwise.classification_loss(logits, labels, weights, divisor((weights > 0).sum()))}
+
+    def labels_and_weights(self, box_of_roi: Tensor, targets: list[Targets], first: int, background: int) -> tuple[Tensor, Tensor]:
+        """The prompt that every RoI should be found by, and its weight.
+
+        Without the level a RoI of a pseudo box has no prompt of its own: the background's label, and weight 0.
+
+        Args:
+            box_of_roi: (R,) box in 0..B-1, or -1. first: place of this process's first pseudo text among the prompts.
+            background: place of the background embedding.
+
+        Returns:
+            labels (R,) int64, weights (R,).
+        """
+        device = box_of_roi.device
+        counts = [len(t.pseudo_boxes) for t in targets]
+        trust, own = torch.zeros(sum(counts), device=device), torch.full((sum(counts),), background, device=device)
+        if self.config.enabled:  # for all images at once: on a CPU it is the number of operations that costs
+            trust = self.config.weight * classwise.reliability(
+                torch.cat([t.pseudo_embeddings for t in targets]), torch.cat([t.pseudo_texts for t in targets]), *self.pseudo.reliability)
+            own = torch.arange(first, first + len(trust), device=device)
+        base_counts = [len(t.boxes) for t in targets]
+        every = torch.ones(sum(base_counts), device=device)
+        last = torch.full((1,), background, device=device)  # row -1 serves background
+        labels, weights = [], []
+        for t, base, of_pseudo, trusted in zip(targets, every.split(base_counts), own.split(counts), trust.split(counts), strict=True):
+            labels += [t.labels, of_pseudo]
+            weights += [base, trusted]
+        box_labels, box_weights = torch.cat([*labels, last]), torch.cat([*weights, every.new_ones(1)])
+        return box_labels[box_of_roi], box_weights[box_of_roi]

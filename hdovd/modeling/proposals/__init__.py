@@ -1,0 +1,1 @@
+"""Class-agnostic proposal networks: the object localisation network and its baseline."""

@@ -1,0 +1,1 @@
+"""Names of the authors' published weights, and ours."""

@@ -1,0 +1,1 @@
+"""`hdovd ablate`: a grid of settings in, runs and their table out."""

@@ -1,0 +1,322 @@
+"""Ablations: the cells of a grid, each with several seeds, trained and evaluated over one cache; then a table.
+
+Called by `hdovd ablate` and Python. Every run is a run folder of its own, OUT/CELL/seedK, made by `hdovd train` and `hdovd eval` in
+processes of their own; what they printed is in OUT/CELL/seedK.log. The same call skips what is done and goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from hdovd.cache.catalog import Catalog, is_tar_form
+from hdovd.cache.identity import differences
+from hdovd.cache.schema import DEFAULT_SET
+from hdovd.config.recipe import PRESETS, Recipe, load_recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.ablation.cells import Cell, cells_of, recipe_settings
+from hdovd.pipelines.ablation.table import AblationTable, ablation_table, write_tables
+from hdovd.pipelines.calibration.values import read_calibration, refuse_two_sources, with_reliability
+from hdovd.pipelines.common.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
+from hdovd.pipelines.common.settings import SWITCH, lasting_values
+from hdovd.pipelines.common.threads import usable_cores
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.listing import Run, read_run
+from hdovd.pipelines.training.config import TrainJob
+
+LOCK = ".ablate.lock"
+
+
+class Standing(StrEnum):
+    """What is left to do for a run."""
+
+    DONE = "done"
+    EVALUATE = "to evaluate"
+    GO_ON = "to go on with"
+    TRAIN = "to do"
+
+
+@dataclass(frozen=True, slots=True)
+class AblateConfig:
+    """`grid`: KEY=VALUE,VALUE,... each. `settings` and `preset`: for all cells. `jobs`: runs at a time.
+
+    `data`: as for training; `validation`: as for evaluation, the same data set if None. Raises HdovdError if it makes no sense.
+    """
+
+    data: DataPaths
+    cache: Path | str
+    out: Path
+    grid: tuple[str, ...]
+    recipe: str = "ov-coco-faster-rcnn-r50"
+    preset: str | None = None
+    settings: tuple[str, ...] = ()
+    seeds: int = 3
+    jobs: int = 1
+    validation: DataPaths | None = None
+    protocol: str = "ov-coco"
+    features: str = DEFAULT_SET
+    device: str = "auto"
+    dry_run: bool = False
+    calibration: Path | None = None
+    init: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "jobs"):
+            if getattr(self, name) < 1:
+                raise HdovdError(f"--{name} {getattr(self, name)}: expected 1 or more")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise HdovdError(f"--preset {self.preset}: expected one of {', '.join(PRESETS)}")
+        refuse_two_sources((*self.settings, *self.grid), self.calibration)
+        if (self.data.images or self.data.annotations) and self.validation is None:
+            raise HdovdError("--images and --annotations are those to train on: give --val-images and --val-annotations for evaluation")
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        load_protocol(self.protocol)
+        (self.validation or self.data).locate("val2017")
+        if not is_tar_form(self.cache):
+            self.data.locate("train2017")
+            Catalog(self.cache)
+
+    @property
+    def all_settings(self) -> tuple[str, ...]:
+        """What is laid over the recipe in all cells."""
+        calibrated = () if self.calibration is None else read_calibration(self.calibration).settings()
+        return (*(PRESETS[self.preset] if self.preset else ()), *self.settings, *calibrated)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One run of an ablation."""
+
+    cell: Cell
+    seed: int
+    recipe: Recipe
+    path: Path
+    init: str | None = None  # hash of the weights that it begins with
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell.name}/seed{self.seed}"
+
+    @property
+    def log(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.log")
+
+
+@dataclass(slots=True)
+class Ablation:
+    """What came of it. `failed`: runs by name, and why. `stopped`: the signal that ended it before all was done, or 0."""
+
+    table: AblationTable
+    standing: dict[str, Standing]
+    failed: dict[str, str] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    stopped: int = 0
+
+    @property
+    def left(self) -> int:
+        return sum(standing is not Standing.DONE for standing in self.standing.values())
+
+
+def ablate(config: AblateConfig, log: Callable[[str], None] = print) -> Ablation:
+    """Run what is not done yet and write the tables. A run that fails is told, and the others go on.
+
+    Raises HdovdError, before anything runs, for a wrong grid, data that do not fit the cache, and runs of another config in OUT.
+    """
+    plans = plan(config)
+    if config.dry_run:
+        return _result(config, plans, {p.name: standing(p, config) for p in plans})
+    if any(standing(p, config) is not Standing.DONE for p in plans):
+        config.check()
+    config.out.mkdir(parents=True, exist_ok=True)
+    with _locked(config.out) as lock:
+        standings = {p.name: standing(p, config) for p in plans}
+        to_do = [p for p in plans if standings[p.name] is not Standing.DONE]
+        log(f"{len(plans) // config.seeds} cell(s) x {config.seeds} seed(s): {len(plans) - len(to_do)} of {len(plans)} runs done")
+        _check_features(plans, _features(config, plans) if to_do else None)
+        result = _result(config, plans, standings)
+        if to_do:
+            _run(config, plans, to_do, result, lock, log)
+        result.files = write_tables(result.table, config.out)
+    return result
+
+
+def plan(config: AblateConfig) -> list[Planned]:
+    """All runs, cell by cell. Raises HdovdError for a wrong recipe or grid."""
+    cells = cells_of(config.recipe, config.settings, config.grid, PRESETS[config.preset] if config.preset else ())
+    init = None
+    if config.init is not None:
+        from hdovd.pipelines.training.initial_weights import init_hash
+
+        init = init_hash(config.init)
+    return [Planned(cell, seed, cell.recipe(config.recipe, config.all_settings, seed), config.out / cell.name / f"seed{seed}", init)
+            for cell in cells for seed in range(config.seeds)]
+
+
+def standing(planned: Planned, config: AblateConfig) -> Standing:
+    """How far a run is. Raises HdovdError if its folder holds a run of another config or protocol, naming what differs."""
+    if not (planned.path / "run.json").exists():
+        return Standing.TRAIN
+    run = read_run(planned.path)
+    if not run.settings or not run.protocol:
+        raise HdovdError(f"{planned.path}: {'; '.join(run.wrong) or 'run.json names no protocol'}: delete this folder, and it is made anew")
+    init = (RunFolder(planned.path).record().get("init") or {}).get("sha256")
+    there = {"protocol": run.protocol, "weights of --init": init, **lasting_values(RunFolder(planned.path).written_recipe())}
+    recipe = planned.recipe.with_precision(str(run.settings.get("train.precision")))
+    asked = {"protocol": load_protocol(config.protocol).to_dict(), "weights of --init": planned.init, **lasting_values(recipe)}
+    if lines := differences(asked, there, sides=("asked for", "there")):
+        raise HdovdError(f"{planned.path} holds a run of another config:\n  " + "\n  ".join(lines)
+                         + "\nAsk for that, give another --out, or delete that folder")
+    if run.ap50 and run.epochs_done == run.epochs:
+        return Standing.DONE
+    trained = run.epochs_done == run.epochs and not (planned.path / "checkpoint.pt").exists()  # where one is, training knows how far it is
+    return Standing.EVALUATE if trained else Standing.GO_ON
+
+
+def commands(planned: Planned, config: AblateConfig, standing: Standing) -> tuple[tuple[str, ...], ...]:
+    """The command lines that are left for a run."""
+    hdovd = (sys.executable, "-m", "hdovd")
+    train = (*hdovd, "train", "--cache", str(config.cache), "--out", str(planned.path), "--recipe", config.recipe,
+             *(("--preset", config.preset) if config.preset else ()), "--protocol", config.protocol, "--features", config.features,
+             "--device", config.device, "--val-every", "0", *(() if is_tar_form(config.cache) else _data_words(config.data)),
+             *(word for setting in (*config.settings, *planned.cell.settings, f"train.seed={planned.seed}") for word in ("--set", setting)),
+             *(("--calibration", str(config.calibration)) if config.calibration else ()),
+             *(("--init", str(config.init)) if config.init else ()),
+             *(("--resume",) if standing is Standing.GO_ON else ()))
+    evaluate = (*hdovd, "eval", str(planned.path), *_data_words(config.validation or config.data), "--device", config.device)
+    return {Standing.DONE: (), Standing.EVALUATE: (evaluate,)}.get(standing, (train, evaluate))
+
+
+def places(config: AblateConfig, runs: int) -> list[dict[str, str]]:
+    """Environment variables for each of the runs at a time: the GPUs in turn, where there are several, and its share of the cores."""
+    import torch
+
+    jobs = min(config.jobs, runs)
+    share, own = max(1, usable_cores() // jobs), os.environ.get("OMP_NUM_THREADS", "")
+    threads = {"OMP_NUM_THREADS": str(share)} if jobs > 1 and not (own.isdigit() and int(own) <= share) else {}
+    gpus: list[str] = []
+    if config.device in ("auto", "cuda"):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = [str(i) for i in range(torch.cuda.device_count())] if visible is None else [gpu for gpu in visible.split(",") if gpu]
+    return [threads | ({"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if len(gpus) > 1 else {}) for job in range(jobs)]
+
+
+def _run(config: AblateConfig, plans: list[Planned], to_do: list[Planned], result: Ablation, lock: int, log: Callable[[str], None]) -> None:
+    by_name = {p.name: p for p in to_do}
+    jobs = [Job(p.name, commands(p, config, result.standing[p.name]), p.log) for p in to_do]
+    ended = []
+
+    def on_end(end: Ended) -> None:
+        planned = by_name[end.job.name]
+        ended.append(end)
+        reason = _failure(end, planned, config, result)
+        count = f"[{len(ended)}/{len(jobs)}] {planned.name}"
+        if reason is None:
+            novel = read_run(planned.path).ap50.get("novel")
+            log(f"{count}: {end.seconds:.0f} s" + ("" if novel is None else f", novel AP50 {novel:.1f}"))
+        else:
+            result.failed[planned.name] = reason
+            log("\n".join([f"{count}: FAILED: {reason}; {planned.log} ends with", *(f"    {line}" for line in last_lines(planned.log))]))
+        result.table = _table(config, plans, result.standing, result.failed)
+        write_tables(result.table, config.out)
+
+    with stop_signals() as stop:
+        at = places(config, len(jobs))
+        log(f"{len(jobs)} to do, {len(at)} at a time; what each prints is in {config.out}/CELL/seedK.log")
+        run_jobs(jobs, at, on_end, stop, [lock])
+        result.stopped = stop.signals[0] if stop.signals and len(ended) < len(jobs) else 0
+    result.standing |= {p.name: standing(p, config) for p in to_do if p.name not in result.failed}
+    result.table = _table(config, plans, result.standing, result.failed)
+
+
+def _failure(end: Ended, planned: Planned, config: AblateConfig, result: Ablation) -> str | None:
+    """Why a job failed; None, and the run is done, if it did not."""
+    if end.code:
+        return f"hdovd {end.command[3]}, " + (f"exit code {end.code}" if end.code > 0 else f"killed by signal {-end.code}")
+    try:
+        result.standing[planned.name] = standing(planned, config)
+    except HdovdError as error:  # a recipe file that was edited meanwhile
+        return str(error)
+    return None if result.standing[planned.name] is Standing.DONE else "hdovd eval left no metrics.json"
+
+
+def _features(config: AblateConfig, plans: list[Planned]) -> dict[str, str]:
+    """The keys of the cache's levels. Raises HdovdError if the data of training or evaluation are not there or do not fit the cache."""
+    from hdovd.pipelines.training.train import training_data
+
+    flags = {key for p in plans for key, on in recipe_settings(p.recipe).items() if key.startswith("loss.") and key.endswith(SWITCH) and on}
+    everything = load_recipe(config.recipe, [*config.all_settings, *plans[0].cell.settings, *(f"{key}=true" for key in sorted(flags))])
+    protocol = load_protocol(config.protocol)
+    (config.validation or config.data).load("val2017", protocol, base_only=False, log=_silent)
+    data = config.data if not is_tar_form(config.cache) else DataPaths()
+    job = TrainJob(data, config.cache, config.out, everything, config.protocol, config.device, features=config.features)
+    found = training_data(job, protocol, _silent)
+    found.class_embeddings(protocol.names)
+    for planned in plans:  # a weight that is not known is said now, not by each run
+        with_reliability(planned.recipe, found.label_origin, config.calibration, protocol.base, _silent)
+    return {level: entry["key"] for level, entry in found.record()["cache"]["levels"].items()}
+
+
+def _check_features(plans: list[Planned], levels: dict[str, str] | None) -> None:
+    """All runs that are there must have read the same features, those of the cache as it is. Raises HdovdError."""
+    first = "the cache holds now"
+    for planned in plans:
+        if not (planned.path / "run.json").exists():
+            continue
+        mine = {level: entry.get("key", "") for level, entry in read_run(planned.path).levels.items()}
+        if levels is None:
+            levels, first = mine, f"{planned.path} was trained with"
+        if mine != levels:
+            lines = differences(mine, levels, sides=("there", "expected"))
+            raise HdovdError(f"{planned.path} was trained with other features than {first}:\n  " + "\n  ".join(lines)
+                             + "\nAn ablation is of one cache: give another --out, or the --cache and --features of that run")
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[int]:
+    """Alone in OUT. The runs hold the lock too, so that those which outlive a killed ablation are not trained twice."""
+    with (out / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HdovdError(f"another ablation, or a run that one left behind, is at work in {out}: wait for it, or end it") from None
+        yield file.fileno()
+
+
+def _data_words(data: DataPaths) -> list[str]:
+    given = (("--data", data.root), ("--images", data.images), ("--annotations", data.annotations))
+    return [word for option, path in given if path is not None for word in (option, str(path))]
+
+
+def _result(config: AblateConfig, plans: list[Planned], standings: dict[str, Standing]) -> Ablation:
+    return Ablation(_table(config, plans, standings, {}), dict(standings))
+
+
+def _table(config: AblateConfig, plans: list[Planned], standings: dict[str, Standing], failed: dict[str, str]) -> AblationTable:
+    """Of the runs that are done."""
+    done: dict[str, dict[int, Run]] = {p.cell.name: {} for p in plans}
+    broken: dict[str, set[int]] = {p.cell.name: set() for p in plans}
+    for p in plans:
+        if p.name in failed:
+            broken[p.cell.name].add(p.seed)
+        elif standings[p.name] is Standing.DONE:
+            done[p.cell.name][p.seed] = read_run(p.path)
+    made_of = {"data": str(config.data.root or config.data.annotations or config.cache), "protocol": config.protocol,
+               "cache": str(config.cache), "features": config.features,
+               "recipe": " ".join([config.recipe, *([f"with {config.preset}"] if config.preset else []), *config.settings,
+                                   *([f"from the weights of {config.init}"] if config.init else [])])}
+    cells = list({p.cell.name: p.cell for p in plans}.values())
+    return ablation_table(cells, config.seeds, done, broken, made_of)
+
+
+def _silent(_: str) -> None:
+    """What is skipped is in the log of every run."""

@@ -1,0 +1,1 @@
+"""`hdovd audit`: data, cache and run in, a report of leaks out."""

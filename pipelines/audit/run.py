@@ -1,0 +1,134 @@
+"""The audit's checks of a training run: its cache, what its backbone started from, what its reliability weights were fitted on.
+
+Called by `audit`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from hdovd.cache.schema import Level
+from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.text_files import read_toml
+from hdovd.pipelines.audit.inputs import Audited
+from hdovd.pipelines.audit.made_by import judge_record
+from hdovd.pipelines.audit.report import Check, Findings, Verdict
+
+RECIPE = "the recipe"  # as `calibration.with_reliability` names numbers that the recipe gives
+
+
+def check_run_cache(audited: Audited) -> Check:
+    """The run was trained on the products of the set that is audited."""
+    found, name = Findings(), "run: cache"
+    if audited.run is None:
+        found.unknown.append(audited.missing["run"])
+        return found.check(name, "")
+    if "imported" in audited.run:
+        found.unknown.append(f"{audited.run_path} was imported from {_file_of(audited.run)}: what it was trained on is not recorded")
+        return found.check(name, "")
+    recorded = audited.run.get("cache")
+    levels = recorded.get("levels") if isinstance(recorded, dict) else None
+    if not isinstance(levels, dict) or not all(isinstance(entry, dict) and "key" in entry for entry in levels.values()):
+        found.unknown.append("run.json does not say which cache the run read")
+        return found.check(name, "")
+    assert isinstance(recorded, dict)
+    for level in Level:
+        theirs = levels.get(str(level), {}).get("key")
+        ours = audited.cache.key(level) if level in audited.cache.levels() else None
+        if theirs != ours:
+            found.unknown.append(f"{audited.run_path} was trained on {level} {theirs or '(none)'}, this set has {ours or '(none)'}: what "
+                                 f"it read was not audited; audit {recorded.get('path', 'the cache that it read')}, or another set of it "
+                                 "with --features")
+    return found.check(name, f"{audited.run_path} was trained on this cache: {len(levels)} levels with the same keys")
+
+
+def _file_of(run: dict[str, Any]) -> str:
+    imported = run["imported"]
+    return str(imported.get("file", "a checkpoint")) if isinstance(imported, dict) else "a checkpoint"
+
+
+def check_backbone(audited: Audited) -> Check:
+    """The run's backbone started from weights that saw no novel box and no test picture, as their file says."""
+    found, name = Findings(), "run: backbone"
+    if audited.run_path is None:
+        found.unknown.append(audited.missing["run"])
+        return found.check(name, "")
+    if audited.run is not None and "imported" in audited.run:
+        found.unknown.append(f"{audited.run_path} was imported from {_file_of(audited.run)}, which does not say what its backbone "
+                             "started from")
+        return found.check(name, "")
+    if audited.run is not None and (init := audited.run.get("init")):
+        before = init.get("run") if isinstance(init, dict) else "another run"
+        found.unknown.append(f"{audited.run_path} began with the weights of {before}: what those were trained on, its own audit says")
+        return found.check(name, "")
+    config = audited.run_path / "config.toml"
+    try:
+        backbone = read_toml(config, "recipe")["detector"]["backbone"]
+        network, weights = str(backbone["name"]), str(backbone["weights"])
+    except (HdovdError, KeyError, TypeError) as error:
+        found.unknown.append(f"{config} does not say what the backbone started from ({error!r})")
+        return found.check(name, "")
+    if weights not in ("auto", "none"):
+        made_by = _record_of(Path(weights), found)
+        fine = judge_record(audited, made_by, weights, found) if made_by is not None else ""
+        return found.check(name, f"{weights}: {fine}", {"made_by": made_by})
+    if ":" in network and not network.startswith(("timm:", "torchvision:")):
+        found.unknown.append(f"{network} is code outside of hdovd: which weights it starts from is not known")
+    return found.check(name, f"{network} started from random weights" if weights == "none" else
+                       f"{network} started from the weights that {'timm' if network.startswith('timm:') else 'torchvision'} publishes")
+
+
+def _record_of(weights: Path, found: Findings) -> dict[str, Any] | None:
+    """What made a file of backbone weights; if it does not say, None, and `found` says why."""
+    if not weights.is_file():
+        found.unknown.append(f"the backbone started from {weights}, which is not here: what made it is not known; run the audit where it "
+                             "is (a relative path counts from the folder that hdovd train ran in)")
+        return None
+    try:
+        with safe_open(weights, "np") as tensors:
+            made_by = json.loads((tensors.metadata() or {}).get("made_by", "null"))
+    except (SafetensorError, OSError, ValueError, RecursionError):  # a .pth, or damaged: neither has a record
+        made_by = None
+    if not isinstance(made_by, dict):
+        found.unknown.append(f"the backbone started from {weights}, which does not say what made it: whether that saw novel boxes or test "
+                             "pictures is not known (files of hdovd propose --backbone-out say so)")
+        return None
+    return made_by
+
+
+def check_calibration(audited: Audited) -> Check:
+    """The reliability weights were fitted on base names and base boxes alone."""
+    found, name = Findings(), "calibration"
+    if audited.run is None:
+        found.unknown.append(audited.missing["run"])
+        return found.check(name, "")
+    record = audited.run.get("reliability")
+    if not record:
+        return found.check(name, "no calibration recorded: the weights are the recipe's numbers, or none are used")
+    record = record if isinstance(record, dict) else {}
+    source, fitted_on = str(record.get("source", "")), record.get("fitted_on")
+    if source and fitted_on is None and not source.startswith("calibration"):
+        if source == RECIPE:
+            return Check(name, Verdict.REPORT, "the weights are the recipe's numbers: who chose them, and by what, is not recorded")
+        return found.check(name, f"no calibration: the weights are of {source}")
+    classes: Any = fitted_on.get("classes") if isinstance(fitted_on, dict) else None
+    products: Any = fitted_on.get("levels") if isinstance(fitted_on, dict) else None
+    if not isinstance(classes, list) or not isinstance(products, dict):
+        found.unknown.append("run.json has a calibration that does not say which classes it was fitted on")
+        return found.check(name, "")
+    found.leaks += [f"fitted on the name {own!r}, which is {'novel' if own in audited.protocol.novel else 'no base class'}"
+                    for own in classes if own not in audited.protocol.base]
+    levels, others = audited.cache.levels(), []
+    for level in (Level.INSTANCE, Level.CLASS):
+        key, ours = products.get(str(level)), audited.cache.key(level) if level in levels else None
+        if key is None:
+            found.unknown.append(f"the calibration does not say which {level} product it was fitted on")
+        elif key != ours:
+            others.append(f"{level} {key}")
+    if others:
+        found.unknown.append(f"it was fitted on other products than this cache's ({shorten(list(others))}): audit the cache that has them")
+    return found.check(name, f"fitted on the names of {len(classes)} base classes and this cache's base boxes")

@@ -1,0 +1,167 @@
+"""`hdovd bench eval`: how long AP takes with each engine on made-up detections of COCO val's size, and how far they differ.
+
+The truth is an instances file like COCO's, with outlines. Detections stand near objects, best first, and elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.evaluation.coco import AveragePrecision, GroundTruth
+from hdovd.evaluation.engines import Engine, require
+from hdovd.pipelines.common.threads import usable_cores
+
+WIDTH, HEIGHT = 640, 480  # of every image, pixels
+CROWDS = 0.01  # share of the objects, about COCO's
+OUTLINE_POINTS = 24  # an object, about COCO's
+NEAR = 0.6  # share of the detections that stand near an object
+SHIFT = 0.12  # how far they are off, standard deviation in sides of the object
+
+
+@dataclass(frozen=True, slots=True)
+class EvalBench:
+    """`detections`: an image. `objects`: in all. The defaults are COCO val2017 under the ov-coco protocol."""
+
+    folder: Path
+    images: int = 4_836
+    objects: int = 36_000
+    detections: int = 100
+    rounds: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTimes:
+    """Seconds, medians over the rounds: `load` reads and indexes the truth once, `evaluate` is one AP of all detections."""
+
+    engine: str
+    version: str
+    load: float
+    evaluate: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvalTimes:
+    """`ratio`: evaluations of the last engine in the time of one of the first; `difference`: the largest of any class's AP, percent."""
+
+    images: int
+    classes: int
+    objects: int
+    detections: int
+    cores: int
+    rounds: int
+    engines: list[EngineTimes]
+    ratio: float
+    difference: float
+    ap50: float | None
+    ap: float | None
+
+    def lines(self) -> list[str]:
+        """For people."""
+        shown = [f"{self.images:,d} images, {self.classes} classes, {self.objects:,d} objects, {self.detections:,d} detections; "
+                 f"{self.cores} cores, median of {self.rounds}", f"  {'':28s}{'truth, once':>14s}{'evaluation':>14s}"]
+        shown += [f"  {f'{t.engine} {t.version}':28s}{t.load:12.2f} s{t.evaluate:12.2f} s" for t in self.engines]
+        first, last = self.engines[0], self.engines[-1]
+        ap50, ap = ("-" if value is None else f"{value:.2f}" for value in (self.ap50, self.ap))
+        return [*shown, f"  {last.engine} evaluates {self.ratio:.1f} times as fast as {first.engine}; largest difference of any class's "
+                f"AP: {self.difference:.1e} percent (AP50 {ap50}, AP {ap})"]
+
+    def tree(self) -> dict[str, Any]:
+        """For programs: JSON values."""
+        return asdict(self)
+
+
+def bench_eval(bench: EvalBench, log: Callable[[str], None] = print) -> EvalTimes:
+    """Make a truth and detections in `bench.folder`, and measure. Raises HdovdError, before that, without one of the engines."""
+    versions = {engine: require(engine) for engine in Engine}
+    protocol, file = load_protocol("ov-coco"), bench.folder / "instances.json"
+    log(f"making {bench.objects:,d} objects in {bench.images:,d} images and {bench.detections} detections an image")
+    detections = make_eval_world(bench, protocol, file)
+    image_ids, coco_ids = range(1, bench.images + 1), tuple(range(1, len(protocol.names) + 1))
+    seconds: dict[tuple[Engine, str], list[float]] = {}
+
+    @contextmanager
+    def timed(*what: Any) -> Iterator[None]:
+        since = time.perf_counter()
+        yield
+        seconds.setdefault(what, []).append(time.perf_counter() - since)
+
+    found: dict[Engine, AveragePrecision] = {}
+    for number in range(bench.rounds):
+        for engine in Engine:
+            log(f"round {number + 1} of {bench.rounds}: {engine}")
+            with timed(engine, "load"):
+                truth = GroundTruth(file, coco_ids, image_ids, protocol, engine)
+            with timed(engine, "evaluate"):
+                found[engine] = truth.average_precision(detections)
+    times = [EngineTimes(engine.value, versions[engine], median(seconds[engine, "load"]), median(seconds[engine, "evaluate"]))
+             for engine in Engine]
+    reference = found[Engine.PYCOCOTOOLS]
+    return EvalTimes(bench.images, len(protocol.names), bench.objects, len(detections), usable_cores(), bench.rounds, times,
+                     times[0].evaluate / times[-1].evaluate, largest_difference(list(found.values())),
+                     reference.mean(reference.ap50, "all"), reference.mean(reference.ap, "all"))
+
+
+def largest_difference(found: list[AveragePrecision]) -> float:
+    """From the first, of any class, in percent; infinite where only one of two has a value."""
+    tables = [np.stack([ap.ap50, ap.ap]) for ap in found]
+    if any((np.isnan(table) != np.isnan(tables[0])).any() for table in tables):
+        return float("inf")
+    return max(float(np.nanmax(np.abs(table - tables[0]), initial=0.0)) for table in tables)
+
+
+def make_eval_world(bench: EvalBench, protocol: Protocol, file: Path) -> list[dict[str, Any]]:
+    """Write an instances file with image ids and category ids from 1; returns detections in COCO results form.
+
+    Objects fall on images at random and on classes as unevenly as COCO's; more than half of the detections are an object's class and
+    place, less a shift, the others are anywhere. Scores tell the two apart in part, and some are equal.
+    """
+    rng = np.random.default_rng(bench.seed)
+    classes = len(protocol.names)
+    share = 1 / (np.arange(classes) + 3.0)  # a few classes hold most objects
+    label = rng.permutation(classes)[rng.choice(classes, bench.objects, p=share / share.sum())]
+    owner = np.sort(rng.integers(bench.images, size=bench.objects))
+    boxes = _boxes(rng, bench.objects)
+    annotations = [{"id": k + 1, "image_id": int(owner[k]) + 1, "category_id": int(label[k]) + 1, "bbox": boxes[k].round(2).tolist(),
+                    "area": float(boxes[k, 2] * boxes[k, 3] * 0.7), "iscrowd": int(rng.random() < CROWDS),
+                    "segmentation": [_outline(boxes[k])]} for k in range(bench.objects)]
+    file.write_text(json.dumps({
+        "images": [{"id": i + 1, "file_name": f"{i + 1:012d}.jpg", "width": WIDTH, "height": HEIGHT} for i in range(bench.images)],
+        "annotations": annotations, "categories": [{"id": k + 1, "name": name} for k, name in enumerate(protocol.names)]}))
+    first = np.searchsorted(owner, np.arange(bench.images + 1))
+    detections: list[dict[str, Any]] = []
+    for image in range(bench.images):
+        held = np.arange(first[image], first[image + 1])
+        near = round(bench.detections * NEAR) if len(held) else 0
+        chosen = rng.choice(held, near) if near else held[:0]
+        around = boxes[chosen] + rng.normal(0, SHIFT, (near, 4)) * boxes[chosen][:, [2, 3, 2, 3]]
+        around[:, 2:] = np.maximum(around[:, 2:], 1)
+        labels = np.concatenate([label[chosen], rng.integers(classes, size=bench.detections - near)])
+        scores = np.concatenate([rng.beta(2, 2, near), rng.beta(1, 4, bench.detections - near)]).round(4)
+        every = np.concatenate([around, _boxes(rng, bench.detections - near)])
+        detections += [{"image_id": image + 1, "category_id": category + 1, "bbox": box, "score": score}
+                       for category, box, score in zip(labels.tolist(), every.tolist(), scores.tolist(), strict=True)]
+    return detections
+
+
+def _boxes(rng: np.random.Generator, count: int) -> np.ndarray:
+    """(count, 4) x, y, width, height inside an image, small ones more often."""
+    sides = np.exp(rng.uniform(np.log(10), np.log(300), (count, 2)))
+    return np.concatenate([rng.uniform(0, 1, (count, 2)) * (np.array([WIDTH, HEIGHT]) - sides), sides], axis=1)
+
+
+def _outline(box: np.ndarray) -> list[float]:
+    """An ellipse in the box: what a file of outlines weighs, for AP does not read it."""
+    turn = np.linspace(0, 2 * np.pi, OUTLINE_POINTS, endpoint=False)
+    points = np.stack([np.cos(turn), np.sin(turn)], axis=1) * box[2:] / 2 + box[:2] + box[2:] / 2
+    return [float(v) for v in points.round(2).ravel()]

@@ -1,0 +1,241 @@
+"""`hdovd bench train`: what distillation from the cache adds to a step of the detector, against no distillation, CLIP online, torchvision.
+
+All variants train in one process, in turns, on the same pictures and boxes; ratios are of one run. Weights are random: for speed alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.models.detection.faster_rcnn import FasterRCNN as TorchvisionFasterRCNN
+from torchvision.models.resnet import resnet50
+from torchvision.ops import FrozenBatchNorm2d
+
+from hdovd.cache.reader import FeatureCache
+from hdovd.config.recipe import PRESETS, Recipe, load_recipe
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
+from hdovd.modeling.base import build_detector
+from hdovd.pipelines.bench.bench_world import BenchWorld, make_world
+from hdovd.pipelines.bench.online_clip import OnlineClip
+from hdovd.pipelines.common.device import placed, training_workers
+from hdovd.pipelines.dataloading.loader import TrainingBatches
+from hdovd.pipelines.dataloading.sampler import Dealing, EpochOrder
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
+from hdovd.pipelines.training.loop import Loop
+from hdovd.pipelines.training.train import loop_of
+from hdovd.pipelines.training.training_set import Sample, TrainingSet
+
+SETTLE = 3  # steps at the beginning of a turn that are not timed: what was loaded ahead meanwhile is used up
+NOUNS = 200
+STUB_S = 0.03  # a step of a GPU
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBench:
+    """`steps`: timed ones of a turn. `settings`: laid over the recipe. `clip`: a model name has random weights. Sizes in pixels."""
+
+    folder: Path
+    recipe: str = "demo"
+    settings: tuple[str, ...] = ()
+    clip: str = "ViT-B-32"
+    device: str = "auto"
+    images: int = 96
+    width: int = 640
+    height: int = 480
+    rounds: int = 3
+    steps: int = 5
+    online: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _OverAndOver(EpochOrder):
+    """One long epoch of the same images in the same order: at its start nothing is loaded ahead, and a real one is long."""
+
+    images: int
+    count: int
+
+    def indices(self, epoch: int) -> np.ndarray:
+        return np.arange(self.count) % self.images
+
+
+@dataclass(slots=True)
+class Variant:
+    """One way to train. `step`: of the loop whose batches are `batches`. `seconds`: of steps, `waited`: for their data."""
+
+    name: str
+    batches: TrainingBatches[Sample]
+    step: Callable[[list[Sample]], None]
+    seconds: list[float] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
+    _running: Iterator[list[Sample]] | None = None
+
+    def take(self) -> None:
+        """One step, timed with the wait for its batch."""
+        if self._running is None:
+            self._running = iter(self.batches)
+        since = time.perf_counter()
+        batch = next(self._running)
+        loaded = time.perf_counter()
+        self.step(batch)
+        self.seconds.append(time.perf_counter() - since)
+        self.waited.append(loaded - since)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Seconds: the median step with its wait for data. `wait`: the share of waiting. `ratio`: to the variant without distillation."""
+
+    name: str
+    step_s: float
+    wait: float
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainTimes:
+    device: str
+    recipe: str
+    batch_size: int
+    workers: int
+    rows: list[Row]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        shown = [f"{self.device}, {self.recipe}, {self.batch_size} images a step, {self.workers} workers; medians, random weights"]
+        for row in self.rows:
+            shown.append(f"  {row.name:34s} {row.step_s * 1e3:9.1f} ms a step   {row.ratio:6.3f} of the detector alone   "
+                         f"{row.wait:6.2%} waiting for data")
+        return shown
+
+    def tree(self) -> dict[str, Any]:
+        """For programs: JSON values."""
+        return asdict(self)
+
+
+def bench_train(bench: TrainBench, log: Callable[[str], None] = print) -> TrainTimes:
+    """Make pictures, boxes and a cache in `bench.folder`, and measure."""
+    clip = load_clip(bench.clip, None, device=bench.device, random_weights=":" not in bench.clip)
+    recipe = load_recipe(bench.recipe, bench.settings).with_reliability(0.0, 1.0, 1.0)  # no matter of time; auto knows no random CLIP
+    log(f"making {bench.images} pictures of {bench.width}x{bench.height} and their cache")
+    _make_cache(bench, clip)
+    variants = _variants(bench, recipe, clip)
+    for number in range(bench.rounds):
+        for variant in variants:
+            for step in range(SETTLE + bench.steps):
+                variant.take()
+                if step < SETTLE:
+                    del variant.seconds[-1], variant.waited[-1]
+        log(f"round {number + 1} of {bench.rounds}")
+    rows = [Row(v.name, median(v.seconds), sum(v.waited) / sum(v.seconds), _ratio(v, variants[0])) for v in variants]
+    workers = training_workers(clip.device, recipe.train.workers)
+    name = torch.cuda.get_device_name(clip.device) if clip.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return TrainTimes(name, " ".join((bench.recipe, *bench.settings)), recipe.train.batch_size, workers, rows)
+
+
+def _ratio(one: Variant, base: Variant) -> float:
+    """The median over steps of the same number of their ratio: each pair lies near in time."""
+    return median(a / b for a, b in zip(one.seconds, base.seconds, strict=True))
+
+
+def _make_cache(bench: TrainBench, clip: ClipTeacher) -> None:
+    world = bench.folder / "world"
+    make_world(world, BenchWorld(bench.images, 7, 10, bench.images, bench.width, bench.height, "jpg"))
+    (world / "nouns.txt").write_text("\n".join(f"thing {number}" for number in range(NOUNS)))
+    config = ExtractConfig(DataPaths(images=world / "images", annotations=world / "annotations.json"), bench.folder / "cache", bench.clip,
+                           proposals=world / "proposals.json", vocabulary=world / "nouns.txt", device=bench.device)
+    extract_clip(config, lambda _: None, clip)
+
+
+def _variants(bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> list[Variant]:
+    base_only = load_recipe(bench.recipe, [*bench.settings, *PRESETS["base-only"]])
+    alone, distilled = _loop(bench, base_only, clip), _loop(bench, recipe, clip)
+    found = [_of_loop("detector alone", alone), _of_loop("three levels, from the cache", distilled)]
+    if bench.online:
+        loop = _loop(bench, recipe, clip)
+        online = OnlineClip(clip, recipe)
+        found.append(Variant("three levels, CLIP in every step", loop.batches,
+                             lambda batch: _take(loop, [online.replace(sample) for sample in batch])))
+    if recipe.detector.name == "faster_rcnn" and recipe.detector.backbone.name == "resnet50":
+        found.append(_torchvision(bench, recipe, clip))
+    stub = _loop(bench, recipe, clip)
+    found.append(Variant(f"the cache, a step that sleeps {STUB_S * 1e3:.0f} ms", stub.batches, lambda _: time.sleep(STUB_S)))
+    return found
+
+
+def _of_loop(name: str, loop: Loop[Sample]) -> Variant:
+    return Variant(name, loop.batches, lambda batch: _take(loop, batch))
+
+
+def _take(loop: Loop[Sample], batch: list[Sample]) -> None:
+    loop.take_step(batch, 0)
+    loop.window.clear()
+    if loop.device.type == "cuda":
+        torch.cuda.synchronize(loop.device)
+
+
+def _data(bench: TrainBench, recipe: Recipe) -> TrainingSet:
+    world = bench.folder / "world"
+    paths = DataPaths(images=world / "images", annotations=world / "annotations.json")
+    split = paths.load("train2017", load_protocol("ov-coco"), base_only=True, log=lambda _: None)
+    return TrainingSet(split, FeatureCache(bench.folder / "cache"), recipe, lambda _: None)
+
+
+def _batches(bench: TrainBench, recipe: Recipe, device: torch.device) -> TrainingBatches[Sample]:
+    """All variants see the same pictures at the same step."""
+    data, size = _data(bench, recipe), recipe.train.batch_size
+    order = _OverAndOver(len(data), size * bench.rounds * (SETTLE + bench.steps))
+    return TrainingBatches(data, Dealing(order, size), training_workers(device, recipe.train.workers), device=device)
+
+
+def _loop(bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Loop[Sample]:
+    torch.manual_seed(0)
+    protocol, batches = load_protocol("ov-coco"), _batches(bench, recipe, clip.device)
+    model = build_detector(recipe, clip.dim, None)
+    model.begin_epoch(recipe.pseudo_boxes.from_epoch)  # with all losses
+    calm(model)
+    texts = torch.from_numpy(FeatureCache(bench.folder / "cache").class_embeddings(protocol.base)).to(clip.device)
+    model = placed(model, clip.device).train()
+    return loop_of(model, batches, texts, recipe, clip.device)
+
+
+def _torchvision(bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Variant:
+    """torchvision's own detector with as many trained stages, samples and proposals, on the same pictures and base boxes."""
+    detector, size = recipe.faster_rcnn, recipe.input
+    body = resnet50(weights=None, norm_layer=FrozenBatchNorm2d if detector.backbone.norm == "frozen" else nn.BatchNorm2d)
+    backbone = _resnet_fpn_extractor(body, 5 - detector.backbone.frozen_stages)
+    model = TorchvisionFasterRCNN(
+        backbone, len(load_protocol("ov-coco").base) + 1, min_size=size.short_side, max_size=size.long_side,
+        rpn_pre_nms_top_n_train=detector.rpn.pre_nms, rpn_post_nms_top_n_train=detector.rpn.post_nms,
+        rpn_batch_size_per_image=detector.rpn.samples, box_batch_size_per_image=detector.head.samples)
+    calm(model)
+    model = model.to(clip.device).train()
+
+    def losses_of(samples: list[Sample], _: int) -> dict[str, Tensor]:
+        pictures = [picture.to(clip.device, non_blocking=True).float() / 255 for picture, _, _ in samples]
+        boxes = [{"boxes": t.boxes.to(clip.device), "labels": (t.labels + 1).to(clip.device)} for _, t, _ in samples]
+        losses: dict[str, Tensor] = model(pictures, boxes)
+        return losses
+
+    base_only = load_recipe(bench.recipe, [*bench.settings, *PRESETS["base-only"]])
+    loop = Loop(model, losses_of, _batches(bench, base_only, clip.device), recipe.train, clip.device, "torchvision", lambda s: s[2])
+    return _of_loop("torchvision's fasterrcnn_resnet50_fpn", loop)
+
+
+def calm(model: nn.Module) -> None:
+    """Frozen norms without trained weights would let activations double at every block."""
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenBatchNorm2d) and name.endswith("bn3"):
+            module.weight.fill_(0.2)
+

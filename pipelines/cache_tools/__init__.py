@@ -1,0 +1,1 @@
+"""Commands about caches: list, verify, view, import."""

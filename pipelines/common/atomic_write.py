@@ -1,0 +1,88 @@
+"""Files that appear whole or not at all: whatever a command writes goes through here, but logs that grow and the cache's own store."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hdovd.core.errors import NO_ROOM, HdovdError, system_reason
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors says it
+
+
+def replace_file(file: Path, write: Callable[[Path], object], *, writer: str = "", durable: bool = True) -> None:
+    """Replace a file whole or not at all, and make the folders above it. Raises HdovdError, and leaves what is there, if it cannot be.
+
+    What is no file, such as /dev/stdout, is written to. A link stays one: what it points to is replaced.
+
+    Args:
+        write: writes to the path given, a file beside `file`.
+        writer: who this is, where several processes may write the same file at once.
+        durable: on the disk when this returns; not needed of pictures, which are many.
+    """
+    if os.path.exists(file) and not (os.path.isfile(file) or os.path.isdir(file)):
+        write(file)
+        return
+    with writing(file):
+        target = Path(os.path.realpath(file))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _replace(target, target.with_name(f".{target.name[-60:]}{writer and '.'}{writer}.partial"), write, durable)  # 255 bytes at most
+
+
+def write_text(file: Path, text: str) -> None:
+    """`replace_file` with UTF-8 text."""
+    replace_file(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_picture(file: Path, picture: Image.Image, form: str, **options: Any) -> None:
+    """`replace_file` with a picture, in Pillow's name for a form and with its options."""
+    replace_file(file, lambda partial: picture.save(partial, form, **options), durable=False)
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Raises HdovdError, naming the file, the reason and what to do, for whatever goes wrong within."""
+    try:
+        yield
+    except HdovdError:
+        raise
+    except Exception as error:
+        cause = _of_system(error, file)
+        reason = str(error) if cause is None else system_reason(cause)
+        again = "; then give the command again (train: with --resume)" if cause is not None and cause.errno in NO_ROOM else ""
+        raise HdovdError(f"{file} cannot be written: {reason}; what was there is whole{again}") from error
+
+
+def _replace(file: Path, partial: Path, write: Callable[[Path], object], durable: bool) -> None:
+    try:
+        partial.unlink(missing_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask and the folder have it; safetensors makes files that nobody else may read
+        write(partial)
+        if partial.stat().st_mode != mode:
+            partial.chmod(mode)
+        if durable:
+            with partial.open("rb+") as written:
+                os.fsync(written.fileno())
+        os.replace(partial, file)
+    finally:
+        with suppress(OSError):  # the folder may be read-only, as the error says then
+            partial.unlink(missing_ok=True)
+
+
+def _of_system(error: Exception, file: Path) -> OSError | None:
+    """What the system said: safetensors has errors of its own for it, and torch says nothing of a full disk."""
+    if isinstance(error, OSError):
+        return error
+    found = _OS_ERROR.search(str(error))
+    number = int(found[1]) if found else errno.ENOSPC if shutil.disk_usage(file.parent).free < 1 << 20 else 0
+    return OSError(number, os.strerror(number), str(file)) if number else None

@@ -1,0 +1,1 @@
+"""Samples in, batches out: order and randomness by key, worker processes, packing, shards."""

@@ -1,0 +1,1 @@
+"""`hdovd detect`: a run, pictures and any names in, detections out."""

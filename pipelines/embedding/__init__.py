@@ -1,0 +1,1 @@
+"""Picture files and boxes in, embeddings out, in order and in bounded memory."""

@@ -1,0 +1,18 @@
+"""The embedders of an extraction, as its crop recipe asks for them."""
+
+from __future__ import annotations
+
+from hdovd.cache.schema import Level
+from hdovd.pipelines.embedding.crop_recipe import CropRecipe, DenseRecipe
+from hdovd.pipelines.embedding.embedders import Crops, Pictures, Way, WholePictures
+from hdovd.pipelines.teachers.base import Teacher
+
+
+def ways_of(teacher: Teacher, pictures: Pictures, recipe: CropRecipe | DenseRecipe) -> dict[Level, Way]:
+    """Of the image and the instance level. Raises HdovdError for a dense recipe if the model has no dense features."""
+    whole = WholePictures(teacher, pictures)
+    if isinstance(recipe, CropRecipe):
+        return {Level.IMAGE: whole, Level.INSTANCE: Crops(teacher, pictures, recipe)}
+    from hdovd.pipelines.embedding.dense import DenseBoxes, require_clip
+
+    return {Level.IMAGE: whole, Level.INSTANCE: DenseBoxes(require_clip(teacher), pictures, recipe.side)}

@@ -1,0 +1,1 @@
+"""`hdovd eval`: a run and validation images in, detections, AP and analyses out."""

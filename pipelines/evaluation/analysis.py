@@ -1,0 +1,148 @@
+"""All numbers about what a run detects and what it gets wrong, from its folder and the validation annotations; no model is run.
+
+Called by `hdovd report`, and from Python: `analyse(Path("run"), DataPaths(Path("COCO")))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hdovd.core.errors import HdovdError
+from hdovd.core.text_files import read_json
+from hdovd.data.coco import DataPaths, Exif, Split
+from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.evaluation.calibration import Reliability, score_reliability
+from hdovd.evaluation.coco import GROUPS, GroundTruth, group_slice
+from hdovd.evaluation.confusion import Confusion, confusion
+from hdovd.evaluation.matching import Found, Matching, Objects, Verdict, find_overlaps, match
+from hdovd.evaluation.pr_curves import Curves, precision_curves
+from hdovd.evaluation.tide import ErrorBreakdown, Errors, classify, count_errors
+from hdovd.pipelines.evaluation.config import SHOWN_SCORE
+from hdovd.pipelines.evaluation.detections_io import read_found
+from hdovd.pipelines.evaluation.image_errors import ImageVerdicts, verdicts_on
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.listing import read_run
+from hdovd.pipelines.runs.weights import Weights, weights_hash
+
+AP_TOLERANCE = 1e-6  # percent; the same count in another order of sums differs by less
+
+
+@dataclass(frozen=True, slots=True)
+class RunAnalysis:
+    """What `hdovd eval` found with one run's weights, taken apart.
+
+    `metrics`: metrics.json, as it stands. `weights`: which of the run's. `split`: the validation images with their boxes, and
+    `split.path(image)` a picture. `reliability`: by "novel", "base" and "all". `found`, `objects`, `matching`, `detection_errors`: the
+    flat arrays that the rest was counted from; `objects` image by image in the split's order.
+    """
+
+    run: Path
+    protocol: Protocol
+    weights: Weights
+    metrics: dict[str, Any]
+    split: Split
+    curves: Curves
+    errors: ErrorBreakdown
+    confusion: Confusion
+    reliability: dict[str, Reliability]
+    found: Found
+    objects: Objects
+    matching: Matching
+    detection_errors: Errors
+
+    def image(self, place: int) -> ImageVerdicts:
+        """What became of the detections and objects of `split.images[place]`."""
+        return verdicts_on(self.split.images[place], self.found, self.objects, self.matching, self.detection_errors)
+
+    def to_tree(self, images: Iterable[int] = ()) -> dict[str, Any]:
+        """JSON values: "run", "protocol", "weights", "metrics", "curves", "errors", "confusion", "reliability", and "images": the
+        verdicts on those at these places of the split (on all of COCO's they are some 70 MB)."""
+        return {"run": str(self.run), "protocol": self.protocol.to_dict(), "weights": self.weights.value, "metrics": self.metrics,
+                "curves": self.curves.to_tree(), "errors": self.errors.to_tree(), "confusion": self.confusion.to_tree(),
+                "reliability": {group: part.to_tree() for group, part in self.reliability.items()},
+                "images": [self.image(place).to_tree() for place in images]}
+
+
+def analyse(run: Path, data: DataPaths, *, protocol: str | None = None, confusion_score: float = SHOWN_SCORE, bins: int = 10,
+            trust: bool = False, log: Callable[[str], None] = print) -> RunAnalysis:
+    """Read a run's detections and take them apart. What is skipped in the annotations goes to `log`.
+
+    Args:
+        protocol: that the run was evaluated with, if it is not the run's own. confusion_score: detections below it are in no confusion.
+        trust: as `RunFolder.trusted`.
+
+    Raises HdovdError if the run was not evaluated, its detections are of other weights or other images, or they do not give the AP50 that
+    metrics.json states.
+    """
+    folder = RunFolder.open(run, trusted=trust)
+    counted = folder.protocol() if protocol is None else load_protocol(protocol)
+    metrics = _metrics(folder)
+    weights = Weights(metrics.get("weights", Weights.LAST))
+    _check_weights(folder, weights, metrics)
+    ignored = read_run(run).settings.get("input.exif") == Exif.IGNORE  # whatever else its recipe says: of another version perhaps
+    exif = Exif.IGNORE if ignored else Exif.APPLY
+    split = data.load("val2017", counted, base_only=False, log=log, exif=exif)
+    if metrics.get("images") != len(split.images):
+        raise HdovdError(f"{run} was evaluated on {metrics.get('images')} images, but {split.annotations} has {len(split.images)} of "
+                         f"protocol {counted.name}: give the data that it was evaluated on, or run hdovd eval again")
+    found = read_found(run / "detections.json", split)
+    objects = _in_order(GroundTruth(split.annotations, split.coco_ids, [image.id for image in split.images], counted).objects, split)
+    overlaps = find_overlaps(found, objects)
+    matching = match(found, objects, overlaps, max(counted.max_detections))
+    curves = precision_curves(found, objects, matching, counted)
+    _check_ap(folder, metrics, curves)
+    errors = classify(found, objects, overlaps, matching)
+    return RunAnalysis(run, counted, weights, metrics, split, curves, count_errors(found, objects, matching, errors, counted),
+                       confusion(found, objects, overlaps, counted, confusion_score), _reliability(found, matching, counted, bins),
+                       found, objects, matching, errors)
+
+
+def _metrics(run: RunFolder) -> dict[str, Any]:
+    for name in ("metrics.json", "detections.json"):
+        if not (run.path / name).is_file():
+            raise HdovdError(f"{run.path} has no {name}: run hdovd eval {run.path} first")
+    metrics = read_json(run.path / "metrics.json", "metrics")
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("per_class"), dict) or (
+            metrics.get("weights", Weights.LAST) not in [*Weights]):
+        raise HdovdError(f"{run.path / 'metrics.json'} is not what hdovd eval writes: run it again")
+    return metrics
+
+
+def _check_weights(run: RunFolder, weights: Weights, metrics: dict[str, Any]) -> None:
+    """Raises HdovdError if the detections are of weights that are no longer there, as far as the evaluation noted their hash."""
+    file, detections = run.path / weights.file, run.path / "detections.json"
+    again = f"run hdovd eval {run.path} --weights {weights.value} again"
+    if not file.is_file():
+        raise HdovdError(f"{run.path} was evaluated with its {weights.value} weights, but has no {weights.file} any more: run hdovd eval "
+                         f"{run.path} again, with those that it has")
+    known = metrics.get("weights_hash")
+    if known is not None and known != (now := weights_hash(file)):
+        raise HdovdError(f"{detections} is of weights {known}, but {file} are {now} now: the run was trained on since; {again}")
+
+
+def _check_ap(run: RunFolder, metrics: dict[str, Any], curves: Curves) -> None:
+    """Detections, metrics and annotations belong together if they give the AP50 that was stated."""
+    for name, ap50 in zip(curves.protocol.names, curves.ap50().tolist(), strict=True):
+        stated = metrics["per_class"].get(name, {}).get("ap50")
+        if (stated is None) != np.isnan(ap50) or (stated is not None and abs(stated - ap50) > AP_TOLERANCE):
+            raise HdovdError(f"{run.path}: detections.json gives {name!r} an AP50 of {ap50:.6f}, but metrics.json states {stated}: they "
+                             "are not of one evaluation, or the annotations or the protocol are not those of it; run hdovd eval again")
+
+
+def _in_order(objects: Objects, split: Split) -> Objects:
+    """Image by image, as the split has them; those of an image stay in the file's order, which is the split's."""
+    place = {image.id: k for k, image in enumerate(split.images)}
+    order = np.argsort([place[i] for i in objects.image_ids.tolist()], kind="stable")
+    return Objects(objects.image_ids[order], objects.boxes[order], objects.labels[order], objects.crowd[order])
+
+
+def _reliability(found: Found, matching: Matching, protocol: Protocol, bins: int) -> dict[str, Reliability]:
+    classes = np.arange(len(protocol.names))
+    counted = matching.verdict != Verdict.IGNORED
+    parts = {group: counted & np.isin(found.labels, classes[group_slice(protocol, group)]) for group in GROUPS}
+    return {group: score_reliability(found.scores[part], matching.verdict[part] == Verdict.RIGHT, bins) for group, part in parts.items()}

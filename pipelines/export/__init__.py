@@ -1,0 +1,1 @@
+"""`hdovd export`: a run in, one file for other programs out."""

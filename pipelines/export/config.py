@@ -1,0 +1,56 @@
+"""What `hdovd export` is asked for, and the forms of file that it writes. Imports no torch: a mistake shows before that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from hdovd.core.errors import HdovdError, require_files
+from hdovd.pipelines.runs.folder import FILES, RunFolder
+from hdovd.pipelines.runs.weights import Weights
+
+
+class ModelForm(StrEnum):
+    """What `hdovd export` writes."""
+
+    ONNX = "onnx"
+    TORCHSCRIPT = "torchscript"
+    SAFETENSORS = "safetensors"
+
+    @classmethod
+    def of(cls, file: Path, asked: ModelForm | None) -> ModelForm:
+        """What the file's name says, or else what is `asked` for. Raises HdovdError if there is neither, or they do not agree."""
+        said = ENDINGS.get(file.suffix.lower())
+        if asked is None and said is None:
+            raise HdovdError(f"--out {file}: give --format, or a name that ends in one of {', '.join(ENDINGS)}")
+        if asked is not None and said is not None and said is not asked:
+            raise HdovdError(f"--out {file} is named as {said.value}, and --format says {asked.value}: give a name that ends otherwise")
+        return asked or said or cls.ONNX
+
+
+ENDINGS = {".onnx": ModelForm.ONNX, ".pt": ModelForm.TORCHSCRIPT, ".ts": ModelForm.TORCHSCRIPT, ".safetensors": ModelForm.SAFETENSORS}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportModelJob:
+    """`check_images`: pictures to check the file on, besides those that are made up. `trust`: as `RunFolder.trusted`."""
+
+    run: Path
+    form: ModelForm
+    out: Path
+    weights: Weights = Weights.LAST
+    check_images: tuple[Path, ...] = ()
+    trust: bool = False
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths alone."""
+        run = RunFolder.open(self.run, trusted=self.trust)
+        run.recipe()
+        if self.out.is_dir() or (self.out.name in FILES and self.out.resolve().parent == run.path.resolve()):
+            raise HdovdError(f"--out {self.out} is {'a folder' if self.out.is_dir() else 'a file of the run itself'}: expected the name of "
+                             f"a new file, such as detector.{self.form.value}")
+        if not self.out.resolve().parent.is_dir():
+            raise HdovdError(f"--out {self.out}: there is no folder {self.out.resolve().parent}")
+        for picture in self.check_images:
+            require_files(check_image=picture)

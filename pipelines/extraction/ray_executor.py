@@ -1,0 +1,196 @@
+"""An extraction on a Ray cluster: `hdovd extract-clip --executor ray`. Called by `extract_clip`; nothing else imports Ray.
+
+Every actor reads the inputs and loads the model once, then does the units that it is given, one at a time. There is one actor a
+GPU, or without GPUs one for every `1 + --workers` CPUs. Nodes that join get actors; the part of an actor that dies goes to another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hdovd.cache.catalog import Catalog
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.common.device import workers_a_gpu
+from hdovd.pipelines.common.progress import progress
+from hdovd.pipelines.extraction.config import Executor, ExtractConfig
+from hdovd.pipelines.extraction.engine import Extraction, Unit
+from hdovd.pipelines.extraction.sharing import new_rows
+
+try:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+except ImportError as error:
+    raise HdovdError("--executor ray needs Ray: pip install 'hdovd[ray]'") from error
+
+LOOK_EVERY_S = 5.0  # how often the nodes of the cluster are counted
+DEATHS = 3  # of workers at one part, or in a row while they load the model: then it is no accident
+
+
+def do_with_ray(extraction: Extraction, config: ExtractConfig, log: Callable[[str], None]) -> None:
+    """Do all that is left of an extraction that has begun. Uses the cluster that Ray is connected to, that RAY_ADDRESS names or that
+    runs on this machine; else starts one here. Raises HdovdError for a worker's own error, or if workers keep dying."""
+    left = extraction.left()
+    if not left:
+        return
+    connected = ray.is_initialized()
+    if not connected:
+        _connect()
+    crew = Crew(config, len(left), log)
+    try:
+        texts = [unit for unit in left if unit in extraction.units()[0]]
+        pictures = left[len(texts) :]
+        with progress(None, "CLIP", "row", total=new_rows(extraction, pictures)) as bar:
+            for units in (texts, pictures):  # pseudo labels need all nouns
+                for done in crew.do(units):
+                    extraction.done += done
+                    bar.update(new_rows(extraction, [unit for unit in done if unit in pictures]))
+    finally:
+        crew.dismiss()
+        if not connected:
+            ray.shutdown()
+
+
+class Worker:
+    """What an actor runs."""
+
+    def load(self, config: ExtractConfig) -> None:
+        """Read the inputs and load the model. No constructor: its errors would look like a death."""
+        from hdovd.pipelines.extraction.prepare import prepare
+
+        os.environ.pop("TORCHELASTIC_RUN_ID", None)  # of whoever started Ray: an actor is nobody's rank
+        self._extraction = prepare(config, lambda _: None)
+        self._extraction.begin(Catalog(config.cache))
+
+    def do(self, unit: Unit, wait: bool) -> tuple[bool, list[Unit]]:
+        """Whether the unit is done, by whomever, and what this worker has written."""
+        before = len(self._extraction.done)
+        if wait:
+            self._extraction.wait_for(unit)
+            return True, self._extraction.done[before:]
+        return not self._extraction.do([unit]), self._extraction.done[before:]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What an actor takes of a node."""
+
+    gpus: int
+    cpus: int
+
+    def fits(self) -> int:
+        """How many actors have room in the cluster."""
+        have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return sum(int(node.get("GPU", 0)) if self.gpus else int(node.get("CPU", 0)) // self.cpus for node in have)
+
+
+class Crew:
+    """The actors, as many as the cluster has room for and the work needs."""
+
+    def __init__(self, config: ExtractConfig, most: int, log: Callable[[str], None]) -> None:
+        self._size, self._most, self._log = _size_of_actor(config), most, log
+        cache = config.cache if "://" in str(config.cache) else Path(config.cache).absolute()
+        self._config = ExtractConfig.from_dict(  # with absolute paths: actors have another working directory
+            config.to_dict(), cache, device="cuda" if self._size.gpus else "cpu", batch_size=config.batch_size, part_rows=config.part_rows,
+            workers=_workers(config, self._size), retry_failed=config.retry_failed, executor=Executor.RAY)
+        self._idle: list[Any] = []
+        self._at_work: dict[Any, tuple[Any, Unit | None, bool]] = {}  # by future: actor, unit (None: it loads), whether it may wait
+        self._deaths: Counter[Unit | None] = Counter()
+        self._looked, self._announced = -LOOK_EVERY_S, 0
+
+    def do(self, units: list[Unit]) -> Iterator[list[Unit]]:
+        """Do units in any order; what was written for each of them."""
+        waiting, to_do = deque((unit, False) for unit in units), len(units)
+        while to_do:
+            self._hire()
+            while self._idle and waiting:
+                todo, actor = waiting.popleft(), self._idle.pop()
+                self._at_work[actor.do.remote(*todo)] = actor, *todo
+            if not self._at_work:  # no node has room
+                time.sleep(1)
+                continue
+            for future in ray.wait(list(self._at_work), timeout=LOOK_EVERY_S)[0]:
+                actor, unit, wait = self._at_work.pop(future)
+                try:
+                    answer = ray.get(future)
+                except RayTaskError as error:
+                    raise error.cause from error
+                except RayError as error:
+                    self._bury(actor, unit, error)
+                    if unit is not None:
+                        waiting.appendleft((unit, wait))
+                    continue
+                self._idle.append(actor)
+                self._deaths[unit] = 0
+                if unit is None:
+                    continue
+                finished, done = answer
+                to_do -= finished
+                if not finished:  # a process of another command is at it: come back when the rest is done
+                    waiting.append((unit, True))
+                yield done
+
+    def dismiss(self) -> None:
+        for actor in [*self._idle, *(actor for actor, _, _ in self._at_work.values())]:
+            ray.kill(actor)
+
+    def _hire(self) -> None:
+        """Start actors where there is room."""
+        if time.monotonic() - self._looked < LOOK_EVERY_S:
+            return
+        self._looked, fits = time.monotonic(), self._size.fits()
+        if fits != self._announced:
+            self._log(f"ray: room for {fits} workers, each with " + ("a GPU" if self._size.gpus else f"{self._size.cpus} CPU"))
+            self._announced = fits
+        for _ in range(min(fits, self._most) - len(self._idle) - len(self._at_work)):
+            actor: Any = ray.remote(Worker).options(num_gpus=self._size.gpus, num_cpus=self._size.cpus).remote()
+            self._at_work[actor.load.remote(self._config)] = actor, None, False
+
+    def _bury(self, actor: Any, unit: Unit | None, error: RayError) -> None:
+        """A worker has died, or cannot be reached: count it. Raises HdovdError if its work is what kills workers."""
+        ray.kill(actor)
+        self._looked = -LOOK_EVERY_S  # another one now
+        self._deaths[unit] += 1
+        what = "loading the inputs and the model" if unit is None else f"{unit.level} part {unit.part}"
+        if self._deaths[unit] == DEATHS:
+            raise HdovdError(f"{DEATHS} Ray workers died at {what}; the last: {_first_line(error)}\nOut of memory? See the logs of Ray on "
+                             "that node; fewer --workers or a smaller --batch-size need less. What is finished is kept")
+        self._log(f"ray: a worker died at {what} ({_first_line(error)}); another one does it")
+
+
+def _connect() -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # in a cluster started here: no reports to anybody
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise HdovdError(f"no Ray cluster can be reached or started: {error}\nRAY_ADDRESS names one, `ray start --head` starts one; "
+                         "does it ask for a token (RAY_AUTH_TOKEN)? `ray status` tries the connection") from error
+
+
+def _size_of_actor(config: ExtractConfig) -> Size:
+    """All actors are of one kind, so that all rows are computed alike."""
+    have = ray.cluster_resources()
+    if have.get("GPU", 0) >= 1 and config.device != "cpu":
+        return Size(1, 1)
+    if config.device not in ("auto", "cpu"):
+        raise HdovdError(f"--device {config.device}: the Ray cluster has no GPU (`ray status`); use --device cpu, or wait for its nodes")
+    largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    return Size(0, max(1, min(1 + (config.workers or 0), largest)))
+
+
+def _workers(config: ExtractConfig, size: Size) -> int:
+    """Of an actor. It may see all cores of its node, and nothing of the others there."""
+    if config.workers is not None or not size.gpus:
+        return config.workers or 0
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+    return min(workers_a_gpu(int(node.get("CPU", 0)), int(node["GPU"])) for node in nodes)
+
+
+def _first_line(error: RayError) -> str:
+    return next((line.strip()[:120] for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,126 @@
+"""What a cache's features were made from: the one answer for sets, for runs, and for commands that need the data again.
+
+Imports no torch: the command line names a `CacheSource`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hdovd.cache.catalog import Catalog, FeatureSet, is_tar_form
+from hdovd.cache.reader import FeatureCache
+from hdovd.cache.schema import DEFAULT_SET, Level
+from hdovd.core.errors import HdovdError, shorten
+from hdovd.data.coco import DataPaths, Exif, ImageBoxes, Split
+from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.runs.folder import RunFolder
+
+DATA_AND_PROTOCOL = "--data and --protocol"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSource:
+    """A set of a cache. `data` and `protocol`: None for what the set says it was made from; parts of `data` count for themselves."""
+
+    cache: Path | str
+    features: str = DEFAULT_SET
+    data: DataPaths | None = None
+    protocol: str | None = None
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        if is_tar_form(self.cache):
+            raise HdovdError(f"{self.cache} is of tar shards: this needs the Zarr cache that they were made from, or one that hdovd cache "
+                             "import --format webdataset makes of them")
+        Catalog(self.cache)
+        if self.protocol is not None:
+            load_protocol(self.protocol)
+        if self.data is not None and self.data.root is not None:
+            self.data.locate("train2017")
+
+    def load(self, features: FeatureSet, log: Callable[[str], None], exif: Exif = Exif.APPLY) -> tuple[Split, Protocol]:
+        """The training images of the set and their protocol: those given, or else those that it was extracted from. Raises HdovdError."""
+        data, name = self.data or DataPaths(), self.protocol
+        if features.made_from or data == DataPaths() or name is None:
+            extraction = extraction_of(features, self.cache, self.features)
+            data, name = laid_over(data, extraction.data), name or extraction.protocol
+        try:
+            protocol = load_protocol(name)
+            return data.load("train2017", protocol, base_only=True, log=log, exif=exif), protocol
+        except HdovdError as error:
+            if self.data is not None and self.protocol is not None:
+                raise
+            raise HdovdError(f"{error}\nThis is what set {self.features} of {self.cache} was made from. If it lies elsewhere now, say "
+                             "where: --data (or --images, --annotations), --protocol") from error
+
+
+@dataclass(frozen=True, slots=True)
+class CacheWithData:
+    """`images`: the split's by id."""
+
+    cache: FeatureCache
+    split: Split
+    protocol: Protocol
+    images: dict[int, ImageBoxes]
+
+
+def extraction_of(features: FeatureSet, cache: Path | str, name: str, give: str = DATA_AND_PROTOCOL, **changes: Any) -> ExtractConfig:
+    """The extraction that made the set `name`, with changes. `give`: the options that say it too. Raises HdovdError if it is not known."""
+    where = f"set {name} of {cache}"
+    if not features.made_from:
+        raise HdovdError(f"{where} does not say what it was made from (it is damaged, or was imported): give {give}")
+    try:
+        return ExtractConfig.from_dict(features.made_from, cache, **changes)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise HdovdError(f"{where}: made_from is damaged ({error!r}): give {give}, or mend it with hdovd cache verify --repair") from error
+
+
+def laid_over(given: DataPaths, known: DataPaths) -> DataPaths:
+    """The paths of a data set that are given, and of the rest those that are known. A root that is given takes the place of all."""
+    if given.root is not None:
+        return given
+    return DataPaths(known.root, given.images or known.images, given.annotations or known.annotations)
+
+
+def with_data(cache: FeatureCache, source: CacheSource, log: Callable[[str], None]) -> CacheWithData:
+    """The data of an opened set. Raises HdovdError if they are not known, not there, or not those that the set was made from."""
+    from hdovd.pipelines.extraction.identities import exif_of, inputs_of
+
+    exif = exif_of({level: cache.key_inputs(level) for level in cache.levels()}) or Exif.APPLY
+    split, protocol = source.load(cache.set, log, exif)
+    cache.require(Level.BOXES, {"images": inputs_of(split, cache)[Level.BOXES]["images"]})
+    return CacheWithData(cache, split, protocol, {image.id: image for image in split.images})
+
+
+def cache_of(run: RunFolder) -> FeatureCache:
+    """The cache that a run was trained from, with the very products of then. Raises HdovdError if they are not there any more."""
+    where, name, _ = _find(run)
+    return FeatureCache(where, name)
+
+
+def data_of_cache(run: RunFolder) -> DataPaths:
+    """Where the data lay that the run's features were made from. Raises HdovdError if that is not known."""
+    where, name, features = _find(run)
+    return extraction_of(features, where, name).data
+
+
+def _find(run: RunFolder) -> tuple[str, str, FeatureSet]:
+    """The cache's place, and the set with the run's keys."""
+    record = run.record()
+    if "imported" in record:
+        raise HdovdError("the run was imported from a checkpoint, so there is no cache that it was trained from")
+    where, levels = run.cache_url(), record["cache"]["levels"]
+    if not where or not levels:
+        raise HdovdError("the run does not say which cache it was trained from")
+    if is_tar_form(where):
+        raise HdovdError(f"it was trained from the tar shards {where}, which are read from first to last alone: this needs the Zarr cache")
+    keys, sets = {level: entry["key"] for level, entry in levels.items()}, Catalog(where).sets()
+    for name, features in sets.items():
+        if {str(level): key for level, key in features.levels.items()} == keys:
+            return str(where), name, features
+    raise HdovdError(f"{where} has no set of features with the products that the run was trained from "
+                     f"({'it has ' + shorten(list(sets)) if sets else 'it has no sets'})")

@@ -1,0 +1,1 @@
+"""Captions in, nouns by image out: what pseudo boxes may be named."""

@@ -1,0 +1,56 @@
+"""What a search for nouns is asked to do. Imports neither simplemma nor spaCy, so that the command line can name it at no cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from hdovd.core.errors import HdovdError, require_files
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.common.name_list import read_vocabulary
+
+SPACY_MODEL = "en_core_web_sm"
+
+
+class Matching(StrEnum):
+    """How names are found in captions. WORDS: letter by letter, as sets were made before there was LEMMAS, which knows plurals."""
+
+    WORDS = "words"
+    LEMMAS = "lemmas"
+
+
+class Parser(StrEnum):
+    AUTO = "auto"
+    MATCH = "match"
+    SPACY = "spacy"
+
+
+@dataclass(frozen=True, slots=True)
+class NounsJob:
+    """What to find. `vocabulary`: None for the list that ships, or with a parser for all nouns; `stop_list`: added to the one that ships.
+
+    `protocol` says which names are novel: they are reported, nothing else.
+    """
+
+    captions: Path
+    out: Path
+    vocabulary: Path | None = None
+    parser: Parser = Parser.AUTO
+    stop_list: Path | None = None
+    spacy_model: str = SPACY_MODEL
+    protocol: str = "ov-coco"
+
+    def __post_init__(self) -> None:
+        if self.out.is_dir():
+            raise HdovdError(f"--out {self.out} is a folder: expected the file to write, such as {self.out / 'nouns.json'}")
+        if self.out.absolute() in {file.absolute() for file in (self.captions, self.vocabulary, self.stop_list) if file is not None}:
+            raise HdovdError(f"--out {self.out} is one of the files that are read: name another")
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        load_protocol(self.protocol)
+        require_files(captions=self.captions)
+        for option, file in (("--vocabulary", self.vocabulary), ("--stop-list", self.stop_list)):
+            if file is not None:
+                read_vocabulary(file, option)

@@ -1,0 +1,138 @@
+"""Nouns of captions by matching: at every place the longest name of a vocabulary, whose words may be in the plural.
+
+Needs no parser, finds nothing but names of the vocabulary, and cannot tell "a watch" from "they watch". Called by
+`nouns.read_nouns` and `find_nouns`; `noun_parsing` matches first as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from hdovd.pipelines.common.name_list import shipped
+from hdovd.pipelines.nouns.words import forms, has_no_singular, noun_words, singular, singular_of
+
+MIN_JOINED = 3  # letters of each word that may join to a name written as one: "skate board", not "a corn"
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The name `row` stands in words `start` to `stop`."""
+
+    row: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What one caption holds: nouns, and words that are neither in the vocabulary nor too common to be missed there."""
+
+    image_id: int
+    nouns: list[str]
+    unmatched: list[str]
+
+
+class NameMatcher:
+    """Finds the names of a vocabulary in the words of a text.
+
+    Words are compared in the singular and joined, so that `hot dog` is in "hotdogs", and `skateboard` in "skate boards". A name
+    that has no singular (scissors, glasses) is found as it is. Of two names
+    that are the same then (hot dog, hotdog), the first one is found.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._exact: dict[str, int] = {}
+        self._singular: dict[str, int] = {}
+        self._sizes = [len(noun_words(name)) for name in names]
+        self._longest = max(self._sizes, default=0) + 1
+        for row, name in enumerate(names):
+            self._exact.setdefault("".join(noun_words(name)), row)
+        for key, row in self._exact.items():  # a name in the singular has its key before one in the plural
+            if "".join(singular_of(noun_words(names[row]))) == key:
+                self._singular.setdefault(key, row)
+        for row, name in enumerate(names):
+            self._singular.setdefault("".join(singular_of(noun_words(name))), row)
+        for keys in (self._exact, self._singular):
+            keys.pop("", None)
+
+    def find(self, words: Sequence[str]) -> list[Match]:
+        """All matches, from left to right; each takes its words."""
+        found, at = [], 0
+        singulars = singular_of(words)
+        while at < len(words):
+            for length in range(min(self._longest, len(words) - at), 0, -1):
+                row = self._row(words[at:at + length], singulars[at:at + length])
+                if row is not None:
+                    found.append(Match(row, at, at + length))
+                    break
+            else:
+                length = 1
+            at += length
+        return found
+
+    def _row(self, words: Sequence[str], singulars: Sequence[str]) -> int | None:
+        row = self._exact.get("".join(words))
+        if row is None:
+            row = self._singular.get("".join(singulars))
+        if row is None and has_no_singular(words[-1]):
+            head = "".join(singulars[:-1])
+            row = next((self._singular[head + last] for last in forms(words[-1]) if head + last in self._singular), None)
+        if row is not None and len(words) > self._sizes[row] and min(map(len, words)) < MIN_JOINED:
+            return None
+        return row
+
+
+class StopList:
+    """Names that are no objects: those that ship, and a user's own, which alone overrule a vocabulary. Compared in the singular."""
+
+    def __init__(self, own: Sequence[str] = ()) -> None:
+        self.names = tuple(dict.fromkeys((*shipped("stop"), *own)))
+        self._keys = {singular_of(noun_words(name)) for name in self.names}
+        self._own = {singular_of(noun_words(name)) for name in own}
+
+    def __contains__(self, name: str) -> bool:
+        return singular_of(noun_words(name)) in self._keys
+
+    def overruled(self, vocabulary: Sequence[str]) -> list[str]:
+        """The names of a vocabulary that the user's own list holds."""
+        return [name for name in vocabulary if singular_of(noun_words(name)) in self._own]
+
+    def ends(self, words: Sequence[str]) -> bool:
+        """Whether these words are one of the list, or end with one: the front, the train front."""
+        alike = singular_of(words)
+        return any(alike[start:] in self._keys for start in range(len(alike)))
+
+
+class MatchFinder:
+    """The nouns of captions by matching alone. `stopped`: names of the vocabulary that the user's stop list holds; they are not offered."""
+
+    def __init__(self, vocabulary: Sequence[str], stop: StopList) -> None:
+        self.vocabulary = tuple(vocabulary)
+        self.stopped = stop.overruled(vocabulary)
+        self._matcher, self._stop = NameMatcher(vocabulary), stop
+
+    def __call__(self, captions: Iterable[tuple[int, str]]) -> Iterator[Found]:
+        stopped = set(self.stopped)
+        for image_id, caption in captions:
+            words = noun_words(caption)
+            matches = self._matcher.find(words)
+            names = [name for m in matches if (name := self.vocabulary[m.row]) not in stopped]
+            yield Found(image_id, names, unmatched(words, matches, self._stop))
+
+
+def unmatched(words: Sequence[str], matches: Sequence[Match], stop: StopList) -> list[str]:
+    """The words between the matches, in the singular, that may be nouns for all that is known."""
+    taken = {at for match in matches for at in range(match.start, match.stop)}
+    return [singular(word) for at, word in enumerate(words) if at not in taken and _may_be_noun(word) and not stop.ends((word,))]
+
+
+@cache
+def _common() -> frozenset[str]:
+    return frozenset(shipped("common"))
+
+
+@cache
+def _may_be_noun(word: str) -> bool:
+    return len(word) >= MIN_JOINED and word.isalpha() and word not in _common() and singular(word) not in _common()

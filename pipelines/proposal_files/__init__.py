@@ -1,0 +1,1 @@
+"""Proposal files of any form in, columns with an identity out."""

@@ -1,0 +1,171 @@
+"""Proposal files: read in any form, written as COCO results JSON or .npz, with their identity and what made them.
+
+Called by `propose`, `extract_clip`, `audit` and `hdovd proposals`. What made them (`made_by`, JSON values) stands in the .npz, and for JSON
+in a sidecar, `FILE.made_by.json`, which names the identity of the proposals that it is of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.text_files import printable, read_json, shown
+from hdovd.data.coco import ImageBoxes, Skips
+from hdovd.pipelines.common.atomic_write import replace_file
+from hdovd.pipelines.proposal_files.formats import NPZ_FORMAT, NPZ_VERSION, read_coco_results, read_npz, read_pickle
+from hdovd.pipelines.proposal_files.options import ListOrder
+from hdovd.pipelines.proposal_files.table import NO_PROPOSALS, MadeBy, Proposals, ProposalTable
+
+__all__ = ["NO_PROPOSALS", "MadeBy", "ProposalTable", "Proposals", "made_by_file", "made_by_line", "read_proposals", "read_table",
+           "usable_proposals", "write_proposals"]
+PICKLES = (".pkl", ".pickle")
+
+
+def read_table(path: Path, annotations: Path | None = None, order: ListOrder = ListOrder.FILE) -> ProposalTable:
+    """All of a proposal file, whichever form it has; `annotations` and `order` are for lists without image ids.
+
+    Raises HdovdError if it is of none of the forms, damaged or unsafe, or empty.
+    """
+    head = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(2)
+    if head == b"PK":
+        table, metadata = read_npz(path)
+        table = _with_made_by(table, metadata.get("identity"), metadata.get("made_by"), f"{path.name} says what made its proposals")
+    elif head[:1] == b"\x80" or path.suffix in PICKLES:
+        table = read_pickle(path, annotations, order)
+    else:
+        table = _with_sidecar(read_coco_results(path), path)
+    if not len(table.image_id):
+        raise HdovdError(f"{path} holds no proposals; make them with hdovd propose, or leave --proposals out to cache base boxes alone")
+    return table
+
+
+def usable_proposals(table: ProposalTable, path: Path, images: list[ImageBoxes], skips: Skips) -> dict[int, Proposals]:
+    """Those of `images`, by image id; what is left out goes to `skips`. Raises HdovdError if none is left."""
+    found = table.for_images(images, skips)
+    if not found:
+        raise HdovdError(f"{path} holds no usable proposal for the {len(images)} training images "
+                         f"(ids {shorten([image.id for image in images], 4)}):\n" + "\n".join(skips.lines()))
+    return found
+
+
+def read_proposals(path: Path, images: list[ImageBoxes], skips: Skips, annotations: Path | None = None) -> dict[int, Proposals]:
+    """The usable proposals of `images`, by image id; what is left out goes to `skips`.
+
+    Raises HdovdError if the file is of no known form, is empty, or fits none of the images.
+    """
+    return usable_proposals(read_table(path, annotations), path, images, skips)
+
+
+def write_proposals(path: Path, proposals: dict[int, Proposals], made_by: MadeBy | None = None) -> int:
+    """Write all proposals, image by image, and return how many; the file appears whole or not at all.
+
+    A name that ends in .npz says the form; any other is COCO results JSON. Either holds the same float32 numbers.
+    """
+    table = ProposalTable.of(proposals)
+    about = {"identity": table.identity(), "made_by": made_by}
+    if path.suffix == ".npz":
+        _write_whole(path, lambda file: _write_npz(file, proposals, table, about))
+    else:
+        _write_whole(path, lambda file: _write_json(file, proposals))
+        sidecar = made_by_file(path)
+        if made_by is None:
+            sidecar.unlink(missing_ok=True)  # of the proposals that were here before
+        else:
+            _write_whole(sidecar, lambda file: file.write(json.dumps(about, indent=1).encode()))
+    return len(table.image_id)
+
+
+def made_by_file(path: Path) -> Path:
+    """The sidecar of a JSON file."""
+    return path.with_name(f"{path.name}.made_by.json")
+
+
+def made_by_line(made_by: MadeBy | None) -> str:
+    """What made proposals, in a line."""
+    if not made_by:
+        return "made by: unknown (the file does not say)"
+    named = [f"{name} {value}" for name, value in made_by.items() if isinstance(value, str | int | float) and not isinstance(value, bool)]
+    return "made by: " + (shorten(list(named), 6) or ", ".join(made_by))
+
+
+def _with_sidecar(table: ProposalTable, path: Path) -> ProposalTable:
+    sidecar = made_by_file(path)
+    if not sidecar.is_file():
+        return table
+    try:
+        tree = read_json(sidecar, "made_by")
+        identity, made_by = tree["identity"], tree["made_by"]
+    except (HdovdError, KeyError, TypeError) as error:
+        note = f"{sidecar} is damaged ({error}): what made these proposals counts as unknown"
+        return _replace(table, None, note)
+    return _with_made_by(table, identity, made_by, f"{sidecar} was written")
+
+
+def _with_made_by(table: ProposalTable, identity: Any, made_by: Any, who: str) -> ProposalTable:
+    """With `made_by`, if it is of these proposals."""
+    if made_by is None:
+        return table
+    if not printable(made_by):
+        return _replace(table, None, f"{who} with characters that cannot be printed: what made these counts as unknown")
+    if not isinstance(made_by, dict) or identity != (own := table.identity()):
+        found = "and is no table" if not isinstance(made_by, dict) else f"of the proposals {shown(identity)}, these are {own}"
+        return _replace(table, None, f"{who} {found}: what made these counts as unknown")
+    return _replace(table, made_by)
+
+
+def _replace(table: ProposalTable, made_by: MadeBy | None, *notes: str) -> ProposalTable:
+    return ProposalTable(table.image_id, table.box, table.score, table.form, made_by, table.notes + notes)
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    def fill(partial: Path) -> None:
+        with partial.open("wb") as file:
+            write(file)
+
+    replace_file(path, fill)
+
+
+def _write_npz(file: BinaryIO, proposals: dict[int, Proposals], table: ProposalTable, about: dict[str, Any]) -> None:
+    offset = np.cumsum([0, *(len(found.boxes) for found in proposals.values())], dtype=np.int64)
+    metadata = json.dumps({"format": NPZ_FORMAT, "version": NPZ_VERSION, **about})
+    np.savez(file, image_id=np.array(list(proposals), np.int64), offset=offset, box=table.box.astype(np.float32),
+             score=table.score.astype(np.float32), metadata=np.array(metadata))
+
+
+def _write_json(file: BinaryIO, proposals: dict[int, Proposals]) -> None:
+    file.write(b"[")
+    first = True
+    for image_id, found in proposals.items():  # image by image: millions of entries as objects would take gigabytes
+        scores = _decimals(found.scores).tolist()
+        for box, score in zip(_xywh(found.boxes), scores, strict=True):
+            file.write(b"" if first else b", ")
+            file.write(json.dumps({"image_id": image_id, "bbox": box, "score": score}).encode())
+            first = False
+    file.write(b"]")
+
+
+def _decimals(values: np.ndarray) -> np.ndarray:
+    """float32 numbers as the doubles with the fewest digits that are the same in float32."""
+    return np.asarray(values, np.float32).astype("U32").astype(np.float64)
+
+
+def _xywh(boxes: np.ndarray) -> list[list[float]]:
+    """x, y, w, h of (n, 4) xyxy, such that x + w and y + h are the same float32 numbers again."""
+    boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
+    short = _decimals(boxes)
+    side = (short[:, 2:] - short[:, :2]).round(9)
+    with np.errstate(invalid="ignore"):
+        unlike = (short[:, :2] + side).astype(np.float32) != boxes[:, 2:]
+    long = boxes.astype(np.float64)
+    corner = np.where(unlike, long[:, :2], short[:, :2])
+    side = np.where(unlike, long[:, 2:] - long[:, :2], side)
+    rows: list[list[float]] = np.concatenate([corner, side], 1).tolist()
+    return rows

@@ -1,0 +1,1 @@
+"""`hdovd propose`: base boxes in, a proposal network and its boxes out."""

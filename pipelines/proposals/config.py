@@ -1,0 +1,145 @@
+"""What `hdovd propose` is asked for: validated, and read without torch, for the sake of --help. Called by `cli.propose` and Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.proposal_files.options import require_form
+
+if TYPE_CHECKING:
+    from hdovd.config.recipe import Recipe
+
+
+class Detector(StrEnum):
+    """What finds proposals: the object localisation network, or a plain region proposal network."""
+
+    OLN = "oln"
+    RPN = "rpn"
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkJob:
+    """A network to train on the base boxes of `data`, kept in `file`; one that is there already, of the same settings, is taken.
+
+    `overwrite`: train anew, whatever is there. `save_minutes`: between two checkpoints within an epoch.
+    """
+
+    data: DataPaths
+    file: Path
+    detector: Detector
+    recipe: Recipe
+    protocol: str = "ov-coco"
+    overwrite: bool = False
+    save_minutes: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProposeJob:
+    """`top` proposals an image at most, of `min_score` or more, both sides at least `min_side` pixels of the original image.
+
+    A proposal that overlaps a base box or a better proposal by an IoU of more than `overlap` is left out.
+    `checkpoint`: a trained network, of which the values are its own; of `recipe` batch size and workers are taken.
+    `backbone_out`: where to keep the trained backbone, a start for detectors where ImageNet weights do not fit.
+    """
+
+    data: DataPaths
+    out: Path
+    recipe: Recipe
+    protocol: str = "ov-coco"
+    top: int = 10
+    overlap: float = 0.5
+    min_side: float = 8.0
+    min_score: float = 0.0
+    device: str = "auto"
+    backbone_out: Path | None = None
+    detector: Detector = Detector.OLN
+    checkpoint: Path | None = None
+    overwrite: bool = False
+    save_minutes: float = 10.0
+
+    @property
+    def network(self) -> NetworkJob:
+        """The network of this job lies beside its proposals."""
+        return NetworkJob(self.data, network_file(self.out, self.detector), self.detector, self.recipe, self.protocol, self.overwrite,
+                          self.save_minutes)
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        load_protocol(self.protocol)
+        self.data.locate("train2017")
+        if self.checkpoint is not None:
+            require_network(self.checkpoint)
+
+    def selection(self) -> dict[str, float]:
+        return {"top": self.top, "overlap": self.overlap, "min_side": self.min_side, "min_score": self.min_score}
+
+
+@dataclass(frozen=True, slots=True)
+class RecallJob:
+    """Average recall on `validation` of networks side by side: those in `checkpoints`, and those of `detectors`, which lie beside `out`
+    or are trained on `data`."""
+
+    data: DataPaths
+    validation: DataPaths | None
+    recipe: Recipe
+    out: Path | None = None
+    protocol: str = "ov-coco"
+    detectors: tuple[Detector, ...] = ()
+    checkpoints: tuple[Path, ...] = ()
+    device: str = "auto"
+    overwrite: bool = False
+    save_minutes: float = 10.0
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        if self.validation is None:
+            raise HdovdError("--report counts on validation pictures: there is no val2017 under --data; give --val-images and "
+                             "--val-annotations")
+        if self.networks():
+            self.data.locate("train2017")
+        load_protocol(self.protocol)
+        self.validation.locate("val2017")
+        for file in self.checkpoints:
+            require_network(file)
+
+    def networks(self) -> list[NetworkJob]:
+        """What is to be trained, or was. Raises HdovdError without a place for it."""
+        wanted = self.detectors if self.detectors or self.checkpoints else (Detector.OLN,)
+        if wanted and self.out is None:
+            raise HdovdError(f"--report trains {' and '.join(wanted)}, and keeps the networks beside --out FILE, for proposals later: give "
+                             "--out, or trained networks with --checkpoint")
+        if self.out is not None:
+            require_form(self.out)
+        return [NetworkJob(self.data, network_file(self.out, detector), detector, self.recipe, self.protocol, self.overwrite,
+                           self.save_minutes) for detector in dict.fromkeys(wanted) if self.out is not None]
+
+
+def require_network(file: Path) -> None:
+    """Raises HdovdError if there is no such file."""
+    if not file.is_file():
+        raise HdovdError(f"no file {file}: expected a network that hdovd propose trained (NAME.oln.safetensors)")
+
+
+def network_file(out: Path, detector: Detector) -> Path:
+    """Where the network of a proposal file lies: proposals.json has its OLN in proposals.oln.safetensors."""
+    return out.with_name(f"{out.stem}.{detector.value}.safetensors")
+
+
+def propose_job(data: DataPaths, out: Path | None, recipe: Recipe, detectors: tuple[Detector, ...], checkpoints: tuple[Path, ...],
+                **options: Any) -> ProposeJob:
+    """A job from the words of a command line. Raises HdovdError without `out`, or for more than one network."""
+    if out is None:
+        raise HdovdError("--out FILE is missing: the proposal file to write (or --report, to count recall alone)")
+    require_form(out)
+    if len(detectors) > 1 or len(checkpoints) > 1:
+        raise HdovdError("one --detector or --checkpoint makes a proposal file; several are compared with --report")
+    if detectors and checkpoints:
+        raise HdovdError("--checkpoint is a network of one kind already: leave --detector out")
+    return ProposeJob(data, out, recipe, detector=detectors[0] if detectors else Detector.OLN,
+                      checkpoint=checkpoints[0] if checkpoints else None, **options)

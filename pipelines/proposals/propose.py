@@ -1,0 +1,142 @@
+"""Proposals: train a class-agnostic network on base boxes alone, or take a trained one, then propose boxes on training images.
+
+Called by `hdovd propose`, `hdovd demo` and Python; under torchrun by every one of its processes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision.ops import box_iou, nms
+
+from hdovd.core.errors import HdovdError, Stopped
+from hdovd.data.coco import Split
+from hdovd.data.protocol import load_protocol
+from hdovd.modeling.proposals.base import ProposalNetwork
+from hdovd.pipelines.common.atomic_write import replace_file
+from hdovd.pipelines.common.device import placed, training_workers
+from hdovd.pipelines.common.distributed import Team, team
+from hdovd.pipelines.common.precision import inference_autocast
+from hdovd.pipelines.common.progress import progress
+from hdovd.pipelines.common.signals import StopSignal, exit_code
+from hdovd.pipelines.dataloading.loader import Batches
+from hdovd.pipelines.proposal_files.file import Proposals, ProposalTable, made_by_line, read_table, write_proposals
+from hdovd.pipelines.proposals.config import ProposeJob
+from hdovd.pipelines.proposals.networks import load_network, settings
+from hdovd.pipelines.proposals.networks import made_by as made_by_of
+from hdovd.pipelines.proposals.parts import Parts, fill
+from hdovd.pipelines.proposals.pictures import Pictures, require_readable
+from hdovd.pipelines.proposals.training import settled_job, trained_network
+
+
+def propose(job: ProposeJob, log: Callable[[str], None] = print) -> dict[int, Proposals]:
+    """Train or load the network, propose, write `job.out` and return the proposals by image id.
+
+    Raises HdovdError for bad input, and Stopped if a signal ended it: the same call goes on.
+    """
+    job.check()
+    with team(job.device) as us, StopSignal() as stop:
+        return _propose(job, us, stop, log if us.leads else lambda _: None)
+
+
+def _propose(job: ProposeJob, us: Team, stop: StopSignal, log: Callable[[str], None]) -> dict[int, Proposals]:
+    split = job.data.load("train2017", load_protocol(job.protocol), base_only=True, log=log, exif=job.recipe.input.exif)
+    if us.leads and job.out.is_file():
+        planned = made_by_of(job.checkpoint) if job.checkpoint else settings(settled_job(job.network, us)[0], split)
+        if note := replaced_line(job.out, {**planned, "selection": job.selection()}):
+            log(note)
+    network, origin = checkpointed(job.checkpoint, job, us) if job.checkpoint else trained_network(job.network, split, us, stop, log)
+    if us.leads and job.backbone_out is not None:
+        body = {k: v.cpu().contiguous() for k, v in network.backbone.body.state_dict().items()}
+        about = {"made_by": json.dumps(origin)}  # for the audit of detectors that start from it
+        replace_file(job.backbone_out, lambda partial: save_file(body, partial, about))
+        log(f"wrote {job.backbone_out}: the backbone, for --set detector.backbone.weights=")
+    require_readable(split)
+    made_by = {**origin, "selection": job.selection()}  # everything that made the proposals
+    parts = Parts.of(job.out.with_name(f"{job.out.stem}.parts"), split, job.recipe.train.batch_size, made_by)
+    mine = parts.missing()[us.rank :: us.world]
+    us.wait()  # all have looked, before the first one writes
+    doing = f"proposing; whole parts are in {parts.folder}"
+    fill(parts, mine, _results(network, split, parts, mine, job, us), lambda: stop_if_asked(stop, doing))
+    us.wait()
+    done = [parts.read(number) for number in parts.numbers()]
+    us.wait()
+    found = {image_id: proposals for part in done for image_id, proposals in part.found.items()}
+    for problem in (problem for part in done for problem in part.unreadable):
+        log(f"skipped: {problem}")
+    if us.leads:
+        count = write_proposals(job.out, found, made_by)
+        shutil.rmtree(parts.folder, ignore_errors=True)
+        log(f"wrote {job.out}: {count} proposals for {len(found)} images, {count / len(found):.1f} an image, identity "
+            + ProposalTable.of(found).identity())
+        if not count:
+            log(f"note: no proposal is left of what the network found: lower --min-score ({job.min_score}), or raise --overlap")
+        log(f"next: hdovd extract-clip --proposals {quote(str(job.out))} ...")
+    return found
+
+
+def checkpointed(file: Path, job: ProposeJob, us: Team) -> tuple[ProposalNetwork, dict[str, Any]]:
+    """The network of --checkpoint, on the team's device, and what made it. Raises HdovdError if it saw other base classes."""
+    network, origin = load_network(file, job.recipe)
+    known, base = set(origin["protocol"]["base"]), set(load_protocol(job.protocol).base)
+    if not known <= base:
+        raise HdovdError(f"{file} was trained on boxes of {', '.join(sorted(known - base)[:8])}, which {job.protocol} does not call base: "
+                         "its proposals would give novel classes away. Train a network with this protocol")
+    return placed(network, us.device).eval(), origin
+
+
+def replaced_line(file: Path, planned: Mapping[str, Any]) -> str | None:
+    """What to say of a file whose place new proposals will take; None if what is `planned` of them made it too."""
+    try:
+        before = read_table(file)
+    except HdovdError:
+        return f"note: {file} is there, but is no proposal file that can be read; these proposals will replace it"
+    known = before.made_by or {}
+    if all(known.get(name) == value for name, value in planned.items()):
+        return None
+    return (f"note: {file} is there with {len(before.image_id):,d} proposals made otherwise ({made_by_line(before.made_by)}); "
+            "these will replace them. To keep them, stop here and give another --out")
+
+
+def _results(network: ProposalNetwork, split: Split, parts: Parts, mine: list[int], job: ProposeJob,
+             us: Team) -> Iterator[tuple[int, Proposals | str]]:
+    """The images of the parts `mine` in order: the id of each, and its proposals, or why it cannot be read."""
+    numbers = [number for part in mine for number in parts.rows(part)]
+    base = {split.images[number].id: torch.from_numpy(split.images[number].boxes) for number in numbers}
+    workers, config = training_workers(us.device, job.recipe.train.workers), job.recipe.train
+    if not numbers:
+        return
+    batches = Batches(Pictures(split, job.recipe, numbers), config.batch_size, workers, device=us.device)
+    for pictures in progress(batches, "propose", "batch", len(batches) if us.leads else 0):
+        with inference_autocast(us.device, network.recipe):
+            scored = network.propose([picture.pixels.to(us.device) for picture in pictures])
+        for (boxes, scores), picture in zip(scored, pictures, strict=True):
+            keep = select_proposals(boxes.cpu(), scores.cpu(), base[picture.image_id], job)
+            found = Proposals(boxes.cpu()[keep].numpy(), scores.cpu()[keep].numpy())
+            yield picture.image_id, picture.problem or found
+
+
+def stop_if_asked(stop: StopSignal, doing: str) -> None:
+    """Raises Stopped, saying what was being done, if a signal came."""
+    if stop.received:
+        raise Stopped(f"stopped while {doing}; the same command goes on there", exit_code(stop.received))
+
+
+def select_proposals(boxes: Tensor, scores: Tensor, base: Tensor, job: ProposeJob) -> Tensor:
+    """Rows to keep of an image's proposals, best first: those that overlap a base box go, then NMS.
+
+    Args:
+        boxes: (n, 4), scores: (n,), base: (b, 4); xyxy pixels of the original image.
+    """
+    usable = ((boxes[:, 2:] - boxes[:, :2]) >= job.min_side).all(dim=1) & (scores >= job.min_score)
+    usable &= (box_iou(boxes, base) <= job.overlap).all(dim=1)
+    rows = usable.nonzero().flatten()
+    return rows[nms(boxes[rows], scores[rows], job.overlap)][: job.top]

@@ -1,0 +1,143 @@
+"""How many objects class-agnostic proposals find: average recall of networks side by side, of base and of novel objects.
+
+Counted over what a network proposes, before proposals that overlap base boxes are taken out. Novel objects are counted as a diagnosis
+alone: no stage chooses anything by them. Called by `hdovd propose --report` and Python; under torchrun by every process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import Split, read_instances
+from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.evaluation.recall import THRESHOLDS, found_at, recall
+from hdovd.modeling.proposals.base import ProposalNetwork
+from hdovd.pipelines.common.atomic_write import write_text
+from hdovd.pipelines.common.device import placed, training_workers
+from hdovd.pipelines.common.distributed import Team, team
+from hdovd.pipelines.common.precision import inference_autocast
+from hdovd.pipelines.common.progress import progress
+from hdovd.pipelines.common.signals import StopSignal
+from hdovd.pipelines.dataloading.loader import Batches
+from hdovd.pipelines.proposals.config import RecallJob
+from hdovd.pipelines.proposals.networks import load_network
+from hdovd.pipelines.proposals.pictures import Pictures
+from hdovd.pipelines.proposals.propose import stop_if_asked
+from hdovd.pipelines.proposals.training import trained_network
+
+MOST = (5, 10, 30, 100)  # proposals an image
+GROUPS = ("base", "novel")
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Average recall of one network in percent, by group ("base", "novel") and number of proposals an image; NaN without objects.
+
+    `objects`: by group. `proposals`: an image, in the mean, of all that the network has.
+    """
+
+    name: str
+    ar50: dict[str, dict[int, float]]
+    ar: dict[str, dict[int, float]]
+    objects: dict[str, int]
+    images: int
+    proposals: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"network": self.name, "images": self.images, "proposals_per_image": self.proposals, "objects": self.objects,
+                "ar50": _without_nan(self.ar50), "ar50_95": _without_nan(self.ar), "novel": "a diagnosis: never used for choosing"}
+
+
+def _without_nan(rows: dict[str, dict[int, float]]) -> dict[str, dict[int, float | None]]:
+    """JSON knows no NaN."""
+    return {group: {most: None if value != value else value for most, value in values.items()} for group, values in rows.items()}
+
+
+def recall_report(job: RecallJob, log: Callable[[str], None] = print) -> list[Recall]:
+    """Train or load the networks, count what they find and say it; with `job.out` also in NAME.recall.json beside it.
+
+    Raises HdovdError for bad input or a validation picture that cannot be read, and Stopped if a signal ended it.
+    """
+    job.check()
+    with team(job.device) as us, StopSignal() as stop:
+        log = log if us.leads else lambda _: None
+        assert job.validation is not None  # as checked
+        wanted, protocol = job.networks(), load_protocol(job.protocol)
+        validation = without_crowds(job.validation.load("val2017", protocol, base_only=False, log=log, exif=job.recipe.input.exif))
+        found = []
+        if wanted:
+            split = job.data.load("train2017", protocol, base_only=True, log=log, exif=job.recipe.input.exif)
+            for network_job in wanted:
+                network, _ = trained_network(network_job, split, us, stop, log)
+                found.append(_recall(network_job.detector.value, network, validation, protocol, job, us, stop))
+        for file in job.checkpoints:
+            network, origin = load_network(file, job.recipe)
+            name = f"{origin['detector']} {file.name}"
+            found.append(_recall(name, placed(network, us.device).eval(), validation, protocol, job, us, stop))
+        if us.leads and job.out is not None:
+            file, content = job.out.with_name(f"{job.out.stem}.recall.json"), json.dumps([one.to_dict() for one in found], indent=1)
+            write_text(file, content)
+            log(f"wrote {file}")
+        log(recall_table(found))
+        return found
+
+
+def without_crowds(split: Split) -> Split:
+    """A box around many objects is none that a proposal could find."""
+    found = read_instances(split.annotations)
+    crowds = {number for number, crowd in zip(found.ids, found.crowd, strict=True) if crowd}
+    images = []
+    for image in split.images:
+        keep = np.array([number not in crowds for number in image.annotation_ids.tolist()], bool)
+        images.append(type(image)(image.id, image.file_name, image.width, image.height, image.boxes[keep], image.labels[keep],
+                                  image.annotation_ids[keep]))
+    return replace(split, images=images)
+
+
+def _recall(name: str, network: ProposalNetwork, split: Split, protocol: Protocol, job: RecallJob, us: Team, stop: StopSignal) -> Recall:
+    numbers = list(range(len(split.images)))[us.rank :: us.world]
+    workers, place = training_workers(us.device, job.recipe.train.workers), 0
+    found: dict[str, list[np.ndarray]] = {group: [] for group in GROUPS}
+    count = 0
+    batches = Batches(Pictures(split, job.recipe, numbers), job.recipe.train.batch_size, workers, device=us.device)
+    for pictures in progress(batches, f"recall {name}", "batch", len(batches) if us.leads else 0):
+        stop_if_asked(stop, "counting; networks that were trained are kept")
+        with inference_autocast(us.device, network.recipe):
+            scored = network.propose([p.pixels.to(us.device) for p in pictures])
+        for picture, (boxes, _) in zip(pictures, scored, strict=True):
+            if picture.problem:
+                raise HdovdError(f"{picture.problem}; recall without it would be another data set's")
+            image, best = split.images[numbers[place]], boxes[: max(MOST)].cpu().numpy()
+            is_base = image.labels < len(protocol.base)
+            for group, rows in (("base", is_base), ("novel", ~is_base)):
+                found[group].append(found_at(best, image.boxes[rows]))
+            place, count = place + 1, count + len(boxes)
+    shares = us.gather((found, count))
+    every = {group: [one for part, _ in shares for one in part[group]] for group in GROUPS}
+    at = {group: {most: recall(every[group], most) * 100 for most in MOST} for group in GROUPS}
+    return Recall(name, {group: {most: float(values[0]) for most, values in rows.items()} for group, rows in at.items()},
+                  {group: {most: float(values.mean()) for most, values in rows.items()} for group, rows in at.items()},
+                  {group: sum(one.shape[1] for one in every[group]) for group in GROUPS}, len(split.images),
+                  sum(n for _, n in shares) / len(split.images))
+
+
+def recall_table(found: list[Recall]) -> str:
+    """Networks side by side, base and novel, as text."""
+    first, width = found[0], max(len(one.name) for one in found)
+    heads = [f"AR@{most}" for most in MOST]
+    base, novel = (first.objects[group] for group in GROUPS)
+    lines = [f"Average recall in percent, {first.images} pictures, {base} base and {novel} novel objects.",
+             "Novel is a diagnosis: choose nothing by it.",
+             f"{'':{width}s} {'':6s}{'IoU 0.5':>{8 * len(MOST)}s}{f'IoU {THRESHOLDS[0]}:{THRESHOLDS[-1]}':>{8 * len(MOST)}s}",
+             f"{'':{width}s} {'':6s}" + "".join(f"{head:>8s}" for head in heads * 2)]
+    for one in found:
+        for group in GROUPS:
+            values = [*one.ar50[group].values(), *one.ar[group].values()]
+            lines.append(f"{one.name:{width}s} {group:6s}" + "".join(f"{'none' if v != v else f'{v:.1f}':>8s}" for v in values))
+    return "\n".join(lines)

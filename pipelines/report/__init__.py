@@ -1,0 +1,1 @@
+"""`hdovd report`: runs in, one HTML page out."""

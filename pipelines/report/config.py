@@ -1,0 +1,66 @@
+"""What `hdovd report` is asked for. Imports no torch: a mistake shows before that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+
+from hdovd.core.errors import HdovdError, shorten
+from hdovd.data.coco import DataPaths
+from hdovd.pipelines.runs.listing import find_runs
+
+REPORT_FILE = "index.html"
+
+
+@dataclass(frozen=True, slots=True)
+class ReportJob:
+    """`data`: where the pictures are; nothing given: where the first run's cache says that it was made from. `gallery`, `pseudo`: how many
+    validation and training images are shown. `relation_images`: in the batch of the relation matrices; 0 leaves them out. `threshold`:
+    scores from which a detection is shown and counts in the confusion. `validation`: the validation images, if they are not val2017 of
+    `data`. `batch_size`, `workers`: of the evaluation of runs that have none yet. `trust`: as `RunFolder.trusted`, of all of them."""
+
+    runs: tuple[Path, ...]
+    out: Path
+    data: DataPaths = field(default_factory=DataPaths)
+    validation: DataPaths | None = None
+    gallery: int = 36
+    pseudo: int = 12
+    relation_images: int = 8
+    threshold: float = 0.3
+    device: str = "auto"
+    batch_size: int = 16
+    workers: int | None = None
+    trust: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise HdovdError("a report needs a run: give the folders that hdovd train wrote")
+        if not 0 <= self.threshold < 1:
+            raise HdovdError(f"--threshold {self.threshold}: expected a score from 0 up to, not including, 1")
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths alone."""
+        _require_room(self.out)
+        for run in self.runs:
+            _require_run(run)
+        if (data := self.validation or self.data) != DataPaths():
+            data.locate("val2017")
+
+
+def _require_room(out: Path) -> None:
+    """Raises HdovdError for a file, or a folder that holds other things than a report."""
+    if out.is_file() or out.suffix == ".html":
+        raise HdovdError(f"--out {out} is a file: give a folder, in which {REPORT_FILE} is written")
+    if out.is_dir() and not (out / REPORT_FILE).is_file() and (others := sorted(entry.name for entry in out.iterdir())):
+        raise HdovdError(f"--out {out} holds other things ({shorten(list(others))}): give a folder that is new, empty, or a report's")
+
+
+def _require_run(path: Path) -> None:
+    """Raises HdovdError, naming runs that are near, for a folder that is none."""
+    if (path / "run.json").is_file():
+        return
+    inside = [str(run) for run in find_runs([path])] if path.is_dir() else []
+    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], 1) if path.parent.is_dir() else []
+    hint = f"; there are runs in it: {shorten(list(inside))}" if inside else f"; did you mean {path.parent / near[0]}?" if near else ""
+    raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote{hint}")

@@ -1,0 +1,178 @@
+"""A checkpoint of the authors' detectors as a run folder of ours, for eval, detect, export and report.
+
+Called by `hdovd import-checkpoint` and Python. The file is a stranger's: tensors and plain containers are read from it, nothing is run.
+Every tensor of it is used or named, and every weight of the detector comes from it or is named. D embedding size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hdovd.config.recipe import Recipe, load_recipe
+from hdovd.core.errors import HdovdError, shorten
+from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.modeling.base import Detector, build_detector
+from hdovd.modeling.published_weights.names import PUBLISHED, Published
+from hdovd.pipelines.common.provenance import provenance
+from hdovd.pipelines.common.tensors import Unfit, floats, load_pth
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.import_config import ImportCheckpointJob
+from hdovd.pipelines.runs.weights import weights_hash
+
+_TRUST = ("pseudo_boxes.reliability_centre=0.31", "pseudo_boxes.reliability_width=0.026", "pseudo_boxes.reliability_scale=1.3")  # METHOD 2
+
+
+def import_checkpoint(job: ImportCheckpointJob, log: Callable[[str], None] = print) -> RunFolder:
+    """Write a run folder with the weights of a checkpoint. Raises HdovdError, before anything is written, for one that does not fit."""
+    job.check()
+    published = PUBLISHED[job.detector]
+    protocol = load_protocol(job.protocol)
+    recipe = load_recipe(published.recipe, [*_TRUST, *published.settings, *job.settings]).with_precision("fp32")  # the authors'
+    state, about = read_checkpoint(job.file, log)
+    _require_detector(state, job)
+    dim = int(state[published.background].shape[-1])
+    texts = _class_embeddings(job, protocol, dim)
+    model = build_detector(recipe, dim, None)
+    _give_object(model, job, dim, log)
+    unused = take(model, state, published, str(job.file), log)
+    record = {"cache": {"path": None, "levels": {}}, "skipped": {}, **provenance(torch.device("cpu"), 1),
+              "imported": {"file": str(job.file.resolve()), "sha256": weights_hash(job.file), "tensors": len(state) - len(unused),
+                           "unused": unused, **about, "class_embeddings": str(job.class_embeddings)}}
+    run = RunFolder.create(job.out, recipe, protocol, texts, record, overwrite=job.overwrite)
+    run.save_model(model)
+    log(f"wrote {run.path}: {_size(recipe, model)}; next: hdovd eval {run.path} --data COCO")
+    return run
+
+
+def read_checkpoint(file: Path, log: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a checkpoint by name, floating-point ones as float32, and what its meta says of epoch and iteration.
+
+    Raises HdovdError for a file that is none, or wants to run code.
+    """
+    if not file.is_file():
+        raise HdovdError(f"{file}: no such file")
+    try:
+        content = load_pth(file)
+        state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+        if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+            raise HdovdError(f"{file} is no checkpoint: expected a dict with \"state_dict\", names to tensors, as mmcv writes it")
+        tensors, narrow = {}, dict[str, int]()
+        for name, value in state.items():
+            plain = str(name).removeprefix("module.")
+            if value.is_floating_point():
+                if value.dtype != torch.float32:
+                    kind = str(value.dtype).removeprefix("torch.")
+                    narrow[kind] = narrow.get(kind, 0) + 1
+                tensors[plain] = torch.from_numpy(floats(value, f"{file}: {plain}"))
+            else:
+                tensors[plain] = value
+    except Unfit as error:
+        raise HdovdError(str(error)) from error
+    for kind, count in narrow.items():
+        log(f"{count} tensors are {kind}: made float32")
+    if bad := [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise HdovdError(f"{file} holds numbers that are not finite, in {shorten(list(bad))}: the training that wrote it failed")
+    others = sorted(str(name) for name in content if name not in ("state_dict", "meta")) if "state_dict" in content else []
+    if others:
+        log(f"not used: {', '.join(others)}")
+    meta = content.get("meta") if "state_dict" in content else None
+    meta = meta if isinstance(meta, Mapping) else {}
+    return tensors, {key: meta[key] for key in ("epoch", "iter") if isinstance(meta.get(key), int)}
+
+
+def take(model: Detector, state: Mapping[str, Tensor], published: Published, file: str, log: Callable[[str], None]) -> list[str]:
+    """Load a checkpoint's tensors into the model; returns the names of those that it does without.
+
+    Raises HdovdError naming what the model lacks, what it has no place for, and what is of another shape.
+    """
+    own, found = model.state_dict(), dict[str, Tensor]()
+    unneeded, unknown, wrong = dict[str, str](), list[str](), list[str]()
+    for name, value in state.items():
+        ours = published.own_name(name)
+        if ours in own:
+            if value.shape not in (own[ours].shape, (1, *own[ours].shape)):
+                wrong.append(f"{name} is {tuple(value.shape)}, expected {tuple(own[ours].shape)}")
+            else:
+                found[ours] = value.reshape(own[ours].shape)
+        elif why := _why(name, published.unneeded):
+            unneeded[name] = why
+        else:
+            unknown.append(name)
+    rest = [name for name in own if name not in found]
+    anew = {name: why for name in rest if (why := _why(name, published.anew))}
+    missing = [name for name in rest if name not in anew]
+    problems = [f"{len(names)} {what}: {shorten(list(names))}" for what, names in (
+        ("weights of the detector are missing", missing), ("tensors are of no part of it", unknown),
+        ("tensors are of another shape", wrong)) if names]
+    if problems:
+        raise HdovdError(f"{file} does not fit detector {model.recipe.detector.name} of this recipe:\n  " + "\n  ".join(problems))
+    for names, verb in ((unneeded, "not used"), (anew, "not in the file")):
+        for why in dict.fromkeys(names.values()):
+            of = [name for name, reason in names.items() if reason == why]
+            log(f"{verb}: {len(of)} tensors ({shorten(list(of), 2)}): {why}")
+    model.load_state_dict(found, strict=False)
+    log(f"{file}: {len(found)} of {len(state)} tensors used")
+    return list(unneeded)
+
+
+def _why(name: str, reasons: Mapping[str, str]) -> str | None:
+    return next((why for pattern, why in reasons.items() if re.fullmatch(pattern, name)), None)
+
+
+def _require_detector(state: Mapping[str, Tensor], job: ImportCheckpointJob) -> None:
+    """Raises HdovdError for a checkpoint of another detector."""
+    known = {name: sum(p.own_name(key) is not None for key in state) for name, p in PUBLISHED.items()}
+    best = max(known, key=lambda name: known[name])
+    if known[best] > known[job.detector]:
+        raise HdovdError(f"{job.file} is a checkpoint of {best}, not of {job.detector} ({known[best]} and {known[job.detector]} of "
+                         f"{len(state)} tensors are of it): give --detector {best}")
+    if PUBLISHED[job.detector].background not in state:
+        raise HdovdError(f"{job.file} is no checkpoint of the authors' {job.detector}: it has no {PUBLISHED[job.detector].background}, but "
+                         f"{shorten(list(state))}")
+
+
+def _class_embeddings(job: ImportCheckpointJob, protocol: Protocol, dim: int) -> Tensor:
+    """(C, D) float32, normalised."""
+    if job.class_embeddings is None:
+        raise HdovdError(f"a checkpoint holds no class embeddings: give --class-embeddings FILE, a .pt of {len(protocol.names)} x {dim}, "
+                         f"in the order of protocol {protocol.name}")
+    return _rows(job.class_embeddings, len(protocol.names), dim, f"--class-embeddings {job.class_embeddings}",
+                 f"a row for each class of protocol {protocol.name}, base before novel, of the checkpoint's embedding size")
+
+
+def _rows(file: Path, count: int, dim: int, what: str, meaning: str) -> Tensor:
+    if not file.is_file():
+        raise HdovdError(f"{what}: no such file")
+    try:
+        rows = torch.from_numpy(floats(load_pth(file), what))
+    except Unfit as error:
+        raise HdovdError(str(error)) from error
+    if rows.shape != (count, dim):
+        raise HdovdError(f"{what} is {tuple(rows.shape)}, expected ({count}, {dim}): {meaning}")
+    if not (rows.isfinite().all() and rows.any(dim=1).all()):
+        raise HdovdError(f"{what} has rows that are zero or not finite")
+    return F.normalize(rows, dim=1)
+
+
+def _give_object(model: Detector, job: ImportCheckpointJob, dim: int, log: Callable[[str], None]) -> None:
+    """AdaMixer measures objectness against one text embedding, which is no weight and so not in a checkpoint."""
+    if job.detector != "adamixer":
+        if job.object_embedding is not None:
+            log(f"not used: --object-embedding; {job.detector} has no use for it")
+        return
+    if job.object_embedding is None:
+        raise HdovdError(f"adamixer needs the text embedding that its objectness is measured against: give --object-embedding FILE, a .pt "
+                         f"of 1 x {dim}")
+    model.set_object_text(_rows(job.object_embedding, 1, dim, f"--object-embedding {job.object_embedding}",
+                                "the embedding of \"object\", of the checkpoint's embedding size")[0])
+
+
+def _size(recipe: Recipe, model: Detector) -> str:
+    return f"{recipe.detector.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"

@@ -1,0 +1,254 @@
+"""Run folders as values: what a run was made from, how far it came, what it reached; and what tells two of them apart.
+
+Called by `hdovd runs`, `hdovd ablate` and Python. Reads text files alone, so that a table of many runs is there at once; what is
+missing or damaged is said of the run, and never stops the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from hdovd.cache.identity import require_seal
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.common.settings import SWITCH, Settings, differences, flat
+
+GROUPS = ("novel", "base", "all")
+
+
+class State(StrEnum):
+    """How far a run is. A run that is under way looks like one that was stopped."""
+
+    FINISHED = "finished"
+    NOT_EVALUATED = "not evaluated"
+    STOPPED = "stopped"
+    DAMAGED = "damaged"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run folder. `wrong`: what could not be read of it, and why. AP50 in percent by group, None without ground truth."""
+
+    path: Path
+    state: State
+    date: datetime
+    settings: Settings = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    levels: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the cache: {level: {"key", "inputs"}}
+    cache: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    git: dict[str, Any] | None = None
+    epochs_done: int = 0
+    ap50: dict[str, float | None] = field(default_factory=dict)
+    split_blind: dict[str, float | None] = field(default_factory=dict)
+    per_class: dict[str, float | None] = field(default_factory=dict)
+    wrong: tuple[str, ...] = ()
+
+    @property
+    def epochs(self) -> int | None:
+        """How many the recipe wants."""
+        epochs = self.settings.get("train.epochs")
+        return epochs if isinstance(epochs, int) else None
+
+    @property
+    def seed(self) -> int | None:
+        return self.settings.get("train.seed")
+
+    @property
+    def distillation(self) -> tuple[str, ...]:
+        """The levels of distillation that are on, and the losses that the recipe adds."""
+        levels = [key.split(".")[1] for key, value in self.settings.items()
+                  if key.startswith("loss.") and key.endswith(SWITCH) and value is True]
+        added = [key.split(".")[2] for key in self.settings if key.startswith("loss.extra.") and key.endswith(".use")]
+        return tuple(dict.fromkeys(levels + added))
+
+    @property
+    def cache_id(self) -> str | None:
+        """The same for runs that read the same features, wherever these lie."""
+        return features_id(self.levels) if self.levels else None
+
+
+@dataclass(frozen=True, slots=True)
+class RunDifference:
+    """What differs between two runs, as (what, value of a, value of b); `classes` are AP50, the largest difference first."""
+
+    a: Run
+    b: Run
+    config: list[tuple[str, Any, Any]]
+    cache: list[tuple[str, Any, Any]]
+    versions: list[tuple[str, Any, Any]]
+    git: list[tuple[str, Any, Any]]
+    protocol: list[tuple[str, Any, Any]]
+    groups: list[tuple[str, float | None, float | None]]
+    classes: list[tuple[str, float, float]]
+
+
+def features_id(levels: Mapping[str, Mapping[str, Any]]) -> str:
+    """Eight characters for a set of cache levels, from their keys."""
+    text = "\n".join(f"{level} {entry.get('key')}" for level, entry in sorted(levels.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def find_runs(folders: Iterable[Path]) -> list[Path]:
+    """All run folders in these folders, at any depth, each once. Links to folders, pictures and caches are not looked into.
+
+    Raises HdovdError for a folder that is not there.
+    """
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise HdovdError(f"{folder}: no such folder; give folders that hold runs, or run folders")
+        for path in _walk(folder):
+            found.setdefault(path.resolve(), path)
+    return sorted(found.values())
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for root, names, files in os.walk(folder):
+        names[:] = sorted(name for name in names if name != "pictures" and not name.startswith("."))
+        if "zarr.json" in files:  # a cache: thousands of folders, and no run
+            names.clear()
+        elif "run.json" in files or {"config.toml", "log.jsonl"} <= set(files):
+            yield Path(root)
+
+
+def read_runs(folders: Iterable[Path]) -> list[Run]:
+    """All runs in these folders. Raises HdovdError for a folder that is not there; damaged runs are among the runs."""
+    return [read_run(path) for path in find_runs(folders)]
+
+
+def read_run(path: Path) -> Run:
+    """One run; what cannot be read is in `wrong`. Raises HdovdError if it is no run folder."""
+    if not path.is_dir() or not any((path / name).exists() for name in ("run.json", "config.toml")):
+        raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote")
+    wrong: list[str] = []
+    record = _json(path / "run.json", wrong)
+    try:
+        require_seal(record)
+    except ValueError as error:
+        wrong.append(f"run.json: {error}")
+    settings = _settings(path / "config.toml", wrong)
+    cache, levels = _tree(record.get("cache")), {}
+    for level, entry in _tree(cache.get("levels")).items():
+        levels[str(level)] = _tree(entry)
+    metrics = _json(path / "metrics.json", wrong) if (path / "metrics.json").exists() else {}
+    epochs = settings.get("train.epochs")
+    planned = epochs if isinstance(epochs, int) else None
+    done = planned if "imported" in record and planned else _epochs_done(path, planned, wrong)
+    per_class = {name: _number(_tree(values).get("ap50")) for name, values in _tree(metrics.get("per_class")).items()}
+    ap50, blind = _groups(metrics), _groups(_tree(metrics.get("split_blind")))
+    if metrics and not ap50:
+        wrong.append("metrics.json has no AP50: run hdovd eval again")
+    at_end = bool(done) and done == epochs
+    state = State.DAMAGED if wrong else State.STOPPED if not at_end else State.FINISHED if metrics else State.NOT_EVALUATED
+    return Run(path, state, _date(path, record), settings, _tree(record.get("protocol")), levels, cache.get("path"),
+               _tree(record.get("versions")), _tree(record.get("git")) or None, done, ap50, blind, per_class, tuple(wrong))
+
+
+def compare_runs(a: Path, b: Path) -> RunDifference:
+    """What differs between two runs. Raises HdovdError if one is no run; what is damaged in one is left out."""
+    first, second = read_run(a), read_run(b)
+    groups = [(name, of_a.get(group), of_b.get(group))
+              for suffix, of_a, of_b in (("", first.ap50, second.ap50), (" split-blind", first.split_blind, second.split_blind))
+              for group in GROUPS for name in [group + suffix] if group in of_a or group in of_b]
+    classes = [(name, x, y) for name, x in first.per_class.items() if x is not None and (y := second.per_class.get(name)) is not None]
+    classes.sort(key=lambda entry: (-abs(entry[2] - entry[1]), entry[0]))
+    return RunDifference(
+        first, second, differences(first.settings, second.settings), _cache_differences(first, second),
+        differences(first.versions, second.versions), differences(first.git or {}, second.git or {}),
+        differences(first.protocol, second.protocol), groups, classes)
+
+
+def _cache_differences(a: Run, b: Run) -> list[tuple[str, Any, Any]]:
+    """Levels by their keys, and of a level with another key the inputs that differ; the place of the cache."""
+    lines = differences({"path": a.cache}, {"path": b.cache})
+    keys = [{level: entry.get("key") for level, entry in run.levels.items()} for run in (a, b)]
+    for level, *values in differences(*keys):
+        lines.append((level, *values))
+        if None not in values:
+            inputs = [flat(_tree(run.levels[level].get("inputs"))) for run in (a, b)]
+            lines += [(f"{level}: {key}", x, y) for key, x, y in differences(*inputs)]
+    return lines
+
+
+# --- reading ---
+
+def _json(file: Path, wrong: list[str]) -> dict[str, Any]:
+    """The object in a file; empty, with a word in `wrong`, if there is none."""
+    try:
+        tree = json.loads(file.read_text())
+    except FileNotFoundError:
+        wrong.append(f"no {file.name}")
+    except (OSError, ValueError) as error:
+        wrong.append(f"{file.name}: {error}")
+    else:
+        if isinstance(tree, dict):
+            return tree
+        wrong.append(f"{file.name} holds no object")
+    return {}
+
+
+def _settings(file: Path, wrong: list[str]) -> Settings:
+    """The recipe as it is written: that of another version, which has other keys, can be listed and compared too."""
+    try:
+        tree = tomllib.loads(file.read_text())
+        tree.pop("proposals", None)  # of another stage, and not in the files of older versions
+        return flat(tree)
+    except FileNotFoundError:
+        wrong.append(f"no {file.name}")
+    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        wrong.append(f"{file.name}: {error}")
+    return {}
+
+
+def _epochs_done(path: Path, epochs: int | None, wrong: list[str]) -> int:
+    """Epochs whose end is logged. The log tells the steps of an epoch from the first one on; the weights that it ended at all."""
+    entries: list[tuple[int, int]] = []
+    lines = (path / "log.jsonl").read_bytes().splitlines() if (path / "log.jsonl").is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            if number < len(lines):  # the last line may be torn: the process was killed while it wrote
+                wrong.append(f"log.jsonl: line {number} is no JSON")
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and isinstance(entry.get("epoch"), int):
+            entries.append((entry["epoch"], entry["step"]))
+    if not entries or not (path / "model.safetensors").is_file():
+        return 0
+    last_epoch, last_step = max(entries)
+    steps = max((step for epoch, step in entries if epoch == 1), default=0)
+    if last_epoch == 1 or not steps:  # the steps of an epoch are not known; there are weights, so one has ended
+        return max(last_epoch - 1, 1)
+    done = last_epoch if last_step >= last_epoch * steps else last_epoch - 1
+    return done if epochs is None else min(done, epochs)
+
+
+def _date(path: Path, record: Mapping[str, Any]) -> datetime:
+    """When the run was begun."""
+    try:
+        return datetime.fromisoformat(record["time"]).astimezone()
+    except (KeyError, TypeError, ValueError):
+        file = path / "run.json"
+        return datetime.fromtimestamp((file if file.exists() else path).stat().st_mtime).astimezone()
+
+
+def _groups(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    values = _tree(metrics.get("ap50"))
+    return {group: _number(values[group]) for group in GROUPS if group in values}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _tree(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

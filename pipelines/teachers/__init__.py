@@ -1,0 +1,1 @@
+"""Frozen models that extraction asks for embeddings, with their preprocessing and prompts."""

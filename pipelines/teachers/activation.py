@@ -1,0 +1,11 @@
+"""Activations of CLIP's transformers. Imports nothing, for the sake of --help."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Activation(StrEnum):
+    AUTO = "auto"
+    GELU = "gelu"
+    QUICK_GELU = "quickgelu"

@@ -1,0 +1,60 @@
+"""What extraction asks of a frozen model: CLIP is one (`clip_teacher`); benchmarks and Ray workers bring their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hdovd.pipelines.teachers.prompts import Name
+
+
+class Teacher(Protocol):
+    """Embeds pictures and names. n pictures or texts, D embedding size.
+
+    `fit`: a picture (3, h, w) uint8 -> (3, *input_size) uint8; called in worker processes. `identity`: what determines the
+    answers, preprocessing aside; JSON values. `notes`: what a user should read. `made_with`: what a user may want to know later,
+    of no weight in the identity.
+    """
+
+    dim: int
+    device: torch.device
+    identity: dict[str, Any]
+    notes: Sequence[str]
+    made_with: dict[str, Any]
+
+    @property
+    def input_size(self) -> tuple[int, int]: ...
+
+    @property
+    def fit(self) -> Callable[[Tensor], Tensor]: ...
+
+    @property
+    def preprocessing(self) -> dict[str, Any]: ...
+
+    def embed_images(self, pixels: Tensor) -> np.ndarray:
+        """(n, 3, *input_size) uint8 -> (n, D) float32, L2-normalised. Called by several threads at once."""
+        ...
+
+    def embed_names(self, names: Sequence[Name], templates: Sequence[str]) -> np.ndarray:
+        """Names -> (n, D) float32, L2-normalised: the mean over templates and over a row's names (METHOD section 2)."""
+        ...
+
+    def hash_prompts(self, names: Sequence[Name], templates: Sequence[str]) -> str:
+        """A hash of what the text tower is given for every prompt: the tokenizer's part of the identity."""
+        ...
+
+    def prompt_notes(self, names: Sequence[Name], templates: Sequence[str]) -> list[str]:
+        """What the user should know of the prompts: which are too long for the text tower, and which names it cannot tell apart."""
+        ...
+
+    def best_batch(self) -> int:
+        """How many pictures to embed at a time, found out on the device."""
+        ...
+
+    def peak_memory_bytes(self) -> int | None:
+        """The most GPU memory that was in use, or None without a GPU."""
+        ...

@@ -1,0 +1,422 @@
+"""The frozen CLIP: loaded through open_clip with its own preprocessing, tokenizer and activation.
+
+The only file of the commands that imports open_clip. n pictures or texts, D embedding size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import QuickGELU, Transformer
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from hdovd.cache.identity import hash_tables
+from hdovd.core.errors import HdovdError, is_file, shorten
+from hdovd.core.text_files import read_json
+from hdovd.pipelines.common.device import pick_device
+from hdovd.pipelines.common.precision import Precision, choose
+from hdovd.pipelines.teachers.activation import Activation
+from hdovd.pipelines.teachers.preprocessing import Preprocessing
+from hdovd.pipelines.teachers.prompts import Name, prompts
+
+_TEXT_BATCH = 256
+CPU_BATCH = 64  # embedded by each thread alone: larger ones are no faster, and take longer to stop
+LARGEST_BATCH = 1_024  # each worker process has two of them ready
+BATCH_GAIN = 1.03  # a larger batch that is no faster than this only takes memory
+
+
+@dataclass(slots=True)
+class ClipTeacher:
+    """A CLIP ready to embed: a `teacher.Teacher`."""
+
+    model: Any
+    transform: Preprocessing
+    tokenizer: Any
+    device: torch.device
+    precision: Precision
+    dim: int
+    identity: dict[str, Any]
+    notes: Sequence[str]
+    made_with: dict[str, Any]
+    halves: list[int] = field(default_factory=list)  # batches that it went down to for want of memory
+    _best_batch: int | None = None
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        return self.transform.size
+
+    @property
+    def fit(self) -> Callable[[Tensor], Tensor]:
+        return self.transform.fit
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        return self.transform.inputs()
+
+    @torch.inference_mode()
+    def embed_images(self, pixels: Tensor) -> np.ndarray:
+        """(n, 3, *input_size) uint8 -> (n, D) float32, L2-normalised."""
+        return self.embed_preprocessed(self.transform.normalise(pixels.to(self.device, non_blocking=True)))
+
+    def embed_preprocessed(self, pixels: Tensor) -> np.ndarray:
+        """(n, 3, *input_size) float32 as open_clip's own transform gives it -> (n, D) float32, L2-normalised."""
+        return self.in_memory(lambda start, stop: self._encode(pixels[start:stop]), 0, len(pixels))
+
+    def in_memory(self, embed: Callable[[int, int], np.ndarray], start: int, stop: int) -> np.ndarray:
+        """The rows that `embed` gives for pictures `start` to `stop`, in halves where they do not fit into the GPU's memory.
+
+        Raises HdovdError if not even one picture fits.
+        """
+        try:
+            return embed(start, stop)
+        except torch.OutOfMemoryError as error:
+            if stop - start == 1:
+                raise HdovdError(f"{self.device} has no memory for one picture: {error}") from error
+            half = -(-(stop - start) // 2)
+        if half not in self.halves:
+            self.halves.append(half)
+            tqdm.write(f"out of memory with {stop - start} pictures at a time: going on with {half}", file=sys.stderr)
+        return np.concatenate([self.in_memory(embed, first, min(first + half, stop)) for first in (start, start + half)])
+
+    def best_batch(self) -> int:
+        """On a GPU the batch that was doubled as long as that fitted and made it faster, tried once; on a CPU CPU_BATCH."""
+        if self.device.type != "cuda":
+            return CPU_BATCH
+        if self._best_batch is None:
+            rate, size = 0.0, 16
+            while size <= LARGEST_BATCH and (faster := self._rate(size)) > BATCH_GAIN * rate:
+                rate, self._best_batch, size = faster, size, 2 * size
+        return self._best_batch or 1
+
+    def _rate(self, size: int) -> float:
+        """Pictures a second; 0 if so many do not fit."""
+        try:
+            pixels = torch.zeros(size, 3, *self.input_size, device=self.device)
+            self._encode(pixels)
+            since = time.perf_counter()
+            for _ in range(4):
+                self._encode(pixels)
+        except torch.OutOfMemoryError:
+            return 0.0
+        return 4 * size / (time.perf_counter() - since)
+
+    @torch.inference_mode()
+    def _encode(self, pixels: Tensor) -> np.ndarray:
+        with self.autocast():
+            return _normalised(self.model.encode_image(pixels.to(self.device)))
+
+    def reference_transform(self) -> Callable[[Image.Image], Tensor]:
+        """open_clip's own transform, PIL image -> (3, *input_size) float32: what `transform` has to equal."""
+        config = open_clip.transform.PreprocessCfg(**self.model.visual.preprocess_cfg)
+        transform: Callable[[Image.Image], Tensor] = open_clip.transform.image_transform_v2(config, is_train=False)
+        return transform
+
+    @torch.inference_mode()
+    def embed_names(self, names: Sequence[Name], templates: Sequence[str]) -> np.ndarray:
+        """Names -> (n, D) float32: mean over a row's prompts of normalised embeddings, normalised again (METHOD section 2).
+
+        Holds a batch of prompts and the n rows, however many prompts there are.
+        """
+        mean, count = np.zeros((len(names), self.dim), np.float32), np.zeros((len(names), 1), np.float32)
+        for rows, texts in _prompt_batches(names, templates):
+            with self.autocast():
+                embeddings = _normalised(self.model.encode_text(self.tokenizer(texts).to(self.device)))
+            np.add.at(mean, rows, embeddings)
+            np.add.at(count, rows, 1)
+        mean /= count
+        return np.asarray(mean / np.linalg.norm(mean, axis=1, keepdims=True), np.float32)
+
+    def hash_prompts(self, names: Sequence[Name], templates: Sequence[str]) -> str:
+        return hash_tables(self.tokenizer(texts).numpy() for _, texts in _prompt_batches(names, templates))
+
+    def prompt_notes(self, names: Sequence[Name], templates: Sequence[str]) -> list[str]:
+        length = self.tokenizer([""]).shape[1]
+        cut, told_apart = dict[str, None](), [hashlib.sha256() for _ in names]
+        for rows, texts in _prompt_batches(names, templates):
+            tokens = self.tokenizer(texts)
+            for row, text, short in zip(rows, texts, tokens, strict=True):
+                told_apart[row].update(short.numpy().tobytes())
+                if len(text.encode()) + 2 > length:  # a token is a byte at least; and there are one before and one after
+                    whole = self.tokenizer([text], context_length=len(text.encode()) + 2)[0]
+                    if not torch.equal(whole[:length], short):
+                        cut[text] = None
+        alike: dict[bytes, list[str]] = {}
+        for name, digest in zip(names, told_apart, strict=True):
+            alike.setdefault(digest.digest(), []).append(name if isinstance(name, str) else " or ".join(name))
+        notes = [f"note: {len(cut)} prompts are longer than the {length} tokens of the text tower, which cuts them: {shorten([*cut], 4)}"]
+        notes = notes if cut else []
+        return notes + [f"note: {' and '.join(map(repr, same))} become the same tokens: they have one embedding"
+                        for same in alike.values() if len(same) > 1]
+
+    def peak_memory_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+    def autocast(self) -> torch.autocast:
+        """In the precision asked for."""
+        return torch.autocast(self.device.type, self.precision.dtype, enabled=self.precision is not Precision.FP32)
+
+
+def load_clip(model: str, pretrained: str | None, *, device: str = "auto", precision: Precision = Precision.AUTO,
+              activation: Activation = Activation.AUTO, random_weights: bool = False,
+              cached: Callable[[dict[str, Any]], Precision | None] = lambda _: None) -> ClipTeacher:
+    """Load a CLIP by open_clip's names.
+
+    Args:
+        model: `local-dir:PATH`, `hf-hub:NAME`, or a built-in name, which needs `pretrained`.
+        pretrained: a tag of open_clip, or a checkpoint file.
+        random_weights: do without `pretrained`, to measure speed.
+        cached: the precision that a cache holds embeddings in of the CLIP of this identity, if it does; what `auto` takes.
+
+    Raises HdovdError if the model or its weights cannot be had, or if the activation is not the one wanted.
+    """
+    target = pick_device(device)
+    if ":" in model and pretrained is not None:
+        raise HdovdError(f"--pretrained goes with a model name; {model} brings its own weights")
+    choose(precision, target, training=False)  # refused before weights are loaded
+    config = _model_config(model, pretrained, random_weights)
+    quick_gelu, notes = _activation(model, pretrained, config, activation)
+    overrides = {} if quick_gelu == bool(config.get("quick_gelu", False)) else {"quick_gelu": quick_gelu}
+    tokenizer = _tokenizer(model, config, random_weights)  # first: weights may take minutes
+    torchscript = _is_torchscript(pretrained)
+    of_file, said = _preprocessing_of_file(model, pretrained)
+    try:
+        net = open_clip.create_model(model, None if torchscript else pretrained, device=target, pretrained_text=False,
+                                     force_preprocess_cfg=of_file, require_pretrained=not (torchscript or random_weights), **overrides)
+        if torchscript:
+            _load_torchscript(net, str(pretrained))
+    except Exception as error:  # open_clip raises whatever its loaders raise
+        raise HdovdError(f"CLIP {model}{f' with {pretrained}' if pretrained else ''} cannot be loaded: {error}"
+                         + _how_to_fetch(_repositories(model, pretrained, config))) from error
+    net.eval().requires_grad_(False)
+    _check_activation(net, quick_gelu)
+    identity: dict[str, Any] = {
+        "architecture": _hash_config(config),
+        "weights_sha256": _hash_weights(net),
+        "activation": str(Activation.QUICK_GELU if quick_gelu else Activation.GELU),
+    }
+    own = cached(identity)
+    choice = choose(precision, target, training=False, own=own, whose="the cache's")
+    identity["compute_dtype"] = str(choice.precision.dtype).removeprefix("torch.")
+    notes += [choice.line] if choice.line else []
+    if own not in (None, choice.precision):
+        notes.append(f"note: --precision {precision}: the cache's embeddings of this CLIP are {own}, of which none serves: all are made "
+                     "anew. --precision auto extends them")
+    transform = Preprocessing.of(net.visual.preprocess_cfg)
+    shown = ", ".join(f"{k} {v}" for k, v in transform.inputs().items() if k in ("size", "mean", "std", "resize_mode"))
+    notes.append(f"preprocessing: {shown}{said}")
+    if trunk := config["vision_cfg"].get("timm_model_name"):
+        notes.append(f"image encoder: timm's {trunk}, with its own activations")
+    dim = _embedding_size(net, transform, target)
+    _round_weights(net.visual, choice.precision.dtype)
+    made_with = {"clip": "local-dir" if model.startswith("local-dir:") else model, "pretrained": _tag_or_file_name(pretrained),
+                 "device": torch.cuda.get_device_name(target) if target.type == "cuda" else target.type,
+                 "torch": torch.__version__, "open_clip": open_clip.__version__}
+    if pretrained is not None and is_file(pretrained) and _is_openai_file(Path(pretrained)):
+        made_with["weights"] = "openai"  # whatever the file is called
+    return ClipTeacher(net, transform, tokenizer, target, choice.precision, dim, identity, tuple(notes), made_with)
+
+
+def _tag_or_file_name(pretrained: str | None) -> str | None:
+    return None if pretrained is None else Path(pretrained).name
+
+
+def _prompt_batches(names: Sequence[Name], templates: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
+    """All prompts and the rows that they are of, _TEXT_BATCH at a time."""
+    left = prompts(names, templates)
+    while batch := list(islice(left, _TEXT_BATCH)):
+        yield [row for row, _ in batch], [text for _, text in batch]
+
+
+def _hash_config(config: dict[str, Any]) -> str:
+    """The architecture, apart from the activation, which the identity names by itself: one model has one hash under all its names."""
+    shape = {name: value for name, value in config.items() if name != "quick_gelu"}
+    return hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _embedding_size(net: Any, transform: Preprocessing, device: torch.device) -> int:
+    """The embedding size, asked of the model itself: no attribute for it is common to all families."""
+    with torch.inference_mode():
+        return int(net.encode_image(torch.zeros(1, 3, *transform.size, device=device)).shape[1])
+
+
+def _model_config(model: str, pretrained: str | None, random_weights: bool) -> dict[str, Any]:
+    if model.startswith("local-dir:"):
+        folder = Path(model.removeprefix("local-dir:"))
+        file = folder / "open_clip_config.json"
+        if not file.is_file():
+            raise HdovdError(f"--clip {model}: no {file}; the folder must hold open_clip_config.json and the weights")
+        if not any(p.suffix in (".safetensors", ".bin", ".pth") for p in folder.iterdir()):
+            raise HdovdError(f"--clip {model}: no weights (*.safetensors, *.bin, *.pth) in {folder}")
+        try:
+            return _towers(read_json(file, "--clip"))
+        except (HdovdError, ValueError, KeyError, TypeError) as error:
+            raise HdovdError(f"--clip {model}: {file} is no open_clip config ({error!r})") from error
+    if model.startswith("hf-hub:"):
+        try:
+            return _towers(open_clip.factory._get_hf_config(model.removeprefix("hf-hub:")))
+        except Exception as error:
+            raise HdovdError(f"--clip {model}: not reachable ({error!r}){_how_to_fetch(_repositories(model, None, {}))}") from error
+    config = open_clip.get_model_config(model)
+    if config is None:
+        raise HdovdError(f"--clip {model}: open_clip knows no such model; python -c 'import open_clip; print(open_clip.list_models())' "
+                         "lists them, and local-dir:PATH or hf-hub:NAME take one from elsewhere")
+    if random_weights:
+        return dict(config)
+    if pretrained is None:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
+        raise HdovdError(f"--clip {model} needs --pretrained TAG_OR_FILE, or its weights would be random; tags: {tags}")
+    if not open_clip.get_pretrained_cfg(model, pretrained) and not is_file(pretrained):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
+        raise HdovdError(f"--pretrained {pretrained}: neither a file nor a tag of {model}; tags: {tags}")
+    return dict(config)
+
+
+def _towers(tree: dict[str, Any]) -> dict[str, Any]:
+    """The model's part of an open_clip_config.json. Raises KeyError, ValueError or TypeError if it is none."""
+    config = dict(tree["model_cfg"])
+    return config | {tower: dict(config[tower]) for tower in ("vision_cfg", "text_cfg")}
+
+
+def _repositories(model: str, pretrained: str | None, config: dict[str, Any]) -> list[str]:
+    """Where Hugging Face has the weights, for a tag or an hf-hub name, and the configuration of a text tower that is one of its own."""
+    hub = (open_clip.get_pretrained_cfg(model, pretrained) if pretrained else {}).get("hf_hub", "")
+    names = [model.removeprefix("hf-hub:") if model.startswith("hf-hub:") else "/".join(hub.split("/")[:2]),
+             config.get("text_cfg", {}).get("hf_model_name")]
+    return [name for name in names if name]
+
+
+def _how_to_fetch(repositories: Sequence[str]) -> str:
+    """A line for an error."""
+    if not repositories:
+        return ""
+    commands = " and ".join(f"`hf download {name}`" for name in repositories)
+    return (f"\nOffline nodes: {commands} where there is internet; bring the cache that this fills here (~/.cache/huggingface, or HF_HOME) "
+            "and set HF_HUB_OFFLINE=1; or give --clip local-dir:PATH")
+
+
+def _tokenizer(model: str, config: dict[str, Any], random_weights: bool) -> Any:
+    """open_clip's tokenizer for the model, which for SigLIP, CLIPA and others is one of Hugging Face's."""
+    hugging_face = config["text_cfg"].get("hf_tokenizer_name")
+    if hugging_face and random_weights:  # whose texts mean nothing: do without a download
+        return partial(_one_token, length=config["text_cfg"].get("context_length", 77))
+    try:
+        return open_clip.get_tokenizer(model)
+    except ImportError as error:
+        raise HdovdError(f"the tokenizer of {model} is one of Hugging Face's: pip install 'hdovd[hf]' ({error})") from error
+    except Exception as error:  # open_clip raises whatever its loaders raise
+        way = _how_to_fetch([hugging_face] if hugging_face else [])
+        if hugging_face and model.startswith("local-dir:"):  # open_clip looks for it nowhere else
+            way = "\nThe folder must hold its files too: tokenizer.json and tokenizer_config.json"
+        raise HdovdError(f"the tokenizer of {model} cannot be loaded: {error}{way}") from error
+
+
+def _one_token(texts: Sequence[str], length: int, context_length: int | None = None) -> Tensor:
+    length = context_length or length
+    return torch.ones(len(texts), length, dtype=torch.long)
+
+
+def _preprocessing_of_file(model: str, pretrained: str | None) -> tuple[dict[str, Any] | None, str]:
+    """What a file of weights wants done to pictures, None for open_clip's default, and what to tell the user about how that is known.
+
+    open_clip takes its default for every file; but all weights that it knows for SigLIP, CLIPA or MobileCLIP want another one.
+    """
+    if pretrained is None or open_clip.get_pretrained_cfg(model, pretrained):
+        return None, ""
+    default, known = asdict(open_clip.transform.PreprocessCfg()), []
+    for tag in open_clip.list_pretrained_tags_by_model(model):
+        told = open_clip.transform.merge_preprocess_dict(default, open_clip.get_pretrained_cfg(model, tag))
+        wanted = {name: told[name] for name in ("mean", "std", "interpolation", "resize_mode")}
+        if wanted not in known:
+            known.append(wanted)
+    if len(known) == 1:
+        return known[0], f"; that of all weights that open_clip knows for {model}, as a file does not say"
+    others = "; it knows weights that want another: if the file holds these, give their tag, or local-dir:PATH" if known else ""
+    return None, f"; open_clip's default for {model}, as a file does not say{others}"
+
+
+def _activation(model: str, pretrained: str | None, config: dict[str, Any], wanted: Activation) -> tuple[bool, list[str]]:
+    """Whether the weights were trained with QuickGELU, and what to tell the user about how that is known."""
+    configured = bool(config.get("quick_gelu", False))
+    if wanted is not Activation.AUTO:
+        return wanted is Activation.QUICK_GELU, [f"activation: {wanted}, as asked"]
+    if ":" in model or pretrained is None:
+        return configured, [f"activation: {'quickgelu' if configured else 'gelu'}, from the model's own config"]
+    tag = open_clip.get_pretrained_cfg(model, pretrained)
+    if tag:
+        trained = bool(tag.get("quick_gelu", configured))
+        return trained, [f"activation: {'quickgelu' if trained else 'gelu'}, as tag {pretrained} was trained"]
+    if _is_torchscript(pretrained) or _is_openai_file(Path(pretrained)):
+        return True, ["activation: quickgelu, because the file is OpenAI's"]
+    kind = "quickgelu" if configured else "gelu"
+    return configured, [f"activation: {kind}, from the config of {model}; the file {pretrained} does not say which it was trained "
+                        "with: if its authors used the other one, give --activation"]
+
+
+def _is_openai_file(path: Path) -> bool:
+    """True if the file is one that open_clip names by its sha256 in OpenAI's address of it."""
+    known = {part for name, tag in open_clip.list_pretrained() if tag == "openai"
+             for part in str(open_clip.get_pretrained_cfg(name, tag).get("url", "")).split("/") if len(part) == 64}
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() in known
+
+
+def _is_torchscript(pretrained: str | None) -> bool:
+    """True for a TorchScript archive, the form in which OpenAI published its weights."""
+    if pretrained is None or not is_file(pretrained) or not zipfile.is_zipfile(pretrained):
+        return False
+    with zipfile.ZipFile(pretrained) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _load_torchscript(net: Any, path: str) -> None:
+    state = torch.jit.load(path, map_location="cpu").state_dict()  # runs no Python code, unlike a pickle
+    for extra in ("input_resolution", "context_length", "vocab_size"):
+        state.pop(extra, None)
+    net.load_state_dict({k: v.float() for k, v in state.items()})
+
+
+def _check_activation(net: Any, quick_gelu: bool) -> None:
+    """Looks at open_clip's own transformers: timm's trunks and Hugging Face's text towers always come with what they were trained with."""
+    kinds = {QuickGELU: "QuickGELU", torch.nn.GELU: "GELU"}
+    own = (module for tower in net.modules() if isinstance(tower, Transformer) for module in tower.modules())
+    built, wanted = {type(module) for module in own} & kinds.keys(), QuickGELU if quick_gelu else torch.nn.GELU
+    if built != {wanted} and (built or quick_gelu):
+        raise HdovdError(f"the model was built with {' and '.join(sorted(kinds[kind] for kind in built)) or 'activations of its own'}, "
+                         f"the weights want {kinds[wanted]}; report this with the model's name")
+
+
+def _hash_weights(net: Any) -> str:
+    """sha256 over names and float32 values of all weights: the same for every file format."""
+    digest = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _round_weights(tower: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Round the large weights once, which autocast would do for every batch anew: on a CPU that takes longer than the batch."""
+    for module in tower.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.MultiheadAttention):
+            for weight in module.parameters(recurse=False):
+                weight.data = weight.data.to(dtype)
+
+
+def _normalised(embeddings: Tensor) -> np.ndarray:
+    return np.asarray(F.normalize(embeddings.float(), dim=1).cpu().numpy())

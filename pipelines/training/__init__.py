@@ -1,0 +1,1 @@
+"""`hdovd train`: a cache and a recipe in, a run folder out."""

@@ -1,0 +1,161 @@
+"""`hdovd train --init RUN`: a new run begins with the weights of another run's model, trained here or imported.
+
+Called by `train` and `ablate`. Optimizer, schedule and the losses' memories begin anew. No weight depends on the number or the names of
+classes, so the protocols may differ. Nothing is left at its initial value, and nothing of RUN left out, without a word. D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hdovd.cache.identity import differences
+from hdovd.config.plugins import outside_code
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError, shorten
+from hdovd.data.protocol import Protocol
+from hdovd.modeling.base import Detector, build_detector
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.weights import Weights, weights_hash
+
+SAME_TEXT = 0.999  # cosine of two embeddings of a name by one CLIP and the same prompts; float16 rows differ by less
+COUNTS = ".num_batches_tracked"  # of batch norms; frozen ones have none
+
+
+def begin_with(model: Detector, init: Path, protocol: Protocol, texts: Tensor, log: Callable[[str], None]) -> dict[str, Any]:
+    """Lay the weights of the run `init` into a model, and return what the new run's record says of them.
+
+    Args:
+        protocol, texts: the new run's, (C, D) text embeddings of its classes.
+
+    Raises HdovdError if they do not fit; the model is as it was then.
+    """
+    run = _trusted(RunFolder.open(init), model.recipe)
+    with torch.random.fork_rng(devices=[]):  # what is drawn in vain does not change the new run
+        source = _source(model, run, init)
+        found, anew, unused = _matched(model, source, init)
+    own = memories_of(model)
+    unused += [name for name in memories_of(source) if name not in own]
+    model.load_state_dict(found, strict=False)
+    log(f"--init {init}: {len(found)} tensors of its {Weights.LAST.file} are what the model begins with")
+    if own:
+        log(f"begin anew: {len(own)} memories of the losses ({shorten([*own], 4)})")
+    if anew:
+        log(f"not in {init}: {len(anew)} tensors begin at their initial values ({shorten([*anew], 4)})")
+    if unused:
+        log(f"not used of {init}: {len(unused)} tensors, of parts that this recipe does without ({shorten([*unused], 4)})")
+    for note in (*_detector_notes(model.recipe, source.recipe, init), *_class_notes(run, init, protocol, texts)):
+        log(f"note: {note}")
+    return {"run": str(init.resolve()), "weights": Weights.LAST.file, "sha256": init_hash(init), "tensors": len(found),
+            "memories_begun_anew": [*own], "begun_anew": anew, "unused": unused}
+
+
+def _trusted(run: RunFolder, recipe: Recipe) -> RunFolder:
+    """A run whose code may be run if the recipe, which the user gave, names the same."""
+    theirs = outside_code(run.written_recipe())
+    return RunFolder(run.path, trusted=True) if theirs and theirs.items() <= outside_code(recipe).items() else run
+
+
+def init_hash(init: Path) -> str:
+    """What tells the weights of a run from others. Raises HdovdError if it has none."""
+    return weights_hash(RunFolder.open(init).path / Weights.LAST.file)
+
+
+def require_same_init(init: Path | None, run: RunFolder) -> None:
+    """Raises HdovdError if a run that is resumed began otherwise. Its state has all weights: RUN need not be there any more."""
+    began = run.record().get("init")
+    if init is None or began is None:
+        same = init is None and began is None
+    else:
+        same = str(init.resolve()) == began["run"] or ((init / Weights.LAST.file).is_file() and init_hash(init) == began["sha256"])
+    if not same:
+        raise HdovdError(f"{run.path} began otherwise:\n  --init differs: asked for {init or 'none'}, began with "
+                         f"{began['run'] if began else 'none'}\nGo on with what it began with, or give another --out")
+
+
+def memories_of(model: Detector) -> list[str]:
+    """What the losses keep between steps: buffers of parts that no detection depends on (queues, moving means, counts of steps)."""
+    state = model.state_dict().keys()
+    return [name for name, _ in model.named_buffers() if name.startswith(model.training_parts) and name in state]
+
+
+def _source(model: Detector, run: RunFolder, init: Path) -> Detector:
+    """The model of `init` with its weights, names of old runs being those of today. Raises HdovdError if it is of another kind or D."""
+    recipe, dim = run.recipe(), run.class_embeddings().shape[1]
+    asked, there = model.recipe.detector.name, recipe.detector.name
+    if asked != there:
+        raise HdovdError(f"--init {init}: it is a run of detector {there}, expected {asked}: give a --recipe of {there}, or another run")
+    if dim != model.dim:
+        raise HdovdError(f"--init {init}: its embeddings have {dim} values, expected {model.dim}, which the cache has: give a cache of the "
+                         "CLIP that it was trained with, or another run")
+    source = build_detector(recipe, dim, None)
+    run.load_model(source)
+    return source
+
+
+def _matched(model: Detector, source: Detector, init: Path) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The tensors to take, our names that `source` lacks, and its names that we lack.
+
+    Raises HdovdError unless the levels of distillation, which differ from recipe to recipe, are the reason for what is lacking.
+    """
+    ours, theirs = model.state_dict(), source.state_dict()
+    kept, memories = ours.keys() - memories_of(model), set(memories_of(source))
+    found = {name: theirs[name] for name in ours if name in kept and name in theirs}
+    anew, unused = [n for n in ours if n in kept and n not in theirs], [n for n in theirs if n not in ours and n not in memories]
+    wrong = [f"{name} is {tuple(value.shape)}, expected {tuple(ours[name].shape)}" for name, value in found.items()
+             if value.shape != ours[name].shape]
+    missing = _of_detector(anew, model.recipe, source.recipe, model.dim)
+    unknown = _of_detector(unused, source.recipe, model.recipe, model.dim)
+    problems = [f"{len(names)} {what}: {shorten([*names], 4)}" for names, what in (
+        (wrong, "tensors are of another shape"), (missing, "weights of the detector are missing"),
+        (unknown, "tensors are of no part of it")) if names]
+    if problems:
+        lines = differences(_detector_of(model.recipe), _detector_of(source.recipe), "detector.", sides=("this recipe", init.name))
+        raise HdovdError(f"--init {init}: its {Weights.LAST.file} does not fit this recipe:\n  " + "\n  ".join([*problems, *lines])
+                         + f"\nGive the detector's values of {init / 'config.toml'} (it can be the --recipe), or another run")
+    return found, anew, unused
+
+
+def _of_detector(names: Iterable[str], recipe: Recipe, other: Recipe, dim: int) -> list[str]:
+    """Those of `names`, which a model of `recipe` has, that it has with the other's losses too: the losses are no reason for them."""
+    wanted = [name for name in names if not name.endswith(COUNTS)]
+    if not wanted:
+        return []
+    has = build_detector(recipe.model_copy(update={"loss": other.loss}), dim, None).state_dict()
+    return [name for name in wanted if name in has]
+
+
+def _detector_notes(asked: Recipe, there: Recipe, init: Path) -> list[str]:
+    """Values that no shape tells."""
+    ours, theirs = _detector_of(asked), _detector_of(there)
+    for tree in (ours, theirs):
+        tree["backbone"].pop("weights", None)  # neither is loaded
+    return differences(ours, theirs, "detector.", sides=("this recipe", str(init)))
+
+
+def _detector_of(recipe: Recipe) -> dict[str, Any]:
+    return recipe.detector.model_dump(mode="json")
+
+
+def _class_notes(run: RunFolder, init: Path, protocol: Protocol, texts: Tensor) -> list[str]:
+    """What is to be known of the classes that `init` was trained with."""
+    before, notes = run.protocol(), []
+    if seen := [name for name in before.base if name in protocol.novel]:
+        notes.append(f"{init} was trained with boxes of {len(seen)} classes that are novel in protocol {protocol.name} "
+                     f"({shorten([*seen], 4)}): what is found of them is no open-vocabulary result")
+    elif set(before.base) != set(protocol.base):
+        notes.append(f"the base classes of {init} are others ({len(before.base)}, now {len(protocol.base)}); no weight depends on them")
+    names = [name for name in protocol.names if name in before.names]
+    rows = run.class_embeddings()[[before.names.index(name) for name in names]]
+    cosine = F.cosine_similarity(rows, texts.cpu()[[protocol.names.index(name) for name in names]], dim=1)
+    if not names:
+        notes.append(f"{init} has no class name of this protocol: whether it was trained with the same CLIP cannot be told")
+    elif float(cosine.min()) < SAME_TEXT:
+        notes.append(f"the class embeddings of {init} are others (cosine {cosine.min():.3f} to {cosine.max():.3f} over {len(names)} "
+                     "names): another CLIP, or other prompts")
+    return notes

@@ -1,0 +1,247 @@
+"""The optimisation loop that training stages share: schedule, precision, interval means, a sound loss, and a state to go on from.
+
+Called by `train` and `propose`. In several processes (torch.distributed) each has its part of every batch; `model` is then wrapped in DDP.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hdovd.config.recipe import TrainConfig
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.common.precision import Precision, choose, training_products
+from hdovd.pipelines.common.progress import progress
+from hdovd.pipelines.dataloading.loader import TrainingBatches
+from hdovd.pipelines.dataloading.sampler import Dealing
+from hdovd.pipelines.training.kept_memory import keep_freed_memory
+from hdovd.pipelines.training.loss_window import LossWindow
+from hdovd.pipelines.training.weight_average import WeightAverage
+
+LOG_EVERY = 50  # steps
+Sample = TypeVar("Sample")
+
+
+class Hooks:
+    """What a stage does between the steps of a loop; here nothing. `shows_bar`: whether the loop draws its progress bar."""
+
+    shows_bar = True
+
+    def interval(self, entry: dict[str, float], left_s: float) -> None:
+        """Every LOG_EVERY steps and after the last of an epoch: means since the last call. `left_s`: seconds to the end."""
+
+    def step(self, loop: Loop[Any]) -> None:
+        """After every step. May raise to stop."""
+
+    def epoch(self, loop: Loop[Any], epoch: int) -> None:
+        """After an epoch, counted from 1; its losses were sound."""
+
+
+class Loop(Generic[Sample]):
+    """Minimises the sum of `losses_of(batch, epoch)`, weighted losses by name, for `config.epochs`; epochs here count from 0.
+
+    `id_of` names a sample where a loss is not sound. `begin_epoch` is told every epoch that begins or goes on, counted from 1.
+    With `config.accumulate` above 1 the images of a step are split into that many micro-batches of equal size, in their order, and the
+    mean of the micro-batches' losses is minimised. Everything that counts steps (schedule, log, checkpoints) counts steps of the
+    optimiser. Raises HdovdError if a step's images cannot be split evenly.
+    """
+
+    def __init__(self, model: nn.Module, losses_of: Callable[[list[Sample], int], dict[str, Tensor]], batches: TrainingBatches[Sample],
+                 config: TrainConfig, device: torch.device, what: str, id_of: Callable[[Sample], int],
+                 begin_epoch: Callable[[int], None] = lambda _: None) -> None:
+        self.model, self.batches, self.config, self.device = model, batches, config, device
+        self._losses_of, self._what, self._id_of, self._begin_epoch = losses_of, what, id_of, begin_epoch
+        _require_even_split(batches.dealing, config)
+        self.optimizer = build_optimizer(model, config)
+        self._bare: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        self._average = WeightAverage(self._bare, config.ema) if config.ema else None
+        self.step_number, self.total = 0, config.epochs * len(batches)
+        self.window = LossWindow(what)
+        self._clock = _Clock()
+        self._bf16 = choose(config.precision, device, training=True).precision is Precision.BF16
+
+    @property
+    def lr(self) -> float:
+        """Of the next step."""
+        return self.config.lr * lr_factor(self.step_number, len(self.batches), self.config)
+
+    @property
+    def result(self) -> nn.Module:
+        """The model to validate and to keep, not wrapped: with `config.ema` that of the averaged weights."""
+        return self._bare if self._average is None else self._average.model
+
+    def run(self, hooks: Hooks) -> None:
+        """Go on from `step_number` to the end. Raises HdovdError, with the window's record of the batch, for a loss that is not sound."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        with progress(None, self._what, "step", self.total if hooks.shows_bar else 0, initial=self.step_number) as bar:
+            while self.step_number < self.total:
+                epoch, done = divmod(self.step_number, len(self.batches))
+                self.model.train()
+                self._begin_epoch(epoch + 1)
+                self.batches.seek(epoch, done)
+                for batch in self._clock.waiting(iter(self.batches)):
+                    self.take_step(batch, epoch)
+                    bar.update()
+                    at_end = self.step_number == (epoch + 1) * len(self.batches)
+                    if self.step_number % LOG_EVERY == 0 or at_end:
+                        self._tell(epoch, hooks)
+                    if not at_end:
+                        hooks.step(self)
+                self.step_number = (epoch + 1) * len(self.batches)  # batches of which no picture could be read count too
+                self.window.means(self.device)  # sound?
+                with self._clock.stopped():
+                    hooks.epoch(self, epoch + 1)
+
+    def take_step(self, batch: list[Sample], epoch: int) -> None:
+        """One step of optimisation."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.optimizer.zero_grad(set_to_none=True)  # the last step's make room for the activations
+        with training_products(self.device):
+            losses = self._add_gradients(batch, epoch)
+        if self.config.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        if self._average is not None:
+            self._average.update()
+        self.step_number += 1
+        self._clock.images += len(batch)
+        self.window.add(self.step_number, losses, [self._id_of(sample) for sample in batch])
+
+    def _add_gradients(self, batch: list[Sample], epoch: int) -> dict[str, Tensor]:
+        """The mean over the step's micro-batches of each loss, detached; the gradient of their sum is added to the parameters'."""
+        size = -(-len(batch) // self.config.accumulate)
+        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+        found: list[dict[str, Tensor]] = []
+        for number, part in enumerate(parts, start=1):
+            with self._gradients_exchanged(number == len(parts)):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+                    losses = self._losses_of(part, epoch)
+                (torch.stack(list(losses.values())).sum() / len(parts)).backward()
+            found.append({name: loss.detach() for name, loss in losses.items()})
+        return {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
+
+    def _gradients_exchanged(self, wanted: bool) -> AbstractContextManager[None]:
+        """Whether processes average their gradients after the passes within: once a step, with its last micro-batch."""
+        if wanted or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
+
+    def _tell(self, epoch: int, hooks: Hooks) -> None:
+        means = self.window.means(self.device)
+        self.window.clear()
+        rate, wait, step_s = self._clock.interval()
+        rate *= self.batches.dealing.world
+        last_lr = self.config.lr * lr_factor(self.step_number - 1, len(self.batches), self.config)
+        entry = {"step": self.step_number, "epoch": epoch + 1, "lr": last_lr, "images_per_s": rate, "data_wait": wait,
+                 "memory_gb": memory_gb(self.device), **means}
+        hooks.interval(entry, (self.total - self.step_number) * step_s)
+
+    def state(self) -> dict[str, Any]:
+        """All that `load` needs to go on as if nothing had happened, but torch's own generators. All processes have to ask for it."""
+        average = {} if self._average is None else {"ema": self._average.state()}
+        return {"optimizer": self.optimizer.state_dict(), "step": self.step_number, "window": self.window.state(self.device), **average}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step_number = int(state["step"])
+        self.window.load(state["window"])
+        if self._average is not None:
+            self._average.load(state["ema"])
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Images a second of this process, and the share of its time spent waiting for data, since the last interval."""
+
+    images: int = 0
+    steps: int = 0
+    waited_s: float = 0.0
+    since: float = 0.0
+    all_steps: int = 0
+    all_s: float = 0.0
+
+    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches; how long each one takes to come is counted."""
+        self.since = self.since or time.monotonic()
+        while True:
+            before = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited_s += time.monotonic() - before
+            self.steps += 1
+            yield batch
+
+    def interval(self) -> tuple[float, float, float]:
+        """Images a second, share of waiting, and seconds a step so far; begins the next interval."""
+        now = time.monotonic()
+        seconds = now - self.since
+        self.all_steps, self.all_s = self.all_steps + self.steps, self.all_s + seconds
+        found = self.images / seconds, self.waited_s / seconds, self.all_s / max(1, self.all_steps)
+        self.images = self.steps = 0
+        self.waited_s, self.since = 0.0, now
+        return found
+
+    def stopped(self) -> _Pause:
+        """What is done meanwhile does not count."""
+        return _Pause(self)
+
+
+@dataclass(slots=True)
+class _Pause:
+    clock: _Clock
+    began: float = 0.0
+
+    def __enter__(self) -> None:
+        self.began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.clock.since += time.monotonic() - self.began
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most memory so far, in 10^9 bytes: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _require_even_split(dealing: Dealing, config: TrainConfig) -> None:
+    size = len(dealing.part(0, 0)) * dealing.world
+    if size % (dealing.world * config.accumulate):
+        among = f" of {dealing.world} processes" if dealing.world > 1 else ""
+        raise HdovdError(f"a batch of {size} images cannot be split into train.accumulate = {config.accumulate} micro-batches{among}: "
+                         f"set train.batch_size to a multiple of {dealing.world * config.accumulate}, or train.accumulate to less")
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW in one pass over the memory of the parameters (`fused`): of AdaMixer's 146 million, several cost a tenth of a step.
+
+    A checkpoint brings its own choice: runs that were begun before there was one go on as they began.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
+    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
+
+
+def lr_factor(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
+    """The factor on `lr` at 0-based `step`: linear warm-up from 0.001, then steps of 0.1 or a cosine to zero."""
+    warmup = config.warmup_iterations
+    rise = 1.0 if step >= warmup else 0.001 + 0.999 * step / warmup
+    if config.schedule == "step":
+        return float(rise * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.step_epochs))
+    return rise * (1 + math.cos(math.pi * min(step / (config.epochs * steps_per_epoch), 1.0))) / 2

@@ -1,0 +1,254 @@
+"""Training: stream pictures and cached rows into the detector, from a Zarr cache or tar shards. CLIP is not imported in this process.
+
+Called by `hdovd train`, `hdovd demo` and Python; under torchrun by every one of its processes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
+from shlex import quote
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hdovd.cache.catalog import Catalog, RunRecord, is_tar_form
+from hdovd.cache.reader import FeatureCache
+from hdovd.config.recipe import LossConfig, Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.modeling.backbones.pyramid import with_synced_norms
+from hdovd.modeling.base import Detector, build_detector
+from hdovd.modeling.distributed import world_size
+from hdovd.pipelines.calibration.values import with_reliability
+from hdovd.pipelines.common.device import placed, training_workers
+from hdovd.pipelines.common.distributed import Team, team
+from hdovd.pipelines.common.precision import settled
+from hdovd.pipelines.common.provenance import provenance
+from hdovd.pipelines.common.signals import StopSignal
+from hdovd.pipelines.dataloading.loader import TrainingBatches
+from hdovd.pipelines.dataloading.sample_keys import key_of
+from hdovd.pipelines.dataloading.sampler import Dealing, Streams
+from hdovd.pipelines.evaluation.validation import Validation
+from hdovd.pipelines.extraction.object_text import give_object_text
+from hdovd.pipelines.runs.checkpoint import fits, load_checkpoint, set_rng_state
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.compiling import compile_backbone, told_shortly
+from hdovd.pipelines.training.config import TrainJob
+from hdovd.pipelines.training.hooks import RunHooks, unsound_record
+from hdovd.pipelines.training.initial_weights import begin_with, require_same_init
+from hdovd.pipelines.training.loop import Loop
+from hdovd.pipelines.training.loss_window import UnsoundLoss
+from hdovd.pipelines.training.tar_training import TarTrainingSet
+from hdovd.pipelines.training.training_set import Sample, TrainingSet
+
+STATE = ("model", "optimizer", "step", "window", "rng", "layout", "log_bytes", "best", "ended")  # of a checkpoint
+
+
+def train(job: TrainJob, log: Callable[[str], None] = print) -> RunFolder:
+    """Train one detector and return its folder.
+
+    Raises HdovdError for bad input or a loss that is not sound, and Stopped if a signal ended it: it is saved, and can be resumed.
+    """
+    job.check()
+    with team(job.device) as us, StopSignal() as stop:
+        return _train(job, us, stop, log if us.leads else lambda _: None)
+
+
+def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]) -> RunFolder:
+    protocol, run = load_protocol(job.protocol), RunFolder(job.out)
+    began = run.written_recipe().train.precision if job.resume and (job.out / "config.toml").is_file() else None
+    recipe, line = settled(job.recipe, us.device, began, "the run's")
+    if line:
+        log(line)
+    job = replace(job, recipe=recipe)
+    data = training_data(job, protocol, log)
+    written, recipe, reliability = with_reliability(job.recipe, data.label_origin, job.calibration, protocol.base, log)
+    job = replace(job, recipe=written)
+    state = load_checkpoint(job.out, STATE) if job.resume else None
+    if state is not None:
+        run.check_same(job.recipe, protocol, data.record())
+        require_same_init(job.init, run)
+        with fits(job.out):
+            _ = int(state["log_bytes"]), *(state["layout"][name] for name in ("streams", "unit", "images"))
+    class_embeddings = torch.from_numpy(data.class_embeddings(protocol.names))
+    batches, layout = batches_of(data, us, None if state is None else state["layout"])
+    validation, board = _validation(job, protocol, us, log), _tensorboard(job, us)
+    torch.manual_seed(recipe.train.seed)
+    anew = state is None and job.init is None
+    model = build_model(recipe, data.dim, us, log if anew else None)
+    begun: dict[str, Any] = {"precision": recipe.train.precision}
+    if state is None:
+        if job.init is not None:
+            begun["init"] = begin_with(model, job.init, protocol, class_embeddings, log)
+        begun |= give_object_text(model, data.object_text(), str(job.cache), log)
+    loop = loop_of(model, batches, class_embeddings[: len(protocol.base)].to(us.device), recipe, us.device)
+    hooks = RunHooks(run, model, us, stop, layout, log, job.save_minutes, _validate(validation, class_embeddings), job.val_every)
+    if us.world > 1:  # each process draws for itself, where anything draws from torch's own generator
+        torch.manual_seed(key_of(recipe.train.seed, -1, us.rank))
+    if state is not None:
+        _restore(state, model, loop, hooks, us)
+        if hooks.ended == recipe.train.epochs:
+            log(f"{run.path} is finished already")
+            return run
+    _begin(job, data, protocol, class_embeddings, us, state, reliability | begun, log)
+    if board is not None:
+        hooks.tensorboard = board(run.path / "tensorboard", purge_step=None if state is None else loop.step_number + 1)
+    log(f"{data.describe()} of {len(protocol.base)} classes; distillation levels: {enabled_levels(recipe.loss)}; {us.device}"
+        + (f", {us.world} processes" if us.world > 1 else "") + (f"; goes on at step {loop.step_number} of {loop.total}" if state else ""))
+    try:
+        hooks.catch_up(loop)
+        with told_shortly():
+            loop.run(hooks)
+    except UnsoundLoss as error:
+        where = "" if error.record is None else f"; the batch is in {unsound_record(run, us, error.record)}"
+        raise HdovdError(f"{error}{where}") from error
+    failed = f"; validations that failed, as said above: {hooks.failed}" if hooks.failed else ""
+    log(f"wrote {run.path}{failed}; next: hdovd eval {quote(str(run.path))} ...")
+    return run
+
+
+def build_model(recipe: Recipe, dim: int, us: Team, log: Callable[[str], None] | None) -> Detector:
+    """The detector on its device. In several processes on GPUs, batch norms take the statistics of the whole batch."""
+    model = build_detector(recipe, dim, log)
+    if us.world > 1 and recipe.detector.backbone.norm == "batch":
+        if us.device.type == "cuda":
+            model.backbone = with_synced_norms(model.backbone)
+        elif log is not None:
+            log("note: batch norms take the statistics of each process's images alone: torch has no SyncBatchNorm for CPUs")
+    model = placed(model, us.device)
+    if recipe.train.compile:
+        compile_backbone(model.backbone, us.device)
+    return model
+
+
+def data_parallel(model: nn.Module) -> DistributedDataParallel:
+    """Buffers are not sent at every step: the memories are the same in all processes, and no step needs those of batch norms."""
+    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # and the old name warns
+    options: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **options,
+                                   find_unused_parameters=getattr(model, "has_idle_parameters", False))
+
+
+def training_data(job: TrainJob, protocol: Protocol, log: Callable[[str], None]) -> TrainingSet | TarTrainingSet:
+    """Tar shards alone, or a Zarr cache with the data set that it was made of."""
+    if is_tar_form(job.cache):
+        if job.data != DataPaths():
+            log("note: the shards hold pictures and boxes; --data, --images and --annotations are not read for training")
+        return TarTrainingSet(str(job.cache), protocol, job.recipe, log, features=job.features)
+    split = job.data.load("train2017", protocol, base_only=True, log=log, exif=job.recipe.input.exif)
+    return TrainingSet(split, FeatureCache(job.cache, job.features, checked=job.checksums), job.recipe, log)
+
+
+def batches_of(data: TrainingSet | TarTrainingSet, us: Team, layout: dict[str, Any] | None = None
+               ) -> tuple[TrainingBatches[Sample], dict[str, Any]]:
+    """This process's batches, and what their order depends on: who reads side by side, and a hash of the first epoch.
+
+    `layout`: that of a run that is resumed, which keeps its order. Raises HdovdError if the data come in another one.
+    """
+    config = data.recipe.train
+    workers = training_workers(us.device, config.workers)
+    streams = Streams(max(1, workers) * us.world, max(1, min(config.batch_size, len(data)) // us.world))
+    if layout is not None:
+        streams = Streams(layout["streams"], layout["unit"])
+    order = data.order(streams)
+    first = data.image_ids()[order.indices(0)].tobytes()
+    found = {"streams": streams.count, "unit": streams.unit, "images": len(data), "order": sha256(first).hexdigest()[:16]}
+    if layout is not None and found != layout:
+        raise HdovdError(f"the run began with {layout['images']} images, now there are {len(data)}: give the same --data and --annotations"
+                         if layout["images"] != len(data) else "the images come in another order than the run began with: go on with the "
+                         "same form and place of the cache (Zarr or tar shards, the same shards, on disk or in an object store)")
+    dealing = Dealing(order, config.batch_size, us.rank, us.world)
+    if isinstance(data, TarTrainingSet):
+        data.dealing = dealing
+    return TrainingBatches(data, dealing, workers, device=us.device), found
+
+
+def loop_of(detector: Detector, batches: TrainingBatches[Sample], texts: Tensor, recipe: Recipe, device: torch.device) -> Loop[Sample]:
+    """The loop that trains a detector on batches, with the text embeddings (Kb, D) of the base classes on its device."""
+    model: nn.Module = detector if world_size() == 1 else data_parallel(detector)
+
+    def losses_of(samples: list[Sample], epoch: int) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = model([picture.to(device, non_blocking=True) for picture, _, _ in samples],
+                                          [targets.to(device) for _, targets, _ in samples], texts,
+                                          [key_of(recipe.train.seed, epoch, image_id) for _, _, image_id in samples])
+        return losses
+
+    return Loop(model, losses_of, batches, recipe.train, device, "train", lambda sample: sample[2], detector.begin_epoch)
+
+
+def _begin(job: TrainJob, data: TrainingSet | TarTrainingSet, protocol: Protocol, class_embeddings: Tensor, us: Team,
+           state: dict[str, Any] | None, origin: dict[str, Any], log: Callable[[str], None]) -> None:
+    """The run folder is made, or made ready to go on, by the process that leads; the others wait for it."""
+    if us.leads:
+        now = provenance(us.device, us.world)
+        if state is None:
+            if job.resume and (job.out / "model.safetensors").exists() and not job.overwrite:
+                raise HdovdError(f"{job.out} holds a run without a checkpoint.pt: it cannot be resumed. Give another --out, or --overwrite")
+            run = RunFolder.create(job.out, job.recipe, protocol, class_embeddings, {**data.record(), **origin, **now},
+                                   overwrite=job.overwrite or job.resume)
+        else:
+            run = RunFolder(job.out)
+            run.go_on(int(state["log_bytes"]), {**now, "step": int(state["step"])})
+        if isinstance(data, TrainingSet):
+            _tell_cache(job, data.cache, run, log)
+    us.wait()
+
+
+def _restore(state: dict[str, Any], model: nn.Module, loop: Loop[Sample], hooks: RunHooks, us: Team) -> None:
+    with fits(hooks.run.path):
+        model.load_state_dict(state["model"])
+        loop.load(state)
+        hooks.best, hooks.ended, hooks.failed = float(state["best"]), int(state["ended"]), int(state.get("failed", 0))
+        if len(state["rng"]) == us.world:
+            set_rng_state(state["rng"][us.rank], us.device)
+        else:  # as many generators as there are processes now: none of the old ones
+            torch.manual_seed(key_of(loop.config.seed, -2 - loop.step_number, us.rank))
+
+
+def _validation(job: TrainJob, protocol: Protocol, us: Team, log: Callable[[str], None]) -> Validation | None:
+    """One process validates."""
+    if job.validation is None and job.val_every:
+        log("no validation while training: no val2017 under --data, and no --val-images and --val-annotations")
+    if job.validation is None or not job.val_every or not us.leads:
+        return None
+    config = job.recipe.train
+    return Validation(job.validation, protocol, us.device, exif=job.recipe.input.exif, log=log,
+                      batch_size=max(1, config.batch_size // (us.world * config.accumulate)))
+
+
+def _validate(validation: Validation | None, class_embeddings: Tensor) -> Callable[[nn.Module], dict[str, float | None]] | None:
+    """What gives the AP50 of each group of a detector."""
+    if validation is None:
+        return None
+    return lambda model: validation.run(cast(Detector, model), class_embeddings).combined.summary()["ap50"]
+
+
+def _tensorboard(job: TrainJob, us: Team) -> Any:
+    """What writes for TensorBoard, if that is wanted of this process. Raises HdovdError if it is not installed."""
+    if not job.tensorboard or not us.leads:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise HdovdError(f"--tensorboard needs the package tensorboard: pip install hdovd[tensorboard] ({error})") from error
+    return SummaryWriter
+
+
+def _tell_cache(job: TrainJob, cache: FeatureCache, run: RunFolder, log: Callable[[str], None]) -> None:
+    """Record in the cache that this run uses it, so that `hdovd cache gc` keeps what it needs."""
+    try:
+        Catalog(job.cache).record_run(RunRecord(str(run.path.resolve()), cache.set.levels))
+    except HdovdError as error:
+        log(f"note: {error}; hdovd cache gc will not know of this run")
+
+
+def enabled_levels(loss: LossConfig) -> str:
+    """The levels of distillation that are on, in words."""
+    levels = {"instance": loss.instance.enabled, "class": loss.class_.enabled, "image": loss.image.enabled}
+    return ", ".join(name for name, on in levels.items() if on) or "none (base-only)"
