@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 PYTEST := "$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Tests whose numbers depend on a CPU's instructions.
-NUMERICAL := tests/hdovd $(addprefix tests/pipelines/test_,clip_teacher.py crop_embeddings.py dense_clip.py detector.py evaluate_stage.py \
-             export_model.py precision.py pseudo_labels.py train_stage.py)
+NUMERICAL := tests/hdovd $(addprefix tests/pipelines/,teachers/test_clip_teacher.py teachers/test_dense_clip.py embedding/test_crop_embeddings.py \
+             detection/test_detector.py evaluation/test_evaluate_stage.py export/test_export_model.py common/test_precision.py \
+             extraction/test_pseudo_labels.py training/test_train_stage.py)
 
 .PHONY: demo pictures test test-avx2 fuzz check setup clean
 .DELETE_ON_ERROR:
@@ -30,8 +31,8 @@ test-avx2: setup
 
 # Ten times as many changed files as the tests have, and a hundred flipped bits of each kind: docs/RELIABILITY.md.
 fuzz: setup
-	HDOVD_FUZZ=8 HDOVD_FLIPS=100 "$(BIN)/python" -m pytest -q -s tests/hdovd/test_mutated_files.py tests/pipelines/test_mutated_folders.py \
-	  tests/pipelines/test_flipped_bits.py
+	HDOVD_FUZZ=8 HDOVD_FLIPS=100 "$(BIN)/python" -m pytest -q -s tests/hdovd/data/test_mutated_files.py tests/pipelines/runs/test_mutated_folders.py \
+	  tests/pipelines/runs/test_flipped_bits.py
 
 check: setup
 	"$(BIN)/python" -m ruff check .

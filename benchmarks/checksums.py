@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hdovd.cache.reader import FeatureCache
-from hdovd.pipelines.bench.bench_layouts import CacheBench, make_layouts
+from hdovd.pipelines.bench.bench_layouts import CacheBenchConfig, make_layouts
 from hdovd.pipelines.common.tensors import load_tensors, save_tensors
 
 ROUNDS = 7
@@ -26,7 +26,7 @@ PICTURE_S = 0.005  # to decode one and lay it out: the least that an image costs
 
 
 def main(folder: Path) -> None:
-    bench = CacheBench(folder, images=10_000)
+    bench = CacheBenchConfig(folder, images=10_000)
     make_layouts(bench)
     order = np.random.default_rng(0).permutation(bench.ids).tolist()
 

@@ -21,14 +21,14 @@ from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.bench.bench_train import calm
 from hdovd.pipelines.common.distributed import team
-from hdovd.pipelines.training.train import TrainJob, batches_of, build_model, loop_of, training_data
+from hdovd.pipelines.training.train import TrainConfig, batches_of, build_model, loop_of, training_data
 
 
 def losses_of(recipe: Recipe, folder: Path, device: str, steps: int) -> list[dict[str, float]]:
     """The weighted losses of every step, by name."""
     protocol = load_protocol(str(folder / "world" / "protocol.toml"))
     with team(device) as us:
-        data = training_data(TrainJob(DataPaths(folder / "world"), folder / "cache", folder / "run", recipe), protocol, lambda _: None)
+        data = training_data(TrainConfig(DataPaths(folder / "world"), folder / "cache", folder / "run", recipe), protocol, lambda _: None)
         texts = torch.from_numpy(data.class_embeddings(protocol.base)).to(us.device)
         torch.manual_seed(recipe.train.seed)
         model = build_model(recipe, data.dim, us, lambda _: None)

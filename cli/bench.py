@@ -44,10 +44,10 @@ def cache(
     The defaults make 3.3 GB in temporary files.
     """
     from hdovd.pipelines.bench.bench_cache import bench_cache
-    from hdovd.pipelines.bench.bench_layouts import CacheBench
+    from hdovd.pipelines.bench.bench_layouts import CacheBenchConfig
 
     with _workplace(folder, keep=keep) as place:
-        bench_cache(CacheBench(place, images, rows, dim, rounds, reads, workers, memory_limit and memory_limit * 10**6), typer.echo)
+        bench_cache(CacheBenchConfig(place, images, rows, dim, rounds, reads, workers, memory_limit and memory_limit * 10**6), typer.echo)
 
 
 @app.command()
@@ -73,11 +73,29 @@ def extract(
     """Measure the extraction beside the bare model, stage by stage, and beside other ways to do it; forecast a data set's cost."""
     (width, height), (pictures, rows) = _two(picture, "x", "--picture"), _two(forecast, ",", "--forecast")
     recipe = CropRecipe.parse(crop, crop_scales)
-    from hdovd.pipelines.bench.bench_extract import SpeedBench, bench_speed
+    from hdovd.pipelines.bench.bench_extract import SpeedBenchConfig, bench_speed
 
     with _workplace(folder, keep=keep) as place:
-        speed = bench_speed(SpeedBench(place, clip, pretrained, precision, device, options.workers(workers), options.batch_size(batch),
-                                       images, boxes, width, height, rounds, recipe, pictures, rows), typer.echo)
+        speed = bench_speed(
+            SpeedBenchConfig(
+                place,
+                clip,
+                pretrained,
+                precision,
+                device,
+                options.workers(workers),
+                options.batch_size(batch),
+                images,
+                boxes,
+                width,
+                height,
+                rounds,
+                recipe,
+                pictures,
+                rows,
+            ),
+            typer.echo,
+        )
         for line in speed.lines():
             typer.echo(line)
         if json_file is not None:
@@ -111,9 +129,9 @@ def dense(
     paths, prompts = DataPaths(data, images, annotations), read_templates(templates)
     load_protocol(protocol)
     paths.locate("val2017")  # before torch: a mistake shows at once
-    from hdovd.pipelines.bench.bench_dense import DenseBench, bench_dense
+    from hdovd.pipelines.bench.bench_dense import DenseBenchConfig, bench_dense
 
-    bench_dense(DenseBench(paths, clip, tuple(side or (None,)), pretrained, protocol, prompts, precision, device=device, images=count,
+    bench_dense(DenseBenchConfig(paths, clip, tuple(side or (None,)), pretrained, protocol, prompts, precision, device=device, images=count,
                            boxes=boxes, rounds=rounds), typer.echo)
 
 
@@ -131,10 +149,10 @@ def scale(
 
     The defaults make 4 million rows, 5 GB on disk.
     """
-    from hdovd.pipelines.bench.bench_scale import ScaleBench, bench_scale
+    from hdovd.pipelines.bench.bench_scale import ScaleBenchConfig, bench_scale
 
     with _workplace(folder, keep=keep) as place:
-        for line in bench_scale(ScaleBench(place, images, boxes, dim, side, workers), typer.echo).lines():
+        for line in bench_scale(ScaleBenchConfig(place, images, boxes, dim, side, workers), typer.echo).lines():
             typer.echo(line)
 
 
@@ -150,10 +168,10 @@ def ap_engines(
     keep: Keep = False,
 ) -> None:
     """Time AP with both engines of hdovd eval on the same made-up detections, and compare what they find."""
-    from hdovd.pipelines.bench.bench_eval import EvalBench, bench_eval
+    from hdovd.pipelines.bench.bench_eval import EvalBenchConfig, bench_eval
 
     with _workplace(folder, keep=keep) as place:
-        times = bench_eval(EvalBench(place, images, objects, detections, rounds, seed), typer.echo)
+        times = bench_eval(EvalBenchConfig(place, images, objects, detections, rounds, seed), typer.echo)
         for line in times.lines():
             typer.echo(line)
         if json_file is not None:
@@ -204,10 +222,10 @@ def training(
 
     width, height = _two(picture, "x", "--picture")
     load_recipe(recipe, set_ or [])  # before torch: a mistake shows at once
-    from hdovd.pipelines.bench.bench_train import TrainBench, bench_train
+    from hdovd.pipelines.bench.bench_train import TrainBenchConfig, bench_train
 
     with _workplace(folder, keep=keep) as place:
-        times = bench_train(TrainBench(place, recipe, tuple(set_ or ()), clip, device, images, width, height, rounds, steps, online),
+        times = bench_train(TrainBenchConfig(place, recipe, tuple(set_ or ()), clip, device, images, width, height, rounds, steps, online),
                             typer.echo)
         for line in times.lines():
             typer.echo(line)

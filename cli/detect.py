@@ -53,12 +53,12 @@ def detect(
     cannot be read is skipped and listed; the exit code is 1 if nothing could be read. See docs/DETECT.md.
     """
     from hdovd.pipelines.common.name_list import names_asked
-    from hdovd.pipelines.detection.config import DetectJob
+    from hdovd.pipelines.detection.config import DetectConfig
     from hdovd.pipelines.teachers.prompts import read_templates
 
     names = None if classes is None else names_asked(classes, typer.echo)
     prompts = None if templates is None else read_templates(templates)
-    job = DetectJob(
+    job = DetectConfig(
         run, tuple(images), out, names, threshold, class_embeddings, clip, pretrained, prompts, weights, device, batch_size,
         options.workers(workers), not no_pictures, split_blind, overwrite, alone, trust)
     job.check()  # before torch: a mistake shows at once

@@ -32,9 +32,9 @@ def eval(
     """Writes metrics.json and detections.json (COCO results form) into RUN.
     """
     from hdovd.data.coco import DataPaths
-    from hdovd.pipelines.evaluation.config import EvalJob
+    from hdovd.pipelines.evaluation.config import EvalConfig
 
-    job = EvalJob(run, DataPaths(data, images, annotations), protocol, device, batch_size, options.workers(workers), pictures,
+    job = EvalConfig(run, DataPaths(data, images, annotations), protocol, device, batch_size, options.workers(workers), pictures,
                               engine, weights, trust)
     job.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.evaluation.evaluate import evaluate

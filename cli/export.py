@@ -27,10 +27,10 @@ def export(
     """The file holds the run's class names and embeddings too. It is run before it gets its name, and refused if it does not find what
     the model finds: scores to 1e-3, boxes to 1e-3 percent of the long side of the detector's input, to which any picture is resized.
     """
-    from hdovd.pipelines.export.config import ExportModelJob
+    from hdovd.pipelines.export.config import ExportModelConfig
 
     form = ModelForm.of(out, form)
-    job = ExportModelJob(run, form, out, weights, tuple(check_image or ()), trust)
+    job = ExportModelConfig(run, form, out, weights, tuple(check_image or ()), trust)
     job.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.export.model import export_model
 

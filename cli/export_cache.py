@@ -33,10 +33,10 @@ def export(
     Next: hdovd train --cache OUT, which needs no other data.
     """
     from hdovd.data.coco import DataPaths
-    from hdovd.pipelines.extraction.tar_config import ExportConfig
+    from hdovd.pipelines.extraction.tar_config import TarExportConfig
 
     given = DataPaths(data, images, annotations)
-    config = ExportConfig(cache, out, None if given == DataPaths() else given, protocol, features, samples)
+    config = TarExportConfig(cache, out, None if given == DataPaths() else given, protocol, features, samples)
     config.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.extraction.tar_export import export_tars
 

@@ -30,9 +30,9 @@ def import_checkpoint(
 ) -> None:
     """Every tensor of the file is used or named, and nothing of it is run: a file of anything but tensors is refused.
     """
-    from hdovd.pipelines.runs.import_config import ImportCheckpointJob
+    from hdovd.pipelines.runs.import_config import ImportCheckpointConfig
 
-    job = ImportCheckpointJob(file, out, detector.value, class_embeddings, object_embedding, protocol, tuple(settings or ()), overwrite)
+    job = ImportCheckpointConfig(file, out, detector.value, class_embeddings, object_embedding, protocol, tuple(settings or ()), overwrite)
     job.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.runs.import_checkpoint import import_checkpoint as run
 

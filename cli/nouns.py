@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hdovd.cli import options
-from hdovd.pipelines.nouns.config import SPACY_MODEL, NounsJob, Parser
+from hdovd.pipelines.nouns.config import SPACY_MODEL, NounsConfig, Parser
 
 
 def nouns(
@@ -30,7 +30,7 @@ def nouns(
     """Says how many there are, which words of the captions the vocabulary lacks, and which novel names it holds and how often.
     See docs/NOUNS.md. Next: hdovd extract-clip --nouns OUT.
     """
-    job = NounsJob(captions, out, vocabulary, parser, stop_list, spacy_model, protocol)
+    job = NounsConfig(captions, out, vocabulary, parser, stop_list, spacy_model, protocol)
     job.check()  # before spaCy: a mistake shows at once
     from hdovd.pipelines.nouns.find import find_nouns
 

@@ -54,13 +54,13 @@ def propose(
     """
     from hdovd.config.recipe import load_recipe
     from hdovd.data.coco import DataPaths
-    from hdovd.pipelines.proposals.config import RecallJob, propose_job
+    from hdovd.pipelines.proposals.config import RecallConfig, propose_job
 
     loaded, paths = load_recipe(recipe, set_ or []), DataPaths(data, images, annotations)
     if report:
         from hdovd.pipelines.training.config import validation_paths
 
-        recall = RecallJob(paths, validation_paths(data, val_images, val_annotations), loaded, out, protocol,
+        recall = RecallConfig(paths, validation_paths(data, val_images, val_annotations), loaded, out, protocol,
                            tuple(detector or ()), tuple(checkpoint or ()), device, overwrite, save_minutes)
         recall.check()
         from hdovd.pipelines.proposals.recall import recall_report

@@ -29,10 +29,10 @@ def report(
     runs' cache was made.
     """
     from hdovd.data.coco import DataPaths
-    from hdovd.pipelines.report.config import ReportJob
+    from hdovd.pipelines.report.config import ReportConfig
 
     validation = DataPaths(data, images, annotations) if images or annotations else None
-    job = ReportJob(tuple(runs), out, DataPaths(data), validation, gallery, pseudo, relations, threshold, device, batch_size,
+    job = ReportConfig(tuple(runs), out, DataPaths(data), validation, gallery, pseudo, relations, threshold, device, batch_size,
                   options.workers(workers), trust)
     job.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.report.report import report as run

@@ -54,11 +54,11 @@ def train(
 
     loaded = load_recipe(recipe, [*(PRESETS[preset.value] if preset else ()), *(set_ or [])])
     from hdovd.pipelines.calibration.values import refuse_two_sources
-    from hdovd.pipelines.training.config import TrainJob, validation_paths
+    from hdovd.pipelines.training.config import TrainConfig, validation_paths
 
     refuse_two_sources(set_ or [], calibration)
     validation = validation_paths(data, val_images, val_annotations) if val_every else None
-    job = TrainJob(DataPaths(data, images, annotations), cache, out, loaded, protocol, device, overwrite, features, resume, save_minutes,
+    job = TrainConfig(DataPaths(data, images, annotations), cache, out, loaded, protocol, device, overwrite, features, resume, save_minutes,
                  validation, val_every, tensorboard, calibration, init, not no_checksums)
     job.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.training.train import train as run

@@ -127,7 +127,7 @@ class ProposalsConfig(Section):
     box_weight: NonNegative = 1.0
 
 
-class TrainConfig(Section):
+class ScheduleConfig(Section):
     epochs: Count
     batch_size: Count  # images a step, of all processes together
     optimizer: Literal["sgd", "adamw"]
@@ -153,7 +153,7 @@ class Recipe(Section):
     pseudo_boxes: PseudoBoxConfig
     loss: LossConfig
     inference: InferenceConfig
-    train: TrainConfig
+    train: ScheduleConfig
     proposals: ProposalsConfig = ProposalsConfig()
 
     def with_reliability(self, centre: float, width: float, scale: float) -> Recipe:

@@ -2,7 +2,7 @@
 
 The contract: `use` names a class of torch.nn.Module, built as MyLoss(dim=D, channels=C, **options) with D the embedding
 size, C the pyramid's channels and options all keys of the section but `use` and `weight`; called as loss(view) with a
-`StepView`, it returns a scalar. The detector adds `weight` times it to its losses as NAME. Its state is in the checkpoint.
+`StepContext`, it returns a scalar. The detector adds `weight` times it to its losses as NAME. Its state is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hdovd.config.plugins import resolve
 from hdovd.config.recipe import ExtraLossConfig
 from hdovd.core.errors import HdovdError
-from hdovd.modeling.step_context import StepView
+from hdovd.modeling.step_context import StepContext
 
 OWN_NAMES = ("rpn_objectness", "rpn_box", "classification", "box", "instance_alignment", "instance_relation", "image_alignment",
              "rpn_cls", "rpn_aux_cls", "rpn_aux_box", "objectness", "giou", "text_alignment", "text_relation",  # AdaMixer's
@@ -27,7 +27,7 @@ class ExtraLosses(nn.Module):
         self.weights = {name: config.weight for name, config in configs.items()}
         self.parts = nn.ModuleDict({name: _build(name, config, dim, channels) for name, config in configs.items()})
 
-    def forward(self, view: StepView) -> dict[str, Tensor]:
+    def forward(self, view: StepContext) -> dict[str, Tensor]:
         losses = {}
         for name, part in self.parts.items():
             loss = part(view)

@@ -14,7 +14,7 @@ from hdovd.data.targets import Targets
 
 
 @dataclass(frozen=True, slots=True)
-class StepView:
+class StepContext:
     """One step of one process, before any loss of it.
 
     features: pyramid maps (N, C, h, w) by level name; level "5" has stride 2^5, "pool" is the one pooled from the last.

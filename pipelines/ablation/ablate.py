@@ -30,12 +30,12 @@ from hdovd.pipelines.common.settings import SWITCH, lasting_values
 from hdovd.pipelines.common.threads import usable_cores
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.listing import Run, read_run
-from hdovd.pipelines.training.config import TrainJob
+from hdovd.pipelines.training.config import TrainConfig
 
 LOCK = ".ablate.lock"
 
 
-class Standing(StrEnum):
+class RunState(StrEnum):
     """What is left to do for a run."""
 
     DONE = "done"
@@ -117,14 +117,14 @@ class Ablation:
     """What came of it. `failed`: runs by name, and why. `stopped`: the signal that ended it before all was done, or 0."""
 
     table: AblationTable
-    standing: dict[str, Standing]
+    standing: dict[str, RunState]
     failed: dict[str, str] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     stopped: int = 0
 
     @property
     def left(self) -> int:
-        return sum(standing is not Standing.DONE for standing in self.standing.values())
+        return sum(standing is not RunState.DONE for standing in self.standing.values())
 
 
 def ablate(config: AblateConfig, log: Callable[[str], None] = print) -> Ablation:
@@ -135,12 +135,12 @@ def ablate(config: AblateConfig, log: Callable[[str], None] = print) -> Ablation
     plans = plan(config)
     if config.dry_run:
         return _result(config, plans, {p.name: standing(p, config) for p in plans})
-    if any(standing(p, config) is not Standing.DONE for p in plans):
+    if any(standing(p, config) is not RunState.DONE for p in plans):
         config.check()
     config.out.mkdir(parents=True, exist_ok=True)
     with _locked(config.out) as lock:
         standings = {p.name: standing(p, config) for p in plans}
-        to_do = [p for p in plans if standings[p.name] is not Standing.DONE]
+        to_do = [p for p in plans if standings[p.name] is not RunState.DONE]
         log(f"{len(plans) // config.seeds} cell(s) x {config.seeds} seed(s): {len(plans) - len(to_do)} of {len(plans)} runs done")
         _check_features(plans, _features(config, plans) if to_do else None)
         result = _result(config, plans, standings)
@@ -162,10 +162,10 @@ def plan(config: AblateConfig) -> list[Planned]:
             for cell in cells for seed in range(config.seeds)]
 
 
-def standing(planned: Planned, config: AblateConfig) -> Standing:
+def standing(planned: Planned, config: AblateConfig) -> RunState:
     """How far a run is. Raises HdovdError if its folder holds a run of another config or protocol, naming what differs."""
     if not (planned.path / "run.json").exists():
-        return Standing.TRAIN
+        return RunState.TRAIN
     run = read_run(planned.path)
     if not run.settings or not run.protocol:
         raise HdovdError(f"{planned.path}: {'; '.join(run.wrong) or 'run.json names no protocol'}: delete this folder, and it is made anew")
@@ -177,12 +177,12 @@ def standing(planned: Planned, config: AblateConfig) -> Standing:
         raise HdovdError(f"{planned.path} holds a run of another config:\n  " + "\n  ".join(lines)
                          + "\nAsk for that, give another --out, or delete that folder")
     if run.ap50 and run.epochs_done == run.epochs:
-        return Standing.DONE
+        return RunState.DONE
     trained = run.epochs_done == run.epochs and not (planned.path / "checkpoint.pt").exists()  # where one is, training knows how far it is
-    return Standing.EVALUATE if trained else Standing.GO_ON
+    return RunState.EVALUATE if trained else RunState.GO_ON
 
 
-def commands(planned: Planned, config: AblateConfig, standing: Standing) -> tuple[tuple[str, ...], ...]:
+def commands(planned: Planned, config: AblateConfig, standing: RunState) -> tuple[tuple[str, ...], ...]:
     """The command lines that are left for a run."""
     hdovd = (sys.executable, "-m", "hdovd")
     train = (*hdovd, "train", "--cache", str(config.cache), "--out", str(planned.path), "--recipe", config.recipe,
@@ -191,9 +191,9 @@ def commands(planned: Planned, config: AblateConfig, standing: Standing) -> tupl
              *(word for setting in (*config.settings, *planned.cell.settings, f"train.seed={planned.seed}") for word in ("--set", setting)),
              *(("--calibration", str(config.calibration)) if config.calibration else ()),
              *(("--init", str(config.init)) if config.init else ()),
-             *(("--resume",) if standing is Standing.GO_ON else ()))
+             *(("--resume",) if standing is RunState.GO_ON else ()))
     evaluate = (*hdovd, "eval", str(planned.path), *_data_words(config.validation or config.data), "--device", config.device)
-    return {Standing.DONE: (), Standing.EVALUATE: (evaluate,)}.get(standing, (train, evaluate))
+    return {RunState.DONE: (), RunState.EVALUATE: (evaluate,)}.get(standing, (train, evaluate))
 
 
 def places(config: AblateConfig, runs: int) -> list[dict[str, str]]:
@@ -246,7 +246,7 @@ def _failure(end: Ended, planned: Planned, config: AblateConfig, result: Ablatio
         result.standing[planned.name] = standing(planned, config)
     except HdovdError as error:  # a recipe file that was edited meanwhile
         return str(error)
-    return None if result.standing[planned.name] is Standing.DONE else "hdovd eval left no metrics.json"
+    return None if result.standing[planned.name] is RunState.DONE else "hdovd eval left no metrics.json"
 
 
 def _features(config: AblateConfig, plans: list[Planned]) -> dict[str, str]:
@@ -258,7 +258,7 @@ def _features(config: AblateConfig, plans: list[Planned]) -> dict[str, str]:
     protocol = load_protocol(config.protocol)
     (config.validation or config.data).load("val2017", protocol, base_only=False, log=_silent)
     data = config.data if not is_tar_form(config.cache) else DataPaths()
-    job = TrainJob(data, config.cache, config.out, everything, config.protocol, config.device, features=config.features)
+    job = TrainConfig(data, config.cache, config.out, everything, config.protocol, config.device, features=config.features)
     found = training_data(job, protocol, _silent)
     found.class_embeddings(protocol.names)
     for planned in plans:  # a weight that is not known is said now, not by each run
@@ -297,18 +297,18 @@ def _data_words(data: DataPaths) -> list[str]:
     return [word for option, path in given if path is not None for word in (option, str(path))]
 
 
-def _result(config: AblateConfig, plans: list[Planned], standings: dict[str, Standing]) -> Ablation:
+def _result(config: AblateConfig, plans: list[Planned], standings: dict[str, RunState]) -> Ablation:
     return Ablation(_table(config, plans, standings, {}), dict(standings))
 
 
-def _table(config: AblateConfig, plans: list[Planned], standings: dict[str, Standing], failed: dict[str, str]) -> AblationTable:
+def _table(config: AblateConfig, plans: list[Planned], standings: dict[str, RunState], failed: dict[str, str]) -> AblationTable:
     """Of the runs that are done."""
     done: dict[str, dict[int, Run]] = {p.cell.name: {} for p in plans}
     broken: dict[str, set[int]] = {p.cell.name: set() for p in plans}
     for p in plans:
         if p.name in failed:
             broken[p.cell.name].add(p.seed)
-        elif standings[p.name] is Standing.DONE:
+        elif standings[p.name] is RunState.DONE:
             done[p.cell.name][p.seed] = read_run(p.path)
     made_of = {"data": str(config.data.root or config.data.annotations or config.cache), "protocol": config.protocol,
                "cache": str(config.cache), "features": config.features,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hdovd.pipelines.bench.bench_layouts import CacheBench, Layout, Nothing, check_same, make_layouts, open_layouts
+from hdovd.pipelines.bench.bench_layouts import CacheBenchConfig, Layout, Nothing, check_same, make_layouts, open_layouts
 from hdovd.pipelines.bench.memory_limit import memory_limit
 from hdovd.pipelines.common.format import size
 from hdovd.pipelines.dataloading.packing import Packed, pack
@@ -42,7 +42,7 @@ class Rates:
         return statistics.median(a / b for a, b in zip(self.per_s, other.per_s, strict=True))
 
 
-def bench_cache(bench: CacheBench, log: Callable[[str], None] = print) -> None:
+def bench_cache(bench: CacheBenchConfig, log: Callable[[str], None] = print) -> None:
     """Make the layouts, read them, and print the tables."""
     count = 2 * bench.images * bench.rows * bench.dim
     log(f"making {bench.images:,d} images of {bench.rows} rows of {bench.dim} float16 ({size(count)}) in every layout")
@@ -67,7 +67,7 @@ def bench_cache(bench: CacheBench, log: Callable[[str], None] = print) -> None:
         log(f"{Nothing.name}: what handing over costs by itself; no layout can be faster")
 
 
-def time_rounds(bench: CacheBench, layouts: Sequence[Layout], rounds: int, reads: Callable[[Layout], int],
+def time_rounds(bench: CacheBenchConfig, layouts: Sequence[Layout], rounds: int, reads: Callable[[Layout], int],
                 run: Callable[[Layout, list[int]], float], *, workers: int = 0) -> list[Rates]:
     """Rates from the seconds that `run(layout, image ids)` says; every layout once a round."""
     rates = [Rates(layout.name, min(bench.images, max(1, reads(layout))), []) for layout in layouts]
@@ -81,7 +81,7 @@ def time_rounds(bench: CacheBench, layouts: Sequence[Layout], rounds: int, reads
     return rates
 
 
-def time_reading(bench: CacheBench, layouts: Sequence[Layout]) -> list[Rates]:
+def time_reading(bench: CacheBenchConfig, layouts: Sequence[Layout]) -> list[Rates]:
     """Read in this process."""
 
     def run(layout: Layout, ids: list[int]) -> float:
@@ -93,7 +93,7 @@ def time_reading(bench: CacheBench, layouts: Sequence[Layout]) -> list[Rates]:
     return time_rounds(bench, layouts, bench.rounds, lambda layout: int(bench.reads * layout.share), run)
 
 
-def time_workers(bench: CacheBench, layouts: Sequence[Layout], collate: Callable[[list[Any]], Any]) -> list[Rates]:
+def time_workers(bench: CacheBenchConfig, layouts: Sequence[Layout], collate: Callable[[list[Any]], Any]) -> list[Rates]:
     """Take batches from worker processes, timed from the first batch to the last."""
 
     def run(layout: Layout, ids: list[int]) -> float:

@@ -20,10 +20,10 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths, Exif, ImageBoxes, Split
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.embedding.build import ways_of
+from hdovd.pipelines.embedding.build import embedders_of
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, DenseRecipe
 from hdovd.pipelines.embedding.crops import Cutter, Picture, read_picture
-from hdovd.pipelines.embedding.embedders import Pictures, Way
+from hdovd.pipelines.embedding.embedders import Embedder, Pictures
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
@@ -32,7 +32,7 @@ NO_PICTURES = Pictures([], lambda _: Path(), np.zeros(1, np.int64), np.zeros((0,
 
 
 @dataclass(frozen=True, slots=True)
-class DenseBench:
+class DenseBenchConfig:
     """What to compare. `clip`, `pretrained`, `activation`: as in `clip_teacher.load_clip`. `sides`: of the dense input, in pixels; None for
     the default of extraction.
 
@@ -81,17 +81,17 @@ class DenseFigures:
     boxes: int
     labelled: int
     classes: int
-    ways: list[WayFigures]
+    embedders: list[WayFigures]
 
     def lines(self) -> list[str]:
         head = f"{'':12s}{'boxes/s':>10s}{'of crops':>10s}{'model alone':>13s}{'accuracy':>10s}{'cosine mean':>13s}{'min':>8s}"
-        rows = [f"{way.name:12s}{way.per_s:10,.1f}{way.per_s / self.ways[0].per_s:10.2f}{way.model_per_s:13,.1f}{way.accuracy:10.3f}"
-                f"{way.cosine_mean:13.3f}{way.cosine_min:8.3f}" for way in self.ways]
+        rows = [f"{way.name:12s}{way.per_s:10,.1f}{way.per_s / self.embedders[0].per_s:10.2f}{way.model_per_s:13,.1f}{way.accuracy:10.3f}"
+                f"{way.cosine_mean:13.3f}{way.cosine_min:8.3f}" for way in self.embedders]
         return [f"{self.boxes:,d} boxes of {self.images:,d} images; accuracy among {self.classes} classes and cosines to crops of the "
                 f"{self.labelled:,d} that are labelled", head, *rows]
 
 
-def bench_dense(bench: DenseBench, log: Callable[[str], None] = print) -> DenseFigures:
+def bench_dense(bench: DenseBenchConfig, log: Callable[[str], None] = print) -> DenseFigures:
     """Embed the same boxes as crops and densely at every side, and compare. Raises HdovdError for bad input."""
     protocol = load_protocol(bench.protocol)
     teacher = load_clip(bench.clip, bench.pretrained, device=bench.device, precision=bench.precision, activation=bench.activation)
@@ -102,36 +102,36 @@ def bench_dense(bench: DenseBench, log: Callable[[str], None] = print) -> DenseF
     labels = torch.from_numpy(np.concatenate([image.labels for image in images]))
     pictures = Pictures(images, split.path, np.cumsum([0, *map(len, boxes)]), np.concatenate(boxes))
     names = torch.from_numpy(teacher.embed_names(protocol.names, bench.templates))
-    ways = {"crops": ways_of(teacher, pictures, PLAIN_BOX)[Level.INSTANCE]}
-    ways |= {f"dense {side}": _dense(teacher, pictures, side) for side in sides}
-    rates: list[list[tuple[float, float]]] = [[] for _ in ways]
+    embedders = {"crops": embedders_of(teacher, pictures, PLAIN_BOX)[Level.INSTANCE]}
+    embedders |= {f"dense {side}": _dense(teacher, pictures, side) for side in sides}
+    rates: list[list[tuple[float, float]]] = [[] for _ in embedders]
     rows: list[Tensor] = []
     for number in range(bench.rounds):  # all in turn, again and again: other work on the machine slows whichever is running
-        for way, of_way in zip(ways.values(), rates, strict=True):
-            embeddings, preparing, embedding = _run(way, bench.batch_size, lambda path, *_: memory[path])
+        for embedder, of_way in zip(embedders.values(), rates, strict=True):
+            embeddings, preparing, embedding = _run(embedder, bench.batch_size, lambda path, *_: memory[path])
             of_way.append((len(embeddings) / (preparing + embedding), len(embeddings) / embedding))
             if number == 0:
                 rows.append(embeddings[is_labelled])
     figures = [_figures(name, of_way, embeddings, rows[0], names, labels)
-               for name, of_way, embeddings in zip(ways, rates, rows, strict=True)]
+               for name, of_way, embeddings in zip(embedders, rates, rows, strict=True)]
     report = DenseFigures(len(images), len(is_labelled), len(labels), len(protocol.names), figures)
     for line in report.lines():
         log(line)
     return report
 
 
-def _dense(teacher: ClipTeacher, pictures: Pictures, side: int | None) -> Way:
-    return ways_of(teacher, pictures, DenseRecipe(side))[Level.INSTANCE]
+def _dense(teacher: ClipTeacher, pictures: Pictures, side: int | None) -> Embedder:
+    return embedders_of(teacher, pictures, DenseRecipe(side))[Level.INSTANCE]
 
 
-def _run(way: Way, batch_size: int, picture: Callable[[Path, int, int, Exif], Picture]) -> tuple[Tensor, float, float]:
+def _run(embedder: Embedder, batch_size: int, picture: Callable[[Path, int, int, Exif], Picture]) -> tuple[Tensor, float, float]:
     """Embeddings (n, D) of all boxes, and seconds: of preparing CLIP's input from pictures in memory, and of CLIP."""
-    cutter, embeddings, preparing, embedding = Cutter(way.fit, way.input_size, picture), list[np.ndarray](), 0.0, 0.0
-    for rows in way.groups(np.arange(len(way.pictures.box)), batch_size):
+    cutter, embeddings, preparing, embedding = Cutter(embedder.fit, embedder.input_size, picture), list[np.ndarray](), 0.0, 0.0
+    for rows in embedder.groups(np.arange(len(embedder.pictures.box)), batch_size):
         since = time.perf_counter()
-        batch = cutter.batch(way.jobs(rows), way.places(batch_size))
+        batch = cutter.batch(embedder.jobs(rows), embedder.places(batch_size))
         ready = time.perf_counter()
-        embeddings.append(way.encode(batch)[: len(rows)])
+        embeddings.append(embedder.encode(batch)[: len(rows)])
         preparing, embedding = preparing + ready - since, embedding + time.perf_counter() - ready
     return torch.from_numpy(np.concatenate(embeddings)), preparing, embedding
 
@@ -144,7 +144,7 @@ def _figures(name: str, rates: list[tuple[float, float]], embeddings: Tensor, cr
     return WayFigures(name, together, alone, float(right.float().mean()), float(cosine.mean()), float(cosine.min()))
 
 
-def _chosen(bench: DenseBench, protocol: Protocol, log: Callable[[str], None]) -> tuple[Split, list[ImageBoxes]]:
+def _chosen(bench: DenseBenchConfig, protocol: Protocol, log: Callable[[str], None]) -> tuple[Split, list[ImageBoxes]]:
     """Images with labelled boxes, spread over the list."""
     split = bench.data.load("val2017", protocol, base_only=False, log=log)
     count = min(bench.images, len(split.images))

@@ -29,7 +29,7 @@ SHIFT = 0.12  # how far they are off, standard deviation in sides of the object
 
 
 @dataclass(frozen=True, slots=True)
-class EvalBench:
+class EvalBenchConfig:
     """`detections`: an image. `objects`: in all. The defaults are COCO val2017 under the ov-coco protocol."""
 
     folder: Path
@@ -81,7 +81,7 @@ class EvalTimes:
         return asdict(self)
 
 
-def bench_eval(bench: EvalBench, log: Callable[[str], None] = print) -> EvalTimes:
+def bench_eval(bench: EvalBenchConfig, log: Callable[[str], None] = print) -> EvalTimes:
     """Make a truth and detections in `bench.folder`, and measure. Raises HdovdError, before that, without one of the engines."""
     versions = {engine: require(engine) for engine in Engine}
     protocol, file = load_protocol("ov-coco"), bench.folder / "instances.json"
@@ -120,7 +120,7 @@ def largest_difference(found: list[AveragePrecision]) -> float:
     return max(float(np.nanmax(np.abs(table - tables[0]), initial=0.0)) for table in tables)
 
 
-def make_eval_world(bench: EvalBench, protocol: Protocol, file: Path) -> list[dict[str, Any]]:
+def make_eval_world(bench: EvalBenchConfig, protocol: Protocol, file: Path) -> list[dict[str, Any]]:
     """Write an instances file with image ids and category ids from 1; returns detections in COCO results form.
 
     Objects fall on images at random and on classes as unevenly as COCO's; more than half of the detections are an object's class and

@@ -42,7 +42,7 @@ WRITE_ROWS = 8_192
 
 
 @dataclass(frozen=True, slots=True)
-class SpeedBench:
+class SpeedBenchConfig:
     """`images`: None for as many as a round of 10 s takes; each has `boxes` boxes. `folder`: an empty one to work in.
 
     `pretrained`: None for random weights, which are as fast as any. `rows`: of the data set that the forecast is for, with its `pictures`.
@@ -124,7 +124,7 @@ class Speed:
         return asdict(self)
 
 
-def bench_speed(bench: SpeedBench, log: Callable[[str], None] = print) -> Speed:
+def bench_speed(bench: SpeedBenchConfig, log: Callable[[str], None] = print) -> Speed:
     """Make pictures and boxes in `bench.folder`, and measure."""
     clip = load_clip(bench.clip, bench.pretrained, device=bench.device, precision=bench.precision,
                      random_weights=bench.pretrained is None and ":" not in bench.clip)
@@ -166,7 +166,7 @@ def bench_speed(bench: SpeedBench, log: Callable[[str], None] = print) -> Speed:
         forecast_bytes=bench.rows * a_box + bench.pictures * 2 * clip.dim)
 
 
-def _extraction(bench: SpeedBench, clip: ClipTeacher, name: str) -> Extraction:
+def _extraction(bench: SpeedBenchConfig, clip: ClipTeacher, name: str) -> Extraction:
     """The extraction of the world into a cache of its own, begun, its texts done."""
     world = bench.folder
     config = ExtractConfig(DataPaths(images=world / "images", annotations=world / "annotations.json"), world / name, bench.clip,
@@ -181,7 +181,7 @@ def _batch_sizes(extraction: Extraction, batch_size: int) -> list[int]:
     """Of all batches that an extraction of pictures and boxes puts through the model."""
     sizes = []
     for level in (Level.IMAGE, Level.INSTANCE):
-        plan, way = extraction.plans[level], extraction.ways[level]
+        plan, way = extraction.plans[level], extraction.embedders[level]
         for first in range(0, plan.rows, plan.part_rows):
             sizes += [way.places(batch_size)] * len(way.groups(np.arange(first, min(first + plan.part_rows, plan.rows)), batch_size))
     return sizes

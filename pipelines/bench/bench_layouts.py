@@ -26,7 +26,7 @@ PTH_KEY = "proposal_clip_image_embedding"
 
 
 @dataclass(frozen=True, slots=True)
-class CacheBench:
+class CacheBenchConfig:
     """`images` of `rows` rows of `dim` values. `reads`: images of a round; `folder`: an empty one to work in.
 
     `memory_limit`: bytes, or None.
@@ -69,7 +69,7 @@ class Memmap(Layout):
 
     name = "memory-mapped .npy"
 
-    def __init__(self, bench: CacheBench) -> None:
+    def __init__(self, bench: CacheBenchConfig) -> None:
         self._rows = np.asarray(np.load(bench.folder / "embedding.npy", mmap_mode="r"))  # no np.memmap: its slices are slow
         self._offset = bench.offsets
         self._row_of = {image_id: row for row, image_id in enumerate(bench.ids)}
@@ -85,7 +85,7 @@ class Pth(Layout):
     name = ".pth an image"
     share = 0.1
 
-    def __init__(self, bench: CacheBench) -> None:
+    def __init__(self, bench: CacheBenchConfig) -> None:
         self._folder = bench.folder / "pth"
 
     def read(self, image_id: int) -> Tensor:
@@ -99,7 +99,7 @@ class Safetensors(Layout):
     name = "safetensors"
     share = 0.5
 
-    def __init__(self, bench: CacheBench) -> None:
+    def __init__(self, bench: CacheBenchConfig) -> None:
         self._file = safe_open(bench.folder / "all.safetensors", "np")
 
     def read(self, image_id: int) -> np.ndarray:
@@ -110,7 +110,7 @@ class Safetensors(Layout):
 class Ours(Layout):
     """The cache through its public reader."""
 
-    def __init__(self, bench: CacheBench, name: str, *, mapped: bool, in_blocks: bool = False, share: float = 1.0) -> None:
+    def __init__(self, bench: CacheBenchConfig, name: str, *, mapped: bool, in_blocks: bool = False, share: float = 1.0) -> None:
         self.name, self.in_blocks, self.share = name, in_blocks, share
         self.read = FeatureCache(bench.folder / "cache", mapped=mapped).instance_embeddings  # type: ignore[method-assign]
 
@@ -123,14 +123,14 @@ class Nothing(Layout):
 
     name = "nothing read"
 
-    def __init__(self, bench: CacheBench) -> None:
+    def __init__(self, bench: CacheBenchConfig) -> None:
         self._rows = np.zeros((bench.rows, bench.dim), np.float16)
 
     def read(self, image_id: int) -> np.ndarray:
         return self._rows
 
 
-def make_layouts(bench: CacheBench) -> None:
+def make_layouts(bench: CacheBenchConfig) -> None:
     """The same random normalised features in every layout."""
     folder, rng, offset = bench.folder, np.random.default_rng(0), bench.offsets
     total = int(offset[-1])
@@ -155,14 +155,14 @@ def make_layouts(bench: CacheBench) -> None:
     save_file(tensors, folder / "all.safetensors")
 
 
-def open_layouts(bench: CacheBench) -> list[Layout]:
+def open_layouts(bench: CacheBenchConfig) -> list[Layout]:
     """All layouts, memmap and .pth first: ratios are to these."""
     return [Memmap(bench), Pth(bench), Safetensors(bench), Ours(bench, "cache, mapped", mapped=True),
             Ours(bench, "cache through Zarr, block-shuffled", mapped=False, in_blocks=True),
             Ours(bench, "cache through Zarr, random order", mapped=False, share=0.02)]
 
 
-def check_same(bench: CacheBench, layouts: Sequence[Layout], ids: Sequence[int]) -> None:
+def check_same(bench: CacheBenchConfig, layouts: Sequence[Layout], ids: Sequence[int]) -> None:
     """Raises HdovdError if a layout answers otherwise than the first."""
     for image_id in ids:
         expected = np.asarray(layouts[0].read(image_id))

@@ -34,7 +34,7 @@ NOUNS = 100
 
 
 @dataclass(frozen=True, slots=True)
-class ScaleBench:
+class ScaleBenchConfig:
     """`boxes`: proposals an image, beside its BASE_BOXES. `side`: of the model's input, in pixels. `folder`: an empty one to work in."""
 
     folder: Path
@@ -118,7 +118,7 @@ class Shrink:
         return picture[:, rows][:, :, columns]
 
 
-def bench_scale(config: ScaleBench, log: Callable[[str], None] = print) -> ScaleFigures:
+def bench_scale(config: ScaleBenchConfig, log: Callable[[str], None] = print) -> ScaleFigures:
     """Make a world of that size in `config.folder`, extract it, and measure."""
     log(f"making {config.images:,d} images with {BASE_BOXES} boxes and {config.boxes} proposals each, from {PICTURES} pictures")
     make_world(config.folder, BenchWorld(config.images, BASE_BOXES, config.boxes, PICTURES, WIDTH, HEIGHT))

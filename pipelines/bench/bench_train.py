@@ -43,7 +43,7 @@ STUB_S = 0.03  # a step of a GPU
 
 
 @dataclass(frozen=True, slots=True)
-class TrainBench:
+class TrainBenchConfig:
     """`steps`: timed ones of a turn. `settings`: laid over the recipe. `clip`: a model name has random weights. Sizes in pixels."""
 
     folder: Path
@@ -124,7 +124,7 @@ class TrainTimes:
         return asdict(self)
 
 
-def bench_train(bench: TrainBench, log: Callable[[str], None] = print) -> TrainTimes:
+def bench_train(bench: TrainBenchConfig, log: Callable[[str], None] = print) -> TrainTimes:
     """Make pictures, boxes and a cache in `bench.folder`, and measure."""
     clip = load_clip(bench.clip, None, device=bench.device, random_weights=":" not in bench.clip)
     recipe = load_recipe(bench.recipe, bench.settings).with_reliability(0.0, 1.0, 1.0)  # no matter of time; auto knows no random CLIP
@@ -149,7 +149,7 @@ def _ratio(one: Variant, base: Variant) -> float:
     return median(a / b for a, b in zip(one.seconds, base.seconds, strict=True))
 
 
-def _make_cache(bench: TrainBench, clip: ClipTeacher) -> None:
+def _make_cache(bench: TrainBenchConfig, clip: ClipTeacher) -> None:
     world = bench.folder / "world"
     make_world(world, BenchWorld(bench.images, 7, 10, bench.images, bench.width, bench.height, "jpg"))
     (world / "nouns.txt").write_text("\n".join(f"thing {number}" for number in range(NOUNS)))
@@ -158,7 +158,7 @@ def _make_cache(bench: TrainBench, clip: ClipTeacher) -> None:
     extract_clip(config, lambda _: None, clip)
 
 
-def _variants(bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> list[Variant]:
+def _variants(bench: TrainBenchConfig, recipe: Recipe, clip: ClipTeacher) -> list[Variant]:
     base_only = load_recipe(bench.recipe, [*bench.settings, *PRESETS["base-only"]])
     alone, distilled = _loop(bench, base_only, clip), _loop(bench, recipe, clip)
     found = [_of_loop("detector alone", alone), _of_loop("three levels, from the cache", distilled)]
@@ -185,21 +185,21 @@ def _take(loop: Loop[Sample], batch: list[Sample]) -> None:
         torch.cuda.synchronize(loop.device)
 
 
-def _data(bench: TrainBench, recipe: Recipe) -> TrainingSet:
+def _data(bench: TrainBenchConfig, recipe: Recipe) -> TrainingSet:
     world = bench.folder / "world"
     paths = DataPaths(images=world / "images", annotations=world / "annotations.json")
     split = paths.load("train2017", load_protocol("ov-coco"), base_only=True, log=lambda _: None)
     return TrainingSet(split, FeatureCache(bench.folder / "cache"), recipe, lambda _: None)
 
 
-def _batches(bench: TrainBench, recipe: Recipe, device: torch.device) -> TrainingBatches[Sample]:
+def _batches(bench: TrainBenchConfig, recipe: Recipe, device: torch.device) -> TrainingBatches[Sample]:
     """All variants see the same pictures at the same step."""
     data, size = _data(bench, recipe), recipe.train.batch_size
     order = _OverAndOver(len(data), size * bench.rounds * (SETTLE + bench.steps))
     return TrainingBatches(data, Dealing(order, size), training_workers(device, recipe.train.workers), device=device)
 
 
-def _loop(bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Loop[Sample]:
+def _loop(bench: TrainBenchConfig, recipe: Recipe, clip: ClipTeacher) -> Loop[Sample]:
     torch.manual_seed(0)
     protocol, batches = load_protocol("ov-coco"), _batches(bench, recipe, clip.device)
     model = build_detector(recipe, clip.dim, None)
@@ -210,7 +210,7 @@ def _loop(bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Loop[Sample]:
     return loop_of(model, batches, texts, recipe, clip.device)
 
 
-def _torchvision(bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Variant:
+def _torchvision(bench: TrainBenchConfig, recipe: Recipe, clip: ClipTeacher) -> Variant:
     """torchvision's own detector with as many trained stages, samples and proposals, on the same pictures and base boxes."""
     detector, size = recipe.faster_rcnn, recipe.input
     body = resnet50(weights=None, norm_layer=FrozenBatchNorm2d if detector.backbone.norm == "frozen" else nn.BatchNorm2d)

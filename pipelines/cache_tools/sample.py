@@ -23,10 +23,10 @@ from hdovd.cache.verify import Finding
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.pipelines.common.progress import progress
-from hdovd.pipelines.embedding.build import ways_of
+from hdovd.pipelines.embedding.build import embedders_of
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
 from hdovd.pipelines.embedding.crops import Cutter
-from hdovd.pipelines.embedding.embedders import Pictures, Way
+from hdovd.pipelines.embedding.embedders import Embedder, Pictures
 from hdovd.pipelines.extraction.picture_hashes import image_hash
 from hdovd.pipelines.teachers.base import Teacher
 
@@ -70,12 +70,12 @@ def sample_set(sample: Sample, features: FeatureSet, findings: list[Finding], sa
             log(f"sample of {name}: left out, its tables are damaged")
             continue
         product = Product(sample.folder, level, features.levels[level])
-        way = _way(product, sample)
+        embedder = _embedder(product, sample)
         chosen = _choose(product, known, sample.count, sample.seed)
         if not len(chosen):
             log(f"sample of {name}: left out, none of its rows is sound")
             continue
-        rows, cosines, problems = _cosines(product, way, chosen)
+        rows, cosines, problems = _cosines(product, embedder, chosen)
         if problems:
             log(f"sample of {name}: {len(problems)} images could not be encoded again: {shorten([*problems], 4)}")
         if not len(rows):
@@ -87,7 +87,7 @@ def sample_set(sample: Sample, features: FeatureSet, findings: list[Finding], sa
             log(str(finding))
 
 
-def _way(product: Product, sample: Sample) -> Way:
+def _embedder(product: Product, sample: Sample) -> Embedder:
     """How the product's rows are embedded. Raises HdovdError if the CLIP is another one than made it.
 
     The precision may be another one: it costs far less than LEAST_COSINE. What was imported names no CLIP to compare with.
@@ -103,10 +103,10 @@ def _way(product: Product, sample: Sample) -> Way:
               else CropRecipe.from_inputs(inputs["crop"]) if "crop" in inputs else PLAIN_BOX)
     offset, box = (tables("offset"), tables("box")) if on_boxes else (np.zeros(1), np.zeros((0, 4)))
     pictures = Pictures(images, sample.split.path, offset, box, sample.split.exif)
-    way = ways_of(teacher, pictures, recipe)[product.level]
+    embedder = embedders_of(teacher, pictures, recipe)[product.level]
     if named:
-        _refuse_others(product, way.inputs())
-    return way
+        _refuse_others(product, embedder.inputs())
+    return embedder
 
 
 def _refuse_others(product: Product, have: dict[str, Any]) -> None:
@@ -124,24 +124,24 @@ def _choose(product: Product, known: set[int | str | None], count: int, seed: in
     return np.sort(left[chosen])
 
 
-def _cosines(product: Product, way: Way, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _cosines(product: Product, embedder: Embedder, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """The rows that could be encoded again, their cosines with the cache, and why others could not."""
     stored, problems = open_rows(product, "embedding", parts={int(part) for part in rows // product.part_rows}), list[str]()
     have = np.array([stored.read(int(row), int(row) + 1)[0] for row in rows], np.float64)
     labels = product.table("image_hash")
     usable = np.asarray(have.any(axis=1))  # zeros: the picture could not be read then either
-    number, image_id = way.images_of(rows), product.table("image_id")
+    number, image_id = embedder.images_of(rows), product.table("image_id")
     known = {(int(file["image_id"]), int(file["label"])) for file in known_files(product)}  # by their contents, whatever they are called
     for n in np.unique(number):
-        named = image_hash(way.pictures.images[n]) == labels[n] or (int(image_id[n]), int(labels[n])) in known
+        named = image_hash(embedder.pictures.images[n]) == labels[n] or (int(image_id[n]), int(labels[n])) in known
         if not named and usable[number == n].any():
             problems.append(f"image {image_id[n]} has another name or size in the annotations, or is not there")
             usable[number == n] = False
-    cutter, new = Cutter(way.fit, way.input_size), np.zeros(have.shape)
-    for some in progress(way.groups(rows[usable], BATCH_ROWS), f"sample of {product.level}", "batch"):
-        batch, mine = cutter.batch(way.jobs(some), way.places(BATCH_ROWS)), np.isin(rows, some)
+    cutter, new = Cutter(embedder.fit, embedder.input_size), np.zeros(have.shape)
+    for some in progress(embedder.groups(rows[usable], BATCH_ROWS), f"sample of {product.level}", "batch"):
+        batch, mine = cutter.batch(embedder.jobs(some), embedder.places(BATCH_ROWS)), np.isin(rows, some)
         problems += [f"image {unread}: {problem}" for unread, problem in batch.problems.items()]
-        new[mine] = way.encode(batch)[: len(some)]
+        new[mine] = embedder.encode(batch)[: len(some)]
         usable[mine & np.isin(image_id[number], [*batch.problems])] = False
     rows, have, new = rows[usable], have[usable], new[usable]
     return rows, (new * have).sum(axis=1) / np.linalg.norm(new, axis=1) / np.linalg.norm(have, axis=1), problems

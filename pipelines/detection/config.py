@@ -14,7 +14,7 @@ DETECTIONS_MARKER = ".hdovd-detect"  # a folder that holds it is of detections, 
 
 
 @dataclass(frozen=True, slots=True)
-class DetectJob:
+class DetectConfig:
     """`images`: words as in `picture_files.find_pictures`. `classes` None: those of the run's protocol. `threshold`: what is found
     scores above it. `class_embeddings`: a file with a row for each class, in order; CLIP is not needed then.
 

@@ -23,7 +23,7 @@ from hdovd.pipelines.common.images import Decoded, decode
 from hdovd.pipelines.common.picture_files import PictureFile, find_pictures
 from hdovd.pipelines.common.progress import progress
 from hdovd.pipelines.dataloading.loader import Batches
-from hdovd.pipelines.detection.config import DetectJob
+from hdovd.pipelines.detection.config import DetectConfig
 from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.detection.output import DetectionFolder, Tally
 from hdovd.pipelines.extraction.text import read_class_embeddings
@@ -66,7 +66,7 @@ class _Pictures(Dataset[_Opened]):
         return _Opened(number, picture.pixels, picture.width, picture.height, "")
 
 
-def detect(job: DetectJob, log: Callable[[str], None] = print, stdin: BinaryIO | None = None) -> DetectResult:
+def detect(job: DetectConfig, log: Callable[[str], None] = print, stdin: BinaryIO | None = None) -> DetectResult:
     """Look for the classes in all pictures and write what is found into `job.out` (`detect_output`).
 
     stdin: instead of the process's own. Pictures that cannot be read are skipped. Raises HdovdError for bad input.
@@ -87,7 +87,7 @@ def detect(job: DetectJob, log: Callable[[str], None] = print, stdin: BinaryIO |
     return DetectResult(detector.names, tuple(novel), folder.tally, skipped, written)
 
 
-def _set_classes(detector: Detector, job: DetectJob, log: Callable[[str], None]) -> None:
+def _set_classes(detector: Detector, job: DetectConfig, log: Callable[[str], None]) -> None:
     names = detector.names if job.classes is None else job.classes
     if job.classes is not None:
         for line in _doubtful(job.classes, detector.protocol.names):
@@ -107,7 +107,7 @@ def _doubtful(names: Sequence[str], classes: Sequence[str]) -> Iterator[str]:
             yield f"note: {name!r} is no class of the run; did you mean {near[0]!r}?"
 
 
-def _run(detector: Detector, files: list[PictureFile], folder: DetectionFolder, job: DetectJob) -> dict[str, str]:
+def _run(detector: Detector, files: list[PictureFile], folder: DetectionFolder, job: DetectConfig) -> dict[str, str]:
     """Returns what was skipped."""
     skipped: dict[str, str] = {}
     workers = min(workers_for(detector.device, job.workers), len(files))
@@ -129,7 +129,7 @@ def _run(detector: Detector, files: list[PictureFile], folder: DetectionFolder, 
     return skipped
 
 
-def _info(detector: Detector, job: DetectJob) -> dict[str, Any]:
+def _info(detector: Detector, job: DetectConfig) -> dict[str, Any]:
     """What the detections were made with, for `images.json`."""
     embedded = {"class_embeddings": str(job.class_embeddings)} if job.class_embeddings is not None else \
         {} if job.templates is None else {"templates": list(job.templates)}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from hdovd.cache.schema import Level
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, DenseRecipe
-from hdovd.pipelines.embedding.embedders import Crops, Pictures, Way, WholePictures
+from hdovd.pipelines.embedding.embedders import Crops, Embedder, Pictures, WholePictures
 from hdovd.pipelines.teachers.base import Teacher
 
 
-def ways_of(teacher: Teacher, pictures: Pictures, recipe: CropRecipe | DenseRecipe) -> dict[Level, Way]:
+def embedders_of(teacher: Teacher, pictures: Pictures, recipe: CropRecipe | DenseRecipe) -> dict[Level, Embedder]:
     """Of the image and the instance level. Raises HdovdError for a dense recipe if the model has no dense features."""
     whole = WholePictures(teacher, pictures)
     if isinstance(recipe, CropRecipe):

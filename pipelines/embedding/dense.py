@@ -12,7 +12,7 @@ from torch import Tensor
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.embedding.crops import Batch
-from hdovd.pipelines.embedding.embedders import Pictures, Way
+from hdovd.pipelines.embedding.embedders import Embedder, Pictures
 from hdovd.pipelines.teachers.base import Teacher
 from hdovd.pipelines.teachers.dense import DenseClip, near_side, scale_boxes
 from hdovd.pipelines.teachers.openclip import ClipTeacher
@@ -27,7 +27,7 @@ def require_clip(teacher: Teacher) -> ClipTeacher:
     return teacher
 
 
-class DenseBoxes(Way):
+class DenseBoxes(Embedder):
     """A row a box: its part of the feature map of the picture, squashed to `side` x `side` pixels.
 
     A batch has as many pictures as have the pixels of a batch of crops, one at the least, and all of their boxes.

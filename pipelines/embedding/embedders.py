@@ -32,7 +32,7 @@ class Pictures:
     exif: Exif = Exif.APPLY
 
 
-class Way(ABC):
+class Embedder(ABC):
     """Of one level, with one model. `fit`, `input_size`: as a `Teacher` has them, of this way's input. `jobs` read no files."""
 
     level = Level.INSTANCE
@@ -84,7 +84,7 @@ class Way(ABC):
         return {}
 
 
-class WholePictures(Way):
+class WholePictures(Embedder):
     """A row an image: all of it."""
 
     level = Level.IMAGE
@@ -105,7 +105,7 @@ class WholePictures(Way):
         return rows
 
 
-class Crops(Way):
+class Crops(Embedder):
     """A row a box: the mean over the crops that a recipe makes of it."""
 
     def __init__(self, teacher: Teacher, pictures: Pictures, recipe: CropRecipe) -> None:

@@ -27,7 +27,7 @@ from hdovd.cache.picture_files import PictureFile
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.embedding.crops import Batch, CropJob, Cutter, read_picture
-from hdovd.pipelines.embedding.embedders import Way
+from hdovd.pipelines.embedding.embedders import Embedder
 
 SHARED_MEMORY = "/dev/shm"
 GPU_THREADS = 2  # one batch on its way to the GPU and back while another is computed
@@ -55,7 +55,7 @@ class Embedded:
     files: dict[int, PictureFile]
 
 
-def embed(wanted: Iterable[Wanted], ways: Mapping[Level, Way], device: torch.device, workers: int) -> Iterator[Embedded]:
+def embed(wanted: Iterable[Wanted], embedders: Mapping[Level, Embedder], device: torch.device, workers: int) -> Iterator[Embedded]:
     """The embeddings of every batch, in order. `wanted` is read no further ahead than the work needs."""
     wanted = iter(wanted)
     first = next(wanted, None)
@@ -64,18 +64,18 @@ def embed(wanted: Iterable[Wanted], ways: Mapping[Level, Way], device: torch.dev
     wanted = chain([first], wanted)
 
     def answer(level: Level, batch: Batch) -> Embedded:
-        return Embedded(ways[level].encode(batch), batch.problems, batch.files)
+        return Embedded(embedders[level].encode(batch), batch.problems, batch.files)
 
-    on_gpu, workers = device.type == "cuda", _that_fit(workers, first, ways[first.level].input_size)
+    on_gpu, workers = device.type == "cuda", _that_fit(workers, first, embedders[first.level].input_size)
     threads = GPU_THREADS if on_gpu and workers else torch.get_num_threads()
     with own_threads(threads) as pool:
         if workers:
-            batches = _Batches({level: Cutter(way.fit, way.input_size) for level, way in ways.items()})
+            batches = _Batches({level: Cutter(embedder.fit, embedder.input_size) for level, embedder in embedders.items()})
             loader = DataLoader(batches, sampler=wanted, batch_size=None, num_workers=workers, pin_memory=on_gpu)
             yield from in_order(pool, lambda made: answer(*made), _made(loader), 2 * threads)
         else:
             shared = lru_cache(threads + PICTURES_KEPT)(read_picture)
-            batches = _Batches({level: Cutter(way.fit, way.input_size, shared) for level, way in ways.items()})
+            batches = _Batches({level: Cutter(embedder.fit, embedder.input_size, shared) for level, embedder in embedders.items()})
             yield from in_order(pool, lambda w: answer(*batches[w]), wanted, 2 * threads)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hdovd.cache.picture_files import PictureFile
-from hdovd.pipelines.embedding.embedders import Way
+from hdovd.pipelines.embedding.embedders import Embedder
 from hdovd.pipelines.embedding.feed import Embedded, Wanted
 
 
@@ -28,7 +28,7 @@ class PartRows:
     `missing`: of these rows, the ones to embed.
     """
 
-    way: Way
+    embedder: Embedder
     start: int
     embedding: np.ndarray
     missing: np.ndarray
@@ -38,9 +38,9 @@ class PartRows:
     def batches(self, size: int) -> Iterator[RowBatch]:
         """In row order, all of the shape that `size` crops have, the last one filled up."""
         rows = self.start + np.flatnonzero(self.missing)
-        groups = self.way.groups(rows, size)
+        groups = self.embedder.groups(rows, size)
         for number, some in enumerate(groups, 1):
-            yield RowBatch(some, Wanted(self.way.level, self.way.jobs(some), self.way.places(size)), number == len(groups))
+            yield RowBatch(some, Wanted(self.embedder.level, self.embedder.jobs(some), self.embedder.places(size)), number == len(groups))
 
     def take(self, batch: RowBatch, answer: Embedded) -> None:
         """Enter the embeddings of a batch."""

@@ -15,7 +15,7 @@ SHOWN_SCORE = 0.3  # detections of this score or more are drawn
 
 
 @dataclass(frozen=True, slots=True)
-class EvalJob:
+class EvalConfig:
     """`protocol` None: that of the run. `workers` None: what suits the device. `pictures`: how many validation images to draw.
 
     `weights`: of the last epoch, or of the one with the best validation AP50 of base classes. `trust`: as `RunFolder.trusted`.

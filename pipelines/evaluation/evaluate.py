@@ -19,7 +19,7 @@ from hdovd.modeling.base import build_detector
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.device import pick_device, placed
 from hdovd.pipelines.common.precision import inference_precision
-from hdovd.pipelines.evaluation.config import EvalJob
+from hdovd.pipelines.evaluation.config import EvalConfig
 from hdovd.pipelines.evaluation.detections_io import found_of
 from hdovd.pipelines.evaluation.pictures import draw_detections
 from hdovd.pipelines.evaluation.validation import Validation, results
@@ -41,7 +41,7 @@ class EvalResult:
     files: list[Path]
 
 
-def evaluate(job: EvalJob, log: Callable[[str], None] = print) -> EvalResult:
+def evaluate(job: EvalConfig, log: Callable[[str], None] = print) -> EvalResult:
     """Evaluate a run; writes metrics.json, detections.json and pictures into it. Raises HdovdError for bad input."""
     job.check()
     run, device = RunFolder(job.run, job.trust), pick_device(job.device)

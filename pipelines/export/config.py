@@ -33,7 +33,7 @@ ENDINGS = {".onnx": ModelForm.ONNX, ".pt": ModelForm.TORCHSCRIPT, ".ts": ModelFo
 
 
 @dataclass(frozen=True, slots=True)
-class ExportModelJob:
+class ExportModelConfig:
     """`check_images`: pictures to check the file on, besides those that are made up. `trust`: as `RunFolder.trusted`."""
 
     run: Path

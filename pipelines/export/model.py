@@ -21,7 +21,7 @@ from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.images import decode
 from hdovd.pipelines.export import forms as model_forms
 from hdovd.pipelines.export.check import Checked, check, made_up_pictures
-from hdovd.pipelines.export.config import ExportModelJob
+from hdovd.pipelines.export.config import ExportModelConfig
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.weights import Weights
 
@@ -35,7 +35,7 @@ class ExportedModel:
     checked: Checked
 
 
-def export_model(job: ExportModelJob, log: Callable[[str], None] = print) -> ExportedModel:
+def export_model(job: ExportModelConfig, log: Callable[[str], None] = print) -> ExportedModel:
     """Write the detector of a run to one file. Raises HdovdError for bad input, and if the file does not find what the model finds."""
     model_forms.require(job.form)
     job.check()

@@ -27,7 +27,7 @@ from hdovd.cache.writer import ProductWriter
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import Split
 from hdovd.pipelines.embedding.crops import Cutter
-from hdovd.pipelines.embedding.embedders import Crops, Way
+from hdovd.pipelines.embedding.embedders import Crops, Embedder
 from hdovd.pipelines.embedding.feed import Wanted, embed, own_threads
 from hdovd.pipelines.embedding.part_buffer import PartRows, RowBatch
 from hdovd.pipelines.extraction.boxes import BoxTable
@@ -87,12 +87,12 @@ class Extraction:
     """The inputs of an extraction, its plan, and the products that it fills."""
 
     def __init__(self, split: Split, table: BoxTable, pictures: PictureHashes, nouns: Nouns | None, classes: TextRows, teacher: Teacher,
-                 ways: Mapping[Level, Way], plans: list[LevelPlan], *, templates: tuple[str, ...], batch_size: int | None,
+                 embedders: Mapping[Level, Embedder], plans: list[LevelPlan], *, templates: tuple[str, ...], batch_size: int | None,
                  workers: int, origin: dict[str, Any] | None = None) -> None:
         """`origin`: what a set's record says of the proposals."""
         self.origin = origin or {}
         self.split, self.table, self.pictures, self.nouns, self.teacher = split, table, pictures, nouns, teacher
-        self.ways = ways
+        self.embedders = embedders
         self._texts = {Level.CLASS: classes} | ({} if nouns is None else {Level.NOUN: TextRows(nouns.vocabulary)})
         self.plans = {plan.level: plan for plan in plans}
         self.templates, self._batch_size, self.workers = templates, batch_size, workers
@@ -154,7 +154,7 @@ class Extraction:
                         asked.append((part, batch))
                         yield batch.wanted
 
-            for answer in embed(wanted(), self.ways, self.teacher.device, self.workers):
+            for answer in embed(wanted(), self.embedders, self.teacher.device, self.workers):
                 part, batch = asked.popleft()
                 assert part.rows is not None
                 part.rows.take(batch, answer)
@@ -238,7 +238,7 @@ class Extraction:
     def _images_of(self, part: _Part) -> np.ndarray:
         """The numbers of the images that a part has rows of."""
         rows = np.arange(*self.product(part.unit.level).rows_of(part.unit.part))
-        return np.unique(self.ways[part.unit.level].images_of(rows))
+        return np.unique(self.embedders[part.unit.level].images_of(rows))
 
     def turned_either_way(self) -> int:
         """Pictures whose annotated size fits them turned and as stored, as far as that is known."""
@@ -249,7 +249,7 @@ class Extraction:
         """The rows of a part, with what another product has of them."""
         plan, (start, stop) = self.plans[unit.level], self.product(unit.level).rows_of(unit.part)
         empty = np.zeros((stop - start, self.teacher.dim), np.float16)
-        rows = PartRows(self.ways[unit.level], start, empty, np.ones(stop - start, bool))
+        rows = PartRows(self.embedders[unit.level], start, empty, np.ones(stop - start, bool))
         if plan.reuse is not None and plan.donor is not None:
             reuse = plan.reuse[start:stop]
             rows.missing = reuse < 0
@@ -261,9 +261,9 @@ class Extraction:
         product, (start, stop) = self.product(unit.level), self.product(unit.level).rows_of(unit.part)
         product.require_sound(unit.part)
         rows = open_rows(product, "embedding", parts={unit.part}).read(start, stop)
-        way = self.ways[unit.level]
-        image_ids = self.table.image_id[way.images_of(np.arange(start, stop))]
-        return PartRows(way, start, np.array(rows), np.isin(image_ids, [*product.failed()]))
+        embedder = self.embedders[unit.level]
+        image_ids = self.table.image_id[embedder.images_of(np.arange(start, stop))]
+        return PartRows(embedder, start, np.array(rows), np.isin(image_ids, [*product.failed()]))
 
     def _batch_size_of(self, level: Level) -> int:
         """The one that the product was begun with, whatever this process was told."""
@@ -296,15 +296,15 @@ class Extraction:
         count, offset = min(PROBE_IMAGES, len(self.split.images)), self.table.offset
         numbers = np.unique(np.linspace(0, len(self.split.images) - 1, count).astype(np.int64))
         boxes = np.concatenate([np.arange(offset[n], min(offset[n] + PROBE_BOXES, offset[n + 1])) for n in numbers])
-        way = self.ways[Level.INSTANCE]
+        embedder = self.embedders[Level.INSTANCE]
         box = self._cost(Level.INSTANCE, boxes) if len(boxes) else None
-        alike = isinstance(way, Crops) and way.places(1) == 1  # a picture is a crop like any other
+        alike = isinstance(embedder, Crops) and embedder.places(1) == 1  # a picture is a crop like any other
         image = box if box is not None and alike else self._cost(Level.IMAGE, numbers)
         return Probe({Level.IMAGE: image, Level.INSTANCE: box or image}, self.teacher.peak_memory_bytes())
 
     def _cost(self, level: Level, rows: np.ndarray) -> Cost:
-        way, on_gpu = self.ways[level], self.teacher.device.type == "cuda"
-        jobs, cutter = way.jobs(rows), Cutter(way.fit, way.input_size)
+        embedder, on_gpu = self.embedders[level], self.teacher.device.type == "cuda"
+        jobs, cutter = embedder.jobs(rows), Cutter(embedder.fit, embedder.input_size)
         with own_threads(1) as thread:
             since = time.monotonic()
             batch = thread.submit(cutter.batch, jobs, sum(job.count for job in jobs)).result()
@@ -314,10 +314,10 @@ class Extraction:
                                  f"the first: {next(iter(batch.problems.values()))}")
             size = self._batch_size or self.teacher.best_batch()
             size = size if on_gpu else min(size, PROBE_BATCH_CPU)
-            few = way.jobs(way.groups(rows, size)[0])
-            batch, filled = cutter.batch(few, way.places(size)), sum(job.count for job in few) / way.places(size)
-            thread.submit(way.encode, batch).result()  # the first call prepares what later ones use
+            few = embedder.jobs(embedder.groups(rows, size)[0])
+            batch, filled = cutter.batch(few, embedder.places(size)), sum(job.count for job in few) / embedder.places(size)
+            thread.submit(embedder.encode, batch).result()  # the first call prepares what later ones use
             since = time.monotonic()
-            thread.submit(way.encode, batch).result()
+            thread.submit(embedder.encode, batch).result()
             embed_s = (time.monotonic() - since) * filled / sum(job.rows for job in few) / (1 if on_gpu else torch.get_num_threads())
         return Cost(cut_s, embed_s)

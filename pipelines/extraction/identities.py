@@ -14,7 +14,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import SCHEMA_VERSION, Level
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import Exif, ImageBoxes, Split
-from hdovd.pipelines.embedding.embedders import Way
+from hdovd.pipelines.embedding.embedders import Embedder
 from hdovd.pipelines.extraction.boxes import BoxTable, box_table
 from hdovd.pipelines.extraction.label_rule import ONE_NOUN, LabelRule
 from hdovd.pipelines.extraction.picture_hashes import picture_hashes
@@ -53,17 +53,17 @@ def require_exif(inputs: Mapping[Level, KeyInputs], wanted: str, where: str) -> 
 
 
 def level_inputs(clip: Teacher, table: BoxTable, nouns: Nouns | None, classes: TextRows, templates: Sequence[str],
-                 ways: Mapping[Level, Way], rule: LabelRule = ONE_NOUN) -> dict[Level, KeyInputs]:
+                 embedders: Mapping[Level, Embedder], rule: LabelRule = ONE_NOUN) -> dict[Level, KeyInputs]:
     """All inputs of every level that an extraction writes: what determines its bytes, and nothing else."""
     schema: KeyInputs = {"schema_version": SCHEMA_VERSION}
     images, boxes = table.image_inputs(), table.box_inputs()
-    pictures = {**schema, "clip": clip.identity, "images": images, "exif": str(ways[Level.IMAGE].pictures.exif)}
+    pictures = {**schema, "clip": clip.identity, "images": images, "exif": str(embedders[Level.IMAGE].pictures.exif)}
     inputs: dict[Level, KeyInputs] = {
         Level.BOXES: {**schema, "images": images, "base_boxes": table.base_box_inputs(), "proposals": table.proposal_inputs(),
                       "boxes": boxes},
         Level.CLASS: {**schema, **classes.inputs(clip, templates)},
-        Level.IMAGE: {**pictures, **ways[Level.IMAGE].inputs()},
-        Level.INSTANCE: {**pictures, **ways[Level.INSTANCE].inputs(), "boxes": boxes},
+        Level.IMAGE: {**pictures, **embedders[Level.IMAGE].inputs()},
+        Level.INSTANCE: {**pictures, **embedders[Level.INSTANCE].inputs(), "boxes": boxes},
     }
     if nouns is not None:
         offered = "all" if nouns.by_image is None else hash_tables(np.array(nouns.offered(i), np.int64) for i in table.image_id.tolist())

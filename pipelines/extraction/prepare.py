@@ -18,7 +18,7 @@ from hdovd.pipelines.common.device import workers_for
 from hdovd.pipelines.common.format import duration, size
 from hdovd.pipelines.common.images import read_alike
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.embedding.build import ways_of
+from hdovd.pipelines.embedding.build import embedders_of
 from hdovd.pipelines.embedding.embedders import Pictures
 from hdovd.pipelines.extraction.boxes import box_table
 from hdovd.pipelines.extraction.config import Executor, ExtractConfig
@@ -85,12 +85,12 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
     for rows in (classes, *(() if nouns is None else (TextRows(nouns.vocabulary),))):
         for note in rows.notes(loaded, config.templates):
             log(note)
-    ways = ways_of(loaded, Pictures(split.images, split.path, table.offset, table.box, split.exif), config.recipe)
-    inputs = level_inputs(loaded, table, nouns, classes, config.templates, ways, config.labels)
+    embedders = embedders_of(loaded, Pictures(split.images, split.path, table.offset, table.box, split.exif), config.recipe)
+    inputs = level_inputs(loaded, table, nouns, classes, config.templates, embedders, config.labels)
     plans = plan_levels(catalog, inputs, table, loaded.dim, part_rows=config.part_rows, retry_failed=config.retry_failed,
                         read_alike=partial(read_alike, split))
-    return Extraction(split, table, pictures, nouns, classes, loaded, ways, plans, templates=config.templates, batch_size=config.batch_size,
-                      workers=workers_for(loaded.device, config.workers), origin=origin)
+    return Extraction(split, table, pictures, nouns, classes, loaded, embedders, plans, templates=config.templates,
+                      batch_size=config.batch_size, workers=workers_for(loaded.device, config.workers), origin=origin)
 
 
 def cached_precision(catalog: Catalog | None, features: str, clip: KeyInputs) -> Precision | None:

@@ -42,7 +42,7 @@ def do_with_ray(extraction: Extraction, config: ExtractConfig, log: Callable[[st
     connected = ray.is_initialized()
     if not connected:
         _connect()
-    crew = Crew(config, len(left), log)
+    crew = ActorPool(config, len(left), log)
     try:
         texts = [unit for unit in left if unit in extraction.units()[0]]
         pictures = left[len(texts) :]
@@ -90,7 +90,7 @@ class Size:
         return sum(int(node.get("GPU", 0)) if self.gpus else int(node.get("CPU", 0)) // self.cpus for node in have)
 
 
-class Crew:
+class ActorPool:
     """The actors, as many as the cluster has room for and the work needs."""
 
     def __init__(self, config: ExtractConfig, most: int, log: Callable[[str], None]) -> None:

@@ -11,7 +11,7 @@ from hdovd.pipelines.extraction.source import CacheSource
 
 
 @dataclass(frozen=True, slots=True)
-class ExportConfig:
+class TarExportConfig:
     """What to export. `data` and `protocol`: None for those that the set was extracted from. `samples`: of a shard."""
 
     cache: Path | str

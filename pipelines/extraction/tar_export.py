@@ -25,14 +25,14 @@ from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.format import size
 from hdovd.pipelines.common.progress import progress
 from hdovd.pipelines.extraction.identities import inputs_of
-from hdovd.pipelines.extraction.tar_config import ExportConfig
+from hdovd.pipelines.extraction.tar_config import TarExportConfig
 
 Log = Callable[[str], None]
 
 
 # --- to tar shards ---
 
-def export_tars(config: ExportConfig, log: Log = print) -> TarMeta:
+def export_tars(config: TarExportConfig, log: Log = print) -> TarMeta:
     """Write the shards that are not there yet. Raises HdovdError if the set does not fit the data, or a picture is gone."""
     config.check()
     cache = FeatureCache(config.cache, config.features)

@@ -21,7 +21,7 @@ from hdovd.pipelines.extraction.config import ExtractConfig, Store
 from hdovd.pipelines.extraction.engine import Extraction
 from hdovd.pipelines.extraction.prepare import ExtractReport, Log, plan_lines, prepare
 from hdovd.pipelines.extraction.sharing import this_share
-from hdovd.pipelines.extraction.tar_config import ExportConfig
+from hdovd.pipelines.extraction.tar_config import TarExportConfig
 from hdovd.pipelines.extraction.tar_export import export_tars
 from hdovd.pipelines.extraction.zarr_extraction import fill_cache
 from hdovd.pipelines.teachers.base import Teacher
@@ -66,7 +66,7 @@ def extract_to_tars(config: ExtractConfig, log: Log = print, teacher: Teacher | 
 
 def _export(config: ExtractConfig, log: Log) -> None:
     """Write the shards, read them back, delete the Zarr cache."""
-    export_tars(ExportConfig(f"{config.cache}/{ZARR}", config.cache, config.data, config.protocol, config.features), log)
+    export_tars(TarExportConfig(f"{config.cache}/{ZARR}", config.cache, config.data, config.protocol, config.features), log)
     shards = TarShards(config.cache)
     for number in progress(shards.numbers, "verifying", "shard"):
         try:

@@ -27,7 +27,7 @@ class Parser(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class NounsJob:
+class NounsConfig:
     """What to find. `vocabulary`: None for the list that ships, or with a parser for all nouns; `stop_list`: added to the one that ships.
 
     `protocol` says which names are novel: they are reported, nothing else.

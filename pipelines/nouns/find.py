@@ -19,7 +19,7 @@ from hdovd.pipelines.common.name_list import GENERAL, read_vocabulary
 from hdovd.pipelines.common.progress import progress
 from hdovd.pipelines.nouns.allowed import Nouns, named_novel
 from hdovd.pipelines.nouns.captions import Captions
-from hdovd.pipelines.nouns.config import SPACY_MODEL, NounsJob, Parser
+from hdovd.pipelines.nouns.config import SPACY_MODEL, NounsConfig, Parser
 from hdovd.pipelines.nouns.file import write_noun_file
 from hdovd.pipelines.nouns.matching import Found, MatchFinder, StopList
 from hdovd.pipelines.nouns.parsing import ParsingFinder, load_parser, why_not
@@ -42,7 +42,7 @@ class NounsReport:
     images_without: int = 0
 
 
-def find_nouns(job: NounsJob, log: Log = print) -> NounsReport:
+def find_nouns(job: NounsConfig, log: Log = print) -> NounsReport:
     """Find the nouns of `job.captions` and write `job.out`. Raises HdovdError for bad input, or if there is no noun at all."""
     job.check()
     protocol = load_protocol(job.protocol)
@@ -73,7 +73,7 @@ def find_nouns(job: NounsJob, log: Log = print) -> NounsReport:
     return report
 
 
-def _finder(job: NounsJob, stop: StopList, log: Log) -> tuple[MatchFinder | ParsingFinder, dict[str, str]]:
+def _finder(job: NounsConfig, stop: StopList, log: Log) -> tuple[MatchFinder | ParsingFinder, dict[str, str]]:
     """What finds nouns, and its versions."""
     parser = job.parser
     if parser is Parser.AUTO:
@@ -118,7 +118,7 @@ def _images_with(novel: str, report: NounsReport) -> int:
     return sum(not rows.isdisjoint(own) for own in report.nouns.by_image.values())
 
 
-def report_lines(job: NounsJob, report: NounsReport, novel: int) -> list[str]:
+def report_lines(job: NounsConfig, report: NounsReport, novel: int) -> list[str]:
     assert report.nouns.by_image is not None
     images = len(report.nouns.by_image)
     each = sum(report.images_of.values()) / images

@@ -24,7 +24,7 @@ class Detector(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class NetworkJob:
+class NetworkConfig:
     """A network to train on the base boxes of `data`, kept in `file`; one that is there already, of the same settings, is taken.
 
     `overwrite`: train anew, whatever is there. `save_minutes`: between two checkpoints within an epoch.
@@ -40,7 +40,7 @@ class NetworkJob:
 
 
 @dataclass(frozen=True, slots=True)
-class ProposeJob:
+class ProposeConfig:
     """`top` proposals an image at most, of `min_score` or more, both sides at least `min_side` pixels of the original image.
 
     A proposal that overlaps a base box or a better proposal by an IoU of more than `overlap` is left out.
@@ -64,9 +64,9 @@ class ProposeJob:
     save_minutes: float = 10.0
 
     @property
-    def network(self) -> NetworkJob:
+    def network(self) -> NetworkConfig:
         """The network of this job lies beside its proposals."""
-        return NetworkJob(self.data, network_file(self.out, self.detector), self.detector, self.recipe, self.protocol, self.overwrite,
+        return NetworkConfig(self.data, network_file(self.out, self.detector), self.detector, self.recipe, self.protocol, self.overwrite,
                           self.save_minutes)
 
     def check(self) -> None:
@@ -81,7 +81,7 @@ class ProposeJob:
 
 
 @dataclass(frozen=True, slots=True)
-class RecallJob:
+class RecallConfig:
     """Average recall on `validation` of networks side by side: those in `checkpoints`, and those of `detectors`, which lie beside `out`
     or are trained on `data`."""
 
@@ -108,7 +108,7 @@ class RecallJob:
         for file in self.checkpoints:
             require_network(file)
 
-    def networks(self) -> list[NetworkJob]:
+    def networks(self) -> list[NetworkConfig]:
         """What is to be trained, or was. Raises HdovdError without a place for it."""
         wanted = self.detectors if self.detectors or self.checkpoints else (Detector.OLN,)
         if wanted and self.out is None:
@@ -116,7 +116,7 @@ class RecallJob:
                              "--out, or trained networks with --checkpoint")
         if self.out is not None:
             require_form(self.out)
-        return [NetworkJob(self.data, network_file(self.out, detector), detector, self.recipe, self.protocol, self.overwrite,
+        return [NetworkConfig(self.data, network_file(self.out, detector), detector, self.recipe, self.protocol, self.overwrite,
                            self.save_minutes) for detector in dict.fromkeys(wanted) if self.out is not None]
 
 
@@ -132,7 +132,7 @@ def network_file(out: Path, detector: Detector) -> Path:
 
 
 def propose_job(data: DataPaths, out: Path | None, recipe: Recipe, detectors: tuple[Detector, ...], checkpoints: tuple[Path, ...],
-                **options: Any) -> ProposeJob:
+                **options: Any) -> ProposeConfig:
     """A job from the words of a command line. Raises HdovdError without `out`, or for more than one network."""
     if out is None:
         raise HdovdError("--out FILE is missing: the proposal file to write (or --report, to count recall alone)")
@@ -141,5 +141,5 @@ def propose_job(data: DataPaths, out: Path | None, recipe: Recipe, detectors: tu
         raise HdovdError("one --detector or --checkpoint makes a proposal file; several are compared with --report")
     if detectors and checkpoints:
         raise HdovdError("--checkpoint is a network of one kind already: leave --detector out")
-    return ProposeJob(data, out, recipe, detector=detectors[0] if detectors else Detector.OLN,
+    return ProposeConfig(data, out, recipe, detector=detectors[0] if detectors else Detector.OLN,
                       checkpoint=checkpoints[0] if checkpoints else None, **options)

@@ -27,7 +27,7 @@ from hdovd.modeling.proposals.base import ObjectnessNetwork, ProposalNetwork
 from hdovd.modeling.proposals.oln import ObjectLocalisationNetwork
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.tensors import load_tensors, save_tensors, tensors_hash
-from hdovd.pipelines.proposals.config import Detector, NetworkJob, require_network
+from hdovd.pipelines.proposals.config import Detector, NetworkConfig, require_network
 
 KINDS: dict[Detector, type[ProposalNetwork]] = {Detector.OLN: ObjectLocalisationNetwork, Detector.RPN: ObjectnessNetwork}
 SECTIONS = ("detector", "input", "proposals", "train")  # of a recipe: what such a network is made of
@@ -37,7 +37,7 @@ def build_network(detector: Detector, recipe: Recipe, log: Callable[[str], None]
     return KINDS[detector](recipe, log)
 
 
-def settings(job: NetworkJob, split: Split) -> dict[str, Any]:
+def settings(job: NetworkConfig, split: Split) -> dict[str, Any]:
     """What a training is determined by: detector, recipe, protocol, and the annotation file with its sha256."""
     recipe, protocol = job.recipe.model_dump(by_alias=True), load_protocol(job.protocol)
     # A key that came later is left out at its default: files of before it was there say the same.
@@ -50,7 +50,7 @@ def settings(job: NetworkJob, split: Split) -> dict[str, Any]:
             "annotations": {"file": str(split.annotations.resolve()), "sha256": _sha256(split.annotations)}}
 
 
-def provenance(job: NetworkJob, split: Split, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def provenance(job: NetworkConfig, split: Split, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Everything that made a network, as plain values: `settings`, the boxes that it saw by class, its weights' sha256, the version.
 
     Args:

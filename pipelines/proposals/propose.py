@@ -29,7 +29,7 @@ from hdovd.pipelines.common.progress import progress
 from hdovd.pipelines.common.signals import StopSignal, exit_code
 from hdovd.pipelines.dataloading.loader import Batches
 from hdovd.pipelines.proposal_files.file import Proposals, ProposalTable, made_by_line, read_table, write_proposals
-from hdovd.pipelines.proposals.config import ProposeJob
+from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.networks import load_network, settings
 from hdovd.pipelines.proposals.networks import made_by as made_by_of
 from hdovd.pipelines.proposals.parts import Parts, fill
@@ -37,7 +37,7 @@ from hdovd.pipelines.proposals.pictures import Pictures, require_readable
 from hdovd.pipelines.proposals.training import settled_job, trained_network
 
 
-def propose(job: ProposeJob, log: Callable[[str], None] = print) -> dict[int, Proposals]:
+def propose(job: ProposeConfig, log: Callable[[str], None] = print) -> dict[int, Proposals]:
     """Train or load the network, propose, write `job.out` and return the proposals by image id.
 
     Raises HdovdError for bad input, and Stopped if a signal ended it: the same call goes on.
@@ -47,7 +47,7 @@ def propose(job: ProposeJob, log: Callable[[str], None] = print) -> dict[int, Pr
         return _propose(job, us, stop, log if us.leads else lambda _: None)
 
 
-def _propose(job: ProposeJob, us: Team, stop: StopSignal, log: Callable[[str], None]) -> dict[int, Proposals]:
+def _propose(job: ProposeConfig, us: Team, stop: StopSignal, log: Callable[[str], None]) -> dict[int, Proposals]:
     split = job.data.load("train2017", load_protocol(job.protocol), base_only=True, log=log, exif=job.recipe.input.exif)
     if us.leads and job.out.is_file():
         planned = made_by_of(job.checkpoint) if job.checkpoint else settings(settled_job(job.network, us)[0], split)
@@ -83,7 +83,7 @@ def _propose(job: ProposeJob, us: Team, stop: StopSignal, log: Callable[[str], N
     return found
 
 
-def checkpointed(file: Path, job: ProposeJob, us: Team) -> tuple[ProposalNetwork, dict[str, Any]]:
+def checkpointed(file: Path, job: ProposeConfig, us: Team) -> tuple[ProposalNetwork, dict[str, Any]]:
     """The network of --checkpoint, on the team's device, and what made it. Raises HdovdError if it saw other base classes."""
     network, origin = load_network(file, job.recipe)
     known, base = set(origin["protocol"]["base"]), set(load_protocol(job.protocol).base)
@@ -106,7 +106,7 @@ def replaced_line(file: Path, planned: Mapping[str, Any]) -> str | None:
             "these will replace them. To keep them, stop here and give another --out")
 
 
-def _results(network: ProposalNetwork, split: Split, parts: Parts, mine: list[int], job: ProposeJob,
+def _results(network: ProposalNetwork, split: Split, parts: Parts, mine: list[int], job: ProposeConfig,
              us: Team) -> Iterator[tuple[int, Proposals | str]]:
     """The images of the parts `mine` in order: the id of each, and its proposals, or why it cannot be read."""
     numbers = [number for part in mine for number in parts.rows(part)]
@@ -130,7 +130,7 @@ def stop_if_asked(stop: StopSignal, doing: str) -> None:
         raise Stopped(f"stopped while {doing}; the same command goes on there", exit_code(stop.received))
 
 
-def select_proposals(boxes: Tensor, scores: Tensor, base: Tensor, job: ProposeJob) -> Tensor:
+def select_proposals(boxes: Tensor, scores: Tensor, base: Tensor, job: ProposeConfig) -> Tensor:
     """Rows to keep of an image's proposals, best first: those that overlap a base box go, then NMS.
 
     Args:

@@ -25,7 +25,7 @@ from hdovd.pipelines.common.precision import inference_autocast
 from hdovd.pipelines.common.progress import progress
 from hdovd.pipelines.common.signals import StopSignal
 from hdovd.pipelines.dataloading.loader import Batches
-from hdovd.pipelines.proposals.config import RecallJob
+from hdovd.pipelines.proposals.config import RecallConfig
 from hdovd.pipelines.proposals.networks import load_network
 from hdovd.pipelines.proposals.pictures import Pictures
 from hdovd.pipelines.proposals.propose import stop_if_asked
@@ -59,7 +59,7 @@ def _without_nan(rows: dict[str, dict[int, float]]) -> dict[str, dict[int, float
     return {group: {most: None if value != value else value for most, value in values.items()} for group, values in rows.items()}
 
 
-def recall_report(job: RecallJob, log: Callable[[str], None] = print) -> list[Recall]:
+def recall_report(job: RecallConfig, log: Callable[[str], None] = print) -> list[Recall]:
     """Train or load the networks, count what they find and say it; with `job.out` also in NAME.recall.json beside it.
 
     Raises HdovdError for bad input or a validation picture that cannot be read, and Stopped if a signal ended it.
@@ -100,7 +100,7 @@ def without_crowds(split: Split) -> Split:
     return replace(split, images=images)
 
 
-def _recall(name: str, network: ProposalNetwork, split: Split, protocol: Protocol, job: RecallJob, us: Team, stop: StopSignal) -> Recall:
+def _recall(name: str, network: ProposalNetwork, split: Split, protocol: Protocol, job: RecallConfig, us: Team, stop: StopSignal) -> Recall:
     numbers = list(range(len(split.images)))[us.rank :: us.world]
     workers, place = training_workers(us.device, job.recipe.train.workers), 0
     found: dict[str, list[np.ndarray]] = {group: [] for group in GROUPS}

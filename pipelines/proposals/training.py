@@ -28,7 +28,7 @@ from hdovd.pipelines.common.signals import StopSignal, exit_code
 from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sample_keys import key_of
 from hdovd.pipelines.dataloading.sampler import Dealing, PlainShuffle
-from hdovd.pipelines.proposals.config import NetworkJob
+from hdovd.pipelines.proposals.config import NetworkConfig
 from hdovd.pipelines.proposals.networks import build_network, check_made_by, load_network, made_by, provenance, save_network, settings
 from hdovd.pipelines.proposals.pictures import Picture, Pictures, require_readable
 from hdovd.pipelines.runs.checkpoint import fits, load_checkpoint, rng_state, save_checkpoint, set_rng_state
@@ -40,7 +40,7 @@ from hdovd.pipelines.training.train import data_parallel
 STATE = ("model", "optimizer", "step", "window", "rng", "wanted")  # of a checkpoint
 
 
-def trained_network(job: NetworkJob, split: Split, us: Team, stop: StopSignal,
+def trained_network(job: NetworkConfig, split: Split, us: Team, stop: StopSignal,
                     log: Callable[[str], None]) -> tuple[ProposalNetwork, dict[str, Any]]:
     """The network of a job, on the team's device, and what made it: from its file, or trained and put there.
 
@@ -60,7 +60,7 @@ def trained_network(job: NetworkJob, split: Split, us: Team, stop: StopSignal,
     return placed(network, us.device).eval(), origin
 
 
-def settled_job(job: NetworkJob, us: Team) -> tuple[NetworkJob, str]:
+def settled_job(job: NetworkConfig, us: Team) -> tuple[NetworkConfig, str]:
     """The job with a precision that is not auto, and the line to say of it: that of the network, or of its training, that is there."""
     own = None
     if job.recipe.train.precision == AUTO and not job.overwrite:
@@ -71,7 +71,7 @@ def settled_job(job: NetworkJob, us: Team) -> tuple[NetworkJob, str]:
     return replace(job, recipe=recipe), line
 
 
-def _train(job: NetworkJob, split: Split, wanted: dict[str, Any], us: Team, stop: StopSignal, log: Callable[[str], None]) -> None:
+def _train(job: NetworkConfig, split: Split, wanted: dict[str, Any], us: Team, stop: StopSignal, log: Callable[[str], None]) -> None:
     config, folder = job.recipe.train, job.file.with_suffix(".training")
     state = None if job.overwrite else load_checkpoint(folder, STATE)
     us.wait()  # all have looked, before the first one writes

@@ -14,7 +14,7 @@ REPORT_FILE = "index.html"
 
 
 @dataclass(frozen=True, slots=True)
-class ReportJob:
+class ReportConfig:
     """`data`: where the pictures are; nothing given: where the first run's cache says that it was made from. `gallery`, `pseudo`: how many
     validation and training images are shown. `relation_images`: in the batch of the relation matrices; 0 leaves them out. `threshold`:
     scores from which a detection is shown and counts in the confusion. `validation`: the validation images, if they are not val2017 of

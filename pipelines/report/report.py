@@ -17,12 +17,12 @@ from hdovd.core.version import __version__
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.html_page import page
-from hdovd.pipelines.evaluation.config import EvalJob
+from hdovd.pipelines.evaluation.config import EvalConfig
 from hdovd.pipelines.evaluation.evaluate import evaluate
 from hdovd.pipelines.report import charts_of_runs as report_charts
 from hdovd.pipelines.report import gallery as report_gallery
 from hdovd.pipelines.report import tables as report_tables
-from hdovd.pipelines.report.config import REPORT_FILE, ReportJob
+from hdovd.pipelines.report.config import REPORT_FILE, ReportConfig
 from hdovd.pipelines.report.relations import relations
 from hdovd.pipelines.report.runs import OneRun, TrainingImages, data_of, open_runs
 from hdovd.pipelines.runs.folder import RunFolder
@@ -32,7 +32,7 @@ SECTIONS = (("ap", "AP"), ("curves", "Curves"), ("errors", "Errors"), ("confusio
             ("losses", "Losses"), ("gallery", "Images"), ("pseudo", "Pseudo boxes"), ("relations", "Relations"), ("identity", "Identity"))
 
 
-def report(job: ReportJob, log: Callable[[str], None] = print) -> Path:
+def report(job: ReportConfig, log: Callable[[str], None] = print) -> Path:
     """Write the page into the folder `job.out`; runs that are not evaluated yet are evaluated first. Returns its path.
 
     Raises HdovdError for a folder that is no run, runs of different protocols or validation images, and pictures that are not there.
@@ -51,15 +51,15 @@ def report(job: ReportJob, log: Callable[[str], None] = print) -> Path:
     return file
 
 
-def _evaluate_if_needed(run: Path, job: ReportJob, data: DataPaths, log: Callable[[str], None]) -> None:
+def _evaluate_if_needed(run: Path, job: ReportConfig, data: DataPaths, log: Callable[[str], None]) -> None:
     if all((run / name).is_file() for name in ("metrics.json", "detections.json")):
         return
     log(f"{run} is not evaluated yet: hdovd eval {run}")
-    evaluate(EvalJob(run, data, device=job.device, batch_size=job.batch_size, workers=job.workers, weights=Weights.LAST,
+    evaluate(EvalConfig(run, data, device=job.device, batch_size=job.batch_size, workers=job.workers, weights=Weights.LAST,
                      trust=job.trust), log)
 
 
-def _context(runs: Sequence[OneRun], job: ReportJob, data: DataPaths, log: Callable[[str], None]) -> dict[str, Any]:
+def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths, log: Callable[[str], None]) -> dict[str, Any]:
     first = runs[0].analysis
     gallery = report_gallery.validation_cards(runs, job.gallery, job.threshold)
     training = TrainingImages(data, first.protocol, first.split.exif)
@@ -84,7 +84,9 @@ def _context(runs: Sequence[OneRun], job: ReportJob, data: DataPaths, log: Calla
         "footer": "hdovd " + " ".join(["report", *(str(run.folder.path) for run in runs)])}
 
 
-def _relations(runs: Sequence[OneRun], job: ReportJob, training: TrainingImages, log: Callable[[str], None]) -> tuple[list[Any], list[str]]:
+def _relations(
+    runs: Sequence[OneRun], job: ReportConfig, training: TrainingImages, log: Callable[[str], None]
+) -> tuple[list[Any], list[str]]:
     """The figures, and of each run without one why."""
     figures: list[Any] = []
     reasons: list[str] = []

@@ -23,13 +23,13 @@ from hdovd.modeling.published_weights.names import PUBLISHED, Published
 from hdovd.pipelines.common.provenance import provenance
 from hdovd.pipelines.common.tensors import Unfit, floats, load_pth
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.import_config import ImportCheckpointJob
+from hdovd.pipelines.runs.import_config import ImportCheckpointConfig
 from hdovd.pipelines.runs.weights import weights_hash
 
 _TRUST = ("pseudo_boxes.reliability_centre=0.31", "pseudo_boxes.reliability_width=0.026", "pseudo_boxes.reliability_scale=1.3")  # METHOD 2
 
 
-def import_checkpoint(job: ImportCheckpointJob, log: Callable[[str], None] = print) -> RunFolder:
+def import_checkpoint(job: ImportCheckpointConfig, log: Callable[[str], None] = print) -> RunFolder:
     """Write a run folder with the weights of a checkpoint. Raises HdovdError, before anything is written, for one that does not fit."""
     job.check()
     published = PUBLISHED[job.detector]
@@ -126,7 +126,7 @@ def _why(name: str, reasons: Mapping[str, str]) -> str | None:
     return next((why for pattern, why in reasons.items() if re.fullmatch(pattern, name)), None)
 
 
-def _require_detector(state: Mapping[str, Tensor], job: ImportCheckpointJob) -> None:
+def _require_detector(state: Mapping[str, Tensor], job: ImportCheckpointConfig) -> None:
     """Raises HdovdError for a checkpoint of another detector."""
     known = {name: sum(p.own_name(key) is not None for key in state) for name, p in PUBLISHED.items()}
     best = max(known, key=lambda name: known[name])
@@ -138,7 +138,7 @@ def _require_detector(state: Mapping[str, Tensor], job: ImportCheckpointJob) -> 
                          f"{shorten(list(state))}")
 
 
-def _class_embeddings(job: ImportCheckpointJob, protocol: Protocol, dim: int) -> Tensor:
+def _class_embeddings(job: ImportCheckpointConfig, protocol: Protocol, dim: int) -> Tensor:
     """(C, D) float32, normalised."""
     if job.class_embeddings is None:
         raise HdovdError(f"a checkpoint holds no class embeddings: give --class-embeddings FILE, a .pt of {len(protocol.names)} x {dim}, "
@@ -161,7 +161,7 @@ def _rows(file: Path, count: int, dim: int, what: str, meaning: str) -> Tensor:
     return F.normalize(rows, dim=1)
 
 
-def _give_object(model: Detector, job: ImportCheckpointJob, dim: int, log: Callable[[str], None]) -> None:
+def _give_object(model: Detector, job: ImportCheckpointConfig, dim: int, log: Callable[[str], None]) -> None:
     """AdaMixer measures objectness against one text embedding, which is no weight and so not in a checkpoint."""
     if job.detector != "adamixer":
         if job.object_embedding is not None:

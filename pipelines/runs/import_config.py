@@ -12,7 +12,7 @@ from hdovd.pipelines.runs.folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
-class ImportCheckpointJob:
+class ImportCheckpointConfig:
     """`class_embeddings`: a .pt of (C, D) rows in the protocol's order. `object_embedding`: a .pt of (1, D), for AdaMixer.
 
     `settings`: laid over the detector's recipe.

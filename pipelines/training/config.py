@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainJob:
+class TrainConfig:
     """One training run. `cache`: a Zarr cache, with the `data` that it was made of, or tar shards, which need no other data.
 
     `resume`: go on from the checkpoint in `out`, or begin if there is none. `save_minutes`: between two checkpoints within an

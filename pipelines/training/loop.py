@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hdovd.config.recipe import TrainConfig
+from hdovd.config.recipe import ScheduleConfig
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.precision import Precision, choose, training_products
 from hdovd.pipelines.common.progress import progress
@@ -56,7 +56,7 @@ class Loop(Generic[Sample]):
     """
 
     def __init__(self, model: nn.Module, losses_of: Callable[[list[Sample], int], dict[str, Tensor]], batches: TrainingBatches[Sample],
-                 config: TrainConfig, device: torch.device, what: str, id_of: Callable[[Sample], int],
+                 config: ScheduleConfig, device: torch.device, what: str, id_of: Callable[[Sample], int],
                  begin_epoch: Callable[[int], None] = lambda _: None) -> None:
         self.model, self.batches, self.config, self.device = model, batches, config, device
         self._losses_of, self._what, self._id_of, self._begin_epoch = losses_of, what, id_of, begin_epoch
@@ -218,7 +218,7 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _require_even_split(dealing: Dealing, config: TrainConfig) -> None:
+def _require_even_split(dealing: Dealing, config: ScheduleConfig) -> None:
     size = len(dealing.part(0, 0)) * dealing.world
     if size % (dealing.world * config.accumulate):
         among = f" of {dealing.world} processes" if dealing.world > 1 else ""
@@ -226,7 +226,7 @@ def _require_even_split(dealing: Dealing, config: TrainConfig) -> None:
                          f"set train.batch_size to a multiple of {dealing.world * config.accumulate}, or train.accumulate to less")
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: ScheduleConfig) -> torch.optim.Optimizer:
     """SGD or AdamW in one pass over the memory of the parameters (`fused`): of AdaMixer's 146 million, several cost a tenth of a step.
 
     A checkpoint brings its own choice: runs that were begun before there was one go on as they began.
@@ -238,7 +238,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
-def lr_factor(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
+def lr_factor(step: int, steps_per_epoch: int, config: ScheduleConfig) -> float:
     """The factor on `lr` at 0-based `step`: linear warm-up from 0.001, then steps of 0.1 or a cosine to zero."""
     warmup = config.warmup_iterations
     rise = 1.0 if step >= warmup else 0.001 + 0.999 * step / warmup

@@ -39,7 +39,7 @@ from hdovd.pipelines.extraction.object_text import give_object_text
 from hdovd.pipelines.runs.checkpoint import fits, load_checkpoint, set_rng_state
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.compiling import compile_backbone, told_shortly
-from hdovd.pipelines.training.config import TrainJob
+from hdovd.pipelines.training.config import TrainConfig
 from hdovd.pipelines.training.hooks import RunHooks, unsound_record
 from hdovd.pipelines.training.initial_weights import begin_with, require_same_init
 from hdovd.pipelines.training.loop import Loop
@@ -50,7 +50,7 @@ from hdovd.pipelines.training.training_set import Sample, TrainingSet
 STATE = ("model", "optimizer", "step", "window", "rng", "layout", "log_bytes", "best", "ended")  # of a checkpoint
 
 
-def train(job: TrainJob, log: Callable[[str], None] = print) -> RunFolder:
+def train(job: TrainConfig, log: Callable[[str], None] = print) -> RunFolder:
     """Train one detector and return its folder.
 
     Raises HdovdError for bad input or a loss that is not sound, and Stopped if a signal ended it: it is saved, and can be resumed.
@@ -60,7 +60,7 @@ def train(job: TrainJob, log: Callable[[str], None] = print) -> RunFolder:
         return _train(job, us, stop, log if us.leads else lambda _: None)
 
 
-def _train(job: TrainJob, us: Team, stop: StopSignal, log: Callable[[str], None]) -> RunFolder:
+def _train(job: TrainConfig, us: Team, stop: StopSignal, log: Callable[[str], None]) -> RunFolder:
     protocol, run = load_protocol(job.protocol), RunFolder(job.out)
     began = run.written_recipe().train.precision if job.resume and (job.out / "config.toml").is_file() else None
     recipe, line = settled(job.recipe, us.device, began, "the run's")
@@ -135,7 +135,7 @@ def data_parallel(model: nn.Module) -> DistributedDataParallel:
                                    find_unused_parameters=getattr(model, "has_idle_parameters", False))
 
 
-def training_data(job: TrainJob, protocol: Protocol, log: Callable[[str], None]) -> TrainingSet | TarTrainingSet:
+def training_data(job: TrainConfig, protocol: Protocol, log: Callable[[str], None]) -> TrainingSet | TarTrainingSet:
     """Tar shards alone, or a Zarr cache with the data set that it was made of."""
     if is_tar_form(job.cache):
         if job.data != DataPaths():
@@ -182,7 +182,7 @@ def loop_of(detector: Detector, batches: TrainingBatches[Sample], texts: Tensor,
     return Loop(model, losses_of, batches, recipe.train, device, "train", lambda sample: sample[2], detector.begin_epoch)
 
 
-def _begin(job: TrainJob, data: TrainingSet | TarTrainingSet, protocol: Protocol, class_embeddings: Tensor, us: Team,
+def _begin(job: TrainConfig, data: TrainingSet | TarTrainingSet, protocol: Protocol, class_embeddings: Tensor, us: Team,
            state: dict[str, Any] | None, origin: dict[str, Any], log: Callable[[str], None]) -> None:
     """The run folder is made, or made ready to go on, by the process that leads; the others wait for it."""
     if us.leads:
@@ -211,7 +211,7 @@ def _restore(state: dict[str, Any], model: nn.Module, loop: Loop[Sample], hooks:
             torch.manual_seed(key_of(loop.config.seed, -2 - loop.step_number, us.rank))
 
 
-def _validation(job: TrainJob, protocol: Protocol, us: Team, log: Callable[[str], None]) -> Validation | None:
+def _validation(job: TrainConfig, protocol: Protocol, us: Team, log: Callable[[str], None]) -> Validation | None:
     """One process validates."""
     if job.validation is None and job.val_every:
         log("no validation while training: no val2017 under --data, and no --val-images and --val-annotations")
@@ -229,7 +229,7 @@ def _validate(validation: Validation | None, class_embeddings: Tensor) -> Callab
     return lambda model: validation.run(cast(Detector, model), class_embeddings).combined.summary()["ap50"]
 
 
-def _tensorboard(job: TrainJob, us: Team) -> Any:
+def _tensorboard(job: TrainConfig, us: Team) -> Any:
     """What writes for TensorBoard, if that is wanted of this process. Raises HdovdError if it is not installed."""
     if not job.tensorboard or not us.leads:
         return None
@@ -240,7 +240,7 @@ def _tensorboard(job: TrainJob, us: Team) -> Any:
     return SummaryWriter
 
 
-def _tell_cache(job: TrainJob, cache: FeatureCache, run: RunFolder, log: Callable[[str], None]) -> None:
+def _tell_cache(job: TrainConfig, cache: FeatureCache, run: RunFolder, log: Callable[[str], None]) -> None:
     """Record in the cache that this run uses it, so that `hdovd cache gc` keeps what it needs."""
     try:
         Catalog(job.cache).record_run(RunRecord(str(run.path.resolve()), cache.set.levels))

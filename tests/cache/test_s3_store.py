@@ -100,7 +100,9 @@ def _reset(connection: socket.socket) -> None:
 
 @pytest.fixture(scope="module")
 def s3_port() -> Iterator[int]:
-    with subprocess.Popen([sys.executable, Path(__file__).with_name("s3_server.py")], stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        [sys.executable, Path(__file__).parents[1] / "helpers" / "s3_server.py"], stdout=subprocess.PIPE, text=True
+    ) as server:
         assert server.stdout is not None
         yield int(server.stdout.readline())
         server.kill()

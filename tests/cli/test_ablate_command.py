@@ -26,8 +26,8 @@ from typer.testing import CliRunner
 from hdovd.cli.main import app
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.ablation.ablate import LOCK, AblateConfig, plan
-from hdovd.pipelines.evaluation.evaluate import EvalJob, evaluate
-from hdovd.pipelines.training.train import TrainJob, train
+from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
+from hdovd.pipelines.training.train import TrainConfig, train
 
 Watch = Callable[[Path], Any]
 GRID = ("--grid", "loss.image.enabled=true,false", "train.lr=0.002")  # the second without --grid: more of it
@@ -60,8 +60,8 @@ def _here(*words: str) -> Any:
 def _trained_before(config: AblateConfig) -> None:
     first, _, third, last = plan(config)
     for planned in (first, third, last):
-        train(TrainJob(config.data, config.cache, planned.path, planned.recipe, config.protocol, "cpu"), lambda _: None)
-    evaluate(EvalJob(third.path, config.data, device="cpu"), lambda _: None)
+        train(TrainConfig(config.data, config.cache, planned.path, planned.recipe, config.protocol, "cpu"), lambda _: None)
+    evaluate(EvalConfig(third.path, config.data, device="cpu"), lambda _: None)
     (first.path / "checkpoint.pt").unlink()  # with one, training goes on, if only to see that it is at its end
 
 

@@ -21,20 +21,20 @@ from hdovd.cli.main import app
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.bench import memory_limit
 from hdovd.pipelines.bench.bench_cache import Rates, time_reading, time_workers
-from hdovd.pipelines.bench.bench_layouts import CacheBench, Layout, check_same, make_layouts, open_layouts
-from hdovd.pipelines.bench.bench_scale import BASE_BOXES, ScaleBench, ScaleFigures, bench_scale
+from hdovd.pipelines.bench.bench_layouts import CacheBenchConfig, Layout, check_same, make_layouts, open_layouts
+from hdovd.pipelines.bench.bench_scale import BASE_BOXES, ScaleBenchConfig, ScaleFigures, bench_scale
 from hdovd.pipelines.dataloading.packing import pack
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> CacheBench:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> CacheBenchConfig:
     """Images of 7 rows over parts of 16: some lie in two shards."""
-    bench = CacheBench(tmp_path_factory.mktemp("bench"), images=12, rows=7, dim=8, part_rows=16)
+    bench = CacheBenchConfig(tmp_path_factory.mktemp("bench"), images=12, rows=7, dim=8, part_rows=16)
     make_layouts(bench)
     return bench
 
 
-def test_all_layouts_hold_the_same(bench: CacheBench) -> None:
+def test_all_layouts_hold_the_same(bench: CacheBenchConfig) -> None:
     layouts = open_layouts(bench)
     check_same(bench, layouts, bench.ids)
     assert len({layout.name for layout in layouts}) == len(layouts) == 6
@@ -42,7 +42,7 @@ def test_all_layouts_hold_the_same(bench: CacheBench) -> None:
     assert len(np.unique(found.reshape(-1, bench.dim), axis=0)) == 12 * 7  # and not all one
 
 
-def test_every_read_is_an_array_of_its_own(bench: CacheBench) -> None:
+def test_every_read_is_an_array_of_its_own(bench: CacheBenchConfig) -> None:
     """Same work for all: a view would win and say nothing."""
     for layout in open_layouts(bench):
         for image_id in (bench.ids[0], bench.ids[2]):  # in one shard, and in two
@@ -51,7 +51,7 @@ def test_every_read_is_an_array_of_its_own(bench: CacheBench) -> None:
             assert np.array_equal(np.asarray(layout.read(image_id)), before), layout.name
 
 
-def test_a_layout_that_differs_is_named(bench: CacheBench) -> None:
+def test_a_layout_that_differs_is_named(bench: CacheBenchConfig) -> None:
     class Wrong(Layout):
         name = "wrong one"
 
@@ -81,7 +81,7 @@ def test_the_cache_command(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_every_read_that_is_timed_is_made(bench: CacheBench) -> None:
+def test_every_read_that_is_timed_is_made(bench: CacheBenchConfig) -> None:
     class Counting(Layout):
         name = "counting"
         share = 0.5
@@ -99,13 +99,13 @@ def test_every_read_that_is_timed_is_made(bench: CacheBench) -> None:
 
 
 @pytest.mark.parametrize("collate", [list, pack])
-def test_batches_from_workers(bench: CacheBench, collate: Callable[[list[Any]], Any]) -> None:
+def test_batches_from_workers(bench: CacheBenchConfig, collate: Callable[[list[Any]], Any]) -> None:
     rates = time_workers(replace(bench, rounds=1, workers=1), [open_layouts(bench)[3]], collate)
     assert [(rate.images, len(rate.per_s)) for rate in rates] == [(12, 1)]
     assert 0 < rates[0].per_s[0] < 1e6
 
 
-def test_reads_that_ask_ahead_are_the_same(bench: CacheBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_that_ask_ahead_are_the_same(bench: CacheBenchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every read had waited for the disk."""
     monkeypatch.setattr(rows, "SLOW_READ_S", -1.0)
     asked = []
@@ -123,7 +123,7 @@ def test_no_memory_limit_without_cgroups(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_scale_figures(tmp_path: Path) -> None:
     lines: list[str] = []
-    figures = bench_scale(ScaleBench(tmp_path, images=20, boxes=6, dim=16), lines.append)
+    figures = bench_scale(ScaleBenchConfig(tmp_path, images=20, boxes=6, dim=16), lines.append)
     assert figures.rows == 20 + 20 * (BASE_BOXES + 6)
     assert figures.cache_bytes == sum(file.stat().st_size for level in Level for file in (tmp_path / "cache" / level).rglob("*/**/*")
                                       if file.is_file())

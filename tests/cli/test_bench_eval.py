@@ -17,13 +17,15 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import load_split
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.evaluation.coco import AveragePrecision
-from hdovd.pipelines.bench.bench_eval import EvalBench, largest_difference, make_eval_world
+from hdovd.pipelines.bench.bench_eval import EvalBenchConfig, largest_difference, make_eval_world
 
 OV_COCO = load_protocol("ov-coco")
 
 
 def _made(folder: Path, seed: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    detections = make_eval_world(EvalBench(folder, images=60, objects=400, detections=20, seed=seed), OV_COCO, folder / "instances.json")
+    detections = make_eval_world(
+        EvalBenchConfig(folder, images=60, objects=400, detections=20, seed=seed), OV_COCO, folder / "instances.json"
+    )
     return json.loads((folder / "instances.json").read_text()), detections
 
 

@@ -12,7 +12,7 @@ import pytest
 from hdovd.config.recipe import PRESETS, Recipe
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.training.train import TrainJob, train
+from hdovd.pipelines.training.train import TrainConfig, train
 
 TrainMicro = Callable[..., RunFolder]
 
@@ -25,7 +25,7 @@ def train_micro(world: Path, training_cache: Path, micro_recipe: Callable[..., R
             log: Callable[[str], None] = lambda _: None) -> RunFolder:
         root = data or world
         recipe, protocol = micro_recipe(*settings), str(root / "protocol.toml")
-        job = TrainJob(DataPaths(root), from_cache or training_cache, out, recipe, protocol, "cpu", overwrite)
+        job = TrainConfig(DataPaths(root), from_cache or training_cache, out, recipe, protocol, "cpu", overwrite)
         return train(job, log)
 
     return run

@@ -18,7 +18,7 @@ from hdovd.data.targets import Targets, scale_all
 from hdovd.modeling.adamixer.boxes_of_step import StepBoxes, boxes_of_step
 from hdovd.modeling.adamixer.instance_level import InstanceLevels
 from hdovd.modeling.adamixer.matching import pair_candidates, pair_stages, pairing_costs, to_host
-from hdovd.modeling.adamixer.network import AdaMixerNetwork, Look, mean_text
+from hdovd.modeling.adamixer.network import AdaMixerNetwork, ForwardOutput, mean_text
 from hdovd.modeling.adamixer.pairs import Pairs
 from hdovd.modeling.adamixer.proposal_loss import auxiliary_losses, main_losses, valid_positions
 from hdovd.modeling.adamixer.stage_losses import box_losses, classification_loss, objectness_loss, prompts_and_labels, query_weights
@@ -30,7 +30,7 @@ from hdovd.modeling.extra_losses import ExtraLosses
 from hdovd.modeling.levels.imagewise import ImageLevel
 from hdovd.modeling.losses.classwise import cosine_logits
 from hdovd.modeling.sampling import keys_of
-from hdovd.modeling.step_context import StepView
+from hdovd.modeling.step_context import StepContext
 
 LEAST_PROBABILITY = 1e-5  # of a candidate, and 1 less it the most, in the cost of pairing it; released code
 
@@ -111,7 +111,7 @@ class AdaMixer(AdaMixerNetwork):
         scaled = scale_all(targets, factors)
         return batch, boxes_of_step(scaled, batch.image_sizes, self.recipe.pseudo_boxes, self.recipe.loss.class_, with_pseudo=self.distils)
 
-    def _pair(self, look: Look, logits: Tensor, boxes: StepBoxes) -> tuple[Pairs, Tensor]:
+    def _pair(self, look: ForwardOutput, logits: Tensor, boxes: StepBoxes) -> tuple[Pairs, Tensor]:
         """Which query is which box's at each stage; and the candidate (N, H) of each object, or -1. One transfer each way."""
         costs = self.config.matching
         found = look.candidates
@@ -125,7 +125,7 @@ class AdaMixer(AdaMixerNetwork):
         first, second = both.split([paired.size, query.size])
         return Pairs.of(query, second.view(query.shape), on_host[3], iou, boxes), first.view(paired.shape)
 
-    def _proposal_losses(self, look: Look, boxes: StepBoxes, paired: Tensor) -> dict[str, Tensor]:
+    def _proposal_losses(self, look: ForwardOutput, boxes: StepBoxes, paired: Tensor) -> dict[str, Tensor]:
         assert look.auxiliary is not None
         config = self.config.proposals
         main = main_losses(look.candidates, boxes.objects, boxes.is_object, paired, config)
@@ -134,7 +134,7 @@ class AdaMixer(AdaMixerNetwork):
         auxiliary = auxiliary_losses(look.auxiliary, centres, valid, boxes.objects, boxes.is_object, config)
         return dict(zip(("rpn_cls", "rpn_box", "rpn_aux_cls", "rpn_aux_box"), (*main, *auxiliary), strict=True))
 
-    def _stage_losses(self, look: Look, logits: Tensor, classified: Tensor, pairs: Pairs, boxes: StepBoxes,
+    def _stage_losses(self, look: ForwardOutput, logits: Tensor, classified: Tensor, pairs: Pairs, boxes: StepBoxes,
                       texts: Tensor) -> dict[str, Tensor]:
         weights = self.config.loss
         count = divisor(boxes.is_base.sum())
@@ -147,7 +147,7 @@ class AdaMixer(AdaMixerNetwork):
                 "objectness": weights.objectness * objectness_loss(logits, is_object, count),
                 "box": weights.box * far, "giou": weights.giou * apart}
 
-    def _distillation(self, view: StepView, c: Tensor, pairs: Pairs, boxes: StepBoxes) -> dict[str, Tensor]:
+    def _distillation(self, view: StepContext, c: Tensor, pairs: Pairs, boxes: StepBoxes) -> dict[str, Tensor]:
         """The levels' losses; zero before their first epoch, so that a log has the same columns throughout."""
         losses: dict[str, Tensor] = {}
         if not self.distils:
@@ -165,9 +165,10 @@ class AdaMixer(AdaMixerNetwork):
         return losses
 
 
-def _view(look: Look, batch: ImageList, boxes: StepBoxes, pairs: Pairs, texts: Tensor, c: Tensor | None, classified: Tensor) -> StepView:
+def _view(look: ForwardOutput, batch: ImageList, boxes: StepBoxes, pairs: Pairs, texts: Tensor, c: Tensor | None,
+          classified: Tensor) -> StepContext:
     """The step as losses of the recipe's own see it: the last stage's queries are the RoIs."""
     box_of_query = pairs.to_queries(torch.arange(len(boxes.boxes), device=texts.device), -1)[-1].flatten()
     d = None if c is None else c[-1].flatten(0, 1)[pairs.paired_queries(-1)]
-    return StepView(look.features, batch.image_sizes, boxes.targets, texts, list(look.boxes[-1].detach()), box_of_query,
+    return StepContext(look.features, batch.image_sizes, boxes.targets, texts, list(look.boxes[-1].detach()), box_of_query,
                     look.deltas.flatten(0, 1), classified[-1].flatten(0, 1), d)

@@ -27,7 +27,7 @@ from hdovd.modeling.losses.classwise import cosine_logits
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class ForwardOutput:
     """What the network finds in a batch.
 
     features: pyramid maps by level name, normalised. candidates, auxiliary (None where nobody asked): what the proposals found.
@@ -84,7 +84,7 @@ class AdaMixerNetwork(Detector):
         assert isinstance(stage, DecoderStage)
         return stage
 
-    def look(self, pixels: Tensor, *, with_auxiliary: bool) -> Look:
+    def look(self, pixels: Tensor, *, with_auxiliary: bool) -> ForwardOutput:
         """Run a padded batch (N, 3, H, W) through the network. Raises HdovdError if the text of "object" is not known."""
         if not self.knows_objects:
             raise HdovdError("this AdaMixer was not trained and was given no text embedding of \"object\" (set_object_text)")
@@ -103,7 +103,7 @@ class AdaMixerNetwork(Detector):
             contents.append(content)
             boxes.append(to_corners(moved))
             xyzr = moved.detach()  # arXiv 2203.16507, section 3.4
-        return Look(features, candidates, auxiliary, contents, boxes, deltas)
+        return ForwardOutput(features, candidates, auxiliary, contents, boxes, deltas)
 
     @torch.inference_mode()
     def predict(self, images: list[Tensor], texts: Tensor) -> list[RoIPredictions]:

@@ -28,7 +28,7 @@ from hdovd.modeling.losses.instance import box_students
 from hdovd.modeling.rois import POOL_SIZE, PyramidRoIAlign, number_boxes, sample_rois_of_images
 from hdovd.modeling.rpn import build_rpn
 from hdovd.modeling.sampling import keys_of
-from hdovd.modeling.step_context import StepView
+from hdovd.modeling.step_context import StepContext
 
 CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
 
@@ -121,7 +121,7 @@ class FasterRCNN(Detector):
         return losses
 
     def _view(self, images: list[Tensor], targets: list[Targets], texts: Tensor,
-              keys: Sequence[int] | None) -> tuple[StepView, dict[str, Tensor]]:
+              keys: Sequence[int] | None) -> tuple[StepContext, dict[str, Tensor]]:
         """What the levels' losses are made of, and the RPN's losses, of which there are none in evaluation mode."""
         image_keys = keys_of(keys, len(images))
         batch, factors = batch_images(images, self.recipe.input, draw_short_sides(image_keys, self.recipe.input))
@@ -139,7 +139,7 @@ class FasterRCNN(Detector):
         deltas, c, r = self.head(self.pool(features, rois))
         box_of_roi = number_boxes(matches, [len(t.all_boxes) for t in targets])
         d = self.head.distill(r[positive])  # no loss asks for the others: three quarters of the rows
-        return StepView(features, batch.image_sizes, targets, texts, rois, box_of_roi, deltas, c, d), rpn_losses
+        return StepContext(features, batch.image_sizes, targets, texts, rois, box_of_roi, deltas, c, d), rpn_losses
 
     @torch.inference_mode()
     def students(self, images: list[Tensor], targets: list[Targets], keys: Sequence[int] | None = None) -> Students:
@@ -177,7 +177,7 @@ class FasterRCNN(Detector):
                 for boxes, one, two, size, factor in per_image]
 
 
-def _box_loss(view: StepView) -> Tensor:
+def _box_loss(view: StepContext) -> Tensor:
     boxes = torch.cat([t.all_boxes for t in view.targets])
     base = torch.cat([torch.arange(len(t.all_boxes), device=boxes.device) < len(t.boxes) for t in view.targets])
     if len(boxes):

@@ -14,7 +14,7 @@ from hdovd.config.recipe import ClassLossConfig, PseudoBoxConfig
 from hdovd.data.targets import Targets
 from hdovd.modeling.distributed import counts_of_ranks, divisor, gather_rows, rank
 from hdovd.modeling.losses import classwise
-from hdovd.modeling.step_context import StepView
+from hdovd.modeling.step_context import StepContext
 
 
 class ClassLevel(nn.Module):
@@ -24,7 +24,7 @@ class ClassLevel(nn.Module):
         super().__init__()
         self.config, self.pseudo, self.logit_scale = config, pseudo, logit_scale
 
-    def forward(self, view: StepView, background: Tensor) -> dict[str, Tensor]:
+    def forward(self, view: StepContext, background: Tensor) -> dict[str, Tensor]:
         """`background`: (D,) the learned embedding."""
         texts, first = [view.texts], len(view.texts)
         if self.config.enabled:

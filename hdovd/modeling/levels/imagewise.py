@@ -10,7 +10,7 @@ from hdovd.modeling.distributed import counts_of_ranks, gather_rows
 from hdovd.modeling.feature_queue import FeatureQueue
 from hdovd.modeling.losses.contrastive import alignment_loss
 from hdovd.modeling.losses.imagewise import ImageHead
-from hdovd.modeling.step_context import StepView
+from hdovd.modeling.step_context import StepContext
 
 
 class ImageLevel(nn.Module):
@@ -26,7 +26,7 @@ class ImageLevel(nn.Module):
         self.student_queue = FeatureQueue(config.queue, dim)
         self.teacher_queue = FeatureQueue(config.queue, dim)
 
-    def forward(self, view: StepView) -> dict[str, Tensor]:
+    def forward(self, view: StepContext) -> dict[str, Tensor]:
         maps = [view.features[str(level)] for level in self.levels]
         g = self.head(maps, view.image_sizes, 2 ** self.levels[-1])
         counts = counts_of_ranks(len(g), g.device)

@@ -10,7 +10,7 @@ from hdovd.modeling.distributed import counts_of_ranks, gather_rows
 from hdovd.modeling.feature_queue import FeatureQueue
 from hdovd.modeling.losses import instance
 from hdovd.modeling.losses.contrastive import alignment_loss
-from hdovd.modeling.step_context import StepView
+from hdovd.modeling.step_context import StepContext
 
 
 class InstanceLevel(nn.Module):
@@ -25,7 +25,7 @@ class InstanceLevel(nn.Module):
         self.student_queue = FeatureQueue(config.queue, dim)
         self.teacher_queue = FeatureQueue(config.queue, dim)
 
-    def forward(self, view: StepView) -> dict[str, Tensor]:
+    def forward(self, view: StepContext) -> dict[str, Tensor]:
         assert view.d is not None  # the detector builds the feature for this level
         teachers = torch.cat([rows for t in view.targets for rows in (t.embeddings, t.pseudo_embeddings)])
         q, used = instance.box_students(view.d, view.box_of_roi[view.box_of_roi >= 0], len(teachers))

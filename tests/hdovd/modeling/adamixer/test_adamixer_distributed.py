@@ -1,0 +1,32 @@
+"""Two processes train AdaMixer as one does (METHOD section 10): losses, gradients, memories and moving means."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+SCENES = Path(__file__).parents[3] / "helpers" / "adamixer_processes.py"
+
+
+def test_two_processes_are_one(python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    """In float64; counts are float32, so to 1e-6 of a tensor's largest value (and of the largest gradient)."""
+    results = []
+    for shares in ([4], [1, 3]):
+        out = tmp_path / str(len(shares))
+        done = python([SCENES, out, *shares], tmp_path)
+        assert done.returncode == 0, done.stderr
+        results.append([torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(len(shares))])
+    (alone,), together = results
+    assert all(loss > 0 for loss in alone["steps"][1].values())
+    for step, losses in enumerate(alone["steps"]):
+        for name, loss in losses.items():
+            found = torch.stack([one["steps"][step][name] for one in together]).mean()
+            assert abs(found - loss) <= 1e-6 * loss, (step, name)
+    largest = max(float(g.abs().max()) for g in alone["gradients"].values())
+    for name, gradient in alone["gradients"].items():
+        found = torch.stack([one["gradients"][name] for one in together]).mean(dim=0)
+        assert float((found - gradient).abs().max()) <= 1e-6 * largest, name
+    for one in together:
+        for name, value in alone["state"].items():
+            torch.testing.assert_close(one["state"][name], value, rtol=1e-6, atol=1e-6, msg=name)

@@ -1,0 +1,144 @@
+"""A file of nouns in place of vocabulary and captions: the same products, sets that know it, and sets from before there was one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hdovd.cache.reader import FeatureCache
+from hdovd.cache.schema import Level
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.verify import check_cache
+from hdovd.pipelines.common.name_list import shipped
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.extraction.prepare import prepare
+from hdovd.pipelines.nouns.config import Matching, NounsConfig, Parser
+from hdovd.pipelines.nouns.find import find_nouns
+
+Config = Callable[..., ExtractConfig]
+
+
+def _silent(_: str) -> None:
+    """A log that says nothing."""
+
+
+@pytest.fixture
+def nouns_file(world: Path, tmp_path: Path) -> Path:
+    """What `hdovd nouns` finds in the micro world's captions."""
+    find_nouns(
+        NounsConfig(
+            world / "annotations" / "captions_train2017.json",
+            tmp_path / "nouns.json",
+            world / "vocabulary.txt",
+            Parser.MATCH,
+            protocol=str(world / "protocol.toml"),
+        ),
+        _silent,
+    )
+    return tmp_path / "nouns.json"
+
+
+def _keys(config: ExtractConfig) -> dict[Level, str]:
+    return {level: plan.key for level, plan in prepare(config, _silent).plans.items()}
+
+
+def test_file_of_nouns_makes_what_vocabulary_and_captions_make(cache: Path, extraction: Config, nouns_file: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "cache"
+    extract_clip(extraction(copy, vocabulary=None, captions=None, nouns=nouns_file), _silent)
+    one, other = FeatureCache(copy), FeatureCache(cache)
+    assert one.set.levels == other.set.levels
+    for image_id in one._rows_by_image(Level.BOXES):
+        np.testing.assert_array_equal(one.instances(image_id).noun, other.instances(image_id).noun)
+    assert one.set.made_from["nouns"] == str(nouns_file.absolute())
+
+
+def test_repair_knows_the_file_of_nouns_and_where_it_went(copied_cache: Path, extraction: Config, nouns_file: Path, tmp_path: Path) -> None:
+    extract_clip(extraction(copied_cache, vocabulary=None, captions=None, nouns=nouns_file), _silent)
+    before = FeatureCache(copied_cache).set
+    (part,) = (copied_cache / "pseudo_label" / before.levels[Level.PSEUDO_LABEL] / "noun" / "c").glob("*")
+    moved = nouns_file.rename(tmp_path / "moved.json")
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1])
+    with pytest.raises(HdovdError, match=r"nouns\.json.*\n.*--nouns"):
+        check_cache(CheckConfig(copied_cache, None, 0, 0, True, {"device": "cpu"}), _silent)
+    check_cache(CheckConfig(copied_cache, None, 0, 0, True, {"device": "cpu", "nouns": moved}), _silent)
+    assert part.read_bytes() == whole
+
+
+def test_general_list_for_every_image(tmp_path: Path, extraction: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = extraction(tmp_path / "cache", vocabulary=Path("general"), captions=None)
+    monkeypatch.chdir(tmp_path)
+    extract_clip(config, _silent)
+    reader = FeatureCache(tmp_path / "cache")
+    assert tuple(reader.names(Level.NOUN)) == shipped("general")
+    assert ExtractConfig.from_dict(reader.set.made_from, "c").vocabulary == Path("general")  # a name, wherever it is read again
+
+
+# --- sets from before plurals were known ---
+
+def _plural(world: Path) -> None:
+    file = world / "annotations" / "captions_train2017.json"
+    tree = json.loads(file.read_text())
+    for entry in tree["annotations"]:
+        entry["caption"] = entry["caption"].replace("star", "stars").replace("umbrella", "umbrellas").replace("tree", "trees")
+    file.write_text(json.dumps(tree))
+
+
+def test_old_sets_keep_their_keys(copied_world: Path, tmp_path: Path, extraction: Config) -> None:
+    """Their records say nothing of matching: names were found letter by letter, and --repair finds them so again."""
+    _plural(copied_world)
+    config = extraction(tmp_path / "cache", data=copied_world)
+    old = replace(config, matching=Matching.WORDS)
+    tree = json.loads(json.dumps(old.to_dict()))
+    assert "matching" not in tree
+    assert "nouns" not in tree
+    again = ExtractConfig.from_dict(tree, tmp_path / "cache", device="cpu")
+    assert again.matching is Matching.WORDS
+    new = ExtractConfig.from_dict(json.loads(json.dumps(config.to_dict())), tmp_path / "cache", device="cpu")
+    assert new.matching is Matching.LEMMAS
+    keys = _keys(old)
+    assert _keys(again) == keys
+    assert {level for level, key in _keys(new).items() if key != keys[level]} == {Level.PSEUDO_LABEL}
+
+
+def test_captions_in_singular_have_one_key_however_they_are_matched(extraction: Config, tmp_path: Path) -> None:
+    config = extraction(tmp_path / "cache")
+    assert _keys(config) == _keys(replace(config, matching=Matching.WORDS))
+
+
+# --- what does not go together ---
+
+@pytest.mark.parametrize(("changes", "what"), [
+    ({"nouns": Path("n.json")}, "--vocabulary and --captions out"),
+    ({"nouns": Path("n.json"), "captions": None}, "--vocabulary and --captions out"),
+    ({"nouns": Path("n.json"), "vocabulary": None, "captions": None, "proposals": None}, "--nouns names pseudo boxes"),
+])
+def test_options_that_do_not_go_together(extraction: Config, tmp_path: Path, changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(HdovdError, match=what):
+        extraction(tmp_path / "cache", **changes)
+
+
+def test_file_of_nouns_of_other_images(extraction: Config, nouns_file: Path, tmp_path: Path) -> None:
+    tree = json.loads(nouns_file.read_text())
+    tree["images"] = {str(int(image_id) + 1_000_000): rows for image_id, rows in tree["images"].items()}
+    nouns_file.write_text(json.dumps(tree))
+    with pytest.raises(HdovdError, match=r"nouns\.json has no noun for any of the \d+ training images"):
+        prepare(extraction(tmp_path / "cache", vocabulary=None, captions=None, nouns=nouns_file), _silent)
+
+
+def test_captions_of_other_images(extraction: Config, tmp_path: Path) -> None:
+    config = extraction(tmp_path / "cache")
+    tree = json.loads(config.captions.read_text())
+    for entry in tree["annotations"]:
+        entry["image_id"] += 1_000_000
+    (tmp_path / "c.json").write_text(json.dumps(tree))
+    with pytest.raises(HdovdError, match=r"--captions .*c\.json has no noun for any of the \d+ training images"):
+        prepare(replace(config, captions=tmp_path / "c.json"), _silent)

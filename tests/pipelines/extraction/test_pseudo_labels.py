@@ -1,0 +1,164 @@
+"""Pseudo labels: the best nouns of a crop and u, against values computed by hand; and labels of several nouns all the way to training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hdovd.cache.catalog import Catalog
+from hdovd.cache.product import Product
+from hdovd.cache.reader import FeatureCache
+from hdovd.cache.schema import Level
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths, load_split
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.verify import check_cache
+from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.extraction.label_rule import LabelRule
+from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts
+from hdovd.pipelines.extraction.tar_export import TarExportConfig, export_tars, import_tars
+from hdovd.pipelines.training.tar_training import TarTrainingSet
+from hdovd.pipelines.training.training_set import TrainingSet
+
+Config = Callable[..., ExtractConfig]
+NOUNS = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+
+
+def _silent(_: str) -> None: ...
+
+
+def test_the_best_noun_weighs_one() -> None:
+    found, weights, cosine = best_nouns(torch.tensor([[0.0, 1.0], [0.8, 0.6]]), NOUNS, LabelRule())
+    assert found.tolist() == [[2], [1]]
+    assert weights.tolist() == [[1], [1]]
+    torch.testing.assert_close(cosine, torch.tensor([1.0, 0.96]))
+
+
+def test_several_nouns_by_hand() -> None:
+    """Cosines of the crop: 0.8, 0.96, 0.6; at temperature 0.1 the best two weigh e^9.6 to e^8."""
+    found, weights, cosine = best_nouns(torch.tensor([[0.8, 0.6]]), NOUNS, LabelRule(2, 0.1))
+    first = 1 / (1 + np.exp(-1.6))
+    assert found.tolist() == [[1, 0]]
+    torch.testing.assert_close(weights, torch.tensor([[first, 1 - first]], dtype=torch.float32))
+    torch.testing.assert_close(cosine, torch.tensor([0.96]))
+    mean = np.array([0.6 * first + (1 - first), 0.8 * first])
+    torch.testing.assert_close(label_texts(NOUNS, found, weights)[0], torch.tensor(mean / np.linalg.norm(mean), dtype=torch.float32))
+
+
+def test_a_list_that_is_shorter_gives_all_it_has() -> None:
+    found, weights, _ = best_nouns(torch.tensor([[0.8, 0.6]]), NOUNS[:1], LabelRule(3))
+    assert found.tolist() == [[0]]
+    assert weights.tolist() == [[1]]
+    filled = label_texts(NOUNS, torch.tensor([[0, -1, -1]]), torch.tensor([[1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(filled, NOUNS[:1])
+
+
+@pytest.mark.parametrize(("rule", "option"), [((0, 0.1), "--label-top-k 0"), ((2, 0.0), "--label-temperature 0"),
+                                              ((2, float("nan")), "--label-temperature nan")])
+def test_senseless_rules_are_refused(rule: tuple[int, float], option: str) -> None:
+    with pytest.raises(HdovdError, match=option):
+        LabelRule(*rule)
+
+
+def test_several_nouns_need_a_vocabulary(tmp_path: Path, extraction: Config) -> None:
+    with pytest.raises(HdovdError, match="--label-top-k 2 is of pseudo labels, and there are none without --nouns or --vocabulary"):
+        extraction(tmp_path, vocabulary=None, captions=None, labels=LabelRule(2))
+
+
+# --- in the cache ---
+
+@pytest.fixture(scope="module")
+def two_ways(cache: Path, extraction: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the session's cache with the set `top`, of labels of three nouns."""
+    import shutil
+
+    folder = Path(shutil.copytree(cache, tmp_path_factory.mktemp("labels") / "cache"))
+    extract_clip(extraction(folder, labels=LabelRule(3, 0.02), features="top"), _silent)
+    return folder
+
+
+def test_one_noun_has_the_arrays_and_the_identity_that_it_had(two_ways: Path) -> None:
+    sets, catalog = Catalog(two_ways).sets(), Catalog(two_ways)
+    one, many = (Product(catalog.folder, Level.PSEUDO_LABEL, sets[name].levels[Level.PSEUDO_LABEL]) for name in ("default", "top"))
+    assert one.key_inputs.keys() == {"schema_version", "instance", "noun", "offered", "sources"}
+    assert one.row_objects(0).keys() == {"noun", "noun_cosine"}
+    assert one.dim == 0
+    assert "labels" not in sets["default"].made_from
+    assert many.key_inputs == one.key_inputs | {"top_k": 3, "temperature": 0.02}
+    np.testing.assert_array_equal(many.table("noun"), one.table("noun"))
+    np.testing.assert_allclose(many.table("noun_cosine"), one.table("noun_cosine"), atol=1e-6)
+    others = {level: key for level, key in sets["top"].levels.items() if level is not Level.PSEUDO_LABEL}
+    assert others == {level: key for level, key in sets["default"].levels.items() if level is not Level.PSEUDO_LABEL}
+
+
+def test_other_labels_and_other_nouns_ask_clip_for_no_picture(copied_cache: Path, extraction: Config, counting: Any, tmp_path: Path
+                                                               ) -> None:
+    extract_clip(extraction(copied_cache, labels=LabelRule(2), features="two"), _silent, counting)
+    assert (counting.batches, counting.names) == ([], [])
+    (tmp_path / "words.txt").write_text("car\nstar\n")
+    extract_clip(extraction(copied_cache, vocabulary=tmp_path / "words.txt", features="words"), _silent, counting)
+    assert (counting.batches, counting.names) == ([], ["car", "star"])
+
+
+def test_weights_follow_from_the_stored_rows(two_ways: Path, kept: list[int]) -> None:
+    reader, seen = FeatureCache(two_ways, "top"), 0
+    nouns = reader.embeddings(Level.NOUN)
+    for image in kept:
+        rows = reader.instances(image)
+        assert (rows.base_boxes().top_noun == -1).all()
+        assert not rows.base_boxes().top_weight.any()
+        for row in range(len(rows.noun)):
+            offered = rows.top_noun[row][rows.top_noun[row] >= 0]
+            if not len(offered):
+                continue
+            cosines = nouns[offered] @ rows.embedding[row].astype(np.float32)
+            assert (np.diff(cosines) <= 1e-6).all()
+            wanted = np.exp((cosines - cosines.max()) / 0.02)
+            np.testing.assert_allclose(rows.top_weight[row][: len(offered)], wanted / wanted.sum(), atol=1e-4)
+            seen += len(offered) > 1
+    assert seen > 50
+
+
+def test_verify_knows_them(two_ways: Path) -> None:
+    assert not check_cache(CheckConfig(two_ways), _silent).findings
+    product = Product(Catalog(two_ways).folder, Level.PSEUDO_LABEL, Catalog(two_ways).sets()["top"].levels[Level.PSEUDO_LABEL])
+    assert product.row_objects(0).keys() == {"noun", "noun_cosine", "top_noun", "top_weight"}
+
+
+def test_training_takes_u_of_all_of_them_from_the_cache_and_from_tar_shards(
+        two_ways: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    protocol = load_protocol(str(world / "protocol.toml"))
+    split = load_split(world / "annotations" / "instances_train2017.json", world / "train2017", protocol, base_only=True)
+    recipe, reader = micro_recipe("input.flip=0.0"), FeatureCache(two_ways, "top")
+    data = TrainingSet(split, reader, recipe, _silent)
+    export_tars(TarExportConfig(two_ways, tmp_path / "shards", DataPaths(world), str(world / "protocol.toml"), "top", 8), _silent)
+    tars = TarTrainingSet(str(tmp_path / "shards"), protocol, recipe, _silent)
+    nouns, several = reader.embeddings(Level.NOUN), 0
+    for index, image in enumerate(data.images):
+        rows = reader.instances(image.id).proposals()
+        rows = rows.select(rows.noun >= 0)
+        wanted = (nouns[rows.top_noun] * rows.top_weight[..., None]).sum(axis=1)
+        wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+        texts = data[index][1].pseudo_texts
+        np.testing.assert_allclose(texts, wanted, atol=1e-5)
+        torch.testing.assert_close(tars[index][1].pseudo_texts, texts)
+        several += int((abs(texts.numpy() - nouns[rows.noun]).max(axis=1) > 1e-3).sum()) if len(rows.noun) else 0
+    assert several > 20
+    import_tars(tmp_path / "shards", tmp_path / "back", _silent)
+    again = FeatureCache(tmp_path / "back", "top")
+    assert again.key(Level.PSEUDO_LABEL) == reader.key(Level.PSEUDO_LABEL)
+    np.testing.assert_array_equal(again.instances(data.images[3].id).top_weight, reader.instances(data.images[3].id).top_weight)
+
+
+def test_a_set_remembers_its_rule(extraction: Config, tmp_path: Path) -> None:
+    config = extraction(tmp_path, labels=LabelRule(4, 0.5))
+    assert ExtractConfig.from_dict(config.to_dict(), tmp_path).labels == LabelRule(4, 0.5)
+    assert "labels" not in extraction(tmp_path, labels=LabelRule(1, 0.5)).to_dict()

@@ -1,0 +1,133 @@
+"""Proposals as a stage: class-agnostic boxes of training images, from base boxes alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.ops import box_iou
+
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.pipelines.demo.world import BASE
+from hdovd.pipelines.proposal_files.file import made_by_file
+from hdovd.pipelines.proposals.propose import ProposeConfig, propose, select_proposals
+
+
+def _silent(_: str) -> None: ...
+
+
+def _job(data: Path, out: Path, recipe: Recipe, **changes: object) -> ProposeConfig:
+    return ProposeConfig(DataPaths(data), out, recipe, str(data / "protocol.toml"), device="cpu", **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def proposed(world: Path, micro_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("proposed") / "p.json"
+    propose(_job(world, out, micro_recipe(), top=6, min_side=10.0), _silent)
+    return out
+
+
+def test_file_keeps_its_promises(proposed: Path, world: Path, kept: list[int]) -> None:
+    tree = json.loads((world / "annotations" / "instances_train2017.json").read_text())
+    sizes = {i["id"]: (i["width"], i["height"]) for i in tree["images"]}
+    base = {c["id"] for c in tree["categories"] if c["name"] in BASE}
+    truth = {i: [(x, y, x + w, y + h) for a in tree["annotations"] if a["image_id"] == i and a["category_id"] in base
+                 for x, y, w, h in [a["bbox"]]] for i in kept}
+    entries = json.loads(proposed.read_text())
+    assert {e["image_id"] for e in entries} <= set(kept)
+    assert len(entries) > 2 * len(kept)
+    for image_id in kept:
+        found = [e for e in entries if e["image_id"] == image_id]
+        assert len(found) <= 6
+        scores = [e["score"] for e in found]
+        assert scores == sorted(scores, reverse=True)
+        boxes = torch.tensor([(x, y, x + w, y + h) for e in found for x, y, w, h in [e["bbox"]]]).reshape(-1, 4)
+        assert ((boxes[:, 2:] - boxes[:, :2]) >= 10 - 0.02).all()
+        assert (boxes[:, 2:] <= torch.tensor(sizes[image_id]) + 0.02).all()
+        assert (boxes >= 0).all()
+        assert (box_iou(boxes, torch.tensor(truth[image_id], dtype=boxes.dtype)) <= 0.51).all()
+
+
+def test_other_proposals_in_the_place_of_the_new_ones_are_named(
+        proposed: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+
+    def notes(**changes: object) -> list[str]:
+        lines: list[str] = []
+        propose(_job(world, out, micro_recipe(), **changes), lines.append)
+        return [line for line in lines if line.startswith("note:")]
+
+    (tmp_path / "p.oln.safetensors").write_bytes(proposed.with_name("p.oln.safetensors").read_bytes())
+    assert notes(top=3) == notes(top=3) == []
+    assert notes(top=3, checkpoint=tmp_path / "p.oln.safetensors") == []
+    count = len(json.loads(out.read_text()))
+    [note] = notes(top=2)
+    assert f"{out} is there with {count} proposals made otherwise (made by: detector oln" in note
+    made_by_file(out).unlink()
+    assert "made by: unknown" in notes(top=2)[0]
+    out.write_text("{")
+    assert "is no proposal file that can be read" in notes(top=2)[0]
+    assert notes(top=2) == []
+
+
+def test_novel_annotations_leave_no_trace(proposed: Path, copied_world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """The network saw base boxes alone: without the others in the file the proposals are the same, byte by byte."""
+    file = copied_world / "annotations" / "instances_train2017.json"
+    tree = json.loads(file.read_text())
+    base = {c["id"] for c in tree["categories"] if c["name"] in BASE}
+    file.write_text(json.dumps(tree | {"annotations": [a for a in tree["annotations"] if a["category_id"] in base]}))
+    propose(_job(copied_world, tmp_path / "p.json", micro_recipe(), top=6, min_side=10.0), _silent)
+    assert (tmp_path / "p.json").read_bytes() == proposed.read_bytes()
+
+
+def test_labels_do_not_matter(proposed: Path, copied_world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    file = copied_world / "annotations" / "instances_train2017.json"
+    tree = json.loads(file.read_text())
+    base = sorted(c["id"] for c in tree["categories"] if c["name"] in BASE)
+    for a in tree["annotations"]:
+        if a["category_id"] in base:
+            a["category_id"] = base[(base.index(a["category_id"]) + 1) % len(base)]
+    file.write_text(json.dumps(tree))
+    propose(_job(copied_world, tmp_path / "p.json", micro_recipe(), top=6, min_side=10.0), _silent)
+    assert (tmp_path / "p.json").read_bytes() == proposed.read_bytes()
+
+
+def test_broken_picture_is_left_out_and_named(copied_world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    (copied_world / "train2017" / "000000000003.jpg").unlink()
+    said: list[str] = []
+    found = propose(_job(copied_world, tmp_path / "p.json", micro_recipe()), said.append)
+    assert 3 not in found
+    assert len(found) > 1
+    assert len([line for line in said if "skipped" in line and "000000000003.jpg" in line]) == 1
+
+
+def test_no_readable_picture_is_an_error(copied_world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    for picture in (copied_world / "train2017").iterdir():
+        picture.unlink()
+    with pytest.raises(HdovdError, match="no training picture"):
+        propose(_job(copied_world, tmp_path / "p.json", micro_recipe()), _silent)
+    assert not (tmp_path / "p.json").exists()
+
+
+def _select(boxes: list[list[float]], scores: list[float], base: list[list[float]], **changes: float) -> list[int]:
+    job = ProposeConfig(DataPaths(), Path(), None, **changes)  # type: ignore[arg-type]
+    return select_proposals(torch.tensor(boxes).float(), torch.tensor(scores), torch.tensor(base).float(), job).tolist()
+
+
+def test_selection_is_best_first_without_repeats_small_ones_and_base_boxes() -> None:
+    boxes = [[0, 0, 40, 40], [100, 0, 140, 40], [101, 0, 141, 40], [200, 0, 205, 40], [300, 0, 340, 40]]
+    scores = [0.9, 0.5, 0.6, 0.8, 0.7]
+    assert _select(boxes, scores, [[0, 0, 40, 38]]) == [4, 2]
+    assert _select(boxes, scores, [[0, 0, 40, 38]], top=1) == [4]
+    assert _select(boxes, scores, [[500, 0, 540, 40]], min_side=4.0) == [0, 3, 4, 2]
+
+
+def test_base_boxes_that_overlap_each_other_all_count() -> None:
+    """Two base objects close together: neither of them may come back as a pseudo box."""
+    base = [[0, 0, 100, 100], [0, 25, 100, 125]]  # IoU 0.6
+    assert _select([[0, 0, 100, 100], [0, 25, 100, 125], [0, 48, 100, 148]], [0.9, 0.8, 0.7], base) == []

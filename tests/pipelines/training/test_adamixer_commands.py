@@ -1,0 +1,159 @@
+"""AdaMixer through the stages that Faster R-CNN goes through: train, resume, eval, detect, relations, report, export, ablate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hdovd.config.recipe import PRESETS, Recipe, load_recipe
+from hdovd.core.errors import HdovdError, Stopped
+from hdovd.data.coco import DataPaths
+from hdovd.modeling.adamixer.model import AdaMixer
+from hdovd.modeling.base import Detector, build_detector
+from hdovd.pipelines.ablation.cells import cells_of
+from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
+from hdovd.pipelines.export.config import ModelForm
+from hdovd.pipelines.export.model import ExportModelConfig, export_model
+from hdovd.pipelines.report.charts_of_runs import LEVELS
+from hdovd.pipelines.report.relations import relations
+from hdovd.pipelines.runs.checkpoint import load_checkpoint
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.hooks import PLAIN, RunHooks
+from hdovd.pipelines.training.loop import Loop
+from hdovd.pipelines.training.train import TrainConfig, train
+
+SETTINGS = ("detector.backbone.fpn_channels=32", "detector.proposals.shuffle=8", "detector.proposals.pre_nms=60",
+            "detector.decoder.queries=8", "detector.decoder.stages=2", "detector.decoder.points=4", "detector.decoder.out_points=8",
+            "detector.decoder.feedforward=32", "input.short_side=96", "input.long_side=128", "pseudo_boxes.min_side=4.0",
+            "pseudo_boxes.reliability_centre=0.0", "loss.instance.queue=64", "loss.image.queue=32", "inference.score_threshold=0.0",
+            "train.epochs=2", "train.batch_size=8", "train.warmup_iterations=1", "train.workers=0")
+
+
+def recipe(*settings: str) -> Recipe:
+    return load_recipe("demo-adamixer", [*SETTINGS, *settings])
+
+
+@pytest.fixture(scope="module")
+def job(world: Path, training_cache: Path) -> Callable[..., TrainConfig]:
+    def make(out: Path, *settings: str, **changes: Any) -> TrainConfig:
+        return replace(
+            TrainConfig(DataPaths(world), training_cache, out, recipe(*settings), str(world / "protocol.toml"), "cpu"), **changes
+        )
+
+    return make
+
+
+Job = Callable[..., TrainConfig]
+
+
+@pytest.fixture(scope="module")
+def run(job: Job, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return train(job(tmp_path_factory.mktemp("ada") / "run"), lambda _: None)
+
+
+def losses_of(run: RunFolder) -> list[dict[str, float]]:
+    return [{k: v for k, v in e.items() if k not in PLAIN and not k.startswith("val_")} for e in run.entries()]
+
+
+def test_distillation_begins_with_its_epoch(run: RunFolder) -> None:
+    first, second = losses_of(run)
+    assert first.keys() == second.keys()
+    distilled = {name for name in first if name.partition("_")[0] in ("instance", "text", "image")}
+    assert len(distilled) == 5
+    assert all(first[name] == 0 <= second[name] for name in distilled)
+    assert all(second[name] > 0 for name in ("text_alignment", "text_relation", "image_alignment"))  # no query is near a box yet
+    assert all(first[name] > 0 for name in first.keys() - distilled)
+
+
+def test_every_loss_has_its_place_in_a_report(run: RunFolder) -> None:
+    assert {name.partition("_")[0] for name in losses_of(run)[0]} <= LEVELS.keys()
+
+
+def test_it_goes_on_in_the_middle_of_its_second_epoch(run: RunFolder, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told its epoch again, it ends as if it had never stopped."""
+    step = RunHooks.step
+
+    def stop(self: RunHooks, loop: Loop[Any]) -> None:
+        if loop.step_number == 3:  # of 4
+            self.stop.received = 15
+        step(self, loop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunHooks, "step", stop)
+        with pytest.raises(Stopped):
+            train(job(tmp_path / "run"), lambda _: None)
+    state = load_checkpoint(tmp_path / "run")
+    assert state is not None
+    assert state["step"] == 3
+    again = train(job(tmp_path / "run", resume=True), lambda _: None)
+    torch.testing.assert_close(load_file(again.path / "model.safetensors"), load_file(run.path / "model.safetensors"), rtol=0, atol=0)
+
+
+def test_it_is_evaluated(run: RunFolder, world: Path) -> None:
+    result = evaluate(EvalConfig(run.path, DataPaths(world), device="cpu"), lambda _: None)
+    assert (result.alpha, result.beta) == (0.35, 0.65)
+    assert json.loads((run.path / "detections.json").read_text())
+
+
+def test_relations(run: RunFolder, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After four steps no query is near a box; with pairs of any IoU there are matrices."""
+    training = DataPaths(world).load("train2017", run.protocol(), base_only=True, log=lambda _: None)
+    with pytest.raises(HdovdError, match=r"no box .* has a student embedding"):
+        relations(run, training, 4)
+    from hdovd.modeling.adamixer import pairs
+
+    monkeypatch.setattr(pairs, "STUDENT_IOU", -1.0)
+    found = relations(run, training, 4)
+    assert found.student.shape == found.teacher.shape == (len(found.names),) * 2
+    assert len(found.names) > 1
+
+
+@pytest.mark.parametrize("form", ModelForm)
+def test_every_form_finds_what_the_model_finds(form: ModelForm, run: RunFolder, tmp_path: Path) -> None:
+    done = export_model(ExportModelConfig(run.path, form, tmp_path / "out"), lambda _: None)
+    assert done.checked.detections > 0
+    assert done.checked.difference < 5e-4
+
+
+def test_exported_weights_leave_training_out(run: RunFolder, tmp_path: Path) -> None:
+    names = load_file(export_model(ExportModelConfig(run.path, ModelForm.SAFETENSORS, tmp_path / "out"), lambda _: None).file).keys()
+    assert "background" in names
+    assert not [name for name in names if name.startswith(("text_level.", "instance_level.", "proposals.auxiliary."))]
+
+
+@pytest.mark.parametrize("form", [ModelForm.ONNX, ModelForm.TORCHSCRIPT])
+def test_a_detector_that_cannot_be_traced_says_which_form_works(form: ModelForm, run: RunFolder, tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AdaMixer, "exportable", None)
+    with pytest.raises(HdovdError, match=rf"--format {form}: .*adamixer.*--format safetensors"):
+        export_model(ExportModelConfig(run.path, form, tmp_path / "out"), lambda _: None)
+    assert not list(tmp_path.iterdir())
+    done = export_model(ExportModelConfig(run.path, ModelForm.SAFETENSORS, tmp_path / "out"), lambda _: None)
+    assert done.checked.difference < 1e-5
+
+
+def test_a_grid_over_its_values() -> None:
+    others = [setting for setting in SETTINGS if "stages" not in setting]
+    cells = cells_of("demo-adamixer", others, ["detector.decoder.stages=1,2", "loss.instance.enabled=true,false"])
+    assert [cell.values["detector.decoder.stages"] for cell in cells] == [1, 1, 2, 2]
+
+
+def test_base_only_trains_the_detector_alone(job: Job, tmp_path: Path) -> None:
+    run = train(job(tmp_path / "run", *PRESETS["base-only"], "train.epochs=1"), lambda _: None)
+    assert {name.partition("_")[0] for name in losses_of(run)[0]} == {"rpn", "classification", "objectness", "box", "giou"}
+
+
+def test_adamw_decays_all_weights_alike() -> None:
+    from hdovd.pipelines.training.loop import build_optimizer
+
+    model: Detector = build_detector(recipe("train.weight_decay=0.25"), 24, lambda _: None)
+    groups = build_optimizer(model, model.recipe.train).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.25]
+    assert sum(p.numel() for p in groups[0]["params"]) == sum(p.numel() for p in model.parameters())

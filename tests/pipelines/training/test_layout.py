@@ -1,0 +1,71 @@
+"""The layout of convolutions where a network runs: channels of a pixel side by side, in pictures, feature maps and weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_adamixer_commands import recipe as adamixer_recipe
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from hdovd.config.recipe import Recipe
+from hdovd.data.coco import DataPaths
+from hdovd.pipelines.detection.detector import Detector
+from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
+from hdovd.pipelines.proposals.config import ProposeConfig
+from hdovd.pipelines.proposals.propose import propose
+from hdovd.pipelines.report.relations import relations
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.train import TrainConfig, train
+
+
+@pytest.fixture
+def laid_out() -> Iterator[list[bool]]:
+    """Of every convolution that ran over a neighbourhood, in order: whether what it read and its weights lie so."""
+    found: list[bool] = []
+
+    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+            found.append(all(t.is_contiguous(memory_format=torch.channels_last) for t in (inputs[0], module.weight)))
+
+    hook = register_module_forward_pre_hook(look)
+    yield found
+    hook.remove()
+
+
+def test_evaluating_detecting_and_relating(distilled: RunFolder, world: Path, training_cache: Path, laid_out: list[bool],
+                                           tmp_path: Path) -> None:
+    run = Path(shutil.copytree(distilled.path, tmp_path / "run"))  # evaluation writes into it
+    for stage in (lambda: evaluate(EvalConfig(run, DataPaths(world), device="cpu"), lambda _: None),
+                  lambda: Detector.from_run(distilled.path, device="cpu")(next((world / "val2017").iterdir())),
+                  lambda: relations(distilled, DataPaths(world).load("train2017", distilled.protocol(), base_only=True, log=lambda _: None),
+                                    images=4, device="cpu")):
+        laid_out.clear()
+        stage()
+        assert len(laid_out) > 8
+        assert all(laid_out)
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "adamixer"])
+def test_training_and_validating(world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path,
+                                 laid_out: list[bool], detector: str) -> None:
+    """The averaged weights too."""
+    recipe = micro_recipe("train.ema=0.9") if detector == "faster_rcnn" else adamixer_recipe("train.ema=0.9", "train.epochs=1")
+    train(TrainConfig(DataPaths(world), training_cache, tmp_path / "run", recipe, str(world / "protocol.toml"), "cpu",
+                   validation=DataPaths(world)), lambda _: None)
+    assert len(laid_out) > 30
+    assert all(laid_out)
+
+
+def test_proposing(world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path, laid_out: list[bool]) -> None:
+    job = ProposeConfig(DataPaths(world), tmp_path / "p.json", micro_recipe(), str(world / "protocol.toml"), device="cpu")
+    propose(job, lambda _: None)
+    propose(replace(job, out=tmp_path / "q.json", checkpoint=tmp_path / "p.oln.safetensors"), lambda _: None)
+    assert len(laid_out) > 30
+    assert all(laid_out)
