@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.cache import locks, storage
+from hdovd.cache import local, locks
 from hdovd.cache.local import CLAIMS, LocalFolder
 
 DEAD = 2**22 + 1  # no process has this number: it is over the system's limit
@@ -59,13 +59,13 @@ def test_never_two_hold_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_wait_for_a_process_that_hangs_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "CLAIM_WAIT_S", 0.2)
+    monkeypatch.setattr(local, "CLAIM_WAIT_S", 0.2)
     with LocalFolder(tmp_path).claim("x", wait=False), LocalFolder(tmp_path).claim("x", wait=True) as mine:
         assert mine
 
 
 def test_a_claim_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    code = ("import os, sys; from pathlib import Path; from hdovd.cache.storage import LocalFolder\n"
+    code = ("import os, sys; from pathlib import Path; from hdovd.cache.local import LocalFolder\n"
             "with LocalFolder(Path(sys.argv[1])).claim('x', wait=False): os.kill(os.getpid(), 9)")
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
     assert _files(tmp_path) == {f"{CLAIMS}/x"}

@@ -1,4 +1,4 @@
-"""What a store of a cache has to do, for `storage.Folder` and for products on top of it. Each backend's tests subclass `StoreContract`."""
+"""What a store of a cache has to do, for `Folder` and for products on top of it. Each backend's tests subclass `StoreContract`."""
 
 from __future__ import annotations
 

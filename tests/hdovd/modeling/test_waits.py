@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 import adamixer_scenes as adamixer
+import faster_rcnn_scenes as faster_rcnn
 import pytest
-import test_faster_rcnn as faster_rcnn
 import torch
 from pretended_cuda import PretendedCuda
 from torch import Tensor, nn

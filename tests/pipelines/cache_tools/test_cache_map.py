@@ -21,7 +21,7 @@ from hdovd.pipelines.cache_tools.map_page import page_of
 from hdovd.pipelines.cache_tools.map_picture import draw_map, ordered_groups
 from hdovd.pipelines.cache_tools.map_points import MapPoints, measure
 from hdovd.pipelines.common.label_font import label_font
-from hdovd.pipelines.extraction.cache_data import CacheSource
+from hdovd.pipelines.extraction.source import CacheSource
 
 pytest.importorskip("sklearn", reason="hdovd cache map needs the extra hdovd[map]")
 EVIL = ["</script><script>window.broken = 1</script>", "<img src=x onerror='window.broken = 1'>", "\"quotes' & <b>bold</b>",

@@ -155,9 +155,9 @@ OF_MODULES = {("json", "dump"), ("pickle", "dump"), ("os", "replace"), ("os", "r
 OWN = {"replace_file", "write_text", "write_picture"}
 ALLOWED = {
     "pipelines/common/atomic_write.py": "the one place",
-    "pipelines/bench_": "made-up data for measurements, deleted after them",
-    "cache/storage.py write": "the cache's own place: whole or absent, and safe beside other processes",
-    "cache/storage.py _link": "of it",
+    "pipelines/bench/bench_": "made-up data for measurements, deleted after them",
+    "cache/local.py write": "the cache's own place: whole or absent, and safe beside other processes",
+    "cache/local.py _link": "of it",
     "cache/locks.py lock": "a lock has no content",
     "cache/locks.py is_stale": "opens what it locks",
     "pipelines/ablation/ablate.py _locked": "a lock has no content",

@@ -13,7 +13,7 @@ import pytest
 import zarr
 from PIL import Image
 
-from hdovd.cache import storage
+from hdovd.cache import local
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.open import open_folder
 from hdovd.cache.reader import FeatureCache
@@ -243,7 +243,7 @@ def test_process_that_began_later_takes_over_the_size_of_parts(tmp_path: Path, e
 def test_part_of_a_process_that_hangs_is_done_after_some_time(tmp_path: Path, extraction: Config, monkeypatch: pytest.MonkeyPatch,
                                                               level: Level) -> None:
     """And until then everything else is: here the claim is never let go."""
-    monkeypatch.setattr(storage, "CLAIM_WAIT_S", 0.3)
+    monkeypatch.setattr(local, "CLAIM_WAIT_S", 0.3)
     config = extraction(tmp_path / "cache", part_rows=32)
     begun = prepare(config, _silent)
     begun.begin(Catalog.create(config.cache))

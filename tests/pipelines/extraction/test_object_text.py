@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from adamixer_micro import recipe as adamixer_recipe
 from safetensors.torch import load_file
-from test_adamixer_commands import recipe as adamixer_recipe
 from torch import Tensor
 
 from hdovd.cache.identity import sealed

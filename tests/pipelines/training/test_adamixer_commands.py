@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from adamixer_micro import SETTINGS, recipe
 from safetensors.torch import load_file
 
-from hdovd.config.recipe import PRESETS, Recipe, load_recipe
+from hdovd.config.recipe import PRESETS
 from hdovd.core.errors import HdovdError, Stopped
 from hdovd.data.coco import DataPaths
 from hdovd.modeling.adamixer.model import AdaMixer
@@ -29,23 +30,12 @@ from hdovd.pipelines.training.hooks import PLAIN, RunHooks
 from hdovd.pipelines.training.loop import Loop
 from hdovd.pipelines.training.train import TrainConfig, train
 
-SETTINGS = ("detector.backbone.fpn_channels=32", "detector.proposals.shuffle=8", "detector.proposals.pre_nms=60",
-            "detector.decoder.queries=8", "detector.decoder.stages=2", "detector.decoder.points=4", "detector.decoder.out_points=8",
-            "detector.decoder.feedforward=32", "input.short_side=96", "input.long_side=128", "pseudo_boxes.min_side=4.0",
-            "pseudo_boxes.reliability_centre=0.0", "loss.instance.queue=64", "loss.image.queue=32", "inference.score_threshold=0.0",
-            "train.epochs=2", "train.batch_size=8", "train.warmup_iterations=1", "train.workers=0")
-
-
-def recipe(*settings: str) -> Recipe:
-    return load_recipe("demo-adamixer", [*SETTINGS, *settings])
-
 
 @pytest.fixture(scope="module")
 def job(world: Path, training_cache: Path) -> Callable[..., TrainConfig]:
     def make(out: Path, *settings: str, **changes: Any) -> TrainConfig:
-        return replace(
-            TrainConfig(DataPaths(world), training_cache, out, recipe(*settings), str(world / "protocol.toml"), "cpu"), **changes
-        )
+        return replace(TrainConfig(DataPaths(world), training_cache, out, recipe(*settings), str(world / "protocol.toml"), "cpu"),
+                       **changes)
 
     return make
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from adamixer_micro import recipe as adamixer_recipe
 from safetensors.torch import load_file
-from test_adamixer_commands import recipe as adamixer_recipe
 from torch import Tensor
 
 from hdovd.config.recipe import Recipe

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_adamixer_commands import recipe as adamixer_recipe
+from adamixer_micro import recipe as adamixer_recipe
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import adamixer_micro
 import numpy as np
 import pytest
-import test_adamixer_commands
 from pretended_cuda import PretendedCuda
 
 from hdovd.cache.reader import FeatureCache
@@ -41,7 +41,7 @@ Micro = Callable[..., Recipe]
 RECIPES: dict[str, Callable[[Micro], Recipe]] = {
     "faster_rcnn": lambda micro: micro(),
     "faster_rcnn in bf16": lambda micro: micro("train.precision=bf16", "train.optimizer=sgd", "train.clip_norm=0.0"),
-    "adamixer": lambda _: test_adamixer_commands.recipe("pseudo_boxes.from_epoch=1"),
+    "adamixer": lambda _: adamixer_micro.recipe("pseudo_boxes.from_epoch=1"),
 }
 
 

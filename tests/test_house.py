@@ -1,0 +1,40 @@
+"""The rooms: each imports only from rooms that stand before it in the list below, none is overfull, and no files import in a circle."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from house import between_rooms, circles, imports, modules, room
+
+MOST_MODULES = 22
+ORDER = [f"hdovd.{name}" for name in (
+    "core", "cache", "config", "data", "evaluation",
+    "modeling", "modeling.losses", "modeling.levels", "modeling.backbones", "modeling.faster_rcnn", "modeling.adamixer",
+    "modeling.proposals", "modeling.export", "modeling.published_weights",
+    "pipelines", "pipelines.common", "pipelines.dataloading", "pipelines.teachers", "pipelines.embedding", "pipelines.nouns",
+    "pipelines.proposal_files", "pipelines.runs", "pipelines.extraction", "pipelines.calibration", "pipelines.evaluation",
+    "pipelines.training", "pipelines.proposals", "pipelines.detection", "pipelines.export", "pipelines.ablation", "pipelines.audit",
+    "pipelines.cache_tools", "pipelines.report", "pipelines.bench", "pipelines.demo",
+    "cli")] + ["hdovd"]
+
+
+def test_every_room_has_its_place() -> None:
+    assert sorted(ORDER) == sorted(set(map(room, modules())))
+
+
+def test_rooms_import_only_from_rooms_before_them() -> None:
+    place = {name: number for number, name in enumerate(ORDER)}
+    assert [line for (of, target), lines in between_rooms().items() if place[target] >= place[of] for line in lines] == []
+
+
+def test_no_files_import_in_a_circle() -> None:
+    assert circles({name: {target for target in imports(name) if target != name} for name in modules()}) == []
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["a", "b"], ["b", "c"], ["c", "b"]]
+
+
+def test_no_room_is_overfull() -> None:
+    assert {name: count for name, count in Counter(map(room, modules())).items() if count > MOST_MODULES} == {}
