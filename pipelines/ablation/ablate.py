@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from hdovd.cache.catalog import Catalog, is_tar_form
+from hdovd.cache.catalog import is_tar_form
 from hdovd.cache.identity import differences
-from hdovd.cache.schema import DEFAULT_SET
 from hdovd.config.recipe import PRESETS, Recipe, load_recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.ablation.cells import Cell, cells_of, recipe_settings
+from hdovd.pipelines.ablation.config import AblateConfig
 from hdovd.pipelines.ablation.table import AblationTable, ablation_table, write_tables
-from hdovd.pipelines.calibration.values import read_calibration, refuse_two_sources, with_reliability
+from hdovd.pipelines.calibration.values import with_reliability
 from hdovd.pipelines.common.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
 from hdovd.pipelines.common.settings import SWITCH, lasting_values
 from hdovd.pipelines.common.threads import usable_cores
@@ -42,55 +42,6 @@ class RunState(StrEnum):
     EVALUATE = "to evaluate"
     GO_ON = "to go on with"
     TRAIN = "to do"
-
-
-@dataclass(frozen=True, slots=True)
-class AblateConfig:
-    """`grid`: KEY=VALUE,VALUE,... each. `settings` and `preset`: for all cells. `jobs`: runs at a time.
-
-    `data`: as for training; `validation`: as for evaluation, the same data set if None. Raises HdovdError if it makes no sense.
-    """
-
-    data: DataPaths
-    cache: Path | str
-    out: Path
-    grid: tuple[str, ...]
-    recipe: str = "ov-coco-faster-rcnn-r50"
-    preset: str | None = None
-    settings: tuple[str, ...] = ()
-    seeds: int = 3
-    jobs: int = 1
-    validation: DataPaths | None = None
-    protocol: str = "ov-coco"
-    features: str = DEFAULT_SET
-    device: str = "auto"
-    dry_run: bool = False
-    calibration: Path | None = None
-    init: Path | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "jobs"):
-            if getattr(self, name) < 1:
-                raise HdovdError(f"--{name} {getattr(self, name)}: expected 1 or more")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise HdovdError(f"--preset {self.preset}: expected one of {', '.join(PRESETS)}")
-        refuse_two_sources((*self.settings, *self.grid), self.calibration)
-        if (self.data.images or self.data.annotations) and self.validation is None:
-            raise HdovdError("--images and --annotations are those to train on: give --val-images and --val-annotations for evaluation")
-
-    def check(self) -> None:
-        """Raises HdovdError for what is wrong with the paths and names alone."""
-        load_protocol(self.protocol)
-        (self.validation or self.data).locate("val2017")
-        if not is_tar_form(self.cache):
-            self.data.locate("train2017")
-            Catalog(self.cache)
-
-    @property
-    def all_settings(self) -> tuple[str, ...]:
-        """What is laid over the recipe in all cells."""
-        calibrated = () if self.calibration is None else read_calibration(self.calibration).settings()
-        return (*(PRESETS[self.preset] if self.preset else ()), *self.settings, *calibrated)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError, require_files
-from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.common.options import Data, Features, Option, Protocol
 
 
 @dataclass(frozen=True, slots=True)
 class AuditConfig:
-    """`features`: the set of the cache. `run`: a folder of hdovd train. `proposals`: the file that the cache was made from, where its
-    set does not say what made them. `json_out`: where to write the report as JSON too."""
+    """An audit of a set of a cache, and of a run."""
 
-    data: DataPaths
-    cache: Path | str
-    protocol: str = "ov-coco"
-    features: str = DEFAULT_SET
-    run: Path | None = None
-    proposals: Path | None = None
-    json_out: Path | None = None
+    data: Data
+    cache: Annotated[Path | str, Option("The cache to audit: a folder, or s3://, gs://.")]
+    protocol: Protocol = "ov-coco"
+    features: Features = DEFAULT_SET
+    run: Annotated[Path | None, Option("A run folder: its cache, protocol and calibration are checked too.")] = None
+    proposals: Annotated[Path | None, Option("The proposal file, where the cache does not say what made its proposals.")] = None
+    json_out: Annotated[Path | None, Option("Write the report as JSON too.", flags=("--json",), metavar="OUT")] = None
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""

@@ -5,10 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
+from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.calibration.values import read_calibration
+from hdovd.pipelines.common.options import (
+    DATA,
+    FEATURES,
+    MISSING,
+    OTHER_PROTOCOL,
+    SET,
+    Calibration,
+    Group,
+    Option,
+    data_if_given,
+    read_recipe,
+    refuse_two_sources,
+)
 from hdovd.pipelines.extraction.source import CacheSource
 
 if TYPE_CHECKING:
@@ -46,6 +60,17 @@ class MapConfig:
         self.source.check()
 
 
+def source_of(given: dict[str, Any]) -> CacheSource:
+    return CacheSource(given["cache"], given["features"], data_if_given(given), given["protocol"])
+
+
+def _recipe(given: dict[str, Any]) -> Recipe | None:
+    if given["recipe"] is None and given["set_"]:
+        raise HdovdError("--set lays values over a recipe: give --recipe too")
+    refuse_two_sources(given["set_"] or (), given["calibration"])
+    return None if given["recipe"] is None else read_recipe(given)
+
+
 @dataclass(frozen=True, slots=True)
 class ViewConfig:
     """`images`: ids, or `random` or `random:N`; empty: the first that has rows. `seed`: which random ones.
@@ -53,12 +78,18 @@ class ViewConfig:
     `out`: a PNG, or a folder for IMAGEID.png. `calibration`, `recipe`: where weights are from; None: those known for the cache's CLIP.
     """
 
-    source: CacheSource
-    images: tuple[str, ...] = ()
-    out: Path = Path()
-    calibration: Path | None = None
-    recipe: Recipe | None = None
-    seed: int = 0
+    source: Annotated[CacheSource, Group({"cache": (str, MISSING, Option("The cache: a folder, or s3://, gs://.", argument=True)),
+                                          "features": (str, DEFAULT_SET, FEATURES), **DATA, "protocol": (str | None, None, OTHER_PROTOCOL)},
+                                         source_of)]
+    images: Annotated[tuple[str, ...], Group({"image": (list[str] | None, None, Option(
+        "An image id, repeatable or with commas between; random, random:5. Default: the first image that has boxes.", metavar="ID"))},
+        lambda given: tuple(word.strip() for words in given["image"] or () for word in words.split(",") if word.strip()))] = ()
+    out: Annotated[Path, Option("The PNG to write, or a folder for ID.png. Default: ID.png in this folder.")] = Path()
+    calibration: Calibration = None
+    recipe: Annotated[Recipe | None, Group({"recipe": (str | None, None, Option("Take the weights of this recipe, shipped or a TOML "
+                                                                                "file.")),
+                                            "set_": (list[str] | None, None, SET)}, _recipe)] = None
+    seed: Annotated[int, Option("Which images random takes.")] = 0
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError
-from hdovd.data.coco import DataPaths
+from hdovd.pipelines.common.options import DataIfGiven, Features, Option, OtherProtocol
 from hdovd.pipelines.extraction.source import CacheSource
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrateConfig:
-    """`data` and `protocol`: None for those that the set was extracted from. `out`: the TOML file; the picture lies beside it, .png."""
+    """A calibration. `data` and `protocol`: None for those that the set was extracted from."""
 
-    cache: Path | str
-    out: Path
-    features: str = DEFAULT_SET
-    data: DataPaths | None = None
-    protocol: str | None = None
+    cache: Annotated[Path | str, Option("The cache that extract-clip wrote.")]
+    out: Annotated[Path, Option("The file to write; a picture of the cosines lies beside it, as .png.")] = Path("calibration.toml")
+    features: Features = DEFAULT_SET
+    data: DataIfGiven = None
+    protocol: OtherProtocol = None
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""

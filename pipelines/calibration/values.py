@@ -117,12 +117,6 @@ def read_calibration(file: Path) -> Calibration:
     return Calibration(centre, width, scale, fitted_on, found)
 
 
-def refuse_two_sources(settings: Sequence[str], calibration: Path | None) -> None:
-    """Raises HdovdError if `settings`, as of --set and --grid, hold a value that the calibration gives too."""
-    if calibration is not None and (both := [one for one in settings if one.strip().startswith("pseudo_boxes.reliability_")]):
-        raise HdovdError(f"{' '.join(both)}: --calibration {calibration} says what the reliability weight is; leave one of them out")
-
-
 def with_reliability(recipe: Recipe, origin: Callable[[], LabelOrigin], calibration: Path | None, base: Sequence[str],
                      log: Callable[[str], None]) -> tuple[Recipe, Recipe, dict[str, Any]]:
     """The recipe to write down, the one to train with, whose values are numbers, and what to record of where they are from.

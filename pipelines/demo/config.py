@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from hdovd.config.recipe import load_recipe
 from hdovd.core.errors import HdovdError
+from hdovd.pipelines.common.options import Option
 
 TRAIN_IMAGES, VAL_IMAGES = 1000, 250
 MARKER = ".hdovd-demo"  # a folder that holds it is a demo's, and a new demo may clear it
@@ -14,17 +16,16 @@ MARKER = ".hdovd-demo"  # a folder that holds it is a demo's, and a new demo may
 
 @dataclass(frozen=True, slots=True)
 class DemoConfig:
-    """`out`: everything the demo writes, but the teacher. `settings`: --set values for every training run. `pictures`: a folder for small
-    copies of three pictures, as the README shows them.
-    """
+    """A demo. `out`: everything that it writes, but the teacher."""
 
-    out: Path
-    seeds: int = 1
-    teacher_folder: Path | None = None
+    out: Annotated[Path, Option("Folder for the world, the cache and the runs.")] = Path("hdovd-demo")
+    seeds: Annotated[int, Option("Train both detectors with this many seeds; the table shows the spread.", min=1)] = 1
+    teacher_folder: Annotated[Path | None, Option("Where the demo's CLIP is kept; default ~/.cache/hdovd/teachers.",
+                                                  flags=("--teachers",))] = None
     train_images: int = TRAIN_IMAGES
     val_images: int = VAL_IMAGES
-    settings: tuple[str, ...] = ()
-    pictures: Path | None = None
+    settings: Annotated[tuple[str, ...], Option("Override a value of the demo recipe in every run.", flags=("--set",))] = ()
+    pictures: Annotated[Path | None, Option("Write small copies of three pictures here, as in the README.")] = None
 
     def check(self) -> None:
         """Raises HdovdError for a folder of other things, and for settings that the recipe does not know."""

@@ -3,43 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from hdovd.core.errors import HdovdError, require_files
+from hdovd.pipelines.common.name_list import names_asked
+from hdovd.pipelines.common.options import Device, Option, Run, Trust, read_prompts, workers_option
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.weights import Weights
+from hdovd.pipelines.runs.weights import Weights, WeightsOption
 
 DETECTIONS_MARKER = ".hdovd-detect"  # a folder that holds it is of detections, and may be overwritten
 
 
 @dataclass(frozen=True, slots=True)
 class DetectConfig:
-    """`images`: words as in `picture_files.find_pictures`. `classes` None: those of the run's protocol. `threshold`: what is found
-    scores above it. `class_embeddings`: a file with a row for each class, in order; CLIP is not needed then.
-
-    `clip`, `pretrained`, `templates`: None for those of the run. `workers` None: what suits the device. `pictures`: draw them.
-    `alone`: no base classes of the run compete with `classes` (`Detector.set_classes`). `trust`: as `RunFolder.trusted`.
+    """What to look for in which pictures. `classes` None: those of the run's protocol. `clip`, `pretrained`, `templates`: None for those of
+    the run. `trust`: as `RunFolder.trusted`.
     """
 
-    run: Path
-    images: tuple[str, ...]
-    out: Path
-    classes: tuple[str, ...] | None = None
-    threshold: float = SHOWN_SCORE
-    class_embeddings: Path | None = None
-    clip: str | None = None
-    pretrained: str | None = None
-    templates: tuple[str, ...] | None = None
-    weights: Weights = Weights.LAST
-    device: str = "auto"
-    batch_size: int = 8
-    workers: int | None = None
-    pictures: bool = True
-    split_blind: bool = False
-    overwrite: bool = False
-    alone: bool = False
-    trust: bool = False
+    run: Run
+    images: Annotated[tuple[str, ...], Option("Files; folders, with their folders; quoted patterns such as 'photos/**/*.jpg'; or - for "
+                                              "standard input: paths, one a line, or the bytes of one picture.", argument=True)]
+    out: Annotated[Path, Option("The folder to write: detections.json, images.json, pictures/.")]
+    classes: Annotated[tuple[str, ...] | None, Option(
+        'What to look for: "umbrella, red kite, dog", or @FILE with one name a line (@general: the 1,447 names that ship). Default: the '
+        "classes of the run's protocol.", parse=partial(names_asked, log=print))] = None
+    threshold: Annotated[float, Option("What scores above it is written and drawn; hdovd eval goes down to the recipe's, mostly 0.05.")
+                         ] = SHOWN_SCORE
+    class_embeddings: Annotated[Path | None, Option("A row for each name, in order, of the run's CLIP, which is not needed then. One array "
+                                                    "in .npy, .safetensors, .pt.")] = None
+    clip: Annotated[str | None, Option("The run's CLIP, where it lies elsewhere than the run's cache says: as for extract-clip.")] = None
+    pretrained: Annotated[str | None, Option("Tag or checkpoint file, with --clip and a model name.")] = None
+    templates: Annotated[tuple[str, ...] | None, Option("Other prompts than those of the run: photo, vild, clip80, or a file, one a line.",
+                                                        parse=read_prompts)] = None
+    weights: WeightsOption = Weights.LAST
+    device: Device = "auto"
+    batch_size: Annotated[int, Option("Pictures at a time.", min=1)] = 8
+    workers: Annotated[int | None, workers_option("Processes that decode pictures, or auto: none on a CPU, up to 16 for a GPU.")] = None
+    pictures: Annotated[bool, Option("Draw nothing.")] = True
+    split_blind: Annotated[bool, Option("Score all names alike. Without it a name of a base class of the run, in capitals or not, is "
+                                        "scored "
+                                        "as one, and any other name as novel: see docs/METHOD.md, section 7.")] = False
+    overwrite: Annotated[bool, Option("Replace the detections that are in --out.")] = False
+    alone: Annotated[bool, Option("Let the names compete with each other alone. Without it the run's other base classes compete too, so "
+                                  "that "
+                                  "a person is not called a dog where only dogs are asked for.")] = False
+    trust: Trust = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1:

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Annotated
 
-from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.evaluation.engines import Engine
+from hdovd.pipelines.common.options import Data, Device, Option, Run, Trust, workers_option
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.weights import Weights
+from hdovd.pipelines.runs.weights import Weights, WeightsOption
 
 SHOWN_SCORE = 0.3  # detections of this score or more are drawn
 
 
 @dataclass(frozen=True, slots=True)
 class EvalConfig:
-    """`protocol` None: that of the run. `workers` None: what suits the device. `pictures`: how many validation images to draw.
-
-    `weights`: of the last epoch, or of the one with the best validation AP50 of base classes. `trust`: as `RunFolder.trusted`.
+    """One evaluation of a run. `trust`: as `RunFolder.trusted`.
     """
 
-    run: Path
-    data: DataPaths
-    protocol: str | None = None
-    device: str = "auto"
-    batch_size: int = 16
-    workers: int | None = None
-    pictures: int = 0
-    engine: Engine = Engine.PYCOCOTOOLS
-    weights: Weights = Weights.LAST
-    trust: bool = False
+    run: Run
+    data: Data
+    protocol: Annotated[str | None, Option("Default: the protocol that the run was trained with.")] = None
+    device: Device = "auto"
+    batch_size: Annotated[int, Option("Images a batch.", min=1)] = 16
+    workers: Annotated[int | None, workers_option("Processes that decode images, or auto: none on a CPU, up to 16 for a GPU.")] = None
+    pictures: Annotated[int, Option("Draw the detections of this many validation images.", min=0)] = 0
+    per_class: Annotated[bool, Option("Print the table of all classes.")] = False
+    errors: Annotated[bool, Option("Print what keeps AP50 from 100: errors by kind, novel and base apart (docs/ERRORS.md).")] = False
+    engine: Annotated[Engine, Option("What counts AP. faster-coco-eval gives the same sooner; it comes with hdovd's extra fast-eval.")
+                      ] = Engine.PYCOCOTOOLS
+    weights: WeightsOption = Weights.LAST
+    trust: Trust = False
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone, or a run that needs to be trusted."""

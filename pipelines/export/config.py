@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
 from hdovd.core.errors import HdovdError, require_files
+from hdovd.pipelines.common.options import Group, Option, Run, Trust
 from hdovd.pipelines.runs.folder import FILES, RunFolder
-from hdovd.pipelines.runs.weights import Weights
+from hdovd.pipelines.runs.weights import Weights, WeightsOption
 
 
 class ModelForm(StrEnum):
@@ -36,12 +38,16 @@ ENDINGS = {".onnx": ModelForm.ONNX, ".pt": ModelForm.TORCHSCRIPT, ".ts": ModelFo
 class ExportModelConfig:
     """`check_images`: pictures to check the file on, besides those that are made up. `trust`: as `RunFolder.trusted`."""
 
-    run: Path
-    form: ModelForm
-    out: Path
-    weights: Weights = Weights.LAST
-    check_images: tuple[Path, ...] = ()
-    trust: bool = False
+    run: Run
+    form: Annotated[ModelForm, Group({"form": (ModelForm | None, None, Option(
+        "onnx: for onnxruntime, written with hdovd's extra export; torchscript: for torch.jit.load, with torchvision; safetensors: the "
+        "weights. Default: what the name of --out ends in, .onnx, .pt or .safetensors.", flags=("--format",)))},
+        lambda given: ModelForm.of(given["out"], given["form"]))]
+    out: Annotated[Path, Option("The file to write.")]
+    weights: WeightsOption = Weights.LAST
+    check_images: Annotated[tuple[Path, ...], Option("A picture to check the file on, besides those that are made up. Repeatable.",
+                                                     flags=("--check-image",))] = ()
+    trust: Trust = False
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths alone."""

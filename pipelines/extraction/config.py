@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, is_set_name
 from hdovd.cache.schema import CHUNK_ROWS, DEFAULT_SET, PART_ROWS
@@ -13,9 +14,22 @@ from hdovd.core.errors import HdovdError, is_file, require_files
 from hdovd.data.coco import DataPaths, Exif
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.name_list import is_shipped, read_vocabulary
+from hdovd.pipelines.common.options import (
+    CacheWritten,
+    Data,
+    Device,
+    Features,
+    Group,
+    Option,
+    Pretrained,
+    Protocol,
+    Templates,
+    number_or_auto,
+    workers_option,
+)
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
-from hdovd.pipelines.extraction.label_rule import ONE_NOUN, LabelRule
+from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe, Shape
+from hdovd.pipelines.extraction.label_rule import ONE_NOUN, TEMPERATURE, LabelRule
 from hdovd.pipelines.nouns.config import Matching
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.prompts import check_templates
@@ -61,45 +75,78 @@ class Share:
         return cls(int(index), int(count))
 
 
+def _recipe(given: dict[str, Any]) -> CropRecipe | DenseRecipe:
+    """What becomes of a box. Raises HdovdError for options that are of no use with the teacher."""
+    crop, side = CropRecipe.parse(given["crop"], given["crop_scales"]), given["dense_side"]
+    if given["instance_teacher"] is InstanceTeacher.DENSE:
+        if crop != PLAIN_BOX:
+            raise HdovdError("--crop and --crop-scales are of crops: they have no use with --instance-teacher dense")
+        return DenseRecipe(side)
+    if side is not None:
+        raise HdovdError("--dense-side needs --instance-teacher dense")
+    return crop
+
+
+RECIPE_OF_BOX = Group({
+    "instance_teacher": (InstanceTeacher, InstanceTeacher.CROP, Option("crop: CLIP sees each box alone. dense: once the whole image, of "
+                         "which boxes take their part: cheaper, and less sharp.")),
+    "dense_side": (int | None, None, Option("dense: the image becomes N x N pixels. Default: about 3 times the crop.", min=1)),
+    "crop": (Shape, Shape.BOX, Option("The pixels that a box stands for: see docs/CACHE.md.")),
+    "crop_scales": (str, "1", Option("Mean over crops of these sizes of the box: 1,1.5 as in ViLD.")),
+}, _recipe)
+LABELS = Group({
+    "label_top_k": (int, 1, Option("Nouns that a pseudo box's text embedding is the weighted mean of: the best K.", min=1)),
+    "label_temperature": (float, TEMPERATURE, Option("With K over 1: their weights are softmax(cosine / T).")),
+}, lambda given: LabelRule(given["label_top_k"], given["label_temperature"]))
+Workers = Annotated[int | None, workers_option("Processes that decode and crop, or auto: none on a CPU, up to 16 for a GPU.")]
+Compute = Annotated[Precision, Option("What CLIP computes in; auto: what the cache was begun in, else what suits the device "
+                                      "(docs/MACHINES.md). Embeddings are stored as float16.")]
+ActivationOption = Annotated[Activation, Option("The activation that the weights were trained with.")]
+Synonyms = Annotated[Path | None, Option('TOML: couch = ["couch", "sofa"]: all names of some classes.')]
+ClassEmbeddings = Annotated[Path | None, Option("A row for each class, base then novel, instead of its name's embedding: learned prompts. "
+                                                "One array in .npy, .safetensors, .pt.")]
+
+
 @dataclass(frozen=True, slots=True)
 class ExtractConfig:
-    """What to extract. `clip` and `pretrained` as in `clip_teacher.load_clip`; sizes in crops and rows.
-
-    `recipe`: what becomes of a box. `features` names the set that the products make up. `batch_size`: None for the teacher's
-    best. `workers`: None for what suits the device. `share`: None for torchrun's own, or all of the work. `store`: what `cache`
-    becomes, a Zarr cache or a folder of tar shards. `synonyms` and `class_embeddings`: files of `text_rows.read_classes`.
-    `nouns`: a file of `hdovd nouns`, instead of `vocabulary` and `captions`; `matching`: how these are, if there are captions.
-    `labels`: how many nouns a pseudo label is made of. `exif`: how pictures are read.
+    """An extraction. `features` names the set that the products make up. `batch_size`: None for the teacher's best. `workers`: None for
+    what suits the device. `share`: None for torchrun's own, or all of the work. `matching`: how names are found in captions.
     """
 
-    data: DataPaths
-    cache: Path | str
-    clip: str
-    pretrained: str | None = None
-    proposals: Path | None = None
-    vocabulary: Path | None = None
-    captions: Path | None = None
-    protocol: str = "ov-coco"
-    templates: tuple[str, ...] = DEFAULT_TEMPLATES
-    recipe: CropRecipe | DenseRecipe = PLAIN_BOX
-    precision: Precision = Precision.AUTO
-    activation: Activation = Activation.AUTO
-    features: str = DEFAULT_SET
-    device: str = "auto"
-    batch_size: int | None = None
-    part_rows: int = PART_ROWS
-    workers: int | None = None
-    dry_run: bool = False
-    retry_failed: bool = False
-    share: Share | None = None
-    executor: Executor = Executor.LOCAL
-    store: Store = Store.ZARR
-    synonyms: Path | None = None
-    class_embeddings: Path | None = None
-    nouns: Path | None = None
+    data: Data
+    cache: CacheWritten
+    clip: Annotated[str, Option("open_clip model name, local-dir:PATH or hf-hub:NAME.")]
+    pretrained: Pretrained = None
+    proposals: Annotated[Path | None, Option("COCO results JSON, hdovd's .npz, or a .pkl of mmdetection or Detectron2.")] = None
+    vocabulary: Annotated[Path | None, Option("Nouns for pseudo boxes, one name a line, or general: the object list that ships.")] = None
+    captions: Annotated[Path | None, Option("COCO captions JSON: an image offers only its own captions' words, in singular or plural, as "
+                                            "hdovd nouns --parser match finds them.")] = None
+    protocol: Protocol = "ov-coco"
+    templates: Templates = DEFAULT_TEMPLATES
+    recipe: Annotated[CropRecipe | DenseRecipe, RECIPE_OF_BOX] = PLAIN_BOX
+    precision: Compute = Precision.AUTO
+    activation: ActivationOption = Activation.AUTO
+    features: Features = DEFAULT_SET
+    device: Device = "auto"
+    batch_size: Annotated[int | None, Option("Crops that CLIP embeds at a time (or the pixels of so many), or auto: found by trying.",
+                                             flags=("--batch", "--batch-size"), parse=partial(number_or_auto, "--batch", 1),
+                                             text="auto")] = None
+    part_rows: Annotated[int, Option("Rows of a part: the most that a killed process loses.", min=1)] = PART_ROWS
+    workers: Workers = None
+    dry_run: Annotated[bool, Option("Print the plan and stop.")] = False
+    retry_failed: Annotated[bool, Option("Try images again that could not be read.")] = False
+    share: Annotated[Share | None, Option("I/N: every N-th part, from the I-th (0 to N-1): one task of an array of N.", flags=("--shard",),
+                                          parse=Share.parse)] = None
+    executor: Annotated[Executor, Option("local: this process (or torchrun's). ray: the actors of a Ray cluster.")] = Executor.LOCAL
+    store: Annotated[Store, Option("webdataset: tar shards with pictures, boxes and embeddings, to train from as a stream.")] = Store.ZARR
+    synonyms: Synonyms = None
+    class_embeddings: ClassEmbeddings = None
+    nouns: Annotated[Path | None, Option("A file of hdovd nouns, instead of --vocabulary and --captions.")] = None
     matching: Matching = Matching.LEMMAS
-    labels: LabelRule = ONE_NOUN
-    exif: Exif = Exif.APPLY
+    labels: Annotated[LabelRule, LABELS] = ONE_NOUN
+    exif: Annotated[Exif, Option("Pictures with an EXIF orientation whose annotated size fits them turned and as stored: apply turns "
+                                 "them. The "
+                                 "annotated size decides of all others.")] = Exif.APPLY
 
     def __post_init__(self) -> None:
         if self.nouns is not None and (self.vocabulary is not None or self.captions is not None):

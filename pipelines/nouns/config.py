@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.name_list import read_vocabulary
+from hdovd.pipelines.common.options import Option, Protocol
 
 SPACY_MODEL = "en_core_web_sm"
 
@@ -28,18 +30,18 @@ class Parser(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NounsConfig:
-    """What to find. `vocabulary`: None for the list that ships, or with a parser for all nouns; `stop_list`: added to the one that ships.
+    """A search for nouns. `protocol` says which names are novel: they are reported, nothing else."""
 
-    `protocol` says which names are novel: they are reported, nothing else.
-    """
-
-    captions: Path
-    out: Path
-    vocabulary: Path | None = None
-    parser: Parser = Parser.AUTO
-    stop_list: Path | None = None
-    spacy_model: str = SPACY_MODEL
-    protocol: str = "ov-coco"
+    captions: Annotated[Path, Option("COCO captions JSON, such as captions_train2017.json.")]
+    out: Annotated[Path, Option("The file of nouns by image to write: JSON.")]
+    vocabulary: Annotated[Path | None, Option("Names to look for, one a line. Default: general, the object list that ships; with spaCy, "
+                                              "every "
+                                              "noun.")] = None
+    parser: Annotated[Parser, Option("match: the longest names of the vocabulary, in singular and plural. spacy: what spaCy tags as nouns. "
+                                     "auto: spacy if it is there with its model.")] = Parser.AUTO
+    stop_list: Annotated[Path | None, Option("Words that are no objects, one a line, beside those that ship (front, top, group).")] = None
+    spacy_model: Annotated[str, Option("An installed spaCy model, or its folder.")] = SPACY_MODEL
+    protocol: Protocol = "ov-coco"
 
     def __post_init__(self) -> None:
         if self.out.is_dir():

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.common.options import RECIPE, VALIDATION, Data, Device, Option, Protocol, SaveMinutes
 from hdovd.pipelines.proposal_files.options import require_form
 
 if TYPE_CHECKING:
@@ -131,15 +132,42 @@ def network_file(out: Path, detector: Detector) -> Path:
     return out.with_name(f"{out.stem}.{detector.value}.safetensors")
 
 
-def propose_job(data: DataPaths, out: Path | None, recipe: Recipe, detectors: tuple[Detector, ...], checkpoints: tuple[Path, ...],
-                **options: Any) -> ProposeConfig:
-    """A job from the words of a command line. Raises HdovdError without `out`, or for more than one network."""
-    if out is None:
-        raise HdovdError("--out FILE is missing: the proposal file to write (or --report, to count recall alone)")
-    require_form(out)
-    if len(detectors) > 1 or len(checkpoints) > 1:
-        raise HdovdError("one --detector or --checkpoint makes a proposal file; several are compared with --report")
-    if detectors and checkpoints:
-        raise HdovdError("--checkpoint is a network of one kind already: leave --detector out")
-    return ProposeConfig(data, out, recipe, detector=detectors[0] if detectors else Detector.OLN,
-                      checkpoint=checkpoints[0] if checkpoints else None, **options)
+@dataclass(frozen=True, slots=True)
+class ProposeOptions:
+    """What `hdovd propose` is asked for, of which a `ProposeConfig` or, with `report`, a `RecallConfig` follows."""
+
+    data: Data
+    recipe: Annotated[Recipe, RECIPE]
+    out: Annotated[Path | None, Option("The proposal file to write: COCO results JSON, or .npz. The network lies beside it.")] = None
+    protocol: Protocol = "ov-coco"
+    detector: Annotated[tuple[Detector, ...], Option("oln (the default): an object localisation network, which knows no background; rpn: a "
+                                                     "plain region proposal network, its baseline. Repeatable with --report.")] = ()
+    checkpoint: Annotated[tuple[Path, ...], Option("A network that propose trained, NAME.oln.safetensors: propose with it, train nothing. "
+                                                   "Repeatable with --report.")] = ()
+    report: Annotated[bool, Option("Print the average recall on val2017 of these networks (trained where they are not there yet), base and "
+                                   "novel; no proposals are written.")] = False
+    top: Annotated[int, Option("Proposals an image, at most.", min=1)] = 10
+    overlap: Annotated[float, Option("Largest IoU of a proposal with a base box or a better proposal.", min=0, max=1)] = 0.5
+    min_side: Annotated[float, Option("Shortest side of a proposal, pixels of the original image.", min=0)] = 8.0
+    backbone_out: Annotated[Path | None, Option("Also keep the trained backbone and its record: hdovd train can start from it.")] = None
+    min_score: Annotated[float, Option("Lowest score of a proposal.", min=0, max=1)] = 0.0
+    device: Device = "auto"
+    overwrite: Annotated[bool, Option("Train anew, whatever network or checkpoint is there.")] = False
+    save_minutes: SaveMinutes = 10.0
+    validation: Annotated[DataPaths | None, VALIDATION] = None
+
+    def config(self) -> ProposeConfig | RecallConfig:
+        """Raises HdovdError without `out`, or for more than one network, where proposals are to be written."""
+        if self.report:
+            return RecallConfig(self.data, self.validation, self.recipe, self.out, self.protocol, self.detector, self.checkpoint,
+                                self.device, self.overwrite, self.save_minutes)
+        if self.out is None:
+            raise HdovdError("--out FILE is missing: the proposal file to write (or --report, to count recall alone)")
+        require_form(self.out)
+        if len(self.detector) > 1 or len(self.checkpoint) > 1:
+            raise HdovdError("one --detector or --checkpoint makes a proposal file; several are compared with --report")
+        if self.detector and self.checkpoint:
+            raise HdovdError("--checkpoint is a network of one kind already: leave --detector out")
+        return ProposeConfig(self.data, self.out, self.recipe, self.protocol, self.top, self.overlap, self.min_side, self.min_score,
+                             self.device, self.backbone_out, self.detector[0] if self.detector else Detector.OLN,
+                             self.checkpoint[0] if self.checkpoint else None, self.overwrite, self.save_minutes)

@@ -5,33 +5,40 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Annotated, Any
 
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import DataPaths
+from hdovd.pipelines.common.options import DATA, Device, Group, Option, Trust, data_of, workers_option
 from hdovd.pipelines.runs.listing import find_runs
 
 REPORT_FILE = "index.html"
 
 
+def _validation(given: dict[str, Any]) -> DataPaths | None:
+    return data_of(given) if given["images"] or given["annotations"] else None
+
+
 @dataclass(frozen=True, slots=True)
 class ReportConfig:
-    """`data`: where the pictures are; nothing given: where the first run's cache says that it was made from. `gallery`, `pseudo`: how many
-    validation and training images are shown. `relation_images`: in the batch of the relation matrices; 0 leaves them out. `threshold`:
-    scores from which a detection is shown and counts in the confusion. `validation`: the validation images, if they are not val2017 of
-    `data`. `batch_size`, `workers`: of the evaluation of runs that have none yet. `trust`: as `RunFolder.trusted`, of all of them."""
+    """A page about `runs`. `data`: where the pictures are; nothing given: where the first run's cache says that it was made from.
+    `validation`: the validation images, if they are not val2017 of `data`. `trust`: as `RunFolder.trusted`, of all runs.
+    """
 
-    runs: tuple[Path, ...]
-    out: Path
-    data: DataPaths = field(default_factory=DataPaths)
-    validation: DataPaths | None = None
-    gallery: int = 36
-    pseudo: int = 12
-    relation_images: int = 8
-    threshold: float = 0.3
-    device: str = "auto"
-    batch_size: int = 16
-    workers: int | None = None
-    trust: bool = False
+    runs: Annotated[tuple[Path, ...], Option("Run folders that hdovd train wrote; several are set side by side.", argument=True,
+                                             metavar="RUN...")]
+    out: Annotated[Path, Option("Folder for the page, index.html.")] = Path("report")
+    data: Annotated[DataPaths, Group(DATA, lambda given: DataPaths(given["data"]))] = field(default_factory=DataPaths)
+    validation: Annotated[DataPaths | None, Group({}, _validation)] = None
+    gallery: Annotated[int, Option("How many validation images are shown, novel objects first.", min=0)] = 36
+    pseudo: Annotated[int, Option("How many training images are shown with their pseudo boxes.", min=0)] = 12
+    relation_images: Annotated[int, Option("Training images in the batch of the relation matrices; 0 leaves them out.", min=0,
+                                           flags=("--relations",))] = 8
+    threshold: Annotated[float, Option("Detections of this score or more are shown, and count in the confusion.")] = 0.3
+    device: Device = "auto"
+    batch_size: Annotated[int, Option("Images a batch, for runs that have to be evaluated first.", min=1)] = 16
+    workers: Annotated[int | None, workers_option("Processes that decode images for that, or auto.")] = None
+    trust: Trust = False
 
     def __post_init__(self) -> None:
         if not self.runs:

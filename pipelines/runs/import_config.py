@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.published_weights.names import PUBLISHED
+from hdovd.pipelines.common.options import Option, Protocol
 from hdovd.pipelines.runs.folder import RunFolder
+
+
+class PublishedDetector(StrEnum):
+    FASTER_RCNN = "faster_rcnn"
+    ADAMIXER = "adamixer"
 
 
 @dataclass(frozen=True, slots=True)
 class ImportCheckpointConfig:
-    """`class_embeddings`: a .pt of (C, D) rows in the protocol's order. `object_embedding`: a .pt of (1, D), for AdaMixer.
+    """A published checkpoint that becomes a run. `settings`: laid over the detector's recipe."""
 
-    `settings`: laid over the detector's recipe.
-    """
-
-    file: Path
-    out: Path
-    detector: str
-    class_embeddings: Path | None = None
-    object_embedding: Path | None = None
-    protocol: str = "ov-coco"
-    settings: tuple[str, ...] = ()
-    overwrite: bool = False
+    file: Annotated[Path, Option("A checkpoint of the authors' code, .pth.", argument=True)]
+    out: Annotated[Path, Option("The run folder to write.")]
+    detector: Annotated[PublishedDetector, Option("Which detector the checkpoint is of.")]
+    class_embeddings: Annotated[Path | None, Option("Text embeddings of the classes, .pt: a row a class in the protocol's order, 65 x 512 "
+                                                    "for "
+                                                    "ov-coco.")] = None
+    object_embedding: Annotated[Path | None, Option('adamixer: the text embedding of "object", .pt, 1 x 512.')] = None
+    protocol: Protocol = "ov-coco"
+    settings: Annotated[tuple[str, ...], Option("A value of the detector's recipe, KEY=VALUE. Repeatable.", flags=("--set",))] = ()
+    overwrite: Annotated[bool, Option("Replace the run that is there.")] = False
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""

@@ -3,6 +3,9 @@
 import hashlib
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
+
+from hdovd.pipelines.common.options import Option
 
 
 class Weights(StrEnum):
@@ -14,6 +17,9 @@ class Weights(StrEnum):
     @property
     def file(self) -> str:
         return "model.safetensors" if self is Weights.LAST else "best.safetensors"
+
+
+WeightsOption = Annotated[Weights, Option("Of the last epoch, or of the one with the best validation AP50 of base classes.")]
 
 
 def weights_hash(file: Path) -> str:

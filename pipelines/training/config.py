@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from hdovd.cache.catalog import Catalog, is_tar_form
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError
-from hdovd.data.coco import DataPaths, instances_file
+from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.calibration.values import read_calibration
+from hdovd.pipelines.common.options import (
+    RECIPE_AND_PRESET,
+    VALIDATION,
+    Calibration,
+    Data,
+    Device,
+    Features,
+    Init,
+    Option,
+    Protocol,
+    SaveMinutes,
+)
 from hdovd.pipelines.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -20,30 +32,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """One training run. `cache`: a Zarr cache, with the `data` that it was made of, or tar shards, which need no other data.
+    """One training run, from a Zarr cache with the `data` that it was made of, or from tar shards, which need no other data.
 
-    `resume`: go on from the checkpoint in `out`, or begin if there is none. `save_minutes`: between two checkpoints within an
-    epoch. `validation`: validation images, on which AP is computed after every `val_every` epochs; None: never. `calibration`: a
-    file of `calibrate`, whose values the weights of pseudo labels take instead of the recipe's. `init`: a run whose model's weights the
-    new one begins with. `checksums`: compare those of a Zarr cache's instance rows, each part once, when it is first read.
+    `validation`: images on which AP is computed after every `val_every` epochs; None: never. `calibration`: a file of `calibrate`.
     """
 
-    data: DataPaths
-    cache: Path | str
-    out: Path
-    recipe: Recipe
-    protocol: str = "ov-coco"
-    device: str = "auto"
-    overwrite: bool = False
-    features: str = DEFAULT_SET
-    resume: bool = False
-    save_minutes: float = 10.0
-    validation: DataPaths | None = None
-    val_every: int = 1
-    tensorboard: bool = False
-    calibration: Path | None = None
-    init: Path | None = None
-    checksums: bool = True
+    data: Data
+    cache: Annotated[Path | str, Option("The cache that extract-clip wrote; or tar shards, without --data: DIR, DIR/{000000..000009}.tar.")]
+    out: Annotated[Path, Option("The run folder to write.")]
+    recipe: Annotated[Recipe, RECIPE_AND_PRESET]
+    protocol: Protocol = "ov-coco"
+    device: Device = "auto"
+    overwrite: Annotated[bool, Option("Replace a run that is there.")] = False
+    features: Features = DEFAULT_SET
+    resume: Annotated[bool, Option("Go on from the checkpoint in OUT, or begin if there is none: for jobs that may be started again.",
+                                   flags=("--resume", "--requeue-safe"))] = False
+    save_minutes: SaveMinutes = 10.0
+    validation: Annotated[DataPaths | None, VALIDATION] = None
+    val_every: Annotated[int, Option("Validate after so many epochs; 0: never.", min=0)] = 1
+    tensorboard: Annotated[bool, Option("Write OUT/tensorboard too.")] = False
+    calibration: Calibration = None
+    init: Init = None
+    checksums: Annotated[bool, Option("Do not read each part of the cache whole, once, to compare its checksum: for caches larger than "
+                                      "memory, which hdovd cache verify has checked.")] = True
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
@@ -62,12 +73,3 @@ class TrainConfig:
             Catalog(self.cache)
         if self.validation is not None and self.val_every:
             self.validation.locate("val2017")
-
-
-def validation_paths(data: Path | None, images: Path | None, annotations: Path | None) -> DataPaths | None:
-    """The validation images: those named, or val2017 of a COCO folder that has one; else None."""
-    if images or annotations:
-        return DataPaths(data, images, annotations)
-    if data is not None and instances_file(data, "val2017").is_file() and (data / "val2017").is_dir():
-        return DataPaths(data)
-    return None

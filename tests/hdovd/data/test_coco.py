@@ -14,7 +14,7 @@ import pytest
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths, Skips, Split, clip_box, load_split
 from hdovd.data.protocol import Protocol
-from hdovd.pipelines.training.config import validation_paths
+from hdovd.pipelines.common.options import validation_of
 
 PROTOCOL = Protocol("mine", ("zebra", "cat"), ("dog",))
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 90, "name": "zebra"}, {"id": 1, "name": "ignored"}]
@@ -440,7 +440,7 @@ def test_a_packed_file_is_found_and_read(tmp_path: Path) -> None:
     assert (split.annotations, len(split.images)) == (file, 1)
     (tmp_path / "val2017").mkdir()
     file.rename(tmp_path / "annotations" / "instances_val2017.json.gz")
-    assert validation_paths(tmp_path, None, None) is not None
+    assert validation_of({"data": tmp_path, "val_images": None, "val_annotations": None}) is not None
     file.write_bytes(gzip.compress(content)[:-12])
     with pytest.raises(HdovdError, match=r"instances_train2017\.json\.gz is not valid JSON .*is the download complete"):
         DataPaths(tmp_path).load("train2017", PROTOCOL, base_only=True)

@@ -1,0 +1,85 @@
+"""Commands from configs: Typer's signature of a command is made from the fields of the config that its function takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from hdovd.pipelines.common.options import Group, Option
+
+Field = tuple[str, list[inspect.Parameter], Callable[[dict[str, Any]], Any]]  # name, parameters, value of all that was given
+
+
+def command(body: Callable[[Any], None]) -> Callable[..., None]:
+    """The Typer command of a function of one config. Its docstring is the help; the config is checked before it is called.
+
+    A field is an option if it is annotated with `Option`, several with `Group`, and none with neither.
+    """
+    config = get_type_hints(body)["config"]
+    fields = list(_fields(config))
+
+    @wraps(body)
+    def run(**given: Any) -> None:
+        made = config(**{name: build(given) for name, _, build in fields})
+        if hasattr(made, "check"):
+            made.check()  # before torch: a mistake shows at once
+        body(made)
+
+    parameters = [parameter for _, own, _ in fields for parameter in own]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _fields(config: type) -> list[Field]:
+    """Name, parameters and value of every field that options make."""
+    hints = get_type_hints(config, localns={"Recipe": Any}, include_extras=True)
+    found: list[Field] = []
+    for field in dataclasses.fields(config):
+        kind, *notes = get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else (hints[field.name],)
+        for note in notes:
+            if isinstance(note, Group):
+                found.append((field.name, [_parameter(name, *given) for name, given in note.options.items()], note.build))
+            elif isinstance(note, Option):
+                found.append(_field(field, kind, note))
+    return found
+
+
+def _field(field: dataclasses.Field[Any], kind: Any, option: Option) -> Field:
+    """A field of one option: text is parsed, lists become tuples, and what is not given keeps the field's default."""
+    name = field.name
+    default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+    parts = [part for part in get_args(kind) if part is not type(None)] if get_origin(kind) in (Union, UnionType) else [kind]
+    many = get_origin(parts[0]) is tuple and option.parse is None
+    if option.parse is not None:
+        kind, default = (str if option.text is not None else str | None), option.text
+    elif many:
+        kind, default = list[get_args(parts[0])[0]], (default if default is inspect.Parameter.empty else None)  # type: ignore[misc]
+        kind = kind if default is inspect.Parameter.empty else kind | None
+    elif str in parts and Path in parts:
+        kind = str
+
+    def build(given: dict[str, Any]) -> Any:
+        value = given[name]
+        if option.parse is not None:
+            return value if value is None else option.parse(value)
+        if many:
+            return field.default if value is None else tuple(value)
+        return value
+
+    return name, [_parameter(name, kind, default, option)], build
+
+
+def _parameter(name: str, kind: Any, default: Any, option: Option) -> inspect.Parameter:
+    limits = {key: getattr(option, key) for key in ("min", "max", "metavar") if getattr(option, key) is not None}
+    flag = f"--{name.rstrip('_').replace('_', '-')}"
+    flags = option.flags or ((f" /--no-{flag[2:]}",) if default is True else (flag,))
+    about = typer.Argument(help=option.help, **limits) if option.argument else typer.Option(*flags, help=option.help, **limits)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, about])

@@ -1,0 +1,90 @@
+"""What `hdovd ablate` is asked for. Imports no torch: a mistake shows before that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from hdovd.cache.catalog import Catalog, is_tar_form
+from hdovd.cache.schema import DEFAULT_SET
+from hdovd.config.recipe import PRESETS
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.calibration.values import read_calibration
+from hdovd.pipelines.common.options import (
+    DEFAULT_RECIPE,
+    PRESET,
+    RECIPE_NAME,
+    SET,
+    Calibration,
+    Data,
+    Device,
+    Features,
+    Group,
+    Init,
+    Option,
+    Preset,
+    Protocol,
+    refuse_two_sources,
+    validation_group,
+)
+
+
+def _validation(given: dict[str, Any]) -> DataPaths | None:
+    images, annotations = given["val_images"], given["val_annotations"]
+    return DataPaths(given["data"], images, annotations) if images or annotations else None
+
+
+@dataclass(frozen=True, slots=True)
+class AblateConfig:
+    """`grid`: KEY=VALUE,VALUE,... each. `settings` and `preset`: for all cells. `jobs`: runs at a time.
+
+    `data`: as for training; `validation`: as for evaluation, the same data set if None. Raises HdovdError if it makes no sense.
+    """
+
+    data: Data
+    cache: Annotated[Path | str, Option("The one cache, or tar shards, that all runs read.")]
+    out: Annotated[Path, Option("The folder of all runs, OUT/CELL/seedK, and of the tables.")]
+    grid: Annotated[tuple[str, ...], Group({
+        "more": (list[str] | None, None, Option("More of --grid, after it.", argument=True, metavar="[KEY=VALUE,VALUE]...")),
+        "grid": (list[str] | None, None, Option("What varies: loss.image.enabled=true,false. Repeatable; all combinations are run.",
+                                                metavar="KEY=VALUE,VALUE"))},
+        lambda given: (*(given["grid"] or ()), *(given["more"] or ())))]
+    recipe: Annotated[str, RECIPE_NAME] = DEFAULT_RECIPE
+    preset: Annotated[Preset | None, PRESET] = None
+    settings: Annotated[tuple[str, ...], SET] = ()
+    seeds: Annotated[int, Option("Runs a cell: train.seed 0, 1, ...", min=1)] = 3
+    jobs: Annotated[int, Option("Runs at a time. Several GPUs are used in turn, one a run; CPU cores are shared.", min=1)] = 1
+    validation: Annotated[DataPaths | None, validation_group(_validation)] = None
+    protocol: Protocol = "ov-coco"
+    features: Features = DEFAULT_SET
+    device: Device = "auto"
+    dry_run: Annotated[bool, Option("List the runs, done and to do, and stop.")] = False
+    calibration: Calibration = None
+    init: Init = None
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "jobs"):
+            if getattr(self, name) < 1:
+                raise HdovdError(f"--{name} {getattr(self, name)}: expected 1 or more")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise HdovdError(f"--preset {self.preset}: expected one of {', '.join(PRESETS)}")
+        refuse_two_sources((*self.settings, *self.grid), self.calibration)
+        if (self.data.images or self.data.annotations) and self.validation is None:
+            raise HdovdError("--images and --annotations are those to train on: give --val-images and --val-annotations for evaluation")
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        load_protocol(self.protocol)
+        (self.validation or self.data).locate("val2017")
+        if not is_tar_form(self.cache):
+            self.data.locate("train2017")
+            Catalog(self.cache)
+
+    @property
+    def all_settings(self) -> tuple[str, ...]:
+        """What is laid over the recipe in all cells."""
+        calibrated = () if self.calibration is None else read_calibration(self.calibration).settings()
+        return (*(PRESETS[self.preset] if self.preset else ()), *self.settings, *calibrated)

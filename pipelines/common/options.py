@@ -1,0 +1,152 @@
+"""Options of commands, as the fields of their configs declare them: the one definition of each, for Python and the command line.
+
+Plain values without a command-line library, and without torch. `hdovd.cli.command` makes Typer's signature of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any
+
+from hdovd.config.backbone import PRESETS
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import DataPaths, instances_file
+
+Preset = StrEnum("Preset", {name.replace("-", "_").upper(): name for name in PRESETS})  # type: ignore[misc]
+MISSING = Parameter.empty  # the default of an option that has to be given
+DEFAULT_RECIPE = "ov-coco-faster-rcnn-r50"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A field as one option. `flags`: default --NAME. `parse`: text -> the field's value; `text`: the default as text.
+
+    `argument`: given by place. `min`, `max`: limits of a number.
+    """
+
+    help: str = ""
+    flags: tuple[str, ...] = ()
+    parse: Callable[[str], Any] | None = None
+    text: str | None = None
+    argument: bool = False
+    metavar: str | None = None
+    min: float | None = None
+    max: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A field that several options make together. `options`: type, default and `Option` by name.
+
+    `build`: the field's value, from the values of all options of the command by name.
+    """
+
+    options: dict[str, tuple[Any, Any, Option]]
+    build: Callable[[dict[str, Any]], Any]
+
+
+def number_or_auto(option: str, least: int, text: str) -> int | None:
+    """A whole number of at least `least`; None for auto. Raises HdovdError for anything else."""
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < least:
+        raise HdovdError(f"{option} {text}: expected auto, or a whole number from {least} on")
+    return int(text)
+
+
+def workers_option(what: str) -> Option:
+    return Option(what, parse=partial(number_or_auto, "--workers", 0), text="auto")
+
+
+def read_prompts(name_or_file: str) -> tuple[str, ...]:
+    from hdovd.pipelines.teachers.prompts import read_templates
+
+    return read_templates(name_or_file)
+
+
+Device = Annotated[str, Option("auto, cpu or cuda.")]
+Protocol = Annotated[str, Option("The base/novel split: ov-coco, or a TOML file with name, base and novel.")]
+OTHER_PROTOCOL = Option("The base/novel split. Default: the one that the cache was made with.")
+OtherProtocol = Annotated[str | None, OTHER_PROTOCOL]
+FEATURES = Option("The name of a set of features: products of one cache that belong together.")
+Features = Annotated[str, FEATURES]
+Trust = Annotated[bool, Option("Import code and ask addresses that RUN names, and take it as it was changed, though it was not trained "
+                               "here "
+                               "by you.")]
+CacheArgument = Annotated[Path | str, Option("The cache: a folder, or s3://, gs://.", argument=True)]
+CacheWritten = Annotated[Path | str, Option("The cache to write or add to: a folder, or s3://, gs://.")]
+Pretrained = Annotated[str | None, Option("Tag or checkpoint file, with a model name.")]
+Calibration = Annotated[Path | None, Option("What hdovd calibrate wrote: how far to trust pseudo labels, over the recipe's values.")]
+Init = Annotated[Path | None, Option("A run whose weights training begins with, such as import-checkpoint wrote: losses' memories, "
+                                     "optimizer and schedule begin anew.")]
+SaveMinutes = Annotated[float, Option("Minutes between two checkpoints within an epoch.", min=0)]
+PROMPTS_HELP = "Prompts: photo, vild, clip80, or a file, one a line: {} is the name, {article} its a or an."
+Templates = Annotated[tuple[str, ...], Option(PROMPTS_HELP, parse=read_prompts, text="photo")]
+Run = Annotated[Path, Option("The run folder that hdovd train wrote.", argument=True)]
+
+SET = Option("Override a value of the recipe: loss.image.enabled=false. Repeatable.", flags=("--set",))
+DATA: dict[str, tuple[Any, Any, Option]] = {
+    "data": (Path | None, None, Option("COCO folder: train2017/, val2017/, annotations/instances_*.json.")),
+    "images": (Path | None, None, Option("Image folder, instead of the one under --data.")),
+    "annotations": (Path | None, None, Option("instances JSON, instead of the one under --data.")),
+}
+
+
+def data_of(given: dict[str, Any]) -> DataPaths:
+    return DataPaths(given["data"], given["images"], given["annotations"])
+
+
+def data_if_given(given: dict[str, Any]) -> DataPaths | None:
+    data = data_of(given)
+    return None if data == DataPaths() else data
+
+
+Data = Annotated[DataPaths, Group(DATA, data_of)]
+DataIfGiven = Annotated[DataPaths | None, Group(DATA, data_if_given)]
+
+
+def validation_of(given: dict[str, Any]) -> DataPaths | None:
+    """The validation images: those named, or val2017 of a COCO folder that has one; else None."""
+    data, images, annotations = given["data"], given["val_images"], given["val_annotations"]
+    if images or annotations:
+        return DataPaths(data, images, annotations)
+    if data is not None and instances_file(data, "val2017").is_file() and (data / "val2017").is_dir():
+        return DataPaths(data)
+    return None
+
+
+def validation_group(build: Callable[[dict[str, Any]], DataPaths | None]) -> Group:
+    """The group of --val-images and --val-annotations."""
+    return Group({"val_images": (Path | None, None, Option("Validation images, instead of DATA/val2017.")),
+                  "val_annotations": (Path | None, None, Option("Validation boxes, instead of DATA/annotations/instances_val2017.json."))},
+                 build)
+
+
+VALIDATION = validation_group(validation_of)
+
+
+def refuse_two_sources(settings: Sequence[str], calibration: Path | None) -> None:
+    """Raises HdovdError if `settings`, as of --set and --grid, hold a value that the calibration gives too."""
+    if calibration is not None and (both := [one for one in settings if one.strip().startswith("pseudo_boxes.reliability_")]):
+        raise HdovdError(f"{' '.join(both)}: --calibration {calibration} says what the reliability weight is; leave one of them out")
+
+
+def read_recipe(given: dict[str, Any]) -> Any:
+    """The recipe of --recipe, --preset and --set. Raises HdovdError if one of them is wrong."""
+    from hdovd.config.recipe import load_recipe
+
+    refuse_two_sources(given["set_"] or (), given.get("calibration"))
+    preset = given.get("preset")
+    return load_recipe(given["recipe"], [*(PRESETS[preset.value] if preset else ()), *(given["set_"] or ())])
+
+
+RECIPE_NAME = Option("A shipped recipe or a TOML file.")
+RECIPE = Group({"recipe": (str, DEFAULT_RECIPE, RECIPE_NAME), "set_": (list[str] | None, None, SET)}, read_recipe)
+PRESET = Option("Settings laid over the recipe, beneath --set; base-only turns all distillation off.")
+RECIPE_AND_PRESET = Group({"recipe": (str, DEFAULT_RECIPE, RECIPE_NAME), "preset": (Preset | None, None, PRESET),
+                           "set_": (list[str] | None, None, SET)}, read_recipe)
