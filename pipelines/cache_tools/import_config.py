@@ -11,11 +11,11 @@ from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, is_set_name
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.common.options import MISSING, CacheWritten, Data, Device, Features, Group, Option, Pretrained, Protocol, Templates
+from hdovd.pipelines.common.options import MISSING, CacheWritten, Data, Device, Features, Group, Option, Pretrained, Protocol
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, ActivationOption, Compute
 from hdovd.pipelines.teachers.activation import Activation
-from hdovd.pipelines.teachers.prompts import check_templates
+from hdovd.pipelines.teachers.prompts import Templates, check_templates
 
 
 class ForeignFormat(StrEnum):

@@ -63,12 +63,6 @@ def workers_option(what: str) -> Option:
     return Option(what, parse=partial(number_or_auto, "--workers", 0), text="auto")
 
 
-def read_prompts(name_or_file: str) -> tuple[str, ...]:
-    from hdovd.pipelines.teachers.prompts import read_templates
-
-    return read_templates(name_or_file)
-
-
 Device = Annotated[str, Option("auto, cpu or cuda.")]
 Protocol = Annotated[str, Option("The base/novel split: ov-coco, or a TOML file with name, base and novel.")]
 OTHER_PROTOCOL = Option("The base/novel split. Default: the one that the cache was made with.")
@@ -85,8 +79,6 @@ Calibration = Annotated[Path | None, Option("What hdovd calibrate wrote: how far
 Init = Annotated[Path | None, Option("A run whose weights training begins with, such as import-checkpoint wrote: losses' memories, "
                                      "optimizer and schedule begin anew.")]
 SaveMinutes = Annotated[float, Option("Minutes between two checkpoints within an epoch.", min=0)]
-PROMPTS_HELP = "Prompts: photo, vild, clip80, or a file, one a line: {} is the name, {article} its a or an."
-Templates = Annotated[tuple[str, ...], Option(PROMPTS_HELP, parse=read_prompts, text="photo")]
 Run = Annotated[Path, Option("The run folder that hdovd train wrote.", argument=True)]
 
 SET = Option("Override a value of the recipe: loss.image.enabled=false. Repeatable.", flags=("--set",))

@@ -9,10 +9,11 @@ from typing import Annotated
 
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.pipelines.common.name_list import names_asked
-from hdovd.pipelines.common.options import Device, Option, Run, Trust, read_prompts, workers_option
+from hdovd.pipelines.common.options import Device, Option, Run, Trust, workers_option
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.weights import Weights, WeightsOption
+from hdovd.pipelines.teachers.prompts import read_templates
 
 DETECTIONS_MARKER = ".hdovd-detect"  # a folder that holds it is of detections, and may be overwritten
 
@@ -37,7 +38,7 @@ class DetectConfig:
     clip: Annotated[str | None, Option("The run's CLIP, where it lies elsewhere than the run's cache says: as for extract-clip.")] = None
     pretrained: Annotated[str | None, Option("Tag or checkpoint file, with --clip and a model name.")] = None
     templates: Annotated[tuple[str, ...] | None, Option("Other prompts than those of the run: photo, vild, clip80, or a file, one a line.",
-                                                        parse=read_prompts)] = None
+                                                        parse=read_templates)] = None
     weights: WeightsOption = Weights.LAST
     device: Device = "auto"
     batch_size: Annotated[int, Option("Pictures at a time.", min=1)] = 8

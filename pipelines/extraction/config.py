@@ -23,7 +23,6 @@ from hdovd.pipelines.common.options import (
     Option,
     Pretrained,
     Protocol,
-    Templates,
     number_or_auto,
     workers_option,
 )
@@ -32,7 +31,7 @@ from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, DenseRe
 from hdovd.pipelines.extraction.label_rule import ONE_NOUN, TEMPERATURE, LabelRule
 from hdovd.pipelines.nouns.config import Matching
 from hdovd.pipelines.teachers.activation import Activation
-from hdovd.pipelines.teachers.prompts import check_templates
+from hdovd.pipelines.teachers.prompts import Templates, check_templates
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 _FILES = ("proposals", "vocabulary", "captions")

@@ -1,4 +1,4 @@
-"""Prompt templates: the sets that ship (`prompts/*.txt`), a user's own file, and what they make of names.
+"""Prompt templates: the sets that ship (`templates/*.txt`), a user's own file, and what they make of names.
 
 `{}` is where the name goes, once; `{article}` becomes a or an.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 from hdovd.core.errors import HdovdError, is_file
 from hdovd.pipelines.common.name_list import read_vocabulary
+from hdovd.pipelines.common.options import Option
 
 Name = str | tuple[str, ...]  # what a row of embeddings stands for: a name, or several names of one thing
 ARTICLE = "{article}"
@@ -30,6 +32,10 @@ def read_templates(name_or_file: str) -> tuple[str, ...]:
         raise HdovdError(f"--templates {name_or_file}: neither a set nor a file. The sets are {', '.join(shipped_templates())}; a file has "
                          "one prompt a line, with {} for the name")
     return read_vocabulary(Path(name_or_file), "--templates", LONGEST_TEMPLATE)
+
+
+Templates = Annotated[tuple[str, ...], Option("Prompts: photo, vild, clip80, or a file, one a line: {} is the name, {article} its a or an.",
+                                              parse=read_templates, text="photo")]
 
 
 def check_templates(templates: Sequence[str]) -> None:
