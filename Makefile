@@ -1,4 +1,4 @@
-# make demo | make pictures | make test | make test-avx2 | make fuzz | make check: each sets up what it needs. Quotes keep paths with spaces whole.
+# make demo | make pictures | make test | make test-avx2 | make fuzz | make check | make docs: each sets up what it needs. Quotes keep paths with spaces whole.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ NUMERICAL := tests/hdovd $(addprefix tests/pipelines/,teachers/test_clip_teacher
              detection/test_detector.py evaluation/test_evaluate_stage.py export/test_export_model.py common/test_precision.py \
              extraction/test_pseudo_labels.py training/test_train_stage.py)
 
-.PHONY: demo pictures test test-avx2 fuzz check setup clean
+.PHONY: demo pictures test test-avx2 fuzz check docs setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -37,7 +37,13 @@ fuzz: setup
 check: setup
 	"$(BIN)/python" -m ruff check .
 	"$(BIN)/python" -m mypy
+	"$(BIN)/python" tests/helpers/house.py
 	$(PYTEST)
+
+# The pages as a site, build/site: a dead link, or a name on the API page that is not there or says nothing, fails.
+docs: setup
+	"$(BIN)/python" -m uv pip install --quiet --python "$(BIN)/python" --editable ".[docs]"
+	"$(BIN)/python" -m mkdocs build --quiet
 
 setup: $(VENV)/installed
 
