@@ -11,6 +11,7 @@ import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -113,8 +114,13 @@ def _modules(folder: str) -> list[Path]:
     return [f for f in files if not any(f.is_relative_to(link) for link in inside_links)]
 
 
-def _imports(file: Path) -> Iterator[tuple[int, str]]:
+@cache
+def _imports(file: Path) -> list[tuple[int, str]]:
     """Every module that a file imports, inside functions too, with its line; relative ones as `.name`."""
+    return list(_walk(file))
+
+
+def _walk(file: Path) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             for alias in node.names:

@@ -31,6 +31,7 @@ class Targets:
     image_embedding: Tensor
 
     def to(self, device: torch.device | str) -> Targets:
+        """The same, on a device."""
         return Targets(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
 
     @property

@@ -1,14 +1,12 @@
-"""Two steps of a small AdaMixer in W processes over gloo, or in one: `python adamixer_processes.py OUT SHARE...`, an integer a process.
+"""Two steps of a small AdaMixer in W processes over gloo, or in one: shares of the batch, an integer a process (`forked_group`).
 
 Every process writes OUT/RANK.pt: losses of both steps, gradients of the second, the state. Run by test_adamixer_distributed.py.
 """
 
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from adamixer_scenes import BASE, detector, pictures, targets, unit
 
 from hdovd.data.targets import Targets
@@ -51,12 +49,3 @@ def work(rank: int, shares: list[int], out: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=len(shares))
     train(rank, shares, out)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    folder, numbers = Path(sys.argv[1]), [int(word) for word in sys.argv[2:]]
-    folder.mkdir()
-    if len(numbers) == 1:
-        train(0, numbers, folder)
-    else:
-        mp.start_processes(work, (numbers, folder), len(numbers), start_method="fork")  # torch is imported, and has no threads yet

@@ -1,15 +1,13 @@
-"""Three training steps in W processes over gloo, or in one: `python data_parallel_scenes.py OUT SHARE...`, an integer a process.
+"""Three training steps in W processes over gloo, or in one: shares of the batch, an integer a process (`forked_group`).
 
 Every process writes OUT/RANK.pt: losses and gradients of each step, and the state at the end. With SHARE... as one
 number there is no process group. Run by test_distributed.py.
 """
 
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -111,12 +109,3 @@ def work(rank: int, shares: list[int], out: Path) -> None:
     check_gathering(rank, len(shares))
     train(rank, shares, out)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    folder, numbers = Path(sys.argv[1]), [int(word) for word in sys.argv[2:]]
-    folder.mkdir()
-    if len(numbers) == 1:
-        train(0, numbers, folder)
-    else:
-        mp.start_processes(work, (numbers, folder), len(numbers), start_method="fork")  # torch is imported, and has no threads yet

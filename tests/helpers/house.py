@@ -59,7 +59,7 @@ def between_rooms() -> dict[tuple[str, str], list[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """What is left of a graph when all that nothing leads to, or that leads nowhere, is taken away again and again: empty without circles."""
+    """What is left of a graph when all that nothing leads to, or that leads nowhere, is taken away again and again."""
     left = graph
     while True:
         reached = set().union(*left.values())

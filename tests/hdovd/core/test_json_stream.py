@@ -56,7 +56,7 @@ values = st.recursive(
     max_leaves=30)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=values | st.lists(values) | st.dictionaries(st.text("ab☃\"\\😀", max_size=3), values),
        ascii_only=st.booleans(), indent=st.sampled_from([None, 0, 3]), tight=st.booleans(), around=st.text(" \t\r\n", max_size=20),
        block=st.integers(1, 40))

@@ -95,7 +95,7 @@ NESTED = st.recursive(
         st.builds(Strict, st.lists(inner, max_size=2), inner), st.builds(Pair, inner, inner)), max_leaves=12)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(NESTED)
 def test_any_nesting_comes_back_equal_from_places_apart(batch: Any) -> None:
     packed = pack(batch)
