@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_backbone import SETTINGS as PLAIN
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ def test_one_graph_serves_all_sizes_of_a_batch() -> None:
         graphs.append(graph)
         return graph.forward
 
-    backbone = build_backbone(load_recipe("demo").detector.backbone, lambda _: None).train()
+    backbone = build_backbone(load_recipe("demo", PLAIN).detector.backbone, lambda _: None).train()
     names = list(backbone.state_dict())
     compile_backbone(backbone, CPU, backend)
     assert len(graphs) == 1  # of the trial
@@ -75,7 +76,7 @@ def test_a_run_goes_the_way_of_one_that_is_not_compiled(world: Path, training_ca
     """Its first steps, to float32's rounding, which grows from step to step; with averaged weights, validated."""
     runs = []
     for name, wanted in (("plain", "false"), ("compiled", "true")):
-        recipe = micro_recipe(f"train.compile={wanted}", "train.ema=0.9", "train.optimizer=sgd", "train.lr=1e-3")
+        recipe = micro_recipe(*PLAIN, f"train.compile={wanted}", "train.ema=0.9", "train.optimizer=sgd", "train.lr=1e-3")
         job = train.TrainConfig(DataPaths(world), training_cache, tmp_path / name, recipe, str(world / "protocol.toml"), "cpu",
                              validation=DataPaths(world))
         runs.append(train.train(job, lambda _: None))
@@ -103,13 +104,12 @@ def test_a_run_may_be_compiled_from_some_step_on(train_micro: TrainMicro, world:
 
 def test_a_compiled_network_proposes(world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path, compiled: list[nn.Module]) -> None:
     """And is the one that a call without takes."""
-    job = ProposeConfig(
-        DataPaths(world), tmp_path / "p.json", micro_recipe("train.compile=true"), str(world / "protocol.toml"), device="cpu"
-    )
+    job = ProposeConfig(DataPaths(world), tmp_path / "p.json", micro_recipe(*PLAIN, "train.compile=true"), str(world / "protocol.toml"),
+                        device="cpu")
     propose(job, lambda _: None)
     assert len(compiled) == 1
     said: list[str] = []
-    propose(ProposeConfig(job.data, job.out, micro_recipe(), job.protocol, device="cpu"), said.append)
+    propose(ProposeConfig(job.data, job.out, micro_recipe(*PLAIN), job.protocol, device="cpu"), said.append)
     assert any("trained with these settings before" in line for line in said)
 
 
