@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 SETTINGS = ("detector.backbone.name=plain_backbone:plain", "detector.backbone.weights=none", "detector.backbone.norm=batch",
@@ -14,7 +16,7 @@ class Plain(nn.Module):
         widths = [3, *(4 * level for level in range(1, max(levels) + 1))]
         self.levels, self.channels = levels, [widths[level] for level in levels]
         self.steps = nn.ModuleList(nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU())
-                                   for before, after in zip(widths, widths[1:], strict=False))
+                                   for before, after in pairwise(widths))
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         maps = []
