@@ -9,8 +9,8 @@ from typing import Any
 
 from startup import commands, mistakes
 
-HEAVY = {"PIL", "fsspec", "google_crc32c", "jinja2", "open_clip", "pycocotools", "ray", "rich", "safetensors", "scipy", "simplemma",
-         "sklearn", "spacy", "timm", "torch", "torchvision", "tqdm", "webdataset", "zarr"}
+HEAVY = {"PIL", "fsspec", "google_crc32c", "jinja2", "open_clip", "pyarrow", "pycocotools", "ray", "rich", "safetensors", "scipy", "simplemma",
+         "spacy", "timm", "torch", "torchvision", "tqdm", "webdataset", "zarr"}
 # One process for all command lines: what one of them imports is told of it, and the first one is the one to mend.
 RUN = """
 import contextlib, io, json, sys

@@ -178,7 +178,6 @@ ALLOWED = {
     "cache/tar_meta.py to_bytes": "in memory",
     "cache/tar_shards.py write": "in memory",
     "pipelines/common/charts.py picture_data": "in memory",
-    "pipelines/cache_tools/map_page.py _thumbnails": "in memory",
 }
 
 
