@@ -70,8 +70,6 @@ MISTAKES = (
     f"runs diff {NO} {NO}",
     f"proposals info {NO}",
     f"proposals convert {NO} --out {{out}}.npz",
-    f"bench dense --data {NO} --clip x",
-    "bench train --recipe demmo",
     "bench extract --picture large",
     "demo --set train.lerning_rate=1 --out {out}",
     "demo --out {data}",

@@ -47,7 +47,7 @@ def extract_clip(
     class_embeddings: options.ClassEmbeddings = None,
     instance_teacher: Annotated[
         InstanceTeacher, typer.Option("--instance-teacher", help="crop: CLIP sees each box alone. dense: once the whole image, of which "
-                                      "boxes take their part: cheaper, and less sharp (hdovd bench dense).")
+                                      "boxes take their part: cheaper, and less sharp.")
     ] = InstanceTeacher.CROP,
     dense_side: Annotated[
         int | None, typer.Option("--dense-side", min=1, help="dense: the image becomes N x N pixels. Default: about 3 times the crop.")
