@@ -1,6 +1,6 @@
 """Reading speed of the cache beside other layouts of the same features: memory-mapped .npy, a .pth an image, safetensors.
 
-    python benchmarks/bench_cache.py [--workers 4] [--memory-limit 2000]
+    python benchmarks/run.py bench_cache [--workers 4] [--memory-limit 2000]
 
 The defaults make 3.3 GB. Layouts are read in short rounds of all of them, since other work on the machine slows whichever is being read;
 a ratio is the median of the ratios within the rounds.

@@ -1,6 +1,6 @@
 """The crops of `hdovd extract-clip` beside what others do, on the same boxes: preparation alone, by one core, and with CLIP.
 
-    python benchmarks/bench_crops.py [--clip CLIP] [--picture 640 480]
+    python benchmarks/run.py bench_crops [--clip CLIP] [--picture 640 480]
 
 A PIL crop a box: every crop is cut by Pillow and put through open_clip's transform, a batch an image, as most projects do. A file a crop:
 every crop becomes a JPEG file, and all files are read and embedded, as clip-retrieval would have it.
@@ -9,7 +9,7 @@ every crop becomes a JPEG file, and all files are read and embedded, as clip-ret
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,7 @@ from hdovd.pipelines.embedding.build import embedders_of
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX
 from hdovd.pipelines.embedding.crops import Cutter
 from hdovd.pipelines.embedding.embedders import Pictures
+from hdovd.pipelines.embedding.feed import own_threads
 from hdovd.pipelines.forecast.world import make_world
 from hdovd.pipelines.teachers.openclip import load_clip
 
@@ -43,7 +44,7 @@ class CropBench:
 
 
 def bench_crops(folder: Path, bench: CropBench) -> dict[str, list[tuple[float, float]]]:
-    """Measure and print; returns seconds by way, a pair a round: of preparation, on the processor, and of all."""
+    """Measure and print; returns seconds by way, a pair a round: of preparation on one core, and of all."""
     clip = load_clip(bench.clip, None, device=bench.device, random_weights=":" not in bench.clip)
     width, height = bench.picture
     make_world(folder, bench.images, base_boxes=bench.boxes, proposals=0, size=(width, height))
@@ -53,31 +54,22 @@ def bench_crops(folder: Path, bench: CropBench) -> dict[str, list[tuple[float, f
     pictures = Pictures(split.images, split.path, np.cumsum([0, *map(len, boxes)]), np.concatenate(boxes))
     embedder, transform = embedders_of(clip, pictures, PLAIN_BOX)[Level.INSTANCE], clip.reference_transform()
     cutter, jobs = Cutter(embedder.fit, embedder.input_size), embedder.jobs(np.arange(len(pictures.box)))
-    spent: dict[str, float] = {}
-
-    def prepared(way: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        since = time.thread_time()
-        pixels = make()
-        spent[way] = spent.get(way, 0) + time.thread_time() - since
-        return pixels
 
     def crops(number: int) -> list[Image.Image]:
         job = jobs[number]
         assert job.regions is not None
-        return [read_image(job.path, job.width, job.height).crop(region) for region in job.regions.tolist()]
+        picture = read_image(job.path, job.width, job.height)
+        return [picture.crop(region) for region in job.regions.tolist()]
 
-    def ours() -> None:
+    def ours() -> Iterator[torch.Tensor]:
         for rows in embedder.groups(np.arange(len(pictures.box)), bench.batch_size):
-            clip.embed_images(prepared("hdovd", lambda rows=rows: cutter.batch(embedder.jobs(rows), len(rows)).pixels))
+            yield cutter.batch(embedder.jobs(rows), len(rows)).pixels
 
-    def pillow() -> None:
+    def pillow() -> Iterator[torch.Tensor]:
         for number in range(len(jobs)):
-            clip.embed_preprocessed(prepared("a PIL crop a box", lambda n=number: torch.stack([transform(crop) for crop in crops(n)])))
+            yield torch.stack([transform(crop) for crop in crops(number)])
 
-    def files() -> None:
-        def embed(some: list[Path]) -> None:
-            clip.embed_preprocessed(prepared("a file a crop", lambda: torch.stack([transform(Image.open(file)) for file in some])))
-
+    def files() -> Iterator[torch.Tensor]:
         (folder / "crops").mkdir(exist_ok=True)
         written = []
         for number, job in enumerate(jobs):
@@ -85,17 +77,18 @@ def bench_crops(folder: Path, bench: CropBench) -> dict[str, list[tuple[float, f
                 written.append(folder / "crops" / f"{job.image_id}-{k}.jpg")
                 crop.save(written[-1], quality=95)
         for first in range(0, len(written), bench.batch_size):
-            embed(written[first : first + bench.batch_size])
+            yield torch.stack([transform(Image.open(file)) for file in written[first : first + bench.batch_size]])
 
-    ways = {"hdovd": ours, "a PIL crop a box": pillow, "a file a crop": files}
+    ways = {"hdovd": (ours, clip.embed_images), "a PIL crop a box": (pillow, clip.embed_preprocessed),
+            "a file a crop": (files, clip.embed_preprocessed)}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(bench.rounds + 1):
-        for name, run in ways.items():
-            spent.clear()
-            since = time.perf_counter()
-            run()
+        for name, (batches, embed) in ways.items():
+            with own_threads(1) as pool:
+                preparation = pool.submit(_seconds, lambda batches=batches: list(batches()), time.thread_time).result()
+            whole = _seconds(lambda batches=batches, embed=embed: [embed(batch) for batch in batches()], time.perf_counter)
             if number:  # the first round warms up
-                found[name].append((spent[name], time.perf_counter() - since))
+                found[name].append((preparation, whole))
     print(f"{len(pictures.box)} boxes; medians of {bench.rounds} rounds\n{'':20s}{'preparation, crops/s a core':>28s}{'of hdovd':>10s}"
           f"{'all, crops/s':>14s}{'of hdovd':>10s}")
     for name, seconds in found.items():
@@ -104,6 +97,12 @@ def bench_crops(folder: Path, bench: CropBench) -> dict[str, list[tuple[float, f
             shown.append((len(pictures.box) / median(own), median(b / a for a, b in zip(own, base, strict=True))))
         print(f"{name:20s}{shown[0][0]:28,.0f}{shown[0][1]:10.2f}{shown[1][0]:14,.1f}{shown[1][1]:10.2f}")
     return found
+
+
+def _seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    since = clock()
+    work()
+    return clock() - since
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The dense instance teacher beside crops, on the same labelled boxes in the same run: rate, cosine, zero-shot accuracy.
 
-    python benchmarks/bench_dense.py --clip CLIP --data COCO [--sides 448 672]
+    python benchmarks/run.py bench_dense --clip CLIP --data COCO [--sides 448 672]
 
 What `extract-clip --instance-teacher dense` would give to train from. Needs no cache. Boxes of all classes are read, novel ones too, as
 evaluation reads them. Without `--data`: the demo's world and random weights, for the rates alone.

@@ -1,6 +1,6 @@
 """AP by both engines of `hdovd eval` on the same made-up detections: seconds, and how far they differ.
 
-    python benchmarks/bench_eval.py [--rounds 3]
+    python benchmarks/run.py bench_eval [--rounds 3]
 
 The defaults are COCO val2017 under the ov-coco protocol. The truth is an instances file like COCO's, with outlines; detections stand near
 objects, best first, and elsewhere. Needs pip install 'hdovd[fast-eval]'.

@@ -1,6 +1,6 @@
 """Extraction at full scale with a cheap model in place of CLIP: rows a second, and peak host memory.
 
-    python benchmarks/bench_scale.py [--workers 2]
+    python benchmarks/run.py bench_scale [--workers 2]
 
 Everything but the model is the real thing: annotation and proposal files of the size of COCO's, pictures that are opened, cut and
 resized, shards that are written and checked. The defaults make 4 million rows, 5 GB on disk.

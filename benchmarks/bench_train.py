@@ -1,7 +1,7 @@
 """What distillation from the cache adds to a step of the detector, beside no distillation, CLIP in every step, and torchvision's detector.
 
-    python benchmarks/bench_train.py --clip CLIP --picture 160 120 --images 64 --rounds 10
-    python benchmarks/bench_train.py --clip CLIP --recipe ov-coco-faster-rcnn-r50 --settings train.batch_size=4 input.short_side=320 \\
+    python benchmarks/run.py bench_train --clip CLIP --picture 160 120 --images 64 --rounds 10
+    python benchmarks/run.py bench_train --clip CLIP --recipe ov-coco-faster-rcnn-r50 --settings train.batch_size=4 input.short_side=320 \\
                                      input.long_side=533 --images 16 --rounds 2 --steps 3 --no-online
 
 All variants train in one process, in turns, on the same pictures and boxes; ratios are of one run. Weights are random: for speed alone.

@@ -1,17 +1,20 @@
-"""All benchmarks, or some, at small sizes: `python benchmarks/run.py [NAME...]`.
+"""All benchmarks, or some, at small sizes: `python benchmarks/run.py [NAME...]`; one at any size: `python benchmarks/run.py NAME OPTIONS`.
 
-Each runs in a process of its own, with a tiny CLIP of random weights, and prints the ratios that it measured in this run. A file alone,
-with its own options, measures at the size that its first lines tell: `python benchmarks/bench_cache.py --help`.
+Each runs in a process of its own and prints the ratios that it measured in this run; at small sizes with a tiny CLIP of random weights.
+Threads are as hdovd sets them, which a file that is run alone leaves to torch: `python benchmarks/bench_cache.py --help`.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 from arguments import workplace
 from side_by_side import tiny_clip
+
+from hdovd.pipelines.common.threads import limit_threads
 
 SMALL = {
     "bench_cache": "--images 1000 --rounds 5 --reads 500 --workers 1",
@@ -27,17 +30,22 @@ SMALL = {
 }
 
 
-def main(names: list[str]) -> int:
+def main(words: list[str]) -> int:
     """How many of them failed. Raises SystemExit for a name that there is not."""
-    if unknown := [name for name in names if name not in SMALL]:
-        raise SystemExit(f"no benchmark {', '.join(unknown)}: expected {', '.join(SMALL)}")
+    names = list(takewhile(lambda word: not word.startswith("-"), words))
+    options = words[len(names):]
+    unknown = [name for name in names if name not in SMALL]
+    if unknown or (options and len(names) != 1):
+        raise SystemExit(f"expected names of benchmarks, or one with its options: {', '.join(SMALL)}; found {' '.join(words)}")
+    limit_threads()
     failed = 0
     with workplace() as place:
         clip = tiny_clip(place)
         for name in names or SMALL:
-            print(f"\n# python benchmarks/{name}.py {SMALL[name]}", flush=True)
-            words = [clip if word == "CLIP" else word for word in SMALL[name].split()]
-            failed += subprocess.run([sys.executable, Path(__file__).with_name(f"{name}.py"), *words], check=False).returncode != 0
+            given = options or SMALL[name].split()
+            print(f"\n# python benchmarks/run.py {name} {' '.join(given)}", flush=True)
+            command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), *(clip if word == "CLIP" else word for word in given)]
+            failed += subprocess.run(command, check=False).returncode != 0
     return failed
 
 

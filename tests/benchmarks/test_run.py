@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -31,14 +32,20 @@ def test_every_benchmark_is_run() -> None:
 
 
 def test_a_name_that_is_none_is_refused() -> None:
-    with pytest.raises(SystemExit, match="no benchmark bench_speed: expected bench_cache, "):
-        run.main(["bench_eval", "bench_speed"])
+    for words in (["bench_eval", "bench_speed"], ["bench_eval", "bench_cache", "--rounds", "2"], ["--rounds", "2"]):
+        with pytest.raises(SystemExit, match=f"expected names of benchmarks, or one with its options: bench_cache, .*found {words[0]}"):
+            run.main(words)
 
 
 def test_a_benchmark_prints_what_it_measured_and_failures_count(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "SMALL", {"bench_eval": "--images 20 --objects 60", "bench_cache": "--no-such-option"})
+    monkeypatch.setattr(run, "tiny_clip", lambda folder: "clip")
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):  # which it sets for the processes that it starts
+        monkeypatch.setenv(name, os.environ[name])
     assert run.main([]) == 1
-    assert "times as fast as pycocotools" in capfd.readouterr().out
+    assert "\n20 images, 65 classes, 60 objects" in capfd.readouterr().out
+    assert run.main(["bench_eval", "--images", "30", "--objects", "60"]) == 0
+    assert "\n30 images, 65 classes, 60 objects" in capfd.readouterr().out
 
 
 def test_options_are_the_fields_of_a_config() -> None:
