@@ -142,6 +142,6 @@ if __name__ == "__main__":
     with workplace() as place:
         asked = parsed(DenseBench, __doc__)
         if asked.data is None:
-            make_world(place / "world", train_images=1, val_images=asked.images, seed=0)
+            make_world(place / "world", train_images=1, val_images=asked.images, seed=0, workers=1)
             asked = DenseBench(**vars(asked) | {"protocol": str(place / "world" / "protocol.toml")})
         bench_dense(asked, asked.data or place / "world")
