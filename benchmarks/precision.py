@@ -14,12 +14,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+from bench_train import calm
 from side_by_side import prepare
 
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.bench.bench_train import calm
 from hdovd.pipelines.common.distributed import team
 from hdovd.pipelines.training.train import TrainConfig, batches_of, build_model, loop_of, training_data
 

@@ -23,10 +23,7 @@ LAUNCHES = {"hdovd": ["-m", "hdovd"], "torch's own": ["-c", "import runpy, torch
 
 def prepare(folder: Path) -> None:
     """A small drawn world and its cache, by random weights; proposals lie on all objects, so that there is something to distil."""
-    import open_clip
-
     from hdovd.data.coco import DataPaths
-    from hdovd.pipelines.demo.teacher import MODEL_CFG, save_clip
     from hdovd.pipelines.demo.world import make_world
     from hdovd.pipelines.extraction.config import ExtractConfig
     from hdovd.pipelines.extraction.extract_clip import extract_clip
@@ -35,11 +32,20 @@ def prepare(folder: Path) -> None:
     world, proposals = folder / "world", folder / "proposals.json"
     boxes = json.loads((world / "annotations" / "instances_train2017.json").read_text())["annotations"]
     proposals.write_text(json.dumps([{"image_id": one["image_id"], "bbox": one["bbox"], "score": 0.5} for one in boxes]))
+    extract_clip(ExtractConfig(DataPaths(world), folder / "cache", tiny_clip(folder), proposals=proposals,
+                               vocabulary=world / "vocabulary.txt", protocol=str(world / "protocol.toml")), lambda _: None)
+
+
+def tiny_clip(folder: Path) -> str:
+    """The name of a CLIP of the demo's size with random weights, saved in `folder`."""
+    import open_clip
+
+    from hdovd.pipelines.demo.teacher import MODEL_CFG, save_clip
+
     clip = folder / "clip"
     clip.mkdir()
     save_clip(open_clip.CLIP(**MODEL_CFG), clip)
-    extract_clip(ExtractConfig(DataPaths(world), folder / "cache", f"local-dir:{clip}", proposals=proposals,
-                               vocabulary=world / "vocabulary.txt", protocol=str(world / "protocol.toml")), lambda _: None)
+    return f"local-dir:{clip}"
 
 
 def training(folder: Path, name: str, epochs: int) -> list[str]:

@@ -181,7 +181,10 @@ class FeatureCache:
     def instances(self, image_id: int) -> InstanceRows:
         """The instance rows of one image with what is known of their boxes."""
         row, offset = self._row(Level.BOXES, image_id), self._table(Level.BOXES, "offset")
-        start, stop = int(offset[row]), int(offset[row + 1])
+        return self.rows_between(int(offset[row]), int(offset[row + 1]))
+
+    def rows_between(self, start: int, stop: int) -> InstanceRows:
+        """Instance rows by their number in the product, with what is known of their boxes."""
         known = [self._table(Level.BOXES, name)[start:stop] for name in ("box", "source", "annotation_id", "score")]
         if Level.PSEUDO_LABEL in self._products:
             labels = {name: self._table(Level.PSEUDO_LABEL, name)[start:stop] for name in self._label_arrays()}
@@ -193,22 +196,9 @@ class FeatureCache:
         """(N,) int64, the images that have rows, in row order."""
         return self._table(Level.BOXES, "image_id")
 
-    def row_count(self) -> int:
-        """How many instance rows there are, of all images together."""
-        return int(self._table(Level.BOXES, "offset")[-1])
-
-    def instances_at(self, rows: np.ndarray) -> tuple[np.ndarray, InstanceRows]:
-        """Instance rows by their number in the product, rows (n,) int64: the images (n,) int64 that they are of, and what is known of them.
-
-        Embeddings are read row by row: ascending numbers are read fastest.
-        """
-        image = self.image_ids()[np.searchsorted(self._table(Level.BOXES, "offset"), rows, "right") - 1]
-        known = [self._table(Level.BOXES, name)[rows] for name in ("box", "source", "annotation_id", "score")]
-        has_labels = Level.PSEUDO_LABEL in self._products
-        labels = {name: self._table(Level.PSEUDO_LABEL, name)[rows] for name in self._label_arrays()} if has_labels else {}
-        stored = self._row_array(Level.INSTANCE, "embedding")
-        embedding = np.concatenate([stored.read(row, row + 1) for row in rows.tolist()] or [stored.read(0, 0)])
-        return image, InstanceRows(embedding, *known, **no_labels(len(rows)) | labels)
+    def row_images(self) -> np.ndarray:
+        """(M,) int64, the image of every instance row."""
+        return np.repeat(self.image_ids(), np.diff(self._table(Level.BOXES, "offset")))
 
     def _label_arrays(self) -> list[str]:
         return list(row_arrays(Level.PSEUDO_LABEL, self._product(Level.PSEUDO_LABEL).dim))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hdovd.cli import cache_map, cache_view, export_cache, import_cache, options
+from hdovd.cli import cache_view, export_cache, import_cache, options
 from hdovd.cli.lazy import new_app
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.teachers.activation import Activation
@@ -152,7 +152,6 @@ def verify(
 app.command("export")(export_cache.export)
 app.command("import")(import_cache.import_)
 app.command("view")(cache_view.view)
-app.command("map")(cache_map.map_)
 
 
 def _print(lines: list[str]) -> None:

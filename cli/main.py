@@ -44,7 +44,7 @@ class _Commands(LazyGroup):
         "cache": "Look into a feature cache, check it, mend it, tidy it.",
         "runs": "List runs as a table, or tell what differs between two.",
         "proposals": "Convert proposal files and look into them.",
-        "bench": "Measure the cache, the extraction and the evaluation on this machine, on made-up data.",
+        "bench": "Measure on this machine, on made-up data, what an extraction will cost.",
     }
 
 

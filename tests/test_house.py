@@ -14,7 +14,7 @@ ORDER = [f"hdovd.{name}" for name in (
     "pipelines", "pipelines.common", "pipelines.dataloading", "pipelines.teachers", "pipelines.embedding", "pipelines.nouns",
     "pipelines.proposal_files", "pipelines.runs", "pipelines.extraction", "pipelines.calibration", "pipelines.evaluation",
     "pipelines.training", "pipelines.proposals", "pipelines.detection", "pipelines.export", "pipelines.ablation", "pipelines.audit",
-    "pipelines.cache_tools", "pipelines.report", "pipelines.bench", "pipelines.demo",
+    "pipelines.cache_tools", "pipelines.report", "pipelines.forecast", "pipelines.demo",
     "cli")] + ["hdovd"]
 
 

@@ -1,9 +1,8 @@
-"""What `hdovd cache view` and `map` are asked for. Imports no torch: a mistake shows before that."""
+"""What `hdovd cache view` and `hdovd cache export --to parquet` are asked for. Imports no torch: a mistake shows before that."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,34 +28,17 @@ if TYPE_CHECKING:
     from hdovd.config.recipe import Recipe
 
 
-class Colour(StrEnum):
-    """What gives a point its colour: class of base boxes and noun of proposals, or one of them alone, or the nearest class name."""
-
-    NAME = "name"
-    CLASS = "class"
-    NOUN = "noun"
-    NEAREST = "nearest"
-    SOURCE = "source"
-
-
 @dataclass(frozen=True, slots=True)
-class MapConfig:
-    """`out`: the HTML file; the PNG lies beside it. `points`: at most so many rows, of a choice that follows from `seed`.
-
-    `thumbnails`: so many points of the page show their crop.
-    """
+class ParquetConfig:
+    """`out`: the file to write, on this machine."""
 
     source: CacheSource
-    out: Path = Path("cache-map.html")
-    points: int = 5_000
-    colour: Colour = Colour.NAME
-    seed: int = 0
-    thumbnails: int = 0
+    out: Path
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
-        if self.out.suffix != ".html":
-            raise HdovdError(f"--out {self.out}: expected a name that ends in .html; the picture lies beside it, as .png")
+        if self.out.suffix != ".parquet":
+            raise HdovdError(f"--out {self.out}: expected a file whose name ends in .parquet")
         self.source.check()
 
 

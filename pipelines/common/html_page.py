@@ -1,6 +1,4 @@
 """HTML pages that need nothing else: a template of the folder `pages` with styles, scripts and data inside.
-
-Called by `report` and `map_page`.
 """
 
 from __future__ import annotations
@@ -16,11 +14,8 @@ CONTENT_POLICY = Markup('<meta http-equiv="Content-Security-Policy" content="def
                         'script-src \'unsafe-inline\'; img-src data:">')
 
 
-def page(template: str, context: dict[str, Any], own: str = "") -> str:
-    """A template with `css` and `js`, what all pages have. What is not Markup is escaped: names may hold anything.
-
-    `own`: a name of style and script of this page alone, which the template has as `own_css` and `own_js`.
-    """
+def page(template: str, context: dict[str, Any]) -> str:
+    """A template with `css` and `js`, what all pages have. What is not Markup is escaped: names may hold anything."""
     folder = resources.files("hdovd").joinpath("pipelines", "pages")
 
     def text(name: str) -> str:
@@ -29,6 +24,4 @@ def page(template: str, context: dict[str, Any], own: str = "") -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False,
                                      loader=jinja2.FunctionLoader(text))
     parts = {end: Markup(text(f"page.{end}")) for end in ("css", "js")}
-    if own:
-        parts |= {f"own_{end}": Markup(text(f"{own}.{end}")) for end in ("css", "js")}
     return environment.get_template(template).render(policy=CONTENT_POLICY, **parts, **context)

@@ -1,9 +1,8 @@
-"""The last part of the demo: what is looked at, and small copies of three pictures, as the README shows them. Called by `demo.run`."""
+"""The last part of the demo: what is looked at, and small copies of the pictures that the README shows."""
 
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image
@@ -34,20 +33,12 @@ def image_with_most_proposals(proposals: Path) -> int:
     return max(counts, key=lambda image: counts[image])
 
 
-def can_map() -> bool:
-    """Whether hdovd's extra `map` is installed."""
-    return find_spec("sklearn") is not None
-
-
-def small_pictures(detections: list[Path], view: Path, cache_map: Path | None, out: Path) -> list[Path]:
-    """Write detections.jpg, cache-view.jpg and cache-map.png, `WIDTH_PX` wide, into `out`; without a map two of them."""
+def small_pictures(detections: list[Path], view: Path, out: Path) -> list[Path]:
+    """Write detections.jpg and cache-view.jpg, `WIDTH_PX` wide, into `out`."""
     files = []
     for name, picture in (("detections.jpg", _side_by_side(detections)), ("cache-view.jpg", _opened(view))):
         files.append(out / name)
         write_picture(files[-1], _narrowed(picture), "JPEG", quality=80, optimize=True)
-    if cache_map is not None:
-        files.append(out / "cache-map.png")
-        write_picture(files[-1], _narrowed(_opened(cache_map)).quantize(64, dither=Image.Dither.NONE), "PNG", optimize=True)
     return files
 
 

@@ -1,7 +1,7 @@
 """`hdovd demo`: the whole main job on a world of our own, every stage through the command a user would type.
 
 World and teacher are made once; then propose, nouns, extract-clip, calibrate, for every seed train and eval, base-only and
-distilled, the audit, and what there is to look at: detect, cache view, cache map, report. Short stages run in this process, from the
+distilled, the audit, and what there is to look at: detect, cache view, report. Short stages run in this process, from the
 same arguments as the printed commands; the long ones that need nothing of each other side by side, in processes of their own.
 """
 
@@ -24,13 +24,12 @@ from hdovd.pipelines.common.signals import exit_code
 from hdovd.pipelines.common.threads import usable_cores
 from hdovd.pipelines.common.user_cache import user_cache_folder
 from hdovd.pipelines.demo.config import MARKER, DemoConfig
-from hdovd.pipelines.demo.looking import can_map, image_with_most_proposals, small_pictures, telling_pictures
+from hdovd.pipelines.demo.looking import image_with_most_proposals, small_pictures, telling_pictures
 from hdovd.pipelines.demo.teacher import demo_teacher
 from hdovd.pipelines.demo.world import NOVEL, make_world
 
 DISTILLED = "distilled"
 PROPOSER_EPOCHS = 5
-MAP_POINTS = 500
 PROPOSALS, BACKBONE, CALIBRATION = "proposals.json", "backbone.safetensors", "calibration.toml"
 VARIANTS = {"base-only": ["--preset", "base-only"], DISTILLED: []}
 
@@ -175,21 +174,16 @@ def _look(stages: _Stages, result: DemoResult) -> None:
     stages.run("audit", "audit", *stages.data, "--cache", cache, "--run", distilled)
     shown = telling_pictures(world, NOVEL)
     stages.run("detect", "detect", distilled, *shown, "--out", root / "detected")
-    view, cache_map = root / "cache-view.png", root / "cache-map.html"
+    view = root / "cache-view.png"
     stages.run("cache view", "cache", "view", cache, "--image", image_with_most_proposals(root / PROPOSALS), "--calibration",
                root / CALIBRATION, "--out", view)
-    if can_map():
-        stages.run("cache map", "cache", "map", cache, "--points", MAP_POINTS, "--out", cache_map)
-    else:
-        stages.log("left out: hdovd cache map, which needs pip install 'hdovd[map]'")
     runs = [root / "runs" / f"{variant}-seed{seed}" for seed in range(stages.config.seeds) for variant in (DISTILLED, "base-only")]
     stages.run("report", "report", *runs, "--data", world, "--out", root / "report")
     result.report = root / "report" / "index.html"
     detected = [root / "detected" / "pictures" / file.name for file in shown]
-    map_picture = cache_map.with_suffix(".png") if can_map() else None
-    result.pictures = [*detected, view, *([map_picture] if map_picture else [])]
+    result.pictures = [*detected, view]
     if stages.config.pictures is not None:
-        result.pictures = small_pictures(detected, view, map_picture, stages.config.pictures)
+        result.pictures = small_pictures(detected, view, stages.config.pictures)
 
 
 def _collect(result: DemoResult, variant: str, run: Path) -> None:

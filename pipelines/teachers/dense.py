@@ -2,7 +2,7 @@
 
 A crop teacher runs CLIP once a box. Here CLIP's feature map is computed once a picture and every box takes its part of it by RoIAlign.
 That is cheaper a box, and not the same: the features of a box have seen what surrounds it, and the object at the size that it has in the
-picture. How near the two are depends on the CLIP and on the side: `bench_dense` measures it.
+picture. How near the two are depends on the CLIP and on the side: `benchmarks/bench_dense.py` measures it.
 
 b pictures, n boxes, S side of the input in pixels, C channels and h x w cells of the feature map, k bins a side of a box, D embedding size.
 """

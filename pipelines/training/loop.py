@@ -23,7 +23,6 @@ from hdovd.pipelines.common.precision import Precision, choose, training_product
 from hdovd.pipelines.common.progress import progress
 from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sampler import Dealing
-from hdovd.pipelines.training.kept_memory import keep_freed_memory
 from hdovd.pipelines.training.loss_window import LossWindow
 from hdovd.pipelines.training.weight_average import WeightAverage
 
@@ -81,8 +80,6 @@ class Loop(Generic[Sample]):
 
     def run(self, hooks: Hooks) -> None:
         """Go on from `step_number` to the end. Raises HdovdError, with the window's record of the batch, for a loss that is not sound."""
-        if self.device.type == "cpu":
-            keep_freed_memory()
         with progress(None, self._what, "step", self.total if hooks.shows_bar else 0, initial=self.step_number) as bar:
             while self.step_number < self.total:
                 epoch, done = divmod(self.step_number, len(self.batches))

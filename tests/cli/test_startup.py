@@ -9,8 +9,9 @@ from typing import Any
 
 from startup import commands, mistakes
 
-HEAVY = {"PIL", "fsspec", "google_crc32c", "jinja2", "open_clip", "pycocotools", "ray", "rich", "safetensors", "scipy", "simplemma",
-         "sklearn", "spacy", "timm", "torch", "torchvision", "tqdm", "webdataset", "zarr"}
+HEAVY = {"PIL", "fsspec", "google_crc32c", "jinja2", "open_clip", "pyarrow", "pycocotools",
+         "ray", "rich", "safetensors", "scipy", "simplemma",
+         "spacy", "timm", "torch", "torchvision", "tqdm", "webdataset", "zarr"}
 # One process for all command lines: what one of them imports is told of it, and the first one is the one to mend.
 RUN = """
 import contextlib, io, json, sys
@@ -42,7 +43,7 @@ def _run(python: Callable[..., Any], folder: Path, lines: list[list[str]], heavy
 
 def test_help_of_every_command(tmp_path: Path, python: Callable[..., Any]) -> None:
     every = list(commands())
-    assert {(), ("train",), ("cache", "ls"), ("bench", "scale")} <= set(map(tuple, every))
+    assert {(), ("train",), ("cache", "ls"), ("bench", "extract")} <= set(map(tuple, every))
     for command, code, said, heavy in _run(python, tmp_path, [[*words, "--help"] for words in every], {*HEAVY, "numpy"}):
         assert code == 0, said
         assert said.startswith(f"Usage: hdovd {command.removesuffix('--help')}".rstrip()), said

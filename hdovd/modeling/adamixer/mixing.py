@@ -1,6 +1,6 @@
 """Adaptive mixing (arXiv 2203.16507, section 3.3): channels, then points, are mixed by matrices made of the query itself.
 
-M queries of a batch, C channels in G groups, P points in, O points out. Called by `decoder`.
+M queries of a batch, C channels in G groups, P points in, O points out.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdovd.modeling.adamixer.wide_linear import WideLinear
-
 
 class AdaptiveMixing(nn.Module):
     def __init__(self, channels: int, groups: int, points: int, out_points: int) -> None:
         super().__init__()
         self.groups, self.points, self.out_points, self.width = groups, points, out_points, channels // groups
-        self.parameters_of = WideLinear(channels, groups * (self.width**2 + points * out_points))
-        self.out = WideLinear(channels * out_points, channels)
+        self.parameters_of = nn.Linear(channels, groups * (self.width**2 + points * out_points))
+        self.out = nn.Linear(channels * out_points, channels)
         nn.init.zeros_(self.parameters_of.weight)  # at the start all queries mix alike; the bias is random
         nn.init.xavier_uniform_(self.out.weight)
 

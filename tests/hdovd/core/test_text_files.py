@@ -109,7 +109,7 @@ OWN = {  # files that hdovd wrote itself, or that the system or the package hold
     "pipelines/export/forms.py": "exported models",
     "pipelines/proposals/networks.py": "metadata of weights", "pipelines/proposals/parts.py": "metadata of parts",
     "pipelines/audit/run.py": "metadata of weights", "pipelines/proposal_files/formats.py": "metadata of .npz",
-    "pipelines/bench/memory_limit.py": "/proc", "pipelines/common": "/proc and /sys", "pipelines/common/html_page.py": "pages that ship",
+    "pipelines/common": "/proc and /sys", "pipelines/common/html_page.py": "pages that ship",
     "pipelines/demo": "the demo's own world",
 }
 

@@ -33,4 +33,4 @@ def test_the_policy_lets_nothing_be_loaded(browser: Any, tmp_path: Path) -> None
 
 def test_what_a_template_lacks_is_an_error() -> None:
     with pytest.raises(jinja2.UndefinedError):
-        page("cache_map.html", {}, own="cache_map")
+        page("report.html", {})

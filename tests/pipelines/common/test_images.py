@@ -308,7 +308,7 @@ def test_a_size_that_fits_neither_way_names_exif(tmp_path: Path) -> None:
 
 
 def test_no_command_opens_pictures_beside_the_reader() -> None:
-    """`Image.open` of what is no picture of a data set: files that tell themselves apart from lists, the demo's own, and crops."""
+    """`Image.open` of what is no picture of a data set: files that tell themselves apart from lists, and the demo's own."""
     folder = Path(images.__file__).parents[1]
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*.py") if "Image.open(" in file.read_text()}
-    assert found == {"common/images.py", "common/picture_files.py", "demo/looking.py", "bench/bench_extract.py"}
+    assert found == {"common/images.py", "common/picture_files.py", "demo/looking.py"}

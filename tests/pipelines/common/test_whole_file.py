@@ -155,7 +155,7 @@ OF_MODULES = {("json", "dump"), ("pickle", "dump"), ("os", "replace"), ("os", "r
 OWN = {"replace_file", "write_text", "write_picture"}
 ALLOWED = {
     "pipelines/common/atomic_write.py": "the one place",
-    "pipelines/bench/bench_": "made-up data for measurements, deleted after them",
+    "pipelines/forecast/world.py": "made-up data for measurements, deleted after them",
     "cache/local.py write": "the cache's own place: whole or absent, and safe beside other processes",
     "cache/local.py _link": "of it",
     "cache/locks.py lock": "a lock has no content",
@@ -165,7 +165,6 @@ ALLOWED = {
     "pipelines/runs/folder.py synced_log_bytes": "of it",
     "pipelines/common/job_pool.py _next": "a log that grows",
     "pipelines/detection/output.py __init__": "a log that grows, and goes in the end",
-    "pipelines/bench/memory_limit.py memory_limit": "the kernel's files",
     "pipelines/detection/output.py _write": "given to replace_file",
     "pipelines/proposal_files/file.py fill": "given to replace_file",
     "pipelines/proposal_files/file.py _write_npz": "given to replace_file",
@@ -178,7 +177,6 @@ ALLOWED = {
     "cache/tar_meta.py to_bytes": "in memory",
     "cache/tar_shards.py write": "in memory",
     "pipelines/common/charts.py picture_data": "in memory",
-    "pipelines/cache_tools/map_page.py _thumbnails": "in memory",
 }
 
 

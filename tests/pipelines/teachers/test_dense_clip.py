@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.teachers import dense as dense_clip
-from hdovd.pipelines.teachers.dense import DenseClip, near_side
+from hdovd.pipelines.teachers.dense import DenseClip, near_side, scale_boxes
+from hdovd.pipelines.teachers.openclip import load_clip
 
 DIM = 24
 
@@ -310,3 +312,16 @@ def test_the_side_near_another_is_one_that_it_takes(name: str) -> None:
     side = near_side(tower, wanted)
     assert abs(side - wanted) <= 8  # half of the largest cell here
     DenseClip(tower, side)
+
+
+def test_squashed_picture_is_the_models_own_preprocessing(clip: str) -> None:
+    """At the model's own side, where its own way is to squash."""
+    transform, picture = load_clip(clip, None, device="cpu").transform, torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8)
+    assert torch.equal(transform.squashed(32).fit(picture), transform.fit(picture))
+    assert torch.equal(replace(transform, resize_mode="shortest").squashed(32).fit(picture), transform.fit(picture))
+    assert transform.squashed(80).fit(picture).shape == (3, 80, 80)
+
+
+def test_boxes_are_scaled_with_the_picture() -> None:
+    boxes = torch.tensor([[0.0, 0, 160, 120], [80, 30, 120, 60]])
+    assert scale_boxes(boxes, 160, 120, 64).tolist() == [[0, 0, 64, 64], [32, 16, 48, 32]]

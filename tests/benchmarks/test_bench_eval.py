@@ -1,4 +1,4 @@
-"""`hdovd bench eval` at a small size: the made-up world is what it should be, the command measures both engines and compares them."""
+"""AP by both engines at a small size: the made-up world is what it should be, both are measured and compared."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from bench_eval import EvalBench, bench_eval, largest_difference, make_eval_world
 
-from hdovd.cli.main import app
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import load_split
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.evaluation.coco import AveragePrecision
-from hdovd.pipelines.bench.bench_eval import EvalBenchConfig, largest_difference, make_eval_world
+from hdovd.evaluation.engines import Engine
 
 OV_COCO = load_protocol("ov-coco")
 
 
 def _made(folder: Path, seed: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    detections = make_eval_world(
-        EvalBenchConfig(folder, images=60, objects=400, detections=20, seed=seed), OV_COCO, folder / "instances.json"
-    )
+    detections = make_eval_world(EvalBench(images=60, objects=400, detections=20, seed=seed), OV_COCO, folder / "instances.json")
     return json.loads((folder / "instances.json").read_text()), detections
 
 
@@ -45,29 +42,23 @@ def test_the_world_is_coco_like_and_made_by_its_seed(tmp_path: Path) -> None:
     assert _made(tmp_path, seed=1)[1] != detections
 
 
-def test_the_eval_command(tmp_path: Path) -> None:
-    words = ["--images", "60", "--objects", "400", "--detections", "20", "--rounds", "2", "--json", str(tmp_path / "times.json")]
-    (tmp_path / "work").mkdir()
-    done = CliRunner().invoke(app, ["bench", "eval", *words, "--folder", str(tmp_path / "work")], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    found = json.loads((tmp_path / "times.json").read_text())
-    assert [engine["engine"] for engine in found["engines"]] == ["pycocotools", "faster-coco-eval"]
-    assert all(engine["load"] > 0 and engine["evaluate"] > 0 and engine["version"] for engine in found["engines"])
-    assert found["ratio"] == pytest.approx(found["engines"][0]["evaluate"] / found["engines"][1]["evaluate"])
-    assert found["difference"] <= 1e-6
-    assert (found["images"], found["classes"], found["objects"], found["detections"], found["rounds"]) == (60, 65, 400, 1200, 2)
-    assert 5 < found["ap50"] < 95  # neither all nor none is found
-    assert 0 < found["ap"] < found["ap50"]
+def test_both_engines_are_measured_and_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench_eval(tmp_path, EvalBench(images=60, objects=400, detections=20, rounds=2))
+    assert largest_difference(list(found.values())) <= 1e-6
+    ap50, ap = (found[Engine.PYCOCOTOOLS].mean(table, "all") for table in (found[Engine.PYCOCOTOOLS].ap50, found[Engine.PYCOCOTOOLS].ap))
+    assert 5 < ap50 < 95  # neither all nor none is found
+    assert 0 < ap < ap50
+    said = capsys.readouterr().out
+    assert "60 images, 65 classes, 400 objects, 1,200 detections" in said
     for word in (r"pycocotools [\d.]+ +[\d.]+ s +[\d.]+ s$", r"faster-coco-eval [\d.]+ +[\d.]+ s +[\d.]+ s$",
                  r"faster-coco-eval evaluates [\d.]+ times as fast as pycocotools; largest difference"):
-        assert re.search(word, done.stdout, re.M), done.stdout
-    assert not any((tmp_path / "work").iterdir())
+        assert re.search(word, said, re.M), said
 
 
 def test_a_missing_engine_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(HdovdError, match=r"pip install 'hdovd\[fast-eval\]'"):
-        CliRunner().invoke(app, ["bench", "eval", "--folder", str(tmp_path)], catch_exceptions=False)
+        bench_eval(tmp_path, EvalBench())
     assert not any(tmp_path.iterdir())
 
 

@@ -1,19 +1,25 @@
-"""`hdovd bench train`: what distillation from the cache adds to a step of the detector, against no distillation, CLIP online, torchvision.
+"""What distillation from the cache adds to a step of the detector, beside no distillation, CLIP in every step, and torchvision's detector.
+
+    python benchmarks/run.py bench_train --clip CLIP --picture 160 120 --images 64 --rounds 10
+    python benchmarks/run.py bench_train --clip CLIP --recipe ov-coco-faster-rcnn-r50 --settings train.batch_size=4 input.short_side=320 \\
+                                     input.long_side=533 --images 16 --rounds 2 --steps 3 --no-online
 
 All variants train in one process, in turns, on the same pictures and boxes; ratios are of one run. Weights are random: for speed alone.
+torchvision's fasterrcnn_resnet50_fpn is measured with recipes of a resnet50.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
+from arguments import parsed, workplace
+from online_clip import OnlineClip
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.detection.faster_rcnn import FasterRCNN as TorchvisionFasterRCNN
@@ -25,13 +31,12 @@ from hdovd.config.recipe import PRESETS, Recipe, load_recipe
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import build_detector
-from hdovd.pipelines.bench.bench_world import BenchWorld, make_world
-from hdovd.pipelines.bench.online_clip import OnlineClip
 from hdovd.pipelines.common.device import placed, training_workers
 from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sampler import Dealing, EpochOrder
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.forecast.world import make_world
 from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 from hdovd.pipelines.training.loop import Loop
 from hdovd.pipelines.training.train import loop_of
@@ -42,18 +47,16 @@ NOUNS = 200
 STUB_S = 0.03  # a step of a GPU
 
 
-@dataclass(frozen=True, slots=True)
-class TrainBenchConfig:
-    """`steps`: timed ones of a turn. `settings`: laid over the recipe. `clip`: a model name has random weights. Sizes in pixels."""
+@dataclass(frozen=True)
+class TrainBench:
+    """`steps`: timed, of a turn. `settings`: laid over the recipe. `clip`: a model name has random weights. `picture`: width, height."""
 
-    folder: Path
     recipe: str = "demo"
     settings: tuple[str, ...] = ()
     clip: str = "ViT-B-32"
     device: str = "auto"
     images: int = 96
-    width: int = 640
-    height: int = 480
+    picture: tuple[int, ...] = (640, 480)
     rounds: int = 3
     steps: int = 5
     online: bool = True
@@ -93,83 +96,50 @@ class Variant:
         self.waited.append(loaded - since)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Seconds: the median step with its wait for data. `wait`: the share of waiting. `ratio`: to the variant without distillation."""
-
-    name: str
-    step_s: float
-    wait: float
-    ratio: float
-
-
-@dataclass(frozen=True, slots=True)
-class TrainTimes:
-    device: str
-    recipe: str
-    batch_size: int
-    workers: int
-    rows: list[Row]
-
-    def lines(self) -> list[str]:
-        """For people."""
-        shown = [f"{self.device}, {self.recipe}, {self.batch_size} images a step, {self.workers} workers; medians, random weights"]
-        for row in self.rows:
-            shown.append(f"  {row.name:34s} {row.step_s * 1e3:9.1f} ms a step   {row.ratio:6.3f} of the detector alone   "
-                         f"{row.wait:6.2%} waiting for data")
-        return shown
-
-    def tree(self) -> dict[str, Any]:
-        """For programs: JSON values."""
-        return asdict(self)
-
-
-def bench_train(bench: TrainBenchConfig, log: Callable[[str], None] = print) -> TrainTimes:
-    """Make pictures, boxes and a cache in `bench.folder`, and measure."""
+def bench_train(folder: Path, bench: TrainBench) -> list[Variant]:
+    """Make pictures, boxes and a cache in `folder`, measure, and print."""
     clip = load_clip(bench.clip, None, device=bench.device, random_weights=":" not in bench.clip)
     recipe = load_recipe(bench.recipe, bench.settings).with_reliability(0.0, 1.0, 1.0)  # no matter of time; auto knows no random CLIP
-    log(f"making {bench.images} pictures of {bench.width}x{bench.height} and their cache")
-    _make_cache(bench, clip)
-    variants = _variants(bench, recipe, clip)
-    for number in range(bench.rounds):
+    width, height = bench.picture
+    print(f"making {bench.images} pictures of {width}x{height} and their cache")
+    make_world(folder, bench.images, base_boxes=7, proposals=10, size=(width, height))
+    (folder / "nouns.txt").write_text("\n".join(f"thing {number}" for number in range(NOUNS)))
+    extract_clip(ExtractConfig(_paths(folder), folder / "cache", bench.clip, proposals=folder / "proposals.json",
+                               vocabulary=folder / "nouns.txt", device=bench.device), lambda _: None, clip)
+    variants = _variants(folder, bench, recipe, clip)
+    for _ in range(bench.rounds):
         for variant in variants:
             for step in range(SETTLE + bench.steps):
                 variant.take()
                 if step < SETTLE:
                     del variant.seconds[-1], variant.waited[-1]
-        log(f"round {number + 1} of {bench.rounds}")
-    rows = [Row(v.name, median(v.seconds), sum(v.waited) / sum(v.seconds), _ratio(v, variants[0])) for v in variants]
-    workers = training_workers(clip.device, recipe.train.workers)
-    name = torch.cuda.get_device_name(clip.device) if clip.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return TrainTimes(name, " ".join((bench.recipe, *bench.settings)), recipe.train.batch_size, workers, rows)
+    device = torch.cuda.get_device_name(clip.device) if clip.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{device}, {' '.join((bench.recipe, *bench.settings))}, {recipe.train.batch_size} images a step, "
+          f"{training_workers(clip.device, recipe.train.workers)} workers; medians, random weights")
+    for one in variants:
+        # of steps of the same number: each pair lies near in time
+        ratio = median(a / b for a, b in zip(one.seconds, variants[0].seconds, strict=True))
+        print(f"  {one.name:40s} {median(one.seconds) * 1e3:9.1f} ms a step   {ratio:6.3f} of the detector alone   "
+              f"{sum(one.waited) / sum(one.seconds):6.2%} waiting for data")
+    return variants
 
 
-def _ratio(one: Variant, base: Variant) -> float:
-    """The median over steps of the same number of their ratio: each pair lies near in time."""
-    return median(a / b for a, b in zip(one.seconds, base.seconds, strict=True))
+def _paths(folder: Path) -> DataPaths:
+    return DataPaths(images=folder / "images", annotations=folder / "annotations.json")
 
 
-def _make_cache(bench: TrainBenchConfig, clip: ClipTeacher) -> None:
-    world = bench.folder / "world"
-    make_world(world, BenchWorld(bench.images, 7, 10, bench.images, bench.width, bench.height, "jpg"))
-    (world / "nouns.txt").write_text("\n".join(f"thing {number}" for number in range(NOUNS)))
-    config = ExtractConfig(DataPaths(images=world / "images", annotations=world / "annotations.json"), bench.folder / "cache", bench.clip,
-                           proposals=world / "proposals.json", vocabulary=world / "nouns.txt", device=bench.device)
-    extract_clip(config, lambda _: None, clip)
-
-
-def _variants(bench: TrainBenchConfig, recipe: Recipe, clip: ClipTeacher) -> list[Variant]:
+def _variants(folder: Path, bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> list[Variant]:
     base_only = load_recipe(bench.recipe, [*bench.settings, *PRESETS["base-only"]])
-    alone, distilled = _loop(bench, base_only, clip), _loop(bench, recipe, clip)
+    alone, distilled = _loop(folder, bench, base_only, clip), _loop(folder, bench, recipe, clip)
     found = [_of_loop("detector alone", alone), _of_loop("three levels, from the cache", distilled)]
     if bench.online:
-        loop = _loop(bench, recipe, clip)
+        loop = _loop(folder, bench, recipe, clip)
         online = OnlineClip(clip, recipe)
         found.append(Variant("three levels, CLIP in every step", loop.batches,
                              lambda batch: _take(loop, [online.replace(sample) for sample in batch])))
     if recipe.detector.name == "faster_rcnn" and recipe.detector.backbone.name == "resnet50":
-        found.append(_torchvision(bench, recipe, clip))
-    stub = _loop(bench, recipe, clip)
+        found.append(_torchvision(folder, bench, recipe, clip))
+    stub = _loop(folder, bench, recipe, clip)
     found.append(Variant(f"the cache, a step that sleeps {STUB_S * 1e3:.0f} ms", stub.batches, lambda _: time.sleep(STUB_S)))
     return found
 
@@ -185,32 +155,26 @@ def _take(loop: Loop[Sample], batch: list[Sample]) -> None:
         torch.cuda.synchronize(loop.device)
 
 
-def _data(bench: TrainBenchConfig, recipe: Recipe) -> TrainingSet:
-    world = bench.folder / "world"
-    paths = DataPaths(images=world / "images", annotations=world / "annotations.json")
-    split = paths.load("train2017", load_protocol("ov-coco"), base_only=True, log=lambda _: None)
-    return TrainingSet(split, FeatureCache(bench.folder / "cache"), recipe, lambda _: None)
-
-
-def _batches(bench: TrainBenchConfig, recipe: Recipe, device: torch.device) -> TrainingBatches[Sample]:
+def _batches(folder: Path, bench: TrainBench, recipe: Recipe, device: torch.device) -> TrainingBatches[Sample]:
     """All variants see the same pictures at the same step."""
-    data, size = _data(bench, recipe), recipe.train.batch_size
+    split = _paths(folder).load("train2017", load_protocol("ov-coco"), base_only=True, log=lambda _: None)
+    data, size = TrainingSet(split, FeatureCache(folder / "cache"), recipe, lambda _: None), recipe.train.batch_size
     order = _OverAndOver(len(data), size * bench.rounds * (SETTLE + bench.steps))
     return TrainingBatches(data, Dealing(order, size), training_workers(device, recipe.train.workers), device=device)
 
 
-def _loop(bench: TrainBenchConfig, recipe: Recipe, clip: ClipTeacher) -> Loop[Sample]:
+def _loop(folder: Path, bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Loop[Sample]:
     torch.manual_seed(0)
-    protocol, batches = load_protocol("ov-coco"), _batches(bench, recipe, clip.device)
+    protocol, batches = load_protocol("ov-coco"), _batches(folder, bench, recipe, clip.device)
     model = build_detector(recipe, clip.dim, None)
     model.begin_epoch(recipe.pseudo_boxes.from_epoch)  # with all losses
     calm(model)
-    texts = torch.from_numpy(FeatureCache(bench.folder / "cache").class_embeddings(protocol.base)).to(clip.device)
+    texts = torch.from_numpy(FeatureCache(folder / "cache").class_embeddings(protocol.base)).to(clip.device)
     model = placed(model, clip.device).train()
     return loop_of(model, batches, texts, recipe, clip.device)
 
 
-def _torchvision(bench: TrainBenchConfig, recipe: Recipe, clip: ClipTeacher) -> Variant:
+def _torchvision(folder: Path, bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Variant:
     """torchvision's own detector with as many trained stages, samples and proposals, on the same pictures and base boxes."""
     detector, size = recipe.faster_rcnn, recipe.input
     body = resnet50(weights=None, norm_layer=FrozenBatchNorm2d if detector.backbone.norm == "frozen" else nn.BatchNorm2d)
@@ -229,7 +193,7 @@ def _torchvision(bench: TrainBenchConfig, recipe: Recipe, clip: ClipTeacher) -> 
         return losses
 
     base_only = load_recipe(bench.recipe, [*bench.settings, *PRESETS["base-only"]])
-    loop = Loop(model, losses_of, _batches(bench, base_only, clip.device), recipe.train, clip.device, "torchvision", lambda s: s[2])
+    loop = Loop(model, losses_of, _batches(folder, bench, base_only, clip.device), recipe.train, clip.device, "torchvision", lambda s: s[2])
     return _of_loop("torchvision's fasterrcnn_resnet50_fpn", loop)
 
 
@@ -239,3 +203,8 @@ def calm(model: nn.Module) -> None:
         if isinstance(module, FrozenBatchNorm2d) and name.endswith("bn3"):
             module.weight.fill_(0.2)
 
+
+
+if __name__ == "__main__":
+    with workplace() as place:
+        bench_train(place, parsed(TrainBench, __doc__))

@@ -1,4 +1,4 @@
-"""Hold this process to a little memory, page cache included, to measure what happens when data do not fit. For `hdovd bench`."""
+"""Hold this process to a little memory, page cache included, to measure what happens when data do not fit."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hdovd.core.errors import HdovdError
-
 CGROUPS = Path("/sys/fs/cgroup/memory")  # version 1
 
 
@@ -16,7 +14,7 @@ CGROUPS = Path("/sys/fs/cgroup/memory")  # version 1
 def memory_limit(count: int) -> Iterator[None]:
     """What this process allocates and reads from now on fits in `count` bytes; what it holds already is not counted.
 
-    Raises HdovdError where there is no memory controller of cgroup version 1, or this user may not use it.
+    Raises SystemExit where there is no memory controller of cgroup version 1, or this user may not use it.
     """
     try:
         own = next(line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.split(":")[1] == "memory")
@@ -24,7 +22,7 @@ def memory_limit(count: int) -> Iterator[None]:
         group = here / f"hdovd-{os.getpid()}"
         group.mkdir()
     except (OSError, StopIteration) as error:
-        raise HdovdError(f"memory cannot be limited here ({error!r}): this needs Linux, cgroup version 1 with the memory controller, "
+        raise SystemExit(f"memory cannot be limited here ({error!r}): this needs Linux, cgroup version 1 with the memory controller, "
                          "and root") from error
     try:
         (group / "memory.limit_in_bytes").write_text(str(count))

@@ -1,20 +1,22 @@
-"""`hdovd bench eval`: how long AP takes with each engine on made-up detections of COCO val's size, and how far they differ.
+"""AP by both engines of `hdovd eval` on the same made-up detections: seconds, and how far they differ.
 
-The truth is an instances file like COCO's, with outlines. Detections stand near objects, best first, and elsewhere.
+    python benchmarks/run.py bench_eval [--rounds 3]
+
+The defaults are COCO val2017 under the ov-coco protocol. The truth is an instances file like COCO's, with outlines; detections stand near
+objects, best first, and elsewhere. Needs pip install 'hdovd[fast-eval]'.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from arguments import parsed, workplace
 
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.evaluation.coco import AveragePrecision, GroundTruth
@@ -28,11 +30,10 @@ NEAR = 0.6  # share of the detections that stand near an object
 SHIFT = 0.12  # how far they are off, standard deviation in sides of the object
 
 
-@dataclass(frozen=True, slots=True)
-class EvalBenchConfig:
-    """`detections`: an image. `objects`: in all. The defaults are COCO val2017 under the ov-coco protocol."""
+@dataclass(frozen=True)
+class EvalBench:
+    """`detections`: an image. `objects`: in all."""
 
-    folder: Path
     images: int = 4_836
     objects: int = 36_000
     detections: int = 100
@@ -40,76 +41,30 @@ class EvalBenchConfig:
     seed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class EngineTimes:
-    """Seconds, medians over the rounds: `load` reads and indexes the truth once, `evaluate` is one AP of all detections."""
-
-    engine: str
-    version: str
-    load: float
-    evaluate: float
-
-
-@dataclass(frozen=True, slots=True)
-class EvalTimes:
-    """`ratio`: evaluations of the last engine in the time of one of the first; `difference`: the largest of any class's AP, percent."""
-
-    images: int
-    classes: int
-    objects: int
-    detections: int
-    cores: int
-    rounds: int
-    engines: list[EngineTimes]
-    ratio: float
-    difference: float
-    ap50: float | None
-    ap: float | None
-
-    def lines(self) -> list[str]:
-        """For people."""
-        shown = [f"{self.images:,d} images, {self.classes} classes, {self.objects:,d} objects, {self.detections:,d} detections; "
-                 f"{self.cores} cores, median of {self.rounds}", f"  {'':28s}{'truth, once':>14s}{'evaluation':>14s}"]
-        shown += [f"  {f'{t.engine} {t.version}':28s}{t.load:12.2f} s{t.evaluate:12.2f} s" for t in self.engines]
-        first, last = self.engines[0], self.engines[-1]
-        ap50, ap = ("-" if value is None else f"{value:.2f}" for value in (self.ap50, self.ap))
-        return [*shown, f"  {last.engine} evaluates {self.ratio:.1f} times as fast as {first.engine}; largest difference of any class's "
-                f"AP: {self.difference:.1e} percent (AP50 {ap50}, AP {ap})"]
-
-    def tree(self) -> dict[str, Any]:
-        """For programs: JSON values."""
-        return asdict(self)
-
-
-def bench_eval(bench: EvalBenchConfig, log: Callable[[str], None] = print) -> EvalTimes:
-    """Make a truth and detections in `bench.folder`, and measure. Raises HdovdError, before that, without one of the engines."""
+def bench_eval(folder: Path, bench: EvalBench) -> dict[Engine, AveragePrecision]:
+    """Make a truth and detections in `folder`, measure, and print. Raises HdovdError, before that, without one of the engines."""
     versions = {engine: require(engine) for engine in Engine}
-    protocol, file = load_protocol("ov-coco"), bench.folder / "instances.json"
-    log(f"making {bench.objects:,d} objects in {bench.images:,d} images and {bench.detections} detections an image")
+    protocol, file = load_protocol("ov-coco"), folder / "instances.json"
     detections = make_eval_world(bench, protocol, file)
     image_ids, coco_ids = range(1, bench.images + 1), tuple(range(1, len(protocol.names) + 1))
-    seconds: dict[tuple[Engine, str], list[float]] = {}
-
-    @contextmanager
-    def timed(*what: Any) -> Iterator[None]:
-        since = time.perf_counter()
-        yield
-        seconds.setdefault(what, []).append(time.perf_counter() - since)
-
+    loads, evaluations = ({engine: list[float]() for engine in Engine} for _ in range(2))
     found: dict[Engine, AveragePrecision] = {}
-    for number in range(bench.rounds):
+    for _ in range(bench.rounds):
         for engine in Engine:
-            log(f"round {number + 1} of {bench.rounds}: {engine}")
-            with timed(engine, "load"):
-                truth = GroundTruth(file, coco_ids, image_ids, protocol, engine)
-            with timed(engine, "evaluate"):
-                found[engine] = truth.average_precision(detections)
-    times = [EngineTimes(engine.value, versions[engine], median(seconds[engine, "load"]), median(seconds[engine, "evaluate"]))
-             for engine in Engine]
-    reference = found[Engine.PYCOCOTOOLS]
-    return EvalTimes(bench.images, len(protocol.names), bench.objects, len(detections), usable_cores(), bench.rounds, times,
-                     times[0].evaluate / times[-1].evaluate, largest_difference(list(found.values())),
-                     reference.mean(reference.ap50, "all"), reference.mean(reference.ap, "all"))
+            since = time.perf_counter()
+            truth = GroundTruth(file, coco_ids, image_ids, protocol, engine)
+            loaded = time.perf_counter()
+            found[engine] = truth.average_precision(detections)
+            loads[engine].append(loaded - since)
+            evaluations[engine].append(time.perf_counter() - loaded)
+    first, *_, last = Engine
+    print(f"{bench.images:,d} images, {len(protocol.names)} classes, {bench.objects:,d} objects, {len(detections):,d} detections; "
+          f"{usable_cores()} cores, median of {bench.rounds}\n  {'':28s}{'truth, once':>14s}{'evaluation':>14s}")
+    for engine in Engine:
+        print(f"  {f'{engine} {versions[engine]}':28s}{median(loads[engine]):12.2f} s{median(evaluations[engine]):12.2f} s")
+    print(f"  {last} evaluates {median(evaluations[first]) / median(evaluations[last]):.1f} times as fast as {first}; largest difference "
+          f"of any class's AP: {largest_difference(list(found.values())):.1e} percent")
+    return found
 
 
 def largest_difference(found: list[AveragePrecision]) -> float:
@@ -120,7 +75,7 @@ def largest_difference(found: list[AveragePrecision]) -> float:
     return max(float(np.nanmax(np.abs(table - tables[0]), initial=0.0)) for table in tables)
 
 
-def make_eval_world(bench: EvalBenchConfig, protocol: Protocol, file: Path) -> list[dict[str, Any]]:
+def make_eval_world(bench: EvalBench, protocol: Protocol, file: Path) -> list[dict[str, Any]]:
     """Write an instances file with image ids and category ids from 1; returns detections in COCO results form.
 
     Objects fall on images at random and on classes as unevenly as COCO's; more than half of the detections are an object's class and
@@ -165,3 +120,8 @@ def _outline(box: np.ndarray) -> list[float]:
     turn = np.linspace(0, 2 * np.pi, OUTLINE_POINTS, endpoint=False)
     points = np.stack([np.cos(turn), np.sin(turn)], axis=1) * box[2:] / 2 + box[:2] + box[2:] / 2
     return [float(v) for v in points.round(2).ravel()]
+
+
+if __name__ == "__main__":
+    with workplace() as place:
+        bench_eval(place, parsed(EvalBench, __doc__))

@@ -1,43 +1,44 @@
-"""Extraction at full scale with a cheap model in place of CLIP: does its own work stay within memory, and how fast is it?
+"""Extraction at full scale with a cheap model in place of CLIP: rows a second, and peak host memory.
 
-Called by `hdovd bench scale`. Everything but the model is the real thing: annotation and proposal files of the size of
-COCO's, pictures that are opened, cut and resized, shards that are written and checked.
+    python benchmarks/run.py bench_scale [--workers 2]
+
+Everything but the model is the real thing: annotation and proposal files of the size of COCO's, pictures that are opened, cut and
+resized, shards that are written and checked. The defaults make 4 million rows, 5 GB on disk.
 """
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from arguments import parsed, workplace
 from torch import Tensor
 
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import hash_texts
 from hdovd.cache.schema import Level
 from hdovd.data.coco import DataPaths
-from hdovd.pipelines.bench.bench_world import BenchWorld, make_world
 from hdovd.pipelines.common.format import size
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.forecast.world import make_world
 from hdovd.pipelines.teachers.prompts import Name, prompts
 
-PICTURES = 16  # the images of the world are these, over and over
-WIDTH, HEIGHT = 64, 48
+PICTURES = 16  # files: the images of the world are these, over and over
 BASE_BOXES = 4  # annotations an image
 NOUNS = 100
 
 
-@dataclass(frozen=True, slots=True)
-class ScaleBenchConfig:
-    """`boxes`: proposals an image, beside its BASE_BOXES. `side`: of the model's input, in pixels. `folder`: an empty one to work in."""
+@dataclass(frozen=True)
+class ScaleBench:
+    """`boxes`: proposals an image, beside its BASE_BOXES. `side`: of the model's input, in pixels."""
 
-    folder: Path
     images: int = 118_287
     boxes: int = 30
     dim: int = 512
@@ -45,27 +46,22 @@ class ScaleBenchConfig:
     workers: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ScaleFigures:
-    """`rows`: of pictures and crops. `seconds`: of the whole extraction, its input files read. Peaks: the largest resident
-    set of the main process, and of one worker; what they share is counted in both."""
+@dataclass(frozen=True)
+class Figures:
+    """`rows`: of pictures and crops. `seconds`: of the whole extraction, its input files read. Peaks: the largest resident set of the main
+    process, and of one worker; what they share is counted in both."""
 
     rows: int
     seconds: float
-    main_peak_bytes: int
-    worker_peak_bytes: int
-    cache_bytes: int
+    main_peak: int
+    worker_peak: int
     workers: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """At most what all processes held together."""
-        return self.main_peak_bytes + self.workers * self.worker_peak_bytes
+    cache_bytes: int
 
     def lines(self) -> list[str]:
-        parts = f" (main {size(self.main_peak_bytes)}, {self.workers} workers of {size(self.worker_peak_bytes)})" if self.workers else ""
+        parts = f" (main {size(self.main_peak)}, {self.workers} workers of {size(self.worker_peak)})" if self.workers else ""
         return [f"{self.rows:,d} rows in {self.seconds:.0f} s, {self.rows / self.seconds:,.0f} rows/s",
-                f"peak host memory {size(self.peak_bytes)}{parts}", f"cache {size(self.cache_bytes)}"]
+                f"peak host memory {size(self.main_peak + self.workers * self.worker_peak)}{parts}", f"cache {size(self.cache_bytes)}"]
 
 
 class StubTeacher:
@@ -73,7 +69,7 @@ class StubTeacher:
 
     def __init__(self, dim: int, side: int) -> None:
         self.dim, self.device, self.input_size = dim, torch.device("cpu"), (side, side)
-        self.fit: Callable[[Tensor], Tensor] = Shrink(side)
+        self.fit = Shrink(side)
         self.identity: dict[str, Any] = {"model": "stub", "dim": dim}
         self.preprocessing: dict[str, Any] = {"side": side}
         self.notes: Sequence[str] = ()
@@ -107,7 +103,7 @@ class StubTeacher:
         return torch.nn.functional.normalize(values @ self._projection, dim=1).numpy()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Shrink:
     """The nearest pixels: (3, h, w) uint8 -> (3, side, side)."""
 
@@ -118,21 +114,21 @@ class Shrink:
         return picture[:, rows][:, :, columns]
 
 
-def bench_scale(config: ScaleBenchConfig, log: Callable[[str], None] = print) -> ScaleFigures:
-    """Make a world of that size in `config.folder`, extract it, and measure."""
-    log(f"making {config.images:,d} images with {BASE_BOXES} boxes and {config.boxes} proposals each, from {PICTURES} pictures")
-    make_world(config.folder, BenchWorld(config.images, BASE_BOXES, config.boxes, PICTURES, WIDTH, HEIGHT))
-    (config.folder / "nouns.txt").write_text("\n".join(f"noun {number}" for number in range(NOUNS)))
-    folder, started = config.folder, time.monotonic()
-    report = extract_clip(
-        ExtractConfig(DataPaths(images=folder / "images", annotations=folder / "annotations.json"), folder / "cache", "stub",
-                      proposals=folder / "proposals.json", vocabulary=folder / "nouns.txt", workers=config.workers),
-        log, StubTeacher(config.dim, config.side))
+def bench_scale(folder: Path, bench: ScaleBench) -> Figures:
+    """Make a world of that size in `folder`, extract it, and measure."""
+    print(f"making {bench.images:,d} images with {BASE_BOXES} boxes and {bench.boxes} proposals each, from {PICTURES} pictures")
+    make_world(folder, bench.images, base_boxes=BASE_BOXES, proposals=bench.boxes, size=(64, 48), pictures=PICTURES, file_type="png")
+    (folder / "nouns.txt").write_text("\n".join(f"noun {number}" for number in range(NOUNS)))
+    config = ExtractConfig(DataPaths(images=folder / "images", annotations=folder / "annotations.json"), folder / "cache", "stub",
+                           proposals=folder / "proposals.json", vocabulary=folder / "nouns.txt", workers=bench.workers)
+    started = time.monotonic()
+    report = extract_clip(config, lambda _: None, StubTeacher(bench.dim, bench.side))
     seconds = time.monotonic() - started
-    cache_bytes = sum(product.bytes() for product in Catalog(folder / "cache").products())
-    return ScaleFigures(report.new_rows[Level.IMAGE] + report.new_rows[Level.INSTANCE], seconds, _peak(resource.RUSAGE_SELF),
-                          _peak(resource.RUSAGE_CHILDREN), cache_bytes, config.workers)
+    main, worker = (1024 * resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return Figures(report.new_rows[Level.IMAGE] + report.new_rows[Level.INSTANCE], seconds, main, worker, bench.workers,
+                   sum(product.bytes() for product in Catalog(folder / "cache").products()))
 
 
-def _peak(who: int) -> int:
-    return 1024 * resource.getrusage(who).ru_maxrss
+if __name__ == "__main__":
+    with workplace() as place:
+        print(*bench_scale(place, parsed(ScaleBench, __doc__)).lines(), sep="\n")

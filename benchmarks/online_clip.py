@@ -1,4 +1,4 @@
-"""CLIP run in every training step, in place of the cache: what `hdovd bench train` compares with. Not a way to train."""
+"""CLIP run in every training step, in place of the cache: what `bench_train` compares with. Not a way to train."""
 
 from __future__ import annotations
 

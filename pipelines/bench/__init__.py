@@ -1,1 +1,0 @@
-"""`hdovd bench`: what the project says of its speed and memory, measured on this machine."""

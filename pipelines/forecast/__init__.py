@@ -1,0 +1,1 @@
+"""What an extraction will cost on this machine, measured on made-up pictures and boxes."""
