@@ -11,7 +11,7 @@ import numpy as np
 from hdovd.cache.identity import differences, key_of, table_inputs
 from hdovd.cache.product import Product
 from hdovd.cache.rows import open_rows
-from hdovd.cache.schema import CHUNK_ROWS, STORED_NORM_TOLERANCE, TABLE_ARRAYS, Level, Source, row_arrays
+from hdovd.cache.schema import CHUNK_ROWS, STORED_NORM_TOLERANCE, TABLE_ARRAYS, TABLES, Level, Source, row_arrays
 from hdovd.core.errors import shorten
 
 COSINE_TOLERANCE = 0.01
@@ -66,7 +66,7 @@ def check_tables(product: Product) -> list[Wrong]:
     if not wrong:
         found = table_inputs(product.level, tables)
         wanted = {name: product.key_inputs[name] for name in found}
-        wrong += [Wrong("zarr.json", "tables that give the key inputs", line)
+        wrong += [Wrong(f"parts/{TABLES}.json", "tables that give the key inputs", line)
                   for line in differences(wanted, found, sides=("the key inputs say", "the tables give"))]
     return wrong
 

@@ -73,7 +73,7 @@ class Product:
         return {name: f"{name}/c/{part}" + ("/0" if wide else "") for name, (_, wide) in row_arrays(self.level, self.dim).items()}
 
     def record_name(self, part: int | str) -> str:
-        return f"{self.prefix}/parts/{part if isinstance(part, str) else f'{part:06d}'}.json"
+        return record_name(self.prefix, part)
 
     def finished(self) -> set[int]:
         """The parts that are done."""
@@ -170,6 +170,11 @@ class Product:
     def modified(self) -> float:
         """When it was begun, seconds since the epoch."""
         return self.folder.modified(f"{self.prefix}/zarr.json")
+
+
+def record_name(prefix: str, part: int | str) -> str:
+    """The object that says that a part, by number or TABLES, of the product `prefix` is done."""
+    return f"{prefix}/parts/{part if isinstance(part, str) else f'{part:06d}'}.json"
 
 
 def require_sizes(attributes: dict[str, Any]) -> None:

@@ -253,7 +253,7 @@ class ProductCheck:
         try:
             self._add_all(check_tables(self.product), TABLES)
         except Exception as error:  # whatever Zarr and numpy raise for metadata that were changed along with their checksums
-            self._add("zarr.json", "tables that can be read", f"{type(error).__name__}: {error}", TABLES)
+            self._add(f"parts/{TABLES}.json", "tables that can be read", f"{type(error).__name__}: {error}", TABLES)
 
     def _check_rows(self, part: int, record: dict[str, Any]) -> None:
         assert self.product is not None
