@@ -16,7 +16,7 @@ import numpy as np
 import zarr
 
 from hdovd.cache.identity import KeyInputs, key_of
-from hdovd.cache.product import Product, parse_record, record_name
+from hdovd.cache.product import Product, record_name
 from hdovd.cache.schema import CHUNK_ROWS, NORM_TOLERANCE, PART_ROWS, SCHEMA_VERSION, TABLE_ARRAYS, TABLES, Level, row_arrays
 from hdovd.cache.store import Folder
 from hdovd.core.errors import HdovdError
@@ -121,10 +121,10 @@ class ProductWriter:
 def _is_recorded(folder: Folder, prefix: str, metadata: bytes) -> bool:
     """Whether a product's tables were written beside these very metadata."""
     try:
-        objects = parse_record(folder.read(record_name(prefix, TABLES)))["objects"]
-    except (FileNotFoundError, ValueError):
+        entry = json.loads(folder.read(record_name(prefix, TABLES)))["objects"]["zarr.json"]
+        return bool(entry["sha256"] == hashlib.sha256(metadata).hexdigest())
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
-    return bool(objects.get("zarr.json", {}).get("sha256") == hashlib.sha256(metadata).hexdigest())
 
 
 def _array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: str, part_rows: int) -> None:
