@@ -123,13 +123,14 @@ def _check_embeddings(product: Product, part: int, failed: set[int]) -> Iterator
         last = min(first + CHUNK_ROWS, stop)
         norms[first - start : last - start] = np.linalg.norm(rows.read(first, last).astype(np.float32), axis=1)
     place, named = product.row_objects(part)["embedding"], partial(_named, product, start)
-    finite, zero = np.isfinite(norms), norms == 0
+    finite: np.ndarray = np.isfinite(norms)
+    zero: np.ndarray = norms == 0
     yield from _wrong_rows(place, ~finite, "finite numbers", np.full(len(norms), "NaN or infinity"), named)
     yield from _wrong_rows(place, finite & ~zero & (abs(norms - 1) > STORED_NORM_TOLERANCE), "rows of norm 1", norms, named)
     if failed and zero.any():
         image_id, row = product.table("image_id"), np.arange(start, stop)
         image = row if product.level is Level.IMAGE else np.searchsorted(product.table("offset"), row, "right") - 1
-        zero = zero & ~np.isin(image_id[image], list(failed))
+        zero = np.logical_and(zero, np.isin(image_id[image], list(failed), invert=True))
     yield from _wrong_rows(place, zero, "zeros only for images that could not be read", np.full(len(norms), "zeros"), named)
 
 

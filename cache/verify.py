@@ -210,15 +210,14 @@ class ProductCheck:
             path = f"{self.prefix}/{name}"
             if any(finding.place == path for finding in self.findings):  # metadata that cannot be read
                 continue
-            size, sha256 = listed.get(path), ""
+            size = listed.get(path)
             self.checked.objects += 1
-            if size == entry["bytes"]:
-                self.checked.bytes += size
-                sha256 = self.folder.sha256(path)
-            if size != entry["bytes"]:
+            if size is None or size != entry["bytes"]:
                 self._add(name, f"{entry['bytes']} bytes", "no such object" if size is None else str(size), part)
-            elif sha256 != entry["sha256"]:
-                self._add(name, f"sha256 {entry['sha256'][:16]}...", f"{sha256[:16]}...", part)
+            else:
+                self.checked.bytes += size
+                if (sha256 := self.folder.sha256(path)) != entry["sha256"]:
+                    self._add(name, f"sha256 {entry['sha256'][:16]}...", f"{sha256[:16]}...", part)
             self.on_bytes(size or 0)
         return len(self.findings) == before
 

@@ -16,6 +16,13 @@ from hdovd.cache.store import REPAIR, Folder
 from hdovd.core.errors import HdovdError
 
 
+def _no_use(store: Store, *_: Any) -> Any:
+    raise NotImplementedError(f"{store} is read by name alone")
+
+
+_READS_BY_NAME_ALONE: Any = _no_use
+
+
 class FolderStore(Store):
     """What Zarr asks of a store, answered by `Folder`."""
 
@@ -49,11 +56,7 @@ class FolderStore(Store):
     async def exists(self, key: str) -> bool:
         return await asyncio.to_thread(self._folder.exists, self._name(key))
 
-    def _no_such(self, *_: Any) -> Any:
-        """What reading by name has no use for."""
-        raise NotImplementedError(f"{self} is read by name alone")
-
-    set = delete = list = list_prefix = list_dir = _no_such
+    set = delete = list = list_prefix = list_dir = _READS_BY_NAME_ALONE
 
     def _name(self, key: str) -> str:
         return f"{self._prefix}/{key}".lstrip("/")

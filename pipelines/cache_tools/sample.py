@@ -61,7 +61,7 @@ def sample_set(sample: Sample, features: FeatureSet, findings: Sequence[Finding]
 
     What `findings` names already, and products that `sampled` has, are left out. Raises HdovdError if the CLIP is not the cache's.
     """
-    low = []
+    low: list[Finding] = []
     for level in (Level.IMAGE, Level.INSTANCE):
         if level not in features.levels or (level, features.levels[level]) in sampled:
             continue

@@ -63,7 +63,8 @@ def check(teacher: ClipTeacher) -> Callable[..., CheckReport]:
 
 
 @pytest.fixture
-def mended(check: Callable[..., CheckReport], extraction: Callable[..., ExtractConfig], teacher: ClipTeacher) -> Callable[..., list[Finding]]:
+def mended(check: Callable[..., CheckReport], extraction: Callable[..., ExtractConfig],
+           teacher: ClipTeacher) -> Callable[..., list[Finding]]:
     """Both steps, repair and then the same extraction; and what is wrong afterwards."""
 
     def run(cache: Path, *, log: Callable[[str], None] = _silent, sample: int = 0, **settings: Any) -> list[Finding]:
@@ -223,7 +224,8 @@ def test_a_sound_cache_has_no_findings(copied: Path, check: Callable[..., CheckR
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__.strip("_"))
 def test_damage_is_named_and_made_again_to_the_byte(copied: Path, parted: Path, damage: Callable[[Path], tuple[str, int | str | None]],
-                                                    mended: Callable[..., list[Finding]], unchanged: Callable[[Path, Path], list[str]]) -> None:
+                                                    mended: Callable[..., list[Finding]],
+                                                    unchanged: Callable[[Path, Path], list[str]]) -> None:
     name, part = damage(copied)
     before, lines = _times(copied), list[str]()
     assert mended(copied, log=lines.append) == []
