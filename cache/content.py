@@ -154,7 +154,7 @@ def _check_labels(product: Product, part: int) -> Iterator[Wrong]:
         yield from _wrong_rows(places["top_weight"], ~sound, "weights that add up to {}", weight, named, total)
 
 
-def _wrong_rows(array: str, wrong: np.ndarray, expected: str, values: np.ndarray, named: Callable[[np.ndarray], str],
+def _wrong_rows(array: str, wrong: np.ndarray | np.bool, expected: str, values: np.ndarray, named: Callable[[np.ndarray], str],
                 about: np.ndarray | None = None) -> Iterator[Wrong]:
     """One finding for all rows where `wrong` (n,) bool is True, with the value of the first; `expected` may name its row of `about`."""
     rows = np.flatnonzero(wrong)

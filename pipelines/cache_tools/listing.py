@@ -149,7 +149,7 @@ def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Seque
 def _product_lines(entry: Entry, entries: Sequence[Entry]) -> list[str]:
     product = entry.product
     if product is None:
-        return [f"{entry.level} {entry.key}: its metadata are damaged, hdovd cache verify --repair, and its extract-clip command, mend them"]
+        return [f"{entry.level} {entry.key}: its metadata are damaged: hdovd cache verify --repair, then its extract-clip command"]
     parts = f", {_count(product.parts, 'part')} of at most {product.part_rows:,d} rows" if product.parts else ", tables alone"
     values = {"state": entry.state + parts, "rows": f"{product.rows:,d}" + (f" of {product.dim} values" if product.dim else ""),
               "size": size(entry.size), "model": ", ".join(_model(entry, entries)),
