@@ -13,7 +13,7 @@ from hdovd.cache.identity import KeyInputs, differences, require_seal, sealed
 from hdovd.cache.open import open_folder
 from hdovd.cache.product import Product
 from hdovd.cache.schema import SCHEMA_VERSION, TAR_META, Level
-from hdovd.cache.store import Folder
+from hdovd.cache.store import Folder, naming_damage
 from hdovd.core.errors import HdovdError
 
 _GROUPS = {"zarr.json", *(f"{level}/zarr.json" for level in Level)}  # all that an empty cache consists of
@@ -73,14 +73,12 @@ class Catalog:
     def __init__(self, url: str | Path) -> None:
         self.folder = open_folder(url)
         try:
-            tree = json.loads(self.folder.read("zarr.json"))
-            version = tree["attributes"]["schema_version"]
-            if type(version) is not int:
-                raise TypeError("schema_version")
+            with naming_damage(f"{url}/zarr.json", f"{url} is no feature cache, or hdovd cache verify --repair mends it"):
+                version = json.loads(self.folder.read("zarr.json"))["attributes"]["schema_version"]
+                if type(version) is not int:
+                    raise ValueError("it does not say which cache schema it has")
         except FileNotFoundError:
             raise HdovdError(f"no feature cache at {url}: make one with hdovd extract-clip --cache {url}") from None
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise HdovdError(f"{url} is no feature cache: its zarr.json does not say which cache schema it has") from error
         if version != SCHEMA_VERSION:
             advice = ("it was made by a newer hdovd: update this one" if version > SCHEMA_VERSION
                       else "give another --cache and extract it again, there is no older reader")
@@ -108,24 +106,16 @@ class Catalog:
 
     def products(self, level: Level | None = None) -> list[Product]:
         """All products, finished or not."""
-        found = []
-        for name in self.folder.sizes(str(level) if level else ""):
-            parts = name.split("/")
-            if len(parts) == 3 and parts[2] == "zarr.json" and parts[0] in set(Level):
-                found.append(Product(self.folder, Level(parts[0]), parts[1]))
-        return found
+        names = [name.split("/") for name in self.folder.sizes(str(level) if level else "") if name.endswith("/zarr.json")]
+        return [Product(self.folder, Level(name[0]), name[1]) for name in names if len(name) == 3 and name[0] in set(Level)]
 
     def find(self, level: Level, key: str) -> Product | None:
         return Product(self.folder, level, key) if self.folder.exists(f"{level}/{key}/zarr.json") else None
 
     def nearest(self, level: Level, inputs: KeyInputs) -> tuple[Product | None, list[str]]:
         """The product of a level whose inputs differ least from `inputs`, and the differences in words."""
-        best: tuple[Product | None, list[str]] = None, []
-        for product in self.products(level):
-            lines = differences(inputs, product.attributes["key_inputs"])
-            if best[0] is None or len(lines) < len(best[1]):
-                best = product, lines
-        return best
+        found = [(product, differences(inputs, product.attributes["key_inputs"])) for product in self.products(level)]
+        return min(found, key=lambda entry: len(entry[1]), default=(None, []))
 
     def sets(self) -> dict[str, FeatureSet]:
         return {name.removeprefix("sets/").removesuffix(".json"): read_set(self.folder, name) for name in self.folder.sizes("sets")}
@@ -143,14 +133,7 @@ class Catalog:
 
     def runs(self) -> list[RunRecord]:
         names = list(self.folder.sizes("runs"))
-        records = []
-        for name, text in zip(names, self.folder.read_many(names), strict=True):
-            try:
-                records.append(parse_run(text))
-            except ValueError as error:
-                raise HdovdError(f"{self.folder.url}/{name} is damaged ({error!r}): delete it; the cache then knows nothing of that "
-                                 "run") from error
-        return records
+        return [read_run(self.folder.url, name, text) for name, text in zip(names, self.folder.read_many(names), strict=True)]
 
     def record_run(self, run: RunRecord) -> None:
         self.folder.write(run.file, json.dumps(sealed({"path": run.path, "levels": run.levels}), indent=1).encode())
@@ -176,14 +159,15 @@ def group_objects() -> dict[str, bytes]:
     return {name: data.to_bytes() for name, data in objects.items()}
 
 
-def parse_run(text: bytes) -> RunRecord:
-    """Raises ValueError if it is none."""
-    try:
+def read_run(url: str, name: str, text: bytes) -> RunRecord:
+    """The run of the object `name`, with text `text`. Raises HdovdError if it is damaged."""
+    with naming_damage(f"{url}/{name}", "delete it; the cache then knows nothing of that run"):
         tree = json.loads(text)
         require_seal(tree)
-        return RunRecord(str(tree["path"]), _levels(tree))
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(repr(error)) from error
+        run = RunRecord(str(tree["path"]), _levels(tree))
+        if run.file != name:
+            raise ValueError(f"it is the record of {run.path}, whose name is {run.file}")
+    return run
 
 
 def _levels(tree: dict[str, Any]) -> dict[Level, str]:
@@ -201,13 +185,10 @@ def is_set_name(name: object) -> bool:
 
 def read_set(folder: Folder, name: str) -> FeatureSet:
     """The set of the file `name`. Raises HdovdError if it is damaged."""
-    try:
+    with naming_damage(f"{folder.url}/{name}", "hdovd cache verify --repair, then its hdovd extract-clip command, write it again"):
         tree = json.loads(folder.read(name))
         require_seal(tree)
         return FeatureSet.from_tree(tree)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise HdovdError(f"{folder.url}/{name} is damaged ({error!r}): hdovd cache verify --repair, with the options of its "
-                         "extract-clip command, writes it again") from error
 
 
 def is_tar_form(url: str | Path) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from hdovd.cache.identity import differences, key_of, table_inputs
 from hdovd.cache.product import Product
 from hdovd.cache.rows import open_rows
-from hdovd.cache.schema import CHUNK_ROWS, STORED_NORM_TOLERANCE, TABLE_ARRAYS, Level, Source, row_arrays
+from hdovd.cache.schema import CHUNK_ROWS, STORED_NORM_TOLERANCE, TABLE_ARRAYS, TABLES, Level, Source, row_arrays
 from hdovd.core.errors import shorten
 
 COSINE_TOLERANCE = 0.01
@@ -30,32 +31,22 @@ class Wrong:
 
 def check_attributes(product: Product) -> list[Wrong]:
     """Whether a product's attributes say what its place and its key inputs say."""
-    attributes, inputs = product.attributes, product.attributes.get("key_inputs", {})
+    attributes, inputs = product.attributes, product.attributes["key_inputs"]
     if key_of(inputs) != product.key:
         return [Wrong("zarr.json", f"key inputs that give the key {product.key}", key_of(inputs))]
     wanted: dict[str, Any] = {"level": str(product.level), "key": product.key}
     if isinstance(inputs.get("names"), list):
         wanted |= {"names": inputs["names"], "rows": len(inputs["names"])}
-    wrong = [Wrong("zarr.json", f"{name} {str(value)[:60]}", f"{str(attributes.get(name))[:60]}")
-             for name, value in wanted.items() if attributes.get(name) != value]
-    if not (isinstance(product.rows, int) and product.rows >= 0 and isinstance(product.part_rows, int) and product.part_rows >= 1
-            and isinstance(attributes.get("dim"), int)):
-        found = ", ".join(f"{name} {attributes.get(name)!r}" for name in ("rows", "part_rows", "dim"))
-        wrong.append(Wrong("zarr.json", "whole numbers", found))
-    return wrong
+    return [Wrong("zarr.json", f"{name} {str(value)[:60]}", f"{str(attributes.get(name))[:60]}")
+            for name, value in wanted.items() if attributes.get(name) != value]
 
 
 # --- tables ---
 
 def check_tables(product: Product) -> list[Wrong]:
     """The tables of a product against each other, and against its key inputs. Raises what Zarr raises for what it cannot read."""
-    wrong = []
-    for name, (dtype, wide) in row_arrays(product.level, product.dim).items():
-        array, shape = product.array(name), (product.rows, *([product.dim] if wide else []))
-        if array.shape != shape or array.dtype != dtype:
-            wrong.append(Wrong(f"{name}/zarr.json", f"{dtype} {shape}", f"{array.dtype} {array.shape}"))
     tables = {name: product.table(name) for name in TABLE_ARRAYS[product.level]}
-    wrong += _check_shapes(product, tables)
+    wrong = [*_check_shapes(product, tables)]
     if wrong or not tables:
         return wrong
     if "offset" in tables:
@@ -66,20 +57,22 @@ def check_tables(product: Product) -> list[Wrong]:
     if not wrong:
         found = table_inputs(product.level, tables)
         wanted = {name: product.key_inputs[name] for name in found}
-        wrong += [Wrong("zarr.json", "tables that give the key inputs", line)
+        wrong += [Wrong(f"parts/{TABLES}.json", "tables that give the key inputs", line)
                   for line in differences(wanted, found, sides=("the key inputs say", "the tables give"))]
     return wrong
 
 
 def _check_shapes(product: Product, tables: Mapping[str, np.ndarray]) -> Iterator[Wrong]:
-    images = len(tables["image_id"]) if "image_id" in tables else 0
-    wanted = {"image_id": (images,), "image_hash": (images,), "image_size": (images, 2), "offset": (images + 1,), "box": (product.rows, 4)}
-    if product.level is Level.IMAGE:
-        wanted["image_id"] = (product.rows,)
-    for name, values in tables.items():
-        shape, dtype = wanted.get(name, (product.rows,)), TABLE_ARRAYS[product.level][name]
-        if values.shape != shape or values.dtype != dtype:
-            yield Wrong(f"{name}/zarr.json", f"{dtype} {shape}", f"{values.dtype} {values.shape}")
+    rows, images = product.rows, len(tables.get("image_id", ()))
+    shapes = {"image_id": (rows if product.level is Level.IMAGE else images,), "image_hash": (images,), "image_size": (images, 2),
+              "offset": (images + 1,), "box": (rows, 4)}
+    wanted = {name: (dtype, shapes.get(name, (rows,))) for name, dtype in TABLE_ARRAYS[product.level].items()}
+    wanted |= {name: (dtype, (rows, product.dim) if wide else (rows,))
+               for name, (dtype, wide) in row_arrays(product.level, product.dim).items()}
+    for name, expected in wanted.items():
+        array = tables[name] if name in tables else product.array(name)
+        if (str(array.dtype), array.shape) != expected:
+            yield Wrong(f"{name}/zarr.json", "{} {}".format(*expected), f"{array.dtype} {array.shape}")
 
 
 def _check_offset(offset: np.ndarray, rows: int) -> Iterator[Wrong]:
@@ -98,43 +91,29 @@ def _check_images(tables: Mapping[str, np.ndarray]) -> Iterator[Wrong]:
 
 
 def _check_boxes(tables: Mapping[str, np.ndarray]) -> Iterator[Wrong]:
-    box, counts = tables["box"], np.diff(tables["offset"])
-
-    def named(rows: np.ndarray) -> str:
-        return name_rows(rows, tables["image_id"], tables["offset"])
-
-    if len(rows := np.flatnonzero(~np.isfinite(box).all(axis=1))):
-        yield Wrong("box", "finite numbers", f"{box[rows[0]].tolist()}", named(rows))
-    if len(rows := np.flatnonzero((box[:, 2:] <= box[:, :2]).any(axis=1))):
-        yield Wrong("box", "boxes with an area, xyxy", f"{box[rows[0]].tolist()}", named(rows))
+    box, named = tables["box"], partial(name_rows, image_id=tables["image_id"], offset=tables["offset"])
+    yield from _wrong_rows("box", ~np.isfinite(box).all(axis=1), "finite numbers", box, named)
+    yield from _wrong_rows("box", (box[:, 2:] <= box[:, :2]).any(axis=1), "boxes with an area, xyxy", box, named)
     if "image_size" in tables:
-        size = np.repeat(tables["image_size"], counts, axis=0)
-        if len(rows := np.flatnonzero((box[:, :2] < 0).any(axis=1) | (box[:, 2:] > size).any(axis=1))):
-            width, height = size[rows[0]]
-            yield Wrong("box", f"boxes inside the image of {width}x{height}", f"{box[rows[0]].tolist()}", named(rows))
-    if "source" not in tables:
-        return
-    source, annotation_id, score = tables["source"], tables["annotation_id"], tables["score"]
-    if len(rows := np.flatnonzero(~np.isin(source, list(Source)))):
-        yield Wrong("source", "0 (base box) or 1 (proposal)", f"{source[rows[0]]}", named(rows))
-    if len(rows := np.flatnonzero((annotation_id == -1) != (source == Source.PROPOSAL))):
-        yield Wrong("annotation_id", "-1 for proposals and for nothing else", f"{annotation_id[rows[0]]}", named(rows))
-    if len(rows := np.flatnonzero(~np.isfinite(score))):
-        yield Wrong("score", "finite numbers", f"{score[rows[0]]}", named(rows))
+        size = np.repeat(tables["image_size"], np.diff(tables["offset"]), axis=0)
+        outside = (box[:, :2] < 0).any(axis=1) | (box[:, 2:] > size).any(axis=1)
+        yield from _wrong_rows("box", outside, "boxes inside the image of {0[0]}x{0[1]}", box, named, size)
+    if "source" in tables:
+        source, score, annotation_id = tables["source"], tables["score"], tables["annotation_id"]
+        yield from _wrong_rows("source", ~np.isin(source, list(Source)), "0 (base box) or 1 (proposal)", source, named)
+        mixed = (annotation_id == -1) != (source == Source.PROPOSAL)
+        yield from _wrong_rows("annotation_id", mixed, "-1 for proposals and for nothing else", annotation_id, named)
+        yield from _wrong_rows("score", ~np.isfinite(score), "finite numbers", score, named)
 
 
 # --- rows ---
 
 def check_rows(product: Product, part: int, failed: set[int]) -> Iterator[Wrong]:
     """The rows of one part; `failed`: the images that it says could not be read."""
-    if failed:
-        strangers = failed - set(product.table("image_id").tolist() if "image_id" in TABLE_ARRAYS[product.level] else ())
-        if strangers:
-            yield Wrong(f"parts/{part:06d}.json", "failed images that the product has", f"image {shorten([*sorted(strangers)])}")
-    if product.level is Level.PSEUDO_LABEL:
-        yield from _check_labels(product, part)
-    else:
-        yield from _check_embeddings(product, part, failed)
+    strangers = failed - set(product.table("image_id").tolist() if failed and "image_id" in TABLE_ARRAYS[product.level] else ())
+    if strangers:
+        yield Wrong(f"parts/{part:06d}.json", "failed images that the product has", f"image {shorten([*sorted(strangers)])}")
+    yield from _check_labels(product, part) if product.level is Level.PSEUDO_LABEL else _check_embeddings(product, part, failed)
 
 
 def _check_embeddings(product: Product, part: int, failed: set[int]) -> Iterator[Wrong]:
@@ -143,63 +122,57 @@ def _check_embeddings(product: Product, part: int, failed: set[int]) -> Iterator
     for first in range(start, stop, CHUNK_ROWS):
         last = min(first + CHUNK_ROWS, stop)
         norms[first - start : last - start] = np.linalg.norm(rows.read(first, last).astype(np.float32), axis=1)
-    place = next(iter(product.row_objects(part).values()))
-    if len(wrong := np.flatnonzero(~np.isfinite(norms))):
-        yield Wrong(place, "finite numbers", "NaN or infinity", _named(product, start + wrong))
-    if len(wrong := np.flatnonzero(np.isfinite(norms) & (norms != 0) & (abs(norms - 1) > STORED_NORM_TOLERANCE))):
-        yield Wrong(place, "rows of norm 1", f"{norms[wrong[0]]:.4g}", _named(product, start + wrong))
-    zero = start + np.flatnonzero(norms == 0)
-    if len(zero) and failed:
-        zero = zero[~np.isin(_images_of(product, zero), list(failed))]
-    if len(zero):
-        yield Wrong(place, "zeros only for images that could not be read", "zeros", _named(product, zero))
+    place, named = product.row_objects(part)["embedding"], partial(_named, product, start)
+    finite: np.ndarray = np.isfinite(norms)
+    zero: np.ndarray = norms == 0
+    yield from _wrong_rows(place, ~finite, "finite numbers", np.full(len(norms), "NaN or infinity"), named)
+    yield from _wrong_rows(place, finite & ~zero & (abs(norms - 1) > STORED_NORM_TOLERANCE), "rows of norm 1", norms, named)
+    if failed and zero.any():
+        image_id, row = product.table("image_id"), np.arange(start, stop)
+        image = row if product.level is Level.IMAGE else np.searchsorted(product.table("offset"), row, "right") - 1
+        zero = np.logical_and(zero, np.isin(image_id[image], list(failed), invert=True))
+    yield from _wrong_rows(place, zero, "zeros only for images that could not be read", np.full(len(norms), "zeros"), named)
 
 
 def _check_labels(product: Product, part: int) -> Iterator[Wrong]:
     start, stop = product.rows_of(part)
-    places = product.row_objects(part)
-    noun, cosine = (open_rows(product, name, parts={part}).read(start, stop) for name in ("noun", "noun_cosine"))
+    places, named = product.row_objects(part), partial(_named, product, start)
+    values = {name: open_rows(product, name, parts={part}).read(start, stop) for name in places}
+    noun, cosine = values["noun"], values["noun_cosine"]
     key = str(product.key_inputs["noun"])
     nouns = Product(product.folder, Level.NOUN, key).rows if product.folder.exists(f"{Level.NOUN}/{key}/zarr.json") else None
-    if len(wrong := np.flatnonzero((noun < -1) | (noun >= (np.inf if nouns is None else nouns)))):
-        last = "the last noun" if nouns is None else str(nouns - 1)
-        yield Wrong(places["noun"], f"-1 to {last}", f"{noun[wrong[0]]}", _named(product, start + wrong))
-    if len(wrong := np.flatnonzero(~(abs(cosine) <= 1 + COSINE_TOLERANCE) | ((noun == -1) & (cosine != 0)))):
-        yield Wrong(places["noun_cosine"], "cosines, and 0 where there is no noun", f"{cosine[wrong[0]]}", _named(product, start + wrong))
-    if product.dim:
-        yield from _check_top(product, part, noun, nouns)
+    most = np.inf if nouns is None else nouns
+    last = "the last noun" if nouns is None else str(nouns - 1)
+    yield from _wrong_rows(places["noun"], (noun < -1) | (noun >= most), f"-1 to {last}", noun, named)
+    wrong = ~(abs(cosine) <= 1 + COSINE_TOLERANCE) | ((noun == -1) & (cosine != 0))
+    yield from _wrong_rows(places["noun_cosine"], wrong, "cosines, and 0 where there is no noun", cosine, named)
+    if product.dim:  # labels of several nouns: the winner first, weights that add up to 1, nothing where there is no noun
+        top, weight, total = values["top_noun"], values["top_weight"], np.where(noun == -1, 0, 1)
+        bad = ((top < -1) | (top >= most)).any(axis=1) | (top[:, 0] != noun)
+        yield from _wrong_rows(places["top_noun"], bad, "nouns, {} first", top, named, noun)
+        sound = (abs(weight.sum(axis=1) - total) <= COSINE_TOLERANCE) & ((weight >= 0) & ((top >= 0) | (weight == 0))).all(axis=1)
+        yield from _wrong_rows(places["top_weight"], ~sound, "weights that add up to {}", weight, named, total)
 
 
-def _check_top(product: Product, part: int, noun: np.ndarray, nouns: int | None) -> Iterator[Wrong]:
-    """Labels of several nouns: the winner first, weights that add up to 1, nothing where there is no noun."""
-    start, stop = product.rows_of(part)
-    places = product.row_objects(part)
-    top, weight = (open_rows(product, name, parts={part}).read(start, stop) for name in ("top_noun", "top_weight"))
-    bad = ((top < -1) | (top >= (np.inf if nouns is None else nouns))).any(axis=1) | (top[:, 0] != noun)
-    if len(wrong := np.flatnonzero(bad)):
-        yield Wrong(places["top_noun"], f"nouns, {noun[wrong[0]]} first", f"{top[wrong[0]].tolist()}", _named(product, start + wrong))
-    total = np.where(noun == -1, 0, 1)
-    sound = (abs(weight.sum(axis=1) - total) <= COSINE_TOLERANCE) & ((weight >= 0) & ((top >= 0) | (weight == 0))).all(axis=1)
-    if len(wrong := np.flatnonzero(~sound)):
-        yield Wrong(places["top_weight"], f"weights that add up to {total[wrong[0]]}", f"{weight[wrong[0]].tolist()}",
-                    _named(product, start + wrong))
+def _wrong_rows(array: str, wrong: np.ndarray | np.bool, expected: str, values: np.ndarray, named: Callable[[np.ndarray], str],
+                about: np.ndarray | None = None) -> Iterator[Wrong]:
+    """One finding for all rows where `wrong` (n,) bool is True, with the value of the first; `expected` may name its row of `about`."""
+    rows = np.flatnonzero(wrong)
+    if len(rows):
+        value = values[rows[0]]
+        found = f"{value:.4g}" if values.dtype.kind == "f" and values.ndim == 1 else str(value.tolist())
+        yield Wrong(array, expected if about is None else expected.format(about[rows[0]]), found, named(rows))
 
 
-def _images_of(product: Product, rows: np.ndarray) -> np.ndarray:
-    """(n,) image ids of rows of the image or the instance level."""
-    image_id = product.table("image_id")
-    found: np.ndarray = image_id[rows if product.level is Level.IMAGE else np.searchsorted(product.table("offset"), rows, "right") - 1]
-    return found
-
-
-def _named(product: Product, rows: np.ndarray) -> str:
+def _named(product: Product, start: int, rows: np.ndarray) -> str:
+    """Rows of a part that begins at `start`, and what they are of, in words."""
+    rows = rows + start
     if product.names:
         return f"{_ranges(rows)} ({shorten([product.names[row] for row in rows])})"
-    if product.level is Level.IMAGE:
-        return f"{_ranges(rows)} (image {shorten(product.table('image_id')[rows].tolist())})"
-    if "offset" not in TABLE_ARRAYS[product.level]:
+    if product.level is Level.PSEUDO_LABEL:
         return _ranges(rows)
-    return name_rows(rows, product.table("image_id"), product.table("offset"))
+    image_id = product.table("image_id")
+    return name_rows(rows, image_id, np.arange(len(image_id) + 1) if product.level is Level.IMAGE else product.table("offset"))
 
 
 def name_rows(rows: np.ndarray, image_id: np.ndarray, offset: np.ndarray) -> str:

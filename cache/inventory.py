@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hdovd.cache.catalog import Catalog, FeatureSet, RunRecord
+from hdovd.cache.catalog import Catalog, RunRecord
 from hdovd.cache.local import CLAIMS
 from hdovd.cache.locks import PARTIAL, is_stale, lock, unlock
 from hdovd.cache.product import Product
@@ -52,14 +52,15 @@ def inventory(folder: Folder, users: dict[tuple[Level, str], list[str]]) -> list
         records = [name for name in listed if name.startswith(f"{level}/{key}/parts/")]
         numbers = {int(name[-11:-5]) for name in records if name[-11:-5].isdigit()}
         try:
-            product = Product(folder, level, key)
-            done = len(numbers & set(range(product.parts)))
-            whole = product.record_name(TABLES) in records and done == product.parts
-            began = product.modified()
+            product: Product | None = Product(folder, level, key)
         except HdovdError:
-            product, done, whole, began = None, len(numbers), False, folder.modified(next(iter(listed)))
+            product = None
+        done = numbers if product is None else numbers & set(range(product.parts))
+        whole = product is not None and product.record_name(TABLES) in records and len(done) == product.parts
+        began = folder.modified(next(iter(listed))) if product is None else product.modified()
         touched = max([began, *(folder.modified(name) for name in records[-2:])])
-        entries.append(Entry(level, key, product, sum(listed.values()), done, whole, began, touched, tuple(users.get((level, key), ()))))
+        its_users = tuple(users.get((level, key), ()))
+        entries.append(Entry(level, key, product, sum(listed.values()), len(done), whole, began, touched, its_users))
     return sorted(entries, key=lambda e: (list(Level).index(e.level), e.began))
 
 
@@ -85,18 +86,15 @@ class Garbage:
 
 def find_garbage(catalog: Catalog, without_set: str | None = None) -> Garbage:
     """What could be deleted, as if the set `without_set` were not there. Raises HdovdError if it is not, or if a set or run is damaged."""
-    sets, runs = catalog.sets(), catalog.runs()
+    sets = catalog.sets()
     if without_set is not None and without_set not in sets:
         raise HdovdError(f"{catalog.folder.url} has no set {without_set}; it has {', '.join(sets) or 'none'}")
-    keep: dict[tuple[Level, str], list[str]] = {}
-    owners: list[FeatureSet | RunRecord] = [features for name, features in sets.items() if name != without_set]
-    for owner in owners + [run for run in runs if run.is_there]:
-        for product in owner.levels.items():
-            keep[product] = ["used"]
-    unused = [entry for entry in inventory(catalog.folder, keep) if not entry.users]
-    unfinished = of_unfinished_extractions(unused)
-    gone = [run for run in runs if not run.is_there]
-    return Garbage([e for e in unused if e not in unfinished], unfinished, _partial(catalog.folder), gone)
+    users = {product: [user for user in of if user != f"set {without_set}"] for product, of in catalog.users().items()}
+    unused = [entry for entry in inventory(catalog.folder, users) if not entry.users]
+    unfinished, root = of_unfinished_extractions(unused), catalog.folder.path("")
+    files = sorted(root.rglob(f"{PARTIAL}*")) if root is not None else []
+    partial = {file.relative_to(root).as_posix(): file.stat().st_size for file in files if root is not None and is_stale(file)}
+    return Garbage([e for e in unused if e not in unfinished], unfinished, partial, [run for run in catalog.runs() if not run.is_there])
 
 
 def delete_garbage(catalog: Catalog, garbage: Garbage, *, unfinished: bool, without_set: str | None = None) -> tuple[int, list[Entry]]:
@@ -135,17 +133,9 @@ def _together(a: Entry, b: Entry) -> bool:
     if a.product is None or b.product is None or a.level is b.level:
         return False
     one, other = a.product.attributes["key_inputs"], b.product.attributes["key_inputs"]
-    if one.get(b.level) == b.key or other.get(a.level) == a.key:  # pseudo labels name the products that they were made from
-        return True
-    shared = [name for name in TOGETHER if name in one and name in other]
-    return bool(shared) and all(one[name] == other[name] for name in shared)
-
-
-def _partial(folder: Folder) -> dict[str, int]:
-    root = folder.path("")
-    if root is None:
-        return {}
-    return {path.relative_to(root).as_posix(): path.stat().st_size for path in sorted(root.rglob(f"{PARTIAL}*")) if is_stale(path)}
+    same = [one[name] == other[name] for name in TOGETHER if name in one and name in other]
+    named = one.get(b.level) == b.key or other.get(a.level) == a.key  # pseudo labels name the products that they were made from
+    return named or (bool(same) and all(same))
 
 
 def _claimed(folder: Folder) -> set[str]:

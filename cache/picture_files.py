@@ -10,15 +10,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from hdovd.cache.product import Product
-from hdovd.core.errors import HdovdError
+from hdovd.cache.store import naming_damage
 
 LATER = "later"
 # `label` and `annotated`: `image_hash` and size (width, height) of the image in the product's tables. `content`: sha256 of the file, 32 hex
@@ -58,12 +56,9 @@ def known_files(product: Product) -> np.ndarray:
     names = sorted(product.folder.sizes(f"{product.prefix}/pictures"), reverse=True)
     found = [np.zeros(0, FILE)]
     for name, data in zip(names, product.folder.read_many(names), strict=True):
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as file:
-                found.append(file["files"].astype(FILE))
-        except (ValueError, KeyError, TypeError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise HdovdError(f"{product.folder.url}/{name} is damaged ({error!r}): delete it; the cache then does not know of the pictures "
-                             "of that part whether they have changed") from error
+        with (naming_damage(f"{product.folder.url}/{name}", "delete it; whether pictures of that part changed is not known then"),
+              np.load(io.BytesIO(data), allow_pickle=False) as file):
+            found.append(file["files"].astype(FILE))
     return np.concatenate(found)
 
 

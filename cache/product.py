@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.schema import PART_ROWS, ROW_ARRAYS, TABLE_ARRAYS, TABLES, Level, row_arrays
-from hdovd.cache.store import Folder
+from hdovd.cache.store import REPAIR, Folder, naming_damage
 from hdovd.core.errors import HdovdError
 
 if TYPE_CHECKING:
@@ -28,15 +28,13 @@ class Product:
         self.folder, self.level, self.key = folder, level, key
         self.prefix = f"{level}/{key}"
         try:
-            self.attributes: dict[str, Any] = json.loads(folder.read(f"{self.prefix}/zarr.json"))["attributes"]
-            require_sizes(self.attributes)
-            self.rows: int = self.attributes["rows"]
-            self.part_rows: int = self.attributes["part_rows"]
+            with naming_damage(f"{folder.url}/{self.prefix}/zarr.json"):
+                self.attributes: dict[str, Any] = json.loads(folder.read(f"{self.prefix}/zarr.json"))["attributes"]
+                require_sizes(self.attributes)
         except FileNotFoundError:
             raise HdovdError(f"{folder.url} has no {level} product {key}; hdovd cache ls lists what is there") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise HdovdError(f"{folder.url}/{self.prefix}/zarr.json is damaged ({error!r}); "
-                             "hdovd cache verify --repair mends it") from error
+        self.rows: int = self.attributes["rows"]
+        self.part_rows: int = self.attributes["part_rows"]
 
     def __str__(self) -> str:
         return f"{self.level} {self.key}"
@@ -73,12 +71,16 @@ class Product:
         return {name: f"{name}/c/{part}" + ("/0" if wide else "") for name, (_, wide) in row_arrays(self.level, self.dim).items()}
 
     def record_name(self, part: int | str) -> str:
-        return f"{self.prefix}/parts/{part if isinstance(part, str) else f'{part:06d}'}.json"
+        return record_name(self.prefix, part)
+
+    def recorded(self) -> dict[str, int | str]:
+        """Finished parts, by number or TABLES, by the object that records them."""
+        names = {name: name.rsplit("/", 1)[1].removesuffix(".json") for name in self.folder.sizes(f"{self.prefix}/parts")}
+        return {name: int(part) if part.isdigit() else part for name, part in names.items()}
 
     def finished(self) -> set[int]:
         """The parts that are done."""
-        names = [name.rsplit("/", 1)[1].removesuffix(".json") for name in self.folder.sizes(f"{self.prefix}/parts")]
-        return {int(name) for name in names if name.isdigit()}
+        return {part for part in self.recorded().values() if isinstance(part, int)}
 
     def is_finished(self, part: int | str) -> bool:
         return self.folder.exists(self.record_name(part))
@@ -92,29 +94,25 @@ class Product:
 
     def records(self) -> dict[int | str, dict[str, Any]]:
         """Of every finished part, its record (see `parse_record`). Raises HdovdError if one is not readable."""
-        names = list(self.folder.sizes(f"{self.prefix}/parts"))
-        records: dict[int | str, dict[str, Any]] = {}
-        for name, text in zip(names, self.folder.read_many(names), strict=True):
-            part = name.rsplit("/", 1)[1].removesuffix(".json")
-            try:
-                records[int(part) if part.isdigit() else part] = parse_record(text)
-            except ValueError as error:
-                raise HdovdError(f"{self.folder.url}/{name} is damaged; hdovd cache verify --repair mends it") from error
+        recorded, records = self.recorded(), {}
+        for name, text in zip(recorded, self.folder.read_many([*recorded]), strict=True):
+            with naming_damage(f"{self.folder.url}/{name}"):
+                records[recorded[name]] = parse_record(text)
         return records
 
     def require_sound(self, part: int | str, names: Collection[str] | None = None) -> None:
         """Raises HdovdError unless objects of a finished part, all or those of `names`, have the bytes that were recorded when they were
         written."""
+        name = self.record_name(part)
         try:
-            objects = parse_record(self.folder.read(self.record_name(part)))["objects"]
-            wrong = [name for name in (objects if names is None else names)
-                     if name not in objects or self.folder.sha256(f"{self.prefix}/{name}") != objects[name]["sha256"]]
-        except (ValueError, FileNotFoundError) as error:
-            raise HdovdError(f"{self.folder.url}: part {part} of {self} is gone or damaged ({error}); hdovd cache verify --repair "
-                             "makes it again") from error
-        if wrong:
-            raise HdovdError(f"{self.folder.url}/{self.prefix}/{wrong[0]} is damaged, it is not what was written there; "
-                             "hdovd cache verify --repair makes it again")
+            with naming_damage(f"{self.folder.url}/{name}"):
+                objects = parse_record(self.folder.read(name))["objects"]
+            for name in objects if names is None else names:
+                with naming_damage(f"{self.folder.url}/{self.prefix}/{name}"):
+                    if self.folder.sha256(f"{self.prefix}/{name}") != objects[name]["sha256"]:
+                        raise ValueError("it is not what was written there")
+        except FileNotFoundError as error:
+            raise HdovdError(f"{self.folder.url}: part {part} of {self} is gone ({error}): {REPAIR}") from error
 
     def failed(self) -> dict[int, str]:
         """Images that could not be read, with the reason: their rows are zeros."""
@@ -136,32 +134,25 @@ class Product:
         """Raises HdovdError if its metadata are not there or not readable."""
         import zarr
 
-        try:
+        with naming_damage(f"{self.folder.url}/{self.prefix}/{name}/zarr.json"):
             array = self._group[name]
             if not isinstance(array, zarr.Array):
                 raise ValueError("no array")
             rows, *rest = array.shards or array.chunks
             if not 0 < rows <= max(self.part_rows, PART_ROWS) or array.ndim > 2 or (rest and not 0 < rest[0] <= max(1, array.shape[1])):
                 raise ValueError(f"parts of {(rows, *rest)} values of {array.shape}")
-        except HdovdError:
-            raise
-        except Exception as error:  # Zarr has many, for numbers and names that cannot be
-            raise HdovdError(f"{self.folder.url}/{self.prefix}/{name}/zarr.json is missing or damaged ({error!r}); "
-                             "hdovd cache verify --repair mends it") from error
         return array
 
     def table(self, name: str) -> np.ndarray:
         """A table, or a row array, whole. Raises HdovdError if it is not there, damaged, or not what was written."""
         listed, array = self.folder.sizes(f"{self.prefix}/{name}"), self.array(name)
-        if array.nbytes > MOST_PACKED * sum(listed.values()):
-            raise HdovdError(f"{self.folder.url}/{self.prefix}/{name} is damaged: expected {array.shape} values, of which "
-                             f"{sum(listed.values())} bytes are there; hdovd cache verify --repair makes it again")
-        if name in TABLE_ARRAYS[self.level]:
-            self.require_sound(TABLES, [path.removeprefix(f"{self.prefix}/") for path in listed])
-        else:
-            self.require_sound(TABLES, [f"{name}/zarr.json"])
-            for part in range(self.parts):
-                self.require_sound(part, [self.row_objects(part)[name]])
+        with naming_damage(f"{self.folder.url}/{self.prefix}/{name}"):
+            if array.nbytes > MOST_PACKED * sum(listed.values()):
+                raise ValueError(f"expected {array.shape} values, of which {sum(listed.values())} bytes are there")
+        is_table = name in TABLE_ARRAYS[self.level]
+        self.require_sound(TABLES, [path.removeprefix(f"{self.prefix}/") for path in listed] if is_table else [f"{name}/zarr.json"])
+        for part in range(0 if is_table else self.parts):
+            self.require_sound(part, [self.row_objects(part)[name]])
         return decoded(array, slice(None))
 
     def bytes(self) -> int:
@@ -170,6 +161,11 @@ class Product:
     def modified(self) -> float:
         """When it was begun, seconds since the epoch."""
         return self.folder.modified(f"{self.prefix}/zarr.json")
+
+
+def record_name(prefix: str, part: int | str) -> str:
+    """The object that says that a part, by number or TABLES, of the product `prefix` is done."""
+    return f"{prefix}/parts/{part if isinstance(part, str) else f'{part:06d}'}.json"
 
 
 def require_sizes(attributes: dict[str, Any]) -> None:
@@ -188,14 +184,11 @@ def require_sizes(attributes: dict[str, Any]) -> None:
 
 
 def parse_record(text: bytes) -> dict[str, Any]:
-    """The record of a part: `objects`, "bytes" and "sha256" by name, and `failed`, reason by image id. Raises ValueError if it is none."""
-    try:
-        record: dict[str, Any] = json.loads(text)
-        sound = all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in record["objects"].values())
-        sound = sound and all(int(image) is not None and isinstance(reason, str) for image, reason in record["failed"].items())
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(repr(error)) from error
-    if not sound:
+    """The record of a part: `objects`, "bytes" and "sha256" by name, and `failed`, reason by image id. Raises ValueError, KeyError,
+    TypeError or AttributeError if it is none."""
+    record: dict[str, Any] = json.loads(text)
+    sound = all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in record["objects"].values())
+    if not sound or not all(int(image) is not None and isinstance(reason, str) for image, reason in record["failed"].items()):
         raise ValueError("an object without its size and checksum, or an image without its reason")
     return record
 
@@ -204,10 +197,5 @@ def decoded(array: zarr.Array[Any], rows: slice) -> np.ndarray:
     """Rows of an array, read by Zarr. Raises HdovdError if what is stored cannot be decoded."""
     import numpy as np
 
-    try:
+    with naming_damage(str(array.store_path)):
         return np.asarray(array[rows])
-    except HdovdError:
-        raise
-    except Exception as error:  # each codec has its own
-        raise HdovdError(f"{array.store_path} is damaged, Zarr cannot decode it ({type(error).__name__}: {error}); "
-                         "hdovd cache verify --repair makes it again") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,13 @@ class FeatureCache:
                 raise HdovdError(f"{url}: {product} is not whole, {len(product.missing())} of {product.parts} parts are missing: "
                                  "run the extract-clip command again, it goes on where it was")
             product.require_sound(TABLES, ["zarr.json"])
-        self._tables: dict[tuple[Level, str], np.ndarray] = {}
-        self._rows: dict[tuple[Level, str], Rows] = {}
-        self._row_of: dict[Level, dict[int, int]] = {}
+        self._table = cache(self._read_table)
+        self._row_array = cache(self._open_rows)
+        self._rows_by_image = cache(self._number_rows)
 
     def __reduce__(self) -> Any:
-        return _reopen, self._opened_from
+        url, features, mapped, checked = self._opened_from
+        return partial(FeatureCache, url, features, mapped=mapped, checked=checked), ()
 
     def levels(self) -> list[Level]:
         return [level for level in Level if level in self._products]
@@ -147,8 +148,8 @@ class FeatureCache:
 
     @cached_property
     def _failed(self) -> dict[int, str]:
-        return {image: reason for level in (Level.IMAGE, Level.INSTANCE) if level in self._products
-                for image, reason in self._products[level].failed().items()}
+        read = [self._products[level].failed() for level in (Level.IMAGE, Level.INSTANCE) if level in self._products]
+        return {image: reason for failed in read for image, reason in failed.items()}
 
     def counts(self, source: Source) -> dict[int, int]:
         """How many instance rows of a source each image has; no embedding is read."""
@@ -163,9 +164,7 @@ class FeatureCache:
     def instance_embeddings(self, image_id: int) -> np.ndarray:
         """(n, D) float16, the instance rows of one image."""
         row_of, offset, rows = self._instance_rows
-        row = row_of.get(image_id)
-        if row is None:
-            row = self._row(Level.INSTANCE, image_id)  # says what is wrong
+        row = row_of[image_id] if image_id in row_of else self._row(Level.INSTANCE, image_id)  # says what is wrong
         return rows.read(offset.item(row), offset.item(row + 1))
 
     @cached_property
@@ -185,12 +184,17 @@ class FeatureCache:
 
     def rows_between(self, start: int, stop: int) -> InstanceRows:
         """Instance rows by their number in the product, with what is known of their boxes."""
-        known = [self._table(Level.BOXES, name)[start:stop] for name in ("box", "source", "annotation_id", "score")]
+        embedding = self._row_array(Level.INSTANCE, "embedding").read(start, stop)
+        known = {name: self._table(level, name)[start:stop] for name, level in self._box_tables.items()}
+        return InstanceRows(embedding, **no_labels(len(embedding)) | known)
+
+    @cached_property
+    def _box_tables(self) -> dict[str, Level]:
+        """What is known of a box: names of tables, and the level of each."""
+        tables = dict.fromkeys(("box", "source", "annotation_id", "score"), Level.BOXES)
         if Level.PSEUDO_LABEL in self._products:
-            labels = {name: self._table(Level.PSEUDO_LABEL, name)[start:stop] for name in self._label_arrays()}
-        else:
-            labels = {}
-        return InstanceRows(self._row_array(Level.INSTANCE, "embedding").read(start, stop), *known, **no_labels(stop - start) | labels)
+            tables |= dict.fromkeys(row_arrays(Level.PSEUDO_LABEL, self._products[Level.PSEUDO_LABEL].dim), Level.PSEUDO_LABEL)
+        return tables
 
     def image_ids(self) -> np.ndarray:
         """(N,) int64, the images that have rows, in row order."""
@@ -200,20 +204,14 @@ class FeatureCache:
         """(M,) int64, the image of every instance row."""
         return np.repeat(self.image_ids(), np.diff(self._table(Level.BOXES, "offset")))
 
-    def _label_arrays(self) -> list[str]:
-        return list(row_arrays(Level.PSEUDO_LABEL, self._product(Level.PSEUDO_LABEL).dim))
-
     def hold(self, level: Level) -> None:
         """Read what is held in memory of the image or instance level now, so that worker processes forked later share it."""
         if level is Level.IMAGE:
             self._table(level, "embedding")
             self._rows_by_image(level)
             return
-        for name in ("offset", "box", "source", "annotation_id", "score"):
-            self._table(Level.BOXES, name)
-        if Level.PSEUDO_LABEL in self._products:
-            for name in self._label_arrays():
-                self._table(Level.PSEUDO_LABEL, name)
+        for name, its_level in {"offset": Level.BOXES, **self._box_tables}.items():
+            self._table(its_level, name)
         self._rows_by_image(Level.BOXES)
         self._row_array(Level.INSTANCE, "embedding")
 
@@ -223,25 +221,19 @@ class FeatureCache:
             raise HdovdError(f"{self.url}: level {level} has no rows of image {image_id}")
         return row
 
-    def _rows_by_image(self, level: Level) -> dict[int, int]:
-        if level not in self._row_of:
-            self._row_of[level] = {image: row for row, image in enumerate(self._table(level, "image_id").tolist())}
-        return self._row_of[level]
+    def _number_rows(self, level: Level) -> dict[int, int]:
+        return {image: row for row, image in enumerate(self._table(level, "image_id").tolist())}
 
     def _product(self, level: Level) -> Product:
         if level not in self._products:
             raise HdovdError(f"{self.url} has no {level} level; it has {', '.join(self.levels()) or 'none'}")
         return self._products[level]
 
-    def _table(self, level: Level, name: str) -> np.ndarray:
-        if (level, name) not in self._tables:
-            self._tables[level, name] = self._product(level).table(name)
-        return self._tables[level, name]
+    def _read_table(self, level: Level, name: str) -> np.ndarray:
+        return self._product(level).table(name)
 
-    def _row_array(self, level: Level, name: str) -> Rows:
-        if (level, name) not in self._rows:
-            self._rows[level, name] = open_rows(self._product(level), name, mapped=self._mapped, checked=self._checked)
-        return self._rows[level, name]
+    def _open_rows(self, level: Level, name: str) -> Rows:
+        return open_rows(self._product(level), name, mapped=self._mapped, checked=self._checked)
 
 
 def require_together(url: str, inputs: dict[Level, KeyInputs]) -> None:
@@ -259,10 +251,6 @@ def require_together(url: str, inputs: dict[Level, KeyInputs]) -> None:
             lines.append(f"pseudo_label and {level}: it was made from {labels[level]}, the set has {have}")
     if lines:
         raise HdovdError(f"{url}: these levels cannot be used together:\n  " + "\n  ".join(lines))
-
-
-def _reopen(url: str | Path, features: str, mapped: bool | None, checked: bool) -> FeatureCache:
-    return FeatureCache(url, features, mapped=mapped, checked=checked)
 
 
 def require_unit(rows: np.ndarray, what: str) -> None:

@@ -36,11 +36,8 @@ class RemoteFolder(Folder):
         self.url = url.rstrip("/")
         self._opened: tuple[int, Any, str] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["url"])  # type: ignore[misc]
+    def __reduce__(self) -> Any:
+        return RemoteFolder, (self.url,)
 
     @property
     def _fs(self) -> Any:

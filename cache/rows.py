@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import mmap
 import resource
-from collections import OrderedDict
 from collections.abc import Collection
+from functools import lru_cache, partial
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
 from hdovd.cache.product import Product, decoded
+from hdovd.cache.store import REPAIR, naming_damage
 from hdovd.core.errors import HdovdError
 
 LRU_BYTES = 128 * 2**20
@@ -93,7 +94,7 @@ class MappedRows:
 
     def __init__(self, product: Product, name: str, array: zarr.Array[Any], parts: Collection[int] | None = None, *,
                  checked: bool = False) -> None:
-        self._opened_from = product, name, parts, checked
+        self._opened_from: dict[str, Any] = {"product": product, "name": name, "parts": parts, "checked": checked}
         self._sound = _Sound(product, name, checked=checked)
         self._part_rows = product.part_rows
         wanted = range(product.parts) if parts is None else sorted(parts)
@@ -134,7 +135,7 @@ class MappedRows:
         file.madvise(mmap.MADV_WILLNEED, begin, last * rows.strides[0] - begin)
 
     def __reduce__(self) -> Any:
-        return _reopen, (*self._opened_from, True)
+        return partial(open_rows, mapped=True, **self._opened_from), ()
 
 
 class ZarrRows:
@@ -145,18 +146,18 @@ class ZarrRows:
 
     def __init__(self, product: Product, name: str, array: zarr.Array[Any], parts: Collection[int] | None = None, *,
                  checked: bool = False) -> None:
-        self._opened_from = product, name, parts, checked
+        self._opened_from: dict[str, Any] = {"product": product, "name": name, "parts": parts, "checked": checked}
         self._sound, self._part_rows = _Sound(product, name, checked=checked), product.part_rows
         self._array = array
         # Whole chunks of one part: the next part may be missing.
         self._chunk = array.chunks[0] * math.gcd(CHUNKS_AT_ONCE, product.part_rows // array.chunks[0])
         per_chunk = max(1, self._chunk * int(np.prod(array.shape[1:], dtype=int)) * array.dtype.itemsize)
         self._most = max(4, LRU_BYTES // per_chunk)
-        self._chunks: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._decoded = lru_cache(self._most)(self._decode)
         _check_objects(product, name, array, range(product.parts) if parts is None else parts)
 
     def __reduce__(self) -> Any:
-        return _reopen, (*self._opened_from, False)
+        return partial(open_rows, mapped=False, **self._opened_from), ()
 
     @property
     def reads_best_in_blocks(self) -> bool:
@@ -169,21 +170,11 @@ class ZarrRows:
             return self._decoded(first)[start - first * self._chunk : stop - first * self._chunk].copy()
         return np.concatenate([self._decoded(c)[max(0, start - c * self._chunk) : stop - c * self._chunk] for c in range(first, last + 1)])
 
-    def _decoded(self, chunk: int) -> np.ndarray:
-        found = self._chunks.get(chunk)
-        if found is None:
-            if chunk * self._chunk < self._array.shape[0]:
-                self._sound.require(chunk * self._chunk // self._part_rows)
-            found = self._chunks[chunk] = decoded(self._array, slice(chunk * self._chunk, (chunk + 1) * self._chunk))
-            if len(self._chunks) > self._most:
-                self._chunks.popitem(last=False)
-        else:
-            self._chunks.move_to_end(chunk)
-        return found
-
-
-def _reopen(product: Product, name: str, parts: Collection[int] | None, checked: bool, mapped: bool) -> Rows:
-    return open_rows(product, name, mapped=mapped, parts=parts, checked=checked)
+    def _decode(self, chunk: int) -> np.ndarray:
+        start = chunk * self._chunk
+        if start < self._array.shape[0]:
+            self._sound.require(start // self._part_rows)
+        return decoded(self._array, slice(start, start + self._chunk))
 
 
 def _check_objects(product: Product, name: str, array: zarr.Array[Any], parts: Collection[int]) -> None:
@@ -195,8 +186,7 @@ def _check_objects(product: Product, name: str, array: zarr.Array[Any], parts: C
         for number in range(start // rows, -(-stop // rows)):
             wanted = f"{product.prefix}/{name}/{array.metadata.encode_chunk_key((number, *rest))}"
             if wanted not in listed:
-                raise HdovdError(f"{product.folder.url}/{wanted} (part {part} of {product}) is missing; "
-                                 "hdovd cache verify --repair makes it again")
+                raise HdovdError(f"{product.folder.url}/{wanted} (part {part} of {product}) is missing: {REPAIR}")
 
 
 def _allow_open_files(count: int) -> None:
@@ -211,11 +201,11 @@ def _why_not_mapped(product: Product, array: zarr.Array[Any]) -> str | None:
     if product.folder.path("zarr.json") is None:
         return "it is not on a local file system"
     codecs = tuple(getattr(array.metadata, "codecs", ()))
-    if len(codecs) != 1 or not isinstance(sharding := codecs[0], ShardingCodec):
+    if array.shards is None or len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
         return "it is not sharded"
-    if not _is_plain(sharding):
+    if not _is_plain(codecs[0]):
         return "its chunks are compressed, or not little-endian"
-    if array.shards is None or (array.shape[0] > product.part_rows and array.shards[0] != product.part_rows):
+    if array.shape[0] > product.part_rows and array.shards[0] != product.part_rows:
         return "its shards are not the product's parts"
     return None
 
@@ -237,20 +227,20 @@ def _map_shard(product: Product, name: str, array: zarr.Array[Any], part: int) -
     row_shape = array.shape[1:]
     chunk_bytes = chunk_rows * int(np.prod(row_shape, dtype=int)) * array.dtype.itemsize
     used, entries = -(-(stop - start) // chunk_rows), shard_rows // chunk_rows
-    where = f"{path} (rows {start} to {stop} of {product})"
-    try:
-        with path.open("rb") as opened:
-            file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise HdovdError(f"{where} cannot be read: {error}; hdovd cache verify --repair extracts it again") from error
-    data, index_bytes = np.frombuffer(file, np.uint8), 16 * entries + 4
-    if len(data) < index_bytes:
-        raise HdovdError(f"{where} is cut short: {len(data)} bytes; hdovd cache verify --repair extracts it again")
-    tail = bytes(data[-index_bytes:])
+    with naming_damage(f"{path} (rows {start} to {stop} of {product})"):
+        try:
+            with path.open("rb") as opened:
+                file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise ValueError("it is missing") from None
+        data, index_bytes = np.frombuffer(file, np.uint8), 16 * entries + 4
+        if len(data) < index_bytes:
+            raise ValueError(f"it is cut short: {len(data)} bytes")
+        tail = bytes(data[-index_bytes:])
+        if google_crc32c.value(tail[:-4]) != int.from_bytes(tail[-4:], "little"):
+            raise ValueError("the checksum of its shard index is wrong")
     index = np.frombuffer(tail[:-4], "<u8").reshape(entries, 2)
     expected = np.stack([np.arange(used) * chunk_bytes, np.full(used, chunk_bytes)], axis=1)
-    if google_crc32c.value(tail[:-4]) != int.from_bytes(tail[-4:], "little"):
-        raise HdovdError(f"{where} is damaged: the checksum of its shard index is wrong; hdovd cache verify --repair extracts it again")
     if len(data) < used * chunk_bytes + index_bytes or not np.array_equal(index[:used], expected):
         raise _NotPlainError(f"the chunks of {path} do not follow one another")
     return file, data[: (stop - start) * chunk_bytes // chunk_rows].view(array.dtype).reshape(stop - start, *row_shape)

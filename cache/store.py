@@ -1,4 +1,4 @@
-"""Where a cache's bytes lie: a local folder, or an object store by URL. One contract for both, `Folder`.
+"""Where a cache's bytes lie: a local folder, or an object store by URL. One contract for both, `Folder`; and one error for damage.
 
 Names are relative, with slashes. A write is whole or absent under its name, and durable when it returns.
 """
@@ -10,6 +10,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from hdovd.core.errors import HdovdError
+
+REPAIR = "hdovd cache verify --repair marks it as missing, to be made again"
+
+
+@contextmanager
+def naming_damage(place: str, advice: str = REPAIR) -> Iterator[None]:
+    """Turns whatever parsing an object raises (of JSON, Zarr, numpy: each has its own) into HdovdError that names the object.
+
+    FileNotFoundError passes: only the caller knows what it means that there is no such object.
+    """
+    try:
+        yield
+    except (HdovdError, FileNotFoundError):
+        raise
+    except Exception as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise HdovdError(f"{place} is damaged ({kind}{' '.join(str(error).split())[:200]}): {advice}") from error
 
 
 class Folder(ABC):

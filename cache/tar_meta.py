@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from hdovd.cache.catalog import Catalog, FeatureSet, is_set_name
@@ -18,6 +17,7 @@ from hdovd.cache.identity import KeyInputs, hash_tables, hash_texts, key_of, req
 from hdovd.cache.product import Product, parse_record, require_sizes
 from hdovd.cache.reader import require_unit
 from hdovd.cache.schema import SCHEMA_VERSION, TABLE_ARRAYS, Level
+from hdovd.cache.store import naming_damage
 from hdovd.core.errors import HdovdError
 
 TEXTS = (Level.CLASS, Level.NOUN)  # levels whose rows are no image's: they stand here, whole
@@ -59,7 +59,7 @@ class TarMeta:
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> TarMeta:
         """Raises HdovdError, naming `where`, if it is damaged or of another schema."""
-        try:
+        with naming_damage(where, "export the cache again"):
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             tree, tensors = json.loads(header["__metadata__"]["hdovd"]), load(data)
             require_seal(tree)
@@ -68,12 +68,9 @@ class TarMeta:
             version = tree["schema_version"]
             if version != SCHEMA_VERSION:
                 raise HdovdError(f"{where} has cache schema {version}, this hdovd reads {SCHEMA_VERSION}: export the cache again")
-            features = FeatureSet.from_tree(tree["set"])
             products = {Level(level): product for level, product in tree["products"].items()}
-            meta = cls(tree["name"], features, tree["samples"], products, tree["about"], tensors)
+            meta = cls(tree["name"], FeatureSet.from_tree(tree["set"]), tree["samples"], products, tree["about"], tensors)
             meta._check()
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, SafetensorError) as error:
-            raise HdovdError(f"{where} is damaged ({error!r}): export the cache again") from error
         return meta
 
     def _check(self) -> None:

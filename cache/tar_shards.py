@@ -34,6 +34,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -43,7 +44,7 @@ from hdovd.cache.identity import differences
 from hdovd.cache.open import open_folder
 from hdovd.cache.reader import require_unit
 from hdovd.cache.schema import TAR_META, TOP_ARRAYS
-from hdovd.cache.store import Folder
+from hdovd.cache.store import Folder, naming_damage
 from hdovd.cache.tar_meta import TarMeta
 from hdovd.cache.tar_sample import MEMBERS, RawSample, TarSample, key_of_image
 from hdovd.core.errors import HdovdError, shorten
@@ -122,18 +123,14 @@ class TarShards:
                     raise HdovdError(f"{url} is damaged: it is {source.record()}, its record says otherwise; export or copy it again")
 
     def decode(self, place: int, raw: RawSample) -> TarSample:
-        """Raises HdovdError, naming the shard and the sample, if a part is missing or does not fit."""
+        """Raises HdovdError, naming the shard and the sample, if a file is missing or does not fit."""
         where = f"{self._url(place // self.meta.samples)}: sample {raw['__key__']}"
         offset, image_id = self.meta.tensors["offset"], int(self.meta.tensors["image_id"][place])
         rows = int(offset[place + 1] - offset[place])
         names = [name for name, (level, array) in MEMBERS.items()
                  if level in self.meta.products and (self.meta.top or array not in TOP_ARRAYS)]
-        try:
+        with naming_damage(where, "export or copy the shard again"):
             return TarSample.from_raw(image_id, raw, names, rows, self.meta.dim, self.meta.top)
-        except KeyError as error:
-            raise HdovdError(f"{where} lacks {error}: the shard is cut short or damaged; export or copy it again") from error
-        except (ValueError, TypeError, SyntaxError) as error:
-            raise HdovdError(f"{where} is damaged ({error}): export or copy the shard again") from error
 
     def verify(self, number: int) -> None:
         """Read a shard whole. Raises HdovdError, naming it, if it is not the very file that was written, or holds embeddings that are no
@@ -195,10 +192,7 @@ class TarWriter:
 
 def _crc32(files: Iterable[bytes]) -> int:
     """Of files one after another."""
-    found = 0
-    for data in files:
-        found = zlib.crc32(data, found)
-    return found
+    return reduce(lambda crc, data: zlib.crc32(data, crc), files, 0)
 
 
 def unfinished_shards(folder: Folder, numbers: Sequence[int]) -> list[int]:

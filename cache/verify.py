@@ -1,23 +1,23 @@
 """Checking a cache against itself: every checksum, every table, every row. Needs no data, no CLIP and no detector.
 
-Called by `hdovd.pipelines.cache_tools.verify` (`hdovd cache verify`), which adds what needs them. Memory is flat: objects are hashed in
-blocks and rows read in blocks, part after part.
+`hdovd.pipelines.cache_tools.verify` adds what needs them. Memory is flat: objects are hashed in blocks and rows read in blocks, part
+after part.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from hdovd.cache.catalog import NAMED, FeatureSet, group_objects, parse_run, read_set
+from hdovd.cache.catalog import NAMED, FeatureSet, group_objects, read_run, read_set
 from hdovd.cache.content import Wrong, check_attributes, check_rows, check_tables
 from hdovd.cache.identity import SEAL, hash_tables
 from hdovd.cache.picture_files import LATER, known_files
-from hdovd.cache.product import Product, parse_record
+from hdovd.cache.product import Product, parse_record, record_name
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import ROW_ARRAYS, SCHEMA_VERSION, TABLE_ARRAYS, TABLES, Level, row_arrays
 from hdovd.cache.store import Folder
@@ -75,14 +75,10 @@ def check_groups(folder: Folder) -> list[Finding]:
     """The metadata of the root and of the levels."""
     findings = []
     for name, data in group_objects().items():
-        wanted = json.loads(data)
         try:
-            tree = json.loads(folder.read(name))
-            same = all(tree[key] == wanted[key] for key in ("zarr_format", "node_type", "attributes"))
-            found = "" if same else "another one"
-        except FileNotFoundError:
-            found = "no such object"
-        except (ValueError, KeyError, TypeError) as error:
+            tree, wanted = json.loads(folder.read(name)), json.loads(data)
+            found = "" if all(tree[key] == wanted[key] for key in ("zarr_format", "node_type", "attributes")) else "another one"
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             found = _damage(error)
         if found:
             findings.append(Finding(name, f"the metadata of a cache of schema {SCHEMA_VERSION}", found))
@@ -100,29 +96,25 @@ def unsealed_records(folder: Folder) -> list[str]:
 
 def check_records(folder: Folder) -> tuple[dict[str, FeatureSet], list[Finding]]:
     """The sets that can be read, and what is wrong with sets and runs, or stands where nothing belongs."""
-    sets: dict[str, FeatureSet] = {}
-    findings, groups, listed = [], group_objects(), folder.sizes("")
-    for name in [n for n in listed if re.fullmatch(r"sets/[^/]+\.json", n)]:
-        try:
-            sets[name.removeprefix("sets/").removesuffix(".json")] = read_set(folder, name)
-        except HdovdError as error:
-            findings.append(Finding(name, "a set of features", _damage(error)))
-    for name in [n for n in listed if re.fullmatch(r"runs/[^/]+\.json", n)]:
-        try:
-            if (run := parse_run(folder.read(name))).file != name:
-                raise ValueError(f"it is the record of {run.path}, whose name is {run.file}")
-        except ValueError as error:
-            findings.append(Finding(name, "the record of a run", f"{_damage(error)}: delete it (gc then does not know of that run)"))
-    for name in [n.removeprefix(f"{NAMED}/") for n in listed if n.startswith(f"{NAMED}/")]:
-        if folder.read(f"{NAMED}/{name}") != name.encode():
-            findings.append(Finding(f"{NAMED}/{name}", name, "something else: delete it"))
-        if f"sets/{name}.json" not in listed:
-            findings.append(Finding(f"sets/{name}.json", "a set of features", "no such object: it was not dropped by gc --drop-set "
-                                    f"(if it was meant to go, delete {NAMED}/{name})"))
+    sets, findings, listed, groups = dict[str, FeatureSet](), list[Finding](), folder.sizes(""), group_objects()
     for name in listed:
         top, _, rest = name.partition("/")
-        if not (name in groups or (top in set(Level) and "/" in rest) or re.fullmatch(rf"(sets|runs)/[^/]+\.json|{NAMED}/[^/]+", name)):
-            findings.append(Finding(name, "nothing there", "an object that is not the cache's: move it elsewhere"))
+        kind = top if re.fullmatch(rf"(sets|runs)/[^/]+\.json|{NAMED}/[^/]+", name) else ""
+        try:
+            if kind == "sets":
+                sets[rest.removesuffix(".json")] = read_set(folder, name)
+            elif kind == "runs":
+                read_run(folder.url, name, folder.read(name))
+            elif kind == NAMED and folder.read(name) != rest.encode():
+                findings.append(Finding(name, rest, "something else: delete it"))
+            elif not kind and name not in groups and not (top in set(Level) and "/" in rest):
+                findings.append(Finding(name, "nothing there", "an object that is not the cache's: move it elsewhere"))
+        except HdovdError as error:
+            advice = ": delete it (gc then does not know of that run)" if kind == "runs" else ""
+            findings.append(Finding(name, "the record of a run" if kind == "runs" else "a set of features", _damage(error) + advice))
+        if kind == NAMED and f"sets/{rest}.json" not in listed:
+            findings.append(Finding(f"sets/{rest}.json", "a set of features", "no such object: it was not dropped by gc --drop-set "
+                                    f"(if it was meant to go, delete {name})"))
     return sets, findings
 
 
@@ -154,60 +146,59 @@ class ProductCheck:
 
     def run(self) -> list[Finding]:
         self.checked.products += 1
-        self._read_metadata()
+        with self._adding("zarr.json", "the product's metadata", TABLES):
+            product = Product(self.folder, *self.name)
+            self._add_all(check_attributes(product), TABLES)
+            self.product = None if self.findings else product
         records = self._read_records()
         listed = self.folder.sizes(self.prefix)  # after the records: what these name was there before
         for part, record in records.items():
             sound = self._check_objects(part, record, listed)
-            if part == TABLES:
-                self._check_tables()
-            elif sound and self.product is not None and not self._is_found(TABLES):
-                self._check_rows(int(part), record)
+            if self.product is None or self._is_found(TABLES):
+                continue
+            with self._adding(_record(part), "values that can be read", part):  # whatever Zarr and numpy raise
+                if isinstance(part, str):
+                    self._add_all(check_tables(self.product), part)
+                elif sound:
+                    self._add_all(check_rows(self.product, part, {int(image) for image in record["failed"]}), part)
+                    self.checked.rows += len(range(*self.product.rows_of(part)))
         if self.product is not None:
-            self._check_pictures(self.product)
+            with self._adding("pictures", "what the files of the pictures were", None):  # may be deleted: the cache then knows less
+                known_files(self.product)
             self._check_missing(self.product)
             self._check_extra(self.product, records, listed)
         return self.findings
 
     def _add(self, place: str, expected: str, found: str, part: int | str | None, where: str = "") -> None:
+        if not where and isinstance(part, int) and self.product is not None:
+            start, stop = self.product.rows_of(part)
+            where = f"rows {start} to {stop - 1}" if stop - start > 1 else f"row {start}"
         self.findings.append(Finding(f"{self.prefix}/{place}", expected, found, self.name, part, where))
 
     def _add_all(self, wrong: Iterable[Wrong], part: int | str) -> None:
         for w in wrong:
             self._add(w.array, w.expected, w.found, part, w.where)
 
+    @contextmanager
+    def _adding(self, place: str, expected: str, part: int | str | None) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._add(place, expected, _damage(error), part)
+
     def _is_found(self, part: int | str) -> bool:
         return any(finding.part == part for finding in self.findings)
-
-    def _read_metadata(self) -> None:
-        try:
-            product = Product(self.folder, *self.name)
-            self._add_all(check_attributes(product), TABLES)
-        except HdovdError as error:
-            self._add("zarr.json", "the product's metadata", _damage(error) if error.__cause__ is not None else "no such object", TABLES)
-        else:
-            self.product = None if self.findings else product
 
     def _read_records(self) -> dict[int | str, dict[str, Any]]:
         """The records that can be read: of the tables first, then in order."""
         records: dict[int | str, dict[str, Any]] = {}
         for name in sorted(self.folder.sizes(f"{self.prefix}/parts"), key=lambda n: (not n.endswith(f"/{TABLES}.json"), n)):
-            part = re.fullmatch(rf".*/parts/({TABLES}|\d{{6,}})\.json", name)
-            if part is not None and (part[1] == TABLES or self.product is None or int(part[1]) < self.product.parts):
-                self._read_record(name, TABLES if part[1] == TABLES else int(part[1]), records)
+            found = re.fullmatch(rf".*/parts/({TABLES}|\d{{6,}})\.json", name)
+            part = TABLES if found is None or found[1] == TABLES else int(found[1])
+            if found is not None and (isinstance(part, str) or self.product is None or part < self.product.parts):
+                with self._adding(_record(part), "the record of a part", part):
+                    records[part] = parse_record(self.folder.read(name))
         return records
-
-    def _read_record(self, name: str, part: int | str, records: dict[int | str, dict[str, Any]]) -> None:
-        try:
-            records[part] = parse_record(self.folder.read(name))
-        except ValueError as error:
-            self._add(name.removeprefix(f"{self.prefix}/"), "the record of a part", _damage(error), part, self._rows_of(part))
-
-    def _rows_of(self, part: int | str) -> str:
-        if self.product is None or isinstance(part, str):
-            return ""
-        start, stop = self.product.rows_of(part)
-        return f"rows {start} to {stop - 1}" if stop - start > 1 else f"row {start}"
 
     def _check_objects(self, part: int | str, record: dict[str, Any], listed: dict[str, int]) -> bool:
         """Size and sha256 of every object of a part. True if all are as recorded."""
@@ -221,15 +212,12 @@ class ProductCheck:
                 continue
             size = listed.get(path)
             self.checked.objects += 1
-            if size is None:
-                self._add(name, f"{entry['bytes']} bytes", "no such object", part, self._rows_of(part))
-            elif size != entry["bytes"]:
-                self._add(name, f"{entry['bytes']} bytes", f"{size}", part, self._rows_of(part))
+            if size is None or size != entry["bytes"]:
+                self._add(name, f"{entry['bytes']} bytes", "no such object" if size is None else str(size), part)
             else:
-                found = self.folder.sha256(path)
-                if found != entry["sha256"]:
-                    self._add(name, f"sha256 {entry['sha256'][:16]}...", f"{found[:16]}...", part, self._rows_of(part))
                 self.checked.bytes += size
+                if (sha256 := self.folder.sha256(path)) != entry["sha256"]:
+                    self._add(name, f"sha256 {entry['sha256'][:16]}...", f"{sha256[:16]}...", part)
             self.on_bytes(size or 0)
         return len(self.findings) == before
 
@@ -243,63 +231,41 @@ class ProductCheck:
             wanted = {"zarr.json", *(f"{name}/zarr.json" for name in (*rows, *TABLE_ARRAYS[level]))}
             wrong = {name for name in wanted ^ set(names) if name in wanted or name.split("/")[0] not in TABLE_ARRAYS[level]}
         if wrong:
-            file = f"parts/{TABLES if part == TABLES else f'{part:06d}'}.json"
-            self._add(file, f"a record of {len(wanted)} objects and of no others", f"wrong or missing: {', '.join(sorted(wrong))}", part)
+            expected = f"a record of {len(wanted)} objects and of no others"
+            self._add(_record(part), expected, f"wrong or missing: {', '.join(sorted(wrong))}", part)
         return not wrong
 
-    def _check_tables(self) -> None:
-        if self.product is None or self._is_found(TABLES):
-            return
-        try:
-            self._add_all(check_tables(self.product), TABLES)
-        except Exception as error:  # whatever Zarr and numpy raise for metadata that were changed along with their checksums
-            self._add("zarr.json", "tables that can be read", f"{type(error).__name__}: {error}", TABLES)
-
-    def _check_rows(self, part: int, record: dict[str, Any]) -> None:
-        assert self.product is not None
-        try:
-            self._add_all(check_rows(self.product, part, {int(image) for image in record["failed"]}), part)
-        except Exception as error:  # as above
-            self._add(f"parts/{part:06d}.json", "rows that can be read", f"{type(error).__name__}: {error}", part, self._rows_of(part))
-        start, stop = self.product.rows_of(part)
-        self.checked.rows += stop - start
-
-    def _check_pictures(self, product: Product) -> None:
-        """What stands there of the picture files: a file that is damaged only makes the cache know less, so it may be deleted."""
-        try:
-            known_files(product)
-        except HdovdError as error:
-            self._add("pictures", "what the files of the pictures were", str(error), None)
-
     def _check_missing(self, product: Product) -> None:
-        missing: list[int | str] = [*([] if product.is_finished(TABLES) else [TABLES]), *product.missing()]
+        rows = product.missing()
+        missing: list[int | str] = [*([] if product.is_finished(TABLES) else [TABLES]), *rows]
         if missing and not self.needed_by:
-            done = product.parts - len(product.missing())
+            done = product.parts - len(rows)
             self.checked.unfinished.append(f"{product.level} {product.key[:12]}: {done}/{product.parts} parts")
         for part in missing[:MOST_MISSING] if self.needed_by else ():
             if not self._is_found(part):
-                name = product.record_name(part).removeprefix(f"{self.prefix}/")
-                self._add(name, f"the record of a part that {self.needed_by} needs", "no such object", part, self._rows_of(part))
+                self._add(_record(part), f"the record of a part that {self.needed_by} needs", "no such object", part)
 
     def _check_extra(self, product: Product, records: dict[int | str, dict[str, Any]], listed: dict[str, int]) -> None:
         """Objects that no record names, and that no part that is still to come or to be made again can have written."""
-        known = {"zarr.json", f"pictures/{LATER}.npz"}
-        for part in [TABLES, *range(product.parts)]:
-            known.add(product.record_name(part).removeprefix(f"{self.prefix}/"))
-            if part in records:
-                known |= records[part]["objects"].keys()
-            if isinstance(part, int):
-                known |= {*product.row_objects(part).values(), f"pictures/{part:06d}.npz"}
+        known = {"zarr.json", f"pictures/{LATER}.npz", _record(TABLES), *records.get(TABLES, {"objects": ()})["objects"]}
+        for part in range(product.parts):
+            known |= {_record(part), f"pictures/{part:06d}.npz", *product.row_objects(part).values()}
         of_tables = (*(f"{name}/" for name in TABLE_ARRAYS[product.level]),
                      *(f"{name}/zarr.json" for name in row_arrays(product.level, product.dim)))
         tables_unknown = TABLES not in records or self._is_found(TABLES)
-        for path in listed:
-            name = path.removeprefix(f"{self.prefix}/")
+        for name in (path.removeprefix(f"{self.prefix}/") for path in listed):
             if name not in known and not (tables_unknown and name.startswith(of_tables)):
                 self._add(name, "nothing there", "an object that no record names", None)
 
 
+def _record(part: int | str) -> str:
+    """The name of a part's record in its product."""
+    return record_name("", part)[1:]
+
+
 def _damage(error: BaseException) -> str:
     """What a reader stumbled over, in one line."""
+    if isinstance(error, FileNotFoundError) or (isinstance(error, HdovdError) and error.__cause__ is None):
+        return "no such object"
     cause = error.__cause__ or error
     return f"damage ({type(cause).__name__}: {' '.join(str(cause).split())[:100]})"

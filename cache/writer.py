@@ -16,7 +16,7 @@ import numpy as np
 import zarr
 
 from hdovd.cache.identity import KeyInputs, key_of
-from hdovd.cache.product import Product
+from hdovd.cache.product import Product, record_name
 from hdovd.cache.schema import CHUNK_ROWS, NORM_TOLERANCE, PART_ROWS, SCHEMA_VERSION, TABLE_ARRAYS, TABLES, Level, row_arrays
 from hdovd.cache.store import Folder
 from hdovd.core.errors import HdovdError
@@ -55,7 +55,10 @@ class ProductWriter:
         attributes |= {} if names is None else {"names": list(names)}
         objects: dict[str, Any] = {}
         zarr.create_group(zarr.storage.MemoryStore(objects), attributes=attributes)
-        folder.write(f"{level}/{key}/zarr.json", objects["zarr.json"].to_bytes(), exclusive=True)
+        metadata, prefix = objects["zarr.json"].to_bytes(), f"{level}/{key}"
+        if not folder.exists(f"{prefix}/zarr.json") and not _is_recorded(folder, prefix, metadata):
+            folder.delete(f"{prefix}/parts")  # of metadata that are lost, and were others: rows a part, perhaps
+        folder.write(f"{prefix}/zarr.json", metadata, exclusive=True)
         writer = cls(Product(folder, level, key))
         if not writer.product.is_finished(TABLES):
             writer._write_tables(tables)
@@ -113,6 +116,15 @@ class ProductWriter:
             product.folder.write(f"{product.prefix}/{name}", data)
             record["objects"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         product.folder.write(product.record_name(part), json.dumps(record, indent=1).encode())
+
+
+def _is_recorded(folder: Folder, prefix: str, metadata: bytes) -> bool:
+    """Whether a product's tables were written beside these very metadata."""
+    try:
+        entry = json.loads(folder.read(record_name(prefix, TABLES)))["objects"]["zarr.json"]
+        return bool(entry["sha256"] == hashlib.sha256(metadata).hexdigest())
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: str, part_rows: int) -> None:

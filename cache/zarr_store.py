@@ -6,14 +6,21 @@ A chunk that is not there is an error: every part and every table is written who
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 
-from hdovd.cache.store import Folder
+from hdovd.cache.store import REPAIR, Folder
 from hdovd.core.errors import HdovdError
+
+
+def _no_use(store: Store, *_: Any) -> Any:
+    raise NotImplementedError(f"{store} is read by name alone")
+
+
+_READS_BY_NAME_ALONE: Any = _no_use
 
 
 class FolderStore(Store):
@@ -21,7 +28,7 @@ class FolderStore(Store):
 
     supports_writes = False
     supports_deletes = False
-    supports_listing = True
+    supports_listing = False
 
     def __init__(self, folder: Folder, prefix: str) -> None:
         super().__init__(read_only=True)
@@ -38,38 +45,18 @@ class FolderStore(Store):
             data = await asyncio.to_thread(self._folder.read, self._name(key), *_slice(byte_range))
         except FileNotFoundError:
             if "/c/" in key:
-                raise HdovdError(f"{self}/{key} is missing; hdovd cache verify --repair makes it again") from None
+                raise HdovdError(f"{self}/{key} is missing: {REPAIR}") from None
             return None
         return prototype.buffer.from_bytes(data)
 
     async def get_partial_values(self, prototype: BufferPrototype,
                                  key_ranges: Iterable[tuple[str, ByteRequest | None]]) -> list[Buffer | None]:
-        return list(await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges)))
+        return [*await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges))]
 
     async def exists(self, key: str) -> bool:
         return await asyncio.to_thread(self._folder.exists, self._name(key))
 
-    async def list(self) -> AsyncIterator[str]:
-        async for name in self.list_prefix(""):
-            yield name
-
-    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        start = len(self._name(""))
-        for name in await asyncio.to_thread(self._folder.sizes, self._prefix):
-            if name[start:].startswith(prefix):
-                yield name[start:]
-
-    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        folder = f"{prefix.rstrip('/')}/".lstrip("/")
-        names = [name.removeprefix(folder).split("/")[0] async for name in self.list_prefix(folder)]
-        for name in dict.fromkeys(names):
-            yield name
-
-    async def set(self, key: str, value: Buffer) -> None:
-        raise NotImplementedError(f"{self} is read only")
-
-    async def delete(self, key: str) -> None:
-        raise NotImplementedError(f"{self} is read only")
+    set = delete = list = list_prefix = list_dir = _READS_BY_NAME_ALONE
 
     def _name(self, key: str) -> str:
         return f"{self._prefix}/{key}".lstrip("/")

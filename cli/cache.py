@@ -105,7 +105,7 @@ def verify(
     features: Annotated[str | None, typer.Option("--features", help="Check one set alone. Default: all products.")] = None,
     sample: Annotated[int, typer.Option("--sample", min=0, metavar="N", help="Encode N rows of images and boxes again.")] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Which rows --sample takes.")] = 0,
-    repair: Annotated[bool, typer.Option("--repair", help="Make again what is damaged, and nothing else.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Mark what is damaged as missing: extract-clip makes it again.")] = False,
     data: options.Data = None,
     images: options.Images = None,
     annotations: options.Annotations = None,
@@ -127,7 +127,7 @@ def verify(
 ) -> None:
     """Check every checksum, table and row, of tar shards too; name what is damaged; exit with 1 if anything is.
 
-    --sample and --repair need the pictures and the CLIP; with --data, pictures that have changed are found too. A set knows
+    --sample needs the pictures and the CLIP; with --data, pictures that have changed are found too. A set knows
     what it was made from; the options from --data on say where that is now.
     """
     from hdovd.data.coco import DataPaths

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hdovd.cache.catalog import Catalog, FeatureSet, is_tar_form
 from hdovd.cache.open import open_folder
@@ -16,15 +14,13 @@ from hdovd.data.coco import DataPaths
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.source import extraction_of, laid_over
 
-if TYPE_CHECKING:
-    from hdovd.pipelines.teachers.base import Teacher
-
 
 @dataclass(frozen=True, slots=True)
 class CheckConfig:
     """What to check. `features`: one set, or None for all products. `sample`: rows of a level to encode again, with `seed`.
 
-    `changes`: fields of `ExtractConfig` to lay over what a set was made from, where data or CLIP lie elsewhere now.
+    `repair`: mark what is damaged as missing. `changes`: fields of `ExtractConfig` to lay over what a set was made from, where data or
+    CLIP lie elsewhere now.
     """
 
     cache: Path | str
@@ -45,37 +41,9 @@ class CheckConfig:
             Catalog(self.cache)  # says so
 
 
-class Clips:
-    """Loads each CLIP once; `given`: use this one instead."""
-
-    def __init__(self, given: Teacher | None) -> None:
-        self._given = given
-        self._loaded: dict[tuple[Any, ...], Teacher] = {}
-
-    def of(self, config: ExtractConfig) -> Teacher:
-        key = config.clip, config.pretrained, config.precision, config.activation, config.device
-        if self._given is None and key not in self._loaded:
-            from hdovd.pipelines.teachers.openclip import load_clip
-
-            self._loaded[key] = load_clip(config.clip, config.pretrained, device=config.device, precision=config.precision,
-                                          activation=config.activation)
-        return self._given or self._loaded[key]
-
-
-@contextmanager
-def told_where(name: str) -> Iterator[None]:
-    """Adds to an error of reading the data or the CLIP which set named them, and what to do."""
-    try:
-        yield
-    except HdovdError as error:
-        raise HdovdError(f"{error}\nSet {name} was made from this. If it lies elsewhere now, say where: --data (or --images, "
-                         "--annotations), --clip, --proposals, --vocabulary, --captions, --nouns, --synonyms, --class-embeddings, "
-                         "--protocol") from error
-
-
 def settings_of(config: CheckConfig, name: str, features: FeatureSet) -> ExtractConfig:
     """The extraction that a set came from, with the changes asked for. Raises HdovdError if it is not known."""
-    changes = {"features": name, **config.changes}
+    changes = dict(config.changes)
     given: DataPaths = changes.pop("data", DataPaths())
     if "clip" in changes:
         changes.setdefault("pretrained", None)

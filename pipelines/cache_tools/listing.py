@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ MEANING = {
 }
 HEAD = ("level", "key", "state", "rows", "size", "model", "precision", "age")
 NUMBERS = {"rows", "size", "age"}
+AGES = ((2 * 86_400, 86_400, "d"), (2 * 3_600, 3_600, "h"), (60, 60, "min"), (-math.inf, 1, "s"))  # from so many seconds on
 
 
 # --- ls ---
@@ -49,18 +51,19 @@ def product_lines(catalog: Catalog) -> list[str]:
     if not entries:
         return [f"{catalog.folder.url} is empty: hdovd extract-clip --cache {catalog.folder.url} fills it", *note]
     lines = _table((*HEAD, "used by"), [(*_cells(entry, entries), _users(entry)) for entry in entries])
-    unused = [entry for entry in entries if not entry.users]
-    total = sum(entry.size for entry in entries)
     unfinished = sum(entry.product is not None and not entry.whole for entry in entries)
-    lines.append(f"{_count(len(entries), 'product')}{f' ({unfinished} not finished)' if unfinished else ''}, {size(total)}")
+    total = size(sum(entry.size for entry in entries))
+    lines.append(f"{_count(len(entries), 'product')}{f' ({unfinished} not finished)' if unfinished else ''}, {total}")
+    if note:
+        return lines + note
+    unused = [entry for entry in entries if not entry.users]
     going_on = of_unfinished_extractions(unused)
-    rest = [entry for entry in unused if entry not in going_on]
-    if going_on and not note:
+    rest = [entry.size for entry in unused if entry not in going_on]
+    if going_on:
         lines.append(f"{len(going_on)} of them belong to an extraction that is running, or can go on by its extract-clip command")
-    if rest and not note:
-        of_them = f"{len(rest)} of them, {size(sum(e.size for e in rest))}"
-        lines.append(f"no set and no run uses {of_them}: hdovd cache gc {catalog.folder.url}")
-    return lines + note
+    if rest:
+        lines.append(f"no set and no run uses {len(rest)} of them, {size(sum(rest))}: hdovd cache gc {catalog.folder.url}")
+    return lines
 
 
 def _cells(entry: Entry, entries: Sequence[Entry]) -> tuple[str, ...]:
@@ -90,10 +93,8 @@ def _users(entry: Entry) -> str:
 
 def age(seconds: float) -> str:
     """A time span in its largest unit."""
-    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * length or (unit == "min" and seconds >= length):
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
+    length, unit = next((length, unit) for least, length, unit in AGES if seconds >= least)
+    return f"{max(seconds, 0) / length:.0f} {unit}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
@@ -148,7 +149,7 @@ def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Seque
 def _product_lines(entry: Entry, entries: Sequence[Entry]) -> list[str]:
     product = entry.product
     if product is None:
-        return [f"{entry.level} {entry.key}: its metadata are damaged, hdovd cache verify --repair mends them"]
+        return [f"{entry.level} {entry.key}: its metadata are damaged: hdovd cache verify --repair, then its extract-clip command"]
     parts = f", {_count(product.parts, 'part')} of at most {product.part_rows:,d} rows" if product.parts else ", tables alone"
     values = {"state": entry.state + parts, "rows": f"{product.rows:,d}" + (f" of {product.dim} values" if product.dim else ""),
               "size": size(entry.size), "model": ", ".join(_model(entry, entries)),
@@ -196,19 +197,14 @@ def difference_lines(a: Catalog, a_name: str, b: Catalog, b_name: str) -> list[s
             lines.append(f"{level}: the same, {one[level].key[:12]}")
             continue
         inputs = [product.attributes["key_inputs"] for product in (one[level], other[level])]
-        found = differences(*inputs, sides=(f"{sides[0]} has", f"{sides[1]} has"))
-        lines += [f"{level}: {one[level].key[:12]} and {other[level].key[:12]}", *(f"  {_in_words(line)}" for line in found)]
-        lines += [f"  {line}" for line in _row_differences(one[level], other[level], inputs, sides)]
+        found = [line.partition(" ") for line in differences(*inputs, sides=(f"{sides[0]} has", f"{sides[1]} has"))]
+        lines += [f"{level}: {one[level].key[:12]} and {other[level].key[:12]}",
+                  *(f"  {path}{f' ({MEANING[path]})' if path in MEANING else ''} {rest}" for path, _, rest in found),
+                  *(f"  {line}" for line in _row_differences(one[level], other[level], inputs, sides))]
     if len(one) > 1 and len(other) > 1:
         lines += [f"{level}: only {sides[0]} has it" for level in one if level not in other]
         lines += [f"{level}: only {sides[1]} has it" for level in other if level not in one]
     return lines
-
-
-def _in_words(line: str) -> str:
-    """A line of `differences`, with what its input means."""
-    path, _, rest = line.partition(" ")
-    return f"{path}{f' ({MEANING[path]})' if path in MEANING else ''} {rest}"
 
 
 def _products_of(catalog: Catalog, name: str) -> dict[Level, Product]:
@@ -220,26 +216,20 @@ def _products_of(catalog: Catalog, name: str) -> dict[Level, Product]:
 
 
 def _row_differences(a: Product, b: Product, inputs: Sequence[KeyInputs], sides: Sequence[str]) -> list[str]:
-    """What a hash does not say: how many images and boxes are the same."""
-    lines = []
-    if "images" not in inputs[0] or "images" not in inputs[1] or not (a.is_finished(TABLES) and b.is_finished(TABLES)):
+    """What a hash does not say: how many images (of one id, file name and size) and boxes (of one image and place) are the same."""
+    if not all(of.get("images") for of in inputs) or not (a.is_finished(TABLES) and b.is_finished(TABLES)):
         return []
-    images = [[product.table(name) for name in ("image_id", "image_hash")] for product in (a, b)]
-    if inputs[0]["images"] != inputs[1]["images"]:
-        lines.append(_common("images", images, sides))
-    if "boxes" in inputs[0] and inputs[0]["boxes"] != inputs[1]["boxes"]:
-        counts = [np.diff(product.table("offset")) for product in (a, b)]
-        of_boxes = [[np.repeat(column, counts[side]) for column in images[side]] for side in (0, 1)]
-        boxes = [[*of_boxes[0], a.table("box")], [*of_boxes[1], b.table("box")]]
-        lines.append(_common("boxes", boxes, sides))
+    rows = {"images": [[product.table(name) for name in ("image_id", "image_hash")] for product in (a, b)]}
+    if "boxes" in inputs[0]:
+        rows["boxes"] = [[*(np.repeat(column, np.diff(product.table("offset"))) for column in images), product.table("box")]
+                         for product, images in zip((a, b), rows["images"], strict=True)]
+    lines = []
+    for what in (what for what in rows if inputs[0][what] != inputs[1][what]):
+        one, other = rows[what]
+        in_b, in_a = match_rows(one, other) >= 0, match_rows(other, one) >= 0
+        lone = [f"{int((~found).sum()):,d} only {side} has" for found, side in zip((in_b, in_a), sides, strict=True)]
+        lines.append(f"{what}: {int(in_b.sum()):,d} are the same, {lone[0]}, {lone[1]}")
     return lines
-
-
-def _common(what: str, columns: Sequence[Sequence[np.ndarray]], sides: Sequence[str]) -> str:
-    """Images are the same by id, file name and size; boxes by their image and place."""
-    in_b, in_a = match_rows(columns[0], columns[1]) >= 0, match_rows(columns[1], columns[0]) >= 0
-    lone = [f"{int((~found).sum()):,d} only {side} has" for found, side in zip((in_b, in_a), sides, strict=True)]
-    return f"{what}: {int(in_b.sum()):,d} are the same, {lone[0]}, {lone[1]}"
 
 
 # --- gc ---
@@ -247,19 +237,14 @@ def _common(what: str, columns: Sequence[Sequence[np.ndarray]], sides: Sequence[
 def garbage_lines(garbage: Garbage) -> list[str]:
     """What could be deleted, by kind."""
     lines = []
-    if garbage.unused:
-        lines += ["no set and no run uses", *_garbage_table(garbage.unused)]
-    if garbage.unfinished:
-        lines += ["not finished, or begun with what is not: an extraction may be running, or was killed and can go on",
-                  *_garbage_table(garbage.unfinished)]
+    for head, entries in {"no set and no run uses": garbage.unused,
+                          "not finished, or begun with what is not: an extraction may be running, or was killed and can go on":
+                          garbage.unfinished}.items():
+        rows = [(*_cells(entry, entries), f"{age(time.time() - entry.touched)} ago") for entry in entries]
+        lines += [head, *_table((*HEAD, "last written"), rows, "  ")] if entries else []
     if garbage.partial:
         total = size(sum(garbage.partial.values()))
         lines.append(f"half-written by processes that are dead: {_count(len(garbage.partial), 'file')}, {total}")
     if garbage.runs:
         lines += ["records of runs whose folder is gone", *(f"  {run.path}" for run in garbage.runs)]
     return lines
-
-
-def _garbage_table(entries: Sequence[Entry]) -> list[str]:
-    rows = [(*_cells(entry, entries), f"{age(time.time() - entry.touched)} ago") for entry in entries]
-    return _table((*HEAD, "last written"), rows, "  ")

@@ -55,12 +55,13 @@ class Sample:
     seed: int
 
 
-def sample_set(sample: Sample, features: FeatureSet, findings: list[Finding], sampled: dict[tuple[Level, str], Sampled],
-               log: Callable[[str], None]) -> None:
-    """Encode rows of the image and the instance level again. Adds to `findings` what is below LEAST_COSINE, and to `sampled`.
+def sample_set(sample: Sample, features: FeatureSet, findings: Sequence[Finding], sampled: dict[tuple[Level, str], Sampled],
+               log: Callable[[str], None]) -> list[Finding]:
+    """Encode rows of the image and the instance level again; what is below LEAST_COSINE is returned. Adds to `sampled`.
 
     What `findings` names already, and products that `sampled` has, are left out. Raises HdovdError if the CLIP is not the cache's.
     """
+    low: list[Finding] = []
     for level in (Level.IMAGE, Level.INSTANCE):
         if level not in features.levels or (level, features.levels[level]) in sampled:
             continue
@@ -82,9 +83,8 @@ def sample_set(sample: Sample, features: FeatureSet, findings: list[Finding], sa
             raise HdovdError(f"sample of {name}: none of {len(chosen)} rows could be encoded again, pictures from {sample.split.folder}")
         sampled[level, product.key] = found = Sampled(len(rows), float(cosines.min()), float(cosines.mean()))
         log(f"sample of {name}: {found.rows:,d} rows encoded again, cosine min {found.least:.4f}, mean {found.mean:.4f}")
-        for finding in _findings(product, rows, cosines):
-            findings.append(finding)
-            log(str(finding))
+        low += _findings(product, rows, cosines)
+    return low
 
 
 def _embedder(product: Product, sample: Sample) -> Embedder:

@@ -1,21 +1,26 @@
-"""`hdovd cache verify`: what `hdovd.cache.verify` finds; --sample and --repair, which need the CLIP and the data, on top."""
+"""`hdovd cache verify`: what `hdovd.cache.verify` finds, and --sample, which needs the CLIP and the pictures, on top.
+
+--repair marks what is damaged as missing; the command that made it then makes it again, as it does for all that is unfinished.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-from hdovd.cache.catalog import Catalog, FeatureSet, is_tar_form
+from hdovd.cache.catalog import Catalog, FeatureSet, group_objects, is_tar_form
 from hdovd.cache.open import open_folder
-from hdovd.cache.product import Product
-from hdovd.cache.schema import TAR_META, Level
+from hdovd.cache.product import Product, record_name
+from hdovd.cache.schema import DEFAULT_SET, TAR_META, Level
 from hdovd.cache.store import Folder
 from hdovd.cache.tar_shards import TarShards
 from hdovd.cache.verify import (
     Checked,
     Finding,
-    Names,
     ProductCheck,
     check_groups,
     check_records,
@@ -26,15 +31,17 @@ from hdovd.cache.verify import (
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import Split
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.cache_tools.check_config import CheckConfig, Clips, settings_of, told_where
-from hdovd.pipelines.cache_tools.repair import Repair
+from hdovd.pipelines.cache_tools.check_config import CheckConfig, settings_of
 from hdovd.pipelines.cache_tools.sample import Sample, Sampled, sample_set
 from hdovd.pipelines.common.format import size
 from hdovd.pipelines.common.progress import progress
 from hdovd.pipelines.extraction.picture_hashes import picture_hashes
 from hdovd.pipelines.teachers.base import Teacher
+from hdovd.pipelines.teachers.prompts import read_templates, shipped_templates
 
 Log = Callable[[str], None]
+OPTIONS = ("clip", "pretrained", "proposals", "vocabulary", "captions", "nouns", "synonyms", "class_embeddings", "protocol", "precision",
+           "activation", "exif")  # of extract-clip, as a set's `made_from` names them
 
 
 @dataclass(slots=True)
@@ -45,120 +52,156 @@ class CheckReport:
 
 
 def check_cache(config: CheckConfig, log: Log = print, teacher: Teacher | None = None) -> CheckReport:
-    """Check, and repair what is wrong if asked to; what is wrong afterwards is in the report. Raises HdovdError for bad input."""
+    """Check a cache or a folder of tar shards; with `repair`, mark what is damaged as missing. Raises HdovdError for bad input.
+
+    `teacher`: another model than the CLIP that a set names, for `sample`.
+    """
     config.check()
-    clips = Clips(teacher)
-    report = _check(config, log, clips)
-    before: list[Finding] = []
-    while config.repair and report.findings and report.findings != before:  # again: some damage hides other damage
-        before = report.findings
-        if Repair(config, before, log, clips).run():
-            log("checking again")
-            report = _check(config, log, clips)
+    report = CheckReport()
+
+    def found(findings: Sequence[Finding]) -> None:
+        for finding in findings:
+            report.findings.append(finding)
+            log(str(finding))
+
+    if is_tar_form(config.cache):
+        _check_shards(config, found, log)
+    else:
+        _check_folder(config, report, found, log, teacher)
+    count = len(report.findings)
+    advice = "export or copy these shards again" if is_tar_form(config.cache) else "--repair marks what is damaged as missing"
+    log("nothing is wrong" if not count else f"{count} finding{'s' if count > 1 else ''}" + ("" if config.repair else f"; {advice}"))
+    if config.repair and count:
+        _mark_missing(config, report.findings, log)
     return report
 
 
-def _check(config: CheckConfig, log: Log, clips: Clips) -> CheckReport:
-    if is_tar_form(config.cache):
-        return _check_shards(config, log)
-    folder, report = open_folder(config.cache), CheckReport()
+def _check_folder(config: CheckConfig, report: CheckReport, found: Callable[[Sequence[Finding]], None], log: Log,
+                  teacher: Teacher | None) -> None:
+    folder, checked = open_folder(config.cache), report.checked
     there = product_names(folder)
-    _refuse_strangers(config, folder, there)
+    try:
+        Catalog(config.cache)
+    except HdovdError as error:  # a cache whose root is damaged is one
+        if (error.__cause__ is None and folder.exists("zarr.json")) or not there:
+            raise
     sets, more = check_records(folder)
     if config.features is not None and config.features not in sets and not any(f.place == f"sets/{config.features}.json" for f in more):
         raise HdovdError(f"{config.cache} has no set of features named {config.features}; it has {', '.join(sets) or 'none'}")
-    report.findings += (groups := check_groups(folder)) + more
-    readable = not groups and len(sets) == len(folder.sizes("sets"))  # the cache as a whole, as a trainer would open it
+    found([*check_groups(folder), *more])
+    readable = not any(finding.place in group_objects() for finding in report.findings) and len(sets) == len(folder.sizes("sets"))
     looked_at = {name: features for name, features in sets.items() if config.features in (None, name)}
-    needed = {product: f"set {name}" for name, features in [*sets.items(), *looked_at.items()] for product in features.levels.items()}
-    if config.features is not None and not config.repair:  # repair may copy rows from any product
-        needed = {product: user for product, user in needed.items() if user == f"set {config.features}"}
-        there = [product for product in there if product in needed]
-    wanted = [*there, *(product for product in needed if product not in there)]
-    for finding in report.findings:
-        log(str(finding))
-    _check_products(folder, wanted, needed, report, log)
+    needed = {product: f"set {name}" for name, features in looked_at.items() for product in features.levels.items()}
+    wanted = [product for product in dict.fromkeys([*there, *needed]) if config.features is None or product in needed]
+    total = sum(count for level, key in wanted for name, count in folder.sizes(f"{level}/{key}").items() if "/parts/" not in name)
+    with progress(None, "verify", "B", total=total) as bar:
+        bar.unit_scale = True
+        for product in wanted:
+            findings = ProductCheck(folder, product, needed.get(product, ""), checked, bar.update).run()
+            if findings:
+                bar.clear()
+            found(findings)
     for name, features in looked_at.items():
         if readable and not any(f.product in set(features.levels.items()) for f in report.findings):
-            for finding in check_set(folder, name, features):
-                report.findings.append(finding)
-                log(str(finding))
+            found(check_set(folder, name, features))
     for name, features in looked_at.items() if config.sample or "data" in config.changes else ():
-        settings = settings_of(config, name, features)
-        with told_where(name):
-            protocol = load_protocol(settings.protocol)
-            split = settings.data.load("train2017", protocol, base_only=True, log=lambda _: None, exif=settings.exif)
-            clip = clips.of(settings) if config.sample else None
-        for finding in _changed_pictures(folder, name, features, split, report.findings):
-            report.findings.append(finding)
-            log(str(finding))
-        if clip is not None:
-            sample_set(Sample(folder, split, clip, config.sample, config.seed), features, report.findings, report.sampled, log)
-    for line in _summary(config, report, unsealed_records(folder)):
-        log(line)
-    return report
+        _check_pictures(config, name, features, report, found, log, teacher)
+    for line in checked.unfinished:
+        log(f"not finished, which is no fault: {line}")
+    for line in unsealed_records(folder):
+        log(f"no checksum: {line} was written by an older version; what it says was not checked")
+    log(f"checked {checked.products} products: {checked.objects:,d} objects of {size(checked.bytes)} by size and checksum, "
+        f"{checked.rows:,d} rows in {checked.parts:,d} parts by value")
 
 
-def _check_shards(config: CheckConfig, log: Log) -> CheckReport:
+def _check_pictures(config: CheckConfig, name: str, features: FeatureSet, report: CheckReport,
+                    found: Callable[[Sequence[Finding]], None], log: Log, teacher: Teacher | None) -> None:
+    """Pictures whose files are not those that a set was made from, and a sample of its rows."""
+    settings, folder = settings_of(config, name, features), open_folder(config.cache)
+    try:
+        protocol = load_protocol(settings.protocol)
+        split = settings.data.load("train2017", protocol, base_only=True, log=lambda _: None, exif=settings.exif)
+        if config.sample and teacher is None:
+            from hdovd.pipelines.teachers.openclip import load_clip
+
+            teacher = load_clip(settings.clip, settings.pretrained, device=settings.device, precision=settings.precision,
+                                activation=settings.activation)
+    except HdovdError as error:
+        raise HdovdError(f"{error}\nSet {name} was made from this. If it lies elsewhere now, say where: --data (or --images, "
+                         "--annotations), --clip, --protocol") from error
+    found(_changed_pictures(folder, name, features, split, report.findings))
+    if config.sample and teacher is not None:
+        found(sample_set(Sample(folder, split, teacher, config.sample, config.seed), features, report.findings, report.sampled, log))
+
+
+def _changed_pictures(folder: Folder, name: str, features: FeatureSet, split: Split, findings: Sequence[Finding]) -> list[Finding]:
+    """Pictures whose files are not those that a set was made from; nothing of products that are damaged."""
+    damaged = {finding.product for finding in findings}
+    changed = picture_hashes(split, [Product(folder, *product) for product in features.levels.items() if product not in damaged]).changed
+    return [Finding(str(split.folder), f"the pictures that set {name} was made from",
+                    f"{len(changed)} of another content, which extract-clip embeds again", where=f"images {shorten([*changed])}")
+            ] if changed else []
+
+
+def _check_shards(config: CheckConfig, found: Callable[[Sequence[Finding]], None], log: Log) -> None:
     """A folder of tar shards: what it holds besides them, and each shard whole."""
-    shards, report = TarShards(config.cache, whole=False), CheckReport()
+    shards = TarShards(config.cache, whole=False)
     checks = [(TAR_META, partial(shards.meta.check_rows, f"{shards.url}/{TAR_META}"))]
     checks += [(f"{number:06d}.tar", partial(shards.verify, number)) for number in shards.numbers]
     for place, check in progress(checks, "verify", "shard"):
         try:
             check()
         except HdovdError as error:
-            report.findings.append(Finding(place, "what was exported", str(error)))
-            log(str(report.findings[-1]))
+            found([Finding(place, "what was exported", str(error))])
     log(f"checked {len(shards.numbers)} tar shards of {shards.images:,d} images: every file, by checksum and by value")
-    count = len(report.findings)
-    log("nothing is wrong" if not count else f"{count} finding{'s' if count > 1 else ''}; export or copy these shards again")
-    return report
 
 
-def _changed_pictures(folder: Folder, name: str, features: FeatureSet, split: Split, found: Sequence[Finding]) -> list[Finding]:
-    """Pictures whose files are not those that a set was made from; nothing of products that are damaged."""
-    damaged = {finding.product for finding in found}
-    hashes = picture_hashes(split, [Product(folder, *product) for product in features.levels.items() if product not in damaged])
-    if not hashes.changed:
-        return []
-    expected, count = f"the pictures that set {name} was made from", len(hashes.changed)
-    return [Finding(str(split.folder), expected, f"{count} of another content, which extract-clip embeds again",
-                    where=f"images {shorten([*hashes.changed])}")]
+def _mark_missing(config: CheckConfig, findings: Sequence[Finding], log: Log) -> None:
+    """Delete records of damaged parts and metadata, and damaged sets: all else takes them for not made yet. Says what makes them again."""
+    folder, groups, gone = open_folder(config.cache), group_objects(), dict[str, None]()
+    sets, _ = check_records(folder)
+    for finding in findings:
+        if finding.place in groups:
+            folder.write(finding.place, groups[finding.place])
+            log(f"wrote {finding.place}")
+        elif finding.product is None:
+            if finding.place.startswith("sets/") and finding.place.endswith(".json"):
+                gone[finding.place] = None
+        elif finding.part is None:
+            folder.delete(finding.place)
+            log(f"deleted {finding.place}")
+        else:
+            level, key = finding.product
+            metadata = f"{level}/{key}/zarr.json"
+            gone[metadata if finding.place == metadata else record_name(f"{level}/{key}", finding.part)] = None
+    for name in gone:
+        folder.delete(name)
+        log(f"marked as missing: {name}")
+    if not gone:
+        return
+    damaged = {finding.product for finding in findings}
+    again = {name: features for name, features in sets.items() if damaged & features.levels.items()}
+    commands = [extract_command(config.cache, name, features.made_from) if features.made_from else
+                f"the hdovd cache import command of set {name}" for name, features in again.items()]
+    commands += [f"the hdovd extract-clip command of set {name[5:-5]}" for name in gone if name.startswith("sets/")]
+    log(f"{len(gone)} part{'s' if len(gone) > 1 else ''} marked as missing; "
+        + ("now run, to make them again:" if commands else "no set uses them: hdovd cache gc deletes what nothing uses"))
+    for command in commands:
+        log(f"  {command}")
 
 
-def _refuse_strangers(config: CheckConfig, folder: Folder, there: Names) -> None:
-    """Raises HdovdError for what is no cache, or one of another schema version; a cache whose root is damaged is one."""
-    try:
-        Catalog(config.cache)
-    except HdovdError as error:
-        other_version = error.__cause__ is None and folder.exists("zarr.json")
-        if other_version or not there:
-            raise
-
-
-def _check_products(folder: Folder, wanted: Names, needed: dict[tuple[Level, str], str], report: CheckReport, log: Log) -> None:
-    total = sum(count for level, key in wanted for name, count in folder.sizes(f"{level}/{key}").items() if "/parts/" not in name)
-    with progress(None, "verify", "B", total=total) as bar:
-        bar.unit_scale = True
-        for name in wanted:
-            found = ProductCheck(folder, name, needed.get(name, ""), report.checked, bar.update).run()
-            report.findings += found
-            if found:
-                bar.clear()
-            for finding in found:
-                log(str(finding))
-
-
-def _summary(config: CheckConfig, report: CheckReport, unsealed: Sequence[str]) -> list[str]:
-    done = report.checked
-    lines = [f"not finished, which is no fault: {name}" for name in done.unfinished]
-    lines += [f"no checksum: {name} was written by an older version; what it says was not checked" for name in unsealed]
-    lines.append(f"checked {done.products} products: {done.objects:,d} objects of {size(done.bytes)} by size and checksum, "
-                 f"{done.rows:,d} rows in {done.parts:,d} parts by value")
-    if not report.findings:
-        lines.append("nothing is wrong")
-    else:
-        count = len(report.findings)
-        lines.append(f"{count} finding{'s' if count > 1 else ''}" + ("" if config.repair else "; --repair makes again what is damaged"))
-    return lines
+def extract_command(cache: Path | str, name: str, made_from: Mapping[str, Any]) -> str:
+    """The `hdovd extract-clip` command that makes what a set lacks; FILE where it had prompts of its own."""
+    data = made_from["data"]
+    given = {"cache": cache, "data": data["root"], "images": data["images"], "annotations": data["annotations"]}
+    given |= {option: made_from.get(option) for option in OPTIONS}
+    shipped = [one for one in shipped_templates() if read_templates(one) == tuple(made_from["templates"])]
+    given |= {"templates": [*shipped, "FILE"][0], "features": None if name == DEFAULT_SET else name}
+    if "dense" in made_from:
+        given |= {"instance_teacher": "dense", "dense_side": made_from["dense"]["side"]}
+    if "crop" in made_from:
+        given |= {"crop": made_from["crop"]["shape"], "crop_scales": ",".join(map(str, made_from["crop"]["scales"]))}
+    if "labels" in made_from:
+        given |= {f"label_{rule}": value for rule, value in made_from["labels"].items()}  # top_k, temperature
+    words = [word for option, value in given.items() if value is not None for word in (f"--{option.replace('_', '-')}", str(value))]
+    return shlex.join(["hdovd", "extract-clip", *words])

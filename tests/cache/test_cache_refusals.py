@@ -89,7 +89,7 @@ def test_set_of_a_product_that_was_deleted(tmp_path: Path, write_cache: Callable
 def test_damaged_set_is_named(tmp_path: Path, write_cache: Callable[..., Any], content: str) -> None:
     write_cache(tmp_path / "cache")
     (tmp_path / "cache" / "sets" / "default.json").write_text(content)
-    with pytest.raises(HdovdError, match=r"sets/default\.json is damaged.*verify --repair, with the options of its extract-clip"):
+    with pytest.raises(HdovdError, match=r"sets/default\.json is damaged.*verify --repair, then its hdovd extract-clip"):
         FeatureCache(tmp_path / "cache")
 
 
@@ -136,7 +136,7 @@ def test_edited_metadata_is_noticed(tmp_path: Path, write_cache: Callable[..., A
     tree = json.loads(file.read_text())
     tree["attributes"]["key_inputs"]["clip"]["weights"] = "w2"
     file.write_text(json.dumps(tree))
-    with pytest.raises(HdovdError, match=r"zarr\.json is damaged, it is not what was written"):
+    with pytest.raises(HdovdError, match=r"zarr\.json is damaged \(it is not what was written"):
         FeatureCache(tmp_path / "cache")
     record = file.parent / "parts" / "tables.json"
     objects = json.loads(record.read_text())

@@ -52,7 +52,7 @@ def reseal(product: Path, name: str) -> None:
 def test_a_part_that_is_damaged_is_refused_when_it_is_first_read(root: Path, mapped: bool) -> None:
     flip(product(root, Level.INSTANCE) / "embedding/c/0/0", 3)
     cache, image = FeatureCache(root, mapped=mapped), int(FeatureCache(root).image_ids()[0])
-    with pytest.raises(HdovdError, match=r"embedding/c/0/0 is damaged, it is not what was written"):
+    with pytest.raises(HdovdError, match=r"embedding/c/0/0 is damaged \(it is not what was written"):
         cache.instance_embeddings(image)
     with pytest.raises(HdovdError, match="is damaged"):  # not only once
         cache.instances(image)

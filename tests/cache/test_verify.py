@@ -288,7 +288,7 @@ def test_sets_and_runs(catalog: Catalog) -> None:
     (root / "sets/notes.txt").write_text("x")
     (root / "README").write_text("x")
     lines = [str(finding) for finding in findings(root)]
-    assert [line.split(": ")[0] for line in lines] == ["sets/other.json", "runs/0123.json", "README", "sets/notes.txt"]
+    assert [line.split(": ")[0] for line in lines] == ["README", "runs/0123.json", "sets/notes.txt", "sets/other.json"]
 
 
 def test_sets_of_products_that_do_not_belong_together(tmp_path: Path) -> None:

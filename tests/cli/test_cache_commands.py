@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -312,7 +313,7 @@ def test_gc_refuses_when_it_cannot_know_what_is_used(copied: Path, run: Callable
 
 # --- verify ---
 
-def test_verify_ends_with_1_if_anything_is_wrong(copied: Path, cache: Path, run: Callable[..., Ran], clip: str, world: Path,
+def test_verify_ends_with_1_if_anything_is_wrong(copied: Path, run: Callable[..., Ran], hdovd: Callable[..., Ran],
                                                  contents: Callable[[Path], dict[str, str]]) -> None:
     before = contents(copied)
     ran = run("verify", copied)
@@ -323,11 +324,15 @@ def test_verify_ends_with_1_if_anything_is_wrong(copied: Path, cache: Path, run:
     ran = run("verify", copied)
     assert ran.code == 1
     assert ran.lines[0].startswith(f"class {key[:12]}, part 0, embedding/c/0/0, rows 0 to 23: expected ")
-    assert ran.lines[-1] == "1 finding; --repair makes again what is damaged"
+    assert ran.lines[-1] == "1 finding; --repair marks what is damaged as missing"
     assert run("verify", copied, "--features", "drawn").code == 0
-    ran = run("verify", copied, "--repair", "--device", "cpu", "--clip", clip, "--data", world, "--protocol", world / "protocol.toml",
-              "--features", "default")
-    assert (ran.code, ran.lines[-1]) == (0, "nothing is wrong"), ran.err
+    ran = run("verify", copied, "--repair")
+    assert (ran.code, ran.lines[-2]) == (1, "1 part marked as missing; now run, to make them again:"), ran.err
+    program, command, *arguments = shlex.split(ran.lines[-1])
+    assert (program, command) == ("hdovd", "extract-clip")
+    again = hdovd(command, *arguments)
+    assert again.code == 0, again.err
+    assert run("verify", copied).code == 0
     assert contents(copied) == before
 
 

@@ -105,7 +105,7 @@ OWN = {  # files that hdovd wrote itself, or that the system or the package hold
     "hdovd/data/protocol.py": "the protocols that ship",
     "pipelines/ablation/ablate.py": "runs", "pipelines/runs/listing.py": "runs", "pipelines/runs/folder.py": "runs",
     "pipelines/detection/output.py": "its lines",
-    "pipelines/extraction/tar_export.py": "cache records", "pipelines/cache_tools/repair.py": "cache records",
+    "pipelines/extraction/tar_export.py": "cache records",
     "pipelines/export/forms.py": "exported models",
     "pipelines/proposals/networks.py": "metadata of weights", "pipelines/proposals/parts.py": "metadata of parts",
     "pipelines/audit/run.py": "metadata of weights", "pipelines/proposal_files/formats.py": "metadata of .npz",

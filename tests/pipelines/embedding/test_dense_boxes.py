@@ -141,6 +141,7 @@ def test_verify_samples_and_repairs_it(dense: Config, tmp_path: Path, unbroken: 
     data[100] ^= 0x41
     file.write_bytes(data)
     check_cache(CheckConfig(folder, repair=True), _silent)
+    extract_clip(dense(folder), _silent)
     np.testing.assert_array_equal(_rows(folder).view(np.uint16), _rows(unbroken).view(np.uint16))
 
 
