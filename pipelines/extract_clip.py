@@ -17,7 +17,7 @@ from hdovd.cache.identity import KeyInputs
 from hdovd.cache.product import Product
 from hdovd.cache.schema import Level
 from hdovd.coco import Exif, Skips, Split
-from hdovd.errors import HdovdError, shorten
+from hdovd.errors import HdovdError, counted, shorten
 from hdovd.pipelines.box_table import box_table
 from hdovd.pipelines.common.images import read_alike
 from hdovd.pipelines.common.precision import Precision
@@ -110,8 +110,8 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
     proposals, origin = _proposals(config, split, log)
     pictures = picture_hashes(split, known)
     if pictures.changed:
-        log(f"{len(pictures.changed)} pictures are not those that the cache has under their names (images "
-            f"{shorten([*pictures.changed])}): they are embedded again")
+        log(f"{counted(len(pictures.changed), 'picture is', 'pictures are')} not what the cache has of the same id and size (images "
+            f"{shorten([*pictures.changed])}): to be embedded anew")
     table = box_table(split.images, proposals, pictures.values)
     classes = read_classes(protocol.names, config.synonyms, config.class_embeddings, log)
     nouns = _nouns(config, split)
@@ -227,9 +227,9 @@ def _finish(extraction: Extraction, catalog: Catalog, config: ExtractConfig, rep
     if before != features:
         catalog.write_set(config.features, features)
     if count := extraction.turned_either_way():
-        log(f"{count} pictures have an EXIF orientation, and an annotated size that fits them turned and as stored: --exif {config.exif} "
-            + ("turned them upright; are their boxes drawn on what is stored? --exif ignore" if config.exif is Exif.APPLY
-               else "left them as stored; are their boxes drawn on upright pictures? --exif apply"))
+        log(f"{counted(count, 'picture has', 'pictures have')} an EXIF orientation, and a size that fits turned and as stored: --exif "
+            + ("apply turned upright; were the boxes drawn on what is stored? --exif ignore" if config.exif is Exif.APPLY
+               else "ignore left as stored; were the boxes drawn on upright pictures? --exif apply"))
     if before is not None and not before.object_text:
         log(f"set {config.features}: the text embedding of \"object\" was added")
     for level in (Level.IMAGE, Level.INSTANCE):
@@ -237,8 +237,8 @@ def _finish(extraction: Extraction, catalog: Catalog, config: ExtractConfig, rep
     for image_id, reason in list(report.failed.items())[:20]:
         log(f"failed: image {image_id}: {reason}")
     if report.failed:
-        log(f"{len(report.failed)} images have no embeddings; training leaves them out. hdovd cache info lists them, "
-            "extract-clip --retry-failed tries them again")
+        log(f"{counted(len(report.failed), 'image has', 'images have')} no embeddings, and training goes without: hdovd cache info tells "
+            "why, extract-clip --retry-failed tries again")
     pictures = (Level.IMAGE, Level.INSTANCE)
     rows = sum(extraction.plans[unit.level].new_rows_of([unit.part]) for unit in extraction.done if unit.level in pictures)
     elsewhere = sum(report.new_rows[level] for level in pictures) - rows
