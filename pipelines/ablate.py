@@ -20,7 +20,7 @@ from hdovd.cache.identity import differences
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.coco import DataPaths
 from hdovd.config import PRESETS, Recipe, load_recipe
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, counted
 from hdovd.pipelines.ablate_cells import Cell, cells_of, recipe_settings
 from hdovd.pipelines.ablate_table import AblationTable, ablation_table, write_tables
 from hdovd.pipelines.calibration import read_calibration, refuse_two_sources, with_reliability
@@ -141,7 +141,8 @@ def ablate(config: AblateConfig, log: Callable[[str], None] = print) -> Ablation
     with _locked(config.out) as lock:
         standings = {p.name: standing(p, config) for p in plans}
         to_do = [p for p in plans if standings[p.name] is not Standing.DONE]
-        log(f"{len(plans) // config.seeds} cell(s) x {config.seeds} seed(s): {len(plans) - len(to_do)} of {len(plans)} runs done")
+        log(f"{counted(len(plans) // config.seeds, 'cell')} x {counted(config.seeds, 'seed')}: "
+            f"{len(plans) - len(to_do)} of {len(plans)} runs done")
         _check_features(plans, _features(config, plans) if to_do else None)
         result = _result(config, plans, standings)
         if to_do:

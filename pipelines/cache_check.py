@@ -23,7 +23,7 @@ from hdovd.cache.verify import (
     unsealed_records,
 )
 from hdovd.coco import Split
-from hdovd.errors import HdovdError, shorten
+from hdovd.errors import HdovdError, counted, shorten
 from hdovd.pipelines.cache_repair import Repair
 from hdovd.pipelines.cache_sample import Sample, Sampled, sample_set
 from hdovd.pipelines.check_config import CheckConfig, Clips, settings_of, told_where
@@ -109,9 +109,9 @@ def _check_shards(config: CheckConfig, log: Log) -> CheckReport:
         except HdovdError as error:
             report.findings.append(Finding(place, "what was exported", str(error)))
             log(str(report.findings[-1]))
-    log(f"checked {len(shards.numbers)} tar shards of {shards.images:,d} images: every file, by checksum and by value")
+    log(f"checked {counted(len(shards.numbers), 'tar shard')} of {shards.images:,d} images: every file, by checksum and by value")
     count = len(report.findings)
-    log("nothing is wrong" if not count else f"{count} finding{'s' if count > 1 else ''}; export or copy these shards again")
+    log("nothing is wrong" if not count else f"{counted(count, 'finding')}; export or copy these shards again")
     return report
 
 
@@ -153,11 +153,11 @@ def _summary(config: CheckConfig, report: CheckReport, unsealed: Sequence[str]) 
     done = report.checked
     lines = [f"not finished, which is no fault: {name}" for name in done.unfinished]
     lines += [f"no checksum: {name} was written by an older version; what it says was not checked" for name in unsealed]
-    lines.append(f"checked {done.products} products: {done.objects:,d} objects of {size(done.bytes)} by size and checksum, "
+    lines.append(f"checked {counted(done.products, 'product')}: {done.objects:,d} objects of {size(done.bytes)} by size and checksum, "
                  f"{done.rows:,d} rows in {done.parts:,d} parts by value")
     if not report.findings:
         lines.append("nothing is wrong")
     else:
         count = len(report.findings)
-        lines.append(f"{count} finding{'s' if count > 1 else ''}" + ("" if config.repair else "; --repair makes again what is damaged"))
+        lines.append(f"{counted(count, 'finding')}" + ("" if config.repair else "; --repair makes again what is damaged"))
     return lines

@@ -19,7 +19,7 @@ from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.schema import CHUNK_ROWS, IMAGE_PART_ROWS, PART_ROWS, SCHEMA_VERSION, Level, Source
 from hdovd.cache.writer import ProductWriter
 from hdovd.coco import Split
-from hdovd.errors import HdovdError, shorten
+from hdovd.errors import HdovdError, counted, shorten
 from hdovd.pipelines.box_table import BoxTable, box_table
 from hdovd.pipelines.foreign import ForeignImage, read_hd_ovd, read_oadp
 from hdovd.pipelines.import_config import ForeignFormat, ImportConfig
@@ -102,12 +102,12 @@ def _survey(config: ImportConfig, split: Split, log: Callable[[str], None]) -> _
         raise HdovdError(f"nothing in {config.folder} fits {split.annotations}: all {len(failed)} images were left out, first of all "
                          f"image {next(iter(failed))}: {next(iter(failed.values()))}")
     if failed:
-        log(f"{len(failed)} images have no embeddings; hdovd cache info lists them")
+        log(f"{counted(len(failed), 'image has', 'images have')} no embeddings; hdovd cache info lists them")
     if not with_base:
         log(f"{config.format} has no embeddings of base boxes: hdovd train will refuse the instance level for the boxes that it lacks")
     images = split.images if with_base else [replace(i, boxes=i.boxes[:0], annotation_ids=i.annotation_ids[:0]) for i in split.images]
     if dropped:
-        log(f"skipped proposals without area in {len(dropped)} images ({shorten(list(dropped))})")
+        log(f"skipped proposals without area in {counted(len(dropped), 'image')} ({shorten(list(dropped))})")
     return _Survey(box_table(images, proposals), failed, dropped, texts, {level: h.hexdigest() for level, h in hashes.items()}, dim,
                    ProposalTable.of(proposals).identity(), with_base, with_images)
 
