@@ -26,7 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from hdovd.coco import Exif, ImageBoxes, Split
-from hdovd.errors import HdovdError
+from hdovd.errors import HdovdError, system_line
 
 if "PILLOW_BLOCKS_MAX" not in os.environ:
     Image.core.set_blocks_max(4)  # type: ignore[attr-defined]  # memory of a picture that is kept for the next: page faults can cost as much as decoding
@@ -141,6 +141,8 @@ def told(name: str) -> Iterator[None]:
         raise HdovdError(f"{name}: no picture of a kind that Pillow reads") from None
     except HdovdError as error:
         raise HdovdError(f"{name} {error}") from None
+    except PermissionError as error:
+        raise HdovdError(system_line(error)) from error
     except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
         raise HdovdError(f"{name}: {error}" if str(error) else f"{name}: {error!r}") from error
 
