@@ -174,7 +174,7 @@ def require_sizes(attributes: dict[str, Any]) -> None:
     for name, (least, most) in {"rows": (0, MOST_PARTS * MOST_PART_ROWS), "part_rows": (1, MOST_PART_ROWS), "dim": (0, MOST_DIM)}.items():
         value = attributes[name]
         if type(value) is not int or not least <= value <= most:
-            raise ValueError(f"{name} {str(value)[:40]}, expected a whole number from {least} to {most}")
+            raise ValueError(f"{name} is {repr(value)[:40]}, expected a whole number from {least} to {most}")
     names, rows = attributes.get("names"), attributes["rows"]
     if -(-rows // attributes["part_rows"]) > MOST_PARTS:
         raise ValueError(f"{rows} rows in parts of {attributes['part_rows']}, expected {MOST_PARTS} parts at most")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from hdovd.cache.catalog import Catalog, FeatureSet, is_set_name
+from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, FeatureSet, is_set_name
 from hdovd.cache.identity import KeyInputs, hash_tables, hash_texts, key_of, require_seal, sealed
 from hdovd.cache.product import Product, parse_record, require_sizes
 from hdovd.cache.reader import require_unit
@@ -77,7 +77,8 @@ class TarMeta:
         """Raises ValueError, KeyError, TypeError or AttributeError for what cannot be, or does not go together."""
         known = is_set_name(self.name) and type(self.samples) is int and self.samples >= 1
         if not known or self.products.keys() != self.features.levels.keys():
-            raise ValueError(f"set {str(self.name)[:80]!r} of {str(self.samples)[:40]} images a shard, levels {list(self.products)}")
+            raise ValueError(f"set {str(self.name)[:80]!r} of {repr(self.samples)[:40]} images a shard, levels {', '.join(self.products)}; "
+                             f"expected a name of {SET_NAME_TOLD}; one image at least; levels {', '.join(self.features.levels)}")
         for level, product in self.products.items():
             require_sizes(product["attributes"])
             for record in product["records"].values():

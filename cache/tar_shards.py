@@ -74,8 +74,8 @@ class TarShards:
         self.numbers = list(everything.values()) if names is None else [everything[name] for name in dict.fromkeys(names)]
         missing = [_tar(number) for number in unfinished_shards(self._folder, self.numbers)] if whole else []
         if missing:
-            raise HdovdError(f"{root}: {len(missing)} of {len(self.numbers)} shards are not there, or not as long as they were written "
-                             f"({shorten([*missing])}): run the export again, it goes on where it was; or copy them again")
+            raise HdovdError(f"{root}: not there, or not as long as written: {len(missing)} of {len(self.numbers)} shards "
+                             f"({shorten([*missing])}). Run the export again, it goes on where it was; or copy them again")
 
     @property
     def images(self) -> int:

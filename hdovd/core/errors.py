@@ -31,6 +31,11 @@ def shorten(items: list[object], most: int = 8) -> str:
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """`1 picture`, `3 pictures`; `many`: what follows other counts, where it is more than an s: `counted(n, "box is", "boxes are")`."""
+    return f"{count:,d} {one if count == 1 else many or one + 's'}"
+
+
 def system_reason(error: OSError, file: Path | None = None) -> str:
     """Why the system refused a file (`error`'s own if None): with mode and owner where a right is missing, and with what to do."""
     name = file if file is not None else error.filename

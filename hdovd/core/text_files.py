@@ -61,7 +61,7 @@ def json_fault(error: ValueError | RecursionError) -> str:
     """Why a text is no JSON that can be read."""
     if isinstance(error, json.JSONDecodeError):
         return cut(str(error))
-    return "it is nested too deeply" if isinstance(error, RecursionError) else "it holds a whole number of more digits than any number has"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else "it holds a whole number of thousands of digits"
 
 
 def read_toml(path: Path, what: str, expected: str = "TOML") -> dict[str, Any]:

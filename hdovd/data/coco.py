@@ -227,7 +227,7 @@ class Instances:
         self.categories.append(category)
 
     def _name(self, a: dict[str, Any]) -> str:
-        return f"{self.file}: annotation {shown(a['id']) if 'id' in a else f'number {len(self.ids)}'}"
+        return f"{self.file}: annotation {a['id'] if type(a.get('id')) is int else f'number {len(self.ids)}'}"
 
     def check(self) -> None:
         """Raises HdovdError for an annotation of an image that is not there, and for an id that stands twice."""

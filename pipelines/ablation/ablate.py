@@ -18,7 +18,7 @@ from pathlib import Path
 from hdovd.cache.catalog import is_tar_form
 from hdovd.cache.identity import differences
 from hdovd.config.recipe import PRESETS, Recipe, load_recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core.errors import HdovdError, counted
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.ablation.cells import Cell, cells_of, recipe_settings
@@ -92,7 +92,8 @@ def ablate(config: AblateConfig, log: Callable[[str], None] = print) -> Ablation
     with _locked(config.out) as lock:
         standings = {p.name: standing(p, config) for p in plans}
         to_do = [p for p in plans if standings[p.name] is not RunState.DONE]
-        log(f"{len(plans) // config.seeds} cell(s) x {config.seeds} seed(s): {len(plans) - len(to_do)} of {len(plans)} runs done")
+        log(f"{counted(len(plans) // config.seeds, 'cell')} x {counted(config.seeds, 'seed')}: "
+            f"{len(plans) - len(to_do)} of {len(plans)} runs done")
         _check_features(plans, _features(config, plans) if to_do else None)
         result = _result(config, plans, standings)
         if to_do:

@@ -18,7 +18,7 @@ from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.schema import CHUNK_ROWS, IMAGE_PART_ROWS, PART_ROWS, SCHEMA_VERSION, Level, Source
 from hdovd.cache.writer import ProductWriter
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.data.coco import Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.import_config import ForeignFormat, ImportConfig
@@ -102,12 +102,12 @@ def _survey(config: ImportConfig, split: Split, log: Callable[[str], None]) -> _
         raise HdovdError(f"nothing in {config.folder} fits {split.annotations}: all {len(failed)} images were left out, first of all "
                          f"image {next(iter(failed))}: {next(iter(failed.values()))}")
     if failed:
-        log(f"{len(failed)} images have no embeddings; hdovd cache info lists them")
+        log(f"{counted(len(failed), 'image has', 'images have')} no embeddings; hdovd cache info lists them")
     if not with_base:
         log(f"{config.format} has no embeddings of base boxes: hdovd train will refuse the instance level for the boxes that it lacks")
     images = split.images if with_base else [replace(i, boxes=i.boxes[:0], annotation_ids=i.annotation_ids[:0]) for i in split.images]
     if dropped:
-        log(f"skipped proposals without area in {len(dropped)} images ({shorten(list(dropped))})")
+        log(f"skipped proposals without area in {counted(len(dropped), 'image')} ({shorten(list(dropped))})")
     return _Survey(box_table(images, proposals), failed, dropped, texts, {level: h.hexdigest() for level, h in hashes.items()}, dim,
                    ProposalTable.of(proposals).identity(), with_base, with_images)
 

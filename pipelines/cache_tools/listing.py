@@ -15,7 +15,7 @@ from hdovd.cache.inventory import Entry, Garbage, inventory, of_unfinished_extra
 from hdovd.cache.product import Product
 from hdovd.cache.schema import DEFAULT_SET, TABLES, Level
 from hdovd.cache.verify import product_names
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.data.coco import Skips
 from hdovd.pipelines.common.format import size
 from hdovd.pipelines.common.precision import Precision
@@ -53,7 +53,7 @@ def product_lines(catalog: Catalog) -> list[str]:
     lines = _table((*HEAD, "used by"), [(*_cells(entry, entries), _users(entry)) for entry in entries])
     unfinished = sum(entry.product is not None and not entry.whole for entry in entries)
     total = size(sum(entry.size for entry in entries))
-    lines.append(f"{_count(len(entries), 'product')}{f' ({unfinished} not finished)' if unfinished else ''}, {total}")
+    lines.append(f"{counted(len(entries), 'product')}{f' ({unfinished} not finished)' if unfinished else ''}, {total}")
     if note:
         return lines + note
     unused = [entry for entry in entries if not entry.users]
@@ -103,10 +103,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "")
                                for name, text, width in zip(head, row, widths, strict=True)).rstrip() for row in [head, *rows]]
 
 
-def _count(count: int, what: str) -> str:
-    return f"{count:,d} {what}{'' if count == 1 else 's'}"
-
-
 # --- info ---
 
 def info_lines(catalog: Catalog, name: str | None) -> list[str]:
@@ -126,7 +122,7 @@ def info_lines(catalog: Catalog, name: str | None) -> list[str]:
 
 def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Sequence[Entry]) -> list[str]:
     mine = [entry for entry in entries if (entry.level, entry.key) in features.levels.items()]
-    lines = [f"set {name} of {catalog.folder.url}: {_count(len(mine), 'product')}, {size(sum(entry.size for entry in mine))}",
+    lines = [f"set {name} of {catalog.folder.url}: {counted(len(mine), 'product')}, {size(sum(entry.size for entry in mine))}",
              *_table(HEAD, [_cells(entry, entries) for entry in mine], "  ")]
     lines += [f"  {level} {key[:12]} is not there: hdovd cache verify" for level, key in features.levels.items()
               if (level, key) not in {(e.level, e.key) for e in mine}]
@@ -150,7 +146,7 @@ def _product_lines(entry: Entry, entries: Sequence[Entry]) -> list[str]:
     product = entry.product
     if product is None:
         return [f"{entry.level} {entry.key}: its metadata are damaged: hdovd cache verify --repair, then its extract-clip command"]
-    parts = f", {_count(product.parts, 'part')} of at most {product.part_rows:,d} rows" if product.parts else ", tables alone"
+    parts = f", {counted(product.parts, 'part')} of at most {product.part_rows:,d} rows" if product.parts else ", tables alone"
     values = {"state": entry.state + parts, "rows": f"{product.rows:,d}" + (f" of {product.dim} values" if product.dim else ""),
               "size": size(entry.size), "model": ", ".join(_model(entry, entries)),
               "begun": f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(entry.began))}, {age(time.time() - entry.began)} ago",
@@ -244,7 +240,7 @@ def garbage_lines(garbage: Garbage) -> list[str]:
         lines += [head, *_table((*HEAD, "last written"), rows, "  ")] if entries else []
     if garbage.partial:
         total = size(sum(garbage.partial.values()))
-        lines.append(f"half-written by processes that are dead: {_count(len(garbage.partial), 'file')}, {total}")
+        lines.append(f"half-written by processes that are dead: {counted(len(garbage.partial), 'file')}, {total}")
     if garbage.runs:
         lines += ["records of runs whose folder is gone", *(f"  {run.path}" for run in garbage.runs)]
     return lines

@@ -28,7 +28,7 @@ from hdovd.cache.verify import (
     product_names,
     unsealed_records,
 )
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.data.coco import Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.check_config import CheckConfig, settings_of
@@ -70,7 +70,7 @@ def check_cache(config: CheckConfig, log: Log = print, teacher: Teacher | None =
         _check_folder(config, report, found, log, teacher)
     count = len(report.findings)
     advice = "export or copy these shards again" if is_tar_form(config.cache) else "--repair marks what is damaged as missing"
-    log("nothing is wrong" if not count else f"{count} finding{'s' if count > 1 else ''}" + ("" if config.repair else f"; {advice}"))
+    log("nothing is wrong" if not count else counted(count, "finding") + ("" if config.repair else f"; {advice}"))
     if config.repair and count:
         _mark_missing(config, report.findings, log)
     return report
@@ -110,7 +110,7 @@ def _check_folder(config: CheckConfig, report: CheckReport, found: Callable[[Seq
         log(f"not finished, which is no fault: {line}")
     for line in unsealed_records(folder):
         log(f"no checksum: {line} was written by an older version; what it says was not checked")
-    log(f"checked {checked.products} products: {checked.objects:,d} objects of {size(checked.bytes)} by size and checksum, "
+    log(f"checked {counted(checked.products, 'product')}: {checked.objects:,d} objects of {size(checked.bytes)} by size and checksum, "
         f"{checked.rows:,d} rows in {checked.parts:,d} parts by value")
 
 
@@ -153,7 +153,7 @@ def _check_shards(config: CheckConfig, found: Callable[[Sequence[Finding]], None
             check()
         except HdovdError as error:
             found([Finding(place, "what was exported", str(error))])
-    log(f"checked {len(shards.numbers)} tar shards of {shards.images:,d} images: every file, by checksum and by value")
+    log(f"checked {counted(len(shards.numbers), 'tar shard')} of {shards.images:,d} images: every file, by checksum and by value")
 
 
 def _mark_missing(config: CheckConfig, findings: Sequence[Finding], log: Log) -> None:

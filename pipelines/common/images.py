@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from hdovd.core.errors import HdovdError
+from hdovd.core.errors import HdovdError, system_line
 from hdovd.data.coco import Exif, ImageBoxes, Split
 
 if "PILLOW_BLOCKS_MAX" not in os.environ:
@@ -141,6 +141,8 @@ def told(name: str) -> Iterator[None]:
         raise HdovdError(f"{name}: no picture of a kind that Pillow reads") from None
     except HdovdError as error:
         raise HdovdError(f"{name} {error}") from None
+    except PermissionError as error:
+        raise HdovdError(system_line(error)) from error
     except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
         raise HdovdError(f"{name}: {error}" if str(error) else f"{name}: {error!r}") from error
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from hdovd.pipelines.common.atomic_write import writing
+
 POLL_S = 0.1
 PATIENCE_S = 120.0  # for a process that was asked to end: it may be saving its state
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last: SLURM's warning of the time limit, if asked for
@@ -107,7 +109,7 @@ class _Running:
 
     def _next(self) -> None:
         self.command = self.left.pop(0)
-        with self.job.log.open("ab") as log:
+        with writing(self.job.log), self.job.log.open("ab") as log:
             log.write(f"$ {shlex.join(self.command)}\n".encode())
             log.flush()
             # a session of its own: Ctrl-C in the terminal reaches this process alone, which then lets them save

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hdovd.core.errors import shorten
+from hdovd.core.errors import counted, shorten
 from hdovd.pipelines.common.picture_files import printable
 from hdovd.pipelines.detection.detect import DetectResult
 from hdovd.pipelines.runs.tables import table_lines
@@ -28,9 +28,9 @@ def detect_lines(result: DetectResult) -> list[str]:
             lines.append(f"... and {len(tally.objects) - SHOWN_NAMES} more names")
         if none:
             lines.append(f"not found: {shorten(list(none), SHOWN_NAMES)}")
-    lines.append(f"{tally.images:,d} picture{'' if tally.images == 1 else 's'}, {tally.found:,d} found")
+    lines.append(f"{counted(tally.images, 'picture')}, {tally.found:,d} found")
     if skipped := list(result.skipped.values()):
-        lines += [f"{len(skipped):,d} picture{'' if len(skipped) == 1 else 's'} skipped, which cannot be read:",
+        lines += [f"{counted(len(skipped), 'picture')} skipped, which cannot be read:",
                   *(f"  {printable(reason)}" for reason in skipped[:SHOWN_SKIPPED])]
         if len(skipped) > SHOWN_SKIPPED:
             lines.append(f"  ... and {len(skipped) - SHOWN_SKIPPED:,d} more, in images.json")

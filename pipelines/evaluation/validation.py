@@ -62,8 +62,8 @@ class Validation:
         self.protocol, self.device, self.batch_size, self.workers = protocol, device, batch_size, workers_for(device, workers)
         self.split = data.load("val2017", protocol, base_only=False, log=log, exif=exif)
         if missing := [image.file_name for image in self.split.images if not self.split.path(image).is_file()]:
-            raise HdovdError(f"{self.split.folder}: {len(missing)} of {len(self.split.images)} validation pictures are not there: "
-                             f"{shorten(list(missing))}")
+            raise HdovdError(f"{self.split.folder}: not there: {len(missing)} of {len(self.split.images)} validation pictures "
+                             f"({shorten(list(missing))})")
         self.truth = GroundTruth(self.split.annotations, self.split.coco_ids, [image.id for image in self.split.images], protocol, engine)
         self._order = by_shape(self.split)
 

@@ -132,8 +132,12 @@ def _open_onnx(file: Path) -> tuple[Run, dict[str, str]]:
 
 
 def _write_torchscript(model: Detector, example: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
-    traced = torch.jit.trace(traceable(model), example, check_trace=False)
-    torch.jit.save(traced, str(file), _extra_files={"hdovd.json": json.dumps(carried)})
+    save_traced(torch.jit.trace(traceable(model), example, check_trace=False), file, {"hdovd.json": json.dumps(carried)})
+
+
+def save_traced(traced: Any, file: Path, texts: dict[str, str]) -> None:
+    """Write a TorchScript file: by way of memory, since torch itself ends the process where a disk is full."""
+    file.write_bytes(traced.save_to_buffer(_extra_files=texts))
 
 
 def _open_torchscript(file: Path) -> tuple[Run, dict[str, str]]:

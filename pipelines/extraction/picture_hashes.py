@@ -17,7 +17,7 @@ import numpy as np
 from hdovd.cache.picture_files import FILE, PictureFile, known_files, place_of
 from hdovd.cache.product import Product
 from hdovd.cache.schema import Level
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.data.coco import ImageBoxes, Split
 
 READERS = 8  # threads that hash
@@ -39,8 +39,9 @@ class PictureHashes:
     def require_unchanged(self, where: str) -> None:
         """Raises HdovdError if a picture has changed since it was embedded."""
         if self.changed:
-            raise HdovdError(f"{len(self.changed)} pictures are not those that {where} was made from (images {shorten([*self.changed])}): "
-                             "their files have another content. The same hdovd extract-clip command embeds them again, and keeps the rest")
+            raise HdovdError(f"{counted(len(self.changed), 'picture is', 'pictures are')} not what {where} was made from (images "
+                             f"{shorten([*self.changed])}): another content has the same id and size. The same hdovd extract-clip command "
+                             "embeds what changed, and keeps the rest")
 
 
 def image_hash(image: ImageBoxes, content: bytes = b"") -> int:
@@ -109,7 +110,7 @@ def _read(path: Path) -> PictureFile | None:
 
 
 def _settle(files: np.ndarray, n: int, image: ImageBoxes, file: PictureFile, known: np.ndarray) -> bool:
-    """Enter a file that was hashed; False if the cache has another picture of that name and not this one."""
+    """Enter a file that was hashed; False if the cache has other pictures of that id and size (`known`, one at least) and not this one."""
     label = int(files[n]["label"])
     same = known[known["content"] == file.content]
     if len(same):
@@ -117,5 +118,4 @@ def _settle(files: np.ndarray, n: int, image: ImageBoxes, file: PictureFile, kno
         files[n] = (image.id, best["annotated"], best["label"], *file[:-1], best["either"])
     elif (known["label"] == label).any():
         files[n]["label"] = image_hash(image, file.content)
-        return False
-    return True
+    return bool(len(same))

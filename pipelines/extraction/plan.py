@@ -11,6 +11,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.product import Product
 from hdovd.cache.schema import CHUNK_ROWS, IMAGE_PART_ROWS, PART_ROWS, ROW_ARRAYS, TABLE_ARRAYS, TABLES, Level, row_arrays
+from hdovd.core.errors import counted
 from hdovd.pipelines.extraction.boxes import BoxTable, match_rows
 
 MATCHED_BY = {Level.IMAGE: ("image_id", "image_hash"), Level.INSTANCE: ("image_id", "image_hash", "box")}  # what makes a row the same row
@@ -110,7 +111,7 @@ def _compare(catalog: Catalog, plan: LevelPlan, table: BoxTable, read_alike: Cal
         plan.part_rows, plan.missing = product.part_rows, product.missing()
         plan.redo = tuple(product.failed_parts()) if retry_failed else ()
         plan.kept = _usable(product)[:-1] if plan.redo else None
-        again = f"tries {len(product.failed())} images again that could not be read" if plan.redo else ""
+        again = f"tries again what could not be read: {counted(len(product.failed()), 'image')}" if plan.redo else ""
         if product.whole:
             plan.decision, plan.reason = "extract" if plan.redo else "hit", again
             return

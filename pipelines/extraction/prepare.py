@@ -11,7 +11,7 @@ from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import KeyInputs
 from hdovd.cache.product import Product
 from hdovd.cache.schema import Level
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.data.coco import Skips, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.device import workers_for
@@ -60,8 +60,8 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
     proposals, origin = _proposals(config, split, log)
     pictures = picture_hashes(split, known)
     if pictures.changed:
-        log(f"{len(pictures.changed)} pictures are not those that the cache has under their names (images "
-            f"{shorten([*pictures.changed])}): they are embedded again")
+        log(f"{counted(len(pictures.changed), 'picture is', 'pictures are')} not what the cache has of the same id and size (images "
+            f"{shorten([*pictures.changed])}): to be embedded anew")
     table = box_table(split.images, proposals, pictures.values)
     classes = read_classes(protocol.names, config.synonyms, config.class_embeddings, log)
     nouns = _nouns(config, split)

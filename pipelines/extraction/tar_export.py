@@ -19,7 +19,7 @@ from hdovd.cache.tar_meta import TABLES_HERE, TEXTS, TarMeta
 from hdovd.cache.tar_sample import MEMBERS, TarSample
 from hdovd.cache.tar_shards import TarShards, TarWriter
 from hdovd.cache.writer import ProductWriter
-from hdovd.core.errors import HdovdError, system_reason
+from hdovd.core.errors import HdovdError, counted, system_reason
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.format import size
@@ -48,7 +48,7 @@ def export_tars(config: TarExportConfig, log: Log = print) -> TarMeta:
         log(f"deleted {name}, left half-written by a process that is dead")
     todo, exporter = writer.unfinished(), _Exporter(cache, split, protocol)
     if len(todo) < writer.meta.shards:
-        log(f"{config.out}: {writer.meta.shards - len(todo)} of {writer.meta.shards} shards are there")
+        log(f"{config.out}: there already: {writer.meta.shards - len(todo)} of {writer.meta.shards} shards")
     with progress(None, "tar shards", "image", total=sum(len(writer.meta.places_of(number)) for number in todo)) as bar:
         def write(number: int, *, wait: bool) -> bool:
             with writer.folder.claim(f"{number:06d}.tar", wait=wait) as mine:
@@ -61,8 +61,8 @@ def export_tars(config: TarExportConfig, log: Log = print) -> TarMeta:
         for number in busy:
             write(number, wait=True)
     failed, count, total = cache.failed(), writer.meta.shards, size(sum(writer.folder.sizes("").values()))
-    log(f"{config.out}: {writer.meta.images:,d} images in {count} tar shard{'s' * (count > 1)}, {total}"
-        + (f"; {len(failed)} images without embeddings have no picture there" if failed else ""))
+    log(f"{config.out}: {writer.meta.images:,d} images in {counted(count, 'tar shard')}, {total}"
+        + (f"; without embeddings, and so without a picture: {counted(len(failed), 'image')}" if failed else ""))
     return writer.meta
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.schema import Level
-from hdovd.core.errors import HdovdError
+from hdovd.core.errors import HdovdError, counted
 from hdovd.data.coco import Exif
 from hdovd.pipelines.common.format import duration, size
 from hdovd.pipelines.common.precision import Precision
@@ -75,9 +75,9 @@ def _finish(extraction: Extraction, catalog: Catalog, config: ExtractConfig, rep
     if before != features:
         catalog.write_set(config.features, features)
     if count := extraction.turned_either_way():
-        log(f"{count} pictures have an EXIF orientation, and an annotated size that fits them turned and as stored: --exif {config.exif} "
-            + ("turned them upright; are their boxes drawn on what is stored? --exif ignore" if config.exif is Exif.APPLY
-               else "left them as stored; are their boxes drawn on upright pictures? --exif apply"))
+        log(f"{counted(count, 'picture has', 'pictures have')} an EXIF orientation, and a size that fits turned and as stored: --exif "
+            + ("apply turned upright; were the boxes drawn on what is stored? --exif ignore" if config.exif is Exif.APPLY
+               else "ignore left as stored; were the boxes drawn on upright pictures? --exif apply"))
     if before is not None and not before.object_text:
         log(f"set {config.features}: the text embedding of \"object\" was added")
     for level in (Level.IMAGE, Level.INSTANCE):
@@ -85,8 +85,8 @@ def _finish(extraction: Extraction, catalog: Catalog, config: ExtractConfig, rep
     for image_id, reason in list(report.failed.items())[:20]:
         log(f"failed: image {image_id}: {reason}")
     if report.failed:
-        log(f"{len(report.failed)} images have no embeddings; training leaves them out. hdovd cache info lists them, "
-            "extract-clip --retry-failed tries them again")
+        log(f"{counted(len(report.failed), 'image has', 'images have')} no embeddings, and training goes without: hdovd cache info tells "
+            "why, extract-clip --retry-failed tries again")
     pictures = (Level.IMAGE, Level.INSTANCE)
     rows = sum(extraction.plans[unit.level].new_rows_of([unit.part]) for unit in extraction.done if unit.level in pictures)
     elsewhere = sum(report.new_rows[level] for level in pictures) - rows

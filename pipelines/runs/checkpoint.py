@@ -21,6 +21,7 @@ import torch
 
 from hdovd.core.errors import HdovdError, require_readable
 from hdovd.pipelines.common.atomic_write import replace_file
+from hdovd.pipelines.common.tensors import load_pth
 
 FILE = "checkpoint.pt"
 
@@ -41,7 +42,7 @@ def load_checkpoint(folder: Path, needs: Collection[str] = ()) -> dict[str, Any]
         with zipfile.ZipFile(file) as records:
             if (damaged := records.testzip()) is not None:
                 raise ValueError(f"the checksum of {damaged} is wrong")
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = load_pth(file)
         if missing := set(needs) - state.keys():
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except Exception as error:

@@ -208,7 +208,7 @@ class RunFolder:
         state, begun = load_tensors(self.path / name), model.state_dict()
         if bad := [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()
                    and not (key in begun and begun[key].isinf().any())]:  # a mask of a model's own is full of infinities
-            raise HdovdError(f"{self.path / name}: {len(bad)} of {len(state)} tensors have values that are not finite "
+            raise HdovdError(f"{self.path / name}: values that are not finite in {len(bad)} of {len(state)} tensors "
                              f"({shorten([*bad], 4)}): training diverged, or the file is damaged")
         try:
             model.load_state_dict(state)
@@ -238,8 +238,8 @@ class RunFolder:
         file = self.path / "log.jsonl"
         try:
             whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
-            return [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
+            return [dict(json.loads(line)) for line in whole.splitlines()]
+        except (ValueError, TypeError, RecursionError) as error:
             raise HdovdError(f"{file} is damaged: {error}") from error
 
     def write_csv(self) -> None:

@@ -187,7 +187,7 @@ def _json(file: Path, wrong: list[str]) -> dict[str, Any]:
         tree = json.loads(file.read_text())
     except FileNotFoundError:
         wrong.append(f"no {file.name}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         wrong.append(f"{file.name}: {error}")
     else:
         if isinstance(tree, dict):
@@ -204,7 +204,7 @@ def _settings(file: Path, wrong: list[str]) -> Settings:
         return flat(tree)
     except FileNotFoundError:
         wrong.append(f"no {file.name}")
-    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         wrong.append(f"{file.name}: {error}")
     return {}
 
@@ -216,7 +216,7 @@ def _epochs_done(path: Path, epochs: int | None, wrong: list[str]) -> int:
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number < len(lines):  # the last line may be torn: the process was killed while it wrote
                 wrong.append(f"log.jsonl: line {number} is no JSON")
             continue

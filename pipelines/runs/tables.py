@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hdovd.core.errors import counted
 from hdovd.pipelines.common.settings import SWITCH, different_keys, in_full, short_names, shown, shown_apart
 from hdovd.pipelines.runs.listing import GROUPS, Run, RunDifference
 
@@ -25,7 +26,7 @@ def run_lines(runs: Sequence[Run], root: Path | None = None) -> list[str]:
              *(ap(run.ap50.get(group)) for group in GROUPS), ap(run.split_blind.get("novel")), run.cache_id or "-",
              f"{run.date:%Y-%m-%d %H:%M}", str(run.state)) for run, settings in zip(runs, apart, strict=True)]
     lines = table_lines(head, rows, NUMBERS)
-    lines.append(f"{len(runs)} run{'' if len(runs) == 1 else 's'}; AP50 in percent; blind: novel AP50 without the base/novel split at test "
+    lines.append(f"{counted(len(runs), 'run')}; AP50 in percent; blind: novel AP50 without the base/novel split at test "
                  "time; cache: the same letters, the same features")
     protocols = sorted({str(run.protocol["name"]) for run in runs if "name" in run.protocol})
     if len(protocols) > 1:

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hdovd.cache.identity import hash_tables
-from hdovd.core.errors import HdovdError, is_file, shorten
+from hdovd.core.errors import HdovdError, counted, is_file, require_readable, shorten
 from hdovd.core.text_files import read_json
 from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.common.precision import Precision, choose
@@ -159,7 +159,8 @@ class ClipTeacher:
         alike: dict[bytes, list[str]] = {}
         for name, digest in zip(names, told_apart, strict=True):
             alike.setdefault(digest.digest(), []).append(name if isinstance(name, str) else " or ".join(name))
-        notes = [f"note: {len(cut)} prompts are longer than the {length} tokens of the text tower, which cuts them: {shorten([*cut], 4)}"]
+        notes = [f"note: {counted(len(cut), 'prompt is', 'prompts are')} longer than the {length} tokens of the text tower, and cut: "
+                 f"{shorten([*cut], 4)}"]
         notes = notes if cut else []
         return notes + [f"note: {' and '.join(map(repr, same))} become the same tokens: they have one embedding"
                         for same in alike.values() if len(same) > 1]
@@ -261,11 +262,14 @@ def _model_config(model: str, pretrained: str | None, random_weights: bool) -> d
         file = folder / "open_clip_config.json"
         if not file.is_file():
             raise HdovdError(f"--clip {model}: no {file}; the folder must hold open_clip_config.json and the weights")
-        if not any(p.suffix in (".safetensors", ".bin", ".pth") for p in folder.iterdir()):
+        weights = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pth")]
+        for one in weights:
+            require_readable(one)
+        if not weights:
             raise HdovdError(f"--clip {model}: no weights (*.safetensors, *.bin, *.pth) in {folder}")
         try:
-            return _towers(read_json(file, "--clip"))
-        except (HdovdError, ValueError, KeyError, TypeError) as error:
+            return _towers(read_json(file, f"--clip {model}:"))
+        except (ValueError, KeyError, TypeError) as error:
             raise HdovdError(f"--clip {model}: {file} is no open_clip config ({error!r})") from error
     if model.startswith("hf-hub:"):
         try:

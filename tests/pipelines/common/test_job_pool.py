@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.job_pool import Ended, Job, Stop, last_lines, run_jobs, stop_signals
 
 WAIT = 'i=0; while [ ! -e "{0}" ]; do sleep 0.02; i=$((i+1)); [ $i -lt 1500 ] || exit 9; done; '  # for a file, half a minute at most
@@ -35,6 +36,12 @@ def test_commands_run_in_order_until_one_fails(tmp_path: Path) -> None:
     assert last_lines(jobs[1].log) == ["$ sh -c 'echo broken; exit 3'", "broken"]
     _run(jobs[:1], [{}])
     assert jobs[0].log.read_text().count("first") == 4  # a second attempt is added
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.log").symlink_to("/dev/full")
+    with stop_signals() as stop, pytest.raises(HdovdError, match=r"a\.log cannot be written: No space left on device"):
+        run_jobs([Job("a", (("true",),), tmp_path / "a.log")], [{}], lambda _: None, stop)
 
 
 def test_each_place_holds_one_job_at_a_time_and_all_places_are_used(tmp_path: Path) -> None:

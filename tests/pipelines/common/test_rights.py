@@ -16,11 +16,13 @@ from hdovd.cache.local import LocalFolder
 from hdovd.core.errors import HdovdError, is_file, system_line
 from hdovd.modeling.backbones.pyramid import _read
 from hdovd.pipelines.common.atomic_write import write_text
+from hdovd.pipelines.common.images import decode
 from hdovd.pipelines.common.tensors import load_pth, load_tensors
 from hdovd.pipelines.extraction.text import read_class_embeddings
 from hdovd.pipelines.proposals.networks import made_by
 from hdovd.pipelines.runs.checkpoint import load_checkpoint
 from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.teachers.openclip import load_clip
 
 NOBODY = 65534
 
@@ -61,6 +63,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "rows.safetensors": lambda file: read_class_embeddings(file, ("a",), print),
     "rows.pt": load_pth,
     "body.safetensors": _read,
+    "picture.jpg": lambda file: decode(file),
     "zarr.json": lambda file: LocalFolder(file.parent).read(file.name),
 }
 
@@ -72,6 +75,14 @@ def test_a_file_that_may_not_be_read(name: str, place: Path) -> None:
     mode = "0000" if os.geteuid() else "0600"
     assert f"no permission to read {place / name} (mode {mode}, owner {place.owner()})" in said
     assert not re.search("copied whole|damaged|no such file", said)
+
+
+@pytest.mark.parametrize("name", ["open_clip_config.json", "open_clip_model.safetensors"])
+def test_a_clip_that_may_not_be_read(name: str, place: Path) -> None:
+    (place / "open_clip_config.json").write_text("{}")
+    (place / "open_clip_model.safetensors").touch()
+    (place / name).chmod(0o000 if os.geteuid() else 0o600)
+    assert f"no permission to read {place / name} (mode 0" in _said(lambda: load_clip(f"local-dir:{place}", None, device="cpu"))
 
 
 def test_a_folder_that_may_not_be_looked_into(place: Path) -> None:

@@ -7,9 +7,11 @@ import os
 import resource
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import hdovd
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.atomic_write import replace_file, write_picture, write_text, writing
+from hdovd.pipelines.export.forms import save_traced
 
 BIG = torch.zeros(100_000)
 NOISE = Image.effect_noise((600, 600), 100)
@@ -27,7 +30,14 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "picture": lambda file: write_picture(file, NOISE, "PNG"),
     "safetensors": lambda file: replace_file(file, lambda partial: save_file({"a": BIG}, partial)),
     "torch": lambda file: replace_file(file, lambda partial: torch.save({"a": BIG}, partial)),
+    "torchscript": lambda file: replace_file(file, lambda partial: save_traced(_traced(), partial, {})),
 }
+
+
+def _traced() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls all of TorchScript deprecated
+        return torch.jit.trace(torch.nn.Linear(300, 300).eval(), torch.zeros(300))
 
 
 @contextmanager
@@ -169,7 +179,7 @@ ALLOWED = {
     "pipelines/proposal_files/file.py fill": "given to replace_file",
     "pipelines/proposal_files/file.py _write_npz": "given to replace_file",
     "pipelines/export/forms.py _write_onnx": "given to replace_file",
-    "pipelines/export/forms.py _write_torchscript": "given to replace_file",
+    "pipelines/export/forms.py save_traced": "given to replace_file",
     "pipelines/export/forms.py _write_safetensors": "given to replace_file",
     "pipelines/demo/teacher.py demo_teacher": "a folder that gets its name when it is whole",
     "pipelines/common/tensors.py save_tensors": "given to replace_file",

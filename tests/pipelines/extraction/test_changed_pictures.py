@@ -74,7 +74,7 @@ def test_a_picture_that_changed_in_place_is_found_and_embedded_again_and_no_othe
     _train(copied_world, cache, micro_recipe())
     _change(_file(copied_world, CHANGED))
 
-    with pytest.raises(HdovdError, match=r"1 pictures are not those that .*cache was made from \(images 5\).*another content"):
+    with pytest.raises(HdovdError, match=r"1 picture is not what .*cache was made from \(images 5\): another content"):
         _train(copied_world, cache, micro_recipe())
     _train(copied_world, cache, micro_recipe("loss.instance.enabled=false", "loss.class.enabled=false", "loss.image.enabled=false"))
     lines = list[str]()
@@ -84,7 +84,7 @@ def test_a_picture_that_changed_in_place_is_found_and_embedded_again_and_no_othe
 
     lines.clear()
     report = extract_clip(config, lines.append, counting)
-    assert any("1 pictures are not those that the cache has under their names (images 5)" in line for line in lines)
+    assert any("1 picture is not what the cache has of the same id and size (images 5)" in line for line in lines)
     assert report.new_rows[Level.IMAGE] == 1
     assert counting.pictures == 1 + _is_changed(cache, Level.INSTANCE).sum()
     fresh = tmp_path / "fresh"
@@ -107,8 +107,11 @@ def test_another_folder_with_the_same_names_and_sizes_is_no_hit(copied_world: Pa
     extract_clip(one, _silent)
     report = extract_clip(two, _silent)
     assert report.levels[Level.IMAGE] == report.levels[Level.INSTANCE] == "extract"
-    for config in (one, two):
+    for config, data, strange in ((one, copied_world, other), (two, other, copied_world)):
         assert set(extract_clip(config, _silent).levels.values()) == {"hit"}
+        assert not check_cache(CheckConfig(cache, config.features, changes={"data": DataPaths(data)}), _silent).findings
+        found = check_cache(CheckConfig(cache, config.features, changes={"data": DataPaths(strange)}), _silent).findings
+        assert [finding.found[:2] for finding in found] == ["23"], f"set {config.features} was made from {data}, and not from {strange}"
     a, b = FeatureCache(cache), FeatureCache(cache, "other")
     assert not (a.embeddings(Level.IMAGE) == b.embeddings(Level.IMAGE)).all(axis=1).any()
 
@@ -151,7 +154,7 @@ def test_other_rules_of_reading_cost_the_pictures_that_they_read_differently(
     assert report.levels[Level.IMAGE] == report.levels[Level.INSTANCE] == "extend"
     assert report.new_rows[Level.IMAGE] == 1
     assert np.array_equal((_rows(cache, Level.IMAGE) != stored).any(axis=1), _is_changed(cache, Level.IMAGE))
-    assert any(line.startswith("1 pictures have an EXIF orientation") and "--exif ignore" in line for line in lines)
+    assert any(line.startswith("1 picture has an EXIF orientation") and "--exif ignore" in line for line in lines)
     with pytest.raises(HdovdError, match=r'was made with --exif apply, and input\.exif is "ignore"'):
         _train(copied_world, cache, micro_recipe("input.exif=ignore"))
     extract_clip(extraction(cache, data=copied_world, exif=Exif.IGNORE), _silent)

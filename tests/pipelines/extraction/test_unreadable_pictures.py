@@ -150,7 +150,7 @@ def test_retry_after_repair_gives_the_bytes_of_whole_pictures(copied_world: Path
     lines: list[str] = []
     report = extract_clip(config, lines.append)
     assert report.failed.keys() == {TEXT}
-    assert any("tries 5 images again that could not be read" in line for line in lines)
+    assert any("tries again what could not be read: 5 images" in line for line in lines)
     _repair(copied_world, world, TEXT)
     assert extract_clip(config, _silent).failed == {}
     extract_clip(extraction(tmp_path / "fresh", part_rows=part_rows), _silent)

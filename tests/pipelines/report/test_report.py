@@ -168,11 +168,12 @@ def test_pseudo_boxes_are_of_images_from_first_to_last(distilled: RunFolder, wor
     assert shown == [with_some[0], with_some[round((len(with_some) - 1) / 2)], with_some[-1]]
 
 
-def test_a_damaged_log_leaves_out_the_losses_and_a_torn_end_nothing(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ["{nonsense", "null", "[" * 20_000], ids=["no JSON", "no object", "deep"])
+def test_a_damaged_log_leaves_out_the_losses_and_a_torn_end_nothing(line: str, distilled: RunFolder, world: Path, tmp_path: Path) -> None:
     runs = _copies({"torn": distilled, "damaged": distilled}, tmp_path)
     whole = (runs[0] / "log.jsonl").read_text()
     (runs[0] / "log.jsonl").write_text(whole + '{"step": 9, "epo')
-    (runs[1] / "log.jsonl").write_text("{nonsense\n" + whole)
+    (runs[1] / "log.jsonl").write_text(line + "\n" + whole)
     page, _ = _report(runs, world, tmp_path / "out", gallery=0, pseudo=0, relation_images=0)
     assert "its losses are left out" in page.text
     assert "torn: log.jsonl" not in page.text

@@ -81,7 +81,7 @@ def test_weights_that_are_not_finite_are_refused(run: Path, world: Path, value: 
     name = next(name for name, tensor in state.items() if tensor.is_floating_point())
     state[name].flatten()[0] = value
     save_file(state, run / "model.safetensors")
-    with pytest.raises(HdovdError, match=r"model\.safetensors: 1 of \d+ tensors have values that are not finite"):
+    with pytest.raises(HdovdError, match=r"model\.safetensors: values that are not finite in 1 of \d+ tensors"):
         evaluate(EvalConfig(run, DataPaths(world), device="cpu"), lambda _: None)
     with pytest.raises(HdovdError, match="not finite"):
         Detector.from_run(run, device="cpu")

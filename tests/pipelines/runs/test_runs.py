@@ -102,6 +102,9 @@ def test_a_torn_last_line_of_the_log_is_what_a_kill_leaves(write_run: WriteRun) 
     ("metrics.json", '{"ap50": 3}', "no AP50: run hdovd eval again"),
     ("metrics.json", "\udcff", "metrics.json: "),
     ("log.jsonl", 'nonsense\n{"step": 2, "epoch": 1}\n', "log.jsonl: line 1"),
+    ("run.json", "[" * 20_000, "run.json: "),
+    ("metrics.json", "[" * 20_000, "metrics.json: "),
+    ("log.jsonl", "[" * 20_000 + '\n{"step": 2, "epoch": 1}\n', "log.jsonl: line 1"),
 ])
 def test_a_damaged_run_is_listed_with_what_is_wrong(write_run: WriteRun, tmp_path: Path, name: str, content: str | None,
                                                     expected: str) -> None:
