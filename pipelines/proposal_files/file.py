@@ -1,7 +1,7 @@
 """Proposal files: read in any form, written as COCO results JSON or .npz, with their identity and what made them.
 
-Called by `propose`, `extract_clip`, `audit` and `hdovd proposals`. What made them (`made_by`, JSON values) stands in the .npz, and for JSON
-in a sidecar, `FILE.made_by.json`, which names the identity of the proposals that it is of.
+What made them (`made_by`, JSON values) stands in the .npz, and for JSON in a sidecar,
+`FILE.made_by.json`, which names the identity of the proposals that it is of.
 """
 
 from __future__ import annotations

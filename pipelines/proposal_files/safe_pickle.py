@@ -13,7 +13,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -50,10 +50,10 @@ class _ArrayUnpickler(pickle._Unpickler):
         state, built = self.stack.pop(), self.stack[-1]
         match built, state:
             case np.ndarray(), (_, tuple() as shape, np.dtype() as dtype, bool() | int() as fortran, bytes() | str() as raw):
-                built.__setstate__((1, shape, dtype, bool(fortran), self._raw(raw, dtype, shape)))
+                self.stack[-1].__setstate__((1, shape, dtype, bool(fortran), self._raw(raw, dtype, shape)))
             # Subarray, names, fields, size, alignment, flags: numpy believes these, so they must say "a plain number".
             case np.dtype(), (3 | 4, "<" | ">" | "=" | "|" as order, None, None, None, -1, -1, 0, *_):
-                built.__setstate__((3, order, None, None, None, -1, -1, 0))
+                self.stack[-1].__setstate__((3, order, None, None, None, -1, -1, 0))
             case np.dtype(), _:
                 raise _Refused(f"a numpy.dtype that is more than {built}")
             case _:
@@ -62,7 +62,8 @@ class _ArrayUnpickler(pickle._Unpickler):
     def load_bytearray8(self) -> None:
         self.stack.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))  # Python's reserves the memory first
 
-    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build, pickle.BYTEARRAY8[0]: load_bytearray8}
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build, pickle.BYTEARRAY8[0]: load_bytearray8}
 
     def _raw(self, raw: bytes | bytearray | str, dtype: Any = None, shape: tuple[Any, ...] | None = None) -> bytes | bytearray:
         """Bytes, which Python 2 and protocol 2 pickle as text; all of them together may not be more than such a file holds.
