@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from typing import TypeVar
@@ -53,6 +53,48 @@ class Embedded:
     rows: np.ndarray
     problems: dict[int, str]
     files: dict[int, PictureFile]
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """Rows of a level, counted from its first, and the batch that they are embedded in."""
+
+    rows: np.ndarray
+    wanted: Wanted
+    last: bool
+
+
+@dataclass(slots=True)
+class PartRows:
+    """Rows `start` to `start + len(embedding)` of a level. embedding (n, D) float16, zeros for the images in `failed`.
+
+    `missing`: of these rows, the ones to embed.
+    """
+
+    embedder: Embedder
+    start: int
+    embedding: np.ndarray
+    missing: np.ndarray
+    failed: dict[int, str] = field(default_factory=dict)
+    files: dict[int, PictureFile] = field(default_factory=dict)
+
+    def batches(self, size: int) -> Iterator[RowBatch]:
+        """In row order, all of the shape that `size` crops have, the last one filled up."""
+        rows = self.start + np.flatnonzero(self.missing)
+        groups = self.embedder.groups(rows, size)
+        for number, some in enumerate(groups, 1):
+            yield RowBatch(some, Wanted(self.embedder.level, self.embedder.jobs(some), self.embedder.places(size)), number == len(groups))
+
+    def take(self, batch: RowBatch, answer: Embedded) -> None:
+        """Enter the embeddings of a batch."""
+        embeddings, start = answer.rows[: len(batch.rows)], 0
+        for job in batch.wanted.jobs:
+            if job.image_id in answer.problems:
+                embeddings[start : start + job.rows] = 0
+            start += job.rows
+        self.embedding[batch.rows - self.start] = embeddings
+        self.failed |= answer.problems
+        self.files |= answer.files
 
 
 def embed(wanted: Iterable[Wanted], embedders: Mapping[Level, Embedder], device: torch.device, workers: int) -> Iterator[Embedded]:

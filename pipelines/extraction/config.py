@@ -186,8 +186,9 @@ class ExtractConfig:
         pretrained = self.pretrained if self.pretrained is None or not is_file(self.pretrained) else _absolute(Path(self.pretrained))
         clip = f"local-dir:{_absolute(Path(self.clip[10:]))}" if self.clip.startswith("local-dir:") else self.clip
         protocol = _absolute(Path(self.protocol)) if is_file(self.protocol) else self.protocol
+        recipe = {"dense": {"side": self.recipe.side}} if isinstance(self.recipe, DenseRecipe) else {"crop": self.recipe.inputs()}
         return {"data": data, **paths, "clip": clip, "pretrained": pretrained, "protocol": protocol, "templates": list(self.templates),
-                **_recipe_tree(self.recipe), "precision": str(self.precision), "activation": str(self.activation),
+                **recipe, "precision": str(self.precision), "activation": str(self.activation),
                 "features": self.features, **({} if self.labels.top == 1 else {"labels": self.labels.inputs()}),
                 **({} if self.exif is Exif.APPLY else {"exif": str(self.exif)})}
 
@@ -203,10 +204,6 @@ class ExtractConfig:
                  "precision": Precision(tree["precision"]), "exif": Exif(tree.get("exif", Exif.APPLY)),
                  "activation": Activation(tree["activation"]), "cache": cache}
         return cls(**(given | changes))
-
-
-def _recipe_tree(recipe: CropRecipe | DenseRecipe) -> dict[str, Any]:
-    return {"dense": {"side": recipe.side}} if isinstance(recipe, DenseRecipe) else {"crop": recipe.inputs()}
 
 
 def _matching(tree: dict[str, Any]) -> Matching:

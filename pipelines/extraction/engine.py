@@ -28,8 +28,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import Split
 from hdovd.pipelines.embedding.crops import Cutter
 from hdovd.pipelines.embedding.embedders import Crops, Embedder
-from hdovd.pipelines.embedding.feed import Wanted, embed, own_threads
-from hdovd.pipelines.embedding.part_buffer import PartRows, RowBatch
+from hdovd.pipelines.embedding.feed import PartRows, RowBatch, Wanted, embed, own_threads
 from hdovd.pipelines.extraction.boxes import BoxTable
 from hdovd.pipelines.extraction.label_rule import LabelRule
 from hdovd.pipelines.extraction.picture_hashes import PictureHashes, files_of

@@ -94,10 +94,7 @@ def _same_file(path: Path, known: np.ndarray) -> np.void | None:
         stat = path.stat()
     except OSError:
         return None
-    same = known[(known["size"] == stat.st_size) & (known["modified"] == stat.st_mtime_ns)]
-    if not len(same):
-        return None
-    same = same[same["place"] == place_of(path)]
+    same = known[(known["size"] == stat.st_size) & (known["modified"] == stat.st_mtime_ns) & (known["place"] == place_of(path))]
     return same[0] if len(same) else None
 
 

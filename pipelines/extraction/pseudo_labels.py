@@ -1,7 +1,6 @@
 """Pseudo text labels: the nouns that a crop is most like, and the text embedding u that they give (METHOD section 2).
 
-Called by `extraction`, which writes the labels into the cache, `training_set`, which takes u from them, and `calibrate`, which makes
-the same labels of base boxes. Works on cached rows: no CLIP. n crops, K nouns, k nouns a label, D embedding size.
+Works on cached rows, without CLIP. n crops, K nouns, k nouns a label, D embedding size.
 """
 
 from __future__ import annotations

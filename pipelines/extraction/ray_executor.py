@@ -1,4 +1,4 @@
-"""An extraction on a Ray cluster: `hdovd extract-clip --executor ray`. Called by `extract_clip`; nothing else imports Ray.
+"""An extraction on a Ray cluster: `hdovd extract-clip --executor ray`. No other module imports Ray.
 
 Every actor reads the inputs and loads the model once, then does the units that it is given, one at a time. There is one actor a
 GPU, or without GPUs one for every `1 + --workers` CPUs. Nodes that join get actors; the part of an actor that dies goes to another.

@@ -1,7 +1,4 @@
-"""A set of a cache, with its pictures and base annotations, as tar shards; and from tar shards a cache again, to the byte.
-
-Called by `hdovd cache export`, `hdovd cache import`, `hdovd extract-clip --store webdataset` and Python.
-"""
+"""A set of a cache, with its pictures and base annotations, as tar shards; and from tar shards a cache again, to the byte."""
 
 from __future__ import annotations
 

@@ -52,11 +52,11 @@ def extract_to_tars(config: ExtractConfig, log: Log = print, teacher: Teacher | 
         teacher = extraction.teacher
     if config.dry_run:
         return fill_cache(inner, log, teacher)
-    with folder.claim(_worker(share.command.index * share.world + share.rank), wait=False):
+    with folder.claim(f"worker-{share.command.index * share.world + share.rank}", wait=False):
         report = fill_cache(inner, log, teacher)
     if report.whole:
         for other in range(share.count):  # nobody may be reading what is deleted
-            with folder.claim(_worker(other), wait=True):
+            with folder.claim(f"worker-{other}", wait=True):
                 pass
         with folder.claim("export", wait=True):
             if folder.exists(f"{ZARR}/zarr.json"):  # no other worker has done it
@@ -106,7 +106,3 @@ def _delete_zarr(folder: Folder) -> None:
     """The root's metadata first: what is left of a deletion that was cut short is no cache."""
     folder.delete(f"{ZARR}/zarr.json")
     folder.delete(ZARR)
-
-
-def _worker(number: int) -> str:
-    return f"worker-{number}"

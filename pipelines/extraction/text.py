@@ -1,6 +1,6 @@
 """What the rows of the class and noun levels are made from: names, several names of one class, or a file of class embeddings.
 
-`read_classes` is called by `extract_clip.prepare`, `TextRows` by planning and extraction. K names, D embedding size.
+K names, D embedding size.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def fill_cache(config: ExtractConfig, log: Log = print, teacher: Teacher | None 
 
         if share.count > 1:
             raise HdovdError("--executor ray shares the work out by itself: start one process, without --shard and torchrun")
-    log = log if share.speaks else _silent
+    log = log if share.speaks else lambda _: None
     extraction = prepare(config, log, teacher)
     config = replace(config, precision=Precision.of(extraction.teacher.identity.get("compute_dtype")) or config.precision)
     plans = list(extraction.plans.values())
@@ -94,7 +94,3 @@ def _finish(extraction: Extraction, catalog: Catalog, config: ExtractConfig, rep
     log(f"{config.cache}: set {config.features} is whole, {size(total)}"
         + (f"; {rows:,d} pictures and boxes in {duration(seconds)} ({rows / seconds:.0f}/s)" if rows else "")
         + (f"; {elsewhere:,d} by other processes" if elsewhere > 0 else ""))
-
-
-def _silent(_: str) -> None:
-    """The log of a process that is not to print."""

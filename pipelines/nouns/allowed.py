@@ -1,7 +1,7 @@
 """Which nouns may name an image's pseudo boxes (METHOD section 2), for extraction.
 
 Without captions: the whole vocabulary, the same for every image. With captions, or a file of `hdovd nouns`: the vocabulary's
-names that the image's own captions hold. See `noun_matching` for how they are found.
+names that the image's own captions hold. See `matching` for how they are found.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.name_list import read_vocabulary
 from hdovd.pipelines.nouns.captions import Captions
 from hdovd.pipelines.nouns.config import Matching
-from hdovd.pipelines.nouns.matching import Found, MatchFinder, StopList
+from hdovd.pipelines.nouns.matching import Found, MatchFinder, StopList, longest_matches
 from hdovd.pipelines.nouns.words import noun_words, singular_of
 
 
@@ -51,25 +51,16 @@ class _WholeWords:
     """The names that stand in captions letter by letter; at every place the longest one, which takes its words."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._names = {words(name): name for name in names}
-        self._longest = max(map(len, self._names))
+        self._names, self._rows = names, {words(name): row for row, name in enumerate(names)}
+        self._longest = max(map(len, self._rows))
 
     def __call__(self, captions: Iterable[tuple[int, str]]) -> Iterator[Found]:
         for image_id, caption in captions:
-            yield Found(image_id, self._matches(words(caption)), [])
+            yield Found(image_id, self._found(words(caption)), [])
 
-    def _matches(self, caption: tuple[str, ...]) -> list[str]:
-        found, at = [], 0
-        while at < len(caption):
-            for length in range(min(self._longest, len(caption) - at), 0, -1):
-                name = self._names.get(caption[at : at + length])
-                if name is not None:
-                    found.append(name)
-                    break
-            else:
-                length = 1
-            at += length
-        return found
+    def _found(self, caption: tuple[str, ...]) -> list[str]:
+        matches = longest_matches(len(caption), self._longest, lambda start, stop: self._rows.get(caption[start:stop]))
+        return [self._names[match.row] for match in matches]
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -1,13 +1,13 @@
 """The nouns of each image from its COCO captions, as a file that extraction takes.
 
-Called by `hdovd nouns` and Python. `noun_matching` and `noun_parsing` find them, `noun_file` is what is written.
+`matching` and `parsing` find them, `file` writes them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +27,6 @@ from hdovd.pipelines.nouns.parsing import ParsingFinder, load_parser, why_not
 Log = Callable[[str], None]
 SHOWN = 20  # nouns and words of the report
 UNMATCHED_KEPT = 200  # words of the file
-_BLOCK = 1 << 20
 
 
 @dataclass(slots=True)
@@ -53,9 +52,10 @@ def find_nouns(job: NounsConfig, log: Log = print) -> NounsReport:
     if kept := [name for name in finder.vocabulary or () if name in stop and name not in finder.stopped]:
         log(f"note: the vocabulary holds {shorten(list(kept))}, which the stop list that ships calls no object; a vocabulary has its way, "
             "--stop-list takes them out")
-    sha256, about = _measure(job.captions)
+    with job.captions.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     captions = Captions(job.captions)
-    with progress(finder(captions), "nouns", "caption", about) as bar:
+    with progress(finder(captions), "nouns", "caption") as bar:
         report = _collect(bar, captions, finder.vocabulary)
     if not any(report.images_of.values()):
         raise HdovdError(f"{job.captions}: {report.captions} captions, and none holds a noun"
@@ -63,7 +63,7 @@ def find_nouns(job: NounsConfig, log: Log = print) -> NounsReport:
                          + ": are they of one language? The nouns are looked for in English")
     vocabulary = report.nouns.vocabulary
     report.novel = {name: _images_with(name, report) for name in named_novel(vocabulary, protocol.novel)}
-    source = _source(job.vocabulary) if finder.vocabulary is not None else "all nouns of the captions"
+    source = "all nouns of the captions" if finder.vocabulary is None else GENERAL if job.vocabulary is None else job.vocabulary.name
     made_by = {"captions": {"file": job.captions.name, "sha256": sha256, "captions": report.captions}, "parser": made_with,
                "vocabulary": {"source": source, "sha256": _hash(vocabulary)},
                "stop_list": {"names": len(stop.names), "sha256": _hash(stop.names)}, "hdovd": __version__}
@@ -146,27 +146,5 @@ def _listed(counts: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{name} {count:,d}" for name, count in counts)
 
 
-def _source(vocabulary: Path | None) -> str:
-    return GENERAL if vocabulary is None else vocabulary.name
-
-
 def _hash(names: tuple[str, ...]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
-
-
-def _measure(path: Path) -> tuple[str, int]:
-    """The sha256 of a captions file, and about how many captions it holds, for the progress bar."""
-    digest, count, end = hashlib.sha256(), 0, b""
-    for block in _blocks(path):
-        digest.update(block)
-        count += (end + block).count(b'"caption"')
-        end = block[-8:]  # one byte less than what is counted
-    return digest.hexdigest(), count
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    if not path.is_file():
-        raise HdovdError(f"captions: no file {path}")
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            yield block

@@ -1,12 +1,11 @@
 """Nouns of captions by matching: at every place the longest name of a vocabulary, whose words may be in the plural.
 
-Needs no parser, finds nothing but names of the vocabulary, and cannot tell "a watch" from "they watch". Called by
-`nouns.read_nouns` and `find_nouns`; `noun_parsing` matches first as well.
+Needs no parser, finds nothing but names of the vocabulary, and cannot tell "a watch" from "they watch". `parsing` matches first as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -34,6 +33,20 @@ class Found:
     unmatched: list[str]
 
 
+def longest_matches(count: int, longest: int, row_of: Callable[[int, int], int | None]) -> list[Match]:
+    """Matches in `count` words, from left to right: at every place the longest name, which takes its words.
+
+    `longest`: words of a name at most; `row_of`: the row of the name that words `start` to `stop` are, None if they are none.
+    """
+    found, at = list[Match](), 0
+    while at < count:
+        stops = range(min(at + longest, count), at, -1)
+        match = next((Match(row, at, stop) for stop in stops if (row := row_of(at, stop)) is not None), None)
+        found += [] if match is None else [match]
+        at = at + 1 if match is None else match.stop
+    return found
+
+
 class NameMatcher:
     """Finds the names of a vocabulary in the words of a text.
 
@@ -59,18 +72,8 @@ class NameMatcher:
 
     def find(self, words: Sequence[str]) -> list[Match]:
         """All matches, from left to right; each takes its words."""
-        found, at = [], 0
         singulars = singular_of(words)
-        while at < len(words):
-            for length in range(min(self._longest, len(words) - at), 0, -1):
-                row = self._row(words[at:at + length], singulars[at:at + length])
-                if row is not None:
-                    found.append(Match(row, at, at + length))
-                    break
-            else:
-                length = 1
-            at += length
-        return found
+        return longest_matches(len(words), self._longest, lambda start, stop: self._row(words[start:stop], singulars[start:stop]))
 
     def _row(self, words: Sequence[str], singulars: Sequence[str]) -> int | None:
         row = self._exact.get("".join(words))

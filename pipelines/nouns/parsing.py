@@ -1,6 +1,6 @@
 """Nouns of captions by a parser: spaCy and a model of the user's, which tell nouns from verbs and know words that no list has.
 
-Called by `find_nouns`. spaCy comes with `pip install 'hdovd[spacy]'`, a model with `python -m spacy download en_core_web_sm`.
+spaCy comes with `pip install 'hdovd[spacy]'`, a model with `python -m spacy download en_core_web_sm`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The words of a text, and the singular of a noun.
 
 simplemma's dictionary of English, asked for plurals alone: it knows no parts of speech, and would make "paint" of a painting.
-What it has otherwise than nouns need it stands in `names/singular.txt`. Called by `noun_matching`, `noun_parsing` and `nouns`.
+What it has otherwise than nouns need it stands in `names/singular.txt`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Proposal files from one form to another, and what one holds. Called by `hdovd proposals` and Python."""
+"""Proposal files from one form to another, and what one holds."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
 """Proposal files: read in any form, written as COCO results JSON or .npz, with their identity and what made them.
 
-Called by `propose`, `extract_clip`, `audit` and `hdovd proposals`. What made them (`made_by`, JSON values) stands in the .npz, and for JSON
-in a sidecar, `FILE.made_by.json`, which names the identity of the proposals that it is of.
+What made them (`made_by`, JSON values) stands in the .npz, and for JSON in a sidecar,
+`FILE.made_by.json`, which names the identity of the proposals that it is of.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -104,8 +105,7 @@ def _with_sidecar(table: ProposalTable, path: Path) -> ProposalTable:
         tree = read_json(sidecar, "made_by")
         identity, made_by = tree["identity"], tree["made_by"]
     except (HdovdError, KeyError, TypeError) as error:
-        note = f"{sidecar} is damaged ({error}): what made these proposals counts as unknown"
-        return _replace(table, None, note)
+        return _unknown(table, f"{sidecar} is damaged ({error}): what made these proposals counts as unknown")
     return _with_made_by(table, identity, made_by, f"{sidecar} was written")
 
 
@@ -114,15 +114,15 @@ def _with_made_by(table: ProposalTable, identity: Any, made_by: Any, who: str) -
     if made_by is None:
         return table
     if not printable(made_by):
-        return _replace(table, None, f"{who} with characters that cannot be printed: what made these counts as unknown")
+        return _unknown(table, f"{who} with characters that cannot be printed: what made these counts as unknown")
     if not isinstance(made_by, dict) or identity != (own := table.identity()):
         found = "and is no table" if not isinstance(made_by, dict) else f"of the proposals {shown(identity)}, these are {own}"
-        return _replace(table, None, f"{who} {found}: what made these counts as unknown")
-    return _replace(table, made_by)
+        return _unknown(table, f"{who} {found}: what made these counts as unknown")
+    return replace(table, made_by=made_by)
 
 
-def _replace(table: ProposalTable, made_by: MadeBy | None, *notes: str) -> ProposalTable:
-    return ProposalTable(table.image_id, table.box, table.score, table.form, made_by, table.notes + notes)
+def _unknown(table: ProposalTable, note: str) -> ProposalTable:
+    return replace(table, notes=(*table.notes, note))
 
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -1,4 +1,4 @@
-"""The forms of proposal files, each read into columns. Called by `proposal_file`, which says which form a file has.
+"""The forms of proposal files, each read into columns.
 
 COCO results JSON      `[{"image_id": 1, "bbox": [x, y, w, h], "score": 0.9}, ...]`
 .npz, hdovd's own      image_id (N,) int64, offset (N+1,) int64, box (M, 4) float32 xyxy, score (M,) float32, metadata: JSON text;

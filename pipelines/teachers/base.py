@@ -37,24 +37,18 @@ class Teacher(Protocol):
 
     def embed_images(self, pixels: Tensor) -> np.ndarray:
         """(n, 3, *input_size) uint8 -> (n, D) float32, L2-normalised. Called by several threads at once."""
-        ...
 
     def embed_names(self, names: Sequence[Name], templates: Sequence[str]) -> np.ndarray:
         """Names -> (n, D) float32, L2-normalised: the mean over templates and over a row's names (METHOD section 2)."""
-        ...
 
     def hash_prompts(self, names: Sequence[Name], templates: Sequence[str]) -> str:
         """A hash of what the text tower is given for every prompt: the tokenizer's part of the identity."""
-        ...
 
     def prompt_notes(self, names: Sequence[Name], templates: Sequence[str]) -> list[str]:
         """What the user should know of the prompts: which are too long for the text tower, and which names it cannot tell apart."""
-        ...
 
     def best_batch(self) -> int:
         """How many pictures to embed at a time, found out on the device."""
-        ...
 
     def peak_memory_bytes(self) -> int | None:
         """The most GPU memory that was in use, or None without a GPU."""
-        ...

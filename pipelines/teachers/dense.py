@@ -98,11 +98,9 @@ class _Tower(Protocol):
 
     def map(self, pixels: Tensor) -> Tensor:
         """(b, 3, S, S) -> (b, C, h, w)."""
-        ...
 
     def pool(self, bins: Tensor) -> Tensor:
         """(n, C, k, k) -> (n, D)."""
-        ...
 
 
 def _tower(visual: nn.Module, side: int) -> _Tower:

@@ -206,8 +206,10 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
                          + _how_to_fetch(_repositories(model, pretrained, config))) from error
     net.eval().requires_grad_(False)
     _check_activation(net, quick_gelu)
+    # Apart from the activation, which the identity names by itself: one model has one hash under all its names.
+    shape = json.dumps({name: value for name, value in config.items() if name != "quick_gelu"}, sort_keys=True, default=str)
     identity: dict[str, Any] = {
-        "architecture": _hash_config(config),
+        "architecture": hashlib.sha256(shape.encode()).hexdigest()[:16],
         "weights_sha256": _hash_weights(net),
         "activation": str(Activation.QUICK_GELU if quick_gelu else Activation.GELU),
     }
@@ -223,9 +225,10 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
     notes.append(f"preprocessing: {shown}{said}")
     if trunk := config["vision_cfg"].get("timm_model_name"):
         notes.append(f"image encoder: timm's {trunk}, with its own activations")
-    dim = _embedding_size(net, transform, target)
+    with torch.inference_mode():  # asked of the model itself: no attribute for it is common to all families
+        dim = int(net.encode_image(torch.zeros(1, 3, *transform.size, device=target)).shape[1])
     _round_weights(net.visual, choice.precision.dtype)
-    made_with = {"clip": "local-dir" if model.startswith("local-dir:") else model, "pretrained": _tag_or_file_name(pretrained),
+    made_with = {"clip": "local-dir" if model.startswith("local-dir:") else model, "pretrained": pretrained and Path(pretrained).name,
                  "device": torch.cuda.get_device_name(target) if target.type == "cuda" else target.type,
                  "torch": torch.__version__, "open_clip": open_clip.__version__}
     if pretrained is not None and is_file(pretrained) and _is_openai_file(Path(pretrained)):
@@ -233,27 +236,11 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
     return ClipTeacher(net, transform, tokenizer, target, choice.precision, dim, identity, tuple(notes), made_with)
 
 
-def _tag_or_file_name(pretrained: str | None) -> str | None:
-    return None if pretrained is None else Path(pretrained).name
-
-
 def _prompt_batches(names: Sequence[Name], templates: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
     """All prompts and the rows that they are of, _TEXT_BATCH at a time."""
     left = prompts(names, templates)
     while batch := list(islice(left, _TEXT_BATCH)):
         yield [row for row, _ in batch], [text for _, text in batch]
-
-
-def _hash_config(config: dict[str, Any]) -> str:
-    """The architecture, apart from the activation, which the identity names by itself: one model has one hash under all its names."""
-    shape = {name: value for name, value in config.items() if name != "quick_gelu"}
-    return hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _embedding_size(net: Any, transform: Preprocessing, device: torch.device) -> int:
-    """The embedding size, asked of the model itself: no attribute for it is common to all families."""
-    with torch.inference_mode():
-        return int(net.encode_image(torch.zeros(1, 3, *transform.size, device=device)).shape[1])
 
 
 def _model_config(model: str, pretrained: str | None, random_weights: bool) -> dict[str, Any]:
