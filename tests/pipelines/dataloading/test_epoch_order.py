@@ -16,7 +16,7 @@ from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.common.distributed import Team
+from hdovd.pipelines.common.device import Team
 from hdovd.pipelines.dataloading.sampler import (
     BLOCK,
     WINDOW,

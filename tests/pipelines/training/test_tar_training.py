@@ -32,9 +32,8 @@ from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.tar_export import TarExportConfig, export_tars
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.loop import Hooks
-from hdovd.pipelines.training.tar_training import TarTrainingSet
 from hdovd.pipelines.training.train import TrainConfig, loop_of, train
-from hdovd.pipelines.training.training_set import Sample, TrainingSet
+from hdovd.pipelines.training.training_set import Sample, TarTrainingSet, TrainingSet
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 MakeRecipe = Callable[..., Recipe]
