@@ -1,7 +1,4 @@
-"""HTML pages that need nothing else: a template of the folder `pages` with styles, scripts and data inside.
-
-Called by `report` and `map_page`.
-"""
+"""HTML pages that need nothing else: a template of the folder `pages` with styles, scripts and data inside."""
 
 from __future__ import annotations
 

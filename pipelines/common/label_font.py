@@ -1,6 +1,4 @@
-"""A font for a label. Pillow's own has the letters of English and its neighbours; for others the system is asked.
-
-Called by `drawing`, `view_picture` and `map_picture`."""
+"""A font for a label. Pillow's own has the letters of English and its neighbours; for others the system is asked."""
 
 from __future__ import annotations
 

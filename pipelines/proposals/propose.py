@@ -39,7 +39,7 @@ def propose(job: ProposeConfig, log: Callable[[str], None] = print) -> dict[int,
     Raises HdovdError for bad input, and Stopped if a signal ended it: the same call goes on.
     """
     job.check()
-    with team(job.device) as us, StopSignal() as stop:
+    with team(job.device) as us, StopSignal(interrupts=True) as stop:
         return _propose(job, us, stop, log if us.leads else lambda _: None)
 
 

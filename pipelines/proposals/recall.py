@@ -61,7 +61,7 @@ def recall_report(job: RecallConfig, log: Callable[[str], None] = print) -> list
     Raises HdovdError for bad input or a validation picture that cannot be read, and Stopped if a signal ended it.
     """
     job.check()
-    with team(job.device) as us, StopSignal() as stop:
+    with team(job.device) as us, StopSignal(interrupts=True) as stop:
         log = log if us.leads else lambda _: None
         assert job.validation is not None  # as checked
         wanted, protocol = job.networks(), load_protocol(job.protocol)

@@ -18,6 +18,7 @@ from hdovd.core.errors import HdovdError, Stopped
 from hdovd.evaluation.coco import GROUPS
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.device import Team
+from hdovd.pipelines.common.format import duration
 from hdovd.pipelines.common.signals import StopSignal, exit_code
 from hdovd.pipelines.dataloading.sample_keys import key_of
 from hdovd.pipelines.runs.checkpoint import fits, rng_state, save_checkpoint, set_rng_state
@@ -188,14 +189,6 @@ def line_of(entry: dict[str, float], left_s: float) -> str:
     return (f"epoch {entry['epoch']:.0f} step {entry['step']:.0f}: loss {sum(parts.values()):.3f} ({losses}), lr {entry['lr']:.2e}, "
             f"{entry['images_per_s']:.1f} images/s, {entry['data_wait']:.1%} waiting for data, {entry['memory_gb']:.1f} GB, "
             f"{duration(left_s)} left")
-
-
-def duration(seconds: float) -> str:
-    """In words that fit: 45 s, 12 min, 3 h 05 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def unsound_record(run: RunFolder, team: Team, record: dict[str, Any]) -> str:

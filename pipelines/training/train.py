@@ -55,7 +55,7 @@ def train(job: TrainConfig, log: Callable[[str], None] = print) -> RunFolder:
     Raises HdovdError for bad input or a loss that is not sound, and Stopped if a signal ended it: it is saved, and can be resumed.
     """
     job.check()
-    with team(job.device) as us, StopSignal() as stop:
+    with team(job.device) as us, StopSignal(interrupts=True) as stop:
         return _train(job, us, stop, log if us.leads else lambda _: None)
 
 
@@ -77,7 +77,7 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal, log: Callable[[str], No
             _ = int(state["log_bytes"]), *(state["layout"][name] for name in ("streams", "unit", "images"))
     class_embeddings = torch.from_numpy(data.class_embeddings(protocol.names))
     batches, layout = batches_of(data, us, None if state is None else state["layout"])
-    validation, board = _validation(job, protocol, us, log), _tensorboard(job, us)
+    validation, board = _validation(job, protocol, class_embeddings, us, log), _tensorboard(job, us)
     torch.manual_seed(recipe.train.seed)
     anew = state is None and job.init is None
     said = log if anew else None
@@ -89,7 +89,7 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal, log: Callable[[str], No
         begun |= give_object_text(model, data.object_text(), str(job.cache), log)
     loop = loop_of(model, batches, class_embeddings[: len(protocol.base)].to(us.device), recipe, us.device)
     hooks = RunHooks(run.path, model, us, stop, {"layout": layout}, log, job.save_minutes, "the same command with --resume",
-                     validate=_validate(validation, class_embeddings), val_every=job.val_every)
+                     validate=validation, val_every=job.val_every)
     if us.world > 1:  # each process draws for itself, where anything draws from torch's own generator
         torch.manual_seed(key_of(recipe.train.seed, -1, us.rank))
     if state is not None:
@@ -204,22 +204,17 @@ def _begin(job: TrainConfig, data: TrainingSet | TarTrainingSet, protocol: Proto
     us.wait()
 
 
-def _validation(job: TrainConfig, protocol: Protocol, us: Team, log: Callable[[str], None]) -> Validation | None:
-    """One process validates."""
+def _validation(job: TrainConfig, protocol: Protocol, texts: Tensor, us: Team, log: Callable[[str], None]
+                ) -> Callable[[nn.Module], dict[str, float | None]] | None:
+    """What gives the AP50 of each group of a detector, in the one process that validates; None without validation."""
     if job.validation is None and job.val_every:
         log("no validation while training: no val2017 under --data, and no --val-images and --val-annotations")
     if job.validation is None or not job.val_every or not us.leads:
         return None
     config = job.recipe.train
-    return Validation(job.validation, protocol, us.device, exif=job.recipe.input.exif, log=log,
-                      batch_size=max(1, config.batch_size // (us.world * config.accumulate)))
-
-
-def _validate(validation: Validation | None, class_embeddings: Tensor) -> Callable[[nn.Module], dict[str, float | None]] | None:
-    """What gives the AP50 of each group of a detector."""
-    if validation is None:
-        return None
-    return lambda model: validation.run(cast(Detector, model), class_embeddings).combined.summary()["ap50"]
+    validation = Validation(job.validation, protocol, us.device, exif=job.recipe.input.exif, log=log,
+                            batch_size=max(1, config.batch_size // (us.world * config.accumulate)))
+    return lambda model: validation.run(cast(Detector, model), texts).combined.summary()["ap50"]
 
 
 def _tensorboard(job: TrainConfig, us: Team) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from orders import InOrder
 
 from hdovd.cache import rows
 from hdovd.cache.reader import FeatureCache
@@ -23,7 +24,6 @@ from hdovd.pipelines.dataloading.sampler import (
     BlockShuffle,
     Dealing,
     EpochOrder,
-    InOrder,
     PlainShuffle,
     ShardShuffle,
     Streams,

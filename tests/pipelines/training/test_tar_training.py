@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from orders import InOrder
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import TAR_META
@@ -26,7 +27,7 @@ from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
 from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sample_keys import Draw
-from hdovd.pipelines.dataloading.sampler import Dealing, InOrder, Streams
+from hdovd.pipelines.dataloading.sampler import Dealing, Streams
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.tar_export import TarExportConfig, export_tars
