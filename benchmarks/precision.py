@@ -20,8 +20,9 @@ from side_by_side import prepare
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.common.distributed import team
-from hdovd.pipelines.training.train import TrainConfig, batches_of, build_model, loop_of, training_data
+from hdovd.modeling.base import build_detector
+from hdovd.pipelines.common.device import team
+from hdovd.pipelines.training.train import TrainConfig, batches_of, loop_of, prepared, training_data
 
 
 def losses_of(recipe: Recipe, folder: Path, device: str, steps: int) -> list[dict[str, float]]:
@@ -31,7 +32,7 @@ def losses_of(recipe: Recipe, folder: Path, device: str, steps: int) -> list[dic
         data = training_data(TrainConfig(DataPaths(folder / "world"), folder / "cache", folder / "run", recipe), protocol, lambda _: None)
         texts = torch.from_numpy(data.class_embeddings(protocol.base)).to(us.device)
         torch.manual_seed(recipe.train.seed)
-        model = build_model(recipe, data.dim, us, lambda _: None)
+        model = prepared(build_detector(recipe, data.dim, None), recipe, us, None)
         calm(model)
         model.begin_epoch(recipe.pseudo_boxes.from_epoch)
         loop = loop_of(model, batches_of(data, us)[0], texts, recipe, us.device)

@@ -1,6 +1,6 @@
 """`hdovd calibrate`: fit the reliability weight of pseudo labels to a cache's own base boxes (METHOD section 2). No CLIP.
 
-Called by the command line, the demo and Python. Nothing novel is read: base boxes, and the text embeddings of base classes.
+Nothing novel is read: base boxes, and the text embeddings of base classes.
 
 Every base box makes two labels:
 

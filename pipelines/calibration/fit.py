@@ -1,4 +1,4 @@
-"""The reliability weight of pseudo labels, fitted to the cosines of right and of wrong labels (METHOD section 2). Called by `calibrate`.
+"""The reliability weight of pseudo labels, fitted to the cosines of right and of wrong labels (METHOD section 2).
 
 `w = scale * sigmoid((cos(v, u) - centre) / width)`. n right and m wrong labels.
 

@@ -1,4 +1,4 @@
-"""The picture of a calibration: which cosines right and wrong labels have, and the weight that was fitted. Called by `calibrate`."""
+"""The picture of a calibration: which cosines right and wrong labels have, and the weight that was fitted."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hdovd.pipelines.calibration.fit import Fit
 from hdovd.pipelines.common.atomic_write import write_picture
+from hdovd.pipelines.common.charts import ticks
 
 RIGHT, WRONG, CURVE, GRID = (40, 110, 220), (230, 120, 20), (20, 20, 20), (215, 215, 215)
 WIDTH, HEIGHT, LEFT, TOP, RIGHT_MARGIN, BOTTOM = 900, 520, 70, 70, 70, 60
@@ -32,16 +33,16 @@ def draw_calibration(right: np.ndarray, wrong: np.ndarray, fit: Fit, file: Path)
     def y(part: float) -> float:
         return bottom - up * part
 
-    for cosine in _ticks(low, high):
+    for cosine in ticks(low, high):
         pen.line((x(cosine), TOP, x(cosine), bottom), fill=GRID)
         pen.text((x(cosine), bottom + 6), f"{cosine:.3g}", fill="black", font=font, anchor="ma")
     for share, colour in zip(shares, (WRONG, RIGHT), strict=True):
         for left, stop, value in zip(edges[:-1], edges[1:], share, strict=True):
             if value:
                 pen.rectangle((x(left), y(value / top), x(stop) - 1, bottom), fill=(*colour, 130), outline=colour)
-    for part in _ticks(0, top):
+    for part in ticks(0, top):
         pen.text((LEFT - 6, y(part / top)), f"{100 * part:.3g}%", fill="black", font=font, anchor="rm")
-    for weight in _ticks(0, most):
+    for weight in ticks(0, most):
         pen.text((WIDTH - RIGHT_MARGIN + 6, y(weight / most)), f"{weight:.3g}", fill="black", font=font, anchor="lm")
     along = np.linspace(low, high, 400)
     pen.line([(x(c), y(w / most)) for c, w in zip(along.tolist(), fit.weights(along).tolist(), strict=True)], fill=CURVE, width=3)
@@ -61,11 +62,3 @@ def _range(right: np.ndarray, wrong: np.ndarray) -> tuple[float, float]:
     both = np.concatenate([np.quantile(right, (0.001, 0.999)), np.quantile(wrong, (0.001, 0.999))])
     margin = 0.02 * (both.max() - both.min()) + 1e-6
     return float(both.min() - margin), float(both.max() + margin)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """About six round numbers."""
-    rough = (high - low) / 6
-    power = 10.0 ** np.floor(np.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    return [float(step * number) for number in range(int(np.ceil(low / step)), int(np.floor(high / step)) + 1)]

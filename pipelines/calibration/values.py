@@ -1,6 +1,6 @@
 """Which values the reliability weight of a run has: a calibration's, the recipe's numbers, or "auto" for known models (METHOD section 2).
 
-Called by `train` and `ablate`; `calibrate` writes the files. What the weight depends on is how the cosine of a crop and its label comes
+What the weight depends on is how the cosine of a crop and its label comes
 about: the CLIP, what it sees of a box, the prompts of the nouns, and how many nouns make a label. Neither images nor names are part of
 that, so a calibration holds for every set that was made in the same way (`LabelOrigin.way`).
 """

@@ -1,6 +1,6 @@
 """Charts as SVG text, for pages that take no script from elsewhere: lines over a number axis, and matrices.
 
-Called by `report_charts`. Colours are the page's CSS variables, so that a chart is light or dark with its page; what a chart shows is
+Colours are the page's CSS variables, so that a chart is light or dark with its page; what a chart shows is
 in its data attribute as well, from which the page's script says the values under the pointer or at the arrow keys.
 """
 
@@ -47,41 +47,36 @@ class Axis:
 
 def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> Markup:
     """A figure's SVG; empty lines are left out. Without any point there is a line of text instead."""
-    drawn = [line for line in lines if any(_is_number(v) for v in line.y)]
-    if not drawn:
+    curves = [(line, np.array(line.x, float), np.ma.masked_invalid(np.array(line.y, float)).filled(np.nan)) for line in lines]
+    curves = [(line, a, b) for line, a, b in curves if np.isfinite(b).any()]
+    if not curves:
         return Markup('<p class="none">{}: nothing to show</p>').format(title)
-    x_low, x_high = _range(x, [v for line in drawn for v in line.x])
-    y_low, y_high = _range(y, [v for line in drawn for v in line.y if v is not None and _is_number(v)])
+    x_low, x_high = _range(x, np.concatenate([a for _, a, _ in curves]))
+    y_low, y_high = _range(y, np.concatenate([b for _, _, b in curves]))
 
-    def at(value: float, low: float, high: float, start: float, stop: float) -> float:
-        return start + (stop - start) * (value - low) / (high - low)
+    def across(value: float) -> float:
+        return LEFT + (WIDTH - RIGHT - LEFT) * (value - x_low) / (x_high - x_low)
 
-    def point(a: float, b: float) -> str:
-        return f"{at(a, x_low, x_high, LEFT, WIDTH - RIGHT):.1f},{at(b, y_low, y_high, HEIGHT - BOTTOM, TOP):.1f}"
+    def up(value: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - y_low) / (y_high - y_low)
 
-    parts = []
-    for tick in ticks(y_low, y_high):
-        height = at(tick, y_low, y_high, HEIGHT - BOTTOM, TOP)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>'
-                     f'<text x="{LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
-    for tick in ticks(x_low, x_high):
-        parts.append(f'<text x="{at(tick, x_low, x_high, LEFT, WIDTH - RIGHT):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
-                     f'{_short(tick)}</text>')
-    parts.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x.label)}</text>')
-    parts.append(f'<text class="axis" transform="rotate(-90)" x="{-(TOP + HEIGHT - BOTTOM) / 2}" y="11" text-anchor="middle">'
-                 f'{escape(y.label)}</text>')
-    for line in drawn:
-        style = _style(line.series) + (" dashed" if line.dashed else "")
-        for run in _unbroken(line):
-            points = [point(a, b) for a, b in run]
+    parts = [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
+             f'<text x="{LEFT - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{_short(tick)}</text>' for tick in ticks(y_low, y_high)]
+    parts += [f'<text x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_short(tick)}</text>'
+              for tick in ticks(x_low, x_high)]
+    parts += [f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x.label)}</text>',
+              f'<text class="axis" transform="rotate(-90)" x="{-(TOP + HEIGHT - BOTTOM) / 2}" y="11" text-anchor="middle">'
+              f'{escape(y.label)}</text>']
+    for line, a, b in curves:
+        style = ("plain" if line.series is None else f"s{line.series % 8}") + (" dashed" if line.dashed else "")
+        for run in np.ma.clump_unmasked(np.ma.masked_invalid(b)):
+            points = [(f"{across(u):.1f}", f"{up(v):.1f}") for u, v in zip(a[run], b[run], strict=True)]
             if len(points) > 1:
-                parts.append(f'<polyline class="line {style}" points="{" ".join(points)}"/>')
+                parts.append(f'<polyline class="line {style}" points="{" ".join(map(",".join, points))}"/>')
             if line.dots or len(points) == 1:
-                for p in points:
-                    cx, cy = p.split(",")
-                    parts.append(f'<circle class="dot {style}" cx="{cx}" cy="{cy}" r="3"/>')
+                parts += [f'<circle class="dot {style}" cx="{u}" cy="{v}" r="3"/>' for u, v in points]
     data = {"frame": [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM], "range": [x_low, x_high, y_low, y_high], "x": x.label,
-            "lines": [{"name": line.name, "x": [_rounded(v) for v in line.x], "y": [_rounded(v) for v in line.y]} for line in drawn]}
+            "lines": [{"name": line.name, "x": _values(a), "y": _values(b)} for line, a, b in curves]}
     return Markup(f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(title)}" '
                   f'data-chart="{escape(json.dumps(data, separators=(",", ":")))}">{"".join(parts)}</svg>')
 
@@ -124,10 +119,6 @@ def ticks(low: float, high: float) -> list[float]:
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _style(series: int | None) -> str:
-    return "plain" if series is None else f"s{series % 8}"
-
-
 def _ink(values: np.ndarray, low: float, high: float) -> str:
     share = np.nan_to_num(np.clip((values - low) / max(high - low, 1e-12), 0, 1))
     pixels = np.empty((*values.shape, 4), np.uint8)
@@ -144,29 +135,16 @@ def _cut(name: str) -> str:
     return name if len(name) <= 16 else name[:15] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def _unbroken(line: Line) -> list[list[tuple[float, float]]]:
-    """The runs of points between those without a value."""
-    runs: list[list[tuple[float, float]]] = [[]]
-    for a, b in zip(line.x, line.y, strict=True):
-        if b is None or not _is_number(b):
-            runs.append([])
-        else:
-            runs[-1].append((a, b))
-    return [run for run in runs if run]
-
-
-def _range(axis: Axis, values: Sequence[float]) -> tuple[float, float]:
-    low = min(values) if axis.low is None else axis.low
-    high = max(values) if axis.high is None else axis.high
+def _range(axis: Axis, values: np.ndarray) -> tuple[float, float]:
+    """The ends of an axis; `values` may hold NaN."""
+    low = float(np.nanmin(values)) if axis.low is None else axis.low
+    high = float(np.nanmax(values)) if axis.high is None else axis.high
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
-def _is_number(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+def _values(numbers: np.ndarray) -> list[float | None]:
+    """For JSON, which has no NaN: four digits each."""
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in numbers]
 
 
 def _short(value: float) -> str:

@@ -1,6 +1,6 @@
 """Boxes with labels on a picture: what every picture that hdovd makes of detections, truth or cached rows is drawn with.
 
-Called by `pictures`, and by whatever else shows boxes. Pillow, and not torchvision's `draw_bounding_boxes`: that one puts no ground behind
+Pillow, and not torchvision's `draw_bounding_boxes`: that one puts no ground behind
 its labels at the oldest torchvision that hdovd supports, and has no font of its own that can be set larger.
 """
 

@@ -1,5 +1,4 @@
-"""HTML pages that need nothing else: a template of the folder `pages` with styles, scripts and data inside.
-"""
+"""HTML pages that need nothing else: a template of the folder `pages` with styles, scripts and data inside."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Commands in processes of their own, so many at a time, each with its log file; all of them stopped when this process is.
-
-Called by `ablate`.
-"""
+"""Commands in processes of their own, so many at a time, each with its log file; all of them stopped when this process is."""
 
 from __future__ import annotations
 
@@ -9,19 +6,16 @@ import os
 import shlex
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from hdovd.pipelines.common.atomic_write import writing
+from hdovd.pipelines.common.signals import StopSignal
 
 POLL_S = 0.1
 PATIENCE_S = 120.0  # for a process that was asked to end: it may be saving its state
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last: SLURM's warning of the time limit, if asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,32 +37,12 @@ class Ended:
     seconds: float
 
 
-@dataclass(slots=True)
-class Stop:
-    """The signals that asked this process to end. After the second, children are killed."""
-
-    signals: list[int] = field(default_factory=list)
+def stop_signals() -> StopSignal:
+    """Collects the signals that ask this process to end; after the second, children are killed."""
+    return StopSignal(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last: SLURM's warning of the time limit
 
 
-@contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Collect the signals instead of dying of them; in the main thread, and not those that are ignored already."""
-    stop = Stop()
-
-    def note(number: int, _: FrameType | None) -> None:
-        stop.signals.append(number)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def run_jobs(jobs: Sequence[Job], places: Sequence[Mapping[str, str]], on_end: Callable[[Ended], None], stop: Stop,
+def run_jobs(jobs: Sequence[Job], places: Sequence[Mapping[str, str]], on_end: Callable[[Ended], None], stop: StopSignal,
              keep_open: Sequence[int] = ()) -> None:
     """Run all jobs, as many at a time as there are `places`: environment variables for the job that runs there.
 
@@ -126,7 +100,7 @@ class _Running:
         return None if code is None else Ended(self.job, self.command, code, time.monotonic() - self.began)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]], stop: Stop) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]], stop: StopSignal) -> None:
     """SIGTERM to all, then SIGKILL to those, with their children, that are still there after a while or a second signal."""
     for process in processes:
         process.terminate()

@@ -1,7 +1,4 @@
-"""Lists of names, one a line: files of a user's, and those that ship (`names/*.txt`).
-
-Called by `nouns`, `noun_words`, `prompt_templates` and the command line's stages, of which `detect` has them in its words too.
-"""
+"""Lists of names, one a line: files of a user's, and those that ship (`names/*.txt`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which pictures a command is to look at: files, folders, patterns, and what comes by standard input. Called by `detect`."""
+"""Which pictures a command is to look at: files, folders, patterns, and what comes by standard input."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The values of recipes by dotted key: told apart, named shortly, and shown.
-
-Called by `cache_tables`, `proposal_convert`, `runs`, `run_tables`, `run_folder`, `ablate`, `ablate_cells` and `ablate_table`.
-"""
+"""The values of recipes by dotted key: told apart, named shortly, and shown."""
 
 from __future__ import annotations
 
@@ -57,8 +54,8 @@ def short_names(keys: Iterable[str], among: Iterable[str]) -> dict[str, str]:
     The names do not depend on which keys are asked for, so that they stay the same when an ablation grows by one.
     """
     wanted = list(keys)
-    others = {_without_switch(key) for key in (*among, *wanted)}
-    return {key: _ending(_without_switch(key), others) for key in wanted}
+    others = {key.removesuffix(SWITCH) for key in (*among, *wanted)}
+    return {key: _ending(key.removesuffix(SWITCH), others) for key in wanted}
 
 
 def shown_apart(values: Sequence[Any]) -> list[str]:
@@ -93,10 +90,6 @@ def _same(settings: Mapping[str, Any], first: Mapping[str, Any], key: str) -> bo
         return False
     a, b = settings.get(key), first.get(key)
     return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)  # 1 == True
-
-
-def _without_switch(key: str) -> str:
-    return key.removesuffix(SWITCH)
 
 
 def _ending(key: str, others: set[str]) -> str:

@@ -54,7 +54,7 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-class Unfit(Exception):
+class Unfit(HdovdError):
     """Why a file, or a value in it, cannot be taken."""
 
 

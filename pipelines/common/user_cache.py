@@ -1,4 +1,4 @@
-"""The folder of things that are made once for a user and not for a project. Called by `hdovd demo` and `text_cache`."""
+"""The folder of things that are made once for a user and not for a project."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """In what order a run sees its images: every image once an epoch, as a function of seed and epoch alone.
 
-`Dealing` cuts an epoch into batches of all processes, and those into each process's part. Called by `loading` and `train`.
+`Dealing` cuts an epoch into batches of all processes, and those into each process's part.
 """
 
 from __future__ import annotations
@@ -27,16 +27,6 @@ class EpochOrder(ABC):
     @abstractmethod
     def indices(self, epoch: int) -> np.ndarray:
         """(count,) int64, the same for the same epoch in every process."""
-
-
-@dataclass(frozen=True, slots=True)
-class InOrder(EpochOrder):
-    """0, 1, 2, ..., in every epoch."""
-
-    count: int
-
-    def indices(self, epoch: int) -> np.ndarray:
-        return np.arange(self.count)
 
 
 @dataclass(frozen=True, slots=True)

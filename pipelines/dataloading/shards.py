@@ -1,7 +1,4 @@
-"""Samples of tar shards in any order, from streams that only go forward: what comes past and is wanted later is kept.
-
-Called by `tar_training`, in each of its workers, once an epoch.
-"""
+"""Samples of tar shards in any order, from streams that only go forward: what comes past and is wanted later is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `hdovd propose` is asked for: validated, and read without torch, for the sake of --help. Called by `cli.propose` and Python."""
+"""What `hdovd propose` is asked for: validated, and read without torch, for the sake of --help."""
 
 from __future__ import annotations
 

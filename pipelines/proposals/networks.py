@@ -1,7 +1,4 @@
-"""A trained proposal network as a file: safetensors, with its recipe and all that made it in the metadata.
-
-Called by `proposer_training`, `propose` and `proposal_recall`.
-"""
+"""A trained proposal network as a file: safetensors, with its recipe and all that made it in the metadata."""
 
 from __future__ import annotations
 
@@ -72,7 +69,7 @@ def save_network(file: Path, network: ProposalNetwork, made_by: dict[str, Any]) 
 
 def made_by(file: Path) -> dict[str, Any]:
     """What made the network in a file. Raises HdovdError for a file that holds none."""
-    return _origin(_metadata(file), file)
+    return _described(file)[1]
 
 
 def check_made_by(found: dict[str, Any], wanted: dict[str, Any], file: Path) -> None:
@@ -90,8 +87,7 @@ def load_network(file: Path, trusted: Recipe | None = None) -> tuple[ProposalNet
 
     Raises HdovdError if the file holds no network, or one of another shape than its metadata says.
     """
-    metadata = _metadata(file)
-    origin = _origin(metadata, file)
+    metadata, origin = _described(file)
     try:
         recipe, detector = build_recipe(tomllib.loads(metadata["recipe"]), f"in {file}"), Detector(origin["detector"])
     except ValueError as error:
@@ -119,18 +115,8 @@ def _compared(origin: dict[str, Any]) -> dict[str, Any]:
             "annotations sha256": origin["annotations"]["sha256"]}
 
 
-def _origin(metadata: dict[str, str], file: Path) -> dict[str, Any]:
-    try:
-        origin = json.loads(metadata["made_by"])
-        base, _, _, _ = origin["protocol"]["base"], origin["detector"], origin["recipe"], origin["annotations"]["sha256"]
-        if not all(isinstance(name, str) for name in base):
-            raise TypeError("base names")
-    except (ValueError, KeyError, TypeError) as error:
-        raise HdovdError(f"{file}: its metadata does not say what made it ({error!r}); get it anew, or train one") from error
-    return dict(origin)
-
-
-def _metadata(file: Path) -> dict[str, str]:
+def _described(file: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """The metadata of a network's file, and of them what made it."""
     require_network(file)
     require_readable(file)
     try:
@@ -140,4 +126,11 @@ def _metadata(file: Path) -> dict[str, str]:
         raise HdovdError(f"{file} is no safetensors file, or damaged ({error}); expected a network that hdovd propose trained") from error
     if not {"made_by", "recipe"} <= metadata.keys():
         raise HdovdError(f"{file} holds tensors, but no proposal network: expected one that hdovd propose trained (NAME.oln.safetensors)")
-    return metadata
+    try:
+        origin = dict(json.loads(metadata["made_by"]))
+        _ = origin["recipe"], origin["detector"], origin["annotations"]["sha256"]
+        if not all(isinstance(name, str) for name in origin["protocol"]["base"]):
+            raise TypeError("base names")
+    except (ValueError, KeyError, TypeError) as error:
+        raise HdovdError(f"{file}: its metadata does not say what made it ({error!r}); get it anew, or train one") from error
+    return metadata, origin

@@ -1,6 +1,6 @@
 """Proposals of a whole split in parts of a thousand images, each written as it is done: a killed pass goes on, and processes share it.
 
-Beside NAME.json a folder NAME.parts holds them until the file is written. Called by `propose`.
+Beside NAME.json a folder NAME.parts holds them until the file is written.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The pictures and boxes of a split as the proposal networks see them. Called by `proposer_training`, `propose` and `proposal_recall`."""
+"""The pictures and boxes of a split as the proposal networks see them, and what the networks find in them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,12 @@ from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import Split
 from hdovd.data.targets import flip_boxes
+from hdovd.modeling.proposals.base import ProposalNetwork
+from hdovd.pipelines.common.device import Team, training_workers
 from hdovd.pipelines.common.images import read_pixels
+from hdovd.pipelines.common.precision import inference_autocast
+from hdovd.pipelines.common.progress import progress
+from hdovd.pipelines.dataloading.loader import Batches
 from hdovd.pipelines.dataloading.sample_keys import Draw, is_flipped, key_of
 
 
@@ -62,3 +68,17 @@ def require_readable(split: Split) -> None:
         else:
             return
     raise HdovdError(f"no training picture of {split.folder} can be read; first reason: {first}")
+
+
+def found_in(pictures: Pictures, network: ProposalNetwork, us: Team, what: str) -> Iterator[tuple[Picture, Tensor, Tensor]]:
+    """Each picture in order, with the boxes (n, 4) and scores (n,) that a network proposes in it, on the CPU.
+
+    `what`: the name of the progress bar.
+    """
+    config = pictures.recipe.train
+    batches = Batches(pictures, config.batch_size, training_workers(us.device, config.workers), device=us.device)
+    for batch in progress(batches, what, "batch", len(batches) if us.leads else 0):
+        with inference_autocast(us.device, network.recipe):
+            scored = network.propose([picture.pixels.to(us.device) for picture in batch])
+        for picture, (boxes, scores) in zip(batch, scored, strict=True):
+            yield picture, boxes.cpu(), scores.cpu()

@@ -1,6 +1,6 @@
 """Proposals: train a class-agnostic network on base boxes alone, or take a trained one, then propose boxes on training images.
 
-Called by `hdovd propose`, `hdovd demo` and Python; under torchrun by every one of its processes.
+Under torchrun every one of its processes runs `propose`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,14 @@ from hdovd.data.coco import Split
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.proposals.base import ProposalNetwork
 from hdovd.pipelines.common.atomic_write import replace_file
-from hdovd.pipelines.common.device import placed, training_workers
-from hdovd.pipelines.common.distributed import Team, team
-from hdovd.pipelines.common.precision import inference_autocast
-from hdovd.pipelines.common.progress import progress
+from hdovd.pipelines.common.device import Team, placed, team
 from hdovd.pipelines.common.signals import StopSignal, exit_code
-from hdovd.pipelines.dataloading.loader import Batches
 from hdovd.pipelines.proposal_files.file import Proposals, ProposalTable, made_by_line, read_table, write_proposals
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.networks import load_network, settings
 from hdovd.pipelines.proposals.networks import made_by as made_by_of
 from hdovd.pipelines.proposals.parts import Parts, fill
-from hdovd.pipelines.proposals.pictures import Pictures, require_readable
+from hdovd.pipelines.proposals.pictures import Pictures, found_in, require_readable
 from hdovd.pipelines.proposals.training import settled_job, trained_network
 
 
@@ -43,7 +39,7 @@ def propose(job: ProposeConfig, log: Callable[[str], None] = print) -> dict[int,
     Raises HdovdError for bad input, and Stopped if a signal ended it: the same call goes on.
     """
     job.check()
-    with team(job.device) as us, StopSignal() as stop:
+    with team(job.device) as us, StopSignal(interrupts=True) as stop:
         return _propose(job, us, stop, log if us.leads else lambda _: None)
 
 
@@ -110,18 +106,12 @@ def _results(network: ProposalNetwork, split: Split, parts: Parts, mine: list[in
              us: Team) -> Iterator[tuple[int, Proposals | str]]:
     """The images of the parts `mine` in order: the id of each, and its proposals, or why it cannot be read."""
     numbers = [number for part in mine for number in parts.rows(part)]
-    base = {split.images[number].id: torch.from_numpy(split.images[number].boxes) for number in numbers}
-    workers, config = training_workers(us.device, job.recipe.train.workers), job.recipe.train
     if not numbers:
         return
-    batches = Batches(Pictures(split, job.recipe, numbers), config.batch_size, workers, device=us.device)
-    for pictures in progress(batches, "propose", "batch", len(batches) if us.leads else 0):
-        with inference_autocast(us.device, network.recipe):
-            scored = network.propose([picture.pixels.to(us.device) for picture in pictures])
-        for (boxes, scores), picture in zip(scored, pictures, strict=True):
-            keep = select_proposals(boxes.cpu(), scores.cpu(), base[picture.image_id], job)
-            found = Proposals(boxes.cpu()[keep].numpy(), scores.cpu()[keep].numpy())
-            yield picture.image_id, picture.problem or found
+    found = found_in(Pictures(split, job.recipe, numbers), network, us, "propose")
+    for number, (picture, boxes, scores) in zip(numbers, found, strict=True):
+        keep = select_proposals(boxes, scores, torch.from_numpy(split.images[number].boxes), job)
+        yield picture.image_id, picture.problem or Proposals(boxes[keep].numpy(), scores[keep].numpy())
 
 
 def stop_if_asked(stop: StopSignal, doing: str) -> None:

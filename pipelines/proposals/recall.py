@@ -1,7 +1,7 @@
 """How many objects class-agnostic proposals find: average recall of networks side by side, of base and of novel objects.
 
 Counted over what a network proposes, before proposals that overlap base boxes are taken out. Novel objects are counted as a diagnosis
-alone: no stage chooses anything by them. Called by `hdovd propose --report` and Python; under torchrun by every process.
+alone: no stage chooses anything by them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,11 @@ from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.evaluation.recall import THRESHOLDS, found_at, recall
 from hdovd.modeling.proposals.base import ProposalNetwork
 from hdovd.pipelines.common.atomic_write import write_text
-from hdovd.pipelines.common.device import placed, training_workers
-from hdovd.pipelines.common.distributed import Team, team
-from hdovd.pipelines.common.precision import inference_autocast
-from hdovd.pipelines.common.progress import progress
+from hdovd.pipelines.common.device import Team, placed, team
 from hdovd.pipelines.common.signals import StopSignal
-from hdovd.pipelines.dataloading.loader import Batches
 from hdovd.pipelines.proposals.config import RecallConfig
 from hdovd.pipelines.proposals.networks import load_network
-from hdovd.pipelines.proposals.pictures import Pictures
+from hdovd.pipelines.proposals.pictures import Pictures, found_in
 from hdovd.pipelines.proposals.propose import stop_if_asked
 from hdovd.pipelines.proposals.training import trained_network
 
@@ -65,7 +61,7 @@ def recall_report(job: RecallConfig, log: Callable[[str], None] = print) -> list
     Raises HdovdError for bad input or a validation picture that cannot be read, and Stopped if a signal ended it.
     """
     job.check()
-    with team(job.device) as us, StopSignal() as stop:
+    with team(job.device) as us, StopSignal(interrupts=True) as stop:
         log = log if us.leads else lambda _: None
         assert job.validation is not None  # as checked
         wanted, protocol = job.networks(), load_protocol(job.protocol)
@@ -81,8 +77,8 @@ def recall_report(job: RecallConfig, log: Callable[[str], None] = print) -> list
             name = f"{origin['detector']} {file.name}"
             found.append(_recall(name, placed(network, us.device).eval(), validation, protocol, job, us, stop))
         if us.leads and job.out is not None:
-            file, content = job.out.with_name(f"{job.out.stem}.recall.json"), json.dumps([one.to_dict() for one in found], indent=1)
-            write_text(file, content)
+            file = job.out.with_name(f"{job.out.stem}.recall.json")
+            write_text(file, json.dumps([one.to_dict() for one in found], indent=1))
             log(f"wrote {file}")
         log(recall_table(found))
         return found
@@ -92,32 +88,26 @@ def without_crowds(split: Split) -> Split:
     """A box around many objects is none that a proposal could find."""
     found = read_instances(split.annotations)
     crowds = {number for number, crowd in zip(found.ids, found.crowd, strict=True) if crowd}
-    images = []
-    for image in split.images:
-        keep = np.array([number not in crowds for number in image.annotation_ids.tolist()], bool)
-        images.append(type(image)(image.id, image.file_name, image.width, image.height, image.boxes[keep], image.labels[keep],
-                                  image.annotation_ids[keep]))
+    keep = [np.array([number not in crowds for number in image.annotation_ids.tolist()], bool) for image in split.images]
+    images = [replace(image, boxes=image.boxes[rows], labels=image.labels[rows], annotation_ids=image.annotation_ids[rows])
+              for image, rows in zip(split.images, keep, strict=True)]
     return replace(split, images=images)
 
 
 def _recall(name: str, network: ProposalNetwork, split: Split, protocol: Protocol, job: RecallConfig, us: Team, stop: StopSignal) -> Recall:
     numbers = list(range(len(split.images)))[us.rank :: us.world]
-    workers, place = training_workers(us.device, job.recipe.train.workers), 0
     found: dict[str, list[np.ndarray]] = {group: [] for group in GROUPS}
     count = 0
-    batches = Batches(Pictures(split, job.recipe, numbers), job.recipe.train.batch_size, workers, device=us.device)
-    for pictures in progress(batches, f"recall {name}", "batch", len(batches) if us.leads else 0):
+    results = found_in(Pictures(split, job.recipe, numbers), network, us, f"recall {name}")
+    for number, (picture, boxes, _) in zip(numbers, results, strict=True):
         stop_if_asked(stop, "counting; networks that were trained are kept")
-        with inference_autocast(us.device, network.recipe):
-            scored = network.propose([p.pixels.to(us.device) for p in pictures])
-        for picture, (boxes, _) in zip(pictures, scored, strict=True):
-            if picture.problem:
-                raise HdovdError(f"{picture.problem}; recall without it would be another data set's")
-            image, best = split.images[numbers[place]], boxes[: max(MOST)].cpu().numpy()
-            is_base = image.labels < len(protocol.base)
-            for group, rows in (("base", is_base), ("novel", ~is_base)):
-                found[group].append(found_at(best, image.boxes[rows]))
-            place, count = place + 1, count + len(boxes)
+        if picture.problem:
+            raise HdovdError(f"{picture.problem}; recall without it would be another data set's")
+        image, best = split.images[number], boxes[: max(MOST)].numpy()
+        is_base = image.labels < len(protocol.base)
+        for group, rows in (("base", is_base), ("novel", ~is_base)):
+            found[group].append(found_at(best, image.boxes[rows]))
+        count += len(boxes)
     shares = us.gather((found, count))
     every = {group: [one for part, _ in shares for one in part[group]] for group in GROUPS}
     at = {group: {most: recall(every[group], most) * 100 for most in MOST} for group in GROUPS}

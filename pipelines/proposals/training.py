@@ -1,4 +1,4 @@
-"""Training a proposal network on base boxes alone; killed, it goes on from its checkpoint. Called by `propose` and `proposal_recall`.
+"""Training a proposal network on base boxes alone; killed, it goes on from its checkpoint.
 
 While it trains, a folder NAME.training beside the network's file NAME.safetensors holds the checkpoint.
 """
@@ -6,36 +6,30 @@ While it trains, a folder NAME.training beside the network's file NAME.safetenso
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hdovd.config.backbone import AUTO
-from hdovd.core.errors import Stopped
 from hdovd.data.coco import Split
-from hdovd.modeling.backbones.pyramid import with_synced_norms
 from hdovd.modeling.proposals.base import ProposalNetwork
-from hdovd.pipelines.common.device import placed, training_workers
-from hdovd.pipelines.common.distributed import Team
+from hdovd.pipelines.common.device import Team, placed, training_workers
 from hdovd.pipelines.common.precision import settled
-from hdovd.pipelines.common.signals import StopSignal, exit_code
+from hdovd.pipelines.common.signals import StopSignal
 from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sample_keys import key_of
 from hdovd.pipelines.dataloading.sampler import Dealing, PlainShuffle
 from hdovd.pipelines.proposals.config import NetworkConfig
 from hdovd.pipelines.proposals.networks import build_network, check_made_by, load_network, made_by, provenance, save_network, settings
 from hdovd.pipelines.proposals.pictures import Picture, Pictures, require_readable
-from hdovd.pipelines.runs.checkpoint import fits, load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from hdovd.pipelines.training.compiling import compile_backbone, told_shortly
-from hdovd.pipelines.training.hooks import line_of
-from hdovd.pipelines.training.loop import Hooks, Loop
-from hdovd.pipelines.training.train import data_parallel
+from hdovd.pipelines.runs.checkpoint import load_checkpoint
+from hdovd.pipelines.training.compiling import told_shortly
+from hdovd.pipelines.training.hooks import SavingHooks
+from hdovd.pipelines.training.loop import Loop
+from hdovd.pipelines.training.train import data_parallel, prepared
 
 STATE = ("model", "optimizer", "step", "window", "rng", "wanted")  # of a checkpoint
 
@@ -79,12 +73,8 @@ def _train(job: NetworkConfig, split: Split, wanted: dict[str, Any], us: Team, s
         check_made_by(state["wanted"], wanted, folder)
     require_readable(split)
     torch.manual_seed(config.seed)
-    network = build_network(job.detector, job.recipe, log if state is None else None)
-    if us.world > 1 and us.device.type == "cuda" and job.recipe.detector.backbone.norm == "batch":
-        network.backbone = with_synced_norms(network.backbone)
-    network = placed(network, us.device)
-    if config.compile:
-        compile_backbone(network.backbone, us.device)
+    said = log if state is None else None
+    network = prepared(build_network(job.detector, job.recipe, said), job.recipe, us, said)
     model = network if us.world == 1 else data_parallel(network)
 
     def losses_of(samples: list[Picture], epoch: int) -> dict[str, Tensor]:
@@ -98,14 +88,10 @@ def _train(job: NetworkConfig, split: Split, wanted: dict[str, Any], us: Team, s
     loop = Loop(model, losses_of, batches, config, us.device, f"train {job.detector.value}", lambda sample: sample.image_id)
     if us.world > 1:  # each process draws for itself, where a backbone draws from torch's own generator
         torch.manual_seed(key_of(config.seed, -1, us.rank))
+    hooks = SavingHooks(folder, network, us, stop, {"wanted": wanted}, log, job.save_minutes)
     if state is not None:
-        with fits(folder):
-            network.load_state_dict(state["model"])
-            loop.load(state)
-            if len(state["rng"]) == us.world:
-                set_rng_state(state["rng"][us.rank], us.device)
+        hooks.restore(state, loop)
         log(f"training goes on at step {loop.step_number} of {loop.total}")
-    hooks = _Keep(folder, network, wanted, us, stop, log, job.save_minutes)
     with told_shortly():
         loop.run(hooks)
     if us.leads:
@@ -113,45 +99,3 @@ def _train(job: NetworkConfig, split: Split, wanted: dict[str, Any], us: Team, s
         save_network(job.file, trained, provenance(job, split, trained.state_dict()))
         shutil.rmtree(folder, ignore_errors=True)
         log(f"wrote {job.file}: the network, for --checkpoint")
-
-
-@dataclass(slots=True)
-class _Keep(Hooks):
-    """Tells how it goes, and keeps a checkpoint: every `save_minutes`, after every epoch, and when a signal came."""
-
-    folder: Path
-    network: ProposalNetwork
-    wanted: dict[str, Any]
-    team: Team
-    stop: StopSignal
-    log: Callable[[str], None]
-    save_minutes: float
-    _saved: float = field(default_factory=time.monotonic)
-
-    @property
-    def shows_bar(self) -> bool:  # type: ignore[override]
-        return self.team.leads
-
-    def interval(self, entry: dict[str, float], left_s: float) -> None:
-        with tqdm.external_write_mode():
-            self.log(line_of(entry, left_s))
-
-    def step(self, loop: Loop[Any]) -> None:
-        due, signal = self.team.agree(int(time.monotonic() - self._saved > 60 * self.save_minutes), self.stop.received)
-        if due or signal:
-            self._save(loop)
-        if signal:
-            raise Stopped(f"stopped at step {loop.step_number} of {loop.total}, saved in {self.folder}; the same command goes on there",
-                          exit_code(signal))
-
-    def epoch(self, loop: Loop[Any], epoch: int) -> None:
-        if loop.step_number < loop.total:
-            self._save(loop)
-            self.step(loop)
-
-    def _save(self, loop: Loop[Any]) -> None:
-        loop.window.means(loop.device)  # unsound weights never replace good ones
-        state = {"rng": self.team.gather(rng_state(self.team.device)), "wanted": self.wanted, **loop.state()}
-        if self.team.leads:
-            save_checkpoint(self.folder, {"model": self.network.state_dict(), **state})
-        self._saved = time.monotonic()

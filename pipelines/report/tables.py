@@ -14,10 +14,10 @@ from hdovd.evaluation.coco import GROUPS
 from hdovd.evaluation.tide import ERRORS
 from hdovd.pipelines.ablation.cells import SEED
 from hdovd.pipelines.ablation.table import METRICS, NO, YES, Row
+from hdovd.pipelines.common.format import duration
 from hdovd.pipelines.common.settings import SWITCH, Settings, different_keys, short_names, shown_apart
 from hdovd.pipelines.report.runs import OneRun
 from hdovd.pipelines.runs.listing import Run
-from hdovd.pipelines.training.hooks import duration
 
 ERROR_NAMES = [*(str(kind) for kind in ERRORS), "all false detections", "all objects not found"]
 MISNAMED = {"novel named base": ("novel", "base"), "novel named another novel": ("novel", "novel"), "base named novel": ("base", "novel"),

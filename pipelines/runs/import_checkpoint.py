@@ -1,12 +1,13 @@
 """A checkpoint of the authors' detectors as a run folder of ours, for eval, detect, export and report.
 
-Called by `hdovd import-checkpoint` and Python. The file is a stranger's: tensors and plain containers are read from it, nothing is run.
+The file is a stranger's: tensors and plain containers are read from it, nothing is run.
 Every tensor of it is used or named, and every weight of the detector comes from it or is named. D embedding size.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdovd.config.recipe import Recipe, load_recipe
+from hdovd.config.recipe import load_recipe
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.published_weights.names import PUBLISHED, Published
 from hdovd.pipelines.common.provenance import provenance
-from hdovd.pipelines.common.tensors import Unfit, floats, load_pth
+from hdovd.pipelines.common.tensors import floats, load_pth
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.import_config import ImportCheckpointConfig
 from hdovd.pipelines.runs.weights import weights_hash
@@ -47,7 +48,8 @@ def import_checkpoint(job: ImportCheckpointConfig, log: Callable[[str], None] = 
                            "unused": unused, **about, "class_embeddings": str(job.class_embeddings)}}
     run = RunFolder.create(job.out, recipe, protocol, texts, record, overwrite=job.overwrite)
     run.save_model(model)
-    log(f"wrote {run.path}: {_size(recipe, model)}; next: hdovd eval {run.path} --data COCO")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    log(f"wrote {run.path}: {recipe.detector.name}, {millions:.1f} M parameters; next: hdovd eval {run.path} --data COCO")
     return run
 
 
@@ -58,31 +60,23 @@ def read_checkpoint(file: Path, log: Callable[[str], None]) -> tuple[dict[str, T
     """
     if not file.is_file():
         raise HdovdError(f"{file}: no such file")
-    try:
-        content = load_pth(file)
-        state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-        if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-            raise HdovdError(f"{file} is no checkpoint: expected a dict with \"state_dict\", names to tensors, as mmcv writes it")
-        tensors, narrow = {}, dict[str, int]()
-        for name, value in state.items():
-            plain = str(name).removeprefix("module.")
-            if value.is_floating_point():
-                if value.dtype != torch.float32:
-                    kind = str(value.dtype).removeprefix("torch.")
-                    narrow[kind] = narrow.get(kind, 0) + 1
-                tensors[plain] = torch.from_numpy(floats(value, f"{file}: {plain}"))
-            else:
-                tensors[plain] = value
-    except Unfit as error:
-        raise HdovdError(str(error)) from error
-    for kind, count in narrow.items():
-        log(f"{count} tensors are {kind}: made float32")
+    content = load_pth(file)
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise HdovdError(f"{file} is no checkpoint: expected a dict with \"state_dict\", names to tensors, as mmcv writes it")
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    tensors = {name: torch.from_numpy(floats(value, f"{file}: {name}")) if value.is_floating_point() else value
+               for name, value in state.items()}
+    kinds = Counter(str(value.dtype).removeprefix("torch.") for value in state.values() if value.is_floating_point())
+    for kind, count in kinds.items():
+        if kind != "float32":
+            log(f"{count} tensors are {kind}: made float32")
     if bad := [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise HdovdError(f"{file} holds numbers that are not finite, in {shorten(list(bad))}: the training that wrote it failed")
-    others = sorted(str(name) for name in content if name not in ("state_dict", "meta")) if "state_dict" in content else []
-    if others:
-        log(f"not used: {', '.join(others)}")
-    meta = content.get("meta") if "state_dict" in content else None
+    around = {str(name): value for name, value in content.items() if name != "state_dict"} if "state_dict" in content else {}
+    meta = around.pop("meta", None)
+    if around:
+        log(f"not used: {', '.join(sorted(around))}")
     meta = meta if isinstance(meta, Mapping) else {}
     return tensors, {key: meta[key] for key in ("epoch", "iter") if isinstance(meta.get(key), int)}
 
@@ -150,10 +144,7 @@ def _class_embeddings(job: ImportCheckpointConfig, protocol: Protocol, dim: int)
 def _rows(file: Path, count: int, dim: int, what: str, meaning: str) -> Tensor:
     if not file.is_file():
         raise HdovdError(f"{what}: no such file")
-    try:
-        rows = torch.from_numpy(floats(load_pth(file), what))
-    except Unfit as error:
-        raise HdovdError(str(error)) from error
+    rows = torch.from_numpy(floats(load_pth(file), what))
     if rows.shape != (count, dim):
         raise HdovdError(f"{what} is {tuple(rows.shape)}, expected ({count}, {dim}): {meaning}")
     if not (rows.isfinite().all() and rows.any(dim=1).all()):
@@ -172,7 +163,3 @@ def _give_object(model: Detector, job: ImportCheckpointConfig, dim: int, log: Ca
                          f"of 1 x {dim}")
     model.set_object_text(_rows(job.object_embedding, 1, dim, f"--object-embedding {job.object_embedding}",
                                 "the embedding of \"object\", of the checkpoint's embedding size")[0])
-
-
-def _size(recipe: Recipe, model: Detector) -> str:
-    return f"{recipe.detector.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"

@@ -1,6 +1,6 @@
 """Run folders as values: what a run was made from, how far it came, what it reached; and what tells two of them apart.
 
-Called by `hdovd runs`, `hdovd ablate` and Python. Reads text files alone, so that a table of many runs is there at once; what is
+Reads text files alone, so that a table of many runs is there at once; what is
 missing or damaged is said of the run, and never stops the others.
 """
 
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -78,15 +78,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class RunDifference:
-    """What differs between two runs, as (what, value of a, value of b); `classes` are AP50, the largest difference first."""
+    """What differs between two runs, as (what, value of a, value of b).
+
+    `parts`: config, cache, versions, git and protocol. `groups` and `classes` are AP50, of the latter the largest difference first.
+    """
 
     a: Run
     b: Run
-    config: list[tuple[str, Any, Any]]
-    cache: list[tuple[str, Any, Any]]
-    versions: list[tuple[str, Any, Any]]
-    git: list[tuple[str, Any, Any]]
-    protocol: list[tuple[str, Any, Any]]
+    parts: dict[str, list[tuple[str, Any, Any]]]
     groups: list[tuple[str, float | None, float | None]]
     classes: list[tuple[str, float, float]]
 
@@ -130,16 +129,16 @@ def read_run(path: Path) -> Run:
     if not path.is_dir() or not any((path / name).exists() for name in ("run.json", "config.toml")):
         raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote")
     wrong: list[str] = []
-    record = _json(path / "run.json", wrong)
+    record = _read(path / "run.json", json.loads, wrong)
     try:
         require_seal(record)
     except ValueError as error:
         wrong.append(f"run.json: {error}")
-    settings = _settings(path / "config.toml", wrong)
-    cache, levels = _tree(record.get("cache")), {}
-    for level, entry in _tree(cache.get("levels")).items():
-        levels[str(level)] = _tree(entry)
-    metrics = _json(path / "metrics.json", wrong) if (path / "metrics.json").exists() else {}
+    tree = _read(path / "config.toml", tomllib.loads, wrong)  # as it is written: other versions have other keys
+    settings = flat({name: value for name, value in tree.items() if name != "proposals"})  # those are of another stage
+    cache = _tree(record.get("cache"))
+    levels = {level: _tree(entry) for level, entry in _tree(cache.get("levels")).items()}
+    metrics = _read(path / "metrics.json", json.loads, wrong) if (path / "metrics.json").exists() else {}
     epochs = settings.get("train.epochs")
     planned = epochs if isinstance(epochs, int) else None
     done = planned if "imported" in record and planned else _epochs_done(path, planned, wrong)
@@ -161,10 +160,10 @@ def compare_runs(a: Path, b: Path) -> RunDifference:
               for group in GROUPS for name in [group + suffix] if group in of_a or group in of_b]
     classes = [(name, x, y) for name, x in first.per_class.items() if x is not None and (y := second.per_class.get(name)) is not None]
     classes.sort(key=lambda entry: (-abs(entry[2] - entry[1]), entry[0]))
-    return RunDifference(
-        first, second, differences(first.settings, second.settings), _cache_differences(first, second),
-        differences(first.versions, second.versions), differences(first.git or {}, second.git or {}),
-        differences(first.protocol, second.protocol), groups, classes)
+    parts = {"config": differences(first.settings, second.settings), "cache": _cache_differences(first, second),
+             "versions": differences(first.versions, second.versions), "git": differences(first.git or {}, second.git or {}),
+             "protocol": differences(first.protocol, second.protocol)}
+    return RunDifference(first, second, parts, groups, classes)
 
 
 def _cache_differences(a: Run, b: Run) -> list[tuple[str, Any, Any]]:
@@ -181,27 +180,13 @@ def _cache_differences(a: Run, b: Run) -> list[tuple[str, Any, Any]]:
 
 # --- reading ---
 
-def _json(file: Path, wrong: list[str]) -> dict[str, Any]:
+def _read(file: Path, parse: Callable[[str], Any], wrong: list[str]) -> dict[str, Any]:
     """The object in a file; empty, with a word in `wrong`, if there is none."""
     try:
-        tree = json.loads(file.read_text())
-    except FileNotFoundError:
-        wrong.append(f"no {file.name}")
-    except (OSError, ValueError, RecursionError) as error:
-        wrong.append(f"{file.name}: {error}")
-    else:
+        tree = parse(file.read_text())
         if isinstance(tree, dict):
             return tree
         wrong.append(f"{file.name} holds no object")
-    return {}
-
-
-def _settings(file: Path, wrong: list[str]) -> Settings:
-    """The recipe as it is written: that of another version, which has other keys, can be listed and compared too."""
-    try:
-        tree = tomllib.loads(file.read_text())
-        tree.pop("proposals", None)  # of another stage, and not in the files of older versions
-        return flat(tree)
     except FileNotFoundError:
         wrong.append(f"no {file.name}")
     except (OSError, ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors

@@ -48,25 +48,15 @@ def run_values(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def difference_lines(difference: RunDifference) -> list[str]:
     """What differs, part by part; a part without difference in one line."""
     lines = [f"A {difference.a.path}", f"B {difference.b.path}"]
-    parts = (("config", difference.config), ("cache", difference.cache), ("versions", difference.versions), ("git", difference.git),
-             ("protocol", difference.protocol))
-    for name, entries in parts:
-        if not entries:
-            lines += ["", f"{name}: the same"]
-            continue
+    for name, entries in difference.parts.items():
         rows = [(key, in_full(a), in_full(b)) for key, a, b in entries]
-        lines += ["", *table_lines((name, "A", "B"), rows)]
-    if difference.groups:
-        rows_of_groups = [(name, ap(a), ap(b), _change(a, b)) for name, a, b in difference.groups]
-        lines += ["", *table_lines(("AP50, percent", "A", "B", "B - A"), rows_of_groups, {"A", "B", "B - A"})]
-    else:
-        lines += ["", "AP50: none of the two is evaluated"]
+        lines += ["", *(table_lines((name, "A", "B"), rows) if rows else [f"{name}: the same"])]
+    lines += ["", *(_ap_lines("AP50, percent", difference.groups) if difference.groups else ["AP50: none of the two is evaluated"])]
     novel = set(difference.a.protocol.get("novel", ()))
-    changed = [entry for entry in difference.classes if entry[1] != entry[2]]
+    changed = [(name + (" (novel)" if name in novel else ""), x, y) for name, x, y in difference.classes if x != y]
     if changed:
-        rows_of_classes = [(name + (" (novel)" if name in novel else ""), ap(x), ap(y), _change(x, y)) for name, x, y in changed]
         head = "classes that differ" if len(changed) <= MOST_CLASSES else f"{MOST_CLASSES} of {len(changed)} classes that differ"
-        lines += ["", *table_lines((head, "A", "B", "B - A"), rows_of_classes[:MOST_CLASSES], {"A", "B", "B - A"})]
+        lines += ["", *_ap_lines(head, changed[:MOST_CLASSES])]
     lines += [f"{run.path}: {reason}" for run in (difference.a, difference.b) for reason in run.wrong]
     return lines
 
@@ -82,8 +72,10 @@ def ap(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _change(a: float | None, b: float | None) -> str:
-    return "-" if a is None or b is None else f"{b - a:+.1f}"
+def _ap_lines(head: str, entries: Sequence[tuple[str, float | None, float | None]]) -> list[str]:
+    """A table of AP50 of two runs and their difference."""
+    rows = [(name, ap(a), ap(b), "-" if a is None or b is None else f"{b - a:+.1f}") for name, a, b in entries]
+    return table_lines((head, "A", "B", "B - A"), rows, {"A", "B", "B - A"})
 
 
 def _name(run: Run, root: Path | None) -> str:

@@ -1,4 +1,4 @@
-"""`train.compile`: the backbone and its pyramid as code that torch compiles for the machine. Used where a network is trained."""
+"""`train.compile`: the backbone and its pyramid as code that torch compiles for the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training does between its steps: tell, log, validate, keep checkpoints, and stop when asked to. Called by `train`."""
+"""What training does between its steps: tell, log, validate, keep checkpoints, and stop when asked to."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
 from hdovd.core.errors import HdovdError, Stopped
 from hdovd.evaluation.coco import GROUPS
 from hdovd.pipelines.common.atomic_write import write_text
-from hdovd.pipelines.common.distributed import Team
+from hdovd.pipelines.common.device import Team
+from hdovd.pipelines.common.format import duration
 from hdovd.pipelines.common.signals import StopSignal, exit_code
-from hdovd.pipelines.runs.checkpoint import rng_state, save_checkpoint
+from hdovd.pipelines.dataloading.sample_keys import key_of
+from hdovd.pipelines.runs.checkpoint import fits, rng_state, save_checkpoint, set_rng_state
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.loop import Hooks, Loop
 
@@ -25,60 +29,114 @@ PLAIN = ("step", "epoch", "lr", "images_per_s", "data_wait", "memory_gb")  # of 
 
 
 @dataclass(slots=True)
-class RunHooks(Hooks):
-    """`model`: not wrapped in DDP. `layout`: kept in the checkpoint. `validate`: AP50 by group of a model, every `val_every` epochs.
+class SavingHooks(Hooks):
+    """Tells how training goes, and keeps a checkpoint in `folder`: every `save_minutes`, after every epoch, and when `stop` hears a signal;
+    training then ends with `Stopped`.
 
-    A checkpoint is written every `save_minutes`, after every epoch, and when `stop` hears a signal; the run then ends with `Stopped`.
-    `best` is the best AP50 of base classes so far: novel boxes are for the test, not for choosing weights. `ended`: epochs whose
-    weights were kept and validated. `failed`: validations that could not be done.
+    `model`: not wrapped in DDP. `extra`: kept in the checkpoint too. `command`: what goes on with it, in the message of `Stopped`.
     """
 
-    run: RunFolder
+    folder: Path
     model: nn.Module
     team: Team
     stop: StopSignal
-    layout: dict[str, int]
+    extra: dict[str, Any]
     log: Callable[[str], None]
     save_minutes: float
-    validate: Callable[[nn.Module], dict[str, float | None]] | None = None
-    val_every: int = 1
-    tensorboard: Any = None
-    best: float = -1.0
-    ended: int = 0
-    failed: int = 0
-    _saved: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._saved = time.monotonic()
+    command: str = "the same command"
+    _saved: float = field(default_factory=time.monotonic)
 
     @property
     def shows_bar(self) -> bool:  # type: ignore[override]
         return self.team.leads and sys.stderr.isatty()
 
     def interval(self, entry: dict[str, float], left_s: float) -> None:
-        if not self.team.leads:
-            return
-        self._record(entry)
         self._say(line_of(entry, left_s))
 
     def step(self, loop: Loop[Any]) -> None:
-        due = time.monotonic() - self._saved > 60 * self.save_minutes
-        due_for_all, signal = self.team.agree(int(due), self.stop.received)
-        if due_for_all or signal:
+        due, signal = self.team.agree(int(time.monotonic() - self._saved > 60 * self.save_minutes), self.stop.received)
+        if due or signal:
             self._save(loop)
         if signal:
-            if self.team.leads:
-                self.run.mark_stopped()
-            raise Stopped(f"stopped at step {loop.step_number} of {loop.total}, saved in {self.run.path}; the same command with --resume "
-                          "goes on there", exit_code(signal))
+            self.stopping()
+            raise Stopped(f"stopped at step {loop.step_number} of {loop.total}, saved in {self.folder}; {self.command} goes on there",
+                          exit_code(signal))
 
     def epoch(self, loop: Loop[Any], epoch: int) -> None:
         self._save(loop)  # before what takes a while and can be done again
         if loop.step_number < loop.total:
             self.step(loop)
+
+    def stopping(self) -> None:
+        """A signal came, and the checkpoint is written."""
+
+    def kept(self) -> dict[str, Any]:
+        """What the checkpoint holds besides weights, generators and the loop's state; asked of the process that leads."""
+        return self.extra
+
+    def restore(self, state: dict[str, Any], loop: Loop[Any]) -> None:
+        """Go on from a checkpoint. Raises HdovdError if it does not fit."""
+        with fits(self.folder):
+            self.model.load_state_dict(state["model"])
+            loop.load(state)
+            if len(state["rng"]) == self.team.world:
+                set_rng_state(state["rng"][self.team.rank], self.team.device)
+            else:  # as many generators as there are processes now: none of the old ones
+                torch.manual_seed(key_of(loop.config.seed, -2 - loop.step_number, self.team.rank))
+
+    def _save(self, loop: Loop[Any]) -> None:
+        loop.window.means(loop.device)  # unsound weights never replace good ones
+        state = {"rng": self.team.gather(rng_state(self.team.device)), **loop.state()}
+        if self.team.leads:
+            save_checkpoint(self.folder, {"model": self.model.state_dict(), **state, **self.kept()})
+        self._saved = time.monotonic()
+
+    def _say(self, line: str) -> None:
+        with tqdm.external_write_mode():  # not into the bar
+            self.log(line)
+
+
+@dataclass(slots=True)
+class RunHooks(SavingHooks):
+    """Those of `hdovd train`: log and validation too. `validate`: AP50 by group of a model, every `val_every` epochs.
+
+    `best` is the best AP50 of base classes so far: novel boxes are for the test, not for choosing weights. `ended`: epochs whose
+    weights were kept and validated. `failed`: validations that could not be done.
+    """
+
+    validate: Callable[[nn.Module], dict[str, float | None]] | None = None
+    val_every: int = 1
+    tensorboard: Any = None
+    best: float = -1.0
+    ended: int = 0
+    failed: int = 0
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.folder)
+
+    def interval(self, entry: dict[str, float], left_s: float) -> None:
+        if self.team.leads:
+            self._record(entry)
+        SavingHooks.interval(self, entry, left_s)
+
+    def epoch(self, loop: Loop[Any], epoch: int) -> None:
+        SavingHooks.epoch(self, loop, epoch)
         self.catch_up(loop)
         if loop.step_number == loop.total:
             self._save(loop)
+
+    def stopping(self) -> None:
+        if self.team.leads:
+            self.run.mark_stopped()
+
+    def kept(self) -> dict[str, Any]:
+        return {**self.extra, "best": self.best, "ended": self.ended, "failed": self.failed, "log_bytes": self.run.synced_log_bytes()}
+
+    def restore(self, state: dict[str, Any], loop: Loop[Any]) -> None:
+        SavingHooks.restore(self, state, loop)
+        with fits(self.folder):
+            self.best, self.ended, self.failed = float(state["best"]), int(state["ended"]), int(state.get("failed", 0))
 
     def catch_up(self, loop: Loop[Any]) -> None:
         """At the end of an epoch: keep its weights, and validate if it is time. A run that was killed meanwhile begins with it."""
@@ -111,14 +169,6 @@ class RunHooks(Hooks):
         numbers = ", ".join(f"{group} {'none' if value is None else f'{value:.1f}'}" for group, value in ap50.items())
         self._say(f"epoch {epoch}: validation AP50 {numbers}" + ("; best of base classes so far" if better else ""))
 
-    def _save(self, loop: Loop[Any]) -> None:
-        loop.window.means(loop.device)  # unsound weights never replace good ones
-        state = {"rng": self.team.gather(rng_state(self.team.device)), "layout": self.layout, "best": self.best, "ended": self.ended,
-                 "failed": self.failed, **loop.state()}
-        if self.team.leads:
-            save_checkpoint(self.run.path, {"model": self.model.state_dict(), "log_bytes": self.run.synced_log_bytes(), **state})
-        self._saved = time.monotonic()
-
     def _record(self, entry: dict[str, Any]) -> None:
         self.run.log(entry)
         if self.tensorboard is not None:
@@ -126,10 +176,6 @@ class RunHooks(Hooks):
                 if name not in ("step", "epoch") and value is not None:
                     self.tensorboard.add_scalar(name if name in PLAIN or name.startswith("val_") else f"loss/{name}", value, entry["step"])
             self.tensorboard.flush()
-
-    def _say(self, line: str) -> None:
-        with tqdm.external_write_mode():  # not into the bar
-            self.log(line)
 
 
 def line_of(entry: dict[str, float], left_s: float) -> str:
@@ -143,14 +189,6 @@ def line_of(entry: dict[str, float], left_s: float) -> str:
     return (f"epoch {entry['epoch']:.0f} step {entry['step']:.0f}: loss {sum(parts.values()):.3f} ({losses}), lr {entry['lr']:.2e}, "
             f"{entry['images_per_s']:.1f} images/s, {entry['data_wait']:.1%} waiting for data, {entry['memory_gb']:.1f} GB, "
             f"{duration(left_s)} left")
-
-
-def duration(seconds: float) -> str:
-    """In words that fit: 45 s, 12 min, 3 h 05 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def unsound_record(run: RunFolder, team: Team, record: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """`hdovd train --init RUN`: a new run begins with the weights of another run's model, trained here or imported.
 
-Called by `train` and `ablate`. Optimizer, schedule and the losses' memories begin anew. No weight depends on the number or the names of
+Optimizer, schedule and the losses' memories begin anew. No weight depends on the number or the names of
 classes, so the protocols may differ. Nothing is left at its initial value, and nothing of RUN left out, without a word. D embedding size.
 """
 

@@ -1,6 +1,6 @@
 """The optimisation loop that training stages share: schedule, precision, interval means, a sound loss, and a state to go on from.
 
-Called by `train` and `propose`. In several processes (torch.distributed) each has its part of every batch; `model` is then wrapped in DDP.
+In several processes (torch.distributed) each has its part of every batch; `model` is then wrapped in DDP.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -191,21 +191,12 @@ class _Clock:
         self.waited_s, self.since = 0.0, now
         return found
 
-    def stopped(self) -> _Pause:
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
         """What is done meanwhile does not count."""
-        return _Pause(self)
-
-
-@dataclass(slots=True)
-class _Pause:
-    clock: _Clock
-    began: float = 0.0
-
-    def __enter__(self) -> None:
-        self.began = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.clock.since += time.monotonic() - self.began
+        began = time.monotonic()
+        yield
+        self.since += time.monotonic() - began
 
 
 def memory_gb(device: torch.device) -> float:

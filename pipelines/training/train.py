@@ -1,6 +1,6 @@
 """Training: stream pictures and cached rows into the detector, from a Zarr cache or tar shards. CLIP is not imported in this process.
 
-Called by `hdovd train`, `hdovd demo` and Python; under torchrun by every one of its processes.
+Under torchrun every one of its processes runs `train`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from shlex import quote
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,9 @@ from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.modeling.backbones.pyramid import with_synced_norms
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.distributed import world_size
+from hdovd.modeling.proposals.base import ProposalNetwork
 from hdovd.pipelines.calibration.values import with_reliability
-from hdovd.pipelines.common.device import placed, training_workers
-from hdovd.pipelines.common.distributed import Team, team
+from hdovd.pipelines.common.device import Team, placed, team, training_workers
 from hdovd.pipelines.common.precision import settled
 from hdovd.pipelines.common.provenance import provenance
 from hdovd.pipelines.common.signals import StopSignal
@@ -36,7 +36,7 @@ from hdovd.pipelines.dataloading.sample_keys import key_of
 from hdovd.pipelines.dataloading.sampler import Dealing, Streams
 from hdovd.pipelines.evaluation.validation import Validation
 from hdovd.pipelines.extraction.object_text import give_object_text
-from hdovd.pipelines.runs.checkpoint import fits, load_checkpoint, set_rng_state
+from hdovd.pipelines.runs.checkpoint import fits, load_checkpoint
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.compiling import compile_backbone, told_shortly
 from hdovd.pipelines.training.config import TrainConfig
@@ -44,8 +44,7 @@ from hdovd.pipelines.training.hooks import RunHooks, unsound_record
 from hdovd.pipelines.training.initial_weights import begin_with, require_same_init
 from hdovd.pipelines.training.loop import Loop
 from hdovd.pipelines.training.loss_window import UnsoundLoss
-from hdovd.pipelines.training.tar_training import TarTrainingSet
-from hdovd.pipelines.training.training_set import Sample, TrainingSet
+from hdovd.pipelines.training.training_set import Sample, TarTrainingSet, TrainingSet
 
 STATE = ("model", "optimizer", "step", "window", "rng", "layout", "log_bytes", "best", "ended")  # of a checkpoint
 
@@ -56,7 +55,7 @@ def train(job: TrainConfig, log: Callable[[str], None] = print) -> RunFolder:
     Raises HdovdError for bad input or a loss that is not sound, and Stopped if a signal ended it: it is saved, and can be resumed.
     """
     job.check()
-    with team(job.device) as us, StopSignal() as stop:
+    with team(job.device) as us, StopSignal(interrupts=True) as stop:
         return _train(job, us, stop, log if us.leads else lambda _: None)
 
 
@@ -78,21 +77,23 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal, log: Callable[[str], No
             _ = int(state["log_bytes"]), *(state["layout"][name] for name in ("streams", "unit", "images"))
     class_embeddings = torch.from_numpy(data.class_embeddings(protocol.names))
     batches, layout = batches_of(data, us, None if state is None else state["layout"])
-    validation, board = _validation(job, protocol, us, log), _tensorboard(job, us)
+    validation, board = _validation(job, protocol, class_embeddings, us, log), _tensorboard(job, us)
     torch.manual_seed(recipe.train.seed)
     anew = state is None and job.init is None
-    model = build_model(recipe, data.dim, us, log if anew else None)
+    said = log if anew else None
+    model = prepared(build_detector(recipe, data.dim, said), recipe, us, said)
     begun: dict[str, Any] = {"precision": recipe.train.precision}
     if state is None:
         if job.init is not None:
             begun["init"] = begin_with(model, job.init, protocol, class_embeddings, log)
         begun |= give_object_text(model, data.object_text(), str(job.cache), log)
     loop = loop_of(model, batches, class_embeddings[: len(protocol.base)].to(us.device), recipe, us.device)
-    hooks = RunHooks(run, model, us, stop, layout, log, job.save_minutes, _validate(validation, class_embeddings), job.val_every)
+    hooks = RunHooks(run.path, model, us, stop, {"layout": layout}, log, job.save_minutes, "the same command with --resume",
+                     validate=validation, val_every=job.val_every)
     if us.world > 1:  # each process draws for itself, where anything draws from torch's own generator
         torch.manual_seed(key_of(recipe.train.seed, -1, us.rank))
     if state is not None:
-        _restore(state, model, loop, hooks, us)
+        hooks.restore(state, loop)
         if hooks.ended == recipe.train.epochs:
             log(f"{run.path} is finished already")
             return run
@@ -113,9 +114,12 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal, log: Callable[[str], No
     return run
 
 
-def build_model(recipe: Recipe, dim: int, us: Team, log: Callable[[str], None] | None) -> Detector:
-    """The detector on its device. In several processes on GPUs, batch norms take the statistics of the whole batch."""
-    model = build_detector(recipe, dim, log)
+Network = TypeVar("Network", Detector, ProposalNetwork)
+
+
+def prepared(model: Network, recipe: Recipe, us: Team, log: Callable[[str], None] | None) -> Network:
+    """The network on its device, compiled if the recipe says so. In several processes on GPUs, batch norms take the statistics of the
+    whole batch."""
     if us.world > 1 and recipe.detector.backbone.norm == "batch":
         if us.device.type == "cuda":
             model.backbone = with_synced_norms(model.backbone)
@@ -200,33 +204,17 @@ def _begin(job: TrainConfig, data: TrainingSet | TarTrainingSet, protocol: Proto
     us.wait()
 
 
-def _restore(state: dict[str, Any], model: nn.Module, loop: Loop[Sample], hooks: RunHooks, us: Team) -> None:
-    with fits(hooks.run.path):
-        model.load_state_dict(state["model"])
-        loop.load(state)
-        hooks.best, hooks.ended, hooks.failed = float(state["best"]), int(state["ended"]), int(state.get("failed", 0))
-        if len(state["rng"]) == us.world:
-            set_rng_state(state["rng"][us.rank], us.device)
-        else:  # as many generators as there are processes now: none of the old ones
-            torch.manual_seed(key_of(loop.config.seed, -2 - loop.step_number, us.rank))
-
-
-def _validation(job: TrainConfig, protocol: Protocol, us: Team, log: Callable[[str], None]) -> Validation | None:
-    """One process validates."""
+def _validation(job: TrainConfig, protocol: Protocol, texts: Tensor, us: Team, log: Callable[[str], None]
+                ) -> Callable[[nn.Module], dict[str, float | None]] | None:
+    """What gives the AP50 of each group of a detector, in the one process that validates; None without validation."""
     if job.validation is None and job.val_every:
         log("no validation while training: no val2017 under --data, and no --val-images and --val-annotations")
     if job.validation is None or not job.val_every or not us.leads:
         return None
     config = job.recipe.train
-    return Validation(job.validation, protocol, us.device, exif=job.recipe.input.exif, log=log,
-                      batch_size=max(1, config.batch_size // (us.world * config.accumulate)))
-
-
-def _validate(validation: Validation | None, class_embeddings: Tensor) -> Callable[[nn.Module], dict[str, float | None]] | None:
-    """What gives the AP50 of each group of a detector."""
-    if validation is None:
-        return None
-    return lambda model: validation.run(cast(Detector, model), class_embeddings).combined.summary()["ap50"]
+    validation = Validation(job.validation, protocol, us.device, exif=job.recipe.input.exif, log=log,
+                            batch_size=max(1, config.batch_size // (us.world * config.accumulate)))
+    return lambda model: validation.run(cast(Detector, model), texts).combined.summary()["ap50"]
 
 
 def _tensorboard(job: TrainConfig, us: Team) -> Any:

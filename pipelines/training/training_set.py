@@ -1,28 +1,36 @@
-"""The training set: pictures and base boxes from COCO files, joined to their cached rows by image and annotation id.
+"""The training set: pictures and base boxes, joined to their cached rows by image and annotation id.
 
-Called by `train.py`. What a sample is made of is shared with `tar_training`, where the same comes from tar shards. D embedding size.
+`TrainingSet` takes pictures and boxes from COCO files and rows from a Zarr cache. `TarTrainingSet` takes all of an image from tar shards,
+read from the first byte of a shard to the last: no data set and no shared file system are needed. D embedding size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.nn.functional import normalize
+from torch.utils.data import Dataset, get_worker_info
 
-from hdovd.cache.reader import FeatureCache, InstanceRows, require_unit
-from hdovd.cache.schema import Level, Source
+from hdovd.cache.identity import differences
+from hdovd.cache.reader import FeatureCache, InstanceRows, no_labels, require_together, require_unit
+from hdovd.cache.schema import DEFAULT_SET, Level, Source
+from hdovd.cache.tar_sample import TarSample
+from hdovd.cache.tar_shards import TarShards
 from hdovd.config.recipe import LossConfig, Recipe
 from hdovd.core.errors import HdovdError, shorten
-from hdovd.data.coco import ImageBoxes, Split
+from hdovd.data.coco import Exif, ImageBoxes, Split
+from hdovd.data.protocol import Protocol
 from hdovd.data.targets import Targets
 from hdovd.pipelines.calibration.values import LabelOrigin, origin_of
-from hdovd.pipelines.common.images import read_pixels
+from hdovd.pipelines.common.images import pixels_of, read_image, read_pixels
 from hdovd.pipelines.dataloading.sample_keys import Draw, as_draw, is_flipped, key_of
-from hdovd.pipelines.dataloading.sampler import BlockShuffle, EpochOrder, PlainShuffle, Streams
+from hdovd.pipelines.dataloading.sampler import BlockShuffle, Dealing, EpochOrder, PlainShuffle, ShardShuffle, Streams
+from hdovd.pipelines.dataloading.shards import ShardReading
 from hdovd.pipelines.extraction.identities import inputs_of, require_exif
 from hdovd.pipelines.extraction.object_text import object_text_of
 from hdovd.pipelines.extraction.pseudo_labels import label_texts
@@ -36,39 +44,26 @@ class TrainingSet(Dataset[Sample]):
     def __init__(self, split: Split, cache: FeatureCache, recipe: Recipe, log: Callable[[str], None] = print) -> None:
         """Raises HdovdError if a level of the cache that the recipe uses does not fit the split."""
         self.split, self.cache, self.recipe = split, cache, recipe
-        self.images = split.images
         self._check()
-        self._leave_out_failed(log)
+        failed = cache.failed()  # left out of base-only runs too: runs that are compared see the same images
+        self.images = [image for image in split.images if image.id not in failed]
+        tell_failed(failed, len(self.images), "the cache says", f"of {split.annotations} has embeddings in {cache.url}", log)
         self._nouns = torch.zeros(0, cache.dim)
         if uses_nouns(recipe.loss, cache.levels(), cache.url):
             self._nouns = torch.from_numpy(cache.embeddings(Level.NOUN))
 
     def _check(self) -> None:
         loss, cache = self.recipe.loss, self.cache
-        if loss.uses_cache:
-            cache.require_together()
-        if not (loss.image.enabled or loss.uses_pseudo_boxes):
+        if not loss.uses_cache:
             return
+        cache.require_together()
         require_exif({level: cache.key_inputs(level) for level in cache.levels()}, self.split.exif, cache.url)
         wanted = inputs_of(self.split, cache)
-        if loss.image.enabled:
-            cache.require(Level.IMAGE, wanted[Level.IMAGE])
-            cache.hold(Level.IMAGE)
-        if loss.uses_pseudo_boxes:
-            cache.require(Level.BOXES, wanted[Level.BOXES])
-            cache.require(Level.INSTANCE, wanted[Level.INSTANCE])
-            cache.hold(Level.INSTANCE)
-
-    def _leave_out_failed(self, log: Callable[[str], None]) -> None:
-        """Images that extraction could not read, in base-only runs too: runs that are compared see the same images."""
-        cache = self.cache
-        failed = cache.failed()
-        if failed:
-            log(f"skipped {len(failed)}: image without embeddings ({shorten(list(failed))}); the cache says why")
-            self.images = [image for image in self.images if image.id not in failed]
-            if not self.images:
-                raise HdovdError(f"no image of {self.split.annotations} has embeddings in {cache.url}; first reason: "
-                                 f"{next(iter(failed.values()))}")
+        held = [Level.IMAGE] * loss.image.enabled + [Level.INSTANCE] * loss.uses_pseudo_boxes
+        for level in [Level.BOXES] * loss.uses_pseudo_boxes + held:
+            cache.require(level, wanted[level])
+        for level in held:
+            cache.hold(level)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -125,6 +120,147 @@ class TrainingSet(Dataset[Sample]):
                             f"{self.cache.url}: image {image.id}")
 
 
+class TarTrainingSet(Dataset[Sample]):
+    """The images of the shards by their draw; those that failed are no part of it.
+
+    Each worker streams the shards that its draws are in. It knows them beforehand from `dealing`, and keeps what it
+    comes past before its turn: at most a shuffle buffer of its own stream.
+    """
+
+    def __init__(self, url: str, protocol: Protocol, recipe: Recipe, log: Callable[[str], None] = print, *,
+                 features: str = DEFAULT_SET) -> None:
+        """Raises HdovdError if the shards do not fit the protocol or lack what the recipe uses."""
+        self.shards, self.recipe = TarShards(url), recipe
+        self.url, self._meta = self.shards.url, self.shards.meta
+        self._label = {name: label for label, name in enumerate(protocol.base)}
+        self._check(protocol, features)
+        failed, ids = self.shards.failed(), self._meta.tensors["image_id"]
+        per_shard = [[place for place in self._meta.places_of(number) if int(ids[place]) not in failed] for number in self.shards.numbers]
+        self._places = [place for places in per_shard for place in places]
+        self._ranges = tuple(range(end - len(some), end) for some, end in zip(per_shard, accumulate(map(len, per_shard)), strict=True))
+        tell_failed(failed, len(self._places), "the shards say", f"of {url} has embeddings", log)
+        self._nouns = torch.zeros(0, self.dim)
+        if uses_nouns(recipe.loss, self._meta.products, self.url):
+            self._nouns = torch.from_numpy(self._meta.tensors[Level.NOUN].astype(np.float32))
+        self.dealing: Dealing | None = None
+        self._reading: ShardReading | None = None
+
+    def _check(self, protocol: Protocol, features: str) -> None:
+        self._meta.check_rows(self.url)
+        meta, loss, inputs = self._meta, self.recipe.loss, self._meta.key_inputs()
+        if features not in (DEFAULT_SET, meta.name):
+            raise HdovdError(f"{self.url} holds the set of features {meta.name}, not {features}: export that one")
+        needed = [Level.CLASS] + [Level.IMAGE] * loss.image.enabled + [Level.INSTANCE] * loss.uses_pseudo_boxes
+        missing = [str(level) for level in needed if level not in inputs]
+        if missing:
+            raise HdovdError(f"{self.url} has no {' and no '.join(missing)} level; it has {', '.join(inputs)}")
+        if loss.uses_cache:
+            require_together(self.url, inputs)
+            require_exif(inputs, self.recipe.input.exif, self.url)
+        try:
+            wanted, theirs = meta.about["data"][Level.BOXES]["base_boxes"], meta.about["protocol"]
+            same = set(theirs["base"]) == set(protocol.base) and theirs["min_image_side_px"] == protocol.min_image_side_px
+        except (KeyError, TypeError) as error:
+            raise HdovdError(f"{self.url} does not say what it was exported from ({error!r}): export the cache again") from error
+        if loss.uses_pseudo_boxes and (lines := differences(wanted, inputs[Level.BOXES]["base_boxes"])):
+            raise HdovdError(f"{self.url} has no embeddings of the base boxes:\n  " + "\n  ".join(lines)
+                             + "\nTrain with --set loss.instance.enabled=false --set loss.class.enabled=false, or extract them")
+        if not same:
+            differ = sorted(set(theirs["base"]) ^ set(protocol.base))
+            raise HdovdError(f"{self.url} holds the images and base boxes of protocol {theirs['name']}, which is not {protocol.name}: "
+                             + (f"base classes differ in {shorten([*differ])}" if differ else "min_image_side_px differs")
+                             + ". Give the same --protocol, or extract and export with this one")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def describe(self) -> str:
+        """What there is to train on, in words."""
+        return f"{len(self)} images in {len(self.shards.numbers)} of {self._meta.shards} tar shards, base boxes"
+
+    @property
+    def dim(self) -> int:
+        return self._meta.dim
+
+    def class_embeddings(self, names: Sequence[str]) -> np.ndarray:
+        """(len(names), D) float32 text embeddings. Raises HdovdError for a name that the shards lack."""
+        have = {name: row for row, name in enumerate(self._meta.attributes(Level.CLASS)["names"])}
+        missing = [name for name in names if name not in have]
+        if missing:
+            raise HdovdError(f"{self.url} has no text embedding of {missing[:8]}: extract and export with the same --protocol")
+        rows: np.ndarray = self._meta.tensors[Level.CLASS].astype(np.float32)[[have[name] for name in names]]
+        return rows
+
+    def object_text(self) -> Tensor | None:
+        """(D,) the text embedding of "object", None if there is none. Raises HdovdError for one that is damaged."""
+        return object_text_of(self._meta.features, self.dim, self.url)
+
+    def label_origin(self) -> LabelOrigin:
+        """What the weights of pseudo labels depend on."""
+        return LabelOrigin(self.url, self._meta.key_inputs(), self._meta.attributes(Level.INSTANCE)["made_with"], self.dim)
+
+    def record(self) -> dict[str, Any]:
+        """Where it came from, for the record of a run."""
+        inputs, keys = self._meta.key_inputs(), self._meta.features.levels
+        levels = {str(level): {"key": keys[level], "inputs": inputs[level]} for level in inputs}
+        return {"cache": {"path": self.url, "levels": levels, "shards": self.shards.numbers}, "skipped": self._meta.features.skipped}
+
+    def image_ids(self) -> np.ndarray:
+        """(n,) int64, by index."""
+        ids: np.ndarray = self._meta.tensors["image_id"][self._places].astype(np.int64)
+        return ids
+
+    def order(self, streams: Streams) -> EpochOrder:
+        """How an epoch goes over the images."""
+        return ShardShuffle(self._ranges, self.recipe.train.seed, streams)
+
+    def __getitem__(self, wanted: Draw | int) -> Sample:
+        """Raises HdovdError, naming the shard, for one that cannot be read."""
+        draw = as_draw(wanted)
+        if self._reading is None or self._reading.epoch != draw.epoch:
+            self._reading = ShardReading(self.shards, draw.epoch, {self._places[index] for index in self._wanted(draw)})
+        place = self._places[draw.index]
+        return self._sample(self.shards.decode(place, self._reading.take(place)), draw.epoch)
+
+    def _wanted(self, draw: Draw) -> Iterable[int]:
+        """What this worker will be asked for from here to the end of the epoch."""
+        if self.dealing is None:
+            return [draw.index]
+        worker = get_worker_info()
+        steps = range(draw.step, self.dealing.steps, 1 if worker is None else worker.num_workers)
+        return (index for step in steps for index in self.dealing.part(draw.epoch, step))
+
+    def _sample(self, sample: TarSample, epoch: int) -> Sample:
+        about, arrays, loss = sample.about, sample.arrays, self.recipe.loss
+        where = f"{self.url}: image {sample.image_id}"
+        if sample.picture is None:
+            raise HdovdError(f"{where} has no picture; export again")
+        boxes = np.array([a["bbox"] for a in about["annotations"]], np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = np.array([self._label[a["category"]] for a in about["annotations"]], np.int64)
+        rows = None
+        if loss.uses_pseudo_boxes:
+            base = arrays["source"] == Source.BASE_BOX
+            if [a["id"] for a in about["annotations"]] != arrays["annotation_id"][base].tolist():
+                raise HdovdError(f"{where}: its .json and .annotation_id.npy name other annotations; export again")
+            none = no_labels(len(base))
+            labelled = none | {name: arrays[name] for name in none if name in arrays}
+            rows = InstanceRows(arrays["instance"], *(arrays[name] for name in ("boxes", "source", "annotation_id", "score")), **labelled)
+        name, exif = f"{where}: {about['file_name']}", Exif(self.recipe.input.exif)
+        picture = read_image(name, about["width"], about["height"], sample.picture, exif)
+        whole = arrays["image"] if loss.image.enabled else None
+        targets = make_targets(boxes.astype(np.float32), labels, rows, whole, self._nouns, self.dim, where)
+        return flipped_at_random(pixels_of(picture), targets, sample.image_id, epoch, self.recipe)
+
+
+def tell_failed(failed: Mapping[int, str], left: int, where: str, what: str, log: Callable[[str], None]) -> None:
+    """Say which images are left out since extraction could not read them. Raises HdovdError if no image is left."""
+    if failed:
+        log(f"skipped {len(failed)}: image without embeddings ({shorten(list(failed))}); {where} why")
+    if failed and not left:
+        raise HdovdError(f"no image {what}; first reason: {next(iter(failed.values()))}")
+
+
 def uses_nouns(loss: LossConfig, levels: Collection[Level], where: str) -> bool:
     """Whether pseudo boxes have nouns. Raises HdovdError if the losses need them and the features have none."""
     if loss.uses_pseudo_boxes and loss.class_.enabled and Level.NOUN not in levels:
@@ -174,4 +310,4 @@ def flipped_at_random(pixels: Tensor, targets: Targets, image_id: int, epoch: in
 
 def _normalised(rows: np.ndarray) -> Tensor:
     """Stored float16 rows, of norm one again in float32."""
-    return torch.nn.functional.normalize(torch.from_numpy(rows).float(), dim=-1)
+    return normalize(torch.from_numpy(rows).float(), dim=-1)

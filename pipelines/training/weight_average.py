@@ -1,4 +1,4 @@
-"""Exponential moving average of a model's weights, `train.ema`: what is validated and kept of a run. Used by `fit.Loop`."""
+"""Exponential moving average of a model's weights, `train.ema`: what is validated and kept of a run."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ import torch
 
 from hdovd.core.errors import Stopped
 from hdovd.pipelines.proposals import parts as proposal_parts
-from hdovd.pipelines.proposals import training as proposer_training
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.propose import propose
+from hdovd.pipelines.training.hooks import SavingHooks
 from hdovd.pipelines.training.loop import Loop
 
 PART = 8  # images of a part here
@@ -51,9 +51,9 @@ def play(job: ProposeConfig, log: Path, *, processes: int = 1, **kill: int) -> t
 def _run(job: ProposeConfig, kill_at: int = -1, kill_in_part: int = -1, signal: int = signals.SIGKILL) -> int:
     torch.set_num_threads(1)
     proposal_parts.IMAGES = PART
-    told, write = proposer_training._Keep.step, proposal_parts.Parts.write
+    told, write = SavingHooks.step, proposal_parts.Parts.write
 
-    def step(self: proposer_training._Keep, loop: Loop[Any]) -> None:
+    def step(self: SavingHooks, loop: Loop[Any]) -> None:
         if loop.step_number == kill_at:
             os.kill(os.getpid(), signal)
         told(self, loop)
@@ -63,7 +63,7 @@ def _run(job: ProposeConfig, kill_at: int = -1, kill_in_part: int = -1, signal: 
             os.kill(os.getpid(), signal)
         write(self, number, part)
 
-    proposer_training._Keep.step = step  # type: ignore[method-assign]
+    SavingHooks.step = step  # type: ignore[method-assign]
     proposal_parts.Parts.write = write_or_die  # type: ignore[method-assign]
     try:
         propose(job, lambda line: os.write(1, f"{line}\n".encode()) and None)  # not to what pytest put in place of sys.stdout

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.common.job_pool import Ended, Job, Stop, last_lines, run_jobs, stop_signals
+from hdovd.pipelines.common.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
+from hdovd.pipelines.common.signals import StopSignal
 
 WAIT = 'i=0; while [ ! -e "{0}" ]; do sleep 0.02; i=$((i+1)); [ $i -lt 1500 ] || exit 9; done; '  # for a file, half a minute at most
 
@@ -23,7 +24,7 @@ def _job(folder: Path, name: str, *scripts: str) -> Job:
 
 def _run(jobs: list[Job], places: list[dict[str, str]]) -> dict[str, Ended]:
     ended: dict[str, Ended] = {}
-    run_jobs(jobs, places, lambda end: ended.update({end.job.name: end}), Stop())
+    run_jobs(jobs, places, lambda end: ended.update({end.job.name: end}), StopSignal())
     return ended
 
 
@@ -56,7 +57,7 @@ def test_each_place_holds_one_job_at_a_time_and_all_places_are_used(tmp_path: Pa
 def test_stopped_jobs_may_save_and_none_is_begun_after(tmp_path: Path) -> None:
     saving = f"trap 'touch {tmp_path}/saved; exit 75' TERM; touch {tmp_path}/ready; while true; do sleep 0.05; done"
     jobs = [_job(tmp_path, "first", WAIT.format(tmp_path / "ready")), _job(tmp_path, "saving", saving), _job(tmp_path, "third", "true")]
-    stop, ended = Stop(), list[str]()
+    stop, ended = StopSignal(), list[str]()
 
     def on_end(end: Ended) -> None:
         ended.append(end.job.name)
@@ -71,7 +72,7 @@ def test_stopped_jobs_may_save_and_none_is_begun_after(tmp_path: Path) -> None:
 def test_a_second_signal_kills_with_all_children(tmp_path: Path) -> None:
     stubborn = f"trap '' TERM; sleep 600 & echo $! > {tmp_path}/child; touch {tmp_path}/ready; while true; do sleep 0.05; done"
     jobs = [_job(tmp_path, "first", WAIT.format(tmp_path / "ready")), _job(tmp_path, "stubborn", stubborn)]
-    stop = Stop()
+    stop = StopSignal()
     run_jobs(jobs, [{}, {}], lambda _: stop.signals.extend([signal.SIGINT, signal.SIGINT]), stop)
     child = int((tmp_path / "child").read_text())
     deadline = time.monotonic() + 20
@@ -88,7 +89,7 @@ def test_an_error_while_jobs_run_leaves_none(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        run_jobs(jobs, [{}, {}], on_end, Stop())
+        run_jobs(jobs, [{}, {}], on_end, StopSignal())
     assert not _runs(int((tmp_path / "pid").read_text()))
 
 
@@ -117,7 +118,7 @@ def test_descriptors_are_held_by_the_jobs(tmp_path: Path) -> None:
     with (tmp_path / "held").open("w") as file:
         ended: list[int] = []
         code = f"import os; os.fstat({file.fileno()})"
-        run_jobs([Job("a", ((sys.executable, "-c", code),), tmp_path / "a.log")], [{}], lambda end: ended.append(end.code), Stop(),
+        run_jobs([Job("a", ((sys.executable, "-c", code),), tmp_path / "a.log")], [{}], lambda end: ended.append(end.code), StopSignal(),
                  [file.fileno()])
     assert ended == [0]
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode != 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from orders import InOrder
 
 from hdovd.cache import rows
 from hdovd.cache.reader import FeatureCache
@@ -16,14 +17,13 @@ from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.common.distributed import Team
+from hdovd.pipelines.common.device import Team
 from hdovd.pipelines.dataloading.sampler import (
     BLOCK,
     WINDOW,
     BlockShuffle,
     Dealing,
     EpochOrder,
-    InOrder,
     PlainShuffle,
     ShardShuffle,
     Streams,

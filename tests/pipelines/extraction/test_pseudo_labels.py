@@ -25,8 +25,7 @@ from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.label_rule import LabelRule
 from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts
 from hdovd.pipelines.extraction.tar_export import TarExportConfig, export_tars, import_tars
-from hdovd.pipelines.training.tar_training import TarTrainingSet
-from hdovd.pipelines.training.training_set import TrainingSet
+from hdovd.pipelines.training.training_set import TarTrainingSet, TrainingSet
 
 Config = Callable[..., ExtractConfig]
 NOUNS = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])

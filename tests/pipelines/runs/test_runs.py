@@ -164,11 +164,11 @@ def test_difference_of_two_runs(write_run: WriteRun) -> None:
     record |= {"versions": {"torch": "2.7", "hdovd": "0.1.0"}, "git": {"commit": "abc", "dirty": True}}
     (b / "run.json").write_text(json.dumps(record))
     found = compare_runs(a, b)
-    assert found.config == [("train.lr", 0.1, 0.2)]
-    assert found.cache == [("instance", "k1", "k2"), ("instance: clip.model", "k1", "k2")]
-    assert found.versions == [("torch", "2.6", "2.7")]
-    assert found.git == [("commit", None, "abc"), ("dirty", None, True)]
-    assert found.protocol == []
+    assert found.parts["config"] == [("train.lr", 0.1, 0.2)]
+    assert found.parts["cache"] == [("instance", "k1", "k2"), ("instance: clip.model", "k1", "k2")]
+    assert found.parts["versions"] == [("torch", "2.6", "2.7")]
+    assert found.parts["git"] == [("commit", None, "abc"), ("dirty", None, True)]
+    assert found.parts["protocol"] == []
     assert found.groups[0] == ("novel", 10.0, 30.0)
     assert found.groups[3] == ("novel split-blind", 9.0, 29.0)
     assert found.classes == [("owl", 10.0, 30.0), ("cat", 50.0, 49.0), ("elk", 7.0, 7.0)]
@@ -192,6 +192,7 @@ def test_real_runs(distilled: RunFolder, base_only: RunFolder, world: Path, tmp_
     assert run.cache_id == plain.cache_id
     assert run.levels["instance"]["key"]
     difference = compare_runs(evaluated, base_only.path)
-    assert {key for key, _, _ in difference.config} == {"loss.instance.enabled", "loss.class.enabled", "loss.image.enabled", "train.epochs"}
+    assert {key for key, _, _ in difference.parts["config"]} == {"loss.instance.enabled", "loss.class.enabled", "loss.image.enabled",
+                                                                 "train.epochs"}
     assert difference.classes == []
-    assert difference.cache == difference.versions == difference.protocol == []
+    assert difference.parts["cache"] == difference.parts["versions"] == difference.parts["protocol"] == []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from orders import InOrder
 from torch import Tensor, nn
 
 from hdovd.cache.reader import FeatureCache
@@ -19,7 +20,7 @@ from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import build_detector
 from hdovd.pipelines.dataloading.loader import TrainingBatches
-from hdovd.pipelines.dataloading.sampler import Dealing, InOrder
+from hdovd.pipelines.dataloading.sampler import Dealing
 from hdovd.pipelines.training.loop import Hooks, Loop
 from hdovd.pipelines.training.train import loop_of
 from hdovd.pipelines.training.training_set import Sample, TrainingSet

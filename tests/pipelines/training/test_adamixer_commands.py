@@ -72,7 +72,7 @@ def test_it_goes_on_in_the_middle_of_its_second_epoch(run: RunFolder, job: Job, 
 
     def stop(self: RunHooks, loop: Loop[Any]) -> None:
         if loop.step_number == 3:  # of 4
-            self.stop.received = 15
+            self.stop.signals.append(15)
         step(self, loop)
 
     with monkeypatch.context() as patch:

@@ -20,7 +20,6 @@ from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.modeling.backbones.pyramid import build_backbone
-from hdovd.pipelines.proposals import training as proposer_training
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.propose import propose
 from hdovd.pipelines.runs.folder import RunFolder
@@ -45,8 +44,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         found.append(backbone)
         compile_backbone(backbone, device, "aot_eager")
 
-    for stage in (train, proposer_training):
-        monkeypatch.setattr(stage, "compile_backbone", note)
+    monkeypatch.setattr(train, "compile_backbone", note)
     return found
 
 

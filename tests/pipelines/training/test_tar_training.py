@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from orders import InOrder
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import TAR_META
@@ -26,15 +27,14 @@ from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
 from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sample_keys import Draw
-from hdovd.pipelines.dataloading.sampler import Dealing, InOrder, Streams
+from hdovd.pipelines.dataloading.sampler import Dealing, Streams
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.tar_export import TarExportConfig, export_tars
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.loop import Hooks
-from hdovd.pipelines.training.tar_training import TarTrainingSet
 from hdovd.pipelines.training.train import TrainConfig, loop_of, train
-from hdovd.pipelines.training.training_set import Sample, TrainingSet
+from hdovd.pipelines.training.training_set import Sample, TarTrainingSet, TrainingSet
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 MakeRecipe = Callable[..., Recipe]
