@@ -103,18 +103,14 @@ def clip_box(xywh: Any, width: int, height: int) -> tuple[list[float] | None, st
     if numbers is None:
         return None, "box is not four numbers"
     x, y, w, h = numbers
-    if not all(map(math.isfinite, (x, y, w, h))):
-        return None, "box is not finite"
-    if w < 0 or h < 0:
-        return None, "box is inverted (negative width or height)"
-    if w * h == 0:
-        return None, "box has no area"
-    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
-        return None, "box lies outside the image"
     box = array("f", (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))).tolist()  # as float32 holds it
-    if box[2] <= box[0] or box[3] <= box[1]:
-        return None, "box has no area"
-    return box, ""
+    faults = (("box is not finite", not all(map(math.isfinite, numbers))),
+              ("box is inverted (negative width or height)", w < 0 or h < 0),
+              ("box has no area", w * h == 0),
+              ("box lies outside the image", x >= width or y >= height or x + w <= 0 or y + h <= 0),
+              ("box has no area", box[2] <= box[0] or box[3] <= box[1]))
+    why = next((fault for fault, there in faults if there), "")
+    return (None if why else box), why
 
 
 def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only: bool) -> Split:

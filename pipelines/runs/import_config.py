@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.data.protocol import load_protocol
-from hdovd.modeling.published_weights.names import PUBLISHED
+from hdovd.modeling.published_weights import PUBLISHED
 from hdovd.pipelines.runs.folder import RunFolder
 
 
