@@ -1,4 +1,4 @@
-"""Locks on files, which the system lets go when their process dies, however it dies. Used by `storage.LocalFolder`."""
+"""Locks on files, which the system lets go when their process dies, however it dies."""
 
 from __future__ import annotations
 

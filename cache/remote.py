@@ -1,4 +1,4 @@
-"""A cache in an object store, through fsspec: s3://, gs:// and whatever else fsspec knows. Opened by `storage.open_folder`.
+"""A cache in an object store, through fsspec: s3://, gs:// and whatever else fsspec knows.
 
 Endpoint and credentials come from where the client looks for them (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...) or from fsspec's own
 configuration (FSSPEC_S3, ~/.config/fsspec). A PUT is whole or absent, so are writes; without locks, claims are not kept, and two

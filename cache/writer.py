@@ -1,6 +1,6 @@
 """Writing products: begun by any process, filled part by part by any number of them, the same bytes whoever does it.
 
-A part is encoded in memory by Zarr itself, written object by object (see `storage.Folder.write`), and its record last:
+A part is encoded in memory by Zarr itself, written object by object (see `Folder.write`), and its record last:
 a process that is killed loses the parts that it had not recorded, and nothing else.
 """
 

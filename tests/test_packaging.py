@@ -74,7 +74,7 @@ def wheel(source: Path) -> Path:
 def test_expected_files_are_what_they_should_be(expected: set[str]) -> None:
     assert {"hdovd/__main__.py", "hdovd/py.typed", "hdovd/cache/reader.py", "hdovd/cli/main.py", "hdovd/pipelines/demo/world.py",
             "hdovd/modeling/losses/instance.py", "hdovd/recipes/demo.toml", "hdovd/protocols/ov-coco.toml",
-            "hdovd/pipelines/prompts/vild.txt"} <= expected
+            "hdovd/pipelines/teachers/templates/vild.txt"} <= expected
 
 
 def test_wheel_holds_the_tree_and_nothing_else(wheel: Path, expected: set[str]) -> None:

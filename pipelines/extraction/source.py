@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.catalog import Catalog, FeatureSet, is_tar_form
-from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import DEFAULT_SET, Level
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import DataPaths, Exif, ImageBoxes, Split
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from hdovd.cache.reader import FeatureCache
 
 DATA_AND_PROTOCOL = "--data and --protocol"
 
@@ -68,7 +70,7 @@ class CacheWithData:
     images: dict[int, ImageBoxes]
 
 
-def extraction_of(features: FeatureSet, cache: Path | str, name: str, give: str = DATA_AND_PROTOCOL, **changes: Any) -> ExtractConfig:
+def extraction_of(features: FeatureSet, cache: Path | str, name: str, give: str = DATA_AND_PROTOCOL, /, **changes: Any) -> ExtractConfig:
     """The extraction that made the set `name`, with changes. `give`: the options that say it too. Raises HdovdError if it is not known."""
     where = f"set {name} of {cache}"
     if not features.made_from:
@@ -98,6 +100,8 @@ def with_data(cache: FeatureCache, source: CacheSource, log: Callable[[str], Non
 
 def cache_of(run: RunFolder) -> FeatureCache:
     """The cache that a run was trained from, with the very products of then. Raises HdovdError if they are not there any more."""
+    from hdovd.cache.reader import FeatureCache
+
     where, name, _ = _find(run)
     return FeatureCache(where, name)
 

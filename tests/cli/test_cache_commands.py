@@ -24,7 +24,7 @@ from hdovd.pipelines.extraction.extract_clip import extract_clip
 BROKEN = 12
 HOLD = """
 import sys, time
-from hdovd.cache.storage import open_folder
+from hdovd.cache.open import open_folder
 with open_folder(sys.argv[1]).claim(sys.argv[2], wait=False) as mine:
     print(mine, flush=True)
     time.sleep(60)

@@ -59,11 +59,14 @@ def between_rooms() -> dict[tuple[str, str], list[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """What is left of a graph when everything that leads nowhere else is taken away, again and again: empty without circles."""
-    left = {node: set(targets) for node, targets in graph.items()}
-    while ends := {node for node, targets in left.items() if not targets & left.keys()}:
-        left = {node: targets for node, targets in left.items() if node not in ends}
-    return [[node, *sorted(targets & left.keys())] for node, targets in left.items()]
+    """What is left of a graph when all that nothing leads to, or that leads nowhere, is taken away again and again: empty without circles."""
+    left = graph
+    while True:
+        reached = set().union(*left.values())
+        inner = {node: targets & left.keys() for node, targets in left.items() if node in reached and targets & left.keys()}
+        if inner == left:
+            return [[node, *sorted(targets)] for node, targets in sorted(left.items())]
+        left = inner
 
 
 def statements() -> Counter[str]:

@@ -49,14 +49,14 @@ def test_figures_are_those_of_the_boxes_one_by_one(bench: Any, world: Path, clip
     lines: list[str] = []
     figures = bench_dense(bench(), lines.append)
     assert (figures.images, figures.boxes, figures.labelled, figures.classes) == (len(split.images), 9 * len(split.images), len(right), 24)
-    crops, _, way = figures.ways
-    assert [w.name for w in figures.ways] == ["crops", "dense 32", "dense 64"]
+    crops, _, way = figures.embedders
+    assert [w.name for w in figures.embedders] == ["crops", "dense 32", "dense 64"]
     assert crops.accuracy == pytest.approx(sum(right) / len(right))
     assert crops.cosine_min == pytest.approx(1, abs=1e-6)
     assert way.accuracy == pytest.approx(sum(dense_right) / len(right))
     assert way.cosine_mean == pytest.approx(sum(cosines) / len(right), abs=1e-3)
     assert way.cosine_min == pytest.approx(min(cosines), abs=1e-3)  # the reference's crops are Pillow's
-    assert all(w.model_per_s > w.per_s > 0 for w in figures.ways)  # preparing takes time too
+    assert all(w.model_per_s > w.per_s > 0 for w in figures.embedders)  # preparing takes time too
     assert lines == figures.lines()
     assert len(lines) == 5
 
@@ -68,7 +68,7 @@ def test_fewer_images_are_spread_over_the_list(bench: Any) -> None:
 
 
 def test_dense_runs_in_the_precision_of_the_crops(bench: Any) -> None:
-    exact, rounded = (bench_dense(bench(precision=p), lambda _: None).ways[1] for p in (Precision.FP32, Precision.BF16))
+    exact, rounded = (bench_dense(bench(precision=p), lambda _: None).embedders[1] for p in (Precision.FP32, Precision.BF16))
     assert rounded.cosine_mean == pytest.approx(exact.cosine_mean, abs=0.02)
     assert rounded.cosine_mean != exact.cosine_mean
 

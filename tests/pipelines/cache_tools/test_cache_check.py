@@ -329,7 +329,7 @@ def test_a_damaged_set_is_written_again_from_the_options_of_its_extraction(
     file.write_bytes(file.read_bytes()[:-20])
     _in_embedding(copied)
     assert check(copied).findings[0].place == "sets/default.json"
-    with untouched(copied), pytest.raises(HdovdError, match=r"not known what set default was made from.*--data, --clip"):
+    with untouched(copied), pytest.raises(HdovdError, match=r"set default of .* does not say what it was made from.*--data, --clip"):
         check(copied, repair=True)
     with untouched(copied), pytest.raises(HdovdError, match=r"cannot be made again.*\s+class: the cache has no product [0-9a-f]{24}"):
         check(copied, repair=True, changes=_settings(extraction) | {"templates": ("{} on a table",)})

@@ -22,8 +22,8 @@ from hdovd.data.coco import DataPaths, Exif
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.check_config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
-from hdovd.pipelines.extraction import extract_clip as extract_module
 from hdovd.pipelines.extraction import picture_hashes
+from hdovd.pipelines.extraction import prepare as extract_module
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.training.train import TrainConfig, training_data

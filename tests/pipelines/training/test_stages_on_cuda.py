@@ -31,9 +31,9 @@ from hdovd.pipelines.training.train import TrainConfig, train
 
 BEGIN_WITH = {"uniform_", "normal_", "fill_", "zero_", "mul", "random_"}  # weights are drawn before they are moved
 ANCHORS = {"anchor_utils.py", "rpn.py"}  # the few of one cell, when the network is built
-SAMPLES = {"training_set.py", "targets.py", "loading.py", "object_text.py"}  # read and prepared before they are moved
+SAMPLES = {"training_set.py", "targets.py", "loader.py", "object_text.py"}  # read and prepared before they are moved
 # Of what was read from a file: whether there are rows, a text of "object", values that are not finite, the values that were written.
-LOADED = {"feature_queue.py", "network.py", "run_folder.py", "tensor_file.py"}
+LOADED = {"feature_queue.py", "network.py", "folder.py", "tensors.py"}
 LOSSES = {"loss_window.py"}  # looked at every 50 steps
 OF_NETWORKS = {"convolution", "addmm", "bmm", "baddbmm", "_softmax", "native_layer_norm", "native_batch_norm", "relu", "gelu", "sigmoid",
                "roi_align", "topk", "_scaled_dot_product_flash_attention_for_cpu"}
@@ -89,7 +89,7 @@ def test_train_eval_and_detect(name: str, world: Path, training_cache: Path, mic
     pretended_cuda.forget()
     result = detect(DetectConfig(run.path, (str(world / "val2017"),), tmp_path / "found", clip=clip, threshold=0.0), silent)
     assert result.tally
-    assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"name_embedding.py", "detector.py", "detect_output.py"}
+    assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"names.py", "detector.py", "output.py"}
 
 
 def test_a_run_goes_on_where_it_was(world: Path, training_cache: Path, micro_recipe: Micro, tmp_path: Path,
@@ -115,7 +115,7 @@ def test_a_run_goes_on_where_it_was(world: Path, training_cache: Path, micro_rec
 def test_propose(detector: Detector, world: Path, micro_recipe: Micro, tmp_path: Path, pretended_cuda: PretendedCuda) -> None:
     job = ProposeConfig(DataPaths(world), tmp_path / "cuda.json", micro_recipe(), str(world / "protocol.toml"), top=4, detector=detector)
     found = propose(job, silent)
-    assert on_host(pretended_cuda) <= ANCHORS | SAMPLES | LOSSES | LOADED | {"proposal_networks.py", "propose.py", "boxes.py"}
+    assert on_host(pretended_cuda) <= ANCHORS | SAMPLES | LOSSES | LOADED | {"networks.py", "propose.py", "boxes.py"}
     on_cpu = propose(replace(job, out=tmp_path / "cpu.json", device="cpu"), silent)
     assert found.keys() == on_cpu.keys()
 
@@ -130,7 +130,7 @@ def test_extract(recipe: CropRecipe | DenseRecipe, precision: Precision, extract
         extract_clip(extraction(tmp_path / device, device=device, recipe=recipe, precision=precision, batch_size=16, workers=0), silent)
         caches.append(FeatureCache(tmp_path / device))
         if device == "auto":
-            assert on_host(pretended_cuda) <= {"clip_teacher.py", "pseudo_labels.py", "dense_clip.py"}  # a mask; labels; coordinates
+            assert on_host(pretended_cuda) <= {"openclip.py", "pseudo_labels.py", "dense.py"}  # a mask; labels; coordinates
     for image_id in kept:
         one, two = (cache.instances(image_id).embedding.astype(np.float64) for cache in caches)
         assert (one * two).sum(axis=1).min() > (0.999 if precision is Precision.FP32 else 0.98)
