@@ -154,12 +154,13 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
         wanted = protocol.base if base_only else protocol.names
         raise HdovdError(f"{annotations} holds no usable box of the {len(wanted)} classes of protocol {protocol.name} "
                          f"({shorten(list(wanted))})" + "".join("\n" + line for line in skips.lines()))
+    keep_empty = protocol.keep_empty_train if base_only else protocol.keep_empty_val
     boxes, kept, empty = np.frombuffer(found.boxes).reshape(-1, 4), list[ImageBoxes](), list[int]()
     for i, (name, width, height) in found.images.items():
         own = rows[i]
         if not own and i in spoilt:
             skips.add("image, no annotation of it is left", i)
-        elif not own and not protocol.keeps_empty(base_only):
+        elif not own and not keep_empty:
             empty.append(i)
         elif base_only and min(width, height) < protocol.min_image_side_px:
             skips.add(f"image with a side under {protocol.min_image_side_px} px", i)

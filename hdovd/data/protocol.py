@@ -36,9 +36,6 @@ class Protocol:
         """All class names, base before novel: the label of a class is its place here."""
         return self.base + self.novel
 
-    def keeps_empty(self, training: bool) -> bool:
-        return self.keep_empty_train if training else self.keep_empty_val
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values; the switches where they are on, since records of before there were any have none."""
         return {"name": self.name, "base": list(self.base), "novel": list(self.novel),

@@ -1,6 +1,6 @@
 """The libraries that can count COCO AP: pycocotools, the reference, and faster-coco-eval, the same in C++ and optional.
 
-Used by `coco_ap`, `hdovd eval` and `hdovd bench eval`. Importing this file imports neither.
+Importing this file imports neither.
 """
 
 from __future__ import annotations
