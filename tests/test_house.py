@@ -10,7 +10,7 @@ MOST_MODULES = 22
 ORDER = [f"hdovd.{name}" for name in (
     "core", "cache", "config", "data", "evaluation",
     "modeling", "modeling.losses", "modeling.levels", "modeling.backbones", "modeling.faster_rcnn", "modeling.adamixer",
-    "modeling.proposals", "modeling.export", "modeling.published_weights",
+    "modeling.proposals", "modeling.export",
     "pipelines", "pipelines.common", "pipelines.dataloading", "pipelines.teachers", "pipelines.embedding", "pipelines.nouns",
     "pipelines.proposal_files", "pipelines.runs", "pipelines.extraction", "pipelines.calibration", "pipelines.evaluation",
     "pipelines.training", "pipelines.proposals", "pipelines.detection", "pipelines.export", "pipelines.ablation", "pipelines.audit",

@@ -1,4 +1,4 @@
-"""The [detector] sections of a recipe with `name = "adamixer"`. Joined to the others by `hdovd.config.recipe`.
+"""The [detector] sections of a recipe with `name = "adamixer"`.
 
 Defaults are the authors' (configs/myovd/ov_coco/myadamixer_r50_1x_coco.py, "config" below) or, where that is silent, the constants
 of their code ("code"). Papers: AdaMixer arXiv 2203.16507, distinct queries arXiv 2303.12776, HD-OVD arXiv 2503.10152.

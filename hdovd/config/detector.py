@@ -1,18 +1,17 @@
 """The [detector] section of a recipe: one form for each detector that is built in, and one for those of the user's own.
 
 `DETECTORS` is the registry. A detector is a file with its class and a line there; a form of its own, which names wrong keys and values,
-is one more line, in `DetectorConfig`. Called by `config` and `detectors`. Imports no torch.
+is one more line, in `DetectorConfig`. Imports no torch.
 """
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from hdovd.config.adamixer import AdaMixerConfig
-from hdovd.config.backbone import BackboneConfig, Count, Positive, Section, Share
+from hdovd.config.backbone import BackboneConfig, Count, Positive, Section, Share, name_of
 
 DETECTORS = {  # name -> module:Class, a class of `detectors.Detector`
     "faster_rcnn": "hdovd.modeling.faster_rcnn.model:FasterRCNN",
@@ -53,17 +52,8 @@ class OwnDetectorConfig(Section):
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
-    name: str
+    name: Annotated[str, name_of(DETECTORS, "or my_module:MyDetector")]
     backbone: BackboneConfig
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in DETECTORS and not all(name.partition(":")):
-            near = difflib.get_close_matches(name, DETECTORS, 1, cutoff=0.4)
-            raise ValueError((f"did you mean {near[0]}? " if near else "")
-                             + f"Expected one of {', '.join(DETECTORS)}, or my_module:MyDetector")
-        return name
 
     @property
     def options(self) -> dict[str, Any]:

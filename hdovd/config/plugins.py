@@ -1,6 +1,6 @@
 """Code that a recipe names: `module:attribute`, found in the current folder or among what is installed.
 
-Called by `extra_losses` and `bodies`. Importing a module runs it, so a recipe is to be trusted like code.
+Importing a module runs it, so a recipe is to be trusted like code. Detectors, backbones and losses that a recipe adds are found here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import difflib
 import importlib
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hdovd.config.backbone import BACKBONES
 from hdovd.config.detector import DETECTORS
@@ -17,6 +17,8 @@ from hdovd.core.errors import HdovdError
 
 if TYPE_CHECKING:
     from hdovd.config.recipe import Recipe
+
+T = TypeVar("T")
 
 
 def outside_code(recipe: Recipe) -> dict[str, str]:
@@ -27,6 +29,14 @@ def outside_code(recipe: Recipe) -> dict[str, str]:
     if body not in BACKBONES and (library not in ("timm", "torchvision") or ":" in model):  # timm:hf-hub:... is fetched
         named["detector.backbone.name"] = body
     return named | {f"loss.extra.{name}.use": extra.use for name, extra in recipe.loss.extra.items()}
+
+
+def resolve_class(use: str, key: str, kind: type[T], expected: str) -> type[T]:
+    """The subclass of `kind` that `use` names; `expected`: the name of `kind` that the message has. Raises HdovdError as `resolve` does."""
+    found = resolve(use, key)
+    if isinstance(found, type) and issubclass(found, kind):
+        return found
+    raise HdovdError(f"{key} = {use!r}: expected a class of {expected}, found {found!r}")
 
 
 def resolve(use: str, key: str) -> Any:

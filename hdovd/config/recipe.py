@@ -7,8 +7,6 @@ tree of a run is written back as TOML and can itself be given as a recipe.
 from __future__ import annotations
 
 import difflib
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
@@ -17,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hdovd.config.backbone import AUTO, Auto, Count, Finite, NonNegative, Positive, Section, Share
 from hdovd.config.backbone import PRESETS as PRESETS
 from hdovd.config.detector import FORMS, DetectorConfig, FasterRCNNConfig
-from hdovd.core.errors import HdovdError, is_file
-from hdovd.core.text_files import cut, parse_toml, read_toml
+from hdovd.core.errors import HdovdError
+from hdovd.core.text_files import cut, parse_toml, read_shipped, shipped
 
 _MOST_ERRORS = 20  # said of one recipe
 
@@ -179,8 +177,7 @@ class Recipe(Section):
 
 
 def shipped_recipes() -> list[str]:
-    return sorted(p.name.removesuffix(".toml") for p in resources.files("hdovd").joinpath("recipes").iterdir()
-                  if p.name.endswith(".toml"))
+    return shipped("recipes")
 
 
 def load_recipe(name_or_file: str, sets: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -188,14 +185,7 @@ def load_recipe(name_or_file: str, sets: list[str] | tuple[str, ...] = ()) -> Re
 
     Raises HdovdError naming the key and the nearest valid one, or the wrong value.
     """
-    if name_or_file in shipped_recipes():
-        tree = parse_toml(resources.files("hdovd").joinpath("recipes", f"{name_or_file}.toml").read_text("utf-8"))
-    elif is_file(name_or_file):
-        tree = read_toml(Path(name_or_file), "recipe")
-    else:
-        near = difflib.get_close_matches(name_or_file, shipped_recipes(), 1)
-        raise HdovdError(f"no recipe {name_or_file!r}{f', did you mean {near[0]!r}' if near else ''}: "
-                         f"give one of {', '.join(shipped_recipes())}, or a TOML file")
+    tree = read_shipped(name_or_file, "recipe")
     for setting in sets:
         _apply(tree, setting)
     return build_recipe(tree, name_or_file)

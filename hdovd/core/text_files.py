@@ -6,15 +6,17 @@ message of `shown`, which fits into a line whatever the value is.
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import json
 import re
 import tomllib
 import zlib
+from importlib import resources
 from pathlib import Path
 from typing import IO, Any, cast
 
-from hdovd.core.errors import HdovdError, system_reason
+from hdovd.core.errors import HdovdError, is_file, system_reason
 
 DAMAGED = (OSError, EOFError, zlib.error)  # what reading a file raises, a packed one too
 LONGEST_NAME = 200
@@ -71,6 +73,24 @@ def read_toml(path: Path, what: str, expected: str = "TOML") -> dict[str, Any]:
         return parse_toml(text)
     except HdovdError as error:
         raise HdovdError(f"{what} {path} is {error}; expected {expected}") from error
+
+
+def shipped(folder: str) -> list[str]:
+    """The names of the TOML files that the package brings in "recipes" or "protocols"."""
+    return sorted(Path(file.name).stem for file in resources.files("hdovd").joinpath(folder).iterdir() if file.name.endswith(".toml"))
+
+
+def read_shipped(name_or_file: str, what: str, content: str = "") -> dict[str, Any]:
+    """The values of a TOML file that the package brings, by name, or of one of the user's. `what`: "recipe" or "protocol"; `content`: of
+    such a file, for the message. Raises HdovdError if there is no such file, or it is no TOML."""
+    known = shipped(f"{what}s")
+    if name_or_file in known:
+        return parse_toml(resources.files("hdovd").joinpath(f"{what}s", f"{name_or_file}.toml").read_text("utf-8"))
+    if is_file(name_or_file):
+        return read_toml(Path(name_or_file), what)
+    near = difflib.get_close_matches(name_or_file, known, 1)
+    raise HdovdError(f"no {what} {cut(name_or_file)!r}{f', did you mean {near[0]!r}' if near else ''}: "
+                     f"give one of {', '.join(known)}, or a TOML file{content}")
 
 
 def parse_toml(text: str) -> dict[str, Any]:

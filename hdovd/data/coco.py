@@ -103,18 +103,14 @@ def clip_box(xywh: Any, width: int, height: int) -> tuple[list[float] | None, st
     if numbers is None:
         return None, "box is not four numbers"
     x, y, w, h = numbers
-    if not all(map(math.isfinite, (x, y, w, h))):
-        return None, "box is not finite"
-    if w < 0 or h < 0:
-        return None, "box is inverted (negative width or height)"
-    if w * h == 0:
-        return None, "box has no area"
-    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
-        return None, "box lies outside the image"
     box = array("f", (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))).tolist()  # as float32 holds it
-    if box[2] <= box[0] or box[3] <= box[1]:
-        return None, "box has no area"
-    return box, ""
+    faults = (("box is not finite", not all(map(math.isfinite, numbers))),
+              ("box is inverted (negative width or height)", w < 0 or h < 0),
+              ("box has no area", w * h == 0),
+              ("box lies outside the image", x >= width or y >= height or x + w <= 0 or y + h <= 0),
+              ("box has no area", box[2] <= box[0] or box[3] <= box[1]))
+    why = next((fault for fault, there in faults if there), "")
+    return (None if why else box), why
 
 
 def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only: bool) -> Split:
@@ -158,12 +154,13 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
         wanted = protocol.base if base_only else protocol.names
         raise HdovdError(f"{annotations} holds no usable box of the {len(wanted)} classes of protocol {protocol.name} "
                          f"({shorten(list(wanted))})" + "".join("\n" + line for line in skips.lines()))
+    keep_empty = protocol.keep_empty_train if base_only else protocol.keep_empty_val
     boxes, kept, empty = np.frombuffer(found.boxes).reshape(-1, 4), list[ImageBoxes](), list[int]()
     for i, (name, width, height) in found.images.items():
         own = rows[i]
         if not own and i in spoilt:
             skips.add("image, no annotation of it is left", i)
-        elif not own and not protocol.keeps_empty(base_only):
+        elif not own and not keep_empty:
             empty.append(i)
         elif base_only and min(width, height) < protocol.min_image_side_px:
             skips.add(f"image with a side under {protocol.min_image_side_px} px", i)

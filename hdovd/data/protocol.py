@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import MISSING, dataclass, fields
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from hdovd.core.errors import HdovdError, is_file, shorten
-from hdovd.core.text_files import checked_name, cut, parse_toml, read_toml, shown
+from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.text_files import checked_name, cut, read_shipped, shipped, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +36,6 @@ class Protocol:
         """All class names, base before novel: the label of a class is its place here."""
         return self.base + self.novel
 
-    def keeps_empty(self, training: bool) -> bool:
-        return self.keep_empty_train if training else self.keep_empty_val
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values; the switches where they are on, since records of before there were any have none."""
         return {"name": self.name, "base": list(self.base), "novel": list(self.novel),
@@ -53,8 +48,7 @@ _SWITCHES = ("keep_empty_train", "keep_empty_val")
 
 
 def shipped_protocols() -> list[str]:
-    return sorted(p.name.removesuffix(".toml") for p in resources.files("hdovd").joinpath("protocols").iterdir()
-                  if p.name.endswith(".toml"))
+    return shipped("protocols")
 
 
 def load_protocol(name_or_file: str) -> Protocol:
@@ -62,13 +56,7 @@ def load_protocol(name_or_file: str) -> Protocol:
 
     Raises HdovdError if there is no such protocol, or if the file is not a valid one.
     """
-    if name_or_file in shipped_protocols():
-        tree = parse_toml(resources.files("hdovd").joinpath("protocols", f"{name_or_file}.toml").read_text("utf-8"))
-    elif is_file(name_or_file):
-        tree = read_toml(Path(name_or_file), "protocol")
-    else:
-        raise HdovdError(f"no protocol {cut(name_or_file)!r}: give one of {', '.join(shipped_protocols())}, or a TOML file "
-                         "with name = \"...\", base = [...] and novel = [...]")
+    tree = read_shipped(name_or_file, "protocol", ' with name = "...", base = [...] and novel = [...]')
     try:
         return parse_protocol(tree)
     except HdovdError as error:

@@ -1,4 +1,4 @@
-"""Do scores mean what they say: of detections scored 0.8, are 8 in 10 right? Called by `pipelines/run_analysis`. B bins of equal width."""
+"""Do scores mean what they say: of detections scored 0.8, are 8 in 10 right? B bins of equal width."""
 
 from __future__ import annotations
 

@@ -19,15 +19,10 @@ from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import Instances, clip_box, read_instances
 from hdovd.data.protocol import Protocol
 from hdovd.evaluation.engines import Engine, classes
+from hdovd.evaluation.groups import GROUPS as GROUPS
+from hdovd.evaluation.groups import group_mean
+from hdovd.evaluation.groups import group_slice as group_slice
 from hdovd.evaluation.matching import Objects
-
-GROUPS = ("novel", "base", "all")
-
-
-def group_slice(protocol: Protocol, group: str) -> slice:
-    """The labels of the classes of a group."""
-    base = len(protocol.base)
-    return {"novel": slice(base, None), "base": slice(0, base), "all": slice(None)}[group]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +35,7 @@ class AveragePrecision:
 
     def mean(self, values: np.ndarray, group: str) -> float | None:
         """Mean over the classes of a group that have ground truth; None if none has."""
-        counted = values[group_slice(self.protocol, group)]
-        counted = counted[~np.isnan(counted)]
-        return float(counted.mean()) if len(counted) else None
+        return group_mean(values, self.protocol, group)
 
     def summary(self) -> dict[str, dict[str, float | None]]:
         """`{"ap50": {"novel", "base", "all"}, "ap": {...}}`."""
@@ -53,18 +46,16 @@ class AveragePrecision:
 
     def check_weighted_mean(self) -> None:
         """`all` is the class-weighted mean of base and novel when every class has ground truth."""
-        if self.without_ground_truth() or not self.protocol.novel:
-            return
         base, novel = len(self.protocol.base), len(self.protocol.novel)
-        for values in (self.ap50, self.ap):
-            parts = {g: self.mean(values, g) or 0.0 for g in GROUPS}
-            weighted = (base * parts["base"] + novel * parts["novel"]) / (base + novel)
-            if abs(parts["all"] - weighted) > 1e-6:
+        for parts in self.summary().values():
+            weighted = (base * (parts["base"] or 0.0) + novel * (parts["novel"] or 0.0)) / (base + novel)
+            if novel and not self.without_ground_truth() and abs((parts["all"] or 0.0) - weighted) > 1e-6:
                 raise AssertionError(f"AP of all {parts['all']} is not the weighted mean of base and novel {weighted}")
 
     def per_class(self) -> dict[str, dict[str, float | None]]:
-        return {name: {"ap50": _number(a), "ap": _number(b)}
-                for name, a, b in zip(self.protocol.names, self.ap50, self.ap, strict=True)}
+        values = np.stack([self.ap50, self.ap], axis=1).astype(object)
+        values[np.isnan(self.ap50)] = None
+        return {name: {"ap50": ap50, "ap": ap} for name, (ap50, ap) in zip(self.protocol.names, values.tolist(), strict=True)}
 
 
 class GroundTruth:
@@ -144,7 +135,3 @@ def _flat(found: Instances, boxes: np.ndarray, rows: list[int], coco_ids: tuple[
 def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
     """pycocotools prints what it does."""
     return contextlib.redirect_stdout(io.StringIO())
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

@@ -1,4 +1,4 @@
-"""Which class is taken for which, at a score threshold. Called by `pipelines/run_analysis`. K classes in label order.
+"""Which class is taken for which, at a score threshold. K classes in label order.
 
 Detections of `threshold` or more, best first, take in each image the object, of those still free, that they overlap most by IoU 0.5 or
 more, whatever its class (of equals the one of their own class): COCOeval's rule without classes. What takes an object counts in the row
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from hdovd.data.protocol import Protocol
-from hdovd.evaluation.matching import IOU, Found, Objects, Overlaps, take_in_turn
+from hdovd.evaluation.groups import group_of
+from hdovd.evaluation.matching import Found, Objects, Overlaps, take
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +41,13 @@ class Confusion:
 
     def top(self, most: int = 20) -> list[ConfusedPair]:
         """The commonest confusions of two classes, background and missed aside; of equals in label order."""
-        names, base = self.protocol.names, len(self.protocol.base)
+        names, protocol = self.protocol.names, self.protocol
         between = self.counts[:-1, :-1].copy()
         np.fill_diagonal(between, 0)
         order = np.argsort(-between, axis=None, kind="stable")[:most]
         objects = self.counts.sum(axis=1)
-
-        def group(label: int) -> str:
-            return "base" if label < base else "novel"
-
-        return [ConfusedPair(names[t], group(t), names[d], group(d), int(between[t, d]), float(between[t, d] / objects[t]))
+        return [ConfusedPair(names[t], group_of(t, protocol), names[d], group_of(d, protocol), int(between[t, d]),
+                             float(between[t, d] / objects[t]))
                 for t, d in zip(*(rows.tolist() for rows in np.unravel_index(order, between.shape)), strict=True) if between[t, d]]
 
     def to_tree(self) -> dict[str, Any]:
@@ -63,13 +61,9 @@ def confusion(found: Found, objects: Objects, overlaps: Overlaps, protocol: Prot
     """Count what is taken for what among the detections scored `threshold` or more."""
     classes = len(protocol.names)
     shown = found.scores >= threshold
-    turn = np.empty(len(shown), np.int64)
-    turn[np.argsort(-found.scores, kind="stable")] = np.arange(len(shown))
-    own, crowd = found.labels[overlaps.detection] == objects.labels[overlaps.item], objects.crowd[overlaps.item]
-    able = (overlaps.iou >= IOU) & shown[overlaps.detection] & (own | ~crowd)
-    detection, item = overlaps.detection[able], overlaps.item[able]
-    order = np.lexsort((item, own[able], crowd[able], turn[detection]))  # its own class last: of equals the last is taken
-    taker, taken = take_in_turn(detection[order], item[order], overlaps.iou[able][order], crowd[able][order])
+    own = found.labels[overlaps.detection] == objects.labels[overlaps.item]
+    able = shown[overlaps.detection] & (own | ~objects.crowd[overlaps.item])
+    taker, taken = take(objects, overlaps, able, np.argsort(-found.scores, kind="stable"), own)
     alone = shown.copy()
     alone[taker] = False
     missed = ~objects.crowd

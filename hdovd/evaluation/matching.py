@@ -1,6 +1,6 @@
 """Which detection found which object, as COCOeval decides it at one IoU: what curves, errors and verdicts are counted from.
 
-Called by `pipelines/run_analysis` and, through it, by `hdovd eval` and `hdovd report`. D detections, G objects, P overlapping pairs of
+D detections, G objects, P overlapping pairs of
 them. Boxes are (x, y, width, height) float64 in pixels of the original image, as the files have them: from corners the IoU would differ in
 its last bits, and with it, now and then, a match.
 """
@@ -111,16 +111,10 @@ def match(found: Found, objects: Objects, overlaps: Overlaps, most: int) -> Matc
         most: the cap of COCOeval's maxDets: detections of one class in one image that count.
     """
     rank = ranking(found.labels, found.scores, found.image_ids)
-    turn = np.empty(len(rank), np.int64)
-    turn[rank] = np.arange(len(rank))
     verdict = np.full(len(rank), Verdict.WRONG, np.int8)
     verdict[_beyond(found, most)] = Verdict.IGNORED
-    able = (overlaps.iou >= IOU) & (found.labels[overlaps.detection] == objects.labels[overlaps.item])
-    able &= verdict[overlaps.detection] == Verdict.WRONG
-    detection, item, iou = overlaps.detection[able], overlaps.item[able], overlaps.iou[able]
-    crowd = objects.crowd[item]
-    order = np.lexsort((item, crowd, turn[detection]))  # the pairs of one detection: objects in order, then crowds
-    taker, taken = take_in_turn(detection[order], item[order], iou[order], crowd[order])
+    own = found.labels[overlaps.detection] == objects.labels[overlaps.item]
+    taker, taken = take(objects, overlaps, own & (verdict[overlaps.detection] == Verdict.WRONG), rank, own)
     of_crowd = objects.crowd[taken]
     verdict[taker] = np.where(of_crowd, Verdict.IGNORED, Verdict.RIGHT)
     items, finder = np.full(len(rank), -1), np.full(len(objects.labels), -1)
@@ -134,16 +128,21 @@ def ranking(labels: np.ndarray, scores: np.ndarray, image_ids: np.ndarray) -> np
     return np.lexsort((image_ids, -scores, labels))
 
 
-def take_in_turn(detection: np.ndarray, item: np.ndarray, iou: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every detection takes the free object that it overlaps most, of equals the last; if there is none, a crowd, which stays free.
+def take(objects: Objects, overlaps: Overlaps, able: np.ndarray, rank: np.ndarray, preferred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every detection takes the free object that it overlaps most; if there is none, a crowd, which stays free.
 
     Args:
-        all (P,): pairs that may go together, of one detection after the other, in their turn; of each its crowds last.
+        able: (P,) bool, the pairs that may go together if they overlap by `IOU`. rank: (D,) detections in their turn.
+        preferred: (P,) bool, which of equal overlaps is taken; of several the last.
 
     Returns:
         Detections that took something, in their turn, and what.
     """
-    pairs = zip(detection.tolist(), item.tolist(), iou.tolist(), crowd.tolist(), strict=True)
+    pair = np.flatnonzero(able & (overlaps.iou >= IOU))
+    turn, crowd = np.argsort(rank), objects.crowd[overlaps.item]
+    pair = pair[np.lexsort((overlaps.item[pair], preferred[pair], crowd[pair], turn[overlaps.detection[pair]]))]
+    columns = (overlaps.detection, overlaps.item, overlaps.iou, crowd)
+    pairs = zip(*(column[pair].tolist() for column in columns), strict=True)
     used: set[int] = set()
     took: list[tuple[int, int]] = []
     for d, candidates in groupby(pairs, key=itemgetter(0)):

@@ -1,4 +1,4 @@
-"""Precision at 101 recalls, as COCOeval counts it at IoU 0.5: its mean is AP50. Called by `error_breakdown` and `pipelines/run_analysis`.
+"""Precision at 101 recalls, as COCOeval counts it at IoU 0.5: its mean is AP50.
 
 K classes in label order. Precision is in 0..1; AP50 in percent.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hdovd.data.protocol import Protocol
-from hdovd.evaluation.coco import GROUPS, group_slice
+from hdovd.evaluation.groups import GROUPS, group_slice
 from hdovd.evaluation.matching import Found, Matching, Objects, Verdict
 
 RECALLS = np.linspace(0.0, 1.0, 101)

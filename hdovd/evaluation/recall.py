@@ -1,4 +1,4 @@
-"""Average recall of class-agnostic boxes, as COCOeval counts it with useCats = 0. Called by `proposal_recall`.
+"""Average recall of class-agnostic boxes, as COCOeval counts it with useCats = 0.
 
 D boxes of an image, best first; G objects in it; T IoU thresholds.
 """

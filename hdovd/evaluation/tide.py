@@ -1,6 +1,6 @@
 """TIDE: what keeps AP50 from 100, by kind of error (Bolya et al., 2020, arXiv 2008.08115), for novel and base classes apart.
 
-Called by `pipelines/evaluate` and `pipelines/run_analysis`. D detections, G objects, K classes. "Overlap" is the IoU with an object that
+D detections, G objects, K classes. "Overlap" is the IoU with an object that
 is no crowd; o is that with an object of the detection's class, x with one of another class. A wrong detection is the first of these:
 
     localisation    0.1 <= max o < 0.5
@@ -34,14 +34,14 @@ As in tidecv, a class all of whose objects are missed gains nothing by dropping 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
 from hdovd.data.protocol import Protocol
-from hdovd.evaluation.coco import GROUPS, group_slice
+from hdovd.evaluation.groups import GROUPS, group_mean, group_slice
 from hdovd.evaluation.matching import IOU, Found, Matching, Objects, Overlaps, Verdict, find_overlaps, match, ranking
 from hdovd.evaluation.pr_curves import curves_of
 
@@ -100,13 +100,6 @@ class GroupErrors:
     false_positive_gain: float | None
     false_negative_gain: float | None
 
-    def to_tree(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {"ap50": self.ap50, "objects": self.objects, "found": self.found, "counts": {k.value: n for k, n in self.counts.items()},
-                "gains": {k.value: x for k, x in self.gains.items()}, "false_positives": self.false_positives,
-                "false_negatives": self.false_negatives, "false_positive_gain": self.false_positive_gain,
-                "false_negative_gain": self.false_negative_gain}
-
 
 @dataclass(frozen=True, slots=True)
 class ErrorBreakdown:
@@ -127,7 +120,7 @@ class ErrorBreakdown:
         classes = {name: {"counts": dict(zip(names, counts, strict=True)),
                           "gains": None if np.isnan(gains[0]) else dict(zip(names, gains, strict=True))}
                    for name, counts, gains in zip(self.protocol.names, self.class_counts.tolist(), self.class_gains.tolist(), strict=True)}
-        return {"groups": {group: part.to_tree() for group, part in self.groups.items()}, "misnamed": self.misnamed, "classes": classes}
+        return {"groups": {group: asdict(part) for group, part in self.groups.items()}, "misnamed": self.misnamed, "classes": classes}
 
 
 def break_down(found: Found, objects: Objects, protocol: Protocol) -> ErrorBreakdown:
@@ -206,7 +199,7 @@ def count_errors(found: Found, objects: Objects, matching: Matching, errors: Err
 
     def group(name: str) -> GroupErrors:
         part = group_slice(protocol, name)
-        means = [_mean(column[part]) for column in (plain, *gains.T, no_wrong, none_lost)]
+        means = [group_mean(column, protocol, name) for column in (plain, *gains.T, no_wrong, none_lost)]
         by_kind = dict(zip(ERRORS, counts[part].sum(axis=0).tolist(), strict=True))
         there, got = int(held[part].sum()), int(hit[part].sum())
         return GroupErrors(means[0], there, got, by_kind, dict(zip(ERRORS, means[1:-2], strict=True)), int(wrong[part].sum()), there - got,
@@ -221,9 +214,3 @@ def _misnamed(found: Found, objects: Objects, errors: Errors, protocol: Protocol
     named_novel = found.labels[wrong] >= len(protocol.base)
     return {truth: {named: int(((truth_novel == (truth == "novel")) & (named_novel == (named == "novel"))).sum())
                     for named in ("novel", "base")} for truth in ("novel", "base")}
-
-
-def _mean(values: np.ndarray) -> float | None:
-    """Over the classes with objects."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else None

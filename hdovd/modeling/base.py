@@ -1,6 +1,6 @@
 """What a detector is to the stages, and how one is built from a recipe: by its name in the registry, or module:Class of the user's own.
 
-Called by every stage that trains or runs a detector. N images, R boxes of an image, C classes, K base classes, D embedding size.
+N images, R boxes of an image, C classes, K base classes, D embedding size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from hdovd.config.detector import DETECTORS
-from hdovd.config.plugins import resolve
+from hdovd.config.plugins import resolve_class
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.targets import Targets
@@ -90,7 +90,5 @@ class Detector(nn.Module):
 def build_detector(recipe: Recipe, dim: int, log: Callable[[str], None] | None) -> Detector:
     """The detector that a recipe names, for embeddings of `dim` numbers. Raises HdovdError if there is none, or it cannot be built."""
     name = recipe.detector.name
-    kind = resolve(DETECTORS.get(name, name), "detector.name")
-    if not (isinstance(kind, type) and issubclass(kind, Detector)):
-        raise HdovdError(f"detector.name = {name!r}: expected a class of hdovd.modeling.base.Detector, found {kind!r}")
+    kind = resolve_class(DETECTORS.get(name, name), "detector.name", Detector, "hdovd.modeling.base.Detector")
     return kind(recipe, dim, log)

@@ -1,4 +1,4 @@
-"""From pictures of any size to one padded batch at the detector's input scale. Called by the detector and the proposer."""
+"""From pictures of any size to one padded batch at the detector's input scale."""
 
 from __future__ import annotations
 

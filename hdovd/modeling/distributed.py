@@ -3,7 +3,7 @@
 Each process calculates the losses of its own images; what a loss sets against each other (pairs, prompts) is
 gathered from all processes first, and what a sum is divided by is counted over all of them. The mean over
 processes of losses and gradients, which DistributedDataParallel takes, is then that of the global batch. In
-one process everything here is the identity. Called by the RPNs, the detector and its levels; all processes must call
+one process everything here is the identity. All processes must call
 these functions alike. W processes, n rows of this one, D columns.
 """
 

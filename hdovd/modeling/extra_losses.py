@@ -1,4 +1,4 @@
-"""Losses that a recipe adds: a section [loss.extra.NAME] each. docs/EXTENDING.md shows one. Called by the detector.
+"""Losses that a recipe adds: a section [loss.extra.NAME] each. docs/EXTENDING.md shows one.
 
 The contract: `use` names a class of torch.nn.Module, built as MyLoss(dim=D, channels=C, **options) with D the embedding
 size, C the pyramid's channels and options all keys of the section but `use` and `weight`; called as loss(view) with a
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hdovd.config.plugins import resolve
+from hdovd.config.plugins import resolve_class
 from hdovd.config.recipe import ExtraLossConfig
 from hdovd.core.errors import HdovdError
 from hdovd.modeling.step_context import StepContext
@@ -42,9 +42,7 @@ def _build(name: str, config: ExtraLossConfig, dim: int, channels: int) -> nn.Mo
     section = f"loss.extra.{name}"
     if name in OWN_NAMES or name.startswith("val_"):
         raise HdovdError(f"{section}: the log has a column of that name: choose another than {', '.join(OWN_NAMES)} and val_...")
-    kind = resolve(config.use, f"{section}.use")
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise HdovdError(f"{section}.use = {config.use!r}: expected a class of torch.nn.Module, found {kind!r}")
+    kind = resolve_class(config.use, f"{section}.use", nn.Module, "torch.nn.Module")
     try:
         return kind(dim=dim, channels=channels, **config.options)
     except TypeError as error:

@@ -21,13 +21,6 @@ POSITIVE_IOU = 0.5
 NOT_DRAWN = -2
 
 
-def sample_rois(proposals: Tensor, boxes: Tensor, samples: int, positive_share: float,
-                key: int | None = None) -> tuple[Tensor, Tensor]:
-    """`sample_rois_of_images` of one image."""
-    (rois,), (matches,), _ = sample_rois_of_images([proposals], [boxes], samples, positive_share, [key])
-    return rois, matches
-
-
 def sample_rois_of_images(proposals: Sequence[Tensor], boxes: Sequence[Tensor], samples: int, positive_share: float,
                           keys: Sequence[int | None]) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Match proposals to boxes at IoU 0.5 and sample a fixed number of them; the boxes themselves take part.
@@ -67,7 +60,7 @@ def number_boxes(matches: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     """Number the boxes of a batch image by image: the box (R,) int64 that each RoI of the batch belongs to, or -1.
 
     Args:
-        matches: (R_i,) an image, as `sample_rois` returns. counts: boxes of each image.
+        matches: (R_i,) an image, as `sample_rois_of_images` returns. counts: boxes of each image.
     """
     numbered, first = [], 0
     for match, count in zip(matches, counts, strict=True):

@@ -1,6 +1,6 @@
 """The region proposal network: torchvision's, with the L1 loss of the method.
 
-N images, A anchors an image. Called by the detector and by both networks of `hdovd propose`, of which `oln` has an RPN of its own kind.
+N images, A anchors an image.
 """
 
 from __future__ import annotations
@@ -70,23 +70,17 @@ class ObjectnessRPN(RegionProposalNetwork):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.box_coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
+        self.samples, self.positive_share = self.fg_bg_sampler.batch_size_per_image, self.fg_bg_sampler.positive_fraction
 
     def filter_proposals(self, proposals: Tensor, objectness: Tensor, image_shapes: list[tuple[int, int]],
                          num_anchors_per_level: list[int]) -> tuple[list[Tensor], list[Tensor]]:
         """The proposals (n, 4) that are kept of each image, and their scores (n,), best first.
 
-        torchvision's, which goes image by image, on a CPU; on a GPU all images together.
+        torchvision's, which goes image by image, on a CPU; on a GPU all images at once, where the host waits for the device twice: for
+        the NMS and for what is left.
         """
-        kept: tuple[list[Tensor], list[Tensor]]
         if proposals.device.type == "cpu":
-            kept = super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)
-        else:
-            kept = self.filter_together(proposals, objectness, image_shapes, num_anchors_per_level)
-        return kept
-
-    def filter_together(self, proposals: Tensor, objectness: Tensor, image_shapes: list[tuple[int, int]],
-                        num_anchors_per_level: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """`filter_proposals` of all images at once: the host waits for the device twice, for the NMS and for what is left."""
+            return super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)  # type: ignore[no-any-return]
         objectness = objectness.detach().reshape(len(proposals), -1)
         best = self._get_top_n_idx(objectness, num_anchors_per_level)
         scores = objectness.gather(1, best).sigmoid()
@@ -126,14 +120,6 @@ class ObjectnessRPN(RegionProposalNetwork):
         low, high = self.proposal_matcher.low_threshold, self.proposal_matcher.high_threshold
         labels = torch.ones_like(best).masked_fill(best < high, -1.0).masked_fill(best < low, 0.0)
         return labels.masked_fill(is_best, 1.0), box_of
-
-    @property
-    def samples(self) -> int:
-        return int(self.fg_bg_sampler.batch_size_per_image)
-
-    @property
-    def positive_share(self) -> float:
-        return float(self.fg_bg_sampler.positive_fraction)
 
     def compute_loss(self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor],
                      regression_targets: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Random choices about one image: which anchors and RoIs are trained on, and at which scale.
 
 Each is drawn from a generator of its own, seeded by the image's key, so that it depends neither on the other
-images of the batch, nor on their order, nor on the number of processes. Called by the RPNs, `rois` and `batching`.
+images of the batch, nor on their order, nor on the number of processes.
 n candidates of an image.
 """
 

@@ -20,7 +20,7 @@ from hdovd.config.recipe import load_recipe
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.modeling.base import Detector, build_detector
-from hdovd.modeling.published_weights.names import PUBLISHED, Published
+from hdovd.modeling.published_weights import PUBLISHED, Published
 from hdovd.pipelines.common.provenance import provenance
 from hdovd.pipelines.common.tensors import floats, load_pth
 from hdovd.pipelines.runs.folder import RunFolder

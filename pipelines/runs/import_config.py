@@ -9,7 +9,7 @@ from typing import Annotated
 
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.data.protocol import load_protocol
-from hdovd.modeling.published_weights.names import PUBLISHED
+from hdovd.modeling.published_weights import PUBLISHED
 from hdovd.pipelines.common.options import Option, Protocol
 from hdovd.pipelines.runs.folder import RunFolder
 

@@ -19,9 +19,8 @@ from typing import Any
 
 from hdovd.cache.identity import require_seal
 from hdovd.core.errors import HdovdError
+from hdovd.evaluation.groups import GROUPS as GROUPS
 from hdovd.pipelines.common.settings import SWITCH, Settings, differences, flat
-
-GROUPS = ("novel", "base", "all")
 
 
 class State(StrEnum):

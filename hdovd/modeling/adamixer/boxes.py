@@ -1,4 +1,4 @@
-"""Boxes as AdaMixer moves them, (x, y, z, r), and their overlaps. Called by the proposals, the stages, matching and losses.
+"""Boxes as AdaMixer moves them, (x, y, z, r), and their overlaps.
 
 A box of centre (x, y) and sides (w, h), in pixels of the padded batch, is x, y, z = log2(sqrt(w h)), r = log2(h / w)
 (arXiv 2203.16507, section 3.1). Everything is float32, under autocast too.

@@ -1,7 +1,7 @@
 """One stage of AdaMixer: queries look at each other, sample the pyramid, mix what they found, and say what and where they are.
 
 arXiv 2203.16507, section 3. Departures of HD-OVD's released code, which are followed here: the residual of self-attention keeps
-the positional code; the class branch has no ReLU; a third branch says how likely there is any object. Called by `model`.
+the positional code; the class branch has no ReLU; a third branch says how likely there is any object.
 N pictures, Q queries of each, C channels, G groups, P points, D embedding size.
 """
 

@@ -1,29 +1,42 @@
 """AdaMixer (arXiv 2203.16507) with distinct queries (2303.12776), as HD-OVD distils into it (2503.10152; METHOD section 11).
 
-Built by `detectors`. A training step waits for the device three times: for the sides of the pseudo boxes, for the proposals' NMS, and
-for the costs that queries and boxes are paired by.
-N pictures, Q queries of each, S stages, C channels, D embedding size, K base classes, G boxes of the batch (`boxes_of_step`).
+A training step waits for the device three times: for the sides of the pseudo boxes, for the proposals' NMS, and for the costs that
+queries and boxes are paired by.
+N pictures, Q queries of each, S stages, C channels, D embedding size, H hidden, K classes, G boxes of the batch (`pairs`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
+from hdovd.config.adamixer import GROUPS_OF_NORM, AdaMixerConfig
 from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError
 from hdovd.data.targets import Targets, scale_all
-from hdovd.modeling.adamixer.boxes_of_step import StepBoxes, boxes_of_step
-from hdovd.modeling.adamixer.instance_level import InstanceLevels
-from hdovd.modeling.adamixer.matching import pair_candidates, pair_stages, pairing_costs, to_host
-from hdovd.modeling.adamixer.network import AdaMixerNetwork, ForwardOutput, mean_text
-from hdovd.modeling.adamixer.pairs import Pairs
-from hdovd.modeling.adamixer.proposal_loss import auxiliary_losses, main_losses, valid_positions
-from hdovd.modeling.adamixer.stage_losses import box_losses, classification_loss, objectness_loss, prompts_and_labels, query_weights
-from hdovd.modeling.adamixer.text_level import TextLevel
-from hdovd.modeling.base import Students
+from hdovd.modeling.adamixer.boxes import to_corners, to_xyzr
+from hdovd.modeling.adamixer.decoder import DecoderStage
+from hdovd.modeling.adamixer.levels import InstanceLevels, TextLevel
+from hdovd.modeling.adamixer.losses import (
+    auxiliary_losses,
+    box_losses,
+    classification_loss,
+    main_losses,
+    objectness_loss,
+    prompts_and_labels,
+    query_weights,
+    valid_positions,
+)
+from hdovd.modeling.adamixer.pairs import Pairs, StepBoxes, boxes_of_step, pair_candidates, pair_stages, pairing_costs, to_host
+from hdovd.modeling.adamixer.proposals import Candidates, DensePredictions, QueryProposals
+from hdovd.modeling.adamixer.sampling import SamplingTable
+from hdovd.modeling.backbones.pyramid import build_backbone
+from hdovd.modeling.base import Detector, RoIPredictions, Students
 from hdovd.modeling.batching import batch_images, draw_short_sides
 from hdovd.modeling.distributed import divisor
 from hdovd.modeling.extra_losses import ExtraLosses
@@ -35,11 +48,55 @@ from hdovd.modeling.step_context import StepContext
 LEAST_PROBABILITY = 1e-5  # of a candidate, and 1 less it the most, in the cost of pairing it; released code
 
 
-class AdaMixer(AdaMixerNetwork):
-    """The query-based detector with its losses.
+class TextAdapters(nn.Module):
+    """`classified` is what the classifier compares with its prompts; `distilled` what the losses in text space are about.
 
-    Without a text embedding of "object" (`set_object_text`) the mean of the base classes' is taken in the first training step, and
-    `log` says so.
+    The second one's weights are made of the last ones of the first, which learn nothing by it. It starts as the identity.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.visual_to_text = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.transfer = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        for start in self.transfer[-1].parameters():
+            nn.init.zeros_(start)
+
+    def classified(self, c: Tensor) -> Tensor:
+        """(..., D) -> (..., D) float32."""
+        moved: Tensor = self.visual_to_text(c)
+        return c + moved.float()
+
+    def distilled(self, c: Tensor) -> Tensor:
+        """(..., D) -> (..., D) float32."""
+        last = self.visual_to_text[-1]
+        assert isinstance(last, nn.Linear)
+        with torch.autocast(c.device.type, enabled=False):
+            moved: Tensor = c @ self.transfer(last.weight.detach()).T
+            return c + moved
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOutput:
+    """What the network finds in a batch.
+
+    features: pyramid maps by level name, normalised. candidates, auxiliary (None where nobody asked): what the proposals found.
+    contents: (N, Q, C) after each stage. boxes: (N, Q, 4) xyxy pixels of the padded batch, after each stage; each has the gradient
+    of its own stage's deltas alone. deltas: (N, Q, 4) of the last stage.
+    """
+
+    features: dict[str, Tensor]
+    candidates: Candidates
+    auxiliary: DensePredictions | None
+    contents: list[Tensor]
+    boxes: list[Tensor]
+    deltas: Tensor
+
+
+class AdaMixer(Detector):
+    """The query-based detector with its losses: backbone, proposals, stages, adapters, levels.
+
+    It knows objects by the text embedding of the word "object", which it keeps (`set_object_text`). Without one, the mean of the base
+    classes' embeddings is taken in the first training step, and `log` says so.
     """
 
     training_parts = ("proposals.auxiliary.", "instance_level.", "text_level.", "image_level.", "extra.")
@@ -47,13 +104,91 @@ class AdaMixer(AdaMixerNetwork):
     has_idle_parameters = True  # before `pseudo_boxes.from_epoch`: the adapter of the text level, and the image level
 
     def __init__(self, recipe: Recipe, dim: int, log: Callable[[str], None] | None) -> None:
-        super().__init__(recipe, dim, log)
-        loss, backbone, stages = recipe.loss, self.config.backbone, self.config.decoder.stages
+        super().__init__()
+        if not isinstance(recipe.detector, AdaMixerConfig):
+            raise HdovdError(f"detector.name = {recipe.detector.name!r}: this detector needs a recipe with detector.name = 'adamixer'")
+        config = recipe.detector
+        self.recipe, self.dim, self.log, self.config = recipe, dim, log, config
+        channels, levels = config.backbone.fpn_channels, config.backbone.levels
+        self.strides = [2**level for level in (*levels, levels[-1] + 1)]
+        pyramid = build_backbone(config.backbone, log)
+        self.backbone = pyramid
+        for conv in pyramid.fpn.modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.xavier_uniform_(conv.weight)
+        self.norms = nn.ModuleList(nn.GroupNorm(GROUPS_OF_NORM, channels) for _ in self.strides)
+        self.proposals = QueryProposals(config.proposals, channels, dim, len(levels))
+        self.stages = nn.ModuleList(DecoderStage(config.decoder, channels, dim) for _ in range(config.decoder.stages))
+        self.adapters = TextAdapters(dim, config.decoder.adapter_channels)
+        self.background = nn.Parameter(torch.randn(1, dim))
+        self.object_text: Tensor
+        self.register_buffer("object_text", torch.zeros(dim))
+        self.knows_objects = False
+        self.register_load_state_dict_post_hook(AdaMixer._see_object_text)
+        loss, stages = recipe.loss, config.decoder.stages
         self.instance_level = InstanceLevels(loss.instance, stages, dim) if loss.instance.enabled else None
-        self.text_level = TextLevel(self.config.text, stages, dim) if loss.class_.enabled else None
-        self.image_level = ImageLevel(loss.image, backbone.levels, backbone.fpn_channels, dim) if loss.image.enabled else None
-        self.extra = ExtraLosses(loss.extra, dim, backbone.fpn_channels)
+        self.text_level = TextLevel(config.text, stages, dim) if loss.class_.enabled else None
+        self.image_level = ImageLevel(loss.image, levels, channels, dim) if loss.image.enabled else None
+        self.extra = ExtraLosses(loss.extra, dim, channels)
         self.distils = True
+
+    @staticmethod
+    def _see_object_text(module: nn.Module, _: object) -> None:
+        assert isinstance(module, AdaMixer)
+        module.knows_objects = bool(module.object_text.any())
+
+    def set_object_text(self, row: Tensor) -> None:
+        """(D,) the text embedding of "object", which the proposals are measured against; it is in the checkpoint."""
+        self.object_text.copy_(row.detach())
+        self.knows_objects = bool(row.any())
+
+    def stage(self, number: int) -> DecoderStage:
+        stage = self.stages[number]
+        assert isinstance(stage, DecoderStage)
+        return stage
+
+    def look(self, pixels: Tensor, *, with_auxiliary: bool) -> ForwardOutput:
+        """Run a padded batch (N, 3, H, W) through the network. Raises HdovdError if the text of "object" is not known."""
+        if not self.knows_objects:
+            raise HdovdError("this AdaMixer was not trained and was given no text embedding of \"object\" (set_object_text)")
+        features = {name: norm(maps) for norm, (name, maps) in zip(self.norms, self.backbone(pixels).items(), strict=True)}
+        maps, proposals = list(features.values()), self.proposals
+        trunk = proposals.trunk(maps[1:])
+        dense = proposals.main(trunk, self.strides[1:], self.object_text)
+        auxiliary = proposals.auxiliary(trunk, self.strides[1:], self.object_text) if with_auxiliary else None
+        candidates = proposals.candidates(dense, [m.shape[2] * m.shape[3] for m in trunk])
+        table = SamplingTable(maps[:-1], self.strides[:-1])
+        start = proposals.choose(candidates, self.config.decoder.queries)
+        content, xyzr, deltas = proposals.content(table, start), to_xyzr(start), start
+        contents, boxes = [], []
+        for number in range(len(self.stages)):
+            content, moved, deltas = self.stage(number)(table, content, xyzr)
+            contents.append(content)
+            boxes.append(to_corners(moved))
+            xyzr = moved.detach()  # arXiv 2203.16507, section 3.4
+        return ForwardOutput(features, candidates, auxiliary, contents, boxes, deltas)
+
+    @torch.inference_mode()
+    def predict(self, images: list[Tensor], texts: Tensor) -> list[RoIPredictions]:
+        """The last stage's queries of every image, with their scores for any classes (METHOD section 7).
+
+        s2 is a softmax over the classes here. Objectness takes no part, and boxes are not clipped to the image (released code).
+
+        Args:
+            images: (3, h, w) uint8 RGB each. texts: (K, D) text embeddings of the classes asked for.
+        """
+        batch, factors = batch_images(images, self.recipe.input)
+        look = self.look(batch.tensors, with_auxiliary=False)
+        c = self.stage(-1).describe(look.contents[-1]).flatten(0, 1)
+        prompts = torch.cat([texts.to(self.background), self.background])
+        s1 = cosine_logits(self.adapters.classified(c), prompts, self.config.decoder.logit_scale).softmax(dim=1)
+        s2 = None
+        if self.recipe.loss.uses_pseudo_boxes:  # one of the levels that teach c, or its adapter, what CLIP says
+            s2 = cosine_logits(self.adapters.distilled(c), texts, self.recipe.inference.distillation_scale).softmax(dim=1)
+        queries = look.boxes[-1].shape[1]
+        seconds = [None] * len(images) if s2 is None else s2.split(queries)
+        return [RoIPredictions(boxes / boxes.new_tensor([*factor, *factor]), one, two)
+                for boxes, factor, one, two in zip(look.boxes[-1], factors, s1.split(queries), seconds, strict=True)]
 
     def begin_epoch(self, epoch: int) -> None:
         """The stages see pseudo boxes, and the levels distil, from the recipe's epoch on. The proposals see pseudo boxes in all epochs
@@ -163,6 +298,12 @@ class AdaMixer(AdaMixerNetwork):
         if self.image_level is not None:
             losses.update(self.image_level(view))
         return losses
+
+
+def mean_text(texts: Tensor) -> Tensor:
+    """What stands in for the text of "object": the mean direction (D,) of class texts (K, D)."""
+    return F.normalize(F.normalize(texts.float(), dim=1).mean(dim=0), dim=0)
+
 
 
 def _view(look: ForwardOutput, batch: ImageList, boxes: StepBoxes, pairs: Pairs, texts: Tensor, c: Tensor | None,

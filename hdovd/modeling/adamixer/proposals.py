@@ -1,7 +1,7 @@
 """Where queries come from: a dense class-agnostic head whose best distinct boxes they are (arXiv 2303.12776).
 
 Two heads share a trunk. The main one is trained on distinct candidates alone and gives the queries; the auxiliary one is trained
-densely, and is of no use afterwards. Called by `model`; the losses are in `proposal_loss`.
+densely, and is of no use afterwards. The losses are in `losses`.
 N pictures, A positions of all levels, M candidates of a picture, Q queries, C channels, D embedding size.
 """
 

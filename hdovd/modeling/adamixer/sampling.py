@@ -1,7 +1,7 @@
 """3-D feature sampling (arXiv 2203.16507, section 3.2): bilinear in the picture, and between pyramid levels by a softmax.
 
 A point takes 4 cells of each of L levels, 4 L rows of one table, weighted: an embedding bag. That neither copies values a level
-nor asks for maps of another layout, and its gradient is one pass over the rows. Called by `proposals` and `decoder`.
+nor asks for maps of another layout, and its gradient is one pass over the rows.
 N pictures, C channels in G groups, Q queries, P points of each in each group.
 """
 

@@ -1,7 +1,7 @@
 """The backbone with its feature pyramid: a ResNet of torchvision's parts, or another network (`bodies`).
 
 Levels are named by their stride: level l has stride 2^l, P2..P5 come from the ResNet's four stages and one
-more is pooled from the last. Called by the detector and the proposer.
+more is pooled from the last.
 """
 
 from __future__ import annotations

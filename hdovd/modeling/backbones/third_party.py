@@ -1,4 +1,4 @@
-"""Backbones that are not this package's: timm's, torchvision's classifiers, and the user's own. Called by `backbone`.
+"""Backbones that are not this package's: timm's, torchvision's classifiers, and the user's own.
 
 Each becomes a module that maps a batch of pictures (N, 3, H, W) to one feature map (N, C_l, H / 2^l, W / 2^l) a level l,
 fine to coarse, with `channels`, the C_l. What is claimed is tried out on zeros when it is built.

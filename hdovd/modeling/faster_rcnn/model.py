@@ -1,6 +1,6 @@
 """Faster R-CNN with a text-embedding classifier and three levels of distillation (METHOD sections 3 to 6).
 
-The levels are parts of their own (`levels`), their losses pure functions (`losses`). Built by the stages train and evaluate.
+The levels are parts of their own (`levels`), their losses pure functions (`losses`).
 N images, R RoIs, K base classes, D embedding size.
 """
 
@@ -90,11 +90,6 @@ class FasterRCNN(Detector):
         """Pseudo boxes take part from the recipe's epoch on; base boxes and whole images do in all."""
         self.uses_pseudo_boxes = epoch >= self.recipe.pseudo_boxes.from_epoch
 
-    @property
-    def _all_are_objects(self) -> bool:
-        """To the authors' RPN pseudo boxes are objects also beyond `max_per_image`."""
-        return self.config.rpn.rules == "authors" and self.uses_pseudo_boxes
-
     def forward(self, images: list[Tensor], targets: list[Targets], texts: Tensor,
                 keys: Sequence[int] | None = None) -> dict[str, Tensor]:
         """The weighted losses of one batch, by name; with several processes those of the global batch in the mean (`distributed`).
@@ -130,8 +125,10 @@ class FasterRCNN(Detector):
         large = with_large_pseudo_boxes(scale_all(targets, factors), pseudo.min_side)
         targets = [t.with_first_pseudo_boxes(most) for t in large]
         features = self.backbone(batch.tensors)
+        # To the authors' RPN pseudo boxes are objects also beyond `max_per_image`.
+        of_rpn = large if self.config.rpn.rules == "authors" and self.uses_pseudo_boxes else targets
         wanted = [{"boxes": t.all_boxes, "key": key, "size": size}
-                  for t, key, size in zip(large if self._all_are_objects else targets, image_keys, batch.image_sizes, strict=True)]
+                  for t, key, size in zip(of_rpn, image_keys, batch.image_sizes, strict=True)]
         proposals, rpn_losses = self.rpn(batch, features, wanted)
         config = self.config.head
         rois, matches, positive = sample_rois_of_images(proposals, [t.all_boxes for t in targets], config.samples, config.positive_share,

@@ -1,6 +1,6 @@
 """The networks of `hdovd propose`: what they have in common, and the plain region proposal network.
 
-They are trained on base boxes alone and never see a class label. Built by `proposal_networks`; the other one is `oln`.
+They are trained on base boxes alone and never see a class label. The other one is `oln`.
 """
 
 from __future__ import annotations

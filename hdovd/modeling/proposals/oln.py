@@ -1,7 +1,7 @@
 """The object localisation network (OLN, arXiv 2108.06753): proposals scored by how well they fit, with no background class anywhere.
 
 An RPN predicts the centerness of its anchors, a box head the IoU of its RoIs; both learn from what lies near a base box and from
-nothing else, so that an object which nobody labelled is never taught to be background. Built by `proposal_networks`.
+nothing else, so that an object which nobody labelled is never taught to be background.
 N images, A anchors an image, R RoIs, C channels.
 """
 

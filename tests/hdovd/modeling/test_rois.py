@@ -8,7 +8,13 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from hdovd.modeling.roi_gradient import roi_align_on_cpu
-from hdovd.modeling.rois import PyramidRoIAlign, sample_rois
+from hdovd.modeling.rois import PyramidRoIAlign, sample_rois_of_images
+
+
+def sample_rois(proposals: Tensor, boxes: Tensor, samples: int, positive_share: float) -> tuple[Tensor, Tensor]:
+    """`sample_rois_of_images` of one image."""
+    (rois,), (matches,), _ = sample_rois_of_images([proposals], [boxes], samples, positive_share, [None])
+    return rois, matches
 
 
 def naive_iou(a: Tensor, b: Tensor) -> float:

@@ -15,7 +15,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import build_detector
-from hdovd.modeling.published_weights.names import PUBLISHED, faster_rcnn_name
+from hdovd.modeling.published_weights import PUBLISHED
 from hdovd.pipelines.audit.audit import AuditConfig, audit
 from hdovd.pipelines.audit.report import Verdict
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
@@ -92,8 +92,8 @@ def silent(_: str) -> None: ...
 
 
 def test_their_names() -> None:
-    assert {ours: faster_rcnn_name(theirs) for ours, theirs in THEIRS.items()} == {ours: ours for ours in THEIRS}
-    assert faster_rcnn_name("roi_head.bbox_head.0.fc_reg.weight") is None  # AdaMixer's
+    assert {ours: PUBLISHED["faster_rcnn"].own_name(theirs) for ours, theirs in THEIRS.items()} == {ours: ours for ours in THEIRS}
+    assert PUBLISHED["faster_rcnn"].own_name("roi_head.bbox_head.0.fc_reg.weight") is None  # AdaMixer's
 
 
 def test_what_is_imported_is_the_model(files: Files) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from hdovd.config.recipe import load_recipe
 from hdovd.modeling.adamixer.model import AdaMixer
 from hdovd.modeling.postprocess import detect_batch
-from hdovd.modeling.published_weights.adamixer import NOT_PUBLISHED, own_name
+from hdovd.modeling.published_weights import PUBLISHED
 
 CLASSES, BASE, FIRST = 65, 48, 30
 FULL_SHAPE = {"channels": 256, "dim": 512, "stages": 6, "groups": 4, "points": 32, "out_points": 128, "heads": 8, "feedforward": 2048,
@@ -37,7 +37,7 @@ FULL_SHAPE = {"channels": 256, "dim": 512, "stages": 6, "groups": 4, "points": 3
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    return {str(own_name(name)): value for name, value in made_weights(published_shapes(**SMALL_SHAPE)).items()}
+    return {str(PUBLISHED["adamixer"].own_name(name)): value for name, value in made_weights(published_shapes(**SMALL_SHAPE)).items()}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_gradients(steps: list) -> None:
     for wanted, _, norms in steps:
         assert len(wanted["gradient_norms"]) > 15
         for name, norm in wanted["gradient_norms"].items():
-            assert norms[str(own_name(name))] == pytest.approx(norm, rel=1e-3), (wanted["epoch"], name)
+            assert norms[str(PUBLISHED["adamixer"].own_name(name))] == pytest.approx(norm, rel=1e-3), (wanted["epoch"], name)
 
 
 def test_detections(model: AdaMixer, weights: dict[str, Tensor], texts: Tensor) -> None:
@@ -100,7 +100,7 @@ def test_detections(model: AdaMixer, weights: dict[str, Tensor], texts: Tensor) 
 
 def own_state(model: AdaMixer) -> Iterator[tuple[str, tuple[int, ...]]]:
     for name, value in model.state_dict().items():
-        if not any(re.fullmatch(pattern, name) for pattern in NOT_PUBLISHED):
+        if not any(re.fullmatch(pattern, name) for pattern in PUBLISHED["adamixer"].anew):
             yield name, tuple(value.shape)
 
 
@@ -110,14 +110,14 @@ def test_published_names_and_ours_are_one_to_one() -> None:
         model = AdaMixer(load_recipe("ov-coco-adamixer-r50", ["detector.backbone.weights=none"]), 512, None)
     theirs = published_shapes(**FULL_SHAPE)
     assert len(theirs) == 665
-    assert {own_name(name): shape for name, shape in theirs.items()} == dict(own_state(model))
-    assert len({own_name(name) for name in theirs}) == 665
+    assert {PUBLISHED["adamixer"].own_name(name): shape for name, shape in theirs.items()} == dict(own_state(model))
+    assert len({PUBLISHED["adamixer"].own_name(name) for name in theirs}) == 665
     assert sum(p.numel() for p in model.parameters()) == 146_400_674
 
 
 @pytest.mark.parametrize("name", ["roi_head.bbox_head.0.fc_obj.weight", "rpn_head.conv3.conv.weight", "ema.norms.0.weight", "optimizer"])
 def test_what_is_not_a_name_of_theirs(name: str) -> None:
-    assert own_name(name) is None
+    assert PUBLISHED["adamixer"].own_name(name) is None
 
 
 def test_everything_that_is_not_published_is_named() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
 from hdovd.config.adamixer import QueryProposalsConfig
-from hdovd.modeling.adamixer.proposal_loss import auxiliary_losses, main_losses, quality_focal_rows, valid_positions
+from hdovd.modeling.adamixer.losses import auxiliary_losses, main_losses, quality_focal_rows, valid_positions
 from hdovd.modeling.adamixer.proposals import Candidates, DenseHead, DensePredictions, ProposalTrunk, QueryProposals, positions
 from hdovd.modeling.adamixer.sampling import SamplingTable
 

@@ -11,12 +11,9 @@ from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
 from hdovd.config.adamixer import MatchCosts, StageLossConfig, TextLevelConfig
-from hdovd.modeling.adamixer.boxes_of_step import StepBoxes, boxes_of_step
-from hdovd.modeling.adamixer.instance_level import InstanceLevels
-from hdovd.modeling.adamixer.matching import NONE, pair, pair_candidates, pair_stages, pairing_costs
-from hdovd.modeling.adamixer.pairs import Pairs
-from hdovd.modeling.adamixer.stage_losses import box_losses, classification_loss, objectness_loss, prompts_and_labels, query_weights
-from hdovd.modeling.adamixer.text_level import TextLevel, fused
+from hdovd.modeling.adamixer.levels import InstanceLevels, TextLevel, fused
+from hdovd.modeling.adamixer.losses import box_losses, classification_loss, objectness_loss, prompts_and_labels, query_weights
+from hdovd.modeling.adamixer.pairs import NONE, Pairs, StepBoxes, boxes_of_step, pair, pair_candidates, pair_stages, pairing_costs
 from hdovd.modeling.losses.classwise import reliability
 from hdovd.modeling.losses.instance import relation_loss
 

@@ -32,7 +32,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.targets import Targets
 from hdovd.modeling.batching import batch_images, draw_short_sides
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
-from hdovd.modeling.rois import number_boxes, sample_rois
+from hdovd.modeling.rois import number_boxes, sample_rois_of_images
 
 # Losses by hand.
 
@@ -75,7 +75,7 @@ def naive_losses(model: FasterRCNN, images: list[Tensor], targets: list[Targets]
     targets = [t.with_best_pseudo_boxes(8.0, 2) for t in targets]
     features = model.backbone(padded.tensors)
     proposals, rpn = model.rpn(padded, features, [{"boxes": t.all_boxes} for t in targets])
-    rois, matches = zip(*(sample_rois(p, t.all_boxes, 32, 0.5) for p, t in zip(proposals, targets, strict=True)), strict=True)
+    rois, matches, _ = sample_rois_of_images(proposals, [t.all_boxes for t in targets], 32, 0.5, [None] * len(targets))
     deltas, c, r_of_rois = model.head(model.pool(features, list(rois)))
     deltas, c, d = (rows.split([len(r) for r in rois]) for rows in (deltas, c, model.head.distill(r_of_rois)))
     classification = box = 0.0

@@ -18,7 +18,7 @@ from torch import Tensor
 from hdovd.config.recipe import load_recipe
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
 from hdovd.modeling.postprocess import detect_batch
-from hdovd.modeling.published_weights.names import PUBLISHED, faster_rcnn_name
+from hdovd.modeling.published_weights import PUBLISHED
 
 REFERENCE = json.loads((Path(__file__).parents[3] / "data" / "faster_rcnn_reference.json").read_text())
 CLASSES, BASE, DIM = 65, 48, 512
@@ -53,7 +53,7 @@ def model() -> FasterRCNN:
     theirs["rpn_head.rpn_reg.weight"] *= 0.2
     theirs["rpn_head.rpn_cls.weight"] *= 0.5
     theirs["roi_head.bg_embedding.weight"] = theirs["roi_head.bg_embedding.weight"][0]
-    state = {name: value for key, value in theirs.items() if (name := faster_rcnn_name(key)) in made.state_dict()}
+    state = {name: value for key, value in theirs.items() if (name := PUBLISHED["faster_rcnn"].own_name(key)) in made.state_dict()}
     fit = made.load_state_dict(state, strict=False)
     assert not fit.unexpected_keys
     assert all("queue" in name for name in fit.missing_keys)
@@ -85,7 +85,7 @@ def test_losses_and_gradients(model: FasterRCNN, images: list[Tensor], texts: Te
         sum(losses.values()).backward()
         of = dict(model.named_parameters())
         for name, norm in wanted["gradient_norms"].items():
-            grad = of[str(faster_rcnn_name(name))].grad
+            grad = of[str(PUBLISHED["faster_rcnn"].own_name(name))].grad
             assert grad is not None
             assert float(grad.double().norm()) == pytest.approx(norm, rel=1e-3), name
 
@@ -102,4 +102,4 @@ def test_the_shapes_are_the_published_ones() -> None:
     shapes = published_shapes()
     assert len(shapes) == 355
     assert sum(math.prod(shape) for name, shape in shapes.items() if name.endswith(("weight", "bias"))) == 42_528_339
-    assert all(faster_rcnn_name(name) for name in shapes)
+    assert all(PUBLISHED["faster_rcnn"].own_name(name) for name in shapes)

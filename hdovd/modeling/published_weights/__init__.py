@@ -1,1 +1,0 @@
-"""Names of the authors' published weights, and ours."""
