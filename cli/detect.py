@@ -63,7 +63,7 @@ def detect(
         options.workers(workers), not no_pictures, split_blind, overwrite, alone, trust)
     job.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.detection.detect import detect as run_detect
-    from hdovd.pipelines.detection.table import detect_lines
+    from hdovd.pipelines.detection.detect import detect_lines
 
     result = run_detect(job, typer.echo)
     for line in detect_lines(result):

@@ -37,8 +37,7 @@ def eval(
     job = EvalConfig(run, DataPaths(data, images, annotations), protocol, device, batch_size, options.workers(workers), pictures,
                               engine, weights, trust)
     job.check()  # before torch: a mistake shows at once
-    from hdovd.pipelines.evaluation.evaluate import evaluate
-    from hdovd.pipelines.evaluation.tables import class_table, error_table, result_table
+    from hdovd.pipelines.evaluation.evaluate import class_table, error_table, evaluate, result_table
 
     result = evaluate(job)
     typer.echo(result_table(result))

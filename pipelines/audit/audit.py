@@ -19,8 +19,7 @@ from hdovd.data.coco import instances_file
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.pipelines.audit.config import AuditConfig
 from hdovd.pipelines.audit.inputs import Audited, read_boxes, read_truth
-from hdovd.pipelines.audit.names import report_names
-from hdovd.pipelines.audit.proposals import check_copies, check_made_by, check_same_proposals, report_pseudo_boxes
+from hdovd.pipelines.audit.proposals import check_copies, check_made_by, check_same_proposals, report_names, report_pseudo_boxes
 from hdovd.pipelines.audit.report import AuditReport, Check
 from hdovd.pipelines.audit.run import check_backbone, check_calibration, check_run_cache
 from hdovd.pipelines.audit.split import check_base_rows, check_pictures, check_split_lists

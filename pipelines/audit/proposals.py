@@ -6,7 +6,7 @@ Pseudo boxes on novel objects are what the method wants; how many there are is a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,40 @@ from hdovd.cache.schema import Level
 from hdovd.data.coco import Skips, Split
 from hdovd.evaluation.recall import box_ious
 from hdovd.pipelines.audit.inputs import Audited
-from hdovd.pipelines.audit.made_by import judge_record
-from hdovd.pipelines.audit.names import class_of_noun
 from hdovd.pipelines.audit.report import Check, Findings, Verdict
+from hdovd.pipelines.audit.run import judge_record
 from hdovd.pipelines.extraction.boxes import box_table
+from hdovd.pipelines.nouns.allowed import meaning
 from hdovd.pipelines.proposal_files.table import ProposalTable
+
+
+def class_of_noun(nouns: Sequence[str], classes: Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> dict[int, str]:
+    """The class that a noun names, by the noun's row: its name or a synonym, in whatever form (`nouns.meaning`)."""
+    meant = {meaning(own): name for name in reversed(classes) for own in (*synonyms.get(name, ()), name)}
+    return {row: meant[form] for row, noun in enumerate(nouns) if (form := meaning(noun)) in meant}
+
+
+def report_names(audited: Audited) -> Check:
+    """A disclosure: captions may name novel classes, and results must say that they did."""
+    boxes, novel, name = audited.boxes, audited.protocol.novel, "novel names"
+    if boxes.noun is None:
+        return Check(name, Verdict.REPORT, "the cache has no nouns: no pseudo box is named")
+    if not boxes.nouns:
+        return Check(name, Verdict.UNKNOWN, "pseudo boxes have texts that others published without the words: which they are is not known")
+    meant = class_of_noun(boxes.nouns, novel, audited.synonyms)
+    wins = np.bincount(boxes.noun[boxes.noun >= 0], minlength=len(boxes.nouns))
+    of_novel = {row: int(wins[row]) for row in meant}
+    named = int((boxes.noun >= 0).sum())
+    text = (f"{len(set(meant.values()))} of the {len(novel)} novel classes are named by {len(meant)} of {len(boxes.nouns)} nouns, which "
+            f"won {sum(of_novel.values()):,d} of {named:,d} pseudo labels (allowed, since captions name them; say so with results)")
+    if not meant:
+        text = f"none of the {len(boxes.nouns)} nouns names one of the {len(novel)} novel classes, in singular or plural"
+    ordered = sorted(meant, key=lambda row: -of_novel[row])
+    details = tuple(f"{boxes.nouns[row]}: {of_novel[row]:,d}" + (f" (for {meant[row]})" if meant[row] != boxes.nouns[row] else "")
+                    for row in ordered)
+    return Check(name, Verdict.REPORT, text, details, {"nouns": len(boxes.nouns), "pseudo_labels": named, "won": {
+        boxes.nouns[row]: {"class": meant[row], "pseudo_labels": of_novel[row]} for row in ordered}})
+
 
 COPY_PX = 0.02  # decimals of a file that was written and read
 LEAST_COPIES, TIMES_CHANCE = 3, 5

@@ -16,11 +16,11 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import Protocol
 from hdovd.evaluation.tide import Kind
-from hdovd.pipelines.cache_tools.view import CacheView, Reliability, gather_view
+from hdovd.pipelines.cache_tools.view import CacheView, Reliability, gather_view, marked, names_and_cosines
 from hdovd.pipelines.common.charts import picture_data
 from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.common.settings import SWITCH
-from hdovd.pipelines.evaluation.image_errors import Fate, ImageVerdicts
+from hdovd.pipelines.evaluation.analysis import Fate, ImageVerdicts
 from hdovd.pipelines.extraction.source import cache_of
 from hdovd.pipelines.report.runs import OneRun, TrainingImages
 
@@ -130,20 +130,17 @@ def _pseudo_cards(run: OneRun, training: TrainingImages, count: int, weight: Rel
 
 
 def _pseudo_rows(view: CacheView, protocol: Protocol) -> dict[str, Any]:
-    def marked(name: str) -> str:
-        return name + "*" * (name in protocol.novel)
-
     boxes, rows = list[dict[str, Any]](), list[dict[str, Any]]()
     for row in view.rows:
         if row.source is Source.BASE_BOX:
             boxes.append(_box(row.box, row.name, "base"))
             continue
         number = len(rows) + 1
-        parts = [marked(noun.name) + (f" ({noun.share:.2f})" if len(row.nouns) > 1 else "") for noun in row.nouns]
+        parts = [marked(noun.name, protocol.novel) + (f" ({noun.share:.2f})" if len(row.nouns) > 1 else "") for noun in row.nouns]
         nouns = " + ".join(parts) or "no noun"
-        boxes.append(_box(row.box, f"{number} {marked(row.name)}", "pseudo", title=f"{number}: {nouns}"))
+        boxes.append(_box(row.box, f"{number} {marked(row.name, protocol.novel)}", "pseudo", title=f"{number}: {nouns}"))
         rows.append({"number": number, "noun": nouns, "cosine": row.cosine, "weight": row.weight,
-                     "nearest": ", ".join(f"{marked(near.name)} {near.cosine:.2f}" for near in row.nearest)})
+                     "nearest": names_and_cosines(row.nearest, protocol.novel)})
     return {"boxes": boxes, "rows": rows}
 
 

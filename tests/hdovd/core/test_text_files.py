@@ -106,7 +106,7 @@ OWN = {  # files that hdovd wrote itself, or that the system or the package hold
     "pipelines/ablation/ablate.py": "runs", "pipelines/runs/listing.py": "runs", "pipelines/runs/folder.py": "runs",
     "pipelines/detection/output.py": "its lines",
     "pipelines/extraction/tar_export.py": "cache records", "pipelines/cache_tools/repair.py": "cache records",
-    "pipelines/export/forms.py": "exported models",
+    "pipelines/export/model.py": "exported models",
     "pipelines/proposals/networks.py": "metadata of weights", "pipelines/proposals/parts.py": "metadata of parts",
     "pipelines/audit/run.py": "metadata of weights", "pipelines/proposal_files/formats.py": "metadata of .npz",
     "pipelines/bench/memory_limit.py": "/proc", "pipelines/common": "/proc and /sys", "pipelines/common/html_page.py": "pages that ship",
