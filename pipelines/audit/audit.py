@@ -1,4 +1,4 @@
-"""The leak report that reviewers want: did anything learn from novel annotations, or from test pictures? Called by `hdovd audit`.
+"""The leak report that reviewers want: did anything learn from novel annotations, or from test pictures?
 
 It compares what a cache and a run recorded with the raw annotation files, which it reads with all their classes. docs/AUDIT.md says
 what each check means. It writes nothing into the cache or the run.

@@ -1,4 +1,4 @@
-"""The audit's checks of proposals and pseudo boxes: what made them, whether they are copies of the ground truth. Called by `audit`.
+"""The audit's checks of proposals and pseudo boxes: what made them, whether they are copies of the ground truth.
 
 Pseudo boxes on novel objects are what the method wants; how many there are is a diagnosis, and never a leak.
 """
@@ -58,25 +58,24 @@ IOU = 0.5
 
 def check_made_by(audited: Audited, made_by: dict[str, Any] | None, whose: str) -> Check:
     """The proposals' network was trained on base boxes alone, as its record says. `whose`: the record, in words."""
-    name, found = "proposals: made by", Findings()
+    found = Findings("proposals: made by")
     if not audited.boxes.is_base.all() and not made_by:
-        found.unknown.append(f"{whose} does not say what made the proposals: whether that saw novel boxes is not known")
-        return found.check(name, "")
+        return found.cannot(f"{whose} does not say what made the proposals: whether that saw novel boxes is not known")
     if not made_by:
-        return found.check(name, "the cache has no proposals")
+        return found.check("the cache has no proposals")
     fine = judge_record(audited, made_by, whose, found)
-    return found.check(name, fine, {"made_by": made_by})
+    return found.check(fine, {"made_by": made_by})
 
 
 def check_same_proposals(audited: Audited, table: ProposalTable, split: Split, whose: str) -> Check:
     """The proposal file that was given is what the cache holds."""
-    found = Findings()
+    found = Findings("proposals: the file")
     expected = box_table(split.images, table.for_images(split.images, Skips())).proposal_inputs()
     lines = differences({"proposals": expected}, {"proposals": audited.cache.key_inputs(Level.BOXES).get("proposals")},
                         sides=("the file gives", "the cache has"))
     if lines:
         found.unknown.append(f"the cache was made from other proposals than {whose}: " + "; ".join(lines))
-    return found.check("proposals: the file", f"the cache holds the proposals of {whose}")
+    return found.check(f"the cache holds the proposals of {whose}")
 
 
 def check_copies(audited: Audited) -> Check:
@@ -85,7 +84,7 @@ def check_copies(audited: Audited) -> Check:
     Chance is measured: how often proposals are such boxes with one side moved by a pixel. Sides at the image's edge say nothing,
     so three others are needed.
     """
-    boxes, truth, found = audited.boxes, audited.truth, Findings()
+    boxes, truth, found = audited.boxes, audited.truth, Findings("proposals: copies")
     novel = truth.of_classes(audited.protocol.novel)
     shifts = np.concatenate([np.zeros((1, 4)), np.eye(4), -np.eye(4)]).astype(np.float32)
     hits, classes, where = np.zeros(len(shifts), np.int64), Counter[str](), []
@@ -107,7 +106,7 @@ def check_copies(audited: Audited) -> Check:
     if copies >= LEAST_COPIES and copies > TIMES_CHANCE * chance:
         found.leaks.append(f"{text}; by chance it would be about {chance}: they were made from the annotations")
         found.notes += where
-    return found.check("proposals: copies", text + (f", by chance it would be about {chance}" if copies else ""),
+    return found.check(text + (f", by chance it would be about {chance}" if copies else ""),
                        {"copies": copies, "chance": chance, "proposals": proposals, "by_class": dict(classes)})
 
 

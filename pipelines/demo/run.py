@@ -1,7 +1,7 @@
 """`hdovd demo`: the whole main job on a world of our own, every stage through the command a user would type.
 
 World and teacher are made once; then propose, nouns, extract-clip, calibrate, for every seed train and eval, base-only and
-distilled, the audit, and what there is to look at: detect, cache view, cache map, report. Short stages run in this process, from the
+distilled, the audit, and what there is to look at: detect, cache view, report. Short stages run in this process, from the
 same arguments as the printed commands; the long ones that need nothing of each other side by side, in processes of their own.
 """
 
@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image
@@ -55,31 +54,19 @@ def image_with_most_proposals(proposals: Path) -> int:
     return max(counts, key=lambda image: counts[image])
 
 
-def can_map() -> bool:
-    """Whether hdovd's extra `map` is installed."""
-    return find_spec("sklearn") is not None
-
-
-def small_pictures(detections: list[Path], view: Path, cache_map: Path | None, out: Path) -> list[Path]:
-    """Write detections.jpg, cache-view.jpg and cache-map.png, `WIDTH_PX` wide, into `out`; without a map two of them."""
+def small_pictures(detections: list[Path], view: Path, out: Path) -> list[Path]:
+    """Write detections.jpg and cache-view.jpg, `WIDTH_PX` wide, into `out`."""
     files = []
     for name, picture in (("detections.jpg", _side_by_side(detections)), ("cache-view.jpg", _opened(view))):
+        picture.thumbnail((WIDTH_PX, WIDTH_PX), Image.Resampling.LANCZOS)
         files.append(out / name)
-        write_picture(files[-1], _narrowed(picture), "JPEG", quality=80, optimize=True)
-    if cache_map is not None:
-        files.append(out / "cache-map.png")
-        write_picture(files[-1], _narrowed(_opened(cache_map)).quantize(64, dither=Image.Dither.NONE), "PNG", optimize=True)
+        write_picture(files[-1], picture, "JPEG", quality=80, optimize=True)
     return files
 
 
 def _opened(file: Path) -> Image.Image:
     with Image.open(file) as picture:
         return picture.convert("RGB")
-
-
-def _narrowed(picture: Image.Image) -> Image.Image:
-    picture.thumbnail((WIDTH_PX, WIDTH_PX), Image.Resampling.LANCZOS)
-    return picture
 
 
 def _side_by_side(files: list[Path]) -> Image.Image:
@@ -96,7 +83,6 @@ def _side_by_side(files: list[Path]) -> Image.Image:
 
 DISTILLED = "distilled"
 PROPOSER_EPOCHS = 5
-MAP_POINTS = 500
 PROPOSALS, BACKBONE, CALIBRATION = "proposals.json", "backbone.safetensors", "calibration.toml"
 VARIANTS = {"base-only": ["--preset", "base-only"], DISTILLED: []}
 
@@ -241,21 +227,16 @@ def _look(stages: _Stages, result: DemoResult) -> None:
     stages.run("audit", "audit", *stages.data, "--cache", cache, "--run", distilled)
     shown = telling_pictures(world, NOVEL)
     stages.run("detect", "detect", distilled, *shown, "--out", root / "detected")
-    view, cache_map = root / "cache-view.png", root / "cache-map.html"
+    view = root / "cache-view.png"
     stages.run("cache view", "cache", "view", cache, "--image", image_with_most_proposals(root / PROPOSALS), "--calibration",
                root / CALIBRATION, "--out", view)
-    if can_map():
-        stages.run("cache map", "cache", "map", cache, "--points", MAP_POINTS, "--out", cache_map)
-    else:
-        stages.log("left out: hdovd cache map, which needs pip install 'hdovd[map]'")
     runs = [root / "runs" / f"{variant}-seed{seed}" for seed in range(stages.config.seeds) for variant in (DISTILLED, "base-only")]
     stages.run("report", "report", *runs, "--data", world, "--out", root / "report")
     result.report = root / "report" / "index.html"
     detected = [root / "detected" / "pictures" / file.name for file in shown]
-    map_picture = cache_map.with_suffix(".png") if can_map() else None
-    result.pictures = [*detected, view, *([map_picture] if map_picture else [])]
+    result.pictures = [*detected, view]
     if stages.config.pictures is not None:
-        result.pictures = small_pictures(detected, view, map_picture, stages.config.pictures)
+        result.pictures = small_pictures(detected, view, stages.config.pictures)
 
 
 def _collect(result: DemoResult, variant: str, run: Path) -> None:

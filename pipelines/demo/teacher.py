@@ -1,6 +1,6 @@
 """The demo's teacher: a tiny CLIP of open_clip's own classes, trained on captioned crops of the demo world.
 
-Called by `hdovd demo`. It stands for a CLIP from the web: it has seen every class, novel ones too, with
+It stands for a CLIP from the web: it has seen every class, novel ones too, with
 their names. It is saved in open_clip's `local-dir:` form, so every command reads it as it reads any CLIP.
 """
 

@@ -1,6 +1,6 @@
 """Detection of anything that has a name, in any pictures: JSON in COCO's forms, and the pictures with boxes.
 
-Called by `hdovd detect` and Python; `detector` is the same for single pictures in memory.
+`detector` is the same for single pictures in memory.
 """
 
 from __future__ import annotations

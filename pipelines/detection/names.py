@@ -1,6 +1,6 @@
 """Text embeddings of any names for a run: its own classes', kept ones, and those of its CLIP, which is loaded only if it must be.
 
-Called by `detector`. K names, D embedding size.
+K names, D embedding size.
 """
 
 from __future__ import annotations

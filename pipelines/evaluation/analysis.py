@@ -1,6 +1,6 @@
 """All numbers about what a run detects and what it gets wrong, from its folder and the validation annotations; no model is run.
 
-Called by `hdovd report`, and from Python: `analyse(Path("run"), DataPaths(Path("COCO")))`.
+From Python: `analyse(Path("run"), DataPaths(Path("COCO")))`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Evaluation: detections of a run on validation images, their OV-COCO AP, and pictures of them.
 
-Called by `hdovd eval`, `hdovd demo` and Python. Needs no cache: a run holds its class embeddings.
+Needs no cache: a run holds its class embeddings.
 """
 
 from __future__ import annotations

@@ -312,7 +312,8 @@ def export_model(job: ExportModelConfig, log: Callable[[str], None] = print) -> 
 
 def carried(run: RunFolder, weights: Weights) -> dict[str, str]:
     """The text of `CARRIED` for a run."""
-    protocol, texts, made = run.protocol(), run.class_embeddings().float(), _made_by(run)
+    protocol, texts = run.protocol(), run.class_embeddings().float()
+    made = dict(run.record()["cache"]["levels"].get("class", {}).get("inputs", {}))  # what made the class embeddings
     about = (f"image: (3, height, width) uint8 RGB, as decoded, any size; resizing and normalisation are inside. texts: (classes, "
              f"{texts.shape[1]}) float32, CLIP text embeddings of any class names. is_novel: (classes,) bool, true for classes that had no "
              "boxes in training. boxes: (detections, 4) x0, y0, x1, y1 pixels of the image. scores: (detections,) best first. labels: "
@@ -325,11 +326,6 @@ def carried(run: RunFolder, weights: Weights) -> dict[str, str]:
         "protocol": protocol.name, "weights": weights.value, "recipe": run.recipe().to_toml()}
     assert values.keys() == CARRIED.keys()
     return values
-
-
-def _made_by(run: RunFolder) -> dict[str, object]:
-    """What made the run's class embeddings, as its cache had it."""
-    return dict(run.record()["cache"]["levels"].get("class", {}).get("inputs", {}))
 
 
 def _read(path: Path) -> Tensor:

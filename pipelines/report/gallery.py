@@ -1,4 +1,4 @@
-"""The pictures of a report: validation images with truth and detections, training images with their pseudo boxes. Called by `report`.
+"""The pictures of a report: validation images with truth and detections, training images with their pseudo boxes.
 
 A card is plain values for the template: a picture as data, its size in pixels of the original image, and boxes in the same pixels.
 """
