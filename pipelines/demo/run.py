@@ -186,7 +186,9 @@ def _world_teacher_and_proposals(stages: _Stages) -> str:
     stages.add("world", time.monotonic() - since)
     stages.log(f"drew {config.train_images} training and {config.val_images} validation pictures: {world}")
     teachers = config.teacher_folder or user_cache_folder() / "teachers"
-    make = (sys.executable, "-c", "import sys; from hdovd.pipelines.demo.teacher import main; main(sys.argv[1])", str(teachers))
+    make = (sys.executable, "-c", "import pathlib, sys; "
+            "from hdovd.pipelines.demo.teacher import demo_teacher; demo_teacher(pathlib.Path(sys.argv[1]))",
+            str(teachers))
     stages.side_by_side([
         Job("teacher", (make,), stages.log_file("teacher")),
         stages.job("propose", ("propose", *stages.data, "--recipe", "demo", "--set", f"train.epochs={PROPOSER_EPOCHS}", "--overlap", 0.15,

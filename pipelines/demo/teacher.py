@@ -63,11 +63,6 @@ def demo_teacher(folder: Path, seed: int = 0, log: Callable[[str], None] = print
     return f"local-dir:{home}"
 
 
-def main(folder: str) -> None:
-    """`demo_teacher` in a process of its own."""
-    demo_teacher(Path(folder))
-
-
 def save_clip(model: open_clip.CLIP, folder: Path) -> None:
     """Write a model of MODEL_CFG in open_clip's `local-dir:` form."""
     state = {k: v.contiguous() for k, v in model.state_dict().items()}

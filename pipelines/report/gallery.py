@@ -93,18 +93,16 @@ def pseudo_boxes(runs: Sequence[OneRun], training: TrainingImages, count: int) -
             parts[key] = {"names": [run.name], "weight": weight, "cards": _pseudo_cards(run, training, count, weight, f"train{len(parts)}")}
         except HdovdError as error:
             reasons.append(f"{run.name}: {error}")
+    most = " or ".join(sorted({str(run.run.settings["pseudo_boxes.max_per_image"]) for run in runs
+                               if run.run.settings.get("pseudo_boxes.max_per_image")}))
     for part in parts.values():
         weight = part["weight"]
         by = "" if weight is None else (f" Weight of a label: {weight.scale:.3g} * sigmoid((cosine - {weight.centre:.4g}) / "
                                         f"{weight.width:.3g}), from {weight.source}.")
         part["note"] = (f"What {', '.join(part['names'])} learned from besides base boxes (blue): proposals (green), each with the noun "
                         f"that CLIP finds most like its crop; * marks a novel class. The images are spread evenly over the training images "
-                        f"that have proposals; at most {_most(runs)} proposals of an image are used in a step.{by}")
+                        f"that have proposals; at most {most} proposals of an image are used in a step.{by}")
     return list(parts.values()), reasons
-
-
-def _most(runs: Sequence[OneRun]) -> str:
-    return " or ".join(sorted({str(most) for run in runs if (most := run.run.settings.get("pseudo_boxes.max_per_image"))}))
 
 
 def _weight(run: OneRun) -> Reliability | None:
