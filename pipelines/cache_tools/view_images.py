@@ -92,7 +92,7 @@ def _title(view: CacheView, novel: Collection[str]) -> list[str]:
 
 def _cells(view: CacheView, novel: Collection[str]) -> list[tuple[str, ...]]:
     """The head and a row a box."""
-    cells = [("#", "", "name", "cosine", "weight", "score", "box: left, top, right, bottom", "nearest class names")]
+    cells: list[tuple[str, ...]] = [("#", "", "name", "cosine", "weight", "score", "box: left, top, right, bottom", "nearest class names")]
     for number, row in enumerate(view.rows, 1):
         name = marked(row.name, novel) if row.name else "-"
         if len(row.nouns) > 1:
