@@ -12,7 +12,7 @@ def detect(config: DetectConfig) -> None:
     cannot be read is skipped and listed; the exit code is 1 if nothing could be read. See docs/DETECT.md.
     """
     from hdovd.pipelines.detection.detect import detect as run
-    from hdovd.pipelines.detection.table import detect_lines
+    from hdovd.pipelines.detection.detect import detect_lines
 
     result = run(config, typer.echo)
     for line in [*detect_lines(result), *(f"wrote {file}" for file in result.files)]:

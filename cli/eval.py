@@ -9,8 +9,7 @@ from hdovd.pipelines.evaluation.config import EvalConfig
 @command
 def eval(config: EvalConfig) -> None:
     """Writes metrics.json and detections.json (COCO results form) into RUN."""
-    from hdovd.pipelines.evaluation.evaluate import evaluate
-    from hdovd.pipelines.evaluation.tables import class_table, error_table, result_table
+    from hdovd.pipelines.evaluation.evaluate import class_table, error_table, evaluate, result_table
 
     result = evaluate(config)
     typer.echo(result_table(result))

@@ -1,6 +1,6 @@
 """Ablations: the cells of a grid, each with several seeds, trained and evaluated over one cache; then a table.
 
-Called by `hdovd ablate` and Python. Every run is a run folder of its own, OUT/CELL/seedK, made by `hdovd train` and `hdovd eval` in
+Every run is a run folder of its own, OUT/CELL/seedK, made by `hdovd train` and `hdovd eval` in
 processes of their own; what they printed is in OUT/CELL/seedK.log. The same call skips what is done and goes on with the rest.
 """
 

@@ -1,4 +1,4 @@
-"""The grid of an ablation: which settings vary, and the cells that follow. Called by `ablate`."""
+"""The grid of an ablation: which settings vary, and the cells that follow."""
 
 from __future__ import annotations
 
@@ -90,18 +90,19 @@ def _key_and_values(item: str) -> tuple[str, list[str]]:
 
 def _split(text: str) -> list[str]:
     """At commas, but not at those within brackets or quotes."""
-    parts, depth, quote = [""], 0, ""
-    for letter in text:
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "\"'":
-            quote = letter
-        depth += (letter in OPEN) - (letter in CLOSE) if not quote else 0
-        if letter == "," and not depth and not quote:
-            parts.append("")
+    parts = [""]
+    for piece in text.split(","):
+        if _is_whole(parts[-1]):
+            parts.append(piece)
         else:
-            parts[-1] += letter
-    return parts
+            parts[-1] += f",{piece}"
+    return parts[1:]
+
+
+def _is_whole(text: str) -> bool:
+    """Whether every quote and, outside of quotes, every bracket is closed."""
+    bare = re.sub(r"\"[^\"]*\"|'[^']*'", "", text)
+    return not re.search("[\"']", bare) and sum(map(bare.count, OPEN)) <= sum(map(bare.count, CLOSE))
 
 
 def _as_name(text: str) -> str:

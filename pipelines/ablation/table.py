@@ -1,4 +1,4 @@
-"""The table of an ablation: a row a cell, mean and standard deviation over seeds; as Markdown, CSV and LaTeX. Called by `ablate`."""
+"""The table of an ablation: a row a cell, mean and standard deviation over seeds; as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hdovd.evaluation.coco import GROUPS
 from hdovd.pipelines.ablation.cells import Cell
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.settings import SWITCH, short_names, shown_apart
 from hdovd.pipelines.runs.listing import Run
 
-METRICS = ("novel", "base", "all", "novel, split-blind")
+METRICS = (*GROUPS, "novel, split-blind")
 YES, NO, NONE = "\N{CHECK MARK}", "\N{EN DASH}", "..."
 TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: f"\\{c}" for c in "&%$#_{}"},
        YES: r"\checkmark", NO: "--", NONE: r"\ldots"}
@@ -82,8 +83,8 @@ def ablation_table(cells: Sequence[Cell], seeds: int, done: Mapping[str, Mapping
     rows = []
     for cell in cells:
         runs = dict(sorted(done[cell.name].items()))
-        scores = {group: {seed: run.ap50.get(group) for seed, run in runs.items()} for group in METRICS[:3]}
-        scores[METRICS[3]] = {seed: run.split_blind.get("novel") for seed, run in runs.items()}
+        scores = {group: {seed: run.ap50.get(group) for seed, run in runs.items()} for group in GROUPS}
+        scores[METRICS[-1]] = {seed: run.split_blind.get("novel") for seed, run in runs.items()}
         rows.append(Row(cell.name, tuple(cell.values.values()), scores, seeds, len(failed[cell.name])))
     runs_done = [run for by_seed in done.values() for run in by_seed.values()]
     return AblationTable(tuple(cells[0].values), rows, _note(runs_done, seeds, made_of))
@@ -147,11 +148,10 @@ def comma_separated(table: AblationTable) -> str:
 
 def write_tables(table: AblationTable, out: Path) -> list[Path]:
     """table.md, table.csv and table.tex in `out`, each whole or as it was."""
-    files = []
-    for name, text in (("table.md", markdown(table)), ("table.csv", comma_separated(table)), ("table.tex", latex(table))):
-        write_text(out / name, text)
-        files.append(out / name)
-    return files
+    texts = {out / "table.md": markdown(table), out / "table.csv": comma_separated(table), out / "table.tex": latex(table)}
+    for file, text in texts.items():
+        write_text(file, text)
+    return list(texts)
 
 
 def tex(text: str) -> str:

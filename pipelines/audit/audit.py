@@ -1,4 +1,4 @@
-"""The leak report that reviewers want: did anything learn from novel annotations, or from test pictures? Called by `hdovd audit`.
+"""The leak report that reviewers want: did anything learn from novel annotations, or from test pictures?
 
 It compares what a cache and a run recorded with the raw annotation files, which it reads with all their classes. docs/AUDIT.md says
 what each check means. It writes nothing into the cache or the run.
@@ -19,8 +19,7 @@ from hdovd.data.coco import instances_file
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.pipelines.audit.config import AuditConfig
 from hdovd.pipelines.audit.inputs import Audited, read_boxes, read_truth
-from hdovd.pipelines.audit.names import report_names
-from hdovd.pipelines.audit.proposals import check_copies, check_made_by, check_same_proposals, report_pseudo_boxes
+from hdovd.pipelines.audit.proposals import check_copies, check_made_by, check_same_proposals, report_names, report_pseudo_boxes
 from hdovd.pipelines.audit.report import AuditReport, Check
 from hdovd.pipelines.audit.run import check_backbone, check_calibration, check_run_cache
 from hdovd.pipelines.audit.split import check_base_rows, check_pictures, check_split_lists

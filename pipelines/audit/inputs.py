@@ -45,8 +45,13 @@ class GroundTruth:
         return self.names.get(int(self.category[row]), f"category {self.category[row]}")
 
     def sha256(self) -> str:
-        with self.file.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(self.file)
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_truth(file: Path, folder: Path | None = None) -> GroundTruth:

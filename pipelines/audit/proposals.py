@@ -1,4 +1,4 @@
-"""The audit's checks of proposals and pseudo boxes: what made them, whether they are copies of the ground truth. Called by `audit`.
+"""The audit's checks of proposals and pseudo boxes: what made them, whether they are copies of the ground truth.
 
 Pseudo boxes on novel objects are what the method wants; how many there are is a diagnosis, and never a leak.
 """
@@ -6,7 +6,7 @@ Pseudo boxes on novel objects are what the method wants; how many there are is a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,40 @@ from hdovd.cache.schema import Level
 from hdovd.data.coco import Skips, Split
 from hdovd.evaluation.recall import box_ious
 from hdovd.pipelines.audit.inputs import Audited
-from hdovd.pipelines.audit.made_by import judge_record
-from hdovd.pipelines.audit.names import class_of_noun
 from hdovd.pipelines.audit.report import Check, Findings, Verdict
+from hdovd.pipelines.audit.run import judge_record
 from hdovd.pipelines.extraction.boxes import box_table
+from hdovd.pipelines.nouns.allowed import meaning
 from hdovd.pipelines.proposal_files.table import ProposalTable
+
+
+def class_of_noun(nouns: Sequence[str], classes: Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> dict[int, str]:
+    """The class that a noun names, by the noun's row: its name or a synonym, in whatever form (`nouns.meaning`)."""
+    meant = {meaning(own): name for name in reversed(classes) for own in (*synonyms.get(name, ()), name)}
+    return {row: meant[form] for row, noun in enumerate(nouns) if (form := meaning(noun)) in meant}
+
+
+def report_names(audited: Audited) -> Check:
+    """A disclosure: captions may name novel classes, and results must say that they did."""
+    boxes, novel, name = audited.boxes, audited.protocol.novel, "novel names"
+    if boxes.noun is None:
+        return Check(name, Verdict.REPORT, "the cache has no nouns: no pseudo box is named")
+    if not boxes.nouns:
+        return Check(name, Verdict.UNKNOWN, "pseudo boxes have texts that others published without the words: which they are is not known")
+    meant = class_of_noun(boxes.nouns, novel, audited.synonyms)
+    wins = np.bincount(boxes.noun[boxes.noun >= 0], minlength=len(boxes.nouns))
+    of_novel = {row: int(wins[row]) for row in meant}
+    named = int((boxes.noun >= 0).sum())
+    text = (f"{len(set(meant.values()))} of the {len(novel)} novel classes are named by {len(meant)} of {len(boxes.nouns)} nouns, which "
+            f"won {sum(of_novel.values()):,d} of {named:,d} pseudo labels (allowed, since captions name them; say so with results)")
+    if not meant:
+        text = f"none of the {len(boxes.nouns)} nouns names one of the {len(novel)} novel classes, in singular or plural"
+    ordered = sorted(meant, key=lambda row: -of_novel[row])
+    details = tuple(f"{boxes.nouns[row]}: {of_novel[row]:,d}" + (f" (for {meant[row]})" if meant[row] != boxes.nouns[row] else "")
+                    for row in ordered)
+    return Check(name, Verdict.REPORT, text, details, {"nouns": len(boxes.nouns), "pseudo_labels": named, "won": {
+        boxes.nouns[row]: {"class": meant[row], "pseudo_labels": of_novel[row]} for row in ordered}})
+
 
 COPY_PX = 0.02  # decimals of a file that was written and read
 LEAST_COPIES, TIMES_CHANCE = 3, 5
@@ -29,25 +58,24 @@ IOU = 0.5
 
 def check_made_by(audited: Audited, made_by: dict[str, Any] | None, whose: str) -> Check:
     """The proposals' network was trained on base boxes alone, as its record says. `whose`: the record, in words."""
-    name, found = "proposals: made by", Findings()
+    found = Findings("proposals: made by")
     if not audited.boxes.is_base.all() and not made_by:
-        found.unknown.append(f"{whose} does not say what made the proposals: whether that saw novel boxes is not known")
-        return found.check(name, "")
+        return found.cannot(f"{whose} does not say what made the proposals: whether that saw novel boxes is not known")
     if not made_by:
-        return found.check(name, "the cache has no proposals")
+        return found.check("the cache has no proposals")
     fine = judge_record(audited, made_by, whose, found)
-    return found.check(name, fine, {"made_by": made_by})
+    return found.check(fine, {"made_by": made_by})
 
 
 def check_same_proposals(audited: Audited, table: ProposalTable, split: Split, whose: str) -> Check:
     """The proposal file that was given is what the cache holds."""
-    found = Findings()
+    found = Findings("proposals: the file")
     expected = box_table(split.images, table.for_images(split.images, Skips())).proposal_inputs()
     lines = differences({"proposals": expected}, {"proposals": audited.cache.key_inputs(Level.BOXES).get("proposals")},
                         sides=("the file gives", "the cache has"))
     if lines:
         found.unknown.append(f"the cache was made from other proposals than {whose}: " + "; ".join(lines))
-    return found.check("proposals: the file", f"the cache holds the proposals of {whose}")
+    return found.check(f"the cache holds the proposals of {whose}")
 
 
 def check_copies(audited: Audited) -> Check:
@@ -56,7 +84,7 @@ def check_copies(audited: Audited) -> Check:
     Chance is measured: how often proposals are such boxes with one side moved by a pixel. Sides at the image's edge say nothing,
     so three others are needed.
     """
-    boxes, truth, found = audited.boxes, audited.truth, Findings()
+    boxes, truth, found = audited.boxes, audited.truth, Findings("proposals: copies")
     novel = truth.of_classes(audited.protocol.novel)
     shifts = np.concatenate([np.zeros((1, 4)), np.eye(4), -np.eye(4)]).astype(np.float32)
     hits, classes, where = np.zeros(len(shifts), np.int64), Counter[str](), []
@@ -78,7 +106,7 @@ def check_copies(audited: Audited) -> Check:
     if copies >= LEAST_COPIES and copies > TIMES_CHANCE * chance:
         found.leaks.append(f"{text}; by chance it would be about {chance}: they were made from the annotations")
         found.notes += where
-    return found.check("proposals: copies", text + (f", by chance it would be about {chance}" if copies else ""),
+    return found.check(text + (f", by chance it would be about {chance}" if copies else ""),
                        {"copies": copies, "chance": chance, "proposals": proposals, "by_class": dict(classes)})
 
 

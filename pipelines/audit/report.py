@@ -1,4 +1,4 @@
-"""What an audit found, check by check: verdicts, the report as text and as JSON values. Built by `audit`."""
+"""What an audit found, check by check: verdicts, the report as text and as JSON values."""
 
 from __future__ import annotations
 
@@ -34,18 +34,24 @@ class Check:
 
 @dataclass(slots=True)
 class Findings:
-    """What one check found on its way: its verdict is the gravest of them."""
+    """What the check of a name found on its way: its verdict is the gravest of them."""
 
+    name: str
     leaks: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def check(self, name: str, fine: str, numbers: dict[str, Any] | None = None) -> Check:
+    def cannot(self, why: str) -> Check:
+        """The check, if it ends here: it cannot be made, or made any further."""
+        self.unknown.append(why)
+        return self.check("")
+
+    def check(self, fine: str, numbers: dict[str, Any] | None = None) -> Check:
         """`fine`: the text if there is nothing else to say."""
         verdict = Verdict.LEAK if self.leaks else Verdict.UNKNOWN if self.unknown else Verdict.OK
         lines = [*self.leaks, *self.unknown]
         text = lines[0] if len(lines) == 1 else f"{len(lines)} findings" if lines else fine
-        return Check(name, verdict, text, tuple((lines if len(lines) > 1 else []) + self.notes), numbers or {})
+        return Check(self.name, verdict, text, tuple((lines if len(lines) > 1 else []) + self.notes), numbers or {})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,7 @@
-"""The audit's checks of the split: which annotations, which class lists, which pictures. Called by `audit`."""
+"""The audit's checks of the split: which annotations, which class lists, which pictures."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from hdovd.cache.schema import Level
 from hdovd.core.errors import shorten
 from hdovd.data.protocol import Protocol, load_protocol, shipped_protocols
-from hdovd.pipelines.audit.inputs import Audited, CachedBoxes, GroundTruth, rows_of
+from hdovd.pipelines.audit.inputs import Audited, CachedBoxes, GroundTruth, rows_of, sha256_of
 from hdovd.pipelines.audit.report import Check, Findings
 from hdovd.pipelines.common.progress import progress
 
@@ -26,7 +25,7 @@ def check_base_rows(audited: Audited) -> Check:
     An id alone proves nothing, because files are renumbered: a row is the annotation of its id if image and box are that one's too.
     Any other row is compared with all boxes of its image.
     """
-    truth, boxes, protocol, found = audited.truth, audited.boxes, audited.protocol, Findings()
+    truth, boxes, protocol, found = audited.truth, audited.boxes, audited.protocol, Findings("base boxes")
     rows = np.flatnonzero(boxes.is_base)
     place, agree = _own_annotations(truth, boxes, rows)
     not_base = ~truth.of_classes(protocol.base)
@@ -46,7 +45,7 @@ def check_base_rows(audited: Audited) -> Check:
         ids = boxes.annotation_id[moved].tolist()
         found.unknown.append(f"{len(ids):,d} base rows lie elsewhere than their annotation in {truth.file} (ids {shorten(ids)}): is it the "
                              "file that the cache was made from?")
-    return found.check("base boxes", f"all {len(rows):,d} base rows are annotations of base classes",
+    return found.check(f"all {len(rows):,d} base rows are annotations of base classes",
                        {"base_rows": len(rows), "not_base": len(wrong), "copied": int(copied.sum()),
                         "unknown_ids": int((~known).sum()), "moved": int(known.sum())})
 
@@ -110,7 +109,7 @@ def _with_box_of(truth: GroundTruth, wanted: np.ndarray, boxes: CachedBoxes, row
 
 def check_split_lists(audited: Audited) -> Check:
     """The class lists of the protocol, the cache and the run are those of the shipped protocol of that name, and of each other."""
-    protocol, found = audited.protocol, Findings()
+    protocol, found = audited.protocol, Findings("class lists")
     compared = ["the cache's class level"]
     found.leaks += _against_shipped(protocol.to_dict(), "the protocol that was given")
     if Level.CLASS in audited.cache.levels():
@@ -131,7 +130,7 @@ def check_split_lists(audited: Audited) -> Check:
             found.unknown.append("run.json does not say which protocol the run followed")
     if protocol.name in shipped_protocols():
         compared.append("the protocol that hdovd ships")
-    return found.check("class lists", f"the {len(protocol.base)} base and {len(protocol.novel)} novel classes of protocol {protocol.name} "
+    return found.check(f"the {len(protocol.base)} base and {len(protocol.novel)} novel classes of protocol {protocol.name} "
                        f"are also those of {', '.join(compared)}")
 
 
@@ -153,11 +152,9 @@ def _differences(tree: dict[str, Any], other: dict[str, Any], who: str, whose: s
 
 def check_pictures(audited: Audited) -> Check:
     """No training picture is a validation picture, by id and by the bytes of the files."""
-    truth, val, found = audited.truth, audited.val, Findings()
-    name = "train and val"
+    truth, val, found = audited.truth, audited.val, Findings("train and val")
     if val is None or audited.val_folder is None:
-        found.unknown.append(audited.missing["val"])
-        return found.check(name, "")
+        return found.cannot(audited.missing["val"])
     place = rows_of(audited.boxes.image_id, truth.image_id)
     files = {int(truth.image_id[at]): audited.folder / truth.file_name[at] for at in place[place >= 0].tolist()}
     absent_ids = audited.boxes.image_id[place < 0].tolist()
@@ -174,7 +171,7 @@ def check_pictures(audited: Audited) -> Check:
     if absent:
         found.unknown.append(f"{len(absent):,d} pictures are not on this machine, so their content was not compared "
                              f"({shorten(list(absent), 2)})")
-    return found.check(name, f"none of {len(files):,d} training pictures is one of {len(val_files):,d} validation pictures, by id or bytes",
+    return found.check(f"none of {len(files):,d} training pictures is one of {len(val_files):,d} validation pictures, by id or bytes",
                        {"training": len(files), "validation": len(val_files), "absent": len(absent)})
 
 
@@ -215,11 +212,7 @@ def _content(files: dict[int, Path], val_files: dict[int, Path]) -> tuple[dict[P
     absent = [str(path) for side in sides for path, size in side.items() if size is None]
     common = (Counter(sides[0].values()) & Counter(sides[1].values())).keys() - {None}
     wanted = [path for side in sides for path, size in side.items() if size in common]
-    hashes = {}
-    for path in progress(wanted, "comparing pictures", "picture", len(wanted)):
-        with path.open("rb") as file:
-            hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes, absent
+    return {path: sha256_of(path) for path in progress(wanted, "comparing pictures", "picture", len(wanted))}, absent
 
 
 def _sizes(paths: Iterable[Path]) -> dict[Path, int | None]:

@@ -1,6 +1,5 @@
 """What a cache knows of one image: its boxes with their nouns, cosines, weights and nearest class names. No CLIP, nothing drawn.
 
-Called by `view_images`, which has `view_picture` draw it, and by `report_gallery`.
 D embedding size.
 """
 
@@ -194,3 +193,13 @@ def _missing(levels: Collection[Level], rows: InstanceRows, reliability: Reliabi
 
 def _nearest(names: Sequence[str], cosines: np.ndarray) -> tuple[Likeness, ...]:
     return tuple(Likeness(names[k], float(cosines[k])) for k in np.argsort(-cosines, kind="stable")[:NEAREST].tolist())
+
+
+def marked(name: str, novel: Collection[str]) -> str:
+    """The name, with a star if it is a novel class's."""
+    return f"{name}*" if name in novel else name
+
+
+def names_and_cosines(found: Sequence[Likeness], novel: Collection[str]) -> str:
+    """Names with their cosines, best first."""
+    return ", ".join(f"{marked(one.name, novel)} {one.cosine:.2f}" for one in found)

@@ -1,6 +1,6 @@
 """The objects of the demo world: line drawings on a 100 x 100 canvas, and how one is painted.
 
-Called by `world.py`. Every class is a list of strokes; its look varies by jittered corner points,
+Every class is a list of strokes; its look varies by jittered corner points,
 rotation, aspect, mirror, two colours and two textures, none of which depends on the class.
 Tones: A and B are the object's two colours, O is a hole.
 """

@@ -1,6 +1,6 @@
 """The demo's teacher: a tiny CLIP of open_clip's own classes, trained on captioned crops of the demo world.
 
-Called by `hdovd demo`. It stands for a CLIP from the web: it has seen every class, novel ones too, with
+It stands for a CLIP from the web: it has seen every class, novel ones too, with
 their names. It is saved in open_clip's `local-dir:` form, so every command reads it as it reads any CLIP.
 """
 
@@ -61,11 +61,6 @@ def demo_teacher(folder: Path, seed: int = 0, log: Callable[[str], None] = print
         shutil.rmtree(partial)
     log(f"trained the demo CLIP: {home}")
     return f"local-dir:{home}"
-
-
-def main(folder: str) -> None:
-    """`demo_teacher` in a process of its own."""
-    demo_teacher(Path(folder))
 
 
 def save_clip(model: open_clip.CLIP, folder: Path) -> None:

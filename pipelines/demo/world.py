@@ -1,6 +1,6 @@
 """The demo world: a small COCO 2017 folder of pictures that we draw ourselves.
 
-Called by `hdovd demo` (`pipelines/demo/run.py`) and by the tests. It holds what real OV-COCO holds:
+It holds what real OV-COCO holds:
 base and novel objects together in the training pictures and in the raw annotation files, captions
 that name some of them and sometimes what is not there, cluttered backgrounds, occlusion.
 """

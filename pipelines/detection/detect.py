@@ -1,6 +1,6 @@
 """Detection of anything that has a name, in any pictures: JSON in COCO's forms, and the pictures with boxes.
 
-Called by `hdovd detect` and Python; `detector` is the same for single pictures in memory.
+`detector` is the same for single pictures in memory.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.core.version import __version__
 from hdovd.pipelines.common.device import workers_for
 from hdovd.pipelines.common.images import Decoded, decode
-from hdovd.pipelines.common.picture_files import PictureFile, find_pictures
+from hdovd.pipelines.common.picture_files import PictureFile, find_pictures, printable
 from hdovd.pipelines.common.progress import progress
 from hdovd.pipelines.dataloading.loader import Batches
 from hdovd.pipelines.detection.config import DetectConfig
 from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.detection.output import DetectionFolder, Tally
 from hdovd.pipelines.extraction.text import read_class_embeddings
+from hdovd.pipelines.runs.tables import table_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +137,33 @@ def _info(detector: Detector, job: DetectConfig) -> dict[str, Any]:
     return {"description": f"hdovd {__version__} detect", "run": str(job.run.absolute()), "weights": str(job.weights),
             "threshold": job.threshold, "split_blind": job.split_blind, "rivals": list(detector.rivals),
             "device": str(detector.device), **embedded}
+
+
+SHOWN_NAMES = 30
+SHOWN_SKIPPED = 10
+
+
+def detect_lines(result: DetectResult) -> list[str]:
+    """The first pictures with what was found, every name with its count, and what was skipped."""
+    tally, lines = result.tally, []
+    if tally.rows:
+        rows = [(printable(row.name), f"{row.size[0]}x{row.size[1]}", str(row.count), row.best or "-") for row in tally.rows]
+        lines += table_lines(("picture", "size", "found", "best"), rows, {"size", "found"})
+        if tally.images > len(rows):
+            lines.append(f"... and {tally.images - len(rows):,d} more pictures, in images.json")
+        kind = dict(zip(result.names, result.is_novel, strict=True))
+        counts = [(name, "novel" if kind[name] else "base", f"{count:,d}", f"{tally.pictures_with[name]:,d}")
+                  for name, count in tally.objects.most_common(SHOWN_NAMES)]
+        lines += ["", *table_lines(("name", "", "found", "in pictures"), counts, {"found", "in pictures"})]
+        none = [name for name in result.names if name not in tally.objects]
+        if len(tally.objects) > SHOWN_NAMES:
+            lines.append(f"... and {len(tally.objects) - SHOWN_NAMES} more names")
+        if none:
+            lines.append(f"not found: {shorten(list(none), SHOWN_NAMES)}")
+    lines.append(f"{counted(tally.images, 'picture')}, {tally.found:,d} found")
+    if skipped := list(result.skipped.values()):
+        lines += [f"{counted(len(skipped), 'picture')} skipped, which cannot be read:",
+                  *(f"  {printable(reason)}" for reason in skipped[:SHOWN_SKIPPED])]
+        if len(skipped) > SHOWN_SKIPPED:
+            lines.append(f"  ... and {len(skipped) - SHOWN_SKIPPED:,d} more, in images.json")
+    return lines

@@ -1,4 +1,4 @@
-"""The folder of `hdovd detect`, written picture by picture. Called by `detect`.
+"""The folder of `hdovd detect`, written picture by picture.
 
     detections.json    COCO results form: [{image_id, category_id, bbox: [x, y, w, h], score}]
     images.json        what the ids mean, as a COCO data set without annotations; and which pictures were skipped, and how it was made

@@ -1,12 +1,13 @@
 """All numbers about what a run detects and what it gets wrong, from its folder and the validation annotations; no model is run.
 
-Called by `hdovd report`, and from Python: `analyse(Path("run"), DataPaths(Path("COCO")))`.
+From Python: `analyse(Path("run"), DataPaths(Path("COCO")))`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,108 @@ import numpy as np
 
 from hdovd.core.errors import HdovdError
 from hdovd.core.text_files import read_json
-from hdovd.data.coco import DataPaths, Exif, Split
+from hdovd.data.coco import DataPaths, Exif, ImageBoxes, Split
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.evaluation.calibration import Reliability, score_reliability
 from hdovd.evaluation.coco import GROUPS, GroundTruth, group_slice
 from hdovd.evaluation.confusion import Confusion, confusion
-from hdovd.evaluation.matching import Found, Matching, Objects, Verdict, find_overlaps, match
+from hdovd.evaluation.matching import Found, Matching, Objects, Verdict, find_overlaps, match, paired_ious
 from hdovd.evaluation.pr_curves import Curves, precision_curves
-from hdovd.evaluation.tide import ErrorBreakdown, Errors, classify, count_errors
+from hdovd.evaluation.tide import KINDS, ErrorBreakdown, Errors, Kind, classify, count_errors
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.evaluation.detections_io import read_found
-from hdovd.pipelines.evaluation.image_errors import ImageVerdicts, verdicts_on
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.listing import read_run
 from hdovd.pipelines.runs.weights import Weights, weights_hash
+
+Box = tuple[float, float, float, float]
+
+
+class Fate(StrEnum):
+    """Of an object: FOUND; MISNAMED and MISPLACED: not found, but a detection of another name stands at its place, or one of its name
+    overlaps it too little; MISSED: none of these; CROWD: not counted."""
+
+    FOUND = "found"
+    MISNAMED = "misnamed"
+    MISPLACED = "misplaced"
+    MISSED = "missed"
+    CROWD = "crowd"
+
+
+@dataclass(frozen=True, slots=True)
+class DetectionVerdict:
+    """`truth`: the place among the image's truths of the object it found or, if it is an error, that the error is about; None if there is
+    none. `iou` with it, 0 without one."""
+
+    box: Box
+    label: int
+    score: float
+    kind: Kind
+    truth: int | None
+    iou: float
+
+
+@dataclass(frozen=True, slots=True)
+class TruthVerdict:
+    """`detection`: the place among the image's detections of the one that found it or, MISNAMED or MISPLACED, that failed to; else None."""
+
+    box: Box
+    label: int
+    annotation_id: int
+    fate: Fate
+    detection: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageVerdicts:
+    """`detections` best first, `truths` in the order of the annotation file. `file_name` is relative to the split's folder."""
+
+    image_id: int
+    file_name: str
+    width: int
+    height: int
+    detections: list[DetectionVerdict]
+    truths: list[TruthVerdict]
+
+    def to_tree(self) -> dict[str, Any]:
+        """The fields as JSON values; kinds and fates by name, boxes to a hundredth of a pixel, scores and IoU to five digits."""
+        return {"image_id": self.image_id, "file_name": self.file_name, "width": self.width, "height": self.height,
+                "detections": [{"box": [round(v, 2) for v in d.box], "label": d.label, "score": round(d.score, 5), "kind": d.kind.value,
+                                "truth": d.truth, "iou": round(d.iou, 5)} for d in self.detections],
+                "truths": [{"box": [round(v, 2) for v in t.box], "label": t.label, "annotation_id": t.annotation_id, "fate": t.fate.value,
+                            "detection": t.detection} for t in self.truths]}
+
+
+def verdicts_on(image: ImageBoxes, found: Found, objects: Objects, matching: Matching, errors: Errors) -> ImageVerdicts:
+    """What became of an image's detections and objects; `objects` holds those of the image in its order."""
+    mine = np.flatnonzero(found.image_ids == image.id)
+    mine = mine[np.argsort(-found.scores[mine], kind="stable")]
+    truths = np.flatnonzero(objects.image_ids == image.id)
+    about = errors.item[mine]
+    has = about >= 0
+    ious = np.zeros(len(mine))
+    ious[has] = paired_ious(found.boxes[mine[has]], objects.boxes[about[has]], objects.crowd[about[has]])
+    place = {item: k for k, item in enumerate(truths.tolist())}
+    detections = [DetectionVerdict(box, label, score, KINDS[kind], place.get(item), iou) for box, label, score, kind, item, iou in zip(
+        _corners(found.boxes[mine]), found.labels[mine].tolist(), found.scores[mine].tolist(), errors.kind[mine].tolist(), about.tolist(),
+        ious.tolist(), strict=True)]
+    shown = {detection: k for k, detection in enumerate(mine.tolist())}
+    fates: list[tuple[Fate, int | None]] = []
+    for item, finder, mender in zip(truths.tolist(), matching.finder[truths].tolist(), errors.mended_by[truths].tolist(), strict=True):
+        if finder >= 0:
+            fates.append((Fate.FOUND, shown[finder]))
+        elif mender >= 0:
+            fates.append((Fate.MISNAMED if KINDS[errors.kind[mender]] is Kind.CLASSIFICATION else Fate.MISPLACED, shown[mender]))
+        else:
+            fates.append((Fate.CROWD if objects.crowd[item] else Fate.MISSED, None))
+    return ImageVerdicts(image.id, image.file_name, image.width, image.height, detections, [
+        TruthVerdict(box, label, number, *fate) for box, label, number, fate in zip(
+            _corners(objects.boxes[truths]), objects.labels[truths].tolist(), image.annotation_ids.tolist(), fates, strict=True)])
+
+
+def _corners(boxes: np.ndarray) -> list[Box]:
+    return [(x, y, x + w, y + h) for x, y, w, h in boxes.tolist()]
+
 
 AP_TOLERANCE = 1e-6  # percent; the same count in another order of sums differs by less
 

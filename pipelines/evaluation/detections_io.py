@@ -1,4 +1,4 @@
-"""Detections as arrays, from COCO results rows in memory or in a file. Called by `evaluate` and `run_analysis`."""
+"""Detections as arrays, from COCO results rows in memory or in a file."""
 
 from __future__ import annotations
 

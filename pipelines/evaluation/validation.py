@@ -1,6 +1,6 @@
 """Detections of a model on the validation images and their AP: built once, run as often as wanted, also between epochs of training.
 
-Called by `evaluate`, and by training once an epoch. It talks to no other process: of several ranks, one runs it alone.
+It talks to no other process: of several ranks, one runs it alone.
 """
 
 from __future__ import annotations

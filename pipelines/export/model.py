@@ -1,29 +1,275 @@
-"""Export: the detector of a run as one file for other programs, with classes as an input. Called by `hdovd export` and Python.
+"""Export of a run's detector as one file for other programs, with classes as an input: how each form is written, run and checked.
 
-The file is run before it gets its name: what does not find the model's detections is no export of it.
+The file is run before it gets its name: what does not find the model's detections is no export of it. A picture is as good a test as
+its detections, and a trained model may find none in made-up ones. So it is also asked for made-up classes, which are the model's own
+features of some of its regions: what they name is there.
+
+Boxes are compared at the scale that the network sees, in percent of the long side of its input: what float32 leaves open grows with
+that. A ResNet-50 at 1,333 pixels is up to 0.006 pixels from itself where torch takes other kernels, 5e-4 percent.
+
+Every form carries the same text beside the weights, strings by name; `CARRIED` says what they are. It is in ONNX's metadata_props, in
+TorchScript's extra file `hdovd.json`, and in the header of safetensors.
 """
 
 from __future__ import annotations
 
 import base64
+import importlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+import tomllib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+import torchvision  # noqa: F401  TorchScript files call its operators
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from hdovd.config.plugins import resolve
+from hdovd.config.recipe import InferenceConfig, InputConfig, build_recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.version import __version__
-from hdovd.modeling.base import build_detector
+from hdovd.modeling.base import Detector, build_detector
+from hdovd.modeling.batching import input_size
+from hdovd.modeling.export.detectors import ExportableDetector
+from hdovd.modeling.postprocess import Detections, detect
 from hdovd.pipelines.common.atomic_write import replace_file
-from hdovd.pipelines.common.images import decode
-from hdovd.pipelines.export import forms as model_forms
-from hdovd.pipelines.export.check import Checked, check, made_up_pictures
-from hdovd.pipelines.export.config import ExportModelConfig
+from hdovd.pipelines.common.images import decode, pixels_of
+from hdovd.pipelines.export.config import ExportModelConfig, ModelForm
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.weights import Weights
+
+_SIZES = ((150, 110), (96, 170))  # width, height: neither has the shape of what is traced
+_LARGER = (1.75, 1.25)  # width and height of another one in short sides of the input: it is made smaller, as photos are
+_MADE_UP_CLASSES = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """`difference`: the largest of `detections` in `pictures`, of boxes in percent of the input's long side and of scores; inf if one is
+    not finite."""
+
+    pictures: int
+    detections: int
+    difference: float
+
+
+def check(run: Run, model: Detector, texts: Tensor, is_novel: Tensor, pictures: Sequence[Tensor]) -> Checked:
+    """Set a file's detections against those of `Detector.predict` and `detect`.
+
+    Args:
+        run: the file. model: that it was made of. pictures: (3, h, w) uint8 each.
+        texts: (C, D) the run's classes. is_novel: (C,) bool.
+    """
+    config, detector, worst, count = model.recipe.inference, traceable(model), 0.0, 0
+    with torch.inference_mode():
+        for number, picture in enumerate(pictures):
+            classes = _made_up_classes(detector, picture, texts)
+            novel = torch.arange(len(classes)) % 2 == 1
+            if number % 2 == 0:  # with the run's own, and without: the number of classes is the user's choice
+                classes, novel = torch.cat([texts, classes]), torch.cat([is_novel, novel])
+            expected = detect(model.predict([picture], classes)[0], novel, config)
+            found = Detections(*run(picture, classes, novel))
+            one, other = (in_percent(d, picture, model.recipe.input) for d in (expected, found))
+            worst, count = max(worst, largest_difference(one, other, config)), count + len(expected.scores)
+    return Checked(len(pictures), count, worst)
+
+
+def in_percent(found: Detections, picture: Tensor, config: InputConfig) -> Detections:
+    """Detections with boxes in percent of the long side of the detector's input in place of pixels of the picture (3, h, w)."""
+    height, width = picture.shape[1:]
+    high, wide = input_size(height, width, config.short_side, config.long_side)
+    return replace(found, boxes=found.boxes * torch.tensor([wide / width, high / height] * 2) * 100 / config.long_side)
+
+
+def _made_up_classes(detector: nn.Module, picture: Tensor, texts: Tensor) -> Tensor:
+    """(n, D): features of some regions, where the detector tells them; else its classes in mixtures."""
+    if isinstance(detector, ExportableDetector):
+        features = detector.rois(picture)[1]
+        return features[:: -(-max(len(features), 1) // _MADE_UP_CLASSES)]
+    return texts + texts.roll(1, 0)
+
+
+def largest_difference(one: Detections, other: Detections, config: InferenceConfig) -> float:
+    """The largest difference of a coordinate or a score between detections and their nearest of the same class on the other side.
+
+    One without such a partner counts by how far its score is above what the other side cut off: the threshold, or its last
+    detection if it has as many as are allowed.
+    """
+    if not (one.boxes.isfinite().all() and other.boxes.isfinite().all() and other.scores.isfinite().all()):
+        return math.inf
+    return max(_from(one, other, config), _from(other, one, config))
+
+
+def _from(one: Detections, other: Detections, config: InferenceConfig) -> float:
+    if not len(one.scores):
+        return 0.0
+    full = len(other.scores) >= config.detections_per_image
+    cut = other.scores.min().item() if full else config.score_threshold
+    nearest = (one.scores - cut).clamp(min=0)
+    if len(other.scores):
+        rows, others = (torch.cat([d.boxes, d.scores[:, None]], dim=1) for d in (one, other))
+        apart = (rows[:, None] - others).abs().amax(dim=2)
+        nearest = torch.minimum(nearest, apart.where(one.labels[:, None] == other.labels, math.inf).amin(dim=1))
+    return float(nearest.max())
+
+
+def made_up_pictures(config: InputConfig) -> list[Tensor]:
+    """(3, h, w) uint8: coloured shapes on noise, the same every time; small ones, and one that is larger than the input."""
+    drawn, larger = [], tuple(round(part * config.short_side) for part in _LARGER)
+    for seed, (width, height) in enumerate((*_SIZES, larger)):
+        rng = np.random.default_rng(seed)
+        picture = Image.fromarray(rng.integers(60, 196, (height // 6, width // 6, 3), np.uint8)).resize((width, height))
+        draw = ImageDraw.Draw(picture)
+        for number in range(9):
+            x, y, side = rng.integers(0, width - 20), rng.integers(0, height - 20), rng.integers(15, min(width, height) // 2)
+            box = [(int(x), int(y)), (int(x + side), int(y + side * rng.uniform(0.6, 1.4)))]
+            (draw.ellipse if number % 2 else draw.rectangle)(box, fill=tuple(int(v) for v in rng.integers(0, 256, 3)), outline="black")
+        drawn.append(pixels_of(picture))
+    return drawn
+
+
+CARRIED = {
+    "hdovd": "version of hdovd that wrote the file",
+    "about": "inputs and outputs",
+    "class_names": "JSON list: the run's classes, base before novel",
+    "is_novel": "JSON list of booleans, one a class",
+    "class_embeddings": "their text embeddings: base64 of little-endian float32, a row of embedding_size numbers a class",
+    "embedding_size": "D",
+    "clip": "JSON: which CLIP the embeddings must be of",
+    "templates": "JSON list: the prompts of the run's own embeddings",
+    "protocol": "name of the base/novel split",
+    "weights": "last or best epoch",
+    "recipe": "the run's recipe, TOML",
+}
+INPUTS, OUTPUTS = ("image", "texts", "is_novel"), ("boxes", "scores", "labels")
+_OPSET = 17
+
+Run = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def require(form: ModelForm) -> None:
+    """Raises HdovdError, with what to install, if a package that the form needs cannot be imported."""
+    for package in ("onnx", "onnxruntime") if form is ModelForm.ONNX else ():
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise HdovdError(f"--format onnx needs the packages onnx and onnxruntime: pip install 'hdovd[export]' ({error})") from error
+
+
+def require_traceable(form: ModelForm, detector: Detector) -> None:
+    """Raises HdovdError, naming the form that works, if the form needs a trace of a detector that has none."""
+    if form is not ModelForm.SAFETENSORS and detector.exportable is None:
+        raise HdovdError(f"--format {form.value}: a run of detector {detector.recipe.detector.name} can be exported as safetensors alone "
+                         "(--format safetensors), which hdovd opens; there is no form of it that other programs run")
+
+
+def traceable(detector: Detector) -> nn.Module:
+    """The detector as a module over (image, texts, is_novel), in eval mode: one that torch can trace, if it has one."""
+    if detector.exportable is None:
+        return _OnePicture(detector)
+    module: nn.Module = resolve(detector.exportable, "the detector's exportable")(detector)
+    return module
+
+
+class _OnePicture(nn.Module):
+    """`Detector.predict` and `detect` of one picture."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector.eval()
+
+    def forward(self, image: Tensor, texts: Tensor, is_novel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = detect(self.detector.predict([image], texts)[0], is_novel, self.detector.recipe.inference)
+        return found.boxes, found.scores, found.labels
+
+
+def write(form: ModelForm, model: Detector, example: tuple[Tensor, Tensor, Tensor], carried: dict[str, str],
+          file: Path) -> None:
+    """Write a file of a form. `example`: inputs to trace with; the file takes others of any size."""
+    with warnings.catch_warnings(), torch.no_grad():
+        # That a size could be taken for a constant, and that torch would like another exporter. What came of it is checked afterwards.
+        warnings.simplefilter("ignore")
+        {ModelForm.ONNX: _write_onnx, ModelForm.TORCHSCRIPT: _write_torchscript, ModelForm.SAFETENSORS: _write_safetensors}[form](
+            model, example, carried, file)
+
+
+def open_model(form: ModelForm, file: Path) -> tuple[Run, dict[str, str]]:
+    """Open a file that `write` wrote, as its user would: a function of (image, texts, is_novel), and what the file carries.
+
+    The function is that of `traceable`. A safetensors file names the backbone, which may be code (docs/EXTENDING.md).
+    """
+    return {ModelForm.ONNX: _open_onnx, ModelForm.TORCHSCRIPT: _open_torchscript, ModelForm.SAFETENSORS: _open_safetensors}[form](file)
+
+
+def _write_onnx(model: Detector, example: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
+    import onnx
+
+    sizes = {"image": {1: "height", 2: "width"}, "texts": {0: "classes"}, "is_novel": {0: "classes"}}
+    found = {name: {0: "detections"} for name in OUTPUTS}
+    # The exporter that follows torch.export keeps no NMS whose result has a length of its own; this one is in torch 2.6 to 2.15 at least.
+    torch.onnx.export(traceable(model), example, str(file), input_names=list(INPUTS), output_names=list(OUTPUTS),
+                      dynamic_axes=sizes | found, opset_version=_OPSET, dynamo=False)
+    written = onnx.load(str(file))
+    if "is_novel" not in {given.name for given in written.graph.input}:  # a run with one score alone asks for none of it
+        written.graph.input.append(onnx.helper.make_tensor_value_info("is_novel", onnx.TensorProto.BOOL, ["classes"]))
+    written.doc_string = carried["about"]
+    onnx.helper.set_model_props(written, carried)
+    onnx.save(written, str(file))
+
+
+def _open_onnx(file: Path) -> tuple[Run, dict[str, str]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def run(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        given = {name: value.numpy() for name, value in zip(INPUTS, inputs, strict=True)}
+        boxes, scores, labels = map(torch.from_numpy, session.run(list(OUTPUTS), given))
+        return boxes, scores, labels
+
+    return run, dict(session.get_modelmeta().custom_metadata_map)
+
+
+def _write_torchscript(model: Detector, example: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
+    save_traced(torch.jit.trace(traceable(model), example, check_trace=False), file, {"hdovd.json": json.dumps(carried)})
+
+
+def save_traced(traced: Any, file: Path, texts: dict[str, str]) -> None:
+    """Write a TorchScript file: by way of memory, since torch itself ends the process where a disk is full."""
+    file.write_bytes(traced.save_to_buffer(_extra_files=texts))
+
+
+def _open_torchscript(file: Path) -> tuple[Run, dict[str, str]]:
+    extra: dict[str, Any] = {"hdovd.json": ""}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls all of TorchScript deprecated
+        return torch.jit.load(str(file), map_location="cpu", _extra_files=extra), json.loads(extra["hdovd.json"])
+
+
+def _write_safetensors(model: Detector, _: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
+    state = model.state_dict()
+    save_file({name: value.contiguous() for name, value in state.items() if not name.startswith(model.training_parts)}, file, carried)
+
+
+def _open_safetensors(file: Path) -> tuple[Run, dict[str, str]]:
+    with safe_open(file, framework="pt") as opened:
+        carried = dict(opened.metadata())
+    model = build_detector(build_recipe(tomllib.loads(carried["recipe"]), str(file)), int(carried["embedding_size"]), log=None)
+    fit = model.load_state_dict(load_file(file), strict=False)
+    if fit.unexpected_keys or (missing := [name for name in fit.missing_keys if not name.startswith(model.training_parts)]):
+        raise HdovdError(f"{file} does not hold the detector of its recipe: unknown {fit.unexpected_keys}, missing {missing}")
+    return traceable(model), carried
+
 
 TOLERANCE = 1e-3  # of boxes in percent of the input's long side, and of scores
 
@@ -37,13 +283,13 @@ class ExportedModel:
 
 def export_model(job: ExportModelConfig, log: Callable[[str], None] = print) -> ExportedModel:
     """Write the detector of a run to one file. Raises HdovdError for bad input, and if the file does not find what the model finds."""
-    model_forms.require(job.form)
+    require(job.form)
     job.check()
     run = RunFolder(job.run, job.trust)
     recipe, protocol, texts = run.recipe(), run.protocol(), run.class_embeddings().float()
     pictures = made_up_pictures(recipe.input) + [_read(path) for path in job.check_images]
     model = build_detector(recipe, texts.shape[1], log=None)
-    model_forms.require_traceable(job.form, model)
+    require_traceable(job.form, model)
     run.load_model(model, job.weights.file)
     is_novel = torch.arange(len(texts)) >= len(protocol.base)
     log(f"{job.run}: {job.weights.value} weights, {len(texts)} classes, embeddings of {texts.shape[1]} numbers")
@@ -51,26 +297,27 @@ def export_model(job: ExportModelConfig, log: Callable[[str], None] = print) -> 
 
     checked: list[Checked] = []
 
-    def write(partial: Path) -> None:
+    def write_checked(partial: Path) -> None:
         try:
-            model_forms.write(job.form, model, example, carried(run, job.weights), partial)
+            write(job.form, model, example, carried(run, job.weights), partial)
         except (torch.onnx.OnnxExporterError, RuntimeError, TypeError) as error:
             raise RuntimeError(f"torch {torch.__version__} cannot export a detector with backbone {recipe.detector.backbone.name}: "
                                f"{error}") from error
 
-        checked.append(check(model_forms.open_model(job.form, partial)[0], model, texts, is_novel, pictures))
+        checked.append(check(open_model(job.form, partial)[0], model, texts, is_novel, pictures))
         if not checked[0].difference <= TOLERANCE:
             raise HdovdError(f"{job.out} was not written: run as {job.form.value}, the detector with backbone "
                              f"{recipe.detector.backbone.name} differs from the model by {checked[0].difference:.2g} (score, or percent of "
                              f"its input's long side), more than {TOLERANCE:g}; try --format safetensors")
 
-    replace_file(job.out, write)
+    replace_file(job.out, write_checked)
     return ExportedModel(job.out, job.out.stat().st_size, checked[0])
 
 
 def carried(run: RunFolder, weights: Weights) -> dict[str, str]:
-    """The text of `model_forms.CARRIED` for a run."""
-    protocol, texts, made = run.protocol(), run.class_embeddings().float(), _made_by(run)
+    """The text of `CARRIED` for a run."""
+    protocol, texts = run.protocol(), run.class_embeddings().float()
+    made = dict(run.record()["cache"]["levels"].get("class", {}).get("inputs", {}))  # what made the class embeddings
     about = (f"image: (3, height, width) uint8 RGB, as decoded, any size; resizing and normalisation are inside. texts: (classes, "
              f"{texts.shape[1]}) float32, CLIP text embeddings of any class names. is_novel: (classes,) bool, true for classes that had no "
              "boxes in training. boxes: (detections, 4) x0, y0, x1, y1 pixels of the image. scores: (detections,) best first. labels: "
@@ -81,13 +328,8 @@ def carried(run: RunFolder, weights: Weights) -> dict[str, str]:
         "class_embeddings": base64.b64encode(texts.numpy().astype("<f4").tobytes()).decode(), "embedding_size": str(texts.shape[1]),
         "clip": json.dumps(made.get("clip")), "templates": json.dumps(made.get("templates")),
         "protocol": protocol.name, "weights": weights.value, "recipe": run.recipe().to_toml()}
-    assert values.keys() == model_forms.CARRIED.keys()
+    assert values.keys() == CARRIED.keys()
     return values
-
-
-def _made_by(run: RunFolder) -> dict[str, object]:
-    """What made the run's class embeddings, as its cache had it."""
-    return dict(run.record()["cache"]["levels"].get("class", {}).get("inputs", {}))
 
 
 def _read(path: Path) -> Tensor:

@@ -1,4 +1,4 @@
-"""The charts of a report: precision and recall, reliability of scores, losses by level, and the matrices. Called by `report`.
+"""The charts of a report: precision and recall, reliability of scores, losses by level, and the matrices.
 
 The colour of a run is its place among the runs.
 """
@@ -15,7 +15,7 @@ from hdovd.evaluation.coco import GROUPS
 from hdovd.evaluation.pr_curves import RECALLS
 from hdovd.pipelines.common.charts import Axis, Line, line_chart, matrix_chart
 from hdovd.pipelines.report.relations import Relations
-from hdovd.pipelines.report.runs import OneRun
+from hdovd.pipelines.report.runs import OneRun, novel_first
 from hdovd.pipelines.training.hooks import PLAIN
 
 MOST_CONFUSIONS = 12
@@ -29,19 +29,17 @@ def group_curves(runs: Sequence[OneRun]) -> list[tuple[str, Markup]]:
     """Mean precision of novel, base and all classes."""
     charts = []
     for group in GROUPS:
-        lines = []
-        for place, run in enumerate(runs):
-            curve = run.analysis.curves.group(group)
-            lines.append(Line(run.name, RECALLS.tolist(), [None] * len(RECALLS) if curve is None else curve.tolist(), place))
+        curves = [run.analysis.curves.group(group) for run in runs]
+        lines = [Line(run.name, RECALLS.tolist(), [None] * len(RECALLS) if curve is None else curve.tolist(), place)
+                 for place, (run, curve) in enumerate(zip(runs, curves, strict=True))]
         charts.append((f"{group} classes", line_chart(f"precision by recall, {group} classes", lines, RECALL, PRECISION)))
     return charts
 
 
 def class_curves(runs: Sequence[OneRun]) -> list[tuple[str, str, Markup]]:
     """Of every class with objects, novel ones first: name, group, chart."""
-    protocol = runs[0].analysis.protocol
-    charts = []
-    for label in [*range(len(protocol.base), len(protocol.names)), *range(len(protocol.base))]:
+    protocol, charts = runs[0].analysis.protocol, []
+    for label in novel_first(protocol):
         lines = [Line(run.name, RECALLS.tolist(), run.analysis.curves.precision[label].tolist(), place) for place, run in enumerate(runs)]
         if not np.isnan(runs[0].analysis.curves.precision[label, 0]):
             name = protocol.names[label]
@@ -90,8 +88,7 @@ def confusion(run: OneRun) -> dict[str, Any]:
     counts = found.counts.astype(np.float64)
     share = np.divide(counts, counts.sum(axis=1, keepdims=True), out=np.zeros_like(counts), where=counts.sum(axis=1, keepdims=True) > 0)
     names = run.analysis.protocol.names
-    base = len(run.analysis.protocol.base)
-    order = [*range(base, len(names)), *range(base), len(names)]  # novel first, as everywhere in the report
+    order = [*novel_first(run.analysis.protocol), len(names)]
     rows, columns = ([(*names, last)[k] for k in order] for last in ("background", "missed"))
     pairs = [{"truth": pair.truth, "truth_group": pair.truth_group, "predicted": pair.named, "predicted_group": pair.named_group,
               "count": pair.count, "share": pair.share} for pair in found.top(MOST_CONFUSIONS)]

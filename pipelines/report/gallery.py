@@ -1,4 +1,4 @@
-"""The pictures of a report: validation images with truth and detections, training images with their pseudo boxes. Called by `report`.
+"""The pictures of a report: validation images with truth and detections, training images with their pseudo boxes.
 
 A card is plain values for the template: a picture as data, its size in pixels of the original image, and boxes in the same pixels.
 """
@@ -16,11 +16,11 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import Protocol
 from hdovd.evaluation.tide import Kind
-from hdovd.pipelines.cache_tools.view import CacheView, Reliability, gather_view
+from hdovd.pipelines.cache_tools.view import CacheView, Reliability, gather_view, marked, names_and_cosines
 from hdovd.pipelines.common.charts import picture_data
 from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.common.settings import SWITCH
-from hdovd.pipelines.evaluation.image_errors import Fate, ImageVerdicts
+from hdovd.pipelines.evaluation.analysis import Fate, ImageVerdicts
 from hdovd.pipelines.extraction.source import cache_of
 from hdovd.pipelines.report.runs import OneRun, TrainingImages
 
@@ -93,18 +93,16 @@ def pseudo_boxes(runs: Sequence[OneRun], training: TrainingImages, count: int) -
             parts[key] = {"names": [run.name], "weight": weight, "cards": _pseudo_cards(run, training, count, weight, f"train{len(parts)}")}
         except HdovdError as error:
             reasons.append(f"{run.name}: {error}")
+    most = " or ".join(sorted({str(run.run.settings["pseudo_boxes.max_per_image"]) for run in runs
+                               if run.run.settings.get("pseudo_boxes.max_per_image")}))
     for part in parts.values():
         weight = part["weight"]
         by = "" if weight is None else (f" Weight of a label: {weight.scale:.3g} * sigmoid((cosine - {weight.centre:.4g}) / "
                                         f"{weight.width:.3g}), from {weight.source}.")
         part["note"] = (f"What {', '.join(part['names'])} learned from besides base boxes (blue): proposals (green), each with the noun "
                         f"that CLIP finds most like its crop; * marks a novel class. The images are spread evenly over the training images "
-                        f"that have proposals; at most {_most(runs)} proposals of an image are used in a step.{by}")
+                        f"that have proposals; at most {most} proposals of an image are used in a step.{by}")
     return list(parts.values()), reasons
-
-
-def _most(runs: Sequence[OneRun]) -> str:
-    return " or ".join(sorted({str(most) for run in runs if (most := run.run.settings.get("pseudo_boxes.max_per_image"))}))
 
 
 def _weight(run: OneRun) -> Reliability | None:
@@ -130,20 +128,17 @@ def _pseudo_cards(run: OneRun, training: TrainingImages, count: int, weight: Rel
 
 
 def _pseudo_rows(view: CacheView, protocol: Protocol) -> dict[str, Any]:
-    def marked(name: str) -> str:
-        return name + "*" * (name in protocol.novel)
-
     boxes, rows = list[dict[str, Any]](), list[dict[str, Any]]()
     for row in view.rows:
         if row.source is Source.BASE_BOX:
             boxes.append(_box(row.box, row.name, "base"))
             continue
         number = len(rows) + 1
-        parts = [marked(noun.name) + (f" ({noun.share:.2f})" if len(row.nouns) > 1 else "") for noun in row.nouns]
+        parts = [marked(noun.name, protocol.novel) + (f" ({noun.share:.2f})" if len(row.nouns) > 1 else "") for noun in row.nouns]
         nouns = " + ".join(parts) or "no noun"
-        boxes.append(_box(row.box, f"{number} {marked(row.name)}", "pseudo", title=f"{number}: {nouns}"))
+        boxes.append(_box(row.box, f"{number} {marked(row.name, protocol.novel)}", "pseudo", title=f"{number}: {nouns}"))
         rows.append({"number": number, "noun": nouns, "cosine": row.cosine, "weight": row.weight,
-                     "nearest": ", ".join(f"{marked(near.name)} {near.cosine:.2f}" for near in row.nearest)})
+                     "nearest": names_and_cosines(row.nearest, protocol.novel)})
     return {"boxes": boxes, "rows": rows}
 
 

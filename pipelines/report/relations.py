@@ -1,6 +1,6 @@
 """What the teacher and a trained detector say of how alike the boxes of one batch are: the two matrices of METHOD section 4.
 
-Called by `report`. n boxes of the batch that have a positive RoI, sorted by name so that what is of one kind lies together.
+n boxes of the batch that have a positive RoI, sorted by name so that what is of one kind lies together.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def _names(targets: list[Any], cache: FeatureCache, protocol: Protocol) -> tuple
     names, pseudo = list[str](), list[bool]()
     for target in targets:
         names += [protocol.names[label] for label in target.labels.tolist()]
-        if nouns:
-            names += [nouns[k] for k in (target.pseudo_texts.cpu() @ rows.T).argmax(dim=1).tolist()] if len(target.pseudo_texts) else []
-        else:
+        if nouns and len(target.pseudo_texts):
+            names += [nouns[k] for k in (target.pseudo_texts.cpu() @ rows.T).argmax(dim=1).tolist()]
+        elif not nouns:
             names += ["pseudo box"] * len(target.pseudo_boxes)
         pseudo += [False] * len(target.boxes) + [True] * len(target.pseudo_boxes)
     return names, pseudo

@@ -1,6 +1,6 @@
 """One page about one run or several: what they find, what they miss, where the AP comes from. One HTML file that needs nothing else.
 
-Called by `hdovd report`, `hdovd demo` and Python. The parts are made by `report_tables`, `report_charts` and `report_gallery`; the page is
+The parts are made by `tables`, `charts_of_runs` and `gallery`; the page is
 `pages/report.html`, with its own style and script in it.
 """
 

@@ -1,4 +1,4 @@
-"""The runs that a report is about: opened, named, checked to be of one kind. Called by `report`; its other parts take `OneRun`."""
+"""The runs that a report is about: opened, named, checked to be of one kind."""
 
 from __future__ import annotations
 
@@ -86,6 +86,12 @@ def data_of(runs: Sequence[RunFolder], given: DataPaths, *, needed: bool = True)
     if not needed:
         return given
     raise HdovdError("where are the pictures? Give --data ROOT, or --images and --annotations; the runs do not tell: " + "; ".join(reasons))
+
+
+def novel_first(protocol: Protocol) -> list[int]:
+    """Labels of the classes in the order that the whole report has."""
+    base = len(protocol.base)
+    return [*range(base, len(protocol.names)), *range(base)]
 
 
 def _require_same(first: OneRun, other: OneRun) -> None:

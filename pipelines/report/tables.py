@@ -1,7 +1,4 @@
-"""The tables of a report, as plain values for its template: AP by setting, run and class, errors by kind, and what made a run.
-
-Called by `report`.
-"""
+"""The tables of a report, as plain values for its template: AP by setting, run and class, errors by kind, and what made a run."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from hdovd.pipelines.ablation.cells import SEED
 from hdovd.pipelines.ablation.table import METRICS, NO, YES, Row
 from hdovd.pipelines.common.format import duration
 from hdovd.pipelines.common.settings import SWITCH, Settings, different_keys, short_names, shown_apart
-from hdovd.pipelines.report.runs import OneRun
+from hdovd.pipelines.report.runs import OneRun, novel_first
 from hdovd.pipelines.runs.listing import Run
 
 ERROR_NAMES = [*(str(kind) for kind in ERRORS), "all false detections", "all objects not found"]
@@ -81,11 +78,10 @@ def run_row(run: OneRun, runs: Sequence[OneRun]) -> dict[str, Any]:
 
 def class_rows(runs: Sequence[OneRun], in_gallery: Collection[str]) -> list[dict[str, Any]]:
     """Novel classes first."""
-    first = runs[0].analysis
-    protocol, objects = first.protocol, first.objects
+    protocol, objects = runs[0].analysis.protocol, runs[0].analysis.objects
     counts = np.bincount(objects.labels[~objects.crowd], minlength=len(protocol.names)).tolist()
     rows = []
-    for label in [*range(len(protocol.base), len(protocol.names)), *range(len(protocol.base))]:
+    for label in novel_first(protocol):
         name = protocol.names[label]
         values = [run.analysis.metrics["per_class"][name] for run in runs]
         ap50 = [value["ap50"] for value in values]
@@ -132,11 +128,9 @@ def facts(run: OneRun) -> list[tuple[str, str]]:
     if steps:
         rates = [entry["images_per_s"] for entry in steps if entry["images_per_s"]]
         waits, memory = ([e[key] for e in steps if key in e] for key in ("data_wait", "memory_gb"))
-        batch, done = settings.get("train.batch_size", 0), 0
-        seconds = 0.0
-        for entry in steps:
-            seconds += (entry["step"] - done) * batch / entry["images_per_s"] if entry["images_per_s"] else 0.0
-            done = entry["step"]
+        batch, since = settings.get("train.batch_size", 0), [0, *(entry["step"] for entry in steps)]
+        seconds = sum((entry["step"] - done) * batch / entry["images_per_s"]
+                      for done, entry in zip(since, steps, strict=False) if entry["images_per_s"])
         found += [("training time", f"{duration(seconds)} by the log, without validation and start"),
                   ("speed", f"{np.median(rates):.1f} images/s" + (f", {np.mean(waits):.1%} of it waiting for data" if waits else ""))]
         found += [("memory", f"{max(memory):.1f} GB at most")] if memory else []

@@ -20,7 +20,7 @@ from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Source
 from hdovd.pipelines.cache_tools.view import CacheView, Likeness, Reliability, ViewRow
-from hdovd.pipelines.cache_tools.view_picture import STRONG, WEAK, draw_view, row_colour
+from hdovd.pipelines.cache_tools.view_images import STRONG, WEAK, draw_view, row_colour
 from hdovd.pipelines.common.drawing import BASE_COLOUR
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
@@ -154,4 +154,4 @@ def test_boxes_lie_where_they_are_whatever_the_picture(size: tuple[int, int]) ->
 def test_many_boxes_and_none() -> None:
     view = CacheView(7, None, (300, 200), tuple(_row(0.1, left=k) for k in range(150)), (), None, ("a note",) * 5)
     sheet = draw_view(view, None, problem="gone")
-    assert draw_view(replace(view, rows=()), None).width < sheet.width < 4_000
+    assert draw_view(replace(view, rows=()), None).height < sheet.height < 5_000

@@ -100,7 +100,7 @@ class AdaMixer(Detector):
     """
 
     training_parts = ("proposals.auxiliary.", "instance_level.", "text_level.", "image_level.", "extra.")
-    exportable = "hdovd.modeling.export.adamixer:ExportableAdaMixer"
+    exportable = "hdovd.modeling.export.detectors:ExportableAdaMixer"
     has_idle_parameters = True  # before `pseudo_boxes.from_epoch`: the adapter of the text level, and the image level
 
     def __init__(self, recipe: Recipe, dim: int, log: Callable[[str], None] | None) -> None:

@@ -66,7 +66,7 @@ class FasterRCNN(Detector):
     `log` None: the backbone is not initialised, because weights are loaded over it.
     """
 
-    exportable = "hdovd.modeling.export.faster_rcnn:ExportableFasterRCNN"
+    exportable = "hdovd.modeling.export.detectors:ExportableFasterRCNN"
     training_parts = ("class_level.", "instance_level.", "image_level.", "extra.")
 
     def __init__(self, recipe: Recipe, dim: int, log: Callable[[str], None] | None) -> None:

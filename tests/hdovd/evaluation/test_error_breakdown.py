@@ -16,7 +16,7 @@ from hdovd.data.protocol import Protocol
 from hdovd.evaluation.coco import group_slice
 from hdovd.evaluation.matching import Found, Objects, Verdict, find_overlaps, match
 from hdovd.evaluation.tide import ERRORS, KINDS, ErrorBreakdown, Errors, Kind, break_down, classify
-from hdovd.pipelines.evaluation.tables import error_table
+from hdovd.pipelines.evaluation.evaluate import error_table
 
 WHOLE = (0.0, 0.0, 10.0, 10.0)
 AWAY = (70.0, 70.0, 10.0, 10.0)

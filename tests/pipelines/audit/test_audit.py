@@ -22,7 +22,7 @@ from hdovd.data.coco import DataPaths, Skips
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.audit.audit import AuditConfig, audit
 from hdovd.pipelines.audit.inputs import read_truth
-from hdovd.pipelines.audit.names import class_of_noun
+from hdovd.pipelines.audit.proposals import class_of_noun
 from hdovd.pipelines.audit.report import Verdict
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extraction.config import ExtractConfig

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import hdovd
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.atomic_write import replace_file, write_picture, write_text, writing
-from hdovd.pipelines.export.forms import save_traced
+from hdovd.pipelines.export.model import save_traced
 
 BIG = torch.zeros(100_000)
 NOISE = Image.effect_noise((600, 600), 100)
@@ -178,9 +178,9 @@ ALLOWED = {
     "pipelines/detection/output.py _write": "given to replace_file",
     "pipelines/proposal_files/file.py fill": "given to replace_file",
     "pipelines/proposal_files/file.py _write_npz": "given to replace_file",
-    "pipelines/export/forms.py _write_onnx": "given to replace_file",
-    "pipelines/export/forms.py save_traced": "given to replace_file",
-    "pipelines/export/forms.py _write_safetensors": "given to replace_file",
+    "pipelines/export/model.py _write_onnx": "given to replace_file",
+    "pipelines/export/model.py save_traced": "given to replace_file",
+    "pipelines/export/model.py _write_safetensors": "given to replace_file",
     "pipelines/demo/teacher.py demo_teacher": "a folder that gets its name when it is whole",
     "pipelines/common/tensors.py save_tensors": "given to replace_file",
     "cache/picture_files.py write_files": "in memory",

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hdovd.pipelines.demo.looking import image_with_most_proposals, small_pictures, telling_pictures
+from hdovd.pipelines.demo.run import image_with_most_proposals, small_pictures, telling_pictures
 from hdovd.pipelines.demo.world import NOVEL
 
 

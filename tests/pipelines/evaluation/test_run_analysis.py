@@ -18,10 +18,8 @@ from hdovd.data.coco import DataPaths, load_split
 from hdovd.data.protocol import load_protocol
 from hdovd.evaluation.coco import GroundTruth
 from hdovd.evaluation.tide import ERRORS, Kind
-from hdovd.pipelines.evaluation.analysis import RunAnalysis, analyse
-from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
-from hdovd.pipelines.evaluation.image_errors import Fate
-from hdovd.pipelines.evaluation.tables import error_table
+from hdovd.pipelines.evaluation.analysis import Fate, RunAnalysis, analyse
+from hdovd.pipelines.evaluation.evaluate import EvalConfig, error_table, evaluate
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.weights import weights_hash
 

@@ -10,7 +10,7 @@ import torch
 
 from hdovd.config.recipe import InferenceConfig, Recipe
 from hdovd.modeling.postprocess import Detections
-from hdovd.pipelines.export.check import in_percent, largest_difference, made_up_pictures
+from hdovd.pipelines.export.model import in_percent, largest_difference, made_up_pictures
 
 CONFIG = InferenceConfig(alpha=0.0, beta=0.0, distillation_scale=20.0, score_threshold=0.3, nms=0.5, detections_per_image=3)
 

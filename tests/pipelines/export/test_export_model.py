@@ -25,14 +25,12 @@ from hdovd.config.recipe import PRESETS, Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.protocol import Protocol
 from hdovd.modeling.batching import batch_images
-from hdovd.modeling.export.faster_rcnn import ExportableFasterRCNN
+from hdovd.modeling.export.detectors import ExportableFasterRCNN
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
 from hdovd.modeling.postprocess import Detections, detect
 from hdovd.pipelines.common.images import pixels_of
-from hdovd.pipelines.export.check import largest_difference, made_up_pictures
 from hdovd.pipelines.export.config import ModelForm
-from hdovd.pipelines.export.forms import CARRIED, open_model
-from hdovd.pipelines.export.model import ExportModelConfig, export_model
+from hdovd.pipelines.export.model import CARRIED, ExportModelConfig, export_model, largest_difference, made_up_pictures, open_model
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.weights import Weights
 

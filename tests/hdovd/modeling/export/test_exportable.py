@@ -9,8 +9,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from hdovd.config.recipe import PRESETS, InferenceConfig, load_recipe
-from hdovd.modeling.export.base import class_nms
-from hdovd.modeling.export.faster_rcnn import ExportableFasterRCNN
+from hdovd.modeling.export.detectors import ExportableFasterRCNN, class_nms
 from hdovd.modeling.faster_rcnn.model import FasterRCNN, RoIPredictions
 from hdovd.modeling.postprocess import Detections, detect
 

@@ -11,10 +11,10 @@ from detections_alike import require_alike
 
 from hdovd.config.recipe import PRESETS
 from hdovd.modeling.adamixer.model import AdaMixer
-from hdovd.modeling.export.adamixer import ExportableAdaMixer
+from hdovd.modeling.export.detectors import ExportableAdaMixer
 from hdovd.modeling.postprocess import Detections, detect
 from hdovd.pipelines.export.config import ModelForm
-from hdovd.pipelines.export.forms import CARRIED, Run, open_model, write
+from hdovd.pipelines.export.model import CARRIED, Run, open_model, write
 
 SIZES = [(96, 80), (37, 91), (300, 40), (7, 5), (64, 64)]  # height, width
 

@@ -1,9 +1,8 @@
-"""The detector as one function of tensors alone, from a picture to detections, that torch can trace. Called by the stage `export_model`.
+"""The detector as one function of tensors alone, from a picture to detections, that torch can trace.
 
 It is `Detector.predict` and `inference.detect` over the same weights, written so that a trace keeps what depends on the
-data: sizes are tensors, nothing is a Python number that a picture decides, and no device is written into it. `exportable_rcnn` and
-`adamixer.exportable` are the detectors that there are.
-R RoIs, C classes, D embedding size.
+data: sizes are tensors, nothing is a Python number that a picture decides, and no device is written into it. 
+R RoIs or queries, C classes, D embedding size.
 """
 
 from __future__ import annotations
@@ -16,9 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from hdovd.modeling.adamixer.boxes import to_corners, to_xyzr
+from hdovd.modeling.adamixer.model import AdaMixer
+from hdovd.modeling.adamixer.proposals import DensePredictions, by_rank
+from hdovd.modeling.adamixer.sampling import SamplingTable
 from hdovd.modeling.base import Detector
 from hdovd.modeling.batching import SIZE_DIVISOR
+from hdovd.modeling.faster_rcnn.model import CODER, FasterRCNN
+from hdovd.modeling.losses import classwise
+from hdovd.modeling.losses.classwise import cosine_logits
 from hdovd.modeling.postprocess import combine_scores
+from hdovd.modeling.rpn import ExactAnchors
 
 
 class ExportableDetector(nn.Module):
@@ -168,3 +175,120 @@ def best_places(scores: Tensor, most: int) -> Tensor:
     if torch.onnx.is_in_onnx_export():  # its sort keeps the order of equal ones anyway, and has no word for it
         return scores.sort(descending=True).indices[:most]
     return scores.sort(descending=True, stable=True).indices[:most]
+
+
+class ExportableAdaMixer(ExportableDetector):
+    """`AdaMixer.predict` of one picture."""
+
+    object_text: Tensor
+
+    def __init__(self, model: AdaMixer) -> None:
+        super().__init__(model)
+        self.config, self.strides, self.has_second = model.config, model.strides, model.recipe.loss.uses_pseudo_boxes
+        self.backbone, self.norms, self.proposals, self.stages = model.backbone, model.norms, model.proposals, model.stages
+        self.last, self.adapters, self.background = model.stage(-1), model.adapters, model.background
+        self.register_buffer("object_text", model.object_text, persistent=False)
+
+    def rois(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The last stage's queries: the class feature in text space, as the classifier and as the distillation move it."""
+        pixels, _, factor = self.prepare(image)
+        maps = [norm(m) for norm, m in zip(self.norms, self.backbone(pixels[None]).values(), strict=True)]
+        trunk = self.proposals.trunk(maps[1:])
+        start = self._start(self.proposals.main(trunk, self.strides[1:], self.object_text), trunk)[None]
+        table = SamplingTable(maps[:-1], self.strides[:-1])
+        content, xyzr = self.proposals.content(table, start), to_xyzr(start)
+        for stage in self.stages:
+            content, xyzr, _ = stage(table, content, xyzr)
+        c = self.last.describe(content[0])
+        boxes = to_corners(xyzr[0]) / torch.cat([factor.flip(0), factor.flip(0)]).to(xyzr)
+        return boxes, self.adapters.classified(c), self.adapters.distilled(c) if self.has_second else None
+
+    def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
+        first = cosine_logits(c, torch.cat([texts, self.background]), self.config.decoder.logit_scale).softmax(dim=1)
+        if d is None:
+            return first, None
+        return first, cosine_logits(d, texts, self.recipe.inference.distillation_scale).softmax(dim=1)
+
+    def _start(self, dense: DensePredictions, maps: list[Tensor]) -> Tensor:
+        """`QueryProposals.candidates` and `choose` of one picture: (R, 4) xyxy."""
+        probability, boxes = dense.probability[0], dense.boxes[0]
+        counts = torch.stack([torch._shape_as_tensor(m)[2:].prod() for m in maps])
+        ends = counts.cumsum(0)
+        chosen = [best_places(probability[end - count : end], self.config.proposals.pre_nms) + (end - count)
+                  for count, end in zip(counts, ends, strict=True)]
+        best = torch.cat(chosen)
+        probability, boxes = probability[best], boxes[best]
+        exact = torch.float32 if torch.onnx.is_in_onnx_export() else torch.float64  # ONNX has no other NMS
+        kept = nms(boxes.to(exact), probability.to(exact), self.config.proposals.nms)
+        distinct = torch.zeros_like(probability).index_fill(0, kept, 1.0) * probability > 0
+        return boxes[best_places(by_rank(probability, distinct), self.config.decoder.queries)]
+
+
+_MANY_BOXES = 1000  # torchvision's batched_nms goes class by class where there are more; else it shifts the classes apart
+_SMALLEST = 1e-3  # pixels; torchvision's RPN drops proposals with a shorter side
+
+
+class ExportableFasterRCNN(ExportableDetector):
+    """`FasterRCNN.predict` of one picture."""
+
+    def __init__(self, model: FasterRCNN) -> None:
+        super().__init__(model)
+        self.backbone, self.rpn, self.pool, self.head, self.background = model.backbone, model.rpn, model.pool, model.head, model.background
+        for level, anchors in enumerate(model.rpn.anchor_generator.cell_anchors):
+            self.register_buffer(f"anchors{level}", anchors.float().clone(), persistent=False)
+
+    def rois(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """c, and d if the model has it."""
+        pixels, size, factor = self.prepare(image)
+        features = self.backbone(pixels[None])
+        limit = torch.cat([size.flip(0), size.flip(0)]).to(pixels)
+        proposals = self._proposals(features, pixels.shape, limit)
+        deltas, c, r = self.head(self._pooled(features, proposals))
+        boxes = clip(CODER.decode_single(deltas, proposals), limit)
+        return boxes / torch.cat([factor.flip(0), factor.flip(0)]).to(boxes), c, self.head.distill(r)
+
+    def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
+        prompts = torch.cat([texts, self.background[None]])
+        first = classwise.cosine_logits(c, prompts, self.recipe.faster_rcnn.head.logit_scale).softmax(dim=1)
+        if d is None:
+            return first, None
+        return first, classwise.cosine_logits(d, texts, self.recipe.inference.distillation_scale).sigmoid()
+
+    def _pooled(self, features: dict[str, Tensor], rois: Tensor) -> Tensor:
+        """`PyramidRoIAlign.forward` of one picture: how many RoIs each level has is not known when it is traced."""
+        level_of, indexed = self.pool.level_of(rois), torch.cat([torch.zeros_like(rois[:, :1]), rois], dim=1)
+        rows = [(level_of == level).nonzero().flatten() for level in self.pool.levels]
+        crops = torch.cat([self.pool.crop(features, level, indexed[r]) for level, r in zip(self.pool.levels, rows, strict=True)])
+        return crops.index_select(0, torch.cat(rows).argsort())
+
+    def _proposals(self, features: dict[str, Tensor], shape: torch.Size, limit: Tensor) -> Tensor:
+        """The RPN's `filter_proposals`: (R, 4) pixels of the batch, best first."""
+        rpn = self.rpn
+        boxes, scores = [], []
+        for level, (logits, deltas) in enumerate(zip(*rpn.head(list(features.values())), strict=True)):
+            anchors = self._anchors(level, logits, shape)
+            logits = logits[0].permute(1, 2, 0).flatten()
+            best = logits.topk(at_most(logits, rpn.pre_nms_top_n())).indices
+            deltas = deltas[0].unflatten(0, (-1, 4)).permute(2, 3, 0, 1).reshape(-1, 4)
+            level_boxes = clip(rpn.box_coder.decode_single(deltas[best], anchors[best]), limit)
+            keep = ((level_boxes[:, 2:] - level_boxes[:, :2]).amin(dim=1) >= _SMALLEST).nonzero().flatten()
+            boxes.append(level_boxes[keep])
+            scores.append(logits[best][keep].sigmoid())
+        together = torch.cat([torch.cat(boxes), torch.zeros_like(limit[None])])  # one more, or there may be no largest
+        few = torch._shape_as_tensor(together)[0] - 1 <= _MANY_BOXES
+        shift = few.to(limit) * (together.amax() + 1)
+        kept = [nms(b + level * shift, s, rpn.nms_thresh) for level, (b, s) in enumerate(zip(boxes, scores, strict=True))]
+        boxes, scores = ([rows[k] for rows, k in zip(parts, kept, strict=True)] for parts in (boxes, scores))
+        return torch.cat(boxes)[best_places(torch.cat(scores), rpn.post_nms_top_n())]
+
+    def _anchors(self, level: int, logits: Tensor, shape: torch.Size) -> Tensor:
+        """torchvision's grid of anchors over a map of logits (1, A, h, w): (h * w * A, 4)."""
+        cells = self.get_buffer(f"anchors{level}")
+        rows, columns = (torch.ones_like(line).cumsum(0) - 1 for line in (logits[0, 0, :, 0], logits[0, 0, 0, :]))
+        if isinstance(self.rpn.anchor_generator, ExactAnchors):
+            stride = 2 ** (self.pool.levels[0] + level)
+            rows, columns = rows * stride, columns * stride
+        else:
+            rows, columns = rows * (shape[1] // logits.shape[2]), columns * (shape[2] // logits.shape[3])
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
+        return (torch.stack([x, y, x, y], dim=2).unsqueeze(2) + cells).reshape(-1, 4)
