@@ -27,7 +27,7 @@ def naming_damage(place: str, advice: str = REPAIR) -> Iterator[None]:
     except (HdovdError, FileNotFoundError):
         raise
     except Exception as error:
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        kind = {ValueError: "", KeyError: "it lacks "}.get(type(error), f"{type(error).__name__}: ")
         raise HdovdError(f"{place} is damaged ({kind}{' '.join(str(error).split())[:200]}): {advice}") from error
 
 
