@@ -206,10 +206,8 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
                          + _how_to_fetch(_repositories(model, pretrained, config))) from error
     net.eval().requires_grad_(False)
     _check_activation(net, quick_gelu)
-    # Apart from the activation, which the identity names by itself: one model has one hash under all its names.
-    shape = json.dumps({name: value for name, value in config.items() if name != "quick_gelu"}, sort_keys=True, default=str)
     identity: dict[str, Any] = {
-        "architecture": hashlib.sha256(shape.encode()).hexdigest()[:16],
+        "architecture": _hash_config(config),
         "weights_sha256": _hash_weights(net),
         "activation": str(Activation.QUICK_GELU if quick_gelu else Activation.GELU),
     }
@@ -241,6 +239,12 @@ def _prompt_batches(names: Sequence[Name], templates: Sequence[str]) -> Iterator
     left = prompts(names, templates)
     while batch := list(islice(left, _TEXT_BATCH)):
         yield [row for row, _ in batch], [text for _, text in batch]
+
+
+def _hash_config(config: dict[str, Any]) -> str:
+    """The architecture, apart from the activation, which the identity names by itself: one model has one hash under all its names."""
+    shape = {name: value for name, value in config.items() if name != "quick_gelu"}
+    return hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _model_config(model: str, pretrained: str | None, random_weights: bool) -> dict[str, Any]:
