@@ -1,11 +1,11 @@
-"""Three training steps in W processes over gloo, or in one: `python data_parallel_scenes.py OUT SHARE...`, an integer a process.
+"""Three training steps in W processes over gloo, or in one: `run(OUT, SHARES)`, with an integer a process.
 
-Every process writes OUT/RANK.pt: losses and gradients of each step, and the state at the end. With SHARE... as one
-number there is no process group. Run by test_distributed.py.
+Every process is forked from this one, and writes OUT/RANK.pt: losses and gradients of each step, and the state at the end. With one
+share there is no process group. Run by test_distributed.py.
 """
 
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -107,16 +107,17 @@ def check_gathering(rank: int, world: int) -> None:
 
 
 def work(rank: int, shares: list[int], out: Path) -> None:
+    if len(shares) == 1:
+        train(rank, shares, out)
+        return
     dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=len(shares))
     check_gathering(rank, len(shares))
     train(rank, shares, out)
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    folder, numbers = Path(sys.argv[1]), [int(word) for word in sys.argv[2:]]
+def run(folder: Path, shares: list[int]) -> list[dict[str, Any]]:
+    """What each of the processes wrote."""
     folder.mkdir()
-    if len(numbers) == 1:
-        train(0, numbers, folder)
-    else:
-        mp.start_processes(work, (numbers, folder), len(numbers), start_method="fork")  # torch is imported, and has no threads yet
+    mp.start_processes(work, (shares, folder), len(shares), start_method="fork")  # torch is imported, and has one thread
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(len(shares))]

@@ -1,29 +1,19 @@
 """Several processes train as one does: losses, gradients, weights and queues (METHOD section 10)."""
 
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from data_parallel_scenes import run
 from torch import Tensor
 
 from hdovd.distributed import counts_of_ranks, divisor, gather_rows, mean_count, rank, world_size
 
-SCENES = Path(__file__).with_name("data_parallel_scenes.py")
-Python = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def results(python: Python, out: Path, shares: list[int]) -> list[dict[str, Any]]:
-    done = python([SCENES, out, *shares], out.parent)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(out / f"{r}.pt", weights_only=True) for r in range(len(shares))]
-
 
 @pytest.fixture(scope="module")
-def alone(python: Python, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    one, = results(python, tmp_path_factory.mktemp("alone") / "out", [5])
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    one, = run(tmp_path_factory.mktemp("alone") / "out", [5])
     assert all(loss > 0 for loss in one["steps"][1]["losses"].values())
     for level in ("instance", "image"):  # full: the order of rows and what falls out are tested too
         assert (one["state"][f"{level}_level.student_queue.rows"] != 0).any(dim=1).sum() > 10
@@ -31,12 +21,12 @@ def alone(python: Python, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.mark.parametrize("shares", [[3, 2], [1, 3, 1]])
-def test_processes_together_train_as_one(python: Python, tmp_path: Path, alone: dict[str, Any], shares: list[int]) -> None:
+def test_processes_together_train_as_one(tmp_path: Path, alone: dict[str, Any], shares: list[int]) -> None:
     """With [1, 3, 1] one process has no pseudo box, one no box at all, and one has all pairs of step 2.
 
     In float64; what is left is the rounding of the counts, which are float32: 1e-6 of the largest value of a tensor.
     """
-    together = results(python, tmp_path / "out", shares)
+    together = run(tmp_path / "out", shares)
 
     def check(name: str, found: Tensor, expected: Tensor) -> None:
         assert float((found - expected).abs().max()) <= 1e-6 * float(expected.abs().max()), name

@@ -1,23 +1,14 @@
 """Two processes train AdaMixer as one does (METHOD section 10): losses, gradients, memories and moving means."""
 
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from adamixer_processes import run
 
-SCENES = Path(__file__).parents[1] / "adamixer_processes.py"
 
-
-def test_two_processes_are_one(python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_two_processes_are_one(tmp_path: Path) -> None:
     """In float64; counts are float32, so to 1e-6 of a tensor's largest value (and of the largest gradient)."""
-    results = []
-    for shares in ([4], [1, 3]):
-        out = tmp_path / str(len(shares))
-        done = python([SCENES, out, *shares], tmp_path)
-        assert done.returncode == 0, done.stderr
-        results.append([torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(len(shares))])
-    (alone,), together = results
+    (alone,), together = run(tmp_path / "1", [4]), run(tmp_path / "2", [1, 3])
     assert all(loss > 0 for loss in alone["steps"][1].values())
     for step, losses in enumerate(alone["steps"]):
         for name, loss in losses.items():
