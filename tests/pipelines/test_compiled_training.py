@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
-from hdovd.backbone import build_backbone
+from hdovd import backbone
 from hdovd.coco import DataPaths
 from hdovd.config import Recipe, load_recipe
 from hdovd.errors import HdovdError
@@ -34,14 +35,31 @@ def _anew() -> None:
     torch.compiler.reset()
 
 
+class _Tiny(nn.Module):
+    """A backbone as small as can be: what torch compiles takes time by its operations."""
+
+    widths = (8, 8, 8, 8)
+
+    def __init__(self, norm_layer: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), norm_layer(8)
+        for stage in range(1, 5):
+            self.add_module(f"layer{stage}", nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(inplace=True)))
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone, "TinyResNet", _Tiny)
+
+
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The backbones that training compiles, by aot_eager."""
     found: list[nn.Module] = []
 
-    def note(backbone: nn.Module, device: torch.device) -> None:
-        found.append(backbone)
-        compile_backbone(backbone, device, "aot_eager")
+    def note(network: nn.Module, device: torch.device) -> None:
+        found.append(network)
+        compile_backbone(network, device, "aot_eager")
 
     for stage in (train, proposer_training):
         monkeypatch.setattr(stage, "compile_backbone", note)
@@ -59,14 +77,14 @@ def test_one_graph_serves_all_sizes_of_a_batch() -> None:
         graphs.append(graph)
         return graph.forward
 
-    backbone = build_backbone(load_recipe("demo").detector.backbone, lambda _: None).train()
-    names = list(backbone.state_dict())
-    compile_backbone(backbone, CPU, backend)
+    network = backbone.build_backbone(load_recipe("demo").detector.backbone, lambda _: None).train()
+    names = list(network.state_dict())
+    compile_backbone(network, CPU, backend)
     assert len(graphs) == 1  # of the trial
     for shape in ((2, 64, 96), (3, 128, 64), (4, 96, 96)):
-        backbone(_pictures(*shape))
+        network(_pictures(*shape))
     assert len(graphs) == 2
-    assert list(backbone.state_dict()) == names
+    assert list(network.state_dict()) == names
 
 
 def test_a_run_goes_the_way_of_one_that_is_not_compiled(world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe],
@@ -162,9 +180,10 @@ def test_between_synced_norms_it_is_compiled_in_parts(monkeypatch: pytest.Monkey
 
 
 def test_without_a_compiler_nothing_is_begun(world: Path, training_cache: Path, tmp_path: Path, micro_settings: list[str],
-                                             python: Callable[..., Any]) -> None:
-    found = python(["-m", "hdovd", "train", "--data", world, "--cache", training_cache, "--out", tmp_path / "run", "--device", "cpu",
-                    "--protocol", world / "protocol.toml", *micro_settings, "--set", "train.compile=true"], tmp_path, CXX="/no/compiler")
+                                             forked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor.cpp, "cxx", ("/no/compiler",))  # as CXX=/no/compiler has it
+    found = forked(["train", "--data", world, "--cache", training_cache, "--out", tmp_path / "run", "--device", "cpu",
+                    "--protocol", world / "protocol.toml", *micro_settings, "--set", "train.compile=true"], tmp_path).wait()
     assert found.returncode == 1
     assert [line for line in found.stderr.splitlines() if line.startswith("error:")] == [
         line for line in found.stderr.splitlines() if "torch cannot compile for cpu here" in line and "apt-get install g++" in line]
