@@ -1,9 +1,9 @@
 """Real extractions in real processes, for scenes in which they are killed or started together (`killed_scenes`, `spread_scenes`).
 
-    python killed_scenes.py EXTRACTION.json > FACTS.json
+    facts = play(config, *SCENES)
 
-A process imports everything once and forks (before torch has threads): each child is an `hdovd extract-clip` that costs no
-second of start. EXTRACTION.json is `ExtractConfig.to_dict()`; FACTS.json says what every scene saw, and tests judge it.
+The process of the tests, which has imported everything, forks: each child is an `hdovd extract-clip` that costs no second of start.
+Facts say what every scene saw, and tests judge it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Child:
             os.dup2(self._out.fileno(), 1)
             os.dup2(self._out.fileno(), 2)
             sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
+            os.environ["OMP_NUM_THREADS"] = "1"  # threads of OpenMP do not live through forks
             code = 0
             try:
                 body()
@@ -138,8 +139,8 @@ def damaged(folder: Path) -> list[str]:
     return wrong
 
 
-def play(*scenes: Callable[[Extractions], Facts]) -> None:
-    """Play scenes for the extraction that the command line names; prints the facts of each, by its name."""
+def play(config: ExtractConfig, *scenes: Callable[[Extractions], Facts]) -> Facts:
+    """Play scenes for an extraction; the facts of each, by its name."""
     with tempfile.TemporaryDirectory() as scratch:
-        extractions = Extractions(json.loads(Path(sys.argv[1]).read_text()), Path(scratch))
-        print(json.dumps({scene.__name__: scene(extractions) for scene in scenes}))
+        extractions = Extractions(json.loads(json.dumps(config.to_dict())), Path(scratch))
+        return {scene.__name__: scene(extractions) for scene in scenes}

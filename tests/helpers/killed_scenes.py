@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from forked_extractions import Body, Child, Extractions, Facts, Interrupted, damaged, digests, play
+from forked_extractions import Body, Child, Extractions, Facts, Interrupted, damaged, digests
 
 NO_MOUNT = 77
 MS_REMOUNT, MS_REC, MS_PRIVATE = 32, 1 << 14, 1 << 18
@@ -28,7 +28,7 @@ WRITING = {"os.rename", "os.link", "os.mkdir", "os.remove"}
 def killed_at_random(all_of: Extractions) -> Facts:
     """The command, killed after random times, resumed until it ends; and again in other folders."""
     rng, facts = random.Random(7), Facts(kills=0, early=0, damaged=[], whole=0, same=0)
-    while facts["kills"] < 12:
+    while facts["kills"] < 6:
         cache = all_of.folder(f"random {facts['whole']}")
         while True:
             child = Child(all_of.command(cache))
@@ -48,25 +48,22 @@ def killed_at_random(all_of: Extractions) -> Facts:
 
 def killed_at_a_write(all_of: Extractions) -> Facts:
     """Killed just before the n-th thing that it does to a file of the cache, n growing and shrinking, resumed until it ends."""
-    facts = Facts(kills=0, without_root=0, without_tables=0, with_partial=0, damaged=[], whole=0, same=0)
-    for seed in (1, 2):
-        rng, cache = random.Random(seed), all_of.folder(f"write {seed}")
-        steps = iter([3, 17, 30, 45])  # while the cache itself is being made; then anywhere
-        while True:
-            n = next(steps, rng.randrange(5, 250))
-            child = Child(all_of.function(cache, before=lambda n=n, cache=cache: _die_before(n, cache)))
-            code = child.wait()
-            facts["damaged"] += damaged(cache)
-            if code != -signal.SIGKILL:
-                assert code == 0, child.printed()
-                break
-            facts["kills"] += 1
-            facts["without_root"] += not (cache / "zarr.json").exists()
-            facts["without_tables"] += any(not (p.parent / "parts" / "tables.json").exists() for p in cache.glob("*/*/zarr.json"))
-            facts["with_partial"] += any(cache.rglob(".partial-*"))
-        facts["whole"] += 1
-        facts["same"] += all_of.same(cache)
-    return facts
+    facts = Facts(kills=0, without_root=0, without_tables=0, with_partial=0, damaged=[])
+    rng, cache = random.Random(1), all_of.folder("write")
+    steps = iter([3, 17, 30, 45])  # while the cache itself is being made; then anywhere
+    while True:
+        n = next(steps, rng.randrange(5, 250))
+        child = Child(all_of.function(cache, before=lambda n=n: _die_before(n, cache)))
+        code = child.wait()
+        facts["damaged"] += damaged(cache)
+        if code != -signal.SIGKILL:
+            assert code == 0, child.printed()
+            break
+        facts["kills"] += 1
+        facts["without_root"] += not (cache / "zarr.json").exists()
+        facts["without_tables"] += any(not (p.parent / "parts" / "tables.json").exists() for p in cache.glob("*/*/zarr.json"))
+        facts["with_partial"] += any(cache.rglob(".partial-*"))
+    return facts | Facts(same=all_of.same(cache))
 
 
 def killed_while_retrying(all_of: Extractions) -> Facts:
@@ -86,7 +83,7 @@ def killed_while_retrying(all_of: Extractions) -> Facts:
         os.utime(file, ns=(modified, modified))  # which the cache keeps
     rng = random.Random(3)
     while True:
-        n = rng.randrange(2, 60)
+        n = rng.randrange(2, 120)
         child = Child(here.function(cache, before=lambda n=n: _die_before(n, cache), retry_failed=True))
         code = child.wait()
         facts["damaged"] += damaged(cache)
@@ -200,6 +197,4 @@ def _own_mounts(libc: ctypes.CDLL) -> None:
     libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None)
 
 
-
-if __name__ == "__main__":
-    play(killed_at_random, killed_at_a_write, killed_while_retrying, killed_with_a_worker, too_long_a_file, full_disk)
+SCENES = (killed_at_random, killed_at_a_write, killed_while_retrying, killed_with_a_worker, too_long_a_file, full_disk)

@@ -6,31 +6,27 @@ import os
 import select
 import signal
 
-from forked_extractions import Child, Extractions, Facts, Interrupted, damaged, play
+from forked_extractions import Child, Extractions, Facts, Interrupted, damaged
 
 from hdovd.pipelines.extraction.config import Share
 
 
 def together(all_of: Extractions) -> Facts:
-    """The same command started twice, and three times, at once: all are in the middle of a part when the first goes on."""
-    facts = Facts()
-    for count in (2, 3):
-        cache = all_of.folder(f"together {count}")
-        arrived, arrive = os.pipe()
-        going, go = os.pipe()
+    """The same command started three times at once: all are in the middle of a part when the first goes on."""
+    cache = all_of.folder("together")
+    arrived, arrive = os.pipe()
+    going, go = os.pipe()
 
-        def meet(arrive: int = arrive, going: int = going) -> None:
-            os.write(arrive, b".")
-            os.read(going, 1)
+    def meet() -> None:
+        os.write(arrive, b".")
+        os.read(going, 1)
 
-        children = [Child(all_of.function(cache, Interrupted(all_of.teacher, 3, meet))) for _ in range(count)]
-        for _ in children:
-            assert select.select([arrived], [], [], 60)[0], [child.printed() for child in children]
-            os.read(arrived, 1)
-        os.write(go, b"." * count)
-        facts[str(count)] = Facts(codes=[child.wait() for child in children], printed=[child.printed() for child in children],
-                                  same=all_of.same(cache))
-    return facts
+    children = [Child(all_of.function(cache, Interrupted(all_of.teacher, 3, meet))) for _ in range(3)]
+    for _ in children:
+        assert select.select([arrived], [], [], 60)[0], [child.printed() for child in children]
+        os.read(arrived, 1)
+    os.write(go, b"...")
+    return Facts(codes=[child.wait() for child in children], printed=[child.printed() for child in children], same=all_of.same(cache))
 
 
 def elastic(all_of: Extractions) -> Facts:
@@ -67,6 +63,4 @@ def ranks_and_shards(all_of: Extractions) -> Facts:
     return facts
 
 
-
-if __name__ == "__main__":
-    play(together, elastic, ranks_and_shards)
+SCENES = (together, elastic, ranks_and_shards)

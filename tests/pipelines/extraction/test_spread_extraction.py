@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_extractions import Child, play
+from spread_scenes import SCENES
+from torch.distributed.run import main as torchrun
 
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.extraction.config import Executor, ExtractConfig, Share
@@ -35,17 +38,9 @@ def _run(words: list[object], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *map(str, words)], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
 
 
-def _script(name: str) -> Path:
-    return Path(__file__).parents[2] / "helpers" / name
-
-
 @pytest.fixture(scope="module")
 def facts(extraction: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("spread")
-    (folder / "extraction.json").write_text(json.dumps(extraction(folder).to_dict()))
-    done = _run([_script("spread_scenes.py"), "extraction.json"], folder)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
+    return play(extraction(tmp_path_factory.mktemp("spread")), *SCENES)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +59,9 @@ def _crops(printed: str) -> tuple[int, int]:
     return mine, others
 
 
-@pytest.mark.parametrize("count", ["2", "3"])
-def test_started_several_times_at_once_all_succeed_and_share_the_work(facts: dict[str, Any], count: str) -> None:
-    seen = facts["together"][count]
-    assert seen["codes"] == [0] * int(count)
+def test_started_several_times_at_once_all_succeed_and_share_the_work(facts: dict[str, Any]) -> None:
+    seen = facts["together"]
+    assert seen["codes"] == [0] * 3
     assert seen["same"]
     crops = [_crops(printed) for printed in seen["printed"]]
     assert min(mine for mine, _ in crops) > 0
@@ -109,21 +103,25 @@ def test_torchrun_in_an_array_shares_each_tasks_shard(facts: dict[str, Any]) -> 
     assert seen["same"]
 
 
-def test_torchrun_itself(alone: Path, extraction: Config, tmp_path: Path) -> None:
+def test_torchrun_itself(alone: Path, extraction: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher is forked; what it starts are fresh processes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = extraction(tmp_path / "cache")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "hdovd"]
-    done = _run([*launcher, "extract-clip", "--data", config.data.root, "--cache", config.cache, "--clip", config.clip, "--proposals",
-                 config.proposals, "--vocabulary", config.vocabulary, "--captions", config.captions, "--protocol", config.protocol,
-                 "--device", "cpu", "--part-rows", 16, "--batch-size", 16], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert [done.stdout.count(line) for line in ("plan for", "set default is whole", "next: hdovd train")] == [1, 1, 1]
+    words = ["--standalone", "--nproc-per-node", 2, "-m", "hdovd", "extract-clip", "--data", config.data.root, "--cache", config.cache,
+             "--clip", config.clip, "--proposals",
+             config.proposals, "--vocabulary", config.vocabulary, "--captions", config.captions, "--protocol", config.protocol,
+             "--device", "cpu", "--part-rows", 16, "--batch-size", 16]
+    launcher = Child(lambda: torchrun([str(word) for word in words]))
+    assert launcher.wait() == 0, launcher.printed()
+    assert [launcher.printed().count(line) for line in ("plan for", "set default is whole", "next: hdovd train")] == [1, 1, 1]
     assert _contents(tmp_path / "cache") == _contents(alone)
 
 
 def test_a_ray_worker_is_killed_and_another_does_its_part(alone: Path, extraction: Config, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     (tmp_path / "extraction.json").write_text(json.dumps(extraction(tmp_path).to_dict()))
-    done = _run([_script("ray_with_a_death.py"), "extraction.json", "cache", 16, 16], tmp_path)
+    done = _run([Path(__file__).with_name("ray_with_a_death.py"), "extraction.json", "cache", 16, 16], tmp_path)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["whole"]

@@ -15,6 +15,7 @@ import torch
 from plain_backbone import SETTINGS as PLAIN
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.core.errors import HdovdError
@@ -163,9 +164,10 @@ def test_between_synced_norms_it_is_compiled_in_parts(monkeypatch: pytest.Monkey
 
 
 def test_without_a_compiler_nothing_is_begun(world: Path, training_cache: Path, tmp_path: Path, micro_settings: list[str],
-                                             python: Callable[..., Any]) -> None:
-    found = python(["-m", "hdovd", "train", "--data", world, "--cache", training_cache, "--out", tmp_path / "run", "--device", "cpu",
-                    "--protocol", world / "protocol.toml", *micro_settings, "--set", "train.compile=true"], tmp_path, CXX="/no/compiler")
+                                             forked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor.cpp, "cxx", ("/no/compiler",))  # as CXX=/no/compiler has it
+    found = forked(["train", "--data", world, "--cache", training_cache, "--out", tmp_path / "run", "--device", "cpu",
+                    "--protocol", world / "protocol.toml", *micro_settings, "--set", "train.compile=true"], tmp_path).wait()
     assert found.returncode == 1
     assert [line for line in found.stderr.splitlines() if line.startswith("error:")] == [
         line for line in found.stderr.splitlines() if "torch cannot compile for cpu here" in line and "apt-get install g++" in line]
