@@ -119,7 +119,7 @@ def bench_scale(folder: Path, bench: ScaleBench) -> Figures:
     print(f"making {bench.images:,d} images with {BASE_BOXES} boxes and {bench.boxes} proposals each, from {PICTURES} pictures")
     make_world(folder, bench.images, base_boxes=BASE_BOXES, proposals=bench.boxes, size=(64, 48), pictures=PICTURES, file_type="png")
     (folder / "nouns.txt").write_text("\n".join(f"noun {number}" for number in range(NOUNS)))
-    config = ExtractConfig(DataPaths(images=folder / "images", annotations=folder / "annotations.json"), folder / "cache", "stub",
+    config = ExtractConfig(data=DataPaths(images=folder / "images", annotations=folder / "annotations.json"), cache=folder / "cache", clip="stub",
                            proposals=folder / "proposals.json", vocabulary=folder / "nouns.txt", workers=bench.workers)
     started = time.monotonic()
     report = extract_clip(config, lambda _: None, StubTeacher(bench.dim, bench.side))

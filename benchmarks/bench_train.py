@@ -104,7 +104,7 @@ def bench_train(folder: Path, bench: TrainBench) -> list[Variant]:
     print(f"making {bench.images} pictures of {width}x{height} and their cache")
     make_world(folder, bench.images, base_boxes=7, proposals=10, size=(width, height))
     (folder / "nouns.txt").write_text("\n".join(f"thing {number}" for number in range(NOUNS)))
-    extract_clip(ExtractConfig(_paths(folder), folder / "cache", bench.clip, proposals=folder / "proposals.json",
+    extract_clip(ExtractConfig(data=_paths(folder), cache=folder / "cache", clip=bench.clip, proposals=folder / "proposals.json",
                                vocabulary=folder / "nouns.txt", device=bench.device), lambda _: None, clip)
     variants = _variants(folder, bench, recipe, clip)
     for _ in range(bench.rounds):

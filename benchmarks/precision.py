@@ -29,7 +29,7 @@ def losses_of(recipe: Recipe, folder: Path, device: str, steps: int) -> list[dic
     """The weighted losses of every step, by name."""
     protocol = load_protocol(str(folder / "world" / "protocol.toml"))
     with team(device) as us:
-        data = training_data(TrainConfig(DataPaths(folder / "world"), folder / "cache", folder / "run", recipe), protocol, lambda _: None)
+        data = training_data(TrainConfig(data=DataPaths(folder / "world"), cache=folder / "cache", out=folder / "run", recipe=recipe), protocol, lambda _: None)
         texts = torch.from_numpy(data.class_embeddings(protocol.base)).to(us.device)
         torch.manual_seed(recipe.train.seed)
         model = prepared(build_detector(recipe, data.dim, None), recipe, us, None)

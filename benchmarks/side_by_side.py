@@ -32,7 +32,7 @@ def prepare(folder: Path) -> None:
     world, proposals = folder / "world", folder / "proposals.json"
     boxes = json.loads((world / "annotations" / "instances_train2017.json").read_text())["annotations"]
     proposals.write_text(json.dumps([{"image_id": one["image_id"], "bbox": one["bbox"], "score": 0.5} for one in boxes]))
-    extract_clip(ExtractConfig(DataPaths(world), folder / "cache", tiny_clip(folder), proposals=proposals,
+    extract_clip(ExtractConfig(data=DataPaths(world), cache=folder / "cache", clip=tiny_clip(folder), proposals=proposals,
                                vocabulary=world / "vocabulary.txt", protocol=str(world / "protocol.toml")), lambda _: None)
 
 

@@ -110,6 +110,7 @@ class Catalog:
         return [Product(self.folder, Level(name[0]), name[1]) for name in names if len(name) == 3 and name[0] in set(Level)]
 
     def find(self, level: Level, key: str) -> Product | None:
+        """The product of a level and a key, or None."""
         return Product(self.folder, level, key) if self.folder.exists(f"{level}/{key}/zarr.json") else None
 
     def nearest(self, level: Level, inputs: KeyInputs) -> tuple[Product | None, list[str]]:
@@ -118,6 +119,7 @@ class Catalog:
         return min(found, key=lambda entry: len(entry[1]), default=(None, []))
 
     def sets(self) -> dict[str, FeatureSet]:
+        """All sets by name. Raises HdovdError if one is damaged."""
         return {name.removeprefix("sets/").removesuffix(".json"): read_set(self.folder, name) for name in self.folder.sizes("sets")}
 
     def write_set(self, name: str, features: FeatureSet) -> None:
@@ -128,14 +130,17 @@ class Catalog:
         self.folder.write(f"{NAMED}/{name}", name.encode())
 
     def delete_set(self, name: str) -> None:
+        """Forget a set; its products stay."""
         self.folder.delete(f"{NAMED}/{name}")
         self.folder.delete(f"sets/{name}.json")
 
     def runs(self) -> list[RunRecord]:
+        """Records of the runs that were trained from this cache."""
         names = list(self.folder.sizes("runs"))
         return [read_run(self.folder.url, name, text) for name, text in zip(names, self.folder.read_many(names), strict=True)]
 
     def record_run(self, run: RunRecord) -> None:
+        """Keep that a run uses its products."""
         self.folder.write(run.file, json.dumps(sealed({"path": run.path, "levels": run.levels}), indent=1).encode())
 
     def users(self) -> dict[tuple[Level, str], list[str]]:

@@ -84,12 +84,15 @@ class FeatureCache:
         return partial(FeatureCache, url, features, mapped=mapped, checked=checked), ()
 
     def levels(self) -> list[Level]:
+        """Levels that the set has."""
         return [level for level in Level if level in self._products]
 
     def key(self, level: Level) -> str:
+        """Key of the product of a level. Raises HdovdError if the set has none."""
         return self._product(level).key
 
     def products(self) -> list[Product]:
+        """Products of all levels of the set."""
         return list(self._products.values())
 
     def key_inputs(self, level: Level) -> KeyInputs:

@@ -13,6 +13,7 @@ from hdovd.cli import options
 from hdovd.cli.lazy import new_app
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.atomic_write import write_text
+from hdovd.pipelines.common.options import number_or_auto
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
 
@@ -47,12 +48,12 @@ def extract(
 ) -> None:
     """Measure the extraction beside the bare model, stage by stage, and forecast what a data set costs."""
     size, data_set = _two(picture, "x", "--picture"), _two(forecast, ",", "--forecast")
-    recipe, processes, batch_size = CropRecipe.parse(crop, crop_scales), options.workers(workers), options.batch_size(batch)
+    recipe, processes, batch_size = CropRecipe.parse(crop, crop_scales), number_or_auto("--workers", 0, workers), number_or_auto("--batch", 1, batch)
     from hdovd.pipelines.forecast import extraction
 
     with tempfile.TemporaryDirectory(prefix="hdovd-bench-", dir=folder) as place:
         found = extraction.forecast(extraction.ForecastConfig(
-            Path(place), clip, pretrained, precision, device, processes, batch_size, recipe, images, boxes, size, rounds, data_set))
+            folder=Path(place), clip=clip, pretrained=pretrained, precision=precision, device=device, workers=processes, batch_size=batch_size, crop=recipe, images=images, boxes=boxes, picture=size, rounds=rounds, data_set=data_set))
     for line in found.lines():
         typer.echo(line)
     if json_file is not None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from shlex import quote
+from typing import Annotated
 
 import typer
 
-from hdovd.cli import cache_view, export_cache, import_cache, options
+from hdovd.cli.command import command
 from hdovd.cli.lazy import new_app
-from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.teachers.activation import Activation
+from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.config import ExportOptions, ParquetConfig, ViewConfig
+from hdovd.pipelines.cache_tools.import_config import ForeignFormat, ImportConfig
 
 app = new_app(
     no_args_is_help=True,
@@ -100,58 +101,76 @@ def gc(
 
 
 @app.command()
-def verify(
-    cache: Cache,
-    features: Annotated[str | None, typer.Option("--features", help="Check one set alone. Default: all products.")] = None,
-    sample: Annotated[int, typer.Option("--sample", min=0, metavar="N", help="Encode N rows of images and boxes again.")] = 0,
-    seed: Annotated[int, typer.Option("--seed", help="Which rows --sample takes.")] = 0,
-    repair: Annotated[bool, typer.Option("--repair", help="Mark what is damaged as missing: extract-clip makes it again.")] = False,
-    data: options.Data = None,
-    images: options.Images = None,
-    annotations: options.Annotations = None,
-    clip: Annotated[str | None, typer.Option("--clip", help="The CLIP that the cache was made with, if it is elsewhere now.")] = None,
-    pretrained: Annotated[str | None, typer.Option("--pretrained", help="Tag or checkpoint file, with a model name.")] = None,
-    proposals: Annotated[Path | None, typer.Option("--proposals", help="Where the proposals are now.")] = None,
-    vocabulary: Annotated[Path | None, typer.Option("--vocabulary", help="Where the vocabulary is now.")] = None,
-    captions: Annotated[Path | None, typer.Option("--captions", help="Where the captions are now.")] = None,
-    nouns: Annotated[Path | None, typer.Option("--nouns", help="Where the file of nouns is now.")] = None,
-    protocol: Annotated[str | None, typer.Option("--protocol", help="ov-coco, or where the protocol's TOML file is now.")] = None,
-    templates: Annotated[str | None, typer.Option("--templates", help="The prompts: photo, vild, clip80, or a file, one a line.")] = None,
-    synonyms: Annotated[Path | None, typer.Option("--synonyms", help="Where the synonyms are now.")] = None,
-    class_embeddings: Annotated[Path | None, typer.Option("--class-embeddings", help="Where the class embeddings are now.")] = None,
-    precision: options.Compute = Precision.AUTO,
-    activation: Annotated[Activation | None, typer.Option(help="The activation that the weights were trained with.")] = None,
-    device: options.Device = "auto",
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Crops a CLIP batch, where --repair has lost that.")] = None,
-    workers: options.Workers = "auto",
-) -> None:
+@command
+def verify(config: CheckConfig) -> None:
     """Check every checksum, table and row, of tar shards too; name what is damaged; exit with 1 if anything is.
 
     --sample needs the pictures and the CLIP; with --data, pictures that have changed are found too. A set knows
     what it was made from; the options from --data on say where that is now.
     """
-    from hdovd.data.coco import DataPaths
-    from hdovd.pipelines.cache_tools.check_config import CheckConfig
-    from hdovd.pipelines.teachers.prompts import read_templates
-
-    prompts = None if templates is None else read_templates(templates)
-    changes: dict[str, Any] = {"data": DataPaths(data, images, annotations) if data or images or annotations else None, "clip": clip,
-                               "pretrained": pretrained, "proposals": proposals, "vocabulary": vocabulary, "captions": captions,
-                               "nouns": nouns, "protocol": protocol, "templates": prompts, "synonyms": synonyms,
-                               "class_embeddings": class_embeddings, "precision": precision, "activation": activation, "device": device,
-                               "batch_size": batch_size, "workers": options.workers(workers)}
-    changes = {name: value for name, value in changes.items() if value not in (None, Precision.AUTO)}
-    config = CheckConfig(cache, features, sample, seed, repair, changes)
-    config.check()  # before torch: a mistake shows at once
     from hdovd.pipelines.cache_tools.verify import check_cache
 
     if check_cache(config, typer.echo).findings:
         raise typer.Exit(1)
 
 
-app.command("export")(export_cache.export)
-app.command("import")(import_cache.import_)
-app.command("view")(cache_view.view)
+@app.command()
+@command
+def export(config: ExportOptions) -> None:
+    """Write a set of features in a form that other programs read.
+
+    webdataset: pictures, base annotations, boxes and embeddings of each image together, in tar shards to train from as a
+    stream. Killed? The same command goes on where it was. Next: hdovd train --cache OUT, which needs no other data.
+
+    parquet: a row a box, with its image, class or noun, and embedding, for DuckDB, pandas and others that read tables.
+    Needs pip install 'hdovd[parquet]'.
+
+    The data are those of the extraction unless they are given.
+    """
+    form = config.config()
+    form.check()
+    if isinstance(form, ParquetConfig):
+        from hdovd.pipelines.cache_tools.parquet import export_parquet
+
+        export_parquet(form, typer.echo)
+        return
+    from hdovd.pipelines.extraction.tar_export import export_tars
+
+    export_tars(form)
+    typer.echo(f"next: hdovd train --cache {quote(config.out)} --out RUN ...")
+
+
+@app.command("import")
+@command
+def import_(config: ImportConfig) -> None:
+    """Turn embeddings that others published into a cache. Its identity says "imported, origin unknown".
+
+    Files are read without running code in them: .pth as weights only, .pkl as arrays and lists alone.
+    --format webdataset: tar shards become the cache again that they were exported from; no other option is read.
+    """
+    if config.format is ForeignFormat.WEBDATASET:
+        from hdovd.pipelines.extraction.tar_export import import_tars
+
+        import_tars(config.url, config.cache)
+    else:
+        from hdovd.pipelines.cache_tools.importing import import_features
+
+        import_features(config)
+    typer.echo(f"next: hdovd cache info {quote(str(config.cache))}")
+
+
+@app.command()
+@command
+def view(config: ViewConfig) -> None:
+    """Show what the cache knows of an image: a picture of its boxes with a legend beside them, and the same as a table.
+
+    Of each box: its class or noun, the cosine, the weight of its label in training, and the class names that it is most like.
+    Weights are those of --calibration or --recipe, or those known for the cache's CLIP. CLIP is not needed. The cache
+    knows where its data are; --data and --protocol say it anew.
+    """
+    from hdovd.pipelines.cache_tools.view_images import view_images
+
+    view_images(config, typer.echo)
 
 
 def _print(lines: list[str]) -> None:

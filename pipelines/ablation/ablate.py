@@ -210,7 +210,7 @@ def _features(config: AblateConfig, plans: list[Planned]) -> dict[str, str]:
     protocol = load_protocol(config.protocol)
     (config.validation or config.data).load("val2017", protocol, base_only=False, log=_silent)
     data = config.data if not is_tar_form(config.cache) else DataPaths()
-    job = TrainConfig(data, config.cache, config.out, everything, config.protocol, config.device, features=config.features)
+    job = TrainConfig(data=data, cache=config.cache, out=config.out, recipe=everything, protocol=config.protocol, device=config.device, features=config.features)
     found = training_data(job, protocol, _silent)
     found.class_embeddings(protocol.names)
     for planned in plans:  # a weight that is not known is said now, not by each run

@@ -37,7 +37,7 @@ def _validation(given: dict[str, Any]) -> DataPaths | None:
     return DataPaths(given["data"], images, annotations) if images or annotations else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AblateConfig:
     """`grid`: KEY=VALUE,VALUE,... each. `settings` and `preset`: for all cells. `jobs`: runs at a time.
 

@@ -13,7 +13,7 @@ from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.options import Data, Features, Option, Protocol
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AuditConfig:
     """An audit of a set of a cache, and of a run."""
 

@@ -24,7 +24,7 @@ class ForeignFormat(StrEnum):
     WEBDATASET = "webdataset"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImportConfig:
     """An import of features that others made. `clip`: embeds the class names; None for no class level."""
 

@@ -12,7 +12,7 @@ from hdovd.pipelines.common.options import DataIfGiven, Features, Option, OtherP
 from hdovd.pipelines.extraction.source import CacheSource
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrateConfig:
     """A calibration. `data` and `protocol`: None for those that the set was extracted from."""
 

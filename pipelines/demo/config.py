@@ -14,7 +14,7 @@ TRAIN_IMAGES, VAL_IMAGES = 1000, 250
 MARKER = ".hdovd-demo"  # a folder that holds it is a demo's, and a new demo may clear it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
     """A demo. `out`: everything that it writes, but the teacher."""
 

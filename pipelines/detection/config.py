@@ -18,7 +18,7 @@ from hdovd.pipelines.teachers.prompts import read_templates
 DETECTIONS_MARKER = ".hdovd-detect"  # a folder that holds it is of detections, and may be overwritten
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DetectConfig:
     """What to look for in which pictures. `classes` None: those of the run's protocol. `clip`, `pretrained`, `templates`: None for those of
     the run. `trust`: as `RunFolder.trusted`.

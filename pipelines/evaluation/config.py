@@ -14,7 +14,7 @@ from hdovd.pipelines.runs.weights import Weights, WeightsOption
 SHOWN_SCORE = 0.3  # detections of this score or more are drawn
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
     """One evaluation of a run. `trust`: as `RunFolder.trusted`.
     """

@@ -34,7 +34,7 @@ class ModelForm(StrEnum):
 ENDINGS = {".onnx": ModelForm.ONNX, ".pt": ModelForm.TORCHSCRIPT, ".ts": ModelForm.TORCHSCRIPT, ".safetensors": ModelForm.SAFETENSORS}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportModelConfig:
     """`check_images`: pictures to check the file on, besides those that are made up. `trust`: as `RunFolder.trusted`."""
 

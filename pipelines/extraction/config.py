@@ -106,7 +106,7 @@ ClassEmbeddings = Annotated[Path | None, Option("A row for each class, base then
                                                 "One array in .npy, .safetensors, .pt.")]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractConfig:
     """An extraction. `features` names the set that the products make up. `batch_size`: None for the teacher's best. `workers`: None for
     what suits the device. `share`: None for torchrun's own, or all of the work. `matching`: how names are found in captions.

@@ -10,7 +10,7 @@ from hdovd.data.coco import DataPaths
 from hdovd.pipelines.extraction.source import CacheSource
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TarExportConfig:
     """What to export. `data` and `protocol`: None for those that the set was extracted from. `samples`: of a shard."""
 

@@ -66,7 +66,7 @@ def extract_to_tars(config: ExtractConfig, log: Log = print, teacher: Teacher | 
 
 def _export(config: ExtractConfig, log: Log) -> None:
     """Write the shards, read them back, delete the Zarr cache."""
-    export_tars(TarExportConfig(f"{config.cache}/{ZARR}", config.cache, config.data, config.protocol, config.features), log)
+    export_tars(TarExportConfig(cache=f"{config.cache}/{ZARR}", out=config.cache, data=config.data, protocol=config.protocol, features=config.features), log)
     shards = TarShards(config.cache)
     for number in progress(shards.numbers, "verifying", "shard"):
         try:

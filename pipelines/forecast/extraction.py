@@ -39,7 +39,7 @@ STAGE_BOXES = 120  # boxes, at least, on which a single stage is measured
 WRITE_ROWS = 8_192
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ForecastConfig:
     """`folder`: an empty one to work in. `pretrained`: None for random weights, which are as fast as any.
 
@@ -143,7 +143,7 @@ def forecast(config: ForecastConfig, log: Callable[[str], None] = print) -> Fore
 def _begun(config: ForecastConfig, clip: ClipTeacher, name: str) -> Extraction:
     """The extraction of the world into a cache of its own, begun, its texts done."""
     world = config.folder
-    extract = ExtractConfig(DataPaths(images=world / "images", annotations=world / "annotations.json"), world / name, config.clip,
+    extract = ExtractConfig(data=DataPaths(images=world / "images", annotations=world / "annotations.json"), cache=world / name, clip=config.clip,
                             proposals=world / "proposals.json", recipe=config.crop, batch_size=config.batch_size, workers=config.workers)
     extraction = prepare(extract, lambda _: None, clip)
     extraction.begin(Catalog.create(extract.cache))

@@ -28,7 +28,7 @@ class Parser(StrEnum):
     SPACY = "spacy"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NounsConfig:
     """A search for nouns. `protocol` says which names are novel: they are reported, nothing else."""
 

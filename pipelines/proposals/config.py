@@ -24,7 +24,7 @@ class Detector(StrEnum):
     RPN = "rpn"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkConfig:
     """A network to train on the base boxes of `data`, kept in `file`; one that is there already, of the same settings, is taken.
 
@@ -40,7 +40,7 @@ class NetworkConfig:
     save_minutes: float = 10.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProposeConfig:
     """`top` proposals an image at most, of `min_score` or more, both sides at least `min_side` pixels of the original image.
 
@@ -67,8 +67,8 @@ class ProposeConfig:
     @property
     def network(self) -> NetworkConfig:
         """The network of this job lies beside its proposals."""
-        return NetworkConfig(self.data, network_file(self.out, self.detector), self.detector, self.recipe, self.protocol, self.overwrite,
-                          self.save_minutes)
+        return NetworkConfig(data=self.data, file=network_file(self.out, self.detector), detector=self.detector, recipe=self.recipe, protocol=self.protocol, overwrite=self.overwrite,
+                          save_minutes=self.save_minutes)
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
@@ -81,7 +81,7 @@ class ProposeConfig:
         return {"top": self.top, "overlap": self.overlap, "min_side": self.min_side, "min_score": self.min_score}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RecallConfig:
     """Average recall on `validation` of networks side by side: those in `checkpoints`, and those of `detectors`, which lie beside `out`
     or are trained on `data`."""
@@ -117,8 +117,8 @@ class RecallConfig:
                              "--out, or trained networks with --checkpoint")
         if self.out is not None:
             require_form(self.out)
-        return [NetworkConfig(self.data, network_file(self.out, detector), detector, self.recipe, self.protocol, self.overwrite,
-                           self.save_minutes) for detector in dict.fromkeys(wanted) if self.out is not None]
+        return [NetworkConfig(data=self.data, file=network_file(self.out, detector), detector=detector, recipe=self.recipe, protocol=self.protocol, overwrite=self.overwrite,
+                           save_minutes=self.save_minutes) for detector in dict.fromkeys(wanted) if self.out is not None]
 
 
 def require_network(file: Path) -> None:
@@ -132,7 +132,7 @@ def network_file(out: Path, detector: Detector) -> Path:
     return out.with_name(f"{out.stem}.{detector.value}.safetensors")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProposeOptions:
     """What `hdovd propose` is asked for, of which a `ProposeConfig` or, with `report`, a `RecallConfig` follows."""
 
@@ -159,8 +159,8 @@ class ProposeOptions:
     def config(self) -> ProposeConfig | RecallConfig:
         """Raises HdovdError without `out`, or for more than one network, where proposals are to be written."""
         if self.report:
-            return RecallConfig(self.data, self.validation, self.recipe, self.out, self.protocol, self.detector, self.checkpoint,
-                                self.device, self.overwrite, self.save_minutes)
+            return RecallConfig(data=self.data, validation=self.validation, recipe=self.recipe, out=self.out, protocol=self.protocol, detectors=self.detector, checkpoints=self.checkpoint,
+                                device=self.device, overwrite=self.overwrite, save_minutes=self.save_minutes)
         if self.out is None:
             raise HdovdError("--out FILE is missing: the proposal file to write (or --report, to count recall alone)")
         require_form(self.out)
@@ -168,6 +168,6 @@ class ProposeOptions:
             raise HdovdError("one --detector or --checkpoint makes a proposal file; several are compared with --report")
         if self.detector and self.checkpoint:
             raise HdovdError("--checkpoint is a network of one kind already: leave --detector out")
-        return ProposeConfig(self.data, self.out, self.recipe, self.protocol, self.top, self.overlap, self.min_side, self.min_score,
-                             self.device, self.backbone_out, self.detector[0] if self.detector else Detector.OLN,
-                             self.checkpoint[0] if self.checkpoint else None, self.overwrite, self.save_minutes)
+        return ProposeConfig(data=self.data, out=self.out, recipe=self.recipe, protocol=self.protocol, top=self.top, overlap=self.overlap, min_side=self.min_side, min_score=self.min_score,
+                             device=self.device, backbone_out=self.backbone_out, detector=self.detector[0] if self.detector else Detector.OLN,
+                             checkpoint=self.checkpoint[0] if self.checkpoint else None, overwrite=self.overwrite, save_minutes=self.save_minutes)

@@ -19,7 +19,7 @@ def _validation(given: dict[str, Any]) -> DataPaths | None:
     return data_of(given) if given["images"] or given["annotations"] else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReportConfig:
     """A page about `runs`. `data`: where the pictures are; nothing given: where the first run's cache says that it was made from.
     `validation`: the validation images, if they are not val2017 of `data`. `trust`: as `RunFolder.trusted`, of all runs.

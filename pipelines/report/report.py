@@ -55,7 +55,7 @@ def _evaluate_if_needed(run: Path, job: ReportConfig, data: DataPaths, log: Call
     if all((run / name).is_file() for name in ("metrics.json", "detections.json")):
         return
     log(f"{run} is not evaluated yet: hdovd eval {run}")
-    evaluate(EvalConfig(run, data, device=job.device, batch_size=job.batch_size, workers=job.workers, weights=Weights.LAST,
+    evaluate(EvalConfig(run=run, data=data, device=job.device, batch_size=job.batch_size, workers=job.workers, weights=Weights.LAST,
                      trust=job.trust), log)
 
 

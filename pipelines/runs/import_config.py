@@ -19,7 +19,7 @@ class PublishedDetector(StrEnum):
     ADAMIXER = "adamixer"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImportCheckpointConfig:
     """A published checkpoint that becomes a run. `settings`: laid over the detector's recipe."""
 

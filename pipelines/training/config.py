@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hdovd.config.recipe import Recipe
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """One training run, from a Zarr cache with the `data` that it was made of, or from tar shards, which need no other data.
 

@@ -60,8 +60,8 @@ def _here(*words: str) -> Any:
 def _trained_before(config: AblateConfig) -> None:
     first, _, third, last = plan(config)
     for planned in (first, third, last):
-        train(TrainConfig(config.data, config.cache, planned.path, planned.recipe, config.protocol, "cpu"), lambda _: None)
-    evaluate(EvalConfig(third.path, config.data, device="cpu"), lambda _: None)
+        train(TrainConfig(data=config.data, cache=config.cache, out=planned.path, recipe=planned.recipe, protocol=config.protocol, device="cpu"), lambda _: None)
+    evaluate(EvalConfig(run=third.path, data=config.data, device="cpu"), lambda _: None)
     (first.path / "checkpoint.pt").unlink()  # with one, training goes on, if only to see that it is at its end
 
 
@@ -71,7 +71,7 @@ def scene(world: Path, cache: Path, micro_settings: list[str], forked: Callable[
     folder = tmp_path_factory.mktemp("ablation")
     out, shared = folder / "with space", Path(shutil.copytree(cache, folder / "cache"))
     words = (*_words(world, shared, micro_settings, out), *GRID, "--seeds", "2")
-    _trained_before(AblateConfig(DataPaths(world), shared, out, GRID[1:], "demo", settings=tuple(micro_settings[3::2]), seeds=2,
+    _trained_before(AblateConfig(data=DataPaths(world), cache=shared, out=out, grid=GRID[1:], recipe="demo", settings=tuple(micro_settings[3::2]), seeds=2,
                                  protocol=str(world / "protocol.toml")))
     first = out / CELLS[0] / "seed0" / "metrics.json"
     process, deadline = forked(words, folder), time.monotonic() + 300

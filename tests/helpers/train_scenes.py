@@ -56,7 +56,7 @@ def main(job: dict[str, Any]) -> int:
     recipe = load_recipe("demo", job["settings"])
     data = DataPaths(Path(job["data"])) if job["data"] else DataPaths()
     try:
-        train.train(train.TrainConfig(data, job["cache"], Path(job["out"]), recipe, job["protocol"], "cpu", resume=job.get("resume", False),
+        train.train(train.TrainConfig(data=data, cache=job["cache"], out=Path(job["out"]), recipe=recipe, protocol=job["protocol"], device="cpu", resume=job.get("resume", False),
                                    save_minutes=job.get("save_minutes", 0.0), validation=data if job.get("validate") else None))
     except Stopped as stopped:
         print(stopped, file=sys.stderr)

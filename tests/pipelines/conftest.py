@@ -25,7 +25,7 @@ def train_micro(world: Path, training_cache: Path, micro_recipe: Callable[..., R
             log: Callable[[str], None] = lambda _: None) -> RunFolder:
         root = data or world
         recipe, protocol = micro_recipe(*settings), str(root / "protocol.toml")
-        job = TrainConfig(DataPaths(root), from_cache or training_cache, out, recipe, protocol, "cpu", overwrite)
+        job = TrainConfig(data=DataPaths(root), cache=from_cache or training_cache, out=out, recipe=recipe, protocol=protocol, device="cpu", overwrite=overwrite)
         return train(job, log)
 
     return run

@@ -25,7 +25,7 @@ SWITCHES = ("loss.instance.enabled=true,false", "loss.class.enabled=true,false")
 
 @pytest.fixture
 def config(world: Path, cache: Path, tmp_path: Path) -> AblateConfig:
-    return AblateConfig(DataPaths(world), cache, tmp_path / "out", SWITCHES[:1], "demo", settings=("train.epochs=1",), seeds=2,
+    return AblateConfig(data=DataPaths(world), cache=cache, out=tmp_path / "out", grid=SWITCHES[:1], recipe="demo", settings=("train.epochs=1",), seeds=2,
                         protocol=str(world / "protocol.toml"), device="cpu")
 
 

@@ -142,8 +142,8 @@ def test_proposals_of_a_network_that_saw_novel_boxes(world: Path, documented: Ca
 def test_proposals_of_a_network_that_saw_test_pictures(world: Path, documented: Callable[..., Path], tmp_path: Path) -> None:
     cache = documented(made_by_training(world, VAL))
     assert "instances_val2017.json: those are the test pictures" in leak_of(report_of(world, cache), "proposals: made by")
-    elsewhere = AuditConfig(DataPaths(images=world / "train2017", annotations=world / "annotations" / TRAIN), cache,
-                            str(world / "protocol.toml"))
+    elsewhere = AuditConfig(data=DataPaths(images=world / "train2017", annotations=world / "annotations" / TRAIN), cache=cache,
+                            protocol=str(world / "protocol.toml"))
     check = check_of(audit(elsewhere, _silent), "proposals: made by")  # no validation file to compare with
     assert check.verdict is Verdict.UNKNOWN
     assert "give that file with --annotations" in check.text

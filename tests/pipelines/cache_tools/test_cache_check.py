@@ -57,7 +57,7 @@ def copied(parted: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def check(teacher: ClipTeacher) -> Callable[..., CheckReport]:
     def run(cache: Path, *, log: Callable[[str], None] = _silent, **changes: Any) -> CheckReport:
-        return check_cache(CheckConfig(cache, **changes), log, teacher)
+        return check_cache(CheckConfig(cache=cache, **changes), log, teacher)
 
     return run
 
@@ -341,7 +341,7 @@ def test_sample_leaves_out_what_is_known_to_be_damaged(copied: Path, check: Call
 def test_sample_refuses_another_clip(copied: Path, save_clip: Callable[..., str], tmp_path: Path) -> None:
     other = save_clip(tmp_path / "other clip", seed=1)
     with pytest.raises(HdovdError, match=r"another CLIP:\s+clip\.weights_sha256 differs: the cache has .*, the CLIP named has"):
-        check_cache(CheckConfig(copied, sample=3, changes={"clip": other, "device": "cpu"}), _silent)
+        check_cache(CheckConfig(cache=copied, sample=3, changes={"clip": other, "device": "cpu"}), _silent)
 
 
 def test_sample_says_which_pictures_it_could_not_read(copied: Path, copied_world: Path, check: Callable[..., CheckReport]) -> None:
@@ -458,9 +458,9 @@ def test_what_is_no_cache_is_refused(tmp_path: Path, check: Callable[..., CheckR
 
 def test_shards_are_checked_one_by_one(parted: Path, tmp_path: Path) -> None:
     """All that is wrong is named, and what is sound is said to be so."""
-    export_tars(TarExportConfig(parted, tmp_path / "shards", samples=6), lambda _: None)
+    export_tars(TarExportConfig(cache=parted, out=tmp_path / "shards", samples=6), lambda _: None)
     said: list[str] = []
-    assert check_cache(CheckConfig(tmp_path / "shards"), said.append).findings == []
+    assert check_cache(CheckConfig(cache=tmp_path / "shards"), said.append).findings == []
     assert said[-2:] == ["checked 4 tar shards of 23 images: every file, by checksum and by value", "nothing is wrong"]
     for number, at in ((1, 700), (3, 5000)):
         file = tmp_path / "shards" / f"{number:06d}.tar"
@@ -468,7 +468,7 @@ def test_shards_are_checked_one_by_one(parted: Path, tmp_path: Path) -> None:
         data[at] ^= 1
         file.write_bytes(data)
     (tmp_path / "shards" / "000002.json").unlink()
-    found = check_cache(CheckConfig(tmp_path / "shards"), said.append).findings
+    found = check_cache(CheckConfig(cache=tmp_path / "shards"), said.append).findings
     assert [finding.place for finding in found] == ["000001.tar", "000002.tar", "000003.tar"]
     with pytest.raises(HdovdError, match=r"is of tar shards: --sample and --repair need the Zarr cache"):
-        check_cache(CheckConfig(tmp_path / "shards", repair=True), said.append)
+        check_cache(CheckConfig(cache=tmp_path / "shards", repair=True), said.append)

@@ -92,7 +92,7 @@ def test_identity_says_that_the_origin_is_unknown(published: Path, run: Import) 
 def test_audit_does_not_pass_what_the_publishers_do_not_say(published: Path, run: Import, world: Path) -> None:
     """Neither what made the proposals nor which words the texts are."""
     run()
-    report = audit(AuditConfig(DataPaths(world), published / "imported", str(world / "protocol.toml")), lambda _: None)
+    report = audit(AuditConfig(data=DataPaths(world), cache=published / "imported", protocol=str(world / "protocol.toml")), lambda _: None)
     unknown = {check.name for check in report.checks if check.verdict is Verdict.UNKNOWN}
     assert {"proposals: made by", "novel names"} <= unknown
     assert report.leaks == 0

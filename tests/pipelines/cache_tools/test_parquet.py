@@ -37,7 +37,7 @@ def _silent(_: str) -> None: ...
 
 
 def _export(cache: Path, folder: Path, log: Callable[[str], None] = _silent, **source: Any) -> pa.Table:
-    export_parquet(ParquetConfig(CacheSource(cache, **source), folder / "boxes.parquet"), log)
+    export_parquet(ParquetConfig(source=CacheSource(cache, **source), out=folder / "boxes.parquet"), log)
     return pq.read_table(folder / "boxes.parquet")
 
 
@@ -132,7 +132,7 @@ def test_without_the_data_names_of_files_and_classes_are_null(copied_cache: Path
 
 def test_bad_input(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HdovdError, match=r"ends in \.parquet"):
-        export_parquet(ParquetConfig(CacheSource(cache), tmp_path / "boxes.csv"), _silent)
+        export_parquet(ParquetConfig(source=CacheSource(cache), out=tmp_path / "boxes.csv"), _silent)
     with pytest.raises(HdovdError, match="no set of features named other"):
         _export(cache, tmp_path, features="other")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)

@@ -29,9 +29,9 @@ from hdovd.pipelines.calibration.values import (
     LabelOrigin,
     origin_of,
     read_calibration,
-    refuse_two_sources,
     with_reliability,
 )
+from hdovd.pipelines.common.options import refuse_two_sources
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
@@ -77,7 +77,7 @@ def knowing(cache: Path, world: Path, extraction: Config, tmp_path_factory: pyte
 
 def test_a_cache_is_calibrated(knowing: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    found = calibrate(CalibrateConfig(knowing, tmp_path / "new" / "c.toml"), said.append)
+    found = calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "new" / "c.toml"), said.append)
     again = read_calibration(tmp_path / "new" / "c.toml")
     assert again == found
     tree = tomllib.loads((tmp_path / "new" / "c.toml").read_text())
@@ -100,8 +100,8 @@ def test_novel_names_and_boxes_have_no_part_in_it(knowing: Path, world: Path, co
     novel = {c["id"] for c in tree["categories"] if c["name"] in protocol.novel}
     tree["annotations"] = [a for a in tree["annotations"] if a["category_id"] not in novel]
     file.write_text(json.dumps(tree))
-    one = calibrate(CalibrateConfig(knowing, tmp_path / "one.toml"), _silent)
-    other = calibrate(CalibrateConfig(knowing, tmp_path / "other.toml", data=DataPaths(copied_world)), _silent)
+    one = calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "one.toml"), _silent)
+    other = calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "other.toml", data=DataPaths(copied_world)), _silent)
     assert other == one
     assert set(one.fitted_on["classes"]) == set(protocol.base)
 
@@ -113,7 +113,7 @@ def test_other_boxes_are_refused(knowing: Path, copied_world: Path, tmp_path: Pa
         annotation["id"] += 1000
     file.write_text(json.dumps(tree))
     with pytest.raises(HdovdError, match=r"boxes level of .* does not fit this data"):
-        calibrate(CalibrateConfig(knowing, tmp_path / "c.toml", data=DataPaths(copied_world)), _silent)
+        calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "c.toml", data=DataPaths(copied_world)), _silent)
     assert not (tmp_path / "c.toml").exists()
 
 
@@ -121,7 +121,7 @@ def test_classes_of_other_prompts_than_the_nouns_are_refused(knowing: Path, extr
     both = extraction(tmp_path / "cache", class_embeddings=knowing.parent / "classes.npy")
     extract_clip(both, _silent)
     with pytest.raises(HdovdError, match=r"the nouns are of the prompts .*the classes of a file of embeddings.*--features plain"):
-        calibrate(CalibrateConfig(tmp_path / "cache", tmp_path / "c.toml"), _silent)
+        calibrate(CalibrateConfig(cache=tmp_path / "cache", out=tmp_path / "c.toml"), _silent)
 
 
 # --- what training makes of it ---
@@ -134,8 +134,8 @@ def _calibration(cache: Path) -> Calibration:
 def test_a_run_takes_and_records_the_values(training_cache: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text(_calibration(training_cache).to_toml())
-    job = TrainConfig(DataPaths(world), training_cache, tmp_path / "run", micro_recipe("pseudo_boxes.reliability_width=auto"),
-                   str(world / "protocol.toml"), "cpu", calibration=file)
+    job = TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / "run", recipe=micro_recipe("pseudo_boxes.reliability_width=auto"),
+                   protocol=str(world / "protocol.toml"), device="cpu", calibration=file)
     run = train(job, _silent)
     assert run.recipe().pseudo_boxes.reliability == (0.2, 0.03, 1.1)
     record = run.record()["reliability"]
@@ -146,12 +146,12 @@ def test_a_run_takes_and_records_the_values(training_cache: Path, world: Path, m
 
 
 def test_the_audit_reads_what_it_was_fitted_on(knowing: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    calibrate(CalibrateConfig(knowing, tmp_path / "c.toml"), _silent)
+    calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "c.toml"), _silent)
     cache, protocol = FeatureCache(knowing), str(world / "protocol.toml")
     _, _, record = with_reliability(micro_recipe(), lambda: origin_of(cache), tmp_path / "c.toml", BASE, _silent)
     record |= {"protocol": load_protocol(protocol).to_dict(), "cache": cache.identity(), "resumed": []}
     (tmp_path / "run.json").write_text(json.dumps(record))
-    report = audit(AuditConfig(DataPaths(world), knowing, run=tmp_path, protocol=protocol), _silent)
+    report = audit(AuditConfig(data=DataPaths(world), cache=knowing, run=tmp_path, protocol=protocol), _silent)
     (check,) = (check for check in report.checks if check.name == "calibration")
     assert (check.verdict, check.text) == (Verdict.OK, "fitted on the names of 16 base classes and this cache's base boxes")
 

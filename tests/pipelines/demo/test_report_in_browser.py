@@ -21,7 +21,7 @@ def file(distilled: RunFolder, base_only: RunFolder, world: Path, tmp_path_facto
     folder = tmp_path_factory.mktemp("browser")
     named = {"distilled": distilled, "base-only": base_only}
     runs = tuple(Path(shutil.copytree(run.path, folder / name)) for name, run in named.items())
-    job = ReportConfig(runs, folder / "report", DataPaths(world), gallery=6, pseudo=2, relation_images=3, threshold=0.05, device="cpu")
+    job = ReportConfig(runs=runs, out=folder / "report", data=DataPaths(world), gallery=6, pseudo=2, relation_images=3, threshold=0.05, device="cpu")
     return report(job, lambda _: None)
 
 

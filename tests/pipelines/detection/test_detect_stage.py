@@ -35,7 +35,7 @@ def run_on(distilled: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user cache"))
 
     def run(*images: Path, out: Path = tmp_path / "out", **changes: Any) -> DetectResult:
-        job = DetectConfig(distilled.path, tuple(map(str, images)), out, **({"threshold": 0.0, "device": "cpu"} | changes))
+        job = DetectConfig(run=distilled.path, images=tuple(map(str, images)), out=out, **({"threshold": 0.0, "device": "cpu"} | changes))
         return detect(job, _silent, io.BytesIO())
 
     return run
@@ -57,7 +57,7 @@ def _table(rows: list[dict[str, Any]], image: dict[int, str], category: dict[int
 
 def test_detections_are_those_of_evaluation(run_on: Callable[..., DetectResult], distilled: RunFolder, world: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(distilled.path, tmp_path / "run"))
-    evaluate(EvalConfig(run, DataPaths(world), device="cpu", batch_size=1), _silent)  # a picture is padded for its batch, and that shows
+    evaluate(EvalConfig(run=run, data=DataPaths(world), device="cpu", batch_size=1), _silent)  # a picture is padded for its batch, and that shows
     truth = _json(world / "annotations" / "instances_val2017.json")
     expected = _table(_json(run / "detections.json"), {i["id"]: i["file_name"] for i in truth["images"]},
                       {c["id"]: c["name"] for c in truth["categories"]})

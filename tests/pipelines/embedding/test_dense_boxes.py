@@ -134,13 +134,13 @@ def test_unreadable_picture_has_rows_of_zeros(dense: Config, copied_world: Path,
 def test_verify_samples_and_repairs_it(dense: Config, tmp_path: Path, unbroken: Path) -> None:
     folder, lines = tmp_path / "cache", list[str]()
     extract_clip(dense(folder), _silent)
-    assert not check_cache(CheckConfig(folder, sample=40), lines.append).findings
+    assert not check_cache(CheckConfig(cache=folder, sample=40), lines.append).findings
     assert any("sample of instance" in line and "40 rows encoded again, cosine min 1.0000" in line for line in lines)
     file = next((folder / _instances(folder).prefix / "embedding" / "c" / "2").iterdir())
     data = bytearray(file.read_bytes())
     data[100] ^= 0x41
     file.write_bytes(data)
-    check_cache(CheckConfig(folder, repair=True), _silent)
+    check_cache(CheckConfig(cache=folder, repair=True), _silent)
     extract_clip(dense(folder), _silent)
     np.testing.assert_array_equal(_rows(folder).view(np.uint16), _rows(unbroken).view(np.uint16))
 

@@ -118,7 +118,7 @@ def test_its_tree_is_json(analysis: RunAnalysis) -> None:
 def test_what_eval_wrote_can_be_taken_apart_and_says_the_same(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(distilled.path, tmp_path / "run"))
     shutil.copy(run / "model.safetensors", run / "best.safetensors")
-    result = evaluate(EvalConfig(run, DataPaths(world), device="cpu"), _silent)
+    result = evaluate(EvalConfig(run=run, data=DataPaths(world), device="cpu"), _silent)
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["weights_hash"] == weights_hash(run / "model.safetensors")
     told = analyse(run, DataPaths(world), log=_silent)

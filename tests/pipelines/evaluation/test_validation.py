@@ -51,7 +51,7 @@ def validated(distilled: RunFolder, world: Path) -> Validated:
 @pytest.mark.parametrize("engine", list(Engine))
 def test_the_figures_are_those_of_eval(distilled: RunFolder, world: Path, tmp_path: Path, engine: Engine) -> None:
     out = Path(shutil.copytree(distilled.path, tmp_path / "run"))
-    expected = evaluate(EvalConfig(out, DataPaths(world), device="cpu", engine=engine), lambda _: None)
+    expected = evaluate(EvalConfig(run=out, data=DataPaths(world), device="cpu", engine=engine), lambda _: None)
     validation, (model, texts) = _validation(distilled, world, engine=engine), _model(distilled)
     for _ in range(2):  # and again, from the truth that it holds
         found = validation.run(model, texts)

@@ -67,7 +67,7 @@ def _pictures(world: Path) -> list[Tensor]:
 
 
 def _export(run: RunFolder, form: ModelForm, out: Path, **more: object) -> Path:
-    return export_model(ExportModelConfig(run.path, form, out, **more), _silent).file  # type: ignore[arg-type]
+    return export_model(ExportModelConfig(run=run.path, form=form, out=out, **more), _silent).file  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("name", "form"), [*(("distilled", form) for form in ModelForm), ("base_only", ModelForm.ONNX),
@@ -126,7 +126,7 @@ def test_onnx_resizes_a_photo_as_the_model_does_it(tmp_path: Path, micro_recipe:
 def test_a_check_on_a_photo(distilled: RunFolder, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1000, 1500, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    job = ExportModelConfig(distilled.path, ModelForm.ONNX, tmp_path / "x.onnx", check_images=(tmp_path / "noise.png",))
+    job = ExportModelConfig(run=distilled.path, form=ModelForm.ONNX, out=tmp_path / "x.onnx", check_images=(tmp_path / "noise.png",))
     done = export_model(job, _silent)
     assert done.checked.pictures == 4
     assert done.checked.difference <= 2e-4
@@ -199,7 +199,7 @@ def test_the_examples_of_the_page(example: str, form: ModelForm, never: tuple[st
     ("timm:regnety_002", ("detector.head.sampling_ratio=0",)), ("torchvision:mobilenet_v3_small", PRESETS["base-only"])])
 def test_other_backbones(backbone: str, settings: tuple[str, ...], tmp_path: Path, micro_recipe: Callable[..., Recipe]) -> None:
     run = _random_run(tmp_path / "run", micro_recipe(f"detector.backbone.name={backbone}", "detector.backbone.norm=batch", *settings))
-    done = export_model(ExportModelConfig(run.path, ModelForm.ONNX, tmp_path / "detector.onnx"), _silent)
+    done = export_model(ExportModelConfig(run=run.path, form=ModelForm.ONNX, out=tmp_path / "detector.onnx"), _silent)
     assert done.bytes == done.file.stat().st_size > 1e6
     assert done.checked.detections > 20
     assert done.checked.difference <= 1e-3

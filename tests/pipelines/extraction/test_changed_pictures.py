@@ -62,7 +62,7 @@ def _is_changed(cache: Path, level: Level) -> np.ndarray:
 def _train(world: Path, cache: Path, recipe: Recipe) -> Any:
     protocol = str(world / "protocol.toml")
     return training_data(
-        TrainConfig(DataPaths(world), cache, cache.parent / "run", recipe, protocol, "cpu"), load_protocol(protocol), _silent
+        TrainConfig(data=DataPaths(world), cache=cache, out=cache.parent / "run", recipe=recipe, protocol=protocol, device="cpu"), load_protocol(protocol), _silent
     )
 
 
@@ -78,8 +78,8 @@ def test_a_picture_that_changed_in_place_is_found_and_embedded_again_and_no_othe
         _train(copied_world, cache, micro_recipe())
     _train(copied_world, cache, micro_recipe("loss.instance.enabled=false", "loss.class.enabled=false", "loss.image.enabled=false"))
     lines = list[str]()
-    assert not check_cache(CheckConfig(cache), _silent).findings
-    assert check_cache(CheckConfig(cache, changes={"data": DataPaths(copied_world)}), lines.append).findings
+    assert not check_cache(CheckConfig(cache=cache), _silent).findings
+    assert check_cache(CheckConfig(cache=cache, changes={"data": DataPaths(copied_world)}), lines.append).findings
     assert any("images 5: expected the pictures that set default was made from, found 1 of another content" in line for line in lines)
 
     lines.clear()
@@ -95,7 +95,7 @@ def test_a_picture_that_changed_in_place_is_found_and_embedded_again_and_no_othe
         assert np.array_equal((_rows(cache, level) != rows).any(axis=1), changed)
     _train(copied_world, cache, micro_recipe())
     assert set(extract_clip(config, _silent).levels.values()) == {"hit"}
-    assert not check_cache(CheckConfig(cache, changes={"data": DataPaths(copied_world)}), _silent).findings
+    assert not check_cache(CheckConfig(cache=cache, changes={"data": DataPaths(copied_world)}), _silent).findings
 
 
 def test_another_folder_with_the_same_names_and_sizes_is_no_hit(copied_world: Path, tmp_path: Path, extraction: Config) -> None:
@@ -109,8 +109,8 @@ def test_another_folder_with_the_same_names_and_sizes_is_no_hit(copied_world: Pa
     assert report.levels[Level.IMAGE] == report.levels[Level.INSTANCE] == "extract"
     for config, data, strange in ((one, copied_world, other), (two, other, copied_world)):
         assert set(extract_clip(config, _silent).levels.values()) == {"hit"}
-        assert not check_cache(CheckConfig(cache, config.features, changes={"data": DataPaths(data)}), _silent).findings
-        found = check_cache(CheckConfig(cache, config.features, changes={"data": DataPaths(strange)}), _silent).findings
+        assert not check_cache(CheckConfig(cache=cache, features=config.features, changes={"data": DataPaths(data)}), _silent).findings
+        found = check_cache(CheckConfig(cache=cache, features=config.features, changes={"data": DataPaths(strange)}), _silent).findings
         assert [finding.found[:2] for finding in found] == ["23"], f"set {config.features} was made from {data}, and not from {strange}"
     a, b = FeatureCache(cache), FeatureCache(cache, "other")
     assert not (a.embeddings(Level.IMAGE) == b.embeddings(Level.IMAGE)).all(axis=1).any()
@@ -172,6 +172,6 @@ def test_a_set_with_changed_pictures_is_repaired(copied_world: Path, tmp_path: P
     data = bytearray(file.read_bytes())
     data[100] ^= 1
     file.write_bytes(data)
-    check_cache(CheckConfig(cache, repair=True), _silent)
+    check_cache(CheckConfig(cache=cache, repair=True), _silent)
     extract_clip(config, _silent)
     assert np.array_equal(_rows(cache, Level.INSTANCE), before)

@@ -68,20 +68,20 @@ def test_empty_images_are_embedded_trained_and_evaluated_on(protocol: Path, extr
         assert abs(float((reader.image_embedding(image_id).astype("float32")**2).sum()) - 1) < 0.01
         assert not len(reader.instances(image_id).base_boxes().box)
     data = DataPaths(world)
-    job = TrainConfig(data, cache, tmp_path / "run", micro_recipe("train.batch_size=1"), str(protocol), "cpu")
+    job = TrainConfig(data=data, cache=cache, out=tmp_path / "run", recipe=micro_recipe("train.batch_size=1"), protocol=str(protocol), device="cpu")
     run = train(job, _silent)
     ada = train(replace(job, out=tmp_path / "ada", recipe=load_recipe("demo-adamixer", ADAMIXER)), _silent)
     for one in (run, ada):
         assert _losses(one)
         assert all(map(math.isfinite, _losses(one)))
-    export_tars(TarExportConfig(cache, tmp_path / "tars", data), _silent)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "tars", data=data), _silent)
     tarred = train(replace(job, data=DataPaths(), cache=tmp_path / "tars", out=tmp_path / "tarred"), _silent)
     assert sum(1 for _ in tarred.entries()) == sum(1 for _ in run.entries())
-    found = evaluate(EvalConfig(run.path, data, device="cpu"), _silent)
+    found = evaluate(EvalConfig(run=run.path, data=data, device="cpu"), _silent)
     assert found.images == 8
     plain = protocol.with_name("plain.toml")
     plain.write_text(protocol.read_text().replace("keep_empty_val = true", ""))
-    assert evaluate(EvalConfig(run.path, data, device="cpu", protocol=str(plain)), _silent).images == 7
+    assert evaluate(EvalConfig(run=run.path, data=data, device="cpu", protocol=str(plain)), _silent).images == 7
 
 
 def test_a_cache_that_was_made_without_them_says_so(world: Path, training_cache: Path, tmp_path: Path,
@@ -89,5 +89,5 @@ def test_a_cache_that_was_made_without_them_says_so(world: Path, training_cache:
     protocol = tmp_path / "protocol.toml"
     protocol.write_text((world / "protocol.toml").read_text() + "\nkeep_empty_train = true\n")
     with pytest.raises(HdovdError, match="extract-clip"):
-        train(TrainConfig(DataPaths(world), training_cache, tmp_path / "run", micro_recipe(), str(protocol), "cpu"), _silent)
+        train(TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / "run", recipe=micro_recipe(), protocol=str(protocol), device="cpu"), _silent)
     assert Level.IMAGE in FeatureCache(training_cache).levels()

@@ -69,7 +69,7 @@ def broken(world: Path, extraction: Extraction, tmp_path_factory: pytest.TempPat
 
 @pytest.mark.parametrize("samples", [1, 5, 1000])
 def test_round_trip_is_exact(cache: Path, tmp_path: Path, samples: int) -> None:
-    export_tars(TarExportConfig(cache, tmp_path / "shards", samples=samples), _silent)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", samples=samples), _silent)
     features = import_tars(tmp_path / "shards", tmp_path / "back", _silent)
     assert features == Catalog(cache).sets()["default"]
     _same_files(cache, tmp_path / "back")
@@ -77,7 +77,7 @@ def test_round_trip_is_exact(cache: Path, tmp_path: Path, samples: int) -> None:
 
 def test_round_trip_of_small_parts_and_failed_images_is_exact(broken: Path, kept: list[int], tmp_path: Path) -> None:
     assert len(Catalog(broken).products(Level.INSTANCE)[0].records()) > 10
-    export_tars(TarExportConfig(broken, tmp_path / "shards", samples=4), _silent)
+    export_tars(TarExportConfig(cache=broken, out=tmp_path / "shards", samples=4), _silent)
     import_tars(tmp_path / "shards", tmp_path / "back", _silent)
     _same_files(broken, tmp_path / "back")
     members = _members(tmp_path / "shards")
@@ -90,14 +90,14 @@ def test_round_trip_of_small_parts_and_failed_images_is_exact(broken: Path, kept
 def test_round_trip_of_a_named_set_without_proposals_is_exact(extraction: Extraction, tmp_path: Path) -> None:
     extract_clip(extraction(tmp_path / "cache", proposals=None, vocabulary=None, captions=None, features="plain"), _silent)
     with pytest.raises(HdovdError, match="no set of features named default; it has plain"):
-        export_tars(TarExportConfig(tmp_path / "cache", tmp_path / "shards"), _silent)
-    export_tars(TarExportConfig(tmp_path / "cache", tmp_path / "shards", features="plain"), _silent)
+        export_tars(TarExportConfig(cache=tmp_path / "cache", out=tmp_path / "shards"), _silent)
+    export_tars(TarExportConfig(cache=tmp_path / "cache", out=tmp_path / "shards", features="plain"), _silent)
     import_tars(tmp_path / "shards", tmp_path / "back", _silent)
     _same_files(tmp_path / "cache", tmp_path / "back")
 
 
 def test_shards_hold_the_files_and_base_annotations_alone(cache: Path, world: Path, kept: list[int], tmp_path: Path) -> None:
-    export_tars(TarExportConfig(cache, tmp_path / "shards", samples=7), _silent)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", samples=7), _silent)
     tree = json.loads((world / "annotations" / "instances_train2017.json").read_text())
     names = {c["id"]: c["name"] for c in tree["categories"]}
     expected: dict[int, list[dict[str, Any]]] = {image: [] for image in kept}
@@ -116,7 +116,7 @@ def test_shards_hold_the_files_and_base_annotations_alone(cache: Path, world: Pa
 
 
 def test_import_leaves_what_is_there_and_goes_on(cache: Path, tmp_path: Path) -> None:
-    export_tars(TarExportConfig(cache, tmp_path / "shards", samples=9), _silent)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", samples=9), _silent)
     back = Path(shutil.copytree(cache, tmp_path / "back"))
     product = Catalog(back).products(Level.INSTANCE)[0]
     (back / product.record_name(0)).unlink()  # as a killed import leaves it
@@ -133,7 +133,7 @@ def test_import_leaves_what_is_there_and_goes_on(cache: Path, tmp_path: Path) ->
 
 
 def test_import_refuses_shards_that_are_damaged_or_few(cache: Path, tmp_path: Path) -> None:
-    export_tars(TarExportConfig(cache, tmp_path / "shards", samples=9), _silent)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", samples=9), _silent)
     with pytest.raises(HdovdError, match=r"names 1 of 3 shards"):
         import_tars(tmp_path / "shards" / "000001.tar", tmp_path / "back", _silent)
     data = bytearray((tmp_path / "shards" / "000001.tar").read_bytes())
@@ -148,7 +148,7 @@ def test_rows_changed_by_somebody_are_refused(cache: Path, tmp_path: Path) -> No
     """Shards with new sums beside them are whole, but they are not what was exported."""
     import hashlib
 
-    export_tars(TarExportConfig(cache, tmp_path / "shards"), _silent)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards"), _silent)
     file = tmp_path / "shards" / "000000.tar"
     with tarfile.open(file) as tar:
         at = tar.getmember("000000000003.instance.npy").offset_data + 128
@@ -168,7 +168,7 @@ def test_other_data_are_refused_naming_what_differs(cache: Path, copied_world: P
     next(a for a in tree["annotations"] if tree["categories"][a["category_id"] - 1]["name"] in BASE)["bbox"][2] -= 1
     file.write_text(json.dumps(tree))
     with pytest.raises(HdovdError, match=r"boxes level.*does not fit this data:\n.*base_boxes\.hash"):
-        export_tars(TarExportConfig(cache, tmp_path / "shards", DataPaths(copied_world)), _silent)
+        export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", data=DataPaths(copied_world)), _silent)
     assert not (tmp_path / "shards").exists()
 
 
@@ -176,13 +176,13 @@ def test_picture_that_is_gone_is_named_and_nothing_half_written_stays(cache: Pat
                                                                        tmp_path: Path) -> None:
     name = f"{kept[12]:012d}.jpg"
     (copied_world / "train2017" / name).rename(tmp_path / name)
-    config = TarExportConfig(cache, tmp_path / "shards", DataPaths(copied_world), samples=5)
+    config = TarExportConfig(cache=cache, out=tmp_path / "shards", data=DataPaths(copied_world), samples=5)
     with pytest.raises(HdovdError, match=rf"image {kept[12]}: .*{name}"):
         export_tars(config, _silent)
     assert sorted(file.name for file in (tmp_path / "shards").glob("*.tar")) == ["000000.tar", "000001.tar"]
     (tmp_path / name).rename(copied_world / "train2017" / name)
     export_tars(config, _silent)
-    export_tars(TarExportConfig(cache, tmp_path / "again", samples=5), _silent)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "again", samples=5), _silent)
     _same_files(tmp_path / "shards", tmp_path / "again")
 
 
@@ -190,15 +190,15 @@ def test_set_of_unknown_origin_needs_data_and_protocol(copied_cache: Path, world
     catalog = Catalog(copied_cache)
     catalog.write_set("default", replace(catalog.sets()["default"], made_from={}))
     with pytest.raises(HdovdError, match="give --data and --protocol"):
-        export_tars(TarExportConfig(copied_cache, tmp_path / "shards"), _silent)
-    config = TarExportConfig(copied_cache, tmp_path / "shards", DataPaths(world), str(world / "protocol.toml"))
+        export_tars(TarExportConfig(cache=copied_cache, out=tmp_path / "shards"), _silent)
+    config = TarExportConfig(cache=copied_cache, out=tmp_path / "shards", data=DataPaths(world), protocol=str(world / "protocol.toml"))
     assert export_tars(config, _silent).images == 23
 
 
 # --- killed ---
 
 def test_killed_export_goes_on_and_ends_the_same(cache: Path, copied_world: Path, kept: list[int], tmp_path: Path) -> None:
-    out, config = tmp_path / "shards", TarExportConfig(cache, tmp_path / "shards", DataPaths(copied_world), samples=2)
+    out, config = tmp_path / "shards", TarExportConfig(cache=cache, out=tmp_path / "shards", data=DataPaths(copied_world), samples=2)
     picture = copied_world / "train2017" / f"{kept[7]:012d}.jpg"
     picture.rename(tmp_path / "picture.jpg")
     os.mkfifo(picture)  # the export waits here, in its fourth shard, until it is killed
@@ -226,7 +226,7 @@ def test_extraction_to_shards_leaves_shards_alone(extraction: Extraction, cache:
     report = extract_clip(extraction(tmp_path / "shards", store=Store.WEBDATASET), lines.append)
     assert report.whole
     assert report.new_rows[Level.IMAGE] == 23
-    export_tars(TarExportConfig(cache, tmp_path / "exported"), _silent)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "exported"), _silent)
     _same_files(tmp_path / "shards", tmp_path / "exported")
     assert any("verified" in line for line in lines)
     assert not (tmp_path / "shards" / ".zarr").exists()
@@ -289,7 +289,7 @@ def test_extraction_to_shards_goes_on_wherever_it_was_killed(extraction: Extract
     if state == "extracting":
         (folder / ".zarr" / "sets" / "default.json").unlink()
     else:
-        export_tars(TarExportConfig(folder / ".zarr", folder), _silent)
+        export_tars(TarExportConfig(cache=folder / ".zarr", out=folder), _silent)
         if state == "exporting":
             (folder / "000000.json").unlink()
         else:  # the shard was damaged on its way, which must not pass for done
@@ -301,7 +301,7 @@ def test_extraction_to_shards_goes_on_wherever_it_was_killed(extraction: Extract
             assert (folder / ".zarr" / "zarr.json").exists()
     asked = ("object",) if state == "extracting" else ()  # the set, which keeps that text, is gone
     extract_clip(extraction(folder, store=Store.WEBDATASET), _silent, _NeverAsked(teacher, asked))
-    export_tars(TarExportConfig(cache, tmp_path / "exported"), _silent)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "exported"), _silent)
     _same_files(folder, tmp_path / "exported")
 
 

@@ -35,10 +35,10 @@ def nouns_file(world: Path, tmp_path: Path) -> Path:
     """What `hdovd nouns` finds in the micro world's captions."""
     find_nouns(
         NounsConfig(
-            world / "annotations" / "captions_train2017.json",
-            tmp_path / "nouns.json",
-            world / "vocabulary.txt",
-            Parser.MATCH,
+            captions=world / "annotations" / "captions_train2017.json",
+            out=tmp_path / "nouns.json",
+            vocabulary=world / "vocabulary.txt",
+            parser=Parser.MATCH,
             protocol=str(world / "protocol.toml"),
         ),
         _silent,
@@ -67,7 +67,7 @@ def test_repair_names_the_file_of_nouns(copied_cache: Path, extraction: Config, 
     (part,) = (copied_cache / "pseudo_label" / key / "noun" / "c").glob("*")
     whole = part.read_bytes()
     part.write_bytes(whole[:-1])
-    check_cache(CheckConfig(copied_cache, repair=True), lines.append)
+    check_cache(CheckConfig(cache=copied_cache, repair=True), lines.append)
     assert f" --nouns {nouns_file.absolute()} " in lines[-1]
     extract_clip(config, _silent)
     assert part.read_bytes() == whole

@@ -37,8 +37,8 @@ def forget(cache: Path) -> None:
 def text_after_training(world: Path, tmp_path: Path) -> Callable[..., tuple[Tensor, str]]:
     def run(cache: Path, data: DataPaths | None = None) -> tuple[Tensor, str]:
         said = list[str]()
-        job = TrainConfig(DataPaths(world) if data is None else data, cache, tmp_path / "run", adamixer_recipe("train.epochs=1"),
-                       str(world / "protocol.toml"), "cpu", overwrite=True)
+        job = TrainConfig(data=DataPaths(world) if data is None else data, cache=cache, out=tmp_path / "run", recipe=adamixer_recipe("train.epochs=1"),
+                       protocol=str(world / "protocol.toml"), device="cpu", overwrite=True)
         return load_file(train(job, said.append).path / "model.safetensors")["object_text"], "\n".join(said)
 
     return run
@@ -86,7 +86,7 @@ def test_tar_shards_have_it_and_old_ones_get_it(copied_cache: Path, world: Path,
                                                 text_after_training: Callable[..., tuple[Tensor, str]]) -> None:
     file, shards = copied_cache / "sets" / "default.json", tmp_path / "shards"
     whole = file.read_text()
-    config = TarExportConfig(str(copied_cache), str(shards), DataPaths(world), str(world / "protocol.toml"))
+    config = TarExportConfig(cache=str(copied_cache), out=str(shards), data=DataPaths(world), protocol=str(world / "protocol.toml"))
     forget(copied_cache)
     export_tars(config, lambda _: None)
     assert "stands in" in text_after_training(shards, DataPaths())[1]

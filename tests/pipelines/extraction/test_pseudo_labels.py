@@ -127,7 +127,7 @@ def test_weights_follow_from_the_stored_rows(two_ways: Path, kept: list[int]) ->
 
 
 def test_verify_knows_them(two_ways: Path) -> None:
-    assert not check_cache(CheckConfig(two_ways), _silent).findings
+    assert not check_cache(CheckConfig(cache=two_ways), _silent).findings
     product = Product(Catalog(two_ways).folder, Level.PSEUDO_LABEL, Catalog(two_ways).sets()["top"].levels[Level.PSEUDO_LABEL])
     assert product.row_objects(0).keys() == {"noun", "noun_cosine", "top_noun", "top_weight"}
 
@@ -138,7 +138,7 @@ def test_training_takes_u_of_all_of_them_from_the_cache_and_from_tar_shards(
     split = load_split(world / "annotations" / "instances_train2017.json", world / "train2017", protocol, base_only=True)
     recipe, reader = micro_recipe("input.flip=0.0"), FeatureCache(two_ways, "top")
     data = TrainingSet(split, reader, recipe, _silent)
-    export_tars(TarExportConfig(two_ways, tmp_path / "shards", DataPaths(world), str(world / "protocol.toml"), "top", 8), _silent)
+    export_tars(TarExportConfig(cache=two_ways, out=tmp_path / "shards", data=DataPaths(world), protocol=str(world / "protocol.toml"), features="top", samples=8), _silent)
     tars = TarTrainingSet(str(tmp_path / "shards"), protocol, recipe, _silent)
     nouns, several = reader.embeddings(Level.NOUN), 0
     for index, image in enumerate(data.images):

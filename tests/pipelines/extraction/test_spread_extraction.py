@@ -121,7 +121,7 @@ def test_torchrun_itself(alone: Path, extraction: Config, tmp_path: Path, monkey
 def test_a_ray_worker_is_killed_and_another_does_its_part(alone: Path, extraction: Config, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     (tmp_path / "extraction.json").write_text(json.dumps(extraction(tmp_path).to_dict()))
-    done = _run([Path(__file__).with_name("ray_with_a_death.py"), "extraction.json", "cache", 16, 16], tmp_path)
+    done = _run([Path(__file__).parents[2] / "helpers" / "ray_with_a_death.py", "extraction.json", "cache", 16, 16], tmp_path)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["whole"]

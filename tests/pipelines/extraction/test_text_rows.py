@@ -306,7 +306,7 @@ def test_config_survives_as_plain_values_with_absolute_paths(tmp_path: Path, mon
     (tmp_path / "weights.pt").touch()
     (tmp_path / "p.toml").touch()
     here = {"proposals": Path("p.json"), "vocabulary": Path("v.txt"), "captions": Path("c.json"), "synonyms": Path("s.toml")}
-    config = ExtractConfig(DataPaths(Path("coco"), Path("images"), Path("a.json")), "cache", "local-dir:clip", "weights.pt",
+    config = ExtractConfig(data=DataPaths(Path("coco"), Path("images"), Path("a.json")), cache="cache", clip="local-dir:clip", pretrained="weights.pt",
                            protocol="p.toml", templates=("{} here", "a {}"), recipe=CropRecipe(Shape.SQUARE, (1, 2)),
                            precision=Precision.BF16, activation=Activation.GELU, features="mine", device="cpu", batch_size=3, part_rows=5,
                            workers=1, dry_run=True, retry_failed=True, share=Share(1, 2), executor=Executor.RAY,
@@ -344,8 +344,8 @@ def test_repair_makes_the_class_level_from_the_same_file(request: pytest.Fixture
     before = contents(cache)
     (rows,) = cache.glob("class/*/embedding/c/0/0")
     rows.write_bytes(rows.read_bytes()[:-50])
-    assert check_cache(CheckConfig(cache), _silent, counting).findings
-    check_cache(CheckConfig(cache, repair=True), _silent, counting)
+    assert check_cache(CheckConfig(cache=cache), _silent, counting).findings
+    check_cache(CheckConfig(cache=cache, repair=True), _silent, counting)
     extract_clip(extraction(cache, **{option: file}), _silent, counting)
-    assert check_cache(CheckConfig(cache), _silent, counting).findings == []
+    assert check_cache(CheckConfig(cache=cache), _silent, counting).findings == []
     assert contents(cache) == before

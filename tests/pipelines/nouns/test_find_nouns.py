@@ -26,7 +26,7 @@ def _job(tmp_path: Path, captions: list[tuple[int, str]] = CAPTIONS, images: lis
     if isinstance(vocabulary, str):
         (tmp_path / "words.txt").write_text(vocabulary.replace("|", "\n"))
         vocabulary = tmp_path / "words.txt"
-    return NounsConfig(tmp_path / "captions.json", tmp_path / "out" / "nouns.json", vocabulary, **({"parser": Parser.MATCH} | changes))
+    return NounsConfig(captions=tmp_path / "captions.json", out=tmp_path / "out" / "nouns.json", vocabulary=vocabulary, **({"parser": Parser.MATCH} | changes))
 
 
 def _run(job: NounsConfig) -> tuple[NounsReport, str]:
@@ -153,9 +153,9 @@ def test_files_that_are_not_there(tmp_path: Path, changes: dict[str, Any]) -> No
 
 def test_out_is_neither_a_folder_nor_an_input(tmp_path: Path) -> None:
     with pytest.raises(HdovdError, match="is a folder"):
-        NounsConfig(tmp_path / "captions.json", tmp_path)
+        NounsConfig(captions=tmp_path / "captions.json", out=tmp_path)
     with pytest.raises(HdovdError, match="is one of the files that are read"):
-        NounsConfig(tmp_path / "captions.json", tmp_path / "captions.json")
+        NounsConfig(captions=tmp_path / "captions.json", out=tmp_path / "captions.json")
 
 
 GOOD: dict[str, Any] = {"format": "hdovd nouns", "version": 1, "vocabulary": ["cat", "dog"], "images": {"1": [0]}}

@@ -92,7 +92,7 @@ def _run(tmp_path: Path, model: Path, vocabulary: Path | None = None,
          parser: Parser = Parser.SPACY) -> tuple[NounsReport, dict[str, Any]]:
     captions = [(7, "Dogs and a qwok"), (7, "tennis rackets in front"), (3, "it watches dogs"), (3, "nothing")]
     (tmp_path / "captions.json").write_text(json.dumps({"annotations": [{"image_id": i, "caption": c} for i, c in captions]}))
-    job = NounsConfig(tmp_path / "captions.json", tmp_path / "nouns.json", vocabulary, parser, spacy_model=str(model))
+    job = NounsConfig(captions=tmp_path / "captions.json", out=tmp_path / "nouns.json", vocabulary=vocabulary, parser=parser, spacy_model=str(model))
     return find_nouns(job, lambda _: None), json.loads((tmp_path / "nouns.json").read_text())
 
 

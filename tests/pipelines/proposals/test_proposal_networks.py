@@ -19,7 +19,7 @@ from hdovd.data.protocol import load_protocol
 from hdovd.modeling.backbones.pyramid import build_backbone
 from hdovd.pipelines.common.tensors import tensors_hash
 from hdovd.pipelines.demo.world import BASE
-from hdovd.pipelines.proposals.config import Detector, ProposeConfig, RecallConfig, propose_job
+from hdovd.pipelines.proposals.config import Detector, ProposeConfig, ProposeOptions, RecallConfig
 from hdovd.pipelines.proposals.networks import load_network, made_by, save_network, settings
 from hdovd.pipelines.proposals.propose import propose
 from hdovd.pipelines.proposals.recall import Recall, recall_report, recall_table, without_crowds
@@ -34,7 +34,7 @@ def _silent(_: str) -> None: ...
 def made(world: Path, micro_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> ProposeConfig:
     """A job that is done: p.json and p.oln.safetensors."""
     out = tmp_path_factory.mktemp("made") / "not there yet" / "p.json"
-    job = ProposeConfig(DataPaths(world), out, micro_recipe(), str(world / "protocol.toml"), device="cpu", top=6)
+    job = ProposeConfig(data=DataPaths(world), out=out, recipe=micro_recipe(), protocol=str(world / "protocol.toml"), device="cpu", top=6)
     propose(job, _silent)
     return job
 
@@ -179,7 +179,7 @@ def test_a_network_that_saw_classes_which_are_novel_here(made: ProposeConfig, ne
 def test_networks_side_by_side(made: ProposeConfig, network: Path, world: Path) -> None:
     """One call: the network that is there is taken, the other one trained; base and novel objects are those of val2017."""
     said: list[str] = []
-    job = RecallConfig(made.data, made.data, made.recipe, made.out, made.protocol, (Detector.RPN, Detector.OLN), (network,), "cpu")
+    job = RecallConfig(data=made.data, validation=made.data, recipe=made.recipe, out=made.out, protocol=made.protocol, detectors=(Detector.RPN, Detector.OLN), checkpoints=(network,), device="cpu")
     rpn, oln, same = recall_report(job, said.append)
     tree = json.loads((world / "annotations" / "instances_val2017.json").read_text())
     base = {c["id"] for c in tree["categories"] if c["name"] in BASE}
@@ -211,15 +211,15 @@ def test_table_of_recall() -> None:
 
 def test_recall_needs_a_place_for_networks_and_pictures(made: ProposeConfig) -> None:
     with pytest.raises(HdovdError, match=r"--out.*--checkpoint"):
-        recall_report(RecallConfig(made.data, made.data, made.recipe, None, made.protocol, device="cpu"), _silent)
+        recall_report(RecallConfig(data=made.data, validation=made.data, recipe=made.recipe, out=None, protocol=made.protocol, device="cpu"), _silent)
     with pytest.raises(HdovdError, match="--val-images"):
-        recall_report(RecallConfig(made.data, None, made.recipe, made.out, made.protocol, device="cpu"), _silent)
+        recall_report(RecallConfig(data=made.data, validation=None, recipe=made.recipe, out=made.out, protocol=made.protocol, device="cpu"), _silent)
 
 
 def test_a_picture_that_cannot_be_read_makes_no_recall(made: ProposeConfig, network: Path, copied_world: Path) -> None:
     picture = min((copied_world / "val2017").iterdir())
     picture.unlink()
-    job = RecallConfig(DataPaths(), DataPaths(copied_world), made.recipe, None, made.protocol, checkpoints=(network,), device="cpu")
+    job = RecallConfig(data=DataPaths(), validation=DataPaths(copied_world), recipe=made.recipe, out=None, protocol=made.protocol, checkpoints=(network,), device="cpu")
     with pytest.raises(HdovdError, match=picture.name):
         recall_report(job, _silent)
 
@@ -245,13 +245,13 @@ def test_one_network_makes_a_file(
     made: ProposeConfig, detectors: tuple[Detector, ...], checkpoints: tuple[Path, ...], message: str
 ) -> None:
     with pytest.raises(HdovdError, match=message):
-        propose_job(made.data, made.out, made.recipe, detectors, checkpoints)
+        ProposeOptions(data=made.data, recipe=made.recipe, out=made.out, detector=detectors, checkpoint=checkpoints).config()
     with pytest.raises(HdovdError, match="--out FILE"):
-        propose_job(made.data, None, made.recipe, detectors[:1], ())
+        ProposeOptions(data=made.data, recipe=made.recipe, detector=detectors[:1]).config()
 
 
 @pytest.mark.parametrize("name", ["p.pkl", "p", "folder.json"])
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(made: ProposeConfig, tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(HdovdError, match=r"expected a file whose name ends in \.json or \.npz"):
-        propose_job(made.data, tmp_path / name, made.recipe, (), ())
+        ProposeOptions(data=made.data, recipe=made.recipe, out=tmp_path / name).config()

@@ -22,7 +22,7 @@ def _silent(_: str) -> None: ...
 
 
 def _job(data: Path, out: Path, recipe: Recipe, **changes: object) -> ProposeConfig:
-    return ProposeConfig(DataPaths(data), out, recipe, str(data / "protocol.toml"), device="cpu", **changes)  # type: ignore[arg-type]
+    return ProposeConfig(data=DataPaths(data), out=out, recipe=recipe, protocol=str(data / "protocol.toml"), device="cpu", **changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_no_readable_picture_is_an_error(copied_world: Path, micro_recipe: Calla
 
 
 def _select(boxes: list[list[float]], scores: list[float], base: list[list[float]], **changes: float) -> list[int]:
-    job = ProposeConfig(DataPaths(), Path(), None, **changes)  # type: ignore[arg-type]
+    job = ProposeConfig(data=DataPaths(), out=Path(), recipe=None, **changes)  # type: ignore[arg-type]
     return select_proposals(torch.tensor(boxes).float(), torch.tensor(scores), torch.tensor(base).float(), job).tolist()
 
 

@@ -23,7 +23,7 @@ from hdovd.pipelines.proposals.networks import build_network, made_by
 @pytest.fixture(scope="module")
 def job(world: Path, micro_recipe: Callable[..., Recipe]) -> Callable[..., ProposeConfig]:
     recipe = micro_recipe("train.batch_size=4", "input.flip=0.5")  # 5 steps; parts of two batches
-    return lambda out, **changes: ProposeConfig(DataPaths(world), out, recipe, str(world / "protocol.toml"), device="cpu",
+    return lambda out, **changes: ProposeConfig(data=DataPaths(world), out=out, recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu",
                                              **({"save_minutes": 0.0, "top": 5} | changes))
 
 

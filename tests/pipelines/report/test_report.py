@@ -64,7 +64,7 @@ def _report(runs: list[Path], data: Path | None, out: Path, **changes: Any) -> t
     said: list[str] = []
     values: dict[str, Any] = {"data": DataPaths(data), "gallery": 3, "pseudo": 2, "relation_images": 3, "threshold": 0.05, "device": "cpu"}
     values |= changes
-    return _Page(report(ReportConfig(tuple(runs), out, **values), said.append)), said
+    return _Page(report(ReportConfig(runs=tuple(runs), out=out, **values), said.append)), said
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_a_run_whose_cache_is_gone_still_has_a_report(distilled: RunFolder, worl
     page, _ = _report([run], world, tmp_path / "out", trust=True)
     assert page.text.count("no feature cache at") == 2  # of pseudo boxes, and of relations
     with pytest.raises(HdovdError, match=r"where are the pictures.*moved away"):
-        report(ReportConfig((run,), tmp_path / "out", trust=True), lambda _: None)
+        report(ReportConfig(runs=(run,), out=tmp_path / "out", trust=True), lambda _: None)
 
 
 def test_without_data_the_pictures_are_where_the_cache_was_made(distilled: RunFolder, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_damaged_log_leaves_out_the_losses_and_a_torn_end_nothing(line: str, d
 
 def test_a_recipe_of_another_version_leaves_out_what_needs_the_model(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
     runs = _copies({"run": distilled}, tmp_path)
-    evaluate(EvalConfig(runs[0], DataPaths(world), device="cpu"), lambda _: None)
+    evaluate(EvalConfig(run=runs[0], data=DataPaths(world), device="cpu"), lambda _: None)
     (runs[0] / "config.toml").write_text("some_old_key = 1\n" + (runs[0] / "config.toml").read_text())
     page, _ = _report(runs, world, tmp_path / "out", trust=True)
     assert "run: recipe" in page.text
@@ -200,7 +200,7 @@ def test_an_unfinished_run_is_called_that(distilled: RunFolder, world: Path, tmp
 def test_refusals(runs: tuple[str, ...], why: str, distilled: RunFolder, world: Path, tmp_path: Path) -> None:
     _copies({"run": distilled}, tmp_path)
     with pytest.raises(HdovdError, match=why):
-        report(ReportConfig(tuple(tmp_path / name for name in runs), tmp_path / "out", DataPaths(world)), lambda _: None)
+        report(ReportConfig(runs=tuple(tmp_path / name for name in runs), out=tmp_path / "out", data=DataPaths(world)), lambda _: None)
     assert not (tmp_path / "out").exists()
 
 
@@ -210,14 +210,14 @@ def test_out_that_is_something_else_is_refused(distilled: RunFolder, world: Path
     (tmp_path / "photos" / "cat.jpg").touch()
     for out, why in (("out", "is a file: give a folder"), ("page.html", "give a folder"), ("photos", "holds other things .cat.jpg")):
         with pytest.raises(HdovdError, match=why):
-            report(ReportConfig((distilled.path,), tmp_path / out, DataPaths(world)), lambda _: None)
+            report(ReportConfig(runs=(distilled.path,), out=tmp_path / out, data=DataPaths(world)), lambda _: None)
 
 
 def test_a_folder_of_runs_and_a_slip_of_the_pen_are_told(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
     _copies({"distilled": distilled}, tmp_path / "runs")
     for name, why in (("runs", "there are runs in it: .*runs/distilled"), ("runs/distiled", "did you mean .*runs/distilled")):
         with pytest.raises(HdovdError, match=why):
-            report(ReportConfig((tmp_path / name,), tmp_path / "out", DataPaths(world)), lambda _: None)
+            report(ReportConfig(runs=(tmp_path / name,), out=tmp_path / "out", data=DataPaths(world)), lambda _: None)
 
 
 def test_names_are_what_paths_do_not_share() -> None:

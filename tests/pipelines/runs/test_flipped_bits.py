@@ -85,7 +85,7 @@ def plain(value: Any) -> Any:
 def verified(root: Path) -> bool:
     """Whether hdovd cache verify has nothing to say."""
     said: list[str] = []
-    findings = check_cache(CheckConfig(root), said.append).findings
+    findings = check_cache(CheckConfig(cache=root), said.append).findings
     return not findings and not any(line.startswith("no checksum") for line in said)
 
 
@@ -93,7 +93,7 @@ def verified(root: Path) -> bool:
 def test_a_flipped_bit(kind: str, read: Callable[[Path], Any], cache: Path, distilled: RunFolder, tmp_path: Path) -> None:
     root = tmp_path / kind
     if kind == "shards":
-        export_tars(TarExportConfig(cache, root, samples=8), lambda _: None)
+        export_tars(TarExportConfig(cache=cache, out=root, samples=8), lambda _: None)
     else:
         shutil.copytree(cache if kind == "cache" else distilled.path, root)
     files = [file for file in sorted(root.rglob("*")) if file.is_file() and file.name not in NOT_READ and file.stat().st_size]

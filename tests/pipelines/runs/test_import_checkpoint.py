@@ -75,7 +75,7 @@ def files(tmp_path: Path, world: Path) -> Callable[..., ImportCheckpointConfig]:
                    tmp_path / "classes.pt")
         values: dict[str, Any] = {"class_embeddings": tmp_path / "classes.pt", "protocol": str(world / "protocol.toml"),
                                   "settings": SETTINGS} | changes
-        return ImportCheckpointConfig(tmp_path / "theirs.pth", tmp_path / "run", values.pop("detector", "faster_rcnn"), **values)
+        return ImportCheckpointConfig(file=tmp_path / "theirs.pth", out=tmp_path / "run", detector=values.pop("detector", "faster_rcnn"), **values)
 
     return write
 
@@ -115,12 +115,12 @@ def test_what_is_imported_is_the_model(files: Files) -> None:
 
 def test_the_run_is_evaluated_and_listed_and_has_no_cache(files: Files, world: Path) -> None:
     run = import_checkpoint(files({"state_dict": theirs_of(model_of())}), silent)
-    result = evaluate(EvalConfig(run.path, DataPaths(world), device="cpu"), silent)
+    result = evaluate(EvalConfig(run=run.path, data=DataPaths(world), device="cpu"), silent)
     assert result.images > 0
     assert json.loads((run.path / "metrics.json").read_text())["cache"] == {"path": None, "levels": {}}
     listed = read_run(run.path)
     assert (listed.state, listed.cache, listed.wrong) == (State.FINISHED, None, ())
-    page = report(ReportConfig((run.path,), run.path / "report", DataPaths(world), gallery=2, pseudo=2, device="cpu"), silent)
+    page = report(ReportConfig(runs=(run.path,), out=run.path / "report", data=DataPaths(world), gallery=2, pseudo=2, device="cpu"), silent)
     assert page.read_text().count("imported from a checkpoint, so there is no cache") == 2  # of pseudo boxes, and of relations
     with pytest.raises(HdovdError, match="imported from a checkpoint, so there is no cache"):
         relations(RunFolder(run.path), DataPaths(world).load("train2017", run.protocol(), base_only=True, log=silent), 2)
@@ -128,7 +128,7 @@ def test_the_run_is_evaluated_and_listed_and_has_no_cache(files: Files, world: P
 
 def test_the_audit_does_not_know_what_an_imported_run_was_trained_on(files: Files, world: Path, training_cache: Path) -> None:
     run = import_checkpoint(files({"state_dict": theirs_of(model_of())}), silent)
-    found = audit(AuditConfig(DataPaths(world), training_cache, str(world / "protocol.toml"), run=run.path), silent)
+    found = audit(AuditConfig(data=DataPaths(world), cache=training_cache, protocol=str(world / "protocol.toml"), run=run.path), silent)
     of_run = [check for check in found.checks if check.name in ("run: cache", "run: backbone")]
     assert len(of_run) == 2
     for check in of_run:

@@ -82,7 +82,7 @@ def test_weights_that_are_not_finite_are_refused(run: Path, world: Path, value: 
     state[name].flatten()[0] = value
     save_file(state, run / "model.safetensors")
     with pytest.raises(HdovdError, match=r"model\.safetensors: values that are not finite in 1 of \d+ tensors"):
-        evaluate(EvalConfig(run, DataPaths(world), device="cpu"), lambda _: None)
+        evaluate(EvalConfig(run=run, data=DataPaths(world), device="cpu"), lambda _: None)
     with pytest.raises(HdovdError, match="not finite"):
         Detector.from_run(run, device="cpu")
 
@@ -121,7 +121,7 @@ def test_a_record_of_other_keys_or_types_is_a_line(run: Path, change: Callable[[
 def test_checkpoints_that_lack_something_or_are_of_another_run(run: Path, world: Path, training_cache: Path,
                                                                micro_recipe: Callable[..., Recipe]) -> None:
     job = TrainConfig(
-        DataPaths(world), training_cache, run, micro_recipe("train.epochs=3"), str(world / "protocol.toml"), "cpu", resume=True
+        data=DataPaths(world), cache=training_cache, out=run, recipe=micro_recipe("train.epochs=3"), protocol=str(world / "protocol.toml"), device="cpu", resume=True
     )
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     for name in STATE:
@@ -181,8 +181,8 @@ def strange(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("job", [
-    lambda run, world, out: EvalConfig(run, DataPaths(world)), lambda run, world, out: DetectConfig(run, ("x.jpg",), out),
-    lambda run, world, out: ExportModelConfig(run, "onnx", out / "x.onnx")])
+    lambda run, world, out: EvalConfig(run=run, data=DataPaths(world)), lambda run, world, out: DetectConfig(run=run, images=("x.jpg",), out=out),
+    lambda run, world, out: ExportModelConfig(run=run, form="onnx", out=out / "x.onnx")])
 def test_code_of_a_run_from_elsewhere_is_not_imported(strange: Path, world: Path, tmp_path: Path, job: Callable[..., Any]) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(HdovdError, match=rf"names code outside of hdovd.*loss\.extra\.mine\.use = '{CODE}:Loss'.*--trust"):
@@ -214,7 +214,7 @@ def test_an_address_of_a_run_from_elsewhere_is_not_asked(run: Path, world: Path,
     with pytest.raises(HdovdError, match=r"names the cache .*your credentials.*--trust"):
         data_of_cache(RunFolder.open(run))
     with pytest.raises(HdovdError, match=r"where are the pictures.*--trust"):
-        report(ReportConfig((run,), tmp_path / "out"), lambda _: None)
+        report(ReportConfig(runs=(run,), out=tmp_path / "out"), lambda _: None)
     detector = Detector.from_run(run, device="cpu")  # which needs no cache
     with pytest.raises(HdovdError, match=r"cannot be asked .*--trust"):
         detector.set_classes(["zebra crossing"])
@@ -229,7 +229,7 @@ def test_a_run_with_the_users_own_code_is_known_where_it_was_trained(world: Path
                                           "        super().__init__()\n    def forward(self, view):\n        return torch.zeros(())\n")
     monkeypatch.chdir(tmp_path)
     recipe = micro_recipe("loss.extra.zero.use=own_loss:Zero", "loss.extra.zero.weight=1.0")
-    train(TrainConfig(DataPaths(world), training_cache, tmp_path / "own", recipe, str(world / "protocol.toml"), "cpu"), lambda _: None)
+    train(TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / "own", recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu"), lambda _: None)
     load(tmp_path / "own")
     shutil.copytree(tmp_path / "own", tmp_path / "sent")
     with pytest.raises(HdovdError, match="--trust"):

@@ -79,7 +79,7 @@ def test_template_with_other_braces_is_refused(tmp_path: Path, extraction: Calla
         extraction(tmp_path / "cache", templates=("a {}", template))
     assert repr(template) in str(error.value)
     with pytest.raises(HdovdError, match="template"):
-        ImportConfig(ForeignFormat.OADP, tmp_path, DataPaths(tmp_path), tmp_path, templates=(template,))
+        ImportConfig(format=ForeignFormat.OADP, folder=tmp_path, data=DataPaths(tmp_path), cache=tmp_path, templates=(template,))
 
 
 @pytest.mark.parametrize("name", ["photo", "vild", "clip80"])

@@ -34,7 +34,7 @@ from hdovd.pipelines.training.train import TrainConfig, train
 @pytest.fixture(scope="module")
 def job(world: Path, training_cache: Path) -> Callable[..., TrainConfig]:
     def make(out: Path, *settings: str, **changes: Any) -> TrainConfig:
-        return replace(TrainConfig(DataPaths(world), training_cache, out, recipe(*settings), str(world / "protocol.toml"), "cpu"),
+        return replace(TrainConfig(data=DataPaths(world), cache=training_cache, out=out, recipe=recipe(*settings), protocol=str(world / "protocol.toml"), device="cpu"),
                        **changes)
 
     return make
@@ -87,7 +87,7 @@ def test_it_goes_on_in_the_middle_of_its_second_epoch(run: RunFolder, job: Job, 
 
 
 def test_it_is_evaluated(run: RunFolder, world: Path) -> None:
-    result = evaluate(EvalConfig(run.path, DataPaths(world), device="cpu"), lambda _: None)
+    result = evaluate(EvalConfig(run=run.path, data=DataPaths(world), device="cpu"), lambda _: None)
     assert (result.alpha, result.beta) == (0.35, 0.65)
     assert json.loads((run.path / "detections.json").read_text())
 
@@ -107,13 +107,13 @@ def test_relations(run: RunFolder, world: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("form", ModelForm)
 def test_every_form_finds_what_the_model_finds(form: ModelForm, run: RunFolder, tmp_path: Path) -> None:
-    done = export_model(ExportModelConfig(run.path, form, tmp_path / "out"), lambda _: None)
+    done = export_model(ExportModelConfig(run=run.path, form=form, out=tmp_path / "out"), lambda _: None)
     assert done.checked.detections > 0
     assert done.checked.difference < 5e-4
 
 
 def test_exported_weights_leave_training_out(run: RunFolder, tmp_path: Path) -> None:
-    names = load_file(export_model(ExportModelConfig(run.path, ModelForm.SAFETENSORS, tmp_path / "out"), lambda _: None).file).keys()
+    names = load_file(export_model(ExportModelConfig(run=run.path, form=ModelForm.SAFETENSORS, out=tmp_path / "out"), lambda _: None).file).keys()
     assert "background" in names
     assert not [name for name in names if name.startswith(("text_level.", "instance_level.", "proposals.auxiliary."))]
 
@@ -123,9 +123,9 @@ def test_a_detector_that_cannot_be_traced_says_which_form_works(form: ModelForm,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AdaMixer, "exportable", None)
     with pytest.raises(HdovdError, match=rf"--format {form}: .*adamixer.*--format safetensors"):
-        export_model(ExportModelConfig(run.path, form, tmp_path / "out"), lambda _: None)
+        export_model(ExportModelConfig(run=run.path, form=form, out=tmp_path / "out"), lambda _: None)
     assert not list(tmp_path.iterdir())
-    done = export_model(ExportModelConfig(run.path, ModelForm.SAFETENSORS, tmp_path / "out"), lambda _: None)
+    done = export_model(ExportModelConfig(run=run.path, form=ModelForm.SAFETENSORS, out=tmp_path / "out"), lambda _: None)
     assert done.checked.difference < 1e-5
 
 

@@ -76,7 +76,7 @@ def test_a_run_goes_the_way_of_one_that_is_not_compiled(world: Path, training_ca
     runs = []
     for name, wanted in (("plain", "false"), ("compiled", "true")):
         recipe = micro_recipe(*PLAIN, f"train.compile={wanted}", "train.ema=0.9", "train.optimizer=sgd", "train.lr=1e-3")
-        job = train.TrainConfig(DataPaths(world), training_cache, tmp_path / name, recipe, str(world / "protocol.toml"), "cpu",
+        job = train.TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / name, recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu",
                              validation=DataPaths(world))
         runs.append(train.train(job, lambda _: None))
     assert len(compiled) == 1
@@ -95,7 +95,7 @@ def test_a_run_may_be_compiled_from_some_step_on(train_micro: TrainMicro, world:
     """It is no other run: a machine to resume it on may have no compiler, or one."""
     run = train_micro(tmp_path / "run", "train.epochs=1")
     recipe = micro_recipe("train.compile=true")
-    job = train.TrainConfig(DataPaths(world), training_cache, run.path, recipe, str(world / "protocol.toml"), "cpu", resume=True)
+    job = train.TrainConfig(data=DataPaths(world), cache=training_cache, out=run.path, recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu", resume=True)
     lines: list[str] = []
     train.train(job, lines.append)
     assert lines[-1].endswith("is finished already")
@@ -103,12 +103,12 @@ def test_a_run_may_be_compiled_from_some_step_on(train_micro: TrainMicro, world:
 
 def test_a_compiled_network_proposes(world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path, compiled: list[nn.Module]) -> None:
     """And is the one that a call without takes."""
-    job = ProposeConfig(DataPaths(world), tmp_path / "p.json", micro_recipe(*PLAIN, "train.compile=true"), str(world / "protocol.toml"),
+    job = ProposeConfig(data=DataPaths(world), out=tmp_path / "p.json", recipe=micro_recipe(*PLAIN, "train.compile=true"), protocol=str(world / "protocol.toml"),
                         device="cpu")
     propose(job, lambda _: None)
     assert len(compiled) == 1
     said: list[str] = []
-    propose(ProposeConfig(job.data, job.out, micro_recipe(*PLAIN), job.protocol, device="cpu"), said.append)
+    propose(ProposeConfig(data=job.data, out=job.out, recipe=micro_recipe(*PLAIN), protocol=job.protocol, device="cpu"), said.append)
     assert any("trained with these settings before" in line for line in said)
 
 

@@ -35,7 +35,7 @@ NO_DISTILLATION = ("loss.instance.enabled=false", "loss.class.enabled=false", "l
 
 @pytest.fixture
 def job(world: Path, training_cache: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe]) -> TrainConfig:
-    return TrainConfig(DataPaths(world), training_cache, tmp_path / "new", micro_recipe(), str(world / "protocol.toml"), "cpu")
+    return TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / "new", recipe=micro_recipe(), protocol=str(world / "protocol.toml"), device="cpu")
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_a_resumed_run_needs_the_first_one_no_more(job: TrainConfig, distilled: 
 def test_the_audit_says_that_there_was_a_run_before(started: Started, distilled: RunFolder, job: TrainConfig, world: Path,
                                                     training_cache: Path) -> None:
     started(init=distilled.path)
-    found = audit(AuditConfig(DataPaths(world), training_cache, job.protocol, run=job.out), lambda _: None)
+    found = audit(AuditConfig(data=DataPaths(world), cache=training_cache, protocol=job.protocol, run=job.out), lambda _: None)
     backbone = next(check for check in found.checks if check.name == "run: backbone")
     assert backbone.verdict is Verdict.UNKNOWN
     assert f"began with the weights of {distilled.path.resolve()}" in backbone.text
@@ -234,7 +234,7 @@ def test_the_audit_says_that_there_was_a_run_before(started: Started, distilled:
 
 def test_all_cells_of_an_ablation_begin_with_it(distilled: RunFolder, base_only: RunFolder, world: Path, training_cache: Path,
                                                 tmp_path: Path) -> None:
-    config = AblateConfig(DataPaths(world), training_cache, tmp_path / "out", ("loss.class.enabled=true,false",), "demo", seeds=1,
+    config = AblateConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / "out", grid=("loss.class.enabled=true,false",), recipe="demo", seeds=1,
                           protocol=str(world / "protocol.toml"), device="cpu", init=distilled.path)
     first = plan(config)[0]
     words = commands(first, config, standing(first, config))[0]

@@ -42,7 +42,7 @@ def laid_out() -> Iterator[list[bool]]:
 def test_evaluating_detecting_and_relating(distilled: RunFolder, world: Path, training_cache: Path, laid_out: list[bool],
                                            tmp_path: Path) -> None:
     run = Path(shutil.copytree(distilled.path, tmp_path / "run"))  # evaluation writes into it
-    for stage in (lambda: evaluate(EvalConfig(run, DataPaths(world), device="cpu"), lambda _: None),
+    for stage in (lambda: evaluate(EvalConfig(run=run, data=DataPaths(world), device="cpu"), lambda _: None),
                   lambda: Detector.from_run(distilled.path, device="cpu")(next((world / "val2017").iterdir())),
                   lambda: relations(distilled, DataPaths(world).load("train2017", distilled.protocol(), base_only=True, log=lambda _: None),
                                     images=4, device="cpu")):
@@ -57,14 +57,14 @@ def test_training_and_validating(world: Path, training_cache: Path, micro_recipe
                                  laid_out: list[bool], detector: str) -> None:
     """The averaged weights too."""
     recipe = micro_recipe("train.ema=0.9") if detector == "faster_rcnn" else adamixer_recipe("train.ema=0.9", "train.epochs=1")
-    train(TrainConfig(DataPaths(world), training_cache, tmp_path / "run", recipe, str(world / "protocol.toml"), "cpu",
+    train(TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / "run", recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu",
                    validation=DataPaths(world)), lambda _: None)
     assert len(laid_out) > 30
     assert all(laid_out)
 
 
 def test_proposing(world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path, laid_out: list[bool]) -> None:
-    job = ProposeConfig(DataPaths(world), tmp_path / "p.json", micro_recipe(), str(world / "protocol.toml"), device="cpu")
+    job = ProposeConfig(data=DataPaths(world), out=tmp_path / "p.json", recipe=micro_recipe(), protocol=str(world / "protocol.toml"), device="cpu")
     propose(job, lambda _: None)
     propose(replace(job, out=tmp_path / "q.json", checkpoint=tmp_path / "p.oln.safetensors"), lambda _: None)
     assert len(laid_out) > 30

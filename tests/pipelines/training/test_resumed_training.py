@@ -165,7 +165,7 @@ def test_workers_may_change_and_a_signal_to_all_processes_of_a_job_spares_them(p
 
 def test_tar_shards_resume_too(play: Play, training_cache: Path, tmp_path: Path) -> None:
     """The order is that of the streams that the run began with."""
-    export_tars(TarExportConfig(training_cache, tmp_path / "shards", samples=5), lambda _: None)
+    export_tars(TarExportConfig(cache=training_cache, out=tmp_path / "shards", samples=5), lambda _: None)
     play(tmp_path / "whole", cache=tmp_path / "shards", settings=("train.workers=2",))
     play(tmp_path / "tar", cache=tmp_path / "shards", settings=("train.workers=2",), kill_at=8, code=-9)
     play(tmp_path / "tar", cache=tmp_path / "shards", resume=True)

@@ -70,7 +70,7 @@ def found_in(file: Path) -> list[list[float]]:
 def test_train_eval_and_detect(name: str, world: Path, training_cache: Path, micro_recipe: Micro, clip: str, tmp_path: Path,
                                pretended_cuda: PretendedCuda) -> None:
     recipe, data = RECIPES[name](micro_recipe), DataPaths(world)
-    job = TrainConfig(data, training_cache, tmp_path / "cuda", recipe, str(world / "protocol.toml"), validation=data)
+    job = TrainConfig(data=data, cache=training_cache, out=tmp_path / "cuda", recipe=recipe, protocol=str(world / "protocol.toml"), validation=data)
     run = train(job, silent)
     assert not pretended_cuda.mixed
     assert on_host(pretended_cuda) <= ANCHORS | SAMPLES | LOSSES | LOADED
@@ -79,22 +79,22 @@ def test_train_eval_and_detect(name: str, world: Path, training_cache: Path, mic
     np.testing.assert_allclose(losses_of(run), losses_of(on_cpu), rtol=0.05 if recipe.train.precision == "bf16" else 0.01)
 
     pretended_cuda.forget()
-    evaluate(EvalConfig(run.path, data, pictures=1), silent)
+    evaluate(EvalConfig(run=run.path, data=data, pictures=1), silent)
     assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"pictures.py"}
     found = found_in(run.path / "detections.json")
-    evaluate(EvalConfig(run.path, data, device="cpu"), silent)
+    evaluate(EvalConfig(run=run.path, data=data, device="cpu"), silent)
     if recipe.train.precision == "fp32":
         np.testing.assert_allclose(found, found_in(run.path / "detections.json"), atol=0.02)
 
     pretended_cuda.forget()
-    result = detect(DetectConfig(run.path, (str(world / "val2017"),), tmp_path / "found", clip=clip, threshold=0.0), silent)
+    result = detect(DetectConfig(run=run.path, images=(str(world / "val2017"),), out=tmp_path / "found", clip=clip, threshold=0.0), silent)
     assert result.tally
     assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"names.py", "detector.py", "output.py"}
 
 
 def test_a_run_goes_on_where_it_was(world: Path, training_cache: Path, micro_recipe: Micro, tmp_path: Path,
                                     pretended_cuda: PretendedCuda) -> None:
-    job = TrainConfig(DataPaths(world), training_cache, tmp_path / "broken", micro_recipe("train.epochs=2"), str(world / "protocol.toml"))
+    job = TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / "broken", recipe=micro_recipe("train.epochs=2"), protocol=str(world / "protocol.toml"))
     whole = train(replace(job, out=tmp_path / "whole"), silent)
 
     class Killed(Exception):
@@ -113,7 +113,7 @@ def test_a_run_goes_on_where_it_was(world: Path, training_cache: Path, micro_rec
 
 @pytest.mark.parametrize("detector", Detector)
 def test_propose(detector: Detector, world: Path, micro_recipe: Micro, tmp_path: Path, pretended_cuda: PretendedCuda) -> None:
-    job = ProposeConfig(DataPaths(world), tmp_path / "cuda.json", micro_recipe(), str(world / "protocol.toml"), top=4, detector=detector)
+    job = ProposeConfig(data=DataPaths(world), out=tmp_path / "cuda.json", recipe=micro_recipe(), protocol=str(world / "protocol.toml"), top=4, detector=detector)
     found = propose(job, silent)
     assert on_host(pretended_cuda) <= ANCHORS | SAMPLES | LOSSES | LOADED | {"networks.py", "propose.py", "boxes.py"}
     on_cpu = propose(replace(job, out=tmp_path / "cpu.json", device="cpu"), silent)

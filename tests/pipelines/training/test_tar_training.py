@@ -53,7 +53,7 @@ def _in_order(data: TarTrainingSet) -> Iterator[Sample]:
 def shards(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The micro world's cache as shards of 5 images: five of them, the last of 3."""
     folder = tmp_path_factory.mktemp("tar") / "shards"
-    export_tars(TarExportConfig(cache, folder, samples=5), _silent)
+    export_tars(TarExportConfig(cache=cache, out=folder, samples=5), _silent)
     return folder
 
 
@@ -215,7 +215,7 @@ def broken(world: Path, extraction: Callable[..., ExtractConfig], tmp_path_facto
     for image in (kept[2], *kept[20:]):
         (copied / "train2017" / f"{image:012d}.jpg").unlink()
     extract_clip(extraction(folder / "cache", data=copied), _silent)
-    export_tars(TarExportConfig(folder / "cache", folder / "shards", samples=5), _silent)
+    export_tars(TarExportConfig(cache=folder / "cache", out=folder / "shards", samples=5), _silent)
     return folder / "shards"
 
 
@@ -234,7 +234,7 @@ def test_images_that_failed_are_skipped_by_name(broken: Path, protocol: Protocol
 # --- the whole stage ---
 
 def _job(shards: Path | str, out: Path, recipe: Recipe, world: Path) -> TrainConfig:
-    return TrainConfig(DataPaths(), shards, out, recipe, str(world / "protocol.toml"), "cpu")
+    return TrainConfig(data=DataPaths(), cache=shards, out=out, recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu")
 
 
 class _Entries(Hooks):
@@ -315,7 +315,7 @@ def test_other_protocols_are_refused_naming_the_classes(shards: Path, world: Pat
 def test_class_level_needs_nouns(world: Path, tmp_path: Path, extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe,
                                  protocol: Protocol) -> None:
     extract_clip(extraction(tmp_path / "cache", vocabulary=None, captions=None), _silent)
-    export_tars(TarExportConfig(tmp_path / "cache", tmp_path / "shards"), _silent)
+    export_tars(TarExportConfig(cache=tmp_path / "cache", out=tmp_path / "shards"), _silent)
     _refused(tmp_path / "shards", world, micro_recipe(), r"--vocabulary.*loss\.class\.enabled=false")
     data = TarTrainingSet(str(tmp_path / "shards"), protocol, micro_recipe(OFF["class"]), _silent)
     assert max(len(sample[1].pseudo_boxes) for sample in _in_order(data)) > 0

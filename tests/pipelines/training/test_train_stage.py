@@ -123,7 +123,7 @@ def test_the_precision_that_auto_came_to_is_recorded_and_gone_on_with(train_micr
     assert (run.recipe().train.precision, run.record()["precision"]) == ("fp32", "fp32")
     begun = train_micro(tmp_path / "bf16", "train.precision=bf16")
     job = TrainConfig(
-        DataPaths(world), training_cache, begun.path, micro_recipe("train.precision=auto"), str(world / "protocol.toml"), "cpu", resume=True
+        data=DataPaths(world), cache=training_cache, out=begun.path, recipe=micro_recipe("train.precision=auto"), protocol=str(world / "protocol.toml"), device="cpu", resume=True
     )
     lines.clear()
     train(job, lines.append)
@@ -136,7 +136,7 @@ def test_the_precision_that_auto_came_to_is_recorded_and_gone_on_with(train_micr
 def test_resolved_config_repeats_the_run(distilled: RunFolder, world: Path, training_cache: Path, tmp_path: Path) -> None:
     recipe = load_recipe(str(distilled.path / "config.toml"))
     again = train(
-        TrainConfig(DataPaths(world), training_cache, tmp_path / "run", recipe, str(world / "protocol.toml"), "cpu"), lambda _: None
+        TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / "run", recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu"), lambda _: None
     )
     weights = _weights(again)
     assert all(torch.equal(value, weights[name]) for name, value in _weights(distilled).items())
@@ -166,7 +166,7 @@ def test_features_name_the_set_that_is_read(world: Path, copied_cache: Path, tmp
                                             micro_recipe: Callable[..., Recipe]) -> None:
     extract_clip(extraction(copied_cache, templates=("{} in the snow",), features="snow"), lambda _: None)
     job = TrainConfig(
-        DataPaths(world), copied_cache, tmp_path / "run", micro_recipe(), str(world / "protocol.toml"), "cpu", features="snow"
+        data=DataPaths(world), cache=copied_cache, out=tmp_path / "run", recipe=micro_recipe(), protocol=str(world / "protocol.toml"), device="cpu", features="snow"
     )
     run = train(job, lambda _: None)
     reader = FeatureCache(copied_cache, "snow")
@@ -283,12 +283,12 @@ def test_tensorboard_has_losses_and_validation_by_step(world: Path, training_cac
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     job = TrainConfig(
-        DataPaths(world),
-        training_cache,
-        tmp_path / "run",
-        micro_recipe("train.epochs=2"),
-        str(world / "protocol.toml"),
-        "cpu",
+        data=DataPaths(world),
+        cache=training_cache,
+        out=tmp_path / "run",
+        recipe=micro_recipe("train.epochs=2"),
+        protocol=str(world / "protocol.toml"),
+        device="cpu",
         validation=DataPaths(world),
         tensorboard=True,
     )
@@ -312,8 +312,8 @@ def test_a_validation_that_fails_is_told_and_training_goes_on(copied_world: Path
         if "NOT validated, and" in line:
             picture.write_bytes(whole)
 
-    job = TrainConfig(DataPaths(copied_world), training_cache, tmp_path / "run", micro_recipe("train.epochs=3"),
-                   str(copied_world / "protocol.toml"), "cpu", validation=DataPaths(copied_world))
+    job = TrainConfig(data=DataPaths(copied_world), cache=training_cache, out=tmp_path / "run", recipe=micro_recipe("train.epochs=3"),
+                   protocol=str(copied_world / "protocol.toml"), device="cpu", validation=DataPaths(copied_world))
     run = train(job, log)
     told = re.compile(rf"epoch 1: NOT validated, and training goes on: image {int(picture.stem)}: .*{picture.name}")
     assert [line for line in lines if told.match(line)]
@@ -330,7 +330,7 @@ def test_validation_pictures_that_are_not_there_are_named_before_the_first_step(
                                                                                 micro_recipe: Callable[..., Recipe]) -> None:
     picture = sorted((copied_world / "val2017").iterdir())[3]
     picture.unlink()
-    job = TrainConfig(DataPaths(copied_world), training_cache, tmp_path / "run", micro_recipe(), str(copied_world / "protocol.toml"), "cpu",
+    job = TrainConfig(data=DataPaths(copied_world), cache=training_cache, out=tmp_path / "run", recipe=micro_recipe(), protocol=str(copied_world / "protocol.toml"), device="cpu",
                    validation=DataPaths(copied_world))
     with pytest.raises(HdovdError, match=f"val2017: not there: 1 of 8 validation pictures .{picture.name}"):
         train(job, lambda _: None)
