@@ -36,6 +36,7 @@ fuzz: setup
 
 check: setup
 	"$(BIN)/python" -m ruff check .
+	"$(BIN)/python" -m ruff format --check --quiet .
 	"$(BIN)/python" -m mypy
 	"$(BIN)/python" tests/helpers/house.py
 	$(PYTEST)

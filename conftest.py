@@ -2,7 +2,8 @@
 
 Where Python is told to write no bytecode (as in many containers), keep it beside pytest's own cache.
 
-Tests start dozens of processes that import torch: each of them would compile all of it anew, which is more than half of its start.
+Tests start dozens of processes that import torch: each of them would compile all of it anew, which is more than half of
+its start.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-# Files of tests run side by side (make test): each has its share of the cores, and takes none from the others while it waits.
+# Files of tests run side by side (make test): each has its share of the cores, and takes none from the others while it
+# waits.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 _cores, _workers = len(os.sched_getaffinity(0)), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores // _workers)))

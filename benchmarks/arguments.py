@@ -12,8 +12,12 @@ from typing import Any, get_args, get_type_hints
 
 
 def parsed(config: type[Any], about: str | None, words: list[str] | None = None) -> Any:
-    """The config that the command line asks for: `--name value` for a field, `--no-name` for a switch, several values for a tuple."""
-    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The config that the command line asks for: `--name value` for a field, `--no-name` for a switch, several values
+    for a tuple.
+    """
+    parser = argparse.ArgumentParser(
+        description=(about or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):
         kind = (get_args(hints[field.name]) or (hints[field.name],))[0]

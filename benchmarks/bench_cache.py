@@ -1,9 +1,10 @@
-"""Reading speed of the cache beside other layouts of the same features: memory-mapped .npy, a .pth an image, safetensors.
+"""Reading speed of the cache beside other layouts of the same features: memory-mapped .npy, a .pth an image,
+safetensors.
 
     python benchmarks/run.py bench_cache [--workers 4] [--memory-limit 2000]
 
-The defaults make 3.3 GB. Layouts are read in short rounds of all of them, since other work on the machine slows whichever is being read;
-a ratio is the median of the ratios within the rounds.
+The defaults make 3.3 GB. Layouts are read in short rounds of all of them, since other work on the machine slows
+whichever is being read; a ratio is the median of the ratios within the rounds.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ PTH_KEY = "proposal_clip_image_embedding"
 
 @dataclass(frozen=True)
 class CacheBench:
-    """`images` of `rows` rows of `dim` values. `reads`: images of a round. `workers`: read with a DataLoader of so many too.
+    """`images` of `rows` rows of `dim` values. `reads`: images of a round. `workers`: read with a DataLoader of so many
+    too.
 
     `memory_limit`: MB of memory and page cache to read with, cold; 0 for no limit.
     """
@@ -61,8 +63,9 @@ class CacheBench:
 
 
 class Layout(NamedTuple):
-    """One way to keep features. `read`: an image id in, a fresh (n, D) float16 array out. `share` of a round's reads, less than one where
-    reads are slow. `in_blocks`: read in block-shuffled order."""
+    """One way to keep features. `read`: an image id in, a fresh (n, D) float16 array out. `share` of a round's reads,
+    less than one where reads are slow. `in_blocks`: read in block-shuffled order.
+    """
 
     name: str
     read: Callable[[int], Any]
@@ -79,9 +82,19 @@ def make_layouts(folder: Path, bench: CacheBench) -> None:
         rows[start : start + PART_ROWS] = block / np.linalg.norm(block, axis=1, keepdims=True)
     catalog = Catalog.create(folder / "cache")
     writer = ProductWriter.begin(
-        catalog.folder, Level.INSTANCE, {"made_up": True}, rows=total, part_rows=bench.part_rows, dim=bench.dim,
-        tables={"image_id": np.array(bench.ids), "image_hash": np.zeros(bench.images, np.uint64), "offset": offset,
-                "box": np.zeros((total, 4), np.float32)})
+        catalog.folder,
+        Level.INSTANCE,
+        {"made_up": True},
+        rows=total,
+        part_rows=bench.part_rows,
+        dim=bench.dim,
+        tables={
+            "image_id": np.array(bench.ids),
+            "image_hash": np.zeros(bench.images, np.uint64),
+            "offset": offset,
+            "box": np.zeros((total, 4), np.float32),
+        },
+    )
     for part in range(writer.product.parts):
         start, stop = writer.product.rows_of(part)
         writer.write_part(part, {"embedding": rows[start:stop]})
@@ -95,7 +108,10 @@ def make_layouts(folder: Path, bench: CacheBench) -> None:
 
 def open_layouts(folder: Path, bench: CacheBench) -> list[Layout]:
     """All layouts; ratios are to the first two."""
-    mapped, row_of = np.asarray(np.load(folder / "embedding.npy", mmap_mode="r")), {image: row for row, image in enumerate(bench.ids)}
+    mapped, row_of = (
+        np.asarray(np.load(folder / "embedding.npy", mmap_mode="r")),
+        {image: row for row, image in enumerate(bench.ids)},
+    )
     tensors = safe_open(folder / "all.safetensors", "np")
     with_map, through_zarr = (FeatureCache(folder / "cache", mapped=way).instance_embeddings for way in (True, False))
 
@@ -106,10 +122,14 @@ def open_layouts(folder: Path, bench: CacheBench) -> list[Layout]:
         found: np.ndarray = torch.load(folder / "pth" / f"{image}.pth", weights_only=True)[PTH_KEY].numpy()
         return found
 
-    return [Layout("memory-mapped .npy", memmap), Layout(".pth an image", pth, 0.1),
-            Layout("safetensors", lambda image: tensors.get_tensor(str(image)), 0.5), Layout("cache, mapped", with_map),
-            Layout("cache through Zarr, block-shuffled", through_zarr, in_blocks=True),
-            Layout("cache through Zarr, random order", through_zarr, 0.02)]
+    return [
+        Layout("memory-mapped .npy", memmap),
+        Layout(".pth an image", pth, 0.1),
+        Layout("safetensors", lambda image: tensors.get_tensor(str(image)), 0.5),
+        Layout("cache, mapped", with_map),
+        Layout("cache through Zarr, block-shuffled", through_zarr, in_blocks=True),
+        Layout("cache through Zarr, random order", through_zarr, 0.02),
+    ]
 
 
 def check_same(layouts: Sequence[Layout], ids: Sequence[int]) -> None:
@@ -119,12 +139,21 @@ def check_same(layouts: Sequence[Layout], ids: Sequence[int]) -> None:
         for layout in layouts[1:]:
             found = layout.read(image)
             if found.dtype != np.float16 or not np.array_equal(found, expected):
-                raise SystemExit(f"{layout.name} gives other rows for image {image} than {layouts[0].name}: a bug, please report it")
+                raise SystemExit(
+                    f"{layout.name} gives other rows for image {image} than {layouts[0].name}: a bug, please report it"
+                )
 
 
-def rates(bench: CacheBench, layouts: Sequence[Layout], seconds: Callable[[Layout, list[int]], float], *, rounds: int,
-          workers: int = 0) -> dict[str, list[float]]:
-    """Images per second by layout, a value a round; every layout is read once a round, by `seconds(layout, image ids)`."""
+def rates(
+    bench: CacheBench,
+    layouts: Sequence[Layout],
+    seconds: Callable[[Layout, list[int]], float],
+    *,
+    rounds: int,
+    workers: int = 0,
+) -> dict[str, list[float]]:
+    """Images per second by layout, a value a round; every layout is read once a round, by `seconds(layout, image
+    ids)`."""
     found: dict[str, list[float]] = {layout.name: [] for layout in layouts}
     blocks, rng = BlockShuffle(bench.images, seed=0, streams=Streams(max(1, workers), BATCH)), np.random.default_rng(1)
     for epoch in range(rounds):
@@ -169,12 +198,19 @@ class _Images(Dataset[torch.Tensor]):
 
 def table(title: str, found: dict[str, list[float]]) -> list[str]:
     """A line a layout; the first two are what others are compared with."""
+
     def ratio(one: list[float], other: list[float]) -> float:
         return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
     memmap, pth = list(found.values())[:2]
-    return [f"\n{title}, medians", f"{'':36s}{'images/s':>10s}{'of memmap':>11s}{'times .pth':>12s}",
-            *(f"{name:36s}{statistics.median(own):10,.0f}{ratio(own, memmap):11.2f}{ratio(own, pth):12.1f}" for name, own in found.items())]
+    return [
+        f"\n{title}, medians",
+        f"{'':36s}{'images/s':>10s}{'of memmap':>11s}{'times .pth':>12s}",
+        *(
+            f"{name:36s}{statistics.median(own):10,.0f}{ratio(own, memmap):11.2f}{ratio(own, pth):12.1f}"
+            for name, own in found.items()
+        ),
+    ]
 
 
 def forget(folder: Path) -> None:
@@ -187,8 +223,10 @@ def forget(folder: Path) -> None:
 
 
 def bench_cache(folder: Path, bench: CacheBench) -> None:
-    print(f"making {bench.images:,d} images of {bench.rows} rows of {bench.dim} float16 "
-          f"({size(2 * bench.images * bench.rows * bench.dim)}) in every layout")
+    print(
+        f"making {bench.images:,d} images of {bench.rows} rows of {bench.dim} float16 "
+        f"({size(2 * bench.images * bench.rows * bench.dim)}) in every layout"
+    )
     make_layouts(folder, bench)
     cold = bench.memory_limit > 0
     with memory_limit(bench.memory_limit * 10**6) if cold else nullcontext():
@@ -201,14 +239,25 @@ def bench_cache(folder: Path, bench: CacheBench) -> None:
             for layout in some:
                 here(layout, bench.ids)  # from now on in memory, and mapped
         how = f"memory and page cache held to {bench.memory_limit} MB" if cold else "warm"
-        print(*table(f"one process, {how}, {bench.rounds} rounds", rates(bench, layouts, here, rounds=bench.rounds)), sep="\n")
+        print(
+            *table(f"one process, {how}, {bench.rounds} rounds", rates(bench, layouts, here, rounds=bench.rounds)),
+            sep="\n",
+        )
     if bench.workers and not cold:
         nothing = np.zeros((bench.rows, bench.dim), np.float16)
         some.append(Layout("nothing read: what the rest costs", lambda _: nothing))
         for name, collate in (("a list of tensors", list), ("one message (packing)", pack)):
-            found = rates(bench, some, lambda layout, ids, collate=collate: by_workers(layout, ids, bench.workers, collate),
-                          rounds=max(1, bench.rounds // 3), workers=bench.workers)
-            print(*table(f"DataLoader, {bench.workers} workers, batches of {BATCH} handed over as {name}", found), sep="\n")
+            found = rates(
+                bench,
+                some,
+                lambda layout, ids, collate=collate: by_workers(layout, ids, bench.workers, collate),
+                rounds=max(1, bench.rounds // 3),
+                workers=bench.workers,
+            )
+            print(
+                *table(f"DataLoader, {bench.workers} workers, batches of {BATCH} handed over as {name}", found),
+                sep="\n",
+            )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The crops of `hdovd extract-clip` beside what others do, on the same boxes: preparation alone, by one core, and with CLIP.
+"""The crops of `hdovd extract-clip` beside what others do, on the same boxes: preparation alone, by one core, and with
+CLIP.
 
     python benchmarks/run.py bench_crops [--clip CLIP] [--picture 640 480]
 
-A PIL crop a box: every crop is cut by Pillow and put through open_clip's transform, a batch an image, as most projects do. A file a crop:
-every crop becomes a JPEG file, and all files are read and embedded, as clip-retrieval would have it.
+A PIL crop a box: every crop is cut by Pillow and put through open_clip's transform, a batch an image, as most projects
+do. A file a crop: every crop becomes a JPEG file, and all files are read and embedded, as clip-retrieval would have it.
 """
 
 from __future__ import annotations
@@ -79,18 +80,26 @@ def bench_crops(folder: Path, bench: CropBench) -> dict[str, list[tuple[float, f
         for first in range(0, len(written), bench.batch_size):
             yield torch.stack([transform(Image.open(file)) for file in written[first : first + bench.batch_size]])
 
-    ways = {"hdovd": (ours, clip.embed_images), "a PIL crop a box": (pillow, clip.embed_preprocessed),
-            "a file a crop": (files, clip.embed_preprocessed)}
+    ways = {
+        "hdovd": (ours, clip.embed_images),
+        "a PIL crop a box": (pillow, clip.embed_preprocessed),
+        "a file a crop": (files, clip.embed_preprocessed),
+    }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(bench.rounds + 1):
         for name, (batches, embed) in ways.items():
             with own_threads(1) as pool:
                 preparation = pool.submit(_seconds, lambda batches=batches: list(batches()), time.thread_time).result()
-            whole = _seconds(lambda batches=batches, embed=embed: [embed(batch) for batch in batches()], time.perf_counter)
+            whole = _seconds(
+                lambda batches=batches, embed=embed: [embed(batch) for batch in batches()], time.perf_counter
+            )
             if number:  # the first round warms up
                 found[name].append((preparation, whole))
-    print(f"{len(pictures.box)} boxes; medians of {bench.rounds} rounds\n{'':20s}{'preparation, crops/s a core':>28s}{'of hdovd':>10s}"
-          f"{'all, crops/s':>14s}{'of hdovd':>10s}")
+    print(
+        f"{len(pictures.box)} boxes; medians of {bench.rounds} "
+        f"rounds\n{'':20s}{'preparation, crops/s a core':>28s}{'of hdovd':>10s}"
+        f"{'all, crops/s':>14s}{'of hdovd':>10s}"
+    )
     for name, seconds in found.items():
         shown = []
         for own, base in zip(zip(*seconds, strict=True), zip(*found["hdovd"], strict=True), strict=True):

@@ -1,9 +1,10 @@
-"""The dense instance teacher beside crops, on the same labelled boxes in the same run: rate, cosine, zero-shot accuracy.
+"""The dense instance teacher beside crops, on the same labelled boxes in the same run: rate, cosine, zero-shot
+accuracy.
 
     python benchmarks/run.py bench_dense --clip CLIP --data COCO [--sides 448 672]
 
-What `extract-clip --instance-teacher dense` would give to train from. Needs no cache. Boxes of all classes are read, novel ones too, as
-evaluation reads them. Without `--data`: the demo's world and random weights, for the rates alone.
+What `extract-clip --instance-teacher dense` would give to train from. Needs no cache. Boxes of all classes are read,
+novel ones too, as evaluation reads them. Without `--data`: the demo's world and random weights, for the rates alone.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ NO_PICTURES = Pictures([], lambda _: Path(), np.zeros(1, np.int64), np.zeros((0,
 class DenseBench:
     """`sides`: of the dense input, in pixels; 0 for the default of extraction.
 
-    `images`: so many of val2017, spread over the list; their pictures stay in memory. `boxes`: so many a picture at least, for a dense pass
-    costs a picture first of all: shifted copies of the labelled ones are added, which count for the rates alone. `batch_size` in crops.
-    `rounds`: every way is timed once in each; medians count.
+    `images`: so many of val2017, spread over the list; their pictures stay in memory. `boxes`: so many a picture at
+    least, for a dense pass costs a picture first of all: shifted copies of the labelled ones are added, which count for
+    the rates alone. `batch_size` in crops. `rounds`: every way is timed once in each; medians count.
     """
 
     data: Path | None = None
@@ -59,8 +60,10 @@ class DenseBench:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to embed the boxes. `per_s`: boxes a second from decoded pictures to embeddings; `model_per_s`: without preparing CLIP's
-    input. `accuracy`: boxes whose class is the most similar of all. Cosines: to the crop of the same box; 1 for crops."""
+    """One way to embed the boxes. `per_s`: boxes a second from decoded pictures to embeddings; `model_per_s`: without
+    preparing CLIP's input. `accuracy`: boxes whose class is the most similar of all. Cosines: to the crop of the same
+    box; 1 for crops.
+    """
 
     name: str
     per_s: float
@@ -73,15 +76,24 @@ class Way:
 def bench_dense(bench: DenseBench, data: Path) -> list[Way]:
     """Embed the same boxes as crops and densely at every side, compare, and print. Raises HdovdError for bad input."""
     protocol = load_protocol(bench.protocol)
-    teacher = load_clip(bench.clip, bench.pretrained, device=bench.device, precision=bench.precision,
-                        random_weights=bench.pretrained is None and ":" not in bench.clip)
-    sides = [_dense(teacher, NO_PICTURES, side).input_size[0] for side in bench.sides]  # refused before pictures are read
+    teacher = load_clip(
+        bench.clip,
+        bench.pretrained,
+        device=bench.device,
+        precision=bench.precision,
+        random_weights=bench.pretrained is None and ":" not in bench.clip,
+    )
+    sides = [
+        _dense(teacher, NO_PICTURES, side).input_size[0] for side in bench.sides
+    ]  # refused before pictures are read
     split = DataPaths(data).load("val2017", protocol, base_only=False, log=print)
     if not split.images:
         raise HdovdError(f"{data} has no labelled box in val2017")
     chosen = np.linspace(0, len(split.images) - 1, min(bench.images, len(split.images))).astype(int)
     images = [split.images[number] for number in chosen]
-    memory = {split.path(image): read_picture(split.path(image), image.width, image.height, split.exif) for image in images}
+    memory = {
+        split.path(image): read_picture(split.path(image), image.width, image.height, split.exif) for image in images
+    }
     boxes, is_labelled = filled_up(images, bench.boxes)
     labels = torch.from_numpy(np.concatenate([image.labels for image in images]))
     pictures = Pictures(images, split.path, np.cumsum([0, *map(len, boxes)]), np.concatenate(boxes))
@@ -100,12 +112,18 @@ def bench_dense(bench: DenseBench, data: Path) -> list[Way]:
         together, alone = (statistics.median(of_rounds) for of_rounds in zip(*rates[name], strict=True))
         cosine, right = (found * rows["crops"]).sum(dim=1), (found @ names.T).argmax(dim=1) == labels
         ways.append(Way(name, together, alone, float(right.float().mean()), float(cosine.mean()), float(cosine.min())))
-    print(f"{len(is_labelled):,d} boxes of {len(images):,d} images; accuracy among {len(protocol.names)} classes and cosines to crops of "
-          f"the {len(labels):,d} that are labelled\n{'':12s}{'boxes/s':>10s}{'of crops':>10s}{'model alone':>13s}{'accuracy':>10s}"
-          f"{'cosine mean':>13s}{'min':>8s}")
+    print(
+        f"{len(is_labelled):,d} boxes of {len(images):,d} images; accuracy among {len(protocol.names)} classes and "
+        f"cosines to crops of "
+        f"the {len(labels):,d} that are "
+        f"labelled\n{'':12s}{'boxes/s':>10s}{'of crops':>10s}{'model alone':>13s}{'accuracy':>10s}"
+        f"{'cosine mean':>13s}{'min':>8s}"
+    )
     for way in ways:
-        print(f"{way.name:12s}{way.per_s:10,.1f}{way.per_s / ways[0].per_s:10.2f}{way.model_per_s:13,.1f}{way.accuracy:10.3f}"
-              f"{way.cosine_mean:13.3f}{way.cosine_min:8.3f}")
+        print(
+            f"{way.name:12s}{way.per_s:10,.1f}{way.per_s / ways[0].per_s:10.2f}{way.model_per_s:13,.1f}{way.accuracy:10.3f}"  # noqa: E501
+            f"{way.cosine_mean:13.3f}{way.cosine_min:8.3f}"
+        )
     return ways
 
 
@@ -113,9 +131,16 @@ def _dense(teacher: ClipTeacher, pictures: Pictures, side: int) -> Embedder:
     return embedders_of(teacher, pictures, DenseRecipe(side or None))[Level.INSTANCE]
 
 
-def _run(embedder: Embedder, batch_size: int, picture: Callable[[Path, int, int, Exif], Picture]) -> tuple[Tensor, float, float]:
+def _run(
+    embedder: Embedder, batch_size: int, picture: Callable[[Path, int, int, Exif], Picture]
+) -> tuple[Tensor, float, float]:
     """Embeddings (n, D) of all boxes, and seconds: of preparing CLIP's input from pictures in memory, and of CLIP."""
-    cutter, embeddings, preparing, embedding = Cutter(embedder.fit, embedder.input_size, picture), list[np.ndarray](), 0.0, 0.0
+    cutter, embeddings, preparing, embedding = (
+        Cutter(embedder.fit, embedder.input_size, picture),
+        list[np.ndarray](),
+        0.0,
+        0.0,
+    )
     for rows in embedder.groups(np.arange(len(embedder.pictures.box)), batch_size):
         since = time.perf_counter()
         batch = cutter.batch(embedder.jobs(rows), embedder.places(batch_size))
@@ -126,7 +151,8 @@ def _run(embedder: Embedder, batch_size: int, picture: Callable[[Path, int, int,
 
 
 def filled_up(images: Sequence[ImageBoxes], count: int) -> tuple[list[np.ndarray], Tensor]:
-    """Boxes of every image, `count` at least, its labelled ones first, and which of all boxes are labelled (sum n_i,)."""
+    """Boxes of every image, `count` at least, its labelled ones first, and which of all boxes are labelled (sum
+    n_i,)."""
     rng, boxes, is_labelled = np.random.default_rng(0), [], []
     for image in images:
         some = image.boxes

@@ -2,8 +2,8 @@
 
     python benchmarks/run.py bench_eval [--rounds 3]
 
-The defaults are COCO val2017 under the ov-coco protocol. The truth is an instances file like COCO's, with outlines; detections stand near
-objects, best first, and elsewhere. Needs pip install 'hdovd[fast-eval]'.
+The defaults are COCO val2017 under the ov-coco protocol. The truth is an instances file like COCO's, with outlines;
+detections stand near objects, best first, and elsewhere. Needs pip install 'hdovd[fast-eval]'.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class EvalBench:
 
 
 def bench_eval(folder: Path, bench: EvalBench) -> dict[Engine, AveragePrecision]:
-    """Make a truth and detections in `folder`, measure, and print. Raises HdovdError, before that, without one of the engines."""
+    """Make a truth and detections in `folder`, measure, and print. Raises HdovdError, before that, without one of the
+    engines.
+    """
     versions = {engine: require(engine) for engine in Engine}
     protocol, file = load_protocol("ov-coco"), folder / "instances.json"
     detections = make_eval_world(bench, protocol, file)
@@ -58,12 +60,21 @@ def bench_eval(folder: Path, bench: EvalBench) -> dict[Engine, AveragePrecision]
             loads[engine].append(loaded - since)
             evaluations[engine].append(time.perf_counter() - loaded)
     first, *_, last = Engine
-    print(f"{bench.images:,d} images, {len(protocol.names)} classes, {bench.objects:,d} objects, {len(detections):,d} detections; "
-          f"{usable_cores()} cores, median of {bench.rounds}\n  {'':28s}{'truth, once':>14s}{'evaluation':>14s}")
+    print(
+        f"{bench.images:,d} images, {len(protocol.names)} classes, {bench.objects:,d} objects, {len(detections):,d} "
+        f"detections; "
+        f"{usable_cores()} cores, median of {bench.rounds}\n  {'':28s}{'truth, once':>14s}{'evaluation':>14s}"
+    )
     for engine in Engine:
-        print(f"  {f'{engine} {versions[engine]}':28s}{median(loads[engine]):12.2f} s{median(evaluations[engine]):12.2f} s")
-    print(f"  {last} evaluates {median(evaluations[first]) / median(evaluations[last]):.1f} times as fast as {first}; largest difference "
-          f"of any class's AP: {largest_difference(list(found.values())):.1e} percent")
+        print(
+            f"  {f'{engine} {versions[engine]}':28s}{median(loads[engine]):12.2f} s{median(evaluations[engine]):12.2f} "
+            f"s"
+        )
+    print(
+        f"  {last} evaluates {median(evaluations[first]) / median(evaluations[last]):.1f} times as fast as {first}; "
+        f"largest difference "
+        f"of any class's AP: {largest_difference(list(found.values())):.1e} percent"
+    )
     return found
 
 
@@ -78,8 +89,9 @@ def largest_difference(found: list[AveragePrecision]) -> float:
 def make_eval_world(bench: EvalBench, protocol: Protocol, file: Path) -> list[dict[str, Any]]:
     """Write an instances file with image ids and category ids from 1; returns detections in COCO results form.
 
-    Objects fall on images at random and on classes as unevenly as COCO's; more than half of the detections are an object's class and
-    place, less a shift, the others are anywhere. Scores tell the two apart in part, and some are equal.
+    Objects fall on images at random and on classes as unevenly as COCO's; more than half of the detections are an
+    object's class and place, less a shift, the others are anywhere. Scores tell the two apart in part, and some are
+    equal.
     """
     rng = np.random.default_rng(bench.seed)
     classes = len(protocol.names)
@@ -87,12 +99,30 @@ def make_eval_world(bench: EvalBench, protocol: Protocol, file: Path) -> list[di
     label = rng.permutation(classes)[rng.choice(classes, bench.objects, p=share / share.sum())]
     owner = np.sort(rng.integers(bench.images, size=bench.objects))
     boxes = _boxes(rng, bench.objects)
-    annotations = [{"id": k + 1, "image_id": int(owner[k]) + 1, "category_id": int(label[k]) + 1, "bbox": boxes[k].round(2).tolist(),
-                    "area": float(boxes[k, 2] * boxes[k, 3] * 0.7), "iscrowd": int(rng.random() < CROWDS),
-                    "segmentation": [_outline(boxes[k])]} for k in range(bench.objects)]
-    file.write_text(json.dumps({
-        "images": [{"id": i + 1, "file_name": f"{i + 1:012d}.jpg", "width": WIDTH, "height": HEIGHT} for i in range(bench.images)],
-        "annotations": annotations, "categories": [{"id": k + 1, "name": name} for k, name in enumerate(protocol.names)]}))
+    annotations = [
+        {
+            "id": k + 1,
+            "image_id": int(owner[k]) + 1,
+            "category_id": int(label[k]) + 1,
+            "bbox": boxes[k].round(2).tolist(),
+            "area": float(boxes[k, 2] * boxes[k, 3] * 0.7),
+            "iscrowd": int(rng.random() < CROWDS),
+            "segmentation": [_outline(boxes[k])],
+        }
+        for k in range(bench.objects)
+    ]
+    file.write_text(
+        json.dumps(
+            {
+                "images": [
+                    {"id": i + 1, "file_name": f"{i + 1:012d}.jpg", "width": WIDTH, "height": HEIGHT}
+                    for i in range(bench.images)
+                ],
+                "annotations": annotations,
+                "categories": [{"id": k + 1, "name": name} for k, name in enumerate(protocol.names)],
+            }
+        )
+    )
     first = np.searchsorted(owner, np.arange(bench.images + 1))
     detections: list[dict[str, Any]] = []
     for image in range(bench.images):
@@ -104,8 +134,10 @@ def make_eval_world(bench: EvalBench, protocol: Protocol, file: Path) -> list[di
         labels = np.concatenate([label[chosen], rng.integers(classes, size=bench.detections - near)])
         scores = np.concatenate([rng.beta(2, 2, near), rng.beta(1, 4, bench.detections - near)]).round(4)
         every = np.concatenate([around, _boxes(rng, bench.detections - near)])
-        detections += [{"image_id": image + 1, "category_id": category + 1, "bbox": box, "score": score}
-                       for category, box, score in zip(labels.tolist(), every.tolist(), scores.tolist(), strict=True)]
+        detections += [
+            {"image_id": image + 1, "category_id": category + 1, "bbox": box, "score": score}
+            for category, box, score in zip(labels.tolist(), every.tolist(), scores.tolist(), strict=True)
+        ]
     return detections
 
 

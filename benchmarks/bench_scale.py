@@ -2,8 +2,8 @@
 
     python benchmarks/run.py bench_scale [--workers 2]
 
-Everything but the model is the real thing: annotation and proposal files of the size of COCO's, pictures that are opened, cut and
-resized, shards that are written and checked. The defaults make 4 million rows, 5 GB on disk.
+Everything but the model is the real thing: annotation and proposal files of the size of COCO's, pictures that are
+opened, cut and resized, shards that are written and checked. The defaults make 4 million rows, 5 GB on disk.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class ScaleBench:
 
 @dataclass(frozen=True)
 class Figures:
-    """`rows`: of pictures and crops. `seconds`: of the whole extraction, its input files read. Peaks: the largest resident set of the main
-    process, and of one worker; what they share is counted in both."""
+    """`rows`: of pictures and crops. `seconds`: of the whole extraction, its input files read. Peaks: the largest
+    resident set of the main process, and of one worker; what they share is counted in both.
+    """
 
     rows: int
     seconds: float
@@ -59,9 +60,16 @@ class Figures:
     cache_bytes: int
 
     def lines(self) -> list[str]:
-        parts = f" (main {size(self.main_peak)}, {self.workers} workers of {size(self.worker_peak)})" if self.workers else ""
-        return [f"{self.rows:,d} rows in {self.seconds:.0f} s, {self.rows / self.seconds:,.0f} rows/s",
-                f"peak host memory {size(self.main_peak + self.workers * self.worker_peak)}{parts}", f"cache {size(self.cache_bytes)}"]
+        parts = (
+            f" (main {size(self.main_peak)}, {self.workers} workers of {size(self.worker_peak)})"
+            if self.workers
+            else ""
+        )
+        return [
+            f"{self.rows:,d} rows in {self.seconds:.0f} s, {self.rows / self.seconds:,.0f} rows/s",
+            f"peak host memory {size(self.main_peak + self.workers * self.worker_peak)}{parts}",
+            f"cache {size(self.cache_bytes)}",
+        ]
 
 
 class StubTeacher:
@@ -78,7 +86,9 @@ class StubTeacher:
 
     def embed_images(self, pixels: Tensor) -> np.ndarray:
         flat = pixels.flatten(1) / 255
-        return self._project(torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1))  # the one: a black picture has a direction too
+        return self._project(
+            torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1)
+        )  # the one: a black picture has a direction too
 
     def embed_names(self, names: Sequence[Name], templates: Sequence[str]) -> np.ndarray:
         letters = torch.zeros(len(names), len(self._projection))
@@ -116,17 +126,42 @@ class Shrink:
 
 def bench_scale(folder: Path, bench: ScaleBench) -> Figures:
     """Make a world of that size in `folder`, extract it, and measure."""
-    print(f"making {bench.images:,d} images with {BASE_BOXES} boxes and {bench.boxes} proposals each, from {PICTURES} pictures")
-    make_world(folder, bench.images, base_boxes=BASE_BOXES, proposals=bench.boxes, size=(64, 48), pictures=PICTURES, file_type="png")
+    print(
+        f"making {bench.images:,d} images with {BASE_BOXES} boxes and {bench.boxes} proposals each, from {PICTURES} "
+        f"pictures"
+    )
+    make_world(
+        folder,
+        bench.images,
+        base_boxes=BASE_BOXES,
+        proposals=bench.boxes,
+        size=(64, 48),
+        pictures=PICTURES,
+        file_type="png",
+    )
     (folder / "nouns.txt").write_text("\n".join(f"noun {number}" for number in range(NOUNS)))
-    config = ExtractConfig(data=DataPaths(images=folder / "images", annotations=folder / "annotations.json"), cache=folder / "cache", clip="stub",
-                           proposals=folder / "proposals.json", vocabulary=folder / "nouns.txt", workers=bench.workers)
+    config = ExtractConfig(
+        data=DataPaths(images=folder / "images", annotations=folder / "annotations.json"),
+        cache=folder / "cache",
+        clip="stub",
+        proposals=folder / "proposals.json",
+        vocabulary=folder / "nouns.txt",
+        workers=bench.workers,
+    )
     started = time.monotonic()
     report = extract_clip(config, lambda _: None, StubTeacher(bench.dim, bench.side))
     seconds = time.monotonic() - started
-    main, worker = (1024 * resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return Figures(report.new_rows[Level.IMAGE] + report.new_rows[Level.INSTANCE], seconds, main, worker, bench.workers,
-                   sum(product.bytes() for product in Catalog(folder / "cache").products()))
+    main, worker = (
+        1024 * resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return Figures(
+        report.new_rows[Level.IMAGE] + report.new_rows[Level.INSTANCE],
+        seconds,
+        main,
+        worker,
+        bench.workers,
+        sum(product.bytes() for product in Catalog(folder / "cache").products()),
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What distillation from the cache adds to a step of the detector, beside no distillation, CLIP in every step, and torchvision's detector.
+"""What distillation from the cache adds to a step of the detector, beside no distillation, CLIP in every step, and
+torchvision's detector.
 
     python benchmarks/run.py bench_train --clip CLIP --picture 160 120 --images 64 --rounds 10
-    python benchmarks/run.py bench_train --clip CLIP --recipe ov-coco-faster-rcnn-r50 --settings train.batch_size=4 input.short_side=320 \\
+    python benchmarks/run.py bench_train --clip CLIP --recipe ov-coco-faster-rcnn-r50 --settings train.batch_size=4
+    input.short_side=320 \\
                                      input.long_side=533 --images 16 --rounds 2 --steps 3 --no-online
 
-All variants train in one process, in turns, on the same pictures and boxes; ratios are of one run. Weights are random: for speed alone.
-torchvision's fasterrcnn_resnet50_fpn is measured with recipes of a resnet50.
+All variants train in one process, in turns, on the same pictures and boxes; ratios are of one run. Weights are random:
+for speed alone. torchvision's fasterrcnn_resnet50_fpn is measured with recipes of a resnet50.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ STUB_S = 0.03  # a step of a GPU
 
 @dataclass(frozen=True)
 class TrainBench:
-    """`steps`: timed, of a turn. `settings`: laid over the recipe. `clip`: a model name has random weights. `picture`: width, height."""
+    """`steps`: timed, of a turn. `settings`: laid over the recipe. `clip`: a model name has random weights. `picture`:
+    width, height.
+    """
 
     recipe: str = "demo"
     settings: tuple[str, ...] = ()
@@ -64,7 +68,9 @@ class TrainBench:
 
 @dataclass(frozen=True, slots=True)
 class _OverAndOver(EpochOrder):
-    """One long epoch of the same images in the same order: at its start nothing is loaded ahead, and a real one is long."""
+    """One long epoch of the same images in the same order: at its start nothing is loaded ahead, and a real one is
+    long.
+    """
 
     images: int
     count: int
@@ -75,7 +81,8 @@ class _OverAndOver(EpochOrder):
 
 @dataclass(slots=True)
 class Variant:
-    """One way to train. `step`: of the loop whose batches are `batches`. `seconds`: of steps, `waited`: for their data."""
+    """One way to train. `step`: of the loop whose batches are `batches`. `seconds`: of steps, `waited`: for their
+    data."""
 
     name: str
     batches: TrainingBatches[Sample]
@@ -99,13 +106,25 @@ class Variant:
 def bench_train(folder: Path, bench: TrainBench) -> list[Variant]:
     """Make pictures, boxes and a cache in `folder`, measure, and print."""
     clip = load_clip(bench.clip, None, device=bench.device, random_weights=":" not in bench.clip)
-    recipe = load_recipe(bench.recipe, bench.settings).with_reliability(0.0, 1.0, 1.0)  # no matter of time; auto knows no random CLIP
+    recipe = load_recipe(bench.recipe, bench.settings).with_reliability(
+        0.0, 1.0, 1.0
+    )  # no matter of time; auto knows no random CLIP
     width, height = bench.picture
     print(f"making {bench.images} pictures of {width}x{height} and their cache")
     make_world(folder, bench.images, base_boxes=7, proposals=10, size=(width, height))
     (folder / "nouns.txt").write_text("\n".join(f"thing {number}" for number in range(NOUNS)))
-    extract_clip(ExtractConfig(data=_paths(folder), cache=folder / "cache", clip=bench.clip, proposals=folder / "proposals.json",
-                               vocabulary=folder / "nouns.txt", device=bench.device), lambda _: None, clip)
+    extract_clip(
+        ExtractConfig(
+            data=_paths(folder),
+            cache=folder / "cache",
+            clip=bench.clip,
+            proposals=folder / "proposals.json",
+            vocabulary=folder / "nouns.txt",
+            device=bench.device,
+        ),
+        lambda _: None,
+        clip,
+    )
     variants = _variants(folder, bench, recipe, clip)
     for _ in range(bench.rounds):
         for variant in variants:
@@ -113,14 +132,22 @@ def bench_train(folder: Path, bench: TrainBench) -> list[Variant]:
                 variant.take()
                 if step < SETTLE:
                     del variant.seconds[-1], variant.waited[-1]
-    device = torch.cuda.get_device_name(clip.device) if clip.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{device}, {' '.join((bench.recipe, *bench.settings))}, {recipe.train.batch_size} images a step, "
-          f"{training_workers(clip.device, recipe.train.workers)} workers; medians, random weights")
+    device = (
+        torch.cuda.get_device_name(clip.device)
+        if clip.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{device}, {' '.join((bench.recipe, *bench.settings))}, {recipe.train.batch_size} images a step, "
+        f"{training_workers(clip.device, recipe.train.workers)} workers; medians, random weights"
+    )
     for one in variants:
         # of steps of the same number: each pair lies near in time
         ratio = median(a / b for a, b in zip(one.seconds, variants[0].seconds, strict=True))
-        print(f"  {one.name:40s} {median(one.seconds) * 1e3:9.1f} ms a step   {ratio:6.3f} of the detector alone   "
-              f"{sum(one.waited) / sum(one.seconds):6.2%} waiting for data")
+        print(
+            f"  {one.name:40s} {median(one.seconds) * 1e3:9.1f} ms a step   {ratio:6.3f} of the detector alone   "
+            f"{sum(one.waited) / sum(one.seconds):6.2%} waiting for data"
+        )
     return variants
 
 
@@ -135,12 +162,19 @@ def _variants(folder: Path, bench: TrainBench, recipe: Recipe, clip: ClipTeacher
     if bench.online:
         loop = _loop(folder, bench, recipe, clip)
         online = OnlineClip(clip, recipe)
-        found.append(Variant("three levels, CLIP in every step", loop.batches,
-                             lambda batch: _take(loop, [online.replace(sample) for sample in batch])))
+        found.append(
+            Variant(
+                "three levels, CLIP in every step",
+                loop.batches,
+                lambda batch: _take(loop, [online.replace(sample) for sample in batch]),
+            )
+        )
     if recipe.detector.name == "faster_rcnn" and recipe.detector.backbone.name == "resnet50":
         found.append(_torchvision(folder, bench, recipe, clip))
     stub = _loop(folder, bench, recipe, clip)
-    found.append(Variant(f"the cache, a step that sleeps {STUB_S * 1e3:.0f} ms", stub.batches, lambda _: time.sleep(STUB_S)))
+    found.append(
+        Variant(f"the cache, a step that sleeps {STUB_S * 1e3:.0f} ms", stub.batches, lambda _: time.sleep(STUB_S))
+    )
     return found
 
 
@@ -175,14 +209,24 @@ def _loop(folder: Path, bench: TrainBench, recipe: Recipe, clip: ClipTeacher) ->
 
 
 def _torchvision(folder: Path, bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Variant:
-    """torchvision's own detector with as many trained stages, samples and proposals, on the same pictures and base boxes."""
+    """torchvision's own detector with as many trained stages, samples and proposals, on the same pictures and base
+    boxes.
+    """
     detector, size = recipe.faster_rcnn, recipe.input
-    body = resnet50(weights=None, norm_layer=FrozenBatchNorm2d if detector.backbone.norm == "frozen" else nn.BatchNorm2d)
+    body = resnet50(
+        weights=None, norm_layer=FrozenBatchNorm2d if detector.backbone.norm == "frozen" else nn.BatchNorm2d
+    )
     backbone = _resnet_fpn_extractor(body, 5 - detector.backbone.frozen_stages)
     model = TorchvisionFasterRCNN(
-        backbone, len(load_protocol("ov-coco").base) + 1, min_size=size.short_side, max_size=size.long_side,
-        rpn_pre_nms_top_n_train=detector.rpn.pre_nms, rpn_post_nms_top_n_train=detector.rpn.post_nms,
-        rpn_batch_size_per_image=detector.rpn.samples, box_batch_size_per_image=detector.head.samples)
+        backbone,
+        len(load_protocol("ov-coco").base) + 1,
+        min_size=size.short_side,
+        max_size=size.long_side,
+        rpn_pre_nms_top_n_train=detector.rpn.pre_nms,
+        rpn_post_nms_top_n_train=detector.rpn.post_nms,
+        rpn_batch_size_per_image=detector.rpn.samples,
+        box_batch_size_per_image=detector.head.samples,
+    )
     calm(model)
     model = model.to(clip.device).train()
 
@@ -193,7 +237,15 @@ def _torchvision(folder: Path, bench: TrainBench, recipe: Recipe, clip: ClipTeac
         return losses
 
     base_only = load_recipe(bench.recipe, [*bench.settings, *PRESETS["base-only"]])
-    loop = Loop(model, losses_of, _batches(folder, bench, base_only, clip.device), recipe.train, clip.device, "torchvision", lambda s: s[2])
+    loop = Loop(
+        model,
+        losses_of,
+        _batches(folder, bench, base_only, clip.device),
+        recipe.train,
+        clip.device,
+        "torchvision",
+        lambda s: s[2],
+    )
     return _of_loop("torchvision's fasterrcnn_resnet50_fpn", loop)
 
 
@@ -202,7 +254,6 @@ def calm(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, FrozenBatchNorm2d) and name.endswith("bn3"):
             module.weight.fill_(0.2)
-
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What comparing checksums costs: `python benchmarks/checksums.py`.
 
-The first epoch over a cache in memory with and without, in turn, in random order and one process: the ratio of their times. Then the
-seconds to write and to read weights, with their checksum and without.
+The first epoch over a cache in memory with and without, in turn, in random order and one process: the ratio of their
+times. Then the seconds to write and to read weights, with their checksum and without.
 """
 
 from __future__ import annotations
@@ -49,12 +49,20 @@ def main(folder: Path, asked: ChecksumBench) -> None:
     ratio = statistics.median(a / b for a, b in zip(with_it, without, strict=True))
     extra = statistics.median(a - b for a, b in zip(with_it, without, strict=True))
     size = 2 * bench.images * bench.rows * bench.dim / 1e9
-    print(f"first epoch over {size:.2f} GB of rows: {ratio:.2f} times as long with checksums, {extra / size:.2f} s/GB, once; "
-          f"{1 + extra / (PICTURE_S * bench.images):.3f} times where each image takes {PICTURE_S * 1000:.0f} ms besides")
+    print(
+        f"first epoch over {size:.2f} GB of rows: {ratio:.2f} times as long with checksums, {extra / size:.2f} s/GB, "
+        f"once; "
+        f"{1 + extra / (PICTURE_S * bench.images):.3f} times where each image takes {PICTURE_S * 1000:.0f} ms besides"
+    )
     state, file = {str(k): torch.randn(25_000_000) for k in range(asked.weights)}, folder / "weights.safetensors"
-    for what, plain, checked in (("write", lambda: save_file(state, file), lambda: save_tensors(state, file)),
-                                 ("read", lambda: load_file(file), lambda: load_tensors(file))):
-        print(f"{what} weights of {asked.weights * 100} MB: {_seconds(plain):.2f} s, with their checksum {_seconds(checked):.2f} s")
+    for what, plain, checked in (
+        ("write", lambda: save_file(state, file), lambda: save_tensors(state, file)),
+        ("read", lambda: load_file(file), lambda: load_tensors(file)),
+    ):
+        print(
+            f"{what} weights of {asked.weights * 100} MB: {_seconds(plain):.2f} s, with their checksum "
+            f"{_seconds(checked):.2f} s"
+        )
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -17,13 +17,20 @@ def memory_limit(count: int) -> Iterator[None]:
     Raises SystemExit where there is no memory controller of cgroup version 1, or this user may not use it.
     """
     try:
-        own = next(line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.split(":")[1] == "memory")
+        own = next(
+            line.split(":", 2)[2]
+            for line in Path("/proc/self/cgroup").read_text().splitlines()
+            if line.split(":")[1] == "memory"
+        )
         here = CGROUPS / own.lstrip("/")
         group = here / f"hdovd-{os.getpid()}"
         group.mkdir()
     except (OSError, StopIteration) as error:
-        raise SystemExit(f"memory cannot be limited here ({error!r}): this needs Linux, cgroup version 1 with the memory controller, "
-                         "and root") from error
+        raise SystemExit(
+            f"memory cannot be limited here ({error!r}): this needs Linux, cgroup version 1 with the memory "
+            f"controller, "
+            "and root"
+        ) from error
     try:
         (group / "memory.limit_in_bytes").write_text(str(count))
         (group / "cgroup.procs").write_text(str(os.getpid()))

@@ -15,27 +15,42 @@ from hdovd.pipelines.training.training_set import Sample
 
 
 class OnlineClip:
-    """Cuts every box that a step uses out of its picture with Pillow, puts it through open_clip's transform, and embeds it."""
+    """Cuts every box that a step uses out of its picture with Pillow, puts it through open_clip's transform, and embeds
+    it.
+    """
 
     def __init__(self, clip: ClipTeacher, recipe: Recipe) -> None:
         self._clip, self._recipe, self._transform = clip, recipe, clip.reference_transform()
 
     def replace(self, sample: Sample) -> Sample:
-        """The sample with embeddings of now: of its base boxes, the pseudo boxes that a step takes, and the whole picture."""
+        """The sample with embeddings of now: of its base boxes, the pseudo boxes that a step takes, and the whole
+        picture.
+        """
         pixels, targets, image_id = sample
         height, width = pixels.shape[-2:]
-        scale = min(self._recipe.input.short_side / min(height, width), self._recipe.input.long_side / max(height, width))
+        scale = min(
+            self._recipe.input.short_side / min(height, width), self._recipe.input.long_side / max(height, width)
+        )
         pseudo = self._recipe.pseudo_boxes
         targets = targets.with_best_pseudo_boxes(pseudo.min_side / scale, pseudo.max_per_image)
         picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
         found = self._embed([*(picture.crop(box) for box in _corners(targets.all_boxes)), picture])
         base = len(targets.boxes)
-        return pixels, replace(targets, embeddings=found[:base], pseudo_embeddings=found[base:-1], image_embedding=found[-1]), image_id
+        return (
+            pixels,
+            replace(targets, embeddings=found[:base], pseudo_embeddings=found[base:-1], image_embedding=found[-1]),
+            image_id,
+        )
 
     def _embed(self, crops: Iterable[Image.Image]) -> Tensor:
-        return torch.from_numpy(self._clip.embed_preprocessed(torch.stack([self._transform(crop) for crop in crops]))).float()
+        return torch.from_numpy(
+            self._clip.embed_preprocessed(torch.stack([self._transform(crop) for crop in crops]))
+        ).float()
 
 
 def _corners(boxes: Tensor) -> list[tuple[int, int, int, int]]:
     """Whole pixels around each box, at least one."""
-    return [(int(x0), int(y0), max(int(x0) + 1, int(x1 + 0.999)), max(int(y0) + 1, int(y1 + 0.999))) for x0, y0, x1, y1 in boxes.tolist()]
+    return [
+        (int(x0), int(y0), max(int(x0) + 1, int(x1 + 0.999)), max(int(y0) + 1, int(y1 + 0.999)))
+        for x0, y0, x1, y1 in boxes.tolist()
+    ]

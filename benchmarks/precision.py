@@ -1,10 +1,11 @@
 """Losses of the same steps of training in bf16 autocast and in fp32, on a small drawn world with random weights.
 
-    python benchmarks/precision.py --recipe ov-coco-faster-rcnn-r50 --steps 20 --set train.batch_size=2 --set input.short_side=96 \
+    python benchmarks/precision.py --recipe ov-coco-faster-rcnn-r50 --steps 20 --set train.batch_size=2 --set
+    input.short_side=96 \
                                    --set input.long_side=128 --set train.warmup_iterations=0 --set train.lr=0.001
 
-Prints each loss of the first, the middle and the last step in both, and the largest relative difference of the summed loss. On a CPU
-without bf16 of its own the results are those of bf16, and take many times as long.
+Prints each loss of the first, the middle and the last step in both, and the largest relative difference of the summed
+loss. On a CPU without bf16 of its own the results are those of bf16, and take many times as long.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ def losses_of(recipe: Recipe, folder: Path, device: str, steps: int) -> list[dic
     """The weighted losses of every step, by name."""
     protocol = load_protocol(str(folder / "world" / "protocol.toml"))
     with team(device) as us:
-        data = training_data(TrainConfig(data=DataPaths(folder / "world"), cache=folder / "cache", out=folder / "run", recipe=recipe), protocol, lambda _: None)
+        data = training_data(
+            TrainConfig(data=DataPaths(folder / "world"), cache=folder / "cache", out=folder / "run", recipe=recipe),
+            protocol,
+            lambda _: None,
+        )
         texts = torch.from_numpy(data.class_embeddings(protocol.base)).to(us.device)
         torch.manual_seed(recipe.train.seed)
         model = prepared(build_detector(recipe, data.dim, None), recipe, us, None)
@@ -56,12 +61,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         prepare(Path(place))
         settings = ["train.seed=0", "detector.backbone.weights=none", *asked.set]
-        recipes = {precision: load_recipe(asked.recipe, [*settings, f"train.precision={precision}"]).with_reliability(0.2, 0.03, 1.0)
-                   for precision in ("fp32", "bf16")}
+        recipes = {
+            precision: load_recipe(asked.recipe, [*settings, f"train.precision={precision}"]).with_reliability(
+                0.2, 0.03, 1.0
+            )
+            for precision in ("fp32", "bf16")
+        }
         fp32, bf16 = (losses_of(recipe, Path(place), asked.device, asked.steps) for recipe in recipes.values())
     print(f"{asked.recipe} {' '.join(asked.set)}, {len(fp32)} steps; fp32 / bf16")
     for step in sorted({0, len(fp32) // 2, len(fp32) - 1}):
-        print(f"step {step + 1}: " + ", ".join(f"{name} {value:.4f} / {bf16[step][name]:.4f}" for name, value in fp32[step].items()))
+        print(
+            f"step {step + 1}: "
+            + ", ".join(f"{name} {value:.4f} / {bf16[step][name]:.4f}" for name, value in fp32[step].items())
+        )
     totals = [(sum(one.values()), sum(other.values())) for one, other in zip(fp32, bf16, strict=True)]
     print("largest relative difference of the sum: " + f"{max(abs(other / one - 1) for one, other in totals):.2%}")
 

@@ -1,7 +1,9 @@
-"""All benchmarks, or some, at small sizes: `python benchmarks/run.py [NAME...]`; one at any size: `python benchmarks/run.py NAME OPTIONS`.
+"""All benchmarks, or some, at small sizes: `python benchmarks/run.py [NAME...]`; one at any size: `python
+benchmarks/run.py NAME OPTIONS`.
 
-Each runs in a process of its own and prints the ratios that it measured in this run; at small sizes with a tiny CLIP of random weights.
-Threads are as hdovd sets them, which a file that is run alone leaves to torch: `python benchmarks/bench_cache.py --help`.
+Each runs in a process of its own and prints the ratios that it measured in this run; at small sizes with a tiny CLIP of
+random weights. Threads are as hdovd sets them, which a file that is run alone leaves to torch: `python
+benchmarks/bench_cache.py --help`.
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ SMALL = {
 def main(words: list[str]) -> int:
     """How many of them failed. Raises SystemExit for a name that there is not."""
     names = list(takewhile(lambda word: not word.startswith("-"), words))
-    options = words[len(names):]
+    options = words[len(names) :]
     unknown = [name for name in names if name not in SMALL]
     if unknown or (options and len(names) != 1):
-        raise SystemExit(f"expected names of benchmarks, or one with its options: {', '.join(SMALL)}; found {' '.join(words)}")
+        raise SystemExit(
+            f"expected names of benchmarks, or one with its options: {', '.join(SMALL)}; found {' '.join(words)}"
+        )
     limit_threads()
     failed = 0
     with workplace() as place:
@@ -44,7 +48,11 @@ def main(words: list[str]) -> int:
         for name in names or SMALL:
             given = options or SMALL[name].split()
             print(f"\n# python benchmarks/run.py {name} {' '.join(given)}", flush=True)
-            command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), *(clip if word == "CLIP" else word for word in given)]
+            command = [
+                sys.executable,
+                str(Path(__file__).with_name(f"{name}.py")),
+                *(clip if word == "CLIP" else word for word in given),
+            ]
             failed += subprocess.run(command, check=False).returncode != 0
     return failed
 

@@ -1,7 +1,8 @@
-"""Processor time of every command's --help and of typical mistakes, beside that of `import torch`. Run as: python benchmarks/startup.py
+"""Processor time of every command's --help and of typical mistakes, beside that of `import torch`. Run as: python
+benchmarks/startup.py
 
-Limits: 0.5 s for help, 1 s for a mistake, user and system time together, with bytecode that is compiled, as that of an installed package
-is; it goes to a temporary folder. Exit code 1 if a median is over its limit.
+Limits: 0.5 s for help, 1 s for a mistake, user and system time together, with bytecode that is compiled, as that of an
+installed package is; it goes to a temporary folder. Exit code 1 if a median is over its limit.
 """
 
 from __future__ import annotations
@@ -129,12 +130,16 @@ def main() -> int:
         whole = seconds(["-c", "import torch"], rounds, environment, folder)
         print(f"{'seconds':>8s}{'of torch':>9s}  (limit {HELP_S} s for help, {MISTAKE_S} s for a mistake)")
         print(f"{whole:8.2f}{1:9.2f}  import torch")
-        lines = [([*words, "--help"], HELP_S) for words in commands()] + [(words, MISTAKE_S) for words in mistakes(folder)]
+        lines = [([*words, "--help"], HELP_S) for words in commands()] + [
+            (words, MISTAKE_S) for words in mistakes(folder)
+        ]
         for words, limit in lines:
             took = seconds(["-m", "hdovd", *words], rounds, environment, folder)
             slow += took > limit
             shown = " ".join(words).replace(str(folder), "TMP")
-            print(f"{took:8.2f}{took / whole:9.2f}  hdovd {shown}{'  OVER THE LIMIT' if took > limit else ''}", flush=True)
+            print(
+                f"{took:8.2f}{took / whole:9.2f}  hdovd {shown}{'  OVER THE LIMIT' if took > limit else ''}", flush=True
+            )
     print(f"{slow} of {len(lines)} over the limit")
     return int(slow > 0)
 

@@ -26,9 +26,10 @@ class FeatureSet:
     """Products that belong together.
 
     `skipped`: ids by reason of what the input files hold and the cache does not. `made_from`: the extraction's
-    settings, so that a damaged part can be made again; empty for an import. `proposals`: `file`, `identity` and `made_by` (None if that
-    is not known) of the proposals; empty if that was not recorded. No key depends on it. `object_text`: `key` and `embedding` (D float16
-    values) of the text of the word "object"; empty in older sets and imports.
+    settings, so that a damaged part can be made again; empty for an import. `proposals`: `file`, `identity` and
+    `made_by` (None if that is not known) of the proposals; empty if that was not recorded. No key depends on it.
+    `object_text`: `key` and `embedding` (D float16 values) of the text of the word "object"; empty in older sets and
+    imports.
     """
 
     levels: dict[Level, str]
@@ -41,13 +42,20 @@ class FeatureSet:
         """As JSON values."""
         tree: dict[str, Any] = {"levels": self.levels, "skipped": self.skipped, "made_from": self.made_from}
         later = {"proposals": self.proposals, "object_text": self.object_text}
-        return tree | {name: value for name, value in later.items() if value}  # sets that are older than these stay the same
+        return tree | {
+            name: value for name, value in later.items() if value
+        }  # sets that are older than these stay the same
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> FeatureSet:
         """Raises ValueError, KeyError, TypeError or AttributeError if it is none."""
-        return cls(_levels(tree), dict(tree["skipped"]), dict(tree["made_from"]), dict(tree.get("proposals", {})),
-                   dict(tree.get("object_text", {})))
+        return cls(
+            _levels(tree),
+            dict(tree["skipped"]),
+            dict(tree["made_from"]),
+            dict(tree.get("proposals", {})),
+            dict(tree.get("object_text", {})),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +81,20 @@ class Catalog:
     def __init__(self, url: str | Path) -> None:
         self.folder = open_folder(url)
         try:
-            with naming_damage(f"{url}/zarr.json", f"{url} is no feature cache, or hdovd cache verify --repair mends it"):
+            with naming_damage(
+                f"{url}/zarr.json", f"{url} is no feature cache, or hdovd cache verify --repair mends it"
+            ):
                 version = json.loads(self.folder.read("zarr.json"))["attributes"]["schema_version"]
                 if type(version) is not int:
                     raise ValueError("it does not say which cache schema it has")
         except FileNotFoundError:
             raise HdovdError(f"no feature cache at {url}: make one with hdovd extract-clip --cache {url}") from None
         if version != SCHEMA_VERSION:
-            advice = ("it was made by a newer hdovd: update this one" if version > SCHEMA_VERSION
-                      else "give another --cache and extract it again, there is no older reader")
+            advice = (
+                "it was made by a newer hdovd: update this one"
+                if version > SCHEMA_VERSION
+                else "give another --cache and extract it again, there is no older reader"
+            )
             raise HdovdError(f"{url} has cache schema {version}, this hdovd reads {SCHEMA_VERSION}: {advice}")
 
     @classmethod
@@ -106,8 +119,12 @@ class Catalog:
 
     def products(self, level: Level | None = None) -> list[Product]:
         """All products, finished or not."""
-        names = [name.split("/") for name in self.folder.sizes(str(level) if level else "") if name.endswith("/zarr.json")]
-        return [Product(self.folder, Level(name[0]), name[1]) for name in names if len(name) == 3 and name[0] in set(Level)]
+        names = [
+            name.split("/") for name in self.folder.sizes(str(level) if level else "") if name.endswith("/zarr.json")
+        ]
+        return [
+            Product(self.folder, Level(name[0]), name[1]) for name in names if len(name) == 3 and name[0] in set(Level)
+        ]
 
     def find(self, level: Level, key: str) -> Product | None:
         """The product of a level and a key, or None."""
@@ -120,7 +137,10 @@ class Catalog:
 
     def sets(self) -> dict[str, FeatureSet]:
         """All sets by name. Raises HdovdError if one is damaged."""
-        return {name.removeprefix("sets/").removesuffix(".json"): read_set(self.folder, name) for name in self.folder.sizes("sets")}
+        return {
+            name.removeprefix("sets/").removesuffix(".json"): read_set(self.folder, name)
+            for name in self.folder.sizes("sets")
+        }
 
     def write_set(self, name: str, features: FeatureSet) -> None:
         """Raises HdovdError for a name that is none."""
@@ -137,7 +157,10 @@ class Catalog:
     def runs(self) -> list[RunRecord]:
         """Records of the runs that were trained from this cache."""
         names = list(self.folder.sizes("runs"))
-        return [read_run(self.folder.url, name, text) for name, text in zip(names, self.folder.read_many(names), strict=True)]
+        return [
+            read_run(self.folder.url, name, text)
+            for name, text in zip(names, self.folder.read_many(names), strict=True)
+        ]
 
     def record_run(self, run: RunRecord) -> None:
         """Keep that a run uses its products."""
@@ -176,7 +199,8 @@ def read_run(url: str, name: str, text: bytes) -> RunRecord:
 
 
 def _levels(tree: dict[str, Any]) -> dict[Level, str]:
-    """The products that a set or a run names. Raises ValueError for keys that are none: they become names of folders."""
+    """The products that a set or a run names. Raises ValueError for keys that are none: they become names of
+    folders."""
     levels = {Level(level): str(key) for level, key in tree["levels"].items()}
     if wrong := [key for key in levels.values() if not re.fullmatch(r"[\w-]{1,64}", key)]:
         raise ValueError(f"{wrong[0][:80]!r} is no key")
@@ -190,7 +214,9 @@ def is_set_name(name: object) -> bool:
 
 def read_set(folder: Folder, name: str) -> FeatureSet:
     """The set of the file `name`. Raises HdovdError if it is damaged."""
-    with naming_damage(f"{folder.url}/{name}", "hdovd cache verify --repair, then its hdovd extract-clip command, write it again"):
+    with naming_damage(
+        f"{folder.url}/{name}", "hdovd cache verify --repair, then its hdovd extract-clip command, write it again"
+    ):
         tree = json.loads(folder.read(name))
         require_seal(tree)
         return FeatureSet.from_tree(tree)

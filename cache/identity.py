@@ -69,7 +69,10 @@ def source_inputs(tables: Mapping[str, np.ndarray], source: Source) -> KeyInputs
     mask = tables["source"] == source
     before = np.concatenate([[0], np.cumsum(mask)])
     column = tables["annotation_id" if source is Source.BASE_BOX else "score"]
-    return {"count": int(mask.sum()), "hash": hash_tables([np.diff(before[tables["offset"]]), tables["box"][mask], column[mask]])}
+    return {
+        "count": int(mask.sum()),
+        "hash": hash_tables([np.diff(before[tables["offset"]]), tables["box"][mask], column[mask]]),
+    }
 
 
 def table_inputs(level: Level, tables: Mapping[str, np.ndarray]) -> KeyInputs:
@@ -80,20 +83,28 @@ def table_inputs(level: Level, tables: Mapping[str, np.ndarray]) -> KeyInputs:
     if "box" in tables:
         inputs["boxes"] = box_inputs(tables)
     if level is Level.BOXES:
-        inputs["base_boxes"], inputs["proposals"] = source_inputs(tables, Source.BASE_BOX), source_inputs(tables, Source.PROPOSAL)
+        inputs["base_boxes"], inputs["proposals"] = (
+            source_inputs(tables, Source.BASE_BOX),
+            source_inputs(tables, Source.PROPOSAL),
+        )
     return inputs
 
 
-def differences(expected: KeyInputs, found: KeyInputs, prefix: str = "", *,
-                sides: tuple[str, str] = ("expected", "the cache has")) -> list[str]:
+def differences(
+    expected: KeyInputs, found: KeyInputs, prefix: str = "", *, sides: tuple[str, str] = ("expected", "the cache has")
+) -> list[str]:
     """A line for every input that differs, nested values by their path. `sides`: how a line speaks of the two."""
     lines = []
     for name in sorted(expected.keys() | found.keys()):
         a, b = expected.get(name), found.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             lines += differences(a, b, f"{prefix}{name}.", sides=sides)
-        elif a != b and not (name == "hash" and expected.get("count") != found.get("count")):  # the count says it already
-            lines.append(f"{prefix}{name} differs: {sides[0]} {short(a)}, {sides[1]} {short(b)}{_first_difference(a, b)}")
+        elif a != b and not (
+            name == "hash" and expected.get("count") != found.get("count")
+        ):  # the count says it already
+            lines.append(
+                f"{prefix}{name} differs: {sides[0]} {short(a)}, {sides[1]} {short(b)}{_first_difference(a, b)}"
+            )
     return lines
 
 

@@ -1,4 +1,6 @@
-"""What lies in a cache, product by product, from one listing; and what of it nothing uses. For `hdovd cache ls`, `info` and `gc`."""
+"""What lies in a cache, product by product, from one listing; and what of it nothing uses. For `hdovd cache ls`, `info`
+and `gc`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ TOGETHER = ("clip", "images", "boxes")  # inputs that the products of one extrac
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One product. `product`: None if its metadata cannot be read. `done`: parts; `touched`: when it was last written to, by the clock."""
+    """One product. `product`: None if its metadata cannot be read. `done`: parts; `touched`: when it was last written
+    to, by the clock.
+    """
 
     level: Level
     key: str
@@ -85,7 +89,9 @@ class Garbage:
 
 
 def find_garbage(catalog: Catalog, without_set: str | None = None) -> Garbage:
-    """What could be deleted, as if the set `without_set` were not there. Raises HdovdError if it is not, or if a set or run is damaged."""
+    """What could be deleted, as if the set `without_set` were not there. Raises HdovdError if it is not, or if a set or
+    run is damaged.
+    """
     sets = catalog.sets()
     if without_set is not None and without_set not in sets:
         raise HdovdError(f"{catalog.folder.url} has no set {without_set}; it has {', '.join(sets) or 'none'}")
@@ -93,15 +99,28 @@ def find_garbage(catalog: Catalog, without_set: str | None = None) -> Garbage:
     unused = [entry for entry in inventory(catalog.folder, users) if not entry.users]
     unfinished, root = of_unfinished_extractions(unused), catalog.folder.path("")
     files = sorted(root.rglob(f"{PARTIAL}*")) if root is not None else []
-    partial = {file.relative_to(root).as_posix(): file.stat().st_size for file in files if root is not None and is_stale(file)}
-    return Garbage([e for e in unused if e not in unfinished], unfinished, partial, [run for run in catalog.runs() if not run.is_there])
+    partial = {
+        file.relative_to(root).as_posix(): file.stat().st_size for file in files if root is not None and is_stale(file)
+    }
+    return Garbage(
+        [e for e in unused if e not in unfinished],
+        unfinished,
+        partial,
+        [run for run in catalog.runs() if not run.is_there],
+    )
 
 
-def delete_garbage(catalog: Catalog, garbage: Garbage, *, unfinished: bool, without_set: str | None = None) -> tuple[int, list[Entry]]:
-    """Delete it; returns the bytes that were, and what was left alone because an extraction is at work on it or with it."""
+def delete_garbage(
+    catalog: Catalog, garbage: Garbage, *, unfinished: bool, without_set: str | None = None
+) -> tuple[int, list[Entry]]:
+    """Delete it; returns the bytes that were, and what was left alone because an extraction is at work on it or with
+    it.
+    """
     doomed = garbage.unused + (garbage.unfinished if unfinished else [])
     claims = _claimed(catalog.folder)
-    left = _grown([entry for entry in doomed if any(name.startswith(f"{entry.level}-{entry.key}-") for name in claims)], doomed)
+    left = _grown(
+        [entry for entry in doomed if any(name.startswith(f"{entry.level}-{entry.key}-") for name in claims)], doomed
+    )
     if without_set is not None:
         catalog.delete_set(without_set)
     for entry in doomed:
@@ -115,7 +134,9 @@ def delete_garbage(catalog: Catalog, garbage: Garbage, *, unfinished: bool, with
 
 
 def of_unfinished_extractions(unused: Sequence[Entry]) -> list[Entry]:
-    """Products without all their parts, and whole ones that could have been begun with them: their extraction may be running."""
+    """Products without all their parts, and whole ones that could have been begun with them: their extraction may be
+    running.
+    """
     return _grown([entry for entry in unused if not entry.whole and entry.product is not None], unused)
 
 
@@ -134,7 +155,9 @@ def _together(a: Entry, b: Entry) -> bool:
         return False
     one, other = a.product.attributes["key_inputs"], b.product.attributes["key_inputs"]
     same = [one[name] == other[name] for name in TOGETHER if name in one and name in other]
-    named = one.get(b.level) == b.key or other.get(a.level) == a.key  # pseudo labels name the products that they were made from
+    named = (
+        one.get(b.level) == b.key or other.get(a.level) == a.key
+    )  # pseudo labels name the products that they were made from
     return named or (bool(same) and all(same))
 
 

@@ -59,8 +59,11 @@ class LocalFolder(Folder):
         except FileExistsError:
             return False
         except OSError as error:
-            raise HdovdError(f"{target} cannot be written: {system_reason(error)}. What was finished before is kept: then run the same "
-                             "command again") from error
+            raise HdovdError(
+                f"{target} cannot be written: {system_reason(error)}. What was finished before is kept: then run the "
+                f"same "
+                "command again"
+            ) from error
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)

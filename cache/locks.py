@@ -17,9 +17,11 @@ _held: set[IO[Any]] = set()
 
 
 def lock(file: Path, patience_s: float) -> IO[Any] | None:
-    """The file, made, open and locked; None if another process has it and keeps it for `patience_s`. Raises OSError without locks.
+    """The file, made, open and locked; None if another process has it and keeps it for `patience_s`. Raises OSError
+    without locks.
 
-    `unlock` deletes it. A child of this process (a DataLoader's) does not hold it: it may live on when this process is killed.
+    `unlock` deletes it. A child of this process (a DataLoader's) does not hold it: it may live on when this process is
+    killed.
     """
     deadline = time.monotonic() + patience_s
     while True:
@@ -55,7 +57,8 @@ def partial_name(random: str) -> str:
 
 
 def is_stale(path: Path) -> bool:
-    """Whether the writer of a partial file is dead: no process of this machine (of another one: a day has passed), and no lock on it.
+    """Whether the writer of a partial file is dead: no process of this machine (of another one: a day has passed), and
+    no lock on it.
 
     The lock decides where containers share a machine's name but not its processes.
     """

@@ -11,7 +11,9 @@ from hdovd.core.errors import HdovdError
 
 
 def open_folder(url: str | Path) -> Folder:
-    """A local path, or file://, s3://, gs:// and whatever else fsspec knows. Raises HdovdError for a file:// URL of another machine."""
+    """A local path, or file://, s3://, gs:// and whatever else fsspec knows. Raises HdovdError for a file:// URL of
+    another machine.
+    """
     text = str(url)
     if "://" not in text:
         return LocalFolder(Path(text))

@@ -1,8 +1,8 @@
 """What a product knows of the picture files that its rows were made from: contents, places, sizes and times.
 
-A file a part, `pictures/NUMBER.npz` below the product, written before the part's record; `pictures/later.npz` holds what was found again
-later, in another place or of another time. Products that are older have none. No key depends on them: two folders of the same
-pictures give one product.
+A file a part, `pictures/NUMBER.npz` below the product, written before the part's record; `pictures/later.npz` holds
+what was found again later, in another place or of another time. Products that are older have none. No key depends on
+them: two folders of the same pictures give one product.
 """
 
 from __future__ import annotations
@@ -19,10 +19,22 @@ from hdovd.cache.product import Product
 from hdovd.cache.store import naming_damage
 
 LATER = "later"
-# `label` and `annotated`: `image_hash` and size (width, height) of the image in the product's tables. `content`: sha256 of the file, 32 hex
-# digits of it. `place`: of its path. `modified`: nanoseconds. `either`: its annotated size fits it turned, as EXIF says, and as stored.
-FILE = np.dtype([("image_id", "<i8"), ("annotated", "<i4", 2), ("label", "<u8"), ("content", "S32"), ("place", "S16"), ("size", "<i8"),
-                 ("modified", "<i8"), ("either", "?")])
+# `label` and `annotated`: `image_hash` and size (width, height) of the image in the product's tables. `content`: sha256
+# of the file, 32 hex digits of it. `place`: of its path. `modified`: nanoseconds. `either`: its annotated size fits it
+# turned, as EXIF says, and as stored.
+# says, and as stored.
+FILE = np.dtype(
+    [
+        ("image_id", "<i8"),
+        ("annotated", "<i4", 2),
+        ("label", "<u8"),
+        ("content", "S32"),
+        ("place", "S16"),
+        ("size", "<i8"),
+        ("modified", "<i8"),
+        ("either", "?"),
+    ]
+)
 
 
 class PictureFile(NamedTuple):
@@ -52,12 +64,18 @@ def write_files(product: Product, part: int | str, files: np.ndarray) -> None:
 
 
 def known_files(product: Product) -> np.ndarray:
-    """(n,) of `FILE`, those of later first; an image has several if it has rows in several parts. Raises HdovdError if they are damaged."""
+    """(n,) of `FILE`, those of later first; an image has several if it has rows in several parts. Raises HdovdError if
+    they are damaged.
+    """
     names = sorted(product.folder.sizes(f"{product.prefix}/pictures"), reverse=True)
     found = [np.zeros(0, FILE)]
     for name, data in zip(names, product.folder.read_many(names), strict=True):
-        with (naming_damage(f"{product.folder.url}/{name}", "delete it; whether pictures of that part changed is not known then"),
-              np.load(io.BytesIO(data), allow_pickle=False) as file):
+        with (
+            naming_damage(
+                f"{product.folder.url}/{name}", "delete it; whether pictures of that part changed is not known then"
+            ),
+            np.load(io.BytesIO(data), allow_pickle=False) as file,
+        ):
             found.append(file["files"].astype(FILE))
     return np.concatenate(found)
 

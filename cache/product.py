@@ -1,4 +1,6 @@
-"""One product of a cache: what its own metadata and part files say about it. Read by readers, writers and `hdovd cache`."""
+"""One product of a cache: what its own metadata and part files say about it. Read by readers, writers and `hdovd
+cache`.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,17 @@ if TYPE_CHECKING:
     import numpy as np
     import zarr
 
-MOST_PARTS, MOST_PART_ROWS, MOST_DIM = 1_000_000, 2**24, 2**16  # far beyond all that is made: what is more was damaged or made up
+MOST_PARTS, MOST_PART_ROWS, MOST_DIM = (
+    1_000_000,
+    2**24,
+    2**16,
+)  # far beyond all that is made: what is more was damaged or made up
 MOST_PACKED = 1_000  # how many times larger a table may be than what is stored of it
 
 
 class Product:
-    """A product by level and key. What is finished is read from `parts/` at every call: other processes may be writing."""
+    """A product by level and key. What is finished is read from `parts/` at every call: other processes may be
+    writing."""
 
     def __init__(self, folder: Folder, level: Level, key: str) -> None:
         """Raises HdovdError if there is none."""
@@ -44,7 +51,9 @@ class Product:
         """What made the product. Raises HdovdError if they were changed since."""
         inputs: KeyInputs = self.attributes["key_inputs"]
         if key_of(inputs) != self.key:
-            raise HdovdError(f"{self.folder.url}: the key of {self} does not follow from its key_inputs; the metadata was edited")
+            raise HdovdError(
+                f"{self.folder.url}: the key of {self} does not follow from its key_inputs; the metadata was edited"
+            )
         return inputs
 
     @property
@@ -68,14 +77,19 @@ class Product:
 
     def row_objects(self, part: int) -> dict[str, str]:
         """The object that holds a part of each row array, by array."""
-        return {name: f"{name}/c/{part}" + ("/0" if wide else "") for name, (_, wide) in row_arrays(self.level, self.dim).items()}
+        return {
+            name: f"{name}/c/{part}" + ("/0" if wide else "")
+            for name, (_, wide) in row_arrays(self.level, self.dim).items()
+        }
 
     def record_name(self, part: int | str) -> str:
         return record_name(self.prefix, part)
 
     def recorded(self) -> dict[str, int | str]:
         """Finished parts, by number or TABLES, by the object that records them."""
-        names = {name: name.rsplit("/", 1)[1].removesuffix(".json") for name in self.folder.sizes(f"{self.prefix}/parts")}
+        names = {
+            name: name.rsplit("/", 1)[1].removesuffix(".json") for name in self.folder.sizes(f"{self.prefix}/parts")
+        }
         return {name: int(part) if part.isdigit() else part for name, part in names.items()}
 
     def finished(self) -> set[int]:
@@ -101,8 +115,9 @@ class Product:
         return records
 
     def require_sound(self, part: int | str, names: Collection[str] | None = None) -> None:
-        """Raises HdovdError unless objects of a finished part, all or those of `names`, have the bytes that were recorded when they were
-        written."""
+        """Raises HdovdError unless objects of a finished part, all or those of `names`, have the bytes that were
+        recorded when they were written.
+        """
         name = self.record_name(part)
         try:
             with naming_damage(f"{self.folder.url}/{name}"):
@@ -139,7 +154,11 @@ class Product:
             if not isinstance(array, zarr.Array):
                 raise ValueError("no array")
             rows, *rest = array.shards or array.chunks
-            if not 0 < rows <= max(self.part_rows, PART_ROWS) or array.ndim > 2 or (rest and not 0 < rest[0] <= max(1, array.shape[1])):
+            if (
+                not 0 < rows <= max(self.part_rows, PART_ROWS)
+                or array.ndim > 2
+                or (rest and not 0 < rest[0] <= max(1, array.shape[1]))
+            ):
                 raise ValueError(f"parts of {(rows, *rest)} values of {array.shape}")
         return array
 
@@ -150,7 +169,9 @@ class Product:
             if array.nbytes > MOST_PACKED * sum(listed.values()):
                 raise ValueError(f"expected {array.shape} values, of which {sum(listed.values())} bytes are there")
         is_table = name in TABLE_ARRAYS[self.level]
-        self.require_sound(TABLES, [path.removeprefix(f"{self.prefix}/") for path in listed] if is_table else [f"{name}/zarr.json"])
+        self.require_sound(
+            TABLES, [path.removeprefix(f"{self.prefix}/") for path in listed] if is_table else [f"{name}/zarr.json"]
+        )
         for part in range(0 if is_table else self.parts):
             self.require_sound(part, [self.row_objects(part)[name]])
         return decoded(array, slice(None))
@@ -169,9 +190,14 @@ def record_name(prefix: str, part: int | str) -> str:
 
 
 def require_sizes(attributes: dict[str, Any]) -> None:
-    """Raises ValueError, KeyError, TypeError or AttributeError for attributes that no product has: sizes that are no whole numbers, or
-    beyond all reason."""
-    for name, (least, most) in {"rows": (0, MOST_PARTS * MOST_PART_ROWS), "part_rows": (1, MOST_PART_ROWS), "dim": (0, MOST_DIM)}.items():
+    """Raises ValueError, KeyError, TypeError or AttributeError for attributes that no product has: sizes that are no
+    whole numbers, or beyond all reason.
+    """
+    for name, (least, most) in {
+        "rows": (0, MOST_PARTS * MOST_PART_ROWS),
+        "part_rows": (1, MOST_PART_ROWS),
+        "dim": (0, MOST_DIM),
+    }.items():
         value = attributes[name]
         if type(value) is not int or not least <= value <= most:
             raise ValueError(f"{name} is {repr(value)[:40]}, expected a whole number from {least} to {most}")
@@ -184,11 +210,16 @@ def require_sizes(attributes: dict[str, Any]) -> None:
 
 
 def parse_record(text: bytes) -> dict[str, Any]:
-    """The record of a part: `objects`, "bytes" and "sha256" by name, and `failed`, reason by image id. Raises ValueError, KeyError,
-    TypeError or AttributeError if it is none."""
+    """The record of a part: `objects`, "bytes" and "sha256" by name, and `failed`, reason by image id. Raises
+    ValueError, KeyError, TypeError or AttributeError if it is none.
+    """
     record: dict[str, Any] = json.loads(text)
-    sound = all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in record["objects"].values())
-    if not sound or not all(int(image) is not None and isinstance(reason, str) for image, reason in record["failed"].items()):
+    sound = all(
+        isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in record["objects"].values()
+    )
+    if not sound or not all(
+        int(image) is not None and isinstance(reason, str) for image, reason in record["failed"].items()
+    ):
         raise ValueError("an object without its size and checksum, or an image without its reason")
     return record
 

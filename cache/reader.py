@@ -23,8 +23,8 @@ class InstanceRows:
     """The rows of one image, base boxes first, then proposals best first.
 
     embedding (n, D) float16, box (n, 4) float32 xyxy pixels, source (n,) uint8, annotation_id (n,) int64, score (n,)
-    float32, noun (n,) int32 (-1: none), noun_cosine (n,) float32; top_noun (n, k) int32 (-1: none) and top_weight (n, k) float32,
-    the nouns that a label is made of, k = 0 where that is `noun` alone.
+    float32, noun (n,) int32 (-1: none), noun_cosine (n,) float32; top_noun (n, k) int32 (-1: none) and top_weight (n,
+    k) float32, the nouns that a label is made of, k = 0 where that is `noun` alone.
     """
 
     embedding: np.ndarray
@@ -50,30 +50,44 @@ class InstanceRows:
 
 def no_labels(count: int) -> dict[str, np.ndarray]:
     """The label fields of `InstanceRows` for rows without pseudo labels."""
-    return {"noun": np.full(count, -1, np.int32), "noun_cosine": np.zeros(count, np.float32),
-            "top_noun": np.zeros((count, 0), np.int32), "top_weight": np.zeros((count, 0), np.float32)}
+    return {
+        "noun": np.full(count, -1, np.int32),
+        "noun_cosine": np.zeros(count, np.float32),
+        "top_noun": np.zeros((count, 0), np.int32),
+        "top_weight": np.zeros((count, 0), np.float32),
+    }
 
 
 class FeatureCache:
     """One set of a cache, every product of it whole. Safe in DataLoader workers: a copy opens its own handles."""
 
-    def __init__(self, url: str | Path, features: str = DEFAULT_SET, *, mapped: bool | None = None, checked: bool = True) -> None:
-        """`features`: the set's name. `mapped`, `checked`: as in `rows.open_rows`, of instance rows; all else is always checked.
+    def __init__(
+        self, url: str | Path, features: str = DEFAULT_SET, *, mapped: bool | None = None, checked: bool = True
+    ) -> None:
+        """`features`: the set's name. `mapped`, `checked`: as in `rows.open_rows`, of instance rows; all else is always
+        checked.
 
-        Raises HdovdError if the set is not there, not whole, or its metadata are not what was written."""
+        Raises HdovdError if the set is not there, not whole, or its metadata are not what was written.
+        """
         self._opened_from = url, features, mapped, checked
         self.url, self._mapped, self._checked = str(url), mapped, checked
         catalog = Catalog(url)
         sets = catalog.sets()
         if features not in sets:
-            others = f"it has {', '.join(sets)}" if sets else "its extraction has not finished: run the extract-clip command again"
+            others = (
+                f"it has {', '.join(sets)}"
+                if sets
+                else "its extraction has not finished: run the extract-clip command again"
+            )
             raise HdovdError(f"{url} has no set of features named {features}; {others}")
         self.set = sets[features]
         self._products = {level: Product(catalog.folder, level, key) for level, key in self.set.levels.items()}
         for product in self._products.values():
             if not product.whole:
-                raise HdovdError(f"{url}: {product} is not whole, {len(product.missing())} of {product.parts} parts are missing: "
-                                 "run the extract-clip command again, it goes on where it was")
+                raise HdovdError(
+                    f"{url}: {product} is not whole, {len(product.missing())} of {product.parts} parts are missing: "
+                    "run the extract-clip command again, it goes on where it was"
+                )
             product.require_sound(TABLES, ["zarr.json"])
         self._table = cache(self._read_table)
         self._row_array = cache(self._open_rows)
@@ -106,23 +120,40 @@ class FeatureCache:
     def identity(self) -> dict[str, Any]:
         """Keys and inputs of all levels, for a run's record."""
         url = self.url if "://" in self.url else str(Path(self.url).resolve())
-        return {"path": url, "levels": {str(level): {"key": self.key(level), "inputs": self.key_inputs(level)} for level in self.levels()}}
+        return {
+            "path": url,
+            "levels": {
+                str(level): {"key": self.key(level), "inputs": self.key_inputs(level)} for level in self.levels()
+            },
+        }
 
     def require(self, level: Level, expected: KeyInputs) -> None:
         """Refuse a level whose inputs differ from `expected` (a part of its inputs). Raises HdovdError."""
         found = self.key_inputs(level)
         lines = differences(expected, {name: found.get(name) for name in expected})
         if lines:
-            raise HdovdError(f"the {level} level of {self.url} does not fit this data:\n  " + "\n  ".join(lines)
-                             + "\nExtract it with hdovd extract-clip (what did not change is kept), or give the data it was made from.")
+            raise HdovdError(
+                f"the {level} level of {self.url} does not fit this data:\n  "
+                + "\n  ".join(lines)
+                + "\nExtract it with hdovd extract-clip (what did not change is kept), or give the data it was made "
+                "from."
+            )
 
     def require_together(self) -> None:
-        """Refuse a set whose levels do not belong together: other CLIPs, or embeddings of other boxes. Raises HdovdError."""
+        """Refuse a set whose levels do not belong together: other CLIPs, or embeddings of other boxes. Raises
+        HdovdError.
+        """
         require_together(self.url, {level: self.key_inputs(level) for level in self.levels()})
-        rows = {level: self._products[level].rows for level in (Level.BOXES, Level.INSTANCE, Level.PSEUDO_LABEL) if level in self._products}
+        rows = {
+            level: self._products[level].rows
+            for level in (Level.BOXES, Level.INSTANCE, Level.PSEUDO_LABEL)
+            if level in self._products
+        }
         if len(set(rows.values())) > 1:
-            raise HdovdError(f"{self.url}: levels of the same boxes have other numbers of rows: "
-                             + ", ".join(f"{level} {count}" for level, count in rows.items()))
+            raise HdovdError(
+                f"{self.url}: levels of the same boxes have other numbers of rows: "
+                + ", ".join(f"{level} {count}" for level, count in rows.items())
+            )
 
     def names(self, level: Level) -> list[str]:
         """Class or noun names, in row order."""
@@ -156,7 +187,9 @@ class FeatureCache:
 
     def counts(self, source: Source) -> dict[int, int]:
         """How many instance rows of a source each image has; no embedding is read."""
-        ends = np.concatenate([[0], np.cumsum(self._table(Level.BOXES, "source") == source)])[self._table(Level.BOXES, "offset")]
+        ends = np.concatenate([[0], np.cumsum(self._table(Level.BOXES, "source") == source)])[
+            self._table(Level.BOXES, "offset")
+        ]
         return dict(zip(self.image_ids().tolist(), np.diff(ends).tolist(), strict=True))
 
     def image_embedding(self, image_id: int) -> np.ndarray:
@@ -173,11 +206,17 @@ class FeatureCache:
     @cached_property
     def _instance_rows(self) -> tuple[dict[int, int], np.ndarray, Rows]:
         """What `instance_embeddings` needs, looked up once: a read takes 10 microseconds."""
-        return self._rows_by_image(Level.INSTANCE), self._table(Level.INSTANCE, "offset"), self._row_array(Level.INSTANCE, "embedding")
+        return (
+            self._rows_by_image(Level.INSTANCE),
+            self._table(Level.INSTANCE, "offset"),
+            self._row_array(Level.INSTANCE, "embedding"),
+        )
 
     @property
     def reads_best_in_blocks(self) -> bool:
-        """Whether instance rows that are read in random order are decoded again and again (see `pipelines.epoch_order`)."""
+        """Whether instance rows that are read in random order are decoded again and again (see
+        `pipelines.epoch_order`).
+        """
         return Level.INSTANCE in self._products and self._row_array(Level.INSTANCE, "embedding").reads_best_in_blocks
 
     def instances(self, image_id: int) -> InstanceRows:
@@ -196,7 +235,9 @@ class FeatureCache:
         """What is known of a box: names of tables, and the level of each."""
         tables = dict.fromkeys(("box", "source", "annotation_id", "score"), Level.BOXES)
         if Level.PSEUDO_LABEL in self._products:
-            tables |= dict.fromkeys(row_arrays(Level.PSEUDO_LABEL, self._products[Level.PSEUDO_LABEL].dim), Level.PSEUDO_LABEL)
+            tables |= dict.fromkeys(
+                row_arrays(Level.PSEUDO_LABEL, self._products[Level.PSEUDO_LABEL].dim), Level.PSEUDO_LABEL
+            )
         return tables
 
     def image_ids(self) -> np.ndarray:
@@ -208,7 +249,9 @@ class FeatureCache:
         return np.repeat(self.image_ids(), np.diff(self._table(Level.BOXES, "offset")))
 
     def hold(self, level: Level) -> None:
-        """Read what is held in memory of the image or instance level now, so that worker processes forked later share it."""
+        """Read what is held in memory of the image or instance level now, so that worker processes forked later share
+        it.
+        """
         if level is Level.IMAGE:
             self._table(level, "embedding")
             self._rows_by_image(level)
@@ -240,13 +283,20 @@ class FeatureCache:
 
 
 def require_together(url: str, inputs: dict[Level, KeyInputs]) -> None:
-    """Refuse levels, given by what made them, that do not belong together. Raises HdovdError naming `url` and what differs."""
+    """Refuse levels, given by what made them, that do not belong together. Raises HdovdError naming `url` and what
+    differs.
+    """
     with_clip = [level for level in inputs if "clip" in inputs[level]]
-    lines = [f"{with_clip[0]} and {level}: {line}" for level in with_clip[1:]
-             for line in differences(inputs[with_clip[0]]["clip"], inputs[level]["clip"], "clip.")]
+    lines = [
+        f"{with_clip[0]} and {level}: {line}"
+        for level in with_clip[1:]
+        for line in differences(inputs[with_clip[0]]["clip"], inputs[level]["clip"], "clip.")
+    ]
     if Level.INSTANCE in inputs and Level.BOXES in inputs:
-        lines += [f"instance and boxes: {line}"
-                  for line in differences(inputs[Level.INSTANCE]["boxes"], inputs[Level.BOXES]["boxes"], "boxes.")]
+        lines += [
+            f"instance and boxes: {line}"
+            for line in differences(inputs[Level.INSTANCE]["boxes"], inputs[Level.BOXES]["boxes"], "boxes.")
+        ]
     labels = inputs.get(Level.PSEUDO_LABEL, {})
     for level in (Level.INSTANCE, Level.NOUN) if labels else ():
         have = key_of(inputs[level]) if level in inputs else "none"
@@ -260,8 +310,11 @@ def require_unit(rows: np.ndarray, what: str) -> None:
     """Raises HdovdError, naming `what`, unless embeddings (n, D) float16 are finite and of norm one."""
     norms = np.linalg.norm(rows.astype(np.float32), axis=1)
     if len(wrong := np.flatnonzero(~(abs(norms - 1) <= STORED_NORM_TOLERANCE))):
-        raise HdovdError(f"{what}: expected rows of norm 1, found {norms[wrong[0]]:.4g} ({len(wrong)} of {len(rows)} rows): they are "
-                         "damaged; hdovd cache verify tells more")
+        raise HdovdError(
+            f"{what}: expected rows of norm 1, found {norms[wrong[0]]:.4g} ({len(wrong)} of {len(rows)} rows): they "
+            f"are "
+            "damaged; hdovd cache verify tells more"
+        )
 
 
 def normalised_rows(rows: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Random access to the rows of one sharded array: mapped where it can be, through Zarr with an LRU of chunks elsewhere."""
+"""Random access to the rows of one sharded array: mapped where it can be, through Zarr with an LRU of chunks
+elsewhere."""
 
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ from hdovd.cache.store import REPAIR, naming_damage
 from hdovd.core.errors import HdovdError
 
 LRU_BYTES = 128 * 2**20
-CHUNKS_AT_ONCE = 4  # neighbours that are decoded together and then count as one chunk: a call of Zarr's costs half of what a chunk does
-# A mapped read that takes so long waited for the disk: the data are not in memory. Asking ahead costs a fifth of a read that
-# need not wait, so it is done after such a read, until so many in a row were quick.
+# neighbours that are decoded together and then count as one chunk: a call of Zarr's costs half of what a chunk does
+CHUNKS_AT_ONCE = 4
+# A mapped read that takes so long waited for the disk: the data are not in memory. Asking ahead costs a fifth of a read
+# that need not wait, so it is done after such a read, until so many in a row were quick.
 SLOW_READ_S = 1e-4
 READS_AHEAD = 64
 OTHER_FILES = 512  # that a process may have open beside the shards
@@ -47,7 +49,9 @@ class Rows(Protocol):
 
 
 class _Sound:
-    """Compares a part's checksum when it is first read. What is known, forked processes share: a part is read whole once, not by each."""
+    """Compares a part's checksum when it is first read. What is known, forked processes share: a part is read whole
+    once, not by each.
+    """
 
     def __init__(self, product: Product, name: str, *, checked: bool) -> None:
         self._product, self._name = product, name
@@ -62,16 +66,24 @@ class _Sound:
             self._known[part] = 1
 
 
-def open_rows(product: Product, name: str, *, mapped: bool | None = None, parts: Collection[int] | None = None,
-              checked: bool = False) -> Rows:
-    """The rows of a product's row array: of all parts, or of `parts` alone. `mapped`: None for what fits, True or False to insist.
-    `checked`: compare the checksum of each part when it is first read.
+def open_rows(
+    product: Product,
+    name: str,
+    *,
+    mapped: bool | None = None,
+    parts: Collection[int] | None = None,
+    checked: bool = False,
+) -> Rows:
+    """The rows of a product's row array: of all parts, or of `parts` alone. `mapped`: None for what fits, True or False
+    to insist. `checked`: compare the checksum of each part when it is first read.
 
     Raises HdovdError if a shard is not there or is cut short, or if `mapped` is asked for and cannot be.
     """
     array = product.array(name)
     if array.shape[0] != product.rows:
-        raise HdovdError(f"{product.folder.url}: {name} of {product} has {array.shape[0]} rows, expected {product.rows}")
+        raise HdovdError(
+            f"{product.folder.url}: {name} of {product} has {array.shape[0]} rows, expected {product.rows}"
+        )
     if mapped is not False:
         why_not = _why_not_mapped(product, array)
         if why_not is None:
@@ -92,8 +104,15 @@ class MappedRows:
 
     reads_best_in_blocks = False
 
-    def __init__(self, product: Product, name: str, array: zarr.Array[Any], parts: Collection[int] | None = None, *,
-                 checked: bool = False) -> None:
+    def __init__(
+        self,
+        product: Product,
+        name: str,
+        array: zarr.Array[Any],
+        parts: Collection[int] | None = None,
+        *,
+        checked: bool = False,
+    ) -> None:
         self._opened_from: dict[str, Any] = {"product": product, "name": name, "parts": parts, "checked": checked}
         self._sound = _Sound(product, name, checked=checked)
         self._part_rows = product.part_rows
@@ -144,8 +163,15 @@ class ZarrRows:
     Fast where reads are near each other: use it with an order that shuffles blocks of images.
     """
 
-    def __init__(self, product: Product, name: str, array: zarr.Array[Any], parts: Collection[int] | None = None, *,
-                 checked: bool = False) -> None:
+    def __init__(
+        self,
+        product: Product,
+        name: str,
+        array: zarr.Array[Any],
+        parts: Collection[int] | None = None,
+        *,
+        checked: bool = False,
+    ) -> None:
         self._opened_from: dict[str, Any] = {"product": product, "name": name, "parts": parts, "checked": checked}
         self._sound, self._part_rows = _Sound(product, name, checked=checked), product.part_rows
         self._array = array
@@ -168,7 +194,9 @@ class ZarrRows:
         first, last = start // self._chunk, max(start, stop - 1) // self._chunk
         if first == last:
             return self._decoded(first)[start - first * self._chunk : stop - first * self._chunk].copy()
-        return np.concatenate([self._decoded(c)[max(0, start - c * self._chunk) : stop - c * self._chunk] for c in range(first, last + 1)])
+        return np.concatenate(
+            [self._decoded(c)[max(0, start - c * self._chunk) : stop - c * self._chunk] for c in range(first, last + 1)]
+        )
 
     def _decode(self, chunk: int) -> np.ndarray:
         start = chunk * self._chunk
@@ -190,11 +218,14 @@ def _check_objects(product: Product, name: str, array: zarr.Array[Any], parts: C
 
 
 def _allow_open_files(count: int) -> None:
-    """Let this process open `count` files beside what it has: a map keeps its file open, and the usual limit is 1024."""
+    """Let this process open `count` files beside what it has: a map keeps its file open, and the usual limit is
+    1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
 
 
 def _why_not_mapped(product: Product, array: zarr.Array[Any]) -> str | None:
@@ -213,9 +244,15 @@ def _why_not_mapped(product: Product, array: zarr.Array[Any]) -> str | None:
 def _is_plain(sharding: ShardingCodec) -> bool:
     """Rows as they lie in memory, with the index at the end and its checksum after it."""
     inner, index = tuple(sharding.codecs), tuple(sharding.index_codecs)
-    return (len(inner) == 1 and isinstance(inner[0], BytesCodec) and getattr(inner[0].endian, "value", "little") == "little"
-            and len(index) == 2 and isinstance(index[0], BytesCodec) and isinstance(index[1], Crc32cCodec)
-            and sharding.index_location.value == "end")
+    return (
+        len(inner) == 1
+        and isinstance(inner[0], BytesCodec)
+        and getattr(inner[0].endian, "value", "little") == "little"
+        and len(index) == 2
+        and isinstance(index[0], BytesCodec)
+        and isinstance(index[1], Crc32cCodec)
+        and sharding.index_location.value == "end"
+    )
 
 
 def _map_shard(product: Product, name: str, array: zarr.Array[Any], part: int) -> tuple[mmap.mmap, np.ndarray]:

@@ -1,4 +1,5 @@
-"""Where a cache's bytes lie: a local folder, or an object store by URL. One contract for both, `Folder`; and one error for damage.
+"""Where a cache's bytes lie: a local folder, or an object store by URL. One contract for both, `Folder`; and one error
+for damage.
 
 Names are relative, with slashes. A write is whole or absent under its name, and durable when it returns.
 """
@@ -18,7 +19,8 @@ REPAIR = "hdovd cache verify --repair marks it as missing, to be made again"
 
 @contextmanager
 def naming_damage(place: str, advice: str = REPAIR) -> Iterator[None]:
-    """Turns whatever parsing an object raises (of JSON, Zarr, numpy: each has its own) into HdovdError that names the object.
+    """Turns whatever parsing an object raises (of JSON, Zarr, numpy: each has its own) into HdovdError that names the
+    object.
 
     FileNotFoundError passes: only the caller knows what it means that there is no such object.
     """
@@ -38,7 +40,9 @@ class Folder(ABC):
 
     @abstractmethod
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """An object, or its bytes from `start` (from the end if negative) to `stop`. Raises FileNotFoundError if there is none."""
+        """An object, or its bytes from `start` (from the end if negative) to `stop`. Raises FileNotFoundError if there
+        is none.
+        """
 
     def read_many(self, names: Sequence[str]) -> list[bytes]:
         return [self.read(name) for name in names]
@@ -53,11 +57,13 @@ class Folder(ABC):
 
     @abstractmethod
     def write(self, name: str, data: bytes, *, exclusive: bool = False) -> bool:
-        """Write an object; with `exclusive` only if there is none. True if written. Raises HdovdError if it cannot be."""
+        """Write an object; with `exclusive` only if there is none. True if written. Raises HdovdError if it cannot
+        be."""
 
     @abstractmethod
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Size in bytes of every object below a prefix (a folder), by name, sorted; files being written are left out."""
+        """Size in bytes of every object below a prefix (a folder), by name, sorted; files being written are left
+        out."""
 
     @abstractmethod
     def exists(self, name: str) -> bool: ...
@@ -76,7 +82,8 @@ class Folder(ABC):
 
     @contextmanager
     def claim(self, name: str, *, wait: bool) -> Iterator[bool]:
-        """True while this process alone may work on `name`; False if another does, unless told to `wait` (CLAIM_WAIT_S at most).
+        """True while this process alone may work on `name`; False if another does, unless told to `wait` (CLAIM_WAIT_S
+        at most).
 
         Only saves double work: results are the same bytes, so a store without locks is safe too.
         """

@@ -1,6 +1,8 @@
-"""What `meta.safetensors` holds: all that a folder of tar shards knows of its cache but the rows and pictures of single images.
+"""What `meta.safetensors` holds: all that a folder of tar shards knows of its cache but the rows and pictures of single
+images.
 
-Written by `hdovd cache export` and `hdovd extract-clip --store webdataset`; see `tar_shards` for the folder that it stands in.
+Written by `hdovd cache export` and `hdovd extract-clip --store webdataset`; see `tar_shards` for the folder that it
+stands in.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ TABLES_HERE = ("image_id", "image_hash", "image_size", "offset")  # of the boxes
 class TarMeta:
     """N images, D embedding size.
 
-    `name` and `features`: the set as the cache has it. `samples`: of a full shard. `products`: of every level "attributes" and
-    "records" (of its parts, by number), as the cache has them. `about`: what the exporter adds, JSON values.
-    `tensors`: TABLES_HERE, and the embeddings (K, D) f16 of the levels in TEXTS by level.
+    `name` and `features`: the set as the cache has it. `samples`: of a full shard. `products`: of every level
+    "attributes" and "records" (of its parts, by number), as the cache has them. `about`: what the exporter adds, JSON
+    values. `tensors`: TABLES_HERE, and the embeddings (K, D) f16 of the levels in TEXTS by level.
     """
 
     name: str
@@ -45,15 +47,27 @@ class TarMeta:
         """The description of a set whose products are whole."""
         features = catalog.sets()[name]
         found = {level: Product(catalog.folder, level, key) for level, key in features.levels.items()}
-        products = {level: {"attributes": product.attributes, "records": {str(part): r for part, r in product.records().items()}}
-                    for level, product in found.items()}
+        products = {
+            level: {
+                "attributes": product.attributes,
+                "records": {str(part): r for part, r in product.records().items()},
+            }
+            for level, product in found.items()
+        }
         tensors = {table: found[Level.BOXES].table(table) for table in TABLES_HERE}
         tensors |= {str(level): found[level].table("embedding") for level in TEXTS if level in found}
         return cls(name, features, samples, products, about, tensors)
 
     def to_bytes(self) -> bytes:
-        tree = sealed({"schema_version": SCHEMA_VERSION, **self.identity(), "name": self.name, "set": self.features.to_tree(),
-                       "tensors": _hash(self.tensors)})  # in one text: safetensors writes several in any order
+        tree = sealed(
+            {
+                "schema_version": SCHEMA_VERSION,
+                **self.identity(),
+                "name": self.name,
+                "set": self.features.to_tree(),
+                "tensors": _hash(self.tensors),
+            }
+        )  # in one text: safetensors writes several in any order
         return save({name: np.ascontiguousarray(t) for name, t in self.tensors.items()}, {"hdovd": json.dumps(tree)})
 
     @classmethod
@@ -67,9 +81,13 @@ class TarMeta:
                 raise ValueError("its tensors have another checksum")
             version = tree["schema_version"]
             if version != SCHEMA_VERSION:
-                raise HdovdError(f"{where} has cache schema {version}, this hdovd reads {SCHEMA_VERSION}: export the cache again")
+                raise HdovdError(
+                    f"{where} has cache schema {version}, this hdovd reads {SCHEMA_VERSION}: export the cache again"
+                )
             products = {Level(level): product for level, product in tree["products"].items()}
-            meta = cls(tree["name"], FeatureSet.from_tree(tree["set"]), tree["samples"], products, tree["about"], tensors)
+            meta = cls(
+                tree["name"], FeatureSet.from_tree(tree["set"]), tree["samples"], products, tree["about"], tensors
+            )
             meta._check()
         return meta
 
@@ -77,8 +95,11 @@ class TarMeta:
         """Raises ValueError, KeyError, TypeError or AttributeError for what cannot be, or does not go together."""
         known = is_set_name(self.name) and type(self.samples) is int and self.samples >= 1
         if not known or self.products.keys() != self.features.levels.keys():
-            raise ValueError(f"set {str(self.name)[:80]!r} of {repr(self.samples)[:40]} images a shard, levels {', '.join(self.products)}; "
-                             f"expected a name of {SET_NAME_TOLD}; one image at least; levels {', '.join(self.features.levels)}")
+            raise ValueError(
+                f"set {str(self.name)[:80]!r} of {repr(self.samples)[:40]} images a shard, levels "
+                f"{', '.join(self.products)}; "
+                f"expected a name of {SET_NAME_TOLD}; one image at least; levels {', '.join(self.features.levels)}"
+            )
         for level, product in self.products.items():
             require_sizes(product["attributes"])
             for record in product["records"].values():
@@ -91,10 +112,15 @@ class TarMeta:
         images, offset = len(self.tensors["image_id"]), self.tensors["offset"]
         if found != expected or offset.shape != (images + 1,) or offset[0] != 0 or (np.diff(offset) < 0).any():
             raise ValueError(f"tensors {found}, expected {expected} that fit together")
-        wanted = {level: len(self.tensors[level]) if level in TEXTS else images if level is Level.IMAGE else int(offset[-1])
-                  for level in self.products}
-        if wrong := [f"{level} {self.attributes(level)['rows']}, expected {rows}" for level, rows in wanted.items()
-                     if self.attributes(level)["rows"] != rows]:
+        wanted = {
+            level: len(self.tensors[level]) if level in TEXTS else images if level is Level.IMAGE else int(offset[-1])
+            for level in self.products
+        }
+        if wrong := [
+            f"{level} {self.attributes(level)['rows']}, expected {rows}"
+            for level, rows in wanted.items()
+            if self.attributes(level)["rows"] != rows
+        ]:
             raise ValueError(f"rows of {', '.join(wrong)}")
 
     def check_rows(self, where: str) -> None:
@@ -105,7 +131,11 @@ class TarMeta:
 
     def identity(self) -> dict[str, Any]:
         """What decides on the bytes of the shards."""
-        return {"samples": self.samples, "products": {str(level): product for level, product in self.products.items()}, "about": self.about}
+        return {
+            "samples": self.samples,
+            "products": {str(level): product for level, product in self.products.items()},
+            "about": self.about,
+        }
 
     @property
     def images(self) -> int:
@@ -138,13 +168,21 @@ class TarMeta:
 
     def failed_parts(self, level: Level) -> dict[int, dict[int, str]]:
         """Of every part of a level, why images could not be read, by image id."""
-        return {int(part): {int(image): reason for image, reason in record["failed"].items()}
-                for part, record in self.products[level]["records"].items() if part.isdigit()}
+        return {
+            int(part): {int(image): reason for image, reason in record["failed"].items()}
+            for part, record in self.products[level]["records"].items()
+            if part.isdigit()
+        }
 
     def failed(self) -> dict[int, str]:
         """Images that lack embeddings at the image or the instance level, with the reason."""
-        return {image: reason for level in (Level.IMAGE, Level.INSTANCE) if level in self.products
-                for failed in self.failed_parts(level).values() for image, reason in failed.items()}
+        return {
+            image: reason
+            for level in (Level.IMAGE, Level.INSTANCE)
+            if level in self.products
+            for failed in self.failed_parts(level).values()
+            for image, reason in failed.items()
+        }
 
 
 def _hash(tensors: dict[str, np.ndarray]) -> str:

@@ -1,4 +1,6 @@
-"""One image in the tar form: what is in its sample, and the bytes of its files. See `tar_shards` for the names of the files."""
+"""One image in the tar form: what is in its sample, and the bytes of its files. See `tar_shards` for the names of the
+files.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +16,32 @@ import numpy as np
 
 from hdovd.cache.schema import ROW_ARRAYS, TABLE_ARRAYS, TOP_ARRAYS, Level
 
-MEMBERS = {"boxes": (Level.BOXES, "box"), "source": (Level.BOXES, "source"), "score": (Level.BOXES, "score"),
-           "annotation_id": (Level.BOXES, "annotation_id"), "instance": (Level.INSTANCE, "embedding"), "image": (Level.IMAGE, "embedding"),
-           "noun": (Level.PSEUDO_LABEL, "noun"), "noun_cosine": (Level.PSEUDO_LABEL, "noun_cosine"),
-           "top_noun": (Level.PSEUDO_LABEL, "top_noun"), "top_weight": (Level.PSEUDO_LABEL, "top_weight")}
-DTYPES = {name: np.dtype((TABLE_ARRAYS[level] | {a: dtype for a, (dtype, _) in (ROW_ARRAYS[level] | TOP_ARRAYS).items()})[array])
-          for name, (level, array) in MEMBERS.items()}
+MEMBERS = {
+    "boxes": (Level.BOXES, "box"),
+    "source": (Level.BOXES, "source"),
+    "score": (Level.BOXES, "score"),
+    "annotation_id": (Level.BOXES, "annotation_id"),
+    "instance": (Level.INSTANCE, "embedding"),
+    "image": (Level.IMAGE, "embedding"),
+    "noun": (Level.PSEUDO_LABEL, "noun"),
+    "noun_cosine": (Level.PSEUDO_LABEL, "noun_cosine"),
+    "top_noun": (Level.PSEUDO_LABEL, "top_noun"),
+    "top_weight": (Level.PSEUDO_LABEL, "top_weight"),
+}
+DTYPES = {
+    name: np.dtype(
+        (TABLE_ARRAYS[level] | {a: dtype for a, (dtype, _) in (ROW_ARRAYS[level] | TOP_ARRAYS).items()})[array]
+    )
+    for name, (level, array) in MEMBERS.items()
+}
 RawSample = dict[str, Any]  # a sample as webdataset groups it: bytes by extension, and "__key__"
 
 
 @dataclass(frozen=True, slots=True)
 class TarSample:
-    """`about`: its .json. `picture`: its file as it was, or None. `arrays`: by name in MEMBERS, of the levels that there are."""
+    """`about`: its .json. `picture`: its file as it was, or None. `arrays`: by name in MEMBERS, of the levels that
+    there are.
+    """
 
     image_id: int
     about: dict[str, Any]
@@ -41,7 +57,9 @@ class TarSample:
         for name in MEMBERS:
             if name in self.arrays:
                 file = io.BytesIO()
-                np.lib.format.write_array(file, np.ascontiguousarray(self.arrays[name], DTYPES[name]), (1, 0), allow_pickle=False)
+                np.lib.format.write_array(
+                    file, np.ascontiguousarray(self.arrays[name], DTYPES[name]), (1, 0), allow_pickle=False
+                )
                 yield self._file(f"{name}.npy", file.getvalue())
 
     def _file(self, extension: str, data: bytes) -> tuple[tarfile.TarInfo, bytes]:
@@ -72,7 +90,13 @@ def _extension(file_name: str) -> str:
 
 def _array(data: bytes, name: str, rows: int, dim: int, top: int) -> np.ndarray:
     array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    wide = {"boxes": (rows, 4), "instance": (rows, dim), "image": (dim,), "top_noun": (rows, top), "top_weight": (rows, top)}
+    wide = {
+        "boxes": (rows, 4),
+        "instance": (rows, dim),
+        "image": (dim,),
+        "top_noun": (rows, top),
+        "top_weight": (rows, top),
+    }
     expected = wide.get(name, (rows,))
     if array.shape != expected or array.dtype != DTYPES[name]:
         raise ValueError(f"{name}.npy is {array.dtype} {array.shape}, expected {DTYPES[name]} {expected}")

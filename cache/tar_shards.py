@@ -4,16 +4,17 @@ A folder, or a prefix of an object store:
 
     meta.safetensors   what is no single image's: see `tar_meta`
     000000.tar, ...    samples, one an image, in the order of the cache
-    000000.json, ...   size and sha256 of the shard of that number, and crc32 of the files of each sample one after another; written
+    000000.json, ... size and sha256 of the shard of that number, and crc32 of the files of each sample one after
+    another; written
                        after it: what has one is whole
 
-A sample's key is its image id in 12 digits. n rows of boxes (base boxes before proposals, proposals best first), D embedding size:
+A sample's key is its image id in 12 digits. n rows of boxes (base boxes before proposals, proposals best first), D
+embedding size:
 
     KEY.jpg (or what else the picture is)   the file as it was; none if it could not be read when the cache was made
-    KEY.json                                id, file_name, width, height, picture (its extension), annotations, failed (why, if so)
-    KEY.boxes.npy (n, 4) f32 xyxy pixels    KEY.source.npy (n,) u8            KEY.score.npy (n,) f32
-    KEY.annotation_id.npy (n,) i64          KEY.instance.npy (n, D) f16       KEY.image.npy (D,) f16
-    KEY.noun.npy (n,) i32                   KEY.noun_cosine.npy (n,) f32
+    KEY.json id, file_name, width, height, picture (its extension), annotations, failed (why, if so) KEY.boxes.npy (n,
+    4) f32 xyxy pixels KEY.source.npy (n,) u8 KEY.score.npy (n,) f32 KEY.annotation_id.npy (n,) i64 KEY.instance.npy (n,
+    D) f16 KEY.image.npy (D,) f16 KEY.noun.npy (n,) i32 KEY.noun_cosine.npy (n,) f32
 
 The `webdataset` package reads it on its own:
 
@@ -57,7 +58,8 @@ class TarShards:
     """Some or all shards of a folder, to read. Safe in DataLoader workers: every stream is opened where it is read."""
 
     def __init__(self, url: str | Path, *, whole: bool = True) -> None:
-        """`url`: the folder, or shards in it: DIR/000003.tar, DIR/{000000..000009}.tar. `whole`: ask whether they are all there.
+        """`url`: the folder, or shards in it: DIR/000003.tar, DIR/{000000..000009}.tar. `whole`: ask whether they are
+        all there.
 
         Raises HdovdError if there are none, or some of those asked for are not whole.
         """
@@ -66,16 +68,22 @@ class TarShards:
         try:
             self.meta = TarMeta.from_bytes(self._folder.read(TAR_META), f"{root}/{TAR_META}")
         except FileNotFoundError:
-            raise HdovdError(f"{root} holds no {TAR_META}: expected a folder that hdovd cache export --to webdataset wrote") from None
+            raise HdovdError(
+                f"{root} holds no {TAR_META}: expected a folder that hdovd cache export --to webdataset wrote"
+            ) from None
         everything = {_tar(number): number for number in range(self.meta.shards)}
         unknown = [name for name in names or () if name not in everything]
         if unknown:
             raise HdovdError(f"{root} has {self.meta.shards} shards, {_tar(0)} and on; asked for {shorten([*unknown])}")
-        self.numbers = list(everything.values()) if names is None else [everything[name] for name in dict.fromkeys(names)]
+        self.numbers = (
+            list(everything.values()) if names is None else [everything[name] for name in dict.fromkeys(names)]
+        )
         missing = [_tar(number) for number in unfinished_shards(self._folder, self.numbers)] if whole else []
         if missing:
-            raise HdovdError(f"{root}: not there, or not as long as written: {len(missing)} of {len(self.numbers)} shards "
-                             f"({shorten([*missing])}). Run the export again, it goes on where it was; or copy them again")
+            raise HdovdError(
+                f"{root}: not there, or not as long as written: {len(missing)} of {len(self.numbers)} shards "
+                f"({shorten([*missing])}). Run the export again, it goes on where it was; or copy them again"
+            )
 
     @property
     def images(self) -> int:
@@ -91,9 +99,9 @@ class TarShards:
     def raw(self, number: int, *, verify: bool = False) -> Iterator[tuple[int, RawSample]]:
         """The samples of a shard, in order, each with its place in the list of all images; `decode` makes sense of one.
 
-        Raises HdovdError, naming the shard, if it cannot be read, is cut short, holds other images, or a sample is not what was written;
-        with `verify`, or if the shard is of an older version, which has no checksums of samples, at its end, if it is not the very file
-        that was written.
+        Raises HdovdError, naming the shard, if it cannot be read, is cut short, holds other images, or a sample is not
+        what was written; with `verify`, or if the shard is of an older version, which has no checksums of samples, at
+        its end, if it is not the very file that was written.
         """
         from webdataset.tariterators import group_by_keys, tar_file_expander  # type: ignore[import-untyped]
 
@@ -109,32 +117,44 @@ class TarShards:
             while (sample := _told(url, lambda: next(samples, None))) is not None:
                 expected = key_of_image(int(ids[place])) if place < places.stop else "no more"
                 if sample["__key__"] != expected:
-                    raise HdovdError(f"{url} holds sample {sample['__key__']} where {expected} is expected: is it another export's?")
+                    raise HdovdError(
+                        f"{url} holds sample {sample['__key__']} where {expected} is expected: is it another export's?"
+                    )
                 files = (data for name, data in sample.items() if not name.startswith("__"))
                 if sums is not None and _crc32(files) != sums[place - places.start]:
-                    raise HdovdError(f"{url}: sample {expected} is damaged, by its checksum; export or copy the shard again")
+                    raise HdovdError(
+                        f"{url}: sample {expected} is damaged, by its checksum; export or copy the shard again"
+                    )
                 yield place, sample
                 place += 1
             if place < places.stop:
-                raise HdovdError(f"{url} is cut short: {place - places.start} of {len(places)} samples; export or copy it again")
+                raise HdovdError(
+                    f"{url} is cut short: {place - places.start} of {len(places)} samples; export or copy it again"
+                )
             if isinstance(source, _Hashed):
                 _told(url, source.drain)
                 if source.record() != {name: record.get(name) for name in ("bytes", "sha256")}:
-                    raise HdovdError(f"{url} is damaged: it is {source.record()}, its record says otherwise; export or copy it again")
+                    raise HdovdError(
+                        f"{url} is damaged: it is {source.record()}, its record says otherwise; export or copy it again"
+                    )
 
     def decode(self, place: int, raw: RawSample) -> TarSample:
         """Raises HdovdError, naming the shard and the sample, if a file is missing or does not fit."""
         where = f"{self._url(place // self.meta.samples)}: sample {raw['__key__']}"
         offset, image_id = self.meta.tensors["offset"], int(self.meta.tensors["image_id"][place])
         rows = int(offset[place + 1] - offset[place])
-        names = [name for name, (level, array) in MEMBERS.items()
-                 if level in self.meta.products and (self.meta.top or array not in TOP_ARRAYS)]
+        names = [
+            name
+            for name, (level, array) in MEMBERS.items()
+            if level in self.meta.products and (self.meta.top or array not in TOP_ARRAYS)
+        ]
         with naming_damage(where, "export or copy the shard again"):
             return TarSample.from_raw(image_id, raw, names, rows, self.meta.dim, self.meta.top)
 
     def verify(self, number: int) -> None:
-        """Read a shard whole. Raises HdovdError, naming it, if it is not the very file that was written, or holds embeddings that are no
-        embeddings."""
+        """Read a shard whole. Raises HdovdError, naming it, if it is not the very file that was written, or holds
+        embeddings that are no embeddings.
+        """
         for place, raw in self.raw(number, verify=True):
             sample = self.decode(place, raw)
             for name, rows in sample.arrays.items():
@@ -146,7 +166,9 @@ class TarShards:
 
 
 class TarWriter:
-    """Writes the shards of one set, each whole or not at all, in any order, by any number of processes: always the same bytes."""
+    """Writes the shards of one set, each whole or not at all, in any order, by any number of processes: always the same
+    bytes.
+    """
 
     def __init__(self, url: str | Path, meta: TarMeta) -> None:
         """Begin, or go on with what is there. Raises HdovdError if `url` holds anything else."""
@@ -157,7 +179,9 @@ class TarWriter:
             found = TarMeta.from_bytes(self.folder.read(TAR_META), f"{url}/{TAR_META}")
             lines = differences(meta.identity(), found.identity())
             if lines:
-                raise HdovdError(f"{url} holds the shards of something else; give another folder:\n  " + "\n  ".join(lines[:20]))
+                raise HdovdError(
+                    f"{url} holds the shards of something else; give another folder:\n  " + "\n  ".join(lines[:20])
+                )
             self.meta = found
             if meta.features.object_text and not found.features.object_text:  # the cache learned it since
                 self.meta = replace(found, features=replace(found.features, object_text=meta.features.object_text))
@@ -200,7 +224,11 @@ def unfinished_shards(folder: Folder, numbers: Sequence[int]) -> list[int]:
     sizes = folder.sizes("")
     recorded = [number for number in numbers if _json(number) in sizes]
     records = [_parse(text) for text in folder.read_many([_json(number) for number in recorded])]
-    whole = {number for number, record in zip(recorded, records, strict=True) if sizes.get(_tar(number)) == record.get("bytes")}
+    whole = {
+        number
+        for number, record in zip(recorded, records, strict=True)
+        if sizes.get(_tar(number)) == record.get("bytes")
+    }
     return [number for number in numbers if number not in whole]
 
 
@@ -247,7 +275,9 @@ def _told(url: str, read: Callable[[], T]) -> T:
         return read()
     except Exception as error:  # tarfile's, the system's, and those of every store's client
         said = getattr(error, "strerror", None) or str(error.args[0] if error.args else error).partition(" @ ")[0]
-        raise HdovdError(f"{url} cannot be read to its end ({type(error).__name__}: {said}): export or copy it again") from error
+        raise HdovdError(
+            f"{url} cannot be read to its end ({type(error).__name__}: {said}): export or copy it again"
+        ) from error
 
 
 @contextmanager

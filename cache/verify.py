@@ -1,7 +1,7 @@
 """Checking a cache against itself: every checksum, every table, every row. Needs no data, no CLIP and no detector.
 
-`hdovd.pipelines.cache_tools.verify` adds what needs them. Memory is flat: objects are hashed in blocks and rows read in blocks, part
-after part.
+`hdovd.pipelines.cache_tools.verify` adds what needs them. Memory is flat: objects are hashed in blocks and rows read in
+blocks, part after part.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class Finding:
 
 @dataclass(slots=True)
 class Checked:
-    """How much was looked at. `unfinished`: products of which parts are still missing, which is no fault: "level key: parts"."""
+    """How much was looked at. `unfinished`: products of which parts are still missing, which is no fault: "level key:
+    parts".
+    """
 
     products: int = 0
     parts: int = 0
@@ -67,7 +69,9 @@ class Checked:
 def product_names(folder: Folder) -> Names:
     """Every product of a cache, damaged ones too: whatever has a folder LEVEL/KEY with something in it."""
     levels = {str(level) for level in Level}
-    found = {tuple(name.split("/")[:2]) for name in folder.sizes("") if name.split("/")[0] in levels and name.count("/") > 1}
+    found = {
+        tuple(name.split("/")[:2]) for name in folder.sizes("") if name.split("/")[0] in levels and name.count("/") > 1
+    }
     return [(Level(level), key) for level, key in sorted(found, key=lambda p: (list(Level).index(Level(p[0])), p[1]))]
 
 
@@ -77,7 +81,11 @@ def check_groups(folder: Folder) -> list[Finding]:
     for name, data in group_objects().items():
         try:
             tree, wanted = json.loads(folder.read(name)), json.loads(data)
-            found = "" if all(tree[key] == wanted[key] for key in ("zarr_format", "node_type", "attributes")) else "another one"
+            found = (
+                ""
+                if all(tree[key] == wanted[key] for key in ("zarr_format", "node_type", "attributes"))
+                else "another one"
+            )
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             found = _damage(error)
         if found:
@@ -111,10 +119,17 @@ def check_records(folder: Folder) -> tuple[dict[str, FeatureSet], list[Finding]]
                 findings.append(Finding(name, "nothing there", "an object that is not the cache's: move it elsewhere"))
         except HdovdError as error:
             advice = ": delete it (gc then does not know of that run)" if kind == "runs" else ""
-            findings.append(Finding(name, "the record of a run" if kind == "runs" else "a set of features", _damage(error) + advice))
+            findings.append(
+                Finding(name, "the record of a run" if kind == "runs" else "a set of features", _damage(error) + advice)
+            )
         if kind == NAMED and f"sets/{rest}.json" not in listed:
-            findings.append(Finding(f"sets/{rest}.json", "a set of features", "no such object: it was not dropped by gc --drop-set "
-                                    f"(if it was meant to go, delete {name})"))
+            findings.append(
+                Finding(
+                    f"sets/{rest}.json",
+                    "a set of features",
+                    f"no such object: it was not dropped by gc --drop-set (if it was meant to go, delete {name})",
+                )
+            )
     return sets, findings
 
 
@@ -124,7 +139,9 @@ def check_set(folder: Folder, name: str, features: FeatureSet) -> list[Finding]:
     try:
         FeatureCache(folder.url, name).require_together()
         if Level.PSEUDO_LABEL in features.levels:
-            boxes, labels = (Product(folder, level, features.levels[level]) for level in (Level.BOXES, Level.PSEUDO_LABEL))
+            boxes, labels = (
+                Product(folder, level, features.levels[level]) for level in (Level.BOXES, Level.PSEUDO_LABEL)
+            )
             wanted, found = hash_tables([boxes.table("source")]), labels.key_inputs.get("sources")
             if found not in (None, wanted):  # None: imported
                 return [Finding(place, f"pseudo labels of boxes whose sources have the hash {wanted}", str(found))]
@@ -136,7 +153,9 @@ def check_set(folder: Folder, name: str, features: FeatureSet) -> list[Finding]:
 class ProductCheck:
     """Checks one product and adds up how much that was."""
 
-    def __init__(self, folder: Folder, name: tuple[Level, str], needed_by: str, checked: Checked, on_bytes: Callable[[int], None]) -> None:
+    def __init__(
+        self, folder: Folder, name: tuple[Level, str], needed_by: str, checked: Checked, on_bytes: Callable[[int], None]
+    ) -> None:
         """`needed_by`: the set that needs it whole, or "" if parts may be missing."""
         self.folder, self.name, self.needed_by = folder, name, needed_by
         self.checked, self.on_bytes = checked, on_bytes
@@ -163,7 +182,9 @@ class ProductCheck:
                     self._add_all(check_rows(self.product, part, {int(image) for image in record["failed"]}), part)
                     self.checked.rows += len(range(*self.product.rows_of(part)))
         if self.product is not None:
-            with self._adding("pictures", "what the files of the pictures were", None):  # may be deleted: the cache then knows less
+            with self._adding(
+                "pictures", "what the files of the pictures were", None
+            ):  # may be deleted: the cache then knows less
                 known_files(self.product)
             self._check_missing(self.product)
             self._check_extra(self.product, records, listed)
@@ -192,7 +213,9 @@ class ProductCheck:
     def _read_records(self) -> dict[int | str, dict[str, Any]]:
         """The records that can be read: of the tables first, then in order."""
         records: dict[int | str, dict[str, Any]] = {}
-        for name in sorted(self.folder.sizes(f"{self.prefix}/parts"), key=lambda n: (not n.endswith(f"/{TABLES}.json"), n)):
+        for name in sorted(
+            self.folder.sizes(f"{self.prefix}/parts"), key=lambda n: (not n.endswith(f"/{TABLES}.json"), n)
+        ):
             found = re.fullmatch(rf".*/parts/({TABLES}|\d{{6,}})\.json", name)
             part = TABLES if found is None or found[1] == TABLES else int(found[1])
             if found is not None and (isinstance(part, str) or self.product is None or part < self.product.parts):
@@ -229,7 +252,9 @@ class ProductCheck:
         else:
             rows = ROW_ARRAYS[level] if self.product is None else row_arrays(level, self.product.dim)
             wanted = {"zarr.json", *(f"{name}/zarr.json" for name in (*rows, *TABLE_ARRAYS[level]))}
-            wrong = {name for name in wanted ^ set(names) if name in wanted or name.split("/")[0] not in TABLE_ARRAYS[level]}
+            wrong = {
+                name for name in wanted ^ set(names) if name in wanted or name.split("/")[0] not in TABLE_ARRAYS[level]
+            }
         if wrong:
             expected = f"a record of {len(wanted)} objects and of no others"
             self._add(_record(part), expected, f"wrong or missing: {', '.join(sorted(wrong))}", part)
@@ -247,11 +272,18 @@ class ProductCheck:
 
     def _check_extra(self, product: Product, records: dict[int | str, dict[str, Any]], listed: dict[str, int]) -> None:
         """Objects that no record names, and that no part that is still to come or to be made again can have written."""
-        known = {"zarr.json", f"pictures/{LATER}.npz", _record(TABLES), *records.get(TABLES, {"objects": ()})["objects"]}
+        known = {
+            "zarr.json",
+            f"pictures/{LATER}.npz",
+            _record(TABLES),
+            *records.get(TABLES, {"objects": ()})["objects"],
+        }
         for part in range(product.parts):
             known |= {_record(part), f"pictures/{part:06d}.npz", *product.row_objects(part).values()}
-        of_tables = (*(f"{name}/" for name in TABLE_ARRAYS[product.level]),
-                     *(f"{name}/zarr.json" for name in row_arrays(product.level, product.dim)))
+        of_tables = (
+            *(f"{name}/" for name in TABLE_ARRAYS[product.level]),
+            *(f"{name}/zarr.json" for name in row_arrays(product.level, product.dim)),
+        )
         tables_unknown = TABLES not in records or self._is_found(TABLES)
         for name in (path.removeprefix(f"{self.prefix}/") for path in listed):
             if name not in known and not (tables_unknown and name.startswith(of_tables)):

@@ -17,12 +17,29 @@ import zarr
 
 from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.product import Product, record_name
-from hdovd.cache.schema import CHUNK_ROWS, NORM_TOLERANCE, PART_ROWS, SCHEMA_VERSION, TABLE_ARRAYS, TABLES, Level, row_arrays
+from hdovd.cache.schema import (
+    CHUNK_ROWS,
+    NORM_TOLERANCE,
+    PART_ROWS,
+    SCHEMA_VERSION,
+    TABLE_ARRAYS,
+    TABLES,
+    Level,
+    row_arrays,
+)
 from hdovd.cache.store import Folder
 from hdovd.core.errors import HdovdError
 
-# What other Zarr readers make of an object that is missing: values that nothing has, so that no shard is left out as empty.
-UNWRITTEN = {"float16": math.nan, "float32": math.nan, "int32": -(2**31), "int64": -(2**63), "uint64": 2**64 - 1, "uint8": 255}
+# What other Zarr readers make of an object that is missing: values that nothing has, so that no shard is left out as
+# empty.
+UNWRITTEN = {
+    "float16": math.nan,
+    "float32": math.nan,
+    "int32": -(2**31),
+    "int64": -(2**63),
+    "uint64": 2**64 - 1,
+    "uint8": 255,
+}
 
 
 class ProductWriter:
@@ -32,10 +49,21 @@ class ProductWriter:
         self.product = product
 
     @classmethod
-    def begin(cls, folder: Folder, level: Level, inputs: KeyInputs, *, rows: int, part_rows: int, dim: int = 0,
-              tables: dict[str, np.ndarray] | None = None, names: Sequence[str] | None = None,
-              made_with: dict[str, Any] | None = None) -> ProductWriter:
-        """Begin a product, or go on with the one of that key: its own metadata then decide on `part_rows` and `made_with`.
+    def begin(
+        cls,
+        folder: Folder,
+        level: Level,
+        inputs: KeyInputs,
+        *,
+        rows: int,
+        part_rows: int,
+        dim: int = 0,
+        tables: dict[str, np.ndarray] | None = None,
+        names: Sequence[str] | None = None,
+        made_with: dict[str, Any] | None = None,
+    ) -> ProductWriter:
+        """Begin a product, or go on with the one of that key: its own metadata then decide on `part_rows` and
+        `made_with`.
 
         Args:
             rows: of every row array; a part holds `part_rows` of them: at most CHUNK_ROWS, or a multiple of it.
@@ -50,8 +78,16 @@ class ProductWriter:
         if part_rows < 1 or (part_rows > CHUNK_ROWS and part_rows % CHUNK_ROWS):
             raise HdovdError(f"{part_rows} rows a part: expected at most {CHUNK_ROWS}, or a multiple of it")
         key = key_of(inputs)
-        attributes = {"schema_version": SCHEMA_VERSION, "level": str(level), "key": key, "key_inputs": inputs, "rows": rows,
-                      "part_rows": part_rows, "dim": dim, "made_with": made_with or {}}
+        attributes = {
+            "schema_version": SCHEMA_VERSION,
+            "level": str(level),
+            "key": key,
+            "key_inputs": inputs,
+            "rows": rows,
+            "part_rows": part_rows,
+            "dim": dim,
+            "made_with": made_with or {},
+        }
         attributes |= {} if names is None else {"names": list(names)}
         objects: dict[str, Any] = {}
         zarr.create_group(zarr.storage.MemoryStore(objects), attributes=attributes)
@@ -87,8 +123,11 @@ class ProductWriter:
         if len(wrong):
             row = self.product.rows_of(part)[0] + int(wrong[0])
             what = f"{self.product.names[row]!r}" if self.product.names else f"row {row}"
-            raise HdovdError(f"{self.product}: the embedding of {what} has norm {norms[wrong[0]]:.4g}, expected 1: the model gave NaN or "
-                             f"an overflow; try --precision fp32 ({len(wrong)} rows)")
+            raise HdovdError(
+                f"{self.product}: the embedding of {what} has norm {norms[wrong[0]]:.4g}, expected 1: the model gave "
+                f"NaN or "
+                f"an overflow; try --precision fp32 ({len(wrong)} rows)"
+            )
 
     def _write_tables(self, tables: dict[str, np.ndarray]) -> None:
         """The metadata of all arrays, and the tables."""
@@ -132,5 +171,13 @@ def _array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: str, par
     rows = max(1, shape[0])
     chunk = min(CHUNK_ROWS, part_rows, rows)
     shard = part_rows if rows >= part_rows else -(-rows // chunk) * chunk
-    group.create_array(name, shape=shape, dtype=dtype, chunks=(chunk, *shape[1:]), shards=(shard, *shape[1:]), compressors=None,
-                       fill_value=UNWRITTEN[dtype], config={"write_empty_chunks": True})
+    group.create_array(
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=(chunk, *shape[1:]),
+        shards=(shard, *shape[1:]),
+        compressors=None,
+        fill_value=UNWRITTEN[dtype],
+        config={"write_empty_chunks": True},
+    )

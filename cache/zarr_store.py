@@ -1,4 +1,5 @@
-"""A folder of a cache as a Zarr store, to be read only: Zarr then has the folder's own retries, errors and care for forks.
+"""A folder of a cache as a Zarr store, to be read only: Zarr then has the folder's own retries, errors and care for
+forks.
 
 A chunk that is not there is an error: every part and every table is written whole, and Zarr would make up its values.
 """
@@ -49,8 +50,9 @@ class FolderStore(Store):
             return None
         return prototype.buffer.from_bytes(data)
 
-    async def get_partial_values(self, prototype: BufferPrototype,
-                                 key_ranges: Iterable[tuple[str, ByteRequest | None]]) -> list[Buffer | None]:
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
         return [*await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges))]
 
     async def exists(self, key: str) -> bool:

@@ -8,9 +8,10 @@ from hdovd.pipelines.ablation.config import AblateConfig
 
 @command
 def ablate(config: AblateConfig) -> None:
-    """--grid loss.instance.enabled=true,false loss.class.enabled=true,false are four cells. The same command skips what is done and
-    goes on with what was stopped or failed; another config in a run's folder is an error. Ctrl-C, SIGTERM and SIGUSR1 let the runs
-    save and end (exit code 130 or 75). Exit code 1 if a run failed. Runs are not validated between epochs. Look on: hdovd runs OUT.
+    """--grid loss.instance.enabled=true,false loss.class.enabled=true,false are four cells. The same command skips what
+    is done and goes on with what was stopped or failed; another config in a run's folder is an error. Ctrl-C, SIGTERM
+    and SIGUSR1 let the runs save and end (exit code 130 or 75). Exit code 1 if a run failed. Runs are not validated
+    between epochs. Look on: hdovd runs OUT.
     """
     from hdovd.pipelines.ablation.ablate import ablate as run
     from hdovd.pipelines.ablation.table import markdown
@@ -26,9 +27,15 @@ def ablate(config: AblateConfig) -> None:
     for file in result.files:
         typer.echo(f"wrote {file}")
     if result.failed:
-        typer.secho(f"{len(result.failed)} failed: {', '.join(result.failed)}; the same command tries them again", fg="red", err=True)
+        typer.secho(
+            f"{len(result.failed)} failed: {', '.join(result.failed)}; the same command tries them again",
+            fg="red",
+            err=True,
+        )
     if result.stopped:
-        typer.echo(f"stopped, {result.left} of {len(result.standing)} runs are left: the same command goes on", err=True)
+        typer.echo(
+            f"stopped, {result.left} of {len(result.standing)} runs are left: the same command goes on", err=True
+        )
         raise typer.Exit(exit_code(result.stopped))
     if result.failed:
         raise typer.Exit(1)

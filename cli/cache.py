@@ -38,8 +38,14 @@ def ls(cache: Cache) -> None:
 @app.command()
 def info(
     cache: Cache,
-    name: Annotated[str | None, typer.Argument(metavar="[KEY]", help="A product by the first characters of its key (4 at least), or a "
-                                               "set by its name. Default: the set default.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[KEY]",
+            help="A product by the first characters of its key (4 at least), or a "
+            "set by its name. Default: the set default.",
+        ),
+    ] = None,
 ) -> None:
     """Tell all of a set or a product: what made it, images that could not be read, what was skipped, runs."""
     from hdovd.cache.catalog import Catalog
@@ -72,7 +78,8 @@ def gc(
     yes: Annotated[bool, typer.Option("--yes", help="Delete it. Without, it is only listed.")] = False,
     unfinished: Annotated[bool, typer.Option("--unfinished", help="Delete unfinished products too.")] = False,
     drop_set: Annotated[
-        str | None, typer.Option("--drop-set", metavar="NAME", help="Delete this set first: what it alone uses goes too.")
+        str | None,
+        typer.Option("--drop-set", metavar="NAME", help="Delete this set first: what it alone uses goes too."),
     ] = None,
 ) -> None:
     """List what no set and no run uses, and what dead processes left behind; --yes deletes it.
@@ -96,8 +103,10 @@ def gc(
             typer.echo(f"left alone, an extraction is running that needs it: {entry.level} {entry.key[:12]}")
         typer.echo(f"deleted {size(deleted)}")
     else:
-        typer.echo(f"nothing was deleted; with --yes it would be {size(garbage.bytes(unfinished=unfinished))}"
-                   + (" (and the unfinished ones with --unfinished)" if garbage.unfinished and not unfinished else ""))
+        typer.echo(
+            f"nothing was deleted; with --yes it would be {size(garbage.bytes(unfinished=unfinished))}"
+            + (" (and the unfinished ones with --unfinished)" if garbage.unfinished and not unfinished else "")
+        )
 
 
 @app.command()
@@ -119,8 +128,8 @@ def verify(config: CheckConfig) -> None:
 def export(config: ExportOptions) -> None:
     """Write a set of features in a form that other programs read.
 
-    webdataset: pictures, base annotations, boxes and embeddings of each image together, in tar shards to train from as a
-    stream. Killed? The same command goes on where it was. Next: hdovd train --cache OUT, which needs no other data.
+    webdataset: pictures, base annotations, boxes and embeddings of each image together, in tar shards to train from as
+    a stream. Killed? The same command goes on where it was. Next: hdovd train --cache OUT, which needs no other data.
 
     parquet: a row a box, with its image, class or noun, and embedding, for DuckDB, pandas and others that read tables.
     Needs pip install 'hdovd[parquet]'.
@@ -164,9 +173,9 @@ def import_(config: ImportConfig) -> None:
 def view(config: ViewConfig) -> None:
     """Show what the cache knows of an image: a picture of its boxes with a legend beside them, and the same as a table.
 
-    Of each box: its class or noun, the cosine, the weight of its label in training, and the class names that it is most like.
-    Weights are those of --calibration or --recipe, or those known for the cache's CLIP. CLIP is not needed. The cache
-    knows where its data are; --data and --protocol say it anew.
+    Of each box: its class or noun, the cosine, the weight of its label in training, and the class names that it is most
+    like. Weights are those of --calibration or --recipe, or those known for the cache's CLIP. CLIP is not needed. The
+    cache knows where its data are; --data and --protocol say it anew.
     """
     from hdovd.pipelines.cache_tools.view_images import view_images
 

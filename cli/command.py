@@ -1,4 +1,5 @@
-"""Commands from configs: Typer's signature of a command is made from the fields of the config that its function takes."""
+"""Commands from configs: Typer's signature of a command is made from the fields of the config that its function
+takes."""
 
 from __future__ import annotations
 
@@ -14,11 +15,14 @@ import typer
 
 from hdovd.pipelines.common.options import Group, Option
 
-Field = tuple[str, list[inspect.Parameter], Callable[[dict[str, Any]], Any]]  # name, parameters, value of all that was given
+Field = tuple[
+    str, list[inspect.Parameter], Callable[[dict[str, Any]], Any]
+]  # name, parameters, value of all that was given
 
 
 def command(body: Callable[[Any], None]) -> Callable[..., None]:
-    """The Typer command of a function of one config. Its docstring is the help; the config is checked before it is called.
+    """The Typer command of a function of one config. Its docstring is the help; the config is checked before it is
+    called.
 
     A field is an option if it is annotated with `Option`, several with `Group`, and none with neither.
     """
@@ -43,10 +47,14 @@ def _fields(config: type) -> list[Field]:
     hints = get_type_hints(config, localns={"Recipe": Any}, include_extras=True)
     found: list[Field] = []
     for field in dataclasses.fields(config):
-        kind, *notes = get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else (hints[field.name],)
+        kind, *notes = (
+            get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else (hints[field.name],)
+        )
         for note in notes:
             if isinstance(note, Group):
-                found.append((field.name, [_parameter(name, *given) for name, given in note.options.items()], note.build))
+                found.append(
+                    (field.name, [_parameter(name, *given) for name, given in note.options.items()], note.build)
+                )
             elif isinstance(note, Option):
                 found.append(_field(field, kind, note))
     return found
@@ -56,7 +64,11 @@ def _field(field: dataclasses.Field[Any], kind: Any, option: Option) -> Field:
     """A field of one option: text is parsed, lists become tuples, and what is not given keeps the field's default."""
     name = field.name
     default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
-    parts = [part for part in get_args(kind) if part is not type(None)] if get_origin(kind) in (Union, UnionType) else [kind]
+    parts = (
+        [part for part in get_args(kind) if part is not type(None)]
+        if get_origin(kind) in (Union, UnionType)
+        else [kind]
+    )
     many = get_origin(parts[0]) is tuple and option.parse is None
     if option.parse is not None:
         kind, default = (str if option.text is not None else str | None), option.text
@@ -81,5 +93,9 @@ def _parameter(name: str, kind: Any, default: Any, option: Option) -> inspect.Pa
     limits = {key: getattr(option, key) for key in ("min", "max", "metavar") if getattr(option, key) is not None}
     flag = f"--{name.rstrip('_').replace('_', '-')}"
     flags = option.flags or ((f" /--no-{flag[2:]}",) if default is True else (flag,))
-    about = typer.Argument(help=option.help, **limits) if option.argument else typer.Option(*flags, help=option.help, **limits)
+    about = (
+        typer.Argument(help=option.help, **limits)
+        if option.argument
+        else typer.Option(*flags, help=option.help, **limits)
+    )
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, about])

@@ -8,12 +8,16 @@ from hdovd.pipelines.export.config import ExportModelConfig
 
 @command
 def export(config: ExportModelConfig) -> None:
-    """The file holds the run's class names and embeddings too. It is run before it gets its name, and refused if it does not find what
-    the model finds: scores to 1e-3, boxes to 1e-3 percent of the long side of the detector's input, to which any picture is resized.
+    """The file holds the run's class names and embeddings too. It is run before it gets its name, and refused if it
+    does not find what the model finds: scores to 1e-3, boxes to 1e-3 percent of the long side of the detector's input,
+    to which any picture is resized.
     """
     from hdovd.pipelines.export.model import export_model
 
     done = export_model(config, typer.echo)
-    typer.echo(f"checked: {done.checked.detections} detections in {done.checked.pictures} pictures; largest difference from the model "
-               f"{done.checked.difference:.1e} (scores; boxes in percent of the input's long side)")
+    typer.echo(
+        f"checked: {done.checked.detections} detections in {done.checked.pictures} pictures; largest difference from "
+        f"the model "
+        f"{done.checked.difference:.1e} (scores; boxes in percent of the input's long side)"
+    )
     typer.echo(f"wrote {done.file} ({config.form.value}, {done.bytes / 1e6:.1f} MB)")

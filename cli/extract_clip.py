@@ -11,8 +11,9 @@ from hdovd.pipelines.extraction.config import ExtractConfig
 
 @command
 def extract_clip(config: ExtractConfig) -> None:
-    """Prints first, level by level, whether the cache has it (hit), some of it (extend) or nothing (extract), and what that
-    costs. Killed? The same command goes on where it was. Needs no GPU, but wants one. Next: hdovd train --cache CACHE.
+    """Prints first, level by level, whether the cache has it (hit), some of it (extend) or nothing (extract), and what
+    that costs. Killed? The same command goes on where it was. Needs no GPU, but wants one. Next: hdovd train --cache
+    CACHE.
     """
     from hdovd.pipelines.extraction.extract_clip import extract_clip as run
     from hdovd.pipelines.extraction.sharing import this_share

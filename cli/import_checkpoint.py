@@ -8,7 +8,8 @@ from hdovd.pipelines.runs.import_config import ImportCheckpointConfig
 
 @command
 def import_checkpoint(config: ImportCheckpointConfig) -> None:
-    """Every tensor of the file is used or named, and nothing of it is run: a file of anything but tensors is refused."""
+    """Every tensor of the file is used or named, and nothing of it is run: a file of anything but tensors is
+    refused."""
     from hdovd.pipelines.runs.import_checkpoint import import_checkpoint as run
 
     run(config, typer.echo)

@@ -1,4 +1,6 @@
-"""Commands whose modules are imported when they are called or their own help is shown: the list of all of them costs none of that."""
+"""Commands whose modules are imported when they are called or their own help is shown: the list of all of them costs
+none of that.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,15 @@ class Group(TyperGroup):
 
 
 def new_app(cls: type[TyperGroup] = Group, **settings: Any) -> typer.Typer:
-    """A command or a group of them. Help and errors are plain text: importing rich takes longer than all else of a --help."""
+    """A command or a group of them. Help and errors are plain text: importing rich takes longer than all else of a
+    --help.
+    """
     return typer.Typer(cls=cls, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **settings)
 
 
 class LazyGroup(Group):
-    """A group of commands that stand in files of their names. `table`: the first paragraph of each one's help, by name."""
+    """A group of commands that stand in files of their names. `table`: the first paragraph of each one's help, by
+    name."""
 
     table: ClassVar[dict[str, str]]
 

@@ -20,25 +20,26 @@ from hdovd.pipelines.common.threads import limit_threads
 PIPE_BROKE = 141  # as a shell says of SIGPIPE
 _interrupts: list[int] = []
 
+
 class _Commands(LazyGroup):
     table: ClassVar[dict[str, str]] = {  # the first paragraph of each command's help; the rest stands in its file
         "demo": "Run the main job on a small drawn world: propose, extract-clip, train (base-only and distilled), "
-                "eval, report.",
+        "eval, report.",
         "propose": "Train a class-agnostic proposal network on base boxes, and write proposals for the training "
-                   "images.",
+        "images.",
         "nouns": "Find the nouns in each image's captions: what its pseudo boxes may be named.",
         "extract-clip": "Run the frozen CLIP once and fill the cache: class names, nouns, images, base boxes and "
-                        "proposals.",
+        "proposals.",
         "calibrate": "Fit how far pseudo labels are trusted, w = scale * sigmoid((cosine - centre) / width), for the "
-                     "cache's CLIP and prompts.",
+        "cache's CLIP and prompts.",
         "train": "Train a detector from the cache; CLIP is not needed. --set overrides any value of the recipe.",
         "eval": "Detect on the validation images and print OV-COCO AP: novel, base, all, and split-blind beside it.",
         "detect": "Find anything that has a name in any pictures.",
         "export": "Write the detector to one file for other programs: picture and class embeddings in, detections out.",
         "import-checkpoint": "Make a run folder of the authors' published weights, for eval, detect, export and "
-                             "report.",
+        "report.",
         "ablate": "Train and evaluate every cell of a grid with several seeds over one cache; write table.md, "
-                  "table.csv and table.tex.",
+        "table.csv and table.tex.",
         "report": "Write one HTML page about a run, or several side by side: it needs no network and no other file.",
         "audit": "Check that nothing learned from novel annotations or from test pictures; exit with 1 on a leak.",
         "cache": "Look into a feature cache, check it, mend it, tidy it.",
@@ -59,7 +60,7 @@ app = new_app(
     On your COCO folder, in this order: propose (class-agnostic boxes), nouns (of captions), extract-clip (run CLIP once, fill the
     cache), calibrate (the trust in pseudo labels, for other CLIPs than OpenAI's), train (the detector, without CLIP), eval (OV-COCO AP).
     Then detect finds anything that has a name, in any pictures.
-    """,
+    """,  # noqa: E501
 )
 
 
@@ -72,7 +73,9 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Options before the command; `main` reads --debug itself, wherever it stands."""
 
@@ -80,8 +83,8 @@ def _root(
 def main() -> None:
     """Run a command and end with its exit code.
 
-    1: an error of the user's input or of the system. 2: wrong words, and errors that are ours. 75, 130: a signal, or Ctrl-C, stopped it.
-    141: nobody reads what it prints. The last two are what a shell says of these signals.
+    1: an error of the user's input or of the system. 2: wrong words, and errors that are ours. 75, 130: a signal, or
+    Ctrl-C, stopped it. 141: nobody reads what it prints. The last two are what a shell says of these signals.
     """
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
@@ -123,7 +126,9 @@ def _run(arguments: list[str], *, debug: bool) -> int:
 
 
 def interrupt(number: int, _: FrameType | None) -> None:
-    """Ctrl-C: KeyboardInterrupt, as Python has it. Noted, since modules that are being imported may make another error of it."""
+    """Ctrl-C: KeyboardInterrupt, as Python has it. Noted, since modules that are being imported may make another error
+    of it.
+    """
     _interrupts.append(number)
     raise KeyboardInterrupt
 

@@ -10,8 +10,8 @@ from hdovd.pipelines.nouns.config import NounsConfig
 
 @command
 def nouns(config: NounsConfig) -> None:
-    """Says how many there are, which words of the captions the vocabulary lacks, and which novel names it holds and how often.
-    See docs/NOUNS.md. Next: hdovd extract-clip --nouns OUT.
+    """Says how many there are, which words of the captions the vocabulary lacks, and which novel names it holds and how
+    often. See docs/NOUNS.md. Next: hdovd extract-clip --nouns OUT.
     """
     from hdovd.pipelines.nouns.find import find_nouns
 

@@ -12,14 +12,20 @@ app = new_app(
     no_args_is_help=True,
     help="""Read are COCO results JSON, hdovd's .npz, and the .pkl of mmdetection and Detectron2 (without running what is in it).
     A proposal file has an identity: a hash of boxes and scores by image id, whatever its form and order.
-    """,
+    """,  # noqa: E501
 )
 
 Source = Annotated[Path, typer.Argument(metavar="FILE", help="The proposal file: .json, .npz or .pkl.")]
 Annotations = Annotated[
-    Path | None, typer.Option("--annotations", help="The annotation file whose images a .pkl list goes through; other forms need none.")
+    Path | None,
+    typer.Option(
+        "--annotations", help="The annotation file whose images a .pkl list goes through; other forms need none."
+    ),
 ]
-Order = Annotated[ListOrder, typer.Option("--order", help="How a .pkl list goes through them: as the file lists them, or by image id.")]
+Order = Annotated[
+    ListOrder,
+    typer.Option("--order", help="How a .pkl list goes through them: as the file lists them, or by image id."),
+]
 
 
 @app.command()

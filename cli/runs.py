@@ -29,8 +29,12 @@ app = new_app(
 
 @app.command()
 def ls(
-    folders: Annotated[list[Path] | None, typer.Argument(metavar="[FOLDER]...", help="Where to look, at any depth. Default: here.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print a JSON list instead: all of the table, and the versions.")] = False,
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FOLDER]...", help="Where to look, at any depth. Default: here.")
+    ] = None,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print a JSON list instead: all of the table, and the versions.")
+    ] = False,
 ) -> None:
     """List all runs: the settings in which they differ, levels, seed, epochs, AP50, cache, date and state.
 

@@ -6,8 +6,12 @@ import sys
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C while modules are imported, or while the interpreter ends, ends it without a traceback."""
-    mine = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored: a background job of a shell
+    """Run the command line. Ctrl-C while modules are imported, or while the interpreter ends, ends it without a
+    traceback.
+    """
+    mine = (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )  # else it is ignored: a background job of a shell
     if mine:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     _open_standard_streams()
@@ -24,7 +28,9 @@ def main() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Those that were closed (`<&-`) become /dev/null: else the next file that is opened takes their number, and what is printed."""
+    """Those that were closed (`<&-`) become /dev/null: else the next file that is opened takes their number, and what
+    is printed.
+    """
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free

@@ -32,11 +32,24 @@ from hdovd.pipelines.extraction.config import ExtractConfig
 TRAIN_IMAGES, VAL_IMAGES = 24, 8
 # The demo recipe cut to a second an epoch. Thresholds of zero: an untrained detector must still detect something.
 MICRO_SETTINGS = (
-    "detector.backbone.fpn_channels=16", "detector.rpn.samples=32",
-    "detector.rpn.pre_nms=100", "detector.rpn.post_nms=30", "detector.head.fc_channels=32", "detector.head.samples=16",
-    "input.short_side=96", "input.long_side=128", "pseudo_boxes.min_side=4.0", "pseudo_boxes.reliability_centre=0.0",
-    "loss.instance.queue=64", "loss.image.queue=32", "inference.score_threshold=0.0",
-    "train.epochs=1", "train.batch_size=8", "train.warmup_iterations=1", "train.precision=fp32", "train.workers=0",
+    "detector.backbone.fpn_channels=16",
+    "detector.rpn.samples=32",
+    "detector.rpn.pre_nms=100",
+    "detector.rpn.post_nms=30",
+    "detector.head.fc_channels=32",
+    "detector.head.samples=16",
+    "input.short_side=96",
+    "input.long_side=128",
+    "pseudo_boxes.min_side=4.0",
+    "pseudo_boxes.reliability_centre=0.0",
+    "loss.instance.queue=64",
+    "loss.image.queue=32",
+    "inference.score_threshold=0.0",
+    "train.epochs=1",
+    "train.batch_size=8",
+    "train.warmup_iterations=1",
+    "train.precision=fp32",
+    "train.workers=0",
 )
 
 
@@ -86,8 +99,16 @@ def save_clip() -> Callable[..., str]:
     import open_clip
     from safetensors.torch import save_file
 
-    def save(folder: Path, *, seed: int = 0, embed_dim: int = 24, image_size: int = 32, quick_gelu: bool | None = None,
-             form: str = "safetensors", preprocess: dict[str, Any] | None = None) -> str:
+    def save(
+        folder: Path,
+        *,
+        seed: int = 0,
+        embed_dim: int = 24,
+        image_size: int = 32,
+        quick_gelu: bool | None = None,
+        form: str = "safetensors",
+        preprocess: dict[str, Any] | None = None,
+    ) -> str:
         config: dict[str, Any] = {
             "embed_dim": embed_dim,
             "vision_cfg": {"image_size": image_size, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
@@ -110,8 +131,16 @@ def save_clip() -> Callable[..., str]:
             save_file(state, folder / "open_clip_model.safetensors")
         else:
             torch.save(state, folder / "open_clip_pytorch_model.bin")
-        tree = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5, 0.4, 0.45], "std": [0.3, 0.25, 0.2], "interpolation": "bicubic",
-                                                        "resize_mode": "squash"} | (preprocess or {})}
+        tree = {
+            "model_cfg": config,
+            "preprocess_cfg": {
+                "mean": [0.5, 0.4, 0.45],
+                "std": [0.3, 0.25, 0.2],
+                "interpolation": "bicubic",
+                "resize_mode": "squash",
+            }
+            | (preprocess or {}),
+        }
         (folder / "open_clip_config.json").write_text(json.dumps(tree))
         return f"local-dir:{folder}"
 
@@ -180,8 +209,14 @@ def extraction(world: Path, clip: str, proposals: Path) -> Callable[..., Extract
     def config(cache: Path, *, data: Path | None = None, **changes: Any) -> ExtractConfig:
         root = data or world
         values: dict[str, Any] = {
-            "data": DataPaths(root), "cache": cache, "clip": clip, "proposals": proposals, "vocabulary": root / "vocabulary.txt",
-            "captions": root / "annotations" / "captions_train2017.json", "protocol": str(root / "protocol.toml"), "device": "cpu",
+            "data": DataPaths(root),
+            "cache": cache,
+            "clip": clip,
+            "proposals": proposals,
+            "vocabulary": root / "vocabulary.txt",
+            "captions": root / "annotations" / "captions_train2017.json",
+            "protocol": str(root / "protocol.toml"),
+            "device": "cpu",
         }
         return ExtractConfig(**(values | changes))
 
@@ -189,17 +224,24 @@ def extraction(world: Path, clip: str, proposals: Path) -> Callable[..., Extract
 
 
 @pytest.fixture(scope="session")
-def cache(extraction: Callable[..., ExtractConfig], contents: Callable[[Path], dict[str, str]],
-          tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The micro world's feature cache, all levels, nouns from captions. Runs leave a record in theirs: they read `training_cache`."""
+def cache(
+    extraction: Callable[..., ExtractConfig],
+    contents: Callable[[Path], dict[str, str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Path]:
+    """The micro world's feature cache, all levels, nouns from captions. Runs leave a record in theirs: they read
+    `training_cache`.
+    """
     from hdovd.pipelines.extraction.extract_clip import extract_clip
 
     folder = tmp_path_factory.mktemp("shared") / "cache"
     extract_clip(extraction(folder), _silent)
     before = contents(folder)
     yield folder
-    changed = [f"{name}: {(folder / name).read_bytes()[:300]!r}" if (folder / name).exists() else name
-               for name, _ in sorted(before.items() ^ contents(folder).items())]
+    changed = [
+        f"{name}: {(folder / name).read_bytes()[:300]!r}" if (folder / name).exists() else name
+        for name, _ in sorted(before.items() ^ contents(folder).items())
+    ]
     assert not changed, f"a test wrote to the cache that all tests of the session read: {changed}"
 
 
@@ -224,8 +266,11 @@ def copied_cache(cache: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def contents() -> Callable[[Path], dict[str, str]]:
     """The sha256 of every file below a folder, by name."""
-    return lambda folder: {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-                           for file in sorted(folder.rglob("*")) if file.is_file()}
+    return lambda folder: {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -262,7 +307,9 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(arguments: Sequence[object], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"} | environment
-        return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+        )
 
     return run
 
@@ -284,7 +331,9 @@ class _Forked:
 
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., _Forked]:
-    """Start `hdovd WORDS` in a process forked from this one, which has imported torch already: a fresh one needs seconds for that."""
+    """Start `hdovd WORDS` in a process forked from this one, which has imported torch already: a fresh one needs
+    seconds for that.
+    """
     from hdovd.cli.main import main
 
     def start(words: Sequence[object], cwd: Path) -> _Forked:
@@ -297,7 +346,9 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., _Forked]:
             for number, file in ((1, process.out), (2, process.err)):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
             sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, tests among them, ignores it
+            signal.signal(
+                signal.SIGINT, signal.default_int_handler
+            )  # a shell's background job, tests among them, ignores it
             os.environ.update({"OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
             os.chdir(cwd)
             sys.argv = list(process.words)

@@ -1,4 +1,6 @@
-"""The rooms: each imports only from rooms that stand before it in the list below, none is overfull, and no files import in a circle."""
+"""The rooms: each imports only from rooms that stand before it in the list below, none is overfull, and no files import
+in a circle.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,46 @@ from collections import Counter
 from house import between_rooms, circles, imports, modules, room
 
 MOST_MODULES = 22
-ORDER = [f"hdovd.{name}" for name in (
-    "core", "cache", "config", "data", "evaluation",
-    "modeling", "modeling.losses", "modeling.levels", "modeling.backbones", "modeling.faster_rcnn", "modeling.adamixer",
-    "modeling.proposals", "modeling.export",
-    "pipelines", "pipelines.common", "pipelines.dataloading", "pipelines.teachers", "pipelines.embedding", "pipelines.nouns",
-    "pipelines.proposal_files", "pipelines.runs", "pipelines.extraction", "pipelines.calibration", "pipelines.evaluation",
-    "pipelines.training", "pipelines.proposals", "pipelines.detection", "pipelines.export", "pipelines.ablation", "pipelines.audit",
-    "pipelines.cache_tools", "pipelines.report", "pipelines.forecast", "pipelines.demo",
-    "cli")] + ["hdovd"]
+ORDER = [
+    f"hdovd.{name}"
+    for name in (
+        "core",
+        "cache",
+        "config",
+        "data",
+        "evaluation",
+        "modeling",
+        "modeling.losses",
+        "modeling.levels",
+        "modeling.backbones",
+        "modeling.faster_rcnn",
+        "modeling.adamixer",
+        "modeling.proposals",
+        "modeling.export",
+        "pipelines",
+        "pipelines.common",
+        "pipelines.dataloading",
+        "pipelines.teachers",
+        "pipelines.embedding",
+        "pipelines.nouns",
+        "pipelines.proposal_files",
+        "pipelines.runs",
+        "pipelines.extraction",
+        "pipelines.calibration",
+        "pipelines.evaluation",
+        "pipelines.training",
+        "pipelines.proposals",
+        "pipelines.detection",
+        "pipelines.export",
+        "pipelines.ablation",
+        "pipelines.audit",
+        "pipelines.cache_tools",
+        "pipelines.report",
+        "pipelines.forecast",
+        "pipelines.demo",
+        "cli",
+    )
+] + ["hdovd"]
 
 
 def test_every_room_has_its_place() -> None:
@@ -24,7 +57,9 @@ def test_every_room_has_its_place() -> None:
 
 def test_rooms_import_only_from_rooms_before_them() -> None:
     place = {name: number for number, name in enumerate(ORDER)}
-    assert [line for (of, target), lines in between_rooms().items() if place[target] >= place[of] for line in lines] == []
+    assert [
+        line for (of, target), lines in between_rooms().items() if place[target] >= place[of] for line in lines
+    ] == []
 
 
 def test_no_files_import_in_a_circle() -> None:

@@ -1,4 +1,5 @@
-"""The wheel holds one package with everything in the tree, and the folders of the tree import each other one way only."""
+"""The wheel holds one package with everything in the tree, and the folders of the tree import each other one way
+only."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def _tracked(root: Path) -> list[str]:
 def _build(hook: str, source: Path, out: Path) -> Path:
     """Call one hook of the build backend as `python -m build --no-isolation` does; returns what it wrote."""
     out.mkdir(parents=True)
-    built = subprocess.run([sys.executable, "-c", BUILD.format(hook=hook), str(out)], cwd=source, capture_output=True, text=True)
+    built = subprocess.run(
+        [sys.executable, "-c", BUILD.format(hook=hook), str(out)], cwd=source, capture_output=True, text=True
+    )
     assert built.returncode == 0, built.stdout + built.stderr
     return out / built.stdout.strip().splitlines()[-1]
 
@@ -73,9 +76,17 @@ def wheel(source: Path) -> Path:
 
 
 def test_expected_files_are_what_they_should_be(expected: set[str]) -> None:
-    assert {"hdovd/__main__.py", "hdovd/py.typed", "hdovd/cache/reader.py", "hdovd/cli/main.py", "hdovd/pipelines/demo/world.py",
-            "hdovd/modeling/losses/instance.py", "hdovd/recipes/demo.toml", "hdovd/protocols/ov-coco.toml",
-            "hdovd/pipelines/teachers/templates/vild.txt"} <= expected
+    assert {
+        "hdovd/__main__.py",
+        "hdovd/py.typed",
+        "hdovd/cache/reader.py",
+        "hdovd/cli/main.py",
+        "hdovd/pipelines/demo/world.py",
+        "hdovd/modeling/losses/instance.py",
+        "hdovd/recipes/demo.toml",
+        "hdovd/protocols/ov-coco.toml",
+        "hdovd/pipelines/teachers/templates/vild.txt",
+    } <= expected
 
 
 def test_wheel_holds_the_tree_and_nothing_else(wheel: Path, expected: set[str]) -> None:
@@ -97,7 +108,9 @@ def test_wheel_names_the_command_and_every_requirement(wheel: Path) -> None:
         (metadata,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
         assert "hdovd = hdovd.__main__:main" in archive.read(entry).decode()
         text = archive.read(metadata).decode()
-    assert text.count("\nRequires-Dist: ") == len(project["dependencies"]) + sum(map(len, project["optional-dependencies"].values()))
+    assert text.count("\nRequires-Dist: ") == len(project["dependencies"]) + sum(
+        map(len, project["optional-dependencies"].values())
+    )
 
 
 def test_links_are_relative_and_committed() -> None:
@@ -107,6 +120,7 @@ def test_links_are_relative_and_committed() -> None:
 
 
 # --- imports ---
+
 
 def _modules(folder: str) -> list[Path]:
     files = sorted((ROOT / folder).rglob("*.py"))
@@ -137,8 +151,12 @@ def _under(module: str, *packages: str) -> bool:
 
 
 def _violations(folder: str, forbidden: tuple[str, ...], allowed: tuple[str, ...] = ()) -> list[str]:
-    return [f"{file.relative_to(ROOT)}:{line} imports {module}" for file in _modules(folder) for line, module in _imports(file)
-            if _under(module, *forbidden) and not _under(module, *allowed)]
+    return [
+        f"{file.relative_to(ROOT)}:{line} imports {module}"
+        for file in _modules(folder)
+        for line, module in _imports(file)
+        if _under(module, *forbidden) and not _under(module, *allowed)
+    ]
 
 
 def test_every_folder_has_modules_to_check() -> None:
@@ -147,16 +165,24 @@ def test_every_folder_has_modules_to_check() -> None:
 
 def test_the_library_knows_no_stage_cache_or_command() -> None:
     files = [f for f in _modules("hdovd") if f.name != "__main__.py"]  # `python -m hdovd` is the command
-    assert [f"{f.relative_to(ROOT)}:{line} imports {m}" for f in files for line, m in _imports(f)
-            if _under(m, "hdovd.cache", "hdovd.cli", "hdovd.pipelines")] == []
+    assert [
+        f"{f.relative_to(ROOT)}:{line} imports {m}"
+        for f in files
+        for line, m in _imports(f)
+        if _under(m, "hdovd.cache", "hdovd.cli", "hdovd.pipelines")
+    ] == []
 
 
 def test_the_cache_stands_alone() -> None:
     def fine(module: str) -> bool:
         return module == "hdovd" or _under(module, "hdovd.cache", "hdovd.core.errors")
 
-    assert [f"{f.relative_to(ROOT)}:{line} imports {m}" for f in _modules("cache") for line, m in _imports(f)
-            if _under(m, "hdovd") and not fine(m)] == []
+    assert [
+        f"{f.relative_to(ROOT)}:{line} imports {m}"
+        for f in _modules("cache")
+        for line, m in _imports(f)
+        if _under(m, "hdovd") and not fine(m)
+    ] == []
 
 
 def test_stages_know_no_command() -> None:
@@ -164,8 +190,13 @@ def test_stages_know_no_command() -> None:
 
 
 def test_only_extraction_and_the_demo_teacher_import_clip() -> None:
-    found = {str(f.relative_to(ROOT)) for folder in ("hdovd", *LINKED) for f in _modules(folder) for _, m in _imports(f)
-             if _under(m, "open_clip")}
+    found = {
+        str(f.relative_to(ROOT))
+        for folder in ("hdovd", *LINKED)
+        for f in _modules(folder)
+        for _, m in _imports(f)
+        if _under(m, "open_clip")
+    }
     assert found == {"pipelines/teachers/openclip.py", "pipelines/teachers/dense.py", "pipelines/demo/teacher.py"}
 
 
@@ -173,4 +204,6 @@ def test_only_extraction_and_the_demo_teacher_import_clip() -> None:
 def test_no_bare_or_relative_imports(folder: str) -> None:
     """`import cache` finds the folder when run from the tree, and nothing after installation."""
     assert _violations(folder, LINKED) == []
-    assert [f"{f.relative_to(ROOT)}:{line}" for f in _modules(folder) for line, m in _imports(f) if m.startswith(".")] == []
+    assert [
+        f"{f.relative_to(ROOT)}:{line}" for f in _modules(folder) for line, m in _imports(f) if m.startswith(".")
+    ] == []

@@ -12,7 +12,12 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 PRESETS: dict[str, tuple[str, ...]] = {
-    "base-only": ("loss.instance.enabled=false", "loss.class.enabled=false", "loss.image.enabled=false", "loss.extra={}"),
+    "base-only": (
+        "loss.instance.enabled=false",
+        "loss.class.enabled=false",
+        "loss.image.enabled=false",
+        "loss.extra={}",
+    )
 }
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet-tiny")
 
@@ -30,20 +35,24 @@ class Section(BaseModel):
 
 
 def name_of(known: Collection[str], others: str) -> AfterValidator:
-    """Accepts a name of a registry and library:name or module:attribute; `others`: what else is expected, for the message."""
+    """Accepts a name of a registry and library:name or module:attribute; `others`: what else is expected, for the
+    message.
+    """
 
     def check(name: str) -> str:
         if name not in known and not all(name.partition(":")):
             near = difflib.get_close_matches(name, known, 1, cutoff=0.4)
-            raise ValueError((f"did you mean {near[0]}? " if near else "") + f"Expected one of {', '.join(known)}, {others}")
+            raise ValueError(
+                (f"did you mean {near[0]}? " if near else "") + f"Expected one of {', '.join(known)}, {others}"
+            )
         return name
 
     return AfterValidator(check)
 
 
 class BackboneConfig(Section):
-    """`name`: one of BACKBONES, timm:NAME, torchvision:NAME (a classifier), or module:function of the user's own (`bodies`).
-    `weights`: "auto" (those that torchvision or timm download), "none", or a file (.pth, .safetensors).
+    """`name`: one of BACKBONES, timm:NAME, torchvision:NAME (a classifier), or module:function of the user's own
+    (`bodies`). `weights`: "auto" (those that torchvision or timm download), "none", or a file (.pth, .safetensors).
     """
 
     name: Annotated[str, name_of(BACKBONES, "timm:NAME, torchvision:NAME or my_module:function")]

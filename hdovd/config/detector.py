@@ -1,7 +1,7 @@
 """The [detector] section of a recipe: one form for each detector that is built in, and one for those of the user's own.
 
-`DETECTORS` is the registry. A detector is a file with its class and a line there; a form of its own, which names wrong keys and values,
-is one more line, in `DetectorConfig`. Imports no torch.
+`DETECTORS` is the registry. A detector is a file with its class and a line there; a form of its own, which names wrong
+keys and values, is one more line, in `DetectorConfig`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class RpnConfig(Section):
     pre_nms: Count  # a level, training; half of it in testing
     post_nms: Count
     nms: Share
-    # Where anchors lie and which boxes they learn (`rpn.AuthorsRPN` says how the two differ). The authors' published weights want
-    # "authors". Recipes of before there was a choice mean torchvision's.
+    # Where anchors lie and which boxes they learn (`rpn.AuthorsRPN` says how the two differ). The authors' published
+    # weights want "authors". Recipes of before there was a choice mean torchvision's.
     rules: Literal["torchvision", "authors"] = "torchvision"
 
 
@@ -70,6 +70,9 @@ DetectorConfig = Annotated[
     Annotated[FasterRCNNConfig, Tag("faster_rcnn")]
     | Annotated[AdaMixerConfig, Tag("adamixer")]
     | Annotated[OwnDetectorConfig, Tag(_OWN)],
-    Discriminator(_form)]
+    Discriminator(_form),
+]
 
-FORMS: dict[str, type[BaseModel]] = {tag.tag: form for form, tag in map(get_args, get_args(get_args(DetectorConfig)[0]))}
+FORMS: dict[str, type[BaseModel]] = {
+    tag.tag: form for form, tag in map(get_args, get_args(get_args(DetectorConfig)[0]))
+}

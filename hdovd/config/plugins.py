@@ -1,6 +1,7 @@
 """Code that a recipe names: `module:attribute`, found in the current folder or among what is installed.
 
-Importing a module runs it, so a recipe is to be trusted like code. Detectors, backbones and losses that a recipe adds are found here.
+Importing a module runs it, so a recipe is to be trusted like code. Detectors, backbones and losses that a recipe adds
+are found here.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def outside_code(recipe: Recipe) -> dict[str, str]:
 
 
 def resolve_class(use: str, key: str, kind: type[T], expected: str) -> type[T]:
-    """The subclass of `kind` that `use` names; `expected`: the name of `kind` that the message has. Raises HdovdError as `resolve` does."""
+    """The subclass of `kind` that `use` names; `expected`: the name of `kind` that the message has. Raises HdovdError
+    as `resolve` does.
+    """
     found = resolve(use, key)
     if isinstance(found, type) and issubclass(found, kind):
         return found
@@ -53,10 +56,14 @@ def resolve(use: str, key: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever a stranger's module raises
-        raise HdovdError(f"{key} = {use!r}: cannot import {module_name} from {folder} or what is installed: "
-                         f"{type(error).__name__}: {error}") from error
+        raise HdovdError(
+            f"{key} = {use!r}: cannot import {module_name} from {folder} or what is installed: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not hasattr(module, attribute):
         near = difflib.get_close_matches(attribute, dir(module), 1)
-        raise HdovdError(f"{key} = {use!r}: {module_name} ({getattr(module, '__file__', 'built in')}) has no {attribute}"
-                         + (f"; did you mean {near[0]}" if near else ""))
+        raise HdovdError(
+            f"{key} = {use!r}: {module_name} ({getattr(module, '__file__', 'built in')}) has no {attribute}"
+            + (f"; did you mean {near[0]}" if near else "")
+        )
     return getattr(module, attribute)

@@ -23,10 +23,14 @@ _MOST_ERRORS = 20  # said of one recipe
 
 class InputConfig(Section):
     short_side: Count
-    train_short_sides: list[Count] = Field(default_factory=list)  # one is drawn for each image of a step; empty, or not there: short_side
+    train_short_sides: list[Count] = Field(
+        default_factory=list
+    )  # one is drawn for each image of a step; empty, or not there: short_side
     long_side: Count
     flip: Share
-    exif: Literal["apply", "ignore"] = "apply"  # for pictures whose annotated size fits both turned as EXIF says and as stored
+    exif: Literal["apply", "ignore"] = (
+        "apply"  # for pictures whose annotated size fits both turned as EXIF says and as stored
+    )
     mean: Annotated[list[Finite], Field(min_length=3, max_length=3)]
     std: Annotated[list[Positive], Field(min_length=3, max_length=3)]
 
@@ -41,10 +45,14 @@ class PseudoBoxConfig(Section):
 
     @property
     def reliability(self) -> tuple[float, float, float]:
-        """Centre, width and scale. Raises HdovdError if one is still "auto": `Recipe.with_reliability` says what it is."""
+        """Centre, width and scale. Raises HdovdError if one is still "auto": `Recipe.with_reliability` says what it
+        is."""
         centre, width, scale = self.reliability_centre, self.reliability_width, self.reliability_scale
         if isinstance(centre, str) or isinstance(width, str) or isinstance(scale, str):
-            raise HdovdError(f"pseudo_boxes.reliability_... = {centre}, {width}, {scale}: training needs numbers, as hdovd calibrate finds")
+            raise HdovdError(
+                f"pseudo_boxes.reliability_... = {centre}, {width}, {scale}: training needs numbers, as hdovd "
+                f"calibrate finds"
+            )
         return centre, width, scale
 
 
@@ -87,7 +95,9 @@ class LossConfig(Section):
     instance: InstanceLossConfig
     class_: ClassLossConfig = Field(alias="class")
     image: ImageLossConfig
-    extra: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ExtraLossConfig] = Field(default_factory=dict)
+    extra: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ExtraLossConfig] = Field(
+        default_factory=dict
+    )
 
     @property
     def uses_pseudo_boxes(self) -> bool:
@@ -108,12 +118,15 @@ class InferenceConfig(Section):
 
 
 class ProposalsConfig(Section):
-    """The networks of `hdovd propose` (`oln`, `proposer`). With defaults, unlike the rest: recipes kept before it was there still load.
+    """The networks of `hdovd propose` (`oln`, `proposer`). With defaults, unlike the rest: recipes kept before it was
+    there still load.
 
     The defaults are those of the authors' configuration of OLN (oln_box.py), but `roi_iou`, which is the paper's.
     """
 
-    score_iou: Share = 0.3  # anchors of at least this IoU with a base box learn centerness (arXiv 2108.06753, section 3)
+    score_iou: Share = (
+        0.3  # anchors of at least this IoU with a base box learn centerness (arXiv 2108.06753, section 3)
+    )
     box_iou: Share = 0.7  # anchors of at least this IoU learn the box; so does the best one for a box
     roi_iou: Share = 0.3  # RoIs of at least this IoU learn box and IoU (arXiv 2108.06753, section 3)
     rois: Count = 2000  # that the box head scores, and as many a level of the pyramid at most
@@ -136,12 +149,16 @@ class ScheduleConfig(Section):
     schedule: Literal["step", "cosine"]
     step_epochs: list[Count]  # step
     clip_norm: NonNegative  # 0 is off
-    precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 on a device that has it, else fp32; what is recorded is what it came to
+    precision: Literal[
+        "auto", "fp32", "bf16"
+    ]  # auto: bf16 on a device that has it, else fp32; what is recorded is what it came to
     workers: Annotated[int, Field(ge=0)] | Literal["auto"]  # processes that prepare batches
     seed: Annotated[int, Field(ge=0)]
     # With defaults: recipes of before there was a choice mean these.
     accumulate: Count = 1  # micro-batches that the images of a step are split into, one after the other: less memory
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the moving average of weights that is validated and kept; 0: none
+    ema: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # decay of the moving average of weights that is validated and kept; 0: none
+    )
     compile: bool = False  # the backbone by torch.compile
 
 
@@ -167,9 +184,13 @@ class Recipe(Section):
 
     @property
     def faster_rcnn(self) -> FasterRCNNConfig:
-        """The detector's section, for what is built of Faster R-CNN's parts. Raises HdovdError if it is another detector's."""
+        """The detector's section, for what is built of Faster R-CNN's parts. Raises HdovdError if it is another
+        detector's.
+        """
         if not isinstance(self.detector, FasterRCNNConfig):
-            raise HdovdError(f"detector.name = {self.detector.name!r}: this needs a recipe with detector.name = 'faster_rcnn'")
+            raise HdovdError(
+                f"detector.name = {self.detector.name!r}: this needs a recipe with detector.name = 'faster_rcnn'"
+            )
         return self.detector
 
     def to_toml(self) -> str:
@@ -225,11 +246,15 @@ def _explain(error: dict[str, Any]) -> str:
         while isinstance(error["input"], dict) and error["input"]:  # an unknown section: name the key that was set
             leaf, error["input"] = next(iter(error["input"].items()))
             path += f".{leaf}"
-        near = difflib.get_close_matches(path, _keys(Recipe) + (_keys(FORMS[form], "detector.") if form else []), 1, cutoff=0.3)
+        near = difflib.get_close_matches(
+            path, _keys(Recipe) + (_keys(FORMS[form], "detector.") if form else []), 1, cutoff=0.3
+        )
         return f"unknown key {cut(path)}" + (f"; the nearest valid one is {near[0]}" if near else "")
     if error["type"] == "missing":
         return f"missing key {path}"
-    given = "" if isinstance(error["input"], dict) else f" = {cut(repr(error['input']))}"  # of a section the message says it
+    given = (
+        "" if isinstance(error["input"], dict) else f" = {cut(repr(error['input']))}"
+    )  # of a section the message says it
     return f"{cut(path)}{given}: {cut(error['msg'])}"
 
 

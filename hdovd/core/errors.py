@@ -1,4 +1,6 @@
-"""The one exception that users see, whose text `cli` prints without a traceback; and what the system says of files, in words."""
+"""The one exception that users see, whose text `cli` prints without a traceback; and what the system says of files, in
+words.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,15 @@ import os
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_ADVICE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "raise the limit (ulimit -f)",
-           errno.EROFS: "give a place that can be written to", errno.ENAMETOOLONG: "a name has at most 255 bytes, a path 4,095",
-           errno.ENOENT: "was it moved, or mistyped?", errno.EMFILE: "raise the limit (ulimit -n)"}
+_ADVICE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "raise the limit (ulimit -f)",
+    errno.EROFS: "give a place that can be written to",
+    errno.ENAMETOOLONG: "a name has at most 255 bytes, a path 4,095",
+    errno.ENOENT: "was it moved, or mistyped?",
+    errno.EMFILE: "raise the limit (ulimit -n)",
+}
 _SHOWN = 160  # letters of a path
 
 
@@ -32,17 +40,25 @@ def shorten(items: list[object], most: int = 8) -> str:
 
 
 def counted(count: int, one: str, many: str = "") -> str:
-    """`1 picture`, `3 pictures`; `many`: what follows other counts, where it is more than an s: `counted(n, "box is", "boxes are")`."""
+    """`1 picture`, `3 pictures`; `many`: what follows other counts, where it is more than an s: `counted(n, "box is",
+    "boxes are")`.
+    """
     return f"{count:,d} {one if count == 1 else many or one + 's'}"
 
 
 def system_reason(error: OSError, file: Path | None = None) -> str:
-    """Why the system refused a file (`error`'s own if None): with mode and owner where a right is missing, and with what to do."""
+    """Why the system refused a file (`error`'s own if None): with mode and owner where a right is missing, and with
+    what to do.
+    """
     name = file if file is not None else error.filename
     if name is not None and error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
         path = Path(os.fsdecode(name)).absolute()
         place = next((one for one in (path, *path.parents) if os.path.lexists(one)), path)
-        return _missing_right(place) if error.errno in (errno.EACCES, errno.EPERM) else f"{place} is a file, expected a folder"
+        return (
+            _missing_right(place)
+            if error.errno in (errno.EACCES, errno.EPERM)
+            else f"{place} is a file, expected a folder"
+        )
     advice = _ADVICE.get(error.errno or 0)
     return (error.strerror or str(error)) + (f" ({advice})" if advice else "")
 
@@ -70,7 +86,9 @@ def _missing_right(place: Path) -> str:
 
 
 def is_file(text: str) -> bool:
-    """Whether words are the name of a file; they may be longer than names can be. Raises OSError if a folder may not be looked into."""
+    """Whether words are the name of a file; they may be longer than names can be. Raises OSError if a folder may not be
+    looked into.
+    """
     try:
         return Path(text).is_file()
     except OSError as error:

@@ -21,7 +21,8 @@ class JsonStream:
     """Iterates over `(key, item)` of every list in a top-level object; its other values come whole, as `(key, value)`.
 
     The items of a top-level list, or another top-level value whole, have the key None. `lists` holds the keys of
-    the lists met so far, empty ones too. `block`: bytes read at a time; the text held is that, or twice the longest item.
+    the lists met so far, empty ones too. `block`: bytes read at a time; the text held is that, or twice the longest
+    item.
 
     A file of gzip's is unpacked on the way, and a byte-order mark passed over.
 
@@ -46,7 +47,9 @@ class JsonStream:
                     why = f"{error.reason}: byte {self._file.tell() - len(error.object) + error.start}"
                 else:
                     why = str(error) if isinstance(error, DAMAGED) else json_fault(error)
-                raise HdovdError(f"{self.what} {self.path} is not valid JSON ({why}); is the download complete?") from error
+                raise HdovdError(
+                    f"{self.what} {self.path} is not valid JSON ({why}); is the download complete?"
+                ) from error
 
     def _document(self) -> Iterator[tuple[str | None, Any]]:
         if self._peek() == "{":
@@ -113,5 +116,5 @@ class JsonStream:
         data = self._file.read(max(self.block, len(self._text) - self._at))
         more = self._utf8.decode(data, final=not data)
         if data:
-            self._text, self._at, self._dropped = self._text[self._at:] + more, 0, self._dropped + self._at
+            self._text, self._at, self._dropped = self._text[self._at :] + more, 0, self._dropped + self._at
         return bool(data)

@@ -1,7 +1,7 @@
 """Text files that people bring: read whole, in UTF-8 with or without a byte-order mark, unpacked where they are gzip's.
 
-Every reader of such a file comes here, or to `JsonStream`, which opens it by `open_bytes`; and every check of a value in one ends in a
-message of `shown`, which fits into a line whatever the value is.
+Every reader of such a file comes here, or to `JsonStream`, which opens it by `open_bytes`; and every check of a value
+in one ends in a message of `shown`, which fits into a line whatever the value is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ DAMAGED = (OSError, EOFError, zlib.error)  # what reading a file raises, a packe
 LONGEST_NAME = 200
 _CUT = 80
 _GZIP = b"\x1f\x8b"
-# Control characters, line separators, marks that turn the direction of what follows, byte-order marks, halves of surrogate pairs.
+# Control characters, line separators, marks that turn the direction of what follows, byte-order marks, halves of
+# surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
@@ -37,7 +38,8 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 def read_text(path: Path, what: str, expected: str = "") -> str:
-    """The text of a file, without a byte-order mark. `what`: the file in messages, such as an option; `expected`: what it should hold.
+    """The text of a file, without a byte-order mark. `what`: the file in messages, such as an option; `expected`: what
+    it should hold.
 
     Raises HdovdError if there is no such file, or it is no text in UTF-8.
     """
@@ -47,7 +49,9 @@ def read_text(path: Path, what: str, expected: str = "") -> str:
         with open_bytes(path) as file:
             return file.read().decode("utf-8-sig")
     except (*DAMAGED, UnicodeDecodeError) as error:
-        raise HdovdError(f"{what} {path} is no text file in UTF-8 ({error}){expected and f'; expected {expected}'}") from error
+        raise HdovdError(
+            f"{what} {path} is no text file in UTF-8 ({error}){expected and f'; expected {expected}'}"
+        ) from error
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -63,7 +67,11 @@ def json_fault(error: ValueError | RecursionError) -> str:
     """Why a text is no JSON that can be read."""
     if isinstance(error, json.JSONDecodeError):
         return cut(str(error))
-    return "it is nested too deeply" if isinstance(error, RecursionError) else "it holds a whole number of thousands of digits"
+    return (
+        "it is nested too deeply"
+        if isinstance(error, RecursionError)
+        else "it holds a whole number of thousands of digits"
+    )
 
 
 def read_toml(path: Path, what: str, expected: str = "TOML") -> dict[str, Any]:
@@ -77,27 +85,38 @@ def read_toml(path: Path, what: str, expected: str = "TOML") -> dict[str, Any]:
 
 def shipped(folder: str) -> list[str]:
     """The names of the TOML files that the package brings in "recipes" or "protocols"."""
-    return sorted(Path(file.name).stem for file in resources.files("hdovd").joinpath(folder).iterdir() if file.name.endswith(".toml"))
+    return sorted(
+        Path(file.name).stem
+        for file in resources.files("hdovd").joinpath(folder).iterdir()
+        if file.name.endswith(".toml")
+    )
 
 
 def read_shipped(name_or_file: str, what: str, content: str = "") -> dict[str, Any]:
-    """The values of a TOML file that the package brings, by name, or of one of the user's. `what`: "recipe" or "protocol"; `content`: of
-    such a file, for the message. Raises HdovdError if there is no such file, or it is no TOML."""
+    """The values of a TOML file that the package brings, by name, or of one of the user's. `what`: "recipe" or
+    "protocol"; `content`: of such a file, for the message. Raises HdovdError if there is no such file, or it is no
+    TOML.
+    """
     known = shipped(f"{what}s")
     if name_or_file in known:
         return parse_toml(resources.files("hdovd").joinpath(f"{what}s", f"{name_or_file}.toml").read_text("utf-8"))
     if is_file(name_or_file):
         return read_toml(Path(name_or_file), what)
     near = difflib.get_close_matches(name_or_file, known, 1)
-    raise HdovdError(f"no {what} {cut(name_or_file)!r}{f', did you mean {near[0]!r}' if near else ''}: "
-                     f"give one of {', '.join(known)}, or a TOML file{content}")
+    raise HdovdError(
+        f"no {what} {cut(name_or_file)!r}{f', did you mean {near[0]!r}' if near else ''}: "
+        f"give one of {', '.join(known)}, or a TOML file{content}"
+    )
 
 
 def parse_toml(text: str) -> dict[str, Any]:
     """A TOML document. Raises HdovdError that begins with "not valid TOML"."""
     try:
         return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a ValueError, as TOMLDecodeError is
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # numbers of thousands of digits are a ValueError, as TOMLDecodeError is
         why = "it is nested too deeply" if isinstance(error, RecursionError) else cut(str(error))
         raise HdovdError(f"not valid TOML ({why})") from error
 

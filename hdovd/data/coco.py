@@ -34,7 +34,8 @@ _LONGEST_PATH = 4096
 
 
 class Exif(StrEnum):
-    """Whether pictures whose annotated size fits both turned as their EXIF orientation says and as stored are turned."""
+    """Whether pictures whose annotated size fits both turned as their EXIF orientation says and as stored are
+    turned."""
 
     APPLY = "apply"
     IGNORE = "ignore"
@@ -42,7 +43,9 @@ class Exif(StrEnum):
 
 @dataclass(slots=True)
 class Skips:
-    """What was left out, by reason; every entry is an id. Printed as counts with the first ids; caches and runs keep all."""
+    """What was left out, by reason; every entry is an id. Printed as counts with the first ids; caches and runs keep
+    all.
+    """
 
     by_reason: dict[str, list[int | str]] = field(default_factory=dict)
 
@@ -50,7 +53,9 @@ class Skips:
         self.by_reason.setdefault(reason, []).append(item)
 
     def lines(self) -> list[str]:
-        return [f"skipped {len(ids)}: {reason} ({shorten(list(ids))})" for reason, ids in sorted(self.by_reason.items())]
+        return [
+            f"skipped {len(ids)}: {reason} ({shorten(list(ids))})" for reason, ids in sorted(self.by_reason.items())
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,8 @@ class ImageBoxes:
 class Split:
     """The images of one annotation file that a protocol keeps, in file order.
 
-    `coco_ids`: the category id of every class, in label order. `empty`: ids of images that were left out since they hold no object.
+    `coco_ids`: the category id of every class, in label order. `empty`: ids of images that were left out since they
+    hold no object.
     """
 
     images: list[ImageBoxes]
@@ -103,12 +109,16 @@ def clip_box(xywh: Any, width: int, height: int) -> tuple[list[float] | None, st
     if numbers is None:
         return None, "box is not four numbers"
     x, y, w, h = numbers
-    box = array("f", (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))).tolist()  # as float32 holds it
-    faults = (("box is not finite", not all(map(math.isfinite, numbers))),
-              ("box is inverted (negative width or height)", w < 0 or h < 0),
-              ("box has no area", w * h == 0),
-              ("box lies outside the image", x >= width or y >= height or x + w <= 0 or y + h <= 0),
-              ("box has no area", box[2] <= box[0] or box[3] <= box[1]))
+    box = array(
+        "f", (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))
+    ).tolist()  # as float32 holds it
+    faults = (
+        ("box is not finite", not all(map(math.isfinite, numbers))),
+        ("box is inverted (negative width or height)", w < 0 or h < 0),
+        ("box has no area", w * h == 0),
+        ("box lies outside the image", x >= width or y >= height or x + w <= 0 or y + h <= 0),
+        ("box has no area", box[2] <= box[0] or box[3] <= box[1]),
+    )
     why = next((fault for fault, there in faults if there), "")
     return (None if why else box), why
 
@@ -118,10 +128,11 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
 
     With `base_only` (training): base boxes alone, crowd boxes left out, images without a base box or with a
     side under the protocol's minimum left out. Otherwise (evaluation): images with at least one annotation
-    of the protocol's classes, with the boxes of all classes. The protocol may keep the images without any (`keep_empty`).
+    of the protocol's classes, with the boxes of all classes. The protocol may keep the images without any
+    (`keep_empty`).
 
-    Raises HdovdError if the file is not COCO's, holds a value of another type than its key has, lacks a class of the protocol, names
-    an unknown image, or if nothing is left.
+    Raises HdovdError if the file is not COCO's, holds a value of another type than its key has, lacks a class of the
+    protocol, names an unknown image, or if nothing is left.
     """
     import numpy as np  # here: the command line names DataPaths before it needs arrays
 
@@ -142,18 +153,20 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
         elif row in found.odd:
             box, why = None, found.odd[row]
         else:
-            box, why = clip_box(found.boxes[4 * row:4 * row + 4].tolist(), *found.images[image_id][1:])
+            box, why = clip_box(found.boxes[4 * row : 4 * row + 4].tolist(), *found.images[image_id][1:])
         if box is None or label is None:
             skips.add(f"annotation, {why}", number)
             spoilt.add(image_id)
             continue
-        found.boxes[4 * row:4 * row + 4] = array("d", box)
+        found.boxes[4 * row : 4 * row + 4] = array("d", box)
         labels[row] = label
         rows[image_id].append(row)
     if not any(rows.values()):
         wanted = protocol.base if base_only else protocol.names
-        raise HdovdError(f"{annotations} holds no usable box of the {len(wanted)} classes of protocol {protocol.name} "
-                         f"({shorten(list(wanted))})" + "".join("\n" + line for line in skips.lines()))
+        raise HdovdError(
+            f"{annotations} holds no usable box of the {len(wanted)} classes of protocol {protocol.name} "
+            f"({shorten(list(wanted))})" + "".join("\n" + line for line in skips.lines())
+        )
     keep_empty = protocol.keep_empty_train if base_only else protocol.keep_empty_val
     boxes, kept, empty = np.frombuffer(found.boxes).reshape(-1, 4), list[ImageBoxes](), list[int]()
     for i, (name, width, height) in found.images.items():
@@ -165,8 +178,17 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
         elif base_only and min(width, height) < protocol.min_image_side_px:
             skips.add(f"image with a side under {protocol.min_image_side_px} px", i)
         else:
-            kept.append(ImageBoxes(i, name, width, height, boxes[own].astype(np.float32), labels[own],
-                                   np.array([found.ids[row] for row in own], np.int64)))
+            kept.append(
+                ImageBoxes(
+                    i,
+                    name,
+                    width,
+                    height,
+                    boxes[own].astype(np.float32),
+                    labels[own],
+                    np.array([found.ids[row] for row in own], np.int64),
+                )
+            )
     return Split(kept, folder, annotations, coco_ids, skips, empty=empty)
 
 
@@ -174,10 +196,10 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
 class Instances:
     """An instances file, every value of the type that its key has. A annotations, in file order.
 
-    images: id -> (file name, width, height), in file order. names: category id -> name. ids, image_ids, categories, crowd (A,);
-    boxes: x, y, w, h as the file has them, 4 * A; odd: why those of a row, which are zeros then, are no box; areas (A,), NaN where there
-    is none; ignored: rows that say `ignore`.
-    As dicts, with outlines, the annotations of COCO's training images take gigabytes.
+    images: id -> (file name, width, height), in file order. names: category id -> name. ids, image_ids, categories,
+    crowd (A,); boxes: x, y, w, h as the file has them, 4 * A; odd: why those of a row, which are zeros then, are no
+    box; areas (A,), NaN where there is none; ignored: rows that say `ignore`. As dicts, with outlines, the annotations
+    of COCO's training images take gigabytes.
     """
 
     file: Path
@@ -202,10 +224,18 @@ class Instances:
         try:
             number, image_id, category = a["id"], a["image_id"], a["category_id"]
         except KeyError:
-            raise HdovdError(f"{self._name(a)} lacks one of id, image_id, category_id, bbox (or segmentation)") from None
-        if not (type(number) is type(image_id) is type(category) is int and -_MOST <= number <= _MOST and -_MOST <= image_id <= _MOST
-                and -_MOST <= category <= _MOST):
-            number, image_id, category = (whole(a[key], f"{self._name(a)}: {key}") for key in ("id", "image_id", "category_id"))
+            raise HdovdError(
+                f"{self._name(a)} lacks one of id, image_id, category_id, bbox (or segmentation)"
+            ) from None
+        if not (
+            type(number) is type(image_id) is type(category) is int
+            and -_MOST <= number <= _MOST
+            and -_MOST <= image_id <= _MOST
+            and -_MOST <= category <= _MOST
+        ):
+            number, image_id, category = (
+                whole(a[key], f"{self._name(a)}: {key}") for key in ("id", "image_id", "category_id")
+            )
         crowd, area = a.get("iscrowd"), a.get("area")
         if crowd not in (None, 0, 1):
             raise HdovdError(f"{self._name(a)}: iscrowd is {shown(crowd)}, expected 0 or 1")
@@ -232,21 +262,29 @@ class Instances:
 
         ids, image_ids = np.array(self.ids, np.int64), np.array(self.image_ids, np.int64)
         if len(lost := np.flatnonzero(~np.isin(image_ids, np.array([*self.images], np.int64)))):
-            raise HdovdError(f"{self.file}: annotation {ids[lost[0]]} is for image {image_ids[lost[0]]}, which is not in its "
-                             "images; the file is damaged or was cut by hand")
+            raise HdovdError(
+                f"{self.file}: annotation {ids[lost[0]]} is for image {image_ids[lost[0]]}, which is not in its "
+                "images; the file is damaged or was cut by hand"
+            )
         values, counts = np.unique(ids, return_counts=True)
         if (counts > 1).any():
-            raise HdovdError(f"{self.file}: annotation id {values[counts > 1][0]} stands twice; the cache joins rows by it, so number "
-                             "them anew")
+            raise HdovdError(
+                f"{self.file}: annotation id {values[counts > 1][0]} stands twice; the cache joins rows by it, so "
+                f"number "
+                "them anew"
+            )
 
 
 def read_instances(file: Path, folder: Path | None = None) -> Instances:
-    """Read and check an instances file; its lists come in any order. `folder`: of the pictures, in which the names of files must lie.
+    """Read and check an instances file; its lists come in any order. `folder`: of the pictures, in which the names of
+    files must lie.
 
     Raises HdovdError that names the file and the first entry that is not as it should be.
     """
     found, images, categories = Instances(file), list[Any](), list[Any]()
-    fault: HdovdError | None = None  # of an annotation: said at the end, where the file is known to be COCO's, and its images are
+    fault: HdovdError | None = (
+        None  # of an annotation: said at the end, where the file is known to be COCO's, and its images are
+    )
     stream, strange = JsonStream(file, "annotations"), False
     for key, item in stream:
         if key not in _PARTS:
@@ -277,8 +315,10 @@ def whole(value: Any, where: str, least: int = -_MOST, most: int = _MOST) -> int
         value = int(value)
     if type(value) is not int or not least <= value <= most:
         wanted = "a whole number" if least < 0 else f"a whole number of {least} to {most:,d}"
-        raise HdovdError(f"{where} is {shown(value)}, expected {wanted}"
-                         + (": write it without quotes" if isinstance(value, str) else ""))
+        raise HdovdError(
+            f"{where} is {shown(value)}, expected {wanted}"
+            + (": write it without quotes" if isinstance(value, str) else "")
+        )
     return value
 
 
@@ -291,10 +331,14 @@ def is_finite(value: Any) -> bool:
 
 
 def outline_box(segmentation: Any) -> Any:
-    """The box (x, y, w, h) around polygons `[[x, y, x, y, ...], ...]` or a run-length mask `{"size", "counts"}`; None if it is neither."""
+    """The box (x, y, w, h) around polygons `[[x, y, x, y, ...], ...]` or a run-length mask `{"size", "counts"}`; None
+    if it is neither.
+    """
     if isinstance(segmentation, dict):
         return _mask_box(segmentation.get("size"), segmentation.get("counts"))
-    if not isinstance(segmentation, list) or not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation):
+    if not isinstance(segmentation, list) or not all(
+        isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in segmentation
+    ):
         return None
     xs, ys = ([v for polygon in segmentation for v in polygon[first::2]] for first in (0, 1))
     if not all(map(is_finite, xs + ys)):
@@ -305,13 +349,22 @@ def outline_box(segmentation: Any) -> Any:
 def _mask_box(size: Any, counts: Any) -> list[float] | None:
     from pycocotools import mask  # here: it is slow to import, and such masks without a box are rare
 
-    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and 0 < side <= _LONGEST_SIDE for side in size):
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or not all(type(side) is int and 0 < side <= _LONGEST_SIDE for side in size)
+    ):
         return None
     if isinstance(counts, list):
-        if not all(type(count) is int and 0 <= count <= size[0] * size[1] for count in counts) or sum(counts) != size[0] * size[1]:
+        if (
+            not all(type(count) is int and 0 <= count <= size[0] * size[1] for count in counts)
+            or sum(counts) != size[0] * size[1]
+        ):
             return None
         return list(map(float, mask.toBbox(mask.frPyObjects({"size": size, "counts": counts}, *size))))
-    if not isinstance(counts, str) or not re.fullmatch("[0-o]*[0-O]", counts):  # the last character says that no other follows
+    if not isinstance(counts, str) or not re.fullmatch(
+        "[0-o]*[0-O]", counts
+    ):  # the last character says that no other follows
         return None
     return list(map(float, mask.toBbox({"size": size, "counts": counts})))
 
@@ -325,8 +378,11 @@ def _names(categories: list[dict[str, Any]], file: Path) -> dict[int, str]:
         number = whole(category["id"], f"{file}: category number {place}: id")
         name = checked_name(category["name"], f"{file}: category {number}: name")
         if number in names:
-            raise HdovdError(f"{file}: category id {number} is both {names[number]!r} and {name!r}: were two files merged? Number the "
-                             "categories anew, and their annotations with them")
+            raise HdovdError(
+                f"{file}: category id {number} is both {names[number]!r} and {name!r}: were two files merged? Number "
+                f"the "
+                "categories anew, and their annotations with them"
+            )
         names[number] = name
     twice = sorted(name for name, count in Counter(names.values()).items() if count > 1)
     if twice:
@@ -339,9 +395,13 @@ def _labels(names: dict[int, str], protocol: Protocol, file: Path) -> tuple[dict
     absent = [name for name in protocol.names if name not in id_of]
     if absent:
         near = {name: get_close_matches(name, id_of, 1) for name in absent}
-        hints = "; ".join(f"{name!r}" + (f" (the file has {n[0]!r})" if n else "") for name, n in list(near.items())[:8])
-        raise HdovdError(f"protocol {protocol.name} names classes that {file} does not know: {hints}. "
-                         "Give the split that fits this data with --protocol")
+        hints = "; ".join(
+            f"{name!r}" + (f" (the file has {n[0]!r})" if n else "") for name, n in list(near.items())[:8]
+        )
+        raise HdovdError(
+            f"protocol {protocol.name} names classes that {file} does not know: {hints}. "
+            "Give the split that fits this data with --protocol"
+        )
     coco_ids = tuple(id_of[name] for name in protocol.names)
     return {coco_id: label for label, coco_id in enumerate(coco_ids)}, coco_ids
 
@@ -351,21 +411,27 @@ def _images(entries: list[dict[str, Any]], file: Path, folder: Path | None) -> d
     for place, entry in enumerate(entries):
         name = entry.get("file_name")
         if not {"id", "width", "height"} <= entry.keys() or (name is None and "coco_url" not in entry):
-            raise HdovdError(f"{file}: image {shown(entry.get('id'))} lacks one of id, file_name (or coco_url), width, height")
+            raise HdovdError(
+                f"{file}: image {shown(entry.get('id'))} lacks one of id, file_name (or coco_url), width, height"
+            )
         number = whole(entry["id"], f"{file}: image number {place}: id")
         where = f"{file}: image {number}"
         if number in images:
             raise HdovdError(f"{file}: image id {number} stands twice")
         if name is None:
             name = _name_of_url(checked_name(entry["coco_url"], f"{where}: coco_url", _LONGEST_PATH), folder)
-        images[number] = (_inside(checked_name(name, f"{where}: file_name", _LONGEST_PATH), folder, where),
-                          whole(entry["width"], f"{where}: width", 1, _LONGEST_SIDE),
-                          whole(entry["height"], f"{where}: height", 1, _LONGEST_SIDE))
+        images[number] = (
+            _inside(checked_name(name, f"{where}: file_name", _LONGEST_PATH), folder, where),
+            whole(entry["width"], f"{where}: width", 1, _LONGEST_SIDE),
+            whole(entry["height"], f"{where}: height", 1, _LONGEST_SIDE),
+        )
     return images
 
 
 def _name_of_url(url: str, folder: Path | None) -> str:
-    """`.../train2017/0009.jpg`: its last part, or its last two, as LVIS has pictures of two folders, where the folder holds such a one."""
+    """`.../train2017/0009.jpg`: its last part, or its last two, as LVIS has pictures of two folders, where the folder
+    holds such a one.
+    """
     *_, parent, name = ("", *PurePosixPath(url).parts)
     return f"{parent}/{name}" if folder is not None and parent and (folder / parent).is_dir() else name
 
@@ -377,8 +443,11 @@ def _inside(name: str, folder: Path | None, where: str) -> str:
     root = os.path.abspath(folder or "/")
     path = os.path.abspath(os.path.join(root, name))
     if folder is not None and os.path.commonpath((root, path)) != root:
-        raise HdovdError(f"{where}: file_name is {shown(name)}, which lies outside of the image folder {folder}: give the folder that "
-                         "holds all pictures with --images")
+        raise HdovdError(
+            f"{where}: file_name is {shown(name)}, which lies outside of the image folder {folder}: give the folder "
+            f"that "
+            "holds all pictures with --images"
+        )
     return os.path.relpath(path, root)
 
 
@@ -397,16 +466,28 @@ class DataPaths:
     images: Path | None = None
     annotations: Path | None = None
 
-    def load(self, split: str, protocol: Protocol, *, base_only: bool, log: Callable[[str], None] = print,
-             exif: str = Exif.APPLY) -> Split:
-        """`load_split` of `split` ("train2017", "val2017"), its pictures to be read by `exif`; what is skipped goes to `log`."""
+    def load(
+        self,
+        split: str,
+        protocol: Protocol,
+        *,
+        base_only: bool,
+        log: Callable[[str], None] = print,
+        exif: str = Exif.APPLY,
+    ) -> Split:
+        """`load_split` of `split` ("train2017", "val2017"), its pictures to be read by `exif`; what is skipped goes to
+        `log`.
+        """
         loaded = replace(load_split(*self.locate(split), protocol, base_only=base_only), exif=Exif(exif))
         for line in loaded.skips.lines():
             log(line)
         if loaded.empty:
             classes, switch = ("base", "keep_empty_train") if base_only else ("protocol's", "keep_empty_val")
-            log(f"left out {len(loaded.empty):,d}: image without an object of the {classes} classes ({shorten(list(loaded.empty))}); a "
-                f"protocol file with {switch} = true keeps them")
+            log(
+                f"left out {len(loaded.empty):,d}: image without an object of the {classes} classes "
+                f"({shorten(list(loaded.empty))}); a "
+                f"protocol file with {switch} = true keeps them"
+            )
         return loaded
 
     def locate(self, split: str) -> tuple[Path, Path]:

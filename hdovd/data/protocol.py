@@ -20,7 +20,8 @@ class Protocol:
 
     `min_image_side_px`: training images with a shorter side are dropped.
     `max_detections`: COCOeval's maxDets; AP is read at the last of them.
-    `keep_empty_train`, `keep_empty_val`: whether images without an object of the (base) classes are trained and evaluated on.
+    `keep_empty_train`, `keep_empty_val`: whether images without an object of the (base) classes are trained and
+    evaluated on.
     """
 
     name: str
@@ -38,9 +39,13 @@ class Protocol:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; the switches where they are on, since records of before there were any have none."""
-        return {"name": self.name, "base": list(self.base), "novel": list(self.novel),
-                "min_image_side_px": self.min_image_side_px, "max_detections": list(self.max_detections)} | {
-                    switch: True for switch in _SWITCHES if getattr(self, switch)}
+        return {
+            "name": self.name,
+            "base": list(self.base),
+            "novel": list(self.novel),
+            "min_image_side_px": self.min_image_side_px,
+            "max_detections": list(self.max_detections),
+        } | {switch: True for switch in _SWITCHES if getattr(self, switch)}
 
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Protocol) if f.default is not MISSING}
@@ -79,8 +84,22 @@ def parse_protocol(values: dict[str, Any]) -> Protocol:
     if twice or not values["base"]:
         raise HdovdError(f"named twice: {shorten(list(twice))}" if twice else "base holds no class name")
     side, dets, *switches = (values.get(key, default) for key, default in _DEFAULTS.items())
-    if type(side) is not int or not isinstance(dets, list | tuple) or not dets or not all(type(d) is int and d > 0 for d in dets):
-        raise HdovdError(f"min_image_side_px must be a whole number and max_detections a list of them: {cut(f'{side!r}, {dets!r}')}")
+    if (
+        type(side) is not int
+        or not isinstance(dets, list | tuple)
+        or not dets
+        or not all(type(d) is int and d > 0 for d in dets)
+    ):
+        raise HdovdError(
+            f"min_image_side_px must be a whole number and max_detections a list of them: {cut(f'{side!r}, {dets!r}')}"
+        )
     if not all(isinstance(switch, bool) for switch in switches):
         raise HdovdError(f"{' and '.join(_SWITCHES)} must be true or false: {cut(repr(switches))}")
-    return Protocol(checked_name(values["name"], "name"), tuple(values["base"]), tuple(values["novel"]), side, tuple(dets), *switches)
+    return Protocol(
+        checked_name(values["name"], "name"),
+        tuple(values["base"]),
+        tuple(values["novel"]),
+        side,
+        tuple(dets),
+        *switches,
+    )

@@ -53,27 +53,37 @@ class Targets:
 
     def with_first_pseudo_boxes(self, most: int | None) -> Targets:
         """Keeps the first `most` pseudo boxes; None: all."""
-        return replace(self, pseudo_boxes=self.pseudo_boxes[:most], pseudo_embeddings=self.pseudo_embeddings[:most],
-                       pseudo_texts=self.pseudo_texts[:most])
+        return replace(
+            self,
+            pseudo_boxes=self.pseudo_boxes[:most],
+            pseudo_embeddings=self.pseudo_embeddings[:most],
+            pseudo_texts=self.pseudo_texts[:most],
+        )
 
 
 def scale_all(targets: Sequence[Targets], factors: Sequence[tuple[float, float]]) -> list[Targets]:
     """The targets of a batch, each multiplied by the (x, y) resize factors of its image."""
     boxes = targets[0].boxes
     rows = torch.tensor([(x, y, x, y) for x, y in factors], dtype=boxes.dtype).to(boxes.device, non_blocking=True)
-    return [replace(t, boxes=t.boxes * row, pseudo_boxes=t.pseudo_boxes * row) for t, row in zip(targets, rows, strict=True)]
+    return [
+        replace(t, boxes=t.boxes * row, pseudo_boxes=t.pseudo_boxes * row) for t, row in zip(targets, rows, strict=True)
+    ]
 
 
 def with_large_pseudo_boxes(targets: Sequence[Targets], min_side: float) -> list[Targets]:
-    """The targets of a batch with those pseudo boxes that have both sides over `min_side` pixels. The host waits for the device once."""
+    """The targets of a batch with those pseudo boxes that have both sides over `min_side` pixels. The host waits for
+    the device once.
+    """
     boxes = torch.cat([t.pseudo_boxes for t in targets])
     large = ((boxes[:, 2:] - boxes[:, :2]) > min_side).all(dim=1).cpu()
     counts = [int(own.sum()) for own in large.split([len(t.pseudo_boxes) for t in targets])]
     rows = large.nonzero().flatten().to(boxes.device, non_blocking=True)
     tables = (boxes, torch.cat([t.pseudo_embeddings for t in targets]), torch.cat([t.pseudo_texts for t in targets]))
     parts = zip(*(table[rows].split(counts) for table in tables), strict=True)
-    return [replace(t, pseudo_boxes=own, pseudo_embeddings=embeddings, pseudo_texts=texts)
-            for t, (own, embeddings, texts) in zip(targets, parts, strict=True)]
+    return [
+        replace(t, pseudo_boxes=own, pseudo_embeddings=embeddings, pseudo_texts=texts)
+        for t, (own, embeddings, texts) in zip(targets, parts, strict=True)
+    ]
 
 
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:

@@ -1,1 +1,2 @@
-"""Detections and annotations in, numbers out: COCO AP, TIDE errors, curves, confusion, reliability of scores, recall."""
+"""Detections and annotations in, numbers out: COCO AP, TIDE errors, curves, confusion, reliability of scores,
+recall."""

@@ -10,9 +10,11 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Reliability:
-    """Detections of one group by score: `edges` (B+1,); `counts` (B,); `mean_scores` (B,) and `precisions` (B,), the share that is right
-    at IoU 0.5, NaN in an empty bin. Ignored detections are left out. `calibration_error`: the expected one, the mean over detections of
-    |precision - mean score| of their bin (Naeini et al., 2015); None without detections."""
+    """Detections of one group by score: `edges` (B+1,); `counts` (B,); `mean_scores` (B,) and `precisions` (B,), the
+    share that is right at IoU 0.5, NaN in an empty bin. Ignored detections are left out. `calibration_error`: the
+    expected one, the mean over detections of
+    |precision - mean score| of their bin (Naeini et al., 2015); None without detections.
+    """
 
     edges: np.ndarray
     counts: np.ndarray
@@ -22,13 +24,19 @@ class Reliability:
 
     def to_tree(self) -> dict[str, Any]:
         """The fields as lists; NaN as None."""
-        return {"edges": self.edges.tolist(), "counts": self.counts.tolist(), "mean_scores": _listed(self.mean_scores),
-                "precisions": _listed(self.precisions), "calibration_error": self.calibration_error}
+        return {
+            "edges": self.edges.tolist(),
+            "counts": self.counts.tolist(),
+            "mean_scores": _listed(self.mean_scores),
+            "precisions": _listed(self.precisions),
+            "calibration_error": self.calibration_error,
+        }
 
 
 def score_reliability(scores: np.ndarray, right: np.ndarray, bins: int = 10) -> Reliability:
-    """Scores (n,) in 0..1 against whether the detections are right (n,) bool. A score on an edge belongs to the bin above it, 1 to the
-    last."""
+    """Scores (n,) in 0..1 against whether the detections are right (n,) bool. A score on an edge belongs to the bin
+    above it, 1 to the last.
+    """
     edges = np.linspace(0, 1, bins + 1)
     place = np.clip(np.searchsorted(edges, scores, "right") - 1, 0, bins - 1)
     counts = np.bincount(place, minlength=bins)

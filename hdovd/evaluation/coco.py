@@ -39,7 +39,10 @@ class AveragePrecision:
 
     def summary(self) -> dict[str, dict[str, float | None]]:
         """`{"ap50": {"novel", "base", "all"}, "ap": {...}}`."""
-        return {name: {group: self.mean(values, group) for group in GROUPS} for name, values in (("ap50", self.ap50), ("ap", self.ap))}
+        return {
+            name: {group: self.mean(values, group) for group in GROUPS}
+            for name, values in (("ap50", self.ap50), ("ap", self.ap))
+        }
 
     def without_ground_truth(self) -> list[str]:
         return [name for name, value in zip(self.protocol.names, self.ap50, strict=True) if np.isnan(value)]
@@ -55,53 +58,97 @@ class AveragePrecision:
     def per_class(self) -> dict[str, dict[str, float | None]]:
         values = np.stack([self.ap50, self.ap], axis=1).astype(object)
         values[np.isnan(self.ap50)] = None
-        return {name: {"ap50": ap50, "ap": ap} for name, (ap50, ap) in zip(self.protocol.names, values.tolist(), strict=True)}
+        return {
+            name: {"ap50": ap50, "ap": ap}
+            for name, (ap50, ap) in zip(self.protocol.names, values.tolist(), strict=True)
+        }
 
 
 class GroundTruth:
-    """The objects of an annotation file that AP counts, read and indexed once: they serve one set of detections after another.
+    """The objects of an annotation file that AP counts, read and indexed once: they serve one set of detections after
+    another.
 
-    `objects`: the same as arrays, in the file's order."""
+    `objects`: the same as arrays, in the file's order.
+    """
 
-    def __init__(self, annotations: Path, coco_ids: tuple[int, ...], image_ids: Iterable[int], protocol: Protocol,
-                 engine: Engine = Engine.PYCOCOTOOLS) -> None:
-        """`coco_ids`: the file's category id of every class, in label order. Raises HdovdError without the file or the engine."""
+    def __init__(
+        self,
+        annotations: Path,
+        coco_ids: tuple[int, ...],
+        image_ids: Iterable[int],
+        protocol: Protocol,
+        engine: Engine = Engine.PYCOCOTOOLS,
+    ) -> None:
+        """`coco_ids`: the file's category id of every class, in label order. Raises HdovdError without the file or the
+        engine.
+        """
         self.protocol, self.coco_ids, self.engine = protocol, coco_ids, engine
         self._coco, self._evaluation = classes(engine)
         self._image_ids, wanted_classes = set(image_ids), set(coco_ids)
         found = read_instances(annotations)
         boxes = np.array(found.boxes).reshape(-1, 4)
-        kept = [row for row, (image_id, category) in enumerate(zip(found.image_ids, found.categories, strict=True))
-                if image_id in self._image_ids and category in wanted_classes and row not in found.odd
-                and clip_box(boxes[row].tolist(), *found.images[image_id][1:])[0] is not None]  # what `load_split` skipped is no object
+        kept = [
+            row
+            for row, (image_id, category) in enumerate(zip(found.image_ids, found.categories, strict=True))
+            if image_id in self._image_ids
+            and category in wanted_classes
+            and row not in found.odd
+            and clip_box(boxes[row].tolist(), *found.images[image_id][1:])[0] is not None
+        ]  # what `load_split` skipped is no object
         self.objects = _flat(found, boxes, kept, coco_ids)
         areas = np.array(found.areas)
         areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas).tolist()
         # pycocotools takes annotation id 0 for "unmatched": number them anew from 1
-        self._truth = self._indexed([
-            {"id": number, "image_id": found.image_ids[row], "category_id": found.categories[row], "bbox": boxes[row].tolist(),
-             "iscrowd": found.crowd[row], "area": areas[row]} for number, row in enumerate(kept, start=1)])
+        self._truth = self._indexed(
+            [
+                {
+                    "id": number,
+                    "image_id": found.image_ids[row],
+                    "category_id": found.categories[row],
+                    "bbox": boxes[row].tolist(),
+                    "iscrowd": found.crowd[row],
+                    "area": areas[row],
+                }
+                for number, row in enumerate(kept, start=1)
+            ]
+        )
 
     def average_precision(self, detections: list[dict[str, Any]]) -> AveragePrecision:
         """AP of COCO results.
 
         Args:
-            detections: `[{image_id, category_id, bbox: [x, y, w, h], score}]`, pixels of the original images; any order.
+            detections: `[{image_id, category_id, bbox: [x, y, w, h], score}]`, pixels of the original images; any
+            order.
 
         Raises HdovdError if one is for an image that is not in the truth.
         """
         strange = {d["image_id"] for d in detections} - self._image_ids
         if strange:
-            raise HdovdError(f"detections for images that the ground truth does not hold: {shorten(sorted(strange))}; "
-                             "were they made for another split?")
-        found = self._indexed([
-            {"id": number, "image_id": d["image_id"], "category_id": d["category_id"], "bbox": d["bbox"], "score": d["score"],
-             "area": d["bbox"][2] * d["bbox"][3], "iscrowd": 0} for number, d in enumerate(detections, start=1)])
+            raise HdovdError(
+                f"detections for images that the ground truth does not hold: {shorten(sorted(strange))}; "
+                "were they made for another split?"
+            )
+        found = self._indexed(
+            [
+                {
+                    "id": number,
+                    "image_id": d["image_id"],
+                    "category_id": d["category_id"],
+                    "bbox": d["bbox"],
+                    "score": d["score"],
+                    "area": d["bbox"][2] * d["bbox"][3],
+                    "iscrowd": 0,
+                }
+                for number, d in enumerate(detections, start=1)
+            ]
+        )
         with _quiet():
             evaluation = self._evaluation(self._truth, found, "bbox")
             evaluation.params.imgIds = sorted(self._image_ids)
             evaluation.params.catIds = list(self.coco_ids)
-            evaluation.params.maxDets = [max(self.protocol.max_detections)]  # AP is read at the largest; the others would cost their time
+            evaluation.params.maxDets = [
+                max(self.protocol.max_detections)
+            ]  # AP is read at the largest; the others would cost their time
             evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
             evaluation.evaluate()
             evaluation.accumulate()
@@ -114,22 +161,38 @@ class GroundTruth:
     def _indexed(self, annotations: list[dict[str, Any]]) -> Any:
         with _quiet():
             coco = self._coco()
-            coco.dataset = {"info": {}, "images": [{"id": i} for i in sorted(self._image_ids)], "annotations": annotations,
-                            "categories": [{"id": i, "name": name} for i, name in zip(self.coco_ids, self.protocol.names, strict=True)]}
+            coco.dataset = {
+                "info": {},
+                "images": [{"id": i} for i in sorted(self._image_ids)],
+                "annotations": annotations,
+                "categories": [
+                    {"id": i, "name": name} for i, name in zip(self.coco_ids, self.protocol.names, strict=True)
+                ],
+            }
             coco.createIndex()
         return coco
 
 
-def average_precision(annotations: Path, coco_ids: tuple[int, ...], image_ids: Iterable[int], detections: list[dict[str, Any]],
-                      protocol: Protocol, engine: Engine = Engine.PYCOCOTOOLS) -> AveragePrecision:
+def average_precision(
+    annotations: Path,
+    coco_ids: tuple[int, ...],
+    image_ids: Iterable[int],
+    detections: list[dict[str, Any]],
+    protocol: Protocol,
+    engine: Engine = Engine.PYCOCOTOOLS,
+) -> AveragePrecision:
     """AP of COCO results on `image_ids` of an annotation file, once; arguments and errors as of `GroundTruth`."""
     return GroundTruth(annotations, coco_ids, image_ids, protocol, engine).average_precision(detections)
 
 
 def _flat(found: Instances, boxes: np.ndarray, rows: list[int], coco_ids: tuple[int, ...]) -> Objects:
     label = {coco_id: k for k, coco_id in enumerate(coco_ids)}
-    return Objects(np.array(found.image_ids, np.int64)[rows], boxes[rows],
-                   np.array([label[found.categories[row]] for row in rows], np.int64), np.array(found.crowd, bool)[rows])
+    return Objects(
+        np.array(found.image_ids, np.int64)[rows],
+        boxes[rows],
+        np.array([label[found.categories[row]] for row in rows], np.int64),
+        np.array(found.crowd, bool)[rows],
+    )
 
 
 def _quiet() -> contextlib.redirect_stdout[io.StringIO]:

@@ -27,13 +27,19 @@ def require(engine: Engine) -> str:
 
 
 def classes(engine: Engine) -> tuple[Any, Any]:
-    """An engine's class for truth and detections, and its class that compares them. Raises HdovdError as `require` does."""
+    """An engine's class for truth and detections, and its class that compares them. Raises HdovdError as `require`
+    does.
+    """
     try:
         if engine is Engine.FASTER:
             package = importlib.import_module("faster_coco_eval")
             return package.COCO, package.COCOeval_faster
-        return importlib.import_module("pycocotools.coco").COCO, importlib.import_module("pycocotools.cocoeval").COCOeval
+        return importlib.import_module("pycocotools.coco").COCO, importlib.import_module(
+            "pycocotools.cocoeval"
+        ).COCOeval
     except ImportError as error:
         extra = "hdovd[fast-eval]" if engine is Engine.FASTER else engine.value
-        raise HdovdError(f"the AP engine {engine.value} cannot be imported ({error}): pip install '{extra}'"
-                         + (f", or use the engine {Engine.PYCOCOTOOLS}" if engine is Engine.FASTER else "")) from error
+        raise HdovdError(
+            f"the AP engine {engine.value} cannot be imported ({error}): pip install '{extra}'"
+            + (f", or use the engine {Engine.PYCOCOTOOLS}" if engine is Engine.FASTER else "")
+        ) from error

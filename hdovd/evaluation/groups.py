@@ -1,4 +1,5 @@
-"""The groups of classes that every metric is stated for. Means are over the classes of a group that have ground truth."""
+"""The groups of classes that every metric is stated for. Means are over the classes of a group that have ground
+truth."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Which detection found which object, as COCOeval decides it at one IoU: what curves, errors and verdicts are counted from.
+"""Which detection found which object, as COCOeval decides it at one IoU: what curves, errors and verdicts are counted
+from.
 
 D detections, G objects, P overlapping pairs of
-them. Boxes are (x, y, width, height) float64 in pixels of the original image, as the files have them: from corners the IoU would differ in
-its last bits, and with it, now and then, a match.
+them. Boxes are (x, y, width, height) float64 in pixels of the original image, as the files have them: from corners the
+IoU would differ in its last bits, and with it, now and then, a match.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ PAIRS_AT_ONCE = 1 << 19  # bounds the memory, some 200 bytes a pair
 
 @dataclass(frozen=True, slots=True)
 class Objects:
-    """Ground truth, flat: `image_ids` (G,), `boxes` (G, 4), `labels` (G,), `crowd` (G,) bool: not one object, asks and answers nothing."""
+    """Ground truth, flat: `image_ids` (G,), `boxes` (G, 4), `labels` (G,), `crowd` (G,) bool: not one object, asks and
+    answers nothing.
+    """
 
     image_ids: np.ndarray
     boxes: np.ndarray
@@ -41,8 +44,10 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Overlaps:
-    """Pairs of one image that overlap by `LEAST_IOU` or more, whatever their classes: places `detection` (P,) and `item` (P,) in
-    `Found` and `Objects`, and `iou` (P,); with a crowd it is the share of the detection that lies in it. Sorted by both places."""
+    """Pairs of one image that overlap by `LEAST_IOU` or more, whatever their classes: places `detection` (P,) and
+    `item` (P,) in `Found` and `Objects`, and `iou` (P,); with a crowd it is the share of the detection that lies in it.
+    Sorted by both places.
+    """
 
     detection: np.ndarray
     item: np.ndarray
@@ -50,7 +55,8 @@ class Overlaps:
 
 
 class Verdict(IntEnum):
-    """On a detection. IGNORED: it lies in a crowd of its class, or beyond the cap on detections; AP does not count it."""
+    """On a detection. IGNORED: it lies in a crowd of its class, or beyond the cap on detections; AP does not count
+    it."""
 
     WRONG = 0
     RIGHT = 1
@@ -59,8 +65,10 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Matching:
-    """`verdict` (D,) of `Verdict`; `item` (D,): the object, or crowd, that a detection took, or -1; `finder` (G,): the detection that
-    found an object, or -1, always so for crowds; `rank` (D,): places of detections, class by class, best first."""
+    """`verdict` (D,) of `Verdict`; `item` (D,): the object, or crowd, that a detection took, or -1; `finder` (G,): the
+    detection that found an object, or -1, always so for crowds; `rank` (D,): places of detections, class by class, best
+    first.
+    """
 
     verdict: np.ndarray
     item: np.ndarray
@@ -104,8 +112,8 @@ def paired_ious(one: np.ndarray, two: np.ndarray, crowd: np.ndarray) -> np.ndarr
 
 
 def match(found: Found, objects: Objects, overlaps: Overlaps, most: int) -> Matching:
-    """COCOeval's rule: in each image and class every detection in turn, best first, takes the object, of those still free, that it
-    overlaps most; else a crowd, which is never used up.
+    """COCOeval's rule: in each image and class every detection in turn, best first, takes the object, of those still
+    free, that it overlaps most; else a crowd, which is never used up.
 
     Args:
         most: the cap of COCOeval's maxDets: detections of one class in one image that count.
@@ -128,7 +136,9 @@ def ranking(labels: np.ndarray, scores: np.ndarray, image_ids: np.ndarray) -> np
     return np.lexsort((image_ids, -scores, labels))
 
 
-def take(objects: Objects, overlaps: Overlaps, able: np.ndarray, rank: np.ndarray, preferred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def take(
+    objects: Objects, overlaps: Overlaps, able: np.ndarray, rank: np.ndarray, preferred: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Every detection takes the free object that it overlaps most; if there is none, a crowd, which stays free.
 
     Args:

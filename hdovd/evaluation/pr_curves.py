@@ -19,8 +19,10 @@ RECALLS = np.linspace(0.0, 1.0, 101)
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """`precision` (K, 101): the highest precision at a recall or beyond, 0 where it is not reached, NaN for a class without objects.
-    `scores` (K, 101): of the detection that reaches it; take it as the threshold that gives this recall. 0 where it is not reached."""
+    """`precision` (K, 101): the highest precision at a recall or beyond, 0 where it is not reached, NaN for a class
+    without objects. `scores` (K, 101): of the detection that reaches it; take it as the threshold that gives this
+    recall. 0 where it is not reached.
+    """
 
     protocol: Protocol
     precision: np.ndarray
@@ -37,11 +39,18 @@ class Curves:
         return rows.mean(axis=0) if len(rows) else None
 
     def to_tree(self) -> dict[str, Any]:
-        """`{"recall": [101], "groups": {group: [101] or None}, "classes": {name: {"precision": [101], "scores": [101]} or None}}`."""
+        """`{"recall": [101], "groups": {group: [101] or None}, "classes": {name: {"precision": [101], "scores": [101]}
+        or None}}`.
+        """
         groups = {group: self.group(group) for group in GROUPS}
-        return {"recall": _rounded(RECALLS), "groups": {group: None if line is None else _rounded(line) for group, line in groups.items()},
-                "classes": {name: None if np.isnan(precision[0]) else {"precision": _rounded(precision), "scores": _rounded(scores)}
-                            for name, precision, scores in zip(self.protocol.names, self.precision, self.scores, strict=True)}}
+        return {
+            "recall": _rounded(RECALLS),
+            "groups": {group: None if line is None else _rounded(line) for group, line in groups.items()},
+            "classes": {
+                name: None if np.isnan(precision[0]) else {"precision": _rounded(precision), "scores": _rounded(scores)}
+                for name, precision, scores in zip(self.protocol.names, self.precision, self.scores, strict=True)
+            },
+        }
 
 
 def precision_curves(found: Found, objects: Objects, matching: Matching, protocol: Protocol) -> Curves:
@@ -52,7 +61,9 @@ def precision_curves(found: Found, objects: Objects, matching: Matching, protoco
     return Curves(protocol, precision, scores)
 
 
-def curves_of(labels: np.ndarray, scores: np.ndarray, verdict: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def curves_of(
+    labels: np.ndarray, scores: np.ndarray, verdict: np.ndarray, objects: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Precision and score at each recall: two (K, 101).
 
     Args:

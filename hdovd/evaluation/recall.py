@@ -36,7 +36,8 @@ def found_at(boxes: np.ndarray, objects: np.ndarray, thresholds: Sequence[float]
 
 
 def recall(found: Sequence[np.ndarray], most: int) -> np.ndarray:
-    """The share of objects that the `most` best boxes of their image find, at each threshold: (T,), NaN without objects.
+    """The share of objects that the `most` best boxes of their image find, at each threshold: (T,), NaN without
+    objects.
 
     Args:
         found: (T, G) an image, of `found_at`.

@@ -1,7 +1,9 @@
-"""TIDE: what keeps AP50 from 100, by kind of error (Bolya et al., 2020, arXiv 2008.08115), for novel and base classes apart.
+"""TIDE: what keeps AP50 from 100, by kind of error (Bolya et al., 2020, arXiv 2008.08115), for novel and base classes
+apart.
 
 D detections, G objects, K classes. "Overlap" is the IoU with an object that
-is no crowd; o is that with an object of the detection's class, x with one of another class. A wrong detection is the first of these:
+is no crowd; o is that with an object of the detection's class, x with one of another class. A wrong detection is the
+first of these:
 
     localisation    0.1 <= max o < 0.5
     classification  max x >= 0.5
@@ -11,25 +13,28 @@ is no crowd; o is that with an object of the detection's class, x with one of an
 
 What is gained by mending a kind, all others left as they are (section 2.3 of the paper):
 
-    classification, localisation    the class, or box, becomes that of the object, so that the detection is right. An object is found once:
-                                    for one that is found already the detection is dropped instead, and of several errors about one object,
-                                    of these two kinds together, the best scored is mended, the others are dropped
+    classification, localisation the class, or box, becomes that of the object, so that the detection is right. An
+    object is found once:
+                                    for one that is found already the detection is dropped instead, and of several
+                                    errors about one object, of these two kinds together, the best scored is mended, the
+                                    others are dropped
     both, duplicate, background     dropped
     missed                          not found, and none of the first two is about it: the object is dropped
 
-Where the paper leaves something open, the order of the tests and which detection is mended above all, this is what its authors' package
-tidecv 1.0 does. It differs from it in what follows.
-- Detections in a crowd of their class, and those beyond maxDets, are no errors, as they are not to AP; tidecv counts the former, and mends
-  them. maxDets caps a class in an image, as in COCOeval; in tidecv an image.
-- Intervals are half open: an overlap of exactly 0.5 with an object that another has found is a duplicate (tidecv: localisation), one of
-  exactly 0.1 with another class is "both" (background).
-- The 101 recalls are COCOeval's to the last bit, which decides at recalls that are met exactly; without this and crowds, all
-  counts are tidecv's, and all gains to 1e-12.
+Where the paper leaves something open, the order of the tests and which detection is mended above all, this is what its
+authors' package tidecv 1.0 does. It differs from it in what follows.
+- Detections in a crowd of their class, and those beyond maxDets, are no errors, as they are not to AP; tidecv counts
+  the former, and mends them. maxDets caps a class in an image, as in COCOeval; in tidecv an image.
+- Intervals are half open: an overlap of exactly 0.5 with an object that another has found is a duplicate (tidecv:
+  localisation), one of exactly 0.1 with another class is "both" (background).
+- The 101 recalls are COCOeval's to the last bit, which decides at recalls that are met exactly; without this and
+  crowds, all counts are tidecv's, and all gains to 1e-12.
 - A class without objects is in no mean, as in COCOeval; tidecv counts it as 0 if something was detected as it.
-- A gain is the mean over the classes of its group, and may be a little below 0 where fewer objects shift the 101 recalls; tidecv cuts
-  it off at 0.
+- A gain is the mean over the classes of its group, and may be a little below 0 where fewer objects shift the 101
+  recalls; tidecv cuts it off at 0.
 
-As in tidecv, a class all of whose objects are missed gains nothing by dropping them, for nothing is left to be found: see the counts.
+As in tidecv, a class all of whose objects are missed gains nothing by dropping them, for nothing is left to be found:
+see the counts.
 """
 
 from __future__ import annotations
@@ -47,7 +52,9 @@ from hdovd.evaluation.pr_curves import curves_of
 
 
 class Kind(StrEnum):
-    """What a detection is; an object that nothing found and whose finding no CLASSIFICATION or LOCALISATION error stands for is MISSED."""
+    """What a detection is; an object that nothing found and whose finding no CLASSIFICATION or LOCALISATION error
+    stands for is MISSED.
+    """
 
     RIGHT = "right"
     CLASSIFICATION = "classification"
@@ -66,9 +73,10 @@ _PLACE = {kind: place for place, kind in enumerate(KINDS)}
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """Every error of a run: `kind` (D,) places in `KINDS`; `item` (D,): the object that it is about (the one found, the crowd it lies in),
-    or -1; `mended_by` (G,): the detection that would find an object that nothing found if its class or its box were mended, or -1;
-    `missed` (G,) bool: not found, and not even that."""
+    """Every error of a run: `kind` (D,) places in `KINDS`; `item` (D,): the object that it is about (the one found, the
+    crowd it lies in), or -1; `mended_by` (G,): the detection that would find an object that nothing found if its class
+    or its box were mended, or -1; `missed` (G,) bool: not found, and not even that.
+    """
 
     kind: np.ndarray
     item: np.ndarray
@@ -84,11 +92,12 @@ class Errors:
 class GroupErrors:
     """One group of classes ("novel", "base" or "all").
 
-    `ap50`: percent, mean over its classes with objects; None if none has any. `objects`, `found`: how many there are and were found.
-    `counts`: errors by kind: detections by their own class, missed objects by theirs. `gains`: AP50 that the group's mean would gain if
-    all errors of that kind, of any class, were mended, and only those; None as `ap50`. `false_positives`, `false_negatives`: how many
-    detections are wrong and objects not found; `false_positive_gain`, `false_negative_gain`: AP50 gained without the former, and
-    without the latter."""
+    `ap50`: percent, mean over its classes with objects; None if none has any. `objects`, `found`: how many there are
+    and were found. `counts`: errors by kind: detections by their own class, missed objects by theirs. `gains`: AP50
+    that the group's mean would gain if all errors of that kind, of any class, were mended, and only those; None as
+    `ap50`. `false_positives`, `false_negatives`: how many detections are wrong and objects not found;
+    `false_positive_gain`, `false_negative_gain`: AP50 gained without the former, and without the latter.
+    """
 
     ap50: float | None
     objects: int
@@ -103,9 +112,10 @@ class GroupErrors:
 
 @dataclass(frozen=True, slots=True)
 class ErrorBreakdown:
-    """`groups`: by "novel", "base" and "all". `misnamed[truth][detection]`: classification errors by the group ("novel", "base") of the
-    object's class and of the name it was given. `class_counts`, `class_gains` (K, 6): of each class, by `ERRORS`; gains NaN for a class
-    without objects."""
+    """`groups`: by "novel", "base" and "all". `misnamed[truth][detection]`: classification errors by the group
+    ("novel", "base") of the object's class and of the name it was given. `class_counts`, `class_gains` (K, 6): of each
+    class, by `ERRORS`; gains NaN for a class without objects.
+    """
 
     protocol: Protocol
     groups: dict[str, GroupErrors]
@@ -114,13 +124,24 @@ class ErrorBreakdown:
     class_gains: np.ndarray
 
     def to_tree(self) -> dict[str, Any]:
-        """`{"groups": {group: fields of GroupErrors}, "misnamed": ..., "classes": {name: {"counts": {kind: n}, "gains": {kind: x}}}}`;
-        a class without objects has gains None."""
+        """`{"groups": {group: fields of GroupErrors}, "misnamed": ..., "classes": {name: {"counts": {kind: n}, "gains":
+        {kind: x}}}}`; a class without objects has gains None.
+        """
         names = [kind.value for kind in ERRORS]
-        classes = {name: {"counts": dict(zip(names, counts, strict=True)),
-                          "gains": None if np.isnan(gains[0]) else dict(zip(names, gains, strict=True))}
-                   for name, counts, gains in zip(self.protocol.names, self.class_counts.tolist(), self.class_gains.tolist(), strict=True)}
-        return {"groups": {group: asdict(part) for group, part in self.groups.items()}, "misnamed": self.misnamed, "classes": classes}
+        classes = {
+            name: {
+                "counts": dict(zip(names, counts, strict=True)),
+                "gains": None if np.isnan(gains[0]) else dict(zip(names, gains, strict=True)),
+            }
+            for name, counts, gains in zip(
+                self.protocol.names, self.class_counts.tolist(), self.class_gains.tolist(), strict=True
+            )
+        }
+        return {
+            "groups": {group: asdict(part) for group, part in self.groups.items()},
+            "misnamed": self.misnamed,
+            "classes": classes,
+        }
 
 
 def break_down(found: Found, objects: Objects, protocol: Protocol) -> ErrorBreakdown:
@@ -137,8 +158,14 @@ def classify(found: Found, objects: Objects, overlaps: Overlaps, matching: Match
     own = found.labels[detection] == objects.labels[item]
     own_item, own_iou = _most_overlapped(detection[own], item[own], iou[own], len(found.labels))
     other_item, other_iou = _most_overlapped(detection[~own], item[~own], iou[~own], len(found.labels))
-    tests = [matching.verdict == Verdict.RIGHT, matching.verdict == Verdict.IGNORED, (own_item >= 0) & (own_iou < IOU), other_iou >= IOU,
-             own_item >= 0, other_item >= 0]
+    tests = [
+        matching.verdict == Verdict.RIGHT,
+        matching.verdict == Verdict.IGNORED,
+        (own_item >= 0) & (own_iou < IOU),
+        other_iou >= IOU,
+        own_item >= 0,
+        other_item >= 0,
+    ]
     kinds = [Kind.RIGHT, Kind.IGNORED, Kind.LOCALISATION, Kind.CLASSIFICATION, Kind.DUPLICATE, Kind.BOTH]
     kind = np.select(tests, [_PLACE[k] for k in kinds], _PLACE[Kind.BACKGROUND])
     about = np.select(tests, [matching.item, matching.item, own_item, other_item, own_item, other_item], -1)
@@ -151,8 +178,12 @@ def classify(found: Found, objects: Objects, overlaps: Overlaps, matching: Match
     return Errors(kind, about, mended_by, (matching.finder < 0) & (mended_by < 0) & ~objects.crowd)
 
 
-def _most_overlapped(detection: np.ndarray, item: np.ndarray, iou: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The object, or -1, that each of `count` detections overlaps most, of equals the first, and the IoU; from pairs (P,)."""
+def _most_overlapped(
+    detection: np.ndarray, item: np.ndarray, iou: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The object, or -1, that each of `count` detections overlaps most, of equals the first, and the IoU; from pairs
+    (P,).
+    """
     order = np.lexsort((item, -iou, detection))
     which, first = np.unique(detection[order], return_index=True)
     best, best_iou = np.full(count, -1), np.zeros(count)
@@ -160,7 +191,9 @@ def _most_overlapped(detection: np.ndarray, item: np.ndarray, iou: np.ndarray, c
     return best, best_iou
 
 
-def count_errors(found: Found, objects: Objects, matching: Matching, errors: Errors, protocol: Protocol) -> ErrorBreakdown:
+def count_errors(
+    found: Found, objects: Objects, matching: Matching, errors: Errors, protocol: Protocol
+) -> ErrorBreakdown:
     """Errors by kind and group, and what AP50 would gain without them."""
     classes, solid = len(protocol.names), ~objects.crowd
     held = np.bincount(objects.labels[solid], minlength=classes)
@@ -170,7 +203,8 @@ def count_errors(found: Found, objects: Objects, matching: Matching, errors: Err
     rank = matching.rank
 
     def ap50(verdict: np.ndarray, left: np.ndarray) -> np.ndarray:
-        """(K,) percent, of `left` (K,) objects to find: 0 for a class of which none is left, NaN for one that had none."""
+        """(K,) percent, of `left` (K,) objects to find: 0 for a class of which none is left, NaN for one that had
+        none."""
         precision, _ = curves_of(found.labels[rank], found.scores[rank], verdict[rank], left)
         return np.where(held > 0, np.where(left > 0, precision.mean(axis=1) * 100, 0.0), np.nan)
 
@@ -192,8 +226,13 @@ def count_errors(found: Found, objects: Objects, matching: Matching, errors: Err
 
     plain = ap50(matching.verdict, held)
     gains = np.stack([mended(kind) - plain for kind in ERRORS], axis=1)
-    counts = np.stack([missed if kind is Kind.MISSED else np.bincount(found.labels[errors.of(kind)], minlength=classes)
-                       for kind in ERRORS], axis=1)
+    counts = np.stack(
+        [
+            missed if kind is Kind.MISSED else np.bincount(found.labels[errors.of(kind)], minlength=classes)
+            for kind in ERRORS
+        ],
+        axis=1,
+    )
     no_wrong = ap50(np.where(matching.verdict == Verdict.WRONG, Verdict.IGNORED, matching.verdict), held) - plain
     none_lost = ap50(matching.verdict, hit) - plain
 
@@ -202,15 +241,31 @@ def count_errors(found: Found, objects: Objects, matching: Matching, errors: Err
         means = [group_mean(column, protocol, name) for column in (plain, *gains.T, no_wrong, none_lost)]
         by_kind = dict(zip(ERRORS, counts[part].sum(axis=0).tolist(), strict=True))
         there, got = int(held[part].sum()), int(hit[part].sum())
-        return GroupErrors(means[0], there, got, by_kind, dict(zip(ERRORS, means[1:-2], strict=True)), int(wrong[part].sum()), there - got,
-                           means[-2], means[-1])
+        return GroupErrors(
+            means[0],
+            there,
+            got,
+            by_kind,
+            dict(zip(ERRORS, means[1:-2], strict=True)),
+            int(wrong[part].sum()),
+            there - got,
+            means[-2],
+            means[-1],
+        )
 
-    return ErrorBreakdown(protocol, {name: group(name) for name in GROUPS}, _misnamed(found, objects, errors, protocol), counts, gains)
+    return ErrorBreakdown(
+        protocol, {name: group(name) for name in GROUPS}, _misnamed(found, objects, errors, protocol), counts, gains
+    )
 
 
 def _misnamed(found: Found, objects: Objects, errors: Errors, protocol: Protocol) -> dict[str, dict[str, int]]:
     wrong = errors.of(Kind.CLASSIFICATION)
     truth_novel = objects.labels[errors.item[wrong]] >= len(protocol.base)
     named_novel = found.labels[wrong] >= len(protocol.base)
-    return {truth: {named: int(((truth_novel == (truth == "novel")) & (named_novel == (named == "novel"))).sum())
-                    for named in ("novel", "base")} for truth in ("novel", "base")}
+    return {
+        truth: {
+            named: int(((truth_novel == (truth == "novel")) & (named_novel == (named == "novel"))).sum())
+            for named in ("novel", "base")
+        }
+        for truth in ("novel", "base")
+    }

@@ -1,4 +1,5 @@
-"""What a detector is to the stages, and how one is built from a recipe: by its name in the registry, or module:Class of the user's own.
+"""What a detector is to the stages, and how one is built from a recipe: by its name in the registry, or module:Class of
+the user's own.
 
 N images, R boxes of an image, C classes, K base classes, D embedding size.
 """
@@ -33,8 +34,9 @@ class RoIPredictions:
 
 @dataclass(frozen=True, slots=True)
 class Students:
-    """q (n, D) L2-normalised student embeddings (METHOD section 4), box (n,) int64 the boxes that they are of, numbered image by image,
-    base before pseudo; targets: those of the batch with the pseudo boxes that were used."""
+    """q (n, D) L2-normalised student embeddings (METHOD section 4), box (n,) int64 the boxes that they are of, numbered
+    image by image, base before pseudo; targets: those of the batch with the pseudo boxes that were used.
+    """
 
     q: Tensor
     box: Tensor
@@ -42,17 +44,20 @@ class Students:
 
 
 class Detector(nn.Module):
-    """What the stages use of a detector; built as MyDetector(recipe, dim, log), which has to set `recipe`, `dim` and `backbone`.
+    """What the stages use of a detector; built as MyDetector(recipe, dim, log), which has to set `recipe`, `dim` and
+    `backbone`.
 
-    Text embeddings are arguments: a detector holds no class list. `log` None: weights are loaded over it, so nothing is initialised that
-    would have to be downloaded. With `norm = "batch"`, batch norms of `backbone` become SyncBatchNorm in several processes.
+    Text embeddings are arguments: a detector holds no class list. `log` None: weights are loaded over it, so nothing is
+    initialised that would have to be downloaded. With `norm = "batch"`, batch norms of `backbone` become SyncBatchNorm
+    in several processes.
     """
 
     recipe: Recipe
     dim: int
     backbone: nn.Module
     knows_objects: bool = True  # False: training has to give it the text embedding of "object" first
-    # module:Class of a module over (image, texts, is_novel) that torch can trace (`exportable`); None: no export but safetensors
+    # module:Class of a module over (image, texts, is_novel) that torch can trace (`exportable`); None: no export but
+    # safetensors
     exportable: ClassVar[str | None] = None
     training_parts: ClassVar[tuple[str, ...]] = ()  # beginnings of names in the state that no detection depends on
     has_idle_parameters: ClassVar[bool] = False  # whether some have no part in some steps
@@ -63,14 +68,16 @@ class Detector(nn.Module):
     def begin_epoch(self, epoch: int) -> None:
         """Before the steps of an epoch, counted from 1; also when training goes on in the middle of one."""
 
-    def forward(self, images: list[Tensor], targets: list[Targets], texts: Tensor,
-                keys: Sequence[int] | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: list[Tensor], targets: list[Targets], texts: Tensor, keys: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
         """The weighted losses of one batch, by name; their sum is minimised.
 
         Args:
             images: (3, h, w) uint8 RGB each. targets: one an image, in its pixels.
             texts: (K, D) text embeddings of the base classes.
-            keys: a whole number below 2**63 an image, which seeds all random choices about it; None: torch's global generator.
+            keys: a whole number below 2**63 an image, which seeds all random choices about it; None: torch's global
+            generator.
         """
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
@@ -83,12 +90,16 @@ class Detector(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.predict")
 
     def students(self, images: list[Tensor], targets: list[Targets], keys: Sequence[int] | None = None) -> Students:
-        """The student embeddings of a batch, as `forward` makes them for the instance level; no loss, and no memory changes."""
+        """The student embeddings of a batch, as `forward` makes them for the instance level; no loss, and no memory
+        changes.
+        """
         raise HdovdError(f"detector {self.recipe.detector.name} does not give the embeddings of its boxes (`students`)")
 
 
 def build_detector(recipe: Recipe, dim: int, log: Callable[[str], None] | None) -> Detector:
-    """The detector that a recipe names, for embeddings of `dim` numbers. Raises HdovdError if there is none, or it cannot be built."""
+    """The detector that a recipe names, for embeddings of `dim` numbers. Raises HdovdError if there is none, or it
+    cannot be built.
+    """
     name = recipe.detector.name
     kind = resolve_class(DETECTORS.get(name, name), "detector.name", Detector, "hdovd.modeling.base.Detector")
     return kind(recipe, dim, log)

@@ -16,7 +16,8 @@ SIZE_DIVISOR = 32  # the coarsest stride of the pyramid
 
 
 def draw_short_sides(keys: Sequence[int | None], config: InputConfig) -> list[int]:
-    """The short side of each image of a training step: one of `train_short_sides`, drawn by its key, if there are any."""
+    """The short side of each image of a training step: one of `train_short_sides`, drawn by its key, if there are
+    any."""
     choices = config.train_short_sides
     if not choices:
         return [config.short_side] * len(keys)
@@ -26,7 +27,9 @@ def draw_short_sides(keys: Sequence[int | None], config: InputConfig) -> list[in
 def input_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
     """(h, w) of a picture at the detector's input scale, before padding."""
     scale = min(short_side / min(height, width), long_side / max(height, width))
-    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)  # halves up, as mmcv does; round() would go to even ones
+    return max(int(height * scale + 0.5), 1), max(
+        int(width * scale + 0.5), 1
+    )  # halves up, as mmcv does; round() would go to even ones
 
 
 def padded(side: int) -> int:
@@ -34,8 +37,9 @@ def padded(side: int) -> int:
     return -(-side // SIZE_DIVISOR) * SIZE_DIVISOR
 
 
-def batch_images(images: list[Tensor], config: InputConfig,
-                 short_sides: Sequence[int] | None = None) -> tuple[ImageList, list[tuple[float, float]]]:
+def batch_images(
+    images: list[Tensor], config: InputConfig, short_sides: Sequence[int] | None = None
+) -> tuple[ImageList, list[tuple[float, float]]]:
     """Normalise, resize (short side, capped by the long side, bilinear) and pad a batch.
 
     Args:
@@ -46,7 +50,9 @@ def batch_images(images: list[Tensor], config: InputConfig,
     """
     mean, std = torch.tensor([config.mean, config.std]).view(2, 3, 1, 1).to(images[0].device, non_blocking=True)
     resized, factors = [], []
-    for image, short_side in zip(images, [config.short_side] * len(images) if short_sides is None else short_sides, strict=True):
+    for image, short_side in zip(
+        images, [config.short_side] * len(images) if short_sides is None else short_sides, strict=True
+    ):
         height, width = image.shape[-2:]
         size = input_size(height, width, short_side, config.long_side)
         pixels = (image.float() / 255 - mean) / std

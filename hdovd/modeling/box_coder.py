@@ -1,7 +1,7 @@
 """Boxes as offsets from anchors or RoIs and back: torchvision's coder, for which no number is copied to the device.
 
-torchvision copies its weights and halves there with each call, and a copy that is not told otherwise waits for all that the device has
-still to do.
+torchvision copies its weights and halves there with each call, and a copy that is not told otherwise waits for all that
+the device has still to do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from torchvision.models.detection import _utils
 
 
 class BoxCoder(_utils.BoxCoder):
-    """Offsets (n, 4) are (dx, dy, dw, dh), each times its weight: the centre's in sides of the anchor, the sides' as logarithms."""
+    """Offsets (n, 4) are (dx, dy, dw, dh), each times its weight: the centre's in sides of the anchor, the sides' as
+    logarithms.
+    """
 
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
         """(n, 4) boxes and (n, 4) anchors, both xyxy -> (n, 4) offsets."""

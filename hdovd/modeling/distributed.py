@@ -51,7 +51,9 @@ def gather_rows(rows: Tensor, counts: list[int] | None = None) -> Tensor:
 
 
 def mean_count(count: Tensor) -> Tensor:
-    """The mean over processes of a count (), float32. A sum divided by it, averaged over processes, is the global quotient."""
+    """The mean over processes of a count (), float32. A sum divided by it, averaged over processes, is the global
+    quotient.
+    """
     total = count.detach().to(torch.float32, copy=True)
     if world_size() > 1:
         dist.all_reduce(total)

@@ -41,18 +41,26 @@ def combine_scores(s1: Tensor, s2: Tensor, is_novel: Tensor, alpha: float, beta:
     return combined / combined.sum(dim=1, keepdim=True)
 
 
-def detect(predictions: RoIPredictions, is_novel: Tensor, config: InferenceConfig, *, split_blind: bool = False) -> Detections:
+def detect(
+    predictions: RoIPredictions, is_novel: Tensor, config: InferenceConfig, *, split_blind: bool = False
+) -> Detections:
     """`detect_batch` of one image."""
     return detect_batch([predictions], is_novel, config, split_blind=split_blind)[0]
 
 
-def detect_batch(predictions: list[RoIPredictions], is_novel: Tensor, config: InferenceConfig, *,
-                 split_blind: bool = False, wanted: int | None = None) -> list[Detections]:
+def detect_batch(
+    predictions: list[RoIPredictions],
+    is_novel: Tensor,
+    config: InferenceConfig,
+    *,
+    split_blind: bool = False,
+    wanted: int | None = None,
+) -> list[Detections]:
     """Threshold, per-class NMS and the cap on detections of every image of a batch; what is found lies on the CPU.
 
     Of the classes only the first `wanted` are looked for; the others have taken their part of the scores.
-    Without a distillation feature, or with `split_blind`, the classification score stands alone. Scores are combined and
-    compared for the batch at once, and come from the device at once: NMS alone goes image by image.
+    Without a distillation feature, or with `split_blind`, the classification score stands alone. Scores are combined
+    and compared for the batch at once, and come from the device at once: NMS alone goes image by image.
     """
     counts = [len(p.boxes) for p in predictions]
     scores, boxes = torch.cat([p.class_probability for p in predictions]), torch.cat([p.boxes for p in predictions])
@@ -65,7 +73,8 @@ def detect_batch(predictions: list[RoIPredictions], is_novel: Tensor, config: In
     score, boxes = scores[roi, label], boxes[roi]
     kept = []
     for b, s, k in zip(boxes.split(per_image), score.split(per_image), label.split(per_image), strict=True):
-        # batched_nms shifts the classes apart by the picture's size: with many classes, too far for pixels to be exact in float32
+        # batched_nms shifts the classes apart by the picture's size: with many classes, too far for pixels to be exact
+        # in float32
         keep = batched_nms(b.double(), s.double(), k, config.nms)[: config.detections_per_image]
         kept.append((b[keep], s[keep], k[keep]))
     found = [len(s) for _, s, _ in kept]

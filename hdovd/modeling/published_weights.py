@@ -1,7 +1,7 @@
 """The authors' names for the weights of their detectors, and ours.
 
-Their code stands on mmdetection; the shapes are the same but for a leading 1. Memories of the losses are not in their checkpoints, nor
-is the text of "object".
+Their code stands on mmdetection; the shapes are the same but for a leading 1. Memories of the losses are not in their
+checkpoints, nor is the text of "object".
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ class Published:
     """How one detector of the authors' becomes one of ours.
 
     recipe, settings: what it is here. names: their names as patterns, and ours, tried in order.
-    unneeded: pattern of their names -> why hdovd does without. anew: pattern of our names -> why their checkpoint has none of it.
-    background: their name of the background embedding, whose last side is D.
+    unneeded: pattern of their names -> why hdovd does without. anew: pattern of our names -> why their checkpoint has
+    none of it. background: their name of the background embedding, whose last side is D.
     """
 
     recipe: str
@@ -70,7 +70,10 @@ _ADAMIXER = (
     (r"roi_head\.bbox_head\.(\d+)\.attention\.attn\.out_proj\.(.+)", r"stages.\1.attention.out_proj.\2"),
     (r"roi_head\.bbox_head\.(\d+)\.attention_norm\.(.+)", r"stages.\1.attention_norm.\2"),
     (r"roi_head\.bbox_head\.(\d+)\.sampling_n_mixing\.sampling_offset_generator\.0\.(.+)", r"stages.\1.offsets.\2"),
-    (r"roi_head\.bbox_head\.(\d+)\.sampling_n_mixing\.adaptive_mixing\.parameter_generator\.0\.(.+)", r"stages.\1.mixing.parameters_of.\2"),
+    (
+        r"roi_head\.bbox_head\.(\d+)\.sampling_n_mixing\.adaptive_mixing\.parameter_generator\.0\.(.+)",
+        r"stages.\1.mixing.parameters_of.\2",
+    ),
     (r"roi_head\.bbox_head\.(\d+)\.sampling_n_mixing\.adaptive_mixing\.out_proj\.(.+)", r"stages.\1.mixing.out.\2"),
     (r"roi_head\.bbox_head\.(\d+)\.sampling_n_mixing\.norm\.(.+)", r"stages.\1.mixing_norm.\2"),
     (r"roi_head\.bbox_head\.(\d+)\.ffn\.layers\.0\.0\.(.+)", r"stages.\1.feedforward.0.\2"),
@@ -90,13 +93,22 @@ _ADAMIXER = (
 
 PUBLISHED = {
     "faster_rcnn": Published(
-        "ov-coco-faster-rcnn-r50", ("detector.rpn.rules=authors",), _BOTH + _FASTER_RCNN,
+        "ov-coco-faster-rcnn-r50",
+        ("detector.rpn.rules=authors",),
+        _BOTH + _FASTER_RCNN,
         {r".*num_batches_tracked": "frozen batch norms count no batches"},
-        {r".*_queue\.rows": "memories of the alignment losses, which begin empty"}),
-    "adamixer": Published("ov-coco-adamixer-r50", (), _BOTH + _ADAMIXER, {}, {  # patterns of our names
-        r"instance_level\.(student|teacher)_queues\.\d+\.rows|image_level\.(student|teacher)_queue\.rows":
-            "memories of the alignment losses, which begin empty",
-        r"text_level\.(centroids|updates)": "moving means of the classes' centroids, which begin as the classes' texts",
-        r"object_text": "the text embedding of \"object\", which is a file of its own",
-    }),
+        {r".*_queue\.rows": "memories of the alignment losses, which begin empty"},
+    ),
+    "adamixer": Published(
+        "ov-coco-adamixer-r50",
+        (),
+        _BOTH + _ADAMIXER,
+        {},
+        {  # patterns of our names
+            r"instance_level\.(student|teacher)_queues\.\d+\.rows|image_level\.(student|teacher)_queue\.rows": "memories of the alignment losses, which begin empty",  # noqa: E501
+            r"text_level\.(centroids|updates)": "moving means of the classes' centroids, which begin as the classes' "
+            "texts",
+            r"object_text": 'the text embedding of "object", which is a file of its own',
+        },
+    ),
 }

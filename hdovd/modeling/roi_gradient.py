@@ -1,9 +1,10 @@
-"""RoIAlign with a gradient that all cores of a CPU share; torchvision's runs on one, and was a third of a training step.
+"""RoIAlign with a gradient that all cores of a CPU share; torchvision's runs on one, and was a third of a training
+step.
 
-RoIAlign is linear, and separable in the axes: a bin is the sum of few cells, each times a weight of its row and one of its column.
-Its gradient is then, for each cell, a weighted sum of rows of the bins' gradients: an embedding bag. On a GPU
-torchvision's own gradient is used, and for the few RoIs that are very long.
-R RoIs, N pictures, C channels, h x w cells, B bins a side, K cells a bin reaches over along one axis.
+RoIAlign is linear, and separable in the axes: a bin is the sum of few cells, each times a weight of its row and one of
+its column. Its gradient is then, for each cell, a weighted sum of rows of the bins' gradients: an embedding bag. On a
+GPU torchvision's own gradient is used, and for the few RoIs that are very long. R RoIs, N pictures, C channels, h x w
+cells, B bins a side, K cells a bin reaches over along one axis.
 """
 
 from __future__ import annotations
@@ -42,18 +43,20 @@ class _RoIAlign(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rois, = ctx.saved_tensors
+        (rois,) = ctx.saved_tensors
         sides = (rois[:, 3:] - rois[:, 1:3]).amax(dim=1) * ctx.scale
         long = sides > LONG * ctx.bins
         if not long.any():
             return _shared(gradients[0], rois, ctx), None, None, None, None
         of_maps = _shared(gradients[0][~long], rois[~long], ctx) + torch.ops.torchvision._roi_align_backward(
-            gradients[0][long], rois[long], ctx.scale, ctx.bins, ctx.bins, *ctx.shape, ctx.samples, True)
+            gradients[0][long], rois[long], ctx.scale, ctx.bins, ctx.bins, *ctx.shape, ctx.samples, True
+        )
         return of_maps, None, None, None, None
 
 
 def _shared(gradient: Tensor, rois: Tensor, ctx: Any) -> Tensor:
-    """The gradient (N, C, h, w) of the maps by RoIs (R, 5) whose bins reach over few cells; `gradient`: (R, C, B, B)."""
+    """The gradient (N, C, h, w) of the maps by RoIs (R, 5) whose bins reach over few cells; `gradient`: (R, C, B,
+    B)."""
     (pictures, channels, height, width), bins = ctx.shape, ctx.bins
     if len(rois) == 0:
         return gradient.new_zeros(ctx.shape)
@@ -68,23 +71,31 @@ def _shared(gradient: Tensor, rois: Tensor, ctx: Any) -> Tensor:
     order = taken[order]
     first = torch.searchsorted(cell, torch.arange(pictures * height * width + 1, dtype=torch.int32), out_int32=True)
     rows = gradient.flatten(2).transpose(1, 2).reshape(-1, channels)
-    of_maps = F.embedding_bag(of_bin.reshape(-1)[order], rows, first, mode="sum", per_sample_weights=weight.flatten()[order],
-                              include_last_offset=True)
+    of_maps = F.embedding_bag(
+        of_bin.reshape(-1)[order],
+        rows,
+        first,
+        mode="sum",
+        per_sample_weights=weight.flatten()[order],
+        include_last_offset=True,
+    )
     return of_maps.view(pictures, height, width, channels).permute(0, 3, 1, 2)
 
 
 def reach(low: Tensor, high: Tensor, cells: int, bins: int, samples: int) -> tuple[Tensor, Tensor]:
     """Which cells of an axis each bin takes, and by how much: (R, B, K) int32 and float32.
 
-    `low`, `high`: (R,) the ends of the RoIs, in cells with centres at whole numbers. Points more than a cell outside count as zero,
-    others outside as the cell at the edge (RoIAlign, arXiv 1703.06870, as torchvision has it).
+    `low`, `high`: (R,) the ends of the RoIs, in cells with centres at whole numbers. Points more than a cell outside
+    count as zero, others outside as the cell at the edge (RoIAlign, arXiv 1703.06870, as torchvision has it).
     """
     bin_size = (high - low) / bins
     points = torch.full_like(low, samples) if samples > 0 else bin_size.ceil().clamp(min=0)
     number = torch.arange(max(1, int(points.max())), device=low.device)
     taken = number < points[:, None]
     step = (number + 0.5) / points.clamp(min=1)[:, None]  # (R, points)
-    place = low[:, None, None] + (torch.arange(bins, device=low.device)[:, None] + step[:, None]) * bin_size[:, None, None]
+    place = (
+        low[:, None, None] + (torch.arange(bins, device=low.device)[:, None] + step[:, None]) * bin_size[:, None, None]
+    )
     share = (taken / points.clamp(min=1)[:, None])[:, None] * ((place >= -1) & (place <= cells))
     place = place.clamp(0, cells - 1)
     lower = place.floor()

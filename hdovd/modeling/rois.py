@@ -21,8 +21,13 @@ POSITIVE_IOU = 0.5
 NOT_DRAWN = -2
 
 
-def sample_rois_of_images(proposals: Sequence[Tensor], boxes: Sequence[Tensor], samples: int, positive_share: float,
-                          keys: Sequence[int | None]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def sample_rois_of_images(
+    proposals: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    samples: int,
+    positive_share: float,
+    keys: Sequence[int | None],
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Match proposals to boxes at IoU 0.5 and sample a fixed number of them; the boxes themselves take part.
 
     The host waits for the device once.
@@ -32,12 +37,16 @@ def sample_rois_of_images(proposals: Sequence[Tensor], boxes: Sequence[Tensor], 
         keys: of the images; on its own alone an image's choice depends. None draws from torch's global generator.
 
     Returns:
-        RoIs (R, 4) an image, R at most `samples`; the box that each one belongs to, (R,) int64 an image, -1 for background; and the
-        places (P,) int64 of those that belong to one, in the batch.
+        RoIs (R, 4) an image, R at most `samples`; the box that each one belongs to, (R,) int64 an image, -1 for
+        background; and the places (P,) int64 of those that belong to one, in the batch.
     """
     candidates = [torch.cat(pair) for pair in zip(boxes, proposals, strict=True)]
-    drawn = torch.cat([_drawn(some, own, samples, positive_share, key)
-                       for some, own, key in zip(candidates, boxes, keys, strict=True)])
+    drawn = torch.cat(
+        [
+            _drawn(some, own, samples, positive_share, key)
+            for some, own, key in zip(candidates, boxes, keys, strict=True)
+        ]
+    )
     on_host = drawn.cpu()
     keep = on_host > NOT_DRAWN
     counts = [int(own.sum()) for own in keep.split([len(some) for some in candidates])]
@@ -47,10 +56,14 @@ def sample_rois_of_images(proposals: Sequence[Tensor], boxes: Sequence[Tensor], 
 
 
 def _drawn(candidates: Tensor, boxes: Tensor, samples: int, positive_share: float, key: int | None) -> Tensor:
-    """The box (n,) int64 that each candidate (n, 4) belongs to, -1 for background, NOT_DRAWN for those that do not take part."""
+    """The box (n,) int64 that each candidate (n, 4) belongs to, -1 for background, NOT_DRAWN for those that do not take
+    part.
+    """
     matched = torch.full((len(candidates),), -1, device=candidates.device)
     if len(boxes):
-        matched = Matcher(POSITIVE_IOU, POSITIVE_IOU, allow_low_quality_matches=False)(box_iou(boxes, candidates)).clamp(min=-1)
+        matched = Matcher(POSITIVE_IOU, POSITIVE_IOU, allow_low_quality_matches=False)(
+            box_iou(boxes, candidates)
+        ).clamp(min=-1)
     generator = image_generator(key, Use.ROIS, candidates.device)
     positive, negative = sample_balanced(matched >= 0, matched < 0, samples, positive_share, generator)
     return matched.masked_fill(~(positive | negative), NOT_DRAWN)
@@ -94,8 +107,12 @@ class PyramidRoIAlign(nn.Module):
         indexed = torch.cat([image, boxes], dim=1)
         counts = torch.stack([(wanted == level).sum() for level in self.levels]).tolist()
         order = wanted.argsort(stable=True)
-        crops = torch.cat([self.crop(features, level, some)
-                           for level, some in zip(self.levels, indexed[order].split(counts), strict=True)])
+        crops = torch.cat(
+            [
+                self.crop(features, level, some)
+                for level, some in zip(self.levels, indexed[order].split(counts), strict=True)
+            ]
+        )
         return crops.index_select(0, order.argsort())
 
     def level_of(self, boxes: Tensor) -> Tensor:
@@ -108,5 +125,7 @@ class PyramidRoIAlign(nn.Module):
         maps, scale = features[str(level)].float(), math.ldexp(1.0, -level)
         if maps.requires_grad and maps.device.type == "cpu":
             return roi_align_on_cpu(maps, indexed, POOL_SIZE, scale, self.sampling_ratio)
-        crops: Tensor = roi_align(maps, indexed, POOL_SIZE, spatial_scale=scale, sampling_ratio=self.sampling_ratio, aligned=True)
+        crops: Tensor = roi_align(
+            maps, indexed, POOL_SIZE, spatial_scale=scale, sampling_ratio=self.sampling_ratio, aligned=True
+        )
         return crops

@@ -31,18 +31,30 @@ class FloatAnchors(AnchorGenerator):
     """torchvision's anchors take the feature maps' dtype; in bfloat16 their coordinates would be off by pixels."""
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        anchors: list[Tensor] = super().forward(image_list, [m.new_empty(m.shape, dtype=torch.float32) for m in feature_maps])
+        anchors: list[Tensor] = super().forward(
+            image_list, [m.new_empty(m.shape, dtype=torch.float32) for m in feature_maps]
+        )
         return anchors
 
 
 class ExactAnchors(FloatAnchors):
-    """The same without rounding: sides are not rounded to pixels, and each level's stride is twice that of the one before, where
-    torchvision divides sides of the batch by those of the map, which is 58 for the pooled level of a batch 352 pixels wide."""
+    """The same without rounding: sides are not rounded to pixels, and each level's stride is twice that of the one
+    before, where torchvision divides sides of the batch by those of the map, which is 58 for the pooled level of a
+    batch 352 pixels wide.
+    """
 
-    def generate_anchors(self, scales: list[int], aspect_ratios: list[float], dtype: torch.dtype = torch.float32,
-                         device: torch.device | str = "cpu") -> Tensor:
+    def generate_anchors(
+        self,
+        scales: list[int],
+        aspect_ratios: list[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
         """(ratios * scales, 4) around the origin."""
-        high, side = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt(), torch.as_tensor(scales, dtype=dtype, device=device)
+        high, side = (
+            torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt(),
+            torch.as_tensor(scales, dtype=dtype, device=device),
+        )
         w, h = ((factor[:, None] * side[None]).flatten() for factor in (1 / high, high))
         return torch.stack([-w, -h, w, h], dim=1) / 2
 
@@ -70,25 +82,37 @@ class ObjectnessRPN(RegionProposalNetwork):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.box_coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
-        self.samples, self.positive_share = self.fg_bg_sampler.batch_size_per_image, self.fg_bg_sampler.positive_fraction
+        self.samples, self.positive_share = (
+            self.fg_bg_sampler.batch_size_per_image,
+            self.fg_bg_sampler.positive_fraction,
+        )
 
-    def filter_proposals(self, proposals: Tensor, objectness: Tensor, image_shapes: list[tuple[int, int]],
-                         num_anchors_per_level: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    def filter_proposals(
+        self,
+        proposals: Tensor,
+        objectness: Tensor,
+        image_shapes: list[tuple[int, int]],
+        num_anchors_per_level: list[int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """The proposals (n, 4) that are kept of each image, and their scores (n,), best first.
 
-        torchvision's, which goes image by image, on a CPU; on a GPU all images at once, where the host waits for the device twice: for
-        the NMS and for what is left.
+        torchvision's, which goes image by image, on a CPU; on a GPU all images at once, where the host waits for the
+        device twice: for the NMS and for what is left.
         """
         if proposals.device.type == "cpu":
             return super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)  # type: ignore[no-any-return]
         objectness = objectness.detach().reshape(len(proposals), -1)
         best = self._get_top_n_idx(objectness, num_anchors_per_level)
         scores = objectness.gather(1, best).sigmoid()
-        limit = torch.tensor([(w, h, w, h) for h, w in image_shapes], dtype=proposals.dtype).to(proposals.device, non_blocking=True)
+        limit = torch.tensor([(w, h, w, h) for h, w in image_shapes], dtype=proposals.dtype).to(
+            proposals.device, non_blocking=True
+        )
         boxes = proposals.gather(1, best[..., None].expand(-1, -1, 4)).clamp(min=0).minimum(limit[:, None])
         dropped = ((boxes[..., 2:] - boxes[..., :2]) < self.min_size).any(dim=2) | (scores < self.score_thresh)
         scores = scores.masked_fill(dropped, DROPPED)  # the last in the NMS: they take no other box along
-        kept = nms_of_images(boxes, scores, self.nms_thresh, [min(n, self.pre_nms_top_n()) for n in num_anchors_per_level])
+        kept = nms_of_images(
+            boxes, scores, self.nms_thresh, [min(n, self.pre_nms_top_n()) for n in num_anchors_per_level]
+        )
         boxes, scores = boxes.flatten(0, 1), scores.flatten()
         on_host = kept.masked_fill(scores[kept] == DROPPED, -1).cpu()
         image = torch.where(on_host >= 0, on_host // best.shape[1], -1)
@@ -96,8 +120,12 @@ class ObjectnessRPN(RegionProposalNetwork):
         rows, counts = torch.cat(places).to(kept.device, non_blocking=True), [len(own) for own in places]
         return list(boxes[rows].split(counts)), list(scores[rows].split(counts))
 
-    def assign_targets_to_anchors(self, anchors: list[Tensor], targets: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
-        """Labels (A,) an image, 1 object and 0 background for the anchors drawn, -1 for all others; and boxes (A, 4) matched."""
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict[str, Any]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Labels (A,) an image, 1 object and 0 background for the anchors drawn, -1 for all others; and boxes (A, 4)
+        matched.
+        """
         drawn, matched = [], []
         for grid, target in zip(anchors, targets, strict=True):
             labels, box_of = self._match(grid, target)
@@ -121,16 +149,21 @@ class ObjectnessRPN(RegionProposalNetwork):
         labels = torch.ones_like(best).masked_fill(best < high, -1.0).masked_fill(best < low, 0.0)
         return labels.masked_fill(is_best, 1.0), box_of
 
-    def compute_loss(self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor],
-                     regression_targets: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """The losses over anchors with labels 1 and 0: all of those that were drawn."""
         wanted = torch.cat(labels)
         positive, sampled = wanted >= 1, wanted >= 0
         count = divisor(sampled.sum())
         # All anchors, with zeros for those that do not count: as many as count would have the host wait for the device.
-        box = (pred_bbox_deltas - torch.cat(regression_targets)).masked_fill(~positive[:, None], 0.0).abs().sum() / count
+        box = (pred_bbox_deltas - torch.cat(regression_targets)).masked_fill(
+            ~positive[:, None], 0.0
+        ).abs().sum() / count
         scores = objectness.flatten()
-        score = F.binary_cross_entropy_with_logits(scores, positive.to(scores), sampled.to(scores), reduction="sum") / count
+        score = (
+            F.binary_cross_entropy_with_logits(scores, positive.to(scores), sampled.to(scores), reduction="sum") / count
+        )
         return score, box
 
     def scored_proposals(self, images: ImageList, features: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -146,9 +179,9 @@ class ObjectnessRPN(RegionProposalNetwork):
 
 
 class AuthorsRPN(ObjectnessRPN):
-    """As the authors' code does it, on mmdetection: anchors are `ExactAnchors`, and a box's best anchor learns it only from an IoU of
-    `least_best` on, and then for this box even if it fits another one better; anchors whose centre lies outside of the picture's own
-    padding to a multiple of 32 are left out.
+    """As the authors' code does it, on mmdetection: anchors are `ExactAnchors`, and a box's best anchor learns it only
+    from an IoU of `least_best` on, and then for this box even if it fits another one better; anchors whose centre lies
+    outside of the picture's own padding to a multiple of 32 are left out.
 
     The target of an image also holds its `size` (height, width) in the batch.
     """
@@ -168,7 +201,9 @@ class AuthorsRPN(ObjectnessRPN):
         labels = torch.full_like(best, -1.0).masked_fill((best >= 0) & (best < low), 0.0).masked_fill(best >= high, 1.0)
         most = iou.max(dim=1, keepdim=True).values
         is_best = (iou == most) & (most >= self.least_best)
-        last = (is_best * torch.arange(1, len(iou) + 1, device=iou.device)[:, None]).amax(dim=0)  # of several boxes the last
+        last = (is_best * torch.arange(1, len(iou) + 1, device=iou.device)[:, None]).amax(
+            dim=0
+        )  # of several boxes the last
         return torch.where(last > 0, 1.0, labels), torch.where(last > 0, last - 1, box_of)
 
 
@@ -191,8 +226,10 @@ def build_rpn(config: RpnConfig, channels: int, level_count: int) -> ObjectnessR
 def anchors_of(config: RpnConfig, level_count: int, aspect_ratios: tuple[float, ...]) -> FloatAnchors:
     """The anchors of every level. Raises HdovdError if the sizes do not fit the levels."""
     if len(config.anchor_sizes) != level_count:
-        raise HdovdError(f"detector.rpn.anchor_sizes has {len(config.anchor_sizes)} lists for {level_count} feature levels "
-                         "(backbone.levels and one pooled level): give one list of sizes a level")
+        raise HdovdError(
+            f"detector.rpn.anchor_sizes has {len(config.anchor_sizes)} lists for {level_count} feature levels "
+            "(backbone.levels and one pooled level): give one list of sizes a level"
+        )
     if len({len(sizes) for sizes in config.anchor_sizes}) != 1:
         raise HdovdError(f"detector.rpn.anchor_sizes {config.anchor_sizes}: every level needs the same number of sizes")
     kind = ExactAnchors if config.rules == "authors" else FloatAnchors

@@ -48,8 +48,9 @@ def image_generator(key: int | None, use: Use, device: torch.device | str = "cpu
     return generator
 
 
-def sample_balanced(positive: Tensor, negative: Tensor, samples: int, positive_share: float,
-                    generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def sample_balanced(
+    positive: Tensor, negative: Tensor, samples: int, positive_share: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
     """Draw at most `samples * positive_share` positives, and negatives for the rest of `samples`.
 
     Args:

@@ -1,7 +1,8 @@
-"""What the detector has at hand in a training step: the one argument of every level's loss, and of losses that a recipe adds.
+"""What the detector has at hand in a training step: the one argument of every level's loss, and of losses that a recipe
+adds.
 
-N images of this process, R RoIs, P of them positive, B boxes (image by image, base before pseudo), K base classes, C pyramid channels,
-D embedding size.
+N images of this process, R RoIs, P of them positive, B boxes (image by image, base before pseudo), K base classes, C
+pyramid channels, D embedding size.
 """
 
 from __future__ import annotations

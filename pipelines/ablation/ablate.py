@@ -1,7 +1,8 @@
 """Ablations: the cells of a grid, each with several seeds, trained and evaluated over one cache; then a table.
 
 Every run is a run folder of its own, OUT/CELL/seedK, made by `hdovd train` and `hdovd eval` in
-processes of their own; what they printed is in OUT/CELL/seedK.log. The same call skips what is done and goes on with the rest.
+processes of their own; what they printed is in OUT/CELL/seedK.log. The same call skips what is done and goes on with
+the rest.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Planned:
 
 @dataclass(slots=True)
 class Ablation:
-    """What came of it. `failed`: runs by name, and why. `stopped`: the signal that ended it before all was done, or 0."""
+    """What came of it. `failed`: runs by name, and why. `stopped`: the signal that ended it before all was done, or
+    0."""
 
     table: AblationTable
     standing: dict[str, RunState]
@@ -81,7 +83,8 @@ class Ablation:
 def ablate(config: AblateConfig, log: Callable[[str], None] = print) -> Ablation:
     """Run what is not done yet and write the tables. A run that fails is told, and the others go on.
 
-    Raises HdovdError, before anything runs, for a wrong grid, data that do not fit the cache, and runs of another config in OUT.
+    Raises HdovdError, before anything runs, for a wrong grid, data that do not fit the cache, and runs of another
+    config in OUT.
     """
     plans = plan(config)
     if config.dry_run:
@@ -92,8 +95,10 @@ def ablate(config: AblateConfig, log: Callable[[str], None] = print) -> Ablation
     with _locked(config.out) as lock:
         standings = {p.name: standing(p, config) for p in plans}
         to_do = [p for p in plans if standings[p.name] is not RunState.DONE]
-        log(f"{counted(len(plans) // config.seeds, 'cell')} x {counted(config.seeds, 'seed')}: "
-            f"{len(plans) - len(to_do)} of {len(plans)} runs done")
+        log(
+            f"{counted(len(plans) // config.seeds, 'cell')} x {counted(config.seeds, 'seed')}: "
+            f"{len(plans) - len(to_do)} of {len(plans)} runs done"
+        )
         _check_features(plans, _features(config, plans) if to_do else None)
         result = _result(config, plans, standings)
         if to_do:
@@ -110,46 +115,102 @@ def plan(config: AblateConfig) -> list[Planned]:
         from hdovd.pipelines.training.initial_weights import init_hash
 
         init = init_hash(config.init)
-    return [Planned(cell, seed, cell.recipe(config.recipe, config.all_settings, seed), config.out / cell.name / f"seed{seed}", init)
-            for cell in cells for seed in range(config.seeds)]
+    return [
+        Planned(
+            cell,
+            seed,
+            cell.recipe(config.recipe, config.all_settings, seed),
+            config.out / cell.name / f"seed{seed}",
+            init,
+        )
+        for cell in cells
+        for seed in range(config.seeds)
+    ]
 
 
 def standing(planned: Planned, config: AblateConfig) -> RunState:
-    """How far a run is. Raises HdovdError if its folder holds a run of another config or protocol, naming what differs."""
+    """How far a run is. Raises HdovdError if its folder holds a run of another config or protocol, naming what
+    differs."""
     if not (planned.path / "run.json").exists():
         return RunState.TRAIN
     run = read_run(planned.path)
     if not run.settings or not run.protocol:
-        raise HdovdError(f"{planned.path}: {'; '.join(run.wrong) or 'run.json names no protocol'}: delete this folder, and it is made anew")
+        raise HdovdError(
+            f"{planned.path}: {'; '.join(run.wrong) or 'run.json names no protocol'}: delete this folder, and it is "
+            f"made anew"
+        )
     init = (RunFolder(planned.path).record().get("init") or {}).get("sha256")
-    there = {"protocol": run.protocol, "weights of --init": init, **lasting_values(RunFolder(planned.path).written_recipe())}
+    there = {
+        "protocol": run.protocol,
+        "weights of --init": init,
+        **lasting_values(RunFolder(planned.path).written_recipe()),
+    }
     recipe = planned.recipe.with_precision(str(run.settings.get("train.precision")))
-    asked = {"protocol": load_protocol(config.protocol).to_dict(), "weights of --init": planned.init, **lasting_values(recipe)}
+    asked = {
+        "protocol": load_protocol(config.protocol).to_dict(),
+        "weights of --init": planned.init,
+        **lasting_values(recipe),
+    }
     if lines := differences(asked, there, sides=("asked for", "there")):
-        raise HdovdError(f"{planned.path} holds a run of another config:\n  " + "\n  ".join(lines)
-                         + "\nAsk for that, give another --out, or delete that folder")
+        raise HdovdError(
+            f"{planned.path} holds a run of another config:\n  "
+            + "\n  ".join(lines)
+            + "\nAsk for that, give another --out, or delete that folder"
+        )
     if run.ap50 and run.epochs_done == run.epochs:
         return RunState.DONE
-    trained = run.epochs_done == run.epochs and not (planned.path / "checkpoint.pt").exists()  # where one is, training knows how far it is
+    trained = (
+        run.epochs_done == run.epochs and not (planned.path / "checkpoint.pt").exists()
+    )  # where one is, training knows how far it is
     return RunState.EVALUATE if trained else RunState.GO_ON
 
 
 def commands(planned: Planned, config: AblateConfig, standing: RunState) -> tuple[tuple[str, ...], ...]:
     """The command lines that are left for a run."""
     hdovd = (sys.executable, "-m", "hdovd")
-    train = (*hdovd, "train", "--cache", str(config.cache), "--out", str(planned.path), "--recipe", config.recipe,
-             *(("--preset", config.preset) if config.preset else ()), "--protocol", config.protocol, "--features", config.features,
-             "--device", config.device, "--val-every", "0", *(() if is_tar_form(config.cache) else _data_words(config.data)),
-             *(word for setting in (*config.settings, *planned.cell.settings, f"train.seed={planned.seed}") for word in ("--set", setting)),
-             *(("--calibration", str(config.calibration)) if config.calibration else ()),
-             *(("--init", str(config.init)) if config.init else ()),
-             *(("--resume",) if standing is RunState.GO_ON else ()))
-    evaluate = (*hdovd, "eval", str(planned.path), *_data_words(config.validation or config.data), "--device", config.device)
+    train = (
+        *hdovd,
+        "train",
+        "--cache",
+        str(config.cache),
+        "--out",
+        str(planned.path),
+        "--recipe",
+        config.recipe,
+        *(("--preset", config.preset) if config.preset else ()),
+        "--protocol",
+        config.protocol,
+        "--features",
+        config.features,
+        "--device",
+        config.device,
+        "--val-every",
+        "0",
+        *(() if is_tar_form(config.cache) else _data_words(config.data)),
+        *(
+            word
+            for setting in (*config.settings, *planned.cell.settings, f"train.seed={planned.seed}")
+            for word in ("--set", setting)
+        ),
+        *(("--calibration", str(config.calibration)) if config.calibration else ()),
+        *(("--init", str(config.init)) if config.init else ()),
+        *(("--resume",) if standing is RunState.GO_ON else ()),
+    )
+    evaluate = (
+        *hdovd,
+        "eval",
+        str(planned.path),
+        *_data_words(config.validation or config.data),
+        "--device",
+        config.device,
+    )
     return {RunState.DONE: (), RunState.EVALUATE: (evaluate,)}.get(standing, (train, evaluate))
 
 
 def places(config: AblateConfig, runs: int) -> list[dict[str, str]]:
-    """Environment variables for each of the runs at a time: the GPUs in turn, where there are several, and its share of the cores."""
+    """Environment variables for each of the runs at a time: the GPUs in turn, where there are several, and its share of
+    the cores.
+    """
     import torch
 
     jobs = min(config.jobs, runs)
@@ -158,11 +219,22 @@ def places(config: AblateConfig, runs: int) -> list[dict[str, str]]:
     gpus: list[str] = []
     if config.device in ("auto", "cuda"):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = [str(i) for i in range(torch.cuda.device_count())] if visible is None else [gpu for gpu in visible.split(",") if gpu]
+        gpus = (
+            [str(i) for i in range(torch.cuda.device_count())]
+            if visible is None
+            else [gpu for gpu in visible.split(",") if gpu]
+        )
     return [threads | ({"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if len(gpus) > 1 else {}) for job in range(jobs)]
 
 
-def _run(config: AblateConfig, plans: list[Planned], to_do: list[Planned], result: Ablation, lock: int, log: Callable[[str], None]) -> None:
+def _run(
+    config: AblateConfig,
+    plans: list[Planned],
+    to_do: list[Planned],
+    result: Ablation,
+    lock: int,
+    log: Callable[[str], None],
+) -> None:
     by_name = {p.name: p for p in to_do}
     jobs = [Job(p.name, commands(p, config, result.standing[p.name]), p.log) for p in to_do]
     ended = []
@@ -177,7 +249,14 @@ def _run(config: AblateConfig, plans: list[Planned], to_do: list[Planned], resul
             log(f"{count}: {end.seconds:.0f} s" + ("" if novel is None else f", novel AP50 {novel:.1f}"))
         else:
             result.failed[planned.name] = reason
-            log("\n".join([f"{count}: FAILED: {reason}; {planned.log} ends with", *(f"    {line}" for line in last_lines(planned.log))]))
+            log(
+                "\n".join(
+                    [
+                        f"{count}: FAILED: {reason}; {planned.log} ends with",
+                        *(f"    {line}" for line in last_lines(planned.log)),
+                    ]
+                )
+            )
         result.table = _table(config, plans, result.standing, result.failed)
         write_tables(result.table, config.out)
 
@@ -193,7 +272,9 @@ def _run(config: AblateConfig, plans: list[Planned], to_do: list[Planned], resul
 def _failure(end: Ended, planned: Planned, config: AblateConfig, result: Ablation) -> str | None:
     """Why a job failed; None, and the run is done, if it did not."""
     if end.code:
-        return f"hdovd {end.command[3]}, " + (f"exit code {end.code}" if end.code > 0 else f"killed by signal {-end.code}")
+        return f"hdovd {end.command[3]}, " + (
+            f"exit code {end.code}" if end.code > 0 else f"killed by signal {-end.code}"
+        )
     try:
         result.standing[planned.name] = standing(planned, config)
     except HdovdError as error:  # a recipe file that was edited meanwhile
@@ -202,15 +283,32 @@ def _failure(end: Ended, planned: Planned, config: AblateConfig, result: Ablatio
 
 
 def _features(config: AblateConfig, plans: list[Planned]) -> dict[str, str]:
-    """The keys of the cache's levels. Raises HdovdError if the data of training or evaluation are not there or do not fit the cache."""
+    """The keys of the cache's levels. Raises HdovdError if the data of training or evaluation are not there or do not
+    fit the cache.
+    """
     from hdovd.pipelines.training.train import training_data
 
-    flags = {key for p in plans for key, on in recipe_settings(p.recipe).items() if key.startswith("loss.") and key.endswith(SWITCH) and on}
-    everything = load_recipe(config.recipe, [*config.all_settings, *plans[0].cell.settings, *(f"{key}=true" for key in sorted(flags))])
+    flags = {
+        key
+        for p in plans
+        for key, on in recipe_settings(p.recipe).items()
+        if key.startswith("loss.") and key.endswith(SWITCH) and on
+    }
+    everything = load_recipe(
+        config.recipe, [*config.all_settings, *plans[0].cell.settings, *(f"{key}=true" for key in sorted(flags))]
+    )
     protocol = load_protocol(config.protocol)
     (config.validation or config.data).load("val2017", protocol, base_only=False, log=_silent)
     data = config.data if not is_tar_form(config.cache) else DataPaths()
-    job = TrainConfig(data=data, cache=config.cache, out=config.out, recipe=everything, protocol=config.protocol, device=config.device, features=config.features)
+    job = TrainConfig(
+        data=data,
+        cache=config.cache,
+        out=config.out,
+        recipe=everything,
+        protocol=config.protocol,
+        device=config.device,
+        features=config.features,
+    )
     found = training_data(job, protocol, _silent)
     found.class_embeddings(protocol.names)
     for planned in plans:  # a weight that is not known is said now, not by each run
@@ -229,8 +327,11 @@ def _check_features(plans: list[Planned], levels: dict[str, str] | None) -> None
             levels, first = mine, f"{planned.path} was trained with"
         if mine != levels:
             lines = differences(mine, levels, sides=("there", "expected"))
-            raise HdovdError(f"{planned.path} was trained with other features than {first}:\n  " + "\n  ".join(lines)
-                             + "\nAn ablation is of one cache: give another --out, or the --cache and --features of that run")
+            raise HdovdError(
+                f"{planned.path} was trained with other features than {first}:\n  "
+                + "\n  ".join(lines)
+                + "\nAn ablation is of one cache: give another --out, or the --cache and --features of that run"
+            )
 
 
 @contextmanager
@@ -240,7 +341,9 @@ def _locked(out: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise HdovdError(f"another ablation, or a run that one left behind, is at work in {out}: wait for it, or end it") from None
+            raise HdovdError(
+                f"another ablation, or a run that one left behind, is at work in {out}: wait for it, or end it"
+            ) from None
         yield file.fileno()
 
 
@@ -253,7 +356,9 @@ def _result(config: AblateConfig, plans: list[Planned], standings: dict[str, Run
     return Ablation(_table(config, plans, standings, {}), dict(standings))
 
 
-def _table(config: AblateConfig, plans: list[Planned], standings: dict[str, RunState], failed: dict[str, str]) -> AblationTable:
+def _table(
+    config: AblateConfig, plans: list[Planned], standings: dict[str, RunState], failed: dict[str, str]
+) -> AblationTable:
     """Of the runs that are done."""
     done: dict[str, dict[int, Run]] = {p.cell.name: {} for p in plans}
     broken: dict[str, set[int]] = {p.cell.name: set() for p in plans}
@@ -262,10 +367,20 @@ def _table(config: AblateConfig, plans: list[Planned], standings: dict[str, RunS
             broken[p.cell.name].add(p.seed)
         elif standings[p.name] is RunState.DONE:
             done[p.cell.name][p.seed] = read_run(p.path)
-    made_of = {"data": str(config.data.root or config.data.annotations or config.cache), "protocol": config.protocol,
-               "cache": str(config.cache), "features": config.features,
-               "recipe": " ".join([config.recipe, *([f"with {config.preset}"] if config.preset else []), *config.settings,
-                                   *([f"from the weights of {config.init}"] if config.init else [])])}
+    made_of = {
+        "data": str(config.data.root or config.data.annotations or config.cache),
+        "protocol": config.protocol,
+        "cache": str(config.cache),
+        "features": config.features,
+        "recipe": " ".join(
+            [
+                config.recipe,
+                *([f"with {config.preset}"] if config.preset else []),
+                *config.settings,
+                *([f"from the weights of {config.init}"] if config.init else []),
+            ]
+        ),
+    }
     cells = list({p.cell.name: p.cell for p in plans}.values())
     return ablation_table(cells, config.seeds, done, broken, made_of)
 

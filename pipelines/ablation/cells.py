@@ -20,7 +20,9 @@ OPEN, CLOSE = "[{(", "]})"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One combination of the grid: a name that is a folder's, the values by dotted key, and the settings that make them."""
+    """One combination of the grid: a name that is a folder's, the values by dotted key, and the settings that make
+    them.
+    """
 
     name: str
     values: Settings
@@ -40,7 +42,8 @@ def cells_of(recipe: str, settings: Sequence[str], grid: Sequence[str], preset: 
 
     `settings` and, beneath them, `preset` hold for all cells; the grid may turn on again what the preset turned off.
 
-    Raises HdovdError for an unknown key (naming the nearest), a wrong value, a key given twice, and cells that are the same.
+    Raises HdovdError for an unknown key (naming the nearest), a wrong value, a key given twice, and cells that are the
+    same.
     """
     keys = dict(_key_and_values(item) for item in grid)
     if len(keys) < len(grid):
@@ -66,7 +69,9 @@ def cells_of(recipe: str, settings: Sequence[str], grid: Sequence[str], preset: 
             raise HdovdError(f"--grid: {' '.join(mine)} and {' '.join(same.settings)} are the same cell: leave one out")
         cells.append(cell)
     if len({cell.name for cell in cells}) < len(cells):  # 1 and "1", where a recipe takes both
-        raise HdovdError(f"--grid {' '.join(grid)}: two cells have the same name: {', '.join(cell.name for cell in cells)}")
+        raise HdovdError(
+            f"--grid {' '.join(grid)}: two cells have the same name: {', '.join(cell.name for cell in cells)}"
+        )
     return cells
 
 
@@ -106,6 +111,8 @@ def _is_whole(text: str) -> bool:
 
 
 def _as_name(text: str) -> str:
-    """A value in a folder's name, of a path its end; with a few letters of its hash where not all of it can stand there."""
+    """A value in a folder's name, of a path its end; with a few letters of its hash where not all of it can stand
+    there.
+    """
     plain = re.sub(r"[^A-Za-z0-9.+-]+", "-", text.rstrip("/").rpartition("/")[2])[-LONGEST:].strip("-.")
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}".lstrip("-")

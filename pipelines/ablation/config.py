@@ -41,22 +41,41 @@ def _validation(given: dict[str, Any]) -> DataPaths | None:
 class AblateConfig:
     """`grid`: KEY=VALUE,VALUE,... each. `settings` and `preset`: for all cells. `jobs`: runs at a time.
 
-    `data`: as for training; `validation`: as for evaluation, the same data set if None. Raises HdovdError if it makes no sense.
+    `data`: as for training; `validation`: as for evaluation, the same data set if None. Raises HdovdError if it makes
+    no sense.
     """
 
     data: Data
     cache: Annotated[Path | str, Option("The one cache, or tar shards, that all runs read.")]
     out: Annotated[Path, Option("The folder of all runs, OUT/CELL/seedK, and of the tables.")]
-    grid: Annotated[tuple[str, ...], Group({
-        "more": (list[str] | None, None, Option("More of --grid, after it.", argument=True, metavar="[KEY=VALUE,VALUE]...")),
-        "grid": (list[str] | None, None, Option("What varies: loss.image.enabled=true,false. Repeatable; all combinations are run.",
-                                                metavar="KEY=VALUE,VALUE"))},
-        lambda given: (*(given["grid"] or ()), *(given["more"] or ())))]
+    grid: Annotated[
+        tuple[str, ...],
+        Group(
+            {
+                "more": (
+                    list[str] | None,
+                    None,
+                    Option("More of --grid, after it.", argument=True, metavar="[KEY=VALUE,VALUE]..."),
+                ),
+                "grid": (
+                    list[str] | None,
+                    None,
+                    Option(
+                        "What varies: loss.image.enabled=true,false. Repeatable; all combinations are run.",
+                        metavar="KEY=VALUE,VALUE",
+                    ),
+                ),
+            },
+            lambda given: (*(given["grid"] or ()), *(given["more"] or ())),
+        ),
+    ]
     recipe: Annotated[str, RECIPE_NAME] = DEFAULT_RECIPE
     preset: Annotated[Preset | None, PRESET] = None
     settings: Annotated[tuple[str, ...], SET] = ()
     seeds: Annotated[int, Option("Runs a cell: train.seed 0, 1, ...", min=1)] = 3
-    jobs: Annotated[int, Option("Runs at a time. Several GPUs are used in turn, one a run; CPU cores are shared.", min=1)] = 1
+    jobs: Annotated[
+        int, Option("Runs at a time. Several GPUs are used in turn, one a run; CPU cores are shared.", min=1)
+    ] = 1
     validation: Annotated[DataPaths | None, validation_group(_validation)] = None
     protocol: Protocol = "ov-coco"
     features: Features = DEFAULT_SET
@@ -73,7 +92,10 @@ class AblateConfig:
             raise HdovdError(f"--preset {self.preset}: expected one of {', '.join(PRESETS)}")
         refuse_two_sources((*self.settings, *self.grid), self.calibration)
         if (self.data.images or self.data.annotations) and self.validation is None:
-            raise HdovdError("--images and --annotations are those to train on: give --val-images and --val-annotations for evaluation")
+            raise HdovdError(
+                "--images and --annotations are those to train on: give --val-images and --val-annotations for "
+                "evaluation"
+            )
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""

@@ -19,8 +19,15 @@ from hdovd.pipelines.runs.listing import Run
 
 METRICS = (*GROUPS, "novel, split-blind")
 YES, NO, NONE = "\N{CHECK MARK}", "\N{EN DASH}", "..."
-TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: f"\\{c}" for c in "&%$#_{}"},
-       YES: r"\checkmark", NO: "--", NONE: r"\ldots"}
+TEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    YES: r"\checkmark",
+    NO: "--",
+    NONE: r"\ldots",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +84,13 @@ class AblationTable:
         return all(row.done == row.seeds for row in self.rows)
 
 
-def ablation_table(cells: Sequence[Cell], seeds: int, done: Mapping[str, Mapping[int, Run]], failed: Mapping[str, Set[int]],
-                   made_of: Mapping[str, str]) -> AblationTable:
+def ablation_table(
+    cells: Sequence[Cell],
+    seeds: int,
+    done: Mapping[str, Mapping[int, Run]],
+    failed: Mapping[str, Set[int]],
+    made_of: Mapping[str, str],
+) -> AblationTable:
     """The table of the runs that are done, by cell name and seed."""
     rows = []
     for cell in cells:
@@ -93,16 +105,28 @@ def ablation_table(cells: Sequence[Cell], seeds: int, done: Mapping[str, Mapping
 def _note(runs: Sequence[Run], seeds: int, made_of: Mapping[str, str]) -> str:
     """Of the runs, not of the moment: the same runs have the same note."""
     over = f"seeds 0 to {seeds - 1}" if seeds > 1 else "seed 0"
-    parts = [f"AP50 in percent, mean (sample standard deviation) over {over}", f"data {made_of['data']}", f"protocol {made_of['protocol']}",
-             f"cache {made_of['cache']}, set {made_of['features']}", f"recipe {made_of['recipe']}"]
+    parts = [
+        f"AP50 in percent, mean (sample standard deviation) over {over}",
+        f"data {made_of['data']}",
+        f"protocol {made_of['protocol']}",
+        f"cache {made_of['cache']}, set {made_of['features']}",
+        f"recipe {made_of['recipe']}",
+    ]
     if runs:
         parts[3] += f", features {', '.join(sorted({str(run.cache_id) for run in runs}))}"
         begun = sorted(run.date for run in runs)
         first, last = f"{begun[0]:%Y-%m-%d}", f"{begun[-1]:%Y-%m-%d}"
         parts.append(first if first == last else f"{first} to {last}")
-        parts += [f"{name} {', '.join(sorted({run.versions.get(name, '?') for run in runs}))}" for name in ("hdovd", "torch")]
-        commits = sorted({str(run.git["commit"])[:10] + (" with changes" if run.git.get("dirty") else "") for run in runs
-                          if run.git and "commit" in run.git})
+        parts += [
+            f"{name} {', '.join(sorted({run.versions.get(name, '?') for run in runs}))}" for name in ("hdovd", "torch")
+        ]
+        commits = sorted(
+            {
+                str(run.git["commit"])[:10] + (" with changes" if run.git.get("dirty") else "")
+                for run in runs
+                if run.git and "commit" in run.git
+            }
+        )
         parts += [f"commit {', '.join(commits)}"] if commits else []
     return "; ".join(parts) + "."
 
@@ -113,9 +137,22 @@ def markdown(table: AblationTable) -> str:
     rows = [[text.replace("|", "\\|") for text in row] for row in rows]
     widths = [max(3, *(len(row[column]) for row in [head, *rows])) for column in range(len(head))]
     values = len(table.keys) or 1
-    lines = ["| " + " | ".join(text.ljust(width) if column < values else text.rjust(width)
-                               for column, (text, width) in enumerate(zip(row, widths, strict=True))) + " |" for row in [head, *rows]]
-    rule = "|" + "|".join("-" * (width + 2) if column < values else "-" * (width + 1) + ":" for column, width in enumerate(widths)) + "|"
+    lines = [
+        "| "
+        + " | ".join(
+            text.ljust(width) if column < values else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in [head, *rows]
+    ]
+    rule = (
+        "|"
+        + "|".join(
+            "-" * (width + 2) if column < values else "-" * (width + 1) + ":" for column, width in enumerate(widths)
+        )
+        + "|"
+    )
     return "\n".join([lines[0], rule, *lines[1:], "", table.note, *_marks(table)]) + "\n"
 
 
@@ -123,32 +160,68 @@ def latex(table: AblationTable) -> str:
     """A booktabs table."""
     head, rows = _texts(table)
     values = len(table.keys) or 1
-    lines = ["% \\usepackage{booktabs, amssymb}", *(f"% {line}" for line in (table.note, *_marks(table))),
-             f"\\begin{{tabular}}{{{'l' * values}{'r' * (len(head) - values)}}}", "\\toprule",
-             " & ".join(map(tex, head)) + r" \\", "\\midrule", *(" & ".join(map(tex, row)) + r" \\" for row in rows), "\\bottomrule",
-             "\\end{tabular}"]
+    lines = [
+        "% \\usepackage{booktabs, amssymb}",
+        *(f"% {line}" for line in (table.note, *_marks(table))),
+        f"\\begin{{tabular}}{{{'l' * values}{'r' * (len(head) - values)}}}",
+        "\\toprule",
+        " & ".join(map(tex, head)) + r" \\",
+        "\\midrule",
+        *(" & ".join(map(tex, row)) + r" \\" for row in rows),
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def comma_separated(table: AblationTable) -> str:
-    """The plain numbers: of each metric the mean, the deviation and the value of every seed; empty where there is none."""
+    """The plain numbers: of each metric the mean, the deviation and the value of every seed; empty where there is
+    none."""
     seeds = range(max(row.seeds for row in table.rows))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = {metric: "ap50_" + re.sub(r"[^a-z]+", "_", metric) for metric in METRICS}
-    writer.writerow(["cell", *table.keys, "seeds", "done", "failed",
-                     *(f"{names[metric]}_{what}" for metric in METRICS for what in ("mean", "sd", *(f"seed{seed}" for seed in seeds)))])
+    writer.writerow(
+        [
+            "cell",
+            *table.keys,
+            "seeds",
+            "done",
+            "failed",
+            *(
+                f"{names[metric]}_{what}"
+                for metric in METRICS
+                for what in ("mean", "sd", *(f"seed{seed}" for seed in seeds))
+            ),
+        ]
+    )
     for row in table.rows:
-        numbers = [value for metric in METRICS for value in (row.mean(metric), row.deviation(metric),
-                                                             *(row.scores[metric].get(seed) for seed in seeds))]
+        numbers = [
+            value
+            for metric in METRICS
+            for value in (row.mean(metric), row.deviation(metric), *(row.scores[metric].get(seed) for seed in seeds))
+        ]
         values = [str(value).lower() if isinstance(value, bool) else value for value in row.values]
-        writer.writerow([row.name, *values, row.seeds, row.done, row.failed, *("" if number is None else number for number in numbers)])
+        writer.writerow(
+            [
+                row.name,
+                *values,
+                row.seeds,
+                row.done,
+                row.failed,
+                *("" if number is None else number for number in numbers),
+            ]
+        )
     return out.getvalue()
 
 
 def write_tables(table: AblationTable, out: Path) -> list[Path]:
     """table.md, table.csv and table.tex in `out`, each whole or as it was."""
-    texts = {out / "table.md": markdown(table), out / "table.csv": comma_separated(table), out / "table.tex": latex(table)}
+    texts = {
+        out / "table.md": markdown(table),
+        out / "table.csv": comma_separated(table),
+        out / "table.tex": latex(table),
+    }
     for file, text in texts.items():
         write_text(file, text)
     return list(texts)
@@ -170,8 +243,10 @@ def _texts(table: AblationTable) -> tuple[list[str], list[list[str]]]:
     if not columns:
         columns = [[row.name for row in table.rows]]
     head = [*(short[key] if key.endswith(SWITCH) else key for key in table.keys), *METRICS, "seeds"]
-    rows = [[*(column[number] for column in columns), *(row.text(metric) for metric in METRICS), row.state]
-            for number, row in enumerate(table.rows)]
+    rows = [
+        [*(column[number] for column in columns), *(row.text(metric) for metric in METRICS), row.state]
+        for number, row in enumerate(table.rows)
+    ]
     return (head if table.keys else ["", *head]), rows
 
 

@@ -1,7 +1,7 @@
 """The leak report that reviewers want: did anything learn from novel annotations, or from test pictures?
 
-It compares what a cache and a run recorded with the raw annotation files, which it reads with all their classes. docs/AUDIT.md says
-what each check means. It writes nothing into the cache or the run.
+It compares what a cache and a run recorded with the raw annotation files, which it reads with all their classes.
+docs/AUDIT.md says what each check means. It writes nothing into the cache or the run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from hdovd.data.coco import instances_file
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.pipelines.audit.config import AuditConfig
 from hdovd.pipelines.audit.inputs import Audited, read_boxes, read_truth
-from hdovd.pipelines.audit.proposals import check_copies, check_made_by, check_same_proposals, report_names, report_pseudo_boxes
+from hdovd.pipelines.audit.proposals import (
+    check_copies,
+    check_made_by,
+    check_same_proposals,
+    report_names,
+    report_pseudo_boxes,
+)
 from hdovd.pipelines.audit.report import AuditReport, Check
 from hdovd.pipelines.audit.run import check_backbone, check_calibration, check_run_cache
 from hdovd.pipelines.audit.split import check_base_rows, check_pictures, check_split_lists
@@ -32,13 +38,27 @@ def audit(config: AuditConfig, log: Callable[[str], None] = print) -> AuditRepor
     config.check()
     protocol = load_protocol(config.protocol)
     audited = _read(config, protocol)
-    checks = [check_base_rows(audited), check_split_lists(audited), check_pictures(audited), *_proposal_checks(config, audited),
-              check_copies(audited), check_run_cache(audited), check_backbone(audited), check_calibration(audited),
-              report_names(audited), report_pseudo_boxes(audited)]
+    checks = [
+        check_base_rows(audited),
+        check_split_lists(audited),
+        check_pictures(audited),
+        *_proposal_checks(config, audited),
+        check_copies(audited),
+        check_run_cache(audited),
+        check_backbone(audited),
+        check_calibration(audited),
+        report_names(audited),
+        report_pseudo_boxes(audited),
+    ]
     recorded = audited.cache.set.proposals
-    about = {"cache": audited.cache.url, "set": config.features, "protocol": f"{protocol.name}, {len(protocol.base)} base and "
-             f"{len(protocol.novel)} novel classes", "annotations": str(audited.truth.file), "run": str(config.run or "none given"),
-             "proposals": recorded.get("identity", "not recorded")}
+    about = {
+        "cache": audited.cache.url,
+        "set": config.features,
+        "protocol": f"{protocol.name}, {len(protocol.base)} base and {len(protocol.novel)} novel classes",
+        "annotations": str(audited.truth.file),
+        "run": str(config.run or "none given"),
+        "proposals": recorded.get("identity", "not recorded"),
+    }
     report = AuditReport(about, tuple(checks))
     for line in report.lines():
         log(line)
@@ -55,15 +75,31 @@ def _read(config: AuditConfig, protocol: Protocol) -> Audited:
     folder = data.images or root / "train2017"
     truth = read_truth(data.annotation_file("train2017"), folder)
     if absent := [name for name in protocol.names if name not in truth.names.values()]:
-        raise HdovdError(f"protocol {protocol.name} names classes that {truth.file} does not know: {', '.join(absent[:8])}. Give the split "
-                         "that fits this data with --protocol")
+        raise HdovdError(
+            f"protocol {protocol.name} names classes that {truth.file} does not know: {', '.join(absent[:8])}. Give "
+            f"the split "
+            "that fits this data with --protocol"
+        )
     val_file = instances_file(root, "val2017")
     if data.root is None or not val_file.is_file():
-        missing["val"] = f"no {val_file}: whether training and validation share pictures is not known" if data.root is not None else \
-            "no --data was given: where the validation pictures are is not known"
+        missing["val"] = (
+            f"no {val_file}: whether training and validation share pictures is not known"
+            if data.root is not None
+            else "no --data was given: where the validation pictures are is not known"
+        )
     cache = FeatureCache(config.cache, config.features)
-    return Audited(protocol, truth, folder, None if "val" in missing else read_truth(val_file, root / "val2017"),
-                   None if "val" in missing else root / "val2017", cache, read_boxes(cache), _read_run(config.run), config.run, missing)
+    return Audited(
+        protocol,
+        truth,
+        folder,
+        None if "val" in missing else read_truth(val_file, root / "val2017"),
+        None if "val" in missing else root / "val2017",
+        cache,
+        read_boxes(cache),
+        _read_run(config.run),
+        config.run,
+        missing,
+    )
 
 
 def _read_run(run: Path | None) -> dict[str, Any] | None:
@@ -86,8 +122,10 @@ def _proposal_checks(config: AuditConfig, audited: Audited) -> list[Check]:
         return [check_made_by(audited, recorded, "the cache's record of its proposals")]
     split = config.data.load("train2017", audited.protocol, base_only=True, log=lambda _: None)
     table = read_table(config.proposals, audited.truth.file)
-    checks = [check_same_proposals(audited, table, split, str(config.proposals)),
-              check_made_by(audited, table.made_by or None, str(config.proposals))]
+    checks = [
+        check_same_proposals(audited, table, split, str(config.proposals)),
+        check_made_by(audited, table.made_by or None, str(config.proposals)),
+    ]
     if recorded and recorded != table.made_by:
         checks.append(check_made_by(audited, recorded, "the cache's record of its proposals"))
     return checks

@@ -22,7 +22,9 @@ class AuditConfig:
     protocol: Protocol = "ov-coco"
     features: Features = DEFAULT_SET
     run: Annotated[Path | None, Option("A run folder: its cache, protocol and calibration are checked too.")] = None
-    proposals: Annotated[Path | None, Option("The proposal file, where the cache does not say what made its proposals.")] = None
+    proposals: Annotated[
+        Path | None, Option("The proposal file, where the cache does not say what made its proposals.")
+    ] = None
     json_out: Annotated[Path | None, Option("Write the report as JSON too.", flags=("--json",), metavar="OUT")] = None
 
     def check(self) -> None:

@@ -1,4 +1,5 @@
-"""What an audit looks at: annotation files as they are, all classes of them, and a cache's boxes. Read for `audit` alone.
+"""What an audit looks at: annotation files as they are, all classes of them, and a cache's boxes. Read for `audit`
+alone.
 
 Training never sees these: `coco.load_split` leaves novel boxes out. N images, A annotations, M rows of boxes.
 """
@@ -23,8 +24,9 @@ from hdovd.data.protocol import Protocol
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroundTruth:
-    """image_id (N,) i64, file_name [N], size (N, 2) f32 width and height; id, of_image, category (A,) i64, crowd (A,) bool,
-    box (A, 4) f32 xyxy, cut to the image. of_image is an image id. `names`: category id -> name."""
+    """image_id (N,) i64, file_name [N], size (N, 2) f32 width and height; id, of_image, category (A,) i64, crowd (A,)
+    bool, box (A, 4) f32 xyxy, cut to the image. of_image is an image id. `names`: category id -> name.
+    """
 
     file: Path
     image_id: np.ndarray
@@ -64,9 +66,18 @@ def read_truth(file: Path, folder: Path | None = None) -> GroundTruth:
     box = np.array(found.boxes).reshape(-1, 4)
     box[:, 2:] += box[:, :2]
     edge = np.tile(size, 2)[rows_of(of_image, image_id)] if len(size) else np.zeros_like(box)
-    return GroundTruth(file, image_id, [entry[0] for entry in found.images.values()], size, np.array(found.ids, np.int64), of_image,
-                       np.array(found.categories, np.int64), np.array(found.crowd, bool), np.clip(box.astype(np.float32), 0, edge),
-                       found.names)
+    return GroundTruth(
+        file,
+        image_id,
+        [entry[0] for entry in found.images.values()],
+        size,
+        np.array(found.ids, np.int64),
+        of_image,
+        np.array(found.categories, np.int64),
+        np.array(found.crowd, bool),
+        np.clip(box.astype(np.float32), 0, edge),
+        found.names,
+    )
 
 
 def rows_of(wanted: np.ndarray, among: np.ndarray) -> np.ndarray:
@@ -80,8 +91,10 @@ def rows_of(wanted: np.ndarray, among: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CachedBoxes:
-    """The box table of a cache: image_id (N,); of_image (M,), the image id of each row, box (M, 4) f32 xyxy, source (M,),
-    annotation_id (M,); noun (M,) int32, rows of `nouns` or -1, or None where nothing was named. `nouns`: empty if they are not known."""
+    """The box table of a cache: image_id (N,); of_image (M,), the image id of each row, box (M, 4) f32 xyxy, source
+    (M,), annotation_id (M,); noun (M,) int32, rows of `nouns` or -1, or None where nothing was named. `nouns`: empty if
+    they are not known.
+    """
 
     image_id: np.ndarray
     of_image: np.ndarray
@@ -98,7 +111,9 @@ class CachedBoxes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Audited:
-    """All that the checks look at. `val`, `run`: None if they were not given or are not there, and `missing` says of each why."""
+    """All that the checks look at. `val`, `run`: None if they were not given or are not there, and `missing` says of
+    each why.
+    """
 
     protocol: Protocol
     truth: GroundTruth
@@ -121,12 +136,21 @@ class Audited:
 def read_boxes(cache: FeatureCache) -> CachedBoxes:
     """Raises HdovdError if the cache has no boxes."""
     if Level.BOXES not in cache.levels():
-        raise HdovdError(f"{cache.url}: the set has no boxes, so there is nothing to audit: extract it with hdovd extract-clip")
+        raise HdovdError(
+            f"{cache.url}: the set has no boxes, so there is nothing to audit: extract it with hdovd extract-clip"
+        )
     folder = Catalog(cache.url).folder
     boxes = Product(folder, Level.BOXES, cache.key(Level.BOXES))
     image_id, offset = boxes.table("image_id"), boxes.table("offset")
     named = {Level.PSEUDO_LABEL, Level.NOUN} <= set(cache.levels())
     has_names = named and not isinstance(cache.key_inputs(Level.NOUN).get("names"), dict)  # an import's texts have none
     noun = Product(folder, Level.PSEUDO_LABEL, cache.key(Level.PSEUDO_LABEL)).table("noun") if named else None
-    return CachedBoxes(image_id, np.repeat(image_id, np.diff(offset)), boxes.table("box"), boxes.table("source"),
-                       boxes.table("annotation_id"), noun, tuple(cache.names(Level.NOUN)) if has_names else ())
+    return CachedBoxes(
+        image_id,
+        np.repeat(image_id, np.diff(offset)),
+        boxes.table("box"),
+        boxes.table("source"),
+        boxes.table("annotation_id"),
+        noun,
+        tuple(cache.names(Level.NOUN)) if has_names else (),
+    )

@@ -23,7 +23,9 @@ from hdovd.pipelines.nouns.allowed import meaning
 from hdovd.pipelines.proposal_files.table import ProposalTable
 
 
-def class_of_noun(nouns: Sequence[str], classes: Sequence[str], synonyms: Mapping[str, Sequence[str]]) -> dict[int, str]:
+def class_of_noun(
+    nouns: Sequence[str], classes: Sequence[str], synonyms: Mapping[str, Sequence[str]]
+) -> dict[int, str]:
     """The class that a noun names, by the noun's row: its name or a synonym, in whatever form (`nouns.meaning`)."""
     meant = {meaning(own): name for name in reversed(classes) for own in (*synonyms.get(name, ()), name)}
     return {row: meant[form] for row, noun in enumerate(nouns) if (form := meaning(noun)) in meant}
@@ -35,20 +37,41 @@ def report_names(audited: Audited) -> Check:
     if boxes.noun is None:
         return Check(name, Verdict.REPORT, "the cache has no nouns: no pseudo box is named")
     if not boxes.nouns:
-        return Check(name, Verdict.UNKNOWN, "pseudo boxes have texts that others published without the words: which they are is not known")
+        return Check(
+            name,
+            Verdict.UNKNOWN,
+            "pseudo boxes have texts that others published without the words: which they are is not known",
+        )
     meant = class_of_noun(boxes.nouns, novel, audited.synonyms)
     wins = np.bincount(boxes.noun[boxes.noun >= 0], minlength=len(boxes.nouns))
     of_novel = {row: int(wins[row]) for row in meant}
     named = int((boxes.noun >= 0).sum())
-    text = (f"{len(set(meant.values()))} of the {len(novel)} novel classes are named by {len(meant)} of {len(boxes.nouns)} nouns, which "
-            f"won {sum(of_novel.values()):,d} of {named:,d} pseudo labels (allowed, since captions name them; say so with results)")
+    text = (
+        f"{len(set(meant.values()))} of the {len(novel)} novel classes are named by {len(meant)} of {len(boxes.nouns)} "
+        f"nouns, which "
+        f"won {sum(of_novel.values()):,d} of {named:,d} pseudo labels (allowed, since captions name them; say so with "
+        f"results)"
+    )
     if not meant:
-        text = f"none of the {len(boxes.nouns)} nouns names one of the {len(novel)} novel classes, in singular or plural"
+        text = (
+            f"none of the {len(boxes.nouns)} nouns names one of the {len(novel)} novel classes, in singular or plural"
+        )
     ordered = sorted(meant, key=lambda row: -of_novel[row])
-    details = tuple(f"{boxes.nouns[row]}: {of_novel[row]:,d}" + (f" (for {meant[row]})" if meant[row] != boxes.nouns[row] else "")
-                    for row in ordered)
-    return Check(name, Verdict.REPORT, text, details, {"nouns": len(boxes.nouns), "pseudo_labels": named, "won": {
-        boxes.nouns[row]: {"class": meant[row], "pseudo_labels": of_novel[row]} for row in ordered}})
+    details = tuple(
+        f"{boxes.nouns[row]}: {of_novel[row]:,d}" + (f" (for {meant[row]})" if meant[row] != boxes.nouns[row] else "")
+        for row in ordered
+    )
+    return Check(
+        name,
+        Verdict.REPORT,
+        text,
+        details,
+        {
+            "nouns": len(boxes.nouns),
+            "pseudo_labels": named,
+            "won": {boxes.nouns[row]: {"class": meant[row], "pseudo_labels": of_novel[row]} for row in ordered},
+        },
+    )
 
 
 COPY_PX = 0.02  # decimals of a file that was written and read
@@ -71,8 +94,11 @@ def check_same_proposals(audited: Audited, table: ProposalTable, split: Split, w
     """The proposal file that was given is what the cache holds."""
     found = Findings("proposals: the file")
     expected = box_table(split.images, table.for_images(split.images, Skips())).proposal_inputs()
-    lines = differences({"proposals": expected}, {"proposals": audited.cache.key_inputs(Level.BOXES).get("proposals")},
-                        sides=("the file gives", "the cache has"))
+    lines = differences(
+        {"proposals": expected},
+        {"proposals": audited.cache.key_inputs(Level.BOXES).get("proposals")},
+        sides=("the file gives", "the cache has"),
+    )
     if lines:
         found.unknown.append(f"the cache was made from other proposals than {whose}: " + "; ".join(lines))
     return found.check(f"the cache holds the proposals of {whose}")
@@ -81,8 +107,8 @@ def check_same_proposals(audited: Audited, table: ProposalTable, split: Split, w
 def check_copies(audited: Audited) -> Check:
     """No more proposals than by chance are ground truth boxes of novel classes, to the digit.
 
-    Chance is measured: how often proposals are such boxes with one side moved by a pixel. Sides at the image's edge say nothing,
-    so three others are needed.
+    Chance is measured: how often proposals are such boxes with one side moved by a pixel. Sides at the image's edge say
+    nothing, so three others are needed.
     """
     boxes, truth, found = audited.boxes, audited.truth, Findings("proposals: copies")
     novel = truth.of_classes(audited.protocol.novel)
@@ -100,14 +126,18 @@ def check_copies(audited: Audited) -> Check:
             if at == 0 and same.any():
                 own = targets[inside][same.any(0)]
                 classes.update(truth.class_name(i) for i in own.tolist())
-                where += [f"image {image_id}, annotation {truth.id[i]}, a {truth.class_name(i)!r}" for i in own.tolist()]
+                where += [
+                    f"image {image_id}, annotation {truth.id[i]}, a {truth.class_name(i)!r}" for i in own.tolist()
+                ]
     copies, chance, proposals = int(hits[0]), int(hits[1:].max()), int((~boxes.is_base).sum())
-    text = f"{copies:,d} of {proposals:,d} proposals are novel ground truth boxes to {COPY_PX} px (jittered copies are not looked for)"
+    text = f"{copies:,d} of {proposals:,d} proposals are novel ground truth boxes to {COPY_PX} px (jittered copies are not looked for)"  # noqa: E501
     if copies >= LEAST_COPIES and copies > TIMES_CHANCE * chance:
         found.leaks.append(f"{text}; by chance it would be about {chance}: they were made from the annotations")
         found.notes += where
-    return found.check(text + (f", by chance it would be about {chance}" if copies else ""),
-                       {"copies": copies, "chance": chance, "proposals": proposals, "by_class": dict(classes)})
+    return found.check(
+        text + (f", by chance it would be about {chance}" if copies else ""),
+        {"copies": copies, "chance": chance, "proposals": proposals, "by_class": dict(classes)},
+    )
 
 
 def _together(audited: Audited, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -121,7 +151,7 @@ def _together(audited: Audited, wanted: np.ndarray) -> Iterator[tuple[int, np.nd
     starts = [np.searchsorted(own, both, "left") for own in images]
     stops = [np.searchsorted(own, both, "right") for own in images]
     for at, image_id in enumerate(both.tolist()):
-        yield image_id, rows[starts[0][at]:stops[0][at]], targets[starts[1][at]:stops[1][at]]
+        yield image_id, rows[starts[0][at] : stops[0][at]], targets[starts[1][at] : stops[1][at]]
 
 
 def report_pseudo_boxes(audited: Audited) -> Check:
@@ -142,11 +172,20 @@ def report_pseudo_boxes(audited: Audited) -> Check:
     objects = Counter(truth.class_name(i) for i in np.flatnonzero(novel & in_cache).tolist())
     proposals = int((~boxes.is_base).sum())
     named = f", {right.total():,d} of them with the right noun" if boxes.nouns else "; their nouns are not known"
-    text = (f"{on_novel.total():,d} of {proposals:,d} pseudo boxes lie on a novel object (IoU >= {IOU}){named}; {covered.total():,d} of "
-            f"{objects.total():,d} novel objects have one (diagnosis only: it must not choose settings)")
-    details = tuple(f"{name}: {on_novel[name]:,d} boxes" + (f", {right[name]:,d} rightly named" if boxes.nouns else "")
-                    + f"; {covered[name]:,d} of {objects[name]:,d} objects"
-                    for name in protocol.novel if objects[name])
-    numbers = {name: {"boxes": on_novel[name], "right": right[name], "covered": covered[name], "objects": objects[name]}
-               for name in protocol.novel}
+    text = (
+        f"{on_novel.total():,d} of {proposals:,d} pseudo boxes lie on a novel object (IoU >= {IOU}){named}; "
+        f"{covered.total():,d} of "
+        f"{objects.total():,d} novel objects have one (diagnosis only: it must not choose settings)"
+    )
+    details = tuple(
+        f"{name}: {on_novel[name]:,d} boxes"
+        + (f", {right[name]:,d} rightly named" if boxes.nouns else "")
+        + f"; {covered[name]:,d} of {objects[name]:,d} objects"
+        for name in protocol.novel
+        if objects[name]
+    )
+    numbers = {
+        name: {"boxes": on_novel[name], "right": right[name], "covered": covered[name], "objects": objects[name]}
+        for name in protocol.novel
+    }
     return Check("pseudo boxes", Verdict.REPORT, text, details, {"pseudo_boxes": proposals, "by_class": numbers})

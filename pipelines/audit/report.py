@@ -10,7 +10,8 @@ SHOWN = 10  # details of a check in the text report; JSON has all
 
 
 class Verdict(StrEnum):
-    """ok: checked, and no leak. LEAK: novel supervision, or test pictures, were used. unknown: this could not be checked.
+    """ok: checked, and no leak. LEAK: novel supervision, or test pictures, were used. unknown: this could not be
+    checked.
 
     report: a diagnosis or a disclosure, which is no leak.
     """
@@ -79,10 +80,22 @@ class AuditReport:
                 lines.append(f"{'':31s}and {len(check.details) - len(shown)} more: --json lists all")
         unknown = self.count(Verdict.UNKNOWN)
         verdict = f"{self.leaks} LEAK{'S' if self.leaks > 1 else ''}" if self.leaks else "no leak found"
-        return [*lines, "", f"{verdict}; {unknown} of {len(self.checks)} checks could not be made in full" if unknown else verdict]
+        return [
+            *lines,
+            "",
+            f"{verdict}; {unknown} of {len(self.checks)} checks could not be made in full" if unknown else verdict,
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        checks = [{"name": c.name, "verdict": str(c.verdict), "text": c.text, "details": list(c.details), "numbers": c.numbers}
-                  for c in self.checks]
+        checks = [
+            {
+                "name": c.name,
+                "verdict": str(c.verdict),
+                "text": c.text,
+                "details": list(c.details),
+                "numbers": c.numbers,
+            }
+            for c in self.checks
+        ]
         return {"about": self.about, "leaks": self.leaks, "unknown": self.count(Verdict.UNKNOWN), "checks": checks}

@@ -1,4 +1,6 @@
-"""The audit's checks of a training run: its cache, what its backbone started from, what its reliability weights were fitted on."""
+"""The audit's checks of a training run: its cache, what its backbone started from, what its reliability weights were
+fitted on.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,20 @@ def judge_record(audited: Audited, made_by: dict[str, Any], whose: str, found: F
     counts, base = made_by.get("training_boxes"), _base_names(made_by)
     if isinstance(counts, dict) and all(isinstance(count, int) for count in counts.values()):
         total = sum(counts.values())
-        found.leaks += [f"{whose}: trained on {count:,d} boxes of {own!r}, which is {'novel' if own in protocol.novel else 'no base class'}"
-                        for own, count in counts.items() if count and own not in protocol.base]
+        found.leaks += [
+            f"{whose}: trained on {count:,d} boxes of {own!r}, which is "
+            f"{'novel' if own in protocol.novel else 'no base class'}"
+            for own, count in counts.items()
+            if count and own not in protocol.base
+        ]
     else:
         found.unknown.append(f"{whose} does not say on how many boxes of which class (training_boxes)")
     if base is not None:
-        found.leaks += [f"{whose}: its protocol has {own!r} as base, {protocol.name} has not" for own in base if own not in protocol.base]
+        found.leaks += [
+            f"{whose}: its protocol has {own!r} as base, {protocol.name} has not"
+            for own in base
+            if own not in protocol.base
+        ]
     else:
         found.unknown.append(f"{whose} does not say which classes were base")
     _judge_annotations(audited, made_by.get("annotations"), whose, found)
@@ -50,8 +60,11 @@ def _judge_annotations(audited: Audited, annotations: Any, whose: str, found: Fi
     elif recorded != audited.truth.sha256():
         file = annotations.get("file", "a file")
         beside = f" nor {audited.val.file}" if audited.val is not None else ", and no validation file was given"
-        found.unknown.append(f"{whose}: trained on {file} (sha256 {recorded[:12]}), which is not {audited.truth.file}{beside}: whether it "
-                             "saw test pictures is not known; give that file with --annotations, or train with this one")
+        found.unknown.append(
+            f"{whose}: trained on {file} (sha256 {recorded[:12]}), which is not {audited.truth.file}{beside}: whether "
+            f"it "
+            "saw test pictures is not known; give that file with --annotations, or train with this one"
+        )
 
 
 def _base_names(made_by: dict[str, Any]) -> list[str] | None:
@@ -69,7 +82,9 @@ def check_run_cache(audited: Audited) -> Check:
     if audited.run is None:
         return found.cannot(audited.missing["run"])
     if "imported" in audited.run:
-        return found.cannot(f"{audited.run_path} was imported from {_file_of(audited.run)}: what it was trained on is not recorded")
+        return found.cannot(
+            f"{audited.run_path} was imported from {_file_of(audited.run)}: what it was trained on is not recorded"
+        )
     recorded = audited.run.get("cache")
     levels = recorded.get("levels") if isinstance(recorded, dict) else None
     if not isinstance(levels, dict) or not all(isinstance(entry, dict) and "key" in entry for entry in levels.values()):
@@ -79,9 +94,13 @@ def check_run_cache(audited: Audited) -> Check:
         theirs = levels.get(str(level), {}).get("key")
         ours = audited.cache.key(level) if level in audited.cache.levels() else None
         if theirs != ours:
-            found.unknown.append(f"{audited.run_path} was trained on {level} {theirs or '(none)'}, this set has {ours or '(none)'}: what "
-                                 f"it read was not audited; audit {recorded.get('path', 'the cache that it read')}, or another set of it "
-                                 "with --features")
+            found.unknown.append(
+                f"{audited.run_path} was trained on {level} {theirs or '(none)'}, this set has {ours or '(none)'}: "
+                f"what "
+                f"it read was not audited; audit {recorded.get('path', 'the cache that it read')}, or another set of "
+                f"it "
+                "with --features"
+            )
     return found.check(f"{audited.run_path} was trained on this cache: {len(levels)} levels with the same keys")
 
 
@@ -96,11 +115,15 @@ def check_backbone(audited: Audited) -> Check:
     if audited.run_path is None:
         return found.cannot(audited.missing["run"])
     if audited.run is not None and "imported" in audited.run:
-        return found.cannot(f"{audited.run_path} was imported from {_file_of(audited.run)}, which does not say what its backbone "
-                             "started from")
+        return found.cannot(
+            f"{audited.run_path} was imported from {_file_of(audited.run)}, which does not say what its backbone "
+            "started from"
+        )
     if audited.run is not None and (init := audited.run.get("init")):
         before = init.get("run") if isinstance(init, dict) else "another run"
-        return found.cannot(f"{audited.run_path} began with the weights of {before}: what those were trained on, its own audit says")
+        return found.cannot(
+            f"{audited.run_path} began with the weights of {before}: what those were trained on, its own audit says"
+        )
     config = audited.run_path / "config.toml"
     try:
         backbone = read_toml(config, "recipe")["detector"]["backbone"]
@@ -113,15 +136,22 @@ def check_backbone(audited: Audited) -> Check:
         return found.check(f"{weights}: {fine}", {"made_by": made_by})
     if ":" in network and not network.startswith(("timm:", "torchvision:")):
         found.unknown.append(f"{network} is code outside of hdovd: which weights it starts from is not known")
-    return found.check(f"{network} started from random weights" if weights == "none" else
-                       f"{network} started from the weights that {'timm' if network.startswith('timm:') else 'torchvision'} publishes")
+    return found.check(
+        f"{network} started from random weights"
+        if weights == "none"
+        else f"{network} started from the weights that {'timm' if network.startswith('timm:') else 'torchvision'} "
+        f"publishes"
+    )
 
 
 def _record_of(weights: Path, found: Findings) -> dict[str, Any] | None:
     """What made a file of backbone weights; if it does not say, None, and `found` says why."""
     if not weights.is_file():
-        found.unknown.append(f"the backbone started from {weights}, which is not here: what made it is not known; run the audit where it "
-                             "is (a relative path counts from the folder that hdovd train ran in)")
+        found.unknown.append(
+            f"the backbone started from {weights}, which is not here: what made it is not known; run the audit where "
+            f"it "
+            "is (a relative path counts from the folder that hdovd train ran in)"
+        )
         return None
     try:
         with safe_open(weights, "np") as tensors:
@@ -129,8 +159,11 @@ def _record_of(weights: Path, found: Findings) -> dict[str, Any] | None:
     except (SafetensorError, OSError, ValueError, RecursionError):  # a .pth, or damaged: neither has a record
         made_by = None
     if not isinstance(made_by, dict):
-        found.unknown.append(f"the backbone started from {weights}, which does not say what made it: whether that saw novel boxes or test "
-                             "pictures is not known (files of hdovd propose --backbone-out say so)")
+        found.unknown.append(
+            f"the backbone started from {weights}, which does not say what made it: whether that saw novel boxes or "
+            f"test "
+            "pictures is not known (files of hdovd propose --backbone-out say so)"
+        )
         return None
     return made_by
 
@@ -147,14 +180,21 @@ def check_calibration(audited: Audited) -> Check:
     source, fitted_on = str(record.get("source", "")), record.get("fitted_on")
     if source and fitted_on is None and not source.startswith("calibration"):
         if source == RECIPE:
-            return Check(found.name, Verdict.REPORT, "the weights are the recipe's numbers: who chose them, and by what, is not recorded")
+            return Check(
+                found.name,
+                Verdict.REPORT,
+                "the weights are the recipe's numbers: who chose them, and by what, is not recorded",
+            )
         return found.check(f"no calibration: the weights are of {source}")
     classes: Any = fitted_on.get("classes") if isinstance(fitted_on, dict) else None
     products: Any = fitted_on.get("levels") if isinstance(fitted_on, dict) else None
     if not isinstance(classes, list) or not isinstance(products, dict):
         return found.cannot("run.json has a calibration that does not say which classes it was fitted on")
-    found.leaks += [f"fitted on the name {own!r}, which is {'novel' if own in audited.protocol.novel else 'no base class'}"
-                    for own in classes if own not in audited.protocol.base]
+    found.leaks += [
+        f"fitted on the name {own!r}, which is {'novel' if own in audited.protocol.novel else 'no base class'}"
+        for own in classes
+        if own not in audited.protocol.base
+    ]
     levels, others = audited.cache.levels(), []
     for level in (Level.INSTANCE, Level.CLASS):
         key, ours = products.get(str(level)), audited.cache.key(level) if level in levels else None
@@ -163,5 +203,8 @@ def check_calibration(audited: Audited) -> Check:
         elif key != ours:
             others.append(f"{level} {key}")
     if others:
-        found.unknown.append(f"it was fitted on other products than this cache's ({shorten(list(others))}): audit the cache that has them")
+        found.unknown.append(
+            f"it was fitted on other products than this cache's ({shorten(list(others))}): audit the cache that has "
+            f"them"
+        )
     return found.check(f"fitted on the names of {len(classes)} base classes and this cache's base boxes")

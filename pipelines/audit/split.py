@@ -22,8 +22,8 @@ SAME_BOX_PX = 0.05  # between a cached base box and its annotation: float32 and 
 def check_base_rows(audited: Audited) -> Check:
     """Every base row of the cache is an annotation of a base class, at its place.
 
-    An id alone proves nothing, because files are renumbered: a row is the annotation of its id if image and box are that one's too.
-    Any other row is compared with all boxes of its image.
+    An id alone proves nothing, because files are renumbered: a row is the annotation of its id if image and box are
+    that one's too. Any other row is compared with all boxes of its image.
     """
     truth, boxes, protocol, found = audited.truth, audited.boxes, audited.protocol, Findings("base boxes")
     rows = np.flatnonzero(boxes.is_base)
@@ -32,27 +32,43 @@ def check_base_rows(audited: Audited) -> Check:
     wrong = place[agree][not_base[place[agree]]]
     for name, of_class in _by_class(truth, wrong).items():
         where = [f"annotation {truth.id[at]} of image {truth.of_image[at]}" for at in of_class]
-        found.leaks.append(f"{len(of_class):,d} base rows are annotations of {name!r}, which is {_kind(name, protocol)}: "
-                           f"{shorten(list(where), 3)}")
+        found.leaks.append(
+            f"{len(of_class):,d} base rows are annotations of {name!r}, which is {_kind(name, protocol)}: "
+            f"{shorten(list(where), 3)}"
+        )
     others = rows[~agree]
     copied = _of_others(audited, others, not_base, found)
     known = place[~agree] >= 0
     if len(unknown := others[~known & ~copied]):
         ids = boxes.annotation_id[unknown].tolist()
-        found.unknown.append(f"{len(ids):,d} base rows are of annotations that {truth.file} does not have (ids {shorten(ids)}): give the "
-                             "annotation file that the cache was made from")
+        found.unknown.append(
+            f"{len(ids):,d} base rows are of annotations that {truth.file} does not have (ids {shorten(ids)}): give "
+            f"the "
+            "annotation file that the cache was made from"
+        )
     if len(moved := others[known & ~copied]):
         ids = boxes.annotation_id[moved].tolist()
-        found.unknown.append(f"{len(ids):,d} base rows lie elsewhere than their annotation in {truth.file} (ids {shorten(ids)}): is it the "
-                             "file that the cache was made from?")
-    return found.check(f"all {len(rows):,d} base rows are annotations of base classes",
-                       {"base_rows": len(rows), "not_base": len(wrong), "copied": int(copied.sum()),
-                        "unknown_ids": int((~known).sum()), "moved": int(known.sum())})
+        found.unknown.append(
+            f"{len(ids):,d} base rows lie elsewhere than their annotation in {truth.file} (ids {shorten(ids)}): is it "
+            f"the "
+            "file that the cache was made from?"
+        )
+    return found.check(
+        f"all {len(rows):,d} base rows are annotations of base classes",
+        {
+            "base_rows": len(rows),
+            "not_base": len(wrong),
+            "copied": int(copied.sum()),
+            "unknown_ids": int((~known).sum()),
+            "moved": int(known.sum()),
+        },
+    )
 
 
 def _own_annotations(truth: GroundTruth, boxes: CachedBoxes, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of rows (R,) of the cache: the place of the annotation of that id in the file, -1 if there is none, (R,) int64; and whether it
-    has the row's image and box too, (R,) bool."""
+    """Of rows (R,) of the cache: the place of the annotation of that id in the file, -1 if there is none, (R,) int64;
+    and whether it has the row's image and box too, (R,) bool.
+    """
     place = rows_of(boxes.annotation_id[rows], truth.id)
     agree = place >= 0
     own, at = rows[agree], place[agree]
@@ -73,7 +89,8 @@ def _by_class(truth: GroundTruth, places: np.ndarray) -> dict[str, list[int]]:
 
 
 def _of_others(audited: Audited, rows: np.ndarray, not_base: np.ndarray, found: Findings) -> np.ndarray:
-    """Rows that are not the annotation of their id: on the box of an annotation that is not base they are that, under another id.
+    """Rows that are not the annotation of their id: on the box of an annotation that is not base they are that, under
+    another id.
 
     Unless a base annotation has the same box, which explains the row. Returns (R,) bool, which rows leak.
     """
@@ -85,14 +102,21 @@ def _of_others(audited: Audited, rows: np.ndarray, not_base: np.ndarray, found: 
     where: dict[str, list[object]] = {}
     for row, at in zip(rows[copied].tolist(), twin[copied].tolist(), strict=True):
         where.setdefault(truth.class_name(at), []).append(
-            f"that of annotation {boxes.annotation_id[row]}, image {boxes.of_image[row]}, has the box of annotation {truth.id[at]}")
-    found.leaks += [f"{len(lines):,d} base rows have the box of a {name!r}, which is {_kind(name, audited.protocol)}, under another id: "
-                    f"{shorten(lines, 3)}" for name, lines in where.items()]
+            f"that of annotation {boxes.annotation_id[row]}, image {boxes.of_image[row]}, has the box of annotation "
+            f"{truth.id[at]}"
+        )
+    found.leaks += [
+        f"{len(lines):,d} base rows have the box of a {name!r}, which is {_kind(name, audited.protocol)}, under "
+        f"another id: "
+        f"{shorten(lines, 3)}"
+        for name, lines in where.items()
+    ]
     return copied
 
 
 def _with_box_of(truth: GroundTruth, wanted: np.ndarray, boxes: CachedBoxes, rows: np.ndarray) -> np.ndarray:
-    """For rows (R,) of the cache the first annotation among `wanted` that has the row's image and box: its place, or -1, (R,) int64.
+    """For rows (R,) of the cache the first annotation among `wanted` that has the row's image and box: its place, or
+    -1, (R,) int64.
 
     Rows and annotations are joined by image, all pairs at once: a cache of another file has a million such rows.
     """
@@ -108,16 +132,24 @@ def _with_box_of(truth: GroundTruth, wanted: np.ndarray, boxes: CachedBoxes, row
 
 
 def check_split_lists(audited: Audited) -> Check:
-    """The class lists of the protocol, the cache and the run are those of the shipped protocol of that name, and of each other."""
+    """The class lists of the protocol, the cache and the run are those of the shipped protocol of that name, and of
+    each other.
+    """
     protocol, found = audited.protocol, Findings("class lists")
     compared = ["the cache's class level"]
     found.leaks += _against_shipped(protocol.to_dict(), "the protocol that was given")
     if Level.CLASS in audited.cache.levels():
         names = audited.cache.names(Level.CLASS)
-        found.leaks += [f"the cache has text embeddings of {lone!r}, which protocol {protocol.name} does not name"
-                        for lone in names if lone not in protocol.names]
-        found.leaks += [f"protocol {protocol.name} names {lone!r}, which the cache's class level does not have"
-                        for lone in protocol.names if lone not in names]
+        found.leaks += [
+            f"the cache has text embeddings of {lone!r}, which protocol {protocol.name} does not name"
+            for lone in names
+            if lone not in protocol.names
+        ]
+        found.leaks += [
+            f"protocol {protocol.name} names {lone!r}, which the cache's class level does not have"
+            for lone in protocol.names
+            if lone not in names
+        ]
     else:
         found.unknown.append("the cache has no class level, so which classes it was made for is not known")
     if audited.run is not None:
@@ -130,8 +162,10 @@ def check_split_lists(audited: Audited) -> Check:
             found.unknown.append("run.json does not say which protocol the run followed")
     if protocol.name in shipped_protocols():
         compared.append("the protocol that hdovd ships")
-    return found.check(f"the {len(protocol.base)} base and {len(protocol.novel)} novel classes of protocol {protocol.name} "
-                       f"are also those of {', '.join(compared)}")
+    return found.check(
+        f"the {len(protocol.base)} base and {len(protocol.novel)} novel classes of protocol {protocol.name} "
+        f"are also those of {', '.join(compared)}"
+    )
 
 
 def _against_shipped(tree: dict[str, Any], who: str) -> list[str]:
@@ -159,31 +193,53 @@ def check_pictures(audited: Audited) -> Check:
     files = {int(truth.image_id[at]): audited.folder / truth.file_name[at] for at in place[place >= 0].tolist()}
     absent_ids = audited.boxes.image_id[place < 0].tolist()
     if absent_ids:
-        found.unknown.append(f"{len(absent_ids):,d} images of the cache are not in {truth.file} (ids {shorten(absent_ids)})")
-    val_files = {int(i): audited.val_folder / name for i, name in zip(val.image_id.tolist(), val.file_name, strict=True)}
+        found.unknown.append(
+            f"{len(absent_ids):,d} images of the cache are not in {truth.file} (ids {shorten(absent_ids)})"
+        )
+    val_files = {
+        int(i): audited.val_folder / name for i, name in zip(val.image_id.tolist(), val.file_name, strict=True)
+    }
     hashes, absent = _content(files, val_files)
     _of_shared_ids(audited, val, (files, val_files), hashes, found)
     of_val = set(val_files.values())
     by_hash = {digest: file for file, digest in hashes.items() if file in of_val}
     for image_id, file in files.items():
         if file in hashes and hashes[file] in by_hash and image_id not in val_files:
-            found.leaks.append(f"training image {image_id} ({file}) is byte for byte the validation picture {by_hash[hashes[file]]}")
+            found.leaks.append(
+                f"training image {image_id} ({file}) is byte for byte the validation picture {by_hash[hashes[file]]}"
+            )
     if absent:
-        found.unknown.append(f"{len(absent):,d} pictures are not on this machine, so their content was not compared "
-                             f"({shorten(list(absent), 2)})")
-    return found.check(f"none of {len(files):,d} training pictures is one of {len(val_files):,d} validation pictures, by id or bytes",
-                       {"training": len(files), "validation": len(val_files), "absent": len(absent)})
+        found.unknown.append(
+            f"{len(absent):,d} pictures are not on this machine, so their content was not compared "
+            f"({shorten(list(absent), 2)})"
+        )
+    return found.check(
+        f"none of {len(files):,d} training pictures is one of {len(val_files):,d} validation pictures, by id or bytes",
+        {"training": len(files), "validation": len(val_files), "absent": len(absent)},
+    )
 
 
-def _of_shared_ids(audited: Audited, val: GroundTruth, sides: tuple[dict[int, Path], dict[int, Path]], hashes: dict[Path, str],
-                   found: Findings) -> None:
-    """Ids on both sides: sets that both count from one share them too, so bytes must agree, or without the files name and size.
+def _of_shared_ids(
+    audited: Audited,
+    val: GroundTruth,
+    sides: tuple[dict[int, Path], dict[int, Path]],
+    hashes: dict[Path, str],
+    found: Findings,
+) -> None:
+    """Ids on both sides: sets that both count from one share them too, so bytes must agree, or without the files name
+    and size.
 
-    A picture that the training file does not have is known by its base boxes, if those are annotations of the validation file.
+    A picture that the training file does not have is known by its base boxes, if those are annotations of the
+    validation file.
     """
     (files, val_files), truth, boxes = sides, audited.truth, audited.boxes
-    ours, theirs = ({i: (name, *size) for i, name, size in zip(own.image_id.tolist(), own.file_name, own.size.tolist(), strict=True)}
-                    for own in (truth, val))
+    ours, theirs = (
+        {
+            i: (name, *size)
+            for i, name, size in zip(own.image_id.tolist(), own.file_name, own.size.tolist(), strict=True)
+        }
+        for own in (truth, val)
+    )
     rows = np.flatnonzero(boxes.is_base)
     annotated = set(boxes.of_image[rows[_own_annotations(val, boxes, rows)[1]]].tolist())
     unseen = []
@@ -202,8 +258,11 @@ def _of_shared_ids(audited: Audited, val: GroundTruth, sides: tuple[dict[int, Pa
         else:
             found.notes.append(f"image id {image_id} is used for a training and another validation picture")
     if unseen:
-        found.unknown.append(f"{len(unseen):,d} image ids are on both sides (ids {shorten([*unseen])}) with other file names or sizes, or "
-                             "are not in the training file, and the pictures are not here to be compared: are they the same?")
+        found.unknown.append(
+            f"{len(unseen):,d} image ids are on both sides (ids {shorten([*unseen])}) with other file names or sizes, "
+            f"or "
+            "are not in the training file, and the pictures are not here to be compared: are they the same?"
+        )
 
 
 def _content(files: dict[int, Path], val_files: dict[int, Path]) -> tuple[dict[Path, str], list[str]]:

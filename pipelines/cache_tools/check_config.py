@@ -25,28 +25,43 @@ def _changes(given: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckConfig:
-    """A check of a cache. `changes`: fields of `ExtractConfig` to lay over what a set was made from, where data or CLIP are elsewhere now."""
+    """A check of a cache. `changes`: fields of `ExtractConfig` to lay over what a set was made from, where data or CLIP
+    are elsewhere now.
+    """
 
     cache: CacheArgument
     features: Annotated[str | None, Option("Check one set alone. Default: all products.")] = None
     sample: Annotated[int, Option("Encode N rows of images and boxes again.", min=0, metavar="N")] = 0
     seed: Annotated[int, Option("Which rows --sample takes.")] = 0
     repair: Annotated[bool, Option("Mark what is damaged as missing: extract-clip makes it again.")] = False
-    changes: Annotated[dict[str, Any], Group({
-        **DATA,
-        "clip": (str | None, None, Option("The CLIP that the cache was made with, if it is elsewhere now.")),
-        "pretrained": (str | None, None, Option("Tag or checkpoint file, with a model name.")),
-        "protocol": (str | None, None, OTHER_PROTOCOL),
-        "precision": (Precision, Precision.AUTO, Option("What CLIP computes in, for --sample. Default: what the cache was made in.")),
-        "activation": (Activation | None, None, Option("The activation that the weights were trained with.")),
-        "device": (str, "auto", Option("auto, cpu or cuda.")),
-    }, _changes)] = field(default_factory=dict)
+    changes: Annotated[
+        dict[str, Any],
+        Group(
+            {
+                **DATA,
+                "clip": (str | None, None, Option("The CLIP that the cache was made with, if it is elsewhere now.")),
+                "pretrained": (str | None, None, Option("Tag or checkpoint file, with a model name.")),
+                "protocol": (str | None, None, OTHER_PROTOCOL),
+                "precision": (
+                    Precision,
+                    Precision.AUTO,
+                    Option("What CLIP computes in, for --sample. Default: what the cache was made in."),
+                ),
+                "activation": (Activation | None, None, Option("The activation that the weights were trained with.")),
+                "device": (str, "auto", Option("auto, cpu or cuda.")),
+            },
+            _changes,
+        ),
+    ] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raises HdovdError if there is no cache, not even a damaged one, or tar shards are to be repaired."""
         if is_tar_form(self.cache):
             if self.sample or self.repair:
-                raise HdovdError(f"{self.cache} is of tar shards: --sample and --repair need the Zarr cache that they were exported from")
+                raise HdovdError(
+                    f"{self.cache} is of tar shards: --sample and --repair need the Zarr cache that they were exported "
+                    f"from"
+                )
             return
         folder = open_folder(self.cache)
         if not folder.exists("zarr.json") and not any(folder.sizes(level) for level in Level):
@@ -61,6 +76,11 @@ def settings_of(config: CheckConfig, name: str, features: FeatureSet) -> Extract
         changes.setdefault("pretrained", None)
     if not features.made_from and "clip" in changes and given != DataPaths():
         return ExtractConfig(data=given, cache=config.cache, **changes)
-    settings = extraction_of(features, config.cache, name, "the options of its hdovd extract-clip command, --data, --clip and what else it "
-                             "had", **changes)
+    settings = extraction_of(
+        features,
+        config.cache,
+        name,
+        "the options of its hdovd extract-clip command, --data, --clip and what else it had",
+        **changes,
+    )
     return replace(settings, data=laid_over(given, settings.data))

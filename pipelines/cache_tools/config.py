@@ -1,4 +1,6 @@
-"""What `hdovd cache view` and `hdovd cache export --to parquet` are asked for. Imports no torch: a mistake shows before that."""
+"""What `hdovd cache view` and `hdovd cache export --to parquet` are asked for. Imports no torch: a mistake shows before
+that.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,15 @@ def source_of(given: dict[str, Any]) -> CacheSource:
     return CacheSource(given["cache"], given["features"], data_if_given(given), given["protocol"])
 
 
-SOURCE = Group({"cache": (str, MISSING, Option("The cache: a folder, or s3://, gs://.", argument=True)),
-                "features": (str, DEFAULT_SET, FEATURES), **DATA, "protocol": (str | None, None, OTHER_PROTOCOL)}, source_of)
+SOURCE = Group(
+    {
+        "cache": (str, MISSING, Option("The cache: a folder, or s3://, gs://.", argument=True)),
+        "features": (str, DEFAULT_SET, FEATURES),
+        **DATA,
+        "protocol": (str | None, None, OTHER_PROTOCOL),
+    },
+    source_of,
+)
 
 
 class ExportForm(StrEnum):
@@ -68,18 +77,42 @@ def _recipe(given: dict[str, Any]) -> Recipe | None:
 class ViewConfig:
     """`images`: ids, or `random` or `random:N`; empty: the first that has rows. `seed`: which random ones.
 
-    `out`: a PNG, or a folder for IMAGEID.png. `calibration`, `recipe`: where weights are from; None: those known for the cache's CLIP.
+    `out`: a PNG, or a folder for IMAGEID.png. `calibration`, `recipe`: where weights are from; None: those known for
+    the cache's CLIP.
     """
 
     source: Annotated[CacheSource, SOURCE]
-    images: Annotated[tuple[str, ...], Group({"image": (list[str] | None, None, Option(
-        "An image id, repeatable or with commas between; random, random:5. Default: the first image that has boxes.", metavar="ID"))},
-        lambda given: tuple(word.strip() for words in given["image"] or () for word in words.split(",") if word.strip()))] = ()
+    images: Annotated[
+        tuple[str, ...],
+        Group(
+            {
+                "image": (
+                    list[str] | None,
+                    None,
+                    Option(
+                        "An image id, repeatable or with commas between; random, random:5. Default: the first image "
+                        "that has boxes.",
+                        metavar="ID",
+                    ),
+                )
+            },
+            lambda given: tuple(
+                word.strip() for words in given["image"] or () for word in words.split(",") if word.strip()
+            ),
+        ),
+    ] = ()
     out: Annotated[Path, Option("The PNG to write, or a folder for ID.png. Default: ID.png in this folder.")] = Path()
     calibration: Calibration = None
-    recipe: Annotated[Recipe | None, Group({"recipe": (str | None, None, Option("Take the weights of this recipe, shipped or a TOML "
-                                                                                "file.")),
-                                            "set_": (list[str] | None, None, SET)}, _recipe)] = None
+    recipe: Annotated[
+        Recipe | None,
+        Group(
+            {
+                "recipe": (str | None, None, Option("Take the weights of this recipe, shipped or a TOML file.")),
+                "set_": (list[str] | None, None, SET),
+            },
+            _recipe,
+        ),
+    ] = None
     seed: Annotated[int, Option("Which images random takes.")] = 0
 
     def check(self) -> None:
@@ -104,4 +137,11 @@ class ExportOptions:
         if self.to is ExportForm.PARQUET:
             return ParquetConfig(source=self.source, out=Path(self.out))
         source = self.source
-        return TarExportConfig(cache=source.cache, out=self.out, data=source.data, protocol=source.protocol, features=source.features, samples=self.samples)
+        return TarExportConfig(
+            cache=source.cache,
+            out=self.out,
+            data=source.data,
+            protocol=source.protocol,
+            features=source.features,
+            samples=self.samples,
+        )

@@ -11,7 +11,17 @@ from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, is_set_name
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.common.options import MISSING, CacheWritten, Data, Device, Features, Group, Option, Pretrained, Protocol
+from hdovd.pipelines.common.options import (
+    MISSING,
+    CacheWritten,
+    Data,
+    Device,
+    Features,
+    Group,
+    Option,
+    Pretrained,
+    Protocol,
+)
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, ActivationOption, Compute
 from hdovd.pipelines.teachers.activation import Activation
@@ -28,11 +38,20 @@ class ForeignFormat(StrEnum):
 class ImportConfig:
     """An import of features that others made. `clip`: embeds the class names; None for no class level."""
 
-    format: Annotated[ForeignFormat, Option("hd-ovd or oadp: embeddings that their authors published; webdataset: tar shards, which "
-                                            "become the cache again that they were exported from; no other option is read.")]
-    folder: Annotated[Path, Group({"source": (str, MISSING, Option("The folder to import; of tar shards also s3://, gs://.",
-                                                            argument=True))},
-                                  lambda given: Path(given["source"]))]
+    format: Annotated[
+        ForeignFormat,
+        Option(
+            "hd-ovd or oadp: embeddings that their authors published; webdataset: tar shards, which "
+            "become the cache again that they were exported from; no other option is read."
+        ),
+    ]
+    folder: Annotated[
+        Path,
+        Group(
+            {"source": (str, MISSING, Option("The folder to import; of tar shards also s3://, gs://.", argument=True))},
+            lambda given: Path(given["source"]),
+        ),
+    ]
     data: Data
     cache: CacheWritten
     proposals: Annotated[Path | None, Option("With hd-ovd: the .pkl of boxes that the files go with.")] = None
@@ -48,8 +67,12 @@ class ImportConfig:
 
     def __post_init__(self) -> None:
         check_templates(self.templates)
-        if self.format is not ForeignFormat.WEBDATASET and (self.format is ForeignFormat.HD_OVD) != (self.proposals is not None):
-            raise HdovdError("--format hd-ovd needs --proposals, the .pkl of boxes that its files go with; --format oadp takes none")
+        if self.format is not ForeignFormat.WEBDATASET and (self.format is ForeignFormat.HD_OVD) != (
+            self.proposals is not None
+        ):
+            raise HdovdError(
+                "--format hd-ovd needs --proposals, the .pkl of boxes that its files go with; --format oadp takes none"
+            )
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""

@@ -1,8 +1,9 @@
-"""`hdovd cache import` of embeddings that others published: they become products whose identity says that nobody knows what made them.
+"""`hdovd cache import` of embeddings that others published: they become products whose identity says that nobody knows
+what made them.
 
-The files are read twice, in flat memory: once for boxes, counts and a hash of all rows, which takes the place of a CLIP in
-the keys, and once to write. Class names are embedded by a CLIP of the user's choice, which has to be the one that the
-publishers used: no file says which.
+The files are read twice, in flat memory: once for boxes, counts and a hash of all rows, which takes the place of a CLIP
+in the keys, and once to write. Class names are embedded by a CLIP of the user's choice, which has to be the one that
+the publishers used: no file says which.
 """
 
 from __future__ import annotations
@@ -43,12 +44,16 @@ def import_features(config: ImportConfig, log: Callable[[str], None] = print) ->
         log("no --clip: no class names were embedded, and training needs them; give the CLIP that the publishers used")
     else:
         writers[Level.CLASS] = _write_classes(config, protocol.names, catalog, found.dim, log)
-    features = FeatureSet({level: writer.product.key for level, writer in writers.items()},
-                          {**split.skips.by_reason, **({"proposal without area, image": list(found.dropped)} if found.dropped else {})},
-                          proposals={"file": (config.proposals or config.folder).name, "identity": found.proposals, "made_by": None})
+    features = FeatureSet(
+        {level: writer.product.key for level, writer in writers.items()},
+        {**split.skips.by_reason, **({"proposal without area, image": list(found.dropped)} if found.dropped else {})},
+        proposals={"file": (config.proposals or config.folder).name, "identity": found.proposals, "made_by": None},
+    )
     catalog.write_set(config.features, features)
-    log(f"{config.cache}: set {config.features}: {len(split.images):,d} images, {len(found.table.box):,d} boxes, "
-        f"{len(found.texts):,d} texts of pseudo boxes; {UNKNOWN_ORIGIN}")
+    log(
+        f"{config.cache}: set {config.features}: {len(split.images):,d} images, {len(found.table.box):,d} boxes, "
+        f"{len(found.texts):,d} texts of pseudo boxes; {UNKNOWN_ORIGIN}"
+    )
     return features
 
 
@@ -90,8 +95,13 @@ def _survey(config: ImportConfig, split: Split, log: Callable[[str], None]) -> _
             continue
         proposals[image.image_id] = Proposals(image.proposal_box, image.proposal_score)
         dropped += [image.image_id] * bool(image.dropped)
-        dim = max(dim, image.proposal_embedding.shape[1], 0 if image.image_embedding is None else len(image.image_embedding))
-        with_base, with_images = with_base or image.base_embedding is not None, with_images or image.image_embedding is not None
+        dim = max(
+            dim, image.proposal_embedding.shape[1], 0 if image.image_embedding is None else len(image.image_embedding)
+        )
+        with_base, with_images = (
+            with_base or image.base_embedding is not None,
+            with_images or image.image_embedding is not None,
+        )
         hashes[Level.INSTANCE].update(_instance_rows(image, dim).tobytes())
         hashes[Level.IMAGE].update(b"" if image.image_embedding is None else image.image_embedding.tobytes())
         for row in () if image.proposal_text is None else image.proposal_text.astype(np.float16):
@@ -99,17 +109,36 @@ def _survey(config: ImportConfig, split: Split, log: Callable[[str], None]) -> _
     for image_id, reason in list(failed.items())[:20]:
         log(f"left out: image {image_id}: {reason}")
     if len(failed) == len(split.images):
-        raise HdovdError(f"nothing in {config.folder} fits {split.annotations}: all {len(failed)} images were left out, first of all "
-                         f"image {next(iter(failed))}: {next(iter(failed.values()))}")
+        raise HdovdError(
+            f"nothing in {config.folder} fits {split.annotations}: all {len(failed)} images were left out, first of "
+            f"all "
+            f"image {next(iter(failed))}: {next(iter(failed.values()))}"
+        )
     if failed:
         log(f"{counted(len(failed), 'image has', 'images have')} no embeddings; hdovd cache info lists them")
     if not with_base:
-        log(f"{config.format} has no embeddings of base boxes: hdovd train will refuse the instance level for the boxes that it lacks")
-    images = split.images if with_base else [replace(i, boxes=i.boxes[:0], annotation_ids=i.annotation_ids[:0]) for i in split.images]
+        log(
+            f"{config.format} has no embeddings of base boxes: hdovd train will refuse the instance level for the "
+            f"boxes that it lacks"
+        )
+    images = (
+        split.images
+        if with_base
+        else [replace(i, boxes=i.boxes[:0], annotation_ids=i.annotation_ids[:0]) for i in split.images]
+    )
     if dropped:
         log(f"skipped proposals without area in {counted(len(dropped), 'image')} ({shorten(list(dropped))})")
-    return _Survey(box_table(images, proposals), failed, dropped, texts, {level: h.hexdigest() for level, h in hashes.items()}, dim,
-                   ProposalTable.of(proposals).identity(), with_base, with_images)
+    return _Survey(
+        box_table(images, proposals),
+        failed,
+        dropped,
+        texts,
+        {level: h.hexdigest() for level, h in hashes.items()},
+        dim,
+        ProposalTable.of(proposals).identity(),
+        with_base,
+        with_images,
+    )
 
 
 def _instance_rows(image: ForeignImage, dim: int) -> np.ndarray:
@@ -120,28 +149,47 @@ def _instance_rows(image: ForeignImage, dim: int) -> np.ndarray:
 
 def _begin(config: ImportConfig, found: _Survey, catalog: Catalog) -> dict[Level, ProductWriter]:
     table = found.table
-    origin: KeyInputs = {"schema_version": SCHEMA_VERSION, "clip": {"origin": UNKNOWN_ORIGIN, "format": str(config.format)}}
+    origin: KeyInputs = {
+        "schema_version": SCHEMA_VERSION,
+        "clip": {"origin": UNKNOWN_ORIGIN, "format": str(config.format)},
+    }
     images, boxes = table.image_inputs(), table.box_inputs()
     inputs: dict[Level, KeyInputs] = {
-        Level.BOXES: {"schema_version": SCHEMA_VERSION, "images": images, "base_boxes": table.base_box_inputs(),
-                      "proposals": table.proposal_inputs(), "boxes": boxes},
-        Level.INSTANCE: {**origin, "content": found.content[Level.INSTANCE], "images": images, "boxes": boxes}}
+        Level.BOXES: {
+            "schema_version": SCHEMA_VERSION,
+            "images": images,
+            "base_boxes": table.base_box_inputs(),
+            "proposals": table.proposal_inputs(),
+            "boxes": boxes,
+        },
+        Level.INSTANCE: {**origin, "content": found.content[Level.INSTANCE], "images": images, "boxes": boxes},
+    }
     names = [f"text {row}" for row in range(len(found.texts))]
     if found.with_images:
         inputs[Level.IMAGE] = {**origin, "content": found.content[Level.IMAGE], "images": images}
     if names:
         texts = hashlib.sha256(b"".join(found.texts)).hexdigest()
         inputs[Level.NOUN] = {**origin, "content": texts, "names": {"count": len(names)}}
-        inputs[Level.PSEUDO_LABEL] = {"schema_version": SCHEMA_VERSION, "instance": key_of(inputs[Level.INSTANCE]),
-                                      "noun": key_of(inputs[Level.NOUN]), "content": found.content[Level.PSEUDO_LABEL]}
+        inputs[Level.PSEUDO_LABEL] = {
+            "schema_version": SCHEMA_VERSION,
+            "instance": key_of(inputs[Level.INSTANCE]),
+            "noun": key_of(inputs[Level.NOUN]),
+            "content": found.content[Level.PSEUDO_LABEL],
+        }
     rows = {Level.IMAGE: len(table.image_id), Level.NOUN: len(names)}
     writers = {}
     for level, level_inputs in inputs.items():
         writers[level] = ProductWriter.begin(
-            catalog.folder, level, level_inputs, rows=rows.get(level, len(table.box)),
+            catalog.folder,
+            level,
+            level_inputs,
+            rows=rows.get(level, len(table.box)),
             part_rows=IMAGE_PART_ROWS if level is Level.IMAGE else PART_ROWS,
-            dim=0 if level in (Level.BOXES, Level.PSEUDO_LABEL) else found.dim, tables=table.tables(level),
-            names=names if level is Level.NOUN else None, made_with={"clip": UNKNOWN_ORIGIN, "format": str(config.format)})
+            dim=0 if level in (Level.BOXES, Level.PSEUDO_LABEL) else found.dim,
+            tables=table.tables(level),
+            names=names if level is Level.NOUN else None,
+            made_with={"clip": UNKNOWN_ORIGIN, "format": str(config.format)},
+        )
     return writers
 
 
@@ -161,7 +209,9 @@ class _Parts:
         while self._part < product.parts and self._rows >= (wanted := np.diff(product.rows_of(self._part))[0]):
             arrays = {name: np.concatenate([piece[name] for piece in self._pending]) for name in rows}
             if not product.is_finished(self._part):
-                self._writer.write_part(self._part, {name: values[:wanted] for name, values in arrays.items()}, self._failed)
+                self._writer.write_part(
+                    self._part, {name: values[:wanted] for name, values in arrays.items()}, self._failed
+                )
             self._pending = [{name: values[wanted:] for name, values in arrays.items()}]
             self._rows -= wanted
             self._part += 1
@@ -184,12 +234,18 @@ def _write_rows(config: ImportConfig, split: Split, found: _Survey, writers: dic
         if Level.IMAGE in parts:
             whole = image.image_embedding
             why = failed or ({image.image_id: "no embedding of the image was published"} if whole is None else {})
-            parts[Level.IMAGE].add({"embedding": np.zeros((1, found.dim), np.float32) if whole is None else whole[None]}, why)
+            parts[Level.IMAGE].add(
+                {"embedding": np.zeros((1, found.dim), np.float32) if whole is None else whole[None]}, why
+            )
         if Level.PSEUDO_LABEL in parts:
-            parts[Level.PSEUDO_LABEL].add(_pseudo_labels(image, rows, found.table.source[start:stop], found.texts, nouns), {})
+            parts[Level.PSEUDO_LABEL].add(
+                _pseudo_labels(image, rows, found.table.source[start:stop], found.texts, nouns), {}
+            )
 
 
-def _pseudo_labels(image: ForeignImage, rows: np.ndarray, source: np.ndarray, texts: dict[bytes, int], nouns: np.ndarray) -> dict[str, Any]:
+def _pseudo_labels(
+    image: ForeignImage, rows: np.ndarray, source: np.ndarray, texts: dict[bytes, int], nouns: np.ndarray
+) -> dict[str, Any]:
     noun, cosine = np.full(len(rows), -1, np.int32), np.zeros(len(rows), np.float32)
     if image.proposal_text is not None and len(image.proposal_text):
         extra = source == Source.PROPOSAL
@@ -198,21 +254,41 @@ def _pseudo_labels(image: ForeignImage, rows: np.ndarray, source: np.ndarray, te
     return {"noun": noun, "noun_cosine": cosine}
 
 
-def _write_classes(config: ImportConfig, names: tuple[str, ...], catalog: Catalog, dim: int, log: Callable[[str], None]) -> ProductWriter:
+def _write_classes(
+    config: ImportConfig, names: tuple[str, ...], catalog: Catalog, dim: int, log: Callable[[str], None]
+) -> ProductWriter:
     """The class level, by the CLIP that the user says it was."""
     from hdovd.pipelines.teachers.openclip import load_clip
 
     assert config.clip is not None
-    clip = load_clip(config.clip, config.pretrained, device=config.device, precision=config.precision, activation=config.activation)
+    clip = load_clip(
+        config.clip, config.pretrained, device=config.device, precision=config.precision, activation=config.activation
+    )
     for note in clip.notes:
         log(note)
     if clip.dim != dim:
-        raise HdovdError(f"--clip {config.clip} embeds in {clip.dim} values, {config.folder} holds {dim}: it is not the CLIP that was used")
-    inputs: KeyInputs = {"schema_version": SCHEMA_VERSION, "clip": {"origin": UNKNOWN_ORIGIN, "format": str(config.format)},
-                         "text_clip": clip.identity, "templates": list(config.templates), "names": list(names),
-                         "tokens": clip.hash_prompts(names, config.templates)}
-    writer = ProductWriter.begin(catalog.folder, Level.CLASS, inputs, rows=len(names), part_rows=CHUNK_ROWS, dim=dim, names=names,
-                                 made_with=clip.made_with)
+        raise HdovdError(
+            f"--clip {config.clip} embeds in {clip.dim} values, {config.folder} holds {dim}: it is not the CLIP that "
+            f"was used"
+        )
+    inputs: KeyInputs = {
+        "schema_version": SCHEMA_VERSION,
+        "clip": {"origin": UNKNOWN_ORIGIN, "format": str(config.format)},
+        "text_clip": clip.identity,
+        "templates": list(config.templates),
+        "names": list(names),
+        "tokens": clip.hash_prompts(names, config.templates),
+    }
+    writer = ProductWriter.begin(
+        catalog.folder,
+        Level.CLASS,
+        inputs,
+        rows=len(names),
+        part_rows=CHUNK_ROWS,
+        dim=dim,
+        names=names,
+        made_with=clip.made_with,
+    )
     for part in writer.product.missing():
         start, stop = writer.product.rows_of(part)
         writer.write_part(part, {"embedding": clip.embed_names(names[start:stop], config.templates)})

@@ -25,21 +25,35 @@ from hdovd.pipelines.proposal_files.file import made_by_line
 
 LEAST_PREFIX = 4  # characters of a key
 MEANING = {
-    "images.count": "images", "images.hash": "which images, of what file name and size", "boxes.count": "rows",
-    "boxes.hash": "where the boxes are, and of which images", "base_boxes.hash": "the annotated boxes and their ids",
-    "proposals.hash": "the proposals and their scores", "clip.weights_sha256": "the CLIP's weights",
+    "images.count": "images",
+    "images.hash": "which images, of what file name and size",
+    "boxes.count": "rows",
+    "boxes.hash": "where the boxes are, and of which images",
+    "base_boxes.hash": "the annotated boxes and their ids",
+    "proposals.hash": "the proposals and their scores",
+    "clip.weights_sha256": "the CLIP's weights",
     "clip.architecture": "the CLIP's model",
-    "clip.compute_dtype": "the precision that the CLIP ran in", "tokens": "what the tokenizer makes of the prompts",
-    "offered": "which nouns an image's captions offer", "sources": "which rows are proposals",
-    "top_k": "how many nouns a label is made of", "temperature": "how sharply they are weighed",
-    "instance": "the embeddings that were named", "noun": "the nouns to name them by",
+    "clip.compute_dtype": "the precision that the CLIP ran in",
+    "tokens": "what the tokenizer makes of the prompts",
+    "offered": "which nouns an image's captions offer",
+    "sources": "which rows are proposals",
+    "top_k": "how many nouns a label is made of",
+    "temperature": "how sharply they are weighed",
+    "instance": "the embeddings that were named",
+    "noun": "the nouns to name them by",
 }
 HEAD = ("level", "key", "state", "rows", "size", "model", "precision", "age")
 NUMBERS = {"rows", "size", "age"}
-AGES = ((2 * 86_400, 86_400, "d"), (2 * 3_600, 3_600, "h"), (60, 60, "min"), (-math.inf, 1, "s"))  # from so many seconds on
+AGES = (
+    (2 * 86_400, 86_400, "d"),
+    (2 * 3_600, 3_600, "h"),
+    (60, 60, "min"),
+    (-math.inf, 1, "s"),
+)  # from so many seconds on
 
 
 # --- ls ---
+
 
 def product_lines(catalog: Catalog) -> list[str]:
     """All products as a table, and totals."""
@@ -60,15 +74,27 @@ def product_lines(catalog: Catalog) -> list[str]:
     going_on = of_unfinished_extractions(unused)
     rest = [entry.size for entry in unused if entry not in going_on]
     if going_on:
-        lines.append(f"{len(going_on)} of them belong to an extraction that is running, or can go on by its extract-clip command")
+        lines.append(
+            f"{len(going_on)} of them belong to an extraction that is running, or can go on by its extract-clip command"
+        )
     if rest:
-        lines.append(f"no set and no run uses {len(rest)} of them, {size(sum(rest))}: hdovd cache gc {catalog.folder.url}")
+        lines.append(
+            f"no set and no run uses {len(rest)} of them, {size(sum(rest))}: hdovd cache gc {catalog.folder.url}"
+        )
     return lines
 
 
 def _cells(entry: Entry, entries: Sequence[Entry]) -> tuple[str, ...]:
     rows = f"{entry.product.rows:,d}" if entry.product is not None else "-"
-    return (str(entry.level), entry.key[:12], entry.state, rows, size(entry.size), *_model(entry, entries), age(time.time() - entry.began))
+    return (
+        str(entry.level),
+        entry.key[:12],
+        entry.state,
+        rows,
+        size(entry.size),
+        *_model(entry, entries),
+        age(time.time() - entry.began),
+    )
 
 
 def _model(entry: Entry, entries: Sequence[Entry]) -> tuple[str, str]:
@@ -77,7 +103,9 @@ def _model(entry: Entry, entries: Sequence[Entry]) -> tuple[str, str]:
         return "-", "-"
     inputs, made_with = entry.product.attributes["key_inputs"], entry.product.attributes["made_with"]
     for other in entries:
-        if other.product is not None and other.key == inputs.get(Level.INSTANCE):  # pseudo labels: that of the embeddings they come from
+        if other.product is not None and other.key == inputs.get(
+            Level.INSTANCE
+        ):  # pseudo labels: that of the embeddings they come from
             inputs = other.product.attributes["key_inputs"]
     clip = inputs.get("clip", {})
     name = "/".join(str(made_with[part]) for part in ("clip", "pretrained") if made_with.get(part)) or "-"
@@ -99,18 +127,28 @@ def age(seconds: float) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    return [indent + "  ".join(text.rjust(width) if name in NUMBERS else text.ljust(width)
-                               for name, text, width in zip(head, row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    return [
+        indent
+        + "  ".join(
+            text.rjust(width) if name in NUMBERS else text.ljust(width)
+            for name, text, width in zip(head, row, widths, strict=True)
+        ).rstrip()
+        for row in [head, *rows]
+    ]
 
 
 # --- info ---
+
 
 def info_lines(catalog: Catalog, name: str | None) -> list[str]:
     """A set (by default the default one) or a product, whole. Raises HdovdError for a name that is neither."""
     sets = catalog.sets()
     if name is None and DEFAULT_SET not in sets:
-        known = f"its sets: {', '.join(sets)}; hdovd cache info {catalog.folder.url} NAME tells more of one" if sets else \
-            "no set is finished yet; these are its products"
+        known = (
+            f"its sets: {', '.join(sets)}; hdovd cache info {catalog.folder.url} NAME tells more of one"
+            if sets
+            else "no set is finished yet; these are its products"
+        )
         return [f"{catalog.folder.url} has no set {DEFAULT_SET}: {known}", "", *product_lines(catalog)]
     wanted = name or DEFAULT_SET
     entries = inventory(catalog.folder, catalog.users())
@@ -122,35 +160,67 @@ def info_lines(catalog: Catalog, name: str | None) -> list[str]:
 
 def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Sequence[Entry]) -> list[str]:
     mine = [entry for entry in entries if (entry.level, entry.key) in features.levels.items()]
-    lines = [f"set {name} of {catalog.folder.url}: {counted(len(mine), 'product')}, {size(sum(entry.size for entry in mine))}",
-             *_table(HEAD, [_cells(entry, entries) for entry in mine], "  ")]
-    lines += [f"  {level} {key[:12]} is not there: hdovd cache verify" for level, key in features.levels.items()
-              if (level, key) not in {(e.level, e.key) for e in mine}]
-    lines += (["made from", *pair_lines(features.made_from)] if features.made_from
-              else ["made from: imported, nothing to make it again from"])
+    lines = [
+        f"set {name} of {catalog.folder.url}: {counted(len(mine), 'product')}, "
+        f"{size(sum(entry.size for entry in mine))}",
+        *_table(HEAD, [_cells(entry, entries) for entry in mine], "  "),
+    ]
+    lines += [
+        f"  {level} {key[:12]} is not there: hdovd cache verify"
+        for level, key in features.levels.items()
+        if (level, key) not in {(e.level, e.key) for e in mine}
+    ]
+    lines += (
+        ["made from", *pair_lines(features.made_from)]
+        if features.made_from
+        else ["made from: imported, nothing to make it again from"]
+    )
     if features.proposals:
         made_by = features.proposals.get("made_by")
-        lines += [f"proposals {features.proposals.get('identity')} of {features.proposals.get('file')}, "
-                  + ("made by" if made_by else made_by_line(None)), *pair_lines(made_by or {})]
+        lines += [
+            f"proposals {features.proposals.get('identity')} of {features.proposals.get('file')}, "
+            + ("made by" if made_by else made_by_line(None)),
+            *pair_lines(made_by or {}),
+        ]
     adds = "; extract-clip, run again, adds it" if features.made_from else ""
     lines += ['text embedding of "object": ' + ("there" if features.object_text else f"none{adds}")]
     lines += Skips(features.skipped).lines() or ["skipped: nothing"]
-    failed = {image: reason for entry in mine if entry.level in (Level.IMAGE, Level.INSTANCE) and entry.product is not None
-              for image, reason in entry.product.failed().items()}
+    failed = {
+        image: reason
+        for entry in mine
+        if entry.level in (Level.IMAGE, Level.INSTANCE) and entry.product is not None
+        for image, reason in entry.product.failed().items()
+    }
     runs = [run for run in catalog.runs() if set(run.levels.items()) & set(features.levels.items())]
-    return [*lines, *_failed_lines(failed), f"runs that use it: {len(runs) or 'none'}",
-            *(f"  {run.path}{'' if run.is_there else ' (gone)'}" for run in runs)]
+    return [
+        *lines,
+        *_failed_lines(failed),
+        f"runs that use it: {len(runs) or 'none'}",
+        *(f"  {run.path}{'' if run.is_there else ' (gone)'}" for run in runs),
+    ]
 
 
 def _product_lines(entry: Entry, entries: Sequence[Entry]) -> list[str]:
     product = entry.product
     if product is None:
-        return [f"{entry.level} {entry.key}: its metadata are damaged: hdovd cache verify --repair, then its extract-clip command"]
-    parts = f", {counted(product.parts, 'part')} of at most {product.part_rows:,d} rows" if product.parts else ", tables alone"
-    values = {"state": entry.state + parts, "rows": f"{product.rows:,d}" + (f" of {product.dim} values" if product.dim else ""),
-              "size": size(entry.size), "model": ", ".join(_model(entry, entries)),
-              "begun": f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(entry.began))}, {age(time.time() - entry.began)} ago",
-              "used by": ", ".join(entry.users) or "nothing"}
+        return [
+            f"{entry.level} {entry.key}: its metadata are damaged: hdovd cache verify --repair, then its extract-clip "
+            f"command"
+        ]
+    parts = (
+        f", {counted(product.parts, 'part')} of at most {product.part_rows:,d} rows"
+        if product.parts
+        else ", tables alone"
+    )
+    values = {
+        "state": entry.state + parts,
+        "rows": f"{product.rows:,d}" + (f" of {product.dim} values" if product.dim else ""),
+        "size": size(entry.size),
+        "model": ", ".join(_model(entry, entries)),
+        "begun": f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(entry.began))}, {age(time.time() - entry.began)} "
+        f"ago",
+        "used by": ", ".join(entry.users) or "nothing",
+    }
     lines = [f"{entry.level} {entry.key}", *(f"  {name:10s}{value}" for name, value in values.items())]
     lines += ["made with", *pair_lines(product.attributes["made_with"])] if product.attributes["made_with"] else []
     lines += ["key inputs", *pair_lines(product.attributes["key_inputs"])]
@@ -160,11 +230,14 @@ def _product_lines(entry: Entry, entries: Sequence[Entry]) -> list[str]:
 def _failed_lines(failed: dict[int, str]) -> list[str]:
     if not failed:
         return ["images that could not be read: none"]
-    return [f"images that could not be read: {len(failed)}; extract-clip --retry-failed tries them again",
-            *(f"  {image}  {reason}" for image, reason in sorted(failed.items()))]
+    return [
+        f"images that could not be read: {len(failed)}; extract-clip --retry-failed tries them again",
+        *(f"  {image}  {reason}" for image, reason in sorted(failed.items())),
+    ]
 
 
 # --- diff ---
+
 
 def find_product(catalog: Catalog, name: str) -> Product:
     """The product whose key begins so. Raises HdovdError if there is none, or more than one."""
@@ -173,11 +246,16 @@ def find_product(catalog: Catalog, name: str) -> Product:
     if len(found) == 1:
         return Product(catalog.folder, *found[0])
     if found:
-        raise HdovdError(f"{name} begins {len(found)} keys of {catalog.folder.url}, give more of it: "
-                         + ", ".join(f"{level} {key}" for level, key in found))
+        raise HdovdError(
+            f"{name} begins {len(found)} keys of {catalog.folder.url}, give more of it: "
+            + ", ".join(f"{level} {key}" for level, key in found)
+        )
     short_name = f" ({LEAST_PREFIX} characters of a key at least)" if len(name) < LEAST_PREFIX else ""
-    raise HdovdError(f"{catalog.folder.url} has no set and no product {name}{short_name}. Sets: {', '.join(catalog.sets()) or 'none'}; "
-                     f"products: {', '.join(f'{level} {key[:12]}' for level, key in keys) or 'none'}")
+    raise HdovdError(
+        f"{catalog.folder.url} has no set and no product {name}{short_name}. Sets: "
+        f"{', '.join(catalog.sets()) or 'none'}; "
+        f"products: {', '.join(f'{level} {key[:12]}' for level, key in keys) or 'none'}"
+    )
 
 
 def difference_lines(a: Catalog, a_name: str, b: Catalog, b_name: str) -> list[str]:
@@ -186,7 +264,10 @@ def difference_lines(a: Catalog, a_name: str, b: Catalog, b_name: str) -> list[s
     one, other = _products_of(a, a_name), _products_of(b, b_name)
     both = [level for level in Level if level in one and level in other]
     if not both:
-        raise HdovdError(f"{sides[0]} is {', '.join(one)} and {sides[1]} is {', '.join(other)}: only products of one level can be compared")
+        raise HdovdError(
+            f"{sides[0]} is {', '.join(one)} and {sides[1]} is {', '.join(other)}: only products of one level can be "
+            f"compared"
+        )
     lines = []
     for level in both:
         if one[level].key == other[level].key:
@@ -194,9 +275,11 @@ def difference_lines(a: Catalog, a_name: str, b: Catalog, b_name: str) -> list[s
             continue
         inputs = [product.attributes["key_inputs"] for product in (one[level], other[level])]
         found = [line.partition(" ") for line in differences(*inputs, sides=(f"{sides[0]} has", f"{sides[1]} has"))]
-        lines += [f"{level}: {one[level].key[:12]} and {other[level].key[:12]}",
-                  *(f"  {path}{f' ({MEANING[path]})' if path in MEANING else ''} {rest}" for path, _, rest in found),
-                  *(f"  {line}" for line in _row_differences(one[level], other[level], inputs, sides))]
+        lines += [
+            f"{level}: {one[level].key[:12]} and {other[level].key[:12]}",
+            *(f"  {path}{f' ({MEANING[path]})' if path in MEANING else ''} {rest}" for path, _, rest in found),
+            *(f"  {line}" for line in _row_differences(one[level], other[level], inputs, sides)),
+        ]
     if len(one) > 1 and len(other) > 1:
         lines += [f"{level}: only {sides[0]} has it" for level in one if level not in other]
         lines += [f"{level}: only {sides[1]} has it" for level in other if level not in one]
@@ -212,13 +295,17 @@ def _products_of(catalog: Catalog, name: str) -> dict[Level, Product]:
 
 
 def _row_differences(a: Product, b: Product, inputs: Sequence[KeyInputs], sides: Sequence[str]) -> list[str]:
-    """What a hash does not say: how many images (of one id, file name and size) and boxes (of one image and place) are the same."""
+    """What a hash does not say: how many images (of one id, file name and size) and boxes (of one image and place) are
+    the same.
+    """
     if not all(of.get("images") for of in inputs) or not (a.is_finished(TABLES) and b.is_finished(TABLES)):
         return []
     rows = {"images": [[product.table(name) for name in ("image_id", "image_hash")] for product in (a, b)]}
     if "boxes" in inputs[0]:
-        rows["boxes"] = [[*(np.repeat(column, np.diff(product.table("offset"))) for column in images), product.table("box")]
-                         for product, images in zip((a, b), rows["images"], strict=True)]
+        rows["boxes"] = [
+            [*(np.repeat(column, np.diff(product.table("offset"))) for column in images), product.table("box")]
+            for product, images in zip((a, b), rows["images"], strict=True)
+        ]
     lines = []
     for what in (what for what in rows if inputs[0][what] != inputs[1][what]):
         one, other = rows[what]
@@ -230,12 +317,14 @@ def _row_differences(a: Product, b: Product, inputs: Sequence[KeyInputs], sides:
 
 # --- gc ---
 
+
 def garbage_lines(garbage: Garbage) -> list[str]:
     """What could be deleted, by kind."""
     lines = []
-    for head, entries in {"no set and no run uses": garbage.unused,
-                          "not finished, or begun with what is not: an extraction may be running, or was killed and can go on":
-                          garbage.unfinished}.items():
+    for head, entries in {
+        "no set and no run uses": garbage.unused,
+        "not finished, or begun with what is not: an extraction may be running, or was killed and can go on": garbage.unfinished,  # noqa: E501
+    }.items():
         rows = [(*_cells(entry, entries), f"{age(time.time() - entry.touched)} ago") for entry in entries]
         lines += [head, *_table((*HEAD, "last written"), rows, "  ")] if entries else []
     if garbage.partial:

@@ -1,16 +1,17 @@
-"""The boxes of a cache as one Parquet file, for whatever reads tables: DuckDB, pandas, Polars, LanceDB, Embedding Atlas.
+"""The boxes of a cache as one Parquet file, for whatever reads tables: DuckDB, pandas, Polars, LanceDB, Embedding
+Atlas.
 
-A row a box, image by image, base boxes before proposals. Columns; null means that a value is not known or does not apply:
+A row a box, image by image, base boxes before proposals. Columns; null means that a value is not known or does not
+apply:
 
     image_id       int64
     file_name      string; null without the annotations
     x, y, w, h     float32, pixels of the original image: left, top, width, height
     source         string, base or proposal
     score          float32
-    name           string; the class of a base box (null without the annotations), or the noun of a proposal (null if it has none)
-    noun_cosine    float32, of a proposal's crop and its noun; null without one
-    annotation_id  int64; null for proposals
-    embedding      a list of D float32, the values of the cache's float16; null for images that could not be read
+    name string; the class of a base box (null without the annotations), or the noun of a proposal (null if it has none)
+    noun_cosine float32, of a proposal's crop and its noun; null without one annotation_id int64; null for proposals
+    embedding a list of D float32, the values of the cache's float16; null for images that could not be read
 """
 
 from __future__ import annotations
@@ -46,9 +47,16 @@ def export_parquet(config: ParquetConfig, log: Log = print) -> None:
 
     def write(partial: Path) -> None:
         # A float16 in float32 has two bytes of next to nothing: split from the others they take next to no room.
-        with (ParquetWriter(partial, table.of(images[:0], 0).schema, compression="zstd", use_dictionary=["file_name", "source", "name"],
-                            column_encoding={"embedding.list.element": "BYTE_STREAM_SPLIT"}) as writer,
-              progress(None, "parquet", "box", total=len(images)) as bar):
+        with (
+            ParquetWriter(
+                partial,
+                table.of(images[:0], 0).schema,
+                compression="zstd",
+                use_dictionary=["file_name", "source", "name"],
+                column_encoding={"embedding.list.element": "BYTE_STREAM_SPLIT"},
+            ) as writer,
+            progress(None, "parquet", "box", total=len(images)) as bar,
+        ):
             for start in range(0, len(images), GROUP_ROWS):
                 writer.write_table(table.of(images[start : start + GROUP_ROWS], start))
                 bar.update(min(GROUP_ROWS, len(images) - start))
@@ -76,8 +84,11 @@ class _Table:
         self._nouns = cache.names(Level.NOUN) if Level.NOUN in cache.levels() else []
         if data is not None:
             self._files = {image.id: image.file_name for image in data.split.images}
-            self._classes = {number: data.protocol.names[label] for image in data.split.images
-                             for number, label in zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True)}
+            self._classes = {
+                number: data.protocol.names[label]
+                for image in data.split.images
+                for number, label in zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True)
+            }
 
     def of(self, images: np.ndarray, start: int) -> Any:
         """The rows from `start` on, which are of `images` (n,)."""
@@ -85,14 +96,26 @@ class _Table:
 
         rows = self._cache.rows_between(start, start + len(images))
         base, unread = rows.source == Source.BASE_BOX, ~rows.embedding.any(axis=1)
-        names = [self._nouns[noun] if noun >= 0 else self._classes.get(number)
-                 for noun, number in zip(rows.noun.tolist(), rows.annotation_id.tolist(), strict=True)]
+        names = [
+            self._nouns[noun] if noun >= 0 else self._classes.get(number)
+            for noun, number in zip(rows.noun.tolist(), rows.annotation_id.tolist(), strict=True)
+        ]
         left, top, right, bottom = rows.box.T
-        return pa.table({
-            "image_id": images, "file_name": pa.array([self._files.get(image) for image in images.tolist()], pa.string()),
-            "x": left, "y": top, "w": right - left, "h": bottom - top,
-            "source": pa.array(np.where(base, "base", "proposal").tolist(), pa.string()), "score": rows.score,
-            "name": pa.array(names, pa.string()), "noun_cosine": pa.array(rows.noun_cosine, mask=rows.noun < 0),
-            "annotation_id": pa.array(rows.annotation_id, mask=~base),
-            "embedding": pa.FixedSizeListArray.from_arrays(rows.embedding.astype(np.float32).ravel(), self._cache.dim,
-                                                           mask=pa.array(unread))})
+        return pa.table(
+            {
+                "image_id": images,
+                "file_name": pa.array([self._files.get(image) for image in images.tolist()], pa.string()),
+                "x": left,
+                "y": top,
+                "w": right - left,
+                "h": bottom - top,
+                "source": pa.array(np.where(base, "base", "proposal").tolist(), pa.string()),
+                "score": rows.score,
+                "name": pa.array(names, pa.string()),
+                "noun_cosine": pa.array(rows.noun_cosine, mask=rows.noun < 0),
+                "annotation_id": pa.array(rows.annotation_id, mask=~base),
+                "embedding": pa.FixedSizeListArray.from_arrays(
+                    rows.embedding.astype(np.float32).ravel(), self._cache.dim, mask=pa.array(unread)
+                ),
+            }
+        )

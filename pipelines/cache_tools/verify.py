@@ -1,6 +1,7 @@
 """`hdovd cache verify`: what `hdovd.cache.verify` finds, and --sample, which needs the CLIP and the pictures, on top.
 
---repair marks what is damaged as missing; the command that made it then makes it again, as it does for all that is unfinished.
+--repair marks what is damaged as missing; the command that made it then makes it again, as it does for all that is
+unfinished.
 """
 
 from __future__ import annotations
@@ -40,8 +41,20 @@ from hdovd.pipelines.teachers.base import Teacher
 from hdovd.pipelines.teachers.prompts import read_templates, shipped_templates
 
 Log = Callable[[str], None]
-OPTIONS = ("clip", "pretrained", "proposals", "vocabulary", "captions", "nouns", "synonyms", "class_embeddings", "protocol", "precision",
-           "activation", "exif")  # of extract-clip, as a set's `made_from` names them
+OPTIONS = (
+    "clip",
+    "pretrained",
+    "proposals",
+    "vocabulary",
+    "captions",
+    "nouns",
+    "synonyms",
+    "class_embeddings",
+    "protocol",
+    "precision",
+    "activation",
+    "exif",
+)  # of extract-clip, as a set's `made_from` names them
 
 
 @dataclass(slots=True)
@@ -52,7 +65,8 @@ class CheckReport:
 
 
 def check_cache(config: CheckConfig, log: Log = print, teacher: Teacher | None = None) -> CheckReport:
-    """Check a cache or a folder of tar shards; with `repair`, mark what is damaged as missing. Raises HdovdError for bad input.
+    """Check a cache or a folder of tar shards; with `repair`, mark what is damaged as missing. Raises HdovdError for
+    bad input.
 
     `teacher`: another model than the CLIP that a set names, for `sample`.
     """
@@ -69,15 +83,24 @@ def check_cache(config: CheckConfig, log: Log = print, teacher: Teacher | None =
     else:
         _check_folder(config, report, found, log, teacher)
     count = len(report.findings)
-    advice = "export or copy these shards again" if is_tar_form(config.cache) else "--repair marks what is damaged as missing"
+    advice = (
+        "export or copy these shards again"
+        if is_tar_form(config.cache)
+        else "--repair marks what is damaged as missing"
+    )
     log("nothing is wrong" if not count else counted(count, "finding") + ("" if config.repair else f"; {advice}"))
     if config.repair and count:
         _mark_missing(config, report.findings, log)
     return report
 
 
-def _check_folder(config: CheckConfig, report: CheckReport, found: Callable[[Sequence[Finding]], None], log: Log,
-                  teacher: Teacher | None) -> None:
+def _check_folder(
+    config: CheckConfig,
+    report: CheckReport,
+    found: Callable[[Sequence[Finding]], None],
+    log: Log,
+    teacher: Teacher | None,
+) -> None:
     folder, checked = open_folder(config.cache), report.checked
     there = product_names(folder)
     try:
@@ -86,14 +109,27 @@ def _check_folder(config: CheckConfig, report: CheckReport, found: Callable[[Seq
         if (error.__cause__ is None and folder.exists("zarr.json")) or not there:
             raise
     sets, more = check_records(folder)
-    if config.features is not None and config.features not in sets and not any(f.place == f"sets/{config.features}.json" for f in more):
-        raise HdovdError(f"{config.cache} has no set of features named {config.features}; it has {', '.join(sets) or 'none'}")
+    if (
+        config.features is not None
+        and config.features not in sets
+        and not any(f.place == f"sets/{config.features}.json" for f in more)
+    ):
+        raise HdovdError(
+            f"{config.cache} has no set of features named {config.features}; it has {', '.join(sets) or 'none'}"
+        )
     found([*check_groups(folder), *more])
-    readable = not any(finding.place in group_objects() for finding in report.findings) and len(sets) == len(folder.sizes("sets"))
+    readable = not any(finding.place in group_objects() for finding in report.findings) and len(sets) == len(
+        folder.sizes("sets")
+    )
     looked_at = {name: features for name, features in sets.items() if config.features in (None, name)}
     needed = {product: f"set {name}" for name, features in looked_at.items() for product in features.levels.items()}
     wanted = [product for product in dict.fromkeys([*there, *needed]) if config.features is None or product in needed]
-    total = sum(count for level, key in wanted for name, count in folder.sizes(f"{level}/{key}").items() if "/parts/" not in name)
+    total = sum(
+        count
+        for level, key in wanted
+        for name, count in folder.sizes(f"{level}/{key}").items()
+        if "/parts/" not in name
+    )
     with progress(None, "verify", "B", total=total) as bar:
         bar.unit_scale = True
         for product in wanted:
@@ -110,12 +146,22 @@ def _check_folder(config: CheckConfig, report: CheckReport, found: Callable[[Seq
         log(f"not finished, which is no fault: {line}")
     for line in unsealed_records(folder):
         log(f"no checksum: {line} was written by an older version; what it says was not checked")
-    log(f"checked {counted(checked.products, 'product')}: {checked.objects:,d} objects of {size(checked.bytes)} by size and checksum, "
-        f"{checked.rows:,d} rows in {checked.parts:,d} parts by value")
+    log(
+        f"checked {counted(checked.products, 'product')}: {checked.objects:,d} objects of {size(checked.bytes)} by "
+        f"size and checksum, "
+        f"{checked.rows:,d} rows in {checked.parts:,d} parts by value"
+    )
 
 
-def _check_pictures(config: CheckConfig, name: str, features: FeatureSet, report: CheckReport,
-                    found: Callable[[Sequence[Finding]], None], log: Log, teacher: Teacher | None) -> None:
+def _check_pictures(
+    config: CheckConfig,
+    name: str,
+    features: FeatureSet,
+    report: CheckReport,
+    found: Callable[[Sequence[Finding]], None],
+    log: Log,
+    teacher: Teacher | None,
+) -> None:
     """Pictures whose files are not those that a set was made from, and a sample of its rows."""
     settings, folder = settings_of(config, name, features), open_folder(config.cache)
     try:
@@ -124,23 +170,51 @@ def _check_pictures(config: CheckConfig, name: str, features: FeatureSet, report
         if config.sample and teacher is None:
             from hdovd.pipelines.teachers.openclip import load_clip
 
-            teacher = load_clip(settings.clip, settings.pretrained, device=settings.device, precision=settings.precision,
-                                activation=settings.activation)
+            teacher = load_clip(
+                settings.clip,
+                settings.pretrained,
+                device=settings.device,
+                precision=settings.precision,
+                activation=settings.activation,
+            )
     except HdovdError as error:
-        raise HdovdError(f"{error}\nSet {name} was made from this. If it lies elsewhere now, say where: --data (or --images, "
-                         "--annotations), --clip, --protocol") from error
+        raise HdovdError(
+            f"{error}\nSet {name} was made from this. If it lies elsewhere now, say where: --data (or --images, "
+            "--annotations), --clip, --protocol"
+        ) from error
     found(_changed_pictures(folder, name, features, split, report.findings))
     if config.sample and teacher is not None:
-        found(sample_set(Sample(folder, split, teacher, config.sample, config.seed), features, report.findings, report.sampled, log))
+        found(
+            sample_set(
+                Sample(folder, split, teacher, config.sample, config.seed),
+                features,
+                report.findings,
+                report.sampled,
+                log,
+            )
+        )
 
 
-def _changed_pictures(folder: Folder, name: str, features: FeatureSet, split: Split, findings: Sequence[Finding]) -> list[Finding]:
+def _changed_pictures(
+    folder: Folder, name: str, features: FeatureSet, split: Split, findings: Sequence[Finding]
+) -> list[Finding]:
     """Pictures whose files are not those that a set was made from; nothing of products that are damaged."""
     damaged = {finding.product for finding in findings}
-    changed = picture_hashes(split, [Product(folder, *product) for product in features.levels.items() if product not in damaged]).changed
-    return [Finding(str(split.folder), f"the pictures that set {name} was made from",
-                    f"{len(changed)} of another content, which extract-clip embeds again", where=f"images {shorten([*changed])}")
-            ] if changed else []
+    changed = picture_hashes(
+        split, [Product(folder, *product) for product in features.levels.items() if product not in damaged]
+    ).changed
+    return (
+        [
+            Finding(
+                str(split.folder),
+                f"the pictures that set {name} was made from",
+                f"{len(changed)} of another content, which extract-clip embeds again",
+                where=f"images {shorten([*changed])}",
+            )
+        ]
+        if changed
+        else []
+    )
 
 
 def _check_shards(config: CheckConfig, found: Callable[[Sequence[Finding]], None], log: Log) -> None:
@@ -153,11 +227,16 @@ def _check_shards(config: CheckConfig, found: Callable[[Sequence[Finding]], None
             check()
         except HdovdError as error:
             found([Finding(place, "what was exported", str(error))])
-    log(f"checked {counted(len(shards.numbers), 'tar shard')} of {shards.images:,d} images: every file, by checksum and by value")
+    log(
+        f"checked {counted(len(shards.numbers), 'tar shard')} of {shards.images:,d} images: every file, by checksum "
+        f"and by value"
+    )
 
 
 def _mark_missing(config: CheckConfig, findings: Sequence[Finding], log: Log) -> None:
-    """Delete records of damaged parts and metadata, and damaged sets: all else takes them for not made yet. Says what makes them again."""
+    """Delete records of damaged parts and metadata, and damaged sets: all else takes them for not made yet. Says what
+    makes them again.
+    """
     folder, groups, gone = open_folder(config.cache), group_objects(), dict[str, None]()
     sets, _ = check_records(folder)
     for finding in findings:
@@ -181,11 +260,17 @@ def _mark_missing(config: CheckConfig, findings: Sequence[Finding], log: Log) ->
         return
     damaged = {finding.product for finding in findings}
     again = {name: features for name, features in sets.items() if damaged & features.levels.items()}
-    commands = [extract_command(config.cache, name, features.made_from) if features.made_from else
-                f"the hdovd cache import command of set {name}" for name, features in again.items()]
+    commands = [
+        extract_command(config.cache, name, features.made_from)
+        if features.made_from
+        else f"the hdovd cache import command of set {name}"
+        for name, features in again.items()
+    ]
     commands += [f"the hdovd extract-clip command of set {name[5:-5]}" for name in gone if name.startswith("sets/")]
-    log(f"{len(gone)} part{'s' if len(gone) > 1 else ''} marked as missing; "
-        + ("now run, to make them again:" if commands else "no set uses them: hdovd cache gc deletes what nothing uses"))
+    log(
+        f"{len(gone)} part{'s' if len(gone) > 1 else ''} marked as missing; "
+        + ("now run, to make them again:" if commands else "no set uses them: hdovd cache gc deletes what nothing uses")
+    )
     for command in commands:
         log(f"  {command}")
 
@@ -203,5 +288,10 @@ def extract_command(cache: Path | str, name: str, made_from: Mapping[str, Any]) 
         given |= {"crop": made_from["crop"]["shape"], "crop_scales": ",".join(map(str, made_from["crop"]["scales"]))}
     if "labels" in made_from:
         given |= {f"label_{rule}": value for rule, value in made_from["labels"].items()}  # top_k, temperature
-    words = [word for option, value in given.items() if value is not None for word in (f"--{option.replace('_', '-')}", str(value))]
+    words = [
+        word
+        for option, value in given.items()
+        if value is not None
+        for word in (f"--{option.replace('_', '-')}", str(value))
+    ]
     return shlex.join(["hdovd", "extract-clip", *words])

@@ -1,7 +1,7 @@
 """`hdovd cache view`: a picture and a table for each image asked for, of what the cache knows of its boxes.
 
-In the picture base boxes are blue and proposals orange: the more a label weighs in training, the stronger the colour. The numbers of
-the boxes are those of the table, which stands below it.
+In the picture base boxes are blue and proposals orange: the more a label weighs in training, the stronger the colour.
+The numbers of the boxes are those of the table, which stands below it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Source
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.cache_tools.config import ViewConfig
-from hdovd.pipelines.cache_tools.view import CacheView, ViewRow, find_reliability, gather_view, marked, names_and_cosines
+from hdovd.pipelines.cache_tools.view import (
+    CacheView,
+    ViewRow,
+    find_reliability,
+    gather_view,
+    marked,
+    names_and_cosines,
+)
 from hdovd.pipelines.common.atomic_write import write_picture
 from hdovd.pipelines.common.drawing import BASE_COLOUR, Colour, Labelled, draw_boxes
 from hdovd.pipelines.common.images import read_image
@@ -43,12 +50,17 @@ def view_images(config: ViewConfig, log: Callable[[str], None] = print) -> list[
     found = with_data(cache, config.source, log)
     reliability = find_reliability(cache, config.calibration, config.recipe, found.protocol.base)
     if reliability is not None:
-        log(f"weight = {reliability.scale:.4g} * sigmoid((cosine - {reliability.centre:.4g}) / {reliability.width:.4g}), by "
-            f"{reliability.source}")
+        log(
+            f"weight = {reliability.scale:.4g} * sigmoid((cosine - {reliability.centre:.4g}) / "
+            f"{reliability.width:.4g}), by "
+            f"{reliability.source}"
+        )
     files = []
     for image_id in ids:
         image = found.images[image_id]
-        view = gather_view(cache, image_id, image, names=found.protocol.names, file=found.split.path(image), reliability=reliability)
+        view = gather_view(
+            cache, image_id, image, names=found.protocol.names, file=found.split.path(image), reliability=reliability
+        )
         for line in view_lines(view, found.protocol.novel):
             log(line)
         files.append(_draw(view, found, config.out))
@@ -69,7 +81,9 @@ def chosen_images(cache: FeatureCache, asked: Sequence[str], seed: int = 0) -> l
         if drawn:
             ids += random.Random(seed).sample(there, min(int(drawn[1] or 1), len(there)))
         elif not re.fullmatch(r"-?\d+", word):
-            raise HdovdError(f"--image {word}: expected an image id, such as {there[0]}, or random:N; several with commas between")
+            raise HdovdError(
+                f"--image {word}: expected an image id, such as {there[0]}, or random:N; several with commas between"
+            )
         elif int(word) not in known:
             raise HdovdError(_not_there(cache, int(word), there))
         else:
@@ -80,7 +94,11 @@ def chosen_images(cache: FeatureCache, asked: Sequence[str], seed: int = 0) -> l
 def view_lines(view: CacheView, novel: Collection[str] = ()) -> list[str]:
     """The table of an image, for a terminal. Names of `novel` are marked with a star."""
     head, *rows = _cells(view, novel)
-    return [*_title(view, novel), *(table_lines(head, rows, {"#", "cosine", "weight", "score"}) if rows else ()), *_foot(view, novel)]
+    return [
+        *_title(view, novel),
+        *(table_lines(head, rows, {"#", "cosine", "weight", "score"}) if rows else ()),
+        *_foot(view, novel),
+    ]
 
 
 def _title(view: CacheView, novel: Collection[str]) -> list[str]:
@@ -92,14 +110,24 @@ def _title(view: CacheView, novel: Collection[str]) -> list[str]:
 
 def _cells(view: CacheView, novel: Collection[str]) -> list[tuple[str, ...]]:
     """The head and a row a box."""
-    cells: list[tuple[str, ...]] = [("#", "", "name", "cosine", "weight", "score", "box: left, top, right, bottom", "nearest class names")]
+    cells: list[tuple[str, ...]] = [
+        ("#", "", "name", "cosine", "weight", "score", "box: left, top, right, bottom", "nearest class names")
+    ]
     for number, row in enumerate(view.rows, 1):
         name = marked(row.name, novel) if row.name else "-"
         if len(row.nouns) > 1:
             name = ", ".join(f"{marked(noun.name, novel)} {noun.share:.0%}" for noun in row.nouns)
         numbers = ("-" if value is None else f"{value:.2f}" for value in (row.cosine, row.weight, row.score))
-        cells.append((str(number), "base" if row.source is Source.BASE_BOX else "proposal", name, *numbers,
-                      ", ".join(f"{v:.0f}" for v in row.box), names_and_cosines(row.nearest, novel) or "-"))
+        cells.append(
+            (
+                str(number),
+                "base" if row.source is Source.BASE_BOX else "proposal",
+                name,
+                *numbers,
+                ", ".join(f"{v:.0f}" for v in row.box),
+                names_and_cosines(row.nearest, novel) or "-",
+            )
+        )
     return cells
 
 
@@ -125,21 +153,33 @@ def _draw(view: CacheView, found: CacheWithData, out: Path) -> Path:
 
 def _not_there(cache: FeatureCache, image_id: int, there: Sequence[int]) -> str:
     skipped = [reason for reason, ids in cache.set.skipped.items() if reason.startswith("image") and image_id in ids]
-    why = (f"it was skipped: {skipped[0]}" if skipped
-           else "only images with a base box are in a cache" if len(there) > 1 else "")
+    why = (
+        f"it was skipped: {skipped[0]}"
+        if skipped
+        else "only images with a base box are in a cache"
+        if len(there) > 1
+        else ""
+    )
     near = sorted(sorted(there, key=lambda other: abs(other - image_id))[:NEAR_IDS])
-    return (f"{cache.url} does not have image {image_id} ({why}). It has {len(there):,d} images, ids {min(there)} to {max(there)}; the "
-            f"nearest ids are {', '.join(map(str, near))}. --image random shows any")
+    return (
+        f"{cache.url} does not have image {image_id} ({why}). It has {len(there):,d} images, ids {min(there)} to "
+        f"{max(there)}; the "
+        f"nearest ids are {', '.join(map(str, near))}. --image random shows any"
+    )
 
 
-def draw_view(view: CacheView, picture: Image.Image | None, novel: Collection[str] = (), problem: str = "") -> Image.Image:
+def draw_view(
+    view: CacheView, picture: Image.Image | None, novel: Collection[str] = (), problem: str = ""
+) -> Image.Image:
     """A sheet with the picture above and the table below. `picture`: None is drawn grey, and `problem` says why."""
     width, height = picture.size if picture else view.size or (1, 1)
     scale = LONG_SIDE / max(width, height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     ground = picture.resize(size, Image.Resampling.LANCZOS) if picture else Image.new("RGB", size, GONE)
     most = None if view.reliability is None else view.reliability.scale
-    order = sorted(range(len(view.rows)), key=lambda k: (view.rows[k].source is not Source.BASE_BOX, -(view.rows[k].weight or 0.0)))
+    order = sorted(
+        range(len(view.rows)), key=lambda k: (view.rows[k].source is not Source.BASE_BOX, -(view.rows[k].weight or 0.0))
+    )
     boxes = []
     for k in order:  # what counts most is on top
         left, top, right, bottom = (v * scale for v in view.rows[k].box)
@@ -166,7 +206,9 @@ def _draw_table(view: CacheView, novel: Collection[str], problem: str) -> Image.
     """What `view_lines` says, in columns: letters are not equally wide here."""
     above, below = _title(view, novel), [*([f"note: {problem}"] if problem else ()), *_foot(view, novel)]
     cells = [[cut_label(cell, WIDEST_COLUMN, SIZE) for cell in row] for row in _cells(view, novel)]
-    columns = [max(label_font(cell, SIZE).getlength(cell) for cell in column) + GAP for column in zip(*cells, strict=True)]
+    columns = [
+        max(label_font(cell, SIZE).getlength(cell) for cell in column) + GAP for column in zip(*cells, strict=True)
+    ]
     width = max(LONG_SIDE, round(sum(columns)) + 2 * MARGIN)
     sheet = Image.new("RGB", (width, LINE * (len(above) + len(cells) + len(below)) + 2 * MARGIN), PAPER)
     pen = ImageDraw.Draw(sheet)

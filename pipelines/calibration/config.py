@@ -17,7 +17,9 @@ class CalibrateConfig:
     """A calibration. `data` and `protocol`: None for those that the set was extracted from."""
 
     cache: Annotated[Path | str, Option("The cache that extract-clip wrote.")]
-    out: Annotated[Path, Option("The file to write; a picture of the cosines lies beside it, as .png.")] = Path("calibration.toml")
+    out: Annotated[Path, Option("The file to write; a picture of the cosines lies beside it, as .png.")] = Path(
+        "calibration.toml"
+    )
     features: Features = DEFAULT_SET
     data: DataIfGiven = None
     protocol: OtherProtocol = None

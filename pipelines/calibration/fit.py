@@ -2,13 +2,15 @@
 
 `w = scale * sigmoid((cos(v, u) - centre) / width)`. n right and m wrong labels.
 
-Centre and width are a logistic regression of "right" on the cosine in which all right labels together count as much as all wrong ones:
-how often a pseudo box's right noun is offered is not known from base boxes, so neither is preferred, and the centre is the cosine at
-which a label is as likely to be either. Its targets are Platt's, (n + 1) / (n + 2) and 1 / (m + 2) instead of 1 and 0 (Platt, 1999,
-"Probabilistic outputs for support vector machines"): that keeps the width above 0 where no cosine is both right and wrong.
+Centre and width are a logistic regression of "right" on the cosine in which all right labels together count as much as
+all wrong ones: how often a pseudo box's right noun is offered is not known from base boxes, so neither is preferred,
+and the centre is the cosine at which a label is as likely to be either. Its targets are Platt's, (n + 1) / (n + 2) and
+1 / (m + 2) instead of 1 and 0 (Platt, 1999, "Probabilistic outputs for support vector machines"): that keeps the width
+above 0 where no cosine is both right and wrong.
 
-The scale makes the mean weight of the right labels 1: a pseudo box whose label is right counts on average as a base box does. It lies
-between 1, for cosines that tell right from wrong, and 2, for those that say nothing; the known variants have 1 and 1.3.
+The scale makes the mean weight of the right labels 1: a pseudo box whose label is right counts on average as a base box
+does. It lies between 1, for cosines that tell right from wrong, and 2, for those that say nothing; the known variants
+have 1 and 1.3.
 """
 
 from __future__ import annotations
@@ -40,31 +42,40 @@ class Fit:
 
 
 def fit_reliability(right: np.ndarray, wrong: np.ndarray) -> Fit:
-    """The weight that fits cosines (n,) of right and (m,) of wrong labels. Raises HdovdError if they do not say enough."""
+    """The weight that fits cosines (n,) of right and (m,) of wrong labels. Raises HdovdError if they do not say
+    enough."""
     for name, cosines in (("right", right), ("wrong", wrong)):
         if len(cosines) < LEAST:
             raise HdovdError(f"{len(cosines)} {name} labels are too few to fit a weight to, expected {LEAST} or more")
         if not np.isfinite(cosines).all():
-            raise HdovdError(f"{int((~np.isfinite(cosines)).sum())} of {len(cosines)} cosines of {name} labels are not finite")
+            raise HdovdError(
+                f"{int((~np.isfinite(cosines)).sum())} of {len(cosines)} cosines of {name} labels are not finite"
+            )
     both = np.concatenate([right, wrong]).astype(np.float64)
     mean, spread, auc = both.mean(), both.std(), area_under_curve(right, wrong)
     slope, offset = _logistic((both - mean) / spread, len(right)) if spread > 1e-6 else (0.0, 0.0)
     if slope < LEAST_SLOPE:
-        raise HdovdError(f"the cosines do not tell right labels from wrong ones (AUC {auc:.3f}; means {right.mean():.3f} and "
-                         f"{wrong.mean():.3f}): no weight can be fitted. Does this CLIP know the classes, by these prompts?")
+        raise HdovdError(
+            f"the cosines do not tell right labels from wrong ones (AUC {auc:.3f}; means {right.mean():.3f} and "
+            f"{wrong.mean():.3f}): no weight can be fitted. Does this CLIP know the classes, by these prompts?"
+        )
     centre, width = float(mean - spread * offset / slope), float(spread / slope)
     return Fit(centre, width, float(1 / _sigmoid((right.astype(np.float64) - centre) / width).mean()), auc)
 
 
 def area_under_curve(right: np.ndarray, wrong: np.ndarray) -> float:
-    """The share of all pairs of a right and a wrong label in which the right one has the higher cosine; ties count half."""
+    """The share of all pairs of a right and a wrong label in which the right one has the higher cosine; ties count
+    half.
+    """
     order = np.sort(wrong)
     below, up_to = np.searchsorted(order, right, "left"), np.searchsorted(order, right, "right")
     return float((below + up_to).sum() / (2 * len(right) * len(wrong)))
 
 
 def _logistic(x: np.ndarray, right: int) -> tuple[float, float]:
-    """Slope and offset of p = sigmoid(slope * x + offset); x: the `right` right ones first. Newton's method, with halved steps."""
+    """Slope and offset of p = sigmoid(slope * x + offset); x: the `right` right ones first. Newton's method, with
+    halved steps.
+    """
     wrong = len(x) - right
     target = np.repeat([(right + 1) / (right + 2), 1 / (wrong + 2)], [right, wrong])
     weight = np.repeat([0.5 / right, 0.5 / wrong], [right, wrong])

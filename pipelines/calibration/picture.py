@@ -17,7 +17,8 @@ BINS = 80
 
 
 def draw_calibration(right: np.ndarray, wrong: np.ndarray, fit: Fit, file: Path) -> None:
-    """Write `file`, a PNG: histograms of cosines as shares of their kind on the left axis, the weight on the right one."""
+    """Write `file`, a PNG: histograms of cosines as shares of their kind on the left axis, the weight on the right
+    one."""
     low, high = _range(right, wrong)
     edges = np.linspace(low, high, BINS + 1)
     shares = [np.histogram(np.clip(cosines, low, high), edges)[0] / len(cosines) for cosines in (wrong, right)]
@@ -45,15 +46,36 @@ def draw_calibration(right: np.ndarray, wrong: np.ndarray, fit: Fit, file: Path)
     for weight in ticks(0, most):
         pen.text((WIDTH - RIGHT_MARGIN + 6, y(weight / most)), f"{weight:.3g}", fill="black", font=font, anchor="lm")
     along = np.linspace(low, high, 400)
-    pen.line([(x(c), y(w / most)) for c, w in zip(along.tolist(), fit.weights(along).tolist(), strict=True)], fill=CURVE, width=3)
+    pen.line(
+        [(x(c), y(w / most)) for c, w in zip(along.tolist(), fit.weights(along).tolist(), strict=True)],
+        fill=CURVE,
+        width=3,
+    )
     if low < fit.centre < high:
         pen.line((x(fit.centre), TOP, x(fit.centre), bottom), fill=CURVE, width=1)
     pen.rectangle((LEFT, TOP, WIDTH - RIGHT_MARGIN, bottom), outline="black")
-    pen.text((LEFT, 10), f"weight = {fit.scale:.3f} * sigmoid((cosine - {fit.centre:.4f}) / {fit.width:.4f}), the black line, right axis; "
-             f"AUC {fit.auc:.3f}", fill="black", font=font)
+    pen.text(
+        (LEFT, 10),
+        f"weight = {fit.scale:.3f} * sigmoid((cosine - {fit.centre:.4f}) / {fit.width:.4f}), the black line, right "
+        f"axis; "
+        f"AUC {fit.auc:.3f}",
+        fill="black",
+        font=font,
+    )
     pen.text((LEFT, 30), f"{len(right):,d} right labels, share of them in each bin", fill=RIGHT, font=font)
-    pen.text((LEFT + across // 2, 30), f"{len(wrong):,d} wrong labels: the best wrong name of each box", fill=WRONG, font=font)
-    pen.text((LEFT + across // 2, HEIGHT - 8), "cosine of the crop's and the label's embedding", fill="black", font=font, anchor="ms")
+    pen.text(
+        (LEFT + across // 2, 30),
+        f"{len(wrong):,d} wrong labels: the best wrong name of each box",
+        fill=WRONG,
+        font=font,
+    )
+    pen.text(
+        (LEFT + across // 2, HEIGHT - 8),
+        "cosine of the crop's and the label's embedding",
+        fill="black",
+        font=font,
+        anchor="ms",
+    )
     write_picture(file, canvas, "PNG")
 
 

@@ -1,8 +1,9 @@
-"""Which values the reliability weight of a run has: a calibration's, the recipe's numbers, or "auto" for known models (METHOD section 2).
+"""Which values the reliability weight of a run has: a calibration's, the recipe's numbers, or "auto" for known models
+(METHOD section 2).
 
 What the weight depends on is how the cosine of a crop and its label comes
-about: the CLIP, what it sees of a box, the prompts of the nouns, and how many nouns make a label. Neither images nor names are part of
-that, so a calibration holds for every set that was made in the same way (`LabelOrigin.way`).
+about: the CLIP, what it sees of a box, the prompts of the nouns, and how many nouns make a label. Neither images nor
+names are part of that, so a calibration holds for every set that was made in the same way (`LabelOrigin.way`).
 """
 
 from __future__ import annotations
@@ -25,10 +26,16 @@ if TYPE_CHECKING:
     from hdovd.config.recipe import Recipe
 
 VALUES = ("centre", "width", "scale")
-CLIPS = {"ViT-B/32": ("ViT-B-32", "hf-hub:timm/vit_base_patch32_clip_224.openai"), "RN50": ("RN50", "hf-hub:timm/resnet50_clip.openai")}
+CLIPS = {
+    "ViT-B/32": ("ViT-B-32", "hf-hub:timm/vit_base_patch32_clip_224.openai"),
+    "RN50": ("RN50", "hf-hub:timm/resnet50_clip.openai"),
+}
 HAND_WRITTEN, LEARNED = "hand-written", "learned"
-KNOWN = {("ViT-B/32", HAND_WRITTEN): (0.25, 0.026, 1.0), ("RN50", HAND_WRITTEN): (0.20, 0.03, 1.0),
-         ("ViT-B/32", LEARNED): (0.31, 0.026, 1.3)}
+KNOWN = {
+    ("ViT-B/32", HAND_WRITTEN): (0.25, 0.026, 1.0),
+    ("RN50", HAND_WRITTEN): (0.20, 0.03, 1.0),
+    ("ViT-B/32", LEARNED): (0.31, 0.026, 1.3),
+}
 NOT_THE_WAY = {"schema_version", "images", "boxes", "names", "tokens", "synonyms"}  # of the inputs of levels
 
 
@@ -42,18 +49,32 @@ class LabelOrigin:
     dim: int
 
     def way(self) -> KeyInputs:
-        """What the cosine of a crop and its label depends on; of a set without nouns, the classes' prompts stand for theirs."""
+        """What the cosine of a crop and its label depends on; of a set without nouns, the classes' prompts stand for
+        theirs.
+        """
         texts = self.inputs[Level.NOUN if Level.NOUN in self.inputs else Level.CLASS]
         rule = self.inputs.get(Level.PSEUDO_LABEL, {})
-        return {"crops": _without(self.inputs[Level.INSTANCE]), "texts": {k: v for k, v in _without(texts).items() if k != "content"},
-                "labels": {name: rule[name] for name in ("top_k", "temperature") if name in rule}}
+        return {
+            "crops": _without(self.inputs[Level.INSTANCE]),
+            "texts": {k: v for k, v in _without(texts).items() if k != "content"},
+            "labels": {name: rule[name] for name in ("top_k", "temperature") if name in rule},
+        }
 
     def known(self) -> tuple[str, str] | None:
-        """The row of METHOD's table that they are of, or None. A dense teacher, and labels of several nouns, are in no row."""
+        """The row of METHOD's table that they are of, or None. A dense teacher, and labels of several nouns, are in no
+        row.
+        """
         instance, nouns = self.inputs.get(Level.INSTANCE, {}), self.inputs.get(Level.NOUN, {})
-        if instance.get("clip", {}).get("format") == "hd-ovd" and self.dim == 512:  # the authors' own: ViT-B/32 and DetPro prompts
+        if (
+            instance.get("clip", {}).get("format") == "hd-ovd" and self.dim == 512
+        ):  # the authors' own: ViT-B/32 and DetPro prompts
             return "ViT-B/32", LEARNED
-        if "crop" not in instance or "templates" not in nouns or instance["clip"].get("activation") != "quickgelu" or self.way()["labels"]:
+        if (
+            "crop" not in instance
+            or "templates" not in nouns
+            or instance["clip"].get("activation") != "quickgelu"
+            or self.way()["labels"]
+        ):
             return None
         name, tag = str(self.made_with.get("clip")), self.made_with.get("weights") or self.made_with.get("pretrained")
         for clip, (model, hub) in CLIPS.items():
@@ -80,24 +101,33 @@ class Calibration:
 
     def to_toml(self) -> str:
         values = {f"reliability_{name}": getattr(self, name) for name in VALUES}
-        return ("# Written by hdovd calibrate; for hdovd train --calibration. w = scale * sigmoid((cos(v, u) - centre) / width)\n"
-                + tomli_w.dumps({"pseudo_boxes": values, "found": self.found, "fitted_on": self.fitted_on}))
+        return (
+            "# Written by hdovd calibrate; for hdovd train --calibration. w = scale * sigmoid((cos(v, u) - centre) / "
+            "width)\n" + tomli_w.dumps({"pseudo_boxes": values, "found": self.found, "fitted_on": self.fitted_on})
+        )
 
     def settings(self) -> tuple[str, ...]:
         """As of --set."""
         return tuple(f"pseudo_boxes.reliability_{name}={getattr(self, name)!r}" for name in VALUES)
 
     def require_fits(self, origin: LabelOrigin, base: Sequence[str], file: Path) -> None:
-        """Raises HdovdError if the features were made in another way than those that it was fitted on, or if it was fitted on boxes
-        of classes that are not `base`."""
+        """Raises HdovdError if the features were made in another way than those that it was fitted on, or if it was
+        fitted on boxes of classes that are not `base`.
+        """
         if novel := [name for name in self.fitted_on.get("classes", ()) if name not in base]:
-            raise HdovdError(f"--calibration {file} was fitted on boxes of {shorten(novel)}, which the protocol does not call base: "
-                             f"it would give novel classes away. Fit one with this protocol: hdovd calibrate --cache {origin.url}")
+            raise HdovdError(
+                f"--calibration {file} was fitted on boxes of {shorten(novel)}, which the protocol does not call base: "
+                f"it would give novel classes away. Fit one with this protocol: hdovd calibrate --cache {origin.url}"
+            )
         lines = differences(self.fitted_on["way"], origin.way(), sides=("fitted on", "these features have"))
         if lines:
-            raise HdovdError(f"--calibration {file} was fitted on set {self.fitted_on['features']} of {self.fitted_on['cache']}, which was "
-                             f"made in another way than the features of {origin.url}:\n  " + "\n  ".join(lines)
-                             + f"\nFit one to them: hdovd calibrate --cache {origin.url}")
+            raise HdovdError(
+                f"--calibration {file} was fitted on set {self.fitted_on['features']} of {self.fitted_on['cache']}, "
+                f"which was "
+                f"made in another way than the features of {origin.url}:\n  "
+                + "\n  ".join(lines)
+                + f"\nFit one to them: hdovd calibrate --cache {origin.url}"
+            )
 
 
 def read_calibration(file: Path) -> Calibration:
@@ -106,23 +136,37 @@ def read_calibration(file: Path) -> Calibration:
         tree = read_toml(file, "--calibration")
         centre, width, scale = numbers = [float(tree["pseudo_boxes"][f"reliability_{name}"]) for name in VALUES]
         fitted_on, found = tree["fitted_on"], dict(tree.get("found", {}))
-        if not (isinstance(fitted_on["way"], dict) and isinstance(fitted_on["cache"], str) and isinstance(fitted_on["features"], str)):
+        if not (
+            isinstance(fitted_on["way"], dict)
+            and isinstance(fitted_on["cache"], str)
+            and isinstance(fitted_on["features"], str)
+        ):
             raise TypeError("fitted_on")
         if not (all(abs(number) < float("inf") for number in numbers) and width > 0 and scale > 0):
             raise ValueError(f"centre, width and scale are {numbers}, expected finite numbers, width and scale above 0")
     except (HdovdError, ValueError, OverflowError, KeyError, TypeError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:200]
-        raise HdovdError(f"--calibration {file} is no calibration ({what}): hdovd calibrate --cache CACHE writes one, calibration.toml "
-                         "unless --out says otherwise") from error
+        raise HdovdError(
+            f"--calibration {file} is no calibration ({what}): hdovd calibrate --cache CACHE writes one, "
+            f"calibration.toml "
+            "unless --out says otherwise"
+        ) from error
     return Calibration(centre, width, scale, fitted_on, found)
 
 
-def with_reliability(recipe: Recipe, origin: Callable[[], LabelOrigin], calibration: Path | None, base: Sequence[str],
-                     log: Callable[[str], None]) -> tuple[Recipe, Recipe, dict[str, Any]]:
-    """The recipe to write down, the one to train with, whose values are numbers, and what to record of where they are from.
+def with_reliability(
+    recipe: Recipe,
+    origin: Callable[[], LabelOrigin],
+    calibration: Path | None,
+    base: Sequence[str],
+    log: Callable[[str], None],
+) -> tuple[Recipe, Recipe, dict[str, Any]]:
+    """The recipe to write down, the one to train with, whose values are numbers, and what to record of where they are
+    from.
 
-    A recipe that says auto is written down so, as with its other automatic values. `base`: the classes that may be known of. Raises
-    HdovdError for a calibration of other features or classes, and for auto with a CLIP that is not known.
+    A recipe that says auto is written down so, as with its other automatic values. `base`: the classes that may be
+    known of. Raises HdovdError for a calibration of other features or classes, and for auto with a CLIP that is not
+    known.
     """
     if calibration is not None:
         found = read_calibration(calibration)
@@ -138,14 +182,22 @@ def with_reliability(recipe: Recipe, origin: Callable[[], LabelOrigin], calibrat
     row = origin().known()
     if row is None:
         rows = ", ".join(f"{clip} with {prompts} prompts" for clip, prompts in KNOWN)
-        raise HdovdError(f'pseudo_boxes.reliability_... = "auto" knows crops by OpenAI\'s CLIPs, {rows}, and {origin().url} is of none of '
-                         f"them. Fit the values to it: hdovd calibrate --cache {origin().url} --out calibration.toml, then hdovd train "
-                         "--calibration calibration.toml")
+        raise HdovdError(
+            f'pseudo_boxes.reliability_... = "auto" knows crops by OpenAI\'s CLIPs, {rows}, and {origin().url} is of none of '  # noqa: E501
+            f"them. Fit the values to it: hdovd calibrate --cache {origin().url} --out calibration.toml, then hdovd "
+            f"train "
+            "--calibration calibration.toml"
+        )
     given = pseudo.reliability_centre, pseudo.reliability_width, pseudo.reliability_scale
-    used = recipe.with_reliability(*(known if isinstance(own, str) else own for own, known in zip(given, KNOWN[row], strict=True)))
+    used = recipe.with_reliability(
+        *(known if isinstance(own, str) else own for own, known in zip(given, KNOWN[row], strict=True))
+    )
     source = f"auto: METHOD section 2, CLIP {row[0]}, {row[1]} prompts"
-    log(f"reliability of pseudo labels: centre {used.pseudo_boxes.reliability_centre}, width {used.pseudo_boxes.reliability_width}, scale "
-        f"{used.pseudo_boxes.reliability_scale} ({source})")
+    log(
+        f"reliability of pseudo labels: centre {used.pseudo_boxes.reliability_centre}, width "
+        f"{used.pseudo_boxes.reliability_width}, scale "
+        f"{used.pseudo_boxes.reliability_scale} ({source})"
+    )
     return recipe, used, _record(used, source, {})
 
 
@@ -160,4 +212,8 @@ def _without(inputs: KeyInputs) -> KeyInputs:
 
 def _set_values(tree: dict[str, Any]) -> dict[str, Any]:
     """Without what is not set, which TOML has no word for."""
-    return {name: _set_values(value) if isinstance(value, dict) else value for name, value in tree.items() if value is not None}
+    return {
+        name: _set_values(value) if isinstance(value, dict) else value
+        for name, value in tree.items()
+        if value is not None
+    }

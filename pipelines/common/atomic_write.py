@@ -1,4 +1,6 @@
-"""Files that appear whole or not at all: whatever a command writes goes through here, but logs that grow and the cache's own store."""
+"""Files that appear whole or not at all: whatever a command writes goes through here, but logs that grow and the
+cache's own store.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors says it
 
 
 def replace_file(file: Path, write: Callable[[Path], object], *, writer: str = "", durable: bool = True) -> None:
-    """Replace a file whole or not at all, and make the folders above it. Raises HdovdError, and leaves what is there, if it cannot be.
+    """Replace a file whole or not at all, and make the folders above it. Raises HdovdError, and leaves what is there,
+    if it cannot be.
 
     What is no file, such as /dev/stdout, is written to. A link stays one: what it points to is replaced.
 
@@ -35,7 +38,9 @@ def replace_file(file: Path, write: Callable[[Path], object], *, writer: str = "
     with writing(file):
         target = Path(os.path.realpath(file))
         target.parent.mkdir(parents=True, exist_ok=True)
-        _replace(target, target.with_name(f".{target.name[-60:]}{writer and '.'}{writer}.partial"), write, durable)  # 255 bytes at most
+        _replace(
+            target, target.with_name(f".{target.name[-60:]}{writer and '.'}{writer}.partial"), write, durable
+        )  # 255 bytes at most
 
 
 def write_text(file: Path, text: str) -> None:
@@ -58,7 +63,11 @@ def writing(file: Path) -> Iterator[None]:
     except Exception as error:
         cause = _of_system(error, file)
         reason = str(error) if cause is None else system_reason(cause)
-        again = "; then give the command again (train: with --resume)" if cause is not None and cause.errno in NO_ROOM else ""
+        again = (
+            "; then give the command again (train: with --resume)"
+            if cause is not None and cause.errno in NO_ROOM
+            else ""
+        )
         raise HdovdError(f"{file} cannot be written: {reason}; what was there is whole{again}") from error
 
 
@@ -66,7 +75,9 @@ def _replace(file: Path, partial: Path, write: Callable[[Path], object], durable
     try:
         partial.unlink(missing_ok=True)
         partial.touch()
-        mode = partial.stat().st_mode  # as the umask and the folder have it; safetensors makes files that nobody else may read
+        mode = (
+            partial.stat().st_mode
+        )  # as the umask and the folder have it; safetensors makes files that nobody else may read
         write(partial)
         if partial.stat().st_mode != mode:
             partial.chmod(mode)

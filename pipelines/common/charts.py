@@ -26,7 +26,9 @@ INK = (47, 111, 208)  # of matrices; its opacity is the value, so that it goes w
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a chart: points in order; NaN or None breaks it. `series`: which of the page's colours, from 0; None: none of them."""
+    """One line of a chart: points in order; NaN or None breaks it. `series`: which of the page's colours, from 0; None:
+    none of them.
+    """
 
     name: str
     x: Sequence[float]
@@ -47,7 +49,9 @@ class Axis:
 
 def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> Markup:
     """A figure's SVG; empty lines are left out. Without any point there is a line of text instead."""
-    curves = [(line, np.array(line.x, float), np.ma.masked_invalid(np.array(line.y, float)).filled(np.nan)) for line in lines]
+    curves = [
+        (line, np.array(line.x, float), np.ma.masked_invalid(np.array(line.y, float)).filled(np.nan)) for line in lines
+    ]
     curves = [(line, a, b) for line, a, b in curves if np.isfinite(b).any()]
     if not curves:
         return Markup('<p class="none">{}: nothing to show</p>').format(title)
@@ -60,13 +64,20 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> Markup:
     def up(value: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - y_low) / (y_high - y_low)
 
-    parts = [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
-             f'<text x="{LEFT - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{_short(tick)}</text>' for tick in ticks(y_low, y_high)]
-    parts += [f'<text x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_short(tick)}</text>'
-              for tick in ticks(x_low, x_high)]
-    parts += [f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x.label)}</text>',
-              f'<text class="axis" transform="rotate(-90)" x="{-(TOP + HEIGHT - BOTTOM) / 2}" y="11" text-anchor="middle">'
-              f'{escape(y.label)}</text>']
+    parts = [
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
+        f'<text x="{LEFT - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{_short(tick)}</text>'
+        for tick in ticks(y_low, y_high)
+    ]
+    parts += [
+        f'<text x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_short(tick)}</text>'
+        for tick in ticks(x_low, x_high)
+    ]
+    parts += [
+        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x.label)}</text>',  # noqa: E501
+        f'<text class="axis" transform="rotate(-90)" x="{-(TOP + HEIGHT - BOTTOM) / 2}" y="11" text-anchor="middle">'
+        f"{escape(y.label)}</text>",
+    ]
     for line, a, b in curves:
         style = ("plain" if line.series is None else f"s{line.series % 8}") + (" dashed" if line.dashed else "")
         for run in np.ma.clump_unmasked(np.ma.masked_invalid(b)):
@@ -75,33 +86,66 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> Markup:
                 parts.append(f'<polyline class="line {style}" points="{" ".join(map(",".join, points))}"/>')
             if line.dots or len(points) == 1:
                 parts += [f'<circle class="dot {style}" cx="{u}" cy="{v}" r="3"/>' for u, v in points]
-    data = {"frame": [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM], "range": [x_low, x_high, y_low, y_high], "x": x.label,
-            "lines": [{"name": line.name, "x": _values(a), "y": _values(b)} for line, a, b in curves]}
-    return Markup(f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(title)}" '
-                  f'data-chart="{escape(json.dumps(data, separators=(",", ":")))}">{"".join(parts)}</svg>')
+    data = {
+        "frame": [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM],
+        "range": [x_low, x_high, y_low, y_high],
+        "x": x.label,
+        "lines": [{"name": line.name, "x": _values(a), "y": _values(b)} for line, a, b in curves],
+    }
+    return Markup(
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{escape(title)}" '
+        f'data-chart="{escape(json.dumps(data, separators=(",", ":")))}">{"".join(parts)}</svg>'
+    )
 
 
-def matrix_chart(title: str, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, low: float, high: float,
-                 digits: int = 2, row_title: str = "", column_title: str = "") -> Markup:
-    """A figure's SVG of values (n, m), the more inked the nearer to `high`; NaN is left blank. Long names are cut, but not in the data."""
+def matrix_chart(
+    title: str,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    low: float,
+    high: float,
+    digits: int = 2,
+    row_title: str = "",
+    column_title: str = "",
+) -> Markup:
+    """A figure's SVG of values (n, m), the more inked the nearer to `high`; NaN is left blank. Long names are cut, but
+    not in the data.
+    """
     n, m = values.shape
     cell = 10
     left, top = _margin(rows, cell), _margin(columns, cell)
     width, height = left + m * cell, top + n * cell
-    parts = [f'<image x="{left}" y="{top}" width="{m * cell}" height="{n * cell}" href="{_ink(values, low, high)}" '
-             f'preserveAspectRatio="none" class="pixels"/>',
-             f'<rect class="frame" x="{left}" y="{top}" width="{m * cell}" height="{n * cell}"/>']
+    parts = [
+        f'<image x="{left}" y="{top}" width="{m * cell}" height="{n * cell}" href="{_ink(values, low, high)}" '
+        f'preserveAspectRatio="none" class="pixels"/>',
+        f'<rect class="frame" x="{left}" y="{top}" width="{m * cell}" height="{n * cell}"/>',
+    ]
     if left > cell:
-        parts += [f'<text class="name" x="{left - 3}" y="{top + i * cell + 8}" text-anchor="end">{escape(_cut(name))}</text>'
-                  for i, name in enumerate(rows)]
+        parts += [
+            f'<text class="name" x="{left - 3}" y="{top + i * cell + 8}" text-anchor="end">{escape(_cut(name))}</text>'
+            for i, name in enumerate(rows)
+        ]
     if top > cell:
-        parts += [f'<text class="name" transform="translate({left + j * cell + 8},{top - 3}) rotate(-90)">{escape(_cut(name))}</text>'
-                  for j, name in enumerate(columns)]
-    data = {"origin": [left, top], "cell": cell, "row": row_title, "rows": list(rows), "column": column_title, "columns": list(columns),
-            "values": [[None if math.isnan(v) else round(float(v), digits) for v in row] for row in values.tolist()]}
-    return Markup(f'<svg class="matrix" viewBox="0 0 {width} {height}" style="max-width:{max(width * 1.6, 220):.0f}px" role="img" '
-                  f'tabindex="0" aria-label="{escape(title)}" data-matrix="{escape(json.dumps(data, separators=(",", ":")))}">'
-                  f'{"".join(parts)}</svg>')
+        parts += [
+            f'<text class="name" transform="translate({left + j * cell + 8},{top - 3}) rotate(-90)">{escape(_cut(name))}</text>'  # noqa: E501
+            for j, name in enumerate(columns)
+        ]
+    data = {
+        "origin": [left, top],
+        "cell": cell,
+        "row": row_title,
+        "rows": list(rows),
+        "column": column_title,
+        "columns": list(columns),
+        "values": [[None if math.isnan(v) else round(float(v), digits) for v in row] for row in values.tolist()],
+    }
+    return Markup(
+        f'<svg class="matrix" viewBox="0 0 {width} {height}" style="max-width:{max(width * 1.6, 220):.0f}px" role="img" '  # noqa: E501
+        f'tabindex="0" aria-label="{escape(title)}" data-matrix="{escape(json.dumps(data, separators=(",", ":")))}">'
+        f"{''.join(parts)}</svg>"
+    )
 
 
 def picture_data(picture: Image.Image, form: str = "JPEG", **options: Any) -> str:

@@ -30,16 +30,24 @@ def pick_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise HdovdError(f"--device {name}: expected auto, cpu or cuda (or cuda:N)")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise HdovdError(f"--device {name}: torch sees no GPU here; use --device cpu, or check the driver with nvidia-smi")
+        raise HdovdError(
+            f"--device {name}: torch sees no GPU here; use --device cpu, or check the driver with nvidia-smi"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise HdovdError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here, which are counted from cuda:0")
-    if device.type == "cpu" and torch.get_num_threads() > usable_cores():  # a container's quota; a program that is not `hdovd.cli.main`
+        raise HdovdError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here, which are counted from cuda:0"
+        )
+    if (
+        device.type == "cpu" and torch.get_num_threads() > usable_cores()
+    ):  # a container's quota; a program that is not `hdovd.cli.main`
         torch.set_num_threads(usable_cores())
     return device
 
 
 def placed(model: Model, device: torch.device) -> Model:
-    """The model on a device, its convolutions in the layout of pictures: a batch has the channels of a pixel side by side (`batching`)."""
+    """The model on a device, its convolutions in the layout of pictures: a batch has the channels of a pixel side by
+    side (`batching`).
+    """
     return model.to(device).to(memory_format=torch.channels_last)
 
 
@@ -49,8 +57,9 @@ def shown(device: torch.device) -> str:
 
 
 def workers_for(device: torch.device, asked: int | None) -> int:
-    """`asked`, or what suits the device: on a CPU none, for its cores compute; for a GPU this process's share of the cores, less one,
-    MOST_WORKERS at most."""
+    """`asked`, or what suits the device: on a CPU none, for its cores compute; for a GPU this process's share of the
+    cores, less one, MOST_WORKERS at most.
+    """
     if asked is not None:
         return asked
     if device.type != "cuda":
@@ -59,7 +68,9 @@ def workers_for(device: torch.device, asked: int | None) -> int:
 
 
 def training_workers(device: torch.device, asked: int | Literal["auto"]) -> int:
-    """`asked`, or what keeps a step from waiting for data: for a GPU as `workers_for`; on a CPU one, which prepares the next batch."""
+    """`asked`, or what keeps a step from waiting for data: for a GPU as `workers_for`; on a CPU one, which prepares the
+    next batch.
+    """
     return asked if asked != "auto" else max(1, workers_for(device, None))
 
 
@@ -68,11 +79,11 @@ def workers_a_gpu(cores: int, gpus: int) -> int:
     return min(MOST_WORKERS, max(1, cores // gpus - 1))
 
 
-
 @dataclass(frozen=True, slots=True)
 class Team:
-    """This process among all of a run, each with its part of every batch. `control`: a gloo group beside NCCL's, for what is decided on
-    the CPU."""
+    """This process among all of a run, each with its part of every batch. `control`: a gloo group beside NCCL's, for
+    what is decided on the CPU.
+    """
 
     rank: int
     world: int
@@ -108,7 +119,9 @@ class Team:
 
 @contextmanager
 def team(device: str) -> Iterator[Team]:
-    """Join the others, if torchrun started several; on GPUs each has its own. Raises HdovdError for a device that is not there."""
+    """Join the others, if torchrun started several; on GPUs each has its own. Raises HdovdError for a device that is
+    not there.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if world == 1:
         yield Team(0, 1, pick_device(device))

@@ -1,4 +1,5 @@
-"""Boxes with labels on a picture: what every picture that hdovd makes of detections, truth or cached rows is drawn with.
+"""Boxes with labels on a picture: what every picture that hdovd makes of detections, truth or cached rows is drawn
+with.
 
 Pillow, and not torchvision's `draw_bounding_boxes`: that one puts no ground behind
 its labels at the oldest torchvision that hdovd supports, and has no font of its own that can be set larger.
@@ -29,9 +30,11 @@ class Labelled:
 
 
 def draw_boxes(picture: Image.Image, boxes: Sequence[Labelled], title: str = "") -> Image.Image:
-    """An RGB copy with boxes, the first on top; a picture narrower than `SMALLEST_WIDTH_PX` is enlarged so that its labels can be read.
+    """An RGB copy with boxes, the first on top; a picture narrower than `SMALLEST_WIDTH_PX` is enlarged so that its
+    labels can be read.
 
-    `title` is written into the lower left corner. Labels in other scripts than Latin take a font of the system's, if it has one.
+    `title` is written into the lower left corner. Labels in other scripts than Latin take a font of the system's, if it
+    has one.
     """
     scale = max(1, min(-(-SMALLEST_WIDTH_PX // picture.width), LARGEST_SIDE_PX // max(picture.size)))
     canvas = picture.convert("RGB").resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)

@@ -9,8 +9,10 @@ import jinja2
 from markupsafe import Markup
 
 # Nothing is loaded from anywhere: style, script and pictures are in the page.
-CONTENT_POLICY = Markup('<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'; '
-                        'script-src \'unsafe-inline\'; img-src data:">')
+CONTENT_POLICY = Markup(
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; img-src data:\">"
+)
 
 
 def page(template: str, context: dict[str, Any]) -> str:
@@ -20,7 +22,8 @@ def page(template: str, context: dict[str, Any]) -> str:
     def text(name: str) -> str:
         return folder.joinpath(name).read_text(encoding="utf-8")
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False,
-                                     loader=jinja2.FunctionLoader(text))
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False, loader=jinja2.FunctionLoader(text)
+    )
     parts = {end: Markup(text(f"page.{end}")) for end in ("css", "js")}
     return environment.get_template(template).render(policy=CONTENT_POLICY, **parts, **context)

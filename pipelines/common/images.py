@@ -1,11 +1,12 @@
 """The one way to read a picture: RGB of 8 bits a channel, upright, whatever the file holds.
 
-- **EXIF orientation**: `detect` turns every file upright. Of a data set, the annotated size decides: what fits it turned alone is turned,
-  what fits it as stored alone is not; where both fit (orientations 2 to 4, and squares) the setting `exif` does. Its default is to
-  apply: annotation tools, OpenCV and Detectron2 show and read pictures so.
-- **See-through** (alpha, a palette with transparency) stands on white; **palettes**, **CMYK** and **grey** are converted by Pillow.
-- **Grey of 16 bits** gives its upper 8, as Pillow has it for colours; **32 bits and floats**, which have no white of their own, are
-  stretched from their lowest to their highest value.
+- **EXIF orientation**: `detect` turns every file upright. Of a data set, the annotated size decides: what fits it
+  turned alone is turned, what fits it as stored alone is not; where both fit (orientations 2 to 4, and squares) the
+  setting `exif` does. Its default is to apply: annotation tools, OpenCV and Detectron2 show and read pictures so.
+- **See-through** (alpha, a palette with transparency) stands on white; **palettes**, **CMYK** and **grey** are
+  converted by Pillow.
+- **Grey of 16 bits** gives its upper 8, as Pillow has it for colours; **32 bits and floats**, which have no white of
+  their own, are stretched from their lowest to their highest value.
 """
 
 from __future__ import annotations
@@ -35,7 +36,14 @@ MOST_PIXELS = 500_000_000  # refused beyond: 2 GB decoded, and a small file that
 KEPT_PIXELS = 25_000_000  # `decode` reduces a larger picture by a whole number: the detector's input is far smaller
 KEPT_SIDE = 16_384  # and so it does a longer one
 _ORIENTATION = 0x0112  # of EXIF; from 5 on the picture lies on its side
-_AVERAGED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes that are reduced before they are converted, which needs less memory
+_AVERAGED = (
+    "L",
+    "LA",
+    "RGB",
+    "RGBA",
+    "CMYK",
+    "YCbCr",
+)  # modes that are reduced before they are converted, which needs less memory
 _16_BITS_AT_MOST = ("PNG", "PPM")  # kinds of files that Pillow, some versions of it, opens with mode I, which has 32
 _bomb_limit = threading.Lock()
 
@@ -44,7 +52,9 @@ AnyPicture = Path | str | bytes | Image.Image | Tensor | np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """A picture of a data set. `either`: whether its annotated size fits it turned and as stored, so that `Exif` decided."""
+    """A picture of a data set. `either`: whether its annotated size fits it turned and as stored, so that `Exif`
+    decided.
+    """
 
     image: Image.Image
     either: bool
@@ -52,14 +62,18 @@ class Annotated:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """pixels (3, h, w) uint8 RGB; width and height of the whole picture: those of the pixels, or more if it was reduced."""
+    """pixels (3, h, w) uint8 RGB; width and height of the whole picture: those of the pixels, or more if it was
+    reduced.
+    """
 
     pixels: Tensor
     width: int
     height: int
 
 
-def read_image(path: Path | str, width: int, height: int, data: bytes | None = None, exif: Exif = Exif.APPLY) -> Image.Image:
+def read_image(
+    path: Path | str, width: int, height: int, data: bytes | None = None, exif: Exif = Exif.APPLY
+) -> Image.Image:
     """A picture of a data set, from its file or the file's bytes, as RGB.
 
     Raises HdovdError, naming `path`, if it cannot be read or is not `width` x `height` pixels.
@@ -75,7 +89,11 @@ def read_annotated(path: Path | str, width: int, height: int, data: bytes | None
         turned = file.size[::-1] if orientation >= 5 else file.size
         if (width, height) not in (file.size, turned):
             stored = f"{file.width}x{file.height}"
-            by_exif = f" ({turned[0]}x{turned[1]} as its EXIF orientation {orientation} turns it)" if turned != file.size else ""
+            by_exif = (
+                f" ({turned[0]}x{turned[1]} as its EXIF orientation {orientation} turns it)"
+                if turned != file.size
+                else ""
+            )
             raise HdovdError(f"is {stored}{by_exif}, the annotation says {width}x{height}")
         either = orientation != 1 and turned == file.size
         if orientation != 1 and (exif is Exif.APPLY if either else (width, height) == turned):
@@ -93,8 +111,9 @@ def read_pixels(split: Split, image: ImageBoxes) -> Tensor:
 
 
 def read_alike(split: Split, number: int) -> bool:
-    """Whether a picture is the same read by any rule, those of before there was a choice included: it is upright, of 8 bits, and hides
-    nothing. One that cannot be read is not."""
+    """Whether a picture is the same read by any rule, those of before there was a choice included: it is upright, of 8
+    bits, and hides nothing. One that cannot be read is not.
+    """
     try:
         with told(""), _open(split.path(split.images[number])) as file:
             return _orientation(file) == 1 and not _is_deep(file) and not file.has_transparency_data
@@ -111,7 +130,8 @@ def decode(picture: AnyPicture) -> Decoded:
     """A picture in any form, of no data set.
 
     Args:
-        picture: a file, or the bytes of one, turned upright as its EXIF says; or a PIL image, a (3, h, w) uint8 tensor or a
+        picture: a file, or the bytes of one, turned upright as its EXIF says; or a PIL image, a (3, h, w) uint8 tensor
+        or a
             (h, w, 3) uint8 array, taken as it is.
 
     Raises HdovdError if it cannot be read, or is none of these.
@@ -120,8 +140,10 @@ def decode(picture: AnyPicture) -> Decoded:
         image = Image.fromarray(_array(picture))
         return _reduced(image, *image.size)
     if not isinstance(picture, Path | str | bytes | Image.Image):
-        raise HdovdError(f"a picture is a path, a PIL image, a (3, h, w) uint8 tensor or a (h, w, 3) uint8 array, not a "
-                         f"{type(picture).__name__}")
+        raise HdovdError(
+            f"a picture is a path, a PIL image, a (3, h, w) uint8 tensor or a (h, w, 3) uint8 array, not a "
+            f"{type(picture).__name__}"
+        )
     with told(str(picture) if isinstance(picture, Path | str) else "the picture"):
         if isinstance(picture, Image.Image):
             return _reduced(picture, *picture.size)
@@ -151,7 +173,9 @@ def _read(source: Any) -> Decoded:
     with _open(source) as file:
         whole = file.size
         if (factor := _factor(*whole)) > 1:
-            file.draft(None, (whole[0] // factor, whole[1] // factor))  # a JPEG is decoded at 1/2, 1/4 or 1/8; others ignore it
+            file.draft(
+                None, (whole[0] // factor, whole[1] // factor)
+            )  # a JPEG is decoded at 1/2, 1/4 or 1/8; others ignore it
         drafted, orientation = file.size != whole, _orientation(file)
         file.load()
         with suppress(Exception):
@@ -162,7 +186,9 @@ def _read(source: Any) -> Decoded:
 
 
 def _open(source: Any) -> Image.Image:
-    """Pillow's own limit, a setting of the whole process, is lifted for as long as a file is opened: `MOST_PIXELS` is the one here."""
+    """Pillow's own limit, a setting of the whole process, is lifted for as long as a file is opened: `MOST_PIXELS` is
+    the one here.
+    """
     with _bomb_limit:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -171,7 +197,9 @@ def _open(source: Any) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = before
     if file.width * file.height > MOST_PIXELS:
         file.close()
-        raise HdovdError(f"has {file.width}x{file.height} pixels, more than the {MOST_PIXELS:,d} that are read: make it smaller")
+        raise HdovdError(
+            f"has {file.width}x{file.height} pixels, more than the {MOST_PIXELS:,d} that are read: make it smaller"
+        )
     return file
 
 
@@ -225,8 +253,14 @@ def _grey(values: np.ndarray, *, of_16_bits: bool) -> np.ndarray:
 def _array(picture: Tensor | np.ndarray) -> np.ndarray:
     """(h, w, 3) uint8. Raises HdovdError for any other picture."""
     tensor = isinstance(picture, Tensor)
-    array = picture.detach().permute(1, 2, 0).cpu().numpy() if isinstance(picture, Tensor) and picture.ndim == 3 else np.asarray(picture)
+    array = (
+        picture.detach().permute(1, 2, 0).cpu().numpy()
+        if isinstance(picture, Tensor) and picture.ndim == 3
+        else np.asarray(picture)
+    )
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or not array.size:
-        raise HdovdError(f"a picture as {'a tensor is (3, h, w)' if tensor else 'an array is (h, w, 3)'} uint8 RGB, not "
-                         f"{tuple(picture.shape)} {picture.dtype}")
+        raise HdovdError(
+            f"a picture as {'a tensor is (3, h, w)' if tensor else 'an array is (h, w, 3)'} uint8 RGB, not "
+            f"{tuple(picture.shape)} {picture.dtype}"
+        )
     return np.ascontiguousarray(array)

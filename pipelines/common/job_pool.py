@@ -1,4 +1,6 @@
-"""Commands in processes of their own, so many at a time, each with its log file; all of them stopped when this process is."""
+"""Commands in processes of their own, so many at a time, each with its log file; all of them stopped when this process
+is.
+"""
 
 from __future__ import annotations
 
@@ -39,15 +41,22 @@ class Ended:
 
 def stop_signals() -> StopSignal:
     """Collects the signals that ask this process to end; after the second, children are killed."""
-    return StopSignal(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last: SLURM's warning of the time limit
+    return StopSignal(
+        signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    )  # the last: SLURM's warning of the time limit
 
 
-def run_jobs(jobs: Sequence[Job], places: Sequence[Mapping[str, str]], on_end: Callable[[Ended], None], stop: StopSignal,
-             keep_open: Sequence[int] = ()) -> None:
+def run_jobs(
+    jobs: Sequence[Job],
+    places: Sequence[Mapping[str, str]],
+    on_end: Callable[[Ended], None],
+    stop: StopSignal,
+    keep_open: Sequence[int] = (),
+) -> None:
     """Run all jobs, as many at a time as there are `places`: environment variables for the job that runs there.
 
-    Returns when all have ended or `stop` has a signal; no process of them is left then. `keep_open`: file descriptors that the
-    processes hold too, such as a lock's.
+    Returns when all have ended or `stop` has a signal; no process of them is left then. `keep_open`: file descriptors
+    that the processes hold too, such as a lock's.
     """
     waiting, running = list(jobs), dict[int, _Running]()
     try:
@@ -87,9 +96,15 @@ class _Running:
             log.write(f"$ {shlex.join(self.command)}\n".encode())
             log.flush()
             # a session of its own: Ctrl-C in the terminal reaches this process alone, which then lets them save
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment}, start_new_session=True,
-                                            pass_fds=self.keep_open)
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
+                start_new_session=True,
+                pass_fds=self.keep_open,
+            )
 
     def poll(self) -> Ended | None:
         """The result, if the last command or one that failed has ended; starts the next one."""
@@ -101,11 +116,15 @@ class _Running:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]], stop: StopSignal) -> None:
-    """SIGTERM to all, then SIGKILL to those, with their children, that are still there after a while or a second signal."""
+    """SIGTERM to all, then SIGKILL to those, with their children, that are still there after a while or a second
+    signal.
+    """
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + PATIENCE_S
-    while any(process.poll() is None for process in processes) and len(stop.signals) < 2 and time.monotonic() < deadline:
+    while (
+        any(process.poll() is None for process in processes) and len(stop.signals) < 2 and time.monotonic() < deadline
+    ):
         time.sleep(POLL_S)
     for process in processes:
         if process.poll() is None:

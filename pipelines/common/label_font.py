@@ -14,7 +14,9 @@ _COMMON = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", 
 
 
 def label_font(text: str, size: int) -> Font:
-    """Pillow's own font, or where it lacks a character of `text` the first found that has them all; its own again if none has."""
+    """Pillow's own font, or where it lacks a character of `text` the first found that has them all; its own again if
+    none has.
+    """
     own = _own(size)
     unknown = frozenset(character for character in text if not character.isspace() and not _has(own, character))
     return own if not unknown else _system_font(unknown, size) or own
@@ -37,7 +39,9 @@ def _own(size: int) -> Font:
 
 @lru_cache(maxsize=4096)
 def _has(font: Font, character: str) -> bool:
-    if ord(character) < 128 or not isinstance(font, ImageFont.FreeTypeFont):  # without FreeType there is one font, and no choice
+    if ord(character) < 128 or not isinstance(
+        font, ImageFont.FreeTypeFont
+    ):  # without FreeType there is one font, and no choice
         return True
     mask, missing = font.getmask(character), font.getmask(_NO_CHARACTER)
     return mask.size != missing.size or bytes(mask) != bytes(missing)
@@ -62,7 +66,9 @@ def _by_fontconfig(characters: frozenset[str]) -> tuple[tuple[str, int], ...]:
         return ()
     wanted = ":charset=" + " ".join(f"{ord(character):x}" for character in sorted(characters))
     try:
-        found = subprocess.run(["fc-match", "-f", "%{file}\t%{index}", wanted], capture_output=True, text=True, timeout=20, check=True)
+        found = subprocess.run(
+            ["fc-match", "-f", "%{file}\t%{index}", wanted], capture_output=True, text=True, timeout=20, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return ()
     file, _, face = found.stdout.partition("\t")

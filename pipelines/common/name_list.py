@@ -20,12 +20,18 @@ def is_shipped(vocabulary: Path) -> bool:
 def read_vocabulary(path: Path, option: str = "--vocabulary", most: int = LONGEST_NAME) -> tuple[str, ...]:
     """The names of a file, one a line, or of the list that ships; blank lines and lines that begin with # do not count.
 
-    `most`: characters of a name. Raises HdovdError if there is no such file, no name in it, or one that cannot be printed.
+    `most`: characters of a name. Raises HdovdError if there is no such file, no name in it, or one that cannot be
+    printed.
     """
     path = _SHIPPED / f"{GENERAL}.txt" if is_shipped(path) else path
     lines = [line.strip() for line in read_text(path, option, "one a line").splitlines()]
-    names = tuple(dict.fromkeys(checked_name(line, f"{option} {path}: line {number}", most)
-                                for number, line in enumerate(lines, start=1) if line and not line.startswith("#")))
+    names = tuple(
+        dict.fromkeys(
+            checked_name(line, f"{option} {path}: line {number}", most)
+            for number, line in enumerate(lines, start=1)
+            if line and not line.startswith("#")
+        )
+    )
     if not names:
         raise HdovdError(f"{option} {path} holds nothing; expected one a line")
     return names

@@ -1,4 +1,5 @@
-"""Options of commands, as the fields of their configs declare them: the one definition of each, for Python and the command line.
+"""Options of commands, as the fields of their configs declare them: the one definition of each, for Python and the
+command line.
 
 Plain values without a command-line library, and without torch. `hdovd.cli.command` makes Typer's signature of them.
 """
@@ -69,15 +70,27 @@ OTHER_PROTOCOL = Option("The base/novel split. Default: the one that the cache w
 OtherProtocol = Annotated[str | None, OTHER_PROTOCOL]
 FEATURES = Option("The name of a set of features: products of one cache that belong together.")
 Features = Annotated[str, FEATURES]
-Trust = Annotated[bool, Option("Import code and ask addresses that RUN names, and take it as it was changed, though it was not trained "
-                               "here "
-                               "by you.")]
+Trust = Annotated[
+    bool,
+    Option(
+        "Import code and ask addresses that RUN names, and take it as it was changed, though it was not trained "
+        "here "
+        "by you."
+    ),
+]
 CacheArgument = Annotated[Path | str, Option("The cache: a folder, or s3://, gs://.", argument=True)]
 CacheWritten = Annotated[Path | str, Option("The cache to write or add to: a folder, or s3://, gs://.")]
 Pretrained = Annotated[str | None, Option("Tag or checkpoint file, with a model name.")]
-Calibration = Annotated[Path | None, Option("What hdovd calibrate wrote: how far to trust pseudo labels, over the recipe's values.")]
-Init = Annotated[Path | None, Option("A run whose weights training begins with, such as import-checkpoint wrote: losses' memories, "
-                                     "optimizer and schedule begin anew.")]
+Calibration = Annotated[
+    Path | None, Option("What hdovd calibrate wrote: how far to trust pseudo labels, over the recipe's values.")
+]
+Init = Annotated[
+    Path | None,
+    Option(
+        "A run whose weights training begins with, such as import-checkpoint wrote: losses' memories, "
+        "optimizer and schedule begin anew."
+    ),
+]
 SaveMinutes = Annotated[float, Option("Minutes between two checkpoints within an epoch.", min=0)]
 Run = Annotated[Path, Option("The run folder that hdovd train wrote.", argument=True)]
 
@@ -114,9 +127,17 @@ def validation_of(given: dict[str, Any]) -> DataPaths | None:
 
 def validation_group(build: Callable[[dict[str, Any]], DataPaths | None]) -> Group:
     """The group of --val-images and --val-annotations."""
-    return Group({"val_images": (Path | None, None, Option("Validation images, instead of DATA/val2017.")),
-                  "val_annotations": (Path | None, None, Option("Validation boxes, instead of DATA/annotations/instances_val2017.json."))},
-                 build)
+    return Group(
+        {
+            "val_images": (Path | None, None, Option("Validation images, instead of DATA/val2017.")),
+            "val_annotations": (
+                Path | None,
+                None,
+                Option("Validation boxes, instead of DATA/annotations/instances_val2017.json."),
+            ),
+        },
+        build,
+    )
 
 
 VALIDATION = validation_group(validation_of)
@@ -124,8 +145,12 @@ VALIDATION = validation_group(validation_of)
 
 def refuse_two_sources(settings: Sequence[str], calibration: Path | None) -> None:
     """Raises HdovdError if `settings`, as of --set and --grid, hold a value that the calibration gives too."""
-    if calibration is not None and (both := [one for one in settings if one.strip().startswith("pseudo_boxes.reliability_")]):
-        raise HdovdError(f"{' '.join(both)}: --calibration {calibration} says what the reliability weight is; leave one of them out")
+    if calibration is not None and (
+        both := [one for one in settings if one.strip().startswith("pseudo_boxes.reliability_")]
+    ):
+        raise HdovdError(
+            f"{' '.join(both)}: --calibration {calibration} says what the reliability weight is; leave one of them out"
+        )
 
 
 def read_recipe(given: dict[str, Any]) -> Any:
@@ -140,5 +165,11 @@ def read_recipe(given: dict[str, Any]) -> Any:
 RECIPE_NAME = Option("A shipped recipe or a TOML file.")
 RECIPE = Group({"recipe": (str, DEFAULT_RECIPE, RECIPE_NAME), "set_": (list[str] | None, None, SET)}, read_recipe)
 PRESET = Option("Settings laid over the recipe, beneath --set; base-only turns all distillation off.")
-RECIPE_AND_PRESET = Group({"recipe": (str, DEFAULT_RECIPE, RECIPE_NAME), "preset": (Preset | None, None, PRESET),
-                           "set_": (list[str] | None, None, SET)}, read_recipe)
+RECIPE_AND_PRESET = Group(
+    {
+        "recipe": (str, DEFAULT_RECIPE, RECIPE_NAME),
+        "preset": (Preset | None, None, PRESET),
+        "set_": (list[str] | None, None, SET),
+    },
+    read_recipe,
+)

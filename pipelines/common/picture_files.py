@@ -15,9 +15,31 @@ from PIL import Image
 
 from hdovd.core.errors import HdovdError, shorten
 
-ENDINGS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".avif", ".jp2", ".ppm",
-                     ".pgm", ".pbm", ".pnm", ".tga", ".mpo",
-                     ".heic", ".heif"))  # the last two are skipped with a reason where Pillow cannot read them
+ENDINGS = frozenset(
+    (
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".dib",
+        ".tif",
+        ".tiff",
+        ".gif",
+        ".avif",
+        ".jp2",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".tga",
+        ".mpo",
+        ".heic",
+        ".heif",
+    )
+)  # the last two are skipped with a reason where Pillow cannot read them
 STANDARD_INPUT = "-"
 
 
@@ -33,12 +55,14 @@ class PictureFile:
         return "standard input" if self.data is not None else str(self.path)
 
 
-def find_pictures(words: Sequence[str], stdin: BinaryIO | None, leave_out: Path, log: Callable[[str], None]) -> list[PictureFile]:
+def find_pictures(
+    words: Sequence[str], stdin: BinaryIO | None, leave_out: Path, log: Callable[[str], None]
+) -> list[PictureFile]:
     """The pictures that `words` name, in that order, each once. What is in the folder `leave_out` is not among them.
 
-    A word is a file, whatever it is called; a folder, of which all picture files are taken, those of its folders too, sorted, but
-    hidden ones; a pattern with `*`, `?`, `[...]` or `**`, of which all files are taken; or `-` for `stdin`: paths, one a line or
-    with NUL between them, or the bytes of one picture.
+    A word is a file, whatever it is called; a folder, of which all picture files are taken, those of its folders too,
+    sorted, but hidden ones; a pattern with `*`, `?`, `[...]` or `**`, of which all files are taken; or `-` for `stdin`:
+    paths, one a line or with NUL between them, or the bytes of one picture.
 
     Raises HdovdError for a word that gives nothing.
     """
@@ -62,7 +86,9 @@ def find_pictures(words: Sequence[str], stdin: BinaryIO | None, leave_out: Path,
     if own:
         log(f"note: pictures left out, since they are in {leave_out}, where the results go: {own}")
     if not found:
-        raise HdovdError("no pictures: name files, folders, patterns such as 'photos/**/*.jpg', or - for standard input")
+        raise HdovdError(
+            "no pictures: name files, folders, patterns such as 'photos/**/*.jpg', or - for standard input"
+        )
     return list(found.values())
 
 
@@ -94,7 +120,10 @@ def _of_folder(folder: Path, log: Callable[[str], None]) -> Iterator[Path]:
             else:
                 others.add(ending or "(none)")
     if others:
-        log(f"note: files in {printable(str(folder))} with these endings are no pictures, and left out: {shorten(sorted(others, key=str))}")
+        log(
+            f"note: files in {printable(str(folder))} with these endings are no pictures, and left out: "
+            f"{shorten(sorted(others, key=str))}"
+        )
 
 
 def _of_stdin(stdin: BinaryIO | None) -> Iterator[PictureFile]:

@@ -6,9 +6,10 @@
     CPU with bf16 of its own (AVX-512-BF16, AMX, Arm)   bf16         bf16
     any other CPU                                       fp32         fp32
 
-HDOVD_PRECISION says otherwise. A cache, a run or a network that is there already is gone on with in its own. Inference (validation,
-eval, detect, proposals) is in bf16 on a GPU of the first row for a model that was trained in it, else in fp32: a CPU gains little, and a
-result is kept exact. What is recorded is never `auto`. torch is imported where it is needed: the command line names precisions before.
+HDOVD_PRECISION says otherwise. A cache, a run or a network that is there already is gone on with in its own. Inference
+(validation, eval, detect, proposals) is in bf16 on a GPU of the first row for a model that was trained in it, else in
+fp32: a CPU gains little, and a result is kept exact. What is recorded is never `auto`. torch is imported where it is
+needed: the command line names precisions before.
 """
 
 from __future__ import annotations
@@ -54,17 +55,22 @@ class Precision(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A precision other than auto. `line`: what was chosen and why, or what it costs; empty where it was asked for and suits."""
+    """A precision other than auto. `line`: what was chosen and why, or what it costs; empty where it was asked for and
+    suits.
+    """
 
     precision: Precision
     line: str = ""
 
 
-def choose(asked: Precision | str, device: torch.device, *, training: bool, own: Precision | str | None = None, whose: str = "") -> Choice:
+def choose(
+    asked: Precision | str, device: torch.device, *, training: bool, own: Precision | str | None = None, whose: str = ""
+) -> Choice:
     """What to compute in on a device.
 
     Args:
-        own: the precision of what is there already and gone on with, which auto takes; `whose` names it, such as "the cache's".
+        own: the precision of what is there already and gone on with, which auto takes; `whose` names it, such as "the
+        cache's".
 
     Raises HdovdError for a precision that the device lacks.
     """
@@ -74,8 +80,14 @@ def choose(asked: Precision | str, device: torch.device, *, training: bool, own:
         precision, reason = (Precision(own), f"{whose} own") if own else _auto(device, native, why, training=training)
         line, source = f"precision: {precision}, {reason}", f"precision {precision} ({reason})"
     if precision is Precision.FP16 and (training or device.type == "cpu"):
-        raise HdovdError(f"{source} " + ("is not for training, which takes fp32 or bf16" if training else
-                                         "needs a GPU: give --device cuda, or --precision fp32"))
+        raise HdovdError(
+            f"{source} "
+            + (
+                "is not for training, which takes fp32 or bf16"
+                if training
+                else "needs a GPU: give --device cuda, or --precision fp32"
+            )
+        )
     if precision is Precision.BF16 and not native:
         line = f"{line or 'note: precision bf16'}; {why}: it is emulated, {SLOW}"
     return Choice(precision, line)
@@ -105,7 +117,8 @@ def cpu_bf16(features: set[str] | None, capability: str, onednn_limit: str) -> t
     """`native_bf16` of a CPU.
 
     Args:
-        features: as `cpu_features`. capability: what torch's own kernels use. onednn_limit: what oneDNN's may use; empty for everything.
+        features: as `cpu_features`. capability: what torch's own kernels use. onednn_limit: what oneDNN's may use;
+        empty for everything.
     """
     if features is None:
         return False, "this CPU does not say whether it has bf16"
@@ -115,7 +128,9 @@ def cpu_bf16(features: set[str] | None, capability: str, onednn_limit: str) -> t
     if not known:
         return False, f"this CPU has no bf16 of its own ({capability})"
     limit = onednn_limit.upper()
-    if not capability.startswith(("AVX512", "AVX10")) or (limit and not any(part in limit for part in ("BF16", "AMX", "AVX10", "DEFAULT"))):
+    if not capability.startswith(("AVX512", "AVX10")) or (
+        limit and not any(part in limit for part in ("BF16", "AMX", "AVX10", "DEFAULT"))
+    ):
         return False, f"torch is held to {capability} here, without bf16"
     return True, f"this CPU has {' and '.join(known)}"
 
@@ -138,11 +153,13 @@ def settled(recipe: Recipe, device: torch.device, own: str | None = None, whose:
 
 @contextmanager
 def training_products(device: torch.device) -> Iterator[None]:
-    """Within, matrix products in float32 on a GPU are TF32's: 10 bits of mantissa, summed in float32, several times as fast.
+    """Within, matrix products in float32 on a GPU are TF32's: 10 bits of mantissa, summed in float32, several times as
+    fast.
 
-    torch's default has convolutions so, and matrix products not; the torch that the authors trained with (before 1.12) had both. It is
-    a setting of the whole process: outside, extraction and inference have torch's default. cuDNN's benchmark mode stays off: it tries all
-    algorithms for every new size of a batch, and padded pictures come in many. NVIDIA_TF32_OVERRIDE=0 in the environment turns TF32 off.
+    torch's default has convolutions so, and matrix products not; the torch that the authors trained with (before 1.12)
+    had both. It is a setting of the whole process: outside, extraction and inference have torch's default. cuDNN's
+    benchmark mode stays off: it tries all algorithms for every new size of a batch, and padded pictures come in many.
+    NVIDIA_TF32_OVERRIDE=0 in the environment turns TF32 off.
     """
     import torch
 

@@ -19,8 +19,15 @@ PACKAGES = ("hdovd", "torch", "torchvision", "numpy", "zarr", "webdataset", "tim
 
 def provenance(device: torch.device, processes: int) -> dict[str, Any]:
     """Of this process, now. `git` is None where hdovd does not lie in a repository of its own."""
-    return {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv, "git": git_commit(), "versions": versions(),
-            "device": shown(device), "processes": processes, "host": platform.node()}
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "git": git_commit(),
+        "versions": versions(),
+        "device": shown(device),
+        "processes": processes,
+        "host": platform.node(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -38,7 +45,9 @@ def git_commit() -> dict[str, Any] | None:
     file = Path(__file__).resolve()
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=file.parent, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=file.parent, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", file.name)  # a virtual environment within somebody's repository is not ours

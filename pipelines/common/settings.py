@@ -16,7 +16,9 @@ Settings = dict[str, Any]
 
 
 def lasting_values(recipe: Recipe) -> dict[str, Any]:
-    """What a run may not change on its way. It may change how it is computed (workers, compiled or not) and the values of another stage."""
+    """What a run may not change on its way. It may change how it is computed (workers, compiled or not) and the values
+    of another stage.
+    """
     tree = recipe.model_dump(by_alias=True)
     del tree["train"]["workers"], tree["train"]["compile"], tree["proposals"]
     return tree
@@ -61,8 +63,12 @@ def short_names(keys: Iterable[str], among: Iterable[str]) -> dict[str, str]:
 def shown_apart(values: Sequence[Any]) -> list[str]:
     """The values of one column: whole where the short forms of two that differ would be the same."""
     short = [shown(value) for value in values]
-    return [in_full(value) if any(text == other and repr(value) != repr(value_2) for other, value_2 in zip(short, values, strict=True))
-            else text for text, value in zip(short, values, strict=True)]
+    return [
+        in_full(value)
+        if any(text == other and repr(value) != repr(value_2) for other, value_2 in zip(short, values, strict=True))
+        else text
+        for text, value in zip(short, values, strict=True)
+    ]
 
 
 def in_full(value: Any) -> str:

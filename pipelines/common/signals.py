@@ -1,4 +1,6 @@
-"""Being asked to stop: SIGTERM and SIGUSR1 (a SLURM preemption, or its warning of the time limit) and Ctrl-C, heard between two steps."""
+"""Being asked to stop: SIGTERM and SIGUSR1 (a SLURM preemption, or its warning of the time limit) and Ctrl-C, heard
+between two steps.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,13 @@ INTERRUPTED = 130  # as a shell says of Ctrl-C
 
 
 class StopSignal:
-    """`with StopSignal() as stop:` ... `stop.signals` are the signals that came, and `stop.received` is the last, or 0."""
+    """`with StopSignal() as stop:` ... `stop.signals` are the signals that came, and `stop.received` is the last, or
+    0."""
 
     def __init__(self, *numbers: int, interrupts: bool = False) -> None:
-        """`numbers`: the signals to hear; by default SIGTERM, SIGUSR1 and SIGINT. `interrupts`: a second Ctrl-C stops at once, and
-        signals that this process was started to ignore (nohup, background jobs of scripts) are heard too."""
+        """`numbers`: the signals to hear; by default SIGTERM, SIGUSR1 and SIGINT. `interrupts`: a second Ctrl-C stops
+        at once, and signals that this process was started to ignore (nohup, background jobs of scripts) are heard too.
+        """
         self.signals: list[int] = []
         self._numbers, self._interrupts = numbers or (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), interrupts
         self._before: dict[int, signal._HANDLER] = {}
@@ -26,7 +30,9 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python has no signals
-            heard = [number for number in self._numbers if self._interrupts or signal.getsignal(number) != signal.SIG_IGN]
+            heard = [
+                number for number in self._numbers if self._interrupts or signal.getsignal(number) != signal.SIG_IGN
+            ]
             self._before = {number: signal.signal(number, self._hear) for number in heard}
         return self
 

@@ -1,6 +1,8 @@
-"""Tensors from files that strangers may have written: never unpickled, and no number of theirs believed before it is checked.
+"""Tensors from files that strangers may have written: never unpickled, and no number of theirs believed before it is
+checked.
 
-Tensors that hdovd keeps carry a checksum in their own file (safetensors' metadata), so that no kill comes between the two.
+Tensors that hdovd keeps carry a checksum in their own file (safetensors' metadata), so that no kill comes between the
+two.
 """
 
 from __future__ import annotations
@@ -40,8 +42,9 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, texts: Mapping[str, 
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises HdovdError if it cannot be read, or holds others than were written (older ones have no
-    checksum)."""
+    """The tensors of a safetensors file. Raises HdovdError if it cannot be read, or holds others than were written
+    (older ones have no checksum).
+    """
     require_readable(file)
     try:
         with safe_open(file, "pt") as opened:
@@ -50,7 +53,10 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise HdovdError(f"{file} is damaged ({error}): was it copied whole?") from error
     if texts.pop(CHECKSUM, None) not in (None, tensors_hash(tensors, texts)):
-        raise HdovdError(f"{file} is damaged: its tensors are not those that were written (by their sha256). Copy it again, or train again")
+        raise HdovdError(
+            f"{file} is damaged: its tensors are not those that were written (by their sha256). Copy it again, or "
+            f"train again"
+        )
     return tensors
 
 
@@ -59,21 +65,35 @@ class Unfit(HdovdError):
 
 
 def load_pth(file: Path) -> Any:
-    """The content of a .pth or .pt file of tensors and plain containers. Raises Unfit, and HdovdError without the right to read it."""
+    """The content of a .pth or .pt file of tensors and plain containers. Raises Unfit, and HdovdError without the right
+    to read it.
+    """
     require_readable(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in many ways; torch's own text advises to switch the protection off
+    except (
+        Exception
+    ) as error:  # a damaged file fails in many ways; torch's own text advises to switch the protection off
         asks = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise Unfit(f"{file} was not loaded: it asks for {asks[1]}, which is no tensor; do not trust it" if asks else
-                    f"{file} was not loaded: it is no file of tensors, or damaged ({type(error).__name__}); get it anew") from error
+        raise Unfit(
+            f"{file} was not loaded: it asks for {asks[1]}, which is no tensor; do not trust it"
+            if asks
+            else f"{file} was not loaded: it is no file of tensors, or damaged ({type(error).__name__}); get it anew"
+        ) from error
 
 
 def floats(value: Any, what: str) -> np.ndarray:
     """A tensor as float32. Raises Unfit, naming it as `what`."""
-    if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided or not value.is_floating_point() or value.is_meta:
+    if (
+        type(value) not in (Tensor, torch.nn.Parameter)
+        or value.layout != torch.strided
+        or not value.is_floating_point()
+        or value.is_meta
+    ):
         raise Unfit(f"{what} is no tensor of floating-point numbers (found a {type(value).__name__})")
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # one number may pose as any amount of memory
+    if (
+        value.numel() * value.element_size() > value.untyped_storage().nbytes()
+    ):  # one number may pose as any amount of memory
         raise Unfit(f"{what} is a tensor of {tuple(value.shape)} numbers over {value.untyped_storage().nbytes()} bytes")
     rows: np.ndarray = value.detach().float().numpy()
     return rows

@@ -1,7 +1,8 @@
-"""Cores and threads: a process computes on the cores that it may use, and takes none from its neighbours while it waits.
+"""Cores and threads: a process computes on the cores that it may use, and takes none from its neighbours while it
+waits.
 
-`limit_threads` sets environment variables that OpenMP reads as torch is loaded, so it has to come before that: `hdovd.cli.main` calls it.
-Nothing heavy is imported here.
+`limit_threads` sets environment variables that OpenMP reads as torch is loaded, so it has to come before that:
+`hdovd.cli.main` calls it. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: of its affinity (taskset, SLURM's cpusets), and not more than a cgroup's quota (containers)."""
+    """Cores that this process may use: of its affinity (taskset, SLURM's cpusets), and not more than a cgroup's quota
+    (containers).
+    """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, ceil(min(affinity, cgroup_quota())))
 
 
 def cgroup_quota(table: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) -> float:
-    """Cores' worth of time that this process's cgroup and those around it allow it, of version 1 or 2; infinity without a limit."""
+    """Cores' worth of time that this process's cgroup and those around it allow it, of version 1 or 2; infinity without
+    a limit.
+    """
     try:
         lines = [line.split(":", 2) for line in table.read_text().splitlines()]
     except OSError:  # not Linux
@@ -30,7 +35,9 @@ def cgroup_quota(table: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) 
         if controllers == "" or "cpu" in controllers.split(","):
             base = root if controllers == "" else root / controllers
             inner = Path(path.lstrip("/"))
-            quotas += [_quota(base / group) for group in (inner, *inner.parents)]  # a container may see its own as the root
+            quotas += [
+                _quota(base / group) for group in (inner, *inner.parents)
+            ]  # a container may see its own as the root
     return min(quotas)
 
 
@@ -48,12 +55,12 @@ def _quota(group: Path) -> float:
 def limit_threads() -> str | None:
     """Set OMP_NUM_THREADS to this process's share of the cores, and OMP_WAIT_POLICY to passive, where the user has not.
 
-    A thread that waits for the others otherwise spins, which costs little on cores of its own and most of the time on shared ones.
-    Returns a warning for more threads than cores.
+    A thread that waits for the others otherwise spins, which costs little on cores of its own and most of the time on
+    shared ones. Returns a warning for more threads than cores.
     """
     cores = usable_cores()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     asked = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
     if asked.isdigit() and int(asked) > cores:
-        return f"note: OMP_NUM_THREADS={asked}, and this process may use {cores} core{'s' if cores > 1 else ''}: more threads are slower"
+        return f"note: OMP_NUM_THREADS={asked}, and this process may use {cores} core{'s' if cores > 1 else ''}: more threads are slower"  # noqa: E501
     return None

@@ -51,12 +51,21 @@ class _Steps(Sampler[list[Draw]]):
 class Batches(Generic[Sample]):
     """Lists of the samples of a data set, in order.
 
-    From workers, the tensors and arrays of a batch are views into one buffer (`packing`), all of it held while one of them is.
+    From workers, the tensors and arrays of a batch are views into one buffer (`packing`), all of it held while one of
+    them is.
     """
 
-    def __init__(self, data: Dataset[Sample], batch_size: int, workers: int, *, device: torch.device,
-                 on_error: Callable[[HdovdError], None] | None = None) -> None:
-        """`on_error`: is told of a sample that cannot be had, which is then left out; without it the error is raised."""
+    def __init__(
+        self,
+        data: Dataset[Sample],
+        batch_size: int,
+        workers: int,
+        *,
+        device: torch.device,
+        on_error: Callable[[HdovdError], None] | None = None,
+    ) -> None:
+        """`on_error`: is told of a sample that cannot be had, which is then left out; without it the error is
+        raised."""
         self._on_error = on_error
         self._loader = _loader(data, workers, device, batch_size=batch_size)
 
@@ -80,10 +89,19 @@ class Batches(Generic[Sample]):
 
 
 class TrainingBatches(Batches[Sample]):
-    """This process's batches of an epoch, asked of the data set as `Draw`s: of the epoch that `seek` said, from its step on."""
+    """This process's batches of an epoch, asked of the data set as `Draw`s: of the epoch that `seek` said, from its
+    step on.
+    """
 
-    def __init__(self, data: Dataset[Sample], dealing: Dealing, workers: int, *, device: torch.device,
-                 on_error: Callable[[HdovdError], None] | None = None) -> None:
+    def __init__(
+        self,
+        data: Dataset[Sample],
+        dealing: Dealing,
+        workers: int,
+        *,
+        device: torch.device,
+        on_error: Callable[[HdovdError], None] | None = None,
+    ) -> None:
         self._on_error, self.dealing, self._steps = on_error, dealing, _Steps(dealing)
         self._loader = _loader(data, workers, device, batch_sampler=self._steps)
 
@@ -97,14 +115,23 @@ class TrainingBatches(Batches[Sample]):
 
 
 def _apart(_: int) -> None:
-    """Signals often go to all processes of a group. A worker that died of one would end a run that is about to save itself."""
+    """Signals often go to all processes of a group. A worker that died of one would end a run that is about to save
+    itself.
+    """
     os.setpgid(0, 0)
 
 
 def _loader(data: Dataset[Any], workers: int, device: torch.device, **batches: Any) -> DataLoader[Any]:
-    # A batch is one file descriptor for as long as it is held, and stages hold a few: the usual limit of 1024 is far off without
-    # the sharing strategy "file_system", a setting for the whole process that does not reach spawned workers.
-    return DataLoader(_Guarded(data), collate_fn=pack if workers else list, num_workers=workers, persistent_workers=workers > 0,
-                      worker_init_fn=_apart,
-                      generator=torch.Generator().manual_seed(0),  # or the loader would draw from the generator that training uses
-                      pin_memory=device.type == "cuda", **batches)
+    # A batch is one file descriptor for as long as it is held, and stages hold a few: the usual limit of 1024 is far
+    # off without the sharing strategy "file_system", a setting for the whole process that does not reach spawned
+    # workers.
+    return DataLoader(
+        _Guarded(data),
+        collate_fn=pack if workers else list,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=_apart,
+        generator=torch.Generator().manual_seed(0),  # or the loader would draw from the generator that training uses
+        pin_memory=device.type == "cuda",
+        **batches,
+    )

@@ -1,4 +1,5 @@
-"""A batch with all its tensors and arrays in one buffer: one shared-memory segment and one message from a DataLoader worker.
+"""A batch with all its tensors and arrays in one buffer: one shared-memory segment and one message from a DataLoader
+worker.
 
 Everything else of the batch is pickled, as it would be on its way out of a worker anyway, with a note in place of each
 tensor and array that says where it lies.
@@ -20,7 +21,8 @@ Batch = TypeVar("Batch")
 
 
 class Place(NamedTuple):
-    """Where a tensor or (by its dtype) a numpy array lies: contiguous from `offset`, a multiple of `ALIGNMENT` bytes."""
+    """Where a tensor or (by its dtype) a numpy array lies: contiguous from `offset`, a multiple of `ALIGNMENT`
+    bytes."""
 
     offset: int
     shape: tuple[int, ...]
@@ -29,22 +31,27 @@ class Place(NamedTuple):
     def view(self, buffer: Tensor) -> Any:
         """The tensor or array in `buffer`, without a copy."""
         if isinstance(self.dtype, torch.dtype):
-            # Not a slice of the buffer: slices share one version counter, and autograd would take a change of one for one of all.
+            # Not a slice of the buffer: slices share one version counter, and autograd would take a change of one for
+            # one of all.
             number = self.offset // self.dtype.itemsize
-            return torch.empty(0, dtype=self.dtype).set_(buffer.untyped_storage(), number, self.shape, ())  # no strides: contiguous
+            return torch.empty(0, dtype=self.dtype).set_(
+                buffer.untyped_storage(), number, self.shape, ()
+            )  # no strides: contiguous
         return np.ndarray(self.shape, self.dtype, buffer.numpy().data, self.offset)
 
 
 @dataclass(frozen=True, slots=True)
 class Packed(Generic[Batch]):
-    """`buffer`: uint8. `places`: what lies in it, in order. `rest`: the batch, pickled, with numbers of places in it."""
+    """`buffer`: uint8. `places`: what lies in it, in order. `rest`: the batch, pickled, with numbers of places in
+    it."""
 
     buffer: Tensor
     places: list[Place]
     rest: bytes
 
     def unpack(self) -> Batch:
-        """The batch. Its tensors and arrays are views that keep the whole buffer alive; clone what outlives the batch."""
+        """The batch. Its tensors and arrays are views that keep the whole buffer alive; clone what outlives the
+        batch."""
         batch: Batch = _Unpickler(self).load()
         return batch
 
@@ -57,7 +64,8 @@ def pack(batch: Batch) -> Packed[Batch]:
     """Copy the tensors and arrays of a batch into one buffer.
 
     The batch is any nesting of what can be pickled. Tensors come back detached and contiguous, and one that occurs
-    twice comes back as two. Others than plain ones (sparse, on a GPU, subclasses, arrays of objects) are pickled as ever.
+    twice comes back as two. Others than plain ones (sparse, on a GPU, subclasses, arrays of objects) are pickled as
+    ever.
     """
     file = io.BytesIO()
     pickler = _Pickler(file)

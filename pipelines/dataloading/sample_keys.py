@@ -12,7 +12,9 @@ from hashlib import blake2b
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One image of one epoch, as batches ask a data set for it: `index` into the data set, `step` of the epoch, both from 0."""
+    """One image of one epoch, as batches ask a data set for it: `index` into the data set, `step` of the epoch, both
+    from 0.
+    """
 
     epoch: int
     step: int

@@ -65,8 +65,8 @@ class BlockShuffle(EpochOrder):
     """Blocks in random order, images in random order within WINDOW blocks at a time.
 
     For caches that cannot be mapped (compressed, or in an object store), of which chunks of a thousand rows are decoded
-    and some kept: images that are read near each other in time lie near each other in the cache, and no chunk is decoded
-    by all workers. Training takes it where `FeatureCache.reads_best_in_blocks` says so.
+    and some kept: images that are read near each other in time lie near each other in the cache, and no chunk is
+    decoded by all workers. Training takes it where `FeatureCache.reads_best_in_blocks` says so.
     """
 
     count: int
@@ -90,7 +90,8 @@ class BlockShuffle(EpochOrder):
 
 @dataclass(frozen=True, slots=True)
 class ShardShuffle(EpochOrder):
-    """For tar shards, which are read from first to last: shards in random order, samples through a buffer of each stream.
+    """For tar shards, which are read from first to last: shards in random order, samples through a buffer of each
+    stream.
 
     `shards`: the indices of each shard, in its order. Streams have whole shards, as many each; of the shards left over
     every `streams.count`-th sample, so that none is idle meanwhile.
@@ -146,8 +147,11 @@ class Dealing:
     def __post_init__(self) -> None:
         size = min(self.batch_size, self.order.count)
         if size % self.world:
-            raise HdovdError(f"a batch of {size} images cannot be parted among {self.world} processes: set train.batch_size, which is "
-                             f"that of all of them together, to a multiple of {self.world}")
+            raise HdovdError(
+                f"a batch of {size} images cannot be parted among {self.world} processes: set train.batch_size, which "
+                f"is "
+                f"that of all of them together, to a multiple of {self.world}"
+            )
 
     @property
     def steps(self) -> int:

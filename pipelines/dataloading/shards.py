@@ -1,4 +1,5 @@
-"""Samples of tar shards in any order, from streams that only go forward: what comes past and is wanted later is kept."""
+"""Samples of tar shards in any order, from streams that only go forward: what comes past and is wanted later is
+kept."""
 
 from __future__ import annotations
 
@@ -29,13 +30,16 @@ class ShardReading:
         return self._kept.pop(place)
 
     def _advance(self, number: int, place: int | None) -> None:
-        """Read shard `number` up to `place`; to its end, where some checksums are compared, if nothing behind it is wanted, or `place` is
-        None. What comes twice was passed over before: the shard is opened anew."""
+        """Read shard `number` up to `place`; to its end, where some checksums are compared, if nothing behind it is
+        wanted, or `place` is None. What comes twice was passed over before: the shard is opened anew.
+        """
         if number not in self._open:
             if len(self._open) == MOST_OPEN:
                 self._advance(next(iter(self._open)), None)
             self._open[number] = self._shards.raw(number)
-            self._last[number] = max((at for at in self._shards.meta.places_of(number) if at in self._wanted), default=-1)
+            self._last[number] = max(
+                (at for at in self._shards.meta.places_of(number) if at in self._wanted), default=-1
+            )
         for at, sample in self._open[number]:
             if at in self._wanted:
                 self._kept[at] = sample

@@ -20,11 +20,14 @@ class DemoConfig:
 
     out: Annotated[Path, Option("Folder for the world, the cache and the runs.")] = Path("hdovd-demo")
     seeds: Annotated[int, Option("Train both detectors with this many seeds; the table shows the spread.", min=1)] = 1
-    teacher_folder: Annotated[Path | None, Option("Where the demo's CLIP is kept; default ~/.cache/hdovd/teachers.",
-                                                  flags=("--teachers",))] = None
+    teacher_folder: Annotated[
+        Path | None, Option("Where the demo's CLIP is kept; default ~/.cache/hdovd/teachers.", flags=("--teachers",))
+    ] = None
     train_images: int = TRAIN_IMAGES
     val_images: int = VAL_IMAGES
-    settings: Annotated[tuple[str, ...], Option("Override a value of the demo recipe in every run.", flags=("--set",))] = ()
+    settings: Annotated[
+        tuple[str, ...], Option("Override a value of the demo recipe in every run.", flags=("--set",))
+    ] = ()
     pictures: Annotated[Path | None, Option("Write small copies of three pictures here, as in the README.")] = None
 
     def check(self) -> None:

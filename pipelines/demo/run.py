@@ -1,8 +1,9 @@
 """`hdovd demo`: the whole main job on a world of our own, every stage through the command a user would type.
 
-World and teacher are made once; then propose, nouns, extract-clip, calibrate, for every seed train and eval, base-only and
-distilled, the audit, and what there is to look at: detect, cache view, report. Short stages run in this process, from the
-same arguments as the printed commands; the long ones that need nothing of each other side by side, in processes of their own.
+World and teacher are made once; then propose, nouns, extract-clip, calibrate, for every seed train and eval, base-only
+and distilled, the audit, and what there is to look at: detect, cache view, report. Short stages run in this process,
+from the same arguments as the printed commands; the long ones that need nothing of each other side by side, in
+processes of their own.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ GAP_PX = 6
 
 
 def telling_pictures(world: Path, novel: tuple[str, ...]) -> list[Path]:
-    """The first validation pictures that hold two novel objects or more, `SHOWN_PICTURES` of them; if there are fewer, then others."""
+    """The first validation pictures that hold two novel objects or more, `SHOWN_PICTURES` of them; if there are fewer,
+    then others.
+    """
     tree = json.loads((world / "annotations" / "instances_val2017.json").read_text())
     wanted = {c["id"] for c in tree["categories"] if c["name"] in novel}
     counts = {image["id"]: 0 for image in tree["images"]}
@@ -157,7 +160,8 @@ class _Stages:
         return self.root / "logs" / f"{stage}.log"
 
     def side_by_side(self, jobs: list[Job]) -> None:
-        """A training on one core does more than half of one on two: two at a time are sooner done than one after the other.
+        """A training on one core does more than half of one on two: two at a time are sooner done than one after the
+        other.
 
         Raises HdovdError for a job that fails, with the end of its log, and Stopped if a signal came.
         """
@@ -168,8 +172,14 @@ class _Stages:
 
         def on_end(end: Ended) -> None:
             if end.code:
-                raise HdovdError("\n".join([f"{end.job.name} failed with exit code {end.code}; {end.job.log} ends with",
-                                            *(f"    {line}" for line in last_lines(end.job.log))]))
+                raise HdovdError(
+                    "\n".join(
+                        [
+                            f"{end.job.name} failed with exit code {end.code}; {end.job.log} ends with",
+                            *(f"    {line}" for line in last_lines(end.job.log)),
+                        ]
+                    )
+                )
             self.add(end.job.name, end.seconds)
             self.log(f"{end.job.name}: {end.seconds:.0f} s")
 
@@ -186,22 +196,69 @@ def _world_teacher_and_proposals(stages: _Stages) -> str:
     stages.add("world", time.monotonic() - since)
     stages.log(f"drew {config.train_images} training and {config.val_images} validation pictures: {world}")
     teachers = config.teacher_folder or user_cache_folder() / "teachers"
-    make = (sys.executable, "-c", "import pathlib, sys; "
-            "from hdovd.pipelines.demo.teacher import demo_teacher; demo_teacher(pathlib.Path(sys.argv[1]))",
-            str(teachers))
-    stages.side_by_side([
-        Job("teacher", (make,), stages.log_file("teacher")),
-        stages.job("propose", ("propose", *stages.data, "--recipe", "demo", "--set", f"train.epochs={PROPOSER_EPOCHS}", "--overlap", 0.15,
-                               "--min-score", 0.55, "--out", stages.root / PROPOSALS, "--backbone-out", stages.root / BACKBONE))])
+    make = (
+        sys.executable,
+        "-c",
+        "import pathlib, sys; "
+        "from hdovd.pipelines.demo.teacher import demo_teacher; demo_teacher(pathlib.Path(sys.argv[1]))",
+        str(teachers),
+    )
+    stages.side_by_side(
+        [
+            Job("teacher", (make,), stages.log_file("teacher")),
+            stages.job(
+                "propose",
+                (
+                    "propose",
+                    *stages.data,
+                    "--recipe",
+                    "demo",
+                    "--set",
+                    f"train.epochs={PROPOSER_EPOCHS}",
+                    "--overlap",
+                    0.15,
+                    "--min-score",
+                    0.55,
+                    "--out",
+                    stages.root / PROPOSALS,
+                    "--backbone-out",
+                    stages.root / BACKBONE,
+                ),
+            ),
+        ]
+    )
     return demo_teacher(teachers, log=stages.log)
 
 
 def _cache(stages: _Stages, clip: str) -> None:
     root, world = stages.root, stages.root / "world"
-    stages.run("nouns", "nouns", "--captions", world / "annotations" / "captions_train2017.json", "--vocabulary",
-               world / "vocabulary.txt", "--parser", "match", "--protocol", world / "protocol.toml", "--out", root / "nouns.json")
-    stages.run("extract-clip", "extract-clip", *stages.data, "--cache", root / "cache", "--clip", clip, "--proposals", root / PROPOSALS,
-               "--nouns", root / "nouns.json")
+    stages.run(
+        "nouns",
+        "nouns",
+        "--captions",
+        world / "annotations" / "captions_train2017.json",
+        "--vocabulary",
+        world / "vocabulary.txt",
+        "--parser",
+        "match",
+        "--protocol",
+        world / "protocol.toml",
+        "--out",
+        root / "nouns.json",
+    )
+    stages.run(
+        "extract-clip",
+        "extract-clip",
+        *stages.data,
+        "--cache",
+        root / "cache",
+        "--clip",
+        clip,
+        "--proposals",
+        root / PROPOSALS,
+        "--nouns",
+        root / "nouns.json",
+    )
     stages.run("calibrate", "calibrate", "--cache", root / "cache", "--out", root / CALIBRATION)
 
 
@@ -214,9 +271,27 @@ def _runs(stages: _Stages) -> list[tuple[str, Path]]:
             settings = (f"train.seed={seed}", f"detector.backbone.weights={root / BACKBONE}", *stages.config.settings)
             sets = [word for setting in settings for word in ("--set", setting)]
             calibrated = ("--calibration", root / CALIBRATION) if variant == DISTILLED else ()
-            jobs.append(stages.job(out.name, ("train", *stages.data, "--cache", root / "cache", "--recipe", "demo", *options, *sets,
-                                              *calibrated, "--val-every", 0, "--out", out),
-                                   ("eval", out, "--data", root / "world")))
+            jobs.append(
+                stages.job(
+                    out.name,
+                    (
+                        "train",
+                        *stages.data,
+                        "--cache",
+                        root / "cache",
+                        "--recipe",
+                        "demo",
+                        *options,
+                        *sets,
+                        *calibrated,
+                        "--val-every",
+                        0,
+                        "--out",
+                        out,
+                    ),
+                    ("eval", out, "--data", root / "world"),
+                )
+            )
             outs.append((variant, out))
     stages.side_by_side(jobs)
     return outs
@@ -230,9 +305,23 @@ def _look(stages: _Stages, result: DemoResult) -> None:
     shown = telling_pictures(world, NOVEL)
     stages.run("detect", "detect", distilled, *shown, "--out", root / "detected")
     view = root / "cache-view.png"
-    stages.run("cache view", "cache", "view", cache, "--image", image_with_most_proposals(root / PROPOSALS), "--calibration",
-               root / CALIBRATION, "--out", view)
-    runs = [root / "runs" / f"{variant}-seed{seed}" for seed in range(stages.config.seeds) for variant in (DISTILLED, "base-only")]
+    stages.run(
+        "cache view",
+        "cache",
+        "view",
+        cache,
+        "--image",
+        image_with_most_proposals(root / PROPOSALS),
+        "--calibration",
+        root / CALIBRATION,
+        "--out",
+        view,
+    )
+    runs = [
+        root / "runs" / f"{variant}-seed{seed}"
+        for seed in range(stages.config.seeds)
+        for variant in (DISTILLED, "base-only")
+    ]
     stages.run("report", "report", *runs, "--data", world, "--out", root / "report")
     result.report = root / "report" / "index.html"
     detected = [root / "detected" / "pictures" / file.name for file in shown]
@@ -251,14 +340,23 @@ def _collect(result: DemoResult, variant: str, run: Path) -> None:
 def demo_table(result: DemoResult) -> str:
     """Mean over seeds, with the standard deviation where there are several, and the time of each stage."""
     seeds = len(result.ap50["distilled"]["all"])
-    lines = [f"AP50 on the demo world, percent, mean of {seeds} seed{'s' if seeds > 1 else ''}"
-             + (" (standard deviation)" if seeds > 1 else ""), f"{'':28s}" + "".join(f"{g:>14s}" for g in GROUPS)]
+    lines = [
+        f"AP50 on the demo world, percent, mean of {seeds} seed{'s' if seeds > 1 else ''}"
+        + (" (standard deviation)" if seeds > 1 else ""),
+        f"{'':28s}" + "".join(f"{g:>14s}" for g in GROUPS),
+    ]
     for variant in VARIANTS:
         lines.append(f"{variant:28s}" + "".join(f"{_spread(result.ap50[variant][g]):>14s}" for g in GROUPS))
-    lines.append(f"{'distilled, split-blind':28s}" + "".join(f"{_spread(result.split_blind['distilled'][g]):>14s}" for g in GROUPS))
+    lines.append(
+        f"{'distilled, split-blind':28s}"
+        + "".join(f"{_spread(result.split_blind['distilled'][g]):>14s}" for g in GROUPS)
+    )
     lines.append("These are numbers of a drawn world, not of COCO.")
-    lines.append("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items())
-                 + f"; {result.total_s:.0f} in all, for some ran side by side")
+    lines.append(
+        "seconds: "
+        + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items())
+        + f"; {result.total_s:.0f} in all, for some ran side by side"
+    )
     return "\n".join(lines)
 
 

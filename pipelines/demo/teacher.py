@@ -45,8 +45,21 @@ _SCENES, _STEPS, _BATCH, _RATE, _LOGIT_SCALE = 1500, 400, 96, 3e-3, 25.0
 def demo_teacher(folder: Path, seed: int = 0, log: Callable[[str], None] = print) -> str:
     """The `local-dir:` name of the demo's CLIP, trained now unless `folder` holds it already."""
     choice = choose(Precision.AUTO, torch.device("cpu"), training=True)
-    recipe = json.dumps([MODEL_CFG, PREPROCESS_CFG, TEMPLATES, _SCENES, _STEPS, _BATCH, _RATE, _LOGIT_SCALE, seed, open_clip.__version__,
-                         choice.precision])
+    recipe = json.dumps(
+        [
+            MODEL_CFG,
+            PREPROCESS_CFG,
+            TEMPLATES,
+            _SCENES,
+            _STEPS,
+            _BATCH,
+            _RATE,
+            _LOGIT_SCALE,
+            seed,
+            open_clip.__version__,
+            choice.precision,
+        ]
+    )
     home = folder / f"demo-clip-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if (home / "open_clip_config.json").is_file():
         log(f"reusing the demo CLIP in {home}")
@@ -83,7 +96,10 @@ def train_teacher(seed: int, *, in_bf16: bool, scene_count: int = _SCENES, steps
     torch.nn.init.normal_(model.token_embedding.weight, std=0.1)  # so that short captions differ from the start
     model.logit_scale.data.fill_(np.log(_LOGIT_SCALE))
     flat = [p for p in model.parameters() if p.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.ndim >= 2]}, {"params": flat, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2]},
+        {"params": flat, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, _RATE, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps, pct_start=0.15)
     mean, std = (torch.tensor(PREPROCESS_CFG[k]).view(3, 1, 1) * 255 for k in ("mean", "std"))
@@ -97,8 +113,9 @@ def train_teacher(seed: int, *, in_bf16: bool, scene_count: int = _SCENES, steps
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_bf16):
             v = model.encode_image(batch)
             t = model.encode_text(tokens[used])
-        loss = _multi_positive_loss(F.normalize(v.float(), dim=-1), F.normalize(t.float(), dim=-1)[which],
-                                    model.logit_scale.exp(), which)
+        loss = _multi_positive_loss(
+            F.normalize(v.float(), dim=-1), F.normalize(t.float(), dim=-1)[which], model.logit_scale.exp(), which
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -109,7 +126,9 @@ def train_teacher(seed: int, *, in_bf16: bool, scene_count: int = _SCENES, steps
 
 
 def captioned_crops(pictures: list[Scene], seed: int) -> tuple[Tensor, list[str]]:
-    """Crops (n, 3, 64, 64) uint8 and their captions: every object twice, a patch of ground, now and then the whole scene."""
+    """Crops (n, 3, 64, 64) uint8 and their captions: every object twice, a patch of ground, now and then the whole
+    scene.
+    """
     rng = np.random.default_rng(seed)
     side = MODEL_CFG["vision_cfg"]["image_size"]
     crops: list[np.ndarray] = []

@@ -48,7 +48,10 @@ def make_world(root: Path, *, train_images: int, val_images: int, seed: int, wor
         _write_split(root, split, count, seed, offset, workers)
     write_text(root / "vocabulary.txt", "\n".join(sorted((*SHAPES, *GROUNDS, *ABSENT))) + "\n")
     quoted = {"base": BASE, "novel": NOVEL}
-    lines = ['# The base/novel split of the demo world; every hdovd command takes it with --protocol.', 'name = "demo-world"']
+    lines = [
+        "# The base/novel split of the demo world; every hdovd command takes it with --protocol.",
+        'name = "demo-world"',
+    ]
     lines += [f"{key} = {json.dumps(names)}" for key, names in quoted.items()]
     write_text(root / "protocol.toml", "\n".join(lines) + "\n")
 
@@ -94,19 +97,35 @@ def paint_ground(kind: str, size: tuple[int, int], rng: np.random.Generator) -> 
     width, height = size
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     noise = rng.normal(0, 1, (height, width)).astype(np.float32)
-    soft = np.asarray(Image.fromarray(rng.integers(0, 255, (height // 16 + 2, width // 16 + 2), np.uint8))
-                      .resize(size, Image.Resampling.BICUBIC), np.float32) / 255 - 0.5
+    soft = (
+        np.asarray(
+            Image.fromarray(rng.integers(0, 255, (height // 16 + 2, width // 16 + 2), np.uint8)).resize(
+                size, Image.Resampling.BICUBIC
+            ),
+            np.float32,
+        )
+        / 255
+        - 0.5
+    )
     rows = (y // 14).astype(int)
     value = {
         "grass": lambda: 0.55 + 0.12 * np.sin(x * 1.1 + 4 * soft) * np.abs(noise) + 0.3 * soft,
         "sand": lambda: 0.75 + 0.05 * noise + 0.25 * soft,
         "water": lambda: 0.6 + 0.16 * np.sin(y * 0.5 + 6 * soft) + 0.04 * noise,
-        "bricks": lambda: np.where((y % 14 < 2) | ((x + 12 * (rows % 2)) % 24 < 2), 0.8, 0.5) + 0.05 * noise + 0.2 * soft,
+        "bricks": lambda: (
+            np.where((y % 14 < 2) | ((x + 12 * (rows % 2)) % 24 < 2), 0.8, 0.5) + 0.05 * noise + 0.2 * soft
+        ),
         "night": lambda: 0.2 + 0.2 * soft + np.where(noise > 2.9, 0.7, 0.0),
         "snow": lambda: 0.88 + 0.2 * soft + 0.03 * noise,
     }[kind]()
-    tint = {"grass": (0.45, 0.95, 0.35), "sand": (1.0, 0.85, 0.55), "water": (0.35, 0.65, 1.0),
-            "bricks": (0.9, 0.5, 0.4), "night": (0.6, 0.6, 1.0), "snow": (0.95, 1.0, 1.0)}[kind]
+    tint = {
+        "grass": (0.45, 0.95, 0.35),
+        "sand": (1.0, 0.85, 0.55),
+        "water": (0.35, 0.65, 1.0),
+        "bricks": (0.9, 0.5, 0.4),
+        "night": (0.6, 0.6, 1.0),
+        "snow": (0.95, 1.0, 1.0),
+    }[kind]
     tint_jitter = np.clip(np.array(tint) + rng.uniform(-0.15, 0.15, 3), 0, 1)
     ground = Image.fromarray(np.clip(value[..., None] * tint_jitter * 255, 0, 255).astype(np.uint8))
     for _ in range(int(rng.integers(3, 9))):  # clutter: soft-edged bars and blobs without an object's structure
@@ -152,12 +171,25 @@ def _write_split(root: Path, split: str, count: int, seed: int, offset: int, wor
         image_id = offset + i + 1
         file_name = f"{image_id:012d}.jpg"
         write_picture(root / split / file_name, scene.image, "JPEG", quality=92)
-        images.append({"id": image_id, "file_name": file_name, "width": scene.image.width, "height": scene.image.height})
+        images.append(
+            {"id": image_id, "file_name": file_name, "width": scene.image.width, "height": scene.image.height}
+        )
         captions.append({"id": image_id, "image_id": image_id, "caption": scene.caption})
         for (x0, y0, x1, y1), name in zip(scene.boxes.tolist(), scene.names, strict=True):
-            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": category_id[name],
-                                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": 0})
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": category_id[name],
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "iscrowd": 0,
+                }
+            )
     categories = [{"id": k, "name": name} for name, k in category_id.items()]
     folder = root / "annotations"
-    write_text(folder / f"instances_{split}.json", json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    write_text(
+        folder / f"instances_{split}.json",
+        json.dumps({"images": images, "annotations": annotations, "categories": categories}),
+    )
     write_text(folder / f"captions_{split}.json", json.dumps({"images": images, "annotations": captions}))

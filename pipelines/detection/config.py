@@ -20,37 +20,72 @@ DETECTIONS_MARKER = ".hdovd-detect"  # a folder that holds it is of detections, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectConfig:
-    """What to look for in which pictures. `classes` None: those of the run's protocol. `clip`, `pretrained`, `templates`: None for those of
-    the run. `trust`: as `RunFolder.trusted`.
+    """What to look for in which pictures. `classes` None: those of the run's protocol. `clip`, `pretrained`,
+    `templates`: None for those of the run. `trust`: as `RunFolder.trusted`.
     """
 
     run: Run
-    images: Annotated[tuple[str, ...], Option("Files; folders, with their folders; quoted patterns such as 'photos/**/*.jpg'; or - for "
-                                              "standard input: paths, one a line, or the bytes of one picture.", argument=True)]
+    images: Annotated[
+        tuple[str, ...],
+        Option(
+            "Files; folders, with their folders; quoted patterns such as 'photos/**/*.jpg'; or - for "
+            "standard input: paths, one a line, or the bytes of one picture.",
+            argument=True,
+        ),
+    ]
     out: Annotated[Path, Option("The folder to write: detections.json, images.json, pictures/.")]
-    classes: Annotated[tuple[str, ...] | None, Option(
-        'What to look for: "umbrella, red kite, dog", or @FILE with one name a line (@general: the 1,447 names that ship). Default: the '
-        "classes of the run's protocol.", parse=partial(names_asked, log=print))] = None
-    threshold: Annotated[float, Option("What scores above it is written and drawn; hdovd eval goes down to the recipe's, mostly 0.05.")
-                         ] = SHOWN_SCORE
-    class_embeddings: Annotated[Path | None, Option("A row for each name, in order, of the run's CLIP, which is not needed then. One array "
-                                                    "in .npy, .safetensors, .pt.")] = None
-    clip: Annotated[str | None, Option("The run's CLIP, where it lies elsewhere than the run's cache says: as for extract-clip.")] = None
+    classes: Annotated[
+        tuple[str, ...] | None,
+        Option(
+            'What to look for: "umbrella, red kite, dog", or @FILE with one name a line (@general: the 1,447 names that ship). Default: the '  # noqa: E501
+            "classes of the run's protocol.",
+            parse=partial(names_asked, log=print),
+        ),
+    ] = None
+    threshold: Annotated[
+        float, Option("What scores above it is written and drawn; hdovd eval goes down to the recipe's, mostly 0.05.")
+    ] = SHOWN_SCORE
+    class_embeddings: Annotated[
+        Path | None,
+        Option(
+            "A row for each name, in order, of the run's CLIP, which is not needed then. One array "
+            "in .npy, .safetensors, .pt."
+        ),
+    ] = None
+    clip: Annotated[
+        str | None, Option("The run's CLIP, where it lies elsewhere than the run's cache says: as for extract-clip.")
+    ] = None
     pretrained: Annotated[str | None, Option("Tag or checkpoint file, with --clip and a model name.")] = None
-    templates: Annotated[tuple[str, ...] | None, Option("Other prompts than those of the run: photo, vild, clip80, or a file, one a line.",
-                                                        parse=read_templates)] = None
+    templates: Annotated[
+        tuple[str, ...] | None,
+        Option(
+            "Other prompts than those of the run: photo, vild, clip80, or a file, one a line.", parse=read_templates
+        ),
+    ] = None
     weights: WeightsOption = Weights.LAST
     device: Device = "auto"
     batch_size: Annotated[int, Option("Pictures at a time.", min=1)] = 8
-    workers: Annotated[int | None, workers_option("Processes that decode pictures, or auto: none on a CPU, up to 16 for a GPU.")] = None
+    workers: Annotated[
+        int | None, workers_option("Processes that decode pictures, or auto: none on a CPU, up to 16 for a GPU.")
+    ] = None
     pictures: Annotated[bool, Option("Draw nothing.")] = True
-    split_blind: Annotated[bool, Option("Score all names alike. Without it a name of a base class of the run, in capitals or not, is "
-                                        "scored "
-                                        "as one, and any other name as novel: see docs/METHOD.md, section 7.")] = False
+    split_blind: Annotated[
+        bool,
+        Option(
+            "Score all names alike. Without it a name of a base class of the run, in capitals or not, is "
+            "scored "
+            "as one, and any other name as novel: see docs/METHOD.md, section 7."
+        ),
+    ] = False
     overwrite: Annotated[bool, Option("Replace the detections that are in --out.")] = False
-    alone: Annotated[bool, Option("Let the names compete with each other alone. Without it the run's other base classes compete too, so "
-                                  "that "
-                                  "a person is not called a dog where only dogs are asked for.")] = False
+    alone: Annotated[
+        bool,
+        Option(
+            "Let the names compete with each other alone. Without it the run's other base classes compete too, so "
+            "that "
+            "a person is not called a dog where only dogs are asked for."
+        ),
+    ] = False
     trust: Trust = False
 
     def __post_init__(self) -> None:
@@ -59,7 +94,9 @@ class DetectConfig:
         if self.batch_size < 1:
             raise HdovdError(f"--batch-size {self.batch_size}: expected 1 or more")
         if self.class_embeddings is not None and (self.clip is not None or self.templates is not None):
-            raise HdovdError("--clip and --templates have no use with --class-embeddings, which takes the place of both")
+            raise HdovdError(
+                "--clip and --templates have no use with --class-embeddings, which takes the place of both"
+            )
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths alone."""

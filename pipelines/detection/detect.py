@@ -74,14 +74,27 @@ def detect(job: DetectConfig, log: Callable[[str], None] = print, stdin: BinaryI
     """
     job.check()
     files = find_pictures(job.images, stdin or sys.stdin.buffer, job.out, log)
-    detector = Detector.from_run(job.run, weights=job.weights, device=job.device, clip=job.clip, pretrained=job.pretrained,
-                                 templates=job.templates, trust=job.trust, log=log)
+    detector = Detector.from_run(
+        job.run,
+        weights=job.weights,
+        device=job.device,
+        clip=job.clip,
+        pretrained=job.pretrained,
+        templates=job.templates,
+        trust=job.trust,
+        log=log,
+    )
     _set_classes(detector, job, log)
     novel = [bool(one) for one in detector.is_novel.tolist()]
-    log(f"pictures: {len(files):,d}; names: {len(novel)}, of them base classes of the run: {len(novel) - sum(novel)}: "
-        f"{shorten(list(detector.names))}")
+    log(
+        f"pictures: {len(files):,d}; names: {len(novel)}, of them base classes of the run: {len(novel) - sum(novel)}: "
+        f"{shorten(list(detector.names))}"
+    )
     if detector.rivals:
-        log(f"{len(detector.rivals)} other base classes of the run compete with them, and are not written; --alone does without")
+        log(
+            f"{len(detector.rivals)} other base classes of the run compete with them, and are not written; --alone "
+            f"does without"
+        )
     folder = DetectionFolder.begin(job.out, detector.names, novel, draw=job.pictures)
     skipped = _run(detector, files, folder, job)
     written = folder.finish(_info(detector, job))
@@ -93,7 +106,9 @@ def _set_classes(detector: Detector, job: DetectConfig, log: Callable[[str], Non
     if job.classes is not None:
         for line in _doubtful(job.classes, detector.protocol.names):
             log(line)
-    rows = None if job.class_embeddings is None else read_class_embeddings(job.class_embeddings, names, log, each="name")
+    rows = (
+        None if job.class_embeddings is None else read_class_embeddings(job.class_embeddings, names, log, each="name")
+    )
     detector.set_classes(names, embeddings=rows, split_blind=job.split_blind, alone=job.alone)
     detector.embedder.forget_clip()
 
@@ -132,11 +147,23 @@ def _run(detector: Detector, files: list[PictureFile], folder: DetectionFolder, 
 
 def _info(detector: Detector, job: DetectConfig) -> dict[str, Any]:
     """What the detections were made with, for `images.json`."""
-    embedded = {"class_embeddings": str(job.class_embeddings)} if job.class_embeddings is not None else \
-        {} if job.templates is None else {"templates": list(job.templates)}
-    return {"description": f"hdovd {__version__} detect", "run": str(job.run.absolute()), "weights": str(job.weights),
-            "threshold": job.threshold, "split_blind": job.split_blind, "rivals": list(detector.rivals),
-            "device": str(detector.device), **embedded}
+    embedded = (
+        {"class_embeddings": str(job.class_embeddings)}
+        if job.class_embeddings is not None
+        else {}
+        if job.templates is None
+        else {"templates": list(job.templates)}
+    )
+    return {
+        "description": f"hdovd {__version__} detect",
+        "run": str(job.run.absolute()),
+        "weights": str(job.weights),
+        "threshold": job.threshold,
+        "split_blind": job.split_blind,
+        "rivals": list(detector.rivals),
+        "device": str(detector.device),
+        **embedded,
+    }
 
 
 SHOWN_NAMES = 30
@@ -147,13 +174,17 @@ def detect_lines(result: DetectResult) -> list[str]:
     """The first pictures with what was found, every name with its count, and what was skipped."""
     tally, lines = result.tally, []
     if tally.rows:
-        rows = [(printable(row.name), f"{row.size[0]}x{row.size[1]}", str(row.count), row.best or "-") for row in tally.rows]
+        rows = [
+            (printable(row.name), f"{row.size[0]}x{row.size[1]}", str(row.count), row.best or "-") for row in tally.rows
+        ]
         lines += table_lines(("picture", "size", "found", "best"), rows, {"size", "found"})
         if tally.images > len(rows):
             lines.append(f"... and {tally.images - len(rows):,d} more pictures, in images.json")
         kind = dict(zip(result.names, result.is_novel, strict=True))
-        counts = [(name, "novel" if kind[name] else "base", f"{count:,d}", f"{tally.pictures_with[name]:,d}")
-                  for name, count in tally.objects.most_common(SHOWN_NAMES)]
+        counts = [
+            (name, "novel" if kind[name] else "base", f"{count:,d}", f"{tally.pictures_with[name]:,d}")
+            for name, count in tally.objects.most_common(SHOWN_NAMES)
+        ]
         lines += ["", *table_lines(("name", "", "found", "in pictures"), counts, {"found", "in pictures"})]
         none = [name for name in result.names if name not in tally.objects]
         if len(tally.objects) > SHOWN_NAMES:
@@ -162,8 +193,10 @@ def detect_lines(result: DetectResult) -> list[str]:
             lines.append(f"not found: {shorten(list(none), SHOWN_NAMES)}")
     lines.append(f"{counted(tally.images, 'picture')}, {tally.found:,d} found")
     if skipped := list(result.skipped.values()):
-        lines += [f"{counted(len(skipped), 'picture')} skipped, which cannot be read:",
-                  *(f"  {printable(reason)}" for reason in skipped[:SHOWN_SKIPPED])]
+        lines += [
+            f"{counted(len(skipped), 'picture')} skipped, which cannot be read:",
+            *(f"  {printable(reason)}" for reason in skipped[:SHOWN_SKIPPED]),
+        ]
         if len(skipped) > SHOWN_SKIPPED:
             lines.append(f"  ... and {len(skipped) - SHOWN_SKIPPED:,d} more, in images.json")
     return lines

@@ -32,7 +32,8 @@ from hdovd.pipelines.runs.weights import Weights
 
 @dataclass(frozen=True, slots=True)
 class NamedDetections(Detections):
-    """Best first: also names, of each of the n detections; `labels` are places in the list of names that was asked for."""
+    """Best first: also names, of each of the n detections; `labels` are places in the list of names that was asked
+    for."""
 
     names: tuple[str, ...]
 
@@ -52,18 +53,29 @@ class Detector:
         self.set_classes(protocol.names)
 
     @classmethod
-    def from_run(cls, run: Path | str, *, weights: Weights | str = Weights.LAST, device: str = "auto", clip: str | None = None,
-                 pretrained: str | None = None, templates: Sequence[str] | None = None, trust: bool = False,
-                 log: Callable[[str], None] = _silent) -> Detector:
+    def from_run(
+        cls,
+        run: Path | str,
+        *,
+        weights: Weights | str = Weights.LAST,
+        device: str = "auto",
+        clip: str | None = None,
+        pretrained: str | None = None,
+        templates: Sequence[str] | None = None,
+        trust: bool = False,
+        log: Callable[[str], None] = _silent,
+    ) -> Detector:
         """The detector of a run folder.
 
         Args:
             weights: "last" or "best". device: "auto", "cpu" or "cuda". log: is told which CLIP and prompts were used.
-            clip, pretrained: the run's CLIP, as for `hdovd extract-clip`, where it lies elsewhere than the run's cache says.
-            templates: prompts, "{}" for the name, instead of those that the run's classes were embedded with.
-            trust: build code that the run names, and ask addresses that it names, though it was not trained here by this user.
+            clip, pretrained: the run's CLIP, as for `hdovd extract-clip`, where it lies elsewhere than the run's cache
+            says. templates: prompts, "{}" for the name, instead of those that the run's classes were embedded with.
+            trust: build code that the run names, and ask addresses that it names, though it was not trained here by
+            this user.
 
-        CLIP is loaded for names that are no classes of the run, and were not asked for before on this machine. Raises HdovdError.
+        CLIP is loaded for names that are no classes of the run, and were not asked for before on this machine. Raises
+        HdovdError.
         """
         folder, target = RunFolder.open(Path(run), trusted=trust), pick_device(device)
         embedder = NameEmbedder(folder, target, clip=clip, pretrained=pretrained, templates=templates, log=log)
@@ -75,15 +87,21 @@ class Detector:
     def recipe(self) -> Recipe:
         return self.model.recipe
 
-    def set_classes(self, names: Sequence[str], *, embeddings: Tensor | np.ndarray | None = None, split_blind: bool = False,
-                    alone: bool = False) -> Detector:
+    def set_classes(
+        self,
+        names: Sequence[str],
+        *,
+        embeddings: Tensor | np.ndarray | None = None,
+        split_blind: bool = False,
+        alone: bool = False,
+    ) -> Detector:
         """What to look for; returns the detector itself.
 
-        Names of base classes of the run, in capitals or not, take the base share of the two scores, all others the novel one
-        (METHOD section 7); with `split_blind` the classification score stands alone for all.
+        Names of base classes of the run, in capitals or not, take the base share of the two scores, all others the
+        novel one (METHOD section 7); with `split_blind` the classification score stands alone for all.
 
-        Names compete for a box (the scores are a softmax). So that a person is not called a dog where only dogs are asked for, the base
-        classes of the run that are not asked for compete too, and what they win is not given back.
+        Names compete for a box (the scores are a softmax). So that a person is not called a dog where only dogs are
+        asked for, the base classes of the run that are not asked for compete too, and what they win is not given back.
 
         Args:
             embeddings: (K, D) text embeddings of the run's CLIP, a row a name, of any norm; CLIP is not needed then.
@@ -98,7 +116,9 @@ class Detector:
         if twice := sorted({name for name, low in zip(asked, folded, strict=True) if folded.count(low) > 1}):
             raise HdovdError(f"named twice: {shorten(list(twice))}; each name once, in capitals or not")
         if not asked or not all(asked):
-            raise HdovdError("no names to look for" if not asked else f"name {asked.index('') + 1} of {len(asked)} is empty")
+            raise HdovdError(
+                "no names to look for" if not asked else f"name {asked.index('') + 1} of {len(asked)} is empty"
+            )
         rows = self.embedder.embed(asked) if embeddings is None else self._fitting(embeddings, asked)
         base = {name.casefold() for name in self.protocol.base}
         self.rivals = () if alone else tuple(name for name in self.protocol.base if name.casefold() not in folded)
@@ -111,8 +131,10 @@ class Detector:
         """Normalised, and rounded to float16 as a cache would. Raises HdovdError."""
         rows = torch.as_tensor(embeddings).detach().cpu().double()
         if rows.shape != (len(names), self.embedder.dim):
-            raise HdovdError(f"embeddings have shape {tuple(rows.shape)}, expected ({len(names)}, {self.embedder.dim}): a row for "
-                             "each name, of the run's CLIP")
+            raise HdovdError(
+                f"embeddings have shape {tuple(rows.shape)}, expected ({len(names)}, {self.embedder.dim}): a row for "
+                "each name, of the run's CLIP"
+            )
         norms = rows.norm(dim=1)
         if bad := [name for name, norm in zip(names, norms.tolist(), strict=True) if not 0 < norm < float("inf")]:
             raise HdovdError(f"embeddings that are zero or not finite: {shorten(list(bad))}")
@@ -126,7 +148,8 @@ class Detector:
         """What is found in each picture, with a score above `threshold`.
 
         Args:
-            pictures: files, which are turned as their EXIF says, so that boxes are of the upright picture; or PIL images,
+            pictures: files, which are turned as their EXIF says, so that boxes are of the upright picture; or PIL
+            images,
                 (3, h, w) uint8 tensors or (h, w, 3) uint8 arrays, RGB, as they are.
 
         Raises HdovdError for a picture that cannot be read.
@@ -135,7 +158,9 @@ class Detector:
 
     @torch.inference_mode()
     def find(self, pictures: Sequence[Decoded], threshold: float) -> list[NamedDetections]:
-        """`batch` of decoded pictures. Those that need the same padding go through the detector together: none sees another's size."""
+        """`batch` of decoded pictures. Those that need the same padding go through the detector together: none sees
+        another's size.
+        """
         config = self.recipe.inference.model_copy(update={"score_threshold": float(threshold)})
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, picture in enumerate(pictures):
@@ -145,9 +170,13 @@ class Detector:
         found: dict[int, NamedDetections] = {}
         for numbers in groups.values():
             with inference_autocast(self.device, self.recipe):
-                predictions = self.model.predict([pictures[n].pixels.to(self.device, non_blocking=True) for n in numbers], self._texts)
+                predictions = self.model.predict(
+                    [pictures[n].pixels.to(self.device, non_blocking=True) for n in numbers], self._texts
+                )
                 is_novel = torch.cat([self.is_novel, self.is_novel.new_zeros(len(self.rivals))])
-                detections = detect_batch(predictions, is_novel, config, split_blind=self._split_blind, wanted=len(self.names))
+                detections = detect_batch(
+                    predictions, is_novel, config, split_blind=self._split_blind, wanted=len(self.names)
+                )
             found |= {n: self._named(pictures[n], one) for n, one in zip(numbers, detections, strict=True)}
         return [found[number] for number in range(len(pictures))]
 
@@ -155,4 +184,6 @@ class Detector:
         """In pixels of the whole picture."""
         height, width = picture.pixels.shape[-2:]
         scale = found.boxes.new_tensor([picture.width / width, picture.height / height]).repeat(2)
-        return NamedDetections(found.boxes * scale, found.scores, found.labels, tuple(self.names[label] for label in found.labels.tolist()))
+        return NamedDetections(
+            found.boxes * scale, found.scores, found.labels, tuple(self.names[label] for label in found.labels.tolist())
+        )

@@ -1,9 +1,8 @@
 """The folder of `hdovd detect`, written picture by picture.
 
-    detections.json    COCO results form: [{image_id, category_id, bbox: [x, y, w, h], score}]
-    images.json        what the ids mean, as a COCO data set without annotations; and which pictures were skipped, and how it was made
-    pictures/          the pictures with boxes
-    detections.jsonl   only while it runs, or if it was killed: a line a picture
+detections.json    COCO results form: [{image_id, category_id, bbox: [x, y, w, h], score}]
+images.json what the ids mean, as a COCO data set without annotations; and which pictures were skipped, and how it was
+made pictures/ the pictures with boxes detections.jsonl only while it runs, or if it was killed: a line a picture
 """
 
 from __future__ import annotations
@@ -50,7 +49,9 @@ class Tally:
 
 
 class DetectionFolder:
-    """Takes detections picture by picture: what it keeps in memory does not grow with their number, but for the names of drawn files."""
+    """Takes detections picture by picture: what it keeps in memory does not grow with their number, but for the names
+    of drawn files.
+    """
 
     def __init__(self, path: Path, names: Sequence[str], is_novel: Sequence[bool], *, draw: bool) -> None:
         """See `begin`."""
@@ -61,7 +62,9 @@ class DetectionFolder:
 
     @classmethod
     def begin(cls, path: Path, names: Sequence[str], is_novel: Sequence[bool], *, draw: bool) -> DetectionFolder:
-        """Start anew; old detections go. names, is_novel: of the K names asked for. draw: pictures too. Raises HdovdError."""
+        """Start anew; old detections go. names, is_novel: of the K names asked for. draw: pictures too. Raises
+        HdovdError.
+        """
         with writing(path):
             if (path / DETECTIONS_MARKER).is_file():
                 for name in (LINES, DETECTIONS, IMAGES):
@@ -76,8 +79,10 @@ class DetectionFolder:
         drawn = self._drawn(stem, picture, found) if self._draw else None
         boxes = [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in found.boxes.tolist()]
         image = {"id": image_id, "file_name": file_name, "width": picture.width, "height": picture.height}
-        found_here = [{"image_id": image_id, "category_id": label + 1, "bbox": box, "score": score}
-                      for box, score, label in zip(boxes, found.scores.tolist(), found.labels.tolist(), strict=True)]
+        found_here = [
+            {"image_id": image_id, "category_id": label + 1, "bbox": box, "score": score}
+            for box, score, label in zip(boxes, found.scores.tolist(), found.labels.tolist(), strict=True)
+        ]
         self._add({"image": image | ({"drawn": drawn} if drawn else {}), "detections": found_here})
         tally = self.tally
         tally.images, tally.found = tally.images + 1, tally.found + len(found.names)
@@ -86,8 +91,14 @@ class DetectionFolder:
         if len(tally.rows) < SHOWN_ROWS:
             best = [f"{name} {score:.2f}" for name, score in zip(found.names[:4], found.scores.tolist(), strict=False)]
             more = len(found.names) - len(best)
-            tally.rows.append(Row(file_name, (picture.width, picture.height), len(found.names),
-                                  ", ".join(best) + (f" and {more} more" if more else "")))
+            tally.rows.append(
+                Row(
+                    file_name,
+                    (picture.width, picture.height),
+                    len(found.names),
+                    ", ".join(best) + (f" and {more} more" if more else ""),
+                )
+            )
 
     def skip(self, image_id: int, file_name: str, reason: str) -> None:
         """A picture that cannot be read."""
@@ -102,11 +113,15 @@ class DetectionFolder:
         """Write detections.json and images.json; returns what is in the folder."""
         with writing(self.path / LINES):
             self._lines.close()
-        categories = [{"id": row + 1, "name": name, "supercategory": "novel" if novel else "base"}
-                      for row, (name, novel) in enumerate(zip(self._names, self._novel, strict=True))]
+        categories = [
+            {"id": row + 1, "name": name, "supercategory": "novel" if novel else "base"}
+            for row, (name, novel) in enumerate(zip(self._names, self._novel, strict=True))
+        ]
         head: dict[str, Any] = {"info": info, "categories": categories, "annotations": []}
-        lists = {"images": (line["image"] for line in self._read() if "image" in line),
-                 "skipped": (line["skipped"] for line in self._read() if "skipped" in line)}
+        lists = {
+            "images": (line["image"] for line in self._read() if "image" in line),
+            "skipped": (line["skipped"] for line in self._read() if "skipped" in line),
+        }
         replace_file(self.path / DETECTIONS, lambda file: _write(file, _list(self._detections())))
         replace_file(self.path / IMAGES, lambda file: _write(file, _tree(head, lists)))
         (self.path / LINES).unlink()
@@ -133,7 +148,9 @@ class DetectionFolder:
         canvas = Image.fromarray(picture.pixels.permute(1, 2, 0).contiguous().numpy())
         x, y = canvas.width / picture.width, canvas.height / picture.height
         boxes = []
-        for box, score, label, text in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), found.names, strict=True):
+        for box, score, label, text in zip(
+            found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), found.names, strict=True
+        ):
             place = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
             boxes.append(Labelled(place, f"{text} {score:.2f}", NOVEL_COLOUR if self._novel[label] else BASE_COLOUR))
         file = self.path / PICTURES / f"{name}.jpg"

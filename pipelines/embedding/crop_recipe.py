@@ -4,10 +4,12 @@
 |---|---|
 | `box` | the box, widened outwards to whole pixels, cut to the image |
 | `square` | the square of its longer side about its centre; black where that leaves the image |
-| `square-inside` | the same square, moved into the image where it fits, axis by axis (as OADP does); black where it does not fit |
+| `square-inside` | the same square, moved into the image where it fits, axis by axis (as OADP does); black where it
+does not fit |
 
-`scales` make each of these larger or smaller about its centre before anything else; the embedding is the normalised mean of
-those of all scales (ViLD: `box` at 1 and 1.5). Boxes are xyxy, absolute pixels; a recipe is part of the cache's identity.
+`scales` make each of these larger or smaller about its centre before anything else; the embedding is the normalised
+mean of those of all scales (ViLD: `box` at 1 and 1.5). Boxes are xyxy, absolute pixels; a recipe is part of the cache's
+identity.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class CropRecipe:
 
     def __post_init__(self) -> None:
         if not self.scales or not all(0 < scale <= 16 for scale in self.scales):
-            raise HdovdError(f"--crop-scales {','.join(map(str, self.scales))}: expected numbers above 0, such as 1 or 1,1.5")
+            raise HdovdError(
+                f"--crop-scales {','.join(map(str, self.scales))}: expected numbers above 0, such as 1 or 1,1.5"
+            )
 
     @classmethod
     def parse(cls, shape: Shape, scales: str) -> CropRecipe:
@@ -45,7 +49,9 @@ class CropRecipe:
         try:
             return cls(shape, tuple(float(scale) for scale in scales.split(",")))
         except ValueError:
-            raise HdovdError(f"--crop-scales {scales}: expected numbers with commas between them, such as 1,1.5") from None
+            raise HdovdError(
+                f"--crop-scales {scales}: expected numbers with commas between them, such as 1,1.5"
+            ) from None
 
     def inputs(self) -> dict[str, Any]:
         """JSON values, a part of a product's key."""
@@ -60,7 +66,9 @@ class CropRecipe:
             raise HdovdError(f"unknown crop recipe {tree}: another version of hdovd made it") from error
 
     def regions(self, boxes: np.ndarray, width: int, height: int) -> np.ndarray:
-        """(n, 4) boxes -> (n * len(scales), 4) int64 xyxy, the scales of a box together; of a square shape also beyond the image."""
+        """(n, 4) boxes -> (n * len(scales), 4) int64 xyxy, the scales of a box together; of a square shape also beyond
+        the image.
+        """
         import numpy as np  # here: the command line names recipes
 
         size = np.array([width, height], np.float64)
@@ -81,7 +89,9 @@ class CropRecipe:
 
 @dataclass(frozen=True, slots=True)
 class DenseRecipe:
-    """No crops: the box's part of one feature map of the whole picture, squashed to `side` x `side` pixels; None for the default."""
+    """No crops: the box's part of one feature map of the whole picture, squashed to `side` x `side` pixels; None for
+    the default.
+    """
 
     side: int | None = None
 

@@ -43,14 +43,18 @@ def read_picture(path: Path, width: int, height: int, exif: Exif) -> Picture:
     with told(str(path)), path.open("rb") as file:
         stat, data = os.fstat(file.fileno()), file.read()
     found = read_annotated(path, width, height, data, exif)
-    return Picture(torch.from_numpy(np.array(found.image)).permute(2, 0, 1), PictureFile.of(path, stat, data, either=found.either))
+    return Picture(
+        torch.from_numpy(np.array(found.image)).permute(2, 0, 1), PictureFile.of(path, stat, data, either=found.either)
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class CropJob:
-    """One image, for `rows` rows of a level. `regions` (n, 4): what to cut out, xyxy pixels; None for the whole picture.
+    """One image, for `rows` rows of a level. `regions` (n, 4): what to cut out, xyxy pixels; None for the whole
+    picture.
 
-    `boxes` (rows, 4) float32: what the model is to look at, xyxy pixels of its input. `place`: of the first input in its batch.
+    `boxes` (rows, 4) float32: what the model is to look at, xyxy pixels of its input. `place`: of the first input in
+    its batch.
     """
 
     image_id: int
@@ -73,8 +77,9 @@ class CropJob:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Inputs (count, 3, h, w) uint8, zeros where there is none; by image id why a picture could not be read; of each input the boxes; by
-    image id the files that were read."""
+    """Inputs (count, 3, h, w) uint8, zeros where there is none; by image id why a picture could not be read; of each
+    input the boxes; by image id the files that were read.
+    """
 
     pixels: Tensor
     problems: dict[int, str]
@@ -90,7 +95,8 @@ class Batch:
 class Cutter:
     """Reads pictures and cuts them. `fit` is the model's own resizing, (3, h, w) uint8 -> (3, *size) uint8.
 
-    A picture that cannot be read gives a reason instead of an error: one bad file must not end the extraction of a hundred thousand.
+    A picture that cannot be read gives a reason instead of an error: one bad file must not end the extraction of a
+    hundred thousand.
     """
 
     fit: Callable[[Tensor], Tensor]
@@ -98,7 +104,9 @@ class Cutter:
     picture: Callable[[Path, int, int, Exif], Picture] = read_picture
 
     def batch(self, jobs: Sequence[CropJob], count: int) -> Batch:
-        """The crops of some jobs at their places among `count`; channels last, as pictures come and convolutions are fastest."""
+        """The crops of some jobs at their places among `count`; channels last, as pictures come and convolutions are
+        fastest.
+        """
         pixels = torch.zeros(count, *self.size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         batch = Batch(pixels, {}, [np.zeros((0, 4), np.float32)] * count)
         for job in jobs:

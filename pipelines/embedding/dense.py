@@ -36,10 +36,15 @@ class DenseBoxes(Embedder):
     teacher: ClipTeacher
 
     def __init__(self, teacher: ClipTeacher, pictures: Pictures, side: int | None = None) -> None:
-        """`side`: None for about DEFAULT_SIDES times that of the crop input. Raises HdovdError if the CLIP has no dense features."""
+        """`side`: None for about DEFAULT_SIDES times that of the crop input. Raises HdovdError if the CLIP has no dense
+        features.
+        """
         super().__init__(teacher, pictures)
         self._side = side or near_side(teacher.model.visual, DEFAULT_SIDES * max(teacher.input_size))
-        self._clip, self._transform = DenseClip(teacher.model.visual, self._side), teacher.transform.squashed(self._side)
+        self._clip, self._transform = (
+            DenseClip(teacher.model.visual, self._side),
+            teacher.transform.squashed(self._side),
+        )
 
     @property
     def fit(self) -> Callable[[Tensor], Tensor]:
@@ -66,7 +71,11 @@ class DenseBoxes(Embedder):
 
         def some(start: int, stop: int) -> np.ndarray:
             with self.teacher.autocast():
-                return self._clip.embed_boxes(pixels[start:stop], [torch.from_numpy(box) for box in boxes[start:stop]]).cpu().numpy()
+                return (
+                    self._clip.embed_boxes(pixels[start:stop], [torch.from_numpy(box) for box in boxes[start:stop]])
+                    .cpu()
+                    .numpy()
+                )
 
         return self.teacher.in_memory(some, 0, len(pixels))
 

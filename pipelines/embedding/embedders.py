@@ -1,6 +1,8 @@
-"""How rows of a level become embeddings: what to read and cut for them, in which batches, and what the model makes of those.
+"""How rows of a level become embeddings: what to read and cut for them, in which batches, and what the model makes of
+those.
 
-Whole pictures and crops are here; boxes of one pass over a picture are in `dense_boxes`. Rows are counted from the level's first.
+Whole pictures and crops are here; boxes of one pass over a picture are in `dense_boxes`. Rows are counted from the
+level's first.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from hdovd.pipelines.teachers.base import Teacher
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """Images in the order of a product's rows. box (n, 4) xyxy, absolute pixels; image i has `box[offset[i] : offset[i + 1]]`."""
+    """Images in the order of a product's rows. box (n, 4) xyxy, absolute pixels; image i has `box[offset[i] : offset[i
+    + 1]]`.
+    """
 
     images: Sequence[ImageBoxes]
     path: Callable[[ImageBoxes], Path]
@@ -33,7 +37,9 @@ class Pictures:
 
 
 class Embedder(ABC):
-    """Of one level, with one model. `fit`, `input_size`: as a `Teacher` has them, of this way's input. `jobs` read no files."""
+    """Of one level, with one model. `fit`, `input_size`: as a `Teacher` has them, of this way's input. `jobs` read no
+    files.
+    """
 
     level = Level.INSTANCE
 
@@ -62,7 +68,9 @@ class Embedder(ABC):
 
     @abstractmethod
     def encode(self, batch: Batch) -> np.ndarray:
-        """(m, D) float32, L2-normalised: the rows of a batch in their order, then what filled it up. Called by several threads at once."""
+        """(m, D) float32, L2-normalised: the rows of a batch in their order, then what filled it up. Called by several
+        threads at once.
+        """
 
     def jobs(self, rows: np.ndarray) -> list[CropJob]:
         """What to read and cut for a batch, image by image."""
@@ -70,8 +78,18 @@ class Embedder(ABC):
         jobs, place, first = list[CropJob](), 0, 0
         for mine in np.split(rows, np.flatnonzero(np.diff(number)) + 1) if len(rows) else ():
             image = self.pictures.images[number[first]]
-            jobs.append(CropJob(image.id, self.pictures.path(image), image.width, image.height, len(mine), place,
-                                exif=self.pictures.exif, **self.cuts(image, mine)))
+            jobs.append(
+                CropJob(
+                    image.id,
+                    self.pictures.path(image),
+                    image.width,
+                    image.height,
+                    len(mine),
+                    place,
+                    exif=self.pictures.exif,
+                    **self.cuts(image, mine),
+                )
+            )
             first, place = first + len(mine), place + jobs[-1].count
         return jobs
 
@@ -127,8 +145,6 @@ class Crops(Embedder):
 
     def cuts(self, image: ImageBoxes, rows: np.ndarray) -> dict[str, np.ndarray]:
         return {"regions": self._recipe.regions(self.pictures.box[rows], image.width, image.height)}
-
-
 
 
 def mean_of(embeddings: np.ndarray, crops: int) -> np.ndarray:

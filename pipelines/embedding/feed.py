@@ -1,8 +1,8 @@
 """From files to embeddings, in order and in bounded memory: who reads and cuts pictures while the model computes.
 
-Without workers, threads carry a batch each from its files to its embeddings: on a CPU one a core, so that no core waits for another.
-With workers, those processes read and cut, and the model's threads embed what they hand over, the next batch on its way to
-the GPU while one is computed.
+Without workers, threads carry a batch each from its files to its embeddings: on a CPU one a core, so that no core waits
+for another. With workers, those processes read and cut, and the model's threads embed what they hand over, the next
+batch on its way to the GPU while one is computed.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """Embeddings (m, D) float32 of a batch's rows and what filled it up; by image id why a picture could not be read, and the file of one
-    that could."""
+    """Embeddings (m, D) float32 of a batch's rows and what filled it up; by image id why a picture could not be read,
+    and the file of one that could.
+    """
 
     rows: np.ndarray
     problems: dict[int, str]
@@ -83,7 +84,11 @@ class PartRows:
         rows = self.start + np.flatnonzero(self.missing)
         groups = self.embedder.groups(rows, size)
         for number, some in enumerate(groups, 1):
-            yield RowBatch(some, Wanted(self.embedder.level, self.embedder.jobs(some), self.embedder.places(size)), number == len(groups))
+            yield RowBatch(
+                some,
+                Wanted(self.embedder.level, self.embedder.jobs(some), self.embedder.places(size)),
+                number == len(groups),
+            )
 
     def take(self, batch: RowBatch, answer: Embedded) -> None:
         """Enter the embeddings of a batch."""
@@ -97,7 +102,9 @@ class PartRows:
         self.files |= answer.files
 
 
-def embed(wanted: Iterable[Wanted], embedders: Mapping[Level, Embedder], device: torch.device, workers: int) -> Iterator[Embedded]:
+def embed(
+    wanted: Iterable[Wanted], embedders: Mapping[Level, Embedder], device: torch.device, workers: int
+) -> Iterator[Embedded]:
     """The embeddings of every batch, in order. `wanted` is read no further ahead than the work needs."""
     wanted = iter(wanted)
     first = next(wanted, None)
@@ -112,12 +119,16 @@ def embed(wanted: Iterable[Wanted], embedders: Mapping[Level, Embedder], device:
     threads = GPU_THREADS if on_gpu and workers else torch.get_num_threads()
     with own_threads(threads) as pool:
         if workers:
-            batches = _Batches({level: Cutter(embedder.fit, embedder.input_size) for level, embedder in embedders.items()})
+            batches = _Batches(
+                {level: Cutter(embedder.fit, embedder.input_size) for level, embedder in embedders.items()}
+            )
             loader = DataLoader(batches, sampler=wanted, batch_size=None, num_workers=workers, pin_memory=on_gpu)
             yield from in_order(pool, lambda made: answer(*made), _made(loader), 2 * threads)
         else:
             shared = lru_cache(threads + PICTURES_KEPT)(read_picture)
-            batches = _Batches({level: Cutter(embedder.fit, embedder.input_size, shared) for level, embedder in embedders.items()})
+            batches = _Batches(
+                {level: Cutter(embedder.fit, embedder.input_size, shared) for level, embedder in embedders.items()}
+            )
             yield from in_order(pool, lambda w: answer(*batches[w]), wanted, 2 * threads)
 
 
@@ -129,8 +140,11 @@ def _that_fit(workers: int, wanted: Wanted, input_size: tuple[int, int]) -> int:
     except OSError:
         return workers
     if fit < workers:
-        tqdm.write(f"--workers {workers}: {SHARED_MEMORY} has room for the batches of {fit} (docker run --shm-size 16g gives it more)",
-                   file=sys.stderr)
+        tqdm.write(
+            f"--workers {workers}: {SHARED_MEMORY} has room for the batches of {fit} (docker run --shm-size 16g gives "
+            f"it more)",
+            file=sys.stderr,
+        )
     return min(fit, workers)
 
 
@@ -141,8 +155,11 @@ def _made(loader: Iterable[A]) -> Iterator[A]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise HdovdError(f"{str(error).splitlines()[0].rstrip('. ')}. Out of memory? Fewer --workers or a smaller --batch need less. "
-                         "What is finished is kept: the same command goes on") from error
+        raise HdovdError(
+            f"{str(error).splitlines()[0].rstrip('. ')}. Out of memory? Fewer --workers or a smaller --batch need "
+            f"less. "
+            "What is finished is kept: the same command goes on"
+        ) from error
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""All numbers about what a run detects and what it gets wrong, from its folder and the validation annotations; no model is run.
+"""All numbers about what a run detects and what it gets wrong, from its folder and the validation annotations; no model
+is run.
 
 From Python: `analyse(Path("run"), DataPaths(Path("COCO")))`.
 """
@@ -33,8 +34,9 @@ Box = tuple[float, float, float, float]
 
 
 class Fate(StrEnum):
-    """Of an object: FOUND; MISNAMED and MISPLACED: not found, but a detection of another name stands at its place, or one of its name
-    overlaps it too little; MISSED: none of these; CROWD: not counted."""
+    """Of an object: FOUND; MISNAMED and MISPLACED: not found, but a detection of another name stands at its place, or
+    one of its name overlaps it too little; MISSED: none of these; CROWD: not counted.
+    """
 
     FOUND = "found"
     MISNAMED = "misnamed"
@@ -45,8 +47,9 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DetectionVerdict:
-    """`truth`: the place among the image's truths of the object it found or, if it is an error, that the error is about; None if there is
-    none. `iou` with it, 0 without one."""
+    """`truth`: the place among the image's truths of the object it found or, if it is an error, that the error is
+    about; None if there is none. `iou` with it, 0 without one.
+    """
 
     box: Box
     label: int
@@ -58,7 +61,9 @@ class DetectionVerdict:
 
 @dataclass(frozen=True, slots=True)
 class TruthVerdict:
-    """`detection`: the place among the image's detections of the one that found it or, MISNAMED or MISPLACED, that failed to; else None."""
+    """`detection`: the place among the image's detections of the one that found it or, MISNAMED or MISPLACED, that
+    failed to; else None.
+    """
 
     box: Box
     label: int
@@ -69,7 +74,9 @@ class TruthVerdict:
 
 @dataclass(frozen=True, slots=True)
 class ImageVerdicts:
-    """`detections` best first, `truths` in the order of the annotation file. `file_name` is relative to the split's folder."""
+    """`detections` best first, `truths` in the order of the annotation file. `file_name` is relative to the split's
+    folder.
+    """
 
     image_id: int
     file_name: str
@@ -79,12 +86,36 @@ class ImageVerdicts:
     truths: list[TruthVerdict]
 
     def to_tree(self) -> dict[str, Any]:
-        """The fields as JSON values; kinds and fates by name, boxes to a hundredth of a pixel, scores and IoU to five digits."""
-        return {"image_id": self.image_id, "file_name": self.file_name, "width": self.width, "height": self.height,
-                "detections": [{"box": [round(v, 2) for v in d.box], "label": d.label, "score": round(d.score, 5), "kind": d.kind.value,
-                                "truth": d.truth, "iou": round(d.iou, 5)} for d in self.detections],
-                "truths": [{"box": [round(v, 2) for v in t.box], "label": t.label, "annotation_id": t.annotation_id, "fate": t.fate.value,
-                            "detection": t.detection} for t in self.truths]}
+        """The fields as JSON values; kinds and fates by name, boxes to a hundredth of a pixel, scores and IoU to five
+        digits.
+        """
+        return {
+            "image_id": self.image_id,
+            "file_name": self.file_name,
+            "width": self.width,
+            "height": self.height,
+            "detections": [
+                {
+                    "box": [round(v, 2) for v in d.box],
+                    "label": d.label,
+                    "score": round(d.score, 5),
+                    "kind": d.kind.value,
+                    "truth": d.truth,
+                    "iou": round(d.iou, 5),
+                }
+                for d in self.detections
+            ],
+            "truths": [
+                {
+                    "box": [round(v, 2) for v in t.box],
+                    "label": t.label,
+                    "annotation_id": t.annotation_id,
+                    "fate": t.fate.value,
+                    "detection": t.detection,
+                }
+                for t in self.truths
+            ],
+        }
 
 
 def verdicts_on(image: ImageBoxes, found: Found, objects: Objects, matching: Matching, errors: Errors) -> ImageVerdicts:
@@ -97,21 +128,48 @@ def verdicts_on(image: ImageBoxes, found: Found, objects: Objects, matching: Mat
     ious = np.zeros(len(mine))
     ious[has] = paired_ious(found.boxes[mine[has]], objects.boxes[about[has]], objects.crowd[about[has]])
     place = {item: k for k, item in enumerate(truths.tolist())}
-    detections = [DetectionVerdict(box, label, score, KINDS[kind], place.get(item), iou) for box, label, score, kind, item, iou in zip(
-        _corners(found.boxes[mine]), found.labels[mine].tolist(), found.scores[mine].tolist(), errors.kind[mine].tolist(), about.tolist(),
-        ious.tolist(), strict=True)]
+    detections = [
+        DetectionVerdict(box, label, score, KINDS[kind], place.get(item), iou)
+        for box, label, score, kind, item, iou in zip(
+            _corners(found.boxes[mine]),
+            found.labels[mine].tolist(),
+            found.scores[mine].tolist(),
+            errors.kind[mine].tolist(),
+            about.tolist(),
+            ious.tolist(),
+            strict=True,
+        )
+    ]
     shown = {detection: k for k, detection in enumerate(mine.tolist())}
     fates: list[tuple[Fate, int | None]] = []
-    for item, finder, mender in zip(truths.tolist(), matching.finder[truths].tolist(), errors.mended_by[truths].tolist(), strict=True):
+    for item, finder, mender in zip(
+        truths.tolist(), matching.finder[truths].tolist(), errors.mended_by[truths].tolist(), strict=True
+    ):
         if finder >= 0:
             fates.append((Fate.FOUND, shown[finder]))
         elif mender >= 0:
-            fates.append((Fate.MISNAMED if KINDS[errors.kind[mender]] is Kind.CLASSIFICATION else Fate.MISPLACED, shown[mender]))
+            fates.append(
+                (Fate.MISNAMED if KINDS[errors.kind[mender]] is Kind.CLASSIFICATION else Fate.MISPLACED, shown[mender])
+            )
         else:
             fates.append((Fate.CROWD if objects.crowd[item] else Fate.MISSED, None))
-    return ImageVerdicts(image.id, image.file_name, image.width, image.height, detections, [
-        TruthVerdict(box, label, number, *fate) for box, label, number, fate in zip(
-            _corners(objects.boxes[truths]), objects.labels[truths].tolist(), image.annotation_ids.tolist(), fates, strict=True)])
+    return ImageVerdicts(
+        image.id,
+        image.file_name,
+        image.width,
+        image.height,
+        detections,
+        [
+            TruthVerdict(box, label, number, *fate)
+            for box, label, number, fate in zip(
+                _corners(objects.boxes[truths]),
+                objects.labels[truths].tolist(),
+                image.annotation_ids.tolist(),
+                fates,
+                strict=True,
+            )
+        ],
+    )
 
 
 def _corners(boxes: np.ndarray) -> list[Box]:
@@ -125,9 +183,10 @@ AP_TOLERANCE = 1e-6  # percent; the same count in another order of sums differs 
 class RunAnalysis:
     """What `hdovd eval` found with one run's weights, taken apart.
 
-    `metrics`: metrics.json, as it stands. `weights`: which of the run's. `split`: the validation images with their boxes, and
-    `split.path(image)` a picture. `reliability`: by "novel", "base" and "all". `found`, `objects`, `matching`, `detection_errors`: the
-    flat arrays that the rest was counted from; `objects` image by image in the split's order.
+    `metrics`: metrics.json, as it stands. `weights`: which of the run's. `split`: the validation images with their
+    boxes, and `split.path(image)` a picture. `reliability`: by "novel", "base" and "all". `found`, `objects`,
+    `matching`, `detection_errors`: the flat arrays that the rest was counted from; `objects` image by image in the
+    split's order.
     """
 
     run: Path
@@ -149,46 +208,81 @@ class RunAnalysis:
         return verdicts_on(self.split.images[place], self.found, self.objects, self.matching, self.detection_errors)
 
     def to_tree(self, images: Iterable[int] = ()) -> dict[str, Any]:
-        """JSON values: "run", "protocol", "weights", "metrics", "curves", "errors", "confusion", "reliability", and "images": the
-        verdicts on those at these places of the split (on all of COCO's they are some 70 MB)."""
-        return {"run": str(self.run), "protocol": self.protocol.to_dict(), "weights": self.weights.value, "metrics": self.metrics,
-                "curves": self.curves.to_tree(), "errors": self.errors.to_tree(), "confusion": self.confusion.to_tree(),
-                "reliability": {group: part.to_tree() for group, part in self.reliability.items()},
-                "images": [self.image(place).to_tree() for place in images]}
+        """JSON values: "run", "protocol", "weights", "metrics", "curves", "errors", "confusion", "reliability", and
+        "images": the verdicts on those at these places of the split (on all of COCO's they are some 70 MB).
+        """
+        return {
+            "run": str(self.run),
+            "protocol": self.protocol.to_dict(),
+            "weights": self.weights.value,
+            "metrics": self.metrics,
+            "curves": self.curves.to_tree(),
+            "errors": self.errors.to_tree(),
+            "confusion": self.confusion.to_tree(),
+            "reliability": {group: part.to_tree() for group, part in self.reliability.items()},
+            "images": [self.image(place).to_tree() for place in images],
+        }
 
 
-def analyse(run: Path, data: DataPaths, *, protocol: str | None = None, confusion_score: float = SHOWN_SCORE, bins: int = 10,
-            trust: bool = False, log: Callable[[str], None] = print) -> RunAnalysis:
+def analyse(
+    run: Path,
+    data: DataPaths,
+    *,
+    protocol: str | None = None,
+    confusion_score: float = SHOWN_SCORE,
+    bins: int = 10,
+    trust: bool = False,
+    log: Callable[[str], None] = print,
+) -> RunAnalysis:
     """Read a run's detections and take them apart. What is skipped in the annotations goes to `log`.
 
     Args:
-        protocol: that the run was evaluated with, if it is not the run's own. confusion_score: detections below it are in no confusion.
-        trust: as `RunFolder.trusted`.
+        protocol: that the run was evaluated with, if it is not the run's own. confusion_score: detections below it are
+        in no confusion. trust: as `RunFolder.trusted`.
 
-    Raises HdovdError if the run was not evaluated, its detections are of other weights or other images, or they do not give the AP50 that
-    metrics.json states.
+    Raises HdovdError if the run was not evaluated, its detections are of other weights or other images, or they do not
+    give the AP50 that metrics.json states.
     """
     folder = RunFolder.open(run, trusted=trust)
     counted = folder.protocol() if protocol is None else load_protocol(protocol)
     metrics = _metrics(folder)
     weights = Weights(metrics.get("weights", Weights.LAST))
     _check_weights(folder, weights, metrics)
-    ignored = read_run(run).settings.get("input.exif") == Exif.IGNORE  # whatever else its recipe says: of another version perhaps
+    ignored = (
+        read_run(run).settings.get("input.exif") == Exif.IGNORE
+    )  # whatever else its recipe says: of another version perhaps
     exif = Exif.IGNORE if ignored else Exif.APPLY
     split = data.load("val2017", counted, base_only=False, log=log, exif=exif)
     if metrics.get("images") != len(split.images):
-        raise HdovdError(f"{run} was evaluated on {metrics.get('images')} images, but {split.annotations} has {len(split.images)} of "
-                         f"protocol {counted.name}: give the data that it was evaluated on, or run hdovd eval again")
+        raise HdovdError(
+            f"{run} was evaluated on {metrics.get('images')} images, but {split.annotations} has {len(split.images)} "
+            f"of "
+            f"protocol {counted.name}: give the data that it was evaluated on, or run hdovd eval again"
+        )
     found = read_found(run / "detections.json", split)
-    objects = _in_order(GroundTruth(split.annotations, split.coco_ids, [image.id for image in split.images], counted).objects, split)
+    objects = _in_order(
+        GroundTruth(split.annotations, split.coco_ids, [image.id for image in split.images], counted).objects, split
+    )
     overlaps = find_overlaps(found, objects)
     matching = match(found, objects, overlaps, max(counted.max_detections))
     curves = precision_curves(found, objects, matching, counted)
     _check_ap(folder, metrics, curves)
     errors = classify(found, objects, overlaps, matching)
-    return RunAnalysis(run, counted, weights, metrics, split, curves, count_errors(found, objects, matching, errors, counted),
-                       confusion(found, objects, overlaps, counted, confusion_score), _reliability(found, matching, counted, bins),
-                       found, objects, matching, errors)
+    return RunAnalysis(
+        run,
+        counted,
+        weights,
+        metrics,
+        split,
+        curves,
+        count_errors(found, objects, matching, errors, counted),
+        confusion(found, objects, overlaps, counted, confusion_score),
+        _reliability(found, matching, counted, bins),
+        found,
+        objects,
+        matching,
+        errors,
+    )
 
 
 def _metrics(run: RunFolder) -> dict[str, Any]:
@@ -196,22 +290,32 @@ def _metrics(run: RunFolder) -> dict[str, Any]:
         if not (run.path / name).is_file():
             raise HdovdError(f"{run.path} has no {name}: run hdovd eval {run.path} first")
     metrics = read_json(run.path / "metrics.json", "metrics")
-    if not isinstance(metrics, dict) or not isinstance(metrics.get("per_class"), dict) or (
-            metrics.get("weights", Weights.LAST) not in [*Weights]):
+    if (
+        not isinstance(metrics, dict)
+        or not isinstance(metrics.get("per_class"), dict)
+        or (metrics.get("weights", Weights.LAST) not in [*Weights])
+    ):
         raise HdovdError(f"{run.path / 'metrics.json'} is not what hdovd eval writes: run it again")
     return metrics
 
 
 def _check_weights(run: RunFolder, weights: Weights, metrics: dict[str, Any]) -> None:
-    """Raises HdovdError if the detections are of weights that are no longer there, as far as the evaluation noted their hash."""
+    """Raises HdovdError if the detections are of weights that are no longer there, as far as the evaluation noted their
+    hash.
+    """
     file, detections = run.path / weights.file, run.path / "detections.json"
     again = f"run hdovd eval {run.path} --weights {weights.value} again"
     if not file.is_file():
-        raise HdovdError(f"{run.path} was evaluated with its {weights.value} weights, but has no {weights.file} any more: run hdovd eval "
-                         f"{run.path} again, with those that it has")
+        raise HdovdError(
+            f"{run.path} was evaluated with its {weights.value} weights, but has no {weights.file} any more: run hdovd "
+            f"eval "
+            f"{run.path} again, with those that it has"
+        )
     known = metrics.get("weights_hash")
     if known is not None and known != (now := weights_hash(file)):
-        raise HdovdError(f"{detections} is of weights {known}, but {file} are {now} now: the run was trained on since; {again}")
+        raise HdovdError(
+            f"{detections} is of weights {known}, but {file} are {now} now: the run was trained on since; {again}"
+        )
 
 
 def _check_ap(run: RunFolder, metrics: dict[str, Any], curves: Curves) -> None:
@@ -219,8 +323,12 @@ def _check_ap(run: RunFolder, metrics: dict[str, Any], curves: Curves) -> None:
     for name, ap50 in zip(curves.protocol.names, curves.ap50().tolist(), strict=True):
         stated = metrics["per_class"].get(name, {}).get("ap50")
         if (stated is None) != np.isnan(ap50) or (stated is not None and abs(stated - ap50) > AP_TOLERANCE):
-            raise HdovdError(f"{run.path}: detections.json gives {name!r} an AP50 of {ap50:.6f}, but metrics.json states {stated}: they "
-                             "are not of one evaluation, or the annotations or the protocol are not those of it; run hdovd eval again")
+            raise HdovdError(
+                f"{run.path}: detections.json gives {name!r} an AP50 of {ap50:.6f}, but metrics.json states {stated}: "
+                f"they "
+                "are not of one evaluation, or the annotations or the protocol are not those of it; run hdovd eval "
+                "again"
+            )
 
 
 def _in_order(objects: Objects, split: Split) -> Objects:
@@ -234,4 +342,7 @@ def _reliability(found: Found, matching: Matching, protocol: Protocol, bins: int
     classes = np.arange(len(protocol.names))
     counted = matching.verdict != Verdict.IGNORED
     parts = {group: counted & np.isin(found.labels, classes[group_slice(protocol, group)]) for group in GROUPS}
-    return {group: score_reliability(found.scores[part], matching.verdict[part] == Verdict.RIGHT, bins) for group, part in parts.items()}
+    return {
+        group: score_reliability(found.scores[part], matching.verdict[part] == Verdict.RIGHT, bins)
+        for group, part in parts.items()
+    }

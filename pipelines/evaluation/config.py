@@ -16,20 +16,24 @@ SHOWN_SCORE = 0.3  # detections of this score or more are drawn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
-    """One evaluation of a run. `trust`: as `RunFolder.trusted`.
-    """
+    """One evaluation of a run. `trust`: as `RunFolder.trusted`."""
 
     run: Run
     data: Data
     protocol: Annotated[str | None, Option("Default: the protocol that the run was trained with.")] = None
     device: Device = "auto"
     batch_size: Annotated[int, Option("Images a batch.", min=1)] = 16
-    workers: Annotated[int | None, workers_option("Processes that decode images, or auto: none on a CPU, up to 16 for a GPU.")] = None
+    workers: Annotated[
+        int | None, workers_option("Processes that decode images, or auto: none on a CPU, up to 16 for a GPU.")
+    ] = None
     pictures: Annotated[int, Option("Draw the detections of this many validation images.", min=0)] = 0
     per_class: Annotated[bool, Option("Print the table of all classes.")] = False
-    errors: Annotated[bool, Option("Print what keeps AP50 from 100: errors by kind, novel and base apart (docs/ERRORS.md).")] = False
-    engine: Annotated[Engine, Option("What counts AP. faster-coco-eval gives the same sooner; it comes with hdovd's extra fast-eval.")
-                      ] = Engine.PYCOCOTOOLS
+    errors: Annotated[
+        bool, Option("Print what keeps AP50 from 100: errors by kind, novel and base apart (docs/ERRORS.md).")
+    ] = False
+    engine: Annotated[
+        Engine, Option("What counts AP. faster-coco-eval gives the same sooner; it comes with hdovd's extra fast-eval.")
+    ] = Engine.PYCOCOTOOLS
     weights: WeightsOption = Weights.LAST
     trust: Trust = False
 

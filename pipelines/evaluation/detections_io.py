@@ -25,11 +25,15 @@ def found_of(rows: Iterable[Mapping[str, Any]], coco_ids: tuple[int, ...]) -> Fo
         labels.append(label[row["category_id"]])
         boxes.extend(row["bbox"])
         scores.append(row["score"])
-    return Found(np.array(image_ids, np.int64), np.array(boxes).reshape(-1, 4), np.array(labels, np.int64), np.array(scores))
+    return Found(
+        np.array(image_ids, np.int64), np.array(boxes).reshape(-1, 4), np.array(labels, np.int64), np.array(scores)
+    )
 
 
 def read_found(file: Path, split: Split) -> Found:
-    """The detections of a run on the images of a split. Raises HdovdError for a file that is no such thing, naming the first fault."""
+    """The detections of a run on the images of a split. Raises HdovdError for a file that is no such thing, naming the
+    first fault.
+    """
     images, classes = {image.id for image in split.images}, set(split.coco_ids)
 
     def rows() -> Iterator[Mapping[str, Any]]:
@@ -37,8 +41,11 @@ def read_found(file: Path, split: Split) -> Found:
         for number, (_, row) in enumerate(stream):
             if None not in stream.lists:
                 break
-            if (fault := _fault(row, images, classes, split)):
-                raise HdovdError(f"{file}: entry {number}: {fault}; give the data that the run was evaluated on, or run hdovd eval again")
+            if fault := _fault(row, images, classes, split):
+                raise HdovdError(
+                    f"{file}: entry {number}: {fault}; give the data that the run was evaluated on, or run hdovd eval "
+                    f"again"
+                )
             yield row
         if None not in stream.lists:
             raise HdovdError(f"{file} is no list of detections: run hdovd eval again")
@@ -50,7 +57,7 @@ def _fault(row: Any, images: set[int], classes: set[int], split: Split) -> str:
     if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
         return "a detection has image_id, category_id, bbox and score"
     if type(row["image_id"]) is not int or row["image_id"] not in images:
-        return f"it is for image {shown(row['image_id'])}, of which {split.annotations} holds no object of the protocol's classes"
+        return f"it is for image {shown(row['image_id'])}, of which {split.annotations} holds no object of the protocol's classes"  # noqa: E501
     if type(row["category_id"]) is not int or row["category_id"] not in classes:
         return f"category {shown(row['category_id'])} is none of the protocol's"
     box, score = row["bbox"], row["score"]

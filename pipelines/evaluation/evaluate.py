@@ -35,7 +35,9 @@ from hdovd.pipelines.runs.weights import weights_hash
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """`combined` uses the base/novel split at test time (METHOD section 7), `split_blind` does not. `errors`: of `combined`."""
+    """`combined` uses the base/novel split at test time (METHOD section 7), `split_blind` does not. `errors`: of
+    `combined`.
+    """
 
     protocol: Protocol
     combined: AveragePrecision
@@ -54,10 +56,20 @@ def evaluate(job: EvalConfig, log: Callable[[str], None] = print) -> EvalResult:
     trained = run.protocol()
     protocol = trained if job.protocol is None else load_protocol(job.protocol)
     if (protocol.base, protocol.novel) != (trained.base, trained.novel):
-        raise HdovdError(f"{job.run} was trained for the base and novel classes of protocol {trained.name}, not of {protocol.name}")
+        raise HdovdError(
+            f"{job.run} was trained for the base and novel classes of protocol {trained.name}, not of {protocol.name}"
+        )
     recipe, texts = run.recipe(), run.class_embeddings()
-    validation = Validation(job.data, protocol, device, exif=recipe.input.exif, batch_size=job.batch_size, workers=job.workers,
-                            engine=job.engine, log=log)
+    validation = Validation(
+        job.data,
+        protocol,
+        device,
+        exif=recipe.input.exif,
+        batch_size=job.batch_size,
+        workers=job.workers,
+        engine=job.engine,
+        log=log,
+    )
     model = build_detector(recipe, texts.shape[1], log=None)
     run.load_model(model, job.weights.file)
     found = validation.run(placed(model, device), texts)
@@ -68,11 +80,22 @@ def evaluate(job: EvalConfig, log: Callable[[str], None] = print) -> EvalResult:
     if combined is not blind:  # else there is one score, and nothing to combine
         alpha, beta = recipe.inference.alpha, recipe.inference.beta
     files = [run.path / "metrics.json", run.path / "detections.json"]
-    metrics = {"protocol": protocol.name, **combined.summary(), "split_blind": blind.summary(), "per_class": combined.per_class(),
-               "images": len(split.images), "alpha": alpha, "beta": beta,
-               "classes_without_ground_truth": combined.without_ground_truth(), "cache": run.record()["cache"],
-               "engine": {"name": job.engine.value, "version": require(job.engine)}, "precision": inference_precision(device, recipe),
-               "weights": job.weights.value, "weights_hash": weights_hash(run.path / job.weights.file), "errors": errors.to_tree()}
+    metrics = {
+        "protocol": protocol.name,
+        **combined.summary(),
+        "split_blind": blind.summary(),
+        "per_class": combined.per_class(),
+        "images": len(split.images),
+        "alpha": alpha,
+        "beta": beta,
+        "classes_without_ground_truth": combined.without_ground_truth(),
+        "cache": run.record()["cache"],
+        "engine": {"name": job.engine.value, "version": require(job.engine)},
+        "precision": inference_precision(device, recipe),
+        "weights": job.weights.value,
+        "weights_hash": weights_hash(run.path / job.weights.file),
+        "errors": errors.to_tree(),
+    }
     write_text(files[1], json.dumps(rows))
     write_text(files[0], json.dumps(metrics, indent=1))
     if job.pictures:
@@ -80,8 +103,11 @@ def evaluate(job: EvalConfig, log: Callable[[str], None] = print) -> EvalResult:
     return EvalResult(protocol, combined, blind, errors, len(split.images), alpha, beta, files)
 
 
-def draw_detections(split: Split, detections: list[Detections], protocol: Protocol, folder: Path, count: int) -> list[Path]:
-    """Draw the first `count` images that hold a novel object, detections of `SHOWN_SCORE` or more beside the ground truth.
+def draw_detections(
+    split: Split, detections: list[Detections], protocol: Protocol, folder: Path, count: int
+) -> list[Path]:
+    """Draw the first `count` images that hold a novel object, detections of `SHOWN_SCORE` or more beside the ground
+    truth.
 
     Returns the PNG files written, `IMAGEID.png` each.
     """
@@ -92,8 +118,17 @@ def draw_detections(split: Split, detections: list[Detections], protocol: Protoc
         image, found = split.images[i], detections[i]
         picture = read_image(split.path(image), image.width, image.height, exif=split.exif)
         shown = found.scores >= SHOWN_SCORE
-        left = _draw_sheet(picture, found.boxes[shown], found.labels[shown].tolist(), found.scores[shown].tolist(), protocol, "detections")
-        truth = _draw_sheet(picture, torch.from_numpy(image.boxes), image.labels.tolist(), None, protocol, "ground truth")
+        left = _draw_sheet(
+            picture,
+            found.boxes[shown],
+            found.labels[shown].tolist(),
+            found.scores[shown].tolist(),
+            protocol,
+            "detections",
+        )
+        truth = _draw_sheet(
+            picture, torch.from_numpy(image.boxes), image.labels.tolist(), None, protocol, "ground truth"
+        )
         sheet = Image.new("RGB", (left.width * 2 + 8, left.height), "white")
         sheet.paste(left, (0, 0))
         sheet.paste(truth, (left.width + 8, 0))
@@ -106,8 +141,14 @@ def _name(image: ImageBoxes) -> str:
     return f"{image.id:012d}.png"
 
 
-def _draw_sheet(picture: Image.Image, boxes: torch.Tensor, labels: list[int], scores: list[float] | None, protocol: Protocol,
-          title: str) -> Image.Image:
+def _draw_sheet(
+    picture: Image.Image,
+    boxes: torch.Tensor,
+    labels: list[int],
+    scores: list[float] | None,
+    protocol: Protocol,
+    title: str,
+) -> Image.Image:
     shown = []
     for k, (box, label) in enumerate(zip(boxes.tolist(), labels, strict=True)):
         novel = label >= len(protocol.base)
@@ -119,10 +160,17 @@ def _draw_sheet(picture: Image.Image, boxes: torch.Tensor, labels: list[int], sc
 def result_table(result: EvalResult) -> str:
     """Novel, base and all of one evaluation, split-blind beside it."""
     protocol = result.protocol
-    lines = [f"protocol {protocol.name}: {len(protocol.base)} base and {len(protocol.novel)} novel classes in one run, "
-             f"{result.images} images, AP in percent",
-             f"{'':34s}{'AP50':>22s}{'AP':>24s}", f"{'':34s}" + "".join(f"{g:>8s}" for g in GROUPS * 2)]
-    combined = f"combined (a={result.alpha:g}, b={result.beta:g})" if result.alpha or result.beta else "classification score alone"
+    lines = [
+        f"protocol {protocol.name}: {len(protocol.base)} base and {len(protocol.novel)} novel classes in one run, "
+        f"{result.images} images, AP in percent",
+        f"{'':34s}{'AP50':>22s}{'AP':>24s}",
+        f"{'':34s}" + "".join(f"{g:>8s}" for g in GROUPS * 2),
+    ]
+    combined = (
+        f"combined (a={result.alpha:g}, b={result.beta:g})"
+        if result.alpha or result.beta
+        else "classification score alone"
+    )
     rows = {combined: result.combined, "split-blind (a=b=0)": result.split_blind}
     lines += [f"{name:34s}" + "".join(f"{_number(v):>8s}" for v in _values(ap)) for name, ap in rows.items()]
     absent = result.combined.without_ground_truth()
@@ -149,15 +197,24 @@ def error_table(errors: ErrorBreakdown) -> str:
     rows: list[tuple[str, list[tuple[int, float | None]]]] = [
         *((kind.value, [(part.counts[kind], part.gains[kind]) for part in parts]) for kind in ERRORS),
         ("all wrong detections", [(part.false_positives, part.false_positive_gain) for part in parts]),
-        ("all objects not found", [(part.false_negatives, part.false_negative_gain) for part in parts])]
-    lines = ["errors at IoU 0.5: how many, and the AP50 gained if that kind alone were mended",
-             f"{'':24s}" + "".join(f"{group:>20s}" for group in GROUPS), f"{'':24s}" + f"{'count':>11s}{'dAP50':>9s}" * len(GROUPS)]
-    lines += [f"{name:24s}" + "".join(f"{count:>11,d}{_signed(gain):>9s}" for count, gain in cells) for name, cells in rows]
+        ("all objects not found", [(part.false_negatives, part.false_negative_gain) for part in parts]),
+    ]
+    lines = [
+        "errors at IoU 0.5: how many, and the AP50 gained if that kind alone were mended",
+        f"{'':24s}" + "".join(f"{group:>20s}" for group in GROUPS),
+        f"{'':24s}" + f"{'count':>11s}{'dAP50':>9s}" * len(GROUPS),
+    ]
+    lines += [
+        f"{name:24s}" + "".join(f"{count:>11,d}{_signed(gain):>9s}" for count, gain in cells) for name, cells in rows
+    ]
     shares = [f"{part.found:,d} of {part.objects:,d}" for part in parts]
     lines.append(f"{'objects found':24s}" + "".join(f"{share:>20s}" for share in shares))
     lines.append(f"{'classification errors':24s}" + "".join(f"{f'named {named}':>20s}" for named in ("novel", "base")))
-    lines += [f"{f'  of {truth} objects':24s}" + "".join(f"{errors.misnamed[truth][named]:>20,d}" for named in ("novel", "base"))
-              for truth in ("novel", "base")]
+    lines += [
+        f"{f'  of {truth} objects':24s}"
+        + "".join(f"{errors.misnamed[truth][named]:>20,d}" for named in ("novel", "base"))
+        for truth in ("novel", "base")
+    ]
     return "\n".join(lines)
 
 

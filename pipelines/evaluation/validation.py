@@ -1,4 +1,5 @@
-"""Detections of a model on the validation images and their AP: built once, run as often as wanted, also between epochs of training.
+"""Detections of a model on the validation images and their AP: built once, run as often as wanted, also between epochs
+of training.
 
 It talks to no other process: of several ranks, one runs it alone.
 """
@@ -30,8 +31,10 @@ from hdovd.pipelines.dataloading.loader import Batches
 
 @dataclass(frozen=True, slots=True)
 class Validated:
-    """`combined` uses the base/novel split at test time (METHOD section 7), `split_blind` does not; the same object where there is
-    one score alone. `detections`: of `combined`, one entry an image of the split, in its order, on the CPU."""
+    """`combined` uses the base/novel split at test time (METHOD section 7), `split_blind` does not; the same object
+    where there is one score alone. `detections`: of `combined`, one entry an image of the split, in its order, on the
+    CPU.
+    """
 
     detections: list[Detections]
     combined: AveragePrecision
@@ -54,33 +57,60 @@ class _Pictures(Dataset[Tensor]):
 class Validation:
     """Holds the validation split and its ground truth, read once."""
 
-    def __init__(self, data: DataPaths, protocol: Protocol, device: torch.device, *, exif: str = Exif.APPLY, batch_size: int = 16,
-                 workers: int | None = None, engine: Engine = Engine.PYCOCOTOOLS, log: Callable[[str], None] = print) -> None:
-        """`workers` None: what suits the device. Raises HdovdError for bad data, pictures that are not there, and without the engine's
-        package."""
+    def __init__(
+        self,
+        data: DataPaths,
+        protocol: Protocol,
+        device: torch.device,
+        *,
+        exif: str = Exif.APPLY,
+        batch_size: int = 16,
+        workers: int | None = None,
+        engine: Engine = Engine.PYCOCOTOOLS,
+        log: Callable[[str], None] = print,
+    ) -> None:
+        """`workers` None: what suits the device. Raises HdovdError for bad data, pictures that are not there, and
+        without the engine's package.
+        """
         require(engine)  # before the files are read
-        self.protocol, self.device, self.batch_size, self.workers = protocol, device, batch_size, workers_for(device, workers)
+        self.protocol, self.device, self.batch_size, self.workers = (
+            protocol,
+            device,
+            batch_size,
+            workers_for(device, workers),
+        )
         self.split = data.load("val2017", protocol, base_only=False, log=log, exif=exif)
         if missing := [image.file_name for image in self.split.images if not self.split.path(image).is_file()]:
-            raise HdovdError(f"{self.split.folder}: not there: {len(missing)} of {len(self.split.images)} validation pictures "
-                             f"({shorten(list(missing))})")
-        self.truth = GroundTruth(self.split.annotations, self.split.coco_ids, [image.id for image in self.split.images], protocol, engine)
+            raise HdovdError(
+                f"{self.split.folder}: not there: {len(missing)} of {len(self.split.images)} validation pictures "
+                f"({shorten(list(missing))})"
+            )
+        self.truth = GroundTruth(
+            self.split.annotations, self.split.coco_ids, [image.id for image in self.split.images], protocol, engine
+        )
         self._order = by_shape(self.split)
 
     def run(self, model: Detector, texts: Tensor) -> Validated:
         """Detect on all images and count AP, combined and split-blind.
 
-        Leaves every module in the mode it was in, and torch's random state as it was: training goes on as if this had not been.
+        Leaves every module in the mode it was in, and torch's random state as it was: training goes on as if this had
+        not been.
 
         Args:
-            model: on the device given; not wrapped for several processes. texts: (C, D) embeddings of the protocol's classes.
+            model: on the device given; not wrapped for several processes. texts: (C, D) embeddings of the protocol's
+            classes.
 
         Raises HdovdError if a picture cannot be read: an AP without it would not be the protocol's.
         """
         if len(texts) != len(self.protocol.names):
-            raise HdovdError(f"protocol {self.protocol.name} has {len(self.protocol.names)} classes, but there are {len(texts)} class "
-                             "embeddings: give those of the protocol, base before novel")
-        devices = [self.device] if self.device.type == "cuda" else []  # whose generators are kept: a DataLoader draws its seed
+            raise HdovdError(
+                f"protocol {self.protocol.name} has {len(self.protocol.names)} classes, but there are {len(texts)} "
+                f"class "
+                "embeddings: give those of the protocol, base before novel"
+            )
+        devices = (
+            [self.device] if self.device.type == "cuda" else []
+        )  # whose generators are kept: a DataLoader draws its seed
         with _evaluating(model), torch.random.fork_rng(devices), inference_autocast(self.device, model.recipe):
             detections, blind = self._detect(model, texts.to(self.device))
         combined = self.truth.average_precision(results(self.split, detections))
@@ -90,7 +120,9 @@ class Validation:
         return Validated(detections, combined, split_blind)
 
     def _detect(self, model: Detector, texts: Tensor) -> tuple[list[Detections], list[Detections] | None]:
-        """Detections in the split's order, with both scores and split-blind; None for the latter if there is one score alone."""
+        """Detections in the split's order, with both scores and split-blind; None for the latter if there is one score
+        alone.
+        """
         is_novel = torch.arange(len(self.protocol.names), device=self.device) >= len(self.protocol.base)
         batches = Batches(_Pictures(self.split, self._order), self.batch_size, self.workers, device=self.device)
         combined: list[Detections] = []
@@ -108,7 +140,9 @@ class Validation:
 
 
 def by_shape(split: Split) -> list[int]:
-    """The places of a split's images, from wide to high: pictures of one shape make a batch with little padding to compute."""
+    """The places of a split's images, from wide to high: pictures of one shape make a batch with little padding to
+    compute.
+    """
     return sorted(range(len(split.images)), key=lambda i: split.images[i].height / split.images[i].width)
 
 
@@ -116,8 +150,17 @@ def results(split: Split, detections: list[Detections]) -> list[dict[str, Any]]:
     """COCO results form."""
     rows = []
     for image, found in zip(split.images, detections, strict=True):
-        for (x0, y0, x1, y1), score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True):
-            rows.append({"image_id": image.id, "category_id": split.coco_ids[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score})
+        for (x0, y0, x1, y1), score, label in zip(
+            found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
+        ):
+            rows.append(
+                {
+                    "image_id": image.id,
+                    "category_id": split.coco_ids[label],
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "score": score,
+                }
+            )
     return rows
 
 

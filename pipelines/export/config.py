@@ -1,4 +1,6 @@
-"""What `hdovd export` is asked for, and the forms of file that it writes. Imports no torch: a mistake shows before that."""
+"""What `hdovd export` is asked for, and the forms of file that it writes. Imports no torch: a mistake shows before
+that.
+"""
 
 from __future__ import annotations
 
@@ -22,31 +24,58 @@ class ModelForm(StrEnum):
 
     @classmethod
     def of(cls, file: Path, asked: ModelForm | None) -> ModelForm:
-        """What the file's name says, or else what is `asked` for. Raises HdovdError if there is neither, or they do not agree."""
+        """What the file's name says, or else what is `asked` for. Raises HdovdError if there is neither, or they do not
+        agree.
+        """
         said = ENDINGS.get(file.suffix.lower())
         if asked is None and said is None:
             raise HdovdError(f"--out {file}: give --format, or a name that ends in one of {', '.join(ENDINGS)}")
         if asked is not None and said is not None and said is not asked:
-            raise HdovdError(f"--out {file} is named as {said.value}, and --format says {asked.value}: give a name that ends otherwise")
+            raise HdovdError(
+                f"--out {file} is named as {said.value}, and --format says {asked.value}: give a name that ends "
+                f"otherwise"
+            )
         return asked or said or cls.ONNX
 
 
-ENDINGS = {".onnx": ModelForm.ONNX, ".pt": ModelForm.TORCHSCRIPT, ".ts": ModelForm.TORCHSCRIPT, ".safetensors": ModelForm.SAFETENSORS}
+ENDINGS = {
+    ".onnx": ModelForm.ONNX,
+    ".pt": ModelForm.TORCHSCRIPT,
+    ".ts": ModelForm.TORCHSCRIPT,
+    ".safetensors": ModelForm.SAFETENSORS,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportModelConfig:
-    """`check_images`: pictures to check the file on, besides those that are made up. `trust`: as `RunFolder.trusted`."""
+    """`check_images`: pictures to check the file on, besides those that are made up. `trust`: as
+    `RunFolder.trusted`."""
 
     run: Run
-    form: Annotated[ModelForm, Group({"form": (ModelForm | None, None, Option(
-        "onnx: for onnxruntime, written with hdovd's extra export; torchscript: for torch.jit.load, with torchvision; safetensors: the "
-        "weights. Default: what the name of --out ends in, .onnx, .pt or .safetensors.", flags=("--format",)))},
-        lambda given: ModelForm.of(given["out"], given["form"]))]
+    form: Annotated[
+        ModelForm,
+        Group(
+            {
+                "form": (
+                    ModelForm | None,
+                    None,
+                    Option(
+                        "onnx: for onnxruntime, written with hdovd's extra export; torchscript: for torch.jit.load, "
+                        "with torchvision; safetensors: the "
+                        "weights. Default: what the name of --out ends in, .onnx, .pt or .safetensors.",
+                        flags=("--format",),
+                    ),
+                )
+            },
+            lambda given: ModelForm.of(given["out"], given["form"]),
+        ),
+    ]
     out: Annotated[Path, Option("The file to write.")]
     weights: WeightsOption = Weights.LAST
-    check_images: Annotated[tuple[Path, ...], Option("A picture to check the file on, besides those that are made up. Repeatable.",
-                                                     flags=("--check-image",))] = ()
+    check_images: Annotated[
+        tuple[Path, ...],
+        Option("A picture to check the file on, besides those that are made up. Repeatable.", flags=("--check-image",)),
+    ] = ()
     trust: Trust = False
 
     def check(self) -> None:
@@ -54,8 +83,11 @@ class ExportModelConfig:
         run = RunFolder.open(self.run, trusted=self.trust)
         run.recipe()
         if self.out.is_dir() or (self.out.name in FILES and self.out.resolve().parent == run.path.resolve()):
-            raise HdovdError(f"--out {self.out} is {'a folder' if self.out.is_dir() else 'a file of the run itself'}: expected the name of "
-                             f"a new file, such as detector.{self.form.value}")
+            raise HdovdError(
+                f"--out {self.out} is {'a folder' if self.out.is_dir() else 'a file of the run itself'}: expected the "
+                f"name of "
+                f"a new file, such as detector.{self.form.value}"
+            )
         if not self.out.resolve().parent.is_dir():
             raise HdovdError(f"--out {self.out}: there is no folder {self.out.resolve().parent}")
         for picture in self.check_images:

@@ -1,14 +1,16 @@
-"""Export of a run's detector as one file for other programs, with classes as an input: how each form is written, run and checked.
+"""Export of a run's detector as one file for other programs, with classes as an input: how each form is written, run
+and checked.
 
-The file is run before it gets its name: what does not find the model's detections is no export of it. A picture is as good a test as
-its detections, and a trained model may find none in made-up ones. So it is also asked for made-up classes, which are the model's own
-features of some of its regions: what they name is there.
+The file is run before it gets its name: what does not find the model's detections is no export of it. A picture is as
+good a test as its detections, and a trained model may find none in made-up ones. So it is also asked for made-up
+classes, which are the model's own features of some of its regions: what they name is there.
 
-Boxes are compared at the scale that the network sees, in percent of the long side of its input: what float32 leaves open grows with
-that. A ResNet-50 at 1,333 pixels is up to 0.006 pixels from itself where torch takes other kernels, 5e-4 percent.
+Boxes are compared at the scale that the network sees, in percent of the long side of its input: what float32 leaves
+open grows with that. A ResNet-50 at 1,333 pixels is up to 0.006 pixels from itself where torch takes other kernels,
+5e-4 percent.
 
-Every form carries the same text beside the weights, strings by name; `CARRIED` says what they are. It is in ONNX's metadata_props, in
-TorchScript's extra file `hdovd.json`, and in the header of safetensors.
+Every form carries the same text beside the weights, strings by name; `CARRIED` says what they are. It is in ONNX's
+metadata_props, in TorchScript's extra file `hdovd.json`, and in the header of safetensors.
 """
 
 from __future__ import annotations
@@ -53,8 +55,9 @@ _MADE_UP_CLASSES = 7
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """`difference`: the largest of `detections` in `pictures`, of boxes in percent of the input's long side and of scores; inf if one is
-    not finite."""
+    """`difference`: the largest of `detections` in `pictures`, of boxes in percent of the input's long side and of
+    scores; inf if one is not finite.
+    """
 
     pictures: int
     detections: int
@@ -83,7 +86,9 @@ def check(run: Run, model: Detector, texts: Tensor, is_novel: Tensor, pictures: 
 
 
 def in_percent(found: Detections, picture: Tensor, config: InputConfig) -> Detections:
-    """Detections with boxes in percent of the long side of the detector's input in place of pixels of the picture (3, h, w)."""
+    """Detections with boxes in percent of the long side of the detector's input in place of pixels of the picture (3,
+    h, w).
+    """
     height, width = picture.shape[1:]
     high, wide = input_size(height, width, config.short_side, config.long_side)
     return replace(found, boxes=found.boxes * torch.tensor([wide / width, high / height] * 2) * 100 / config.long_side)
@@ -98,10 +103,11 @@ def _made_up_classes(detector: nn.Module, picture: Tensor, texts: Tensor) -> Ten
 
 
 def largest_difference(one: Detections, other: Detections, config: InferenceConfig) -> float:
-    """The largest difference of a coordinate or a score between detections and their nearest of the same class on the other side.
+    """The largest difference of a coordinate or a score between detections and their nearest of the same class on the
+    other side.
 
-    One without such a partner counts by how far its score is above what the other side cut off: the threshold, or its last
-    detection if it has as many as are allowed.
+    One without such a partner counts by how far its score is above what the other side cut off: the threshold, or its
+    last detection if it has as many as are allowed.
     """
     if not (one.boxes.isfinite().all() and other.boxes.isfinite().all() and other.scores.isfinite().all()):
         return math.inf
@@ -122,16 +128,24 @@ def _from(one: Detections, other: Detections, config: InferenceConfig) -> float:
 
 
 def made_up_pictures(config: InputConfig) -> list[Tensor]:
-    """(3, h, w) uint8: coloured shapes on noise, the same every time; small ones, and one that is larger than the input."""
+    """(3, h, w) uint8: coloured shapes on noise, the same every time; small ones, and one that is larger than the
+    input.
+    """
     drawn, larger = [], tuple(round(part * config.short_side) for part in _LARGER)
     for seed, (width, height) in enumerate((*_SIZES, larger)):
         rng = np.random.default_rng(seed)
         picture = Image.fromarray(rng.integers(60, 196, (height // 6, width // 6, 3), np.uint8)).resize((width, height))
         draw = ImageDraw.Draw(picture)
         for number in range(9):
-            x, y, side = rng.integers(0, width - 20), rng.integers(0, height - 20), rng.integers(15, min(width, height) // 2)
+            x, y, side = (
+                rng.integers(0, width - 20),
+                rng.integers(0, height - 20),
+                rng.integers(15, min(width, height) // 2),
+            )
             box = [(int(x), int(y)), (int(x + side), int(y + side * rng.uniform(0.6, 1.4)))]
-            (draw.ellipse if number % 2 else draw.rectangle)(box, fill=tuple(int(v) for v in rng.integers(0, 256, 3)), outline="black")
+            (draw.ellipse if number % 2 else draw.rectangle)(
+                box, fill=tuple(int(v) for v in rng.integers(0, 256, 3)), outline="black"
+            )
         drawn.append(pixels_of(picture))
     return drawn
 
@@ -141,7 +155,8 @@ CARRIED = {
     "about": "inputs and outputs",
     "class_names": "JSON list: the run's classes, base before novel",
     "is_novel": "JSON list of booleans, one a class",
-    "class_embeddings": "their text embeddings: base64 of little-endian float32, a row of embedding_size numbers a class",
+    "class_embeddings": "their text embeddings: base64 of little-endian float32, a row of embedding_size numbers a "
+    "class",
     "embedding_size": "D",
     "clip": "JSON: which CLIP the embeddings must be of",
     "templates": "JSON list: the prompts of the run's own embeddings",
@@ -161,14 +176,19 @@ def require(form: ModelForm) -> None:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise HdovdError(f"--format onnx needs the packages onnx and onnxruntime: pip install 'hdovd[export]' ({error})") from error
+            raise HdovdError(
+                f"--format onnx needs the packages onnx and onnxruntime: pip install 'hdovd[export]' ({error})"
+            ) from error
 
 
 def require_traceable(form: ModelForm, detector: Detector) -> None:
     """Raises HdovdError, naming the form that works, if the form needs a trace of a detector that has none."""
     if form is not ModelForm.SAFETENSORS and detector.exportable is None:
-        raise HdovdError(f"--format {form.value}: a run of detector {detector.recipe.detector.name} can be exported as safetensors alone "
-                         "(--format safetensors), which hdovd opens; there is no form of it that other programs run")
+        raise HdovdError(
+            f"--format {form.value}: a run of detector {detector.recipe.detector.name} can be exported as safetensors "
+            f"alone "
+            "(--format safetensors), which hdovd opens; there is no form of it that other programs run"
+        )
 
 
 def traceable(detector: Detector) -> nn.Module:
@@ -191,22 +211,32 @@ class _OnePicture(nn.Module):
         return found.boxes, found.scores, found.labels
 
 
-def write(form: ModelForm, model: Detector, example: tuple[Tensor, Tensor, Tensor], carried: dict[str, str],
-          file: Path) -> None:
+def write(
+    form: ModelForm, model: Detector, example: tuple[Tensor, Tensor, Tensor], carried: dict[str, str], file: Path
+) -> None:
     """Write a file of a form. `example`: inputs to trace with; the file takes others of any size."""
     with warnings.catch_warnings(), torch.no_grad():
-        # That a size could be taken for a constant, and that torch would like another exporter. What came of it is checked afterwards.
+        # That a size could be taken for a constant, and that torch would like another exporter. What came of it is
+        # checked afterwards.
         warnings.simplefilter("ignore")
-        {ModelForm.ONNX: _write_onnx, ModelForm.TORCHSCRIPT: _write_torchscript, ModelForm.SAFETENSORS: _write_safetensors}[form](
-            model, example, carried, file)
+        {
+            ModelForm.ONNX: _write_onnx,
+            ModelForm.TORCHSCRIPT: _write_torchscript,
+            ModelForm.SAFETENSORS: _write_safetensors,
+        }[form](model, example, carried, file)
 
 
 def open_model(form: ModelForm, file: Path) -> tuple[Run, dict[str, str]]:
-    """Open a file that `write` wrote, as its user would: a function of (image, texts, is_novel), and what the file carries.
+    """Open a file that `write` wrote, as its user would: a function of (image, texts, is_novel), and what the file
+    carries.
 
     The function is that of `traceable`. A safetensors file names the backbone, which may be code (docs/EXTENDING.md).
     """
-    return {ModelForm.ONNX: _open_onnx, ModelForm.TORCHSCRIPT: _open_torchscript, ModelForm.SAFETENSORS: _open_safetensors}[form](file)
+    return {
+        ModelForm.ONNX: _open_onnx,
+        ModelForm.TORCHSCRIPT: _open_torchscript,
+        ModelForm.SAFETENSORS: _open_safetensors,
+    }[form](file)
 
 
 def _write_onnx(model: Detector, example: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
@@ -214,11 +244,22 @@ def _write_onnx(model: Detector, example: tuple[Tensor, ...], carried: dict[str,
 
     sizes = {"image": {1: "height", 2: "width"}, "texts": {0: "classes"}, "is_novel": {0: "classes"}}
     found = {name: {0: "detections"} for name in OUTPUTS}
-    # The exporter that follows torch.export keeps no NMS whose result has a length of its own; this one is in torch 2.6 to 2.15 at least.
-    torch.onnx.export(traceable(model), example, str(file), input_names=list(INPUTS), output_names=list(OUTPUTS),
-                      dynamic_axes=sizes | found, opset_version=_OPSET, dynamo=False)
+    # The exporter that follows torch.export keeps no NMS whose result has a length of its own; this one is in torch 2.6
+    # to 2.15 at least.
+    torch.onnx.export(
+        traceable(model),
+        example,
+        str(file),
+        input_names=list(INPUTS),
+        output_names=list(OUTPUTS),
+        dynamic_axes=sizes | found,
+        opset_version=_OPSET,
+        dynamo=False,
+    )
     written = onnx.load(str(file))
-    if "is_novel" not in {given.name for given in written.graph.input}:  # a run with one score alone asks for none of it
+    if "is_novel" not in {
+        given.name for given in written.graph.input
+    }:  # a run with one score alone asks for none of it
         written.graph.input.append(onnx.helper.make_tensor_value_info("is_novel", onnx.TensorProto.BOOL, ["classes"]))
     written.doc_string = carried["about"]
     onnx.helper.set_model_props(written, carried)
@@ -241,7 +282,9 @@ def _open_onnx(file: Path) -> tuple[Run, dict[str, str]]:
 
 
 def _write_torchscript(model: Detector, example: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
-    save_traced(torch.jit.trace(traceable(model), example, check_trace=False), file, {"hdovd.json": json.dumps(carried)})
+    save_traced(
+        torch.jit.trace(traceable(model), example, check_trace=False), file, {"hdovd.json": json.dumps(carried)}
+    )
 
 
 def save_traced(traced: Any, file: Path, texts: dict[str, str]) -> None:
@@ -258,16 +301,26 @@ def _open_torchscript(file: Path) -> tuple[Run, dict[str, str]]:
 
 def _write_safetensors(model: Detector, _: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
     state = model.state_dict()
-    save_file({name: value.contiguous() for name, value in state.items() if not name.startswith(model.training_parts)}, file, carried)
+    save_file(
+        {name: value.contiguous() for name, value in state.items() if not name.startswith(model.training_parts)},
+        file,
+        carried,
+    )
 
 
 def _open_safetensors(file: Path) -> tuple[Run, dict[str, str]]:
     with safe_open(file, framework="pt") as opened:
         carried = dict(opened.metadata())
-    model = build_detector(build_recipe(tomllib.loads(carried["recipe"]), str(file)), int(carried["embedding_size"]), log=None)
+    model = build_detector(
+        build_recipe(tomllib.loads(carried["recipe"]), str(file)), int(carried["embedding_size"]), log=None
+    )
     fit = model.load_state_dict(load_file(file), strict=False)
-    if fit.unexpected_keys or (missing := [name for name in fit.missing_keys if not name.startswith(model.training_parts)]):
-        raise HdovdError(f"{file} does not hold the detector of its recipe: unknown {fit.unexpected_keys}, missing {missing}")
+    if fit.unexpected_keys or (
+        missing := [name for name in fit.missing_keys if not name.startswith(model.training_parts)]
+    ):
+        raise HdovdError(
+            f"{file} does not hold the detector of its recipe: unknown {fit.unexpected_keys}, missing {missing}"
+        )
     return traceable(model), carried
 
 
@@ -282,7 +335,9 @@ class ExportedModel:
 
 
 def export_model(job: ExportModelConfig, log: Callable[[str], None] = print) -> ExportedModel:
-    """Write the detector of a run to one file. Raises HdovdError for bad input, and if the file does not find what the model finds."""
+    """Write the detector of a run to one file. Raises HdovdError for bad input, and if the file does not find what the
+    model finds.
+    """
     require(job.form)
     job.check()
     run = RunFolder(job.run, job.trust)
@@ -293,7 +348,11 @@ def export_model(job: ExportModelConfig, log: Callable[[str], None] = print) -> 
     run.load_model(model, job.weights.file)
     is_novel = torch.arange(len(texts)) >= len(protocol.base)
     log(f"{job.run}: {job.weights.value} weights, {len(texts)} classes, embeddings of {texts.shape[1]} numbers")
-    example = (pictures[0][:, :90, :120].contiguous(), texts, is_novel)  # smaller, and of another shape, than what is checked
+    example = (
+        pictures[0][:, :90, :120].contiguous(),
+        texts,
+        is_novel,
+    )  # smaller, and of another shape, than what is checked
 
     checked: list[Checked] = []
 
@@ -301,14 +360,19 @@ def export_model(job: ExportModelConfig, log: Callable[[str], None] = print) -> 
         try:
             write(job.form, model, example, carried(run, job.weights), partial)
         except (torch.onnx.OnnxExporterError, RuntimeError, TypeError) as error:
-            raise RuntimeError(f"torch {torch.__version__} cannot export a detector with backbone {recipe.detector.backbone.name}: "
-                               f"{error}") from error
+            raise RuntimeError(
+                f"torch {torch.__version__} cannot export a detector with backbone {recipe.detector.backbone.name}: "
+                f"{error}"
+            ) from error
 
         checked.append(check(open_model(job.form, partial)[0], model, texts, is_novel, pictures))
         if not checked[0].difference <= TOLERANCE:
-            raise HdovdError(f"{job.out} was not written: run as {job.form.value}, the detector with backbone "
-                             f"{recipe.detector.backbone.name} differs from the model by {checked[0].difference:.2g} (score, or percent of "
-                             f"its input's long side), more than {TOLERANCE:g}; try --format safetensors")
+            raise HdovdError(
+                f"{job.out} was not written: run as {job.form.value}, the detector with backbone "
+                f"{recipe.detector.backbone.name} differs from the model by {checked[0].difference:.2g} (score, or "
+                f"percent of "
+                f"its input's long side), more than {TOLERANCE:g}; try --format safetensors"
+            )
 
     replace_file(job.out, write_checked)
     return ExportedModel(job.out, job.out.stat().st_size, checked[0])
@@ -318,16 +382,29 @@ def carried(run: RunFolder, weights: Weights) -> dict[str, str]:
     """The text of `CARRIED` for a run."""
     protocol, texts = run.protocol(), run.class_embeddings().float()
     made = dict(run.record()["cache"]["levels"].get("class", {}).get("inputs", {}))  # what made the class embeddings
-    about = (f"image: (3, height, width) uint8 RGB, as decoded, any size; resizing and normalisation are inside. texts: (classes, "
-             f"{texts.shape[1]}) float32, CLIP text embeddings of any class names. is_novel: (classes,) bool, true for classes that had no "
-             "boxes in training. boxes: (detections, 4) x0, y0, x1, y1 pixels of the image. scores: (detections,) best first. labels: "
-             "(detections,) int64, rows of texts. Threshold, NMS within each class and cap are inside, as in recipe [inference].")
+    about = (
+        f"image: (3, height, width) uint8 RGB, as decoded, any size; resizing and normalisation are inside. texts: "
+        f"(classes, "
+        f"{texts.shape[1]}) float32, CLIP text embeddings of any class names. is_novel: (classes,) bool, true for "
+        f"classes that had no "
+        "boxes in training. boxes: (detections, 4) x0, y0, x1, y1 pixels of the image. scores: (detections,) best "
+        "first. labels: "
+        "(detections,) int64, rows of texts. Threshold, NMS within each class and cap are inside, as in recipe "
+        "[inference]."
+    )
     values = {
-        "hdovd": __version__, "about": about,
-        "class_names": json.dumps(protocol.names), "is_novel": json.dumps([name in set(protocol.novel) for name in protocol.names]),
-        "class_embeddings": base64.b64encode(texts.numpy().astype("<f4").tobytes()).decode(), "embedding_size": str(texts.shape[1]),
-        "clip": json.dumps(made.get("clip")), "templates": json.dumps(made.get("templates")),
-        "protocol": protocol.name, "weights": weights.value, "recipe": run.recipe().to_toml()}
+        "hdovd": __version__,
+        "about": about,
+        "class_names": json.dumps(protocol.names),
+        "is_novel": json.dumps([name in set(protocol.novel) for name in protocol.names]),
+        "class_embeddings": base64.b64encode(texts.numpy().astype("<f4").tobytes()).decode(),
+        "embedding_size": str(texts.shape[1]),
+        "clip": json.dumps(made.get("clip")),
+        "templates": json.dumps(made.get("templates")),
+        "protocol": protocol.name,
+        "weights": weights.value,
+        "recipe": run.recipe().to_toml(),
+    }
     assert values.keys() == CARRIED.keys()
     return values
 

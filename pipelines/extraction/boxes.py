@@ -19,8 +19,9 @@ from hdovd.pipelines.proposal_files.file import NO_PROPOSALS, Proposals
 
 @dataclass(frozen=True, slots=True)
 class BoxTable:
-    """image_id (N,) i64, image_hash (N,) u64 (see `picture_hashes`), image_size (N, 2) i32, offset (N+1,) i64; box (M, 4) f32 xyxy pixels,
-    source (M,) u8, score (M,) f32, annotation_id (M,) i64."""
+    """image_id (N,) i64, image_hash (N,) u64 (see `picture_hashes`), image_size (N, 2) i32, offset (N+1,) i64; box (M,
+    4) f32 xyxy pixels, source (M,) u8, score (M,) f32, annotation_id (M,) i64.
+    """
 
     image_id: np.ndarray
     image_hash: np.ndarray
@@ -55,13 +56,22 @@ class BoxTable:
         return range(first, int(np.searchsorted(self.offset, stop, "left")))
 
 
-def box_table(images: Sequence[ImageBoxes], proposals: dict[int, Proposals], hashes: np.ndarray | None = None) -> BoxTable:
-    """The table of all base boxes and proposals. hashes: None for those of images that no cache has another picture of."""
+def box_table(
+    images: Sequence[ImageBoxes], proposals: dict[int, Proposals], hashes: np.ndarray | None = None
+) -> BoxTable:
+    """The table of all base boxes and proposals. hashes: None for those of images that no cache has another picture
+    of."""
     found = [proposals.get(i.id, NO_PROPOSALS) for i in images]
-    counts = np.array([(len(i.boxes), len(p.boxes)) for i, p in zip(images, found, strict=True)], np.int64).reshape(-1, 2)
+    counts = np.array([(len(i.boxes), len(p.boxes)) for i, p in zip(images, found, strict=True)], np.int64).reshape(
+        -1, 2
+    )
     source = np.repeat(np.tile(np.array([Source.BASE_BOX, Source.PROPOSAL], np.uint8), len(images)), counts.reshape(-1))
     base, extra = source == Source.BASE_BOX, source == Source.PROPOSAL
-    box, score, annotation_id = np.zeros((len(source), 4), np.float32), np.ones(len(source), np.float32), np.full(len(source), -1, np.int64)
+    box, score, annotation_id = (
+        np.zeros((len(source), 4), np.float32),
+        np.ones(len(source), np.float32),
+        np.full(len(source), -1, np.int64),
+    )
     if len(images):
         box[base], box[extra] = np.concatenate([i.boxes for i in images]), np.concatenate([p.boxes for p in found])
         score[extra] = np.concatenate([p.scores for p in found])
@@ -71,7 +81,11 @@ def box_table(images: Sequence[ImageBoxes], proposals: dict[int, Proposals], has
         image_hash=np.array([image_hash(i) for i in images], np.uint64) if hashes is None else hashes,
         image_size=np.array([(i.width, i.height) for i in images], np.int32).reshape(-1, 2),
         offset=np.concatenate([[0], np.cumsum(counts.sum(axis=1))]).astype(np.int64),
-        box=box, source=source, score=score, annotation_id=annotation_id)
+        box=box,
+        source=source,
+        score=score,
+        annotation_id=annotation_id,
+    )
 
 
 def match_rows(wanted: Sequence[np.ndarray], have: Sequence[np.ndarray]) -> np.ndarray:
@@ -89,8 +103,13 @@ def match_rows(wanted: Sequence[np.ndarray], have: Sequence[np.ndarray]) -> np.n
 
 def _row_bytes(columns: Sequence[np.ndarray]) -> np.ndarray:
     """Columns (n, ...) of 4 or 8 bytes a value as (n, w) uint32."""
-    return np.concatenate([np.ascontiguousarray(c).view(np.uint32).reshape(len(c), -1) if len(c) else np.zeros((0, 1), np.uint32)
-                           for c in columns], axis=1)
+    return np.concatenate(
+        [
+            np.ascontiguousarray(c).view(np.uint32).reshape(len(c), -1) if len(c) else np.zeros((0, 1), np.uint32)
+            for c in columns
+        ],
+        axis=1,
+    )
 
 
 def _mixed(rows: np.ndarray) -> np.ndarray:

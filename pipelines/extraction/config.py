@@ -35,9 +35,11 @@ from hdovd.pipelines.teachers.prompts import Templates, check_templates
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 _FILES = ("proposals", "vocabulary", "captions")
-_LATER_FILES = ("synonyms", "class_embeddings", "nouns")  # not in `to_dict` without a value: sets that are older than these stay the same
-
-
+_LATER_FILES = (
+    "synonyms",
+    "class_embeddings",
+    "nouns",
+)  # not in `to_dict` without a value: sets that are older than these stay the same
 
 
 class Store(StrEnum):
@@ -86,40 +88,82 @@ def _recipe(given: dict[str, Any]) -> CropRecipe | DenseRecipe:
     return crop
 
 
-RECIPE_OF_BOX = Group({
-    "instance_teacher": (InstanceTeacher, InstanceTeacher.CROP, Option("crop: CLIP sees each box alone. dense: once the whole image, of "
-                         "which boxes take their part: cheaper, and less sharp.")),
-    "dense_side": (int | None, None, Option("dense: the image becomes N x N pixels. Default: about 3 times the crop.", min=1)),
-    "crop": (Shape, Shape.BOX, Option("The pixels that a box stands for: see docs/CACHE.md.")),
-    "crop_scales": (str, "1", Option("Mean over crops of these sizes of the box: 1,1.5 as in ViLD.")),
-}, _recipe)
-LABELS = Group({
-    "label_top_k": (int, 1, Option("Nouns that a pseudo box's text embedding is the weighted mean of: the best K.", min=1)),
-    "label_temperature": (float, TEMPERATURE, Option("With K over 1: their weights are softmax(cosine / T).")),
-}, lambda given: LabelRule(given["label_top_k"], given["label_temperature"]))
-Workers = Annotated[int | None, workers_option("Processes that decode and crop, or auto: none on a CPU, up to 16 for a GPU.")]
-Compute = Annotated[Precision, Option("What CLIP computes in; auto: what the cache was begun in, else what suits the device "
-                                      "(docs/MACHINES.md). Embeddings are stored as float16.")]
+RECIPE_OF_BOX = Group(
+    {
+        "instance_teacher": (
+            InstanceTeacher,
+            InstanceTeacher.CROP,
+            Option(
+                "crop: CLIP sees each box alone. dense: once the whole image, of "
+                "which boxes take their part: cheaper, and less sharp."
+            ),
+        ),
+        "dense_side": (
+            int | None,
+            None,
+            Option("dense: the image becomes N x N pixels. Default: about 3 times the crop.", min=1),
+        ),
+        "crop": (Shape, Shape.BOX, Option("The pixels that a box stands for: see docs/CACHE.md.")),
+        "crop_scales": (str, "1", Option("Mean over crops of these sizes of the box: 1,1.5 as in ViLD.")),
+    },
+    _recipe,
+)
+LABELS = Group(
+    {
+        "label_top_k": (
+            int,
+            1,
+            Option("Nouns that a pseudo box's text embedding is the weighted mean of: the best K.", min=1),
+        ),
+        "label_temperature": (float, TEMPERATURE, Option("With K over 1: their weights are softmax(cosine / T).")),
+    },
+    lambda given: LabelRule(given["label_top_k"], given["label_temperature"]),
+)
+Workers = Annotated[
+    int | None, workers_option("Processes that decode and crop, or auto: none on a CPU, up to 16 for a GPU.")
+]
+Compute = Annotated[
+    Precision,
+    Option(
+        "What CLIP computes in; auto: what the cache was begun in, else what suits the device "
+        "(docs/MACHINES.md). Embeddings are stored as float16."
+    ),
+]
 ActivationOption = Annotated[Activation, Option("The activation that the weights were trained with.")]
 Synonyms = Annotated[Path | None, Option('TOML: couch = ["couch", "sofa"]: all names of some classes.')]
-ClassEmbeddings = Annotated[Path | None, Option("A row for each class, base then novel, instead of its name's embedding: learned prompts. "
-                                                "One array in .npy, .safetensors, .pt.")]
+ClassEmbeddings = Annotated[
+    Path | None,
+    Option(
+        "A row for each class, base then novel, instead of its name's embedding: learned prompts. "
+        "One array in .npy, .safetensors, .pt."
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractConfig:
-    """An extraction. `features` names the set that the products make up. `batch_size`: None for the teacher's best. `workers`: None for
-    what suits the device. `share`: None for torchrun's own, or all of the work. `matching`: how names are found in captions.
+    """An extraction. `features` names the set that the products make up. `batch_size`: None for the teacher's best.
+    `workers`: None for what suits the device. `share`: None for torchrun's own, or all of the work. `matching`: how
+    names are found in captions.
     """
 
     data: Data
     cache: CacheWritten
     clip: Annotated[str, Option("open_clip model name, local-dir:PATH or hf-hub:NAME.")]
     pretrained: Pretrained = None
-    proposals: Annotated[Path | None, Option("COCO results JSON, hdovd's .npz, or a .pkl of mmdetection or Detectron2.")] = None
-    vocabulary: Annotated[Path | None, Option("Nouns for pseudo boxes, one name a line, or general: the object list that ships.")] = None
-    captions: Annotated[Path | None, Option("COCO captions JSON: an image offers only its own captions' words, in singular or plural, as "
-                                            "hdovd nouns --parser match finds them.")] = None
+    proposals: Annotated[
+        Path | None, Option("COCO results JSON, hdovd's .npz, or a .pkl of mmdetection or Detectron2.")
+    ] = None
+    vocabulary: Annotated[
+        Path | None, Option("Nouns for pseudo boxes, one name a line, or general: the object list that ships.")
+    ] = None
+    captions: Annotated[
+        Path | None,
+        Option(
+            "COCO captions JSON: an image offers only its own captions' words, in singular or plural, as "
+            "hdovd nouns --parser match finds them."
+        ),
+    ] = None
     protocol: Protocol = "ov-coco"
     templates: Templates = DEFAULT_TEMPLATES
     recipe: Annotated[CropRecipe | DenseRecipe, RECIPE_OF_BOX] = PLAIN_BOX
@@ -127,36 +171,64 @@ class ExtractConfig:
     activation: ActivationOption = Activation.AUTO
     features: Features = DEFAULT_SET
     device: Device = "auto"
-    batch_size: Annotated[int | None, Option("Crops that CLIP embeds at a time (or the pixels of so many), or auto: found by trying.",
-                                             flags=("--batch", "--batch-size"), parse=partial(number_or_auto, "--batch", 1),
-                                             text="auto")] = None
+    batch_size: Annotated[
+        int | None,
+        Option(
+            "Crops that CLIP embeds at a time (or the pixels of so many), or auto: found by trying.",
+            flags=("--batch", "--batch-size"),
+            parse=partial(number_or_auto, "--batch", 1),
+            text="auto",
+        ),
+    ] = None
     part_rows: Annotated[int, Option("Rows of a part: the most that a killed process loses.", min=1)] = PART_ROWS
     workers: Workers = None
     dry_run: Annotated[bool, Option("Print the plan and stop.")] = False
     retry_failed: Annotated[bool, Option("Try images again that could not be read.")] = False
-    share: Annotated[Share | None, Option("I/N: every N-th part, from the I-th (0 to N-1): one task of an array of N.", flags=("--shard",),
-                                          parse=Share.parse)] = None
-    executor: Annotated[Executor, Option("local: this process (or torchrun's). ray: the actors of a Ray cluster.")] = Executor.LOCAL
-    store: Annotated[Store, Option("webdataset: tar shards with pictures, boxes and embeddings, to train from as a stream.")] = Store.ZARR
+    share: Annotated[
+        Share | None,
+        Option(
+            "I/N: every N-th part, from the I-th (0 to N-1): one task of an array of N.",
+            flags=("--shard",),
+            parse=Share.parse,
+        ),
+    ] = None
+    executor: Annotated[Executor, Option("local: this process (or torchrun's). ray: the actors of a Ray cluster.")] = (
+        Executor.LOCAL
+    )
+    store: Annotated[
+        Store, Option("webdataset: tar shards with pictures, boxes and embeddings, to train from as a stream.")
+    ] = Store.ZARR
     synonyms: Synonyms = None
     class_embeddings: ClassEmbeddings = None
     nouns: Annotated[Path | None, Option("A file of hdovd nouns, instead of --vocabulary and --captions.")] = None
     matching: Matching = Matching.LEMMAS
     labels: Annotated[LabelRule, LABELS] = ONE_NOUN
-    exif: Annotated[Exif, Option("Pictures with an EXIF orientation whose annotated size fits them turned and as stored: apply turns "
-                                 "them. The "
-                                 "annotated size decides of all others.")] = Exif.APPLY
+    exif: Annotated[
+        Exif,
+        Option(
+            "Pictures with an EXIF orientation whose annotated size fits them turned and as stored: apply turns "
+            "them. The "
+            "annotated size decides of all others."
+        ),
+    ] = Exif.APPLY
 
     def __post_init__(self) -> None:
         if self.nouns is not None and (self.vocabulary is not None or self.captions is not None):
-            raise HdovdError("--nouns holds a vocabulary and what of it each image offers: leave --vocabulary and --captions out")
+            raise HdovdError(
+                "--nouns holds a vocabulary and what of it each image offers: leave --vocabulary and --captions out"
+            )
         if self.captions is not None and self.vocabulary is None:
-            raise HdovdError("--captions needs --vocabulary too: the names, one a line, that are looked for in the captions")
+            raise HdovdError(
+                "--captions needs --vocabulary too: the names, one a line, that are looked for in the captions"
+            )
         for option in ("vocabulary", "nouns"):
             if self.proposals is None and getattr(self, option) is not None:
                 raise HdovdError(f"--{option} names pseudo boxes, and there are none without --proposals")
         if self.labels.top > 1 and self.vocabulary is None and self.nouns is None:
-            raise HdovdError(f"--label-top-k {self.labels.top} is of pseudo labels, and there are none without --nouns or --vocabulary")
+            raise HdovdError(
+                f"--label-top-k {self.labels.top} is of pseudo labels, and there are none without --nouns or "
+                f"--vocabulary"
+            )
         if self.synonyms is not None and self.class_embeddings is not None:
             raise HdovdError("--synonyms has no use with --class-embeddings, which takes the place of all class names")
         check_templates(self.templates)
@@ -171,43 +243,85 @@ class ExtractConfig:
             Catalog.find_at(self.cache)
         load_protocol(self.protocol)
         self.data.locate("train2017")
-        require_files(proposals=self.proposals, captions=self.captions, nouns=self.nouns, synonyms=self.synonyms,
-                      class_embeddings=self.class_embeddings)
+        require_files(
+            proposals=self.proposals,
+            captions=self.captions,
+            nouns=self.nouns,
+            synonyms=self.synonyms,
+            class_embeddings=self.class_embeddings,
+        )
         if self.vocabulary is not None:
             read_vocabulary(self.vocabulary)
 
     def to_dict(self) -> dict[str, Any]:
         """What another process needs to make the same products: JSON values, absolute paths."""
         paths = {name: _absolute(getattr(self, name)) for name in _FILES}
-        if self.captions is not None and self.matching is not Matching.WORDS:  # sets that do not say it are of whole words
+        if (
+            self.captions is not None and self.matching is not Matching.WORDS
+        ):  # sets that do not say it are of whole words
             paths["matching"] = str(self.matching)
         paths |= {name: _absolute(file) for name in _LATER_FILES if (file := getattr(self, name)) is not None}
         data = {name: _absolute(getattr(self.data, name)) for name in ("root", "images", "annotations")}
-        pretrained = self.pretrained if self.pretrained is None or not is_file(self.pretrained) else _absolute(Path(self.pretrained))
+        pretrained = (
+            self.pretrained
+            if self.pretrained is None or not is_file(self.pretrained)
+            else _absolute(Path(self.pretrained))
+        )
         clip = f"local-dir:{_absolute(Path(self.clip[10:]))}" if self.clip.startswith("local-dir:") else self.clip
         protocol = _absolute(Path(self.protocol)) if is_file(self.protocol) else self.protocol
-        recipe = {"dense": {"side": self.recipe.side}} if isinstance(self.recipe, DenseRecipe) else {"crop": self.recipe.inputs()}
-        return {"data": data, **paths, "clip": clip, "pretrained": pretrained, "protocol": protocol, "templates": list(self.templates),
-                **recipe, "precision": str(self.precision), "activation": str(self.activation),
-                "features": self.features, **({} if self.labels.top == 1 else {"labels": self.labels.inputs()}),
-                **({} if self.exif is Exif.APPLY else {"exif": str(self.exif)})}
+        recipe = (
+            {"dense": {"side": self.recipe.side}}
+            if isinstance(self.recipe, DenseRecipe)
+            else {"crop": self.recipe.inputs()}
+        )
+        return {
+            "data": data,
+            **paths,
+            "clip": clip,
+            "pretrained": pretrained,
+            "protocol": protocol,
+            "templates": list(self.templates),
+            **recipe,
+            "precision": str(self.precision),
+            "activation": str(self.activation),
+            "features": self.features,
+            **({} if self.labels.top == 1 else {"labels": self.labels.inputs()}),
+            **({} if self.exif is Exif.APPLY else {"exif": str(self.exif)}),
+        }
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any], cache: Path | str, **changes: Any) -> ExtractConfig:
         """The extraction that `to_dict` described, with changes."""
         paths = {name: _path(tree[name]) for name in _FILES} | {name: _path(tree.get(name)) for name in _LATER_FILES}
         data = DataPaths(**{name: _path(value) for name, value in tree["data"].items()})
-        recipe = DenseRecipe(**tree["dense"]) if "dense" in tree else CropRecipe.from_inputs(tree["crop"]) if "crop" in tree else PLAIN_BOX
+        recipe = (
+            DenseRecipe(**tree["dense"])
+            if "dense" in tree
+            else CropRecipe.from_inputs(tree["crop"])
+            if "crop" in tree
+            else PLAIN_BOX
+        )
         rest = {name: value for name, value in tree.items() if name not in ("crop", "dense", "labels")}
-        given = {**rest, **paths, "data": data, "templates": tuple(tree["templates"]), "recipe": recipe,
-                 "labels": LabelRule.of(tree.get("labels", {})), "matching": _matching(tree),
-                 "precision": Precision(tree["precision"]), "exif": Exif(tree.get("exif", Exif.APPLY)),
-                 "activation": Activation(tree["activation"]), "cache": cache}
+        given = {
+            **rest,
+            **paths,
+            "data": data,
+            "templates": tuple(tree["templates"]),
+            "recipe": recipe,
+            "labels": LabelRule.of(tree.get("labels", {})),
+            "matching": _matching(tree),
+            "precision": Precision(tree["precision"]),
+            "exif": Exif(tree.get("exif", Exif.APPLY)),
+            "activation": Activation(tree["activation"]),
+            "cache": cache,
+        }
         return cls(**(given | changes))
 
 
 def _matching(tree: dict[str, Any]) -> Matching:
-    """What a set says of how names were found in captions; one without captions says nothing, and one that is older neither."""
+    """What a set says of how names were found in captions; one without captions says nothing, and one that is older
+    neither.
+    """
     return Matching(tree.get("matching", Matching.LEMMAS if tree.get("captions") is None else Matching.WORDS))
 
 

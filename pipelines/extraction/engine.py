@@ -1,7 +1,8 @@
 """One process's hands on an extraction: it can do any units of the work, parts of levels, in any order.
 
 Units are the same whoever does them: a part's crops go through the model in row order, in batches of one fixed shape
-(the last one filled up with zeros), so that its bytes depend neither on the number of workers nor on what was done before.
+(the last one filled up with zeros), so that its bytes depend neither on the number of workers nor on what was done
+before.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class Cost:
 
     def seconds(self, rows: int, workers: int) -> float:
         """Expected for `rows`: with worker processes the slower of the two counts, without them both do."""
-        return rows * (max(self.cut_s / workers, self.embed_s) if workers else self.cut_s / torch.get_num_threads() + self.embed_s)
+        return rows * (
+            max(self.cut_s / workers, self.embed_s) if workers else self.cut_s / torch.get_num_threads() + self.embed_s
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +88,22 @@ class Probe:
 class Extraction:
     """The inputs of an extraction, its plan, and the products that it fills."""
 
-    def __init__(self, split: Split, table: BoxTable, pictures: PictureHashes, nouns: Nouns | None, classes: TextRows, teacher: Teacher,
-                 embedders: Mapping[Level, Embedder], plans: list[LevelPlan], *, templates: tuple[str, ...], batch_size: int | None,
-                 workers: int, origin: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        table: BoxTable,
+        pictures: PictureHashes,
+        nouns: Nouns | None,
+        classes: TextRows,
+        teacher: Teacher,
+        embedders: Mapping[Level, Embedder],
+        plans: list[LevelPlan],
+        *,
+        templates: tuple[str, ...],
+        batch_size: int | None,
+        workers: int,
+        origin: dict[str, Any] | None = None,
+    ) -> None:
         """`origin`: what a set's record says of the proposals."""
         self.origin = origin or {}
         self.split, self.table, self.pictures, self.nouns, self.teacher = split, table, pictures, nouns, teacher
@@ -100,7 +116,9 @@ class Extraction:
         self._donors: dict[Level, Rows] = {}
         self._sound: set[tuple[Level, int]] = set()  # parts of donors whose checksums were found right
         by_image = None if nouns is None else nouns.by_image
-        self._offered = None if by_image is None else {image: np.array(rows, np.int64) for image, rows in by_image.items()}
+        self._offered = (
+            None if by_image is None else {image: np.array(rows, np.int64) for image, rows in by_image.items()}
+        )
         self.bar: tqdm[Any] | None = None
 
     def begin(self, catalog: Catalog) -> None:
@@ -111,16 +129,33 @@ class Extraction:
             if level is Level.PSEUDO_LABEL:  # made part by part with the crops that it names
                 plan.part_rows = self.plans[Level.INSTANCE].part_rows
             self._writers[level] = ProductWriter.begin(
-                catalog.folder, level, plan.inputs, rows=plan.rows, part_rows=plan.part_rows, dim=plan.dim,
-                tables=self.table.tables(level), names=plan.names, made_with={} if level is Level.BOXES else made_with)
-            plan.part_rows = self._writers[level].product.part_rows  # another process may have begun it since it was planned
+                catalog.folder,
+                level,
+                plan.inputs,
+                rows=plan.rows,
+                part_rows=plan.part_rows,
+                dim=plan.dim,
+                tables=self.table.tables(level),
+                names=plan.names,
+                made_with={} if level is Level.BOXES else made_with,
+            )
+            plan.part_rows = self._writers[
+                level
+            ].product.part_rows  # another process may have begun it since it was planned
         if self.pictures.later:  # they need not be hashed again
             write_files(self.product(Level.IMAGE), LATER, self.pictures.files[self.pictures.files["size"] >= 0])
 
     def units(self) -> tuple[list[Unit], list[Unit]]:
         """The texts, which every process needs first, and what can be shared out: a fixed order, done or not."""
-        texts = [Unit(level, part) for level in (Level.CLASS, Level.NOUN) if level in self.plans for part in range(self.plans[level].parts)]
-        pictures = [Unit(level, part) for level in (Level.IMAGE, Level.INSTANCE) for part in range(self.plans[level].parts)]
+        texts = [
+            Unit(level, part)
+            for level in (Level.CLASS, Level.NOUN)
+            if level in self.plans
+            for part in range(self.plans[level].parts)
+        ]
+        pictures = [
+            Unit(level, part) for level in (Level.IMAGE, Level.INSTANCE) for part in range(self.plans[level].parts)
+        ]
         return texts, pictures
 
     def do(self, units: Iterable[Unit]) -> list[Unit]:
@@ -139,6 +174,7 @@ class Extraction:
         writes: deque[Future[None]] = deque()
         asked: deque[tuple[_Part, RowBatch]] = deque()  # what is being embedded
         with ExitStack() as claims, ThreadPoolExecutor(1) as writer:
+
             def finish(part: _Part) -> None:
                 writes.append(writer.submit(self._finish, part, busy, wait))
                 while len(writes) > WRITES_BEHIND:
@@ -168,7 +204,12 @@ class Extraction:
     def left(self) -> list[Unit]:
         """What is not done, in the order of `units`."""
         todo = {level: {*self.product(level).missing(), *plan.redo} for level, plan in self.plans.items()}
-        return [unit for units in self.units() for unit in units if any(unit.part in todo[level] for level in self._levels_of(unit))]
+        return [
+            unit
+            for units in self.units()
+            for unit in units
+            if any(unit.part in todo[level] for level in self._levels_of(unit))
+        ]
 
     def _levels_of(self, unit: Unit) -> list[Level]:
         """A unit's own level and what follows from it."""
@@ -196,7 +237,9 @@ class Extraction:
             yield part
 
     def _undo(self, unit: Unit) -> None:
-        """Forget a part that is to be made again, what follows from it first: killed at any moment, no record speaks of other bytes."""
+        """Forget a part that is to be made again, what follows from it first: killed at any moment, no record speaks of
+        other bytes.
+        """
         for level in reversed(self._levels_of(unit)):
             self._catalog.folder.delete(self.product(level).record_name(unit.part))
         self.plans[unit.level].redo = tuple(part for part in self.plans[unit.level].redo if part != unit.part)
@@ -266,7 +309,11 @@ class Extraction:
 
     def _batch_size_of(self, level: Level) -> int:
         """The one that the product was begun with, whatever this process was told."""
-        return int(self.product(level).attributes["made_with"].get("batch_size") or self._batch_size or self.teacher.best_batch())
+        return int(
+            self.product(level).attributes["made_with"].get("batch_size")
+            or self._batch_size
+            or self.teacher.best_batch()
+        )
 
     def _reused(self, level: Level, donor: Product, rows: np.ndarray) -> np.ndarray:
         if level not in self._donors:
@@ -291,7 +338,9 @@ class Extraction:
     # --- measuring ---
 
     def probe(self) -> Probe:
-        """Cut rows of some images spread over the list, and embed a few. Raises HdovdError if none of those images can be read."""
+        """Cut rows of some images spread over the list, and embed a few. Raises HdovdError if none of those images can
+        be read.
+        """
         count, offset = min(PROBE_IMAGES, len(self.split.images)), self.table.offset
         numbers = np.unique(np.linspace(0, len(self.split.images) - 1, count).astype(np.int64))
         boxes = np.concatenate([np.arange(offset[n], min(offset[n] + PROBE_BOXES, offset[n + 1])) for n in numbers])
@@ -309,14 +358,25 @@ class Extraction:
             batch = thread.submit(cutter.batch, jobs, sum(job.count for job in jobs)).result()
             cut_s = (time.monotonic() - since) / len(rows)
             if len(batch.problems) == len(jobs):
-                raise HdovdError(f"none of {len(jobs)} pictures of {self.split.folder} can be read, spread over {len(self.split.images)}; "
-                                 f"the first: {next(iter(batch.problems.values()))}")
+                raise HdovdError(
+                    f"none of {len(jobs)} pictures of {self.split.folder} can be read, spread over "
+                    f"{len(self.split.images)}; "
+                    f"the first: {next(iter(batch.problems.values()))}"
+                )
             size = self._batch_size or self.teacher.best_batch()
             size = size if on_gpu else min(size, PROBE_BATCH_CPU)
             few = embedder.jobs(embedder.groups(rows, size)[0])
-            batch, filled = cutter.batch(few, embedder.places(size)), sum(job.count for job in few) / embedder.places(size)
+            batch, filled = (
+                cutter.batch(few, embedder.places(size)),
+                sum(job.count for job in few) / embedder.places(size),
+            )
             thread.submit(embedder.encode, batch).result()  # the first call prepares what later ones use
             since = time.monotonic()
             thread.submit(embedder.encode, batch).result()
-            embed_s = (time.monotonic() - since) * filled / sum(job.rows for job in few) / (1 if on_gpu else torch.get_num_threads())
+            embed_s = (
+                (time.monotonic() - since)
+                * filled
+                / sum(job.rows for job in few)
+                / (1 if on_gpu else torch.get_num_threads())
+            )
         return Cost(cut_s, embed_s)

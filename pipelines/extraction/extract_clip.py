@@ -1,5 +1,6 @@
-"""Extraction: run the frozen CLIP once over class names, nouns, images, base boxes and proposals. See `hdovd.cache.schema` for what it
-writes."""
+"""Extraction: run the frozen CLIP once over class names, nouns, images, base boxes and proposals. See
+`hdovd.cache.schema` for what it writes.
+"""
 
 from __future__ import annotations
 

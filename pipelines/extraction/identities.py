@@ -24,11 +24,16 @@ from hdovd.pipelines.teachers.base import Teacher
 
 
 def data_inputs(images: Sequence[ImageBoxes], hashes: np.ndarray | None = None) -> dict[Level, KeyInputs]:
-    """The part of the identities that follows from the training images and base boxes. hashes: as `box_table` takes them."""
+    """The part of the identities that follows from the training images and base boxes. hashes: as `box_table` takes
+    them.
+    """
     table = box_table(images, {}, hashes)
     listed = table.image_inputs()
-    return {Level.IMAGE: {"images": listed}, Level.INSTANCE: {"images": listed},
-            Level.BOXES: {"images": listed, "base_boxes": table.base_box_inputs()}}
+    return {
+        Level.IMAGE: {"images": listed},
+        Level.INSTANCE: {"images": listed},
+        Level.BOXES: {"images": listed, "base_boxes": table.base_box_inputs()},
+    }
 
 
 def inputs_of(split: Split, cache: FeatureCache) -> dict[Level, KeyInputs]:
@@ -39,7 +44,9 @@ def inputs_of(split: Split, cache: FeatureCache) -> dict[Level, KeyInputs]:
 
 
 def exif_of(inputs: Mapping[Level, KeyInputs]) -> Exif | None:
-    """How the pictures of a set were read, by what made its levels; None for sets that do not say it: as stored, whatever EXIF says."""
+    """How the pictures of a set were read, by what made its levels; None for sets that do not say it: as stored,
+    whatever EXIF says.
+    """
     found = {inputs[level].get("exif") for level in (Level.IMAGE, Level.INSTANCE) if level in inputs}
     return next((exif for exif in Exif if exif in found), None)
 
@@ -48,27 +55,50 @@ def require_exif(inputs: Mapping[Level, KeyInputs], wanted: str, where: str) -> 
     """Raises HdovdError if the pictures of a set were read in another way."""
     exif = exif_of(inputs)
     if exif not in (None, wanted):
-        raise HdovdError(f"{where} was made with --exif {exif}, and input.exif is \"{wanted}\": boxes and embeddings would be of pictures "
-                         f"that are turned in different ways. Train with --set input.exif={exif}, or extract with --exif {wanted}")
+        raise HdovdError(
+            f'{where} was made with --exif {exif}, and input.exif is "{wanted}": boxes and embeddings would be of pictures '  # noqa: E501
+            f"that are turned in different ways. Train with --set input.exif={exif}, or extract with --exif {wanted}"
+        )
 
 
-def level_inputs(clip: Teacher, table: BoxTable, nouns: Nouns | None, classes: TextRows, templates: Sequence[str],
-                 embedders: Mapping[Level, Embedder], rule: LabelRule = ONE_NOUN) -> dict[Level, KeyInputs]:
+def level_inputs(
+    clip: Teacher,
+    table: BoxTable,
+    nouns: Nouns | None,
+    classes: TextRows,
+    templates: Sequence[str],
+    embedders: Mapping[Level, Embedder],
+    rule: LabelRule = ONE_NOUN,
+) -> dict[Level, KeyInputs]:
     """All inputs of every level that an extraction writes: what determines its bytes, and nothing else."""
     schema: KeyInputs = {"schema_version": SCHEMA_VERSION}
     images, boxes = table.image_inputs(), table.box_inputs()
     pictures = {**schema, "clip": clip.identity, "images": images, "exif": str(embedders[Level.IMAGE].pictures.exif)}
     inputs: dict[Level, KeyInputs] = {
-        Level.BOXES: {**schema, "images": images, "base_boxes": table.base_box_inputs(), "proposals": table.proposal_inputs(),
-                      "boxes": boxes},
+        Level.BOXES: {
+            **schema,
+            "images": images,
+            "base_boxes": table.base_box_inputs(),
+            "proposals": table.proposal_inputs(),
+            "boxes": boxes,
+        },
         Level.CLASS: {**schema, **classes.inputs(clip, templates)},
         Level.IMAGE: {**pictures, **embedders[Level.IMAGE].inputs()},
         Level.INSTANCE: {**pictures, **embedders[Level.INSTANCE].inputs(), "boxes": boxes},
     }
     if nouns is not None:
-        offered = "all" if nouns.by_image is None else hash_tables(np.array(nouns.offered(i), np.int64) for i in table.image_id.tolist())
+        offered = (
+            "all"
+            if nouns.by_image is None
+            else hash_tables(np.array(nouns.offered(i), np.int64) for i in table.image_id.tolist())
+        )
         inputs[Level.NOUN] = {**schema, **TextRows(nouns.vocabulary).inputs(clip, templates)}
         inputs[Level.PSEUDO_LABEL] = {
-            **schema, "instance": key_of(inputs[Level.INSTANCE]), "noun": key_of(inputs[Level.NOUN]), "offered": offered,
-            "sources": hash_tables([table.source]), **rule.inputs()}
+            **schema,
+            "instance": key_of(inputs[Level.INSTANCE]),
+            "noun": key_of(inputs[Level.NOUN]),
+            "offered": offered,
+            "sources": hash_tables([table.source]),
+            **rule.inputs(),
+        }
     return inputs

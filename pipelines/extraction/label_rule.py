@@ -1,4 +1,6 @@
-"""How many nouns a pseudo label is made of. Imports no torch: the command line reads it. `pseudo_labels` follows the rule."""
+"""How many nouns a pseudo label is made of. Imports no torch: the command line reads it. `pseudo_labels` follows the
+rule.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ TEMPERATURE = 0.01  # of CLIP itself: its logits are 100 times the cosine, the m
 
 @dataclass(frozen=True, slots=True)
 class LabelRule:
-    """A label is made of the `top` nouns with the highest cosine, weighed by softmax(cosine / temperature). Raises HdovdError."""
+    """A label is made of the `top` nouns with the highest cosine, weighed by softmax(cosine / temperature). Raises
+    HdovdError.
+    """
 
     top: int = 1
     temperature: float = TEMPERATURE

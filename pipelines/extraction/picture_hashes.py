@@ -1,7 +1,7 @@
 """What stands for each picture in a product's tables (`image_hash`), so that two pictures of one name are told apart.
 
-It is a hash of file name and size, and of the content where the cache has another picture of that name. Files of the place, size and
-time that the cache knows are not read; others are hashed.
+It is a hash of file name and size, and of the content where the cache has another picture of that name. Files of the
+place, size and time that the cache knows are not read; others are hashed.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ READERS = 8  # threads that hash
 
 @dataclass(frozen=True, slots=True)
 class PictureHashes:
-    """Of the N images of a split: `values` (N,) uint64; `files` (N,) of `FILE`, as the cache knows them (`size` -1 where it does not).
+    """Of the N images of a split: `values` (N,) uint64; `files` (N,) of `FILE`, as the cache knows them (`size` -1
+    where it does not).
 
-    `changed`: ids of images whose file is not the one that the cache saw. `later`: whether files were found again in another place, or of
-    another time.
+    `changed`: ids of images whose file is not the one that the cache saw. `later`: whether files were found again in
+    another place, or of another time.
     """
 
     values: np.ndarray
@@ -39,9 +40,12 @@ class PictureHashes:
     def require_unchanged(self, where: str) -> None:
         """Raises HdovdError if a picture has changed since it was embedded."""
         if self.changed:
-            raise HdovdError(f"{counted(len(self.changed), 'picture is', 'pictures are')} not what {where} was made from (images "
-                             f"{shorten([*self.changed])}): another content has the same id and size. The same hdovd extract-clip command "
-                             "embeds what changed, and keeps the rest")
+            raise HdovdError(
+                f"{counted(len(self.changed), 'picture is', 'pictures are')} not what {where} was made from (images "
+                f"{shorten([*self.changed])}): another content has the same id and size. The same hdovd extract-clip "
+                f"command "
+                "embeds what changed, and keeps the rest"
+            )
 
 
 def image_hash(image: ImageBoxes, content: bytes = b"") -> int:
@@ -80,7 +84,9 @@ def picture_hashes(split: Split, products: Iterable[Product]) -> PictureHashes:
 
 
 def files_of(read: dict[int, PictureFile], known: np.ndarray, numbers: Iterable[int]) -> np.ndarray:
-    """(n,) of `FILE`: of some images of a split what was read now, else what is known; those of which nothing is are left out."""
+    """(n,) of `FILE`: of some images of a split what was read now, else what is known; those of which nothing is are
+    left out.
+    """
     files = known[[*numbers]]
     for n, row in enumerate(files):
         if (file := read.get(int(row["image_id"]))) is not None:
@@ -94,7 +100,9 @@ def _same_file(path: Path, known: np.ndarray) -> np.void | None:
         stat = path.stat()
     except OSError:
         return None
-    same = known[(known["size"] == stat.st_size) & (known["modified"] == stat.st_mtime_ns) & (known["place"] == place_of(path))]
+    same = known[
+        (known["size"] == stat.st_size) & (known["modified"] == stat.st_mtime_ns) & (known["place"] == place_of(path))
+    ]
     return same[0] if len(same) else None
 
 
@@ -107,7 +115,9 @@ def _read(path: Path) -> PictureFile | None:
 
 
 def _settle(files: np.ndarray, n: int, image: ImageBoxes, file: PictureFile, known: np.ndarray) -> bool:
-    """Enter a file that was hashed; False if the cache has other pictures of that id and size (`known`, one at least) and not this one."""
+    """Enter a file that was hashed; False if the cache has other pictures of that id and size (`known`, one at least)
+    and not this one.
+    """
     label = int(files[n]["label"])
     same = known[known["content"] == file.content]
     if len(same):

@@ -10,12 +10,28 @@ import numpy as np
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.product import Product
-from hdovd.cache.schema import CHUNK_ROWS, IMAGE_PART_ROWS, PART_ROWS, ROW_ARRAYS, TABLE_ARRAYS, TABLES, Level, row_arrays
+from hdovd.cache.schema import (
+    CHUNK_ROWS,
+    IMAGE_PART_ROWS,
+    PART_ROWS,
+    ROW_ARRAYS,
+    TABLE_ARRAYS,
+    TABLES,
+    Level,
+    row_arrays,
+)
 from hdovd.core.errors import counted
 from hdovd.pipelines.extraction.boxes import BoxTable, match_rows
 
-MATCHED_BY = {Level.IMAGE: ("image_id", "image_hash"), Level.INSTANCE: ("image_id", "image_hash", "box")}  # what makes a row the same row
-DATA_INPUTS = ("images", "boxes", "exif")  # inputs that may differ between two products whose rows are the same where they match
+MATCHED_BY = {
+    Level.IMAGE: ("image_id", "image_hash"),
+    Level.INSTANCE: ("image_id", "image_hash", "box"),
+}  # what makes a row the same row
+DATA_INPUTS = (
+    "images",
+    "boxes",
+    "exif",
+)  # inputs that may differ between two products whose rows are the same where they match
 
 
 @dataclass(slots=True)
@@ -23,8 +39,8 @@ class LevelPlan:
     """One level of an extraction.
 
     `decision` is "hit", "extend" or "extract", `reason` why it is no hit. `redo`: finished parts to make again.
-    `kept` (rows,) bool: rows whose image could be read, if parts are made again. `donor` and `reuse` (rows,): another product that has rows
-    of this one, and which; -1 where it has not.
+    `kept` (rows,) bool: rows whose image could be read, if parts are made again. `donor` and `reuse` (rows,): another
+    product that has rows of this one, and which; -1 where it has not.
     """
 
     level: Level
@@ -70,14 +86,25 @@ class LevelPlan:
         """Bytes of one row of the row arrays, or of the tables of a level that has nothing else."""
         arrays = row_arrays(self.level, self.dim)
         if not arrays:
-            return sum(np.dtype(dtype).itemsize for dtype in TABLE_ARRAYS[self.level].values()) + 3 * 4  # box is four values
+            return (
+                sum(np.dtype(dtype).itemsize for dtype in TABLE_ARRAYS[self.level].values()) + 3 * 4
+            )  # box is four values
         return sum(np.dtype(dtype).itemsize * (self.dim if wide else 1) for dtype, wide in arrays.values())
 
 
-def plan_levels(catalog: Catalog | None, inputs: dict[Level, KeyInputs], table: BoxTable, dim: int, *, part_rows: int,
-                retry_failed: bool, read_alike: Callable[[int], bool] = lambda _: True) -> list[LevelPlan]:
-    """A plan for every level of `inputs`, against what `catalog` holds; None for no cache yet. `read_alike`: whether the picture of this
-    number is the same by all rules of reading."""
+def plan_levels(
+    catalog: Catalog | None,
+    inputs: dict[Level, KeyInputs],
+    table: BoxTable,
+    dim: int,
+    *,
+    part_rows: int,
+    retry_failed: bool,
+    read_alike: Callable[[int], bool] = lambda _: True,
+) -> list[LevelPlan]:
+    """A plan for every level of `inputs`, against what `catalog` holds; None for no cache yet. `read_alike`: whether
+    the picture of this number is the same by all rules of reading.
+    """
     plans: list[LevelPlan] = []
     for level in Level:
         if level not in inputs:
@@ -98,14 +125,18 @@ def plan_levels(catalog: Catalog | None, inputs: dict[Level, KeyInputs], table: 
 
 
 def part_rows_of(level: Level, part_rows: int) -> int:
-    """The image level has a row where others have a picture's worth of boxes, so its parts are smaller; of whole chunks, too."""
+    """The image level has a row where others have a picture's worth of boxes, so its parts are smaller; of whole
+    chunks, too.
+    """
     if level is not Level.IMAGE:
         return part_rows
     rows = max(1, part_rows * IMAGE_PART_ROWS // PART_ROWS)
     return rows if rows <= CHUNK_ROWS else rows - rows % CHUNK_ROWS
 
 
-def _compare(catalog: Catalog, plan: LevelPlan, table: BoxTable, read_alike: Callable[[int], bool], *, retry_failed: bool) -> None:
+def _compare(
+    catalog: Catalog, plan: LevelPlan, table: BoxTable, read_alike: Callable[[int], bool], *, retry_failed: bool
+) -> None:
     product = catalog.find(plan.level, plan.key)
     if product is not None:
         plan.part_rows, plan.missing = product.part_rows, product.missing()
@@ -138,7 +169,9 @@ def _find_donor(catalog: Catalog, plan: LevelPlan, table: BoxTable, read_alike: 
         if product.key == plan.key or differences(fixed, theirs) or not product.is_finished(TABLES):
             continue
         offset = product.table("offset") if product.level is Level.INSTANCE else table.offset
-        reuse = match_rows(wanted, [_per_row(name, product.level, product.table(name), offset) for name in MATCHED_BY[product.level]])
+        reuse = match_rows(
+            wanted, [_per_row(name, product.level, product.table(name), offset) for name in MATCHED_BY[product.level]]
+        )
         reuse[~_usable(product)[reuse] & (reuse >= 0)] = -1
         if product.attributes["key_inputs"].get("exif") != plan.inputs["exif"]:
             alike = np.array([read_alike(n) for n in range(len(table.image_id))], bool)

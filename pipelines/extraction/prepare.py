@@ -47,8 +47,9 @@ class ExtractReport:
     whole: bool = True
 
 
-def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = None, *,
-            knowing: Iterable[Product] | None = None) -> Extraction:
+def prepare(
+    config: ExtractConfig, log: Log = print, teacher: Teacher | None = None, *, knowing: Iterable[Product] | None = None
+) -> Extraction:
     """Read the inputs, load the model and plan. Writes nothing. Raises HdovdError for bad input.
 
     `knowing`: products that know pictures by their content, if they are others than those of the cache.
@@ -60,8 +61,11 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
     proposals, origin = _proposals(config, split, log)
     pictures = picture_hashes(split, known)
     if pictures.changed:
-        log(f"{counted(len(pictures.changed), 'picture is', 'pictures are')} not what the cache has of the same id and size (images "
-            f"{shorten([*pictures.changed])}): to be embedded anew")
+        log(
+            f"{counted(len(pictures.changed), 'picture is', 'pictures are')} not what the cache has of the same id and "
+            f"size (images "
+            f"{shorten([*pictures.changed])}): to be embedded anew"
+        )
     table = box_table(split.images, proposals, pictures.values)
     classes = read_classes(protocol.names, config.synonyms, config.class_embeddings, log)
     nouns = _nouns(config, split)
@@ -69,14 +73,22 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
         raise HdovdError(f"--label-top-k {config.labels.top}: there are {len(nouns.vocabulary)} nouns")
     novel = list(dict.fromkeys(name for own in protocol.novel for name in (own, *classes.synonyms.get(own, ()))))
     if nouns is not None and (leaked := named_novel(nouns.vocabulary, novel)):
-        log(f"note: the vocabulary holds {len(leaked)} of the {len(novel)} novel names ({shorten(list(leaked))}); "
-            "allowed, since captions hold them, and to be reported with results")
+        log(
+            f"note: the vocabulary holds {len(leaked)} of the {len(novel)} novel names ({shorten(list(leaked))}); "
+            "allowed, since captions hold them, and to be reported with results"
+        )
     if teacher is None:
         from hdovd.pipelines.teachers.openclip import load_clip
 
         share = this_share(config.share)
-        loaded: Teacher = load_clip(config.clip, config.pretrained, device=share.device(config.device), precision=config.precision,
-                                    activation=config.activation, cached=partial(cached_precision, catalog, config.features))
+        loaded: Teacher = load_clip(
+            config.clip,
+            config.pretrained,
+            device=share.device(config.device),
+            precision=config.precision,
+            activation=config.activation,
+            cached=partial(cached_precision, catalog, config.features),
+        )
     else:
         loaded = teacher
     for note in loaded.notes:
@@ -85,16 +97,38 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
     for rows in (classes, *(() if nouns is None else (TextRows(nouns.vocabulary),))):
         for note in rows.notes(loaded, config.templates):
             log(note)
-    embedders = embedders_of(loaded, Pictures(split.images, split.path, table.offset, table.box, split.exif), config.recipe)
+    embedders = embedders_of(
+        loaded, Pictures(split.images, split.path, table.offset, table.box, split.exif), config.recipe
+    )
     inputs = level_inputs(loaded, table, nouns, classes, config.templates, embedders, config.labels)
-    plans = plan_levels(catalog, inputs, table, loaded.dim, part_rows=config.part_rows, retry_failed=config.retry_failed,
-                        read_alike=partial(read_alike, split))
-    return Extraction(split, table, pictures, nouns, classes, loaded, embedders, plans, templates=config.templates,
-                      batch_size=config.batch_size, workers=workers_for(loaded.device, config.workers), origin=origin)
+    plans = plan_levels(
+        catalog,
+        inputs,
+        table,
+        loaded.dim,
+        part_rows=config.part_rows,
+        retry_failed=config.retry_failed,
+        read_alike=partial(read_alike, split),
+    )
+    return Extraction(
+        split,
+        table,
+        pictures,
+        nouns,
+        classes,
+        loaded,
+        embedders,
+        plans,
+        templates=config.templates,
+        batch_size=config.batch_size,
+        workers=workers_for(loaded.device, config.workers),
+        origin=origin,
+    )
 
 
 def cached_precision(catalog: Catalog | None, features: str, clip: KeyInputs) -> Precision | None:
-    """What the cache's embeddings of a CLIP were computed in: those of the set `features`, else of whichever are there; None without any.
+    """What the cache's embeddings of a CLIP were computed in: those of the set `features`, else of whichever are there;
+    None without any.
 
     clip: its identity, without `compute_dtype`.
     """
@@ -117,8 +151,10 @@ def _nouns(config: ExtractConfig, split: Split) -> Nouns | None:
     else:
         return None
     if not any(nouns.offered(image.id) for image in split.images):
-        raise HdovdError(f"{source} has no noun for any of the {len(split.images)} training images (ids "
-                         f"{shorten([image.id for image in split.images], 4)}): it is of the captions of other images")
+        raise HdovdError(
+            f"{source} has no noun for any of the {len(split.images)} training images (ids "
+            f"{shorten([image.id for image in split.images], 4)}): it is of the captions of other images"
+        )
     return nouns
 
 
@@ -129,8 +165,11 @@ def _proposals(config: ExtractConfig, split: Split, log: Log) -> tuple[dict[int,
         return {}, {}
     found = read_table(config.proposals, split.annotations)
     identity = found.identity()
-    for line in (f"proposals {identity} of {config.proposals}: {len(found.image_id):,d} boxes, {found.form}; "
-                 + made_by_line(found.made_by), *found.notes):
+    for line in (
+        f"proposals {identity} of {config.proposals}: {len(found.image_id):,d} boxes, {found.form}; "
+        + made_by_line(found.made_by),
+        *found.notes,
+    ):
         log(line)
     before = dict(split.skips.by_reason)
     proposals = usable_proposals(found, config.proposals, split.images, split.skips)
@@ -139,7 +178,9 @@ def _proposals(config: ExtractConfig, split: Split, log: Log) -> tuple[dict[int,
     return proposals, {"file": config.proposals.name, "identity": identity, "made_by": found.made_by}
 
 
-def plan_lines(plans: list[LevelPlan], probe: Probe | None, config: ExtractConfig, processes: int, workers: int = 0) -> list[str]:
+def plan_lines(
+    plans: list[LevelPlan], probe: Probe | None, config: ExtractConfig, processes: int, workers: int = 0
+) -> list[str]:
     """The plan as a table, with what it will cost."""
     lines = [f"plan for {config.cache}", f"  {'level':13s}{'plan':8s}{'rows':>11s}{'new':>11s}{'new bytes':>11s}  key"]
     for plan in plans:
@@ -152,7 +193,10 @@ def plan_lines(plans: list[LevelPlan], probe: Probe | None, config: ExtractConfi
         seconds = sum(cost.seconds(rows[level], workers) for level, cost in probe.costs.items()) / processes
         box, who = probe.costs[Level.INSTANCE], f"{processes} process{'es' if processes > 1 else ''}"
         who = "a Ray worker" if config.executor is Executor.RAY else who
-        lines.append(f"  {sum(rows.values()):,d} pictures and boxes: about {duration(seconds)} (a short probe: {1000 * box.cut_s:.2f} ms "
-                     f"to cut, {1000 * box.embed_s:.2f} ms to embed a box; {who} with --workers {workers})"
-                     + ("" if probe.gpu_bytes is None else f"; GPU memory {size(probe.gpu_bytes)}"))
+        lines.append(
+            f"  {sum(rows.values()):,d} pictures and boxes: about {duration(seconds)} (a short probe: "
+            f"{1000 * box.cut_s:.2f} ms "
+            f"to cut, {1000 * box.embed_s:.2f} ms to embed a box; {who} with --workers {workers})"
+            + ("" if probe.gpu_bytes is None else f"; GPU memory {size(probe.gpu_bytes)}")
+        )
     return lines

@@ -22,7 +22,9 @@ SIMILARITY_ROWS = 4_096  # crops compared with nouns at a time
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """top_noun (n, k) int32, best first, -1 where an image offers fewer than k; top_weight (n, k) float32; cosine (n,) of the best."""
+    """top_noun (n, k) int32, best first, -1 where an image offers fewer than k; top_weight (n, k) float32; cosine (n,)
+    of the best.
+    """
 
     top_noun: np.ndarray
     top_weight: np.ndarray
@@ -31,12 +33,16 @@ class Labels:
     def arrays(self) -> dict[str, np.ndarray]:
         """The row arrays of a pseudo_label product."""
         arrays = {"noun": self.top_noun[:, 0], "noun_cosine": self.cosine}
-        return arrays | ({"top_noun": self.top_noun, "top_weight": self.top_weight} if self.top_noun.shape[1] > 1 else {})
+        return arrays | (
+            {"top_noun": self.top_noun, "top_weight": self.top_weight} if self.top_noun.shape[1] > 1 else {}
+        )
 
 
 def no_labels(count: int, rule: LabelRule) -> Labels:
     """Labels of rows that have none."""
-    return Labels(np.full((count, rule.top), -1, np.int32), np.zeros((count, rule.top), np.float32), np.zeros(count, np.float32))
+    return Labels(
+        np.full((count, rule.top), -1, np.int32), np.zeros((count, rule.top), np.float32), np.zeros(count, np.float32)
+    )
 
 
 def best_nouns(crops: Tensor, nouns: Tensor, rule: LabelRule) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,11 +66,19 @@ def label_texts(nouns: Tensor, top_noun: Tensor, top_weight: Tensor) -> Tensor:
     return F.normalize((nouns[top_noun.clamp(min=0)] * top_weight[..., None]).sum(dim=1), dim=1)
 
 
-def label_rows(table: BoxTable, start: int, stop: int, embeddings: np.ndarray, nouns: np.ndarray, offered: Mapping[int, np.ndarray] | None,
-               rule: LabelRule) -> Labels:
+def label_rows(
+    table: BoxTable,
+    start: int,
+    stop: int,
+    embeddings: np.ndarray,
+    nouns: np.ndarray,
+    offered: Mapping[int, np.ndarray] | None,
+    rule: LabelRule,
+) -> Labels:
     """Labels of rows `start` to `stop` of the box table: of proposals that have an embedding.
 
-    embeddings (stop - start, D) float16; nouns (K, D) float16; offered: noun rows by image id, None for all of them everywhere.
+    embeddings (stop - start, D) float16; nouns (K, D) float16; offered: noun rows by image id, None for all of them
+    everywhere.
     """
     texts, labels = torch.from_numpy(nouns.astype(np.float32)), no_labels(stop - start, rule)
     named = (table.source[start:stop] == Source.PROPOSAL) & embeddings.any(axis=1)

@@ -1,7 +1,8 @@
 """An extraction on a Ray cluster: `hdovd extract-clip --executor ray`. No other module imports Ray.
 
-Every actor reads the inputs and loads the model once, then does the units that it is given, one at a time. There is one actor a
-GPU, or without GPUs one for every `1 + --workers` CPUs. Nodes that join get actors; the part of an actor that dies goes to another.
+Every actor reads the inputs and loads the model once, then does the units that it is given, one at a time. There is one
+actor a GPU, or without GPUs one for every `1 + --workers` CPUs. Nodes that join get actors; the part of an actor that
+dies goes to another.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ DEATHS = 3  # of workers at one part, or in a row while they load the model: the
 
 
 def do_with_ray(extraction: Extraction, config: ExtractConfig, log: Callable[[str], None]) -> None:
-    """Do all that is left of an extraction that has begun. Uses the cluster that Ray is connected to, that RAY_ADDRESS names or that
-    runs on this machine; else starts one here. Raises HdovdError for a worker's own error, or if workers keep dying."""
+    """Do all that is left of an extraction that has begun. Uses the cluster that Ray is connected to, that RAY_ADDRESS
+    names or that runs on this machine; else starts one here. Raises HdovdError for a worker's own error, or if workers
+    keep dying.
+    """
     left = extraction.left()
     if not left:
         return
@@ -97,10 +100,19 @@ class ActorPool:
         self._size, self._most, self._log = _size_of_actor(config), most, log
         cache = config.cache if "://" in str(config.cache) else Path(config.cache).absolute()
         self._config = ExtractConfig.from_dict(  # with absolute paths: actors have another working directory
-            config.to_dict(), cache, device="cuda" if self._size.gpus else "cpu", batch_size=config.batch_size, part_rows=config.part_rows,
-            workers=_workers(config, self._size), retry_failed=config.retry_failed, executor=Executor.RAY)
+            config.to_dict(),
+            cache,
+            device="cuda" if self._size.gpus else "cpu",
+            batch_size=config.batch_size,
+            part_rows=config.part_rows,
+            workers=_workers(config, self._size),
+            retry_failed=config.retry_failed,
+            executor=Executor.RAY,
+        )
         self._idle: list[Any] = []
-        self._at_work: dict[Any, tuple[Any, Unit | None, bool]] = {}  # by future: actor, unit (None: it loads), whether it may wait
+        self._at_work: dict[
+            Any, tuple[Any, Unit | None, bool]
+        ] = {}  # by future: actor, unit (None: it loads), whether it may wait
         self._deaths: Counter[Unit | None] = Counter()
         self._looked, self._announced = -LOOK_EVERY_S, 0
 
@@ -146,7 +158,9 @@ class ActorPool:
             return
         self._looked, fits = time.monotonic(), self._size.fits()
         if fits != self._announced:
-            self._log(f"ray: room for {fits} workers, each with " + ("a GPU" if self._size.gpus else f"{self._size.cpus} CPU"))
+            self._log(
+                f"ray: room for {fits} workers, each with " + ("a GPU" if self._size.gpus else f"{self._size.cpus} CPU")
+            )
             self._announced = fits
         for _ in range(min(fits, self._most) - len(self._idle) - len(self._at_work)):
             actor: Any = ray.remote(Worker).options(num_gpus=self._size.gpus, num_cpus=self._size.cpus).remote()
@@ -159,8 +173,11 @@ class ActorPool:
         self._deaths[unit] += 1
         what = "loading the inputs and the model" if unit is None else f"{unit.level} part {unit.part}"
         if self._deaths[unit] == DEATHS:
-            raise HdovdError(f"{DEATHS} Ray workers died at {what}; the last: {_first_line(error)}\nOut of memory? See the logs of Ray on "
-                             "that node; fewer --workers or a smaller --batch-size need less. What is finished is kept")
+            raise HdovdError(
+                f"{DEATHS} Ray workers died at {what}; the last: {_first_line(error)}\nOut of memory? See the logs of "
+                f"Ray on "
+                "that node; fewer --workers or a smaller --batch-size need less. What is finished is kept"
+            )
         self._log(f"ray: a worker died at {what} ({_first_line(error)}); another one does it")
 
 
@@ -169,8 +186,10 @@ def _connect() -> None:
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise HdovdError(f"no Ray cluster can be reached or started: {error}\nRAY_ADDRESS names one, `ray start --head` starts one; "
-                         "does it ask for a token (RAY_AUTH_TOKEN)? `ray status` tries the connection") from error
+        raise HdovdError(
+            f"no Ray cluster can be reached or started: {error}\nRAY_ADDRESS names one, `ray start --head` starts one; "
+            "does it ask for a token (RAY_AUTH_TOKEN)? `ray status` tries the connection"
+        ) from error
 
 
 def _size_of_actor(config: ExtractConfig) -> Size:
@@ -179,7 +198,10 @@ def _size_of_actor(config: ExtractConfig) -> Size:
     if have.get("GPU", 0) >= 1 and config.device != "cpu":
         return Size(1, 1)
     if config.device not in ("auto", "cpu"):
-        raise HdovdError(f"--device {config.device}: the Ray cluster has no GPU (`ray status`); use --device cpu, or wait for its nodes")
+        raise HdovdError(
+            f"--device {config.device}: the Ray cluster has no GPU (`ray status`); use --device cpu, or wait for its "
+            f"nodes"
+        )
     largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
     return Size(0, max(1, min(1 + (config.workers or 0), largest)))
 

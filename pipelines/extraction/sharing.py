@@ -1,7 +1,7 @@
 """How the units of an extraction are shared out: one process, torchrun's, or a SLURM array's `--shard I/N`.
 
-There is one way through all of them: every process goes over its own share of the same list, leaves out what is done, and
-claims what it does. Shares may change between runs, and may overlap: the bytes are the same.
+There is one way through all of them: every process goes over its own share of the same list, leaves out what is done,
+and claims what it does. Shares may change between runs, and may overlap: the bytes are the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from hdovd.pipelines.extraction.engine import Extraction, Unit
 
 @dataclass(frozen=True, slots=True)
 class ProcessShare:
-    """What this process does: the part of the work that its command was given, and its rank among torchrun's `world` processes."""
+    """What this process does: the part of the work that its command was given, and its rank among torchrun's `world`
+    processes.
+    """
 
     command: Share = Share(0, 1)  # noqa: RUF009 - frozen
     rank: int = 0
@@ -51,7 +53,9 @@ def this_share(asked: Share | None) -> ProcessShare:
 
 
 def do_share(extraction: Extraction, share: ProcessShare) -> None:
-    """Do this process's units, then what the others of the same torchrun have not come to, and wait for what is in work."""
+    """Do this process's units, then what the others of the same torchrun have not come to, and wait for what is in
+    work.
+    """
     texts, units = extraction.units()
     for unit in extraction.do(texts):
         extraction.wait_for(unit)

@@ -26,7 +26,9 @@ DATA_AND_PROTOCOL = "--data and --protocol"
 
 @dataclass(frozen=True, slots=True)
 class CacheSource:
-    """A set of a cache. `data` and `protocol`: None for what the set says it was made from; parts of `data` count for themselves."""
+    """A set of a cache. `data` and `protocol`: None for what the set says it was made from; parts of `data` count for
+    themselves.
+    """
 
     cache: Path | str
     features: str = DEFAULT_SET
@@ -36,8 +38,11 @@ class CacheSource:
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
         if is_tar_form(self.cache):
-            raise HdovdError(f"{self.cache} is of tar shards: this needs the Zarr cache that they were made from, or one that hdovd cache "
-                             "import --format webdataset makes of them")
+            raise HdovdError(
+                f"{self.cache} is of tar shards: this needs the Zarr cache that they were made from, or one that hdovd "
+                f"cache "
+                "import --format webdataset makes of them"
+            )
         Catalog(self.cache)
         if self.protocol is not None:
             load_protocol(self.protocol)
@@ -45,7 +50,9 @@ class CacheSource:
             self.data.locate("train2017")
 
     def load(self, features: FeatureSet, log: Callable[[str], None], exif: Exif = Exif.APPLY) -> tuple[Split, Protocol]:
-        """The training images of the set and their protocol: those given, or else those that it was extracted from. Raises HdovdError."""
+        """The training images of the set and their protocol: those given, or else those that it was extracted from.
+        Raises HdovdError.
+        """
         data, name = self.data or DataPaths(), self.protocol
         if features.made_from or data == DataPaths() or name is None:
             extraction = extraction_of(features, self.cache, self.features)
@@ -56,8 +63,11 @@ class CacheSource:
         except HdovdError as error:
             if self.data is not None and self.protocol is not None:
                 raise
-            raise HdovdError(f"{error}\nThis is what set {self.features} of {self.cache} was made from. If it lies elsewhere now, say "
-                             "where: --data (or --images, --annotations), --protocol") from error
+            raise HdovdError(
+                f"{error}\nThis is what set {self.features} of {self.cache} was made from. If it lies elsewhere now, "
+                f"say "
+                "where: --data (or --images, --annotations), --protocol"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,26 +80,36 @@ class CacheWithData:
     images: dict[int, ImageBoxes]
 
 
-def extraction_of(features: FeatureSet, cache: Path | str, name: str, give: str = DATA_AND_PROTOCOL, /, **changes: Any) -> ExtractConfig:
-    """The extraction that made the set `name`, with changes. `give`: the options that say it too. Raises HdovdError if it is not known."""
+def extraction_of(
+    features: FeatureSet, cache: Path | str, name: str, give: str = DATA_AND_PROTOCOL, /, **changes: Any
+) -> ExtractConfig:
+    """The extraction that made the set `name`, with changes. `give`: the options that say it too. Raises HdovdError if
+    it is not known.
+    """
     where = f"set {name} of {cache}"
     if not features.made_from:
         raise HdovdError(f"{where} does not say what it was made from (it is damaged, or was imported): give {give}")
     try:
         return ExtractConfig.from_dict(features.made_from, cache, **changes)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise HdovdError(f"{where}: made_from is damaged ({error!r}): give {give}, or mend it with hdovd cache verify --repair") from error
+        raise HdovdError(
+            f"{where}: made_from is damaged ({error!r}): give {give}, or mend it with hdovd cache verify --repair"
+        ) from error
 
 
 def laid_over(given: DataPaths, known: DataPaths) -> DataPaths:
-    """The paths of a data set that are given, and of the rest those that are known. A root that is given takes the place of all."""
+    """The paths of a data set that are given, and of the rest those that are known. A root that is given takes the
+    place of all.
+    """
     if given.root is not None:
         return given
     return DataPaths(known.root, given.images or known.images, given.annotations or known.annotations)
 
 
 def with_data(cache: FeatureCache, source: CacheSource, log: Callable[[str], None]) -> CacheWithData:
-    """The data of an opened set. Raises HdovdError if they are not known, not there, or not those that the set was made from."""
+    """The data of an opened set. Raises HdovdError if they are not known, not there, or not those that the set was made
+    from.
+    """
     from hdovd.pipelines.extraction.identities import exif_of, inputs_of
 
     exif = exif_of({level: cache.key_inputs(level) for level in cache.levels()}) or Exif.APPLY
@@ -99,7 +119,9 @@ def with_data(cache: FeatureCache, source: CacheSource, log: Callable[[str], Non
 
 
 def cache_of(run: RunFolder) -> FeatureCache:
-    """The cache that a run was trained from, with the very products of then. Raises HdovdError if they are not there any more."""
+    """The cache that a run was trained from, with the very products of then. Raises HdovdError if they are not there
+    any more.
+    """
     from hdovd.cache.reader import FeatureCache
 
     where, name, _ = _find(run)
@@ -121,10 +143,15 @@ def _find(run: RunFolder) -> tuple[str, str, FeatureSet]:
     if not where or not levels:
         raise HdovdError("the run does not say which cache it was trained from")
     if is_tar_form(where):
-        raise HdovdError(f"it was trained from the tar shards {where}, which are read from first to last alone: this needs the Zarr cache")
+        raise HdovdError(
+            f"it was trained from the tar shards {where}, which are read from first to last alone: this needs the Zarr "
+            f"cache"
+        )
     keys, sets = {level: entry["key"] for level, entry in levels.items()}, Catalog(where).sets()
     for name, features in sets.items():
         if {str(level): key for level, key in features.levels.items()} == keys:
             return str(where), name, features
-    raise HdovdError(f"{where} has no set of features with the products that the run was trained from "
-                     f"({'it has ' + shorten(list(sets)) if sets else 'it has no sets'})")
+    raise HdovdError(
+        f"{where} has no set of features with the products that the run was trained from "
+        f"({'it has ' + shorten(list(sets)) if sets else 'it has no sets'})"
+    )

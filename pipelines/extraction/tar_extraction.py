@@ -1,7 +1,7 @@
 """Extraction straight to tar shards: `hdovd extract-clip --store webdataset`.
 
-Rows come in parts that are no shard's, and a killed extraction must go on where it was; so it fills a Zarr cache, `.zarr` in the
-folder of the shards, exports that, and deletes it when every shard has been read back.
+Rows come in parts that are no shard's, and a killed extraction must go on where it was; so it fills a Zarr cache,
+`.zarr` in the folder of the shards, exports that, and deletes it when every shard has been read back.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def extract_to_tars(config: ExtractConfig, log: Log = print, teacher: Teacher | 
     folder, share = open_folder(config.cache), this_share(config.share)
     inner = replace(config, cache=f"{config.cache}/{ZARR}", store=Store.ZARR)
     if folder.exists("zarr.json"):
-        raise HdovdError(f"{config.cache} is a Zarr cache: give the shards another folder, or make them with hdovd cache export")
+        raise HdovdError(
+            f"{config.cache} is a Zarr cache: give the shards another folder, or make them with hdovd cache export"
+        )
     if folder.exists(TAR_META):
         meta, said = TarMeta.from_bytes(folder.read(TAR_META), f"{config.cache}/{TAR_META}"), list[str]()
         if config.precision is Precision.AUTO:
@@ -66,7 +68,16 @@ def extract_to_tars(config: ExtractConfig, log: Log = print, teacher: Teacher | 
 
 def _export(config: ExtractConfig, log: Log) -> None:
     """Write the shards, read them back, delete the Zarr cache."""
-    export_tars(TarExportConfig(cache=f"{config.cache}/{ZARR}", out=config.cache, data=config.data, protocol=config.protocol, features=config.features), log)
+    export_tars(
+        TarExportConfig(
+            cache=f"{config.cache}/{ZARR}",
+            out=config.cache,
+            data=config.data,
+            protocol=config.protocol,
+            features=config.features,
+        ),
+        log,
+    )
     shards = TarShards(config.cache)
     for number in progress(shards.numbers, "verifying", "shard"):
         try:
@@ -75,22 +86,31 @@ def _export(config: ExtractConfig, log: Log) -> None:
             forget_shard(open_folder(config.cache), number)
             raise HdovdError(f"{error}. It counts as not written now: run the same command again") from error
     _delete_zarr(open_folder(config.cache))
-    log(f"{config.cache}: every shard was read back and is verified; the Zarr cache that they were made from is deleted")
+    log(
+        f"{config.cache}: every shard was read back and is verified; the Zarr cache that they were made from is deleted"
+    )
 
 
 def _require_same(config: ExtractConfig, extraction: Extraction, meta: TarMeta) -> None:
     if config.features != meta.name:
-        raise HdovdError(f"{config.cache} holds the set of features {meta.name}, not {config.features}: give another folder")
+        raise HdovdError(
+            f"{config.cache} holds the set of features {meta.name}, not {config.features}: give another folder"
+        )
     expected = {str(plan.level): plan.inputs for plan in extraction.plans.values()}
     lines = differences(expected, {str(level): inputs for level, inputs in meta.key_inputs().items()})
     if lines:
-        raise HdovdError(f"{config.cache} holds tar shards made from something else; give another folder:\n  " + "\n  ".join(lines))
+        raise HdovdError(
+            f"{config.cache} holds tar shards made from something else; give another folder:\n  " + "\n  ".join(lines)
+        )
 
 
 def _hit(config: ExtractConfig, extraction: Extraction, meta: TarMeta, log: Log) -> ExtractReport:
     if config.retry_failed and meta.failed():
-        raise HdovdError(f"--retry-failed: shards cannot be changed. Make a cache of them (hdovd cache import), give it to extract-clip "
-                         f"--retry-failed, and export it to another folder than {config.cache}")
+        raise HdovdError(
+            f"--retry-failed: shards cannot be changed. Make a cache of them (hdovd cache import), give it to "
+            f"extract-clip "
+            f"--retry-failed, and export it to another folder than {config.cache}"
+        )
     plans = list(extraction.plans.values())
     for plan in plans:
         plan.decision, plan.reason, plan.missing = "hit", "", []
@@ -99,7 +119,12 @@ def _hit(config: ExtractConfig, extraction: Extraction, meta: TarMeta, log: Log)
     log("everything is there: nothing to extract")
     if not config.dry_run:
         _delete_zarr(open_folder(config.cache))  # of a run that was killed while it deleted
-    return ExtractReport({p.level: p.decision for p in plans}, {p.level: p.rows for p in plans}, {p.level: 0 for p in plans}, meta.failed())
+    return ExtractReport(
+        {p.level: p.decision for p in plans},
+        {p.level: p.rows for p in plans},
+        {p.level: 0 for p in plans},
+        meta.failed(),
+    )
 
 
 def _delete_zarr(folder: Folder) -> None:

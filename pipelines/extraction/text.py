@@ -1,4 +1,5 @@
-"""What the rows of the class and noun levels are made from: names, several names of one class, or a file of class embeddings.
+"""What the rows of the class and noun levels are made from: names, several names of one class, or a file of class
+embeddings.
 
 K names, D embedding size.
 """
@@ -27,7 +28,8 @@ NORM_TOLERANCE = 1e-3  # of float16 rows that were normalised before they were r
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextRows:
-    """Names in row order. `synonyms`: all the names of a row, its own among them or not, where it has others than its own.
+    """Names in row order. `synonyms`: all the names of a row, its own among them or not, where it has others than its
+    own.
 
     `embeddings`: (K, D) float32 as a file has them, instead of CLIP's text embeddings of the names.
     """
@@ -42,12 +44,24 @@ class TextRows:
         return [self.synonyms.get(name, name) for name in self.names]
 
     def inputs(self, clip: Teacher, templates: Sequence[str]) -> KeyInputs:
-        """What determines the rows. Rows of a file are taken to be of the CLIP that they are used with: no file says it."""
+        """What determines the rows. Rows of a file are taken to be of the CLIP that they are used with: no file says
+        it.
+        """
         if self.embeddings is not None:
-            return {"clip": clip.identity, "names": list(self.names), "class_embeddings": hash_tables([self.embeddings])}
-        texts: KeyInputs = {"clip": clip.identity, "templates": list(templates), "names": list(self.names),
-                            "tokens": clip.hash_prompts(self.texts, templates)}
-        return texts | ({"synonyms": {name: list(names) for name, names in self.synonyms.items()}} if self.synonyms else {})
+            return {
+                "clip": clip.identity,
+                "names": list(self.names),
+                "class_embeddings": hash_tables([self.embeddings]),
+            }
+        texts: KeyInputs = {
+            "clip": clip.identity,
+            "templates": list(templates),
+            "names": list(self.names),
+            "tokens": clip.hash_prompts(self.texts, templates),
+        }
+        return texts | (
+            {"synonyms": {name: list(names) for name, names in self.synonyms.items()}} if self.synonyms else {}
+        )
 
     def notes(self, clip: Teacher, templates: Sequence[str]) -> list[str]:
         """What the text tower makes of the names, where it is not what they say."""
@@ -63,18 +77,28 @@ class TextRows:
     def require_dim(self, dim: int, file: Path | None) -> None:
         """Raises HdovdError if the embeddings of `file` are not of size `dim`."""
         if self.embeddings is not None and self.embeddings.shape[1] != dim:
-            raise HdovdError(f"--class-embeddings {file} holds rows of {self.embeddings.shape[1]} values, the CLIP gives {dim}: "
-                             "are they of another CLIP?")
+            raise HdovdError(
+                f"--class-embeddings {file} holds rows of {self.embeddings.shape[1]} values, the CLIP gives {dim}: "
+                "are they of another CLIP?"
+            )
 
 
-def read_classes(names: Sequence[str], synonyms: Path | None, embeddings: Path | None, log: Callable[[str], None]) -> TextRows:
-    """The classes `names`, in protocol order, with what the files say of them. Raises HdovdError for a file that does not fit."""
-    return TextRows(tuple(names), {} if synonyms is None else read_synonyms(synonyms, names),
-                    None if embeddings is None else read_class_embeddings(embeddings, names, log))
+def read_classes(
+    names: Sequence[str], synonyms: Path | None, embeddings: Path | None, log: Callable[[str], None]
+) -> TextRows:
+    """The classes `names`, in protocol order, with what the files say of them. Raises HdovdError for a file that does
+    not fit.
+    """
+    return TextRows(
+        tuple(names),
+        {} if synonyms is None else read_synonyms(synonyms, names),
+        None if embeddings is None else read_class_embeddings(embeddings, names, log),
+    )
 
 
 def read_synonyms(file: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """All names of the classes that `file` lists: TOML, as protocols are, since JSON takes a class that is listed twice without a word.
+    """All names of the classes that `file` lists: TOML, as protocols are, since JSON takes a class that is listed twice
+    without a word.
 
         couch = ["couch", "sofa"]
         "hot dog" = ["hot dog", "sausage in a bun"]
@@ -85,9 +109,11 @@ def read_synonyms(file: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]
     tree = read_toml(file, "--synonyms", f"TOML such as {example}")
     if unknown := [name for name in tree if name not in names]:
         near = {name: get_close_matches(name, names, 1, cutoff=0.3) for name in unknown}
-        raise HdovdError(f"{where}: no classes of the protocol: "
-                         + shorten([repr(name) + (f" (the nearest is {n[0]!r})" if n else "") for name, n in near.items()])
-                         + f". Each key is a class, its value all names of it: {example}")
+        raise HdovdError(
+            f"{where}: no classes of the protocol: "
+            + shorten([repr(name) + (f" (the nearest is {n[0]!r})" if n else "") for name, n in near.items()])
+            + f". Each key is a class, its value all names of it: {example}"
+        )
     for name, found in tree.items():
         if not isinstance(found, list) or not found:
             raise HdovdError(f"{where}: {name} must be a list of names, not {shown(found)}")
@@ -98,9 +124,15 @@ def read_synonyms(file: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]
     return {name: tuple(tree[name]) for name in names if name in tree and tree[name] != [name]}
 
 
-def read_class_embeddings(file: Path, names: Sequence[str], log: Callable[[str], None], *,
-                          each: str = "class of the protocol, base then novel") -> np.ndarray:
-    """(K, D) float32, the rows of a .npy, .safetensors, .pt or .pth file in the order of `names`, as they are. `each`: what has a row.
+def read_class_embeddings(
+    file: Path,
+    names: Sequence[str],
+    log: Callable[[str], None],
+    *,
+    each: str = "class of the protocol, base then novel",
+) -> np.ndarray:
+    """(K, D) float32, the rows of a .npy, .safetensors, .pt or .pth file in the order of `names`, as they are. `each`:
+    what has a row.
 
     Says it if they are not normalised. Raises HdovdError if they do not fit, or cannot be normalised.
     """
@@ -113,14 +145,21 @@ def read_class_embeddings(file: Path, names: Sequence[str], log: Callable[[str],
     except Unfit as unfit:
         raise HdovdError(f"--class-embeddings: {unfit}") from unfit
     if rows.ndim != 2 or len(rows) != len(names) or not rows.shape[1]:
-        raise HdovdError(f"{where} has shape {rows.shape}, expected ({len(names)}, D): a row for each {each}, "
-                         f"{names[0]} first and {names[-1]} last")
+        raise HdovdError(
+            f"{where} has shape {rows.shape}, expected ({len(names)}, D): a row for each {each}, "
+            f"{names[0]} first and {names[-1]} last"
+        )
     norms = np.linalg.norm(rows.astype(np.float64), axis=1)
     if bad := np.flatnonzero(~(np.isfinite(norms) & (norms > 0))).tolist():
-        raise HdovdError(f"{where}: {len(bad)} of {len(rows)} rows cannot be normalised, they are zero or not finite: "
-                         + shorten([f"{row} ({names[row]})" for row in bad]))
+        raise HdovdError(
+            f"{where}: {len(bad)} of {len(rows)} rows cannot be normalised, they are zero or not finite: "
+            + shorten([f"{row} ({names[row]})" for row in bad])
+        )
     if off := int((np.abs(norms - 1) > NORM_TOLERANCE).sum()):
-        log(f"note: {off} of {len(rows)} rows of {file} are not of norm 1 ({norms.min():.4g} to {norms.max():.4g}): they are normalised")
+        log(
+            f"note: {off} of {len(rows)} rows of {file} are not of norm 1 ({norms.min():.4g} to {norms.max():.4g}): "
+            f"they are normalised"
+        )
     return rows
 
 
@@ -128,7 +167,9 @@ def _read_rows(file: Path) -> np.ndarray:
     """The one array of floating-point numbers that a file holds, as float32. Raises Unfit."""
     if file.suffix == ".npy":
         try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)  # mapped: a shape that the file is too short for is an error
+            array = np.load(
+                file, mmap_mode="r", allow_pickle=False
+            )  # mapped: a shape that the file is too short for is an error
         except (ValueError, OSError, EOFError) as error:
             raise Unfit(f"{file} is no .npy file of numbers, or damaged ({error})") from error
         if array.dtype.kind != "f":
@@ -146,8 +187,10 @@ def _read_rows(file: Path) -> np.ndarray:
         raise Unfit(f"{file}: expected .npy, .safetensors, .pt or .pth, not {file.suffix or 'a name without ending'}")
     if isinstance(found, dict):
         if len(found) != 1:
-            raise Unfit(f"{file} holds {shorten([_described(name, value) for name, value in found.items()]) or 'nothing'}: "
-                        "expected one tensor, save the one that is meant alone")
+            raise Unfit(
+                f"{file} holds {shorten([_described(name, value) for name, value in found.items()]) or 'nothing'}: "
+                "expected one tensor, save the one that is meant alone"
+            )
         (found,) = found.values()
     return floats(found, str(file))
 

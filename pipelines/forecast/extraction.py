@@ -1,4 +1,5 @@
-"""How fast extraction is beside the bare model, which stage limits it, and what a data set will cost: `hdovd bench extract`.
+"""How fast extraction is beside the bare model, which stage limits it, and what a data set will cost: `hdovd bench
+extract`.
 
 Model only and end to end are measured in turns, on the same number of crops in the same batches; ratios are of one run.
 """
@@ -43,8 +44,8 @@ WRITE_ROWS = 8_192
 class ForecastConfig:
     """`folder`: an empty one to work in. `pretrained`: None for random weights, which are as fast as any.
 
-    `images`: made up, with `boxes` boxes each, in JPEG files of `picture` (width, height) pixels; None for as many as the bare model
-    embeds in 10 s. `data_set`: how many images and boxes the forecast is for.
+    `images`: made up, with `boxes` boxes each, in JPEG files of `picture` (width, height) pixels; None for as many as
+    the bare model embeds in 10 s. `data_set`: how many images and boxes the forecast is for.
     """
 
     folder: Path
@@ -66,9 +67,10 @@ class ForecastConfig:
 class Forecast:
     """Rates are crops (rows for writing) a second of the whole machine.
 
-    `crops`: of a round, of which `fill` only fill up the last batches; both count, for the model does both. `at_scale`: end to end
-    where next to nothing has to be filled up: a crop's time in the model, and what all else adds for one that is no fill.
-    `efficiency`: the median over rounds of end to end / model only. `stages`: what each would do if it were alone.
+    `crops`: of a round, of which `fill` only fill up the last batches; both count, for the model does both. `at_scale`:
+    end to end where next to nothing has to be filled up: a crop's time in the model, and what all else adds for one
+    that is no fill. `efficiency`: the median over rounds of end to end / model only. `stages`: what each would do if it
+    were alone.
     """
 
     device: str
@@ -91,14 +93,20 @@ class Forecast:
     def lines(self) -> list[str]:
         """For people."""
         gpu = "" if self.peak_gpu_bytes is None else f", {size(self.peak_gpu_bytes)} of GPU memory"
-        return [f"{self.device}, {self.precision}, batches of {self.batch_size}, {self.cores} cores, {self.workers} workers; "
-                f"{self.crops:,d} crops a round, {self.fill:,d} of them to fill up batches",
-                f"  model only          {self.model_only:10,.1f} crops/s",
-                f"  end to end          {self.end_to_end:10,.1f} crops/s   efficiency {self.efficiency:.3f}",
-                f"  of many images      {self.at_scale:10,.1f} crops/s",
-                *(f"  {name:20s}{rate:10,.0f} {'rows' if name == 'writing' else 'crops'}/s" for name, rate in self.stages.items()),
-                f"  what limits: {self.limit}",
-                f"forecast: {duration(self.seconds)} on this machine, {size(self.disk_bytes)} on disk{gpu}"]
+        return [
+            f"{self.device}, {self.precision}, batches of {self.batch_size}, {self.cores} cores, {self.workers} "
+            f"workers; "
+            f"{self.crops:,d} crops a round, {self.fill:,d} of them to fill up batches",
+            f"  model only          {self.model_only:10,.1f} crops/s",
+            f"  end to end          {self.end_to_end:10,.1f} crops/s   efficiency {self.efficiency:.3f}",
+            f"  of many images      {self.at_scale:10,.1f} crops/s",
+            *(
+                f"  {name:20s}{rate:10,.0f} {'rows' if name == 'writing' else 'crops'}/s"
+                for name, rate in self.stages.items()
+            ),
+            f"  what limits: {self.limit}",
+            f"forecast: {duration(self.seconds)} on this machine, {size(self.disk_bytes)} on disk{gpu}",
+        ]
 
     def tree(self) -> dict[str, Any]:
         """For programs: JSON values."""
@@ -107,44 +115,88 @@ class Forecast:
 
 def forecast(config: ForecastConfig, log: Callable[[str], None] = print) -> Forecast:
     """Make pictures and boxes in `config.folder`, extract them, and measure."""
-    clip = load_clip(config.clip, config.pretrained, device=config.device, precision=config.precision,
-                     random_weights=config.pretrained is None and ":" not in config.clip)
+    clip = load_clip(
+        config.clip,
+        config.pretrained,
+        device=config.device,
+        precision=config.precision,
+        random_weights=config.pretrained is None and ":" not in config.clip,
+    )
     workers, batch_size = workers_for(clip.device, config.workers), config.batch_size or clip.best_batch()
     config = replace(config, batch_size=batch_size, workers=workers)
-    pixels = torch.randint(256, (batch_size, *clip.input_size, 3), dtype=torch.uint8, device=clip.device).permute(0, 3, 1, 2)
-    guess = [_model_only(clip, pixels, 2 * torch.get_num_threads()) for _ in range(2)][1]  # the first prepares what later ones use
+    pixels = torch.randint(256, (batch_size, *clip.input_size, 3), dtype=torch.uint8, device=clip.device).permute(
+        0, 3, 1, 2
+    )
+    guess = [_model_only(clip, pixels, 2 * torch.get_num_threads()) for _ in range(2)][
+        1
+    ]  # the first prepares what later ones use
     of_image = config.boxes * len(config.crop.scales) + 1  # crops
     images = config.images or max(4, round(guess * ROUND_S / of_image))
     log(f"making {images:,d} pictures of {config.picture[0]}x{config.picture[1]} with {config.boxes} boxes each")
     proposals = max(1, config.boxes // 2)
-    make_world(config.folder, images, base_boxes=config.boxes - proposals, proposals=proposals, size=config.picture,
-               pictures=min(images, PICTURES))
+    make_world(
+        config.folder,
+        images,
+        base_boxes=config.boxes - proposals,
+        proposals=proposals,
+        size=config.picture,
+        pictures=min(images, PICTURES),
+    )
     sizes, rounds = _batch_sizes(_begun(config, clip, "stages"), batch_size), []
     crops, real = sum(sizes), images * of_image
     log(f"every round embeds {crops:,d} crops in {len(sizes)} batches")
     for number in range(config.rounds):
         extraction = _begun(config, clip, f"round {number}")
-        rounds.append((_model_only(clip, pixels, len(sizes)), crops / _seconds(partial(extraction.do, extraction.units()[1]))))
+        rounds.append(
+            (_model_only(clip, pixels, len(sizes)), crops / _seconds(partial(extraction.do, extraction.units()[1])))
+        )
     model_only, end_to_end = (median(values) for values in zip(*rounds, strict=True))
     at_scale = 1 / (1 / model_only + max(0.0, 1 / end_to_end - 1 / model_only) * crops / real)
     cores = torch.get_num_threads()
-    stages = _preparation(_begun(config, clip, "preparation"), workers or cores) | {"writing": _writing(config.folder, clip.dim)}
+    stages = _preparation(_begun(config, clip, "preparation"), workers or cores) | {
+        "writing": _writing(config.folder, clip.dim)
+    }
     rates = {"the model": model_only, "preparation": stages["both: preparation"], "writing": stages["writing"]}
     of_images, of_boxes = config.data_set
-    box_bytes = sum(np.dtype(dtype).itemsize * (clip.dim if wide else 1) for dtype, wide in ROW_ARRAYS[Level.INSTANCE].values())
-    box_bytes += sum(np.dtype(TABLE_ARRAYS[Level.BOXES][name]).itemsize for name in ("source", "score", "annotation_id")) + 2 * 4 * 4
+    box_bytes = sum(
+        np.dtype(dtype).itemsize * (clip.dim if wide else 1) for dtype, wide in ROW_ARRAYS[Level.INSTANCE].values()
+    )
+    box_bytes += (
+        sum(np.dtype(TABLE_ARRAYS[Level.BOXES][name]).itemsize for name in ("source", "score", "annotation_id"))
+        + 2 * 4 * 4
+    )
     return Forecast(
-        torch.cuda.get_device_name(clip.device) if clip.device.type == "cuda" else "CPU", str(clip.precision), cores, workers, batch_size,
-        crops, crops - real, model_only, end_to_end, at_scale, median(ours / model for model, ours in rounds), stages,
-        limit=min(rates, key=lambda name: rates[name]), seconds=(of_boxes * len(config.crop.scales) + of_images) / at_scale,
-        disk_bytes=of_boxes * box_bytes + of_images * 2 * clip.dim, peak_gpu_bytes=clip.peak_memory_bytes())
+        torch.cuda.get_device_name(clip.device) if clip.device.type == "cuda" else "CPU",
+        str(clip.precision),
+        cores,
+        workers,
+        batch_size,
+        crops,
+        crops - real,
+        model_only,
+        end_to_end,
+        at_scale,
+        median(ours / model for model, ours in rounds),
+        stages,
+        limit=min(rates, key=lambda name: rates[name]),
+        seconds=(of_boxes * len(config.crop.scales) + of_images) / at_scale,
+        disk_bytes=of_boxes * box_bytes + of_images * 2 * clip.dim,
+        peak_gpu_bytes=clip.peak_memory_bytes(),
+    )
 
 
 def _begun(config: ForecastConfig, clip: ClipTeacher, name: str) -> Extraction:
     """The extraction of the world into a cache of its own, begun, its texts done."""
     world = config.folder
-    extract = ExtractConfig(data=DataPaths(images=world / "images", annotations=world / "annotations.json"), cache=world / name, clip=config.clip,
-                            proposals=world / "proposals.json", recipe=config.crop, batch_size=config.batch_size, workers=config.workers)
+    extract = ExtractConfig(
+        data=DataPaths(images=world / "images", annotations=world / "annotations.json"),
+        cache=world / name,
+        clip=config.clip,
+        proposals=world / "proposals.json",
+        recipe=config.crop,
+        batch_size=config.batch_size,
+        workers=config.workers,
+    )
     extraction = prepare(extract, lambda _: None, clip)
     extraction.begin(Catalog.create(extract.cache))
     extraction.do(extraction.units()[0])
@@ -171,7 +223,9 @@ def _model_only(clip: ClipTeacher, pixels: torch.Tensor, batches: int) -> float:
 
 
 def _preparation(extraction: Extraction, processes: int) -> dict[str, float]:
-    """Crops a second that so many processes read, and cut and resize, from what one core takes for some boxes; the best of three."""
+    """Crops a second that so many processes read, and cut and resize, from what one core takes for some boxes; the best
+    of three.
+    """
     embedder, offset = extraction.embedders[Level.INSTANCE], extraction.table.offset
     jobs = embedder.jobs(np.arange(offset[np.searchsorted(offset, min(STAGE_BOXES, offset[-1]))]))
     cutter, crops = Cutter(embedder.fit, embedder.input_size), sum(job.count for job in jobs)
@@ -188,8 +242,15 @@ def _preparation(extraction: Extraction, processes: int) -> dict[str, float]:
 
 def _writing(folder: Path, dim: int) -> float:
     """Rows a second written to the cache."""
-    writer = ProductWriter.begin(open_folder(folder / "written"), Level.CLASS, {"made": "up"}, rows=WRITE_ROWS, part_rows=WRITE_ROWS,
-                                 dim=dim, names=[""] * WRITE_ROWS)
+    writer = ProductWriter.begin(
+        open_folder(folder / "written"),
+        Level.CLASS,
+        {"made": "up"},
+        rows=WRITE_ROWS,
+        part_rows=WRITE_ROWS,
+        dim=dim,
+        names=[""] * WRITE_ROWS,
+    )
     rows = np.eye(1, dim, dtype=np.float16).repeat(WRITE_ROWS, axis=0)
     return WRITE_ROWS / _seconds(lambda: writer.write_part(0, {"embedding": rows}))
 

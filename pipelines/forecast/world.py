@@ -12,8 +12,16 @@ from PIL import Image
 from hdovd.data.protocol import load_protocol
 
 
-def make_world(folder: Path, images: int, *, base_boxes: int, proposals: int, size: tuple[int, int], pictures: int | None = None,
-               file_type: str = "jpg") -> None:
+def make_world(
+    folder: Path,
+    images: int,
+    *,
+    base_boxes: int,
+    proposals: int,
+    size: tuple[int, int],
+    pictures: int | None = None,
+    file_type: str = "jpg",
+) -> None:
     """Write `images/`, annotations.json and proposals.json, item by item: in as little memory for millions as for one.
 
     Args:
@@ -30,15 +38,25 @@ def make_world(folder: Path, images: int, *, base_boxes: int, proposals: int, si
 
     def boxes(count: int) -> Iterator[dict[str, object]]:
         for image in range(images):
-            found = np.concatenate([rng.uniform(0, 0.6, (count, 2)), rng.uniform(0.1, 0.4, (count, 2))], axis=1) * [*size, *size]
+            found = np.concatenate([rng.uniform(0, 0.6, (count, 2)), rng.uniform(0.1, 0.4, (count, 2))], axis=1) * [
+                *size,
+                *size,
+            ]
             for box, score in zip(found.round(2).tolist(), rng.uniform(0, 1, count).round(4).tolist(), strict=True):
                 yield {"image_id": image, "bbox": box, "score": score}
 
     names = load_protocol("ov-coco").names
-    _write(folder / "annotations.json", {
-        "categories": ({"id": number, "name": name} for number, name in enumerate(names, 1)),
-        "images": ({"id": k, "file_name": f"{k % pictures}.{file_type}", "width": width, "height": height} for k in range(images)),
-        "annotations": (box | {"id": k, "category_id": 1, "iscrowd": 0} for k, box in enumerate(boxes(base_boxes)))})
+    _write(
+        folder / "annotations.json",
+        {
+            "categories": ({"id": number, "name": name} for number, name in enumerate(names, 1)),
+            "images": (
+                {"id": k, "file_name": f"{k % pictures}.{file_type}", "width": width, "height": height}
+                for k in range(images)
+            ),
+            "annotations": (box | {"id": k, "category_id": 1, "iscrowd": 0} for k, box in enumerate(boxes(base_boxes))),
+        },
+    )
     _write(folder / "proposals.json", boxes(proposals))
 
 

@@ -1,7 +1,7 @@
 """Which nouns may name an image's pseudo boxes (METHOD section 2), for extraction.
 
-Without captions: the whole vocabulary, the same for every image. With captions, or a file of `hdovd nouns`: the vocabulary's
-names that the image's own captions hold. See `matching` for how they are found.
+Without captions: the whole vocabulary, the same for every image. With captions, or a file of `hdovd nouns`: the
+vocabulary's names that the image's own captions hold. See `matching` for how they are found.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def read_nouns(vocabulary: Path, captions: Path | None, matching: Matching = Mat
     for one in finder(Captions(captions)):
         found.setdefault(one.image_id, set()).update(row_of[name] for name in one.nouns)
     if not any(found.values()):
-        raise HdovdError(f"no caption of {captions} holds a word of {vocabulary} ({len(names)} names): are they of one language?")
+        raise HdovdError(
+            f"no caption of {captions} holds a word of {vocabulary} ({len(names)} names): are they of one language?"
+        )
     return Nouns(names, {image_id: tuple(sorted(rows)) for image_id, rows in found.items()})
 
 
@@ -69,11 +71,13 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def meaning(name: str) -> str:
-    """What names have in common that differ in case, number, signs and spaces alone: "Hot-dogs" and "hotdog" are one."""
+    """What names have in common that differ in case, number, signs and spaces alone: "Hot-dogs" and "hotdog" are
+    one."""
     return "".join(singular_of(noun_words(name)))
 
 
 def named_novel(vocabulary: Sequence[str], novel: Sequence[str]) -> list[str]:
-    """The novel class names that a vocabulary holds, in whatever form: allowed, since captions hold them, but reported."""
+    """The novel class names that a vocabulary holds, in whatever form: allowed, since captions hold them, but
+    reported."""
     have = set(map(meaning, vocabulary))
     return [name for name in novel if meaning(name) in have]

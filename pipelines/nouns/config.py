@@ -1,4 +1,6 @@
-"""What a search for nouns is asked to do. Imports neither simplemma nor spaCy, so that the command line can name it at no cost."""
+"""What a search for nouns is asked to do. Imports neither simplemma nor spaCy, so that the command line can name it at
+no cost.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ SPACY_MODEL = "en_core_web_sm"
 
 
 class Matching(StrEnum):
-    """How names are found in captions. WORDS: letter by letter, as sets were made before there was LEMMAS, which knows plurals."""
+    """How names are found in captions. WORDS: letter by letter, as sets were made before there was LEMMAS, which knows
+    plurals.
+    """
 
     WORDS = "words"
     LEMMAS = "lemmas"
@@ -34,19 +38,31 @@ class NounsConfig:
 
     captions: Annotated[Path, Option("COCO captions JSON, such as captions_train2017.json.")]
     out: Annotated[Path, Option("The file of nouns by image to write: JSON.")]
-    vocabulary: Annotated[Path | None, Option("Names to look for, one a line. Default: general, the object list that ships; with spaCy, "
-                                              "every "
-                                              "noun.")] = None
-    parser: Annotated[Parser, Option("match: the longest names of the vocabulary, in singular and plural. spacy: what spaCy tags as nouns. "
-                                     "auto: spacy if it is there with its model.")] = Parser.AUTO
-    stop_list: Annotated[Path | None, Option("Words that are no objects, one a line, beside those that ship (front, top, group).")] = None
+    vocabulary: Annotated[
+        Path | None,
+        Option("Names to look for, one a line. Default: general, the object list that ships; with spaCy, every noun."),
+    ] = None
+    parser: Annotated[
+        Parser,
+        Option(
+            "match: the longest names of the vocabulary, in singular and plural. spacy: what spaCy tags as nouns. "
+            "auto: spacy if it is there with its model."
+        ),
+    ] = Parser.AUTO
+    stop_list: Annotated[
+        Path | None, Option("Words that are no objects, one a line, beside those that ship (front, top, group).")
+    ] = None
     spacy_model: Annotated[str, Option("An installed spaCy model, or its folder.")] = SPACY_MODEL
     protocol: Protocol = "ov-coco"
 
     def __post_init__(self) -> None:
         if self.out.is_dir():
-            raise HdovdError(f"--out {self.out} is a folder: expected the file to write, such as {self.out / 'nouns.json'}")
-        if self.out.absolute() in {file.absolute() for file in (self.captions, self.vocabulary, self.stop_list) if file is not None}:
+            raise HdovdError(
+                f"--out {self.out} is a folder: expected the file to write, such as {self.out / 'nouns.json'}"
+            )
+        if self.out.absolute() in {
+            file.absolute() for file in (self.captions, self.vocabulary, self.stop_list) if file is not None
+        }:
             raise HdovdError(f"--out {self.out} is one of the files that are read: name another")
 
     def check(self) -> None:

@@ -31,7 +31,9 @@ UNMATCHED_KEPT = 200  # words of the file
 
 @dataclass(slots=True)
 class NounsReport:
-    """What was found. `images_of`: in how many images each noun is; `novel`: the same for novel names of the vocabulary."""
+    """What was found. `images_of`: in how many images each noun is; `novel`: the same for novel names of the
+    vocabulary.
+    """
 
     nouns: Nouns
     captions: int
@@ -42,7 +44,9 @@ class NounsReport:
 
 
 def find_nouns(job: NounsConfig, log: Log = print) -> NounsReport:
-    """Find the nouns of `job.captions` and write `job.out`. Raises HdovdError for bad input, or if there is no noun at all."""
+    """Find the nouns of `job.captions` and write `job.out`. Raises HdovdError for bad input, or if there is no noun at
+    all.
+    """
     job.check()
     protocol = load_protocol(job.protocol)
     stop = StopList(() if job.stop_list is None else read_vocabulary(job.stop_list, "--stop-list"))
@@ -50,23 +54,38 @@ def find_nouns(job: NounsConfig, log: Log = print) -> NounsReport:
     if finder.stopped:
         log(f"stopped: {shorten(list(finder.stopped))}: on your stop list, and offered to no image")
     if kept := [name for name in finder.vocabulary or () if name in stop and name not in finder.stopped]:
-        log(f"note: the vocabulary holds {shorten(list(kept))}, which the stop list that ships calls no object; a vocabulary has its way, "
-            "--stop-list takes them out")
+        log(
+            f"note: the vocabulary holds {shorten(list(kept))}, which the stop list that ships calls no object; a "
+            f"vocabulary has its way, "
+            "--stop-list takes them out"
+        )
     with job.captions.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     captions = Captions(job.captions)
     with progress(finder(captions), "nouns", "caption") as bar:
         report = _collect(bar, captions, finder.vocabulary)
     if not any(report.images_of.values()):
-        raise HdovdError(f"{job.captions}: {report.captions} captions, and none holds a noun"
-                         + ("" if finder.vocabulary is None else f" of the vocabulary ({len(finder.vocabulary)} names)")
-                         + ": are they of one language? The nouns are looked for in English")
+        raise HdovdError(
+            f"{job.captions}: {report.captions} captions, and none holds a noun"
+            + ("" if finder.vocabulary is None else f" of the vocabulary ({len(finder.vocabulary)} names)")
+            + ": are they of one language? The nouns are looked for in English"
+        )
     vocabulary = report.nouns.vocabulary
     report.novel = {name: _images_with(name, report) for name in named_novel(vocabulary, protocol.novel)}
-    source = "all nouns of the captions" if finder.vocabulary is None else GENERAL if job.vocabulary is None else job.vocabulary.name
-    made_by = {"captions": {"file": job.captions.name, "sha256": sha256, "captions": report.captions}, "parser": made_with,
-               "vocabulary": {"source": source, "sha256": _hash(vocabulary)},
-               "stop_list": {"names": len(stop.names), "sha256": _hash(stop.names)}, "hdovd": __version__}
+    source = (
+        "all nouns of the captions"
+        if finder.vocabulary is None
+        else GENERAL
+        if job.vocabulary is None
+        else job.vocabulary.name
+    )
+    made_by = {
+        "captions": {"file": job.captions.name, "sha256": sha256, "captions": report.captions},
+        "parser": made_with,
+        "vocabulary": {"source": source, "sha256": _hash(vocabulary)},
+        "stop_list": {"names": len(stop.names), "sha256": _hash(stop.names)},
+        "hdovd": __version__,
+    }
     write_noun_file(job.out, report.nouns, made_by, dict(_most(report.unmatched, UNMATCHED_KEPT)))
     for line in report_lines(job, report, len(protocol.novel)):
         log(line)
@@ -85,12 +104,18 @@ def _finder(job: NounsConfig, stop: StopList, log: Log) -> tuple[MatchFinder | P
     given = None if job.vocabulary is None else read_vocabulary(job.vocabulary)
     if parser is Parser.MATCH:
         return MatchFinder(read_vocabulary(Path(GENERAL)) if given is None else given, stop), {
-            "name": str(parser), "simplemma": version("simplemma")}
+            "name": str(parser),
+            "simplemma": version("simplemma"),
+        }
     pipeline = load_parser(job.spacy_model)
     model = "_".join(str(pipeline.meta.get(key, "")) for key in ("lang", "name"))
     return ParsingFinder(pipeline, job.spacy_model, given, stop), {
-        "name": str(parser), "spacy": version("spacy"), "model": model, "model_version": str(pipeline.meta.get("version", "")),
-        "simplemma": version("simplemma")}
+        "name": str(parser),
+        "spacy": version("spacy"),
+        "model": model,
+        "model_version": str(pipeline.meta.get("version", "")),
+        "simplemma": version("simplemma"),
+    }
 
 
 def _collect(found: Iterable[Found], captions: Captions, vocabulary: tuple[str, ...] | None) -> NounsReport:
@@ -105,7 +130,9 @@ def _collect(found: Iterable[Found], captions: Captions, vocabulary: tuple[str, 
     names = list(row_of)
     order = list(range(len(names))) if vocabulary is not None else sorted(range(len(names)), key=names.__getitem__)
     new = {row: place for place, row in enumerate(order)}
-    by_image = {image_id: tuple(sorted(new[row] for row in rows.get(image_id, ()))) for image_id in sorted(captions.images)}
+    by_image = {
+        image_id: tuple(sorted(new[row] for row in rows.get(image_id, ()))) for image_id in sorted(captions.images)
+    }
     nouns = Nouns(tuple(names[row] for row in order), by_image)
     images_of = Counter(nouns.vocabulary[row] for own in by_image.values() for row in own)
     return NounsReport(nouns, count, images_of, unmatched, images_without=sum(not own for own in by_image.values()))
@@ -122,16 +149,25 @@ def report_lines(job: NounsConfig, report: NounsReport, novel: int) -> list[str]
     assert report.nouns.by_image is not None
     images = len(report.nouns.by_image)
     each = sum(report.images_of.values()) / images
-    lines = [f"{job.out}: {report.captions:,d} captions of {images:,d} images; {each:.2f} nouns an image, "
-             f"{report.images_without:,d} images without one; {len(report.images_of):,d} of {len(report.nouns.vocabulary):,d} names occur",
-             "in most images: " + _listed(_most(report.images_of, SHOWN))]
+    lines = [
+        f"{job.out}: {report.captions:,d} captions of {images:,d} images; {each:.2f} nouns an image, "
+        f"{report.images_without:,d} images without one; {len(report.images_of):,d} of "
+        f"{len(report.nouns.vocabulary):,d} names occur",
+        "in most images: " + _listed(_most(report.images_of, SHOWN)),
+    ]
     if report.unmatched:
-        lines.append(f"most frequent words that the vocabulary lacks, nouns or not, in captions: {_listed(_most(report.unmatched, SHOWN))} "
-                     "(more in the file; a longer --vocabulary finds them)")
+        lines.append(
+            f"most frequent words that the vocabulary lacks, nouns or not, in captions: "
+            f"{_listed(_most(report.unmatched, SHOWN))} "
+            "(more in the file; a longer --vocabulary finds them)"
+        )
     if report.novel:
-        lines.append(f"note: the vocabulary holds {len(report.novel)} of the {novel} novel names, in images: "
-                     f"{_listed(sorted(report.novel.items(), key=lambda item: -item[1]))}; allowed, since captions hold them, and to be "
-                     "reported with results")
+        lines.append(
+            f"note: the vocabulary holds {len(report.novel)} of the {novel} novel names, in images: "
+            f"{_listed(sorted(report.novel.items(), key=lambda item: -item[1]))}; allowed, since captions hold them, "
+            f"and to be "
+            "reported with results"
+        )
     else:
         lines.append(f"the vocabulary holds none of the {novel} novel names of --protocol {job.protocol}")
     return lines

@@ -1,6 +1,7 @@
 """Nouns of captions by matching: at every place the longest name of a vocabulary, whose words may be in the plural.
 
-Needs no parser, finds nothing but names of the vocabulary, and cannot tell "a watch" from "they watch". `parsing` matches first as well.
+Needs no parser, finds nothing but names of the vocabulary, and cannot tell "a watch" from "they watch". `parsing`
+matches first as well.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Found:
 def longest_matches(count: int, longest: int, row_of: Callable[[int, int], int | None]) -> list[Match]:
     """Matches in `count` words, from left to right: at every place the longest name, which takes its words.
 
-    `longest`: words of a name at most; `row_of`: the row of the name that words `start` to `stop` are, None if they are none.
+    `longest`: words of a name at most; `row_of`: the row of the name that words `start` to `stop` are, None if they are
+    none.
     """
     found, at = list[Match](), 0
     while at < count:
@@ -50,9 +52,9 @@ def longest_matches(count: int, longest: int, row_of: Callable[[int, int], int |
 class NameMatcher:
     """Finds the names of a vocabulary in the words of a text.
 
-    Words are compared in the singular and joined, so that `hot dog` is in "hotdogs", and `skateboard` in "skate boards". A name
-    that has no singular (scissors, glasses) is found as it is. Of two names
-    that are the same then (hot dog, hotdog), the first one is found.
+    Words are compared in the singular and joined, so that `hot dog` is in "hotdogs", and `skateboard` in "skate
+    boards". A name that has no singular (scissors, glasses) is found as it is. Of two names that are the same then (hot
+    dog, hotdog), the first one is found.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -73,7 +75,9 @@ class NameMatcher:
     def find(self, words: Sequence[str]) -> list[Match]:
         """All matches, from left to right; each takes its words."""
         singulars = singular_of(words)
-        return longest_matches(len(words), self._longest, lambda start, stop: self._row(words[start:stop], singulars[start:stop]))
+        return longest_matches(
+            len(words), self._longest, lambda start, stop: self._row(words[start:stop], singulars[start:stop])
+        )
 
     def _row(self, words: Sequence[str], singulars: Sequence[str]) -> int | None:
         row = self._exact.get("".join(words))
@@ -81,14 +85,18 @@ class NameMatcher:
             row = self._singular.get("".join(singulars))
         if row is None and has_no_singular(words[-1]):
             head = "".join(singulars[:-1])
-            row = next((self._singular[head + last] for last in forms(words[-1]) if head + last in self._singular), None)
+            row = next(
+                (self._singular[head + last] for last in forms(words[-1]) if head + last in self._singular), None
+            )
         if row is not None and len(words) > self._sizes[row] and min(map(len, words)) < MIN_JOINED:
             return None
         return row
 
 
 class StopList:
-    """Names that are no objects: those that ship, and a user's own, which alone overrule a vocabulary. Compared in the singular."""
+    """Names that are no objects: those that ship, and a user's own, which alone overrule a vocabulary. Compared in the
+    singular.
+    """
 
     def __init__(self, own: Sequence[str] = ()) -> None:
         self.names = tuple(dict.fromkeys((*shipped("stop"), *own)))
@@ -109,7 +117,9 @@ class StopList:
 
 
 class MatchFinder:
-    """The nouns of captions by matching alone. `stopped`: names of the vocabulary that the user's stop list holds; they are not offered."""
+    """The nouns of captions by matching alone. `stopped`: names of the vocabulary that the user's stop list holds; they
+    are not offered.
+    """
 
     def __init__(self, vocabulary: Sequence[str], stop: StopList) -> None:
         self.vocabulary = tuple(vocabulary)
@@ -128,7 +138,11 @@ class MatchFinder:
 def unmatched(words: Sequence[str], matches: Sequence[Match], stop: StopList) -> list[str]:
     """The words between the matches, in the singular, that may be nouns for all that is known."""
     taken = {at for match in matches for at in range(match.start, match.stop)}
-    return [singular(word) for at, word in enumerate(words) if at not in taken and _may_be_noun(word) and not stop.ends((word,))]
+    return [
+        singular(word)
+        for at, word in enumerate(words)
+        if at not in taken and _may_be_noun(word) and not stop.ends((word,))
+    ]
 
 
 @cache

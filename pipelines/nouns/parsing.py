@@ -1,4 +1,5 @@
-"""Nouns of captions by a parser: spaCy and a model of the user's, which tell nouns from verbs and know words that no list has.
+"""Nouns of captions by a parser: spaCy and a model of the user's, which tell nouns from verbs and know words that no
+list has.
 
 spaCy comes with `pip install 'hdovd[spacy]'`, a model with `python -m spacy download en_core_web_sm`.
 """
@@ -61,9 +62,10 @@ class _Word:
 class ParsingFinder:
     """The nouns of captions as spaCy tags them.
 
-    With a vocabulary: its names, where the last word is a noun. Without: every common noun with the nouns that the parser calls its
-    compound ("beach volleyball player"), in the singular. The general list helps with what a parser takes apart or calls a proper
-    name: hot dogs, a Frisbee. Of a compound with a word of the stop list (a train front) the rest is left.
+    With a vocabulary: its names, where the last word is a noun. Without: every common noun with the nouns that the
+    parser calls its compound ("beach volleyball player"), in the singular. The general list helps with what a parser
+    takes apart or calls a proper name: hot dogs, a Frisbee. Of a compound with a word of the stop list (a train front)
+    the rest is left.
     """
 
     def __init__(self, pipeline: Language, model: str, vocabulary: Sequence[str] | None, stop: StopList) -> None:
@@ -80,15 +82,21 @@ class ParsingFinder:
             tagged = tagged or any(token.pos_ for token in doc)
             yield self.nouns(doc, image_id)
         if not tagged:
-            raise HdovdError(f"--spacy-model {self.model} tags no part of speech in any caption: it takes a pipeline with a tagger, "
-                             "such as en_core_web_sm")
+            raise HdovdError(
+                f"--spacy-model {self.model} tags no part of speech in any caption: it takes a pipeline with a tagger, "
+                "such as en_core_web_sm"
+            )
 
     def nouns(self, doc: Doc, image_id: int) -> Found:
         """The nouns of one caption."""
         parsed = doc.has_annotation("DEP")
         words = [word for token in doc for word in _words(token, parsed)]
         texts = [word.text for word in words]
-        matches = [m for m in self._matcher.find(texts) if words[m.stop - 1].noun and (self.vocabulary is not None or _helps(words, m))]
+        matches = [
+            m
+            for m in self._matcher.find(texts)
+            if words[m.stop - 1].noun and (self.vocabulary is not None or _helps(words, m))
+        ]
         names = [name for m in matches if (name := self._names[m.row]) not in self.stopped]
         if self.vocabulary is not None:
             return Found(image_id, names, [w for w in unmatched(texts, matches, self._stop) if w in _nouns_of(words)])
@@ -128,7 +136,9 @@ def _words(token: Token, parsed: bool) -> list[_Word]:
         return []
     noun = token.pos_ in NOUNS
     compound = token.dep_ == "compound" if parsed else noun
-    return [_Word(text, noun, token.pos_ == "NOUN", compound, token.tag_ in ("NNS", "")) for text in noun_words(token.text)]
+    return [
+        _Word(text, noun, token.pos_ == "NOUN", compound, token.tag_ in ("NNS", "")) for text in noun_words(token.text)
+    ]
 
 
 def _nouns_of(words: Sequence[_Word]) -> set[str]:

@@ -1,7 +1,7 @@
 """The words of a text, and the singular of a noun.
 
-simplemma's dictionary of English, asked for plurals alone: it knows no parts of speech, and would make "paint" of a painting.
-What it has otherwise than nouns need it stands in `names/singular.txt`.
+simplemma's dictionary of English, asked for plurals alone: it knows no parts of speech, and would make "paint" of a
+painting. What it has otherwise than nouns need it stands in `names/singular.txt`.
 """
 
 from __future__ import annotations
@@ -29,19 +29,25 @@ def singular_of(words: Sequence[str]) -> tuple[str, ...]:
 
 @cache
 def singular(word: str) -> str:
-    """The singular of a noun in lower case. Other words, and nouns that have none (scissors, glasses), stay as they are."""
+    """The singular of a noun in lower case. Other words, and nouns that have none (scissors, glasses), stay as they
+    are.
+    """
     known = _corrections().get(word)
     return _reduced(word) if known is None else known
 
 
 @cache
 def forms(word: str) -> tuple[str, ...]:
-    """What a word of a caption may stand for, the likeliest first: its singular, and of glasses and skis what each of them is."""
+    """What a word of a caption may stand for, the likeliest first: its singular, and of glasses and skis what each of
+    them is.
+    """
     return tuple(dict.fromkeys((singular(word), _reduced(word)))) if has_no_singular(word) else (singular(word),)
 
 
 def has_no_singular(word: str) -> bool:
-    """Whether this is a noun that ends in s and stays as it is, such as scissors: what it would be in the singular means something else."""
+    """Whether this is a noun that ends in s and stays as it is, such as scissors: what it would be in the singular
+    means something else.
+    """
     return _corrections().get(word) == word
 
 

@@ -14,9 +14,16 @@ from hdovd.pipelines.proposal_files.options import ListOrder, require_form
 from hdovd.pipelines.proposal_files.table import ProposalTable
 
 
-def convert_proposals(source: Path, out: Path, annotations: Path | None = None, order: ListOrder = ListOrder.FILE,
-                      log: Callable[[str], None] = print) -> str:
-    """Write all proposals of `source` to `out` as its suffix says, best first; returns their identity. Raises HdovdError for bad input."""
+def convert_proposals(
+    source: Path,
+    out: Path,
+    annotations: Path | None = None,
+    order: ListOrder = ListOrder.FILE,
+    log: Callable[[str], None] = print,
+) -> str:
+    """Write all proposals of `source` to `out` as its suffix says, best first; returns their identity. Raises
+    HdovdError for bad input.
+    """
     require_form(out)
     if out.resolve() == source.resolve():
         raise HdovdError(f"--out {out} is the file to read: give another name")
@@ -48,8 +55,22 @@ def _numbers(table: ProposalTable) -> dict[str, str]:
     counts = np.unique(table.image_id, return_counts=True)[1]
     side = np.sqrt(np.maximum(table.box[:, 2:] - table.box[:, :2], 0).prod(axis=1))
     with np.errstate(invalid="ignore"):
-        bad = int((~np.isfinite(table.box).all(1) | ~np.isfinite(table.score) | ~(table.box[:, 2:] > table.box[:, :2]).all(1)).sum())
-    return {"proposals": f"{len(table.image_id):,d}" + (f", {bad:,d} of them without area or not finite: not usable" if bad else ""),
-            "images": f"{len(counts):,d} with {counts.min()} to {counts.max()} (median {np.median(counts):g}) proposals each",
-            "scores": f"{np.nanmin(table.score):.4g} to {np.nanmax(table.score):.4g}" if not np.isnan(table.score).all() else "none",
-            "size": f"median {np.nanmedian(side):.0f} px (the square root of the area)" if not np.isnan(side).all() else "none"}
+        bad = int(
+            (
+                ~np.isfinite(table.box).all(1)
+                | ~np.isfinite(table.score)
+                | ~(table.box[:, 2:] > table.box[:, :2]).all(1)
+            ).sum()
+        )
+    return {
+        "proposals": f"{len(table.image_id):,d}"
+        + (f", {bad:,d} of them without area or not finite: not usable" if bad else ""),
+        "images": f"{len(counts):,d} with {counts.min()} to {counts.max()} (median {np.median(counts):g}) proposals "
+        f"each",
+        "scores": f"{np.nanmin(table.score):.4g} to {np.nanmax(table.score):.4g}"
+        if not np.isnan(table.score).all()
+        else "none",
+        "size": f"median {np.nanmedian(side):.0f} px (the square root of the area)"
+        if not np.isnan(side).all()
+        else "none",
+    }

@@ -22,8 +22,18 @@ from hdovd.pipelines.proposal_files.formats import NPZ_FORMAT, NPZ_VERSION, read
 from hdovd.pipelines.proposal_files.options import ListOrder
 from hdovd.pipelines.proposal_files.table import NO_PROPOSALS, MadeBy, Proposals, ProposalTable
 
-__all__ = ["NO_PROPOSALS", "MadeBy", "ProposalTable", "Proposals", "made_by_file", "made_by_line", "read_proposals", "read_table",
-           "usable_proposals", "write_proposals"]
+__all__ = [
+    "NO_PROPOSALS",
+    "MadeBy",
+    "ProposalTable",
+    "Proposals",
+    "made_by_file",
+    "made_by_line",
+    "read_proposals",
+    "read_table",
+    "usable_proposals",
+    "write_proposals",
+]
 PICKLES = (".pkl", ".pickle")
 
 
@@ -38,13 +48,18 @@ def read_table(path: Path, annotations: Path | None = None, order: ListOrder = L
             head = file.read(2)
     if head == b"PK":
         table, metadata = read_npz(path)
-        table = _with_made_by(table, metadata.get("identity"), metadata.get("made_by"), f"{path.name} says what made its proposals")
+        table = _with_made_by(
+            table, metadata.get("identity"), metadata.get("made_by"), f"{path.name} says what made its proposals"
+        )
     elif head[:1] == b"\x80" or path.suffix in PICKLES:
         table = read_pickle(path, annotations, order)
     else:
         table = _with_sidecar(read_coco_results(path), path)
     if not len(table.image_id):
-        raise HdovdError(f"{path} holds no proposals; make them with hdovd propose, or leave --proposals out to cache base boxes alone")
+        raise HdovdError(
+            f"{path} holds no proposals; make them with hdovd propose, or leave --proposals out to cache base boxes "
+            f"alone"
+        )
     return table
 
 
@@ -52,12 +67,16 @@ def usable_proposals(table: ProposalTable, path: Path, images: list[ImageBoxes],
     """Those of `images`, by image id; what is left out goes to `skips`. Raises HdovdError if none is left."""
     found = table.for_images(images, skips)
     if not found:
-        raise HdovdError(f"{path} holds no usable proposal for the {len(images)} training images "
-                         f"(ids {shorten([image.id for image in images], 4)}):\n" + "\n".join(skips.lines()))
+        raise HdovdError(
+            f"{path} holds no usable proposal for the {len(images)} training images "
+            f"(ids {shorten([image.id for image in images], 4)}):\n" + "\n".join(skips.lines())
+        )
     return found
 
 
-def read_proposals(path: Path, images: list[ImageBoxes], skips: Skips, annotations: Path | None = None) -> dict[int, Proposals]:
+def read_proposals(
+    path: Path, images: list[ImageBoxes], skips: Skips, annotations: Path | None = None
+) -> dict[int, Proposals]:
     """The usable proposals of `images`, by image id; what is left out goes to `skips`.
 
     Raises HdovdError if the file is of no known form, is empty, or fits none of the images.
@@ -93,7 +112,11 @@ def made_by_line(made_by: MadeBy | None) -> str:
     """What made proposals, in a line."""
     if not made_by:
         return "made by: unknown (the file does not say)"
-    named = [f"{name} {value}" for name, value in made_by.items() if isinstance(value, str | int | float) and not isinstance(value, bool)]
+    named = [
+        f"{name} {value}"
+        for name, value in made_by.items()
+        if isinstance(value, str | int | float) and not isinstance(value, bool)
+    ]
     return "made by: " + (shorten(list(named), 6) or ", ".join(made_by))
 
 
@@ -116,7 +139,11 @@ def _with_made_by(table: ProposalTable, identity: Any, made_by: Any, who: str) -
     if not printable(made_by):
         return _unknown(table, f"{who} with characters that cannot be printed: what made these counts as unknown")
     if not isinstance(made_by, dict) or identity != (own := table.identity()):
-        found = "and is no table" if not isinstance(made_by, dict) else f"of the proposals {shown(identity)}, these are {own}"
+        found = (
+            "and is no table"
+            if not isinstance(made_by, dict)
+            else f"of the proposals {shown(identity)}, these are {own}"
+        )
         return _unknown(table, f"{who} {found}: what made these counts as unknown")
     return replace(table, made_by=made_by)
 
@@ -136,8 +163,14 @@ def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def _write_npz(file: BinaryIO, proposals: dict[int, Proposals], table: ProposalTable, about: dict[str, Any]) -> None:
     offset = np.cumsum([0, *(len(found.boxes) for found in proposals.values())], dtype=np.int64)
     metadata = json.dumps({"format": NPZ_FORMAT, "version": NPZ_VERSION, **about})
-    np.savez(file, image_id=np.array(list(proposals), np.int64), offset=offset, box=table.box.astype(np.float32),
-             score=table.score.astype(np.float32), metadata=np.array(metadata))
+    np.savez(
+        file,
+        image_id=np.array(list(proposals), np.int64),
+        offset=offset,
+        box=table.box.astype(np.float32),
+        score=table.score.astype(np.float32),
+        metadata=np.array(metadata),
+    )
 
 
 def _write_json(file: BinaryIO, proposals: dict[int, Proposals]) -> None:

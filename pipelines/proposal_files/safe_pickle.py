@@ -1,8 +1,9 @@
 """Pickles of numbers, read without running what they ask for.
 
-Unpickling calls whatever the file names. Here a file can name nothing but the functions of `_ArrayUnpickler`, which check what they
-are given before numpy sees it, and nothing but arrays and number types takes a state. It is Python's own unpickler in Python, since a
-file of ten bytes can make the one in C fill memory (its memo is an array as long as the highest number in it).
+Unpickling calls whatever the file names. Here a file can name nothing but the functions of `_ArrayUnpickler`, which
+check what they are given before numpy sees it, and nothing but arrays and number types takes a state. It is Python's
+own unpickler in Python, since a file of ten bytes can make the one in C fill memory (its memo is an array as long as
+the highest number in it).
 """
 
 from __future__ import annotations
@@ -21,8 +22,15 @@ from hdovd.core.errors import HdovdError, system_reason
 
 _NUMBER = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|c8|c16)")
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
-_MODULES = {"_reconstruct": _MULTIARRAY, "scalar": _MULTIARRAY, "_frombuffer": ("numpy.core.numeric", "numpy._core.numeric"),
-            "ndarray": ("numpy",), "dtype": ("numpy",), "encode": ("_codecs",), "bytes": ("builtins", "__builtin__")}
+_MODULES = {
+    "_reconstruct": _MULTIARRAY,
+    "scalar": _MULTIARRAY,
+    "_frombuffer": ("numpy.core.numeric", "numpy._core.numeric"),
+    "ndarray": ("numpy",),
+    "dtype": ("numpy",),
+    "encode": ("_codecs",),
+    "bytes": ("builtins", "__builtin__"),
+}
 
 
 class _Refused(Exception):
@@ -36,9 +44,15 @@ class _ArrayUnpickler(pickle._Unpickler):
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="latin1")  # Python 2 has no bytes type: its arrays hold such text
         self._bytes_left = 2 * len(data)  # text becomes bytes, and these an array
-        self._known = {"_reconstruct": self._reconstruct, "scalar": self._scalar, "_frombuffer": self._from_buffer,
-                       "ndarray": "numpy.ndarray",  # named in every array and never called: no class may be within reach
-                       "dtype": self._dtype, "encode": self._encode, "bytes": self._no_bytes}
+        self._known = {
+            "_reconstruct": self._reconstruct,
+            "scalar": self._scalar,
+            "_frombuffer": self._from_buffer,
+            "ndarray": "numpy.ndarray",  # named in every array and never called: no class may be within reach
+            "dtype": self._dtype,
+            "encode": self._encode,
+            "bytes": self._no_bytes,
+        }
 
     def find_class(self, module: str, name: str, /) -> Any:
         """Names are looked up whole: a dotted name walks from no object to the next."""
@@ -49,7 +63,13 @@ class _ArrayUnpickler(pickle._Unpickler):
     def load_build(self) -> None:
         state, built = self.stack.pop(), self.stack[-1]
         match built, state:
-            case np.ndarray(), (_, tuple() as shape, np.dtype() as dtype, bool() | int() as fortran, bytes() | str() as raw):
+            case np.ndarray(), (
+                _,
+                tuple() as shape,
+                np.dtype() as dtype,
+                bool() | int() as fortran,
+                bytes() | str() as raw,
+            ):
                 self.stack[-1].__setstate__((1, shape, dtype, bool(fortran), self._raw(raw, dtype, shape)))
             # Subarray, names, fields, size, alignment, flags: numpy believes these, so they must say "a plain number".
             case np.dtype(), (3 | 4, "<" | ">" | "=" | "|" as order, None, None, None, -1, -1, 0, *_):
@@ -57,16 +77,26 @@ class _ArrayUnpickler(pickle._Unpickler):
             case np.dtype(), _:
                 raise _Refused(f"a numpy.dtype that is more than {built}")
             case _:
-                raise _Refused(f"attributes of {type(built).__name__} that are not shape, number type and bytes of an array")
+                raise _Refused(
+                    f"attributes of {type(built).__name__} that are not shape, number type and bytes of an array"
+                )
 
     def load_bytearray8(self) -> None:
-        self.stack.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))  # Python's reserves the memory first
+        self.stack.append(
+            bytearray(self.read(int.from_bytes(self.read(8), "little")))
+        )  # Python's reserves the memory first
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build, pickle.BYTEARRAY8[0]: load_bytearray8}
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
 
-    def _raw(self, raw: bytes | bytearray | str, dtype: Any = None, shape: tuple[Any, ...] | None = None) -> bytes | bytearray:
-        """Bytes, which Python 2 and protocol 2 pickle as text; all of them together may not be more than such a file holds.
+    def _raw(
+        self, raw: bytes | bytearray | str, dtype: Any = None, shape: tuple[Any, ...] | None = None
+    ) -> bytes | bytearray:
+        """Bytes, which Python 2 and protocol 2 pickle as text; all of them together may not be more than such a file
+        holds.
 
         With a shape: bytes that fill an array.
         """
@@ -74,9 +104,12 @@ class _ArrayUnpickler(pickle._Unpickler):
         self._bytes_left -= len(raw)
         if self._bytes_left < 0:
             raise _Refused("more bytes than the file holds")
-        if shape is not None and (type(raw) not in (bytes, bytearray) or not isinstance(dtype, np.dtype)
-                                  or not all(type(side) is int and side >= 0 for side in shape)
-                                  or math.prod(shape) * dtype.itemsize != len(raw)):
+        if shape is not None and (
+            type(raw) not in (bytes, bytearray)
+            or not isinstance(dtype, np.dtype)
+            or not all(type(side) is int and side >= 0 for side in shape)
+            or math.prod(shape) * dtype.itemsize != len(raw)
+        ):
             raise _Refused("a numpy array whose shape, number type and bytes do not fit together")
         return raw
 
@@ -113,7 +146,8 @@ def _shown(text: Any) -> str:
 
 
 def load_arrays(path: Path) -> Any:
-    """The content of a pickle file: numeric and boolean numpy arrays, numpy scalars, and containers of them, text and numbers.
+    """The content of a pickle file: numeric and boolean numpy arrays, numpy scalars, and containers of them, text and
+    numbers.
 
     Raises HdovdError if there is no such file, if it names or calls anything else, or is no whole pickle.
     """
@@ -130,8 +164,14 @@ def load_arrays(path: Path) -> Any:
             raise ValueError("it goes on after its end")
         return loaded
     except _Refused as refused:
-        raise HdovdError(f"{path} was not loaded: its pickle asks for {refused}, and a pickle can run any program that way. Expected "
-                         "plain numeric numpy arrays in lists, tuples or dicts; if you trust its source, save it anew as those") from None
+        raise HdovdError(
+            f"{path} was not loaded: its pickle asks for {refused}, and a pickle can run any program that way. "
+            f"Expected "
+            "plain numeric numpy arrays in lists, tuples or dicts; if you trust its source, save it anew as those"
+        ) from None
     except Exception as error:  # a damaged pickle fails in every way that Python has
-        raise HdovdError(f"{path} is no pickle, or a damaged one ({_shown(f'{type(error).__name__}: {error}')}); expected a pickle of "
-                         "numpy arrays: is the download complete?") from error
+        raise HdovdError(
+            f"{path} is no pickle, or a damaged one ({_shown(f'{type(error).__name__}: {error}')}); expected a pickle "
+            f"of "
+            "numpy arrays: is the download complete?"
+        ) from error

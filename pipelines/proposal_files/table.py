@@ -1,6 +1,7 @@
 """Proposals in memory: of one image, and all of a file as columns, with the identity that follows from them.
 
-Read and written by `proposal_file`; the forms of files are in `proposal_formats`. M rows, one a proposal, in the file's order.
+Read and written by `proposal_file`; the forms of files are in `proposal_formats`. M rows, one a proposal, in the file's
+order.
 """
 
 from __future__ import annotations
@@ -16,8 +17,14 @@ from hdovd.cache.identity import hash_tables
 from hdovd.data.coco import ImageBoxes, Skips
 
 MadeBy = dict[str, Any]  # JSON values: what made proposals
-_REASONS = ("box is not four numbers", "box is not finite", "box is inverted (negative width or height)", "box has no area",
-            "box lies outside the image", "score is not a finite number")
+_REASONS = (
+    "box is not four numbers",
+    "box is not finite",
+    "box is inverted (negative width or height)",
+    "box has no area",
+    "box lies outside the image",
+    "score is not a finite number",
+)
 ROWS = 65_536  # looked at together
 
 
@@ -34,10 +41,11 @@ NO_PROPOSALS = Proposals(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProposalTable:
-    """image_id (M,) int64, box (M, 4) float32 xyxy pixels as the file has them, score (M,) float32, or float64 where the file's
-    decimals order what float32 makes equal; NaN where there is no number.
+    """image_id (M,) int64, box (M, 4) float32 xyxy pixels as the file has them, score (M,) float32, or float64 where
+    the file's decimals order what float32 makes equal; NaN where there is no number.
 
-    `made_by`: what made them, None if that is not known. `form`: the file's, in words. `notes`: what a reader of it should be told.
+    `made_by`: what made them, None if that is not known. `form`: the file's, in words. `notes`: what a reader of it
+    should be told.
     """
 
     image_id: np.ndarray
@@ -52,11 +60,16 @@ class ProposalTable:
         """All of `proposals`, image by image."""
         counts = [len(found.boxes) for found in proposals.values()]
         found = [NO_PROPOSALS, *proposals.values()]
-        return cls(np.repeat(np.array(list(proposals), np.int64), counts), np.concatenate([p.boxes for p in found]),
-                   np.concatenate([p.scores for p in found]))
+        return cls(
+            np.repeat(np.array(list(proposals), np.int64), counts),
+            np.concatenate([p.boxes for p in found]),
+            np.concatenate([p.scores for p in found]),
+        )
 
     def identity(self) -> str:
-        """A hash of boxes and scores (float32) by image id: the same for every form of file and every order of its entries."""
+        """A hash of boxes and scores (float32) by image id: the same for every form of file and every order of its
+        entries.
+        """
         box, score = self.box + np.float32(0), self.score.astype(np.float32) + np.float32(0)  # no -0
         box[np.isnan(box)], score[np.isnan(score)] = np.nan, np.nan  # one kind of NaN
         order = np.lexsort((*box.T, -score, self.image_id))
@@ -86,7 +99,9 @@ class ProposalTable:
                 skips.add(f"proposal, {_REASONS[reason[row]]}, entry", start + row)
             keep[rows] = known & (reason < 0)
         for image_id in sorted(unknown):  # an image once: a set's record is read by every run
-            skips.add(f"image with proposals that is not in the training set ({unknown.total():,d} proposals)", image_id)
+            skips.add(
+                f"image with proposals that is not in the training set ({unknown.total():,d} proposals)", image_id
+            )
         order = self._order(keep)
         found = _grouped(self.image_id, self.box, self.score, order)
         for image_id, own in found.items():
@@ -120,6 +135,12 @@ def _reason(box: np.ndarray, edge: np.ndarray, score: np.ndarray) -> np.ndarray:
     """
     low, high = box[:, :2], box[:, 2:]
     with np.errstate(invalid="ignore"):
-        tests = [np.isnan(box).all(1), ~np.isfinite(box).all(1), (high < low).any(1), (high == low).any(1),
-                 (low >= edge).any(1) | (high <= 0).any(1), ~np.isfinite(score)]
+        tests = [
+            np.isnan(box).all(1),
+            ~np.isfinite(box).all(1),
+            (high < low).any(1),
+            (high == low).any(1),
+            (low >= edge).any(1) | (high <= 0).any(1),
+            ~np.isfinite(score),
+        ]
     return np.select(tests, range(len(_REASONS)), -1)

@@ -26,7 +26,8 @@ class Detector(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkConfig:
-    """A network to train on the base boxes of `data`, kept in `file`; one that is there already, of the same settings, is taken.
+    """A network to train on the base boxes of `data`, kept in `file`; one that is there already, of the same settings,
+    is taken.
 
     `overwrite`: train anew, whatever is there. `save_minutes`: between two checkpoints within an epoch.
     """
@@ -42,7 +43,8 @@ class NetworkConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProposeConfig:
-    """`top` proposals an image at most, of `min_score` or more, both sides at least `min_side` pixels of the original image.
+    """`top` proposals an image at most, of `min_score` or more, both sides at least `min_side` pixels of the original
+    image.
 
     A proposal that overlaps a base box or a better proposal by an IoU of more than `overlap` is left out.
     `checkpoint`: a trained network, of which the values are its own; of `recipe` batch size and workers are taken.
@@ -67,8 +69,15 @@ class ProposeConfig:
     @property
     def network(self) -> NetworkConfig:
         """The network of this job lies beside its proposals."""
-        return NetworkConfig(data=self.data, file=network_file(self.out, self.detector), detector=self.detector, recipe=self.recipe, protocol=self.protocol, overwrite=self.overwrite,
-                          save_minutes=self.save_minutes)
+        return NetworkConfig(
+            data=self.data,
+            file=network_file(self.out, self.detector),
+            detector=self.detector,
+            recipe=self.recipe,
+            protocol=self.protocol,
+            overwrite=self.overwrite,
+            save_minutes=self.save_minutes,
+        )
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
@@ -83,8 +92,9 @@ class ProposeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecallConfig:
-    """Average recall on `validation` of networks side by side: those in `checkpoints`, and those of `detectors`, which lie beside `out`
-    or are trained on `data`."""
+    """Average recall on `validation` of networks side by side: those in `checkpoints`, and those of `detectors`, which
+    lie beside `out` or are trained on `data`.
+    """
 
     data: DataPaths
     validation: DataPaths | None
@@ -100,8 +110,10 @@ class RecallConfig:
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
         if self.validation is None:
-            raise HdovdError("--report counts on validation pictures: there is no val2017 under --data; give --val-images and "
-                             "--val-annotations")
+            raise HdovdError(
+                "--report counts on validation pictures: there is no val2017 under --data; give --val-images and "
+                "--val-annotations"
+            )
         if self.networks():
             self.data.locate("train2017")
         load_protocol(self.protocol)
@@ -113,12 +125,26 @@ class RecallConfig:
         """What is to be trained, or was. Raises HdovdError without a place for it."""
         wanted = self.detectors if self.detectors or self.checkpoints else (Detector.OLN,)
         if wanted and self.out is None:
-            raise HdovdError(f"--report trains {' and '.join(wanted)}, and keeps the networks beside --out FILE, for proposals later: give "
-                             "--out, or trained networks with --checkpoint")
+            raise HdovdError(
+                f"--report trains {' and '.join(wanted)}, and keeps the networks beside --out FILE, for proposals "
+                f"later: give "
+                "--out, or trained networks with --checkpoint"
+            )
         if self.out is not None:
             require_form(self.out)
-        return [NetworkConfig(data=self.data, file=network_file(self.out, detector), detector=detector, recipe=self.recipe, protocol=self.protocol, overwrite=self.overwrite,
-                           save_minutes=self.save_minutes) for detector in dict.fromkeys(wanted) if self.out is not None]
+        return [
+            NetworkConfig(
+                data=self.data,
+                file=network_file(self.out, detector),
+                detector=detector,
+                recipe=self.recipe,
+                protocol=self.protocol,
+                overwrite=self.overwrite,
+                save_minutes=self.save_minutes,
+            )
+            for detector in dict.fromkeys(wanted)
+            if self.out is not None
+        ]
 
 
 def require_network(file: Path) -> None:
@@ -138,18 +164,39 @@ class ProposeOptions:
 
     data: Data
     recipe: Annotated[Recipe, RECIPE]
-    out: Annotated[Path | None, Option("The proposal file to write: COCO results JSON, or .npz. The network lies beside it.")] = None
+    out: Annotated[
+        Path | None, Option("The proposal file to write: COCO results JSON, or .npz. The network lies beside it.")
+    ] = None
     protocol: Protocol = "ov-coco"
-    detector: Annotated[tuple[Detector, ...], Option("oln (the default): an object localisation network, which knows no background; rpn: a "
-                                                     "plain region proposal network, its baseline. Repeatable with --report.")] = ()
-    checkpoint: Annotated[tuple[Path, ...], Option("A network that propose trained, NAME.oln.safetensors: propose with it, train nothing. "
-                                                   "Repeatable with --report.")] = ()
-    report: Annotated[bool, Option("Print the average recall on val2017 of these networks (trained where they are not there yet), base and "
-                                   "novel; no proposals are written.")] = False
+    detector: Annotated[
+        tuple[Detector, ...],
+        Option(
+            "oln (the default): an object localisation network, which knows no background; rpn: a "
+            "plain region proposal network, its baseline. Repeatable with --report."
+        ),
+    ] = ()
+    checkpoint: Annotated[
+        tuple[Path, ...],
+        Option(
+            "A network that propose trained, NAME.oln.safetensors: propose with it, train nothing. "
+            "Repeatable with --report."
+        ),
+    ] = ()
+    report: Annotated[
+        bool,
+        Option(
+            "Print the average recall on val2017 of these networks (trained where they are not there yet), base and "
+            "novel; no proposals are written."
+        ),
+    ] = False
     top: Annotated[int, Option("Proposals an image, at most.", min=1)] = 10
-    overlap: Annotated[float, Option("Largest IoU of a proposal with a base box or a better proposal.", min=0, max=1)] = 0.5
+    overlap: Annotated[
+        float, Option("Largest IoU of a proposal with a base box or a better proposal.", min=0, max=1)
+    ] = 0.5
     min_side: Annotated[float, Option("Shortest side of a proposal, pixels of the original image.", min=0)] = 8.0
-    backbone_out: Annotated[Path | None, Option("Also keep the trained backbone and its record: hdovd train can start from it.")] = None
+    backbone_out: Annotated[
+        Path | None, Option("Also keep the trained backbone and its record: hdovd train can start from it.")
+    ] = None
     min_score: Annotated[float, Option("Lowest score of a proposal.", min=0, max=1)] = 0.0
     device: Device = "auto"
     overwrite: Annotated[bool, Option("Train anew, whatever network or checkpoint is there.")] = False
@@ -159,8 +206,18 @@ class ProposeOptions:
     def config(self) -> ProposeConfig | RecallConfig:
         """Raises HdovdError without `out`, or for more than one network, where proposals are to be written."""
         if self.report:
-            return RecallConfig(data=self.data, validation=self.validation, recipe=self.recipe, out=self.out, protocol=self.protocol, detectors=self.detector, checkpoints=self.checkpoint,
-                                device=self.device, overwrite=self.overwrite, save_minutes=self.save_minutes)
+            return RecallConfig(
+                data=self.data,
+                validation=self.validation,
+                recipe=self.recipe,
+                out=self.out,
+                protocol=self.protocol,
+                detectors=self.detector,
+                checkpoints=self.checkpoint,
+                device=self.device,
+                overwrite=self.overwrite,
+                save_minutes=self.save_minutes,
+            )
         if self.out is None:
             raise HdovdError("--out FILE is missing: the proposal file to write (or --report, to count recall alone)")
         require_form(self.out)
@@ -168,6 +225,19 @@ class ProposeOptions:
             raise HdovdError("one --detector or --checkpoint makes a proposal file; several are compared with --report")
         if self.detector and self.checkpoint:
             raise HdovdError("--checkpoint is a network of one kind already: leave --detector out")
-        return ProposeConfig(data=self.data, out=self.out, recipe=self.recipe, protocol=self.protocol, top=self.top, overlap=self.overlap, min_side=self.min_side, min_score=self.min_score,
-                             device=self.device, backbone_out=self.backbone_out, detector=self.detector[0] if self.detector else Detector.OLN,
-                             checkpoint=self.checkpoint[0] if self.checkpoint else None, overwrite=self.overwrite, save_minutes=self.save_minutes)
+        return ProposeConfig(
+            data=self.data,
+            out=self.out,
+            recipe=self.recipe,
+            protocol=self.protocol,
+            top=self.top,
+            overlap=self.overlap,
+            min_side=self.min_side,
+            min_score=self.min_score,
+            device=self.device,
+            backbone_out=self.backbone_out,
+            detector=self.detector[0] if self.detector else Detector.OLN,
+            checkpoint=self.checkpoint[0] if self.checkpoint else None,
+            overwrite=self.overwrite,
+            save_minutes=self.save_minutes,
+        )

@@ -26,7 +26,10 @@ from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.tensors import load_tensors, save_tensors, tensors_hash
 from hdovd.pipelines.proposals.config import Detector, NetworkConfig, require_network
 
-KINDS: dict[Detector, type[ProposalNetwork]] = {Detector.OLN: ObjectLocalisationNetwork, Detector.RPN: ObjectnessNetwork}
+KINDS: dict[Detector, type[ProposalNetwork]] = {
+    Detector.OLN: ObjectLocalisationNetwork,
+    Detector.RPN: ObjectnessNetwork,
+}
 SECTIONS = ("detector", "input", "proposals", "train")  # of a recipe: what such a network is made of
 
 
@@ -42,13 +45,17 @@ def settings(job: NetworkConfig, split: Split) -> dict[str, Any]:
     body = recipe["detector"]["backbone"]
     if is_file(body["weights"]):  # what is in it counts, not where it lies
         body["weights"] = f"sha256:{_sha256(Path(body['weights']))}"
-    return {"detector": job.detector.value, "recipe": {name: recipe[name] for name in SECTIONS},
-            "protocol": {"name": protocol.name, "base": list(protocol.base)},
-            "annotations": {"file": str(split.annotations.resolve()), "sha256": _sha256(split.annotations)}}
+    return {
+        "detector": job.detector.value,
+        "recipe": {name: recipe[name] for name in SECTIONS},
+        "protocol": {"name": protocol.name, "base": list(protocol.base)},
+        "annotations": {"file": str(split.annotations.resolve()), "sha256": _sha256(split.annotations)},
+    }
 
 
 def provenance(job: NetworkConfig, split: Split, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Everything that made a network, as plain values: `settings`, the boxes that it saw by class, its weights' sha256, the version.
+    """Everything that made a network, as plain values: `settings`, the boxes that it saw by class, its weights' sha256,
+    the version.
 
     Args:
         split: what it was trained on. weights: of the trained network.
@@ -56,8 +63,13 @@ def provenance(job: NetworkConfig, split: Split, weights: Mapping[str, Tensor]) 
     counts = Counter(label for image in split.images for label in image.labels.tolist())
     names = load_protocol(job.protocol).names
     boxes = {names[label]: counts[label] for label in sorted(counts)}
-    return {**settings(job, split), "training_images": len(split.images), "training_boxes": boxes,
-            "weights_sha256": tensors_hash(weights), "hdovd": __version__}
+    return {
+        **settings(job, split),
+        "training_images": len(split.images),
+        "training_boxes": boxes,
+        "weights_sha256": tensors_hash(weights),
+        "hdovd": __version__,
+    }
 
 
 def save_network(file: Path, network: ProposalNetwork, made_by: dict[str, Any]) -> None:
@@ -75,15 +87,19 @@ def made_by(file: Path) -> dict[str, Any]:
 def check_made_by(found: dict[str, Any], wanted: dict[str, Any], file: Path) -> None:
     """Raises HdovdError naming what a training was begun with otherwise than is asked for now."""
     if lines := differences(_compared(wanted), _compared(found), sides=("asked for", "made with")):
-        raise HdovdError(f"{file} was made otherwise:\n  " + "\n  ".join(lines) + "\nGive another --out, --overwrite to train anew, or "
-                         "--checkpoint FILE to propose with a network as it is")
+        raise HdovdError(
+            f"{file} was made otherwise:\n  "
+            + "\n  ".join(lines)
+            + "\nGive another --out, --overwrite to train anew, or "
+            "--checkpoint FILE to propose with a network as it is"
+        )
 
 
 def load_network(file: Path, trusted: Recipe | None = None) -> tuple[ProposalNetwork, dict[str, Any]]:
     """A trained network, on the CPU, and what made it.
 
-    A backbone that is code of the user's own is built only if `trusted`, the recipe given, names it too: a file must not choose
-    what is imported.
+    A backbone that is code of the user's own is built only if `trusted`, the recipe given, names it too: a file must
+    not choose what is imported.
 
     Raises HdovdError if the file holds no network, or one of another shape than its metadata says.
     """
@@ -91,11 +107,15 @@ def load_network(file: Path, trusted: Recipe | None = None) -> tuple[ProposalNet
     try:
         recipe, detector = build_recipe(tomllib.loads(metadata["recipe"]), f"in {file}"), Detector(origin["detector"])
     except ValueError as error:
-        raise HdovdError(f"{file}: its metadata cannot be read ({error}); was it written by another version of hdovd?") from error
+        raise HdovdError(
+            f"{file}: its metadata cannot be read ({error}); was it written by another version of hdovd?"
+        ) from error
     name = outside_code(recipe).get("detector.backbone.name")
     if name is not None and (trusted is None or trusted.detector.backbone.name != name):
-        raise HdovdError(f"{file} wants the backbone {name}, code outside of hdovd: if you trust it, say so with "
-                         f"--set detector.backbone.name={name}")
+        raise HdovdError(
+            f"{file} wants the backbone {name}, code outside of hdovd: if you trust it, say so with "
+            f"--set detector.backbone.name={name}"
+        )
     network = build_network(detector, recipe, None)
     try:
         network.load_state_dict(load_tensors(file))
@@ -111,8 +131,12 @@ def _sha256(path: Path) -> str:
 
 def _compared(origin: dict[str, Any]) -> dict[str, Any]:
     """Without what a file is called."""
-    return {"detector": origin["detector"], "recipe": origin["recipe"], "base classes": origin["protocol"]["base"],
-            "annotations sha256": origin["annotations"]["sha256"]}
+    return {
+        "detector": origin["detector"],
+        "recipe": origin["recipe"],
+        "base classes": origin["protocol"]["base"],
+        "annotations sha256": origin["annotations"]["sha256"],
+    }
 
 
 def _described(file: Path) -> tuple[dict[str, str], dict[str, Any]]:
@@ -123,14 +147,21 @@ def _described(file: Path) -> tuple[dict[str, str], dict[str, Any]]:
         with safe_open(file, "pt") as tensors:
             metadata = dict(tensors.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise HdovdError(f"{file} is no safetensors file, or damaged ({error}); expected a network that hdovd propose trained") from error
+        raise HdovdError(
+            f"{file} is no safetensors file, or damaged ({error}); expected a network that hdovd propose trained"
+        ) from error
     if not {"made_by", "recipe"} <= metadata.keys():
-        raise HdovdError(f"{file} holds tensors, but no proposal network: expected one that hdovd propose trained (NAME.oln.safetensors)")
+        raise HdovdError(
+            f"{file} holds tensors, but no proposal network: expected one that hdovd propose trained "
+            f"(NAME.oln.safetensors)"
+        )
     try:
         origin = dict(json.loads(metadata["made_by"]))
         _ = origin["recipe"], origin["detector"], origin["annotations"]["sha256"]
         if not all(isinstance(name, str) for name in origin["protocol"]["base"]):
             raise TypeError("base names")
     except (ValueError, KeyError, TypeError) as error:
-        raise HdovdError(f"{file}: its metadata does not say what made it ({error!r}); get it anew, or train one") from error
+        raise HdovdError(
+            f"{file}: its metadata does not say what made it ({error!r}); get it anew, or train one"
+        ) from error
     return metadata, origin

@@ -1,4 +1,5 @@
-"""Proposals of a whole split in parts of a thousand images, each written as it is done: a killed pass goes on, and processes share it.
+"""Proposals of a whole split in parts of a thousand images, each written as it is done: a killed pass goes on, and
+processes share it.
 
 Beside NAME.json a folder NAME.parts holds them until the file is written.
 """
@@ -35,7 +36,8 @@ class Part:
 class Parts:
     """The parts of `images` images. `key`: of everything that determines them; those with another key are made again.
 
-    `size`: images of a part, whole batches, so that a batch is the same whatever is there already and however many processes share it.
+    `size`: images of a part, whole batches, so that a batch is the same whatever is there already and however many
+    processes share it.
     """
 
     folder: Path
@@ -50,7 +52,9 @@ class Parts:
         for image in split.images:
             rows.update(f"{image.id} {len(image.boxes)} ".encode() + image.boxes.tobytes())
         size = batch_size * max(1, IMAGES // batch_size)
-        key = hashlib.sha256(json.dumps([origin, rows.hexdigest(), size, batch_size], sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(
+            json.dumps([origin, rows.hexdigest(), size, batch_size], sort_keys=True).encode()
+        ).hexdigest()
         return cls(folder, images, size, key)
 
     def numbers(self) -> range:
@@ -66,17 +70,22 @@ class Parts:
     def write(self, number: int, part: Part) -> None:
         """Raises HdovdError if there is no room."""
         found = part.found.values()
-        arrays = {"image_id": np.array(list(part.found), np.int64), "count": np.array([len(p.scores) for p in found], np.int64),
-                  "boxes": np.concatenate([np.zeros((0, 4), np.float32), *(p.boxes for p in found)]),
-                  "scores": np.concatenate([np.zeros(0, np.float32), *(p.scores for p in found)])}
+        arrays = {
+            "image_id": np.array(list(part.found), np.int64),
+            "count": np.array([len(p.scores) for p in found], np.int64),
+            "boxes": np.concatenate([np.zeros((0, 4), np.float32), *(p.boxes for p in found)]),
+            "scores": np.concatenate([np.zeros(0, np.float32), *(p.scores for p in found)]),
+        }
         metadata = {"key": self.key, "unreadable": json.dumps(part.unreadable)}
         replace_file(self._file(number), lambda partial: save_file(arrays, partial, metadata))
 
     def read(self, number: int) -> Part:
         arrays = load_file(self._file(number))
         ends = arrays["count"].cumsum().tolist()
-        found = {image_id: Proposals(arrays["boxes"][end - n : end], arrays["scores"][end - n : end])
-                 for image_id, n, end in zip(arrays["image_id"].tolist(), arrays["count"].tolist(), ends, strict=True)}
+        found = {
+            image_id: Proposals(arrays["boxes"][end - n : end], arrays["scores"][end - n : end])
+            for image_id, n, end in zip(arrays["image_id"].tolist(), arrays["count"].tolist(), ends, strict=True)
+        }
         return Part(found, list(json.loads(self._metadata(number)["unreadable"])))
 
     def _is_done(self, number: int) -> bool:
@@ -93,8 +102,12 @@ class Parts:
         return self.folder / f"{number:05d}.safetensors"
 
 
-def fill(parts: Parts, mine: list[int], results: Iterable[tuple[int, Proposals | str]], check: Callable[[], None]) -> None:
-    """Write the parts `mine` from their images' results, in order: image id, and proposals or why there are none. `check` may raise."""
+def fill(
+    parts: Parts, mine: list[int], results: Iterable[tuple[int, Proposals | str]], check: Callable[[], None]
+) -> None:
+    """Write the parts `mine` from their images' results, in order: image id, and proposals or why there are none.
+    `check` may raise.
+    """
     stream: Iterator[tuple[int, Proposals | str]] = iter(results)
     for number in mine:
         part = Part()

@@ -23,7 +23,9 @@ from hdovd.pipelines.dataloading.sample_keys import Draw, is_flipped, key_of
 
 
 class Picture(NamedTuple):
-    """pixels (3, h, w) uint8, boxes (n, 4) xyxy. `problem`: why the picture cannot be read; it is black then, and has no boxes."""
+    """pixels (3, h, w) uint8, boxes (n, 4) xyxy. `problem`: why the picture cannot be read; it is black then, and has
+    no boxes.
+    """
 
     pixels: Tensor
     boxes: Tensor
@@ -34,8 +36,8 @@ class Picture(NamedTuple):
 class Pictures(Dataset[Picture]):
     """A picture by number; or by draw, and then flipped as its key says.
 
-    One that cannot be read is there all the same, without anything in it: every process has its part of every batch, so that a run
-    over several of them does not wait for one which has nothing to do.
+    One that cannot be read is there all the same, without anything in it: every process has its part of every batch, so
+    that a run over several of them does not wait for one which has nothing to do.
     """
 
     def __init__(self, split: Split, recipe: Recipe, numbers: list[int] | None = None) -> None:
@@ -51,8 +53,12 @@ class Pictures(Dataset[Picture]):
         try:
             pixels, boxes = read_pixels(self.split, image), torch.from_numpy(image.boxes)
         except HdovdError as error:
-            return Picture(torch.zeros(3, image.height, image.width, dtype=torch.uint8), torch.zeros(0, 4), image.id, str(error))
-        if isinstance(wanted, Draw) and is_flipped(key_of(self.recipe.train.seed, wanted.epoch, image.id), self.recipe.input.flip):
+            return Picture(
+                torch.zeros(3, image.height, image.width, dtype=torch.uint8), torch.zeros(0, 4), image.id, str(error)
+            )
+        if isinstance(wanted, Draw) and is_flipped(
+            key_of(self.recipe.train.seed, wanted.epoch, image.id), self.recipe.input.flip
+        ):
             pixels, boxes = pixels.flip(-1), flip_boxes(boxes, image.width)
         return Picture(pixels, boxes, image.id, "")
 
@@ -70,7 +76,9 @@ def require_readable(split: Split) -> None:
     raise HdovdError(f"no training picture of {split.folder} can be read; first reason: {first}")
 
 
-def found_in(pictures: Pictures, network: ProposalNetwork, us: Team, what: str) -> Iterator[tuple[Picture, Tensor, Tensor]]:
+def found_in(
+    pictures: Pictures, network: ProposalNetwork, us: Team, what: str
+) -> Iterator[tuple[Picture, Tensor, Tensor]]:
     """Each picture in order, with the boxes (n, 4) and scores (n,) that a network proposes in it, on the CPU.
 
     `what`: the name of the progress bar.

@@ -1,4 +1,5 @@
-"""Proposals: train a class-agnostic network on base boxes alone, or take a trained one, then propose boxes on training images.
+"""Proposals: train a class-agnostic network on base boxes alone, or take a trained one, then propose boxes on training
+images.
 
 Under torchrun every one of its processes runs `propose`.
 """
@@ -49,7 +50,9 @@ def _propose(job: ProposeConfig, us: Team, stop: StopSignal, log: Callable[[str]
         planned = made_by_of(job.checkpoint) if job.checkpoint else settings(settled_job(job.network, us)[0], split)
         if note := replaced_line(job.out, {**planned, "selection": job.selection()}):
             log(note)
-    network, origin = checkpointed(job.checkpoint, job, us) if job.checkpoint else trained_network(job.network, split, us, stop, log)
+    network, origin = (
+        checkpointed(job.checkpoint, job, us) if job.checkpoint else trained_network(job.network, split, us, stop, log)
+    )
     if us.leads and job.backbone_out is not None:
         body = {k: v.cpu().contiguous() for k, v in network.backbone.body.state_dict().items()}
         about = {"made_by": json.dumps(origin)}  # for the audit of detectors that start from it
@@ -71,21 +74,31 @@ def _propose(job: ProposeConfig, us: Team, stop: StopSignal, log: Callable[[str]
     if us.leads:
         count = write_proposals(job.out, found, made_by)
         shutil.rmtree(parts.folder, ignore_errors=True)
-        log(f"wrote {job.out}: {count} proposals for {len(found)} images, {count / len(found):.1f} an image, identity "
-            + ProposalTable.of(found).identity())
+        log(
+            f"wrote {job.out}: {count} proposals for {len(found)} images, {count / len(found):.1f} an image, identity "
+            + ProposalTable.of(found).identity()
+        )
         if not count:
-            log(f"note: no proposal is left of what the network found: lower --min-score ({job.min_score}), or raise --overlap")
+            log(
+                f"note: no proposal is left of what the network found: lower --min-score ({job.min_score}), or raise "
+                f"--overlap"
+            )
         log(f"next: hdovd extract-clip --proposals {quote(str(job.out))} ...")
     return found
 
 
 def checkpointed(file: Path, job: ProposeConfig, us: Team) -> tuple[ProposalNetwork, dict[str, Any]]:
-    """The network of --checkpoint, on the team's device, and what made it. Raises HdovdError if it saw other base classes."""
+    """The network of --checkpoint, on the team's device, and what made it. Raises HdovdError if it saw other base
+    classes.
+    """
     network, origin = load_network(file, job.recipe)
     known, base = set(origin["protocol"]["base"]), set(load_protocol(job.protocol).base)
     if not known <= base:
-        raise HdovdError(f"{file} was trained on boxes of {', '.join(sorted(known - base)[:8])}, which {job.protocol} does not call base: "
-                         "its proposals would give novel classes away. Train a network with this protocol")
+        raise HdovdError(
+            f"{file} was trained on boxes of {', '.join(sorted(known - base)[:8])}, which {job.protocol} does not call "
+            f"base: "
+            "its proposals would give novel classes away. Train a network with this protocol"
+        )
     return placed(network, us.device).eval(), origin
 
 
@@ -98,12 +111,16 @@ def replaced_line(file: Path, planned: Mapping[str, Any]) -> str | None:
     known = before.made_by or {}
     if all(known.get(name) == value for name, value in planned.items()):
         return None
-    return (f"note: {file} is there with {len(before.image_id):,d} proposals made otherwise ({made_by_line(before.made_by)}); "
-            "these will replace them. To keep them, stop here and give another --out")
+    return (
+        f"note: {file} is there with {len(before.image_id):,d} proposals made otherwise "
+        f"({made_by_line(before.made_by)}); "
+        "these will replace them. To keep them, stop here and give another --out"
+    )
 
 
-def _results(network: ProposalNetwork, split: Split, parts: Parts, mine: list[int], job: ProposeConfig,
-             us: Team) -> Iterator[tuple[int, Proposals | str]]:
+def _results(
+    network: ProposalNetwork, split: Split, parts: Parts, mine: list[int], job: ProposeConfig, us: Team
+) -> Iterator[tuple[int, Proposals | str]]:
     """The images of the parts `mine` in order: the id of each, and its proposals, or why it cannot be read."""
     numbers = [number for part in mine for number in parts.rows(part)]
     if not numbers:

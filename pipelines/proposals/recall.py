@@ -1,7 +1,8 @@
-"""How many objects class-agnostic proposals find: average recall of networks side by side, of base and of novel objects.
+"""How many objects class-agnostic proposals find: average recall of networks side by side, of base and of novel
+objects.
 
-Counted over what a network proposes, before proposals that overlap base boxes are taken out. Novel objects are counted as a diagnosis
-alone: no stage chooses anything by them.
+Counted over what a network proposes, before proposals that overlap base boxes are taken out. Novel objects are counted
+as a diagnosis alone: no stage chooses anything by them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ GROUPS = ("base", "novel")
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Average recall of one network in percent, by group ("base", "novel") and number of proposals an image; NaN without objects.
+    """Average recall of one network in percent, by group ("base", "novel") and number of proposals an image; NaN
+    without objects.
 
     `objects`: by group. `proposals`: an image, in the mean, of all that the network has.
     """
@@ -46,13 +48,23 @@ class Recall:
     proposals: float
 
     def to_dict(self) -> dict[str, Any]:
-        return {"network": self.name, "images": self.images, "proposals_per_image": self.proposals, "objects": self.objects,
-                "ar50": _without_nan(self.ar50), "ar50_95": _without_nan(self.ar), "novel": "a diagnosis: never used for choosing"}
+        return {
+            "network": self.name,
+            "images": self.images,
+            "proposals_per_image": self.proposals,
+            "objects": self.objects,
+            "ar50": _without_nan(self.ar50),
+            "ar50_95": _without_nan(self.ar),
+            "novel": "a diagnosis: never used for choosing",
+        }
 
 
 def _without_nan(rows: dict[str, dict[int, float]]) -> dict[str, dict[int, float | None]]:
     """JSON knows no NaN."""
-    return {group: {most: None if value != value else value for most, value in values.items()} for group, values in rows.items()}
+    return {
+        group: {most: None if value != value else value for most, value in values.items()}
+        for group, values in rows.items()
+    }
 
 
 def recall_report(job: RecallConfig, log: Callable[[str], None] = print) -> list[Recall]:
@@ -65,7 +77,9 @@ def recall_report(job: RecallConfig, log: Callable[[str], None] = print) -> list
         log = log if us.leads else lambda _: None
         assert job.validation is not None  # as checked
         wanted, protocol = job.networks(), load_protocol(job.protocol)
-        validation = without_crowds(job.validation.load("val2017", protocol, base_only=False, log=log, exif=job.recipe.input.exif))
+        validation = without_crowds(
+            job.validation.load("val2017", protocol, base_only=False, log=log, exif=job.recipe.input.exif)
+        )
         found = []
         if wanted:
             split = job.data.load("train2017", protocol, base_only=True, log=log, exif=job.recipe.input.exif)
@@ -88,13 +102,19 @@ def without_crowds(split: Split) -> Split:
     """A box around many objects is none that a proposal could find."""
     found = read_instances(split.annotations)
     crowds = {number for number, crowd in zip(found.ids, found.crowd, strict=True) if crowd}
-    keep = [np.array([number not in crowds for number in image.annotation_ids.tolist()], bool) for image in split.images]
-    images = [replace(image, boxes=image.boxes[rows], labels=image.labels[rows], annotation_ids=image.annotation_ids[rows])
-              for image, rows in zip(split.images, keep, strict=True)]
+    keep = [
+        np.array([number not in crowds for number in image.annotation_ids.tolist()], bool) for image in split.images
+    ]
+    images = [
+        replace(image, boxes=image.boxes[rows], labels=image.labels[rows], annotation_ids=image.annotation_ids[rows])
+        for image, rows in zip(split.images, keep, strict=True)
+    ]
     return replace(split, images=images)
 
 
-def _recall(name: str, network: ProposalNetwork, split: Split, protocol: Protocol, job: RecallConfig, us: Team, stop: StopSignal) -> Recall:
+def _recall(
+    name: str, network: ProposalNetwork, split: Split, protocol: Protocol, job: RecallConfig, us: Team, stop: StopSignal
+) -> Recall:
     numbers = list(range(len(split.images)))[us.rank :: us.world]
     found: dict[str, list[np.ndarray]] = {group: [] for group in GROUPS}
     count = 0
@@ -111,10 +131,14 @@ def _recall(name: str, network: ProposalNetwork, split: Split, protocol: Protoco
     shares = us.gather((found, count))
     every = {group: [one for part, _ in shares for one in part[group]] for group in GROUPS}
     at = {group: {most: recall(every[group], most) * 100 for most in MOST} for group in GROUPS}
-    return Recall(name, {group: {most: float(values[0]) for most, values in rows.items()} for group, rows in at.items()},
-                  {group: {most: float(values.mean()) for most, values in rows.items()} for group, rows in at.items()},
-                  {group: sum(one.shape[1] for one in every[group]) for group in GROUPS}, len(split.images),
-                  sum(n for _, n in shares) / len(split.images))
+    return Recall(
+        name,
+        {group: {most: float(values[0]) for most, values in rows.items()} for group, rows in at.items()},
+        {group: {most: float(values.mean()) for most, values in rows.items()} for group, rows in at.items()},
+        {group: sum(one.shape[1] for one in every[group]) for group in GROUPS},
+        len(split.images),
+        sum(n for _, n in shares) / len(split.images),
+    )
 
 
 def recall_table(found: list[Recall]) -> str:
@@ -122,12 +146,17 @@ def recall_table(found: list[Recall]) -> str:
     first, width = found[0], max(len(one.name) for one in found)
     heads = [f"AR@{most}" for most in MOST]
     base, novel = (first.objects[group] for group in GROUPS)
-    lines = [f"Average recall in percent, {first.images} pictures, {base} base and {novel} novel objects.",
-             "Novel is a diagnosis: choose nothing by it.",
-             f"{'':{width}s} {'':6s}{'IoU 0.5':>{8 * len(MOST)}s}{f'IoU {THRESHOLDS[0]}:{THRESHOLDS[-1]}':>{8 * len(MOST)}s}",
-             f"{'':{width}s} {'':6s}" + "".join(f"{head:>8s}" for head in heads * 2)]
+    lines = [
+        f"Average recall in percent, {first.images} pictures, {base} base and {novel} novel objects.",
+        "Novel is a diagnosis: choose nothing by it.",
+        f"{'':{width}s} "
+        f"{'':6s}{'IoU 0.5':>{8 * len(MOST)}s}{f'IoU {THRESHOLDS[0]}:{THRESHOLDS[-1]}':>{8 * len(MOST)}s}",
+        f"{'':{width}s} {'':6s}" + "".join(f"{head:>8s}" for head in heads * 2),
+    ]
     for one in found:
         for group in GROUPS:
             values = [*one.ar50[group].values(), *one.ar[group].values()]
-            lines.append(f"{one.name:{width}s} {group:6s}" + "".join(f"{'none' if v != v else f'{v:.1f}':>8s}" for v in values))
+            lines.append(
+                f"{one.name:{width}s} {group:6s}" + "".join(f"{'none' if v != v else f'{v:.1f}':>8s}" for v in values)
+            )
     return "\n".join(lines)

@@ -23,7 +23,15 @@ from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sample_keys import key_of
 from hdovd.pipelines.dataloading.sampler import Dealing, PlainShuffle
 from hdovd.pipelines.proposals.config import NetworkConfig
-from hdovd.pipelines.proposals.networks import build_network, check_made_by, load_network, made_by, provenance, save_network, settings
+from hdovd.pipelines.proposals.networks import (
+    build_network,
+    check_made_by,
+    load_network,
+    made_by,
+    provenance,
+    save_network,
+    settings,
+)
 from hdovd.pipelines.proposals.pictures import Picture, Pictures, require_readable
 from hdovd.pipelines.runs.checkpoint import load_checkpoint
 from hdovd.pipelines.training.compiling import told_shortly
@@ -34,11 +42,13 @@ from hdovd.pipelines.training.train import data_parallel, prepared
 STATE = ("model", "optimizer", "step", "window", "rng", "wanted")  # of a checkpoint
 
 
-def trained_network(job: NetworkConfig, split: Split, us: Team, stop: StopSignal,
-                    log: Callable[[str], None]) -> tuple[ProposalNetwork, dict[str, Any]]:
+def trained_network(
+    job: NetworkConfig, split: Split, us: Team, stop: StopSignal, log: Callable[[str], None]
+) -> tuple[ProposalNetwork, dict[str, Any]]:
     """The network of a job, on the team's device, and what made it: from its file, or trained and put there.
 
-    Raises HdovdError if the file, or the checkpoint of a training that was killed, was made otherwise; Stopped if a signal came.
+    Raises HdovdError if the file, or the checkpoint of a training that was killed, was made otherwise; Stopped if a
+    signal came.
     """
     job, line = settled_job(job, us)
     wanted = settings(job, split)
@@ -55,7 +65,9 @@ def trained_network(job: NetworkConfig, split: Split, us: Team, stop: StopSignal
 
 
 def settled_job(job: NetworkConfig, us: Team) -> tuple[NetworkConfig, str]:
-    """The job with a precision that is not auto, and the line to say of it: that of the network, or of its training, that is there."""
+    """The job with a precision that is not auto, and the line to say of it: that of the network, or of its training,
+    that is there.
+    """
     own = None
     if job.recipe.train.precision == AUTO and not job.overwrite:
         state = None if job.file.is_file() else load_checkpoint(job.file.with_suffix(".training"), STATE)
@@ -65,7 +77,9 @@ def settled_job(job: NetworkConfig, us: Team) -> tuple[NetworkConfig, str]:
     return replace(job, recipe=recipe), line
 
 
-def _train(job: NetworkConfig, split: Split, wanted: dict[str, Any], us: Team, stop: StopSignal, log: Callable[[str], None]) -> None:
+def _train(
+    job: NetworkConfig, split: Split, wanted: dict[str, Any], us: Team, stop: StopSignal, log: Callable[[str], None]
+) -> None:
     config, folder = job.recipe.train, job.file.with_suffix(".training")
     state = None if job.overwrite else load_checkpoint(folder, STATE)
     us.wait()  # all have looked, before the first one writes
@@ -78,14 +92,20 @@ def _train(job: NetworkConfig, split: Split, wanted: dict[str, Any], us: Team, s
     model = network if us.world == 1 else data_parallel(network)
 
     def losses_of(samples: list[Picture], epoch: int) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = model([s.pixels.to(us.device, non_blocking=True) for s in samples],
-                                          [s.boxes.to(us.device) for s in samples],
-                                          [key_of(config.seed, epoch, s.image_id) for s in samples])
+        losses: dict[str, Tensor] = model(
+            [s.pixels.to(us.device, non_blocking=True) for s in samples],
+            [s.boxes.to(us.device) for s in samples],
+            [key_of(config.seed, epoch, s.image_id) for s in samples],
+        )
         return losses
 
     dealing = Dealing(PlainShuffle(len(split.images), config.seed), config.batch_size, us.rank, us.world)
-    batches = TrainingBatches(Pictures(split, job.recipe), dealing, training_workers(us.device, config.workers), device=us.device)
-    loop = Loop(model, losses_of, batches, config, us.device, f"train {job.detector.value}", lambda sample: sample.image_id)
+    batches = TrainingBatches(
+        Pictures(split, job.recipe), dealing, training_workers(us.device, config.workers), device=us.device
+    )
+    loop = Loop(
+        model, losses_of, batches, config, us.device, f"train {job.detector.value}", lambda sample: sample.image_id
+    )
     if us.world > 1:  # each process draws for itself, where a backbone draws from torch's own generator
         torch.manual_seed(key_of(config.seed, -1, us.rank))
     hooks = SavingHooks(folder, network, us, stop, {"wanted": wanted}, log, job.save_minutes)

@@ -19,9 +19,17 @@ from hdovd.pipelines.report.runs import OneRun, novel_first
 from hdovd.pipelines.training.hooks import PLAIN
 
 MOST_CONFUSIONS = 12
-LEVELS = {"rpn": "Detector", "box": "Detector", "giou": "Detector", "objectness": "Detector",
-          "classification": "Class level: base classes and the nouns of pseudo boxes",
-          "text": "Class level, in text space", "instance": "Instance level", "image": "Image level", "val": "Validation AP50"}
+LEVELS = {
+    "rpn": "Detector",
+    "box": "Detector",
+    "giou": "Detector",
+    "objectness": "Detector",
+    "classification": "Class level: base classes and the nouns of pseudo boxes",
+    "text": "Class level, in text space",
+    "instance": "Instance level",
+    "image": "Image level",
+    "val": "Validation AP50",
+}
 RECALL, PRECISION = Axis("recall", 0.0, 1.0), Axis("precision", 0.0, 1.0)
 
 
@@ -30,9 +38,13 @@ def group_curves(runs: Sequence[OneRun]) -> list[tuple[str, Markup]]:
     charts = []
     for group in GROUPS:
         curves = [run.analysis.curves.group(group) for run in runs]
-        lines = [Line(run.name, RECALLS.tolist(), [None] * len(RECALLS) if curve is None else curve.tolist(), place)
-                 for place, (run, curve) in enumerate(zip(runs, curves, strict=True))]
-        charts.append((f"{group} classes", line_chart(f"precision by recall, {group} classes", lines, RECALL, PRECISION)))
+        lines = [
+            Line(run.name, RECALLS.tolist(), [None] * len(RECALLS) if curve is None else curve.tolist(), place)
+            for place, (run, curve) in enumerate(zip(runs, curves, strict=True))
+        ]
+        charts.append(
+            (f"{group} classes", line_chart(f"precision by recall, {group} classes", lines, RECALL, PRECISION))
+        )
     return charts
 
 
@@ -40,11 +52,19 @@ def class_curves(runs: Sequence[OneRun]) -> list[tuple[str, str, Markup]]:
     """Of every class with objects, novel ones first: name, group, chart."""
     protocol, charts = runs[0].analysis.protocol, []
     for label in novel_first(protocol):
-        lines = [Line(run.name, RECALLS.tolist(), run.analysis.curves.precision[label].tolist(), place) for place, run in enumerate(runs)]
+        lines = [
+            Line(run.name, RECALLS.tolist(), run.analysis.curves.precision[label].tolist(), place)
+            for place, run in enumerate(runs)
+        ]
         if not np.isnan(runs[0].analysis.curves.precision[label, 0]):
             name = protocol.names[label]
-            charts.append((name, "novel" if label >= len(protocol.base) else "base",
-                           line_chart(f"precision by recall, {name}", lines, RECALL, PRECISION)))
+            charts.append(
+                (
+                    name,
+                    "novel" if label >= len(protocol.base) else "base",
+                    line_chart(f"precision by recall, {name}", lines, RECALL, PRECISION),
+                )
+            )
     return charts
 
 
@@ -57,11 +77,23 @@ def reliability(runs: Sequence[OneRun]) -> list[tuple[str, Markup, str]]:
         for place, run in enumerate(runs):
             found = run.analysis.reliability[group]
             full = found.counts > 0
-            lines.append(Line(run.name, found.mean_scores[full].tolist(), found.precisions[full].tolist(), place, dots=True))
+            lines.append(
+                Line(run.name, found.mean_scores[full].tolist(), found.precisions[full].tolist(), place, dots=True)
+            )
             error = "no detections" if found.calibration_error is None else f"{found.calibration_error:.3f}"
             errors.append(f"{run.name} {error}" if len(runs) > 1 else error)
-        charts.append((f"{group} classes", line_chart(f"share of right detections by score, {group} classes", lines,
-                                                      Axis("score", 0.0, 1.0), Axis("right", 0.0, 1.0)), "ECE " + "; ".join(errors)))
+        charts.append(
+            (
+                f"{group} classes",
+                line_chart(
+                    f"share of right detections by score, {group} classes",
+                    lines,
+                    Axis("score", 0.0, 1.0),
+                    Axis("right", 0.0, 1.0),
+                ),
+                "ECE " + "; ".join(errors),
+            )
+        )
     return charts
 
 
@@ -74,7 +106,15 @@ def losses(runs: Sequence[OneRun]) -> list[tuple[str, list[tuple[str, Markup]]]]
         for place, run in enumerate(runs):
             points = [(entry["step"], entry[name]) for entry in run.entries if name in entry]
             if points:
-                lines.append(Line(run.name, [float(a) for a, _ in points], [b for _, b in points], place, dots=name.startswith("val_")))
+                lines.append(
+                    Line(
+                        run.name,
+                        [float(a) for a, _ in points],
+                        [b for _, b in points],
+                        place,
+                        dots=name.startswith("val_"),
+                    )
+                )
         y = Axis("percent", 0.0, 100.0) if name.startswith("val_") else Axis("loss", 0.0)
         level = LEVELS.get(name.partition("_")[0], f"Added by the recipe: {name}")
         levels.setdefault(level, []).append((name, line_chart(f"{name} by step", lines, Axis("step"), y)))
@@ -86,14 +126,36 @@ def confusion(run: OneRun) -> dict[str, Any]:
     """The matrix in shares of each row, and the most frequent pairs."""
     found = run.analysis.confusion
     counts = found.counts.astype(np.float64)
-    share = np.divide(counts, counts.sum(axis=1, keepdims=True), out=np.zeros_like(counts), where=counts.sum(axis=1, keepdims=True) > 0)
+    share = np.divide(
+        counts,
+        counts.sum(axis=1, keepdims=True),
+        out=np.zeros_like(counts),
+        where=counts.sum(axis=1, keepdims=True) > 0,
+    )
     names = run.analysis.protocol.names
     order = [*novel_first(run.analysis.protocol), len(names)]
     rows, columns = ([(*names, last)[k] for k in order] for last in ("background", "missed"))
-    pairs = [{"truth": pair.truth, "truth_group": pair.truth_group, "predicted": pair.named, "predicted_group": pair.named_group,
-              "count": pair.count, "share": pair.share} for pair in found.top(MOST_CONFUSIONS)]
-    chart = matrix_chart(f"confusion of {run.name}", share[np.ix_(order, order)], rows, columns, low=0.0, high=1.0, row_title="object: ",
-                         column_title="detected: ")
+    pairs = [
+        {
+            "truth": pair.truth,
+            "truth_group": pair.truth_group,
+            "predicted": pair.named,
+            "predicted_group": pair.named_group,
+            "count": pair.count,
+            "share": pair.share,
+        }
+        for pair in found.top(MOST_CONFUSIONS)
+    ]
+    chart = matrix_chart(
+        f"confusion of {run.name}",
+        share[np.ix_(order, order)],
+        rows,
+        columns,
+        low=0.0,
+        high=1.0,
+        row_title="object: ",
+        column_title="detected: ",
+    )
     return {"confusion": chart, "confusions": pairs}
 
 
@@ -103,7 +165,13 @@ def relation_figures(name: str, found: Relations, *, with_teacher: bool) -> list
     batch = f"{len(names)} boxes of {len(found.image_ids)} training images"
     sides = [("CLIP, the teacher", found.teacher, batch)] if with_teacher else []
     alike = "" if found.correlation is None else f"correlation with the teacher's {found.correlation:.2f}; "
-    sides.append((f"{name}, the student", found.student, f"{alike}relation loss of this batch {found.loss:.3g}, without its weight"))
+    sides.append(
+        (
+            f"{name}, the student",
+            found.student,
+            f"{alike}relation loss of this batch {found.loss:.3g}, without its weight",
+        )
+    )
     figures = []
     for side, values, note in sides:
         others = values[~np.eye(len(values), dtype=bool)]

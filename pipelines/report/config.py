@@ -21,19 +21,26 @@ def _validation(given: dict[str, Any]) -> DataPaths | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportConfig:
-    """A page about `runs`. `data`: where the pictures are; nothing given: where the first run's cache says that it was made from.
-    `validation`: the validation images, if they are not val2017 of `data`. `trust`: as `RunFolder.trusted`, of all runs.
+    """A page about `runs`. `data`: where the pictures are; nothing given: where the first run's cache says that it was
+    made from. `validation`: the validation images, if they are not val2017 of `data`. `trust`: as `RunFolder.trusted`,
+    of all runs.
     """
 
-    runs: Annotated[tuple[Path, ...], Option("Run folders that hdovd train wrote; several are set side by side.", argument=True,
-                                             metavar="RUN...")]
+    runs: Annotated[
+        tuple[Path, ...],
+        Option("Run folders that hdovd train wrote; several are set side by side.", argument=True, metavar="RUN..."),
+    ]
     out: Annotated[Path, Option("Folder for the page, index.html.")] = Path("report")
     data: Annotated[DataPaths, Group(DATA, lambda given: DataPaths(given["data"]))] = field(default_factory=DataPaths)
     validation: Annotated[DataPaths | None, Group({}, _validation)] = None
     gallery: Annotated[int, Option("How many validation images are shown, novel objects first.", min=0)] = 36
     pseudo: Annotated[int, Option("How many training images are shown with their pseudo boxes.", min=0)] = 12
-    relation_images: Annotated[int, Option("Training images in the batch of the relation matrices; 0 leaves them out.", min=0,
-                                           flags=("--relations",))] = 8
+    relation_images: Annotated[
+        int,
+        Option(
+            "Training images in the batch of the relation matrices; 0 leaves them out.", min=0, flags=("--relations",)
+        ),
+    ] = 8
     threshold: Annotated[float, Option("Detections of this score or more are shown, and count in the confusion.")] = 0.3
     device: Device = "auto"
     batch_size: Annotated[int, Option("Images a batch, for runs that have to be evaluated first.", min=1)] = 16
@@ -60,7 +67,9 @@ def _require_room(out: Path) -> None:
     if out.is_file() or out.suffix == ".html":
         raise HdovdError(f"--out {out} is a file: give a folder, in which {REPORT_FILE} is written")
     if out.is_dir() and not (out / REPORT_FILE).is_file() and (others := sorted(entry.name for entry in out.iterdir())):
-        raise HdovdError(f"--out {out} holds other things ({shorten(list(others))}): give a folder that is new, empty, or a report's")
+        raise HdovdError(
+            f"--out {out} holds other things ({shorten(list(others))}): give a folder that is new, empty, or a report's"
+        )
 
 
 def _require_run(path: Path) -> None:
@@ -68,6 +77,16 @@ def _require_run(path: Path) -> None:
     if (path / "run.json").is_file():
         return
     inside = [str(run) for run in find_runs([path])] if path.is_dir() else []
-    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], 1) if path.parent.is_dir() else []
-    hint = f"; there are runs in it: {shorten(list(inside))}" if inside else f"; did you mean {path.parent / near[0]}?" if near else ""
+    near = (
+        get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], 1)
+        if path.parent.is_dir()
+        else []
+    )
+    hint = (
+        f"; there are runs in it: {shorten(list(inside))}"
+        if inside
+        else f"; did you mean {path.parent / near[0]}?"
+        if near
+        else ""
+    )
     raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote{hint}")

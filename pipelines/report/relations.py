@@ -1,4 +1,5 @@
-"""What the teacher and a trained detector say of how alike the boxes of one batch are: the two matrices of METHOD section 4.
+"""What the teacher and a trained detector say of how alike the boxes of one batch are: the two matrices of METHOD
+section 4.
 
 n boxes of the batch that have a positive RoI, sorted by name so that what is of one kind lies together.
 """
@@ -28,8 +29,9 @@ from hdovd.pipelines.training.training_set import TrainingSet
 class Relations:
     """Cosines (n, n) between the teacher's rows e and between the student's rows q, of the same boxes.
 
-    names: what each box is, a base class or the noun of a pseudo box. pseudo: (n,) bool. correlation: Pearson's, of the entries above
-    the diagonal; None where there are too few or one side is constant. loss: the relation loss of this batch, without its weight.
+    names: what each box is, a base class or the noun of a pseudo box. pseudo: (n,) bool. correlation: Pearson's, of the
+    entries above the diagonal; None where there are too few or one side is constant. loss: the relation loss of this
+    batch, without its weight.
     """
 
     image_ids: list[int]
@@ -41,10 +43,14 @@ class Relations:
     loss: float
 
 
-def relations(run: RunFolder, split: Split, images: int, *, device: str = "auto", weights: str = "model.safetensors") -> Relations:
-    """The matrices for `images` of the training images `split`: those with the most boxes, and those with a proposal before all others.
+def relations(
+    run: RunFolder, split: Split, images: int, *, device: str = "auto", weights: str = "model.safetensors"
+) -> Relations:
+    """The matrices for `images` of the training images `split`: those with the most boxes, and those with a proposal
+    before all others.
 
-    Raises HdovdError, saying why, if the run has no instance level, or its cache cannot be read any more or is of other images.
+    Raises HdovdError, saying why, if the run has no instance level, or its cache cannot be read any more or is of other
+    images.
     """
     recipe, protocol = run.recipe(), run.protocol()
     if not recipe.loss.instance.enabled:
@@ -60,19 +66,30 @@ def relations(run: RunFolder, split: Split, images: int, *, device: str = "auto"
     ids = [image_id for _, _, image_id in batch]
     found = model.students([pixels.to(place) for pixels, _, _ in batch], [t.to(place) for _, t, _ in batch], ids)
     if not len(found.box):
-        raise HdovdError(f"no box of these {len(ids)} training images has a student embedding: the run finds none of them yet")
+        raise HdovdError(
+            f"no box of these {len(ids)} training images has a student embedding: the run finds none of them yet"
+        )
     teacher = torch.cat([rows for t in found.targets for rows in (t.embeddings, t.pseudo_embeddings)])[found.box]
     names, pseudo = _names(found.targets, cache, protocol)
     order = sorted(range(len(found.box)), key=lambda k: (bool(pseudo[found.box[k]]), names[found.box[k]]))
     q, e, box = found.q[order], teacher[order], found.box[order].tolist()
     loss = float(relation_loss(q, e, recipe.loss.instance.relation_tau, recipe.loss.instance.relation_temperature))
     of_teacher, of_student = ((rows @ rows.T).cpu().numpy() for rows in (e, q))
-    return Relations(ids, [names[b] for b in box], np.array([pseudo[b] for b in box], bool), of_teacher, of_student,
-                     _correlation(of_teacher, of_student), loss)
+    return Relations(
+        ids,
+        [names[b] for b in box],
+        np.array([pseudo[b] for b in box], bool),
+        of_teacher,
+        of_student,
+        _correlation(of_teacher, of_student),
+        loss,
+    )
 
 
 def _telling(training: TrainingSet, count: int) -> list[int]:
-    """Places of the images that are shown: the most boxes first, those with a proposal before all others; then by place."""
+    """Places of the images that are shown: the most boxes first, those with a proposal before all others; then by
+    place.
+    """
     base, proposals = (training.cache.counts(source) for source in (Source.BASE_BOX, Source.PROPOSAL))
 
     def order(index: int) -> tuple[bool, int]:
@@ -83,7 +100,9 @@ def _telling(training: TrainingSet, count: int) -> list[int]:
 
 
 def _names(targets: list[Any], cache: FeatureCache, protocol: Protocol) -> tuple[list[str], list[bool]]:
-    """The name of every box of a batch, and whether it is a pseudo box. A label of several nouns is named by the one most like it."""
+    """The name of every box of a batch, and whether it is a pseudo box. A label of several nouns is named by the one
+    most like it.
+    """
     nouns = cache.names(Level.NOUN) if Level.NOUN in cache.levels() else []
     rows = torch.from_numpy(cache.embeddings(Level.NOUN)) if nouns else torch.zeros(0, cache.dim)
     names, pseudo = list[str](), list[bool]()

@@ -1,4 +1,5 @@
-"""One page about one run or several: what they find, what they miss, where the AP comes from. One HTML file that needs nothing else.
+"""One page about one run or several: what they find, what they miss, where the AP comes from. One HTML file that needs
+nothing else.
 
 The parts are made by `tables`, `charts_of_runs` and `gallery`; the page is
 `pages/report.html`, with its own style and script in it.
@@ -28,14 +29,25 @@ from hdovd.pipelines.report.runs import OneRun, TrainingImages, data_of, open_ru
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.weights import Weights
 
-SECTIONS = (("ap", "AP"), ("curves", "Curves"), ("errors", "Errors"), ("confusion", "Confusion"), ("reliability", "Scores"),
-            ("losses", "Losses"), ("gallery", "Images"), ("pseudo", "Pseudo boxes"), ("relations", "Relations"), ("identity", "Identity"))
+SECTIONS = (
+    ("ap", "AP"),
+    ("curves", "Curves"),
+    ("errors", "Errors"),
+    ("confusion", "Confusion"),
+    ("reliability", "Scores"),
+    ("losses", "Losses"),
+    ("gallery", "Images"),
+    ("pseudo", "Pseudo boxes"),
+    ("relations", "Relations"),
+    ("identity", "Identity"),
+)
 
 
 def report(job: ReportConfig, log: Callable[[str], None] = print) -> Path:
     """Write the page into the folder `job.out`; runs that are not evaluated yet are evaluated first. Returns its path.
 
-    Raises HdovdError for a folder that is no run, runs of different protocols or validation images, and pictures that are not there.
+    Raises HdovdError for a folder that is no run, runs of different protocols or validation images, and pictures that
+    are not there.
     """
     job.check()
     folders = [RunFolder.open(path, trusted=job.trust) for path in job.runs]
@@ -55,8 +67,18 @@ def _evaluate_if_needed(run: Path, job: ReportConfig, data: DataPaths, log: Call
     if all((run / name).is_file() for name in ("metrics.json", "detections.json")):
         return
     log(f"{run} is not evaluated yet: hdovd eval {run}")
-    evaluate(EvalConfig(run=run, data=data, device=job.device, batch_size=job.batch_size, workers=job.workers, weights=Weights.LAST,
-                     trust=job.trust), log)
+    evaluate(
+        EvalConfig(
+            run=run,
+            data=data,
+            device=job.device,
+            batch_size=job.batch_size,
+            workers=job.workers,
+            weights=Weights.LAST,
+            trust=job.trust,
+        ),
+        log,
+    )
 
 
 def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths, log: Callable[[str], None]) -> dict[str, Any]:
@@ -66,22 +88,46 @@ def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths, log: Ca
     pseudo, pseudo_none = report_gallery.pseudo_boxes(runs, training, job.pseudo)
     matrices, matrices_none = _relations(runs, job, training, log)
     return {
-        "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs of {os.path.commonpath([r.folder.path.resolve() for r in runs])}",
-        "version": __version__, "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}", "sections": SECTIONS,
-        "protocol": first.protocol, "images": len(first.split.images), "notes": [note for run in runs for note in run.notes],
+        "title": runs[0].name
+        if len(runs) == 1
+        else f"{len(runs)} runs of {os.path.commonpath([r.folder.path.resolve() for r in runs])}",
+        "version": __version__,
+        "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
+        "sections": SECTIONS,
+        "protocol": first.protocol,
+        "images": len(first.split.images),
+        "notes": [note for run in runs for note in run.notes],
         "runs": [report_tables.run_row(run, runs) | report_charts.confusion(run) for run in runs],
         "ablation": report_tables.ablation([run.run for run in runs], [run.analysis.weights.value for run in runs]),
         "classes": report_tables.class_rows(runs, {name for card in gallery for name in card["classes"]}),
-        "curves": report_charts.group_curves(runs), "class_curves": report_charts.class_curves(runs),
-        "error_kinds": report_tables.ERROR_NAMES, "errors": report_tables.error_rows(runs),
-        "misnamed_ways": list(report_tables.MISNAMED), "misnamed": report_tables.misnamed_rows(runs), "threshold": job.threshold,
-        "reliability": report_charts.reliability(runs), "losses": report_charts.losses(runs),
-        "gallery": gallery, "gallery_none": "the gallery was left out" if not job.gallery else "there is none",
+        "curves": report_charts.group_curves(runs),
+        "class_curves": report_charts.class_curves(runs),
+        "error_kinds": report_tables.ERROR_NAMES,
+        "errors": report_tables.error_rows(runs),
+        "misnamed_ways": list(report_tables.MISNAMED),
+        "misnamed": report_tables.misnamed_rows(runs),
+        "threshold": job.threshold,
+        "reliability": report_charts.reliability(runs),
+        "losses": report_charts.losses(runs),
+        "gallery": gallery,
+        "gallery_none": "the gallery was left out" if not job.gallery else "there is none",
         "gallery_events": list(dict.fromkeys(event for card in gallery for event in card["events"])),
-        "lowest_score": min((box["score"] for card in gallery for panel in card["panels"] for box in panel["boxes"]
-                             if box["score"] is not None), default=0.0),
-        "pseudo": pseudo, "pseudo_none": pseudo_none, "relations": matrices, "relations_none": matrices_none,
-        "footer": "hdovd " + " ".join(["report", *(str(run.folder.path) for run in runs)])}
+        "lowest_score": min(
+            (
+                box["score"]
+                for card in gallery
+                for panel in card["panels"]
+                for box in panel["boxes"]
+                if box["score"] is not None
+            ),
+            default=0.0,
+        ),
+        "pseudo": pseudo,
+        "pseudo_none": pseudo_none,
+        "relations": matrices,
+        "relations_none": matrices_none,
+        "footer": "hdovd " + " ".join(["report", *(str(run.folder.path) for run in runs)]),
+    }
 
 
 def _relations(
@@ -94,7 +140,9 @@ def _relations(
         return figures, ["The matrices were left out."]
     for run in runs:
         try:
-            found = relations(run.folder, training.split, job.relation_images, device=job.device, weights=run.analysis.weights.file)
+            found = relations(
+                run.folder, training.split, job.relation_images, device=job.device, weights=run.analysis.weights.file
+            )
         except HdovdError as error:
             reasons.append(f"{run.name}: {error}")
         else:

@@ -42,16 +42,25 @@ class TrainingImages:
         return self._data.load("train2017", self._protocol, base_only=True, log=lambda _: None, exif=self._exif)
 
 
-def open_runs(folders: Sequence[RunFolder], validation: DataPaths, threshold: float, log: Callable[[str], None]) -> list[OneRun]:
+def open_runs(
+    folders: Sequence[RunFolder], validation: DataPaths, threshold: float, log: Callable[[str], None]
+) -> list[OneRun]:
     """Raises HdovdError if two runs are of different protocols or validation images, or one is given twice."""
     resolved = [folder.path.resolve() for folder in folders]
-    if twice := [str(folder.path) for folder, where in zip(folders, resolved, strict=True) if resolved.count(where) > 1]:
+    if twice := [
+        str(folder.path) for folder, where in zip(folders, resolved, strict=True) if resolved.count(where) > 1
+    ]:
         raise HdovdError(f"{twice[0]} is given twice")
     runs: list[OneRun] = []
     for name, folder in zip(names_of(resolved), folders, strict=True):
         run = read_run(folder.path)
-        analysis = analyse(folder.path, validation, confusion_score=threshold, trust=folder.trusted,
-                           log=log if not runs else lambda _: None)
+        analysis = analyse(
+            folder.path,
+            validation,
+            confusion_score=threshold,
+            trust=folder.trusted,
+            log=log if not runs else lambda _: None,
+        )
         notes = [f"{name}: {reason}" for reason in run.wrong]
         try:
             entries = folder.entries()
@@ -74,7 +83,9 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def data_of(runs: Sequence[RunFolder], given: DataPaths, *, needed: bool = True) -> DataPaths:
-    """`given`, or what the cache of the first run that knows it was made from; HdovdError if none does, and it is `needed`."""
+    """`given`, or what the cache of the first run that knows it was made from; HdovdError if none does, and it is
+    `needed`.
+    """
     if given != DataPaths():
         return given
     reasons = []
@@ -85,7 +96,10 @@ def data_of(runs: Sequence[RunFolder], given: DataPaths, *, needed: bool = True)
             reasons.append(str(error))
     if not needed:
         return given
-    raise HdovdError("where are the pictures? Give --data ROOT, or --images and --annotations; the runs do not tell: " + "; ".join(reasons))
+    raise HdovdError(
+        "where are the pictures? Give --data ROOT, or --images and --annotations; the runs do not tell: "
+        + "; ".join(reasons)
+    )
 
 
 def novel_first(protocol: Protocol) -> list[int]:
@@ -97,7 +111,12 @@ def novel_first(protocol: Protocol) -> list[int]:
 def _require_same(first: OneRun, other: OneRun) -> None:
     a, b = first.analysis, other.analysis
     if (a.protocol.base, a.protocol.novel) != (b.protocol.base, b.protocol.novel):
-        raise HdovdError(f"{first.name} was evaluated by protocol {a.protocol.name} and {other.name} by {b.protocol.name}: their AP does "
-                         "not compare; make a report of each")
+        raise HdovdError(
+            f"{first.name} was evaluated by protocol {a.protocol.name} and {other.name} by {b.protocol.name}: their AP "
+            f"does "
+            "not compare; make a report of each"
+        )
     if [image.id for image in a.split.images] != [image.id for image in b.split.images]:
-        raise HdovdError(f"{first.name} and {other.name} were evaluated on different images: run hdovd eval of both on the same")
+        raise HdovdError(
+            f"{first.name} and {other.name} were evaluated on different images: run hdovd eval of both on the same"
+        )

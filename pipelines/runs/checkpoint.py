@@ -1,12 +1,12 @@
 """A checkpoint: all that a run needs to go on sample by sample, in one file that is whole or absent.
 
     model      weights and queues                 optimizer, step, window   as of `fit.Loop`
-    rng        torch's generators, a process each  layout                   of `train.batches_of`: what the order depends on
-    log_bytes  length of log.jsonl                best, ended, failed       of `run_hooks.RunHooks`
-    ema        with `train.ema`: of `weight_average.WeightAverage`; `model` has the weights that are trained
+    rng torch's generators, a process each layout of `train.batches_of`: what the order depends on log_bytes length of
+    log.jsonl best, ended, failed of `run_hooks.RunHooks` ema with `train.ema`: of `weight_average.WeightAverage`;
+    `model` has the weights that are trained
 
-Written and read by `train`. Losses, samples and their order follow from seed and epoch; torch's generators matter only to what else
-draws from them.
+Written and read by `train`. Losses, samples and their order follow from seed and epoch; torch's generators matter only
+to what else draws from them.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ FILE = "checkpoint.pt"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Replace the checkpoint; a kill, a power cut or a full disk leaves the old one or the new one. Raises HdovdError."""
+    """Replace the checkpoint; a kill, a power cut or a full disk leaves the old one or the new one. Raises
+    HdovdError."""
     replace_file(folder / FILE, lambda partial: torch.save(state, partial))
 
 
 def load_checkpoint(folder: Path, needs: Collection[str] = ()) -> dict[str, Any] | None:
-    """The checkpoint, or None if there is none. Raises HdovdError for one that cannot be read, is not what was written (by the checksums
-    of its zip file, which torch does not look at), or lacks something of `needs`."""
+    """The checkpoint, or None if there is none. Raises HdovdError for one that cannot be read, is not what was written
+    (by the checksums of its zip file, which torch does not look at), or lacks something of `needs`.
+    """
     file = folder / FILE
     if not file.is_file():
         return None
@@ -46,8 +48,10 @@ def load_checkpoint(folder: Path, needs: Collection[str] = ()) -> dict[str, Any]
         if missing := set(needs) - state.keys():
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except Exception as error:
-        raise HdovdError(f"{file} cannot be read ({error}): was it copied whole? Without it training can only begin anew: "
-                         "--overwrite, and no --resume") from error
+        raise HdovdError(
+            f"{file} cannot be read ({error}): was it copied whole? Without it training can only begin anew: "
+            "--overwrite, and no --resume"
+        ) from error
     return state
 
 
@@ -57,8 +61,11 @@ def fits(folder: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise HdovdError(f"{folder / FILE} does not fit this training ({type(error).__name__}: {' '.join(str(error).split())[:300]}): is "
-                         "it that of another run?") from error
+        raise HdovdError(
+            f"{folder / FILE} does not fit this training ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}): is "
+            "it that of another run?"
+        ) from error
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

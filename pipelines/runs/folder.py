@@ -1,20 +1,20 @@
 """The folder of one training run: what is in it, and how it is written so that it is whole or absent.
 
     config.toml                   the resolved recipe; can be given as --recipe
-    run.json                      protocol, cache identity, package versions, git commit, command; `resumed`: the same of every resumption;
-                                  `init`: the run whose weights it began with, and their hash; `files`: hashes of the two files above and
-                                  below, which never change
+    run.json protocol, cache identity, package versions, git commit, command; `resumed`: the same of every resumption;
+                                  `init`: the run whose weights it began with, and their hash; `files`: hashes of the
+                                  two files above and below, which never change
     class_embeddings.safetensors  text embeddings of the protocol's classes, in its order: evaluation needs no cache
-    model.safetensors             weights and queues after the last finished epoch; with `train.ema` the averaged weights
-    best.safetensors              the same of the epoch with the best validation AP50 of base classes
-    checkpoint.pt                 what `--resume` goes on from (see `checkpoint`)
-    stopped                       there while a run rests that a signal ended: it can go on
-    log.jsonl, log.csv            losses, learning rate, speed and validation while training
-    metrics.json, detections.json, pictures/   written by hdovd eval
+    model.safetensors weights and queues after the last finished epoch; with `train.ema` the averaged weights
+    best.safetensors the same of the epoch with the best validation AP50 of base classes checkpoint.pt what `--resume`
+    goes on from (see `checkpoint`) stopped there while a run rests that a signal ended: it can go on log.jsonl, log.csv
+    losses, learning rate, speed and validation while training metrics.json, detections.json, pictures/ written by hdovd
+    eval
 
-What a run is read by is checked: run.json has a checksum of itself, the weights in their own files (`tensor_file`), a checkpoint those of a
-zip file. So there is no moment in which a kill leaves a file and a checksum that do not fit. Older runs have none, and open as before.
-What its text files name, code to import and addresses to ask, is followed at the user's word alone, or if the user trained it here.
+What a run is read by is checked: run.json has a checksum of itself, the weights in their own files (`tensor_file`), a
+checkpoint those of a zip file. So there is no moment in which a kill leaves a file and a checksum that do not fit.
+Older runs have none, and open as before. What its text files name, code to import and addresses to ask, is followed at
+the user's word alone, or if the user trained it here.
 """
 
 from __future__ import annotations
@@ -43,8 +43,19 @@ from hdovd.pipelines.runs.weights import weights_hash
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FILES = ("config.toml", "run.json", "class_embeddings.safetensors", "model.safetensors", "best.safetensors", "checkpoint.pt", "stopped",
-         "log.jsonl", "log.csv", "metrics.json", "detections.json")
+FILES = (
+    "config.toml",
+    "run.json",
+    "class_embeddings.safetensors",
+    "model.safetensors",
+    "best.safetensors",
+    "checkpoint.pt",
+    "stopped",
+    "log.jsonl",
+    "log.csv",
+    "metrics.json",
+    "detections.json",
+)
 FOLDERS = ("pictures", "tensorboard")
 LASTING = ("config.toml", "class_embeddings.safetensors")
 NORM_TOLERANCE = 0.01  # of class embeddings
@@ -58,10 +69,20 @@ class RunFolder:
     trusted: bool = False
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe, protocol: Protocol, class_embeddings: Tensor, record: dict[str, Any], *,
-               overwrite: bool) -> RunFolder:
+    def create(
+        cls,
+        path: Path,
+        recipe: Recipe,
+        protocol: Protocol,
+        class_embeddings: Tensor,
+        record: dict[str, Any],
+        *,
+        overwrite: bool,
+    ) -> RunFolder:
         """Start a run. Raises HdovdError if one is there, unless `overwrite`."""
-        from hdovd.pipelines.common.tensors import save_tensors  # here: whether there is a run is asked before torch is imported
+        from hdovd.pipelines.common.tensors import (
+            save_tensors,
+        )  # here: whether there is a run is asked before torch is imported
 
         if not overwrite:
             cls.require_none(path)
@@ -77,17 +98,30 @@ class RunFolder:
         replace_file(path / "class_embeddings.safetensors", lambda partial: save_tensors(rows, partial))
         run = cls(path, trusted=True)
         files = {name: weights_hash(path / name) for name in LASTING}
-        run._write_record({"protocol": protocol.to_dict(), **record, "resumed": [], "files": files})  # the last: what has one is begun
+        run._write_record(
+            {"protocol": protocol.to_dict(), **record, "resumed": [], "files": files}
+        )  # the last: what has one is begun
         return run
 
     def check_same(self, recipe: Recipe, protocol: Protocol, record: dict[str, Any]) -> None:
         """Raises HdovdError naming what is asked for otherwise than the run began."""
         before = self.record()
-        wanted: dict[str, Any] = {"recipe": lasting_values(recipe), "protocol": protocol.to_dict(), "cache": _levels(record)}
-        began = {"recipe": lasting_values(self.written_recipe()), "protocol": before["protocol"], "cache": _levels(before)}
+        wanted: dict[str, Any] = {
+            "recipe": lasting_values(recipe),
+            "protocol": protocol.to_dict(),
+            "cache": _levels(record),
+        }
+        began = {
+            "recipe": lasting_values(self.written_recipe()),
+            "protocol": before["protocol"],
+            "cache": _levels(before),
+        }
         if lines := differences(wanted, began, sides=("asked for", "began with")):
-            raise HdovdError(f"{self.path} began otherwise:\n  " + "\n  ".join(lines)
-                             + "\nGo on with what it began with, or give another --out")
+            raise HdovdError(
+                f"{self.path} began otherwise:\n  "
+                + "\n  ".join(lines)
+                + "\nGo on with what it began with, or give another --out"
+            )
 
     def go_on(self, log_bytes: int, now: dict[str, Any]) -> None:
         """The log is cut back to `log_bytes`; detections of weights on the way go."""
@@ -111,7 +145,9 @@ class RunFolder:
     def require_none(path: Path) -> None:
         """Raises HdovdError if a run is there."""
         if (path / "run.json").exists():
-            raise HdovdError(f"{path} holds a run already: --resume goes on with it; or give another --out, or --overwrite")
+            raise HdovdError(
+                f"{path} holds a run already: --resume goes on with it; or give another --out, or --overwrite"
+            )
 
     @classmethod
     def open(cls, path: Path, *, trusted: bool = False) -> RunFolder:
@@ -119,12 +155,17 @@ class RunFolder:
         if not (path / "run.json").is_file():
             raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote")
         if not (path / "model.safetensors").is_file():
-            raise HdovdError(f"{path} has no model.safetensors: its training did not finish an epoch; go on with its hdovd train command "
-                             "and --resume")
+            raise HdovdError(
+                f"{path} has no model.safetensors: its training did not finish an epoch; go on with its hdovd train "
+                f"command "
+                "and --resume"
+            )
         return cls(path, trusted)
 
     def written_recipe(self) -> Recipe:
-        """The recipe to compare with, not to build from. Raises HdovdError for one that was changed, unless the run is trusted."""
+        """The recipe to compare with, not to build from. Raises HdovdError for one that was changed, unless the run is
+        trusted.
+        """
         if not self.trusted and (self.path / "run.json").exists():
             self._require_as_written("config.toml")
         return load_recipe(str(self.path / "config.toml"))
@@ -143,11 +184,14 @@ class RunFolder:
         try:
             return parse_record(file.read_bytes(), trusted=self.trusted)
         except ValueError as error:
-            raise HdovdError(f"{file} is damaged ({error}): was the run copied whole? If you changed it yourself: --trust") from error
+            raise HdovdError(
+                f"{file} is damaged ({error}): was the run copied whole? If you changed it yourself: --trust"
+            ) from error
 
     def cache_url(self) -> str | None:
-        """Where the cache lay that the run was trained from. Raises HdovdError for an address that is to be asked over a network, unless
-        the run is trusted."""
+        """Where the cache lay that the run was trained from. Raises HdovdError for an address that is to be asked over
+        a network, unless the run is trusted.
+        """
         url: str | None = self.record()["cache"].get("path")
         if url is not None and _is_address(url):
             self._require_trust(f"names the cache {url}, which would be asked with your credentials")
@@ -157,27 +201,41 @@ class RunFolder:
         """Raises HdovdError for a file of LASTING that is not what run.json says."""
         wanted = self.record().get("files", {}).get(name)
         if wanted is not None and wanted != weights_hash(self.path / name):
-            raise HdovdError(f"{self.path / name} is not what hdovd train wrote: copy it again"
-                             + ("; or, if you changed it yourself: --trust" if name == "config.toml" else ""))
+            raise HdovdError(
+                f"{self.path / name} is not what hdovd train wrote: copy it again"
+                + ("; or, if you changed it yourself: --trust" if name == "config.toml" else "")
+            )
 
     def _require_trust(self, what: str) -> None:
         if not self.trusted and not self._made_here().exists():
-            raise HdovdError(f"{self.path} {what}. It was not trained here by you: if you trust who made it, give --trust")
+            raise HdovdError(
+                f"{self.path} {what}. It was not trained here by you: if you trust who made it, give --trust"
+            )
 
     def _names(self) -> bool:
         """Whether the run names code or an address."""
-        return _is_address(str(self.record()["cache"].get("path"))) or bool(outside_code(load_recipe(str(self.path / "config.toml"))))
+        return _is_address(str(self.record()["cache"].get("path"))) or bool(
+            outside_code(load_recipe(str(self.path / "config.toml")))
+        )
 
     def _made_here(self) -> Path:
-        """A file of the user's own that is there if hdovd wrote a run in this place, of this recipe and cache: nobody can send it along."""
-        about = (str(self.path.resolve()), (self.path / "config.toml").read_text(), str(self.record()["cache"].get("path")))
+        """A file of the user's own that is there if hdovd wrote a run in this place, of this recipe and cache: nobody
+        can send it along.
+        """
+        about = (
+            str(self.path.resolve()),
+            (self.path / "config.toml").read_text(),
+            str(self.record()["cache"].get("path")),
+        )
         return user_cache_folder() / "runs" / hashlib.sha256("\0".join(about).encode()).hexdigest()
 
     def protocol(self) -> Protocol:
         return parse_protocol(self.record()["protocol"])
 
     def class_embeddings(self) -> Tensor:
-        """(C, D) text embeddings of the protocol's classes. Raises HdovdError if the file is not there, damaged, or of other classes."""
+        """(C, D) text embeddings of the protocol's classes. Raises HdovdError if the file is not there, damaged, or of
+        other classes.
+        """
         from hdovd.pipelines.common.tensors import load_tensors
 
         file = self.path / "class_embeddings.safetensors"
@@ -188,7 +246,9 @@ class RunFolder:
         rows = tensors.get("embeddings")
         if rows is None or rows.ndim != 2 or len(rows) != len(names) or not rows.is_floating_point():
             found = "none" if rows is None else f"{rows.dtype} {tuple(rows.shape)}"
-            raise HdovdError(f"{file}: expected embeddings, a row for each of the {len(names)} classes of run.json, found {found}")
+            raise HdovdError(
+                f"{file}: expected embeddings, a row for each of the {len(names)} classes of run.json, found {found}"
+            )
         if not ((rows.float().norm(dim=1) - 1).abs() < NORM_TOLERANCE).all():
             raise HdovdError(f"{file}: expected rows of norm 1, found others: it is damaged")
         return rows
@@ -200,16 +260,25 @@ class RunFolder:
         replace_file(self.path / name, lambda partial: save_tensors(state, partial))
 
     def load_model(self, model: nn.Module, name: str = "model.safetensors") -> None:
-        """Raises HdovdError if there are no such weights, they are damaged or not finite, or they are not of this model."""
+        """Raises HdovdError if there are no such weights, they are damaged or not finite, or they are not of this
+        model.
+        """
         from hdovd.pipelines.common.tensors import load_tensors
 
         if not (self.path / name).is_file():
             raise HdovdError(f"{self.path} has no {name}: was the run validated while it trained?")
         state, begun = load_tensors(self.path / name), model.state_dict()
-        if bad := [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()
-                   and not (key in begun and begun[key].isinf().any())]:  # a mask of a model's own is full of infinities
-            raise HdovdError(f"{self.path / name}: values that are not finite in {len(bad)} of {len(state)} tensors "
-                             f"({shorten([*bad], 4)}): training diverged, or the file is damaged")
+        if bad := [
+            key
+            for key, value in state.items()
+            if value.is_floating_point()
+            and not value.isfinite().all()
+            and not (key in begun and begun[key].isinf().any())
+        ]:  # a mask of a model's own is full of infinities
+            raise HdovdError(
+                f"{self.path / name}: values that are not finite in {len(bad)} of {len(state)} tensors "
+                f"({shorten([*bad], 4)}): training diverged, or the file is damaged"
+            )
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
@@ -233,8 +302,9 @@ class RunFolder:
             return log.tell()
 
     def entries(self) -> list[dict[str, Any]]:
-        """What was logged, but for a last line that is torn: the process was killed while it wrote. Raises HdovdError for another line
-        that is no entry."""
+        """What was logged, but for a last line that is torn: the process was killed while it wrote. Raises HdovdError
+        for another line that is no entry.
+        """
         file = self.path / "log.jsonl"
         try:
             whole = file.read_text().rpartition("\n")[0] if file.exists() else ""

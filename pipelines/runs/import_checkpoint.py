@@ -27,15 +27,23 @@ from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.import_config import ImportCheckpointConfig
 from hdovd.pipelines.runs.weights import weights_hash
 
-_TRUST = ("pseudo_boxes.reliability_centre=0.31", "pseudo_boxes.reliability_width=0.026", "pseudo_boxes.reliability_scale=1.3")  # METHOD 2
+_TRUST = (
+    "pseudo_boxes.reliability_centre=0.31",
+    "pseudo_boxes.reliability_width=0.026",
+    "pseudo_boxes.reliability_scale=1.3",
+)  # METHOD 2
 
 
 def import_checkpoint(job: ImportCheckpointConfig, log: Callable[[str], None] = print) -> RunFolder:
-    """Write a run folder with the weights of a checkpoint. Raises HdovdError, before anything is written, for one that does not fit."""
+    """Write a run folder with the weights of a checkpoint. Raises HdovdError, before anything is written, for one that
+    does not fit.
+    """
     job.check()
     published = PUBLISHED[job.detector]
     protocol = load_protocol(job.protocol)
-    recipe = load_recipe(published.recipe, [*_TRUST, *published.settings, *job.settings]).with_precision("fp32")  # the authors'
+    recipe = load_recipe(published.recipe, [*_TRUST, *published.settings, *job.settings]).with_precision(
+        "fp32"
+    )  # the authors'
     state, about = read_checkpoint(job.file, log)
     _require_detector(state, job)
     dim = int(state[published.background].shape[-1])
@@ -43,18 +51,32 @@ def import_checkpoint(job: ImportCheckpointConfig, log: Callable[[str], None] = 
     model = build_detector(recipe, dim, None)
     _give_object(model, job, dim, log)
     unused = take(model, state, published, str(job.file), log)
-    record = {"cache": {"path": None, "levels": {}}, "skipped": {}, **provenance(torch.device("cpu"), 1),
-              "imported": {"file": str(job.file.resolve()), "sha256": weights_hash(job.file), "tensors": len(state) - len(unused),
-                           "unused": unused, **about, "class_embeddings": str(job.class_embeddings)}}
+    record = {
+        "cache": {"path": None, "levels": {}},
+        "skipped": {},
+        **provenance(torch.device("cpu"), 1),
+        "imported": {
+            "file": str(job.file.resolve()),
+            "sha256": weights_hash(job.file),
+            "tensors": len(state) - len(unused),
+            "unused": unused,
+            **about,
+            "class_embeddings": str(job.class_embeddings),
+        },
+    }
     run = RunFolder.create(job.out, recipe, protocol, texts, record, overwrite=job.overwrite)
     run.save_model(model)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    log(f"wrote {run.path}: {recipe.detector.name}, {millions:.1f} M parameters; next: hdovd eval {run.path} --data COCO")
+    log(
+        f"wrote {run.path}: {recipe.detector.name}, {millions:.1f} M parameters; next: hdovd eval {run.path} --data "
+        f"COCO"
+    )
     return run
 
 
 def read_checkpoint(file: Path, log: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a checkpoint by name, floating-point ones as float32, and what its meta says of epoch and iteration.
+    """The tensors of a checkpoint by name, floating-point ones as float32, and what its meta says of epoch and
+    iteration.
 
     Raises HdovdError for a file that is none, or wants to run code.
     """
@@ -63,17 +85,25 @@ def read_checkpoint(file: Path, log: Callable[[str], None]) -> tuple[dict[str, T
     content = load_pth(file)
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise HdovdError(f"{file} is no checkpoint: expected a dict with \"state_dict\", names to tensors, as mmcv writes it")
+        raise HdovdError(
+            f'{file} is no checkpoint: expected a dict with "state_dict", names to tensors, as mmcv writes it'
+        )
     state = {str(name).removeprefix("module."): value for name, value in state.items()}
-    tensors = {name: torch.from_numpy(floats(value, f"{file}: {name}")) if value.is_floating_point() else value
-               for name, value in state.items()}
+    tensors = {
+        name: torch.from_numpy(floats(value, f"{file}: {name}")) if value.is_floating_point() else value
+        for name, value in state.items()
+    }
     kinds = Counter(str(value.dtype).removeprefix("torch.") for value in state.values() if value.is_floating_point())
     for kind, count in kinds.items():
         if kind != "float32":
             log(f"{count} tensors are {kind}: made float32")
     if bad := [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
-        raise HdovdError(f"{file} holds numbers that are not finite, in {shorten(list(bad))}: the training that wrote it failed")
-    around = {str(name): value for name, value in content.items() if name != "state_dict"} if "state_dict" in content else {}
+        raise HdovdError(
+            f"{file} holds numbers that are not finite, in {shorten(list(bad))}: the training that wrote it failed"
+        )
+    around = (
+        {str(name): value for name, value in content.items() if name != "state_dict"} if "state_dict" in content else {}
+    )
     meta = around.pop("meta", None)
     if around:
         log(f"not used: {', '.join(sorted(around))}")
@@ -81,7 +111,9 @@ def read_checkpoint(file: Path, log: Callable[[str], None]) -> tuple[dict[str, T
     return tensors, {key: meta[key] for key in ("epoch", "iter") if isinstance(meta.get(key), int)}
 
 
-def take(model: Detector, state: Mapping[str, Tensor], published: Published, file: str, log: Callable[[str], None]) -> list[str]:
+def take(
+    model: Detector, state: Mapping[str, Tensor], published: Published, file: str, log: Callable[[str], None]
+) -> list[str]:
     """Load a checkpoint's tensors into the model; returns the names of those that it does without.
 
     Raises HdovdError naming what the model lacks, what it has no place for, and what is of another shape.
@@ -102,11 +134,19 @@ def take(model: Detector, state: Mapping[str, Tensor], published: Published, fil
     rest = [name for name in own if name not in found]
     anew = {name: why for name in rest if (why := _why(name, published.anew))}
     missing = [name for name in rest if name not in anew]
-    problems = [f"{len(names)} {what}: {shorten(list(names))}" for what, names in (
-        ("weights of the detector are missing", missing), ("tensors are of no part of it", unknown),
-        ("tensors are of another shape", wrong)) if names]
+    problems = [
+        f"{len(names)} {what}: {shorten(list(names))}"
+        for what, names in (
+            ("weights of the detector are missing", missing),
+            ("tensors are of no part of it", unknown),
+            ("tensors are of another shape", wrong),
+        )
+        if names
+    ]
     if problems:
-        raise HdovdError(f"{file} does not fit detector {model.recipe.detector.name} of this recipe:\n  " + "\n  ".join(problems))
+        raise HdovdError(
+            f"{file} does not fit detector {model.recipe.detector.name} of this recipe:\n  " + "\n  ".join(problems)
+        )
     for names, verb in ((unneeded, "not used"), (anew, "not in the file")):
         for why in dict.fromkeys(names.values()):
             of = [name for name, reason in names.items() if reason == why]
@@ -125,20 +165,33 @@ def _require_detector(state: Mapping[str, Tensor], job: ImportCheckpointConfig) 
     known = {name: sum(p.own_name(key) is not None for key in state) for name, p in PUBLISHED.items()}
     best = max(known, key=lambda name: known[name])
     if known[best] > known[job.detector]:
-        raise HdovdError(f"{job.file} is a checkpoint of {best}, not of {job.detector} ({known[best]} and {known[job.detector]} of "
-                         f"{len(state)} tensors are of it): give --detector {best}")
+        raise HdovdError(
+            f"{job.file} is a checkpoint of {best}, not of {job.detector} ({known[best]} and {known[job.detector]} of "
+            f"{len(state)} tensors are of it): give --detector {best}"
+        )
     if PUBLISHED[job.detector].background not in state:
-        raise HdovdError(f"{job.file} is no checkpoint of the authors' {job.detector}: it has no {PUBLISHED[job.detector].background}, but "
-                         f"{shorten(list(state))}")
+        raise HdovdError(
+            f"{job.file} is no checkpoint of the authors' {job.detector}: it has no "
+            f"{PUBLISHED[job.detector].background}, but "
+            f"{shorten(list(state))}"
+        )
 
 
 def _class_embeddings(job: ImportCheckpointConfig, protocol: Protocol, dim: int) -> Tensor:
     """(C, D) float32, normalised."""
     if job.class_embeddings is None:
-        raise HdovdError(f"a checkpoint holds no class embeddings: give --class-embeddings FILE, a .pt of {len(protocol.names)} x {dim}, "
-                         f"in the order of protocol {protocol.name}")
-    return _rows(job.class_embeddings, len(protocol.names), dim, f"--class-embeddings {job.class_embeddings}",
-                 f"a row for each class of protocol {protocol.name}, base before novel, of the checkpoint's embedding size")
+        raise HdovdError(
+            f"a checkpoint holds no class embeddings: give --class-embeddings FILE, a .pt of {len(protocol.names)} x "
+            f"{dim}, "
+            f"in the order of protocol {protocol.name}"
+        )
+    return _rows(
+        job.class_embeddings,
+        len(protocol.names),
+        dim,
+        f"--class-embeddings {job.class_embeddings}",
+        f"a row for each class of protocol {protocol.name}, base before novel, of the checkpoint's embedding size",
+    )
 
 
 def _rows(file: Path, count: int, dim: int, what: str, meaning: str) -> Tensor:
@@ -159,7 +212,17 @@ def _give_object(model: Detector, job: ImportCheckpointConfig, dim: int, log: Ca
             log(f"not used: --object-embedding; {job.detector} has no use for it")
         return
     if job.object_embedding is None:
-        raise HdovdError(f"adamixer needs the text embedding that its objectness is measured against: give --object-embedding FILE, a .pt "
-                         f"of 1 x {dim}")
-    model.set_object_text(_rows(job.object_embedding, 1, dim, f"--object-embedding {job.object_embedding}",
-                                "the embedding of \"object\", of the checkpoint's embedding size")[0])
+        raise HdovdError(
+            f"adamixer needs the text embedding that its objectness is measured against: give --object-embedding FILE, "
+            f"a .pt "
+            f"of 1 x {dim}"
+        )
+    model.set_object_text(
+        _rows(
+            job.object_embedding,
+            1,
+            dim,
+            f"--object-embedding {job.object_embedding}",
+            'the embedding of "object", of the checkpoint\'s embedding size',
+        )[0]
+    )

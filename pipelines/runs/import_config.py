@@ -26,18 +26,24 @@ class ImportCheckpointConfig:
     file: Annotated[Path, Option("A checkpoint of the authors' code, .pth.", argument=True)]
     out: Annotated[Path, Option("The run folder to write.")]
     detector: Annotated[PublishedDetector, Option("Which detector the checkpoint is of.")]
-    class_embeddings: Annotated[Path | None, Option("Text embeddings of the classes, .pt: a row a class in the protocol's order, 65 x 512 "
-                                                    "for "
-                                                    "ov-coco.")] = None
+    class_embeddings: Annotated[
+        Path | None,
+        Option("Text embeddings of the classes, .pt: a row a class in the protocol's order, 65 x 512 for ov-coco."),
+    ] = None
     object_embedding: Annotated[Path | None, Option('adamixer: the text embedding of "object", .pt, 1 x 512.')] = None
     protocol: Protocol = "ov-coco"
-    settings: Annotated[tuple[str, ...], Option("A value of the detector's recipe, KEY=VALUE. Repeatable.", flags=("--set",))] = ()
+    settings: Annotated[
+        tuple[str, ...], Option("A value of the detector's recipe, KEY=VALUE. Repeatable.", flags=("--set",))
+    ] = ()
     overwrite: Annotated[bool, Option("Replace the run that is there.")] = False
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
         if self.detector not in PUBLISHED:
-            raise HdovdError(f"--detector {self.detector}: expected {' or '.join(PUBLISHED)}, those that the authors published weights of")
+            raise HdovdError(
+                f"--detector {self.detector}: expected {' or '.join(PUBLISHED)}, those that the authors published "
+                f"weights of"
+            )
         if not self.overwrite:
             RunFolder.require_none(self.out)
         load_protocol(self.protocol)

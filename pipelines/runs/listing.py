@@ -34,7 +34,9 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run folder. `wrong`: what could not be read of it, and why. AP50 in percent by group, None without ground truth."""
+    """One run folder. `wrong`: what could not be read of it, and why. AP50 in percent by group, None without ground
+    truth.
+    """
 
     path: Path
     state: State
@@ -64,8 +66,11 @@ class Run:
     @property
     def distillation(self) -> tuple[str, ...]:
         """The levels of distillation that are on, and the losses that the recipe adds."""
-        levels = [key.split(".")[1] for key, value in self.settings.items()
-                  if key.startswith("loss.") and key.endswith(SWITCH) and value is True]
+        levels = [
+            key.split(".")[1]
+            for key, value in self.settings.items()
+            if key.startswith("loss.") and key.endswith(SWITCH) and value is True
+        ]
         added = [key.split(".")[2] for key in self.settings if key.startswith("loss.extra.") and key.endswith(".use")]
         return tuple(dict.fromkeys(levels + added))
 
@@ -79,7 +84,8 @@ class Run:
 class RunDifference:
     """What differs between two runs, as (what, value of a, value of b).
 
-    `parts`: config, cache, versions, git and protocol. `groups` and `classes` are AP50, of the latter the largest difference first.
+    `parts`: config, cache, versions, git and protocol. `groups` and `classes` are AP50, of the latter the largest
+    difference first.
     """
 
     a: Run
@@ -96,7 +102,8 @@ def features_id(levels: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """All run folders in these folders, at any depth, each once. Links to folders, pictures and caches are not looked into.
+    """All run folders in these folders, at any depth, each once. Links to folders, pictures and caches are not looked
+    into.
 
     Raises HdovdError for a folder that is not there.
     """
@@ -146,22 +153,53 @@ def read_run(path: Path) -> Run:
     if metrics and not ap50:
         wrong.append("metrics.json has no AP50: run hdovd eval again")
     at_end = bool(done) and done == epochs
-    state = State.DAMAGED if wrong else State.STOPPED if not at_end else State.FINISHED if metrics else State.NOT_EVALUATED
-    return Run(path, state, _date(path, record), settings, _tree(record.get("protocol")), levels, cache.get("path"),
-               _tree(record.get("versions")), _tree(record.get("git")) or None, done, ap50, blind, per_class, tuple(wrong))
+    state = (
+        State.DAMAGED if wrong else State.STOPPED if not at_end else State.FINISHED if metrics else State.NOT_EVALUATED
+    )
+    return Run(
+        path,
+        state,
+        _date(path, record),
+        settings,
+        _tree(record.get("protocol")),
+        levels,
+        cache.get("path"),
+        _tree(record.get("versions")),
+        _tree(record.get("git")) or None,
+        done,
+        ap50,
+        blind,
+        per_class,
+        tuple(wrong),
+    )
 
 
 def compare_runs(a: Path, b: Path) -> RunDifference:
     """What differs between two runs. Raises HdovdError if one is no run; what is damaged in one is left out."""
     first, second = read_run(a), read_run(b)
-    groups = [(name, of_a.get(group), of_b.get(group))
-              for suffix, of_a, of_b in (("", first.ap50, second.ap50), (" split-blind", first.split_blind, second.split_blind))
-              for group in GROUPS for name in [group + suffix] if group in of_a or group in of_b]
-    classes = [(name, x, y) for name, x in first.per_class.items() if x is not None and (y := second.per_class.get(name)) is not None]
+    groups = [
+        (name, of_a.get(group), of_b.get(group))
+        for suffix, of_a, of_b in (
+            ("", first.ap50, second.ap50),
+            (" split-blind", first.split_blind, second.split_blind),
+        )
+        for group in GROUPS
+        for name in [group + suffix]
+        if group in of_a or group in of_b
+    ]
+    classes = [
+        (name, x, y)
+        for name, x in first.per_class.items()
+        if x is not None and (y := second.per_class.get(name)) is not None
+    ]
     classes.sort(key=lambda entry: (-abs(entry[2] - entry[1]), entry[0]))
-    parts = {"config": differences(first.settings, second.settings), "cache": _cache_differences(first, second),
-             "versions": differences(first.versions, second.versions), "git": differences(first.git or {}, second.git or {}),
-             "protocol": differences(first.protocol, second.protocol)}
+    parts = {
+        "config": differences(first.settings, second.settings),
+        "cache": _cache_differences(first, second),
+        "versions": differences(first.versions, second.versions),
+        "git": differences(first.git or {}, second.git or {}),
+        "protocol": differences(first.protocol, second.protocol),
+    }
     return RunDifference(first, second, parts, groups, classes)
 
 
@@ -179,6 +217,7 @@ def _cache_differences(a: Run, b: Run) -> list[tuple[str, Any, Any]]:
 
 # --- reading ---
 
+
 def _read(file: Path, parse: Callable[[str], Any], wrong: list[str]) -> dict[str, Any]:
     """The object in a file; empty, with a word in `wrong`, if there is none."""
     try:
@@ -194,7 +233,9 @@ def _read(file: Path, parse: Callable[[str], Any], wrong: list[str]) -> dict[str
 
 
 def _epochs_done(path: Path, epochs: int | None, wrong: list[str]) -> int:
-    """Epochs whose end is logged. The log tells the steps of an epoch from the first one on; the weights that it ended at all."""
+    """Epochs whose end is logged. The log tells the steps of an epoch from the first one on; the weights that it ended
+    at all.
+    """
     entries: list[tuple[int, int]] = []
     lines = (path / "log.jsonl").read_bytes().splitlines() if (path / "log.jsonl").is_file() else []
     for number, line in enumerate(lines, start=1):

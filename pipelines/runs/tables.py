@@ -21,13 +21,26 @@ def run_lines(runs: Sequence[Run], root: Path | None = None) -> list[str]:
         return ["no runs here: hdovd train --out RUN makes one"]
     head = ("name", "settings", "levels", "seed", "epochs", *GROUPS, "blind", "cache", "begun", "state")
     apart = _apart(runs)
-    rows = [(_name(run, root), settings or "-",
-             "+".join(run.distillation) or ("none" if run.settings else "-"), shown(run.seed), f"{run.epochs_done}/{shown(run.epochs)}",
-             *(ap(run.ap50.get(group)) for group in GROUPS), ap(run.split_blind.get("novel")), run.cache_id or "-",
-             f"{run.date:%Y-%m-%d %H:%M}", str(run.state)) for run, settings in zip(runs, apart, strict=True)]
+    rows = [
+        (
+            _name(run, root),
+            settings or "-",
+            "+".join(run.distillation) or ("none" if run.settings else "-"),
+            shown(run.seed),
+            f"{run.epochs_done}/{shown(run.epochs)}",
+            *(ap(run.ap50.get(group)) for group in GROUPS),
+            ap(run.split_blind.get("novel")),
+            run.cache_id or "-",
+            f"{run.date:%Y-%m-%d %H:%M}",
+            str(run.state),
+        )
+        for run, settings in zip(runs, apart, strict=True)
+    ]
     lines = table_lines(head, rows, NUMBERS)
-    lines.append(f"{counted(len(runs), 'run')}; AP50 in percent; blind: novel AP50 without the base/novel split at test "
-                 "time; cache: the same letters, the same features")
+    lines.append(
+        f"{counted(len(runs), 'run')}; AP50 in percent; blind: novel AP50 without the base/novel split at test "
+        "time; cache: the same letters, the same features"
+    )
     protocols = sorted({str(run.protocol["name"]) for run in runs if "name" in run.protocol})
     if len(protocols) > 1:
         lines.append(f"note: AP of several protocols, which do not compare: {', '.join(protocols)}")
@@ -38,11 +51,26 @@ def run_lines(runs: Sequence[Run], root: Path | None = None) -> list[str]:
 def run_values(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """All runs as JSON values. `different`: the settings, by dotted key, that not all of these runs share."""
     keys = different_keys([run.settings for run in runs if run.settings]) if runs else []
-    return [{"path": str(run.path), "state": str(run.state), "wrong": list(run.wrong), "date": run.date.isoformat(timespec="seconds"),
-             "seed": run.seed, "epochs_done": run.epochs_done, "epochs": run.epochs, "levels": list(run.distillation),
-             "different": {key: run.settings.get(key) for key in keys if key in run.settings}, "ap50": run.ap50,
-             "split_blind": run.split_blind, "protocol": run.protocol.get("name"), "cache": {"path": run.cache, "id": run.cache_id},
-             "git": run.git, "versions": run.versions} for run in runs]
+    return [
+        {
+            "path": str(run.path),
+            "state": str(run.state),
+            "wrong": list(run.wrong),
+            "date": run.date.isoformat(timespec="seconds"),
+            "seed": run.seed,
+            "epochs_done": run.epochs_done,
+            "epochs": run.epochs,
+            "levels": list(run.distillation),
+            "different": {key: run.settings.get(key) for key in keys if key in run.settings},
+            "ap50": run.ap50,
+            "split_blind": run.split_blind,
+            "protocol": run.protocol.get("name"),
+            "cache": {"path": run.cache, "id": run.cache_id},
+            "git": run.git,
+            "versions": run.versions,
+        }
+        for run in runs
+    ]
 
 
 def difference_lines(difference: RunDifference) -> list[str]:
@@ -51,21 +79,39 @@ def difference_lines(difference: RunDifference) -> list[str]:
     for name, entries in difference.parts.items():
         rows = [(key, in_full(a), in_full(b)) for key, a, b in entries]
         lines += ["", *(table_lines((name, "A", "B"), rows) if rows else [f"{name}: the same"])]
-    lines += ["", *(_ap_lines("AP50, percent", difference.groups) if difference.groups else ["AP50: none of the two is evaluated"])]
+    lines += [
+        "",
+        *(
+            _ap_lines("AP50, percent", difference.groups)
+            if difference.groups
+            else ["AP50: none of the two is evaluated"]
+        ),
+    ]
     novel = set(difference.a.protocol.get("novel", ()))
     changed = [(name + (" (novel)" if name in novel else ""), x, y) for name, x, y in difference.classes if x != y]
     if changed:
-        head = "classes that differ" if len(changed) <= MOST_CLASSES else f"{MOST_CLASSES} of {len(changed)} classes that differ"
+        head = (
+            "classes that differ"
+            if len(changed) <= MOST_CLASSES
+            else f"{MOST_CLASSES} of {len(changed)} classes that differ"
+        )
         lines += ["", *_ap_lines(head, changed[:MOST_CLASSES])]
     lines += [f"{run.path}: {reason}" for run in (difference.a, difference.b) for reason in run.wrong]
     return lines
 
 
-def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[str] | frozenset[str] = frozenset()) -> list[str]:
+def table_lines(
+    head: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[str] | frozenset[str] = frozenset()
+) -> list[str]:
     """Columns of text, those named in `numbers` to the right."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    return ["  ".join(text.rjust(width) if name in numbers else text.ljust(width)
-                      for name, text, width in zip(head, row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    return [
+        "  ".join(
+            text.rjust(width) if name in numbers else text.ljust(width)
+            for name, text, width in zip(head, row, widths, strict=True)
+        ).rstrip()
+        for row in [head, *rows]
+    ]
 
 
 def ap(value: float | None) -> str:
@@ -86,8 +132,18 @@ def _name(run: Run, root: Path | None) -> str:
 def _apart(runs: Sequence[Run]) -> list[str]:
     """Of every run the settings in which the runs differ, without those that have a column of their own."""
     known = [run.settings for run in runs if run.settings]
-    keys = [key for key in different_keys(known) if key not in OWN_COLUMN and not (key.startswith("loss.") and key.endswith(SWITCH))] \
-        if known else []
+    keys = (
+        [
+            key
+            for key in different_keys(known)
+            if key not in OWN_COLUMN and not (key.startswith("loss.") and key.endswith(SWITCH))
+        ]
+        if known
+        else []
+    )
     names = short_names(keys, {key for settings in known for key in settings})
     columns = {key: shown_apart([run.settings.get(key) for run in runs]) for key in keys}
-    return [" ".join(f"{names[key]}={columns[key][row]}" for key in keys if key in run.settings) for row, run in enumerate(runs)]
+    return [
+        " ".join(f"{names[key]}={columns[key][row]}" for key in keys if key in run.settings)
+        for row, run in enumerate(runs)
+    ]

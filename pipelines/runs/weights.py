@@ -19,7 +19,9 @@ class Weights(StrEnum):
         return "model.safetensors" if self is Weights.LAST else "best.safetensors"
 
 
-WeightsOption = Annotated[Weights, Option("Of the last epoch, or of the one with the best validation AP50 of base classes.")]
+WeightsOption = Annotated[
+    Weights, Option("Of the last epoch, or of the one with the best validation AP50 of base classes.")
+]
 
 
 def weights_hash(file: Path) -> str:

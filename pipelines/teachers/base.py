@@ -15,9 +15,9 @@ from hdovd.pipelines.teachers.prompts import Name
 class Teacher(Protocol):
     """Embeds pictures and names. n pictures or texts, D embedding size.
 
-    `fit`: a picture (3, h, w) uint8 -> (3, *input_size) uint8; called in worker processes. `identity`: what determines the
-    answers, preprocessing aside; JSON values. `notes`: what a user should read. `made_with`: what a user may want to know later,
-    of no weight in the identity.
+    `fit`: a picture (3, h, w) uint8 -> (3, *input_size) uint8; called in worker processes. `identity`: what determines
+    the answers, preprocessing aside; JSON values. `notes`: what a user should read. `made_with`: what a user may want
+    to know later, of no weight in the identity.
     """
 
     dim: int
@@ -45,7 +45,9 @@ class Teacher(Protocol):
         """A hash of what the text tower is given for every prompt: the tokenizer's part of the identity."""
 
     def prompt_notes(self, names: Sequence[Name], templates: Sequence[str]) -> list[str]:
-        """What the user should know of the prompts: which are too long for the text tower, and which names it cannot tell apart."""
+        """What the user should know of the prompts: which are too long for the text tower, and which names it cannot
+        tell apart.
+        """
 
     def best_batch(self) -> int:
         """How many pictures to embed at a time, found out on the device."""

@@ -1,10 +1,13 @@
-"""CLIP embeddings of boxes from one pass over the whole picture: the dense instance teacher. Knows tensors, not files or caches.
+"""CLIP embeddings of boxes from one pass over the whole picture: the dense instance teacher. Knows tensors, not files
+or caches.
 
-A crop teacher runs CLIP once a box. Here CLIP's feature map is computed once a picture and every box takes its part of it by RoIAlign.
-That is cheaper a box, and not the same: the features of a box have seen what surrounds it, and the object at the size that it has in the
-picture. How near the two are depends on the CLIP and on the side: `benchmarks/bench_dense.py` measures it.
+A crop teacher runs CLIP once a box. Here CLIP's feature map is computed once a picture and every box takes its part of
+it by RoIAlign. That is cheaper a box, and not the same: the features of a box have seen what surrounds it, and the
+object at the size that it has in the picture. How near the two are depends on the CLIP and on the side:
+`benchmarks/bench_dense.py` measures it.
 
-b pictures, n boxes, S side of the input in pixels, C channels and h x w cells of the feature map, k bins a side of a box, D embedding size.
+b pictures, n boxes, S side of the input in pixels, C channels and h x w cells of the feature map, k bins a side of a
+box, D embedding size.
 """
 
 from __future__ import annotations
@@ -28,16 +31,19 @@ from torchvision.ops import roi_align
 
 from hdovd.core.errors import HdovdError
 
-SUPPORTED = ("open_clip's ModifiedResNet (RN50 and its family), open_clip's VisionTransformer without attentional pool (ViT-B-32 and its "
-             "family), timm's VisionTransformer and Eva with plain patches (SigLIP, EVA02, PE)")
+SUPPORTED = (
+    "open_clip's ModifiedResNet (RN50 and its family), open_clip's VisionTransformer without attentional pool "
+    "(ViT-B-32 and its "
+    "family), timm's VisionTransformer and Eva with plain patches (SigLIP, EVA02, PE)"
+)
 BOXES_AT_A_TIME = 64  # always so many: bounds memory, and what a box gives does not depend on how many there are
 
 
 class DenseClip:
     """The visual tower of a frozen CLIP, asked for boxes of whole pictures.
 
-    The tower's weights are shared, not copied, and it goes on answering `encode_image`. It must be on its device. For half
-    precision call `embed_boxes` under `torch.autocast`.
+    The tower's weights are shared, not copied, and it goes on answering `encode_image`. It must be on its device. For
+    half precision call `embed_boxes` under `torch.autocast`.
     """
 
     def __init__(self, visual: nn.Module, side: int) -> None:
@@ -48,8 +54,12 @@ class DenseClip:
     @property
     def identity(self) -> dict[str, Any]:
         """What determines the answers beside the CLIP itself: JSON values."""
-        return {"kind": "dense", "side": self._side, **self._tower.identity,
-                "roi_align": {"bins": self._tower.bins, "sampling_ratio": self._tower.samples, "aligned": True}}
+        return {
+            "kind": "dense",
+            "side": self._side,
+            **self._tower.identity,
+            "roi_align": {"bins": self._tower.bins, "sampling_ratio": self._tower.samples, "aligned": True},
+        }
 
     @torch.inference_mode()
     def embed_boxes(self, pixels: Tensor, boxes: Sequence[Tensor]) -> Tensor:
@@ -57,7 +67,8 @@ class DenseClip:
 
         Args:
             pixels: (b, 3, S, S), preprocessed float.
-            boxes: b tensors (n_i, 4), xyxy in pixels of the S x S input; n_i may be 0. A box is cut to the picture, and is at least a
+            boxes: b tensors (n_i, 4), xyxy in pixels of the S x S input; n_i may be 0. A box is cut to the picture, and
+            is at least a
                 pixel wide and high, as in `crop_recipe`'s plain box.
 
         Raises HdovdError if shapes do not fit, or a box is not finite.
@@ -67,8 +78,12 @@ class DenseClip:
         features = tower.map(pixels.to(self._device))
         filled = F.pad(rois, (0, 0, 0, -len(rois) % BOXES_AT_A_TIME if len(rois) else BOXES_AT_A_TIME))
         exact = features.float()  # RoIAlign knows no bfloat16 on a CPU
-        rows = [tower.pool(roi_align(exact, some, tower.bins, 1 / tower.cell, tower.samples, aligned=True).to(features.dtype))
-                for some in filled.split(BOXES_AT_A_TIME)]
+        rows = [
+            tower.pool(
+                roi_align(exact, some, tower.bins, 1 / tower.cell, tower.samples, aligned=True).to(features.dtype)
+            )
+            for some in filled.split(BOXES_AT_A_TIME)
+        ]
         return F.normalize(torch.cat(rows)[: len(rois)].float(), dim=1)
 
 
@@ -79,7 +94,11 @@ def near_side(visual: nn.Module, side: int) -> int:
     elif isinstance(visual, VisionTransformer):
         cell = _square(visual.patch_size)
     else:
-        cell = _square(visual.trunk.patch_embed.patch_size) if isinstance(visual, TimmModel) and hasattr(visual.trunk, "patch_embed") else 1
+        cell = (
+            _square(visual.trunk.patch_embed.patch_size)
+            if isinstance(visual, TimmModel) and hasattr(visual.trunk, "patch_embed")
+            else 1
+        )
     return max(cell, round(side / cell) * cell)
 
 
@@ -89,7 +108,9 @@ def scale_boxes(boxes: Tensor, width: int, height: int, side: int) -> Tensor:
 
 
 class _Tower(Protocol):
-    """The two halves of a visual tower. `cell`: input pixels a side of a cell of the map. `samples`: a side of a bin; -1: one a cell."""
+    """The two halves of a visual tower. `cell`: input pixels a side of a cell of the map. `samples`: a side of a bin;
+    -1: one a cell.
+    """
 
     bins: int
     cell: int
@@ -116,15 +137,19 @@ def _tower(visual: nn.Module, side: int) -> _Tower:
         name = f"timm {type(trunk).__name__}"
         if isinstance(trunk, TimmVisionTransformer | Eva):
             name += f" with {type(trunk.patch_embed).__name__} and pool {trunk.global_pool!r}"
-    raise HdovdError(f"no dense features of this CLIP: its visual tower, a {name}, is not among those supported: {SUPPORTED}. "
-                     "Take crops instead")
+    raise HdovdError(
+        f"no dense features of this CLIP: its visual tower, a {name}, is not among those supported: {SUPPORTED}. "
+        "Take crops instead"
+    )
 
 
 class _ResNet:
-    """Layer 3 of the picture; layer 4 and the attention pool a box, on the grid that they were trained with (RegionCLIP, CORA).
+    """Layer 3 of the picture; layer 4 and the attention pool a box, on the grid that they were trained with
+    (RegionCLIP, CORA).
 
-    RoIAlign on layer 4's map would be cheaper; with the demo's CLIP it loses most of the accuracy, at every side. One sample a bin was as
-    good as the average of several, or better where boxes are large: layer 4 knows no features that are averages.
+    RoIAlign on layer 4's map would be cheaper; with the demo's CLIP it loses most of the accuracy, at every side. One
+    sample a bin was as good as the average of several, or better where boxes are large: layer 4 knows no features that
+    are averages.
     """
 
     cell = 16
@@ -149,9 +174,10 @@ class _ResNet:
 class _OpenClipVit:
     """Patch tokens, normalised and averaged over the box, then projected.
 
-    A model that answers with its class token never answers with patch tokens. The last block's attention is left out for them: a token's
-    own value, with residual and MLP (MaskCLIP, arXiv 2112.01071, in the form that it was published in). Tiny ViTs trained on crops of the
-    demo world answer by chance with this and every other form, so measure yours before you trust it.
+    A model that answers with its class token never answers with patch tokens. The last block's attention is left out
+    for them: a token's own value, with residual and MLP (MaskCLIP, arXiv 2112.01071, in the form that it was published
+    in). Tiny ViTs trained on crops of the demo world answer by chance with this and every other form, so measure yours
+    before you trust it.
     """
 
     bins = 1
@@ -170,7 +196,9 @@ class _OpenClipVit:
         self.identity = _vit_identity("mean, final norm" if self._norm_last else "final norm, mean", by_class_token)
 
     def map(self, pixels: Tensor) -> Tensor:
-        maps = self._visual.forward_intermediates(pixels, indices=1, intermediates_only=True, normalize_intermediates=not self._norm_last)
+        maps = self._visual.forward_intermediates(
+            pixels, indices=1, intermediates_only=True, normalize_intermediates=not self._norm_last
+        )
         last: Tensor = maps["image_intermediates"][0]
         return last
 
@@ -181,7 +209,9 @@ class _OpenClipVit:
 
 
 class _TimmVit:
-    """As `_OpenClipVit`; with an attention pool in the model's head (SigLIP), that pools the box, on the grid that it was trained with."""
+    """As `_OpenClipVit`; with an attention pool in the model's head (SigLIP), that pools the box, on the grid that it
+    was trained with.
+    """
 
     def __init__(self, visual: TimmModel, side: int) -> None:
         trunk = visual.trunk
@@ -199,10 +229,14 @@ class _TimmVit:
         self.bins: int = 1 if trunk.attn_pool is None else max(trunk.patch_embed.grid_size)
         self.samples = -1 if trunk.attn_pool is None else 1
         pool = "mean" if trunk.attn_pool is None else "attention pool a box"
-        self.identity = _vit_identity(pool if isinstance(trunk.norm, nn.Identity) else f"final norm, {pool}", by_class_token)
+        self.identity = _vit_identity(
+            pool if isinstance(trunk.norm, nn.Identity) else f"final norm, {pool}", by_class_token
+        )
 
     def map(self, pixels: Tensor) -> Tensor:
-        last: Tensor = self._visual.trunk.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)[0]
+        last: Tensor = self._visual.trunk.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)[
+            0
+        ]
         return last
 
     def pool(self, bins: Tensor) -> Tensor:
@@ -213,7 +247,8 @@ class _TimmVit:
 
 
 class _OwnValue(nn.Module):
-    """An attention in which every token attends to itself alone: what comes out is its own value, through the output projection.
+    """An attention in which every token attends to itself alone: what comes out is its own value, through the output
+    projection.
 
     As a mask, so that it holds for every kind of attention (heads that are scaled, inner norms, rotary embeddings).
     """
@@ -235,7 +270,9 @@ def _sharing_weights(module: nn.Module) -> Any:
 
 
 def _resized(embedding: Tensor, grid: tuple[int, int], cells: int, prefix: int = 1) -> nn.Parameter:
-    """Position embeddings ([1,] prefix + h * w, C) for `cells` x `cells` patches, in the shape given; those of the prefix as they are."""
+    """Position embeddings ([1,] prefix + h * w, C) for `cells` x `cells` patches, in the shape given; those of the
+    prefix as they are.
+    """
     of_prefix, of_grid = embedding.detach().flatten(0, -2).float().split((prefix, grid[0] * grid[1]))
     as_map = of_grid.T.reshape(1, -1, *grid)
     if grid != (cells, cells):
@@ -246,40 +283,63 @@ def _resized(embedding: Tensor, grid: tuple[int, int], cells: int, prefix: int =
 
 def _vit_identity(after: str, by_class_token: bool) -> dict[str, Any]:
     attention = "every token attends to itself alone" if by_class_token else "as trained"
-    return {"features": f"patch tokens, {after}", "last_attention": attention,
-            "position_embeddings": "bicubic, no antialias, corners not aligned"}
+    return {
+        "features": f"patch tokens, {after}",
+        "last_attention": attention,
+        "position_embeddings": "bicubic, no antialias, corners not aligned",
+    }
 
 
 def _is_plain(visual: TimmModel) -> bool:
-    """Whether the tower is patches, blocks with attention, and a pool of their tokens, with nothing that this file does not know of."""
+    """Whether the tower is patches, blocks with attention, and a pool of their tokens, with nothing that this file does
+    not know of.
+    """
     trunk = visual.trunk
-    pool = trunk.global_pool in ("token", "avg") if trunk.attn_pool is None else (
-        isinstance(trunk.attn_pool, AttentionPoolLatent) and trunk.attn_pool.pos_embed is None)
-    return pool and not hasattr(visual.head, "pool") and type(trunk.patch_embed) is PatchEmbed and hasattr(trunk.blocks[-1], "attn")
+    pool = (
+        trunk.global_pool in ("token", "avg")
+        if trunk.attn_pool is None
+        else (isinstance(trunk.attn_pool, AttentionPoolLatent) and trunk.attn_pool.pos_embed is None)
+    )
+    return (
+        pool
+        and not hasattr(visual.head, "pool")
+        and type(trunk.patch_embed) is PatchEmbed
+        and hasattr(trunk.blocks[-1], "attn")
+    )
 
 
 def _square(size: tuple[int, int]) -> int:
     if size[0] != size[1]:
-        raise HdovdError(f"no dense features of a CLIP whose patches are {size[0]}x{size[1]} pixels: they must be square")
+        raise HdovdError(
+            f"no dense features of a CLIP whose patches are {size[0]}x{size[1]} pixels: they must be square"
+        )
     return size[0]
 
 
 def _check_side(side: int, cell: int) -> None:
     if side < cell or side % cell:
         near = max(cell, round(side / cell) * cell)
-        raise HdovdError(f"side {side}: the feature map of this CLIP has cells of {cell} pixels, so the side is a multiple of that, "
-                         f"such as {near}")
+        raise HdovdError(
+            f"side {side}: the feature map of this CLIP has cells of {cell} pixels, so the side is a multiple of that, "
+            f"such as {near}"
+        )
 
 
 def _rois(pixels: Tensor, boxes: Sequence[Tensor], side: int) -> Tensor:
     """RoIAlign's form of the boxes, on the CPU: (n, 5) float32, the picture's number and xyxy."""
     if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side) or len(pixels) != len(boxes):
-        raise HdovdError(f"pixels are {tuple(pixels.shape)} with boxes of {len(boxes)} pictures; expected "
-                         f"({len(boxes)}, 3, {side}, {side})")
-    wrong = [number for number, some in enumerate(boxes) if some.ndim != 2 or some.shape[1] != 4 or not some.isfinite().all()]
+        raise HdovdError(
+            f"pixels are {tuple(pixels.shape)} with boxes of {len(boxes)} pictures; expected "
+            f"({len(boxes)}, 3, {side}, {side})"
+        )
+    wrong = [
+        number for number, some in enumerate(boxes) if some.ndim != 2 or some.shape[1] != 4 or not some.isfinite().all()
+    ]
     if wrong:
-        raise HdovdError(f"boxes of picture {wrong[0]} of the batch: expected finite numbers of shape (n, 4), got shape "
-                         f"{tuple(boxes[wrong[0]].shape)}")
+        raise HdovdError(
+            f"boxes of picture {wrong[0]} of the batch: expected finite numbers of shape (n, 4), got shape "
+            f"{tuple(boxes[wrong[0]].shape)}"
+        )
     rows = [torch.zeros(0, 5)]
     for number, some in enumerate(boxes):
         some = some.float().cpu()

@@ -79,7 +79,8 @@ class ClipTeacher:
         return self.in_memory(lambda start, stop: self._encode(pixels[start:stop]), 0, len(pixels))
 
     def in_memory(self, embed: Callable[[int, int], np.ndarray], start: int, stop: int) -> np.ndarray:
-        """The rows that `embed` gives for pictures `start` to `stop`, in halves where they do not fit into the GPU's memory.
+        """The rows that `embed` gives for pictures `start` to `stop`, in halves where they do not fit into the GPU's
+        memory.
 
         Raises HdovdError if not even one picture fits.
         """
@@ -92,10 +93,14 @@ class ClipTeacher:
         if half not in self.halves:
             self.halves.append(half)
             tqdm.write(f"out of memory with {stop - start} pictures at a time: going on with {half}", file=sys.stderr)
-        return np.concatenate([self.in_memory(embed, first, min(first + half, stop)) for first in (start, start + half)])
+        return np.concatenate(
+            [self.in_memory(embed, first, min(first + half, stop)) for first in (start, start + half)]
+        )
 
     def best_batch(self) -> int:
-        """On a GPU the batch that was doubled as long as that fitted and made it faster, tried once; on a CPU CPU_BATCH."""
+        """On a GPU the batch that was doubled as long as that fitted and made it faster, tried once; on a CPU
+        CPU_BATCH.
+        """
         if self.device.type != "cuda":
             return CPU_BATCH
         if self._best_batch is None:
@@ -129,7 +134,8 @@ class ClipTeacher:
 
     @torch.inference_mode()
     def embed_names(self, names: Sequence[Name], templates: Sequence[str]) -> np.ndarray:
-        """Names -> (n, D) float32: mean over a row's prompts of normalised embeddings, normalised again (METHOD section 2).
+        """Names -> (n, D) float32: mean over a row's prompts of normalised embeddings, normalised again (METHOD section
+        2).
 
         Holds a batch of prompts and the n rows, however many prompts there are.
         """
@@ -152,18 +158,26 @@ class ClipTeacher:
             tokens = self.tokenizer(texts)
             for row, text, short in zip(rows, texts, tokens, strict=True):
                 told_apart[row].update(short.numpy().tobytes())
-                if len(text.encode()) + 2 > length:  # a token is a byte at least; and there are one before and one after
+                if (
+                    len(text.encode()) + 2 > length
+                ):  # a token is a byte at least; and there are one before and one after
                     whole = self.tokenizer([text], context_length=len(text.encode()) + 2)[0]
                     if not torch.equal(whole[:length], short):
                         cut[text] = None
         alike: dict[bytes, list[str]] = {}
         for name, digest in zip(names, told_apart, strict=True):
             alike.setdefault(digest.digest(), []).append(name if isinstance(name, str) else " or ".join(name))
-        notes = [f"note: {counted(len(cut), 'prompt is', 'prompts are')} longer than the {length} tokens of the text tower, and cut: "
-                 f"{shorten([*cut], 4)}"]
+        notes = [
+            f"note: {counted(len(cut), 'prompt is', 'prompts are')} longer than the {length} tokens of the text tower, "
+            f"and cut: "
+            f"{shorten([*cut], 4)}"
+        ]
         notes = notes if cut else []
-        return notes + [f"note: {' and '.join(map(repr, same))} become the same tokens: they have one embedding"
-                        for same in alike.values() if len(same) > 1]
+        return notes + [
+            f"note: {' and '.join(map(repr, same))} become the same tokens: they have one embedding"
+            for same in alike.values()
+            if len(same) > 1
+        ]
 
     def peak_memory_bytes(self) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
@@ -173,16 +187,24 @@ class ClipTeacher:
         return torch.autocast(self.device.type, self.precision.dtype, enabled=self.precision is not Precision.FP32)
 
 
-def load_clip(model: str, pretrained: str | None, *, device: str = "auto", precision: Precision = Precision.AUTO,
-              activation: Activation = Activation.AUTO, random_weights: bool = False,
-              cached: Callable[[dict[str, Any]], Precision | None] = lambda _: None) -> ClipTeacher:
+def load_clip(
+    model: str,
+    pretrained: str | None,
+    *,
+    device: str = "auto",
+    precision: Precision = Precision.AUTO,
+    activation: Activation = Activation.AUTO,
+    random_weights: bool = False,
+    cached: Callable[[dict[str, Any]], Precision | None] = lambda _: None,
+) -> ClipTeacher:
     """Load a CLIP by open_clip's names.
 
     Args:
         model: `local-dir:PATH`, `hf-hub:NAME`, or a built-in name, which needs `pretrained`.
         pretrained: a tag of open_clip, or a checkpoint file.
         random_weights: do without `pretrained`, to measure speed.
-        cached: the precision that a cache holds embeddings in of the CLIP of this identity, if it does; what `auto` takes.
+        cached: the precision that a cache holds embeddings in of the CLIP of this identity, if it does; what `auto`
+        takes.
 
     Raises HdovdError if the model or its weights cannot be had, or if the activation is not the one wanted.
     """
@@ -197,13 +219,22 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
     torchscript = _is_torchscript(pretrained)
     of_file, said = _preprocessing_of_file(model, pretrained)
     try:
-        net = open_clip.create_model(model, None if torchscript else pretrained, device=target, pretrained_text=False,
-                                     force_preprocess_cfg=of_file, require_pretrained=not (torchscript or random_weights), **overrides)
+        net = open_clip.create_model(
+            model,
+            None if torchscript else pretrained,
+            device=target,
+            pretrained_text=False,
+            force_preprocess_cfg=of_file,
+            require_pretrained=not (torchscript or random_weights),
+            **overrides,
+        )
         if torchscript:
             _load_torchscript(net, str(pretrained))
     except Exception as error:  # open_clip raises whatever its loaders raise
-        raise HdovdError(f"CLIP {model}{f' with {pretrained}' if pretrained else ''} cannot be loaded: {error}"
-                         + _how_to_fetch(_repositories(model, pretrained, config))) from error
+        raise HdovdError(
+            f"CLIP {model}{f' with {pretrained}' if pretrained else ''} cannot be loaded: {error}"
+            + _how_to_fetch(_repositories(model, pretrained, config))
+        ) from error
     net.eval().requires_grad_(False)
     _check_activation(net, quick_gelu)
     identity: dict[str, Any] = {
@@ -216,8 +247,11 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
     identity["compute_dtype"] = str(choice.precision.dtype).removeprefix("torch.")
     notes += [choice.line] if choice.line else []
     if own not in (None, choice.precision):
-        notes.append(f"note: --precision {precision}: the cache's embeddings of this CLIP are {own}, of which none serves: all are made "
-                     "anew. --precision auto extends them")
+        notes.append(
+            f"note: --precision {precision}: the cache's embeddings of this CLIP are {own}, of which none serves: all "
+            f"are made "
+            "anew. --precision auto extends them"
+        )
     transform = Preprocessing.of(net.visual.preprocess_cfg)
     shown = ", ".join(f"{k} {v}" for k, v in transform.inputs().items() if k in ("size", "mean", "std", "resize_mode"))
     notes.append(f"preprocessing: {shown}{said}")
@@ -226,9 +260,13 @@ def load_clip(model: str, pretrained: str | None, *, device: str = "auto", preci
     with torch.inference_mode():  # asked of the model itself: no attribute for it is common to all families
         dim = int(net.encode_image(torch.zeros(1, 3, *transform.size, device=target)).shape[1])
     _round_weights(net.visual, choice.precision.dtype)
-    made_with = {"clip": "local-dir" if model.startswith("local-dir:") else model, "pretrained": pretrained and Path(pretrained).name,
-                 "device": torch.cuda.get_device_name(target) if target.type == "cuda" else target.type,
-                 "torch": torch.__version__, "open_clip": open_clip.__version__}
+    made_with = {
+        "clip": "local-dir" if model.startswith("local-dir:") else model,
+        "pretrained": pretrained and Path(pretrained).name,
+        "device": torch.cuda.get_device_name(target) if target.type == "cuda" else target.type,
+        "torch": torch.__version__,
+        "open_clip": open_clip.__version__,
+    }
     if pretrained is not None and is_file(pretrained) and _is_openai_file(Path(pretrained)):
         made_with["weights"] = "openai"  # whatever the file is called
     return ClipTeacher(net, transform, tokenizer, target, choice.precision, dim, identity, tuple(notes), made_with)
@@ -242,7 +280,9 @@ def _prompt_batches(names: Sequence[Name], templates: Sequence[str]) -> Iterator
 
 
 def _hash_config(config: dict[str, Any]) -> str:
-    """The architecture, apart from the activation, which the identity names by itself: one model has one hash under all its names."""
+    """The architecture, apart from the activation, which the identity names by itself: one model has one hash under all
+    its names.
+    """
     shape = {name: value for name, value in config.items() if name != "quick_gelu"}
     return hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -266,11 +306,16 @@ def _model_config(model: str, pretrained: str | None, random_weights: bool) -> d
         try:
             return _towers(open_clip.factory._get_hf_config(model.removeprefix("hf-hub:")))
         except Exception as error:
-            raise HdovdError(f"--clip {model}: not reachable ({error!r}){_how_to_fetch(_repositories(model, None, {}))}") from error
+            raise HdovdError(
+                f"--clip {model}: not reachable ({error!r}){_how_to_fetch(_repositories(model, None, {}))}"
+            ) from error
     config = open_clip.get_model_config(model)
     if config is None:
-        raise HdovdError(f"--clip {model}: open_clip knows no such model; python -c 'import open_clip; print(open_clip.list_models())' "
-                         "lists them, and local-dir:PATH or hf-hub:NAME take one from elsewhere")
+        raise HdovdError(
+            f"--clip {model}: open_clip knows no such model; python -c 'import open_clip; "
+            f"print(open_clip.list_models())' "
+            "lists them, and local-dir:PATH or hf-hub:NAME take one from elsewhere"
+        )
     if random_weights:
         return dict(config)
     if pretrained is None:
@@ -289,10 +334,14 @@ def _towers(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _repositories(model: str, pretrained: str | None, config: dict[str, Any]) -> list[str]:
-    """Where Hugging Face has the weights, for a tag or an hf-hub name, and the configuration of a text tower that is one of its own."""
+    """Where Hugging Face has the weights, for a tag or an hf-hub name, and the configuration of a text tower that is
+    one of its own.
+    """
     hub = (open_clip.get_pretrained_cfg(model, pretrained) if pretrained else {}).get("hf_hub", "")
-    names = [model.removeprefix("hf-hub:") if model.startswith("hf-hub:") else "/".join(hub.split("/")[:2]),
-             config.get("text_cfg", {}).get("hf_model_name")]
+    names = [
+        model.removeprefix("hf-hub:") if model.startswith("hf-hub:") else "/".join(hub.split("/")[:2]),
+        config.get("text_cfg", {}).get("hf_model_name"),
+    ]
     return [name for name in names if name]
 
 
@@ -301,8 +350,11 @@ def _how_to_fetch(repositories: Sequence[str]) -> str:
     if not repositories:
         return ""
     commands = " and ".join(f"`hf download {name}`" for name in repositories)
-    return (f"\nOffline nodes: {commands} where there is internet; bring the cache that this fills here (~/.cache/huggingface, or HF_HOME) "
-            "and set HF_HUB_OFFLINE=1; or give --clip local-dir:PATH")
+    return (
+        f"\nOffline nodes: {commands} where there is internet; bring the cache that this fills here "
+        f"(~/.cache/huggingface, or HF_HOME) "
+        "and set HF_HUB_OFFLINE=1; or give --clip local-dir:PATH"
+    )
 
 
 def _tokenizer(model: str, config: dict[str, Any], random_weights: bool) -> Any:
@@ -313,7 +365,9 @@ def _tokenizer(model: str, config: dict[str, Any], random_weights: bool) -> Any:
     try:
         return open_clip.get_tokenizer(model)
     except ImportError as error:
-        raise HdovdError(f"the tokenizer of {model} is one of Hugging Face's: pip install 'hdovd[hf]' ({error})") from error
+        raise HdovdError(
+            f"the tokenizer of {model} is one of Hugging Face's: pip install 'hdovd[hf]' ({error})"
+        ) from error
     except Exception as error:  # open_clip raises whatever its loaders raise
         way = _how_to_fetch([hugging_face] if hugging_face else [])
         if hugging_face and model.startswith("local-dir:"):  # open_clip looks for it nowhere else
@@ -327,9 +381,11 @@ def _one_token(texts: Sequence[str], length: int, context_length: int | None = N
 
 
 def _preprocessing_of_file(model: str, pretrained: str | None) -> tuple[dict[str, Any] | None, str]:
-    """What a file of weights wants done to pictures, None for open_clip's default, and what to tell the user about how that is known.
+    """What a file of weights wants done to pictures, None for open_clip's default, and what to tell the user about how
+    that is known.
 
-    open_clip takes its default for every file; but all weights that it knows for SigLIP, CLIPA or MobileCLIP want another one.
+    open_clip takes its default for every file; but all weights that it knows for SigLIP, CLIPA or MobileCLIP want
+    another one.
     """
     if pretrained is None or open_clip.get_pretrained_cfg(model, pretrained):
         return None, ""
@@ -341,11 +397,17 @@ def _preprocessing_of_file(model: str, pretrained: str | None) -> tuple[dict[str
             known.append(wanted)
     if len(known) == 1:
         return known[0], f"; that of all weights that open_clip knows for {model}, as a file does not say"
-    others = "; it knows weights that want another: if the file holds these, give their tag, or local-dir:PATH" if known else ""
+    others = (
+        "; it knows weights that want another: if the file holds these, give their tag, or local-dir:PATH"
+        if known
+        else ""
+    )
     return None, f"; open_clip's default for {model}, as a file does not say{others}"
 
 
-def _activation(model: str, pretrained: str | None, config: dict[str, Any], wanted: Activation) -> tuple[bool, list[str]]:
+def _activation(
+    model: str, pretrained: str | None, config: dict[str, Any], wanted: Activation
+) -> tuple[bool, list[str]]:
     """Whether the weights were trained with QuickGELU, and what to tell the user about how that is known."""
     configured = bool(config.get("quick_gelu", False))
     if wanted is not Activation.AUTO:
@@ -359,14 +421,21 @@ def _activation(model: str, pretrained: str | None, config: dict[str, Any], want
     if _is_torchscript(pretrained) or _is_openai_file(Path(pretrained)):
         return True, ["activation: quickgelu, because the file is OpenAI's"]
     kind = "quickgelu" if configured else "gelu"
-    return configured, [f"activation: {kind}, from the config of {model}; the file {pretrained} does not say which it was trained "
-                        "with: if its authors used the other one, give --activation"]
+    return configured, [
+        f"activation: {kind}, from the config of {model}; the file {pretrained} does not say which it was trained "
+        "with: if its authors used the other one, give --activation"
+    ]
 
 
 def _is_openai_file(path: Path) -> bool:
     """True if the file is one that open_clip names by its sha256 in OpenAI's address of it."""
-    known = {part for name, tag in open_clip.list_pretrained() if tag == "openai"
-             for part in str(open_clip.get_pretrained_cfg(name, tag).get("url", "")).split("/") if len(part) == 64}
+    known = {
+        part
+        for name, tag in open_clip.list_pretrained()
+        if tag == "openai"
+        for part in str(open_clip.get_pretrained_cfg(name, tag).get("url", "")).split("/")
+        if len(part) == 64
+    }
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() in known
 
@@ -387,13 +456,18 @@ def _load_torchscript(net: Any, path: str) -> None:
 
 
 def _check_activation(net: Any, quick_gelu: bool) -> None:
-    """Looks at open_clip's own transformers: timm's trunks and Hugging Face's text towers always come with what they were trained with."""
+    """Looks at open_clip's own transformers: timm's trunks and Hugging Face's text towers always come with what they
+    were trained with.
+    """
     kinds = {QuickGELU: "QuickGELU", torch.nn.GELU: "GELU"}
     own = (module for tower in net.modules() if isinstance(tower, Transformer) for module in tower.modules())
     built, wanted = {type(module) for module in own} & kinds.keys(), QuickGELU if quick_gelu else torch.nn.GELU
     if built != {wanted} and (built or quick_gelu):
-        raise HdovdError(f"the model was built with {' and '.join(sorted(kinds[kind] for kind in built)) or 'activations of its own'}, "
-                         f"the weights want {kinds[wanted]}; report this with the model's name")
+        raise HdovdError(
+            f"the model was built with "
+            f"{' and '.join(sorted(kinds[kind] for kind in built)) or 'activations of its own'}, "
+            f"the weights want {kinds[wanted]}; report this with the model's name"
+        )
 
 
 def _hash_weights(net: Any) -> str:
@@ -406,7 +480,9 @@ def _hash_weights(net: Any) -> str:
 
 
 def _round_weights(tower: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Round the large weights once, which autocast would do for every batch anew: on a CPU that takes longer than the batch."""
+    """Round the large weights once, which autocast would do for every batch anew: on a CPU that takes longer than the
+    batch.
+    """
     for module in tower.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.MultiheadAttention):
             for weight in module.parameters(recurse=False):

@@ -1,6 +1,8 @@
-"""What a CLIP wants done to a picture, on uint8 tensors: open_clip's evaluation transform, its resizing kept apart from normalisation.
+"""What a CLIP wants done to a picture, on uint8 tensors: open_clip's evaluation transform, its resizing kept apart from
+normalisation.
 
-Pictures stay bytes until they are on the model's device: a quarter of the memory to move, and half of the work on a CPU core.
+Pictures stay bytes until they are on the model's device: a quarter of the memory to move, and half of the work on a CPU
+core.
 """
 
 from __future__ import annotations
@@ -29,11 +31,19 @@ class Preprocessing:
     def of(cls, config: Mapping[str, Any]) -> Preprocessing:
         """From `visual.preprocess_cfg` of an open_clip model."""
         size, mean, std = (_tuple(config[name]) for name in ("size", "mean", "std"))
-        return cls((size[0], size[-1]), mean * (3 // len(mean)), std * (3 // len(std)), config.get("interpolation") or "bicubic",
-                   config.get("resize_mode") or "shortest", int(config.get("fill_color") or 0))
+        return cls(
+            (size[0], size[-1]),
+            mean * (3 // len(mean)),
+            std * (3 // len(std)),
+            config.get("interpolation") or "bicubic",
+            config.get("resize_mode") or "shortest",
+            int(config.get("fill_color") or 0),
+        )
 
     def squashed(self, side: int) -> Preprocessing:
-        """The same, of whole pictures into a square of `side` whatever the model's way: cutting would lose boxes, a border cells."""
+        """The same, of whole pictures into a square of `side` whatever the model's way: cutting would lose boxes, a
+        border cells.
+        """
         return replace(self, size=(side, side), resize_mode="squash")
 
     def inputs(self) -> dict[str, Any]:
@@ -45,8 +55,12 @@ class Preprocessing:
         """(3, h, w) uint8 -> (3, *size) uint8: resized and cut, or filled up, about the centre."""
         height, width = picture.shape[1:]
         rows, columns = self._resized(height, width)
-        batch = picture[None].contiguous(memory_format=torch.channels_last)  # the form that torch's resizing of bytes wants
-        if height > rows and 2 * (width - columns) < height - rows:  # Pillow 13 then shrinks down before across, and rounds in between
+        batch = picture[None].contiguous(
+            memory_format=torch.channels_last
+        )  # the form that torch's resizing of bytes wants
+        if (
+            height > rows and 2 * (width - columns) < height - rows
+        ):  # Pillow 13 then shrinks down before across, and rounds in between
             batch = F.interpolate(batch, (rows, width), mode=self._filter, antialias=True)
         if batch.shape[-2:] != (rows, columns):
             batch = F.interpolate(batch, (rows, columns), mode=self._filter, antialias=True)
@@ -59,7 +73,9 @@ class Preprocessing:
 
     @property
     def _filter(self) -> str:
-        """open_clip's choice: bicubic for "random" too, and for whatever keeps the ratio towards an input that is no square."""
+        """open_clip's choice: bicubic for "random" too, and for whatever keeps the ratio towards an input that is no
+        square.
+        """
         ratio_kept = self.resize_mode == "shortest" and self.size[0] != self.size[1]
         return "bilinear" if self.interpolation == "bilinear" and not ratio_kept else "bicubic"
 

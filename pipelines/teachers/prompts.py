@@ -29,27 +29,41 @@ def read_templates(name_or_file: str) -> tuple[str, ...]:
     if name_or_file in shipped_templates():
         return read_vocabulary(_SETS / f"{name_or_file}.txt")
     if not is_file(name_or_file):
-        raise HdovdError(f"--templates {name_or_file}: neither a set nor a file. The sets are {', '.join(shipped_templates())}; a file has "
-                         "one prompt a line, with {} for the name")
+        raise HdovdError(
+            f"--templates {name_or_file}: neither a set nor a file. The sets are {', '.join(shipped_templates())}; a "
+            f"file has "
+            "one prompt a line, with {} for the name"
+        )
     return read_vocabulary(Path(name_or_file), "--templates", LONGEST_TEMPLATE)
 
 
-Templates = Annotated[tuple[str, ...], Option("Prompts: photo, vild, clip80, or a file, one a line: {} is the name, {article} its a or an.",
-                                              parse=read_templates, text="photo")]
+Templates = Annotated[
+    tuple[str, ...],
+    Option(
+        "Prompts: photo, vild, clip80, or a file, one a line: {} is the name, {article} its a or an.",
+        parse=read_templates,
+        text="photo",
+    ),
+]
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Raises HdovdError for a template that does not hold the name once, or holds other braces than those that mean something."""
+    """Raises HdovdError for a template that does not hold the name once, or holds other braces than those that mean
+    something.
+    """
     for template in templates:
         found = re.findall(r"{[^{}]*}", template)
         if found.count("{}") != 1 or not set(found) <= {"{}", ARTICLE}:
-            raise HdovdError(f"a prompt template holds {{}} once, where the name goes, and may hold {ARTICLE}; got {template!r}")
+            raise HdovdError(
+                f"a prompt template holds {{}} once, where the name goes, and may hold {ARTICLE}; got {template!r}"
+            )
     if not templates:
         raise HdovdError("no prompt template: one at least is needed, with {} where the name goes")
 
 
 def prompts(names: Sequence[Name], templates: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """All prompts with the row of their name, one at a time: row by row, name by name, in the order of the templates."""
+    """All prompts with the row of their name, one at a time: row by row, name by name, in the order of the
+    templates."""
     for row, name in enumerate(names):
         for one in (name,) if isinstance(name, str) else name:
             for template in templates:

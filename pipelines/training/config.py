@@ -32,29 +32,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """One training run, from a Zarr cache with the `data` that it was made of, or from tar shards, which need no other data.
+    """One training run, from a Zarr cache with the `data` that it was made of, or from tar shards, which need no other
+    data.
 
-    `validation`: images on which AP is computed after every `val_every` epochs; None: never. `calibration`: a file of `calibrate`.
+    `validation`: images on which AP is computed after every `val_every` epochs; None: never. `calibration`: a file of
+    `calibrate`.
     """
 
     data: Data
-    cache: Annotated[Path | str, Option("The cache that extract-clip wrote; or tar shards, without --data: DIR, DIR/{000000..000009}.tar.")]
+    cache: Annotated[
+        Path | str,
+        Option("The cache that extract-clip wrote; or tar shards, without --data: DIR, DIR/{000000..000009}.tar."),
+    ]
     out: Annotated[Path, Option("The run folder to write.")]
     recipe: Annotated[Recipe, RECIPE_AND_PRESET]
     protocol: Protocol = "ov-coco"
     device: Device = "auto"
     overwrite: Annotated[bool, Option("Replace a run that is there.")] = False
     features: Features = DEFAULT_SET
-    resume: Annotated[bool, Option("Go on from the checkpoint in OUT, or begin if there is none: for jobs that may be started again.",
-                                   flags=("--resume", "--requeue-safe"))] = False
+    resume: Annotated[
+        bool,
+        Option(
+            "Go on from the checkpoint in OUT, or begin if there is none: for jobs that may be started again.",
+            flags=("--resume", "--requeue-safe"),
+        ),
+    ] = False
     save_minutes: SaveMinutes = 10.0
     validation: Annotated[DataPaths | None, VALIDATION] = None
     val_every: Annotated[int, Option("Validate after so many epochs; 0: never.", min=0)] = 1
     tensorboard: Annotated[bool, Option("Write OUT/tensorboard too.")] = False
     calibration: Calibration = None
     init: Init = None
-    checksums: Annotated[bool, Option("Do not read each part of the cache whole, once, to compare its checksum: for caches larger than "
-                                      "memory, which hdovd cache verify has checked.")] = True
+    checksums: Annotated[
+        bool,
+        Option(
+            "Do not read each part of the cache whole, once, to compare its checksum: for caches larger than "
+            "memory, which hdovd cache verify has checked."
+        ),
+    ] = True
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
@@ -63,7 +78,9 @@ class TrainConfig:
             RunFolder.require_none(self.out)
         if self.init is not None:
             if self.init.resolve() == self.out.resolve():
-                raise HdovdError(f"--init {self.init} is --out too: give another --out, or --resume to go on with that run")
+                raise HdovdError(
+                    f"--init {self.init} is --out too: give another --out, or --resume to go on with that run"
+                )
             if not (self.resume and (self.out / "checkpoint.pt").is_file()):  # a run that goes on needs it no more
                 RunFolder.open(self.init)
         if self.calibration is not None:

@@ -30,10 +30,11 @@ PLAIN = ("step", "epoch", "lr", "images_per_s", "data_wait", "memory_gb")  # of 
 
 @dataclass(slots=True)
 class SavingHooks(Hooks):
-    """Tells how training goes, and keeps a checkpoint in `folder`: every `save_minutes`, after every epoch, and when `stop` hears a signal;
-    training then ends with `Stopped`.
+    """Tells how training goes, and keeps a checkpoint in `folder`: every `save_minutes`, after every epoch, and when
+    `stop` hears a signal; training then ends with `Stopped`.
 
-    `model`: not wrapped in DDP. `extra`: kept in the checkpoint too. `command`: what goes on with it, in the message of `Stopped`.
+    `model`: not wrapped in DDP. `extra`: kept in the checkpoint too. `command`: what goes on with it, in the message of
+    `Stopped`.
     """
 
     folder: Path
@@ -59,8 +60,11 @@ class SavingHooks(Hooks):
             self._save(loop)
         if signal:
             self.stopping()
-            raise Stopped(f"stopped at step {loop.step_number} of {loop.total}, saved in {self.folder}; {self.command} goes on there",
-                          exit_code(signal))
+            raise Stopped(
+                f"stopped at step {loop.step_number} of {loop.total}, saved in {self.folder}; {self.command} goes on "
+                f"there",
+                exit_code(signal),
+            )
 
     def epoch(self, loop: Loop[Any], epoch: int) -> None:
         self._save(loop)  # before what takes a while and can be done again
@@ -71,7 +75,8 @@ class SavingHooks(Hooks):
         """A signal came, and the checkpoint is written."""
 
     def kept(self) -> dict[str, Any]:
-        """What the checkpoint holds besides weights, generators and the loop's state; asked of the process that leads."""
+        """What the checkpoint holds besides weights, generators and the loop's state; asked of the process that
+        leads."""
         return self.extra
 
     def restore(self, state: dict[str, Any], loop: Loop[Any]) -> None:
@@ -100,8 +105,8 @@ class SavingHooks(Hooks):
 class RunHooks(SavingHooks):
     """Those of `hdovd train`: log and validation too. `validate`: AP50 by group of a model, every `val_every` epochs.
 
-    `best` is the best AP50 of base classes so far: novel boxes are for the test, not for choosing weights. `ended`: epochs whose
-    weights were kept and validated. `failed`: validations that could not be done.
+    `best` is the best AP50 of base classes so far: novel boxes are for the test, not for choosing weights. `ended`:
+    epochs whose weights were kept and validated. `failed`: validations that could not be done.
     """
 
     validate: Callable[[nn.Module], dict[str, float | None]] | None = None
@@ -131,7 +136,13 @@ class RunHooks(SavingHooks):
             self.run.mark_stopped()
 
     def kept(self) -> dict[str, Any]:
-        return {**self.extra, "best": self.best, "ended": self.ended, "failed": self.failed, "log_bytes": self.run.synced_log_bytes()}
+        return {
+            **self.extra,
+            "best": self.best,
+            "ended": self.ended,
+            "failed": self.failed,
+            "log_bytes": self.run.synced_log_bytes(),
+        }
 
     def restore(self, state: dict[str, Any], loop: Loop[Any]) -> None:
         SavingHooks.restore(self, state, loop)
@@ -139,7 +150,9 @@ class RunHooks(SavingHooks):
             self.best, self.ended, self.failed = float(state["best"]), int(state["ended"]), int(state.get("failed", 0))
 
     def catch_up(self, loop: Loop[Any]) -> None:
-        """At the end of an epoch: keep its weights, and validate if it is time. A run that was killed meanwhile begins with it."""
+        """At the end of an epoch: keep its weights, and validate if it is time. A run that was killed meanwhile begins
+        with it.
+        """
         epoch, within = divmod(loop.step_number, len(loop.batches))
         if self.team.leads and not within and epoch > self.ended:
             self.run.save_model(loop.result)
@@ -153,13 +166,17 @@ class RunHooks(SavingHooks):
         assert self.validate is not None
         try:
             ap50 = self.validate(loop.result)
-        except Exception as error:  # whatever it is, what was trained for days goes on; its figures are empty in the log
+        except (
+            Exception
+        ) as error:  # whatever it is, what was trained for days goes on; its figures are empty in the log
             self.failed += 1
             self._record({"step": loop.step_number, "epoch": epoch, **{f"val_{group}": None for group in GROUPS}})
             kind = "" if isinstance(error, HdovdError) else f"{type(error).__name__}: "
             self._say(f"epoch {epoch}: NOT validated, and training goes on: {kind}{error}")
             return
-        self._record({"step": loop.step_number, "epoch": epoch, **{f"val_{group}": value for group, value in ap50.items()}})
+        self._record(
+            {"step": loop.step_number, "epoch": epoch, **{f"val_{group}": value for group, value in ap50.items()}}
+        )
         base = ap50["base"]
         better = base is not None and base > self.best
         if better:
@@ -174,7 +191,9 @@ class RunHooks(SavingHooks):
         if self.tensorboard is not None:
             for name, value in entry.items():
                 if name not in ("step", "epoch") and value is not None:
-                    self.tensorboard.add_scalar(name if name in PLAIN or name.startswith("val_") else f"loss/{name}", value, entry["step"])
+                    self.tensorboard.add_scalar(
+                        name if name in PLAIN or name.startswith("val_") else f"loss/{name}", value, entry["step"]
+                    )
             self.tensorboard.flush()
 
 
@@ -186,9 +205,13 @@ def line_of(entry: dict[str, float], left_s: float) -> str:
             level = name.partition("_")[0]
             parts[level] = parts.get(level, 0.0) + value
     losses = ", ".join(f"{level} {value:.3f}" for level, value in parts.items())
-    return (f"epoch {entry['epoch']:.0f} step {entry['step']:.0f}: loss {sum(parts.values()):.3f} ({losses}), lr {entry['lr']:.2e}, "
-            f"{entry['images_per_s']:.1f} images/s, {entry['data_wait']:.1%} waiting for data, {entry['memory_gb']:.1f} GB, "
-            f"{duration(left_s)} left")
+    return (
+        f"epoch {entry['epoch']:.0f} step {entry['step']:.0f}: loss {sum(parts.values()):.3f} ({losses}), lr "
+        f"{entry['lr']:.2e}, "
+        f"{entry['images_per_s']:.1f} images/s, {entry['data_wait']:.1%} waiting for data, {entry['memory_gb']:.1f} "
+        f"GB, "
+        f"{duration(left_s)} left"
+    )
 
 
 def unsound_record(run: RunFolder, team: Team, record: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """`hdovd train --init RUN`: a new run begins with the weights of another run's model, trained here or imported.
 
 Optimizer, schedule and the losses' memories begin anew. No weight depends on the number or the names of
-classes, so the protocols may differ. Nothing is left at its initial value, and nothing of RUN left out, without a word. D embedding size.
+classes, so the protocols may differ. Nothing is left at its initial value, and nothing of RUN left out, without a word.
+D embedding size.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ SAME_TEXT = 0.999  # cosine of two embeddings of a name by one CLIP and the same
 COUNTS = ".num_batches_tracked"  # of batch norms; frozen ones have none
 
 
-def begin_with(model: Detector, init: Path, protocol: Protocol, texts: Tensor, log: Callable[[str], None]) -> dict[str, Any]:
+def begin_with(
+    model: Detector, init: Path, protocol: Protocol, texts: Tensor, log: Callable[[str], None]
+) -> dict[str, Any]:
     """Lay the weights of the run `init` into a model, and return what the new run's record says of them.
 
     Args:
@@ -48,11 +51,21 @@ def begin_with(model: Detector, init: Path, protocol: Protocol, texts: Tensor, l
     if anew:
         log(f"not in {init}: {len(anew)} tensors begin at their initial values ({shorten([*anew], 4)})")
     if unused:
-        log(f"not used of {init}: {len(unused)} tensors, of parts that this recipe does without ({shorten([*unused], 4)})")
+        log(
+            f"not used of {init}: {len(unused)} tensors, of parts that this recipe does without "
+            f"({shorten([*unused], 4)})"
+        )
     for note in (*_detector_notes(model.recipe, source.recipe, init), *_class_notes(run, init, protocol, texts)):
         log(f"note: {note}")
-    return {"run": str(init.resolve()), "weights": Weights.LAST.file, "sha256": init_hash(init), "tensors": len(found),
-            "memories_begun_anew": [*own], "begun_anew": anew, "unused": unused}
+    return {
+        "run": str(init.resolve()),
+        "weights": Weights.LAST.file,
+        "sha256": init_hash(init),
+        "tensors": len(found),
+        "memories_begun_anew": [*own],
+        "begun_anew": anew,
+        "unused": unused,
+    }
 
 
 def _trusted(run: RunFolder, recipe: Recipe) -> RunFolder:
@@ -67,32 +80,48 @@ def init_hash(init: Path) -> str:
 
 
 def require_same_init(init: Path | None, run: RunFolder) -> None:
-    """Raises HdovdError if a run that is resumed began otherwise. Its state has all weights: RUN need not be there any more."""
+    """Raises HdovdError if a run that is resumed began otherwise. Its state has all weights: RUN need not be there any
+    more.
+    """
     began = run.record().get("init")
     if init is None or began is None:
         same = init is None and began is None
     else:
-        same = str(init.resolve()) == began["run"] or ((init / Weights.LAST.file).is_file() and init_hash(init) == began["sha256"])
+        same = str(init.resolve()) == began["run"] or (
+            (init / Weights.LAST.file).is_file() and init_hash(init) == began["sha256"]
+        )
     if not same:
-        raise HdovdError(f"{run.path} began otherwise:\n  --init differs: asked for {init or 'none'}, began with "
-                         f"{began['run'] if began else 'none'}\nGo on with what it began with, or give another --out")
+        raise HdovdError(
+            f"{run.path} began otherwise:\n  --init differs: asked for {init or 'none'}, began with "
+            f"{began['run'] if began else 'none'}\nGo on with what it began with, or give another --out"
+        )
 
 
 def memories_of(model: Detector) -> list[str]:
-    """What the losses keep between steps: buffers of parts that no detection depends on (queues, moving means, counts of steps)."""
+    """What the losses keep between steps: buffers of parts that no detection depends on (queues, moving means, counts
+    of steps).
+    """
     state = model.state_dict().keys()
     return [name for name, _ in model.named_buffers() if name.startswith(model.training_parts) and name in state]
 
 
 def _source(model: Detector, run: RunFolder, init: Path) -> Detector:
-    """The model of `init` with its weights, names of old runs being those of today. Raises HdovdError if it is of another kind or D."""
+    """The model of `init` with its weights, names of old runs being those of today. Raises HdovdError if it is of
+    another kind or D.
+    """
     recipe, dim = run.recipe(), run.class_embeddings().shape[1]
     asked, there = model.recipe.detector.name, recipe.detector.name
     if asked != there:
-        raise HdovdError(f"--init {init}: it is a run of detector {there}, expected {asked}: give a --recipe of {there}, or another run")
+        raise HdovdError(
+            f"--init {init}: it is a run of detector {there}, expected {asked}: give a --recipe of {there}, or another "
+            f"run"
+        )
     if dim != model.dim:
-        raise HdovdError(f"--init {init}: its embeddings have {dim} values, expected {model.dim}, which the cache has: give a cache of the "
-                         "CLIP that it was trained with, or another run")
+        raise HdovdError(
+            f"--init {init}: its embeddings have {dim} values, expected {model.dim}, which the cache has: give a cache "
+            f"of the "
+            "CLIP that it was trained with, or another run"
+        )
     source = build_detector(recipe, dim, None)
     run.load_model(source)
     return source
@@ -101,28 +130,48 @@ def _source(model: Detector, run: RunFolder, init: Path) -> Detector:
 def _matched(model: Detector, source: Detector, init: Path) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """The tensors to take, our names that `source` lacks, and its names that we lack.
 
-    Raises HdovdError unless the levels of distillation, which differ from recipe to recipe, are the reason for what is lacking.
+    Raises HdovdError unless the levels of distillation, which differ from recipe to recipe, are the reason for what is
+    lacking.
     """
     ours, theirs = model.state_dict(), source.state_dict()
     kept, memories = ours.keys() - memories_of(model), set(memories_of(source))
     found = {name: theirs[name] for name in ours if name in kept and name in theirs}
-    anew, unused = [n for n in ours if n in kept and n not in theirs], [n for n in theirs if n not in ours and n not in memories]
-    wrong = [f"{name} is {tuple(value.shape)}, expected {tuple(ours[name].shape)}" for name, value in found.items()
-             if value.shape != ours[name].shape]
+    anew, unused = (
+        [n for n in ours if n in kept and n not in theirs],
+        [n for n in theirs if n not in ours and n not in memories],
+    )
+    wrong = [
+        f"{name} is {tuple(value.shape)}, expected {tuple(ours[name].shape)}"
+        for name, value in found.items()
+        if value.shape != ours[name].shape
+    ]
     missing = _of_detector(anew, model.recipe, source.recipe, model.dim)
     unknown = _of_detector(unused, source.recipe, model.recipe, model.dim)
-    problems = [f"{len(names)} {what}: {shorten([*names], 4)}" for names, what in (
-        (wrong, "tensors are of another shape"), (missing, "weights of the detector are missing"),
-        (unknown, "tensors are of no part of it")) if names]
+    problems = [
+        f"{len(names)} {what}: {shorten([*names], 4)}"
+        for names, what in (
+            (wrong, "tensors are of another shape"),
+            (missing, "weights of the detector are missing"),
+            (unknown, "tensors are of no part of it"),
+        )
+        if names
+    ]
     if problems:
-        lines = differences(_detector_of(model.recipe), _detector_of(source.recipe), "detector.", sides=("this recipe", init.name))
-        raise HdovdError(f"--init {init}: its {Weights.LAST.file} does not fit this recipe:\n  " + "\n  ".join([*problems, *lines])
-                         + f"\nGive the detector's values of {init / 'config.toml'} (it can be the --recipe), or another run")
+        lines = differences(
+            _detector_of(model.recipe), _detector_of(source.recipe), "detector.", sides=("this recipe", init.name)
+        )
+        raise HdovdError(
+            f"--init {init}: its {Weights.LAST.file} does not fit this recipe:\n  "
+            + "\n  ".join([*problems, *lines])
+            + f"\nGive the detector's values of {init / 'config.toml'} (it can be the --recipe), or another run"
+        )
     return found, anew, unused
 
 
 def _of_detector(names: Iterable[str], recipe: Recipe, other: Recipe, dim: int) -> list[str]:
-    """Those of `names`, which a model of `recipe` has, that it has with the other's losses too: the losses are no reason for them."""
+    """Those of `names`, which a model of `recipe` has, that it has with the other's losses too: the losses are no
+    reason for them.
+    """
     wanted = [name for name in names if not name.endswith(COUNTS)]
     if not wanted:
         return []
@@ -146,16 +195,26 @@ def _class_notes(run: RunFolder, init: Path, protocol: Protocol, texts: Tensor) 
     """What is to be known of the classes that `init` was trained with."""
     before, notes = run.protocol(), []
     if seen := [name for name in before.base if name in protocol.novel]:
-        notes.append(f"{init} was trained with boxes of {len(seen)} classes that are novel in protocol {protocol.name} "
-                     f"({shorten([*seen], 4)}): what is found of them is no open-vocabulary result")
+        notes.append(
+            f"{init} was trained with boxes of {len(seen)} classes that are novel in protocol {protocol.name} "
+            f"({shorten([*seen], 4)}): what is found of them is no open-vocabulary result"
+        )
     elif set(before.base) != set(protocol.base):
-        notes.append(f"the base classes of {init} are others ({len(before.base)}, now {len(protocol.base)}); no weight depends on them")
+        notes.append(
+            f"the base classes of {init} are others ({len(before.base)}, now {len(protocol.base)}); no weight depends "
+            f"on them"
+        )
     names = [name for name in protocol.names if name in before.names]
     rows = run.class_embeddings()[[before.names.index(name) for name in names]]
     cosine = F.cosine_similarity(rows, texts.cpu()[[protocol.names.index(name) for name in names]], dim=1)
     if not names:
-        notes.append(f"{init} has no class name of this protocol: whether it was trained with the same CLIP cannot be told")
+        notes.append(
+            f"{init} has no class name of this protocol: whether it was trained with the same CLIP cannot be told"
+        )
     elif float(cosine.min()) < SAME_TEXT:
-        notes.append(f"the class embeddings of {init} are others (cosine {cosine.min():.3f} to {cosine.max():.3f} over {len(names)} "
-                     "names): another CLIP, or other prompts")
+        notes.append(
+            f"the class embeddings of {init} are others (cosine {cosine.min():.3f} to {cosine.max():.3f} over "
+            f"{len(names)} "
+            "names): another CLIP, or other prompts"
+        )
     return notes

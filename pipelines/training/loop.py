@@ -1,4 +1,5 @@
-"""The optimisation loop that training stages share: schedule, precision, interval means, a sound loss, and a state to go on from.
+"""The optimisation loop that training stages share: schedule, precision, interval means, a sound loss, and a state to
+go on from.
 
 In several processes (torch.distributed) each has its part of every batch; `model` is then wrapped in DDP.
 """
@@ -31,12 +32,16 @@ Sample = TypeVar("Sample")
 
 
 class Hooks:
-    """What a stage does between the steps of a loop; here nothing. `shows_bar`: whether the loop draws its progress bar."""
+    """What a stage does between the steps of a loop; here nothing. `shows_bar`: whether the loop draws its progress
+    bar.
+    """
 
     shows_bar = True
 
     def interval(self, entry: dict[str, float], left_s: float) -> None:
-        """Every LOG_EVERY steps and after the last of an epoch: means since the last call. `left_s`: seconds to the end."""
+        """Every LOG_EVERY steps and after the last of an epoch: means since the last call. `left_s`: seconds to the
+        end.
+        """
 
     def step(self, loop: Loop[Any]) -> None:
         """After every step. May raise to stop."""
@@ -46,17 +51,26 @@ class Hooks:
 
 
 class Loop(Generic[Sample]):
-    """Minimises the sum of `losses_of(batch, epoch)`, weighted losses by name, for `config.epochs`; epochs here count from 0.
+    """Minimises the sum of `losses_of(batch, epoch)`, weighted losses by name, for `config.epochs`; epochs here count
+    from 0.
 
-    `id_of` names a sample where a loss is not sound. `begin_epoch` is told every epoch that begins or goes on, counted from 1.
-    With `config.accumulate` above 1 the images of a step are split into that many micro-batches of equal size, in their order, and the
-    mean of the micro-batches' losses is minimised. Everything that counts steps (schedule, log, checkpoints) counts steps of the
-    optimiser. Raises HdovdError if a step's images cannot be split evenly.
+    `id_of` names a sample where a loss is not sound. `begin_epoch` is told every epoch that begins or goes on, counted
+    from 1. With `config.accumulate` above 1 the images of a step are split into that many micro-batches of equal size,
+    in their order, and the mean of the micro-batches' losses is minimised. Everything that counts steps (schedule, log,
+    checkpoints) counts steps of the optimiser. Raises HdovdError if a step's images cannot be split evenly.
     """
 
-    def __init__(self, model: nn.Module, losses_of: Callable[[list[Sample], int], dict[str, Tensor]], batches: TrainingBatches[Sample],
-                 config: ScheduleConfig, device: torch.device, what: str, id_of: Callable[[Sample], int],
-                 begin_epoch: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        losses_of: Callable[[list[Sample], int], dict[str, Tensor]],
+        batches: TrainingBatches[Sample],
+        config: ScheduleConfig,
+        device: torch.device,
+        what: str,
+        id_of: Callable[[Sample], int],
+        begin_epoch: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.model, self.batches, self.config, self.device = model, batches, config, device
         self._losses_of, self._what, self._id_of, self._begin_epoch = losses_of, what, id_of, begin_epoch
         _require_even_split(batches.dealing, config)
@@ -79,7 +93,9 @@ class Loop(Generic[Sample]):
         return self._bare if self._average is None else self._average.model
 
     def run(self, hooks: Hooks) -> None:
-        """Go on from `step_number` to the end. Raises HdovdError, with the window's record of the batch, for a loss that is not sound."""
+        """Go on from `step_number` to the end. Raises HdovdError, with the window's record of the batch, for a loss
+        that is not sound.
+        """
         with progress(None, self._what, "step", self.total if hooks.shows_bar else 0, initial=self.step_number) as bar:
             while self.step_number < self.total:
                 epoch, done = divmod(self.step_number, len(self.batches))
@@ -94,7 +110,9 @@ class Loop(Generic[Sample]):
                         self._tell(epoch, hooks)
                     if not at_end:
                         hooks.step(self)
-                self.step_number = (epoch + 1) * len(self.batches)  # batches of which no picture could be read count too
+                self.step_number = (epoch + 1) * len(
+                    self.batches
+                )  # batches of which no picture could be read count too
                 self.window.means(self.device)  # sound?
                 with self._clock.stopped():
                     hooks.epoch(self, epoch + 1)
@@ -116,7 +134,9 @@ class Loop(Generic[Sample]):
         self.window.add(self.step_number, losses, [self._id_of(sample) for sample in batch])
 
     def _add_gradients(self, batch: list[Sample], epoch: int) -> dict[str, Tensor]:
-        """The mean over the step's micro-batches of each loss, detached; the gradient of their sum is added to the parameters'."""
+        """The mean over the step's micro-batches of each loss, detached; the gradient of their sum is added to the
+        parameters'.
+        """
         size = -(-len(batch) // self.config.accumulate)
         parts = [batch[start : start + size] for start in range(0, len(batch), size)]
         found: list[dict[str, Tensor]] = []
@@ -140,14 +160,28 @@ class Loop(Generic[Sample]):
         rate, wait, step_s = self._clock.interval()
         rate *= self.batches.dealing.world
         last_lr = self.config.lr * lr_factor(self.step_number - 1, len(self.batches), self.config)
-        entry = {"step": self.step_number, "epoch": epoch + 1, "lr": last_lr, "images_per_s": rate, "data_wait": wait,
-                 "memory_gb": memory_gb(self.device), **means}
+        entry = {
+            "step": self.step_number,
+            "epoch": epoch + 1,
+            "lr": last_lr,
+            "images_per_s": rate,
+            "data_wait": wait,
+            "memory_gb": memory_gb(self.device),
+            **means,
+        }
         hooks.interval(entry, (self.total - self.step_number) * step_s)
 
     def state(self) -> dict[str, Any]:
-        """All that `load` needs to go on as if nothing had happened, but torch's own generators. All processes have to ask for it."""
+        """All that `load` needs to go on as if nothing had happened, but torch's own generators. All processes have to
+        ask for it.
+        """
         average = {} if self._average is None else {"ema": self._average.state()}
-        return {"optimizer": self.optimizer.state_dict(), "step": self.step_number, "window": self.window.state(self.device), **average}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step_number,
+            "window": self.window.state(self.device),
+            **average,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
@@ -210,19 +244,25 @@ def _require_even_split(dealing: Dealing, config: ScheduleConfig) -> None:
     size = len(dealing.part(0, 0)) * dealing.world
     if size % (dealing.world * config.accumulate):
         among = f" of {dealing.world} processes" if dealing.world > 1 else ""
-        raise HdovdError(f"a batch of {size} images cannot be split into train.accumulate = {config.accumulate} micro-batches{among}: "
-                         f"set train.batch_size to a multiple of {dealing.world * config.accumulate}, or train.accumulate to less")
+        raise HdovdError(
+            f"a batch of {size} images cannot be split into train.accumulate = {config.accumulate} "
+            f"micro-batches{among}: "
+            f"set train.batch_size to a multiple of {dealing.world * config.accumulate}, or train.accumulate to less"
+        )
 
 
 def build_optimizer(model: nn.Module, config: ScheduleConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW in one pass over the memory of the parameters (`fused`): of AdaMixer's 146 million, several cost a tenth of a step.
+    """SGD or AdamW in one pass over the memory of the parameters (`fused`): of AdaMixer's 146 million, several cost a
+    tenth of a step.
 
     A checkpoint brings its own choice: runs that were begun before there was one go on as they began.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = parameters[0].device.type in ("cpu", "cuda")
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
+        return torch.optim.SGD(
+            parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
+        )
     return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
 
 

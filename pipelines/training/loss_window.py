@@ -1,4 +1,6 @@
-"""The losses of the last steps, looked at together: a GPU is not waited for at every step, and none that is unsound goes by."""
+"""The losses of the last steps, looked at together: a GPU is not waited for at every step, and none that is unsound
+goes by.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ EXPLODED = 1e4  # a sum of losses above this teaches nothing any more; sound one
 
 
 class UnsoundLoss(HdovdError):
-    """A loss that is not finite, or beyond all bounds. `record`: step, image_ids of this process's part of the batch, losses; None
-    where the loss of another process is meant."""
+    """A loss that is not finite, or beyond all bounds. `record`: step, image_ids of this process's part of the batch,
+    losses; None where the loss of another process is meant.
+    """
 
     def __init__(self, text: str, record: dict[str, Any] | None) -> None:
         super().__init__(text)
@@ -41,7 +44,8 @@ class LossWindow:
     def means(self, device: torch.device) -> dict[str, float]:
         """Mean of every loss over steps and processes; empty if there was no step.
 
-        Raises UnsoundLoss, in all processes, for the first step whose losses in one of them are not finite or sum up to more than EXPLODED.
+        Raises UnsoundLoss, in all processes, for the first step whose losses in one of them are not finite or sum up to
+        more than EXPLODED.
         """
         if not self._losses:
             return {}
@@ -57,12 +61,17 @@ class LossWindow:
 
     def _raise(self, row: int, table: Tensor, *, is_own: bool) -> None:
         if not is_own:
-            raise UnsoundLoss(f"{self._what}: the loss is not sound at step {self._steps[row]} in another process, which says more", None)
+            raise UnsoundLoss(
+                f"{self._what}: the loss is not sound at step {self._steps[row]} in another process, which says more",
+                None,
+            )
         values = dict(zip(self._losses[row], table[row].tolist(), strict=True))
         what = "too large to learn from" if bool(table[row].isfinite().all()) else "not finite"
-        raise UnsoundLoss(f"{self._what}: the loss is {what} at step {self._steps[row]}: {values}, images {self._ids[row]}; "
-                          "lower train.lr or set train.clip_norm",
-                          {"step": self._steps[row], "image_ids": self._ids[row], "losses": {k: str(v) for k, v in values.items()}})
+        raise UnsoundLoss(
+            f"{self._what}: the loss is {what} at step {self._steps[row]}: {values}, images {self._ids[row]}; "
+            "lower train.lr or set train.clip_norm",
+            {"step": self._steps[row], "image_ids": self._ids[row], "losses": {k: str(v) for k, v in values.items()}},
+        )
 
     def _table(self, device: torch.device) -> Tensor:
         """(steps, losses)."""
@@ -71,7 +80,12 @@ class LossWindow:
     def state(self, device: torch.device) -> dict[str, Any]:
         """Losses as means over processes, who all have to ask for it: another number of them may go on with it."""
         losses = _over_processes(self._table(device)).cpu() if self._losses else torch.zeros(0)
-        return {"steps": self._steps, "ids": self._ids, "names": list(self._losses[0]) if self._losses else [], "losses": losses}
+        return {
+            "steps": self._steps,
+            "ids": self._ids,
+            "names": list(self._losses[0]) if self._losses else [],
+            "losses": losses,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         self._steps, self._ids = list(state["steps"]), list(state["ids"])

@@ -1,4 +1,5 @@
-"""Training: stream pictures and cached rows into the detector, from a Zarr cache or tar shards. CLIP is not imported in this process.
+"""Training: stream pictures and cached rows into the detector, from a Zarr cache or tar shards. CLIP is not imported in
+this process.
 
 Under torchrun every one of its processes runs `train`.
 """
@@ -52,7 +53,8 @@ STATE = ("model", "optimizer", "step", "window", "rng", "layout", "log_bytes", "
 def train(job: TrainConfig, log: Callable[[str], None] = print) -> RunFolder:
     """Train one detector and return its folder.
 
-    Raises HdovdError for bad input or a loss that is not sound, and Stopped if a signal ended it: it is saved, and can be resumed.
+    Raises HdovdError for bad input or a loss that is not sound, and Stopped if a signal ended it: it is saved, and can
+    be resumed.
     """
     job.check()
     with team(job.device) as us, StopSignal(interrupts=True) as stop:
@@ -88,8 +90,18 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal, log: Callable[[str], No
             begun["init"] = begin_with(model, job.init, protocol, class_embeddings, log)
         begun |= give_object_text(model, data.object_text(), str(job.cache), log)
     loop = loop_of(model, batches, class_embeddings[: len(protocol.base)].to(us.device), recipe, us.device)
-    hooks = RunHooks(run.path, model, us, stop, {"layout": layout}, log, job.save_minutes, "the same command with --resume",
-                     validate=validation, val_every=job.val_every)
+    hooks = RunHooks(
+        run.path,
+        model,
+        us,
+        stop,
+        {"layout": layout},
+        log,
+        job.save_minutes,
+        "the same command with --resume",
+        validate=validation,
+        val_every=job.val_every,
+    )
     if us.world > 1:  # each process draws for itself, where anything draws from torch's own generator
         torch.manual_seed(key_of(recipe.train.seed, -1, us.rank))
     if state is not None:
@@ -100,8 +112,12 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal, log: Callable[[str], No
     _begin(job, data, protocol, class_embeddings, us, state, reliability | begun, log)
     if board is not None:
         hooks.tensorboard = board(run.path / "tensorboard", purge_step=None if state is None else loop.step_number + 1)
-    log(f"{data.describe()} of {len(protocol.base)} classes; distillation levels: {enabled_levels(recipe.loss)}; {us.device}"
-        + (f", {us.world} processes" if us.world > 1 else "") + (f"; goes on at step {loop.step_number} of {loop.total}" if state else ""))
+    log(
+        f"{data.describe()} of {len(protocol.base)} classes; distillation levels: {enabled_levels(recipe.loss)}; "
+        f"{us.device}"
+        + (f", {us.world} processes" if us.world > 1 else "")
+        + (f"; goes on at step {loop.step_number} of {loop.total}" if state else "")
+    )
     try:
         hooks.catch_up(loop)
         with told_shortly():
@@ -118,13 +134,17 @@ Network = TypeVar("Network", Detector, ProposalNetwork)
 
 
 def prepared(model: Network, recipe: Recipe, us: Team, log: Callable[[str], None] | None) -> Network:
-    """The network on its device, compiled if the recipe says so. In several processes on GPUs, batch norms take the statistics of the
-    whole batch."""
+    """The network on its device, compiled if the recipe says so. In several processes on GPUs, batch norms take the
+    statistics of the whole batch.
+    """
     if us.world > 1 and recipe.detector.backbone.norm == "batch":
         if us.device.type == "cuda":
             model.backbone = with_synced_norms(model.backbone)
         elif log is not None:
-            log("note: batch norms take the statistics of each process's images alone: torch has no SyncBatchNorm for CPUs")
+            log(
+                "note: batch norms take the statistics of each process's images alone: torch has no SyncBatchNorm for "
+                "CPUs"
+            )
     model = placed(model, us.device)
     if recipe.train.compile:
         compile_backbone(model.backbone, us.device)
@@ -132,25 +152,34 @@ def prepared(model: Network, recipe: Recipe, us: Team, log: Callable[[str], None
 
 
 def data_parallel(model: nn.Module) -> DistributedDataParallel:
-    """Buffers are not sent at every step: the memories are the same in all processes, and no step needs those of batch norms."""
+    """Buffers are not sent at every step: the memories are the same in all processes, and no step needs those of batch
+    norms.
+    """
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # and the old name warns
     options: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **options,
-                                   find_unused_parameters=getattr(model, "has_idle_parameters", False))
+    return DistributedDataParallel(
+        model,
+        gradient_as_bucket_view=True,
+        **options,
+        find_unused_parameters=getattr(model, "has_idle_parameters", False),
+    )
 
 
 def training_data(job: TrainConfig, protocol: Protocol, log: Callable[[str], None]) -> TrainingSet | TarTrainingSet:
     """Tar shards alone, or a Zarr cache with the data set that it was made of."""
     if is_tar_form(job.cache):
         if job.data != DataPaths():
-            log("note: the shards hold pictures and boxes; --data, --images and --annotations are not read for training")
+            log(
+                "note: the shards hold pictures and boxes; --data, --images and --annotations are not read for training"
+            )
         return TarTrainingSet(str(job.cache), protocol, job.recipe, log, features=job.features)
     split = job.data.load("train2017", protocol, base_only=True, log=log, exif=job.recipe.input.exif)
     return TrainingSet(split, FeatureCache(job.cache, job.features, checked=job.checksums), job.recipe, log)
 
 
-def batches_of(data: TrainingSet | TarTrainingSet, us: Team, layout: dict[str, Any] | None = None
-               ) -> tuple[TrainingBatches[Sample], dict[str, Any]]:
+def batches_of(
+    data: TrainingSet | TarTrainingSet, us: Team, layout: dict[str, Any] | None = None
+) -> tuple[TrainingBatches[Sample], dict[str, Any]]:
     """This process's batches, and what their order depends on: who reads side by side, and a hash of the first epoch.
 
     `layout`: that of a run that is resumed, which keeps its order. Raises HdovdError if the data come in another one.
@@ -162,40 +191,74 @@ def batches_of(data: TrainingSet | TarTrainingSet, us: Team, layout: dict[str, A
         streams = Streams(layout["streams"], layout["unit"])
     order = data.order(streams)
     first = data.image_ids()[order.indices(0)].tobytes()
-    found = {"streams": streams.count, "unit": streams.unit, "images": len(data), "order": sha256(first).hexdigest()[:16]}
+    found = {
+        "streams": streams.count,
+        "unit": streams.unit,
+        "images": len(data),
+        "order": sha256(first).hexdigest()[:16],
+    }
     if layout is not None and found != layout:
-        raise HdovdError(f"the run began with {layout['images']} images, now there are {len(data)}: give the same --data and --annotations"
-                         if layout["images"] != len(data) else "the images come in another order than the run began with: go on with the "
-                         "same form and place of the cache (Zarr or tar shards, the same shards, on disk or in an object store)")
+        raise HdovdError(
+            f"the run began with {layout['images']} images, now there are {len(data)}: give the same --data and "
+            f"--annotations"
+            if layout["images"] != len(data)
+            else "the images come in another order than the run began with: go on with the "
+            "same form and place of the cache (Zarr or tar shards, the same shards, on disk or in an object store)"
+        )
     dealing = Dealing(order, config.batch_size, us.rank, us.world)
     if isinstance(data, TarTrainingSet):
         data.dealing = dealing
     return TrainingBatches(data, dealing, workers, device=us.device), found
 
 
-def loop_of(detector: Detector, batches: TrainingBatches[Sample], texts: Tensor, recipe: Recipe, device: torch.device) -> Loop[Sample]:
-    """The loop that trains a detector on batches, with the text embeddings (Kb, D) of the base classes on its device."""
+def loop_of(
+    detector: Detector, batches: TrainingBatches[Sample], texts: Tensor, recipe: Recipe, device: torch.device
+) -> Loop[Sample]:
+    """The loop that trains a detector on batches, with the text embeddings (Kb, D) of the base classes on its
+    device."""
     model: nn.Module = detector if world_size() == 1 else data_parallel(detector)
 
     def losses_of(samples: list[Sample], epoch: int) -> dict[str, Tensor]:
-        losses: dict[str, Tensor] = model([picture.to(device, non_blocking=True) for picture, _, _ in samples],
-                                          [targets.to(device) for _, targets, _ in samples], texts,
-                                          [key_of(recipe.train.seed, epoch, image_id) for _, _, image_id in samples])
+        losses: dict[str, Tensor] = model(
+            [picture.to(device, non_blocking=True) for picture, _, _ in samples],
+            [targets.to(device) for _, targets, _ in samples],
+            texts,
+            [key_of(recipe.train.seed, epoch, image_id) for _, _, image_id in samples],
+        )
         return losses
 
-    return Loop(model, losses_of, batches, recipe.train, device, "train", lambda sample: sample[2], detector.begin_epoch)
+    return Loop(
+        model, losses_of, batches, recipe.train, device, "train", lambda sample: sample[2], detector.begin_epoch
+    )
 
 
-def _begin(job: TrainConfig, data: TrainingSet | TarTrainingSet, protocol: Protocol, class_embeddings: Tensor, us: Team,
-           state: dict[str, Any] | None, origin: dict[str, Any], log: Callable[[str], None]) -> None:
+def _begin(
+    job: TrainConfig,
+    data: TrainingSet | TarTrainingSet,
+    protocol: Protocol,
+    class_embeddings: Tensor,
+    us: Team,
+    state: dict[str, Any] | None,
+    origin: dict[str, Any],
+    log: Callable[[str], None],
+) -> None:
     """The run folder is made, or made ready to go on, by the process that leads; the others wait for it."""
     if us.leads:
         now = provenance(us.device, us.world)
         if state is None:
             if job.resume and (job.out / "model.safetensors").exists() and not job.overwrite:
-                raise HdovdError(f"{job.out} holds a run without a checkpoint.pt: it cannot be resumed. Give another --out, or --overwrite")
-            run = RunFolder.create(job.out, job.recipe, protocol, class_embeddings, {**data.record(), **origin, **now},
-                                   overwrite=job.overwrite or job.resume)
+                raise HdovdError(
+                    f"{job.out} holds a run without a checkpoint.pt: it cannot be resumed. Give another --out, or "
+                    f"--overwrite"
+                )
+            run = RunFolder.create(
+                job.out,
+                job.recipe,
+                protocol,
+                class_embeddings,
+                {**data.record(), **origin, **now},
+                overwrite=job.overwrite or job.resume,
+            )
         else:
             run = RunFolder(job.out)
             run.go_on(int(state["log_bytes"]), {**now, "step": int(state["step"])})
@@ -204,16 +267,23 @@ def _begin(job: TrainConfig, data: TrainingSet | TarTrainingSet, protocol: Proto
     us.wait()
 
 
-def _validation(job: TrainConfig, protocol: Protocol, texts: Tensor, us: Team, log: Callable[[str], None]
-                ) -> Callable[[nn.Module], dict[str, float | None]] | None:
+def _validation(
+    job: TrainConfig, protocol: Protocol, texts: Tensor, us: Team, log: Callable[[str], None]
+) -> Callable[[nn.Module], dict[str, float | None]] | None:
     """What gives the AP50 of each group of a detector, in the one process that validates; None without validation."""
     if job.validation is None and job.val_every:
         log("no validation while training: no val2017 under --data, and no --val-images and --val-annotations")
     if job.validation is None or not job.val_every or not us.leads:
         return None
     config = job.recipe.train
-    validation = Validation(job.validation, protocol, us.device, exif=job.recipe.input.exif, log=log,
-                            batch_size=max(1, config.batch_size // (us.world * config.accumulate)))
+    validation = Validation(
+        job.validation,
+        protocol,
+        us.device,
+        exif=job.recipe.input.exif,
+        log=log,
+        batch_size=max(1, config.batch_size // (us.world * config.accumulate)),
+    )
     return lambda model: validation.run(cast(Detector, model), texts).combined.summary()["ap50"]
 
 
@@ -224,7 +294,9 @@ def _tensorboard(job: TrainConfig, us: Team) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise HdovdError(f"--tensorboard needs the package tensorboard: pip install hdovd[tensorboard] ({error})") from error
+        raise HdovdError(
+            f"--tensorboard needs the package tensorboard: pip install hdovd[tensorboard] ({error})"
+        ) from error
     return SummaryWriter
 
 

@@ -1,7 +1,8 @@
 """The training set: pictures and base boxes, joined to their cached rows by image and annotation id.
 
-`TrainingSet` takes pictures and boxes from COCO files and rows from a Zarr cache. `TarTrainingSet` takes all of an image from tar shards,
-read from the first byte of a shard to the last: no data set and no shared file system are needed. D embedding size.
+`TrainingSet` takes pictures and boxes from COCO files and rows from a Zarr cache. `TarTrainingSet` takes all of an
+image from tar shards, read from the first byte of a shard to the last: no data set and no shared file system are
+needed. D embedding size.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class TrainingSet(Dataset[Sample]):
         self._check()
         failed = cache.failed()  # left out of base-only runs too: runs that are compared see the same images
         self.images = [image for image in split.images if image.id not in failed]
-        tell_failed(failed, len(self.images), "the cache says", f"of {split.annotations} has embeddings in {cache.url}", log)
+        tell_failed(
+            failed, len(self.images), "the cache says", f"of {split.annotations} has embeddings in {cache.url}", log
+        )
         self._nouns = torch.zeros(0, cache.dim)
         if uses_nouns(recipe.loss, cache.levels(), cache.url):
             self._nouns = torch.from_numpy(cache.embeddings(Level.NOUN))
@@ -71,7 +74,9 @@ class TrainingSet(Dataset[Sample]):
     def __getitem__(self, wanted: Draw | int) -> Sample:
         draw = as_draw(wanted)
         image = self.images[draw.index]
-        return flipped_at_random(read_pixels(self.split, image), self._targets(image), image.id, draw.epoch, self.recipe)
+        return flipped_at_random(
+            read_pixels(self.split, image), self._targets(image), image.id, draw.epoch, self.recipe
+        )
 
     def image_ids(self) -> np.ndarray:
         """(n,) int64, by index."""
@@ -113,11 +118,14 @@ class TrainingSet(Dataset[Sample]):
             rows = self.cache.instances(image.id)
             base = rows.annotation_id[rows.source == Source.BASE_BOX]
             if not np.array_equal(base, image.annotation_ids):
-                raise HdovdError(f"{self.cache.url}: the base rows of image {image.id} are of annotations "
-                                 f"{base.tolist()}, expected {image.annotation_ids.tolist()}: run extract-clip again")
+                raise HdovdError(
+                    f"{self.cache.url}: the base rows of image {image.id} are of annotations "
+                    f"{base.tolist()}, expected {image.annotation_ids.tolist()}: run extract-clip again"
+                )
         whole = self.cache.image_embedding(image.id) if self.recipe.loss.image.enabled else None
-        return make_targets(image.boxes, image.labels, rows, whole, self._nouns, self.cache.dim,
-                            f"{self.cache.url}: image {image.id}")
+        return make_targets(
+            image.boxes, image.labels, rows, whole, self._nouns, self.cache.dim, f"{self.cache.url}: image {image.id}"
+        )
 
 
 class TarTrainingSet(Dataset[Sample]):
@@ -127,17 +135,29 @@ class TarTrainingSet(Dataset[Sample]):
     comes past before its turn: at most a shuffle buffer of its own stream.
     """
 
-    def __init__(self, url: str, protocol: Protocol, recipe: Recipe, log: Callable[[str], None] = print, *,
-                 features: str = DEFAULT_SET) -> None:
+    def __init__(
+        self,
+        url: str,
+        protocol: Protocol,
+        recipe: Recipe,
+        log: Callable[[str], None] = print,
+        *,
+        features: str = DEFAULT_SET,
+    ) -> None:
         """Raises HdovdError if the shards do not fit the protocol or lack what the recipe uses."""
         self.shards, self.recipe = TarShards(url), recipe
         self.url, self._meta = self.shards.url, self.shards.meta
         self._label = {name: label for label, name in enumerate(protocol.base)}
         self._check(protocol, features)
         failed, ids = self.shards.failed(), self._meta.tensors["image_id"]
-        per_shard = [[place for place in self._meta.places_of(number) if int(ids[place]) not in failed] for number in self.shards.numbers]
+        per_shard = [
+            [place for place in self._meta.places_of(number) if int(ids[place]) not in failed]
+            for number in self.shards.numbers
+        ]
         self._places = [place for places in per_shard for place in places]
-        self._ranges = tuple(range(end - len(some), end) for some, end in zip(per_shard, accumulate(map(len, per_shard)), strict=True))
+        self._ranges = tuple(
+            range(end - len(some), end) for some, end in zip(per_shard, accumulate(map(len, per_shard)), strict=True)
+        )
         tell_failed(failed, len(self._places), "the shards say", f"of {url} has embeddings", log)
         self._nouns = torch.zeros(0, self.dim)
         if uses_nouns(recipe.loss, self._meta.products, self.url):
@@ -159,17 +179,27 @@ class TarTrainingSet(Dataset[Sample]):
             require_exif(inputs, self.recipe.input.exif, self.url)
         try:
             wanted, theirs = meta.about["data"][Level.BOXES]["base_boxes"], meta.about["protocol"]
-            same = set(theirs["base"]) == set(protocol.base) and theirs["min_image_side_px"] == protocol.min_image_side_px
+            same = (
+                set(theirs["base"]) == set(protocol.base) and theirs["min_image_side_px"] == protocol.min_image_side_px
+            )
         except (KeyError, TypeError) as error:
-            raise HdovdError(f"{self.url} does not say what it was exported from ({error!r}): export the cache again") from error
+            raise HdovdError(
+                f"{self.url} does not say what it was exported from ({error!r}): export the cache again"
+            ) from error
         if loss.uses_pseudo_boxes and (lines := differences(wanted, inputs[Level.BOXES]["base_boxes"])):
-            raise HdovdError(f"{self.url} has no embeddings of the base boxes:\n  " + "\n  ".join(lines)
-                             + "\nTrain with --set loss.instance.enabled=false --set loss.class.enabled=false, or extract them")
+            raise HdovdError(
+                f"{self.url} has no embeddings of the base boxes:\n  "
+                + "\n  ".join(lines)
+                + "\nTrain with --set loss.instance.enabled=false --set loss.class.enabled=false, or extract them"
+            )
         if not same:
             differ = sorted(set(theirs["base"]) ^ set(protocol.base))
-            raise HdovdError(f"{self.url} holds the images and base boxes of protocol {theirs['name']}, which is not {protocol.name}: "
-                             + (f"base classes differ in {shorten([*differ])}" if differ else "min_image_side_px differs")
-                             + ". Give the same --protocol, or extract and export with this one")
+            raise HdovdError(
+                f"{self.url} holds the images and base boxes of protocol {theirs['name']}, which is not "
+                f"{protocol.name}: "
+                + (f"base classes differ in {shorten([*differ])}" if differ else "min_image_side_px differs")
+                + ". Give the same --protocol, or extract and export with this one"
+            )
 
     def __len__(self) -> int:
         return len(self._places)
@@ -187,7 +217,9 @@ class TarTrainingSet(Dataset[Sample]):
         have = {name: row for row, name in enumerate(self._meta.attributes(Level.CLASS)["names"])}
         missing = [name for name in names if name not in have]
         if missing:
-            raise HdovdError(f"{self.url} has no text embedding of {missing[:8]}: extract and export with the same --protocol")
+            raise HdovdError(
+                f"{self.url} has no text embedding of {missing[:8]}: extract and export with the same --protocol"
+            )
         rows: np.ndarray = self._meta.tensors[Level.CLASS].astype(np.float32)[[have[name] for name in names]]
         return rows
 
@@ -197,13 +229,18 @@ class TarTrainingSet(Dataset[Sample]):
 
     def label_origin(self) -> LabelOrigin:
         """What the weights of pseudo labels depend on."""
-        return LabelOrigin(self.url, self._meta.key_inputs(), self._meta.attributes(Level.INSTANCE)["made_with"], self.dim)
+        return LabelOrigin(
+            self.url, self._meta.key_inputs(), self._meta.attributes(Level.INSTANCE)["made_with"], self.dim
+        )
 
     def record(self) -> dict[str, Any]:
         """Where it came from, for the record of a run."""
         inputs, keys = self._meta.key_inputs(), self._meta.features.levels
         levels = {str(level): {"key": keys[level], "inputs": inputs[level]} for level in inputs}
-        return {"cache": {"path": self.url, "levels": levels, "shards": self.shards.numbers}, "skipped": self._meta.features.skipped}
+        return {
+            "cache": {"path": self.url, "levels": levels, "shards": self.shards.numbers},
+            "skipped": self._meta.features.skipped,
+        }
 
     def image_ids(self) -> np.ndarray:
         """(n,) int64, by index."""
@@ -245,7 +282,11 @@ class TarTrainingSet(Dataset[Sample]):
                 raise HdovdError(f"{where}: its .json and .annotation_id.npy name other annotations; export again")
             none = no_labels(len(base))
             labelled = none | {name: arrays[name] for name in none if name in arrays}
-            rows = InstanceRows(arrays["instance"], *(arrays[name] for name in ("boxes", "source", "annotation_id", "score")), **labelled)
+            rows = InstanceRows(
+                arrays["instance"],
+                *(arrays[name] for name in ("boxes", "source", "annotation_id", "score")),
+                **labelled,
+            )
         name, exif = f"{where}: {about['file_name']}", Exif(self.recipe.input.exif)
         picture = read_image(name, about["width"], about["height"], sample.picture, exif)
         whole = arrays["image"] if loss.image.enabled else None
@@ -264,19 +305,33 @@ def tell_failed(failed: Mapping[int, str], left: int, where: str, what: str, log
 def uses_nouns(loss: LossConfig, levels: Collection[Level], where: str) -> bool:
     """Whether pseudo boxes have nouns. Raises HdovdError if the losses need them and the features have none."""
     if loss.uses_pseudo_boxes and loss.class_.enabled and Level.NOUN not in levels:
-        raise HdovdError(f"{where} has no nouns, so no pseudo box has a text embedding: extract it with --nouns, or "
-                         "--vocabulary (and --captions), or train with --set loss.class.enabled=false")
+        raise HdovdError(
+            f"{where} has no nouns, so no pseudo box has a text embedding: extract it with --nouns, or "
+            "--vocabulary (and --captions), or train with --set loss.class.enabled=false"
+        )
     return loss.uses_pseudo_boxes and Level.NOUN in levels
 
 
-def make_targets(boxes: np.ndarray, labels: np.ndarray, rows: InstanceRows | None, image_embedding: np.ndarray | None, nouns: Tensor,
-                 dim: int, where: str) -> Targets:
-    """The targets of one image: zeros for levels that are off. Raises HdovdError, naming `where`, for embeddings not of norm one.
+def make_targets(
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    rows: InstanceRows | None,
+    image_embedding: np.ndarray | None,
+    nouns: Tensor,
+    dim: int,
+    where: str,
+) -> Targets:
+    """The targets of one image: zeros for levels that are off. Raises HdovdError, naming `where`, for embeddings not of
+    norm one.
 
     boxes (n, 4) float32 and labels (n,) int64 of the base boxes; rows: theirs, in this order, and the proposals';
     image_embedding (D,) float16; nouns (K, D) float32, no rows if pseudo boxes have none.
     """
-    base_boxes, base_labels, embeddings = torch.from_numpy(boxes), torch.from_numpy(labels), torch.zeros(len(boxes), dim)
+    base_boxes, base_labels, embeddings = (
+        torch.from_numpy(boxes),
+        torch.from_numpy(labels),
+        torch.zeros(len(boxes), dim),
+    )
     pseudo_boxes, pseudo_embeddings, pseudo_texts = torch.zeros(0, 4), torch.zeros(0, dim), torch.zeros(0, dim)
     if rows is not None:
         require_unit(rows.embedding, f"{where}, instance level")

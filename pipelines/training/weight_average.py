@@ -15,12 +15,13 @@ WARM_UP = 9  # updates after which half of the average is new: see `WeightAverag
 class WeightAverage:
     """Average of the float parameters and buffers (statistics of batch norms), in float32; one copy of the weights.
 
-    After step t the average is `d average + (1 - d) weights` with `d = min(decay, n / (n + 9))`, n the number of averages before: the
-    first is a copy, and early ones forget fast. That is TensorFlow's `ExponentialMovingAverage(decay, num_updates)`,
-    `min(decay, (1 + num_updates) / (10 + num_updates))`, after its first step; no length of warm-up has to fit the length of a run.
+    After step t the average is `d average + (1 - d) weights` with `d = min(decay, n / (n + 9))`, n the number of
+    averages before: the first is a copy, and early ones forget fast. That is TensorFlow's
+    `ExponentialMovingAverage(decay, num_updates)`, `min(decay, (1 + num_updates) / (10 + num_updates))`, after its
+    first step; no length of warm-up has to fit the length of a run.
 
-    torch's `AveragedModel` averages all buffers or none. Here the losses' memories (buffers of `training_parts`) are rows and counters,
-    not weights, and may change their shape: `model` has them as they are.
+    torch's `AveragedModel` averages all buffers or none. Here the losses' memories (buffers of `training_parts`) are
+    rows and counters, not weights, and may change their shape: `model` has them as they are.
     """
 
     def __init__(self, live: nn.Module, decay: float) -> None:
@@ -56,5 +57,9 @@ class WeightAverage:
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that are averaged, by name."""
     memories = tuple(getattr(model, "training_parts", ()))
-    buffers = {name: value for name, value in model.named_buffers() if value.is_floating_point() and not name.startswith(memories)}
+    buffers = {
+        name: value
+        for name, value in model.named_buffers()
+        if value.is_floating_point() and not name.startswith(memories)
+    }
     return {**dict(model.named_parameters()), **buffers}

@@ -1,4 +1,6 @@
-"""Layouts of the same features: all answer alike, every read that is timed is made, and the command prints what it measured."""
+"""Layouts of the same features: all answer alike, every read that is timed is made, and the command prints what it
+measured.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,18 @@ from typing import Any
 import memory_limit
 import numpy as np
 import pytest
-from bench_cache import CacheBench, Layout, bench_cache, by_workers, check_same, here, make_layouts, open_layouts, rates, table
+from bench_cache import (
+    CacheBench,
+    Layout,
+    bench_cache,
+    by_workers,
+    check_same,
+    here,
+    make_layouts,
+    open_layouts,
+    rates,
+    table,
+)
 
 from hdovd.cache import rows
 from hdovd.pipelines.dataloading.packing import pack

@@ -24,16 +24,35 @@ from hdovd.pipelines.teachers.openclip import load_clip
 @pytest.fixture
 def bench(world: Path, clip: str) -> Any:
     def run(data: Path = world, **changes: Any) -> list[Way]:
-        return bench_dense(DenseBench(**{"clip": clip, "sides": (32, 64), "protocol": str(world / "protocol.toml"), "device": "cpu",
-                                         "boxes": 9, "batch_size": 7, "rounds": 1} | changes), data)
+        return bench_dense(
+            DenseBench(
+                **{
+                    "clip": clip,
+                    "sides": (32, 64),
+                    "protocol": str(world / "protocol.toml"),
+                    "device": "cpu",
+                    "boxes": 9,
+                    "batch_size": 7,
+                    "rounds": 1,
+                }
+                | changes
+            ),
+            data,
+        )
 
     return run
 
 
-def test_figures_are_those_of_the_boxes_one_by_one(bench: Any, world: Path, clip: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_are_those_of_the_boxes_one_by_one(
+    bench: Any, world: Path, clip: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher, protocol = load_clip(clip, None, device="cpu"), load_protocol(str(world / "protocol.toml"))
     names = torch.from_numpy(teacher.embed_names(protocol.names, ("a photo of a {}",)))
-    dense, transform, reference = DenseClip(teacher.model.visual, 64), teacher.transform.squashed(64), teacher.reference_transform()
+    dense, transform, reference = (
+        DenseClip(teacher.model.visual, 64),
+        teacher.transform.squashed(64),
+        teacher.reference_transform(),
+    )
     right, dense_right, cosines = [], [], []
     split = load_split(world / "annotations" / "instances_val2017.json", world / "val2017", protocol, base_only=False)
     for image in split.images:
@@ -56,8 +75,11 @@ def test_figures_are_those_of_the_boxes_one_by_one(bench: Any, world: Path, clip
     assert way.cosine_min == pytest.approx(min(cosines), abs=1e-3)  # the reference's crops are Pillow's
     assert all(w.model_per_s > w.per_s > 0 for w in ways)  # preparing takes time too
     lines = capsys.readouterr().out.splitlines()
-    assert f"{9 * len(split.images)} boxes of {len(split.images)} images; accuracy among 24 classes and cosines to crops of the " \
-           f"{len(right)} that are labelled" in lines
+    assert (
+        f"{9 * len(split.images)} boxes of {len(split.images)} images; accuracy among 24 classes and cosines to crops "
+        f"of the "
+        f"{len(right)} that are labelled" in lines
+    )
     assert [line.split("  ")[0] for line in lines[-3:]] == [w.name for w in ways]
 
 

@@ -22,7 +22,9 @@ OV_COCO = load_protocol("ov-coco")
 
 
 def _made(folder: Path, seed: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    detections = make_eval_world(EvalBench(images=60, objects=400, detections=20, seed=seed), OV_COCO, folder / "instances.json")
+    detections = make_eval_world(
+        EvalBench(images=60, objects=400, detections=20, seed=seed), OV_COCO, folder / "instances.json"
+    )
     return json.loads((folder / "instances.json").read_text()), detections
 
 
@@ -45,13 +47,19 @@ def test_the_world_is_coco_like_and_made_by_its_seed(tmp_path: Path) -> None:
 def test_both_engines_are_measured_and_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = bench_eval(tmp_path, EvalBench(images=60, objects=400, detections=20, rounds=2))
     assert largest_difference(list(found.values())) <= 1e-6
-    ap50, ap = (found[Engine.PYCOCOTOOLS].mean(table, "all") for table in (found[Engine.PYCOCOTOOLS].ap50, found[Engine.PYCOCOTOOLS].ap))
+    ap50, ap = (
+        found[Engine.PYCOCOTOOLS].mean(table, "all")
+        for table in (found[Engine.PYCOCOTOOLS].ap50, found[Engine.PYCOCOTOOLS].ap)
+    )
     assert 5 < ap50 < 95  # neither all nor none is found
     assert 0 < ap < ap50
     said = capsys.readouterr().out
     assert "60 images, 65 classes, 400 objects, 1,200 detections" in said
-    for word in (r"pycocotools [\d.]+ +[\d.]+ s +[\d.]+ s$", r"faster-coco-eval [\d.]+ +[\d.]+ s +[\d.]+ s$",
-                 r"faster-coco-eval evaluates [\d.]+ times as fast as pycocotools; largest difference"):
+    for word in (
+        r"pycocotools [\d.]+ +[\d.]+ s +[\d.]+ s$",
+        r"faster-coco-eval [\d.]+ +[\d.]+ s +[\d.]+ s$",
+        r"faster-coco-eval evaluates [\d.]+ times as fast as pycocotools; largest difference",
+    ):
         assert re.search(word, said, re.M), said
 
 

@@ -1,4 +1,6 @@
-"""`benchmarks/run.py`: it knows every benchmark, its command lines are those that they take, and the made-up world is as asked."""
+"""`benchmarks/run.py`: it knows every benchmark, its command lines are those that they take, and the made-up world is
+as asked.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,15 @@ def test_every_benchmark_is_run() -> None:
 
 def test_a_name_that_is_none_is_refused() -> None:
     for words in (["bench_eval", "bench_speed"], ["bench_eval", "bench_cache", "--rounds", "2"], ["--rounds", "2"]):
-        with pytest.raises(SystemExit, match=f"expected names of benchmarks, or one with its options: bench_cache, .*found {words[0]}"):
+        with pytest.raises(
+            SystemExit, match=f"expected names of benchmarks, or one with its options: bench_cache, .*found {words[0]}"
+        ):
             run.main(words)
 
 
-def test_a_benchmark_prints_what_it_measured_and_failures_count(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_prints_what_it_measured_and_failures_count(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run, "SMALL", {"bench_eval": "--images 20 --objects 60", "bench_cache": "--no-such-option"})
     monkeypatch.setattr(run, "tiny_clip", lambda folder: "clip")
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):  # which it sets for the processes that it starts
@@ -55,9 +61,27 @@ def test_options_are_the_fields_of_a_config() -> None:
 
 
 def test_steps_of_training_are_measured(clip: str) -> None:
-    words = ["--clip", clip, "--images", "16", "--picture", "64", "48", "--rounds", "1", "--steps", "1", "--settings",
-             "train.batch_size=4", "input.short_side=48", "input.long_side=64", "train.workers=0"]
-    done = subprocess.run([sys.executable, FOLDER / "bench_train.py", *words], capture_output=True, text=True, check=False)
+    words = [
+        "--clip",
+        clip,
+        "--images",
+        "16",
+        "--picture",
+        "64",
+        "48",
+        "--rounds",
+        "1",
+        "--steps",
+        "1",
+        "--settings",
+        "train.batch_size=4",
+        "input.short_side=48",
+        "input.long_side=64",
+        "train.workers=0",
+    ]
+    done = subprocess.run(
+        [sys.executable, FOLDER / "bench_train.py", *words], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     for name in ("detector alone", "three levels, from the cache", "three levels, CLIP in every step"):
         assert f"\n  {name}" in done.stdout

@@ -17,14 +17,17 @@ def test_key_depends_on_every_value(other: dict[str, object]) -> None:
     assert key_of(other) != key_of({"a": 1})
 
 
-@pytest.mark.parametrize("other", [
-    [np.array([[1.0, 2.0]], np.float32), np.array([3.0], np.float32)],  # another shape
-    [np.array([1.0], np.float32), np.array([2.0, 3.0], np.float32)],  # a row moved to the next table
-    [np.array([1.0, 2.0], np.float64), np.array([3.0], np.float32)],  # another type
-    [np.array([2.0, 1.0], np.float32), np.array([3.0], np.float32)],
-    [np.array([1.0, 2.0], np.float32), np.nextafter(np.array([3.0], np.float32), 4, dtype=np.float32)],
-    [np.array([1.0, 2.0], np.float32)],
-])
+@pytest.mark.parametrize(
+    "other",
+    [
+        [np.array([[1.0, 2.0]], np.float32), np.array([3.0], np.float32)],  # another shape
+        [np.array([1.0], np.float32), np.array([2.0, 3.0], np.float32)],  # a row moved to the next table
+        [np.array([1.0, 2.0], np.float64), np.array([3.0], np.float32)],  # another type
+        [np.array([2.0, 1.0], np.float32), np.array([3.0], np.float32)],
+        [np.array([1.0, 2.0], np.float32), np.nextafter(np.array([3.0], np.float32), 4, dtype=np.float32)],
+        [np.array([1.0, 2.0], np.float32)],
+    ],
+)
 def test_table_hash_depends_on_type_shape_and_content(other: list[np.ndarray]) -> None:
     assert hash_tables(other) != hash_tables([np.array([1.0, 2.0], np.float32), np.array([3.0], np.float32)])
 

@@ -20,6 +20,7 @@ from hdovd.core.errors import HdovdError
 
 # --- the folder ---
 
+
 def test_no_cache(tmp_path: Path) -> None:
     with pytest.raises(HdovdError, match=r"no feature cache at .*hdovd extract-clip"):
         FeatureCache(tmp_path / "none")
@@ -35,8 +36,17 @@ def test_other_schema_version(tmp_path: Path, write_cache: Callable[..., Any], v
             read(tmp_path / "cache")
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"attributes": {}}', '{"attributes": {"schema_version": null}}',
-                                     '{"attributes": {"schema_version": "two"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"attributes": {}}',
+        '{"attributes": {"schema_version": null}}',
+        '{"attributes": {"schema_version": "two"}}',
+    ],
+)
 def test_folder_of_another_zarr_array_is_no_cache(tmp_path: Path, content: str) -> None:
     (tmp_path / "zarr.json").write_text(content)
     with pytest.raises(HdovdError, match="is no feature cache"):
@@ -51,6 +61,7 @@ def test_folder_with_something_else_is_never_taken(tmp_path: Path, untouched: Ca
 
 
 # --- sets ---
+
 
 def test_unknown_set_names_the_sets_there_are(tmp_path: Path, write_cache: Callable[..., Any]) -> None:
     write_cache(tmp_path / "cache", features="with-captions")
@@ -67,9 +78,14 @@ def test_cache_without_a_set_says_that_it_is_not_finished(tmp_path: Path) -> Non
         FeatureCache(tmp_path / "cache")
 
 
-@pytest.mark.parametrize(("lost", "missing"), [("000001.json", "1 of 3 parts"), ("000*.json", "3 of 3 parts"), ("tables.json", "")],
-                         ids=["a part", "all parts", "tables"])
-def test_set_that_is_not_whole_is_refused_with_what_to_do(tmp_path: Path, write_cache: Callable[..., Any], lost: str, missing: str) -> None:
+@pytest.mark.parametrize(
+    ("lost", "missing"),
+    [("000001.json", "1 of 3 parts"), ("000*.json", "3 of 3 parts"), ("tables.json", "")],
+    ids=["a part", "all parts", "tables"],
+)
+def test_set_that_is_not_whole_is_refused_with_what_to_do(
+    tmp_path: Path, write_cache: Callable[..., Any], lost: str, missing: str
+) -> None:
     written = write_cache(tmp_path / "cache", part_rows=4)
     key = key_of(written.inputs[Level.INSTANCE])
     for record in (tmp_path / "cache" / "instance" / key / "parts").glob(lost):
@@ -85,19 +101,32 @@ def test_set_of_a_product_that_was_deleted(tmp_path: Path, write_cache: Callable
         FeatureCache(tmp_path / "cache")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"levels": {"instanse": "a"}, "skipped": {}, "made_from": {}}', '{"levels": []}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"levels": {"instanse": "a"}, "skipped": {}, "made_from": {}}', '{"levels": []}']
+)
 def test_damaged_set_is_named(tmp_path: Path, write_cache: Callable[..., Any], content: str) -> None:
     write_cache(tmp_path / "cache")
     (tmp_path / "cache" / "sets" / "default.json").write_text(content)
-    with pytest.raises(HdovdError, match=r"sets/default\.json is damaged.*verify --repair, then its hdovd extract-clip"):
+    with pytest.raises(
+        HdovdError, match=r"sets/default\.json is damaged.*verify --repair, then its hdovd extract-clip"
+    ):
         FeatureCache(tmp_path / "cache")
 
 
-@pytest.mark.parametrize(("file", "content"), [
-    ("zarr.json", "{"), ("zarr.json", "{}"), ("zarr.json", '{"attributes": {"rows": 3}}'),
-    ("parts/000000.json", ""), ("parts/000000.json", "{}"), ("parts/000000.json", "[]"),
-])
-def test_damaged_metadata_of_a_product_is_named(tmp_path: Path, write_cache: Callable[..., Any], file: str, content: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("zarr.json", "{"),
+        ("zarr.json", "{}"),
+        ("zarr.json", '{"attributes": {"rows": 3}}'),
+        ("parts/000000.json", ""),
+        ("parts/000000.json", "{}"),
+        ("parts/000000.json", "[]"),
+    ],
+)
+def test_damaged_metadata_of_a_product_is_named(
+    tmp_path: Path, write_cache: Callable[..., Any], file: str, content: str
+) -> None:
     written = write_cache(tmp_path / "cache")
     name = f"instance/{key_of(written.inputs[Level.INSTANCE])}/{file}"
     (tmp_path / "cache" / name).write_text(content)
@@ -107,11 +136,16 @@ def test_damaged_metadata_of_a_product_is_named(tmp_path: Path, write_cache: Cal
 
 # --- levels and rows ---
 
+
 @pytest.mark.parametrize("image_id", [0, 20, 41])
 def test_unknown_image(tmp_path: Path, write_cache: Callable[..., Any], image_id: int) -> None:
     write_cache(tmp_path / "cache")
     cache = FeatureCache(tmp_path / "cache")
-    for read, level in ((cache.instances, Level.BOXES), (cache.instance_embeddings, Level.INSTANCE), (cache.image_embedding, Level.IMAGE)):
+    for read, level in (
+        (cache.instances, Level.BOXES),
+        (cache.instance_embeddings, Level.INSTANCE),
+        (cache.image_embedding, Level.IMAGE),
+    ):
         with pytest.raises(HdovdError, match=f"level {level} .*image {image_id}"):
             read(image_id)
 
@@ -119,7 +153,11 @@ def test_unknown_image(tmp_path: Path, write_cache: Callable[..., Any], image_id
 def test_missing_level_names_what_is_there(tmp_path: Path, write_cache: Callable[..., Any]) -> None:
     write_cache(tmp_path / "cache", levels=[Level.CLASS, Level.IMAGE])
     cache = FeatureCache(tmp_path / "cache")
-    for read in (lambda: cache.instance_embeddings(7), lambda: cache.key(Level.INSTANCE), lambda: cache.require(Level.INSTANCE, {})):
+    for read in (
+        lambda: cache.instance_embeddings(7),
+        lambda: cache.key(Level.INSTANCE),
+        lambda: cache.require(Level.INSTANCE, {}),
+    ):
         with pytest.raises(HdovdError, match=r"no instance level.*image, class"):
             read()
 
@@ -144,19 +182,28 @@ def test_edited_metadata_is_noticed(tmp_path: Path, write_cache: Callable[..., A
     record.write_text(json.dumps(objects))  # its checksum was changed with it
     cache = FeatureCache(tmp_path / "cache")
     asked = {"clip": {"weights": "w2", "activation": "gelu"}}
-    for read in (lambda: cache.key_inputs(Level.IMAGE), lambda: cache.require(Level.IMAGE, asked), cache.identity, cache.require_together):
+    for read in (
+        lambda: cache.key_inputs(Level.IMAGE),
+        lambda: cache.require(Level.IMAGE, asked),
+        cache.identity,
+        cache.require_together,
+    ):
         with pytest.raises(HdovdError, match="edited"):
             read()
 
 
 # --- what fits together ---
 
+
 def test_require_takes_what_fits_and_names_what_does_not(tmp_path: Path, write_cache: Callable[..., Any]) -> None:
     write_cache(tmp_path / "cache")
     cache = FeatureCache(tmp_path / "cache")
     cache.require(Level.INSTANCE, {"boxes": {"count": 9, "hash": "abc"}})
-    with pytest.raises(HdovdError, match=r"instance level of (.|\n)*boxes\.hash differs: expected \"xyz\", the cache has \"abc\"(.|\n)*"
-                                         "hdovd extract-clip") as error:
+    with pytest.raises(
+        HdovdError,
+        match=r"instance level of (.|\n)*boxes\.hash differs: expected \"xyz\", the cache has \"abc\"(.|\n)*"
+        "hdovd extract-clip",
+    ) as error:
         cache.require(Level.INSTANCE, {"boxes": {"count": 9, "hash": "xyz"}})
     assert "boxes.count" not in str(error.value)
     with pytest.raises(HdovdError, match="recipe differs"):
@@ -170,7 +217,9 @@ def test_levels_of_one_extraction_belong_together(tmp_path: Path, write_cache: C
 
 def test_levels_of_two_clips_do_not_belong_together(tmp_path: Path, write_cache: Callable[..., Any]) -> None:
     write_cache(tmp_path / "cache", class_clip={"weights": "w1", "activation": "quickgelu"})
-    with pytest.raises(HdovdError, match=r"instance and class: clip\.activation differs: expected \"gelu\", .*\"quickgelu\"") as error:
+    with pytest.raises(
+        HdovdError, match=r"instance and class: clip\.activation differs: expected \"gelu\", .*\"quickgelu\""
+    ) as error:
         FeatureCache(tmp_path / "cache").require_together()
     assert "clip.weights" not in str(error.value)
     assert "image" not in str(error.value)
@@ -178,18 +227,27 @@ def test_levels_of_two_clips_do_not_belong_together(tmp_path: Path, write_cache:
 
 def test_embeddings_of_other_boxes_do_not_belong_to_the_boxes(tmp_path: Path, write_cache: Callable[..., Any]) -> None:
     write_cache(tmp_path / "cache", inputs={Level.BOXES: {"boxes": {"count": 9, "hash": "xyz"}}})
-    with pytest.raises(HdovdError, match=r"instance and boxes: boxes\.hash differs: expected \"abc\", .*\"xyz\"") as error:
+    with pytest.raises(
+        HdovdError, match=r"instance and boxes: boxes\.hash differs: expected \"abc\", .*\"xyz\""
+    ) as error:
         FeatureCache(tmp_path / "cache").require_together()
     assert "clip" not in str(error.value)
 
 
-@pytest.mark.parametrize(("level", "inputs"), [
-    (Level.NOUN, {"clip": {"weights": "w1", "activation": "gelu"}, "names": "others"}),
-    (Level.INSTANCE, {"boxes": {"count": 9, "hash": "abc"}, "crop": "wider"}),
-], ids=["nouns", "crops"])
-def test_pseudo_labels_of_other_nouns_or_crops_do_not_belong(tmp_path: Path, write_cache: Callable[..., Any], level: Level,
-                                                              inputs: dict[str, Any]) -> None:
-    """Both sets are whole, and the names of their levels agree: only the keys say that the nouns are rows of another table."""
+@pytest.mark.parametrize(
+    ("level", "inputs"),
+    [
+        (Level.NOUN, {"clip": {"weights": "w1", "activation": "gelu"}, "names": "others"}),
+        (Level.INSTANCE, {"boxes": {"count": 9, "hash": "abc"}, "crop": "wider"}),
+    ],
+    ids=["nouns", "crops"],
+)
+def test_pseudo_labels_of_other_nouns_or_crops_do_not_belong(
+    tmp_path: Path, write_cache: Callable[..., Any], level: Level, inputs: dict[str, Any]
+) -> None:
+    """Both sets are whole, and the names of their levels agree: only the keys say that the nouns are rows of another
+    table.
+    """
     write_cache(tmp_path / "cache")
     other = write_cache(tmp_path / "cache", inputs={level: inputs}, levels=[level], features="other")
     catalog = Catalog(tmp_path / "cache")

@@ -1,4 +1,6 @@
-"""What is written into a cache comes back, in any order of reading, in one part or many, mapped or not, and through plain zarr."""
+"""What is written into a cache comes back, in any order of reading, in one part or many, mapped or not, and through
+plain zarr.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def test_without_pseudo_labels_no_row_has_a_noun(tmp_path: Path, write_cache: Ca
     np.testing.assert_array_equal(rows.embedding, written.instances[40]["embedding"])
 
 
-def test_zeros_of_failed_images_come_back_with_the_reason_of_each(tmp_path: Path, write_cache: Callable[..., Any]) -> None:
+def test_zeros_of_failed_images_come_back_with_the_reason_of_each(
+    tmp_path: Path, write_cache: Callable[..., Any]
+) -> None:
     """Image 19 has no boxes, so only the image level lacks it; image 40 lies in two parts of the instance level."""
     reasons = {19: "gone.jpg: no such file", 40: "cut.jpg: truncated"}
     written = write_cache(tmp_path / "cache", part_rows=4, failed=reasons)
@@ -95,8 +99,12 @@ def test_zeros_of_failed_images_come_back_with_the_reason_of_each(tmp_path: Path
 
 @pytest.mark.parametrize("counts", [(0, 0, 7, 0), (8, 8, 8, 1), (30, 0, 2, 9), (5,) * 12, (16,), (0, 1, 0)], ids=str)
 @pytest.mark.parametrize("part_rows", [5, 8], ids=lambda n: f"{n} a part")
-def test_rows_over_many_parts(tmp_path: Path, write_cache: Callable[..., Any], part_rows: int, counts: tuple[int, ...]) -> None:
-    written = write_cache(tmp_path / "cache", {100 + 7 * k: (n, n // 2) for k, n in enumerate(counts)}, part_rows=part_rows)
+def test_rows_over_many_parts(
+    tmp_path: Path, write_cache: Callable[..., Any], part_rows: int, counts: tuple[int, ...]
+) -> None:
+    written = write_cache(
+        tmp_path / "cache", {100 + 7 * k: (n, n // 2) for k, n in enumerate(counts)}, part_rows=part_rows
+    )
     for mapped in (True, False):
         _assert_same(FeatureCache(tmp_path / "cache", mapped=mapped), written)
     product = tmp_path / "cache" / "instance" / key_of(written.inputs[Level.INSTANCE])
@@ -114,7 +122,9 @@ def test_a_row_a_part(tmp_path: Path, write_cache: Callable[..., Any]) -> None:
 def test_part_of_many_chunks(tmp_path: Path, write_cache: Callable[..., Any]) -> None:
     """1,024 rows a chunk: two parts of two chunks, and a third that is cut short."""
     written = write_cache(tmp_path / "cache", dict.fromkeys(range(7), (700, 5)), part_rows=2048)
-    array = zarr.open_array(tmp_path / "cache" / "instance" / key_of(written.inputs[Level.INSTANCE]) / "embedding", mode="r")
+    array = zarr.open_array(
+        tmp_path / "cache" / "instance" / key_of(written.inputs[Level.INSTANCE]) / "embedding", mode="r"
+    )
     assert (array.shape, array.shards, array.chunks) == ((4935, 8), (2048, 8), (1024, 8))
     for mapped in (True, False):
         _assert_same(FeatureCache(tmp_path / "cache", mapped=mapped), written)
@@ -143,11 +153,20 @@ def test_plain_zarr_reads_what_the_schema_says(tmp_path: Path, write_cache: Call
     assert boxes["offset"][:].tolist() == [0, 5, 6, 6, 10]
 
 
-def test_sets_side_by_side_do_not_touch_each_other(tmp_path: Path, write_cache: Callable[..., Any], contents: Callable[..., Any]) -> None:
+def test_sets_side_by_side_do_not_touch_each_other(
+    tmp_path: Path, write_cache: Callable[..., Any], contents: Callable[..., Any]
+) -> None:
     one = write_cache(tmp_path / "cache", seed=1)
     before = contents(tmp_path / "cache")
-    other = write_cache(tmp_path / "cache", {3: (1, 1)}, seed=2, clip={"weights": "w2"}, features="small",
-                        inputs={Level.BOXES: {"boxes": {"count": 2}}}, levels=[Level.BOXES, Level.CLASS, Level.IMAGE, Level.INSTANCE])
+    other = write_cache(
+        tmp_path / "cache",
+        {3: (1, 1)},
+        seed=2,
+        clip={"weights": "w2"},
+        features="small",
+        inputs={Level.BOXES: {"boxes": {"count": 2}}},
+        levels=[Level.BOXES, Level.CLASS, Level.IMAGE, Level.INSTANCE],
+    )
     assert before.items() <= contents(tmp_path / "cache").items()
     _assert_same(FeatureCache(tmp_path / "cache"), one)
     small = FeatureCache(tmp_path / "cache", "small")
@@ -156,7 +175,9 @@ def test_sets_side_by_side_do_not_touch_each_other(tmp_path: Path, write_cache: 
 
 
 def test_cache_is_as_readable_as_any_new_folder(tmp_path: Path, write_cache: Callable[..., Any]) -> None:
-    """A cache is shared between users of a cluster: neither folders nor files may come out with a temporary file's private mode."""
+    """A cache is shared between users of a cluster: neither folders nor files may come out with a temporary file's
+    private mode.
+    """
     write_cache(tmp_path / "cache")
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "file").write_text("")
@@ -168,8 +189,15 @@ def test_cache_is_as_readable_as_any_new_folder(tmp_path: Path, write_cache: Cal
 
 # --- other processes ---
 
+
 def test_reader_pickles_as_its_path(tmp_path: Path, write_cache: Callable[..., Any]) -> None:
-    write_cache(tmp_path / "cache", seed=1, features="other", clip={"weights": "w2"}, inputs={Level.BOXES: {"boxes": {"count": 2}}})
+    write_cache(
+        tmp_path / "cache",
+        seed=1,
+        features="other",
+        clip={"weights": "w2"},
+        inputs={Level.BOXES: {"boxes": {"count": 2}}},
+    )
     written = write_cache(tmp_path / "cache", dict.fromkeys(range(50), (40, 0)), features="large")
     cache = FeatureCache(tmp_path / "cache", "large", mapped=False)
     cache.hold(Level.IMAGE)
@@ -180,13 +208,22 @@ def test_reader_pickles_as_its_path(tmp_path: Path, write_cache: Callable[..., A
 
 
 @pytest.mark.parametrize(("start", "mapped"), [("fork", True), ("fork", False), ("spawn", None)], ids=str)
-def test_reader_in_worker_processes(tmp_path: Path, write_cache: Callable[..., Any], start: str, mapped: bool | None) -> None:
-    """A forked worker inherits the reader as it stands, open, with Zarr's threads running; a spawned one unpickles it."""
+def test_reader_in_worker_processes(
+    tmp_path: Path, write_cache: Callable[..., Any], start: str, mapped: bool | None
+) -> None:
+    """A forked worker inherits the reader as it stands, open, with Zarr's threads running; a spawned one unpickles
+    it."""
     written = write_cache(tmp_path / "cache", part_rows=4)
     cache = FeatureCache(tmp_path / "cache", mapped=mapped)
     _assert_same(cache, written)
-    loader = DataLoader(written.image_ids * 5, batch_size=None, collate_fn=cache.instances, num_workers=1,  # type: ignore[arg-type]
-                        multiprocessing_context=start, timeout=60)
+    loader = DataLoader(
+        written.image_ids * 5,
+        batch_size=None,
+        collate_fn=cache.instances,
+        num_workers=1,  # type: ignore[arg-type]
+        multiprocessing_context=start,
+        timeout=60,
+    )
     found = list(loader)
     assert len(found) == 20
     for image_id, rows in zip(written.image_ids * 5, found, strict=True):
@@ -195,12 +232,17 @@ def test_reader_in_worker_processes(tmp_path: Path, write_cache: Callable[..., A
     _assert_same(cache, written)  # the parent's handles are still good
 
 
-def test_more_shards_than_the_process_may_open_files(tmp_path: Path, write_cache: Callable[..., Any],
-                                                     python: Callable[..., Any]) -> None:
+def test_more_shards_than_the_process_may_open_files(
+    tmp_path: Path, write_cache: Callable[..., Any], python: Callable[..., Any]
+) -> None:
     """A map keeps its file open."""
-    written = write_cache(tmp_path / "cache", dict.fromkeys(range(150), (1, 0)), part_rows=1, levels=[Level.BOXES, Level.INSTANCE])
-    code = ("import resource as r, sys; r.setrlimit(r.RLIMIT_NOFILE, (100, r.getrlimit(r.RLIMIT_NOFILE)[1]));"
-            "from hdovd.cache.reader import FeatureCache; cache = FeatureCache(sys.argv[1], mapped=True);"
-            "print(sum(len(cache.instance_embeddings(i)) for i in range(150)))")
+    written = write_cache(
+        tmp_path / "cache", dict.fromkeys(range(150), (1, 0)), part_rows=1, levels=[Level.BOXES, Level.INSTANCE]
+    )
+    code = (
+        "import resource as r, sys; r.setrlimit(r.RLIMIT_NOFILE, (100, r.getrlimit(r.RLIMIT_NOFILE)[1]));"
+        "from hdovd.cache.reader import FeatureCache; cache = FeatureCache(sys.argv[1], mapped=True);"
+        "print(sum(len(cache.instance_embeddings(i)) for i in range(150)))"
+    )
     done = python(["-c", code, written.path], tmp_path)
     assert done.stdout.strip() == "150", done.stderr[-2000:]

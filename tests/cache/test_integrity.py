@@ -68,8 +68,17 @@ def test_a_record_that_names_other_objects_lets_nothing_pass(root: Path) -> None
         FeatureCache(root).instance_embeddings(int(FeatureCache(root).image_ids()[0]))
 
 
-@pytest.mark.parametrize(("level", "name"), [(Level.BOXES, "box"), (Level.BOXES, "source"), (Level.CLASS, "embedding"),
-                                             (Level.NOUN, "embedding"), (Level.IMAGE, "embedding"), (Level.PSEUDO_LABEL, "noun")])
+@pytest.mark.parametrize(
+    ("level", "name"),
+    [
+        (Level.BOXES, "box"),
+        (Level.BOXES, "source"),
+        (Level.CLASS, "embedding"),
+        (Level.NOUN, "embedding"),
+        (Level.IMAGE, "embedding"),
+        (Level.PSEUDO_LABEL, "noun"),
+    ],
+)
 def test_tables_that_are_damaged_are_refused(root: Path, level: Level, name: str) -> None:
     flip(next(file for file in sorted((product(root, level) / name / "c").rglob("*")) if file.is_file()), 1)
     with pytest.raises(HdovdError, match=rf"{name}/c/.* is damaged"):
@@ -111,7 +120,9 @@ def test_sets_of_older_versions_are_told(root: Path) -> None:
     assert unsealed_records(LocalFolder(root)) == ["sets/default.json"]
 
 
-@pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", "..", ".hidden", "a/b", "a\nb", "a\x1b[2J", "", "x" * 101])
+@pytest.mark.parametrize(
+    "name", ["../../outside", "/tmp/outside", "..", ".hidden", "a/b", "a\nb", "a\x1b[2J", "", "x" * 101]
+)
 def test_names_of_sets_are_checked_where_they_are_written(root: Path, name: str) -> None:
     with pytest.raises(HdovdError, match="cannot be named"):
         Catalog(root).write_set(name, FeatureSet({}))
@@ -134,10 +145,30 @@ def test_no_name_leads_out_of_a_folder(tmp_path: Path, name: str) -> None:
             use(name)
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("rows", 10**18), ("rows", -1), ("rows", 2.5), ("rows", None), ("rows", "5"), ("rows", True), ("rows", [5]), ("part_rows", 0),
-    ("part_rows", -1), ("part_rows", 1e300), ("part_rows", None), ("part_rows", 2**40), ("dim", -1), ("dim", 10**9), ("dim", None),
-    ("names", 7), ("names", ["a"]), ("key_inputs", []), ("made_with", None)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rows", 10**18),
+        ("rows", -1),
+        ("rows", 2.5),
+        ("rows", None),
+        ("rows", "5"),
+        ("rows", True),
+        ("rows", [5]),
+        ("part_rows", 0),
+        ("part_rows", -1),
+        ("part_rows", 1e300),
+        ("part_rows", None),
+        ("part_rows", 2**40),
+        ("dim", -1),
+        ("dim", 10**9),
+        ("dim", None),
+        ("names", 7),
+        ("names", ["a"]),
+        ("key_inputs", []),
+        ("made_with", None),
+    ],
+)
 def test_sizes_that_cannot_be_are_refused_before_they_are_used(root: Path, name: str, value: object) -> None:
     folder, catalog = product(root, Level.NOUN), Catalog(root)
     tree = json.loads((folder / "zarr.json").read_text())
@@ -151,13 +182,26 @@ def test_sizes_that_cannot_be_are_refused_before_they_are_used(root: Path, name:
     assert next(entry for entry in inventory(catalog.folder, {}) if entry.level is Level.NOUN).state == "damaged"
 
 
-@pytest.mark.parametrize("change", [
-    lambda t: t.update(shape=[10**15, 4]), lambda t: t.update(shape=[-1, 4]), lambda t: t.update(shape=[2.5, 4]),
-    lambda t: t.update(data_type="made_up"), lambda t: t.update(codecs=[{"name": "made_up"}]), lambda t: t.update(zarr_format=9),
-    lambda t: t["chunk_grid"]["configuration"].update(chunk_shape=[0, 4]), lambda t: t.update(node_type="group"),
-    lambda t: t["chunk_grid"]["configuration"].update(chunk_shape=[2**40, 4]), lambda t: t["chunk_grid"].update(name="made_up"),
-    lambda t: t.pop("codecs"), lambda t: t.update(fill_value="x")])
-def test_arrays_that_cannot_be_are_refused_before_they_are_used(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update(shape=[10**15, 4]),
+        lambda t: t.update(shape=[-1, 4]),
+        lambda t: t.update(shape=[2.5, 4]),
+        lambda t: t.update(data_type="made_up"),
+        lambda t: t.update(codecs=[{"name": "made_up"}]),
+        lambda t: t.update(zarr_format=9),
+        lambda t: t["chunk_grid"]["configuration"].update(chunk_shape=[0, 4]),
+        lambda t: t.update(node_type="group"),
+        lambda t: t["chunk_grid"]["configuration"].update(chunk_shape=[2**40, 4]),
+        lambda t: t["chunk_grid"].update(name="made_up"),
+        lambda t: t.pop("codecs"),
+        lambda t: t.update(fill_value="x"),
+    ],
+)
+def test_arrays_that_cannot_be_are_refused_before_they_are_used(
+    root: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
     folder = product(root, Level.BOXES)
     tree = json.loads((folder / "box/zarr.json").read_text())
     change(tree)

@@ -62,6 +62,7 @@ def test_file_system_without_hard_links(folder: LocalFolder, monkeypatch: pytest
 
 def test_file_system_without_locks(folder: LocalFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lustre without -o flock: everybody may do everything, which is double work at worst."""
+
     def flock(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -74,9 +75,14 @@ def test_file_system_without_locks(folder: LocalFolder, monkeypatch: pytest.Monk
 
 
 def test_a_claim_is_held_against_other_processes_and_ends_with_them(folder: LocalFolder) -> None:
-    script = ("import sys; from hdovd.cache.open import open_folder\n"
-              "with open_folder(sys.argv[1]).claim('instance/k/0', wait=False) as mine: print(mine, flush=True); sys.stdin.read()")
-    with subprocess.Popen([sys.executable, "-c", script, folder.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    script = (
+        "import sys; from hdovd.cache.open import open_folder\n"
+        "with open_folder(sys.argv[1]).claim('instance/k/0', wait=False) as mine: print(mine, flush=True); "
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, folder.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "True\n"
         with folder.claim("instance/k/0", wait=False) as mine, folder.claim("instance/k/1", wait=False) as another:

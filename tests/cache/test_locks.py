@@ -65,8 +65,10 @@ def test_the_wait_for_a_process_that_hangs_ends(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_claim_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    code = ("import os, sys; from pathlib import Path; from hdovd.cache.local import LocalFolder\n"
-            "with LocalFolder(Path(sys.argv[1])).claim('x', wait=False): os.kill(os.getpid(), 9)")
+    code = (
+        "import os, sys; from pathlib import Path; from hdovd.cache.local import LocalFolder\n"
+        "with LocalFolder(Path(sys.argv[1])).claim('x', wait=False): os.kill(os.getpid(), 9)"
+    )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
     assert _files(tmp_path) == {f"{CLAIMS}/x"}
     with LocalFolder(tmp_path).claim("x", wait=False) as mine:

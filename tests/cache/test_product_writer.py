@@ -1,4 +1,6 @@
-"""Writing products: nothing that is not whole is taken, and a product is the same whoever began it and in whatever order it was filled."""
+"""Writing products: nothing that is not whole is taken, and a product is the same whoever began it and in whatever
+order it was filled.
+"""
 
 from __future__ import annotations
 
@@ -86,8 +88,10 @@ def test_missing_table_is_an_error(begin: Begin, tmp_path: Path, level: Level) -
     assert Catalog(tmp_path / "cache").products() == []
 
 
-@pytest.mark.parametrize(("part_rows", "good"), [(1, True), (1000, True), (1024, True), (4096, True), (0, False), (-8, False),
-                                                 (1025, False), (1536, False)])
+@pytest.mark.parametrize(
+    ("part_rows", "good"),
+    [(1, True), (1000, True), (1024, True), (4096, True), (0, False), (-8, False), (1025, False), (1536, False)],
+)
 def test_rows_of_a_part_fit_chunks(begin: Begin, tmp_path: Path, part_rows: int, good: bool) -> None:
     if good:
         assert begin(part_rows=part_rows).product.part_rows == part_rows
@@ -98,8 +102,9 @@ def test_rows_of_a_part_fit_chunks(begin: Begin, tmp_path: Path, part_rows: int,
 
 
 @pytest.mark.parametrize("level", [Level.CLASS, Level.INSTANCE], ids=str)
-def test_beginning_again_changes_nothing(begin: Begin, tmp_path: Path, contents: Contents, level: Level,
-                                         untouched: Callable[..., Any]) -> None:
+def test_beginning_again_changes_nothing(
+    begin: Begin, tmp_path: Path, contents: Contents, level: Level, untouched: Callable[..., Any]
+) -> None:
     """And a product that is there keeps its own size of parts and notes, whatever a later process asks for."""
     begin(level, part_rows=3, made_with={"batch_size": 7}).write_part(0, {"embedding": _unit(3)})
     with untouched(tmp_path / "cache"):
@@ -118,7 +123,8 @@ def test_beginning_again_changes_nothing(begin: Begin, tmp_path: Path, contents:
 
 
 def test_product_that_was_only_begun_is_begun_anew(begin: Begin, tmp_path: Path, contents: Contents) -> None:
-    """A process may die between any two objects: of the tables it had written, none counts until their record is there."""
+    """A process may die between any two objects: of the tables it had written, none counts until their record is
+    there."""
     product = begin(Level.INSTANCE).product
     whole = contents(tmp_path / "cache")
     folder = tmp_path / "cache" / product.prefix
@@ -139,4 +145,6 @@ def test_record_tells_size_and_checksum_of_every_object(begin: Begin, tmp_path: 
     told = {name: entry for record in writer.product.records().values() for name, entry in record["objects"].items()}
     there = {name: digest for name, digest in contents(folder).items() if not name.startswith("parts/")}
     assert {name: entry["sha256"] for name, entry in told.items()} == there
-    assert {name: entry["bytes"] for name, entry in told.items()} == {name: (folder / name).stat().st_size for name in there}
+    assert {name: entry["bytes"] for name, entry in told.items()} == {
+        name: (folder / name).stat().st_size for name in there
+    }

@@ -22,7 +22,10 @@ from hdovd.cache.schema import CHUNK_ROWS, TABLE_ARRAYS, Level
 from hdovd.core.errors import HdovdError
 
 few = settings(max_examples=20, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
-counts = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 40), st.sampled_from([0, 1, CHUNK_ROWS - 1, CHUNK_ROWS, 3000])), max_size=6)
+counts = st.lists(
+    st.one_of(st.integers(0, 3), st.integers(0, 40), st.sampled_from([0, 1, CHUNK_ROWS - 1, CHUNK_ROWS, 3000])),
+    max_size=6,
+)
 part_rows = st.one_of(st.integers(1, 70), st.sampled_from([CHUNK_ROWS - 1, CHUNK_ROWS, 2 * CHUNK_ROWS, 3 * CHUNK_ROWS]))
 dims = st.integers(1, 5)
 
@@ -61,10 +64,16 @@ def test_what_is_written_is_read(new_folder: Any, counts: list[int], dim: int, p
 
 
 @few
-@given(st.lists(st.integers(0, 9), max_size=5), dims, st.integers(2, 20), st.lists(st.integers(1, 40), max_size=4),
-       st.randoms(use_true_random=False))
-def test_a_broken_off_writing_ends_with_the_same_bytes(new_folder: Any, counts: list[int], dim: int, part_rows: int, breaks: list[int],
-                                                       rng: random.Random) -> None:
+@given(
+    st.lists(st.integers(0, 9), max_size=5),
+    dims,
+    st.integers(2, 20),
+    st.lists(st.integers(1, 40), max_size=4),
+    st.randoms(use_true_random=False),
+)
+def test_a_broken_off_writing_ends_with_the_same_bytes(
+    new_folder: Any, counts: list[int], dim: int, part_rows: int, breaks: list[int], rng: random.Random
+) -> None:
     """Parts in any order, and again what was done before."""
     arrays, unbroken, folder = ragged(counts, dim), new_folder(), new_folder()
     write_parts(begin(unbroken, arrays, part_rows), arrays)
@@ -75,7 +84,9 @@ def test_a_broken_off_writing_ends_with_the_same_bytes(new_folder: Any, counts: 
             writer = begin(folder, arrays, part_rows)
             parts = list(range(writer.product.parts))
             rng.shuffle(parts)
-            write_parts(writer, arrays, [part for part in parts if not writer.product.is_finished(part) or rng.random() < 0.2])
+            write_parts(
+                writer, arrays, [part for part in parts if not writer.product.is_finished(part) or rng.random() < 0.2]
+            )
         except HdovdError:
             assert writes is not None
         recorded = {name for name in folder.sizes("") if "/parts/" in name}
@@ -91,9 +102,13 @@ def test_a_broken_off_writing_ends_with_the_same_bytes(new_folder: Any, counts: 
 
 # What differs from a product's own layout.
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "zstd": {"compressors": ZstdCodec()}, "blosc": {"compressors": BloscCodec()}, "big endian": {"serializer": BytesCodec(endian="big")},
-    "index first": {"shards": {"shape": (64, 2), "index_location": "start"}}, "no shards": {"shards": None},
-    "other shards": {"shards": (48, 2)}, "a chunk left out": {"fill_value": 0},
+    "zstd": {"compressors": ZstdCodec()},
+    "blosc": {"compressors": BloscCodec()},
+    "big endian": {"serializer": BytesCodec(endian="big")},
+    "index first": {"shards": {"shape": (64, 2), "index_location": "start"}},
+    "no shards": {"shards": None},
+    "other shards": {"shards": (48, 2)},
+    "a chunk left out": {"fill_value": 0},
 }
 
 
@@ -105,8 +120,13 @@ def test_what_plain_zarr_has_written_is_read_through_zarr(new_folder: Any, rows:
         arrays["embedding"][:16] = 0
     product = begin(folder, arrays, 64).product
     layout = {"chunks": (16, 2), "shards": (64, 2), "compressors": None, "fill_value": 1} | LAYOUTS[how]
-    zarr.create_array(zarr.storage.LocalStore(Path(folder.url) / product.prefix), name="embedding", data=arrays["embedding"],
-                      overwrite=True, **layout)
+    zarr.create_array(
+        zarr.storage.LocalStore(Path(folder.url) / product.prefix),
+        name="embedding",
+        data=arrays["embedding"],
+        overwrite=True,
+        **layout,
+    )
     product = Product(folder, Level.INSTANCE, product.key)
     found = open_rows(product, "embedding")
     for start, stop in _ranges(rows, 0):
@@ -141,7 +161,9 @@ def test_chunks_out_of_order_are_read_through_zarr(new_folder: Any, order: list[
 
 @few
 @given(st.integers(1, 16 * 4 + 4), st.integers(0, 7), st.booleans(), st.randoms(use_true_random=False))
-def test_damage_to_a_shards_index_is_an_error(new_folder: Any, byte: int, bit: int, cut: bool, rng: random.Random) -> None:
+def test_damage_to_a_shards_index_is_an_error(
+    new_folder: Any, byte: int, bit: int, cut: bool, rng: random.Random
+) -> None:
     folder, arrays = new_folder(), ragged([5 * CHUNK_ROWS])
     product = write_parts(begin(folder, arrays, 4 * CHUNK_ROWS), arrays)
     name = f"{product.prefix}/embedding/c/0/0"
@@ -154,5 +176,7 @@ def test_damage_to_a_shards_index_is_an_error(new_folder: Any, byte: int, bit: i
     for mapped in (None, False):
         with pytest.raises(HdovdError, match=r"embedding.*verify --repair"):
             open_rows(product, "embedding", mapped=mapped).read(0, 10)
-    np.testing.assert_array_equal(open_rows(product, "embedding", parts={1}).read(4 * CHUNK_ROWS, 4 * CHUNK_ROWS + 9),
-                                  arrays["embedding"][4 * CHUNK_ROWS : 4 * CHUNK_ROWS + 9])
+    np.testing.assert_array_equal(
+        open_rows(product, "embedding", parts={1}).read(4 * CHUNK_ROWS, 4 * CHUNK_ROWS + 9),
+        arrays["embedding"][4 * CHUNK_ROWS : 4 * CHUNK_ROWS + 9],
+    )

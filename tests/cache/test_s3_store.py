@@ -1,4 +1,6 @@
-"""Caches in object stores: the contract over HTTP against a real S3 server process, with connections that break and answers that wait."""
+"""Caches in object stores: the contract over HTTP against a real S3 server process, with connections that break and
+answers that wait.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ from hdovd.cache.schema import TABLE_ARRAYS, Level
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 
-QUICK = {"connect_timeout": 2, "read_timeout": 5, "retries": {"mode": "standard", "total_max_attempts": 1}}  # gives up at once
+QUICK = {
+    "connect_timeout": 2,
+    "read_timeout": 5,
+    "retries": {"mode": "standard", "total_max_attempts": 1},
+}  # gives up at once
 
 
 class Proxy:
@@ -60,7 +66,11 @@ class Proxy:
         if self.down_after == 0:
             _reset(client)
             return
-        with socket.create_connection(("127.0.0.1", self.target)) as server, selectors.DefaultSelector() as selector, client:
+        with (
+            socket.create_connection(("127.0.0.1", self.target)) as server,
+            selectors.DefaultSelector() as selector,
+            client,
+        ):
             for one, other in ((client, server), (server, client)):
                 one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 selector.register(one, selectors.EVENT_READ, other)
@@ -111,8 +121,14 @@ def s3_port() -> Iterator[int]:
 @pytest.fixture
 def s3(s3_port: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A place in the bucket, by URL, and an environment that leads there."""
-    environment = {"ENDPOINT_URL": f"http://127.0.0.1:{s3_port}", "ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test",
-                   "DEFAULT_REGION": "us-east-1", "CONFIG_FILE": "/dev/null", "SHARED_CREDENTIALS_FILE": "/dev/null"}
+    environment = {
+        "ENDPOINT_URL": f"http://127.0.0.1:{s3_port}",
+        "ACCESS_KEY_ID": "test",
+        "SECRET_ACCESS_KEY": "test",
+        "DEFAULT_REGION": "us-east-1",
+        "CONFIG_FILE": "/dev/null",
+        "SHARED_CREDENTIALS_FILE": "/dev/null",
+    }
     for name, value in environment.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()  # clients keep the endpoint that they began with
@@ -151,6 +167,7 @@ class TestMemory(StoreContract):
 
 # --- a network with faults ---
 
+
 def test_dropped_connections_are_tried_again(s3: str, proxy: Proxy, tmp_path: Path) -> None:
     arrays = ragged(COUNTS)
     write_parts(begin(open_folder(tmp_path / "local"), arrays), arrays)
@@ -188,7 +205,9 @@ def test_slow_answers_are_asked_for_again(s3: str, proxy: Proxy, monkeypatch: py
 
 
 @pytest.mark.parametrize("fault", ["down", "silent"])
-def test_a_store_that_cannot_be_reached_is_an_error_everywhere(s3: str, proxy: Proxy, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_cannot_be_reached_is_an_error_everywhere(
+    s3: str, proxy: Proxy, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`exists` too: "no" would have everything extracted again."""
     patient = open_folder(s3)
     patient.write("x/a", b"1")
@@ -200,9 +219,17 @@ def test_a_store_that_cannot_be_reached_is_an_error_everywhere(s3: str, proxy: P
         proxy.wait_every, proxy.wait_s = 1, 3600
     folder = open_folder(s3)
     uses: list[Callable[[], object]] = [
-        lambda: folder.exists("x/a"), lambda: folder.write("x/b", b"2"), lambda: folder.read("x/a"), lambda: folder.read_many(["x/a"]),
-        lambda: folder.sizes("x"), lambda: folder.write("x/c", b"", exclusive=True), lambda: folder.modified("x/a"),
-        lambda: folder.delete("x/a"), lambda: FeatureCache(s3), lambda: Catalog.create(s3)]
+        lambda: folder.exists("x/a"),
+        lambda: folder.write("x/b", b"2"),
+        lambda: folder.read("x/a"),
+        lambda: folder.read_many(["x/a"]),
+        lambda: folder.sizes("x"),
+        lambda: folder.write("x/c", b"", exclusive=True),
+        lambda: folder.modified("x/a"),
+        lambda: folder.delete("x/a"),
+        lambda: FeatureCache(s3),
+        lambda: Catalog.create(s3),
+    ]
     for use in uses if fault == "down" else uses[:3]:
         with pytest.raises(HdovdError, match=r"s3://caches/.*run the same command again"):
             use()
@@ -230,7 +257,9 @@ def test_what_a_broken_write_leaves_is_never_whole(s3: str, proxy: Proxy, tmp_pa
 
 
 @pytest.mark.usefixtures("s3")
-@pytest.mark.parametrize(("url", "said"), [("s3://no-such-bucket/x", "Is the store there"), ("nothing-such://x/y", "hdovd\\[s3\\]")])
+@pytest.mark.parametrize(
+    ("url", "said"), [("s3://no-such-bucket/x", "Is the store there"), ("nothing-such://x/y", "hdovd\\[s3\\]")]
+)
 def test_a_place_that_is_not_there(url: str, said: str) -> None:
     with pytest.raises(HdovdError, match=said):
         Catalog.create(url)
@@ -238,8 +267,10 @@ def test_a_place_that_is_not_there(url: str, said: str) -> None:
 
 # --- whole caches ---
 
-def test_extraction_into_a_bucket_is_the_local_one(s3: str, proxy: Proxy, quick: None, cache: Path, kept: list[int],
-                                                         extraction: Callable[..., Any]) -> None:
+
+def test_extraction_into_a_bucket_is_the_local_one(
+    s3: str, proxy: Proxy, quick: None, cache: Path, kept: list[int], extraction: Callable[..., Any]
+) -> None:
     """The store goes away in the midst of it, and the same command finishes."""
     proxy.down_after = 120
     with pytest.raises(HdovdError, match="run the same command again"):
@@ -264,20 +295,34 @@ def _values(cache: FeatureCache, image_id: int) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_read_after_their_parent_has(s3: str, tmp_path: Path, write_cache: Callable[..., Any], start: str) -> None:
+def test_workers_read_after_their_parent_has(
+    s3: str, tmp_path: Path, write_cache: Callable[..., Any], start: str
+) -> None:
     """Event loops and connections do not live through a fork. The loader's timeout ends a worker that hangs."""
     written = write_cache(s3, part_rows=4)
     write_cache(tmp_path / "cache", part_rows=4)
     caches = [FeatureCache(tmp_path / "cache"), FeatureCache(tmp_path / "cache", mapped=False), FeatureCache(s3)]
-    reads = [partial(read, image_id) for cache in caches for image_id in written.image_ids
-             for read in (cache.instances, cache.instance_embeddings, cache.image_embedding)]
+    reads = [
+        partial(read, image_id)
+        for cache in caches
+        for image_id in written.image_ids
+        for read in (cache.instances, cache.instance_embeddings, cache.image_embedding)
+    ]
     for cache in caches:
         cache.instances(40)  # of the instance level rows alone, no tables: workers read those
-    loader = DataLoader(reads, batch_size=None, collate_fn=operator.call, num_workers=2 if start == "fork" else 1,  # type: ignore[arg-type]
-                        multiprocessing_context=start, timeout=60)
+    loader = DataLoader(
+        reads,
+        batch_size=None,
+        collate_fn=operator.call,
+        num_workers=2 if start == "fork" else 1,  # type: ignore[arg-type]
+        multiprocessing_context=start,
+        timeout=60,
+    )
     found = list(loader)
     assert len(found) == 3 * 3 * 4
-    for rows, embeddings, image, image_id in zip(found[::3], found[1::3], found[2::3], written.image_ids * 3, strict=True):
+    for rows, embeddings, image, image_id in zip(
+        found[::3], found[1::3], found[2::3], written.image_ids * 3, strict=True
+    ):
         for name, wanted in written.instances[image_id].items():
             np.testing.assert_array_equal(getattr(rows, name), wanted)
         np.testing.assert_array_equal(embeddings, rows.embedding)

@@ -1,4 +1,6 @@
-"""The tar form: what goes in comes out, in plain webdataset too; damage is found and named; writing goes on where it was."""
+"""The tar form: what goes in comes out, in plain webdataset too; damage is found and named; writing goes on where it
+was.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,12 @@ class Made:
         self.samples = []
         for image in written.image_ids:
             columns = {array: name for name, (level, array) in MEMBERS.items() if level is not Level.IMAGE}
-            arrays = {columns[array]: values for array, values in written.instances[image].items()} | {"image": written.images[image]}
-            about = {"id": image, "file_name": file_name.format(image)} | ({"failed": failed[image]} if image in failed else {})
+            arrays = {columns[array]: values for array, values in written.instances[image].items()} | {
+                "image": written.images[image]
+            }
+            about = {"id": image, "file_name": file_name.format(image)} | (
+                {"failed": failed[image]} if image in failed else {}
+            )
             self.samples.append(TarSample(image, about, None if image in failed else _jpeg(rng), arrays))
         self.writer = TarWriter(folder, TarMeta.of(Catalog(written.path), DEFAULT_SET, samples, {"for": "a test"}))
         self.write()
@@ -70,10 +76,18 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 
 @pytest.fixture
 def make(write_cache: Callable[..., Any], caches: tuple[Path, dict[str, Any]], tmp_path: Path) -> Make:
-    """Write shards, of a cache with the images COUNTS and FAILED among them: `make(folder, samples_a_shard, seed=1)`."""
+    """Write shards, of a cache with the images COUNTS and FAILED among them: `make(folder, samples_a_shard,
+    seed=1)`."""
 
-    def run(folder: Path | str = tmp_path / "shards", samples: int = 2, *, counts: Any = None, failed: Any = None, seed: int = 0,
-            **changes: Any) -> Made:
+    def run(
+        folder: Path | str = tmp_path / "shards",
+        samples: int = 2,
+        *,
+        counts: Any = None,
+        failed: Any = None,
+        seed: int = 0,
+        **changes: Any,
+    ) -> Made:
         counts, failed = COUNTS if counts is None else counts, FAILED if failed is None else failed
         what, written = repr((counts, failed, seed)), caches[1]
         if what not in written:
@@ -100,13 +114,24 @@ def _same(found: TarSample, sample: TarSample) -> None:
 def _record(folder: Path, number: int) -> None:
     """Say of a damaged shard that it is whole, so that only reading finds it."""
     data = (folder / f"{number:06d}.tar").read_bytes()
-    (folder / f"{number:06d}.json").write_text(json.dumps({"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}))
+    (folder / f"{number:06d}.json").write_text(
+        json.dumps({"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+    )
 
 
 # --- round trip ---
 
-@pytest.mark.parametrize(("where", "file_name"), [("local", "train/{}.jpg"), ("file://", "Ünïcode {}.JPEG"), ("memory://", "{}"),
-                                                  ("local", "{}.json"), ("local", "a.b.{}.png")])
+
+@pytest.mark.parametrize(
+    ("where", "file_name"),
+    [
+        ("local", "train/{}.jpg"),
+        ("file://", "Ünïcode {}.JPEG"),
+        ("memory://", "{}"),
+        ("local", "{}.json"),
+        ("local", "a.b.{}.png"),
+    ],
+)
 def test_samples_come_back(make: Make, tmp_path: Path, where: str, file_name: str) -> None:
     folder = str(tmp_path / "shards") if where == "local" else f"{where}{tmp_path}/shards"
     made = make(folder, file_name=file_name)
@@ -119,9 +144,13 @@ def test_samples_come_back(make: Make, tmp_path: Path, where: str, file_name: st
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 2, 700])), min_size=1, max_size=7), samples=st.integers(1, 8))
-def test_ragged_images_come_back_whatever_the_shards(make: Make, tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, int]],
-                                                     samples: int) -> None:
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 2, 700])), min_size=1, max_size=7),
+    samples=st.integers(1, 8),
+)
+def test_ragged_images_come_back_whatever_the_shards(
+    make: Make, tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, int]], samples: int
+) -> None:
     counts = {3 * number + 1: count for number, count in enumerate(rows)} | {1000: (1, 1)}
     made = make(tmp_path_factory.mktemp("ragged"), samples, counts=counts, failed={})
     shards = TarShards(made.folder)
@@ -130,8 +159,9 @@ def test_ragged_images_come_back_whatever_the_shards(make: Make, tmp_path_factor
         _same(found, sample)
 
 
-def test_plain_webdataset_reads_it_with_the_lines_of_the_docstring(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_webdataset_reads_it_with_the_lines_of_the_docstring(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     make(failed={})
     monkeypatch.chdir(tmp_path)
     lines = textwrap.dedent((tar_shards.__doc__ or "").partition("reads it on its own:\n\n")[2]).strip()
@@ -139,7 +169,8 @@ def test_plain_webdataset_reads_it_with_the_lines_of_the_docstring(make: Make, t
     assert len([line for line in lines.splitlines() if line]) <= 5
     exec(lines, {})
     assert capsys.readouterr().out.splitlines() == [
-        f"train/{image}.jpg (30, 20) ({base + extra}, 4) ({base + extra}, 8)" for image, (base, extra) in COUNTS.items()]
+        f"train/{image}.jpg (30, 20) ({base + extra}, 4) ({base + extra}, 8)" for image, (base, extra) in COUNTS.items()
+    ]
 
 
 def test_the_same_bytes_at_any_time_and_in_any_order(make: Make, tmp_path: Path) -> None:
@@ -166,10 +197,17 @@ def test_what_failed_has_no_picture_and_says_why(make: Make, tmp_path: Path) -> 
 
 # --- which shards ---
 
-@pytest.mark.parametrize(("pattern", "numbers"), [
-    ("/{000000..000001}.tar", [0, 1]), ("/000002.tar", [2]), ("/{000002,000000}.tar", [2, 0]), ("/{000000..000002}.tar", [0, 1, 2]),
-    ("/", [0, 1, 2]),
-])
+
+@pytest.mark.parametrize(
+    ("pattern", "numbers"),
+    [
+        ("/{000000..000001}.tar", [0, 1]),
+        ("/000002.tar", [2]),
+        ("/{000002,000000}.tar", [2, 0]),
+        ("/{000000..000002}.tar", [0, 1, 2]),
+        ("/", [0, 1, 2]),
+    ],
+)
 def test_some_shards(make: Make, tmp_path: Path, pattern: str, numbers: list[int]) -> None:
     made = make()
     shards = TarShards(f"{tmp_path}/shards{pattern}")
@@ -180,11 +218,17 @@ def test_some_shards(make: Make, tmp_path: Path, pattern: str, numbers: list[int
     assert [sample.image_id for sample in _read(shards)] == [made.samples[place].image_id for place in places]
 
 
-@pytest.mark.parametrize(("pattern", "said"), [
-    ("shards/000003.tar", "has 3 shards.*000003.tar"), ("shards/{000000..000004}.tar", "000003.tar, 000004.tar"),
-    ("{shards,other}/000000.tar", "2 folders"), ("shards/{000000..000001.tar", "pattern such as"),
-    ("nothing", "holds no meta.safetensors"), ("nothing/000000.tar", "holds no meta.safetensors"),
-])
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("shards/000003.tar", "has 3 shards.*000003.tar"),
+        ("shards/{000000..000004}.tar", "000003.tar, 000004.tar"),
+        ("{shards,other}/000000.tar", "2 folders"),
+        ("shards/{000000..000001.tar", "pattern such as"),
+        ("nothing", "holds no meta.safetensors"),
+        ("nothing/000000.tar", "holds no meta.safetensors"),
+    ],
+)
 def test_shards_that_are_not_there_are_refused(make: Make, tmp_path: Path, pattern: str, said: str) -> None:
     make()
     with pytest.raises(HdovdError, match=said):
@@ -192,6 +236,7 @@ def test_shards_that_are_not_there_are_refused(make: Make, tmp_path: Path, patte
 
 
 # --- damage ---
+
 
 @pytest.mark.parametrize("name", ["000001.tar", "000001.json"])
 @pytest.mark.parametrize("damage", ["missing", "shorter", "empty"])
@@ -211,13 +256,19 @@ def _cuts(file: Path) -> dict[str, int]:
     with tarfile.open(file) as tar:
         members = tar.getmembers()
     second = next(number for number, member in enumerate(members) if member.name.startswith("000000000007"))
-    return {"in the first file": members[0].offset_data + 100, "in a header": members[3].offset + 100,
-            "between files": members[4].offset, "between samples": members[second].offset, "before the last file": members[-1].offset,
-            "at once": 0}
+    return {
+        "in the first file": members[0].offset_data + 100,
+        "in a header": members[3].offset + 100,
+        "between files": members[4].offset,
+        "between samples": members[second].offset,
+        "before the last file": members[-1].offset,
+        "at once": 0,
+    }
 
 
-@pytest.mark.parametrize("where", ["in the first file", "in a header", "between files", "between samples", "before the last file",
-                                   "at once"])
+@pytest.mark.parametrize(
+    "where", ["in the first file", "in a header", "between files", "between samples", "before the last file", "at once"]
+)
 def test_truncated_shard_is_named_by_who_reads_it(make: Make, tmp_path: Path, where: str) -> None:
     make()
     file = tmp_path / "shards" / "000000.tar"
@@ -267,13 +318,21 @@ def _npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize(("data", "said"), [
-    (_npy_with_code(), "Object arrays"), (pickle.dumps(_Evil()), "damaged"), (b"", "damaged"),
-    (_npy(np.zeros((4, 8), np.float16)), r"\(5, 8\)"), (_npy(np.zeros((5, 9), np.float16)), r"\(5, 8\)"),
-    (_npy(np.zeros((5, 8), np.float32)), "float32"), (None, "lacks 'instance.npy'"),
-])
-def test_rows_that_do_not_fit_are_named_and_run_no_code(make: Make, tmp_path: Path, data: bytes | None, said: str,
-                                                        capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (_npy_with_code(), "Object arrays"),
+        (pickle.dumps(_Evil()), "damaged"),
+        (b"", "damaged"),
+        (_npy(np.zeros((4, 8), np.float16)), r"\(5, 8\)"),
+        (_npy(np.zeros((5, 9), np.float16)), r"\(5, 8\)"),
+        (_npy(np.zeros((5, 8), np.float32)), "float32"),
+        (None, "lacks 'instance.npy'"),
+    ],
+)
+def test_rows_that_do_not_fit_are_named_and_run_no_code(
+    make: Make, tmp_path: Path, data: bytes | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     make()
     file = tmp_path / "shards" / "000000.tar"
     with tarfile.open(file) as tar:
@@ -307,7 +366,11 @@ def test_damaged_meta_is_named(make: Make, tmp_path: Path, damage: str) -> None:
     tensors = load(data)
     if damage == "tensor":
         tensors["offset"] = tensors["offset"][:-1]
-    file.write_bytes({"cut": data[:-100], "no json": save(tensors, {"other": "x"})}.get(damage, save(tensors, {"hdovd": json.dumps(tree)})))
+    file.write_bytes(
+        {"cut": data[:-100], "no json": save(tensors, {"other": "x"})}.get(
+            damage, save(tensors, {"hdovd": json.dumps(tree)})
+        )
+    )
     with pytest.raises(HdovdError, match=TAR_META):
         TarShards(tmp_path / "shards")
     file.write_bytes(meta.to_bytes())
@@ -315,6 +378,7 @@ def test_damaged_meta_is_named(make: Make, tmp_path: Path, damage: str) -> None:
 
 
 # --- going on ---
+
 
 def test_writing_goes_on_where_it_was(make: Make, tmp_path: Path) -> None:
     make()
@@ -324,7 +388,11 @@ def test_writing_goes_on_where_it_was(make: Make, tmp_path: Path) -> None:
     (folder / "000002.tar").unlink()
     (folder / ".partial-host-1-x").write_bytes(b"half")
     assert make().write() == []  # `make` itself has written them
-    after = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir() if not file.name.startswith(".")}
+    after = {
+        file.name: (file.read_bytes(), file.stat().st_mtime_ns)
+        for file in folder.iterdir()
+        if not file.name.startswith(".")
+    }
     assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
     assert [name for name in sorted(after) if after[name] == before[name]] == ["000000.json", "000000.tar", TAR_META]
 
@@ -332,7 +400,11 @@ def test_writing_goes_on_where_it_was(make: Make, tmp_path: Path) -> None:
 def test_other_content_is_never_mixed(make: Make, tmp_path: Path) -> None:
     make()
     before = {file.name: file.read_bytes() for file in (tmp_path / "shards").iterdir()}
-    others = ({"seed": 1}, "sha256"), ({"samples": 3}, "samples differs"), ({"counts": {5: (1, 1)}, "failed": {}}, "rows differs")
+    others = (
+        ({"seed": 1}, "sha256"),
+        ({"samples": 3}, "samples differs"),
+        ({"counts": {5: (1, 1)}, "failed": {}}, "rows differs"),
+    )
     for changes, said in others:
         with pytest.raises(HdovdError, match=f"something else(.|\n)*{said}"):
             make(**changes)
@@ -351,8 +423,11 @@ def test_a_cache_is_no_tar_form(write_cache: Callable[..., Any], tmp_path: Path)
 
 # --- damage, and what a stranger made up ---
 
+
 def test_a_sample_that_is_damaged_is_never_given_out(make: Make, tmp_path: Path) -> None:
-    """By its own checksum, before the shard was read to its end; a record of an older version has none, and the end tells."""
+    """By its own checksum, before the shard was read to its end; a record of an older version has none, and the end
+    tells.
+    """
     make()
     file, record = tmp_path / "shards" / "000001.tar", tmp_path / "shards" / "000001.json"
     data = bytearray(file.read_bytes())
@@ -389,16 +464,33 @@ def test_a_flipped_bit_of_the_meta_is_found(make: Make, tmp_path: Path) -> None:
             TarShards(tmp_path / "shards")
 
 
-@pytest.mark.parametrize("change", [
-    lambda t: t.update(samples=-1), lambda t: t.update(samples="3"), lambda t: t.update(samples=2.5), lambda t: t.update(samples=None),
-    lambda t: t.update(name="../../outside"), lambda t: t.update(name="a\x1b[2J"), lambda t: t.update(name=7), lambda t: t.update(set=[]),
-    lambda t: t["set"]["levels"].update({"class": "../../outside"}), lambda t: t["set"]["levels"].pop("boxes"),
-    lambda t: t["products"]["boxes"]["attributes"].update(rows=-1), lambda t: t["products"]["boxes"]["attributes"].update(rows="9"),
-    lambda t: t["products"]["instance"]["attributes"].update(rows=10**18),
-    lambda t: t["products"]["instance"]["attributes"].update(part_rows=0),
-    lambda t: t["products"]["class"]["attributes"].update(dim=-4), lambda t: t["products"]["class"].update(records=3),
-    lambda t: t["products"].update(instance=None), lambda t: t.update(products={}), lambda t: t.pop("about")])
-def test_meta_that_was_made_up_is_a_line(make: Make, tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update(samples=-1),
+        lambda t: t.update(samples="3"),
+        lambda t: t.update(samples=2.5),
+        lambda t: t.update(samples=None),
+        lambda t: t.update(name="../../outside"),
+        lambda t: t.update(name="a\x1b[2J"),
+        lambda t: t.update(name=7),
+        lambda t: t.update(set=[]),
+        lambda t: t["set"]["levels"].update({"class": "../../outside"}),
+        lambda t: t["set"]["levels"].pop("boxes"),
+        lambda t: t["products"]["boxes"]["attributes"].update(rows=-1),
+        lambda t: t["products"]["boxes"]["attributes"].update(rows="9"),
+        lambda t: t["products"]["instance"]["attributes"].update(rows=10**18),
+        lambda t: t["products"]["instance"]["attributes"].update(part_rows=0),
+        lambda t: t["products"]["class"]["attributes"].update(dim=-4),
+        lambda t: t["products"]["class"].update(records=3),
+        lambda t: t["products"].update(instance=None),
+        lambda t: t.update(products={}),
+        lambda t: t.pop("about"),
+    ],
+)
+def test_meta_that_was_made_up_is_a_line(
+    make: Make, tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
     make()
     rewrite_meta(tmp_path / "shards" / TAR_META, change)
     with pytest.raises(HdovdError, match=rf"{TAR_META} is damaged"):

@@ -1,7 +1,8 @@
-"""`hdovd ablate` from the first run to the table: stopped, gone on with, run again for nothing, and with a cell that fails.
+"""`hdovd ablate` from the first run to the table: stopped, gone on with, run again for nothing, and with a cell that
+fails.
 
-Every command of a run is a process that imports torch, for seconds: what is not about such a process is done in this one beforehand,
-and `hdovd ablate` itself is forked from it.
+Every command of a run is a process that imports torch, for seconds: what is not about such a process is done in this
+one beforehand, and `hdovd ablate` itself is forked from it.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ CELLS = ("image-on_lr-0.002", "image-off_lr-0.002")
 
 @dataclass(frozen=True)
 class Scene:
-    """An ablation that was stopped after its first run, then gone on with. All runs but the second were trained before, and the third
-    evaluated too."""
+    """An ablation that was stopped after its first run, then gone on with. All runs but the second were trained before,
+    and the third evaluated too.
+    """
 
     words: tuple[str, ...]
     out: Path
@@ -49,8 +51,20 @@ class Scene:
 
 
 def _words(world: Path, cache: Path, settings: list[str], out: Path) -> tuple[str, ...]:
-    return ("ablate", "--data", str(world), "--protocol", str(world / "protocol.toml"), "--cache", str(cache), "--device", "cpu",
-            *settings, "--out", str(out))
+    return (
+        "ablate",
+        "--data",
+        str(world),
+        "--protocol",
+        str(world / "protocol.toml"),
+        "--cache",
+        str(cache),
+        "--device",
+        "cpu",
+        *settings,
+        "--out",
+        str(out),
+    )
 
 
 def _here(*words: str) -> Any:
@@ -60,19 +74,44 @@ def _here(*words: str) -> Any:
 def _trained_before(config: AblateConfig) -> None:
     first, _, third, last = plan(config)
     for planned in (first, third, last):
-        train(TrainConfig(data=config.data, cache=config.cache, out=planned.path, recipe=planned.recipe, protocol=config.protocol, device="cpu"), lambda _: None)
+        train(
+            TrainConfig(
+                data=config.data,
+                cache=config.cache,
+                out=planned.path,
+                recipe=planned.recipe,
+                protocol=config.protocol,
+                device="cpu",
+            ),
+            lambda _: None,
+        )
     evaluate(EvalConfig(run=third.path, data=config.data, device="cpu"), lambda _: None)
     (first.path / "checkpoint.pt").unlink()  # with one, training goes on, if only to see that it is at its end
 
 
 @pytest.fixture(scope="module")
-def scene(world: Path, cache: Path, micro_settings: list[str], forked: Callable[..., Any],
-          tmp_path_factory: pytest.TempPathFactory) -> Scene:
+def scene(
+    world: Path,
+    cache: Path,
+    micro_settings: list[str],
+    forked: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Scene:
     folder = tmp_path_factory.mktemp("ablation")
     out, shared = folder / "with space", Path(shutil.copytree(cache, folder / "cache"))
     words = (*_words(world, shared, micro_settings, out), *GRID, "--seeds", "2")
-    _trained_before(AblateConfig(data=DataPaths(world), cache=shared, out=out, grid=GRID[1:], recipe="demo", settings=tuple(micro_settings[3::2]), seeds=2,
-                                 protocol=str(world / "protocol.toml")))
+    _trained_before(
+        AblateConfig(
+            data=DataPaths(world),
+            cache=shared,
+            out=out,
+            grid=GRID[1:],
+            recipe="demo",
+            settings=tuple(micro_settings[3::2]),
+            seeds=2,
+            protocol=str(world / "protocol.toml"),
+        )
+    )
     first = out / CELLS[0] / "seed0" / "metrics.json"
     process, deadline = forked(words, folder), time.monotonic() + 300
     while not (first.exists() and (out / CELLS[0] / "seed1.log").exists()) and time.monotonic() < deadline:
@@ -124,9 +163,12 @@ def test_the_table_is_of_the_metrics(scene: Scene) -> None:
     rows = {row["cell"]: row for row in csv.DictReader((scene.out / "table.csv").open())}
     for cell in CELLS:
         found = [json.loads((scene.out / cell / f"seed{seed}" / "metrics.json").read_text()) for seed in (0, 1)]
-        for name, values in (("ap50_base", [m["ap50"]["base"] for m in found]), ("ap50_all", [m["ap50"]["all"] for m in found]),
-                             ("ap50_novel", [m["ap50"]["novel"] for m in found]),
-                             ("ap50_novel_split_blind", [m["split_blind"]["ap50"]["novel"] for m in found])):
+        for name, values in (
+            ("ap50_base", [m["ap50"]["base"] for m in found]),
+            ("ap50_all", [m["ap50"]["all"] for m in found]),
+            ("ap50_novel", [m["ap50"]["novel"] for m in found]),
+            ("ap50_novel_split_blind", [m["split_blind"]["ap50"]["novel"] for m in found]),
+        ):
             assert float(rows[cell][f"{name}_mean"]) == pytest.approx(statistics.mean(values))
             assert float(rows[cell][f"{name}_sd"]) == pytest.approx(statistics.stdev(values))
     table = (scene.out / "table.md").read_text()
@@ -149,7 +191,11 @@ def test_run_again_it_runs_nothing(scene: Scene, untouched: Watch) -> None:
 
 def test_dry_run_says_what_is_to_do(scene: Scene) -> None:
     found = _here(*scene.words, "--seeds", "3", "--dry-run")
-    assert [line.split(" " + str(scene.out))[0].split("  ")[0] for line in found.output.splitlines()[:-1]] == ["done", "done", "to do"] * 2
+    assert [line.split(" " + str(scene.out))[0].split("  ")[0] for line in found.output.splitlines()[:-1]] == [
+        "done",
+        "done",
+        "to do",
+    ] * 2
 
 
 def test_another_config_under_the_same_name_is_an_error(scene: Scene) -> None:
@@ -158,7 +204,9 @@ def test_another_config_under_the_same_name_is_an_error(scene: Scene) -> None:
     assert "train.weight_decay differs: asked for 0.5, there 0.01" in str(found.exception)
 
 
-def test_a_cell_that_fails_is_told_and_the_others_finish(scene: Scene, world: Path, micro_settings: list[str], tmp_path: Path) -> None:
+def test_a_cell_that_fails_is_told_and_the_others_finish(
+    scene: Scene, world: Path, micro_settings: list[str], tmp_path: Path
+) -> None:
     missing = tmp_path / "missing.pth"
     words = _words(world, scene.out.parent / "cache", micro_settings, tmp_path / "out")
     grid = ("--grid", f"detector.backbone.weights=none,{missing}", "--set", "train.lr=0.002", "--seeds", "1")

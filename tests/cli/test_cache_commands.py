@@ -42,15 +42,29 @@ def run(hdovd: Callable[..., Ran]) -> Callable[..., Ran]:
 
 
 @pytest.fixture(scope="module")
-def two_sets(cache: Path, extraction: Callable[..., ExtractConfig], world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_sets(
+    cache: Path, extraction: Callable[..., ExtractConfig], world: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The micro world's cache, and in it a set `drawn`: other templates, no proposals, pictures that cannot be read."""
     place = tmp_path_factory.mktemp("two sets")
     broken = Path(shutil.copytree(world, place / "world"))
     for file in sorted((broken / "train2017").iterdir())[:BROKEN]:
         file.write_bytes(b"")
-    extract_clip(extraction(place / "cache", data=broken, templates=("a drawing of a {}",), proposals=None, vocabulary=None, captions=None,
-                            features="drawn"), _silent)
-    return Path(shutil.copytree(cache, place / "cache", dirs_exist_ok=True))  # the image level of both is one product: the sound one
+    extract_clip(
+        extraction(
+            place / "cache",
+            data=broken,
+            templates=("a drawing of a {}",),
+            proposals=None,
+            vocabulary=None,
+            captions=None,
+            features="drawn",
+        ),
+        _silent,
+    )
+    return Path(
+        shutil.copytree(cache, place / "cache", dirs_exist_ok=True)
+    )  # the image level of both is one product: the sound one
 
 
 @pytest.fixture
@@ -66,29 +80,37 @@ def _use(cache: Path, run_folder: Path, features: str = "default") -> None:
     """Record a training run, as `hdovd train` does."""
     run_folder.mkdir(parents=True)
     (run_folder / "run.json").write_text("{}")
-    Catalog(cache).record_run(RunRecord(str(run_folder), {Level(level): key for level, key in _keys(cache, features).items()}))
+    Catalog(cache).record_run(
+        RunRecord(str(run_folder), {Level(level): key for level, key in _keys(cache, features).items()})
+    )
 
 
 # --- ls ---
 
-def test_ls_lists_products_with_their_users(copied: Path, tmp_path: Path, run: Callable[..., Ran],
-                                            untouched: Callable[[Path], Any]) -> None:
+
+def test_ls_lists_products_with_their_users(
+    copied: Path, tmp_path: Path, run: Callable[..., Ran], untouched: Callable[[Path], Any]
+) -> None:
     _use(copied, tmp_path / "runs" / "first try")
     with untouched(copied):
         ran = run("ls", copied)
     assert ran.code == 0
     rows = {(line.split()[0], line.split()[1]): line for line in ran.lines[1:-1]}
-    assert len(rows) == len(ran.lines) - 2 == 9  # six, and boxes, instance and class of the other set: it has the same image level
+    assert (
+        len(rows) == len(ran.lines) - 2 == 9
+    )  # six, and boxes, instance and class of the other set: it has the same image level
     default, drawn = _keys(copied), _keys(copied, "drawn")
     for level, key in default.items():
         line = rows[level, key[:12]]
         assert " whole " in line
-        assert line.endswith("set default, set drawn, run first try" if drawn.get(level) == key else "set default, run first try")
+        assert line.endswith(
+            "set default, set drawn, run first try" if drawn.get(level) == key else "set default, run first try"
+        )
     assert rows["instance", drawn["instance"][:12]].endswith("  set drawn")
     assert re.search(r" fp32 +\d+ (s|min) ", rows["pseudo_label", default["pseudo_label"][:12]])
     assert re.search(r"local-dir [0-9a-f]{8} ", rows["class", default["class"][:12]])
     assert re.fullmatch(r"9 products, \d+\.\d kB", ran.lines[-1])
-    assert len({len(line[:line.index("  set ")]) for line in ran.lines[1:-1]}) == 1  # columns are columns
+    assert len({len(line[: line.index("  set ")]) for line in ran.lines[1:-1]}) == 1  # columns are columns
 
 
 def test_ls_says_what_nothing_uses_and_what_is_not_finished(copied: Path, run: Callable[..., Ran]) -> None:
@@ -132,8 +154,10 @@ def test_an_empty_cache_and_none_at_all(tmp_path: Path, run: Callable[..., Ran])
 
 # --- info ---
 
-def test_info_of_a_set_lists_every_failed_image(copied: Path, tmp_path: Path, kept: list[int], run: Callable[..., Ran],
-                                                untouched: Callable[[Path], Any]) -> None:
+
+def test_info_of_a_set_lists_every_failed_image(
+    copied: Path, tmp_path: Path, kept: list[int], run: Callable[..., Ran], untouched: Callable[[Path], Any]
+) -> None:
     _use(copied, tmp_path / "runs" / "one", "drawn")
     _use(copied, tmp_path / "runs" / "gone", "drawn")
     shutil.rmtree(tmp_path / "runs" / "gone")
@@ -156,7 +180,14 @@ def test_info_of_a_product(copied: Path, run: Callable[..., Ran]) -> None:
     key = _keys(copied, "drawn")["instance"]
     out = run("info", copied, key[:6]).out
     assert out.startswith(f"instance {key}\n")
-    for word in ("clip.weights_sha256", "crop.scales", "batch_size", "1 part of at most 65,536 rows", "set drawn", "not be read: "):
+    for word in (
+        "clip.weights_sha256",
+        "crop.scales",
+        "batch_size",
+        "1 part of at most 65,536 rows",
+        "set drawn",
+        "not be read: ",
+    ):
         assert word in out
     names = run("info", copied, _keys(copied)["noun"][:6]).out
     assert re.search(r'names +\["anchor", .*\.\.\. \(40 entries\)', names)
@@ -180,15 +211,20 @@ def test_names_that_are_not_there(copied: Path, run: Callable[..., Ran]) -> None
 
 # --- diff ---
 
-def test_diff_of_sets_goes_level_by_level(copied: Path, run: Callable[..., Ran], untouched: Callable[[Path], Any]) -> None:
+
+def test_diff_of_sets_goes_level_by_level(
+    copied: Path, run: Callable[..., Ran], untouched: Callable[[Path], Any]
+) -> None:
     with untouched(copied):
         ran = run("diff", copied, "default", "drawn")
     assert ran.code == 0
     assert 'templates differs: default has ["a photo of a {}"], drawn has ["a drawing of a {}"]' in ran.out
     assert "tokens (what the tokenizer makes of the prompts) differs" in ran.out
     assert re.search(r"^image: the same, ", ran.out, re.MULTILINE)
-    total, base = (json.loads((copied / "boxes" / _keys(copied, name)["boxes"] / "zarr.json").read_text())["attributes"]["rows"]
-                   for name in ("default", "drawn"))
+    total, base = (
+        json.loads((copied / "boxes" / _keys(copied, name)["boxes"] / "zarr.json").read_text())["attributes"]["rows"]
+        for name in ("default", "drawn")
+    )
     assert total > base
     assert f"boxes: {base} are the same, {total - base} only default has, 0 only drawn has" in ran.out
     assert "noun: only default has it" in ran.out
@@ -211,8 +247,14 @@ def test_diff_of_products_and_caches(copied: Path, cache: Path, run: Callable[..
 
 # --- gc ---
 
-def test_gc_deletes_what_a_dropped_set_alone_used(copied: Path, cache: Path, run: Callable[..., Ran], untouched: Callable[[Path], Any],
-                                                  contents: Callable[[Path], dict[str, str]]) -> None:
+
+def test_gc_deletes_what_a_dropped_set_alone_used(
+    copied: Path,
+    cache: Path,
+    run: Callable[..., Ran],
+    untouched: Callable[[Path], Any],
+    contents: Callable[[Path], dict[str, str]],
+) -> None:
     assert "nothing to delete" in run("gc", copied).out
     with untouched(copied):
         ran = run("gc", copied, "--drop-set", "drawn")
@@ -231,7 +273,9 @@ def test_gc_deletes_what_a_dropped_set_alone_used(copied: Path, cache: Path, run
     assert "no set drawn; it has default" in ran.err
 
 
-def test_gc_keeps_what_a_run_uses_while_its_folder_is_there(copied: Path, tmp_path: Path, run: Callable[..., Ran]) -> None:
+def test_gc_keeps_what_a_run_uses_while_its_folder_is_there(
+    copied: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
     _use(copied, tmp_path / "run", "drawn")
     assert " whole " not in run("gc", copied, "--drop-set", "drawn").out
     shutil.rmtree(tmp_path / "run")
@@ -256,7 +300,7 @@ def test_gc_deletes_an_unfinished_extraction_only_if_told_to(copied: Path, run: 
     lines = run("gc", copied).lines
     at = next(number for number, line in enumerate(lines) if line.startswith("not finished"))
     assert [line.split()[:2] for line in lines[2:at]] == [["class", "f" * 12]]
-    assert {line.split()[0] for line in lines[at + 2:-1]} == {"boxes", "instance", "class"}
+    assert {line.split()[0] for line in lines[at + 2 : -1]} == {"boxes", "instance", "class"}
     assert " 0/1 parts " in "\n".join(lines[at:])
     run("gc", copied, "--yes")
     assert not other.exists()
@@ -270,12 +314,18 @@ def test_gc_leaves_alone_what_a_process_is_writing(copied: Path, run: Callable[.
     drawn = _keys(copied, "drawn")
     key = drawn["instance"]
     (copied / "instance" / key / "parts/000000.json").unlink()
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(copied), f"instance/{key}/0"], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(copied), f"instance/{key}/0"], stdout=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "True\n"
             ran = run("gc", copied, "--yes", "--unfinished", "--drop-set", "drawn")
-            left = {line.split(": ")[1].split()[0] for line in ran.lines if line.startswith("left alone, an extraction is running")}
+            left = {
+                line.split(": ")[1].split()[0]
+                for line in ran.lines
+                if line.startswith("left alone, an extraction is running")
+            }
             assert left == {"boxes", "instance", "class"}  # what the extraction needs besides
             assert ran.lines[-1] == "deleted 0 B"
             assert all((copied / level / key / "zarr.json").is_file() for level, key in drawn.items())
@@ -300,7 +350,9 @@ def test_gc_sweeps_what_dead_processes_left_half_written(copied: Path, run: Call
     assert (mine.exists(), gone.exists()) == (True, False)
 
 
-def test_gc_refuses_when_it_cannot_know_what_is_used(copied: Path, run: Callable[..., Ran], untouched: Callable[[Path], Any]) -> None:
+def test_gc_refuses_when_it_cannot_know_what_is_used(
+    copied: Path, run: Callable[..., Ran], untouched: Callable[[Path], Any]
+) -> None:
     (copied / "runs").mkdir()
     for name in ("runs/0123.json", "sets/drawn.json"):
         (copied / name).write_text("{")
@@ -313,8 +365,10 @@ def test_gc_refuses_when_it_cannot_know_what_is_used(copied: Path, run: Callable
 
 # --- verify ---
 
-def test_verify_ends_with_1_if_anything_is_wrong(copied: Path, run: Callable[..., Ran], hdovd: Callable[..., Ran],
-                                                 contents: Callable[[Path], dict[str, str]]) -> None:
+
+def test_verify_ends_with_1_if_anything_is_wrong(
+    copied: Path, run: Callable[..., Ran], hdovd: Callable[..., Ran], contents: Callable[[Path], dict[str, str]]
+) -> None:
     before = contents(copied)
     ran = run("verify", copied)
     assert ran.lines[-1] == "nothing is wrong", ran.out
@@ -339,7 +393,14 @@ def test_verify_ends_with_1_if_anything_is_wrong(copied: Path, run: Callable[...
 def test_verify_samples_with_the_clip_of_the_set(copied: Path, run: Callable[..., Ran], world: Path) -> None:
     ran = run("verify", copied, "--sample", 5, "--seed", 3, "--features", "default", "--data", world)
     assert ran.code == 0, ran.err
-    assert len(re.findall(r"sample of (?:image|instance) [0-9a-f]{12}: [1-5] rows encoded again, cosine min [01]\.\d{4}", ran.out)) == 2
+    assert (
+        len(
+            re.findall(
+                r"sample of (?:image|instance) [0-9a-f]{12}: [1-5] rows encoded again, cosine min [01]\.\d{4}", ran.out
+            )
+        )
+        == 2
+    )
 
 
 def test_help_says_what_the_commands_are_for(run: Callable[..., Ran]) -> None:

@@ -25,7 +25,14 @@ from hdovd.pipelines.common.drawing import BASE_COLOUR
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 
-WEIGHTS = ("--recipe", "demo", "--set", "pseudo_boxes.reliability_centre=0.2", "--set", "pseudo_boxes.reliability_width=0.1")
+WEIGHTS = (
+    "--recipe",
+    "demo",
+    "--set",
+    "pseudo_boxes.reliability_centre=0.2",
+    "--set",
+    "pseudo_boxes.reliability_width=0.1",
+)
 
 
 @pytest.fixture
@@ -36,8 +43,9 @@ def view(monkeypatch: pytest.MonkeyPatch, hdovd: Callable[..., Ran], tmp_path: P
     return partial(hdovd, "cache", "view")
 
 
-def test_a_table_and_a_picture_for_every_image(cache: Path, kept: list[int], view: Callable[..., Ran], untouched: Callable[[Path], Any]
-                                               ) -> None:
+def test_a_table_and_a_picture_for_every_image(
+    cache: Path, kept: list[int], view: Callable[..., Ran], untouched: Callable[[Path], Any]
+) -> None:
     with untouched(cache):
         ran = view(cache, "--image", f"{kept[3]},{kept[1]}", "--image", kept[3], "--out", "pictures", *WEIGHTS)
     assert ran.code == 0, ran.err
@@ -46,7 +54,11 @@ def test_a_table_and_a_picture_for_every_image(cache: Path, kept: list[int], vie
     assert "weight = 1.3 * sigmoid((cosine - 0.2) / 0.1), by the recipe" in ran.out
     rows = FeatureCache(cache).instances(kept[3])
     lines = ran.out.split("\nimage ")[1].splitlines()
-    assert len([line for line in lines if line.lstrip().split(" ")[0].isdigit() and " proposal " in line]) == (rows.source == 1).sum() > 0
+    assert (
+        len([line for line in lines if line.lstrip().split(" ")[0].isdigit() and " proposal " in line])
+        == (rows.source == 1).sum()
+        > 0
+    )
     for image in (kept[1], kept[3]):
         assert f"wrote pictures/{image}.png" in ran.out
         with Image.open(f"pictures/{image}.png") as picture:
@@ -66,7 +78,9 @@ def test_images_that_are_not_named(cache: Path, view: Callable[..., Ran]) -> Non
     assert sorted(os.listdir("a")) != sorted(os.listdir("c"))
 
 
-def test_bad_input_says_what_there_is(cache: Path, copied_cache: Path, kept: list[int], view: Callable[..., Ran]) -> None:
+def test_bad_input_says_what_there_is(
+    cache: Path, copied_cache: Path, kept: list[int], view: Callable[..., Ran]
+) -> None:
     far = max(kept) + 1_000
     ran = view(cache, "--image", far)
     assert ran.code == 1
@@ -87,10 +101,14 @@ def test_bad_input_says_what_there_is(cache: Path, copied_cache: Path, kept: lis
     assert os.listdir() == []
 
 
-def test_an_import_is_seen_with_its_data(copied_cache: Path, world: Path, kept: list[int], view: Callable[..., Ran]) -> None:
+def test_an_import_is_seen_with_its_data(
+    copied_cache: Path, world: Path, kept: list[int], view: Callable[..., Ran]
+) -> None:
     sets = copied_cache / "sets/default.json"
     sets.write_text(json.dumps(sealed(json.loads(sets.read_text()) | {"made_from": {}})))
-    ran = view(copied_cache, "--data", world, "--protocol", world / "protocol.toml", "--image", kept[0], "--out", "one.png")
+    ran = view(
+        copied_cache, "--data", world, "--protocol", world / "protocol.toml", "--image", kept[0], "--out", "one.png"
+    )
     assert ran.code == 0, ran.err
     assert os.listdir() == ["one.png"]
 
@@ -108,10 +126,18 @@ def test_other_data_are_refused(cache: Path, copied_world: Path, view: Callable[
     assert "does not fit this data" in ran.err
 
 
-def test_a_picture_that_could_not_be_read_is_drawn_grey(extraction: Callable[..., ExtractConfig], copied_world: Path, kept: list[int],
-                                                       tmp_path: Path, view: Callable[..., Ran]) -> None:
-    name = next(i["file_name"] for i in json.loads((copied_world / "annotations/instances_train2017.json").read_text())["images"]
-                if i["id"] == kept[2])
+def test_a_picture_that_could_not_be_read_is_drawn_grey(
+    extraction: Callable[..., ExtractConfig],
+    copied_world: Path,
+    kept: list[int],
+    tmp_path: Path,
+    view: Callable[..., Ran],
+) -> None:
+    name = next(
+        i["file_name"]
+        for i in json.loads((copied_world / "annotations/instances_train2017.json").read_text())["images"]
+        if i["id"] == kept[2]
+    )
     (copied_world / "train2017" / name).write_bytes(b"")
     extract_clip(extraction(tmp_path / "cache", data=copied_world), lambda _: None)
     ran = view(tmp_path / "cache", "--image", kept[2])
@@ -124,9 +150,19 @@ def test_a_picture_that_could_not_be_read_is_drawn_grey(extraction: Callable[...
 
 # --- the picture alone ---
 
+
 def _row(weight: float | None, source: Source = Source.PROPOSAL, left: float = 10) -> ViewRow:
-    return ViewRow((left, 10, left + 30, 40), source, "cat" if source is Source.BASE_BOX else None, None, 0.5,
-                   (Likeness("dog", 0.3),) if source is Source.PROPOSAL else (), 0.3, weight, (Likeness("dog", 0.3),))
+    return ViewRow(
+        (left, 10, left + 30, 40),
+        source,
+        "cat" if source is Source.BASE_BOX else None,
+        None,
+        0.5,
+        (Likeness("dog", 0.3),) if source is Source.PROPOSAL else (),
+        0.3,
+        weight,
+        (Likeness("dog", 0.3),),
+    )
 
 
 def test_the_more_a_label_weighs_the_stronger_its_colour() -> None:
@@ -142,7 +178,9 @@ def test_the_more_a_label_weighs_the_stronger_its_colour() -> None:
 def test_boxes_lie_where_they_are_whatever_the_picture(size: tuple[int, int]) -> None:
     width, height = size
     box = (0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height)
-    view = CacheView(7, Path("é.jpg"), size, (replace(_row(1.3), box=box),), (), Reliability(0.2, 0.1, 1.3, "a test"), ())
+    view = CacheView(
+        7, Path("é.jpg"), size, (replace(_row(1.3), box=box),), (), Reliability(0.2, 0.1, 1.3, "a test"), ()
+    )
     sheet = np.asarray(draw_view(view, Image.new("RGB", size, "white")))
     scale = 1000 / max(size)
     there = (sheet[: round(height * scale), : round(width * scale)] == STRONG).all(axis=2).nonzero()

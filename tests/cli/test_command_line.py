@@ -31,6 +31,7 @@ NEXT = {
 
 # --- help ---
 
+
 @pytest.mark.parametrize("command", NEXT, ids=lambda c: " ".join(c) or "hdovd")
 def test_help_tells_what_to_do_next(command: tuple[str, ...], tmp_path: Path, python: Callable[..., Any]) -> None:
     found = python(["-m", "hdovd", *command, "--help"], tmp_path)
@@ -55,8 +56,11 @@ def test_options_name_their_defaults(hdovd: Callable[..., Ran]) -> None:
 
 # --- errors ---
 
+
 def test_error_is_one_message_without_a_traceback(tmp_path: Path, python: Callable[..., Any]) -> None:
-    found = python(["-m", "hdovd", "train", "--recipe", "demo", "--set", "nonsense", "--cache", "c", "--out", "o"], tmp_path)
+    found = python(
+        ["-m", "hdovd", "train", "--recipe", "demo", "--set", "nonsense", "--cache", "c", "--out", "o"], tmp_path
+    )
     assert found.returncode == 1
     assert found.stdout == ""
     assert "Traceback" not in found.stderr
@@ -93,37 +97,63 @@ def test_debug_traceback_in_a_process_of_its_own(tmp_path: Path, python: Callabl
     assert "HdovdError" in found.stderr
 
 
-@pytest.mark.parametrize(("setting", "expected"), [
-    ("loss.instanse.enabled=false", r"unknown key loss\.instanse.*loss\.instance\.enabled"),
-    ("train.lerning_rate=0.1", r"unknown key train\.lerning_rate"),
-    ("train.epoch=3", r"unknown key train\.epoch;.*train\.epochs"),
-    ("train.epochs=many", r"train\.epochs = 'many'"),
-    ("train.epochs=2.5", r"train\.epochs = 2\.5"),
-    ("train.epochs=-1", r"train\.epochs = -1"),
-    ("loss.image.enabled=1", r"loss\.image\.enabled = 1"),
-    ("train.epochs", r"key=value"),
-    ("=3", r"key=value"),
-    ("train.epochs.more=3", r"'epochs' is a value"),
-])
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("loss.instanse.enabled=false", r"unknown key loss\.instanse.*loss\.instance\.enabled"),
+        ("train.lerning_rate=0.1", r"unknown key train\.lerning_rate"),
+        ("train.epoch=3", r"unknown key train\.epoch;.*train\.epochs"),
+        ("train.epochs=many", r"train\.epochs = 'many'"),
+        ("train.epochs=2.5", r"train\.epochs = 2\.5"),
+        ("train.epochs=-1", r"train\.epochs = -1"),
+        ("loss.image.enabled=1", r"loss\.image\.enabled = 1"),
+        ("train.epochs", r"key=value"),
+        ("=3", r"key=value"),
+        ("train.epochs.more=3", r"'epochs' is a value"),
+    ],
+)
 def test_wrong_setting_names_the_key(hdovd: Callable[..., Ran], setting: str, expected: str) -> None:
     found = hdovd("train", "--recipe", "demo", "--cache", "c", "--out", "o", "--data", "d", "--set", setting)
     assert found.code == 1
     assert re.search(expected, found.err.replace("\n", " ")), found.err
 
 
-@pytest.mark.parametrize(("words", "expected"), [
-    (("train", "--recipe", "demmo", "--cache", "c", "--out", "o", "--data", "d"), "did you mean 'demo'"),
-    (("train", "--recipe", "demo", "--cache", "c", "--out", "o"), "--data ROOT, or both --images and --annotations"),
-    (("train", "--recipe", "demo", "--cache", "c", "--out", "o", "--data", ".", "--protocol", "lvis"), "no protocol 'lvis'"),
-    (("eval", "nowhere", "--data", "."), "no run"),
-    (("eval", "nowhere", "--data", ".", "--workers", "many"), "--workers many: expected auto, or a whole number from 0"),
-    (("extract-clip", "--cache", "c", "--clip", "x", "--data", ".", "--captions", "c.json"), "--vocabulary"),
-    (("extract-clip", "--cache", "c", "--clip", "x", "--data", ".", "--shard", "4/4"), "--shard 4/4: expected I/N with I from 0 to N-1"),
-    (("extract-clip", "--cache", "c", "--clip", "x", "--data", ".", "--shard", "1of4"), "--shard 1of4: expected I/N, such as 0/8"),
-    (("extract-clip", "--cache", "c", "--clip", "x", "--data", ".", "--features", "a/b"), "--features 'a/b': expected letters"),
-], ids=["recipe", "no data", "protocol", "run", "eval workers", "captions", "shard", "shard in words", "features"])
-def test_user_errors(hdovd: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...],
-                     expected: str) -> None:
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("train", "--recipe", "demmo", "--cache", "c", "--out", "o", "--data", "d"), "did you mean 'demo'"),
+        (
+            ("train", "--recipe", "demo", "--cache", "c", "--out", "o"),
+            "--data ROOT, or both --images and --annotations",
+        ),
+        (
+            ("train", "--recipe", "demo", "--cache", "c", "--out", "o", "--data", ".", "--protocol", "lvis"),
+            "no protocol 'lvis'",
+        ),
+        (("eval", "nowhere", "--data", "."), "no run"),
+        (
+            ("eval", "nowhere", "--data", ".", "--workers", "many"),
+            "--workers many: expected auto, or a whole number from 0",
+        ),
+        (("extract-clip", "--cache", "c", "--clip", "x", "--data", ".", "--captions", "c.json"), "--vocabulary"),
+        (
+            ("extract-clip", "--cache", "c", "--clip", "x", "--data", ".", "--shard", "4/4"),
+            "--shard 4/4: expected I/N with I from 0 to N-1",
+        ),
+        (
+            ("extract-clip", "--cache", "c", "--clip", "x", "--data", ".", "--shard", "1of4"),
+            "--shard 1of4: expected I/N, such as 0/8",
+        ),
+        (
+            ("extract-clip", "--cache", "c", "--clip", "x", "--data", ".", "--features", "a/b"),
+            "--features 'a/b': expected letters",
+        ),
+    ],
+    ids=["recipe", "no data", "protocol", "run", "eval workers", "captions", "shard", "shard in words", "features"],
+)
+def test_user_errors(
+    hdovd: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], expected: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     found = hdovd(*words)
     assert found.code == 1
@@ -132,22 +162,48 @@ def test_user_errors(hdovd: Callable[..., Ran], tmp_path: Path, monkeypatch: pyt
 
 
 def test_missing_templates_file_names_its_own_option(hdovd: Callable[..., Ran], tmp_path: Path) -> None:
-    found = hdovd("extract-clip", "--cache", tmp_path / "c", "--clip", "x", "--data", tmp_path, "--templates", tmp_path / "none.txt")
+    found = hdovd(
+        "extract-clip",
+        "--cache",
+        tmp_path / "c",
+        "--clip",
+        "x",
+        "--data",
+        tmp_path,
+        "--templates",
+        tmp_path / "none.txt",
+    )
     assert found.code == 1
-    assert f"--templates {tmp_path / 'none.txt'}: neither a set nor a file. The sets are clip80, photo, vild" in found.err
+    assert (
+        f"--templates {tmp_path / 'none.txt'}: neither a set nor a file. The sets are clip80, photo, vild" in found.err
+    )
     assert "--vocabulary" not in found.err
 
 
-def test_unknown_device_is_a_user_error(hdovd: Callable[..., Ran], world: Path, cache: Path, tmp_path: Path,
-                                        micro_settings: list[str]) -> None:
-    found = hdovd("train", "--data", world, "--protocol", world / "protocol.toml", "--cache", cache, "--out", tmp_path / "run",
-                  "--device", "gpu", *micro_settings)
+def test_unknown_device_is_a_user_error(
+    hdovd: Callable[..., Ran], world: Path, cache: Path, tmp_path: Path, micro_settings: list[str]
+) -> None:
+    found = hdovd(
+        "train",
+        "--data",
+        world,
+        "--protocol",
+        world / "protocol.toml",
+        "--cache",
+        cache,
+        "--out",
+        tmp_path / "run",
+        "--device",
+        "gpu",
+        *micro_settings,
+    )
     assert found.code in (1, 2)
     assert "unexpected" not in found.err
     assert "gpu" in found.err
 
 
 # --- nouns ---
+
 
 def test_nouns_by_command(hdovd: Callable[..., Ran], world: Path, tmp_path: Path) -> None:
     out, captions = tmp_path / "with space" / "nouns.json", world / "annotations" / "captions_train2017.json"
@@ -166,7 +222,10 @@ def test_nouns_by_command(hdovd: Callable[..., Ran], world: Path, tmp_path: Path
 
 # --- the whole way ---
 
-def test_the_main_job_by_commands(hdovd: Callable[..., Ran], world: Path, clip: str, tmp_path: Path, micro_settings: list[str]) -> None:
+
+def test_the_main_job_by_commands(
+    hdovd: Callable[..., Ran], world: Path, clip: str, tmp_path: Path, micro_settings: list[str]
+) -> None:
     """propose, extract-clip, train and eval, each from what the one before wrote."""
     data = ("--data", world, "--protocol", world / "protocol.toml")
     out = tmp_path / "with space"
@@ -179,8 +238,24 @@ def test_the_main_job_by_commands(hdovd: Callable[..., Ran], world: Path, clip: 
     assert "hdovd extract-clip" in ran.out
     assert json.loads(proposals.read_text())
 
-    extract = ("extract-clip", *data, "--cache", cache, "--clip", clip, "--proposals", proposals, "--vocabulary", world / "vocabulary.txt",
-               "--captions", world / "annotations" / "captions_train2017.json", "--templates", templates, "--device", "cpu")
+    extract = (
+        "extract-clip",
+        *data,
+        "--cache",
+        cache,
+        "--clip",
+        clip,
+        "--proposals",
+        proposals,
+        "--vocabulary",
+        world / "vocabulary.txt",
+        "--captions",
+        world / "annotations" / "captions_train2017.json",
+        "--templates",
+        templates,
+        "--device",
+        "cpu",
+    )
     ran = hdovd(*extract, "--dry-run")
     assert ran.code == 0, ran.err
     assert "no cache yet" in ran.out
@@ -192,7 +267,10 @@ def test_the_main_job_by_commands(hdovd: Callable[..., Ran], world: Path, clip: 
     assert f"next: hdovd train --cache {quote(str(cache))} --out" in ran.out
     assert "activation: gelu" in ran.out
     (classes,) = (cache / "class").glob("*/zarr.json")
-    assert json.loads(classes.read_text())["attributes"]["key_inputs"]["templates"] == ["a photo of a {}", "a drawing of a {}"]
+    assert json.loads(classes.read_text())["attributes"]["key_inputs"]["templates"] == [
+        "a photo of a {}",
+        "a drawing of a {}",
+    ]
 
     ran = hdovd("train", *data, "--cache", cache, "--out", run, *micro_settings, "--device", "cpu")
     assert ran.code == 0, ran.err
@@ -206,19 +284,42 @@ def test_the_main_job_by_commands(hdovd: Callable[..., Ran], world: Path, clip: 
 
     ran = hdovd("eval", run, "--data", world, "--per-class", "--errors", "--pictures", 1, "--device", "cpu")
     assert ran.code == 0, ran.err
-    for word in ("novel", "base", "all", "split-blind", "demo-world", "umbrella", "localisation", "named novel", "metrics.json"):
+    for word in (
+        "novel",
+        "base",
+        "all",
+        "split-blind",
+        "demo-world",
+        "umbrella",
+        "localisation",
+        "named novel",
+        "metrics.json",
+    ):
         assert word in ran.out
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["cache"]["path"] == str(cache.resolve())
 
 
-def test_paths_given_one_by_one(hdovd: Callable[..., Ran], world: Path, training_cache: Path, tmp_path: Path,
-                                micro_settings: list[str]) -> None:
+def test_paths_given_one_by_one(
+    hdovd: Callable[..., Ran], world: Path, training_cache: Path, tmp_path: Path, micro_settings: list[str]
+) -> None:
     """--images and --annotations stand in for --data; --preset is laid over the recipe."""
     pictures = Path(shutil.copytree(world / "train2017", tmp_path / "pictures"))
     annotations = Path(shutil.copy(world / "annotations" / "instances_train2017.json", tmp_path / "boxes.json"))
-    words = ("train", "--images", pictures, "--annotations", annotations, "--protocol", world / "protocol.toml", "--cache", training_cache,
-             "--out", tmp_path / "run", *micro_settings)
+    words = (
+        "train",
+        "--images",
+        pictures,
+        "--annotations",
+        annotations,
+        "--protocol",
+        world / "protocol.toml",
+        "--cache",
+        training_cache,
+        "--out",
+        tmp_path / "run",
+        *micro_settings,
+    )
     ran = hdovd(*words, "--preset", "base-only", "--device", "cpu")
     assert ran.code == 0, ran.err
     assert "none (base-only)" in ran.out

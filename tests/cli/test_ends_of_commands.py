@@ -1,4 +1,6 @@
-"""How a command ends that is interrupted, or whose standard streams are not what they should be: no traceback, and a shell's exit codes."""
+"""How a command ends that is interrupted, or whose standard streams are not what they should be: no traceback, and a
+shell's exit codes.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ def _heard() -> None:
 
 
 def _run(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    given = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": _heard}
+    given = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "preexec_fn": _heard,
+    }
     return subprocess.run([*HDOVD, *map(str, words)], **(given | options))
 
 
@@ -59,26 +67,66 @@ def test_no_room_for_what_is_printed() -> None:
 def test_closed_streams(closed: str, world: Path, tmp_path: Path) -> None:
     """Not a number of theirs is taken by a file that is written."""
     command = f'"{sys.executable}" -m hdovd "$@" {closed}'
-    words = ("nouns", "--captions", world / "annotations" / "captions_train2017.json", "--vocabulary", world / "vocabulary.txt", "--parser",
-             "match", "--protocol", world / "protocol.toml", "--out")
-    ran = subprocess.run(["sh", "-c", command, "sh", *map(str, words), str(tmp_path / "a.json")], capture_output=True, text=True)
+    words = (
+        "nouns",
+        "--captions",
+        world / "annotations" / "captions_train2017.json",
+        "--vocabulary",
+        world / "vocabulary.txt",
+        "--parser",
+        "match",
+        "--protocol",
+        world / "protocol.toml",
+        "--out",
+    )
+    ran = subprocess.run(
+        ["sh", "-c", command, "sh", *map(str, words), str(tmp_path / "a.json")], capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr
     assert "Traceback" not in ran.stderr
     assert ("next: hdovd" in ran.stdout) == (" >&-" not in f" {closed}")
     assert (tmp_path / "a.json").read_text().startswith('{"format": "hdovd nouns"')
 
 
-@pytest.mark.parametrize(("module", "content", "code", "said"), [
-    ("typer", KILLS_ITSELF, -signal.SIGINT, ""), ("pydantic", KILLS_ITSELF, 130, "stopped\n"), ("pydantic", SWALLOWS_IT, 130, "stopped\n"),
-], ids=["before there is a command line", "within a command", "swallowed by a module"])
-def test_interrupted_while_modules_are_imported(module: str, content: str, code: int, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "content", "code", "said"),
+    [
+        ("typer", KILLS_ITSELF, -signal.SIGINT, ""),
+        ("pydantic", KILLS_ITSELF, 130, "stopped\n"),
+        ("pydantic", SWALLOWS_IT, 130, "stopped\n"),
+    ],
+    ids=["before there is a command line", "within a command", "swallowed by a module"],
+)
+def test_interrupted_while_modules_are_imported(
+    module: str, content: str, code: int, said: str, tmp_path: Path
+) -> None:
     (tmp_path / f"{module}.py").write_text(content)
-    ran = _run("train", "--cache", "c", "--out", "o", "--data", ".", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    ran = _run(
+        "train",
+        "--cache",
+        "c",
+        "--out",
+        "o",
+        "--data",
+        ".",
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
     assert (ran.returncode, ran.stdout, ran.stderr) == (code, "", said)
 
 
 def test_a_background_job_ignores_ctrl_c(tmp_path: Path) -> None:
     (tmp_path / "pydantic.py").write_text(f"{KILLS_ITSELF}print('it lives')\nimport sys\nsys.exit(7)")
-    ran = _run("train", "--cache", "c", "--out", "o", "--data", ".", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
-               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    ran = _run(
+        "train",
+        "--cache",
+        "c",
+        "--out",
+        "o",
+        "--data",
+        ".",
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
     assert (ran.returncode, ran.stdout) == (7, "it lives\n")

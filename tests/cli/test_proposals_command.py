@@ -39,7 +39,16 @@ def test_a_published_list_becomes_npz_and_says_its_order(run: Run, tmp_path: Pat
     (tmp_path / "p.pkl").write_bytes(pickle.dumps(rows))
     code, text = run("convert", tmp_path / "p.pkl", "--out", tmp_path / "p.npz")
     assert (code, "--annotations" in text) == (1, True)
-    code, text = run("convert", tmp_path / "p.pkl", "--out", tmp_path / "p.npz", "--annotations", tmp_path / "a.json", "--order", "id")
+    code, text = run(
+        "convert",
+        tmp_path / "p.pkl",
+        "--out",
+        tmp_path / "p.npz",
+        "--annotations",
+        tmp_path / "a.json",
+        "--order",
+        "id",
+    )
     assert code == 0
     assert "by ascending image id (--order id)" in text
     identity = text.split("identity ")[1].split(";")[0]

@@ -1,4 +1,6 @@
-"""Help and mistakes import nothing heavy: what takes seconds to import comes after arguments, names and paths were found right."""
+"""Help and mistakes import nothing heavy: what takes seconds to import comes after arguments, names and paths were
+found right.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,27 @@ from typing import Any
 
 from startup import commands, mistakes
 
-HEAVY = {"PIL", "fsspec", "google_crc32c", "jinja2", "open_clip", "pyarrow", "pycocotools",
-         "ray", "rich", "safetensors", "scipy", "simplemma",
-         "spacy", "timm", "torch", "torchvision", "tqdm", "webdataset", "zarr"}
+HEAVY = {
+    "PIL",
+    "fsspec",
+    "google_crc32c",
+    "jinja2",
+    "open_clip",
+    "pyarrow",
+    "pycocotools",
+    "ray",
+    "rich",
+    "safetensors",
+    "scipy",
+    "simplemma",
+    "spacy",
+    "timm",
+    "torch",
+    "torchvision",
+    "tqdm",
+    "webdataset",
+    "zarr",
+}
 # One process for all command lines: what one of them imports is told of it, and the first one is the one to mend.
 RUN = """
 import contextlib, io, json, sys
@@ -33,7 +53,9 @@ for words in lines:
 """
 
 
-def _run(python: Callable[..., Any], folder: Path, lines: list[list[str]], heavy: set[str]) -> list[tuple[str, int, str, list[str]]]:
+def _run(
+    python: Callable[..., Any], folder: Path, lines: list[list[str]], heavy: set[str]
+) -> list[tuple[str, int, str, list[str]]]:
     ran = python(["-c", RUN, json.dumps(sorted(heavy)), json.dumps(lines)], folder)
     assert ran.returncode == 0, ran.stderr
     found = [tuple(json.loads(line)) for line in ran.stdout.splitlines()]
@@ -44,7 +66,9 @@ def _run(python: Callable[..., Any], folder: Path, lines: list[list[str]], heavy
 def test_help_of_every_command(tmp_path: Path, python: Callable[..., Any]) -> None:
     every = list(commands())
     assert {(), ("train",), ("cache", "ls"), ("bench", "extract")} <= set(map(tuple, every))
-    for command, code, said, heavy in _run(python, tmp_path, [[*words, "--help"] for words in every], {*HEAVY, "numpy"}):
+    for command, code, said, heavy in _run(
+        python, tmp_path, [[*words, "--help"] for words in every], {*HEAVY, "numpy"}
+    ):
         assert code == 0, said
         assert said.startswith(f"Usage: hdovd {command.removesuffix('--help')}".rstrip()), said
         assert heavy == [], command

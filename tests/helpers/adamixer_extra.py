@@ -7,7 +7,9 @@ from hdovd.modeling.step_context import StepContext
 
 
 class Seen(nn.Module):
-    """How far classification and distillation feature of paired queries are apart; and the view's shapes are as it says."""
+    """How far classification and distillation feature of paired queries are apart; and the view's shapes are as it
+    says.
+    """
 
     def __init__(self, dim: int, channels: int) -> None:
         super().__init__()

@@ -1,6 +1,8 @@
-"""Two steps of a small AdaMixer in W processes over gloo, or in one: shares of the batch, an integer a process (`forked_group`).
+"""Two steps of a small AdaMixer in W processes over gloo, or in one: shares of the batch, an integer a process
+(`forked_group`).
 
-Every process writes OUT/RANK.pt: losses of both steps, gradients of the second, the state. Run by test_adamixer_distributed.py.
+Every process writes OUT/RANK.pt: losses of both steps, gradients of the second, the state. Run by
+test_adamixer_distributed.py.
 """
 
 from pathlib import Path
@@ -21,19 +23,36 @@ def global_batch(model: AdaMixer) -> list[Targets]:
     """Base boxes near predictions, so that there are pairs; the third picture has no box, the last no pseudo box."""
     with torch.no_grad():
         look = model.look(batch_images(IMAGES, model.recipe.input)[0].tensors, with_auxiliary=False)
-    aside = torch.tensor([0.7, -0.9, 0.6, 1.1])  # pixels: where a prediction is its box, the L1 loss has no gradient to compare
+    aside = torch.tensor(
+        [0.7, -0.9, 0.6, 1.1]
+    )  # pixels: where a prediction is its box, the L1 loss has no gradient to compare
     found = [(boxes[:3] + aside).tolist() for boxes in look.boxes[-1]]
-    rows = [targets(found[0], PSEUDO, [1, 3, 1], 10), targets(found[1][:1], PSEUDO[:1], [0], 20), targets([], [], [], 30),
-            targets(found[3][:2], [], [2, 3], 40)]
-    return [Targets(*(value.double() if value.is_floating_point() else value for value in (getattr(t, name) for name in t.__slots__)))
-            for t in rows]
+    rows = [
+        targets(found[0], PSEUDO, [1, 3, 1], 10),
+        targets(found[1][:1], PSEUDO[:1], [0], 20),
+        targets([], [], [], 30),
+        targets(found[3][:2], [], [2, 3], 40),
+    ]
+    return [
+        Targets(
+            *(
+                value.double() if value.is_floating_point() else value
+                for value in (getattr(t, name) for name in t.__slots__)
+            )
+        )
+        for t in rows
+    ]
 
 
 def train(rank: int, shares: list[int], out: Path) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)  # float32's rounding flips ReLUs, which hides small errors in the gradients
     torch.Tensor.float = torch.Tensor.double
-    model = detector("detector.backbone.norm=frozen", "loss.instance.queue=9", "loss.image.queue=6", log=None).double().train()
+    model = (
+        detector("detector.backbone.norm=frozen", "loss.instance.queue=9", "loss.image.queue=6", log=None)
+        .double()
+        .train()
+    )
     own = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
     batch, steps = global_batch(model), []
     for _ in range(2):

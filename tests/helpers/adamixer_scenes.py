@@ -1,4 +1,6 @@
-"""A small AdaMixer, batches, weights that any machine makes alike, a comparison. Used by the tests in `adamixer` and of released code."""
+"""A small AdaMixer, batches, weights that any machine makes alike, a comparison. Used by the tests in `adamixer` and of
+released code.
+"""
 
 import json
 import zlib
@@ -19,13 +21,35 @@ from hdovd.modeling.postprocess import Detections
 REFERENCE = Path(__file__).parents[1] / "data" / "adamixer_reference.json"
 BASE, DIM = 5, 16
 SMALL = (
-    "input.short_side=96", "input.long_side=128", "detector.backbone.fpn_channels=32", "detector.backbone.levels=[2, 3, 4, 5]",
-    "detector.proposals.pre_nms=1000", "detector.proposals.shuffle=8", "detector.decoder.queries=8", "detector.decoder.stages=2",
-    "detector.decoder.points=6", "detector.decoder.out_points=8", "detector.decoder.heads=4", "detector.decoder.feedforward=48",
-    "detector.decoder.objectness_channels=16", "detector.decoder.adapter_channels=32", "loss.instance.queue=2048", "loss.image.queue=512",
-    "pseudo_boxes.min_side=32.0", "pseudo_boxes.max_per_image=5", "pseudo_boxes.from_epoch=2", "pseudo_boxes.reliability_centre=0.31",
-    "pseudo_boxes.reliability_width=0.026", "pseudo_boxes.reliability_scale=1.3", "train.precision=fp32", "inference.alpha=0.35",
-    "inference.beta=0.65", "inference.score_threshold=0.005", "inference.nms=0.7", "inference.detections_per_image=100")
+    "input.short_side=96",
+    "input.long_side=128",
+    "detector.backbone.fpn_channels=32",
+    "detector.backbone.levels=[2, 3, 4, 5]",
+    "detector.proposals.pre_nms=1000",
+    "detector.proposals.shuffle=8",
+    "detector.decoder.queries=8",
+    "detector.decoder.stages=2",
+    "detector.decoder.points=6",
+    "detector.decoder.out_points=8",
+    "detector.decoder.heads=4",
+    "detector.decoder.feedforward=48",
+    "detector.decoder.objectness_channels=16",
+    "detector.decoder.adapter_channels=32",
+    "loss.instance.queue=2048",
+    "loss.image.queue=512",
+    "pseudo_boxes.min_side=32.0",
+    "pseudo_boxes.max_per_image=5",
+    "pseudo_boxes.from_epoch=2",
+    "pseudo_boxes.reliability_centre=0.31",
+    "pseudo_boxes.reliability_width=0.026",
+    "pseudo_boxes.reliability_scale=1.3",
+    "train.precision=fp32",
+    "inference.alpha=0.35",
+    "inference.beta=0.65",
+    "inference.score_threshold=0.005",
+    "inference.nms=0.7",
+    "inference.detections_per_image=100",
+)
 
 
 def small(*settings: str) -> Recipe:
@@ -56,19 +80,40 @@ def unit(*shape: int, seed: int) -> Tensor:
 def pictures(*sizes: tuple[int, int], first: int = 0) -> list[Tensor]:
     """Smooth random pictures of these heights and widths; `first`: the seed of the first."""
     coarse = [100 * noise(1, 3, h // 16 + 1, w // 16 + 1, seed=first + i) + 128 for i, (h, w) in enumerate(sizes)]
-    return [F.interpolate(c, size, mode="bilinear")[0].clamp(0, 255).byte() for c, size in zip(coarse, sizes, strict=True)]
+    return [
+        F.interpolate(c, size, mode="bilinear")[0].clamp(0, 255).byte() for c, size in zip(coarse, sizes, strict=True)
+    ]
 
 
-def targets(base: list[list[float]], pseudo: list[list[float]], labels: list[int], seed: int, dim: int = DIM) -> Targets:
+def targets(
+    base: list[list[float]], pseudo: list[list[float]], labels: list[int], seed: int, dim: int = DIM
+) -> Targets:
     """Random rows for these boxes; texts of pseudo boxes lie near their crops'."""
     crops = unit(len(pseudo), dim, seed=seed + 1)
     texts = F.normalize(0.45 * crops + 0.9 * unit(len(pseudo), dim, seed=seed + 2), dim=1)
-    return Targets(torch.tensor(base).reshape(-1, 4), torch.tensor(labels, dtype=torch.int64), unit(len(base), dim, seed=seed),
-                   torch.tensor(pseudo).reshape(-1, 4), crops, texts, unit(dim, seed=seed + 3))
+    return Targets(
+        torch.tensor(base).reshape(-1, 4),
+        torch.tensor(labels, dtype=torch.int64),
+        unit(len(base), dim, seed=seed),
+        torch.tensor(pseudo).reshape(-1, 4),
+        crops,
+        texts,
+        unit(dim, seed=seed + 3),
+    )
 
 
-def published_shapes(channels: int, dim: int, stages: int, groups: int, points: int, out_points: int, heads: int, feedforward: int,
-                     objectness: int, adapter: int) -> dict[str, tuple[int, ...]]:
+def published_shapes(
+    channels: int,
+    dim: int,
+    stages: int,
+    groups: int,
+    points: int,
+    out_points: int,
+    heads: int,
+    feedforward: int,
+    objectness: int,
+    adapter: int,
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of the authors' published AdaMixer, or of a smaller one."""
     c, d, wide = channels, dim, channels // groups
     body = torchvision.models.resnet50(weights=None).state_dict()
@@ -89,20 +134,36 @@ def published_shapes(channels: int, dim: int, stages: int, groups: int, points: 
         add(f"rpn_head.{conv}.conv", c, c, 3, 3, bias=False)
         add(f"rpn_head.{conv}.gn", c)
     for head in ("rpn_head.main_head", "rpn_head.aux_head"):
-        shapes |= {f"{head}.obj_scale": (1,), f"{head}.obj_bias": (1,)} | {f"{head}.scales.{level}.scale": (1,) for level in range(4)}
+        shapes |= {f"{head}.obj_scale": (1,), f"{head}.obj_bias": (1,)} | {
+            f"{head}.scales.{level}.scale": (1,) for level in range(4)
+        }
         for branch, out in (("anchor_deltas", 4), ("objectness_logits", d)):
             add(f"{head}.{branch}.0", c, c, 3, 3)
             add(f"{head}.{branch}.2", out, c, 1, 1)
     for number in range(stages):
         s = f"roi_head.bbox_head.{number}"
-        shapes |= {f"{s}.iof_tau": (heads,), f"{s}.attention.attn.in_proj_weight": (3 * c, c), f"{s}.attention.attn.in_proj_bias": (3 * c,)}
+        shapes |= {
+            f"{s}.iof_tau": (heads,),
+            f"{s}.attention.attn.in_proj_weight": (3 * c, c),
+            f"{s}.attention.attn.in_proj_bias": (3 * c,),
+        }
         for part, weight in {
-            "attention.attn.out_proj": (c, c), "attention_norm": (c,), "ffn.layers.0.0": (feedforward, c), "ffn.layers.1": (c, feedforward),
-            "ffn_norm": (c,), "cls_fcs.0": (c, c), "cls_fcs.1": (c,), "fc_cls": (d, c), "fc_reg": (4, c), "objness.0": (objectness, c),
-            "objness.2": (1, objectness), "sampling_n_mixing.norm": (c,),
+            "attention.attn.out_proj": (c, c),
+            "attention_norm": (c,),
+            "ffn.layers.0.0": (feedforward, c),
+            "ffn.layers.1": (c, feedforward),
+            "ffn_norm": (c,),
+            "cls_fcs.0": (c, c),
+            "cls_fcs.1": (c,),
+            "fc_cls": (d, c),
+            "fc_reg": (4, c),
+            "objness.0": (objectness, c),
+            "objness.2": (1, objectness),
+            "sampling_n_mixing.norm": (c,),
             "sampling_n_mixing.sampling_offset_generator.0": (groups * points * 3, c),
             "sampling_n_mixing.adaptive_mixing.parameter_generator.0": (groups * (wide**2 + points * out_points), c),
-            "sampling_n_mixing.adaptive_mixing.out_proj": (c, c * out_points)}.items():
+            "sampling_n_mixing.adaptive_mixing.out_proj": (c, c * out_points),
+        }.items():
             add(f"{s}.{part}", *weight)
         for layer in (0, 3, 6):
             add(f"{s}.reg_fcs.{layer}", c, c)
@@ -124,7 +185,9 @@ def made_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
         if name.endswith("num_batches_tracked"):
             value = np.zeros(shape, dtype=np.int64)
-        elif name.endswith("bn3.weight"):  # or rounding in the first layers would grow a thousandfold on its way through the blocks
+        elif name.endswith(
+            "bn3.weight"
+        ):  # or rounding in the first layers would grow a thousandfold on its way through the blocks
             value = 0.2 * (1 + 0.1 * draw)
         elif name.endswith("running_var"):
             value = 1 + 0.2 * np.abs(draw)
@@ -146,8 +209,18 @@ def made_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return made
 
 
-SMALL_SHAPE = {"channels": 32, "dim": DIM, "stages": 2, "groups": 4, "points": 6, "out_points": 8, "heads": 4, "feedforward": 48,
-               "objectness": 16, "adapter": 32}
+SMALL_SHAPE = {
+    "channels": 32,
+    "dim": DIM,
+    "stages": 2,
+    "groups": 4,
+    "points": 6,
+    "out_points": 8,
+    "heads": 4,
+    "feedforward": 48,
+    "objectness": 16,
+    "adapter": 32,
+}
 
 
 def reference() -> dict:
@@ -155,7 +228,9 @@ def reference() -> dict:
 
 
 def require_same(found: list[Detections], wanted: dict) -> None:
-    """Asserts that detections are those of the authors' code, of which `wanted` has the number and the first ones of each picture."""
+    """Asserts that detections are those of the authors' code, of which `wanted` has the number and the first ones of
+    each picture.
+    """
     for one, rows, count in zip(found, wanted["detections"], wanted["counts"], strict=True):
         expected = torch.tensor(rows)
         assert len(one.scores) == count

@@ -13,12 +13,19 @@ from hdovd.pipelines.audit.audit import AuditConfig, audit
 from hdovd.pipelines.audit.report import AuditReport, Check, Verdict
 from hdovd.pipelines.demo.world import BASE
 
-MADE_BY = {"detector": "oln", "protocol": {"name": "demo-world", "base": list(BASE)}, "training_boxes": dict.fromkeys(BASE, 5)}
+MADE_BY = {
+    "detector": "oln",
+    "protocol": {"name": "demo-world", "base": list(BASE)},
+    "training_boxes": dict.fromkeys(BASE, 5),
+}
 TRAIN, VAL = "instances_train2017.json", "instances_val2017.json"
 
 
 def report_of(root: Path, cache: Path, **changes: Any) -> AuditReport:
-    return audit(AuditConfig(data=DataPaths(root), cache=cache, **({"protocol": str(root / "protocol.toml")} | changes)), lambda _: None)
+    return audit(
+        AuditConfig(data=DataPaths(root), cache=cache, **({"protocol": str(root / "protocol.toml")} | changes)),
+        lambda _: None,
+    )
 
 
 def check_of(report: AuditReport, name: str) -> Check:
@@ -36,7 +43,11 @@ def leak_of(report: AuditReport, name: str) -> str:
 def made_by_training(world: Path, file: str = TRAIN, **changes: Any) -> dict[str, Any]:
     """The record of a network that was trained on an annotation file of the world."""
     path = world / "annotations" / file
-    return MADE_BY | {"annotations": {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}} | changes
+    return (
+        MADE_BY
+        | {"annotations": {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}}
+        | changes
+    )
 
 
 def edit(file: Path, change: Callable[[Any], None]) -> None:

@@ -19,11 +19,26 @@ from hdovd.modeling.step_context import StepContext
 
 DIM, BASE, STEPS = 6, 3, 3
 SETTINGS = (
-    "input.short_side=64", "input.long_side=96", "detector.backbone.fpn_channels=8", "detector.rpn.anchor_sizes=[[8], [16], [32], [64]]",
-    "detector.rpn.samples=16", "detector.rpn.pre_nms=30", "detector.rpn.post_nms=20", "detector.head.fc_channels=16",
-    "detector.head.samples=32", "detector.head.canonical_size=32", "loss.instance.queue=19", "loss.image.queue=12",
-    "pseudo_boxes.min_side=8.0", "pseudo_boxes.reliability_centre=0.1", "pseudo_boxes.reliability_width=0.5", "train.precision=fp32",
-    "detector.backbone.norm=frozen", "loss.extra.agree.use=data_parallel_scenes:Agree", "loss.extra.agree.weight=0.5")
+    "input.short_side=64",
+    "input.long_side=96",
+    "detector.backbone.fpn_channels=8",
+    "detector.rpn.anchor_sizes=[[8], [16], [32], [64]]",
+    "detector.rpn.samples=16",
+    "detector.rpn.pre_nms=30",
+    "detector.rpn.post_nms=20",
+    "detector.head.fc_channels=16",
+    "detector.head.samples=32",
+    "detector.head.canonical_size=32",
+    "loss.instance.queue=19",
+    "loss.image.queue=12",
+    "pseudo_boxes.min_side=8.0",
+    "pseudo_boxes.reliability_centre=0.1",
+    "pseudo_boxes.reliability_width=0.5",
+    "train.precision=fp32",
+    "detector.backbone.norm=frozen",
+    "loss.extra.agree.use=data_parallel_scenes:Agree",
+    "loss.extra.agree.weight=0.5",
+)
 
 
 class Agree(nn.Module):
@@ -51,14 +66,28 @@ def boxes(count: int, seed: int) -> Tensor:
 
 
 def global_batch(step: int) -> list[tuple[Tensor, Targets]]:
-    """Five images. The second to fourth have no pseudo boxes, the last has no box at all; in step 2 only the first has any."""
+    """Five images. The second to fourth have no pseudo boxes, the last has no box at all; in step 2 only the first has
+    any.
+    """
     samples = []
     for i in range(5):
         seed = 100 * step + i
         base, pseudo = (0, 0) if i == 4 or (step == 2 and i) else (1 + i % 2, 2 if i == 0 else 0)
-        targets = Targets(boxes(base, seed), (torch.arange(base) + i) % BASE, unit(base, DIM, seed=seed + 1000), boxes(pseudo, seed + 50),
-                          unit(pseudo, DIM, seed=seed + 2000), unit(pseudo, DIM, seed=seed + 3000), unit(DIM, seed=seed + 4000))
-        samples.append((torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)), targets))
+        targets = Targets(
+            boxes(base, seed),
+            (torch.arange(base) + i) % BASE,
+            unit(base, DIM, seed=seed + 1000),
+            boxes(pseudo, seed + 50),
+            unit(pseudo, DIM, seed=seed + 2000),
+            unit(pseudo, DIM, seed=seed + 3000),
+            unit(DIM, seed=seed + 4000),
+        )
+        samples.append(
+            (
+                torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)),
+                targets,
+            )
+        )
     return samples
 
 
@@ -76,8 +105,12 @@ def train(rank: int, shares: list[int], out: Path) -> None:
     trained.train()
     for step in range(STEPS):
         own = global_batch(step)[first : first + shares[rank]]
-        losses = trained([image for image, _ in own], [targets for _, targets in own], texts,
-                         [50 * step + first + i for i in range(len(own))])
+        losses = trained(
+            [image for image, _ in own],
+            [targets for _, targets in own],
+            texts,
+            [50 * step + first + i for i in range(len(own))],
+        )
         optimizer.zero_grad()
         sum(losses.values()).backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -1,9 +1,10 @@
-"""Real extractions in real processes, for scenes in which they are killed or started together (`killed_scenes`, `spread_scenes`).
+"""Real extractions in real processes, for scenes in which they are killed or started together (`killed_scenes`,
+`spread_scenes`).
 
     facts = play(config, *SCENES)
 
-The process of the tests, which has imported everything, forks: each child is an `hdovd extract-clip` that costs no second of start.
-Facts say what every scene saw, and tests judge it.
+The process of the tests, which has imported everything, forks: each child is an `hdovd extract-clip` that costs no
+second of start. Facts say what every scene saw, and tests judge it.
 """
 
 from __future__ import annotations
@@ -81,7 +82,17 @@ class Extractions:
     def command(self, cache: Path, *more: str) -> Body:
         """The command line."""
         tree = self.tree
-        words = ["extract-clip", "--data", tree["data"]["root"], "--cache", str(cache), "--clip", tree["clip"], "--device", "cpu"]
+        words = [
+            "extract-clip",
+            "--data",
+            tree["data"]["root"],
+            "--cache",
+            str(cache),
+            "--clip",
+            tree["clip"],
+            "--device",
+            "cpu",
+        ]
         for name in ("protocol", "proposals", "vocabulary", "captions"):
             words += [f"--{name}", tree[name]]
         words += ["--part-rows", str(PART_ROWS), "--batch-size", str(BATCH), *more]
@@ -94,7 +105,9 @@ class Extractions:
 
     def function(self, cache: Path, teacher: Any = None, before: Body = lambda: None, **changes: Any) -> Body:
         """The pipeline function with the model that is loaded already."""
-        config = ExtractConfig.from_dict(self.tree, cache, device="cpu", **{"part_rows": PART_ROWS, "batch_size": BATCH} | changes)
+        config = ExtractConfig.from_dict(
+            self.tree, cache, device="cpu", **{"part_rows": PART_ROWS, "batch_size": BATCH} | changes
+        )
 
         def run() -> None:
             before()
@@ -124,7 +137,11 @@ class Interrupted:
 
 def digests(folder: Path) -> dict[str, str]:
     """sha256 of every file."""
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file()
+    }
 
 
 def damaged(folder: Path) -> list[str]:

@@ -1,4 +1,6 @@
-"""Processes of one training, forked from the test's own, which has imported torch already: fresh ones need seconds for that."""
+"""Processes of one training, forked from the test's own, which has imported torch already: fresh ones need seconds for
+that.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,11 @@ def imports(name: str) -> Iterator[str]:
     for node in ast.walk(known[name]):
         if isinstance(node, ast.ImportFrom) and node.module:
             targets = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (target if target in known else node.module for target in targets if node.module in known or target in known)
+            yield from (
+                target if target in known else node.module
+                for target in targets
+                if node.module in known or target in known
+            )
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
 
@@ -63,7 +67,9 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     left = graph
     while True:
         reached = set().union(*left.values())
-        inner = {node: targets & left.keys() for node, targets in left.items() if node in reached and targets & left.keys()}
+        inner = {
+            node: targets & left.keys() for node, targets in left.items() if node in reached and targets & left.keys()
+        }
         if inner == left:
             return [[node, *sorted(targets)] for node, targets in sorted(left.items())]
         left = inner

@@ -1,4 +1,5 @@
-"""Extractions that are killed, or have no room. `test_killed_extraction` plays these scenes and judges what they saw."""
+"""Extractions that are killed, or have no room. `test_killed_extraction` plays these scenes and judges what they
+saw."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def killed_at_random(all_of: Extractions) -> Facts:
 
 
 def killed_at_a_write(all_of: Extractions) -> Facts:
-    """Killed just before the n-th thing that it does to a file of the cache, n growing and shrinking, resumed until it ends."""
+    """Killed just before the n-th thing that it does to a file of the cache, n growing and shrinking, resumed until it
+    ends.
+    """
     facts = Facts(kills=0, without_root=0, without_tables=0, with_partial=0, damaged=[])
     rng, cache = random.Random(1), all_of.folder("write")
     steps = iter([3, 17, 30, 45])  # while the cache itself is being made; then anywhere
@@ -61,7 +64,9 @@ def killed_at_a_write(all_of: Extractions) -> Facts:
             break
         facts["kills"] += 1
         facts["without_root"] += not (cache / "zarr.json").exists()
-        facts["without_tables"] += any(not (p.parent / "parts" / "tables.json").exists() for p in cache.glob("*/*/zarr.json"))
+        facts["without_tables"] += any(
+            not (p.parent / "parts" / "tables.json").exists() for p in cache.glob("*/*/zarr.json")
+        )
         facts["with_partial"] += any(cache.rglob(".partial-*"))
     return facts | Facts(same=all_of.same(cache))
 
@@ -73,7 +78,9 @@ def killed_while_retrying(all_of: Extractions) -> Facts:
     here.tree = all_of.tree | {"data": {"root": str(world), "images": None, "annotations": None}}
     fresh, cache, facts = here.folder("retry fresh"), here.folder("retry"), Facts(kills=0, damaged=[])
     assert Child(here.function(fresh)).wait() == 0
-    pictures = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in sorted((world / "train2017").iterdir())[1::5]}
+    pictures = {
+        file: (file.read_bytes(), file.stat().st_mtime_ns) for file in sorted((world / "train2017").iterdir())[1::5]
+    }
     for file, (data, _) in pictures.items():
         file.write_bytes(data[:99])
     assert Child(here.function(cache)).wait() == 0
@@ -102,7 +109,9 @@ def _die_before(n: int, cache: Path) -> None:
         if event == "fcntl.flock":
             path = os.readlink(f"/proc/self/fd/{arguments[0]}")
             counts = "/.partial-" in path
-        elif event in WRITING or (event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+        elif event in WRITING or (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        ):
             path = os.fspath(arguments[0]) if isinstance(arguments[0], str | os.PathLike) else ""
             counts = str(path).startswith(str(cache))
         else:
@@ -152,13 +161,20 @@ def too_long_a_file(all_of: Extractions) -> Facts:
 
     assert Child(command(whole)).wait() == 0
     first, facts = Child(command(cache, limit)), Facts()
-    facts |= {"code": first.wait(), "printed": first.printed(), "damaged": damaged(cache), "kept": len(list(cache.rglob("parts/*.json")))}
+    facts |= {
+        "code": first.wait(),
+        "printed": first.printed(),
+        "damaged": damaged(cache),
+        "kept": len(list(cache.rglob("parts/*.json"))),
+    }
     second = Child(command(cache))
     return facts | {"again": second.wait(), "same": digests(cache) == digests(whole)}
 
 
 def full_disk(all_of: Extractions) -> Facts:
-    """A file system of 500 kB, made larger after the error. Needs the right to mount, at least in a namespace of its own."""
+    """A file system of 500 kB, made larger after the error. Needs the right to mount, at least in a namespace of its
+    own.
+    """
     disk = all_of.folder("disk")
     disk.mkdir()
     libc, results = ctypes.CDLL(None, use_errno=True), all_of.folder("disk.json")
@@ -169,8 +185,12 @@ def full_disk(all_of: Extractions) -> Facts:
 
     def fill() -> Facts:
         child = Child(all_of.command(disk / "cache"))
-        return Facts(code=child.wait(), printed=child.printed(), damaged=damaged(disk / "cache"),
-                     kept=len(list((disk / "cache").rglob("parts/*.json"))))
+        return Facts(
+            code=child.wait(),
+            printed=child.printed(),
+            damaged=damaged(disk / "cache"),
+            kept=len(list((disk / "cache").rglob("parts/*.json"))),
+        )
 
     def scene() -> None:
         _own_mounts(libc)

@@ -20,18 +20,30 @@ Box = tuple[float, float, float, float]
 
 def objects_of(*rows: tuple[int, int, Box] | tuple[int, int, Box, bool]) -> Objects:
     """From (image id, label, box[, crowd])."""
-    return Objects(np.array([row[0] for row in rows], np.int64), np.array([row[2] for row in rows], np.float64).reshape(-1, 4),
-                   np.array([row[1] for row in rows], np.int64), np.array([len(row) > 3 and row[3] for row in rows], bool))
+    return Objects(
+        np.array([row[0] for row in rows], np.int64),
+        np.array([row[2] for row in rows], np.float64).reshape(-1, 4),
+        np.array([row[1] for row in rows], np.int64),
+        np.array([len(row) > 3 and row[3] for row in rows], bool),
+    )
 
 
 def found_of(*rows: tuple[int, int, Box, float]) -> Found:
     """From (image id, label, box, score)."""
-    return Found(np.array([row[0] for row in rows], np.int64), np.array([row[2] for row in rows], np.float64).reshape(-1, 4),
-                 np.array([row[1] for row in rows], np.int64), np.array([row[3] for row in rows], np.float64))
+    return Found(
+        np.array([row[0] for row in rows], np.int64),
+        np.array([row[2] for row in rows], np.float64).reshape(-1, 4),
+        np.array([row[1] for row in rows], np.int64),
+        np.array([row[3] for row in rows], np.float64),
+    )
 
 
-def random_scene(seed: int, *, images: int = 20, crowds: float = 0.15, without: int | None = None) -> tuple[Found, Objects]:
-    """Crowded images with ids out of order, equal scores, equal boxes, crowds, and a class without objects if asked for."""
+def random_scene(
+    seed: int, *, images: int = 20, crowds: float = 0.15, without: int | None = None
+) -> tuple[Found, Objects]:
+    """Crowded images with ids out of order, equal scores, equal boxes, crowds, and a class without objects if asked
+    for.
+    """
     rng = np.random.default_rng(seed)
     ids = rng.permutation(1000)[:images]
 
@@ -48,8 +60,12 @@ def random_scene(seed: int, *, images: int = 20, crowds: float = 0.15, without: 
     around = box[of] + rng.normal(0, 4, (most, 4)) * (rng.random(most) < 0.9)[:, None]
     where = np.where(near[:, None], around, boxes(most))
     where[:, 2:] = np.maximum(where[:, 2:], 1)
-    return Found(np.where(near, objects.image_ids[of], rng.choice(ids, most)), where,
-                 np.where(near & (rng.random(most) < 0.6), labels[of], rng.integers(0, 5, most)), rng.random(most).round(2)), objects
+    return Found(
+        np.where(near, objects.image_ids[of], rng.choice(ids, most)),
+        where,
+        np.where(near & (rng.random(most) < 0.6), labels[of], rng.integers(0, 5, most)),
+        rng.random(most).round(2),
+    ), objects
 
 
 def cocoeval(found: Found, objects: Objects, max_detections: int = 1000) -> dict[str, Any]:
@@ -57,7 +73,9 @@ def cocoeval(found: Found, objects: Objects, max_detections: int = 1000) -> dict
     images = sorted({*found.image_ids.tolist(), *objects.image_ids.tolist()})
     header = {"images": [{"id": i} for i in images], "categories": [{"id": k} for k in range(5)]}
     truth = [{**row, "iscrowd": int(crowd)} for row, crowd in zip(_rows(objects), objects.crowd.tolist(), strict=True)]
-    dets = [{**row, "iscrowd": 0, "score": score} for row, score in zip(_rows(found), found.scores.tolist(), strict=True)]
+    dets = [
+        {**row, "iscrowd": 0, "score": score} for row, score in zip(_rows(found), found.scores.tolist(), strict=True)
+    ]
     sides = []
     with contextlib.redirect_stdout(io.StringIO()):
         for annotations in (truth, dets):
@@ -74,5 +92,7 @@ def cocoeval(found: Found, objects: Objects, max_detections: int = 1000) -> dict
 
 def _rows(of: Found | Objects) -> list[dict[str, Any]]:
     columns = (part.tolist() for part in (of.image_ids, of.boxes, of.labels))
-    return [{"id": number, "image_id": image, "category_id": label, "bbox": box, "area": box[2] * box[3]}
-            for number, (image, box, label) in enumerate(zip(*columns, strict=True), start=1)]
+    return [
+        {"id": number, "image_id": image, "category_id": label, "bbox": box, "area": box[2] * box[3]}
+        for number, (image, box, label) in enumerate(zip(*columns, strict=True), start=1)
+    ]

@@ -6,12 +6,43 @@ import copy
 import random
 from typing import Any
 
-STRANGE: list[Any] = [None, True, False, "", "1", "3.0", "x" * 300, "\x1b[31m", "\ufeffa", "\ud800", "../a", "/", 0, -1, 1.0, 1.5, -0.0,
-                      1e300, float("nan"), float("inf"), 1 << 31, 1 << 63, -(1 << 63), 10**400, [], [[]], [1, 2], {}, {"a": 1}]
+STRANGE: list[Any] = [
+    None,
+    True,
+    False,
+    "",
+    "1",
+    "3.0",
+    "x" * 300,
+    "\x1b[31m",
+    "\ufeffa",
+    "\ud800",
+    "../a",
+    "/",
+    0,
+    -1,
+    1.0,
+    1.5,
+    -0.0,
+    1e300,
+    float("nan"),
+    float("inf"),
+    1 << 31,
+    1 << 63,
+    -(1 << 63),
+    10**400,
+    [],
+    [[]],
+    [1, 2],
+    {},
+    {"a": 1},
+]
 
 
 def mutated(tree: Any, seed: int, changes: int = 1) -> Any:
-    """A copy of JSON values in which `changes` places are another value, gone, twice there, or exchanged with one beside them."""
+    """A copy of JSON values in which `changes` places are another value, gone, twice there, or exchanged with one
+    beside them.
+    """
     rng, tree = random.Random(seed), copy.deepcopy(tree)
     for _ in range(changes):
         places = list(_places(tree))

@@ -6,8 +6,12 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-SETTINGS = ("detector.backbone.name=plain_backbone:plain", "detector.backbone.weights=none", "detector.backbone.norm=batch",
-            "detector.backbone.frozen_stages=0")
+SETTINGS = (
+    "detector.backbone.name=plain_backbone:plain",
+    "detector.backbone.weights=none",
+    "detector.backbone.norm=batch",
+    "detector.backbone.frozen_stages=0",
+)
 
 
 class Plain(nn.Module):
@@ -15,8 +19,10 @@ class Plain(nn.Module):
         super().__init__()
         widths = [3, *(4 * level for level in range(1, max(levels) + 1))]
         self.levels, self.channels = levels, [widths[level] for level in levels]
-        self.steps = nn.ModuleList(nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU())
-                                   for before, after in pairwise(widths))
+        self.steps = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU())
+            for before, after in pairwise(widths)
+        )
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         maps = []

@@ -1,7 +1,7 @@
 """A GPU that is not there: tensors say that they are on cuda:0, and are computed on the CPU.
 
-It shows, on any machine, what only a GPU would: operations that mix tensors of both devices, and each time that the host waits for the
-device, by line. It knows nothing of speed, nor of the kernels of a GPU and their rounding.
+It shows, on any machine, what only a GPU would: operations that mix tensors of both devices, and each time that the
+host waits for the device, by line. It knows nothing of speed, nor of the kernels of a GPU and their rounding.
 
     with PretendedCuda() as cuda:
         model.to("cuda")
@@ -30,18 +30,46 @@ import torchvision  # noqa: F401  # its operators
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-# Operations that hand over a number, or a tensor whose size depends on the data: the host waits for what the device has still to do.
-# torchvision's NMS copied its table to the host in earlier versions, and its result has a size of its own in all.
+# Operations that hand over a number, or a tensor whose size depends on the data: the host waits for what the device has
+# still to do. torchvision's NMS copied its table to the host in earlier versions, and its result has a size of its own
+# in all.
 WAITS = {
-    aten._local_scalar_dense.default, aten.nonzero.default, aten.nonzero_numpy.default, aten.masked_select.default, aten.equal.default,
-    aten._unique2.default, aten._unique.default, aten.unique_dim.default, aten.unique_consecutive.default, aten.bincount.default,
-    aten.repeat_interleave.Tensor, aten.histc.default, aten._linalg_check_errors.default, aten.is_nonzero.default,
-    torch.ops.torchvision.nms.default}
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.nonzero_numpy.default,
+    aten.masked_select.default,
+    aten.equal.default,
+    aten._unique2.default,
+    aten._unique.default,
+    aten.unique_dim.default,
+    aten.unique_consecutive.default,
+    aten.bincount.default,
+    aten.repeat_interleave.Tensor,
+    aten.histc.default,
+    aten._linalg_check_errors.default,
+    aten.is_nonzero.default,
+    torch.ops.torchvision.nms.default,
+}
 COPIES = {aten._to_copy.default, aten.copy_.default}
-INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}  # indices may be the host's
-FREE = {aten.detach.default, aten.alias.default, aten._pin_memory.default, aten.is_pinned.default}  # no computation anywhere
+INDEXING = {
+    aten.index.Tensor,
+    aten.index_put_.default,
+    aten.index_put.default,
+    aten._index_put_impl_.default,
+}  # indices may be the host's
+FREE = {
+    aten.detach.default,
+    aten.alias.default,
+    aten._pin_memory.default,
+    aten.is_pinned.default,
+}  # no computation anywhere
 ROOT = Path(__file__).parents[2]  # in which a virtual environment may lie, and which may have any name
-OURS = (*(f"{ROOT}/{folder}/" for folder in ("hdovd", "pipelines", "cache", "cli")), "/torchvision/", "/torch/optim/", "/torch/nn/utils/")
+OURS = (
+    *(f"{ROOT}/{folder}/" for folder in ("hdovd", "pipelines", "cache", "cli")),
+    "/torchvision/",
+    "/torch/optim/",
+    "/torch/nn/utils/",
+)
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
@@ -52,8 +80,15 @@ class OnCuda(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> OnCuda:
-        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(),
-                                                   dtype=held.dtype, device=CUDA, requires_grad=False)
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=CUDA,
+            requires_grad=False,
+        )
         made.held = held
         return made
 
@@ -83,8 +118,9 @@ class OnCuda(torch.Tensor):
 
 
 class PretendedCuda(TorchDispatchMode):
-    """`mixed`: operations that a GPU would refuse. `waits`, `uploads`: how often the host waited, or a copy to the device, by operation and
-    line. `on_host`: what was computed on the CPU with tensors of floating-point numbers."""
+    """`mixed`: operations that a GPU would refuse. `waits`, `uploads`: how often the host waited, or a copy to the
+    device, by operation and line. `on_host`: what was computed on the CPU with tensors of floating-point numbers.
+    """
 
     current: PretendedCuda | None = None
 
@@ -126,10 +162,24 @@ class PretendedCuda(TorchDispatchMode):
         """What a driver would answer."""
         free = 64 * 2**30
         answers: dict[str, Any] = {
-            "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "get_device_name": "Pretended GPU",
-            "is_bf16_supported": True, "get_device_capability": (9, 0), "max_memory_allocated": 0, "memory_allocated": 0,
-            "mem_get_info": (free, free), "synchronize": None, "set_device": None, "empty_cache": None, "reset_peak_memory_stats": None,
-            "set_rng_state": None, "manual_seed_all": None, "get_device_properties": SimpleNamespace(total_memory=free)}
+            "is_available": True,
+            "is_initialized": True,
+            "device_count": 1,
+            "current_device": 0,
+            "get_device_name": "Pretended GPU",
+            "is_bf16_supported": True,
+            "get_device_capability": (9, 0),
+            "max_memory_allocated": 0,
+            "memory_allocated": 0,
+            "mem_get_info": (free, free),
+            "synchronize": None,
+            "set_device": None,
+            "empty_cache": None,
+            "reset_peak_memory_stats": None,
+            "set_rng_state": None,
+            "manual_seed_all": None,
+            "get_device_properties": SimpleNamespace(total_memory=free),
+        }
         found: dict[str, Any] = {f"torch.cuda.{name}": _answering(value) for name, value in answers.items()}
         found["torch.cuda.synchronize"] = lambda *_: self.waits.update([("synchronize", _where())])
         found["torch.cuda.get_rng_state"] = lambda *_: torch.zeros(16, dtype=torch.uint8)
@@ -138,12 +188,16 @@ class PretendedCuda(TorchDispatchMode):
         found["torch.Tensor.is_pinned"] = lambda tensor, *_: self._is_pinned(tensor)
         whole, as_list = torch.Tensor.backward, torch.Tensor.tolist
         found["torch.Tensor.tolist"] = lambda tensor: as_list(tensor.cpu())  # refused to subclasses
-        found["torch.Tensor.backward"] = lambda root, *rest, **more: (_backward if isinstance(root, OnCuda) else whole)(root, *rest, **more)
+        found["torch.Tensor.backward"] = lambda root, *rest, **more: (_backward if isinstance(root, OnCuda) else whole)(
+            root, *rest, **more
+        )
         for name in ("untyped_storage", "data_ptr"):  # safetensors reads a GPU's memory too
             found[f"torch.Tensor.{name}"] = _of_held(getattr(torch.Tensor, name))
         found["concurrent.futures.ThreadPoolExecutor.submit"] = lambda pool, *work: self._submit(pool, *work)
         found["torch.accelerator.is_available"] = _answering(True)
-        found["torch._C._InferenceMode"] = lambda mode: torch.no_grad() if mode else nullcontext()  # wrappers want a version counter
+        found["torch._C._InferenceMode"] = lambda mode: (
+            torch.no_grad() if mode else nullcontext()
+        )  # wrappers want a version counter
         found["torch._has_compatible_shallow_copy_type"] = _answering(False)  # Module.to then makes new parameters
         return found
 
@@ -184,11 +238,18 @@ class PretendedCuda(TorchDispatchMode):
         same = {id(x.held): x for x in tensors if isinstance(x, OnCuda)}  # in place: the same wrapper comes back
         return _changed(out, lambda x: same[id(x)] if id(x) in same else OnCuda(x))
 
-    def _note(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], ours: bool, wanted: str | None) -> None:
+    def _note(
+        self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], ours: bool, wanted: str | None
+    ) -> None:
         if func in COPIES:
             self._note_copy(func, args, kwargs, wanted)
         elif not ours:
-            if func not in FREE and wanted != "cuda" and not func.is_view and any(x.numel() and x.is_floating_point() for x in tensors):
+            if (
+                func not in FREE
+                and wanted != "cuda"
+                and not func.is_view
+                and any(x.numel() and x.is_floating_point() for x in tensors)
+            ):
                 self.on_host[str(func), _where()] += 1
         elif func in INDEXING:
             self._note_indexing(func, args)
@@ -197,14 +258,20 @@ class PretendedCuda(TorchDispatchMode):
                 self.mixed.append(f"{func} {[(type(x).__name__, tuple(x.shape)) for x in tensors]} at {_where()}")
             if func in WAITS and kwargs.get("output_size") is None:
                 self.waits[str(func), _where()] += 1
-            if func is aten.where.self and not all(isinstance(x, OnCuda) for x in tensors):  # a number as a tensor is copied first
+            if func is aten.where.self and not all(
+                isinstance(x, OnCuda) for x in tensors
+            ):  # a number as a tensor is copied first
                 self.uploads[str(func), _where()] += 1
 
     def _note_copy(self, func: Any, args: Any, kwargs: Any, wanted: str | None) -> None:
         if func is aten.copy_.default:
             to, source, free = isinstance(args[0], OnCuda), args[1], len(args) > 2 and args[2]
         else:
-            to, source, free = isinstance(args[0], OnCuda) if wanted is None else wanted == "cuda", args[0], kwargs.get("non_blocking")
+            to, source, free = (
+                isinstance(args[0], OnCuda) if wanted is None else wanted == "cuda",
+                args[0],
+                kwargs.get("non_blocking"),
+            )
         if to and not isinstance(source, OnCuda):
             if not free:  # then the host waits, too, until what the device has still to do is done
                 self.uploads[str(func), _where()] += 1
@@ -218,7 +285,12 @@ class PretendedCuda(TorchDispatchMode):
         if not isinstance(args[0], OnCuda) or any(not isinstance(x, OnCuda) and x.ndim for x in others):
             self.mixed.append(f"{func} of {type(args[0]).__name__} at {_where()}")
         masks = [x for x in rows if x.dtype in (torch.bool, torch.uint8)]
-        fills = func is not aten.index.Tensor and len(rows) == 1 and args[2].numel() == 1 and not (len(args) > 3 and args[3])
+        fills = (
+            func is not aten.index.Tensor
+            and len(rows) == 1
+            and args[2].numel() == 1
+            and not (len(args) > 3 and args[3])
+        )
         if not fills:
             self.waits[str(func), _where()] += sum(isinstance(x, OnCuda) for x in masks)
         self.uploads[str(func), _where()] += sum(not isinstance(x, OnCuda) for x in rows)
@@ -228,7 +300,9 @@ class PretendedCuda(TorchDispatchMode):
 
 @torch.no_grad()
 def _backward(root: torch.Tensor) -> None:
-    """The engine of autograd, which would ask the driver for its contexts: nodes in an order in which all that a node needs is there."""
+    """The engine of autograd, which would ask the driver for its contexts: nodes in an order in which all that a node
+    needs is there.
+    """
     missing: Counter[Any] = Counter()
     seen, found = {root.grad_fn}, [root.grad_fn]
     for node in found:

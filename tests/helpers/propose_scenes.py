@@ -1,6 +1,8 @@
-"""Proposing in a process of its own, for tests that kill it. `play(job, ...)` forks, and returns the exit code and what was printed.
+"""Proposing in a process of its own, for tests that kill it. `play(job, ...)` forks, and returns the exit code and what
+was printed.
 
-`kill_at`: the training step after which the process sends itself `signal`; `kill_in_part`: so that this part is not written.
+`kill_at`: the training step after which the process sends itself `signal`; `kill_in_part`: so that this part is not
+written.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def _run(job: ProposeConfig, kill_at: int = -1, kill_in_part: int = -1, signal: 
     SavingHooks.step = step  # type: ignore[method-assign]
     proposal_parts.Parts.write = write_or_die  # type: ignore[method-assign]
     try:
-        propose(job, lambda line: os.write(1, f"{line}\n".encode()) and None)  # not to what pytest put in place of sys.stdout
+        propose(
+            job, lambda line: os.write(1, f"{line}\n".encode()) and None
+        )  # not to what pytest put in place of sys.stdout
     except Stopped as stopped:
         os.write(2, f"{stopped}\n".encode())
         return stopped.code

@@ -1,9 +1,10 @@
-"""An extraction on a Ray cluster of three CPUs here, one of whose workers is killed at work. `test_spread_extraction` runs it.
+"""An extraction on a Ray cluster of three CPUs here, one of whose workers is killed at work. `test_spread_extraction`
+runs it.
 
     python ray_with_a_death.py EXTRACTION.json CACHE PART_ROWS BATCH_SIZE > FACTS.json
 
-The picture parts are claimed here until three workers are at one each; so they are all at work when one is killed, and none of them
-is writing: what it left half-written would be swept by the next extraction, not by this one.
+The picture parts are claimed here until three workers are at one each; so they are all at work when one is killed, and
+none of them is writing: what it left half-written would be swept by the next extraction, not by this one.
 """
 
 from __future__ import annotations
@@ -47,8 +48,14 @@ def _is_ours(pid: int) -> bool:
 
 
 def main(extraction: Path, cache: Path, part_rows: int, batch_size: int) -> None:
-    config = ExtractConfig.from_dict(json.loads(extraction.read_text()), cache, device="cpu", part_rows=part_rows, batch_size=batch_size,
-                                     executor=Executor.RAY)
+    config = ExtractConfig.from_dict(
+        json.loads(extraction.read_text()),
+        cache,
+        device="cpu",
+        part_rows=part_rows,
+        batch_size=batch_size,
+        executor=Executor.RAY,
+    )
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     lines: list[str] = []
     most = 0
@@ -64,8 +71,11 @@ def main(extraction: Path, cache: Path, part_rows: int, batch_size: int) -> None
             for at in (product, images):
                 for part in range(100):
                     claims.enter_context(folder.claim(f"{at.relative_to(cache)}/{part}", wait=True))
-            texts = [Product(folder, level, at.parent.name) for level in (Level.CLASS, Level.NOUN)
-                     for at in cache.glob(f"{level}/*/zarr.json")]
+            texts = [
+                Product(folder, level, at.parent.name)
+                for level in (Level.CLASS, Level.NOUN)
+                for at in cache.glob(f"{level}/*/zarr.json")
+            ]
             while most < 3 or not all(product.whole for product in texts):
                 time.sleep(0.02)
                 most = max(most, len(workers_at_work()))

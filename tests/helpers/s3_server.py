@@ -1,4 +1,5 @@
-"""An S3 server on 127.0.0.1 with a bucket "caches": moto's, by HTTP/1.1 as the real one. Prints its port; runs until it is killed.
+"""An S3 server on 127.0.0.1 with a bucket "caches": moto's, by HTTP/1.1 as the real one. Prints its port; runs until it
+is killed.
 
 moto's own server closes every connection after one answer and stores a body of which only the beginning arrived.
 """
@@ -32,7 +33,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         started: list[Any] = []
         with one_at_a_time:
-            answer = b"".join(moto(self.environ(body), lambda status, headers, *_: started.append((int(status.split()[0]), headers))))
+            answer = b"".join(
+                moto(self.environ(body), lambda status, headers, *_: started.append((int(status.split()[0]), headers)))
+            )
         (code, headers), is_head = started[0], self.command == "HEAD"
         self.send_response_only(code)
         for name, value in headers:
@@ -50,12 +53,25 @@ class Handler(BaseHTTPRequestHandler):
         """The request as WSGI has it."""
         url = urlsplit(self.path)
         return {f"HTTP_{name.upper().replace('-', '_')}": value for name, value in self.headers.items()} | {
-            "REQUEST_METHOD": self.command, "SCRIPT_NAME": "", "PATH_INFO": unquote_to_bytes(url.path).decode("latin-1"),
-            "QUERY_STRING": url.query, "RAW_URI": self.path, "REQUEST_URI": self.path, "SERVER_PROTOCOL": "HTTP/1.1",
-            "CONTENT_LENGTH": str(len(body)), "CONTENT_TYPE": self.headers.get("Content-Type", ""),
-            "SERVER_NAME": "127.0.0.1", "SERVER_PORT": "80", "wsgi.version": (1, 0), "wsgi.url_scheme": "http",
-            "wsgi.input": io.BytesIO(body), "wsgi.errors": sys.stderr, "wsgi.multithread": True, "wsgi.multiprocess": False,
-            "wsgi.run_once": False}
+            "REQUEST_METHOD": self.command,
+            "SCRIPT_NAME": "",
+            "PATH_INFO": unquote_to_bytes(url.path).decode("latin-1"),
+            "QUERY_STRING": url.query,
+            "RAW_URI": self.path,
+            "REQUEST_URI": self.path,
+            "SERVER_PROTOCOL": "HTTP/1.1",
+            "CONTENT_LENGTH": str(len(body)),
+            "CONTENT_TYPE": self.headers.get("Content-Type", ""),
+            "SERVER_NAME": "127.0.0.1",
+            "SERVER_PORT": "80",
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http",
+            "wsgi.input": io.BytesIO(body),
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+        }
 
     def log_message(self, *_: object) -> None: ...
 

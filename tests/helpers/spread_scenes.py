@@ -26,7 +26,11 @@ def together(all_of: Extractions) -> Facts:
         assert select.select([arrived], [], [], 60)[0], [child.printed() for child in children]
         os.read(arrived, 1)
     os.write(go, b"...")
-    return Facts(codes=[child.wait() for child in children], printed=[child.printed() for child in children], same=all_of.same(cache))
+    return Facts(
+        codes=[child.wait() for child in children],
+        printed=[child.printed() for child in children],
+        same=all_of.same(cache),
+    )
 
 
 def elastic(all_of: Extractions) -> Facts:
@@ -50,14 +54,18 @@ def elastic(all_of: Extractions) -> Facts:
 
 
 def ranks_and_shards(all_of: Extractions) -> Facts:
-    """What torchrun tells its processes: two of one command; then two commands with a shard each, of two processes each."""
+    """What torchrun tells its processes: two of one command; then two commands with a shard each, of two processes
+    each.
+    """
     facts = Facts()
     for name, shares in (("torchrun", [None]), ("torchrun in an array", [Share(0, 2), Share(1, 2)])):
         cache, children = all_of.folder(name), []
         for share in shares:
             for rank in (0, 1):
                 told = {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-                children.append(Child(all_of.function(cache, before=lambda told=told: os.environ.update(told), share=share)))
+                children.append(
+                    Child(all_of.function(cache, before=lambda told=told: os.environ.update(told), share=share))
+                )
         facts[name] = Facts(codes=[child.wait() for child in children], printed=[child.printed() for child in children])
         facts[name]["same"] = all_of.same(cache)
     return facts

@@ -1,4 +1,6 @@
-"""What a store of a cache has to do, for `Folder` and for products on top of it. Each backend's tests subclass `StoreContract`."""
+"""What a store of a cache has to do, for `Folder` and for products on top of it. Each backend's tests subclass
+`StoreContract`.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +36,25 @@ def ragged(counts: Iterable[int], dim: int = 4, seed: int = 0) -> dict[str, np.n
     ids = np.arange(len(counts), dtype=np.int64) * 7 + 3
     return {
         "embedding": (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16),
-        "image_id": ids, "image_hash": ids.astype(np.uint64) * np.uint64(977), "box": rng.uniform(0, 99, (len(rows), 4)).astype(np.float32),
-        "offset": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)}
+        "image_id": ids,
+        "image_hash": ids.astype(np.uint64) * np.uint64(977),
+        "box": rng.uniform(0, 99, (len(rows), 4)).astype(np.float32),
+        "offset": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+    }
 
 
 def begin(folder: Folder, arrays: dict[str, np.ndarray], part_rows: int = PART_ROWS, **made_with: Any) -> ProductWriter:
     """Begin the instance product that holds `arrays`."""
-    return ProductWriter.begin(folder, Level.INSTANCE, {"clip": "c"}, rows=len(arrays["embedding"]), part_rows=part_rows,
-                               dim=arrays["embedding"].shape[1], tables={name: arrays[name] for name in TABLE_ARRAYS[Level.INSTANCE]},
-                               made_with=made_with)
+    return ProductWriter.begin(
+        folder,
+        Level.INSTANCE,
+        {"clip": "c"},
+        rows=len(arrays["embedding"]),
+        part_rows=part_rows,
+        dim=arrays["embedding"].shape[1],
+        tables={name: arrays[name] for name in TABLE_ARRAYS[Level.INSTANCE]},
+        made_with=made_with,
+    )
 
 
 def write_parts(writer: ProductWriter, arrays: dict[str, np.ndarray], parts: Iterable[int] | None = None) -> Product:
@@ -122,7 +134,9 @@ class StoreContract:
         assert list(folder.sizes("")) == sorted(contents(folder))
         assert list(contents(folder)) == ["instance/ab.json", "instance/ab/x", "instance/ab/y/z", "instance/abc/x"]
         assert folder.sizes("instance/a") == folder.sizes("instance/ab/x") == {}
-        assert [name for name in ("instance/ab", "instance", "instance/a", "instance/ab/x") if folder.exists(name)] == ["instance/ab/x"]
+        assert [name for name in ("instance/ab", "instance", "instance/a", "instance/ab/x") if folder.exists(name)] == [
+            "instance/ab/x"
+        ]
         folder.delete("instance/a")
         folder.delete("instance/ab")
         folder.delete("instance/ab")
@@ -222,8 +236,9 @@ class StoreContract:
                 open_rows(product, "embedding", mapped=True)
 
     @pytest.mark.parametrize("writes", [1, 10, 13])
-    def test_a_broken_write_leaves_no_half_finished_part_and_goes_on(self, folder: Folder, monkeypatch: pytest.MonkeyPatch,
-                                                                     writes: int) -> None:
+    def test_a_broken_write_leaves_no_half_finished_part_and_goes_on(
+        self, folder: Folder, monkeypatch: pytest.MonkeyPatch, writes: int
+    ) -> None:
         arrays = ragged(COUNTS)
         write_parts(begin(folder, arrays), arrays)
         unbroken = contents(folder)
@@ -296,7 +311,9 @@ class StoreContract:
 
     def test_any_zarr_client_reads_it(self, url: str, write_cache: Callable[..., Any]) -> None:
         written = write_cache(url, part_rows=4)
-        root: Any = zarr.open_group(zarr.storage.FsspecStore.from_url(url, read_only=True) if "://" in url else url, mode="r")
+        root: Any = zarr.open_group(
+            zarr.storage.FsspecStore.from_url(url, read_only=True) if "://" in url else url, mode="r"
+        )
         for level, key in Catalog(url).sets()["default"].levels.items():
             assert root[f"{level}/{key}"].attrs["key_inputs"] == written.inputs[level]
             for name, wanted in written.arrays[level].items():

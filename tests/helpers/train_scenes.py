@@ -1,8 +1,8 @@
 """A training run in a process of its own, for tests that kill it.
 
-JOB: data, cache, out, protocol, settings, resume, save_minutes, log_every; `kill_at`: the step after which the process kills itself
-(-9), or sends itself, or with `group` all its workers too, `signal`; `kill_in_validation`: of this number; `kill_in_catch_up`: at the
-end of the epoch that this step ends; `validate`: whether to validate at all.
+JOB: data, cache, out, protocol, settings, resume, save_minutes, log_every; `kill_at`: the step after which the process
+kills itself (-9), or sends itself, or with `group` all its workers too, `signal`; `kill_in_validation`: of this number;
+`kill_in_catch_up`: at the end of the epoch that this step ends; `validate`: whether to validate at all.
 """
 
 from __future__ import annotations
@@ -56,8 +56,19 @@ def main(job: dict[str, Any]) -> int:
     recipe = load_recipe("demo", job["settings"])
     data = DataPaths(Path(job["data"])) if job["data"] else DataPaths()
     try:
-        train.train(train.TrainConfig(data=data, cache=job["cache"], out=Path(job["out"]), recipe=recipe, protocol=job["protocol"], device="cpu", resume=job.get("resume", False),
-                                   save_minutes=job.get("save_minutes", 0.0), validation=data if job.get("validate") else None))
+        train.train(
+            train.TrainConfig(
+                data=data,
+                cache=job["cache"],
+                out=Path(job["out"]),
+                recipe=recipe,
+                protocol=job["protocol"],
+                device="cpu",
+                resume=job.get("resume", False),
+                save_minutes=job.get("save_minutes", 0.0),
+                validation=data if job.get("validate") else None,
+            )
+        )
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.code

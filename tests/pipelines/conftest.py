@@ -21,11 +21,25 @@ TrainMicro = Callable[..., RunFolder]
 def train_micro(world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe]) -> TrainMicro:
     """Train a micro run: `train_micro(out, "train.seed=1", overwrite=True)`."""
 
-    def run(out: Path, *settings: str, data: Path | None = None, from_cache: Path | None = None, overwrite: bool = False,
-            log: Callable[[str], None] = lambda _: None) -> RunFolder:
+    def run(
+        out: Path,
+        *settings: str,
+        data: Path | None = None,
+        from_cache: Path | None = None,
+        overwrite: bool = False,
+        log: Callable[[str], None] = lambda _: None,
+    ) -> RunFolder:
         root = data or world
         recipe, protocol = micro_recipe(*settings), str(root / "protocol.toml")
-        job = TrainConfig(data=DataPaths(root), cache=from_cache or training_cache, out=out, recipe=recipe, protocol=protocol, device="cpu", overwrite=overwrite)
+        job = TrainConfig(
+            data=DataPaths(root),
+            cache=from_cache or training_cache,
+            out=out,
+            recipe=recipe,
+            protocol=protocol,
+            device="cpu",
+            overwrite=overwrite,
+        )
         return train(job, log)
 
     return run
@@ -49,7 +63,9 @@ def browser() -> Iterator[Any]:
 
     One a file: while it is open, an event loop runs in this thread, and no other can.
     """
-    chromium = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    chromium = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
     if chromium is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     with pytest.importorskip("playwright.sync_api").sync_playwright() as tools:

@@ -33,7 +33,8 @@ def to_corners(xyzr: Tensor) -> Tensor:
 
 
 def refine(xyzr: Tensor, deltas: Tensor) -> Tensor:
-    """Boxes moved by (..., 4) deltas: the centre by parts of 2^z, z and r by addition (arXiv 2203.16507, section 3.1)."""
+    """Boxes moved by (..., 4) deltas: the centre by parts of 2^z, z and r by addition (arXiv 2203.16507, section
+    3.1)."""
     return torch.cat([xyzr[..., :2] + deltas[..., :2] * 2.0 ** xyzr[..., 2:3], xyzr[..., 2:] + deltas[..., 2:]], dim=-1)
 
 

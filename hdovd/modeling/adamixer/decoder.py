@@ -1,8 +1,9 @@
-"""One stage of AdaMixer: queries look at each other, sample the pyramid, mix what they found, and say what and where they are.
+"""One stage of AdaMixer: queries look at each other, sample the pyramid, mix what they found, and say what and where
+they are.
 
-arXiv 2203.16507, section 3. Departures of HD-OVD's released code, which are followed here: the residual of self-attention keeps
-the positional code; the class branch has no ReLU; a third branch says how likely there is any object.
-N pictures, Q queries of each, C channels, G groups, P points, D embedding size.
+arXiv 2203.16507, section 3. Departures of HD-OVD's released code, which are followed here: the residual of
+self-attention keeps the positional code; the class branch has no ReLU; a third branch says how likely there is any
+object. N pictures, Q queries of each, C channels, G groups, P points, D embedding size.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ PICTURE = 1000.0  # pixels, the unit of x and y in the positional code; released
 
 
 class DecoderStage(nn.Module):
-    """Attention, sampling with mixing, feed-forward; and the three branches, of which the class feature is read apart (`describe`)."""
+    """Attention, sampling with mixing, feed-forward; and the three branches, of which the class feature is read apart
+    (`describe`).
+    """
 
     def __init__(self, config: DecoderConfig, channels: int, dim: int) -> None:
         super().__init__()
@@ -30,18 +33,26 @@ class DecoderStage(nn.Module):
         self.offsets = nn.Linear(channels, config.groups * config.points * 3)
         self.mixing = AdaptiveMixing(channels, config.groups, config.points, config.out_points)
         self.mixing_norm = nn.LayerNorm(channels)
-        self.feedforward = nn.Sequential(nn.Linear(channels, config.feedforward), nn.ReLU(inplace=True),
-                                         nn.Linear(config.feedforward, channels))
+        self.feedforward = nn.Sequential(
+            nn.Linear(channels, config.feedforward), nn.ReLU(inplace=True), nn.Linear(config.feedforward, channels)
+        )
         self.feedforward_norm = nn.LayerNorm(channels)
-        self.class_feature = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels), nn.Linear(channels, dim))
-        layers = [layer for _ in range(3) for layer in (nn.Linear(channels, channels), nn.LayerNorm(channels), nn.ReLU(inplace=True))]
+        self.class_feature = nn.Sequential(
+            nn.Linear(channels, channels), nn.LayerNorm(channels), nn.Linear(channels, dim)
+        )
+        layers = [
+            layer
+            for _ in range(3)
+            for layer in (nn.Linear(channels, channels), nn.LayerNorm(channels), nn.ReLU(inplace=True))
+        ]
         self.deltas = nn.Sequential(*layers, nn.Linear(channels, 4))
         hidden = config.objectness_channels
         self.objectness = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, 1))
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier but where it says otherwise: boxes stay, points lie within half a side, one level finer than the box."""
+        """Xavier but where it says otherwise: boxes stay, points lie within half a side, one level finer than the
+        box."""
         for part in (self.attention, self.feedforward, self.class_feature, self.deltas, self.objectness):
             for weight in part.parameters():
                 if weight.dim() > 1:
@@ -56,7 +67,9 @@ class DecoderStage(nn.Module):
             points[:, 2] = -1.0
 
     def forward(self, table: SamplingTable, content: Tensor, xyzr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Refine queries of content (N, Q, C) and boxes (N, Q, 4) xyzr: the new content, the new xyzr, and the deltas between."""
+        """Refine queries of content (N, Q, C) and boxes (N, Q, 4) xyzr: the new content, the new xyzr, and the deltas
+        between.
+        """
         content = content + positional_code(xyzr, content.shape[-1])
         content = self.attention_norm(content + self.attention(content, (covered(to_corners(xyzr)) + 1e-7).log()))
         points = self.points_of(content, xyzr)
@@ -67,7 +80,8 @@ class DecoderStage(nn.Module):
         return content, refine(xyzr, deltas), deltas
 
     def points_of(self, content: Tensor, xyzr: Tensor) -> Tensor:
-        """Where queries sample: (N, Q, G, P, 3) x, y, z, offsets from the box in its sides and in levels (section 3.2)."""
+        """Where queries sample: (N, Q, G, P, 3) x, y, z, offsets from the box in its sides and in levels (section
+        3.2)."""
         offsets: Tensor = self.offsets(content).float().unflatten(-1, (self.groups, self.points, 3))
         unit = torch.cat([sides(xyzr), torch.ones_like(xyzr[..., :1])], dim=-1)
         return xyzr[..., None, None, :3] + offsets * unit[..., None, None, :]
@@ -84,7 +98,9 @@ class DecoderStage(nn.Module):
 
 
 class BoxAttention(nn.Module):
-    """Self-attention of queries, biased by how much of the one's box the other's covers (section 3.4: IoF), a learned amount a head."""
+    """Self-attention of queries, biased by how much of the one's box the other's covers (section 3.4: IoF), a learned
+    amount a head.
+    """
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -105,7 +121,9 @@ class BoxAttention(nn.Module):
 
 
 def positional_code(xyzr: Tensor, channels: int) -> Tensor:
-    """Boxes (..., 4) -> (..., C): C / 4 channels for each of x, y, z, r, sines and cosines in turn (arXiv 1706.03762, section 3.5)."""
+    """Boxes (..., 4) -> (..., C): C / 4 channels for each of x, y, z, r, sines and cosines in turn (arXiv 1706.03762,
+    section 3.5).
+    """
     unit = torch.tensor([PICTURE, PICTURE, 1.0, 1.0], dtype=xyzr.dtype).to(xyzr.device, non_blocking=True)
     waves = channels // 8
     wavelength = 10000 ** (torch.arange(waves, device=xyzr.device, dtype=xyzr.dtype) / waves)

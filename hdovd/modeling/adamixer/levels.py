@@ -1,6 +1,8 @@
-"""What distils, over all stages: level 1's losses in visual space (METHOD section 4) and level 2's in text space (sections 5 and 11).
+"""What distils, over all stages: level 1's losses in visual space (METHOD section 4) and level 2's in text space
+(sections 5 and 11).
 
-S stages, K base classes, n pairs of a stage, b base and p pseudo boxes with a query, of one stage and all processes, D embedding size.
+S stages, K base classes, n pairs of a stage, b base and p pseudo boxes with a query, of one stage and all processes, D
+embedding size.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from hdovd.modeling.losses.instance import relation_loss
 
 
 class InstanceLevels(nn.Module):
-    """Pairs are those of all processes: every process pushes the same rows into its memories, which are in the checkpoint.
+    """Pairs are those of all processes: every process pushes the same rows into its memories, which are in the
+    checkpoint.
 
     (The released code's are of one process each, and lost with it.)
     """
@@ -38,7 +41,9 @@ class InstanceLevels(nn.Module):
         """`students`, `teachers`: (n, D) L2-normalised q and e of each stage. The losses are summed over stages."""
         config = self.config
         aligned, related = [], []
-        for q, e, student_queue, teacher_queue in zip(students, teachers, self.student_queues, self.teacher_queues, strict=True):
+        for q, e, student_queue, teacher_queue in zip(
+            students, teachers, self.student_queues, self.teacher_queues, strict=True
+        ):
             assert isinstance(student_queue, FeatureQueue)
             assert isinstance(teacher_queue, FeatureQueue)
             counts = counts_of_ranks(len(q), q.device)
@@ -51,8 +56,10 @@ class InstanceLevels(nn.Module):
             student_queue.push(q)
             teacher_queue.push(e)
         nothing = aligned[0] * 0
-        return {"instance_alignment": config.alignment_weight * torch.stack(aligned).sum(),
-                "instance_relation": config.relation_weight * torch.stack([nothing, *related]).sum()}
+        return {
+            "instance_alignment": config.alignment_weight * torch.stack(aligned).sum(),
+            "instance_relation": config.relation_weight * torch.stack([nothing, *related]).sum(),
+        }
 
 
 MIN_CLASSES = 2  # with fewer in a batch there is nothing to relate
@@ -61,7 +68,8 @@ MIN_CLASSES = 2  # with fewer in a batch there is nothing to relate
 class TextLevel(nn.Module):
     """Keeps a moving mean of every base class's centroid at every stage, for steps in which the class is absent.
 
-    The means start as the classes' own texts, so their number is known from the first step on. They are in the checkpoint.
+    The means start as the classes' own texts, so their number is known from the first step on. They are in the
+    checkpoint.
     """
 
     def __init__(self, config: TextLevelConfig, stages: int, dim: int) -> None:
@@ -78,22 +86,35 @@ class TextLevel(nn.Module):
         """A checkpoint's number of classes is taken over."""
         assert isinstance(module, TextLevel)
         saved = state.get(prefix + "centroids")
-        if saved is not None and saved.shape[0] == module.centroids.shape[0] and saved.shape[2] == module.centroids.shape[2]:
+        if (
+            saved is not None
+            and saved.shape[0] == module.centroids.shape[0]
+            and saved.shape[2] == module.centroids.shape[2]
+        ):
             module.centroids = module.centroids.new_zeros(saved.shape)
 
-    def forward(self, base: Sequence[tuple[Tensor, Tensor, Tensor]], pseudo: Sequence[tuple[Tensor, Tensor, Tensor]],
-                labels: Tensor, texts: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        base: Sequence[tuple[Tensor, Tensor, Tensor]],
+        pseudo: Sequence[tuple[Tensor, Tensor, Tensor]],
+        labels: Tensor,
+        texts: Tensor,
+    ) -> dict[str, Tensor]:
         """The losses, summed over stages; zero if the batch has fewer than two base classes.
 
         Args:
-            base: of each stage and this process, the distilled features (b, D) of queries with a base box, the box's label (b,) and
+            base: of each stage and this process, the distilled features (b, D) of queries with a base box, the box's
+            label (b,) and
                 the IoU of the two (b,). pseudo: likewise features (p, D), the boxes' texts u (p, D) and weights w (p,).
             labels: of all base boxes of this process. texts: (K, D) of the base classes.
         """
         if self.centroids.shape[1] == 0:
             self.centroids = texts.detach().to(self.centroids).repeat(len(self.centroids), 1, 1)
         if self.centroids.shape[1] != len(texts):
-            raise HdovdError(f"the moving means of this AdaMixer are of {self.centroids.shape[1]} base classes, expected {len(texts)}")
+            raise HdovdError(
+                f"the moving means of this AdaMixer are of {self.centroids.shape[1]} base classes, expected "
+                f"{len(texts)}"
+            )
         texts = texts.float()
         every_label = gather_rows(labels.to(texts)[:, None])[:, 0].long()
         present = torch.zeros(len(texts), dtype=torch.bool, device=texts.device).index_fill(0, every_label, True)
@@ -107,13 +128,24 @@ class TextLevel(nn.Module):
             features, u, weight = _gathered(*of_pseudo)
             students = F.normalize(torch.cat([torch.where(present[:, None], new, old), features]), dim=1)
             teachers = F.normalize(torch.cat([texts, u]), dim=1)
-            aligned.append(text_alignment_loss(students, teachers, torch.cat([present.to(weight), weight[:, 0]]),
-                                               (present.sum() + len(u)).clamp(min=1), self.config.tau))
-            related.append(relation_loss(students, teachers, self.config.relation_tau, self.config.relation_temperature))
+            aligned.append(
+                text_alignment_loss(
+                    students,
+                    teachers,
+                    torch.cat([present.to(weight), weight[:, 0]]),
+                    (present.sum() + len(u)).clamp(min=1),
+                    self.config.tau,
+                )
+            )
+            related.append(
+                relation_loss(students, teachers, self.config.relation_tau, self.config.relation_temperature)
+            )
             moved.append(torch.where((present & enough)[:, None], decay * old + (1 - decay) * new.detach(), old))
         self.centroids = torch.stack(moved)
-        return {"text_alignment": self.config.alignment_weight * torch.stack(aligned).sum() * enough,
-                "text_relation": self.config.relation_weight * torch.stack(related).sum() * enough}
+        return {
+            "text_alignment": self.config.alignment_weight * torch.stack(aligned).sum() * enough,
+            "text_relation": self.config.relation_weight * torch.stack(related).sum() * enough,
+        }
 
 
 def fused(features: Tensor, labels: Tensor, iou: Tensor, classes: int) -> Tensor:
@@ -132,13 +164,17 @@ def fused(features: Tensor, labels: Tensor, iou: Tensor, classes: int) -> Tensor
 
 
 def text_alignment_loss(students: Tensor, teachers: Tensor, weights: Tensor, count: Tensor, tau: float) -> Tensor:
-    """Weighted cross-entropy of rows against texts, `1 / count sum_i w_i CE(tau x_i Y^T, i)`; one way, without a memory.
+    """Weighted cross-entropy of rows against texts, `1 / count sum_i w_i CE(tau x_i Y^T, i)`; one way, without a
+    memory.
 
     Args:
-        students, teachers: (n, D) L2-normalised X and Y. weights: (n,), 0 for a row that is no student. count: () of those that are.
+        students, teachers: (n, D) L2-normalised X and Y. weights: (n,), 0 for a row that is no student. count: () of
+        those that are.
     """
     with torch.autocast(students.device.type, enabled=False):
-        rows = F.cross_entropy(tau * students @ teachers.T, torch.arange(len(students), device=students.device), reduction="none")
+        rows = F.cross_entropy(
+            tau * students @ teachers.T, torch.arange(len(students), device=students.device), reduction="none"
+        )
     return (rows * weights).sum() / count
 
 

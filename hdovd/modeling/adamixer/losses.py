@@ -1,11 +1,11 @@
-"""What trains queries: the losses of the stages (class, objectness, box) and of both proposal heads (HD-OVD, METHOD section 11).
+"""What trains queries: the losses of the stages (class, objectness, box) and of both proposal heads (HD-OVD, METHOD
+section 11).
 
-Stages: over all at once; sums over stages, divided by the base boxes of the batch. Proposal heads: quality focal loss (arXiv
-2006.04388) and GIoU, both towards quality = p * IoU^power. Main head: distinct candidates, one to one with boxes (arXiv 2303.12776,
-section 3.3). Auxiliary head: every position, the best few of each box (TOOD, arXiv 2108.07755, section 3.2). Released code: pictures
-without a box teach neither head.
-S stages, N pictures, Q queries, G boxes of the batch, T boxes of a picture, padded (`pairs`), X prompts, A positions, M candidates,
-H objects of a picture, padded.
+Stages: over all at once; sums over stages, divided by the base boxes of the batch. Proposal heads: quality focal loss
+(arXiv 2006.04388) and GIoU, both towards quality = p * IoU^power. Main head: distinct candidates, one to one with boxes
+(arXiv 2303.12776, section 3.3). Auxiliary head: every position, the best few of each box (TOOD, arXiv 2108.07755,
+section 3.2). Released code: pictures without a box teach neither head. S stages, N pictures, Q queries, G boxes of the
+batch, T boxes of a picture, padded (`pairs`), X prompts, A positions, M candidates, H objects of a picture, padded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from hdovd.modeling.distributed import counts_of_ranks, divisor, gather_rows, ra
 def query_weights(pairs: Pairs, boxes: StepBoxes, config: StageLossConfig) -> Tensor:
     """Weights (S, N, Q) of the queries in the classification loss.
 
-    That of its box, but 0 if the two overlap too little. Without a box a constant, but 0 if it lies on a box that is another's.
+    That of its box, but 0 if the two overlap too little. Without a box a constant, but 0 if it lies on a box that is
+    another's.
     """
     given = pairs.to_queries(torch.where(pairs.own_iou < config.poor_iou, 0.0, boxes.weights), -1.0)
     taken = torch.zeros(pairs.iou.shape[0], *boxes.padded.shape[:2], dtype=torch.bool, device=given.device)
@@ -50,7 +51,9 @@ def objectness_loss(logits: Tensor, is_object: Tensor, count: Tensor) -> Tensor:
 
 
 def box_losses(predicted: Tensor, pairs: Pairs, boxes: StepBoxes, count: Tensor) -> tuple[Tensor, Tensor]:
-    """L1 in sides of the picture, and 1 - GIoU, of boxes (S, N, Q, 4) with the base boxes that they are paired with; sums over `count`."""
+    """L1 in sides of the picture, and 1 - GIoU, of boxes (S, N, Q, 4) with the base boxes that they are paired with;
+    sums over `count`.
+    """
     own = pairs.of_boxes(predicted)
     counted = pairs.found & boxes.is_base
     sides = boxes.sizes.flip(-1).repeat(1, 2)[boxes.picture]
@@ -59,11 +62,14 @@ def box_losses(predicted: Tensor, pairs: Pairs, boxes: StepBoxes, count: Tensor)
     return (far * counted).sum() / count, ((1 - giou) * counted).sum() / count
 
 
-def prompts_and_labels(boxes: StepBoxes, texts: Tensor, background: Tensor, *, with_pseudo: bool) -> tuple[Tensor, Tensor]:
+def prompts_and_labels(
+    boxes: StepBoxes, texts: Tensor, background: Tensor, *, with_pseudo: bool
+) -> tuple[Tensor, Tensor]:
     """The classifier's prompts (X, D), and which of them the query of each box should be found by, (G,) int64.
 
-    Prompts are [t_1..t_K; u of the pseudo boxes of all processes; bg]. The paper writes a picture's own u first: a softmax does not
-    see the order of its columns. Without pseudo boxes among them, those are to be found by bg (and weigh nothing).
+    Prompts are [t_1..t_K; u of the pseudo boxes of all processes; bg]. The paper writes a picture's own u first: a
+    softmax does not see the order of its columns. Without pseudo boxes among them, those are to be found by bg (and
+    weigh nothing).
 
     Args:
         texts: (K, D). background: (1, D).
@@ -92,8 +98,9 @@ def quality_focal_rows(probability: Tensor, quality: Tensor, positive: Tensor) -
         return rows * (wanted - probability).abs() ** 2
 
 
-def main_losses(found: Candidates, objects: Tensor, is_object: Tensor, paired: Tensor,
-                config: QueryProposalsConfig) -> tuple[Tensor, Tensor]:
+def main_losses(
+    found: Candidates, objects: Tensor, is_object: Tensor, paired: Tensor, config: QueryProposalsConfig
+) -> tuple[Tensor, Tensor]:
     """Weighted class and box loss of the main head.
 
     Args:
@@ -107,14 +114,24 @@ def main_losses(found: Candidates, objects: Tensor, is_object: Tensor, paired: T
     quality = torch.where(is_paired, aligned / (aligned + SMALL) * iou.detach(), 0.0)
     counted = found.distinct & is_object.any(dim=1, keepdim=True)
     wanted = _scattered(found.probability, torch.where(is_paired, row, found.probability.shape[1]), quality)
-    positive = _scattered(found.probability, torch.where(is_paired, row, found.probability.shape[1]), is_paired.float()) > 0
+    positive = (
+        _scattered(found.probability, torch.where(is_paired, row, found.probability.shape[1]), is_paired.float()) > 0
+    )
     rows = quality_focal_rows(found.probability, wanted, positive)
     count = divisor(quality.sum())
-    return config.class_weight * (rows * counted).sum() / count, config.box_weight * (quality * (1 - giou)).sum() / count
+    return config.class_weight * (rows * counted).sum() / count, config.box_weight * (
+        quality * (1 - giou)
+    ).sum() / count
 
 
-def auxiliary_losses(dense: DensePredictions, centres: Tensor, valid: Tensor, objects: Tensor, is_object: Tensor,
-                     config: QueryProposalsConfig) -> tuple[Tensor, Tensor]:
+def auxiliary_losses(
+    dense: DensePredictions,
+    centres: Tensor,
+    valid: Tensor,
+    objects: Tensor,
+    is_object: Tensor,
+    config: QueryProposalsConfig,
+) -> tuple[Tensor, Tensor]:
     """Weighted class and box loss of the auxiliary head.
 
     Args:
@@ -136,12 +153,19 @@ def auxiliary_losses(dense: DensePredictions, centres: Tensor, valid: Tensor, ob
 
 
 @torch.no_grad()
-def aligned_positions(dense: DensePredictions, centres: Tensor, valid: Tensor, objects: Tensor, is_object: Tensor,
-                      config: QueryProposalsConfig) -> tuple[Tensor, Tensor]:
+def aligned_positions(
+    dense: DensePredictions,
+    centres: Tensor,
+    valid: Tensor,
+    objects: Tensor,
+    is_object: Tensor,
+    config: QueryProposalsConfig,
+) -> tuple[Tensor, Tensor]:
     """The positions of each object that are best aligned with it, at most k, and the quality that they are to say.
 
-    A position counts if p * IoU^power is over zero, and if it lies within the object; one that several objects want is the one's of
-    the highest IoU. The quality is that measure, scaled so that an object's best position has its highest IoU.
+    A position counts if p * IoU^power is over zero, and if it lies within the object; one that several objects want is
+    the one's of the highest IoU. The quality is that measure, scaled so that an object's best position has its highest
+    IoU.
 
     Returns:
         (N, k, H) int64 positions, (N, k, H) qualities, NONE for a position that does not count.
@@ -151,7 +175,10 @@ def aligned_positions(dense: DensePredictions, centres: Tensor, valid: Tensor, o
     measure = torch.where(valid[..., None] & is_object[:, None], measure, 0.0)
     strength, best = measure.topk(min(config.aux_positives, measure.shape[1]), dim=1)
     place = centres[best]
-    inside = torch.cat([place - objects[:, None, :, :2], objects[:, None, :, 2:] - place], dim=-1).amin(dim=-1) > LEAST_INSIDE
+    inside = (
+        torch.cat([place - objects[:, None, :, :2], objects[:, None, :, 2:] - place], dim=-1).amin(dim=-1)
+        > LEAST_INSIDE
+    )
     wants = inside & (strength > 0)
     own = iou.gather(1, best)
     owner = torch.full_like(iou, NONE).scatter(1, best, torch.where(wants, own, NONE)).argmax(dim=2)
@@ -162,9 +189,11 @@ def aligned_positions(dense: DensePredictions, centres: Tensor, valid: Tensor, o
 
 
 def valid_positions(shapes: Sequence[torch.Size], strides: Sequence[int], sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """The centres (A, 2) x, y of all positions of levels of these shapes, and which count for each picture, (N, A) bool.
+    """The centres (A, 2) x, y of all positions of levels of these shapes, and which count for each picture, (N, A)
+    bool.
 
-    Those within the picture as it would be padded alone, of levels whose stride is not longer than its shorter side (released code).
+    Those within the picture as it would be padded alone, of levels whose stride is not longer than its shorter side
+    (released code).
 
     Args:
         sizes: (N, 2) height, width of the pictures.

@@ -1,4 +1,5 @@
-"""Adaptive mixing (arXiv 2203.16507, section 3.3): channels, then points, are mixed by matrices made of the query itself.
+"""Adaptive mixing (arXiv 2203.16507, section 3.3): channels, then points, are mixed by matrices made of the query
+itself.
 
 M queries of a batch, C channels in G groups, P points in, O points out.
 """
@@ -24,7 +25,9 @@ class AdaptiveMixing(nn.Module):
         made = self.parameters_of(content).view(-1, self.width**2 + self.points * self.out_points)
         of_channels, of_points = made.split([self.width**2, self.points * self.out_points], dim=1)
         values = torch.bmm(sampled.flatten(0, 1).to(made.dtype), of_channels.unflatten(1, (self.width, self.width)))
-        values = torch.bmm(of_points.unflatten(1, (self.out_points, self.points)), _normalised(values, self.points, self.width))
+        values = torch.bmm(
+            of_points.unflatten(1, (self.out_points, self.points)), _normalised(values, self.points, self.width)
+        )
         mixed: Tensor = self.out(_normalised(values, self.out_points, self.width).view(-1, self.out.in_features))
         return mixed
 

@@ -1,8 +1,9 @@
-"""AdaMixer (arXiv 2203.16507) with distinct queries (2303.12776), as HD-OVD distils into it (2503.10152; METHOD section 11).
+"""AdaMixer (arXiv 2203.16507) with distinct queries (2303.12776), as HD-OVD distils into it (2503.10152; METHOD section
+11).
 
-A training step waits for the device three times: for the sides of the pseudo boxes, for the proposals' NMS, and for the costs that
-queries and boxes are paired by.
-N pictures, Q queries of each, S stages, C channels, D embedding size, H hidden, K classes, G boxes of the batch (`pairs`).
+A training step waits for the device three times: for the sides of the pseudo boxes, for the proposals' NMS, and for the
+costs that queries and boxes are paired by. N pictures, Q queries of each, S stages, C channels, D embedding size, H
+hidden, K classes, G boxes of the batch (`pairs`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,15 @@ from hdovd.modeling.adamixer.losses import (
     query_weights,
     valid_positions,
 )
-from hdovd.modeling.adamixer.pairs import Pairs, StepBoxes, boxes_of_step, pair_candidates, pair_stages, pairing_costs, to_host
+from hdovd.modeling.adamixer.pairs import (
+    Pairs,
+    StepBoxes,
+    boxes_of_step,
+    pair_candidates,
+    pair_stages,
+    pairing_costs,
+    to_host,
+)
 from hdovd.modeling.adamixer.proposals import Candidates, DensePredictions, QueryProposals
 from hdovd.modeling.adamixer.sampling import SamplingTable
 from hdovd.modeling.backbones.pyramid import build_backbone
@@ -49,14 +58,18 @@ LEAST_PROBABILITY = 1e-5  # of a candidate, and 1 less it the most, in the cost 
 
 
 class TextAdapters(nn.Module):
-    """`classified` is what the classifier compares with its prompts; `distilled` what the losses in text space are about.
+    """`classified` is what the classifier compares with its prompts; `distilled` what the losses in text space are
+    about.
 
-    The second one's weights are made of the last ones of the first, which learn nothing by it. It starts as the identity.
+    The second one's weights are made of the last ones of the first, which learn nothing by it. It starts as the
+    identity.
     """
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.visual_to_text = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.visual_to_text = nn.Sequential(
+            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, dim)
+        )
         self.transfer = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, dim))
         for start in self.transfer[-1].parameters():
             nn.init.zeros_(start)
@@ -79,9 +92,9 @@ class TextAdapters(nn.Module):
 class ForwardOutput:
     """What the network finds in a batch.
 
-    features: pyramid maps by level name, normalised. candidates, auxiliary (None where nobody asked): what the proposals found.
-    contents: (N, Q, C) after each stage. boxes: (N, Q, 4) xyxy pixels of the padded batch, after each stage; each has the gradient
-    of its own stage's deltas alone. deltas: (N, Q, 4) of the last stage.
+    features: pyramid maps by level name, normalised. candidates, auxiliary (None where nobody asked): what the
+    proposals found. contents: (N, Q, C) after each stage. boxes: (N, Q, 4) xyxy pixels of the padded batch, after each
+    stage; each has the gradient of its own stage's deltas alone. deltas: (N, Q, 4) of the last stage.
     """
 
     features: dict[str, Tensor]
@@ -95,8 +108,8 @@ class ForwardOutput:
 class AdaMixer(Detector):
     """The query-based detector with its losses: backbone, proposals, stages, adapters, levels.
 
-    It knows objects by the text embedding of the word "object", which it keeps (`set_object_text`). Without one, the mean of the base
-    classes' embeddings is taken in the first training step, and `log` says so.
+    It knows objects by the text embedding of the word "object", which it keeps (`set_object_text`). Without one, the
+    mean of the base classes' embeddings is taken in the first training step, and `log` says so.
     """
 
     training_parts = ("proposals.auxiliary.", "instance_level.", "text_level.", "image_level.", "extra.")
@@ -106,7 +119,10 @@ class AdaMixer(Detector):
     def __init__(self, recipe: Recipe, dim: int, log: Callable[[str], None] | None) -> None:
         super().__init__()
         if not isinstance(recipe.detector, AdaMixerConfig):
-            raise HdovdError(f"detector.name = {recipe.detector.name!r}: this detector needs a recipe with detector.name = 'adamixer'")
+            raise HdovdError(
+                f"detector.name = {recipe.detector.name!r}: this detector needs a recipe with detector.name = "
+                f"'adamixer'"
+            )
         config = recipe.detector
         self.recipe, self.dim, self.log, self.config = recipe, dim, log, config
         channels, levels = config.backbone.fpn_channels, config.backbone.levels
@@ -148,10 +164,15 @@ class AdaMixer(Detector):
         return stage
 
     def look(self, pixels: Tensor, *, with_auxiliary: bool) -> ForwardOutput:
-        """Run a padded batch (N, 3, H, W) through the network. Raises HdovdError if the text of "object" is not known."""
+        """Run a padded batch (N, 3, H, W) through the network. Raises HdovdError if the text of "object" is not
+        known."""
         if not self.knows_objects:
-            raise HdovdError("this AdaMixer was not trained and was given no text embedding of \"object\" (set_object_text)")
-        features = {name: norm(maps) for norm, (name, maps) in zip(self.norms, self.backbone(pixels).items(), strict=True)}
+            raise HdovdError(
+                'this AdaMixer was not trained and was given no text embedding of "object" (set_object_text)'
+            )
+        features = {
+            name: norm(maps) for norm, (name, maps) in zip(self.norms, self.backbone(pixels).items(), strict=True)
+        }
         maps, proposals = list(features.values()), self.proposals
         trunk = proposals.trunk(maps[1:])
         dense = proposals.main(trunk, self.strides[1:], self.object_text)
@@ -172,7 +193,8 @@ class AdaMixer(Detector):
     def predict(self, images: list[Tensor], texts: Tensor) -> list[RoIPredictions]:
         """The last stage's queries of every image, with their scores for any classes (METHOD section 7).
 
-        s2 is a softmax over the classes here. Objectness takes no part, and boxes are not clipped to the image (released code).
+        s2 is a softmax over the classes here. Objectness takes no part, and boxes are not clipped to the image
+        (released code).
 
         Args:
             images: (3, h, w) uint8 RGB each. texts: (K, D) text embeddings of the classes asked for.
@@ -184,32 +206,42 @@ class AdaMixer(Detector):
         s1 = cosine_logits(self.adapters.classified(c), prompts, self.config.decoder.logit_scale).softmax(dim=1)
         s2 = None
         if self.recipe.loss.uses_pseudo_boxes:  # one of the levels that teach c, or its adapter, what CLIP says
-            s2 = cosine_logits(self.adapters.distilled(c), texts, self.recipe.inference.distillation_scale).softmax(dim=1)
+            s2 = cosine_logits(self.adapters.distilled(c), texts, self.recipe.inference.distillation_scale).softmax(
+                dim=1
+            )
         queries = look.boxes[-1].shape[1]
         seconds = [None] * len(images) if s2 is None else s2.split(queries)
-        return [RoIPredictions(boxes / boxes.new_tensor([*factor, *factor]), one, two)
-                for boxes, factor, one, two in zip(look.boxes[-1], factors, s1.split(queries), seconds, strict=True)]
+        return [
+            RoIPredictions(boxes / boxes.new_tensor([*factor, *factor]), one, two)
+            for boxes, factor, one, two in zip(look.boxes[-1], factors, s1.split(queries), seconds, strict=True)
+        ]
 
     def begin_epoch(self, epoch: int) -> None:
-        """The stages see pseudo boxes, and the levels distil, from the recipe's epoch on. The proposals see pseudo boxes in all epochs
-        (released code)."""
+        """The stages see pseudo boxes, and the levels distil, from the recipe's epoch on. The proposals see pseudo
+        boxes in all epochs (released code).
+        """
         self.distils = epoch >= self.recipe.pseudo_boxes.from_epoch
 
-    def forward(self, images: list[Tensor], targets: list[Targets], texts: Tensor,
-                keys: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """The weighted losses of one batch, by name, summed over stages; with several processes those of the global batch in the mean.
+    def forward(
+        self, images: list[Tensor], targets: list[Targets], texts: Tensor, keys: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """The weighted losses of one batch, by name, summed over stages; with several processes those of the global
+        batch in the mean.
 
         Args:
             images: (3, h, w) uint8 RGB each. targets: one an image, in its pixels.
             texts: (K, D) text embeddings of the base classes.
-            keys: a whole number below 2**63 an image, which decides its scale; nothing else is drawn. None: torch's global generator.
+            keys: a whole number below 2**63 an image, which decides its scale; nothing else is drawn. None: torch's
+            global generator.
 
         Raises HdovdError for keys that do not fit.
         """
         if not self.knows_objects:
             self.set_object_text(mean_text(texts))
             if self.log is not None:
-                self.log("adamixer: no text embedding of \"object\" was given; the mean of the base classes' texts stands in for it")
+                self.log(
+                    'adamixer: no text embedding of "object" was given; the mean of the base classes\' texts stands in for it'  # noqa: E501
+                )
         batch, boxes = self._batch(images, targets, keys)
         look = self.look(batch.tensors, with_auxiliary=True)
         c = torch.stack([self.stage(s).describe(content) for s, content in enumerate(look.contents)])
@@ -225,7 +257,8 @@ class AdaMixer(Detector):
 
     @torch.inference_mode()
     def students(self, images: list[Tensor], targets: list[Targets], keys: Sequence[int] | None = None) -> Students:
-        """The last stage's student embeddings, as `forward` makes them for the instance level; no loss, and no memory changes.
+        """The last stage's student embeddings, as `forward` makes them for the instance level; no loss, and no memory
+        changes.
 
         Raises ValueError if the recipe does without the instance level.
         """
@@ -240,14 +273,20 @@ class AdaMixer(Detector):
         order = box.argsort()
         return Students(q[order], box[order], boxes.targets)
 
-    def _batch(self, images: list[Tensor], targets: list[Targets], keys: Sequence[int] | None) -> tuple[ImageList, StepBoxes]:
+    def _batch(
+        self, images: list[Tensor], targets: list[Targets], keys: Sequence[int] | None
+    ) -> tuple[ImageList, StepBoxes]:
         image_keys = keys_of(keys, len(images))
         batch, factors = batch_images(images, self.recipe.input, draw_short_sides(image_keys, self.recipe.input))
         scaled = scale_all(targets, factors)
-        return batch, boxes_of_step(scaled, batch.image_sizes, self.recipe.pseudo_boxes, self.recipe.loss.class_, with_pseudo=self.distils)
+        return batch, boxes_of_step(
+            scaled, batch.image_sizes, self.recipe.pseudo_boxes, self.recipe.loss.class_, with_pseudo=self.distils
+        )
 
     def _pair(self, look: ForwardOutput, logits: Tensor, boxes: StepBoxes) -> tuple[Pairs, Tensor]:
-        """Which query is which box's at each stage; and the candidate (N, H) of each object, or -1. One transfer each way."""
+        """Which query is which box's at each stage; and the candidate (N, H) of each object, or -1. One transfer each
+        way.
+        """
         costs = self.config.matching
         found = look.candidates
         probability = found.probability.clamp(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
@@ -256,7 +295,9 @@ class AdaMixer(Detector):
         on_host = to_host([of_candidates, found.distinct, of_stages, iou])
         paired = pair_candidates(on_host[0], on_host[1], boxes.object_counts)
         query = pair_stages(on_host[2], boxes)
-        both = torch.cat([torch.from_numpy(paired).flatten(), torch.from_numpy(query).flatten()]).to(logits.device, non_blocking=True)
+        both = torch.cat([torch.from_numpy(paired).flatten(), torch.from_numpy(query).flatten()]).to(
+            logits.device, non_blocking=True
+        )
         first, second = both.split([paired.size, query.size])
         return Pairs.of(query, second.view(query.shape), on_host[3], iou, boxes), first.view(paired.shape)
 
@@ -269,8 +310,9 @@ class AdaMixer(Detector):
         auxiliary = auxiliary_losses(look.auxiliary, centres, valid, boxes.objects, boxes.is_object, config)
         return dict(zip(("rpn_cls", "rpn_box", "rpn_aux_cls", "rpn_aux_box"), (*main, *auxiliary), strict=True))
 
-    def _stage_losses(self, look: ForwardOutput, logits: Tensor, classified: Tensor, pairs: Pairs, boxes: StepBoxes,
-                      texts: Tensor) -> dict[str, Tensor]:
+    def _stage_losses(
+        self, look: ForwardOutput, logits: Tensor, classified: Tensor, pairs: Pairs, boxes: StepBoxes, texts: Tensor
+    ) -> dict[str, Tensor]:
         weights = self.config.loss
         count = divisor(boxes.is_base.sum())
         prompts, labels = prompts_and_labels(boxes, texts, self.background, with_pseudo=self.recipe.loss.class_.enabled)
@@ -278,16 +320,25 @@ class AdaMixer(Detector):
         wanted = pairs.to_queries(labels, len(prompts) - 1)
         far, apart = box_losses(torch.stack(look.boxes), pairs, boxes, count)
         is_object = pairs.to_queries(torch.ones_like(boxes.weights), 0.0)
-        return {"classification": weights.classification * classification_loss(scores, wanted, query_weights(pairs, boxes, weights), count),
-                "objectness": weights.objectness * objectness_loss(logits, is_object, count),
-                "box": weights.box * far, "giou": weights.giou * apart}
+        return {
+            "classification": weights.classification
+            * classification_loss(scores, wanted, query_weights(pairs, boxes, weights), count),
+            "objectness": weights.objectness * objectness_loss(logits, is_object, count),
+            "box": weights.box * far,
+            "giou": weights.giou * apart,
+        }
 
     def _distillation(self, view: StepContext, c: Tensor, pairs: Pairs, boxes: StepBoxes) -> dict[str, Tensor]:
         """The levels' losses; zero before their first epoch, so that a log has the same columns throughout."""
         losses: dict[str, Tensor] = {}
         if not self.distils:
-            names = {"instance_alignment": self.instance_level, "instance_relation": self.instance_level,
-                     "text_alignment": self.text_level, "text_relation": self.text_level, "image_alignment": self.image_level}
+            names = {
+                "instance_alignment": self.instance_level,
+                "instance_relation": self.instance_level,
+                "text_alignment": self.text_level,
+                "text_relation": self.text_level,
+                "image_alignment": self.image_level,
+            }
             return {name: c.new_zeros(()) for name, level in names.items() if level is not None}
         if self.instance_level is not None:
             students = pairs.students(c)
@@ -305,11 +356,26 @@ def mean_text(texts: Tensor) -> Tensor:
     return F.normalize(F.normalize(texts.float(), dim=1).mean(dim=0), dim=0)
 
 
-
-def _view(look: ForwardOutput, batch: ImageList, boxes: StepBoxes, pairs: Pairs, texts: Tensor, c: Tensor | None,
-          classified: Tensor) -> StepContext:
+def _view(
+    look: ForwardOutput,
+    batch: ImageList,
+    boxes: StepBoxes,
+    pairs: Pairs,
+    texts: Tensor,
+    c: Tensor | None,
+    classified: Tensor,
+) -> StepContext:
     """The step as losses of the recipe's own see it: the last stage's queries are the RoIs."""
     box_of_query = pairs.to_queries(torch.arange(len(boxes.boxes), device=texts.device), -1)[-1].flatten()
     d = None if c is None else c[-1].flatten(0, 1)[pairs.paired_queries(-1)]
-    return StepContext(look.features, batch.image_sizes, boxes.targets, texts, list(look.boxes[-1].detach()), box_of_query,
-                    look.deltas.flatten(0, 1), classified[-1].flatten(0, 1), d)
+    return StepContext(
+        look.features,
+        batch.image_sizes,
+        boxes.targets,
+        texts,
+        list(look.boxes[-1].detach()),
+        box_of_query,
+        look.deltas.flatten(0, 1),
+        classified[-1].flatten(0, 1),
+        d,
+    )

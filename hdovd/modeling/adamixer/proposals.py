@@ -1,8 +1,8 @@
 """Where queries come from: a dense class-agnostic head whose best distinct boxes they are (arXiv 2303.12776).
 
-Two heads share a trunk. The main one is trained on distinct candidates alone and gives the queries; the auxiliary one is trained
-densely, and is of no use afterwards. The losses are in `losses`.
-N pictures, A positions of all levels, M candidates of a picture, Q queries, C channels, D embedding size.
+Two heads share a trunk. The main one is trained on distinct candidates alone and gives the queries; the auxiliary one
+is trained densely, and is of no use afterwards. The losses are in `losses`. N pictures, A positions of all levels, M
+candidates of a picture, Q queries, C channels, D embedding size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ RARE = -math.log(99)  # logit of 1 %
 
 @dataclass(frozen=True, slots=True)
 class DensePredictions:
-    """probability (N, A) of there being an object, boxes (N, A, 4) xyxy pixels; levels one after the other, row by row."""
+    """probability (N, A) of there being an object, boxes (N, A, 4) xyxy pixels; levels one after the other, row by
+    row."""
 
     probability: Tensor
     boxes: Tensor
@@ -32,7 +33,9 @@ class DensePredictions:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The best positions of each level: probability (N, M), boxes (N, M, 4); distinct (N, M) bool, those that survive the NMS."""
+    """The best positions of each level: probability (N, M), boxes (N, M, 4); distinct (N, M) bool, those that survive
+    the NMS.
+    """
 
     probability: Tensor
     boxes: Tensor
@@ -40,7 +43,9 @@ class Candidates:
 
 
 class ProposalTrunk(nn.Module):
-    """Two convolutions, the same for all levels; between them a level takes a part of its neighbours' channels in place of its own."""
+    """Two convolutions, the same for all levels; between them a level takes a part of its neighbours' channels in place
+    of its own.
+    """
 
     def __init__(self, channels: int, shuffle: int) -> None:
         super().__init__()
@@ -56,8 +61,11 @@ class ProposalTrunk(nn.Module):
         """The last channels from the coarser level, those before from the finer one; at the ends from itself."""
         coarser, finer = maps[min(level + 1, len(maps) - 1)], maps[max(level - 1, 0)]
         size = maps[level].shape[-2:]
-        parts = [maps[level][:, : self.own], _resized(coarser[:, self.own + self.shuffle :], size),
-                 _resized(finer[:, self.own : self.own + self.shuffle], size)]
+        parts = [
+            maps[level][:, : self.own],
+            _resized(coarser[:, self.own + self.shuffle :], size),
+            _resized(finer[:, self.own : self.own + self.shuffle], size),
+        ]
         return torch.cat(parts, dim=1)
 
 
@@ -80,8 +88,8 @@ class DenseHead(nn.Module):
             reach = self.scales[level] * self.deltas(pixels).float().exp().flatten(2).transpose(1, 2) * stride
             centres = positions(pixels.shape[-2:], stride, pixels.device)
             boxes.append(torch.cat([centres - reach[..., :2], centres + reach[..., 2:]], dim=-1))
-            # Released code: each channel is normalised over the positions of its level, not each position over its channels,
-            # so that this is no cosine. Weights that were trained with it mean nothing without it.
+            # Released code: each channel is normalised over the positions of its level, not each position over its
+            # channels, so that this is no cosine. Weights that were trained with it mean nothing without it.
             feature = self.feature(pixels).float().flatten(2)
             aligned = ((text / feature.norm(dim=2).clamp(min=1e-12))[:, None] @ feature)[:, 0]
             probabilities.append(torch.sigmoid(self.object_scale * aligned + self.object_bias))
@@ -99,42 +107,58 @@ class QueryProposals(nn.Module):
         self.content_norm = nn.LayerNorm(channels)
 
     def candidates(self, dense: DensePredictions, positions_of_levels: list[int]) -> Candidates:
-        """The best of each level, with gradient, and which of them are distinct. The NMS waits for the device, once for the batch.
+        """The best of each level, with gradient, and which of them are distinct. The NMS waits for the device, once for
+        the batch.
 
-        Of equal ones the first: in the padding all are equal, and without an order each kernel would find other objects from there.
+        Of equal ones the first: in the padding all are equal, and without an order each kernel would find other objects
+        from there.
         """
         chosen, first = [], 0
         for count in positions_of_levels:
-            best = dense.probability[:, first : first + count].sort(dim=1, descending=True, stable=True).indices[:, : self.config.pre_nms]
+            best = (
+                dense.probability[:, first : first + count]
+                .sort(dim=1, descending=True, stable=True)
+                .indices[:, : self.config.pre_nms]
+            )
             chosen.append(best + first)
             first += count
         index = torch.cat(chosen, dim=1)
         probability = dense.probability.gather(1, index)
         boxes = dense.boxes.gather(1, index[..., None].expand(-1, -1, 4))
         kept = nms_of_images(boxes.detach(), probability.detach(), self.config.nms)
-        distinct = torch.zeros(index.numel(), dtype=torch.bool, device=index.device).index_fill(0, kept, True).view_as(index)
+        distinct = (
+            torch.zeros(index.numel(), dtype=torch.bool, device=index.device).index_fill(0, kept, True).view_as(index)
+        )
         return Candidates(probability, boxes, distinct & (probability > 0))
 
     @torch.no_grad()
     def choose(self, candidates: Candidates, queries: int) -> Tensor:
         """The boxes (N, Q, 4) xyxy that queries start from: distinct candidates, best first.
 
-        Where a picture has fewer than `queries` of them, those that the NMS dropped follow, best first, so that all pictures of a
-        batch have as many; Q is less than `queries` only where there are fewer candidates of either kind. (The released code stops.)
+        Where a picture has fewer than `queries` of them, those that the NMS dropped follow, best first, so that all
+        pictures of a batch have as many; Q is less than `queries` only where there are fewer candidates of either kind.
+        (The released code stops.)
         """
-        order = by_rank(candidates.probability, candidates.distinct).sort(dim=1, descending=True, stable=True).indices[:, :queries]
+        order = (
+            by_rank(candidates.probability, candidates.distinct)
+            .sort(dim=1, descending=True, stable=True)
+            .indices[:, :queries]
+        )
         return candidates.boxes.gather(1, order[..., None].expand(-1, -1, 4))
 
     def content(self, table: SamplingTable, boxes: Tensor) -> Tensor:
-        """What queries of boxes (N, Q, 4) start from, (N, Q, C): the pyramid at the box's centre, at the level of its size."""
+        """What queries of boxes (N, Q, 4) start from, (N, Q, C): the pyramid at the box's centre, at the level of its
+        size.
+        """
         points = to_xyzr(boxes)[..., None, None, :3]
         content: Tensor = self.content_norm(table.sample(points, 1)[..., 0, 0, :])
         return content
 
 
 def by_rank(probability: Tensor, distinct: Tensor) -> Tensor:
-    """Numbers by which candidates of some probability (...) are in order, the distinct ones (...) bool first, which keep all their bits:
-    small ones lie closer together than the bits of a number above 1."""
+    """Numbers by which candidates of some probability (...) are in order, the distinct ones (...) bool first, which
+    keep all their bits: small ones lie closer together than the bits of a number above 1.
+    """
     return probability.where(distinct, probability - 1)
 
 

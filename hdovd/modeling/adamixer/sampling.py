@@ -1,8 +1,9 @@
-"""3-D feature sampling (arXiv 2203.16507, section 3.2): bilinear in the picture, and between pyramid levels by a softmax.
+"""3-D feature sampling (arXiv 2203.16507, section 3.2): bilinear in the picture, and between pyramid levels by a
+softmax.
 
-A point takes 4 cells of each of L levels, 4 L rows of one table, weighted: an embedding bag. That neither copies values a level
-nor asks for maps of another layout, and its gradient is one pass over the rows.
-N pictures, C channels in G groups, Q queries, P points of each in each group.
+A point takes 4 cells of each of L levels, 4 L rows of one table, weighted: an embedding bag. That neither copies values
+a level nor asks for maps of another layout, and its gradient is one pass over the rows. N pictures, C channels in G
+groups, Q queries, P points of each in each group.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ class SamplingTable:
     def __init__(self, maps: list[Tensor], strides: list[int]) -> None:
         """`maps`: (N, C, h, w) each. `strides`: pixels a cell, of each."""
         device = maps[0].device
-        sizes = torch.stack([torch._shape_as_tensor(m)[2:] for m in maps])  # (L, 2) height, width; tensors, so that a trace keeps them
+        sizes = torch.stack(
+            [torch._shape_as_tensor(m)[2:] for m in maps]
+        )  # (L, 2) height, width; tensors, so that a trace keeps them
         wide = sizes + 2  # with the border
         bordered = [F.pad(m.float(), (1, 1, 1, 1)).permute(0, 2, 3, 1).flatten(1, 2) for m in maps]
         self.rows = torch.cat(bordered, dim=1).contiguous()  # (N, cells, C) float32
@@ -35,8 +38,8 @@ class SamplingTable:
         """The values at points, of the group's own channels.
 
         Args:
-            points: (N, Q, G, P, 3) x, y in pixels of the padded batch, and z, the logarithm (base 2) of the stride looked for.
-            groups: G.
+            points: (N, Q, G, P, 3) x, y in pixels of the padded batch, and z, the logarithm (base 2) of the stride
+            looked for. groups: G.
 
         Returns:
             (N, Q, G, P, C / G) float32. Outside of the maps there are zeros.
@@ -48,7 +51,9 @@ class SamplingTable:
         index = (index + picture) * groups + group  # a row of the table is a cell's channels of one group
         step = self.width * groups
         steps = torch.stack([torch.zeros_like(step), torch.full_like(step, groups), step, step + groups], dim=1)
-        index = index[..., None] + steps  # (N, Q, G, P, L, 4): of 32 bits, which are sorted several times faster than 64
+        index = (
+            index[..., None] + steps
+        )  # (N, Q, G, P, L, 4): of 32 bits, which are sorted several times faster than 64
         table = self.rows.reshape(-1, channels // groups)
         index, weight = index.flatten(0, 3).flatten(1), weight.flatten(0, 3).flatten(1)
         if torch.onnx.is_in_onnx_export():  # whose embedding bag is a loop over the points
@@ -58,7 +63,8 @@ class SamplingTable:
         return taken.view(*points.shape[:-1], channels // groups)
 
     def _cells(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """The upper left of the four cells around each point, (..., L) int32, and the weights of the four, (..., L, 4)."""
+        """The upper left of the four cells around each point, (..., L) int32, and the weights of the four, (..., L,
+        4)."""
         across, down = (self._axis(points[..., axis], 1 - axis) for axis in (0, 1))
         index = down[0].int() * self.width + across[0].int() + self.first
         of_level = (-((points[..., 2:] - self.strides.log2()) ** 2) / SOFTNESS).softmax(dim=-1)
@@ -68,7 +74,8 @@ class SamplingTable:
         return index, torch.stack([upper - right_up, right_up, lower - right_low, right_low], dim=-1)
 
     def _axis(self, place: Tensor, side: int) -> tuple[Tensor, Tensor]:
-        """Whole cell and rest, (..., L) each, of a coordinate (...) in pixels; what lies outside ends up in the border."""
+        """Whole cell and rest, (..., L) each, of a coordinate (...) in pixels; what lies outside ends up in the
+        border."""
         last = self.sizes[:, side]
         cell = (place[..., None] / self.strides - 0.5).clamp(min=-1.0).minimum(last)
         whole = cell.detach().floor().minimum(last - 1)

@@ -23,8 +23,10 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from hdovd.config.backbone import BackboneConfig
 from hdovd.core.errors import HdovdError, require_readable
 
-RANDOM_AND_FROZEN = ("backbone.weights is none and backbone.norm is frozen: a random frozen backbone cannot learn; set "
-                     "detector.backbone.norm=batch and detector.backbone.frozen_stages=0")
+RANDOM_AND_FROZEN = (
+    "backbone.weights is none and backbone.norm is frozen: a random frozen backbone cannot learn; set "
+    "detector.backbone.norm=batch and detector.backbone.frozen_stages=0"
+)
 
 
 class TinyResNet(nn.Module):
@@ -53,7 +55,9 @@ class ForeignPyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork(channels, out_channels, LastLevelMaxPool())
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        maps: dict[str, Tensor] = self.fpn({str(level): maps for level, maps in zip(self.levels, self.body(pixels), strict=True)})
+        maps: dict[str, Tensor] = self.fpn(
+            {str(level): maps for level, maps in zip(self.levels, self.body(pixels), strict=True)}
+        )
         return maps
 
 
@@ -87,7 +91,9 @@ def build_backbone(config: BackboneConfig, log: Callable[[str], None] | None) ->
 
 
 def with_synced_norms(model: nn.Module) -> nn.Module:
-    """The model with SyncBatchNorm in place of every batch norm that is not frozen; timm's keep the activation that they hold."""
+    """The model with SyncBatchNorm in place of every batch norm that is not frozen; timm's keep the activation that
+    they hold.
+    """
     if any(isinstance(module, ForeignPyramid) for module in model.modules()):
         from timm.layers import convert_sync_batchnorm as convert  # type: ignore[attr-defined]  # torch's own would drop them
     else:
@@ -97,13 +103,20 @@ def with_synced_norms(model: nn.Module) -> nn.Module:
 
 
 def _foreign(config: BackboneConfig, log: Callable[[str], None] | None) -> ForeignPyramid:
-    from hdovd.modeling.backbones.third_party import build_body  # timm's import takes a second, and nobody else needs it
+    from hdovd.modeling.backbones.third_party import (
+        build_body,
+    )  # timm's import takes a second, and nobody else needs it
 
-    body = build_body(config if log is not None or config.weights != "auto" else config.model_copy(update={"weights": "none"}))
+    body = build_body(
+        config if log is not None or config.weights != "auto" else config.model_copy(update={"weights": "none"})
+    )
     if log is not None and config.weights in ("auto", "none"):
         if config.weights == "none" and config.norm == "frozen" and config.name.startswith(("timm:", "torchvision:")):
             raise HdovdError(RANDOM_AND_FROZEN)
-        log(f"backbone {config.name}: {'pretrained weights' if config.weights == 'auto' else 'as it is built, no weights loaded'}")
+        log(
+            f"backbone {config.name}: "
+            f"{'pretrained weights' if config.weights == 'auto' else 'as it is built, no weights loaded'}"
+        )
     elif log is not None:
         _load(body.inner, {str(k).removeprefix("inner."): v for k, v in _read(Path(config.weights)).items()}, config)
         log(f"backbone {config.name}: weights from {config.weights}")
@@ -112,7 +125,11 @@ def _foreign(config: BackboneConfig, log: Callable[[str], None] | None) -> Forei
 
 def _freeze(body: nn.Module, stages: int) -> None:
     """Freeze the first stages (1: the stem): their weights, and the statistics of their batch norms."""
-    frozen = {name for names in [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)][:stages] for name in names}
+    frozen = {
+        name
+        for names in [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)][:stages]
+        for name in names
+    }
     for path, module in list(body.named_modules()):
         if path.split(".")[0] in frozen:
             module.requires_grad_(False)
@@ -138,15 +155,19 @@ def _initialise(body: nn.Module, config: BackboneConfig, log: Callable[[str], No
 
 
 def _load(body: nn.Module, state: dict[str, Tensor], config: BackboneConfig) -> None:
-    """Load what the body has of a state dict; timm joins the first two parts of a name where it keeps feature maps alone."""
+    """Load what the body has of a state dict; timm joins the first two parts of a name where it keeps feature maps
+    alone.
+    """
     wanted = {k: v for k, v in body.state_dict().items() if not k.startswith("fc.")}
     state = {k if k in wanted else str(k).replace(".", "_", 1): v for k, v in state.items()}
     state = {k: v for k, v in state.items() if k in wanted and isinstance(v, Tensor)}
     missing = sorted(k for k in wanted.keys() - state.keys() if not k.endswith("num_batches_tracked"))
     wrong = sorted(k for k, v in state.items() if v.shape != wanted[k].shape)
     if missing or wrong:
-        raise HdovdError(f"{config.weights} does not fit {config.name}: missing {missing[:4]}, of another shape {wrong[:4]} "
-                         f"({len(missing)} and {len(wrong)} in all)")
+        raise HdovdError(
+            f"{config.weights} does not fit {config.name}: missing {missing[:4]}, of another shape {wrong[:4]} "
+            f"({len(missing)} and {len(wrong)} in all)"
+        )
     body.load_state_dict(state, strict=False)
 
 
@@ -160,7 +181,8 @@ def _imagenet(config: BackboneConfig, log: Callable[[str], None]) -> dict[str, T
         raise HdovdError(
             f"the ImageNet weights of {config.name} are not reachable from here ({error}). On a machine with internet "
             f"fetch {weights.url}, then set detector.backbone.weights=FILE; or train from random initialisation with "
-            "detector.backbone.weights=none, norm=batch and frozen_stages=0") from error
+            "detector.backbone.weights=none, norm=batch and frozen_stages=0"
+        ) from error
     log(f"backbone {config.name}: {weights}")
     return dict(state)
 
@@ -170,9 +192,17 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise HdovdError(f"backbone weights {path}: no such file")
     require_readable(path)
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:
-        raise HdovdError(f"backbone weights {path}: not a .safetensors file or a state dict that is safe to load ({error})") from error
+        raise HdovdError(
+            f"backbone weights {path}: not a .safetensors file or a state dict that is safe to load ({error})"
+        ) from error
     if not isinstance(state, dict):
-        raise HdovdError(f"backbone weights {path}: expected a state dict, names to tensors; found {type(state).__name__}")
+        raise HdovdError(
+            f"backbone weights {path}: expected a state dict, names to tensors; found {type(state).__name__}"
+        )
     return state

@@ -1,7 +1,7 @@
 """Backbones that are not this package's: timm's, torchvision's classifiers, and the user's own.
 
-Each becomes a module that maps a batch of pictures (N, 3, H, W) to one feature map (N, C_l, H / 2^l, W / 2^l) a level l,
-fine to coarse, with `channels`, the C_l. What is claimed is tried out on zeros when it is built.
+Each becomes a module that maps a batch of pictures (N, 3, H, W) to one feature map (N, C_l, H / 2^l, W / 2^l) a level
+l, fine to coarse, with `channels`, the C_l. What is claimed is tried out on zeros when it is built.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Body(nn.Module):
 
 
 def build_body(config: BackboneConfig) -> Body:
-    """The network that `config.name` names, with the weights it is built with. Raises HdovdError naming the recipe's key."""
+    """The network that `config.name` names, with the weights it is built with. Raises HdovdError naming the recipe's
+    key.
+    """
     origin, _, name = config.name.partition(":")
     body = {"timm": _timm, "torchvision": _torchvision}.get(origin, _own)(config, name)
     _try_out(body, config)
@@ -55,19 +57,25 @@ def _timm(config: BackboneConfig, name: str) -> Body:
     try:
         whole: Any = timm.create_model(name, features_only=True, pretrained=False)
         places = [_last_at(whole.feature_info.reduction(), 2**level, config) for level in config.levels]
-        inner: Any = timm.create_model(name, features_only=True, pretrained=config.weights == "auto", out_indices=places)
+        inner: Any = timm.create_model(
+            name, features_only=True, pretrained=config.weights == "auto", out_indices=places
+        )
     except HdovdError:
         raise
     except Exception as error:  # no feature maps, no pretrained weights, no network: timm has many ways to say so
-        raise HdovdError(f"{KEY} = {config.name!r} with weights = {config.weights!r}: timm cannot build it with feature maps: "
-                         f"{type(error).__name__}: {error}") from error
+        raise HdovdError(
+            f"{KEY} = {config.name!r} with weights = {config.weights!r}: timm cannot build it with feature maps: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     return Body(inner, [int(c) for c in inner.feature_info.channels()], list)
 
 
 def _last_at(strides: list[int], stride: int, config: BackboneConfig) -> int:
     if stride not in strides:
-        raise HdovdError(f"{KEY} = {config.name!r}: detector.backbone.levels {config.levels} want a feature map of stride {stride}; "
-                         f"found strides {strides}")
+        raise HdovdError(
+            f"{KEY} = {config.name!r}: detector.backbone.levels {config.levels} want a feature map of stride {stride}; "
+            f"found strides {strides}"
+        )
     return len(strides) - 1 - strides[::-1].index(stride)
 
 
@@ -79,16 +87,25 @@ def _torchvision(config: BackboneConfig, name: str) -> Body:
     try:
         network = torchvision.models.get_model(name, weights="DEFAULT" if config.weights == "auto" else None)
     except Exception as error:
-        raise HdovdError(f"{KEY} = {config.name!r} with weights = {config.weights!r}: torchvision cannot build it: {error}") from error
+        raise HdovdError(
+            f"{KEY} = {config.name!r} with weights = {config.weights!r}: torchvision cannot build it: {error}"
+        ) from error
     ends: list[tuple[int, str]] = []  # level and part, in the order in which they end
 
     def note(part: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: object, maps: object) -> None:
             if isinstance(maps, Tensor) and maps.dim() == 4:
-                ends.extend((level, part) for level in config.levels if maps.shape[2:] == (TRIAL[0] >> level, TRIAL[1] >> level))
+                ends.extend(
+                    (level, part) for level in config.levels if maps.shape[2:] == (TRIAL[0] >> level, TRIAL[1] >> level)
+                )
+
         return hook
 
-    handles = [part.register_forward_hook(note(path)) for path, part in network.named_modules() if path and path.count(".") <= 1]
+    handles = [
+        part.register_forward_hook(note(path))
+        for path, part in network.named_modules()
+        if path and path.count(".") <= 1
+    ]
     try:
         with torch.no_grad():
             network.eval()(torch.zeros(1, 3, *TRIAL))
@@ -98,7 +115,10 @@ def _torchvision(config: BackboneConfig, name: str) -> Body:
         handle.remove()
     last = dict(ends)
     if missing := [level for level in config.levels if level not in last]:
-        raise HdovdError(f"{KEY} = {config.name!r}: no part of it ends with a feature map of stride {[2**level for level in missing]}")
+        raise HdovdError(
+            f"{KEY} = {config.name!r}: no part of it ends with a feature map of stride "
+            f"{[2**level for level in missing]}"
+        )
     inner = create_feature_extractor(network, {last[level]: str(level) for level in config.levels})
     with torch.no_grad():
         channels = [maps.shape[1] for maps in inner(torch.zeros(1, 3, *TRIAL)).values()]
@@ -108,17 +128,27 @@ def _torchvision(config: BackboneConfig, name: str) -> Body:
 def _own(config: BackboneConfig, _: str) -> Body:
     build = resolve(config.name, KEY)
     if not callable(build):
-        raise HdovdError(f"{KEY} = {config.name!r}: expected a function that returns a torch.nn.Module, found {type(build).__name__}")
+        raise HdovdError(
+            f"{KEY} = {config.name!r}: expected a function that returns a torch.nn.Module, found {type(build).__name__}"
+        )
     if config.weights == "auto":
-        raise HdovdError(f"{KEY} = {config.name!r} has no weights to download: set detector.backbone.weights to none or a file, or let "
-                         "the function load them")
+        raise HdovdError(
+            f"{KEY} = {config.name!r} has no weights to download: set detector.backbone.weights to none or a file, or "
+            f"let "
+            "the function load them"
+        )
     inner = build(levels=list(config.levels))
     if not isinstance(inner, nn.Module):
         raise HdovdError(f"{KEY} = {config.name!r}: expected a torch.nn.Module, found {type(inner).__name__}")
     channels = getattr(inner, "channels", None)
-    if not (isinstance(channels, list) and len(channels) == len(config.levels) and all(isinstance(c, int) for c in channels)):
-        raise HdovdError(f"{KEY} = {config.name!r}: expected an attribute channels, a list of {len(config.levels)} whole numbers, one for "
-                         f"each of the levels {config.levels}; found {channels!r}")
+    if not (
+        isinstance(channels, list) and len(channels) == len(config.levels) and all(isinstance(c, int) for c in channels)
+    ):
+        raise HdovdError(
+            f"{KEY} = {config.name!r}: expected an attribute channels, a list of {len(config.levels)} whole numbers, "
+            f"one for "
+            f"each of the levels {config.levels}; found {channels!r}"
+        )
     return Body(inner, channels, list)
 
 
@@ -128,7 +158,9 @@ def _try_out(body: Body, config: BackboneConfig) -> None:
     Weights that no map depends on (timm keeps blocks behind the last map) are frozen: data-parallel training would wait
     for their gradients.
     """
-    expected = [(2, c, TRIAL[0] >> level, TRIAL[1] >> level) for c, level in zip(body.channels, config.levels, strict=True)]
+    expected = [
+        (2, c, TRIAL[0] >> level, TRIAL[1] >> level) for c, level in zip(body.channels, config.levels, strict=True)
+    ]
     modes = {module: module.training for module in body.modules()}
     try:
         maps = body.eval()(torch.zeros(2, 3, *TRIAL))
@@ -138,8 +170,10 @@ def _try_out(body: Body, config: BackboneConfig) -> None:
     for module, mode in modes.items():  # parents first; torch.fx's modules change more than a flag
         module.train(mode)
     if found != expected:
-        raise HdovdError(f"{KEY} = {config.name!r}: for two pictures of {TRIAL[1]} x {TRIAL[0]} expected feature maps {expected}, "
-                         f"one for each of the levels {config.levels}; found {found}")
+        raise HdovdError(
+            f"{KEY} = {config.name!r}: for two pictures of {TRIAL[1]} x {TRIAL[0]} expected feature maps {expected}, "
+            f"one for each of the levels {config.levels}; found {found}"
+        )
     weights = [p for p in body.parameters() if p.requires_grad]
     if weights and any(level.requires_grad for level in maps):
         gradients = torch.autograd.grad(torch.stack([level.sum() for level in maps]).sum(), weights, allow_unused=True)
@@ -148,33 +182,48 @@ def _try_out(body: Body, config: BackboneConfig) -> None:
 
 
 def _fails(config: BackboneConfig, error: Exception) -> str:
-    return (f"{KEY} = {config.name!r}: fails on a picture of {TRIAL[1]} x {TRIAL[0]}; a detector's backbone takes pictures of any size "
-            f"that is a multiple of 32: {type(error).__name__}: {error}")
+    return (
+        f"{KEY} = {config.name!r}: fails on a picture of {TRIAL[1]} x {TRIAL[0]}; a detector's backbone takes pictures "
+        f"of any size "
+        f"that is a multiple of 32: {type(error).__name__}: {error}"
+    )
 
 
 def _freeze_norms(body: Body, config: BackboneConfig) -> None:
     if not any(isinstance(module, _BatchNorm) for module in body.modules()):
-        raise HdovdError(f"detector.backbone.norm = 'frozen': {config.name} has no batch norm to freeze; norm = 'batch' leaves its norms "
-                         "as they are")
+        raise HdovdError(
+            f"detector.backbone.norm = 'frozen': {config.name} has no batch norm to freeze; norm = 'batch' leaves its "
+            f"norms "
+            "as they are"
+        )
     body.inner = freeze_batch_norm_2d(body.inner)
 
 
 def _freeze_stages(body: Body, config: BackboneConfig) -> None:
-    """1: what comes before the parts that end at stride 4; s: all up to the map of stride 2^s. Where parts follow one another."""
+    """1: what comes before the parts that end at stride 4; s: all up to the map of stride 2^s. Where parts follow one
+    another.
+    """
     parts = list(body.inner.named_children())
     order = [name for name, _ in parts]
     info = getattr(body.inner, "feature_info", None)
-    ends = {int(entry["reduction"]): str(entry["module"]).replace(".", "_") for entry in ([] if info is None else info.info)}
+    ends = {
+        int(entry["reduction"]): str(entry["module"]).replace(".", "_") for entry in ([] if info is None else info.info)
+    }
     last = ends.get(4 if config.frozen_stages == 1 else 2**config.frozen_stages)
     if last in order:
         for name, part in parts[: order.index(last) + (config.frozen_stages > 1)]:
             setattr(body.inner, name, freeze_batch_norm_2d(part).requires_grad_(False))
         return
-    raise HdovdError(f"detector.backbone.frozen_stages = {config.frozen_stages}: where the stages of {config.name} begin and end is not "
-                     "known; set 0, or freeze them in a function of your own (docs/EXTENDING.md)")
+    raise HdovdError(
+        f"detector.backbone.frozen_stages = {config.frozen_stages}: where the stages of {config.name} begin and end is "
+        f"not "
+        "known; set 0, or freeze them in a function of your own (docs/EXTENDING.md)"
+    )
 
 
 def _unknown(config: BackboneConfig, name: str, known: list[str], origin: str) -> HdovdError:
     near = difflib.get_close_matches(name, known, 1)
-    return HdovdError(f"{KEY} = {config.name!r}: {origin} has no model {name!r}"
-                      + (f"; did you mean {origin}:{near[0]}" if near else ""))
+    return HdovdError(
+        f"{KEY} = {config.name!r}: {origin} has no model {name!r}"
+        + (f"; did you mean {origin}:{near[0]}" if near else "")
+    )

@@ -1,7 +1,7 @@
 """The detector as one function of tensors alone, from a picture to detections, that torch can trace.
 
 It is `Detector.predict` and `inference.detect` over the same weights, written so that a trace keeps what depends on the
-data: sizes are tensors, nothing is a Python number that a picture decides, and no device is written into it. 
+data: sizes are tensors, nothing is a Python number that a picture decides, and no device is written into it.
 R RoIs or queries, C classes, D embedding size.
 """
 
@@ -29,8 +29,9 @@ from hdovd.modeling.rpn import ExactAnchors
 
 
 class ExportableDetector(nn.Module):
-    """One picture, any classes, detections: what detection needs of a trained model, which is put in eval mode. A detector's own says
-    what it finds (`rois`) and how sure it is (`scores`)."""
+    """One picture, any classes, detections: what detection needs of a trained model, which is put in eval mode. A
+    detector's own says what it finds (`rois`) and how sure it is (`scores`).
+    """
 
     mean: Tensor
     std: Tensor
@@ -50,7 +51,8 @@ class ExportableDetector(nn.Module):
         Args:
             image: (3, h, w) uint8 RGB, of any size.
             texts: (C, D) float32 text embeddings of the classes asked for, of any length.
-            is_novel: (C,) bool: classes that were not annotated in training (METHOD section 7). Without effect on a model that
+            is_novel: (C,) bool: classes that were not annotated in training (METHOD section 7). Without effect on a
+            model that
                 has one score alone.
 
         Returns:
@@ -63,8 +65,9 @@ class ExportableDetector(nn.Module):
         return self._detections(boxes, scores[:, :-1])
 
     def rois(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What does not depend on the classes: boxes (R, 4) xyxy pixels of `image`; features (R, D) that are compared with the classes'
-        texts, and those that distillation taught, if the model has them."""
+        """What does not depend on the classes: boxes (R, 4) xyxy pixels of `image`; features (R, D) that are compared
+        with the classes' texts, and those that distillation taught, if the model has them.
+        """
         raise NotImplementedError
 
     def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -72,7 +75,9 @@ class ExportableDetector(nn.Module):
         raise NotImplementedError
 
     def prepare(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`batch_images` of one: pixels (3, H, W), padded; size (2,) of the picture in them and resize factors (2,), y before x."""
+        """`batch_images` of one: pixels (3, H, W), padded; size (2,) of the picture in them and resize factors (2,), y
+        before x.
+        """
         config = self.recipe.input
         shape = torch._shape_as_tensor(image)[1:].double()
         # Both sides at once: of a number and a tensor, or of two numbers, ONNX would take the quotient in float32.
@@ -98,7 +103,9 @@ def class_nms(boxes: Tensor, scores: Tensor, threshold: float, least: float) -> 
     """NMS within each class of all scores above `least`: (n, 2) RoI and label, RoI by RoI."""
     candidates = (scores > least).nonzero()
     roi, label = candidates.unbind(1)
-    apart = boxes.double()[roi] + label.double()[:, None] * (torch.cat([boxes.double().flatten(), boxes.new_zeros(1)]).amax() + 1)
+    apart = boxes.double()[roi] + label.double()[:, None] * (
+        torch.cat([boxes.double().flatten(), boxes.new_zeros(1)]).amax() + 1
+    )
     kept: Tensor = nms(apart, scores[roi, label].double(), threshold)
     return candidates[kept.sort().values]
 
@@ -117,19 +124,34 @@ class _OnnxClassNms(torch.autograd.Function):
 
         first = constant(torch.tensor([0]))
         by_class = g.op("Unsqueeze", g.op("Transpose", scores, perm_i=[1, 0]), first)
-        found = g.op("NonMaxSuppression", g.op("Unsqueeze", boxes, first), by_class, constant(torch.tensor([2**31 - 1])),
-                     constant(torch.tensor([threshold])), constant(torch.tensor([least])))  # (n, 3): picture, class, box
+        found = g.op(
+            "NonMaxSuppression",
+            g.op("Unsqueeze", boxes, first),
+            by_class,
+            constant(torch.tensor([2**31 - 1])),
+            constant(torch.tensor([threshold])),
+            constant(torch.tensor([least])),
+        )  # (n, 3): picture, class, box
         roi, label = (g.op("Gather", found, constant(torch.tensor([column])), axis_i=1) for column in (2, 1))
         classes = g.op("Gather", g.op("Shape", scores), constant(torch.tensor([1])))
         place = g.op("Add", g.op("Mul", roi, classes), label)  # RoI by RoI, as equal scores are ordered by it
         size = g.op("Shape", found)
         count = g.op("Gather", size, constant(torch.tensor([0])))
-        _, order = g.op("TopK", g.op("Squeeze", place, constant(torch.tensor([1]))), count, axis_i=0, largest_i=0, sorted_i=1, outputs=2)
+        _, order = g.op(
+            "TopK",
+            g.op("Squeeze", place, constant(torch.tensor([1]))),
+            count,
+            axis_i=0,
+            largest_i=0,
+            sorted_i=1,
+            outputs=2,
+        )
         return g.op("Gather", g.op("Concat", roi, label, axis_i=1), order, axis_i=0)
 
 
 def _resized(image: Tensor, shape: Tensor, size: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
-    """`F.interpolate(prepare(image)[None], size, mode="bilinear")[0]`, from just the places between the pixels that it takes.
+    """`F.interpolate(prepare(image)[None], size, mode="bilinear")[0]`, from just the places between the pixels that it
+    takes.
 
     ONNX's own Resize is some ten-thousandths of a pixel off in large pictures, which takes boxes along.
 
@@ -149,7 +171,8 @@ def _resized(image: Tensor, shape: Tensor, size: Tensor, prepare: Callable[[Tens
 
 
 def _taken(length: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each of `count` pixels along an axis of `length`: the two that it lies between, and how far from the first, in 0..1.
+    """For each of `count` pixels along an axis of `length`: the two that it lies between, and how far from the first,
+    in 0..1.
 
     Rounded to float32 where torch does, which multiplies and subtracts in one step.
     """
@@ -185,12 +208,18 @@ class ExportableAdaMixer(ExportableDetector):
     def __init__(self, model: AdaMixer) -> None:
         super().__init__(model)
         self.config, self.strides, self.has_second = model.config, model.strides, model.recipe.loss.uses_pseudo_boxes
-        self.backbone, self.norms, self.proposals, self.stages = model.backbone, model.norms, model.proposals, model.stages
+        self.backbone, self.norms, self.proposals, self.stages = (
+            model.backbone,
+            model.norms,
+            model.proposals,
+            model.stages,
+        )
         self.last, self.adapters, self.background = model.stage(-1), model.adapters, model.background
         self.register_buffer("object_text", model.object_text, persistent=False)
 
     def rois(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The last stage's queries: the class feature in text space, as the classifier and as the distillation move it."""
+        """The last stage's queries: the class feature in text space, as the classifier and as the distillation move
+        it."""
         pixels, _, factor = self.prepare(image)
         maps = [norm(m) for norm, m in zip(self.norms, self.backbone(pixels[None]).values(), strict=True)]
         trunk = self.proposals.trunk(maps[1:])
@@ -214,8 +243,10 @@ class ExportableAdaMixer(ExportableDetector):
         probability, boxes = dense.probability[0], dense.boxes[0]
         counts = torch.stack([torch._shape_as_tensor(m)[2:].prod() for m in maps])
         ends = counts.cumsum(0)
-        chosen = [best_places(probability[end - count : end], self.config.proposals.pre_nms) + (end - count)
-                  for count, end in zip(counts, ends, strict=True)]
+        chosen = [
+            best_places(probability[end - count : end], self.config.proposals.pre_nms) + (end - count)
+            for count, end in zip(counts, ends, strict=True)
+        ]
         best = torch.cat(chosen)
         probability, boxes = probability[best], boxes[best]
         exact = torch.float32 if torch.onnx.is_in_onnx_export() else torch.float64  # ONNX has no other NMS
@@ -224,7 +255,9 @@ class ExportableAdaMixer(ExportableDetector):
         return boxes[best_places(by_rank(probability, distinct), self.config.decoder.queries)]
 
 
-_MANY_BOXES = 1000  # torchvision's batched_nms goes class by class where there are more; else it shifts the classes apart
+_MANY_BOXES = (
+    1000  # torchvision's batched_nms goes class by class where there are more; else it shifts the classes apart
+)
 _SMALLEST = 1e-3  # pixels; torchvision's RPN drops proposals with a shorter side
 
 
@@ -233,7 +266,13 @@ class ExportableFasterRCNN(ExportableDetector):
 
     def __init__(self, model: FasterRCNN) -> None:
         super().__init__(model)
-        self.backbone, self.rpn, self.pool, self.head, self.background = model.backbone, model.rpn, model.pool, model.head, model.background
+        self.backbone, self.rpn, self.pool, self.head, self.background = (
+            model.backbone,
+            model.rpn,
+            model.pool,
+            model.head,
+            model.background,
+        )
         for level, anchors in enumerate(model.rpn.anchor_generator.cell_anchors):
             self.register_buffer(f"anchors{level}", anchors.float().clone(), persistent=False)
 
@@ -258,7 +297,9 @@ class ExportableFasterRCNN(ExportableDetector):
         """`PyramidRoIAlign.forward` of one picture: how many RoIs each level has is not known when it is traced."""
         level_of, indexed = self.pool.level_of(rois), torch.cat([torch.zeros_like(rois[:, :1]), rois], dim=1)
         rows = [(level_of == level).nonzero().flatten() for level in self.pool.levels]
-        crops = torch.cat([self.pool.crop(features, level, indexed[r]) for level, r in zip(self.pool.levels, rows, strict=True)])
+        crops = torch.cat(
+            [self.pool.crop(features, level, indexed[r]) for level, r in zip(self.pool.levels, rows, strict=True)]
+        )
         return crops.index_select(0, torch.cat(rows).argsort())
 
     def _proposals(self, features: dict[str, Tensor], shape: torch.Size, limit: Tensor) -> Tensor:
@@ -277,7 +318,9 @@ class ExportableFasterRCNN(ExportableDetector):
         together = torch.cat([torch.cat(boxes), torch.zeros_like(limit[None])])  # one more, or there may be no largest
         few = torch._shape_as_tensor(together)[0] - 1 <= _MANY_BOXES
         shift = few.to(limit) * (together.amax() + 1)
-        kept = [nms(b + level * shift, s, rpn.nms_thresh) for level, (b, s) in enumerate(zip(boxes, scores, strict=True))]
+        kept = [
+            nms(b + level * shift, s, rpn.nms_thresh) for level, (b, s) in enumerate(zip(boxes, scores, strict=True))
+        ]
         boxes, scores = ([rows[k] for rows, k in zip(parts, kept, strict=True)] for parts in (boxes, scores))
         return torch.cat(boxes)[best_places(torch.cat(scores), rpn.post_nms_top_n())]
 

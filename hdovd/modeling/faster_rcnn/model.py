@@ -34,7 +34,9 @@ CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
 
 
 class BoxHead(nn.Module):
-    """RoI features -> two FC -> box deltas, classification feature c and what the distillation feature d is made of, if it is wanted."""
+    """RoI features -> two FC -> box deltas, classification feature c and what the distillation feature d is made of, if
+    it is wanted.
+    """
 
     def __init__(self, channels: int, fc_channels: int, dim: int, with_distillation: bool) -> None:
         super().__init__()
@@ -90,9 +92,11 @@ class FasterRCNN(Detector):
         """Pseudo boxes take part from the recipe's epoch on; base boxes and whole images do in all."""
         self.uses_pseudo_boxes = epoch >= self.recipe.pseudo_boxes.from_epoch
 
-    def forward(self, images: list[Tensor], targets: list[Targets], texts: Tensor,
-                keys: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """The weighted losses of one batch, by name; with several processes those of the global batch in the mean (`distributed`).
+    def forward(
+        self, images: list[Tensor], targets: list[Targets], texts: Tensor, keys: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """The weighted losses of one batch, by name; with several processes those of the global batch in the mean
+        (`distributed`).
 
         With keys the losses do not depend on the order of the images, nor what is drawn for an image on what else is in
         the batch, as far as its features do not: padding reaches into them, and batch norm where it is not frozen.
@@ -115,8 +119,9 @@ class FasterRCNN(Detector):
                 losses |= level(view)
         return losses
 
-    def _view(self, images: list[Tensor], targets: list[Targets], texts: Tensor,
-              keys: Sequence[int] | None) -> tuple[StepContext, dict[str, Tensor]]:
+    def _view(
+        self, images: list[Tensor], targets: list[Targets], texts: Tensor, keys: Sequence[int] | None
+    ) -> tuple[StepContext, dict[str, Tensor]]:
         """What the levels' losses are made of, and the RPN's losses, of which there are none in evaluation mode."""
         image_keys = keys_of(keys, len(images))
         batch, factors = batch_images(images, self.recipe.input, draw_short_sides(image_keys, self.recipe.input))
@@ -127,12 +132,15 @@ class FasterRCNN(Detector):
         features = self.backbone(batch.tensors)
         # To the authors' RPN pseudo boxes are objects also beyond `max_per_image`.
         of_rpn = large if self.config.rpn.rules == "authors" and self.uses_pseudo_boxes else targets
-        wanted = [{"boxes": t.all_boxes, "key": key, "size": size}
-                  for t, key, size in zip(of_rpn, image_keys, batch.image_sizes, strict=True)]
+        wanted = [
+            {"boxes": t.all_boxes, "key": key, "size": size}
+            for t, key, size in zip(of_rpn, image_keys, batch.image_sizes, strict=True)
+        ]
         proposals, rpn_losses = self.rpn(batch, features, wanted)
         config = self.config.head
-        rois, matches, positive = sample_rois_of_images(proposals, [t.all_boxes for t in targets], config.samples, config.positive_share,
-                                                        image_keys)
+        rois, matches, positive = sample_rois_of_images(
+            proposals, [t.all_boxes for t in targets], config.samples, config.positive_share, image_keys
+        )
         deltas, c, r = self.head(self.pool(features, rois))
         box_of_roi = number_boxes(matches, [len(t.all_boxes) for t in targets])
         d = self.head.distill(r[positive])  # no loss asks for the others: three quarters of the rows
@@ -140,10 +148,11 @@ class FasterRCNN(Detector):
 
     @torch.inference_mode()
     def students(self, images: list[Tensor], targets: list[Targets], keys: Sequence[int] | None = None) -> Students:
-        """The student embeddings of a batch, as `forward` makes them for the instance level; no loss, and no memory changes.
+        """The student embeddings of a batch, as `forward` makes them for the instance level; no loss, and no memory
+        changes.
 
-        In evaluation mode batch norms that are not frozen take their running statistics. Raises ValueError if the recipe does without
-        the instance level.
+        In evaluation mode batch norms that are not frozen take their running statistics. Raises ValueError if the
+        recipe does without the instance level.
         """
         view, _ = self._view(images, targets, images[0].new_zeros(0, self.dim, dtype=torch.float32), keys)
         if view.d is None:
@@ -165,13 +174,23 @@ class FasterRCNN(Detector):
         d = self.head.distill(r)
         prompts = torch.cat([texts, self.background[None]])
         s1 = classwise.cosine_logits(c, prompts, self.config.head.logit_scale).softmax(dim=1)
-        s2 = None if d is None else classwise.cosine_logits(d, texts, self.recipe.inference.distillation_scale).sigmoid()
+        s2 = (
+            None if d is None else classwise.cosine_logits(d, texts, self.recipe.inference.distillation_scale).sigmoid()
+        )
         decoded = CODER.decode_single(deltas, torch.cat(proposals))
         counts = [len(p) for p in proposals]
-        per_image = zip(decoded.split(counts), s1.split(counts), [None] * len(counts) if s2 is None else s2.split(counts),
-                        batch.image_sizes, factors, strict=True)
-        return [RoIPredictions(clip_boxes_to_image(boxes, size) / boxes.new_tensor([*factor, *factor]), one, two)
-                for boxes, one, two, size, factor in per_image]
+        per_image = zip(
+            decoded.split(counts),
+            s1.split(counts),
+            [None] * len(counts) if s2 is None else s2.split(counts),
+            batch.image_sizes,
+            factors,
+            strict=True,
+        )
+        return [
+            RoIPredictions(clip_boxes_to_image(boxes, size) / boxes.new_tensor([*factor, *factor]), one, two)
+            for boxes, one, two, size, factor in per_image
+        ]
 
 
 def _box_loss(view: StepContext) -> Tensor:
@@ -188,8 +207,12 @@ def _box_loss(view: StepContext) -> Tensor:
 
 def _rename_old(_: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
     """Checkpoints of before the levels were parts of their own have their rows and weights under other names."""
-    for old, new in (("student_queue.", "instance_level.student_queue."), ("teacher_queue.", "instance_level.teacher_queue."),
-                     ("image_head.", "image_level.head."), ("image_student_queue.", "image_level.student_queue."),
-                     ("image_teacher_queue.", "image_level.teacher_queue.")):
+    for old, new in (
+        ("student_queue.", "instance_level.student_queue."),
+        ("teacher_queue.", "instance_level.teacher_queue."),
+        ("image_head.", "image_level.head."),
+        ("image_student_queue.", "image_level.student_queue."),
+        ("image_teacher_queue.", "image_level.teacher_queue."),
+    ):
         for name in [n for n in state if n.startswith(prefix + old)]:
             state[prefix + new + name.removeprefix(prefix + old)] = state.pop(name)

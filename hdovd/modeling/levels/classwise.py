@@ -1,8 +1,8 @@
 """Level 2 as a part of the detector: the classifier's prompts, and the labels and weights of RoIs (METHOD section 5).
 
 R RoIs, B boxes and P pseudo boxes of this process, A pseudo boxes of all processes, K base classes, D embedding size.
-Prompts are [t_1..t_K; u_1..u_A; bg]. The level keeps nothing between steps: the background embedding is the detector's own,
-which needs it without this level too.
+Prompts are [t_1..t_K; u_1..u_A; bg]. The level keeps nothing between steps: the background embedding is the detector's
+own, which needs it without this level too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class ClassLevel(nn.Module):
         logits = classwise.cosine_logits(view.c, prompts, self.logit_scale)
         return {"classification": classwise.classification_loss(logits, labels, weights, divisor((weights > 0).sum()))}
 
-    def labels_and_weights(self, box_of_roi: Tensor, targets: list[Targets], first: int, background: int) -> tuple[Tensor, Tensor]:
+    def labels_and_weights(
+        self, box_of_roi: Tensor, targets: list[Targets], first: int, background: int
+    ) -> tuple[Tensor, Tensor]:
         """The prompt that every RoI should be found by, and its weight.
 
         Without the level a RoI of a pseudo box has no prompt of its own: the background's label, and weight 0.
@@ -54,13 +56,18 @@ class ClassLevel(nn.Module):
         trust, own = torch.zeros(sum(counts), device=device), torch.full((sum(counts),), background, device=device)
         if self.config.enabled:  # for all images at once: on a CPU it is the number of operations that costs
             trust = self.config.weight * classwise.reliability(
-                torch.cat([t.pseudo_embeddings for t in targets]), torch.cat([t.pseudo_texts for t in targets]), *self.pseudo.reliability)
+                torch.cat([t.pseudo_embeddings for t in targets]),
+                torch.cat([t.pseudo_texts for t in targets]),
+                *self.pseudo.reliability,
+            )
             own = torch.arange(first, first + len(trust), device=device)
         base_counts = [len(t.boxes) for t in targets]
         every = torch.ones(sum(base_counts), device=device)
         last = torch.full((1,), background, device=device)  # row -1 serves background
         labels, weights = [], []
-        for t, base, of_pseudo, trusted in zip(targets, every.split(base_counts), own.split(counts), trust.split(counts), strict=True):
+        for t, base, of_pseudo, trusted in zip(
+            targets, every.split(base_counts), own.split(counts), trust.split(counts), strict=True
+        ):
             labels += [t.labels, of_pseudo]
             weights += [base, trusted]
         box_labels, box_weights = torch.cat([*labels, last]), torch.cat([*weights, every.new_ones(1)])

@@ -14,7 +14,8 @@ from hdovd.modeling.step_context import StepContext
 
 
 class ImageLevel(nn.Module):
-    """Images are those of all processes: every process pushes the same rows into its memories, in the order of the images.
+    """Images are those of all processes: every process pushes the same rows into its memories, in the order of the
+    images.
 
     levels: the pyramid levels that the image's embedding is made of.
     """

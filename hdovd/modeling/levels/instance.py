@@ -39,4 +39,7 @@ class InstanceLevel(nn.Module):
         related = instance.relation_loss(q, e, config.relation_tau, config.relation_temperature)
         self.student_queue.push(q)
         self.teacher_queue.push(e)
-        return {"instance_alignment": config.alignment_weight * aligned, "instance_relation": config.relation_weight * related}
+        return {
+            "instance_alignment": config.alignment_weight * aligned,
+            "instance_relation": config.relation_weight * related,
+        }

@@ -37,7 +37,9 @@ def box_loss(deltas: Tensor, targets: Tensor, is_base: Tensor, count: Tensor | N
         deltas, targets: (R, 4) encoded offsets. is_base: (R,) bool.
         count: () as in `classification_loss`; None: R.
     """
-    distance = (deltas - targets).masked_fill(~is_base[:, None], 0.0).abs()  # a mask as an index would have the host wait for the device
+    distance = (
+        (deltas - targets).masked_fill(~is_base[:, None], 0.0).abs()
+    )  # a mask as an index would have the host wait for the device
     return distance.sum() / (max(len(deltas), 1) if count is None else count)
 
 

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def alignment_loss(student: Tensor, teacher: Tensor, student_memory: Tensor, teacher_memory: Tensor, tau: float) -> Tensor:
+def alignment_loss(
+    student: Tensor, teacher: Tensor, student_memory: Tensor, teacher_memory: Tensor, tau: float
+) -> Tensor:
     """Symmetric InfoNCE: row k of the student against row k of the teacher.
 
         1/2 CE(tau q [e; E]^T, diag) + 1/2 CE(tau e [q; Q]^T, diag)

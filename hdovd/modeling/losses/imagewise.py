@@ -15,7 +15,8 @@ SAMPLES = 14  # a side: 7 bins of 2
 
 
 class ImageHead(nn.Module):
-    """P5 plus the finer levels resized to it -> RoIAlign 7x7 over the valid area -> mean -> LN -> Linear -> normalise."""
+    """P5 plus the finer levels resized to it -> RoIAlign 7x7 over the valid area -> mean -> LN -> Linear ->
+    normalise."""
 
     def __init__(self, channels: int, dim: int) -> None:
         super().__init__()
@@ -36,25 +37,36 @@ class ImageHead(nn.Module):
         height, width = levels[-1].shape[-2:]
         with torch.autocast(sizes.device.type, enabled=False):
             rows, columns = area_weights(sizes[:, 0] / stride, height), area_weights(sizes[:, 1] / stride, width)
-            means = [weighted_mean(level, rows @ resize_weights(height, level.shape[2], sizes.device),
-                                   columns @ resize_weights(width, level.shape[3], sizes.device)) for level in levels]
+            means = [
+                weighted_mean(
+                    level,
+                    rows @ resize_weights(height, level.shape[2], sizes.device),
+                    columns @ resize_weights(width, level.shape[3], sizes.device),
+                )
+                for level in levels
+            ]
             return F.normalize(self.project(self.norm(torch.stack(means).sum(dim=0))), dim=1)
 
 
 def weighted_mean(level: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Sum over cells of (N, C, h, w), weighted by the product of (N, h) row and (N, w) column weights: (N, C) float32."""
+    """Sum over cells of (N, C, h, w), weighted by the product of (N, h) row and (N, w) column weights: (N, C)
+    float32."""
     cells = (rows[:, :, None] * columns[:, None, :]).flatten(1)
     return torch.bmm(level.float().flatten(2), cells[:, :, None])[:, :, 0]
 
 
 def area_weights(lengths: Tensor, cells: int) -> Tensor:
-    """What each cell of an axis contributes to the mean of RoIAlign's samples (aligned) from 0 to `lengths` (N,), in cells: (N, cells)."""
+    """What each cell of an axis contributes to the mean of RoIAlign's samples (aligned) from 0 to `lengths` (N,), in
+    cells: (N, cells).
+    """
     steps = (torch.arange(SAMPLES, device=lengths.device) + 0.5) / SAMPLES
     return _point_weights(lengths[:, None] * steps - 0.5, cells).mean(dim=1)
 
 
 def resize_weights(cells: int, fine: int, device: torch.device | None = None) -> Tensor:
-    """What each of `fine` cells contributes to each of `cells` after a bilinear resize (not aligned to corners): (cells, fine)."""
+    """What each of `fine` cells contributes to each of `cells` after a bilinear resize (not aligned to corners):
+    (cells, fine).
+    """
     return _point_weights((torch.arange(cells, device=device) + 0.5) * (fine / cells) - 0.5, fine)
 
 

@@ -22,7 +22,9 @@ def box_students(distillation: Tensor, box_of_roi: Tensor, box_count: int) -> tu
     Returns:
         q (n, D) normalised, and (n,) int64 the boxes they belong to, in box order.
     """
-    count = box_of_roi.new_zeros(box_count).index_add(0, box_of_roi, torch.ones_like(box_of_roi))  # a GPU's bincount has the host wait
+    count = box_of_roi.new_zeros(box_count).index_add(
+        0, box_of_roi, torch.ones_like(box_of_roi)
+    )  # a GPU's bincount has the host wait
     total = distillation.new_zeros(box_count, distillation.shape[1]).index_add(0, box_of_roi, distillation)
     matched = count.nonzero().flatten()
     return F.normalize(total[matched] / count[matched, None], dim=1), matched

@@ -1,7 +1,8 @@
-"""The losses of the object localisation network (OLN, arXiv 2108.06753, section 3): how well a box fits, never what it holds.
+"""The losses of the object localisation network (OLN, arXiv 2108.06753, section 3): how well a box fits, never what it
+holds.
 
-Pure functions, called by `oln`. n boxes, encoded against anchors or RoIs: offsets (n, 4) as (dx, dy, dw, dh), with the centre's in
-sides of the anchor and the sides' as logarithms (arXiv 1506.01497, equation 2), unit weights.
+Pure functions, called by `oln`. n boxes, encoded against anchors or RoIs: offsets (n, 4) as (dx, dy, dw, dh), with the
+centre's in sides of the anchor and the sides' as logarithms (arXiv 1506.01497, equation 2), unit weights.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def centerness(offsets: Tensor) -> Tensor:
     Returns:
         (n,) in 0..1; 0 where the centre lies outside of the box.
     """
-    away = (2 * offsets[:, :2] * (-offsets[:, 2:]).clamp(max=LARGEST_GROWTH).exp()).abs()  # from the middle, in halves of the box's side
+    away = (
+        2 * offsets[:, :2] * (-offsets[:, 2:]).clamp(max=LARGEST_GROWTH).exp()
+    ).abs()  # from the middle, in halves of the box's side
     return ((1 - away).clamp(min=0) / (1 + away)).prod(dim=1).sqrt()
 
 
@@ -31,7 +34,11 @@ def iou_of_offsets(one: Tensor, two: Tensor) -> Tensor:
     """IoU (n,) of boxes that are encoded against the same anchors: two times (n, 4) offsets."""
     sizes = [o[:, 2:].clamp(max=LARGEST_GROWTH).exp() for o in (one, two)]
     corners = [(o[:, :2] - size / 2, o[:, :2] + size / 2) for o, size in zip((one, two), sizes, strict=True)]
-    overlap = (torch.minimum(corners[0][1], corners[1][1]) - torch.maximum(corners[0][0], corners[1][0])).clamp(min=0).prod(dim=1)
+    overlap = (
+        (torch.minimum(corners[0][1], corners[1][1]) - torch.maximum(corners[0][0], corners[1][0]))
+        .clamp(min=0)
+        .prod(dim=1)
+    )
     return overlap / (sizes[0].prod(dim=1) + sizes[1].prod(dim=1) - overlap)
 
 

@@ -22,7 +22,9 @@ from hdovd.modeling.sampling import keys_of
 
 
 class ProposalNetwork(nn.Module, ABC):
-    """A backbone, and what finds boxes on its feature maps. `log` None: it is not initialised, because weights are loaded over it."""
+    """A backbone, and what finds boxes on its feature maps. `log` None: it is not initialised, because weights are
+    loaded over it.
+    """
 
     def __init__(self, recipe: Recipe, log: Callable[[str], None] | None) -> None:
         super().__init__()
@@ -31,14 +33,20 @@ class ProposalNetwork(nn.Module, ABC):
 
     @abstractmethod
     def losses(self, batch: ImageList, features: dict[str, Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Weighted losses by name. A target holds `boxes` (n, 4) xyxy in batch pixels, and the `key` of its image or None."""
+        """Weighted losses by name. A target holds `boxes` (n, 4) xyxy in batch pixels, and the `key` of its image or
+        None.
+        """
 
     @abstractmethod
     def scored(self, batch: ImageList, features: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Boxes (n, 4) xyxy in batch pixels, inside the picture, and scores (n,) in 0..1 of each image, in any order."""
+        """Boxes (n, 4) xyxy in batch pixels, inside the picture, and scores (n,) in 0..1 of each image, in any
+        order."""
 
-    def forward(self, images: list[Tensor], boxes: list[Tensor], keys: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """The losses of one batch, by name; with several processes those of the global batch in the mean (`distributed`).
+    def forward(
+        self, images: list[Tensor], boxes: list[Tensor], keys: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """The losses of one batch, by name; with several processes those of the global batch in the mean
+        (`distributed`).
 
         Args:
             images: (3, h, w) uint8 each. boxes: (n, 4) xyxy pixels each, n may be 0.
@@ -46,7 +54,10 @@ class ProposalNetwork(nn.Module, ABC):
         """
         image_keys = keys_of(keys, len(images))
         batch, factors = batch_images(images, self.recipe.input, draw_short_sides(image_keys, self.recipe.input))
-        targets = [{"boxes": b * b.new_tensor([*f, *f]), "key": key} for b, f, key in zip(boxes, factors, image_keys, strict=True)]
+        targets = [
+            {"boxes": b * b.new_tensor([*f, *f]), "key": key}
+            for b, f, key in zip(boxes, factors, image_keys, strict=True)
+        ]
         return self.losses(batch, self.backbone(batch.tensors), targets)
 
     @torch.inference_mode()
@@ -61,7 +72,9 @@ class ProposalNetwork(nn.Module, ABC):
 
 
 class ObjectnessNetwork(ProposalNetwork):
-    """A class-agnostic RPN that tells objects from background: an unlabelled object is background to it. The baseline of OLN."""
+    """A class-agnostic RPN that tells objects from background: an unlabelled object is background to it. The baseline
+    of OLN.
+    """
 
     def __init__(self, recipe: Recipe, log: Callable[[str], None] | None) -> None:
         super().__init__(recipe, log)

@@ -1,8 +1,9 @@
-"""The object localisation network (OLN, arXiv 2108.06753): proposals scored by how well they fit, with no background class anywhere.
+"""The object localisation network (OLN, arXiv 2108.06753): proposals scored by how well they fit, with no background
+class anywhere.
 
-An RPN predicts the centerness of its anchors, a box head the IoU of its RoIs; both learn from what lies near a base box and from
-nothing else, so that an object which nobody labelled is never taught to be background.
-N images, A anchors an image, R RoIs, C channels.
+An RPN predicts the centerness of its anchors, a box head the IoU of its RoIs; both learn from what lies near a base box
+and from nothing else, so that an object which nobody labelled is never taught to be background. N images, A anchors an
+image, R RoIs, C channels.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _SCORE, _BOX = 1, 2  # what a sampled anchor learns: a sum of these
 class CenternessRPN(ObjectnessRPN):
     """An RPN whose score is the centerness of an anchor in the object about it. One square anchor a location and size.
 
-    Losses: L1 of the centerness over anchors near a base box, IoU of the boxes of the best anchors. There are no other samples.
+    Losses: L1 of the centerness over anchors near a base box, IoU of the boxes of the best anchors. There are no other
+    samples.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -39,13 +41,23 @@ class CenternessRPN(ObjectnessRPN):
         self.config: ProposalsConfig = recipe.proposals
         rois = self.config.rois
         super().__init__(
-            anchors_of(rpn, len(recipe.detector.backbone.levels) + 1, (1.0,)), FloatRPNHead(channels, len(rpn.anchor_sizes[0])),
-            fg_iou_thresh=self.config.box_iou, bg_iou_thresh=min(0.3, self.config.box_iou), batch_size_per_image=rpn.samples,
-            positive_fraction=1.0, pre_nms_top_n={"training": rois, "testing": rois}, post_nms_top_n={"training": rois, "testing": rois},
-            nms_thresh=self.config.rpn_nms)
+            anchors_of(rpn, len(recipe.detector.backbone.levels) + 1, (1.0,)),
+            FloatRPNHead(channels, len(rpn.anchor_sizes[0])),
+            fg_iou_thresh=self.config.box_iou,
+            bg_iou_thresh=min(0.3, self.config.box_iou),
+            batch_size_per_image=rpn.samples,
+            positive_fraction=1.0,
+            pre_nms_top_n={"training": rois, "testing": rois},
+            post_nms_top_n={"training": rois, "testing": rois},
+            nms_thresh=self.config.rpn_nms,
+        )
 
-    def assign_targets_to_anchors(self, anchors: list[Tensor], targets: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
-        """What each anchor learns (A,) int64 an image, a sum of _SCORE and _BOX or 0; and the box (A, 4) it learns from."""
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict[str, Any]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What each anchor learns (A,) int64 an image, a sum of _SCORE and _BOX or 0; and the box (A, 4) it learns
+        from.
+        """
         learns, boxes = [], []
         for own, target in zip(anchors, targets, strict=True):
             score, box, matched = self._near(own, target["boxes"])
@@ -64,16 +76,23 @@ class CenternessRPN(ObjectnessRPN):
         overlap = box_iou(boxes, anchors)
         best, whose = overlap.max(dim=0)
         near = best >= self.config.score_iou
-        closest = (overlap == overlap.amax(dim=1, keepdim=True)).any(dim=0) & near  # every box is learnt by its best anchor
+        closest = (overlap == overlap.amax(dim=1, keepdim=True)).any(
+            dim=0
+        ) & near  # every box is learnt by its best anchor
         return near, (best >= self.config.box_iou) | closest, boxes[whose]
 
-    def compute_loss(self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor],
-                     regression_targets: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Centerness and box loss, each over the anchors that were drawn for it."""
         learns, wanted = torch.cat(labels), torch.cat(regression_targets)
         score, box = (learns & _SCORE) > 0, (learns & _BOX) > 0
-        return (localisation.quality_loss(objectness.flatten()[score], localisation.centerness(wanted[score]), divisor(score.sum())),
-                localisation.iou_loss(pred_bbox_deltas[box], wanted[box], divisor(box.sum())))
+        return (
+            localisation.quality_loss(
+                objectness.flatten()[score], localisation.centerness(wanted[score]), divisor(score.sum())
+            ),
+            localisation.iou_loss(pred_bbox_deltas[box], wanted[box], divisor(box.sum())),
+        )
 
 
 class QualityHead(nn.Module):
@@ -103,22 +122,28 @@ class ObjectLocalisationNetwork(ProposalNetwork):
         super().__init__(recipe, log)
         detector = recipe.faster_rcnn
         self.rpn = CenternessRPN(recipe)
-        self.pool = PyramidRoIAlign(detector.backbone.levels, detector.head.canonical_size, detector.head.sampling_ratio)
+        self.pool = PyramidRoIAlign(
+            detector.backbone.levels, detector.head.canonical_size, detector.head.sampling_ratio
+        )
         self.head = QualityHead(detector.backbone.fpn_channels, detector.head.fc_channels)
 
     def losses(self, batch: ImageList, features: dict[str, Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
         config = self.recipe.proposals
         proposals, rpn_losses = self.rpn(batch, features, targets)
-        drawn = [sample_near(p, t["boxes"], self.recipe.faster_rcnn.head.samples, config.roi_iou, t["key"])
-                 for p, t in zip(proposals, targets, strict=True)]
+        drawn = [
+            sample_near(p, t["boxes"], self.recipe.faster_rcnn.head.samples, config.roi_iou, t["key"])
+            for p, t in zip(proposals, targets, strict=True)
+        ]
         rois, boxes, overlaps = ([one[k] for one in drawn] for k in range(3))
         deltas, logits = self.head(self.pool(features, rois))
         wanted = _CODER.encode_single(torch.cat(boxes), torch.cat(rois))
         count = divisor(torch.full((), len(deltas), device=deltas.device))
-        return {"rpn_centerness": config.centerness_weight * rpn_losses["loss_objectness"],
-                "rpn_box": config.rpn_box_weight * rpn_losses["loss_rpn_box_reg"],
-                "head_iou": config.iou_weight * localisation.quality_loss(logits, torch.cat(overlaps), count),
-                "head_box": config.box_weight * localisation.offset_loss(deltas, wanted, count)}
+        return {
+            "rpn_centerness": config.centerness_weight * rpn_losses["loss_objectness"],
+            "rpn_box": config.rpn_box_weight * rpn_losses["loss_rpn_box_reg"],
+            "head_iou": config.iou_weight * localisation.quality_loss(logits, torch.cat(overlaps), count),
+            "head_box": config.box_weight * localisation.offset_loss(deltas, wanted, count),
+        }
 
     def scored(self, batch: ImageList, features: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The score is the geometric mean of centerness and IoU (arXiv 2108.06753, section 3)."""
@@ -127,11 +152,15 @@ class ObjectLocalisationNetwork(ProposalNetwork):
         deltas, logits = self.head(self.pool(features, rois))
         boxes = _CODER.decode_single(deltas, torch.cat(rois))
         scores = (torch.cat([centerness for _, centerness in found]) * logits.sigmoid()).sqrt()
-        return [(clip_boxes_to_image(own, size), score)
-                for own, score, size in zip(boxes.split(counts), scores.split(counts), batch.image_sizes, strict=True)]
+        return [
+            (clip_boxes_to_image(own, size), score)
+            for own, score, size in zip(boxes.split(counts), scores.split(counts), batch.image_sizes, strict=True)
+        ]
 
 
-def sample_near(proposals: Tensor, boxes: Tensor, samples: int, least_iou: float, key: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def sample_near(
+    proposals: Tensor, boxes: Tensor, samples: int, least_iou: float, key: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draw at most `samples` of the proposals that lie near a box, and of the boxes themselves.
 
     Args:
@@ -145,6 +174,8 @@ def sample_near(proposals: Tensor, boxes: Tensor, samples: int, least_iou: float
         return candidates[:0], candidates[:0], candidates.new_zeros(0)
     best, whose = box_iou(boxes, candidates).max(dim=0)
     near = best >= least_iou
-    near, _ = sample_balanced(near, torch.zeros_like(near), samples, 1.0, image_generator(key, Use.ROIS, candidates.device))
+    near, _ = sample_balanced(
+        near, torch.zeros_like(near), samples, 1.0, image_generator(key, Use.ROIS, candidates.device)
+    )
     keep = near.nonzero().flatten()
     return candidates[keep], boxes[whose[keep]], best[keep]

@@ -26,53 +26,141 @@ def test_names_of_shipped_recipes() -> None:
 
 
 OV_COCO = {  # every number of METHOD sections 2 to 8 for faster_rcnn, typed from there
-    "detector.name": "faster_rcnn", "detector.backbone.name": "resnet50", "detector.backbone.fpn_channels": 256,  # 3
-    "detector.backbone.levels": [2, 3, 4, 5], "detector.head.fc_channels": 1024, "detector.head.logit_scale": 50.0,
-    "pseudo_boxes.max_per_image": 5, "pseudo_boxes.min_side": 32.0,  # 2
-    "pseudo_boxes.reliability_centre": "auto", "pseudo_boxes.reliability_width": "auto", "pseudo_boxes.reliability_scale": "auto",
-    "loss.instance.enabled": True, "loss.instance.tau": 20.0, "loss.instance.queue": 2048, "loss.instance.relation_tau": 5.0,  # 4
-    "loss.instance.relation_temperature": 10.0, "loss.instance.alignment_weight": 0.1, "loss.instance.relation_weight": 1.0,
-    "loss.class.enabled": True, "loss.class.weight": 1.0,  # 5: the weight of a RoI of pseudo box j is w_j itself
-    "loss.image.enabled": True, "loss.image.tau": 20.0, "loss.image.queue": 512, "loss.image.weight": 0.1,  # 6
-    "inference.alpha": 0.25, "inference.beta": 0.45, "inference.distillation_scale": 20.0,  # 7
-    "inference.score_threshold": 0.05, "inference.nms": 0.5, "inference.detections_per_image": 100,
-    "train.epochs": 12, "train.optimizer": "sgd", "train.lr": 0.02, "train.batch_size": 16, "train.momentum": 0.9,  # 8
-    "train.weight_decay": 1e-4, "train.schedule": "step", "train.step_epochs": [8, 11], "train.warmup_iterations": 500,
-    "input.short_side": 800, "input.long_side": 1333, "input.train_short_sides": [], "input.flip": 0.5,
-    "detector.backbone.frozen_stages": 2, "detector.backbone.norm": "frozen",  # stem and first stage
+    "detector.name": "faster_rcnn",
+    "detector.backbone.name": "resnet50",
+    "detector.backbone.fpn_channels": 256,  # 3
+    "detector.backbone.levels": [2, 3, 4, 5],
+    "detector.head.fc_channels": 1024,
+    "detector.head.logit_scale": 50.0,
+    "pseudo_boxes.max_per_image": 5,
+    "pseudo_boxes.min_side": 32.0,  # 2
+    "pseudo_boxes.reliability_centre": "auto",
+    "pseudo_boxes.reliability_width": "auto",
+    "pseudo_boxes.reliability_scale": "auto",
+    "loss.instance.enabled": True,
+    "loss.instance.tau": 20.0,
+    "loss.instance.queue": 2048,
+    "loss.instance.relation_tau": 5.0,  # 4
+    "loss.instance.relation_temperature": 10.0,
+    "loss.instance.alignment_weight": 0.1,
+    "loss.instance.relation_weight": 1.0,
+    "loss.class.enabled": True,
+    "loss.class.weight": 1.0,  # 5: the weight of a RoI of pseudo box j is w_j itself
+    "loss.image.enabled": True,
+    "loss.image.tau": 20.0,
+    "loss.image.queue": 512,
+    "loss.image.weight": 0.1,  # 6
+    "inference.alpha": 0.25,
+    "inference.beta": 0.45,
+    "inference.distillation_scale": 20.0,  # 7
+    "inference.score_threshold": 0.05,
+    "inference.nms": 0.5,
+    "inference.detections_per_image": 100,
+    "train.epochs": 12,
+    "train.optimizer": "sgd",
+    "train.lr": 0.02,
+    "train.batch_size": 16,
+    "train.momentum": 0.9,  # 8
+    "train.weight_decay": 1e-4,
+    "train.schedule": "step",
+    "train.step_epochs": [8, 11],
+    "train.warmup_iterations": 500,
+    "input.short_side": 800,
+    "input.long_side": 1333,
+    "input.train_short_sides": [],
+    "input.flip": 0.5,
+    "detector.backbone.frozen_stages": 2,
+    "detector.backbone.norm": "frozen",  # stem and first stage
 }
 OF_OTHERS = {  # the authors' configuration and mmdetection's defaults, which METHOD does not repeat
-    "detector.rpn.anchor_sizes": [[32], [64], [128], [256], [512]], "detector.rpn.samples": 256, "detector.rpn.pre_nms": 2000,
-    "detector.rpn.post_nms": 1000, "detector.rpn.nms": 0.7, "detector.head.samples": 512, "detector.head.positive_share": 0.25,
-    "detector.head.canonical_size": 224, "detector.head.sampling_ratio": 0, "detector.backbone.weights": "auto",
-    "input.mean": [0.485, 0.456, 0.406], "input.std": [0.229, 0.224, 0.225], "loss.extra": {}, "train.clip_norm": 0.0,
-    "detector.rpn.rules": "authors", "pseudo_boxes.from_epoch": 1,
+    "detector.rpn.anchor_sizes": [[32], [64], [128], [256], [512]],
+    "detector.rpn.samples": 256,
+    "detector.rpn.pre_nms": 2000,
+    "detector.rpn.post_nms": 1000,
+    "detector.rpn.nms": 0.7,
+    "detector.head.samples": 512,
+    "detector.head.positive_share": 0.25,
+    "detector.head.canonical_size": 224,
+    "detector.head.sampling_ratio": 0,
+    "detector.backbone.weights": "auto",
+    "input.mean": [0.485, 0.456, 0.406],
+    "input.std": [0.229, 0.224, 0.225],
+    "loss.extra": {},
+    "train.clip_norm": 0.0,
+    "detector.rpn.rules": "authors",
+    "pseudo_boxes.from_epoch": 1,
     "input.exif": "apply",  # as OpenCV reads pictures for mmdetection
 }
 
 
 ADAMIXER = {  # typed from METHOD sections 3 to 8, and from the authors' configuration and code
-    "detector.backbone.norm": "batch", "detector.backbone.frozen_stages": 0, "detector.proposals.pre_nms": 1000,
-    "detector.proposals.nms": 0.7, "detector.proposals.shuffle": 64, "detector.proposals.aux_positives": 8,
-    "detector.proposals.iou_power": 6.0, "detector.proposals.class_weight": 1.0, "detector.proposals.box_weight": 2.0,
-    "detector.decoder.queries": 300, "detector.decoder.stages": 6, "detector.decoder.points": 32, "detector.decoder.groups": 4,
-    "detector.decoder.out_points": 128, "detector.decoder.heads": 8, "detector.decoder.feedforward": 2048,
-    "detector.decoder.logit_scale": 50.0, "detector.matching.objectness": 2.0, "detector.matching.l1": 5.0, "detector.matching.giou": 2.0,
-    "detector.loss.classification": 0.5, "detector.loss.objectness": 2.0, "detector.loss.box": 5.0, "detector.loss.giou": 2.0,
-    "detector.loss.unmatched_weight": 0.5, "detector.loss.near_iou": 0.7, "detector.loss.poor_iou": 0.4,
-    "detector.text.alignment_weight": 0.5, "detector.text.relation_weight": 5.0, "detector.text.decay": 0.9999,
-    "detector.text.decay_updates": 2000.0, "input.short_side": 800, "input.long_side": 1333, "pseudo_boxes.from_epoch": 2,
-    "loss.instance.alignment_weight": 0.5, "loss.instance.relation_weight": 5.0, "loss.instance.queue": 2048, "loss.image.weight": 0.2,
-    "loss.image.queue": 512, "inference.alpha": 0.35, "inference.beta": 0.65, "inference.score_threshold": 0.005, "inference.nms": 0.7,
-    "inference.detections_per_image": 100, "train.epochs": 12, "train.batch_size": 16, "train.optimizer": "adamw", "train.lr": 5e-5,
-    "train.weight_decay": 1e-4, "train.clip_norm": 1.0, "train.step_epochs": [8, 11], "train.warmup_iterations": 500,
+    "detector.backbone.norm": "batch",
+    "detector.backbone.frozen_stages": 0,
+    "detector.proposals.pre_nms": 1000,
+    "detector.proposals.nms": 0.7,
+    "detector.proposals.shuffle": 64,
+    "detector.proposals.aux_positives": 8,
+    "detector.proposals.iou_power": 6.0,
+    "detector.proposals.class_weight": 1.0,
+    "detector.proposals.box_weight": 2.0,
+    "detector.decoder.queries": 300,
+    "detector.decoder.stages": 6,
+    "detector.decoder.points": 32,
+    "detector.decoder.groups": 4,
+    "detector.decoder.out_points": 128,
+    "detector.decoder.heads": 8,
+    "detector.decoder.feedforward": 2048,
+    "detector.decoder.logit_scale": 50.0,
+    "detector.matching.objectness": 2.0,
+    "detector.matching.l1": 5.0,
+    "detector.matching.giou": 2.0,
+    "detector.loss.classification": 0.5,
+    "detector.loss.objectness": 2.0,
+    "detector.loss.box": 5.0,
+    "detector.loss.giou": 2.0,
+    "detector.loss.unmatched_weight": 0.5,
+    "detector.loss.near_iou": 0.7,
+    "detector.loss.poor_iou": 0.4,
+    "detector.text.alignment_weight": 0.5,
+    "detector.text.relation_weight": 5.0,
+    "detector.text.decay": 0.9999,
+    "detector.text.decay_updates": 2000.0,
+    "input.short_side": 800,
+    "input.long_side": 1333,
+    "pseudo_boxes.from_epoch": 2,
+    "loss.instance.alignment_weight": 0.5,
+    "loss.instance.relation_weight": 5.0,
+    "loss.instance.queue": 2048,
+    "loss.image.weight": 0.2,
+    "loss.image.queue": 512,
+    "inference.alpha": 0.35,
+    "inference.beta": 0.65,
+    "inference.score_threshold": 0.005,
+    "inference.nms": 0.7,
+    "inference.detections_per_image": 100,
+    "train.epochs": 12,
+    "train.batch_size": 16,
+    "train.optimizer": "adamw",
+    "train.lr": 5e-5,
+    "train.weight_decay": 1e-4,
+    "train.clip_norm": 1.0,
+    "train.step_epochs": [8, 11],
+    "train.warmup_iterations": 500,
 }
 
 
 OF_OLN = {  # arXiv 2108.06753, section 3, and its authors' configuration, typed from there
-    "proposals.score_iou": 0.3, "proposals.box_iou": 0.7, "proposals.roi_iou": 0.3, "proposals.rois": 2000, "proposals.rpn_nms": 1.0,
-    "proposals.nms": 0.7, "proposals.centerness_weight": 1.0, "proposals.rpn_box_weight": 10.0, "proposals.iou_weight": 1.0,
-    "proposals.box_weight": 1.0}
+    "proposals.score_iou": 0.3,
+    "proposals.box_iou": 0.7,
+    "proposals.roi_iou": 0.3,
+    "proposals.rois": 2000,
+    "proposals.rpn_nms": 1.0,
+    "proposals.nms": 0.7,
+    "proposals.centerness_weight": 1.0,
+    "proposals.rpn_box_weight": 10.0,
+    "proposals.iou_weight": 1.0,
+    "proposals.box_weight": 1.0,
+}
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -106,7 +194,9 @@ def test_every_value_of_the_ov_coco_recipes_has_its_source_behind_it(name: str) 
     lines = resources.files("hdovd").joinpath(f"recipes/{name}.toml").read_text().splitlines()
     values = [line for line in lines if re.match(r"\w+ = ", line)]
     assert len(values) > 60
-    assert [line for line in values if not re.search(r"# .*(METHOD \d|config|code|OLN|mmdetection|torchvision|here)", line)] == []
+    assert [
+        line for line in values if not re.search(r"# .*(METHOD \d|config|code|OLN|mmdetection|torchvision|here)", line)
+    ] == []
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -118,18 +208,21 @@ def test_a_resolved_recipe_can_be_given_again(name: str, tmp_path: Path) -> None
     assert tomllib.loads(file.read_text())["loss"]["class"]["weight"] == 0.5
 
 
-@pytest.mark.parametrize(("setting", "path", "value"), [
-    ("loss.image.enabled=false", ("loss", "image", "enabled"), False),
-    ("loss.class.enabled=false", ("loss", "class_", "enabled"), False),
-    ("train.lr=1e-3", ("train", "lr"), 0.001),
-    ("train.clip_norm=5", ("train", "clip_norm"), 5.0),
-    ("train.epochs = 3", ("train", "epochs"), 3),
-    ("train.step_epochs=[1, 2]", ("train", "step_epochs"), [1, 2]),
-    ("detector.backbone.weights=none", ("detector", "backbone", "weights"), "none"),
-    ('detector.backbone.weights="none"', ("detector", "backbone", "weights"), "none"),
-    ("detector.backbone.weights=/some folder/a=b.pth", ("detector", "backbone", "weights"), "/some folder/a=b.pth"),
-    ("train.optimizer=sgd", ("train", "optimizer"), "sgd"),
-])
+@pytest.mark.parametrize(
+    ("setting", "path", "value"),
+    [
+        ("loss.image.enabled=false", ("loss", "image", "enabled"), False),
+        ("loss.class.enabled=false", ("loss", "class_", "enabled"), False),
+        ("train.lr=1e-3", ("train", "lr"), 0.001),
+        ("train.clip_norm=5", ("train", "clip_norm"), 5.0),
+        ("train.epochs = 3", ("train", "epochs"), 3),
+        ("train.step_epochs=[1, 2]", ("train", "step_epochs"), [1, 2]),
+        ("detector.backbone.weights=none", ("detector", "backbone", "weights"), "none"),
+        ('detector.backbone.weights="none"', ("detector", "backbone", "weights"), "none"),
+        ("detector.backbone.weights=/some folder/a=b.pth", ("detector", "backbone", "weights"), "/some folder/a=b.pth"),
+        ("train.optimizer=sgd", ("train", "optimizer"), "sgd"),
+    ],
+)
 def test_settings(setting: str, path: tuple[str, ...], value: object) -> None:
     found: object = load_recipe("demo", [setting])
     for name in path:
@@ -144,13 +237,16 @@ def test_the_last_setting_wins_and_the_rest_stays() -> None:
     assert recipe.loss == plain.loss
 
 
-@pytest.mark.parametrize(("setting", "near"), [
-    ("train.lrr=1", "train.lr"),
-    ("train.epoch=1", "train.epochs"),
-    ("loss.instance.temperature=1", "loss.instance.relation_temperature"),
-    ("loss.imag.enabled=false", "loss.image.enabled"),
-    ("loss.class_.enabled=false", "loss.class."),
-])
+@pytest.mark.parametrize(
+    ("setting", "near"),
+    [
+        ("train.lrr=1", "train.lr"),
+        ("train.epoch=1", "train.epochs"),
+        ("loss.instance.temperature=1", "loss.instance.relation_temperature"),
+        ("loss.imag.enabled=false", "loss.image.enabled"),
+        ("loss.class_.enabled=false", "loss.class."),
+    ],
+)
 def test_an_unknown_key_is_named_with_the_nearest_valid_one(setting: str, near: str) -> None:
     with pytest.raises(HdovdError) as error:
         load_recipe("demo", [setting])
@@ -159,27 +255,33 @@ def test_an_unknown_key_is_named_with_the_nearest_valid_one(setting: str, near: 
     assert near in str(error.value)
 
 
-@pytest.mark.parametrize(("setting", "key"), [
-    ("train.epochs=many", "train.epochs = 'many'"),
-    ("train.epochs=1.5", "train.epochs = 1.5"),
-    ("train.epochs=0", "train.epochs = 0"),
-    ("train.epochs=true", "train.epochs = True"),
-    ("train.lr=-1.0", "train.lr = -1.0"),
-    ("train.lr=nan", "train.lr = nan"),
-    ("train.lr=inf", "train.lr = inf"),
-    ("train.optimizer=lamb", "train.optimizer = 'lamb'"),
-    ("loss.image.enabled=1", "loss.image.enabled = 1"),
-    ("loss.image.enabled=no", "loss.image.enabled = 'no'"),
-    ("inference.alpha=1.5", "inference.alpha = 1.5"),
-    ("input.mean=[0.5, 0.5]", "input.mean"),
-    ("input.std=[0.5, 0.0, 0.5]", "input.std"),
-    ("detector.backbone.levels=[1, 2]", "detector.backbone.levels"),
-    ("detector.backbone.levels=[]", "detector.backbone.levels"),
-    ("detector.backbone.levels=[3, 5]", "detector.backbone.levels"),  # RoIs that belong to level 4 would be pooled from nowhere
-    ("detector.backbone.levels=[3, 3, 4]", "detector.backbone.levels"),
-    ("pseudo_boxes.reliability_centre=nan", "pseudo_boxes.reliability_centre"),
-    ("loss.image=3", "loss.image"),
-])
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ("train.epochs=many", "train.epochs = 'many'"),
+        ("train.epochs=1.5", "train.epochs = 1.5"),
+        ("train.epochs=0", "train.epochs = 0"),
+        ("train.epochs=true", "train.epochs = True"),
+        ("train.lr=-1.0", "train.lr = -1.0"),
+        ("train.lr=nan", "train.lr = nan"),
+        ("train.lr=inf", "train.lr = inf"),
+        ("train.optimizer=lamb", "train.optimizer = 'lamb'"),
+        ("loss.image.enabled=1", "loss.image.enabled = 1"),
+        ("loss.image.enabled=no", "loss.image.enabled = 'no'"),
+        ("inference.alpha=1.5", "inference.alpha = 1.5"),
+        ("input.mean=[0.5, 0.5]", "input.mean"),
+        ("input.std=[0.5, 0.0, 0.5]", "input.std"),
+        ("detector.backbone.levels=[1, 2]", "detector.backbone.levels"),
+        ("detector.backbone.levels=[]", "detector.backbone.levels"),
+        (
+            "detector.backbone.levels=[3, 5]",
+            "detector.backbone.levels",
+        ),  # RoIs that belong to level 4 would be pooled from nowhere
+        ("detector.backbone.levels=[3, 3, 4]", "detector.backbone.levels"),
+        ("pseudo_boxes.reliability_centre=nan", "pseudo_boxes.reliability_centre"),
+        ("loss.image=3", "loss.image"),
+    ],
+)
 def test_a_wrong_value_is_named(setting: str, key: str) -> None:
     with pytest.raises(HdovdError) as error:
         load_recipe("demo", [setting])
@@ -187,15 +289,18 @@ def test_a_wrong_value_is_named(setting: str, key: str) -> None:
     assert "demo" in str(error.value)
 
 
-@pytest.mark.parametrize(("recipe", "setting", "told"), [
-    ("demo", "detector.rpn.sample=3", "the nearest valid one is detector.rpn.samples"),
-    ("demo-adamixer", "detector.decoder.quries=3", "the nearest valid one is detector.decoder.queries"),
-    ("demo-adamixer", "detector.rpn.samples=3", "unknown key detector.rpn.samples"),
-    ("demo", "detector.backbone.nam=x", "the nearest valid one is detector.backbone.name"),
-    ("demo", "detector.name=faster_rcn", "did you mean faster_rcnn"),
-    ("demo", "detector.name=3", "detector.name = 3"),
-    ("demo", "detector=3", "detector = 3"),
-])
+@pytest.mark.parametrize(
+    ("recipe", "setting", "told"),
+    [
+        ("demo", "detector.rpn.sample=3", "the nearest valid one is detector.rpn.samples"),
+        ("demo-adamixer", "detector.decoder.quries=3", "the nearest valid one is detector.decoder.queries"),
+        ("demo-adamixer", "detector.rpn.samples=3", "unknown key detector.rpn.samples"),
+        ("demo", "detector.backbone.nam=x", "the nearest valid one is detector.backbone.name"),
+        ("demo", "detector.name=faster_rcn", "did you mean faster_rcnn"),
+        ("demo", "detector.name=3", "detector.name = 3"),
+        ("demo", "detector=3", "detector = 3"),
+    ],
+)
 def test_a_wrong_value_of_a_detector_is_told_of_that_detector(recipe: str, setting: str, told: str) -> None:
     with pytest.raises(HdovdError) as error:
         load_recipe(recipe, [setting])
@@ -243,7 +348,8 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
 
 
 def test_a_recipe_kept_before_there_were_proposals_loads(tmp_path: Path) -> None:
-    """Run folders are read back: without the section its values are those of the COCO recipe, which are its defaults."""
+    """Run folders are read back: without the section its values are those of the COCO recipe, which are its
+    defaults."""
     before = load_recipe("ov-coco-faster-rcnn-r50").to_toml().partition("[proposals]")[0]
     (tmp_path / "config.toml").write_text(before)
     assert "proposals" not in tomllib.loads(before)
@@ -279,12 +385,15 @@ def test_every_preset_fits_every_recipe(name: str, preset: str) -> None:
     assert load_recipe(name, PRESETS[preset]) != load_recipe(name)
 
 
-@pytest.mark.parametrize(("settings", "pseudo_boxes", "cache"), [
-    (["loss.instance.enabled=false"], True, True),
-    (["loss.class.enabled=false"], True, True),
-    (["loss.class.enabled=false", "loss.instance.enabled=false"], False, True),
-    (["loss.image.enabled=false"], True, True),
-])
+@pytest.mark.parametrize(
+    ("settings", "pseudo_boxes", "cache"),
+    [
+        (["loss.instance.enabled=false"], True, True),
+        (["loss.class.enabled=false"], True, True),
+        (["loss.class.enabled=false", "loss.instance.enabled=false"], False, True),
+        (["loss.image.enabled=false"], True, True),
+    ],
+)
 def test_what_the_levels_need(settings: list[str], pseudo_boxes: bool, cache: bool) -> None:
     loss = load_recipe("demo", settings).loss
     assert (loss.uses_pseudo_boxes, loss.uses_cache) == (pseudo_boxes, cache)

@@ -1,4 +1,5 @@
-"""The incremental reader agrees with `json.loads` on every document, at every block border, and on what is no document."""
+"""The incremental reader agrees with `json.loads` on every document, at every block border, and on what is no
+document."""
 
 import json
 import tracemalloc
@@ -39,7 +40,9 @@ def check(path: Path, content: str | bytes, blocks: list[int] = BLOCKS) -> None:
     except json.JSONDecodeError as error:
         place = r"\d+" if error.msg.startswith("Illegal trailing comma") else error.pos  # Python 3.13 names the comma
         for block in blocks:
-            with pytest.raises(HdovdError, match=rf"file .*{path.name} is not valid JSON .*char {place}\); is the download complete"):
+            with pytest.raises(
+                HdovdError, match=rf"file .*{path.name} is not valid JSON .*char {place}\); is the download complete"
+            ):
                 rebuilt(path, block)
     else:
         for block in blocks:
@@ -53,37 +56,72 @@ characters = st.characters(exclude_categories=["Cs"])  # lone surrogates are no 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(characters),
     lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(characters, max_size=6), inner, max_size=6),
-    max_leaves=30)
+    max_leaves=30,
+)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(tree=values | st.lists(values) | st.dictionaries(st.text("ab☃\"\\😀", max_size=3), values),
-       ascii_only=st.booleans(), indent=st.sampled_from([None, 0, 3]), tight=st.booleans(), around=st.text(" \t\r\n", max_size=20),
-       block=st.integers(1, 40))
-def test_any_document(tmp_path: Path, tree: Any, ascii_only: bool, indent: int | None, tight: bool, around: str, block: int) -> None:
+@given(
+    tree=values | st.lists(values) | st.dictionaries(st.text('ab☃"\\😀', max_size=3), values),
+    ascii_only=st.booleans(),
+    indent=st.sampled_from([None, 0, 3]),
+    tight=st.booleans(),
+    around=st.text(" \t\r\n", max_size=20),
+    block=st.integers(1, 40),
+)
+def test_any_document(
+    tmp_path: Path, tree: Any, ascii_only: bool, indent: int | None, tight: bool, around: str, block: int
+) -> None:
     text = json.dumps(tree, ensure_ascii=ascii_only, indent=indent, separators=(",", ":") if tight else None)
     check(tmp_path / "f.json", around + text + around, [block, 1, 1 << 20])
 
 
-@pytest.mark.parametrize("text", [
-    "1234", "-12.5e+10", "0.1", "1E5", "-0", "-Infinity", "NaN", "[12,3456,-7.25e-3,1e+5]", '{"a":1234.5e+6,"b":12}',
-    '{"a": [1234, 1.5E-7 ]}', "[]", "{}", "[[]]", "[{}]", '{"a": []}', '{"a": {}, "b": [[]], "c": [] }', " [ ] ", "\n{\r\n}\t",
-    "[null,true,false]", '""', "null", '[ 1 , 2 ]', '{"": [NaN, Infinity, -Infinity]}',
-    '["\\ud83d\\ude00", "\\ud83d", "\\u2603\\n", "a\\\\"]', '{"\\u0061": [1], "☃": ["😀é"]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1234",
+        "-12.5e+10",
+        "0.1",
+        "1E5",
+        "-0",
+        "-Infinity",
+        "NaN",
+        "[12,3456,-7.25e-3,1e+5]",
+        '{"a":1234.5e+6,"b":12}',
+        '{"a": [1234, 1.5E-7 ]}',
+        "[]",
+        "{}",
+        "[[]]",
+        "[{}]",
+        '{"a": []}',
+        '{"a": {}, "b": [[]], "c": [] }',
+        " [ ] ",
+        "\n{\r\n}\t",
+        "[null,true,false]",
+        '""',
+        "null",
+        "[ 1 , 2 ]",
+        '{"": [NaN, Infinity, -Infinity]}',
+        '["\\ud83d\\ude00", "\\ud83d", "\\u2603\\n", "a\\\\"]',
+        '{"\\u0061": [1], "☃": ["😀é"]}',
+    ],
+)
 def test_tokens_at_every_border(tmp_path: Path, text: str) -> None:
     for lead in range(20):  # shifts every token against the borders
         check(tmp_path / "f.json", " " * lead + text, [1, 2, 3, 5, 7, 16, 17, 64])
 
 
-DOCUMENT = '{"alpha": [{"id": 12, "b": [1.5e+3, -2]}, {"x": "☃\\u00e9\\ud83d\\ude00"}], "be": {"q": [true, null]}, "c": [], "dddd": -1.25}'
+DOCUMENT = '{"alpha": [{"id": 12, "b": [1.5e+3, -2]}, {"x": "☃\\u00e9\\ud83d\\ude00"}], "be": {"q": [true, null]}, "c": [], "dddd": -1.25}'  # noqa: E501
 
 
-@pytest.mark.parametrize("text", [DOCUMENT, '[{"image_id": 1, "bbox": [1, 2.5, 3, 4e1], "score": 0.5}, {"☃": -Infinity}, [], "a\\"b"]'])
+@pytest.mark.parametrize(
+    "text", [DOCUMENT, '[{"image_id": 1, "bbox": [1, 2.5, 3, 4e1], "score": 0.5}, {"☃": -Infinity}, [], "a\\"b"]']
+)
 def test_a_document_with_one_fault(tmp_path: Path, text: str) -> None:
     """Cut short, a character less, another character: an error exactly where `json.loads` has one."""
     blocks = [1, 7, 1 << 20]
     for k in range(len(text)):
-        for faulty in (text[:k], text[:k] + text[k + 1:], *(text[:k] + c + text[k + 1:] for c in ',]}"1{\n')):
+        for faulty in (text[:k], text[:k] + text[k + 1 :], *(text[:k] + c + text[k + 1 :] for c in ',]}"1{\n')):
             check(tmp_path / "f.json", faulty, blocks)
 
 
@@ -94,9 +132,37 @@ def test_trailing_garbage(tmp_path: Path, text: str, after: str) -> None:
     check(tmp_path / "f.json", text + " " * 100 + after)
 
 
-@pytest.mark.parametrize("text", [
-    "[1,]", "[,1]", "[1 2]", '{"a" 1}', '{"a": }', '{"a": 1,}', '{"a": [1], }', '{a: 1}', '{1: 1}', "[1}", '{"a": [1}', "[.5]", "[01]",
-    "[1.]", "[1e+]", "[+1]", "['a']", '["\n"]', '["\\x"]', '["\\u12"]', "[tru]", "nul", "", "  ", "\ufeff", "\ufeff\ufeff[]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1,]",
+        "[,1]",
+        "[1 2]",
+        '{"a" 1}',
+        '{"a": }',
+        '{"a": 1,}',
+        '{"a": [1], }',
+        "{a: 1}",
+        "{1: 1}",
+        "[1}",
+        '{"a": [1}',
+        "[.5]",
+        "[01]",
+        "[1.]",
+        "[1e+]",
+        "[+1]",
+        "['a']",
+        '["\n"]',
+        '["\\x"]',
+        '["\\u12"]',
+        "[tru]",
+        "nul",
+        "",
+        "  ",
+        "\ufeff",
+        "\ufeff\ufeff[]",
+    ],
+)
 def test_what_is_no_json(tmp_path: Path, text: str) -> None:
     path = tmp_path / "f.json"
     path.write_text(text, encoding="utf-8")
@@ -105,8 +171,10 @@ def test_what_is_no_json(tmp_path: Path, text: str) -> None:
             rebuilt(path, block)
 
 
-@pytest.mark.parametrize(("data", "byte"), [
-    (b'["\xff"]', 2), ('["☃☃'.encode()[:-1], 5), ('{"é": ["é'.encode() + b'\x80"]}', 11), (b"\xff\xfe\x00\x01", 0)])
+@pytest.mark.parametrize(
+    ("data", "byte"),
+    [(b'["\xff"]', 2), ('["☃☃'.encode()[:-1], 5), ('{"é": ["é'.encode() + b'\x80"]}', 11), (b"\xff\xfe\x00\x01", 0)],
+)
 def test_what_is_no_utf8(tmp_path: Path, data: bytes, byte: int) -> None:
     path = tmp_path / "f.json"
     path.write_bytes(data)

@@ -17,7 +17,12 @@ from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.options import validation_of
 
 PROTOCOL = Protocol("mine", ("zebra", "cat"), ("dog",))
-CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 90, "name": "zebra"}, {"id": 1, "name": "ignored"}]
+CATEGORIES = [
+    {"id": 7, "name": "cat"},
+    {"id": 2, "name": "dog"},
+    {"id": 90, "name": "zebra"},
+    {"id": 1, "name": "ignored"},
+]
 CAT, DOG, ZEBRA, IGNORED = 7, 2, 90, 1
 
 
@@ -25,9 +30,17 @@ def image(image_id: int, width: int = 100, height: int = 80) -> dict[str, Any]:
     return {"id": image_id, "file_name": f"{image_id:04d}.jpg", "width": width, "height": height}
 
 
-def annotation(annotation_id: int, image_id: int, category: int, bbox: Any = (10, 20, 30, 40), **more: Any) -> dict[str, Any]:
-    return {"id": annotation_id, "image_id": image_id, "category_id": category, "bbox": list(bbox) if isinstance(bbox, tuple) else bbox,
-            "iscrowd": 0, **more}
+def annotation(
+    annotation_id: int, image_id: int, category: int, bbox: Any = (10, 20, 30, 40), **more: Any
+) -> dict[str, Any]:
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": category,
+        "bbox": list(bbox) if isinstance(bbox, tuple) else bbox,
+        "iscrowd": 0,
+        **more,
+    }
 
 
 def write(folder: Path, images: list[Any], annotations: list[Any], categories: list[Any] = CATEGORIES) -> Path:
@@ -36,14 +49,32 @@ def write(folder: Path, images: list[Any], annotations: list[Any], categories: l
     return file
 
 
-def load(folder: Path, images: list[Any], annotations: list[Any], *, base_only: bool = True, categories: list[Any] = CATEGORIES) -> Split:
+def load(
+    folder: Path,
+    images: list[Any],
+    annotations: list[Any],
+    *,
+    base_only: bool = True,
+    categories: list[Any] = CATEGORIES,
+) -> Split:
     return load_split(write(folder, images, annotations, categories), folder, PROTOCOL, base_only=base_only)
 
 
 def test_base_only_sees_base_boxes_alone(tmp_path: Path) -> None:
-    split = load(tmp_path, [image(5), image(3), image(4), image(6), image(8)], [
-        annotation(1, 3, CAT), annotation(2, 3, DOG), annotation(3, 5, ZEBRA, (0, 0, 50, 60)), annotation(4, 3, ZEBRA, (1, 2, 3, 4)),
-        annotation(5, 4, DOG), annotation(6, 6, CAT, iscrowd=1), annotation(7, 3, CAT, iscrowd=1), annotation(8, 5, IGNORED)])
+    split = load(
+        tmp_path,
+        [image(5), image(3), image(4), image(6), image(8)],
+        [
+            annotation(1, 3, CAT),
+            annotation(2, 3, DOG),
+            annotation(3, 5, ZEBRA, (0, 0, 50, 60)),
+            annotation(4, 3, ZEBRA, (1, 2, 3, 4)),
+            annotation(5, 4, DOG),
+            annotation(6, 6, CAT, iscrowd=1),
+            annotation(7, 3, CAT, iscrowd=1),
+            annotation(8, 5, IGNORED),
+        ],
+    )
     assert [i.id for i in split.images] == [5, 3]  # file order; no base box in 4, 6 and 8
     five, three = split.images
     assert (five.file_name, five.width, five.height) == ("0005.jpg", 100, 80)
@@ -60,16 +91,31 @@ def test_base_only_sees_base_boxes_alone(tmp_path: Path) -> None:
 
 
 def test_evaluation_sees_all_classes_of_the_protocol(tmp_path: Path) -> None:
-    split = load(tmp_path, [image(1), image(2), image(3), image(4, 20, 20), image(5)], [
-        annotation(1, 1, CAT), annotation(2, 2, DOG), annotation(3, 3, IGNORED), annotation(4, 4, DOG, (0, 0, 5, 5)),
-        annotation(5, 5, CAT, iscrowd=1), annotation(6, 1, IGNORED), annotation(7, 1, DOG)], base_only=False)
+    split = load(
+        tmp_path,
+        [image(1), image(2), image(3), image(4, 20, 20), image(5)],
+        [
+            annotation(1, 1, CAT),
+            annotation(2, 2, DOG),
+            annotation(3, 3, IGNORED),
+            annotation(4, 4, DOG, (0, 0, 5, 5)),
+            annotation(5, 5, CAT, iscrowd=1),
+            annotation(6, 1, IGNORED),
+            annotation(7, 1, DOG),
+        ],
+        base_only=False,
+    )
     assert [i.id for i in split.images] == [1, 2, 4, 5]  # small images stay, an image with a crowd has an annotation
     assert [i.labels.tolist() for i in split.images] == [[1, 2], [2], [2], [1]]
 
 
 @pytest.mark.parametrize(("width", "height", "kept"), [(32, 32, True), (31, 200, False), (200, 31, False)])
-def test_images_with_a_side_under_32_are_left_out_of_training(tmp_path: Path, width: int, height: int, kept: bool) -> None:
-    split = load(tmp_path, [image(1), image(2, width, height)], [annotation(1, 1, CAT), annotation(2, 2, CAT, (1, 1, 9, 9))])
+def test_images_with_a_side_under_32_are_left_out_of_training(
+    tmp_path: Path, width: int, height: int, kept: bool
+) -> None:
+    split = load(
+        tmp_path, [image(1), image(2, width, height)], [annotation(1, 1, CAT), annotation(2, 2, CAT, (1, 1, 9, 9))]
+    )
     assert [i.id for i in split.images] == ([1, 2] if kept else [1])
     assert list(split.skips.by_reason.values()) == ([] if kept else [[2]])
     if not kept:
@@ -83,21 +129,41 @@ def test_the_minimum_side_is_the_protocols(tmp_path: Path) -> None:
 
 
 BAD_BOXES = [
-    ((100, 10, 20, 20), "outside"), ((-30, 10, 20, 20), "outside"), ((10, 80, 5, 5), "outside"), ((10, -9, 5, 5), "outside"),
-    ((10, 10, 0, 5), "no area"), ((10, 10, 5, 0), "no area"), ((10, 10, 0.0, 0.0), "no area"),
-    ((float("nan"), 1, 2, 3), "not finite"), ((1, 1, float("inf"), 3), "not finite"), ((1, 1, 3, float("nan")), "not finite"),
-    ((10, 10, -5, 5), "inverted"), ((10, 10, 5, -5), "inverted"), ((10, 10, -5, -5), "inverted"),
-    ((1, 2, 3), "four numbers"), ((1, 2, 3, 4, 5), "four numbers"), ("1 2 3 4", "four numbers"), (None, "four numbers"),
-    ((1, 2, "3", 4), "four numbers"), ((1, 2, None, 4), "four numbers"), ({"x": 1}, "four numbers"), ((1, 2, True, 4), "four numbers"),
-    ((1, 2, [3], 4), "four numbers"), ((1, 2, 10**400, 4), "not finite"),
+    ((100, 10, 20, 20), "outside"),
+    ((-30, 10, 20, 20), "outside"),
+    ((10, 80, 5, 5), "outside"),
+    ((10, -9, 5, 5), "outside"),
+    ((10, 10, 0, 5), "no area"),
+    ((10, 10, 5, 0), "no area"),
+    ((10, 10, 0.0, 0.0), "no area"),
+    ((float("nan"), 1, 2, 3), "not finite"),
+    ((1, 1, float("inf"), 3), "not finite"),
+    ((1, 1, 3, float("nan")), "not finite"),
+    ((10, 10, -5, 5), "inverted"),
+    ((10, 10, 5, -5), "inverted"),
+    ((10, 10, -5, -5), "inverted"),
+    ((1, 2, 3), "four numbers"),
+    ((1, 2, 3, 4, 5), "four numbers"),
+    ("1 2 3 4", "four numbers"),
+    (None, "four numbers"),
+    ((1, 2, "3", 4), "four numbers"),
+    ((1, 2, None, 4), "four numbers"),
+    ({"x": 1}, "four numbers"),
+    ((1, 2, True, 4), "four numbers"),
+    ((1, 2, [3], 4), "four numbers"),
+    ((1, 2, 10**400, 4), "not finite"),
 ]
 
 
 @pytest.mark.parametrize(("bbox", "reason"), BAD_BOXES)
 @pytest.mark.parametrize("base_only", [True, False])
 def test_a_bad_box_is_left_out_and_counted(tmp_path: Path, bbox: Any, reason: str, base_only: bool) -> None:
-    split = load(tmp_path, [image(1), image(2)], [annotation(11, 1, CAT), annotation(12, 1, CAT, bbox), annotation(13, 2, CAT, bbox)],
-                 base_only=base_only)
+    split = load(
+        tmp_path,
+        [image(1), image(2)],
+        [annotation(11, 1, CAT), annotation(12, 1, CAT, bbox), annotation(13, 2, CAT, bbox)],
+        base_only=base_only,
+    )
     assert [i.id for i in split.images] == [1]  # the other has no box left
     assert split.images[0].annotation_ids.tolist() == [11]
     (found, ids), (image_reason, image_ids) = split.skips.by_reason.items()
@@ -106,9 +172,15 @@ def test_a_bad_box_is_left_out_and_counted(tmp_path: Path, bbox: Any, reason: st
     assert any("skipped 2" in line and reason in line and "12, 13" in line for line in split.skips.lines())
 
 
-@pytest.mark.parametrize(("bbox", "expected"), [
-    ((-5, -6, 15, 26), [0, 0, 10, 20]), ((90, 70, 50, 50), [90, 70, 100, 80]), ((-1, -1, 200, 200), [0, 0, 100, 80]),
-    ((10.25, 20.5, 30.5, 40.25), [10.25, 20.5, 40.75, 60.75])])
+@pytest.mark.parametrize(
+    ("bbox", "expected"),
+    [
+        ((-5, -6, 15, 26), [0, 0, 10, 20]),
+        ((90, 70, 50, 50), [90, 70, 100, 80]),
+        ((-1, -1, 200, 200), [0, 0, 100, 80]),
+        ((10.25, 20.5, 30.5, 40.25), [10.25, 20.5, 40.75, 60.75]),
+    ],
+)
 def test_a_box_is_clipped_to_the_image(tmp_path: Path, bbox: Any, expected: list[float]) -> None:
     split = load(tmp_path, [image(1)], [annotation(1, 1, CAT, bbox)])
     assert split.images[0].boxes.tolist() == [expected]
@@ -122,7 +194,9 @@ def test_clip_box_says_why() -> None:
     assert "area" in why
 
 
-@pytest.mark.parametrize("bbox", [(600.0, 10.0, 1e-6, 50.0), (10.0, 400.0, 50.0, 1e-6), (-1.0, 10.0, 1.0 + 1e-60, 20.0)])
+@pytest.mark.parametrize(
+    "bbox", [(600.0, 10.0, 1e-6, 50.0), (10.0, 400.0, 50.0, 1e-6), (-1.0, 10.0, 1.0 + 1e-60, 20.0)]
+)
 def test_a_box_that_float32_cannot_hold_has_no_area(tmp_path: Path, bbox: Any) -> None:
     """Regression targets of a box without width are infinite."""
     split = load(tmp_path, [image(1, 640, 480)], [annotation(1, 1, CAT), annotation(2, 1, CAT, bbox)])
@@ -143,9 +217,18 @@ def test_an_annotation_without_iscrowd_is_no_crowd(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("order", list(permutations(["images", "annotations", "categories"])))
 def test_the_parts_come_in_any_order(tmp_path: Path, order: tuple[str, ...]) -> None:
-    parts = {"images": [image(3), image(1)], "categories": CATEGORIES,
-             "annotations": [annotation(1, 1, CAT), annotation(2, 3, ZEBRA, None), annotation(3, 3, DOG), annotation(4, 3, CAT, iscrowd=1),
-                             annotation(5, 1, ZEBRA, (1, 2, 3, 4)), annotation(6, 3, CAT, (5, 5, 200, 5))]}
+    parts = {
+        "images": [image(3), image(1)],
+        "categories": CATEGORIES,
+        "annotations": [
+            annotation(1, 1, CAT),
+            annotation(2, 3, ZEBRA, None),
+            annotation(3, 3, DOG),
+            annotation(4, 3, CAT, iscrowd=1),
+            annotation(5, 1, ZEBRA, (1, 2, 3, 4)),
+            annotation(6, 3, CAT, (5, 5, 200, 5)),
+        ],
+    }
     file = tmp_path / "instances.json"
     file.write_text(json.dumps({"info": {"images": 3}, **{key: parts[key] for key in order}, "licenses": [1]}))
     split = load_split(file, tmp_path, PROTOCOL, base_only=True)
@@ -160,17 +243,34 @@ def test_every_image_gets_its_own_rows(tmp_path: Path) -> None:
     """Against a plain reading of the file, with the annotations of all images mixed."""
     rng = np.random.default_rng(0)
     images = [image(int(i)) for i in rng.permutation(40)]
-    annotations = [annotation(int(k), int(rng.integers(40)), int(rng.choice([CAT, DOG, ZEBRA, IGNORED])),
-                              tuple(rng.uniform(-20, 90, 4).round(2).tolist()), iscrowd=int(rng.integers(5) == 0))
-                   for k in rng.permutation(600)]
+    annotations = [
+        annotation(
+            int(k),
+            int(rng.integers(40)),
+            int(rng.choice([CAT, DOG, ZEBRA, IGNORED])),
+            tuple(rng.uniform(-20, 90, 4).round(2).tolist()),
+            iscrowd=int(rng.integers(5) == 0),
+        )
+        for k in rng.permutation(600)
+    ]
     for base_only in (True, False):
         split = load(tmp_path, images, annotations, base_only=base_only)
         label_of = {ZEBRA: 0, CAT: 1} | ({} if base_only else {DOG: 2})
-        wanted = {i["id"]: [(a["id"], label_of[a["category_id"]], clip_box(a["bbox"], 100, 80)[0]) for a in annotations
-                            if a["image_id"] == i["id"] and a["category_id"] in label_of and not (base_only and a["iscrowd"])
-                            and clip_box(a["bbox"], 100, 80)[0] is not None] for i in images}
-        assert {i.id: list(zip(i.annotation_ids.tolist(), i.labels.tolist(), i.boxes.tolist(), strict=True))
-                for i in split.images} == {key: rows for key, rows in wanted.items() if rows}
+        wanted = {
+            i["id"]: [
+                (a["id"], label_of[a["category_id"]], clip_box(a["bbox"], 100, 80)[0])
+                for a in annotations
+                if a["image_id"] == i["id"]
+                and a["category_id"] in label_of
+                and not (base_only and a["iscrowd"])
+                and clip_box(a["bbox"], 100, 80)[0] is not None
+            ]
+            for i in images
+        }
+        assert {
+            i.id: list(zip(i.annotation_ids.tolist(), i.labels.tolist(), i.boxes.tolist(), strict=True))
+            for i in split.images
+        } == {key: rows for key, rows in wanted.items() if rows}
         assert sum(map(len, split.skips.by_reason.values())) > 50
 
 
@@ -186,6 +286,7 @@ def test_outlines_are_not_kept_in_memory(tmp_path: Path) -> None:
 
 
 # Bad files.
+
 
 def test_an_annotation_for_an_unknown_image(tmp_path: Path) -> None:
     with pytest.raises(HdovdError, match=r"instances\.json.*annotation 4 .*image 99"):
@@ -217,11 +318,22 @@ def test_a_file_that_is_not_json(tmp_path: Path, content: bytes) -> None:
         load_split(file, tmp_path, PROTOCOL, base_only=True)
 
 
-@pytest.mark.parametrize("tree", [
-    [], {}, {"images": [], "annotations": []}, 3, None, [{"images": [], "annotations": [], "categories": []}],
-    {"images": [], "annotations": {"id": 1}, "categories": []}, {"images": [], "annotations": [], "categories": [[]]},
-    {"images": [3], "annotations": [], "categories": []}, {"images": None, "annotations": [], "categories": []},
-    {"images": [image(1)], "annotations": [{"id": 1, "image_id": 1, "caption": "a cat"}]}])  # captions
+@pytest.mark.parametrize(
+    "tree",
+    [
+        [],
+        {},
+        {"images": [], "annotations": []},
+        3,
+        None,
+        [{"images": [], "annotations": [], "categories": []}],
+        {"images": [], "annotations": {"id": 1}, "categories": []},
+        {"images": [], "annotations": [], "categories": [[]]},
+        {"images": [3], "annotations": [], "categories": []},
+        {"images": None, "annotations": [], "categories": []},
+        {"images": [image(1)], "annotations": [{"id": 1, "image_id": 1, "caption": "a cat"}]},
+    ],
+)  # captions
 def test_a_file_that_is_not_cocos(tmp_path: Path, tree: Any) -> None:
     file = tmp_path / "instances.json"
     file.write_text(json.dumps(tree))
@@ -259,7 +371,9 @@ def test_of_two_faults_the_first_is_named(tmp_path: Path) -> None:
         load(tmp_path, [image(1)], [good, broken, good, good])
     with pytest.raises(HdovdError, match="annotation number 1 lacks"):
         load(tmp_path, [image(1)], [good, {}, broken])
-    with pytest.raises(HdovdError, match="annotation 8 lacks"):  # of what the file is comes before what the protocol asks
+    with pytest.raises(
+        HdovdError, match="annotation 8 lacks"
+    ):  # of what the file is comes before what the protocol asks
         load(tmp_path, [image(1)], [broken], categories=CATEGORIES[:1])
     file = write(tmp_path, [image(1)], [broken])
     with pytest.raises(HdovdError, match="no image folder"):
@@ -284,7 +398,12 @@ def test_an_annotation_id_that_stands_twice(tmp_path: Path) -> None:
 
 def test_categories_of_the_same_name(tmp_path: Path) -> None:
     with pytest.raises(HdovdError, match=r"instances\.json.*same name.*" + CATEGORIES[0]["name"]):
-        load(tmp_path, [image(1)], [annotation(1, 1, CAT)], categories=[*CATEGORIES, {"id": 99, "name": CATEGORIES[0]["name"]}])
+        load(
+            tmp_path,
+            [image(1)],
+            [annotation(1, 1, CAT)],
+            categories=[*CATEGORIES, {"id": 99, "name": CATEGORIES[0]["name"]}],
+        )
 
 
 def test_an_image_id_that_stands_twice(tmp_path: Path) -> None:
@@ -296,16 +415,26 @@ def test_many_skips_are_shortened() -> None:
     skips = Skips()
     for item in range(20):
         skips.add("reason", item)
-    line, = skips.lines()
+    (line,) = skips.lines()
     assert line.startswith("skipped 20: reason (0, 1, 2")
     assert "12 more" in line
 
 
 # Values of other types than their keys have.
 
-WRONG = [("1", "the text '1'"), (True, "true"), (None, "null"), ([1], "a list"), ({"a": 1}, "an object"), (1.5, "1.5"),
-         (float("nan"), "nan"), (float("inf"), "inf"), (1 << 63, "9223372036854775808"), (1e300, "a number of more than 64 bits"),
-         (10**400, "a number of more than 64 bits")]
+WRONG = [
+    ("1", "the text '1'"),
+    (True, "true"),
+    (None, "null"),
+    ([1], "a list"),
+    ({"a": 1}, "an object"),
+    (1.5, "1.5"),
+    (float("nan"), "nan"),
+    (float("inf"), "inf"),
+    (1 << 63, "9223372036854775808"),
+    (1e300, "a number of more than 64 bits"),
+    (10**400, "a number of more than 64 bits"),
+]
 
 
 @pytest.mark.parametrize(("value", "found"), WRONG)
@@ -318,7 +447,9 @@ def test_a_key_of_an_annotation_that_is_no_whole_number(tmp_path: Path, key: str
 @pytest.mark.parametrize(("value", "found"), [*WRONG, (0, "0"), (-3, "-3")])
 @pytest.mark.parametrize("key", ["width", "height"])
 def test_a_side_of_an_image_that_is_none(tmp_path: Path, key: str, value: Any, found: str) -> None:
-    with pytest.raises(HdovdError, match=rf"instances\.json: image 2: {key} is {found}, expected a whole number of 1 to"):
+    with pytest.raises(
+        HdovdError, match=rf"instances\.json: image 2: {key} is {found}, expected a whole number of 1 to"
+    ):
         load(tmp_path, [image(1), image(2) | {key: value}], [annotation(1, 1, CAT)])
 
 
@@ -332,21 +463,40 @@ def test_an_id_of_an_image_or_category_that_is_no_whole_number(tmp_path: Path, v
 
 def test_whole_floats_are_whole_numbers_and_nulls_are_absent(tmp_path: Path) -> None:
     plain = load(tmp_path, [image(1), image(2)], [annotation(7, 2, CAT), annotation(8, 2, DOG)], base_only=False)
-    split = load(tmp_path, [image(1) | {"id": 1.0}, image(2) | {"width": 100.0, "height": 80.0}], [
-        annotation(7, 2, CAT, iscrowd=None, area=None, segmentation=None), annotation(8, 2, DOG) | {"image_id": 2.0, "category_id": 2.0}],
-        base_only=False, categories=[c | {"id": float(c["id"])} for c in CATEGORIES])
+    split = load(
+        tmp_path,
+        [image(1) | {"id": 1.0}, image(2) | {"width": 100.0, "height": 80.0}],
+        [
+            annotation(7, 2, CAT, iscrowd=None, area=None, segmentation=None),
+            annotation(8, 2, DOG) | {"image_id": 2.0, "category_id": 2.0},
+        ],
+        base_only=False,
+        categories=[c | {"id": float(c["id"])} for c in CATEGORIES],
+    )
     (expected,), (found,) = plain.images, split.images
     assert (found.id, found.width, found.height, found.labels.tolist(), found.annotation_ids.tolist()) == (
-        expected.id, expected.width, expected.height, expected.labels.tolist(), expected.annotation_ids.tolist())
+        expected.id,
+        expected.width,
+        expected.height,
+        expected.labels.tolist(),
+        expected.annotation_ids.tolist(),
+    )
     assert all(type(value) is int for value in (found.id, found.width, found.height, *split.coco_ids))
 
 
 @pytest.mark.parametrize("base_only", [True, False])
-@pytest.mark.parametrize(("change", "message"), [
-    ({"iscrowd": "0"}, "iscrowd is the text '0', expected 0 or 1"), ({"iscrowd": 2}, "iscrowd is 2"),
-    ({"iscrowd": [0]}, "iscrowd is a list"),
-    ({"area": "9"}, "area is the text '9', expected a number"), ({"area": True}, "area is true"), ({"area": float("nan")}, "area is nan"),
-    ({"area": 10**400}, "area is a number of more than 64 bits")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"iscrowd": "0"}, "iscrowd is the text '0', expected 0 or 1"),
+        ({"iscrowd": 2}, "iscrowd is 2"),
+        ({"iscrowd": [0]}, "iscrowd is a list"),
+        ({"area": "9"}, "area is the text '9', expected a number"),
+        ({"area": True}, "area is true"),
+        ({"area": float("nan")}, "area is nan"),
+        ({"area": 10**400}, "area is a number of more than 64 bits"),
+    ],
+)
 def test_an_optional_key_of_another_type(tmp_path: Path, base_only: bool, change: dict[str, Any], message: str) -> None:
     with pytest.raises(HdovdError, match=rf"instances\.json: annotation 2: {message}"):
         load(tmp_path, [image(1)], [annotation(1, 1, CAT), annotation(2, 1, CAT) | change], base_only=base_only)
@@ -359,6 +509,7 @@ def test_iscrowd_may_be_true_or_false(tmp_path: Path) -> None:
 
 # Categories.
 
+
 def test_two_categories_of_one_id(tmp_path: Path) -> None:
     """Files merged by hand: one class would be taught as the other."""
     with pytest.raises(HdovdError, match=r"instances\.json: category id 7 is both 'cat' and 'horse'"):
@@ -367,23 +518,32 @@ def test_two_categories_of_one_id(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base_only", [True, False])
 def test_annotations_of_no_category_are_counted(tmp_path: Path, base_only: bool) -> None:
-    split = load(tmp_path, [image(1), image(2), image(3)], [
-        annotation(1, 1, CAT), annotation(2, 1, 55), annotation(3, 2, 55), annotation(4, 3, IGNORED)], base_only=base_only)
+    split = load(
+        tmp_path,
+        [image(1), image(2), image(3)],
+        [annotation(1, 1, CAT), annotation(2, 1, 55), annotation(3, 2, 55), annotation(4, 3, IGNORED)],
+        base_only=base_only,
+    )
     assert [i.id for i in split.images] == [1]
-    assert split.skips.by_reason == {"annotation, its category is none of instances.json": [2, 3],
-                                     "image, no annotation of it is left": [2]}
+    assert split.skips.by_reason == {
+        "annotation, its category is none of instances.json": [2, 3],
+        "image, no annotation of it is left": [2],
+    }
     assert split.empty == [3]
 
 
 # Images without objects.
+
 
 def test_images_without_objects_are_told_and_may_be_kept(tmp_path: Path) -> None:
     images = [image(1), image(2), image(3), image(4, 20, 20), image(5)]
     annotations = [annotation(1, 1, CAT), annotation(2, 2, DOG), annotation(3, 5, CAT, (1, 1, 0, 0))]
     file, said = write(tmp_path, images, annotations), list[str]()
     data = DataPaths(None, tmp_path, file)
-    for base_only, left_out, line in ((True, [2, 3, 4], "3: image without an object of the base classes"),
-                                      (False, [3, 4], "2: image without an object of the protocol's classes")):
+    for base_only, left_out, line in (
+        (True, [2, 3, 4], "3: image without an object of the base classes"),
+        (False, [3, 4], "2: image without an object of the protocol's classes"),
+    ):
         split = data.load("", PROTOCOL, base_only=base_only, log=said.append)
         assert split.empty == left_out
         assert any(line in one and "keep_empty" in one for one in said), said
@@ -401,10 +561,16 @@ def test_images_without_objects_are_told_and_may_be_kept(tmp_path: Path) -> None
 
 # Annotations that say it otherwise.
 
+
 @pytest.mark.parametrize("bbox", [{}, {"bbox": None}])
-@pytest.mark.parametrize(("segmentation", "expected"), [
-    ([[10, 20, 40, 25, 30, 60.5]], [10, 20, 40, 60.5]), ([[10, 20, 12, 20, 12, 22], [50, 30, 60, 30, 60, 70.25]], [10, 20, 60, 70.25]),
-    ({"size": [80, 100], "counts": [80 * 10 + 20, 40, 40, 40, 80 * 90 - 140]}, [10, 20, 12, 60])])
+@pytest.mark.parametrize(
+    ("segmentation", "expected"),
+    [
+        ([[10, 20, 40, 25, 30, 60.5]], [10, 20, 40, 60.5]),
+        ([[10, 20, 12, 20, 12, 22], [50, 30, 60, 30, 60, 70.25]], [10, 20, 60, 70.25]),
+        ({"size": [80, 100], "counts": [80 * 10 + 20, 40, 40, 40, 80 * 90 - 140]}, [10, 20, 12, 60]),
+    ],
+)
 def test_the_box_follows_from_the_outline(tmp_path: Path, bbox: Any, segmentation: Any, expected: list[float]) -> None:
     bare = {k: v for k, v in annotation(1, 1, CAT, segmentation=segmentation).items() if k != "bbox"} | bbox
     assert load(tmp_path, [image(1)], [bare]).images[0].boxes.tolist() == [expected]
@@ -420,11 +586,26 @@ def test_the_box_of_a_compressed_mask(tmp_path: Path) -> None:
     assert load(tmp_path, [image(1)], [bare]).images[0].boxes.tolist() == [[10, 20, 30, 60]]
 
 
-@pytest.mark.parametrize("segmentation", [
-    [[1, 2, 3]], [[1, 2, 3, 4]], [["1", 2, 3, 4, 5, 6]], ["x"], "x", 3, [[1, 2, 3, 4, 5, float("nan")]], {"a": 1},
-    {"size": [0, 0], "counts": [1]},
-    {"size": [80, 100], "counts": [3]}, {"size": [80, 100], "counts": [-3, 8003]}, {"size": [80, 100], "counts": "ooo"},
-    {"size": [80, "100"], "counts": "0"}, {"size": [80, 100], "counts": 3}, {"size": [80, 100], "counts": "\u00e9"}])
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[1, 2, 3]],
+        [[1, 2, 3, 4]],
+        [["1", 2, 3, 4, 5, 6]],
+        ["x"],
+        "x",
+        3,
+        [[1, 2, 3, 4, 5, float("nan")]],
+        {"a": 1},
+        {"size": [0, 0], "counts": [1]},
+        {"size": [80, 100], "counts": [3]},
+        {"size": [80, 100], "counts": [-3, 8003]},
+        {"size": [80, 100], "counts": "ooo"},
+        {"size": [80, "100"], "counts": "0"},
+        {"size": [80, 100], "counts": 3},
+        {"size": [80, 100], "counts": "\u00e9"},
+    ],
+)
 def test_an_outline_that_is_none(tmp_path: Path, segmentation: Any) -> None:
     split = load(tmp_path, [image(1)], [annotation(1, 1, CAT), annotation(2, 1, CAT, None, segmentation=segmentation)])
     assert split.skips.by_reason == {"annotation, box is not four numbers": [2]}
@@ -455,14 +636,29 @@ def test_coco_url_names_the_picture(tmp_path: Path) -> None:
     assert [i.file_name for i in load(tmp_path, images, annotations).images] == ["0001.jpg", "0002.jpg"]
     (tmp_path / "train2017").mkdir()
     (tmp_path / "val2017").mkdir()  # LVIS: the pictures of both lie side by side
-    assert [i.file_name for i in load(tmp_path, images, annotations).images] == ["train2017/0001.jpg", "val2017/0002.jpg"]
+    assert [i.file_name for i in load(tmp_path, images, annotations).images] == [
+        "train2017/0001.jpg",
+        "val2017/0002.jpg",
+    ]
 
 
 # Names.
 
-@pytest.mark.parametrize(("name", "shown"), [
-    ("cat\x1b[31m", r"'cat\\x1b\[31m'"), ("cat\n", r"'cat\\n'"), ("\u202ecat", r"'\\u202ecat'"), ("\ud800", r"'\\ud800'"), ("", "''"),
-    ("c" * 201, "of 201 characters"), (3, "3"), (None, "null"), (["cat"], "a list")])
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("cat\x1b[31m", r"'cat\\x1b\[31m'"),
+        ("cat\n", r"'cat\\n'"),
+        ("\u202ecat", r"'\\u202ecat'"),
+        ("\ud800", r"'\\ud800'"),
+        ("", "''"),
+        ("c" * 201, "of 201 characters"),
+        (3, "3"),
+        (None, "null"),
+        (["cat"], "a list"),
+    ],
+)
 def test_category_names_that_cannot_be_printed(tmp_path: Path, name: Any, shown: str) -> None:
     with pytest.raises(HdovdError, match=rf"instances\.json: category 99: name is .*{shown}") as error:
         load(tmp_path, [image(1)], [annotation(1, 1, CAT)], categories=[*CATEGORIES, {"id": 99, "name": name}])
@@ -472,12 +668,17 @@ def test_category_names_that_cannot_be_printed(tmp_path: Path, name: Any, shown:
 
 @pytest.mark.parametrize("name", ["../0001.jpg", "a/../../0001.jpg", "/etc/passwd", "a/../..", "..", "/"])
 def test_pictures_outside_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(HdovdError, match=r"instances\.json: image 1: file_name is .* lies outside of the image folder .*--images"):
+    with pytest.raises(
+        HdovdError, match=r"instances\.json: image 1: file_name is .* lies outside of the image folder .*--images"
+    ):
         load(tmp_path, [image(1) | {"file_name": name}], [annotation(1, 1, CAT)])
 
 
 def test_other_ways_to_name_a_picture_in_the_folder(tmp_path: Path) -> None:
-    images = [image(k) | {"file_name": name} for k, name in enumerate((str(tmp_path / "a" / "1.jpg"), "a/../2..jpg", "b/3.jpg"), start=1)]
+    images = [
+        image(k) | {"file_name": name}
+        for k, name in enumerate((str(tmp_path / "a" / "1.jpg"), "a/../2..jpg", "b/3.jpg"), start=1)
+    ]
     split = load(tmp_path, images, [annotation(k, k, CAT) for k in (1, 2, 3)])
     assert [i.file_name for i in split.images] == ["a/1.jpg", "2..jpg", "b/3.jpg"]
 
@@ -489,6 +690,7 @@ def test_a_file_name_that_is_none(tmp_path: Path, name: Any) -> None:
 
 
 # Where a data set lies.
+
 
 def test_the_layout_of_coco_2017(tmp_path: Path) -> None:
     (tmp_path / "train2017").mkdir()

@@ -7,10 +7,15 @@ import pytest
 from hdovd.core.errors import HdovdError
 from hdovd.data.protocol import load_protocol, parse_protocol, shipped_protocols
 
-BASE = ("person, bicycle, car, motorcycle, train, truck, boat, bench, bird, horse, sheep, bear, zebra, giraffe, backpack, handbag, "
-        "suitcase, frisbee, skis, kite, surfboard, bottle, fork, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, pizza, "
-        "donut, chair, bed, toilet, tv, laptop, mouse, remote, microwave, oven, toaster, refrigerator, book, clock, vase, toothbrush")
-NOVEL = "airplane, bus, cat, dog, cow, elephant, umbrella, tie, snowboard, skateboard, cup, knife, cake, couch, keyboard, sink, scissors"
+BASE = (
+    "person, bicycle, car, motorcycle, train, truck, boat, bench, bird, horse, sheep, bear, zebra, giraffe, backpack, "
+    "handbag, "
+    "suitcase, frisbee, skis, kite, surfboard, bottle, fork, spoon, bowl, banana, apple, sandwich, orange, broccoli, "
+    "carrot, pizza, "
+    "donut, chair, bed, toilet, tv, laptop, mouse, remote, microwave, oven, toaster, refrigerator, book, clock, vase, "
+    "toothbrush"
+)
+NOVEL = "airplane, bus, cat, dog, cow, elephant, umbrella, tie, snowboard, skateboard, cup, knife, cake, couch, keyboard, sink, scissors"  # noqa: E501
 
 
 def test_ov_coco_is_the_published_split() -> None:
@@ -46,22 +51,25 @@ def test_a_file_and_its_defaults(tmp_path: Path) -> None:
     assert load_protocol(str(file)).max_detections == (10, 20)
 
 
-@pytest.mark.parametrize(("text", "problem"), [
-    ('name = "x"\nnovel = ["a"]', "missing keys.*base"),
-    ('base = ["a"]\nnovel = []', "missing keys.*name"),
-    ('name = "x"\nbase = ["a"]\nnovel = []\nnovell = ["b"]', "unknown keys.*novell"),
-    ('name = "x"\nbase = ["a", "b", "a"]\nnovel = []', "twice.*a"),
-    ('name = "x"\nbase = ["a", "b"]\nnovel = ["b"]', "twice.*b"),
-    ('name = "x"\nbase = []\nnovel = ["a"]', "base holds no class"),
-    ('name = "x"\nbase = "person"\nnovel = ["a"]', "base must be a list.*person"),
-    ('name = "x"\nbase = ["a", 3]\nnovel = []', "base must be a list"),
-    ('name = "x"\nbase = ["a"]\nnovel = [""]', "novel must be a list"),
-    ('name = "x"\nbase = ["a"]\nnovel = []\nmax_detections = []', "max_detections"),
-    ('name = "x"\nbase = ["a"]\nnovel = []\nmax_detections = [0]', "max_detections"),
-    ('name = "x"\nbase = ["a"]\nnovel = []\nmax_detections = 100', "max_detections"),
-    ('name = "x"\nbase = ["a"]\nnovel = []\nmin_image_side_px = "32"', "min_image_side_px"),
-    ('name = "x"\nbase = ["a"\nnovel = []', "bad.toml"),
-])
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('name = "x"\nnovel = ["a"]', "missing keys.*base"),
+        ('base = ["a"]\nnovel = []', "missing keys.*name"),
+        ('name = "x"\nbase = ["a"]\nnovel = []\nnovell = ["b"]', "unknown keys.*novell"),
+        ('name = "x"\nbase = ["a", "b", "a"]\nnovel = []', "twice.*a"),
+        ('name = "x"\nbase = ["a", "b"]\nnovel = ["b"]', "twice.*b"),
+        ('name = "x"\nbase = []\nnovel = ["a"]', "base holds no class"),
+        ('name = "x"\nbase = "person"\nnovel = ["a"]', "base must be a list.*person"),
+        ('name = "x"\nbase = ["a", 3]\nnovel = []', "base must be a list"),
+        ('name = "x"\nbase = ["a"]\nnovel = [""]', "novel must be a list"),
+        ('name = "x"\nbase = ["a"]\nnovel = []\nmax_detections = []', "max_detections"),
+        ('name = "x"\nbase = ["a"]\nnovel = []\nmax_detections = [0]', "max_detections"),
+        ('name = "x"\nbase = ["a"]\nnovel = []\nmax_detections = 100', "max_detections"),
+        ('name = "x"\nbase = ["a"]\nnovel = []\nmin_image_side_px = "32"', "min_image_side_px"),
+        ('name = "x"\nbase = ["a"\nnovel = []', "bad.toml"),
+    ],
+)
 def test_a_bad_file_names_file_and_problem(tmp_path: Path, text: str, problem: str) -> None:
     file = tmp_path / "bad.toml"
     file.write_text(text)

@@ -15,8 +15,15 @@ def example(pseudo_sides: list[tuple[float, float]] = ((10.0, 20.0), (30.0, 5.0)
     count = len(pseudo_sides)
     pseudo = [[3.0 + r, 4.0, 3.0 + r + w, 4.0 + h] for r, (w, h) in enumerate(pseudo_sides)]
     full = lambda start, n: torch.arange(start, start + n, dtype=torch.float32)[:, None].expand(n, DIM)  # noqa: E731
-    return Targets(torch.tensor([[1.0, 2.0, 11.0, 22.0], [40.0, 0.0, 100.0, 50.0]]), torch.tensor([5, 1]), full(0, 2),
-                   torch.tensor(pseudo).reshape(count, 4), full(10, count), full(20, count), torch.full((DIM,), 7.0))
+    return Targets(
+        torch.tensor([[1.0, 2.0, 11.0, 22.0], [40.0, 0.0, 100.0, 50.0]]),
+        torch.tensor([5, 1]),
+        full(0, 2),
+        torch.tensor(pseudo).reshape(count, 4),
+        full(10, count),
+        full(20, count),
+        torch.full((DIM,), 7.0),
+    )
 
 
 def test_all_boxes_puts_base_first() -> None:

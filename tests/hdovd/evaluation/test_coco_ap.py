@@ -1,4 +1,6 @@
-"""AP through hdovd against plain COCOeval runs, one class at a time and one group at a time; and the engines against each other."""
+"""AP through hdovd against plain COCOeval runs, one class at a time and one group at a time; and the engines against
+each other.
+"""
 
 import contextlib
 import copy
@@ -39,20 +41,46 @@ def world(seed: int, *, without: str | None = None) -> tuple[Tree, list[Detectio
                 continue
             x, y, w, h = (float(v) for v in (*rng.uniform(0, 100, 2), *rng.uniform(10, 50, 2)))
             number = len(annotations)
-            annotations.append({"id": number, "image_id": image["id"], "category_id": IDS[name], "bbox": [x, y, w, h], "area": w * h * 0.7,
-                                "iscrowd": int(rng.random() < 0.1)})
+            annotations.append(
+                {
+                    "id": number,
+                    "image_id": image["id"],
+                    "category_id": IDS[name],
+                    "bbox": [x, y, w, h],
+                    "area": w * h * 0.7,
+                    "iscrowd": int(rng.random() < 0.1),
+                }
+            )
             for _ in range(int(rng.integers(0, 4))):
                 shift = rng.normal(0, 4, 4)
-                detections.append({"image_id": image["id"], "category_id": IDS[name], "score": float(rng.random()),
-                                   "bbox": [float(v) for v in np.array([x, y, w, h]) + shift]})
+                detections.append(
+                    {
+                        "image_id": image["id"],
+                        "category_id": IDS[name],
+                        "score": float(rng.random()),
+                        "bbox": [float(v) for v in np.array([x, y, w, h]) + shift],
+                    }
+                )
         for _ in range(4):
-            detections.append({"image_id": image["id"], "category_id": IDS[str(rng.choice(PROTOCOL.names))], "score": float(rng.random()),
-                               "bbox": [float(v) for v in (*rng.uniform(0, 100, 2), *rng.uniform(10, 50, 2))]})
+            detections.append(
+                {
+                    "image_id": image["id"],
+                    "category_id": IDS[str(rng.choice(PROTOCOL.names))],
+                    "score": float(rng.random()),
+                    "bbox": [float(v) for v in (*rng.uniform(0, 100, 2), *rng.uniform(10, 50, 2))],
+                }
+            )
     detections = [d for d in detections if d["category_id"] != IDS["ignored"]]
-    return {"images": images, "annotations": annotations, "categories": [{"id": i, "name": n} for n, i in IDS.items()]}, detections
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": n} for n, i in IDS.items()],
+    }, detections
 
 
-def plain_ap(tree: Tree, detections: list[Detection], names: tuple[str, ...], image_ids: list[int] | None = None) -> tuple[float, float]:
+def plain_ap(
+    tree: Tree, detections: list[Detection], names: tuple[str, ...], image_ids: list[int] | None = None
+) -> tuple[float, float]:
     """(AP50, AP) of one COCOeval run over some classes, as its own summary computes them, in percent."""
     tree = copy.deepcopy(tree)
     for a in tree["annotations"]:
@@ -75,8 +103,14 @@ def plain_ap(tree: Tree, detections: list[Detection], names: tuple[str, ...], im
     return values[0], values[1]
 
 
-def compute(folder: Path, tree: Tree, detections: list[Detection], image_ids: list[int] | None = None,
-            protocol: Protocol = PROTOCOL, engine: Engine = Engine.PYCOCOTOOLS) -> AveragePrecision:
+def compute(
+    folder: Path,
+    tree: Tree,
+    detections: list[Detection],
+    image_ids: list[int] | None = None,
+    protocol: Protocol = PROTOCOL,
+    engine: Engine = Engine.PYCOCOTOOLS,
+) -> AveragePrecision:
     file = folder / "instances.json"
     file.write_text(json.dumps(tree))
     ids = [i["id"] for i in tree["images"]] if image_ids is None else image_ids
@@ -142,7 +176,14 @@ def test_detections_of_one_class_alone(tmp_path: Path) -> None:
 
 
 def cat(number: int, image_id: int) -> dict[str, Any]:
-    return {"id": number, "image_id": image_id, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "area": 2000, "iscrowd": 0}
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": IDS["cat"],
+        "bbox": [10, 10, 50, 40],
+        "area": 2000,
+        "iscrowd": 0,
+    }
 
 
 @EVERY_ENGINE
@@ -150,7 +191,9 @@ def cat(number: int, image_id: int) -> dict[str, Any]:
 def test_perfect_detections_score_100_also_for_annotation_id_0(tmp_path: Path, ids: list[int], engine: Engine) -> None:
     tree, _ = world(0)
     tree["annotations"] = [cat(number, 1 + k) for k, number in enumerate(ids)]
-    detections = [{"image_id": 1 + k, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "score": 0.9} for k in range(2)]
+    detections = [
+        {"image_id": 1 + k, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "score": 0.9} for k in range(2)
+    ]
     found = compute(tmp_path, tree, detections, engine=engine)
     assert found.ap50[1] == pytest.approx(100.0)
     assert found.ap[1] == pytest.approx(100.0)
@@ -161,8 +204,10 @@ def test_by_hand(tmp_path: Path, engine: Engine) -> None:
     """Two cats: a hit, a miss above it, and one cat never found: precision 1/2 up to recall 1/2."""
     tree, _ = world(0)
     tree["annotations"] = [cat(1, 1), cat(2, 2)]
-    detections = [{"image_id": 3, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "score": 0.9},
-                  {"image_id": 1, "category_id": IDS["cat"], "bbox": [10, 10, 50, 30], "score": 0.8}]  # IoU 0.75
+    detections = [
+        {"image_id": 3, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "score": 0.9},
+        {"image_id": 1, "category_id": IDS["cat"], "bbox": [10, 10, 50, 30], "score": 0.8},
+    ]  # IoU 0.75
     found = compute(tmp_path, tree, detections, engine=engine)
     assert found.ap50[1] == pytest.approx(100 * 51 / 101 / 2)  # 51 of 101 recall points
     assert found.ap[1] == pytest.approx(100 * 51 / 101 / 2 * 6 / 10)  # IoU 0.50 to 0.75
@@ -199,19 +244,26 @@ def test_the_detections_given_are_left_as_they_are(tmp_path: Path) -> None:
 def test_more_than_100_detections_an_image_count_up_to_the_protocols_maximum(tmp_path: Path, engine: Engine) -> None:
     tree, _ = world(0)
     tree["annotations"] = [cat(1, 1)]
-    misses = [{"image_id": 1, "category_id": IDS["cat"], "bbox": [100, 100, 20, 20], "score": 0.9 - k * 1e-3} for k in range(120)]
+    misses = [
+        {"image_id": 1, "category_id": IDS["cat"], "bbox": [100, 100, 20, 20], "score": 0.9 - k * 1e-3}
+        for k in range(120)
+    ]
     detections = [*misses, {"image_id": 1, "category_id": IDS["cat"], "bbox": [10, 10, 50, 40], "score": 0.1}]
     assert compute(tmp_path, tree, detections, engine=engine).ap50[1] == pytest.approx(100 / 121)
     narrow = Protocol("mine", PROTOCOL.base, PROTOCOL.novel, max_detections=(10, 50, 100))
     assert compute(tmp_path, tree, detections, protocol=narrow, engine=engine).ap50[1] == 0.0
 
 
-@pytest.mark.parametrize("bbox", [[10, 10, 0, 20], [10, 10, -5, 5], [float("nan"), 1, 5, 5], [500, 10, 20, 20], None, [1, 2, 3]])
+@pytest.mark.parametrize(
+    "bbox", [[10, 10, 0, 20], [10, 10, -5, 5], [float("nan"), 1, 5, 5], [500, 10, 20, 20], None, [1, 2, 3]]
+)
 def test_a_box_that_the_split_leaves_out_is_no_ground_truth(tmp_path: Path, bbox: Any) -> None:
     """`load_split` says that it skips these: AP must not count one as an object that was missed."""
     tree, detections = world(12)
     expected = compute(tmp_path, tree, detections)
-    tree["annotations"].append({"id": 999, "image_id": 3, "category_id": IDS["cat"], "bbox": bbox, "area": 100.0, "iscrowd": 0})
+    tree["annotations"].append(
+        {"id": 999, "image_id": 3, "category_id": IDS["cat"], "bbox": bbox, "area": 100.0, "iscrowd": 0}
+    )
     file = tmp_path / "instances.json"
     file.write_text(json.dumps(tree))
     split = load_split(file, tmp_path, PROTOCOL, base_only=False)
@@ -221,24 +273,32 @@ def test_a_box_that_the_split_leaves_out_is_no_ground_truth(tmp_path: Path, bbox
 
 # --- the truth read once, and the engines ---
 
+
 def _check_same(found: AveragePrecision, expected: AveragePrecision, atol: float) -> None:
     """Of every class, and of the three groups."""
     for key in ("ap50", "ap"):
-        np.testing.assert_allclose(getattr(found, key), getattr(expected, key), rtol=0, atol=atol)  # NaN where both have none
+        np.testing.assert_allclose(
+            getattr(found, key), getattr(expected, key), rtol=0, atol=atol
+        )  # NaN where both have none
         groups, wanted = found.summary()[key], expected.summary()[key]
         assert groups == {group: pytest.approx(wanted[group], abs=atol, rel=0) for group in ("novel", "base", "all")}
 
 
 @pytest.mark.parametrize("seed", range(20, 40))
 def test_engines_agree(tmp_path: Path, seed: int) -> None:
-    """Crowds and an annotation id 0 are in every world; here also equal scores, images without detections or without objects, and
-    classes without ground truth or without detections."""
+    """Crowds and an annotation id 0 are in every world; here also equal scores, images without detections or without
+    objects, and classes without ground truth or without detections.
+    """
     rng = np.random.default_rng(seed)
     tree, detections = world(seed, without=str(rng.choice(PROTOCOL.names)) if seed % 2 else None)
     bare, unseen = rng.choice([i["id"] for i in tree["images"]], 2, replace=False)
     tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] != bare]
     silent = IDS[str(rng.choice(PROTOCOL.names))] if seed % 3 == 0 else None
-    detections = [d | {"score": round(d["score"], 1)} for d in detections if d["image_id"] != unseen and d["category_id"] != silent]
+    detections = [
+        d | {"score": round(d["score"], 1)}
+        for d in detections
+        if d["image_id"] != unseen and d["category_id"] != silent
+    ]
     rng.shuffle(detections)  # type: ignore[arg-type]
     expected = compute(tmp_path, tree, detections)
     _check_same(compute(tmp_path, tree, detections, engine=Engine.FASTER), expected, 1e-6)

@@ -26,10 +26,21 @@ def cells(of: Confusion) -> dict[tuple[int, int], int]:
 
 def test_each_cell() -> None:
     objects = scenes.objects_of((1, CAT, WHOLE), (2, CAT, WHOLE), (3, ANT, WHOLE), (4, DOG, WHOLE))
-    found = scenes.found_of((1, CAT, WHOLE, 0.9), (2, DOG, WHOLE, 0.3), (3, ANT, WHOLE, 0.29), (4, DOG, (0, 0, 10, 4.9), 0.9),
-                            (5, BUS, WHOLE, 0.5))
-    assert cells(counted(found, objects)) == {(CAT, CAT): 1, (CAT, DOG): 1, (ANT, MISSED): 1, (DOG, MISSED): 1, (BACKGROUND, DOG): 1,
-                                              (BACKGROUND, BUS): 1}
+    found = scenes.found_of(
+        (1, CAT, WHOLE, 0.9),
+        (2, DOG, WHOLE, 0.3),
+        (3, ANT, WHOLE, 0.29),
+        (4, DOG, (0, 0, 10, 4.9), 0.9),
+        (5, BUS, WHOLE, 0.5),
+    )
+    assert cells(counted(found, objects)) == {
+        (CAT, CAT): 1,
+        (CAT, DOG): 1,
+        (ANT, MISSED): 1,
+        (DOG, MISSED): 1,
+        (BACKGROUND, DOG): 1,
+        (BACKGROUND, BUS): 1,
+    }
 
 
 def test_the_best_scored_takes_the_object_whatever_its_class() -> None:
@@ -43,7 +54,10 @@ def test_a_detection_takes_what_it_overlaps_most_and_of_equals_its_own_class() -
     assert cells(counted(scenes.found_of((1, CAT, WHOLE, 0.5)), most)) == {(DOG, CAT): 1, (CAT, MISSED): 1}
     for first, second in ((CAT, DOG), (DOG, CAT)):
         equal = scenes.objects_of((1, first, WHOLE), (1, second, WHOLE))
-        assert cells(counted(scenes.found_of((1, CAT, WHOLE, 0.5), (1, DOG, WHOLE, 0.4)), equal)) == {(CAT, CAT): 1, (DOG, DOG): 1}
+        assert cells(counted(scenes.found_of((1, CAT, WHOLE, 0.5), (1, DOG, WHOLE, 0.4)), equal)) == {
+            (CAT, CAT): 1,
+            (DOG, DOG): 1,
+        }
 
 
 def test_a_crowd_excuses_its_own_class_alone_and_is_not_missed() -> None:
@@ -64,18 +78,34 @@ def test_rows_sum_to_the_objects_and_columns_to_the_detections() -> None:
 
 def test_the_commonest_confusions_are_told_with_groups() -> None:
     objects = scenes.objects_of(*((i, ANT, WHOLE) for i in range(4)), (4, CAT, WHOLE), (5, CAT, WHOLE), (6, DOG, WHOLE))
-    found = scenes.found_of((0, CAT, WHOLE, 0.9), (1, CAT, WHOLE, 0.9), (2, BUS, WHOLE, 0.9), (3, ANT, WHOLE, 0.9), (4, ANT, WHOLE, 0.9),
-                            (8, ANT, WHOLE, 0.9))
+    found = scenes.found_of(
+        (0, CAT, WHOLE, 0.9),
+        (1, CAT, WHOLE, 0.9),
+        (2, BUS, WHOLE, 0.9),
+        (3, ANT, WHOLE, 0.9),
+        (4, ANT, WHOLE, 0.9),
+        (8, ANT, WHOLE, 0.9),
+    )
     of = counted(found, objects)
-    top = [ConfusedPair("ant", "novel", "cat", "base", 2, 0.5), ConfusedPair("cat", "base", "ant", "novel", 1, 0.5),
-           ConfusedPair("ant", "novel", "bus", "base", 1, 0.25)]
+    top = [
+        ConfusedPair("ant", "novel", "cat", "base", 2, 0.5),
+        ConfusedPair("cat", "base", "ant", "novel", 1, 0.5),
+        ConfusedPair("ant", "novel", "bus", "base", 1, 0.25),
+    ]
     assert of.top() == top
     assert of.top(1) == top[:1]
     tree = json.loads(json.dumps(of.to_tree(), allow_nan=False))
     assert tree["rows"][-1] == "background"
     assert tree["columns"][-1] == "missed"
     assert tree["counts"][ANT] == [2, 0, 1, 1, 0, 0]
-    assert tree["top"][0] == {"truth": "ant", "truth_group": "novel", "named": "cat", "named_group": "base", "count": 2, "share": 0.5}
+    assert tree["top"][0] == {
+        "truth": "ant",
+        "truth_group": "novel",
+        "named": "cat",
+        "named_group": "base",
+        "count": 2,
+        "share": 0.5,
+    }
 
 
 def test_nothing_at_all() -> None:

@@ -16,9 +16,16 @@ from hdovd.evaluation.pr_curves import Curves, precision_curves
 @pytest.fixture
 def curves() -> Curves:
     """Two cats, found at scores 0.9 and 0.5 with a wrong one between; a dog not found; an ant found at once."""
-    objects = scenes.objects_of((1, CAT, (0, 0, 10, 10)), (1, CAT, (50, 0, 10, 10)), (1, DOG, (0, 50, 10, 10)), (2, ANT, (0, 0, 10, 10)))
-    found = scenes.found_of((1, CAT, (0, 0, 10, 10), 0.9), (1, CAT, (50, 0, 10, 10), 0.5), (1, CAT, (80, 80, 10, 10), 0.7),
-                            (2, ANT, (0, 0, 10, 10), 0.3), (2, ZEBRA, (0, 0, 10, 10), 0.8))
+    objects = scenes.objects_of(
+        (1, CAT, (0, 0, 10, 10)), (1, CAT, (50, 0, 10, 10)), (1, DOG, (0, 50, 10, 10)), (2, ANT, (0, 0, 10, 10))
+    )
+    found = scenes.found_of(
+        (1, CAT, (0, 0, 10, 10), 0.9),
+        (1, CAT, (50, 0, 10, 10), 0.5),
+        (1, CAT, (80, 80, 10, 10), 0.7),
+        (2, ANT, (0, 0, 10, 10), 0.3),
+        (2, ZEBRA, (0, 0, 10, 10), 0.8),
+    )
     return precision_curves(found, objects, match(found, objects, find_overlaps(found, objects), 100), PROTOCOL)
 
 
@@ -33,8 +40,14 @@ def test_precision_and_score_at_every_recall(curves: Curves) -> None:
 
 def test_a_group_is_the_mean_over_its_classes_with_objects(curves: Curves) -> None:
     groups = [curves.group(name) for name in ("base", "novel", "all")]
-    np.testing.assert_allclose(groups, [curves.precision[[CAT, DOG]].mean(axis=0), curves.precision[ANT],
-                                        curves.precision[[CAT, DOG, ANT]].mean(axis=0)])
+    np.testing.assert_allclose(
+        groups,
+        [
+            curves.precision[[CAT, DOG]].mean(axis=0),
+            curves.precision[ANT],
+            curves.precision[[CAT, DOG, ANT]].mean(axis=0),
+        ],
+    )
     nothing = Curves(PROTOCOL, np.where(np.arange(5)[:, None] >= 3, np.nan, curves.precision), curves.scores)
     assert nothing.group("novel") is None
 

@@ -67,8 +67,13 @@ def test_half_an_overlap_is_enough_in_the_same_class_and_image_alone() -> None:
 
 def test_a_crowd_excuses_every_detection_in_it_but_is_not_preferred_to_an_object_and_never_found() -> None:
     objects = scenes.objects_of((1, CAT, (0, 0, 100, 100), True), (1, CAT, (0, 0, 10, 10)))
-    found = scenes.found_of((1, CAT, (0, 0, 10, 10), 0.9), (1, CAT, (40, 40, 10, 10), 0.8), (1, CAT, (95, 0, 10, 10), 0.7),
-                            (1, CAT, (96, 0, 10, 10), 0.6), (1, DOG, (40, 40, 10, 10), 0.5))
+    found = scenes.found_of(
+        (1, CAT, (0, 0, 10, 10), 0.9),
+        (1, CAT, (40, 40, 10, 10), 0.8),
+        (1, CAT, (95, 0, 10, 10), 0.7),
+        (1, CAT, (96, 0, 10, 10), 0.6),
+        (1, DOG, (40, 40, 10, 10), 0.5),
+    )
     matching = matched(found, objects)
     assert matching.verdict.tolist() == [Verdict.RIGHT, Verdict.IGNORED, Verdict.IGNORED, Verdict.WRONG, Verdict.WRONG]
     assert matching.item.tolist() == [1, 0, 0, -1, -1]
@@ -77,8 +82,13 @@ def test_a_crowd_excuses_every_detection_in_it_but_is_not_preferred_to_an_object
 
 def test_detections_beyond_the_cap_of_their_class_and_image_are_ignored() -> None:
     objects = scenes.objects_of((1, CAT, (0, 0, 10, 10)))
-    found = scenes.found_of((1, CAT, (0, 0, 10, 10), 0.1), (1, CAT, (50, 0, 10, 10), 0.9), (1, CAT, (70, 0, 10, 10), 0.8),
-                            (1, DOG, (0, 0, 10, 10), 0.05), (2, CAT, (0, 0, 10, 10), 0.05))
+    found = scenes.found_of(
+        (1, CAT, (0, 0, 10, 10), 0.1),
+        (1, CAT, (50, 0, 10, 10), 0.9),
+        (1, CAT, (70, 0, 10, 10), 0.8),
+        (1, DOG, (0, 0, 10, 10), 0.05),
+        (2, CAT, (0, 0, 10, 10), 0.05),
+    )
     assert matched(found, objects, 2).verdict.tolist() == [Verdict.IGNORED, *[Verdict.WRONG] * 4]
     assert matched(found, objects, 3).verdict.tolist() == [Verdict.RIGHT, *[Verdict.WRONG] * 4]
 

@@ -33,6 +33,10 @@ def test_empty_bins_and_no_detections() -> None:
     assert told.calibration_error == pytest.approx(0.05)
     assert json.loads(json.dumps(told.to_tree(), allow_nan=False)) == {
         "edges": [0, 0.5, 1],
-        "counts": [0, 1], "mean_scores": [None, 0.95], "precisions": [None, 1], "calibration_error": pytest.approx(0.05)}
+        "counts": [0, 1],
+        "mean_scores": [None, 0.95],
+        "precisions": [None, 1],
+        "calibration_error": pytest.approx(0.05),
+    }
     nothing = score_reliability(np.zeros(0), np.zeros(0, bool))
     assert (nothing.counts.sum(), nothing.calibration_error) == (0, None)

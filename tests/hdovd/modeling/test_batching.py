@@ -19,14 +19,17 @@ def normalised(image: Tensor) -> Tensor:
     return torch.stack([(image[c].float() / 255 - CONFIG.mean[c]) / CONFIG.std[c] for c in range(3)])
 
 
-@pytest.mark.parametrize(("size", "expected"), [
-    ((64, 96), (64, 96)),
-    ((32, 48), (64, 96)),  # short side
-    ((128, 128), (64, 64)),
-    ((100, 300), (32, 96)),  # long side caps it
-    ((300, 100), (96, 32)),
-    ((50, 70), (64, 90)),  # 70 * 64 / 50 = 89.6
-])
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((64, 96), (64, 96)),
+        ((32, 48), (64, 96)),  # short side
+        ((128, 128), (64, 64)),
+        ((100, 300), (32, 96)),  # long side caps it
+        ((300, 100), (96, 32)),
+        ((50, 70), (64, 90)),  # 70 * 64 / 50 = 89.6
+    ],
+)
 def test_size_and_factors(size: tuple[int, int], expected: tuple[int, int]) -> None:
     batch, factors = batch_images([picture(*size)], CONFIG)
     assert batch.image_sizes == [expected]

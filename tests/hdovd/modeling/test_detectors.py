@@ -59,8 +59,14 @@ def test_a_detector_of_ones_own_gets_its_options(module: str, tmp_path: Path) ->
         model.students([], [])
 
 
-@pytest.mark.parametrize(("attribute", "told"), [
-    ("NoDetector", r"expected a class of hdovd\.modeling\.base\.Detector"), ("Min", "did you mean Mine"), ("nn", "expected a class")])
+@pytest.mark.parametrize(
+    ("attribute", "told"),
+    [
+        ("NoDetector", r"expected a class of hdovd\.modeling\.base\.Detector"),
+        ("Min", "did you mean Mine"),
+        ("nn", "expected a class"),
+    ],
+)
 def test_what_is_no_detector_is_told(attribute: str, told: str, module: str) -> None:
     with pytest.raises(HdovdError, match=rf"detector\.name.*{told}"):
         build_detector(load_recipe("demo", [f"detector.name={module}:{attribute}", "detector.width=3"]), 8, None)

@@ -14,7 +14,7 @@ from hdovd.modeling.distributed import counts_of_ranks, divisor, gather_rows, me
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    one, = played(data_parallel_scenes, tmp_path_factory.mktemp("alone") / "out", [5])
+    (one,) = played(data_parallel_scenes, tmp_path_factory.mktemp("alone") / "out", [5])
     assert all(loss > 0 for loss in one["steps"][1]["losses"].values())
     for level in ("instance", "image"):  # full: the order of rows and what falls out are tested too
         assert (one["state"][f"{level}_level.student_queue.rows"] != 0).any(dim=1).sum() > 10

@@ -58,7 +58,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
 def build(folder: str, micro_recipe: Callable[..., Recipe]) -> Callable[..., FasterRCNN]:
     def make(use: str = "{}:Weigh", *settings: str, name: str = "weigh") -> FasterRCNN:
         torch.manual_seed(0)
-        recipe = micro_recipe(f'loss.extra.{name}.use="{use.format(folder)}"', f"loss.extra.{name}.weight=0.5", *settings)
+        recipe = micro_recipe(
+            f'loss.extra.{name}.use="{use.format(folder)}"', f"loss.extra.{name}.weight=0.5", *settings
+        )
         return FasterRCNN(recipe, DIM, lambda _: None).train()
 
     return make
@@ -66,8 +68,15 @@ def build(folder: str, micro_recipe: Callable[..., Recipe]) -> Callable[..., Fas
 
 def step(model: FasterRCNN) -> dict[str, Tensor]:
     rows = nn.functional.normalize(torch.randn(2, DIM), dim=1)
-    targets = Targets(torch.tensor([[8.0, 8.0, 60.0, 60.0]]), torch.tensor([0]), rows[:1], torch.tensor([[50.0, 30.0, 90.0, 80.0]]),
-                      rows[1:], rows[1:], rows[0])
+    targets = Targets(
+        torch.tensor([[8.0, 8.0, 60.0, 60.0]]),
+        torch.tensor([0]),
+        rows[:1],
+        torch.tensor([[50.0, 30.0, 90.0, 80.0]]),
+        rows[1:],
+        rows[1:],
+        rows[0],
+    )
     losses: dict[str, Tensor] = model([torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8)], [targets], rows, [1])
     return losses
 
@@ -106,12 +115,18 @@ def test_the_recipe_round_trips_with_its_options(build: Callable[..., FasterRCNN
     assert not load_recipe(str(tmp_path / "recipe.toml"), PRESETS["base-only"]).loss.extra
 
 
-@pytest.mark.parametrize(("use", "message"), [
-    ("{}", r"loss\.extra\.weigh\.use = .*expected module:name"),
-    ("{}:Wiegh", r"loss\.extra\.weigh\.use = .*has no Wiegh; did you mean Weigh"),
-    ("no_such_module_anywhere:Weigh", r"loss\.extra\.weigh\.use = .*cannot import no_such_module_anywhere.*ModuleNotFoundError"),
-    ("{}:function", r"loss\.extra\.weigh\.use = .*expected a class of torch\.nn\.Module, found <function"),
-])
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        ("{}", r"loss\.extra\.weigh\.use = .*expected module:name"),
+        ("{}:Wiegh", r"loss\.extra\.weigh\.use = .*has no Wiegh; did you mean Weigh"),
+        (
+            "no_such_module_anywhere:Weigh",
+            r"loss\.extra\.weigh\.use = .*cannot import no_such_module_anywhere.*ModuleNotFoundError",
+        ),
+        ("{}:function", r"loss\.extra\.weigh\.use = .*expected a class of torch\.nn\.Module, found <function"),
+    ],
+)
 def test_a_use_that_leads_nowhere_is_named(build: Callable[..., FasterRCNN], use: str, message: str) -> None:
     with pytest.raises(HdovdError, match=message):
         build(use)
@@ -139,11 +154,14 @@ def test_what_is_no_scalar_is_refused(build: Callable[..., FasterRCNN], use: str
         step(build(use))
 
 
-@pytest.mark.parametrize(("setting", "problem"), [
-    ("loss.extra.weigh.weight=1.0", "missing key loss.extra.weigh.use"),
-    ('loss.extra.weigh.use="a:B"', "missing key loss.extra.weigh.weight"),
-    ('loss.extra={"a b" = {use = "a:B", weight = 1.0}}', "loss.extra.a b"),
-])
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("loss.extra.weigh.weight=1.0", "missing key loss.extra.weigh.use"),
+        ('loss.extra.weigh.use="a:B"', "missing key loss.extra.weigh.weight"),
+        ('loss.extra={"a b" = {use = "a:B", weight = 1.0}}', "loss.extra.a b"),
+    ],
+)
 def test_a_section_that_is_not_whole_is_named(setting: str, problem: str) -> None:
     with pytest.raises(HdovdError) as error:
         load_recipe("demo", [setting])

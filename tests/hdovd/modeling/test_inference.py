@@ -10,14 +10,18 @@ from hdovd.config.recipe import InferenceConfig
 from hdovd.modeling.base import RoIPredictions
 from hdovd.modeling.postprocess import combine_scores, detect, detect_batch
 
-CONFIG = InferenceConfig(alpha=0.25, beta=0.45, distillation_scale=20.0, score_threshold=0.05, nms=0.5, detections_per_image=100)
+CONFIG = InferenceConfig(
+    alpha=0.25, beta=0.45, distillation_scale=20.0, score_threshold=0.05, nms=0.5, detections_per_image=100
+)
 NOVEL = torch.tensor([False, False, True])
 
 
 def scores(rois: int, classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return ((3 * torch.randn(rois, classes + 1, generator=generator)).softmax(dim=1),
-            (3 * torch.randn(rois, classes, generator=generator)).sigmoid())
+    return (
+        (3 * torch.randn(rois, classes + 1, generator=generator)).softmax(dim=1),
+        (3 * torch.randn(rois, classes, generator=generator)).sigmoid(),
+    )
 
 
 def test_combination_by_hand() -> None:
@@ -42,7 +46,10 @@ def test_zero_exponents_leave_the_classifier_alone() -> None:
 
 
 def test_combination_survives_scores_of_zero() -> None:
-    s1, s2 = torch.tensor([[0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.5], [0.5, 0.0, 0.0]])
+    s1, s2 = (
+        torch.tensor([[0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]]),
+        torch.tensor([[0.0, 1.0, 0.5], [0.5, 0.0, 0.0]]),
+    )
     for alpha, beta in ((0.25, 0.45), (0.0, 0.0), (1.0, 1.0)):
         assert combine_scores(s1, s2, NOVEL, alpha, beta).isfinite().all()
 
@@ -52,17 +59,27 @@ def test_combination_of_no_rois() -> None:
 
 
 def predictions(boxes: list[list[float]], s1: list[list[float]], s2: list[list[float]] | None = None) -> RoIPredictions:
-    return RoIPredictions(torch.tensor(boxes).reshape(-1, 4), torch.tensor(s1).reshape(len(boxes), 4),
-                          None if s2 is None else torch.tensor(s2).reshape(len(boxes), 3))
+    return RoIPredictions(
+        torch.tensor(boxes).reshape(-1, 4),
+        torch.tensor(s1).reshape(len(boxes), 4),
+        None if s2 is None else torch.tensor(s2).reshape(len(boxes), 3),
+    )
 
 
 FAR = [[0.0, 0.0, 10.0, 10.0], [50.0, 0.0, 60.0, 10.0]]
-OVERLAPPING = [[0.0, 0.0, 10.0, 10.0], [0.0, 1.0, 10.0, 11.0], [0.0, 6.0, 10.0, 16.0]]  # IoU 0.82 and 0.25 with the first
+OVERLAPPING = [
+    [0.0, 0.0, 10.0, 10.0],
+    [0.0, 1.0, 10.0, 11.0],
+    [0.0, 6.0, 10.0, 16.0],
+]  # IoU 0.82 and 0.25 with the first
 
 
 def test_threshold_is_exclusive_and_background_is_no_detection() -> None:
-    found = detect(predictions(FAR, [[0.25, 0.0625, 0.0, 0.6875], [0.0, 0.0, 0.125, 0.875]]), NOVEL,
-                   CONFIG.model_copy(update={"score_threshold": 0.0625}))
+    found = detect(
+        predictions(FAR, [[0.25, 0.0625, 0.0, 0.6875], [0.0, 0.0, 0.125, 0.875]]),
+        NOVEL,
+        CONFIG.model_copy(update={"score_threshold": 0.0625}),
+    )
     assert found.labels.tolist() == [0, 2]
     assert found.scores.tolist() == [0.25, 0.125]
     assert found.boxes.tolist() == FAR
@@ -75,7 +92,9 @@ def test_one_roi_can_be_of_several_classes() -> None:
 
 
 def test_suppression_is_within_a_class() -> None:
-    found = detect(predictions(OVERLAPPING, [[0.6, 0.0, 0.0, 0.4], [0.7, 0.0, 0.0, 0.3], [0.5, 0.0, 0.0, 0.5]]), NOVEL, CONFIG)
+    found = detect(
+        predictions(OVERLAPPING, [[0.6, 0.0, 0.0, 0.4], [0.7, 0.0, 0.0, 0.3], [0.5, 0.0, 0.0, 0.5]]), NOVEL, CONFIG
+    )
     assert found.scores.tolist() == pytest.approx([0.7, 0.5])
     assert found.boxes.tolist() == [OVERLAPPING[1], OVERLAPPING[2]]
     found = detect(predictions(OVERLAPPING[:2], [[0.6, 0.0, 0.0, 0.4], [0.0, 0.7, 0.0, 0.3]]), NOVEL, CONFIG)
@@ -104,7 +123,11 @@ def test_combined_scores_are_used_unless_split_blind() -> None:
 @pytest.mark.parametrize("with_distillation", [True, False])
 @pytest.mark.parametrize("rois", [0, 2])
 def test_nothing_found(rois: int, with_distillation: bool) -> None:
-    found = detect(predictions(FAR[:rois], [[0.0, 0.0, 0.0, 1.0]] * rois, [[0.5] * 3] * rois if with_distillation else None), NOVEL, CONFIG)
+    found = detect(
+        predictions(FAR[:rois], [[0.0, 0.0, 0.0, 1.0]] * rois, [[0.5] * 3] * rois if with_distillation else None),
+        NOVEL,
+        CONFIG,
+    )
     assert found.boxes.shape == (0, 4)
     assert found.scores.shape == (0,)
     assert found.labels.shape == (0,)

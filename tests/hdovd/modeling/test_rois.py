@@ -106,10 +106,22 @@ def features(levels: list[int], images: int, side: int = 256) -> dict[str, Tenso
     return {str(level): torch.randn(images, 2, side >> level, side >> level, generator=generator) for level in levels}
 
 
-@pytest.mark.parametrize(("width", "height", "level"), [
-    (2.0, 2.0, 2), (8.0, 8.0, 2), (15.9, 15.9, 2), (16.0, 16.0, 3), (8.0, 32.0, 3), (31.9, 31.9, 3),
-    (32.0, 32.0, 4), (63.9, 63.9, 4), (64.0, 64.0, 5), (128.0, 32.0, 5), (200.0, 200.0, 5),
-])
+@pytest.mark.parametrize(
+    ("width", "height", "level"),
+    [
+        (2.0, 2.0, 2),
+        (8.0, 8.0, 2),
+        (15.9, 15.9, 2),
+        (16.0, 16.0, 3),
+        (8.0, 32.0, 3),
+        (31.9, 31.9, 3),
+        (32.0, 32.0, 4),
+        (63.9, 63.9, 4),
+        (64.0, 64.0, 5),
+        (128.0, 32.0, 5),
+        (200.0, 200.0, 5),
+    ],
+)
 def test_a_roi_is_pooled_from_the_level_of_its_size(width: float, height: float, level: int) -> None:
     maps = features([2, 3, 4, 5], 1)
     roi = torch.tensor([[7.3, 9.1, 7.3 + width, 9.1 + height]])
@@ -133,7 +145,9 @@ def test_rois_of_a_batch_keep_their_order_and_image() -> None:
         for box in boxes:
             side = math.sqrt(float((box[2] - box[0]) * (box[3] - box[1])))
             level = min(max(math.floor(4 + math.log2(side / 48)), 3), 5)
-            expected = roi_align(maps[str(level)][image : image + 1], [box[None]], 7, spatial_scale=2.0**-level, aligned=True)
+            expected = roi_align(
+                maps[str(level)][image : image + 1], [box[None]], 7, spatial_scale=2.0**-level, aligned=True
+            )
             torch.testing.assert_close(pooled[row], expected[0], atol=1e-5, rtol=0)
             row += 1
 
@@ -167,17 +181,33 @@ def test_the_gradient_on_a_cpu_is_torchvisions(size: tuple[int, int], samples: i
     generator = torch.Generator().manual_seed(7)
     maps = torch.randn(3, 4, *size, generator=generator, requires_grad=True)
     boxes = random_boxes(40, 8)
-    odd = torch.tensor([[0.0, 0, 0, 0], [10, 10, 10, 30], [5, 5, 5.001, 5.001], [-60, -60, 160, 160], [-90, -90, -70, -70],
-                        [95, 70, 130, 90], [30, 30, 20, 20], [0, 0, 72, 96], [0, 90, 610, 110], [60, 3, 75, 700]])
-    rois = torch.cat([torch.randint(0, 3, (50, 1), generator=generator).float(), torch.cat([boxes, odd])], dim=1)[:count]
+    odd = torch.tensor(
+        [
+            [0.0, 0, 0, 0],
+            [10, 10, 10, 30],
+            [5, 5, 5.001, 5.001],
+            [-60, -60, 160, 160],
+            [-90, -90, -70, -70],
+            [95, 70, 130, 90],
+            [30, 30, 20, 20],
+            [0, 0, 72, 96],
+            [0, 90, 610, 110],
+            [60, 3, 75, 700],
+        ]
+    )
+    rois = torch.cat([torch.randint(0, 3, (50, 1), generator=generator).float(), torch.cat([boxes, odd])], dim=1)[
+        :count
+    ]
     expected = roi_align(maps, rois, 7, 1 / 8, samples, aligned=True)
     pooled = roi_align_on_cpu(maps, rois, 7, 1 / 8, samples)
     assert torch.equal(pooled, expected)
     weight = torch.randn(pooled.shape, generator=generator)
-    torch.testing.assert_close(torch.autograd.grad(pooled, maps, weight), torch.autograd.grad(expected, maps, weight), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(pooled, maps, weight), torch.autograd.grad(expected, maps, weight), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_no_rois_have_no_gradient() -> None:
     maps = torch.randn(1, 2, 4, 4, requires_grad=True)
-    gradient, = torch.autograd.grad(roi_align_on_cpu(maps, torch.zeros(0, 5), 7, 0.25, 2).sum(), maps)
+    (gradient,) = torch.autograd.grad(roi_align_on_cpu(maps, torch.zeros(0, 5), 7, 0.25, 2).sum(), maps)
     assert torch.equal(gradient, torch.zeros_like(maps))

@@ -47,7 +47,9 @@ def test_objectness_losses_equal_loops() -> None:
     kinds, wanted = torch.cat(labels).tolist(), torch.cat(targets)
     sampled = [k for k, kind in enumerate(kinds) if kind >= 0]  # 64 samples take in all of them
     assert score.item() == pytest.approx(sum(naive_bce(scores[k].item(), kinds[k]) for k in sampled) / 9)
-    distance = sum(abs(float(a - b)) for k in sampled if kinds[k] == 1 for a, b in zip(deltas[k], wanted[k], strict=True))
+    distance = sum(
+        abs(float(a - b)) for k in sampled if kinds[k] == 1 for a, b in zip(deltas[k], wanted[k], strict=True)
+    )
     assert box.item() == pytest.approx(distance / 9)
 
 
@@ -100,11 +102,15 @@ def test_scores_belong_to_their_boxes() -> None:
         level.zero_()
     features["3"][0, 0, 5, 2] = 4.0  # cell (row 5, column 2) of stride 8
     with torch.no_grad():
-        (boxes, scores), = rpn.scored_proposals(images, features)
+        ((boxes, scores),) = rpn.scored_proposals(images, features)
     assert scores[0].item() == pytest.approx(1 / (1 + math.exp(-4.0)), abs=1e-6)
     best = boxes[scores > 0.9]
-    anchors = torch.tensor([[16.0 - w / 2, 40.0 - h / 2, 16.0 + w / 2, 40.0 + h / 2]
-                            for w, h in ((23.0, 11.0), (16.0, 16.0), (11.0, 23.0))]).clamp(min=0)  # 16 px at three aspect ratios
+    anchors = torch.tensor(
+        [
+            [16.0 - w / 2, 40.0 - h / 2, 16.0 + w / 2, 40.0 + h / 2]
+            for w, h in ((23.0, 11.0), (16.0, 16.0), (11.0, 23.0))
+        ]
+    ).clamp(min=0)  # 16 px at three aspect ratios
     assert box_iou(best, anchors).amax(dim=1).min() > 0.85  # torchvision rounds anchor corners
 
 

@@ -20,16 +20,19 @@ def drawn(positive: Tensor, negative: Tensor, samples: int, share: float, key: i
     return int(one.sum()), int(two.sum())
 
 
-@pytest.mark.parametrize(("positives", "negatives", "neither", "expected"), [
-    (10, 50, 20, (4, 12)),
-    (2, 50, 0, (2, 14)),  # background makes up for positives
-    (10, 5, 9, (4, 5)),  # positives do not make up for background
-    (0, 3, 2, (0, 3)),
-    (0, 50, 0, (0, 16)),
-    (9, 0, 4, (4, 0)),
-    (0, 0, 7, (0, 0)),
-    (0, 0, 0, (0, 0)),
-])
+@pytest.mark.parametrize(
+    ("positives", "negatives", "neither", "expected"),
+    [
+        (10, 50, 20, (4, 12)),
+        (2, 50, 0, (2, 14)),  # background makes up for positives
+        (10, 5, 9, (4, 5)),  # positives do not make up for background
+        (0, 3, 2, (0, 3)),
+        (0, 50, 0, (0, 16)),
+        (9, 0, 4, (4, 0)),
+        (0, 0, 7, (0, 0)),
+        (0, 0, 0, (0, 0)),
+    ],
+)
 @pytest.mark.parametrize("key", [None, 0, 3])
 def test_counts(positives: int, negatives: int, neither: int, expected: tuple[int, int], key: int | None) -> None:
     assert drawn(*masks(positives, negatives, neither), 16, 0.25, key) == expected
@@ -37,7 +40,10 @@ def test_counts(positives: int, negatives: int, neither: int, expected: tuple[in
 
 def test_every_candidate_is_drawn_as_often_as_another() -> None:
     positive, negative = masks(20, 30, 10)
-    counts = sum(torch.stack(sample_balanced(positive, negative, 16, 0.5, image_generator(key, Use.ANCHORS))) for key in range(2000))
+    counts = sum(
+        torch.stack(sample_balanced(positive, negative, 16, 0.5, image_generator(key, Use.ANCHORS)))
+        for key in range(2000)
+    )
     for count, mask, expected in ((counts[0], positive, 2000 * 8 / 20), (counts[1], negative, 2000 * 8 / 30)):
         assert (count[mask] - expected).abs().max() < 6 * expected**0.5
         assert not count[~mask].any()

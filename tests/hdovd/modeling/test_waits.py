@@ -1,4 +1,6 @@
-"""How often the host waits for a GPU in a training step, and that no operation mixes devices, on a GPU that is not there."""
+"""How often the host waits for a GPU in a training step, and that no operation mixes devices, on a GPU that is not
+there.
+"""
 
 from collections.abc import Callable
 
@@ -34,12 +36,15 @@ def adamixer_scene(images: int) -> Scene:
     model = adamixer.detector().train()
     model.begin_epoch(2)
     boxes, pictures = [[5.0, 5, 60, 60], [30, 20, 90, 70]], adamixer.pictures(*[(80, 120), (96, 96)] * (images // 2))
-    targets = [adamixer.targets(boxes[n % 2 :], [[10.0, 10, 70, 70]] * (1 - n % 2), [0, 2][n % 2 :], n) for n in range(images)]
+    targets = [
+        adamixer.targets(boxes[n % 2 :], [[10.0, 10, 70, 70]] * (1 - n % 2), [0, 2][n % 2 :], n) for n in range(images)
+    ]
     return model, pictures, targets, adamixer.unit(adamixer.BASE, adamixer.DIM, seed=50)
 
 
 def train(scene: Scene, device: str, before_last: Callable[[], None] = lambda: None) -> list[Tensor]:
-    """Two steps as the training loop takes them, with the batch on the device. The losses and gradients of the first."""
+    """Two steps as the training loop takes them, with the batch on the device. The losses and gradients of the
+    first."""
     model, images, targets, texts = scene
     model.to(device)
     images, targets, texts = [image.to(device) for image in images], [t.to(device) for t in targets], texts.to(device)
@@ -59,8 +64,12 @@ def train(scene: Scene, device: str, before_last: Callable[[], None] = lambda: N
     return found
 
 
-SCENES = {"faster_rcnn": rcnn_scene, "authors' rpn": lambda n: rcnn_scene(n, 'detector.rpn.rules="authors"'),
-          "base-only": lambda n: rcnn_scene(n, *PRESETS["base-only"]), "adamixer": adamixer_scene}
+SCENES = {
+    "faster_rcnn": rcnn_scene,
+    "authors' rpn": lambda n: rcnn_scene(n, 'detector.rpn.rules="authors"'),
+    "base-only": lambda n: rcnn_scene(n, *PRESETS["base-only"]),
+    "adamixer": adamixer_scene,
+}
 
 
 @pytest.mark.parametrize("name", SCENES)
@@ -71,7 +80,10 @@ def test_a_training_step_waits_as_seldom_for_four_pictures_as_for_two(name: str)
         with PretendedCuda() as cuda:
             found = train(SCENES[name](images), "cuda", cuda.forget)
             waits.append(cuda.waits.total())
-            print(f"{name}, {images} pictures: {waits[-1]} waits, {cuda.uploads.total()} copies to the device that are waited for")
+            print(
+                f"{name}, {images} pictures: {waits[-1]} waits, {cuda.uploads.total()} copies to the device that are "
+                f"waited for"
+            )
         assert not cuda.mixed
         assert not cuda.uploads
         assert not cuda.on_host
@@ -81,18 +93,24 @@ def test_a_training_step_waits_as_seldom_for_four_pictures_as_for_two(name: str)
 
 # What a GPU does otherwise than a CPU.
 
+
 @pytest.mark.parametrize("most", [1, 150, 2**15])
 def test_proposals_of_all_images_together_are_those_of_each(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_nms, "MOST_AT_ONCE", most)
     torch.manual_seed(0)
     rpn = build_rpn(RpnConfig(anchor_sizes=[[16], [32]], samples=64, pre_nms=50, post_nms=20, nms=0.5), 4, 2).train()
     features = {str(level): 3 * torch.randn(3, 4, 64 >> level, 64 >> level) for level in (3, 4)}
-    images = ImageList(torch.zeros(3, 3, 64, 64), [(64, 64), (50, 60), (1, 33)])  # of the last picture no box may be left
+    images = ImageList(
+        torch.zeros(3, 3, 64, 64), [(64, 64), (50, 60), (1, 33)]
+    )  # of the last picture no box may be left
     rpn.min_size = 2.0
     found = [rpn.scored_proposals(images, features)]
     with PretendedCuda() as cuda:
         rpn.to("cuda")
-        images.tensors, features = images.tensors.to("cuda"), {level: maps.to("cuda") for level, maps in features.items()}
+        images.tensors, features = (
+            images.tensors.to("cuda"),
+            {level: maps.to("cuda") for level, maps in features.items()},
+        )
         kept = rpn.scored_proposals(images, features)
         found.append([(boxes.cpu(), scores.cpu()) for boxes, scores in kept])
     assert [len(boxes) for boxes, _ in found[0]] == [20, 20, 0]
@@ -115,6 +133,7 @@ def test_boxes_of_another_image_drop_none() -> None:
 
 # The pretended device itself.
 
+
 def test_a_gpu_would_refuse_what_mixes_devices() -> None:
     with PretendedCuda() as cuda:
         row, on_host = torch.ones(3, device="cuda"), torch.ones(3)
@@ -130,11 +149,26 @@ def test_every_wait_is_counted() -> None:
     with PretendedCuda() as cuda:
         row = torch.arange(4.0).to("cuda")
         mask = row > 1
-        free = [row.sum(), row.topk(2), row.masked_fill(mask, 0.0), row[torch.zeros(2, dtype=torch.int64, device="cuda")]]
+        free = [
+            row.sum(),
+            row.topk(2),
+            row.masked_fill(mask, 0.0),
+            row[torch.zeros(2, dtype=torch.int64, device="cuda")],
+        ]
         row[mask] = 5.0
         assert (free[0].device.type, cuda.waits.total()) == ("cuda", 0)
-        for number, wait in enumerate((lambda: row[mask], lambda: row[mask].tolist(), lambda: mask.nonzero(), lambda: float(row[0]),
-                                       lambda: bool(mask.any()), lambda: row.cpu(), lambda: torch.bincount(mask.long())), 1):
+        for number, wait in enumerate(
+            (
+                lambda: row[mask],
+                lambda: row[mask].tolist(),
+                lambda: mask.nonzero(),
+                lambda: float(row[0]),
+                lambda: bool(mask.any()),
+                lambda: row.cpu(),
+                lambda: torch.bincount(mask.long()),
+            ),
+            1,
+        ):
             wait()
             assert cuda.waits.total() == number + (number > 1)  # the list's takes two
         cuda.forget()

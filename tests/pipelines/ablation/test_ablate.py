@@ -25,8 +25,17 @@ SWITCHES = ("loss.instance.enabled=true,false", "loss.class.enabled=true,false")
 
 @pytest.fixture
 def config(world: Path, cache: Path, tmp_path: Path) -> AblateConfig:
-    return AblateConfig(data=DataPaths(world), cache=cache, out=tmp_path / "out", grid=SWITCHES[:1], recipe="demo", settings=("train.epochs=1",), seeds=2,
-                        protocol=str(world / "protocol.toml"), device="cpu")
+    return AblateConfig(
+        data=DataPaths(world),
+        cache=cache,
+        out=tmp_path / "out",
+        grid=SWITCHES[:1],
+        recipe="demo",
+        settings=("train.epochs=1",),
+        seeds=2,
+        protocol=str(world / "protocol.toml"),
+        device="cpu",
+    )
 
 
 @pytest.fixture
@@ -37,13 +46,16 @@ def begun(config: AblateConfig) -> Callable[[AblateConfig], Path]:
         first = plan(config)[0]
         first.path.mkdir(parents=True)
         (first.path / "config.toml").write_text(first.recipe.to_toml())
-        (first.path / "run.json").write_text(json.dumps({"protocol": load_protocol(config.protocol).to_dict(), "cache": {"levels": {}}}))
+        (first.path / "run.json").write_text(
+            json.dumps({"protocol": load_protocol(config.protocol).to_dict(), "cache": {"levels": {}}})
+        )
         return first.path
 
     return write
 
 
 # --- cells ---
+
 
 def test_all_combinations_in_order_with_readable_names() -> None:
     cells = cells_of("demo", (), [*SWITCHES, "train.lr=0.1,2e-3"])
@@ -52,7 +64,9 @@ def test_all_combinations_in_order_with_readable_names() -> None:
     assert cells[-1].name == "instance-off_class-off_lr-0.002"
     assert cells[1].values == {"loss.instance.enabled": True, "loss.class.enabled": True, "train.lr": 0.002}
     recipe = cells[-1].recipe("demo", ("train.epochs=3",), 7)
-    assert recipe == load_recipe("demo", ["loss.instance.enabled=false", "loss.class.enabled=false", "train.epochs=3", "train.seed=7"])
+    assert recipe == load_recipe(
+        "demo", ["loss.instance.enabled=false", "loss.class.enabled=false", "train.epochs=3", "train.seed=7"]
+    )
 
 
 def test_names_stay_when_the_grid_grows() -> None:
@@ -86,25 +100,33 @@ def test_without_a_grid_there_is_one_cell() -> None:
     assert [(cell.name, cell.values) for cell in cells_of("demo", (), [])] == [("recipe", {})]
 
 
-@pytest.mark.parametrize(("grid", "settings", "expected"), [
-    (["loss.instanse.enabled=true,false"], [], r"unknown key loss\.instanse\.enabled; the nearest valid one is loss\.instance\.enabled"),
-    (["train.lr=0.1,fast"], [], r"--grid train\.lr=fast: .*train\.lr = 'fast'"),
-    (["train.lr"], [], "KEY=VALUE"),
-    (["train.lr=0.1,"], [], "KEY=VALUE"),
-    (["=1"], [], "KEY=VALUE"),
-    (["train.lr=0.1,0.10"], [], r"train\.lr=0\.10 and train\.lr=0\.1 are the same cell"),
-    (["train.lr=0.1", "train.lr=0.2"], [], "a key twice"),
-    (["train.seed=1,2"], [], "--seeds N"),
-    (["train.lr=0.1,0.2"], ["train.lr=0.3"], r"--grid says what train\.lr is"),
-    (["train.lr=0.1,0.2"], ["train.seed=3"], r"--seeds says what train\.seed is"),
-    (["loss.image=true,false"], [], r"loss\.image"),
-])
+@pytest.mark.parametrize(
+    ("grid", "settings", "expected"),
+    [
+        (
+            ["loss.instanse.enabled=true,false"],
+            [],
+            r"unknown key loss\.instanse\.enabled; the nearest valid one is loss\.instance\.enabled",
+        ),
+        (["train.lr=0.1,fast"], [], r"--grid train\.lr=fast: .*train\.lr = 'fast'"),
+        (["train.lr"], [], "KEY=VALUE"),
+        (["train.lr=0.1,"], [], "KEY=VALUE"),
+        (["=1"], [], "KEY=VALUE"),
+        (["train.lr=0.1,0.10"], [], r"train\.lr=0\.10 and train\.lr=0\.1 are the same cell"),
+        (["train.lr=0.1", "train.lr=0.2"], [], "a key twice"),
+        (["train.seed=1,2"], [], "--seeds N"),
+        (["train.lr=0.1,0.2"], ["train.lr=0.3"], r"--grid says what train\.lr is"),
+        (["train.lr=0.1,0.2"], ["train.seed=3"], r"--seeds says what train\.seed is"),
+        (["loss.image=true,false"], [], r"loss\.image"),
+    ],
+)
 def test_a_wrong_grid_is_refused(grid: list[str], settings: list[str], expected: str) -> None:
     with pytest.raises(HdovdError, match=f"(?s){expected}"):
         cells_of("demo", settings, grid)
 
 
 # --- what is left to do ---
+
 
 def test_standing_follows_the_run_folder(config: AblateConfig, begun: Callable[[AblateConfig], Path]) -> None:
     first = plan(config)[0]
@@ -121,7 +143,11 @@ def test_standing_follows_the_run_folder(config: AblateConfig, begun: Callable[[
     (path / "metrics.json").write_text('{"ap50": {"novel": 1.0, "base": 2.0, "all": 1.5}}')
     assert standing(first, config) is RunState.DONE
     assert standing(first, replace(config, settings=(*config.settings, "train.workers=1"))) is RunState.DONE
-    [auto] = [one for one in plan(replace(config, settings=(*config.settings, "train.precision=auto"))) if one.name == first.name]
+    [auto] = [
+        one
+        for one in plan(replace(config, settings=(*config.settings, "train.precision=auto")))
+        if one.name == first.name
+    ]
     assert auto.recipe.train.precision == "auto"
     assert standing(auto, config) is RunState.DONE
 
@@ -135,8 +161,16 @@ def test_commands_say_all_that_the_run_needs(config: AblateConfig) -> None:
     assert "--resume" in train
     assert "--resume" not in commands(first, config, RunState.TRAIN)[0]
     pairs = list(pairwise(train))
-    for pair in (("--preset", "base-only"), ("--images", "i"), ("--annotations", "a"), ("--data", "d"), ("--set", "train.epochs=1"),
-                 ("--set", "loss.instance.enabled=true"), ("--set", "train.seed=0"), ("--protocol", config.protocol)):
+    for pair in (
+        ("--preset", "base-only"),
+        ("--images", "i"),
+        ("--annotations", "a"),
+        ("--data", "d"),
+        ("--set", "train.epochs=1"),
+        ("--set", "loss.instance.enabled=true"),
+        ("--set", "train.seed=0"),
+        ("--protocol", config.protocol),
+    ):
         assert pair in pairs
     assert evaluate[4:] == (str(first.path), "--images", "v", "--annotations", "w", "--device", "cpu")
     assert commands(first, config, RunState.EVALUATE) == (evaluate,)
@@ -166,9 +200,14 @@ def test_dry_run_writes_nothing(config: AblateConfig, begun: Callable[[AblateCon
 
 # --- refused before anything runs ---
 
-def test_another_config_in_a_runs_folder_is_named(config: AblateConfig, begun: Callable[[AblateConfig], Path], tmp_path: Path) -> None:
+
+def test_another_config_in_a_runs_folder_is_named(
+    config: AblateConfig, begun: Callable[[AblateConfig], Path], tmp_path: Path
+) -> None:
     path = begun(config)
-    with pytest.raises(HdovdError, match=r"seed0 holds a run of another config:\s+train\.epochs differs: asked for 2, there 1"):
+    with pytest.raises(
+        HdovdError, match=r"seed0 holds a run of another config:\s+train\.epochs differs: asked for 2, there 1"
+    ):
         ablate(replace(config, settings=("train.epochs=2",)))
     protocol = tmp_path / "protocol.toml"
     protocol.write_text(Path(config.protocol).read_text().replace('name = "demo-world"', 'name = "other"'))
@@ -179,7 +218,9 @@ def test_another_config_in_a_runs_folder_is_named(config: AblateConfig, begun: C
         ablate(config)
 
 
-def test_a_run_from_before_proposals_were_in_recipes_is_the_same(config: AblateConfig, begun: Callable[[AblateConfig], Path]) -> None:
+def test_a_run_from_before_proposals_were_in_recipes_is_the_same(
+    config: AblateConfig, begun: Callable[[AblateConfig], Path]
+) -> None:
     path = begun(config)
     text = (path / "config.toml").read_text()
     (path / "config.toml").write_text(text[: text.index("[proposals]")])
@@ -190,18 +231,25 @@ def test_runs_of_other_features_are_refused(config: AblateConfig, begun: Callabl
     path = begun(config)
     record = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps(record | {"cache": {"levels": {"instance": {"key": "other"}}}}))
-    with pytest.raises(HdovdError, match=r"(?s)other features than the cache holds now:.*instance differs: there .other."):
+    with pytest.raises(
+        HdovdError, match=r"(?s)other features than the cache holds now:.*instance differs: there .other."
+    ):
         ablate(config)
 
 
-@pytest.mark.parametrize(("change", "expected"), [
-    ({"cache": Path("nowhere")}, "no feature cache at nowhere"),
-    ({"features": "other"}, "other"),
-    ({"validation": DataPaths(Path("nowhere"))}, "nowhere: no such folder"),
-    ({"data": DataPaths(Path("nowhere"))}, "nowhere: no such folder"),
-    ({"settings": ("pseudo_boxes.reliability_width=auto",)}, "Fit the values to it: hdovd calibrate"),
-])
-def test_data_and_cache_are_checked_once_before_anything_runs(config: AblateConfig, change: dict[str, object], expected: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"cache": Path("nowhere")}, "no feature cache at nowhere"),
+        ({"features": "other"}, "other"),
+        ({"validation": DataPaths(Path("nowhere"))}, "nowhere: no such folder"),
+        ({"data": DataPaths(Path("nowhere"))}, "nowhere: no such folder"),
+        ({"settings": ("pseudo_boxes.reliability_width=auto",)}, "Fit the values to it: hdovd calibrate"),
+    ],
+)
+def test_data_and_cache_are_checked_once_before_anything_runs(
+    config: AblateConfig, change: dict[str, object], expected: str
+) -> None:
     with pytest.raises(HdovdError, match=expected):
         ablate(replace(config, **change))  # type: ignore[arg-type]
     assert not list(config.out.rglob("seed*"))
@@ -223,9 +271,16 @@ def test_two_ablations_do_not_share_a_folder(config: AblateConfig) -> None:
             ablate(config)
 
 
-@pytest.mark.parametrize("change", [
-    {"seeds": 0}, {"jobs": 0}, {"preset": "none"}, {"data": DataPaths(None, Path("i"), Path("a"))},
-    {"grid": ("pseudo_boxes.reliability_width=0.1,0.2",), "calibration": Path("c.toml")}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seeds": 0},
+        {"jobs": 0},
+        {"preset": "none"},
+        {"data": DataPaths(None, Path("i"), Path("a"))},
+        {"grid": ("pseudo_boxes.reliability_width=0.1,0.2",), "calibration": Path("c.toml")},
+    ],
+)
 def test_config_is_checked(config: AblateConfig, change: dict[str, object]) -> None:
     with pytest.raises(HdovdError, match=r"expected|--val-images|leave one of them out"):
         replace(config, **change)  # type: ignore[arg-type]

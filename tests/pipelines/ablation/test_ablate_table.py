@@ -10,25 +10,51 @@ from pathlib import Path
 import pytest
 
 from hdovd.pipelines.ablation.cells import Cell
-from hdovd.pipelines.ablation.table import AblationTable, ablation_table, comma_separated, latex, markdown, tex, write_tables
+from hdovd.pipelines.ablation.table import (
+    AblationTable,
+    ablation_table,
+    comma_separated,
+    latex,
+    markdown,
+    tex,
+    write_tables,
+)
 from hdovd.pipelines.runs.listing import Run, State
 
-MADE_OF = {"data": "coco", "protocol": "ov-coco", "cache": "my_cache", "features": "default", "recipe": "demo train.epochs=2"}
+MADE_OF = {
+    "data": "coco",
+    "protocol": "ov-coco",
+    "cache": "my_cache",
+    "features": "default",
+    "recipe": "demo train.epochs=2",
+}
 
 
 def _run(novel: float | None, base: float) -> Run:
-    return Run(Path("r"), State.FINISHED, datetime(2026, 3, 4).astimezone(), levels={"instance": {"key": "k"}},
-               versions={"hdovd": "1.2", "torch": "2.6"}, git={"commit": "0123456789abcdef", "dirty": False},
-               ap50={"novel": novel, "base": base, "all": 1.0}, split_blind={"novel": novel})
+    return Run(
+        Path("r"),
+        State.FINISHED,
+        datetime(2026, 3, 4).astimezone(),
+        levels={"instance": {"key": "k"}},
+        versions={"hdovd": "1.2", "torch": "2.6"},
+        git={"commit": "0123456789abcdef", "dirty": False},
+        ap50={"novel": novel, "base": base, "all": 1.0},
+        split_blind={"novel": novel},
+    )
 
 
 @pytest.fixture
 def table() -> AblationTable:
     """Three cells of three seeds: done; one seed done and one failed; none done."""
-    cells = [Cell(f"image-{on}_lr-{lr}", {"loss.image.enabled": on, "train.lr": lr}, ())
-             for on, lr in ((True, 0.1), (False, 0.1), (False, 1))]
-    done = {cells[0].name: {0: _run(10.0, 50.0), 2: _run(13.0, 50.0), 1: _run(16.0, 50.5)}, cells[1].name: {1: _run(None, 3.0)},
-            cells[2].name: {}}
+    cells = [
+        Cell(f"image-{on}_lr-{lr}", {"loss.image.enabled": on, "train.lr": lr}, ())
+        for on, lr in ((True, 0.1), (False, 0.1), (False, 1))
+    ]
+    done = {
+        cells[0].name: {0: _run(10.0, 50.0), 2: _run(13.0, 50.0), 1: _run(16.0, 50.5)},
+        cells[1].name: {1: _run(None, 3.0)},
+        cells[2].name: {},
+    }
     return ablation_table(cells, 3, done, {cells[0].name: set(), cells[1].name: {0}, cells[2].name: set()}, MADE_OF)
 
 
@@ -50,8 +76,15 @@ def test_markdown(table: AblationTable) -> None:
     assert cells[3] == ["\u2013", "0.1", "-", "3.0", "1.0", "-", "1 of 3, 1 failed"]
     assert cells[4] == ["\u2013", "1", "...", "...", "...", "...", "0 of 3"]
     assert len({len(line) for line in lines[:5]}) == 1
-    for part in ("my_cache", "set default, features ", "demo train.epochs=2", "seeds 0 to 2", "2026-03-04", "hdovd 1.2",
-                 "commit 0123456789."):
+    for part in (
+        "my_cache",
+        "set default, features ",
+        "demo train.epochs=2",
+        "seeds 0 to 2",
+        "2026-03-04",
+        "hdovd 1.2",
+        "commit 0123456789.",
+    ):
         assert part in lines[6]
     assert lines[7].startswith("Not finished")
 

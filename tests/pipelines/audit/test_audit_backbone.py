@@ -30,7 +30,11 @@ def _weights(run: Path, file: str | Path, made_by: Any = None) -> Path:
     """Let the run have started from a file of backbone weights, with this record in it."""
     path = run / file
     if made_by is not None:
-        save_file({"conv1.weight": torch.zeros(2)}, path, {"made_by": made_by if isinstance(made_by, str) else json.dumps(made_by)})
+        save_file(
+            {"conv1.weight": torch.zeros(2)},
+            path,
+            {"made_by": made_by if isinstance(made_by, str) else json.dumps(made_by)},
+        )
     text = (run / "config.toml").read_text()
     assert 'weights = "none"' in text
     (run / "config.toml").write_text(text.replace('weights = "none"', f'weights = "{path}"'))
@@ -50,12 +54,24 @@ def test_a_backbone_that_saw_test_pictures(world: Path, cache: Path, run: Path) 
 def test_a_backbone_with_an_honest_record(world: Path, cache: Path, run: Path) -> None:
     file = _weights(run, "b.safetensors", made_by_training(world))
     check = check_of(report_of(world, cache, run=run), "run: backbone")
-    assert (check.verdict, check.text) == (Verdict.OK, f"{file}: oln trained on {5 * len(BASE)} boxes, all of base classes")
+    assert (check.verdict, check.text) == (
+        Verdict.OK,
+        f"{file}: oln trained on {5 * len(BASE)} boxes, all of base classes",
+    )
 
 
-@pytest.mark.parametrize(("made_by", "words"), [(None, "is not here"), ("not json", "does not say what made it"),
-                                                ("[]", "does not say what made it"), ("{}", "3 findings")])
-def test_a_backbone_that_says_too_little_is_unknown(world: Path, cache: Path, run: Path, made_by: Any, words: str) -> None:
+@pytest.mark.parametrize(
+    ("made_by", "words"),
+    [
+        (None, "is not here"),
+        ("not json", "does not say what made it"),
+        ("[]", "does not say what made it"),
+        ("{}", "3 findings"),
+    ],
+)
+def test_a_backbone_that_says_too_little_is_unknown(
+    world: Path, cache: Path, run: Path, made_by: Any, words: str
+) -> None:
     _weights(run, "b.safetensors", made_by)
     check = check_of(report_of(world, cache, run=run), "run: backbone")
     assert check.verdict is Verdict.UNKNOWN
@@ -70,11 +86,18 @@ def test_a_backbone_without_a_record_or_of_a_run_without_settings(world: Path, c
     assert (check.verdict, "does not say what the backbone started from" in check.text) == (Verdict.UNKNOWN, True)
 
 
-@pytest.mark.parametrize(("name", "weights", "verdict", "words"), [
-    ("resnet50", "auto", Verdict.OK, "the weights that torchvision publishes"), ("resnet-tiny", "none", Verdict.OK, "random weights"),
-    ("timm:resnet18", "auto", Verdict.OK, "the weights that timm publishes"),
-    ("mine:plain", "none", Verdict.UNKNOWN, "code outside of hdovd")])
-def test_a_backbone_without_a_file(world: Path, cache: Path, run: Path, name: str, weights: str, verdict: Verdict, words: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "weights", "verdict", "words"),
+    [
+        ("resnet50", "auto", Verdict.OK, "the weights that torchvision publishes"),
+        ("resnet-tiny", "none", Verdict.OK, "random weights"),
+        ("timm:resnet18", "auto", Verdict.OK, "the weights that timm publishes"),
+        ("mine:plain", "none", Verdict.UNKNOWN, "code outside of hdovd"),
+    ],
+)
+def test_a_backbone_without_a_file(
+    world: Path, cache: Path, run: Path, name: str, weights: str, verdict: Verdict, words: str
+) -> None:
     (run / "config.toml").write_text(f'[detector.backbone]\nname = "{name}"\nweights = "{weights}"\n')
     check = check_of(report_of(world, cache, run=run), "run: backbone")
     assert (check.verdict, words in check.text) == (verdict, True)

@@ -1,4 +1,6 @@
-"""The leak report of the training set: novel boxes among the base rows and test pictures are found, honest sets are not accused."""
+"""The leak report of the training set: novel boxes among the base rows and test pictures are found, honest sets are not
+accused.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,20 @@ def _silent(_: str) -> None: ...
 
 # --- base rows ---
 
+
 def _novel(world: Path) -> tuple[dict[str, Any], dict[int, str]]:
     """A novel annotation of an image that is trained on, and the names of all categories."""
     tree = json.loads((world / "annotations" / "instances_train2017.json").read_text())
     names = {c["id"]: c["name"] for c in tree["categories"]}
     with_base = {a["image_id"] for a in tree["annotations"] if names[a["category_id"]] in BASE}
-    return next(a for a in tree["annotations"] if names[a["category_id"]] not in BASE and a["image_id"] in with_base), names
+    return next(
+        a for a in tree["annotations"] if names[a["category_id"]] not in BASE and a["image_id"] in with_base
+    ), names
 
 
-def test_a_novel_annotation_that_was_relabelled_for_training(world: Path, copied_world: Path, extraction: Extract, tmp_path: Path) -> None:
+def test_a_novel_annotation_that_was_relabelled_for_training(
+    world: Path, copied_world: Path, extraction: Extract, tmp_path: Path
+) -> None:
     """The cache was made from a file that calls a novel object base; the raw file says what it is."""
     wanted, names = _novel(world)
 
@@ -46,23 +53,31 @@ def test_a_novel_annotation_that_was_relabelled_for_training(world: Path, copied
     assert f"{names[wanted['category_id']]!r}, which is novel" in text
 
 
-def test_a_novel_box_under_a_base_annotations_id(world: Path, copied_world: Path, extraction: Extract, tmp_path: Path) -> None:
+def test_a_novel_box_under_a_base_annotations_id(
+    world: Path, copied_world: Path, extraction: Extract, tmp_path: Path
+) -> None:
     wanted, names = _novel(world)
     changed = []
 
     def move(tree: dict[str, Any]) -> None:
-        own = next(a for a in tree["annotations"] if a["image_id"] == wanted["image_id"] and names[a["category_id"]] in BASE)
+        own = next(
+            a for a in tree["annotations"] if a["image_id"] == wanted["image_id"] and names[a["category_id"]] in BASE
+        )
         own["bbox"] = wanted["bbox"]
         changed.append(own["id"])
 
     edit(copied_world / "annotations" / "instances_train2017.json", move)
     extract_clip(extraction(tmp_path / "c", data=copied_world), _silent)
     text = leak_of(report_of(world, tmp_path / "c"), "base boxes")
-    assert f"that of annotation {changed[0]}, image {wanted['image_id']}, has the box of annotation {wanted['id']}" in text
+    assert (
+        f"that of annotation {changed[0]}, image {wanted['image_id']}, has the box of annotation {wanted['id']}" in text
+    )
     assert f"{names[wanted['category_id']]!r}, which is novel" in text
 
 
-def test_a_novel_box_under_an_id_that_is_in_no_file(world: Path, copied_world: Path, extraction: Extract, tmp_path: Path) -> None:
+def test_a_novel_box_under_an_id_that_is_in_no_file(
+    world: Path, copied_world: Path, extraction: Extract, tmp_path: Path
+) -> None:
     wanted, names = _novel(world)
 
     def add(tree: dict[str, Any]) -> None:
@@ -78,7 +93,9 @@ def test_a_novel_box_under_an_id_that_is_in_no_file(world: Path, copied_world: P
 
 
 def test_ids_that_were_dealt_anew_are_no_leak(copied_world: Path, cache: Path) -> None:
-    """Base rows whose ids now are those of novel annotations elsewhere: the file is another, and nothing was learned."""
+    """Base rows whose ids now are those of novel annotations elsewhere: the file is another, and nothing was
+    learned."""
+
     def reverse(tree: dict[str, Any]) -> None:
         ids = [own["id"] for own in tree["annotations"]]
         for own, other in zip(tree["annotations"], reversed(ids), strict=True):
@@ -93,6 +110,7 @@ def test_ids_that_were_dealt_anew_are_no_leak(copied_world: Path, cache: Path) -
 
 def test_a_base_object_that_shares_a_novel_object_s_box(copied_world: Path, cache: Path) -> None:
     """In a renumbered file with a novel annotation on a base box: the row is the base annotation."""
+
     def double(tree: dict[str, Any]) -> None:
         names = {c["id"]: c["name"] for c in tree["categories"]}
         novel = next(i for i, name in names.items() if name not in BASE)
@@ -105,8 +123,11 @@ def test_a_base_object_that_shares_a_novel_object_s_box(copied_world: Path, cach
     assert check_of(report_of(copied_world, cache), "base boxes").verdict is Verdict.UNKNOWN
 
 
-def test_all_novel_boxes_under_new_ids_are_counted(copied_world: Path, world: Path, extraction: Extract, tmp_path: Path) -> None:
+def test_all_novel_boxes_under_new_ids_are_counted(
+    copied_world: Path, world: Path, extraction: Extract, tmp_path: Path
+) -> None:
     """Many rows in many images, each beside its own annotation."""
+
     def rename(tree: dict[str, Any]) -> None:
         base = next(c["id"] for c in tree["categories"] if c["name"] == BASE[0])
         for own in tree["annotations"]:
@@ -135,10 +156,13 @@ def test_other_data_is_unknown_and_not_fine(copied_world: Path, cache: Path) -> 
 
 # --- pictures ---
 
+
 def test_a_validation_image_in_the_training_set(copied_world: Path, cache: Path) -> None:
     train = json.loads((copied_world / "annotations" / "instances_train2017.json").read_text())["images"]
     edit(copied_world / "annotations" / "instances_val2017.json", lambda tree: tree["images"].append(train[0]))
-    assert f"image {train[0]['id']} is in the training set and in" in leak_of(report_of(copied_world, cache), "train and val")
+    assert f"image {train[0]['id']} is in the training set and in" in leak_of(
+        report_of(copied_world, cache), "train and val"
+    )
 
 
 def test_a_copy_of_a_validation_picture_under_another_id(copied_world: Path, cache: Path) -> None:
@@ -178,11 +202,15 @@ def test_shared_ids_without_the_pictures(copied_world: Path, cache: Path) -> Non
     edit(copied_world / "annotations" / VAL, lambda tree: change_first(tree, train | {"width": train["width"] + 1}))
     assert check_of(report_of(copied_world, cache), "train and val").verdict is Verdict.UNKNOWN
     edit(copied_world / "annotations" / VAL, lambda tree: change_first(tree, train))
-    assert f"image {train['id']} is in the training set and in" in leak_of(report_of(copied_world, cache), "train and val")
+    assert f"image {train['id']} is in the training set and in" in leak_of(
+        report_of(copied_world, cache), "train and val"
+    )
 
 
 def test_a_cache_of_validation_pictures(copied_world: Path, cache: Path) -> None:
-    """The cache was made from what --data calls validation: its images are not in the training file, but its boxes are there."""
+    """The cache was made from what --data calls validation: its images are not in the training file, but its boxes are
+    there.
+    """
     folder = copied_world / "annotations"
     first, second = ((folder / file).read_text() for file in (TRAIN, VAL))
     (folder / TRAIN).write_text(second)

@@ -1,4 +1,6 @@
-"""`check_cache`: every damage is found and named; what repair marks as missing, the same extraction makes again, to the byte."""
+"""`check_cache`: every damage is found and named; what repair marks as missing, the same extraction makes again, to the
+byte.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def teacher(clip: str) -> ClipTeacher:
 
 
 @pytest.fixture(scope="module")
-def parted(extraction: Callable[..., ExtractConfig], teacher: ClipTeacher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parted(
+    extraction: Callable[..., ExtractConfig], teacher: ClipTeacher, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The micro world's cache in several parts a level."""
     folder = tmp_path_factory.mktemp("parted") / "cache"
     extract_clip(extraction(folder, part_rows=PART_ROWS, batch_size=BATCH), _silent, teacher)
@@ -63,8 +67,9 @@ def check(teacher: ClipTeacher) -> Callable[..., CheckReport]:
 
 
 @pytest.fixture
-def mended(check: Callable[..., CheckReport], extraction: Callable[..., ExtractConfig],
-           teacher: ClipTeacher) -> Callable[..., list[Finding]]:
+def mended(
+    check: Callable[..., CheckReport], extraction: Callable[..., ExtractConfig], teacher: ClipTeacher
+) -> Callable[..., list[Finding]]:
     """Both steps, repair and then the same extraction; and what is wrong afterwards."""
 
     def run(cache: Path, *, log: Callable[[str], None] = _silent, sample: int = 0, **settings: Any) -> list[Finding]:
@@ -104,6 +109,7 @@ def _swap_rows(cache: Path, level: Level = Level.INSTANCE, part: int = 1, rows: 
 
 
 # What a damage does, and which (file, part) names it.
+
 
 def _in_embedding(cache: Path) -> tuple[str, int | str | None]:
     _flip(_product(cache, Level.INSTANCE) / "embedding/c/2/0", 100)
@@ -189,8 +195,24 @@ def _root(cache: Path) -> tuple[str, int | str | None]:
     return "zarr.json", None
 
 
-DAMAGES = [_in_embedding, _in_index, _in_labels, _in_table, _in_array_metadata, _in_metadata, _in_key_inputs, _in_batch_size, _in_record,
-           _in_table_record, _no_record, _truncated, _deleted, _extra, _group, _root]
+DAMAGES = [
+    _in_embedding,
+    _in_index,
+    _in_labels,
+    _in_table,
+    _in_array_metadata,
+    _in_metadata,
+    _in_key_inputs,
+    _in_batch_size,
+    _in_record,
+    _in_table_record,
+    _no_record,
+    _truncated,
+    _deleted,
+    _extra,
+    _group,
+    _root,
+]
 
 
 @pytest.fixture
@@ -208,7 +230,9 @@ def _times(cache: Path) -> dict[str, int]:
     return {str(file.relative_to(cache)): file.stat().st_mtime_ns for file in cache.rglob("*") if file.is_file()}
 
 
-def test_a_sound_cache_has_no_findings(copied: Path, check: Callable[..., CheckReport], untouched: Callable[[Path], Any]) -> None:
+def test_a_sound_cache_has_no_findings(
+    copied: Path, check: Callable[..., CheckReport], untouched: Callable[[Path], Any]
+) -> None:
     lines: list[str] = []
     with untouched(copied):
         report = check(copied, sample=1_000, log=lines.append)
@@ -216,16 +240,23 @@ def test_a_sound_cache_has_no_findings(copied: Path, check: Callable[..., CheckR
     assert (report.checked.products, report.checked.unfinished) == (6, [])
     assert report.checked.parts > 15
     assert lines[-1] == "nothing is wrong"
-    trees = {level: json.loads((_product(copied, level) / "zarr.json").read_text()) for level in (Level.IMAGE, Level.INSTANCE)}
+    trees = {
+        level: json.loads((_product(copied, level) / "zarr.json").read_text())
+        for level in (Level.IMAGE, Level.INSTANCE)
+    }
     rows = {level: tree["attributes"]["rows"] for level, tree in trees.items()}
     assert {level: found.rows for (level, _), found in report.sampled.items()} == rows
     assert all(found.least > 0.999 for found in report.sampled.values())
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__.strip("_"))
-def test_damage_is_named_and_made_again_to_the_byte(copied: Path, parted: Path, damage: Callable[[Path], tuple[str, int | str | None]],
-                                                    mended: Callable[..., list[Finding]],
-                                                    unchanged: Callable[[Path, Path], list[str]]) -> None:
+def test_damage_is_named_and_made_again_to_the_byte(
+    copied: Path,
+    parted: Path,
+    damage: Callable[[Path], tuple[str, int | str | None]],
+    mended: Callable[..., list[Finding]],
+    unchanged: Callable[[Path, Path], list[str]],
+) -> None:
     name, part = damage(copied)
     before, lines = _times(copied), list[str]()
     assert mended(copied, log=lines.append) == []
@@ -255,8 +286,9 @@ def test_what_is_marked_is_missing_until_it_is_extracted(copied: Path, check: Ca
     assert (finding.part, finding.found) == (2, "no such object")
 
 
-def test_several_damages_at_once(copied: Path, parted: Path, mended: Callable[..., list[Finding]],
-                                 unchanged: Callable[[Path, Path], list[str]]) -> None:
+def test_several_damages_at_once(
+    copied: Path, parted: Path, mended: Callable[..., list[Finding]], unchanged: Callable[[Path, Path], list[str]]
+) -> None:
     lines: list[str] = []
     kinds = (_in_index, _in_labels, _in_table, _in_metadata, _in_record, _no_record, _deleted, _extra, _group)
     damaged = [damage(copied) for damage in kinds]
@@ -267,20 +299,31 @@ def test_several_damages_at_once(copied: Path, parted: Path, mended: Callable[..
     assert unchanged(copied, parted) == []
 
 
-def test_all_metadata_lost(copied: Path, parted: Path, check: Callable[..., CheckReport], mended: Callable[..., list[Finding]],
-                           unchanged: Callable[[Path, Path], list[str]]) -> None:
+def test_all_metadata_lost(
+    copied: Path,
+    parted: Path,
+    check: Callable[..., CheckReport],
+    mended: Callable[..., list[Finding]],
+    unchanged: Callable[[Path, Path], list[str]],
+) -> None:
     for level in Level:
         (_product(copied, level) / "zarr.json").unlink()
     before = _times(copied)
-    assert {(f.product and f.product[0], f.part) for f in check(copied).findings} == {(level, TABLES) for level in Level}
+    assert {(f.product and f.product[0], f.part) for f in check(copied).findings} == {
+        (level, TABLES) for level in Level
+    }
     assert mended(copied) == []
     assert unchanged(copied, parted) == []
     assert {Path(file).name for file, time in _times(copied).items() if before.get(file) != time} == {"zarr.json"}
 
 
-def test_parts_of_lost_metadata_are_kept_only_if_these_were_the_same(copied: Path, mended: Callable[..., list[Finding]],
-                                                                     extraction: Callable[..., ExtractConfig], teacher: ClipTeacher,
-                                                                     check: Callable[..., CheckReport]) -> None:
+def test_parts_of_lost_metadata_are_kept_only_if_these_were_the_same(
+    copied: Path,
+    mended: Callable[..., list[Finding]],
+    extraction: Callable[..., ExtractConfig],
+    teacher: ClipTeacher,
+    check: Callable[..., CheckReport],
+) -> None:
     """Parts of another size would be taken for whole ones."""
     product = _product(copied, Level.INSTANCE)
     (product / "zarr.json").unlink()
@@ -292,15 +335,24 @@ def test_parts_of_lost_metadata_are_kept_only_if_these_were_the_same(copied: Pat
 
 # --- rows that were exchanged ---
 
+
 @pytest.mark.parametrize("level", [Level.INSTANCE, Level.IMAGE])
-def test_only_a_sample_finds_rows_swapped_under_a_new_checksum(copied: Path, parted: Path, level: Level, check: Callable[..., CheckReport],
-                                                              mended: Callable[..., list[Finding]],
-                                                              unchanged: Callable[[Path, Path], list[str]]) -> None:
+def test_only_a_sample_finds_rows_swapped_under_a_new_checksum(
+    copied: Path,
+    parted: Path,
+    level: Level,
+    check: Callable[..., CheckReport],
+    mended: Callable[..., list[Finding]],
+    unchanged: Callable[[Path, Path], list[str]],
+) -> None:
     _swap_rows(copied, level, *((1, (3, 41)) if level is Level.INSTANCE else (2, (0, 3))))
     first, second = (PART_ROWS + 3, PART_ROWS + 41) if level is Level.INSTANCE else (8, 11)
     assert check(copied).findings == []
     (finding,) = check(copied, sample=1_000).findings
-    assert (finding.product and finding.product[0], finding.part) == (level, first // (PART_ROWS if level is Level.INSTANCE else 4))
+    assert (finding.product and finding.product[0], finding.part) == (
+        level,
+        first // (PART_ROWS if level is Level.INSTANCE else 4),
+    )
     assert finding.where.startswith(f"rows {first}, {second} (image ")
     assert "0.99" in finding.expected
     assert mended(copied, sample=1_000) == []
@@ -317,7 +369,9 @@ def test_swapped_rows_are_found_by_their_checksum(copied: Path, check: Callable[
     assert finding.expected.startswith("sha256 ")
 
 
-def test_sample_takes_other_rows_with_another_seed_and_the_same_with_the_same(copied: Path, check: Callable[..., CheckReport]) -> None:
+def test_sample_takes_other_rows_with_another_seed_and_the_same_with_the_same(
+    copied: Path, check: Callable[..., CheckReport]
+) -> None:
     """Many rows of one part are exchanged: some seeds meet some of them, each seed always the same ones."""
     for row in range(0, 60, 2):
         _swap_rows(copied, rows=(row, row + 1))
@@ -331,8 +385,14 @@ def test_sample_leaves_out_what_is_known_to_be_damaged(copied: Path, check: Call
     _in_index(copied)
     report = check(copied, sample=1_000)
     assert len(report.findings) == 2
-    rows = {level: json.loads((_product(copied, level) / "zarr.json").read_text())["attributes"]["rows"] for level, _ in report.sampled}
-    assert {level: rows[level] - found.rows for (level, _), found in report.sampled.items()} == {Level.INSTANCE: PART_ROWS, Level.IMAGE: 4}
+    rows = {
+        level: json.loads((_product(copied, level) / "zarr.json").read_text())["attributes"]["rows"]
+        for level, _ in report.sampled
+    }
+    assert {level: rows[level] - found.rows for (level, _), found in report.sampled.items()} == {
+        Level.INSTANCE: PART_ROWS,
+        Level.IMAGE: 4,
+    }
     _in_table(copied)
     _in_metadata(copied)
     assert {level for level, _ in check(copied, sample=5).sampled} == {Level.IMAGE}
@@ -340,11 +400,15 @@ def test_sample_leaves_out_what_is_known_to_be_damaged(copied: Path, check: Call
 
 def test_sample_refuses_another_clip(copied: Path, save_clip: Callable[..., str], tmp_path: Path) -> None:
     other = save_clip(tmp_path / "other clip", seed=1)
-    with pytest.raises(HdovdError, match=r"another CLIP:\s+clip\.weights_sha256 differs: the cache has .*, the CLIP named has"):
+    with pytest.raises(
+        HdovdError, match=r"another CLIP:\s+clip\.weights_sha256 differs: the cache has .*, the CLIP named has"
+    ):
         check_cache(CheckConfig(cache=copied, sample=3, changes={"clip": other, "device": "cpu"}), _silent)
 
 
-def test_sample_says_which_pictures_it_could_not_read(copied: Path, copied_world: Path, check: Callable[..., CheckReport]) -> None:
+def test_sample_says_which_pictures_it_could_not_read(
+    copied: Path, copied_world: Path, check: Callable[..., CheckReport]
+) -> None:
     for number, file in enumerate(sorted((copied_world / "train2017").iterdir())):
         if number % 2:
             file.write_bytes(b"")
@@ -361,8 +425,14 @@ def test_sample_says_which_pictures_it_could_not_read(copied: Path, copied_world
 
 # --- what repair needs, and what it leaves alone ---
 
-def test_a_damaged_set_is_written_again(copied: Path, parted: Path, check: Callable[..., CheckReport], mended: Callable[..., list[Finding]],
-                                        unchanged: Callable[[Path, Path], list[str]]) -> None:
+
+def test_a_damaged_set_is_written_again(
+    copied: Path,
+    parted: Path,
+    check: Callable[..., CheckReport],
+    mended: Callable[..., list[Finding]],
+    unchanged: Callable[[Path, Path], list[str]],
+) -> None:
     file, lines = copied / "sets/default.json", list[str]()
     file.write_bytes(file.read_bytes()[:-20])
     _in_embedding(copied)
@@ -375,8 +445,14 @@ def test_a_damaged_set_is_written_again(copied: Path, parted: Path, check: Calla
 
 
 def test_rows_that_came_from_another_product_are_made_again_to_the_byte(
-        copied: Path, proposals: Path, extraction: Callable[..., ExtractConfig], teacher: ClipTeacher, tmp_path: Path,
-        check: Callable[..., CheckReport], contents: Callable[[Path], dict[str, str]]) -> None:
+    copied: Path,
+    proposals: Path,
+    extraction: Callable[..., ExtractConfig],
+    teacher: ClipTeacher,
+    tmp_path: Path,
+    check: Callable[..., CheckReport],
+    contents: Callable[[Path], dict[str, str]],
+) -> None:
     tree = json.loads(proposals.read_text())
     more = tmp_path / "more.json"
     more.write_text(json.dumps([*tree, {**tree[0], "bbox": [3, 3, 20, 20]}]))
@@ -386,7 +462,11 @@ def test_rows_that_came_from_another_product_are_made_again_to_the_byte(
     before = contents(copied)
     for product, part in ((first, 0), (second, 0), (second, 2)):
         _flip(product / f"embedding/c/{part}/0", 50)
-    assert {(f.product and f.product[1], f.part) for f in check(copied).findings} == {(first.name, 0), (second.name, 0), (second.name, 2)}
+    assert {(f.product and f.product[1], f.part) for f in check(copied).findings} == {
+        (first.name, 0),
+        (second.name, 0),
+        (second.name, 2),
+    }
     check(copied, repair=True)
     for changes in ({}, {"proposals": more, "features": "more"}):
         extract_clip(extraction(copied, part_rows=PART_ROWS, **changes), _silent, teacher)
@@ -394,25 +474,38 @@ def test_rows_that_came_from_another_product_are_made_again_to_the_byte(
     assert contents(copied) == before
 
 
-def test_repair_of_one_set_leaves_others_alone(copied: Path, extraction: Callable[..., ExtractConfig], teacher: ClipTeacher,
-                                               check: Callable[..., CheckReport]) -> None:
-    extract_clip(extraction(copied, templates=("{} on a table",), part_rows=PART_ROWS, features="other"), _silent, teacher)
+def test_repair_of_one_set_leaves_others_alone(
+    copied: Path, extraction: Callable[..., ExtractConfig], teacher: ClipTeacher, check: Callable[..., CheckReport]
+) -> None:
+    extract_clip(
+        extraction(copied, templates=("{} on a table",), part_rows=PART_ROWS, features="other"), _silent, teacher
+    )
     sets = {name: json.loads((copied / f"sets/{name}.json").read_text())["levels"] for name in ("default", "other")}
     for levels in sets.values():
         _flip(copied / "class" / levels["class"] / "embedding/c/0/0", 3)
     assert len(check(copied).findings) == 2
     assert len(check(copied, features="other").findings) == 1
     check(copied, repair=True, features="other")
-    extract_clip(extraction(copied, templates=("{} on a table",), part_rows=PART_ROWS, features="other"), _silent, teacher)
+    extract_clip(
+        extraction(copied, templates=("{} on a table",), part_rows=PART_ROWS, features="other"), _silent, teacher
+    )
     (left,) = check(copied).findings
     assert left.product == (Level.CLASS, sets["default"]["class"])
     with pytest.raises(HdovdError, match="no set of features named third; it has default, other"):
         check(copied, features="third")
 
 
-def test_unfinished_products_are_no_fault(copied: Path, parted: Path, extraction: Callable[..., ExtractConfig], teacher: ClipTeacher,
-                                          check: Callable[..., CheckReport], unchanged: Callable[[Path, Path], list[str]]) -> None:
-    """As a killed extraction leaves them; a damaged part among the finished ones is dropped by repair, and the extraction goes on."""
+def test_unfinished_products_are_no_fault(
+    copied: Path,
+    parted: Path,
+    extraction: Callable[..., ExtractConfig],
+    teacher: ClipTeacher,
+    check: Callable[..., CheckReport],
+    unchanged: Callable[[Path, Path], list[str]],
+) -> None:
+    """As a killed extraction leaves them; a damaged part among the finished ones is dropped by repair, and the
+    extraction goes on.
+    """
     Catalog(copied).delete_set("default")
     product = _product(copied, Level.INSTANCE)
     (product / "parts/000003.json").unlink()

@@ -34,7 +34,9 @@ def split(world: Path, protocol: Protocol) -> Split:
 
 
 @pytest.fixture(scope="module")
-def of_three_nouns(extraction: Callable[..., ExtractConfig], cache: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureCache:
+def of_three_nouns(
+    extraction: Callable[..., ExtractConfig], cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> FeatureCache:
     folder = Path(shutil.copytree(cache, tmp_path_factory.mktemp("top k") / "cache"))
     extract_clip(extraction(folder, labels=LabelRule(3, 0.1), features="three"), lambda _: None)
     return FeatureCache(folder, "three")
@@ -51,7 +53,10 @@ def test_every_row_of_every_image(cache: Path, split: Split, protocol: Protocol)
     nouns = opened.names(Level.NOUN)
     proposals = 0
     for image in split.images:
-        view, rows = gather_view(opened, image.id, image, names=protocol.names, reliability=WEIGH), opened.instances(image.id)
+        view, rows = (
+            gather_view(opened, image.id, image, names=protocol.names, reliability=WEIGH),
+            opened.instances(image.id),
+        )
         assert (view.image_id, view.size, len(view.rows)) == (image.id, (image.width, image.height), len(rows.box))
         for k, row in enumerate(view.rows):
             cosines = texts @ _unit(rows.embedding[k])
@@ -92,7 +97,9 @@ def test_the_cosine_of_several_nouns_is_that_of_their_mean(of_three_nouns: Featu
     assert several > 20
 
 
-def test_what_a_cache_lacks_is_said(cache: Path, extraction: Callable[..., ExtractConfig], split: Split, tmp_path: Path) -> None:
+def test_what_a_cache_lacks_is_said(
+    cache: Path, extraction: Callable[..., ExtractConfig], split: Split, tmp_path: Path
+) -> None:
     whole = gather_view(FeatureCache(cache), split.images[0].id)
     assert all(row.class_name is None for row in whole.rows)
     assert any("--calibration" in note for note in whole.notes)
@@ -111,8 +118,17 @@ def test_what_a_cache_lacks_is_said(cache: Path, extraction: Callable[..., Extra
 def test_where_the_weights_come_from(cache: Path) -> None:
     opened = FeatureCache(cache)
     assert find_reliability(opened) is None  # a random CLIP is in no table
-    found = find_reliability(opened, recipe=load_recipe("demo", ["pseudo_boxes.reliability_centre=0.4",
-                                                                 "pseudo_boxes.reliability_width=0.1", "pseudo_boxes.reliability_scale=2"]))
+    found = find_reliability(
+        opened,
+        recipe=load_recipe(
+            "demo",
+            [
+                "pseudo_boxes.reliability_centre=0.4",
+                "pseudo_boxes.reliability_width=0.1",
+                "pseudo_boxes.reliability_scale=2",
+            ],
+        ),
+    )
     assert found == Reliability(0.4, 0.1, 2.0, "the recipe")
     assert found.weight(0.4) == 1.0
     with pytest.raises(HdovdError, match="hdovd calibrate"):

@@ -17,7 +17,15 @@ from torch import Tensor
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import Split, load_split
 from hdovd.data.protocol import Protocol
-from hdovd.pipelines.cache_tools.published_features import FULL, GT, PROPOSAL, TEXT, ForeignImage, read_hd_ovd, read_oadp
+from hdovd.pipelines.cache_tools.published_features import (
+    FULL,
+    GT,
+    PROPOSAL,
+    TEXT,
+    ForeignImage,
+    read_hd_ovd,
+    read_oadp,
+)
 
 D = 6
 PROTOCOL = Protocol("small", ("cat", "dog"), ("bird",))
@@ -27,7 +35,14 @@ KEPT = [40, 7, 23]
 
 
 def _annotation(number: int, image: int, category: int, box: list[float], **more: Any) -> dict[str, Any]:
-    return {"id": number, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0} | more
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "bbox": box,
+        "area": box[2] * box[3],
+        "iscrowd": 0,
+    } | more
 
 
 ANNOTATIONS = [
@@ -98,9 +113,15 @@ class HdOvd:
             scores = rng.uniform(size=(counts[i], 1)).astype(np.float32)
             self.proposals.append(np.concatenate([_boxes(rng, counts[i], w, h), scores], 1)[:, :columns])
         rows = {40: 3, 7: 1, 5: 0, 8: 1, 23: 1}
-        self.files: dict[int, Any] = {i: {GT: _random(rng, rows[i], D, dtype=dtype), PROPOSAL: _random(rng, counts[i], D, dtype=dtype),
-                                          TEXT: _random(rng, counts[i], D, dtype=dtype), FULL: _random(rng, 1, D, dtype=dtype)}
-                                      for i in IMAGES}
+        self.files: dict[int, Any] = {
+            i: {
+                GT: _random(rng, rows[i], D, dtype=dtype),
+                PROPOSAL: _random(rng, counts[i], D, dtype=dtype),
+                TEXT: _random(rng, counts[i], D, dtype=dtype),
+                FULL: _random(rng, 1, D, dtype=dtype),
+            }
+            for i in IMAGES
+        }
 
     def file(self, image_id: int) -> Path:
         return self.root / "embeddings" / f"{image_id:012d}.pth"
@@ -141,10 +162,18 @@ def test_hd_ovd_values_and_order(tmp_path: Path, split: Split, dtype: torch.dtyp
         np.testing.assert_allclose(image.proposal_text, _expected(content[TEXT]), rtol=1e-6)
         np.testing.assert_allclose(image.image_embedding, _expected(content[FULL])[0], rtol=1e-6)
         np.testing.assert_array_equal(image.proposal_box, proposals[:, :4])
-        np.testing.assert_array_equal(image.proposal_score, proposals[:, 4] if columns == 5 else np.ones(len(proposals)))
+        np.testing.assert_array_equal(
+            image.proposal_score, proposals[:, 4] if columns == 5 else np.ones(len(proposals))
+        )
         assert image.dropped == 0
-        for array in (image.base_embedding, image.proposal_box, image.proposal_score, image.proposal_embedding, image.proposal_text,
-                      image.image_embedding):
+        for array in (
+            image.base_embedding,
+            image.proposal_box,
+            image.proposal_score,
+            image.proposal_embedding,
+            image.proposal_text,
+            image.image_embedding,
+        ):
             assert array.dtype == np.float32
 
 
@@ -158,8 +187,18 @@ def test_hd_ovd_rows_of_norm_one_stay(hd_ovd: HdOvd) -> None:
 
 def test_hd_ovd_proposals_are_cut_to_the_image_and_lose_their_row_outside_it(hd_ovd: HdOvd) -> None:
     nan = float("nan")
-    hd_ovd.proposals[0] = np.array([[-5, 10, 30, 120, 0.1], [200, 0, 240, 50, 0.9], [20, 20, 10, 40, 0.8], [50, 60, 250, 90, 0.7],
-                                    [1, 2, 3, nan, 0.6], [1, 1, 9, 9, nan], [5, 5, 5, 20, 0.4]], np.float32)
+    hd_ovd.proposals[0] = np.array(
+        [
+            [-5, 10, 30, 120, 0.1],
+            [200, 0, 240, 50, 0.9],
+            [20, 20, 10, 40, 0.8],
+            [50, 60, 250, 90, 0.7],
+            [1, 2, 3, nan, 0.6],
+            [1, 1, 9, 9, nan],
+            [5, 5, 5, 20, 0.4],
+        ],
+        np.float32,
+    )
     rng = np.random.default_rng(3)
     for key in (PROPOSAL, TEXT):
         hd_ovd.files[40][key] = _random(rng, 7, D)
@@ -263,29 +302,37 @@ def _spoilt(row: int, value: float) -> Callable[[Tensor], Tensor]:
     return spoil
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (_change(GT, lambda t: t[:2]), [GT, "(2, 6)", "expected 3 rows for 3 base boxes"]),
-    (_change(GT, lambda t: torch.cat([t, t])), ["(6, 6)", "expected 3 rows"]),
-    (_change(GT, lambda t: t[0]), ["(6,)", "expected 3 rows"]),
-    (_change(PROPOSAL, lambda t: t[:3]), [PROPOSAL, "(3, 6)", "expected 4 rows for 4 boxes in p.pkl", "order"]),
-    (_change(TEXT, lambda t: t[:1]), [TEXT, "(1, 6)", "expected 4 rows"]),
-    (_change(FULL, lambda t: torch.cat([t, t])), [FULL, "(2, 6)", "expected one row"]),
-    (_change(GT, _spoilt(1, float("nan"))), [GT, "1 of 3 rows", "rows 1"]),
-    (_change(PROPOSAL, _spoilt(2, 0)), [PROPOSAL, "1 of 4 rows", "rows 2"]),
-    (_change(TEXT, _spoilt(0, float("inf"))), [TEXT, "1 of 4 rows", "rows 0"]),
-    (_change(FULL, lambda t: t * 0), [FULL, "1 of 1 rows"]),
-    (_change(GT, lambda t: t.int()), [GT, "no tensor of floating-point numbers"]),
-    (_change(GT, lambda t: t.tolist()), [GT, "found a list"]),
-    pytest.param(_change(GT, lambda t: t.float().to_sparse()), [GT, "no tensor of floating-point"],
-                 marks=pytest.mark.filterwarnings("ignore:Validating sparse")),
-    (_change(GT, lambda t: torch.empty(3, D, device="meta")), [GT, "no tensor of floating-point"]),
-    (_change(GT, lambda t: torch.ones(1, 1).expand(3, 10**12)), [GT, "(3, 1000000000000)", "over 4 bytes"]),
-    (_change(GT, lambda t: t[:, :4].clone()), ["size 4, 6, expected one size"]),
-    (_drop, ["holds proposal_clip_image_embedding", f"expected {GT}, {PROPOSAL}"]),
-    (_no_dict, ["holds a Tensor"]),
-    (_other_boxes, ["p.pkl: entry 0", "expected (n, 4) or (n, 5) numbers, found float32 (4, 6)"]),
-])
-def test_hd_ovd_content_that_does_not_fit_costs_its_image(hd_ovd: HdOvd, change: Callable[[HdOvd], None], words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_change(GT, lambda t: t[:2]), [GT, "(2, 6)", "expected 3 rows for 3 base boxes"]),
+        (_change(GT, lambda t: torch.cat([t, t])), ["(6, 6)", "expected 3 rows"]),
+        (_change(GT, lambda t: t[0]), ["(6,)", "expected 3 rows"]),
+        (_change(PROPOSAL, lambda t: t[:3]), [PROPOSAL, "(3, 6)", "expected 4 rows for 4 boxes in p.pkl", "order"]),
+        (_change(TEXT, lambda t: t[:1]), [TEXT, "(1, 6)", "expected 4 rows"]),
+        (_change(FULL, lambda t: torch.cat([t, t])), [FULL, "(2, 6)", "expected one row"]),
+        (_change(GT, _spoilt(1, float("nan"))), [GT, "1 of 3 rows", "rows 1"]),
+        (_change(PROPOSAL, _spoilt(2, 0)), [PROPOSAL, "1 of 4 rows", "rows 2"]),
+        (_change(TEXT, _spoilt(0, float("inf"))), [TEXT, "1 of 4 rows", "rows 0"]),
+        (_change(FULL, lambda t: t * 0), [FULL, "1 of 1 rows"]),
+        (_change(GT, lambda t: t.int()), [GT, "no tensor of floating-point numbers"]),
+        (_change(GT, lambda t: t.tolist()), [GT, "found a list"]),
+        pytest.param(
+            _change(GT, lambda t: t.float().to_sparse()),
+            [GT, "no tensor of floating-point"],
+            marks=pytest.mark.filterwarnings("ignore:Validating sparse"),
+        ),
+        (_change(GT, lambda t: torch.empty(3, D, device="meta")), [GT, "no tensor of floating-point"]),
+        (_change(GT, lambda t: torch.ones(1, 1).expand(3, 10**12)), [GT, "(3, 1000000000000)", "over 4 bytes"]),
+        (_change(GT, lambda t: t[:, :4].clone()), ["size 4, 6, expected one size"]),
+        (_drop, ["holds proposal_clip_image_embedding", f"expected {GT}, {PROPOSAL}"]),
+        (_no_dict, ["holds a Tensor"]),
+        (_other_boxes, ["p.pkl: entry 0", "expected (n, 4) or (n, 5) numbers, found float32 (4, 6)"]),
+    ],
+)
+def test_hd_ovd_content_that_does_not_fit_costs_its_image(
+    hd_ovd: HdOvd, change: Callable[[HdOvd], None], words: list[str]
+) -> None:
     change(hd_ovd)
     found = hd_ovd.read()
     assert all(word in str(found[40].reason) for word in words), found[40].reason
@@ -300,10 +347,14 @@ def test_embeddings_of_two_clips(hd_ovd: HdOvd) -> None:
     assert "size 12, expected 6 as in the images before" in str(found[7].reason)
 
 
-@pytest.mark.parametrize("more", [
-    _annotation(200, 40, 1, [10, 10, 0.5, 20]), _annotation(200, 40, 1, [10, 10, 20, 20], area=0),
-    _annotation(200, 40, 1, [10, 10, 20, 20], ignore=True),
-])
+@pytest.mark.parametrize(
+    "more",
+    [
+        _annotation(200, 40, 1, [10, 10, 0.5, 20]),
+        _annotation(200, 40, 1, [10, 10, 20, 20], area=0),
+        _annotation(200, 40, 1, [10, 10, 20, 20], ignore=True),
+    ],
+)
 def test_base_box_that_the_published_trainer_leaves_out(tmp_path: Path, more: dict[str, Any]) -> None:
     """It has no row there. Rows as many as our boxes would be of another filter, so they are refused as well."""
     split = _write_split(tmp_path, [*ANNOTATIONS, more])
@@ -349,10 +400,15 @@ class Oadp:
         self.images: dict[int, Any] = {}
         for count, image_id in enumerate(KEPT, 3):
             boxes = _boxes(rng, count, *IMAGES[image_id])
-            self.objects[image_id] = {"embeddings": torch.nn.functional.normalize(_random(rng, count, D, dtype=torch.float32)).half(),
-                                      "bboxes": torch.from_numpy(boxes).half(), "objectness": torch.rand(count, 1).half()}
+            self.objects[image_id] = {
+                "embeddings": torch.nn.functional.normalize(_random(rng, count, D, dtype=torch.float32)).half(),
+                "bboxes": torch.from_numpy(boxes).half(),
+                "objectness": torch.rand(count, 1).half(),
+            }
             if images:
-                self.images[image_id] = torch.nn.functional.normalize(_random(rng, D, dtype=torch.float32), dim=0).half()
+                self.images[image_id] = torch.nn.functional.normalize(
+                    _random(rng, D, dtype=torch.float32), dim=0
+                ).half()
 
     def read(self) -> dict[int, ForeignImage]:
         for kind, contents in (("objects", self.objects), ("globals", self.images)):
@@ -397,8 +453,11 @@ def test_oadp_without_globals_or_with_a_row_for_one(tmp_path: Path, split: Split
 
 def test_oadp_boxes_are_cut_to_the_image(tmp_path: Path, split: Split) -> None:
     written = Oadp(tmp_path, split)
-    written.objects[40] = {"embeddings": torch.eye(D)[:3].half(), "objectness": torch.tensor([0.25, 0.75, 0.5]).half(),
-                           "bboxes": torch.tensor([[-3.0, 5, 40, 101], [210, 0, 220, 5], [190, 90, 200.5, 100]]).half()}
+    written.objects[40] = {
+        "embeddings": torch.eye(D)[:3].half(),
+        "objectness": torch.tensor([0.25, 0.75, 0.5]).half(),
+        "bboxes": torch.tensor([[-3.0, 5, 40, 101], [210, 0, 220, 5], [190, 90, 200.5, 100]]).half(),
+    }
     image = written.read()[40]
     assert image.proposal_box.tolist() == [[190, 90, 200, 100], [0, 5, 40, 100]]
     assert image.proposal_score.tolist() == [0.5, 0.25]

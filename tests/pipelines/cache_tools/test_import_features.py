@@ -1,4 +1,6 @@
-"""Published folders become caches: the micro world's own cache is written out in the authors' formats and imported again."""
+"""Published folders become caches: the micro world's own cache is written out in the authors' formats and imported
+again.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,15 @@ def published(tmp_path: Path, world: Path, cache: Path) -> Path:
         rows = reader.instances(entry["id"])
         base, extra = rows.base_boxes(), rows.proposals()
         boxes.append(np.concatenate([extra.box, extra.score[:, None]], axis=1))
-        torch.save({"gt_clip_image_embedding": torch.from_numpy(base.embedding),
-                    "proposal_clip_image_embedding": torch.from_numpy(extra.embedding),
-                    "proposal_clip_text_embedding": torch.from_numpy(nouns[extra.noun]),
-                    "clip_full_image_embedding": torch.from_numpy(reader.image_embedding(entry["id"])[None])},
-                   tmp_path / "features" / f"{Path(entry['file_name']).stem}.pth")
+        torch.save(
+            {
+                "gt_clip_image_embedding": torch.from_numpy(base.embedding),
+                "proposal_clip_image_embedding": torch.from_numpy(extra.embedding),
+                "proposal_clip_text_embedding": torch.from_numpy(nouns[extra.noun]),
+                "clip_full_image_embedding": torch.from_numpy(reader.image_embedding(entry["id"])[None]),
+            },
+            tmp_path / "features" / f"{Path(entry['file_name']).stem}.pth",
+        )
     (tmp_path / "proposals.pkl").write_bytes(pickle.dumps(boxes))
     return tmp_path
 
@@ -53,9 +59,16 @@ def run(published: Path, world: Path, clip: str) -> Import:
 
     def run(**changes: Any) -> list[str]:
         lines: list[str] = []
-        values = {"format": ForeignFormat.HD_OVD, "folder": published / "features", "data": DataPaths(world),
-                  "cache": published / "imported", "proposals": published / "proposals.pkl", "protocol": str(world / "protocol.toml"),
-                  "clip": clip, "device": "cpu"}
+        values = {
+            "format": ForeignFormat.HD_OVD,
+            "folder": published / "features",
+            "data": DataPaths(world),
+            "cache": published / "imported",
+            "proposals": published / "proposals.pkl",
+            "protocol": str(world / "protocol.toml"),
+            "clip": clip,
+            "device": "cpu",
+        }
         import_features(ImportConfig(**(values | changes)), lines.append)
         return lines
 
@@ -92,7 +105,10 @@ def test_identity_says_that_the_origin_is_unknown(published: Path, run: Import) 
 def test_audit_does_not_pass_what_the_publishers_do_not_say(published: Path, run: Import, world: Path) -> None:
     """Neither what made the proposals nor which words the texts are."""
     run()
-    report = audit(AuditConfig(data=DataPaths(world), cache=published / "imported", protocol=str(world / "protocol.toml")), lambda _: None)
+    report = audit(
+        AuditConfig(data=DataPaths(world), cache=published / "imported", protocol=str(world / "protocol.toml")),
+        lambda _: None,
+    )
     unknown = {check.name for check in report.checks if check.verdict is Verdict.UNKNOWN}
     assert {"proposals: made by", "novel names"} <= unknown
     assert report.leaks == 0
@@ -111,15 +127,18 @@ def test_other_rows_give_another_key(published: Path, run: Import) -> None:
     assert changed == {Level.INSTANCE, Level.PSEUDO_LABEL}
 
 
-def test_training_runs_from_an_import(published: Path, run: Import, train_micro: Callable[..., Any], tmp_path: Path) -> None:
+def test_training_runs_from_an_import(
+    published: Path, run: Import, train_micro: Callable[..., Any], tmp_path: Path
+) -> None:
     run()
     train_micro(tmp_path / "run", from_cache=published / "imported")
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert all(last[name] > 0 for name in ("instance_alignment", "classification", "image_alignment"))
 
 
-def test_image_that_does_not_fit_becomes_a_tombstone(published: Path, run: Import, kept: list[int], train_micro: Callable[..., Any],
-                                                      tmp_path: Path) -> None:
+def test_image_that_does_not_fit_becomes_a_tombstone(
+    published: Path, run: Import, kept: list[int], train_micro: Callable[..., Any], tmp_path: Path
+) -> None:
     files = sorted((published / "features").glob("*.pth"))
     files[0].unlink()
     tensors = torch.load(files[5], weights_only=True)
@@ -141,8 +160,9 @@ def test_second_import_writes_nothing(published: Path, run: Import) -> None:
     assert {p: p.stat().st_mtime_ns for p in (published / "imported").rglob("c/*") if p.is_file()} == before
 
 
-def test_parts_are_cut_where_they_must_be(published: Path, run: Import, cache: Path, kept: list[int],
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_cut_where_they_must_be(
+    published: Path, run: Import, cache: Path, kept: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("hdovd.pipelines.cache_tools.importing.PART_ROWS", 7)
     monkeypatch.setattr("hdovd.pipelines.cache_tools.importing.IMAGE_PART_ROWS", 4)
     run()
@@ -157,8 +177,9 @@ def test_clip_of_another_size_is_refused(run: Import, save_clip: Callable[..., s
         run(clip=save_clip(tmp_path / "wide", embed_dim=48))
 
 
-def test_without_clip_there_is_no_class_level_and_training_says_so(published: Path, run: Import, train_micro: Callable[..., Any],
-                                                                    tmp_path: Path) -> None:
+def test_without_clip_there_is_no_class_level_and_training_says_so(
+    published: Path, run: Import, train_micro: Callable[..., Any], tmp_path: Path
+) -> None:
     assert any("no --clip" in line for line in run(clip=None))
     with pytest.raises(HdovdError, match="no class level"):
         train_micro(tmp_path / "run", from_cache=published / "imported")
@@ -179,22 +200,36 @@ def test_proposals_go_with_hd_ovd_alone(run: Import) -> None:
         run(format=ForeignFormat.OADP)
 
 
-def test_oadp_has_no_base_boxes_and_training_names_that(published: Path, run: Import, world: Path, cache: Path, kept: list[int],
-                                                          train_micro: Callable[..., Any], tmp_path: Path) -> None:
+def test_oadp_has_no_base_boxes_and_training_names_that(
+    published: Path,
+    run: Import,
+    world: Path,
+    cache: Path,
+    kept: list[int],
+    train_micro: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
     reader = FeatureCache(cache)
     for kind in ("objects", "globals"):
         (published / "oake" / kind / "train2017").mkdir(parents=True)
     for image_id in kept:
         rows = reader.instances(image_id).proposals()
-        torch.save({"embeddings": torch.from_numpy(rows.embedding), "bboxes": torch.from_numpy(rows.box).half(),
-                    "objectness": torch.from_numpy(rows.score).half()[:, None]},
-                   published / "oake" / "objects" / "train2017" / f"{image_id:012d}.pth")
+        torch.save(
+            {
+                "embeddings": torch.from_numpy(rows.embedding),
+                "bboxes": torch.from_numpy(rows.box).half(),
+                "objectness": torch.from_numpy(rows.score).half()[:, None],
+            },
+            published / "oake" / "objects" / "train2017" / f"{image_id:012d}.pth",
+        )
         whole = torch.from_numpy(reader.image_embedding(image_id))
         torch.save(whole, published / "oake" / "globals" / "train2017" / f"{image_id:012d}.pth")
     lines = run(format=ForeignFormat.OADP, folder=published / "oake", proposals=None)
     assert any("no embeddings of base boxes" in line for line in lines)
     imported = FeatureCache(published / "imported")
     for image_id in kept:
-        np.testing.assert_allclose(reader.instances(image_id).proposals().embedding, imported.instances(image_id).embedding, atol=1e-3)
+        np.testing.assert_allclose(
+            reader.instances(image_id).proposals().embedding, imported.instances(image_id).embedding, atol=1e-3
+        )
     with pytest.raises(HdovdError, match=r"base_boxes\.count differs"):
         train_micro(tmp_path / "run", from_cache=published / "imported")

@@ -48,28 +48,52 @@ def test_rows_between_are_those_of_their_images(cache: Path, mapped: bool) -> No
     every = opened.rows_between(0, len(images))
     for number in opened.image_ids().tolist():
         for name in every.__slots__:
-            assert np.array_equal(getattr(opened.instances(number), name), getattr(every, name)[images == number]), (number, name)
+            assert np.array_equal(getattr(opened.instances(number), name), getattr(every, name)[images == number]), (
+                number,
+                name,
+            )
     assert np.array_equal(opened.rows_between(3, 50).embedding, every.embedding[3:50])
     assert opened.rows_between(0, 0).embedding.shape == (0, opened.dim)
 
 
-def test_the_file_says_what_the_cache_says(cache: Path, world: Path, tmp_path: Path, untouched: Callable[[Path], Any]) -> None:
+def test_the_file_says_what_the_cache_says(
+    cache: Path, world: Path, tmp_path: Path, untouched: Callable[[Path], Any]
+) -> None:
     with untouched(cache):
         table = _export(cache, tmp_path)
-    opened, protocol, nouns = FeatureCache(cache), load_protocol(str(world / "protocol.toml")), FeatureCache(cache).names(Level.NOUN)
+    opened, protocol, nouns = (
+        FeatureCache(cache),
+        load_protocol(str(world / "protocol.toml")),
+        FeatureCache(cache).names(Level.NOUN),
+    )
     split, at, rows = DataPaths(world).load("train2017", protocol, base_only=True, log=_silent), 0, table.to_pylist()
     for image in split.images:
-        found, labels = opened.instances(image.id), dict(zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True))
+        found, labels = (
+            opened.instances(image.id),
+            dict(zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True)),
+        )
         for k, (left, top, right, bottom) in enumerate(found.box):
             row, own = rows[at], found.source[k] == Source.BASE_BOX
             embedding = np.array(row.pop("embedding"), np.float32)
             assert np.array_equal(embedding, found.embedding[k].astype(np.float32))
             has_noun = found.noun[k] >= 0
             assert row == {
-                "image_id": image.id, "file_name": image.file_name, "x": left, "y": top, "w": right - left, "h": bottom - top,
-                "source": "base" if own else "proposal", "score": found.score[k],
-                "name": protocol.names[labels[found.annotation_id[k]]] if own else nouns[found.noun[k]] if has_noun else None,
-                "noun_cosine": found.noun_cosine[k] if has_noun else None, "annotation_id": found.annotation_id[k] if own else None}
+                "image_id": image.id,
+                "file_name": image.file_name,
+                "x": left,
+                "y": top,
+                "w": right - left,
+                "h": bottom - top,
+                "source": "base" if own else "proposal",
+                "score": found.score[k],
+                "name": protocol.names[labels[found.annotation_id[k]]]
+                if own
+                else nouns[found.noun[k]]
+                if has_noun
+                else None,
+                "noun_cosine": found.noun_cosine[k] if has_noun else None,
+                "annotation_id": found.annotation_id[k] if own else None,
+            }
             at += 1
     assert at == len(rows) == len(opened.row_images())
     assert {"base", "proposal"} == set(table["source"].to_pylist())
@@ -81,7 +105,9 @@ def test_duckdb_reads_the_same(cache: Path, tmp_path: Path) -> None:
     found = duckdb.sql(f"select * from '{tmp_path / 'boxes.parquet'}'")
     assert found.columns == table.schema.names
     assert [dict(zip(found.columns, row, strict=True)) for row in found.fetchall()] == table.to_pylist()
-    (most,) = duckdb.sql(f"select max(list_cosine_similarity(embedding, embedding)) from '{tmp_path / 'boxes.parquet'}'").fetchall()
+    (most,) = duckdb.sql(
+        f"select max(list_cosine_similarity(embedding, embedding)) from '{tmp_path / 'boxes.parquet'}'"
+    ).fetchall()
     assert most[0] == pytest.approx(1, abs=1e-5)
 
 
@@ -99,17 +125,23 @@ def test_row_groups_are_written_one_by_one(cache: Path, tmp_path: Path, monkeypa
     assert max(asked) == 32
 
 
-def test_images_that_cannot_be_read_have_no_embedding(extraction: Callable[..., Any], world: Path, kept: list[int], tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_have_no_embedding(
+    extraction: Callable[..., Any], world: Path, kept: list[int], tmp_path: Path
+) -> None:
     copied = Path(shutil.copytree(world, tmp_path / "world"))
     (copied / "train2017" / f"{kept[2]:012d}.jpg").unlink()
     extract_clip(extraction(tmp_path / "cache", data=copied), _silent)
     table = _export(tmp_path / "cache", tmp_path)
-    without = {row["image_id"] for row in table.select(["image_id", "embedding"]).to_pylist() if row["embedding"] is None}
+    without = {
+        row["image_id"] for row in table.select(["image_id", "embedding"]).to_pylist() if row["embedding"] is None
+    }
     assert without == {kept[2]}
 
 
 def test_a_set_of_base_boxes_alone(extraction: Callable[..., Any], tmp_path: Path) -> None:
-    extract_clip(extraction(tmp_path / "cache", proposals=None, vocabulary=None, captions=None, features="plain"), _silent)
+    extract_clip(
+        extraction(tmp_path / "cache", proposals=None, vocabulary=None, captions=None, features="plain"), _silent
+    )
     table = _export(tmp_path / "cache", tmp_path, features="plain")
     assert set(table["source"].to_pylist()) == {"base"}
     assert set(table["noun_cosine"].to_pylist()) == {None}
@@ -166,7 +198,17 @@ def test_a_killed_export_leaves_what_was_there(cache: Path, tmp_path: Path, monk
 
 
 def test_the_command(cache: Path, world: Path, tmp_path: Path) -> None:
-    words = ["cache", "export", str(cache), "--to", "parquet", "--out", str(tmp_path / "boxes.parquet"), "--data", str(world)]
+    words = [
+        "cache",
+        "export",
+        str(cache),
+        "--to",
+        "parquet",
+        "--out",
+        str(tmp_path / "boxes.parquet"),
+        "--data",
+        str(world),
+    ]
     done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert f"wrote {tmp_path / 'boxes.parquet'}: {len(FeatureCache(cache).row_images())} boxes" in done.output

@@ -12,7 +12,9 @@ from hdovd.pipelines.cache_tools.view import CacheView, Likeness, ViewRow
 from hdovd.pipelines.cache_tools.view_images import draw_view
 from hdovd.pipelines.common.label_font import cut_label, label_font
 
-needs_font = pytest.mark.skipif(label_font("سظ", 16) is label_font("", 16), reason="no font with these characters on this machine")
+needs_font = pytest.mark.skipif(
+    label_font("سظ", 16) is label_font("", 16), reason="no font with these characters on this machine"
+)
 
 
 @needs_font
@@ -20,16 +22,23 @@ needs_font = pytest.mark.skipif(label_font("سظ", 16) is label_font("", 16), re
 def test_names_of_other_scripts_are_no_squares(part: str) -> None:
     def drawn(name: str) -> np.ndarray:
         given: dict[str, Any] = {"class_name": None, "nouns": (), "nearest": ()}
-        given |= {"noun": {"nouns": (Likeness(name, 0.3),)}, "class_name": {"class_name": name},
-                  "nearest": {"nearest": (Likeness(name, 0.3),)}}[part]
+        given |= {
+            "noun": {"nouns": (Likeness(name, 0.3),)},
+            "class_name": {"class_name": name},
+            "nearest": {"nearest": (Likeness(name, 0.3),)},
+        }[part]
         source = Source.BASE_BOX if part == "class_name" else Source.PROPOSAL
-        row = ViewRow(box=(5.0, 5.0, 60.0, 40.0), source=source, score=0.5, cosine=0.3, weight=None, annotation_id=None, **given)
+        row = ViewRow(
+            box=(5.0, 5.0, 60.0, 40.0), source=source, score=0.5, cosine=0.3, weight=None, annotation_id=None, **given
+        )
         return np.asarray(draw_view(CacheView(1, None, (80, 60), (row,), (), None, ()), None))
 
     assert not np.array_equal(drawn("س"), drawn("ظ"))  # squares are all alike
 
 
-@pytest.mark.parametrize("text", ["umbrella", "a very long name of some thing", pytest.param("سظ" * 30, marks=needs_font)])
+@pytest.mark.parametrize(
+    "text", ["umbrella", "a very long name of some thing", pytest.param("سظ" * 30, marks=needs_font)]
+)
 def test_a_label_is_cut_to_its_width(text: str) -> None:
     cut = cut_label(text, 90, 16)
     assert label_font(cut, 16).getlength(cut) <= 90

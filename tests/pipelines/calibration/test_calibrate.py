@@ -1,4 +1,5 @@
-"""Calibration of the reliability weight: which labels it is fitted to, what it writes, and what training makes of it."""
+"""Calibration of the reliability weight: which labels it is fitted to, what it writes, and what training makes of
+it."""
 
 from __future__ import annotations
 
@@ -47,31 +48,44 @@ def _silent(_: str) -> None: ...
 
 # --- which labels ---
 
+
 def test_labels_of_boxes_by_hand() -> None:
-    """Classes at 0, 60 and 90 degrees; a box at 10 degrees is of the first, one at 80 of the second, and taken for the third."""
+    """Classes at 0, 60 and 90 degrees; a box at 10 degrees is of the first, one at 80 of the second, and taken for the
+    third.
+    """
     angles = torch.deg2rad(torch.tensor([0.0, 60.0, 90.0])), torch.deg2rad(torch.tensor([10.0, 80.0]))
     texts, crops = (torch.stack([a.cos(), a.sin()], dim=1) for a in angles)
     found = labels_of_boxes(crops, torch.tensor([0, 1]), texts, LabelRule())
     np.testing.assert_allclose(found.right, np.cos(np.deg2rad([10, 20])), rtol=1e-6)
     np.testing.assert_allclose(found.wrong, np.cos(np.deg2rad([50, 10])), rtol=1e-6)  # the best wrong name of each box
     assert found.named == 1
-    both = labels_of_boxes(crops[:1], torch.tensor([0]), texts, LabelRule(2, 1e9))  # both classes alike: their mean, at 30 degrees
+    both = labels_of_boxes(
+        crops[:1], torch.tensor([0]), texts, LabelRule(2, 1e9)
+    )  # both classes alike: their mean, at 30 degrees
     np.testing.assert_allclose(both.right, [np.cos(np.deg2rad(20))], rtol=1e-6)
     np.testing.assert_allclose(both.wrong, [np.cos(np.deg2rad(65))], rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
 def knowing(cache: Path, world: Path, extraction: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache whose CLIP knows the base classes a little: their embeddings tell their boxes from others'; novel ones are noise."""
+    """A cache whose CLIP knows the base classes a little: their embeddings tell their boxes from others'; novel ones
+    are noise.
+    """
     folder, protocol = tmp_path_factory.mktemp("calibration"), load_protocol(str(world / "protocol.toml"))
     split, reader = DataPaths(world).load("train2017", protocol, base_only=True, log=_silent), FeatureCache(cache)
     rows = np.random.default_rng(0).normal(size=(len(protocol.names), reader.dim)).astype(np.float32)
-    crops = np.concatenate([reader.instances(image.id).base_boxes().embedding for image in split.images]).astype(np.float32)
+    crops = np.concatenate([reader.instances(image.id).base_boxes().embedding for image in split.images]).astype(
+        np.float32
+    )
     labels = np.concatenate([image.labels for image in split.images])
     own = labels[:, None] == np.arange(len(protocol.base))
-    rows[: len(protocol.base)] = np.linalg.solve(crops.T @ crops + 1e-4 * np.eye(reader.dim), crops.T @ own).T  # regression on one-hot rows
+    rows[: len(protocol.base)] = np.linalg.solve(
+        crops.T @ crops + 1e-4 * np.eye(reader.dim), crops.T @ own
+    ).T  # regression on one-hot rows
     np.save(folder / "classes.npy", rows)
-    extract_clip(extraction(folder / "cache", vocabulary=None, captions=None, class_embeddings=folder / "classes.npy"), _silent)
+    extract_clip(
+        extraction(folder / "cache", vocabulary=None, captions=None, class_embeddings=folder / "classes.npy"), _silent
+    )
     return folder / "cache"
 
 
@@ -92,7 +106,9 @@ def test_a_cache_is_calibrated(knowing: Path, tmp_path: Path) -> None:
     assert len(colours) > 5
 
 
-def test_novel_names_and_boxes_have_no_part_in_it(knowing: Path, world: Path, copied_world: Path, tmp_path: Path) -> None:
+def test_novel_names_and_boxes_have_no_part_in_it(
+    knowing: Path, world: Path, copied_world: Path, tmp_path: Path
+) -> None:
     """Other novel boxes, and none of the novel names among the classes that are asked for: the same values."""
     file = copied_world / "annotations" / "instances_train2017.json"
     tree = json.loads(file.read_text())
@@ -101,7 +117,9 @@ def test_novel_names_and_boxes_have_no_part_in_it(knowing: Path, world: Path, co
     tree["annotations"] = [a for a in tree["annotations"] if a["category_id"] not in novel]
     file.write_text(json.dumps(tree))
     one = calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "one.toml"), _silent)
-    other = calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "other.toml", data=DataPaths(copied_world)), _silent)
+    other = calibrate(
+        CalibrateConfig(cache=knowing, out=tmp_path / "other.toml", data=DataPaths(copied_world)), _silent
+    )
     assert other == one
     assert set(one.fitted_on["classes"]) == set(protocol.base)
 
@@ -120,22 +138,34 @@ def test_other_boxes_are_refused(knowing: Path, copied_world: Path, tmp_path: Pa
 def test_classes_of_other_prompts_than_the_nouns_are_refused(knowing: Path, extraction: Config, tmp_path: Path) -> None:
     both = extraction(tmp_path / "cache", class_embeddings=knowing.parent / "classes.npy")
     extract_clip(both, _silent)
-    with pytest.raises(HdovdError, match=r"the nouns are of the prompts .*the classes of a file of embeddings.*--features plain"):
+    with pytest.raises(
+        HdovdError, match=r"the nouns are of the prompts .*the classes of a file of embeddings.*--features plain"
+    ):
         calibrate(CalibrateConfig(cache=tmp_path / "cache", out=tmp_path / "c.toml"), _silent)
 
 
 # --- what training makes of it ---
+
 
 def _calibration(cache: Path) -> Calibration:
     way = {"cache": str(cache), "features": "default", "way": origin_of(FeatureCache(cache)).way()}
     return Calibration(0.2, 0.03, 1.1, way, {})
 
 
-def test_a_run_takes_and_records_the_values(training_cache: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_run_takes_and_records_the_values(
+    training_cache: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     file = tmp_path / "c.toml"
     file.write_text(_calibration(training_cache).to_toml())
-    job = TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / "run", recipe=micro_recipe("pseudo_boxes.reliability_width=auto"),
-                   protocol=str(world / "protocol.toml"), device="cpu", calibration=file)
+    job = TrainConfig(
+        data=DataPaths(world),
+        cache=training_cache,
+        out=tmp_path / "run",
+        recipe=micro_recipe("pseudo_boxes.reliability_width=auto"),
+        protocol=str(world / "protocol.toml"),
+        device="cpu",
+        calibration=file,
+    )
     run = train(job, _silent)
     assert run.recipe().pseudo_boxes.reliability == (0.2, 0.03, 1.1)
     record = run.record()["reliability"]
@@ -145,7 +175,9 @@ def test_a_run_takes_and_records_the_values(training_cache: Path, world: Path, m
         train(replace(job, calibration=None, recipe=micro_recipe(), resume=True), _silent)
 
 
-def test_the_audit_reads_what_it_was_fitted_on(knowing: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_the_audit_reads_what_it_was_fitted_on(
+    knowing: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "c.toml"), _silent)
     cache, protocol = FeatureCache(knowing), str(world / "protocol.toml")
     _, _, record = with_reliability(micro_recipe(), lambda: origin_of(cache), tmp_path / "c.toml", BASE, _silent)
@@ -153,24 +185,42 @@ def test_the_audit_reads_what_it_was_fitted_on(knowing: Path, world: Path, micro
     (tmp_path / "run.json").write_text(json.dumps(record))
     report = audit(AuditConfig(data=DataPaths(world), cache=knowing, run=tmp_path, protocol=protocol), _silent)
     (check,) = (check for check in report.checks if check.name == "calibration")
-    assert (check.verdict, check.text) == (Verdict.OK, "fitted on the names of 16 base classes and this cache's base boxes")
+    assert (check.verdict, check.text) == (
+        Verdict.OK,
+        "fitted on the names of 16 base classes and this cache's base boxes",
+    )
 
 
-def test_a_calibration_of_another_clip_or_prompts_is_refused(cache: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_calibration_of_another_clip_or_prompts_is_refused(
+    cache: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     file, origin = tmp_path / "c.toml", origin_of(FeatureCache(cache))
     file.write_text(_calibration(cache).to_toml())
     inputs = origin.inputs
     noun, instance, labels = (inputs[level] for level in (Level.NOUN, Level.INSTANCE, Level.PSEUDO_LABEL))
     for level, changed, line in [
-            (Level.NOUN, noun | {"templates": ["a drawing of a {}"]}, r'texts.templates differs: fitted on .*a photo of a .*a drawing'),
-            (Level.INSTANCE, instance | {"clip": instance["clip"] | {"weights_sha256": "f00"}}, r"crops.clip.weights_sha256 differs"),
-            (Level.INSTANCE, instance | {"crop": {"shape": "square", "scales": [1.0]}}, r"crops.crop.shape differs"),
-            (Level.PSEUDO_LABEL, labels | {"top_k": 3, "temperature": 0.01}, r"labels.top_k differs")]:
+        (
+            Level.NOUN,
+            noun | {"templates": ["a drawing of a {}"]},
+            r"texts.templates differs: fitted on .*a photo of a .*a drawing",
+        ),
+        (
+            Level.INSTANCE,
+            instance | {"clip": instance["clip"] | {"weights_sha256": "f00"}},
+            r"crops.clip.weights_sha256 differs",
+        ),
+        (Level.INSTANCE, instance | {"crop": {"shape": "square", "scales": [1.0]}}, r"crops.crop.shape differs"),
+        (Level.PSEUDO_LABEL, labels | {"top_k": 3, "temperature": 0.01}, r"labels.top_k differs"),
+    ]:
         other = replace(origin, inputs=inputs | {level: changed})
         with pytest.raises(HdovdError, match=f"(?s)was fitted on set default of {cache}.*{line}"):
             with_reliability(micro_recipe(), lambda other=other: other, file, BASE, _silent)
     others = replace(origin, inputs=inputs | {Level.NOUN: noun | {"names": ["x"], "tokens": "t"}})
-    assert with_reliability(micro_recipe(), lambda: others, file, BASE, _silent)[1].pseudo_boxes.reliability == (0.2, 0.03, 1.1)
+    assert with_reliability(micro_recipe(), lambda: others, file, BASE, _silent)[1].pseudo_boxes.reliability == (
+        0.2,
+        0.03,
+        1.1,
+    )
 
 
 @pytest.mark.parametrize("text", ["", "[pseudo_boxes]\nreliability_centre = 0.2\n", "not toml", None])
@@ -181,15 +231,19 @@ def test_what_is_no_calibration_is_refused(text: str | None, tmp_path: Path) -> 
         read_calibration(tmp_path / "c.toml")
 
 
-def test_a_calibration_on_classes_that_are_novel_now_is_refused(cache: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_calibration_on_classes_that_are_novel_now_is_refused(
+    cache: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     fitted, file = _calibration(cache), tmp_path / "c.toml"
     file.write_text(replace(fitted, fitted_on=fitted.fitted_on | {"classes": [*BASE, NOVEL[0]]}).to_toml())
     with pytest.raises(HdovdError, match=f"fitted on boxes of {NOVEL[0]}, which the protocol does not call base"):
         with_reliability(micro_recipe(), lambda: origin_of(FeatureCache(cache)), file, BASE, _silent)
 
 
-@pytest.mark.parametrize(("content", "expected"), [
-    (b"PK\x03\x04\xff" * 10_000, "is no calibration"), (b"", r"lacks 'pseudo_boxes'"), (None, "no such file")])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"PK\x03\x04\xff" * 10_000, "is no calibration"), (b"", r"lacks 'pseudo_boxes'"), (None, "no such file")],
+)
 def test_what_is_no_calibration_is_said_in_a_line(tmp_path: Path, content: bytes | None, expected: str) -> None:
     if content is not None:
         (tmp_path / "c.toml").write_bytes(content)
@@ -201,7 +255,9 @@ def test_what_is_no_calibration_is_said_in_a_line(tmp_path: Path, content: bytes
 def test_a_weight_has_one_source(tmp_path: Path) -> None:
     refuse_two_sources(["pseudo_boxes.reliability_scale=1"], None)
     refuse_two_sources(["train.lr=1"], tmp_path)
-    with pytest.raises(HdovdError, match=r"pseudo_boxes.reliability_scale=1: --calibration .* says what the reliability weight is"):
+    with pytest.raises(
+        HdovdError, match=r"pseudo_boxes.reliability_scale=1: --calibration .* says what the reliability weight is"
+    ):
         refuse_two_sources(["train.lr=1", "pseudo_boxes.reliability_scale=1"], tmp_path)
 
 
@@ -213,37 +269,66 @@ def test_a_width_of_zero_is_refused(cache: Path, tmp_path: Path) -> None:
 
 # --- auto ---
 
-def _origin(made_with: dict[str, Any], *, activation: str = "quickgelu", templates: bool = True, crop: bool = True, top: bool = False,
-            imported: str = "", dim: int = 512) -> LabelOrigin:
+
+def _origin(
+    made_with: dict[str, Any],
+    *,
+    activation: str = "quickgelu",
+    templates: bool = True,
+    crop: bool = True,
+    top: bool = False,
+    imported: str = "",
+    dim: int = 512,
+) -> LabelOrigin:
     clip = {"origin": "?", "format": imported} if imported else {"activation": activation}
-    return LabelOrigin("a cache", {
-        Level.INSTANCE: {"clip": clip, **({"crop": {"shape": "box"}} if crop and not imported else {})},
-        Level.NOUN: {"clip": clip, **({"templates": ["{}"]} if templates and not imported else {})},
-        Level.PSEUDO_LABEL: {"top_k": 2, "temperature": 0.01} if top else {}}, made_with, dim)
+    return LabelOrigin(
+        "a cache",
+        {
+            Level.INSTANCE: {"clip": clip, **({"crop": {"shape": "box"}} if crop and not imported else {})},
+            Level.NOUN: {"clip": clip, **({"templates": ["{}"]} if templates and not imported else {})},
+            Level.PSEUDO_LABEL: {"top_k": 2, "temperature": 0.01} if top else {},
+        },
+        made_with,
+        dim,
+    )
 
 
-@pytest.mark.parametrize(("origin", "values"), [
-    (_origin(OPENAI), (0.25, 0.026, 1.0)),
-    (_origin({"clip": "ViT-B-32-quickgelu", "pretrained": "openai"}), (0.25, 0.026, 1.0)),
-    (_origin({"clip": "ViT-B-32", "pretrained": "mine.pt", "weights": "openai"}), (0.25, 0.026, 1.0)),
-    (_origin({"clip": "hf-hub:timm/resnet50_clip.openai", "pretrained": None}), (0.20, 0.03, 1.0)),
-    (_origin({"clip": "RN50", "pretrained": "openai"}), (0.20, 0.03, 1.0)),
-    (_origin({"clip": "?"}, imported="hd-ovd"), (0.31, 0.026, 1.3)),
-])
+@pytest.mark.parametrize(
+    ("origin", "values"),
+    [
+        (_origin(OPENAI), (0.25, 0.026, 1.0)),
+        (_origin({"clip": "ViT-B-32-quickgelu", "pretrained": "openai"}), (0.25, 0.026, 1.0)),
+        (_origin({"clip": "ViT-B-32", "pretrained": "mine.pt", "weights": "openai"}), (0.25, 0.026, 1.0)),
+        (_origin({"clip": "hf-hub:timm/resnet50_clip.openai", "pretrained": None}), (0.20, 0.03, 1.0)),
+        (_origin({"clip": "RN50", "pretrained": "openai"}), (0.20, 0.03, 1.0)),
+        (_origin({"clip": "?"}, imported="hd-ovd"), (0.31, 0.026, 1.3)),
+    ],
+)
 def test_auto_is_the_table_of_the_method(origin: LabelOrigin, values: tuple[float, ...]) -> None:
-    written, used, record = with_reliability(load_recipe("ov-coco-faster-rcnn-r50"), lambda: origin, None, BASE, _silent)
+    written, used, record = with_reliability(
+        load_recipe("ov-coco-faster-rcnn-r50"), lambda: origin, None, BASE, _silent
+    )
     assert used.pseudo_boxes.reliability == values
     assert values in KNOWN.values()
     assert written.pseudo_boxes.reliability_centre == "auto"
     assert "METHOD section 2" in record["reliability"]["source"]
 
 
-@pytest.mark.parametrize("origin", [
-    _origin({"clip": "ViT-B-32", "pretrained": "laion2b_s34b_b79k"}), _origin({"clip": "ViT-B-16", "pretrained": "openai"}),
-    _origin({"clip": "ViT-B-32", "pretrained": "openai.pt"}), _origin(OPENAI, activation="gelu"), _origin(OPENAI, crop=False),
-    _origin(OPENAI, templates=False), _origin(OPENAI, top=True), _origin({"clip": "?"}, imported="oadp"),
-    _origin({"clip": "?"}, imported="hd-ovd", dim=768), _origin({"clip": "local-dir", "pretrained": None}),
-])
+@pytest.mark.parametrize(
+    "origin",
+    [
+        _origin({"clip": "ViT-B-32", "pretrained": "laion2b_s34b_b79k"}),
+        _origin({"clip": "ViT-B-16", "pretrained": "openai"}),
+        _origin({"clip": "ViT-B-32", "pretrained": "openai.pt"}),
+        _origin(OPENAI, activation="gelu"),
+        _origin(OPENAI, crop=False),
+        _origin(OPENAI, templates=False),
+        _origin(OPENAI, top=True),
+        _origin({"clip": "?"}, imported="oadp"),
+        _origin({"clip": "?"}, imported="hd-ovd", dim=768),
+        _origin({"clip": "local-dir", "pretrained": None}),
+    ],
+)
 def test_auto_of_what_is_not_known_says_what_to_do(origin: LabelOrigin) -> None:
     recipe = load_recipe("ov-coco-faster-rcnn-r50")
     with pytest.raises(HdovdError, match=r"a cache is of none of them.*hdovd calibrate --cache a cache"):
@@ -254,6 +339,10 @@ def test_auto_of_what_is_not_known_says_what_to_do(origin: LabelOrigin) -> None:
 
 def test_a_number_beside_auto_stays(micro_recipe: Callable[..., Recipe]) -> None:
     recipe = load_recipe("ov-coco-faster-rcnn-r50", ["pseudo_boxes.reliability_scale=1.7"])
-    assert with_reliability(recipe, lambda: _origin(OPENAI), None, BASE, _silent)[1].pseudo_boxes.reliability == (0.25, 0.026, 1.7)
+    assert with_reliability(recipe, lambda: _origin(OPENAI), None, BASE, _silent)[1].pseudo_boxes.reliability == (
+        0.25,
+        0.026,
+        1.7,
+    )
     with pytest.raises(HdovdError, match="training needs numbers"):
         _ = recipe.pseudo_boxes.reliability

@@ -9,8 +9,12 @@ from hdovd.core.errors import HdovdError
 from hdovd.pipelines.calibration.fit import LEAST, area_under_curve, fit_reliability
 
 
-def _normal(right: float, wrong: float, spread: float, n: int = 40_000, m: int = 40_000) -> tuple[np.ndarray, np.ndarray]:
-    """Two normal distributions of one spread: the logistic of their odds has centre (right + wrong) / 2 and width s^2 / (right - wrong)."""
+def _normal(
+    right: float, wrong: float, spread: float, n: int = 40_000, m: int = 40_000
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two normal distributions of one spread: the logistic of their odds has centre (right + wrong) / 2 and width s^2 /
+    (right - wrong).
+    """
     rng = np.random.default_rng(0)
     return rng.normal(right, spread, n).astype(np.float32), rng.normal(wrong, spread, m).astype(np.float32)
 
@@ -61,13 +65,16 @@ def test_area_under_curve_by_hand() -> None:
     assert area_under_curve(np.array([0.3, 0.2]), np.array([0.1, 0.2, 0.25])) == pytest.approx((3 + 1.5) / 6)
 
 
-@pytest.mark.parametrize(("right", "wrong", "match"), [
-    (np.zeros(0), np.full(50, 0.2), "0 right labels are too few"),
-    (np.full(50, 0.3), np.full(LEAST - 1, 0.2), "9 wrong labels are too few"),
-    (np.full(50, 0.25), np.full(50, 0.25), "do not tell right labels from wrong"),
-    (np.linspace(0.1, 0.2, 50), np.linspace(0.2, 0.3, 50), "do not tell right labels from wrong"),
-    (np.r_[np.full(50, 0.3), np.nan], np.full(50, 0.2), "1 of 51 cosines of right labels are not finite"),
-])
+@pytest.mark.parametrize(
+    ("right", "wrong", "match"),
+    [
+        (np.zeros(0), np.full(50, 0.2), "0 right labels are too few"),
+        (np.full(50, 0.3), np.full(LEAST - 1, 0.2), "9 wrong labels are too few"),
+        (np.full(50, 0.25), np.full(50, 0.25), "do not tell right labels from wrong"),
+        (np.linspace(0.1, 0.2, 50), np.linspace(0.2, 0.3, 50), "do not tell right labels from wrong"),
+        (np.r_[np.full(50, 0.3), np.nan], np.full(50, 0.2), "1 of 51 cosines of right labels are not finite"),
+    ],
+)
 def test_cosines_that_say_nothing_are_refused(right: np.ndarray, wrong: np.ndarray, match: str) -> None:
     with pytest.raises(HdovdError, match=match):
         fit_reliability(right, wrong)

@@ -10,17 +10,40 @@ import re
 import numpy as np
 import pytest
 
-from hdovd.pipelines.common.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Line, line_chart, matrix_chart, ticks
+from hdovd.pipelines.common.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Axis,
+    Line,
+    line_chart,
+    matrix_chart,
+    ticks,
+)
 
 
-@pytest.mark.parametrize(("low", "high", "expected"), [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 0.33, [0, 0.1, 0.2, 0.3]),
-                                                       (50, 480, [100, 200, 300, 400]), (-2, 2, [-2, -1, 0, 1, 2]), (3, 17, [5, 10, 15])])
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0, 0.33, [0, 0.1, 0.2, 0.3]),
+        (50, 480, [100, 200, 300, 400]),
+        (-2, 2, [-2, -1, 0, 1, 2]),
+        (3, 17, [5, 10, 15]),
+    ],
+)
 def test_ticks_are_round_numbers_within(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(expected)
 
 
 def _points(svg: str) -> list[list[tuple[float, float]]]:
-    return [[(float(x), float(y)) for x, y in (pair.split(",") for pair in line.split())] for line in re.findall(r'points="([^"]*)"', svg)]
+    return [
+        [(float(x), float(y)) for x, y in (pair.split(",") for pair in line.split())]
+        for line in re.findall(r'points="([^"]*)"', svg)
+    ]
 
 
 def test_corners_of_the_range_are_corners_of_the_frame() -> None:

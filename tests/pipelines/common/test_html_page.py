@@ -22,8 +22,10 @@ def test_every_page_states_the_policy_before_style_and_script(template: str) -> 
 
 def test_the_policy_lets_nothing_be_loaded(browser: Any, tmp_path: Path) -> None:
     (tmp_path / "picture.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>')
-    (tmp_path / "x.html").write_text(f'<!doctype html>{CONTENT_POLICY}<img id="beside" src="picture.svg"><img id="inside" src="data:image/'
-                                     'svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 width=%229%22 height=%229%22/%3E">')
+    (tmp_path / "x.html").write_text(
+        f'<!doctype html>{CONTENT_POLICY}<img id="beside" src="picture.svg"><img id="inside" src="data:image/'
+        'svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 width=%229%22 height=%229%22/%3E">'
+    )
     opened = browser.new_page()
     opened.goto((tmp_path / "x.html").as_uri())
     width = {name: opened.evaluate(f"document.getElementById('{name}').naturalWidth") for name in ("beside", "inside")}

@@ -1,5 +1,6 @@
-"""Pictures of all kinds become upright RGB of 8 bits, the same ones in every command; what cannot be read, or is not the annotated picture,
-is an error that names the file."""
+"""Pictures of all kinds become upright RGB of 8 bits, the same ones in every command; what cannot be read, or is not
+the annotated picture, is an error that names the file.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +19,16 @@ from hdovd.pipelines.common.images import decode, read_annotated, read_image, re
 from hdovd.pipelines.embedding.crops import read_picture
 
 # How a camera stored the upright picture for each EXIF orientation: what undoes the turn that the tag asks for.
-STORED = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
+STORED = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +87,15 @@ def test_grey_of_16_bits_on_its_side_keeps_its_levels(tmp_path: Path) -> None:
 def test_grey_of_32_bits_is_stretched(values: list[int], tmp_path: Path) -> None:
     Image.fromarray(np.array([values], np.int32)).save(tmp_path / "x.tif")
     low, high = min(values), max(values)
-    assert _decoded(tmp_path / "x.tif")[0, :, 0].tolist() == [int(255 * (v - low) / max(high - low, 1) + 0.5) for v in values]
+    assert _decoded(tmp_path / "x.tif")[0, :, 0].tolist() == [
+        int(255 * (v - low) / max(high - low, 1) + 0.5) for v in values
+    ]
 
 
-@pytest.mark.parametrize(("values", "expected"), [([0.0, 0.5, 1.0], [0, 128, 255]), ([-3.0, np.nan, 7.0], [0, 0, 255]),
-                                                  ([2.0, 2.0, 2.0], [0, 0, 0])])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0.0, 0.5, 1.0], [0, 128, 255]), ([-3.0, np.nan, 7.0], [0, 0, 255]), ([2.0, 2.0, 2.0], [0, 0, 0])],
+)
 def test_floats_are_stretched(values: list[float], expected: list[int], tmp_path: Path) -> None:
     Image.fromarray(np.array([values], np.float32)).save(tmp_path / "x.tif")
     assert _decoded(tmp_path / "x.tif")[0, :, 0].tolist() == expected
@@ -116,16 +129,22 @@ def test_an_animation_gives_its_first_picture(tmp_path: Path) -> None:
 
 # --- large pictures ---
 
+
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("ending", ["jpg", "png"])
-def test_large_pictures_are_reduced_and_keep_their_size_in_mind(orientation: int, ending: str, tmp_path: Path,
-                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_pictures_are_reduced_and_keep_their_size_in_mind(
+    orientation: int, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(images, "KEPT_PIXELS", 3000)
     picture = Image.new("RGB", (200, 100), "blue")
     picture.paste("red", (0, 0, 100, 100))  # the left half
     found = decode(_saved(picture, orientation, tmp_path / f"x.{ending}", quality=95))
     assert (found.width, found.height) == (200, 100)
-    assert found.pixels.shape == (3, 34, 67) or found.pixels.shape == (3, 25, 50)  # by 3, or a JPEG by 4 or, by 2 and then by 2
+    assert found.pixels.shape == (3, 34, 67) or found.pixels.shape == (
+        3,
+        25,
+        50,
+    )  # by 3, or a JPEG by 4 or, by 2 and then by 2
     left, right = found.pixels[:, :, :20].float().mean((1, 2)), found.pixels[:, :, -20:].float().mean((1, 2))
     assert left[0] > 200 > 50 > left[2]
     assert right[2] > 200 > 50 > right[0]
@@ -140,14 +159,18 @@ def test_a_large_palette_is_not_averaged_as_numbers(tmp_path: Path, monkeypatch:
     assert (_decoded(tmp_path / "x.png") == [200, 0, 0]).all()
 
 
-def test_a_picture_beyond_pillows_limit_is_read_and_the_limit_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_beyond_pillows_limit_is_read_and_the_limit_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Image.new("L", (60, 50)).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert decode(tmp_path / "x.png").pixels.shape == (3, 50, 60)
     assert Image.MAX_IMAGE_PIXELS == 100
 
 
-def test_a_picture_beyond_our_limit_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_beyond_our_limit_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Image.new("L", (60, 50)).save(tmp_path / "x.png")
     monkeypatch.setattr(images, "MOST_PIXELS", 2999)
     with pytest.raises(HdovdError, match=r"x\.png has 60x50 pixels, more than the 2,999"):
@@ -155,6 +178,7 @@ def test_a_picture_beyond_our_limit_is_refused_before_it_is_decoded(tmp_path: Pa
 
 
 # --- refusals ---
+
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0" + bytes(40)])
 def test_what_is_no_picture_is_named(content: bytes, tmp_path: Path) -> None:
@@ -181,10 +205,17 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
 
 # --- pictures in memory ---
 
+
 def test_pictures_in_memory_are_the_same_in_all_forms(pixels: np.ndarray, tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    forms: list[Any] = [pixels, torch.from_numpy(pixels).permute(2, 0, 1), Image.fromarray(pixels), tmp_path / "x.png",
-                        str(tmp_path / "x.png"), (tmp_path / "x.png").read_bytes()]
+    forms: list[Any] = [
+        pixels,
+        torch.from_numpy(pixels).permute(2, 0, 1),
+        Image.fromarray(pixels),
+        tmp_path / "x.png",
+        str(tmp_path / "x.png"),
+        (tmp_path / "x.png").read_bytes(),
+    ]
     for form in forms:
         assert np.array_equal(decode(form).pixels.permute(1, 2, 0).numpy(), pixels)
 
@@ -194,8 +225,19 @@ def test_a_pil_image_stays_as_it_is(pixels: np.ndarray, tmp_path: Path) -> None:
         assert decode(stored).pixels.shape == (3, 10, 6)  # boxes have to fit this image, which lies on its side
 
 
-@pytest.mark.parametrize("picture", [torch.zeros(4, 4, 3, dtype=torch.uint8), torch.zeros(3, 4, 4), np.zeros((4, 4), np.uint8),
-                                     np.zeros((3, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8), torch.zeros(1, 3, 4, 4), 7, None])
+@pytest.mark.parametrize(
+    "picture",
+    [
+        torch.zeros(4, 4, 3, dtype=torch.uint8),
+        torch.zeros(3, 4, 4),
+        np.zeros((4, 4), np.uint8),
+        np.zeros((3, 4, 4), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        torch.zeros(1, 3, 4, 4),
+        7,
+        None,
+    ],
+)
 def test_other_things_are_refused(picture: Any) -> None:
     with pytest.raises(HdovdError, match="a picture"):
         decode(picture)
@@ -287,7 +329,8 @@ def test_every_stage_sees_the_same_levels(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("annotated", ["upright", "stored"])
 def test_the_annotated_size_decides_whether_a_picture_is_turned_and_the_setting_where_both_fit(
-        orientation: int, annotated: str, exif: Exif, tmp_path: Path) -> None:
+    orientation: int, annotated: str, exif: Exif, tmp_path: Path
+) -> None:
     upright = np.random.default_rng(0).integers(0, 256, (6, 10, 3), np.uint8)
     stored = Image.fromarray(upright)
     turn = STORED[orientation]
@@ -303,12 +346,16 @@ def test_the_annotated_size_decides_whether_a_picture_is_turned_and_the_setting_
 
 def test_a_size_that_fits_neither_way_names_exif(tmp_path: Path) -> None:
     _tagged(Image.new("RGB", (20, 10)), 6, tmp_path / "a.jpg")
-    with pytest.raises(HdovdError, match=r"a\.jpg is 20x10 \(10x20 as its EXIF orientation 6 turns it\), the annotation says 30x20"):
+    with pytest.raises(
+        HdovdError, match=r"a\.jpg is 20x10 \(10x20 as its EXIF orientation 6 turns it\), the annotation says 30x20"
+    ):
         read_image(tmp_path / "a.jpg", 30, 20)
 
 
 def test_no_command_opens_pictures_beside_the_reader() -> None:
-    """`Image.open` of what is no picture of a data set: files that tell themselves apart from lists, and the demo's own."""
+    """`Image.open` of what is no picture of a data set: files that tell themselves apart from lists, and the demo's
+    own.
+    """
     folder = Path(images.__file__).parents[1]
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*.py") if "Image.open(" in file.read_text()}
     assert found == {"common/images.py", "common/picture_files.py", "demo/looking.py"}

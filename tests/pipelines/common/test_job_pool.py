@@ -15,7 +15,8 @@ from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
 from hdovd.pipelines.common.signals import StopSignal
 
-WAIT = 'i=0; while [ ! -e "{0}" ]; do sleep 0.02; i=$((i+1)); [ $i -lt 1500 ] || exit 9; done; '  # for a file, half a minute at most
+# for a file, half a minute at most
+WAIT = 'i=0; while [ ! -e "{0}" ]; do sleep 0.02; i=$((i+1)); [ $i -lt 1500 ] || exit 9; done; '
 
 
 def _job(folder: Path, name: str, *scripts: str) -> Job:
@@ -29,11 +30,19 @@ def _run(jobs: list[Job], places: list[dict[str, str]]) -> dict[str, Ended]:
 
 
 def test_commands_run_in_order_until_one_fails(tmp_path: Path) -> None:
-    jobs = [_job(tmp_path, "good", "echo first", "echo second >&2"), _job(tmp_path, "bad", "echo broken; exit 3", "touch never")]
+    jobs = [
+        _job(tmp_path, "good", "echo first", "echo second >&2"),
+        _job(tmp_path, "bad", "echo broken; exit 3", "touch never"),
+    ]
     ended = _run(jobs, [{}])
     assert {name: end.code for name, end in ended.items()} == {"good": 0, "bad": 3}
     assert ended["bad"].command == jobs[1].commands[0]
-    assert jobs[0].log.read_text().splitlines() == ["$ sh -c 'echo first'", "first", "$ sh -c 'echo second >&2'", "second"]
+    assert jobs[0].log.read_text().splitlines() == [
+        "$ sh -c 'echo first'",
+        "first",
+        "$ sh -c 'echo second >&2'",
+        "second",
+    ]
     assert last_lines(jobs[1].log) == ["$ sh -c 'echo broken; exit 3'", "broken"]
     _run(jobs[:1], [{}])
     assert jobs[0].log.read_text().count("first") == 4  # a second attempt is added
@@ -47,7 +56,9 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_each_place_holds_one_job_at_a_time_and_all_places_are_used(tmp_path: Path) -> None:
     alone = f'cd "{tmp_path}" && mkdir at-$PLACE && echo $PLACE >> used && sleep 0.1 && rmdir at-$PLACE'
-    meets = [f'touch "{tmp_path}/{me}"; ' + WAIT.format(tmp_path / other) + alone for me, other in (("a", "b"), ("b", "a"))]
+    meets = [
+        f'touch "{tmp_path}/{me}"; ' + WAIT.format(tmp_path / other) + alone for me, other in (("a", "b"), ("b", "a"))
+    ]
     jobs = [_job(tmp_path, f"job{i}", script) for i, script in enumerate([*meets, alone, alone, alone])]
     ended = _run(jobs, [{"PLACE": "zero"}, {"PLACE": "one"}])
     assert [ended[job.name].code for job in jobs] == [0] * 5, [job.log.read_text() for job in jobs]
@@ -56,7 +67,11 @@ def test_each_place_holds_one_job_at_a_time_and_all_places_are_used(tmp_path: Pa
 
 def test_stopped_jobs_may_save_and_none_is_begun_after(tmp_path: Path) -> None:
     saving = f"trap 'touch {tmp_path}/saved; exit 75' TERM; touch {tmp_path}/ready; while true; do sleep 0.05; done"
-    jobs = [_job(tmp_path, "first", WAIT.format(tmp_path / "ready")), _job(tmp_path, "saving", saving), _job(tmp_path, "third", "true")]
+    jobs = [
+        _job(tmp_path, "first", WAIT.format(tmp_path / "ready")),
+        _job(tmp_path, "saving", saving),
+        _job(tmp_path, "third", "true"),
+    ]
     stop, ended = StopSignal(), list[str]()
 
     def on_end(end: Ended) -> None:
@@ -70,7 +85,9 @@ def test_stopped_jobs_may_save_and_none_is_begun_after(tmp_path: Path) -> None:
 
 
 def test_a_second_signal_kills_with_all_children(tmp_path: Path) -> None:
-    stubborn = f"trap '' TERM; sleep 600 & echo $! > {tmp_path}/child; touch {tmp_path}/ready; while true; do sleep 0.05; done"
+    stubborn = (
+        f"trap '' TERM; sleep 600 & echo $! > {tmp_path}/child; touch {tmp_path}/ready; while true; do sleep 0.05; done"
+    )
     jobs = [_job(tmp_path, "first", WAIT.format(tmp_path / "ready")), _job(tmp_path, "stubborn", stubborn)]
     stop = StopSignal()
     run_jobs(jobs, [{}, {}], lambda _: stop.signals.extend([signal.SIGINT, signal.SIGINT]), stop)
@@ -82,8 +99,10 @@ def test_a_second_signal_kills_with_all_children(tmp_path: Path) -> None:
 
 
 def test_an_error_while_jobs_run_leaves_none(tmp_path: Path) -> None:
-    jobs = [_job(tmp_path, "first", WAIT.format(tmp_path / "ready")),
-            _job(tmp_path, "long", f"echo $$ > {tmp_path}/pid; touch {tmp_path}/ready; exec sleep 600")]
+    jobs = [
+        _job(tmp_path, "first", WAIT.format(tmp_path / "ready")),
+        _job(tmp_path, "long", f"echo $$ > {tmp_path}/pid; touch {tmp_path}/ready; exec sleep 600"),
+    ]
 
     def on_end(_: Ended) -> None:
         raise OSError("disk full")
@@ -118,8 +137,13 @@ def test_descriptors_are_held_by_the_jobs(tmp_path: Path) -> None:
     with (tmp_path / "held").open("w") as file:
         ended: list[int] = []
         code = f"import os; os.fstat({file.fileno()})"
-        run_jobs([Job("a", ((sys.executable, "-c", code),), tmp_path / "a.log")], [{}], lambda end: ended.append(end.code), StopSignal(),
-                 [file.fileno()])
+        run_jobs(
+            [Job("a", ((sys.executable, "-c", code),), tmp_path / "a.log")],
+            [{}],
+            lambda end: ended.append(end.code),
+            StopSignal(),
+            [file.fileno()],
+        )
     assert ended == [0]
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode != 0
 

@@ -16,8 +16,17 @@ from hdovd.pipelines.common.picture_files import find_pictures, printable
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder, from which the tests run: names and nothing in them, for finding reads no picture."""
-    for name in ("photos/b.jpg", "photos/a.PNG", "photos/deep/er/c.webp", "photos/.hidden/d.jpg", "photos/.e.jpg", "photos/notes.txt",
-                 "photos/f[1].jpg", "photos/raw", "out/pictures/b.jpg"):
+    for name in (
+        "photos/b.jpg",
+        "photos/a.PNG",
+        "photos/deep/er/c.webp",
+        "photos/.hidden/d.jpg",
+        "photos/.e.jpg",
+        "photos/notes.txt",
+        "photos/f[1].jpg",
+        "photos/raw",
+        "out/pictures/b.jpg",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
@@ -25,7 +34,10 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _found(*words: str, stdin: bytes = b"", out: str = "out", log: list[str] | None = None) -> list[str]:
-    return [picture.name for picture in find_pictures(words, io.BytesIO(stdin), Path(out), ([] if log is None else log).append)]
+    return [
+        picture.name
+        for picture in find_pictures(words, io.BytesIO(stdin), Path(out), ([] if log is None else log).append)
+    ]
 
 
 def test_a_folder_gives_its_pictures_and_those_of_its_folders(photos: Path) -> None:
@@ -36,10 +48,16 @@ def test_a_folder_gives_its_pictures_and_those_of_its_folders(photos: Path) -> N
     assert "(none)" in log[0]
 
 
-@pytest.mark.parametrize(("word", "expected"), [
-    ("photos/*.jpg", ["photos/b.jpg", "photos/f[1].jpg"]), ("photos/**/*.webp", ["photos/deep/er/c.webp"]),
-    ("photos/f[1].jpg", ["photos/f[1].jpg"]),  # a file of this name stands before the pattern
-    ("photos/raw", ["photos/raw"]), ("photos/n*", ["photos/notes.txt"])])
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("photos/*.jpg", ["photos/b.jpg", "photos/f[1].jpg"]),
+        ("photos/**/*.webp", ["photos/deep/er/c.webp"]),
+        ("photos/f[1].jpg", ["photos/f[1].jpg"]),  # a file of this name stands before the pattern
+        ("photos/raw", ["photos/raw"]),
+        ("photos/n*", ["photos/notes.txt"]),
+    ],
+)
 def test_files_and_patterns(photos: Path, word: str, expected: list[str]) -> None:
     assert _found(word) == expected
 
@@ -62,7 +80,10 @@ def test_a_picture_by_standard_input(photos: Path, kind: str) -> None:
 
 def test_each_picture_is_taken_once(photos: Path) -> None:
     log: list[str] = []
-    assert _found("photos/b.jpg", "photos/*.jpg", str(photos / "photos/b.jpg"), log=log) == ["photos/b.jpg", "photos/f[1].jpg"]
+    assert _found("photos/b.jpg", "photos/*.jpg", str(photos / "photos/b.jpg"), log=log) == [
+        "photos/b.jpg",
+        "photos/f[1].jpg",
+    ]
     assert log == ["note: pictures that are named more than once, and taken once: 2"]
 
 

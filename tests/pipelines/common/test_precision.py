@@ -27,18 +27,21 @@ def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     return bool(request.param)
 
 
-@pytest.mark.parametrize(("features", "capability", "limit", "expected", "why"), [
-    (SERVER, "AVX512", "", True, "AVX-512-BF16 and AMX"),
-    ({"avx512_bf16"}, "AVX512", "AVX512_CORE_BF16", True, "AVX-512-BF16"),
-    (SERVER, "AVX2", "", False, "held to AVX2"),
-    (SERVER, "AVX512", "avx2", False, "without bf16"),
-    (SERVER, "DEFAULT", "", False, "held to DEFAULT"),
-    ({"avx2", "fma"}, "AVX2", "", False, "no bf16 of its own (AVX2)"),
-    ({"avx2", "avx512f"}, "AVX512", "", False, "no bf16 of its own (AVX512)"),
-    ({"asimd", "bf16"}, "DEFAULT", "", True, "has bf16"),
-    ({"asimd"}, "DEFAULT", "", False, "no bf16"),
-    (None, "DEFAULT", "", False, "does not say"),
-])
+@pytest.mark.parametrize(
+    ("features", "capability", "limit", "expected", "why"),
+    [
+        (SERVER, "AVX512", "", True, "AVX-512-BF16 and AMX"),
+        ({"avx512_bf16"}, "AVX512", "AVX512_CORE_BF16", True, "AVX-512-BF16"),
+        (SERVER, "AVX2", "", False, "held to AVX2"),
+        (SERVER, "AVX512", "avx2", False, "without bf16"),
+        (SERVER, "DEFAULT", "", False, "held to DEFAULT"),
+        ({"avx2", "fma"}, "AVX2", "", False, "no bf16 of its own (AVX2)"),
+        ({"avx2", "avx512f"}, "AVX512", "", False, "no bf16 of its own (AVX512)"),
+        ({"asimd", "bf16"}, "DEFAULT", "", True, "has bf16"),
+        ({"asimd"}, "DEFAULT", "", False, "no bf16"),
+        (None, "DEFAULT", "", False, "does not say"),
+    ],
+)
 def test_cpus(features: set[str] | None, capability: str, limit: str, expected: bool, why: str) -> None:
     native, said = cpu_bf16(features, capability, limit)
     assert native is expected
@@ -56,8 +59,10 @@ def test_the_features_of_a_cpu(tmp_path: Path) -> None:
     assert cpu_features(file) is None
 
 
-@pytest.mark.parametrize(("device", "training", "without"), [
-    (CPU, True, "fp32"), (CPU, False, "fp32"), (GPU, True, "fp32"), (GPU, False, "fp16")])
+@pytest.mark.parametrize(
+    ("device", "training", "without"),
+    [(CPU, True, "fp32"), (CPU, False, "fp32"), (GPU, True, "fp32"), (GPU, False, "fp16")],
+)
 def test_the_table(device: torch.device, training: bool, without: str, native: bool) -> None:
     choice = choose("auto", device, training=training)
     assert choice.precision == ("bf16" if native else without)
@@ -112,7 +117,10 @@ def test_a_recipe_is_written_down_settled(native: bool) -> None:
 
 
 def test_inference(native: bool) -> None:
-    found = {(device.type, name): inference_precision(device, load_recipe("demo", [f"train.precision={name}"]))
-             for device in (CPU, GPU) for name in ("fp32", "bf16")}
+    found = {
+        (device.type, name): inference_precision(device, load_recipe("demo", [f"train.precision={name}"]))
+        for device in (CPU, GPU)
+        for name in ("fp32", "bf16")
+    }
     fast = "bf16" if native else "fp32"
     assert found == {("cpu", "fp32"): "fp32", ("cpu", "bf16"): "fp32", ("cuda", "fp32"): "fp32", ("cuda", "bf16"): fast}

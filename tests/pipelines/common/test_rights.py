@@ -1,4 +1,6 @@
-"""What is said of files and folders that another user owns: no permission, with mode and owner; never that they are damaged or missing."""
+"""What is said of files and folders that another user owns: no permission, with mode and owner; never that they are
+damaged or missing.
+"""
 
 from __future__ import annotations
 
@@ -82,13 +84,18 @@ def test_a_clip_that_may_not_be_read(name: str, place: Path) -> None:
     (place / "open_clip_config.json").write_text("{}")
     (place / "open_clip_model.safetensors").touch()
     (place / name).chmod(0o000 if os.geteuid() else 0o600)
-    assert f"no permission to read {place / name} (mode 0" in _said(lambda: load_clip(f"local-dir:{place}", None, device="cpu"))
+    assert f"no permission to read {place / name} (mode 0" in _said(
+        lambda: load_clip(f"local-dir:{place}", None, device="cpu")
+    )
 
 
 def test_a_folder_that_may_not_be_looked_into(place: Path) -> None:
     (place / "own").mkdir(mode=0o000 if os.geteuid() else 0o700)
-    for use in (lambda: READERS["run.json"](place / "own" / "run.json"), lambda: is_file(str(place / "own" / "a")),
-                lambda: write_text(place / "own" / "a", "")):
+    for use in (
+        lambda: READERS["run.json"](place / "own" / "run.json"),
+        lambda: is_file(str(place / "own" / "a")),
+        lambda: write_text(place / "own" / "a", ""),
+    ):
         assert f"no permission to read {place / 'own'} (mode 0" in _said(use)
 
 

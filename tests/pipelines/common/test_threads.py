@@ -44,7 +44,9 @@ def test_where_there_are_no_cgroups(tmp_path: Path) -> None:
     assert cgroup_quota(tmp_path / "none", tmp_path) == float("inf")
 
 
-@pytest.mark.parametrize(("affinity", "quota", "expected"), [(8, float("inf"), 8), (64, 2.5, 3), (2, 16.0, 2), (4, 0.3, 1)])
+@pytest.mark.parametrize(
+    ("affinity", "quota", "expected"), [(8, float("inf"), 8), (64, 2.5, 3), (2, 16.0, 2), (4, 0.3, 1)]
+)
 def test_usable_cores(affinity: int, quota: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(affinity)))
     monkeypatch.setattr("hdovd.pipelines.common.threads.cgroup_quota", lambda: quota)
@@ -72,8 +74,11 @@ def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatc
 
 def test_a_command_on_one_core_has_one_thread() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-    program = ("import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import sys; sys.argv = ['hdovd', '--version']\n"
-               "from hdovd.cli.main import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
-               "import torch; print(torch.get_num_threads(), os.environ['OMP_WAIT_POLICY'])")
+    program = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import sys; sys.argv = ['hdovd', "
+        "'--version']\n"
+        "from hdovd.cli.main import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
+        "import torch; print(torch.get_num_threads(), os.environ['OMP_WAIT_POLICY'])"
+    )
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "1 passive"

@@ -56,7 +56,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 kB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True).returncode
+    ):
         pytest.skip("nothing can be mounted here")
     try:
         yield folder
@@ -68,7 +71,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_what_was_there(form: str, small_disk: Path) -> None:
     file = small_disk / "a.json"
     file.write_text("of before")
-    with pytest.raises(HdovdError, match=r"a\.json cannot be written: No space left on device \(make room\); what was there is whole"):
+    with pytest.raises(
+        HdovdError, match=r"a\.json cannot be written: No space left on device \(make room\); what was there is whole"
+    ):
         WRITERS[form](file)
     assert {entry.name: entry.read_text() for entry in small_disk.iterdir()} == {"a.json": "of before"}
     assert shutil.disk_usage(small_disk).free > 50_000
@@ -87,7 +92,9 @@ def test_a_read_only_file_system_is_named(small_disk: Path) -> None:
     """And the partial file that cannot be deleted there hides nothing."""
     (small_disk / "a.json").write_text("of before")
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(HdovdError, match=r"a\.json cannot be written: Read-only file system \(give a place that can be written to\)"):
+    with pytest.raises(
+        HdovdError, match=r"a\.json cannot be written: Read-only file system \(give a place that can be written to\)"
+    ):
         write_text(small_disk / "a.json", "new")
     with pytest.raises(HdovdError, match=r"b/c/a\.json cannot be written: Read-only file system"):
         write_text(small_disk / "b" / "c" / "a.json", "new")
@@ -146,6 +153,7 @@ def test_what_goes_wrong_while_writing_is_told_once(tmp_path: Path) -> None:
         def write(partial: Path) -> None:
             partial.write_text("half")
             raise error
+
         return write
 
     with pytest.raises(HdovdError, match=r"^the file is not what it should be$"):
@@ -159,9 +167,28 @@ def test_what_goes_wrong_while_writing_is_told_once(tmp_path: Path) -> None:
 
 # --- no other writers ---
 
-CALLS = {"write_text", "write_bytes", "save", "savez", "savez_compressed", "tofile", "save_file", "mkstemp", "NamedTemporaryFile"}
-OF_MODULES = {("json", "dump"), ("pickle", "dump"), ("os", "replace"), ("os", "rename"), ("shutil", "copy"), ("shutil", "copyfile"),
-              ("shutil", "copy2"), ("shutil", "move"), ("onnx", "export")}
+CALLS = {
+    "write_text",
+    "write_bytes",
+    "save",
+    "savez",
+    "savez_compressed",
+    "tofile",
+    "save_file",
+    "mkstemp",
+    "NamedTemporaryFile",
+}
+OF_MODULES = {
+    ("json", "dump"),
+    ("pickle", "dump"),
+    ("os", "replace"),
+    ("os", "rename"),
+    ("shutil", "copy"),
+    ("shutil", "copyfile"),
+    ("shutil", "copy2"),
+    ("shutil", "move"),
+    ("onnx", "export"),
+}
 OWN = {"replace_file", "write_text", "write_picture"}
 ALLOWED = {
     "pipelines/common/atomic_write.py": "the one place",
@@ -191,7 +218,13 @@ ALLOWED = {
 
 
 def _writes(call: ast.Call) -> bool:
-    name = call.func.attr if isinstance(call.func, ast.Attribute) else call.func.id if isinstance(call.func, ast.Name) else ""
+    name = (
+        call.func.attr
+        if isinstance(call.func, ast.Attribute)
+        else call.func.id
+        if isinstance(call.func, ast.Name)
+        else ""
+    )
     if isinstance(call.func, ast.Attribute):
         owner = call.func.value
         last = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
@@ -201,7 +234,11 @@ def _writes(call: ast.Call) -> bool:
         return False
     if name == "open":
         words = [*call.args, *(word.value for word in call.keywords if word.arg == "mode")]
-        modes = [word.value for word in words if isinstance(word, ast.Constant) and isinstance(word.value, str) and len(word.value) <= 3]
+        modes = [
+            word.value
+            for word in words
+            if isinstance(word, ast.Constant) and isinstance(word.value, str) and len(word.value) <= 3
+        ]
         return any(set("wax+") & set(mode) for mode in modes)
     return name in CALLS
 
@@ -219,23 +256,32 @@ def _writers(tree: ast.AST, function: str = "", *, inside: bool = False) -> Iter
 
 
 def test_the_walk_finds_writers() -> None:
-    text = ("def f(p):\n p.write_text('')\n open(p, 'w')\n p.open(mode='ab')\n json.dump(1, p)\n np.save(p, 1)\n torch.onnx.export(1)\n"
-            " p.open()\n open(p, 'rb')\n write_text(p, '')\n replace_file(p, lambda q: q.write_bytes(b''))\n 'a'.replace('b', 'c')\n")
+    text = (
+        "def f(p):\n p.write_text('')\n open(p, 'w')\n p.open(mode='ab')\n json.dump(1, p)\n np.save(p, 1)\n "
+        "torch.onnx.export(1)\n"
+        " p.open()\n open(p, 'rb')\n write_text(p, '')\n replace_file(p, lambda q: q.write_bytes(b''))\n "
+        "'a'.replace('b', 'c')\n"
+    )
     assert list(_writers(ast.parse(text))) == [("f", line) for line in range(2, 8)]
 
 
 def test_every_file_is_written_through_here() -> None:
-    """A new writer goes through `replace_file`, `write_text` or `write_picture`; or into the list above, with its reason."""
+    """A new writer goes through `replace_file`, `write_text` or `write_picture`; or into the list above, with its
+    reason.
+    """
     root, used, others = Path(hdovd.__file__).parents[1], set(), []
-    for file in sorted(path for place in ("cli", "cache", "hdovd", "pipelines") for path in (root / place).rglob("*.py")):
+    for file in sorted(
+        path for place in ("cli", "cache", "hdovd", "pipelines") for path in (root / place).rglob("*.py")
+    ):
         name = file.relative_to(root).as_posix()
         if name.startswith(("hdovd/cli/", "hdovd/cache/", "hdovd/pipelines/")):  # links
             continue
         for function, line in _writers(ast.parse(file.read_text())):
-            reason = next((key for key in ALLOWED if f"{name} {function}" == key or name == key or name.startswith(key)), None)
+            reason = next(
+                (key for key in ALLOWED if f"{name} {function}" == key or name == key or name.startswith(key)), None
+            )
             used.add(reason)
             if reason is None:
                 others.append(f"{name}:{line} in {function}")
     assert others == []
     assert set(ALLOWED) == used
-

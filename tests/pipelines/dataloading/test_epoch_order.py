@@ -1,4 +1,6 @@
-"""The orders of an epoch: every image once, the same in every process, whatever the number of processes and the step it begins at."""
+"""The orders of an epoch: every image once, the same in every process, whatever the number of processes and the step it
+begins at.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,11 @@ def _shards(count: int, size: int) -> tuple[range, ...]:
 
 
 def _orders(count: int, streams: Streams, seed: int = 1) -> list[EpochOrder]:
-    return [PlainShuffle(count, seed), BlockShuffle(count, seed, streams), ShardShuffle(_shards(count, 100), seed, streams, buffer=64)]
+    return [
+        PlainShuffle(count, seed),
+        BlockShuffle(count, seed, streams),
+        ShardShuffle(_shards(count, 100), seed, streams, buffer=64),
+    ]
 
 
 @pytest.mark.parametrize("streams", [Streams(), Streams(3, 16), Streams(8, 5)], ids=str)
@@ -71,13 +77,17 @@ def test_it_is_a_shuffle() -> None:
 def test_workers_have_blocks_and_shards_of_their_own(workers: int, world: int) -> None:
     """A DataLoader's worker w gets steps w, w + W, ...: it must not decode what another one decodes."""
     batch, streams = 8 * world, workers * world
-    for order, size in ((BlockShuffle(12 * BLOCK, 2, Streams(streams, 8)), BLOCK),
-                        (ShardShuffle(_shards(12 * 64, 64), 2, Streams(streams, 8)), 64)):
+    for order, size in (
+        (BlockShuffle(12 * BLOCK, 2, Streams(streams, 8)), BLOCK),
+        (ShardShuffle(_shards(12 * 64, 64), 2, Streams(streams, 8)), 64),
+    ):
         read = []
         for rank in range(world):
             dealing = Dealing(order, batch, rank, world)
-            read += [{index // size for step in range(worker, dealing.steps, workers) for index in dealing.part(0, step)}
-                     for worker in range(workers)]
+            read += [
+                {index // size for step in range(worker, dealing.steps, workers) for index in dealing.part(0, step)}
+                for worker in range(workers)
+            ]
         assert sum(map(len, read)) == 12
         assert set.union(*read) == set(range(12))
 
@@ -86,8 +96,10 @@ def test_shards_are_mixed_within_the_buffer_and_read_in_turn() -> None:
     """What is drawn at one time comes from what has been read by then: memory is a buffer's."""
     order = ShardShuffle(_shards(5000, 100), 1, buffer=256)
     indices = order.indices(0).tolist()
-    read_at = {index: at for at, index in enumerate(
-        i for s in np.random.default_rng([1, 0]).permutation(50) for i in order.shards[s])}
+    read_at = {
+        index: at
+        for at, index in enumerate(i for s in np.random.default_rng([1, 0]).permutation(50) for i in order.shards[s])
+    }
     assert all(read_at[index] <= at + 256 for at, index in enumerate(indices))
     assert np.mean([abs(read_at[index] - at) for at, index in enumerate(indices)]) > 50
 
@@ -101,6 +113,7 @@ def test_streams_have_equal_shares(streams: int) -> None:
 
 
 # --- dealing ---
+
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_processes_part_every_step_evenly_in_order(world: int) -> None:
@@ -120,11 +133,14 @@ def test_a_small_set_is_one_batch() -> None:
 
 
 def test_a_batch_that_cannot_be_parted_is_refused() -> None:
-    with pytest.raises(HdovdError, match=r"batch of 8 images cannot be parted among 3 processes: set train\.batch_size.*multiple of 3"):
+    with pytest.raises(
+        HdovdError, match=r"batch of 8 images cannot be parted among 3 processes: set train\.batch_size.*multiple of 3"
+    ):
         Dealing(InOrder(100), 8, 0, 3)
 
 
 # --- which one training takes ---
+
 
 def test_the_cache_says_when_blocks_are_better(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not FeatureCache(cache).reads_best_in_blocks  # mapped
@@ -137,10 +153,13 @@ def test_the_cache_says_when_blocks_are_better(cache: Path, monkeypatch: pytest.
     assert opened.reads_best_in_blocks
 
 
-def test_training_takes_it_where_blocks_are_better(cache: Path, world: Path, micro_recipe: Callable[..., Recipe],
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_takes_it_where_blocks_are_better(
+    cache: Path, world: Path, micro_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = micro_recipe()
-    split = DataPaths(world).load("train2017", load_protocol(str(world / "protocol.toml")), base_only=True, log=lambda _: None)
+    split = DataPaths(world).load(
+        "train2017", load_protocol(str(world / "protocol.toml")), base_only=True, log=lambda _: None
+    )
     data = TrainingSet(split, FeatureCache(cache, mapped=False), recipe, lambda _: None)
     alone = Team(0, 1, torch.device("cpu"))
     plain, _ = batches_of(data, alone)

@@ -35,7 +35,11 @@ class _Data(Dataset[Sample]):
         if index in self.bad:
             raise self.error(f"picture {index} cannot be read")
         rows = [torch.full((index % 3, 4), float(index)) for _ in range(6)]
-        return torch.full((3, 2, index), index, dtype=torch.uint8), Targets(*rows, *[torch.full((4,), float(index))]), index
+        return (
+            torch.full((3, 2, index), index, dtype=torch.uint8),
+            Targets(*rows, *[torch.full((4,), float(index))]),
+            index,
+        )
 
 
 def _told(batches: Batches[Any], epochs: int = 1) -> list[list[list[Any]]]:
@@ -45,8 +49,12 @@ def _told(batches: Batches[Any], epochs: int = 1) -> list[list[list[Any]]]:
 
 def _plain(sample: Sample) -> Any:
     picture, targets, index = sample
-    return [picture.shape, picture.tolist(), *((value.shape, value.tolist()) for value in map(targets.__getattribute__, Targets.__slots__)),
-            index]
+    return [
+        picture.shape,
+        picture.tolist(),
+        *((value.shape, value.tolist()) for value in map(targets.__getattribute__, Targets.__slots__)),
+        index,
+    ]
 
 
 def _ids(batches: Batches[Any]) -> list[list[int]]:
@@ -58,7 +66,10 @@ def _training(data: Dataset[Any], batch_size: int, workers: int, seed: int = 5, 
 
 
 def test_workers_change_nothing_in_any_epoch() -> None:
-    for make in (lambda workers: Batches(_Data(), 3, workers, device=CPU), lambda workers: _training(_Data(), 3, workers)):
+    for make in (
+        lambda workers: Batches(_Data(), 3, workers, device=CPU),
+        lambda workers: _training(_Data(), 3, workers),
+    ):
         alone, one, two = (_told(make(workers), epochs=3) for workers in (0, 1, 2))
         assert one == alone
         assert two == alone
@@ -155,10 +166,15 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("script", "says"), [(FROM_SPAWNED_WORKERS, "bad picture"), (UNDER_64_DESCRIPTORS, "100 file_descriptor")],
-                         ids=["spawned workers", "64 descriptors"])
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [(FROM_SPAWNED_WORKERS, "bad picture"), (UNDER_64_DESCRIPTORS, "100 file_descriptor")],
+    ids=["spawned workers", "64 descriptors"],
+)
 def test_in_a_process_of_its_own(script: str, says: str, tmp_path: Any) -> None:
     (tmp_path / "main.py").write_text(script)
-    done = subprocess.run([sys.executable, str(tmp_path / "main.py")], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "main.py")], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == says

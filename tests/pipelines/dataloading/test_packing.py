@@ -19,8 +19,17 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.targets import Targets
 from hdovd.pipelines.dataloading.packing import ALIGNMENT, pack
 
-TORCH_DTYPES = [torch.bool, torch.uint8, torch.int16, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
-                torch.complex64]
+TORCH_DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.int16,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+]
 NUMPY_DTYPES = ["?", "u1", "i8", ">i4", "f2", "f4", "c16", "U3", "S2", "M8[s]", "i4,f8", "O"]
 
 
@@ -86,13 +95,26 @@ def arrays(draw: st.DrawFn) -> np.ndarray:
     return draw(st.sampled_from([array, array.T, array[::-1] if shape else array]))
 
 
-PLAIN = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=3), st.binary(max_size=3),
-                  st.builds(HdovdError, st.text(max_size=3)))
+PLAIN = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.text(max_size=3),
+    st.binary(max_size=3),
+    st.builds(HdovdError, st.text(max_size=3)),
+)
 NESTED = st.recursive(
     st.one_of(tensors(), arrays(), PLAIN),
     lambda inner: st.one_of(
-        st.lists(inner, max_size=4), st.lists(inner, max_size=4).map(tuple), st.dictionaries(st.text(max_size=2), inner, max_size=3),
-        st.builds(Strict, st.lists(inner, max_size=2), inner), st.builds(Pair, inner, inner)), max_leaves=12)
+        st.lists(inner, max_size=4),
+        st.lists(inner, max_size=4).map(tuple),
+        st.dictionaries(st.text(max_size=2), inner, max_size=3),
+        st.builds(Strict, st.lists(inner, max_size=2), inner),
+        st.builds(Pair, inner, inner),
+    ),
+    max_leaves=12,
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -111,7 +133,12 @@ def test_any_nesting_comes_back_equal_from_places_apart(batch: Any) -> None:
 
 def test_all_tensors_and_arrays_of_a_sample_lie_in_the_buffer() -> None:
     targets = Targets(*(torch.rand(2, 4) for _ in fields(Targets)))
-    batch: Any = [(torch.rand(3, 5, 5), targets, 1), {"a": np.ones(3)}, OrderedDict(b=torch.ones(3)), Strict(torch.ones(1), None)]
+    batch: Any = [
+        (torch.rand(3, 5, 5), targets, 1),
+        {"a": np.ones(3)},
+        OrderedDict(b=torch.ones(3)),
+        Strict(torch.ones(1), None),
+    ]
     packed = pack(batch)
     assert packed.buffer.dtype == torch.uint8
     assert len(packed.places) == 1 + len(fields(Targets)) + 3
@@ -150,8 +177,15 @@ def test_autograd_does_not_take_a_change_of_one_tensor_for_one_of_another() -> N
 
 @pytest.mark.filterwarnings("ignore")  # torch will give up quantized tensors
 def test_tensors_that_are_not_plain_come_back_too() -> None:
-    packed = pack([torch.eye(3).to_sparse(), torch.nn.Parameter(torch.ones(2)), torch.ones(2, requires_grad=True),
-                   torch.tensor([1 + 2j]).conj(), torch.quantize_per_tensor(torch.ones(2), 0.5, 0, torch.quint8)])
+    packed = pack(
+        [
+            torch.eye(3).to_sparse(),
+            torch.nn.Parameter(torch.ones(2)),
+            torch.ones(2, requires_grad=True),
+            torch.tensor([1 + 2j]).conj(),
+            torch.quantize_per_tensor(torch.ones(2), 0.5, 0, torch.quint8),
+        ]
+    )
     sparse, parameter, row, conjugate, quantized = packed.unpack()
     assert torch.equal(sparse.to_dense(), torch.eye(3))
     assert type(parameter) is torch.nn.Parameter
@@ -162,10 +196,14 @@ def test_tensors_that_are_not_plain_come_back_too() -> None:
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_through_a_worker(start: str) -> None:
-    data: Any = [(torch.rand(3, 4, 5).to(torch.bfloat16), Targets(*(torch.rand(i, 4) for i in range(len(fields(Targets))))), i)
-                 for i in range(6)]
+    data: Any = [
+        (torch.rand(3, 4, 5).to(torch.bfloat16), Targets(*(torch.rand(i, 4) for i in range(len(fields(Targets))))), i)
+        for i in range(6)
+    ]
     data[4] = HdovdError("bad picture")
-    loader: DataLoader[Any] = DataLoader(data, 4, collate_fn=pack, num_workers=1, multiprocessing_context=start, timeout=60)
+    loader: DataLoader[Any] = DataLoader(
+        data, 4, collate_fn=pack, num_workers=1, multiprocessing_context=start, timeout=60
+    )
     first, second = loader
     assert first.buffer.is_shared()
     assert_same(first.unpack() + second.unpack(), data)

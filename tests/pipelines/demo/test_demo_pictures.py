@@ -15,8 +15,10 @@ from hdovd.pipelines.demo.world import NOVEL
 def test_the_first_pictures_with_two_novel_objects(world: Path) -> None:
     tree = json.loads((world / "annotations" / "instances_val2017.json").read_text())
     novel = {c["id"] for c in tree["categories"] if c["name"] in NOVEL}
-    counts = {image["file_name"]: sum(a["image_id"] == image["id"] and a["category_id"] in novel for a in tree["annotations"])
-              for image in tree["images"]}
+    counts = {
+        image["file_name"]: sum(a["image_id"] == image["id"] and a["category_id"] in novel for a in tree["annotations"])
+        for image in tree["images"]
+    }
     shown = telling_pictures(world, NOVEL)
     assert all(file.is_file() for file in shown)
     assert [file.name for file in shown] == sorted(counts, key=lambda name: counts[name] < 2)[:3]

@@ -18,7 +18,11 @@ from hdovd.pipelines.demo.world import ABSENT, BASE, GROUNDS, NOVEL, make_world,
 
 
 def _hash(root: Path) -> dict[str, str]:
-    return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(root.rglob("*")) if f.is_file()}
+    return {
+        str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(root.rglob("*"))
+        if f.is_file()
+    }
 
 
 def _tree(world: Path, name: str) -> dict[str, Any]:
@@ -63,7 +67,9 @@ def test_annotations_fit_the_pictures(world: Path) -> None:
     for split in ("train2017", "val2017"):
         tree = _tree(world, f"instances_{split}")
         assert len({i["id"] for i in tree["images"]}) == len(tree["images"])
-        assert [a["id"] for a in tree["annotations"]] == list(range(1, len(tree["annotations"]) + 1))  # pycocotools: none is 0
+        assert [a["id"] for a in tree["annotations"]] == list(
+            range(1, len(tree["annotations"]) + 1)
+        )  # pycocotools: none is 0
         images = {i["id"]: i for i in tree["images"]}
         for image in images.values():
             with Image.open(world / split / image["file_name"]) as picture:
@@ -124,8 +130,12 @@ def test_vocabulary_holds_all_names_and_words_that_no_picture_shows(world: Path)
 
 
 def test_objects_of_one_class_differ_and_stand_out_from_the_ground(many: list[Any]) -> None:
-    crops = [np.asarray(scene.image.resize((24, 24), box=tuple(box)), np.float32) for scene in many
-             for box, name in zip(scene.boxes, scene.names, strict=True) if name == "star"]
+    crops = [
+        np.asarray(scene.image.resize((24, 24), box=tuple(box)), np.float32)
+        for scene in many
+        for box, name in zip(scene.boxes, scene.names, strict=True)
+        if name == "star"
+    ]
     assert len(crops) >= 3
     assert all(np.abs(a - b).mean() > 10 for k, a in enumerate(crops) for b in crops[:k])
     assert np.mean([crop.std() for crop in crops]) > 20

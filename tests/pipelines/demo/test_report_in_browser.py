@@ -1,4 +1,6 @@
-"""The report in a real browser: nothing on the console, no request, and what can be clicked, typed and dragged does what it says."""
+"""The report in a real browser: nothing on the console, no request, and what can be clicked, typed and dragged does
+what it says.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,16 @@ def file(distilled: RunFolder, base_only: RunFolder, world: Path, tmp_path_facto
     folder = tmp_path_factory.mktemp("browser")
     named = {"distilled": distilled, "base-only": base_only}
     runs = tuple(Path(shutil.copytree(run.path, folder / name)) for name, run in named.items())
-    job = ReportConfig(runs=runs, out=folder / "report", data=DataPaths(world), gallery=6, pseudo=2, relation_images=3, threshold=0.05, device="cpu")
+    job = ReportConfig(
+        runs=runs,
+        out=folder / "report",
+        data=DataPaths(world),
+        gallery=6,
+        pseudo=2,
+        relation_images=3,
+        threshold=0.05,
+        device="cpu",
+    )
     return report(job, lambda _: None)
 
 
@@ -143,9 +154,11 @@ def test_everything_that_acts_is_reached_by_the_tab_key(page: Any) -> None:
     reached = set()
     for _ in range(150):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("""() => { const a = document.activeElement;
+        reached.add(
+            page.evaluate("""() => { const a = document.activeElement;
             return a.dataset.filter || a.getAttribute('data-theme-button') !== null && 'theme' || a.dataset.shows
-                || a.closest('th') && 'sort' || a.closest('svg') && 'chart' || a.tagName }"""))
+                || a.closest('th') && 'sort' || a.closest('svg') && 'chart' || a.tagName }""")
+        )
         if {"class", "event", "score"} <= reached:
             break
     assert {"A", "theme", "sort", "chart", "class-curve", "class", "event", "score"} <= reached
@@ -156,6 +169,8 @@ def test_without_scripts_the_page_is_whole(browser: Any, file: Path) -> None:
     page = context.new_page()
     page.goto(file.as_uri())
     assert page.locator("[data-gallery] .card:visible").count() == 6
-    assert page.locator('[data-group="class-curve"]:visible').count() == page.locator('[data-group="class-curve"]').count()
+    assert (
+        page.locator('[data-group="class-curve"]:visible').count() == page.locator('[data-group="class-curve"]').count()
+    )
     assert not page.locator("[data-filter='class']").is_visible()
     context.close()

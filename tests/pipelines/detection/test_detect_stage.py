@@ -1,4 +1,6 @@
-"""Detection in any pictures: the same as evaluation's, in forms that pycocotools reads, whatever lies among the pictures."""
+"""Detection in any pictures: the same as evaluation's, in forms that pycocotools reads, whatever lies among the
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,12 @@ def run_on(distilled: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user cache"))
 
     def run(*images: Path, out: Path = tmp_path / "out", **changes: Any) -> DetectResult:
-        job = DetectConfig(run=distilled.path, images=tuple(map(str, images)), out=out, **({"threshold": 0.0, "device": "cpu"} | changes))
+        job = DetectConfig(
+            run=distilled.path,
+            images=tuple(map(str, images)),
+            out=out,
+            **({"threshold": 0.0, "device": "cpu"} | changes),
+        )
         return detect(job, _silent, io.BytesIO())
 
     return run
@@ -45,26 +52,41 @@ def _json(file: Path) -> Any:
     return json.loads(file.read_text())
 
 
-def _table(rows: list[dict[str, Any]], image: dict[int, str], category: dict[int, str]) -> dict[tuple[str, str], np.ndarray]:
+def _table(
+    rows: list[dict[str, Any]], image: dict[int, str], category: dict[int, str]
+) -> dict[tuple[str, str], np.ndarray]:
     """Boxes and scores by picture and name, each sorted by score."""
     found: dict[tuple[str, str], list[list[float]]] = {}
     for row in rows:
-        found.setdefault((image[row["image_id"]], category[row["category_id"]]), []).append([row["score"], *row["bbox"]])
+        found.setdefault((image[row["image_id"]], category[row["category_id"]]), []).append(
+            [row["score"], *row["bbox"]]
+        )
     return {key: np.array(sorted(values, reverse=True)) for key, values in found.items()}
 
 
 # --- the same as evaluation ---
 
-def test_detections_are_those_of_evaluation(run_on: Callable[..., DetectResult], distilled: RunFolder, world: Path, tmp_path: Path) -> None:
+
+def test_detections_are_those_of_evaluation(
+    run_on: Callable[..., DetectResult], distilled: RunFolder, world: Path, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(distilled.path, tmp_path / "run"))
-    evaluate(EvalConfig(run=run, data=DataPaths(world), device="cpu", batch_size=1), _silent)  # a picture is padded for its batch, and that shows
+    evaluate(
+        EvalConfig(run=run, data=DataPaths(world), device="cpu", batch_size=1), _silent
+    )  # a picture is padded for its batch, and that shows
     truth = _json(world / "annotations" / "instances_val2017.json")
-    expected = _table(_json(run / "detections.json"), {i["id"]: i["file_name"] for i in truth["images"]},
-                      {c["id"]: c["name"] for c in truth["categories"]})
+    expected = _table(
+        _json(run / "detections.json"),
+        {i["id"]: i["file_name"] for i in truth["images"]},
+        {c["id"]: c["name"] for c in truth["categories"]},
+    )
     run_on(world / "val2017")
     tree = _json(tmp_path / "out" / "images.json")
-    found = _table(_json(tmp_path / "out" / "detections.json"), {i["id"]: Path(i["file_name"]).name for i in tree["images"]},
-                   {c["id"]: c["name"] for c in tree["categories"]})
+    found = _table(
+        _json(tmp_path / "out" / "detections.json"),
+        {i["id"]: Path(i["file_name"]).name for i in tree["images"]},
+        {c["id"]: c["name"] for c in tree["categories"]},
+    )
     assert len(expected) > 20
     assert found.keys() == expected.keys()
     for key, rows in expected.items():
@@ -72,6 +94,7 @@ def test_detections_are_those_of_evaluation(run_on: Callable[..., DetectResult],
 
 
 # --- the folder ---
+
 
 def test_pycocotools_reads_what_was_written(run_on: Callable[..., DetectResult], world: Path, tmp_path: Path) -> None:
     result = run_on(world / "val2017", pictures=False)
@@ -100,8 +123,9 @@ def photos(world: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_unreadable_are_skipped_and_nothing_is_overwritten(photos: Path, run_on: Callable[..., DetectResult], tmp_path: Path,
-                                                               batch_size: int) -> None:
+def test_the_unreadable_are_skipped_and_nothing_is_overwritten(
+    photos: Path, run_on: Callable[..., DetectResult], tmp_path: Path, batch_size: int
+) -> None:
     result = run_on(photos, batch_size=batch_size)
     tree = _json(tmp_path / "out" / "images.json")
     assert list(result.skipped) == [str(photos / "broken.jpg")]
@@ -111,15 +135,18 @@ def test_the_unreadable_are_skipped_and_nothing_is_overwritten(photos: Path, run
     assert len({one["id"] for one in [*tree["images"], *tree["skipped"]]}) == 5
     drawn = {one["file_name"]: one["drawn"] for one in tree["images"]}
     assert len({name.lower() for name in drawn.values()}) == 4
-    assert sorted(drawn.values()) == sorted(f"pictures/{file.name}" for file in (tmp_path / "out" / "pictures").iterdir())
+    assert sorted(drawn.values()) == sorted(
+        f"pictures/{file.name}" for file in (tmp_path / "out" / "pictures").iterdir()
+    )
     for source, file in drawn.items():
         picture = Image.open(source)
         with Image.open(tmp_path / "out" / file) as shown:
             assert shown.width / shown.height == pytest.approx(picture.width / picture.height, rel=0.01)
 
 
-def test_novel_names_are_orange_and_base_names_blue(distilled: RunFolder, world: Path, run_on: Callable[..., DetectResult],
-                                                    tmp_path: Path) -> None:
+def test_novel_names_are_orange_and_base_names_blue(
+    distilled: RunFolder, world: Path, run_on: Callable[..., DetectResult], tmp_path: Path
+) -> None:
     protocol = distilled.protocol()
     picture = next((world / "val2017").iterdir())
     for name, novel in ((protocol.base[0], False), (protocol.novel[0], True)):
@@ -127,7 +154,10 @@ def test_novel_names_are_orange_and_base_names_blue(distilled: RunFolder, world:
         run_on(picture, out=out, classes=(name,))
         with Image.open(next((out / "pictures").iterdir())) as shown:
             pixels = np.asarray(shown).reshape(-1, 3).astype(int)
-        near = {colour: int((np.abs(pixels - np.array(colour)).max(1) < 12).sum()) for colour in ((60, 140, 255), (255, 130, 0))}
+        near = {
+            colour: int((np.abs(pixels - np.array(colour)).max(1) < 12).sum())
+            for colour in ((60, 140, 255), (255, 130, 0))
+        }
         assert near[255, 130, 0] * 10 < near[60, 140, 255] if not novel else near[60, 140, 255] * 10 < near[255, 130, 0]
 
 
@@ -137,8 +167,9 @@ def test_names_in_other_scripts_are_drawn(world: Path, run_on: Callable[..., Det
     assert result.tally.found > 0
 
 
-def test_a_folder_of_something_else_is_left_alone(photos: Path, run_on: Callable[..., DetectResult], tmp_path: Path,
-                                                  untouched: Callable[[Path], Any]) -> None:
+def test_a_folder_of_something_else_is_left_alone(
+    photos: Path, run_on: Callable[..., DetectResult], tmp_path: Path, untouched: Callable[[Path], Any]
+) -> None:
     with untouched(photos), pytest.raises(HdovdError, match="holds no detections"):
         run_on(photos, out=photos, overwrite=True)
     run_on(photos)
@@ -148,8 +179,9 @@ def test_a_folder_of_something_else_is_left_alone(photos: Path, run_on: Callable
     assert [file.name for file in (tmp_path / "out" / "pictures").iterdir()] == ["point.jpg"]
 
 
-def test_what_was_found_before_a_kill_is_there(photos: Path, run_on: Callable[..., DetectResult], tmp_path: Path,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_found_before_a_kill_is_there(
+    photos: Path, run_on: Callable[..., DetectResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flush = DetectionFolder.flush
     batches = iter(range(2))
 
@@ -168,10 +200,24 @@ def test_what_was_found_before_a_kill_is_there(photos: Path, run_on: Callable[..
 
 # --- embeddings of a file ---
 
+
 def test_a_file_of_embeddings_needs_no_clip(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
     save_file({"rows": distilled.class_embeddings()[:2].numpy()}, tmp_path / "rows.safetensors")
-    words = ["detect", str(distilled.path), str(next((world / "val2017").iterdir())), "--classes", "my thing, another", "--threshold", "0",
-             "--class-embeddings", str(tmp_path / "rows.safetensors"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    words = [
+        "detect",
+        str(distilled.path),
+        str(next((world / "val2017").iterdir())),
+        "--classes",
+        "my thing, another",
+        "--threshold",
+        "0",
+        "--class-embeddings",
+        str(tmp_path / "rows.safetensors"),
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
     child = os.fork()
     if not child:  # as a fresh process, but for torch: every module of ours is imported again, and open_clip cannot be
         try:
@@ -189,7 +235,9 @@ def test_a_file_of_embeddings_needs_no_clip(distilled: RunFolder, world: Path, t
     assert _json(tmp_path / "out" / "detections.json")
 
 
-def test_rows_that_do_not_go_with_the_names_are_refused(photos: Path, run_on: Callable[..., DetectResult], tmp_path: Path) -> None:
+def test_rows_that_do_not_go_with_the_names_are_refused(
+    photos: Path, run_on: Callable[..., DetectResult], tmp_path: Path
+) -> None:
     np.save(tmp_path / "rows.npy", np.ones((3, 24), np.float32))
     with pytest.raises(HdovdError, match=r"\(3, 24\), expected \(2, D\): a row for each name, a first and b last"):
         run_on(photos, classes=("a", "b"), class_embeddings=tmp_path / "rows.npy")
@@ -198,11 +246,27 @@ def test_rows_that_do_not_go_with_the_names_are_refused(photos: Path, run_on: Ca
 
 # --- the command ---
 
-@pytest.mark.parametrize(("words", "code", "said"), [
-    (["--classes", "a, B,, b"], 0, "named twice, taken once: b"), (["--classes", "@names.txt"], 0, "hot dog, cat"),
-    (["--classes", ","], 1, "names nothing"), (["--classes", "names.txt"], 1, "@names.txt"), (["--threshold", "1"], 1, "--threshold")])
-def test_the_command(photos: Path, distilled: RunFolder, words: list[str], code: int, said: str, tmp_path: Path,
-                     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--classes", "a, B,, b"], 0, "named twice, taken once: b"),
+        (["--classes", "@names.txt"], 0, "hot dog, cat"),
+        (["--classes", ","], 1, "names nothing"),
+        (["--classes", "names.txt"], 1, "@names.txt"),
+        (["--threshold", "1"], 1, "--threshold"),
+    ],
+)
+def test_the_command(
+    photos: Path,
+    distilled: RunFolder,
+    words: list[str],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     from hdovd.cli.main import main
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user cache"))
@@ -219,11 +283,20 @@ def test_the_command(photos: Path, distilled: RunFolder, words: list[str], code:
     assert said in printed.out + printed.err
 
 
-def test_nothing_readable_ends_with_exit_code_1(photos: Path, distilled: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_readable_ends_with_exit_code_1(
+    photos: Path,
+    distilled: RunFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     from hdovd.cli.main import main
 
-    monkeypatch.setattr(sys, "argv", ["hdovd", "detect", str(distilled.path), str(photos / "broken.jpg"), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["hdovd", "detect", str(distilled.path), str(photos / "broken.jpg"), "--out", str(tmp_path / "out")],
+    )
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 1

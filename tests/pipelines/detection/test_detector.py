@@ -43,7 +43,9 @@ def test_names_scores_and_labels_go_together(distilled: RunFolder, world: Path) 
     assert strict.scores.tolist() == found.scores[:2].tolist()
 
 
-def test_boxes_are_of_the_upright_whole_picture(detector: Detector, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boxes_are_of_the_upright_whole_picture(
+    detector: Detector, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from hdovd.pipelines.common import images as picture_decoding
 
     picture = Image.open(next((world / "val2017").iterdir())).convert("RGB")
@@ -70,7 +72,9 @@ def test_base_classes_that_were_not_asked_for_take_what_is_theirs(distilled: Run
     detector, protocol = Detector.from_run(distilled.path, device="cpu"), distilled.protocol()
     picture = next((world / "val2017").iterdir())
     everything = detector(picture, 0.0)
-    expected = [(n, s) for n, s in zip(everything.names, everything.scores.tolist(), strict=True) if n in protocol.novel]
+    expected = [
+        (n, s) for n, s in zip(everything.names, everything.scores.tolist(), strict=True) if n in protocol.novel
+    ]
     found = detector.set_classes(protocol.novel)(picture, 0.0)
     assert detector.rivals == protocol.base
     assert len(found.names) > len(expected) > 5  # there is room for more
@@ -84,23 +88,35 @@ def test_base_classes_that_were_not_asked_for_take_what_is_theirs(distilled: Run
 
 def test_embeddings_of_ones_own_stand_for_names(detector: Detector, distilled: RunFolder, world: Path) -> None:
     rows, picture = distilled.class_embeddings(), next((world / "val2017").iterdir())
-    own = Detector.from_run(distilled.path, device="cpu").set_classes([f"name {k}" for k in range(len(rows))], embeddings=7 * rows,
-                                                                      split_blind=True, alone=True)
-    expected = Detector.from_run(distilled.path, device="cpu").set_classes(distilled.protocol().names, split_blind=True)(picture, 0.0)
+    own = Detector.from_run(distilled.path, device="cpu").set_classes(
+        [f"name {k}" for k in range(len(rows))], embeddings=7 * rows, split_blind=True, alone=True
+    )
+    expected = Detector.from_run(distilled.path, device="cpu").set_classes(
+        distilled.protocol().names, split_blind=True
+    )(picture, 0.0)
     found = own(picture, 0.0)
     assert torch.allclose(found.scores, expected.scores, atol=1e-3)
     assert found.labels.tolist()[:3] == expected.labels.tolist()[:3]
 
 
-@pytest.mark.parametrize(("names", "said"), [([], "no names"), (["a", " "], "2 of 2 is empty"), (["Dog", "dog "], "named twice"),
-                                             ("dog", "a list of names")])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [([], "no names"), (["a", " "], "2 of 2 is empty"), (["Dog", "dog "], "named twice"), ("dog", "a list of names")],
+)
 def test_names_that_do_not_fit_are_refused(detector: Detector, names: Any, said: str) -> None:
     with pytest.raises(HdovdError, match=said):
         detector.set_classes(names)
 
 
-@pytest.mark.parametrize(("rows", "said"), [(torch.ones(2, 23), r"\(2, 23\), expected \(2, 24\)"), (torch.ones(3, 24), r"\(3, 24\)"),
-                                            (torch.zeros(2, 24), "zero"), (torch.full((2, 24), torch.nan), "not finite")])
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (torch.ones(2, 23), r"\(2, 23\), expected \(2, 24\)"),
+        (torch.ones(3, 24), r"\(3, 24\)"),
+        (torch.zeros(2, 24), "zero"),
+        (torch.full((2, 24), torch.nan), "not finite"),
+    ],
+)
 def test_embeddings_that_do_not_fit_are_refused(detector: Detector, rows: torch.Tensor, said: str) -> None:
     with pytest.raises(HdovdError, match=said):
         detector.set_classes(["a", "b"], embeddings=rows)

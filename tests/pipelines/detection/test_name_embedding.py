@@ -1,4 +1,6 @@
-"""Text embeddings of any names for a run: the rows are those that its cache would hold, and CLIP is loaded only if it must be."""
+"""Text embeddings of any names for a run: the rows are those that its cache would hold, and CLIP is loaded only if it
+must be.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def _nouns(cache: Path, run: RunFolder) -> tuple[list[str], np.ndarray]:
     return [names[row] for row in places], rows[places]
 
 
-def test_rows_are_those_of_the_cache(embedder: Callable[..., NameEmbedder], cache: Path, distilled: RunFolder, loaded: list[Any]) -> None:
+def test_rows_are_those_of_the_cache(
+    embedder: Callable[..., NameEmbedder], cache: Path, distilled: RunFolder, loaded: list[Any]
+) -> None:
     nouns, rows = _nouns(cache, distilled)
     novel = distilled.protocol().novel[0]
     found = embedder().embed([*nouns, novel])
@@ -82,13 +86,17 @@ def test_rows_are_those_of_the_cache(embedder: Callable[..., NameEmbedder], cach
     assert loaded[0].model.visual is None
 
 
-def test_classes_of_the_run_need_no_clip(embedder: Callable[..., NameEmbedder], distilled: RunFolder, loaded: list[Any]) -> None:
+def test_classes_of_the_run_need_no_clip(
+    embedder: Callable[..., NameEmbedder], distilled: RunFolder, loaded: list[Any]
+) -> None:
     names = distilled.protocol().names
     assert torch.equal(embedder().embed([names[3].upper(), names[-1]]), distilled.class_embeddings()[[3, -1]])
     assert loaded == []
 
 
-def test_the_second_time_needs_no_clip_and_gives_the_same_bits(embedder: Callable[..., NameEmbedder], loaded: list[Any]) -> None:
+def test_the_second_time_needs_no_clip_and_gives_the_same_bits(
+    embedder: Callable[..., NameEmbedder], loaded: list[Any]
+) -> None:
     first = embedder().embed(["red kite", "zeppelin"])
     assert torch.equal(embedder().embed(["zeppelin", "red kite"]), first.flip(0))
     assert len(loaded) == 1
@@ -96,7 +104,9 @@ def test_the_second_time_needs_no_clip_and_gives_the_same_bits(embedder: Callabl
     assert len(loaded) == 2
 
 
-def test_one_embedder_keeps_its_clip_until_it_is_told_to_forget_it(embedder: Callable[..., NameEmbedder], loaded: list[Any]) -> None:
+def test_one_embedder_keeps_its_clip_until_it_is_told_to_forget_it(
+    embedder: Callable[..., NameEmbedder], loaded: list[Any]
+) -> None:
     names = embedder()
     names.embed(["one"])
     names.embed(["two"])
@@ -106,10 +116,14 @@ def test_one_embedder_keeps_its_clip_until_it_is_told_to_forget_it(embedder: Cal
     assert len(loaded) == 2
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1])],
-                         ids=["empty", "cut", "one bit"])
-def test_a_damaged_row_is_told_and_made_anew(damage: Callable[[bytes], bytes], embedder: Callable[..., NameEmbedder], tmp_path: Path,
-                                             loaded: list[Any]) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: b"", lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1])],
+    ids=["empty", "cut", "one bit"],
+)
+def test_a_damaged_row_is_told_and_made_anew(
+    damage: Callable[[bytes], bytes], embedder: Callable[..., NameEmbedder], tmp_path: Path, loaded: list[Any]
+) -> None:
     whole = embedder().embed(["zeppelin"])
     (file,) = (tmp_path / "kept").rglob("*.safetensors")
     file.write_bytes(damage(file.read_bytes()))
@@ -127,7 +141,9 @@ def test_a_folder_that_cannot_be_written_is_told(embedder: Callable[..., NameEmb
     assert any("not kept" in line for line in log)
 
 
-def test_two_processes_may_keep_the_same_names_at_once(embedder: Callable[..., NameEmbedder], tmp_path: Path, loaded: list[Any]) -> None:
+def test_two_processes_may_keep_the_same_names_at_once(
+    embedder: Callable[..., NameEmbedder], tmp_path: Path, loaded: list[Any]
+) -> None:
     names = [f"thing {number}" for number in range(20)]
     first = embedder()
     expected = first.embed(names)
@@ -153,8 +169,10 @@ def test_two_processes_may_keep_the_same_names_at_once(embedder: Callable[..., N
 
 # --- the prompts ---
 
-def test_other_prompts_are_used_for_all_names_and_kept_apart(embedder: Callable[..., NameEmbedder], distilled: RunFolder,
-                                                             loaded: list[Any]) -> None:
+
+def test_other_prompts_are_used_for_all_names_and_kept_apart(
+    embedder: Callable[..., NameEmbedder], distilled: RunFolder, loaded: list[Any]
+) -> None:
     known, log = distilled.protocol().names[0], list[str]()
     plain = embedder().embed(["zeppelin", known])
     other = embedder(templates=["it says {} there"], log=log.append).embed(["zeppelin", known])
@@ -165,8 +183,9 @@ def test_other_prompts_are_used_for_all_names_and_kept_apart(embedder: Callable[
     assert len(loaded) == 2
 
 
-def test_rows_of_a_file_leave_no_prompts_for_other_names(embedder: Callable[..., NameEmbedder], changed: Callable[..., Path],
-                                                         distilled: RunFolder) -> None:
+def test_rows_of_a_file_leave_no_prompts_for_other_names(
+    embedder: Callable[..., NameEmbedder], changed: Callable[..., Path], distilled: RunFolder
+) -> None:
     def from_file(cache: dict[str, Any]) -> None:
         inputs = cache["levels"]["class"]["inputs"]
         del inputs["templates"], inputs["tokens"]
@@ -182,7 +201,10 @@ def test_rows_of_a_file_leave_no_prompts_for_other_names(embedder: Callable[...,
 
 # --- which CLIP ---
 
-def test_another_clip_is_refused(embedder: Callable[..., NameEmbedder], save_clip: Callable[..., str], tmp_path: Path) -> None:
+
+def test_another_clip_is_refused(
+    embedder: Callable[..., NameEmbedder], save_clip: Callable[..., str], tmp_path: Path
+) -> None:
     other = save_clip(tmp_path / "other", seed=7)
     with pytest.raises(HdovdError, match=r"not the CLIP of the run:\s+weights_sha256 differs"):
         embedder(clip=other).embed(["zeppelin"])
@@ -195,16 +217,18 @@ def test_another_tokenizer_is_refused(embedder: Callable[..., NameEmbedder], cha
         embedder(run).embed(["zeppelin"])
 
 
-def test_without_its_cache_a_run_needs_to_be_told_where_clip_is(embedder: Callable[..., NameEmbedder], changed: Callable[..., Path],
-                                                                clip: str, tmp_path: Path) -> None:
+def test_without_its_cache_a_run_needs_to_be_told_where_clip_is(
+    embedder: Callable[..., NameEmbedder], changed: Callable[..., Path], clip: str, tmp_path: Path
+) -> None:
     run = changed(lambda cache: cache.update(path=str(tmp_path / "gone")))
     with pytest.raises(HdovdError, match=r"gone[\s\S]*--clip"):
         embedder(run).embed(["zeppelin"])
     assert torch.equal(embedder(run, clip=clip).embed(["zeppelin"]), embedder().embed(["zeppelin"]))
 
 
-def test_a_clip_that_is_not_where_the_cache_says_is_named(embedder: Callable[..., NameEmbedder], copied_cache: Path,
-                                                          changed: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_clip_that_is_not_where_the_cache_says_is_named(
+    embedder: Callable[..., NameEmbedder], copied_cache: Path, changed: Callable[..., Path], tmp_path: Path
+) -> None:
     (file,) = (copied_cache / "sets").iterdir()
     tree = json.loads(file.read_text())
     tree["made_from"]["clip"] = f"local-dir:{tmp_path}/moved"
@@ -220,8 +244,9 @@ def test_half_precision_needs_a_gpu(embedder: Callable[..., NameEmbedder], chang
         embedder(run).embed(["zeppelin"])
 
 
-def test_rows_of_another_precision_are_not_taken(embedder: Callable[..., NameEmbedder], changed: Callable[..., Path],
-                                                 loaded: list[Any]) -> None:
+def test_rows_of_another_precision_are_not_taken(
+    embedder: Callable[..., NameEmbedder], changed: Callable[..., Path], loaded: list[Any]
+) -> None:
     embedder().embed(["zeppelin"])
     run = changed(lambda cache: cache["levels"]["class"]["inputs"]["clip"].update(compute_dtype="bfloat16"))
     embedder(run).embed(["zeppelin"])

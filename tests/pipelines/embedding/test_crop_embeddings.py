@@ -25,10 +25,21 @@ def _boxes() -> np.ndarray:
     """1,000: of a pixel and less, the whole picture, thin ones, ones at the border, and any."""
     rng = np.random.default_rng(0)
     tiny = rng.uniform(0, (WIDTH - 3, HEIGHT - 3), (100, 2))
-    special = [[0, 0, WIDTH, HEIGHT], [0.5, 0.5, WIDTH - 0.5, HEIGHT - 0.5], [0, 0, 1, 1], [WIDTH - 1, HEIGHT - 1, WIDTH, HEIGHT]]
-    thin = [[x, 0, x + 1.5, HEIGHT] for x in range(0, WIDTH - 2, 8)] + [[0, y, WIDTH, y + 1.5] for y in range(0, HEIGHT - 2, 8)]
-    border = [[0, y, 60, y + 50] for y in range(0, 190, 5)] + [[x, HEIGHT - 40, x + 70, HEIGHT] for x in range(0, 250, 5)]
-    listed = np.concatenate([np.concatenate([tiny, tiny + rng.uniform(0.1, 3, (100, 2))], axis=1), special, thin, border])
+    special = [
+        [0, 0, WIDTH, HEIGHT],
+        [0.5, 0.5, WIDTH - 0.5, HEIGHT - 0.5],
+        [0, 0, 1, 1],
+        [WIDTH - 1, HEIGHT - 1, WIDTH, HEIGHT],
+    ]
+    thin = [[x, 0, x + 1.5, HEIGHT] for x in range(0, WIDTH - 2, 8)] + [
+        [0, y, WIDTH, y + 1.5] for y in range(0, HEIGHT - 2, 8)
+    ]
+    border = [[0, y, 60, y + 50] for y in range(0, 190, 5)] + [
+        [x, HEIGHT - 40, x + 70, HEIGHT] for x in range(0, 250, 5)
+    ]
+    listed = np.concatenate(
+        [np.concatenate([tiny, tiny + rng.uniform(0.1, 3, (100, 2))], axis=1), special, thin, border]
+    )
     ends = np.sort(rng.uniform(0, 1, (1000 - len(listed), 2, 2)), axis=1)
     ends[:, 1] = np.maximum(ends[:, 1], ends[:, 0] + 0.01)
     anywhere = np.clip(ends.reshape(-1, 4), 0, 1) * [WIDTH, HEIGHT, WIDTH, HEIGHT]
@@ -39,14 +50,18 @@ def _boxes() -> np.ndarray:
 def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A photograph's smoothness with some noise, as JPEG."""
     rng = np.random.default_rng(0)
-    smooth = Image.fromarray(rng.integers(0, 256, (15, 20, 3), np.uint8)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(rng.integers(0, 256, (15, 20, 3), np.uint8)).resize(
+        (WIDTH, HEIGHT), Image.Resampling.BICUBIC
+    )
     pixels = np.clip(np.asarray(smooth) + rng.normal(0, 8, (HEIGHT, WIDTH, 3)), 0, 255).astype(np.uint8)
     file = tmp_path_factory.mktemp("picture") / "1.jpg"
     Image.fromarray(pixels).save(file, quality=92)
     return file
 
 
-def _ours(clip: ClipTeacher, picture: Path, recipe: CropRecipe, boxes: np.ndarray, batch: int = BATCH, workers: int = 0) -> np.ndarray:
+def _ours(
+    clip: ClipTeacher, picture: Path, recipe: CropRecipe, boxes: np.ndarray, batch: int = BATCH, workers: int = 0
+) -> np.ndarray:
     image = ImageBoxes(1, picture.name, WIDTH, HEIGHT, boxes, np.zeros(len(boxes), np.int64), np.arange(len(boxes)))
     way = Crops(clip, Pictures([image], lambda _: picture, np.array([0, len(boxes)]), boxes), recipe)
     wanted = [Wanted(way.level, way.jobs(some), way.places(batch)) for some in way.groups(np.arange(len(boxes)), batch)]
@@ -63,7 +78,9 @@ def _reference(clip: ClipTeacher, picture: Path, recipe: CropRecipe, boxes: np.n
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.shape}-{len(r.scales)}")
 @pytest.mark.parametrize("resize_mode", ["squash", "shortest"])
-def test_a_thousand_boxes(tmp_path: Path, save_clip: Callable[..., str], picture: Path, recipe: CropRecipe, resize_mode: str) -> None:
+def test_a_thousand_boxes(
+    tmp_path: Path, save_clip: Callable[..., str], picture: Path, recipe: CropRecipe, resize_mode: str
+) -> None:
     name, boxes = save_clip(tmp_path / "clip", preprocess={"resize_mode": resize_mode}), _boxes()
     wanted = _reference(load_clip(name, None, device="cpu"), picture, recipe, boxes)
     for precision, least in ((Precision.FP32, 0.9999), (Precision.BF16, 0.999)):

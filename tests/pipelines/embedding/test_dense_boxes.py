@@ -44,7 +44,9 @@ def _silent(_: str) -> None:
 
 @pytest.fixture
 def dense(extraction: Config) -> Config:
-    return lambda cache, **changes: extraction(cache, **({"recipe": DenseRecipe(SIDE), "part_rows": 100, "batch_size": 12} | changes))
+    return lambda cache, **changes: extraction(
+        cache, **({"recipe": DenseRecipe(SIDE), "part_rows": 100, "batch_size": 12} | changes)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +71,20 @@ def test_rows_are_those_of_each_picture_alone(unbroken: Path, world: Path, clip:
     """From open_clip's own way to squash a picture and nothing else of ours."""
     teacher, cache = load_clip(clip, None, device="cpu"), FeatureCache(unbroken)
     boxes = DenseClip(teacher.model.visual, SIDE)
-    names = {e["id"]: e["file_name"] for e in json.loads((world / "annotations" / "instances_train2017.json").read_text())["images"]}
+    names = {
+        e["id"]: e["file_name"]
+        for e in json.loads((world / "annotations" / "instances_train2017.json").read_text())["images"]
+    }
     mean, std = (torch.tensor(getattr(teacher.transform, name)).view(3, 1, 1) for name in ("mean", "std"))
     for image_id in kept:
         picture, rows = Image.open(world / "train2017" / names[image_id]).convert("RGB"), cache.instances(image_id)
-        squashed = torch.from_numpy(np.array(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
-        wanted = boxes.embed_boxes(((squashed - mean) / std)[None],
-                                   [scale_boxes(torch.from_numpy(rows.box), picture.width, picture.height, SIDE)])
+        squashed = (
+            torch.from_numpy(np.array(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
+        )
+        wanted = boxes.embed_boxes(
+            ((squashed - mean) / std)[None],
+            [scale_boxes(torch.from_numpy(rows.box), picture.width, picture.height, SIDE)],
+        )
         assert F.cosine_similarity(torch.from_numpy(rows.embedding).double(), wanted.double()).min() > 0.9999
         assert len(np.unique(wanted.numpy().round(3), axis=0)) > 1
 
@@ -86,7 +95,9 @@ def test_pictures_of_the_image_level_are_those_of_crops(unbroken: Path, cache: P
         keys = [{product.key for product in Catalog(folder).products(level)} for folder in (unbroken, cache)]
         assert (keys[0] == keys[1]) == (level not in (Level.INSTANCE, Level.PSEUDO_LABEL))
     for image_id in kept:
-        np.testing.assert_array_equal(FeatureCache(unbroken).image_embedding(image_id), FeatureCache(cache).image_embedding(image_id))
+        np.testing.assert_array_equal(
+            FeatureCache(unbroken).image_embedding(image_id), FeatureCache(cache).image_embedding(image_id)
+        )
 
 
 def test_identity_tells_side_and_teacher_apart(dense: Config, unbroken: Path, tmp_path: Path) -> None:
@@ -119,9 +130,14 @@ def test_new_proposals_extend_it(dense: Config, proposals: Path, tmp_path: Path,
     np.testing.assert_array_equal(found.view(np.uint16), _rows(unbroken).view(np.uint16))
 
 
-def test_unreadable_picture_has_rows_of_zeros(dense: Config, copied_world: Path, kept: list[int], tmp_path: Path, unbroken: Path) -> None:
+def test_unreadable_picture_has_rows_of_zeros(
+    dense: Config, copied_world: Path, kept: list[int], tmp_path: Path, unbroken: Path
+) -> None:
     bad = kept[5]
-    names = {e["id"]: e["file_name"] for e in json.loads((copied_world / "annotations" / "instances_train2017.json").read_text())["images"]}
+    names = {
+        e["id"]: e["file_name"]
+        for e in json.loads((copied_world / "annotations" / "instances_train2017.json").read_text())["images"]
+    }
     (copied_world / "train2017" / names[bad]).write_bytes(b"no picture")
     report = extract_clip(dense(tmp_path / "cache", data=copied_world), _silent)
     assert report.failed.keys() == {bad}
@@ -201,14 +217,30 @@ def test_side_must_fit_the_patches(dense: Config, tmp_path: Path) -> None:
 def test_a_set_remembers_it(dense: Config, tmp_path: Path) -> None:
     config = dense(tmp_path)
     assert ExtractConfig.from_dict(json.loads(json.dumps(config.to_dict())), tmp_path).recipe == DenseRecipe(SIDE)
-    assert ExtractConfig.from_dict(dense(tmp_path, recipe=DenseRecipe()).to_dict(), tmp_path).recipe == DenseRecipe(None)
+    assert ExtractConfig.from_dict(dense(tmp_path, recipe=DenseRecipe()).to_dict(), tmp_path).recipe == DenseRecipe(
+        None
+    )
 
 
 # --- the command ---
 
+
 def test_the_command(world: Path, clip: str, proposals: Path, tmp_path: Path, unbroken: Path) -> None:
-    words = ["extract-clip", "--data", str(world), "--protocol", str(world / "protocol.toml"), "--clip", clip, "--proposals",
-             str(proposals), "--cache", str(tmp_path / "cache"), "--device", "cpu"]
+    words = [
+        "extract-clip",
+        "--data",
+        str(world),
+        "--protocol",
+        str(world / "protocol.toml"),
+        "--clip",
+        clip,
+        "--proposals",
+        str(proposals),
+        "--cache",
+        str(tmp_path / "cache"),
+        "--device",
+        "cpu",
+    ]
     words += ["--instance-teacher", "dense", "--dense-side", str(SIDE)]
     done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -216,13 +248,19 @@ def test_the_command(world: Path, clip: str, proposals: Path, tmp_path: Path, un
     np.testing.assert_allclose(_rows(tmp_path / "cache"), _rows(unbroken), atol=1e-3)
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--dense-side", "64"], "--dense-side needs --instance-teacher dense"),
-    (["--instance-teacher", "dense", "--crop", "square"], "--crop and --crop-scales are of crops"),
-    (["--instance-teacher", "dense", "--crop-scales", "1,1.5"], "--crop and --crop-scales are of crops")])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dense-side", "64"], "--dense-side needs --instance-teacher dense"),
+        (["--instance-teacher", "dense", "--crop", "square"], "--crop and --crop-scales are of crops"),
+        (["--instance-teacher", "dense", "--crop-scales", "1,1.5"], "--crop and --crop-scales are of crops"),
+    ],
+)
 def test_words_that_do_not_go_together(words: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(HdovdError, match=message):
-        CliRunner().invoke(app, ["extract-clip", "--cache", str(tmp_path / "cache"), "--clip", "x", *words], catch_exceptions=False)
+        CliRunner().invoke(
+            app, ["extract-clip", "--cache", str(tmp_path / "cache"), "--clip", "x", *words], catch_exceptions=False
+        )
 
 
 def _way(teacher: ClipTeacher, counts: list[int], side: int | None = SIDE) -> DenseBoxes:

@@ -83,16 +83,27 @@ def test_torch_computes_alone_in_each_thread_and_as_before_elsewhere() -> None:
     assert [torch.get_num_threads(), *found] == [before, before]
 
 
-@pytest.mark.parametrize(("device", "asked", "processes", "expected"), [
-    ("cpu", None, "1", 0), ("cpu", 3, "1", 3), ("cuda", None, "1", 15), ("cuda:2", None, "4", 3), ("cuda", None, "16", 1),
-    ("cuda", 0, "1", 0)])
-def test_workers_suit_the_device(device: str, asked: int | None, processes: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "asked", "processes", "expected"),
+    [
+        ("cpu", None, "1", 0),
+        ("cpu", 3, "1", 3),
+        ("cuda", None, "1", 15),
+        ("cuda:2", None, "4", 3),
+        ("cuda", None, "16", 1),
+        ("cuda", 0, "1", 0),
+    ],
+)
+def test_workers_suit_the_device(
+    device: str, asked: int | None, processes: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     assert workers_for(torch.device(device), asked) == expected
 
 
 # --- worker processes ---
+
 
 class _Way:
     """Adds up the pixels of each input. `fit` runs where pictures are cut."""
@@ -125,9 +136,17 @@ def _embed(tmp_path: Path, fit: Callable[[Tensor], Tensor], workers: int) -> lis
     return [int(answer.rows[0]) for answer in embed(wanted, {Level.IMAGE: way}, torch.device("cpu"), workers)]
 
 
-@pytest.mark.parametrize(("free", "workers", "said"), [(10**9, 2, ""), (2 * 12, 2, "room for the batches of 1"), (5, 3, "batches of 0")])
-def test_workers_are_as_many_as_shared_memory_has_room_for(free: int, workers: int, said: str, tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("free", "workers", "said"), [(10**9, 2, ""), (2 * 12, 2, "room for the batches of 1"), (5, 3, "batches of 0")]
+)
+def test_workers_are_as_many_as_shared_memory_has_room_for(
+    free: int,
+    workers: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     assert _embed(tmp_path, _corner, workers) == [0, 4, 8, 12, 16]
     printed = capsys.readouterr().err

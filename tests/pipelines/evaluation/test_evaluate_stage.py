@@ -127,17 +127,26 @@ def test_split_blind_is_the_result_without_distillation(base_only: RunFolder, wo
     assert "classification score alone" in result_table(result)
 
 
-def _scores_by_box(run: RunFolder, world: Path, out: Path, alpha: float, beta: float) -> dict[tuple[Any, ...], dict[str, float]]:
-    """The scores of all classes at every box, with nothing suppressed or cut off; boxes that stand twice are left out."""
+def _scores_by_box(
+    run: RunFolder, world: Path, out: Path, alpha: float, beta: float
+) -> dict[tuple[Any, ...], dict[str, float]]:
+    """The scores of all classes at every box, with nothing suppressed or cut off; boxes that stand twice are left
+    out."""
     shutil.copytree(run.path, out)
     config = (out / "config.toml").read_text()
-    for old, new in (("alpha = 0.25", f"alpha = {alpha}"), ("beta = 0.45", f"beta = {beta}"),
-                     ("nms = 0.5\ndetections_per_image = 100", "nms = 1.0\ndetections_per_image = 100000")):
+    for old, new in (
+        ("alpha = 0.25", f"alpha = {alpha}"),
+        ("beta = 0.45", f"beta = {beta}"),
+        ("nms = 0.5\ndetections_per_image = 100", "nms = 1.0\ndetections_per_image = 100000"),
+    ):
         assert old in config
         config = config.replace(old, new)
     (out / "config.toml").write_text(config)
     evaluate(EvalConfig(run=out, data=DataPaths(world), device="cpu", trust=True), _silent)
-    name = {c["id"]: c["name"] for c in json.loads((world / "annotations" / "instances_val2017.json").read_text())["categories"]}
+    name = {
+        c["id"]: c["name"]
+        for c in json.loads((world / "annotations" / "instances_val2017.json").read_text())["categories"]
+    }
     found: dict[tuple[Any, ...], list[tuple[str, float]]] = {}
     for d in json.loads((out / "detections.json").read_text()):
         found.setdefault((d["image_id"], *d["bbox"]), []).append((name[d["category_id"]], d["score"]))
@@ -145,8 +154,9 @@ def _scores_by_box(run: RunFolder, world: Path, out: Path, alpha: float, beta: f
 
 
 def test_second_score_counts_for_the_classes_it_is_meant_for(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
-    """alpha moves the base classes, beta the novel ones; all scores of a box sum to one with the background's, so the others keep
-    their ratio."""
+    """alpha moves the base classes, beta the novel ones; all scores of a box sum to one with the background's, so the
+    others keep their ratio.
+    """
     plain = _scores_by_box(distilled, world, tmp_path / "plain", 0.0, 0.0)
     assert len(plain) > 100
     for alpha, beta, moved, left in ((0.0, 1.0, NOVEL, BASE), (1.0, 0.0, BASE, NOVEL)):
@@ -158,8 +168,9 @@ def test_second_score_counts_for_the_classes_it_is_meant_for(distilled: RunFolde
             assert (spread < 1.0001).all() if same else (spread > 2).all()
 
 
-def test_result_does_not_depend_on_batch_size_or_workers(distilled: RunFolder, evaluated: tuple[EvalResult, Path], world: Path,
-                                                         tmp_path: Path) -> None:
+def test_result_does_not_depend_on_batch_size_or_workers(
+    distilled: RunFolder, evaluated: tuple[EvalResult, Path], world: Path, tmp_path: Path
+) -> None:
     result, _ = _evaluate(distilled, tmp_path, world, batch_size=8, workers=1)
     np.testing.assert_allclose(result.combined.ap, evaluated[0].combined.ap, atol=0.5)  # NaN where both have none
 
@@ -203,15 +214,25 @@ def test_images_without_annotations_are_left_out(base_only: RunFolder, copied_wo
     assert gone not in {d["image_id"] for d in json.loads((out / "detections.json").read_text())}
 
 
-def test_weighted_mean_holds_when_every_class_has_ground_truth(base_only: RunFolder, copied_world: Path, tmp_path: Path) -> None:
+def test_weighted_mean_holds_when_every_class_has_ground_truth(
+    base_only: RunFolder, copied_world: Path, tmp_path: Path
+) -> None:
     file = copied_world / "annotations" / "instances_val2017.json"
     tree = json.loads(file.read_text())
     shown = {a["category_id"] for a in tree["annotations"]}
     number = len(tree["annotations"])
     for missing in (c["id"] for c in tree["categories"] if c["id"] not in shown):
         number += 1
-        tree["annotations"].append({"id": number, "image_id": tree["images"][0]["id"], "category_id": missing, "bbox": [5, 5, 30, 30],
-                                    "area": 900, "iscrowd": 0})
+        tree["annotations"].append(
+            {
+                "id": number,
+                "image_id": tree["images"][0]["id"],
+                "category_id": missing,
+                "bbox": [5, 5, 30, 30],
+                "area": 900,
+                "iscrowd": 0,
+            }
+        )
     file.write_text(json.dumps(tree))
     result, out = _evaluate(base_only, tmp_path, copied_world)
     metrics = _metrics(out)
@@ -230,8 +251,9 @@ def test_no_detection_at_all_is_an_ap_of_zero(base_only: RunFolder, world: Path,
     assert _metrics(out)["ap50"] == {"novel": 0, "base": 0, "all": 0}
 
 
-def test_the_other_engine_gives_the_same_and_is_recorded(distilled: RunFolder, evaluated: tuple[EvalResult, Path], world: Path,
-                                                         tmp_path: Path) -> None:
+def test_the_other_engine_gives_the_same_and_is_recorded(
+    distilled: RunFolder, evaluated: tuple[EvalResult, Path], world: Path, tmp_path: Path
+) -> None:
     result, out = _evaluate(distilled, tmp_path, world, engine=Engine.FASTER)
     for found, expected in ((result.combined, evaluated[0].combined), (result.split_blind, evaluated[0].split_blind)):
         np.testing.assert_allclose(found.ap50, expected.ap50, rtol=0, atol=1e-6)
@@ -243,14 +265,19 @@ def test_the_other_engine_gives_the_same_and_is_recorded(distilled: RunFolder, e
 
 # --- refusals ---
 
-def test_a_missing_engine_says_what_to_install(base_only: RunFolder, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_a_missing_engine_says_what_to_install(
+    base_only: RunFolder, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(HdovdError, match=r"pip install 'hdovd\[fast-eval\]'"):
         _evaluate(base_only, tmp_path, world, engine=Engine.FASTER)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "other size"])
-def test_validation_picture_that_cannot_be_read_is_an_error(base_only: RunFolder, copied_world: Path, tmp_path: Path, damage: str) -> None:
+def test_validation_picture_that_cannot_be_read_is_an_error(
+    base_only: RunFolder, copied_world: Path, tmp_path: Path, damage: str
+) -> None:
     file = sorted((copied_world / "val2017").iterdir())[4]
     if damage == "missing":
         file.unlink()
@@ -263,7 +290,9 @@ def test_validation_picture_that_cannot_be_read_is_an_error(base_only: RunFolder
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
-def test_error_in_a_worker_process_is_still_one_message(base_only: RunFolder, copied_world: Path, tmp_path: Path) -> None:
+def test_error_in_a_worker_process_is_still_one_message(
+    base_only: RunFolder, copied_world: Path, tmp_path: Path
+) -> None:
     file = sorted((copied_world / "val2017").iterdir())[4]
     file.unlink()
     with pytest.raises(HdovdError, match=file.name) as error:
@@ -301,8 +330,9 @@ def test_the_best_weights_where_there_are_any(distilled: RunFolder, world: Path,
     result, out = _evaluate(distilled, tmp_path / "last", world)
     shutil.copy(out / "model.safetensors", out / "best.safetensors")
     (out / "model.safetensors").write_bytes(b"others")
-    assert evaluate(EvalConfig(run=out, data=DataPaths(world), device="cpu", weights=Weights.BEST), _silent).combined.summary() == (
-        result.combined.summary())
+    assert evaluate(
+        EvalConfig(run=out, data=DataPaths(world), device="cpu", weights=Weights.BEST), _silent
+    ).combined.summary() == (result.combined.summary())
     assert _metrics(out)["weights"] == "best"
 
 

@@ -1,4 +1,5 @@
-"""A run taken apart: on detections made by hand around the micro world's objects, and on what does not belong together."""
+"""A run taken apart: on detections made by hand around the micro world's objects, and on what does not belong
+together."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def _silent(_: str) -> None: ...
 
 @pytest.fixture(scope="module")
 def made(distilled: RunFolder, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose detections are made by hand: of the objects of each image, in turn, found, misnamed, mislocalised and missed ones."""
+    """A run whose detections are made by hand: of the objects of each image, in turn, found, misnamed, mislocalised and
+    missed ones.
+    """
     run = Path(shutil.copytree(distilled.path, tmp_path_factory.mktemp("made") / "run"))
     protocol = load_protocol(str(world / "protocol.toml"))
     split = load_split(world / "annotations" / "instances_val2017.json", world / "val2017", protocol, base_only=False)
@@ -41,13 +44,28 @@ def made(distilled: RunFolder, world: Path, tmp_path_factory: pytest.TempPathFac
             if what == 3:
                 continue
             named = split.coco_ids[(label + 7) % len(split.coco_ids) if what == 1 else label]
-            rows.append({"image_id": image.id, "category_id": named, "bbox": [x, y, w, h * 0.3 if what == 2 else h],
-                         "score": round(0.9 - 0.05 * place - 0.01 * number, 3)})
+            rows.append(
+                {
+                    "image_id": image.id,
+                    "category_id": named,
+                    "bbox": [x, y, w, h * 0.3 if what == 2 else h],
+                    "score": round(0.9 - 0.05 * place - 0.01 * number, 3),
+                }
+            )
     ap = GroundTruth(split.annotations, split.coco_ids, [i.id for i in split.images], protocol).average_precision(rows)
     (run / "detections.json").write_text(json.dumps(rows))
-    (run / "metrics.json").write_text(json.dumps({
-        "protocol": protocol.name, **ap.summary(), "per_class": ap.per_class(), "images": len(split.images), "weights": "last",
-        "weights_hash": weights_hash(run / "model.safetensors")}))
+    (run / "metrics.json").write_text(
+        json.dumps(
+            {
+                "protocol": protocol.name,
+                **ap.summary(),
+                "per_class": ap.per_class(),
+                "images": len(split.images),
+                "weights": "last",
+                "weights_hash": weights_hash(run / "model.safetensors"),
+            }
+        )
+    )
     return run
 
 
@@ -66,7 +84,12 @@ def test_every_image_tells_what_became_of_its_detections_and_objects(analysis: R
     for place, image in enumerate(analysis.split.images):
         told = analysis.image(place)
         mine = sorted((row for row in rows if row["image_id"] == image.id), key=lambda row: -row["score"])
-        assert (told.image_id, told.file_name, told.width, told.height) == (image.id, image.file_name, image.width, image.height)
+        assert (told.image_id, told.file_name, told.width, told.height) == (
+            image.id,
+            image.file_name,
+            image.width,
+            image.height,
+        )
         assert [d.score for d in told.detections] == [row["score"] for row in mine]
         for d, row in zip(told.detections, mine, strict=True):
             x, y, w, h = row["bbox"]
@@ -86,10 +109,18 @@ def test_every_image_tells_what_became_of_its_detections_and_objects(analysis: R
             assert (t.detection is None) == (t.fate is Fate.MISSED)
             if t.detection is not None:
                 by = told.detections[t.detection]
-                assert (by.kind, by.truth) == ({Fate.FOUND: Kind.RIGHT, Fate.MISNAMED: Kind.CLASSIFICATION,
-                                                Fate.MISPLACED: Kind.LOCALISATION}[t.fate], k)
+                assert (by.kind, by.truth) == (
+                    {Fate.FOUND: Kind.RIGHT, Fate.MISNAMED: Kind.CLASSIFICATION, Fate.MISPLACED: Kind.LOCALISATION}[
+                        t.fate
+                    ],
+                    k,
+                )
     every = analysis.errors.groups["all"]
-    assert (kinds[Kind.RIGHT], fates[Fate.FOUND], fates[Fate.MISSED]) == (every.found, every.found, every.counts[Kind.MISSED])
+    assert (kinds[Kind.RIGHT], fates[Fate.FOUND], fates[Fate.MISSED]) == (
+        every.found,
+        every.found,
+        every.counts[Kind.MISSED],
+    )
     assert {kind: kinds[kind] for kind in ERRORS[:-1]} == {kind: every.counts[kind] for kind in ERRORS[:-1]}
     assert min(every.found, *(fates[f] for f in Fate if f is not Fate.CROWD)) >= 3  # all of them are there to be told
 
@@ -99,30 +130,52 @@ def test_the_parts_agree_with_metrics_and_with_each_other(analysis: RunAnalysis)
     assert {group: part.ap50 for group, part in analysis.errors.groups.items()} == pytest.approx(stated["ap50"])
     ap50 = dict(zip(analysis.protocol.names, analysis.curves.ap50().tolist(), strict=True))
     assert {n: v for n, v in ap50.items() if not np.isnan(v)} == pytest.approx(
-        {n: v["ap50"] for n, v in stated["per_class"].items() if v["ap50"] is not None})
+        {n: v["ap50"] for n, v in stated["per_class"].items() if v["ap50"] is not None}
+    )
     assert analysis.reliability["all"].counts.sum() == len(analysis.found.labels)
-    assert (analysis.reliability["all"].counts == analysis.reliability["base"].counts + analysis.reliability["novel"].counts).all()
+    assert (
+        analysis.reliability["all"].counts == analysis.reliability["base"].counts + analysis.reliability["novel"].counts
+    ).all()
     assert analysis.confusion.counts[:-1].sum() == len(analysis.objects.labels)
-    assert (analysis.confusion.threshold, np.trace(analysis.confusion.counts)) == (0.3, analysis.errors.groups["all"].found)
+    assert (analysis.confusion.threshold, np.trace(analysis.confusion.counts)) == (
+        0.3,
+        analysis.errors.groups["all"].found,
+    )
 
 
 def test_its_tree_is_json(analysis: RunAnalysis) -> None:
     tree = json.loads(json.dumps(analysis.to_tree(images=[0, 2]), allow_nan=False))
-    assert tree.keys() == {"run", "protocol", "weights", "metrics", "curves", "errors", "confusion", "reliability", "images"}
+    assert tree.keys() == {
+        "run",
+        "protocol",
+        "weights",
+        "metrics",
+        "curves",
+        "errors",
+        "confusion",
+        "reliability",
+        "images",
+    }
     assert [image["image_id"] for image in tree["images"]] == [analysis.split.images[k].id for k in (0, 2)]
     assert tree["images"][0]["truths"][0].keys() == {"box", "label", "annotation_id", "fate", "detection"}
     assert {d["kind"] for d in tree["images"][0]["detections"]} <= {kind.value for kind in Kind}
     assert analysis.to_tree()["images"] == []
 
 
-def test_what_eval_wrote_can_be_taken_apart_and_says_the_same(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
+def test_what_eval_wrote_can_be_taken_apart_and_says_the_same(
+    distilled: RunFolder, world: Path, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(distilled.path, tmp_path / "run"))
     shutil.copy(run / "model.safetensors", run / "best.safetensors")
     result = evaluate(EvalConfig(run=run, data=DataPaths(world), device="cpu"), _silent)
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["weights_hash"] == weights_hash(run / "model.safetensors")
     told = analyse(run, DataPaths(world), log=_silent)
-    assert json.loads(json.dumps(told.errors.to_tree())) == metrics["errors"] == json.loads(json.dumps(result.errors.to_tree()))
+    assert (
+        json.loads(json.dumps(told.errors.to_tree()))
+        == metrics["errors"]
+        == json.loads(json.dumps(result.errors.to_tree()))
+    )
     assert told.errors.groups["all"].false_positives > 50
     table = error_table(result.errors).splitlines()
     novel, base = (result.errors.groups[g].counts[Kind.CLASSIFICATION] for g in ("novel", "base"))
@@ -143,13 +196,29 @@ def _first(**changes: Any) -> Callable[[Path], None]:
 REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "not evaluated": (lambda run: (run / "metrics.json").unlink(), "no metrics.json: run hdovd eval"),
     "no detections": (lambda run: (run / "detections.json").unlink(), "no detections.json: run hdovd eval"),
-    "trained on": (lambda run: shutil.copy(run / "class_embeddings.safetensors", run / "model.safetensors"),
-                   "trained on since; run hdovd eval"),
-    "best gone": (lambda run: _edit(run / "metrics.json", lambda m: m.update(weights="best")) or (run / "best.safetensors").unlink(
-        missing_ok=True), r"evaluated with its best weights, but has no best\.safetensors"),
-    "fewer images": (lambda run: _edit(run / "metrics.json", lambda m: m.update(images=7)), "was evaluated on 7 images, but .* has 8"),
-    "another AP": (lambda run: _edit(run / "detections.json", lambda rows: rows.pop(0)), "AP50 of .* but metrics.json states"),
-    "another image": (_first(image_id=77), "entry 3: it is for image 77, of which .*instances_val2017.json holds no object"),
+    "trained on": (
+        lambda run: shutil.copy(run / "class_embeddings.safetensors", run / "model.safetensors"),
+        "trained on since; run hdovd eval",
+    ),
+    "best gone": (
+        lambda run: (
+            _edit(run / "metrics.json", lambda m: m.update(weights="best"))
+            or (run / "best.safetensors").unlink(missing_ok=True)
+        ),
+        r"evaluated with its best weights, but has no best\.safetensors",
+    ),
+    "fewer images": (
+        lambda run: _edit(run / "metrics.json", lambda m: m.update(images=7)),
+        "was evaluated on 7 images, but .* has 8",
+    ),
+    "another AP": (
+        lambda run: _edit(run / "detections.json", lambda rows: rows.pop(0)),
+        "AP50 of .* but metrics.json states",
+    ),
+    "another image": (
+        _first(image_id=77),
+        "entry 3: it is for image 77, of which .*instances_val2017.json holds no object",
+    ),
     "another class": (_first(category_id=[]), "entry 3: category a list is none"),
     "no box": (_first(bbox=[1, 2, 3]), "entry 3: the box is not four numbers"),
     "no score": (_first(score=float("nan")), "entry 3: the score is not in 0..1: nan"),
@@ -159,7 +228,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no row": (lambda run: (run / "detections.json").write_text("[3]"), "entry 0: a detection has image_id"),
     "no list": (lambda run: (run / "detections.json").write_text('{"a": [1]}'), "is no list of detections"),
     "metrics of something else": (lambda run: (run / "metrics.json").write_text("[]"), "not what hdovd eval writes"),
-    "unknown weights": (lambda run: _edit(run / "metrics.json", lambda m: m.update(weights="mean")), "not what hdovd eval writes"),
+    "unknown weights": (
+        lambda run: _edit(run / "metrics.json", lambda m: m.update(weights="mean")),
+        "not what hdovd eval writes",
+    ),
 }
 
 

@@ -68,7 +68,9 @@ def test_detections_are_of_the_splits_images_in_order(distilled: RunFolder, worl
     novel = torch.arange(len(texts)) >= len(validation.protocol.base)
     model.eval()
     for image, detections in zip(validation.split.images, found, strict=True):
-        expected = detect(model.predict([read_pixels(validation.split, image)], texts)[0], novel, model.recipe.inference)
+        expected = detect(
+            model.predict([read_pixels(validation.split, image)], texts)[0], novel, model.recipe.inference
+        )
         assert len(expected.scores) > 0
         for key in ("boxes", "scores", "labels"):
             assert torch.equal(getattr(detections, key), getattr(expected, key))
@@ -91,11 +93,16 @@ def test_results_form_has_every_detection(distilled: RunFolder, world: Path, val
     rows = results(split, validated.detections)
     assert len(rows) == sum(len(found.scores) for found in validated.detections) > 0
     first = validated.detections[0]
-    assert rows[0] == {"image_id": split.images[0].id, "category_id": split.coco_ids[int(first.labels[0])], "score": first.scores[0].item(),
-                       "bbox": pytest.approx([*first.boxes[0, :2].tolist(), *(first.boxes[0, 2:] - first.boxes[0, :2]).tolist()])}
+    assert rows[0] == {
+        "image_id": split.images[0].id,
+        "category_id": split.coco_ids[int(first.labels[0])],
+        "score": first.scores[0].item(),
+        "bbox": pytest.approx([*first.boxes[0, :2].tolist(), *(first.boxes[0, 2:] - first.boxes[0, :2]).tolist()]),
+    }
 
 
 # --- what training must not notice ---
+
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_random_states_are_left_alone(distilled: RunFolder, world: Path, workers: int) -> None:
@@ -144,8 +151,17 @@ def _step(model: FasterRCNN, texts: Tensor, split: Split, optimizer: torch.optim
     for image in split.images[:2]:
         rows = torch.nn.functional.normalize(torch.randn(len(image.boxes), model.dim), dim=1)
         none = rows[:0]
-        targets.append(Targets(torch.from_numpy(image.boxes), torch.from_numpy(image.labels) % 3, rows, torch.zeros(0, 4), none, none,
-                               torch.nn.functional.normalize(torch.randn(model.dim), dim=0)))
+        targets.append(
+            Targets(
+                torch.from_numpy(image.boxes),
+                torch.from_numpy(image.labels) % 3,
+                rows,
+                torch.zeros(0, 4),
+                none,
+                none,
+                torch.nn.functional.normalize(torch.randn(model.dim), dim=0),
+            )
+        )
     losses = model([read_pixels(split, image) for image in split.images[:2]], targets, texts[:3])
     optimizer.zero_grad()
     loss = torch.stack(list(losses.values())).sum()
@@ -177,7 +193,10 @@ def test_training_goes_on_to_the_bit(distilled: RunFolder, world: Path) -> None:
 
 # --- precision, bad input ---
 
-def test_a_cpu_counts_in_fp32_whatever_it_was_trained_in(distilled: RunFolder, world: Path, tmp_path: Path, validated: Validated) -> None:
+
+def test_a_cpu_counts_in_fp32_whatever_it_was_trained_in(
+    distilled: RunFolder, world: Path, tmp_path: Path, validated: Validated
+) -> None:
     out = Path(shutil.copytree(distilled.path, tmp_path / "run"))
     config = (out / "config.toml").read_text()
     assert 'precision = "fp32"' in config

@@ -12,13 +12,17 @@ from hdovd.config.recipe import InferenceConfig, Recipe
 from hdovd.modeling.postprocess import Detections
 from hdovd.pipelines.export.model import in_percent, largest_difference, made_up_pictures
 
-CONFIG = InferenceConfig(alpha=0.0, beta=0.0, distillation_scale=20.0, score_threshold=0.3, nms=0.5, detections_per_image=3)
+CONFIG = InferenceConfig(
+    alpha=0.0, beta=0.0, distillation_scale=20.0, score_threshold=0.3, nms=0.5, detections_per_image=3
+)
 
 
 def _found(*rows: tuple[float, float, int]) -> Detections:
     """Detections of (left edge, score, label)."""
     boxes = torch.tensor([[x, 0.0, 90.0, 9.0] for x, _, _ in rows]).reshape(-1, 4)
-    return Detections(boxes, torch.tensor([s for _, s, _ in rows]), torch.tensor([k for _, _, k in rows], dtype=torch.int64))
+    return Detections(
+        boxes, torch.tensor([s for _, s, _ in rows]), torch.tensor([k for _, _, k in rows], dtype=torch.int64)
+    )
 
 
 def test_boxes_are_compared_at_the_scale_of_the_input(micro_recipe: Callable[..., Recipe]) -> None:
@@ -30,23 +34,33 @@ def test_boxes_are_compared_at_the_scale_of_the_input(micro_recipe: Callable[...
 
 def test_a_made_up_picture_is_larger_than_the_input(micro_recipe: Callable[..., Recipe]) -> None:
     config = micro_recipe("input.short_side=800", "input.long_side=1333").input
-    assert [tuple(picture.shape) for picture in made_up_pictures(config)] == [(3, 110, 150), (3, 170, 96), (3, 1000, 1400)]
+    assert [tuple(picture.shape) for picture in made_up_pictures(config)] == [
+        (3, 110, 150),
+        (3, 170, 96),
+        (3, 1000, 1400),
+    ]
 
 
 ONE = ((1.0, 0.9, 0), (5.0, 0.5, 1))
 
 
-@pytest.mark.parametrize(("other", "expected"), [
-    (ONE, 0.0),
-    (ONE[::-1], 0.0),  # as where two scores are nearly equal
-    (((1.25, 0.9, 0), (5.0, 0.5, 1)), 0.25),
-    (((1.0, 0.9, 0), (5.0, 0.375, 1)), 0.125),
-    (((1.0, 0.9, 0), (5.0, 0.5, 0)), 0.2),  # one of another class is no partner
-    (((1.0, 0.9, 0),), 0.2),  # above the threshold
-    ((), 0.6),
-    ((*ONE, (7.0, 0.3125, 2)), 0.0125),
-    (((1.0, 0.9, 0), (3.0, 0.625, 0), (4.0, 0.4375, 0)), 0.325),  # the other side is full, which excuses (5.0, 0.5, 1) alone
-])
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (ONE, 0.0),
+        (ONE[::-1], 0.0),  # as where two scores are nearly equal
+        (((1.25, 0.9, 0), (5.0, 0.5, 1)), 0.25),
+        (((1.0, 0.9, 0), (5.0, 0.375, 1)), 0.125),
+        (((1.0, 0.9, 0), (5.0, 0.5, 0)), 0.2),  # one of another class is no partner
+        (((1.0, 0.9, 0),), 0.2),  # above the threshold
+        ((), 0.6),
+        ((*ONE, (7.0, 0.3125, 2)), 0.0125),
+        (
+            ((1.0, 0.9, 0), (3.0, 0.625, 0), (4.0, 0.4375, 0)),
+            0.325,
+        ),  # the other side is full, which excuses (5.0, 0.5, 1) alone
+    ],
+)
 def test_the_largest_difference_by_hand(other: tuple[tuple[float, float, int], ...], expected: float) -> None:
     assert largest_difference(_found(*ONE), _found(*other), CONFIG) == pytest.approx(expected, abs=1e-6)
     assert largest_difference(_found(*other), _found(*ONE), CONFIG) == pytest.approx(expected, abs=1e-6)

@@ -13,10 +13,19 @@ from hdovd.pipelines.proposal_files.file import Proposals
 
 def _table(base: list[int], proposals: dict[int, int]) -> BoxTable:
     """Images 10, 20, ... with as many base boxes; box k of an image begins at x = k, proposals at x = 100."""
-    images = [ImageBoxes(10 * (n + 1), f"{n}.jpg", 640, 480, _boxes(0, count), np.zeros(count, np.int64), np.arange(count) + 1000 * n)
-              for n, count in enumerate(base)]
-    return box_table(images, {image: Proposals(_boxes(100, count), np.linspace(1, 0, count, dtype=np.float32))
-                              for image, count in proposals.items()})
+    images = [
+        ImageBoxes(
+            10 * (n + 1), f"{n}.jpg", 640, 480, _boxes(0, count), np.zeros(count, np.int64), np.arange(count) + 1000 * n
+        )
+        for n, count in enumerate(base)
+    ]
+    return box_table(
+        images,
+        {
+            image: Proposals(_boxes(100, count), np.linspace(1, 0, count, dtype=np.float32))
+            for image, count in proposals.items()
+        },
+    )
 
 
 def _boxes(x: int, count: int) -> np.ndarray:
@@ -30,13 +39,27 @@ def test_rows_go_image_by_image_base_boxes_before_proposals() -> None:
     assert table.image_size.tolist() == [[640, 480]] * 3
     assert table.offset.tolist() == [0, 3, 5, 6]
     assert table.box[:, 0].tolist() == [0, 1, 100, 100, 101, 0]
-    assert table.source.tolist() == [Source.BASE_BOX, Source.BASE_BOX, Source.PROPOSAL, Source.PROPOSAL, Source.PROPOSAL, Source.BASE_BOX]
+    assert table.source.tolist() == [
+        Source.BASE_BOX,
+        Source.BASE_BOX,
+        Source.PROPOSAL,
+        Source.PROPOSAL,
+        Source.PROPOSAL,
+        Source.BASE_BOX,
+    ]
     assert table.annotation_id.tolist() == [0, 1, -1, -1, -1, 2000]
     assert table.score.tolist() == [1, 1, 1, 1, 0, 1]
     assert len(set(table.image_hash.tolist())) == 3
     assert {name: getattr(table, name).dtype.name for name in BoxTable.__slots__} == {
-        "image_id": "int64", "image_hash": "uint64", "image_size": "int32", "offset": "int64", "box": "float32", "source": "uint8",
-        "score": "float32", "annotation_id": "int64"}
+        "image_id": "int64",
+        "image_hash": "uint64",
+        "image_size": "int32",
+        "offset": "int64",
+        "box": "float32",
+        "source": "uint8",
+        "score": "float32",
+        "annotation_id": "int64",
+    }
 
 
 def test_empty_table() -> None:
@@ -59,7 +82,11 @@ def test_images_of_a_slice_are_those_with_rows_in_it(base: list[int]) -> None:
 
 
 def _random_columns(rng: np.random.Generator, rows: int) -> list[np.ndarray]:
-    return [rng.integers(0, 4, rows), rng.integers(0, 3, rows).astype(np.uint64), rng.integers(0, 2, (rows, 4)).astype(np.float32)]
+    return [
+        rng.integers(0, 4, rows),
+        rng.integers(0, 3, rows).astype(np.uint64),
+        rng.integers(0, 2, (rows, 4)).astype(np.float32),
+    ]
 
 
 def test_matched_rows_are_the_same_rows() -> None:

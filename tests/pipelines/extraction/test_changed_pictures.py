@@ -1,4 +1,5 @@
-"""Pictures are known by their content: one that changed in place is never taken for what it was, and one that moved is."""
+"""Pictures are known by their content: one that changed in place is never taken for what it was, and one that moved
+is."""
 
 from __future__ import annotations
 
@@ -62,12 +63,17 @@ def _is_changed(cache: Path, level: Level) -> np.ndarray:
 def _train(world: Path, cache: Path, recipe: Recipe) -> Any:
     protocol = str(world / "protocol.toml")
     return training_data(
-        TrainConfig(data=DataPaths(world), cache=cache, out=cache.parent / "run", recipe=recipe, protocol=protocol, device="cpu"), load_protocol(protocol), _silent
+        TrainConfig(
+            data=DataPaths(world), cache=cache, out=cache.parent / "run", recipe=recipe, protocol=protocol, device="cpu"
+        ),
+        load_protocol(protocol),
+        _silent,
     )
 
 
 def test_a_picture_that_changed_in_place_is_found_and_embedded_again_and_no_other(
-        copied_world: Path, tmp_path: Path, extraction: Config, counting: Any, micro_recipe: Callable[..., Recipe]) -> None:
+    copied_world: Path, tmp_path: Path, extraction: Config, counting: Any, micro_recipe: Callable[..., Recipe]
+) -> None:
     cache, config = tmp_path / "cache", extraction(tmp_path / "cache", data=copied_world)
     extract_clip(config, _silent)
     before = {level: _rows(cache, level) for level in (Level.IMAGE, Level.INSTANCE)}
@@ -76,11 +82,18 @@ def test_a_picture_that_changed_in_place_is_found_and_embedded_again_and_no_othe
 
     with pytest.raises(HdovdError, match=r"1 picture is not what .*cache was made from \(images 5\): another content"):
         _train(copied_world, cache, micro_recipe())
-    _train(copied_world, cache, micro_recipe("loss.instance.enabled=false", "loss.class.enabled=false", "loss.image.enabled=false"))
+    _train(
+        copied_world,
+        cache,
+        micro_recipe("loss.instance.enabled=false", "loss.class.enabled=false", "loss.image.enabled=false"),
+    )
     lines = list[str]()
     assert not check_cache(CheckConfig(cache=cache), _silent).findings
     assert check_cache(CheckConfig(cache=cache, changes={"data": DataPaths(copied_world)}), lines.append).findings
-    assert any("images 5: expected the pictures that set default was made from, found 1 of another content" in line for line in lines)
+    assert any(
+        "images 5: expected the pictures that set default was made from, found 1 of another content" in line
+        for line in lines
+    )
 
     lines.clear()
     report = extract_clip(config, lines.append, counting)
@@ -98,7 +111,9 @@ def test_a_picture_that_changed_in_place_is_found_and_embedded_again_and_no_othe
     assert not check_cache(CheckConfig(cache=cache, changes={"data": DataPaths(copied_world)}), _silent).findings
 
 
-def test_another_folder_with_the_same_names_and_sizes_is_no_hit(copied_world: Path, tmp_path: Path, extraction: Config) -> None:
+def test_another_folder_with_the_same_names_and_sizes_is_no_hit(
+    copied_world: Path, tmp_path: Path, extraction: Config
+) -> None:
     cache, other = tmp_path / "cache", tmp_path / "other"
     shutil.copytree(copied_world, other)
     for file in (other / "train2017").iterdir():
@@ -109,15 +124,22 @@ def test_another_folder_with_the_same_names_and_sizes_is_no_hit(copied_world: Pa
     assert report.levels[Level.IMAGE] == report.levels[Level.INSTANCE] == "extract"
     for config, data, strange in ((one, copied_world, other), (two, other, copied_world)):
         assert set(extract_clip(config, _silent).levels.values()) == {"hit"}
-        assert not check_cache(CheckConfig(cache=cache, features=config.features, changes={"data": DataPaths(data)}), _silent).findings
-        found = check_cache(CheckConfig(cache=cache, features=config.features, changes={"data": DataPaths(strange)}), _silent).findings
-        assert [finding.found[:2] for finding in found] == ["23"], f"set {config.features} was made from {data}, and not from {strange}"
+        assert not check_cache(
+            CheckConfig(cache=cache, features=config.features, changes={"data": DataPaths(data)}), _silent
+        ).findings
+        found = check_cache(
+            CheckConfig(cache=cache, features=config.features, changes={"data": DataPaths(strange)}), _silent
+        ).findings
+        assert [finding.found[:2] for finding in found] == ["23"], (
+            f"set {config.features} was made from {data}, and not from {strange}"
+        )
     a, b = FeatureCache(cache), FeatureCache(cache, "other")
     assert not (a.embeddings(Level.IMAGE) == b.embeddings(Level.IMAGE)).all(axis=1).any()
 
 
-def test_files_that_moved_or_were_copied_are_a_hit_and_hashed_once(copied_world: Path, tmp_path: Path, extraction: Config,
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_moved_or_were_copied_are_a_hit_and_hashed_once(
+    copied_world: Path, tmp_path: Path, extraction: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache, moved = tmp_path / "cache", tmp_path / "moved"
     extract_clip(extraction(cache, data=copied_world), _silent)
     shutil.copytree(copied_world, moved, copy_function=shutil.copyfile)  # times are new
@@ -134,9 +156,15 @@ def test_files_that_moved_or_were_copied_are_a_hit_and_hashed_once(copied_world:
 
 
 def test_other_rules_of_reading_cost_the_pictures_that_they_read_differently(
-        copied_world: Path, tmp_path: Path, extraction: Config, monkeypatch: pytest.MonkeyPatch,
-        micro_recipe: Callable[..., Recipe]) -> None:
-    """A cache of before there were rules, and one with --exif ignore: of both a picture with an orientation is embedded again."""
+    copied_world: Path,
+    tmp_path: Path,
+    extraction: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    micro_recipe: Callable[..., Recipe],
+) -> None:
+    """A cache of before there were rules, and one with --exif ignore: of both a picture with an orientation is embedded
+    again.
+    """
     with Image.open(_file(copied_world, CHANGED)) as picture:
         exif = Image.Exif()
         exif[0x0112] = 3
@@ -144,7 +172,10 @@ def test_other_rules_of_reading_cost_the_pictures_that_they_read_differently(
     cache, given = tmp_path / "cache", extract_module.level_inputs
 
     def before(*args: Any, **kwargs: Any) -> Any:
-        return {level: {name: inputs[name] for name in inputs if name != "exif"} for level, inputs in given(*args, **kwargs).items()}
+        return {
+            level: {name: inputs[name] for name in inputs if name != "exif"}
+            for level, inputs in given(*args, **kwargs).items()
+        }
 
     monkeypatch.setattr(extract_module, "level_inputs", before)
     extract_clip(extraction(cache, data=copied_world, exif=Exif.IGNORE), _silent)

@@ -1,4 +1,6 @@
-"""Images without objects that a protocol keeps go through extraction, training from a cache and from tar shards, and evaluation."""
+"""Images without objects that a protocol keeps go through extraction, training from a cache and from tar shards, and
+evaluation.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,27 @@ from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.hooks import PLAIN
 from hdovd.pipelines.training.train import TrainConfig, train
 
-ADAMIXER = ("detector.backbone.fpn_channels=32", "detector.proposals.shuffle=8", "detector.proposals.pre_nms=60",
-            "detector.decoder.queries=8", "detector.decoder.stages=2", "detector.decoder.points=4", "detector.decoder.out_points=8",
-            "detector.decoder.feedforward=32", "input.short_side=96", "input.long_side=128", "pseudo_boxes.min_side=4.0",
-            "pseudo_boxes.reliability_centre=0.0", "pseudo_boxes.from_epoch=1", "inference.score_threshold=0.0", "train.epochs=1",
-            "train.batch_size=1", "train.warmup_iterations=1", "train.workers=0", "train.precision=fp32")
+ADAMIXER = (
+    "detector.backbone.fpn_channels=32",
+    "detector.proposals.shuffle=8",
+    "detector.proposals.pre_nms=60",
+    "detector.decoder.queries=8",
+    "detector.decoder.stages=2",
+    "detector.decoder.points=4",
+    "detector.decoder.out_points=8",
+    "detector.decoder.feedforward=32",
+    "input.short_side=96",
+    "input.long_side=128",
+    "pseudo_boxes.min_side=4.0",
+    "pseudo_boxes.reliability_centre=0.0",
+    "pseudo_boxes.from_epoch=1",
+    "inference.score_threshold=0.0",
+    "train.epochs=1",
+    "train.batch_size=1",
+    "train.warmup_iterations=1",
+    "train.workers=0",
+    "train.precision=fp32",
+)
 
 
 def _silent(_: str) -> None: ...
@@ -40,7 +58,7 @@ def protocol(copied_world: Path) -> Path:
     for split, emptied in (("train", 4), ("val", 1)):
         file = copied_world / "annotations" / f"instances_{split}2017.json"
         tree = json.loads(file.read_text())
-        gone = {image["id"] for image in tree["images"][2:2 + emptied]}
+        gone = {image["id"] for image in tree["images"][2 : 2 + emptied]}
         tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] not in gone]
         file.write_text(json.dumps(tree))
     protocol = copied_world / "protocol.toml"
@@ -55,20 +73,33 @@ def _empty(world: Path) -> set[int]:
 
 
 def _losses(run: RunFolder) -> list[float]:
-    return [value for entry in run.entries() for key, value in entry.items() if key not in PLAIN and not key.startswith("val_")]
+    return [
+        value
+        for entry in run.entries()
+        for key, value in entry.items()
+        if key not in PLAIN and not key.startswith("val_")
+    ]
 
 
-def test_empty_images_are_embedded_trained_and_evaluated_on(protocol: Path, extraction: Callable[..., ExtractConfig], tmp_path: Path,
-                                                            micro_recipe: Callable[..., Recipe]) -> None:
+def test_empty_images_are_embedded_trained_and_evaluated_on(
+    protocol: Path, extraction: Callable[..., ExtractConfig], tmp_path: Path, micro_recipe: Callable[..., Recipe]
+) -> None:
     world, cache = protocol.parent, tmp_path / "cache"
     extract_clip(extraction(cache, data=world), _silent)
     reader, empty = FeatureCache(cache), _empty(world)
     assert len(empty) >= 4
     for image_id in empty:
-        assert abs(float((reader.image_embedding(image_id).astype("float32")**2).sum()) - 1) < 0.01
+        assert abs(float((reader.image_embedding(image_id).astype("float32") ** 2).sum()) - 1) < 0.01
         assert not len(reader.instances(image_id).base_boxes().box)
     data = DataPaths(world)
-    job = TrainConfig(data=data, cache=cache, out=tmp_path / "run", recipe=micro_recipe("train.batch_size=1"), protocol=str(protocol), device="cpu")
+    job = TrainConfig(
+        data=data,
+        cache=cache,
+        out=tmp_path / "run",
+        recipe=micro_recipe("train.batch_size=1"),
+        protocol=str(protocol),
+        device="cpu",
+    )
     run = train(job, _silent)
     ada = train(replace(job, out=tmp_path / "ada", recipe=load_recipe("demo-adamixer", ADAMIXER)), _silent)
     for one in (run, ada):
@@ -84,10 +115,21 @@ def test_empty_images_are_embedded_trained_and_evaluated_on(protocol: Path, extr
     assert evaluate(EvalConfig(run=run.path, data=data, device="cpu", protocol=str(plain)), _silent).images == 7
 
 
-def test_a_cache_that_was_made_without_them_says_so(world: Path, training_cache: Path, tmp_path: Path,
-                                                    micro_recipe: Callable[..., Recipe]) -> None:
+def test_a_cache_that_was_made_without_them_says_so(
+    world: Path, training_cache: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe]
+) -> None:
     protocol = tmp_path / "protocol.toml"
     protocol.write_text((world / "protocol.toml").read_text() + "\nkeep_empty_train = true\n")
     with pytest.raises(HdovdError, match="extract-clip"):
-        train(TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / "run", recipe=micro_recipe(), protocol=str(protocol), device="cpu"), _silent)
+        train(
+            TrainConfig(
+                data=DataPaths(world),
+                cache=training_cache,
+                out=tmp_path / "run",
+                recipe=micro_recipe(),
+                protocol=str(protocol),
+                device="cpu",
+            ),
+            _silent,
+        )
     assert Level.IMAGE in FeatureCache(training_cache).levels()

@@ -1,4 +1,6 @@
-"""From a cache to tar shards and back: nothing is lost or added, killed exports go on, and extraction straight to shards."""
+"""From a cache to tar shards and back: nothing is lost or added, killed exports go on, and extraction straight to
+shards.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,14 @@ def _silent(_: str) -> None: ...
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    found = {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-    return {name: data for name, data in found.items()  # shards do not keep what the files of the pictures were
-            if not name.startswith((".claims/", "runs/")) and "/pictures/" not in name}
+    found = {
+        file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()
+    }
+    return {
+        name: data
+        for name, data in found.items()  # shards do not keep what the files of the pictures were
+        if not name.startswith((".claims/", "runs/")) and "/pictures/" not in name
+    }
 
 
 def _same_files(one: Path, two: Path) -> None:
@@ -67,6 +74,7 @@ def broken(world: Path, extraction: Extraction, tmp_path_factory: pytest.TempPat
 
 # --- there and back ---
 
+
 @pytest.mark.parametrize("samples", [1, 5, 1000])
 def test_round_trip_is_exact(cache: Path, tmp_path: Path, samples: int) -> None:
     export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", samples=samples), _silent)
@@ -88,7 +96,9 @@ def test_round_trip_of_small_parts_and_failed_images_is_exact(broken: Path, kept
 
 
 def test_round_trip_of_a_named_set_without_proposals_is_exact(extraction: Extraction, tmp_path: Path) -> None:
-    extract_clip(extraction(tmp_path / "cache", proposals=None, vocabulary=None, captions=None, features="plain"), _silent)
+    extract_clip(
+        extraction(tmp_path / "cache", proposals=None, vocabulary=None, captions=None, features="plain"), _silent
+    )
     with pytest.raises(HdovdError, match="no set of features named default; it has plain"):
         export_tars(TarExportConfig(cache=tmp_path / "cache", out=tmp_path / "shards"), _silent)
     export_tars(TarExportConfig(cache=tmp_path / "cache", out=tmp_path / "shards", features="plain"), _silent)
@@ -96,7 +106,9 @@ def test_round_trip_of_a_named_set_without_proposals_is_exact(extraction: Extrac
     _same_files(tmp_path / "cache", tmp_path / "back")
 
 
-def test_shards_hold_the_files_and_base_annotations_alone(cache: Path, world: Path, kept: list[int], tmp_path: Path) -> None:
+def test_shards_hold_the_files_and_base_annotations_alone(
+    cache: Path, world: Path, kept: list[int], tmp_path: Path
+) -> None:
     export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", samples=7), _silent)
     tree = json.loads((world / "annotations" / "instances_train2017.json").read_text())
     names = {c["id"]: c["name"] for c in tree["categories"]}
@@ -112,7 +124,9 @@ def test_shards_hold_the_files_and_base_annotations_alone(cache: Path, world: Pa
         about = json.loads(members[f"{image:012d}.json"])
         assert about["annotations"] == expected[image]
         assert about["file_name"] == file.name
-    assert len([a for a in tree["annotations"] if names[a["category_id"]] not in BASE]) > 5  # there was something to leave out
+    assert (
+        len([a for a in tree["annotations"] if names[a["category_id"]] not in BASE]) > 5
+    )  # there was something to leave out
 
 
 def test_import_leaves_what_is_there_and_goes_on(cache: Path, tmp_path: Path) -> None:
@@ -162,6 +176,7 @@ def test_rows_changed_by_somebody_are_refused(cache: Path, tmp_path: Path) -> No
 
 # --- refusals ---
 
+
 def test_other_data_are_refused_naming_what_differs(cache: Path, copied_world: Path, tmp_path: Path) -> None:
     file = copied_world / "annotations" / "instances_train2017.json"
     tree = json.loads(file.read_text())
@@ -172,8 +187,9 @@ def test_other_data_are_refused_naming_what_differs(cache: Path, copied_world: P
     assert not (tmp_path / "shards").exists()
 
 
-def test_picture_that_is_gone_is_named_and_nothing_half_written_stays(cache: Path, copied_world: Path, kept: list[int],
-                                                                       tmp_path: Path) -> None:
+def test_picture_that_is_gone_is_named_and_nothing_half_written_stays(
+    cache: Path, copied_world: Path, kept: list[int], tmp_path: Path
+) -> None:
     name = f"{kept[12]:012d}.jpg"
     (copied_world / "train2017" / name).rename(tmp_path / name)
     config = TarExportConfig(cache=cache, out=tmp_path / "shards", data=DataPaths(copied_world), samples=5)
@@ -191,14 +207,22 @@ def test_set_of_unknown_origin_needs_data_and_protocol(copied_cache: Path, world
     catalog.write_set("default", replace(catalog.sets()["default"], made_from={}))
     with pytest.raises(HdovdError, match="give --data and --protocol"):
         export_tars(TarExportConfig(cache=copied_cache, out=tmp_path / "shards"), _silent)
-    config = TarExportConfig(cache=copied_cache, out=tmp_path / "shards", data=DataPaths(world), protocol=str(world / "protocol.toml"))
+    config = TarExportConfig(
+        cache=copied_cache, out=tmp_path / "shards", data=DataPaths(world), protocol=str(world / "protocol.toml")
+    )
     assert export_tars(config, _silent).images == 23
 
 
 # --- killed ---
 
-def test_killed_export_goes_on_and_ends_the_same(cache: Path, copied_world: Path, kept: list[int], tmp_path: Path) -> None:
-    out, config = tmp_path / "shards", TarExportConfig(cache=cache, out=tmp_path / "shards", data=DataPaths(copied_world), samples=2)
+
+def test_killed_export_goes_on_and_ends_the_same(
+    cache: Path, copied_world: Path, kept: list[int], tmp_path: Path
+) -> None:
+    out, config = (
+        tmp_path / "shards",
+        TarExportConfig(cache=cache, out=tmp_path / "shards", data=DataPaths(copied_world), samples=2),
+    )
     picture = copied_world / "train2017" / f"{kept[7]:012d}.jpg"
     picture.rename(tmp_path / "picture.jpg")
     os.mkfifo(picture)  # the export waits here, in its fourth shard, until it is killed
@@ -220,6 +244,7 @@ def test_killed_export_goes_on_and_ends_the_same(cache: Path, copied_world: Path
 
 
 # --- extract-clip --store webdataset ---
+
 
 def test_extraction_to_shards_leaves_shards_alone(extraction: Extraction, cache: Path, tmp_path: Path) -> None:
     lines: list[str] = []
@@ -270,7 +295,9 @@ def test_second_extraction_to_shards_is_a_hit(extraction: Extraction, tmp_path: 
     assert not (folder / ".zarr").exists()
 
 
-def test_other_inputs_are_refused_before_anything_is_extracted(extraction: Extraction, tmp_path: Path, teacher: Any) -> None:
+def test_other_inputs_are_refused_before_anything_is_extracted(
+    extraction: Extraction, tmp_path: Path, teacher: Any
+) -> None:
     folder = tmp_path / "shards"
     extract_clip(extraction(folder, store=Store.WEBDATASET), _silent)
     before = _files(folder)
@@ -282,8 +309,9 @@ def test_other_inputs_are_refused_before_anything_is_extracted(extraction: Extra
 
 
 @pytest.mark.parametrize("state", ["extracting", "exporting", "verifying"])
-def test_extraction_to_shards_goes_on_wherever_it_was_killed(extraction: Extraction, cache: Path, tmp_path: Path, state: str,
-                                                             teacher: Any) -> None:
+def test_extraction_to_shards_goes_on_wherever_it_was_killed(
+    extraction: Extraction, cache: Path, tmp_path: Path, state: str, teacher: Any
+) -> None:
     folder = tmp_path / "shards"
     extract_clip(extraction(folder / ".zarr"), _silent)
     if state == "extracting":
@@ -296,7 +324,9 @@ def test_extraction_to_shards_goes_on_wherever_it_was_killed(extraction: Extract
             data = bytearray((folder / "000000.tar").read_bytes())
             data[5000] ^= 1
             (folder / "000000.tar").write_bytes(data)
-            with pytest.raises(HdovdError, match=r"000000\.tar: sample \d+ is damaged(.|\n)*run the same command again"):
+            with pytest.raises(
+                HdovdError, match=r"000000\.tar: sample \d+ is damaged(.|\n)*run the same command again"
+            ):
                 extract_clip(extraction(folder, store=Store.WEBDATASET), _silent, _NeverAsked(teacher))
             assert (folder / ".zarr" / "zarr.json").exists()
     asked = ("object",) if state == "extracting" else ()  # the set, which keeps that text, is gone
@@ -325,6 +355,7 @@ def _retry_failed(extraction: Extraction, tmp_path: Path) -> None:
 
 
 # --- commands ---
+
 
 def test_commands(cache: Path, world: Path, tmp_path: Path) -> None:
     def run(*words: object) -> str:

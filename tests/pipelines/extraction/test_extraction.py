@@ -43,7 +43,9 @@ def reference(clip: str) -> tuple[Any, Any, Any]:
 def _embed(reference: tuple[Any, Any, Any], pictures: list[Image.Image]) -> Tensor:
     model, preprocess, _ = reference
     with torch.no_grad():
-        return torch.cat([torch.nn.functional.normalize(model.encode_image(preprocess(p)[None]), dim=1) for p in pictures])
+        return torch.cat(
+            [torch.nn.functional.normalize(model.encode_image(preprocess(p)[None]), dim=1) for p in pictures]
+        )
 
 
 def _cosine(a: Tensor, b: np.ndarray) -> Tensor:
@@ -60,6 +62,7 @@ def _picture(world: Path, entry: dict[str, Any]) -> Image.Image:
 
 # --- embeddings ---
 
+
 def test_image_embeddings_are_open_clips(world: Path, cache: Path, kept: list[int], reference: Any) -> None:
     reader = FeatureCache(cache)
     entries = [e for e in _tree(world)["images"] if e["id"] in kept]
@@ -75,7 +78,9 @@ def test_base_box_embeddings_are_open_clips(world: Path, cache: Path, kept: list
     seen = 0
     for entry in (e for e in tree["images"] if e["id"] in kept):
         rows = reader.instances(entry["id"]).base_boxes()
-        annotations = {a["id"]: a for a in tree["annotations"] if a["image_id"] == entry["id"] and name[a["category_id"]] in BASE}
+        annotations = {
+            a["id"]: a for a in tree["annotations"] if a["image_id"] == entry["id"] and name[a["category_id"]] in BASE
+        }
         assert set(rows.annotation_id.tolist()) == set(annotations)
         crops = []
         for key, box in zip(rows.annotation_id.tolist(), rows.box.tolist(), strict=True):
@@ -87,8 +92,9 @@ def test_base_box_embeddings_are_open_clips(world: Path, cache: Path, kept: list
     assert seen > 30
 
 
-def test_proposal_embeddings_are_of_the_box_widened_to_whole_pixels(world: Path, cache: Path, proposals: Path, kept: list[int],
-                                                                     reference: Any) -> None:
+def test_proposal_embeddings_are_of_the_box_widened_to_whole_pixels(
+    world: Path, cache: Path, proposals: Path, kept: list[int], reference: Any
+) -> None:
     reader = FeatureCache(cache)
     entries = {e["id"]: e for e in _tree(world)["images"]}
     listed: dict[int, list[Any]] = {}
@@ -113,7 +119,9 @@ def test_proposal_embeddings_are_of_the_box_widened_to_whole_pixels(world: Path,
     assert _cosine(_embed(reference, shrunk), np.stack(found)).median() < 0.9999  # a pixel of difference would show
 
 
-def test_class_and_noun_embeddings_are_means_over_templates(cache: Path, tmp_path: Path, extraction: Config, reference: Any) -> None:
+def test_class_and_noun_embeddings_are_means_over_templates(
+    cache: Path, tmp_path: Path, extraction: Config, reference: Any
+) -> None:
     extract_clip(extraction(tmp_path / "cache", templates=TEMPLATES), _silent)
     reader = FeatureCache(tmp_path / "cache")
     model, _, tokenizer = reference
@@ -136,7 +144,9 @@ def _stored(cache: Path, level: Level, name: str = "embedding") -> np.ndarray:
 
 
 @pytest.mark.parametrize("part_rows", [64, 10], ids=lambda n: f"{n} rows a part")
-def test_bytes_do_not_depend_on_workers(tmp_path: Path, extraction: Config, contents: Callable[..., Any], part_rows: int) -> None:
+def test_bytes_do_not_depend_on_workers(
+    tmp_path: Path, extraction: Config, contents: Callable[..., Any], part_rows: int
+) -> None:
     """All of the cache: embeddings, tables, metadata, records and the set."""
     for name, workers in (("one", 0), ("other", 1)):
         extract_clip(extraction(tmp_path / name, workers=workers, part_rows=part_rows, batch_size=16), _silent)
@@ -144,27 +154,37 @@ def test_bytes_do_not_depend_on_workers(tmp_path: Path, extraction: Config, cont
 
 
 def test_embeddings_do_not_depend_on_the_size_of_parts(cache: Path, tmp_path: Path, extraction: Config) -> None:
-    """Exactly: parts of 10 rows cut images in two, and other crops share a batch. The keys say that the products are the same."""
+    """Exactly: parts of 10 rows cut images in two, and other crops share a batch. The keys say that the products are
+    the same.
+    """
     extract_clip(extraction(tmp_path / "cache", part_rows=10), _silent)
     assert FeatureCache(cache).set.levels == FeatureCache(tmp_path / "cache").set.levels
     starts = _stored(cache, Level.BOXES, "offset")
     assert sum(one // 10 < (stop - 1) // 10 for one, stop in pairwise(starts)) > 5
     for level in (Level.IMAGE, Level.INSTANCE):
         np.testing.assert_array_equal(_stored(cache, level), _stored(tmp_path / "cache", level))
-    for level, name in ((Level.CLASS, "embedding"), (Level.NOUN, "embedding"), (Level.PSEUDO_LABEL, "noun"),
-                        (Level.PSEUDO_LABEL, "noun_cosine")):  # texts go through the model in the batches that come up
+    for level, name in (
+        (Level.CLASS, "embedding"),
+        (Level.NOUN, "embedding"),
+        (Level.PSEUDO_LABEL, "noun"),
+        (Level.PSEUDO_LABEL, "noun_cosine"),
+    ):  # texts go through the model in the batches that come up
         np.testing.assert_allclose(_stored(cache, level, name), _stored(tmp_path / "cache", level, name), atol=1e-3)
 
 
 def test_embeddings_hardly_depend_on_the_batch_size(cache: Path, tmp_path: Path, extraction: Config) -> None:
-    """A matrix product of another shape may sum in another order, so this is a step of float16 at most, and no identity."""
+    """A matrix product of another shape may sum in another order, so this is a step of float16 at most, and no
+    identity.
+    """
     extract_clip(extraction(tmp_path / "cache", batch_size=1), _silent)
     assert FeatureCache(cache).set.levels == FeatureCache(tmp_path / "cache").set.levels
     for level in (Level.IMAGE, Level.INSTANCE):
         np.testing.assert_allclose(_stored(cache, level), _stored(tmp_path / "cache", level), atol=5e-4, rtol=0)
 
 
-def test_bf16_is_close_to_fp32_and_another_identity(cache: Path, kept: list[int], tmp_path: Path, extraction: Config) -> None:
+def test_bf16_is_close_to_fp32_and_another_identity(
+    cache: Path, kept: list[int], tmp_path: Path, extraction: Config
+) -> None:
     extract_clip(extraction(tmp_path / "cache", precision=Precision.BF16), _silent)
     one, other = FeatureCache(cache), FeatureCache(tmp_path / "cache")
     fine = np.concatenate([one.instances(i).embedding for i in kept] + [one.embeddings(Level.CLASS)])
@@ -182,6 +202,7 @@ def test_fp16_on_a_cpu_is_refused(tmp_path: Path, extraction: Config) -> None:
 
 # --- nouns ---
 
+
 def _check_nouns(reader: FeatureCache, kept: list[int], offered: Callable[[int], set[str]]) -> int:
     names, nouns = reader.names(Level.NOUN), reader.embeddings(Level.NOUN)
     named = 0
@@ -197,7 +218,9 @@ def _check_nouns(reader: FeatureCache, kept: list[int], offered: Callable[[int],
         cosines = rows.embedding.astype(np.float32) @ nouns[listed].T
         best = cosines.max(axis=1, initial=-1)
         np.testing.assert_allclose(rows.noun_cosine, best, atol=2e-3)
-        np.testing.assert_allclose([c[listed.index(n)] for c, n in zip(cosines, rows.noun, strict=True)], best, atol=2e-3)
+        np.testing.assert_allclose(
+            [c[listed.index(n)] for c, n in zip(cosines, rows.noun, strict=True)], best, atol=2e-3
+        )
         named += len(rows.noun)
     return named
 
@@ -205,10 +228,15 @@ def _check_nouns(reader: FeatureCache, kept: list[int], offered: Callable[[int],
 def test_nouns_come_from_the_images_own_captions(world: Path, cache: Path, kept: list[int]) -> None:
     vocabulary = set((world / "vocabulary.txt").read_text().split())
     captions = {c["image_id"]: c["caption"] for c in _tree(world, "captions")["annotations"]}
-    assert _check_nouns(FeatureCache(cache), kept, lambda i: vocabulary & set(re.findall("[a-z]+", captions[i].lower()))) > 100
+    assert (
+        _check_nouns(FeatureCache(cache), kept, lambda i: vocabulary & set(re.findall("[a-z]+", captions[i].lower())))
+        > 100
+    )
 
 
-def test_without_captions_every_image_offers_all_nouns(world: Path, kept: list[int], tmp_path: Path, extraction: Config) -> None:
+def test_without_captions_every_image_offers_all_nouns(
+    world: Path, kept: list[int], tmp_path: Path, extraction: Config
+) -> None:
     extract_clip(extraction(tmp_path / "cache", captions=None), _silent)
     vocabulary = set((world / "vocabulary.txt").read_text().split())
     reader = FeatureCache(tmp_path / "cache")

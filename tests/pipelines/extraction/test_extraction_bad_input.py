@@ -42,7 +42,9 @@ BAD_PROPOSALS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def test_bad_proposals_are_counted_and_leave_no_rows(tmp_path: Path, proposals: Path, copied_cache: Path, extraction: Config) -> None:
+def test_bad_proposals_are_counted_and_leave_no_rows(
+    tmp_path: Path, proposals: Path, copied_cache: Path, extraction: Config
+) -> None:
     entries = json.loads(proposals.read_text())
     for number, (entry, _) in enumerate(BAD_PROPOSALS.values()):
         entries.insert(number * 3, {"image_id": 1} | entry)
@@ -51,24 +53,42 @@ def test_bad_proposals_are_counted_and_leave_no_rows(tmp_path: Path, proposals: 
     report = extract_clip(extraction(copied_cache, proposals=tmp_path / "bad.json"), lines.append)
     assert set(report.levels.values()) == {"hit"}  # what is left is what the good file holds
     text = "\n".join(line for line in lines if line.startswith("skipped"))
-    assert sum(int(line.split(":")[0].removeprefix("skipped ")) for line in text.splitlines() if "proposal" in line) >= len(BAD_PROPOSALS)
+    assert sum(
+        int(line.split(":")[0].removeprefix("skipped ")) for line in text.splitlines() if "proposal" in line
+    ) >= len(BAD_PROPOSALS)
     for _, reason in BAD_PROPOSALS.values():
         assert reason in text
     assert "987654" in text
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("[]", "no proposals.*hdovd propose"),
-    ("{}", "no proposal file"),
-    ('[{"image_id": 1, "bbox": [1, 2, 3, 4]}]', "no proposal file"),
-    ("[[1, 2, 3, 4]]", "no proposal file"),
-    ('[{"image_id": 1, "bb', "not valid JSON"),
-    ('[{"image_id": 987654, "bbox": [1, 2, 30, 40], "score": 1}]', "no usable proposal.*987654"),
-    ('[{"image_id": 1, "bbox": [1, 2, 0, 40], "score": 1}]', "no usable proposal.*no area"),
-    ('[{"image_id": [1], "bbox": [1, 2, 30, 40], "score": 1}]', "proposal"),
-    (None, "no file"),
-], ids=["empty", "dict", "without score", "bare boxes", "cut off", "unknown images alone", "unusable alone", "id is a list", "missing"])
-def test_proposal_file_that_cannot_be_used(tmp_path: Path, extraction: Config, content: str | None, message: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "no proposals.*hdovd propose"),
+        ("{}", "no proposal file"),
+        ('[{"image_id": 1, "bbox": [1, 2, 3, 4]}]', "no proposal file"),
+        ("[[1, 2, 3, 4]]", "no proposal file"),
+        ('[{"image_id": 1, "bb', "not valid JSON"),
+        ('[{"image_id": 987654, "bbox": [1, 2, 30, 40], "score": 1}]', "no usable proposal.*987654"),
+        ('[{"image_id": 1, "bbox": [1, 2, 0, 40], "score": 1}]', "no usable proposal.*no area"),
+        ('[{"image_id": [1], "bbox": [1, 2, 30, 40], "score": 1}]', "proposal"),
+        (None, "no file"),
+    ],
+    ids=[
+        "empty",
+        "dict",
+        "without score",
+        "bare boxes",
+        "cut off",
+        "unknown images alone",
+        "unusable alone",
+        "id is a list",
+        "missing",
+    ],
+)
+def test_proposal_file_that_cannot_be_used(
+    tmp_path: Path, extraction: Config, content: str | None, message: str
+) -> None:
     if content is not None:
         (tmp_path / "p.json").write_text(content)
     with pytest.raises(HdovdError, match=f"(?s)p.json.*{message}|{message}.*p.json"):
@@ -87,6 +107,7 @@ def test_without_proposals_base_boxes_alone_are_cached(tmp_path: Path, extractio
 
 # --- nouns and other options ---
 
+
 @pytest.mark.parametrize("content", [None, "", "\n  \n# only a comment\n"], ids=["missing", "empty", "comments"])
 def test_vocabulary_without_names(tmp_path: Path, extraction: Config, content: str | None) -> None:
     if content is not None:
@@ -95,12 +116,33 @@ def test_vocabulary_without_names(tmp_path: Path, extraction: Config, content: s
         extract_clip(extraction(tmp_path / "cache", vocabulary=tmp_path / "words.txt"), _silent)
 
 
-@pytest.mark.parametrize("content", [
-    None, "[]", '{"annotations": {}}', '{"annotations": [{"image_id": 1, "cap', '{"annotations": []}',
-    '{"annotations": [{"image_id": 1, "caption": "nothing of note"}]}',
-    '{"annotations": [{"image_id": 1}]}', '{"annotations": [{"caption": "a car"}]}', '{"annotations": [{"image_id": 1, "caption": null}]}',
-    '{"annotations": ["a car"]}',
-], ids=["missing", "list", "no list", "cut off", "empty", "no word", "no caption", "no image", "null caption", "bare text"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "[]",
+        '{"annotations": {}}',
+        '{"annotations": [{"image_id": 1, "cap',
+        '{"annotations": []}',
+        '{"annotations": [{"image_id": 1, "caption": "nothing of note"}]}',
+        '{"annotations": [{"image_id": 1}]}',
+        '{"annotations": [{"caption": "a car"}]}',
+        '{"annotations": [{"image_id": 1, "caption": null}]}',
+        '{"annotations": ["a car"]}',
+    ],
+    ids=[
+        "missing",
+        "list",
+        "no list",
+        "cut off",
+        "empty",
+        "no word",
+        "no caption",
+        "no image",
+        "null caption",
+        "bare text",
+    ],
+)
 def test_captions_that_cannot_be_used(tmp_path: Path, extraction: Config, content: str | None) -> None:
     if content is not None:
         (tmp_path / "captions.json").write_text(content)

@@ -76,7 +76,10 @@ def test_a_cache_is_extended_in_its_own_precision(copied_world: Path, tmp_path: 
 def test_another_precision_than_the_caches_says_what_it_costs(copied_cache: Path, extraction: Config) -> None:
     lines = list[str]()
     extract_clip(extraction(copied_cache, precision=Precision.BF16, dry_run=True), lines.append)
-    assert any("--precision bf16: the cache's embeddings of this CLIP are fp32" in line and "made anew" in line for line in lines)
+    assert any(
+        "--precision bf16: the cache's embeddings of this CLIP are fp32" in line and "made anew" in line
+        for line in lines
+    )
     lines.clear()
     extract_clip(extraction(copied_cache, precision=Precision.FP32, dry_run=True), lines.append)
     assert not any("precision:" in line or "--precision" in line for line in lines)
@@ -88,18 +91,25 @@ def _write_proposals(file: Path, entries: list[dict[str, Any]]) -> Path:
 
 
 def _assert_equals_fresh(cache: Path, features: str, config: ExtractConfig) -> None:
-    """All rows are those of an extraction into an empty folder with parts of that size, exactly: what is reused is copied, and on one
-    kind of processor the rest does not depend on its batch."""
+    """All rows are those of an extraction into an empty folder with parts of that size, exactly: what is reused is
+    copied, and on one kind of processor the rest does not depend on its batch.
+    """
     extract_clip(config, _silent)
     for level in Level:
         for name in ("box", "source", "score", "annotation_id") if level is BOXES else ROW_ARRAYS[level]:
-            np.testing.assert_array_equal(_stored(cache, level, name, features), _stored(Path(config.cache), level, name))
+            np.testing.assert_array_equal(
+                _stored(cache, level, name, features), _stored(Path(config.cache), level, name)
+            )
 
 
-def test_more_proposals_extend(copied_cache: Path, tmp_path: Path, proposals: Path, extraction: Config, counting: Any) -> None:
+def test_more_proposals_extend(
+    copied_cache: Path, tmp_path: Path, proposals: Path, extraction: Config, counting: Any
+) -> None:
     """In image 2, which had none, and in image 5, before, between and after its own, by their scores."""
-    new = [{"image_id": image_id, "bbox": [3 * k + 1.5, 4, 30, 20], "score": score}
-           for k, (image_id, score) in enumerate([(2, 0.5), (2, 0.9), (5, 1.0), (5, 0.5), (5, 0.0)])]
+    new = [
+        {"image_id": image_id, "bbox": [3 * k + 1.5, 4, 30, 20], "score": score}
+        for k, (image_id, score) in enumerate([(2, 0.5), (2, 0.9), (5, 1.0), (5, 0.5), (5, 0.0)])
+    ]
     more = _write_proposals(tmp_path / "more.json", json.loads(proposals.read_text()) + new)
     report = extract_clip(extraction(copied_cache, proposals=more, features="more"), _silent, counting)
     assert _decisions(report) == {BOXES: "extract", INSTANCE: "extend", PSEUDO_LABEL: "extract"}
@@ -115,14 +125,18 @@ def test_damaged_rows_are_not_copied(copied_cache: Path, tmp_path: Path, proposa
     data = bytearray(shard.read_bytes())
     data[5] ^= 1
     shard.write_bytes(data)
-    more = _write_proposals(tmp_path / "more.json",
-                            [*json.loads(proposals.read_text()), {"image_id": 2, "bbox": [1.5, 4, 30, 20], "score": 0.5}])
+    more = _write_proposals(
+        tmp_path / "more.json",
+        [*json.loads(proposals.read_text()), {"image_id": 2, "bbox": [1.5, 4, 30, 20], "score": 0.5}],
+    )
     with pytest.raises(HdovdError, match=rf"{key}/embedding/c/0/0 is damaged.*verify --repair"):
         extract_clip(extraction(copied_cache, proposals=more, features="more"), _silent)
     assert "more" not in Catalog(copied_cache).sets()
 
 
-def test_other_scores_compute_no_row(copied_cache: Path, tmp_path: Path, proposals: Path, extraction: Config, counting: Any) -> None:
+def test_other_scores_compute_no_row(
+    copied_cache: Path, tmp_path: Path, proposals: Path, extraction: Config, counting: Any
+) -> None:
     """Their order in an image follows the scores: the rows of the instance level move, and are copied."""
     entries = [entry | {"score": 1 - entry["score"]} for entry in json.loads(proposals.read_text())]
     other = _write_proposals(tmp_path / "other.json", entries)
@@ -132,7 +146,9 @@ def test_other_scores_compute_no_row(copied_cache: Path, tmp_path: Path, proposa
     _assert_equals_fresh(copied_cache, "other", extraction(tmp_path / "fresh", proposals=other))
 
 
-def test_more_images_extend(copied_world: Path, tmp_path: Path, extraction: Config, counting: Any, kept: list[int]) -> None:
+def test_more_images_extend(
+    copied_world: Path, tmp_path: Path, extraction: Config, counting: Any, kept: list[int]
+) -> None:
     """They stand between those that were there; parts are small, so that rows move from part to part."""
     _edit(copied_world, _keep_images(lambda i: i % 3 > 0))
     old = [i for i in kept if i % 3 > 0]
@@ -146,8 +162,9 @@ def test_more_images_extend(copied_world: Path, tmp_path: Path, extraction: Conf
     _assert_equals_fresh(tmp_path / "cache", "default", extraction(tmp_path / "fresh", part_rows=16))
 
 
-def test_fewer_images_compute_no_row(copied_world: Path, copied_cache: Path, tmp_path: Path, extraction: Config,
-                                     counting: Any) -> None:
+def test_fewer_images_compute_no_row(
+    copied_world: Path, copied_cache: Path, tmp_path: Path, extraction: Config, counting: Any
+) -> None:
     _edit(copied_world, _keep_images(lambda i: i % 3 > 0))
     report = extract_clip(extraction(copied_cache, data=copied_world, features="fewer"), _silent, counting)
     assert _decisions(report) == {BOXES: "extract", INSTANCE: "extend", IMAGE: "extend", PSEUDO_LABEL: "extract"}
@@ -156,9 +173,11 @@ def test_fewer_images_compute_no_row(copied_world: Path, copied_cache: Path, tmp
 
 
 @pytest.mark.parametrize("change", ["id", "size"])
-def test_image_that_is_another_is_extracted_anew(copied_world: Path, copied_cache: Path, tmp_path: Path, extraction: Config, change: str,
-                                                 counting: Any) -> None:
+def test_image_that_is_another_is_extracted_anew(
+    copied_world: Path, copied_cache: Path, tmp_path: Path, extraction: Config, change: str, counting: Any
+) -> None:
     """With its crops, even where the boxes are the same; the others are copied."""
+
     def edit(tree: dict[str, Any]) -> None:
         (entry,) = [i for i in tree["images"] if i["id"] == 5]
         if change == "id":
@@ -178,10 +197,14 @@ def test_image_that_is_another_is_extracted_anew(copied_world: Path, copied_cach
     assert 1 < report.new_rows[INSTANCE] < report.rows[INSTANCE] / 5
     extract_clip(extraction(tmp_path / "fresh", **changes), _silent)
     for level in (IMAGE, INSTANCE):
-        np.testing.assert_array_equal(_stored(copied_cache, level, features="other"), _stored(tmp_path / "fresh", level))
+        np.testing.assert_array_equal(
+            _stored(copied_cache, level, features="other"), _stored(tmp_path / "fresh", level)
+        )
 
 
-def test_half_of_a_product_gives_what_it_has(tmp_path: Path, proposals: Path, extraction: Config, counting: Any) -> None:
+def test_half_of_a_product_gives_what_it_has(
+    tmp_path: Path, proposals: Path, extraction: Config, counting: Any
+) -> None:
     """The extraction of the old proposals was broken off; the one of the new ones takes over its finished parts."""
     extract_clip(extraction(tmp_path / "cache", part_rows=16), _silent)
     folder = tmp_path / "cache" / "instance" / FeatureCache(tmp_path / "cache").key(INSTANCE)
@@ -197,8 +220,9 @@ def test_half_of_a_product_gives_what_it_has(tmp_path: Path, proposals: Path, ex
     _assert_equals_fresh(tmp_path / "cache", "default", extraction(tmp_path / "fresh", part_rows=16, proposals=more))
 
 
-def test_missing_parts_are_made_and_nothing_else(tmp_path: Path, extraction: Config, counting: Any,
-                                                 contents: Callable[..., Any]) -> None:
+def test_missing_parts_are_made_and_nothing_else(
+    tmp_path: Path, extraction: Config, counting: Any, contents: Callable[..., Any]
+) -> None:
     extract_clip(extraction(tmp_path / "cache", part_rows=16), _silent)
     whole = contents(tmp_path / "cache")
     folder = tmp_path / "cache" / "instance" / FeatureCache(tmp_path / "cache").key(INSTANCE)
@@ -215,6 +239,7 @@ def test_missing_parts_are_made_and_nothing_else(tmp_path: Path, extraction: Con
 
 # --- sizes of parts ---
 
+
 def test_nouns_can_be_added_with_other_sizes_of_parts(tmp_path: Path, extraction: Config) -> None:
     """A pseudo label's part is made with that of its crops, so its size is theirs, whatever is asked for."""
     extract_clip(extraction(tmp_path / "cache", vocabulary=None, captions=None, part_rows=16), _silent)
@@ -227,7 +252,10 @@ def test_nouns_can_be_added_with_other_sizes_of_parts(tmp_path: Path, extraction
 def test_process_that_began_later_takes_over_the_size_of_parts(tmp_path: Path, extraction: Config, nouns: bool) -> None:
     """Both planned on an empty folder, with parts of other sizes; the first to begin may want no nouns."""
     late = prepare(extraction(tmp_path / "cache", part_rows=100), _silent)
-    early = prepare(extraction(tmp_path / "cache", part_rows=16, **({} if nouns else {"vocabulary": None, "captions": None})), _silent)
+    early = prepare(
+        extraction(tmp_path / "cache", part_rows=16, **({} if nouns else {"vocabulary": None, "captions": None})),
+        _silent,
+    )
     early.begin(Catalog.create(tmp_path / "cache"))
     late.begin(Catalog(tmp_path / "cache"))
     for extraction_ in (late, early):
@@ -239,9 +267,11 @@ def test_process_that_began_later_takes_over_the_size_of_parts(tmp_path: Path, e
 
 # --- claims ---
 
+
 @pytest.mark.parametrize("level", [INSTANCE, PSEUDO_LABEL, CLASS], ids=str)
-def test_part_of_a_process_that_hangs_is_done_after_some_time(tmp_path: Path, extraction: Config, monkeypatch: pytest.MonkeyPatch,
-                                                              level: Level) -> None:
+def test_part_of_a_process_that_hangs_is_done_after_some_time(
+    tmp_path: Path, extraction: Config, monkeypatch: pytest.MonkeyPatch, level: Level
+) -> None:
     """And until then everything else is: here the claim is never let go."""
     monkeypatch.setattr(local, "CLAIM_WAIT_S", 0.3)
     config = extraction(tmp_path / "cache", part_rows=32)
@@ -254,5 +284,7 @@ def test_part_of_a_process_that_hangs_is_done_after_some_time(tmp_path: Path, ex
         if level is not CLASS:
             assert begun.do(begun.units()[0]) == []
             assert begun.do(pictures) == [Unit(INSTANCE, 1)]
-            assert [unit for unit in pictures if unit not in begun.left()] == [unit for unit in pictures if unit != Unit(INSTANCE, 1)]
+            assert [unit for unit in pictures if unit not in begun.left()] == [
+                unit for unit in pictures if unit != Unit(INSTANCE, 1)
+            ]
         assert extract_clip(config, _silent).whole

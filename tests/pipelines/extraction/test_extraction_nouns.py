@@ -1,4 +1,6 @@
-"""A file of nouns in place of vocabulary and captions: the same products, sets that know it, and sets from before there was one."""
+"""A file of nouns in place of vocabulary and captions: the same products, sets that know it, and sets from before there
+was one.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def _keys(config: ExtractConfig) -> dict[Level, str]:
     return {level: plan.key for level, plan in prepare(config, _silent).plans.items()}
 
 
-def test_file_of_nouns_makes_what_vocabulary_and_captions_make(cache: Path, extraction: Config, nouns_file: Path, tmp_path: Path) -> None:
+def test_file_of_nouns_makes_what_vocabulary_and_captions_make(
+    cache: Path, extraction: Config, nouns_file: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "cache"
     extract_clip(extraction(copy, vocabulary=None, captions=None, nouns=nouns_file), _silent)
     one, other = FeatureCache(copy), FeatureCache(cache)
@@ -79,16 +83,21 @@ def test_general_list_for_every_image(tmp_path: Path, extraction: Config, monkey
     extract_clip(config, _silent)
     reader = FeatureCache(tmp_path / "cache")
     assert tuple(reader.names(Level.NOUN)) == shipped("general")
-    assert ExtractConfig.from_dict(reader.set.made_from, "c").vocabulary == Path("general")  # a name, wherever it is read again
+    assert ExtractConfig.from_dict(reader.set.made_from, "c").vocabulary == Path(
+        "general"
+    )  # a name, wherever it is read again
 
 
 # --- sets from before plurals were known ---
+
 
 def _plural(world: Path) -> None:
     file = world / "annotations" / "captions_train2017.json"
     tree = json.loads(file.read_text())
     for entry in tree["annotations"]:
-        entry["caption"] = entry["caption"].replace("star", "stars").replace("umbrella", "umbrellas").replace("tree", "trees")
+        entry["caption"] = (
+            entry["caption"].replace("star", "stars").replace("umbrella", "umbrellas").replace("tree", "trees")
+        )
     file.write_text(json.dumps(tree))
 
 
@@ -116,12 +125,21 @@ def test_captions_in_singular_have_one_key_however_they_are_matched(extraction: 
 
 # --- what does not go together ---
 
-@pytest.mark.parametrize(("changes", "what"), [
-    ({"nouns": Path("n.json")}, "--vocabulary and --captions out"),
-    ({"nouns": Path("n.json"), "captions": None}, "--vocabulary and --captions out"),
-    ({"nouns": Path("n.json"), "vocabulary": None, "captions": None, "proposals": None}, "--nouns names pseudo boxes"),
-])
-def test_options_that_do_not_go_together(extraction: Config, tmp_path: Path, changes: dict[str, Any], what: str) -> None:
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"nouns": Path("n.json")}, "--vocabulary and --captions out"),
+        ({"nouns": Path("n.json"), "captions": None}, "--vocabulary and --captions out"),
+        (
+            {"nouns": Path("n.json"), "vocabulary": None, "captions": None, "proposals": None},
+            "--nouns names pseudo boxes",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(
+    extraction: Config, tmp_path: Path, changes: dict[str, Any], what: str
+) -> None:
     with pytest.raises(HdovdError, match=what):
         extraction(tmp_path / "cache", **changes)
 

@@ -1,4 +1,5 @@
-"""What an extraction finds in a cache: hit, extend or extract, with the reason; and that only what is new is computed."""
+"""What an extraction finds in a cache: hit, extend or extract, with the reason; and that only what is new is
+computed."""
 
 from __future__ import annotations
 
@@ -53,7 +54,10 @@ def _edit(world: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 # --- hits ---
 
-def test_second_run_is_a_hit_and_writes_nothing(copied_cache: Path, extraction: Config, counting: Any, untouched: Untouched) -> None:
+
+def test_second_run_is_a_hit_and_writes_nothing(
+    copied_cache: Path, extraction: Config, counting: Any, untouched: Untouched
+) -> None:
     lines: list[str] = []
     with untouched(copied_cache):
         report = extract_clip(extraction(copied_cache), lines.append, counting)
@@ -66,22 +70,28 @@ def test_second_run_is_a_hit_and_writes_nothing(copied_cache: Path, extraction: 
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 7}, {"workers": 1}, {"part_rows": 16}], ids=str)
-def test_how_it_is_computed_is_no_reason_to_compute_again(copied_cache: Path, extraction: Config, changes: dict[str, Any],
-                                                          untouched: Untouched) -> None:
+def test_how_it_is_computed_is_no_reason_to_compute_again(
+    copied_cache: Path, extraction: Config, changes: dict[str, Any], untouched: Untouched
+) -> None:
     with untouched(copied_cache):
         assert _decisions(extract_clip(extraction(copied_cache, **changes), _silent)) == {}
 
 
-def test_same_data_at_another_path_and_same_clip_in_another_folder_are_hits(copied_world: Path, copied_cache: Path, clip: str,
-                                                                             proposals: Path, tmp_path: Path, extraction: Config) -> None:
+def test_same_data_at_another_path_and_same_clip_in_another_folder_are_hits(
+    copied_world: Path, copied_cache: Path, clip: str, proposals: Path, tmp_path: Path, extraction: Config
+) -> None:
     moved = shutil.copytree(clip.removeprefix("local-dir:"), tmp_path / "moved clip")
     shutil.copy(proposals, tmp_path / "other name.json")
-    report = extract_clip(extraction(copied_cache, data=copied_world, clip=f"local-dir:{moved}", proposals=tmp_path / "other name.json"),
-                          _silent)
+    report = extract_clip(
+        extraction(copied_cache, data=copied_world, clip=f"local-dir:{moved}", proposals=tmp_path / "other name.json"),
+        _silent,
+    )
     assert _decisions(report) == {}
 
 
-def test_novel_annotations_leave_no_trace_in_the_cache(copied_world: Path, copied_cache: Path, extraction: Config) -> None:
+def test_novel_annotations_leave_no_trace_in_the_cache(
+    copied_world: Path, copied_cache: Path, extraction: Config
+) -> None:
     def without_novel(tree: dict[str, Any]) -> None:
         novel = {c["id"] for c in tree["categories"] if c["name"] in NOVEL}
         assert any(a["category_id"] in novel for a in tree["annotations"])
@@ -93,8 +103,10 @@ def test_novel_annotations_leave_no_trace_in_the_cache(copied_world: Path, copie
 
 # --- the plan ---
 
-def test_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path: Path, extraction: Config, kept: list[int],
-                                                          untouched: Untouched) -> None:
+
+def test_dry_run_says_what_it_would_do_and_writes_nothing(
+    tmp_path: Path, extraction: Config, kept: list[int], untouched: Untouched
+) -> None:
     lines: list[str] = []
     with untouched(tmp_path):
         report = extract_clip(extraction(tmp_path / "folder" / "cache", dry_run=True), lines.append)
@@ -143,23 +155,57 @@ def _other_vocabulary(tmp_path: Path) -> dict[str, Any]:
 MODEL = {level: "extract" for level in Level if level is not BOXES}
 
 
-@pytest.mark.parametrize(("change", "reasons", "decisions"), [
-    (_other_proposals, {BOXES: r"proposals\.hash differs", INSTANCE: r"boxes\.hash differs", PSEUDO_LABEL: "instance differs"},
-     {BOXES: "extract", INSTANCE: "extend", PSEUDO_LABEL: "extract"}),
-    (lambda: {"templates": TEMPLATES}, {CLASS: r'templates differs: expected \["a photo of a {}", "{} in the snow"\], the cache has '
-                                               r'\["a photo of a {}"\]'}, dict.fromkeys((CLASS, NOUN, PSEUDO_LABEL), "extract")),
-    (lambda: {"captions": None}, {PSEUDO_LABEL: 'offered differs: expected "all"'}, {PSEUDO_LABEL: "extract"}),
-    (_other_vocabulary, {NOUN: r'names differs: expected \["car", "star"\]', PSEUDO_LABEL: "noun differs"},
-     {NOUN: "extract", PSEUDO_LABEL: "extract"}),
-    (_other_clip, dict.fromkeys((INSTANCE, IMAGE, CLASS, NOUN), r"clip\.weights_sha256 differs"), MODEL),
-    (_other_preprocessing, {IMAGE: r"preprocessing\.mean differs: expected \[0\.5, 0\.5, 0\.5\], the cache has \[0\.5, 0\.4, 0\.45\]"},
-     dict.fromkeys((INSTANCE, IMAGE, PSEUDO_LABEL), "extract")),
-    (lambda: {"precision": Precision.BF16}, {IMAGE: r'clip\.compute_dtype differs: expected "bfloat16", the cache has "float32"'}, MODEL),
-], ids=["proposals", "templates", "captions", "vocabulary", "clip", "preprocessing", "precision"])
+@pytest.mark.parametrize(
+    ("change", "reasons", "decisions"),
+    [
+        (
+            _other_proposals,
+            {BOXES: r"proposals\.hash differs", INSTANCE: r"boxes\.hash differs", PSEUDO_LABEL: "instance differs"},
+            {BOXES: "extract", INSTANCE: "extend", PSEUDO_LABEL: "extract"},
+        ),
+        (
+            lambda: {"templates": TEMPLATES},
+            {
+                CLASS: r'templates differs: expected \["a photo of a {}", "{} in the snow"\], the cache has '
+                r'\["a photo of a {}"\]'
+            },
+            dict.fromkeys((CLASS, NOUN, PSEUDO_LABEL), "extract"),
+        ),
+        (lambda: {"captions": None}, {PSEUDO_LABEL: 'offered differs: expected "all"'}, {PSEUDO_LABEL: "extract"}),
+        (
+            _other_vocabulary,
+            {NOUN: r'names differs: expected \["car", "star"\]', PSEUDO_LABEL: "noun differs"},
+            {NOUN: "extract", PSEUDO_LABEL: "extract"},
+        ),
+        (_other_clip, dict.fromkeys((INSTANCE, IMAGE, CLASS, NOUN), r"clip\.weights_sha256 differs"), MODEL),
+        (
+            _other_preprocessing,
+            {IMAGE: r"preprocessing\.mean differs: expected \[0\.5, 0\.5, 0\.5\], the cache has \[0\.5, 0\.4, 0\.45\]"},
+            dict.fromkeys((INSTANCE, IMAGE, PSEUDO_LABEL), "extract"),
+        ),
+        (
+            lambda: {"precision": Precision.BF16},
+            {IMAGE: r'clip\.compute_dtype differs: expected "bfloat16", the cache has "float32"'},
+            MODEL,
+        ),
+    ],
+    ids=["proposals", "templates", "captions", "vocabulary", "clip", "preprocessing", "precision"],
+)
 def test_other_input_is_named_and_its_products_stand_beside_the_old_ones(
-        request: pytest.FixtureRequest, copied_cache: Path, extraction: Config, contents: Callable[..., Any], cache: Path,
-        change: Callable[..., dict[str, Any]], reasons: dict[Level, str], decisions: dict[Level, str]) -> None:
-    wanted = [n for n in ("tmp_path", "proposals", "save_clip") if n in change.__code__.co_varnames[:change.__code__.co_argcount]]
+    request: pytest.FixtureRequest,
+    copied_cache: Path,
+    extraction: Config,
+    contents: Callable[..., Any],
+    cache: Path,
+    change: Callable[..., dict[str, Any]],
+    reasons: dict[Level, str],
+    decisions: dict[Level, str],
+) -> None:
+    wanted = [
+        n
+        for n in ("tmp_path", "proposals", "save_clip")
+        if n in change.__code__.co_varnames[: change.__code__.co_argcount]
+    ]
     changes = change(**{name: request.getfixturevalue(name) for name in wanted}) | {"features": "other"}
     lines: list[str] = []
     report = extract_clip(extraction(copied_cache, **changes), lines.append)
@@ -197,8 +243,10 @@ def test_what_made_a_product_is_readable_in_its_attributes(cache: Path, clip: st
 
 # --- folders ---
 
-def test_cache_of_another_schema_is_refused_before_anything_is_computed(copied_cache: Path, extraction: Config, untouched: Untouched,
-                                                                        counting: Any) -> None:
+
+def test_cache_of_another_schema_is_refused_before_anything_is_computed(
+    copied_cache: Path, extraction: Config, untouched: Untouched, counting: Any
+) -> None:
     zarr.open_group(copied_cache, mode="r+").attrs["schema_version"] = 99
     with untouched(copied_cache), pytest.raises(HdovdError, match="schema 99"):
         extract_clip(extraction(copied_cache), _silent, counting)
@@ -211,7 +259,9 @@ def test_empty_folder_can_take_a_cache(tmp_path: Path, extraction: Config) -> No
     assert FeatureCache(tmp_path / "cache").levels() == list(Level)
 
 
-def test_folder_with_something_else_is_never_taken(tmp_path: Path, extraction: Config, untouched: Untouched, counting: Any) -> None:
+def test_folder_with_something_else_is_never_taken(
+    tmp_path: Path, extraction: Config, untouched: Untouched, counting: Any
+) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.jpg").write_bytes(b"precious")
     with untouched(tmp_path / "photos"), pytest.raises(HdovdError, match=r"photos is not empty .*mine\.jpg"):
@@ -219,9 +269,14 @@ def test_folder_with_something_else_is_never_taken(tmp_path: Path, extraction: C
     assert counting.batches == []
 
 
-def test_ctrl_c_says_what_stays_and_the_same_command_goes_on(extraction: Config, counting: Any, tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    embed, lines, config = counting.embed_images, list[str](), extraction(tmp_path / "cache", part_rows=20, batch_size=20)
+def test_ctrl_c_says_what_stays_and_the_same_command_goes_on(
+    extraction: Config, counting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed, lines, config = (
+        counting.embed_images,
+        list[str](),
+        extraction(tmp_path / "cache", part_rows=20, batch_size=20),
+    )
 
     def pressed(pixels: Any) -> Any:
         if len(counting.batches) == 9:
@@ -242,9 +297,12 @@ def test_ctrl_c_says_what_stays_and_the_same_command_goes_on(extraction: Config,
 
 
 @pytest.mark.parametrize("scales", [(1.0,), (1.0, 1.5)])
-def test_probe_does_not_count_what_fills_up_a_batch(extraction: Config, counting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                    scales: tuple[float, ...]) -> None:
-    """By a clock that only the model moves: a second a crop, those included that fill up a batch of more than there are."""
+def test_probe_does_not_count_what_fills_up_a_batch(
+    extraction: Config, counting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scales: tuple[float, ...]
+) -> None:
+    """By a clock that only the model moves: a second a crop, those included that fill up a batch of more than there
+    are.
+    """
     now, embed = [0.0], counting.embed_images
 
     def second_each(pixels: Any) -> Any:

@@ -1,4 +1,5 @@
-"""An extraction that is killed, or has no room: what was finished is whole, and the same command makes it the cache of an unbroken run.
+"""An extraction that is killed, or has no room: what was finished is whole, and the same command makes it the cache of
+an unbroken run.
 
 The scenes are real processes (`killed_scenes`); they are played once, and these tests judge what was seen.
 """

@@ -37,8 +37,12 @@ PICTURES = CROPS | {IMAGE}
 class _Teacher:
     """What identities ask of a model; `lower_case` stands for a tokenizer of another kind."""
 
-    identity: dict[str, Any] = field(default_factory=lambda: {"weights_sha256": "w", "activation": "gelu", "compute_dtype": "float32"})
-    preprocessing: dict[str, Any] = field(default_factory=lambda: {"size": [32, 32], "mean": [0.5, 0.5, 0.5], "interpolation": "bicubic"})
+    identity: dict[str, Any] = field(
+        default_factory=lambda: {"weights_sha256": "w", "activation": "gelu", "compute_dtype": "float32"}
+    )
+    preprocessing: dict[str, Any] = field(
+        default_factory=lambda: {"size": [32, 32], "mean": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
+    )
     lower_case: bool = False
 
     def hash_prompts(self, names: Sequence[Name], templates: Sequence[str]) -> str:
@@ -47,23 +51,45 @@ class _Teacher:
 
 def _image(image_id: int, count: int, **changes: Any) -> ImageBoxes:
     boxes = (np.arange(count * 4).reshape(-1, 4) + np.array([0, 0, 10, 10])).astype(np.float32)
-    values = {"id": image_id, "file_name": f"{image_id}.jpg", "width": 64, "height": 48, "boxes": boxes,
-              "labels": np.zeros(count, np.int64), "annotation_ids": np.arange(count) + 100 * image_id}
+    values = {
+        "id": image_id,
+        "file_name": f"{image_id}.jpg",
+        "width": 64,
+        "height": 48,
+        "boxes": boxes,
+        "labels": np.zeros(count, np.int64),
+        "annotation_ids": np.arange(count) + 100 * image_id,
+    }
     return ImageBoxes(**(values | changes))
 
 
 def _values() -> dict[str, Any]:
     images = [_image(1, 2), _image(2, 1), _image(5, 3)]
-    proposals = {1: Proposals(np.array([[1, 2, 30, 40]], np.float32), np.array([0.5], np.float32)),
-                 5: Proposals(np.array([[1, 2, 30, 40], [3, 4, 20, 20]], np.float32), np.array([0.5, 0.25], np.float32))}
-    return {"clip": _Teacher(), "images": images, "proposals": proposals, "nouns": Nouns(("Dog", "cat", "sky"), {1: (0, 2), 5: (1,)}),
-            "classes": TextRows(("A", "b")), "templates": ["a {}", "the {}"], "recipe": PLAIN_BOX}
+    proposals = {
+        1: Proposals(np.array([[1, 2, 30, 40]], np.float32), np.array([0.5], np.float32)),
+        5: Proposals(np.array([[1, 2, 30, 40], [3, 4, 20, 20]], np.float32), np.array([0.5, 0.25], np.float32)),
+    }
+    return {
+        "clip": _Teacher(),
+        "images": images,
+        "proposals": proposals,
+        "nouns": Nouns(("Dog", "cat", "sky"), {1: (0, 2), 5: (1,)}),
+        "classes": TextRows(("A", "b")),
+        "templates": ["a {}", "the {}"],
+        "recipe": PLAIN_BOX,
+    }
 
 
 def _inputs(values: dict[str, Any]) -> dict[Level, KeyInputs]:
     embedders = embedders_of(values["clip"], Pictures([], Path, np.zeros(1), np.zeros((0, 4))), values["recipe"])
-    return level_inputs(values["clip"], box_table(values["images"], values["proposals"]), values["nouns"], values["classes"],
-                        values["templates"], embedders)
+    return level_inputs(
+        values["clip"],
+        box_table(values["images"], values["proposals"]),
+        values["nouns"],
+        values["classes"],
+        values["templates"],
+        embedders,
+    )
 
 
 def _keys(values: dict[str, Any]) -> dict[Level, str]:
@@ -83,8 +109,10 @@ def _moved_box(values: dict[str, Any]) -> None:
     one, two = values["images"][:2]
     boxes = np.concatenate([one.boxes[1:], two.boxes])
     ids = np.concatenate([one.annotation_ids[1:], two.annotation_ids])
-    values["images"][:2] = [replace(one, boxes=one.boxes[:1], annotation_ids=one.annotation_ids[:1]),
-                            replace(two, boxes=boxes, annotation_ids=ids)]
+    values["images"][:2] = [
+        replace(one, boxes=one.boxes[:1], annotation_ids=one.annotation_ids[:1]),
+        replace(two, boxes=boxes, annotation_ids=ids),
+    ]
 
 
 def _base_box_as_proposal(values: dict[str, Any]) -> None:
@@ -111,9 +139,15 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], set[Level]]] = {
     "order of synonyms": (lambda v: v.update(classes=TextRows(("A", "b"), {"b": ("c", "b")})), {CLASS}),
     "no synonym": (lambda v: v.update(classes=TextRows(("A", "b"), {})), set()),
     "class embeddings": (lambda v: v.update(classes=TextRows(("A", "b"), {}, np.eye(2, 3, dtype=np.float32))), {CLASS}),
-    "vocabulary word": (lambda v: v.update(nouns=replace(v["nouns"], vocabulary=("Dog", "cat", "sea"))), {NOUN, PSEUDO_LABEL}),
+    "vocabulary word": (
+        lambda v: v.update(nouns=replace(v["nouns"], vocabulary=("Dog", "cat", "sea"))),
+        {NOUN, PSEUDO_LABEL},
+    ),
     "words of an image": (lambda v: v["nouns"].by_image.update({1: (0,)}), {PSEUDO_LABEL}),
-    "words moved to another image": (lambda v: v.update(nouns=replace(v["nouns"], by_image={2: (0, 2), 5: (1,)})), {PSEUDO_LABEL}),
+    "words moved to another image": (
+        lambda v: v.update(nouns=replace(v["nouns"], by_image={2: (0, 2), 5: (1,)})),
+        {PSEUDO_LABEL},
+    ),
     "no captions": (lambda v: v.update(nouns=replace(v["nouns"], by_image=None)), {PSEUDO_LABEL}),
     "words of an unknown image": (lambda v: v["nouns"].by_image.update({77: (0,)}), set()),
     "no nouns": (lambda v: v.update(nouns=None), {NOUN, PSEUDO_LABEL}),
@@ -130,7 +164,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], set[Level]]] = {
     "base box": (_with_image(0, lambda i: replace(i, boxes=i.boxes + np.float32(1e-3))), CROPS),
     "annotation id": (_with_image(0, lambda i: replace(i, annotation_ids=i.annotation_ids + 1)), {BOXES}),
     "class of a box": (_with_image(0, lambda i: replace(i, labels=i.labels + 1)), set()),
-    "box order": (_with_image(0, lambda i: replace(i, boxes=i.boxes[::-1], annotation_ids=i.annotation_ids[::-1])), CROPS),
+    "box order": (
+        _with_image(0, lambda i: replace(i, boxes=i.boxes[::-1], annotation_ids=i.annotation_ids[::-1])),
+        CROPS,
+    ),
     "base box as a proposal": (_base_box_as_proposal, {BOXES, PSEUDO_LABEL}),
 }
 
@@ -178,8 +215,16 @@ def test_training_asks_for_a_part_of_what_extraction_wrote() -> None:
         assert inputs
 
 
-@pytest.mark.parametrize(("name", "levels"), [("base box", {BOXES}), ("annotation id", {BOXES}), ("file name", {BOXES, INSTANCE, IMAGE}),
-                                              ("image left out", {BOXES, INSTANCE, IMAGE}), ("class of a box", set())])
+@pytest.mark.parametrize(
+    ("name", "levels"),
+    [
+        ("base box", {BOXES}),
+        ("annotation id", {BOXES}),
+        ("file name", {BOXES, INSTANCE, IMAGE}),
+        ("image left out", {BOXES, INSTANCE, IMAGE}),
+        ("class of a box", set()),
+    ],
+)
 def test_training_notices_what_concerns_it(name: str, levels: set[Level]) -> None:
     values = _values()
     CHANGES[name][0](values)

@@ -1,4 +1,6 @@
-"""The text embedding of "object": extraction keeps it in the set, old caches get it and nothing else, and AdaMixer takes it."""
+"""The text embedding of "object": extraction keeps it in the set, old caches get it and nothing else, and AdaMixer
+takes it.
+"""
 
 from __future__ import annotations
 
@@ -37,27 +39,46 @@ def forget(cache: Path) -> None:
 def text_after_training(world: Path, tmp_path: Path) -> Callable[..., tuple[Tensor, str]]:
     def run(cache: Path, data: DataPaths | None = None) -> tuple[Tensor, str]:
         said = list[str]()
-        job = TrainConfig(data=DataPaths(world) if data is None else data, cache=cache, out=tmp_path / "run", recipe=adamixer_recipe("train.epochs=1"),
-                       protocol=str(world / "protocol.toml"), device="cpu", overwrite=True)
+        job = TrainConfig(
+            data=DataPaths(world) if data is None else data,
+            cache=cache,
+            out=tmp_path / "run",
+            recipe=adamixer_recipe("train.epochs=1"),
+            protocol=str(world / "protocol.toml"),
+            device="cpu",
+            overwrite=True,
+        )
         return load_file(train(job, said.append).path / "model.safetensors")["object_text"], "\n".join(said)
 
     return run
 
 
-def test_it_is_the_clips_own_and_is_trained_with(cache: Path, copied_cache: Path, clip: str, extraction: Callable[..., Any], tmp_path: Path,
-                                                 text_after_training: Callable[..., tuple[Tensor, str]]) -> None:
+def test_it_is_the_clips_own_and_is_trained_with(
+    cache: Path,
+    copied_cache: Path,
+    clip: str,
+    extraction: Callable[..., Any],
+    tmp_path: Path,
+    text_after_training: Callable[..., tuple[Tensor, str]],
+) -> None:
     config = extraction(cache)
-    teacher = load_clip(config.clip, config.pretrained, device="cpu", precision=config.precision, activation=config.activation)
+    teacher = load_clip(
+        config.clip, config.pretrained, device="cpu", precision=config.precision, activation=config.activation
+    )
     expected = F.normalize(torch.from_numpy(teacher.embed_names(["object"], config.templates)[0]).half().float(), dim=0)
     found, said = text_after_training(copied_cache)
     torch.testing.assert_close(found, expected)
-    assert "the text embedding of \"object\" is that of" in said
+    assert 'the text embedding of "object" is that of' in said
     assert "stands in" not in said
     assert json.loads((tmp_path / "run" / "run.json").read_text())["object_text"] == "cache"
 
 
-def test_an_old_cache_trains_with_the_mean_and_says_what_adds_it(copied_cache: Path, extraction: Callable[..., Any], tmp_path: Path,
-                                                                 text_after_training: Callable[..., tuple[Tensor, str]]) -> None:
+def test_an_old_cache_trains_with_the_mean_and_says_what_adds_it(
+    copied_cache: Path,
+    extraction: Callable[..., Any],
+    tmp_path: Path,
+    text_after_training: Callable[..., tuple[Tensor, str]],
+) -> None:
     forget(copied_cache)
     found, said = text_after_training(copied_cache)
     texts = load_file(tmp_path / "run" / "class_embeddings.safetensors")["embeddings"]
@@ -67,8 +88,9 @@ def test_an_old_cache_trains_with_the_mean_and_says_what_adds_it(copied_cache: P
     assert "the mean of the base classes' texts stands in for it" in said
 
 
-def test_extracting_again_adds_it_and_nothing_else(cache: Path, copied_cache: Path, extraction: Callable[..., Any],
-                                                   contents: Callable[[Path], dict[str, str]]) -> None:
+def test_extracting_again_adds_it_and_nothing_else(
+    cache: Path, copied_cache: Path, extraction: Callable[..., Any], contents: Callable[[Path], dict[str, str]]
+) -> None:
     forget(copied_cache)
     said = list[str]()
     before = contents(copied_cache)
@@ -82,11 +104,14 @@ def test_extracting_again_adds_it_and_nothing_else(cache: Path, copied_cache: Pa
     assert contents(copied_cache) == after
 
 
-def test_tar_shards_have_it_and_old_ones_get_it(copied_cache: Path, world: Path, tmp_path: Path,
-                                                text_after_training: Callable[..., tuple[Tensor, str]]) -> None:
+def test_tar_shards_have_it_and_old_ones_get_it(
+    copied_cache: Path, world: Path, tmp_path: Path, text_after_training: Callable[..., tuple[Tensor, str]]
+) -> None:
     file, shards = copied_cache / "sets" / "default.json", tmp_path / "shards"
     whole = file.read_text()
-    config = TarExportConfig(cache=str(copied_cache), out=str(shards), data=DataPaths(world), protocol=str(world / "protocol.toml"))
+    config = TarExportConfig(
+        cache=str(copied_cache), out=str(shards), data=DataPaths(world), protocol=str(world / "protocol.toml")
+    )
     forget(copied_cache)
     export_tars(config, lambda _: None)
     assert "stands in" in text_after_training(shards, DataPaths())[1]
@@ -96,9 +121,12 @@ def test_tar_shards_have_it_and_old_ones_get_it(copied_cache: Path, world: Path,
     torch.testing.assert_close(found, object_text_of(FeatureCache(copied_cache).set, 24, "here"))
 
 
-@pytest.mark.parametrize("entry", [{"key": "k"}, {"embedding": [1.0, 2.0]}, {"embedding": [0.0] * 24}, {"embedding": "text"}])
-def test_a_damaged_one_is_refused(entry: dict[str, Any], copied_cache: Path,
-                                  text_after_training: Callable[..., tuple[Tensor, str]]) -> None:
+@pytest.mark.parametrize(
+    "entry", [{"key": "k"}, {"embedding": [1.0, 2.0]}, {"embedding": [0.0] * 24}, {"embedding": "text"}]
+)
+def test_a_damaged_one_is_refused(
+    entry: dict[str, Any], copied_cache: Path, text_after_training: Callable[..., tuple[Tensor, str]]
+) -> None:
     file = copied_cache / "sets" / "default.json"
     file.write_text(json.dumps(sealed(json.loads(file.read_text()) | {"object_text": entry})))
     with pytest.raises(HdovdError, match=r'the text embedding of "object" is damaged'):

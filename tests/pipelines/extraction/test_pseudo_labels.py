@@ -1,4 +1,6 @@
-"""Pseudo labels: the best nouns of a crop and u, against values computed by hand; and labels of several nouns all the way to training."""
+"""Pseudo labels: the best nouns of a crop and u, against values computed by hand; and labels of several nouns all the
+way to training.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_several_nouns_by_hand() -> None:
     torch.testing.assert_close(weights, torch.tensor([[first, 1 - first]], dtype=torch.float32))
     torch.testing.assert_close(cosine, torch.tensor([0.96]))
     mean = np.array([0.6 * first + (1 - first), 0.8 * first])
-    torch.testing.assert_close(label_texts(NOUNS, found, weights)[0], torch.tensor(mean / np.linalg.norm(mean), dtype=torch.float32))
+    torch.testing.assert_close(
+        label_texts(NOUNS, found, weights)[0], torch.tensor(mean / np.linalg.norm(mean), dtype=torch.float32)
+    )
 
 
 def test_a_list_that_is_shorter_gives_all_it_has() -> None:
@@ -60,19 +64,28 @@ def test_a_list_that_is_shorter_gives_all_it_has() -> None:
     torch.testing.assert_close(filled, NOUNS[:1])
 
 
-@pytest.mark.parametrize(("rule", "option"), [((0, 0.1), "--label-top-k 0"), ((2, 0.0), "--label-temperature 0"),
-                                              ((2, float("nan")), "--label-temperature nan")])
+@pytest.mark.parametrize(
+    ("rule", "option"),
+    [
+        ((0, 0.1), "--label-top-k 0"),
+        ((2, 0.0), "--label-temperature 0"),
+        ((2, float("nan")), "--label-temperature nan"),
+    ],
+)
 def test_senseless_rules_are_refused(rule: tuple[int, float], option: str) -> None:
     with pytest.raises(HdovdError, match=option):
         LabelRule(*rule)
 
 
 def test_several_nouns_need_a_vocabulary(tmp_path: Path, extraction: Config) -> None:
-    with pytest.raises(HdovdError, match="--label-top-k 2 is of pseudo labels, and there are none without --nouns or --vocabulary"):
+    with pytest.raises(
+        HdovdError, match="--label-top-k 2 is of pseudo labels, and there are none without --nouns or --vocabulary"
+    ):
         extraction(tmp_path, vocabulary=None, captions=None, labels=LabelRule(2))
 
 
 # --- in the cache ---
+
 
 @pytest.fixture(scope="module")
 def two_ways(cache: Path, extraction: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -86,7 +99,10 @@ def two_ways(cache: Path, extraction: Config, tmp_path_factory: pytest.TempPathF
 
 def test_one_noun_has_the_arrays_and_the_identity_that_it_had(two_ways: Path) -> None:
     sets, catalog = Catalog(two_ways).sets(), Catalog(two_ways)
-    one, many = (Product(catalog.folder, Level.PSEUDO_LABEL, sets[name].levels[Level.PSEUDO_LABEL]) for name in ("default", "top"))
+    one, many = (
+        Product(catalog.folder, Level.PSEUDO_LABEL, sets[name].levels[Level.PSEUDO_LABEL])
+        for name in ("default", "top")
+    )
     assert one.key_inputs.keys() == {"schema_version", "instance", "noun", "offered", "sources"}
     assert one.row_objects(0).keys() == {"noun", "noun_cosine"}
     assert one.dim == 0
@@ -98,8 +114,9 @@ def test_one_noun_has_the_arrays_and_the_identity_that_it_had(two_ways: Path) ->
     assert others == {level: key for level, key in sets["default"].levels.items() if level is not Level.PSEUDO_LABEL}
 
 
-def test_other_labels_and_other_nouns_ask_clip_for_no_picture(copied_cache: Path, extraction: Config, counting: Any, tmp_path: Path
-                                                               ) -> None:
+def test_other_labels_and_other_nouns_ask_clip_for_no_picture(
+    copied_cache: Path, extraction: Config, counting: Any, tmp_path: Path
+) -> None:
     extract_clip(extraction(copied_cache, labels=LabelRule(2), features="two"), _silent, counting)
     assert (counting.batches, counting.names) == ([], [])
     (tmp_path / "words.txt").write_text("car\nstar\n")
@@ -128,17 +145,32 @@ def test_weights_follow_from_the_stored_rows(two_ways: Path, kept: list[int]) ->
 
 def test_verify_knows_them(two_ways: Path) -> None:
     assert not check_cache(CheckConfig(cache=two_ways), _silent).findings
-    product = Product(Catalog(two_ways).folder, Level.PSEUDO_LABEL, Catalog(two_ways).sets()["top"].levels[Level.PSEUDO_LABEL])
+    product = Product(
+        Catalog(two_ways).folder, Level.PSEUDO_LABEL, Catalog(two_ways).sets()["top"].levels[Level.PSEUDO_LABEL]
+    )
     assert product.row_objects(0).keys() == {"noun", "noun_cosine", "top_noun", "top_weight"}
 
 
 def test_training_takes_u_of_all_of_them_from_the_cache_and_from_tar_shards(
-        two_ways: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    two_ways: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     protocol = load_protocol(str(world / "protocol.toml"))
-    split = load_split(world / "annotations" / "instances_train2017.json", world / "train2017", protocol, base_only=True)
+    split = load_split(
+        world / "annotations" / "instances_train2017.json", world / "train2017", protocol, base_only=True
+    )
     recipe, reader = micro_recipe("input.flip=0.0"), FeatureCache(two_ways, "top")
     data = TrainingSet(split, reader, recipe, _silent)
-    export_tars(TarExportConfig(cache=two_ways, out=tmp_path / "shards", data=DataPaths(world), protocol=str(world / "protocol.toml"), features="top", samples=8), _silent)
+    export_tars(
+        TarExportConfig(
+            cache=two_ways,
+            out=tmp_path / "shards",
+            data=DataPaths(world),
+            protocol=str(world / "protocol.toml"),
+            features="top",
+            samples=8,
+        ),
+        _silent,
+    )
     tars = TarTrainingSet(str(tmp_path / "shards"), protocol, recipe, _silent)
     nouns, several = reader.embeddings(Level.NOUN), 0
     for index, image in enumerate(data.images):
@@ -154,7 +186,9 @@ def test_training_takes_u_of_all_of_them_from_the_cache_and_from_tar_shards(
     import_tars(tmp_path / "shards", tmp_path / "back", _silent)
     again = FeatureCache(tmp_path / "back", "top")
     assert again.key(Level.PSEUDO_LABEL) == reader.key(Level.PSEUDO_LABEL)
-    np.testing.assert_array_equal(again.instances(data.images[3].id).top_weight, reader.instances(data.images[3].id).top_weight)
+    np.testing.assert_array_equal(
+        again.instances(data.images[3].id).top_weight, reader.instances(data.images[3].id).top_weight
+    )
 
 
 def test_a_set_remembers_its_rule(extraction: Config, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""An extraction by many processes: started twice by mistake, in shards that change, by torchrun, by Ray. The bytes are one process's.
+"""An extraction by many processes: started twice by mistake, in shards that change, by torchrun, by Ray. The bytes are
+one process's.
 
 Most scenes are real processes played once (`spread_scenes`). The test of Ray needs `pip install 'hdovd[ray]'`.
 """
@@ -35,7 +36,9 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 def _run(words: list[object], folder: Path) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=folder, env=env, capture_output=True, text=True, timeout=600
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,9 @@ def alone(extraction: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _crops(printed: str) -> tuple[int, int]:
     """Pictures and crops that the process made, and that others made, as it says."""
-    found = re.search(r"is whole, .*; ([\d,]+) pictures and boxes in [^;\n]*(?:; ([\d,]+) by other processes)?", printed)
+    found = re.search(
+        r"is whole, .*; ([\d,]+) pictures and boxes in [^;\n]*(?:; ([\d,]+) by other processes)?", printed
+    )
     assert found, printed
     mine, others = (int((number or "0").replace(",", "")) for number in found.groups())
     return mine, others
@@ -74,8 +79,12 @@ def test_other_shards_go_on_where_killed_ones_were(facts: dict[str, Any]) -> Non
     assert seen["3 codes"] == [0, -9, 0]
     assert not seen["2 damaged"] + seen["3 damaged"]
     for printed in (seen["3 printed"][0], seen["3 printed"][2]):
-        found = re.search(r"this worker is done, it made (\d+) parts; (\d+) of (\d+) are other workers' or missing: when all have ended, "
-                          r"the same command without --shard finishes what is left", printed)
+        found = re.search(
+            r"this worker is done, it made (\d+) parts; (\d+) of (\d+) are other workers' or missing: when all have "
+            r"ended, "
+            r"the same command without --shard finishes what is left",
+            printed,
+        )
         assert found, printed
         made, left, everything = map(int, found.groups())
         assert made > 0
@@ -108,20 +117,50 @@ def test_torchrun_itself(alone: Path, extraction: Config, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = extraction(tmp_path / "cache")
-    words = ["--standalone", "--nproc-per-node", 2, "-m", "hdovd", "extract-clip", "--data", config.data.root, "--cache", config.cache,
-             "--clip", config.clip, "--proposals",
-             config.proposals, "--vocabulary", config.vocabulary, "--captions", config.captions, "--protocol", config.protocol,
-             "--device", "cpu", "--part-rows", 16, "--batch-size", 16]
+    words = [
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        "-m",
+        "hdovd",
+        "extract-clip",
+        "--data",
+        config.data.root,
+        "--cache",
+        config.cache,
+        "--clip",
+        config.clip,
+        "--proposals",
+        config.proposals,
+        "--vocabulary",
+        config.vocabulary,
+        "--captions",
+        config.captions,
+        "--protocol",
+        config.protocol,
+        "--device",
+        "cpu",
+        "--part-rows",
+        16,
+        "--batch-size",
+        16,
+    ]
     launcher = Child(lambda: torchrun([str(word) for word in words]))
     assert launcher.wait() == 0, launcher.printed()
-    assert [launcher.printed().count(line) for line in ("plan for", "set default is whole", "next: hdovd train")] == [1, 1, 1]
+    assert [launcher.printed().count(line) for line in ("plan for", "set default is whole", "next: hdovd train")] == [
+        1,
+        1,
+        1,
+    ]
     assert _contents(tmp_path / "cache") == _contents(alone)
 
 
 def test_a_ray_worker_is_killed_and_another_does_its_part(alone: Path, extraction: Config, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     (tmp_path / "extraction.json").write_text(json.dumps(extraction(tmp_path).to_dict()))
-    done = _run([Path(__file__).parents[2] / "helpers" / "ray_with_a_death.py", "extraction.json", "cache", 16, 16], tmp_path)
+    done = _run(
+        [Path(__file__).parents[2] / "helpers" / "ray_with_a_death.py", "extraction.json", "cache", 16, 16], tmp_path
+    )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["whole"]

@@ -1,4 +1,5 @@
-"""Pictures that cannot be read: rows of zeros with a reason, left out of training by name, and tried again when asked."""
+"""Pictures that cannot be read: rows of zeros with a reason, left out of training by name, and tried again when
+asked."""
 
 from __future__ import annotations
 
@@ -44,8 +45,13 @@ def _break_pictures(world: Path) -> dict[int, str]:
         picture.resize((size[0] + 1, size[1])).save(_file(world, RESIZED))
     _file(world, EMPTY).write_bytes(b"")
     _file(world, TEXT).write_text("<html>404</html>")
-    return {MISSING: "no such file", TRUNCATED: "truncated", RESIZED: f"{size[0] + 1}x{size[1]}.*{size[0]}x{size[1]}",
-            EMPTY: "no picture of a kind", TEXT: "no picture of a kind"}
+    return {
+        MISSING: "no such file",
+        TRUNCATED: "truncated",
+        RESIZED: f"{size[0] + 1}x{size[1]}.*{size[0]}x{size[1]}",
+        EMPTY: "no picture of a kind",
+        TEXT: "no picture of a kind",
+    }
 
 
 def _repair(world: Path, whole: Path, *image_ids: int) -> None:
@@ -54,8 +60,12 @@ def _repair(world: Path, whole: Path, *image_ids: int) -> None:
 
 
 def _training_set(world: Path, cache: Path, recipe: Recipe, log: Callable[[str], None] = _silent) -> TrainingSet:
-    split = load_split(world / "annotations" / "instances_train2017.json", world / "train2017",
-                       load_protocol(str(world / "protocol.toml")), base_only=True)
+    split = load_split(
+        world / "annotations" / "instances_train2017.json",
+        world / "train2017",
+        load_protocol(str(world / "protocol.toml")),
+        base_only=True,
+    )
     return TrainingSet(split, FeatureCache(cache), recipe, log)
 
 
@@ -66,10 +76,17 @@ def _tables(found: dict[str, str]) -> dict[str, str]:
 
 # --- rows of zeros ---
 
+
 @pytest.mark.parametrize("part_rows", [65536, 10], ids=lambda n: f"{n} rows a part")
 def test_broken_pictures_are_counted_listed_and_left_out_of_training(
-        copied_world: Path, tmp_path: Path, extraction: Config, cache: Path, kept: list[int], micro_recipe: MakeRecipe,
-        part_rows: int) -> None:
+    copied_world: Path,
+    tmp_path: Path,
+    extraction: Config,
+    cache: Path,
+    kept: list[int],
+    micro_recipe: MakeRecipe,
+    part_rows: int,
+) -> None:
     reasons = _break_pictures(copied_world)
     assert reasons.keys() <= set(kept)
     lines: list[str] = []
@@ -103,8 +120,9 @@ def test_broken_pictures_are_counted_listed_and_left_out_of_training(
         assert data[index][1].embeddings.norm(dim=1).numpy() == pytest.approx(1, abs=1e-5)
 
 
-def test_later_run_is_a_hit_that_says_again_what_failed(copied_world: Path, tmp_path: Path, extraction: Config, counting: Any,
-                                                        untouched: Callable[..., Any]) -> None:
+def test_later_run_is_a_hit_that_says_again_what_failed(
+    copied_world: Path, tmp_path: Path, extraction: Config, counting: Any, untouched: Callable[..., Any]
+) -> None:
     """Also when the pictures were repaired: what changes a cache is asked for."""
     _file(copied_world, MISSING).rename(tmp_path / "aside.jpg")
     first = extract_clip(extraction(tmp_path / "cache", data=copied_world), _silent)
@@ -117,18 +135,22 @@ def test_later_run_is_a_hit_that_says_again_what_failed(copied_world: Path, tmp_
     assert counting.batches == []
 
 
-def test_base_only_training_leaves_the_same_images_out(copied_world: Path, tmp_path: Path, extraction: Config, kept: list[int],
-                                                       micro_recipe: MakeRecipe) -> None:
+def test_base_only_training_leaves_the_same_images_out(
+    copied_world: Path, tmp_path: Path, extraction: Config, kept: list[int], micro_recipe: MakeRecipe
+) -> None:
     """Runs that are compared see the same images."""
     _file(copied_world, MISSING).unlink()
     extract_clip(extraction(tmp_path / "cache", data=copied_world), _silent)
     off = [f"loss.{level}.enabled=false" for level in ("instance", "class", "image")]
-    assert {image.id for image in _training_set(copied_world, tmp_path / "cache", micro_recipe(*off)).images} == set(kept) - {MISSING}
+    assert {image.id for image in _training_set(copied_world, tmp_path / "cache", micro_recipe(*off)).images} == set(
+        kept
+    ) - {MISSING}
 
 
 @pytest.mark.parametrize("dry_run", [True, False], ids=["dry run", "run"])
-def test_no_readable_picture_is_an_error_before_anything_is_written(copied_world: Path, tmp_path: Path, extraction: Config,
-                                                                    dry_run: bool) -> None:
+def test_no_readable_picture_is_an_error_before_anything_is_written(
+    copied_world: Path, tmp_path: Path, extraction: Config, dry_run: bool
+) -> None:
     """A wrong --images folder, in most cases."""
     for picture in (copied_world / "train2017").iterdir():
         picture.unlink()
@@ -139,9 +161,11 @@ def test_no_readable_picture_is_an_error_before_anything_is_written(copied_world
 
 # --- trying again ---
 
+
 @pytest.mark.parametrize("part_rows", [65536, 10], ids=lambda n: f"{n} rows a part")
-def test_retry_after_repair_gives_the_bytes_of_whole_pictures(copied_world: Path, world: Path, tmp_path: Path, extraction: Config,
-                                                              contents: Callable[..., Any], part_rows: int) -> None:
+def test_retry_after_repair_gives_the_bytes_of_whole_pictures(
+    copied_world: Path, world: Path, tmp_path: Path, extraction: Config, contents: Callable[..., Any], part_rows: int
+) -> None:
     """In parts of 10 rows, an image's crops lie in two of them; and the nouns of its proposals follow."""
     _break_pictures(copied_world)
     config = extraction(tmp_path / "cache", data=copied_world, part_rows=part_rows, retry_failed=True)
@@ -158,13 +182,16 @@ def test_retry_after_repair_gives_the_bytes_of_whole_pictures(copied_world: Path
     assert set(extract_clip(config, _silent).levels.values()) == {"hit"}
 
 
-def test_retry_computes_the_rows_of_failed_images_alone(copied_world: Path, world: Path, tmp_path: Path, extraction: Config,
-                                                           counting: Any, contents: Callable[..., Any]) -> None:
+def test_retry_computes_the_rows_of_failed_images_alone(
+    copied_world: Path, world: Path, tmp_path: Path, extraction: Config, counting: Any, contents: Callable[..., Any]
+) -> None:
     _file(copied_world, MISSING).unlink()
     extract_clip(extraction(tmp_path / "cache", data=copied_world, part_rows=32), _silent)
     before = contents(tmp_path / "cache")
     _repair(copied_world, world, MISSING)
-    report = extract_clip(extraction(tmp_path / "cache", data=copied_world, part_rows=32, retry_failed=True), _silent, counting)
+    report = extract_clip(
+        extraction(tmp_path / "cache", data=copied_world, part_rows=32, retry_failed=True), _silent, counting
+    )
     assert {level for level, decision in report.levels.items() if decision != "hit"} >= {Level.INSTANCE, Level.IMAGE}
     assert counting.pictures == report.new_rows[Level.INSTANCE] + report.new_rows[Level.IMAGE]
     assert report.new_rows[Level.IMAGE] == 1
@@ -175,8 +202,9 @@ def test_retry_computes_the_rows_of_failed_images_alone(copied_world: Path, worl
     assert changed == {"0", "000000.json", "000000.npz"}  # image 1 is the first: part 0 of each level
 
 
-def test_retry_of_what_is_still_broken_changes_nothing(copied_world: Path, tmp_path: Path, extraction: Config,
-                                                       contents: Callable[..., Any]) -> None:
+def test_retry_of_what_is_still_broken_changes_nothing(
+    copied_world: Path, tmp_path: Path, extraction: Config, contents: Callable[..., Any]
+) -> None:
     reasons = _break_pictures(copied_world)
     config = extraction(tmp_path / "cache", data=copied_world, retry_failed=True)
     extract_clip(config, _silent)
@@ -187,21 +215,28 @@ def test_retry_of_what_is_still_broken_changes_nothing(copied_world: Path, tmp_p
     assert contents(tmp_path / "cache") == before
 
 
-def test_dry_run_of_a_retry_forgets_nothing(copied_world: Path, world: Path, tmp_path: Path, extraction: Config,
-                                            untouched: Callable[..., Any]) -> None:
+def test_dry_run_of_a_retry_forgets_nothing(
+    copied_world: Path, world: Path, tmp_path: Path, extraction: Config, untouched: Callable[..., Any]
+) -> None:
     _file(copied_world, MISSING).unlink()
     extract_clip(extraction(tmp_path / "cache", data=copied_world), _silent)
     _repair(copied_world, world, MISSING)
     with untouched(tmp_path / "cache"):
-        report = extract_clip(extraction(tmp_path / "cache", data=copied_world, retry_failed=True, dry_run=True), _silent)
+        report = extract_clip(
+            extraction(tmp_path / "cache", data=copied_world, retry_failed=True, dry_run=True), _silent
+        )
     assert report.new_rows[Level.IMAGE] > 0
 
 
 # --- another extraction ---
 
-def test_zeros_are_not_handed_on(copied_world: Path, world: Path, tmp_path: Path, proposals: Path, extraction: Config, counting: Any,
-                                 kept: list[int]) -> None:
-    """A product that is extended takes over rows of pictures alone that could be read; the others are tried, and may fail, anew."""
+
+def test_zeros_are_not_handed_on(
+    copied_world: Path, world: Path, tmp_path: Path, proposals: Path, extraction: Config, counting: Any, kept: list[int]
+) -> None:
+    """A product that is extended takes over rows of pictures alone that could be read; the others are tried, and may
+    fail, anew.
+    """
     _file(copied_world, MISSING).unlink()
     _file(copied_world, TEXT).write_text("<html>404</html>")
     extract_clip(extraction(tmp_path / "cache", data=copied_world), _silent)
@@ -217,8 +252,15 @@ def test_zeros_are_not_handed_on(copied_world: Path, world: Path, tmp_path: Path
     assert not reader.instances(TEXT).embedding.any()
 
 
-def test_image_that_failed_in_one_level_alone_does_not_train(copied_world: Path, world: Path, tmp_path: Path, proposals: Path,
-                                                             extraction: Config, kept: list[int], micro_recipe: MakeRecipe) -> None:
+def test_image_that_failed_in_one_level_alone_does_not_train(
+    copied_world: Path,
+    world: Path,
+    tmp_path: Path,
+    proposals: Path,
+    extraction: Config,
+    kept: list[int],
+    micro_recipe: MakeRecipe,
+) -> None:
     """The image level is a hit, of a run in which the picture was missing, the instance level is new: the zero
     image embedding must not become a training target."""
     _file(copied_world, MISSING).unlink()

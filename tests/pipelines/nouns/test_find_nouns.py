@@ -14,11 +14,21 @@ from hdovd.pipelines.nouns.config import Matching, NounsConfig, Parser
 from hdovd.pipelines.nouns.file import read_noun_file
 from hdovd.pipelines.nouns.find import NounsReport, find_nouns
 
-CAPTIONS = [(9, "Umbrellas and a tennis racket"), (2, "A dog's umbrella."), (9, "tennis rackets near a zog"), (30, "zogs, a zog")]
+CAPTIONS = [
+    (9, "Umbrellas and a tennis racket"),
+    (2, "A dog's umbrella."),
+    (9, "tennis rackets near a zog"),
+    (30, "zogs, a zog"),
+]
 
 
-def _job(tmp_path: Path, captions: list[tuple[int, str]] = CAPTIONS, images: list[int] | None = None, vocabulary: str | Path | None = None,
-         **changes: Any) -> NounsConfig:
+def _job(
+    tmp_path: Path,
+    captions: list[tuple[int, str]] = CAPTIONS,
+    images: list[int] | None = None,
+    vocabulary: str | Path | None = None,
+    **changes: Any,
+) -> NounsConfig:
     tree: dict[str, Any] = {"annotations": [{"image_id": i, "caption": c} for i, c in captions]}
     if images is not None:
         tree = {"images": [{"id": i, "file_name": f"{i}.jpg"} for i in images]} | tree
@@ -26,7 +36,12 @@ def _job(tmp_path: Path, captions: list[tuple[int, str]] = CAPTIONS, images: lis
     if isinstance(vocabulary, str):
         (tmp_path / "words.txt").write_text(vocabulary.replace("|", "\n"))
         vocabulary = tmp_path / "words.txt"
-    return NounsConfig(captions=tmp_path / "captions.json", out=tmp_path / "out" / "nouns.json", vocabulary=vocabulary, **({"parser": Parser.MATCH} | changes))
+    return NounsConfig(
+        captions=tmp_path / "captions.json",
+        out=tmp_path / "out" / "nouns.json",
+        vocabulary=vocabulary,
+        **({"parser": Parser.MATCH} | changes),
+    )
 
 
 def _run(job: NounsConfig) -> tuple[NounsReport, str]:
@@ -46,7 +61,9 @@ def test_file_can_be_read_on_its_own(tmp_path: Path) -> None:
     assert made["parser"]["name"] == "match"
     assert made["vocabulary"]["source"] == "words.txt"
     assert {len(made[part]["sha256"]) for part in ("captions", "vocabulary", "stop_list")} == {64}
-    assert read_noun_file(tmp_path / "out" / "nouns.json") == Nouns(tuple(tree["vocabulary"]), {2: (0, 1), 9: (0, 2), 30: ()})
+    assert read_noun_file(tmp_path / "out" / "nouns.json") == Nouns(
+        tuple(tree["vocabulary"]), {2: (0, 1), 9: (0, 2), 30: ()}
+    )
 
 
 def test_report_counts_images(tmp_path: Path) -> None:
@@ -108,21 +125,36 @@ def test_extraction_finds_the_same_in_captions(tmp_path: Path) -> None:
     report, _ = _run(job)
     assert job.vocabulary is not None
     assert read_nouns(job.vocabulary, job.captions) == report.nouns == read_noun_file(job.out)
-    assert read_nouns(job.vocabulary, job.captions, Matching.WORDS).offered(9) == (2,)  # the plural is not found letter by letter
+    assert read_nouns(job.vocabulary, job.captions, Matching.WORDS).offered(9) == (
+        2,
+    )  # the plural is not found letter by letter
 
 
 # --- what cannot be done ---
 
-@pytest.mark.parametrize(("content", "what"), [
-    (None, "no file"), ("{}", "no COCO captions file"), ("[]", "no COCO captions file"), ('{"annotations": {}}', "no COCO captions file"),
-    ('{"annotations": [{"image_id": 1}]}', "entry 0 of annotations is no"),
-    ('{"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "a"}]}',
-     "entry 1 of annotations: image_id is the text '1', expected a whole number"),
-    ('{"annotations": [{"image_id": 1, "caption": ["a"]}]}', "entry 0 of annotations: caption is a list, expected text"),
-    ('{"images": [{"id": "1"}], "annotations": []}', "an image's id is the text '1'"),
-    ('{"annotations": []}', "0 captions, and none holds a noun"), ('{"annotations": [', "not valid JSON"),
-    ('{"annotations": [{"image_id": 1, "caption": "Ein Regenschirm und eine Katze"}]}', "are they of one language"),
-])
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (None, "no file"),
+        ("{}", "no COCO captions file"),
+        ("[]", "no COCO captions file"),
+        ('{"annotations": {}}', "no COCO captions file"),
+        ('{"annotations": [{"image_id": 1}]}', "entry 0 of annotations is no"),
+        (
+            '{"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": "1", "caption": "a"}]}',
+            "entry 1 of annotations: image_id is the text '1', expected a whole number",
+        ),
+        (
+            '{"annotations": [{"image_id": 1, "caption": ["a"]}]}',
+            "entry 0 of annotations: caption is a list, expected text",
+        ),
+        ('{"images": [{"id": "1"}], "annotations": []}', "an image's id is the text '1'"),
+        ('{"annotations": []}', "0 captions, and none holds a noun"),
+        ('{"annotations": [', "not valid JSON"),
+        ('{"annotations": [{"image_id": 1, "caption": "Ein Regenschirm und eine Katze"}]}', "are they of one language"),
+    ],
+)
 def test_captions_that_cannot_be_used(tmp_path: Path, content: str | None, what: str) -> None:
     job = _job(tmp_path)
     job.captions.unlink()
@@ -145,7 +177,9 @@ def test_a_failed_run_leaves_the_file_of_before(tmp_path: Path) -> None:
     assert [file.name for file in job.out.parent.iterdir()] == ["nouns.json"]
 
 
-@pytest.mark.parametrize("changes", [{"vocabulary": Path("nowhere.txt")}, {"stop_list": Path("nowhere.txt")}, {"protocol": "nowhere"}])
+@pytest.mark.parametrize(
+    "changes", [{"vocabulary": Path("nowhere.txt")}, {"stop_list": Path("nowhere.txt")}, {"protocol": "nowhere"}]
+)
 def test_files_that_are_not_there(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(HdovdError, match="nowhere"):
         _run(_job(tmp_path, **changes))
@@ -161,13 +195,24 @@ def test_out_is_neither_a_folder_nor_an_input(tmp_path: Path) -> None:
 GOOD: dict[str, Any] = {"format": "hdovd nouns", "version": 1, "vocabulary": ["cat", "dog"], "images": {"1": [0]}}
 
 
-@pytest.mark.parametrize(("changes", "what"), [
-    ({"format": "other"}, "no file of nouns"), ({"version": 2}, "version 2, this hdovd reads 1"), ({"vocabulary": []}, "list of names"),
-    ({"vocabulary": ["cat", 1]}, "list of names"), ({"vocabulary": ["cat", "cat"]}, "'cat' twice"), ({"images": [1]}, "rows by image id"),
-    ({"images": {"1": [2]}}, r"image 1 has \[2\], expected rows of the vocabulary, 0 to 1"), ({"images": {"1": [-1]}}, "image 1"),
-    ({"images": {"1": [True]}}, "image 1"), ({"images": {"1": 0}}, "image 1"), ({"images": {"one": [0]}}, "'one', expected an image id"),
-    ({"images": {"1": []}}, "no image with a noun"), ({"images": {}}, "no image with a noun"),
-])
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"format": "other"}, "no file of nouns"),
+        ({"version": 2}, "version 2, this hdovd reads 1"),
+        ({"vocabulary": []}, "list of names"),
+        ({"vocabulary": ["cat", 1]}, "list of names"),
+        ({"vocabulary": ["cat", "cat"]}, "'cat' twice"),
+        ({"images": [1]}, "rows by image id"),
+        ({"images": {"1": [2]}}, r"image 1 has \[2\], expected rows of the vocabulary, 0 to 1"),
+        ({"images": {"1": [-1]}}, "image 1"),
+        ({"images": {"1": [True]}}, "image 1"),
+        ({"images": {"1": 0}}, "image 1"),
+        ({"images": {"one": [0]}}, "'one', expected an image id"),
+        ({"images": {"1": []}}, "no image with a noun"),
+        ({"images": {}}, "no image with a noun"),
+    ],
+)
 def test_file_of_nouns_that_is_none(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
     (tmp_path / "nouns.json").write_text(json.dumps(GOOD | changes))
     with pytest.raises(HdovdError, match=what) as error:

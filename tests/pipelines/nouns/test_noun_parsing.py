@@ -1,4 +1,6 @@
-"""Nouns by spaCy: real pipelines and Docs of its own, tagged by hand, since no trained model can be installed from a package index."""
+"""Nouns by spaCy: real pipelines and Docs of its own, tagged by hand, since no trained model can be installed from a
+package index.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,17 @@ from hdovd.pipelines.nouns.find import NounsReport, find_nouns
 from hdovd.pipelines.nouns.matching import StopList
 from hdovd.pipelines.nouns.parsing import ParsingFinder, load_parser, why_not
 
-TAGS = {"NN": "NOUN", "NNS": "NOUN", "NNP": "PROPN", "JJ": "ADJ", "VBZ": "VERB", "IN": "ADP", "DT": "DET", "POS": "PART", ".": "PUNCT"}
+TAGS = {
+    "NN": "NOUN",
+    "NNS": "NOUN",
+    "NNP": "PROPN",
+    "JJ": "ADJ",
+    "VBZ": "VERB",
+    "IN": "ADP",
+    "DT": "DET",
+    "POS": "PART",
+    ".": "PUNCT",
+}
 ENGLISH = spacy.blank("en")
 
 
@@ -30,24 +42,30 @@ def _doc(tagged: str, parsed: bool = True) -> Doc:
     return Doc(ENGLISH.vocab, list(words), tags=plain, pos=[TAGS[tag] for tag in plain], deps=deps, heads=heads)
 
 
-def _nouns(tagged: str, vocabulary: Sequence[str] | None = None, parsed: bool = True, stop: tuple[str, ...] = ()) -> list[str]:
+def _nouns(
+    tagged: str, vocabulary: Sequence[str] | None = None, parsed: bool = True, stop: tuple[str, ...] = ()
+) -> list[str]:
     return ParsingFinder(ENGLISH, "en", vocabulary, StopList(stop)).nouns(_doc(tagged, parsed), 1).nouns
 
 
-@pytest.mark.parametrize(("tagged", "nouns"), [
-    ("two/JJ tennis/NN+ rackets/NNS", ["tennis racket"]),
-    ("a/DT beach/NN+ volleyball/NN+ players/NNS sits/VBZ", ["beach volleyball player"]),
-    ("a/DT qwok/NN in/IN the/DT street/NN", ["qwok", "street"]),
-    ("hot/JJ dogs/NNS and/IN dogs/NNS", ["hot dog", "dog"]),  # the adjective of a name that the general list has
-    ("she/DT watches/VBZ a/DT watch/NN", ["watch"]),
-    ("she/DT ties/VBZ a/DT rope/NN", ["rope"]),
-    ("the/DT front/NN of/IN a/DT train/NN+ front/NN", ["train"]),
-    ("a/DT beach/NN+ umbrella/NN and/IN an/DT umbrella/NN", ["beach umbrella", "umbrella"]),
-    ("a/DT group/NN of/IN kids/NNS", ["kid"]),
-    ("London/NNP and/IN a/DT Frisbee/NNP", ["frisbee"]),  # proper names are no nouns, but for those that a list has
-    ("the/DT dog/NN 's/POS bed/NN", ["dog bed"]),
-    ("the/DT scissors/NNS ./.", ["scissors"]),
-], ids=lambda value: value[:25] if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("tagged", "nouns"),
+    [
+        ("two/JJ tennis/NN+ rackets/NNS", ["tennis racket"]),
+        ("a/DT beach/NN+ volleyball/NN+ players/NNS sits/VBZ", ["beach volleyball player"]),
+        ("a/DT qwok/NN in/IN the/DT street/NN", ["qwok", "street"]),
+        ("hot/JJ dogs/NNS and/IN dogs/NNS", ["hot dog", "dog"]),  # the adjective of a name that the general list has
+        ("she/DT watches/VBZ a/DT watch/NN", ["watch"]),
+        ("she/DT ties/VBZ a/DT rope/NN", ["rope"]),
+        ("the/DT front/NN of/IN a/DT train/NN+ front/NN", ["train"]),
+        ("a/DT beach/NN+ umbrella/NN and/IN an/DT umbrella/NN", ["beach umbrella", "umbrella"]),
+        ("a/DT group/NN of/IN kids/NNS", ["kid"]),
+        ("London/NNP and/IN a/DT Frisbee/NNP", ["frisbee"]),  # proper names are no nouns, but for those that a list has
+        ("the/DT dog/NN 's/POS bed/NN", ["dog bed"]),
+        ("the/DT scissors/NNS ./.", ["scissors"]),
+    ],
+    ids=lambda value: value[:25] if isinstance(value, str) else "",
+)
 def test_all_nouns(tagged: str, nouns: list[str]) -> None:
     assert _nouns(tagged) == nouns
 
@@ -75,24 +93,40 @@ def test_words_that_the_vocabulary_lacks_are_nouns() -> None:
 
 # --- whole runs, with a pipeline on disk ---
 
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A pipeline that knows six words."""
     pipeline = spacy.blank("en")
     ruler = pipeline.add_pipe("attribute_ruler")
-    tags = {"tennis": ("NN", "compound"), "rackets": ("NNS", "pobj"), "qwok": ("NN", "dobj"), "dogs": ("NNS", "dep"),
-            "watches": ("VBZ", "ROOT"), "front": ("NN", "dep")}
+    tags = {
+        "tennis": ("NN", "compound"),
+        "rackets": ("NNS", "pobj"),
+        "qwok": ("NN", "dobj"),
+        "dogs": ("NNS", "dep"),
+        "watches": ("VBZ", "ROOT"),
+        "front": ("NN", "dep"),
+    }
     for word, (tag, dep) in tags.items():
         ruler.add([[{"LOWER": word}]], {"TAG": tag, "POS": TAGS[tag], "DEP": dep})
     pipeline.to_disk(tmp_path / "model")
     return tmp_path / "model"
 
 
-def _run(tmp_path: Path, model: Path, vocabulary: Path | None = None,
-         parser: Parser = Parser.SPACY) -> tuple[NounsReport, dict[str, Any]]:
+def _run(
+    tmp_path: Path, model: Path, vocabulary: Path | None = None, parser: Parser = Parser.SPACY
+) -> tuple[NounsReport, dict[str, Any]]:
     captions = [(7, "Dogs and a qwok"), (7, "tennis rackets in front"), (3, "it watches dogs"), (3, "nothing")]
-    (tmp_path / "captions.json").write_text(json.dumps({"annotations": [{"image_id": i, "caption": c} for i, c in captions]}))
-    job = NounsConfig(captions=tmp_path / "captions.json", out=tmp_path / "nouns.json", vocabulary=vocabulary, parser=parser, spacy_model=str(model))
+    (tmp_path / "captions.json").write_text(
+        json.dumps({"annotations": [{"image_id": i, "caption": c} for i, c in captions]})
+    )
+    job = NounsConfig(
+        captions=tmp_path / "captions.json",
+        out=tmp_path / "nouns.json",
+        vocabulary=vocabulary,
+        parser=parser,
+        spacy_model=str(model),
+    )
     return find_nouns(job, lambda _: None), json.loads((tmp_path / "nouns.json").read_text())
 
 

@@ -26,7 +26,9 @@ def test_vocabulary_keeps_order_and_drops_blanks_comments_and_repeats(tmp_path: 
 
 
 def test_words_of_all_captions_of_the_image(tmp_path: Path) -> None:
-    nouns = _read(tmp_path, ["cat", "dog", "car"], [(1, "A cat."), (2, "A car and a car"), (1, "Dog! with CAT"), (3, "nothing")])
+    nouns = _read(
+        tmp_path, ["cat", "dog", "car"], [(1, "A cat."), (2, "A car and a car"), (1, "Dog! with CAT"), (3, "nothing")]
+    )
     assert nouns.offered(1) == (0, 1)
     assert nouns.offered(2) == (2,)
     assert nouns.offered(3) == ()
@@ -34,12 +36,18 @@ def test_words_of_all_captions_of_the_image(tmp_path: Path) -> None:
 
 
 def test_only_whole_words_count(tmp_path: Path) -> None:
-    nouns = _read(tmp_path, ["car", "cat", "dog"], [(1, "A cart, a category and a carpet beside a dog-house"), (2, "one cat")])
+    nouns = _read(
+        tmp_path, ["car", "cat", "dog"], [(1, "A cart, a category and a carpet beside a dog-house"), (2, "one cat")]
+    )
     assert nouns.offered(1) == (2,)
 
 
 def test_longest_name_wins(tmp_path: Path) -> None:
-    nouns = _read(tmp_path, ["dog", "hot dog", "traffic light"], [(1, "A Hot Dog under a traffic light"), (2, "a hot dog and a dog")])
+    nouns = _read(
+        tmp_path,
+        ["dog", "hot dog", "traffic light"],
+        [(1, "A Hot Dog under a traffic light"), (2, "a hot dog and a dog")],
+    )
     assert nouns.offered(1) == (1, 2)
     assert nouns.offered(2) == (0, 1)
 

@@ -15,13 +15,23 @@ from hdovd.pipelines.proposal_files.file import Proposals, read_proposals, write
 
 
 def _image(image_id: int) -> ImageBoxes:
-    return ImageBoxes(image_id, f"{image_id}.jpg", 200, 100, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    return ImageBoxes(
+        image_id,
+        f"{image_id}.jpg",
+        200,
+        100,
+        np.zeros((0, 4), np.float32),
+        np.zeros(0, np.int64),
+        np.zeros(0, np.int64),
+    )
 
 
 def _proposals(rng: np.random.Generator, count: int) -> Proposals:
     corner = rng.uniform(0, 40, (count, 2))
-    return Proposals(np.concatenate([corner, corner + rng.uniform(1, 55, (count, 2))], 1).astype(np.float32),
-                     rng.uniform(0, 1, count).astype(np.float32))
+    return Proposals(
+        np.concatenate([corner, corner + rng.uniform(1, 55, (count, 2))], 1).astype(np.float32),
+        rng.uniform(0, 1, count).astype(np.float32),
+    )
 
 
 def test_written_then_read_is_the_same_sorted_best_first(tmp_path: Path) -> None:
@@ -42,7 +52,9 @@ def test_written_then_read_is_the_same_sorted_best_first(tmp_path: Path) -> None
 
 
 def test_file_is_coco_results_form(tmp_path: Path) -> None:
-    write_proposals(tmp_path / "p.json", {4: Proposals(np.array([[10, 20, 40, 25]], np.float32), np.array([0.5], np.float32))})
+    write_proposals(
+        tmp_path / "p.json", {4: Proposals(np.array([[10, 20, 40, 25]], np.float32), np.array([0.5], np.float32))}
+    )
     assert json.loads((tmp_path / "p.json").read_text()) == [{"image_id": 4, "bbox": [10, 20, 30, 5], "score": 0.5}]
 
 
@@ -63,8 +75,14 @@ def test_the_order_is_that_of_the_written_scores_where_float32_makes_them_equal(
 def test_images_may_be_mixed_in_the_file(tmp_path: Path) -> None:
     """Against a plain reading of the file."""
     rng = np.random.default_rng(0)
-    entries = [{"image_id": int(rng.integers(5, 30)), "bbox": rng.uniform(0, 90, 4).round(3).tolist(), "score": float(rng.integers(9)) / 8}
-               for _ in range(1000)]
+    entries = [
+        {
+            "image_id": int(rng.integers(5, 30)),
+            "bbox": rng.uniform(0, 90, 4).round(3).tolist(),
+            "score": float(rng.integers(9)) / 8,
+        }
+        for _ in range(1000)
+    ]
     (tmp_path / "p.json").write_text(json.dumps(entries))
     read = read_proposals(tmp_path / "p.json", [_image(i) for i in range(40)], Skips())
     assert list(read) == list(dict.fromkeys(e["image_id"] for e in entries))
@@ -81,14 +99,25 @@ def test_box_over_the_edge_is_cut_to_the_image(tmp_path: Path) -> None:
 
 def test_bad_entries_are_skipped_with_reason_and_number(tmp_path: Path) -> None:
     good = {"image_id": 1, "bbox": [1, 1, 9, 9], "score": 0.5}
-    entries = [good, good | {"bbox": [1, 1, -9, 9]}, good | {"image_id": 2}, good | {"bbox": [1, 1, 9, float("nan")]},
-               good | {"score": float("inf")}, good | {"bbox": [1, 1, 9, 0]}, good | {"bbox": [1, 1, -2, 9]}]
+    entries = [
+        good,
+        good | {"bbox": [1, 1, -9, 9]},
+        good | {"image_id": 2},
+        good | {"bbox": [1, 1, 9, float("nan")]},
+        good | {"score": float("inf")},
+        good | {"bbox": [1, 1, 9, 0]},
+        good | {"bbox": [1, 1, -2, 9]},
+    ]
     (tmp_path / "p.json").write_text(json.dumps(entries))
     skips = Skips()
     read = read_proposals(tmp_path / "p.json", [_image(1)], skips)
     assert len(read[1].boxes) == 1
-    by_word = {word: ids for reason, ids in skips.by_reason.items() for word in ("inverted", "not in", "not finite", "score is", "no area")
-               if word in reason}
+    by_word = {
+        word: ids
+        for reason, ids in skips.by_reason.items()
+        for word in ("inverted", "not in", "not finite", "score is", "no area")
+        if word in reason
+    }
     assert by_word == {"inverted": [1, 6], "not in": [2], "not finite": [3], "score is": [4], "no area": [5]}
 
 
@@ -109,18 +138,40 @@ def test_empty_file_is_an_error(tmp_path: Path) -> None:
 GOOD = {"image_id": 1, "bbox": [1, 1, 9, 9], "score": 0.5}
 
 
-@pytest.mark.parametrize("tree", [
-    {}, 3, None, GOOD, {"annotations": [GOOD]}, [[]], [GOOD, 3],
-    *([GOOD, {k: v for k, v in GOOD.items() if k != key}] for key in GOOD)])
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {},
+        3,
+        None,
+        GOOD,
+        {"annotations": [GOOD]},
+        [[]],
+        [GOOD, 3],
+        *([GOOD, {k: v for k, v in GOOD.items() if k != key}] for key in GOOD),
+    ],
+)
 def test_a_file_of_another_form(tmp_path: Path, tree: object) -> None:
     (tmp_path / "p.json").write_text(json.dumps(tree))
-    with pytest.raises(HdovdError, match=r"p\.json is no proposal file: expected COCO results JSON, a list of \{image_id, bbox"):
+    with pytest.raises(
+        HdovdError, match=r"p\.json is no proposal file: expected COCO results JSON, a list of \{image_id, bbox"
+    ):
         read_proposals(tmp_path / "p.json", [_image(1)], Skips())
 
 
-@pytest.mark.parametrize(("image_id", "found"), [
-    ("1", "the text '1', expected a whole number: write it without quotes"), (None, "null"), (True, "true"), (1.5, "1.5"), ([1], "a list"),
-    (float("nan"), "nan"), (1 << 63, "9223372036854775808"), (10**400, "a number of more than 64 bits")])
+@pytest.mark.parametrize(
+    ("image_id", "found"),
+    [
+        ("1", "the text '1', expected a whole number: write it without quotes"),
+        (None, "null"),
+        (True, "true"),
+        (1.5, "1.5"),
+        ([1], "a list"),
+        (float("nan"), "nan"),
+        (1 << 63, "9223372036854775808"),
+        (10**400, "a number of more than 64 bits"),
+    ],
+)
 def test_an_image_id_that_is_no_whole_number(tmp_path: Path, image_id: object, found: str) -> None:
     (tmp_path / "p.json").write_text(json.dumps([GOOD, GOOD | {"image_id": image_id}]))
     with pytest.raises(HdovdError, match=rf"p\.json: entry 1: image_id is {found}"):
@@ -128,7 +179,13 @@ def test_an_image_id_that_is_no_whole_number(tmp_path: Path, image_id: object, f
 
 
 def test_a_whole_float_is_an_image_id_and_no_bool_is_a_number(tmp_path: Path) -> None:
-    entries = [GOOD, GOOD | {"image_id": 1.0}, GOOD | {"score": True}, GOOD | {"bbox": [1, 1, True, 9]}, GOOD | {"score": "0.9"}]
+    entries = [
+        GOOD,
+        GOOD | {"image_id": 1.0},
+        GOOD | {"score": True},
+        GOOD | {"bbox": [1, 1, True, 9]},
+        GOOD | {"score": "0.9"},
+    ]
     (tmp_path / "p.json").write_text(json.dumps(entries))
     skips = Skips()
     assert len(read_proposals(tmp_path / "p.json", [_image(1)], skips)[1].boxes) == 2
@@ -143,18 +200,27 @@ def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
 
 def test_no_proposal_fits_the_images(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(json.dumps([GOOD, GOOD | {"image_id": 7}]))
-    with pytest.raises(HdovdError, match=r"(?s)no usable proposal for the 1 training images \(ids 2\).*skipped 2: .*not in the training"):
+    with pytest.raises(
+        HdovdError,
+        match=r"(?s)no usable proposal for the 1 training images \(ids 2\).*skipped 2: .*not in the training",
+    ):
         read_proposals(tmp_path / "p.json", [_image(2)], Skips())
 
 
 def test_memory_is_that_of_the_boxes(tmp_path: Path) -> None:
     with (tmp_path / "p.json").open("w") as file:
-        file.write("[" + ",\n".join(json.dumps(GOOD | {"image_id": k // 100, "score": k / 50_000}) for k in range(50_000)) + "]")
+        file.write(
+            "["
+            + ",\n".join(json.dumps(GOOD | {"image_id": k // 100, "score": k / 50_000}) for k in range(50_000))
+            + "]"
+        )
     images = [_image(k) for k in range(500)]
     tracemalloc.start()
     try:
         read = read_proposals(tmp_path / "p.json", images, Skips())
-        assert tracemalloc.get_traced_memory()[1] < 6_000_000  # arrays of 1.2 MB and some blocks of 1 MiB; lists take 20 MB
+        assert (
+            tracemalloc.get_traced_memory()[1] < 6_000_000
+        )  # arrays of 1.2 MB and some blocks of 1 MiB; lists take 20 MB
     finally:
         tracemalloc.stop()
     assert sum(len(found.scores) for found in read.values()) == 50_000

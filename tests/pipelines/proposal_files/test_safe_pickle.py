@@ -28,19 +28,19 @@ RECONSTRUCT = b"cnumpy._core.multiarray\n_reconstruct\n"
 NDARRAY, DTYPE = b"cnumpy\nndarray\n", b"cnumpy\ndtype\n"
 # [array([[0.5, -2, 3]], float32), zeros((0, 5), float32), float16(1.5)] as numpy 1.26.4 pickles it, protocols 2 to 5
 NUMPY_1 = {
-    2: "c-nQ4$xg#C5Qd#}0Su+=`@X4MB7ry}=$S}4_>>EZVkgLv+O)sp9CGW0ls*>^22R==Vn$<In&tn-6Z;*cC(?X4E*vpZu`|pEIti5u3mT|cjM7Z2TxbewUPa"
-       "Sro`vm_Pc%dzMo}y>8mHBRqUl?N5RR7LHuoUZN&0|xi6w^RDOMP0&$Wy<N~|tMM!FcA&NbgQ9Uo8V%)X{rXXy6aMm_Br8=mLA{TQncmuPJAnQZzUQroME?"
-       "+GFOKDMM0+h*9&*yYlaHRhf)+WQO#l{Rr(B@ShGCW3(HiP<*|0?G>=XB0>G496NL{GU(BL^uc)#i?B2KH{vxJ!iNuxbiRPB{!T^DS5$F1$WJGQ{tB4E_Qw"
-       "asOfsU",
-    3: "c-nQ3IZwkt5QS%L0$~&G`|4e}Kq(`L<Sr|@*eVS|-i^^BB~IREUAUvc!T*YX2AiWp%xI>V_oVmDNB9DYbWu*{Rjg+=kEi9ty=T^D6@Rt4o)rscOYJz=#>I"
-       ">AMnxd#6Jf#>c9v*K>_&q54r}aftz%csbB^{XAfmS(_M5LIxI`xs;fVQLAKf%fhd;j7OOV5XYLc$kp8b3i4F))LI8uh0b>Ok_X(tk=t27d=8fT`{B!qK^3"
-       "-!+@3!P0e%W-M8ERVQav0O{scoy@Q;#MUAJ>jm#y~INv{{pnNVBG",
-    4: "c-m`VnfiqR0%E6V^oZt_<`z`yCFd8V>gAT^lw>9r6(v?q>EVelN=?qsD=sN2O)i--c}fo}SmBf&_Pi8`lF3uN8Cs_}GbT-GpAs}h!<!KZncJphu=KE|lvE"
-       "a^f;2IunM~>IfXFlVFxpJ<^Yioi4+LPso1tV%Ql~Qy&?)vne1L($!C?weD1$kJ4P<r(2h3y!Z&skm0-eqbV0p$Kw&LW(oWvra9T~hpTZ|C4WC&u~;mpKfH"
-       ">C|IpQ;A{B+Fv|",
-    5: "c-m`Vo%(?R0%E6V^a$mZ<`z`yCFd8V>H(RlMVZM{dbs1$it=-lO4HI(i>6GTqA`t!0S@ee_y7ZggTs^_R<K?mol;U+kP1}T!<1$+rL&`bO3)MyZ{{9Gn<;"
-       "*NeqR5908Dr@luSwTX7pxmo6^JRJf#GvEQ48N8qDM=8C>2B-mGm?GWbAJJ)%fX%Pq|*$xJLNN(5TRR-BxelL&HH20PG3BZQ3^+?e(`GcnjrX#>iq>Hz=%l"
-       "3k_",
+    2: "c-nQ4$xg#C5Qd#}0Su+=`@X4MB7ry}=$S}4_>>EZVkgLv+O)sp9CGW0ls*>^22R==Vn$<In&tn-6Z;*cC(?X4E*vpZu`|pEIti5u3mT|cjM7Z2TxbewUPa"  # noqa: E501
+    "Sro`vm_Pc%dzMo}y>8mHBRqUl?N5RR7LHuoUZN&0|xi6w^RDOMP0&$Wy<N~|tMM!FcA&NbgQ9Uo8V%)X{rXXy6aMm_Br8=mLA{TQncmuPJAnQZzUQroME?"
+    "+GFOKDMM0+h*9&*yYlaHRhf)+WQO#l{Rr(B@ShGCW3(HiP<*|0?G>=XB0>G496NL{GU(BL^uc)#i?B2KH{vxJ!iNuxbiRPB{!T^DS5$F1$WJGQ{tB4E_Qw"
+    "asOfsU",
+    3: "c-nQ3IZwkt5QS%L0$~&G`|4e}Kq(`L<Sr|@*eVS|-i^^BB~IREUAUvc!T*YX2AiWp%xI>V_oVmDNB9DYbWu*{Rjg+=kEi9ty=T^D6@Rt4o)rscOYJz=#>I"  # noqa: E501
+    ">AMnxd#6Jf#>c9v*K>_&q54r}aftz%csbB^{XAfmS(_M5LIxI`xs;fVQLAKf%fhd;j7OOV5XYLc$kp8b3i4F))LI8uh0b>Ok_X(tk=t27d=8fT`{B!qK^3"
+    "-!+@3!P0e%W-M8ERVQav0O{scoy@Q;#MUAJ>jm#y~INv{{pnNVBG",
+    4: "c-m`VnfiqR0%E6V^oZt_<`z`yCFd8V>gAT^lw>9r6(v?q>EVelN=?qsD=sN2O)i--c}fo}SmBf&_Pi8`lF3uN8Cs_}GbT-GpAs}h!<!KZncJphu=KE|lvE"  # noqa: E501
+    "a^f;2IunM~>IfXFlVFxpJ<^Yioi4+LPso1tV%Ql~Qy&?)vne1L($!C?weD1$kJ4P<r(2h3y!Z&skm0-eqbV0p$Kw&LW(oWvra9T~hpTZ|C4WC&u~;mpKfH"
+    ">C|IpQ;A{B+Fv|",
+    5: "c-m`Vo%(?R0%E6V^a$mZ<`z`yCFd8V>H(RlMVZM{dbs1$it=-lO4HI(i>6GTqA`t!0S@ee_y7ZggTs^_R<K?mol;U+kP1}T!<1$+rL&`bO3)MyZ{{9Gn<;"  # noqa: E501
+    "*NeqR5908Dr@luSwTX7pxmo6^JRJf#GvEQ48N8qDM=8C>2B-mGm?GWbAJJ)%fX%Pq|*$xJLNN(5TRR-BxelL&HH20PG3BZQ3^+?e(`GcnjrX#>iq>Hz=%l"
+    "3k_",
 }
 
 
@@ -83,8 +83,14 @@ def _dtype(code: str, state: bytes = b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0"
 @pytest.mark.parametrize("protocol", range(6))
 def test_every_number_type_and_layout_comes_back(tmp_path: Path, protocol: int) -> None:
     written = [np.arange(10).reshape(2, 5).astype(code) for code in "i1 >i2 i4 i8 u1 u2 u4 u8 f2 f4 >f8 c8 c16".split()]  # noqa: SIM905
-    written += [np.array([[True, False]]), np.zeros((0, 5), np.float32), np.array(7.0), np.arange(10.0)[::2],
-                np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.arange(24.0).reshape(2, 3, 4).transpose(1, 2, 0)]
+    written += [
+        np.array([[True, False]]),
+        np.zeros((0, 5), np.float32),
+        np.array(7.0),
+        np.arange(10.0)[::2],
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        np.arange(24.0).reshape(2, 3, 4).transpose(1, 2, 0),
+    ]
     scalars = [np.float32(0.1), np.int64(-3), np.bool_(True), np.complex64(1j)]
     plain: list[Any] = [None, True, 3, -(2**70), 0.25, "é", b"\xff\0", (), (1, [2]), {"a": {1: None}}]
     found = _load(tmp_path, pickle.dumps({"arrays": written, "scalars": (*scalars,), "plain": plain}, protocol))
@@ -137,8 +143,15 @@ def test_nothing_that_is_asked_for_runs(tmp_path: Path, protocol: int) -> None:
         "": Calls(Path.touch, marker),  # by name or by getattr, as the protocol has it
     }
     for named, attack in attacks.items():
-        for wrapped in (attack, [np.zeros(3), {"x": attack}], Calls(np.zeros, attack), np.array([attack, None], object)):
-            _refused(tmp_path, pickle.dumps(wrapped, protocol), "" if isinstance(wrapped, Calls | np.ndarray) else named)
+        for wrapped in (
+            attack,
+            [np.zeros(3), {"x": attack}],
+            Calls(np.zeros, attack),
+            np.array([attack, None], object),
+        ):
+            _refused(
+                tmp_path, pickle.dumps(wrapped, protocol), "" if isinstance(wrapped, Calls | np.ndarray) else named
+            )
             assert [f.name for f in tmp_path.iterdir()] == ["p.pkl"]
     pickle.loads(pickle.dumps(attacks["posix.system"], protocol))
     assert marker.exists()  # the attack is a live one
@@ -153,38 +166,57 @@ def test_refusal_names_file_and_function_and_the_way_out(tmp_path: Path) -> None
     _refused(tmp_path, b"\x80\x02cos\n" + b"\x1b[2J" * 1000 + b"\n.", "os.\\x1b[2J")  # and keeps the terminal whole
 
 
-@pytest.mark.parametrize(("module", "name"), [
-    ("numpy", "ndarray.__class__"), ("numpy", "ndarray.__class__.__base__.__subclasses__"), ("numpy", "dtype.__init__.__globals__"),
-    ("numpy", "core.multiarray._reconstruct"), ("numpy.core", "multiarray._reconstruct"), ("numpy.core.multiarray", "_reconstruct.x"),
-    ("numpy._core.numeric", "_frombuffer.__globals__"), ("numpy._core.numeric", "frombuffer"), ("_codecs", "encode.__call__"),
-    ("_codecs", "decode"), ("codecs", "encode"), ("builtins", "bytearray"), ("", "numpy.ndarray"), ("numpy.ndarray", ""),
-    ("numpy", "matrix"), ("numpy", "load"), ("numpy", "f2py.os.system"), ("numpy.testing._private.utils", "runstring"),
-])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("numpy", "ndarray.__class__"),
+        ("numpy", "ndarray.__class__.__base__.__subclasses__"),
+        ("numpy", "dtype.__init__.__globals__"),
+        ("numpy", "core.multiarray._reconstruct"),
+        ("numpy.core", "multiarray._reconstruct"),
+        ("numpy.core.multiarray", "_reconstruct.x"),
+        ("numpy._core.numeric", "_frombuffer.__globals__"),
+        ("numpy._core.numeric", "frombuffer"),
+        ("_codecs", "encode.__call__"),
+        ("_codecs", "decode"),
+        ("codecs", "encode"),
+        ("builtins", "bytearray"),
+        ("", "numpy.ndarray"),
+        ("numpy.ndarray", ""),
+        ("numpy", "matrix"),
+        ("numpy", "load"),
+        ("numpy", "f2py.os.system"),
+        ("numpy.testing._private.utils", "runstring"),
+    ],
+)
 def test_names_are_taken_whole(tmp_path: Path, module: str, name: str) -> None:
     _refused(tmp_path, b"\x80\x04" + _text(module) + _text(name) + b"\x93.", f"{module}.{name}")
     _refused(tmp_path, b"\x80\x02c" + module.encode() + b"\n" + name.encode() + b"\n.", f"{module}.{name}")
 
 
-@pytest.mark.parametrize(("data", "named"), [
-    (NDARRAY + b")R", "not callable"),
-    (NDARRAY + b")\x81", "is not a type object"),
-    (NDARRAY + b")}\x92", "is not a type object"),
-    (DTYPE + b")\x81", "is not a type object"),
-    (b"(" + NDARRAY + b"o", "no pickle"),
-    (b"(" + DTYPE + _text("O") + b"o", "no number type"),
-    (b"(inumpy\nndarray\n", "no pickle"),
-    (b"(ios\nsystem\n", "os.system"),
-    (b"\x82\x01", "extension code"),
-    (b"Psome id\n", "persistent"),
-    (_text("storage") + b"Q", "persistent"),
-    (b"\x97", "out-of-band"),
-    (b"C\x01x\x98)R", "not callable"),
-    (b"]}R", "not callable"),
-    (RECONSTRUCT + b"N}\x8c\x0c__defaults__)s\x86b", "attributes of"),
-    (ENCODE + b"}\x8c\x08function)sb", "attributes of"),
-    (b"]}\x8c\x01x)sb", "attributes of list"),
-    (RECONSTRUCT + b")R}\x8c\x01x)sb", "attributes of ndarray"),
-])
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (NDARRAY + b")R", "not callable"),
+        (NDARRAY + b")\x81", "is not a type object"),
+        (NDARRAY + b")}\x92", "is not a type object"),
+        (DTYPE + b")\x81", "is not a type object"),
+        (b"(" + NDARRAY + b"o", "no pickle"),
+        (b"(" + DTYPE + _text("O") + b"o", "no number type"),
+        (b"(inumpy\nndarray\n", "no pickle"),
+        (b"(ios\nsystem\n", "os.system"),
+        (b"\x82\x01", "extension code"),
+        (b"Psome id\n", "persistent"),
+        (_text("storage") + b"Q", "persistent"),
+        (b"\x97", "out-of-band"),
+        (b"C\x01x\x98)R", "not callable"),
+        (b"]}R", "not callable"),
+        (RECONSTRUCT + b"N}\x8c\x0c__defaults__)s\x86b", "attributes of"),
+        (ENCODE + b"}\x8c\x08function)sb", "attributes of"),
+        (b"]}\x8c\x01x)sb", "attributes of list"),
+        (RECONSTRUCT + b")R}\x8c\x01x)sb", "attributes of ndarray"),
+    ],
+)
 def test_instructions_that_arrays_do_not_need(tmp_path: Path, data: bytes, named: str) -> None:
     _refused(tmp_path, b"\x80\x05" + data + b".", named)
 
@@ -207,9 +239,16 @@ def test_torch_file_given_for_a_pickle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_only_number_types(tmp_path: Path, protocol: int) -> None:
-    for array, named in [(np.array([None, 1], object), "O8"), (np.array([[np.zeros(2)]], object), "O8"), (np.array(["text"]), "U4"),
-                         (np.array([b"text"]), "S4"), (np.zeros(2, [("x", "f4")]), "V4"), (np.zeros(2, "M8[s]"), "M8"),
-                         (np.zeros(2, np.longdouble), "f16"), (np.zeros(2, [("x", "O")]), "V8")]:
+    for array, named in [
+        (np.array([None, 1], object), "O8"),
+        (np.array([[np.zeros(2)]], object), "O8"),
+        (np.array(["text"]), "U4"),
+        (np.array([b"text"]), "S4"),
+        (np.zeros(2, [("x", "f4")]), "V4"),
+        (np.zeros(2, "M8[s]"), "M8"),
+        (np.zeros(2, np.longdouble), "f16"),
+        (np.zeros(2, [("x", "O")]), "V8"),
+    ]:
         _refused(tmp_path, pickle.dumps([array], protocol), named)
         _refused(tmp_path, pickle.dumps(array.dtype, protocol), named)
     _refused(tmp_path, pickle.dumps(np.ma.masked_array([1.0]), protocol), "numpy.ma")
@@ -217,22 +256,43 @@ def test_only_number_types(tmp_path: Path, protocol: int) -> None:
         _refused(tmp_path, pickle.dumps(np.matrix([1.0]), protocol), "numpy")
 
 
-@pytest.mark.parametrize("state", [
-    b"NNNK\x40J\xff\xff\xff\xffK\0",  # 64 bytes an element
-    b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3f",  # flags: holds objects
-    b"N\x8c\x01x\x85}NJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0",  # fields
-    b"K\x08\x85NNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0",  # a subarray
-])
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"NNNK\x40J\xff\xff\xff\xffK\0",  # 64 bytes an element
+        b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3f",  # flags: holds objects
+        b"N\x8c\x01x\x85}NJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0",  # fields
+        b"K\x08\x85NNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0",  # a subarray
+    ],
+)
 def test_number_type_with_a_forged_state(tmp_path: Path, state: bytes) -> None:
-    _refused(tmp_path, b"\x80\x04" + _array(b"K\x01\x85", _dtype("f8", state), b"C\x08" + bytes(8)) + b".", "more than float64")
+    _refused(
+        tmp_path,
+        b"\x80\x04" + _array(b"K\x01\x85", _dtype("f8", state), b"C\x08" + bytes(8)) + b".",
+        "more than float64",
+    )
 
 
-@pytest.mark.parametrize("shape", [b"K\x03\x85", b"K\0\x85", b"J\xff\xff\xff\xff\x85", b"\x8a\x09" + b"\0" * 8 + b"\x01\x85", b"N\x85",
-                                   b"]", b"G" + bytes(8) + b"\x85", b"K\x02K\x01K\x02\x87"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        b"K\x03\x85",
+        b"K\0\x85",
+        b"J\xff\xff\xff\xff\x85",
+        b"\x8a\x09" + b"\0" * 8 + b"\x01\x85",
+        b"N\x85",
+        b"]",
+        b"G" + bytes(8) + b"\x85",
+        b"K\x02K\x01K\x02\x87",
+    ],
+)
 def test_array_whose_bytes_do_not_fill_its_shape(tmp_path: Path, shape: bytes) -> None:
     array = _array(shape, _dtype("f4"), b"C\x08" + bytes(8))
     _refused(tmp_path, b"\x80\x04" + array + b".", "")
-    assert _load(tmp_path, b"\x80\x04" + _array(b"K\x02\x85", _dtype("f4"), b"C\x08" + bytes(8)) + b".").tolist() == [0, 0]
+    assert _load(tmp_path, b"\x80\x04" + _array(b"K\x02\x85", _dtype("f4"), b"C\x08" + bytes(8)) + b".").tolist() == [
+        0,
+        0,
+    ]
 
 
 def test_codec_of_the_files_choice(tmp_path: Path) -> None:
@@ -247,7 +307,10 @@ def _bombs() -> dict[str, bytes]:
     huge = struct.pack("<Q", 2**33)
     return {
         "memo": b"]r\xff\xff\xff\xff0r\xff\xff\xff\xff",
-        "bytes": b"\x8e" + huge, "bytearray": b"\x96" + huge, "text": b"\x8d" + huge, "integer": b"\x8b\xff\xff\xff\x7f",
+        "bytes": b"\x8e" + huge,
+        "bytearray": b"\x96" + huge,
+        "text": b"\x8d" + huge,
+        "integer": b"\x8b\xff\xff\xff\x7f",
         "frame": b"\x95" + huge,
         "zeros": b"cbuiltins\nbytes\n\x8a\x05\0\0\0\0\x02\x85R",
         "shape": RECONSTRUCT + NDARRAY + b"\x8a\x05\0\0\0\0\x02\x85C\x01b\x87R",
@@ -282,7 +345,9 @@ def test_bytes_used_again_and_again_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_cut_file(tmp_path: Path, protocol: int) -> None:
-    data = pickle.dumps([np.arange(5, dtype=np.float32), np.zeros((0, 5)), np.float32(1), "text", {"a": (1, 2.0)}], protocol)
+    data = pickle.dumps(
+        [np.arange(5, dtype=np.float32), np.zeros((0, 5)), np.float32(1), "text", {"a": (1, 2.0)}], protocol
+    )
     for length in range(len(data)):
         cut_in_name = data[:length].endswith(b".")  # for all that one can tell, a whole pickle that asks for "numpy."
         _refused(tmp_path, data[:length], "" if cut_in_name else "download complete?")
@@ -290,7 +355,9 @@ def test_cut_file(tmp_path: Path, protocol: int) -> None:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_damaged_file_fails_cleanly_or_loads(tmp_path: Path, protocol: int) -> None:
-    data = pickle.dumps([np.arange(5, dtype=np.float32), np.ones((2, 2), bool), np.float32(1), "text", {"a": (1, 2.0)}], protocol)
+    data = pickle.dumps(
+        [np.arange(5, dtype=np.float32), np.ones((2, 2), bool), np.float32(1), "text", {"a": (1, 2.0)}], protocol
+    )
     rng = random.Random(protocol)
     refused = 0
     for _ in range(400):
@@ -305,7 +372,14 @@ def test_damaged_file_fails_cleanly_or_loads(tmp_path: Path, protocol: int) -> N
 
 
 def test_not_a_pickle(tmp_path: Path) -> None:
-    for data in (b"", b"<!doctype html>", b'[{"image_id": 1}]', b"\x93NUMPY\x01\0", b"\xff\xd8\xff\xe0", b"version https://git-lfs"):
+    for data in (
+        b"",
+        b"<!doctype html>",
+        b'[{"image_id": 1}]',
+        b"\x93NUMPY\x01\0",
+        b"\xff\xd8\xff\xe0",
+        b"version https://git-lfs",
+    ):
         _refused(tmp_path, data, "")
     _refused(tmp_path, pickle.dumps(1) * 2, "goes on after its end")
     with pytest.raises(HdovdError, match=r"cannot read .*none\.pkl: No such file"):

@@ -34,7 +34,14 @@ def _silent(_: str) -> None: ...
 def made(world: Path, micro_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> ProposeConfig:
     """A job that is done: p.json and p.oln.safetensors."""
     out = tmp_path_factory.mktemp("made") / "not there yet" / "p.json"
-    job = ProposeConfig(data=DataPaths(world), out=out, recipe=micro_recipe(), protocol=str(world / "protocol.toml"), device="cpu", top=6)
+    job = ProposeConfig(
+        data=DataPaths(world),
+        out=out,
+        recipe=micro_recipe(),
+        protocol=str(world / "protocol.toml"),
+        device="cpu",
+        top=6,
+    )
     propose(job, _silent)
     return job
 
@@ -62,20 +69,26 @@ def test_the_backbone_is_kept_with_what_made_it(made: ProposeConfig, network: Pa
     assert all(torch.equal(value, loaded[name]) for name, value in load_file(file).items())
 
 
-def test_other_settings_are_refused_and_named(made: ProposeConfig, network: Path, micro_recipe: Callable[..., Recipe]) -> None:
+def test_other_settings_are_refused_and_named(
+    made: ProposeConfig, network: Path, micro_recipe: Callable[..., Recipe]
+) -> None:
     before = network.read_bytes()
-    with pytest.raises(HdovdError, match=r"p\.oln\.safetensors was made otherwise:(.|\n)*recipe\.train\.lr differs(.|\n)*--overwrite"):
+    with pytest.raises(
+        HdovdError, match=r"p\.oln\.safetensors was made otherwise:(.|\n)*recipe\.train\.lr differs(.|\n)*--overwrite"
+    ):
         propose(replace(made, recipe=micro_recipe("train.lr=0.001")), _silent)
     assert network.read_bytes() == before
     propose(replace(made, recipe=micro_recipe("train.workers=1")), _silent)  # which change nothing
     assert network.read_bytes() == before
 
 
-def test_a_key_that_came_later_is_told_where_it_is_not_the_default(made: ProposeConfig, network: Path,
-                                                                   micro_recipe: Callable[..., Recipe]) -> None:
+def test_a_key_that_came_later_is_told_where_it_is_not_the_default(
+    made: ProposeConfig, network: Path, micro_recipe: Callable[..., Recipe]
+) -> None:
     """Files of before there was such a key are those of its default."""
-    assert made_by(network)["recipe"]["train"].keys() == {name for name, field in ScheduleConfig.model_fields.items()
-                                                          if field.is_required()} - {"workers"}
+    assert made_by(network)["recipe"]["train"].keys() == {
+        name for name, field in ScheduleConfig.model_fields.items() if field.is_required()
+    } - {"workers"}
     with pytest.raises(HdovdError, match=r"recipe\.train\.accumulate"):
         propose(replace(made, recipe=micro_recipe("train.accumulate=2")), _silent)
 
@@ -87,12 +100,16 @@ def test_others_may_read_the_network(network: Path, made: ProposeConfig) -> None
     plain.unlink()
 
 
-def test_backbone_weights_count_by_content(made: ProposeConfig, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_backbone_weights_count_by_content(
+    made: ProposeConfig, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     split = DataPaths(world).load("train2017", load_protocol(made.protocol), base_only=True, log=_silent)
 
     def found(name: str, content: bytes) -> dict[str, object]:
         (tmp_path / name).write_bytes(content)
-        return settings(replace(made, recipe=micro_recipe(f"detector.backbone.weights={tmp_path / name}")).network, split)
+        return settings(
+            replace(made, recipe=micro_recipe(f"detector.backbone.weights={tmp_path / name}")).network, split
+        )
 
     assert found("a.pth", b"1") == found("b.pth", b"1") != found("a.pth", b"2")
 
@@ -109,7 +126,12 @@ def test_a_network_proposes_the_same_anywhere(
     made: ProposeConfig, network: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe]
 ) -> None:
     """Its own values count, not those of the recipe given."""
-    job = replace(made, out=tmp_path / "again.json", checkpoint=network, recipe=micro_recipe("proposals.nms=0.1", "input.short_side=64"))
+    job = replace(
+        made,
+        out=tmp_path / "again.json",
+        checkpoint=network,
+        recipe=micro_recipe("proposals.nms=0.1", "input.short_side=64"),
+    )
     propose(job, _silent)
     assert job.out.read_bytes() == made.out.read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["again.json", "again.json.made_by.json"]
@@ -131,8 +153,12 @@ def test_what_made_it_is_kept(made: ProposeConfig, network: Path, world: Path, k
 
 def test_tensors_hash_sees_names_shapes_and_values() -> None:
     one = {"a": torch.zeros(2, 3), "b": torch.ones(2)}
-    others = [{"a": torch.zeros(3, 2), "b": torch.ones(2)}, {"c": torch.zeros(2, 3), "b": torch.ones(2)},
-              {"a": torch.zeros(2, 3), "b": torch.tensor([1.0, 1.5])}, {"a": torch.zeros(2, 3)}]
+    others = [
+        {"a": torch.zeros(3, 2), "b": torch.ones(2)},
+        {"c": torch.zeros(2, 3), "b": torch.ones(2)},
+        {"a": torch.zeros(2, 3), "b": torch.tensor([1.0, 1.5])},
+        {"a": torch.zeros(2, 3)},
+    ]
     assert tensors_hash(one) == tensors_hash(dict(reversed(one.items())))
     assert len({tensors_hash(other) for other in (one, *others)}) == 5
 
@@ -141,7 +167,11 @@ def test_files_that_hold_no_network(made: ProposeConfig, network: Path, tmp_path
     state = load_file(network)
     save_file(state, tmp_path / "bare.safetensors")
     (tmp_path / "torn.safetensors").write_bytes(network.read_bytes()[:1000])
-    for name, message in (("none.safetensors", "no file"), ("bare.safetensors", "no proposal network"), ("torn.safetensors", "damaged")):
+    for name, message in (
+        ("none.safetensors", "no file"),
+        ("bare.safetensors", "no proposal network"),
+        ("torn.safetensors", "damaged"),
+    ):
         with pytest.raises(HdovdError, match=message):
             load_network(tmp_path / name)
     for origin in ("[]", "{", "{}", '{"detector": "oln", "protocol": 3}'):
@@ -162,24 +192,40 @@ def test_a_file_does_not_choose_what_is_imported(
     monkeypatch.syspath_prepend(tmp_path)
     trained, origin = load_network(network)
     backbone = trained.recipe.detector.backbone.model_copy(update={"name": "strange_code:build"})
-    trained.recipe = trained.recipe.model_copy(update={"detector": trained.recipe.detector.model_copy(update={"backbone": backbone})})
+    trained.recipe = trained.recipe.model_copy(
+        update={"detector": trained.recipe.detector.model_copy(update={"backbone": backbone})}
+    )
     save_network(tmp_path / "strange.safetensors", trained, origin)
     for trusted in (None, made.recipe):
         with pytest.raises(HdovdError, match="code outside of hdovd"):
             load_network(tmp_path / "strange.safetensors", trusted)
 
 
-def test_a_network_that_saw_classes_which_are_novel_here(made: ProposeConfig, network: Path, world: Path, tmp_path: Path) -> None:
+def test_a_network_that_saw_classes_which_are_novel_here(
+    made: ProposeConfig, network: Path, world: Path, tmp_path: Path
+) -> None:
     text = (world / "protocol.toml").read_text().replace(f'"{BASE[0]}", ', "")
     (tmp_path / "other.toml").write_text(text.replace("novel = [", f'novel = ["{BASE[0]}", '))
     with pytest.raises(HdovdError, match=f"trained on boxes of {BASE[0]}"):
-        propose(replace(made, out=tmp_path / "p.json", checkpoint=network, protocol=str(tmp_path / "other.toml")), _silent)
+        propose(
+            replace(made, out=tmp_path / "p.json", checkpoint=network, protocol=str(tmp_path / "other.toml")), _silent
+        )
 
 
 def test_networks_side_by_side(made: ProposeConfig, network: Path, world: Path) -> None:
-    """One call: the network that is there is taken, the other one trained; base and novel objects are those of val2017."""
+    """One call: the network that is there is taken, the other one trained; base and novel objects are those of
+    val2017."""
     said: list[str] = []
-    job = RecallConfig(data=made.data, validation=made.data, recipe=made.recipe, out=made.out, protocol=made.protocol, detectors=(Detector.RPN, Detector.OLN), checkpoints=(network,), device="cpu")
+    job = RecallConfig(
+        data=made.data,
+        validation=made.data,
+        recipe=made.recipe,
+        out=made.out,
+        protocol=made.protocol,
+        detectors=(Detector.RPN, Detector.OLN),
+        checkpoints=(network,),
+        device="cpu",
+    )
     rpn, oln, same = recall_report(job, said.append)
     tree = json.loads((world / "annotations" / "instances_val2017.json").read_text())
     base = {c["id"] for c in tree["categories"] if c["name"] in BASE}
@@ -211,15 +257,33 @@ def test_table_of_recall() -> None:
 
 def test_recall_needs_a_place_for_networks_and_pictures(made: ProposeConfig) -> None:
     with pytest.raises(HdovdError, match=r"--out.*--checkpoint"):
-        recall_report(RecallConfig(data=made.data, validation=made.data, recipe=made.recipe, out=None, protocol=made.protocol, device="cpu"), _silent)
+        recall_report(
+            RecallConfig(
+                data=made.data, validation=made.data, recipe=made.recipe, out=None, protocol=made.protocol, device="cpu"
+            ),
+            _silent,
+        )
     with pytest.raises(HdovdError, match="--val-images"):
-        recall_report(RecallConfig(data=made.data, validation=None, recipe=made.recipe, out=made.out, protocol=made.protocol, device="cpu"), _silent)
+        recall_report(
+            RecallConfig(
+                data=made.data, validation=None, recipe=made.recipe, out=made.out, protocol=made.protocol, device="cpu"
+            ),
+            _silent,
+        )
 
 
 def test_a_picture_that_cannot_be_read_makes_no_recall(made: ProposeConfig, network: Path, copied_world: Path) -> None:
     picture = min((copied_world / "val2017").iterdir())
     picture.unlink()
-    job = RecallConfig(data=DataPaths(), validation=DataPaths(copied_world), recipe=made.recipe, out=None, protocol=made.protocol, checkpoints=(network,), device="cpu")
+    job = RecallConfig(
+        data=DataPaths(),
+        validation=DataPaths(copied_world),
+        recipe=made.recipe,
+        out=None,
+        protocol=made.protocol,
+        checkpoints=(network,),
+        device="cpu",
+    )
     with pytest.raises(HdovdError, match=picture.name):
         recall_report(job, _silent)
 
@@ -229,29 +293,47 @@ def test_crowds_are_no_objects(tmp_path: Path) -> None:
 
     file = tmp_path / "a.json"
     rows = [{"id": 7, "iscrowd": 1}, {"id": 8, "iscrowd": 0}, {"id": 9, "iscrowd": None}, {"id": 10}]
-    file.write_text(json.dumps({"images": [{"id": 1, "file_name": "1.jpg", "width": 50, "height": 50}], "categories": [],
-                                "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]} | row for row in rows]}))
-    image = ImageBoxes(1, "1.jpg", 50, 50, np.arange(12, dtype=np.float32).reshape(3, 4), np.array([0, 1, 2]), np.array([7, 8, 9]))
+    file.write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": "1.jpg", "width": 50, "height": 50}],
+                "categories": [],
+                "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]} | row for row in rows],
+            }
+        )
+    )
+    image = ImageBoxes(
+        1, "1.jpg", 50, 50, np.arange(12, dtype=np.float32).reshape(3, 4), np.array([0, 1, 2]), np.array([7, 8, 9])
+    )
     (left,) = without_crowds(Split([image], tmp_path, file, (1, 2, 3), Skips())).images
     assert left.annotation_ids.tolist() == [8, 9]
     assert left.labels.tolist() == [1, 2]
     assert left.boxes.tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-@pytest.mark.parametrize(("detectors", "checkpoints", "message"), [
-    ((Detector.OLN, Detector.RPN), (), "--report"), ((), (Path("a"), Path("b")), "--report"),
-    ((Detector.OLN,), (Path("a"),), "--detector")])
+@pytest.mark.parametrize(
+    ("detectors", "checkpoints", "message"),
+    [
+        ((Detector.OLN, Detector.RPN), (), "--report"),
+        ((), (Path("a"), Path("b")), "--report"),
+        ((Detector.OLN,), (Path("a"),), "--detector"),
+    ],
+)
 def test_one_network_makes_a_file(
     made: ProposeConfig, detectors: tuple[Detector, ...], checkpoints: tuple[Path, ...], message: str
 ) -> None:
     with pytest.raises(HdovdError, match=message):
-        ProposeOptions(data=made.data, recipe=made.recipe, out=made.out, detector=detectors, checkpoint=checkpoints).config()
+        ProposeOptions(
+            data=made.data, recipe=made.recipe, out=made.out, detector=detectors, checkpoint=checkpoints
+        ).config()
     with pytest.raises(HdovdError, match="--out FILE"):
         ProposeOptions(data=made.data, recipe=made.recipe, detector=detectors[:1]).config()
 
 
 @pytest.mark.parametrize("name", ["p.pkl", "p", "folder.json"])
-def test_a_file_that_cannot_be_written_is_refused_before_the_work(made: ProposeConfig, tmp_path: Path, name: str) -> None:
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    made: ProposeConfig, tmp_path: Path, name: str
+) -> None:
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(HdovdError, match=r"expected a file whose name ends in \.json or \.npz"):
         ProposeOptions(data=made.data, recipe=made.recipe, out=tmp_path / name).config()

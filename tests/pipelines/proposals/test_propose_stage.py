@@ -22,7 +22,9 @@ def _silent(_: str) -> None: ...
 
 
 def _job(data: Path, out: Path, recipe: Recipe, **changes: object) -> ProposeConfig:
-    return ProposeConfig(data=DataPaths(data), out=out, recipe=recipe, protocol=str(data / "protocol.toml"), device="cpu", **changes)  # type: ignore[arg-type]
+    return ProposeConfig(
+        data=DataPaths(data), out=out, recipe=recipe, protocol=str(data / "protocol.toml"), device="cpu", **changes
+    )  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +38,15 @@ def test_file_keeps_its_promises(proposed: Path, world: Path, kept: list[int]) -
     tree = json.loads((world / "annotations" / "instances_train2017.json").read_text())
     sizes = {i["id"]: (i["width"], i["height"]) for i in tree["images"]}
     base = {c["id"] for c in tree["categories"] if c["name"] in BASE}
-    truth = {i: [(x, y, x + w, y + h) for a in tree["annotations"] if a["image_id"] == i and a["category_id"] in base
-                 for x, y, w, h in [a["bbox"]]] for i in kept}
+    truth = {
+        i: [
+            (x, y, x + w, y + h)
+            for a in tree["annotations"]
+            if a["image_id"] == i and a["category_id"] in base
+            for x, y, w, h in [a["bbox"]]
+        ]
+        for i in kept
+    }
     entries = json.loads(proposed.read_text())
     assert {e["image_id"] for e in entries} <= set(kept)
     assert len(entries) > 2 * len(kept)
@@ -54,7 +63,8 @@ def test_file_keeps_its_promises(proposed: Path, world: Path, kept: list[int]) -
 
 
 def test_other_proposals_in_the_place_of_the_new_ones_are_named(
-        proposed: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    proposed: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     out = tmp_path / "p.json"
 
     def notes(**changes: object) -> list[str]:
@@ -75,7 +85,9 @@ def test_other_proposals_in_the_place_of_the_new_ones_are_named(
     assert notes(top=2) == []
 
 
-def test_novel_annotations_leave_no_trace(proposed: Path, copied_world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_novel_annotations_leave_no_trace(
+    proposed: Path, copied_world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     """The network saw base boxes alone: without the others in the file the proposals are the same, byte by byte."""
     file = copied_world / "annotations" / "instances_train2017.json"
     tree = json.loads(file.read_text())
@@ -85,7 +97,9 @@ def test_novel_annotations_leave_no_trace(proposed: Path, copied_world: Path, mi
     assert (tmp_path / "p.json").read_bytes() == proposed.read_bytes()
 
 
-def test_labels_do_not_matter(proposed: Path, copied_world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_labels_do_not_matter(
+    proposed: Path, copied_world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     file = copied_world / "annotations" / "instances_train2017.json"
     tree = json.loads(file.read_text())
     base = sorted(c["id"] for c in tree["categories"] if c["name"] in BASE)
@@ -97,7 +111,9 @@ def test_labels_do_not_matter(proposed: Path, copied_world: Path, micro_recipe: 
     assert (tmp_path / "p.json").read_bytes() == proposed.read_bytes()
 
 
-def test_broken_picture_is_left_out_and_named(copied_world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_broken_picture_is_left_out_and_named(
+    copied_world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     (copied_world / "train2017" / "000000000003.jpg").unlink()
     said: list[str] = []
     found = propose(_job(copied_world, tmp_path / "p.json", micro_recipe()), said.append)
@@ -106,7 +122,9 @@ def test_broken_picture_is_left_out_and_named(copied_world: Path, micro_recipe: 
     assert len([line for line in said if "skipped" in line and "000000000003.jpg" in line]) == 1
 
 
-def test_no_readable_picture_is_an_error(copied_world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_no_readable_picture_is_an_error(
+    copied_world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     for picture in (copied_world / "train2017").iterdir():
         picture.unlink()
     with pytest.raises(HdovdError, match="no training picture"):

@@ -1,4 +1,6 @@
-"""Proposing that was killed, stopped or shared by processes, against an unbroken call: the same network and the same file."""
+"""Proposing that was killed, stopped or shared by processes, against an unbroken call: the same network and the same
+file.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,14 @@ from hdovd.pipelines.proposals.networks import build_network, made_by
 @pytest.fixture(scope="module")
 def job(world: Path, micro_recipe: Callable[..., Recipe]) -> Callable[..., ProposeConfig]:
     recipe = micro_recipe("train.batch_size=4", "input.flip=0.5")  # 5 steps; parts of two batches
-    return lambda out, **changes: ProposeConfig(data=DataPaths(world), out=out, recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu",
-                                             **({"save_minutes": 0.0, "top": 5} | changes))
+    return lambda out, **changes: ProposeConfig(
+        data=DataPaths(world),
+        out=out,
+        recipe=recipe,
+        protocol=str(world / "protocol.toml"),
+        device="cpu",
+        **({"save_minutes": 0.0, "top": 5} | changes),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +52,9 @@ def _same(one: Path, two: Path) -> None:
     assert all(one.with_name(name).read_bytes() == two.with_name(name).read_bytes() for name in kept[:2])
 
 
-def test_auto_goes_on_in_the_precision_of_what_is_there(job: Callable[..., ProposeConfig], micro_recipe: Callable[..., Recipe],
-                                                        tmp_path: Path) -> None:
+def test_auto_goes_on_in_the_precision_of_what_is_there(
+    job: Callable[..., ProposeConfig], micro_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     """Of the checkpoint of a training that was killed, then of the network."""
     auto, printed = micro_recipe("train.batch_size=4", "train.precision=auto"), tmp_path / "printed.txt"
     bf16 = replace(job(tmp_path / "p.json"), recipe=micro_recipe("train.batch_size=4", "train.precision=bf16"))
@@ -58,8 +67,9 @@ def test_auto_goes_on_in_the_precision_of_what_is_there(job: Callable[..., Propo
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
-def test_stopped_in_training_and_called_again(job: Callable[..., ProposeConfig], unbroken: Path, tmp_path: Path,
-                                              number: int, code: int) -> None:
+def test_stopped_in_training_and_called_again(
+    job: Callable[..., ProposeConfig], unbroken: Path, tmp_path: Path, number: int, code: int
+) -> None:
     out = tmp_path / "p.json"
     found, printed = play(job(out), tmp_path / "printed.txt", kill_at=3, signal=number)
     assert found == code, printed
@@ -86,15 +96,18 @@ def test_a_network_of_averaged_weights(job: Callable[..., ProposeConfig], unbrok
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
-def test_stopped_while_proposing_and_called_again(job: Callable[..., ProposeConfig], unbroken: Path, tmp_path: Path,
-                                                  number: int, code: int) -> None:
+def test_stopped_while_proposing_and_called_again(
+    job: Callable[..., ProposeConfig], unbroken: Path, tmp_path: Path, number: int, code: int
+) -> None:
     out = tmp_path / "p.json"
     found, printed = play(job(out), tmp_path / "printed.txt", kill_in_part=1, signal=number)
     assert found == code, printed
     assert not out.exists()
     first = tmp_path / "p.parts" / "00000.safetensors"
     before = first.stat().st_mtime_ns
-    found, printed = play(job(out, top=4), tmp_path / "printed.txt", kill_in_part=1)  # parts of other settings are made again
+    found, printed = play(
+        job(out, top=4), tmp_path / "printed.txt", kill_in_part=1
+    )  # parts of other settings are made again
     assert found == -9, printed
     assert first.stat().st_mtime_ns > before
     found, printed = play(job(out), tmp_path / "printed.txt")
@@ -103,25 +116,39 @@ def test_stopped_while_proposing_and_called_again(job: Callable[..., ProposeConf
     _same(unbroken, out)
 
 
-def test_processes_share_the_pictures_and_write_one_file(job: Callable[..., ProposeConfig], unbroken: Path,
-                                                         tmp_path: Path) -> None:
+def test_processes_share_the_pictures_and_write_one_file(
+    job: Callable[..., ProposeConfig], unbroken: Path, tmp_path: Path
+) -> None:
     """Three parts for two processes: with the network of one, the proposals of one, to the byte."""
     out = tmp_path / "p.json"
-    found, printed = play(job(out, checkpoint=unbroken.with_name("p.oln.safetensors")), tmp_path / "printed.txt", processes=2)
+    found, printed = play(
+        job(out, checkpoint=unbroken.with_name("p.oln.safetensors")), tmp_path / "printed.txt", processes=2
+    )
     assert found == 0, printed
     assert out.read_bytes() == unbroken.read_bytes()
     assert printed.count("wrote") == 1
 
 
 def test_processes_train_one_network(job: Callable[..., ProposeConfig], unbroken: Path, tmp_path: Path) -> None:
-    """Without batch norms, which see each process's pictures alone, it goes where that of one process goes: apart from each other they
-    are a fraction of the way, for the size that a process's pictures are padded to."""
-    body = {name.removeprefix("backbone.body."): value for name, value in load_file(unbroken.with_name("p.oln.safetensors")).items()
-            if name.startswith("backbone.body.") and not name.endswith("num_batches_tracked")}
+    """Without batch norms, which see each process's pictures alone, it goes where that of one process goes: apart from
+    each other they are a fraction of the way, for the size that a process's pictures are padded to.
+    """
+    body = {
+        name.removeprefix("backbone.body."): value
+        for name, value in load_file(unbroken.with_name("p.oln.safetensors")).items()
+        if name.startswith("backbone.body.") and not name.endswith("num_batches_tracked")
+    }
     save_file(body, tmp_path / "body.safetensors")
-    recipe = build_recipe(merged(job(tmp_path).recipe.model_dump(by_alias=True), {
-        "detector": {"backbone": {"norm": "frozen", "weights": str(tmp_path / "body.safetensors")}},
-        "train": {"optimizer": "sgd", "lr": 0.01, "clip_norm": 1.0}}), "test")
+    recipe = build_recipe(
+        merged(
+            job(tmp_path).recipe.model_dump(by_alias=True),
+            {
+                "detector": {"backbone": {"norm": "frozen", "weights": str(tmp_path / "body.safetensors")}},
+                "train": {"optimizer": "sgd", "lr": 0.01, "clip_norm": 1.0},
+            },
+        ),
+        "test",
+    )
     networks = []
     for processes in (1, 2):
         out = tmp_path / str(processes) / "p.json"
@@ -134,10 +161,14 @@ def test_processes_train_one_network(job: Callable[..., ProposeConfig], unbroken
     learnt = [name for name, value in start.items() if not torch.equal(value, networks[0][name])]
     assert len(learnt) > 20
     for part in ("backbone.fpn", "rpn", "head"):
-        apart, way = (torch.cat([(state[name] - networks[0][name]).flatten() for name in learnt if name.startswith(part)]).norm()
-                      for state in (networks[1], start))
+        apart, way = (
+            torch.cat([(state[name] - networks[0][name]).flatten() for name in learnt if name.startswith(part)]).norm()
+            for state in (networks[1], start)
+        )
         assert apart < 0.4 * way, part  # which RoIs are drawn follows from the features
 
 
 def merged(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    return tree | {name: merged(tree[name], value) if isinstance(value, dict) else value for name, value in over.items()}
+    return tree | {
+        name: merged(tree[name], value) if isinstance(value, dict) else value for name, value in over.items()
+    }

@@ -43,7 +43,9 @@ def test_matrices_are_cosines_of_the_same_boxes(found: Relations) -> None:
 def test_teacher_rows_are_those_of_the_cache(found: Relations, distilled: RunFolder) -> None:
     """Every cosine between base boxes is one of the cache's; boxes without a positive RoI are not there."""
     cache = FeatureCache(distilled.record()["cache"]["path"])
-    rows = np.concatenate([cache.instances(image).base_boxes().embedding.astype(np.float32) for image in found.image_ids])
+    rows = np.concatenate(
+        [cache.instances(image).base_boxes().embedding.astype(np.float32) for image in found.image_ids]
+    )
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     base = np.flatnonzero(~found.pseudo)
     assert 10 <= len(base) <= len(rows)
@@ -68,7 +70,9 @@ def test_loss_and_correlation_are_of_these_matrices(found: Relations, distilled:
     teacher = torch.from_numpy(vectors * np.sqrt(values.clip(min=0)))  # rows with these cosines
     values, vectors = np.linalg.eigh(found.student.astype(np.float64))
     student = torch.from_numpy(vectors * np.sqrt(values.clip(min=0)))
-    assert found.loss == pytest.approx(float(relation_loss(student, teacher, loss.relation_tau, loss.relation_temperature)), rel=1e-4)
+    assert found.loss == pytest.approx(
+        float(relation_loss(student, teacher, loss.relation_tau, loss.relation_temperature)), rel=1e-4
+    )
 
 
 def test_a_run_without_the_level_says_so(base_only: RunFolder, world: Path) -> None:
@@ -81,26 +85,40 @@ def test_a_cache_that_was_extracted_anew_is_not_taken_for_the_runs_own(distilled
     record = run.record()
     record["cache"]["levels"]["instance"]["key"] = "0" * 24
     _write(run, record)
-    with pytest.raises(HdovdError, match=r"no set of features with the products that the run was trained from \(it has default\)"):
+    with pytest.raises(
+        HdovdError, match=r"no set of features with the products that the run was trained from \(it has default\)"
+    ):
         cache_of(run)
 
 
-def test_data_are_those_of_the_runs_own_set(distilled: RunFolder, copied_cache: Path, world: Path, tmp_path: Path) -> None:
+def test_data_are_those_of_the_runs_own_set(
+    distilled: RunFolder, copied_cache: Path, world: Path, tmp_path: Path
+) -> None:
     run = RunFolder(Path(shutil.copytree(distilled.path, tmp_path / "run")))
     record = run.record()
     record["cache"]["path"] = str(copied_cache)
     own = json.loads((copied_cache / "sets" / "default.json").read_text())
-    other = own | {"levels": own["levels"] | {"class": "0" * 24}, "made_from": own["made_from"] | {"data": {"root": "/elsewhere"}}}
+    other = own | {
+        "levels": own["levels"] | {"class": "0" * 24},
+        "made_from": own["made_from"] | {"data": {"root": "/elsewhere"}},
+    }
     (copied_cache / "sets" / "aaa.json").write_text(json.dumps(sealed(other)))
     _write(run, record)
     assert data_of_cache(run) == DataPaths(world)
 
 
-@pytest.mark.parametrize(("recorded", "why"), [({"path": None, "levels": {}}, "does not say which cache"),
-                                            ({"path": "c", "levels": {}}, "does not say which cache"),
-                                            ({"path": "shards/{000000..000002}.tar", "levels": {"image": {"key": "k"}}}, "tar shards"),
-                                            ({"path": "gone", "levels": {"image": {"key": "k"}}}, "no feature cache at gone")])
-def test_a_record_without_a_cache_of_use(distilled: RunFolder, tmp_path: Path, recorded: dict[str, object], why: str) -> None:
+@pytest.mark.parametrize(
+    ("recorded", "why"),
+    [
+        ({"path": None, "levels": {}}, "does not say which cache"),
+        ({"path": "c", "levels": {}}, "does not say which cache"),
+        ({"path": "shards/{000000..000002}.tar", "levels": {"image": {"key": "k"}}}, "tar shards"),
+        ({"path": "gone", "levels": {"image": {"key": "k"}}}, "no feature cache at gone"),
+    ],
+)
+def test_a_record_without_a_cache_of_use(
+    distilled: RunFolder, tmp_path: Path, recorded: dict[str, object], why: str
+) -> None:
     _write(RunFolder(tmp_path), distilled.record() | {"cache": recorded})
     with pytest.raises(HdovdError, match=why):
         cache_of(RunFolder(tmp_path))

@@ -25,7 +25,7 @@ from hdovd.pipelines.report.tables import ablation
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.listing import Run, State
 
-HOSTILE = "a<img src=x onerror=alert(1)>&\"b"
+HOSTILE = 'a<img src=x onerror=alert(1)>&"b'
 
 
 class _Page(HTMLParser):
@@ -62,14 +62,22 @@ def _copies(runs: dict[str, RunFolder], folder: Path) -> list[Path]:
 
 def _report(runs: list[Path], data: Path | None, out: Path, **changes: Any) -> tuple[_Page, list[str]]:
     said: list[str] = []
-    values: dict[str, Any] = {"data": DataPaths(data), "gallery": 3, "pseudo": 2, "relation_images": 3, "threshold": 0.05, "device": "cpu"}
+    values: dict[str, Any] = {
+        "data": DataPaths(data),
+        "gallery": 3,
+        "pseudo": 2,
+        "relation_images": 3,
+        "threshold": 0.05,
+        "device": "cpu",
+    }
     values |= changes
     return _Page(report(ReportConfig(runs=tuple(runs), out=out, **values), said.append)), said
 
 
 @pytest.fixture(scope="module")
-def two(distilled: RunFolder, base_only: RunFolder, world: Path, tmp_path_factory: pytest.TempPathFactory
-        ) -> tuple[_Page, list[str], list[Path]]:
+def two(
+    distilled: RunFolder, base_only: RunFolder, world: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[_Page, list[str], list[Path]]:
     folder = tmp_path_factory.mktemp("report")
     runs = _copies({HOSTILE: distilled, "base only": base_only}, folder / "runs")
     return *_report(runs, world, folder / "out"), runs
@@ -100,18 +108,23 @@ def test_tables_say_what_the_metrics_say(two: tuple[_Page, list[str], list[Path]
     for run in runs:
         metrics = json.loads((run / "metrics.json").read_text())
         at = page.cells.index(run.name)
-        expected = [*(metrics["ap50"][g] for g in ("novel", "base", "all")), metrics["split_blind"]["ap50"]["novel"],
-                    *(metrics["ap"][g] for g in ("novel", "base", "all"))]
-        assert page.cells[at + 1:at + 8] == [f"{value:.1f}" for value in expected]
+        expected = [
+            *(metrics["ap50"][g] for g in ("novel", "base", "all")),
+            metrics["split_blind"]["ap50"]["novel"],
+            *(metrics["ap"][g] for g in ("novel", "base", "all")),
+        ]
+        assert page.cells[at + 1 : at + 8] == [f"{value:.1f}" for value in expected]
     of_both = [json.loads((run / "metrics.json").read_text())["per_class"] for run in runs]
     for name in (*BASE, *NOVEL):
         at = next(k for k, cell in enumerate(page.cells) if cell == name and page.cells[k + 1] in ("base", "novel"))
         assert page.cells[at + 1] == ("novel" if name in NOVEL else "base")
         expected = [metrics[name][kind] for kind in ("ap50", "ap") for metrics in of_both]
-        assert page.cells[at + 3:at + 7] == ["\N{EN DASH}" if value is None else f"{value:.1f}" for value in expected]
+        assert page.cells[at + 3 : at + 7] == ["\N{EN DASH}" if value is None else f"{value:.1f}" for value in expected]
 
 
-def test_the_gallery_shows_truth_and_each_run_with_novel_objects_first(two: tuple[_Page, list[str], list[Path]], world: Path) -> None:
+def test_the_gallery_shows_truth_and_each_run_with_novel_objects_first(
+    two: tuple[_Page, list[str], list[Path]], world: Path
+) -> None:
     page, _, _ = two
     cards = [a for a in page.with_class("card") if (a.get("aria-label") or "").startswith("image ")]
     tree = json.loads((world / "annotations" / "instances_val2017.json").read_text())
@@ -153,7 +166,9 @@ def test_without_data_the_pictures_are_where_the_cache_was_made(distilled: RunFo
     assert "The matrices were left out" in page.text
 
 
-def test_what_scores_less_is_hidden_without_scripts_too(two: tuple[_Page, list[str], list[Path]], world: Path, tmp_path: Path) -> None:
+def test_what_scores_less_is_hidden_without_scripts_too(
+    two: tuple[_Page, list[str], list[Path]], world: Path, tmp_path: Path
+) -> None:
     page, _ = _report(two[2], world, tmp_path / "out", threshold=0.06, pseudo=0, relation_images=0)
     scored = [attributes for tag, attributes in page.tags if tag == "g" and "data-score" in attributes]
     hidden = ["hidden" in attributes for attributes in scored]
@@ -161,15 +176,21 @@ def test_what_scores_less_is_hidden_without_scripts_too(two: tuple[_Page, list[s
     assert set(hidden) == {True, False}
 
 
-def test_pseudo_boxes_are_of_images_from_first_to_last(distilled: RunFolder, world: Path, training_cache: Path, tmp_path: Path) -> None:
-    page, _ = _report(_copies({"run": distilled}, tmp_path), world, tmp_path / "out", gallery=0, pseudo=3, relation_images=0)
+def test_pseudo_boxes_are_of_images_from_first_to_last(
+    distilled: RunFolder, world: Path, training_cache: Path, tmp_path: Path
+) -> None:
+    page, _ = _report(
+        _copies({"run": distilled}, tmp_path), world, tmp_path / "out", gallery=0, pseudo=3, relation_images=0
+    )
     shown = [int(number) for number in re.findall(r"training image (\d+)", page.text)]
     with_some = [image for image, count in FeatureCache(training_cache).counts(Source.PROPOSAL).items() if count]
     assert shown == [with_some[0], with_some[round((len(with_some) - 1) / 2)], with_some[-1]]
 
 
 @pytest.mark.parametrize("line", ["{nonsense", "null", "[" * 20_000], ids=["no JSON", "no object", "deep"])
-def test_a_damaged_log_leaves_out_the_losses_and_a_torn_end_nothing(line: str, distilled: RunFolder, world: Path, tmp_path: Path) -> None:
+def test_a_damaged_log_leaves_out_the_losses_and_a_torn_end_nothing(
+    line: str, distilled: RunFolder, world: Path, tmp_path: Path
+) -> None:
     runs = _copies({"torn": distilled, "damaged": distilled}, tmp_path)
     whole = (runs[0] / "log.jsonl").read_text()
     (runs[0] / "log.jsonl").write_text(whole + '{"step": 9, "epo')
@@ -180,7 +201,9 @@ def test_a_damaged_log_leaves_out_the_losses_and_a_torn_end_nothing(line: str, d
     assert "Instance level" in page.text
 
 
-def test_a_recipe_of_another_version_leaves_out_what_needs_the_model(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
+def test_a_recipe_of_another_version_leaves_out_what_needs_the_model(
+    distilled: RunFolder, world: Path, tmp_path: Path
+) -> None:
     runs = _copies({"run": distilled}, tmp_path)
     evaluate(EvalConfig(run=runs[0], data=DataPaths(world), device="cpu"), lambda _: None)
     (runs[0] / "config.toml").write_text("some_old_key = 1\n" + (runs[0] / "config.toml").read_text())
@@ -196,11 +219,16 @@ def test_an_unfinished_run_is_called_that(distilled: RunFolder, world: Path, tmp
     assert "run has done 3 of its 9 epochs" in page.text
 
 
-@pytest.mark.parametrize(("runs", "why"), [((), "needs a run"), (("run", "run"), "given twice"), (("nothing",), "is no run")])
+@pytest.mark.parametrize(
+    ("runs", "why"), [((), "needs a run"), (("run", "run"), "given twice"), (("nothing",), "is no run")]
+)
 def test_refusals(runs: tuple[str, ...], why: str, distilled: RunFolder, world: Path, tmp_path: Path) -> None:
     _copies({"run": distilled}, tmp_path)
     with pytest.raises(HdovdError, match=why):
-        report(ReportConfig(runs=tuple(tmp_path / name for name in runs), out=tmp_path / "out", data=DataPaths(world)), lambda _: None)
+        report(
+            ReportConfig(runs=tuple(tmp_path / name for name in runs), out=tmp_path / "out", data=DataPaths(world)),
+            lambda _: None,
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -208,14 +236,21 @@ def test_out_that_is_something_else_is_refused(distilled: RunFolder, world: Path
     (tmp_path / "out").touch()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
-    for out, why in (("out", "is a file: give a folder"), ("page.html", "give a folder"), ("photos", "holds other things .cat.jpg")):
+    for out, why in (
+        ("out", "is a file: give a folder"),
+        ("page.html", "give a folder"),
+        ("photos", "holds other things .cat.jpg"),
+    ):
         with pytest.raises(HdovdError, match=why):
             report(ReportConfig(runs=(distilled.path,), out=tmp_path / out, data=DataPaths(world)), lambda _: None)
 
 
 def test_a_folder_of_runs_and_a_slip_of_the_pen_are_told(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
     _copies({"distilled": distilled}, tmp_path / "runs")
-    for name, why in (("runs", "there are runs in it: .*runs/distilled"), ("runs/distiled", "did you mean .*runs/distilled")):
+    for name, why in (
+        ("runs", "there are runs in it: .*runs/distilled"),
+        ("runs/distiled", "did you mean .*runs/distilled"),
+    ):
         with pytest.raises(HdovdError, match=why):
             report(ReportConfig(runs=(tmp_path / name,), out=tmp_path / "out", data=DataPaths(world)), lambda _: None)
 
@@ -228,8 +263,14 @@ def test_names_are_what_paths_do_not_share() -> None:
 
 def _run(ap50: float, **settings: Any) -> Run:
     values = {"train.seed": 0, "loss.class.enabled": True, "pseudo_boxes.reliability_centre": 0.3, **settings}
-    return Run(Path("r"), State.FINISHED, datetime(2026, 1, 1), values, ap50={"novel": ap50, "base": 50.0, "all": 40.0},
-               split_blind={"novel": ap50 - 1})
+    return Run(
+        Path("r"),
+        State.FINISHED,
+        datetime(2026, 1, 1),
+        values,
+        ap50={"novel": ap50, "base": 50.0, "all": 40.0},
+        split_blind={"novel": ap50 - 1},
+    )
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_row() -> None:
@@ -245,18 +286,29 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row() -> None:
 
 
 def test_a_run_that_is_not_evaluated_has_no_mean() -> None:
-    table = ablation([_run(10.0, **{"train.lr": 0.2}), replace(_run(0.0, **{"train.lr": 0.1}), ap50={}, split_blind={})], ["last"] * 2)
+    table = ablation(
+        [_run(10.0, **{"train.lr": 0.2}), replace(_run(0.0, **{"train.lr": 0.1}), ap50={}, split_blind={})],
+        ["last"] * 2,
+    )
     assert table is not None
     assert [row["row"].text("novel") for row in table["rows"]] == ["10.0", "-"]
 
 
 def test_runs_of_other_features_or_weights_are_rows_of_their_own() -> None:
     levels: dict[str, dict[str, Any]] = {"instance": {"key": "a"}}
-    runs = [replace(_run(10.0), levels=levels), replace(_run(20.0), levels={"instance": {"key": "b"}}), replace(_run(30.0), levels=levels)]
+    runs = [
+        replace(_run(10.0), levels=levels),
+        replace(_run(20.0), levels={"instance": {"key": "b"}}),
+        replace(_run(30.0), levels=levels),
+    ]
     table = ablation(runs, ["last", "last", "best"])
     assert table is not None
     assert table["columns"] == ["features", "weights"]
-    assert [(row["row"].text("novel"), row["texts"][1]) for row in table["rows"]] == [("10.0", "last"), ("20.0", "last"), ("30.0", "best")]
+    assert [(row["row"].text("novel"), row["texts"][1]) for row in table["rows"]] == [
+        ("10.0", "last"),
+        ("20.0", "last"),
+        ("30.0", "best"),
+    ]
 
 
 def test_all_rows_of_zero_are_best() -> None:

@@ -1,7 +1,7 @@
 """One flipped bit anywhere in a cache, in tar shards or in a run: found, refused, or harmless.
 
-Harmless is a bit after whose flip all values that are read are the very same, bit for bit. HDOVD_FLIPS sets how many flips of each kind;
-`pytest -s` prints the counts.
+Harmless is a bit after whose flip all values that are read are the very same, bit for bit. HDOVD_FLIPS sets how many
+flips of each kind; `pytest -s` prints the counts.
 """
 
 from __future__ import annotations
@@ -90,13 +90,17 @@ def verified(root: Path) -> bool:
 
 
 @pytest.mark.parametrize(("kind", "read"), [("cache", read_cache), ("shards", read_shards), ("run", read_run)])
-def test_a_flipped_bit(kind: str, read: Callable[[Path], Any], cache: Path, distilled: RunFolder, tmp_path: Path) -> None:
+def test_a_flipped_bit(
+    kind: str, read: Callable[[Path], Any], cache: Path, distilled: RunFolder, tmp_path: Path
+) -> None:
     root = tmp_path / kind
     if kind == "shards":
         export_tars(TarExportConfig(cache=cache, out=root, samples=8), lambda _: None)
     else:
         shutil.copytree(cache if kind == "cache" else distilled.path, root)
-    files = [file for file in sorted(root.rglob("*")) if file.is_file() and file.name not in NOT_READ and file.stat().st_size]
+    files = [
+        file for file in sorted(root.rglob("*")) if file.is_file() and file.name not in NOT_READ and file.stat().st_size
+    ]
     draw, sound, counts = random.Random(kind), same(read(root)), Counter[str]()
     for number in range(FLIPS):
         file = files[number % len(files)] if number < len(files) else draw.choice(files)
@@ -118,4 +122,7 @@ def test_a_flipped_bit(kind: str, read: Callable[[Path], Any], cache: Path, dist
             outcome += ", found by verify" if found else ", not found by verify"
         counts[outcome] += 1
         file.write_bytes(before)
-    print(f"\n{kind}: {FLIPS} flips in {len(files)} files: " + "; ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    print(
+        f"\n{kind}: {FLIPS} flips in {len(files)} files: "
+        + "; ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    )

@@ -26,15 +26,30 @@ from hdovd.pipelines.runs.import_checkpoint import ImportCheckpointConfig, impor
 from hdovd.pipelines.runs.listing import State, read_run
 
 D = 24
-SETTINGS = ("detector.backbone.name=resnet18", "detector.backbone.weights=none", "detector.backbone.fpn_channels=16",
-            "detector.rpn.pre_nms=60", "detector.rpn.post_nms=20", "detector.head.fc_channels=32", "input.short_side=96",
-            "input.long_side=128", "inference.score_threshold=0.0", "loss.instance.queue=8", "loss.image.queue=8")
+SETTINGS = (
+    "detector.backbone.name=resnet18",
+    "detector.backbone.weights=none",
+    "detector.backbone.fpn_channels=16",
+    "detector.rpn.pre_nms=60",
+    "detector.rpn.post_nms=20",
+    "detector.head.fc_channels=32",
+    "input.short_side=96",
+    "input.long_side=128",
+    "inference.score_threshold=0.0",
+    "loss.instance.queue=8",
+    "loss.image.queue=8",
+)
 THEIRS = {  # by our names; a few of the 355, typed from their code
     "backbone.body.layer1.0.conv1.weight": "backbone.layer1.0.conv1.weight",
-    "backbone.fpn.inner_blocks.2.0.bias": "neck.lateral_convs.2.conv.bias", "rpn.head.conv.0.0.weight": "rpn_head.rpn_conv.weight",
-    "head.fc2.weight": "roi_head.bbox_head.shared_fcs.1.weight", "head.class_feature.bias": "roi_head.bbox_head.fc_cls.bias",
-    "head.deltas.weight": "roi_head.bbox_head.fc_reg.weight", "head.distillation.weight": "roi_head.fc.weight",
-    "background": "roi_head.bg_embedding.weight", "image_level.head.project.weight": "roi_head.linear_transform.weight"}
+    "backbone.fpn.inner_blocks.2.0.bias": "neck.lateral_convs.2.conv.bias",
+    "rpn.head.conv.0.0.weight": "rpn_head.rpn_conv.weight",
+    "head.fc2.weight": "roi_head.bbox_head.shared_fcs.1.weight",
+    "head.class_feature.bias": "roi_head.bbox_head.fc_cls.bias",
+    "head.deltas.weight": "roi_head.bbox_head.fc_reg.weight",
+    "head.distillation.weight": "roi_head.fc.weight",
+    "background": "roi_head.bg_embedding.weight",
+    "image_level.head.project.weight": "roi_head.linear_transform.weight",
+}
 
 
 def model_of() -> Any:
@@ -47,15 +62,22 @@ def model_of() -> Any:
 
 def theirs_of(model: torch.nn.Module) -> dict[str, Tensor]:
     """The model's state under the authors' names: each of ours is looked for among patterns turned round."""
-    turned = [(r"backbone\.body\.(.+)", r"backbone.\1"), (r"backbone\.fpn\.inner_blocks\.(\d)\.0\.(.+)", r"neck.lateral_convs.\1.conv.\2"),
-              (r"backbone\.fpn\.layer_blocks\.(\d)\.0\.(.+)", r"neck.fpn_convs.\1.conv.\2"),
-              (r"rpn\.head\.conv\.0\.0\.(.+)", r"rpn_head.rpn_conv.\1"),
-              (r"rpn\.head\.cls_logits\.(.+)", r"rpn_head.rpn_cls.\1"), (r"rpn\.head\.bbox_pred\.(.+)", r"rpn_head.rpn_reg.\1"),
-              (r"head\.fc1\.(.+)", r"roi_head.bbox_head.shared_fcs.0.\1"), (r"head\.fc2\.(.+)", r"roi_head.bbox_head.shared_fcs.1.\1"),
-              (r"head\.class_feature\.(.+)", r"roi_head.bbox_head.fc_cls.\1"), (r"head\.deltas\.(.+)", r"roi_head.bbox_head.fc_reg.\1"),
-              (r"head\.distillation\.(.+)", r"roi_head.fc.\1"), (r"background", r"roi_head.bg_embedding.weight"),
-              (r"image_level\.head\.norm\.(.+)", r"roi_head.layernorm.\1"),
-              (r"image_level\.head\.project\.(.+)", r"roi_head.linear_transform.\1")]
+    turned = [
+        (r"backbone\.body\.(.+)", r"backbone.\1"),
+        (r"backbone\.fpn\.inner_blocks\.(\d)\.0\.(.+)", r"neck.lateral_convs.\1.conv.\2"),
+        (r"backbone\.fpn\.layer_blocks\.(\d)\.0\.(.+)", r"neck.fpn_convs.\1.conv.\2"),
+        (r"rpn\.head\.conv\.0\.0\.(.+)", r"rpn_head.rpn_conv.\1"),
+        (r"rpn\.head\.cls_logits\.(.+)", r"rpn_head.rpn_cls.\1"),
+        (r"rpn\.head\.bbox_pred\.(.+)", r"rpn_head.rpn_reg.\1"),
+        (r"head\.fc1\.(.+)", r"roi_head.bbox_head.shared_fcs.0.\1"),
+        (r"head\.fc2\.(.+)", r"roi_head.bbox_head.shared_fcs.1.\1"),
+        (r"head\.class_feature\.(.+)", r"roi_head.bbox_head.fc_cls.\1"),
+        (r"head\.deltas\.(.+)", r"roi_head.bbox_head.fc_reg.\1"),
+        (r"head\.distillation\.(.+)", r"roi_head.fc.\1"),
+        (r"background", r"roi_head.bg_embedding.weight"),
+        (r"image_level\.head\.norm\.(.+)", r"roi_head.layernorm.\1"),
+        (r"image_level\.head\.project\.(.+)", r"roi_head.linear_transform.\1"),
+    ]
     state = {}
     for name, value in model.state_dict().items():
         for pattern, to in turned:
@@ -71,19 +93,39 @@ def files(tmp_path: Path, world: Path) -> Callable[..., ImportCheckpointConfig]:
 
     def write(content: Any, embeddings: Any = None, **changes: Any) -> ImportCheckpointConfig:
         torch.save(content, tmp_path / "theirs.pth")
-        torch.save(torch.randn(classes, D, generator=torch.Generator().manual_seed(0)) if embeddings is None else embeddings,
-                   tmp_path / "classes.pt")
-        values: dict[str, Any] = {"class_embeddings": tmp_path / "classes.pt", "protocol": str(world / "protocol.toml"),
-                                  "settings": SETTINGS} | changes
-        return ImportCheckpointConfig(file=tmp_path / "theirs.pth", out=tmp_path / "run", detector=values.pop("detector", "faster_rcnn"), **values)
+        torch.save(
+            torch.randn(classes, D, generator=torch.Generator().manual_seed(0)) if embeddings is None else embeddings,
+            tmp_path / "classes.pt",
+        )
+        values: dict[str, Any] = {
+            "class_embeddings": tmp_path / "classes.pt",
+            "protocol": str(world / "protocol.toml"),
+            "settings": SETTINGS,
+        } | changes
+        return ImportCheckpointConfig(
+            file=tmp_path / "theirs.pth", out=tmp_path / "run", detector=values.pop("detector", "faster_rcnn"), **values
+        )
 
     return write
 
 
-ADAMIXER = ("detector.backbone.name=resnet18", "detector.backbone.weights=none", "detector.backbone.fpn_channels=32",
-            "detector.proposals.shuffle=8", "detector.proposals.pre_nms=40", "detector.decoder.queries=6", "detector.decoder.stages=2",
-            "detector.decoder.points=4", "detector.decoder.out_points=6", "detector.decoder.heads=4", "detector.decoder.feedforward=16",
-            "input.short_side=96", "input.long_side=128", "loss.instance.queue=8", "loss.image.queue=8")
+ADAMIXER = (
+    "detector.backbone.name=resnet18",
+    "detector.backbone.weights=none",
+    "detector.backbone.fpn_channels=32",
+    "detector.proposals.shuffle=8",
+    "detector.proposals.pre_nms=40",
+    "detector.decoder.queries=6",
+    "detector.decoder.stages=2",
+    "detector.decoder.points=4",
+    "detector.decoder.out_points=6",
+    "detector.decoder.heads=4",
+    "detector.decoder.feedforward=16",
+    "input.short_side=96",
+    "input.long_side=128",
+    "loss.instance.queue=8",
+    "loss.image.queue=8",
+)
 
 Files = Callable[..., ImportCheckpointConfig]
 
@@ -92,7 +134,9 @@ def silent(_: str) -> None: ...
 
 
 def test_their_names() -> None:
-    assert {ours: PUBLISHED["faster_rcnn"].own_name(theirs) for ours, theirs in THEIRS.items()} == {ours: ours for ours in THEIRS}
+    assert {ours: PUBLISHED["faster_rcnn"].own_name(theirs) for ours, theirs in THEIRS.items()} == {
+        ours: ours for ours in THEIRS
+    }
     assert PUBLISHED["faster_rcnn"].own_name("roi_head.bbox_head.0.fc_reg.weight") is None  # AdaMixer's
 
 
@@ -120,15 +164,29 @@ def test_the_run_is_evaluated_and_listed_and_has_no_cache(files: Files, world: P
     assert json.loads((run.path / "metrics.json").read_text())["cache"] == {"path": None, "levels": {}}
     listed = read_run(run.path)
     assert (listed.state, listed.cache, listed.wrong) == (State.FINISHED, None, ())
-    page = report(ReportConfig(runs=(run.path,), out=run.path / "report", data=DataPaths(world), gallery=2, pseudo=2, device="cpu"), silent)
-    assert page.read_text().count("imported from a checkpoint, so there is no cache") == 2  # of pseudo boxes, and of relations
+    page = report(
+        ReportConfig(
+            runs=(run.path,), out=run.path / "report", data=DataPaths(world), gallery=2, pseudo=2, device="cpu"
+        ),
+        silent,
+    )
+    assert (
+        page.read_text().count("imported from a checkpoint, so there is no cache") == 2
+    )  # of pseudo boxes, and of relations
     with pytest.raises(HdovdError, match="imported from a checkpoint, so there is no cache"):
-        relations(RunFolder(run.path), DataPaths(world).load("train2017", run.protocol(), base_only=True, log=silent), 2)
+        relations(
+            RunFolder(run.path), DataPaths(world).load("train2017", run.protocol(), base_only=True, log=silent), 2
+        )
 
 
-def test_the_audit_does_not_know_what_an_imported_run_was_trained_on(files: Files, world: Path, training_cache: Path) -> None:
+def test_the_audit_does_not_know_what_an_imported_run_was_trained_on(
+    files: Files, world: Path, training_cache: Path
+) -> None:
     run = import_checkpoint(files({"state_dict": theirs_of(model_of())}), silent)
-    found = audit(AuditConfig(data=DataPaths(world), cache=training_cache, protocol=str(world / "protocol.toml"), run=run.path), silent)
+    found = audit(
+        AuditConfig(data=DataPaths(world), cache=training_cache, protocol=str(world / "protocol.toml"), run=run.path),
+        silent,
+    )
     of_run = [check for check in found.checks if check.name in ("run: cache", "run: backbone")]
     assert len(of_run) == 2
     for check in of_run:
@@ -138,7 +196,9 @@ def test_the_audit_does_not_know_what_an_imported_run_was_trained_on(files: File
 
 
 def their_adamixer() -> tuple[Any, dict[str, Tensor]]:
-    """A small AdaMixer, and its state under the authors' names: for each of ours, the one of theirs that is mapped to it."""
+    """A small AdaMixer, and its state under the authors' names: for each of ours, the one of theirs that is mapped to
+    it.
+    """
     from hdovd.config.recipe import load_recipe
 
     torch.manual_seed(5)
@@ -154,9 +214,12 @@ def their_adamixer() -> tuple[Any, dict[str, Tensor]]:
 
 
 ADAMIXER_NAMES = (
-    (r"backbone\.body\.(.+)", r"backbone.\1"), (r"backbone\.fpn\.inner_blocks\.(\d)\.0\.(.+)", r"neck.lateral_convs.\1.conv.\2"),
-    (r"backbone\.fpn\.layer_blocks\.(\d)\.0\.(.+)", r"neck.fpn_convs.\1.conv.\2"), (r"norms\.(.+)", r"norms.\1"),
-    (r"proposals\.content_norm\.(.+)", r"rpn_head.token_norm.\1"), (r"proposals\.trunk\.(conv\d)\.0\.(.+)", r"rpn_head.\1.conv.\2"),
+    (r"backbone\.body\.(.+)", r"backbone.\1"),
+    (r"backbone\.fpn\.inner_blocks\.(\d)\.0\.(.+)", r"neck.lateral_convs.\1.conv.\2"),
+    (r"backbone\.fpn\.layer_blocks\.(\d)\.0\.(.+)", r"neck.fpn_convs.\1.conv.\2"),
+    (r"norms\.(.+)", r"norms.\1"),
+    (r"proposals\.content_norm\.(.+)", r"rpn_head.token_norm.\1"),
+    (r"proposals\.trunk\.(conv\d)\.0\.(.+)", r"rpn_head.\1.conv.\2"),
     (r"proposals\.trunk\.(conv\d)\.1\.(.+)", r"rpn_head.\1.gn.\2"),
     (r"proposals\.(main|aux)(?:iliary)?\.object_(.+)", r"rpn_head.\1_head.obj_\2"),
     (r"proposals\.(main|aux)(?:iliary)?\.deltas\.(.+)", r"rpn_head.\1_head.anchor_deltas.\2"),
@@ -167,7 +230,10 @@ ADAMIXER_NAMES = (
     (r"stages\.(\d)\.attention\.out_proj\.(.+)", r"roi_head.bbox_head.\1.attention.attn.out_proj.\2"),
     (r"stages\.(\d)\.attention_norm\.(.+)", r"roi_head.bbox_head.\1.attention_norm.\2"),
     (r"stages\.(\d)\.offsets\.(.+)", r"roi_head.bbox_head.\1.sampling_n_mixing.sampling_offset_generator.0.\2"),
-    (r"stages\.(\d)\.mixing\.parameters_of\.(.+)", r"roi_head.bbox_head.\1.sampling_n_mixing.adaptive_mixing.parameter_generator.0.\2"),
+    (
+        r"stages\.(\d)\.mixing\.parameters_of\.(.+)",
+        r"roi_head.bbox_head.\1.sampling_n_mixing.adaptive_mixing.parameter_generator.0.\2",
+    ),
     (r"stages\.(\d)\.mixing\.out\.(.+)", r"roi_head.bbox_head.\1.sampling_n_mixing.adaptive_mixing.out_proj.\2"),
     (r"stages\.(\d)\.mixing_norm\.(.+)", r"roi_head.bbox_head.\1.sampling_n_mixing.norm.\2"),
     (r"stages\.(\d)\.feedforward\.0\.(.+)", r"roi_head.bbox_head.\1.ffn.layers.0.0.\2"),
@@ -177,11 +243,13 @@ ADAMIXER_NAMES = (
     (r"stages\.(\d)\.class_feature\.2\.(.+)", r"roi_head.bbox_head.\1.fc_cls.\2"),
     (r"stages\.(\d)\.deltas\.9\.(.+)", r"roi_head.bbox_head.\1.fc_reg.\2"),
     (r"stages\.(\d)\.deltas\.([0-8])\.(.+)", r"roi_head.bbox_head.\1.reg_fcs.\2.\3"),
-    (r"stages\.(\d)\.objectness\.(.+)", r"roi_head.bbox_head.\1.objness.\2"), (r"background", r"roi_head.bg_embedding.weight"),
+    (r"stages\.(\d)\.objectness\.(.+)", r"roi_head.bbox_head.\1.objness.\2"),
+    (r"background", r"roi_head.bg_embedding.weight"),
     (r"adapters\.visual_to_text\.0\.(.+)", r"roi_head.visual2text.layers.0.\1"),
     (r"adapters\.visual_to_text\.2\.(.+)", r"roi_head.visual2text.layers.1.\1"),
     (r"adapters\.visual_to_text\.4\.(.+)", r"roi_head.visual2text.layers.2.\1"),
-    (r"adapters\.transfer\.0\.(.+)", r"roi_head.fc1.\1"), (r"adapters\.transfer\.2\.(.+)", r"roi_head.fc2.\1"),
+    (r"adapters\.transfer\.0\.(.+)", r"roi_head.fc1.\1"),
+    (r"adapters\.transfer\.2\.(.+)", r"roi_head.fc2.\1"),
     (r"image_level\.head\.norm\.(.+)", r"roi_head.layernorm.\1"),
     (r"image_level\.head\.project\.(.+)", r"roi_head.linear_transform.\1"),
 )
@@ -206,13 +274,18 @@ def test_an_adamixer_is_imported_with_the_text_of_object(files: Files, tmp_path:
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_half_precision_and_wrapped_names(wrapped: bool, files: Files) -> None:
     model, said = model_of(), list[str]()
-    state = {("module." if wrapped else "") + k: v.half() if v.is_floating_point() else v for k, v in theirs_of(model).items()}
+    state = {
+        ("module." if wrapped else "") + k: v.half() if v.is_floating_point() else v
+        for k, v in theirs_of(model).items()
+    }
     run = import_checkpoint(files({"state_dict": state}), said.append)
     assert any(re.fullmatch(r"\d+ tensors are float16: made float32", line) for line in said)
     again = build_detector(run.recipe(), D, None)
     run.load_model(again)
     assert all(p.dtype == torch.float32 for p in again.parameters())
-    torch.testing.assert_close(again.state_dict()["head.fc1.weight"], model.state_dict()["head.fc1.weight"].half().float(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        again.state_dict()["head.fc1.weight"], model.state_dict()["head.fc1.weight"].half().float(), rtol=0, atol=0
+    )
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named_together(files: Files) -> None:
@@ -221,7 +294,11 @@ def test_missing_unknown_and_misshapen_tensors_are_named_together(files: Files) 
     state |= {"roi_head.what": torch.zeros(3), "roi_head.fc.bias": torch.zeros(3)}
     with pytest.raises(HdovdError) as error:
         import_checkpoint(job := files({"state_dict": state}), silent)
-    for part in ("rpn.head.cls_logits.bias", "of no part of it: roi_head.what", f"roi_head.fc.bias is (3,), expected ({D},)"):
+    for part in (
+        "rpn.head.cls_logits.bias",
+        "of no part of it: roi_head.what",
+        f"roi_head.fc.bias is (3,), expected ({D},)",
+    ):
         assert part in str(error.value)
     assert not job.out.exists()
 
@@ -240,20 +317,29 @@ def test_a_pickle_that_wants_to_run_code_is_refused(files: Files, tmp_path: Path
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(("content", "told"), [
-    ([1, 2], "is no checkpoint"), ({"state_dict": {}}, "is no checkpoint"), ({"state_dict": {"a": 3}}, "is no checkpoint"),
-    ({"state_dict": {"a": torch.zeros(2)}}, "it has no roi_head.bg_embedding.weight"),
-    ({"roi_head.bg_embedding.weight": torch.full((1, D), float("nan"))}, "not finite"),
-])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([1, 2], "is no checkpoint"),
+        ({"state_dict": {}}, "is no checkpoint"),
+        ({"state_dict": {"a": 3}}, "is no checkpoint"),
+        ({"state_dict": {"a": torch.zeros(2)}}, "it has no roi_head.bg_embedding.weight"),
+        ({"roi_head.bg_embedding.weight": torch.full((1, D), float("nan"))}, "not finite"),
+    ],
+)
 def test_what_is_no_checkpoint_is_told(content: Any, told: str, files: Files) -> None:
     with pytest.raises(HdovdError, match=told):
         import_checkpoint(files(content), silent)
 
 
-@pytest.mark.parametrize(("rows", "told"), [
-    (torch.ones(3, D), r"is \(3, 24\), expected"), (torch.ones(9, D + 1), "of the checkpoint's embedding size"),
-    ({"a": 1}, "is no tensor"),
-])
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (torch.ones(3, D), r"is \(3, 24\), expected"),
+        (torch.ones(9, D + 1), "of the checkpoint's embedding size"),
+        ({"a": 1}, "is no tensor"),
+    ],
+)
 def test_class_embeddings_that_do_not_fit(rows: Any, told: str, files: Files) -> None:
     with pytest.raises(HdovdError, match=told):
         import_checkpoint(files({"state_dict": theirs_of(model_of())}, rows), silent)

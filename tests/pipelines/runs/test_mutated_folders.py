@@ -1,4 +1,6 @@
-"""Recipes, runs, caches and pictures changed at random, and sealed anew where they are sealed: an error of a line, or values."""
+"""Recipes, runs, caches and pictures changed at random, and sealed anew where they are sealed: an error of a line, or
+values.
+"""
 
 from __future__ import annotations
 
@@ -92,8 +94,14 @@ def test_runs(distilled: RunFolder, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["sets/default.json", "zarr.json", "parts"])
 def test_caches(kind: str, copied_cache: Path) -> None:
     product = next((copied_cache / "instance").iterdir())
-    product = product if product.is_dir() else next(path for path in (copied_cache / "instance").iterdir() if path.is_dir())
-    file = {"sets/default.json": copied_cache / kind, "zarr.json": product / kind, "parts": product / "parts" / "000000.json"}[kind]
+    product = (
+        product if product.is_dir() else next(path for path in (copied_cache / "instance").iterdir() if path.is_dir())
+    )
+    file = {
+        "sets/default.json": copied_cache / kind,
+        "zarr.json": product / kind,
+        "parts": product / "parts" / "000000.json",
+    }[kind]
     tree = json.loads(file.read_text())
 
     def change(seed: int) -> None:

@@ -58,7 +58,10 @@ def edit(file: Path, change: Callable[[dict[str, Any]], object], *, old: bool = 
 
 # --- damage ---
 
-@pytest.mark.parametrize("name", ["config.toml", "run.json", "class_embeddings.safetensors", "model.safetensors", "checkpoint.pt"])
+
+@pytest.mark.parametrize(
+    "name", ["config.toml", "run.json", "class_embeddings.safetensors", "model.safetensors", "checkpoint.pt"]
+)
 @pytest.mark.parametrize("at", [0.2, 0.5, 0.8])
 def test_a_flipped_bit_is_refused_by_the_name_of_its_file(run: Path, name: str, at: float) -> None:
     data = bytearray((run / name).read_bytes())
@@ -98,30 +101,50 @@ def test_infinities_that_a_model_begins_with_are_its_own(tmp_path: Path, run: Pa
     folder.load_model(Masked())
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"protocol": {}}', '{"protocol": 3, "cache": {"levels": {}}}',
-                                  "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "{}", '{"protocol": {}}', '{"protocol": 3, "cache": {"levels": {}}}', "[" * 100_000]
+)
 def test_a_record_that_is_none_is_a_line(run: Path, text: str) -> None:
     (run / "run.json").write_text(text)
     with pytest.raises(HdovdError, match=r"run\.json is damaged"):
         load(run)
 
 
-@pytest.mark.parametrize("change", [
-    lambda r: r.pop("protocol"), lambda r: r.pop("cache"), lambda r: r["cache"].pop("levels"), lambda r: r["cache"].update(levels=[]),
-    lambda r: r["cache"].update(levels={"class": 3}), lambda r: r["cache"].update(levels={"class": {"key": 3}}),
-    lambda r: r["cache"].update(path=7), lambda r: r.update(init={"run": "x"}), lambda r: r.update(resumed=3),
-    lambda r: r.update(files=[]), lambda r: r.update(reliability={"centre": "x"}), lambda r: r["protocol"].update(base=3),
-    lambda r: r["protocol"].update(more=1)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.pop("protocol"),
+        lambda r: r.pop("cache"),
+        lambda r: r["cache"].pop("levels"),
+        lambda r: r["cache"].update(levels=[]),
+        lambda r: r["cache"].update(levels={"class": 3}),
+        lambda r: r["cache"].update(levels={"class": {"key": 3}}),
+        lambda r: r["cache"].update(path=7),
+        lambda r: r.update(init={"run": "x"}),
+        lambda r: r.update(resumed=3),
+        lambda r: r.update(files=[]),
+        lambda r: r.update(reliability={"centre": "x"}),
+        lambda r: r["protocol"].update(base=3),
+        lambda r: r["protocol"].update(more=1),
+    ],
+)
 def test_a_record_of_other_keys_or_types_is_a_line(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
     edit(run / "run.json", change)
     with pytest.raises(HdovdError, match=r"run\.json is damaged"):
         RunFolder.open(run).protocol()
 
 
-def test_checkpoints_that_lack_something_or_are_of_another_run(run: Path, world: Path, training_cache: Path,
-                                                               micro_recipe: Callable[..., Recipe]) -> None:
+def test_checkpoints_that_lack_something_or_are_of_another_run(
+    run: Path, world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe]
+) -> None:
     job = TrainConfig(
-        data=DataPaths(world), cache=training_cache, out=run, recipe=micro_recipe("train.epochs=3"), protocol=str(world / "protocol.toml"), device="cpu", resume=True
+        data=DataPaths(world),
+        cache=training_cache,
+        out=run,
+        recipe=micro_recipe("train.epochs=3"),
+        protocol=str(world / "protocol.toml"),
+        device="cpu",
+        resume=True,
     )
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     for name in STATE:
@@ -131,19 +154,36 @@ def test_checkpoints_that_lack_something_or_are_of_another_run(run: Path, world:
     torch.save([1], run / "checkpoint.pt")
     with pytest.raises(HdovdError, match=r"checkpoint\.pt cannot be read"):
         train(job, lambda _: None)
-    for wrong in ({"model": {}}, {"optimizer": {}}, {"step": "x"}, {"window": 3}, {"layout": 3}, {"rng": 3}, {"best": None},
-                  {"log_bytes": "x"}):
+    for wrong in (
+        {"model": {}},
+        {"optimizer": {}},
+        {"step": "x"},
+        {"window": 3},
+        {"layout": 3},
+        {"rng": 3},
+        {"best": None},
+        {"log_bytes": "x"},
+    ):
         torch.save(state | wrong, run / "checkpoint.pt")
         with pytest.raises(HdovdError, match=r"checkpoint\.pt does not fit this training"):
             train(job, lambda _: None)
 
 
-@pytest.mark.parametrize(("rows", "said"), [
-    (torch.zeros(3), "found torch.float32 \\(3,\\)"), (torch.ones(2, 24), "a row for each"), (torch.ones(8, 24), "norm 1"),
-    (torch.ones(8, 24, dtype=torch.int64), "torch.int64"), (torch.full((8, 24), torch.nan), "norm 1")])
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (torch.zeros(3), "found torch.float32 \\(3,\\)"),
+        (torch.ones(2, 24), "a row for each"),
+        (torch.ones(8, 24), "norm 1"),
+        (torch.ones(8, 24, dtype=torch.int64), "torch.int64"),
+        (torch.full((8, 24), torch.nan), "norm 1"),
+    ],
+)
 def test_class_embeddings_of_another_shape_or_norm(run: Path, rows: torch.Tensor, said: str) -> None:
     names = RunFolder(run).protocol().names
-    rows = torch.nn.functional.pad(rows, (0, 0, 0, len(names) - 8), value=1) if rows.ndim == 2 and len(rows) == 8 else rows
+    rows = (
+        torch.nn.functional.pad(rows, (0, 0, 0, len(names) - 8), value=1) if rows.ndim == 2 and len(rows) == 8 else rows
+    )
     edit(run / "run.json", lambda record: record.pop("files"))
     save_file({"embeddings": rows}, run / "class_embeddings.safetensors")
     with pytest.raises(HdovdError, match=rf"class_embeddings\.safetensors.*{said}"):
@@ -151,6 +191,7 @@ def test_class_embeddings_of_another_shape_or_norm(run: Path, rows: torch.Tensor
 
 
 # --- kills: at every moment there is a run, or none ---
+
 
 def test_a_kill_between_any_two_writes_leaves_a_run_that_opens(run: Path, distilled: RunFolder) -> None:
     """Weights of one epoch beside the checkpoint and the record of another: what a kill between the writes leaves."""
@@ -168,6 +209,7 @@ def test_a_kill_between_any_two_writes_leaves_a_run_that_opens(run: Path, distil
 
 # --- what a stranger's run names ---
 
+
 @pytest.fixture
 def strange(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run, sent with a module that says so if it is imported, in the current folder."""
@@ -180,12 +222,21 @@ def strange(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return run
 
 
-@pytest.mark.parametrize("job", [
-    lambda run, world, out: EvalConfig(run=run, data=DataPaths(world)), lambda run, world, out: DetectConfig(run=run, images=("x.jpg",), out=out),
-    lambda run, world, out: ExportModelConfig(run=run, form="onnx", out=out / "x.onnx")])
-def test_code_of_a_run_from_elsewhere_is_not_imported(strange: Path, world: Path, tmp_path: Path, job: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    "job",
+    [
+        lambda run, world, out: EvalConfig(run=run, data=DataPaths(world)),
+        lambda run, world, out: DetectConfig(run=run, images=("x.jpg",), out=out),
+        lambda run, world, out: ExportModelConfig(run=run, form="onnx", out=out / "x.onnx"),
+    ],
+)
+def test_code_of_a_run_from_elsewhere_is_not_imported(
+    strange: Path, world: Path, tmp_path: Path, job: Callable[..., Any]
+) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(HdovdError, match=rf"names code outside of hdovd.*loss\.extra\.mine\.use = '{CODE}:Loss'.*--trust"):
+    with pytest.raises(
+        HdovdError, match=rf"names code outside of hdovd.*loss\.extra\.mine\.use = '{CODE}:Loss'.*--trust"
+    ):
         job(strange, world, tmp_path / "out").check()
     with pytest.raises(HdovdError, match="--trust"):
         Detector.from_run(strange, device="cpu")
@@ -195,17 +246,27 @@ def test_code_of_a_run_from_elsewhere_is_not_imported(strange: Path, world: Path
     assert (tmp_path / "imported").exists()
 
 
-def test_code_of_init_needs_the_same_in_the_recipe(strange: Path, world: Path, training_cache: Path, tmp_path: Path,
-                                                   micro_recipe: Callable[..., Recipe]) -> None:
-    job = Job(DataPaths(world), training_cache, tmp_path / "new", micro_recipe(), str(world / "protocol.toml"), "cpu", init=strange)
+def test_code_of_init_needs_the_same_in_the_recipe(
+    strange: Path, world: Path, training_cache: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe]
+) -> None:
+    job = Job(
+        DataPaths(world),
+        training_cache,
+        tmp_path / "new",
+        micro_recipe(),
+        str(world / "protocol.toml"),
+        "cpu",
+        init=strange,
+    )
     with pytest.raises(HdovdError, match=CODE):
         train(job, lambda _: None)
     assert not (tmp_path / "imported").exists()
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/cache", "http://127.0.0.1:9/cache", "simplecache::s3://bucket/cache"])
-def test_an_address_of_a_run_from_elsewhere_is_not_asked(run: Path, world: Path, tmp_path: Path, url: str,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_of_a_run_from_elsewhere_is_not_asked(
+    run: Path, world: Path, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def asked(*_: object) -> None:
         raise AssertionError("asked")
 
@@ -222,14 +283,30 @@ def test_an_address_of_a_run_from_elsewhere_is_not_asked(run: Path, world: Path,
         data_of_cache(RunFolder.open(run, trusted=True))
 
 
-def test_a_run_with_the_users_own_code_is_known_where_it_was_trained(world: Path, training_cache: Path, tmp_path: Path,
-                                                                    monkeypatch: pytest.MonkeyPatch,
-                                                                    micro_recipe: Callable[..., Recipe]) -> None:
-    (tmp_path / "own_loss.py").write_text("import torch\nclass Zero(torch.nn.Module):\n    def __init__(self, dim, channels):\n"
-                                          "        super().__init__()\n    def forward(self, view):\n        return torch.zeros(())\n")
+def test_a_run_with_the_users_own_code_is_known_where_it_was_trained(
+    world: Path,
+    training_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    micro_recipe: Callable[..., Recipe],
+) -> None:
+    (tmp_path / "own_loss.py").write_text(
+        "import torch\nclass Zero(torch.nn.Module):\n    def __init__(self, dim, channels):\n"
+        "        super().__init__()\n    def forward(self, view):\n        return torch.zeros(())\n"
+    )
     monkeypatch.chdir(tmp_path)
     recipe = micro_recipe("loss.extra.zero.use=own_loss:Zero", "loss.extra.zero.weight=1.0")
-    train(TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / "own", recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu"), lambda _: None)
+    train(
+        TrainConfig(
+            data=DataPaths(world),
+            cache=training_cache,
+            out=tmp_path / "own",
+            recipe=recipe,
+            protocol=str(world / "protocol.toml"),
+            device="cpu",
+        ),
+        lambda _: None,
+    )
     load(tmp_path / "own")
     shutil.copytree(tmp_path / "own", tmp_path / "sent")
     with pytest.raises(HdovdError, match="--trust"):

@@ -25,22 +25,44 @@ WriteRun = Callable[..., Path]
 def write_run(tmp_path: Path, micro_recipe: Callable[..., Recipe]) -> WriteRun:
     """A run folder as training and evaluation leave it, its AP given: `write_run("a", "train.lr=0.1", novel=12.0)`."""
 
-    def write(name: str, *settings: str, novel: float | None = None, steps: tuple[int, ...] = (2, 4), key: str = "k1",
-              classes: dict[str, float | None] | None = None, under: Path = tmp_path) -> Path:
+    def write(
+        name: str,
+        *settings: str,
+        novel: float | None = None,
+        steps: tuple[int, ...] = (2, 4),
+        key: str = "k1",
+        classes: dict[str, float | None] | None = None,
+        under: Path = tmp_path,
+    ) -> Path:
         path = under / name
         path.mkdir(parents=True)
         (path / "config.toml").write_text(micro_recipe("train.epochs=2", *settings).to_toml())
-        (path / "run.json").write_text(json.dumps({
-            "protocol": {"name": "p", "base": ["cat"], "novel": ["owl"]}, "versions": {"torch": "2.6", "hdovd": "0.1.0"},
-            "cache": {"path": "/c", "levels": {"instance": {"key": key, "inputs": {"clip": {"model": key}}}}}, "skipped": {}}))
-        (path / "log.jsonl").write_text("".join(json.dumps({"step": s, "epoch": e}) + "\n" for e, s in enumerate(steps, start=1)))
+        (path / "run.json").write_text(
+            json.dumps(
+                {
+                    "protocol": {"name": "p", "base": ["cat"], "novel": ["owl"]},
+                    "versions": {"torch": "2.6", "hdovd": "0.1.0"},
+                    "cache": {"path": "/c", "levels": {"instance": {"key": key, "inputs": {"clip": {"model": key}}}}},
+                    "skipped": {},
+                }
+            )
+        )
+        (path / "log.jsonl").write_text(
+            "".join(json.dumps({"step": s, "epoch": e}) + "\n" for e, s in enumerate(steps, start=1))
+        )
         if steps:
             (path / "model.safetensors").touch()
         if novel is not None:
             group = {"novel": novel, "base": 50.0, "all": 40.0}
-            (path / "metrics.json").write_text(json.dumps({
-                "ap50": group, "split_blind": {"ap50": group | {"novel": novel - 1}}, "per_class": {n: {"ap50": v} for n, v in
-                                                                                                    (classes or {}).items()}}))
+            (path / "metrics.json").write_text(
+                json.dumps(
+                    {
+                        "ap50": group,
+                        "split_blind": {"ap50": group | {"novel": novel - 1}},
+                        "per_class": {n: {"ap50": v} for n, v in (classes or {}).items()},
+                    }
+                )
+            )
         return path
 
     return write
@@ -48,8 +70,12 @@ def write_run(tmp_path: Path, micro_recipe: Callable[..., Recipe]) -> WriteRun:
 
 # --- settings ---
 
+
 def test_settings_by_dotted_key_and_those_that_differ() -> None:
-    a, b = flat({"train": {"lr": 0.1, "seed": 0}, "x": {"y": {"z": [1]}}}), flat({"train": {"lr": 0.2, "seed": 0}, "x": {"y": {"z": [1]}}})
+    a, b = (
+        flat({"train": {"lr": 0.1, "seed": 0}, "x": {"y": {"z": [1]}}}),
+        flat({"train": {"lr": 0.2, "seed": 0}, "x": {"y": {"z": [1]}}}),
+    )
     assert a == {"train.lr": 0.1, "train.seed": 0, "x.y.z": [1]}
     assert different_keys([a, b]) == ["train.lr"]
     assert different_keys([a, {**a, "new": None}]) == ["new"]  # a key without value is not a missing key
@@ -74,14 +100,20 @@ def test_values_of_a_column_stay_apart_when_they_are_cut() -> None:
 
 # --- states ---
 
-@pytest.mark.parametrize(("steps", "novel", "done", "state"), [
-    ((2, 4), 12.0, 2, State.FINISHED),
-    ((2, 4), None, 2, State.NOT_EVALUATED),
-    ((2, 3), None, 1, State.STOPPED),
-    ((2,), None, 1, State.STOPPED),
-    ((), None, 0, State.STOPPED),
-])
-def test_state_and_epochs(write_run: WriteRun, steps: tuple[int, ...], novel: float | None, done: int, state: State) -> None:
+
+@pytest.mark.parametrize(
+    ("steps", "novel", "done", "state"),
+    [
+        ((2, 4), 12.0, 2, State.FINISHED),
+        ((2, 4), None, 2, State.NOT_EVALUATED),
+        ((2, 3), None, 1, State.STOPPED),
+        ((2,), None, 1, State.STOPPED),
+        ((), None, 0, State.STOPPED),
+    ],
+)
+def test_state_and_epochs(
+    write_run: WriteRun, steps: tuple[int, ...], novel: float | None, done: int, state: State
+) -> None:
     run = read_run(write_run("run", steps=steps, novel=novel))
     assert (run.epochs_done, run.epochs, run.state, run.wrong) == (done, 2, state, ())
 
@@ -93,21 +125,25 @@ def test_a_torn_last_line_of_the_log_is_what_a_kill_leaves(write_run: WriteRun) 
     assert read_run(path).state is State.NOT_EVALUATED
 
 
-@pytest.mark.parametrize(("name", "content", "expected"), [
-    ("run.json", "{", "run.json: "),
-    ("run.json", "[]", "run.json holds no object"),
-    ("run.json", None, "no run.json"),
-    ("config.toml", "train = ", "config.toml: "),
-    ("config.toml", None, "no config.toml"),
-    ("metrics.json", '{"ap50": 3}', "no AP50: run hdovd eval again"),
-    ("metrics.json", "\udcff", "metrics.json: "),
-    ("log.jsonl", 'nonsense\n{"step": 2, "epoch": 1}\n', "log.jsonl: line 1"),
-    ("run.json", "[" * 20_000, "run.json: "),
-    ("metrics.json", "[" * 20_000, "metrics.json: "),
-    ("log.jsonl", "[" * 20_000 + '\n{"step": 2, "epoch": 1}\n', "log.jsonl: line 1"),
-])
-def test_a_damaged_run_is_listed_with_what_is_wrong(write_run: WriteRun, tmp_path: Path, name: str, content: str | None,
-                                                    expected: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("run.json", "{", "run.json: "),
+        ("run.json", "[]", "run.json holds no object"),
+        ("run.json", None, "no run.json"),
+        ("config.toml", "train = ", "config.toml: "),
+        ("config.toml", None, "no config.toml"),
+        ("metrics.json", '{"ap50": 3}', "no AP50: run hdovd eval again"),
+        ("metrics.json", "\udcff", "metrics.json: "),
+        ("log.jsonl", 'nonsense\n{"step": 2, "epoch": 1}\n', "log.jsonl: line 1"),
+        ("run.json", "[" * 20_000, "run.json: "),
+        ("metrics.json", "[" * 20_000, "metrics.json: "),
+        ("log.jsonl", "[" * 20_000 + '\n{"step": 2, "epoch": 1}\n', "log.jsonl: line 1"),
+    ],
+)
+def test_a_damaged_run_is_listed_with_what_is_wrong(
+    write_run: WriteRun, tmp_path: Path, name: str, content: str | None, expected: str
+) -> None:
     write_run("sound", novel=10.0)
     path = write_run("odd", novel=11.0)
     if content is None:
@@ -135,15 +171,25 @@ def test_finds_runs_at_any_depth_once(write_run: WriteRun, tmp_path: Path) -> No
 
 def test_an_old_or_strange_run_is_listed(write_run: WriteRun) -> None:
     path = write_run("old", novel=None)
-    (path / "run.json").write_text('{"cache": [], "versions": 3, "time": "2026-01-02T03:04:05+00:00", "git": {"commit": "abc"}}')
-    (path / "config.toml").write_text("[train]\nepochs = 2\n[loss.image]\nenabled = true\n[loss.extra.mine]\nuse = 'a:B'\n")
+    (path / "run.json").write_text(
+        '{"cache": [], "versions": 3, "time": "2026-01-02T03:04:05+00:00", "git": {"commit": "abc"}}'
+    )
+    (path / "config.toml").write_text(
+        "[train]\nepochs = 2\n[loss.image]\nenabled = true\n[loss.extra.mine]\nuse = 'a:B'\n"
+    )
     run = read_run(path)
     assert run.state is State.NOT_EVALUATED
-    assert (run.date.timestamp(), run.git, run.cache_id, run.distillation) == (1767323045, {"commit": "abc"}, None, ("image", "mine"))
+    assert (run.date.timestamp(), run.git, run.cache_id, run.distillation) == (
+        1767323045,
+        {"commit": "abc"},
+        None,
+        ("image", "mine"),
+    )
     assert len(run_lines([run])) == 3
 
 
 # --- table and differences ---
+
 
 def test_table_shows_the_settings_that_differ(write_run: WriteRun, tmp_path: Path) -> None:
     write_run("a", "train.lr=0.1", "train.seed=4", novel=12.34)
@@ -192,7 +238,11 @@ def test_real_runs(distilled: RunFolder, base_only: RunFolder, world: Path, tmp_
     assert run.cache_id == plain.cache_id
     assert run.levels["instance"]["key"]
     difference = compare_runs(evaluated, base_only.path)
-    assert {key for key, _, _ in difference.parts["config"]} == {"loss.instance.enabled", "loss.class.enabled", "loss.image.enabled",
-                                                                 "train.epochs"}
+    assert {key for key, _, _ in difference.parts["config"]} == {
+        "loss.instance.enabled",
+        "loss.class.enabled",
+        "loss.image.enabled",
+        "train.epochs",
+    }
     assert difference.classes == []
     assert difference.parts["cache"] == difference.parts["versions"] == difference.parts["protocol"] == []

@@ -1,4 +1,6 @@
-"""A CLIP that cannot be had, or that is not what it is said to be, is an error that names the way out; never random weights."""
+"""A CLIP that cannot be had, or that is not what it is said to be, is an error that names the way out; never random
+weights.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def test_unknown_device() -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Put a repository with some of the files of `clip` into a Hugging Face cache, without a network; returns its `hf-hub:` name."""
+    """Put a repository with some of the files of `clip` into a Hugging Face cache, without a network; returns its
+    `hf-hub:` name.
+    """
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 

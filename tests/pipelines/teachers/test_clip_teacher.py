@@ -1,4 +1,6 @@
-"""Loading a CLIP: any size, any form, with the activation that its weights were trained with, or an error that says why not."""
+"""Loading a CLIP: any size, any form, with the activation that its weights were trained with, or an error that says why
+not.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,11 @@ def _activations(model: torch.nn.Module) -> set[str]:
 
 # --- sizes and preprocessing ---
 
+
 @pytest.mark.parametrize(("embed_dim", "image_size"), [(24, 32), (40, 64), (8, 16)])
-def test_any_embedding_size_and_resolution(tmp_path: Path, save_clip: SaveClip, embed_dim: int, image_size: int) -> None:
+def test_any_embedding_size_and_resolution(
+    tmp_path: Path, save_clip: SaveClip, embed_dim: int, image_size: int
+) -> None:
     teacher = load_clip(save_clip(tmp_path / "clip", embed_dim=embed_dim, image_size=image_size), None, device="cpu")
     assert teacher.dim == embed_dim
     pixels = teacher.fit(_noise())
@@ -57,8 +62,17 @@ def test_any_embedding_size_and_resolution(tmp_path: Path, save_clip: SaveClip, 
         assert np.linalg.norm(rows) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{"resize_mode": "squash"}, {"resize_mode": "shortest"}, {"resize_mode": "longest", "fill_color": 7},
-                                     {"interpolation": "bilinear"}, {"mean": [0.1, 0.2, 0.3]}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"resize_mode": "squash"},
+        {"resize_mode": "shortest"},
+        {"resize_mode": "longest", "fill_color": 7},
+        {"interpolation": "bilinear"},
+        {"mean": [0.1, 0.2, 0.3]},
+    ],
+    ids=str,
+)
 def test_preprocessing_is_the_models_own(tmp_path: Path, save_clip: SaveClip, changes: dict[str, Any]) -> None:
     name = save_clip(tmp_path / "clip", preprocess=changes)
     teacher = load_clip(name, None, device="cpu")
@@ -67,7 +81,15 @@ def test_preprocessing_is_the_models_own(tmp_path: Path, save_clip: SaveClip, ch
     assert (255 * (found - wanted) * torch.tensor(teacher.transform.std).view(3, 1, 1)).abs().max() < 2.01  # of 255
     for key, value in changes.items():
         assert teacher.preprocessing[key] == value
-    assert teacher.preprocessing.keys() == {"size", "mean", "std", "interpolation", "resize_mode", "fill_color", "resize"}
+    assert teacher.preprocessing.keys() == {
+        "size",
+        "mean",
+        "std",
+        "interpolation",
+        "resize_mode",
+        "fill_color",
+        "resize",
+    }
 
 
 def test_weights_are_frozen_and_in_eval_mode(clip: str) -> None:
@@ -86,6 +108,7 @@ def test_many_names_are_embedded_alike_in_any_batch(clip: str) -> None:
 
 # --- batches ---
 
+
 class _Small(torch.nn.Module):
     """An image encoder on a device that has room for so many pictures."""
 
@@ -101,7 +124,9 @@ class _Small(torch.nn.Module):
         return found
 
 
-def test_what_does_not_fit_into_memory_is_done_in_halves_and_said_once(clip: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_into_memory_is_done_in_halves_and_said_once(
+    clip: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher = load_clip(clip, None, device="cpu")
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (11, 3, 32, 32), np.uint8))
     small = _Small(teacher.model, 3)
@@ -109,16 +134,21 @@ def test_what_does_not_fit_into_memory_is_done_in_halves_and_said_once(clip: str
     np.testing.assert_allclose(tight.embed_images(pixels), teacher.embed_images(pixels), atol=1e-6)
     assert small.seen == [11, 6, 3, 3, 5, 3, 2]
     tight.embed_images(pixels)
-    assert capsys.readouterr().err.splitlines() == ["out of memory with 11 pictures at a time: going on with 6",
-                                                    "out of memory with 6 pictures at a time: going on with 3"]
+    assert capsys.readouterr().err.splitlines() == [
+        "out of memory with 11 pictures at a time: going on with 6",
+        "out of memory with 6 pictures at a time: going on with 3",
+    ]
     with pytest.raises(HdovdError, match="cpu has no memory for one picture: no room"):
         replace(teacher, model=_Small(teacher.model, 0)).embed_images(pixels)
 
 
 # --- activation ---
 
+
 @pytest.mark.parametrize(("quick", "found"), [(True, "quickgelu"), (False, "gelu"), (None, "gelu")])
-def test_activation_of_a_local_dir_is_its_configs(tmp_path: Path, save_clip: SaveClip, quick: bool | None, found: str) -> None:
+def test_activation_of_a_local_dir_is_its_configs(
+    tmp_path: Path, save_clip: SaveClip, quick: bool | None, found: str
+) -> None:
     teacher = load_clip(save_clip(tmp_path / "clip", quick_gelu=quick), None, device="cpu")
     assert teacher.identity["activation"] == found
     assert _activations(teacher.model) == {"QuickGELU" if found == "quickgelu" else "GELU"}
@@ -128,7 +158,12 @@ def test_activation_of_a_local_dir_is_its_configs(tmp_path: Path, save_clip: Sav
 def test_activation_changes_embeddings_and_can_be_forced(tmp_path: Path, save_clip: SaveClip) -> None:
     quick, plain = save_clip(tmp_path / "quick", quick_gelu=True), save_clip(tmp_path / "plain", quick_gelu=False)
     rows = {}
-    for name, wanted in ((quick, Activation.AUTO), (plain, Activation.AUTO), (quick, Activation.GELU), (plain, Activation.QUICK_GELU)):
+    for name, wanted in (
+        (quick, Activation.AUTO),
+        (plain, Activation.AUTO),
+        (quick, Activation.GELU),
+        (plain, Activation.QUICK_GELU),
+    ):
         teacher = load_clip(name, None, device="cpu", activation=wanted)
         rows[name, wanted] = teacher.embed_images(teacher.fit(_noise())[None])
         if wanted is not Activation.AUTO:
@@ -139,15 +174,18 @@ def test_activation_changes_embeddings_and_can_be_forced(tmp_path: Path, save_cl
     np.testing.assert_array_equal(rows[plain, Activation.QUICK_GELU], rows[quick, Activation.AUTO])
 
 
-@pytest.mark.parametrize(("model", "tag", "quick"), [
-    ("ViT-B-32", "openai", True),
-    ("ViT-B-32-quickgelu", "openai", True),
-    ("ViT-B-32", "laion2b_s34b_b79k", False),
-    ("ViT-B-32", "laion400m_e32", True),
-    ("RN50", "openai", True),
-    ("ViT-B-16", "dfn2b", True),
-    ("roberta-ViT-B-32", "laion2b_s12b_b32k", True),  # its config says so, its tag says nothing
-])
+@pytest.mark.parametrize(
+    ("model", "tag", "quick"),
+    [
+        ("ViT-B-32", "openai", True),
+        ("ViT-B-32-quickgelu", "openai", True),
+        ("ViT-B-32", "laion2b_s34b_b79k", False),
+        ("ViT-B-32", "laion400m_e32", True),
+        ("RN50", "openai", True),
+        ("ViT-B-16", "dfn2b", True),
+        ("roberta-ViT-B-32", "laion2b_s12b_b32k", True),  # its config says so, its tag says nothing
+    ],
+)
 def test_activation_of_a_tag_is_what_it_was_trained_with(model: str, tag: str, quick: bool) -> None:
     config = open_clip.get_model_config(model)
     found, notes = clip_teacher._activation(model, tag, config, Activation.AUTO)
@@ -156,6 +194,7 @@ def test_activation_of_a_tag_is_what_it_was_trained_with(model: str, tag: str, q
 
 
 # --- a built-in name and a file ---
+
 
 @pytest.fixture
 def built_in(tmp_path: Path, save_clip: SaveClip) -> Iterator[tuple[str, Path]]:
@@ -186,7 +225,8 @@ class _Node(torch.nn.Module):
 
 
 def _openai_archive(state: dict[str, torch.Tensor], file: Path) -> None:
-    """Save weights as OpenAI published theirs: a TorchScript archive, float16, with three numbers beside the weights."""
+    """Save weights as OpenAI published theirs: a TorchScript archive, float16, with three numbers beside the
+    weights."""
     root = _Node()
     numbers = {name: torch.tensor(16) for name in ("input_resolution", "vocab_size", "context_length")}
     for name, value in (state | numbers).items():
@@ -231,6 +271,7 @@ def test_plain_checkpoint_is_no_torchscript(tmp_path: Path, save_clip: SaveClip)
 
 # --- identity ---
 
+
 def test_weights_hash_is_the_same_for_every_file_format(tmp_path: Path, save_clip: SaveClip) -> None:
     names = [save_clip(tmp_path / form, form=form) for form in ("safetensors", "bin")]
     one, other = (load_clip(name, None, device="cpu").identity for name in names)
@@ -250,7 +291,9 @@ def test_identity_is_plain_values(clip: str) -> None:
 
 def _keys(teacher: ClipTeacher) -> dict[Level, str]:
     embedders = embedders_of(teacher, Pictures([], Path, np.zeros(1), np.zeros((0, 4))), PLAIN_BOX)
-    inputs = level_inputs(teacher, box_table([], {}), Nouns(("fire-hydrant", "sky"), None), TextRows(("a-b", "cat")), ["a {}"], embedders)
+    inputs = level_inputs(
+        teacher, box_table([], {}), Nouns(("fire-hydrant", "sky"), None), TextRows(("a-b", "cat")), ["a {}"], embedders
+    )
     return {level: key_of(values) for level, values in inputs.items()}
 
 
@@ -267,13 +310,20 @@ def test_folder_is_no_part_of_the_identity(clip: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("activation", [Activation.GELU, Activation.QUICK_GELU], ids=str)
-def test_built_in_name_with_a_file_and_local_dir_are_one_clip(built_in: tuple[str, Path], tmp_path: Path, save_clip: SaveClip,
-                                                              activation: Activation) -> None:
-    """The folder's config says what open_clip takes for granted of the name: its preprocessing, and an activation that is told to one."""
+def test_built_in_name_with_a_file_and_local_dir_are_one_clip(
+    built_in: tuple[str, Path], tmp_path: Path, save_clip: SaveClip, activation: Activation
+) -> None:
+    """The folder's config says what open_clip takes for granted of the name: its preprocessing, and an activation that
+    is told to one.
+    """
     name, folder = built_in
     default = load_clip(name, str(folder / "open_clip_model.safetensors"), device="cpu", activation=activation)
     told = {key: value for key, value in default.preprocessing.items() if key != "antialias"}
-    local = load_clip(save_clip(tmp_path / "local", quick_gelu=activation is Activation.QUICK_GELU, preprocess=told), None, device="cpu")
+    local = load_clip(
+        save_clip(tmp_path / "local", quick_gelu=activation is Activation.QUICK_GELU, preprocess=told),
+        None,
+        device="cpu",
+    )
     assert _keys(default) == _keys(local)
     assert default.made_with != local.made_with  # what a user called it can still be read
     np.testing.assert_array_equal(default.embed_names(["cat"], ["a {}"]), local.embed_names(["cat"], ["a {}"]))
@@ -290,18 +340,28 @@ def test_quickgelu_twin_has_the_same_architecture(name: str) -> None:
     assert clip_teacher._hash_config(one) != clip_teacher._hash_config(open_clip.get_model_config("ViT-B-32-256"))
 
 
-@pytest.mark.parametrize(("change", "differ"), [
-    ({"seed": 1}, PICTURES | TEXTS), ({"quick_gelu": True}, PICTURES | TEXTS), ({"preprocess": {"mean": [0.5, 0.5, 0.5]}}, PICTURES),
-    ({"preprocess": {"interpolation": "bilinear"}}, PICTURES), ({"preprocess": {"resize_mode": "shortest"}}, PICTURES),
-], ids=["weights", "activation", "mean", "interpolation", "resize mode"])
-def test_change_of_the_model_changes_the_levels_that_it_concerns(tmp_path: Path, clip: str, save_clip: SaveClip, change: dict[str, Any],
-                                                                 differ: set[Level]) -> None:
+@pytest.mark.parametrize(
+    ("change", "differ"),
+    [
+        ({"seed": 1}, PICTURES | TEXTS),
+        ({"quick_gelu": True}, PICTURES | TEXTS),
+        ({"preprocess": {"mean": [0.5, 0.5, 0.5]}}, PICTURES),
+        ({"preprocess": {"interpolation": "bilinear"}}, PICTURES),
+        ({"preprocess": {"resize_mode": "shortest"}}, PICTURES),
+    ],
+    ids=["weights", "activation", "mean", "interpolation", "resize mode"],
+)
+def test_change_of_the_model_changes_the_levels_that_it_concerns(
+    tmp_path: Path, clip: str, save_clip: SaveClip, change: dict[str, Any], differ: set[Level]
+) -> None:
     other = load_clip(save_clip(tmp_path / "other", **change), None, device="cpu")
     assert _other_keys(load_clip(clip, None, device="cpu"), other) == differ
 
 
 def test_compute_precision_is_a_part_of_the_identity(clip: str) -> None:
-    one, other = (load_clip(clip, None, device="cpu", precision=precision) for precision in (Precision.FP32, Precision.BF16))
+    one, other = (
+        load_clip(clip, None, device="cpu", precision=precision) for precision in (Precision.FP32, Precision.BF16)
+    )
     assert _other_keys(one, other) == PICTURES | TEXTS
 
 
@@ -333,4 +393,5 @@ def test_prompts_that_are_cut_and_names_that_cannot_be_told_apart_are_named(clip
     assert dog in cut
     assert alike == f"note: {cat!r} and {dog!r} become the same tokens: they have one embedding"
     assert teacher.prompt_notes(["cat", ("Dog", "dog"), "CAT"], ["a {}"]) == [
-        "note: 'cat' and 'CAT' become the same tokens: they have one embedding"]
+        "note: 'cat' and 'CAT' become the same tokens: they have one embedding"
+    ]

@@ -28,8 +28,10 @@ def _resnet() -> ModifiedResNet:
 
 
 def _vit(**changes: Any) -> VisionTransformer:
-    return VisionTransformer(**{"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "heads": 2, "mlp_ratio": 2.0,
-                                "output_dim": DIM} | changes)
+    return VisionTransformer(
+        **{"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "heads": 2, "mlp_ratio": 2.0, "output_dim": DIM}
+        | changes
+    )
 
 
 def _timm(name: str, pool: str, proj: str | None, *, blocks: int = 2) -> TimmModel:
@@ -71,14 +73,19 @@ def _seeded(build: Callable[..., nn.Module], **changes: Any) -> nn.Module:
 
 
 def _pixels(count: int, side: int, seed: int = 1) -> Tensor:
-    """Pictures (count, 3, side, side) of coloured tiles, 4 pixels wide at least: finer noise looks the same everywhere."""
+    """Pictures (count, 3, side, side) of coloured tiles, 4 pixels wide at least: finer noise looks the same
+    everywhere."""
     tiles = torch.randn(count, 3, min(side // 4, 16), min(side // 4, 16), generator=torch.Generator().manual_seed(seed))
     return 2 * F.interpolate(tiles, (side, side))
 
 
 def _some_boxes(side: int) -> list[Tensor]:
     """Boxes of three pictures, none in the second, in shares of the side: thin, tiny, whole and ordinary ones."""
-    shares = [[[0.1, 0.2, 0.6, 0.9], [0, 0, 1, 1], [0.4, 0.05, 0.41, 0.95], [0.71, 0.3, 0.72, 0.31]], [], [[0.33, 0.5, 0.8, 0.77]]]
+    shares = [
+        [[0.1, 0.2, 0.6, 0.9], [0, 0, 1, 1], [0.4, 0.05, 0.41, 0.95], [0.71, 0.3, 0.72, 0.31]],
+        [],
+        [[0.33, 0.5, 0.8, 0.77]],
+    ]
     return [torch.tensor(some).reshape(-1, 4) * side for some in shares]
 
 
@@ -87,6 +94,7 @@ def _whole(side: int) -> Tensor:
 
 
 # --- against answers computed by hand ---
+
 
 @pytest.mark.parametrize("name", POOLED)
 @torch.inference_mode()
@@ -154,6 +162,7 @@ def test_last_block_lets_no_patch_see_another(name: str) -> None:
 
 # --- independence ---
 
+
 @pytest.mark.parametrize("name", ALL)
 def test_neither_other_boxes_nor_other_pictures_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build, side = ALL[name]
@@ -197,6 +206,7 @@ def test_the_clip_itself_stays_as_it_was(name: str) -> None:
 
 # --- boxes at the edge ---
 
+
 def test_boxes_are_cut_to_the_picture_and_a_pixel_at_least() -> None:
     dense, pixels = DenseClip(_seeded(_resnet), 64), _pixels(1, 64)
     given = torch.tensor([[-9.0, 20, 40, 90], [10, 10, 10, 10], [64, 64, 64, 64], [70, 5, 80, 30]])
@@ -206,6 +216,7 @@ def test_boxes_are_cut_to_the_picture_and_a_pixel_at_least() -> None:
 
 # --- position embeddings ---
 
+
 @pytest.mark.parametrize(("shape", "prefix"), [((17, 6), 1), ((1, 17, 6), 1), ((1, 16, 6), 0)])
 def test_position_embeddings_at_native_size_are_untouched(shape: tuple[int, ...], prefix: int) -> None:
     embedding = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -213,7 +224,9 @@ def test_position_embeddings_at_native_size_are_untouched(shape: tuple[int, ...]
 
 
 def test_position_embeddings_are_interpolated_between_patches() -> None:
-    """A ramp from left to right, between patches 1 and 2: 1.296875 by the cubic kernel with a = -0.75, 1.25 where antialias is on."""
+    """A ramp from left to right, between patches 1 and 2: 1.296875 by the cubic kernel with a = -0.75, 1.25 where
+    antialias is on.
+    """
     ramp = torch.arange(4.0).repeat(4)[:, None]
     resized = dense_clip._resized(torch.cat([torch.tensor([[99.0]]), ramp]), (4, 4), 8)
     assert resized.shape == (65, 1)
@@ -245,6 +258,7 @@ def test_other_sides(name: str) -> None:
 
 # --- precision ---
 
+
 @pytest.mark.parametrize("name", ALL)
 def test_bf16_autocast(name: str) -> None:
     build, side = ALL[name]
@@ -259,6 +273,7 @@ def test_bf16_autocast(name: str) -> None:
 
 # --- identity ---
 
+
 def test_identity_is_plain_and_tells_sides_and_towers_apart() -> None:
     towers = [(_resnet, 64), (_resnet, 128), (_vit, 64), (lambda: _vit(pool_type="avg"), 64)]
     identities = [DenseClip(_seeded(build), side).identity for build, side in towers]
@@ -271,14 +286,21 @@ def test_identity_is_plain_and_tells_sides_and_towers_apart() -> None:
 
 # --- refusals ---
 
-@pytest.mark.parametrize(("build", "named"), [
-    (lambda: TimmModel("test_resnet", DIM, pool="avg", proj="linear"), "timm ResNet"),
-    (lambda: _vit(attentional_pool=True, attn_pooler_heads=2), "VisionTransformer with attentional pool"),
-    (lambda: _timm("test_vit", "avgmax", "linear"), "timm VisionTransformer with PatchEmbed and pool 'avgmax'"),
-    (lambda: nn.Linear(3, 3), "Linear"),
-], ids=["timm ResNet", "CoCa", "unknown pool", "no tower"])
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (lambda: TimmModel("test_resnet", DIM, pool="avg", proj="linear"), "timm ResNet"),
+        (lambda: _vit(attentional_pool=True, attn_pooler_heads=2), "VisionTransformer with attentional pool"),
+        (lambda: _timm("test_vit", "avgmax", "linear"), "timm VisionTransformer with PatchEmbed and pool 'avgmax'"),
+        (lambda: nn.Linear(3, 3), "Linear"),
+    ],
+    ids=["timm ResNet", "CoCa", "unknown pool", "no tower"],
+)
 def test_towers_without_a_map_are_refused(build: Callable[[], nn.Module], named: str) -> None:
-    with pytest.raises(HdovdError, match=rf"a {named}, is not among those supported: .*ModifiedResNet.*VisionTransformer.*Eva"):
+    with pytest.raises(
+        HdovdError, match=rf"a {named}, is not among those supported: .*ModifiedResNet.*VisionTransformer.*Eva"
+    ):
         DenseClip(build(), 64)
 
 
@@ -293,13 +315,21 @@ def test_patches_that_are_not_square_are_refused() -> None:
         DenseClip(_vit(patch_size=(4, 8)), 32)
 
 
-@pytest.mark.parametrize(("pixels", "boxes", "message"), [
-    (_pixels(1, 40), [_whole(32)], r"\(1, 3, 40, 40\).* expected \(1, 3, 32, 32\)"),
-    (_pixels(2, 32), [_whole(32)], r"boxes of 1 pictures"),
-    (_pixels(1, 32)[0], [_whole(32)], r"\(3, 32, 32\)"),
-    (_pixels(2, 32), [_whole(32), torch.tensor([[0, 0, torch.nan, 5]])], r"picture 1 of the batch: expected finite"),
-    (_pixels(1, 32), [torch.zeros(4)], r"picture 0 .* got shape \(4,\)"),
-], ids=["side", "count", "no batch", "nan", "shape"])
+@pytest.mark.parametrize(
+    ("pixels", "boxes", "message"),
+    [
+        (_pixels(1, 40), [_whole(32)], r"\(1, 3, 40, 40\).* expected \(1, 3, 32, 32\)"),
+        (_pixels(2, 32), [_whole(32)], r"boxes of 1 pictures"),
+        (_pixels(1, 32)[0], [_whole(32)], r"\(3, 32, 32\)"),
+        (
+            _pixels(2, 32),
+            [_whole(32), torch.tensor([[0, 0, torch.nan, 5]])],
+            r"picture 1 of the batch: expected finite",
+        ),
+        (_pixels(1, 32), [torch.zeros(4)], r"picture 0 .* got shape \(4,\)"),
+    ],
+    ids=["side", "count", "no batch", "nan", "shape"],
+)
 def test_what_does_not_fit_is_refused(pixels: Tensor, boxes: list[Tensor], message: str) -> None:
     with pytest.raises(HdovdError, match=message):
         DenseClip(_vit(), 32).embed_boxes(pixels, boxes)
@@ -316,7 +346,10 @@ def test_the_side_near_another_is_one_that_it_takes(name: str) -> None:
 
 def test_squashed_picture_is_the_models_own_preprocessing(clip: str) -> None:
     """At the model's own side, where its own way is to squash."""
-    transform, picture = load_clip(clip, None, device="cpu").transform, torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8)
+    transform, picture = (
+        load_clip(clip, None, device="cpu").transform,
+        torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8),
+    )
     assert torch.equal(transform.squashed(32).fit(picture), transform.fit(picture))
     assert torch.equal(replace(transform, resize_mode="shortest").squashed(32).fit(picture), transform.fit(picture))
     assert transform.squashed(80).fit(picture).shape == (3, 80, 80)

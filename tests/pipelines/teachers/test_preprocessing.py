@@ -1,4 +1,6 @@
-"""Resizing on bytes against open_clip's own transform on the same pictures: every mode, and shapes that are hard to round."""
+"""Resizing on bytes against open_clip's own transform on the same pictures: every mode, and shapes that are hard to
+round.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,14 @@ def _picture(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [56, (56, 56), (32, 48), (48, 32)], ids=str)
 def test_pictures_are_open_clips(size: Any, resize_mode: str, interpolation: str) -> None:
     """To 3 of 255 where it is most, and in few places: Pillow and torch round their weights differently."""
-    config = PreprocessCfg(size=size, resize_mode=resize_mode, interpolation=interpolation, fill_color=7, mean=(0.1, 0.5, 0.4),
-                           std=(0.2, 0.3, 0.25))
+    config = PreprocessCfg(
+        size=size,
+        resize_mode=resize_mode,
+        interpolation=interpolation,
+        fill_color=7,
+        mean=(0.1, 0.5, 0.4),
+        std=(0.2, 0.3, 0.25),
+    )
     reference, ours = image_transform_v2(config, is_train=False), Preprocessing.of(asdict(config))
     for height, width in SIZES:
         pixels = _picture(height, width)

@@ -33,16 +33,34 @@ def test_vild_prompts_are_what_its_text_encoder_is_given() -> None:
     """ViLD puts "This is" before every prompt that begins with a or the."""
     texts = [text for _, text in prompts(["apple"], read_templates("vild"))]
     assert len(texts) == 63
-    assert texts[:6] == ["There is an apple in the scene.", "There is the apple in the scene.", "This is a photo of an apple in the scene.",
-                         "This is a photo of the apple in the scene.", "This is a photo of one apple in the scene.", "itap of an apple."]
-    assert texts[-4:] == ["This is an embroidered apple.", "This is the embroidered apple.", "This is a painting of the apple.",
-                          "This is a painting of a apple."]  # as there: not every prompt heeds the name
+    assert texts[:6] == [
+        "There is an apple in the scene.",
+        "There is the apple in the scene.",
+        "This is a photo of an apple in the scene.",
+        "This is a photo of the apple in the scene.",
+        "This is a photo of one apple in the scene.",
+        "itap of an apple.",
+    ]
+    assert texts[-4:] == [
+        "This is an embroidered apple.",
+        "This is the embroidered apple.",
+        "This is a painting of the apple.",
+        "This is a painting of a apple.",
+    ]  # as there: not every prompt heeds the name
     assert not [text for text in texts if text.startswith(("a", "the"))]
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("cat", "a cat"), ("owl", "an owl"), ("Owl", "an Owl"), ("11 apples", "a 11 apples"), ("{article}", "a {article}"), ("{}", "a {}"),
-])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cat", "a cat"),
+        ("owl", "an owl"),
+        ("Owl", "an Owl"),
+        ("11 apples", "a 11 apples"),
+        ("{article}", "a {article}"),
+        ("{}", "a {}"),
+    ],
+)
 def test_article_follows_the_names_first_letter(name: str, expected: str) -> None:
     assert list(prompts([name], ["{article} {}"])) == [(0, expected)]
 
@@ -57,14 +75,18 @@ def test_file_of_ones_own(tmp_path: Path) -> None:
     assert read_templates(str(tmp_path / "mine.txt")) == ("{article} {} here", "no {}")
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("clip8", None, "--templates clip8: neither a set nor a file. The sets are clip80, photo, vild"),
-    ("prompts/photo", None, "neither a set nor a file"),
-    ("empty.txt", b"# nothing\n", "--templates empty.txt holds nothing"),
-    ("picture.jpg", b"\xff\xd8\xff", "--templates picture.jpg is no text file"),
-])
-def test_templates_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes | None,
-                                       message: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("clip8", None, "--templates clip8: neither a set nor a file. The sets are clip80, photo, vild"),
+        ("prompts/photo", None, "neither a set nor a file"),
+        ("empty.txt", b"# nothing\n", "--templates empty.txt holds nothing"),
+        ("picture.jpg", b"\xff\xd8\xff", "--templates picture.jpg is no text file"),
+    ],
+)
+def test_templates_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes | None, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     if content is not None:
         Path(name).write_bytes(content)
@@ -74,12 +96,16 @@ def test_templates_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("template", ["a photo", "{} and {}", "{article}", "a {} {of sorts}", "{Article} {}", "{name}"])
-def test_template_with_other_braces_is_refused(tmp_path: Path, extraction: Callable[..., ExtractConfig], template: str) -> None:
+def test_template_with_other_braces_is_refused(
+    tmp_path: Path, extraction: Callable[..., ExtractConfig], template: str
+) -> None:
     with pytest.raises(HdovdError) as error:
         extraction(tmp_path / "cache", templates=("a {}", template))
     assert repr(template) in str(error.value)
     with pytest.raises(HdovdError, match="template"):
-        ImportConfig(format=ForeignFormat.OADP, folder=tmp_path, data=DataPaths(tmp_path), cache=tmp_path, templates=(template,))
+        ImportConfig(
+            format=ForeignFormat.OADP, folder=tmp_path, data=DataPaths(tmp_path), cache=tmp_path, templates=(template,)
+        )
 
 
 @pytest.mark.parametrize("name", ["photo", "vild", "clip80"])
@@ -103,7 +129,9 @@ def test_row_of_several_names_is_the_mean_over_all_their_prompts(clip: str) -> N
     """Of the normalised embeddings, not of the means of each name."""
     teacher, templates = load_clip(clip, None, device="cpu"), ("a {}", "the {}", "{} here")
     rows = teacher.embed_names([("couch", "sofa", "settee"), "cat", ("cat",)], templates)
-    each = np.concatenate([teacher.embed_names([text], ("{}",)) for _, text in prompts(["couch", "sofa", "settee"], templates)])
+    each = np.concatenate(
+        [teacher.embed_names([text], ("{}",)) for _, text in prompts(["couch", "sofa", "settee"], templates)]
+    )
     mean = each.mean(axis=0)
     np.testing.assert_allclose(rows[0], mean / np.linalg.norm(mean), atol=1e-6)
     np.testing.assert_array_equal(rows[1], rows[2])

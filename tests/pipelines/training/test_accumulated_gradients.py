@@ -1,4 +1,5 @@
-"""Steps whose images are split into micro-batches, `train.accumulate`: their gradients, losses, exchanges and counts."""
+"""Steps whose images are split into micro-batches, `train.accumulate`: their gradients, losses, exchanges and
+counts."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ from hdovd.pipelines.training.train import loop_of
 from hdovd.pipelines.training.training_set import Sample, TrainingSet
 
 CPU = torch.device("cpu")
-# Nothing that a loss is divided by, and no statistic, depends on which images are together: each has 16 RoIs and 32 anchors, all with
-# weight, and is padded to 96 x 96 pixels.
+# Nothing that a loss is divided by, and no statistic, depends on which images are together: each has 16 RoIs and 32
+# anchors, all with weight, and is padded to 96 x 96 pixels.
 ALIKE = ("detector.backbone.norm=frozen", "input.short_side=96", "input.long_side=96", *PRESETS["base-only"])
 Build = Callable[..., Loop[Sample]]
 
@@ -64,7 +65,9 @@ def _close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert any(value.any() for value in found.values())
     for name, value in wanted.items():
         scale = float(value.abs().max())
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5 * scale + 1e-8, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-3, atol=1e-5 * scale + 1e-8, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_the_gradient_is_the_mean_of_the_micro_batches(loop: Build) -> None:
@@ -78,7 +81,9 @@ def test_the_gradient_is_the_mean_of_the_micro_batches(loop: Build) -> None:
     split.take_step(batch, 0)
     _close(_gradients(split), _gradients(plain))
     told = split.window.means(CPU)
-    assert told == pytest.approx({name: (losses[0][name].item() + losses[1][name].item()) / 2 for name in told}, rel=1e-5)
+    assert told == pytest.approx(
+        {name: (losses[0][name].item() + losses[1][name].item()) / 2 for name in told}, rel=1e-5
+    )
     state, other = split.model.state_dict(), plain.model.state_dict()
     rows = "instance_level.student_queue.rows"
     assert state[rows].any()
@@ -110,10 +115,14 @@ class _Steps(Hooks):
 
 
 def test_steps_and_images_are_counted_as_without(loop: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Schedule, log and hooks go by steps of the optimiser; a log entry is of all images of its steps, clipped once a step."""
+    """Schedule, log and hooks go by steps of the optimiser; a log entry is of all images of its steps, clipped once a
+    step.
+    """
     clipped: list[float] = []
     clip = nn.utils.clip_grad_norm_
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda parameters, norm: clipped.append(norm) or clip(parameters, norm))
+    monkeypatch.setattr(
+        nn.utils, "clip_grad_norm_", lambda parameters, norm: clipped.append(norm) or clip(parameters, norm)
+    )
     told = []
     for settings in ((), ("train.accumulate=4",)):
         hooks, run = _Steps(), loop("train.epochs=2", "train.batch_size=4", "train.clip_norm=1.5", *settings)
@@ -123,7 +132,9 @@ def test_steps_and_images_are_counted_as_without(loop: Build, monkeypatch: pytes
         run.window.add = lambda step, losses, ids, add=add, images=images: (images.extend(ids), add(step, losses, ids))  # type: ignore[method-assign]
         run.run(hooks)
         assert len(images) == 2 * 5 * 4
-        told.append((hooks.steps, [(entry["step"], entry["epoch"], entry["lr"]) for entry in hooks.entries], [*clipped], images))
+        told.append(
+            (hooks.steps, [(entry["step"], entry["epoch"], entry["lr"]) for entry in hooks.entries], [*clipped], images)
+        )
     assert told[0] == told[1]
     assert told[0][0] == [1, 2, 3, 4, 6, 7, 8, 9]
     assert told[0][2] == [1.5] * 10
@@ -164,10 +175,23 @@ def test_processes_exchange_gradients_once_a_step(micro_recipe: Callable[..., Re
 
 
 def test_a_batch_that_cannot_be_split_is_refused(loop: Build) -> None:
-    with pytest.raises(HdovdError, match=r"a batch of 8 images cannot be split into train\.accumulate = 3 micro-batches: set "
-                                         r"train\.batch_size to a multiple of 3, or train\.accumulate to less"):
+    with pytest.raises(
+        HdovdError,
+        match=r"a batch of 8 images cannot be split into train\.accumulate = 3 micro-batches: set "
+        r"train\.batch_size to a multiple of 3, or train\.accumulate to less",
+    ):
         loop("train.accumulate=3")
     plain = loop()
     batches = TrainingBatches([], Dealing(InOrder(100), 8, 1, 4), 0, device=CPU)  # type: ignore[arg-type]
-    with pytest.raises(HdovdError, match=r"batch of 8 .*accumulate = 4 micro-batches of 4 processes: .* multiple of 16"):
-        Loop(plain.model, plain._losses_of, batches, plain.config.model_copy(update={"accumulate": 4}), CPU, "train", lambda _: 0)
+    with pytest.raises(
+        HdovdError, match=r"batch of 8 .*accumulate = 4 micro-batches of 4 processes: .* multiple of 16"
+    ):
+        Loop(
+            plain.model,
+            plain._losses_of,
+            batches,
+            plain.config.model_copy(update={"accumulate": 4}),
+            CPU,
+            "train",
+            lambda _: 0,
+        )

@@ -1,4 +1,6 @@
-"""AdaMixer through the stages that Faster R-CNN goes through: train, resume, eval, detect, relations, report, export, ablate."""
+"""AdaMixer through the stages that Faster R-CNN goes through: train, resume, eval, detect, relations, report, export,
+ablate.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,17 @@ from hdovd.pipelines.training.train import TrainConfig, train
 @pytest.fixture(scope="module")
 def job(world: Path, training_cache: Path) -> Callable[..., TrainConfig]:
     def make(out: Path, *settings: str, **changes: Any) -> TrainConfig:
-        return replace(TrainConfig(data=DataPaths(world), cache=training_cache, out=out, recipe=recipe(*settings), protocol=str(world / "protocol.toml"), device="cpu"),
-                       **changes)
+        return replace(
+            TrainConfig(
+                data=DataPaths(world),
+                cache=training_cache,
+                out=out,
+                recipe=recipe(*settings),
+                protocol=str(world / "protocol.toml"),
+                device="cpu",
+            ),
+            **changes,
+        )
 
     return make
 
@@ -58,7 +69,9 @@ def test_distillation_begins_with_its_epoch(run: RunFolder) -> None:
     distilled = {name for name in first if name.partition("_")[0] in ("instance", "text", "image")}
     assert len(distilled) == 5
     assert all(first[name] == 0 <= second[name] for name in distilled)
-    assert all(second[name] > 0 for name in ("text_alignment", "text_relation", "image_alignment"))  # no query is near a box yet
+    assert all(
+        second[name] > 0 for name in ("text_alignment", "text_relation", "image_alignment")
+    )  # no query is near a box yet
     assert all(first[name] > 0 for name in first.keys() - distilled)
 
 
@@ -66,7 +79,9 @@ def test_every_loss_has_its_place_in_a_report(run: RunFolder) -> None:
     assert {name.partition("_")[0] for name in losses_of(run)[0]} <= LEVELS.keys()
 
 
-def test_it_goes_on_in_the_middle_of_its_second_epoch(run: RunFolder, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_goes_on_in_the_middle_of_its_second_epoch(
+    run: RunFolder, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Told its epoch again, it ends as if it had never stopped."""
     step = RunHooks.step
 
@@ -83,7 +98,9 @@ def test_it_goes_on_in_the_middle_of_its_second_epoch(run: RunFolder, job: Job, 
     assert state is not None
     assert state["step"] == 3
     again = train(job(tmp_path / "run", resume=True), lambda _: None)
-    torch.testing.assert_close(load_file(again.path / "model.safetensors"), load_file(run.path / "model.safetensors"), rtol=0, atol=0)
+    torch.testing.assert_close(
+        load_file(again.path / "model.safetensors"), load_file(run.path / "model.safetensors"), rtol=0, atol=0
+    )
 
 
 def test_it_is_evaluated(run: RunFolder, world: Path) -> None:
@@ -113,19 +130,26 @@ def test_every_form_finds_what_the_model_finds(form: ModelForm, run: RunFolder, 
 
 
 def test_exported_weights_leave_training_out(run: RunFolder, tmp_path: Path) -> None:
-    names = load_file(export_model(ExportModelConfig(run=run.path, form=ModelForm.SAFETENSORS, out=tmp_path / "out"), lambda _: None).file).keys()
+    names = load_file(
+        export_model(
+            ExportModelConfig(run=run.path, form=ModelForm.SAFETENSORS, out=tmp_path / "out"), lambda _: None
+        ).file
+    ).keys()
     assert "background" in names
     assert not [name for name in names if name.startswith(("text_level.", "instance_level.", "proposals.auxiliary."))]
 
 
 @pytest.mark.parametrize("form", [ModelForm.ONNX, ModelForm.TORCHSCRIPT])
-def test_a_detector_that_cannot_be_traced_says_which_form_works(form: ModelForm, run: RunFolder, tmp_path: Path,
-                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_detector_that_cannot_be_traced_says_which_form_works(
+    form: ModelForm, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(AdaMixer, "exportable", None)
     with pytest.raises(HdovdError, match=rf"--format {form}: .*adamixer.*--format safetensors"):
         export_model(ExportModelConfig(run=run.path, form=form, out=tmp_path / "out"), lambda _: None)
     assert not list(tmp_path.iterdir())
-    done = export_model(ExportModelConfig(run=run.path, form=ModelForm.SAFETENSORS, out=tmp_path / "out"), lambda _: None)
+    done = export_model(
+        ExportModelConfig(run=run.path, form=ModelForm.SAFETENSORS, out=tmp_path / "out"), lambda _: None
+    )
     assert done.checked.difference < 1e-5
 
 
@@ -137,7 +161,13 @@ def test_a_grid_over_its_values() -> None:
 
 def test_base_only_trains_the_detector_alone(job: Job, tmp_path: Path) -> None:
     run = train(job(tmp_path / "run", *PRESETS["base-only"], "train.epochs=1"), lambda _: None)
-    assert {name.partition("_")[0] for name in losses_of(run)[0]} == {"rpn", "classification", "objectness", "box", "giou"}
+    assert {name.partition("_")[0] for name in losses_of(run)[0]} == {
+        "rpn",
+        "classification",
+        "objectness",
+        "box",
+        "giou",
+    }
 
 
 def test_adamw_decays_all_weights_alike() -> None:

@@ -1,4 +1,5 @@
-"""`train.compile`: a compiled backbone learns as one that is not, under the same names; where it cannot be compiled, it is said.
+"""`train.compile`: a compiled backbone learns as one that is not, under the same names; where it cannot be compiled, it
+is said.
 
 Most of it is with `aot_eager`, which takes torch's whole way but the last: code for the machine takes minutes of a CPU.
 """
@@ -70,14 +71,24 @@ def test_one_graph_serves_all_sizes_of_a_batch() -> None:
     assert list(backbone.state_dict()) == names
 
 
-def test_a_run_goes_the_way_of_one_that_is_not_compiled(world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe],
-                                                        tmp_path: Path, compiled: list[nn.Module]) -> None:
+def test_a_run_goes_the_way_of_one_that_is_not_compiled(
+    world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path, compiled: list[nn.Module]
+) -> None:
     """Its first steps, to float32's rounding, which grows from step to step; with averaged weights, validated."""
     runs = []
     for name, wanted in (("plain", "false"), ("compiled", "true")):
-        recipe = micro_recipe(*PLAIN, f"train.compile={wanted}", "train.ema=0.9", "train.optimizer=sgd", "train.lr=1e-3")
-        job = train.TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / name, recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu",
-                             validation=DataPaths(world))
+        recipe = micro_recipe(
+            *PLAIN, f"train.compile={wanted}", "train.ema=0.9", "train.optimizer=sgd", "train.lr=1e-3"
+        )
+        job = train.TrainConfig(
+            data=DataPaths(world),
+            cache=training_cache,
+            out=tmp_path / name,
+            recipe=recipe,
+            protocol=str(world / "protocol.toml"),
+            device="cpu",
+            validation=DataPaths(world),
+        )
         runs.append(train.train(job, lambda _: None))
     assert len(compiled) == 1
     plain, other = (run.entries()[0] for run in runs)
@@ -90,25 +101,49 @@ def test_a_run_goes_the_way_of_one_that_is_not_compiled(world: Path, training_ca
             torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_a_run_may_be_compiled_from_some_step_on(train_micro: TrainMicro, world: Path, training_cache: Path, tmp_path: Path,
-                                                 micro_recipe: Callable[..., Recipe], compiled: list[nn.Module]) -> None:
+def test_a_run_may_be_compiled_from_some_step_on(
+    train_micro: TrainMicro,
+    world: Path,
+    training_cache: Path,
+    tmp_path: Path,
+    micro_recipe: Callable[..., Recipe],
+    compiled: list[nn.Module],
+) -> None:
     """It is no other run: a machine to resume it on may have no compiler, or one."""
     run = train_micro(tmp_path / "run", "train.epochs=1")
     recipe = micro_recipe("train.compile=true")
-    job = train.TrainConfig(data=DataPaths(world), cache=training_cache, out=run.path, recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu", resume=True)
+    job = train.TrainConfig(
+        data=DataPaths(world),
+        cache=training_cache,
+        out=run.path,
+        recipe=recipe,
+        protocol=str(world / "protocol.toml"),
+        device="cpu",
+        resume=True,
+    )
     lines: list[str] = []
     train.train(job, lines.append)
     assert lines[-1].endswith("is finished already")
 
 
-def test_a_compiled_network_proposes(world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path, compiled: list[nn.Module]) -> None:
+def test_a_compiled_network_proposes(
+    world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path, compiled: list[nn.Module]
+) -> None:
     """And is the one that a call without takes."""
-    job = ProposeConfig(data=DataPaths(world), out=tmp_path / "p.json", recipe=micro_recipe(*PLAIN, "train.compile=true"), protocol=str(world / "protocol.toml"),
-                        device="cpu")
+    job = ProposeConfig(
+        data=DataPaths(world),
+        out=tmp_path / "p.json",
+        recipe=micro_recipe(*PLAIN, "train.compile=true"),
+        protocol=str(world / "protocol.toml"),
+        device="cpu",
+    )
     propose(job, lambda _: None)
     assert len(compiled) == 1
     said: list[str] = []
-    propose(ProposeConfig(data=job.data, out=job.out, recipe=micro_recipe(*PLAIN), protocol=job.protocol, device="cpu"), said.append)
+    propose(
+        ProposeConfig(data=job.data, out=job.out, recipe=micro_recipe(*PLAIN), protocol=job.protocol, device="cpu"),
+        said.append,
+    )
     assert any("trained with these settings before" in line for line in said)
 
 
@@ -163,13 +198,39 @@ def test_between_synced_norms_it_is_compiled_in_parts(monkeypatch: pytest.Monkey
     assert whole == [True, False]
 
 
-def test_without_a_compiler_nothing_is_begun(world: Path, training_cache: Path, tmp_path: Path, micro_settings: list[str],
-                                             forked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_nothing_is_begun(
+    world: Path,
+    training_cache: Path,
+    tmp_path: Path,
+    micro_settings: list[str],
+    forked: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(inductor.cpp, "cxx", ("/no/compiler",))  # as CXX=/no/compiler has it
-    found = forked(["train", "--data", world, "--cache", training_cache, "--out", tmp_path / "run", "--device", "cpu",
-                    "--protocol", world / "protocol.toml", *micro_settings, "--set", "train.compile=true"], tmp_path).wait()
+    found = forked(
+        [
+            "train",
+            "--data",
+            world,
+            "--cache",
+            training_cache,
+            "--out",
+            tmp_path / "run",
+            "--device",
+            "cpu",
+            "--protocol",
+            world / "protocol.toml",
+            *micro_settings,
+            "--set",
+            "train.compile=true",
+        ],
+        tmp_path,
+    ).wait()
     assert found.returncode == 1
     assert [line for line in found.stderr.splitlines() if line.startswith("error:")] == [
-        line for line in found.stderr.splitlines() if "torch cannot compile for cpu here" in line and "apt-get install g++" in line]
+        line
+        for line in found.stderr.splitlines()
+        if "torch cannot compile for cpu here" in line and "apt-get install g++" in line
+    ]
     assert "Traceback" not in found.stderr
     assert not (tmp_path / "run").exists()

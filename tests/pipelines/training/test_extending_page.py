@@ -21,7 +21,9 @@ COMMANDS = [text.strip() for kind, text in BLOCKS if kind == "sh"]
 
 
 def merged(tree: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    return tree | {key: merged(tree.get(key, {}), value) if isinstance(value, dict) else value for key, value in part.items()}
+    return tree | {
+        key: merged(tree.get(key, {}), value) if isinstance(value, dict) else value for key, value in part.items()
+    }
 
 
 def write_page(folder: Path, recipe: Recipe, block: str) -> None:
@@ -41,8 +43,14 @@ def test_the_page_is_as_short_as_it_says() -> None:
 
 
 @pytest.mark.parametrize("block", RECIPES, ids=["loss", "timm", "backbone", "detector"])
-def test_the_page_trains(block: str, tmp_path: Path, world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe],
-                         forked: Callable[..., Any]) -> None:
+def test_the_page_trains(
+    block: str,
+    tmp_path: Path,
+    world: Path,
+    training_cache: Path,
+    micro_recipe: Callable[..., Recipe],
+    forked: Callable[..., Any],
+) -> None:
     write_page(tmp_path, micro_recipe("train.batch_size=4"), block)
     hdovd, *command = COMMANDS[0].split()
     assert hdovd == "hdovd"
@@ -50,7 +58,9 @@ def test_the_page_trains(block: str, tmp_path: Path, world: Path, training_cache
     command = [words.get(word, word) for word in command]
     trained = forked([*command, "--protocol", world / "protocol.toml", "--device", "cpu"], tmp_path).wait()
     assert trained.returncode == 0, trained.stderr
-    last = [entry for line in (tmp_path / "run" / "log.jsonl").open() if "classification" in (entry := json.loads(line))][-1]
+    last = [
+        entry for line in (tmp_path / "run" / "log.jsonl").open() if "classification" in (entry := json.loads(line))
+    ][-1]
     weights = load_file(tmp_path / "run" / "model.safetensors")
     if "agree" in block:
         assert 0 < last["agree"] < 0.2  # 0.1 times 1 - cos

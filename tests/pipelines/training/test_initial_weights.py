@@ -35,7 +35,14 @@ NO_DISTILLATION = ("loss.instance.enabled=false", "loss.class.enabled=false", "l
 
 @pytest.fixture
 def job(world: Path, training_cache: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe]) -> TrainConfig:
-    return TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / "new", recipe=micro_recipe(), protocol=str(world / "protocol.toml"), device="cpu")
+    return TrainConfig(
+        data=DataPaths(world),
+        cache=training_cache,
+        out=tmp_path / "new",
+        recipe=micro_recipe(),
+        protocol=str(world / "protocol.toml"),
+        device="cpu",
+    )
 
 
 @pytest.fixture
@@ -45,7 +52,9 @@ def started(job: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> Started:
     def run(**changes: Any) -> tuple[dict[str, Tensor], str]:
         seen, said = list[dict[str, Tensor]](), list[str]()
         with monkeypatch.context() as patch:
-            patch.setattr(Loop, "run", lambda loop, _: seen.append({k: v.clone() for k, v in loop.model.state_dict().items()}))
+            patch.setattr(
+                Loop, "run", lambda loop, _: seen.append({k: v.clone() for k, v in loop.model.state_dict().items()})
+            )
             train(replace(job, **changes), said.append)
         return seen[0], "\n".join(said)
 
@@ -60,8 +69,7 @@ def untrained(world: Path, training_cache: Path, tmp_path: Path) -> Callable[...
         torch.manual_seed(7)
         protocol = protocol or load_protocol(str(world / "protocol.toml"))
         texts = torch.nn.functional.normalize(torch.randn(len(protocol.names), dim), dim=1)
-        run = RunFolder.create(tmp_path / name, recipe, protocol, texts, {"cache": {"levels": {}}},
-                               overwrite=False)
+        run = RunFolder.create(tmp_path / name, recipe, protocol, texts, {"cache": {"levels": {}}}, overwrite=False)
         model = build_detector(recipe, dim, None)
         model.set_object_text(torch.randn(dim))
         run.save_model(model)
@@ -78,7 +86,9 @@ def require_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     torch.testing.assert_close({name: found[name] for name in expected}, expected, rtol=0, atol=0)
 
 
-def test_all_weights_are_those_of_the_run_and_memories_are_empty(started: Started, distilled: RunFolder, job: TrainConfig) -> None:
+def test_all_weights_are_those_of_the_run_and_memories_are_empty(
+    started: Started, distilled: RunFolder, job: TrainConfig
+) -> None:
     state, said = started(init=distilled.path)
     before = weights(distilled)
     memories = {name for name in before if "_queue." in name}
@@ -103,9 +113,14 @@ def test_another_run_has_other_weights(started: Started, distilled: RunFolder) -
     assert not torch.equal(started()[0]["head.fc1.weight"], weights(distilled)["head.fc1.weight"])
 
 
-def test_what_levels_add_and_leave_out_is_named(started: Started, distilled: RunFolder, base_only: RunFolder, tmp_path: Path,
-                                                micro_recipe: Callable[..., Recipe]) -> None:
-    parts = {"head.distillation.weight", "head.distillation.bias", *(n for n in weights(distilled) if n.startswith("image_level.head."))}
+def test_what_levels_add_and_leave_out_is_named(
+    started: Started, distilled: RunFolder, base_only: RunFolder, tmp_path: Path, micro_recipe: Callable[..., Recipe]
+) -> None:
+    parts = {
+        "head.distillation.weight",
+        "head.distillation.bias",
+        *(n for n in weights(distilled) if n.startswith("image_level.head.")),
+    }
     state, said = started(init=base_only.path)
     require_same(state, weights(base_only))
     assert f"not in {base_only.path}: {len(parts)} tensors begin at their initial values (" in said
@@ -118,13 +133,16 @@ def test_what_levels_add_and_leave_out_is_named(started: Started, distilled: Run
     assert unused == weights(distilled).keys() - weights(base_only).keys()
 
 
-def test_the_recipes_own_backbone_weights_are_not_asked_for(started: Started, distilled: RunFolder,
-                                                            micro_recipe: Callable[..., Recipe]) -> None:
+def test_the_recipes_own_backbone_weights_are_not_asked_for(
+    started: Started, distilled: RunFolder, micro_recipe: Callable[..., Recipe]
+) -> None:
     state, _ = started(init=distilled.path, recipe=micro_recipe("detector.backbone.weights=nowhere.pth"))
     assert torch.equal(state["backbone.body.conv1.weight"], weights(distilled)["backbone.body.conv1.weight"])
 
 
-def test_an_adamixer_brings_its_text_of_object(started: Started, untrained: Callable[..., RunFolder], job: TrainConfig) -> None:
+def test_an_adamixer_brings_its_text_of_object(
+    started: Started, untrained: Callable[..., RunFolder], job: TrainConfig
+) -> None:
     """Moving means of other classes do not matter: they begin anew."""
     recipe, classes = adamixer_recipe(), load_protocol(job.protocol)
     fewer = Protocol("fewer", classes.base[:3], classes.novel, classes.min_image_side_px)
@@ -135,7 +153,9 @@ def test_an_adamixer_brings_its_text_of_object(started: Started, untrained: Call
     model.text_level.updates += 5
     source.save_model(model)
     state, said = started(init=source.path, recipe=recipe)
-    memories = {name for name in weights(source) if "_queue" in name or name in ("text_level.centroids", "text_level.updates")}
+    memories = {
+        name for name in weights(source) if "_queue" in name or name in ("text_level.centroids", "text_level.updates")
+    }
     require_same(state, {name: value for name, value in weights(source).items() if name not in memories})
     assert state["object_text"].any()
     assert state["text_level.centroids"].shape == (2, 0, 24)
@@ -154,16 +174,18 @@ def test_an_adamixer_trains_on(untrained: Callable[..., RunFolder], job: TrainCo
     assert "stands in" not in "\n".join(said)
 
 
-def test_boxes_of_novel_classes_are_told(started: Started, untrained: Callable[..., RunFolder], job: TrainConfig,
-                                         micro_recipe: Callable[..., Recipe]) -> None:
+def test_boxes_of_novel_classes_are_told(
+    started: Started, untrained: Callable[..., RunFolder], job: TrainConfig, micro_recipe: Callable[..., Recipe]
+) -> None:
     classes = load_protocol(job.protocol)
     source = untrained("source", micro_recipe(), protocol=Protocol("all", classes.names, (), classes.min_image_side_px))
     assert f"boxes of {len(classes.novel)} classes that are novel in protocol" in started(init=source.path)[1]
 
 
-def test_another_size_is_refused_before_anything_is_written(started: Started, distilled: RunFolder, micro_recipe: Callable[..., Recipe],
-                                                           job: TrainConfig) -> None:
-    told = r"its model.safetensors does not fit(.|\n)*tensors are of another shape: .*expected .*\n.*fpn_channels differs: this recipe 24"
+def test_another_size_is_refused_before_anything_is_written(
+    started: Started, distilled: RunFolder, micro_recipe: Callable[..., Recipe], job: TrainConfig
+) -> None:
+    told = r"its model.safetensors does not fit(.|\n)*tensors are of another shape: .*expected .*\n.*fpn_channels differs: this recipe 24"  # noqa: E501
     with pytest.raises(HdovdError, match=told):
         started(init=distilled.path, recipe=micro_recipe("detector.backbone.fpn_channels=24"))
     assert not job.out.exists()
@@ -172,7 +194,9 @@ def test_another_size_is_refused_before_anything_is_written(started: Started, di
 def test_another_number_of_stages_is_refused(started: Started, untrained: Callable[..., RunFolder]) -> None:
     for there, asked, told in ((2, 3, "weights of the detector are missing"), (3, 2, "tensors are of no part of it")):
         source = untrained(f"source{there}", adamixer_recipe(f"detector.decoder.stages={there}"))
-        with pytest.raises(HdovdError, match=rf"{told}(.|\n)*stages differs: this recipe {asked}, source{there} {there}"):
+        with pytest.raises(
+            HdovdError, match=rf"{told}(.|\n)*stages differs: this recipe {asked}, source{there} {there}"
+        ):
             started(init=source.path, recipe=adamixer_recipe(f"detector.decoder.stages={asked}"))
 
 
@@ -199,8 +223,14 @@ def test_another_detector_embedding_size_or_no_run_is_refused(
     assert not job.out.exists()
 
 
-def test_a_resumed_run_needs_the_first_one_no_more(job: TrainConfig, distilled: RunFolder, base_only: RunFolder, tmp_path: Path,
-                                                   micro_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_needs_the_first_one_no_more(
+    job: TrainConfig,
+    distilled: RunFolder,
+    base_only: RunFolder,
+    tmp_path: Path,
+    micro_recipe: Callable[..., Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Its own state wins; another --init, or none, is another beginning."""
     shutil.copytree(distilled.path, tmp_path / "first")
     step = RunHooks.step
@@ -210,7 +240,9 @@ def test_a_resumed_run_needs_the_first_one_no_more(job: TrainConfig, distilled: 
             self.stop.signals.append(15)
         step(self, loop)
 
-    asked = replace(job, recipe=micro_recipe("train.epochs=2", "train.batch_size=8"), init=tmp_path / "first", resume=True)
+    asked = replace(
+        job, recipe=micro_recipe("train.epochs=2", "train.batch_size=8"), init=tmp_path / "first", resume=True
+    )
     whole = train(replace(asked, out=tmp_path / "whole"), lambda _: None)
     with monkeypatch.context() as patch:
         patch.setattr(RunHooks, "step", stop)
@@ -223,26 +255,46 @@ def test_a_resumed_run_needs_the_first_one_no_more(job: TrainConfig, distilled: 
     require_same(weights(train(asked, lambda _: None)), weights(whole))
 
 
-def test_the_audit_says_that_there_was_a_run_before(started: Started, distilled: RunFolder, job: TrainConfig, world: Path,
-                                                    training_cache: Path) -> None:
+def test_the_audit_says_that_there_was_a_run_before(
+    started: Started, distilled: RunFolder, job: TrainConfig, world: Path, training_cache: Path
+) -> None:
     started(init=distilled.path)
-    found = audit(AuditConfig(data=DataPaths(world), cache=training_cache, protocol=job.protocol, run=job.out), lambda _: None)
+    found = audit(
+        AuditConfig(data=DataPaths(world), cache=training_cache, protocol=job.protocol, run=job.out), lambda _: None
+    )
     backbone = next(check for check in found.checks if check.name == "run: backbone")
     assert backbone.verdict is Verdict.UNKNOWN
     assert f"began with the weights of {distilled.path.resolve()}" in backbone.text
 
 
-def test_all_cells_of_an_ablation_begin_with_it(distilled: RunFolder, base_only: RunFolder, world: Path, training_cache: Path,
-                                                tmp_path: Path) -> None:
-    config = AblateConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / "out", grid=("loss.class.enabled=true,false",), recipe="demo", seeds=1,
-                          protocol=str(world / "protocol.toml"), device="cpu", init=distilled.path)
+def test_all_cells_of_an_ablation_begin_with_it(
+    distilled: RunFolder, base_only: RunFolder, world: Path, training_cache: Path, tmp_path: Path
+) -> None:
+    config = AblateConfig(
+        data=DataPaths(world),
+        cache=training_cache,
+        out=tmp_path / "out",
+        grid=("loss.class.enabled=true,false",),
+        recipe="demo",
+        seeds=1,
+        protocol=str(world / "protocol.toml"),
+        device="cpu",
+        init=distilled.path,
+    )
     first = plan(config)[0]
     words = commands(first, config, standing(first, config))[0]
     assert words[words.index("--init") + 1] == str(distilled.path)
     first.path.mkdir(parents=True)
     (first.path / "config.toml").write_text(first.recipe.to_toml())
-    (first.path / "run.json").write_text(json.dumps({"protocol": load_protocol(config.protocol).to_dict(), "cache": {"levels": {}},
-                                                     "init": {"run": "source", "sha256": init_hash(distilled.path)}}))
+    (first.path / "run.json").write_text(
+        json.dumps(
+            {
+                "protocol": load_protocol(config.protocol).to_dict(),
+                "cache": {"levels": {}},
+                "init": {"run": "source", "sha256": init_hash(distilled.path)},
+            }
+        )
+    )
     standing(first, config)
     for other in (None, base_only.path):
         asked = replace(config, init=other)
@@ -250,9 +302,16 @@ def test_all_cells_of_an_ablation_begin_with_it(distilled: RunFolder, base_only:
             standing(plan(asked)[0], asked)
 
 
-@pytest.mark.parametrize(("content", "said"), [(None, r"has no class_embeddings\.safetensors.*copied whole"),
-                                               (b"torn", r"class_embeddings\.safetensors is damaged.*copied whole")])
-def test_a_run_that_was_not_copied_whole_is_named(distilled: RunFolder, tmp_path: Path, content: bytes | None, said: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, r"has no class_embeddings\.safetensors.*copied whole"),
+        (b"torn", r"class_embeddings\.safetensors is damaged.*copied whole"),
+    ],
+)
+def test_a_run_that_was_not_copied_whole_is_named(
+    distilled: RunFolder, tmp_path: Path, content: bytes | None, said: str
+) -> None:
     shutil.copytree(distilled.path, tmp_path / "run")
     file = tmp_path / "run" / "class_embeddings.safetensors"
     file.unlink() if content is None else file.write_bytes(content)

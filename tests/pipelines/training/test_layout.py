@@ -1,4 +1,6 @@
-"""The layout of convolutions where a network runs: channels of a pixel side by side, in pictures, feature maps and weights."""
+"""The layout of convolutions where a network runs: channels of a pixel side by side, in pictures, feature maps and
+weights.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,20 @@ def laid_out() -> Iterator[list[bool]]:
     hook.remove()
 
 
-def test_evaluating_detecting_and_relating(distilled: RunFolder, world: Path, training_cache: Path, laid_out: list[bool],
-                                           tmp_path: Path) -> None:
+def test_evaluating_detecting_and_relating(
+    distilled: RunFolder, world: Path, training_cache: Path, laid_out: list[bool], tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(distilled.path, tmp_path / "run"))  # evaluation writes into it
-    for stage in (lambda: evaluate(EvalConfig(run=run, data=DataPaths(world), device="cpu"), lambda _: None),
-                  lambda: Detector.from_run(distilled.path, device="cpu")(next((world / "val2017").iterdir())),
-                  lambda: relations(distilled, DataPaths(world).load("train2017", distilled.protocol(), base_only=True, log=lambda _: None),
-                                    images=4, device="cpu")):
+    for stage in (
+        lambda: evaluate(EvalConfig(run=run, data=DataPaths(world), device="cpu"), lambda _: None),
+        lambda: Detector.from_run(distilled.path, device="cpu")(next((world / "val2017").iterdir())),
+        lambda: relations(
+            distilled,
+            DataPaths(world).load("train2017", distilled.protocol(), base_only=True, log=lambda _: None),
+            images=4,
+            device="cpu",
+        ),
+    ):
         laid_out.clear()
         stage()
         assert len(laid_out) > 8
@@ -53,18 +62,44 @@ def test_evaluating_detecting_and_relating(distilled: RunFolder, world: Path, tr
 
 
 @pytest.mark.parametrize("detector", ["faster_rcnn", "adamixer"])
-def test_training_and_validating(world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path,
-                                 laid_out: list[bool], detector: str) -> None:
+def test_training_and_validating(
+    world: Path,
+    training_cache: Path,
+    micro_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    laid_out: list[bool],
+    detector: str,
+) -> None:
     """The averaged weights too."""
-    recipe = micro_recipe("train.ema=0.9") if detector == "faster_rcnn" else adamixer_recipe("train.ema=0.9", "train.epochs=1")
-    train(TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / "run", recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu",
-                   validation=DataPaths(world)), lambda _: None)
+    recipe = (
+        micro_recipe("train.ema=0.9")
+        if detector == "faster_rcnn"
+        else adamixer_recipe("train.ema=0.9", "train.epochs=1")
+    )
+    train(
+        TrainConfig(
+            data=DataPaths(world),
+            cache=training_cache,
+            out=tmp_path / "run",
+            recipe=recipe,
+            protocol=str(world / "protocol.toml"),
+            device="cpu",
+            validation=DataPaths(world),
+        ),
+        lambda _: None,
+    )
     assert len(laid_out) > 30
     assert all(laid_out)
 
 
 def test_proposing(world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path, laid_out: list[bool]) -> None:
-    job = ProposeConfig(data=DataPaths(world), out=tmp_path / "p.json", recipe=micro_recipe(), protocol=str(world / "protocol.toml"), device="cpu")
+    job = ProposeConfig(
+        data=DataPaths(world),
+        out=tmp_path / "p.json",
+        recipe=micro_recipe(),
+        protocol=str(world / "protocol.toml"),
+        device="cpu",
+    )
     propose(job, lambda _: None)
     propose(replace(job, out=tmp_path / "q.json", checkpoint=tmp_path / "p.oln.safetensors"), lambda _: None)
     assert len(laid_out) > 30

@@ -21,7 +21,9 @@ Optimizer = torch.optim.Optimizer
 
 
 @pytest.fixture(params=["sgd", "adamw"])
-def build(request: pytest.FixtureRequest, micro_recipe: Callable[..., Recipe]) -> Callable[[], tuple[nn.Module, Optimizer]]:
+def build(
+    request: pytest.FixtureRequest, micro_recipe: Callable[..., Recipe]
+) -> Callable[[], tuple[nn.Module, Optimizer]]:
     """A small model and its optimiser, the same each time."""
     config = micro_recipe(f"train.optimizer={request.param}", "train.lr=0.02", "train.weight_decay=0.01").train
 
@@ -35,7 +37,9 @@ def build(request: pytest.FixtureRequest, micro_recipe: Callable[..., Recipe]) -
 
 def _plain(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     """torch's form of several passes, with the same values."""
-    group = {name: value for name, value in optimizer.param_groups[0].items() if name not in ("params", "fused", "foreach")}
+    group = {
+        name: value for name, value in optimizer.param_groups[0].items() if name not in ("params", "fused", "foreach")
+    }
     names = {"lr", "weight_decay"} | ({"momentum"} if isinstance(optimizer, torch.optim.SGD) else {"betas", "eps"})
     return type(optimizer)(model.parameters(), fused=False, foreach=False, **{name: group[name] for name in names})  # type: ignore[call-arg]
 
@@ -49,7 +53,9 @@ def _steps(model: nn.Module, optimizer: Optimizer, first: int, last: int) -> lis
     return [value.detach().clone() for value in model.parameters()]
 
 
-def test_it_is_fused_and_gives_what_torch_gives_in_several_passes(build: Callable[[], tuple[nn.Module, Optimizer]]) -> None:
+def test_it_is_fused_and_gives_what_torch_gives_in_several_passes(
+    build: Callable[[], tuple[nn.Module, Optimizer]],
+) -> None:
     (model, optimizer), (other, _) = build(), build()
     assert [group["fused"] for group in optimizer.param_groups] == [True]
     plain = _plain(optimizer, other)
@@ -59,7 +65,9 @@ def test_it_is_fused_and_gives_what_torch_gives_in_several_passes(build: Callabl
         assert (wanted - start).abs().max() > 0.1
 
 
-def test_the_state_of_a_run_of_before_goes_on_in_several_passes(build: Callable[[], tuple[nn.Module, Optimizer]]) -> None:
+def test_the_state_of_a_run_of_before_goes_on_in_several_passes(
+    build: Callable[[], tuple[nn.Module, Optimizer]],
+) -> None:
     """To the bit, as it began."""
     (model, optimizer), (other, fused) = build(), build()
     plain = _plain(fused, other)
@@ -80,8 +88,9 @@ def test_a_gpus_products_are_tf32_in_training_alone() -> None:
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_a_step_asks_for_them_and_leaves_the_process_as_it_was(micro_recipe: Callable[..., Recipe],
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_asks_for_them_and_leaves_the_process_as_it_was(
+    micro_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also a step that fails."""
     found: list[str] = []
     model = nn.Linear(3, 1)

@@ -30,13 +30,22 @@ from hdovd.pipelines.runs.listing import State, read_run
 from hdovd.pipelines.training.train import TrainConfig, train
 
 # 23 images: 5 steps of 4 an epoch; the optimiser has a state, the schedule moves
-SETTINGS = ("train.epochs=2", "train.batch_size=4", "input.flip=0.5", "train.optimizer=adamw", "train.warmup_iterations=2")
+SETTINGS = (
+    "train.epochs=2",
+    "train.batch_size=4",
+    "input.flip=0.5",
+    "train.optimizer=adamw",
+    "train.warmup_iterations=2",
+)
 Play = Callable[..., None]
 
 
-def _forked(main: Callable[[dict[str, Any]], int], job: dict[str, Any], log: Path, processes: int = 1) -> tuple[int, str]:
-    """In processes of their own that have imported everything already. Returns the first one's exit code, negative for a signal, and
-    what was printed."""
+def _forked(
+    main: Callable[[dict[str, Any]], int], job: dict[str, Any], log: Path, processes: int = 1
+) -> tuple[int, str]:
+    """In processes of their own that have imported everything already. Returns the first one's exit code, negative for
+    a signal, and what was printed.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     with socket.socket() as free:
@@ -62,7 +71,9 @@ def _forked(main: Callable[[dict[str, Any]], int], job: dict[str, Any], log: Pat
 
 def _torchrun(job: dict[str, Any], processes: int) -> int:
     """What torchrun does, but that its processes are forked and have imported everything already; for train_scenes."""
-    launch = LaunchConfig(1, 1, processes, run_id="resumed", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
+    launch = LaunchConfig(
+        1, 1, processes, run_id="resumed", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork"
+    )
     return next(code for code in elastic_launch(launch, train_scenes.main)(job).values() if code is not None)
 
 
@@ -70,12 +81,25 @@ def _torchrun(job: dict[str, Any], processes: int) -> int:
 def play(world: Path, training_cache: Path, micro_settings: list[str]) -> Play:
     """Run a scene, which is to end with `code`; one that is killed saves after every step."""
 
-    def run(out: Path, *, cache: Path | None = None, torchrun: bool = False, world_size: int = 1, settings: tuple[str, ...] = (),
-            code: int = 0, **job: Any) -> None:
+    def run(
+        out: Path,
+        *,
+        cache: Path | None = None,
+        torchrun: bool = False,
+        world_size: int = 1,
+        settings: tuple[str, ...] = (),
+        code: int = 0,
+        **job: Any,
+    ) -> None:
         sets = [word for word in micro_settings[2:] if word != "--set"]
-        whole = {"data": None if cache else str(world), "cache": str(cache or training_cache), "out": str(out),
-                 "protocol": str(world / "protocol.toml"), "settings": [*sets, *SETTINGS, *settings],
-                 "save_minutes": 0.0 if code == -9 else 60.0} | job
+        whole = {
+            "data": None if cache else str(world),
+            "cache": str(cache or training_cache),
+            "out": str(out),
+            "protocol": str(world / "protocol.toml"),
+            "settings": [*sets, *SETTINGS, *settings],
+            "save_minutes": 0.0 if code == -9 else 60.0,
+        } | job
         main = partial(_torchrun, processes=2) if torchrun else train_scenes.main
         found, printed = _forked(main, whole, out.with_name("printed.txt"), world_size)
         assert found == code, printed
@@ -92,8 +116,10 @@ def unbroken(play: Play, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _told(run: Path) -> list[dict[str, Any]]:
     """The log without what a clock or a machine decides."""
-    return [{name: value for name, value in entry.items() if name not in ("images_per_s", "data_wait", "memory_gb")}
-            for entry in RunFolder(run).entries()]
+    return [
+        {name: value for name, value in entry.items() if name not in ("images_per_s", "data_wait", "memory_gb")}
+        for entry in RunFolder(run).entries()
+    ]
 
 
 def _same(one: Path, two: Path) -> None:
@@ -111,7 +137,9 @@ def _same(one: Path, two: Path) -> None:
     assert ("ema" in first) == ("ema" in second)
     if "ema" in first:
         assert first["ema"]["updates"] == second["ema"]["updates"] == first["step"]
-        assert all(torch.equal(value, second["ema"]["weights"][name]) for name, value in first["ema"]["weights"].items())
+        assert all(
+            torch.equal(value, second["ema"]["weights"][name]) for name, value in first["ema"]["weights"].items()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +181,9 @@ def test_killed_before_the_first_checkpoint_and_long_after_one(play: Play, unbro
     _same(tmp_path / "run", unbroken)
 
 
-def test_workers_may_change_and_a_signal_to_all_processes_of_a_job_spares_them(play: Play, unbroken: Path, tmp_path: Path) -> None:
+def test_workers_may_change_and_a_signal_to_all_processes_of_a_job_spares_them(
+    play: Play, unbroken: Path, tmp_path: Path
+) -> None:
     """As a terminal, SLURM and torchrun send it: a worker that dies of it would take the run with it."""
     workers = ("train.workers=2",)
     play(tmp_path / "run", kill_at=3, settings=workers, code=-9)
@@ -215,24 +245,34 @@ def test_killed_while_it_validates(play: Play, unbroken: Path, tmp_path: Path) -
     assert [entry for entry in entries if "val_all" not in entry] == _told(unbroken)
     with (tmp_path / "run" / "log.csv").open() as file:
         assert [row["val_all"] for row in csv.DictReader(file) if row["val_all"]] == [
-            str(entry["val_all"]) for entry in entries if "val_all" in entry]
+            str(entry["val_all"]) for entry in entries if "val_all" in entry
+        ]
     assert (tmp_path / "run" / "best.safetensors").is_file()
 
 
 # --- several processes ---
 
-# What is each process's own: the statistics of batch norm, and how far pictures are padded; here all to 96 x 96 pixels. Plain SGD does
-# not blow rounding up.
-FROZEN = ("detector.backbone.norm=frozen", "train.precision=fp32", "input.short_side=96", "input.long_side=96", "train.optimizer=sgd",
-          "train.lr=0.002")
+# What is each process's own: the statistics of batch norm, and how far pictures are padded; here all to 96 x 96 pixels.
+# Plain SGD does not blow rounding up.
+FROZEN = (
+    "detector.backbone.norm=frozen",
+    "train.precision=fp32",
+    "input.short_side=96",
+    "input.long_side=96",
+    "train.optimizer=sgd",
+    "train.lr=0.002",
+)
 
 
 @pytest.fixture(scope="module")
 def frozen(unbroken: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Settings for a backbone that is frozen where it normalises: it starts from some weights."""
     file = tmp_path_factory.mktemp("weights") / "backbone.pth"
-    body = {name.removeprefix("backbone.body."): value for name, value in load_file(unbroken / "model.safetensors").items()
-            if name.startswith("backbone.body.")}
+    body = {
+        name.removeprefix("backbone.body."): value
+        for name, value in load_file(unbroken / "model.safetensors").items()
+        if name.startswith("backbone.body.")
+    }
     torch.save(body, file)
     return (*FROZEN, f"detector.backbone.weights={file}")
 
@@ -257,13 +297,17 @@ def _close(one: Path, two: Path, tolerance: float) -> None:
         torch.testing.assert_close(value, other[name], rtol=tolerance, atol=tolerance)
 
 
-def test_two_processes_have_the_loss_curve_of_one(play: Play, frozen: tuple[str, ...], frozen_alone: Path, tmp_path: Path) -> None:
+def test_two_processes_have_the_loss_curve_of_one(
+    play: Play, frozen: tuple[str, ...], frozen_alone: Path, tmp_path: Path
+) -> None:
     """Sums come in another order, no more."""
     play(tmp_path / "two", settings=frozen, torchrun=True)
     _close(frozen_alone, tmp_path / "two", 1e-3)
 
 
-def test_micro_batches_of_two_processes_make_the_steps_of_one(play: Play, frozen: tuple[str, ...], tmp_path: Path) -> None:
+def test_micro_batches_of_two_processes_make_the_steps_of_one(
+    play: Play, frozen: tuple[str, ...], tmp_path: Path
+) -> None:
     """Without distillation no divisor differs between micro-batches: each image has as many RoIs and anchors."""
     settings = (*frozen, *PRESETS["base-only"], "train.clip_norm=1.0", "train.epochs=1")
     play(tmp_path / "one", settings=settings)
@@ -271,7 +315,9 @@ def test_micro_batches_of_two_processes_make_the_steps_of_one(play: Play, frozen
     _close(tmp_path / "one", tmp_path / "two", 1e-3)
 
 
-def test_a_run_of_two_processes_goes_on_with_one_and_back(play: Play, frozen: tuple[str, ...], frozen_alone: Path, tmp_path: Path) -> None:
+def test_a_run_of_two_processes_goes_on_with_one_and_back(
+    play: Play, frozen: tuple[str, ...], frozen_alone: Path, tmp_path: Path
+) -> None:
     """Each image still once an epoch: the curve is that of the unbroken run."""
     settings = frozen
     play(tmp_path / "run", settings=settings, world_size=2, kill_at=3, signal=int(signal.SIGTERM), code=75)
@@ -283,38 +329,63 @@ def test_a_run_of_two_processes_goes_on_with_one_and_back(play: Play, frozen: tu
 
 # --- refusals ---
 
+
 def _job(world: Path, cache: Path, out: Path, recipe: Recipe, **changes: Any) -> TrainConfig:
-    return TrainConfig(**({"data": DataPaths(world), "cache": cache, "out": out, "recipe": recipe,
-                        "protocol": str(world / "protocol.toml"), "device": "cpu", "resume": True} | changes))
+    return TrainConfig(
+        **(
+            {
+                "data": DataPaths(world),
+                "cache": cache,
+                "out": out,
+                "recipe": recipe,
+                "protocol": str(world / "protocol.toml"),
+                "device": "cpu",
+                "resume": True,
+            }
+            | changes
+        )
+    )
 
 
-def test_another_recipe_is_refused_naming_what_differs(world: Path, training_cache: Path, unbroken: Path, tmp_path: Path,
-                                                       micro_recipe: Callable[..., Recipe]) -> None:
+def test_another_recipe_is_refused_naming_what_differs(
+    world: Path, training_cache: Path, unbroken: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe]
+) -> None:
     out = Path(shutil.copytree(unbroken, tmp_path / "run"))
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    with pytest.raises(HdovdError, match=r"began otherwise:\n  recipe\.train\.lr differs: asked for 0\.5, began with 0\.002"):
+    with pytest.raises(
+        HdovdError, match=r"began otherwise:\n  recipe\.train\.lr differs: asked for 0\.5, began with 0\.002"
+    ):
         train(_job(world, training_cache, out, micro_recipe(*SETTINGS, "train.lr=0.5")), lambda _: None)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
 
-def test_a_damaged_checkpoint_is_named(world: Path, training_cache: Path, unbroken: Path, tmp_path: Path,
-                                       micro_recipe: Callable[..., Recipe]) -> None:
+def test_a_damaged_checkpoint_is_named(
+    world: Path, training_cache: Path, unbroken: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe]
+) -> None:
     out = Path(shutil.copytree(unbroken, tmp_path / "run"))
     (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:1000])
     with pytest.raises(HdovdError, match=r"checkpoint\.pt cannot be read.*--overwrite"):
         train(_job(world, training_cache, out, micro_recipe(*SETTINGS)), lambda _: None)
 
 
-def test_a_run_without_a_checkpoint_is_refused_as_such(world: Path, training_cache: Path, unbroken: Path, tmp_path: Path,
-                                                       micro_recipe: Callable[..., Recipe]) -> None:
+def test_a_run_without_a_checkpoint_is_refused_as_such(
+    world: Path, training_cache: Path, unbroken: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe]
+) -> None:
     out = Path(shutil.copytree(unbroken, tmp_path / "run"))
     (out / "checkpoint.pt").unlink()
     with pytest.raises(HdovdError, match=r"holds a run without a checkpoint\.pt: it cannot be resumed"):
         train(_job(world, training_cache, out, micro_recipe(*SETTINGS)), lambda _: None)
 
 
-def test_other_images_are_refused(world: Path, training_cache: Path, unbroken: Path, tmp_path: Path, copied_world: Path,
-                                  play: Play, micro_recipe: Callable[..., Recipe]) -> None:
+def test_other_images_are_refused(
+    world: Path,
+    training_cache: Path,
+    unbroken: Path,
+    tmp_path: Path,
+    copied_world: Path,
+    play: Play,
+    micro_recipe: Callable[..., Recipe],
+) -> None:
     """Base-only runs check nothing of their data against the cache."""
     settings = [*SETTINGS, *PRESETS["base-only"], "train.epochs=1"]
     train(_job(world, training_cache, tmp_path / "run", micro_recipe(*settings)), lambda _: None)
@@ -348,14 +419,17 @@ def test_a_run_of_before_these_choices_goes_on(play: Play, unbroken: Path, kille
     assert sum(line.startswith(later) for line in file.read_text().splitlines()) == len(later)
     file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if not line.startswith(later)))
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    (tmp_path / "run" / "run.json").write_text(json.dumps({name: record[name] for name in record if name not in ("files", "sha256")}))
+    (tmp_path / "run" / "run.json").write_text(
+        json.dumps({name: record[name] for name in record if name not in ("files", "sha256")})
+    )
     assert "ema" not in load_checkpoint(tmp_path / "run")  # type: ignore[operator]
     play(tmp_path / "run", resume=True)
     _same(tmp_path / "run", unbroken)
 
 
-def test_a_finished_run_is_left_as_it_is(world: Path, training_cache: Path, unbroken: Path, tmp_path: Path,
-                                         micro_recipe: Callable[..., Recipe]) -> None:
+def test_a_finished_run_is_left_as_it_is(
+    world: Path, training_cache: Path, unbroken: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe]
+) -> None:
     out = Path(shutil.copytree(unbroken, tmp_path / "run"))
     before = {name: (out / name).read_bytes() for name in ("model.safetensors", "log.jsonl", "checkpoint.pt")}
     lines: list[str] = []

@@ -1,5 +1,7 @@
-"""Every stage on a GPU that is not there: no operation mixes devices (the fixture looks), results are those of a CPU, and of numbers that
-are not whole the CPU computes only what is meant to be computed there. (`calibrate` reads a cache and knows no device.)"""
+"""Every stage on a GPU that is not there: no operation mixes devices (the fixture looks), results are those of a CPU,
+and of numbers that are not whole the CPU computes only what is meant to be computed there. (`calibrate` reads a cache
+and knows no device.)
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,25 @@ from hdovd.pipelines.training.train import TrainConfig, train
 BEGIN_WITH = {"uniform_", "normal_", "fill_", "zero_", "mul", "random_"}  # weights are drawn before they are moved
 ANCHORS = {"anchor_utils.py", "rpn.py"}  # the few of one cell, when the network is built
 SAMPLES = {"training_set.py", "targets.py", "loader.py", "object_text.py"}  # read and prepared before they are moved
-# Of what was read from a file: whether there are rows, a text of "object", values that are not finite, the values that were written.
+# Of what was read from a file: whether there are rows, a text of "object", values that are not finite, the values that
+# were written.
 LOADED = {"feature_queue.py", "network.py", "folder.py", "tensors.py"}
 LOSSES = {"loss_window.py"}  # looked at every 50 steps
-OF_NETWORKS = {"convolution", "addmm", "bmm", "baddbmm", "_softmax", "native_layer_norm", "native_batch_norm", "relu", "gelu", "sigmoid",
-               "roi_align", "topk", "_scaled_dot_product_flash_attention_for_cpu"}
+OF_NETWORKS = {
+    "convolution",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "_softmax",
+    "native_layer_norm",
+    "native_batch_norm",
+    "relu",
+    "gelu",
+    "sigmoid",
+    "roi_align",
+    "topk",
+    "_scaled_dot_product_flash_attention_for_cpu",
+}
 Micro = Callable[..., Recipe]
 RECIPES: dict[str, Callable[[Micro], Recipe]] = {
     "faster_rcnn": lambda micro: micro(),
@@ -50,7 +66,9 @@ def silent(_: str) -> None:
 
 
 def on_host(cuda: PretendedCuda) -> set[str]:
-    """The files in which the CPU computed with numbers that are not whole; forgotten then. Nowhere are they those of a network."""
+    """The files in which the CPU computed with numbers that are not whole; forgotten then. Nowhere are they those of a
+    network.
+    """
     assert not {operation.split(".")[1] for operation, _ in cuda.on_host} & OF_NETWORKS
     found = {where.partition(":")[0] for operation, where in cuda.on_host if operation.split(".")[1] not in BEGIN_WITH}
     cuda.forget()
@@ -67,16 +85,32 @@ def found_in(file: Path) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_train_eval_and_detect(name: str, world: Path, training_cache: Path, micro_recipe: Micro, clip: str, tmp_path: Path,
-                               pretended_cuda: PretendedCuda) -> None:
+def test_train_eval_and_detect(
+    name: str,
+    world: Path,
+    training_cache: Path,
+    micro_recipe: Micro,
+    clip: str,
+    tmp_path: Path,
+    pretended_cuda: PretendedCuda,
+) -> None:
     recipe, data = RECIPES[name](micro_recipe), DataPaths(world)
-    job = TrainConfig(data=data, cache=training_cache, out=tmp_path / "cuda", recipe=recipe, protocol=str(world / "protocol.toml"), validation=data)
+    job = TrainConfig(
+        data=data,
+        cache=training_cache,
+        out=tmp_path / "cuda",
+        recipe=recipe,
+        protocol=str(world / "protocol.toml"),
+        validation=data,
+    )
     run = train(job, silent)
     assert not pretended_cuda.mixed
     assert on_host(pretended_cuda) <= ANCHORS | SAMPLES | LOSSES | LOADED
     assert load_checkpoint(run.path)["optimizer"]["state"]  # type: ignore[index]
     on_cpu = train(replace(job, out=tmp_path / "cpu", device="cpu"), silent)
-    np.testing.assert_allclose(losses_of(run), losses_of(on_cpu), rtol=0.05 if recipe.train.precision == "bf16" else 0.01)
+    np.testing.assert_allclose(
+        losses_of(run), losses_of(on_cpu), rtol=0.05 if recipe.train.precision == "bf16" else 0.01
+    )
 
     pretended_cuda.forget()
     evaluate(EvalConfig(run=run.path, data=data, pictures=1), silent)
@@ -87,14 +121,24 @@ def test_train_eval_and_detect(name: str, world: Path, training_cache: Path, mic
         np.testing.assert_allclose(found, found_in(run.path / "detections.json"), atol=0.02)
 
     pretended_cuda.forget()
-    result = detect(DetectConfig(run=run.path, images=(str(world / "val2017"),), out=tmp_path / "found", clip=clip, threshold=0.0), silent)
+    result = detect(
+        DetectConfig(run=run.path, images=(str(world / "val2017"),), out=tmp_path / "found", clip=clip, threshold=0.0),
+        silent,
+    )
     assert result.tally
     assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"names.py", "detector.py", "output.py"}
 
 
-def test_a_run_goes_on_where_it_was(world: Path, training_cache: Path, micro_recipe: Micro, tmp_path: Path,
-                                    pretended_cuda: PretendedCuda) -> None:
-    job = TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / "broken", recipe=micro_recipe("train.epochs=2"), protocol=str(world / "protocol.toml"))
+def test_a_run_goes_on_where_it_was(
+    world: Path, training_cache: Path, micro_recipe: Micro, tmp_path: Path, pretended_cuda: PretendedCuda
+) -> None:
+    job = TrainConfig(
+        data=DataPaths(world),
+        cache=training_cache,
+        out=tmp_path / "broken",
+        recipe=micro_recipe("train.epochs=2"),
+        protocol=str(world / "protocol.toml"),
+    )
     whole = train(replace(job, out=tmp_path / "whole"), silent)
 
     class Killed(Exception):
@@ -112,25 +156,54 @@ def test_a_run_goes_on_where_it_was(world: Path, training_cache: Path, micro_rec
 
 
 @pytest.mark.parametrize("detector", Detector)
-def test_propose(detector: Detector, world: Path, micro_recipe: Micro, tmp_path: Path, pretended_cuda: PretendedCuda) -> None:
-    job = ProposeConfig(data=DataPaths(world), out=tmp_path / "cuda.json", recipe=micro_recipe(), protocol=str(world / "protocol.toml"), top=4, detector=detector)
+def test_propose(
+    detector: Detector, world: Path, micro_recipe: Micro, tmp_path: Path, pretended_cuda: PretendedCuda
+) -> None:
+    job = ProposeConfig(
+        data=DataPaths(world),
+        out=tmp_path / "cuda.json",
+        recipe=micro_recipe(),
+        protocol=str(world / "protocol.toml"),
+        top=4,
+        detector=detector,
+    )
     found = propose(job, silent)
     assert on_host(pretended_cuda) <= ANCHORS | SAMPLES | LOSSES | LOADED | {"networks.py", "propose.py", "boxes.py"}
     on_cpu = propose(replace(job, out=tmp_path / "cpu.json", device="cpu"), silent)
     assert found.keys() == on_cpu.keys()
 
 
-@pytest.mark.parametrize(("recipe", "precision"), [
-    (PLAIN_BOX, Precision.BF16), (CropRecipe(scales=(1.0, 1.5)), Precision.FP32), (DenseRecipe(64), Precision.FP32),
-    (DenseRecipe(64), Precision.BF16)], ids=["crops in bf16", "two crops", "dense", "dense in bf16"])
-def test_extract(recipe: CropRecipe | DenseRecipe, precision: Precision, extraction: Callable[..., object], kept: list[int], tmp_path: Path,
-                 pretended_cuda: PretendedCuda) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "precision"),
+    [
+        (PLAIN_BOX, Precision.BF16),
+        (CropRecipe(scales=(1.0, 1.5)), Precision.FP32),
+        (DenseRecipe(64), Precision.FP32),
+        (DenseRecipe(64), Precision.BF16),
+    ],
+    ids=["crops in bf16", "two crops", "dense", "dense in bf16"],
+)
+def test_extract(
+    recipe: CropRecipe | DenseRecipe,
+    precision: Precision,
+    extraction: Callable[..., object],
+    kept: list[int],
+    tmp_path: Path,
+    pretended_cuda: PretendedCuda,
+) -> None:
     caches = []
     for device in ("auto", "cpu"):
-        extract_clip(extraction(tmp_path / device, device=device, recipe=recipe, precision=precision, batch_size=16, workers=0), silent)
+        extract_clip(
+            extraction(tmp_path / device, device=device, recipe=recipe, precision=precision, batch_size=16, workers=0),
+            silent,
+        )
         caches.append(FeatureCache(tmp_path / device))
         if device == "auto":
-            assert on_host(pretended_cuda) <= {"openclip.py", "pseudo_labels.py", "dense.py"}  # a mask; labels; coordinates
+            assert on_host(pretended_cuda) <= {
+                "openclip.py",
+                "pseudo_labels.py",
+                "dense.py",
+            }  # a mask; labels; coordinates
     for image_id in kept:
         one, two = (cache.instances(image_id).embedding.astype(np.float64) for cache in caches)
         assert (one * two).sum(axis=1).min() > (0.999 if precision is Precision.FP32 else 0.98)

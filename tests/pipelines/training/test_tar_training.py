@@ -79,9 +79,18 @@ def _same(found: Sample, expected: Sample) -> None:
 
 # --- samples ---
 
-@pytest.mark.parametrize("off", [(), ("class",), ("image",), ("instance", "class"), ("instance", "class", "image")], ids=" ".join)
-def test_samples_are_those_of_the_zarr_cache(shards: Path, protocol: Protocol, zarr_set: Callable[[Recipe], TrainingSet], kept: list[int],
-                                             micro_recipe: MakeRecipe, off: tuple[str, ...]) -> None:
+
+@pytest.mark.parametrize(
+    "off", [(), ("class",), ("image",), ("instance", "class"), ("instance", "class", "image")], ids=" ".join
+)
+def test_samples_are_those_of_the_zarr_cache(
+    shards: Path,
+    protocol: Protocol,
+    zarr_set: Callable[[Recipe], TrainingSet],
+    kept: list[int],
+    micro_recipe: MakeRecipe,
+    off: tuple[str, ...],
+) -> None:
     recipe = micro_recipe("input.flip=0.0", *(OFF[level] for level in off))
     expected = zarr_set(recipe)
     data = TarTrainingSet(str(shards), protocol, recipe, _silent)
@@ -92,14 +101,19 @@ def test_samples_are_those_of_the_zarr_cache(shards: Path, protocol: Protocol, z
         _same(sample, expected[number])
 
 
-def test_image_without_proposals_keeps_its_base_boxes(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe) -> None:
-    _, targets, _ = next(s for s in _in_order(TarTrainingSet(str(shards), protocol, micro_recipe(), _silent)) if s[2] == 2)
+def test_image_without_proposals_keeps_its_base_boxes(
+    shards: Path, protocol: Protocol, micro_recipe: MakeRecipe
+) -> None:
+    _, targets, _ = next(
+        s for s in _in_order(TarTrainingSet(str(shards), protocol, micro_recipe(), _silent)) if s[2] == 2
+    )
     assert len(targets.boxes) > 0
     assert len(targets.pseudo_boxes) == 0
 
 
-def test_flips_are_those_of_the_zarr_cache(shards: Path, protocol: Protocol, zarr_set: Callable[[Recipe], TrainingSet],
-                                           micro_recipe: MakeRecipe) -> None:
+def test_flips_are_those_of_the_zarr_cache(
+    shards: Path, protocol: Protocol, zarr_set: Callable[[Recipe], TrainingSet], micro_recipe: MakeRecipe
+) -> None:
     recipe = micro_recipe("input.flip=0.5")
     tar, zarr = TarTrainingSet(str(shards), protocol, recipe, _silent), zarr_set(recipe)
     for epoch in (0, 3):
@@ -109,12 +123,15 @@ def test_flips_are_those_of_the_zarr_cache(shards: Path, protocol: Protocol, zar
 
 # --- epochs ---
 
+
 def _batches(data: TarTrainingSet, workers: int, batch_size: int = 4, world: int = 1) -> list[TrainingBatches[Sample]]:
     """Of each process."""
     found = []
     for rank in range(world):
         mine = copy.copy(data)
-        mine.dealing = Dealing(mine.order(Streams(max(1, workers) * world, batch_size // world)), batch_size, rank, world)
+        mine.dealing = Dealing(
+            mine.order(Streams(max(1, workers) * world, batch_size // world)), batch_size, rank, world
+        )
         found.append(TrainingBatches(mine, mine.dealing, workers, device=CPU))
     return found
 
@@ -133,8 +150,9 @@ def _epochs(data: TarTrainingSet, workers: int, batch_size: int = 4, epochs: int
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3, 7])
-def test_every_image_once_an_epoch_however_many_workers(shards: Path, protocol: Protocol, kept: list[int], micro_recipe: MakeRecipe,
-                                                        workers: int) -> None:
+def test_every_image_once_an_epoch_however_many_workers(
+    shards: Path, protocol: Protocol, kept: list[int], micro_recipe: MakeRecipe, workers: int
+) -> None:
     """Five shards: fewer than workers, as many as two each and one left over, or all for one."""
     data = TarTrainingSet(str(shards), protocol, micro_recipe(), _silent)
     first, second = _epochs(data, workers, batch_size=1)
@@ -143,15 +161,18 @@ def test_every_image_once_an_epoch_however_many_workers(shards: Path, protocol: 
     assert first != second
 
 
-def test_a_seed_repeats_the_order_and_another_does_not(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe) -> None:
+def test_a_seed_repeats_the_order_and_another_does_not(
+    shards: Path, protocol: Protocol, micro_recipe: MakeRecipe
+) -> None:
     data = [TarTrainingSet(str(shards), protocol, micro_recipe(f"train.seed={seed}"), _silent) for seed in (4, 4, 5)]
     one, same, other = (_epochs(some, 2) for some in data)
     assert one == same
     assert one != other
 
 
-def test_an_epoch_entered_in_the_middle_by_other_workers_is_the_same(shards: Path, protocol: Protocol, kept: list[int],
-                                                                     micro_recipe: MakeRecipe) -> None:
+def test_an_epoch_entered_in_the_middle_by_other_workers_is_the_same(
+    shards: Path, protocol: Protocol, kept: list[int], micro_recipe: MakeRecipe
+) -> None:
     """As a run that is resumed with other processes does: it keeps its streams, and each image is still seen once."""
     data = TarTrainingSet(str(shards), protocol, micro_recipe("input.flip=0.5"), _silent)
     order = data.order(Streams(2, 2))
@@ -172,8 +193,14 @@ def test_an_epoch_entered_in_the_middle_by_other_workers_is_the_same(shards: Pat
 
 
 @pytest.mark.parametrize(("batch_size", "expected"), [(8, 16), (23, 23), (30, 23), (5, 20)])
-def test_the_last_batch_that_is_not_full(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe, batch_size: int,
-                                         zarr_set: Callable[[Recipe], TrainingSet], expected: int) -> None:
+def test_the_last_batch_that_is_not_full(
+    shards: Path,
+    protocol: Protocol,
+    micro_recipe: MakeRecipe,
+    batch_size: int,
+    zarr_set: Callable[[Recipe], TrainingSet],
+    expected: int,
+) -> None:
     """As many steps an epoch as from the Zarr cache: the schedule and a comparison depend on it."""
     data = TarTrainingSet(str(shards), protocol, micro_recipe(), _silent)
     (found,) = _epochs(data, 2, batch_size, 1)
@@ -182,7 +209,9 @@ def test_the_last_batch_that_is_not_full(shards: Path, protocol: Protocol, micro
     assert Dealing(other.order(Streams()), batch_size).steps == Dealing(data.order(Streams()), batch_size).steps
 
 
-def test_shards_are_read_once_by_the_worker_that_owns_them(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe) -> None:
+def test_shards_are_read_once_by_the_worker_that_owns_them(
+    shards: Path, protocol: Protocol, micro_recipe: MakeRecipe
+) -> None:
     data = TarTrainingSet(f"{shards}/{{000000..000003}}.tar", protocol, micro_recipe(), _silent)
     for batches in _batches(data, 0, 4, world=2):
         mine = batches._loader.dataset.data  # type: ignore[attr-defined]
@@ -194,7 +223,9 @@ def test_shards_are_read_once_by_the_worker_that_owns_them(shards: Path, protoco
         assert len(opened) == len(set(opened)) == 2
 
 
-def test_some_shards_are_some_images(shards: Path, protocol: Protocol, kept: list[int], micro_recipe: MakeRecipe) -> None:
+def test_some_shards_are_some_images(
+    shards: Path, protocol: Protocol, kept: list[int], micro_recipe: MakeRecipe
+) -> None:
     data = TarTrainingSet(f"{shards}/{{000001..000002}}.tar", protocol, micro_recipe(), _silent)
     assert len(data) == 10
     assert sorted(_epochs(data, 3, 1, epochs=1)[0]) == kept[5:15]
@@ -208,7 +239,9 @@ def test_a_copy_in_another_process_reads_the_same(shards: Path, protocol: Protoc
 
 
 @pytest.fixture(scope="module")
-def broken(world: Path, extraction: Callable[..., ExtractConfig], tmp_path_factory: pytest.TempPathFactory, kept: list[int]) -> Path:
+def broken(
+    world: Path, extraction: Callable[..., ExtractConfig], tmp_path_factory: pytest.TempPathFactory, kept: list[int]
+) -> Path:
     """Shards of a world in which the third image could not be read, nor any of the last shard."""
     folder = tmp_path_factory.mktemp("broken")
     copied = Path(shutil.copytree(world, folder / "world"))
@@ -219,7 +252,9 @@ def broken(world: Path, extraction: Callable[..., ExtractConfig], tmp_path_facto
     return folder / "shards"
 
 
-def test_images_that_failed_are_skipped_by_name(broken: Path, protocol: Protocol, kept: list[int], micro_recipe: MakeRecipe) -> None:
+def test_images_that_failed_are_skipped_by_name(
+    broken: Path, protocol: Protocol, kept: list[int], micro_recipe: MakeRecipe
+) -> None:
     lines: list[str] = []
     left = [image for image in kept[:20] if image != kept[2]]
     data = TarTrainingSet(str(broken), protocol, micro_recipe(), lines.append)
@@ -233,8 +268,11 @@ def test_images_that_failed_are_skipped_by_name(broken: Path, protocol: Protocol
 
 # --- the whole stage ---
 
+
 def _job(shards: Path | str, out: Path, recipe: Recipe, world: Path) -> TrainConfig:
-    return TrainConfig(data=DataPaths(), cache=shards, out=out, recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu")
+    return TrainConfig(
+        data=DataPaths(), cache=shards, out=out, recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu"
+    )
 
 
 class _Entries(Hooks):
@@ -242,11 +280,14 @@ class _Entries(Hooks):
         self.told: list[dict[str, float]] = []
 
     def interval(self, entry: dict[str, float], left_s: float) -> None:
-        self.told.append({name: value for name, value in entry.items() if name not in ("images_per_s", "data_wait", "memory_gb")})
+        self.told.append(
+            {name: value for name, value in entry.items() if name not in ("images_per_s", "data_wait", "memory_gb")}
+        )
 
 
-def test_fixed_order_trains_the_same_weights_as_zarr(shards: Path, protocol: Protocol, zarr_set: Callable[[Recipe], TrainingSet],
-                                                     micro_recipe: MakeRecipe) -> None:
+def test_fixed_order_trains_the_same_weights_as_zarr(
+    shards: Path, protocol: Protocol, zarr_set: Callable[[Recipe], TrainingSet], micro_recipe: MakeRecipe
+) -> None:
     recipe, told, weights = micro_recipe(), [], []
     for data in (zarr_set(recipe), TarTrainingSet(str(shards), protocol, recipe, _silent)):
         torch.manual_seed(7)
@@ -260,12 +301,35 @@ def test_fixed_order_trains_the_same_weights_as_zarr(shards: Path, protocol: Pro
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_trains_from_shards_alone_by_command(shards: Path, world: Path, cache: Path, micro_settings: list[str], tmp_path: Path,
-                                             monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trains_from_shards_alone_by_command(
+    shards: Path,
+    world: Path,
+    cache: Path,
+    micro_settings: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     from hdovd.cli.main import main
 
-    monkeypatch.setattr(sys, "argv", ["hdovd", "train", "--cache", f"{shards}/{{000000..000004}}.tar", "--out", str(tmp_path / "run"),
-                                      "--device", "cpu", "--protocol", str(world / "protocol.toml"), *micro_settings, "--debug"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "hdovd",
+            "train",
+            "--cache",
+            f"{shards}/{{000000..000004}}.tar",
+            "--out",
+            str(tmp_path / "run"),
+            "--device",
+            "cpu",
+            "--protocol",
+            str(world / "protocol.toml"),
+            *micro_settings,
+            "--debug",
+        ],
+    )
     main()
     assert "23 images in 5 of 5 tar shards" in capsys.readouterr().out
     record = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -282,18 +346,23 @@ def test_same_seed_gives_the_same_bits(shards: Path, world: Path, micro_recipe: 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damaged_picture_stops_naming_image_and_shards(shards: Path, world: Path, micro_recipe: MakeRecipe, tmp_path: Path, kept: list[int],
-                                                       workers: int) -> None:
+def test_damaged_picture_stops_naming_image_and_shards(
+    shards: Path, world: Path, micro_recipe: MakeRecipe, tmp_path: Path, kept: list[int], workers: int
+) -> None:
     copied = Path(shutil.copytree(shards, tmp_path / "shards"))
     data = bytearray((copied / "000001.tar").read_bytes())
     data[512:3000] = b"\0" * 2488  # of the first picture in it
     (copied / "000001.tar").write_bytes(data)
     with pytest.raises(HdovdError, match=rf"000001\.tar: sample {kept[5]:012d} is damaged") as error:
-        train(_job(copied, tmp_path / "run", micro_recipe(f"train.workers={workers}", "train.batch_size=1"), world), _silent)
+        train(
+            _job(copied, tmp_path / "run", micro_recipe(f"train.workers={workers}", "train.batch_size=1"), world),
+            _silent,
+        )
     assert "Traceback" not in str(error.value)
 
 
 # --- refusals ---
+
 
 def _refused(shards: Path, world: Path, recipe: Recipe, said: str, **changes: Any) -> None:
     with pytest.raises(HdovdError, match=said):
@@ -301,19 +370,39 @@ def _refused(shards: Path, world: Path, recipe: Recipe, said: str, **changes: An
     assert not (shards / "run").exists()
 
 
-def test_other_protocols_are_refused_naming_the_classes(shards: Path, world: Path, micro_recipe: MakeRecipe, tmp_path: Path,
-                                                        protocol: Protocol) -> None:
+def test_other_protocols_are_refused_naming_the_classes(
+    shards: Path, world: Path, micro_recipe: MakeRecipe, tmp_path: Path, protocol: Protocol
+) -> None:
     text = (world / "protocol.toml").read_text()
     (tmp_path / "fewer.toml").write_text(text.replace(f'"{protocol.base[0]}", ', ""))
-    _refused(shards, world, micro_recipe(), f"base classes differ in {protocol.base[0]}", protocol=str(tmp_path / "fewer.toml"))
+    _refused(
+        shards,
+        world,
+        micro_recipe(),
+        f"base classes differ in {protocol.base[0]}",
+        protocol=str(tmp_path / "fewer.toml"),
+    )
     (tmp_path / "side.toml").write_text(text + "\nmin_image_side_px = 40\n")
-    _refused(shards, world, micro_recipe(*PRESETS["base-only"]), "min_image_side_px differs", protocol=str(tmp_path / "side.toml"))
+    _refused(
+        shards,
+        world,
+        micro_recipe(*PRESETS["base-only"]),
+        "min_image_side_px differs",
+        protocol=str(tmp_path / "side.toml"),
+    )
     (tmp_path / "novel.toml").write_text(text.replace(f'"{protocol.novel[0]}"', '"unicorn"'))
-    _refused(shards, world, micro_recipe(*PRESETS["base-only"]), "no text embedding of.*unicorn", protocol=str(tmp_path / "novel.toml"))
+    _refused(
+        shards,
+        world,
+        micro_recipe(*PRESETS["base-only"]),
+        "no text embedding of.*unicorn",
+        protocol=str(tmp_path / "novel.toml"),
+    )
 
 
-def test_class_level_needs_nouns(world: Path, tmp_path: Path, extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe,
-                                 protocol: Protocol) -> None:
+def test_class_level_needs_nouns(
+    world: Path, tmp_path: Path, extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe, protocol: Protocol
+) -> None:
     extract_clip(extraction(tmp_path / "cache", vocabulary=None, captions=None), _silent)
     export_tars(TarExportConfig(cache=tmp_path / "cache", out=tmp_path / "shards"), _silent)
     _refused(tmp_path / "shards", world, micro_recipe(), r"--vocabulary.*loss\.class\.enabled=false")
@@ -321,7 +410,9 @@ def test_class_level_needs_nouns(world: Path, tmp_path: Path, extraction: Callab
     assert max(len(sample[1].pseudo_boxes) for sample in _in_order(data)) > 0
 
 
-def test_levels_that_do_not_belong_together_are_refused(shards: Path, world: Path, micro_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_levels_that_do_not_belong_together_are_refused(
+    shards: Path, world: Path, micro_recipe: MakeRecipe, tmp_path: Path
+) -> None:
     """Such a set is not exported; somebody may put one together."""
     from hdovd.cache.identity import key_of
     from hdovd.cache.schema import Level
@@ -335,7 +426,9 @@ def test_levels_that_do_not_belong_together_are_refused(shards: Path, world: Pat
     _refused(copied, world, micro_recipe(), "not other", features="other")
 
 
-def test_truncated_shard_is_refused_before_a_run_is_begun(shards: Path, world: Path, micro_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_truncated_shard_is_refused_before_a_run_is_begun(
+    shards: Path, world: Path, micro_recipe: MakeRecipe, tmp_path: Path
+) -> None:
     copied = Path(shutil.copytree(shards, tmp_path / "shards"))
     (copied / "000003.tar").write_bytes((copied / "000003.tar").read_bytes()[:-10240])
     _refused(copied, world, micro_recipe(), r"000003\.tar")

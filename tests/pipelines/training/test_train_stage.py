@@ -29,7 +29,11 @@ from hdovd.pipelines.training.train import TrainConfig, train
 
 TrainMicro = Callable[..., RunFolder]
 LEVELS = ("instance", "class", "image")
-DISTILLATION_LOSSES = {"instance": {"instance_alignment", "instance_relation"}, "class": set(), "image": {"image_alignment"}}
+DISTILLATION_LOSSES = {
+    "instance": {"instance_alignment", "instance_relation"},
+    "class": set(),
+    "image": {"image_alignment"},
+}
 DETECTION_LOSSES = {"rpn_objectness", "rpn_box", "classification", "box"}
 WITHOUT_CLIP = """
 import sys
@@ -53,22 +57,43 @@ def _weights(run: RunFolder) -> dict[str, torch.Tensor]:
     return dict(load_file(run.path / "model.safetensors"))
 
 
-def test_trains_where_open_clip_cannot_be_imported(world: Path, training_cache: Path, tmp_path: Path, micro_settings: list[str],
-                                                   python: Callable[..., Any]) -> None:
-    found = python(["-c", WITHOUT_CLIP, "train", "--data", world, "--cache", training_cache, "--out", tmp_path / "run",
-                    "--device", "cpu", "--protocol", world / "protocol.toml", *micro_settings], tmp_path)
+def test_trains_where_open_clip_cannot_be_imported(
+    world: Path, training_cache: Path, tmp_path: Path, micro_settings: list[str], python: Callable[..., Any]
+) -> None:
+    found = python(
+        [
+            "-c",
+            WITHOUT_CLIP,
+            "train",
+            "--data",
+            world,
+            "--cache",
+            training_cache,
+            "--out",
+            tmp_path / "run",
+            "--device",
+            "cpu",
+            "--protocol",
+            world / "protocol.toml",
+            *micro_settings,
+        ],
+        tmp_path,
+    )
     assert found.returncode == 0, found.stderr
     assert (tmp_path / "run" / "model.safetensors").is_file()
     assert "hdovd eval" in found.stdout
 
 
-def test_run_folder_holds_what_made_it(distilled: RunFolder, training_cache: Path, micro_recipe: Callable[..., Recipe]) -> None:
+def test_run_folder_holds_what_made_it(
+    distilled: RunFolder, training_cache: Path, micro_recipe: Callable[..., Recipe]
+) -> None:
     recipe = micro_recipe("train.epochs=3")
     assert load_recipe(str(distilled.path / "config.toml")) == recipe
     record = json.loads((distilled.path / "run.json").read_text())
     reader = FeatureCache(training_cache)
     assert record["cache"]["levels"] == {
-        str(level): {"key": reader.key(level), "inputs": reader.key_inputs(level)} for level in reader.levels()}
+        str(level): {"key": reader.key(level), "inputs": reader.key_inputs(level)} for level in reader.levels()
+    }
     assert record["cache"]["path"] == str(training_cache)
     assert record["protocol"]["base"] == list(BASE)
     assert record["protocol"]["novel"] == list(NOVEL)
@@ -95,8 +120,12 @@ def test_weights_moved_and_queues_are_filled(distilled: RunFolder, train_micro: 
     assert weights.keys() == other.keys()
     moved = [name for name, value in weights.items() if not torch.equal(value, other[name])]
     assert {"background", "head.distillation.weight", "rpn.head.cls_logits.weight"} <= set(moved)
-    for name in ("instance_level.student_queue.rows", "instance_level.teacher_queue.rows", "image_level.student_queue.rows",
-                 "image_level.teacher_queue.rows"):
+    for name in (
+        "instance_level.student_queue.rows",
+        "instance_level.teacher_queue.rows",
+        "image_level.student_queue.rows",
+        "image_level.teacher_queue.rows",
+    ):
         norms = weights[name].norm(dim=1)
         held = norms > 0
         assert held.sum() > 8
@@ -104,26 +133,37 @@ def test_weights_moved_and_queues_are_filled(distilled: RunFolder, train_micro: 
 
 
 def test_same_seed_gives_the_same_bits_and_another_seed_does_not(train_micro: TrainMicro, tmp_path: Path) -> None:
-    one, same, other = (_weights(train_micro(tmp_path / name, f"train.seed={seed}")) for name, seed in (("a", 4), ("b", 4), ("c", 5)))
+    one, same, other = (
+        _weights(train_micro(tmp_path / name, f"train.seed={seed}")) for name, seed in (("a", 4), ("b", 4), ("c", 5))
+    )
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["head.fc1.weight"], other["head.fc1.weight"])
 
 
-def test_data_at_another_path_gives_the_same_bits(train_micro: TrainMicro, copied_world: Path, copied_cache: Path, tmp_path: Path) -> None:
+def test_data_at_another_path_gives_the_same_bits(
+    train_micro: TrainMicro, copied_world: Path, copied_cache: Path, tmp_path: Path
+) -> None:
     one = _weights(train_micro(tmp_path / "a"))
     other = _weights(train_micro(tmp_path / "b", data=copied_world, from_cache=copied_cache))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_precision_that_auto_came_to_is_recorded_and_gone_on_with(train_micro: TrainMicro, world: Path, training_cache: Path,
-                                                                      micro_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_the_precision_that_auto_came_to_is_recorded_and_gone_on_with(
+    train_micro: TrainMicro, world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     lines = list[str]()
     run = train_micro(tmp_path / "auto", "train.precision=auto", log=lines.append)
     assert "precision: fp32, by HDOVD_PRECISION" in lines
     assert (run.recipe().train.precision, run.record()["precision"]) == ("fp32", "fp32")
     begun = train_micro(tmp_path / "bf16", "train.precision=bf16")
     job = TrainConfig(
-        data=DataPaths(world), cache=training_cache, out=begun.path, recipe=micro_recipe("train.precision=auto"), protocol=str(world / "protocol.toml"), device="cpu", resume=True
+        data=DataPaths(world),
+        cache=training_cache,
+        out=begun.path,
+        recipe=micro_recipe("train.precision=auto"),
+        protocol=str(world / "protocol.toml"),
+        device="cpu",
+        resume=True,
     )
     lines.clear()
     train(job, lines.append)
@@ -133,10 +173,20 @@ def test_the_precision_that_auto_came_to_is_recorded_and_gone_on_with(train_micr
         train(replace(job, recipe=micro_recipe("train.precision=fp32")), lines.append)
 
 
-def test_resolved_config_repeats_the_run(distilled: RunFolder, world: Path, training_cache: Path, tmp_path: Path) -> None:
+def test_resolved_config_repeats_the_run(
+    distilled: RunFolder, world: Path, training_cache: Path, tmp_path: Path
+) -> None:
     recipe = load_recipe(str(distilled.path / "config.toml"))
     again = train(
-        TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path / "run", recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu"), lambda _: None
+        TrainConfig(
+            data=DataPaths(world),
+            cache=training_cache,
+            out=tmp_path / "run",
+            recipe=recipe,
+            protocol=str(world / "protocol.toml"),
+            device="cpu",
+        ),
+        lambda _: None,
     )
     weights = _weights(again)
     assert all(torch.equal(value, weights[name]) for name, value in _weights(distilled).items())
@@ -153,7 +203,9 @@ def test_cache_knows_the_runs_that_use_it(train_micro: TrainMicro, copied_cache:
     assert not any(record.path in users for users in catalog.users().values())
 
 
-def test_cache_that_cannot_be_written_to_can_be_trained_from(train_micro: TrainMicro, copied_cache: Path, tmp_path: Path) -> None:
+def test_cache_that_cannot_be_written_to_can_be_trained_from(
+    train_micro: TrainMicro, copied_cache: Path, tmp_path: Path
+) -> None:
     shutil.rmtree(copied_cache / "runs", ignore_errors=True)
     (copied_cache / "runs").write_text("in the way")
     lines: list[str] = []
@@ -162,11 +214,18 @@ def test_cache_that_cannot_be_written_to_can_be_trained_from(train_micro: TrainM
     assert any("hdovd cache gc will not know of this run" in line for line in lines)
 
 
-def test_features_name_the_set_that_is_read(world: Path, copied_cache: Path, tmp_path: Path, extraction: Callable[..., Any],
-                                            micro_recipe: Callable[..., Recipe]) -> None:
+def test_features_name_the_set_that_is_read(
+    world: Path, copied_cache: Path, tmp_path: Path, extraction: Callable[..., Any], micro_recipe: Callable[..., Recipe]
+) -> None:
     extract_clip(extraction(copied_cache, templates=("{} in the snow",), features="snow"), lambda _: None)
     job = TrainConfig(
-        data=DataPaths(world), cache=copied_cache, out=tmp_path / "run", recipe=micro_recipe(), protocol=str(world / "protocol.toml"), device="cpu", features="snow"
+        data=DataPaths(world),
+        cache=copied_cache,
+        out=tmp_path / "run",
+        recipe=micro_recipe(),
+        protocol=str(world / "protocol.toml"),
+        device="cpu",
+        features="snow",
     )
     run = train(job, lambda _: None)
     reader = FeatureCache(copied_cache, "snow")
@@ -180,6 +239,7 @@ def test_features_name_the_set_that_is_read(world: Path, copied_cache: Path, tmp
 
 # --- switches ---
 
+
 def test_base_only_has_no_distillation(base_only: RunFolder) -> None:
     assert _log(base_only)[-1].keys() >= DETECTION_LOSSES
     assert not any(name.startswith(("instance", "image_a")) for name in _log(base_only)[-1])
@@ -189,7 +249,9 @@ def test_base_only_has_no_distillation(base_only: RunFolder) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_each_level_can_be_trained_alone(train_micro: TrainMicro, tmp_path: Path, level: str) -> None:
     lines: list[str] = []
-    run = train_micro(tmp_path / "run", *(f"loss.{other}.enabled=false" for other in LEVELS if other != level), log=lines.append)
+    run = train_micro(
+        tmp_path / "run", *(f"loss.{other}.enabled=false" for other in LEVELS if other != level), log=lines.append
+    )
     assert {name for name in _log(run)[-1] if name.startswith(("instance", "image_a"))} == DISTILLATION_LOSSES[level]
     assert any(f"distillation levels: {level};" in line for line in lines)
 
@@ -200,8 +262,9 @@ def test_pseudo_boxes_change_the_class_level(train_micro: TrainMicro, base_only:
     assert not torch.equal(_weights(run)["head.class_feature.weight"], _weights(base_only)["head.class_feature.weight"])
 
 
-def test_cache_without_proposals_still_trains_the_instance_level(train_micro: TrainMicro, tmp_path: Path,
-                                                                 extraction: Callable[..., Any]) -> None:
+def test_cache_without_proposals_still_trains_the_instance_level(
+    train_micro: TrainMicro, tmp_path: Path, extraction: Callable[..., Any]
+) -> None:
     extract_clip(extraction(tmp_path / "cache", proposals=None, vocabulary=None, captions=None), lambda _: None)
     run = train_micro(tmp_path / "run", "loss.class.enabled=false", from_cache=tmp_path / "cache")
     assert math.isfinite(_log(run)[-1]["instance_relation"])
@@ -209,7 +272,10 @@ def test_cache_without_proposals_still_trains_the_instance_level(train_micro: Tr
 
 # --- refusals ---
 
-def test_existing_run_is_refused_and_overwrite_replaces_it(train_micro: TrainMicro, base_only: RunFolder, tmp_path: Path) -> None:
+
+def test_existing_run_is_refused_and_overwrite_replaces_it(
+    train_micro: TrainMicro, base_only: RunFolder, tmp_path: Path
+) -> None:
     out = Path(shutil.copytree(base_only.path, tmp_path / "run"))
     (out / "metrics.json").write_text("{}")
     before = {file.name: file.read_bytes() for file in out.iterdir()}
@@ -226,8 +292,14 @@ def test_existing_run_is_refused_and_overwrite_replaces_it(train_micro: TrainMic
 def test_loss_that_is_not_finite_stops_naming_the_step(train_micro: TrainMicro, tmp_path: Path, epochs: int) -> None:
     """The step that broke, not the one at which somebody looked."""
     with pytest.raises(HdovdError, match=r"not finite at step [234]\b.*train\.lr"):
-        train_micro(tmp_path / "run", "train.lr=1e30", "train.optimizer=sgd", "train.clip_norm=0.0", f"train.epochs={epochs}",
-                    "train.warmup_iterations=0")
+        train_micro(
+            tmp_path / "run",
+            "train.lr=1e30",
+            "train.optimizer=sgd",
+            "train.clip_norm=0.0",
+            f"train.epochs={epochs}",
+            "train.warmup_iterations=0",
+        )
     record = json.loads((tmp_path / "run" / "unsound_batch.json").read_text())
     assert record["step"] in (2, 3, 4)
     assert len(set(record["image_ids"])) == 8
@@ -237,16 +309,26 @@ def test_loss_that_is_not_finite_stops_naming_the_step(train_micro: TrainMicro, 
 def test_weights_that_are_not_finite_are_never_saved(train_micro: TrainMicro, tmp_path: Path) -> None:
     """The loss breaks in the second epoch: what is left is no model, or the sound one of the first epoch."""
     with pytest.raises(HdovdError):
-        train_micro(tmp_path / "run", "train.lr=1e30", "train.optimizer=sgd", "train.clip_norm=0.0", "train.epochs=15",
-                    "train.warmup_iterations=0")
+        train_micro(
+            tmp_path / "run",
+            "train.lr=1e30",
+            "train.optimizer=sgd",
+            "train.clip_norm=0.0",
+            "train.epochs=15",
+            "train.warmup_iterations=0",
+        )
     file = tmp_path / "run" / "model.safetensors"
     assert not file.exists() or all(value.isfinite().all() for value in load_file(file).values())
 
 
-def test_error_in_a_worker_process_is_still_one_message(train_micro: TrainMicro, copied_world: Path, tmp_path: Path) -> None:
+def test_error_in_a_worker_process_is_still_one_message(
+    train_micro: TrainMicro, copied_world: Path, tmp_path: Path
+) -> None:
     file = copied_world / "train2017" / "000000000003.jpg"
     file.write_bytes(file.read_bytes()[:1500])
-    with pytest.raises(HdovdError, match=r"image 3: .*000000000003\.jpg") as error:  # base-only: nothing asks what the cache saw
+    with pytest.raises(
+        HdovdError, match=r"image 3: .*000000000003\.jpg"
+    ) as error:  # base-only: nothing asks what the cache saw
         train_micro(tmp_path / "run", "train.workers=1", "train.batch_size=2", *PRESETS["base-only"], data=copied_world)
     assert "Traceback" not in str(error.value)
 
@@ -278,8 +360,9 @@ def test_base_only_needs_the_class_names_alone(train_micro: TrainMicro, copied_w
         train_micro(tmp_path / "other", *PRESETS["base-only"], data=copied_world)
 
 
-def test_tensorboard_has_losses_and_validation_by_step(world: Path, training_cache: Path, tmp_path: Path,
-                                                       micro_recipe: Callable[..., Recipe]) -> None:
+def test_tensorboard_has_losses_and_validation_by_step(
+    world: Path, training_cache: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe]
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     job = TrainConfig(
@@ -295,14 +378,19 @@ def test_tensorboard_has_losses_and_validation_by_step(world: Path, training_cac
     entries = RunFolder(train(job, lambda _: None).path).entries()
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     found = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
-    assert found["loss/classification"] == {e["step"]: pytest.approx(e["classification"]) for e in entries if "classification" in e}
+    assert found["loss/classification"] == {
+        e["step"]: pytest.approx(e["classification"]) for e in entries if "classification" in e
+    }
     assert found["val_base"] == {e["step"]: pytest.approx(e["val_base"]) for e in entries if "val_base" in e}
     assert list(found["val_base"]) == [2, 4]
 
 
-def test_a_validation_that_fails_is_told_and_training_goes_on(copied_world: Path, training_cache: Path, tmp_path: Path,
-                                                              micro_recipe: Callable[..., Recipe]) -> None:
-    """Its figures are empty in the log, the weights of the best epoch are chosen among the others, and the last line says it."""
+def test_a_validation_that_fails_is_told_and_training_goes_on(
+    copied_world: Path, training_cache: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe]
+) -> None:
+    """Its figures are empty in the log, the weights of the best epoch are chosen among the others, and the last line
+    says it.
+    """
     picture = sorted((copied_world / "val2017").iterdir())[3]
     whole, lines = picture.read_bytes(), list[str]()
     picture.write_bytes(whole[: len(whole) // 2])
@@ -312,8 +400,15 @@ def test_a_validation_that_fails_is_told_and_training_goes_on(copied_world: Path
         if "NOT validated, and" in line:
             picture.write_bytes(whole)
 
-    job = TrainConfig(data=DataPaths(copied_world), cache=training_cache, out=tmp_path / "run", recipe=micro_recipe("train.epochs=3"),
-                   protocol=str(copied_world / "protocol.toml"), device="cpu", validation=DataPaths(copied_world))
+    job = TrainConfig(
+        data=DataPaths(copied_world),
+        cache=training_cache,
+        out=tmp_path / "run",
+        recipe=micro_recipe("train.epochs=3"),
+        protocol=str(copied_world / "protocol.toml"),
+        device="cpu",
+        validation=DataPaths(copied_world),
+    )
     run = train(job, log)
     told = re.compile(rf"epoch 1: NOT validated, and training goes on: image {int(picture.stem)}: .*{picture.name}")
     assert [line for line in lines if told.match(line)]
@@ -326,12 +421,20 @@ def test_a_validation_that_fails_is_told_and_training_goes_on(copied_world: Path
     assert (run.path / "best.safetensors").is_file()
 
 
-def test_validation_pictures_that_are_not_there_are_named_before_the_first_step(copied_world: Path, training_cache: Path, tmp_path: Path,
-                                                                                micro_recipe: Callable[..., Recipe]) -> None:
+def test_validation_pictures_that_are_not_there_are_named_before_the_first_step(
+    copied_world: Path, training_cache: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe]
+) -> None:
     picture = sorted((copied_world / "val2017").iterdir())[3]
     picture.unlink()
-    job = TrainConfig(data=DataPaths(copied_world), cache=training_cache, out=tmp_path / "run", recipe=micro_recipe(), protocol=str(copied_world / "protocol.toml"), device="cpu",
-                   validation=DataPaths(copied_world))
+    job = TrainConfig(
+        data=DataPaths(copied_world),
+        cache=training_cache,
+        out=tmp_path / "run",
+        recipe=micro_recipe(),
+        protocol=str(copied_world / "protocol.toml"),
+        device="cpu",
+        validation=DataPaths(copied_world),
+    )
     with pytest.raises(HdovdError, match=f"val2017: not there: 1 of 8 validation pictures .{picture.name}"):
         train(job, lambda _: None)
     assert not (tmp_path / "run").exists()

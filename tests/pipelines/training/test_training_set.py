@@ -36,8 +36,12 @@ def _silent(_: str) -> None: ...
 
 
 def _training_set(world: Path, cache: Path, recipe: Recipe, features: str = DEFAULT_SET) -> TrainingSet:
-    split = load_split(world / "annotations" / "instances_train2017.json", world / "train2017",
-                       load_protocol(str(world / "protocol.toml")), base_only=True)
+    split = load_split(
+        world / "annotations" / "instances_train2017.json",
+        world / "train2017",
+        load_protocol(str(world / "protocol.toml")),
+        base_only=True,
+    )
     return TrainingSet(split, FeatureCache(cache, features), recipe, _silent)
 
 
@@ -55,12 +59,15 @@ def _edit(world: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 # --- rows ---
 
+
 def test_rows_are_those_of_the_annotations(world: Path, cache: Path, kept: list[int], micro_recipe: MakeRecipe) -> None:
     stored = {int(a): row for row, a in enumerate(_product(cache, Level.BOXES)["annotation_id"][:]) if a >= 0}
     embedding = _product(cache, Level.INSTANCE)["embedding"][:].astype(np.float32)
     images = _product(cache, Level.IMAGE)
     image_row = {int(i): row for row, i in enumerate(images["image_id"][:])}
-    annotations = {a["id"]: a for a in json.loads((world / "annotations" / "instances_train2017.json").read_text())["annotations"]}
+    annotations = {
+        a["id"]: a for a in json.loads((world / "annotations" / "instances_train2017.json").read_text())["annotations"]
+    }
     data = _training_set(world, cache, micro_recipe("input.flip=0.0"))
     assert [image.id for image in data.images] == kept
     for index in range(len(data)):
@@ -68,12 +75,18 @@ def test_rows_are_those_of_the_annotations(world: Path, cache: Path, kept: list[
         image = data.images[index]
         assert picture.shape == (3, image.height, image.width)
         assert picture.dtype == torch.uint8
-        for box, annotation_id, row in zip(targets.boxes, image.annotation_ids.tolist(), targets.embeddings, strict=True):
+        for box, annotation_id, row in zip(
+            targets.boxes, image.annotation_ids.tolist(), targets.embeddings, strict=True
+        ):
             x, y, w, h = annotations[annotation_id]["bbox"]
             assert annotations[annotation_id]["image_id"] == image_id
             assert box.tolist() == [x, y, x + w, y + h]
             torch.testing.assert_close(row, torch.from_numpy(embedding[stored[annotation_id]]), atol=1e-3, rtol=0)
-        for rows, tolerance in ((targets.embeddings, 1e-5), (targets.pseudo_embeddings, 1e-5), (targets.pseudo_texts, 1e-3)):
+        for rows, tolerance in (
+            (targets.embeddings, 1e-5),
+            (targets.pseudo_embeddings, 1e-5),
+            (targets.pseudo_texts, 1e-3),
+        ):
             torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)), atol=tolerance, rtol=0)
         whole = torch.from_numpy(images["embedding"][image_row[image_id]].astype(np.float32))
         torch.testing.assert_close(targets.image_embedding, whole, atol=1e-3, rtol=0)
@@ -96,7 +109,9 @@ def test_pseudo_boxes_come_best_first_with_their_noun(world: Path, cache: Path, 
     assert seen > 100
 
 
-def test_flip_keeps_boxes_pseudo_boxes_rows_and_pixels_together(world: Path, cache: Path, micro_recipe: MakeRecipe) -> None:
+def test_flip_keeps_boxes_pseudo_boxes_rows_and_pixels_together(
+    world: Path, cache: Path, micro_recipe: MakeRecipe
+) -> None:
     plain = _training_set(world, cache, micro_recipe("input.flip=0.0"))
     mirrored = _training_set(world, cache, micro_recipe("input.flip=1.0"))
     for index in range(len(plain)):
@@ -110,16 +125,27 @@ def test_flip_keeps_boxes_pseudo_boxes_rows_and_pixels_together(world: Path, cac
             torch.testing.assert_close(two[:, 0] + one[:, 2], torch.full((len(one),), float(width)))
             torch.testing.assert_close(two[:, 2] + one[:, 0], torch.full((len(one),), float(width)))
             assert torch.equal(two[:, 1::2], one[:, 1::2])
-        for one, two in zip(targets.boxes.int().tolist(), other.boxes.int().tolist(), strict=True):  # whole pixels in this world
-            inside = picture[:, one[1]:one[3], one[0]:one[2]]
-            assert torch.equal(flipped[:, two[1]:two[3], two[0]:two[2]], inside.flip(-1))
+        for one, two in zip(
+            targets.boxes.int().tolist(), other.boxes.int().tolist(), strict=True
+        ):  # whole pixels in this world
+            inside = picture[:, one[1] : one[3], one[0] : one[2]]
+            assert torch.equal(flipped[:, two[1] : two[3], two[0] : two[2]], inside.flip(-1))
 
 
-def test_flips_are_as_frequent_as_asked_and_drawn_anew_each_epoch(world: Path, cache: Path, micro_recipe: MakeRecipe) -> None:
-    plain, random, again, other = (_training_set(world, cache, micro_recipe(f"input.flip={flip}", f"train.seed={seed}"))
-                                   for flip, seed in ((0.0, 0), (0.5, 0), (0.5, 0), (0.5, 1)))
-    found = [[[epoch for epoch in range(4) if not torch.equal(data[Draw(epoch, 0, i)][0], plain[i][0])] for i in range(len(plain))]
-             for data in (random, again, other)]
+def test_flips_are_as_frequent_as_asked_and_drawn_anew_each_epoch(
+    world: Path, cache: Path, micro_recipe: MakeRecipe
+) -> None:
+    plain, random, again, other = (
+        _training_set(world, cache, micro_recipe(f"input.flip={flip}", f"train.seed={seed}"))
+        for flip, seed in ((0.0, 0), (0.5, 0), (0.5, 0), (0.5, 1))
+    )
+    found = [
+        [
+            [epoch for epoch in range(4) if not torch.equal(data[Draw(epoch, 0, i)][0], plain[i][0])]
+            for i in range(len(plain))
+        ]
+        for data in (random, again, other)
+    ]
     assert 30 < sum(map(len, found[0])) < 62  # of 92
     assert len({tuple(epochs) for epochs in found[0]}) > 1
     assert found[0] == found[1] != found[2]
@@ -128,7 +154,9 @@ def test_flips_are_as_frequent_as_asked_and_drawn_anew_each_epoch(world: Path, c
 def test_shuffled_and_flipped_samples_keep_their_rows(world: Path, cache: Path, micro_recipe: MakeRecipe) -> None:
     """Through the loader with its order, its workers and flips: what belongs to a box is still at its box."""
     data = _training_set(world, cache, micro_recipe("input.flip=0.5"))
-    plain = {data.images[i].id: _training_set(world, cache, micro_recipe("input.flip=0.0"))[i] for i in range(len(data))}
+    plain = {
+        data.images[i].id: _training_set(world, cache, micro_recipe("input.flip=0.0"))[i] for i in range(len(data))
+    }
     batches = TrainingBatches(data, Dealing(PlainShuffle(len(data), 3), 5), 1, device=torch.device("cpu"))
     batches.seek(2)
     seen, mirrored = [], 0
@@ -161,6 +189,7 @@ def test_switches_decide_what_is_read(world: Path, cache: Path, micro_recipe: Ma
 
 # --- refusals ---
 
+
 def _move_box(tree: dict[str, Any]) -> None:
     base = {c["id"] for c in tree["categories"] if c["name"] in BASE}
     next(a for a in tree["annotations"] if a["category_id"] in base)["bbox"][2] -= 1
@@ -184,12 +213,25 @@ def _resize(tree: dict[str, Any]) -> None:
     tree["images"][2]["width"] += 1
 
 
-@pytest.mark.parametrize(("change", "named", "other"), [
-    (_move_box, "base_boxes.hash", "images."), (_renumber, "base_boxes.hash", "images."),
-    (_drop_image, "images.count", "nothing"), (_rename, "images.hash", "base_boxes."), (_resize, "images.hash", "base_boxes."),
-], ids=["moved box", "other annotation ids", "image left out", "other file", "other size"])
-def test_cache_of_other_data_is_refused_naming_the_input(copied_world: Path, cache: Path, micro_recipe: MakeRecipe,
-                                                         change: Callable[[dict[str, Any]], None], named: str, other: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "named", "other"),
+    [
+        (_move_box, "base_boxes.hash", "images."),
+        (_renumber, "base_boxes.hash", "images."),
+        (_drop_image, "images.count", "nothing"),
+        (_rename, "images.hash", "base_boxes."),
+        (_resize, "images.hash", "base_boxes."),
+    ],
+    ids=["moved box", "other annotation ids", "image left out", "other file", "other size"],
+)
+def test_cache_of_other_data_is_refused_naming_the_input(
+    copied_world: Path,
+    cache: Path,
+    micro_recipe: MakeRecipe,
+    change: Callable[[dict[str, Any]], None],
+    named: str,
+    other: str,
+) -> None:
     _edit(copied_world, change)
     with pytest.raises(HdovdError, match=named) as error:
         _training_set(copied_world, cache, micro_recipe())
@@ -197,7 +239,9 @@ def test_cache_of_other_data_is_refused_naming_the_input(copied_world: Path, cac
     assert "hdovd extract-clip" in str(error.value)
 
 
-def test_image_level_alone_checks_the_image_list_alone(copied_world: Path, cache: Path, micro_recipe: MakeRecipe) -> None:
+def test_image_level_alone_checks_the_image_list_alone(
+    copied_world: Path, cache: Path, micro_recipe: MakeRecipe
+) -> None:
     recipe = micro_recipe("loss.instance.enabled=false", "loss.class.enabled=false")
     _edit(copied_world, _move_box)
     _training_set(copied_world, cache, recipe)
@@ -207,8 +251,12 @@ def test_image_level_alone_checks_the_image_list_alone(copied_world: Path, cache
 
 
 def test_validation_split_is_refused(world: Path, cache: Path, micro_recipe: MakeRecipe) -> None:
-    split = load_split(world / "annotations" / "instances_val2017.json", world / "val2017",
-                       load_protocol(str(world / "protocol.toml")), base_only=True)
+    split = load_split(
+        world / "annotations" / "instances_val2017.json",
+        world / "val2017",
+        load_protocol(str(world / "protocol.toml")),
+        base_only=True,
+    )
     with pytest.raises(HdovdError, match="does not fit"):
         TrainingSet(split, FeatureCache(cache), micro_recipe(), _silent)
 
@@ -220,18 +268,32 @@ def _mix(cache: Path, one: str, other: str, *levels: Level) -> None:
     catalog.write_set("mixed", FeatureSet(sets[one].levels | {level: sets[other].levels[level] for level in levels}))
 
 
-def test_class_level_of_another_clip_is_refused(world: Path, copied_cache: Path, tmp_path: Path, save_clip: Callable[..., str],
-                                                extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe) -> None:
+def test_class_level_of_another_clip_is_refused(
+    world: Path,
+    copied_cache: Path,
+    tmp_path: Path,
+    save_clip: Callable[..., str],
+    extraction: Callable[..., ExtractConfig],
+    micro_recipe: MakeRecipe,
+) -> None:
     extract_clip(extraction(copied_cache, clip=save_clip(tmp_path / "clip", seed=1), features="other"), _silent)
     _training_set(world, copied_cache, micro_recipe(), "other")  # on its own it is as good as the first
     _mix(copied_cache, "default", "other", Level.CLASS)
-    with pytest.raises(HdovdError, match=r"cannot be used together:\n  instance and class: clip\.weights_sha256") as error:
+    with pytest.raises(
+        HdovdError, match=r"cannot be used together:\n  instance and class: clip\.weights_sha256"
+    ) as error:
         _training_set(world, copied_cache, micro_recipe(), "mixed")
     assert "clip.activation" not in str(error.value)
 
 
-def test_embeddings_of_other_proposals_are_refused(world: Path, copied_cache: Path, tmp_path: Path, proposals: Path,
-                                                   extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe) -> None:
+def test_embeddings_of_other_proposals_are_refused(
+    world: Path,
+    copied_cache: Path,
+    tmp_path: Path,
+    proposals: Path,
+    extraction: Callable[..., ExtractConfig],
+    micro_recipe: MakeRecipe,
+) -> None:
     """The base boxes are the same, so the data fit both; but the rows are of other proposals than the boxes say."""
     entries = json.loads(proposals.read_text())
     entries[0]["bbox"][0] += 1
@@ -242,8 +304,9 @@ def test_embeddings_of_other_proposals_are_refused(world: Path, copied_cache: Pa
         _training_set(world, copied_cache, micro_recipe(), "mixed")
 
 
-def test_pseudo_labels_of_other_nouns_are_refused(world: Path, copied_cache: Path, extraction: Callable[..., ExtractConfig],
-                                                  micro_recipe: MakeRecipe) -> None:
+def test_pseudo_labels_of_other_nouns_are_refused(
+    world: Path, copied_cache: Path, extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe
+) -> None:
     extract_clip(extraction(copied_cache, templates=("{} in the snow",), features="other"), _silent)
     _mix(copied_cache, "default", "other", Level.NOUN)
     with pytest.raises(HdovdError, match="pseudo_label and noun: it was made from"):
@@ -252,7 +315,9 @@ def test_pseudo_labels_of_other_nouns_are_refused(world: Path, copied_cache: Pat
     _training_set(world, copied_cache, micro_recipe(), "mixed")
 
 
-def test_class_level_needs_nouns(world: Path, tmp_path: Path, extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe) -> None:
+def test_class_level_needs_nouns(
+    world: Path, tmp_path: Path, extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe
+) -> None:
     extract_clip(extraction(tmp_path / "cache", vocabulary=None, captions=None), _silent)
     with pytest.raises(HdovdError, match=r"--vocabulary.*loss\.class\.enabled=false"):
         _training_set(world, tmp_path / "cache", micro_recipe())
@@ -270,7 +335,9 @@ def test_tampered_annotation_ids_are_refused(world: Path, copied_cache: Path, mi
         _training_set(world, copied_cache, micro_recipe())
     record = next((copied_cache / "boxes").glob("*/parts/tables.json"))
     tree = json.loads(record.read_text())
-    tree["objects"]["annotation_id/c/0"]["sha256"] = sha256((record.parent.parent / "annotation_id/c/0").read_bytes()).hexdigest()
+    tree["objects"]["annotation_id/c/0"]["sha256"] = sha256(
+        (record.parent.parent / "annotation_id/c/0").read_bytes()
+    ).hexdigest()
     record.write_text(json.dumps(tree))  # its checksum was changed with it
     data = _training_set(world, copied_cache, micro_recipe())
     with pytest.raises(HdovdError, match="image 1 are of annotations"):
@@ -278,7 +345,9 @@ def test_tampered_annotation_ids_are_refused(world: Path, copied_cache: Path, mi
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "other size"])
-def test_picture_broken_after_extraction_is_named(copied_world: Path, cache: Path, micro_recipe: MakeRecipe, damage: str) -> None:
+def test_picture_broken_after_extraction_is_named(
+    copied_world: Path, cache: Path, micro_recipe: MakeRecipe, damage: str
+) -> None:
     data, file = _training_set(copied_world, cache, micro_recipe()), copied_world / "train2017" / "000000000001.jpg"
     if damage == "missing":
         file.unlink()

@@ -106,14 +106,25 @@ def test_memories_that_grow_and_what_a_model_learns_of_objects_are_taken_over() 
     found = average.model
     assert isinstance(found, AdaMixer)
     assert found.knows_objects
-    assert all(torch.equal(value, found.state_dict()[name]) for name, value in model.state_dict().items())  # the first is a copy
+    assert all(
+        torch.equal(value, found.state_dict()[name]) for name, value in model.state_dict().items()
+    )  # the first is a copy
 
 
 @pytest.fixture(scope="module")
-def run(world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def run(
+    world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory
+) -> RunFolder:
     recipe = micro_recipe("train.ema=0.95", "train.epochs=2", "train.batch_size=4")
-    job = TrainConfig(data=DataPaths(world), cache=training_cache, out=tmp_path_factory.mktemp("ema") / "run", recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu",
-                   validation=DataPaths(world))
+    job = TrainConfig(
+        data=DataPaths(world),
+        cache=training_cache,
+        out=tmp_path_factory.mktemp("ema") / "run",
+        recipe=recipe,
+        protocol=str(world / "protocol.toml"),
+        device="cpu",
+        validation=DataPaths(world),
+    )
     return train(job, lambda _: None)
 
 
@@ -136,18 +147,36 @@ def test_it_is_the_averaged_weights_that_are_validated(run: RunFolder, world: Pa
     told = [entry for entry in run.entries() if "val_all" in entry][-1]
     found = evaluate(EvalConfig(run=out, data=DataPaths(world), device="cpu", batch_size=4), lambda _: None).combined
     assert {f"val_{group}": value for group, value in found.summary()["ap50"].items()} == {
-        name: value for name, value in told.items() if name.startswith("val_")}
+        name: value for name, value in told.items() if name.startswith("val_")
+    }
     state = load_checkpoint(out)
     assert state is not None
     model = FasterRCNN(run.recipe(), run.class_embeddings().shape[1], log=None)
     model.load_state_dict(state["model"])
     RunFolder(out).save_model(model)  # others would have another AP
-    assert evaluate(EvalConfig(run=out, data=DataPaths(world), device="cpu", batch_size=4), lambda _: None).combined.summary() != found.summary()
+    assert (
+        evaluate(
+            EvalConfig(run=out, data=DataPaths(world), device="cpu", batch_size=4), lambda _: None
+        ).combined.summary()
+        != found.summary()
+    )
 
 
-def test_another_average_is_no_resumption(run: RunFolder, world: Path, training_cache: Path, tmp_path: Path,
-                                          micro_recipe: Callable[..., Recipe]) -> None:
+def test_another_average_is_no_resumption(
+    run: RunFolder, world: Path, training_cache: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe]
+) -> None:
     out = Path(shutil.copytree(run.path, tmp_path / "run"))
     recipe = micro_recipe("train.epochs=2", "train.batch_size=4")
     with pytest.raises(HdovdError, match=r"recipe\.train\.ema differs: asked for 0\.0, began with 0\.95"):
-        train(TrainConfig(data=DataPaths(world), cache=training_cache, out=out, recipe=recipe, protocol=str(world / "protocol.toml"), device="cpu", resume=True), lambda _: None)
+        train(
+            TrainConfig(
+                data=DataPaths(world),
+                cache=training_cache,
+                out=out,
+                recipe=recipe,
+                protocol=str(world / "protocol.toml"),
+                device="cpu",
+                resume=True,
+            ),
+            lambda _: None,
+        )

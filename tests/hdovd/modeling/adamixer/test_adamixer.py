@@ -45,7 +45,9 @@ def test_registered_and_every_parameter_learns() -> None:
     assert all(loss > 0 for loss in losses.values())
     sum(losses.values()).backward()
     idle = {name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0}
-    assert {name for name in idle if ".scales." not in name} == set()  # a level's scale: no object has a candidate of that level
+    assert {
+        name for name in idle if ".scales." not in name
+    } == set()  # a level's scale: no object has a candidate of that level
 
 
 def test_before_the_first_epoch_of_pseudo_boxes() -> None:
@@ -87,7 +89,11 @@ def test_odd_batches(scene: str) -> None:
     sum(losses.values()).backward()
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
     if scene == "no box at all":
-        assert {name for name, loss in losses.items() if loss != 0} == {"classification", "objectness", "image_alignment"}
+        assert {name for name, loss in losses.items() if loss != 0} == {
+            "classification",
+            "objectness",
+            "image_alignment",
+        }
     if scene == "one class":
         assert losses["text_alignment"] == losses["text_relation"] == 0
     if scene == "pseudo boxes alone":
@@ -97,7 +103,9 @@ def test_odd_batches(scene: str) -> None:
 
 def test_fewer_positions_than_queries() -> None:
     """A picture of 32 x 32 has 16 + 4 + 1 + 1 positions, this AdaMixer 50 queries, and the NMS leaves fewer still."""
-    model = detector("detector.decoder.queries=50", "input.short_side=32", "input.long_side=32", "detector.backbone.fpn_channels=64")
+    model = detector(
+        "detector.decoder.queries=50", "input.short_side=32", "input.long_side=32", "detector.backbone.fpn_channels=64"
+    )
     batch = [targets([[2.0, 2.0, 20.0, 24.0]], [], [1], 10), targets([], [], [], 20)]
     losses = losses_of(model, batch, ((32, 32), (32, 32)))
     sum(losses.values()).backward()
@@ -129,7 +137,7 @@ def test_predictions_and_detections() -> None:
 def test_boxes_come_in_pixels_of_the_picture() -> None:
     """A picture of twice the size is resized to the same pixels: its boxes are twice as large."""
     model, texts = detector().eval(), unit(7, DIM, seed=2)
-    picture, = pictures(SIZES[0])
+    (picture,) = pictures(SIZES[0])
     large = picture.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
     with torch.inference_mode():
         one, two = model.predict([picture], texts)[0], model.predict([large], texts)[0]
@@ -176,7 +184,10 @@ def test_students_are_the_instance_levels_of_the_last_stage() -> None:
     batch = found_batch(model)
     held = [queue.read().clone() for queue in model.instance_level.student_queues]
     students = model.train().students(pictures(*SIZES), batch)
-    assert [torch.equal(a, q.read()) for a, q in zip(held, model.instance_level.student_queues, strict=True)] == [True, True]
+    assert [torch.equal(a, q.read()) for a, q in zip(held, model.instance_level.student_queues, strict=True)] == [
+        True,
+        True,
+    ]
     losses_of(model, batch)
     pushed = model.instance_level.student_queues[-1].read()
     assert len(pushed) == len(students.q) >= 2
@@ -193,9 +204,15 @@ def test_extra_losses_see_the_last_stage() -> None:
     sum(losses.values()).backward()
 
 
-@pytest.mark.parametrize(("setting", "word"), [
-    ("detector.backbone.fpn_channels=48", "multiple of 32"), ("detector.decoder.heads=5", "decoder.heads"),
-    ("detector.proposals.shuffle=16", "shuffle"), ("detector.backbone.levels=[4]", "two levels")])
+@pytest.mark.parametrize(
+    ("setting", "word"),
+    [
+        ("detector.backbone.fpn_channels=48", "multiple of 32"),
+        ("detector.decoder.heads=5", "decoder.heads"),
+        ("detector.proposals.shuffle=16", "shuffle"),
+        ("detector.backbone.levels=[4]", "two levels"),
+    ],
+)
 def test_recipes_that_do_not_fit(setting: str, word: str) -> None:
     with pytest.raises(HdovdError, match=word):
         small(setting)

@@ -1,7 +1,9 @@
-"""Losses, gradients and detections against numbers that the authors' released code computed, with the same weights and inputs.
+"""Losses, gradients and detections against numbers that the authors' released code computed, with the same weights and
+inputs.
 
-`reference.json` holds them: a ResNet-50 with AdaMixer's parts made small (`SMALL_SHAPE`), weights of `made_weights`, two pictures with
-base boxes near its predictions. Three steps without an optimiser: epoch 1; epoch 2; epoch 2 with other labels and filled memories.
+`reference.json` holds them: a ResNet-50 with AdaMixer's parts made small (`SMALL_SHAPE`), weights of `made_weights`,
+two pictures with base boxes near its predictions. Three steps without an optimiser: epoch 1; epoch 2; epoch 2 with
+other labels and filled memories.
 """
 
 import re
@@ -31,13 +33,26 @@ from hdovd.modeling.postprocess import detect_batch
 from hdovd.modeling.published_weights import PUBLISHED
 
 CLASSES, BASE, FIRST = 65, 48, 30
-FULL_SHAPE = {"channels": 256, "dim": 512, "stages": 6, "groups": 4, "points": 32, "out_points": 128, "heads": 8, "feedforward": 2048,
-              "objectness": 128, "adapter": 1024}
+FULL_SHAPE = {
+    "channels": 256,
+    "dim": 512,
+    "stages": 6,
+    "groups": 4,
+    "points": 32,
+    "out_points": 128,
+    "heads": 8,
+    "feedforward": 2048,
+    "objectness": 128,
+    "adapter": 1024,
+}
 
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    return {str(PUBLISHED["adamixer"].own_name(name)): value for name, value in made_weights(published_shapes(**SMALL_SHAPE)).items()}
+    return {
+        str(PUBLISHED["adamixer"].own_name(name)): value
+        for name, value in made_weights(published_shapes(**SMALL_SHAPE)).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +69,9 @@ def texts() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def steps(model: AdaMixer, weights: dict[str, Tensor], texts: Tensor) -> list[tuple[dict, dict[str, float], dict[str, float]]]:
+def steps(
+    model: AdaMixer, weights: dict[str, Tensor], texts: Tensor
+) -> list[tuple[dict, dict[str, float], dict[str, float]]]:
     """What the reference has of each step, then our losses and norms of gradients."""
     model.train()
     done, scene = [], reference()["pictures"]
@@ -64,8 +81,12 @@ def steps(model: AdaMixer, weights: dict[str, Tensor], texts: Tensor) -> list[tu
         model.set_object_text(unit(DIM, seed=5))
         model.zero_grad(set_to_none=True)
         model.begin_epoch(wanted["epoch"])
-        boxes = [targets(one["base"], one["pseudo"], [(label + wanted["shift"]) % BASE for label in one["labels"]], one["seed"])
-                 for one in scene]
+        boxes = [
+            targets(
+                one["base"], one["pseudo"], [(label + wanted["shift"]) % BASE for label in one["labels"]], one["seed"]
+            )
+            for one in scene
+        ]
         losses = model(images, boxes, texts[:BASE])
         sum(losses.values()).backward()
         norms = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
@@ -84,7 +105,10 @@ def test_gradients(steps: list) -> None:
     for wanted, _, norms in steps:
         assert len(wanted["gradient_norms"]) > 15
         for name, norm in wanted["gradient_norms"].items():
-            assert norms[str(PUBLISHED["adamixer"].own_name(name))] == pytest.approx(norm, rel=1e-3), (wanted["epoch"], name)
+            assert norms[str(PUBLISHED["adamixer"].own_name(name))] == pytest.approx(norm, rel=1e-3), (
+                wanted["epoch"],
+                name,
+            )
 
 
 def test_detections(model: AdaMixer, weights: dict[str, Tensor], texts: Tensor) -> None:
@@ -115,7 +139,9 @@ def test_published_names_and_ours_are_one_to_one() -> None:
     assert sum(p.numel() for p in model.parameters()) == 146_400_674
 
 
-@pytest.mark.parametrize("name", ["roi_head.bbox_head.0.fc_obj.weight", "rpn_head.conv3.conv.weight", "ema.norms.0.weight", "optimizer"])
+@pytest.mark.parametrize(
+    "name", ["roi_head.bbox_head.0.fc_obj.weight", "rpn_head.conv3.conv.weight", "ema.norms.0.weight", "optimizer"]
+)
 def test_what_is_not_a_name_of_theirs(name: str) -> None:
     assert PUBLISHED["adamixer"].own_name(name) is None
 

@@ -9,7 +9,14 @@ from torchvision.ops import box_iou, generalized_box_iou
 
 from hdovd.config.adamixer import QueryProposalsConfig
 from hdovd.modeling.adamixer.losses import auxiliary_losses, main_losses, quality_focal_rows, valid_positions
-from hdovd.modeling.adamixer.proposals import Candidates, DenseHead, DensePredictions, ProposalTrunk, QueryProposals, positions
+from hdovd.modeling.adamixer.proposals import (
+    Candidates,
+    DenseHead,
+    DensePredictions,
+    ProposalTrunk,
+    QueryProposals,
+    positions,
+)
 from hdovd.modeling.adamixer.sampling import SamplingTable
 
 CONFIG = QueryProposalsConfig(shuffle=8, aux_positives=3)
@@ -20,11 +27,17 @@ def test_positions_row_by_row() -> None:
 
 
 def test_trunk_takes_channels_of_both_neighbours() -> None:
-    """Of constant maps nothing is left but which level each channel is from: own 16, coarser 8, finer 8; at the ends their own."""
+    """Of constant maps nothing is left but which level each channel is from: own 16, coarser 8, finer 8; at the ends
+    their own.
+    """
     trunk = ProposalTrunk(32, 8)
     maps = [torch.full((1, 32, side, side), float(side)) for side in (8, 4, 2)]
     found = [trunk._exchanged(maps, level)[0, :, 0, 0].tolist() for level in range(3)]
-    assert found == [[8.0] * 16 + [4.0] * 8 + [8.0] * 8, [4.0] * 16 + [2.0] * 8 + [8.0] * 8, [2.0] * 16 + [2.0] * 8 + [4.0] * 8]
+    assert found == [
+        [8.0] * 16 + [4.0] * 8 + [8.0] * 8,
+        [4.0] * 16 + [2.0] * 8 + [8.0] * 8,
+        [2.0] * 16 + [2.0] * 8 + [4.0] * 8,
+    ]
     assert [m.shape for m in trunk(maps)] == [m.shape for m in maps]
 
 
@@ -59,11 +72,15 @@ def chooser(**settings: float) -> QueryProposals:
     return QueryProposals(QueryProposalsConfig(shuffle=8, **settings), 32, 4, 1)
 
 
-OVERLAPPING = dense([[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [20, 0, 30, 9], [50, 0, 60, 10]], [0.5, 0.6, 0.9, 0.2, 0.0])
+OVERLAPPING = dense(
+    [[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [20, 0, 30, 9], [50, 0, 60, 10]], [0.5, 0.6, 0.9, 0.2, 0.0]
+)
 
 
 def test_queries_are_distinct_best_first_then_the_others() -> None:
-    """Five candidates, of which two are copies and one has no probability: it is not trained on, and comes after the copies."""
+    """Five candidates, of which two are copies and one has no probability: it is not trained on, and comes after the
+    copies.
+    """
     found = chooser().candidates(OVERLAPPING, [5])
     chosen = {tuple(box): bool(d) for box, d in zip(found.boxes[0].tolist(), found.distinct[0], strict=True)}
     assert [box for box, d in chosen.items() if d] == [(20, 0, 30, 10), (0, 0, 10, 9)]
@@ -74,7 +91,9 @@ def test_queries_are_distinct_best_first_then_the_others() -> None:
 
 def test_best_of_each_level_and_pictures_apart() -> None:
     """Two levels of which each gives one candidate; the same box in two pictures is distinct in both."""
-    both = DensePredictions(torch.tensor([[0.5, 0.6, 0.9, 0.2]] * 2), torch.tensor([[0.0, 0.0, 9.0, 9.0]]).expand(2, 4, 4))
+    both = DensePredictions(
+        torch.tensor([[0.5, 0.6, 0.9, 0.2]] * 2), torch.tensor([[0.0, 0.0, 9.0, 9.0]]).expand(2, 4, 4)
+    )
     found = chooser(pre_nms=1).candidates(both, [2, 2])
     assert found.probability.tolist() == torch.tensor([[0.6, 0.9]] * 2).tolist()
     assert found.distinct.tolist() == [[False, True]] * 2
@@ -94,7 +113,9 @@ IS_OBJECT = torch.tensor([[True, True, False], [False, False, False]])
 
 
 def scene(seed: int) -> tuple[DensePredictions, Tensor, Tensor]:
-    """Two pictures of 5 x 5 positions with boxes near OBJECTS; the second has no object. The last row of positions is not valid."""
+    """Two pictures of 5 x 5 positions with boxes near OBJECTS; the second has no object. The last row of positions is
+    not valid.
+    """
     centres, _ = valid_positions([torch.Size([5, 5])], [8], torch.tensor([[32.0, 40.0], [40.0, 40.0]]))
     reach = (noise(2, 25, 4, seed=seed) * 0.2).exp() * 12
     boxes = torch.cat([centres - reach[..., :2], centres + reach[..., 2:]], dim=-1).requires_grad_()
@@ -132,7 +153,10 @@ def naive_auxiliary(found: DensePredictions, centres: Tensor, valid: Tensor) -> 
 def test_auxiliary_losses_and_gradients(seed: int) -> None:
     found, centres, valid = scene(seed)
     results = []
-    for losses in (naive_auxiliary(found, centres, valid), auxiliary_losses(found, centres, valid, OBJECTS, IS_OBJECT, CONFIG)):
+    for losses in (
+        naive_auxiliary(found, centres, valid),
+        auxiliary_losses(found, centres, valid, OBJECTS, IS_OBJECT, CONFIG),
+    ):
         gradients = torch.autograd.grad(losses[0] + 3 * losses[1], [found.probability, found.boxes])
         results.append([*losses, *gradients])
     for mine, naive in zip(results[1], results[0], strict=True):
@@ -148,15 +172,22 @@ def test_a_position_that_two_equal_objects_want_counts_once() -> None:
 
 
 def test_main_losses_by_hand() -> None:
-    """Candidate 0 is the object's (IoU 0.5, p 0.8), 1 is nobody's, 2 is no distinct one. The second picture has no object."""
+    """Candidate 0 is the object's (IoU 0.5, p 0.8), 1 is nobody's, 2 is no distinct one. The second picture has no
+    object.
+    """
     boxes = torch.tensor([[[0.0, 0.0, 10.0, 10.0], [50.0, 0.0, 60.0, 10.0], [0.0, 0.0, 10.0, 10.0]]]).repeat(2, 1, 1)
-    found = Candidates(torch.tensor([[0.8, 0.3, 0.9]]).repeat(2, 1), boxes, torch.tensor([[True, True, False]]).repeat(2, 1))
+    found = Candidates(
+        torch.tensor([[0.8, 0.3, 0.9]]).repeat(2, 1), boxes, torch.tensor([[True, True, False]]).repeat(2, 1)
+    )
     objects = torch.tensor([[[0.0, 0.0, 10.0, 20.0]], [[0.0] * 4]])
     cls, box = main_losses(found, objects, torch.tensor([[True], [False]]), torch.tensor([[0], [-1]]), CONFIG)
     aligned = 0.8 * 0.5**6
     y = aligned / (aligned + 1e-7) * 0.5
     p = torch.tensor([0.8, 0.3])
-    expected = F.binary_cross_entropy(p[0], torch.tensor(y)) * (y - 0.8) ** 2 + F.binary_cross_entropy(p[1], torch.tensor(0.0)) * 0.09
+    expected = (
+        F.binary_cross_entropy(p[0], torch.tensor(y)) * (y - 0.8) ** 2
+        + F.binary_cross_entropy(p[1], torch.tensor(0.0)) * 0.09
+    )
     assert cls.item() == pytest.approx(float(expected), rel=1e-5)  # divided by 1, as the qualities' sum is less
     assert box.item() == pytest.approx(2 * y * 0.5, rel=1e-5)
 
@@ -172,8 +203,12 @@ def test_no_object_at_all() -> None:
 
 
 def test_valid_positions_by_hand() -> None:
-    """A picture of 40 x 70 alone is padded to 64 x 96; stride 64 is longer than its shorter side, so its only level is 32's."""
-    centres, valid = valid_positions([torch.Size([4, 4]), torch.Size([2, 2])], [32, 64], torch.tensor([[40.0, 70.0], [128.0, 128.0]]))
+    """A picture of 40 x 70 alone is padded to 64 x 96; stride 64 is longer than its shorter side, so its only level is
+    32's.
+    """
+    centres, valid = valid_positions(
+        [torch.Size([4, 4]), torch.Size([2, 2])], [32, 64], torch.tensor([[40.0, 70.0], [128.0, 128.0]])
+    )
     assert centres.shape == (20, 2)
     assert valid[0].nonzero().flatten().tolist() == [0, 1, 2, 4, 5, 6]
     assert bool(valid[1].all())
@@ -183,4 +218,6 @@ def test_content_is_the_pyramid_at_the_boxes_centre() -> None:
     proposals = chooser()
     pixels = noise(1, 32, 4, 4, seed=2)
     content = proposals.content(SamplingTable([pixels], [8]), torch.tensor([[[8.0, 16.0, 16.0, 24.0]]]))
-    torch.testing.assert_close(content[0, 0], F.layer_norm(pixels[0, :, 2, 1], (32,)))  # centre (12, 20) is that of cell (1, 2)
+    torch.testing.assert_close(
+        content[0, 0], F.layer_norm(pixels[0, :, 2, 1], (32,))
+    )  # centre (12, 20) is that of cell (1, 2)

@@ -53,7 +53,9 @@ def naive_sample(maps: list[Tensor], strides: list[int], points: Tensor, groups:
         for n in range(len(points)):
             for g in range(groups):
                 part = pixels[n].chunk(groups)[g]
-                values = F.grid_sample(part[None], (points[n, :, g, :, :2] / size * 2 - 1)[None], align_corners=False)[0]
+                values = F.grid_sample(part[None], (points[n, :, g, :, :2] / size * 2 - 1)[None], align_corners=False)[
+                    0
+                ]
                 out[n, :, g] = out[n, :, g] + values.permute(1, 2, 0) * weights[n, :, g, :, level, None]
     return out
 
@@ -78,7 +80,13 @@ def test_sampling_is_grid_sample_a_level(groups: int) -> None:
 
 
 def test_sampling_without_queries() -> None:
-    assert SamplingTable([noise(1, 4, 3, 3, seed=0)], [4]).sample(torch.zeros(1, 0, 2, 3, 3), 2).shape == (1, 0, 2, 3, 2)
+    assert SamplingTable([noise(1, 4, 3, 3, seed=0)], [4]).sample(torch.zeros(1, 0, 2, 3, 3), 2).shape == (
+        1,
+        0,
+        2,
+        3,
+        2,
+    )
 
 
 def test_mixing_query_by_query() -> None:
@@ -104,8 +112,21 @@ def test_attention_is_torchs_with_a_mask() -> None:
     mask = (log_iof[:, None] * attention.iof_tau.view(1, 2, 1, 1)).flatten(0, 1)
     turned = queries.transpose(0, 1)
     expected, _ = F.multi_head_attention_forward(
-        turned, turned, turned, 8, 2, attention.in_proj.weight, attention.in_proj.bias, None, None, False, 0.0,
-        attention.out_proj.weight, attention.out_proj.bias, attn_mask=mask)
+        turned,
+        turned,
+        turned,
+        8,
+        2,
+        attention.in_proj.weight,
+        attention.in_proj.bias,
+        None,
+        None,
+        False,
+        0.0,
+        attention.out_proj.weight,
+        attention.out_proj.bias,
+        attn_mask=mask,
+    )
     torch.testing.assert_close(attention(queries, log_iof), expected.transpose(0, 1))
 
 
@@ -118,7 +139,9 @@ def test_positional_code_by_hand() -> None:
 
 def test_a_new_stage_leaves_boxes_where_they_are() -> None:
     """And samples within half a side of them, one level finer."""
-    stage = DecoderStage(DecoderConfig(groups=2, points=3, heads=2, feedforward=16, objectness_channels=4, out_points=4), 32, 6)
+    stage = DecoderStage(
+        DecoderConfig(groups=2, points=3, heads=2, feedforward=16, objectness_channels=4, out_points=4), 32, 6
+    )
     table = SamplingTable([noise(1, 32, 4, 4, seed=1)], [8])
     xyzr = to_xyzr(BOXES)[None]
     content, moved, deltas = stage(table, noise(1, 3, 32, seed=2), xyzr)

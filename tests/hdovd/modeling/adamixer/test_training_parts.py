@@ -12,26 +12,49 @@ from torchvision.ops import box_iou, generalized_box_iou
 
 from hdovd.config.adamixer import MatchCosts, StageLossConfig, TextLevelConfig
 from hdovd.modeling.adamixer.levels import InstanceLevels, TextLevel, fused
-from hdovd.modeling.adamixer.losses import box_losses, classification_loss, objectness_loss, prompts_and_labels, query_weights
-from hdovd.modeling.adamixer.pairs import NONE, Pairs, StepBoxes, boxes_of_step, pair, pair_candidates, pair_stages, pairing_costs
+from hdovd.modeling.adamixer.losses import (
+    box_losses,
+    classification_loss,
+    objectness_loss,
+    prompts_and_labels,
+    query_weights,
+)
+from hdovd.modeling.adamixer.pairs import (
+    NONE,
+    Pairs,
+    StepBoxes,
+    boxes_of_step,
+    pair,
+    pair_candidates,
+    pair_stages,
+    pairing_costs,
+)
 from hdovd.modeling.losses.classwise import reliability
 from hdovd.modeling.losses.instance import relation_loss
 
 S, N, Q = 2, 3, 6
 SIZES = [(96, 128), (80, 64), (96, 96)]
 BASE_BOXES = [[[2.0, 3.0, 40.0, 50.0], [60.0, 10.0, 100.0, 60.0]], [], [[5.0, 5.0, 45.0, 45.0]]]
-PSEUDO_BOXES = [[[10.0, 10.0, 30.0, 80.0], [50.0, 40.0, 99.0, 90.0]], [[0.0, 8.0, 40.0, 60.0]], []]  # the first is 20 px wide
+PSEUDO_BOXES = [
+    [[10.0, 10.0, 30.0, 80.0], [50.0, 40.0, 99.0, 90.0]],
+    [[0.0, 8.0, 40.0, 60.0]],
+    [],
+]  # the first is 20 px wide
 LABELS = [[1, 3], [], [1]]
 
 
 def step_boxes(*, with_pseudo: bool = True, settings: tuple[str, ...] = ()) -> StepBoxes:
     recipe = small(*settings)
-    rows = [targets(b, p, labels, 10 * i) for i, (b, p, labels) in enumerate(zip(BASE_BOXES, PSEUDO_BOXES, LABELS, strict=True))]
+    rows = [
+        targets(b, p, labels, 10 * i)
+        for i, (b, p, labels) in enumerate(zip(BASE_BOXES, PSEUDO_BOXES, LABELS, strict=True))
+    ]
     return boxes_of_step(rows, SIZES, recipe.pseudo_boxes, recipe.loss.class_, with_pseudo=with_pseudo)
 
 
 def predictions() -> Tensor:
-    """Boxes of queries, (S, N, Q, 4): of the first two near the first boxes of their picture, of the others anywhere."""
+    """Boxes of queries, (S, N, Q, 4): of the first two near the first boxes of their picture, of the others
+    anywhere."""
     corner = noise(S, N, Q, 2, seed=1).abs() * 30
     boxes = torch.cat([corner, corner + 20 + noise(S, N, Q, 2, seed=2).abs() * 20], dim=-1)
     for n in range(N):
@@ -62,9 +85,15 @@ def test_boxes_of_a_step() -> None:
 
 
 def test_cost_by_hand() -> None:
-    """p 0.5: focal 0.75 * 0.25 ln 0.5 - 0.25 * 0.25 ln 0.5. Box 10 x 10 px off by 5 px in x, in a picture of 50 x 100."""
-    cost, iou = pairing_costs(torch.tensor([[0.5]]), torch.tensor([[[5.0, 0.0, 15.0, 10.0]]]), torch.tensor([[[0.0, 0.0, 10.0, 10.0]]]),
-                              torch.tensor([[50.0, 100.0]]), MatchCosts(objectness=2.0, l1=5.0, giou=2.0))
+    """p 0.5: focal 0.75 * 0.25 ln 0.5 - 0.25 * 0.25 ln 0.5. Box 10 x 10 px off by 5 px in x, in a picture of 50 x
+    100."""
+    cost, iou = pairing_costs(
+        torch.tensor([[0.5]]),
+        torch.tensor([[[5.0, 0.0, 15.0, 10.0]]]),
+        torch.tensor([[[0.0, 0.0, 10.0, 10.0]]]),
+        torch.tensor([[50.0, 100.0]]),
+        MatchCosts(objectness=2.0, l1=5.0, giou=2.0),
+    )
     assert iou.item() == pytest.approx(1 / 3)
     assert cost.item() == pytest.approx(2 * 0.125 * math.log(0.5) + 5 * 2 * 0.05 - 2 / 3, rel=1e-5)
 
@@ -95,8 +124,16 @@ def test_candidates_that_are_not_distinct_take_no_part() -> None:
     assert pair_candidates(cost, np.array([[0, 1, 1], [0, 0, 0]], dtype=np.float32), [1, 1]).tolist() == [[1], [NONE]]
 
 
-def naive_stage(s: int, boxes: StepBoxes, pairs: Pairs, predicted: Tensor, scores: Tensor, logits: Tensor, labels: Tensor,
-                config: StageLossConfig) -> list[Tensor]:
+def naive_stage(
+    s: int,
+    boxes: StepBoxes,
+    pairs: Pairs,
+    predicted: Tensor,
+    scores: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    config: StageLossConfig,
+) -> list[Tensor]:
     """Classification, objectness, L1 and 1 - GIoU of one stage, sums, query by query."""
     total = [torch.zeros(()) for _ in range(4)]
     background = scores.shape[-1] - 1
@@ -138,11 +175,17 @@ def test_stage_losses_query_by_query(settings: tuple[str, ...]) -> None:
     weights = query_weights(pairs, boxes, config)
     given = {round(v, 4) for v in weights.flatten().tolist()}
     assert {0.0, 0.5, 1.0} <= given  # unmatched and near or poorly matched; unmatched; matched
-    mine = [classification_loss(scores.flatten(0, 2), pairs.to_queries(labels, len(prompts) - 1), weights, count),
-            objectness_loss(logits, pairs.to_queries(torch.ones_like(boxes.weights), 0.0), count),
-            *box_losses(predicted, pairs, boxes, count)]
-    naive = [sum(one) / count for one in
-             zip(*(naive_stage(s, boxes, pairs, predicted, scores, logits, labels, config) for s in range(S)), strict=True)]
+    mine = [
+        classification_loss(scores.flatten(0, 2), pairs.to_queries(labels, len(prompts) - 1), weights, count),
+        objectness_loss(logits, pairs.to_queries(torch.ones_like(boxes.weights), 0.0), count),
+        *box_losses(predicted, pairs, boxes, count),
+    ]
+    naive = [
+        sum(one) / count
+        for one in zip(
+            *(naive_stage(s, boxes, pairs, predicted, scores, logits, labels, config) for s in range(S)), strict=True
+        )
+    ]
     for one, other in zip(mine, naive, strict=True):
         torch.testing.assert_close(one, other)
     leaves = [predicted, scores, logits]
@@ -182,8 +225,16 @@ def test_instance_level_has_memories_of_its_own_a_stage() -> None:
     assert [loss.item() for loss in nothing.values()] == [0, 0]
 
 
-def naive_text(features: Tensor, labels: list[int], iou: list[float], pseudo: Tensor, u: Tensor, w: Tensor, texts: Tensor,
-               means: Tensor) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+def naive_text(
+    features: Tensor,
+    labels: list[int],
+    iou: list[float],
+    pseudo: Tensor,
+    u: Tensor,
+    w: Tensor,
+    texts: Tensor,
+    means: Tensor,
+) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
     """The released code's order: present classes, pseudo boxes, absent classes."""
     present = sorted(set(labels))
     absent = [k for k in range(len(texts)) if k not in present]
@@ -196,7 +247,11 @@ def naive_text(features: Tensor, labels: list[int], iou: list[float], pseudo: Te
     y = torch.cat([texts[present], u, texts[absent]])
     count = len(present) + len(u)
     rows = F.cross_entropy(20 * x[:count] @ y.T, torch.arange(count), reduction="none")
-    return (0.5 * (torch.cat([torch.ones(len(present)), w]) * rows).mean(), 5 * relation_loss(x, y, 5.0, 10.0), centroids)
+    return (
+        0.5 * (torch.cat([torch.ones(len(present)), w]) * rows).mean(),
+        5 * relation_loss(x, y, 5.0, 10.0),
+        centroids,
+    )
 
 
 def test_text_level_and_its_means_over_two_steps() -> None:
@@ -206,7 +261,9 @@ def test_text_level_and_its_means_over_two_steps() -> None:
     for step, labels in enumerate(([1, 3, 1], [0, 2, 2])):
         features, pseudo = noise(3, DIM, seed=2 + step).requires_grad_(), noise(2, DIM, seed=4 + step).requires_grad_()
         iou, u, w = [0.3, 0.9, 0.8], unit(2, DIM, seed=6 + step), torch.tensor([0.4, 1.2])
-        found = level([(features, torch.tensor(labels), torch.tensor(iou))], [(pseudo, u, w)], torch.tensor(labels), texts)
+        found = level(
+            [(features, torch.tensor(labels), torch.tensor(iou))], [(pseudo, u, w)], torch.tensor(labels), texts
+        )
         aligned, related, centroids = naive_text(features, labels, iou, pseudo, u, w, texts, means)
         torch.testing.assert_close(found["text_alignment"], aligned)
         torch.testing.assert_close(found["text_relation"], related, rtol=1e-4, atol=1e-6)

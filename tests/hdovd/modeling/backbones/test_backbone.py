@@ -16,8 +16,17 @@ from hdovd.modeling.backbones.pyramid import TinyResNet, build_backbone
 
 
 def config(**values: object) -> BackboneConfig:
-    return BackboneConfig.model_validate({"name": "resnet-tiny", "weights": "none", "norm": "batch", "frozen_stages": 0, "fpn_channels": 4,
-                                          "levels": [3, 4, 5], **values})
+    return BackboneConfig.model_validate(
+        {
+            "name": "resnet-tiny",
+            "weights": "none",
+            "norm": "batch",
+            "frozen_stages": 0,
+            "fpn_channels": 4,
+            "levels": [3, 4, 5],
+            **values,
+        }
+    )
 
 
 def ignore(_: str) -> None:
@@ -70,8 +79,15 @@ def test_the_tiny_backbone_has_no_imagenet_weights() -> None:
         build_backbone(config(weights="auto"), ignore)
 
 
-@pytest.mark.parametrize(("stages", "frozen"), [
-    (0, set()), (1, {"conv1", "bn1"}), (2, {"conv1", "bn1", "layer1"}), (5, {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"})])
+@pytest.mark.parametrize(
+    ("stages", "frozen"),
+    [
+        (0, set()),
+        (1, {"conv1", "bn1"}),
+        (2, {"conv1", "bn1", "layer1"}),
+        (5, {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}),
+    ],
+)
 @pytest.mark.parametrize("name", ["resnet-tiny", "resnet18"])
 def test_frozen_stages_have_no_gradient_and_the_others_do(name: str, stages: int, frozen: set[str]) -> None:
     built = build_backbone(config(name=name, frozen_stages=stages), None)
@@ -83,7 +99,9 @@ def test_frozen_stages_have_no_gradient_and_the_others_do(name: str, stages: int
 def test_frozen_stages_do_not_change_in_training() -> None:
     built = build_backbone(config(frozen_stages=2), ignore).train()
     frozen = ("conv1", "bn1", "layer1")
-    before = {k: v.clone() for k, v in built.body.state_dict().items() if k.startswith(frozen) and v.is_floating_point()}
+    before = {
+        k: v.clone() for k, v in built.body.state_dict().items() if k.startswith(frozen) and v.is_floating_point()
+    }
     built(torch.randn(2, 3, 64, 64))
     assert [k for k, v in before.items() if not torch.equal(v, built.body.state_dict()[k])] == []
 
@@ -123,7 +141,9 @@ def test_a_torchvision_checkpoint_fits(tmp_path: Path) -> None:
     torch.manual_seed(4)
     state = torchvision.models.resnet18(weights=None).state_dict()
     torch.save(state, tmp_path / "resnet18.pth")
-    loaded = build_backbone(config(name="resnet18", weights=str(tmp_path / "resnet18.pth"), norm="frozen", frozen_stages=2), ignore).body
+    loaded = build_backbone(
+        config(name="resnet18", weights=str(tmp_path / "resnet18.pth"), norm="frozen", frozen_stages=2), ignore
+    ).body
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, state[key]), key
 

@@ -52,12 +52,21 @@ def nothing(levels):
     return None
 
 number = 3
-'''
+'''  # noqa: E501
 
 
 def config(name: str, **values: object) -> BackboneConfig:
-    return BackboneConfig.model_validate({"name": name, "weights": "none", "norm": "batch", "frozen_stages": 0, "fpn_channels": 4,
-                                          "levels": [3, 4, 5], **values})
+    return BackboneConfig.model_validate(
+        {
+            "name": name,
+            "weights": "none",
+            "norm": "batch",
+            "frozen_stages": 0,
+            "fpn_channels": 4,
+            "levels": [3, 4, 5],
+            **values,
+        }
+    )
 
 
 def ignore(_: str) -> None:
@@ -82,11 +91,18 @@ def check(built: ForeignPyramid, levels: list[int]) -> None:
     assert [name for name, p in built.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-@pytest.mark.parametrize(("name", "levels"), [
-    ("timm:resnet10t", [2, 3, 4, 5]), ("timm:convnext_atto", [3, 4, 5]), ("timm:mobilenetv3_small_050", [3, 4]),
-    ("torchvision:mobilenet_v3_small", [3, 4, 5]), ("torchvision:resnet18", [2, 3, 4, 5]), ("torchvision:regnet_y_400mf", [2, 3, 4]),
-    ("own_backbones:good", [2, 3, 4, 5]),
-])
+@pytest.mark.parametrize(
+    ("name", "levels"),
+    [
+        ("timm:resnet10t", [2, 3, 4, 5]),
+        ("timm:convnext_atto", [3, 4, 5]),
+        ("timm:mobilenetv3_small_050", [3, 4]),
+        ("torchvision:mobilenet_v3_small", [3, 4, 5]),
+        ("torchvision:resnet18", [2, 3, 4, 5]),
+        ("torchvision:regnet_y_400mf", [2, 3, 4]),
+        ("own_backbones:good", [2, 3, 4, 5]),
+    ],
+)
 def test_levels_have_their_strides(folder: Path, name: str, levels: list[int]) -> None:
     said: list[str] = []
     built = build_backbone(config(name, levels=levels), said.append)
@@ -113,10 +129,16 @@ def test_timms_resnet_is_torchvisions() -> None:
     assert build_backbone(config("timm:resnet18"), None).body.channels == widths
 
 
-@pytest.mark.parametrize(("name", "norm"), [
-    ("timm:convnext_atto", "batch"), ("timm:resnet10t", "batch"), ("timm:resnet10t", "frozen"),
-    ("torchvision:mobilenet_v3_small", "batch"), ("torchvision:mobilenet_v3_small", "frozen"),
-])
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        ("timm:convnext_atto", "batch"),
+        ("timm:resnet10t", "batch"),
+        ("timm:resnet10t", "frozen"),
+        ("torchvision:mobilenet_v3_small", "batch"),
+        ("torchvision:mobilenet_v3_small", "frozen"),
+    ],
+)
 def test_weights_from_a_file_under_their_own_names(tmp_path: Path, name: str, norm: str) -> None:
     torch.manual_seed(3)
     origin, _, model = name.partition(":")
@@ -129,7 +151,9 @@ def test_weights_from_a_file_under_their_own_names(tmp_path: Path, name: str, no
     file = network.state_dict()
     for key, value in built.body.inner.state_dict().items():
         assert torch.equal(value, file[key] if key in file else file[key.replace("_", ".", 1)]), key
-    save_file({k: v.contiguous() for k, v in built.body.state_dict().items()}, tmp_path / "again.safetensors")  # as propose does
+    save_file(
+        {k: v.contiguous() for k, v in built.body.state_dict().items()}, tmp_path / "again.safetensors"
+    )  # as propose does
     again = build_backbone(config(name, weights=str(tmp_path / "again.safetensors"), norm=norm), ignore)
     for key, value in built.body.state_dict().items():
         assert torch.equal(value, again.body.state_dict()[key])
@@ -151,12 +175,17 @@ def test_a_frozen_norm_has_no_statistics_that_move(name: str) -> None:
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     norms = [key.removesuffix("running_var") for key in after if key.endswith("running_var")]
     assert norms
-    assert not {name for name, _ in built.body.named_parameters()} & {norm + part for norm in norms for part in ("weight", "bias")}
+    assert not {name for name, _ in built.body.named_parameters()} & {
+        norm + part for norm in norms for part in ("weight", "bias")
+    }
 
 
 def test_frozen_norms_keep_the_activation() -> None:
     """timm's norms can hold the activation."""
-    one, two = (build_backbone(config("timm:mobilenetv3_small_050", norm=norm, levels=[3, 4]), None).body for norm in ("batch", "frozen"))
+    one, two = (
+        build_backbone(config("timm:mobilenetv3_small_050", norm=norm, levels=[3, 4]), None).body
+        for norm in ("batch", "frozen")
+    )
     two.load_state_dict(one.state_dict(), strict=False)
     pixels = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -180,12 +209,17 @@ def test_synced_norms_keep_the_activation(name: str) -> None:
         torch.testing.assert_close(after[level], maps)
 
 
-@pytest.mark.parametrize(("name", "stages", "frozen"), [
-    ("timm:resnet18", 1, {"conv1", "bn1"}), ("timm:resnet18", 2, {"conv1", "bn1", "layer1"}),
-    ("timm:resnet18", 5, {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}),
-    ("timm:convnext_atto", 1, {"stem_0", "stem_1"}), ("timm:convnext_atto", 3, {"stem_0", "stem_1", "stages_0", "stages_1"}),
-    ("timm:regnety_002", 2, {"stem", "s1"}),
-])
+@pytest.mark.parametrize(
+    ("name", "stages", "frozen"),
+    [
+        ("timm:resnet18", 1, {"conv1", "bn1"}),
+        ("timm:resnet18", 2, {"conv1", "bn1", "layer1"}),
+        ("timm:resnet18", 5, {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}),
+        ("timm:convnext_atto", 1, {"stem_0", "stem_1"}),
+        ("timm:convnext_atto", 3, {"stem_0", "stem_1", "stages_0", "stages_1"}),
+        ("timm:regnety_002", 2, {"stem", "s1"}),
+    ],
+)
 def test_frozen_stages(name: str, stages: int, frozen: set[str]) -> None:
     built = build_backbone(config(name, frozen_stages=stages), None).train()
     for parameter, value in built.body.inner.named_parameters():
@@ -196,35 +230,51 @@ def test_frozen_stages(name: str, stages: int, frozen: set[str]) -> None:
     assert all(torch.equal(value, built.body.inner.state_dict()[key]) for key, value in before.items())
 
 
-@pytest.mark.parametrize(("name", "values", "message"), [
-    ("timm:resnet5O", {}, r"detector\.backbone\.name = 'timm:resnet5O': timm has no model.*did you mean timm:resnet50"),
-    ("torchvision:mobilenet_v3_smal", {}, r"torchvision has no model.*did you mean torchvision:mobilenet_v3_small"),
-    ("timm:vit_tiny_patch16_224", {}, r"levels \[3, 4, 5\] want a feature map of stride 8; found strides \[16"),
-    ("timm:swin_tiny_patch4_window7_224", {}, r"fails on a picture of 192 x 128.*pictures of any size"),
-    ("torchvision:vit_b_16", {}, r"detector\.backbone\.name = 'torchvision:vit_b_16': fails on a picture"),
-    ("timm:convnext_atto", {"norm": "frozen"}, "has no batch norm to freeze; norm = 'batch'"),
-    ("torchvision:mobilenet_v3_small", {"frozen_stages": 1}, r"frozen_stages = 1: where the stages.*EXTENDING"),
-    ("timm:mobilenetv3_small_050", {"frozen_stages": 1}, r"frozen_stages = 1: where the stages"),
-    ("timm:resnet10t", {"norm": "frozen"}, r"weights is none and backbone\.norm is frozen"),
-    ("own_backbones:good", {"frozen_stages": 1}, r"frozen_stages = 1: where the stages"),
-    ("own_backbones:good", {"norm": "frozen"}, "no batch norm to freeze"),
-    ("own_backbones:good", {"weights": "auto"}, "no weights to download"),
-    ("own_backbones:god", {}, r"detector\.backbone\.name = 'own_backbones:god': own_backbones .* has no god; did you mean good"),
-    ("no_module_here:good", {}, "cannot import no_module_here"),
-    ("own_backbones:number", {}, r"expected a function that returns a torch\.nn\.Module, found int"),
-    ("own_backbones:nothing", {}, r"expected a torch\.nn\.Module, found NoneType"),
-    ("own_backbones:without_channels", {}, r"expected an attribute channels, a list of 3 whole numbers.*found None"),
-    ("own_backbones:wrong_channels", {}, r"expected feature maps \[\(2, 5, 16, 24\).*found \[\(2, 4, 16, 24\)"),
-    ("own_backbones:wrong_stride", {}, r"expected feature maps .*found \[\(2, 4, 128, 192\)"),
-])
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        (
+            "timm:resnet5O",
+            {},
+            r"detector\.backbone\.name = 'timm:resnet5O': timm has no model.*did you mean timm:resnet50",
+        ),
+        ("torchvision:mobilenet_v3_smal", {}, r"torchvision has no model.*did you mean torchvision:mobilenet_v3_small"),
+        ("timm:vit_tiny_patch16_224", {}, r"levels \[3, 4, 5\] want a feature map of stride 8; found strides \[16"),
+        ("timm:swin_tiny_patch4_window7_224", {}, r"fails on a picture of 192 x 128.*pictures of any size"),
+        ("torchvision:vit_b_16", {}, r"detector\.backbone\.name = 'torchvision:vit_b_16': fails on a picture"),
+        ("timm:convnext_atto", {"norm": "frozen"}, "has no batch norm to freeze; norm = 'batch'"),
+        ("torchvision:mobilenet_v3_small", {"frozen_stages": 1}, r"frozen_stages = 1: where the stages.*EXTENDING"),
+        ("timm:mobilenetv3_small_050", {"frozen_stages": 1}, r"frozen_stages = 1: where the stages"),
+        ("timm:resnet10t", {"norm": "frozen"}, r"weights is none and backbone\.norm is frozen"),
+        ("own_backbones:good", {"frozen_stages": 1}, r"frozen_stages = 1: where the stages"),
+        ("own_backbones:good", {"norm": "frozen"}, "no batch norm to freeze"),
+        ("own_backbones:good", {"weights": "auto"}, "no weights to download"),
+        (
+            "own_backbones:god",
+            {},
+            r"detector\.backbone\.name = 'own_backbones:god': own_backbones .* has no god; did you mean good",
+        ),
+        ("no_module_here:good", {}, "cannot import no_module_here"),
+        ("own_backbones:number", {}, r"expected a function that returns a torch\.nn\.Module, found int"),
+        ("own_backbones:nothing", {}, r"expected a torch\.nn\.Module, found NoneType"),
+        (
+            "own_backbones:without_channels",
+            {},
+            r"expected an attribute channels, a list of 3 whole numbers.*found None",
+        ),
+        ("own_backbones:wrong_channels", {}, r"expected feature maps \[\(2, 5, 16, 24\).*found \[\(2, 4, 16, 24\)"),
+        ("own_backbones:wrong_stride", {}, r"expected feature maps .*found \[\(2, 4, 128, 192\)"),
+    ],
+)
 def test_what_does_not_fit_is_named(folder: Path, name: str, values: dict[str, object], message: str) -> None:
     with pytest.raises(HdovdError, match=message):
         build_backbone(config(name, **values), ignore)
 
 
-@pytest.mark.parametrize(("name", "near"), [
-    ("resnet5", "resnet50"), ("resnet_tiny", "resnet-tiny"), ("timm:", "timm:NAME"), (":x", "my_module:function"),
-])
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("resnet5", "resnet50"), ("resnet_tiny", "resnet-tiny"), ("timm:", "timm:NAME"), (":x", "my_module:function")],
+)
 def test_a_name_that_is_none_is_refused_with_the_nearest(name: str, near: str) -> None:
     with pytest.raises(HdovdError) as error:
         load_recipe("demo", [f'detector.backbone.name="{name}"'])

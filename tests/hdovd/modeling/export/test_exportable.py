@@ -14,10 +14,23 @@ from hdovd.modeling.faster_rcnn.model import FasterRCNN, RoIPredictions
 from hdovd.modeling.postprocess import Detections, detect
 
 DIM = 6
-SMALL = ("input.short_side=64", "input.long_side=96", "detector.backbone.fpn_channels=8", "detector.rpn.post_nms=20",
-         "detector.head.fc_channels=16", "detector.head.canonical_size=32",
-         "detector.rpn.anchor_sizes=[[8], [16], [32], [64]]", "detector.head.logit_scale=8.0")  # so low that no two scores are both 1
-SIZES = [(64, 80), (37, 91), (300, 40), (7, 5), (64, 64)]  # height, width; as it comes, odd, capped by the long side, enlarged
+SMALL = (
+    "input.short_side=64",
+    "input.long_side=96",
+    "detector.backbone.fpn_channels=8",
+    "detector.rpn.post_nms=20",
+    "detector.head.fc_channels=16",
+    "detector.head.canonical_size=32",
+    "detector.rpn.anchor_sizes=[[8], [16], [32], [64]]",
+    "detector.head.logit_scale=8.0",
+)  # so low that no two scores are both 1
+SIZES = [
+    (64, 80),
+    (37, 91),
+    (300, 40),
+    (7, 5),
+    (64, 64),
+]  # height, width; as it comes, odd, capped by the long side, enlarged
 
 
 def noise(*shape: int, seed: int) -> Tensor:
@@ -32,8 +45,12 @@ def detector(*settings: str) -> FasterRCNN:
     """A random one whose proposals differ in score, place and level."""
     torch.manual_seed(0)
     model = FasterRCNN(load_recipe("demo", [*SMALL, *settings]), DIM, lambda _: None)
-    for layer, std in ((model.rpn.head.cls_logits, 0.5), (model.rpn.head.bbox_pred, 0.2), (model.head.deltas, 0.1),
-                       (model.head.class_feature, 0.3)):
+    for layer, std in (
+        (model.rpn.head.cls_logits, 0.5),
+        (model.rpn.head.bbox_pred, 0.2),
+        (model.head.deltas, 0.1),
+        (model.head.class_feature, 0.3),
+    ):
         torch.nn.init.normal_(layer.weight, std=std)
     return model.eval()
 
@@ -59,12 +76,22 @@ def test_it_finds_what_the_model_finds(size: tuple[int, int], settings: tuple[st
 @pytest.mark.parametrize("side", [64, 256])
 def test_proposals_of_few_anchors_and_of_many(side: int) -> None:
     """torchvision's NMS goes another way from 1000 boxes on."""
-    model = detector(f"input.short_side={side}", "input.long_side=400", "detector.rpn.pre_nms=1400", "detector.rpn.post_nms=300")
+    model = detector(
+        f"input.short_side={side}", "input.long_side=400", "detector.rpn.pre_nms=1400", "detector.rpn.post_nms=300"
+    )
     assert same(model, picture(60, 75), noise(5, DIM, seed=1), torch.zeros(5, dtype=torch.bool)) > 0
 
 
 def test_nothing_found() -> None:
-    assert same(detector("inference.score_threshold=1.0"), picture(50, 60), noise(3, DIM, seed=0), torch.tensor([True, False, True])) == 0
+    assert (
+        same(
+            detector("inference.score_threshold=1.0"),
+            picture(50, 60),
+            noise(3, DIM, seed=0),
+            torch.tensor([True, False, True]),
+        )
+        == 0
+    )
 
 
 def test_no_proposals() -> None:
@@ -76,7 +103,9 @@ def test_no_proposals() -> None:
 def test_the_novel_classes_are_asked_for() -> None:
     model, texts = detector(), noise(4, DIM, seed=3)
     with torch.inference_mode():
-        one, other = (ExportableFasterRCNN(model)(picture(60, 60), texts, torch.full((4,), novel)) for novel in (False, True))
+        one, other = (
+            ExportableFasterRCNN(model)(picture(60, 60), texts, torch.full((4,), novel)) for novel in (False, True)
+        )
     assert one[1][:5].tolist() != other[1][:5].tolist()
 
 
@@ -88,7 +117,9 @@ def test_the_training_mode_of_the_model_does_not_matter() -> None:
 
 @pytest.mark.parametrize("classes", [3, 1500])
 def test_suppression_is_exact_with_any_number_of_classes(classes: int) -> None:
-    """By hand, class by class. In a picture of 1300 pixels, boxes whose IoU is within 0.01 of the threshold on either side."""
+    """By hand, class by class. In a picture of 1300 pixels, boxes whose IoU is within 0.01 of the threshold on either
+    side.
+    """
     rows = torch.arange(classes)
     first = torch.stack([1250.0 + rows % 40, rows % 1200, 1262.0 + rows % 40, rows % 1200 + 10], dim=1)
     shift = torch.where(rows % 2 == 0, 4.04, 3.94)  # IoU (12 - shift) / (12 + shift): 0.496 and 0.506
@@ -102,9 +133,13 @@ def test_suppression_is_exact_with_any_number_of_classes(classes: int) -> None:
         expected |= {(int(pair[k]), label) for k in nms(boxes[pair], scores[pair, label], 0.5)}
     assert len(expected) == classes + (classes + 1) // 2
     assert set(map(tuple, class_nms(boxes, scores, 0.5, 0.05).tolist())) == expected
-    config = InferenceConfig(alpha=0.0, beta=0.0, distillation_scale=20.0, score_threshold=0.05, nms=0.5, detections_per_image=9999)
+    config = InferenceConfig(
+        alpha=0.0, beta=0.0, distillation_scale=20.0, score_threshold=0.05, nms=0.5, detections_per_image=9999
+    )
     probability = torch.cat([scores, torch.zeros(2 * classes, 1)], dim=1)
-    half = slice(None) if classes < 400 else torch.cat([rows[-400:], classes + rows[-400:]])  # torchvision shifts below 1000 candidates
+    half = (
+        slice(None) if classes < 400 else torch.cat([rows[-400:], classes + rows[-400:]])
+    )  # torchvision shifts below 1000 candidates
     found = detect(RoIPredictions(boxes[half], probability[half], None), torch.zeros(classes, dtype=torch.bool), config)
     places = torch.arange(2 * classes)[half].tolist()
     assert sorted(found.labels.tolist()) == sorted(label for place, label in expected if place in set(places))

@@ -1,4 +1,6 @@
-"""The AdaMixer that can be traced finds what `predict` and `detect` find; so does a trace of it, in pictures of other sizes."""
+"""The AdaMixer that can be traced finds what `predict` and `detect` find; so does a trace of it, in pictures of other
+sizes.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,11 @@ def written(form: ModelForm, model: AdaMixer, file: Path) -> Run:
 def same(model: AdaMixer, run: Run) -> None:
     for size in SIZES:
         for classes in (1, 9):
-            picture, texts, is_novel = pictures(size, first=size[0])[0], unit(classes, DIM, seed=classes), torch.arange(classes) % 3 == 0
+            picture, texts, is_novel = (
+                pictures(size, first=size[0])[0],
+                unit(classes, DIM, seed=classes),
+                torch.arange(classes) % 3 == 0,
+            )
             expected = detect(model.predict([picture], texts)[0], is_novel, model.recipe.inference)
             with torch.inference_mode():
                 found = Detections(*run(picture, texts, is_novel))
@@ -36,18 +42,25 @@ def same(model: AdaMixer, run: Run) -> None:
             require_alike(found, expected, pixels=1e-3, score=5e-5)
 
 
-@pytest.mark.parametrize("settings", [
-    (),  # more candidates than queries
-    PRESETS["base-only"],  # one score
-    ("detector.decoder.queries=9999",),  # fewer candidates than queries
-    ("detector.proposals.pre_nms=5", "detector.decoder.queries=15"),  # those that the NMS dropped come back
-    ("detector.proposals.nms=0.1",)], ids=["usual", "one score", "all candidates", "few", "strict"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),  # more candidates than queries
+        PRESETS["base-only"],  # one score
+        ("detector.decoder.queries=9999",),  # fewer candidates than queries
+        ("detector.proposals.pre_nms=5", "detector.decoder.queries=15"),  # those that the NMS dropped come back
+        ("detector.proposals.nms=0.1",),
+    ],
+    ids=["usual", "one score", "all candidates", "few", "strict"],
+)
 def test_it_finds_what_the_model_finds(settings: tuple[str, ...]) -> None:
     model = detector(*settings).eval()
     same(model, ExportableAdaMixer(model))
 
 
-@pytest.mark.parametrize("settings", [(), ("detector.proposals.pre_nms=60", "detector.decoder.queries=200")], ids=["usual", "varying"])
+@pytest.mark.parametrize(
+    "settings", [(), ("detector.proposals.pre_nms=60", "detector.decoder.queries=200")], ids=["usual", "varying"]
+)
 @pytest.mark.parametrize("form", [ModelForm.ONNX, ModelForm.TORCHSCRIPT])
 def test_a_trace_keeps_what_a_picture_decides(form: ModelForm, settings: tuple[str, ...], tmp_path: Path) -> None:
     """Traced on a picture of none of the sizes; queries and candidates in number as the picture has them."""

@@ -36,6 +36,7 @@ from hdovd.modeling.rois import number_boxes, sample_rois_of_images
 
 # Losses by hand.
 
+
 def cross_entropy(logits: list[float], place: int) -> float:
     highest = max(logits)
     return highest + math.log(sum(math.exp(v - highest) for v in logits)) - logits[place]
@@ -46,8 +47,15 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def info_nce(q: list[Tensor], e: list[Tensor], q_memory: list[Tensor], e_memory: list[Tensor], tau: float) -> float:
-    return sum(cross_entropy([tau * cosine(q[k], row) for row in e + e_memory], k)
-               + cross_entropy([tau * cosine(e[k], row) for row in q + q_memory], k) for k in range(len(q))) / 2 / len(q)
+    return (
+        sum(
+            cross_entropy([tau * cosine(q[k], row) for row in e + e_memory], k)
+            + cross_entropy([tau * cosine(e[k], row) for row in q + q_memory], k)
+            for k in range(len(q))
+        )
+        / 2
+        / len(q)
+    )
 
 
 def relation(q: list[Tensor], e: list[Tensor], tau: float, temperature: float) -> float:
@@ -69,7 +77,9 @@ Memories = dict[str, list[Tensor]]
 
 
 @torch.no_grad()
-def naive_losses(model: FasterRCNN, images: list[Tensor], targets: list[Targets], memories: Memories, seed: int) -> dict[str, float]:
+def naive_losses(
+    model: FasterRCNN, images: list[Tensor], targets: list[Targets], memories: Memories, seed: int
+) -> dict[str, float]:
     torch.manual_seed(seed)
     padded, _ = batch_images(images, model.recipe.input)
     targets = [t.with_best_pseudo_boxes(8.0, 2) for t in targets]
@@ -90,7 +100,10 @@ def naive_losses(model: FasterRCNN, images: list[Tensor], targets: list[Targets]
             label, weight = (int(t.labels[k]) if is_base else len(ring) - 1), 1.0
             if k >= len(t.boxes):
                 j = k - len(t.boxes)
-                label, weight = BASE_COUNT + j, 1.3 / (1 + math.exp(-(cosine(t.pseudo_embeddings[j], t.pseudo_texts[j]) - 0.1) / 0.5))
+                label, weight = (
+                    BASE_COUNT + j,
+                    1.3 / (1 + math.exp(-(cosine(t.pseudo_embeddings[j], t.pseudo_texts[j]) - 0.1) / 0.5)),
+                )
             classification += weight * cross_entropy(logits, label)
             counted += 1
             if is_base:
@@ -104,13 +117,17 @@ def naive_losses(model: FasterRCNN, images: list[Tensor], targets: list[Targets]
     levels = [features[name] for name in ("3", "4", "5")]
     g, f = list(model.image_level.head(levels, padded.image_sizes, 32)), [t.image_embedding for t in targets]
     losses = {
-        "rpn_objectness": float(rpn["loss_objectness"]), "rpn_box": float(rpn["loss_rpn_box_reg"]),
-        "classification": classification / counted, "box": box / sum(map(len, rois)),
+        "rpn_objectness": float(rpn["loss_objectness"]),
+        "rpn_box": float(rpn["loss_rpn_box_reg"]),
+        "classification": classification / counted,
+        "box": box / sum(map(len, rois)),
         "instance_alignment": 0.1 * info_nce(q, e, memories["q"], memories["e"], 20.0),
         "instance_relation": 1.0 * relation(q, e, 5.0, 10.0),
         "image_alignment": 0.1 * info_nce(g, f, memories["g"], memories["f"], 20.0),
     }
-    assert len({k for m, t in zip(matches, targets, strict=True) for k in m.tolist() if k >= len(t.boxes)}) > 0, "no pseudo box was matched"
+    assert len({k for m, t in zip(matches, targets, strict=True) for k in m.tolist() if k >= len(t.boxes)}) > 0, (
+        "no pseudo box was matched"
+    )
     for name, rows, length in (("q", q, 7), ("e", e, 7), ("g", g, 5), ("f", f, 5)):
         memories[name] = (rows + memories[name])[:length]
     return losses
@@ -127,13 +144,18 @@ def test_losses_equal_the_method_over_steps_with_filled_queues() -> None:
         assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=2e-4, abs=2e-5)
     assert len(memories["q"]) == 7
     assert len(memories["g"]) == 5
-    queues = {"q": model.instance_level.student_queue, "e": model.instance_level.teacher_queue,
-              "g": model.image_level.student_queue, "f": model.image_level.teacher_queue}
+    queues = {
+        "q": model.instance_level.student_queue,
+        "e": model.instance_level.teacher_queue,
+        "g": model.image_level.student_queue,
+        "f": model.image_level.teacher_queue,
+    }
     for name, queue in queues.items():
         torch.testing.assert_close(queue.read(), torch.stack(memories[name]), atol=1e-5, rtol=0)
 
 
 # Batches of every kind.
+
 
 def test_a_normal_batch_teaches_every_part() -> None:
     model = detector().train()
@@ -144,14 +166,17 @@ def test_a_normal_batch_teaches_every_part() -> None:
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-@pytest.mark.parametrize(("base", "pseudo"), [
-    (BASE_BOXES, [[], []]),
-    ([[[4.0, 4.0, 30.0, 28.0]], BASE_BOXES[1]], PSEUDO_BOXES),  # images with a single base box
-    (BASE_BOXES, [PSEUDO_BOXES[0], [[5.0, 5.0, 12.0, 60.0], [50.0, 5.0, 90.0, 9.0]]]),  # all too small in one image
-    (BASE_BOXES, [[[5.0, 5.0, 9.0, 9.0]], [[50.0, 5.0, 90.0, 9.0]]]),  # all too small in all images
-    ([[[0.0, 0.0, 96.0, 64.0]], BASE_BOXES[1]], [[], PSEUDO_BOXES[1]]),
-    ([BASE_BOXES[0]], [PSEUDO_BOXES[0]]),  # a batch of one
-])
+@pytest.mark.parametrize(
+    ("base", "pseudo"),
+    [
+        (BASE_BOXES, [[], []]),
+        ([[[4.0, 4.0, 30.0, 28.0]], BASE_BOXES[1]], PSEUDO_BOXES),  # images with a single base box
+        (BASE_BOXES, [PSEUDO_BOXES[0], [[5.0, 5.0, 12.0, 60.0], [50.0, 5.0, 90.0, 9.0]]]),  # all too small in one image
+        (BASE_BOXES, [[[5.0, 5.0, 9.0, 9.0]], [[50.0, 5.0, 90.0, 9.0]]]),  # all too small in all images
+        ([[[0.0, 0.0, 96.0, 64.0]], BASE_BOXES[1]], [[], PSEUDO_BOXES[1]]),
+        ([BASE_BOXES[0]], [PSEUDO_BOXES[0]]),  # a batch of one
+    ],
+)
 def test_losses_of_odd_batches_are_finite(base: list[list[list[float]]], pseudo: list[list[list[float]]]) -> None:
     model = detector().train()
     for step in range(2):
@@ -173,7 +198,10 @@ def test_one_pair_gives_no_instance_loss_and_no_memory() -> None:
 def test_small_pseudo_boxes_count_for_nothing() -> None:
     images, targets = batch()
     none = [t.with_best_pseudo_boxes(1e9, 5) for t in targets]
-    tiny = [targets_of(t.boxes.tolist(), [[5.0, 5.0, 12.0, 60.0], [50.0, 5.0, 90.0, 13.0]], i) for i, t in enumerate(targets)]
+    tiny = [
+        targets_of(t.boxes.tolist(), [[5.0, 5.0, 12.0, 60.0], [50.0, 5.0, 90.0, 13.0]], i)
+        for i, t in enumerate(targets)
+    ]
     with_none, with_tiny = run(detector(), images, none), run(detector(), images, tiny)
     for name in DISTILLED:
         assert with_tiny[name].item() == pytest.approx(with_none[name].item(), abs=1e-7), name
@@ -182,7 +210,10 @@ def test_small_pseudo_boxes_count_for_nothing() -> None:
 def test_pseudo_boxes_are_measured_at_the_input_scale() -> None:
     images = pictures((32, 48), (128, 192))  # doubled, halved
     base = [[[4.0, 4.0, 20.0, 20.0]], [[20.0, 20.0, 90.0, 100.0]]]
-    kept = [targets_of(base[0], [[20.0, 10.0, 25.0, 15.0]], 0), targets_of(base[1], [[20.0, 10.0, 34.0, 24.0]], 1)]  # 10 px and 7 px then
+    kept = [
+        targets_of(base[0], [[20.0, 10.0, 25.0, 15.0]], 0),
+        targets_of(base[1], [[20.0, 10.0, 34.0, 24.0]], 1),
+    ]  # 10 px and 7 px then
     expected = [kept[0], kept[1].with_best_pseudo_boxes(1e9, 5)]
     one, two = run(detector(), images, kept), run(detector(), images, expected)
     for name in DISTILLED:
@@ -199,11 +230,14 @@ def test_base_only_has_no_distillation() -> None:
     assert model.eval().predict(pictures((64, 96)), TEXTS)[0].distillation_score is None
 
 
-@pytest.mark.parametrize(("settings", "absent"), [
-    (["loss.instance.enabled=false"], {"instance_alignment", "instance_relation"}),
-    (["loss.image.enabled=false"], {"image_alignment"}),
-    (["loss.class.enabled=false"], set()),
-])
+@pytest.mark.parametrize(
+    ("settings", "absent"),
+    [
+        (["loss.instance.enabled=false"], {"instance_alignment", "instance_relation"}),
+        (["loss.image.enabled=false"], {"image_alignment"}),
+        (["loss.class.enabled=false"], set()),
+    ],
+)
 def test_levels_switch_off_one_by_one(settings: list[str], absent: set[str]) -> None:
     model = detector(*settings).train()
     losses = run(model, *batch())
@@ -234,7 +268,10 @@ def test_the_class_weight_scales_the_pseudo_rois_only() -> None:
 
 # Numbering.
 
-def labels_and_weights(box_of_roi: Tensor, *settings: str, first: int = BASE_COUNT, pseudo: int = 4) -> tuple[Tensor, Tensor]:
+
+def labels_and_weights(
+    box_of_roi: Tensor, *settings: str, first: int = BASE_COUNT, pseudo: int = 4
+) -> tuple[Tensor, Tensor]:
     _, targets = batch()  # 2 base + 1 pseudo, 1 base + 3 pseudo
     return detector(*settings).class_level.labels_and_weights(box_of_roi, targets, first, BASE_COUNT + pseudo)
 
@@ -249,8 +286,11 @@ def test_labels_and_weights_are_those_of_the_boxes_base_before_pseudo() -> None:
     labels, weights = labels_and_weights(torch.tensor([-1, 0, 2, 1, 2, 6, -1, 3, 4, 5]))
     background = BASE_COUNT + 4
     assert labels.tolist() == [background, 0, 3, 1, 3, 6, background, 1, 4, 5]  # image 1's base box has label 1
-    trust = [1.3 / (1 + math.exp(-(cosine(v, u) - 0.1) / 0.5))
-             for t in targets for v, u in zip(t.pseudo_embeddings, t.pseudo_texts, strict=True)]
+    trust = [
+        1.3 / (1 + math.exp(-(cosine(v, u) - 0.1) / 0.5))
+        for t in targets
+        for v, u in zip(t.pseudo_embeddings, t.pseudo_texts, strict=True)
+    ]
     torch.testing.assert_close(weights, torch.tensor([1, 1, trust[0], 1, trust[0], trust[3], 1, 1, trust[1], trust[2]]))
 
 
@@ -267,7 +307,9 @@ def test_without_the_class_level_pseudo_rois_have_no_weight() -> None:
 
 def test_labels_without_pseudo_boxes() -> None:
     _, targets = batch(pseudo=[[], []])
-    labels, weights = detector().class_level.labels_and_weights(torch.tensor([1, -1, -1, 2]), targets, BASE_COUNT, BASE_COUNT)
+    labels, weights = detector().class_level.labels_and_weights(
+        torch.tensor([1, -1, -1, 2]), targets, BASE_COUNT, BASE_COUNT
+    )
     assert labels.tolist() == [1, BASE_COUNT, BASE_COUNT, 1]
     assert weights.tolist() == [1, 1, 1, 1]
 
@@ -281,7 +323,9 @@ THREE_PSEUDO = [*PSEUDO_BOXES, []]
 
 
 def losses_in_order(order: list[int], keys: list[int] = KEYS) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses and gradients of three images in an order, from a fresh detector without batch statistics that draws few of many."""
+    """Losses and gradients of three images in an order, from a fresh detector without batch statistics that draws few
+    of many.
+    """
     model = frozen_detector("detector.rpn.samples=6", "detector.head.samples=8").train()
     images, targets = batch(THREE_BASE, THREE_PSEUDO)
     losses = model([images[i] for i in order], [targets[i] for i in order], TEXTS, [keys[i] for i in order])
@@ -300,7 +344,12 @@ def test_with_keys_the_order_of_images_changes_no_loss_and_no_gradient(order: li
     losses, gradients = losses_in_order([0, 1, 2])
     torch.manual_seed(2)
     other_losses, other_gradients = losses_in_order(order)
-    for name, loss in losses.items():  # sums in another order: the relation's terms, 100 times a difference of logarithms, keep six digits
+    for (
+        name,
+        loss,
+    ) in (
+        losses.items()
+    ):  # sums in another order: the relation's terms, 100 times a difference of logarithms, keep six digits
         assert loss.item() > 0
         assert other_losses[name].item() == pytest.approx(loss.item(), rel=ROUNDING), name
     for name, gradient in gradients.items():
@@ -309,15 +358,20 @@ def test_with_keys_the_order_of_images_changes_no_loss_and_no_gradient(order: li
 
 @pytest.mark.parametrize("image", range(3))
 def test_another_key_moves_losses_by_far_more_than_rounding(image: int) -> None:
-    keys = [other if number == image else key for number, (key, other) in enumerate(zip(KEYS, [14, 2**63 - 4, 10], strict=True))]
+    keys = [
+        other if number == image else key
+        for number, (key, other) in enumerate(zip(KEYS, [14, 2**63 - 4, 10], strict=True))
+    ]
     losses, others = losses_in_order([0, 1, 2])[0], losses_in_order([0, 1, 2], keys)[0]
     assert max(abs(others[name].item() / loss.item() - 1) for name, loss in losses.items()) > 50 * ROUNDING
 
 
 def test_other_keys_draw_otherwise() -> None:
     images, targets = batch()
-    values = {tuple(loss.item() for loss in frozen_detector().train()(images, targets, TEXTS, keys).values())
-              for keys in ([1, 2], [1, 2 + 2**32], [1 + 2**40, 2])}
+    values = {
+        tuple(loss.item() for loss in frozen_detector().train()(images, targets, TEXTS, keys).values())
+        for keys in ([1, 2], [1, 2 + 2**32], [1 + 2**40, 2])
+    }
     assert len(values) == 3
 
 
@@ -339,15 +393,17 @@ def test_keys_leave_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("keys", "message"), [
-    ([1], "one an image, 2; found 1"), ([1, 2**63], "key 9223372036854775808"), ([-1, 0], "key -1"),
-])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [([1], "one an image, 2; found 1"), ([1, 2**63], "key 9223372036854775808"), ([-1, 0], "key -1")],
+)
 def test_keys_that_do_not_fit_are_refused(keys: list[int], message: str) -> None:
     with pytest.raises(HdovdError, match=message):
         detector().train()(*batch(), TEXTS, keys)
 
 
 # Multi-scale training.
+
 
 def test_boxes_and_the_size_rule_follow_the_scale_that_is_drawn() -> None:
     """At scale 1 the pseudo box has 10 px, at scale 1/2 it has 5 and is too small; two images of the same picture."""
@@ -368,12 +424,16 @@ def test_boxes_and_the_size_rule_follow_the_scale_that_is_drawn() -> None:
 
 def test_prediction_is_at_the_fixed_scale() -> None:
     images = pictures((64, 96), (100, 120))
-    plain, several = (frozen_detector(*setting).eval().predict(images, TEXTS) for setting in ((), ("input.train_short_sides=[32, 40]",)))
+    plain, several = (
+        frozen_detector(*setting).eval().predict(images, TEXTS)
+        for setting in ((), ("input.train_short_sides=[32, 40]",))
+    )
     for one, two in zip(plain, several, strict=True):
         assert torch.equal(one.boxes, two.boxes)
 
 
 # Prediction.
+
 
 def test_predict_scores_and_boxes_equal_loops_in_original_pixels() -> None:
     model = detector().eval()
@@ -396,9 +456,16 @@ def test_predict_scores_and_boxes_equal_loops_in_original_pixels() -> None:
             x0, y0, x1, y1 = proposals[i][r].tolist()
             dx, dy, dw, dh = deltas[i][r].tolist()
             cx, cy = (x0 + x1) / 2 + dx / 10 * (x1 - x0), (y0 + y1) / 2 + dy / 10 * (y1 - y0)
-            w, h = (x1 - x0) * math.exp(min(dw / 5, math.log(1000 / 16))), (y1 - y0) * math.exp(min(dh / 5, math.log(1000 / 16)))
-            expected = [min(max(cx - w / 2, 0), width) / x, min(max(cy - h / 2, 0), height) / y,
-                        min(max(cx + w / 2, 0), width) / x, min(max(cy + h / 2, 0), height) / y]
+            w, h = (
+                (x1 - x0) * math.exp(min(dw / 5, math.log(1000 / 16))),
+                (y1 - y0) * math.exp(min(dh / 5, math.log(1000 / 16))),
+            )
+            expected = [
+                min(max(cx - w / 2, 0), width) / x,
+                min(max(cy - h / 2, 0), height) / y,
+                min(max(cx + w / 2, 0), width) / x,
+                min(max(cy + h / 2, 0), height) / y,
+            ]
             assert prediction.boxes[r].tolist() == pytest.approx(expected, abs=1e-3)
             logits = [50 * cosine(c[i][r], prompt) for prompt in [*texts, model.background.detach()]]
             s1 = [math.exp(-cross_entropy(logits, k)) for k in range(6)]
@@ -432,11 +499,17 @@ def test_a_state_dict_makes_the_same_detector() -> None:
 def test_checkpoints_of_before_the_levels_were_parts_still_load() -> None:
     model = detector().train()
     run(model, *batch())
-    old = {"instance_level.student_queue": "student_queue", "instance_level.teacher_queue": "teacher_queue",
-           "image_level.head": "image_head", "image_level.student_queue": "image_student_queue",
-           "image_level.teacher_queue": "image_teacher_queue"}
-    state = {next((before + name.removeprefix(now) for now, before in old.items() if name.startswith(now)), name): value
-             for name, value in model.state_dict().items()}
+    old = {
+        "instance_level.student_queue": "student_queue",
+        "instance_level.teacher_queue": "teacher_queue",
+        "image_level.head": "image_head",
+        "image_level.student_queue": "image_student_queue",
+        "image_level.teacher_queue": "image_teacher_queue",
+    }
+    state = {
+        next((before + name.removeprefix(now) for now, before in old.items() if name.startswith(now)), name): value
+        for name, value in model.state_dict().items()
+    }
     assert not any("level" in name for name in state)
     again = FasterRCNN(small(), DIM, log=None)
     again.load_state_dict(state)

@@ -10,9 +10,19 @@ from hdovd.config.recipe import load_recipe
 from hdovd.data.targets import Targets
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
 
-SMALL = ("detector.backbone.fpn_channels=16", "detector.rpn.samples=32", "detector.rpn.pre_nms=60", "detector.rpn.post_nms=30",
-         "detector.head.fc_channels=16", "detector.head.samples=16", "input.short_side=64", "input.long_side=96",
-         "pseudo_boxes.min_side=4.0", "pseudo_boxes.max_per_image=1", "pseudo_boxes.reliability_centre=0.0")
+SMALL = (
+    "detector.backbone.fpn_channels=16",
+    "detector.rpn.samples=32",
+    "detector.rpn.pre_nms=60",
+    "detector.rpn.post_nms=30",
+    "detector.head.fc_channels=16",
+    "detector.head.samples=16",
+    "input.short_side=64",
+    "input.long_side=96",
+    "pseudo_boxes.min_side=4.0",
+    "pseudo_boxes.max_per_image=1",
+    "pseudo_boxes.reliability_centre=0.0",
+)
 D = 8
 
 
@@ -30,14 +40,23 @@ def _batch() -> tuple[list[torch.Tensor], list[Targets]]:
     images = [torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8) for _ in range(2)]
     boxes = torch.tensor([[4.0, 4.0, 30.0, 30.0], [34.0, 30.0, 60.0, 60.0]])
     pseudo = torch.tensor([[10.0, 30.0, 30.0, 62.0], [1.0, 1.0, 20.0, 20.0]])
-    return images, [Targets(boxes, torch.tensor([0, 1]), _rows(2), pseudo, _rows(2), _rows(2), _rows(1)[0]) for _ in images]
+    return images, [
+        Targets(boxes, torch.tensor([0, 1]), _rows(2), pseudo, _rows(2), _rows(2), _rows(1)[0]) for _ in images
+    ]
 
 
 def test_students_are_the_normalised_rows_of_the_boxes_that_are_used() -> None:
     model = _model()
     images, targets = _batch()
     found = model.students(images, targets, [5, 6])
-    assert found.box.tolist() == [0, 1, 2, 3, 4, 5]  # two base boxes and the one pseudo box that the recipe allows, an image
+    assert found.box.tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]  # two base boxes and the one pseudo box that the recipe allows, an image
     assert [len(t.pseudo_boxes) for t in found.targets] == [1, 1]
     assert found.q.shape == (6, D)
     torch.testing.assert_close(found.q.norm(dim=1), torch.ones(6))

@@ -80,7 +80,9 @@ def test_box_loss_counts_base_positives_and_divides_by_all_rois() -> None:
 
 def test_gradients_are_right() -> None:
     labels, weights = torch.tensor([0, 2, 1]), torch.tensor([1.0, 0.0, 0.4], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda rows: classification_loss(rows, labels, weights), (noise(3, 4).requires_grad_(),))
+    assert torch.autograd.gradcheck(
+        lambda rows: classification_loss(rows, labels, weights), (noise(3, 4).requires_grad_(),)
+    )
     targets, is_base = noise(3, 4, seed=5), torch.tensor([True, False, True])
     assert torch.autograd.gradcheck(lambda rows: box_loss(rows, targets, is_base), (noise(3, 4).requires_grad_(),))
 
@@ -126,7 +128,9 @@ def test_shared_prompt_order_equals_the_ring_order_of_the_paper() -> None:
     targets = []
     for i in range(images):
         for _ in range(roi_count):
-            kind = ["base", "background", "pseudo"][int(torch.randint(3 if pseudo_counts[i] else 2, (), generator=generator))]
+            kind = ["base", "background", "pseudo"][
+                int(torch.randint(3 if pseudo_counts[i] else 2, (), generator=generator))
+            ]
             limit = {"base": base_count, "pseudo": pseudo_counts[i], "background": 1}[kind]
             targets.append((i, kind, int(torch.randint(limit, (), generator=generator))))
     assert {kind for _, kind, _ in targets} == {"base", "pseudo", "background"}

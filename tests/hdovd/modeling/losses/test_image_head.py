@@ -34,8 +34,9 @@ def bilinear(grid: Tensor, y: float, x: float) -> Tensor:
     top, left = min(math.floor(y), height - 1), min(math.floor(x), width - 1)
     bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
     dy, dx = y - top, x - left
-    return ((1 - dy) * ((1 - dx) * grid[:, top, left] + dx * grid[:, top, right])
-            + dy * ((1 - dx) * grid[:, bottom, left] + dx * grid[:, bottom, right]))
+    return (1 - dy) * ((1 - dx) * grid[:, top, left] + dx * grid[:, top, right]) + dy * (
+        (1 - dx) * grid[:, bottom, left] + dx * grid[:, bottom, right]
+    )
 
 
 def naive_embedding(model: ImageHead, levels: list[Tensor], image: int, size: tuple[int, int]) -> Tensor:
@@ -48,8 +49,11 @@ def naive_embedding(model: ImageHead, levels: list[Tensor], image: int, size: tu
             for x in range(width):
                 fused[:, y, x] += bilinear(fine, (y + 0.5) * ratio_y - 0.5, (x + 0.5) * ratio_x - 0.5)
     # 7 x 7 bins of 2 x 2 samples over the valid area: 14 x 14 points, and the mean over bins is the mean over points
-    points = [bilinear(fused, (r + 0.5) * size[0] / 32 / 14 - 0.5, (c + 0.5) * size[1] / 32 / 14 - 0.5)
-              for r in range(14) for c in range(14)]
+    points = [
+        bilinear(fused, (r + 0.5) * size[0] / 32 / 14 - 0.5, (c + 0.5) * size[1] / 32 / 14 - 0.5)
+        for r in range(14)
+        for c in range(14)
+    ]
     pooled = torch.stack(points).mean(dim=0)
     centred = (pooled - pooled.mean()) / (pooled.var(unbiased=False) + model.norm.eps).sqrt()
     row = model.project.weight @ (centred * model.norm.weight + model.norm.bias) + model.project.bias
@@ -97,15 +101,33 @@ def test_rows_are_normalised_and_gradient_reaches_every_level() -> None:
 def test_a_single_level_is_enough(count: int) -> None:
     level = torch.randn(count, CHANNELS, 4, 4)
     model = head()
-    expected = F.normalize(model.project(model.norm(torch.stack([
-        torch.stack([bilinear(level[i], (r + 0.5) * 4 / 14 - 0.5, (c + 0.5) * 4 / 14 - 0.5) for r in range(14) for c in range(14)]).mean(0)
-        for i in range(count)]))), dim=1)
+    expected = F.normalize(
+        model.project(
+            model.norm(
+                torch.stack(
+                    [
+                        torch.stack(
+                            [
+                                bilinear(level[i], (r + 0.5) * 4 / 14 - 0.5, (c + 0.5) * 4 / 14 - 0.5)
+                                for r in range(14)
+                                for c in range(14)
+                            ]
+                        ).mean(0)
+                        for i in range(count)
+                    ]
+                )
+            )
+        ),
+        dim=1,
+    )
     torch.testing.assert_close(model([level], [(128, 128)] * count, 32), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_values_and_gradients_equal_resize_and_roi_align(layout: torch.memory_format) -> None:
-    """torchvision's and torch's own operations, one after the other; maps of odd sizes too, as padding to 32 never makes them."""
+    """torchvision's and torch's own operations, one after the other; maps of odd sizes too, as padding to 32 never
+    makes them.
+    """
     model, sizes = head(), [(96, 160), (70, 130), (33, 64)]
     fine, _, coarse = pyramid(3, 96, 160)
     levels = [f.to(memory_format=layout).requires_grad_() for f in (fine, torch.randn(3, CHANNELS, 7, 9), coarse)]
@@ -118,6 +140,9 @@ def test_values_and_gradients_equal_resize_and_roi_align(layout: torch.memory_fo
     found = model(levels, sizes, 32)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     weight = torch.randn(3, DIM)
-    for one, two in zip(torch.autograd.grad((found * weight).sum(), levels), torch.autograd.grad((expected * weight).sum(), levels),
-                        strict=True):
+    for one, two in zip(
+        torch.autograd.grad((found * weight).sum(), levels),
+        torch.autograd.grad((expected * weight).sum(), levels),
+        strict=True,
+    ):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)

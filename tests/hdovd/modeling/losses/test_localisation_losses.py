@@ -14,7 +14,12 @@ ONE = torch.tensor(1.0)
 def decode(deltas: Tensor, anchor: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
     """xyxy of offsets (dx, dy, dw, dh) from an anchor (centre x, centre y, width, height)."""
     dx, dy, dw, dh = map(float, deltas)
-    x, y, w, h = anchor[0] + dx * anchor[2], anchor[1] + dy * anchor[3], anchor[2] * math.exp(dw), anchor[3] * math.exp(dh)
+    x, y, w, h = (
+        anchor[0] + dx * anchor[2],
+        anchor[1] + dy * anchor[3],
+        anchor[2] * math.exp(dw),
+        anchor[3] * math.exp(dh),
+    )
     return x - w / 2, y - h / 2, x + w / 2, y + h / 2
 
 
@@ -66,15 +71,18 @@ def test_centerness_equals_that_of_the_distances(anchor: tuple[float, float, flo
     torch.testing.assert_close(centerness(boxes), torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("box", "expected"), [
-    ((0.0, 0.0, 0.0, 0.0), 1.0),  # the anchor itself
-    ((0.0, 0.0, 2.0, -1.0), 1.0),  # any size about the same centre
-    ((0.25, 0.0, 0.0, 0.0), math.sqrt(1 / 3)),  # l, r = 0.25, 0.75 sides
-    ((0.25, -0.25, 0.0, 0.0), 1 / 3),
-    ((0.5, 0.0, 0.0, 0.0), 0.0),  # on the edge
-    ((0.5, 0.0, math.log(2), 0.0), math.sqrt(1 / 3)),
-    ((0.7, 0.0, 0.0, 0.0), 0.0),
-])
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((0.0, 0.0, 0.0, 0.0), 1.0),  # the anchor itself
+        ((0.0, 0.0, 2.0, -1.0), 1.0),  # any size about the same centre
+        ((0.25, 0.0, 0.0, 0.0), math.sqrt(1 / 3)),  # l, r = 0.25, 0.75 sides
+        ((0.25, -0.25, 0.0, 0.0), 1 / 3),
+        ((0.5, 0.0, 0.0, 0.0), 0.0),  # on the edge
+        ((0.5, 0.0, math.log(2), 0.0), math.sqrt(1 / 3)),
+        ((0.7, 0.0, 0.0, 0.0), 0.0),
+    ],
+)
 def test_centerness_by_hand(box: tuple[float, ...], expected: float) -> None:
     assert centerness(torch.tensor([box], dtype=torch.float64)).item() == pytest.approx(expected)
 
@@ -89,7 +97,10 @@ def test_losses_by_hand() -> None:
 
 
 def test_a_perfect_prediction_costs_nothing() -> None:
-    boxes, quality = offsets(), torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.98 + 0.01
+    boxes, quality = (
+        offsets(),
+        torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.98 + 0.01,
+    )
     assert iou_loss(boxes, boxes, ONE).item() == pytest.approx(0.0, abs=1e-9)
     assert offset_loss(boxes, boxes, ONE).item() == 0.0
     assert quality_loss(quality.logit(), quality, ONE).item() == pytest.approx(0.0, abs=1e-9)
@@ -107,13 +118,19 @@ def test_a_step_down_the_iou_loss_brings_boxes_nearer() -> None:
     predicted, wanted = offsets(20, 8, 0.2).requires_grad_(), offsets(20, 9, 0.2)
     iou_loss(predicted, wanted, ONE).backward()
     assert predicted.grad is not None
-    nearer = iou_of_offsets(predicted.detach() - 0.001 * predicted.grad, wanted) - iou_of_offsets(predicted.detach(), wanted)
+    nearer = iou_of_offsets(predicted.detach() - 0.001 * predicted.grad, wanted) - iou_of_offsets(
+        predicted.detach(), wanted
+    )
     assert (nearer > 0).all()
 
 
 def test_no_box_at_all_is_zero_with_backward() -> None:
     boxes, logits = torch.zeros(0, 4, requires_grad=True), torch.zeros(0, requires_grad=True)
-    total = iou_loss(boxes, boxes.detach(), ONE) + offset_loss(boxes, boxes.detach(), ONE) + quality_loss(logits, logits.detach(), ONE)
+    total = (
+        iou_loss(boxes, boxes.detach(), ONE)
+        + offset_loss(boxes, boxes.detach(), ONE)
+        + quality_loss(logits, logits.detach(), ONE)
+    )
     total.backward()
     assert total.item() == 0.0
     assert boxes.grad is not None

@@ -14,9 +14,18 @@ from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.modeling.losses.localisation import centerness
 from hdovd.modeling.proposals.oln import _BOX, _SCORE, CenternessRPN, ObjectLocalisationNetwork, sample_near
 
-SETTINGS = ("detector.backbone.fpn_channels=4", "detector.backbone.levels=[3, 4]", "detector.rpn.anchor_sizes=[[16], [32], [64]]",
-            "detector.rpn.samples=400", "proposals.rois=40", "proposals.rpn_nms=1.0", "proposals.box_iou=0.6", "input.short_side=64",
-            "input.long_side=96", "detector.head.fc_channels=8")
+SETTINGS = (
+    "detector.backbone.fpn_channels=4",
+    "detector.backbone.levels=[3, 4]",
+    "detector.rpn.anchor_sizes=[[16], [32], [64]]",
+    "detector.rpn.samples=400",
+    "proposals.rois=40",
+    "proposals.rpn_nms=1.0",
+    "proposals.box_iou=0.6",
+    "input.short_side=64",
+    "input.long_side=96",
+    "detector.head.fc_channels=8",
+)
 BOXES = torch.tensor([[10.0, 8.0, 40.0, 42.0], [44.0, 40.0, 60.0, 58.0]])
 
 
@@ -56,7 +65,9 @@ def test_only_anchors_near_a_base_box_learn() -> None:
 def test_samples_are_drawn_by_the_key(settings: tuple[str, ...]) -> None:
     rpn = CenternessRPN(recipe(*settings))
     _, _, _, anchors = scene()
-    draws = [rpn.assign_targets_to_anchors([anchors], [{"boxes": BOXES, "key": key}])[0][0] for key in (1, 1, *range(2, 8))]
+    draws = [
+        rpn.assign_targets_to_anchors([anchors], [{"boxes": BOXES, "key": key}])[0][0] for key in (1, 1, *range(2, 8))
+    ]
     assert torch.equal(draws[0], draws[1])
     if settings:
         assert all(int(((learns & _SCORE) > 0).sum()) == 3 for learns in draws)
@@ -104,13 +115,17 @@ def test_rpn_losses_equal_loops() -> None:
     best = [k for k in range(len(anchors)) if learns[k] & _BOX]
     wanted = centerness(rpn.box_coder.encode([boxes], [anchors])[0])
     assert losses["loss_objectness"].item() == pytest.approx(
-        sum(abs(1 / (1 + math.exp(-float(logits[k]))) - float(wanted[k])) for k in near) / len(near), rel=1e-5)
+        sum(abs(1 / (1 + math.exp(-float(logits[k]))) - float(wanted[k])) for k in near) / len(near), rel=1e-5
+    )
     assert losses["loss_rpn_box_reg"].item() == pytest.approx(
-        sum(1 - float(box_iou(decoded[k][None], boxes[k][None])) for k in best) / len(best), rel=1e-4)
+        sum(1 - float(box_iou(decoded[k][None], boxes[k][None])) for k in best) / len(best), rel=1e-4
+    )
 
 
 def test_rois_near_a_box_and_the_boxes_themselves() -> None:
-    proposals = torch.tensor([[12.0, 8.0, 42.0, 42.0], [0.0, 0.0, 9.0, 9.0], [44.0, 50.0, 60.0, 68.0]])  # near, far, IoU 0.29
+    proposals = torch.tensor(
+        [[12.0, 8.0, 42.0, 42.0], [0.0, 0.0, 9.0, 9.0], [44.0, 50.0, 60.0, 68.0]]
+    )  # near, far, IoU 0.29
     rois, boxes, overlaps = sample_near(proposals, BOXES, 10, 0.3, key=5)
     assert rois.tolist() == [*BOXES.tolist(), proposals[0].tolist()]
     assert boxes.tolist() == [*BOXES.tolist(), BOXES[0].tolist()]
@@ -122,8 +137,10 @@ def test_rois_near_a_box_and_the_boxes_themselves() -> None:
 def test_score_is_the_geometric_mean_of_centerness_and_iou() -> None:
     torch.manual_seed(0)
     network = ObjectLocalisationNetwork(recipe(), lambda _: None).eval()
-    images, features = ImageList(torch.zeros(2, 3, 64, 64), [(64, 64), (50, 60)]), {
-        str(level): torch.randn(2, 4, 64 >> level, 64 >> level) for level in (3, 4, 5)}
+    images, features = (
+        ImageList(torch.zeros(2, 3, 64, 64), [(64, 64), (50, 60)]),
+        {str(level): torch.randn(2, 4, 64 >> level, 64 >> level) for level in (3, 4, 5)},
+    )
     torch.nn.init.zeros_(network.head.iou.weight)
     torch.nn.init.constant_(network.head.iou.bias, math.log(0.36 / 0.64))  # every IoU is 0.36
     with torch.no_grad():
@@ -138,7 +155,9 @@ def test_score_is_the_geometric_mean_of_centerness_and_iou() -> None:
 def test_it_learns_to_find_an_object() -> None:
     """A few steps on one picture: the best proposal is the labelled square, and its score says that it fits."""
     torch.manual_seed(0)
-    network = ObjectLocalisationNetwork(recipe("detector.backbone.fpn_channels=16", "detector.head.fc_channels=32"), lambda _: None).train()
+    network = ObjectLocalisationNetwork(
+        recipe("detector.backbone.fpn_channels=16", "detector.head.fc_channels=32"), lambda _: None
+    ).train()
     picture = torch.randint(100, 130, (3, 64, 64), dtype=torch.uint8)
     picture[:, 16:40, 20:44] = 250
     box = torch.tensor([[20.0, 16.0, 44.0, 40.0]])
@@ -149,6 +168,6 @@ def test_it_learns_to_find_an_object() -> None:
         sum(network([picture], [box], [step]).values()).backward()
         optimizer.step()
         decay.step()
-    (boxes, scores), = network.eval().propose([picture])
+    ((boxes, scores),) = network.eval().propose([picture])
     assert box_iou(boxes[:1], box).item() > 0.6
     assert scores[0] > 0.6

@@ -10,11 +10,25 @@ from hdovd.modeling.batching import batch_images
 from hdovd.modeling.proposals.base import ObjectnessNetwork, ProposalNetwork
 from hdovd.modeling.proposals.oln import ObjectLocalisationNetwork
 
-RECIPE = load_recipe("demo", [
-    "input.short_side=64", "input.long_side=96", "detector.backbone.fpn_channels=8", "detector.rpn.anchor_sizes=[[16], [32], [64], [96]]",
-    "detector.rpn.samples=32", "detector.rpn.pre_nms=40", "detector.rpn.post_nms=20", "detector.head.fc_channels=16", "proposals.rois=30",
-    "proposals.nms=0.2"])
-NETWORKS = {ObjectLocalisationNetwork: {"rpn_centerness", "rpn_box", "head_iou", "head_box"}, ObjectnessNetwork: {"objectness", "box"}}
+RECIPE = load_recipe(
+    "demo",
+    [
+        "input.short_side=64",
+        "input.long_side=96",
+        "detector.backbone.fpn_channels=8",
+        "detector.rpn.anchor_sizes=[[16], [32], [64], [96]]",
+        "detector.rpn.samples=32",
+        "detector.rpn.pre_nms=40",
+        "detector.rpn.post_nms=20",
+        "detector.head.fc_channels=16",
+        "proposals.rois=30",
+        "proposals.nms=0.2",
+    ],
+)
+NETWORKS = {
+    ObjectLocalisationNetwork: {"rpn_centerness", "rpn_box", "head_iou", "head_box"},
+    ObjectnessNetwork: {"objectness", "box"},
+}
 each_network = pytest.mark.parametrize("kind", NETWORKS)
 
 
@@ -31,7 +45,9 @@ def network(kind: type[ProposalNetwork]) -> ProposalNetwork:
 @each_network
 def test_losses_are_finite_and_every_weight_learns(kind: type[ProposalNetwork]) -> None:
     model = network(kind).train()
-    losses = model(pictures((64, 96), (32, 40)), [torch.tensor([[8.0, 8.0, 40.0, 40.0]]), torch.tensor([[2.0, 2.0, 20.0, 25.0]])])
+    losses = model(
+        pictures((64, 96), (32, 40)), [torch.tensor([[8.0, 8.0, 40.0, 40.0]]), torch.tensor([[2.0, 2.0, 20.0, 25.0]])]
+    )
     sum(losses.values()).backward()
     assert set(losses) == NETWORKS[kind]
     assert all(loss.isfinite() and loss > 0 for loss in losses.values())
@@ -42,13 +58,19 @@ def test_losses_are_finite_and_every_weight_learns(kind: type[ProposalNetwork]) 
 def test_boxes_are_scaled_like_the_picture(kind: type[ProposalNetwork]) -> None:
     model, (picture,) = network(kind).train(), pictures((32, 48))
     box = torch.tensor([[4.0, 4.0, 28.0, 20.0]])
-    double = torch.nn.functional.interpolate(picture[None].float(), (64, 96), mode="bilinear", align_corners=False)[0].round().byte()
+    double = (
+        torch.nn.functional.interpolate(picture[None].float(), (64, 96), mode="bilinear", align_corners=False)[0]
+        .round()
+        .byte()
+    )
     torch.manual_seed(1)
     small = model([picture], [box])
     torch.manual_seed(1)
     large = model([double], [2 * box])
     for name in small:
-        torch.testing.assert_close(small[name], large[name], atol=0.02, rtol=0.02)  # the doubled picture is rounded to bytes
+        torch.testing.assert_close(
+            small[name], large[name], atol=0.02, rtol=0.02
+        )  # the doubled picture is rounded to bytes
 
 
 @each_network
@@ -58,7 +80,7 @@ def test_training_scales_are_drawn_and_boxes_follow(kind: type[ProposalNetwork])
     model, seen = kind(recipe, lambda _: None).train(), []
     model.rpn.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
     model(pictures(*[(64, 96)] * 8), [torch.tensor([[8.0, 16.0, 40.0, 40.0]])] * 8)
-    (batch, _, targets), = seen
+    ((batch, _, targets),) = seen
     assert set(batch.image_sizes) == {(64, 96), (32, 48)}
     for (height, _), target in zip(batch.image_sizes, targets, strict=True):
         assert target["boxes"].tolist() == [[v * height / 64 for v in (8.0, 16.0, 40.0, 40.0)]]
@@ -79,7 +101,9 @@ def test_proposals_come_best_first_in_original_pixels(kind: type[ProposalNetwork
         padded, same = padded[keep], same[keep]
         torch.testing.assert_close(scores, same)
         assert (box_iou(padded, padded).triu(1) <= 0.2).all()
-        torch.testing.assert_close(boxes, torch.stack([padded[:, 0] / x, padded[:, 1] / y, padded[:, 2] / x, padded[:, 3] / y], dim=1))
+        torch.testing.assert_close(
+            boxes, torch.stack([padded[:, 0] / x, padded[:, 1] / y, padded[:, 2] / x, padded[:, 3] / y], dim=1)
+        )
         assert (boxes <= torch.tensor([image.shape[2], image.shape[1]] * 2) + 1e-3).all()
         assert boxes.min() >= 0
 
@@ -96,7 +120,9 @@ def test_pictures_without_boxes_teach_with_backward(kind: type[ProposalNetwork])
 
 @each_network
 def test_with_keys_nothing_is_left_to_chance(kind: type[ProposalNetwork]) -> None:
-    recipe = load_recipe("demo", ["input.short_side=64", "input.long_side=96", "detector.rpn.samples=6", "detector.head.samples=2"])
+    recipe = load_recipe(
+        "demo", ["input.short_side=64", "input.long_side=96", "detector.rpn.samples=6", "detector.head.samples=2"]
+    )
     torch.manual_seed(0)
     model, images = kind(recipe, lambda _: None).train(), pictures((64, 96), (64, 96))
     boxes = [torch.tensor([[8.0, 8.0, 40.0, 40.0], [30.0, 4.0, 80.0, 60.0]])] * 2
