@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import KeyInputs
-from hdovd.cache.product import Product
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.data.coco import Skips, Split
@@ -47,24 +46,17 @@ class ExtractReport:
     whole: bool = True
 
 
-def prepare(
-    config: ExtractConfig, log: Log = print, teacher: Teacher | None = None, *, knowing: Iterable[Product] | None = None
-) -> Extraction:
-    """Read the inputs, load the model and plan. Writes nothing. Raises HdovdError for bad input.
-
-    `knowing`: products that know pictures by their content, if they are others than those of the cache.
-    """
+def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = None) -> Extraction:
+    """Read the inputs, load the model and plan. Writes nothing. Raises HdovdError for bad input."""
     catalog = Catalog.find_at(config.cache)  # first: what is in the way is said before all work
-    known = (catalog.products() if catalog is not None else ()) if knowing is None else knowing
     protocol = load_protocol(config.protocol)
     split = config.data.load("train2017", protocol, base_only=True, log=log, exif=config.exif)
     proposals, origin = _proposals(config, split, log)
-    pictures = picture_hashes(split, known)
+    pictures = picture_hashes(split, () if catalog is None else catalog.products())
     if pictures.changed:
         log(
             f"{counted(len(pictures.changed), 'picture is', 'pictures are')} not what the cache has of the same id and "
-            f"size (images "
-            f"{shorten([*pictures.changed])}): to be embedded anew"
+            f"size (images {shorten([*pictures.changed])}): to be embedded anew"
         )
     table = box_table(split.images, proposals, pictures.values)
     classes = read_classes(protocol.names, config.synonyms, config.class_embeddings, log)

@@ -93,7 +93,7 @@ def extraction_of(
         return ExtractConfig.from_dict(features.made_from, cache, **changes)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise HdovdError(
-            f"{where}: made_from is damaged ({error!r}): give {give}, or mend it with hdovd cache verify --repair"
+            f"{where}: made_from is damaged ({error!r}): give {give}, or make it again: hdovd cache verify --repair"
         ) from error
 
 
