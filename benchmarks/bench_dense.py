@@ -114,8 +114,7 @@ def bench_dense(bench: DenseBench, data: Path) -> list[Way]:
         ways.append(Way(name, together, alone, float(right.float().mean()), float(cosine.mean()), float(cosine.min())))
     print(
         f"{len(is_labelled):,d} boxes of {len(images):,d} images; accuracy among {len(protocol.names)} classes and "
-        f"cosines to crops of "
-        f"the {len(labels):,d} that are "
+        f"cosines to crops of the {len(labels):,d} that are "
         f"labelled\n{'':12s}{'boxes/s':>10s}{'of crops':>10s}{'model alone':>13s}{'accuracy':>10s}"
         f"{'cosine mean':>13s}{'min':>8s}"
     )

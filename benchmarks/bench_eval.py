@@ -72,8 +72,7 @@ def bench_eval(folder: Path, bench: EvalBench) -> dict[Engine, AveragePrecision]
         )
     print(
         f"  {last} evaluates {median(evaluations[first]) / median(evaluations[last]):.1f} times as fast as {first}; "
-        f"largest difference "
-        f"of any class's AP: {largest_difference(list(found.values())):.1e} percent"
+        f"largest difference of any class's AP: {largest_difference(list(found.values())):.1e} percent"
     )
     return found
 

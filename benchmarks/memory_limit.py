@@ -28,8 +28,7 @@ def memory_limit(count: int) -> Iterator[None]:
     except (OSError, StopIteration) as error:
         raise SystemExit(
             f"memory cannot be limited here ({error!r}): this needs Linux, cgroup version 1 with the memory "
-            f"controller, "
-            "and root"
+            f"controller, and root"
         ) from error
     try:
         (group / "memory.limit_in_bytes").write_text(str(count))

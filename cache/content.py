@@ -1,6 +1,4 @@
-"""What has to be true of the values in a product: its attributes, its tables, the rows of a part. Read by
-`hdovd.cache.verify`.
-"""
+"""What has to be true of the values in a product: its attributes, its tables, the rows of a part."""
 
 from __future__ import annotations
 

@@ -61,8 +61,7 @@ class LocalFolder(Folder):
         except OSError as error:
             raise HdovdError(
                 f"{target} cannot be written: {system_reason(error)}. What was finished before is kept: then run the "
-                f"same "
-                "command again"
+                f"same command again"
             ) from error
         finally:
             with contextlib.suppress(OSError):

@@ -1,6 +1,4 @@
-"""One product of a cache: what its own metadata and part files say about it. Read by readers, writers and `hdovd
-cache`.
-"""
+"""One product of a cache: what its own metadata and part files say about it."""
 
 from __future__ import annotations
 

@@ -312,8 +312,7 @@ def require_unit(rows: np.ndarray, what: str) -> None:
     if len(wrong := np.flatnonzero(~(abs(norms - 1) <= STORED_NORM_TOLERANCE))):
         raise HdovdError(
             f"{what}: expected rows of norm 1, found {norms[wrong[0]]:.4g} ({len(wrong)} of {len(rows)} rows): they "
-            f"are "
-            "damaged; hdovd cache verify tells more"
+            f"are damaged; hdovd cache verify tells more"
         )
 
 

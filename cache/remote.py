@@ -150,8 +150,7 @@ class RemoteFolder(Folder):
                 raise
             raise HdovdError(
                 f"{self.url}/{name}: {type(error).__name__}: {error}. Is the store there and to be reached, and are "
-                f"its "
-                "credentials set? What was finished before is kept: run the same command again"
+                f"its credentials set? What was finished before is kept: run the same command again"
             ) from error
 
 

@@ -125,8 +125,7 @@ class ProductWriter:
             what = f"{self.product.names[row]!r}" if self.product.names else f"row {row}"
             raise HdovdError(
                 f"{self.product}: the embedding of {what} has norm {norms[wrong[0]]:.4g}, expected 1: the model gave "
-                f"NaN or "
-                f"an overflow; try --precision fp32 ({len(wrong)} rows)"
+                f"NaN or an overflow; try --precision fp32 ({len(wrong)} rows)"
             )
 
     def _write_tables(self, tables: dict[str, np.ndarray]) -> None:

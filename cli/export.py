@@ -17,7 +17,6 @@ def export(config: ExportModelConfig) -> None:
     done = export_model(config, typer.echo)
     typer.echo(
         f"checked: {done.checked.detections} detections in {done.checked.pictures} pictures; largest difference from "
-        f"the model "
-        f"{done.checked.difference:.1e} (scores; boxes in percent of the input's long side)"
+        f"the model {done.checked.difference:.1e} (scores; boxes in percent of the input's long side)"
     )
     typer.echo(f"wrote {done.file} ({config.form.value}, {done.bytes / 1e6:.1f} MB)")

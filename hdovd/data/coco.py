@@ -270,8 +270,7 @@ class Instances:
         if (counts > 1).any():
             raise HdovdError(
                 f"{self.file}: annotation id {values[counts > 1][0]} stands twice; the cache joins rows by it, so "
-                f"number "
-                "them anew"
+                f"number them anew"
             )
 
 
@@ -380,8 +379,7 @@ def _names(categories: list[dict[str, Any]], file: Path) -> dict[int, str]:
         if number in names:
             raise HdovdError(
                 f"{file}: category id {number} is both {names[number]!r} and {name!r}: were two files merged? Number "
-                f"the "
-                "categories anew, and their annotations with them"
+                f"the categories anew, and their annotations with them"
             )
         names[number] = name
     twice = sorted(name for name, count in Counter(names.values()).items() if count > 1)
@@ -445,8 +443,7 @@ def _inside(name: str, folder: Path | None, where: str) -> str:
     if folder is not None and os.path.commonpath((root, path)) != root:
         raise HdovdError(
             f"{where}: file_name is {shown(name)}, which lies outside of the image folder {folder}: give the folder "
-            f"that "
-            "holds all pictures with --images"
+            f"that holds all pictures with --images"
         )
     return os.path.relpath(path, root)
 
@@ -485,8 +482,7 @@ class DataPaths:
             classes, switch = ("base", "keep_empty_train") if base_only else ("protocol's", "keep_empty_val")
             log(
                 f"left out {len(loaded.empty):,d}: image without an object of the {classes} classes "
-                f"({shorten(list(loaded.empty))}); a "
-                f"protocol file with {switch} = true keeps them"
+                f"({shorten(list(loaded.empty))}); a protocol file with {switch} = true keeps them"
             )
         return loaded
 

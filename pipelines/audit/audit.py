@@ -77,8 +77,7 @@ def _read(config: AuditConfig, protocol: Protocol) -> Audited:
     if absent := [name for name in protocol.names if name not in truth.names.values()]:
         raise HdovdError(
             f"protocol {protocol.name} names classes that {truth.file} does not know: {', '.join(absent[:8])}. Give "
-            f"the split "
-            "that fits this data with --protocol"
+            f"the split that fits this data with --protocol"
         )
     val_file = instances_file(root, "val2017")
     if data.root is None or not val_file.is_file():

@@ -62,8 +62,7 @@ def _judge_annotations(audited: Audited, annotations: Any, whose: str, found: Fi
         beside = f" nor {audited.val.file}" if audited.val is not None else ", and no validation file was given"
         found.unknown.append(
             f"{whose}: trained on {file} (sha256 {recorded[:12]}), which is not {audited.truth.file}{beside}: whether "
-            f"it "
-            "saw test pictures is not known; give that file with --annotations, or train with this one"
+            f"it saw test pictures is not known; give that file with --annotations, or train with this one"
         )
 
 
@@ -98,8 +97,7 @@ def check_run_cache(audited: Audited) -> Check:
                 f"{audited.run_path} was trained on {level} {theirs or '(none)'}, this set has {ours or '(none)'}: "
                 f"what "
                 f"it read was not audited; audit {recorded.get('path', 'the cache that it read')}, or another set of "
-                f"it "
-                "with --features"
+                f"it with --features"
             )
     return found.check(f"{audited.run_path} was trained on this cache: {len(levels)} levels with the same keys")
 
@@ -149,8 +147,7 @@ def _record_of(weights: Path, found: Findings) -> dict[str, Any] | None:
     if not weights.is_file():
         found.unknown.append(
             f"the backbone started from {weights}, which is not here: what made it is not known; run the audit where "
-            f"it "
-            "is (a relative path counts from the folder that hdovd train ran in)"
+            f"it is (a relative path counts from the folder that hdovd train ran in)"
         )
         return None
     try:
@@ -161,8 +158,7 @@ def _record_of(weights: Path, found: Findings) -> dict[str, Any] | None:
     if not isinstance(made_by, dict):
         found.unknown.append(
             f"the backbone started from {weights}, which does not say what made it: whether that saw novel boxes or "
-            f"test "
-            "pictures is not known (files of hdovd propose --backbone-out say so)"
+            f"test pictures is not known (files of hdovd propose --backbone-out say so)"
         )
         return None
     return made_by

@@ -43,15 +43,13 @@ def check_base_rows(audited: Audited) -> Check:
         ids = boxes.annotation_id[unknown].tolist()
         found.unknown.append(
             f"{len(ids):,d} base rows are of annotations that {truth.file} does not have (ids {shorten(ids)}): give "
-            f"the "
-            "annotation file that the cache was made from"
+            f"the annotation file that the cache was made from"
         )
     if len(moved := others[known & ~copied]):
         ids = boxes.annotation_id[moved].tolist()
         found.unknown.append(
             f"{len(ids):,d} base rows lie elsewhere than their annotation in {truth.file} (ids {shorten(ids)}): is it "
-            f"the "
-            "file that the cache was made from?"
+            f"the file that the cache was made from?"
         )
     return found.check(
         f"all {len(rows):,d} base rows are annotations of base classes",
@@ -107,8 +105,7 @@ def _of_others(audited: Audited, rows: np.ndarray, not_base: np.ndarray, found: 
         )
     found.leaks += [
         f"{len(lines):,d} base rows have the box of a {name!r}, which is {_kind(name, audited.protocol)}, under "
-        f"another id: "
-        f"{shorten(lines, 3)}"
+        f"another id: {shorten(lines, 3)}"
         for name, lines in where.items()
     ]
     return copied
@@ -260,8 +257,7 @@ def _of_shared_ids(
     if unseen:
         found.unknown.append(
             f"{len(unseen):,d} image ids are on both sides (ids {shorten([*unseen])}) with other file names or sizes, "
-            f"or "
-            "are not in the training file, and the pictures are not here to be compared: are they the same?"
+            f"or are not in the training file, and the pictures are not here to be compared: are they the same?"
         )
 
 

@@ -111,8 +111,7 @@ def _survey(config: ImportConfig, split: Split, log: Callable[[str], None]) -> _
     if len(failed) == len(split.images):
         raise HdovdError(
             f"nothing in {config.folder} fits {split.annotations}: all {len(failed)} images were left out, first of "
-            f"all "
-            f"image {next(iter(failed))}: {next(iter(failed.values()))}"
+            f"all image {next(iter(failed))}: {next(iter(failed.values()))}"
         )
     if failed:
         log(f"{counted(len(failed), 'image has', 'images have')} no embeddings; hdovd cache info lists them")

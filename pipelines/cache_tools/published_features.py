@@ -94,8 +94,7 @@ def read_hd_ovd(folder: Path, proposals_pkl: Path, split: Split) -> Iterator[For
     if len(proposals) != len(place):
         raise HdovdError(
             f"{proposals_pkl} holds proposals for {len(proposals)} images, but {split.annotations} lists {len(place)}, "
-            f"and "
-            "they go together by place in the list: give the annotation file that the proposals were made for"
+            f"and they go together by place in the list: give the annotation file that the proposals were made for"
         )
 
     def read(image: ImageBoxes) -> ForeignImage:
@@ -112,8 +111,7 @@ def read_hd_ovd(folder: Path, proposals_pkl: Path, split: Split) -> Iterator[For
         if absent:
             raise Unfit(
                 f"{file} holds no embedding of annotations {shorten(absent)}: the published trainer leaves out boxes "
-                f"with a side "
-                "under 1 px. Leave them out of the annotation file as well"
+                f"with a side under 1 px. Leave them out of the annotation file as well"
             )
         boxes, scores = _boxes(proposals[place[image.id]], f"{proposals_pkl}: entry {place[image.id]}")
         keys = [key for key in (PROPOSAL, TEXT) if key in tensors]
@@ -151,8 +149,7 @@ def read_oadp(folder: Path, split: Split) -> Iterator[ForeignImage]:
     if objects is None:
         raise HdovdError(
             f"no .pth in {folder / 'objects' / split.folder.name}, nor in {folder / 'objects'}: give the oake folder "
-            f"of "
-            "OADP, with its objects (and globals) unpacked"
+            f"of OADP, with its objects (and globals) unpacked"
         )
 
     def read(image: ImageBoxes) -> ForeignImage:

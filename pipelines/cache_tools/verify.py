@@ -148,8 +148,7 @@ def _check_folder(
         log(f"no checksum: {line} was written by an older version; what it says was not checked")
     log(
         f"checked {counted(checked.products, 'product')}: {checked.objects:,d} objects of {size(checked.bytes)} by "
-        f"size and checksum, "
-        f"{checked.rows:,d} rows in {checked.parts:,d} parts by value"
+        f"size and checksum, {checked.rows:,d} rows in {checked.parts:,d} parts by value"
     )
 
 

@@ -237,8 +237,7 @@ def _missing(levels: Collection[Level], rows: InstanceRows, reliability: Reliabi
     if Level.PSEUDO_LABEL in levels and reliability is None:
         notes.append(
             "no weights: no values are known for this CLIP and these prompts; give --calibration FILE (hdovd "
-            "calibrate), or a "
-            "--recipe that has some"
+            "calibrate), or a --recipe that has some"
         )
     if Level.CLASS not in levels:
         notes.append("the cache has no class names, so there are no nearest classes")

@@ -52,8 +52,7 @@ def view_images(config: ViewConfig, log: Callable[[str], None] = print) -> list[
     if reliability is not None:
         log(
             f"weight = {reliability.scale:.4g} * sigmoid((cosine - {reliability.centre:.4g}) / "
-            f"{reliability.width:.4g}), by "
-            f"{reliability.source}"
+            f"{reliability.width:.4g}), by {reliability.source}"
         )
     files = []
     for image_id in ids:
@@ -163,8 +162,7 @@ def _not_there(cache: FeatureCache, image_id: int, there: Sequence[int]) -> str:
     near = sorted(sorted(there, key=lambda other: abs(other - image_id))[:NEAR_IDS])
     return (
         f"{cache.url} does not have image {image_id} ({why}). It has {len(there):,d} images, ids {min(there)} to "
-        f"{max(there)}; the "
-        f"nearest ids are {', '.join(map(str, near))}. --image random shows any"
+        f"{max(there)}; the nearest ids are {', '.join(map(str, near))}. --image random shows any"
     )
 
 

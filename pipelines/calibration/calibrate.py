@@ -196,10 +196,8 @@ def _lines(found: Cosines, fit: Fit) -> list[str]:
         f"{len(right):,d} base boxes: their own names have cosine {right.mean():.3f} ({right.std():.3f}), the best "
         f"wrong ones "
         f"{wrong.mean():.3f} ({wrong.std():.3f}); AUC {fit.auc:.3f}; {found.named:,d} ({found.named / len(right):.1%}) "
-        f"would be named "
-        "rightly among all base classes",
+        f"would be named rightly among all base classes",
         f"centre {fit.centre:.4f}, width {fit.width:.4f}, scale {fit.scale:.3f}: right labels weigh "
-        f"{fit.weights(right).mean():.2f} on "
-        f"average, wrong ones {fit.weights(wrong).mean():.2f}",
+        f"{fit.weights(right).mean():.2f} on average, wrong ones {fit.weights(wrong).mean():.2f}",
         *few,
     ]

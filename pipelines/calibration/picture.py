@@ -57,8 +57,7 @@ def draw_calibration(right: np.ndarray, wrong: np.ndarray, fit: Fit, file: Path)
     pen.text(
         (LEFT, 10),
         f"weight = {fit.scale:.3f} * sigmoid((cosine - {fit.centre:.4f}) / {fit.width:.4f}), the black line, right "
-        f"axis; "
-        f"AUC {fit.auc:.3f}",
+        f"axis; AUC {fit.auc:.3f}",
         fill="black",
         font=font,
     )

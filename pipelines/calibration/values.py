@@ -123,8 +123,7 @@ class Calibration:
         if lines:
             raise HdovdError(
                 f"--calibration {file} was fitted on set {self.fitted_on['features']} of {self.fitted_on['cache']}, "
-                f"which was "
-                f"made in another way than the features of {origin.url}:\n  "
+                f"which was made in another way than the features of {origin.url}:\n  "
                 + "\n  ".join(lines)
                 + f"\nFit one to them: hdovd calibrate --cache {origin.url}"
             )
@@ -148,8 +147,7 @@ def read_calibration(file: Path) -> Calibration:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:200]
         raise HdovdError(
             f"--calibration {file} is no calibration ({what}): hdovd calibrate --cache CACHE writes one, "
-            f"calibration.toml "
-            "unless --out says otherwise"
+            f"calibration.toml unless --out says otherwise"
         ) from error
     return Calibration(centre, width, scale, fitted_on, found)
 
@@ -185,8 +183,7 @@ def with_reliability(
         raise HdovdError(
             f'pseudo_boxes.reliability_... = "auto" knows crops by OpenAI\'s CLIPs, {rows}, and {origin().url} is of none of '  # noqa: E501
             f"them. Fit the values to it: hdovd calibrate --cache {origin().url} --out calibration.toml, then hdovd "
-            f"train "
-            "--calibration calibration.toml"
+            f"train --calibration calibration.toml"
         )
     given = pseudo.reliability_centre, pseudo.reliability_width, pseudo.reliability_scale
     used = recipe.with_reliability(
@@ -195,8 +192,7 @@ def with_reliability(
     source = f"auto: METHOD section 2, CLIP {row[0]}, {row[1]} prompts"
     log(
         f"reliability of pseudo labels: centre {used.pseudo_boxes.reliability_centre}, width "
-        f"{used.pseudo_boxes.reliability_width}, scale "
-        f"{used.pseudo_boxes.reliability_scale} ({source})"
+        f"{used.pseudo_boxes.reliability_width}, scale {used.pseudo_boxes.reliability_scale} ({source})"
     )
     return recipe, used, _record(used, source, {})
 

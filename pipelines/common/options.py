@@ -73,8 +73,7 @@ Features = Annotated[str, FEATURES]
 Trust = Annotated[
     bool,
     Option(
-        "Import code and ask addresses that RUN names, and take it as it was changed, though it was not trained "
-        "here "
+        "Import code and ask addresses that RUN names, and take it as it was changed, though it was not trained here "
         "by you."
     ),
 ]

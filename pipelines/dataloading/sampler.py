@@ -149,8 +149,7 @@ class Dealing:
         if size % self.world:
             raise HdovdError(
                 f"a batch of {size} images cannot be parted among {self.world} processes: set train.batch_size, which "
-                f"is "
-                f"that of all of them together, to a multiple of {self.world}"
+                f"is that of all of them together, to a multiple of {self.world}"
             )
 
     @property

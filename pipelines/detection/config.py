@@ -72,8 +72,7 @@ class DetectConfig:
     split_blind: Annotated[
         bool,
         Option(
-            "Score all names alike. Without it a name of a base class of the run, in capitals or not, is "
-            "scored "
+            "Score all names alike. Without it a name of a base class of the run, in capitals or not, is scored "
             "as one, and any other name as novel: see docs/METHOD.md, section 7."
         ),
     ] = False
@@ -81,8 +80,7 @@ class DetectConfig:
     alone: Annotated[
         bool,
         Option(
-            "Let the names compete with each other alone. Without it the run's other base classes compete too, so "
-            "that "
+            "Let the names compete with each other alone. Without it the run's other base classes compete too, so that "
             "a person is not called a dog where only dogs are asked for."
         ),
     ] = False

@@ -116,8 +116,7 @@ def run_texts(run: RunFolder) -> RunTexts:
     except (KeyError, TypeError) as error:
         raise HdovdError(
             f"run.json does not say what made the class embeddings ({error!r}): names other than the run's classes "
-            f"need "
-            "--class-embeddings"
+            f"need --class-embeddings"
         ) from error
     clip = dict(
         inputs.get("text_clip") or inputs.get("clip") or {}
@@ -163,8 +162,7 @@ def load_text_tower(
     if name is None:
         raise HdovdError(
             f"other names than the run's classes need its CLIP, and it is not known where that is: {texts.why}. Give "
-            f"--clip "
-            "(with --pretrained, as for hdovd extract-clip), or --class-embeddings"
+            f"--clip (with --pretrained, as for hdovd extract-clip), or --class-embeddings"
         )
     precision = Precision.of(texts.identity.get("compute_dtype")) or Precision.FP32
     if precision is Precision.FP16 and device.type == "cpu":
@@ -296,8 +294,7 @@ class NameEmbedder:
         if texts.templates is None:
             raise HdovdError(
                 f"{self._run.path}: the class embeddings came from a file, so there are no prompts for other names: "
-                f"give "
-                "--templates, or --class-embeddings with a row for each name"
+                f"give --templates, or --class-embeddings with a row for each name"
             )
         return texts.templates
 

@@ -157,8 +157,7 @@ def _made(loader: Iterable[A]) -> Iterator[A]:
             raise
         raise HdovdError(
             f"{str(error).splitlines()[0].rstrip('. ')}. Out of memory? Fewer --workers or a smaller --batch need "
-            f"less. "
-            "What is finished is kept: the same command goes on"
+            f"less. What is finished is kept: the same command goes on"
         ) from error
 
 

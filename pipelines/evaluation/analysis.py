@@ -256,8 +256,7 @@ def analyse(
     if metrics.get("images") != len(split.images):
         raise HdovdError(
             f"{run} was evaluated on {metrics.get('images')} images, but {split.annotations} has {len(split.images)} "
-            f"of "
-            f"protocol {counted.name}: give the data that it was evaluated on, or run hdovd eval again"
+            f"of protocol {counted.name}: give the data that it was evaluated on, or run hdovd eval again"
         )
     found = read_found(run / "detections.json", split)
     objects = _in_order(
@@ -308,8 +307,7 @@ def _check_weights(run: RunFolder, weights: Weights, metrics: dict[str, Any]) ->
     if not file.is_file():
         raise HdovdError(
             f"{run.path} was evaluated with its {weights.value} weights, but has no {weights.file} any more: run hdovd "
-            f"eval "
-            f"{run.path} again, with those that it has"
+            f"eval {run.path} again, with those that it has"
         )
     known = metrics.get("weights_hash")
     if known is not None and known != (now := weights_hash(file)):

@@ -105,8 +105,7 @@ class Validation:
         if len(texts) != len(self.protocol.names):
             raise HdovdError(
                 f"protocol {self.protocol.name} has {len(self.protocol.names)} classes, but there are {len(texts)} "
-                f"class "
-                "embeddings: give those of the protocol, base before novel"
+                f"class embeddings: give those of the protocol, base before novel"
             )
         devices = (
             [self.device] if self.device.type == "cuda" else []

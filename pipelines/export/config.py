@@ -85,8 +85,7 @@ class ExportModelConfig:
         if self.out.is_dir() or (self.out.name in FILES and self.out.resolve().parent == run.path.resolve()):
             raise HdovdError(
                 f"--out {self.out} is {'a folder' if self.out.is_dir() else 'a file of the run itself'}: expected the "
-                f"name of "
-                f"a new file, such as detector.{self.form.value}"
+                f"name of a new file, such as detector.{self.form.value}"
             )
         if not self.out.resolve().parent.is_dir():
             raise HdovdError(f"--out {self.out}: there is no folder {self.out.resolve().parent}")

@@ -186,8 +186,7 @@ def require_traceable(form: ModelForm, detector: Detector) -> None:
     if form is not ModelForm.SAFETENSORS and detector.exportable is None:
         raise HdovdError(
             f"--format {form.value}: a run of detector {detector.recipe.detector.name} can be exported as safetensors "
-            f"alone "
-            "(--format safetensors), which hdovd opens; there is no form of it that other programs run"
+            f"alone (--format safetensors), which hdovd opens; there is no form of it that other programs run"
         )
 
 
@@ -370,8 +369,7 @@ def export_model(job: ExportModelConfig, log: Callable[[str], None] = print) -> 
             raise HdovdError(
                 f"{job.out} was not written: run as {job.form.value}, the detector with backbone "
                 f"{recipe.detector.backbone.name} differs from the model by {checked[0].difference:.2g} (score, or "
-                f"percent of "
-                f"its input's long side), more than {TOLERANCE:g}; try --format safetensors"
+                f"percent of its input's long side), more than {TOLERANCE:g}; try --format safetensors"
             )
 
     replace_file(job.out, write_checked)

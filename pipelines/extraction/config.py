@@ -207,8 +207,7 @@ class ExtractConfig:
         Exif,
         Option(
             "Pictures with an EXIF orientation whose annotated size fits them turned and as stored: apply turns "
-            "them. The "
-            "annotated size decides of all others."
+            "them. The annotated size decides of all others."
         ),
     ] = Exif.APPLY
 

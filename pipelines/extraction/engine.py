@@ -360,8 +360,7 @@ class Extraction:
             if len(batch.problems) == len(jobs):
                 raise HdovdError(
                     f"none of {len(jobs)} pictures of {self.split.folder} can be read, spread over "
-                    f"{len(self.split.images)}; "
-                    f"the first: {next(iter(batch.problems.values()))}"
+                    f"{len(self.split.images)}; the first: {next(iter(batch.problems.values()))}"
                 )
             size = self._batch_size or self.teacher.best_batch()
             size = size if on_gpu else min(size, PROBE_BATCH_CPU)

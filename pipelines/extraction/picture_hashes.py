@@ -43,8 +43,7 @@ class PictureHashes:
             raise HdovdError(
                 f"{counted(len(self.changed), 'picture is', 'pictures are')} not what {where} was made from (images "
                 f"{shorten([*self.changed])}): another content has the same id and size. The same hdovd extract-clip "
-                f"command "
-                "embeds what changed, and keeps the rest"
+                f"command embeds what changed, and keeps the rest"
             )
 
 

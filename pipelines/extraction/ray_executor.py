@@ -175,8 +175,7 @@ class ActorPool:
         if self._deaths[unit] == DEATHS:
             raise HdovdError(
                 f"{DEATHS} Ray workers died at {what}; the last: {_first_line(error)}\nOut of memory? See the logs of "
-                f"Ray on "
-                "that node; fewer --workers or a smaller --batch-size need less. What is finished is kept"
+                f"Ray on that node; fewer --workers or a smaller --batch-size need less. What is finished is kept"
             )
         self._log(f"ray: a worker died at {what} ({_first_line(error)}); another one does it")
 

@@ -40,8 +40,7 @@ class CacheSource:
         if is_tar_form(self.cache):
             raise HdovdError(
                 f"{self.cache} is of tar shards: this needs the Zarr cache that they were made from, or one that hdovd "
-                f"cache "
-                "import --format webdataset makes of them"
+                f"cache import --format webdataset makes of them"
             )
         Catalog(self.cache)
         if self.protocol is not None:
@@ -65,8 +64,7 @@ class CacheSource:
                 raise
             raise HdovdError(
                 f"{error}\nThis is what set {self.features} of {self.cache} was made from. If it lies elsewhere now, "
-                f"say "
-                "where: --data (or --images, --annotations), --protocol"
+                f"say where: --data (or --images, --annotations), --protocol"
             ) from error
 
 

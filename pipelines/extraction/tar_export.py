@@ -105,8 +105,7 @@ class _Exporter:
         except OSError as error:
             raise HdovdError(
                 f"image {image.id}: {path} cannot be read ({system_reason(error)}), but the cache has embeddings of "
-                f"it: "
-                "give the data that it was made from"
+                f"it: give the data that it was made from"
             ) from error
 
     def _arrays(self, image: ImageBoxes) -> dict[str, np.ndarray]:
@@ -229,8 +228,7 @@ class _Parts:
         if self.product.part_rows != exported and not self.product.whole:
             raise HdovdError(
                 f"{self.product.folder.url} has some of {self.product}, in parts of {self.product.part_rows} rows, the "
-                f"shards "
-                f"are of parts of {exported}: give another --cache, or finish the extraction"
+                f"shards are of parts of {exported}: give another --cache, or finish the extraction"
             )
         self._compare(TABLES)
 
@@ -262,6 +260,5 @@ class _Parts:
         if wrong:
             raise HdovdError(
                 f"{self.product.folder.url}: {wrong[0]} of {self.product} is not what was exported: were the shards "
-                f"changed? "
-                f"Delete {self.product.prefix} in the cache, and import shards that hdovd exported"
+                f"changed? Delete {self.product.prefix} in the cache, and import shards that hdovd exported"
             )

@@ -108,8 +108,7 @@ def _hit(config: ExtractConfig, extraction: Extraction, meta: TarMeta, log: Log)
     if config.retry_failed and meta.failed():
         raise HdovdError(
             f"--retry-failed: shards cannot be changed. Make a cache of them (hdovd cache import), give it to "
-            f"extract-clip "
-            f"--retry-failed, and export it to another folder than {config.cache}"
+            f"extract-clip --retry-failed, and export it to another folder than {config.cache}"
         )
     plans = list(extraction.plans.values())
     for plan in plans:

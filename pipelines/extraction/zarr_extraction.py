@@ -78,8 +78,7 @@ def _finish(
         )
         log(
             f"this worker is done, it made {len(mine)} parts; {len(extraction.left())} of {everything} are other "
-            f"workers' or missing: "
-            "when all have ended, the same command without --shard finishes what is left"
+            f"workers' or missing: when all have ended, the same command without --shard finishes what is left"
         )
         return
     sets, origin = catalog.sets(), extraction.origin
@@ -118,8 +117,7 @@ def _finish(
     if report.failed:
         log(
             f"{counted(len(report.failed), 'image has', 'images have')} no embeddings, and training goes without: "
-            f"hdovd cache info tells "
-            "why, extract-clip --retry-failed tries again"
+            f"hdovd cache info tells why, extract-clip --retry-failed tries again"
         )
     pictures = (Level.IMAGE, Level.INSTANCE)
     rows = sum(

@@ -95,8 +95,7 @@ class Forecast:
         gpu = "" if self.peak_gpu_bytes is None else f", {size(self.peak_gpu_bytes)} of GPU memory"
         return [
             f"{self.device}, {self.precision}, batches of {self.batch_size}, {self.cores} cores, {self.workers} "
-            f"workers; "
-            f"{self.crops:,d} crops a round, {self.fill:,d} of them to fill up batches",
+            f"workers; {self.crops:,d} crops a round, {self.fill:,d} of them to fill up batches",
             f"  model only          {self.model_only:10,.1f} crops/s",
             f"  end to end          {self.end_to_end:10,.1f} crops/s   efficiency {self.efficiency:.3f}",
             f"  of many images      {self.at_scale:10,.1f} crops/s",

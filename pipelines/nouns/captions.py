@@ -1,6 +1,6 @@
 """COCO captions, one at a time: `{"images": [...], "annotations": [{"image_id": 1, "caption": "A dog."}]}`.
 
-Read by `nouns.read_nouns` and `find_nouns`. The file of COCO's training images holds 591,753 of them.
+The file of COCO's training images holds 591,753 of them.
 """
 
 from __future__ import annotations

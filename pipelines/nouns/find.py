@@ -56,8 +56,7 @@ def find_nouns(job: NounsConfig, log: Log = print) -> NounsReport:
     if kept := [name for name in finder.vocabulary or () if name in stop and name not in finder.stopped]:
         log(
             f"note: the vocabulary holds {shorten(list(kept))}, which the stop list that ships calls no object; a "
-            f"vocabulary has its way, "
-            "--stop-list takes them out"
+            f"vocabulary has its way, --stop-list takes them out"
         )
     with job.captions.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -158,15 +157,13 @@ def report_lines(job: NounsConfig, report: NounsReport, novel: int) -> list[str]
     if report.unmatched:
         lines.append(
             f"most frequent words that the vocabulary lacks, nouns or not, in captions: "
-            f"{_listed(_most(report.unmatched, SHOWN))} "
-            "(more in the file; a longer --vocabulary finds them)"
+            f"{_listed(_most(report.unmatched, SHOWN))} (more in the file; a longer --vocabulary finds them)"
         )
     if report.novel:
         lines.append(
             f"note: the vocabulary holds {len(report.novel)} of the {novel} novel names, in images: "
             f"{_listed(sorted(report.novel.items(), key=lambda item: -item[1]))}; allowed, since captions hold them, "
-            f"and to be "
-            "reported with results"
+            f"and to be reported with results"
         )
     else:
         lines.append(f"the vocabulary holds none of the {novel} novel names of --protocol {job.protocol}")

@@ -97,8 +97,7 @@ def read_npz(path: Path) -> tuple[ProposalTable, dict[str, Any]]:
     except Exception as error:  # a damaged archive fails in every way that zipfile, its decompressors and numpy have
         raise HdovdError(
             f"{path} is damaged ({type(error).__name__}: {cut(str(error))}); expected the .npz of hdovd propose or "
-            f"hdovd "
-            "proposals convert: is the download complete?"
+            f"hdovd proposals convert: is the download complete?"
         ) from error
     image_id, offset, box, score = columns.values()
     shapes = (image_id.shape, offset.shape, box.shape, score.shape)
@@ -135,8 +134,7 @@ def read_pickle(path: Path, annotations: Path | None, order: ListOrder) -> Propo
     if annotations is None:
         raise HdovdError(
             f"{path} is a list of {len(content)} arrays that go with images by their place alone: give the annotation "
-            f"file "
-            "that they were made for with --annotations"
+            f"file that they were made for with --annotations"
         )
     return _of_list(content, path, annotations, order)
 
@@ -146,8 +144,7 @@ def _of_list(content: list[Any], path: Path, annotations: Path, order: ListOrder
     if len(content) != len(ids):
         raise HdovdError(
             f"{path} holds proposals for {len(content)} images, {annotations} lists {len(ids)}, and they go together "
-            f"by "
-            "place in the list: give the annotation file that the proposals were made for"
+            f"by place in the list: give the annotation file that the proposals were made for"
         )
     parts = [_boxes(entry, f"{path}: entry {place}") for place, entry in enumerate(content)]
     counts = np.array([len(boxes) for boxes, _ in parts], np.int64)

@@ -172,6 +172,5 @@ def load_arrays(path: Path) -> Any:
     except Exception as error:  # a damaged pickle fails in every way that Python has
         raise HdovdError(
             f"{path} is no pickle, or a damaged one ({_shown(f'{type(error).__name__}: {error}')}); expected a pickle "
-            f"of "
-            "numpy arrays: is the download complete?"
+            f"of numpy arrays: is the download complete?"
         ) from error

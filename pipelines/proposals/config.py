@@ -127,8 +127,7 @@ class RecallConfig:
         if wanted and self.out is None:
             raise HdovdError(
                 f"--report trains {' and '.join(wanted)}, and keeps the networks beside --out FILE, for proposals "
-                f"later: give "
-                "--out, or trained networks with --checkpoint"
+                f"later: give --out, or trained networks with --checkpoint"
             )
         if self.out is not None:
             require_form(self.out)

@@ -96,8 +96,7 @@ def checkpointed(file: Path, job: ProposeConfig, us: Team) -> tuple[ProposalNetw
     if not known <= base:
         raise HdovdError(
             f"{file} was trained on boxes of {', '.join(sorted(known - base)[:8])}, which {job.protocol} does not call "
-            f"base: "
-            "its proposals would give novel classes away. Train a network with this protocol"
+            f"base: its proposals would give novel classes away. Train a network with this protocol"
         )
     return placed(network, us.device).eval(), origin
 
@@ -113,8 +112,7 @@ def replaced_line(file: Path, planned: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"note: {file} is there with {len(before.image_id):,d} proposals made otherwise "
-        f"({made_by_line(before.made_by)}); "
-        "these will replace them. To keep them, stop here and give another --out"
+        f"({made_by_line(before.made_by)}); these will replace them. To keep them, stop here and give another --out"
     )
 
 

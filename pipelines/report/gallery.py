@@ -162,10 +162,8 @@ def pseudo_boxes(
         )
         part["note"] = (
             f"What {', '.join(part['names'])} learned from besides base boxes (blue): proposals (green), each with the "
-            f"noun "
-            f"that CLIP finds most like its crop; * marks a novel class. The images are spread evenly over the "
-            f"training images "
-            f"that have proposals; at most {most} proposals of an image are used in a step.{by}"
+            f"noun that CLIP finds most like its crop; * marks a novel class. The images are spread evenly over the "
+            f"training images that have proposals; at most {most} proposals of an image are used in a step.{by}"
         )
     return list(parts.values()), reasons
 

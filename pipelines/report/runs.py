@@ -113,8 +113,7 @@ def _require_same(first: OneRun, other: OneRun) -> None:
     if (a.protocol.base, a.protocol.novel) != (b.protocol.base, b.protocol.novel):
         raise HdovdError(
             f"{first.name} was evaluated by protocol {a.protocol.name} and {other.name} by {b.protocol.name}: their AP "
-            f"does "
-            "not compare; make a report of each"
+            f"does not compare; make a report of each"
         )
     if [image.id for image in a.split.images] != [image.id for image in b.split.images]:
         raise HdovdError(

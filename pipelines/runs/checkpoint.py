@@ -63,8 +63,7 @@ def fits(folder: Path) -> Iterator[None]:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise HdovdError(
             f"{folder / FILE} does not fit this training ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}): is "
-            "it that of another run?"
+            f"{' '.join(str(error).split())[:300]}): is it that of another run?"
         ) from error
 
 

@@ -157,8 +157,7 @@ class RunFolder:
         if not (path / "model.safetensors").is_file():
             raise HdovdError(
                 f"{path} has no model.safetensors: its training did not finish an epoch; go on with its hdovd train "
-                f"command "
-                "and --resume"
+                f"command and --resume"
             )
         return cls(path, trusted)
 

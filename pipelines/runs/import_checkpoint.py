@@ -172,8 +172,7 @@ def _require_detector(state: Mapping[str, Tensor], job: ImportCheckpointConfig) 
     if PUBLISHED[job.detector].background not in state:
         raise HdovdError(
             f"{job.file} is no checkpoint of the authors' {job.detector}: it has no "
-            f"{PUBLISHED[job.detector].background}, but "
-            f"{shorten(list(state))}"
+            f"{PUBLISHED[job.detector].background}, but {shorten(list(state))}"
         )
 
 
@@ -182,8 +181,7 @@ def _class_embeddings(job: ImportCheckpointConfig, protocol: Protocol, dim: int)
     if job.class_embeddings is None:
         raise HdovdError(
             f"a checkpoint holds no class embeddings: give --class-embeddings FILE, a .pt of {len(protocol.names)} x "
-            f"{dim}, "
-            f"in the order of protocol {protocol.name}"
+            f"{dim}, in the order of protocol {protocol.name}"
         )
     return _rows(
         job.class_embeddings,
@@ -214,8 +212,7 @@ def _give_object(model: Detector, job: ImportCheckpointConfig, dim: int, log: Ca
     if job.object_embedding is None:
         raise HdovdError(
             f"adamixer needs the text embedding that its objectness is measured against: give --object-embedding FILE, "
-            f"a .pt "
-            f"of 1 x {dim}"
+            f"a .pt of 1 x {dim}"
         )
     model.set_object_text(
         _rows(

@@ -33,8 +33,7 @@ from hdovd.core.errors import HdovdError
 
 SUPPORTED = (
     "open_clip's ModifiedResNet (RN50 and its family), open_clip's VisionTransformer without attentional pool "
-    "(ViT-B-32 and its "
-    "family), timm's VisionTransformer and Eva with plain patches (SigLIP, EVA02, PE)"
+    "(ViT-B-32 and its family), timm's VisionTransformer and Eva with plain patches (SigLIP, EVA02, PE)"
 )
 BOXES_AT_A_TIME = 64  # always so many: bounds memory, and what a box gives does not depend on how many there are
 

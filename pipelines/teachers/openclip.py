@@ -169,8 +169,7 @@ class ClipTeacher:
             alike.setdefault(digest.digest(), []).append(name if isinstance(name, str) else " or ".join(name))
         notes = [
             f"note: {counted(len(cut), 'prompt is', 'prompts are')} longer than the {length} tokens of the text tower, "
-            f"and cut: "
-            f"{shorten([*cut], 4)}"
+            f"and cut: {shorten([*cut], 4)}"
         ]
         notes = notes if cut else []
         return notes + [
@@ -249,8 +248,7 @@ def load_clip(
     if own not in (None, choice.precision):
         notes.append(
             f"note: --precision {precision}: the cache's embeddings of this CLIP are {own}, of which none serves: all "
-            f"are made "
-            "anew. --precision auto extends them"
+            f"are made anew. --precision auto extends them"
         )
     transform = Preprocessing.of(net.visual.preprocess_cfg)
     shown = ", ".join(f"{k} {v}" for k, v in transform.inputs().items() if k in ("size", "mean", "std", "resize_mode"))
@@ -313,8 +311,7 @@ def _model_config(model: str, pretrained: str | None, random_weights: bool) -> d
     if config is None:
         raise HdovdError(
             f"--clip {model}: open_clip knows no such model; python -c 'import open_clip; "
-            f"print(open_clip.list_models())' "
-            "lists them, and local-dir:PATH or hf-hub:NAME take one from elsewhere"
+            f"print(open_clip.list_models())' lists them, and local-dir:PATH or hf-hub:NAME take one from elsewhere"
         )
     if random_weights:
         return dict(config)
@@ -352,8 +349,7 @@ def _how_to_fetch(repositories: Sequence[str]) -> str:
     commands = " and ".join(f"`hf download {name}`" for name in repositories)
     return (
         f"\nOffline nodes: {commands} where there is internet; bring the cache that this fills here "
-        f"(~/.cache/huggingface, or HF_HOME) "
-        "and set HF_HUB_OFFLINE=1; or give --clip local-dir:PATH"
+        f"(~/.cache/huggingface, or HF_HOME) and set HF_HUB_OFFLINE=1; or give --clip local-dir:PATH"
     )
 
 

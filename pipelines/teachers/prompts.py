@@ -31,8 +31,7 @@ def read_templates(name_or_file: str) -> tuple[str, ...]:
     if not is_file(name_or_file):
         raise HdovdError(
             f"--templates {name_or_file}: neither a set nor a file. The sets are {', '.join(shipped_templates())}; a "
-            f"file has "
-            "one prompt a line, with {} for the name"
+            f"file has one prompt a line, with {{}} for the name"
         )
     return read_vocabulary(Path(name_or_file), "--templates", LONGEST_TEMPLATE)
 

@@ -30,8 +30,7 @@ def compile_backbone(backbone: nn.Module, device: torch.device, backend: str | C
         need = "Triton (pip install triton)" if device.type == "cuda" else "a C++ compiler (apt-get install g++)"
         raise HdovdError(
             f"train.compile = true: torch cannot compile for {device.type} here ({_first_line(error)}); it needs "
-            f"{need}. "
-            "Without it, train with train.compile=false"
+            f"{need}. Without it, train with train.compile=false"
         ) from error
     synced = any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules())
     backbone.compile(backend=backend, dynamic=True, fullgraph=not synced)

@@ -209,8 +209,7 @@ def line_of(entry: dict[str, float], left_s: float) -> str:
         f"epoch {entry['epoch']:.0f} step {entry['step']:.0f}: loss {sum(parts.values()):.3f} ({losses}), lr "
         f"{entry['lr']:.2e}, "
         f"{entry['images_per_s']:.1f} images/s, {entry['data_wait']:.1%} waiting for data, {entry['memory_gb']:.1f} "
-        f"GB, "
-        f"{duration(left_s)} left"
+        f"GB, {duration(left_s)} left"
     )
 
 

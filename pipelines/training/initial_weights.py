@@ -119,8 +119,7 @@ def _source(model: Detector, run: RunFolder, init: Path) -> Detector:
     if dim != model.dim:
         raise HdovdError(
             f"--init {init}: its embeddings have {dim} values, expected {model.dim}, which the cache has: give a cache "
-            f"of the "
-            "CLIP that it was trained with, or another run"
+            f"of the CLIP that it was trained with, or another run"
         )
     source = build_detector(recipe, dim, None)
     run.load_model(source)
@@ -214,7 +213,6 @@ def _class_notes(run: RunFolder, init: Path, protocol: Protocol, texts: Tensor) 
     elif float(cosine.min()) < SAME_TEXT:
         notes.append(
             f"the class embeddings of {init} are others (cosine {cosine.min():.3f} to {cosine.max():.3f} over "
-            f"{len(names)} "
-            "names): another CLIP, or other prompts"
+            f"{len(names)} names): another CLIP, or other prompts"
         )
     return notes

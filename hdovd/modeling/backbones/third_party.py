@@ -134,8 +134,7 @@ def _own(config: BackboneConfig, _: str) -> Body:
     if config.weights == "auto":
         raise HdovdError(
             f"{KEY} = {config.name!r} has no weights to download: set detector.backbone.weights to none or a file, or "
-            f"let "
-            "the function load them"
+            f"let the function load them"
         )
     inner = build(levels=list(config.levels))
     if not isinstance(inner, nn.Module):
@@ -146,8 +145,7 @@ def _own(config: BackboneConfig, _: str) -> Body:
     ):
         raise HdovdError(
             f"{KEY} = {config.name!r}: expected an attribute channels, a list of {len(config.levels)} whole numbers, "
-            f"one for "
-            f"each of the levels {config.levels}; found {channels!r}"
+            f"one for each of the levels {config.levels}; found {channels!r}"
         )
     return Body(inner, channels, list)
 
@@ -184,8 +182,7 @@ def _try_out(body: Body, config: BackboneConfig) -> None:
 def _fails(config: BackboneConfig, error: Exception) -> str:
     return (
         f"{KEY} = {config.name!r}: fails on a picture of {TRIAL[1]} x {TRIAL[0]}; a detector's backbone takes pictures "
-        f"of any size "
-        f"that is a multiple of 32: {type(error).__name__}: {error}"
+        f"of any size that is a multiple of 32: {type(error).__name__}: {error}"
     )
 
 
@@ -193,8 +190,7 @@ def _freeze_norms(body: Body, config: BackboneConfig) -> None:
     if not any(isinstance(module, _BatchNorm) for module in body.modules()):
         raise HdovdError(
             f"detector.backbone.norm = 'frozen': {config.name} has no batch norm to freeze; norm = 'batch' leaves its "
-            f"norms "
-            "as they are"
+            f"norms as they are"
         )
     body.inner = freeze_batch_norm_2d(body.inner)
 
@@ -216,8 +212,7 @@ def _freeze_stages(body: Body, config: BackboneConfig) -> None:
         return
     raise HdovdError(
         f"detector.backbone.frozen_stages = {config.frozen_stages}: where the stages of {config.name} begin and end is "
-        f"not "
-        "known; set 0, or freeze them in a function of your own (docs/EXTENDING.md)"
+        f"not known; set 0, or freeze them in a function of your own (docs/EXTENDING.md)"
     )
 
 

@@ -76,8 +76,7 @@ def test_a_command_on_one_core_has_one_thread() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     program = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import sys; sys.argv = ['hdovd', "
-        "'--version']\n"
-        "from hdovd.cli.main import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
+        "'--version']\nfrom hdovd.cli.main import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
         "import torch; print(torch.get_num_threads(), os.environ['OMP_WAIT_POLICY'])"
     )
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
