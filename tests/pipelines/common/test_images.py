@@ -358,4 +358,4 @@ def test_no_command_opens_pictures_beside_the_reader() -> None:
     """
     folder = Path(images.__file__).parents[1]
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*.py") if "Image.open(" in file.read_text()}
-    assert found == {"common/images.py", "common/picture_files.py", "demo/looking.py"}
+    assert found == {"common/images.py", "common/picture_files.py", "demo/run.py"}

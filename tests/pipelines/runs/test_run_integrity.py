@@ -27,7 +27,6 @@ from hdovd.pipelines.report.config import ReportConfig
 from hdovd.pipelines.report.report import report
 from hdovd.pipelines.runs.checkpoint import load_checkpoint
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.training.config import TrainConfig as Job
 from hdovd.pipelines.training.train import STATE, TrainConfig, train
 
 Edit = Callable[..., Path]
@@ -249,13 +248,13 @@ def test_code_of_a_run_from_elsewhere_is_not_imported(
 def test_code_of_init_needs_the_same_in_the_recipe(
     strange: Path, world: Path, training_cache: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe]
 ) -> None:
-    job = Job(
-        DataPaths(world),
-        training_cache,
-        tmp_path / "new",
-        micro_recipe(),
-        str(world / "protocol.toml"),
-        "cpu",
+    job = TrainConfig(
+        data=DataPaths(world),
+        cache=training_cache,
+        out=tmp_path / "new",
+        recipe=micro_recipe(),
+        protocol=str(world / "protocol.toml"),
+        device="cpu",
         init=strange,
     )
     with pytest.raises(HdovdError, match=CODE):

@@ -36,7 +36,7 @@ ANCHORS = {"anchor_utils.py", "rpn.py"}  # the few of one cell, when the network
 SAMPLES = {"training_set.py", "targets.py", "loader.py", "object_text.py"}  # read and prepared before they are moved
 # Of what was read from a file: whether there are rows, a text of "object", values that are not finite, the values that
 # were written.
-LOADED = {"feature_queue.py", "network.py", "folder.py", "tensors.py"}
+LOADED = {"feature_queue.py", "model.py", "folder.py", "tensors.py"}
 LOSSES = {"loss_window.py"}  # looked at every 50 steps
 OF_NETWORKS = {
     "convolution",
@@ -114,7 +114,7 @@ def test_train_eval_and_detect(
 
     pretended_cuda.forget()
     evaluate(EvalConfig(run=run.path, data=data, pictures=1), silent)
-    assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"pictures.py"}
+    assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"evaluate.py"}
     found = found_in(run.path / "detections.json")
     evaluate(EvalConfig(run=run.path, data=data, device="cpu"), silent)
     if recipe.train.precision == "fp32":

@@ -219,7 +219,7 @@ def _resize(tree: dict[str, Any]) -> None:
         (_move_box, "base_boxes.hash", "images."),
         (_renumber, "base_boxes.hash", "images."),
         (_drop_image, "images.count", "nothing"),
-        (_rename, "images.hash", "base_boxes."),
+        (_rename, "1 picture is not what .* was made from", "base_boxes."),
         (_resize, "images.hash", "base_boxes."),
     ],
     ids=["moved box", "other annotation ids", "image left out", "other file", "other size"],
