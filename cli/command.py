@@ -20,13 +20,15 @@ Field = tuple[
 ]  # name, parameters, value of all that was given
 
 
-def command(body: Callable[[Any], None]) -> Callable[..., None]:
+def command(body: Callable[..., None]) -> Callable[..., None]:
     """The Typer command of a function of one config. Its docstring is the help; the config is checked before it is
     called.
 
-    A field is an option if it is annotated with `Option`, several with `Group`, and none with neither.
+    A field is an option if it is annotated with `Option`, several with `Group`, and none with neither. A second
+    parameter of the function, `context`, is Typer's own.
     """
-    config = get_type_hints(body)["config"]
+    hints = get_type_hints(body)
+    config, context = hints["config"], hints.get("context")
     fields = list(_fields(config))
 
     @wraps(body)
@@ -34,9 +36,11 @@ def command(body: Callable[[Any], None]) -> Callable[..., None]:
         made = config(**{name: build(given) for name, _, build in fields})
         if hasattr(made, "check"):
             made.check()  # before torch: a mistake shows at once
-        body(made)
+        body(made, **({} if context is None else {"context": given["context"]}))
 
     parameters = [parameter for _, own, _ in fields for parameter in own]
+    if context is not None:
+        parameters.append(inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=context))
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run

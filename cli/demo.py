@@ -2,7 +2,6 @@
 
 from contextlib import suppress
 
-import click
 import typer
 
 from hdovd.cli.command import command
@@ -10,12 +9,12 @@ from hdovd.pipelines.demo.config import DemoConfig
 
 
 @command
-def demo(config: DemoConfig) -> None:
+def demo(config: DemoConfig, context: typer.Context) -> None:
     """Prints every command before it runs, so that you can repeat it by hand. Minutes on two CPU cores."""
     from hdovd.pipelines.demo.run import demo as run
     from hdovd.pipelines.demo.run import demo_table
 
-    root = click.get_current_context().find_root().command
+    root = context.find_root().command
 
     def call(words: list[str]) -> None:
         with suppress(typer.Exit), root.make_context("hdovd", words) as inner:

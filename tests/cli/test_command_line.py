@@ -15,6 +15,8 @@ import pytest
 from command_runs import Ran
 
 from hdovd.cli.main import main
+from hdovd.pipelines.demo import run as demo_stages
+from hdovd.pipelines.demo.config import DemoConfig
 
 NEXT = {
     (): ["hdovd demo", "propose", "nouns", "extract-clip", "train", "eval", "detect"],
@@ -52,6 +54,23 @@ def test_options_name_their_defaults(hdovd: Callable[..., Ran]) -> None:
     text = hdovd("train", "--help").out
     for default in ("ov-coco-faster-rcnn-r50", "ov-coco", "auto"):
         assert f"[default: {default}]" in text
+
+
+def test_stages_of_the_demo_are_commands_of_the_same_program(
+    hdovd: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole demo takes minutes: here its stages are one that succeeds and one that does not."""
+
+    def stages(config: DemoConfig, call: Callable[[list[str]], None], log: Callable[[str], None]) -> None:
+        log(f"into {config.out}")
+        call(["runs", str(tmp_path)])
+        call(["cache", "ls", str(tmp_path / "none")])
+
+    monkeypatch.setattr(demo_stages, "demo", stages)
+    found = hdovd("demo", "--out", tmp_path / "demo")
+    assert found.code == 1
+    assert found.out.splitlines() == [f"into {tmp_path / 'demo'}", "no runs here: hdovd train --out RUN makes one"]
+    assert "no feature cache at" in found.err
 
 
 # --- errors ---
