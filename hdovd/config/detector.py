@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from hdovd.config.adamixer import AdaMixerConfig
 from hdovd.config.backbone import BackboneConfig, Count, Positive, Section, Share, name_of
 
-DETECTORS = {  # name -> module:Class, a class of `detectors.Detector`
+DETECTORS = {  # name -> module:Class, a class of `modeling.base.Detector`
     "faster_rcnn": "hdovd.modeling.faster_rcnn.model:FasterRCNN",
     "adamixer": "hdovd.modeling.adamixer.model:AdaMixer",
 }

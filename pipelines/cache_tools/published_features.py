@@ -17,7 +17,7 @@ float16 (so coordinates over 512 are rounded to half pixels), of proposals with 
 comes from a wider square crop with the surroundings masked in attention, not from a crop of the box. `blocks/`, a grid
 over the image, has no place here.
 
-Either way a file is read by `tensor_file` or `safe_pickle`, never by a plain unpickler, and one that is
+Either way a file is read by `common.tensors` or `safe_pickle`, never by a plain unpickler, and one that is
 missing, damaged or does not fit costs its image alone: the reason stands in the image's place.
 """
 

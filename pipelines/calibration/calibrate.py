@@ -11,7 +11,7 @@ Every base box makes two labels:
   noun. Not any wrong class: a label is the best of its list, and the cosines of all wrong names lie far below.
 
 What this cannot know is which nouns a picture's captions offer, and what a proposal without any object looks like;
-`reliability_fit` says what follows from that. Where labels are made of the k best nouns, so are these (the right one of
+`fit` says what follows from that. Where labels are made of the k best nouns, so are these (the right one of
 its own class and the k - 1 best others), and the cosine is that of their mean.
 """
 

@@ -68,7 +68,7 @@ class _Pictures(Dataset[_Opened]):
 
 
 def detect(job: DetectConfig, log: Callable[[str], None] = print, stdin: BinaryIO | None = None) -> DetectResult:
-    """Look for the classes in all pictures and write what is found into `job.out` (`detect_output`).
+    """Look for the classes in all pictures and write what is found into `job.out` (`output`).
 
     stdin: instead of the process's own. Pictures that cannot be read are skipped. Raises HdovdError for bad input.
     """

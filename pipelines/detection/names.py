@@ -78,7 +78,7 @@ def _about(name: str, row: np.ndarray) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class ClipName:
-    """As `clip_teacher.load_clip` takes them."""
+    """As `openclip.load_clip` takes them."""
 
     clip: str
     pretrained: str | None = None

@@ -1,7 +1,7 @@
 """How rows of a level become embeddings: what to read and cut for them, in which batches, and what the model makes of
 those.
 
-Whole pictures and crops are here; boxes of one pass over a picture are in `dense_boxes`. Rows are counted from the
+Whole pictures and crops are here; boxes of one pass over a picture are in `dense`. Rows are counted from the
 level's first.
 """
 

@@ -1,4 +1,4 @@
-"""The file of nouns by image: written by `find_nouns`, read by extraction.
+"""The file of nouns by image: written by `find`, read by extraction.
 
     {"format": "hdovd nouns", "version": 1, "made_by": {...}, "vocabulary": ["cat", "hot dog"], "images": {"139": [0,
     1]}, ...}

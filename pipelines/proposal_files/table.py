@@ -1,6 +1,6 @@
 """Proposals in memory: of one image, and all of a file as columns, with the identity that follows from them.
 
-Read and written by `proposal_file`; the forms of files are in `proposal_formats`. M rows, one a proposal, in the file's
+Read and written by `file`; the forms of files are in `formats`. M rows, one a proposal, in the file's
 order.
 """
 

@@ -1,4 +1,4 @@
-"""What extraction asks of a frozen model: CLIP is one (`clip_teacher`); benchmarks and Ray workers bring their own."""
+"""What extraction asks of a frozen model: CLIP is one (`openclip`); benchmarks and Ray workers bring their own."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ BATCH_GAIN = 1.03  # a larger batch that is no faster than this only takes memor
 
 @dataclass(slots=True)
 class ClipTeacher:
-    """A CLIP ready to embed: a `teacher.Teacher`."""
+    """A CLIP ready to embed: a `base.Teacher`."""
 
     model: Any
     transform: Preprocessing

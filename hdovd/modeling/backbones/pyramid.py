@@ -1,4 +1,4 @@
-"""The backbone with its feature pyramid: a ResNet of torchvision's parts, or another network (`bodies`).
+"""The backbone with its feature pyramid: a ResNet of torchvision's parts, or another network (`third_party`).
 
 Levels are named by their stride: level l has stride 2^l, P2..P5 come from the ResNet's four stages and one
 more is pooled from the last.
