@@ -52,7 +52,8 @@ def name_of(known: Collection[str], others: str) -> AfterValidator:
 
 class BackboneConfig(Section):
     """`name`: one of BACKBONES, timm:NAME, torchvision:NAME (a classifier), or module:function of the user's own
-    (`third_party`). `weights`: "auto" (those that torchvision or timm download), "none", or a file (.pth, .safetensors).
+    (`third_party`). `weights`: "auto" (those that torchvision or timm download), "none", or a file (.pth,
+    .safetensors).
     """
 
     name: Annotated[str, name_of(BACKBONES, "timm:NAME, torchvision:NAME or my_module:function")]

@@ -1,4 +1,5 @@
-"""The instance level from one CLIP pass a picture: `hdovd extract-clip --instance-teacher dense`. See `teachers.dense`."""
+"""The instance level from one CLIP pass a picture: `hdovd extract-clip --instance-teacher dense`. See
+`teachers.dense`."""
 
 from __future__ import annotations
 

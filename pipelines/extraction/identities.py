@@ -24,8 +24,8 @@ from hdovd.pipelines.teachers.base import Teacher
 
 
 def data_inputs(images: Sequence[ImageBoxes], hashes: np.ndarray | None = None) -> dict[Level, KeyInputs]:
-    """The part of the identities that follows from the training images and base boxes. hashes: as `boxes.box_table` takes
-    them.
+    """The part of the identities that follows from the training images and base boxes. hashes: as `boxes.box_table`
+    takes them.
     """
     table = box_table(images, {}, hashes)
     listed = table.image_inputs()

@@ -11,8 +11,8 @@
     losses, learning rate, speed and validation while training metrics.json, detections.json, pictures/ written by hdovd
     eval
 
-What a run is read by is checked: run.json has a checksum of itself, the weights in their own files (`common.tensors`), a
-checkpoint those of a zip file. So there is no moment in which a kill leaves a file and a checksum that do not fit.
+What a run is read by is checked: run.json has a checksum of itself, the weights in their own files (`common.tensors`),
+a checkpoint those of a zip file. So there is no moment in which a kill leaves a file and a checksum that do not fit.
 Older runs have none, and open as before. What its text files name, code to import and addresses to ask, is followed at
 the user's word alone, or if the user trained it here.
 """

@@ -1,8 +1,8 @@
 """The detector as one function of tensors alone, from a picture to detections, that torch can trace.
 
-It is `Detector.predict` and `postprocess.detect` over the same weights, written so that a trace keeps what depends on the
-data: sizes are tensors, nothing is a Python number that a picture decides, and no device is written into it.
-R RoIs or queries, C classes, D embedding size.
+It is `Detector.predict` and `postprocess.detect` over the same weights, written so that a trace keeps what depends on
+the data: sizes are tensors, nothing is a Python number that a picture decides, and no device is written into it. R RoIs
+or queries, C classes, D embedding size.
 """
 
 from __future__ import annotations
