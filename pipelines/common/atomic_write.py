@@ -95,5 +95,13 @@ def _of_system(error: Exception, file: Path) -> OSError | None:
     if isinstance(error, OSError):
         return error
     found = _OS_ERROR.search(str(error))
-    number = int(found[1]) if found else errno.ENOSPC if shutil.disk_usage(file.parent).free < 1 << 20 else 0
+    number = int(found[1]) if found else errno.ENOSPC if _is_full(file.parent) else 0
     return OSError(number, os.strerror(number), str(file)) if number else None
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether less than a megabyte is free; a folder that is gone is not full."""
+    try:
+        return shutil.disk_usage(folder).free < 1 << 20
+    except OSError:
+        return False

@@ -165,6 +165,15 @@ def test_what_goes_wrong_while_writing_is_told_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_goes_while_a_file_is_written_is_told(tmp_path: Path) -> None:
+    def write(_: Path) -> None:
+        shutil.rmtree(tmp_path / "folder")
+        raise RuntimeError("it broke")
+
+    with pytest.raises(HdovdError, match="it broke"):
+        replace_file(tmp_path / "folder" / "file", write)
+
+
 # --- no other writers ---
 
 CALLS = {
