@@ -94,12 +94,14 @@ def _field(field: dataclasses.Field[Any], kind: Any, option: Option) -> Field:
 
 
 def _parameter(name: str, kind: Any, default: Any, option: Option) -> inspect.Parameter:
-    limits = {key: getattr(option, key) for key in ("min", "max", "metavar") if getattr(option, key) is not None}
+    limits: dict[str, Any] = {
+        key: getattr(option, key) for key in ("min", "max", "metavar") if getattr(option, key) is not None
+    }
     flag = f"--{name.rstrip('_').replace('_', '-')}"
     flags = option.flags or ((f" /--no-{flag[2:]}",) if default is True else (flag,))
     about = (
-        typer.Argument(help=option.help, **limits)
+        typer.Argument(help=option.help, readable=False, **limits)
         if option.argument
-        else typer.Option(*flags, help=option.help, **limits)
+        else typer.Option(*flags, help=option.help, readable=False, **limits)
     )
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, about])
