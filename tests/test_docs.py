@@ -30,6 +30,13 @@ def test_files_that_are_named_are_there(page: Path) -> None:
     assert [name for name in named if not (ROOT / name).exists() and "NAME" not in name and "FILE" not in name] == []
 
 
+def test_the_architecture_names_files_below_a_floor() -> None:
+    named = set(re.findall(r"`([\w/]+\.py)`", (ROOT / "docs" / "ARCHITECTURE.md").read_text()))
+    assert [
+        name for name in named if not any((ROOT / floor / name).exists() for floor in ("", "hdovd", "pipelines"))
+    ] == []
+
+
 def _named(dotted: str) -> object:
     module, _, name = dotted.rpartition(".")
     try:

@@ -23,7 +23,6 @@ from hdovd.pipelines.common.options import (
     Option,
     data_if_given,
     read_recipe,
-    refuse_two_sources,
 )
 from hdovd.pipelines.extraction.source import CacheSource
 from hdovd.pipelines.extraction.tar_config import TarExportConfig
@@ -69,7 +68,6 @@ class ParquetConfig:
 def _recipe(given: dict[str, Any]) -> Recipe | None:
     if given["recipe"] is None and given["set_"]:
         raise HdovdError("--set lays values over a recipe: give --recipe too")
-    refuse_two_sources(given["set_"] or (), given["calibration"])
     return None if given["recipe"] is None else read_recipe(given)
 
 
@@ -124,7 +122,7 @@ class ViewConfig:
             read_calibration(self.calibration)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
     """What `hdovd cache export` is asked for, of which the config of a form follows."""
 

@@ -40,6 +40,7 @@ class _Refused(Exception):
 class _ArrayUnpickler(pickle._Unpickler):
     stack: list[Any]
     read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="latin1")  # Python 2 has no bytes type: its arrays hold such text
@@ -81,6 +82,20 @@ class _ArrayUnpickler(pickle._Unpickler):
                     f"attributes of {type(built).__name__} that are not shape, number type and bytes of an array"
                 )
 
+    def load_setitem(self) -> None:
+        self._fill([self.stack.pop(-2), self.stack.pop()])
+
+    def load_setitems(self) -> None:
+        self._fill(self.pop_mark())
+
+    def _fill(self, items: list[Any]) -> None:
+        """Keys and values in turn, of a dict: an array would take lists of lists for a key, and make as much of them as
+        they say.
+        """
+        if type(self.stack[-1]) is not dict:
+            raise _Refused(f"items of {type(self.stack[-1]).__name__}")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
     def load_bytearray8(self) -> None:
         self.stack.append(
             bytearray(self.read(int.from_bytes(self.read(8), "little")))
@@ -90,6 +105,8 @@ class _ArrayUnpickler(pickle._Unpickler):
         **pickle._Unpickler.dispatch,
         pickle.BUILD[0]: load_build,
         pickle.BYTEARRAY8[0]: load_bytearray8,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
     }
 
     def _raw(
@@ -166,8 +183,8 @@ def load_arrays(path: Path) -> Any:
     except _Refused as refused:
         raise HdovdError(
             f"{path} was not loaded: its pickle asks for {refused}, and a pickle can run any program that way. "
-            f"Expected "
-            "plain numeric numpy arrays in lists, tuples or dicts; if you trust its source, save it anew as those"
+            "Expected plain numeric numpy arrays in lists, tuples or dicts; if you trust its source, save it anew as "
+            "those"
         ) from None
     except Exception as error:  # a damaged pickle fails in every way that Python has
         raise HdovdError(

@@ -215,6 +215,9 @@ def test_names_are_taken_whole(tmp_path: Path, module: str, name: str) -> None:
         (ENCODE + b"}\x8c\x08function)sb", "attributes of"),
         (b"]}\x8c\x01x)sb", "attributes of list"),
         (RECONSTRUCT + b")R}\x8c\x01x)sb", "attributes of ndarray"),
+        (RECONSTRUCT + b")RK\0K\x01s", "items of ndarray"),
+        (RECONSTRUCT + b")R(K\0K\x01u", "items of ndarray"),
+        (b"](K\0K\x01u", "items of list"),
     ],
 )
 def test_instructions_that_arrays_do_not_need(tmp_path: Path, data: bytes, named: str) -> None:
