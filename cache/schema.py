@@ -12,10 +12,9 @@ image. A product reads on its own in any Zarr client:
     image/KEY         embedding (N, D) f16; image_id, image_hash, image_size
     class/KEY         embedding (K, D) f16; attribute names
     noun/KEY          embedding (K, D) f16; attribute names
-    pseudo_label/KEY noun (M,) i32, a row of the noun level or -1 for none; noun_cosine (M,) f32; for labels of the k
-    best nouns
-                      (k > 1, the product's dim) also top_noun (M, k) i32, best first, and top_weight (M, k) f32, which
-                      add up to 1 or, where there is no noun, are -1 and 0
+    pseudo_label/KEY  noun (M,) i32, a row of the noun level or -1 for none; noun_cosine (M,) f32; for labels of the k
+                      best nouns (k > 1, the product's dim) also top_noun (M, k) i32, best first, and top_weight (M, k)
+                      f32, which add up to 1 or, where there is no noun, are -1 and 0
 
 Beside the arrays, every product has `parts/`: tables.json and one NUMBER.json for every part, a fixed slice of its
 rows that is one Zarr shard of each of its row arrays. A part's file is written last, so what is listed there is
@@ -23,9 +22,10 @@ what is done; it holds sizes and checksums of the objects, and which images coul
 
 Products of images also have `pictures/`: what the files were that their rows were made from (see `picture_files`).
 
-    sets/NAME.json which products belong together: what `hdovd train` reads; "default" unless named; and the text of
-    "object" named/NAME that there is such a set, so that one which is lost is missed runs/ID.json which training runs
-    used which products
+    sets/NAME.json    which products belong together: what `hdovd train` reads; "default" unless named; and the text of
+                      "object"
+    named/NAME        that there is such a set, so that one which is lost is missed
+    runs/ID.json      which training runs used which products
 
 Sets and runs have a checksum of their own, under sha256; those of older versions have none.
 """

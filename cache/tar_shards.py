@@ -4,17 +4,18 @@ A folder, or a prefix of an object store:
 
     meta.safetensors   what is no single image's: see `tar_meta`
     000000.tar, ...    samples, one an image, in the order of the cache
-    000000.json, ... size and sha256 of the shard of that number, and crc32 of the files of each sample one after
-    another; written
-                       after it: what has one is whole
+    000000.json, ...   size and sha256 of the shard of that number, and crc32 of the files of each sample one after
+                       another; written after it: what has one is whole
 
 A sample's key is its image id in 12 digits. n rows of boxes (base boxes before proposals, proposals best first), D
 embedding size:
 
     KEY.jpg (or what else the picture is)   the file as it was; none if it could not be read when the cache was made
-    KEY.json id, file_name, width, height, picture (its extension), annotations, failed (why, if so) KEY.boxes.npy (n,
-    4) f32 xyxy pixels KEY.source.npy (n,) u8 KEY.score.npy (n,) f32 KEY.annotation_id.npy (n,) i64 KEY.instance.npy (n,
-    D) f16 KEY.image.npy (D,) f16 KEY.noun.npy (n,) i32 KEY.noun_cosine.npy (n,) f32
+    KEY.json                                id, file_name, width, height, picture (its extension), annotations, failed
+                                            (why, if so)
+    KEY.boxes.npy (n, 4) f32 xyxy pixels    KEY.source.npy (n,) u8            KEY.score.npy (n,) f32
+    KEY.annotation_id.npy (n,) i64          KEY.instance.npy (n, D) f16       KEY.image.npy (D,) f16
+    KEY.noun.npy (n,) i32                   KEY.noun_cosine.npy (n,) f32
 
 The `webdataset` package reads it on its own:
 

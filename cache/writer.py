@@ -92,8 +92,11 @@ class ProductWriter:
         objects: dict[str, Any] = {}
         zarr.create_group(zarr.storage.MemoryStore(objects), attributes=attributes)
         metadata, prefix = objects["zarr.json"].to_bytes(), f"{level}/{key}"
-        if not folder.exists(f"{prefix}/zarr.json") and not _is_recorded(folder, prefix, metadata):
-            folder.delete(f"{prefix}/parts")  # of metadata that are lost, and were others: rows a part, perhaps
+        # Records whose metadata are lost, and were others (rows a part, perhaps), count for nothing. Looked for in this
+        # order: another process that has just begun wrote its metadata before its records.
+        lost = folder.sizes(f"{prefix}/parts") and not folder.exists(f"{prefix}/zarr.json")
+        if lost and not _is_recorded(folder, prefix, metadata):
+            folder.delete(f"{prefix}/parts")
         folder.write(f"{prefix}/zarr.json", metadata, exclusive=True)
         writer = cls(Product(folder, level, key))
         if not writer.product.is_finished(TABLES):

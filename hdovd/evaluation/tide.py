@@ -13,11 +13,10 @@ first of these:
 
 What is gained by mending a kind, all others left as they are (section 2.3 of the paper):
 
-    classification, localisation the class, or box, becomes that of the object, so that the detection is right. An
-    object is found once:
-                                    for one that is found already the detection is dropped instead, and of several
-                                    errors about one object, of these two kinds together, the best scored is mended, the
-                                    others are dropped
+    classification, localisation    the class, or box, becomes that of the object, so that the detection is right. An
+                                    object is found once: for one that is found already the detection is dropped
+                                    instead, and of several errors about one object, of these two kinds together, the
+                                    best scored is mended, the others are dropped
     both, duplicate, background     dropped
     missed                          not found, and none of the first two is about it: the object is dropped
 

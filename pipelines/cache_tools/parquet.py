@@ -9,9 +9,11 @@ apply:
     x, y, w, h     float32, pixels of the original image: left, top, width, height
     source         string, base or proposal
     score          float32
-    name string; the class of a base box (null without the annotations), or the noun of a proposal (null if it has none)
-    noun_cosine float32, of a proposal's crop and its noun; null without one annotation_id int64; null for proposals
-    embedding a list of D float32, the values of the cache's float16; null for images that could not be read
+    name           string; the class of a base box (null without the annotations), or the noun of a proposal (null if it
+                   has none)
+    noun_cosine    float32, of a proposal's crop and its noun; null without one
+    annotation_id  int64; null for proposals
+    embedding      a list of D float32, the values of the cache's float16; null for images that could not be read
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,10 @@ from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.check_config import CheckConfig, settings_of
 from hdovd.pipelines.cache_tools.sample import Sample, Sampled, sample_set
 from hdovd.pipelines.common.format import size
+from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.common.progress import progress
 from hdovd.pipelines.extraction.picture_hashes import picture_hashes
+from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.base import Teacher
 from hdovd.pipelines.teachers.prompts import read_templates, shipped_templates
 
@@ -140,8 +142,9 @@ def _check_folder(
     for name, features in looked_at.items():
         if readable and not any(f.product in set(features.levels.items()) for f in report.findings):
             found(check_set(folder, name, features))
+    load = lru_cache(_load_clip) if teacher is None else lambda *_: teacher  # sets of one CLIP share it
     for name, features in looked_at.items() if config.sample or "data" in config.changes else ():
-        _check_pictures(config, name, features, report, found, log, teacher)
+        _check_pictures(config, name, features, report, found, log, load)
     for line in checked.unfinished:
         log(f"not finished, which is no fault: {line}")
     for line in unsealed_records(folder):
@@ -159,30 +162,25 @@ def _check_pictures(
     report: CheckReport,
     found: Callable[[Sequence[Finding]], None],
     log: Log,
-    teacher: Teacher | None,
+    load: Callable[..., Teacher],
 ) -> None:
     """Pictures whose files are not those that a set was made from, and a sample of its rows."""
     settings, folder = settings_of(config, name, features), open_folder(config.cache)
     try:
         protocol = load_protocol(settings.protocol)
         split = settings.data.load("train2017", protocol, base_only=True, log=lambda _: None, exif=settings.exif)
-        if config.sample and teacher is None:
-            from hdovd.pipelines.teachers.openclip import load_clip
-
-            teacher = load_clip(
-                settings.clip,
-                settings.pretrained,
-                device=settings.device,
-                precision=settings.precision,
-                activation=settings.activation,
-            )
+        teacher = (
+            load(settings.clip, settings.pretrained, settings.device, settings.precision, settings.activation)
+            if config.sample
+            else None
+        )
     except HdovdError as error:
         raise HdovdError(
             f"{error}\nSet {name} was made from this. If it lies elsewhere now, say where: --data (or --images, "
             "--annotations), --clip, --protocol"
         ) from error
     found(_changed_pictures(folder, name, features, split, report.findings))
-    if config.sample and teacher is not None:
+    if teacher is not None:
         found(
             sample_set(
                 Sample(folder, split, teacher, config.sample, config.seed),
@@ -192,6 +190,12 @@ def _check_pictures(
                 log,
             )
         )
+
+
+def _load_clip(clip: str, pretrained: str | None, device: str, precision: Precision, activation: Activation) -> Teacher:
+    from hdovd.pipelines.teachers.openclip import load_clip
+
+    return load_clip(clip, pretrained, device=device, precision=precision, activation=activation)
 
 
 def _changed_pictures(
@@ -259,19 +263,24 @@ def _mark_missing(config: CheckConfig, findings: Sequence[Finding], log: Log) ->
         return
     damaged = {finding.product for finding in findings}
     again = {name: features for name, features in sets.items() if damaged & features.levels.items()}
-    commands = [
-        extract_command(config.cache, name, features.made_from)
-        if features.made_from
-        else f"the hdovd cache import command of set {name}"
-        for name, features in again.items()
-    ]
+    commands = [_command(config.cache, name, features) for name, features in again.items()]
     commands += [f"the hdovd extract-clip command of set {name[5:-5]}" for name in gone if name.startswith("sets/")]
     log(
-        f"{len(gone)} part{'s' if len(gone) > 1 else ''} marked as missing; "
+        f"{counted(len(gone), 'object')} marked as missing; "
         + ("now run, to make them again:" if commands else "no set uses them: hdovd cache gc deletes what nothing uses")
     )
     for command in commands:
         log(f"  {command}")
+
+
+def _command(cache: Path | str, name: str, features: FeatureSet) -> str:
+    """The command that makes a set again, or which it was where the set does not say, or not soundly."""
+    if not features.made_from:
+        return f"the hdovd cache import command of set {name}"
+    try:
+        return extract_command(cache, name, features.made_from)
+    except (KeyError, TypeError, AttributeError):
+        return f"the hdovd extract-clip command of set {name}"
 
 
 def extract_command(cache: Path | str, name: str, made_from: Mapping[str, Any]) -> str:

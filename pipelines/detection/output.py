@@ -1,8 +1,10 @@
 """The folder of `hdovd detect`, written picture by picture.
 
 detections.json    COCO results form: [{image_id, category_id, bbox: [x, y, w, h], score}]
-images.json what the ids mean, as a COCO data set without annotations; and which pictures were skipped, and how it was
-made pictures/ the pictures with boxes detections.jsonl only while it runs, or if it was killed: a line a picture
+images.json        what the ids mean, as a COCO data set without annotations; and which pictures were skipped, and
+                   how it was made
+pictures/          the pictures with boxes
+detections.jsonl   only while it runs, or if it was killed: a line a picture
 """
 
 from __future__ import annotations

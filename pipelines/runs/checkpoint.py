@@ -1,11 +1,15 @@
 """A checkpoint: all that a run needs to go on sample by sample, in one file that is whole or absent.
 
-    model      weights and queues                 optimizer, step, window   as of `fit.Loop`
-    rng torch's generators, a process each layout of `train.batches_of`: what the order depends on log_bytes length of
-    log.jsonl best, ended, failed of `training.hooks.RunHooks` ema with `train.ema`: of `weight_average.WeightAverage`;
-    `model` has the weights that are trained
+    model                    weights and queues
+    optimizer, step, window  as of `training.loop.Loop`
+    rng                      torch's generators, a process each
+    layout                   of `train.batches_of`: what the order depends on
+    log_bytes                length of log.jsonl
+    best, ended, failed      of `training.hooks.RunHooks`
+    ema                      with `train.ema`: of `weight_average.WeightAverage`; `model` has the weights that are
+                             trained
 
-Written and read by `train`. Losses, samples and their order follow from seed and epoch; torch's generators matter only
+Losses, samples and their order follow from seed and epoch; torch's generators matter only
 to what else draws from them.
 """
 

@@ -1,15 +1,17 @@
 """The folder of one training run: what is in it, and how it is written so that it is whole or absent.
 
     config.toml                   the resolved recipe; can be given as --recipe
-    run.json protocol, cache identity, package versions, git commit, command; `resumed`: the same of every resumption;
-                                  `init`: the run whose weights it began with, and their hash; `files`: hashes of the
-                                  two files above and below, which never change
+    run.json                      protocol, cache identity, package versions, git commit, command; `resumed`: the same
+                                  of every resumption; `init`: the run whose weights it began with, and their hash;
+                                  `files`: hashes of the two files above and below, which never change
     class_embeddings.safetensors  text embeddings of the protocol's classes, in its order: evaluation needs no cache
-    model.safetensors weights and queues after the last finished epoch; with `train.ema` the averaged weights
-    best.safetensors the same of the epoch with the best validation AP50 of base classes checkpoint.pt what `--resume`
-    goes on from (see `checkpoint`) stopped there while a run rests that a signal ended: it can go on log.jsonl, log.csv
-    losses, learning rate, speed and validation while training metrics.json, detections.json, pictures/ written by hdovd
-    eval
+    model.safetensors             weights and queues after the last finished epoch; with `train.ema` the averaged
+                                  weights
+    best.safetensors              the same of the epoch with the best validation AP50 of base classes
+    checkpoint.pt                 what `--resume` goes on from (see `checkpoint`)
+    stopped                       there while a run rests that a signal ended: it can go on
+    log.jsonl, log.csv            losses, learning rate, speed and validation while training
+    metrics.json, detections.json, pictures/   written by hdovd eval
 
 What a run is read by is checked: run.json has a checksum of itself, the weights in their own files (`common.tensors`),
 a checkpoint those of a zip file. So there is no moment in which a kill leaves a file and a checksum that do not fit.

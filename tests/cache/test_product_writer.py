@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hdovd.cache.catalog import Catalog
+from hdovd.cache.local import LocalFolder
 from hdovd.cache.product import Product
 from hdovd.cache.schema import TABLE_ARRAYS, Level
 from hdovd.cache.writer import ProductWriter
@@ -148,3 +149,22 @@ def test_record_tells_size_and_checksum_of_every_object(begin: Begin, tmp_path: 
     assert {name: entry["bytes"] for name, entry in told.items()} == {
         name: (folder / name).stat().st_size for name in there
     }
+
+
+@pytest.mark.parametrize("moment", ["sizes", "exists"])
+def test_one_that_began_a_moment_ago_elsewhere_keeps_its_parts(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Another machine, whose `made_with` is another, begins and writes a part just after this one has looked."""
+    look, others = getattr(LocalFolder, moment), list[ProductWriter]()
+
+    def looked(self: LocalFolder, name: str) -> Any:
+        found = look(self, name)
+        if not others and name.startswith("class/"):
+            monkeypatch.setattr(LocalFolder, moment, look)
+            others.append(begin(made_with={"torch": "another"}))
+            others[0].write_part(0, {"embedding": _unit(4)})
+        return found
+
+    monkeypatch.setattr(LocalFolder, moment, looked)
+    assert begin(made_with={"torch": "this"}).product.whole

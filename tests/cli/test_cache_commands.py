@@ -381,7 +381,7 @@ def test_verify_ends_with_1_if_anything_is_wrong(
     assert ran.lines[-1] == "1 finding; --repair marks what is damaged as missing"
     assert run("verify", copied, "--features", "drawn").code == 0
     ran = run("verify", copied, "--repair")
-    assert (ran.code, ran.lines[-2]) == (1, "1 part marked as missing; now run, to make them again:"), ran.err
+    assert (ran.code, ran.lines[-2]) == (1, "1 object marked as missing; now run, to make them again:"), ran.err
     program, command, *arguments = shlex.split(ran.lines[-1])
     assert (program, command) == ("hdovd", "extract-clip")
     again = hdovd(command, *arguments)

@@ -274,7 +274,7 @@ def test_damage_is_named_and_made_again_to_the_byte(
     else:
         assert not [file for file in written if re.search(r"/parts/\d|/embedding/c/|/noun\w*/c/", file)]
     if part is not None:
-        assert any(re.search(r"^1 part marked as missing; now run", line) for line in lines)
+        assert any(re.search(r"^1 object marked as missing; now run", line) for line in lines)
         assert lines[-1].startswith(f"  hdovd extract-clip --cache '{copied}' --data ")
 
 
@@ -527,7 +527,7 @@ def test_metadata_that_no_set_can_make_again(copied: Path, check: Callable[..., 
     _in_metadata(copied)
     lines: list[str] = []
     check(copied, repair=True, log=lines.append)
-    assert lines[-1] == "1 part marked as missing; no set uses them: hdovd cache gc deletes what nothing uses"
+    assert lines[-1] == "1 object marked as missing; no set uses them: hdovd cache gc deletes what nothing uses"
     assert "instance" in {entry.level for entry in find_garbage(Catalog(copied)).unused}
 
 
