@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import signal as signals
-import socket
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+from forked_group import ranks
 
 from hdovd.core.errors import Stopped
 from hdovd.pipelines.proposals import parts as proposal_parts
@@ -27,27 +26,8 @@ PART = 8  # images of a part here
 
 
 def play(job: ProposeConfig, log: Path, *, processes: int = 1, **kill: int) -> tuple[int, str]:
-    """The first process's exit code, negative for a signal."""
-    log.write_text("")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
-    started = []
-    for rank in range(processes):
-        started.append(os.fork())
-        if started[-1] == 0:
-            code = 99
-            try:
-                os.environ.update({} if processes == 1 else address | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-                for number in (1, 2):
-                    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
-                code = _run(job, **kill)
-            except BaseException:
-                traceback.print_exc(file=open(log, "a"))  # noqa: SIM115 - the process ends here
-            finally:
-                os._exit(code)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
-    return codes[0], log.read_text()
+    """The first process's exit code, negative for a signal, and what was printed."""
+    return ranks(lambda: _run(job, **kill), log, processes)
 
 
 def _run(job: ProposeConfig, kill_at: int = -1, kill_in_part: int = -1, signal: int = signals.SIGKILL) -> int:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
-import socket
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import train_scenes
+from forked_group import ranks
 from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -38,35 +36,6 @@ SETTINGS = (
     "train.warmup_iterations=2",
 )
 Play = Callable[..., None]
-
-
-def _forked(
-    main: Callable[[dict[str, Any]], int], job: dict[str, Any], log: Path, processes: int = 1
-) -> tuple[int, str]:
-    """In processes of their own that have imported everything already. Returns the first one's exit code, negative for
-    a signal, and what was printed.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
-    started = []
-    for rank in range(processes):
-        started.append(os.fork())
-        if started[-1] == 0:
-            code = 99
-            try:
-                os.environ.update({} if processes == 1 else address | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-                for number in (1, 2):
-                    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
-                code = main(job)
-            except BaseException:
-                traceback.print_exc(file=open(log, "a"))  # noqa: SIM115 - the process ends here
-            finally:
-                os._exit(code)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
-    return codes[0], log.read_text()
 
 
 def _torchrun(job: dict[str, Any], processes: int) -> int:
@@ -101,7 +70,7 @@ def play(world: Path, training_cache: Path, micro_settings: list[str]) -> Play:
             "save_minutes": 0.0 if code == -9 else 60.0,
         } | job
         main = partial(_torchrun, processes=2) if torchrun else train_scenes.main
-        found, printed = _forked(main, whole, out.with_name("printed.txt"), world_size)
+        found, printed = ranks(partial(main, whole), out.with_name("printed.txt"), world_size)
         assert found == code, printed
 
     return run
