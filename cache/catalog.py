@@ -1,7 +1,5 @@
 """All that a cache holds: products, the named sets that belong together, and the training runs that used them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -47,7 +45,7 @@ class FeatureSet:
         }  # sets that are older than these stay the same
 
     @classmethod
-    def from_tree(cls, tree: dict[str, Any]) -> FeatureSet:
+    def from_tree(cls, tree: dict[str, Any]) -> "FeatureSet":
         """Raises ValueError, KeyError, TypeError or AttributeError if it is none."""
         return cls(
             _levels(tree),
@@ -98,7 +96,7 @@ class Catalog:
             raise HdovdError(f"{url} has cache schema {version}, this hdovd reads {SCHEMA_VERSION}: {advice}")
 
     @classmethod
-    def find_at(cls, url: str | Path) -> Catalog | None:
+    def find_at(cls, url: str | Path) -> "Catalog | None":
         """The cache at `url`, None if there is nothing. Raises HdovdError if something else is in the way."""
         folder = open_folder(url)
         if not folder.exists("zarr.json"):
@@ -109,7 +107,7 @@ class Catalog:
         return cls(url)
 
     @classmethod
-    def create(cls, url: str | Path) -> Catalog:
+    def create(cls, url: str | Path) -> "Catalog":
         """The cache at `url`, made if there is nothing. Raises HdovdError if something else is in the way."""
         if cls.find_at(url) is None:
             folder, objects = open_folder(url), group_objects()

@@ -1,7 +1,5 @@
 """What has to be true of the values in a product: its attributes, its tables, the rows of a part."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -2,8 +2,6 @@
 and `gc`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """A cache in a folder of a file system, shared or not."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -1,7 +1,5 @@
 """Locks on files, which the system lets go when their process dies, however it dies."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import socket

@@ -1,7 +1,5 @@
 """A cache's folder by its path or URL."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from urllib.parse import unquote
 

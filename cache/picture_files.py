@@ -5,8 +5,6 @@ what was found again later, in another place or of another time. Products that a
 them: two folders of the same pictures give one product.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os
@@ -47,7 +45,7 @@ class PictureFile(NamedTuple):
     either: bool = False
 
     @classmethod
-    def of(cls, path: Path, stat: os.stat_result, data: bytes, *, either: bool = False) -> PictureFile:
+    def of(cls, path: Path, stat: os.stat_result, data: bytes, *, either: bool = False) -> "PictureFile":
         return cls(_digest(data, 32), place_of(path), stat.st_size, stat.st_mtime_ns, either)
 
 

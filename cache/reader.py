@@ -1,7 +1,5 @@
 """Reading a set of products: small tables in memory, instance embeddings mapped. What `hdovd train` sees of a cache."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -37,14 +35,14 @@ class InstanceRows:
     top_noun: np.ndarray
     top_weight: np.ndarray
 
-    def select(self, rows: np.ndarray) -> InstanceRows:
+    def select(self, rows: np.ndarray) -> "InstanceRows":
         """These rows: an index or a mask."""
         return InstanceRows(*(getattr(self, name)[rows] for name in self.__slots__))
 
-    def base_boxes(self) -> InstanceRows:
+    def base_boxes(self) -> "InstanceRows":
         return self.select(self.source == Source.BASE_BOX)
 
-    def proposals(self) -> InstanceRows:
+    def proposals(self) -> "InstanceRows":
         return self.select(self.source == Source.PROPOSAL)
 
 

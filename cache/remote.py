@@ -5,8 +5,6 @@ fsspec's own configuration (FSSPEC_S3, ~/.config/fsspec). A PUT is whole or abse
 are not kept, and two workers may do the same part.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

@@ -1,8 +1,6 @@
 """Random access to the rows of one sharded array: mapped where it can be, through Zarr with an LRU of chunks
 elsewhere."""
 
-from __future__ import annotations
-
 import math
 import mmap
 import resource

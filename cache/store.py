@@ -4,8 +4,6 @@ for damage.
 Names are relative, with slashes. A write is whole or absent under its name, and durable when it returns.
 """
 
-from __future__ import annotations
-
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence

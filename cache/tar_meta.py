@@ -5,8 +5,6 @@ Written by `hdovd cache export` and `hdovd extract-clip --store webdataset`; see
 stands in.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +41,7 @@ class TarMeta:
     tensors: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, catalog: Catalog, name: str, samples: int, about: dict[str, Any]) -> TarMeta:
+    def of(cls, catalog: Catalog, name: str, samples: int, about: dict[str, Any]) -> "TarMeta":
         """The description of a set whose products are whole."""
         features = catalog.sets()[name]
         found = {level: Product(catalog.folder, level, key) for level, key in features.levels.items()}
@@ -71,7 +69,7 @@ class TarMeta:
         return save({name: np.ascontiguousarray(t) for name, t in self.tensors.items()}, {"hdovd": json.dumps(tree)})
 
     @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> TarMeta:
+    def from_bytes(cls, data: bytes, where: str) -> "TarMeta":
         """Raises HdovdError, naming `where`, if it is damaged or of another schema."""
         with naming_damage(where, "export the cache again"):
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

@@ -2,8 +2,6 @@
 files.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile
@@ -68,7 +66,7 @@ class TarSample:
         return member, data
 
     @classmethod
-    def from_raw(cls, image_id: int, raw: RawSample, names: list[str], rows: int, dim: int, top: int) -> TarSample:
+    def from_raw(cls, image_id: int, raw: RawSample, names: list[str], rows: int, dim: int, top: int) -> "TarSample":
         """The sample with the arrays `names`; `top`: how many nouns a label is made of, 0 for one.
 
         Raises KeyError for what is missing, ValueError for what does not fit.

@@ -26,8 +26,6 @@ The `webdataset` package reads it on its own:
         print(sample["json"]["file_name"], sample["jpg"].size, sample["boxes.npy"].shape, sample["instance.npy"].shape)
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

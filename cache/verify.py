@@ -4,8 +4,6 @@
 blocks, part after part.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator

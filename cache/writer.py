@@ -4,8 +4,6 @@ A part is encoded in memory by Zarr itself, written object by object (see `Folde
 a process that is killed loses the parts that it had not recorded, and nothing else.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -61,7 +59,7 @@ class ProductWriter:
         tables: dict[str, np.ndarray] | None = None,
         names: Sequence[str] | None = None,
         made_with: dict[str, Any] | None = None,
-    ) -> ProductWriter:
+    ) -> "ProductWriter":
         """Begin a product, or go on with the one of that key: its own metadata then decide on `part_rows` and
         `made_with`.
 

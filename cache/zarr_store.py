@@ -4,8 +4,6 @@ forks.
 A chunk that is not there is an error: every part and every table is written whole, and Zarr would make up its values.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterable
 from typing import Any

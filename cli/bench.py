@@ -1,7 +1,5 @@
 """`hdovd bench`: what an extraction will cost on your machine."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`hdovd cache`: what lies in a feature cache, whether it is sound, and what of it nothing needs."""
 
-from __future__ import annotations
-
 from shlex import quote
 from typing import Annotated
 

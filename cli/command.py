@@ -1,8 +1,6 @@
 """Commands from configs: Typer's signature of a command is made from the fields of the config that its function
 takes."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 from collections.abc import Callable

@@ -2,8 +2,6 @@
 none of that.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """The command `hdovd`: one file a command, imported when it is asked for; errors on one screen."""
 
-from __future__ import annotations
-
 import os
 import select
 import sys

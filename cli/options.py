@@ -1,7 +1,5 @@
 """Options of commands without a config of their own."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """`hdovd runs`: what was trained, and what differs between two runs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Any

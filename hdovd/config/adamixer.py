@@ -5,8 +5,6 @@ the constants of their code ("code"). Papers: AdaMixer arXiv 2203.16507, distinc
 2503.10152.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -89,7 +87,7 @@ class AdaMixerConfig(Section):
     text: TextLevelConfig = TextLevelConfig()
 
     @model_validator(mode="after")
-    def _fits(self) -> AdaMixerConfig:
+    def _fits(self) -> "AdaMixerConfig":
         channels = self.backbone.fpn_channels
         for value, name in (
             (GROUPS_OF_NORM, "GroupNorm's groups"),

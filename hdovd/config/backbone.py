@@ -3,8 +3,6 @@
 Apart from the recipe, so that a detector's own sections, in a file of its own, can be made of them.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection
 from typing import Annotated, Literal

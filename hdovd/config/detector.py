@@ -4,8 +4,6 @@
 keys and values, is one more line, in `DetectorConfig`. Imports no torch.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag

@@ -4,8 +4,6 @@
 tree of a run is written back as TOML and can itself be given as a recipe.
 """
 
-from __future__ import annotations
-
 import difflib
 from typing import Annotated, Any, Literal
 
@@ -171,12 +169,12 @@ class Recipe(Section):
     train: ScheduleConfig
     proposals: ProposalsConfig = ProposalsConfig()
 
-    def with_reliability(self, centre: float, width: float, scale: float) -> Recipe:
+    def with_reliability(self, centre: float, width: float, scale: float) -> "Recipe":
         """The recipe with these values of the reliability weight."""
         values = {"reliability_centre": centre, "reliability_width": width, "reliability_scale": scale}
         return self.model_copy(update={"pseudo_boxes": self.pseudo_boxes.model_copy(update=values)})
 
-    def with_precision(self, precision: str) -> Recipe:
+    def with_precision(self, precision: str) -> "Recipe":
         """The recipe trained in this precision, where its own is auto."""
         if self.train.precision != AUTO:
             return self

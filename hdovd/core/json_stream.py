@@ -1,7 +1,5 @@
 """Large JSON files, one list item at a time: `json.loads` of COCO's 450 MB of annotations takes several gigabytes."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import re

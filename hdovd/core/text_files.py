@@ -4,8 +4,6 @@ Every reader of such a file comes here, or to `JsonStream`, which opens it by `o
 in one ends in a message of `shown`, which fits into a line whatever the value is.
 """
 
-from __future__ import annotations
-
 import difflib
 import gzip
 import json

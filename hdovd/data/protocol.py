@@ -4,8 +4,6 @@ A protocol is a small TOML file: `name`, `base`, `novel`, and optionally `min_im
 `keep_empty_train` and `keep_empty_val`. `ov-coco` ships with the package. Category order is base 0..Kb-1, then novel.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import MISSING, dataclass, fields
 from typing import Any

@@ -4,8 +4,6 @@ n base boxes, m pseudo boxes, D embedding size. Boxes are xyxy in pixels of the 
 then resized by the detector). All embeddings are L2-normalised float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -30,7 +28,7 @@ class Targets:
     pseudo_texts: Tensor
     image_embedding: Tensor
 
-    def to(self, device: torch.device | str) -> Targets:
+    def to(self, device: torch.device | str) -> "Targets":
         """The same, on a device."""
         return Targets(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
 
@@ -39,19 +37,19 @@ class Targets:
         """(n + m, 4), base before pseudo."""
         return torch.cat([self.boxes, self.pseudo_boxes])
 
-    def flipped(self, width: int) -> Targets:
+    def flipped(self, width: int) -> "Targets":
         """Mirrored left to right in an image of `width` pixels; rows keep their places."""
         return replace(self, boxes=flip_boxes(self.boxes, width), pseudo_boxes=flip_boxes(self.pseudo_boxes, width))
 
-    def scaled(self, x: float, y: float) -> Targets:
+    def scaled(self, x: float, y: float) -> "Targets":
         """All coordinates multiplied by the resize factors of the two axes."""
         return scale_all([self], [(x, y)])[0]
 
-    def with_best_pseudo_boxes(self, min_side: float, most: int | None) -> Targets:
+    def with_best_pseudo_boxes(self, min_side: float, most: int | None) -> "Targets":
         """Keeps the first `most` pseudo boxes (None: all) with both sides over `min_side` pixels (METHOD section 2)."""
         return with_large_pseudo_boxes([self], min_side)[0].with_first_pseudo_boxes(most)
 
-    def with_first_pseudo_boxes(self, most: int | None) -> Targets:
+    def with_first_pseudo_boxes(self, most: int | None) -> "Targets":
         """Keeps the first `most` pseudo boxes; None: all."""
         return replace(
             self,

@@ -1,7 +1,5 @@
 """Do scores mean what they say: of detections scored 0.8, are 8 in 10 right? B bins of equal width."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

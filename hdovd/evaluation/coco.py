@@ -4,8 +4,6 @@ One COCOeval run over all classes of the protocol; novel, base and all are means
 All values are in percent.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Iterable

@@ -6,8 +6,6 @@ What takes an object counts in the row of its class and the column of the detect
 "background", unless it lies in a crowd of its own class; what is taken by none counts in the column "missed".
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 

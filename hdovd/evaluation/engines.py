@@ -3,8 +3,6 @@
 Importing this file imports neither.
 """
 
-from __future__ import annotations
-
 import importlib
 from enum import StrEnum
 from importlib.metadata import version

@@ -6,8 +6,6 @@ them. Boxes are (x, y, width, height) float64 in pixels of the original image, a
 IoU would differ in its last bits, and with it, now and then, a match.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import groupby

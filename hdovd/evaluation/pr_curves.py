@@ -3,8 +3,6 @@
 K classes in label order. Precision is in 0..1; AP50 in percent.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

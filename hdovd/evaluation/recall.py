@@ -3,8 +3,6 @@
 D boxes of an image, best first; G objects in it; T IoU thresholds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -36,8 +36,6 @@ As in tidecv, a class all of whose objects are missed gains nothing by dropping 
 see the counts.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any

@@ -4,8 +4,6 @@ the user's own.
 N images, R boxes of an image, C classes, K base classes, D embedding size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """From pictures of any size to one padded batch at the detector's input scale."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ torchvision copies its weights and halves there with each call, and a copy that 
 the device has still to do.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torchvision.models.detection import _utils

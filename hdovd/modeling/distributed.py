@@ -7,8 +7,6 @@ one process everything here is the identity. All processes must call
 these functions alike. W processes, n rows of this one, D columns.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

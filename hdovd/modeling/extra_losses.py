@@ -6,8 +6,6 @@ size, C the pyramid's channels and options all keys of the section but `use` and
 checkpoint.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from hdovd.config.plugins import resolve_class

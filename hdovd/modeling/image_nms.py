@@ -4,8 +4,6 @@ each call's result.
 N images, M boxes of each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

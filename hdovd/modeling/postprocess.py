@@ -4,8 +4,6 @@ R RoIs, C classes. Combining the two scores uses the base/novel split at test ti
 split-blind result, which does not.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

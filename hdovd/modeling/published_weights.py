@@ -4,8 +4,6 @@ Their code stands on mmdetection; the shapes are the same but for a leading 1. M
 checkpoints, nor is the text of "object".
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ GPU torchvision's own gradient is used, and for the few RoIs that are very long.
 cells, B bins a side, K cells a bin reaches over along one axis.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

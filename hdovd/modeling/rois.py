@@ -3,8 +3,6 @@
 B boxes of an image (base before pseudo), R RoIs, C channels.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 N images, A anchors an image.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ images of the batch, nor on their order, nor on the number of processes.
 n candidates of an image.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from enum import IntEnum
 

@@ -5,8 +5,6 @@ N images of this process, R RoIs, P of them positive, B boxes (image by image, b
 pyramid channels, D embedding size.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -5,8 +5,6 @@ processes of their own; what they printed is in OUT/CELL/seedK.log. The same cal
 the rest.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import sys

@@ -1,7 +1,5 @@
 """The grid of an ablation: which settings vary, and the cells that follow."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import re

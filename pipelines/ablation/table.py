@@ -1,7 +1,5 @@
 """The table of an ablation: a row a cell, mean and standard deviation over seeds; as Markdown, CSV and LaTeX."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

@@ -4,8 +4,6 @@ It compares what a cache and a run recorded with the raw annotation files, which
 docs/AUDIT.md says what each check means. It writes nothing into the cache or the run.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What `hdovd audit` is asked for. Imports no torch: a mistake shows before that."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -4,8 +4,6 @@ alone.
 Training never sees these: `coco.load_split` leaves novel boxes out. N images, A annotations, M rows of boxes.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path

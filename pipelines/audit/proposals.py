@@ -3,8 +3,6 @@
 Pseudo boxes on novel objects are what the method wants; how many there are is a diagnosis, and never a leak.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What an audit found, check by check: verdicts, the report as text and as JSON values."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any

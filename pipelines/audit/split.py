@@ -1,7 +1,5 @@
 """The audit's checks of the split: which annotations, which class lists, which pictures."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What `hdovd cache verify` is asked to check, and what a set of features was made from. Imports no CLIP."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 

@@ -6,8 +6,6 @@ in the keys, and once to write. Class names are embedded by a CLIP of the user's
 the publishers used: no file says which.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What `hdovd cache ls`, `info`, `diff` and `gc` print, line by line."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence

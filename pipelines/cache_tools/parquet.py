@@ -16,8 +16,6 @@ apply:
     embedding      a list of D float32, the values of the cache's float16; null for images that could not be read
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

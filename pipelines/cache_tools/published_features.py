@@ -21,8 +21,6 @@ Either way a file is read by `common.tensors` or `safe_pickle`, never by a plain
 missing, damaged or does not fit costs its image alone: the reason stands in the image's place.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -4,8 +4,6 @@ Finds what no checksum can: rows that were exchanged and checksummed anew, pictu
 then.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ nothing drawn.
 D embedding size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path

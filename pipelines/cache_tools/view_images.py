@@ -4,8 +4,6 @@ In the picture base boxes are blue and proposals orange: the more a label weighs
 The numbers of the boxes are those of the table, which stands below it.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable, Collection, Sequence

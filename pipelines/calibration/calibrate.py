@@ -15,8 +15,6 @@ What this cannot know is which nouns a picture's captions offer, and what a prop
 its own class and the k - 1 best others), and the cosine is that of their mean.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from shlex import quote

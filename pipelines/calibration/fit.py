@@ -13,8 +13,6 @@ does. It lies between 1, for cosines that tell right from wrong, and 2, for thos
 have 1 and 1.3.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

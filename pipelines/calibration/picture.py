@@ -1,7 +1,5 @@
 """The picture of a calibration: which cosines right and wrong labels have, and the weight that was fitted."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -4,8 +4,6 @@ Colours are the page's CSS variables, so that a chart is light or dark with its 
 in its data attribute as well, from which the page's script says the values under the pointer or at the arrow keys.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """Which device a stage runs on, how many processes feed it, and the team of processes that torchrun started."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

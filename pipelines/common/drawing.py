@@ -5,8 +5,6 @@ Pillow, and not torchvision's `draw_bounding_boxes`: that one puts no ground beh
 its labels at the oldest torchvision that hdovd supports, and has no font of its own that can be set larger.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Numbers in words: bytes and seconds in the unit that suits them."""
 
-from __future__ import annotations
-
 
 def size(count: float) -> str:
     """Bytes in the unit that suits them."""

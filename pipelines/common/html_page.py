@@ -1,7 +1,5 @@
 """HTML pages that need nothing else: a template of the folder `pages` with styles, scripts and data inside."""
 
-from __future__ import annotations
-
 from importlib import resources
 from typing import Any
 

@@ -9,8 +9,6 @@
   their own, are stretched from their lowest to their highest value.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os

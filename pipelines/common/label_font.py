@@ -1,7 +1,5 @@
 """A font for a label. Pillow's own has the letters of English and its neighbours; for others the system is asked."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from functools import lru_cache

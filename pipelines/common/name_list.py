@@ -1,7 +1,5 @@
 """Lists of names, one a line: files of a user's, and those that ship (`names/*.txt`)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -4,8 +4,6 @@ command line.
 Plain values without a command-line library, and without torch. `hdovd.cli.command` makes Typer's signature of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum

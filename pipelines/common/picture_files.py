@@ -1,7 +1,5 @@
 """Which pictures a command is to look at: files, folders, patterns, and what comes by standard input."""
 
-from __future__ import annotations
-
 import glob
 import io
 import os

@@ -1,7 +1,5 @@
 """What made a run: versions of packages, the commit of the source tree, the machine."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 import sys

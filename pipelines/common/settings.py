@@ -1,7 +1,5 @@
 """The values of recipes by dotted key: told apart, named shortly, and shown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any

@@ -2,8 +2,6 @@
 between two steps.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 from types import FrameType
@@ -28,7 +26,7 @@ class StopSignal:
     def received(self) -> int:
         return self.signals[-1] if self.signals else 0
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python has no signals
             heard = [
                 number for number in self._numbers if self._interrupts or signal.getsignal(number) != signal.SIG_IGN

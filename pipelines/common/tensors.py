@@ -5,8 +5,6 @@ Tensors that hdovd keeps carry a checksum in their own file (safetensors' metada
 two.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ waits.
 `hdovd.cli.main` calls it. Nothing heavy is imported here.
 """
 
-from __future__ import annotations
-
 import os
 from math import ceil
 from pathlib import Path

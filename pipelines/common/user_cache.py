@@ -1,7 +1,5 @@
 """The folder of things that are made once for a user and not for a project."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

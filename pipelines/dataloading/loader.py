@@ -1,7 +1,5 @@
 """Batches of samples from a data set, with worker processes whose errors stay readable."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar

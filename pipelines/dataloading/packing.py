@@ -5,8 +5,6 @@ Everything else of the batch is pickled, as it would be on its way out of a work
 tensor and array that says where it lies.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from dataclasses import dataclass
@@ -55,7 +53,7 @@ class Packed(Generic[Batch]):
         batch: Batch = _Unpickler(self).load()
         return batch
 
-    def pin_memory(self) -> Packed[Batch]:
+    def pin_memory(self) -> "Packed[Batch]":
         """The same in page-locked memory; the DataLoader calls it."""
         return Packed(self.buffer.pin_memory(), self.places, self.rest)
 

@@ -4,8 +4,6 @@ So a sample does not depend on the number of processes or workers, nor on what w
 resumed in mid-epoch, or spread over other GPUs, sees the very same samples.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from hashlib import blake2b
 

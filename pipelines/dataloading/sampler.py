@@ -3,8 +3,6 @@
 `Dealing` cuts an epoch into batches of all processes, and those into each process's part.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -1,8 +1,6 @@
 """Samples of tar shards in any order, from streams that only go forward: what comes past and is wanted later is
 kept."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from hdovd.cache.tar_sample import RawSample

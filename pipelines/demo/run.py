@@ -6,8 +6,6 @@ from the same arguments as the printed commands; the long ones that need nothing
 processes of their own.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

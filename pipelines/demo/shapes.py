@@ -5,8 +5,6 @@ rotation, aspect, mirror, two colours and two textures, none of which depends on
 Tones: A and B are the object's two colours, O is a hole.
 """
 
-from __future__ import annotations
-
 import colorsys
 from dataclasses import dataclass
 from typing import Literal

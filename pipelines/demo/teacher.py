@@ -4,8 +4,6 @@ It stands for a CLIP from the web: it has seen every class, novel ones too, with
 their names. It is saved in open_clip's `local-dir:` form, so every command reads it as it reads any CLIP.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

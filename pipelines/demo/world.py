@@ -5,8 +5,6 @@ base and novel objects together in the training pictures and in the raw annotati
 that name some of them and sometimes what is not there, cluttered backgrounds, occlusion.
 """
 
-from __future__ import annotations
-
 import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass

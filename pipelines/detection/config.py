@@ -1,7 +1,5 @@
 """What `hdovd detect` is asked for. Imports no torch: a mistake shows before that."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

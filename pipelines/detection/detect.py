@@ -3,8 +3,6 @@
 `detector` is the same for single pictures in memory.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

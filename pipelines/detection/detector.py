@@ -3,8 +3,6 @@
 For Python, and `detect`. K names, D embedding size, n detections.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +62,7 @@ class Detector:
         templates: Sequence[str] | None = None,
         trust: bool = False,
         log: Callable[[str], None] = _silent,
-    ) -> Detector:
+    ) -> "Detector":
         """The detector of a run folder.
 
         Args:
@@ -94,7 +92,7 @@ class Detector:
         embeddings: Tensor | np.ndarray | None = None,
         split_blind: bool = False,
         alone: bool = False,
-    ) -> Detector:
+    ) -> "Detector":
         """What to look for; returns the detector itself.
 
         Names of base classes of the run, in capitals or not, take the base share of the two scores, all others the

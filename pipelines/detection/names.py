@@ -4,8 +4,6 @@ it must be.
 K names, D embedding size.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Sequence

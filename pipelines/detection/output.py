@@ -7,8 +7,6 @@ pictures/          the pictures with boxes
 detections.jsonl   only while it runs, or if it was killed: a line a picture
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections import Counter
@@ -63,7 +61,7 @@ class DetectionFolder:
         self._lines: IO[str] = (path / LINES).open("w")
 
     @classmethod
-    def begin(cls, path: Path, names: Sequence[str], is_novel: Sequence[bool], *, draw: bool) -> DetectionFolder:
+    def begin(cls, path: Path, names: Sequence[str], is_novel: Sequence[bool], *, draw: bool) -> "DetectionFolder":
         """Start anew; old detections go. names, is_novel: of the K names asked for. draw: pictures too. Raises
         HdovdError.
         """

@@ -1,7 +1,5 @@
 """The embedders of an extraction, as its crop recipe asks for them."""
 
-from __future__ import annotations
-
 from hdovd.cache.schema import Level
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, DenseRecipe
 from hdovd.pipelines.embedding.embedders import Crops, Embedder, Pictures, WholePictures

@@ -1,7 +1,5 @@
 """From an image file to CLIP's input: reading pictures and cutting out the regions that `crop_recipe` gives."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -86,7 +84,7 @@ class Batch:
     boxes: list[np.ndarray]
     files: dict[int, PictureFile] = field(default_factory=dict)
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> "Batch":
         """For torch's DataLoader, on the way to a GPU."""
         return replace(self, pixels=self.pixels.pin_memory())
 

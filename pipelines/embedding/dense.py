@@ -1,8 +1,6 @@
 """The instance level from one CLIP pass a picture: `hdovd extract-clip --instance-teacher dense`. See
 `teachers.dense`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@ Whole pictures and crops are here; boxes of one pass over a picture are in `dens
 level's first.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

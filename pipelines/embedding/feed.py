@@ -5,8 +5,6 @@ for another. With workers, those processes read and cut, and the model's threads
 batch on its way to the GPU while one is computed.
 """
 
-from __future__ import annotations
-
 import shutil
 import sys
 from collections import deque

@@ -4,8 +4,6 @@ is run.
 From Python: `analyse(Path("run"), DataPaths(Path("COCO")))`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """Detections as arrays, from COCO results rows in memory or in a file."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path

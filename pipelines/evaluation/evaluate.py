@@ -3,8 +3,6 @@
 Needs no cache: a run holds its class embeddings.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ of training.
 It talks to no other process: of several ranks, one runs it alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

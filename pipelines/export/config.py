@@ -2,8 +2,6 @@
 that.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -23,7 +21,7 @@ class ModelForm(StrEnum):
     SAFETENSORS = "safetensors"
 
     @classmethod
-    def of(cls, file: Path, asked: ModelForm | None) -> ModelForm:
+    def of(cls, file: Path, asked: "ModelForm | None") -> "ModelForm":
         """What the file's name says, or else what is `asked` for. Raises HdovdError if there is neither, or they do not
         agree.
         """

@@ -13,8 +13,6 @@ Every form carries the same text beside the weights, strings by name; `CARRIED` 
 metadata_props, in TorchScript's extra file `hdovd.json`, and in the header of safetensors.
 """
 
-from __future__ import annotations
-
 import base64
 import importlib
 import json
@@ -64,7 +62,7 @@ class Checked:
     difference: float
 
 
-def check(run: Run, model: Detector, texts: Tensor, is_novel: Tensor, pictures: Sequence[Tensor]) -> Checked:
+def check(run: "Run", model: Detector, texts: Tensor, is_novel: Tensor, pictures: Sequence[Tensor]) -> Checked:
     """Set a file's detections against those of `Detector.predict` and `detect`.
 
     Args:

@@ -3,8 +3,6 @@
 N images, M boxes: image by image in file order, base boxes before proposals, proposals best first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What an extraction is asked to do. Imports no CLIP, so that the command line can name it at no cost."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -69,7 +67,7 @@ class Share:
             raise HdovdError(f"--shard {self.index}/{self.count}: expected I/N with I from 0 to N-1")
 
     @classmethod
-    def parse(cls, text: str) -> Share:
+    def parse(cls, text: str) -> "Share":
         index, slash, count = text.partition("/")
         if not (slash and index.isdigit() and count.isdigit()):
             raise HdovdError(f"--shard {text}: expected I/N, such as 0/8")
@@ -289,7 +287,7 @@ class ExtractConfig:
         }
 
     @classmethod
-    def from_dict(cls, tree: dict[str, Any], cache: Path | str, **changes: Any) -> ExtractConfig:
+    def from_dict(cls, tree: dict[str, Any], cache: Path | str, **changes: Any) -> "ExtractConfig":
         """The extraction that `to_dict` described, with changes."""
         paths = {name: _path(tree[name]) for name in _FILES} | {name: _path(tree.get(name)) for name in _LATER_FILES}
         data = DataPaths(**{name: _path(value) for name, value in tree["data"].items()})

@@ -5,8 +5,6 @@ Units are the same whoever does them: a part's crops go through the model in row
 before.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping

@@ -2,8 +2,6 @@
 `hdovd.cache.schema` for what it writes.
 """
 
-from __future__ import annotations
-
 from hdovd.pipelines.extraction.config import ExtractConfig, Store
 from hdovd.pipelines.extraction.prepare import ExtractReport, Log
 from hdovd.pipelines.extraction.tar_extraction import extract_to_tars

@@ -3,8 +3,6 @@
 `data_inputs` holds what the training set decides; training asks the cache for exactly that.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

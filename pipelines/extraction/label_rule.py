@@ -2,8 +2,6 @@
 rule.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from hdovd.cache.identity import KeyInputs
@@ -32,7 +30,7 @@ class LabelRule:
         return {} if self.top == 1 else {"top_k": self.top, "temperature": self.temperature}
 
     @classmethod
-    def of(cls, inputs: KeyInputs) -> LabelRule:
+    def of(cls, inputs: KeyInputs) -> "LabelRule":
         """The rule of a pseudo_label product, by its key inputs."""
         return cls(int(inputs["top_k"]), float(inputs["temperature"])) if "top_k" in inputs else cls()
 

@@ -5,8 +5,6 @@ cache, or a row among the classes, one row would give every cache that is there 
 detector. D embedding size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 

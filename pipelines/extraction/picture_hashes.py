@@ -4,8 +4,6 @@ It is a hash of file name and size, and of the content where the cache has anoth
 place, size and time that the cache knows are not read; others are hashed.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """What an extraction has to do: per level hit, extend or extract, and why. Reads the cache, writes nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 

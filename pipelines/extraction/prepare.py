@@ -1,7 +1,5 @@
 """What comes before an extraction: inputs read, the teacher loaded, all levels planned. Writes nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial

@@ -3,8 +3,6 @@
 Works on cached rows, without CLIP. n crops, K nouns, k nouns a label, D embedding size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ actor a GPU, or without GPUs one for every `1 + --workers` CPUs. Nodes that join
 dies goes to another.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time

@@ -4,8 +4,6 @@ There is one way through all of them: every process goes over its own share of t
 and claims what it does. Shares may change between runs, and may overlap: the bytes are the same.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

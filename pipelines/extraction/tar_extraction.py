@@ -4,8 +4,6 @@ Rows come in parts that are no shard's, and a killed extraction must go on where
 `.zarr` in the folder of the shards, exports that, and deletes it when every shard has been read back.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from hdovd.cache.identity import differences

@@ -4,8 +4,6 @@ embeddings.
 K names, D embedding size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches

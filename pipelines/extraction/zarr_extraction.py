@@ -2,8 +2,6 @@
 become a set.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 

@@ -4,8 +4,6 @@ extract`.
 Model only and end to end are measured in turns, on the same number of crops in the same batches; ratios are of one run.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace

@@ -1,7 +1,5 @@
 """Made-up pictures and boxes in COCO's forms, of any number: what a forecast and benchmarks extract."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@ Without captions: the whole vocabulary, the same for every image. With captions,
 vocabulary's names that the image's own captions hold. See `matching` for how they are found.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 The file of COCO's training images holds 591,753 of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

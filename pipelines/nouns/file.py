@@ -7,8 +7,6 @@
 the captions that the vocabulary lacks, with the number of captions.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 `matching` and `parsing` find them, `file` writes them.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable

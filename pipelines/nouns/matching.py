@@ -4,8 +4,6 @@ Needs no parser, finds nothing but names of the vocabulary, and cannot tell "a w
 matches first as well.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache

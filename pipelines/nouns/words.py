@@ -4,8 +4,6 @@ simplemma's dictionary of English, asked for plurals alone: it knows no parts of
 painting. What it has otherwise than nouns need it stands in `names/singular.txt`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from functools import cache

@@ -1,7 +1,5 @@
 """Proposal files from one form to another, and what one holds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -4,8 +4,6 @@ What made them (`made_by`, JSON values) stands in the .npz, and for JSON in a si
 `FILE.made_by.json`, which names the identity of the proposals that it is of.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

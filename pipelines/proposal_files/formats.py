@@ -15,8 +15,6 @@ text;
 Pickles are read by `safe_pickle`. mmdetection 3 pickles objects of its own classes by file name, which that refuses.
 """
 
-from __future__ import annotations
-
 import json
 from array import array
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What can be said of a proposal file before it is read: its forms, and the order of a list. Imports no numpy."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 from pathlib import Path
 

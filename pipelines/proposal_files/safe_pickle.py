@@ -6,8 +6,6 @@ own unpickler in Python, since a file of ten bytes can make the one in C fill me
 the highest number in it).
 """
 
-from __future__ import annotations
-
 import io
 import math
 import pickle

@@ -4,8 +4,6 @@ Read and written by `file`; the forms of files are in `formats`. M rows, one a p
 order.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +54,7 @@ class ProposalTable:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, proposals: dict[int, Proposals]) -> ProposalTable:
+    def of(cls, proposals: dict[int, Proposals]) -> "ProposalTable":
         """All of `proposals`, image by image."""
         counts = [len(found.boxes) for found in proposals.values()]
         found = [NO_PROPOSALS, *proposals.values()]

@@ -1,7 +1,5 @@
 """A trained proposal network as a file: safetensors, with its recipe and all that made it in the metadata."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tomllib

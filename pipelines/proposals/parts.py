@@ -4,8 +4,6 @@ processes share it.
 Beside NAME.json a folder NAME.parts holds them until the file is written.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -46,7 +44,7 @@ class Parts:
     key: str
 
     @classmethod
-    def of(cls, folder: Path, split: Split, batch_size: int, origin: dict[str, Any]) -> Parts:
+    def of(cls, folder: Path, split: Split, batch_size: int, origin: dict[str, Any]) -> "Parts":
         """`origin`: what made the network, and what is kept of what it finds; as JSON has it."""
         rows, images = hashlib.sha256(), len(split.images)
         for image in split.images:

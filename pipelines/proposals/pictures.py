@@ -1,7 +1,5 @@
 """The pictures and boxes of a split as the proposal networks see them, and what the networks find in them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ images.
 Under torchrun every one of its processes runs `propose`.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping

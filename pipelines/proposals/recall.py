@@ -5,8 +5,6 @@ Counted over what a network proposes, before proposals that overlap base boxes a
 as a diagnosis alone: no stage chooses anything by them.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 While it trains, a folder NAME.training beside the network's file NAME.safetensors holds the checkpoint.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from dataclasses import replace

@@ -3,8 +3,6 @@
 The colour of a run is its place among the runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

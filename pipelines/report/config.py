@@ -1,7 +1,5 @@
 """What `hdovd report` is asked for. Imports no torch: a mistake shows before that."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path

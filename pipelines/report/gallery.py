@@ -4,8 +4,6 @@ A card is plain values for the template: a picture as data, its size in pixels o
 same pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

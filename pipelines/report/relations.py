@@ -4,8 +4,6 @@ section 4.
 n boxes of the batch that have a positive RoI, sorted by name so that what is of one kind lies together.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -5,8 +5,6 @@ The parts are made by `tables`, `charts_of_runs` and `gallery`; the page is
 `pages/report.html`, with its own style and script in it.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from datetime import datetime

@@ -1,7 +1,5 @@
 """The runs that a report is about: opened, named, checked to be of one kind."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

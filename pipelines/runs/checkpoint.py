@@ -13,8 +13,6 @@ Losses, samples and their order follow from seed and epoch; torch's generators m
 to what else draws from them.
 """
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager

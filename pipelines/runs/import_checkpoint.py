@@ -4,8 +4,6 @@ The file is a stranger's: tensors and plain containers are read from it, nothing
 Every tensor of it is used or named, and every weight of the detector comes from it or is named. D embedding size.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping

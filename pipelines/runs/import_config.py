@@ -1,7 +1,5 @@
 """What `hdovd import-checkpoint` is asked for. Imports no torch: a mistake shows before that."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path

@@ -4,8 +4,6 @@ Reads text files alone, so that a table of many runs is there at once; what is
 missing or damaged is said of the run, and never stops the others.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """What `hdovd runs` and `hdovd runs diff` print, line by line, and the same as plain values."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

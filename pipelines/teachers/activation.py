@@ -1,7 +1,5 @@
 """Activations of CLIP's transformers. Imports nothing, for the sake of --help."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 
 

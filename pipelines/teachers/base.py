@@ -1,7 +1,5 @@
 """What extraction asks of a frozen model: CLIP is one (`openclip`); benchmarks and Ray workers bring their own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 

@@ -10,8 +10,6 @@ b pictures, n boxes, S side of the input in pixels, C channels and h x w cells o
 box, D embedding size.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 The only file of the commands that imports open_clip. n pictures or texts, D embedding size.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -5,8 +5,6 @@ Pictures stay bytes until they are on the model's device: a quarter of the memor
 core.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -28,7 +26,7 @@ class Preprocessing:
     fill_color: int = 0
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Preprocessing:
+    def of(cls, config: Mapping[str, Any]) -> "Preprocessing":
         """From `visual.preprocess_cfg` of an open_clip model."""
         size, mean, std = (_tuple(config[name]) for name in ("size", "mean", "std"))
         return cls(
@@ -40,7 +38,7 @@ class Preprocessing:
             int(config.get("fill_color") or 0),
         )
 
-    def squashed(self, side: int) -> Preprocessing:
+    def squashed(self, side: int) -> "Preprocessing":
         """The same, of whole pictures into a square of `side` whatever the model's way: cutting would lose boxes, a
         border cells.
         """

@@ -3,8 +3,6 @@
 `{}` is where the name goes, once; `{article}` becomes a or an.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path

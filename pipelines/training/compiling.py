@@ -1,7 +1,5 @@
 """`train.compile`: the backbone and its pyramid as code that torch compiles for the machine."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

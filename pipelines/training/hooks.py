@@ -1,7 +1,5 @@
 """What training does between its steps: tell, log, validate, keep checkpoints, and stop when asked to."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -5,8 +5,6 @@ classes, so the protocols may differ. Nothing is left at its initial value, and 
 D embedding size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ go on from.
 In several processes (torch.distributed) each has its part of every batch; `model` is then wrapped in DDP.
 """
 
-from __future__ import annotations
-
 import math
 import resource
 import time
@@ -43,10 +41,10 @@ class Hooks:
         end.
         """
 
-    def step(self, loop: Loop[Any]) -> None:
+    def step(self, loop: "Loop[Any]") -> None:
         """After every step. May raise to stop."""
 
-    def epoch(self, loop: Loop[Any], epoch: int) -> None:
+    def epoch(self, loop: "Loop[Any]", epoch: int) -> None:
         """After an epoch, counted from 1; its losses were sound."""
 
 

@@ -4,8 +4,6 @@ this process.
 Under torchrun every one of its processes runs `train`.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import replace

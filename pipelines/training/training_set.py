@@ -5,8 +5,6 @@ image from tar shards, read from the first byte of a shard to the last: no data 
 needed. D embedding size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any

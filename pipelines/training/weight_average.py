@@ -1,7 +1,5 @@
 """Exponential moving average of a model's weights, `train.ema`: what is validated and kept of a run."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from typing import Any
 

@@ -4,8 +4,6 @@ A box of centre (x, y) and sides (w, h), in pixels of the padded batch, is x, y,
 (arXiv 2203.16507, section 3.1). Everything is float32, under autocast too.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ self-attention keeps the positional code; the class branch has no ReLU; a third 
 object. N pictures, Q queries of each, C channels, G groups, P points, D embedding size.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -5,8 +5,6 @@ S stages, K base classes, n pairs of a stage, b base and p pseudo boxes with a q
 embedding size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

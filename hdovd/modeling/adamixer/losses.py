@@ -8,8 +8,6 @@ section 3.2). Released code: pictures without a box teach neither head. S stages
 batch, T boxes of a picture, padded (`pairs`), X prompts, A positions, M candidates, H objects of a picture, padded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

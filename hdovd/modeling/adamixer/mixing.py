@@ -4,8 +4,6 @@ itself.
 M queries of a batch, C channels in G groups, P points in, O points out.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

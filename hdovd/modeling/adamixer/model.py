@@ -6,8 +6,6 @@ costs that queries and boxes are paired by. N pictures, Q queries of each, S sta
 hidden, K classes, G boxes of the batch (`pairs`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

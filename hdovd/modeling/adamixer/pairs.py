@@ -8,8 +8,6 @@ boxes of a picture from 0 on, padded to the most of any picture, then pseudo box
 of a picture, padded; D embedding size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -240,7 +238,9 @@ class Pairs:
     own_iou: Tensor
 
     @classmethod
-    def of(cls, on_host: NDArray[np.int64], query: Tensor, iou_on_host: Array, iou: Tensor, boxes: StepBoxes) -> Pairs:
+    def of(
+        cls, on_host: NDArray[np.int64], query: Tensor, iou_on_host: Array, iou: Tensor, boxes: StepBoxes
+    ) -> "Pairs":
         """`on_host` and `query`: (S, G), on the host and on the device. `iou_on_host` and `iou`: (S, N, Q, T),
         likewise.
         """

@@ -5,8 +5,6 @@ is trained densely, and is of no use afterwards. The losses are in `losses`. N p
 candidates of a picture, Q queries, C channels, D embedding size.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

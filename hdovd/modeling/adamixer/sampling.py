@@ -6,8 +6,6 @@ a level nor asks for maps of another layout, and its gradient is one pass over t
 groups, Q queries, P points of each in each group.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

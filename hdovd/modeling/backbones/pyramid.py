@@ -4,8 +4,6 @@ Levels are named by their stride: level l has stride 2^l, P2..P5 come from the R
 more is pooled from the last.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Each becomes a module that maps a batch of pictures (N, 3, H, W) to one feature 
 l, fine to coarse, with `channels`, the C_l. What is claimed is tried out on zeros when it is built.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable
 from typing import Any

@@ -5,8 +5,6 @@ the data: sizes are tensors, nothing is a Python number that a picture decides, 
 or queries, C classes, D embedding size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

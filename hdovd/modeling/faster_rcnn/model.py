@@ -4,8 +4,6 @@ The levels are parts of their own (`levels`), their losses pure functions (`loss
 N images, R RoIs, K base classes, D embedding size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

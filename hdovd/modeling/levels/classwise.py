@@ -5,8 +5,6 @@ Prompts are [t_1..t_K; u_1..u_A; bg]. The level keeps nothing between steps: the
 own, which needs it without this level too.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

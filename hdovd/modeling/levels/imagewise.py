@@ -1,7 +1,5 @@
 """Level 3 as a part of the detector: its projection, its two memories and its loss (METHOD section 6)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Level 1 as a part of the detector: its two memories and its two losses (METHOD section 4)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -5,8 +5,6 @@ Pure functions, called by `oln`. n boxes, encoded against anchors or RoIs: offse
 centre's in sides of the anchor and the sides' as logarithms (arXiv 1506.01497, equation 2), unit weights.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

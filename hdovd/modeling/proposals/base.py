@@ -3,8 +3,6 @@
 They are trained on base boxes alone and never see a class label. The other one is `oln`.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -6,8 +6,6 @@ and from nothing else, so that an object which nobody labelled is never taught t
 image, R RoIs, C channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
