@@ -30,8 +30,8 @@ from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import PART_ROWS, Level
 from hdovd.cache.writer import ProductWriter
-from hdovd.pipelines.common.format import size
-from hdovd.pipelines.dataloading.packing import Packed, pack
+from hdovd.pipelines.common.console import size
+from hdovd.pipelines.dataloading.loader import Packed, pack
 from hdovd.pipelines.dataloading.sampler import BlockShuffle, Streams
 
 BATCH = 16  # images, with workers

@@ -29,7 +29,7 @@ from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX
 from hdovd.pipelines.embedding.crops import Cutter
 from hdovd.pipelines.embedding.embedders import Pictures
 from hdovd.pipelines.embedding.feed import own_threads
-from hdovd.pipelines.forecast.world import make_world
+from hdovd.pipelines.forecast.extraction import make_world
 from hdovd.pipelines.teachers.openclip import load_clip
 
 

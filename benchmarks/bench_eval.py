@@ -21,7 +21,7 @@ from arguments import parsed, workplace
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.evaluation.coco import AveragePrecision, GroundTruth
 from hdovd.evaluation.engines import Engine, require
-from hdovd.pipelines.common.threads import usable_cores
+from hdovd.pipelines.common.process import usable_cores
 
 WIDTH, HEIGHT = 640, 480  # of every image, pixels
 CROWDS = 0.01  # share of the objects, about COCO's

@@ -24,10 +24,10 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import hash_texts
 from hdovd.cache.schema import Level
 from hdovd.data.coco import DataPaths
-from hdovd.pipelines.common.format import size
+from hdovd.pipelines.common.console import size
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.forecast.world import make_world
+from hdovd.pipelines.forecast.extraction import make_world
 from hdovd.pipelines.teachers.prompts import Name, prompts
 
 PICTURES = 16  # files: the images of the world are these, over and over

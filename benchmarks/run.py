@@ -16,7 +16,7 @@ from pathlib import Path
 from arguments import workplace
 from side_by_side import tiny_clip
 
-from hdovd.pipelines.common.threads import limit_threads
+from hdovd.pipelines.common.process import limit_threads
 
 SMALL = {
     "bench_cache": "--images 1000 --rounds 5 --reads 500 --workers 1",

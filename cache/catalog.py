@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hdovd.cache.identity import KeyInputs, differences, require_seal, sealed
-from hdovd.cache.open import open_folder
+from hdovd.cache.local import open_folder
 from hdovd.cache.product import Product
 from hdovd.cache.schema import SCHEMA_VERSION, TAR_META, Level
 from hdovd.cache.store import Folder, naming_damage

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hdovd.cache.catalog import Catalog, RunRecord
-from hdovd.cache.local import CLAIMS
-from hdovd.cache.locks import PARTIAL, is_stale, lock, unlock
+from hdovd.cache.local import CLAIMS, PARTIAL, is_stale, lock, unlock
 from hdovd.cache.product import Product
 from hdovd.cache.schema import TABLES, Level
 from hdovd.cache.store import Folder

@@ -15,7 +15,7 @@ def ablate(config: AblateConfig) -> None:
     """
     from hdovd.pipelines.ablation.ablate import ablate as run
     from hdovd.pipelines.ablation.table import markdown
-    from hdovd.pipelines.common.signals import exit_code
+    from hdovd.pipelines.common.process import exit_code
 
     result = run(config, typer.echo)
     if config.dry_run:

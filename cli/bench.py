@@ -7,13 +7,30 @@ from typing import Annotated
 
 import typer
 
-from hdovd.cli import options
 from hdovd.cli.lazy import new_app
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.options import number_or_auto
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
+
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Batch = Annotated[
+    str,
+    typer.Option(
+        "--batch",
+        "--batch-size",
+        help="Crops that CLIP embeds at a time (or the pixels of so many), or auto: found by trying.",
+    ),
+]
+Workers = Annotated[
+    str, typer.Option("--workers", help="Processes that decode and crop, or auto: none on a CPU, up to 16 for a GPU.")
+]
+Compute = Annotated[
+    Precision,
+    typer.Option("--precision", help="What CLIP computes in; auto: what suits the device (docs/MACHINES.md)."),
+]
+
 
 app = new_app(no_args_is_help=True)
 
@@ -31,10 +48,10 @@ def extract(
     pretrained: Annotated[
         str | None, typer.Option("--pretrained", help="Tag or checkpoint file. Default: random weights.")
     ] = None,
-    precision: options.Compute = Precision.AUTO,
-    device: options.Device = "auto",
-    workers: options.Workers = "auto",
-    batch: options.Batch = "auto",
+    precision: Compute = Precision.AUTO,
+    device: Device = "auto",
+    workers: Workers = "auto",
+    batch: Batch = "auto",
     crop: Annotated[Shape, typer.Option(help="The pixels that a box stands for.")] = Shape.BOX,
     crop_scales: Annotated[str, typer.Option("--crop-scales", help="As for extract-clip.")] = "1",
     images: Annotated[

@@ -7,9 +7,14 @@ import typer
 
 from hdovd.cli.command import command
 from hdovd.cli.lazy import new_app
-from hdovd.pipelines.cache_tools.check_config import CheckConfig
-from hdovd.pipelines.cache_tools.config import ExportOptions, ParquetConfig, ViewConfig
-from hdovd.pipelines.cache_tools.import_config import ForeignFormat, ImportConfig
+from hdovd.pipelines.cache_tools.config import (
+    CheckConfig,
+    ExportOptions,
+    ForeignFormat,
+    ImportConfig,
+    ParquetConfig,
+    ViewConfig,
+)
 
 app = new_app(
     no_args_is_help=True,
@@ -89,7 +94,7 @@ def gc(
     catalog = Catalog(cache)
     from hdovd.cache.inventory import delete_garbage, find_garbage
     from hdovd.pipelines.cache_tools.listing import garbage_lines
-    from hdovd.pipelines.common.format import size
+    from hdovd.pipelines.common.console import size
 
     garbage = find_garbage(catalog, drop_set)
     _print(garbage_lines(garbage))
@@ -175,7 +180,7 @@ def view(config: ViewConfig) -> None:
     like. Weights are those of --calibration or --recipe, or those known for the cache's CLIP. CLIP is not needed. The
     cache knows where its data are; --data and --protocol say it anew.
     """
-    from hdovd.pipelines.cache_tools.view_images import view_images
+    from hdovd.pipelines.cache_tools.view import view_images
 
     view_images(config, typer.echo)
 

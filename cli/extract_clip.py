@@ -15,8 +15,8 @@ def extract_clip(config: ExtractConfig) -> None:
     that costs. Killed? The same command goes on where it was. Needs no GPU, but wants one. Next: hdovd train --cache
     CACHE.
     """
+    from hdovd.pipelines.extraction.engine import this_share
     from hdovd.pipelines.extraction.extract_clip import extract_clip as run
-    from hdovd.pipelines.extraction.sharing import this_share
 
     report = run(config)
     if report.whole and not config.dry_run and this_share(None).speaks:

@@ -12,8 +12,7 @@ from typer.main import get_command
 from hdovd.cli.lazy import LazyGroup, new_app
 from hdovd.core.errors import HdovdError, Stopped, system_line
 from hdovd.core.version import __version__
-from hdovd.pipelines.common.signals import INTERRUPTED
-from hdovd.pipelines.common.threads import limit_threads
+from hdovd.pipelines.common.process import INTERRUPTED, limit_threads
 
 PIPE_BROKE = 141  # as a shell says of SIGPIPE
 _interrupts: list[int] = []

@@ -36,7 +36,7 @@ def convert(
     order: Order = ListOrder.FILE,
 ) -> None:
     """Write the proposals in another form: the same boxes, scores and identity, and what made them if that is known."""
-    from hdovd.pipelines.proposal_files.convert import convert_proposals
+    from hdovd.pipelines.proposal_files.file import convert_proposals
 
     convert_proposals(source, out, annotations, order, typer.echo)
 
@@ -44,6 +44,6 @@ def convert(
 @app.command()
 def info(source: Source, annotations: Annotations = None, order: Order = ListOrder.FILE) -> None:
     """Tell how many proposals a file holds, their identity, and what made them."""
-    from hdovd.pipelines.proposal_files.convert import info_lines
+    from hdovd.pipelines.proposal_files.file import info_lines
 
     typer.echo("\n".join(info_lines(source, annotations, order)))

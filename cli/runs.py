@@ -38,8 +38,7 @@ def ls(
 
     A run that is under way shows as stopped. A damaged run is listed, with what is wrong.
     """
-    from hdovd.pipelines.runs.listing import read_runs
-    from hdovd.pipelines.runs.tables import run_lines, run_values
+    from hdovd.pipelines.runs.listing import read_runs, run_lines, run_values
 
     runs = read_runs(folders or [Path()])
     typer.echo(json.dumps(run_values(runs), indent=1) if json_ else "\n".join(run_lines(runs)))
@@ -51,7 +50,6 @@ def diff(
     b: Annotated[Path, typer.Argument(metavar="B", help="The run to compare it with.")],
 ) -> None:
     """Say what differs: config, cache, versions, commit; and AP50 by group and by class, the largest changes first."""
-    from hdovd.pipelines.runs.listing import compare_runs
-    from hdovd.pipelines.runs.tables import difference_lines
+    from hdovd.pipelines.runs.listing import compare_runs, difference_lines
 
     typer.echo("\n".join(difference_lines(compare_runs(a, b))))

@@ -2,6 +2,19 @@
 the user's own.
 
 N images, R boxes of an image, C classes, K base classes, D embedding size.
+
+What the detector has at hand in a training step: the one argument of every level's loss, and of losses that a recipe
+adds.
+
+N images of this process, R RoIs, P of them positive, B boxes (image by image, base before pseudo), K base classes, C
+pyramid channels, D embedding size.
+
+Losses that a recipe adds: a section [loss.extra.NAME] each. docs/EXTENDING.md shows one.
+
+The contract: `use` names a class of torch.nn.Module, built as MyLoss(dim=D, channels=C, **options) with D the embedding
+size, C the pyramid's channels and options all keys of the section but `use` and `weight`; called as loss(view) with a
+`StepContext`, it returns a scalar. The detector adds `weight` times it to its losses as NAME. Its state is in the
+checkpoint.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +25,32 @@ from torch import Tensor, nn
 
 from hdovd.config.detector import DETECTORS
 from hdovd.config.plugins import resolve_class
-from hdovd.config.recipe import Recipe
+from hdovd.config.recipe import ExtraLossConfig, Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.targets import Targets
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """One step of one process, before any loss of it.
+
+    features: pyramid maps (N, C, h, w) by level name; level "5" has stride 2^5, "pool" is the one pooled from the last.
+    image_sizes: (height, width) pixels of each picture in the padded batch; boxes and RoIs are in the same pixels.
+    targets: boxes and cached rows of each image, with the pseudo boxes that are used. texts: (K, D) base classes.
+    rois: (R_i, 4) xyxy each. box_of_roi: (R,) int64, the box in 0..B-1 that a positive RoI belongs to, or -1.
+    deltas: (R, 4) predicted offsets. c: (R, D) classification feature. d: (P, D) distillation feature of the P positive
+    RoIs, those with a box, in their order; None if the recipe does without the instance level.
+    """
+
+    features: dict[str, Tensor]
+    image_sizes: list[tuple[int, int]]
+    targets: list[Targets]
+    texts: Tensor
+    rois: list[Tensor]
+    box_of_roi: Tensor
+    deltas: Tensor
+    c: Tensor
+    d: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,3 +137,67 @@ def build_detector(recipe: Recipe, dim: int, log: Callable[[str], None] | None) 
     name = recipe.detector.name
     kind = resolve_class(DETECTORS.get(name, name), "detector.name", Detector, "hdovd.modeling.base.Detector")
     return kind(recipe, dim, log)
+
+
+OWN_NAMES = (
+    "rpn_objectness",
+    "rpn_box",
+    "classification",
+    "box",
+    "instance_alignment",
+    "instance_relation",
+    "image_alignment",
+    "rpn_cls",
+    "rpn_aux_cls",
+    "rpn_aux_box",
+    "objectness",
+    "giou",
+    "text_alignment",
+    "text_relation",  # AdaMixer's
+    "step",
+    "epoch",
+    "lr",
+    "images_per_s",
+    "data_wait",
+    "memory_gb",
+)  # losses, and what the log has beside them
+
+
+class ExtraLosses(nn.Module):
+    """The losses of a recipe's loss.extra sections, by name. Raises HdovdError naming the section that does not fit the
+    contract.
+    """
+
+    def __init__(self, configs: dict[str, ExtraLossConfig], dim: int, channels: int) -> None:
+        super().__init__()
+        self.weights = {name: config.weight for name, config in configs.items()}
+        self.parts = nn.ModuleDict({name: _build(name, config, dim, channels) for name, config in configs.items()})
+
+    def forward(self, view: StepContext) -> dict[str, Tensor]:
+        losses = {}
+        for name, part in self.parts.items():
+            loss = part(view)
+            if not isinstance(loss, Tensor) or loss.shape != ():
+                found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise HdovdError(
+                    f"loss.extra.{name}: {type(part).__name__}.forward: expected a scalar tensor (shape ()), found "
+                    f"{found}"
+                )
+            losses[name] = self.weights[name] * loss.float()  # bfloat16 under autocast
+        return losses
+
+
+def _build(name: str, config: ExtraLossConfig, dim: int, channels: int) -> nn.Module:
+    section = f"loss.extra.{name}"
+    if name in OWN_NAMES or name.startswith("val_"):
+        raise HdovdError(
+            f"{section}: the log has a column of that name: choose another than {', '.join(OWN_NAMES)} and val_..."
+        )
+    kind = resolve_class(config.use, f"{section}.use", nn.Module, "torch.nn.Module")
+    try:
+        return kind(dim=dim, channels=channels, **config.options)
+    except TypeError as error:
+        raise HdovdError(
+            f"{section}: {config.use} is built with dim, channels and the section's other keys "
+            f"({', '.join(config.options) or 'none'}): {error}"
+        ) from error

@@ -5,13 +5,15 @@ gathered from all processes first, and what a sum is divided by is counted over 
 processes of losses and gradients, which DistributedDataParallel takes, is then that of the global batch. In
 one process everything here is the identity. All processes must call
 these functions alike. W processes, n rows of this one, D columns.
+
+The memories E and Q of the alignment losses (METHOD sections 4 and 6).
 """
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def world_size() -> int:
@@ -78,3 +80,33 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0][ctx.first : ctx.first + ctx.count] * world_size(), None
+
+
+class FeatureQueue(nn.Module):
+    """A first-in first-out memory of L2-normalised rows, newest first. Its rows are in the checkpoint.
+
+    A row that was never written is zero, so the number of rows held follows from the rows themselves.
+    """
+
+    def __init__(self, length: int, dim: int) -> None:
+        super().__init__()
+        self.rows: Tensor
+        self.register_buffer("rows", torch.zeros(length, dim))
+        self._held = 0
+        self.register_load_state_dict_post_hook(FeatureQueue._recount)
+
+    @staticmethod
+    def _recount(module: nn.Module, _: object) -> None:
+        assert isinstance(module, FeatureQueue)
+        module._held = int((module.rows != 0).any(dim=1).sum())
+
+    def read(self) -> Tensor:
+        """(m, D) rows held, newest first, m at most the length."""
+        return self.rows[: self._held]
+
+    @torch.no_grad()
+    def push(self, rows: Tensor) -> None:
+        """Put (n, D) rows in front; the oldest fall out."""
+        merged = torch.cat([rows.detach().to(self.rows), self.read()])[: len(self.rows)]
+        self.rows = torch.cat([merged, self.rows.new_zeros(len(self.rows) - len(merged), self.rows.shape[1])])
+        self._held = len(merged)

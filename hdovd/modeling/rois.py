@@ -1,18 +1,124 @@
 """From proposals to the RoIs that the head sees: matching, sampling, pooling.
 
 B boxes of an image (base before pseudo), R RoIs, C channels.
+
+RoIAlign with a gradient that all cores of a CPU share; torchvision's runs on one, and was a third of a training
+step.
+
+RoIAlign is linear, and separable in the axes: a bin is the sum of few cells, each times a weight of its row and one of
+its column. Its gradient is then, for each cell, a weighted sum of rows of the bins' gradients: an embedding bag. On a
+GPU torchvision's own gradient is used, and for the few RoIs that are very long. R RoIs, N pictures, C channels, h x w
+cells, B bins a side, K cells a bin reaches over along one axis.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou, roi_align
 
-from hdovd.modeling.roi_gradient import roi_align_on_cpu
-from hdovd.modeling.sampling import Use, image_generator, sample_balanced
+from hdovd.modeling.batching import Use, image_generator, sample_balanced
+
+LONG = 8  # cells a bin, from which on a RoI's gradient is torchvision's: a few thin ones would widen the table for all
+
+
+def roi_align_on_cpu(maps: Tensor, rois: Tensor, bins: int, scale: float, samples: int) -> Tensor:
+    """torchvision's `roi_align` (aligned), for training on a CPU.
+
+    Args:
+        maps: (N, C, h, w) float32. rois: (R, 5) number of the picture, xyxy in pixels. bins: B. scale: cells a pixel.
+        samples: points a bin and axis; 0 or less: as many as the bin has cells.
+
+    Returns:
+        (R, C, B, B) float32, with a gradient for the maps and none for the RoIs.
+    """
+    pooled: Tensor = _RoIAlign.apply(maps, rois, bins, scale, samples)
+    return pooled
+
+
+class _RoIAlign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, rois: Tensor, bins: int, scale: float, samples: int) -> Tensor:
+        ctx.save_for_backward(rois)
+        ctx.shape, ctx.bins, ctx.scale, ctx.samples = maps.shape, bins, scale, samples
+        pooled: Tensor = roi_align(maps, rois, bins, scale, samples, aligned=True)
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (rois,) = ctx.saved_tensors
+        sides = (rois[:, 3:] - rois[:, 1:3]).amax(dim=1) * ctx.scale
+        long = sides > LONG * ctx.bins
+        if not long.any():
+            return _shared(gradients[0], rois, ctx), None, None, None, None
+        of_maps = _shared(gradients[0][~long], rois[~long], ctx) + torch.ops.torchvision._roi_align_backward(
+            gradients[0][long], rois[long], ctx.scale, ctx.bins, ctx.bins, *ctx.shape, ctx.samples, True
+        )
+        return of_maps, None, None, None, None
+
+
+def _shared(gradient: Tensor, rois: Tensor, ctx: Any) -> Tensor:
+    """The gradient (N, C, h, w) of the maps by RoIs (R, 5) whose bins reach over few cells; `gradient`: (R, C, B,
+    B)."""
+    (pictures, channels, height, width), bins = ctx.shape, ctx.bins
+    if len(rois) == 0:
+        return gradient.new_zeros(ctx.shape)
+    row, of_row = reach(rois[:, 2] * ctx.scale - 0.5, rois[:, 4] * ctx.scale - 0.5, height, bins, ctx.samples)
+    column, of_column = reach(rois[:, 1] * ctx.scale - 0.5, rois[:, 3] * ctx.scale - 0.5, width, bins, ctx.samples)
+    cell = (row * width)[:, :, None, :, None] + column[:, None, :, None, :]  # (R, B, B, K, K)
+    cell = cell + (rois[:, 0].int() * (height * width)).view(-1, 1, 1, 1, 1)
+    weight = of_row[:, :, None, :, None] * of_column[:, None, :, None, :]
+    of_bin = torch.arange(len(rois) * bins * bins, dtype=torch.int32).view(len(rois), bins, bins, 1, 1).expand_as(cell)
+    taken = weight.flatten().nonzero()[:, 0]
+    cell, order = cell.flatten()[taken].sort()
+    order = taken[order]
+    first = torch.searchsorted(cell, torch.arange(pictures * height * width + 1, dtype=torch.int32), out_int32=True)
+    rows = gradient.flatten(2).transpose(1, 2).reshape(-1, channels)
+    of_maps = F.embedding_bag(
+        of_bin.reshape(-1)[order],
+        rows,
+        first,
+        mode="sum",
+        per_sample_weights=weight.flatten()[order],
+        include_last_offset=True,
+    )
+    return of_maps.view(pictures, height, width, channels).permute(0, 3, 1, 2)
+
+
+def reach(low: Tensor, high: Tensor, cells: int, bins: int, samples: int) -> tuple[Tensor, Tensor]:
+    """Which cells of an axis each bin takes, and by how much: (R, B, K) int32 and float32.
+
+    `low`, `high`: (R,) the ends of the RoIs, in cells with centres at whole numbers. Points more than a cell outside
+    count as zero, others outside as the cell at the edge (RoIAlign, arXiv 1703.06870, as torchvision has it).
+    """
+    bin_size = (high - low) / bins
+    points = torch.full_like(low, samples) if samples > 0 else bin_size.ceil().clamp(min=0)
+    number = torch.arange(max(1, int(points.max())), device=low.device)
+    taken = number < points[:, None]
+    step = (number + 0.5) / points.clamp(min=1)[:, None]  # (R, points)
+    place = (
+        low[:, None, None] + (torch.arange(bins, device=low.device)[:, None] + step[:, None]) * bin_size[:, None, None]
+    )
+    share = (taken / points.clamp(min=1)[:, None])[:, None] * ((place >= -1) & (place <= cells))
+    place = place.clamp(0, cells - 1)
+    lower = place.floor()
+    rest = place - lower
+    lower = lower.long()
+    dense = torch.zeros(len(low), bins, cells, device=low.device)
+    dense.scatter_add_(2, lower, share * (1 - rest)).scatter_add_(2, (lower + 1).clamp(max=cells - 1), share * rest)
+    some = dense > 0
+    first = some.int().argmax(dim=2)
+    last = cells - 1 - some.flip(2).int().argmax(dim=2)
+    width = int(torch.where(some.any(dim=2), last - first, 0).max()) + 1
+    cell = first[..., None] + torch.arange(width, device=low.device)
+    inside = cell < cells
+    cell = cell.clamp(max=cells - 1)
+    return cell.int(), dense.gather(2, cell) * inside
+
 
 POOL_SIZE = 7
 POSITIVE_IOU = 0.5

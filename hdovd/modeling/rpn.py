@@ -15,11 +15,9 @@ from torchvision.ops import box_iou
 
 from hdovd.config.detector import RpnConfig
 from hdovd.core.errors import HdovdError
-from hdovd.modeling.batching import padded
-from hdovd.modeling.box_coder import BoxCoder
+from hdovd.modeling.batching import Use, image_generator, padded, sample_balanced
+from hdovd.modeling.boxes import BoxCoder, nms_of_images
 from hdovd.modeling.distributed import divisor
-from hdovd.modeling.image_nms import nms_of_images
-from hdovd.modeling.sampling import Use, image_generator, sample_balanced
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 DROPPED = -1.0  # less than any score

@@ -25,8 +25,8 @@ from hdovd.pipelines.ablation.config import AblateConfig
 from hdovd.pipelines.ablation.table import AblationTable, ablation_table, write_tables
 from hdovd.pipelines.calibration.values import with_reliability
 from hdovd.pipelines.common.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
+from hdovd.pipelines.common.process import usable_cores
 from hdovd.pipelines.common.settings import SWITCH, lasting_values
-from hdovd.pipelines.common.threads import usable_cores
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.listing import Run, read_run
 from hdovd.pipelines.training.config import TrainConfig

@@ -12,7 +12,7 @@ from hdovd.core.errors import shorten
 from hdovd.data.protocol import Protocol, load_protocol, shipped_protocols
 from hdovd.pipelines.audit.inputs import Audited, CachedBoxes, GroundTruth, rows_of, sha256_of
 from hdovd.pipelines.audit.report import Check, Findings
-from hdovd.pipelines.common.progress import progress
+from hdovd.pipelines.common.console import progress
 
 SAME_BOX_PX = 0.05  # between a cached base box and its annotation: float32 and a decimal or two
 

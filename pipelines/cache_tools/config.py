@@ -24,11 +24,24 @@ from hdovd.pipelines.common.options import (
     data_if_given,
     read_recipe,
 )
-from hdovd.pipelines.extraction.source import CacheSource
-from hdovd.pipelines.extraction.tar_config import TarExportConfig
+from hdovd.pipelines.extraction.source import CacheSource, TarExportConfig
 
 if TYPE_CHECKING:
     from hdovd.config.recipe import Recipe
+from dataclasses import field, replace
+
+from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, FeatureSet, is_set_name, is_tar_form
+from hdovd.cache.local import open_folder
+from hdovd.cache.schema import Level
+from hdovd.core.errors import require_files
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.common.options import CacheArgument, CacheWritten, Data, Device, Features, Pretrained, Protocol
+from hdovd.pipelines.common.precision import Precision
+from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, ActivationOption, Compute, ExtractConfig
+from hdovd.pipelines.extraction.source import extraction_of, laid_over
+from hdovd.pipelines.teachers.activation import Activation
+from hdovd.pipelines.teachers.prompts import Templates, check_templates
 
 
 def source_of(given: dict[str, Any]) -> CacheSource:
@@ -143,3 +156,132 @@ class ExportOptions:
             features=source.features,
             samples=self.samples,
         )
+
+
+def _changes(given: dict[str, Any]) -> dict[str, Any]:
+    names = ("clip", "pretrained", "protocol", "precision", "activation", "device")
+    found = {"data": data_if_given(given), **{name: given[name] for name in names}}
+    return {name: value for name, value in found.items() if value not in (None, Precision.AUTO)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckConfig:
+    """A check of a cache. `changes`: fields of `ExtractConfig` to lay over what a set was made from, where data or CLIP
+    are elsewhere now.
+    """
+
+    cache: CacheArgument
+    features: Annotated[str | None, Option("Check one set alone. Default: all products.")] = None
+    sample: Annotated[int, Option("Encode N rows of images and boxes again.", min=0, metavar="N")] = 0
+    seed: Annotated[int, Option("Which rows --sample takes.")] = 0
+    repair: Annotated[bool, Option("Mark what is damaged as missing: extract-clip makes it again.")] = False
+    changes: Annotated[
+        dict[str, Any],
+        Group(
+            {
+                **DATA,
+                "clip": (str | None, None, Option("The CLIP that the cache was made with, if it is elsewhere now.")),
+                "pretrained": (str | None, None, Option("Tag or checkpoint file, with a model name.")),
+                "protocol": (str | None, None, OTHER_PROTOCOL),
+                "precision": (
+                    Precision,
+                    Precision.AUTO,
+                    Option("What CLIP computes in, for --sample. Default: what the cache was made in."),
+                ),
+                "activation": (Activation | None, None, Option("The activation that the weights were trained with.")),
+                "device": (str, "auto", Option("auto, cpu or cuda.")),
+            },
+            _changes,
+        ),
+    ] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises HdovdError if there is no cache, not even a damaged one, or tar shards are to be repaired."""
+        if is_tar_form(self.cache):
+            if self.sample or self.repair:
+                raise HdovdError(
+                    f"{self.cache} is of tar shards: --sample and --repair need the Zarr cache that they were exported "
+                    f"from"
+                )
+            return
+        folder = open_folder(self.cache)
+        if not folder.exists("zarr.json") and not any(folder.sizes(level) for level in Level):
+            Catalog(self.cache)  # says so
+
+
+def settings_of(config: CheckConfig, name: str, features: FeatureSet) -> ExtractConfig:
+    """The extraction that a set came from, with the changes asked for. Raises HdovdError if it is not known."""
+    changes = dict(config.changes)
+    given: DataPaths = changes.pop("data", DataPaths())
+    if "clip" in changes:
+        changes.setdefault("pretrained", None)
+    if not features.made_from and "clip" in changes and given != DataPaths():
+        return ExtractConfig(data=given, cache=config.cache, **changes)
+    settings = extraction_of(
+        features,
+        config.cache,
+        name,
+        "the options of its hdovd extract-clip command, --data, --clip and what else it had",
+        **changes,
+    )
+    return replace(settings, data=laid_over(given, settings.data))
+
+
+class ForeignFormat(StrEnum):
+    HD_OVD = "hd-ovd"
+    OADP = "oadp"
+    WEBDATASET = "webdataset"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportConfig:
+    """An import of features that others made. `clip`: embeds the class names; None for no class level."""
+
+    format: Annotated[
+        ForeignFormat,
+        Option(
+            "hd-ovd or oadp: embeddings that their authors published; webdataset: tar shards, which "
+            "become the cache again that they were exported from; no other option is read."
+        ),
+    ]
+    folder: Annotated[
+        Path,
+        Group(
+            {"source": (str, MISSING, Option("The folder to import; of tar shards also s3://, gs://.", argument=True))},
+            lambda given: Path(given["source"]),
+        ),
+    ]
+    data: Data
+    cache: CacheWritten
+    proposals: Annotated[Path | None, Option("With hd-ovd: the .pkl of boxes that the files go with.")] = None
+    protocol: Protocol = "ov-coco"
+    clip: Annotated[str | None, Option("The CLIP that the publishers used: embeds the class names.")] = None
+    pretrained: Pretrained = None
+    templates: Templates = DEFAULT_TEMPLATES
+    features: Features = DEFAULT_SET
+    device: Device = "auto"
+    precision: Compute = Precision.AUTO
+    activation: ActivationOption = Activation.AUTO
+    url: Annotated[str, Group({}, lambda given: given["source"])] = ""
+
+    def __post_init__(self) -> None:
+        check_templates(self.templates)
+        if self.format is not ForeignFormat.WEBDATASET and (self.format is ForeignFormat.HD_OVD) != (
+            self.proposals is not None
+        ):
+            raise HdovdError(
+                "--format hd-ovd needs --proposals, the .pkl of boxes that its files go with; --format oadp takes none"
+            )
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        if self.format is ForeignFormat.WEBDATASET:
+            return
+        if not is_set_name(self.features):
+            raise HdovdError(f"--features {self.features[:100]!r}: expected {SET_NAME_TOLD}")
+        load_protocol(self.protocol)
+        self.data.locate("train2017")
+        require_files(proposals=self.proposals)
+        if not self.folder.is_dir():
+            raise HdovdError(f"{self.folder}: no such folder")
+        Catalog.find_at(self.cache)

@@ -4,11 +4,34 @@ what made them.
 The files are read twice, in flat memory: once for boxes, counts and a hash of all rows, which takes the place of a CLIP
 in the keys, and once to write. Class names are embedded by a CLIP of the user's choice, which has to be the one that
 the publishers used: no file says which.
+
+Embeddings that others published, read for `hdovd cache import`.
+
+`hd-ovd` is what the HD-OVD authors (github: iSEE-Laboratory/HD-OVD) train from. Its folder holds one .pth an image,
+named after the picture without its extension, and in it a dict of tensors whose row counts only their trainer tells:
+`gt_clip_image_embedding` has a row for every base box in annotation order, crowd boxes left out, and those of no area
+or with a side under 1 px (mmdetection's rule); `proposal_clip_image_embedding` and `proposal_clip_text_embedding` have
+a row for every box of the proposal file; `clip_full_image_embedding` is one row. Rows are not normalised there. The
+proposal file is a pickled list with one (n, 4 or 5) array an image of the annotation file, in the order of its
+`images`, those without base boxes too; boxes are xyxy pixels of the original image. Their trainer takes the first five
+boxes of over 32 px a side at training size, by the list's order and not by score, so that order is kept. Where the list
+has no box, their loader puts one of zeros, so such an image may have one row that means nothing.
+
+`oadp` is what OAKE of OADP (github: LutingWang/OADP, branch main) writes: `objects/train2017/ID.pth`, the image id in
+12 digits, with `embeddings` (m, D), `bboxes` (m, 4) xyxy pixels of the original image and `objectness` (m, 1), all
+float16 (so coordinates over 512 are rounded to half pixels), of proposals with sides of 4 px or more; and
+`globals/train2017/ID.pth`, a tensor (D,) of the image. Base boxes have no embeddings there, and a proposal's embedding
+comes from a wider square crop with the surroundings masked in attention, not from a crop of the box. `blocks/`, a grid
+over the image, has no place here.
+
+Either way a file is read by `common.tensors` or `safe_pickle`, never by a plain unpickler, and one that is
+missing, damaged or does not fit costs its image alone: the reason stands in the image's place.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +41,260 @@ from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.schema import CHUNK_ROWS, IMAGE_PART_ROWS, PART_ROWS, SCHEMA_VERSION, Level, Source
 from hdovd.cache.writer import ProductWriter
 from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.data.coco import Split
+from hdovd.data.coco import ImageBoxes, Instances, Split, read_instances
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.cache_tools.import_config import ForeignFormat, ImportConfig
-from hdovd.pipelines.cache_tools.published_features import ForeignImage, read_hd_ovd, read_oadp
-from hdovd.pipelines.common.progress import progress
+from hdovd.pipelines.cache_tools.config import ForeignFormat, ImportConfig
+from hdovd.pipelines.common.console import progress
+from hdovd.pipelines.common.tensors import Unfit, floats, load_pth
 from hdovd.pipelines.extraction.boxes import BoxTable, box_table
+from hdovd.pipelines.proposal_files.safe_pickle import load_arrays
 from hdovd.pipelines.proposal_files.table import Proposals, ProposalTable
+
+GT, PROPOSAL, TEXT, FULL = (
+    "gt_clip_image_embedding",
+    "proposal_clip_image_embedding",
+    "proposal_clip_text_embedding",
+    "clip_full_image_embedding",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignImage:
+    """What is published of one image of the split: n base boxes, m proposals, D embedding size; all float32, rows of
+    norm 1.
+
+    base_embedding: (n, D), in the order of the split's boxes; None if the format has none.
+    proposal_box: (m, 4) xyxy pixels of the original image, inside it; proposal_score: (m,), 1 if the file has no
+    scores; proposal_embedding: (m, D); proposal_text: (m, D) or None; all in the order in which they are to be
+    preferred. image_embedding: (D,) or None. dropped: how many proposals were left out, since nothing of them lies in
+    the image or a number is not finite. reason: why the image has none of all that; then the arrays are empty. None if
+    it has.
+    """
+
+    image_id: int
+    base_embedding: np.ndarray | None = None
+    proposal_box: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    proposal_score: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    proposal_embedding: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    proposal_text: np.ndarray | None = None
+    image_embedding: np.ndarray | None = None
+    dropped: int = 0
+    reason: str | None = None
+
+
+def read_hd_ovd(folder: Path, proposals_pkl: Path, split: Split) -> Iterator[ForeignImage]:
+    """The images of `split`, in its order, from the folder of .pth files and the proposal file of HD-OVD.
+
+    `split` must come from the annotation file that the proposal file goes with: COCO's own, or the base-only one made
+    of it.
+
+    Raises HdovdError, at once, if the folder holds no .pth, or the proposal file is unsafe, damaged or for other
+    annotations.
+    """
+    _require_pth(folder, "the HD-OVD embeddings, one .pth an image (000000000009.pth)")
+    kept = {i for image in split.images for i in image.annotation_ids.tolist()}
+    found = read_instances(
+        split.annotations, split.folder
+    )  # again, since the split holds neither the other images nor areas
+    place = {image_id: number for number, image_id in enumerate(found.images)}
+    without_row = {
+        number for row, number in enumerate(found.ids) if number in kept and _left_out_by_mmdetection(found, row)
+    }
+    proposals = load_arrays(proposals_pkl)
+    if not isinstance(proposals, list):
+        raise HdovdError(
+            f"{proposals_pkl} is no HD-OVD proposal file: expected a list of arrays, one an image, found a "
+            + type(proposals).__name__
+        )
+    if len(proposals) != len(place):
+        raise HdovdError(
+            f"{proposals_pkl} holds proposals for {len(proposals)} images, but {split.annotations} lists {len(place)}, "
+            f"and they go together by place in the list: give the annotation file that the proposals were made for"
+        )
+
+    def read(image: ImageBoxes) -> ForeignImage:
+        file = folder / f"{Path(image.file_name).name[:-4]}.pth"
+        tensors = _load(file, GT, PROPOSAL, FULL)
+        ours = image.annotation_ids.tolist()
+        absent = [i for i in ours if i in without_row]
+        base = _rows(
+            tensors[GT],
+            f"{file}: {GT}",
+            len(ours) - len(absent),
+            "base boxes" + (f" ({len(ours)} less {len(absent)} that mmdetection leaves out)" if absent else ""),
+        )
+        if absent:
+            raise Unfit(
+                f"{file} holds no embedding of annotations {shorten(absent)}: the published trainer leaves out boxes "
+                f"with a side under 1 px. Leave them out of the annotation file as well"
+            )
+        boxes, scores = _boxes(proposals[place[image.id]], f"{proposals_pkl}: entry {place[image.id]}")
+        keys = [key for key in (PROPOSAL, TEXT) if key in tensors]
+        of = f"boxes in {proposals_pkl.name}; is that in the order of the annotation file?"
+        found = [
+            _rows(tensors[key], f"{file}: {key}", len(boxes), of)
+            if len(boxes)
+            else np.zeros((0, base.shape[1]), np.float32)
+            for key in keys
+        ]
+        boxes, scores, found, dropped = _inside(image, boxes, scores, found)
+        units = [_unit(rows, f"{file}: {key}") for rows, key in zip(found, keys, strict=True)]
+        return ForeignImage(
+            image.id,
+            _unit(base, f"{file}: {GT}"),
+            boxes,
+            scores,
+            units[0],
+            units[1] if TEXT in keys else None,
+            _image_row(tensors[FULL], f"{file}: {FULL}"),
+            dropped,
+        )
+
+    return _each(split, read)
+
+
+def read_oadp(folder: Path, split: Split) -> Iterator[ForeignImage]:
+    """The images of `split`, in its order, from OADP's `oake` folder: `objects/`, and `globals/` if it is there.
+
+    In both, files lie in a folder named as the split's pictures are (train2017), or at once. Proposals come best first.
+
+    Raises HdovdError, at once, if there are no object files.
+    """
+    objects, images = _files(folder, "objects", split), _files(folder, "globals", split)
+    if objects is None:
+        raise HdovdError(
+            f"no .pth in {folder / 'objects' / split.folder.name}, nor in {folder / 'objects'}: give the oake folder "
+            f"of OADP, with its objects (and globals) unpacked"
+        )
+
+    def read(image: ImageBoxes) -> ForeignImage:
+        file = objects / f"{image.id:012d}.pth"
+        tensors = _load(file, "embeddings", "bboxes", "objectness")
+        boxes, _ = _boxes(floats(tensors["bboxes"], f"{file}: bboxes"), f"{file}: bboxes", (4,))
+        scores = floats(tensors["objectness"], f"{file}: objectness").reshape(-1)
+        if len(scores) != len(boxes):
+            raise Unfit(f"{file}: objectness has {len(scores)} rows, expected one for each of the {len(boxes)} bboxes")
+        rows = _rows(tensors["embeddings"], f"{file}: embeddings", len(boxes), "bboxes")
+        boxes, scores, (rows,), dropped = _inside(image, boxes, scores, [rows])
+        order = np.argsort(-scores, kind="stable")
+        whole = None
+        if images is not None:
+            whole = _image_row(_load(images / file.name), str(images / file.name))
+        return ForeignImage(
+            image.id, None, boxes[order], scores[order], _unit(rows[order], f"{file}: embeddings"), None, whole, dropped
+        )
+
+    return _each(split, read)
+
+
+def _each(split: Split, read: Callable[[ImageBoxes], ForeignImage]) -> Iterator[ForeignImage]:
+    """All images by `read`; those that do not fit, or whose D is not that of the images before, as a reason."""
+    expected = 0
+    for image in split.images:
+        try:
+            found = read(image)
+            sizes = {
+                a.shape[-1]
+                for a in (found.base_embedding, found.proposal_embedding, found.proposal_text, found.image_embedding)
+                if a is not None
+            }
+            if sizes != {expected or min(sizes)}:
+                raise Unfit(
+                    f"embeddings of size {shorten(sorted(sizes))}, expected "
+                    + (f"{expected} as in the images before" if expected else "one size")
+                    + ": they are not all of one CLIP"
+                )
+            expected = min(sizes)
+        except Unfit as unfit:
+            found = ForeignImage(image.id, reason=str(unfit))
+        yield found
+
+
+def _left_out_by_mmdetection(found: Instances, row: int) -> bool:
+    """Whether an annotation that `load_split` keeps gets no row all the same; what lies outside the image neither
+    keeps.
+    """
+    area = found.areas[row]
+    return row in found.ignored or area <= 0 or (area == area and min(found.boxes[4 * row + 2 : 4 * row + 4]) < 1)
+
+
+def _require_pth(folder: Path, what: str) -> None:
+    if not folder.is_dir():
+        raise HdovdError(f"no folder {folder}: expected {what}")
+    if next(folder.glob("*.pth"), None) is None:
+        raise HdovdError(f"{folder} holds no .pth: expected {what}")
+
+
+def _files(folder: Path, kind: str, split: Split) -> Path | None:
+    """Where the files of `kind` lie, if anywhere."""
+    choices = (folder / kind / split.folder.name, folder / kind / "train2017", folder / kind)
+    return next((choice for choice in choices if next(choice.glob("*.pth"), None) is not None), None)
+
+
+def _load(file: Path, *keys: str) -> Any:
+    """The content of a .pth of plain tensors, a dict with `keys` if any are given."""
+    if not file.is_file():
+        raise Unfit(f"no file {file}")
+    loaded = load_pth(file)
+    if keys and not (isinstance(loaded, dict) and set(keys) <= loaded.keys()):
+        found = shorten(list(loaded)) if isinstance(loaded, dict) else f"a {type(loaded).__name__}"
+        raise Unfit(f"{file} holds {found}, expected {', '.join(keys)}")
+    return loaded
+
+
+def _rows(value: Any, what: str, count: int, of: str) -> np.ndarray:
+    rows = floats(value, what)
+    if rows.ndim != 2 or len(rows) != count:
+        raise Unfit(f"{what} has shape {rows.shape}, expected {count} rows for {count} {of}")
+    return rows
+
+
+def _image_row(value: Any, what: str) -> np.ndarray:
+    rows = floats(value, what)
+    if rows.ndim not in (1, 2) or rows.shape[:-1] not in ((), (1,)):
+        raise Unfit(f"{what} has shape {rows.shape}, expected one row")
+    return _unit(rows.reshape(1, -1), what).reshape(-1)
+
+
+def _unit(rows: np.ndarray, what: str) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
+    if len(bad):
+        raise Unfit(
+            f"{what}: {len(bad)} of {len(rows)} rows cannot be normalised: zero or not finite (rows {shorten([*bad])})"
+        )
+    return np.asarray(rows / norms)
+
+
+def _boxes(value: Any, what: str, columns: tuple[int, ...] = (4, 5)) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (m, 4) and scores (m,), float32."""
+    if isinstance(value, np.ndarray) and value.size == 0:
+        return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
+    if (
+        not isinstance(value, np.ndarray)
+        or value.dtype.kind not in "iuf"
+        or value.ndim != 2
+        or value.shape[1] not in columns
+    ):
+        found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+        raise Unfit(
+            f"{what} is no array of boxes: expected {' or '.join(f'(n, {c})' for c in columns)} numbers, found {found}"
+        )
+    with np.errstate(over="ignore"):
+        rows = value.astype(np.float32)
+    return rows[:, :4], rows[:, 4] if rows.shape[1] == 5 else np.ones(len(rows), np.float32)
+
+
+def _inside(
+    image: ImageBoxes, boxes: np.ndarray, scores: np.ndarray, rows: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], int]:
+    """All of the boxes that have an area in the image, cut to it, and how many have none."""
+    edge = np.array([image.width, image.height, image.width, image.height], np.float32)
+    cut = boxes.clip(0, edge)
+    keep = np.isfinite(boxes).all(axis=1) & np.isfinite(scores) & (cut[:, 2:] > cut[:, :2]).all(axis=1)
+    return cut[keep], scores[keep], [r[keep] for r in rows], int((~keep).sum())
+
 
 UNKNOWN_ORIGIN = "imported, origin unknown"
 

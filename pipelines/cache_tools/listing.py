@@ -15,7 +15,7 @@ from hdovd.cache.schema import DEFAULT_SET, TABLES, Level
 from hdovd.cache.verify import product_names
 from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.data.coco import Skips
-from hdovd.pipelines.common.format import size
+from hdovd.pipelines.common.console import size
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.common.settings import pair_lines
 from hdovd.pipelines.extraction.boxes import match_rows

@@ -27,8 +27,7 @@ from hdovd.cache.schema import Level, Source
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.cache_tools.config import ParquetConfig
 from hdovd.pipelines.common.atomic_write import replace_file
-from hdovd.pipelines.common.format import size
-from hdovd.pipelines.common.progress import progress
+from hdovd.pipelines.common.console import progress, size
 from hdovd.pipelines.extraction.source import CacheSource, CacheWithData, with_data
 
 GROUP_ROWS = 16_384  # of a row group, which is held in memory: 32 MB of embeddings of 512 values

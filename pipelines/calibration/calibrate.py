@@ -13,15 +13,33 @@ Every base box makes two labels:
 What this cannot know is which nouns a picture's captions offer, and what a proposal without any object looks like;
 `fit` says what follows from that. Where labels are made of the k best nouns, so are these (the right one of
 its own class and the k - 1 best others), and the cosine is that of their mean.
+
+The reliability weight of pseudo labels, fitted to the cosines of right and of wrong labels (METHOD section 2).
+
+`w = scale * sigmoid((cos(v, u) - centre) / width)`. n right and m wrong labels.
+
+Centre and width are a logistic regression of "right" on the cosine in which all right labels together count as much as
+all wrong ones: how often a pseudo box's right noun is offered is not known from base boxes, so neither is preferred,
+and the centre is the cosine at which a label is as likely to be either. Its targets are Platt's, (n + 1) / (n + 2) and
+1 / (m + 2) instead of 1 and 0 (Platt, 1999, "Probabilistic outputs for support vector machines"): that keeps the width
+above 0 where no cosine is both right and wrong.
+
+The scale makes the mean weight of the right labels 1: a pseudo box whose label is right counts on average as a base box
+does. It lies between 1, for cosines that tell right from wrong, and 2, for those that say nothing; the known variants
+have 1 and 1.3.
+
+The picture of a calibration: which cosines right and wrong labels have, and the weight that was fitted.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from shlex import quote
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from hdovd.cache.reader import FeatureCache
@@ -30,14 +48,169 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import Split
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.calibration.config import CalibrateConfig
-from hdovd.pipelines.calibration.fit import MANY, Fit, fit_reliability
-from hdovd.pipelines.calibration.picture import draw_calibration
 from hdovd.pipelines.calibration.values import Calibration, origin_of
-from hdovd.pipelines.common.atomic_write import write_text
-from hdovd.pipelines.common.progress import progress
+from hdovd.pipelines.common.atomic_write import write_picture, write_text
+from hdovd.pipelines.common.charts import ticks
+from hdovd.pipelines.common.console import progress
+from hdovd.pipelines.extraction.config import LabelRule
 from hdovd.pipelines.extraction.identities import inputs_of
-from hdovd.pipelines.extraction.label_rule import LabelRule
 from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts
+
+LEAST = 10  # labels of each kind; below MANY the fit is told to be uncertain
+MANY = 200
+STEPS = 100
+LEAST_SLOPE = 1e-3  # for cosines in units of their standard deviation: below, they say nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """`centre` and `width` in units of the cosine. `auc`: how often a right label has the higher cosine of the two."""
+
+    centre: float
+    width: float
+    scale: float
+    auc: float
+
+    def weights(self, cosines: np.ndarray) -> np.ndarray:
+        """(n,) in 0..scale."""
+        return self.scale * _sigmoid((cosines - self.centre) / self.width)
+
+
+def fit_reliability(right: np.ndarray, wrong: np.ndarray) -> Fit:
+    """The weight that fits cosines (n,) of right and (m,) of wrong labels. Raises HdovdError if they do not say
+    enough."""
+    for name, cosines in (("right", right), ("wrong", wrong)):
+        if len(cosines) < LEAST:
+            raise HdovdError(f"{len(cosines)} {name} labels are too few to fit a weight to, expected {LEAST} or more")
+        if not np.isfinite(cosines).all():
+            raise HdovdError(
+                f"{int((~np.isfinite(cosines)).sum())} of {len(cosines)} cosines of {name} labels are not finite"
+            )
+    both = np.concatenate([right, wrong]).astype(np.float64)
+    mean, spread, auc = both.mean(), both.std(), area_under_curve(right, wrong)
+    slope, offset = _logistic((both - mean) / spread, len(right)) if spread > 1e-6 else (0.0, 0.0)
+    if slope < LEAST_SLOPE:
+        raise HdovdError(
+            f"the cosines do not tell right labels from wrong ones (AUC {auc:.3f}; means {right.mean():.3f} and "
+            f"{wrong.mean():.3f}): no weight can be fitted. Does this CLIP know the classes, by these prompts?"
+        )
+    centre, width = float(mean - spread * offset / slope), float(spread / slope)
+    return Fit(centre, width, float(1 / _sigmoid((right.astype(np.float64) - centre) / width).mean()), auc)
+
+
+def area_under_curve(right: np.ndarray, wrong: np.ndarray) -> float:
+    """The share of all pairs of a right and a wrong label in which the right one has the higher cosine; ties count
+    half.
+    """
+    order = np.sort(wrong)
+    below, up_to = np.searchsorted(order, right, "left"), np.searchsorted(order, right, "right")
+    return float((below + up_to).sum() / (2 * len(right) * len(wrong)))
+
+
+def _logistic(x: np.ndarray, right: int) -> tuple[float, float]:
+    """Slope and offset of p = sigmoid(slope * x + offset); x: the `right` right ones first. Newton's method, with
+    halved steps.
+    """
+    wrong = len(x) - right
+    target = np.repeat([(right + 1) / (right + 2), 1 / (wrong + 2)], [right, wrong])
+    weight = np.repeat([0.5 / right, 0.5 / wrong], [right, wrong])
+    design = np.stack([x, np.ones_like(x)], axis=1)
+    at = np.zeros(2)
+
+    def loss(point: np.ndarray) -> float:
+        logit = design @ point
+        return float((weight * (np.logaddexp(0, logit) - target * logit)).sum())
+
+    for _ in range(STEPS):
+        p = _sigmoid(design @ at)
+        gradient = design.T @ (weight * (p - target))
+        hessian = design.T @ (design * (weight * p * (1 - p))[:, None]) + 1e-12 * np.eye(2)
+        step, now = np.linalg.solve(hessian, gradient), loss(at)
+        while loss(at - step) > now and np.abs(step).max() > 1e-10:
+            step = step / 2
+        at = at - step
+        if np.abs(step).max() < 1e-8:
+            break
+    return float(at[0]), float(at[1])
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))
+
+
+RIGHT, WRONG, CURVE, GRID = (40, 110, 220), (230, 120, 20), (20, 20, 20), (215, 215, 215)
+WIDTH, HEIGHT, LEFT, TOP, RIGHT_MARGIN, BOTTOM = 900, 520, 70, 70, 70, 60
+BINS = 80
+
+
+def draw_calibration(right: np.ndarray, wrong: np.ndarray, fit: Fit, file: Path) -> None:
+    """Write `file`, a PNG: histograms of cosines as shares of their kind on the left axis, the weight on the right
+    one."""
+    low, high = _range(right, wrong)
+    edges = np.linspace(low, high, BINS + 1)
+    shares = [np.histogram(np.clip(cosines, low, high), edges)[0] / len(cosines) for cosines in (wrong, right)]
+    top = max(share.max() for share in shares) * 1.05
+    most = 1.1 * max(1.0, fit.scale)
+    canvas = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    pen, font = ImageDraw.Draw(canvas, "RGBA"), ImageFont.load_default(14)
+    bottom, across, up = HEIGHT - BOTTOM, WIDTH - LEFT - RIGHT_MARGIN, HEIGHT - BOTTOM - TOP
+
+    def x(cosine: float) -> float:
+        return LEFT + across * (cosine - low) / (high - low)
+
+    def y(part: float) -> float:
+        return bottom - up * part
+
+    for cosine in ticks(low, high):
+        pen.line((x(cosine), TOP, x(cosine), bottom), fill=GRID)
+        pen.text((x(cosine), bottom + 6), f"{cosine:.3g}", fill="black", font=font, anchor="ma")
+    for share, colour in zip(shares, (WRONG, RIGHT), strict=True):
+        for left, stop, value in zip(edges[:-1], edges[1:], share, strict=True):
+            if value:
+                pen.rectangle((x(left), y(value / top), x(stop) - 1, bottom), fill=(*colour, 130), outline=colour)
+    for part in ticks(0, top):
+        pen.text((LEFT - 6, y(part / top)), f"{100 * part:.3g}%", fill="black", font=font, anchor="rm")
+    for weight in ticks(0, most):
+        pen.text((WIDTH - RIGHT_MARGIN + 6, y(weight / most)), f"{weight:.3g}", fill="black", font=font, anchor="lm")
+    along = np.linspace(low, high, 400)
+    pen.line(
+        [(x(c), y(w / most)) for c, w in zip(along.tolist(), fit.weights(along).tolist(), strict=True)],
+        fill=CURVE,
+        width=3,
+    )
+    if low < fit.centre < high:
+        pen.line((x(fit.centre), TOP, x(fit.centre), bottom), fill=CURVE, width=1)
+    pen.rectangle((LEFT, TOP, WIDTH - RIGHT_MARGIN, bottom), outline="black")
+    pen.text(
+        (LEFT, 10),
+        f"weight = {fit.scale:.3f} * sigmoid((cosine - {fit.centre:.4f}) / {fit.width:.4f}), the black line, right "
+        f"axis; AUC {fit.auc:.3f}",
+        fill="black",
+        font=font,
+    )
+    pen.text((LEFT, 30), f"{len(right):,d} right labels, share of them in each bin", fill=RIGHT, font=font)
+    pen.text(
+        (LEFT + across // 2, 30),
+        f"{len(wrong):,d} wrong labels: the best wrong name of each box",
+        fill=WRONG,
+        font=font,
+    )
+    pen.text(
+        (LEFT + across // 2, HEIGHT - 8),
+        "cosine of the crop's and the label's embedding",
+        fill="black",
+        font=font,
+        anchor="ms",
+    )
+    write_picture(file, canvas, "PNG")
+
+
+def _range(right: np.ndarray, wrong: np.ndarray) -> tuple[float, float]:
+    """What nearly all cosines lie in; the outermost are shown in the outermost bins."""
+    both = np.concatenate([np.quantile(right, (0.001, 0.999)), np.quantile(wrong, (0.001, 0.999))])
+    margin = 0.02 * (both.max() - both.min()) + 1e-6
+    return float(both.min() - margin), float(both.max() + margin)
+
 
 BOXES_AT_ONCE = 4_096
 

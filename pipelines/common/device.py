@@ -1,10 +1,18 @@
-"""Which device a stage runs on, how many processes feed it, and the team of processes that torchrun started."""
+"""Which device a stage runs on, how many processes feed it, and the team of processes that torchrun started.
+
+What made a run: versions of packages, the commit of the source tree, the machine.
+"""
 
 import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -12,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.common.threads import usable_cores
+from hdovd.pipelines.common.process import usable_cores
 
 Model = TypeVar("Model", bound=nn.Module)
 PATIENCE = timedelta(hours=3)  # how long the others wait while the first one validates
@@ -134,3 +142,45 @@ def team(device: str) -> Iterator[Team]:
         yield Team(dist.get_rank(), world, own, control)
     finally:
         dist.destroy_process_group()
+
+
+PACKAGES = ("hdovd", "torch", "torchvision", "numpy", "zarr", "webdataset", "timm", "pycocotools", "pydantic", "pillow")
+
+
+def provenance(device: torch.device, processes: int) -> dict[str, Any]:
+    """Of this process, now. `git` is None where hdovd does not lie in a repository of its own."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "git": git_commit(),
+        "versions": versions(),
+        "device": shown(device),
+        "processes": processes,
+        "host": platform.node(),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+
+
+def git_commit() -> dict[str, Any] | None:
+    """`{"commit", "dirty"}` of the source tree that hdovd is imported from; None for one that is not in git."""
+    file = Path(__file__).resolve()
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=file.parent, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)  # a virtual environment within somebody's repository is not ours
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

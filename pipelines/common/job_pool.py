@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hdovd.pipelines.common.atomic_write import writing
-from hdovd.pipelines.common.signals import StopSignal
+from hdovd.pipelines.common.process import StopSignal
 
 POLL_S = 0.1
 PATIENCE_S = 120.0  # for a process that was asked to end: it may be saving its state

@@ -22,9 +22,7 @@ from hdovd.core.errors import HdovdError, Stopped
 from hdovd.evaluation.coco import GROUPS
 from hdovd.pipelines.common.atomic_write import write_picture
 from hdovd.pipelines.common.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
-from hdovd.pipelines.common.signals import exit_code
-from hdovd.pipelines.common.threads import usable_cores
-from hdovd.pipelines.common.user_cache import user_cache_folder
+from hdovd.pipelines.common.process import exit_code, usable_cores, user_cache_folder
 from hdovd.pipelines.demo.config import MARKER, DemoConfig
 from hdovd.pipelines.demo.teacher import demo_teacher
 from hdovd.pipelines.demo.world import NOVEL, make_world

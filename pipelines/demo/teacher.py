@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hdovd.pipelines.common.atomic_write import replace_file, write_text
+from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.precision import Precision, choose
-from hdovd.pipelines.common.progress import progress
 from hdovd.pipelines.demo.world import Scene, scenes
 
 MODEL_CFG: dict[str, Any] = {

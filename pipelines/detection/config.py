@@ -9,8 +9,7 @@ from hdovd.core.errors import HdovdError, require_files
 from hdovd.pipelines.common.name_list import names_asked
 from hdovd.pipelines.common.options import Device, Option, Run, Trust, workers_option
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.weights import Weights, WeightsOption
+from hdovd.pipelines.runs.folder import RunFolder, Weights, WeightsOption
 from hdovd.pipelines.teachers.prompts import read_templates
 
 DETECTIONS_MARKER = ".hdovd-detect"  # a folder that holds it is of detections, and may be overwritten

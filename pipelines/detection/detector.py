@@ -18,14 +18,13 @@ from hdovd.data.protocol import Protocol
 from hdovd.modeling.base import Detector as Model
 from hdovd.modeling.base import build_detector
 from hdovd.modeling.batching import input_size, padded
-from hdovd.modeling.postprocess import Detections, detect_batch
+from hdovd.modeling.boxes import Detections, detect_batch
 from hdovd.pipelines.common.device import pick_device, placed
 from hdovd.pipelines.common.images import AnyPicture, Decoded, decode
 from hdovd.pipelines.common.precision import inference_autocast
 from hdovd.pipelines.detection.names import NameEmbedder
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.weights import Weights
+from hdovd.pipelines.runs.folder import RunFolder, Weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from hdovd.cache.tar_shards import TarShards
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.common.user_cache import user_cache_folder
+from hdovd.pipelines.common.process import user_cache_folder
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.base import Teacher

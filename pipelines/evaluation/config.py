@@ -6,8 +6,7 @@ from typing import Annotated
 from hdovd.data.protocol import load_protocol
 from hdovd.evaluation.engines import Engine
 from hdovd.pipelines.common.options import Data, Device, Option, Run, Trust, workers_option
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.weights import Weights, WeightsOption
+from hdovd.pipelines.runs.folder import RunFolder, Weights, WeightsOption
 
 SHOWN_SCORE = 0.3  # detections of this score or more are drawn
 

@@ -18,17 +18,16 @@ from hdovd.evaluation.coco import GROUPS, AveragePrecision
 from hdovd.evaluation.engines import require
 from hdovd.evaluation.tide import ERRORS, ErrorBreakdown, break_down
 from hdovd.modeling.base import build_detector
-from hdovd.modeling.postprocess import Detections
+from hdovd.modeling.boxes import Detections
 from hdovd.pipelines.common.atomic_write import write_picture, write_text
 from hdovd.pipelines.common.device import pick_device, placed
 from hdovd.pipelines.common.drawing import BASE_COLOUR, NOVEL_COLOUR, Labelled, draw_boxes
 from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.common.precision import inference_precision
+from hdovd.pipelines.evaluation.analysis import found_of
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
-from hdovd.pipelines.evaluation.detections_io import found_of
 from hdovd.pipelines.evaluation.validation import Validation, results
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.weights import weights_hash
+from hdovd.pipelines.runs.folder import RunFolder, weights_hash
 
 
 @dataclass(frozen=True, slots=True)

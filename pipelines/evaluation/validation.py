@@ -19,11 +19,11 @@ from hdovd.data.protocol import Protocol
 from hdovd.evaluation.coco import AveragePrecision, GroundTruth
 from hdovd.evaluation.engines import Engine, require
 from hdovd.modeling.base import Detector
-from hdovd.modeling.postprocess import Detections, detect_batch
+from hdovd.modeling.boxes import Detections, detect_batch
+from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.device import workers_for
 from hdovd.pipelines.common.images import read_pixels
 from hdovd.pipelines.common.precision import inference_autocast
-from hdovd.pipelines.common.progress import progress
 from hdovd.pipelines.dataloading.loader import Batches
 
 

@@ -9,8 +9,7 @@ from typing import Annotated
 
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.pipelines.common.options import Group, Option, Run, Trust
-from hdovd.pipelines.runs.folder import FILES, RunFolder
-from hdovd.pipelines.runs.weights import Weights, WeightsOption
+from hdovd.pipelines.runs.folder import FILES, RunFolder, Weights, WeightsOption
 
 
 class ModelForm(StrEnum):

@@ -38,13 +38,12 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.version import __version__
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.batching import input_size
+from hdovd.modeling.boxes import Detections, detect
 from hdovd.modeling.export.detectors import ExportableDetector
-from hdovd.modeling.postprocess import Detections, detect
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.images import decode, pixels_of
 from hdovd.pipelines.export.config import ExportModelConfig, ModelForm
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.weights import Weights
+from hdovd.pipelines.runs.folder import RunFolder, Weights
 
 _SIZES = ((150, 110), (96, 170))  # width, height: neither has the shape of what is traced
 _LARGER = (1.75, 1.25)  # width and height of another one in short sides of the input: it is made smaller, as photos are

@@ -14,7 +14,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import Exif, ImageBoxes, Split
 from hdovd.pipelines.embedding.embedders import Embedder
 from hdovd.pipelines.extraction.boxes import BoxTable, box_table
-from hdovd.pipelines.extraction.label_rule import ONE_NOUN, LabelRule
+from hdovd.pipelines.extraction.config import ONE_NOUN, LabelRule
 from hdovd.pipelines.extraction.picture_hashes import picture_hashes
 from hdovd.pipelines.extraction.text import TextRows
 from hdovd.pipelines.nouns.allowed import Nouns

@@ -11,22 +11,20 @@ from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.data.coco import Skips, Split
 from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.common.console import duration, size
 from hdovd.pipelines.common.device import workers_for
-from hdovd.pipelines.common.format import duration, size
 from hdovd.pipelines.common.images import read_alike
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.embedding.build import embedders_of
 from hdovd.pipelines.embedding.embedders import Pictures
 from hdovd.pipelines.extraction.boxes import box_table
 from hdovd.pipelines.extraction.config import Executor, ExtractConfig
-from hdovd.pipelines.extraction.engine import Extraction, Probe
+from hdovd.pipelines.extraction.engine import Extraction, Probe, this_share
 from hdovd.pipelines.extraction.identities import level_inputs
 from hdovd.pipelines.extraction.picture_hashes import picture_hashes
 from hdovd.pipelines.extraction.plan import LevelPlan, plan_levels
-from hdovd.pipelines.extraction.sharing import this_share
 from hdovd.pipelines.extraction.text import TextRows, read_classes
-from hdovd.pipelines.nouns.allowed import Nouns, named_novel, read_nouns
-from hdovd.pipelines.nouns.file import read_noun_file
+from hdovd.pipelines.nouns.allowed import Nouns, named_novel, read_noun_file, read_nouns
 from hdovd.pipelines.proposal_files.file import Proposals, made_by_line, read_table, usable_proposals
 from hdovd.pipelines.teachers.base import Teacher
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hdovd.cache.schema import Source
 from hdovd.pipelines.extraction.boxes import BoxTable
-from hdovd.pipelines.extraction.label_rule import LabelRule
+from hdovd.pipelines.extraction.config import LabelRule
 
 SIMILARITY_ROWS = 4_096  # crops compared with nouns at a time
 

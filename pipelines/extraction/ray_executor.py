@@ -16,11 +16,10 @@ from typing import Any
 
 from hdovd.cache.catalog import Catalog
 from hdovd.core.errors import HdovdError
+from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.device import workers_a_gpu
-from hdovd.pipelines.common.progress import progress
 from hdovd.pipelines.extraction.config import Executor, ExtractConfig
-from hdovd.pipelines.extraction.engine import Extraction, Unit
-from hdovd.pipelines.extraction.sharing import new_rows
+from hdovd.pipelines.extraction.engine import Extraction, Unit, new_rows
 
 try:
     import ray

@@ -20,6 +20,7 @@ from hdovd.pipelines.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from hdovd.cache.reader import FeatureCache
+from hdovd.cache.schema import TAR_SAMPLES
 
 DATA_AND_PROTOCOL = "--data and --protocol"
 
@@ -153,3 +154,23 @@ def _find(run: RunFolder) -> tuple[str, str, FeatureSet]:
         f"{where} has no set of features with the products that the run was trained from "
         f"({'it has ' + shorten(list(sets)) if sets else 'it has no sets'})"
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TarExportConfig:
+    """What to export. `data` and `protocol`: None for those that the set was extracted from. `samples`: of a shard."""
+
+    cache: Path | str
+    out: Path | str
+    data: DataPaths | None = None
+    protocol: str | None = None
+    features: str = DEFAULT_SET
+    samples: int = TAR_SAMPLES
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        self.source.check()
+
+    @property
+    def source(self) -> CacheSource:
+        return CacheSource(self.cache, self.features, self.data, self.protocol)

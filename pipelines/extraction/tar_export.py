@@ -12,17 +12,14 @@ import numpy as np
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import TABLE_ARRAYS, TABLES, Level, row_arrays
-from hdovd.cache.tar_meta import TABLES_HERE, TEXTS, TarMeta
-from hdovd.cache.tar_sample import MEMBERS, TarSample
-from hdovd.cache.tar_shards import TarShards, TarWriter
+from hdovd.cache.tar_shards import MEMBERS, TABLES_HERE, TEXTS, TarMeta, TarSample, TarShards, TarWriter
 from hdovd.cache.writer import ProductWriter
 from hdovd.core.errors import HdovdError, counted, system_reason
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import Protocol
-from hdovd.pipelines.common.format import size
-from hdovd.pipelines.common.progress import progress
+from hdovd.pipelines.common.console import progress, size
 from hdovd.pipelines.extraction.identities import inputs_of
-from hdovd.pipelines.extraction.tar_config import TarExportConfig
+from hdovd.pipelines.extraction.source import TarExportConfig
 
 Log = Callable[[str], None]
 

@@ -2,19 +2,65 @@
 
 Without captions: the whole vocabulary, the same for every image. With captions, or a file of `hdovd nouns`: the
 vocabulary's names that the image's own captions hold. See `matching` for how they are found.
+
+COCO captions, one at a time: `{"images": [...], "annotations": [{"image_id": 1, "caption": "A dog."}]}`.
+
+The file of COCO's training images holds 591,753 of them.
+
+The file of nouns by image: written by `find`, read by extraction.
+
+    {"format": "hdovd nouns", "version": 1, "made_by": {...}, "vocabulary": ["cat", "hot dog"], "images": {"139": [0,
+    1]}, ...}
+
+`images`: for each image id the rows of `vocabulary` that its captions hold, in ascending order. `unmatched`: words of
+the captions that the vocabulary lacks, with the number of captions.
 """
 
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hdovd.core.errors import HdovdError
+from hdovd.core.json_stream import JsonStream
+from hdovd.core.text_files import checked_name, cut, read_json, shown
+from hdovd.data.coco import whole
+from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.name_list import read_vocabulary
-from hdovd.pipelines.nouns.captions import Captions
 from hdovd.pipelines.nouns.config import Matching
-from hdovd.pipelines.nouns.matching import Found, MatchFinder, StopList, longest_matches
-from hdovd.pipelines.nouns.words import noun_words, singular_of
+from hdovd.pipelines.nouns.matching import Found, MatchFinder, StopList, longest_matches, noun_words, singular_of
+
+
+class Captions:
+    """Iterates over `(image id, caption)`; `images` then holds the ids that the file lists, those without captions too.
+
+    Iterating raises HdovdError if there is no such file, or an entry is no caption.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.images = path, set[int]()
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        self.images.clear()
+        stream, number = JsonStream(self.path, "captions"), 0
+        for key, item in stream:
+            if key == "images" and key in stream.lists and isinstance(item, dict) and "id" in item:
+                self.images.add(whole(item["id"], f"{self.path}: an image's id"))
+            if key != "annotations" or key not in stream.lists:
+                continue
+            where = f"{self.path}: entry {number} of annotations"
+            if not isinstance(item, dict) or not {"image_id", "caption"} <= item.keys():
+                raise HdovdError(f"{where} is no {{image_id, caption}}")
+            if not isinstance(item["caption"], str):
+                raise HdovdError(f"{where}: caption is {shown(item['caption'])}, expected text")
+            image_id = whole(item["image_id"], f"{where}: image_id")
+            number += 1
+            self.images.add(image_id)
+            yield image_id, item["caption"].encode(errors="replace").decode()  # halves of surrogate pairs are no text
+        if "annotations" not in stream.lists:
+            raise HdovdError(f"{self.path} is no COCO captions file: it needs annotations of {{image_id, caption}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +125,60 @@ def named_novel(vocabulary: Sequence[str], novel: Sequence[str]) -> list[str]:
     reported."""
     have = set(map(meaning, vocabulary))
     return [name for name in novel if meaning(name) in have]
+
+
+FORMAT, VERSION = "hdovd nouns", 1
+
+
+def write_noun_file(path: Path, nouns: Nouns, made_by: Mapping[str, Any], unmatched: Mapping[str, int]) -> None:
+    """The file appears whole or not at all; the same nouns give the same bytes, in whatever order the captions were."""
+    assert nouns.by_image is not None
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "made_by": made_by,
+        "vocabulary": nouns.vocabulary,
+        "unmatched": unmatched,
+    }
+    lines = [f'"{image_id}": {json.dumps(rows)}' for image_id, rows in sorted(nouns.by_image.items())]
+    text = (
+        json.dumps(head)[:-1] + ',\n"images": {\n' + ",\n".join(lines) + "\n}}\n"
+    )  # one image a line: for people, and for diff
+    write_text(path, text)
+
+
+def read_noun_file(path: Path) -> Nouns:
+    """Raises HdovdError if it is no such file, or a row is none of its vocabulary."""
+    tree, where = read_json(path, "--nouns"), f"--nouns {path}"
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise HdovdError(
+            f'{where} is no file of nouns: expected {{"format": "{FORMAT}", ...}}; make one with hdovd nouns'
+        )
+    if tree.get("version") != VERSION:
+        raise HdovdError(
+            f"{where} is of version {shown(tree.get('version'))}, this hdovd reads {VERSION}: make it again with hdovd "
+            f"nouns"
+        )
+    vocabulary, images = tree.get("vocabulary"), tree.get("images")
+    if not isinstance(vocabulary, list) or not vocabulary:
+        raise HdovdError(f"{where}: vocabulary must be a list of names")
+    for row, name in enumerate(vocabulary):
+        checked_name(name, f"{where}: vocabulary must be a list of names: number {row}")
+    if len(set(vocabulary)) < len(vocabulary):
+        twice = sorted({n for n in vocabulary if vocabulary.count(n) > 1})
+        raise HdovdError(f"{where}: vocabulary holds {twice[0]!r} twice")
+    if not isinstance(images, dict):
+        raise HdovdError(f"{where}: images must be rows by image id, not {shown(images)}")
+    by_image: dict[int, tuple[int, ...]] = {}
+    for image_id, rows in images.items():
+        if not re.fullmatch("-?[0-9]{1,18}", image_id):
+            raise HdovdError(f"{where}: images has {shown(image_id)}, expected an image id")
+        if not isinstance(rows, list) or not all(type(row) is int and 0 <= row < len(vocabulary) for row in rows):
+            raise HdovdError(
+                f"{where}: image {image_id} has {cut(str(rows), 80)}, expected rows of the vocabulary, 0 to "
+                f"{len(vocabulary) - 1}"
+            )
+        by_image[int(image_id)] = tuple(sorted(set(rows)))
+    if not any(by_image.values()):
+        raise HdovdError(f"{where} holds no image with a noun; make it again with hdovd nouns")
+    return Nouns(tuple(vocabulary), by_image)

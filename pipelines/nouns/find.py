@@ -13,12 +13,10 @@ from pathlib import Path
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.version import __version__
 from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.name_list import GENERAL, read_vocabulary
-from hdovd.pipelines.common.progress import progress
-from hdovd.pipelines.nouns.allowed import Nouns, named_novel
-from hdovd.pipelines.nouns.captions import Captions
+from hdovd.pipelines.nouns.allowed import Captions, Nouns, named_novel, write_noun_file
 from hdovd.pipelines.nouns.config import SPACY_MODEL, NounsConfig, Parser
-from hdovd.pipelines.nouns.file import write_noun_file
 from hdovd.pipelines.nouns.matching import Found, MatchFinder, StopList
 from hdovd.pipelines.nouns.parsing import ParsingFinder, load_parser, why_not
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.name_list import GENERAL, shipped
-from hdovd.pipelines.nouns.matching import Found, Match, NameMatcher, StopList, unmatched
-from hdovd.pipelines.nouns.words import noun_words, singular
+from hdovd.pipelines.nouns.matching import Found, Match, NameMatcher, StopList, noun_words, singular, unmatched
 
 if TYPE_CHECKING:
     from spacy.language import Language

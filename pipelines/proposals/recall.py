@@ -19,10 +19,9 @@ from hdovd.evaluation.recall import THRESHOLDS, found_at, recall
 from hdovd.modeling.proposals.base import ProposalNetwork
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.device import Team, placed, team
-from hdovd.pipelines.common.signals import StopSignal
+from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.proposals.config import RecallConfig
-from hdovd.pipelines.proposals.networks import load_network
-from hdovd.pipelines.proposals.pictures import Pictures, found_in
+from hdovd.pipelines.proposals.networks import Pictures, found_in, load_network
 from hdovd.pipelines.proposals.propose import stop_if_asked
 from hdovd.pipelines.proposals.training import trained_network
 

@@ -16,26 +16,26 @@ from hdovd.data.coco import Split
 from hdovd.modeling.proposals.base import ProposalNetwork
 from hdovd.pipelines.common.device import Team, placed, training_workers
 from hdovd.pipelines.common.precision import settled
-from hdovd.pipelines.common.signals import StopSignal
+from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.dataloading.loader import TrainingBatches
-from hdovd.pipelines.dataloading.sample_keys import key_of
-from hdovd.pipelines.dataloading.sampler import Dealing, PlainShuffle
+from hdovd.pipelines.dataloading.sampler import Dealing, PlainShuffle, key_of
 from hdovd.pipelines.proposals.config import NetworkConfig
 from hdovd.pipelines.proposals.networks import (
+    Picture,
+    Pictures,
     build_network,
     check_made_by,
     load_network,
     made_by,
     provenance,
+    require_some_readable,
     save_network,
     settings,
 )
-from hdovd.pipelines.proposals.pictures import Picture, Pictures, require_readable
 from hdovd.pipelines.runs.checkpoint import load_checkpoint
-from hdovd.pipelines.training.compiling import told_shortly
 from hdovd.pipelines.training.hooks import SavingHooks
 from hdovd.pipelines.training.loop import Loop
-from hdovd.pipelines.training.train import data_parallel, prepared
+from hdovd.pipelines.training.train import data_parallel, prepared, told_shortly
 
 STATE = ("model", "optimizer", "step", "window", "rng", "wanted")  # of a checkpoint
 
@@ -83,7 +83,7 @@ def _train(
     us.wait()  # all have looked, before the first one writes
     if state is not None:
         check_made_by(state["wanted"], wanted, folder)
-    require_readable(split)
+    require_some_readable(split)
     torch.manual_seed(config.seed)
     said = log if state is None else None
     network = prepared(build_network(job.detector, job.recipe, said), job.recipe, us, said)

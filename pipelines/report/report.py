@@ -3,19 +3,24 @@ nothing else.
 
 The parts are made by `tables`, `charts_of_runs` and `gallery`; the page is
 `pages/report.html`, with its own style and script in it.
+
+HTML pages that need nothing else: a template of the folder `pages` with styles, scripts and data inside.
 """
 
 import os
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from importlib import resources
 from pathlib import Path
 from typing import Any
+
+import jinja2
+from markupsafe import Markup
 
 from hdovd.core.errors import HdovdError
 from hdovd.core.version import __version__
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.common.atomic_write import write_text
-from hdovd.pipelines.common.html_page import page
 from hdovd.pipelines.evaluation.config import EvalConfig
 from hdovd.pipelines.evaluation.evaluate import evaluate
 from hdovd.pipelines.report import charts_of_runs as report_charts
@@ -24,8 +29,28 @@ from hdovd.pipelines.report import tables as report_tables
 from hdovd.pipelines.report.config import REPORT_FILE, ReportConfig
 from hdovd.pipelines.report.relations import relations
 from hdovd.pipelines.report.runs import OneRun, TrainingImages, data_of, open_runs
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.weights import Weights
+from hdovd.pipelines.runs.folder import RunFolder, Weights
+
+# Nothing is loaded from anywhere: style, script and pictures are in the page.
+CONTENT_POLICY = Markup(
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; img-src data:\">"
+)
+
+
+def page(template: str, context: dict[str, Any]) -> str:
+    """A template with `css` and `js`, what all pages have. What is not Markup is escaped: names may hold anything."""
+    folder = resources.files("hdovd").joinpath("pipelines", "pages")
+
+    def text(name: str) -> str:
+        return folder.joinpath(name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False, loader=jinja2.FunctionLoader(text)
+    )
+    parts = {end: Markup(text(f"page.{end}")) for end in ("css", "js")}
+    return environment.get_template(template).render(policy=CONTENT_POLICY, **parts, **context)
+
 
 SECTIONS = (
     ("ap", "AP"),

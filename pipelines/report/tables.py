@@ -11,7 +11,7 @@ from hdovd.evaluation.coco import GROUPS
 from hdovd.evaluation.tide import ERRORS
 from hdovd.pipelines.ablation.cells import SEED
 from hdovd.pipelines.ablation.table import METRICS, NO, YES, Row
-from hdovd.pipelines.common.format import duration
+from hdovd.pipelines.common.console import duration
 from hdovd.pipelines.common.settings import SWITCH, Settings, different_keys, short_names, shown_apart
 from hdovd.pipelines.report.runs import OneRun, novel_first
 from hdovd.pipelines.runs.listing import Run

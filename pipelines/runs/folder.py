@@ -17,6 +17,8 @@ What a run is read by is checked: run.json has a checksum of itself, the weights
 a checkpoint those of a zip file. So there is no moment in which a kill leaves a file and a checksum that do not fit.
 Older runs have none, and open as before. What its text files name, code to import and addresses to ask, is followed at
 the user's word alone, or if the user trained it here.
+
+Which weights of a run to evaluate, and which they are. Imports nothing heavy, for the sake of --help.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from hdovd.cache.identity import differences, require_seal, sealed
 from hdovd.config.plugins import outside_code
@@ -38,12 +41,35 @@ from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.core.errors import HdovdError, require_readable, shorten
 from hdovd.data.protocol import Protocol, parse_protocol
 from hdovd.pipelines.common.atomic_write import replace_file, write_text, writing
+from hdovd.pipelines.common.options import Option
+from hdovd.pipelines.common.process import user_cache_folder
 from hdovd.pipelines.common.settings import lasting_values
-from hdovd.pipelines.common.user_cache import user_cache_folder
-from hdovd.pipelines.runs.weights import weights_hash
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+class Weights(StrEnum):
+    """Which of a run's weights."""
+
+    LAST = "last"
+    BEST = "best"
+
+    @property
+    def file(self) -> str:
+        return "model.safetensors" if self is Weights.LAST else "best.safetensors"
+
+
+WeightsOption = Annotated[
+    Weights, Option("Of the last epoch, or of the one with the best validation AP50 of base classes.")
+]
+
+
+def weights_hash(file: Path) -> str:
+    """What tells the weights in a file from others: the start of its SHA-256."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:24]
+
 
 FILES = (
     "config.toml",

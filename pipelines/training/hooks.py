@@ -15,10 +15,10 @@ from tqdm import tqdm
 from hdovd.core.errors import HdovdError, Stopped
 from hdovd.evaluation.coco import GROUPS
 from hdovd.pipelines.common.atomic_write import write_text
+from hdovd.pipelines.common.console import duration
 from hdovd.pipelines.common.device import Team
-from hdovd.pipelines.common.format import duration
-from hdovd.pipelines.common.signals import StopSignal, exit_code
-from hdovd.pipelines.dataloading.sample_keys import key_of
+from hdovd.pipelines.common.process import StopSignal, exit_code
+from hdovd.pipelines.dataloading.sampler import key_of
 from hdovd.pipelines.runs.checkpoint import fits, rng_state, save_checkpoint, set_rng_state
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.loop import Hooks, Loop

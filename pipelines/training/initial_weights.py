@@ -19,8 +19,7 @@ from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.protocol import Protocol
 from hdovd.modeling.base import Detector, build_detector
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.weights import Weights, weights_hash
+from hdovd.pipelines.runs.folder import RunFolder, Weights, weights_hash
 
 SAME_TEXT = 0.999  # cosine of two embeddings of a name by one CLIP and the same prompts; float16 rows differ by less
 COUNTS = ".num_batches_tracked"  # of batch norms; frozen ones have none

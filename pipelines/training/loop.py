@@ -2,6 +2,11 @@
 go on from.
 
 In several processes (torch.distributed) each has its part of every batch; `model` is then wrapped in DDP.
+
+The losses of the last steps, looked at together: a GPU is not waited for at every step, and none that is unsound
+goes by.
+
+Exponential moving average of a model's weights, `train.ema`: what is validated and kept of a run.
 """
 
 import math
@@ -9,21 +14,176 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hdovd.config.recipe import ScheduleConfig
 from hdovd.core.errors import HdovdError
+from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.precision import Precision, choose, training_products
-from hdovd.pipelines.common.progress import progress
 from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sampler import Dealing
-from hdovd.pipelines.training.loss_window import LossWindow
-from hdovd.pipelines.training.weight_average import WeightAverage
+
+EXPLODED = 1e4  # a sum of losses above this teaches nothing any more; sound ones stay below a hundred
+
+
+class UnsoundLoss(HdovdError):
+    """A loss that is not finite, or beyond all bounds. `record`: step, image_ids of this process's part of the batch,
+    losses; None where the loss of another process is meant.
+    """
+
+    def __init__(self, text: str, record: dict[str, Any] | None) -> None:
+        super().__init__(text)
+        self.record = record
+
+
+class LossWindow:
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._steps: list[int] = []
+        self._losses: list[dict[str, Tensor]] = []
+        self._ids: list[list[int]] = []
+
+    def add(self, step: int, losses: dict[str, Tensor], image_ids: list[int]) -> None:
+        """Of one step: scalars, kept where they are."""
+        self._steps.append(step)
+        self._losses.append({name: loss.detach().float() for name, loss in losses.items()})
+        self._ids.append(image_ids)
+
+    def clear(self) -> None:
+        self._steps, self._losses, self._ids = [], [], []
+
+    def means(self, device: torch.device) -> dict[str, float]:
+        """Mean of every loss over steps and processes; empty if there was no step.
+
+        Raises UnsoundLoss, in all processes, for the first step whose losses in one of them are not finite or sum up to
+        more than EXPLODED.
+        """
+        if not self._losses:
+            return {}
+        table = self._table(device)
+        mean = _over_processes(table.mean(dim=0))
+        table = table.cpu()
+        wrong = (~table.isfinite().all(dim=1) | (table.sum(dim=1) > EXPLODED)).nonzero()
+        own = int(wrong[0]) if len(wrong) else len(table)
+        first = _first_of_processes(own, device)
+        if first < len(table):
+            self._raise(first, table, is_own=own == first)
+        return dict(zip(self._losses[0], mean.tolist(), strict=True))
+
+    def _raise(self, row: int, table: Tensor, *, is_own: bool) -> None:
+        if not is_own:
+            raise UnsoundLoss(
+                f"{self._what}: the loss is not sound at step {self._steps[row]} in another process, which says more",
+                None,
+            )
+        values = dict(zip(self._losses[row], table[row].tolist(), strict=True))
+        what = "too large to learn from" if bool(table[row].isfinite().all()) else "not finite"
+        raise UnsoundLoss(
+            f"{self._what}: the loss is {what} at step {self._steps[row]}: {values}, images {self._ids[row]}; "
+            "lower train.lr or set train.clip_norm",
+            {"step": self._steps[row], "image_ids": self._ids[row], "losses": {k: str(v) for k, v in values.items()}},
+        )
+
+    def _table(self, device: torch.device) -> Tensor:
+        """(steps, losses)."""
+        return torch.stack([torch.stack(list(losses.values())).to(device) for losses in self._losses])
+
+    def state(self, device: torch.device) -> dict[str, Any]:
+        """Losses as means over processes, who all have to ask for it: another number of them may go on with it."""
+        losses = _over_processes(self._table(device)).cpu() if self._losses else torch.zeros(0)
+        return {
+            "steps": self._steps,
+            "ids": self._ids,
+            "names": list(self._losses[0]) if self._losses else [],
+            "losses": losses,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._steps, self._ids = list(state["steps"]), list(state["ids"])
+        self._losses = [dict(zip(state["names"], row.unbind(), strict=True)) for row in state["losses"]]
+
+
+def _first_of_processes(row: int, device: torch.device) -> int:
+    """The smallest row of all processes."""
+    if not dist.is_initialized():
+        return row
+    found = torch.tensor(row, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return int(found)
+
+
+def _over_processes(values: Tensor) -> Tensor:
+    """The mean of what each process has."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+WARM_UP = 9  # updates after which half of the average is new: see `WeightAverage`
+
+
+class WeightAverage:
+    """Average of the float parameters and buffers (statistics of batch norms), in float32; one copy of the weights.
+
+    After step t the average is `d average + (1 - d) weights` with `d = min(decay, n / (n + 9))`, n the number of
+    averages before: the first is a copy, and early ones forget fast. That is TensorFlow's
+    `ExponentialMovingAverage(decay, num_updates)`, `min(decay, (1 + num_updates) / (10 + num_updates))`, after its
+    first step; no length of warm-up has to fit the length of a run.
+
+    torch's `AveragedModel` averages all buffers or none. Here the losses' memories (buffers of `training_parts`) are
+    rows and counters, not weights, and may change their shape: `model` has them as they are.
+    """
+
+    def __init__(self, live: nn.Module, decay: float) -> None:
+        self.decay, self.updates, self._live = decay, 0, live
+        self._averaged = deepcopy(live).float().requires_grad_(False)
+        self._weights = _weights(self._averaged)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After a step of the optimiser."""
+        live = _weights(self._live)
+        decay = min(self.decay, self.updates / (self.updates + WARM_UP))
+        get_ema_multi_avg_fn(decay)(list(self._weights.values()), [live[name].float() for name in self._weights], 0)
+        self.updates += 1
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with the averaged weights; all else as the trained one has it now. The same object each time."""
+        rest = {name: value for name, value in self._live.state_dict().items() if name not in self._weights}
+        self._averaged.load_state_dict(rest, strict=False)
+        return self._averaged
+
+    def state(self) -> dict[str, Any]:
+        return {"updates": self.updates, "weights": self._weights}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        self.updates = int(state["updates"])
+        for name, value in self._weights.items():
+            value.copy_(state["weights"][name])
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that are averaged, by name."""
+    memories = tuple(getattr(model, "training_parts", ()))
+    buffers = {
+        name: value
+        for name, value in model.named_buffers()
+        if value.is_floating_point() and not name.startswith(memories)
+    }
+    return {**dict(model.named_parameters()), **buffers}
+
 
 LOG_EVERY = 50  # steps
 Sample = TypeVar("Sample")

@@ -2,10 +2,14 @@
 this process.
 
 Under torchrun every one of its processes runs `train`.
+
+`train.compile`: the backbone and its pyramid as code that torch compiles for the machine.
 """
 
 import inspect
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from shlex import quote
@@ -26,24 +30,63 @@ from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.distributed import world_size
 from hdovd.modeling.proposals.base import ProposalNetwork
 from hdovd.pipelines.calibration.values import with_reliability
-from hdovd.pipelines.common.device import Team, placed, team, training_workers
+from hdovd.pipelines.common.device import Team, placed, provenance, team, training_workers
 from hdovd.pipelines.common.precision import settled
-from hdovd.pipelines.common.provenance import provenance
-from hdovd.pipelines.common.signals import StopSignal
+from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.dataloading.loader import TrainingBatches
-from hdovd.pipelines.dataloading.sample_keys import key_of
-from hdovd.pipelines.dataloading.sampler import Dealing, Streams
+from hdovd.pipelines.dataloading.sampler import Dealing, Streams, key_of
 from hdovd.pipelines.evaluation.validation import Validation
-from hdovd.pipelines.extraction.object_text import give_object_text
+from hdovd.pipelines.extraction.text import give_object_text
 from hdovd.pipelines.runs.checkpoint import fits, load_checkpoint
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.training.compiling import compile_backbone, told_shortly
 from hdovd.pipelines.training.config import TrainConfig
 from hdovd.pipelines.training.hooks import RunHooks, unsound_record
 from hdovd.pipelines.training.initial_weights import begin_with, require_same_init
-from hdovd.pipelines.training.loop import Loop
-from hdovd.pipelines.training.loss_window import UnsoundLoss
+from hdovd.pipelines.training.loop import Loop, UnsoundLoss
 from hdovd.pipelines.training.training_set import Sample, TarTrainingSet, TrainingSet
+
+
+def compile_backbone(backbone: nn.Module, device: torch.device, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile a network in place at its first batch, for batches of all sizes; names in its state stay as they are.
+
+    It is one graph without gaps: what torch cannot compile is an error in the first step (`told_shortly`), and never
+    quietly left as it is. SyncBatchNorm is the exception, which talks to other processes: what lies between two of them
+    is compiled. The rest of a detector (proposals, RoIs, matching) has as many rows as it finds, which differ from step
+    to step, and is not compiled.
+
+    Raises HdovdError if there is no compiler for the device.
+    """
+    number = float(time.time_ns())  # in the code: what was compiled before does not serve
+    try:
+        torch.compile(lambda rows: rows * number, backend=backend)(torch.ones(8, device=device))
+    except Exception as error:
+        need = "Triton (pip install triton)" if device.type == "cuda" else "a C++ compiler (apt-get install g++)"
+        raise HdovdError(
+            f"train.compile = true: torch cannot compile for {device.type} here ({_first_line(error)}); it needs "
+            f"{need}. Without it, train with train.compile=false"
+        ) from error
+    synced = any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules())
+    backbone.compile(backend=backend, dynamic=True, fullgraph=not synced)
+
+
+@contextmanager
+def told_shortly() -> Iterator[None]:
+    """An error of torch's compiler within is told in a line, as HdovdError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        raise HdovdError(
+            f"train.compile = true: torch cannot compile the backbone ({_first_line(error)}); train with "
+            f"train.compile=false"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+
 
 STATE = ("model", "optimizer", "step", "window", "rng", "layout", "log_bytes", "best", "ended")  # of a checkpoint
 

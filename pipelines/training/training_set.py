@@ -18,8 +18,7 @@ from torch.utils.data import Dataset, get_worker_info
 from hdovd.cache.identity import differences
 from hdovd.cache.reader import FeatureCache, InstanceRows, no_labels, require_together, require_unit
 from hdovd.cache.schema import DEFAULT_SET, Level, Source
-from hdovd.cache.tar_sample import TarSample
-from hdovd.cache.tar_shards import TarShards
+from hdovd.cache.tar_shards import TarSample, TarShards
 from hdovd.config.recipe import LossConfig, Recipe
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import Exif, ImageBoxes, Split
@@ -27,12 +26,22 @@ from hdovd.data.protocol import Protocol
 from hdovd.data.targets import Targets
 from hdovd.pipelines.calibration.values import LabelOrigin, origin_of
 from hdovd.pipelines.common.images import pixels_of, read_image, read_pixels
-from hdovd.pipelines.dataloading.sample_keys import Draw, as_draw, is_flipped, key_of
-from hdovd.pipelines.dataloading.sampler import BlockShuffle, Dealing, EpochOrder, PlainShuffle, ShardShuffle, Streams
-from hdovd.pipelines.dataloading.shards import ShardReading
+from hdovd.pipelines.dataloading.loader import ShardReading
+from hdovd.pipelines.dataloading.sampler import (
+    BlockShuffle,
+    Dealing,
+    Draw,
+    EpochOrder,
+    PlainShuffle,
+    ShardShuffle,
+    Streams,
+    as_draw,
+    is_flipped,
+    key_of,
+)
 from hdovd.pipelines.extraction.identities import inputs_of, require_exif
-from hdovd.pipelines.extraction.object_text import object_text_of
 from hdovd.pipelines.extraction.pseudo_labels import label_texts
+from hdovd.pipelines.extraction.text import object_text_of
 
 Sample = tuple[Tensor, Targets, int]  # picture (3, h, w) uint8 RGB, its targets, its image id
 

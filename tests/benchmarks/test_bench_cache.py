@@ -27,7 +27,7 @@ from bench_cache import (
 )
 
 from hdovd.cache import rows
-from hdovd.pipelines.dataloading.packing import pack
+from hdovd.pipelines.dataloading.loader import pack
 
 BENCH = CacheBench(images=12, rows=7, dim=8, part_rows=16)  # images of 7 rows over parts of 16: some lie in two shards
 

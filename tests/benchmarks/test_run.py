@@ -15,7 +15,7 @@ import pytest
 import run
 from arguments import parsed
 
-from hdovd.pipelines.forecast.world import make_world
+from hdovd.pipelines.forecast.extraction import make_world
 
 FOLDER = Path(run.__file__).parent
 NOT_RUN = {"run", "arguments", "memory_limit", "online_clip"}

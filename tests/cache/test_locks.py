@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.cache import local, locks
+from hdovd.cache import local
+from hdovd.cache import local as locks
 from hdovd.cache.local import CLAIMS, LocalFolder
 
 DEAD = 2**22 + 1  # no process has this number: it is over the system's limit

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 import hdovd.cache.remote
 from hdovd.cache.catalog import Catalog
-from hdovd.cache.open import open_folder
+from hdovd.cache.local import open_folder
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import open_rows
 from hdovd.cache.schema import TABLE_ARRAYS, Level

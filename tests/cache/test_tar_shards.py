@@ -26,9 +26,7 @@ from hdovd.cache import tar_shards
 from hdovd.cache.catalog import Catalog, is_tar_form
 from hdovd.cache.identity import sealed
 from hdovd.cache.schema import DEFAULT_SET, TAR_META, Level
-from hdovd.cache.tar_meta import TarMeta
-from hdovd.cache.tar_sample import MEMBERS, TarSample
-from hdovd.cache.tar_shards import TarShards, TarWriter
+from hdovd.cache.tar_shards import MEMBERS, TarMeta, TarSample, TarShards, TarWriter
 from hdovd.core.errors import HdovdError
 
 COUNTS = {40: (2, 3), 7: (1, 0), 19: (0, 0), 23: (3, 1), 2_000_000_000: (1, 2)}

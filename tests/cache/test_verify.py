@@ -15,7 +15,7 @@ import pytest
 
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import KeyInputs, hash_tables, key_of, table_inputs
-from hdovd.cache.open import open_folder
+from hdovd.cache.local import open_folder
 from hdovd.cache.schema import CHUNK_ROWS, ROW_ARRAYS, TABLE_ARRAYS, TABLES, Level
 from hdovd.cache.verify import Checked, Finding, ProductCheck, check_groups, check_records, check_set, product_names
 from hdovd.cache.writer import ProductWriter

@@ -19,8 +19,16 @@ from PIL import Image
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Source
-from hdovd.pipelines.cache_tools.view import CacheView, Likeness, Reliability, ViewRow
-from hdovd.pipelines.cache_tools.view_images import STRONG, WEAK, draw_view, row_colour
+from hdovd.pipelines.cache_tools.view import (
+    STRONG,
+    WEAK,
+    CacheView,
+    Likeness,
+    Reliability,
+    ViewRow,
+    draw_view,
+    row_colour,
+)
 from hdovd.pipelines.common.drawing import BASE_COLOUR
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from hdovd.modeling.step_context import StepContext
+from hdovd.modeling.base import StepContext
 
 
 class Seen(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.data.targets import Targets
 from hdovd.modeling.adamixer.model import AdaMixer
-from hdovd.modeling.postprocess import Detections
+from hdovd.modeling.boxes import Detections
 
 REFERENCE = Path(__file__).parents[1] / "data" / "adamixer_reference.json"
 BASE, DIM = 5, 16

@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hdovd.config.recipe import load_recipe
 from hdovd.data.targets import Targets
+from hdovd.modeling.base import StepContext
 from hdovd.modeling.distributed import divisor, gather_rows, mean_count
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
-from hdovd.modeling.step_context import StepContext
 
 DIM, BASE, STEPS = 6, 3, 3
 SETTINGS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from hdovd.modeling.postprocess import Detections
+from hdovd.modeling.boxes import Detections
 
 
 def require_alike(found: Detections, expected: Detections, *, pixels: float, score: float) -> None:

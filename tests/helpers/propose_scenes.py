@@ -16,7 +16,7 @@ import torch
 from forked_group import ranks
 
 from hdovd.core.errors import Stopped
-from hdovd.pipelines.proposals import parts as proposal_parts
+from hdovd.pipelines.proposals import propose as proposal_parts
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.propose import propose
 from hdovd.pipelines.training.hooks import SavingHooks

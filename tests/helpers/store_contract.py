@@ -16,7 +16,7 @@ import pytest
 import zarr
 
 from hdovd.cache.catalog import Catalog, FeatureSet
-from hdovd.cache.open import open_folder
+from hdovd.cache.local import open_folder
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import MappedRows, ZarrRows, open_rows

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from hdovd.config.adamixer import TextLevelConfig
 from hdovd.config.recipe import InstanceLossConfig
 from hdovd.core.errors import HdovdError
-from hdovd.modeling.distributed import counts_of_ranks, gather_rows
-from hdovd.modeling.feature_queue import FeatureQueue
+from hdovd.modeling.distributed import FeatureQueue, counts_of_ranks, gather_rows
 from hdovd.modeling.losses import instance
 from hdovd.modeling.losses.contrastive import alignment_loss
 from hdovd.modeling.losses.instance import relation_loss

@@ -18,7 +18,7 @@ from hdovd.config.adamixer import GROUPS_OF_NORM, AdaMixerConfig
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.targets import Targets, scale_all
-from hdovd.modeling.adamixer.boxes import to_corners, to_xyzr
+from hdovd.modeling.adamixer.boxes import SamplingTable, to_corners, to_xyzr
 from hdovd.modeling.adamixer.decoder import DecoderStage
 from hdovd.modeling.adamixer.levels import InstanceLevels, TextLevel
 from hdovd.modeling.adamixer.losses import (
@@ -41,16 +41,12 @@ from hdovd.modeling.adamixer.pairs import (
     to_host,
 )
 from hdovd.modeling.adamixer.proposals import Candidates, DensePredictions, QueryProposals
-from hdovd.modeling.adamixer.sampling import SamplingTable
 from hdovd.modeling.backbones.pyramid import build_backbone
-from hdovd.modeling.base import Detector, RoIPredictions, Students
-from hdovd.modeling.batching import batch_images, draw_short_sides
+from hdovd.modeling.base import Detector, ExtraLosses, RoIPredictions, StepContext, Students
+from hdovd.modeling.batching import batch_images, draw_short_sides, keys_of
 from hdovd.modeling.distributed import divisor
-from hdovd.modeling.extra_losses import ExtraLosses
 from hdovd.modeling.levels.imagewise import ImageLevel
 from hdovd.modeling.losses.classwise import cosine_logits
-from hdovd.modeling.sampling import keys_of
-from hdovd.modeling.step_context import StepContext
 
 LEAST_PROBABILITY = 1e-5  # of a candidate, and 1 less it the most, in the cost of pairing it; released code
 

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hdovd.config.adamixer import GROUPS_OF_NORM, QueryProposalsConfig
-from hdovd.modeling.adamixer.boxes import to_xyzr
-from hdovd.modeling.adamixer.sampling import SamplingTable
-from hdovd.modeling.image_nms import nms_of_images
+from hdovd.modeling.adamixer.boxes import SamplingTable, to_xyzr
+from hdovd.modeling.boxes import nms_of_images
 
 RARE = -math.log(99)  # logit of 1 %
 

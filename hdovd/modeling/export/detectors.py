@@ -13,16 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from hdovd.modeling.adamixer.boxes import to_corners, to_xyzr
+from hdovd.modeling.adamixer.boxes import SamplingTable, to_corners, to_xyzr
 from hdovd.modeling.adamixer.model import AdaMixer
 from hdovd.modeling.adamixer.proposals import DensePredictions, by_rank
-from hdovd.modeling.adamixer.sampling import SamplingTable
 from hdovd.modeling.base import Detector
 from hdovd.modeling.batching import SIZE_DIVISOR
+from hdovd.modeling.boxes import combine_scores
 from hdovd.modeling.faster_rcnn.model import CODER, FasterRCNN
 from hdovd.modeling.losses import classwise
 from hdovd.modeling.losses.classwise import cosine_logits
-from hdovd.modeling.postprocess import combine_scores
 from hdovd.modeling.rpn import ExactAnchors
 
 

@@ -13,11 +13,10 @@ from torchvision.ops import clip_boxes_to_image
 from hdovd.config.recipe import Recipe
 from hdovd.data.targets import Targets, scale_all, with_large_pseudo_boxes
 from hdovd.modeling.backbones.pyramid import build_backbone
-from hdovd.modeling.base import Detector, RoIPredictions, Students
-from hdovd.modeling.batching import batch_images, draw_short_sides
-from hdovd.modeling.box_coder import BoxCoder
+from hdovd.modeling.base import Detector, ExtraLosses, RoIPredictions, StepContext, Students
+from hdovd.modeling.batching import batch_images, draw_short_sides, keys_of
+from hdovd.modeling.boxes import BoxCoder
 from hdovd.modeling.distributed import divisor
-from hdovd.modeling.extra_losses import ExtraLosses
 from hdovd.modeling.levels.classwise import ClassLevel
 from hdovd.modeling.levels.imagewise import ImageLevel
 from hdovd.modeling.levels.instance import InstanceLevel
@@ -25,8 +24,6 @@ from hdovd.modeling.losses import classwise
 from hdovd.modeling.losses.instance import box_students
 from hdovd.modeling.rois import POOL_SIZE, PyramidRoIAlign, number_boxes, sample_rois_of_images
 from hdovd.modeling.rpn import build_rpn
-from hdovd.modeling.sampling import keys_of
-from hdovd.modeling.step_context import StepContext
 
 CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
 

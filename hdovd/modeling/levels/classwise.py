@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from hdovd.config.recipe import ClassLossConfig, PseudoBoxConfig
 from hdovd.data.targets import Targets
+from hdovd.modeling.base import StepContext
 from hdovd.modeling.distributed import counts_of_ranks, divisor, gather_rows, rank
 from hdovd.modeling.losses import classwise
-from hdovd.modeling.step_context import StepContext
 
 
 class ClassLevel(nn.Module):

@@ -4,11 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from hdovd.config.recipe import ImageLossConfig
-from hdovd.modeling.distributed import counts_of_ranks, gather_rows
-from hdovd.modeling.feature_queue import FeatureQueue
+from hdovd.modeling.base import StepContext
+from hdovd.modeling.distributed import FeatureQueue, counts_of_ranks, gather_rows
 from hdovd.modeling.losses.contrastive import alignment_loss
 from hdovd.modeling.losses.imagewise import ImageHead
-from hdovd.modeling.step_context import StepContext
 
 
 class ImageLevel(nn.Module):

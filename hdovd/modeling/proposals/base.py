@@ -14,9 +14,8 @@ from torchvision.ops import nms
 
 from hdovd.config.recipe import Recipe
 from hdovd.modeling.backbones.pyramid import build_backbone
-from hdovd.modeling.batching import batch_images, draw_short_sides
+from hdovd.modeling.batching import batch_images, draw_short_sides, keys_of
 from hdovd.modeling.rpn import build_rpn
-from hdovd.modeling.sampling import keys_of
 
 
 class ProposalNetwork(nn.Module, ABC):

@@ -15,13 +15,13 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from hdovd.config.recipe import ProposalsConfig, Recipe
-from hdovd.modeling.box_coder import BoxCoder
+from hdovd.modeling.batching import Use, image_generator, sample_balanced
+from hdovd.modeling.boxes import BoxCoder
 from hdovd.modeling.distributed import divisor
 from hdovd.modeling.losses import localisation
 from hdovd.modeling.proposals.base import ProposalNetwork
 from hdovd.modeling.rois import POOL_SIZE, PyramidRoIAlign
 from hdovd.modeling.rpn import FloatRPNHead, ObjectnessRPN, anchors_of
-from hdovd.modeling.sampling import Use, image_generator, sample_balanced
 
 _CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
 _SCORE, _BOX = 1, 2  # what a sampled anchor learns: a sum of these

@@ -147,15 +147,15 @@ OWN = {  # files that hdovd wrote itself, or that the system or the package hold
     "pipelines/ablation/ablate.py": "runs",
     "pipelines/runs/listing.py": "runs",
     "pipelines/runs/folder.py": "runs",
-    "pipelines/detection/output.py": "its lines",
+    "pipelines/detection/detect.py": "its lines",
     "pipelines/extraction/tar_export.py": "cache records",
     "pipelines/export/model.py": "exported models",
     "pipelines/proposals/networks.py": "metadata of weights",
-    "pipelines/proposals/parts.py": "metadata of parts",
+    "pipelines/proposals/propose.py": "metadata of parts",
     "pipelines/audit/run.py": "metadata of weights",
     "pipelines/proposal_files/formats.py": "metadata of .npz",
     "pipelines/common": "/proc and /sys",
-    "pipelines/common/html_page.py": "pages that ship",
+    "pipelines/report/report.py": "pages that ship",
     "pipelines/demo": "the demo's own world",
 }
 

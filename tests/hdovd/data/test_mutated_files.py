@@ -14,8 +14,7 @@ from hdovd.data.coco import load_split
 from hdovd.data.protocol import Protocol, parse_protocol
 from hdovd.evaluation.coco import GroundTruth
 from hdovd.pipelines.audit.inputs import read_truth
-from hdovd.pipelines.nouns.captions import Captions
-from hdovd.pipelines.nouns.file import read_noun_file
+from hdovd.pipelines.nouns.allowed import Captions, read_noun_file
 from hdovd.pipelines.proposal_files.file import read_table
 
 FACTOR = int(os.environ.get("HDOVD_FUZZ", "1"))  # times as many files

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hdovd.modeling.feature_queue import FeatureQueue
+from hdovd.modeling.distributed import FeatureQueue
 
 
 def numbered(first: int, count: int, dim: int = 2) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hdovd.config.recipe import InferenceConfig
 from hdovd.modeling.base import RoIPredictions
-from hdovd.modeling.postprocess import combine_scores, detect, detect_batch
+from hdovd.modeling.boxes import combine_scores, detect, detect_batch
 
 CONFIG = InferenceConfig(
     alpha=0.25, beta=0.45, distillation_scale=20.0, score_threshold=0.05, nms=0.5, detections_per_image=100

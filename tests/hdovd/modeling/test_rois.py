@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from hdovd.modeling.roi_gradient import roi_align_on_cpu
-from hdovd.modeling.rois import PyramidRoIAlign, sample_rois_of_images
+from hdovd.modeling.rois import PyramidRoIAlign, roi_align_on_cpu, sample_rois_of_images
 
 
 def sample_rois(proposals: Tensor, boxes: Tensor, samples: int, positive_share: float) -> tuple[Tensor, Tensor]:

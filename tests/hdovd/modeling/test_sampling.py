@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hdovd.modeling.sampling import Use, image_generator, sample_balanced
+from hdovd.modeling.batching import Use, image_generator, sample_balanced
 
 
 def masks(positives: int, negatives: int, neither: int = 0) -> tuple[Tensor, Tensor]:

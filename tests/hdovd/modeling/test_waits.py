@@ -15,7 +15,7 @@ from torchvision.models.detection.image_list import ImageList
 from hdovd.config.detector import RpnConfig
 from hdovd.config.recipe import PRESETS
 from hdovd.data.targets import Targets
-from hdovd.modeling import image_nms
+from hdovd.modeling import boxes as image_nms
 from hdovd.modeling.base import Detector
 from hdovd.modeling.rpn import build_rpn
 from hdovd.pipelines.training.loop import build_optimizer

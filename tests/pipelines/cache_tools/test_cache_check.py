@@ -23,11 +23,11 @@ from hdovd.cache.schema import TABLES, Level
 from hdovd.cache.verify import Finding
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
-from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import CheckReport, check_cache
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.tar_config import TarExportConfig
+from hdovd.pipelines.extraction.source import TarExportConfig
 from hdovd.pipelines.extraction.tar_export import export_tars
 from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 

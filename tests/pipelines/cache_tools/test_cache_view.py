@@ -16,9 +16,8 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.pipelines.cache_tools.view import Reliability, find_reliability, gather_view
-from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.label_rule import LabelRule
 
 WEIGH = Reliability(0.2, 0.05, 1.3, "a test")
 

@@ -17,15 +17,7 @@ from torch import Tensor
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import Split, load_split
 from hdovd.data.protocol import Protocol
-from hdovd.pipelines.cache_tools.published_features import (
-    FULL,
-    GT,
-    PROPOSAL,
-    TEXT,
-    ForeignImage,
-    read_hd_ovd,
-    read_oadp,
-)
+from hdovd.pipelines.cache_tools.importing import FULL, GT, PROPOSAL, TEXT, ForeignImage, read_hd_ovd, read_oadp
 
 D = 6
 PROTOCOL = Protocol("small", ("cat", "dog"), ("bird",))

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from hdovd.cache.schema import Source
-from hdovd.pipelines.cache_tools.view import CacheView, Likeness, ViewRow
-from hdovd.pipelines.cache_tools.view_images import draw_view
-from hdovd.pipelines.common.label_font import cut_label, label_font
+from hdovd.pipelines.cache_tools.view import CacheView, Likeness, ViewRow, draw_view
+from hdovd.pipelines.common.drawing import cut_label, label_font
 
 needs_font = pytest.mark.skipif(
     label_font("سظ", 16) is label_font("", 16), reason="no font with these characters on this machine"

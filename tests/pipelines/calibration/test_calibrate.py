@@ -34,9 +34,8 @@ from hdovd.pipelines.calibration.values import (
 )
 from hdovd.pipelines.common.options import refuse_two_sources
 from hdovd.pipelines.demo.world import BASE, NOVEL
-from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.label_rule import LabelRule
 from hdovd.pipelines.training.train import TrainConfig, train
 
 Config = Callable[..., ExtractConfig]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.calibration.fit import LEAST, area_under_curve, fit_reliability
+from hdovd.pipelines.calibration.calibrate import LEAST, area_under_curve, fit_reliability
 
 
 def _normal(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.pipelines.common.threads import cgroup_quota, limit_threads, usable_cores
+from hdovd.pipelines.common.process import cgroup_quota, limit_threads, usable_cores
 
 
 def _cgroup(root: Path, group: str, **files: str) -> None:
@@ -49,12 +49,12 @@ def test_where_there_are_no_cgroups(tmp_path: Path) -> None:
 )
 def test_usable_cores(affinity: int, quota: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(affinity)))
-    monkeypatch.setattr("hdovd.pipelines.common.threads.cgroup_quota", lambda: quota)
+    monkeypatch.setattr("hdovd.pipelines.common.process.cgroup_quota", lambda: quota)
     assert usable_cores() == expected
 
 
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hdovd.pipelines.common.threads.usable_cores", lambda: 4)
+    monkeypatch.setattr("hdovd.pipelines.common.process.usable_cores", lambda: 4)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     assert limit_threads() is None
@@ -64,7 +64,7 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hdovd.pipelines.common.threads.usable_cores", lambda: 8)
+    monkeypatch.setattr("hdovd.pipelines.common.process.usable_cores", lambda: 8)
     for processes, threads in (("4", "2"), ("16", "1")):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)

@@ -201,7 +201,7 @@ OF_MODULES = {
 OWN = {"replace_file", "write_text", "write_picture"}
 ALLOWED = {
     "pipelines/common/atomic_write.py": "the one place",
-    "pipelines/forecast/world.py": "made-up data for measurements, deleted after them",
+    "pipelines/forecast/extraction.py": "made-up data for measurements, deleted after them",
     "cache/local.py write": "the cache's own place: whole or absent, and safe beside other processes",
     "cache/local.py _link": "of it",
     "cache/locks.py lock": "a lock has no content",
@@ -210,8 +210,8 @@ ALLOWED = {
     "pipelines/runs/folder.py log": "a log that grows; its last line may be torn",
     "pipelines/runs/folder.py synced_log_bytes": "of it",
     "pipelines/common/job_pool.py _next": "a log that grows",
-    "pipelines/detection/output.py __init__": "a log that grows, and goes in the end",
-    "pipelines/detection/output.py _write": "given to replace_file",
+    "pipelines/detection/detect.py __init__": "a log that grows, and goes in the end",
+    "pipelines/detection/detect.py _write": "given to replace_file",
     "pipelines/proposal_files/file.py fill": "given to replace_file",
     "pipelines/proposal_files/file.py _write_npz": "given to replace_file",
     "pipelines/export/model.py _write_onnx": "given to replace_file",

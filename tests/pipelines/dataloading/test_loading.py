@@ -14,8 +14,7 @@ from torch.utils.data import Dataset
 from hdovd.core.errors import HdovdError
 from hdovd.data.targets import Targets
 from hdovd.pipelines.dataloading.loader import Batches, TrainingBatches
-from hdovd.pipelines.dataloading.sample_keys import Draw, as_draw
-from hdovd.pipelines.dataloading.sampler import Dealing, PlainShuffle
+from hdovd.pipelines.dataloading.sampler import Dealing, Draw, PlainShuffle, as_draw
 
 CPU = torch.device("cpu")
 Sample = tuple[Tensor, Targets, int]

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from hdovd.core.errors import HdovdError
 from hdovd.data.targets import Targets
-from hdovd.pipelines.dataloading.packing import ALIGNMENT, pack
+from hdovd.pipelines.dataloading.loader import ALIGNMENT, pack
 
 TORCH_DTYPES = [
     torch.bool,

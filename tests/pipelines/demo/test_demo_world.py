@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.demo.shapes import SHAPES
-from hdovd.pipelines.demo.world import ABSENT, BASE, GROUNDS, NOVEL, make_world, scenes
+from hdovd.pipelines.demo.world import ABSENT, BASE, GROUNDS, NOVEL, SHAPES, make_world, scenes
 
 
 def _hash(root: Path) -> dict[str, str]:

@@ -23,8 +23,7 @@ from safetensors.numpy import save_file
 
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
-from hdovd.pipelines.detection.detect import DetectConfig, DetectResult, detect
-from hdovd.pipelines.detection.output import DetectionFolder
+from hdovd.pipelines.detection.detect import DetectConfig, DetectionFolder, DetectResult, detect
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.runs.folder import RunFolder
 

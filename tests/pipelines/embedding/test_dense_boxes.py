@@ -23,7 +23,7 @@ from hdovd.cache.rows import open_rows
 from hdovd.cache.schema import Level
 from hdovd.cli.main import app
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.embedding.crop_recipe import DenseRecipe
 from hdovd.pipelines.embedding.crops import Batch

@@ -23,8 +23,7 @@ from hdovd.data.coco import DataPaths
 from hdovd.evaluation.engines import Engine
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, EvalResult, class_table, evaluate, result_table
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.weights import Weights
+from hdovd.pipelines.runs.folder import RunFolder, Weights
 
 GROUPS = {"novel", "base", "all"}
 

@@ -21,8 +21,7 @@ from hdovd.evaluation.coco import GroundTruth
 from hdovd.evaluation.tide import ERRORS, Kind
 from hdovd.pipelines.evaluation.analysis import Fate, RunAnalysis, analyse
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, error_table, evaluate
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.weights import weights_hash
+from hdovd.pipelines.runs.folder import RunFolder, weights_hash
 
 
 def _silent(_: str) -> None: ...

@@ -18,8 +18,8 @@ from hdovd.data.coco import DataPaths, Split
 from hdovd.data.targets import Targets
 from hdovd.evaluation.coco import AveragePrecision
 from hdovd.evaluation.engines import Engine
+from hdovd.modeling.boxes import detect
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
-from hdovd.modeling.postprocess import detect
 from hdovd.pipelines.common.images import read_pixels
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.evaluation.validation import Validated, Validation, by_shape, results

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hdovd.config.recipe import InferenceConfig, Recipe
-from hdovd.modeling.postprocess import Detections
+from hdovd.modeling.boxes import Detections
 from hdovd.pipelines.export.model import in_percent, largest_difference, made_up_pictures
 
 CONFIG = InferenceConfig(

@@ -25,9 +25,9 @@ from hdovd.config.recipe import PRESETS, Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.protocol import Protocol
 from hdovd.modeling.batching import batch_images
+from hdovd.modeling.boxes import Detections, detect
 from hdovd.modeling.export.detectors import ExportableFasterRCNN
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
-from hdovd.modeling.postprocess import Detections, detect
 from hdovd.pipelines.common.images import pixels_of
 from hdovd.pipelines.export.config import ModelForm
 from hdovd.pipelines.export.model import (
@@ -38,8 +38,7 @@ from hdovd.pipelines.export.model import (
     made_up_pictures,
     open_model,
 )
-from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.weights import Weights
+from hdovd.pipelines.runs.folder import RunFolder, Weights
 
 PAGE = Path(__file__).parents[3] / "docs" / "EXPORT.md"
 EXAMPLES = {

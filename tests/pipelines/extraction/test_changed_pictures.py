@@ -21,7 +21,7 @@ from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths, Exif
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.extraction import picture_hashes
 from hdovd.pipelines.extraction import prepare as extract_module

@@ -15,7 +15,7 @@ from PIL import Image
 
 from hdovd.cache import local
 from hdovd.cache.catalog import Catalog
-from hdovd.cache.open import open_folder
+from hdovd.cache.local import open_folder
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import ROW_ARRAYS, Level
 from hdovd.core.errors import HdovdError

@@ -21,8 +21,8 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.object_text import object_text_of
 from hdovd.pipelines.extraction.tar_export import TarExportConfig, export_tars
+from hdovd.pipelines.extraction.text import object_text_of
 from hdovd.pipelines.teachers.openclip import load_clip
 from hdovd.pipelines.training.train import TrainConfig, train
 

@@ -20,11 +20,10 @@ from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths, load_split
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
-from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.label_rule import LabelRule
 from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts
 from hdovd.pipelines.extraction.tar_export import TarExportConfig, export_tars, import_tars
 from hdovd.pipelines.training.training_set import TarTrainingSet, TrainingSet

@@ -21,14 +21,13 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths, Exif
-from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
-from hdovd.pipelines.extraction.config import Executor, ExtractConfig, Share, Store
+from hdovd.pipelines.extraction.config import Executor, ExtractConfig, LabelRule, Share, Store
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.label_rule import LabelRule
 from hdovd.pipelines.extraction.prepare import ExtractReport, prepare
 from hdovd.pipelines.extraction.text import read_class_embeddings, read_synonyms
 from hdovd.pipelines.nouns.config import Matching

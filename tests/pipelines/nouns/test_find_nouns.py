@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.nouns.allowed import Nouns, read_nouns
+from hdovd.pipelines.nouns.allowed import Nouns, read_noun_file, read_nouns
 from hdovd.pipelines.nouns.config import Matching, NounsConfig, Parser
-from hdovd.pipelines.nouns.file import read_noun_file
 from hdovd.pipelines.nouns.find import NounsReport, find_nouns
 
 CAPTIONS = [

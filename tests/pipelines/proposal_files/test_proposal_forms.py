@@ -14,8 +14,15 @@ import pytest
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.proposal_files.convert import convert_proposals, info_lines
-from hdovd.pipelines.proposal_files.file import Proposals, ProposalTable, made_by_file, read_table, write_proposals
+from hdovd.pipelines.proposal_files.file import (
+    Proposals,
+    ProposalTable,
+    convert_proposals,
+    info_lines,
+    made_by_file,
+    read_table,
+    write_proposals,
+)
 from hdovd.pipelines.proposal_files.options import ListOrder
 
 MADE_BY = {"detector": "oln", "training_boxes": {"anchor": 3}}

@@ -23,9 +23,9 @@ from hdovd.cache.schema import Level
 from hdovd.cache.tar_shards import TarShards
 from hdovd.core.errors import HdovdError
 from hdovd.modeling.base import build_detector
-from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
-from hdovd.pipelines.extraction.tar_config import TarExportConfig
+from hdovd.pipelines.extraction.source import TarExportConfig
 from hdovd.pipelines.extraction.tar_export import export_tars
 from hdovd.pipelines.runs.checkpoint import load_checkpoint
 from hdovd.pipelines.runs.folder import RunFolder

@@ -24,7 +24,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import load_recipe
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.cache_tools.check_config import CheckConfig
+from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.common.images import decode, read_image
 from hdovd.pipelines.runs.folder import RunFolder

@@ -15,8 +15,17 @@ from hdovd.data.coco import DataPaths
 from hdovd.pipelines.common.settings import different_keys, flat, short_names, shown_apart
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.listing import GROUPS, State, compare_runs, find_runs, read_run, read_runs
-from hdovd.pipelines.runs.tables import difference_lines, run_lines, run_values
+from hdovd.pipelines.runs.listing import (
+    GROUPS,
+    State,
+    compare_runs,
+    difference_lines,
+    find_runs,
+    read_run,
+    read_runs,
+    run_lines,
+    run_values,
+)
 
 WriteRun = Callable[..., Path]
 

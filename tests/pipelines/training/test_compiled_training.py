@@ -26,7 +26,7 @@ from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.propose import propose
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training import train
-from hdovd.pipelines.training.compiling import compile_backbone, told_shortly
+from hdovd.pipelines.training.train import compile_backbone, told_shortly
 
 CPU = torch.device("cpu")
 TrainMicro = Callable[..., RunFolder]

@@ -19,15 +19,14 @@ from orders import InOrder
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import TAR_META
-from hdovd.cache.tar_meta import TarMeta
+from hdovd.cache.tar_shards import TarMeta
 from hdovd.config.recipe import PRESETS, Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
 from hdovd.pipelines.dataloading.loader import TrainingBatches
-from hdovd.pipelines.dataloading.sample_keys import Draw
-from hdovd.pipelines.dataloading.sampler import Dealing, Streams
+from hdovd.pipelines.dataloading.sampler import Dealing, Draw, Streams
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.tar_export import TarExportConfig, export_tars

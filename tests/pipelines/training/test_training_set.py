@@ -22,8 +22,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import load_split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.dataloading.loader import TrainingBatches
-from hdovd.pipelines.dataloading.sample_keys import Draw
-from hdovd.pipelines.dataloading.sampler import Dealing, PlainShuffle
+from hdovd.pipelines.dataloading.sampler import Dealing, Draw, PlainShuffle
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip

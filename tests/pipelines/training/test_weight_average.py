@@ -16,13 +16,13 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.modeling.adamixer.model import AdaMixer
 from hdovd.modeling.base import build_detector
+from hdovd.modeling.distributed import FeatureQueue
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
-from hdovd.modeling.feature_queue import FeatureQueue
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.runs.checkpoint import load_checkpoint
 from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.loop import WeightAverage
 from hdovd.pipelines.training.train import TrainConfig, train
-from hdovd.pipelines.training.weight_average import WeightAverage
 
 TrainMicro = Callable[..., RunFolder]
 

@@ -13,7 +13,7 @@ from hdovd.data.targets import Targets
 from hdovd.modeling.adamixer.model import AdaMixer
 from hdovd.modeling.base import build_detector
 from hdovd.modeling.batching import batch_images
-from hdovd.modeling.postprocess import detect_batch
+from hdovd.modeling.boxes import detect_batch
 
 SIZES = ((96, 128), (128, 96))
 BOXES, PSEUDO = [[4.0, 4.0, 60.0, 70.0], [20.0, 10.0, 90.0, 80.0]], [[30.0, 5.0, 80.0, 60.0], [0.0, 40.0, 50.0, 90.0]]

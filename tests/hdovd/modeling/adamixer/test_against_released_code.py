@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hdovd.config.recipe import load_recipe
 from hdovd.modeling.adamixer.model import AdaMixer
-from hdovd.modeling.postprocess import detect_batch
+from hdovd.modeling.boxes import detect_batch
 from hdovd.modeling.published_weights import PUBLISHED
 
 CLASSES, BASE, FIRST = 65, 48, 30

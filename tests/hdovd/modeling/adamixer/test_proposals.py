@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
 from hdovd.config.adamixer import QueryProposalsConfig
+from hdovd.modeling.adamixer.boxes import SamplingTable
 from hdovd.modeling.adamixer.losses import auxiliary_losses, main_losses, quality_focal_rows, valid_positions
 from hdovd.modeling.adamixer.proposals import (
     Candidates,
@@ -17,7 +18,6 @@ from hdovd.modeling.adamixer.proposals import (
     QueryProposals,
     positions,
 )
-from hdovd.modeling.adamixer.sampling import SamplingTable
 
 CONFIG = QueryProposalsConfig(shuffle=8, aux_positives=3)
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from hdovd.config.recipe import PRESETS, InferenceConfig, load_recipe
+from hdovd.modeling.boxes import Detections, detect
 from hdovd.modeling.export.detectors import ExportableFasterRCNN, class_nms
 from hdovd.modeling.faster_rcnn.model import FasterRCNN, RoIPredictions
-from hdovd.modeling.postprocess import Detections, detect
 
 DIM = 6
 SMALL = (

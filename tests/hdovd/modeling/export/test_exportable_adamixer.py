@@ -13,8 +13,8 @@ from detections_alike import require_alike
 
 from hdovd.config.recipe import PRESETS
 from hdovd.modeling.adamixer.model import AdaMixer
+from hdovd.modeling.boxes import Detections, detect
 from hdovd.modeling.export.detectors import ExportableAdaMixer
-from hdovd.modeling.postprocess import Detections, detect
 from hdovd.pipelines.export.config import ModelForm
 from hdovd.pipelines.export.model import CARRIED, Run, open_model, write
 

@@ -17,8 +17,8 @@ from adamixer_scenes import made_weights, noise, pictures, require_same, targets
 from torch import Tensor
 
 from hdovd.config.recipe import load_recipe
+from hdovd.modeling.boxes import detect_batch
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
-from hdovd.modeling.postprocess import detect_batch
 from hdovd.modeling.published_weights import PUBLISHED
 
 REFERENCE = json.loads((Path(__file__).parents[3] / "data" / "faster_rcnn_reference.json").read_text())

@@ -1,0 +1,158 @@
+"""Boxes as offsets from anchors or RoIs and back: torchvision's coder, for which no number is copied to the device.
+
+torchvision copies its weights and halves there with each call, and a copy that is not told otherwise waits for all that
+the device has still to do.
+
+NMS of the images of a batch, each for itself: one call of the kernel for several on a GPU, as the host waits for
+each call's result.
+
+N images, M boxes of each.
+
+From RoI scores to detections (METHOD section 7).
+
+R RoIs, C classes. Combining the two scores uses the base/novel split at test time; alpha = beta = 0 is the
+split-blind result, which does not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import _utils
+from torchvision.ops import batched_nms, nms
+
+from hdovd.config.recipe import InferenceConfig
+from hdovd.modeling.base import RoIPredictions
+
+
+class BoxCoder(_utils.BoxCoder):
+    """Offsets (n, 4) are (dx, dy, dw, dh), each times its weight: the centre's in sides of the anchor, the sides' as
+    logarithms.
+    """
+
+    def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
+        """(n, 4) boxes and (n, 4) anchors, both xyxy -> (n, 4) offsets."""
+        weights = torch.tensor(self.weights, dtype=reference_boxes.dtype).to(reference_boxes.device, non_blocking=True)
+        offsets: Tensor = _utils.encode_boxes(reference_boxes, proposals, weights)
+        return offsets
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """(n, 4) offsets and (n, 4) anchors -> (n, 4) boxes."""
+        boxes = boxes.to(rel_codes.dtype)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        wx, wy, ww, wh = self.weights
+        shift = torch.stack([rel_codes[:, 0] / wx, rel_codes[:, 1] / wy], dim=1)
+        growth = torch.stack([rel_codes[:, 2] / ww, rel_codes[:, 3] / wh], dim=1).clamp(max=self.bbox_xform_clip)
+        centre, half = shift * sides + (boxes[:, :2] + 0.5 * sides), 0.5 * (growth.exp() * sides)
+        return torch.cat([centre - half, centre + half], dim=1)
+
+
+MOST_AT_ONCE = (
+    2**15
+)  # boxes of a call on a GPU, whose table of a bit a pair takes 128 MiB: with their number the pairs grow as its square
+
+
+def nms_of_images(boxes: Tensor, scores: Tensor, threshold: float, groups: Sequence[int] = ()) -> Tensor:
+    """NMS within each image, and there within each group.
+
+    Args:
+        boxes: (N, M, 4) xyxy. scores: (N, M). threshold: IoU over which the lower score is dropped.
+        groups: how many boxes of an image, one after the other, are a group each; without groups all are compared.
+
+    Returns:
+        (n,) int64 places among all N M boxes of those that are kept; those of an image best first.
+    """
+    images, count = scores.shape
+    part = torch.arange(images, device=scores.device)[:, None].expand_as(scores)
+    if groups:
+        part = part * len(groups) + torch.cat(
+            [torch.full((n,), group, device=scores.device) for group, n in enumerate(groups)]
+        )
+    if boxes.device.type == "cpu":
+        return batched_nms(boxes.flatten(0, 1).double(), scores.flatten().double(), part.flatten(), threshold)  # type: ignore[no-any-return]
+    kept, at_once = [], max(1, MOST_AT_ONCE // max(1, count))
+    for first in range(0, images, at_once):
+        some = slice(first, first + at_once)
+        kept.append(
+            _nms_apart(boxes[some].flatten(0, 1), scores[some].flatten(), part[some].flatten(), threshold)
+            + first * count
+        )
+    return torch.cat(kept)
+
+
+def _nms_apart(boxes: Tensor, scores: Tensor, part: Tensor, threshold: float) -> Tensor:
+    """NMS (n,) of boxes (n, 4) that are moved so far apart that only those of a part overlap: in doubles, where pixels
+    stay exact.
+    """
+    if not len(boxes):
+        return part
+    exact = boxes.double()
+    kept: Tensor = nms(exact + part[:, None] * (exact.amax() - exact.amin() + 1), scores.double(), threshold)
+    return kept
+
+
+@dataclass(frozen=True, slots=True)
+class Detections:
+    """Best first: boxes (n, 4) xyxy pixels of the original image, scores (n,), labels (n,) int64."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+def combine_scores(s1: Tensor, s2: Tensor, is_novel: Tensor, alpha: float, beta: float) -> Tensor:
+    """Geometric mean of both scores per class, renormalised over classes and background.
+
+    Base classes s1^(1-alpha) s2^alpha, novel classes s1^(1-beta) s2^beta, background s1.
+
+    Args:
+        s1: (R, C+1) softmax, background last. s2: (R, C) in 0..1. is_novel: (C,) bool.
+
+    Returns:
+        (R, C+1), rows sum to one.
+    """
+    share = torch.where(is_novel, beta, alpha).to(s1)
+    combined = torch.cat([s1[:, :-1] ** (1 - share) * s2**share, s1[:, -1:]], dim=1)
+    return combined / combined.sum(dim=1, keepdim=True)
+
+
+def detect(
+    predictions: RoIPredictions, is_novel: Tensor, config: InferenceConfig, *, split_blind: bool = False
+) -> Detections:
+    """`detect_batch` of one image."""
+    return detect_batch([predictions], is_novel, config, split_blind=split_blind)[0]
+
+
+def detect_batch(
+    predictions: list[RoIPredictions],
+    is_novel: Tensor,
+    config: InferenceConfig,
+    *,
+    split_blind: bool = False,
+    wanted: int | None = None,
+) -> list[Detections]:
+    """Threshold, per-class NMS and the cap on detections of every image of a batch; what is found lies on the CPU.
+
+    Of the classes only the first `wanted` are looked for; the others have taken their part of the scores.
+    Without a distillation feature, or with `split_blind`, the classification score stands alone. Scores are combined
+    and compared for the batch at once, and come from the device at once: NMS alone goes image by image.
+    """
+    counts = [len(p.boxes) for p in predictions]
+    scores, boxes = torch.cat([p.class_probability for p in predictions]), torch.cat([p.boxes for p in predictions])
+    seconds = [p.distillation_score for p in predictions if p.distillation_score is not None]
+    if seconds and not split_blind:
+        scores = combine_scores(scores, torch.cat(seconds), is_novel, config.alpha, config.beta)
+    roi, label = (scores[:, :-1][:, :wanted] > config.score_threshold).nonzero(as_tuple=True)
+    ends = torch.tensor([0, *counts], device=roi.device).cumsum(0)
+    per_image = torch.searchsorted(roi, ends).diff().tolist()  # candidates; `nonzero` gives them RoI by RoI
+    score, boxes = scores[roi, label], boxes[roi]
+    kept = []
+    for b, s, k in zip(boxes.split(per_image), score.split(per_image), label.split(per_image), strict=True):
+        # batched_nms shifts the classes apart by the picture's size: with many classes, too far for pixels to be exact
+        # in float32
+        keep = batched_nms(b.double(), s.double(), k, config.nms)[: config.detections_per_image]
+        kept.append((b[keep], s[keep], k[keep]))
+    found = [len(s) for _, s, _ in kept]
+    on_cpu = [torch.cat(parts).cpu().split(found) for parts in zip(*kept, strict=True)]
+    return [Detections(*parts) for parts in zip(*on_cpu, strict=True)]
