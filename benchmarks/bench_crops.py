@@ -50,7 +50,7 @@ def bench_crops(folder: Path, bench: CropBench) -> dict[str, list[tuple[float, f
     width, height = bench.picture
     make_world(folder, bench.images, base_boxes=bench.boxes, proposals=0, size=(width, height))
     paths = DataPaths(images=folder / "images", annotations=folder / "annotations.json")
-    split = paths.load("train2017", load_protocol("ov-coco"), base_only=True, log=lambda _: None)
+    split = paths.load("train2017", load_protocol("ov-coco"), base_only=True)
     boxes = [image.boxes for image in split.images]
     pictures = Pictures(split.images, split.path, np.cumsum([0, *map(len, boxes)]), np.concatenate(boxes))
     embedder, transform = embedders_of(clip, pictures, PLAIN_BOX)[Level.INSTANCE], clip.reference_transform()

@@ -86,7 +86,7 @@ def bench_dense(bench: DenseBench, data: Path) -> list[Way]:
     sides = [
         _dense(teacher, NO_PICTURES, side).input_size[0] for side in bench.sides
     ]  # refused before pictures are read
-    split = DataPaths(data).load("val2017", protocol, base_only=False, log=print)
+    split = DataPaths(data).load("val2017", protocol, base_only=False)
     if not split.images:
         raise HdovdError(f"{data} has no labelled box in val2017")
     chosen = np.linspace(0, len(split.images) - 1, min(bench.images, len(split.images))).astype(int)

@@ -149,7 +149,7 @@ def bench_scale(folder: Path, bench: ScaleBench) -> Figures:
         workers=bench.workers,
     )
     started = time.monotonic()
-    report = extract_clip(config, lambda _: None, StubTeacher(bench.dim, bench.side))
+    report = extract_clip(config, StubTeacher(bench.dim, bench.side))
     seconds = time.monotonic() - started
     main, worker = (
         1024 * resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)

@@ -122,7 +122,6 @@ def bench_train(folder: Path, bench: TrainBench) -> list[Variant]:
             vocabulary=folder / "nouns.txt",
             device=bench.device,
         ),
-        lambda _: None,
         clip,
     )
     variants = _variants(folder, bench, recipe, clip)
@@ -191,8 +190,8 @@ def _take(loop: Loop[Sample], batch: list[Sample]) -> None:
 
 def _batches(folder: Path, bench: TrainBench, recipe: Recipe, device: torch.device) -> TrainingBatches[Sample]:
     """All variants see the same pictures at the same step."""
-    split = _paths(folder).load("train2017", load_protocol("ov-coco"), base_only=True, log=lambda _: None)
-    data, size = TrainingSet(split, FeatureCache(folder / "cache"), recipe, lambda _: None), recipe.train.batch_size
+    split = _paths(folder).load("train2017", load_protocol("ov-coco"), base_only=True)
+    data, size = TrainingSet(split, FeatureCache(folder / "cache"), recipe), recipe.train.batch_size
     order = _OverAndOver(len(data), size * bench.rounds * (SETTLE + bench.steps))
     return TrainingBatches(data, Dealing(order, size), training_workers(device, recipe.train.workers), device=device)
 
@@ -200,7 +199,7 @@ def _batches(folder: Path, bench: TrainBench, recipe: Recipe, device: torch.devi
 def _loop(folder: Path, bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Loop[Sample]:
     torch.manual_seed(0)
     protocol, batches = load_protocol("ov-coco"), _batches(folder, bench, recipe, clip.device)
-    model = build_detector(recipe, clip.dim, None)
+    model = build_detector(recipe, clip.dim, initialise=False)
     model.begin_epoch(recipe.pseudo_boxes.from_epoch)  # with all losses
     calm(model)
     texts = torch.from_numpy(FeatureCache(folder / "cache").class_embeddings(protocol.base)).to(clip.device)

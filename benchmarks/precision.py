@@ -33,11 +33,10 @@ def losses_of(recipe: Recipe, folder: Path, device: str, steps: int) -> list[dic
         data = training_data(
             TrainConfig(data=DataPaths(folder / "world"), cache=folder / "cache", out=folder / "run", recipe=recipe),
             protocol,
-            lambda _: None,
         )
         texts = torch.from_numpy(data.class_embeddings(protocol.base)).to(us.device)
         torch.manual_seed(recipe.train.seed)
-        model = prepared(build_detector(recipe, data.dim, None), recipe, us, None)
+        model = prepared(build_detector(recipe, data.dim, initialise=False), recipe, us)
         calm(model)
         model.begin_epoch(recipe.pseudo_boxes.from_epoch)
         loop = loop_of(model, batches_of(data, us)[0], texts, recipe, us.device)

@@ -48,8 +48,7 @@ def prepare(folder: Path) -> None:
             proposals=proposals,
             vocabulary=world / "vocabulary.txt",
             protocol=str(world / "protocol.toml"),
-        ),
-        lambda _: None,
+        )
     )
 
 

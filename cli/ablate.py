@@ -17,7 +17,7 @@ def ablate(config: AblateConfig) -> None:
     from hdovd.pipelines.ablation.table import markdown
     from hdovd.pipelines.common.process import exit_code
 
-    result = run(config, typer.echo)
+    result = run(config)
     if config.dry_run:
         for name, standing in result.standing.items():
             typer.echo(f"{standing:16s}{config.out / name}")

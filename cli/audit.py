@@ -14,5 +14,5 @@ def audit(config: AuditConfig) -> None:
     """
     from hdovd.pipelines.audit.audit import audit as run
 
-    if run(config, typer.echo).leaks:
+    if run(config).leaks:
         raise typer.Exit(1)

@@ -122,7 +122,7 @@ def verify(config: CheckConfig) -> None:
     """
     from hdovd.pipelines.cache_tools.verify import check_cache
 
-    if check_cache(config, typer.echo).findings:
+    if check_cache(config).findings:
         raise typer.Exit(1)
 
 
@@ -144,7 +144,7 @@ def export(config: ExportOptions) -> None:
     if isinstance(form, ParquetConfig):
         from hdovd.pipelines.cache_tools.parquet import export_parquet
 
-        export_parquet(form, typer.echo)
+        export_parquet(form)
         return
     from hdovd.pipelines.extraction.tar_export import export_tars
 
@@ -182,7 +182,7 @@ def view(config: ViewConfig) -> None:
     """
     from hdovd.pipelines.cache_tools.view import view_images
 
-    view_images(config, typer.echo)
+    view_images(config)
 
 
 def _print(lines: list[str]) -> None:

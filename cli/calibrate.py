@@ -1,7 +1,5 @@
 """`hdovd calibrate`."""
 
-import typer
-
 from hdovd.cli.command import command
 from hdovd.pipelines.calibration.config import CalibrateConfig
 
@@ -14,4 +12,4 @@ def calibrate(config: CalibrateConfig) -> None:
     """
     from hdovd.pipelines.calibration.calibrate import calibrate as run
 
-    run(config, typer.echo)
+    run(config)

@@ -20,7 +20,7 @@ def demo(config: DemoConfig, context: typer.Context) -> None:
         with suppress(typer.Exit), root.make_context("hdovd", words) as inner:
             root.invoke(inner)
 
-    result = run(config, call, typer.echo)
+    result = run(config, call)
     typer.echo("\n" + demo_table(result))
     typer.echo("pictures (detections with novel classes in orange; what the cache knows):")
     for picture in result.pictures:

@@ -15,7 +15,7 @@ def detect(config: DetectConfig) -> None:
     from hdovd.pipelines.detection.detect import detect as run
     from hdovd.pipelines.detection.detect import detect_lines
 
-    result = run(config, typer.echo)
+    result = run(config)
     for line in [*detect_lines(result), *(f"wrote {file}" for file in result.files)]:
         typer.echo(line)
     if not result.tally.images:

@@ -14,7 +14,7 @@ def export(config: ExportModelConfig) -> None:
     """
     from hdovd.pipelines.export.model import export_model
 
-    done = export_model(config, typer.echo)
+    done = export_model(config)
     typer.echo(
         f"checked: {done.checked.detections} detections in {done.checked.pictures} pictures; largest difference from "
         f"the model {done.checked.difference:.1e} (scores; boxes in percent of the input's long side)"

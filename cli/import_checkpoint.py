@@ -1,7 +1,5 @@
 """`hdovd import-checkpoint`."""
 
-import typer
-
 from hdovd.cli.command import command
 from hdovd.pipelines.runs.import_config import ImportCheckpointConfig
 
@@ -12,4 +10,4 @@ def import_checkpoint(config: ImportCheckpointConfig) -> None:
     refused."""
     from hdovd.pipelines.runs.import_checkpoint import import_checkpoint as run
 
-    run(config, typer.echo)
+    run(config)

@@ -1,5 +1,6 @@
 """The command `hdovd`: one file a command, imported when it is asked for; errors on one screen."""
 
+import logging
 import os
 import select
 import sys
@@ -11,6 +12,7 @@ from typer.main import get_command
 
 from hdovd.cli.lazy import LazyGroup, new_app
 from hdovd.core.errors import HdovdError, Stopped, system_line
+from hdovd.core.log import LOGGER, lines_to
 from hdovd.core.version import __version__
 from hdovd.pipelines.common.process import INTERRUPTED, limit_threads
 
@@ -69,12 +71,15 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Options before the command; `main` reads --debug itself, wherever it stands."""
+    """Options before the command; `main` reads --debug itself, wherever it stands. What is logged is printed."""
+    if not LOGGER.isEnabledFor(logging.INFO):  # not again for the commands of `hdovd demo`
+        context.with_resource(lines_to(typer.echo))
 
 
 def main() -> None:

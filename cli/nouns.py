@@ -15,5 +15,5 @@ def nouns(config: NounsConfig) -> None:
     """
     from hdovd.pipelines.nouns.find import find_nouns
 
-    find_nouns(config, typer.echo)
+    find_nouns(config)
     typer.echo(f"next: hdovd extract-clip --nouns {quote(str(config.out))} --proposals FILE ...")

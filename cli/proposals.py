@@ -38,7 +38,7 @@ def convert(
     """Write the proposals in another form: the same boxes, scores and identity, and what made them if that is known."""
     from hdovd.pipelines.proposal_files.file import convert_proposals
 
-    convert_proposals(source, out, annotations, order, typer.echo)
+    convert_proposals(source, out, annotations, order)
 
 
 @app.command()

@@ -1,7 +1,5 @@
 """`hdovd report`."""
 
-import typer
-
 from hdovd.cli.command import command
 from hdovd.pipelines.report.config import ReportConfig
 
@@ -17,4 +15,4 @@ def report(config: ReportConfig) -> None:
     """
     from hdovd.pipelines.report.report import report as run
 
-    run(config, typer.echo)
+    run(config)

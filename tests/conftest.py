@@ -235,7 +235,7 @@ def cache(
     from hdovd.pipelines.extraction.extract_clip import extract_clip
 
     folder = tmp_path_factory.mktemp("shared") / "cache"
-    extract_clip(extraction(folder), _silent)
+    extract_clip(extraction(folder))
     before = contents(folder)
     yield folder
     changed = [

@@ -11,7 +11,6 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import StrEnum
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.json_stream import JsonStream
+from hdovd.core.log import log
 from hdovd.core.text_files import checked_name, shown
 from hdovd.data.protocol import Protocol
 
@@ -463,15 +463,7 @@ class DataPaths:
     images: Path | None = None
     annotations: Path | None = None
 
-    def load(
-        self,
-        split: str,
-        protocol: Protocol,
-        *,
-        base_only: bool,
-        log: Callable[[str], None] = print,
-        exif: str = Exif.APPLY,
-    ) -> Split:
+    def load(self, split: str, protocol: Protocol, *, base_only: bool, exif: str = Exif.APPLY) -> Split:
         """`load_split` of `split` ("train2017", "val2017"), its pictures to be read by `exif`; what is skipped goes to
         `log`.
         """

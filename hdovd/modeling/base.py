@@ -17,7 +17,7 @@ size, C the pyramid's channels and options all keys of the section but `use` and
 checkpoint.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -78,12 +78,12 @@ class Students:
 
 
 class Detector(nn.Module):
-    """What the stages use of a detector; built as MyDetector(recipe, dim, log), which has to set `recipe`, `dim` and
-    `backbone`.
+    """What the stages use of a detector; built as MyDetector(recipe, dim, initialise), which has to set `recipe`,
+    `dim` and `backbone`.
 
-    Text embeddings are arguments: a detector holds no class list. `log` None: weights are loaded over it, so nothing is
-    initialised that would have to be downloaded. With `norm = "batch"`, batch norms of `backbone` become SyncBatchNorm
-    in several processes.
+    Text embeddings are arguments: a detector holds no class list. Without `initialise`, weights are loaded over it, so
+    nothing is initialised that would have to be downloaded. With `norm = "batch"`, batch norms of `backbone`
+    become SyncBatchNorm in several processes.
     """
 
     recipe: Recipe
@@ -130,13 +130,13 @@ class Detector(nn.Module):
         raise HdovdError(f"detector {self.recipe.detector.name} does not give the embeddings of its boxes (`students`)")
 
 
-def build_detector(recipe: Recipe, dim: int, log: Callable[[str], None] | None) -> Detector:
+def build_detector(recipe: Recipe, dim: int, initialise: bool = True) -> Detector:
     """The detector that a recipe names, for embeddings of `dim` numbers. Raises HdovdError if there is none, or it
     cannot be built.
     """
     name = recipe.detector.name
     kind = resolve_class(DETECTORS.get(name, name), "detector.name", Detector, "hdovd.modeling.base.Detector")
-    return kind(recipe, dim, log)
+    return kind(recipe, dim, initialise)
 
 
 OWN_NAMES = (

@@ -8,7 +8,7 @@ the rest.
 import fcntl
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,6 +18,7 @@ from hdovd.cache.catalog import is_tar_form
 from hdovd.cache.identity import differences
 from hdovd.config.recipe import PRESETS, Recipe, load_recipe
 from hdovd.core.errors import HdovdError, counted
+from hdovd.core.log import log, quiet
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.ablation.cells import Cell, cells_of, recipe_settings
@@ -78,7 +79,7 @@ class Ablation:
         return sum(standing is not RunState.DONE for standing in self.standing.values())
 
 
-def ablate(config: AblateConfig, log: Callable[[str], None] = print) -> Ablation:
+def ablate(config: AblateConfig) -> Ablation:
     """Run what is not done yet and write the tables. A run that fails is told, and the others go on.
 
     Raises HdovdError, before anything runs, for a wrong grid, data that do not fit the cache, and runs of another
@@ -100,7 +101,7 @@ def ablate(config: AblateConfig, log: Callable[[str], None] = print) -> Ablation
         _check_features(plans, _features(config, plans) if to_do else None)
         result = _result(config, plans, standings)
         if to_do:
-            _run(config, plans, to_do, result, lock, log)
+            _run(config, plans, to_do, result, lock)
         result.files = write_tables(result.table, config.out)
     return result
 
@@ -225,14 +226,7 @@ def places(config: AblateConfig, runs: int) -> list[dict[str, str]]:
     return [threads | ({"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if len(gpus) > 1 else {}) for job in range(jobs)]
 
 
-def _run(
-    config: AblateConfig,
-    plans: list[Planned],
-    to_do: list[Planned],
-    result: Ablation,
-    lock: int,
-    log: Callable[[str], None],
-) -> None:
+def _run(config: AblateConfig, plans: list[Planned], to_do: list[Planned], result: Ablation, lock: int) -> None:
     by_name = {p.name: p for p in to_do}
     jobs = [Job(p.name, commands(p, config, result.standing[p.name]), p.log) for p in to_do]
     ended = []
@@ -280,6 +274,7 @@ def _failure(end: Ended, planned: Planned, config: AblateConfig, result: Ablatio
     return None if result.standing[planned.name] is RunState.DONE else "hdovd eval left no metrics.json"
 
 
+@quiet()  # what is skipped is in the log of every run
 def _features(config: AblateConfig, plans: list[Planned]) -> dict[str, str]:
     """The keys of the cache's levels. Raises HdovdError if the data of training or evaluation are not there or do not
     fit the cache.
@@ -296,7 +291,7 @@ def _features(config: AblateConfig, plans: list[Planned]) -> dict[str, str]:
         config.recipe, [*config.all_settings, *plans[0].cell.settings, *(f"{key}=true" for key in sorted(flags))]
     )
     protocol = load_protocol(config.protocol)
-    (config.validation or config.data).load("val2017", protocol, base_only=False, log=_silent)
+    (config.validation or config.data).load("val2017", protocol, base_only=False)
     data = config.data if not is_tar_form(config.cache) else DataPaths()
     job = TrainConfig(
         data=data,
@@ -307,10 +302,10 @@ def _features(config: AblateConfig, plans: list[Planned]) -> dict[str, str]:
         device=config.device,
         features=config.features,
     )
-    found = training_data(job, protocol, _silent)
+    found = training_data(job, protocol)
     found.class_embeddings(protocol.names)
     for planned in plans:  # a weight that is not known is said now, not by each run
-        with_reliability(planned.recipe, found.label_origin, config.calibration, protocol.base, _silent)
+        with_reliability(planned.recipe, found.label_origin, config.calibration, protocol.base)
     return {level: entry["key"] for level, entry in found.record()["cache"]["levels"].items()}
 
 
@@ -381,7 +376,3 @@ def _table(
     }
     cells = list({p.cell.name: p.cell for p in plans}.values())
     return ablation_table(cells, config.seeds, done, broken, made_of)
-
-
-def _silent(_: str) -> None:
-    """What is skipped is in the log of every run."""

@@ -5,13 +5,13 @@ docs/AUDIT.md says what each check means. It writes nothing into the cache or th
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hdovd.cache.identity import require_seal
 from hdovd.cache.reader import FeatureCache
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import log, quiet
 from hdovd.core.text_files import read_json
 from hdovd.data.coco import instances_file
 from hdovd.data.protocol import Protocol, load_protocol
@@ -31,7 +31,7 @@ from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.proposal_files.file import read_table
 
 
-def audit(config: AuditConfig, log: Callable[[str], None] = print) -> AuditReport:
+def audit(config: AuditConfig) -> AuditReport:
     """All checks; the report goes to `log`. Raises HdovdError for input that cannot be read."""
     config.check()
     protocol = load_protocol(config.protocol)
@@ -117,7 +117,8 @@ def _proposal_checks(config: AuditConfig, audited: Audited) -> list[Check]:
     recorded = audited.cache.set.proposals.get("made_by")
     if config.proposals is None:
         return [check_made_by(audited, recorded, "the cache's record of its proposals")]
-    split = config.data.load("train2017", audited.protocol, base_only=True, log=lambda _: None)
+    with quiet():
+        split = config.data.load("train2017", audited.protocol, base_only=True)
     table = read_table(config.proposals, audited.truth.file)
     checks = [
         check_same_proposals(audited, table, split, str(config.proposals)),

@@ -41,6 +41,7 @@ from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.schema import CHUNK_ROWS, IMAGE_PART_ROWS, PART_ROWS, SCHEMA_VERSION, Level, Source
 from hdovd.cache.writer import ProductWriter
 from hdovd.core.errors import HdovdError, counted, shorten
+from hdovd.core.log import log
 from hdovd.data.coco import ImageBoxes, Instances, Split, read_instances
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import ForeignFormat, ImportConfig
@@ -299,19 +300,19 @@ def _inside(
 UNKNOWN_ORIGIN = "imported, origin unknown"
 
 
-def import_features(config: ImportConfig, log: Callable[[str], None] = print) -> FeatureSet:
+def import_features(config: ImportConfig) -> FeatureSet:
     """Write the products and name them as a set. Raises HdovdError for bad input, or if nothing fits the data."""
     config.check()
     protocol = load_protocol(config.protocol)
-    split = config.data.load("train2017", protocol, base_only=True, log=log)
-    found = _survey(config, split, log)
+    split = config.data.load("train2017", protocol, base_only=True)
+    found = _survey(config, split)
     catalog = Catalog.create(config.cache)
     writers = _begin(config, found, catalog)
     _write_rows(config, split, found, writers)
     if config.clip is None:
         log("no --clip: no class names were embedded, and training needs them; give the CLIP that the publishers used")
     else:
-        writers[Level.CLASS] = _write_classes(config, protocol.names, catalog, found.dim, log)
+        writers[Level.CLASS] = _write_classes(config, protocol.names, catalog, found.dim)
     features = FeatureSet(
         {level: writer.product.key for level, writer in writers.items()},
         {**split.skips.by_reason, **({"proposal without area, image": list(found.dropped)} if found.dropped else {})},
@@ -350,7 +351,7 @@ def _read(config: ImportConfig, split: Split) -> Iterator[ForeignImage]:
     return read_oadp(config.folder, split)
 
 
-def _survey(config: ImportConfig, split: Split, log: Callable[[str], None]) -> _Survey:
+def _survey(config: ImportConfig, split: Split) -> _Survey:
     hashes = {level: hashlib.sha256() for level in (Level.INSTANCE, Level.IMAGE, Level.PSEUDO_LABEL)}
     proposals: dict[int, Proposals] = {}
     failed: dict[int, str] = {}
@@ -521,9 +522,7 @@ def _pseudo_labels(
     return {"noun": noun, "noun_cosine": cosine}
 
 
-def _write_classes(
-    config: ImportConfig, names: tuple[str, ...], catalog: Catalog, dim: int, log: Callable[[str], None]
-) -> ProductWriter:
+def _write_classes(config: ImportConfig, names: tuple[str, ...], catalog: Catalog, dim: int) -> ProductWriter:
     """The class level, by the CLIP that the user says it was."""
     from hdovd.pipelines.teachers.openclip import load_clip
 

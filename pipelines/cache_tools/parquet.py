@@ -16,7 +16,6 @@ apply:
     embedding      a list of D float32, the values of the cache's float16; null for images that could not be read
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,16 @@ import numpy as np
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import log
 from hdovd.pipelines.cache_tools.config import ParquetConfig
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.console import progress, size
 from hdovd.pipelines.extraction.source import CacheSource, CacheWithData, with_data
 
 GROUP_ROWS = 16_384  # of a row group, which is held in memory: 32 MB of embeddings of 512 values
-Log = Callable[[str], None]
 
 
-def export_parquet(config: ParquetConfig, log: Log = print) -> None:
+def export_parquet(config: ParquetConfig) -> None:
     """Write the file whole or not at all. Raises HdovdError for bad input, or without pyarrow."""
     config.check()
     try:
@@ -42,7 +41,7 @@ def export_parquet(config: ParquetConfig, log: Log = print) -> None:
     except ImportError as error:
         raise HdovdError("hdovd cache export --to parquet needs pyarrow: pip install 'hdovd[parquet]'") from error
     cache = FeatureCache(config.source.cache, config.source.features)
-    table, images = _Table(cache, _data(cache, config.source, log)), cache.row_images()
+    table, images = _Table(cache, _data(cache, config.source)), cache.row_images()
 
     def write(partial: Path) -> None:
         # A float16 in float32 has two bytes of next to nothing: split from the others they take next to no room.
@@ -64,10 +63,10 @@ def export_parquet(config: ParquetConfig, log: Log = print) -> None:
     log(f"wrote {config.out}: {len(images):,d} boxes, {size(config.out.stat().st_size)}")
 
 
-def _data(cache: FeatureCache, source: CacheSource, log: Log) -> CacheWithData | None:
+def _data(cache: FeatureCache, source: CacheSource) -> CacheWithData | None:
     """The annotations; None, and a note, if nobody named them and they are not where the set was made from."""
     try:
-        return with_data(cache, source, log)
+        return with_data(cache, source)
     except HdovdError as error:
         if source.data is not None or source.protocol is not None:
             raise

@@ -39,6 +39,7 @@ from hdovd.cache.verify import (
     unsealed_records,
 )
 from hdovd.core.errors import HdovdError, counted, shorten
+from hdovd.core.log import log, quiet
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import CheckConfig, settings_of
@@ -79,11 +80,7 @@ class Sample:
 
 
 def sample_set(
-    sample: Sample,
-    features: FeatureSet,
-    findings: Sequence[Finding],
-    sampled: dict[tuple[Level, str], Sampled],
-    log: Callable[[str], None],
+    sample: Sample, features: FeatureSet, findings: Sequence[Finding], sampled: dict[tuple[Level, str], Sampled]
 ) -> list[Finding]:
     """Encode rows of the image and the instance level again; what is below LEAST_COSINE is returned. Adds to `sampled`.
 
@@ -221,7 +218,6 @@ def _findings(product: Product, rows: np.ndarray, cosines: np.ndarray) -> Sequen
     return found
 
 
-Log = Callable[[str], None]
 OPTIONS = (
     "clip",
     "pretrained",
@@ -245,7 +241,7 @@ class CheckReport:
     sampled: dict[tuple[Level, str], Sampled] = field(default_factory=dict)  # by product
 
 
-def check_cache(config: CheckConfig, log: Log = print, teacher: Teacher | None = None) -> CheckReport:
+def check_cache(config: CheckConfig, teacher: Teacher | None = None) -> CheckReport:
     """Check a cache or a folder of tar shards; with `repair`, mark what is damaged as missing. Raises HdovdError for
     bad input.
 
@@ -260,9 +256,9 @@ def check_cache(config: CheckConfig, log: Log = print, teacher: Teacher | None =
             log(str(finding))
 
     if is_tar_form(config.cache):
-        _check_shards(config, found, log)
+        _check_shards(config, found)
     else:
-        _check_folder(config, report, found, log, teacher)
+        _check_folder(config, report, found, teacher)
     count = len(report.findings)
     advice = (
         "export or copy these shards again"
@@ -271,16 +267,12 @@ def check_cache(config: CheckConfig, log: Log = print, teacher: Teacher | None =
     )
     log("nothing is wrong" if not count else counted(count, "finding") + ("" if config.repair else f"; {advice}"))
     if config.repair and count:
-        _mark_missing(config, report.findings, log)
+        _mark_missing(config, report.findings)
     return report
 
 
 def _check_folder(
-    config: CheckConfig,
-    report: CheckReport,
-    found: Callable[[Sequence[Finding]], None],
-    log: Log,
-    teacher: Teacher | None,
+    config: CheckConfig, report: CheckReport, found: Callable[[Sequence[Finding]], None], teacher: Teacher | None
 ) -> None:
     folder, checked = open_folder(config.cache), report.checked
     there = product_names(folder)
@@ -323,7 +315,7 @@ def _check_folder(
             found(check_set(folder, name, features))
     load = lru_cache(_load_clip) if teacher is None else lambda *_: teacher  # sets of one CLIP share it
     for name, features in looked_at.items() if config.sample or "data" in config.changes else ():
-        _check_pictures(config, name, features, report, found, log, load)
+        _check_pictures(config, name, features, report, found, load)
     for line in checked.unfinished:
         log(f"not finished, which is no fault: {line}")
     for line in unsealed_records(folder):
@@ -340,14 +332,14 @@ def _check_pictures(
     features: FeatureSet,
     report: CheckReport,
     found: Callable[[Sequence[Finding]], None],
-    log: Log,
     load: Callable[..., Teacher],
 ) -> None:
     """Pictures whose files are not those that a set was made from, and a sample of its rows."""
     settings, folder = settings_of(config, name, features), open_folder(config.cache)
     try:
         protocol = load_protocol(settings.protocol)
-        split = settings.data.load("train2017", protocol, base_only=True, log=lambda _: None, exif=settings.exif)
+        with quiet():
+            split = settings.data.load("train2017", protocol, base_only=True, exif=settings.exif)
         teacher = (
             load(settings.clip, settings.pretrained, settings.device, settings.precision, settings.activation)
             if config.sample
@@ -362,11 +354,7 @@ def _check_pictures(
     if teacher is not None:
         found(
             sample_set(
-                Sample(folder, split, teacher, config.sample, config.seed),
-                features,
-                report.findings,
-                report.sampled,
-                log,
+                Sample(folder, split, teacher, config.sample, config.seed), features, report.findings, report.sampled
             )
         )
 
@@ -399,7 +387,7 @@ def _changed_pictures(
     )
 
 
-def _check_shards(config: CheckConfig, found: Callable[[Sequence[Finding]], None], log: Log) -> None:
+def _check_shards(config: CheckConfig, found: Callable[[Sequence[Finding]], None]) -> None:
     """A folder of tar shards: what it holds besides them, and each shard whole."""
     shards = TarShards(config.cache, whole=False)
     checks = [(TAR_META, partial(shards.meta.check_rows, f"{shards.url}/{TAR_META}"))]
@@ -415,7 +403,7 @@ def _check_shards(config: CheckConfig, found: Callable[[Sequence[Finding]], None
     )
 
 
-def _mark_missing(config: CheckConfig, findings: Sequence[Finding], log: Log) -> None:
+def _mark_missing(config: CheckConfig, findings: Sequence[Finding]) -> None:
     """Delete records of damaged parts and metadata, and damaged sets: all else takes them for not made yet. Says what
     makes them again.
     """

@@ -11,7 +11,7 @@ The numbers of the boxes are those of the table, which stands below it.
 
 import random
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
 from hdovd.cache.schema import Level, Source
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.log import log, quiet
 from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.cache_tools.config import ViewConfig
 from hdovd.pipelines.calibration.values import origin_of, with_reliability
@@ -116,7 +117,8 @@ def find_reliability(
         recipe = load_recipe("ov-coco-faster-rcnn-r50")  # whose values are "auto"
         if calibration is None and origin_of(cache).known() is None:
             return None
-    _, used, record = with_reliability(recipe, lambda: origin_of(cache), calibration, base, lambda _: None)
+    with quiet():
+        _, used, record = with_reliability(recipe, lambda: origin_of(cache), calibration, base)
     return Reliability(*used.pseudo_boxes.reliability, record["reliability"]["source"]) if record else None
 
 
@@ -280,14 +282,14 @@ WIDEST_COLUMN = 420
 MARGIN, GAP, LINE, SIZE = 16, 18, 22, 14
 
 
-def view_images(config: ViewConfig, log: Callable[[str], None] = print) -> list[Path]:
+def view_images(config: ViewConfig) -> list[Path]:
     """Draw the images and print their tables; returns the files written. Raises HdovdError for bad input."""
     config.check()
     cache = FeatureCache(config.source.cache, config.source.features)
     ids = chosen_images(cache, config.images, config.seed)
     if config.out.suffix and len(ids) > 1:
         raise HdovdError(f"--out {config.out} is one file, and {len(ids)} images are asked for: give a folder")
-    found = with_data(cache, config.source, log)
+    found = with_data(cache, config.source)
     reliability = find_reliability(cache, config.calibration, config.recipe, found.protocol.base)
     if reliability is not None:
         log(

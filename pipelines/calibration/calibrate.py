@@ -31,7 +31,6 @@ have 1 and 1.3.
 The picture of a calibration: which cosines right and wrong labels have, and the weight that was fitted.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -45,6 +44,7 @@ from torch import Tensor
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import log
 from hdovd.data.coco import Split
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.calibration.config import CalibrateConfig
@@ -225,7 +225,7 @@ class Cosines:
     named: int
 
 
-def calibrate(config: CalibrateConfig, log: Callable[[str], None] = print) -> Calibration:
+def calibrate(config: CalibrateConfig) -> Calibration:
     """Fit, write the values and the picture. Raises HdovdError if the set does not fit the data, or nothing can be
     fitted.
     """
@@ -233,7 +233,7 @@ def calibrate(config: CalibrateConfig, log: Callable[[str], None] = print) -> Ca
     cache = FeatureCache(config.cache, config.features)
     origin = origin_of(cache)
     _require_prompts(cache)
-    split, protocol = config.source.load(cache.set, log)
+    split, protocol = config.source.load(cache.set)
     found = label_cosines(cache, split, protocol)
     try:
         fit = fit_reliability(found.right, found.wrong)

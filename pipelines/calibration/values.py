@@ -19,6 +19,7 @@ from hdovd.cache.identity import KeyInputs, differences
 from hdovd.cache.schema import Level
 from hdovd.config.backbone import AUTO
 from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.log import log
 from hdovd.core.text_files import read_toml
 
 if TYPE_CHECKING:
@@ -153,11 +154,7 @@ def read_calibration(file: Path) -> Calibration:
 
 
 def with_reliability(
-    recipe: Recipe,
-    origin: Callable[[], LabelOrigin],
-    calibration: Path | None,
-    base: Sequence[str],
-    log: Callable[[str], None],
+    recipe: Recipe, origin: Callable[[], LabelOrigin], calibration: Path | None, base: Sequence[str]
 ) -> tuple[Recipe, Recipe, dict[str, Any]]:
     """The recipe to write down, the one to train with, whose values are numbers, and what to record of where they are
     from.

@@ -1,9 +1,9 @@
 """Lists of names, one a line: files of a user's, and those that ship (`names/*.txt`)."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from hdovd.core.errors import HdovdError, is_file, shorten
+from hdovd.core.log import log
 from hdovd.core.text_files import LONGEST_NAME, checked_name, read_text
 
 GENERAL = "general"  # the vocabulary that ships; it stands beside file paths
@@ -40,7 +40,7 @@ def shipped(name: str) -> tuple[str, ...]:
     return read_vocabulary(_SHIPPED / f"{name}.txt")
 
 
-def names_asked(text: str, log: Callable[[str], None]) -> tuple[str, ...]:
+def names_asked(text: str) -> tuple[str, ...]:
     """The names of `--classes`: with commas between them, or @FILE, one a line (@general: the list that ships).
 
     A name that comes twice, in capitals or not, is taken once, and told. Raises HdovdError if there is none.

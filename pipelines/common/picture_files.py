@@ -4,7 +4,7 @@ import glob
 import io
 import os
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +12,7 @@ from typing import BinaryIO
 from PIL import Image
 
 from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.log import log
 
 ENDINGS = frozenset(
     (
@@ -53,9 +54,7 @@ class PictureFile:
         return "standard input" if self.data is not None else str(self.path)
 
 
-def find_pictures(
-    words: Sequence[str], stdin: BinaryIO | None, leave_out: Path, log: Callable[[str], None]
-) -> list[PictureFile]:
+def find_pictures(words: Sequence[str], stdin: BinaryIO | None, leave_out: Path) -> list[PictureFile]:
     """The pictures that `words` name, in that order, each once. What is in the folder `leave_out` is not among them.
 
     A word is a file, whatever it is called; a folder, of which all picture files are taken, those of its folders too,
@@ -68,7 +67,7 @@ def find_pictures(
     twice, own, inside = 0, 0, leave_out.resolve()
     for word in words:
         empty = True
-        for picture in _of_stdin(stdin) if word == STANDARD_INPUT else map(PictureFile, _of_word(word, log)):
+        for picture in _of_stdin(stdin) if word == STANDARD_INPUT else map(PictureFile, _of_word(word)):
             empty = False
             key = STANDARD_INPUT if picture.data is not None else os.path.abspath(picture.path)
             if picture.data is None and picture.path.resolve().is_relative_to(inside):
@@ -95,10 +94,10 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
-def _of_word(word: str, log: Callable[[str], None]) -> Iterator[Path]:
+def _of_word(word: str) -> Iterator[Path]:
     path = Path(word)
     if path.is_dir():
-        yield from _of_folder(path, log)
+        yield from _of_folder(path)
     elif path.exists():
         yield path
     elif glob.has_magic(word):
@@ -107,7 +106,7 @@ def _of_word(word: str, log: Callable[[str], None]) -> Iterator[Path]:
         raise HdovdError(f"{printable(word)}: no such file or folder")
 
 
-def _of_folder(folder: Path, log: Callable[[str], None]) -> Iterator[Path]:
+def _of_folder(folder: Path) -> Iterator[Path]:
     others: set[object] = set()
     for place, folders, files in os.walk(folder, onerror=lambda error: log(f"note: {error}: that folder is left out")):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -2,6 +2,7 @@
 
 World and teacher are made once; then propose, nouns, extract-clip, calibrate, for every seed train and eval, base-only
 and distilled, the audit, and what there is to look at: detect, cache view, report. Short stages run in this process,
+from hdovd.core.log import log
 from the same arguments as the printed commands; the long ones that need nothing of each other side by side, in
 processes of their own.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 from hdovd.core.errors import HdovdError, Stopped
+from hdovd.core.log import log
 from hdovd.evaluation.coco import GROUPS
 from hdovd.pipelines.common.atomic_write import write_picture
 from hdovd.pipelines.common.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
@@ -98,7 +100,7 @@ class DemoResult:
     total_s: float = 0.0
 
 
-def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable[[str], None] = print) -> DemoResult:
+def demo(config: DemoConfig, command: Callable[[list[str]], None]) -> DemoResult:
     """Run the demo; `command` runs one hdovd command line (without the word hdovd) in this process."""
     root = config.out
     config.check()
@@ -109,7 +111,7 @@ def demo(config: DemoConfig, command: Callable[[list[str]], None], log: Callable
     (root / MARKER).touch()
     began = time.monotonic()
     result = DemoResult({v: {g: [] for g in GROUPS} for v in VARIANTS}, {v: {g: [] for g in GROUPS} for v in VARIANTS})
-    stages = _Stages(config, command, log, result.seconds)
+    stages = _Stages(config, command, result.seconds)
     clip = _world_teacher_and_proposals(stages)
     _cache(stages, clip)
     for variant, out in _runs(stages):
@@ -125,7 +127,6 @@ class _Stages:
 
     config: DemoConfig
     command: Callable[[list[str]], None]
-    log: Callable[[str], None]
     seconds: dict[str, float]
 
     @property
@@ -142,7 +143,7 @@ class _Stages:
     def run(self, stage: str, *arguments: object) -> None:
         """One command line, in this process."""
         words = [str(a) for a in arguments]
-        self.log(f"\n$ hdovd {shlex.join(words)}")
+        log(f"\n$ hdovd {shlex.join(words)}")
         since = time.monotonic()
         self.command(words)
         self.add(stage, time.monotonic() - since)
@@ -162,9 +163,9 @@ class _Stages:
         Raises HdovdError for a job that fails, with the end of its log, and Stopped if a signal came.
         """
         for words in (words for job in jobs for words in job.commands):
-            self.log("\n$ " + (f"hdovd {shlex.join(words[3:])}" if words[1] == "-m" else shlex.join(words)))
+            log("\n$ " + (f"hdovd {shlex.join(words[3:])}" if words[1] == "-m" else shlex.join(words)))
         count = min(len(jobs), usable_cores())
-        self.log(f"\n{count} at a time; what they print is in " + " ".join(shlex.quote(str(job.log)) for job in jobs))
+        log(f"\n{count} at a time; what they print is in " + " ".join(shlex.quote(str(job.log)) for job in jobs))
 
         def on_end(end: Ended) -> None:
             if end.code:
@@ -177,7 +178,7 @@ class _Stages:
                     )
                 )
             self.add(end.job.name, end.seconds)
-            self.log(f"{end.job.name}: {end.seconds:.0f} s")
+            log(f"{end.job.name}: {end.seconds:.0f} s")
 
         with stop_signals() as stop:
             run_jobs(jobs, [{"OMP_NUM_THREADS": str(usable_cores() // count)}] * count, on_end, stop)
@@ -190,7 +191,7 @@ def _world_teacher_and_proposals(stages: _Stages) -> str:
     config, world, since = stages.config, stages.root / "world", time.monotonic()
     make_world(world, train_images=config.train_images, val_images=config.val_images, seed=0)
     stages.add("world", time.monotonic() - since)
-    stages.log(f"drew {config.train_images} training and {config.val_images} validation pictures: {world}")
+    log(f"drew {config.train_images} training and {config.val_images} validation pictures: {world}")
     teachers = config.teacher_folder or user_cache_folder() / "teachers"
     make = (
         sys.executable,
@@ -223,7 +224,7 @@ def _world_teacher_and_proposals(stages: _Stages) -> str:
             ),
         ]
     )
-    return demo_teacher(teachers, log=stages.log)
+    return demo_teacher(teachers)
 
 
 def _cache(stages: _Stages, clip: str) -> None:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hdovd.core.log import log
 from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.precision import Precision, choose
@@ -40,7 +40,7 @@ TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "a small {}")
 _SCENES, _STEPS, _BATCH, _RATE, _LOGIT_SCALE = 1500, 400, 96, 3e-3, 25.0
 
 
-def demo_teacher(folder: Path, seed: int = 0, log: Callable[[str], None] = print) -> str:
+def demo_teacher(folder: Path, seed: int = 0) -> str:
     """The `local-dir:` name of the demo's CLIP, trained now unless `folder` holds it already."""
     choice = choose(Precision.AUTO, torch.device("cpu"), training=True)
     recipe = json.dumps(

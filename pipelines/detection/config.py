@@ -1,7 +1,6 @@
 """What `hdovd detect` is asked for. Imports no torch: a mistake shows before that."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +35,7 @@ class DetectConfig:
         Option(
             'What to look for: "umbrella, red kite, dog", or @FILE with one name a line (@general: the 1,447 names that ship). Default: the '  # noqa: E501
             "classes of the run's protocol.",
-            parse=partial(names_asked, log=print),
+            parse=names_asked,
         ),
     ] = None
     threshold: Annotated[

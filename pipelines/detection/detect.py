@@ -15,7 +15,7 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hdovd.core.errors import HdovdError, counted, shorten
+from hdovd.core.log import log
 from hdovd.core.version import __version__
 from hdovd.pipelines.common.atomic_write import replace_file, write_picture, writing
 from hdovd.pipelines.common.console import progress
@@ -234,13 +235,13 @@ class _Pictures(Dataset[_Opened]):
         return _Opened(number, picture.pixels, picture.width, picture.height, "")
 
 
-def detect(job: DetectConfig, log: Callable[[str], None] = print, stdin: BinaryIO | None = None) -> DetectResult:
+def detect(job: DetectConfig, stdin: BinaryIO | None = None) -> DetectResult:
     """Look for the classes in all pictures and write what is found into `job.out` (`output`).
 
     stdin: instead of the process's own. Pictures that cannot be read are skipped. Raises HdovdError for bad input.
     """
     job.check()
-    files = find_pictures(job.images, stdin or sys.stdin.buffer, job.out, log)
+    files = find_pictures(job.images, stdin or sys.stdin.buffer, job.out)
     detector = Detector.from_run(
         job.run,
         weights=job.weights,
@@ -249,9 +250,8 @@ def detect(job: DetectConfig, log: Callable[[str], None] = print, stdin: BinaryI
         pretrained=job.pretrained,
         templates=job.templates,
         trust=job.trust,
-        log=log,
     )
-    _set_classes(detector, job, log)
+    _set_classes(detector, job)
     novel = [bool(one) for one in detector.is_novel.tolist()]
     log(
         f"pictures: {len(files):,d}; names: {len(novel)}, of them base classes of the run: {len(novel) - sum(novel)}: "
@@ -268,14 +268,12 @@ def detect(job: DetectConfig, log: Callable[[str], None] = print, stdin: BinaryI
     return DetectResult(detector.names, tuple(novel), folder.tally, skipped, written)
 
 
-def _set_classes(detector: Detector, job: DetectConfig, log: Callable[[str], None]) -> None:
+def _set_classes(detector: Detector, job: DetectConfig) -> None:
     names = detector.names if job.classes is None else job.classes
     if job.classes is not None:
         for line in _doubtful(job.classes, detector.protocol.names):
             log(line)
-    rows = (
-        None if job.class_embeddings is None else read_class_embeddings(job.class_embeddings, names, log, each="name")
-    )
+    rows = None if job.class_embeddings is None else read_class_embeddings(job.class_embeddings, names, each="name")
     detector.set_classes(names, embeddings=rows, split_blind=job.split_blind, alone=job.alone)
     detector.embedder.forget_clip()
 

@@ -3,7 +3,7 @@
 For Python, and `detect`. K names, D embedding size, n detections.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,9 +35,6 @@ class NamedDetections(Detections):
     names: tuple[str, ...]
 
 
-def _silent(_: str) -> None: ...
-
-
 class Detector:
     """Until `set_classes` it looks for the classes of the run's protocol. It belongs to one thread."""
 
@@ -60,7 +57,6 @@ class Detector:
         pretrained: str | None = None,
         templates: Sequence[str] | None = None,
         trust: bool = False,
-        log: Callable[[str], None] = _silent,
     ) -> "Detector":
         """The detector of a run folder.
 
@@ -75,8 +71,8 @@ class Detector:
         HdovdError.
         """
         folder, target = RunFolder.open(Path(run), trusted=trust), pick_device(device)
-        embedder = NameEmbedder(folder, target, clip=clip, pretrained=pretrained, templates=templates, log=log)
-        model = build_detector(folder.recipe(), embedder.dim, log=None)
+        embedder = NameEmbedder(folder, target, clip=clip, pretrained=pretrained, templates=templates)
+        model = build_detector(folder.recipe(), embedder.dim, initialise=False)
         folder.load_model(model, Weights(weights).file)
         return cls(placed(model, target), folder.protocol(), embedder, target)
 

@@ -6,7 +6,7 @@ K names, D embedding size.
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.schema import Level
 from hdovd.cache.tar_shards import TarShards
 from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.log import log
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.common.process import user_cache_folder
@@ -34,9 +35,9 @@ from hdovd.pipelines.teachers.prompts import check_templates
 class TextCache:
     """Rows (D,) float16 by name, of one way to embed. A folder that cannot be used is told of, and never an error."""
 
-    def __init__(self, root: Path, inputs: KeyInputs, dim: int, log: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, inputs: KeyInputs, dim: int) -> None:
         """inputs: all that determines a row but the name."""
-        self.folder, self._dim, self._log = root / "texts" / key_of(inputs), dim, log
+        self.folder, self._dim = root / "texts" / key_of(inputs), dim
 
     def get(self, name: str) -> np.ndarray | None:
         """None if it is not there, or damaged, which is told."""
@@ -47,10 +48,10 @@ class TextCache:
         except FileNotFoundError:
             return None
         except Exception as error:  # safetensors and the file system have errors of their own
-            self._log(f"note: {file} is damaged ({error}): {name} is embedded anew")
+            log(f"note: {file} is damaged ({error}): {name} is embedded anew")
             return None
         if about != _about(name, row) or row.shape != (self._dim,) or row.dtype != np.float16:
-            self._log(f"note: {file} is damaged (its content is not what it says): {name} is embedded anew")
+            log(f"note: {file} is damaged (its content is not what it says): {name} is embedded anew")
             return None
         return row
 
@@ -62,7 +63,7 @@ class TextCache:
                 file, lambda partial: save_file({"embedding": row}, partial, _about(name, row)), writer=str(os.getpid())
             )
         except HdovdError as error:
-            self._log(f"note: text embeddings are not kept for the next time ({error})")
+            log(f"note: text embeddings are not kept for the next time ({error})")
             return False
         return True
 
@@ -148,9 +149,7 @@ def _where(run: RunFolder, key: str) -> tuple[ClipName | None, str]:
     return None, f"no set of {url} says which CLIP made these class embeddings"
 
 
-def load_text_tower(
-    texts: RunTexts, given: ClipName | None, device: torch.device, log: Callable[[str], None]
-) -> Teacher:
+def load_text_tower(texts: RunTexts, given: ClipName | None, device: torch.device) -> Teacher:
     """The run's CLIP, its image tower dropped: it can embed names and nothing else.
 
     given: where it lies, instead of what the cache says. Raises HdovdError if it cannot be had, or is another one than
@@ -218,7 +217,6 @@ class NameEmbedder:
         pretrained: str | None = None,
         templates: Sequence[str] | None = None,
         kept_in: Path | None = None,
-        log: Callable[[str], None] = print,
     ) -> None:
         """clip, pretrained: the run's CLIP, where it lies elsewhere than its cache says. templates: other prompts than
         the run's. kept_in: None: the user's cache folder. Raises HdovdError.
@@ -227,7 +225,7 @@ class NameEmbedder:
             raise HdovdError("--pretrained goes with --clip")
         if templates is not None:
             check_templates(templates)
-        self._run, self._device, self._log, self._kept_in = run, device, log, kept_in or user_cache_folder()
+        self._run, self._device, self._kept_in = run, device, kept_in or user_cache_folder()
         self._given = None if clip is None else ClipName(clip, pretrained)
         self._asked = None if templates is None else tuple(templates)
         self._rows = run.class_embeddings()
@@ -268,7 +266,7 @@ class NameEmbedder:
         if not others:
             return {}
         inputs = texts.inputs(templates)
-        kept = None if inputs is None else TextCache(self._kept_in, inputs, self.dim, self._log)
+        kept = None if inputs is None else TextCache(self._kept_in, inputs, self.dim)
         found = {} if kept is None else {name: row for name in others if (row := kept.get(name)) is not None}
         if new := [name for name in others if name not in found]:
             made = self._by_clip(texts, new, templates)
@@ -278,7 +276,7 @@ class NameEmbedder:
                     if not kept.put(name, found[name]):
                         break
         said = f"prompts: {shorten(list(templates), 3)}"
-        self._log(
+        log(
             f"{len(others)} name{'s' * (len(others) > 1)} not of the run's class embeddings: {len(new)} embedded now, "
             f"{len(others) - len(new)} embedded before; {said}"
         )
@@ -287,7 +285,7 @@ class NameEmbedder:
     def _templates(self, texts: RunTexts) -> tuple[str, ...]:
         if self._asked is not None:
             if texts.templates not in (None, self._asked):
-                self._log("note: --templates are not the prompts that the run's classes were embedded with")
+                log("note: --templates are not the prompts that the run's classes were embedded with")
             return self._asked
         if texts.templates is None:
             raise HdovdError(
@@ -298,11 +296,11 @@ class NameEmbedder:
 
     def _by_clip(self, texts: RunTexts, names: list[str], templates: tuple[str, ...]) -> np.ndarray:
         """(n, D) float16."""
-        self._clip = self._clip or load_text_tower(texts, self._given, self._device, self._log)
+        self._clip = self._clip or load_text_tower(texts, self._given, self._device)
         if self._clip.dim != self.dim:
             raise HdovdError(
                 f"this CLIP embeds in {self._clip.dim} values, the run has {self.dim}: it is not the CLIP of the run"
             )
         for note in self._clip.prompt_notes(names, templates):
-            self._log(note)
+            log(note)
         return self._clip.embed_names(names, templates).astype(np.float16)

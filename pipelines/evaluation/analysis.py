@@ -7,7 +7,7 @@ Detections as arrays, from COCO results rows in memory or in a file.
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -283,7 +283,6 @@ def analyse(
     confusion_score: float = SHOWN_SCORE,
     bins: int = 10,
     trust: bool = False,
-    log: Callable[[str], None] = print,
 ) -> RunAnalysis:
     """Read a run's detections and take them apart. What is skipped in the annotations goes to `log`.
 
@@ -303,7 +302,7 @@ def analyse(
         read_run(run).settings.get("input.exif") == Exif.IGNORE
     )  # whatever else its recipe says: of another version perhaps
     exif = Exif.IGNORE if ignored else Exif.APPLY
-    split = data.load("val2017", counted, base_only=False, log=log, exif=exif)
+    split = data.load("val2017", counted, base_only=False, exif=exif)
     if metrics.get("images") != len(split.images):
         raise HdovdError(
             f"{run} was evaluated on {metrics.get('images')} images, but {split.annotations} has {len(split.images)} "

@@ -4,7 +4,6 @@ Needs no cache: a run holds its class embeddings.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +45,7 @@ class EvalResult:
     files: list[Path]
 
 
-def evaluate(job: EvalConfig, log: Callable[[str], None] = print) -> EvalResult:
+def evaluate(job: EvalConfig) -> EvalResult:
     """Evaluate a run; writes metrics.json, detections.json and pictures into it. Raises HdovdError for bad input."""
     job.check()
     run, device = RunFolder(job.run, job.trust), pick_device(job.device)
@@ -65,9 +64,8 @@ def evaluate(job: EvalConfig, log: Callable[[str], None] = print) -> EvalResult:
         batch_size=job.batch_size,
         workers=job.workers,
         engine=job.engine,
-        log=log,
     )
-    model = build_detector(recipe, texts.shape[1], log=None)
+    model = build_detector(recipe, texts.shape[1], initialise=False)
     run.load_model(model, job.weights.file)
     found = validation.run(placed(model, device), texts)
     split, combined, blind = validation.split, found.combined, found.split_blind

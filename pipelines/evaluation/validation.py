@@ -4,7 +4,7 @@ of training.
 It talks to no other process: of several ranks, one runs it alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +65,6 @@ class Validation:
         batch_size: int = 16,
         workers: int | None = None,
         engine: Engine = Engine.PYCOCOTOOLS,
-        log: Callable[[str], None] = print,
     ) -> None:
         """`workers` None: what suits the device. Raises HdovdError for bad data, pictures that are not there, and
         without the engine's package.
@@ -77,7 +76,7 @@ class Validation:
             batch_size,
             workers_for(device, workers),
         )
-        self.split = data.load("val2017", protocol, base_only=False, log=log, exif=exif)
+        self.split = data.load("val2017", protocol, base_only=False, exif=exif)
         if missing := [image.file_name for image in self.split.images if not self.split.path(image).is_file()]:
             raise HdovdError(
                 f"{self.split.folder}: not there: {len(missing)} of {len(self.split.images)} validation pictures "

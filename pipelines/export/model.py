@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from hdovd.config.plugins import resolve
 from hdovd.config.recipe import InferenceConfig, InputConfig, build_recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import log
 from hdovd.core.version import __version__
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.batching import input_size
@@ -308,7 +309,7 @@ def _open_safetensors(file: Path) -> tuple[Run, dict[str, str]]:
     with safe_open(file, framework="pt") as opened:
         carried = dict(opened.metadata())
     model = build_detector(
-        build_recipe(tomllib.loads(carried["recipe"]), str(file)), int(carried["embedding_size"]), log=None
+        build_recipe(tomllib.loads(carried["recipe"]), str(file)), int(carried["embedding_size"]), initialise=False
     )
     fit = model.load_state_dict(load_file(file), strict=False)
     if fit.unexpected_keys or (
@@ -330,7 +331,7 @@ class ExportedModel:
     checked: Checked
 
 
-def export_model(job: ExportModelConfig, log: Callable[[str], None] = print) -> ExportedModel:
+def export_model(job: ExportModelConfig) -> ExportedModel:
     """Write the detector of a run to one file. Raises HdovdError for bad input, and if the file does not find what the
     model finds.
     """
@@ -339,7 +340,7 @@ def export_model(job: ExportModelConfig, log: Callable[[str], None] = print) -> 
     run = RunFolder(job.run, job.trust)
     recipe, protocol, texts = run.recipe(), run.protocol(), run.class_embeddings().float()
     pictures = made_up_pictures(recipe.input) + [_read(path) for path in job.check_images]
-    model = build_detector(recipe, texts.shape[1], log=None)
+    model = build_detector(recipe, texts.shape[1], initialise=False)
     require_traceable(job.form, model)
     run.load_model(model, job.weights.file)
     is_novel = torch.arange(len(texts)) >= len(protocol.base)

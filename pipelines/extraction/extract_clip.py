@@ -20,19 +20,20 @@ from hdovd.cache.schema import TAR_META, Level
 from hdovd.cache.store import Folder
 from hdovd.cache.tar_shards import TarMeta, TarShards, forget_shard, unfinished_shards
 from hdovd.core.errors import HdovdError, counted
+from hdovd.core.log import log, quiet
 from hdovd.data.coco import Exif
 from hdovd.pipelines.common.console import duration, progress, size
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.extraction.config import Executor, ExtractConfig, Store
 from hdovd.pipelines.extraction.engine import Extraction, do_share, this_share
-from hdovd.pipelines.extraction.prepare import ExtractReport, Log, plan_lines, prepare
+from hdovd.pipelines.extraction.prepare import ExtractReport, plan_lines, prepare
 from hdovd.pipelines.extraction.source import TarExportConfig
 from hdovd.pipelines.extraction.tar_export import export_tars
 from hdovd.pipelines.extraction.text import object_text_entry
 from hdovd.pipelines.teachers.base import Teacher
 
 
-def fill_cache(config: ExtractConfig, log: Log = print, teacher: Teacher | None = None) -> ExtractReport:
+def fill_cache(config: ExtractConfig, teacher: Teacher | None = None) -> ExtractReport:
     """Fill the Zarr cache at `config.cache` with what it lacks: see `extract_clip`."""
     share = this_share(config.share)
     if config.executor is Executor.RAY:
@@ -42,8 +43,7 @@ def fill_cache(config: ExtractConfig, log: Log = print, teacher: Teacher | None 
             raise HdovdError(
                 "--executor ray shares the work out by itself: start one process, without --shard and torchrun"
             )
-    log = log if share.speaks else lambda _: None
-    extraction = prepare(config, log, teacher)
+    extraction = prepare(config, teacher)
     config = replace(
         config, precision=Precision.of(extraction.teacher.identity.get("compute_dtype")) or config.precision
     )
@@ -65,18 +65,18 @@ def fill_cache(config: ExtractConfig, log: Log = print, teacher: Teacher | None 
     since = time.monotonic()
     try:
         if config.executor is Executor.RAY:
-            do_with_ray(extraction, config, log)
+            do_with_ray(extraction, config)
         else:
             do_share(extraction, share)
     except KeyboardInterrupt:
         log(f"stopped: {len(extraction.done)} parts were written and stay; the same command goes on with the rest")
         raise
-    _finish(extraction, catalog, config, report, log, time.monotonic() - since)
+    _finish(extraction, catalog, config, report, time.monotonic() - since)
     return report
 
 
 def _finish(
-    extraction: Extraction, catalog: Catalog, config: ExtractConfig, report: ExtractReport, log: Log, seconds: float
+    extraction: Extraction, catalog: Catalog, config: ExtractConfig, report: ExtractReport, seconds: float
 ) -> None:
     """Say what was done; name the set if all of it is there."""
     if all(decision == "hit" for decision in report.levels.values()):
@@ -146,7 +146,7 @@ def _finish(
 ZARR = ".zarr"
 
 
-def extract_to_tars(config: ExtractConfig, log: Log = print, teacher: Teacher | None = None) -> ExtractReport:
+def extract_to_tars(config: ExtractConfig, teacher: Teacher | None = None) -> ExtractReport:
     """Fill the folder `config.cache` with tar shards; a hit if they are there, made from the same inputs.
 
     Raises HdovdError for bad input, or if the folder holds anything else.
@@ -158,32 +158,31 @@ def extract_to_tars(config: ExtractConfig, log: Log = print, teacher: Teacher | 
             f"{config.cache} is a Zarr cache: give the shards another folder, or make them with hdovd cache export"
         )
     if folder.exists(TAR_META):
-        meta, said = TarMeta.from_bytes(folder.read(TAR_META), f"{config.cache}/{TAR_META}"), list[str]()
+        meta = TarMeta.from_bytes(folder.read(TAR_META), f"{config.cache}/{TAR_META}")
         if config.precision is Precision.AUTO:
             known = (Precision.of(inputs.get("clip", {}).get("compute_dtype")) for inputs in meta.key_inputs().values())
             inner = replace(inner, precision=next(filter(None, known), Precision.AUTO))
-        extraction = prepare(inner, said.append, teacher)
+        with quiet():  # what it has to say is said once more where there is something to extract
+            extraction = prepare(inner, teacher)
         _require_same(config, extraction, meta)
         if not unfinished_shards(folder, range(meta.shards)) and not folder.exists(f"{ZARR}/zarr.json"):
-            for line in said if share.speaks else ():
-                log(line)
-            return _hit(config, extraction, meta, log if share.speaks else lambda _: None)
+            return _hit(config, extraction, meta)
         teacher = extraction.teacher
     if config.dry_run:
-        return fill_cache(inner, log, teacher)
+        return fill_cache(inner, teacher)
     with folder.claim(f"worker-{share.command.index * share.world + share.rank}", wait=False):
-        report = fill_cache(inner, log, teacher)
+        report = fill_cache(inner, teacher)
     if report.whole:
         for other in range(share.count):  # nobody may be reading what is deleted
             with folder.claim(f"worker-{other}", wait=True):
                 pass
         with folder.claim("export", wait=True):
             if folder.exists(f"{ZARR}/zarr.json"):  # no other worker has done it
-                _export(config, log)
+                _export(config)
     return report
 
 
-def _export(config: ExtractConfig, log: Log) -> None:
+def _export(config: ExtractConfig) -> None:
     """Write the shards, read them back, delete the Zarr cache."""
     export_tars(
         TarExportConfig(
@@ -192,8 +191,7 @@ def _export(config: ExtractConfig, log: Log) -> None:
             data=config.data,
             protocol=config.protocol,
             features=config.features,
-        ),
-        log,
+        )
     )
     shards = TarShards(config.cache)
     for number in progress(shards.numbers, "verifying", "shard"):
@@ -221,7 +219,7 @@ def _require_same(config: ExtractConfig, extraction: Extraction, meta: TarMeta) 
         )
 
 
-def _hit(config: ExtractConfig, extraction: Extraction, meta: TarMeta, log: Log) -> ExtractReport:
+def _hit(config: ExtractConfig, extraction: Extraction, meta: TarMeta) -> ExtractReport:
     if config.retry_failed and meta.failed():
         raise HdovdError(
             f"--retry-failed: shards cannot be changed. Make a cache of them (hdovd cache import), give it to "
@@ -249,11 +247,12 @@ def _delete_zarr(folder: Folder) -> None:
     folder.delete(ZARR)
 
 
-def extract_clip(config: ExtractConfig, log: Log = print, teacher: Teacher | None = None) -> ExtractReport:
+def extract_clip(config: ExtractConfig, teacher: Teacher | None = None) -> ExtractReport:
     """Fill the cache at `config.cache` with what it lacks. Raises HdovdError for bad input.
 
     `teacher`: another model than the CLIP that `config` names.
     """
     config.check()
     extract = extract_to_tars if config.store is Store.WEBDATASET else fill_cache
-    return extract(config, log, teacher)
+    with quiet(not this_share(config.share).speaks):
+        return extract(config, teacher)

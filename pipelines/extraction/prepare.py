@@ -1,6 +1,5 @@
 """What comes before an extraction: inputs read, the teacher loaded, all levels planned. Writes nothing."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,6 +8,7 @@ from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import KeyInputs
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError, counted, shorten
+from hdovd.core.log import log
 from hdovd.data.coco import Skips, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import duration, size
@@ -28,8 +28,6 @@ from hdovd.pipelines.nouns.allowed import Nouns, named_novel, read_noun_file, re
 from hdovd.pipelines.proposal_files.file import Proposals, made_by_line, read_table, usable_proposals
 from hdovd.pipelines.teachers.base import Teacher
 
-Log = Callable[[str], None]
-
 
 @dataclass(slots=True)
 class ExtractReport:
@@ -42,12 +40,12 @@ class ExtractReport:
     whole: bool = True
 
 
-def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = None) -> Extraction:
+def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction:
     """Read the inputs, load the model and plan. Writes nothing. Raises HdovdError for bad input."""
     catalog = Catalog.find_at(config.cache)  # first: what is in the way is said before all work
     protocol = load_protocol(config.protocol)
-    split = config.data.load("train2017", protocol, base_only=True, log=log, exif=config.exif)
-    proposals, origin = _proposals(config, split, log)
+    split = config.data.load("train2017", protocol, base_only=True, exif=config.exif)
+    proposals, origin = _proposals(config, split)
     pictures = picture_hashes(split, () if catalog is None else catalog.products())
     if pictures.changed:
         log(
@@ -55,7 +53,7 @@ def prepare(config: ExtractConfig, log: Log = print, teacher: Teacher | None = N
             f"size (images {shorten([*pictures.changed])}): to be embedded anew"
         )
     table = box_table(split.images, proposals, pictures.values)
-    classes = read_classes(protocol.names, config.synonyms, config.class_embeddings, log)
+    classes = read_classes(protocol.names, config.synonyms, config.class_embeddings)
     nouns = _nouns(config, split)
     if nouns is not None and config.labels.top > len(nouns.vocabulary):
         raise HdovdError(f"--label-top-k {config.labels.top}: there are {len(nouns.vocabulary)} nouns")
@@ -146,7 +144,7 @@ def _nouns(config: ExtractConfig, split: Split) -> Nouns | None:
     return nouns
 
 
-def _proposals(config: ExtractConfig, split: Split, log: Log) -> tuple[dict[int, Proposals], dict[str, Any]]:
+def _proposals(config: ExtractConfig, split: Split) -> tuple[dict[int, Proposals], dict[str, Any]]:
     """The proposals, and what the set's record says of them."""
     if config.proposals is None:
         log("no --proposals: caching base boxes alone; pseudo boxes need them")

@@ -9,13 +9,14 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hdovd.cache.catalog import Catalog
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import log
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.device import workers_a_gpu
 from hdovd.pipelines.extraction.config import Executor, ExtractConfig
@@ -31,7 +32,7 @@ LOOK_EVERY_S = 5.0  # how often the nodes of the cluster are counted
 DEATHS = 3  # of workers at one part, or in a row while they load the model: then it is no accident
 
 
-def do_with_ray(extraction: Extraction, config: ExtractConfig, log: Callable[[str], None]) -> None:
+def do_with_ray(extraction: Extraction, config: ExtractConfig) -> None:
     """Do all that is left of an extraction that has begun. Uses the cluster that Ray is connected to, that RAY_ADDRESS
     names or that runs on this machine; else starts one here. Raises HdovdError for a worker's own error, or if workers
     keep dying.
@@ -42,7 +43,7 @@ def do_with_ray(extraction: Extraction, config: ExtractConfig, log: Callable[[st
     connected = ray.is_initialized()
     if not connected:
         _connect()
-    crew = ActorPool(config, len(left), log)
+    crew = ActorPool(config, len(left))
     try:
         texts = [unit for unit in left if unit in extraction.units()[0]]
         pictures = left[len(texts) :]
@@ -65,7 +66,7 @@ class Worker:
         from hdovd.pipelines.extraction.prepare import prepare
 
         os.environ.pop("TORCHELASTIC_RUN_ID", None)  # of whoever started Ray: an actor is nobody's rank
-        self._extraction = prepare(config, lambda _: None)
+        self._extraction = prepare(config)
         self._extraction.begin(Catalog(config.cache))
 
     def do(self, unit: Unit, wait: bool) -> tuple[bool, list[Unit]]:
@@ -93,8 +94,8 @@ class Size:
 class ActorPool:
     """The actors, as many as the cluster has room for and the work needs."""
 
-    def __init__(self, config: ExtractConfig, most: int, log: Callable[[str], None]) -> None:
-        self._size, self._most, self._log = _size_of_actor(config), most, log
+    def __init__(self, config: ExtractConfig, most: int) -> None:
+        self._size, self._most = _size_of_actor(config), most
         cache = config.cache if "://" in str(config.cache) else Path(config.cache).absolute()
         self._config = ExtractConfig.from_dict(  # with absolute paths: actors have another working directory
             config.to_dict(),
@@ -155,7 +156,7 @@ class ActorPool:
             return
         self._looked, fits = time.monotonic(), self._size.fits()
         if fits != self._announced:
-            self._log(
+            log(
                 f"ray: room for {fits} workers, each with " + ("a GPU" if self._size.gpus else f"{self._size.cpus} CPU")
             )
             self._announced = fits
@@ -174,7 +175,7 @@ class ActorPool:
                 f"{DEATHS} Ray workers died at {what}; the last: {_first_line(error)}\nOut of memory? See the logs of "
                 f"Ray on that node; fewer --workers or a smaller --batch-size need less. What is finished is kept"
             )
-        self._log(f"ray: a worker died at {what} ({_first_line(error)}); another one does it")
+        log(f"ray: a worker died at {what} ({_first_line(error)}); another one does it")
 
 
 def _connect() -> None:

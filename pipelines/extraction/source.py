@@ -5,7 +5,6 @@ Imports no torch: the command line names a `CacheSource`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +48,7 @@ class CacheSource:
         if self.data is not None and self.data.root is not None:
             self.data.locate("train2017")
 
-    def load(self, features: FeatureSet, log: Callable[[str], None], exif: Exif = Exif.APPLY) -> tuple[Split, Protocol]:
+    def load(self, features: FeatureSet, exif: Exif = Exif.APPLY) -> tuple[Split, Protocol]:
         """The training images of the set and their protocol: those given, or else those that it was extracted from.
         Raises HdovdError.
         """
@@ -59,7 +58,7 @@ class CacheSource:
             data, name = laid_over(data, extraction.data), name or extraction.protocol
         try:
             protocol = load_protocol(name)
-            return data.load("train2017", protocol, base_only=True, log=log, exif=exif), protocol
+            return data.load("train2017", protocol, base_only=True, exif=exif), protocol
         except HdovdError as error:
             if self.data is not None and self.protocol is not None:
                 raise
@@ -105,14 +104,14 @@ def laid_over(given: DataPaths, known: DataPaths) -> DataPaths:
     return DataPaths(known.root, given.images or known.images, given.annotations or known.annotations)
 
 
-def with_data(cache: FeatureCache, source: CacheSource, log: Callable[[str], None]) -> CacheWithData:
+def with_data(cache: FeatureCache, source: CacheSource) -> CacheWithData:
     """The data of an opened set. Raises HdovdError if they are not known, not there, or not those that the set was made
     from.
     """
     from hdovd.pipelines.extraction.identities import exif_of, inputs_of
 
     exif = exif_of({level: cache.key_inputs(level) for level in cache.levels()}) or Exif.APPLY
-    split, protocol = source.load(cache.set, log, exif)
+    split, protocol = source.load(cache.set, exif)
     cache.require(Level.BOXES, {"images": inputs_of(split, cache)[Level.BOXES]["images"]})
     return CacheWithData(cache, split, protocol, {image.id: image for image in split.images})
 

@@ -3,7 +3,7 @@ byte.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,24 @@ from hdovd.cache.schema import TABLE_ARRAYS, TABLES, Level, row_arrays
 from hdovd.cache.tar_shards import MEMBERS, TABLES_HERE, TEXTS, TarMeta, TarSample, TarShards, TarWriter
 from hdovd.cache.writer import ProductWriter
 from hdovd.core.errors import HdovdError, counted, system_reason
+from hdovd.core.log import log
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.console import progress, size
 from hdovd.pipelines.extraction.identities import inputs_of
 from hdovd.pipelines.extraction.source import TarExportConfig
 
-Log = Callable[[str], None]
-
-
 # --- to tar shards ---
 
 
-def export_tars(config: TarExportConfig, log: Log = print) -> TarMeta:
+def export_tars(config: TarExportConfig) -> TarMeta:
     """Write the shards that are not there yet. Raises HdovdError if the set does not fit the data, or a picture is
     gone.
     """
     config.check()
     cache = FeatureCache(config.cache, config.features)
     cache.require_together()
-    split, protocol = config.source.load(cache.set, log)
+    split, protocol = config.source.load(cache.set)
     inputs = inputs_of(split, cache)
     for level in inputs.keys() & set(cache.levels()):
         only_images = (
@@ -130,7 +128,7 @@ class _Exporter:
 # --- from tar shards ---
 
 
-def import_tars(url: Path | str, cache: Path | str, log: Log = print) -> FeatureSet:
+def import_tars(url: Path | str, cache: Path | str) -> FeatureSet:
     """Write the products that shards were exported from, and name the set as it was. What is there already is left.
 
     The shards are read twice, in flat memory: once for the boxes, which a product holds before its rows, and to

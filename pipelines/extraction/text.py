@@ -10,7 +10,7 @@ cache, or a row among the classes, one row would give every cache that is there 
 detector. D embedding size.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor
 from hdovd.cache.catalog import FeatureSet
 from hdovd.cache.identity import KeyInputs, hash_tables, key_of
 from hdovd.core.errors import HdovdError, require_readable, shorten
+from hdovd.core.log import log
 from hdovd.core.text_files import checked_name, read_toml, shown
 from hdovd.modeling.base import Detector
 from hdovd.pipelines.common.tensors import Unfit, floats, load_pth
@@ -92,16 +93,14 @@ class TextRows:
             )
 
 
-def read_classes(
-    names: Sequence[str], synonyms: Path | None, embeddings: Path | None, log: Callable[[str], None]
-) -> TextRows:
+def read_classes(names: Sequence[str], synonyms: Path | None, embeddings: Path | None) -> TextRows:
     """The classes `names`, in protocol order, with what the files say of them. Raises HdovdError for a file that does
     not fit.
     """
     return TextRows(
         tuple(names),
         {} if synonyms is None else read_synonyms(synonyms, names),
-        None if embeddings is None else read_class_embeddings(embeddings, names, log),
+        None if embeddings is None else read_class_embeddings(embeddings, names),
     )
 
 
@@ -134,11 +133,7 @@ def read_synonyms(file: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]
 
 
 def read_class_embeddings(
-    file: Path,
-    names: Sequence[str],
-    log: Callable[[str], None],
-    *,
-    each: str = "class of the protocol, base then novel",
+    file: Path, names: Sequence[str], *, each: str = "class of the protocol, base then novel"
 ) -> np.ndarray:
     """(K, D) float32, the rows of a .npy, .safetensors, .pt or .pth file in the order of `names`, as they are. `each`:
     what has a row.
@@ -244,7 +239,7 @@ def object_text_of(features: FeatureSet, dim: int, where: str) -> Tensor | None:
     return F.normalize(row, dim=0)
 
 
-def give_object_text(model: Detector, row: Tensor | None, where: str, log: Callable[[str], None]) -> dict[str, str]:
+def give_object_text(model: Detector, row: Tensor | None, where: str) -> dict[str, str]:
     """Tell a detector what an object is, unless it knows or has no use for it; returns what the run's record says of
     it.
     """

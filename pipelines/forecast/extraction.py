@@ -23,6 +23,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.local import open_folder
 from hdovd.cache.schema import ROW_ARRAYS, TABLE_ARRAYS, Level
 from hdovd.cache.writer import ProductWriter
+from hdovd.core.log import log, quiet
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import duration, size
@@ -174,7 +175,7 @@ class Forecast:
         return asdict(self)
 
 
-def forecast(config: ForecastConfig, log: Callable[[str], None] = print) -> Forecast:
+def forecast(config: ForecastConfig) -> Forecast:
     """Make pictures and boxes in `config.folder`, extract them, and measure."""
     clip = load_clip(
         config.clip,
@@ -258,7 +259,8 @@ def _begun(config: ForecastConfig, clip: ClipTeacher, name: str) -> Extraction:
         batch_size=config.batch_size,
         workers=config.workers,
     )
-    extraction = prepare(extract, lambda _: None, clip)
+    with quiet():
+        extraction = prepare(extract, clip)
     extraction.begin(Catalog.create(extract.cache))
     extraction.do(extraction.units()[0])
     return extraction

@@ -5,12 +5,13 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.log import log
 from hdovd.core.version import __version__
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import progress
@@ -20,7 +21,6 @@ from hdovd.pipelines.nouns.config import SPACY_MODEL, NounsConfig, Parser
 from hdovd.pipelines.nouns.matching import Found, MatchFinder, StopList
 from hdovd.pipelines.nouns.parsing import ParsingFinder, load_parser, why_not
 
-Log = Callable[[str], None]
 SHOWN = 20  # nouns and words of the report
 UNMATCHED_KEPT = 200  # words of the file
 
@@ -39,14 +39,14 @@ class NounsReport:
     images_without: int = 0
 
 
-def find_nouns(job: NounsConfig, log: Log = print) -> NounsReport:
+def find_nouns(job: NounsConfig) -> NounsReport:
     """Find the nouns of `job.captions` and write `job.out`. Raises HdovdError for bad input, or if there is no noun at
     all.
     """
     job.check()
     protocol = load_protocol(job.protocol)
     stop = StopList(() if job.stop_list is None else read_vocabulary(job.stop_list, "--stop-list"))
-    finder, made_with = _finder(job, stop, log)
+    finder, made_with = _finder(job, stop)
     if finder.stopped:
         log(f"stopped: {shorten(list(finder.stopped))}: on your stop list, and offered to no image")
     if kept := [name for name in finder.vocabulary or () if name in stop and name not in finder.stopped]:
@@ -87,7 +87,7 @@ def find_nouns(job: NounsConfig, log: Log = print) -> NounsReport:
     return report
 
 
-def _finder(job: NounsConfig, stop: StopList, log: Log) -> tuple[MatchFinder | ParsingFinder, dict[str, str]]:
+def _finder(job: NounsConfig, stop: StopList) -> tuple[MatchFinder | ParsingFinder, dict[str, str]]:
     """What finds nouns, and its versions."""
     parser = job.parser
     if parser is Parser.AUTO:

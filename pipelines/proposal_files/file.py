@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.log import log
 from hdovd.core.text_files import printable, read_json, shown
 from hdovd.data.coco import ImageBoxes, Skips
 from hdovd.pipelines.common.atomic_write import replace_file
@@ -206,11 +207,7 @@ def _xywh(boxes: np.ndarray) -> list[list[float]]:
 
 
 def convert_proposals(
-    source: Path,
-    out: Path,
-    annotations: Path | None = None,
-    order: ListOrder = ListOrder.FILE,
-    log: Callable[[str], None] = print,
+    source: Path, out: Path, annotations: Path | None = None, order: ListOrder = ListOrder.FILE
 ) -> str:
     """Write all proposals of `source` to `out` as its suffix says, best first; returns their identity. Raises
     HdovdError for bad input.

@@ -7,7 +7,7 @@ import hashlib
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,8 +43,8 @@ KINDS: dict[Detector, type[ProposalNetwork]] = {
 SECTIONS = ("detector", "input", "proposals", "train")  # of a recipe: what such a network is made of
 
 
-def build_network(detector: Detector, recipe: Recipe, log: Callable[[str], None] | None) -> ProposalNetwork:
-    return KINDS[detector](recipe, log)
+def build_network(detector: Detector, recipe: Recipe, initialise: bool = True) -> ProposalNetwork:
+    return KINDS[detector](recipe, initialise)
 
 
 def settings(job: NetworkConfig, split: Split) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def load_network(file: Path, trusted: Recipe | None = None) -> tuple[ProposalNet
             f"{file} wants the backbone {name}, code outside of hdovd: if you trust it, say so with "
             f"--set detector.backbone.name={name}"
         )
-    network = build_network(detector, recipe, None)
+    network = build_network(detector, recipe, initialise=False)
     try:
         network.load_state_dict(load_tensors(file))
     except RuntimeError as error:

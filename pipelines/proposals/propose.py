@@ -28,6 +28,7 @@ from torch import Tensor
 from torchvision.ops import box_iou, nms
 
 from hdovd.core.errors import HdovdError, Stopped
+from hdovd.core.log import log, quiet
 from hdovd.data.coco import Split
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.proposals.base import ProposalNetwork
@@ -140,24 +141,24 @@ def fill(
         parts.write(number, part)
 
 
-def propose(job: ProposeConfig, log: Callable[[str], None] = print) -> dict[int, Proposals]:
+def propose(job: ProposeConfig) -> dict[int, Proposals]:
     """Train or load the network, propose, write `job.out` and return the proposals by image id.
 
     Raises HdovdError for bad input, and Stopped if a signal ended it: the same call goes on.
     """
     job.check()
-    with team(job.device) as us, StopSignal(interrupts=True) as stop:
-        return _propose(job, us, stop, log if us.leads else lambda _: None)
+    with team(job.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
+        return _propose(job, us, stop)
 
 
-def _propose(job: ProposeConfig, us: Team, stop: StopSignal, log: Callable[[str], None]) -> dict[int, Proposals]:
-    split = job.data.load("train2017", load_protocol(job.protocol), base_only=True, log=log, exif=job.recipe.input.exif)
+def _propose(job: ProposeConfig, us: Team, stop: StopSignal) -> dict[int, Proposals]:
+    split = job.data.load("train2017", load_protocol(job.protocol), base_only=True, exif=job.recipe.input.exif)
     if us.leads and job.out.is_file():
         planned = made_by_of(job.checkpoint) if job.checkpoint else settings(settled_job(job.network, us)[0], split)
         if note := replaced_line(job.out, {**planned, "selection": job.selection()}):
             log(note)
     network, origin = (
-        checkpointed(job.checkpoint, job, us) if job.checkpoint else trained_network(job.network, split, us, stop, log)
+        checkpointed(job.checkpoint, job, us) if job.checkpoint else trained_network(job.network, split, us, stop)
     )
     if us.leads and job.backbone_out is not None:
         body = {k: v.cpu().contiguous() for k, v in network.backbone.body.state_dict().items()}

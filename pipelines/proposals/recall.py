@@ -6,13 +6,13 @@ as a diagnosis alone: no stage chooses anything by them.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import log, quiet
 from hdovd.data.coco import Split, read_instances
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.evaluation.recall import THRESHOLDS, found_at, recall
@@ -64,24 +64,23 @@ def _without_nan(rows: dict[str, dict[int, float]]) -> dict[str, dict[int, float
     }
 
 
-def recall_report(job: RecallConfig, log: Callable[[str], None] = print) -> list[Recall]:
+def recall_report(job: RecallConfig) -> list[Recall]:
     """Train or load the networks, count what they find and say it; with `job.out` also in NAME.recall.json beside it.
 
     Raises HdovdError for bad input or a validation picture that cannot be read, and Stopped if a signal ended it.
     """
     job.check()
-    with team(job.device) as us, StopSignal(interrupts=True) as stop:
-        log = log if us.leads else lambda _: None
+    with team(job.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
         assert job.validation is not None  # as checked
         wanted, protocol = job.networks(), load_protocol(job.protocol)
         validation = without_crowds(
-            job.validation.load("val2017", protocol, base_only=False, log=log, exif=job.recipe.input.exif)
+            job.validation.load("val2017", protocol, base_only=False, exif=job.recipe.input.exif)
         )
         found = []
         if wanted:
-            split = job.data.load("train2017", protocol, base_only=True, log=log, exif=job.recipe.input.exif)
+            split = job.data.load("train2017", protocol, base_only=True, exif=job.recipe.input.exif)
             for network_job in wanted:
-                network, _ = trained_network(network_job, split, us, stop, log)
+                network, _ = trained_network(network_job, split, us, stop)
                 found.append(_recall(network_job.detector.value, network, validation, protocol, job, us, stop))
         for file in job.checkpoints:
             network, origin = load_network(file, job.recipe)

@@ -4,7 +4,6 @@ While it trains, a folder NAME.training beside the network's file NAME.safetenso
 """
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hdovd.config.backbone import AUTO
+from hdovd.core.log import log
 from hdovd.data.coco import Split
 from hdovd.modeling.proposals.base import ProposalNetwork
 from hdovd.pipelines.common.device import Team, placed, training_workers
@@ -41,7 +41,7 @@ STATE = ("model", "optimizer", "step", "window", "rng", "wanted")  # of a checkp
 
 
 def trained_network(
-    job: NetworkConfig, split: Split, us: Team, stop: StopSignal, log: Callable[[str], None]
+    job: NetworkConfig, split: Split, us: Team, stop: StopSignal
 ) -> tuple[ProposalNetwork, dict[str, Any]]:
     """The network of a job, on the team's device, and what made it: from its file, or trained and put there.
 
@@ -56,7 +56,7 @@ def trained_network(
     else:
         if line:
             log(line)
-        _train(job, split, wanted, us, stop, log)
+        _train(job, split, wanted, us, stop)
     us.wait()
     network, origin = load_network(job.file, job.recipe)
     return placed(network, us.device).eval(), origin
@@ -75,9 +75,7 @@ def settled_job(job: NetworkConfig, us: Team) -> tuple[NetworkConfig, str]:
     return replace(job, recipe=recipe), line
 
 
-def _train(
-    job: NetworkConfig, split: Split, wanted: dict[str, Any], us: Team, stop: StopSignal, log: Callable[[str], None]
-) -> None:
+def _train(job: NetworkConfig, split: Split, wanted: dict[str, Any], us: Team, stop: StopSignal) -> None:
     config, folder = job.recipe.train, job.file.with_suffix(".training")
     state = None if job.overwrite else load_checkpoint(folder, STATE)
     us.wait()  # all have looked, before the first one writes
@@ -85,8 +83,7 @@ def _train(
         check_made_by(state["wanted"], wanted, folder)
     require_some_readable(split)
     torch.manual_seed(config.seed)
-    said = log if state is None else None
-    network = prepared(build_network(job.detector, job.recipe, said), job.recipe, us, said)
+    network = prepared(build_network(job.detector, job.recipe, initialise=state is None), job.recipe, us)
     model = network if us.world == 1 else data_parallel(network)
 
     def losses_of(samples: list[Picture], epoch: int) -> dict[str, Tensor]:
@@ -106,7 +103,7 @@ def _train(
     )
     if us.world > 1:  # each process draws for itself, where a backbone draws from torch's own generator
         torch.manual_seed(key_of(config.seed, -1, us.rank))
-    hooks = SavingHooks(folder, network, us, stop, {"wanted": wanted}, log, job.save_minutes)
+    hooks = SavingHooks(folder, network, us, stop, {"wanted": wanted}, job.save_minutes)
     if state is not None:
         hooks.restore(state, loop)
         log(f"training goes on at step {loop.step_number} of {loop.total}")

@@ -13,6 +13,7 @@ import torch
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import quiet
 from hdovd.data.coco import Split
 from hdovd.data.protocol import Protocol
 from hdovd.modeling.base import build_detector
@@ -55,10 +56,11 @@ def relations(
         raise HdovdError("this run has no instance level, so no student embeddings")
     cache = cache_of(run)
     as_it_is = recipe.model_copy(update={"input": recipe.input.model_copy(update={"flip": 0.0})})
-    training = TrainingSet(split, cache, as_it_is, lambda _: None)
+    with quiet():
+        training = TrainingSet(split, cache, as_it_is)
     batch = [training[i] for i in _telling(training, images)]
     place = pick_device(device)
-    model = build_detector(recipe, training.dim, log=None)
+    model = build_detector(recipe, training.dim, initialise=False)
     run.load_model(model, weights)
     placed(model, place).eval()
     ids = [image_id for _, _, image_id in batch]

@@ -8,7 +8,7 @@ HTML pages that need nothing else: a template of the folder `pages` with styles,
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -18,6 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import log
 from hdovd.core.version import __version__
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.common.atomic_write import write_text
@@ -66,7 +67,7 @@ SECTIONS = (
 )
 
 
-def report(job: ReportConfig, log: Callable[[str], None] = print) -> Path:
+def report(job: ReportConfig) -> Path:
     """Write the page into the folder `job.out`; runs that are not evaluated yet are evaluated first. Returns its path.
 
     Raises HdovdError for a folder that is no run, runs of different protocols or validation images, and pictures that
@@ -77,16 +78,16 @@ def report(job: ReportConfig, log: Callable[[str], None] = print) -> Path:
     data = data_of(folders, job.data, needed=job.validation is None)
     validation = job.validation or data
     for run in job.runs:
-        _evaluate_if_needed(run, job, validation, log)
-    runs = open_runs(folders, validation, job.threshold, log)
-    context = _context(runs, job, data, log)
+        _evaluate_if_needed(run, job, validation)
+    runs = open_runs(folders, validation, job.threshold)
+    context = _context(runs, job, data)
     file = job.out / REPORT_FILE
     write_text(file, page("report.html", context))
     log(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB, one file that needs nothing else)")
     return file
 
 
-def _evaluate_if_needed(run: Path, job: ReportConfig, data: DataPaths, log: Callable[[str], None]) -> None:
+def _evaluate_if_needed(run: Path, job: ReportConfig, data: DataPaths) -> None:
     if all((run / name).is_file() for name in ("metrics.json", "detections.json")):
         return
     log(f"{run} is not evaluated yet: hdovd eval {run}")
@@ -99,17 +100,16 @@ def _evaluate_if_needed(run: Path, job: ReportConfig, data: DataPaths, log: Call
             workers=job.workers,
             weights=Weights.LAST,
             trust=job.trust,
-        ),
-        log,
+        )
     )
 
 
-def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths, log: Callable[[str], None]) -> dict[str, Any]:
+def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths) -> dict[str, Any]:
     first = runs[0].analysis
     gallery = report_gallery.validation_cards(runs, job.gallery, job.threshold)
     training = TrainingImages(data, first.protocol, first.split.exif)
     pseudo, pseudo_none = report_gallery.pseudo_boxes(runs, training, job.pseudo)
-    matrices, matrices_none = _relations(runs, job, training, log)
+    matrices, matrices_none = _relations(runs, job, training)
     return {
         "title": runs[0].name
         if len(runs) == 1
@@ -153,9 +153,7 @@ def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths, log: Ca
     }
 
 
-def _relations(
-    runs: Sequence[OneRun], job: ReportConfig, training: TrainingImages, log: Callable[[str], None]
-) -> tuple[list[Any], list[str]]:
+def _relations(runs: Sequence[OneRun], job: ReportConfig, training: TrainingImages) -> tuple[list[Any], list[str]]:
     """The figures, and of each run without one why."""
     figures: list[Any] = []
     reasons: list[str] = []

@@ -1,13 +1,14 @@
 """The runs that a report is about: opened, named, checked to be of one kind."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import quiet
 from hdovd.data.coco import DataPaths, Exif, Split
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.evaluation.analysis import RunAnalysis, analyse
@@ -37,12 +38,11 @@ class TrainingImages:
     @cached_property
     def split(self) -> Split:
         """Raises HdovdError if they cannot be read."""
-        return self._data.load("train2017", self._protocol, base_only=True, log=lambda _: None, exif=self._exif)
+        with quiet():
+            return self._data.load("train2017", self._protocol, base_only=True, exif=self._exif)
 
 
-def open_runs(
-    folders: Sequence[RunFolder], validation: DataPaths, threshold: float, log: Callable[[str], None]
-) -> list[OneRun]:
+def open_runs(folders: Sequence[RunFolder], validation: DataPaths, threshold: float) -> list[OneRun]:
     """Raises HdovdError if two runs are of different protocols or validation images, or one is given twice."""
     resolved = [folder.path.resolve() for folder in folders]
     if twice := [
@@ -52,13 +52,8 @@ def open_runs(
     runs: list[OneRun] = []
     for name, folder in zip(names_of(resolved), folders, strict=True):
         run = read_run(folder.path)
-        analysis = analyse(
-            folder.path,
-            validation,
-            confusion_score=threshold,
-            trust=folder.trusted,
-            log=log if not runs else lambda _: None,
-        )
+        with quiet(bool(runs)):  # they are all of the same pictures
+            analysis = analyse(folder.path, validation, confusion_score=threshold, trust=folder.trusted)
         notes = [f"{name}: {reason}" for reason in run.wrong]
         try:
             entries = folder.entries()

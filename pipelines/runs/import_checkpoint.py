@@ -6,7 +6,7 @@ Every tensor of it is used or named, and every weight of the detector comes from
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hdovd.config.recipe import load_recipe
 from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.log import log
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.published_weights import PUBLISHED, Published
@@ -31,7 +32,7 @@ _TRUST = (
 )  # METHOD 2
 
 
-def import_checkpoint(job: ImportCheckpointConfig, log: Callable[[str], None] = print) -> RunFolder:
+def import_checkpoint(job: ImportCheckpointConfig) -> RunFolder:
     """Write a run folder with the weights of a checkpoint. Raises HdovdError, before anything is written, for one that
     does not fit.
     """
@@ -41,13 +42,13 @@ def import_checkpoint(job: ImportCheckpointConfig, log: Callable[[str], None] = 
     recipe = load_recipe(published.recipe, [*_TRUST, *published.settings, *job.settings]).with_precision(
         "fp32"
     )  # the authors'
-    state, about = read_checkpoint(job.file, log)
+    state, about = read_checkpoint(job.file)
     _require_detector(state, job)
     dim = int(state[published.background].shape[-1])
     texts = _class_embeddings(job, protocol, dim)
-    model = build_detector(recipe, dim, None)
-    _give_object(model, job, dim, log)
-    unused = take(model, state, published, str(job.file), log)
+    model = build_detector(recipe, dim, initialise=False)
+    _give_object(model, job, dim)
+    unused = take(model, state, published, str(job.file))
     record = {
         "cache": {"path": None, "levels": {}},
         "skipped": {},
@@ -71,7 +72,7 @@ def import_checkpoint(job: ImportCheckpointConfig, log: Callable[[str], None] = 
     return run
 
 
-def read_checkpoint(file: Path, log: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a checkpoint by name, floating-point ones as float32, and what its meta says of epoch and
     iteration.
 
@@ -108,9 +109,7 @@ def read_checkpoint(file: Path, log: Callable[[str], None]) -> tuple[dict[str, T
     return tensors, {key: meta[key] for key in ("epoch", "iter") if isinstance(meta.get(key), int)}
 
 
-def take(
-    model: Detector, state: Mapping[str, Tensor], published: Published, file: str, log: Callable[[str], None]
-) -> list[str]:
+def take(model: Detector, state: Mapping[str, Tensor], published: Published, file: str) -> list[str]:
     """Load a checkpoint's tensors into the model; returns the names of those that it does without.
 
     Raises HdovdError naming what the model lacks, what it has no place for, and what is of another shape.
@@ -200,7 +199,7 @@ def _rows(file: Path, count: int, dim: int, what: str, meaning: str) -> Tensor:
     return F.normalize(rows, dim=1)
 
 
-def _give_object(model: Detector, job: ImportCheckpointConfig, dim: int, log: Callable[[str], None]) -> None:
+def _give_object(model: Detector, job: ImportCheckpointConfig, dim: int) -> None:
     """AdaMixer measures objectness against one text embedding, which is no weight and so not in a checkpoint."""
     if job.detector != "adamixer":
         if job.object_embedding is not None:

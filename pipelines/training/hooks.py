@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from hdovd.core.errors import HdovdError, Stopped
+from hdovd.core.log import log
 from hdovd.evaluation.coco import GROUPS
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.console import duration
@@ -40,7 +41,6 @@ class SavingHooks(Hooks):
     team: Team
     stop: StopSignal
     extra: dict[str, Any]
-    log: Callable[[str], None]
     save_minutes: float
     command: str = "the same command"
     _saved: float = field(default_factory=time.monotonic)
@@ -96,7 +96,7 @@ class SavingHooks(Hooks):
 
     def _say(self, line: str) -> None:
         with tqdm.external_write_mode():  # not into the bar
-            self.log(line)
+            log(line)
 
 
 @dataclass(slots=True)

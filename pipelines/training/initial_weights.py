@@ -5,7 +5,7 @@ classes, so the protocols may differ. Nothing is left at its initial value, and 
 D embedding size.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hdovd.cache.identity import differences
 from hdovd.config.plugins import outside_code
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.log import log
 from hdovd.data.protocol import Protocol
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.pipelines.runs.folder import RunFolder, Weights, weights_hash
@@ -25,9 +26,7 @@ SAME_TEXT = 0.999  # cosine of two embeddings of a name by one CLIP and the same
 COUNTS = ".num_batches_tracked"  # of batch norms; frozen ones have none
 
 
-def begin_with(
-    model: Detector, init: Path, protocol: Protocol, texts: Tensor, log: Callable[[str], None]
-) -> dict[str, Any]:
+def begin_with(model: Detector, init: Path, protocol: Protocol, texts: Tensor) -> dict[str, Any]:
     """Lay the weights of the run `init` into a model, and return what the new run's record says of them.
 
     Args:
@@ -118,7 +117,7 @@ def _source(model: Detector, run: RunFolder, init: Path) -> Detector:
             f"--init {init}: its embeddings have {dim} values, expected {model.dim}, which the cache has: give a cache "
             f"of the CLIP that it was trained with, or another run"
         )
-    source = build_detector(recipe, dim, None)
+    source = build_detector(recipe, dim, initialise=False)
     run.load_model(source)
     return source
 
@@ -171,7 +170,7 @@ def _of_detector(names: Iterable[str], recipe: Recipe, other: Recipe, dim: int) 
     wanted = [name for name in names if not name.endswith(COUNTS)]
     if not wanted:
         return []
-    has = build_detector(recipe.model_copy(update={"loss": other.loss}), dim, None).state_dict()
+    has = build_detector(recipe.model_copy(update={"loss": other.loss}), dim, initialise=False).state_dict()
     return [name for name in wanted if name in has]
 
 

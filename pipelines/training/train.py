@@ -23,6 +23,7 @@ from hdovd.cache.catalog import Catalog, RunRecord, is_tar_form
 from hdovd.cache.reader import FeatureCache
 from hdovd.config.recipe import LossConfig, Recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import log, quiet
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.modeling.backbones.pyramid import with_synced_norms
@@ -91,26 +92,26 @@ def _first_line(error: Exception) -> str:
 STATE = ("model", "optimizer", "step", "window", "rng", "layout", "log_bytes", "best", "ended")  # of a checkpoint
 
 
-def train(job: TrainConfig, log: Callable[[str], None] = print) -> RunFolder:
+def train(job: TrainConfig) -> RunFolder:
     """Train one detector and return its folder.
 
     Raises HdovdError for bad input or a loss that is not sound, and Stopped if a signal ended it: it is saved, and can
     be resumed.
     """
     job.check()
-    with team(job.device) as us, StopSignal(interrupts=True) as stop:
-        return _train(job, us, stop, log if us.leads else lambda _: None)
+    with team(job.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
+        return _train(job, us, stop)
 
 
-def _train(job: TrainConfig, us: Team, stop: StopSignal, log: Callable[[str], None]) -> RunFolder:
+def _train(job: TrainConfig, us: Team, stop: StopSignal) -> RunFolder:
     protocol, run = load_protocol(job.protocol), RunFolder(job.out)
     began = run.written_recipe().train.precision if job.resume and (job.out / "config.toml").is_file() else None
     recipe, line = settled(job.recipe, us.device, began, "the run's")
     if line:
         log(line)
     job = replace(job, recipe=recipe)
-    data = training_data(job, protocol, log)
-    written, recipe, reliability = with_reliability(job.recipe, data.label_origin, job.calibration, protocol.base, log)
+    data = training_data(job, protocol)
+    written, recipe, reliability = with_reliability(job.recipe, data.label_origin, job.calibration, protocol.base)
     job = replace(job, recipe=written)
     state = load_checkpoint(job.out, STATE) if job.resume else None
     if state is not None:
@@ -120,16 +121,15 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal, log: Callable[[str], No
             _ = int(state["log_bytes"]), *(state["layout"][name] for name in ("streams", "unit", "images"))
     class_embeddings = torch.from_numpy(data.class_embeddings(protocol.names))
     batches, layout = batches_of(data, us, None if state is None else state["layout"])
-    validation, board = _validation(job, protocol, class_embeddings, us, log), _tensorboard(job, us)
+    validation, board = _validation(job, protocol, class_embeddings, us), _tensorboard(job, us)
     torch.manual_seed(recipe.train.seed)
     anew = state is None and job.init is None
-    said = log if anew else None
-    model = prepared(build_detector(recipe, data.dim, said), recipe, us, said)
+    model = prepared(build_detector(recipe, data.dim, initialise=anew), recipe, us)
     begun: dict[str, Any] = {"precision": recipe.train.precision}
     if state is None:
         if job.init is not None:
-            begun["init"] = begin_with(model, job.init, protocol, class_embeddings, log)
-        begun |= give_object_text(model, data.object_text(), str(job.cache), log)
+            begun["init"] = begin_with(model, job.init, protocol, class_embeddings)
+        begun |= give_object_text(model, data.object_text(), str(job.cache))
     loop = loop_of(model, batches, class_embeddings[: len(protocol.base)].to(us.device), recipe, us.device)
     hooks = RunHooks(
         run.path,
@@ -137,7 +137,6 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal, log: Callable[[str], No
         us,
         stop,
         {"layout": layout},
-        log,
         job.save_minutes,
         "the same command with --resume",
         validate=validation,
@@ -150,7 +149,7 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal, log: Callable[[str], No
         if hooks.ended == recipe.train.epochs:
             log(f"{run.path} is finished already")
             return run
-    _begin(job, data, protocol, class_embeddings, us, state, reliability | begun, log)
+    _begin(job, data, protocol, class_embeddings, us, state, reliability | begun)
     if board is not None:
         hooks.tensorboard = board(run.path / "tensorboard", purge_step=None if state is None else loop.step_number + 1)
     log(
@@ -174,14 +173,14 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal, log: Callable[[str], No
 Network = TypeVar("Network", Detector, ProposalNetwork)
 
 
-def prepared(model: Network, recipe: Recipe, us: Team, log: Callable[[str], None] | None) -> Network:
+def prepared(model: Network, recipe: Recipe, us: Team) -> Network:
     """The network on its device, compiled if the recipe says so. In several processes on GPUs, batch norms take the
     statistics of the whole batch.
     """
     if us.world > 1 and recipe.detector.backbone.norm == "batch":
         if us.device.type == "cuda":
             model.backbone = with_synced_norms(model.backbone)
-        elif log is not None:
+        else:
             log(
                 "note: batch norms take the statistics of each process's images alone: torch has no SyncBatchNorm for "
                 "CPUs"
@@ -206,16 +205,16 @@ def data_parallel(model: nn.Module) -> DistributedDataParallel:
     )
 
 
-def training_data(job: TrainConfig, protocol: Protocol, log: Callable[[str], None]) -> TrainingSet | TarTrainingSet:
+def training_data(job: TrainConfig, protocol: Protocol) -> TrainingSet | TarTrainingSet:
     """Tar shards alone, or a Zarr cache with the data set that it was made of."""
     if is_tar_form(job.cache):
         if job.data != DataPaths():
             log(
                 "note: the shards hold pictures and boxes; --data, --images and --annotations are not read for training"
             )
-        return TarTrainingSet(str(job.cache), protocol, job.recipe, log, features=job.features)
-    split = job.data.load("train2017", protocol, base_only=True, log=log, exif=job.recipe.input.exif)
-    return TrainingSet(split, FeatureCache(job.cache, job.features, checked=job.checksums), job.recipe, log)
+        return TarTrainingSet(str(job.cache), protocol, job.recipe, features=job.features)
+    split = job.data.load("train2017", protocol, base_only=True, exif=job.recipe.input.exif)
+    return TrainingSet(split, FeatureCache(job.cache, job.features, checked=job.checksums), job.recipe)
 
 
 def batches_of(
@@ -281,7 +280,6 @@ def _begin(
     us: Team,
     state: dict[str, Any] | None,
     origin: dict[str, Any],
-    log: Callable[[str], None],
 ) -> None:
     """The run folder is made, or made ready to go on, by the process that leads; the others wait for it."""
     if us.leads:
@@ -304,12 +302,12 @@ def _begin(
             run = RunFolder(job.out)
             run.go_on(int(state["log_bytes"]), {**now, "step": int(state["step"])})
         if isinstance(data, TrainingSet):
-            _tell_cache(job, data.cache, run, log)
+            _tell_cache(job, data.cache, run)
     us.wait()
 
 
 def _validation(
-    job: TrainConfig, protocol: Protocol, texts: Tensor, us: Team, log: Callable[[str], None]
+    job: TrainConfig, protocol: Protocol, texts: Tensor, us: Team
 ) -> Callable[[nn.Module], dict[str, float | None]] | None:
     """What gives the AP50 of each group of a detector, in the one process that validates; None without validation."""
     if job.validation is None and job.val_every:
@@ -322,7 +320,6 @@ def _validation(
         protocol,
         us.device,
         exif=job.recipe.input.exif,
-        log=log,
         batch_size=max(1, config.batch_size // (us.world * config.accumulate)),
     )
     return lambda model: validation.run(cast(Detector, model), texts).combined.summary()["ap50"]
@@ -341,7 +338,7 @@ def _tensorboard(job: TrainConfig, us: Team) -> Any:
     return SummaryWriter
 
 
-def _tell_cache(job: TrainConfig, cache: FeatureCache, run: RunFolder, log: Callable[[str], None]) -> None:
+def _tell_cache(job: TrainConfig, cache: FeatureCache, run: RunFolder) -> None:
     """Record in the cache that this run uses it, so that `hdovd cache gc` keeps what it needs."""
     try:
         Catalog(job.cache).record_run(RunRecord(str(run.path.resolve()), cache.set.levels))

@@ -5,7 +5,7 @@ image from tar shards, read from the first byte of a shard to the last: no data 
 needed. D embedding size.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -21,6 +21,7 @@ from hdovd.cache.schema import DEFAULT_SET, Level, Source
 from hdovd.cache.tar_shards import TarSample, TarShards
 from hdovd.config.recipe import LossConfig, Recipe
 from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.log import log
 from hdovd.data.coco import Exif, ImageBoxes, Split
 from hdovd.data.protocol import Protocol
 from hdovd.data.targets import Targets
@@ -49,15 +50,13 @@ Sample = tuple[Tensor, Targets, int]  # picture (3, h, w) uint8 RGB, its targets
 class TrainingSet(Dataset[Sample]):
     """The images of a split by their draw, flipped at random; boxes, pseudo boxes and rows stay together."""
 
-    def __init__(self, split: Split, cache: FeatureCache, recipe: Recipe, log: Callable[[str], None] = print) -> None:
+    def __init__(self, split: Split, cache: FeatureCache, recipe: Recipe) -> None:
         """Raises HdovdError if a level of the cache that the recipe uses does not fit the split."""
         self.split, self.cache, self.recipe = split, cache, recipe
         self._check()
         failed = cache.failed()  # left out of base-only runs too: runs that are compared see the same images
         self.images = [image for image in split.images if image.id not in failed]
-        tell_failed(
-            failed, len(self.images), "the cache says", f"of {split.annotations} has embeddings in {cache.url}", log
-        )
+        tell_failed(failed, len(self.images), "the cache says", f"of {split.annotations} has embeddings in {cache.url}")
         self._nouns = torch.zeros(0, cache.dim)
         if uses_nouns(recipe.loss, cache.levels(), cache.url):
             self._nouns = torch.from_numpy(cache.embeddings(Level.NOUN))
@@ -142,15 +141,7 @@ class TarTrainingSet(Dataset[Sample]):
     comes past before its turn: at most a shuffle buffer of its own stream.
     """
 
-    def __init__(
-        self,
-        url: str,
-        protocol: Protocol,
-        recipe: Recipe,
-        log: Callable[[str], None] = print,
-        *,
-        features: str = DEFAULT_SET,
-    ) -> None:
+    def __init__(self, url: str, protocol: Protocol, recipe: Recipe, *, features: str = DEFAULT_SET) -> None:
         """Raises HdovdError if the shards do not fit the protocol or lack what the recipe uses."""
         self.shards, self.recipe = TarShards(url), recipe
         self.url, self._meta = self.shards.url, self.shards.meta
@@ -165,7 +156,7 @@ class TarTrainingSet(Dataset[Sample]):
         self._ranges = tuple(
             range(end - len(some), end) for some, end in zip(per_shard, accumulate(map(len, per_shard)), strict=True)
         )
-        tell_failed(failed, len(self._places), "the shards say", f"of {url} has embeddings", log)
+        tell_failed(failed, len(self._places), "the shards say", f"of {url} has embeddings")
         self._nouns = torch.zeros(0, self.dim)
         if uses_nouns(recipe.loss, self._meta.products, self.url):
             self._nouns = torch.from_numpy(self._meta.tensors[Level.NOUN].astype(np.float32))
@@ -301,7 +292,7 @@ class TarTrainingSet(Dataset[Sample]):
         return flipped_at_random(pixels_of(picture), targets, sample.image_id, epoch, self.recipe)
 
 
-def tell_failed(failed: Mapping[int, str], left: int, where: str, what: str, log: Callable[[str], None]) -> None:
+def tell_failed(failed: Mapping[int, str], left: int, where: str, what: str) -> None:
     """Say which images are left out since extraction could not read them. Raises HdovdError if no image is left."""
     if failed:
         log(f"skipped {len(failed)}: image without embeddings ({shorten(list(failed))}); {where} why")

@@ -274,11 +274,11 @@ def test_extraction_into_a_bucket_is_the_local_one(
     """The store goes away in the midst of it, and the same command finishes."""
     proxy.down_after = 120
     with pytest.raises(HdovdError, match="run the same command again"):
-        extract_clip(extraction(s3), print)
+        extract_clip(extraction(s3))
     proxy.down_after = -1
     with pytest.raises(HdovdError):
         FeatureCache(s3)
-    report = extract_clip(extraction(s3), print)
+    report = extract_clip(extraction(s3))
     assert report.whole
     assert "extend" in report.levels.values() or "hit" in report.levels.values()  # it went on
     assert contents(open_folder(s3)) == contents(open_folder(cache))
@@ -286,7 +286,7 @@ def test_extraction_into_a_bucket_is_the_local_one(
     for image_id in kept:
         for one, other in zip(_values(local, image_id), _values(remote, image_id), strict=True):
             np.testing.assert_array_equal(one, other)
-    assert set(extract_clip(extraction(s3), print).levels.values()) == {"hit"}
+    assert set(extract_clip(extraction(s3)).levels.values()) == {"hit"}
 
 
 def _values(cache: FeatureCache, image_id: int) -> list[np.ndarray]:

@@ -82,10 +82,9 @@ def _trained_before(config: AblateConfig) -> None:
                 recipe=planned.recipe,
                 protocol=config.protocol,
                 device="cpu",
-            ),
-            lambda _: None,
+            )
         )
-    evaluate(EvalConfig(run=third.path, data=config.data, device="cpu"), lambda _: None)
+    evaluate(EvalConfig(run=third.path, data=config.data, device="cpu"))
     (first.path / "checkpoint.pt").unlink()  # with one, training goes on, if only to see that it is at its end
 
 

@@ -32,9 +32,6 @@ with open_folder(sys.argv[1]).claim(sys.argv[2], wait=False) as mine:
 """
 
 
-def _silent(_: str) -> None: ...
-
-
 @pytest.fixture
 def run(hdovd: Callable[..., Ran]) -> Callable[..., Ran]:
     """`hdovd cache WORDS` in this process."""
@@ -59,8 +56,7 @@ def two_sets(
             vocabulary=None,
             captions=None,
             features="drawn",
-        ),
-        _silent,
+        )
     )
     return Path(
         shutil.copytree(cache, place / "cache", dirs_exist_ok=True)

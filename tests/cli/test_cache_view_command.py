@@ -147,7 +147,7 @@ def test_a_picture_that_could_not_be_read_is_drawn_grey(
         if i["id"] == kept[2]
     )
     (copied_world / "train2017" / name).write_bytes(b"")
-    extract_clip(extraction(tmp_path / "cache", data=copied_world), lambda _: None)
+    extract_clip(extraction(tmp_path / "cache", data=copied_world))
     ran = view(tmp_path / "cache", "--image", kept[2])
     assert ran.code == 0, ran.err
     assert "note: the extraction could not read it: " in ran.out

@@ -15,6 +15,7 @@ import pytest
 from command_runs import Ran
 
 from hdovd.cli.main import main
+from hdovd.core.log import log
 from hdovd.pipelines.demo import run as demo_stages
 from hdovd.pipelines.demo.config import DemoConfig
 
@@ -61,7 +62,7 @@ def test_stages_of_the_demo_are_commands_of_the_same_program(
 ) -> None:
     """The whole demo takes minutes: here its stages are one that succeeds and one that does not."""
 
-    def stages(config: DemoConfig, call: Callable[[list[str]], None], log: Callable[[str], None]) -> None:
+    def stages(config: DemoConfig, call: Callable[[list[str]], None]) -> None:
         log(f"into {config.out}")
         call(["runs", str(tmp_path)])
         call(["cache", "ls", str(tmp_path / "none")])

@@ -49,7 +49,7 @@ def train(rank: int, shares: list[int], out: Path) -> None:
     torch.set_default_dtype(torch.float64)  # float32's rounding flips ReLUs, which hides small errors in the gradients
     torch.Tensor.float = torch.Tensor.double
     model = (
-        detector("detector.backbone.norm=frozen", "loss.instance.queue=9", "loss.image.queue=6", log=None)
+        detector("detector.backbone.norm=frozen", "loss.instance.queue=9", "loss.image.queue=6", initialise=False)
         .double()
         .train()
     )

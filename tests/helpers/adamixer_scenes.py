@@ -4,7 +4,6 @@ released code.
 
 import json
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +55,10 @@ def small(*settings: str) -> Recipe:
     return load_recipe("demo-adamixer", [*SMALL, *settings])
 
 
-def detector(*settings: str, log: Callable[[str], None] | None = lambda _: None) -> AdaMixer:
+def detector(*settings: str, initialise: bool = True) -> AdaMixer:
     """With the demo's backbone; not trained, but no weight is zero."""
     torch.manual_seed(0)
-    model = AdaMixer(small(*settings), DIM, log)
+    model = AdaMixer(small(*settings), DIM, initialise)
     with torch.no_grad():
         for stage in model.stages:
             for part in (stage.offsets, stage.deltas[-1], stage.mixing.parameters_of):

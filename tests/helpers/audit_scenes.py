@@ -23,8 +23,7 @@ TRAIN, VAL = "instances_train2017.json", "instances_val2017.json"
 
 def report_of(root: Path, cache: Path, **changes: Any) -> AuditReport:
     return audit(
-        AuditConfig(data=DataPaths(root), cache=cache, **({"protocol": str(root / "protocol.toml")} | changes)),
-        lambda _: None,
+        AuditConfig(data=DataPaths(root), cache=cache, **({"protocol": str(root / "protocol.toml")} | changes))
     )
 
 

@@ -96,7 +96,7 @@ def train(rank: int, shares: list[int], out: Path) -> None:
     torch.set_default_dtype(torch.float64)  # float32's rounding flips ReLUs, which hides small errors in the gradients
     torch.Tensor.float = torch.Tensor.double
     torch.manual_seed(0)
-    model = FasterRCNN(load_recipe("demo", SETTINGS), DIM, None).double()
+    model = FasterRCNN(load_recipe("demo", SETTINGS), DIM, initialise=False).double()
     nn.init.normal_(model.head.class_feature.weight, std=0.3)
     trained: nn.Module = model if len(shares) == 1 else DistributedDataParallel(model)
     torch.manual_seed(100 + rank)  # keys, not the global generator, decide

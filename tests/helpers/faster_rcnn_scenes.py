@@ -48,7 +48,7 @@ def small(*settings: str) -> Recipe:
 
 def detector(*settings: str) -> FasterRCNN:
     torch.manual_seed(0)
-    return FasterRCNN(small(*settings), DIM, lambda _: None)
+    return FasterRCNN(small(*settings), DIM)
 
 
 def noise(*shape: int, seed: int) -> Tensor:

@@ -18,6 +18,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from hdovd.core.log import lines_to
+
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import ray
@@ -83,7 +85,8 @@ def main(extraction: Path, cache: Path, part_rows: int, batch_size: int) -> None
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    report = extract_clip(config, lines.append)
+    with lines_to(lines.append):
+        report = extract_clip(config)
     print(json.dumps({"whole": report.whole, "at_work": most, "killed": not killer.is_alive(), "lines": lines}))
     ray.shutdown()
 

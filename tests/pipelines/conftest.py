@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hdovd.config.recipe import PRESETS, Recipe
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.train import TrainConfig, train
@@ -40,7 +41,8 @@ def train_micro(world: Path, training_cache: Path, micro_recipe: Callable[..., R
             device="cpu",
             overwrite=overwrite,
         )
-        return train(job, log)
+        with lines_to(log):
+            return train(job)
 
     return run
 

@@ -6,7 +6,7 @@ costs that queries and boxes are paired by. N pictures, Q queries of each, S sta
 hidden, K classes, G boxes of the batch (`pairs`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torchvision.models.detection.image_list import ImageList
 from hdovd.config.adamixer import GROUPS_OF_NORM, AdaMixerConfig
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import log
 from hdovd.data.targets import Targets, scale_all
 from hdovd.modeling.adamixer.boxes import SamplingTable, to_corners, to_xyzr
 from hdovd.modeling.adamixer.decoder import DecoderStage
@@ -103,14 +104,14 @@ class AdaMixer(Detector):
     """The query-based detector with its losses: backbone, proposals, stages, adapters, levels.
 
     It knows objects by the text embedding of the word "object", which it keeps (`set_object_text`). Without one, the
-    mean of the base classes' embeddings is taken in the first training step, and `log` says so.
+    mean of the base classes' embeddings is taken in the first training step, and logged.
     """
 
     training_parts = ("proposals.auxiliary.", "instance_level.", "text_level.", "image_level.", "extra.")
     exportable = "hdovd.modeling.export.detectors:ExportableAdaMixer"
     has_idle_parameters = True  # before `pseudo_boxes.from_epoch`: the adapter of the text level, and the image level
 
-    def __init__(self, recipe: Recipe, dim: int, log: Callable[[str], None] | None) -> None:
+    def __init__(self, recipe: Recipe, dim: int, initialise: bool = True) -> None:
         super().__init__()
         if not isinstance(recipe.detector, AdaMixerConfig):
             raise HdovdError(
@@ -118,10 +119,10 @@ class AdaMixer(Detector):
                 f"'adamixer'"
             )
         config = recipe.detector
-        self.recipe, self.dim, self.log, self.config = recipe, dim, log, config
+        self.recipe, self.dim, self.config = recipe, dim, config
         channels, levels = config.backbone.fpn_channels, config.backbone.levels
         self.strides = [2**level for level in (*levels, levels[-1] + 1)]
-        pyramid = build_backbone(config.backbone, log)
+        pyramid = build_backbone(config.backbone, initialise)
         self.backbone = pyramid
         for conv in pyramid.fpn.modules():
             if isinstance(conv, nn.Conv2d):
@@ -232,10 +233,10 @@ class AdaMixer(Detector):
         """
         if not self.knows_objects:
             self.set_object_text(mean_text(texts))
-            if self.log is not None:
-                self.log(
-                    'adamixer: no text embedding of "object" was given; the mean of the base classes\' texts stands in for it'  # noqa: E501
-                )
+            log(
+                'adamixer: no text embedding of "object" was given; the mean of the base classes\' texts '
+                "stands in for it"
+            )
         batch, boxes = self._batch(images, targets, keys)
         look = self.look(batch.tensors, with_auxiliary=True)
         c = torch.stack([self.stage(s).describe(content) for s, content in enumerate(look.contents)])

@@ -20,6 +20,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from hdovd.config.backbone import BackboneConfig
 from hdovd.core.errors import HdovdError, require_readable
+from hdovd.core.log import log
 
 RANDOM_AND_FROZEN = (
     "backbone.weights is none and backbone.norm is frozen: a random frozen backbone cannot learn; set "
@@ -59,16 +60,16 @@ class ForeignPyramid(nn.Module):
         return maps
 
 
-def build_backbone(config: BackboneConfig, log: Callable[[str], None] | None) -> BackboneWithFPN | ForeignPyramid:
-    """The backbone of a recipe, initialised as its `weights` say; says through `log` which it used.
+def build_backbone(config: BackboneConfig, initialise: bool = True) -> BackboneWithFPN | ForeignPyramid:
+    """The backbone of a recipe, initialised as its `weights` say; logs which it used.
 
     It maps a batch (N, 3, H, W) to feature maps (N, C, h, w) by level name. Its network without the pyramid is `body`.
-    Without `log` it is left as it is, for weights that are loaded over it.
+    Without `initialise` it is left as it is, for weights that are loaded over it.
 
     Raises HdovdError if weights are wanted and cannot be had, or do not fit.
     """
     if ":" in config.name:
-        return _foreign(config, log)
+        return _foreign(config, initialise)
     norm = FrozenBatchNorm2d if config.norm == "frozen" else nn.BatchNorm2d
     if config.name == "resnet-tiny":
         body: Any = TinyResNet(norm)
@@ -76,8 +77,8 @@ def build_backbone(config: BackboneConfig, log: Callable[[str], None] | None) ->
     else:
         body = getattr(torchvision.models, config.name)(weights=None, norm_layer=norm)
         widths = [body.fc.in_features // 2**k for k in (3, 2, 1, 0)]
-    if log is not None:
-        _initialise(body, config, log)
+    if initialise:
+        _initialise(body, config)
     _freeze(body, config.frozen_stages)
     levels = sorted(config.levels)
     return BackboneWithFPN(
@@ -100,22 +101,22 @@ def with_synced_norms(model: nn.Module) -> nn.Module:
     return synced
 
 
-def _foreign(config: BackboneConfig, log: Callable[[str], None] | None) -> ForeignPyramid:
+def _foreign(config: BackboneConfig, initialise: bool) -> ForeignPyramid:
     from hdovd.modeling.backbones.third_party import (
         build_body,
     )  # timm's import takes a second, and nobody else needs it
 
     body = build_body(
-        config if log is not None or config.weights != "auto" else config.model_copy(update={"weights": "none"})
+        config if initialise or config.weights != "auto" else config.model_copy(update={"weights": "none"})
     )
-    if log is not None and config.weights in ("auto", "none"):
+    if initialise and config.weights in ("auto", "none"):
         if config.weights == "none" and config.norm == "frozen" and config.name.startswith(("timm:", "torchvision:")):
             raise HdovdError(RANDOM_AND_FROZEN)
         log(
             f"backbone {config.name}: "
             f"{'pretrained weights' if config.weights == 'auto' else 'as it is built, no weights loaded'}"
         )
-    elif log is not None:
+    elif initialise:
         _load(body.inner, {str(k).removeprefix("inner."): v for k, v in _read(Path(config.weights)).items()}, config)
         log(f"backbone {config.name}: weights from {config.weights}")
     return ForeignPyramid(body, body.channels, config.levels, config.fpn_channels)
@@ -138,14 +139,14 @@ def _freeze(body: nn.Module, stages: int) -> None:
                 setattr(body.get_submodule(parent), name, fixed)
 
 
-def _initialise(body: nn.Module, config: BackboneConfig, log: Callable[[str], None]) -> None:
+def _initialise(body: nn.Module, config: BackboneConfig) -> None:
     if config.weights == "none":
         if config.norm == "frozen":
             raise HdovdError(RANDOM_AND_FROZEN)
         log(f"backbone {config.name}: random initialisation")
         return
     if config.weights == "auto":
-        state = _imagenet(config, log)
+        state = _imagenet(config)
     else:
         state = _read(Path(config.weights))
         log(f"backbone {config.name}: weights from {config.weights}")
@@ -169,7 +170,7 @@ def _load(body: nn.Module, state: dict[str, Tensor], config: BackboneConfig) -> 
     body.load_state_dict(state, strict=False)
 
 
-def _imagenet(config: BackboneConfig, log: Callable[[str], None]) -> dict[str, Tensor]:
+def _imagenet(config: BackboneConfig) -> dict[str, Tensor]:
     if config.name == "resnet-tiny":
         raise HdovdError("resnet-tiny has no ImageNet weights: set detector.backbone.weights=none")
     weights = torchvision.models.get_model_weights(config.name).IMAGENET1K_V1

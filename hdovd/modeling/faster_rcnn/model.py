@@ -4,7 +4,7 @@ The levels are parts of their own (`levels`), their losses pure functions (`loss
 N images, R RoIs, K base classes, D embedding size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -60,18 +60,18 @@ class BoxHead(nn.Module):
 class FasterRCNN(Detector):
     """The compact detector. Text embeddings are arguments: it holds no class list.
 
-    `log` None: the backbone is not initialised, because weights are loaded over it.
+    Without `initialise` the backbone is left as it is, because weights are loaded over it.
     """
 
     exportable = "hdovd.modeling.export.detectors:ExportableFasterRCNN"
     training_parts = ("class_level.", "instance_level.", "image_level.", "extra.")
 
-    def __init__(self, recipe: Recipe, dim: int, log: Callable[[str], None] | None) -> None:
+    def __init__(self, recipe: Recipe, dim: int, initialise: bool = True) -> None:
         super().__init__()
         self.recipe, self.dim = recipe, dim
         detector, loss = recipe.faster_rcnn, recipe.loss
         self.config, self.uses_pseudo_boxes = detector, True
-        self.backbone = build_backbone(detector.backbone, log)
+        self.backbone = build_backbone(detector.backbone, initialise)
         channels, levels = detector.backbone.fpn_channels, detector.backbone.levels
         self.rpn = build_rpn(detector.rpn, channels, len(levels) + 1)
         self.pool = PyramidRoIAlign(levels, detector.head.canonical_size, detector.head.sampling_ratio)

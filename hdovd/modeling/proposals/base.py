@@ -4,7 +4,7 @@ They are trained on base boxes alone and never see a class label. The other one 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,14 +19,14 @@ from hdovd.modeling.rpn import build_rpn
 
 
 class ProposalNetwork(nn.Module, ABC):
-    """A backbone, and what finds boxes on its feature maps. `log` None: it is not initialised, because weights are
-    loaded over it.
+    """A backbone, and what finds boxes on its feature maps. Without `initialise` it is left as it is, because
+    weights are loaded over it.
     """
 
-    def __init__(self, recipe: Recipe, log: Callable[[str], None] | None) -> None:
+    def __init__(self, recipe: Recipe, initialise: bool = True) -> None:
         super().__init__()
         self.recipe = recipe
-        self.backbone = build_backbone(recipe.detector.backbone, log)
+        self.backbone = build_backbone(recipe.detector.backbone, initialise)
 
     @abstractmethod
     def losses(self, batch: ImageList, features: dict[str, Tensor], targets: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -73,8 +73,8 @@ class ObjectnessNetwork(ProposalNetwork):
     of OLN.
     """
 
-    def __init__(self, recipe: Recipe, log: Callable[[str], None] | None) -> None:
-        super().__init__(recipe, log)
+    def __init__(self, recipe: Recipe, initialise: bool = True) -> None:
+        super().__init__(recipe, initialise)
         backbone = recipe.detector.backbone
         self.rpn = build_rpn(recipe.faster_rcnn.rpn, backbone.fpn_channels, len(backbone.levels) + 1)
 

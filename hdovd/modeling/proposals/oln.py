@@ -6,7 +6,6 @@ and from nothing else, so that an object which nobody labelled is never taught t
 image, R RoIs, C channels.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,8 +115,8 @@ class QualityHead(nn.Module):
 
 
 class ObjectLocalisationNetwork(ProposalNetwork):
-    def __init__(self, recipe: Recipe, log: Callable[[str], None] | None) -> None:
-        super().__init__(recipe, log)
+    def __init__(self, recipe: Recipe, initialise: bool = True) -> None:
+        super().__init__(recipe, initialise)
         detector = recipe.faster_rcnn
         self.rpn = CenternessRPN(recipe)
         self.pool = PyramidRoIAlign(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths, Skips, Split, clip_box, load_split
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.options import validation_of
@@ -544,11 +545,13 @@ def test_images_without_objects_are_told_and_may_be_kept(tmp_path: Path) -> None
         (True, [2, 3, 4], "3: image without an object of the base classes"),
         (False, [3, 4], "2: image without an object of the protocol's classes"),
     ):
-        split = data.load("", PROTOCOL, base_only=base_only, log=said.append)
+        with lines_to(said.append):
+            split = data.load("", PROTOCOL, base_only=base_only)
         assert split.empty == left_out
         assert any(line in one and "keep_empty" in one for one in said), said
         keeping = replace(PROTOCOL, **{"keep_empty_train" if base_only else "keep_empty_val": True})
-        split = data.load("", keeping, base_only=base_only, log=said.append)
+        with lines_to(said.append):
+            split = data.load("", keeping, base_only=base_only)
         # 4 is too small to train on, 5 not without objects
         assert [i.id for i in split.images] == ([1, 2, 3] if base_only else [1, 2, 3, 4])
         assert split.empty == []
@@ -556,7 +559,8 @@ def test_images_without_objects_are_told_and_may_be_kept(tmp_path: Path) -> None
         assert (three.boxes.shape, three.labels.shape, three.annotation_ids.shape) == ((0, 4), (0,), (0,))
         assert (three.boxes.dtype, three.labels.dtype, three.annotation_ids.dtype) == (np.float32, np.int64, np.int64)
     other = replace(PROTOCOL, keep_empty_train=True)
-    assert data.load("", other, base_only=False, log=said.append).empty == [3, 4]  # each switch is for one
+    with lines_to(said.append):
+        assert data.load("", other, base_only=False).empty == [3, 4]  # each switch is for one
 
 
 # Annotations that say it otherwise.
@@ -617,7 +621,7 @@ def test_a_packed_file_is_found_and_read(tmp_path: Path) -> None:
     content = write(tmp_path, [image(1)], [annotation(1, 1, CAT)]).read_bytes()
     file = tmp_path / "annotations" / "instances_train2017.json.gz"
     file.write_bytes(gzip.compress(content))
-    split = DataPaths(tmp_path).load("train2017", PROTOCOL, base_only=True, log=lambda _: None)
+    split = DataPaths(tmp_path).load("train2017", PROTOCOL, base_only=True)
     assert (split.annotations, len(split.images)) == (file, 1)
     (tmp_path / "val2017").mkdir()
     file.rename(tmp_path / "annotations" / "instances_val2017.json.gz")
@@ -698,7 +702,8 @@ def test_the_layout_of_coco_2017(tmp_path: Path) -> None:
     file = tmp_path / "annotations" / "instances_train2017.json"
     write(tmp_path, [image(1)], [annotation(1, 1, CAT), annotation(2, 1, CAT, (1, 1, 0, 0))]).rename(file)
     said: list[str] = []
-    split = DataPaths(tmp_path).load("train2017", PROTOCOL, base_only=True, log=said.append)
+    with lines_to(said.append):
+        split = DataPaths(tmp_path).load("train2017", PROTOCOL, base_only=True)
     assert split.path(split.images[0]) == tmp_path / "train2017" / "0001.jpg"
     assert split.annotations == file
     assert len(said) == 1
@@ -707,7 +712,7 @@ def test_the_layout_of_coco_2017(tmp_path: Path) -> None:
 
 def test_images_and_annotations_override_the_layout(tmp_path: Path) -> None:
     file = write(tmp_path, [image(1)], [annotation(1, 1, CAT)])
-    split = DataPaths(None, tmp_path, file).load("train2017", PROTOCOL, base_only=True, log=lambda _: None)
+    split = DataPaths(None, tmp_path, file).load("train2017", PROTOCOL, base_only=True)
     assert (split.folder, split.annotations) == (tmp_path, file)
 
 

@@ -20,7 +20,7 @@ from hdovd.modeling.base import Detector
 
 
 class Mine(Detector):
-    def __init__(self, recipe, dim, log):
+    def __init__(self, recipe, dim, initialise):
         super().__init__()
         self.recipe, self.dim = recipe, dim
         self.backbone = nn.Linear(recipe.detector.options["width"], dim)
@@ -41,7 +41,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_the_registry_builds_what_it_names() -> None:
-    model = build_detector(load_recipe("demo"), 8, None)
+    model = build_detector(load_recipe("demo"), 8, initialise=False)
     assert type(model) is FasterRCNN
     assert (model.dim, model.recipe) == (8, load_recipe("demo"))
     assert DETECTORS.keys() == FORMS.keys() - {"own"}
@@ -49,7 +49,7 @@ def test_the_registry_builds_what_it_names() -> None:
 
 def test_a_detector_of_ones_own_gets_its_options(module: str, tmp_path: Path) -> None:
     recipe = load_recipe("demo", [f"detector.name={module}:Mine", "detector.width=3"])
-    model = build_detector(recipe, 8, None)
+    model = build_detector(recipe, 8, initialise=False)
     assert type(model).__name__ == "Mine"
     assert model.backbone.weight.shape == (8, 3)
     file = tmp_path / "again.toml"
@@ -69,11 +69,13 @@ def test_a_detector_of_ones_own_gets_its_options(module: str, tmp_path: Path) ->
 )
 def test_what_is_no_detector_is_told(attribute: str, told: str, module: str) -> None:
     with pytest.raises(HdovdError, match=rf"detector\.name.*{told}"):
-        build_detector(load_recipe("demo", [f"detector.name={module}:{attribute}", "detector.width=3"]), 8, None)
+        build_detector(
+            load_recipe("demo", [f"detector.name={module}:{attribute}", "detector.width=3"]), 8, initialise=False
+        )
 
 
 def test_pseudo_boxes_wait_for_their_epoch(micro: Recipe) -> None:
-    model = build_detector(micro, 8, lambda _: None)
+    model = build_detector(micro, 8)
     assert isinstance(model, FasterRCNN)
     used = []
     for epoch in (1, 2, 3):

@@ -61,7 +61,7 @@ def build(folder: str, micro_recipe: Callable[..., Recipe]) -> Callable[..., Fas
         recipe = micro_recipe(
             f'loss.extra.{name}.use="{use.format(folder)}"', f"loss.extra.{name}.weight=0.5", *settings
         )
-        return FasterRCNN(recipe, DIM, lambda _: None).train()
+        return FasterRCNN(recipe, DIM).train()
 
     return make
 

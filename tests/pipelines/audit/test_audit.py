@@ -33,9 +33,6 @@ from hdovd.pipelines.proposal_files.file import Proposals, read_proposals, read_
 Extract = Callable[..., ExtractConfig]
 
 
-def _silent(_: str) -> None: ...
-
-
 @pytest.fixture
 def run(tmp_path: Path, cache: Path, world: Path, micro_recipe: Callable[..., Recipe]) -> Path:
     """The record that a run over the cache leaves."""
@@ -61,7 +58,7 @@ def documented(
 
     def write(made_by: dict[str, Any]) -> Path:
         write_proposals(tmp_path / "p.npz", read_table(proposals).by_image(), made_by)
-        extract_clip(extraction(copied_cache, proposals=tmp_path / "p.npz"), _silent)
+        extract_clip(extraction(copied_cache, proposals=tmp_path / "p.npz"))
         return copied_cache
 
     return write
@@ -187,7 +184,7 @@ def test_proposals_of_a_network_that_saw_test_pictures(
         cache=cache,
         protocol=str(world / "protocol.toml"),
     )
-    check = check_of(audit(elsewhere, _silent), "proposals: made by")  # no validation file to compare with
+    check = check_of(audit(elsewhere), "proposals: made by")  # no validation file to compare with
     assert check.verdict is Verdict.UNKNOWN
     assert "give that file with --annotations" in check.text
 
@@ -237,7 +234,7 @@ def test_the_file_speaks_for_a_cache_that_does_not(world: Path, cache: Path, pro
 
 def _planted(world: Path, proposals: Path, share: float, move: float = 0.0) -> dict[int, Proposals]:
     """The proposals, a share of those near novel objects exchanged for the annotations themselves, `move` px off."""
-    split = DataPaths(world).load("train2017", load_protocol(str(world / "protocol.toml")), base_only=True, log=_silent)
+    split = DataPaths(world).load("train2017", load_protocol(str(world / "protocol.toml")), base_only=True)
     found = read_proposals(proposals, split.images, Skips())
     truth, rng = read_truth(world / "annotations" / "instances_train2017.json"), np.random.default_rng(0)
     novel = np.flatnonzero(~truth.of_classes(BASE))
@@ -252,7 +249,7 @@ def test_proposals_made_from_the_ground_truth(
     world: Path, proposals: Path, extraction: Extract, tmp_path: Path
 ) -> None:
     write_proposals(tmp_path / "p.json", _planted(world, proposals, 0.3))
-    extract_clip(extraction(tmp_path / "c", proposals=tmp_path / "p.json"), _silent)
+    extract_clip(extraction(tmp_path / "c", proposals=tmp_path / "p.json"))
     report = report_of(world, tmp_path / "c")
     text = leak_of(report, "proposals: copies")
     assert "made from the annotations" in text
@@ -269,7 +266,7 @@ def test_boxes_in_whole_pixels_are_not_taken_for_copies(
     for own in found.values():
         own.boxes[:] = own.boxes.round() + rng.choice([-1, 0, 0, 1], own.boxes.shape)
     write_proposals(tmp_path / "p.json", found)
-    extract_clip(extraction(tmp_path / "c", proposals=tmp_path / "p.json"), _silent)
+    extract_clip(extraction(tmp_path / "c", proposals=tmp_path / "p.json"))
     check = check_of(report_of(world, tmp_path / "c"), "proposals: copies")
     assert check.verdict is Verdict.OK
     assert check.numbers["chance"] > 0

@@ -20,9 +20,6 @@ from hdovd.pipelines.extraction.extract_clip import extract_clip
 Extract = Callable[..., ExtractConfig]
 
 
-def _silent(_: str) -> None: ...
-
-
 # --- base rows ---
 
 
@@ -47,7 +44,7 @@ def test_a_novel_annotation_that_was_relabelled_for_training(
         own["category_id"] = next(i for i, name in names.items() if name == BASE[0])
 
     edit(copied_world / "annotations" / "instances_train2017.json", relabel)
-    extract_clip(extraction(tmp_path / "c", data=copied_world), _silent)
+    extract_clip(extraction(tmp_path / "c", data=copied_world))
     text = leak_of(report_of(world, tmp_path / "c"), "base boxes")
     assert f"annotation {wanted['id']} of image {wanted['image_id']}" in text
     assert f"{names[wanted['category_id']]!r}, which is novel" in text
@@ -67,7 +64,7 @@ def test_a_novel_box_under_a_base_annotations_id(
         changed.append(own["id"])
 
     edit(copied_world / "annotations" / "instances_train2017.json", move)
-    extract_clip(extraction(tmp_path / "c", data=copied_world), _silent)
+    extract_clip(extraction(tmp_path / "c", data=copied_world))
     text = leak_of(report_of(world, tmp_path / "c"), "base boxes")
     assert (
         f"that of annotation {changed[0]}, image {wanted['image_id']}, has the box of annotation {wanted['id']}" in text
@@ -85,7 +82,7 @@ def test_a_novel_box_under_an_id_that_is_in_no_file(
         tree["annotations"].append(wanted | {"id": 987_654, "category_id": category})
 
     edit(copied_world / "annotations" / TRAIN, add)
-    extract_clip(extraction(tmp_path / "c", data=copied_world), _silent)
+    extract_clip(extraction(tmp_path / "c", data=copied_world))
     report = report_of(world, tmp_path / "c")
     expected = f"that of annotation 987654, image {wanted['image_id']}, has the box of annotation {wanted['id']}"
     assert expected in leak_of(report, "base boxes")
@@ -134,7 +131,7 @@ def test_all_novel_boxes_under_new_ids_are_counted(
             own.update(category_id=base, id=own["id"] + 10_000)
 
     edit(copied_world / "annotations" / TRAIN, rename)
-    extract_clip(extraction(tmp_path / "c", data=copied_world), _silent)
+    extract_clip(extraction(tmp_path / "c", data=copied_world))
     tree = json.loads((world / "annotations" / TRAIN).read_text())
     base = {c["id"] for c in tree["categories"] if c["name"] in BASE}
     novel = [a for a in tree["annotations"] if a["category_id"] not in base]

@@ -22,6 +22,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import TABLES, Level
 from hdovd.cache.verify import Finding
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import CheckReport, check_cache
@@ -35,9 +36,6 @@ PART_ROWS, BATCH = 64, 48  # neither is the default
 Damage = Callable[[Path], tuple[str, int | str | None] | None]
 
 
-def _silent(_: str) -> None: ...
-
-
 @pytest.fixture(scope="module")
 def teacher(clip: str) -> ClipTeacher:
     return load_clip(clip, None, device="cpu")
@@ -49,7 +47,7 @@ def parted(
 ) -> Path:
     """The micro world's cache in several parts a level."""
     folder = tmp_path_factory.mktemp("parted") / "cache"
-    extract_clip(extraction(folder, part_rows=PART_ROWS, batch_size=BATCH), _silent, teacher)
+    extract_clip(extraction(folder, part_rows=PART_ROWS, batch_size=BATCH), teacher)
     return folder
 
 
@@ -60,8 +58,9 @@ def copied(parted: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def check(teacher: ClipTeacher) -> Callable[..., CheckReport]:
-    def run(cache: Path, *, log: Callable[[str], None] = _silent, **changes: Any) -> CheckReport:
-        return check_cache(CheckConfig(cache=cache, **changes), log, teacher)
+    def run(cache: Path, *, log: Callable[[str], None] = lambda _: None, **changes: Any) -> CheckReport:
+        with lines_to(log):
+            return check_cache(CheckConfig(cache=cache, **changes), teacher)
 
     return run
 
@@ -72,9 +71,11 @@ def mended(
 ) -> Callable[..., list[Finding]]:
     """Both steps, repair and then the same extraction; and what is wrong afterwards."""
 
-    def run(cache: Path, *, log: Callable[[str], None] = _silent, sample: int = 0, **settings: Any) -> list[Finding]:
+    def run(
+        cache: Path, *, log: Callable[[str], None] = lambda _: None, sample: int = 0, **settings: Any
+    ) -> list[Finding]:
         check(cache, repair=True, log=log, sample=sample)
-        extract_clip(extraction(cache, part_rows=PART_ROWS, batch_size=BATCH, **settings), _silent, teacher)
+        extract_clip(extraction(cache, part_rows=PART_ROWS, batch_size=BATCH, **settings), teacher)
         return check(cache, sample=sample).findings
 
     return run
@@ -327,7 +328,7 @@ def test_parts_of_lost_metadata_are_kept_only_if_these_were_the_same(
     """Parts of another size would be taken for whole ones."""
     product = _product(copied, Level.INSTANCE)
     (product / "zarr.json").unlink()
-    extract_clip(extraction(copied, part_rows=2 * PART_ROWS, batch_size=BATCH), _silent, teacher)
+    extract_clip(extraction(copied, part_rows=2 * PART_ROWS, batch_size=BATCH), teacher)
     assert {f.expected for f in check(copied).findings} == {"nothing there"}  # what is left of the smaller parts
     assert {file.name for file in (product / "parts").iterdir()} == {"000000.json", "000001.json", "tables.json"}
     assert mended(copied) == []
@@ -403,7 +404,7 @@ def test_sample_refuses_another_clip(copied: Path, save_clip: Callable[..., str]
     with pytest.raises(
         HdovdError, match=r"another CLIP:\s+clip\.weights_sha256 differs: the cache has .*, the CLIP named has"
     ):
-        check_cache(CheckConfig(cache=copied, sample=3, changes={"clip": other, "device": "cpu"}), _silent)
+        check_cache(CheckConfig(cache=copied, sample=3, changes={"clip": other, "device": "cpu"}))
 
 
 def test_sample_says_which_pictures_it_could_not_read(
@@ -457,7 +458,7 @@ def test_rows_that_came_from_another_product_are_made_again_to_the_byte(
     more = tmp_path / "more.json"
     more.write_text(json.dumps([*tree, {**tree[0], "bbox": [3, 3, 20, 20]}]))
     first = _product(copied, Level.INSTANCE)
-    extract_clip(extraction(copied, proposals=more, part_rows=PART_ROWS, features="more"), _silent, teacher)
+    extract_clip(extraction(copied, proposals=more, part_rows=PART_ROWS, features="more"), teacher)
     (second,) = [p for p in (copied / "instance").iterdir() if p.is_dir() and p != first]
     before = contents(copied)
     for product, part in ((first, 0), (second, 0), (second, 2)):
@@ -469,7 +470,7 @@ def test_rows_that_came_from_another_product_are_made_again_to_the_byte(
     }
     check(copied, repair=True)
     for changes in ({}, {"proposals": more, "features": "more"}):
-        extract_clip(extraction(copied, part_rows=PART_ROWS, **changes), _silent, teacher)
+        extract_clip(extraction(copied, part_rows=PART_ROWS, **changes), teacher)
     assert check(copied).findings == []
     assert contents(copied) == before
 
@@ -477,18 +478,14 @@ def test_rows_that_came_from_another_product_are_made_again_to_the_byte(
 def test_repair_of_one_set_leaves_others_alone(
     copied: Path, extraction: Callable[..., ExtractConfig], teacher: ClipTeacher, check: Callable[..., CheckReport]
 ) -> None:
-    extract_clip(
-        extraction(copied, templates=("{} on a table",), part_rows=PART_ROWS, features="other"), _silent, teacher
-    )
+    extract_clip(extraction(copied, templates=("{} on a table",), part_rows=PART_ROWS, features="other"), teacher)
     sets = {name: json.loads((copied / f"sets/{name}.json").read_text())["levels"] for name in ("default", "other")}
     for levels in sets.values():
         _flip(copied / "class" / levels["class"] / "embedding/c/0/0", 3)
     assert len(check(copied).findings) == 2
     assert len(check(copied, features="other").findings) == 1
     check(copied, repair=True, features="other")
-    extract_clip(
-        extraction(copied, templates=("{} on a table",), part_rows=PART_ROWS, features="other"), _silent, teacher
-    )
+    extract_clip(extraction(copied, templates=("{} on a table",), part_rows=PART_ROWS, features="other"), teacher)
     (left,) = check(copied).findings
     assert left.product == (Level.CLASS, sets["default"]["class"])
     with pytest.raises(HdovdError, match="no set of features named third; it has default, other"):
@@ -518,7 +515,7 @@ def test_unfinished_products_are_no_fault(
     assert [f.part for f in check(copied).findings] == [2]
     check(copied, repair=True)
     assert check(copied).findings == []
-    extract_clip(extraction(copied, part_rows=PART_ROWS), _silent, teacher)
+    extract_clip(extraction(copied, part_rows=PART_ROWS), teacher)
     assert unchanged(copied, parted) == []
 
 
@@ -551,9 +548,10 @@ def test_what_is_no_cache_is_refused(tmp_path: Path, check: Callable[..., CheckR
 
 def test_shards_are_checked_one_by_one(parted: Path, tmp_path: Path) -> None:
     """All that is wrong is named, and what is sound is said to be so."""
-    export_tars(TarExportConfig(cache=parted, out=tmp_path / "shards", samples=6), lambda _: None)
+    export_tars(TarExportConfig(cache=parted, out=tmp_path / "shards", samples=6))
     said: list[str] = []
-    assert check_cache(CheckConfig(cache=tmp_path / "shards"), said.append).findings == []
+    with lines_to(said.append):
+        assert check_cache(CheckConfig(cache=tmp_path / "shards")).findings == []
     assert said[-2:] == ["checked 4 tar shards of 23 images: every file, by checksum and by value", "nothing is wrong"]
     for number, at in ((1, 700), (3, 5000)):
         file = tmp_path / "shards" / f"{number:06d}.tar"
@@ -561,7 +559,11 @@ def test_shards_are_checked_one_by_one(parted: Path, tmp_path: Path) -> None:
         data[at] ^= 1
         file.write_bytes(data)
     (tmp_path / "shards" / "000002.json").unlink()
-    found = check_cache(CheckConfig(cache=tmp_path / "shards"), said.append).findings
+    with lines_to(said.append):
+        found = check_cache(CheckConfig(cache=tmp_path / "shards")).findings
     assert [finding.place for finding in found] == ["000001.tar", "000002.tar", "000003.tar"]
-    with pytest.raises(HdovdError, match=r"is of tar shards: --sample and --repair need the Zarr cache"):
-        check_cache(CheckConfig(cache=tmp_path / "shards", repair=True), said.append)
+    with (
+        pytest.raises(HdovdError, match=r"is of tar shards: --sample and --repair need the Zarr cache"),
+        lines_to(said.append),
+    ):
+        check_cache(CheckConfig(cache=tmp_path / "shards", repair=True))

@@ -29,7 +29,7 @@ def protocol(world: Path) -> Protocol:
 
 @pytest.fixture(scope="module")
 def split(world: Path, protocol: Protocol) -> Split:
-    return DataPaths(world).load("train2017", protocol, base_only=True, log=lambda _: None)
+    return DataPaths(world).load("train2017", protocol, base_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def of_three_nouns(
     extraction: Callable[..., ExtractConfig], cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> FeatureCache:
     folder = Path(shutil.copytree(cache, tmp_path_factory.mktemp("top k") / "cache"))
-    extract_clip(extraction(folder, labels=LabelRule(3, 0.1), features="three"), lambda _: None)
+    extract_clip(extraction(folder, labels=LabelRule(3, 0.1), features="three"))
     return FeatureCache(folder, "three")
 
 
@@ -102,11 +102,11 @@ def test_what_a_cache_lacks_is_said(
     whole = gather_view(FeatureCache(cache), split.images[0].id)
     assert all(row.class_name is None for row in whole.rows)
     assert any("--calibration" in note for note in whole.notes)
-    extract_clip(extraction(tmp_path / "bare", proposals=None, vocabulary=None, captions=None), lambda _: None)
+    extract_clip(extraction(tmp_path / "bare", proposals=None, vocabulary=None, captions=None))
     bare = gather_view(FeatureCache(tmp_path / "bare"), split.images[0].id)
     assert [note for note in bare.notes if "no proposals" in note]
     assert {row.source for row in bare.rows} == {Source.BASE_BOX}
-    extract_clip(extraction(tmp_path / "bare", vocabulary=None, captions=None, features="plain"), lambda _: None)
+    extract_clip(extraction(tmp_path / "bare", vocabulary=None, captions=None, features="plain"))
     plain = gather_view(FeatureCache(tmp_path / "bare", "plain"), split.images[0].id, reliability=WEIGH)
     assert [note for note in plain.notes if "no nouns" in note]
     assert {(row.nouns, row.weight) for row in plain.rows} == {((), None)}

@@ -18,6 +18,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.audit.audit import AuditConfig, audit
 from hdovd.pipelines.audit.report import Verdict
@@ -69,7 +70,8 @@ def run(published: Path, world: Path, clip: str) -> Import:
             "clip": clip,
             "device": "cpu",
         }
-        import_features(ImportConfig(**(values | changes)), lines.append)
+        with lines_to(lines.append):
+            import_features(ImportConfig(**(values | changes)))
         return lines
 
     return run
@@ -106,8 +108,7 @@ def test_audit_does_not_pass_what_the_publishers_do_not_say(published: Path, run
     """Neither what made the proposals nor which words the texts are."""
     run()
     report = audit(
-        AuditConfig(data=DataPaths(world), cache=published / "imported", protocol=str(world / "protocol.toml")),
-        lambda _: None,
+        AuditConfig(data=DataPaths(world), cache=published / "imported", protocol=str(world / "protocol.toml"))
     )
     unknown = {check.name for check in report.checks if check.verdict is Verdict.UNKNOWN}
     assert {"proposals: made by", "novel names"} <= unknown

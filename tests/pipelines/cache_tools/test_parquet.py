@@ -24,6 +24,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
 from hdovd.cli.main import app
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools import parquet
@@ -33,11 +34,9 @@ from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.source import CacheSource
 
 
-def _silent(_: str) -> None: ...
-
-
-def _export(cache: Path, folder: Path, log: Callable[[str], None] = _silent, **source: Any) -> pa.Table:
-    export_parquet(ParquetConfig(source=CacheSource(cache, **source), out=folder / "boxes.parquet"), log)
+def _export(cache: Path, folder: Path, log: Callable[[str], None] = lambda _: None, **source: Any) -> pa.Table:
+    with lines_to(log):
+        export_parquet(ParquetConfig(source=CacheSource(cache, **source), out=folder / "boxes.parquet"))
     return pq.read_table(folder / "boxes.parquet")
 
 
@@ -66,7 +65,7 @@ def test_the_file_says_what_the_cache_says(
         load_protocol(str(world / "protocol.toml")),
         FeatureCache(cache).names(Level.NOUN),
     )
-    split, at, rows = DataPaths(world).load("train2017", protocol, base_only=True, log=_silent), 0, table.to_pylist()
+    split, at, rows = DataPaths(world).load("train2017", protocol, base_only=True), 0, table.to_pylist()
     for image in split.images:
         found, labels = (
             opened.instances(image.id),
@@ -130,7 +129,7 @@ def test_images_that_cannot_be_read_have_no_embedding(
 ) -> None:
     copied = Path(shutil.copytree(world, tmp_path / "world"))
     (copied / "train2017" / f"{kept[2]:012d}.jpg").unlink()
-    extract_clip(extraction(tmp_path / "cache", data=copied), _silent)
+    extract_clip(extraction(tmp_path / "cache", data=copied))
     table = _export(tmp_path / "cache", tmp_path)
     without = {
         row["image_id"] for row in table.select(["image_id", "embedding"]).to_pylist() if row["embedding"] is None
@@ -139,9 +138,7 @@ def test_images_that_cannot_be_read_have_no_embedding(
 
 
 def test_a_set_of_base_boxes_alone(extraction: Callable[..., Any], tmp_path: Path) -> None:
-    extract_clip(
-        extraction(tmp_path / "cache", proposals=None, vocabulary=None, captions=None, features="plain"), _silent
-    )
+    extract_clip(extraction(tmp_path / "cache", proposals=None, vocabulary=None, captions=None, features="plain"))
     table = _export(tmp_path / "cache", tmp_path, features="plain")
     assert set(table["source"].to_pylist()) == {"base"}
     assert set(table["noun_cosine"].to_pylist()) == {None}
@@ -164,7 +161,7 @@ def test_without_the_data_names_of_files_and_classes_are_null(copied_cache: Path
 
 def test_bad_input(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HdovdError, match=r"ends in \.parquet"):
-        export_parquet(ParquetConfig(source=CacheSource(cache), out=tmp_path / "boxes.csv"), _silent)
+        export_parquet(ParquetConfig(source=CacheSource(cache), out=tmp_path / "boxes.csv"))
     with pytest.raises(HdovdError, match="no set of features named other"):
         _export(cache, tmp_path, features="other")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)

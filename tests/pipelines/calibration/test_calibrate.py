@@ -19,6 +19,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.audit.audit import AuditConfig, audit
@@ -40,9 +41,6 @@ from hdovd.pipelines.training.train import TrainConfig, train
 
 Config = Callable[..., ExtractConfig]
 OPENAI = {"clip": "ViT-B-32", "pretrained": "openai"}
-
-
-def _silent(_: str) -> None: ...
 
 
 # --- which labels ---
@@ -71,7 +69,7 @@ def knowing(cache: Path, world: Path, extraction: Config, tmp_path_factory: pyte
     are noise.
     """
     folder, protocol = tmp_path_factory.mktemp("calibration"), load_protocol(str(world / "protocol.toml"))
-    split, reader = DataPaths(world).load("train2017", protocol, base_only=True, log=_silent), FeatureCache(cache)
+    split, reader = DataPaths(world).load("train2017", protocol, base_only=True), FeatureCache(cache)
     rows = np.random.default_rng(0).normal(size=(len(protocol.names), reader.dim)).astype(np.float32)
     crops = np.concatenate([reader.instances(image.id).base_boxes().embedding for image in split.images]).astype(
         np.float32
@@ -82,15 +80,14 @@ def knowing(cache: Path, world: Path, extraction: Config, tmp_path_factory: pyte
         crops.T @ crops + 1e-4 * np.eye(reader.dim), crops.T @ own
     ).T  # regression on one-hot rows
     np.save(folder / "classes.npy", rows)
-    extract_clip(
-        extraction(folder / "cache", vocabulary=None, captions=None, class_embeddings=folder / "classes.npy"), _silent
-    )
+    extract_clip(extraction(folder / "cache", vocabulary=None, captions=None, class_embeddings=folder / "classes.npy"))
     return folder / "cache"
 
 
 def test_a_cache_is_calibrated(knowing: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    found = calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "new" / "c.toml"), said.append)
+    with lines_to(said.append):
+        found = calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "new" / "c.toml"))
     again = read_calibration(tmp_path / "new" / "c.toml")
     assert again == found
     tree = tomllib.loads((tmp_path / "new" / "c.toml").read_text())
@@ -115,10 +112,8 @@ def test_novel_names_and_boxes_have_no_part_in_it(
     novel = {c["id"] for c in tree["categories"] if c["name"] in protocol.novel}
     tree["annotations"] = [a for a in tree["annotations"] if a["category_id"] not in novel]
     file.write_text(json.dumps(tree))
-    one = calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "one.toml"), _silent)
-    other = calibrate(
-        CalibrateConfig(cache=knowing, out=tmp_path / "other.toml", data=DataPaths(copied_world)), _silent
-    )
+    one = calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "one.toml"))
+    other = calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "other.toml", data=DataPaths(copied_world)))
     assert other == one
     assert set(one.fitted_on["classes"]) == set(protocol.base)
 
@@ -130,17 +125,17 @@ def test_other_boxes_are_refused(knowing: Path, copied_world: Path, tmp_path: Pa
         annotation["id"] += 1000
     file.write_text(json.dumps(tree))
     with pytest.raises(HdovdError, match=r"boxes level of .* does not fit this data"):
-        calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "c.toml", data=DataPaths(copied_world)), _silent)
+        calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "c.toml", data=DataPaths(copied_world)))
     assert not (tmp_path / "c.toml").exists()
 
 
 def test_classes_of_other_prompts_than_the_nouns_are_refused(knowing: Path, extraction: Config, tmp_path: Path) -> None:
     both = extraction(tmp_path / "cache", class_embeddings=knowing.parent / "classes.npy")
-    extract_clip(both, _silent)
+    extract_clip(both)
     with pytest.raises(
         HdovdError, match=r"the nouns are of the prompts .*the classes of a file of embeddings.*--features plain"
     ):
-        calibrate(CalibrateConfig(cache=tmp_path / "cache", out=tmp_path / "c.toml"), _silent)
+        calibrate(CalibrateConfig(cache=tmp_path / "cache", out=tmp_path / "c.toml"))
 
 
 # --- what training makes of it ---
@@ -165,24 +160,24 @@ def test_a_run_takes_and_records_the_values(
         device="cpu",
         calibration=file,
     )
-    run = train(job, _silent)
+    run = train(job)
     assert run.recipe().pseudo_boxes.reliability == (0.2, 0.03, 1.1)
     record = run.record()["reliability"]
     assert (record["centre"], record["width"], record["scale"]) == (0.2, 0.03, 1.1)
     assert record["fitted_on"]["way"] == origin_of(FeatureCache(training_cache)).way()
     with pytest.raises(HdovdError, match="reliability_centre differs"):
-        train(replace(job, calibration=None, recipe=micro_recipe(), resume=True), _silent)
+        train(replace(job, calibration=None, recipe=micro_recipe(), resume=True))
 
 
 def test_the_audit_reads_what_it_was_fitted_on(
     knowing: Path, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "c.toml"), _silent)
+    calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "c.toml"))
     cache, protocol = FeatureCache(knowing), str(world / "protocol.toml")
-    _, _, record = with_reliability(micro_recipe(), lambda: origin_of(cache), tmp_path / "c.toml", BASE, _silent)
+    _, _, record = with_reliability(micro_recipe(), lambda: origin_of(cache), tmp_path / "c.toml", BASE)
     record |= {"protocol": load_protocol(protocol).to_dict(), "cache": cache.identity(), "resumed": []}
     (tmp_path / "run.json").write_text(json.dumps(record))
-    report = audit(AuditConfig(data=DataPaths(world), cache=knowing, run=tmp_path, protocol=protocol), _silent)
+    report = audit(AuditConfig(data=DataPaths(world), cache=knowing, run=tmp_path, protocol=protocol))
     (check,) = (check for check in report.checks if check.name == "calibration")
     assert (check.verdict, check.text) == (
         Verdict.OK,
@@ -213,13 +208,9 @@ def test_a_calibration_of_another_clip_or_prompts_is_refused(
     ]:
         other = replace(origin, inputs=inputs | {level: changed})
         with pytest.raises(HdovdError, match=f"(?s)was fitted on set default of {cache}.*{line}"):
-            with_reliability(micro_recipe(), lambda other=other: other, file, BASE, _silent)
+            with_reliability(micro_recipe(), lambda other=other: other, file, BASE)
     others = replace(origin, inputs=inputs | {Level.NOUN: noun | {"names": ["x"], "tokens": "t"}})
-    assert with_reliability(micro_recipe(), lambda: others, file, BASE, _silent)[1].pseudo_boxes.reliability == (
-        0.2,
-        0.03,
-        1.1,
-    )
+    assert with_reliability(micro_recipe(), lambda: others, file, BASE)[1].pseudo_boxes.reliability == (0.2, 0.03, 1.1)
 
 
 @pytest.mark.parametrize("text", ["", "[pseudo_boxes]\nreliability_centre = 0.2\n", "not toml", None])
@@ -236,7 +227,7 @@ def test_a_calibration_on_classes_that_are_novel_now_is_refused(
     fitted, file = _calibration(cache), tmp_path / "c.toml"
     file.write_text(replace(fitted, fitted_on=fitted.fitted_on | {"classes": [*BASE, NOVEL[0]]}).to_toml())
     with pytest.raises(HdovdError, match=f"fitted on boxes of {NOVEL[0]}, which the protocol does not call base"):
-        with_reliability(micro_recipe(), lambda: origin_of(FeatureCache(cache)), file, BASE, _silent)
+        with_reliability(micro_recipe(), lambda: origin_of(FeatureCache(cache)), file, BASE)
 
 
 @pytest.mark.parametrize(
@@ -304,9 +295,7 @@ def _origin(
     ],
 )
 def test_auto_is_the_table_of_the_method(origin: LabelOrigin, values: tuple[float, ...]) -> None:
-    written, used, record = with_reliability(
-        load_recipe("ov-coco-faster-rcnn-r50"), lambda: origin, None, BASE, _silent
-    )
+    written, used, record = with_reliability(load_recipe("ov-coco-faster-rcnn-r50"), lambda: origin, None, BASE)
     assert used.pseudo_boxes.reliability == values
     assert values in KNOWN.values()
     assert written.pseudo_boxes.reliability_centre == "auto"
@@ -331,14 +320,14 @@ def test_auto_is_the_table_of_the_method(origin: LabelOrigin, values: tuple[floa
 def test_auto_of_what_is_not_known_says_what_to_do(origin: LabelOrigin) -> None:
     recipe = load_recipe("ov-coco-faster-rcnn-r50")
     with pytest.raises(HdovdError, match=r"a cache is of none of them.*hdovd calibrate --cache a cache"):
-        with_reliability(recipe, lambda: origin, None, BASE, _silent)
+        with_reliability(recipe, lambda: origin, None, BASE)
     without = load_recipe("ov-coco-faster-rcnn-r50", ["loss.class.enabled=false"])
-    assert with_reliability(without, lambda: origin, None, BASE, _silent) == (without, without, {})
+    assert with_reliability(without, lambda: origin, None, BASE) == (without, without, {})
 
 
 def test_a_number_beside_auto_stays(micro_recipe: Callable[..., Recipe]) -> None:
     recipe = load_recipe("ov-coco-faster-rcnn-r50", ["pseudo_boxes.reliability_scale=1.7"])
-    assert with_reliability(recipe, lambda: _origin(OPENAI), None, BASE, _silent)[1].pseudo_boxes.reliability == (
+    assert with_reliability(recipe, lambda: _origin(OPENAI), None, BASE)[1].pseudo_boxes.reliability == (
         0.25,
         0.026,
         1.7,

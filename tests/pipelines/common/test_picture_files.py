@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.pipelines.common.picture_files import find_pictures, printable
 
 
@@ -34,10 +35,8 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _found(*words: str, stdin: bytes = b"", out: str = "out", log: list[str] | None = None) -> list[str]:
-    return [
-        picture.name
-        for picture in find_pictures(words, io.BytesIO(stdin), Path(out), ([] if log is None else log).append)
-    ]
+    with lines_to(([] if log is None else log).append):
+        return [picture.name for picture in find_pictures(words, io.BytesIO(stdin), Path(out))]
 
 
 def test_a_folder_gives_its_pictures_and_those_of_its_folders(photos: Path) -> None:
@@ -73,7 +72,7 @@ def test_paths_by_standard_input(photos: Path, between: bytes) -> None:
 def test_a_picture_by_standard_input(photos: Path, kind: str) -> None:
     data = io.BytesIO()
     Image.new("RGB", (5, 4), "red").save(data, kind)
-    (picture,) = find_pictures(["-"], io.BytesIO(data.getvalue()), Path("out"), lambda _: None)
+    (picture,) = find_pictures(["-"], io.BytesIO(data.getvalue()), Path("out"))
     assert picture.data == data.getvalue()
     assert picture.name == "standard input"
 

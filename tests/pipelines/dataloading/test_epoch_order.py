@@ -157,10 +157,8 @@ def test_training_takes_it_where_blocks_are_better(
     cache: Path, world: Path, micro_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = micro_recipe()
-    split = DataPaths(world).load(
-        "train2017", load_protocol(str(world / "protocol.toml")), base_only=True, log=lambda _: None
-    )
-    data = TrainingSet(split, FeatureCache(cache, mapped=False), recipe, lambda _: None)
+    split = DataPaths(world).load("train2017", load_protocol(str(world / "protocol.toml")), base_only=True)
+    data = TrainingSet(split, FeatureCache(cache, mapped=False), recipe)
     alone = Team(0, 1, torch.device("cpu"))
     plain, _ = batches_of(data, alone)
     monkeypatch.setattr(rows.ZarrRows, "reads_best_in_blocks", True)

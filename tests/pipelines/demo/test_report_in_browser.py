@@ -33,7 +33,7 @@ def file(distilled: RunFolder, base_only: RunFolder, world: Path, tmp_path_facto
         threshold=0.05,
         device="cpu",
     )
-    return report(job, lambda _: None)
+    return report(job)
 
 
 @pytest.fixture

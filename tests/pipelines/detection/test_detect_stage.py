@@ -28,9 +28,6 @@ from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.runs.folder import RunFolder
 
 
-def _silent(_: str) -> None: ...
-
-
 @pytest.fixture
 def run_on(distilled: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DetectResult]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user cache"))
@@ -42,7 +39,7 @@ def run_on(distilled: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             out=out,
             **({"threshold": 0.0, "device": "cpu"} | changes),
         )
-        return detect(job, _silent, io.BytesIO())
+        return detect(job, io.BytesIO())
 
     return run
 
@@ -71,7 +68,7 @@ def test_detections_are_those_of_evaluation(
 ) -> None:
     run = Path(shutil.copytree(distilled.path, tmp_path / "run"))
     evaluate(
-        EvalConfig(run=run, data=DataPaths(world), device="cpu", batch_size=1), _silent
+        EvalConfig(run=run, data=DataPaths(world), device="cpu", batch_size=1)
     )  # a picture is padded for its batch, and that shows
     truth = _json(world / "annotations" / "instances_val2017.json")
     expected = _table(

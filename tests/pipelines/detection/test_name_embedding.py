@@ -19,6 +19,7 @@ from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.pipelines.detection import names as name_embedding
 from hdovd.pipelines.detection.names import NameEmbedder
 from hdovd.pipelines.runs.folder import RunFolder
@@ -43,7 +44,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 @pytest.fixture
 def embedder(distilled: RunFolder, tmp_path: Path) -> Callable[..., NameEmbedder]:
     def make(run: Path | None = None, **options: Any) -> NameEmbedder:
-        usual: dict[str, Any] = {"kept_in": tmp_path / "kept", "log": lambda _: None}
+        usual: dict[str, Any] = {"kept_in": tmp_path / "kept"}
         return NameEmbedder(distilled if run is None else RunFolder(run), CPU, **(usual | options))
 
     return make
@@ -128,7 +129,8 @@ def test_a_damaged_row_is_told_and_made_anew(
     (file,) = (tmp_path / "kept").rglob("*.safetensors")
     file.write_bytes(damage(file.read_bytes()))
     log: list[str] = []
-    assert torch.equal(embedder(log=log.append).embed(["zeppelin"]), whole)
+    with lines_to(log.append):
+        assert torch.equal(embedder().embed(["zeppelin"]), whole)
     assert any(str(file) in line and "damaged" in line for line in log)
     assert torch.equal(embedder().embed(["zeppelin"]), whole)
     assert len(loaded) == 2
@@ -137,7 +139,8 @@ def test_a_damaged_row_is_told_and_made_anew(
 def test_a_folder_that_cannot_be_written_is_told(embedder: Callable[..., NameEmbedder], tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("a file in its place")
     log: list[str] = []
-    assert embedder(log=log.append).embed(["zeppelin"]).shape == (1, 24)
+    with lines_to(log.append):
+        assert embedder().embed(["zeppelin"]).shape == (1, 24)
     assert any("not kept" in line for line in log)
 
 
@@ -163,7 +166,8 @@ def test_two_processes_may_keep_the_same_names_at_once(
         children.append(child)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
     log: list[str] = []
-    assert torch.equal(embedder(log=log.append).embed(names), expected)
+    with lines_to(log.append):
+        assert torch.equal(embedder().embed(names), expected)
     assert not any("damaged" in line for line in log)
 
 
@@ -175,7 +179,8 @@ def test_other_prompts_are_used_for_all_names_and_kept_apart(
 ) -> None:
     known, log = distilled.protocol().names[0], list[str]()
     plain = embedder().embed(["zeppelin", known])
-    other = embedder(templates=["it says {} there"], log=log.append).embed(["zeppelin", known])
+    with lines_to(log.append):
+        other = embedder(templates=["it says {} there"]).embed(["zeppelin", known])
     assert (other - plain).abs().amax(1).min() > 0.01
     assert any("not the prompts" in line for line in log)
     assert torch.equal(embedder().embed(["zeppelin", known]), plain)

@@ -23,6 +23,7 @@ from hdovd.cache.rows import open_rows
 from hdovd.cache.schema import Level
 from hdovd.cli.main import app
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.embedding.crop_recipe import DenseRecipe
@@ -38,10 +39,6 @@ Config = Callable[..., ExtractConfig]
 SIDE = 64
 
 
-def _silent(_: str) -> None:
-    """A log that says nothing."""
-
-
 @pytest.fixture
 def dense(extraction: Config) -> Config:
     return lambda cache, **changes: extraction(
@@ -53,7 +50,7 @@ def dense(extraction: Config) -> Config:
 def unbroken(extraction: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of the dense teacher, in parts of 100 rows and batches of 3 pictures. Not to be changed."""
     folder = tmp_path_factory.mktemp("dense") / "cache"
-    extract_clip(extraction(folder, recipe=DenseRecipe(SIDE), part_rows=100, batch_size=12), _silent)
+    extract_clip(extraction(folder, recipe=DenseRecipe(SIDE), part_rows=100, batch_size=12))
     return folder
 
 
@@ -102,27 +99,28 @@ def test_pictures_of_the_image_level_are_those_of_crops(unbroken: Path, cache: P
 
 def test_identity_tells_side_and_teacher_apart(dense: Config, unbroken: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    report = extract_clip(dense(unbroken, recipe=DenseRecipe(2 * SIDE), dry_run=True), lines.append)
+    with lines_to(lines.append):
+        report = extract_clip(dense(unbroken, recipe=DenseRecipe(2 * SIDE), dry_run=True))
     assert {level for level, plan in report.levels.items() if plan != "hit"} == {Level.INSTANCE, Level.PSEUDO_LABEL}
     assert any("dense.side differs: expected 128, the cache has 64" in line for line in lines)
-    assert set(extract_clip(dense(unbroken, dry_run=True), _silent).levels.values()) == {"hit"}
+    assert set(extract_clip(dense(unbroken, dry_run=True)).levels.values()) == {"hit"}
 
 
 def test_bytes_do_not_depend_on_workers_or_on_having_been_killed(dense: Config, unbroken: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    extract_clip(dense(folder, workers=2), _silent)
+    extract_clip(dense(folder, workers=2))
     product = _instances(folder)
     assert product.parts == 3
     for part in (1, 2):  # what was not written yet
         (folder / product.record_name(part)).unlink()
-    extract_clip(dense(folder), _silent)
+    extract_clip(dense(folder))
     np.testing.assert_array_equal(_rows(folder).view(np.uint16), _rows(unbroken).view(np.uint16))
 
 
 def test_new_proposals_extend_it(dense: Config, proposals: Path, tmp_path: Path, unbroken: Path) -> None:
     folder = tmp_path / "cache"
-    extract_clip(dense(folder, proposals=None, vocabulary=None, captions=None), _silent)
-    report = extract_clip(dense(folder), _silent)
+    extract_clip(dense(folder, proposals=None, vocabulary=None, captions=None))
+    report = extract_clip(dense(folder))
     assert report.levels[Level.INSTANCE] == "extend"
     assert 0 < report.new_rows[Level.INSTANCE] < report.rows[Level.INSTANCE]
     product = next(p for p in Catalog(folder).products(Level.INSTANCE) if p.key == _instances(unbroken).key)
@@ -139,7 +137,7 @@ def test_unreadable_picture_has_rows_of_zeros(
         for e in json.loads((copied_world / "annotations" / "instances_train2017.json").read_text())["images"]
     }
     (copied_world / "train2017" / names[bad]).write_bytes(b"no picture")
-    report = extract_clip(dense(tmp_path / "cache", data=copied_world), _silent)
+    report = extract_clip(dense(tmp_path / "cache", data=copied_world))
     assert report.failed.keys() == {bad}
     found, whole = FeatureCache(tmp_path / "cache"), FeatureCache(unbroken)
     for image_id in kept:
@@ -149,15 +147,16 @@ def test_unreadable_picture_has_rows_of_zeros(
 
 def test_verify_samples_and_repairs_it(dense: Config, tmp_path: Path, unbroken: Path) -> None:
     folder, lines = tmp_path / "cache", list[str]()
-    extract_clip(dense(folder), _silent)
-    assert not check_cache(CheckConfig(cache=folder, sample=40), lines.append).findings
+    extract_clip(dense(folder))
+    with lines_to(lines.append):
+        assert not check_cache(CheckConfig(cache=folder, sample=40)).findings
     assert any("sample of instance" in line and "40 rows encoded again, cosine min 1.0000" in line for line in lines)
     file = next((folder / _instances(folder).prefix / "embedding" / "c" / "2").iterdir())
     data = bytearray(file.read_bytes())
     data[100] ^= 0x41
     file.write_bytes(data)
-    check_cache(CheckConfig(cache=folder, repair=True), _silent)
-    extract_clip(dense(folder), _silent)
+    check_cache(CheckConfig(cache=folder, repair=True))
+    extract_clip(dense(folder))
     np.testing.assert_array_equal(_rows(folder).view(np.uint16), _rows(unbroken).view(np.uint16))
 
 
@@ -205,13 +204,13 @@ def test_gc_takes_nothing_from_an_extraction_that_may_be_running(unbroken: Path,
 
 def test_another_model_has_no_dense_features(dense: Config, counting: Any, tmp_path: Path) -> None:
     with pytest.raises(HdovdError, match="--instance-teacher dense needs a CLIP of open_clip's"):
-        extract_clip(dense(tmp_path / "cache"), _silent, counting)
+        extract_clip(dense(tmp_path / "cache"), counting)
     assert not (tmp_path / "cache").exists()
 
 
 def test_side_must_fit_the_patches(dense: Config, tmp_path: Path) -> None:
     with pytest.raises(HdovdError, match=r"side 65: .*multiple"):
-        extract_clip(dense(tmp_path / "cache", recipe=DenseRecipe(65)), _silent)
+        extract_clip(dense(tmp_path / "cache", recipe=DenseRecipe(65)))
 
 
 def test_a_set_remembers_it(dense: Config, tmp_path: Path) -> None:

@@ -28,13 +28,10 @@ from hdovd.pipelines.runs.folder import RunFolder, Weights
 GROUPS = {"novel", "base", "all"}
 
 
-def _silent(_: str) -> None: ...
-
-
 def _evaluate(run: RunFolder, tmp_path: Path, data: Path, **changes: Any) -> tuple[EvalResult, Path]:
     """Evaluate a copy of `run`: the shared one stays as training left it."""
     out = Path(shutil.copytree(run.path, tmp_path / "run"))
-    return evaluate(EvalConfig(run=out, data=DataPaths(data), device="cpu", **changes), _silent), out
+    return evaluate(EvalConfig(run=out, data=DataPaths(data), device="cpu", **changes)), out
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +138,7 @@ def _scores_by_box(
         assert old in config
         config = config.replace(old, new)
     (out / "config.toml").write_text(config)
-    evaluate(EvalConfig(run=out, data=DataPaths(world), device="cpu", trust=True), _silent)
+    evaluate(EvalConfig(run=out, data=DataPaths(world), device="cpu", trust=True))
     name = {
         c["id"]: c["name"]
         for c in json.loads((world / "annotations" / "instances_val2017.json").read_text())["categories"]
@@ -245,7 +242,7 @@ def test_no_detection_at_all_is_an_ap_of_zero(base_only: RunFolder, world: Path,
     out = Path(shutil.copytree(base_only.path, tmp_path / "run"))
     config = (out / "config.toml").read_text()
     (out / "config.toml").write_text(config.replace("score_threshold = 0.0", "score_threshold = 1.0"))
-    evaluate(EvalConfig(run=out, data=DataPaths(world), device="cpu", trust=True), _silent)
+    evaluate(EvalConfig(run=out, data=DataPaths(world), device="cpu", trust=True))
     assert json.loads((out / "detections.json").read_text()) == []
     assert _metrics(out)["ap50"] == {"novel": 0, "base": 0, "all": 0}
 
@@ -306,21 +303,21 @@ def test_protocol_of_other_classes(base_only: RunFolder, world: Path, tmp_path: 
 
 def test_folder_that_is_no_run(world: Path, tmp_path: Path) -> None:
     with pytest.raises(HdovdError, match="no run"):
-        evaluate(EvalConfig(run=tmp_path, data=DataPaths(world)), _silent)
+        evaluate(EvalConfig(run=tmp_path, data=DataPaths(world)))
 
 
 def test_run_that_did_not_finish_an_epoch(base_only: RunFolder, world: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(base_only.path, tmp_path / "run"))
     (out / "model.safetensors").unlink()
     with pytest.raises(HdovdError, match=r"no model\.safetensors"):
-        evaluate(EvalConfig(run=out, data=DataPaths(world)), _silent)
+        evaluate(EvalConfig(run=out, data=DataPaths(world)))
 
 
 def test_weights_of_another_recipe(base_only: RunFolder, distilled: RunFolder, world: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(base_only.path, tmp_path / "run"))
     shutil.copy(distilled.path / "model.safetensors", out)
     with pytest.raises(HdovdError, match=r"does not fit config\.toml"):
-        evaluate(EvalConfig(run=out, data=DataPaths(world), device="cpu"), _silent)
+        evaluate(EvalConfig(run=out, data=DataPaths(world), device="cpu"))
 
 
 def test_the_best_weights_where_there_are_any(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
@@ -330,7 +327,7 @@ def test_the_best_weights_where_there_are_any(distilled: RunFolder, world: Path,
     shutil.copy(out / "model.safetensors", out / "best.safetensors")
     (out / "model.safetensors").write_bytes(b"others")
     assert evaluate(
-        EvalConfig(run=out, data=DataPaths(world), device="cpu", weights=Weights.BEST), _silent
+        EvalConfig(run=out, data=DataPaths(world), device="cpu", weights=Weights.BEST)
     ).combined.summary() == (result.combined.summary())
     assert _metrics(out)["weights"] == "best"
 

@@ -24,9 +24,6 @@ from hdovd.pipelines.evaluation.evaluate import EvalConfig, error_table, evaluat
 from hdovd.pipelines.runs.folder import RunFolder, weights_hash
 
 
-def _silent(_: str) -> None: ...
-
-
 @pytest.fixture(scope="module")
 def made(distilled: RunFolder, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose detections are made by hand: of the objects of each image, in turn, found, misnamed, mislocalised and
@@ -70,7 +67,7 @@ def made(distilled: RunFolder, world: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def analysis(made: Path, world: Path) -> RunAnalysis:
-    return analyse(made, DataPaths(world), log=_silent)
+    return analyse(made, DataPaths(world))
 
 
 @pytest.fixture
@@ -166,10 +163,10 @@ def test_what_eval_wrote_can_be_taken_apart_and_says_the_same(
 ) -> None:
     run = Path(shutil.copytree(distilled.path, tmp_path / "run"))
     shutil.copy(run / "model.safetensors", run / "best.safetensors")
-    result = evaluate(EvalConfig(run=run, data=DataPaths(world), device="cpu"), _silent)
+    result = evaluate(EvalConfig(run=run, data=DataPaths(world), device="cpu"))
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["weights_hash"] == weights_hash(run / "model.safetensors")
-    told = analyse(run, DataPaths(world), log=_silent)
+    told = analyse(run, DataPaths(world))
     assert (
         json.loads(json.dumps(told.errors.to_tree()))
         == metrics["errors"]
@@ -239,11 +236,11 @@ def test_refuses_what_does_not_belong_together(case: str, copied: Path, world: P
     damage, message = REFUSALS[case]
     damage(copied)
     with pytest.raises(HdovdError, match=message) as error:
-        analyse(copied, DataPaths(world), log=_silent)
+        analyse(copied, DataPaths(world))
     assert str(copied) in str(error.value)
 
 
 def test_an_evaluation_that_noted_no_hash_is_taken_if_it_is_younger_than_the_weights(copied: Path, world: Path) -> None:
     _edit(copied / "metrics.json", lambda metrics: metrics.pop("weights_hash"))
     os.utime(copied / "model.safetensors", (1, 1))
-    assert analyse(copied, DataPaths(world), log=_silent).errors.groups["all"].found > 0
+    assert analyse(copied, DataPaths(world)).errors.groups["all"].found > 0

@@ -30,13 +30,13 @@ CPU = torch.device("cpu")
 
 def _model(run: RunFolder) -> tuple[FasterRCNN, Tensor]:
     texts = run.class_embeddings()
-    model = FasterRCNN(run.recipe(), texts.shape[1], log=None)
+    model = FasterRCNN(run.recipe(), texts.shape[1], initialise=False)
     run.load_model(model)
     return model, texts
 
 
 def _validation(run: RunFolder, world: Path, **options: Any) -> Validation:
-    return Validation(DataPaths(world), run.protocol(), CPU, log=lambda _: None, **options)
+    return Validation(DataPaths(world), run.protocol(), CPU, **options)
 
 
 def _same(one: AveragePrecision, two: AveragePrecision) -> bool:
@@ -51,7 +51,7 @@ def validated(distilled: RunFolder, world: Path) -> Validated:
 @pytest.mark.parametrize("engine", list(Engine))
 def test_the_figures_are_those_of_eval(distilled: RunFolder, world: Path, tmp_path: Path, engine: Engine) -> None:
     out = Path(shutil.copytree(distilled.path, tmp_path / "run"))
-    expected = evaluate(EvalConfig(run=out, data=DataPaths(world), device="cpu", engine=engine), lambda _: None)
+    expected = evaluate(EvalConfig(run=out, data=DataPaths(world), device="cpu", engine=engine))
     validation, (model, texts) = _validation(distilled, world, engine=engine), _model(distilled)
     for _ in range(2):  # and again, from the truth that it holds
         found = validation.run(model, texts)

@@ -49,9 +49,6 @@ PROTOCOL = Protocol("pets", ("dog", "cat"), ("fish",), 32, (100, 300, 1000))
 DIM = 24
 
 
-def _silent(_: str) -> None: ...
-
-
 def _random_run(folder: Path, recipe: Recipe) -> RunFolder:
     """A run that was never trained."""
     torch.manual_seed(0)
@@ -60,12 +57,12 @@ def _random_run(folder: Path, recipe: Recipe) -> RunFolder:
     run = RunFolder.create(
         folder, recipe, PROTOCOL, texts, {"cache": {"levels": {"class": {"key": "k", "inputs": made}}}}, overwrite=False
     )
-    run.save_model(FasterRCNN(recipe, DIM, _silent))
+    run.save_model(FasterRCNN(recipe, DIM))
     return run
 
 
 def _model(run: RunFolder, weights: Weights = Weights.LAST) -> FasterRCNN:
-    model = FasterRCNN(run.recipe(), run.class_embeddings().shape[1], log=None)
+    model = FasterRCNN(run.recipe(), run.class_embeddings().shape[1], initialise=False)
     run.load_model(model, weights.file)
     return model.eval()
 
@@ -80,7 +77,7 @@ def _pictures(world: Path) -> list[Tensor]:
 
 
 def _export(run: RunFolder, form: ModelForm, out: Path, **more: object) -> Path:
-    return export_model(ExportModelConfig(run=run.path, form=form, out=out, **more), _silent).file  # type: ignore[arg-type]
+    return export_model(ExportModelConfig(run=run.path, form=form, out=out, **more)).file  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +157,7 @@ def test_a_check_on_a_photo(distilled: RunFolder, tmp_path: Path) -> None:
     job = ExportModelConfig(
         run=distilled.path, form=ModelForm.ONNX, out=tmp_path / "x.onnx", check_images=(tmp_path / "noise.png",)
     )
-    done = export_model(job, _silent)
+    done = export_model(job)
     assert done.checked.pictures == 4
     assert done.checked.difference <= 2e-4
 
@@ -179,7 +176,7 @@ def test_best_weights(tmp_path: Path, micro_recipe: Callable[..., Recipe]) -> No
     with pytest.raises(HdovdError, match=r"no best\.safetensors"):
         _export(run, ModelForm.SAFETENSORS, tmp_path / "best", weights=Weights.BEST)
     torch.manual_seed(1)
-    run.save_model(FasterRCNN(run.recipe(), DIM, _silent), "best.safetensors")
+    run.save_model(FasterRCNN(run.recipe(), DIM), "best.safetensors")
     for weights in Weights:
         file, state = (
             _export(run, ModelForm.SAFETENSORS, tmp_path / weights.value, weights=weights),
@@ -263,7 +260,7 @@ def test_other_backbones(
     run = _random_run(
         tmp_path / "run", micro_recipe(f"detector.backbone.name={backbone}", "detector.backbone.norm=batch", *settings)
     )
-    done = export_model(ExportModelConfig(run=run.path, form=ModelForm.ONNX, out=tmp_path / "detector.onnx"), _silent)
+    done = export_model(ExportModelConfig(run=run.path, form=ModelForm.ONNX, out=tmp_path / "detector.onnx"))
     assert done.bytes == done.file.stat().st_size > 1e6
     assert done.checked.detections > 20
     assert done.checked.difference <= 1e-3

@@ -19,6 +19,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths, Exif
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import CheckConfig
@@ -31,9 +32,6 @@ from hdovd.pipelines.training.train import TrainConfig, training_data
 
 Config = Callable[..., ExtractConfig]
 CHANGED = 5
-
-
-def _silent(_: str) -> None: ...
 
 
 def _file(world: Path, image_id: int) -> Path:
@@ -67,7 +65,6 @@ def _train(world: Path, cache: Path, recipe: Recipe) -> Any:
             data=DataPaths(world), cache=cache, out=cache.parent / "run", recipe=recipe, protocol=protocol, device="cpu"
         ),
         load_protocol(protocol),
-        _silent,
     )
 
 
@@ -75,7 +72,7 @@ def test_a_picture_that_changed_in_place_is_found_and_embedded_again_and_no_othe
     copied_world: Path, tmp_path: Path, extraction: Config, counting: Any, micro_recipe: Callable[..., Recipe]
 ) -> None:
     cache, config = tmp_path / "cache", extraction(tmp_path / "cache", data=copied_world)
-    extract_clip(config, _silent)
+    extract_clip(config)
     before = {level: _rows(cache, level) for level in (Level.IMAGE, Level.INSTANCE)}
     _train(copied_world, cache, micro_recipe())
     _change(_file(copied_world, CHANGED))
@@ -88,27 +85,29 @@ def test_a_picture_that_changed_in_place_is_found_and_embedded_again_and_no_othe
         micro_recipe("loss.instance.enabled=false", "loss.class.enabled=false", "loss.image.enabled=false"),
     )
     lines = list[str]()
-    assert not check_cache(CheckConfig(cache=cache), _silent).findings
-    assert check_cache(CheckConfig(cache=cache, changes={"data": DataPaths(copied_world)}), lines.append).findings
+    assert not check_cache(CheckConfig(cache=cache)).findings
+    with lines_to(lines.append):
+        assert check_cache(CheckConfig(cache=cache, changes={"data": DataPaths(copied_world)})).findings
     assert any(
         "images 5: expected the pictures that set default was made from, found 1 of another content" in line
         for line in lines
     )
 
     lines.clear()
-    report = extract_clip(config, lines.append, counting)
+    with lines_to(lines.append):
+        report = extract_clip(config, counting)
     assert any("1 picture is not what the cache has of the same id and size (images 5)" in line for line in lines)
     assert report.new_rows[Level.IMAGE] == 1
     assert counting.pictures == 1 + _is_changed(cache, Level.INSTANCE).sum()
     fresh = tmp_path / "fresh"
-    extract_clip(extraction(fresh, data=copied_world), _silent)
+    extract_clip(extraction(fresh, data=copied_world))
     for level, rows in before.items():
         changed = _is_changed(cache, level)
         assert np.array_equal(_rows(cache, level), _rows(fresh, level))
         assert np.array_equal((_rows(cache, level) != rows).any(axis=1), changed)
     _train(copied_world, cache, micro_recipe())
-    assert set(extract_clip(config, _silent).levels.values()) == {"hit"}
-    assert not check_cache(CheckConfig(cache=cache, changes={"data": DataPaths(copied_world)}), _silent).findings
+    assert set(extract_clip(config).levels.values()) == {"hit"}
+    assert not check_cache(CheckConfig(cache=cache, changes={"data": DataPaths(copied_world)})).findings
 
 
 def test_another_folder_with_the_same_names_and_sizes_is_no_hit(
@@ -119,16 +118,16 @@ def test_another_folder_with_the_same_names_and_sizes_is_no_hit(
     for file in (other / "train2017").iterdir():
         _change(file)
     one, two = extraction(cache, data=copied_world), extraction(cache, data=other, features="other")
-    extract_clip(one, _silent)
-    report = extract_clip(two, _silent)
+    extract_clip(one)
+    report = extract_clip(two)
     assert report.levels[Level.IMAGE] == report.levels[Level.INSTANCE] == "extract"
     for config, data, strange in ((one, copied_world, other), (two, other, copied_world)):
-        assert set(extract_clip(config, _silent).levels.values()) == {"hit"}
+        assert set(extract_clip(config).levels.values()) == {"hit"}
         assert not check_cache(
-            CheckConfig(cache=cache, features=config.features, changes={"data": DataPaths(data)}), _silent
+            CheckConfig(cache=cache, features=config.features, changes={"data": DataPaths(data)})
         ).findings
         found = check_cache(
-            CheckConfig(cache=cache, features=config.features, changes={"data": DataPaths(strange)}), _silent
+            CheckConfig(cache=cache, features=config.features, changes={"data": DataPaths(strange)})
         ).findings
         assert [finding.found[:2] for finding in found] == ["23"], (
             f"set {config.features} was made from {data}, and not from {strange}"
@@ -141,7 +140,7 @@ def test_files_that_moved_or_were_copied_are_a_hit_and_hashed_once(
     copied_world: Path, tmp_path: Path, extraction: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, moved = tmp_path / "cache", tmp_path / "moved"
-    extract_clip(extraction(cache, data=copied_world), _silent)
+    extract_clip(extraction(cache, data=copied_world))
     shutil.copytree(copied_world, moved, copy_function=shutil.copyfile)  # times are new
     annotations = moved / "annotations" / "instances_train2017.json"
     tree = json.loads(annotations.read_text())
@@ -149,9 +148,9 @@ def test_files_that_moved_or_were_copied_are_a_hit_and_hashed_once(
         image["file_name"] = f"train2017/{image['file_name']}"
     annotations.write_text(json.dumps(tree))
     config = replace(extraction(cache, data=copied_world), data=DataPaths(None, moved, annotations))
-    assert set(extract_clip(config, _silent).levels.values()) == {"hit"}
+    assert set(extract_clip(config).levels.values()) == {"hit"}
     monkeypatch.setattr(picture_hashes, "_read", lambda path: pytest.fail(f"{path} was read again"))
-    assert set(extract_clip(config, _silent).levels.values()) == {"hit"}
+    assert set(extract_clip(config).levels.values()) == {"hit"}
     assert len(Catalog(cache).products(Level.INSTANCE)) == 1
 
 
@@ -178,31 +177,32 @@ def test_other_rules_of_reading_cost_the_pictures_that_they_read_differently(
         }
 
     monkeypatch.setattr(extract_module, "level_inputs", before)
-    extract_clip(extraction(cache, data=copied_world, exif=Exif.IGNORE), _silent)
+    extract_clip(extraction(cache, data=copied_world, exif=Exif.IGNORE))
     monkeypatch.setattr(extract_module, "level_inputs", given)
     stored, lines = _rows(cache, Level.IMAGE), list[str]()
-    report = extract_clip(extraction(cache, data=copied_world), lines.append)
+    with lines_to(lines.append):
+        report = extract_clip(extraction(cache, data=copied_world))
     assert report.levels[Level.IMAGE] == report.levels[Level.INSTANCE] == "extend"
     assert report.new_rows[Level.IMAGE] == 1
     assert np.array_equal((_rows(cache, Level.IMAGE) != stored).any(axis=1), _is_changed(cache, Level.IMAGE))
     assert any(line.startswith("1 picture has an EXIF orientation") and "--exif ignore" in line for line in lines)
     with pytest.raises(HdovdError, match=r'was made with --exif apply, and input\.exif is "ignore"'):
         _train(copied_world, cache, micro_recipe("input.exif=ignore"))
-    extract_clip(extraction(cache, data=copied_world, exif=Exif.IGNORE), _silent)
+    extract_clip(extraction(cache, data=copied_world, exif=Exif.IGNORE))
     assert np.array_equal(_rows(cache, Level.IMAGE), stored)
     _train(copied_world, cache, micro_recipe("input.exif=ignore"))
 
 
 def test_a_set_with_changed_pictures_is_repaired(copied_world: Path, tmp_path: Path, extraction: Config) -> None:
     cache, config = tmp_path / "cache", extraction(tmp_path / "cache", data=copied_world)
-    extract_clip(config, _silent)
+    extract_clip(config)
     _change(_file(copied_world, CHANGED))
-    extract_clip(config, _silent)
+    extract_clip(config)
     before = _rows(cache, Level.INSTANCE)
     file = cache / "instance" / FeatureCache(cache).key(Level.INSTANCE) / "embedding" / "c" / "0" / "0"
     data = bytearray(file.read_bytes())
     data[100] ^= 1
     file.write_bytes(data)
-    check_cache(CheckConfig(cache=cache, repair=True), _silent)
-    extract_clip(config, _silent)
+    check_cache(CheckConfig(cache=cache, repair=True))
+    extract_clip(config)
     assert np.array_equal(_rows(cache, Level.INSTANCE), before)

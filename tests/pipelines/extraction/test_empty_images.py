@@ -30,9 +30,6 @@ from hdovd.pipelines.training.train import TrainConfig, train
 ADAMIXER = ("pseudo_boxes.from_epoch=1", "train.epochs=1", "train.batch_size=1", "train.precision=fp32")
 
 
-def _silent(_: str) -> None: ...
-
-
 @pytest.fixture
 def protocol(copied_world: Path) -> Path:
     """The world's, that keeps what is empty; some training images and one for validation hold no object at all."""
@@ -66,7 +63,7 @@ def test_empty_images_are_embedded_trained_and_evaluated_on(
     protocol: Path, extraction: Callable[..., ExtractConfig], tmp_path: Path, micro_recipe: Callable[..., Recipe]
 ) -> None:
     world, cache = protocol.parent, tmp_path / "cache"
-    extract_clip(extraction(cache, data=world), _silent)
+    extract_clip(extraction(cache, data=world))
     reader, empty = FeatureCache(cache), _empty(world)
     assert len(empty) >= 4
     for image_id in empty:
@@ -81,19 +78,19 @@ def test_empty_images_are_embedded_trained_and_evaluated_on(
         protocol=str(protocol),
         device="cpu",
     )
-    run = train(job, _silent)
-    ada = train(replace(job, out=tmp_path / "ada", recipe=adamixer_recipe(*ADAMIXER)), _silent)
+    run = train(job)
+    ada = train(replace(job, out=tmp_path / "ada", recipe=adamixer_recipe(*ADAMIXER)))
     for one in (run, ada):
         assert _losses(one)
         assert all(map(math.isfinite, _losses(one)))
-    export_tars(TarExportConfig(cache=cache, out=tmp_path / "tars", data=data), _silent)
-    tarred = train(replace(job, data=DataPaths(), cache=tmp_path / "tars", out=tmp_path / "tarred"), _silent)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "tars", data=data))
+    tarred = train(replace(job, data=DataPaths(), cache=tmp_path / "tars", out=tmp_path / "tarred"))
     assert sum(1 for _ in tarred.entries()) == sum(1 for _ in run.entries())
-    found = evaluate(EvalConfig(run=run.path, data=data, device="cpu"), _silent)
+    found = evaluate(EvalConfig(run=run.path, data=data, device="cpu"))
     assert found.images == 8
     plain = protocol.with_name("plain.toml")
     plain.write_text(protocol.read_text().replace("keep_empty_val = true", ""))
-    assert evaluate(EvalConfig(run=run.path, data=data, device="cpu", protocol=str(plain)), _silent).images == 7
+    assert evaluate(EvalConfig(run=run.path, data=data, device="cpu", protocol=str(plain))).images == 7
 
 
 def test_a_cache_that_was_made_without_them_says_so(
@@ -110,7 +107,6 @@ def test_a_cache_that_was_made_without_them_says_so(
                 recipe=micro_recipe(),
                 protocol=str(protocol),
                 device="cpu",
-            ),
-            _silent,
+            )
         )
     assert Level.IMAGE in FeatureCache(training_cache).levels()

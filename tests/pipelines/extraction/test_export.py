@@ -24,6 +24,7 @@ from hdovd.cache.schema import Level
 from hdovd.cache.tar_shards import TarShards
 from hdovd.cli.cache import app
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extraction.config import ExtractConfig, Store
@@ -31,9 +32,6 @@ from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.tar_export import TarExportConfig, export_tars, import_tars
 
 Extraction = Callable[..., ExtractConfig]
-
-
-def _silent(_: str) -> None: ...
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -68,7 +66,7 @@ def broken(world: Path, extraction: Extraction, tmp_path_factory: pytest.TempPat
     copied = Path(shutil.copytree(world, folder / "world"))
     (copied / "train2017" / f"{kept[2]:012d}.jpg").unlink()
     (copied / "train2017" / f"{kept[7]:012d}.jpg").write_bytes(b"no picture")
-    extract_clip(extraction(folder / "cache", data=copied, part_rows=16), _silent)
+    extract_clip(extraction(folder / "cache", data=copied, part_rows=16))
     return folder / "cache"
 
 
@@ -77,16 +75,16 @@ def broken(world: Path, extraction: Extraction, tmp_path_factory: pytest.TempPat
 
 @pytest.mark.parametrize("samples", [1, 5, 1000])
 def test_round_trip_is_exact(cache: Path, tmp_path: Path, samples: int) -> None:
-    export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", samples=samples), _silent)
-    features = import_tars(tmp_path / "shards", tmp_path / "back", _silent)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", samples=samples))
+    features = import_tars(tmp_path / "shards", tmp_path / "back")
     assert features == Catalog(cache).sets()["default"]
     _same_files(cache, tmp_path / "back")
 
 
 def test_round_trip_of_small_parts_and_failed_images_is_exact(broken: Path, kept: list[int], tmp_path: Path) -> None:
     assert len(Catalog(broken).products(Level.INSTANCE)[0].records()) > 10
-    export_tars(TarExportConfig(cache=broken, out=tmp_path / "shards", samples=4), _silent)
-    import_tars(tmp_path / "shards", tmp_path / "back", _silent)
+    export_tars(TarExportConfig(cache=broken, out=tmp_path / "shards", samples=4))
+    import_tars(tmp_path / "shards", tmp_path / "back")
     _same_files(broken, tmp_path / "back")
     members = _members(tmp_path / "shards")
     for image, reason in ((kept[2], "no such file"), (kept[7], "no picture of a kind")):
@@ -96,20 +94,18 @@ def test_round_trip_of_small_parts_and_failed_images_is_exact(broken: Path, kept
 
 
 def test_round_trip_of_a_named_set_without_proposals_is_exact(extraction: Extraction, tmp_path: Path) -> None:
-    extract_clip(
-        extraction(tmp_path / "cache", proposals=None, vocabulary=None, captions=None, features="plain"), _silent
-    )
+    extract_clip(extraction(tmp_path / "cache", proposals=None, vocabulary=None, captions=None, features="plain"))
     with pytest.raises(HdovdError, match="no set of features named default; it has plain"):
-        export_tars(TarExportConfig(cache=tmp_path / "cache", out=tmp_path / "shards"), _silent)
-    export_tars(TarExportConfig(cache=tmp_path / "cache", out=tmp_path / "shards", features="plain"), _silent)
-    import_tars(tmp_path / "shards", tmp_path / "back", _silent)
+        export_tars(TarExportConfig(cache=tmp_path / "cache", out=tmp_path / "shards"))
+    export_tars(TarExportConfig(cache=tmp_path / "cache", out=tmp_path / "shards", features="plain"))
+    import_tars(tmp_path / "shards", tmp_path / "back")
     _same_files(tmp_path / "cache", tmp_path / "back")
 
 
 def test_shards_hold_the_files_and_base_annotations_alone(
     cache: Path, world: Path, kept: list[int], tmp_path: Path
 ) -> None:
-    export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", samples=7), _silent)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", samples=7))
     tree = json.loads((world / "annotations" / "instances_train2017.json").read_text())
     names = {c["id"]: c["name"] for c in tree["categories"]}
     expected: dict[int, list[dict[str, Any]]] = {image: [] for image in kept}
@@ -130,7 +126,7 @@ def test_shards_hold_the_files_and_base_annotations_alone(
 
 
 def test_import_leaves_what_is_there_and_goes_on(cache: Path, tmp_path: Path) -> None:
-    export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", samples=9), _silent)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", samples=9))
     back = Path(shutil.copytree(cache, tmp_path / "back"))
     product = Catalog(back).products(Level.INSTANCE)[0]
     (back / product.record_name(0)).unlink()  # as a killed import leaves it
@@ -139,7 +135,7 @@ def test_import_leaves_what_is_there_and_goes_on(cache: Path, tmp_path: Path) ->
     shutil.copy(cache / "image" / "zarr.json", back / "image")
     (back / "sets" / "default.json").unlink()
     before = {file: file.stat().st_mtime_ns for file in back.rglob("*") if file.is_file()}
-    import_tars(tmp_path / "shards", back, _silent)
+    import_tars(tmp_path / "shards", back)
     _same_files(cache, back)
     after = {file: file.stat().st_mtime_ns for file in back.rglob("*") if file.is_file()}
     written = {file.relative_to(back).parts[0] for file, when in after.items() if before.get(file) != when}
@@ -147,14 +143,14 @@ def test_import_leaves_what_is_there_and_goes_on(cache: Path, tmp_path: Path) ->
 
 
 def test_import_refuses_shards_that_are_damaged_or_few(cache: Path, tmp_path: Path) -> None:
-    export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", samples=9), _silent)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", samples=9))
     with pytest.raises(HdovdError, match=r"names 1 of 3 shards"):
-        import_tars(tmp_path / "shards" / "000001.tar", tmp_path / "back", _silent)
+        import_tars(tmp_path / "shards" / "000001.tar", tmp_path / "back")
     data = bytearray((tmp_path / "shards" / "000001.tar").read_bytes())
     data[-20000] ^= 1
     (tmp_path / "shards" / "000001.tar").write_bytes(data)
     with pytest.raises(HdovdError, match=r"000001\.tar"):
-        import_tars(tmp_path / "shards", tmp_path / "back", _silent)
+        import_tars(tmp_path / "shards", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
 
@@ -162,7 +158,7 @@ def test_rows_changed_by_somebody_are_refused(cache: Path, tmp_path: Path) -> No
     """Shards with new sums beside them are whole, but they are not what was exported."""
     import hashlib
 
-    export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards"), _silent)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards"))
     file = tmp_path / "shards" / "000000.tar"
     with tarfile.open(file) as tar:
         at = tar.getmember("000000000003.instance.npy").offset_data + 128
@@ -171,7 +167,7 @@ def test_rows_changed_by_somebody_are_refused(cache: Path, tmp_path: Path) -> No
     file.write_bytes(data)
     file.with_suffix(".json").write_text(json.dumps({"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}))
     with pytest.raises(HdovdError, match=r"embedding/c/0/0 of instance \w+ is not what was exported"):
-        import_tars(tmp_path / "shards", tmp_path / "back", _silent)
+        import_tars(tmp_path / "shards", tmp_path / "back")
 
 
 # --- refusals ---
@@ -183,7 +179,7 @@ def test_other_data_are_refused_naming_what_differs(cache: Path, copied_world: P
     next(a for a in tree["annotations"] if tree["categories"][a["category_id"] - 1]["name"] in BASE)["bbox"][2] -= 1
     file.write_text(json.dumps(tree))
     with pytest.raises(HdovdError, match=r"boxes level.*does not fit this data:\n.*base_boxes\.hash"):
-        export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", data=DataPaths(copied_world)), _silent)
+        export_tars(TarExportConfig(cache=cache, out=tmp_path / "shards", data=DataPaths(copied_world)))
     assert not (tmp_path / "shards").exists()
 
 
@@ -194,11 +190,11 @@ def test_picture_that_is_gone_is_named_and_nothing_half_written_stays(
     (copied_world / "train2017" / name).rename(tmp_path / name)
     config = TarExportConfig(cache=cache, out=tmp_path / "shards", data=DataPaths(copied_world), samples=5)
     with pytest.raises(HdovdError, match=rf"image {kept[12]}: .*{name}"):
-        export_tars(config, _silent)
+        export_tars(config)
     assert sorted(file.name for file in (tmp_path / "shards").glob("*.tar")) == ["000000.tar", "000001.tar"]
     (tmp_path / name).rename(copied_world / "train2017" / name)
-    export_tars(config, _silent)
-    export_tars(TarExportConfig(cache=cache, out=tmp_path / "again", samples=5), _silent)
+    export_tars(config)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "again", samples=5))
     _same_files(tmp_path / "shards", tmp_path / "again")
 
 
@@ -206,11 +202,11 @@ def test_set_of_unknown_origin_needs_data_and_protocol(copied_cache: Path, world
     catalog = Catalog(copied_cache)
     catalog.write_set("default", replace(catalog.sets()["default"], made_from={}))
     with pytest.raises(HdovdError, match="give --data and --protocol"):
-        export_tars(TarExportConfig(cache=copied_cache, out=tmp_path / "shards"), _silent)
+        export_tars(TarExportConfig(cache=copied_cache, out=tmp_path / "shards"))
     config = TarExportConfig(
         cache=copied_cache, out=tmp_path / "shards", data=DataPaths(world), protocol=str(world / "protocol.toml")
     )
-    assert export_tars(config, _silent).images == 23
+    assert export_tars(config).images == 23
 
 
 # --- killed ---
@@ -226,7 +222,7 @@ def test_killed_export_goes_on_and_ends_the_same(
     picture = copied_world / "train2017" / f"{kept[7]:012d}.jpg"
     picture.rename(tmp_path / "picture.jpg")
     os.mkfifo(picture)  # the export waits here, in its fourth shard, until it is killed
-    process = multiprocessing.get_context("fork").Process(target=export_tars, args=(config, _silent))
+    process = multiprocessing.get_context("fork").Process(target=export_tars, args=(config,))
     process.start()
     while process.is_alive() and not (out / "000002.json").exists():
         time.sleep(0.01)
@@ -237,9 +233,9 @@ def test_killed_export_goes_on_and_ends_the_same(
     picture.unlink()
     (tmp_path / "picture.jpg").rename(picture)
     (out / f".partial-{socket.gethostname().replace('-', '_')}-{process.pid}-1").write_bytes(b"half a shard")
-    export_tars(config, _silent)
+    export_tars(config)
     assert {name: (out / name).stat().st_mtime_ns for name in done} == done
-    export_tars(replace(config, out=tmp_path / "unbroken"), _silent)
+    export_tars(replace(config, out=tmp_path / "unbroken"))
     _same_files(out, tmp_path / "unbroken")
 
 
@@ -248,10 +244,11 @@ def test_killed_export_goes_on_and_ends_the_same(
 
 def test_extraction_to_shards_leaves_shards_alone(extraction: Extraction, cache: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    report = extract_clip(extraction(tmp_path / "shards", store=Store.WEBDATASET), lines.append)
+    with lines_to(lines.append):
+        report = extract_clip(extraction(tmp_path / "shards", store=Store.WEBDATASET))
     assert report.whole
     assert report.new_rows[Level.IMAGE] == 23
-    export_tars(TarExportConfig(cache=cache, out=tmp_path / "exported"), _silent)
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "exported"))
     _same_files(tmp_path / "shards", tmp_path / "exported")
     assert any("verified" in line for line in lines)
     assert not (tmp_path / "shards" / ".zarr").exists()
@@ -284,10 +281,11 @@ def teacher(clip: str) -> Any:
 
 def test_second_extraction_to_shards_is_a_hit(extraction: Extraction, tmp_path: Path, teacher: Any) -> None:
     folder, lines = tmp_path / "shards", list[str]()
-    extract_clip(extraction(folder, store=Store.WEBDATASET), _silent)
+    extract_clip(extraction(folder, store=Store.WEBDATASET))
     (folder / ".zarr" / "boxes").mkdir(parents=True)  # as a kill in the middle of deleting leaves it
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()}
-    report = extract_clip(extraction(folder, store=Store.WEBDATASET), lines.append, _NeverAsked(teacher))
+    with lines_to(lines.append):
+        report = extract_clip(extraction(folder, store=Store.WEBDATASET), _NeverAsked(teacher))
     assert set(report.levels.values()) == {"hit"}
     assert not any(report.new_rows.values())
     assert any("nothing to extract" in line for line in lines)
@@ -299,12 +297,12 @@ def test_other_inputs_are_refused_before_anything_is_extracted(
     extraction: Extraction, tmp_path: Path, teacher: Any
 ) -> None:
     folder = tmp_path / "shards"
-    extract_clip(extraction(folder, store=Store.WEBDATASET), _silent)
+    extract_clip(extraction(folder, store=Store.WEBDATASET))
     before = _files(folder)
     with pytest.raises(HdovdError, match=r"made from something else(.|\n)*templates differs"):
-        extract_clip(extraction(folder, store=Store.WEBDATASET, templates=("a {}",)), _silent, _NeverAsked(teacher))
+        extract_clip(extraction(folder, store=Store.WEBDATASET, templates=("a {}",)), _NeverAsked(teacher))
     with pytest.raises(HdovdError, match="not other"):
-        extract_clip(extraction(folder, store=Store.WEBDATASET, features="other"), _silent, _NeverAsked(teacher))
+        extract_clip(extraction(folder, store=Store.WEBDATASET, features="other"), _NeverAsked(teacher))
     assert _files(folder) == before
 
 
@@ -313,11 +311,11 @@ def test_extraction_to_shards_goes_on_wherever_it_was_killed(
     extraction: Extraction, cache: Path, tmp_path: Path, state: str, teacher: Any
 ) -> None:
     folder = tmp_path / "shards"
-    extract_clip(extraction(folder / ".zarr"), _silent)
+    extract_clip(extraction(folder / ".zarr"))
     if state == "extracting":
         (folder / ".zarr" / "sets" / "default.json").unlink()
     else:
-        export_tars(TarExportConfig(cache=folder / ".zarr", out=folder), _silent)
+        export_tars(TarExportConfig(cache=folder / ".zarr", out=folder))
         if state == "exporting":
             (folder / "000000.json").unlink()
         else:  # the shard was damaged on its way, which must not pass for done
@@ -327,21 +325,22 @@ def test_extraction_to_shards_goes_on_wherever_it_was_killed(
             with pytest.raises(
                 HdovdError, match=r"000000\.tar: sample \d+ is damaged(.|\n)*run the same command again"
             ):
-                extract_clip(extraction(folder, store=Store.WEBDATASET), _silent, _NeverAsked(teacher))
+                extract_clip(extraction(folder, store=Store.WEBDATASET), _NeverAsked(teacher))
             assert (folder / ".zarr" / "zarr.json").exists()
     asked = ("object",) if state == "extracting" else ()  # the set, which keeps that text, is gone
-    extract_clip(extraction(folder, store=Store.WEBDATASET), _silent, _NeverAsked(teacher, asked))
-    export_tars(TarExportConfig(cache=cache, out=tmp_path / "exported"), _silent)
+    extract_clip(extraction(folder, store=Store.WEBDATASET), _NeverAsked(teacher, asked))
+    export_tars(TarExportConfig(cache=cache, out=tmp_path / "exported"))
     _same_files(folder, tmp_path / "exported")
 
 
 def test_dry_run_and_zarr_caches_are_left_alone(extraction: Extraction, copied_cache: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    extract_clip(extraction(tmp_path / "shards", store=Store.WEBDATASET, dry_run=True), lines.append)
+    with lines_to(lines.append):
+        extract_clip(extraction(tmp_path / "shards", store=Store.WEBDATASET, dry_run=True))
     assert not (tmp_path / "shards").exists()
     assert any("dry run" in line for line in lines)
     with pytest.raises(HdovdError, match="is a Zarr cache"):
-        extract_clip(extraction(copied_cache, store=Store.WEBDATASET), _silent)
+        extract_clip(extraction(copied_cache, store=Store.WEBDATASET))
     with pytest.raises(HdovdError, match="--retry-failed"):
         _retry_failed(extraction, tmp_path)
 
@@ -349,9 +348,9 @@ def test_dry_run_and_zarr_caches_are_left_alone(extraction: Extraction, copied_c
 def _retry_failed(extraction: Extraction, tmp_path: Path) -> None:
     world = Path(shutil.copytree(extraction(tmp_path).data.root or Path(), tmp_path / "world"))
     (world / "train2017" / "000000000003.jpg").unlink()
-    extract_clip(extraction(tmp_path / "failed", data=world, store=Store.WEBDATASET), _silent)
+    extract_clip(extraction(tmp_path / "failed", data=world, store=Store.WEBDATASET))
     assert list(TarShards(tmp_path / "failed").failed()) == [3]
-    extract_clip(extraction(tmp_path / "failed", data=world, store=Store.WEBDATASET, retry_failed=True), _silent)
+    extract_clip(extraction(tmp_path / "failed", data=world, store=Store.WEBDATASET, retry_failed=True))
 
 
 # --- commands ---

@@ -21,6 +21,7 @@ from torch import Tensor
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.extraction.config import ExtractConfig
@@ -28,9 +29,6 @@ from hdovd.pipelines.extraction.extract_clip import extract_clip
 
 Config = Callable[..., ExtractConfig]
 TEMPLATES = ("a photo of a {}", "{} in the snow", "a drawing of one {}")
-
-
-def _silent(_: str) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +120,7 @@ def test_proposal_embeddings_are_of_the_box_widened_to_whole_pixels(
 def test_class_and_noun_embeddings_are_means_over_templates(
     cache: Path, tmp_path: Path, extraction: Config, reference: Any
 ) -> None:
-    extract_clip(extraction(tmp_path / "cache", templates=TEMPLATES), _silent)
+    extract_clip(extraction(tmp_path / "cache", templates=TEMPLATES))
     reader = FeatureCache(tmp_path / "cache")
     model, _, tokenizer = reference
     assert reader.names(Level.CLASS) == [*BASE, *NOVEL]
@@ -149,7 +147,7 @@ def test_bytes_do_not_depend_on_workers(
 ) -> None:
     """All of the cache: embeddings, tables, metadata, records and the set."""
     for name, workers in (("one", 0), ("other", 1)):
-        extract_clip(extraction(tmp_path / name, workers=workers, part_rows=part_rows, batch_size=16), _silent)
+        extract_clip(extraction(tmp_path / name, workers=workers, part_rows=part_rows, batch_size=16))
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
 
 
@@ -157,7 +155,7 @@ def test_embeddings_do_not_depend_on_the_size_of_parts(cache: Path, tmp_path: Pa
     """Exactly: parts of 10 rows cut images in two, and other crops share a batch. The keys say that the products are
     the same.
     """
-    extract_clip(extraction(tmp_path / "cache", part_rows=10), _silent)
+    extract_clip(extraction(tmp_path / "cache", part_rows=10))
     assert FeatureCache(cache).set.levels == FeatureCache(tmp_path / "cache").set.levels
     starts = _stored(cache, Level.BOXES, "offset")
     assert sum(one // 10 < (stop - 1) // 10 for one, stop in pairwise(starts)) > 5
@@ -176,7 +174,7 @@ def test_embeddings_hardly_depend_on_the_batch_size(cache: Path, tmp_path: Path,
     """A matrix product of another shape may sum in another order, so this is a step of float16 at most, and no
     identity.
     """
-    extract_clip(extraction(tmp_path / "cache", batch_size=1), _silent)
+    extract_clip(extraction(tmp_path / "cache", batch_size=1))
     assert FeatureCache(cache).set.levels == FeatureCache(tmp_path / "cache").set.levels
     for level in (Level.IMAGE, Level.INSTANCE):
         np.testing.assert_allclose(_stored(cache, level), _stored(tmp_path / "cache", level), atol=5e-4, rtol=0)
@@ -185,7 +183,7 @@ def test_embeddings_hardly_depend_on_the_batch_size(cache: Path, tmp_path: Path,
 def test_bf16_is_close_to_fp32_and_another_identity(
     cache: Path, kept: list[int], tmp_path: Path, extraction: Config
 ) -> None:
-    extract_clip(extraction(tmp_path / "cache", precision=Precision.BF16), _silent)
+    extract_clip(extraction(tmp_path / "cache", precision=Precision.BF16))
     one, other = FeatureCache(cache), FeatureCache(tmp_path / "cache")
     fine = np.concatenate([one.instances(i).embedding for i in kept] + [one.embeddings(Level.CLASS)])
     coarse = np.concatenate([other.instances(i).embedding for i in kept] + [other.embeddings(Level.CLASS)])
@@ -197,7 +195,7 @@ def test_bf16_is_close_to_fp32_and_another_identity(
 
 def test_fp16_on_a_cpu_is_refused(tmp_path: Path, extraction: Config) -> None:
     with pytest.raises(HdovdError, match="fp16 needs a GPU"):
-        extract_clip(extraction(tmp_path / "cache", precision=Precision.FP16), _silent)
+        extract_clip(extraction(tmp_path / "cache", precision=Precision.FP16))
 
 
 # --- nouns ---
@@ -237,7 +235,7 @@ def test_nouns_come_from_the_images_own_captions(world: Path, cache: Path, kept:
 def test_without_captions_every_image_offers_all_nouns(
     world: Path, kept: list[int], tmp_path: Path, extraction: Config
 ) -> None:
-    extract_clip(extraction(tmp_path / "cache", captions=None), _silent)
+    extract_clip(extraction(tmp_path / "cache", captions=None))
     vocabulary = set((world / "vocabulary.txt").read_text().split())
     reader = FeatureCache(tmp_path / "cache")
     assert _check_nouns(reader, kept, lambda _: vocabulary) > 100
@@ -253,7 +251,7 @@ def test_image_whose_captions_name_nothing_has_no_nouns(copied_world: Path, tmp_
             caption["caption"] = "Something nobody has a word for."
     tree["annotations"] = [c for c in tree["annotations"] if c["image_id"] != 4]
     file.write_text(json.dumps(tree))
-    extract_clip(extraction(tmp_path / "cache", data=copied_world), _silent)
+    extract_clip(extraction(tmp_path / "cache", data=copied_world))
     reader = FeatureCache(tmp_path / "cache")
     unnamed = [reader.instances(i).proposals().noun for i in (3, 4)]
     assert all(len(n) > 0 and (n == -1).all() for n in unnamed)
@@ -261,7 +259,7 @@ def test_image_whose_captions_name_nothing_has_no_nouns(copied_world: Path, tmp_
 
 
 def test_without_vocabulary_there_is_no_noun_level(tmp_path: Path, extraction: Config) -> None:
-    extract_clip(extraction(tmp_path / "cache", vocabulary=None, captions=None), _silent)
+    extract_clip(extraction(tmp_path / "cache", vocabulary=None, captions=None))
     reader = FeatureCache(tmp_path / "cache")
     assert reader.levels() == [Level.BOXES, Level.INSTANCE, Level.IMAGE, Level.CLASS]
     assert (reader.instances(1).noun == -1).all()
@@ -269,7 +267,8 @@ def test_without_vocabulary_there_is_no_noun_level(tmp_path: Path, extraction: C
 
 def test_novel_names_in_the_vocabulary_are_reported(world: Path, tmp_path: Path, extraction: Config) -> None:
     lines: list[str] = []
-    extract_clip(extraction(tmp_path / "cache"), lines.append)
+    with lines_to(lines.append):
+        extract_clip(extraction(tmp_path / "cache"))
     (note,) = [line for line in lines if "novel names" in line]
     assert f"{len(NOVEL)} of the {len(NOVEL)}" in note
     assert NOVEL[0] in note

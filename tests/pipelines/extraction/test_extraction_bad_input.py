@@ -13,14 +13,12 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.prepare import prepare
 
 Config = Callable[..., ExtractConfig]
-
-
-def _silent(_: str) -> None: ...
 
 
 # --- proposals ---
@@ -50,7 +48,8 @@ def test_bad_proposals_are_counted_and_leave_no_rows(
         entries.insert(number * 3, {"image_id": 1} | entry)
     (tmp_path / "bad.json").write_text(json.dumps(entries))
     lines: list[str] = []
-    report = extract_clip(extraction(copied_cache, proposals=tmp_path / "bad.json"), lines.append)
+    with lines_to(lines.append):
+        report = extract_clip(extraction(copied_cache, proposals=tmp_path / "bad.json"))
     assert set(report.levels.values()) == {"hit"}  # what is left is what the good file holds
     text = "\n".join(line for line in lines if line.startswith("skipped"))
     assert sum(
@@ -92,13 +91,14 @@ def test_proposal_file_that_cannot_be_used(
     if content is not None:
         (tmp_path / "p.json").write_text(content)
     with pytest.raises(HdovdError, match=f"(?s)p.json.*{message}|{message}.*p.json"):
-        extract_clip(extraction(tmp_path / "cache", proposals=tmp_path / "p.json"), _silent)
+        extract_clip(extraction(tmp_path / "cache", proposals=tmp_path / "p.json"))
     assert not (tmp_path / "cache").exists()
 
 
 def test_without_proposals_base_boxes_alone_are_cached(tmp_path: Path, extraction: Config) -> None:
     lines: list[str] = []
-    extract_clip(extraction(tmp_path / "cache", proposals=None, vocabulary=None, captions=None), lines.append)
+    with lines_to(lines.append):
+        extract_clip(extraction(tmp_path / "cache", proposals=None, vocabulary=None, captions=None))
     reader = FeatureCache(tmp_path / "cache")
     assert len(reader.instances(1).proposals().box) == 0
     assert len(reader.instances(1).base_boxes().box) > 0
@@ -113,7 +113,7 @@ def test_vocabulary_without_names(tmp_path: Path, extraction: Config, content: s
     if content is not None:
         (tmp_path / "words.txt").write_text(content)
     with pytest.raises(HdovdError, match=r"--vocabulary.*words.txt"):
-        extract_clip(extraction(tmp_path / "cache", vocabulary=tmp_path / "words.txt"), _silent)
+        extract_clip(extraction(tmp_path / "cache", vocabulary=tmp_path / "words.txt"))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_captions_that_cannot_be_used(tmp_path: Path, extraction: Config, conten
     if content is not None:
         (tmp_path / "captions.json").write_text(content)
     with pytest.raises(HdovdError, match=r"captions\.json"):
-        extract_clip(extraction(tmp_path / "cache", captions=tmp_path / "captions.json"), _silent)
+        extract_clip(extraction(tmp_path / "cache", captions=tmp_path / "captions.json"))
     assert not (tmp_path / "cache").exists()
 
 
@@ -167,7 +167,7 @@ def test_rows_of_a_part_fit_chunks(tmp_path: Path, extraction: Config, part_rows
 @pytest.mark.parametrize("part_rows", [1, 100, 1024, 17 * 1024, 21 * 1024, 64 * 1024, 100 * 1024])
 def test_any_rows_of_a_part_suit_all_levels(tmp_path: Path, extraction: Config, counting: Any, part_rows: int) -> None:
     """Also the image level, whose parts are smaller."""
-    begun = prepare(extraction(tmp_path / "cache", part_rows=part_rows), _silent, counting)
+    begun = prepare(extraction(tmp_path / "cache", part_rows=part_rows), counting)
     begun.begin(Catalog.create(tmp_path / "cache"))
     assert begun.product(Level.INSTANCE).part_rows == begun.product(Level.PSEUDO_LABEL).part_rows == part_rows
     assert 1 <= begun.product(Level.IMAGE).part_rows <= part_rows
@@ -182,11 +182,11 @@ def test_template_must_hold_the_name_once(tmp_path: Path, extraction: Config, te
 def test_class_names_that_the_annotations_do_not_know(world: Path, tmp_path: Path, extraction: Config) -> None:
     (tmp_path / "other.toml").write_text('name = "other"\nbase = ["car", "umbrela"]\nnovel = ["star"]\n')
     with pytest.raises(HdovdError, match=r"'umbrela' \(the file has 'umbrella'\)"):
-        extract_clip(extraction(tmp_path / "cache", protocol=str(tmp_path / "other.toml")), _silent)
+        extract_clip(extraction(tmp_path / "cache", protocol=str(tmp_path / "other.toml")))
 
 
 def test_no_base_box_at_all(copied_world: Path, tmp_path: Path, extraction: Config) -> None:
     file = copied_world / "annotations" / "instances_train2017.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
     with pytest.raises(HdovdError, match="no usable box"):
-        extract_clip(extraction(tmp_path / "cache", data=copied_world), _silent)
+        extract_clip(extraction(tmp_path / "cache", data=copied_world))

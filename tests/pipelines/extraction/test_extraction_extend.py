@@ -19,6 +19,7 @@ from hdovd.cache.local import open_folder
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import ROW_ARRAYS, Level
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.engine import Unit
@@ -27,9 +28,6 @@ from hdovd.pipelines.extraction.prepare import ExtractReport, prepare
 
 Config = Callable[..., ExtractConfig]
 BOXES, INSTANCE, IMAGE, CLASS, NOUN, PSEUDO_LABEL = Level
-
-
-def _silent(_: str) -> None: ...
 
 
 def _decisions(report: ExtractReport) -> dict[Level, str]:
@@ -61,27 +59,31 @@ def test_a_cache_is_extended_in_its_own_precision(copied_world: Path, tmp_path: 
     """Chosen by auto, whatever suits this device; also before the set has its name, and under another one."""
     root, lines = tmp_path / "cache", list[str]()
     fewer = extraction(root, data=copied_world, precision=Precision.BF16)
-    extract_clip(fewer, _silent)
+    extract_clip(fewer)
     _edit(copied_world, _keep_images(lambda image_id: image_id % 2 == 0))
     auto = replace(fewer, precision=Precision.AUTO)
     for config in (auto, replace(auto, features="other")):
-        decisions = extract_clip(config, lines.append).levels
+        with lines_to(lines.append):
+            decisions = extract_clip(config).levels
         assert decisions[CLASS] == decisions[NOUN] == "hit"
         assert Catalog(root).sets()[config.features].made_from["precision"] == "bf16"
     (root / "sets" / "default.json").unlink()
-    assert set(extract_clip(auto, lines.append).levels.values()) == {"hit"}
+    with lines_to(lines.append):
+        assert set(extract_clip(auto).levels.values()) == {"hit"}
     assert sum(line.startswith("precision: bf16, the cache's own") for line in lines) == 3
 
 
 def test_another_precision_than_the_caches_says_what_it_costs(copied_cache: Path, extraction: Config) -> None:
     lines = list[str]()
-    extract_clip(extraction(copied_cache, precision=Precision.BF16, dry_run=True), lines.append)
+    with lines_to(lines.append):
+        extract_clip(extraction(copied_cache, precision=Precision.BF16, dry_run=True))
     assert any(
         "--precision bf16: the cache's embeddings of this CLIP are fp32" in line and "made anew" in line
         for line in lines
     )
     lines.clear()
-    extract_clip(extraction(copied_cache, precision=Precision.FP32, dry_run=True), lines.append)
+    with lines_to(lines.append):
+        extract_clip(extraction(copied_cache, precision=Precision.FP32, dry_run=True))
     assert not any("precision:" in line or "--precision" in line for line in lines)
 
 
@@ -94,7 +96,7 @@ def _assert_equals_fresh(cache: Path, features: str, config: ExtractConfig) -> N
     """All rows are those of an extraction into an empty folder with parts of that size, exactly: what is reused is
     copied, and on one kind of processor the rest does not depend on its batch.
     """
-    extract_clip(config, _silent)
+    extract_clip(config)
     for level in Level:
         for name in ("box", "source", "score", "annotation_id") if level is BOXES else ROW_ARRAYS[level]:
             np.testing.assert_array_equal(
@@ -111,7 +113,7 @@ def test_more_proposals_extend(
         for k, (image_id, score) in enumerate([(2, 0.5), (2, 0.9), (5, 1.0), (5, 0.5), (5, 0.0)])
     ]
     more = _write_proposals(tmp_path / "more.json", json.loads(proposals.read_text()) + new)
-    report = extract_clip(extraction(copied_cache, proposals=more, features="more"), _silent, counting)
+    report = extract_clip(extraction(copied_cache, proposals=more, features="more"), counting)
     assert _decisions(report) == {BOXES: "extract", INSTANCE: "extend", PSEUDO_LABEL: "extract"}
     assert report.new_rows[INSTANCE] == counting.pictures == 5
     assert counting.names == []
@@ -130,7 +132,7 @@ def test_damaged_rows_are_not_copied(copied_cache: Path, tmp_path: Path, proposa
         [*json.loads(proposals.read_text()), {"image_id": 2, "bbox": [1.5, 4, 30, 20], "score": 0.5}],
     )
     with pytest.raises(HdovdError, match=rf"{key}/embedding/c/0/0 is damaged.*verify --repair"):
-        extract_clip(extraction(copied_cache, proposals=more, features="more"), _silent)
+        extract_clip(extraction(copied_cache, proposals=more, features="more"))
     assert "more" not in Catalog(copied_cache).sets()
 
 
@@ -140,7 +142,7 @@ def test_other_scores_compute_no_row(
     """Their order in an image follows the scores: the rows of the instance level move, and are copied."""
     entries = [entry | {"score": 1 - entry["score"]} for entry in json.loads(proposals.read_text())]
     other = _write_proposals(tmp_path / "other.json", entries)
-    report = extract_clip(extraction(copied_cache, proposals=other, features="other"), _silent, counting)
+    report = extract_clip(extraction(copied_cache, proposals=other, features="other"), counting)
     assert _decisions(report) == {BOXES: "extract", INSTANCE: "extend", PSEUDO_LABEL: "extract"}
     assert report.new_rows[INSTANCE] == len(counting.batches) == 0
     _assert_equals_fresh(copied_cache, "other", extraction(tmp_path / "fresh", proposals=other))
@@ -152,9 +154,9 @@ def test_more_images_extend(
     """They stand between those that were there; parts are small, so that rows move from part to part."""
     _edit(copied_world, _keep_images(lambda i: i % 3 > 0))
     old = [i for i in kept if i % 3 > 0]
-    before = extract_clip(extraction(tmp_path / "cache", data=copied_world, part_rows=16), _silent)
+    before = extract_clip(extraction(tmp_path / "cache", data=copied_world, part_rows=16))
     assert before.rows[IMAGE] == len(old)
-    report = extract_clip(extraction(tmp_path / "cache", part_rows=16), _silent, counting)
+    report = extract_clip(extraction(tmp_path / "cache", part_rows=16), counting)
     assert _decisions(report) == {BOXES: "extract", INSTANCE: "extend", IMAGE: "extend", PSEUDO_LABEL: "extract"}
     new = {level: report.rows[level] - before.rows[level] for level in (INSTANCE, IMAGE)}
     assert {level: report.new_rows[level] for level in new} == new
@@ -166,7 +168,7 @@ def test_fewer_images_compute_no_row(
     copied_world: Path, copied_cache: Path, tmp_path: Path, extraction: Config, counting: Any
 ) -> None:
     _edit(copied_world, _keep_images(lambda i: i % 3 > 0))
-    report = extract_clip(extraction(copied_cache, data=copied_world, features="fewer"), _silent, counting)
+    report = extract_clip(extraction(copied_cache, data=copied_world, features="fewer"), counting)
     assert _decisions(report) == {BOXES: "extract", INSTANCE: "extend", IMAGE: "extend", PSEUDO_LABEL: "extract"}
     assert report.new_rows[INSTANCE] == report.new_rows[IMAGE] == len(counting.batches) == 0
     _assert_equals_fresh(copied_cache, "fewer", extraction(tmp_path / "fresh", data=copied_world))
@@ -191,11 +193,11 @@ def test_image_that_is_another_is_extracted_anew(
 
     _edit(copied_world, edit)
     changes = {"data": copied_world, "vocabulary": None, "captions": None}
-    report = extract_clip(extraction(copied_cache, features="other", **changes), _silent, counting)
+    report = extract_clip(extraction(copied_cache, features="other", **changes), counting)
     assert report.new_rows[IMAGE] == 1
     assert counting.pictures == report.new_rows[IMAGE] + report.new_rows[INSTANCE]
     assert 1 < report.new_rows[INSTANCE] < report.rows[INSTANCE] / 5
-    extract_clip(extraction(tmp_path / "fresh", **changes), _silent)
+    extract_clip(extraction(tmp_path / "fresh", **changes))
     for level in (IMAGE, INSTANCE):
         np.testing.assert_array_equal(
             _stored(copied_cache, level, features="other"), _stored(tmp_path / "fresh", level)
@@ -206,7 +208,7 @@ def test_half_of_a_product_gives_what_it_has(
     tmp_path: Path, proposals: Path, extraction: Config, counting: Any
 ) -> None:
     """The extraction of the old proposals was broken off; the one of the new ones takes over its finished parts."""
-    extract_clip(extraction(tmp_path / "cache", part_rows=16), _silent)
+    extract_clip(extraction(tmp_path / "cache", part_rows=16))
     folder = tmp_path / "cache" / "instance" / FeatureCache(tmp_path / "cache").key(INSTANCE)
     for part in (1, 5):
         (folder / "parts" / f"{part:06d}.json").unlink()
@@ -214,7 +216,7 @@ def test_half_of_a_product_gives_what_it_has(
     (tmp_path / "cache" / "sets" / "default.json").unlink()
     new = {"image_id": 2, "bbox": [1, 2, 30, 20], "score": 0.5}
     more = _write_proposals(tmp_path / "more.json", [*json.loads(proposals.read_text()), new])
-    report = extract_clip(extraction(tmp_path / "cache", part_rows=16, proposals=more), _silent, counting)
+    report = extract_clip(extraction(tmp_path / "cache", part_rows=16, proposals=more), counting)
     assert report.levels[INSTANCE] == "extend"
     assert report.new_rows[INSTANCE] == counting.pictures == 2 * 16 + 1
     _assert_equals_fresh(tmp_path / "cache", "default", extraction(tmp_path / "fresh", part_rows=16, proposals=more))
@@ -223,13 +225,14 @@ def test_half_of_a_product_gives_what_it_has(
 def test_missing_parts_are_made_and_nothing_else(
     tmp_path: Path, extraction: Config, counting: Any, contents: Callable[..., Any]
 ) -> None:
-    extract_clip(extraction(tmp_path / "cache", part_rows=16), _silent)
+    extract_clip(extraction(tmp_path / "cache", part_rows=16))
     whole = contents(tmp_path / "cache")
     folder = tmp_path / "cache" / "instance" / FeatureCache(tmp_path / "cache").key(INSTANCE)
     for part in (1, 5):
         (folder / "parts" / f"{part:06d}.json").unlink()
     lines: list[str] = []
-    report = extract_clip(extraction(tmp_path / "cache", part_rows=16), lines.append, counting)
+    with lines_to(lines.append):
+        report = extract_clip(extraction(tmp_path / "cache", part_rows=16), counting)
     parts = -(-report.rows[INSTANCE] // 16)
     assert _decisions(report) == {INSTANCE: "extend"}
     assert any(f"goes on: {parts - 2} of {parts} parts are done" in line for line in lines)
@@ -242,8 +245,8 @@ def test_missing_parts_are_made_and_nothing_else(
 
 def test_nouns_can_be_added_with_other_sizes_of_parts(tmp_path: Path, extraction: Config) -> None:
     """A pseudo label's part is made with that of its crops, so its size is theirs, whatever is asked for."""
-    extract_clip(extraction(tmp_path / "cache", vocabulary=None, captions=None, part_rows=16), _silent)
-    report = extract_clip(extraction(tmp_path / "cache", part_rows=100), _silent)
+    extract_clip(extraction(tmp_path / "cache", vocabulary=None, captions=None, part_rows=16))
+    report = extract_clip(extraction(tmp_path / "cache", part_rows=100))
     assert report.whole
     _assert_equals_fresh(tmp_path / "cache", "default", extraction(tmp_path / "fresh", part_rows=16))
 
@@ -251,10 +254,9 @@ def test_nouns_can_be_added_with_other_sizes_of_parts(tmp_path: Path, extraction
 @pytest.mark.parametrize("nouns", [True, False], ids=["with nouns", "without nouns"])
 def test_process_that_began_later_takes_over_the_size_of_parts(tmp_path: Path, extraction: Config, nouns: bool) -> None:
     """Both planned on an empty folder, with parts of other sizes; the first to begin may want no nouns."""
-    late = prepare(extraction(tmp_path / "cache", part_rows=100), _silent)
+    late = prepare(extraction(tmp_path / "cache", part_rows=100))
     early = prepare(
-        extraction(tmp_path / "cache", part_rows=16, **({} if nouns else {"vocabulary": None, "captions": None})),
-        _silent,
+        extraction(tmp_path / "cache", part_rows=16, **({} if nouns else {"vocabulary": None, "captions": None}))
     )
     early.begin(Catalog.create(tmp_path / "cache"))
     late.begin(Catalog(tmp_path / "cache"))
@@ -275,7 +277,7 @@ def test_part_of_a_process_that_hangs_is_done_after_some_time(
     """And until then everything else is: here the claim is never let go."""
     monkeypatch.setattr(local, "CLAIM_WAIT_S", 0.3)
     config = extraction(tmp_path / "cache", part_rows=32)
-    begun = prepare(config, _silent)
+    begun = prepare(config)
     begun.begin(Catalog.create(config.cache))
     part = 0 if level is CLASS else 1
     with open_folder(config.cache).claim(f"{begun.product(level).prefix}/{part}", wait=False) as mine:
@@ -287,4 +289,4 @@ def test_part_of_a_process_that_hangs_is_done_after_some_time(
             assert [unit for unit in pictures if unit not in begun.left()] == [
                 unit for unit in pictures if unit != Unit(INSTANCE, 1)
             ]
-        assert extract_clip(config, _silent).whole
+        assert extract_clip(config).whole

@@ -16,6 +16,7 @@ import pytest
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.common.name_list import shipped
@@ -28,10 +29,6 @@ from hdovd.pipelines.nouns.find import find_nouns
 Config = Callable[..., ExtractConfig]
 
 
-def _silent(_: str) -> None:
-    """A log that says nothing."""
-
-
 @pytest.fixture
 def nouns_file(world: Path, tmp_path: Path) -> Path:
     """What `hdovd nouns` finds in the micro world's captions."""
@@ -42,21 +39,20 @@ def nouns_file(world: Path, tmp_path: Path) -> Path:
             vocabulary=world / "vocabulary.txt",
             parser=Parser.MATCH,
             protocol=str(world / "protocol.toml"),
-        ),
-        _silent,
+        )
     )
     return tmp_path / "nouns.json"
 
 
 def _keys(config: ExtractConfig) -> dict[Level, str]:
-    return {level: plan.key for level, plan in prepare(config, _silent).plans.items()}
+    return {level: plan.key for level, plan in prepare(config).plans.items()}
 
 
 def test_file_of_nouns_makes_what_vocabulary_and_captions_make(
     cache: Path, extraction: Config, nouns_file: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "cache"
-    extract_clip(extraction(copy, vocabulary=None, captions=None, nouns=nouns_file), _silent)
+    extract_clip(extraction(copy, vocabulary=None, captions=None, nouns=nouns_file))
     one, other = FeatureCache(copy), FeatureCache(cache)
     assert one.set.levels == other.set.levels
     for image_id in one._rows_by_image(Level.BOXES):
@@ -66,21 +62,22 @@ def test_file_of_nouns_makes_what_vocabulary_and_captions_make(
 
 def test_repair_names_the_file_of_nouns(copied_cache: Path, extraction: Config, nouns_file: Path) -> None:
     config, lines = extraction(copied_cache, vocabulary=None, captions=None, nouns=nouns_file), list[str]()
-    extract_clip(config, _silent)
+    extract_clip(config)
     key = FeatureCache(copied_cache).key(Level.PSEUDO_LABEL)
     (part,) = (copied_cache / "pseudo_label" / key / "noun" / "c").glob("*")
     whole = part.read_bytes()
     part.write_bytes(whole[:-1])
-    check_cache(CheckConfig(cache=copied_cache, repair=True), lines.append)
+    with lines_to(lines.append):
+        check_cache(CheckConfig(cache=copied_cache, repair=True))
     assert f" --nouns {nouns_file.absolute()} " in lines[-1]
-    extract_clip(config, _silent)
+    extract_clip(config)
     assert part.read_bytes() == whole
 
 
 def test_general_list_for_every_image(tmp_path: Path, extraction: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     config = extraction(tmp_path / "cache", vocabulary=Path("general"), captions=None)
     monkeypatch.chdir(tmp_path)
-    extract_clip(config, _silent)
+    extract_clip(config)
     reader = FeatureCache(tmp_path / "cache")
     assert tuple(reader.names(Level.NOUN)) == shipped("general")
     assert ExtractConfig.from_dict(reader.set.made_from, "c").vocabulary == Path(
@@ -149,7 +146,7 @@ def test_file_of_nouns_of_other_images(extraction: Config, nouns_file: Path, tmp
     tree["images"] = {str(int(image_id) + 1_000_000): rows for image_id, rows in tree["images"].items()}
     nouns_file.write_text(json.dumps(tree))
     with pytest.raises(HdovdError, match=r"nouns\.json has no noun for any of the \d+ training images"):
-        prepare(extraction(tmp_path / "cache", vocabulary=None, captions=None, nouns=nouns_file), _silent)
+        prepare(extraction(tmp_path / "cache", vocabulary=None, captions=None, nouns=nouns_file))
 
 
 def test_captions_of_other_images(extraction: Config, tmp_path: Path) -> None:
@@ -159,4 +156,4 @@ def test_captions_of_other_images(extraction: Config, tmp_path: Path) -> None:
         entry["image_id"] += 1_000_000
     (tmp_path / "c.json").write_text(json.dumps(tree))
     with pytest.raises(HdovdError, match=r"--captions .*c\.json has no noun for any of the \d+ training images"):
-        prepare(replace(config, captions=tmp_path / "c.json"), _silent)
+        prepare(replace(config, captions=tmp_path / "c.json"))

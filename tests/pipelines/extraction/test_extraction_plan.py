@@ -17,6 +17,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.demo.world import NOVEL
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe
@@ -29,9 +30,6 @@ Config = Callable[..., ExtractConfig]
 Untouched = Callable[[Path], Any]
 TEMPLATES = ("a photo of a {}", "{} in the snow")
 BOXES, INSTANCE, IMAGE, CLASS, NOUN, PSEUDO_LABEL = Level
-
-
-def _silent(_: str) -> None: ...
 
 
 def _decisions(report: ExtractReport) -> dict[Level, str]:
@@ -59,8 +57,8 @@ def test_second_run_is_a_hit_and_writes_nothing(
     copied_cache: Path, extraction: Config, counting: Any, untouched: Untouched
 ) -> None:
     lines: list[str] = []
-    with untouched(copied_cache):
-        report = extract_clip(extraction(copied_cache), lines.append, counting)
+    with untouched(copied_cache), lines_to(lines.append):
+        report = extract_clip(extraction(copied_cache), counting)
     assert list(report.levels) == list(Level)
     assert _decisions(report) == {}
     assert set(report.new_rows.values()) == {0}
@@ -74,7 +72,7 @@ def test_how_it_is_computed_is_no_reason_to_compute_again(
     copied_cache: Path, extraction: Config, changes: dict[str, Any], untouched: Untouched
 ) -> None:
     with untouched(copied_cache):
-        assert _decisions(extract_clip(extraction(copied_cache, **changes), _silent)) == {}
+        assert _decisions(extract_clip(extraction(copied_cache, **changes))) == {}
 
 
 def test_same_data_at_another_path_and_same_clip_in_another_folder_are_hits(
@@ -83,8 +81,7 @@ def test_same_data_at_another_path_and_same_clip_in_another_folder_are_hits(
     moved = shutil.copytree(clip.removeprefix("local-dir:"), tmp_path / "moved clip")
     shutil.copy(proposals, tmp_path / "other name.json")
     report = extract_clip(
-        extraction(copied_cache, data=copied_world, clip=f"local-dir:{moved}", proposals=tmp_path / "other name.json"),
-        _silent,
+        extraction(copied_cache, data=copied_world, clip=f"local-dir:{moved}", proposals=tmp_path / "other name.json")
     )
     assert _decisions(report) == {}
 
@@ -98,7 +95,7 @@ def test_novel_annotations_leave_no_trace_in_the_cache(
         tree["annotations"] = [a for a in tree["annotations"] if a["category_id"] not in novel]
 
     _edit(copied_world, without_novel)
-    assert _decisions(extract_clip(extraction(copied_cache, data=copied_world), _silent)) == {}
+    assert _decisions(extract_clip(extraction(copied_cache, data=copied_world))) == {}
 
 
 # --- the plan ---
@@ -108,8 +105,8 @@ def test_dry_run_says_what_it_would_do_and_writes_nothing(
     tmp_path: Path, extraction: Config, kept: list[int], untouched: Untouched
 ) -> None:
     lines: list[str] = []
-    with untouched(tmp_path):
-        report = extract_clip(extraction(tmp_path / "folder" / "cache", dry_run=True), lines.append)
+    with untouched(tmp_path), lines_to(lines.append):
+        report = extract_clip(extraction(tmp_path / "folder" / "cache", dry_run=True))
     assert set(report.levels.values()) == {"extract"}
     text = "\n".join(lines)
     for level in Level:
@@ -127,8 +124,8 @@ def test_dry_run_says_what_it_would_do_and_writes_nothing(
 
 def test_dry_run_on_a_cache_writes_nothing(copied_cache: Path, extraction: Config, untouched: Untouched) -> None:
     lines: list[str] = []
-    with untouched(copied_cache):
-        report = extract_clip(extraction(copied_cache, templates=TEMPLATES, dry_run=True), lines.append)
+    with untouched(copied_cache), lines_to(lines.append):
+        report = extract_clip(extraction(copied_cache, templates=TEMPLATES, dry_run=True))
     assert _decisions(report) == dict.fromkeys((CLASS, NOUN, PSEUDO_LABEL), "extract")
 
 
@@ -208,7 +205,8 @@ def test_other_input_is_named_and_its_products_stand_beside_the_old_ones(
     ]
     changes = change(**{name: request.getfixturevalue(name) for name in wanted}) | {"features": "other"}
     lines: list[str] = []
-    report = extract_clip(extraction(copied_cache, **changes), lines.append)
+    with lines_to(lines.append):
+        report = extract_clip(extraction(copied_cache, **changes))
     assert _decisions(report) == decisions
     for level, reason in reasons.items():
         assert re.search(reason, _planned(lines, level)), lines
@@ -216,8 +214,8 @@ def test_other_input_is_named_and_its_products_stand_beside_the_old_ones(
     one, other = FeatureCache(copied_cache), FeatureCache(copied_cache, "other")
     assert {level for level in Level if one.key(level) != other.key(level)} == decisions.keys()
     other.require_together()
-    assert _decisions(extract_clip(extraction(copied_cache, **changes), _silent)) == {}
-    assert _decisions(extract_clip(extraction(copied_cache), _silent)) == {}
+    assert _decisions(extract_clip(extraction(copied_cache, **changes))) == {}
+    assert _decisions(extract_clip(extraction(copied_cache))) == {}
 
 
 def test_what_made_a_product_is_readable_in_its_attributes(cache: Path, clip: str) -> None:
@@ -249,13 +247,13 @@ def test_cache_of_another_schema_is_refused_before_anything_is_computed(
 ) -> None:
     zarr.open_group(copied_cache, mode="r+").attrs["schema_version"] = 99
     with untouched(copied_cache), pytest.raises(HdovdError, match="schema 99"):
-        extract_clip(extraction(copied_cache), _silent, counting)
+        extract_clip(extraction(copied_cache), counting)
     assert counting.batches == []
 
 
 def test_empty_folder_can_take_a_cache(tmp_path: Path, extraction: Config) -> None:
     (tmp_path / "cache").mkdir()
-    extract_clip(extraction(tmp_path / "cache"), _silent)
+    extract_clip(extraction(tmp_path / "cache"))
     assert FeatureCache(tmp_path / "cache").levels() == list(Level)
 
 
@@ -265,7 +263,7 @@ def test_folder_with_something_else_is_never_taken(
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.jpg").write_bytes(b"precious")
     with untouched(tmp_path / "photos"), pytest.raises(HdovdError, match=r"photos is not empty .*mine\.jpg"):
-        extract_clip(extraction(tmp_path / "photos"), _silent, counting)
+        extract_clip(extraction(tmp_path / "photos"), counting)
     assert counting.batches == []
 
 
@@ -284,13 +282,14 @@ def test_ctrl_c_says_what_stays_and_the_same_command_goes_on(
         return embed(pixels)
 
     monkeypatch.setattr(counting, "embed_images", pressed)
-    with pytest.raises(KeyboardInterrupt):
-        extract_clip(config, lines.append, counting)
+    with pytest.raises(KeyboardInterrupt), lines_to(lines.append):
+        extract_clip(config, counting)
     (line,) = [line for line in lines if line.startswith("stopped: ")]
     records = {file: file.read_bytes() for file in (tmp_path / "cache").glob("*/*/parts/0*.json")}
     assert int(line.split()[1]) == len(records) > 0
     monkeypatch.setattr(counting, "embed_images", embed)
-    report = extract_clip(config, lines.append, counting)
+    with lines_to(lines.append):
+        report = extract_clip(config, counting)
     assert report.whole
     assert 0 < report.new_rows[IMAGE] < report.rows[IMAGE]
     assert {file: file.read_bytes() for file in records} == records
@@ -313,7 +312,7 @@ def test_probe_does_not_count_what_fills_up_a_batch(
     monkeypatch.setattr("hdovd.pipelines.extraction.engine.PROBE_BATCH_CPU", 10_000)
     monkeypatch.setattr("hdovd.pipelines.extraction.engine.time.monotonic", lambda: now[0])
     config = extraction(tmp_path / "cache", batch_size=10_000, recipe=CropRecipe(scales=scales))
-    costs = prepare(config, _silent, counting).probe().costs
+    costs = prepare(config, counting).probe().costs
     assert costs[INSTANCE].embed_s == pytest.approx(len(scales))
     assert costs[IMAGE].embed_s == pytest.approx(1)
     assert costs[INSTANCE].cut_s == 0

@@ -19,6 +19,7 @@ from torch import Tensor
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.tar_export import TarExportConfig, export_tars
@@ -48,7 +49,8 @@ def text_after_training(world: Path, tmp_path: Path) -> Callable[..., tuple[Tens
             device="cpu",
             overwrite=True,
         )
-        return load_file(train(job, said.append).path / "model.safetensors")["object_text"], "\n".join(said)
+        with lines_to(said.append):
+            return load_file(train(job).path / "model.safetensors")["object_text"], "\n".join(said)
 
     return run
 
@@ -94,13 +96,14 @@ def test_extracting_again_adds_it_and_nothing_else(
     forget(copied_cache)
     said = list[str]()
     before = contents(copied_cache)
-    report = extract_clip(extraction(copied_cache), said.append)
+    with lines_to(said.append):
+        report = extract_clip(extraction(copied_cache))
     assert set(report.levels.values()) == {"hit"}
     assert 'the text embedding of "object" was added' in "\n".join(said)
     after = contents(copied_cache)
     assert {name for name in after if after[name] != before.get(name)} == {"sets/default.json"}
     assert FeatureCache(copied_cache).set.object_text == FeatureCache(cache).set.object_text
-    extract_clip(extraction(copied_cache), lambda _: None)
+    extract_clip(extraction(copied_cache))
     assert contents(copied_cache) == after
 
 
@@ -113,10 +116,10 @@ def test_tar_shards_have_it_and_old_ones_get_it(
         cache=str(copied_cache), out=str(shards), data=DataPaths(world), protocol=str(world / "protocol.toml")
     )
     forget(copied_cache)
-    export_tars(config, lambda _: None)
+    export_tars(config)
     assert "stands in" in text_after_training(shards, DataPaths())[1]
     file.write_text(whole)
-    export_tars(config, lambda _: None)
+    export_tars(config)
     found, _ = text_after_training(shards, DataPaths())
     torch.testing.assert_close(found, object_text_of(FeatureCache(copied_cache).set, 24, "here"))
 

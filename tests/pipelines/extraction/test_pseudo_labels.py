@@ -32,9 +32,6 @@ Config = Callable[..., ExtractConfig]
 NOUNS = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
 
 
-def _silent(_: str) -> None: ...
-
-
 def test_the_best_noun_weighs_one() -> None:
     found, weights, cosine = best_nouns(torch.tensor([[0.0, 1.0], [0.8, 0.6]]), NOUNS, LabelRule())
     assert found.tolist() == [[2], [1]]
@@ -92,7 +89,7 @@ def two_ways(cache: Path, extraction: Config, tmp_path_factory: pytest.TempPathF
     import shutil
 
     folder = Path(shutil.copytree(cache, tmp_path_factory.mktemp("labels") / "cache"))
-    extract_clip(extraction(folder, labels=LabelRule(3, 0.02), features="top"), _silent)
+    extract_clip(extraction(folder, labels=LabelRule(3, 0.02), features="top"))
     return folder
 
 
@@ -116,10 +113,10 @@ def test_one_noun_has_the_arrays_and_the_identity_that_it_had(two_ways: Path) ->
 def test_other_labels_and_other_nouns_ask_clip_for_no_picture(
     copied_cache: Path, extraction: Config, counting: Any, tmp_path: Path
 ) -> None:
-    extract_clip(extraction(copied_cache, labels=LabelRule(2), features="two"), _silent, counting)
+    extract_clip(extraction(copied_cache, labels=LabelRule(2), features="two"), counting)
     assert (counting.batches, counting.names) == ([], [])
     (tmp_path / "words.txt").write_text("car\nstar\n")
-    extract_clip(extraction(copied_cache, vocabulary=tmp_path / "words.txt", features="words"), _silent, counting)
+    extract_clip(extraction(copied_cache, vocabulary=tmp_path / "words.txt", features="words"), counting)
     assert (counting.batches, counting.names) == ([], ["car", "star"])
 
 
@@ -143,7 +140,7 @@ def test_weights_follow_from_the_stored_rows(two_ways: Path, kept: list[int]) ->
 
 
 def test_verify_knows_them(two_ways: Path) -> None:
-    assert not check_cache(CheckConfig(cache=two_ways), _silent).findings
+    assert not check_cache(CheckConfig(cache=two_ways)).findings
     product = Product(
         Catalog(two_ways).folder, Level.PSEUDO_LABEL, Catalog(two_ways).sets()["top"].levels[Level.PSEUDO_LABEL]
     )
@@ -158,7 +155,7 @@ def test_training_takes_u_of_all_of_them_from_the_cache_and_from_tar_shards(
         world / "annotations" / "instances_train2017.json", world / "train2017", protocol, base_only=True
     )
     recipe, reader = micro_recipe("input.flip=0.0"), FeatureCache(two_ways, "top")
-    data = TrainingSet(split, reader, recipe, _silent)
+    data = TrainingSet(split, reader, recipe)
     export_tars(
         TarExportConfig(
             cache=two_ways,
@@ -167,10 +164,9 @@ def test_training_takes_u_of_all_of_them_from_the_cache_and_from_tar_shards(
             protocol=str(world / "protocol.toml"),
             features="top",
             samples=8,
-        ),
-        _silent,
+        )
     )
-    tars = TarTrainingSet(str(tmp_path / "shards"), protocol, recipe, _silent)
+    tars = TarTrainingSet(str(tmp_path / "shards"), protocol, recipe)
     nouns, several = reader.embeddings(Level.NOUN), 0
     for index, image in enumerate(data.images):
         rows = reader.instances(image.id).proposals()
@@ -182,7 +178,7 @@ def test_training_takes_u_of_all_of_them_from_the_cache_and_from_tar_shards(
         torch.testing.assert_close(tars[index][1].pseudo_texts, texts)
         several += int((abs(texts.numpy() - nouns[rows.noun]).max(axis=1) > 1e-3).sum()) if len(rows.noun) else 0
     assert several > 20
-    import_tars(tmp_path / "shards", tmp_path / "back", _silent)
+    import_tars(tmp_path / "shards", tmp_path / "back")
     again = FeatureCache(tmp_path / "back", "top")
     assert again.key(Level.PSEUDO_LABEL) == reader.key(Level.PSEUDO_LABEL)
     np.testing.assert_array_equal(

@@ -27,9 +27,6 @@ from hdovd.pipelines.extraction.extract_clip import extract_clip
 Config = Callable[..., ExtractConfig]
 
 
-def _silent(_: str) -> None: ...
-
-
 def _contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
@@ -50,7 +47,7 @@ def facts(extraction: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def alone(extraction: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache that one process makes, in parts of 16 rows."""
     folder = tmp_path_factory.mktemp("alone") / "cache"
-    extract_clip(extraction(folder, part_rows=16, batch_size=16), _silent)
+    extract_clip(extraction(folder, part_rows=16, batch_size=16))
     return folder
 
 
@@ -174,5 +171,5 @@ def test_a_ray_worker_is_killed_and_another_does_its_part(alone: Path, extractio
 def test_ray_takes_no_shard(extraction: Config, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     with pytest.raises(HdovdError, match="without --shard"):
-        extract_clip(extraction(tmp_path / "cache", executor=Executor.RAY, share=Share(0, 2)), _silent)
+        extract_clip(extraction(tmp_path / "cache", executor=Executor.RAY, share=Share(0, 2)))
     assert not (tmp_path / "cache").exists()

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths, Exif
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
@@ -38,9 +39,6 @@ Config = Callable[..., ExtractConfig]
 NAMES = [*BASE, *NOVEL]
 CLASS = Level.CLASS
 SYNONYMS = 'umbrella = ["umbrella", "parasol"]\ncar = ["automobile"]  # not called car here\nfish = ["fish"]\n'
-
-
-def _silent(_: str) -> None: ...
 
 
 def _decisions(report: ExtractReport) -> dict[Level, str]:
@@ -126,15 +124,14 @@ def test_class_rows_are_means_over_all_names_and_only_they_are_made_anew(
     templates = ("a photo of a {}",)
     changes = {"synonyms": synonyms, "features": "named", "part_rows": part_rows}
     lines: list[str] = []
-    assert _decisions(extract_clip(extraction(copied_cache, **changes, dry_run=True), lines.append)) == {
-        CLASS: "extract"
-    }
+    with lines_to(lines.append):
+        assert _decisions(extract_clip(extraction(copied_cache, **changes, dry_run=True))) == {CLASS: "extract"}
     assert any(
         'synonyms differs: expected {"car": ["automobile"], "umbrella": ["umbrella", "parasol"]}, the cache has null'
         in line
         for line in lines
     ), lines
-    extract_clip(extraction(copied_cache, **changes), _silent, counting)
+    extract_clip(extraction(copied_cache, **changes), counting)
     assert counting.names == [
         ("automobile",) if n == "car" else ("umbrella", "parasol") if n == "umbrella" else n for n in NAMES
     ]
@@ -149,12 +146,12 @@ def test_class_rows_are_means_over_all_names_and_only_they_are_made_anew(
     one, other, car = load_clip(clip, None, device="cpu").embed_names(["umbrella", "parasol", "automobile"], templates)
     np.testing.assert_allclose(after[NAMES.index("umbrella")], (one + other) / np.linalg.norm(one + other), atol=1e-3)
     np.testing.assert_allclose(after[NAMES.index("car")], car, atol=1e-3)
-    assert _decisions(extract_clip(extraction(copied_cache, **changes), _silent)) == {}
+    assert _decisions(extract_clip(extraction(copied_cache, **changes))) == {}
 
 
 def test_file_that_names_no_synonym_is_a_hit(copied_cache: Path, extraction: Config, tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text('car = ["car"]\n')
-    assert _decisions(extract_clip(extraction(copied_cache, synonyms=tmp_path / "own.toml"), _silent)) == {}
+    assert _decisions(extract_clip(extraction(copied_cache, synonyms=tmp_path / "own.toml"))) == {}
 
 
 def test_leak_audit_knows_synonyms_of_novel_classes(extraction: Config, tmp_path: Path, counting: Any) -> None:
@@ -162,9 +159,11 @@ def test_leak_audit_knows_synonyms_of_novel_classes(extraction: Config, tmp_path
     (tmp_path / "synonyms.toml").write_text('umbrella = ["parasol"]\ncar = ["automobile"]\n')
     lines: list[str] = []
     config = extraction(tmp_path / "cache", vocabulary=tmp_path / "words.txt", captions=None)
-    prepare(config, lines.append, counting)
+    with lines_to(lines.append):
+        prepare(config, counting)
     assert any("the vocabulary holds 1 of the 8 novel names (umbrella)" in line for line in lines)
-    prepare(replace(config, synonyms=tmp_path / "synonyms.toml"), lines.append, counting)
+    with lines_to(lines.append):
+        prepare(replace(config, synonyms=tmp_path / "synonyms.toml"), counting)
     assert any("the vocabulary holds 2 of the 9 novel names (umbrella, parasol)" in line for line in lines)
 
 
@@ -199,12 +198,12 @@ def test_every_form_gives_the_same_product(
     tmp_path: Path, extraction: Config, counting: Any, embeddings: Path, form: str
 ) -> None:
     """To the key, which is of the numbers and not of the file; float32 here."""
-    one = read_class_embeddings(embeddings, NAMES, _silent)
-    other = read_class_embeddings(_save(tmp_path / "other", form, _rows()), NAMES, _silent)
+    one = read_class_embeddings(embeddings, NAMES)
+    other = read_class_embeddings(_save(tmp_path / "other", form, _rows()), NAMES)
     assert one.dtype == other.dtype == np.float32
     np.testing.assert_array_equal(other, _rows().numpy())
     keys = {
-        prepare(extraction(tmp_path / "c", class_embeddings=file), _silent, counting).plans[CLASS].key
+        prepare(extraction(tmp_path / "c", class_embeddings=file), counting).plans[CLASS].key
         for file in (embeddings, _save(tmp_path / "other", form, _rows()))
     }
     assert len(keys) == 1
@@ -214,7 +213,8 @@ def test_every_form_gives_the_same_product(
 def test_other_precisions_are_taken(tmp_path: Path, dtype: torch.dtype) -> None:
     lines: list[str] = []
     for form in ("pt", "safetensors"):
-        found = read_class_embeddings(_save(tmp_path / "rows", form, _rows().to(dtype)), NAMES, lines.append)
+        with lines_to(lines.append):
+            found = read_class_embeddings(_save(tmp_path / "rows", form, _rows().to(dtype)), NAMES)
         np.testing.assert_array_equal(found, _rows().to(dtype).float().numpy())
     assert bool(lines) == (dtype is torch.bfloat16)  # its 8 bits are off by more than 1e-3; float16 is what caches hold
 
@@ -335,7 +335,7 @@ def test_class_embeddings_that_cannot_be_used(
     file, write, message = tmp_path / BAD[name][0], *BAD[name][1:]
     write(file)
     with pytest.raises(HdovdError) as error:
-        extract_clip(extraction(tmp_path / "cache", class_embeddings=file), _silent, counting)
+        extract_clip(extraction(tmp_path / "cache", class_embeddings=file), counting)
     assert re.search(message, str(error.value)), str(error.value)
     assert "--class-embeddings" in str(error.value)
     assert file.name in str(error.value)
@@ -350,7 +350,8 @@ def test_class_embeddings_take_the_place_of_the_names_and_nothing_else(
 ) -> None:
     changes = {"class_embeddings": embeddings, "features": "learned", "part_rows": part_rows}
     lines: list[str] = []
-    report = extract_clip(extraction(copied_cache, **changes), lines.append, counting)
+    with lines_to(lines.append):
+        report = extract_clip(extraction(copied_cache, **changes), counting)
     assert _decisions(report) == {CLASS: "extract"}
     assert (counting.pictures, counting.names) == (0, [])
     assert any(
@@ -367,14 +368,14 @@ def test_class_embeddings_take_the_place_of_the_names_and_nothing_else(
     inputs = learned.key_inputs(CLASS)
     assert inputs.keys() == {"schema_version", "clip", "names", "class_embeddings"}
     assert (inputs["clip"], inputs["names"]) == (learned.key_inputs(Level.IMAGE)["clip"], NAMES)
-    assert _decisions(extract_clip(extraction(copied_cache, **changes), _silent)) == {}
+    assert _decisions(extract_clip(extraction(copied_cache, **changes))) == {}
 
 
 def test_templates_still_make_the_nouns_and_only_they_do(
     copied_cache: Path, extraction: Config, embeddings: Path
 ) -> None:
-    extract_clip(extraction(copied_cache, class_embeddings=embeddings), _silent)
-    report = extract_clip(extraction(copied_cache, class_embeddings=embeddings, templates=("{} in the snow",)), _silent)
+    extract_clip(extraction(copied_cache, class_embeddings=embeddings))
+    report = extract_clip(extraction(copied_cache, class_embeddings=embeddings, templates=("{} in the snow",)))
     assert _decisions(report) == dict.fromkeys((Level.NOUN, Level.PSEUDO_LABEL), "extract")
 
 
@@ -386,7 +387,8 @@ def test_rows_of_other_norms_are_normalised_and_that_is_said_once(
     rows[7] *= 1e-30
     torch.save(rows, tmp_path / "long.pt")
     lines: list[str] = []
-    extract_clip(extraction(tmp_path / "cache", class_embeddings=tmp_path / "long.pt"), lines.append, counting)
+    with lines_to(lines.append):
+        extract_clip(extraction(tmp_path / "cache", class_embeddings=tmp_path / "long.pt"), counting)
     (said,) = [line for line in lines if "not of norm 1" in line]
     assert "2 of 24 rows" in said
     assert "(1e-30 to 1e+20): they are normalised" in said
@@ -394,13 +396,11 @@ def test_rows_of_other_norms_are_normalised_and_that_is_said_once(
 
 
 def test_other_rows_are_another_product(copied_cache: Path, extraction: Config, embeddings: Path) -> None:
-    extract_clip(extraction(copied_cache, class_embeddings=embeddings), _silent)
+    extract_clip(extraction(copied_cache, class_embeddings=embeddings))
     rows = _rows()
     rows[[0, 1]] = rows[[1, 0]]
     np.save(embeddings, rows.numpy())
-    assert _decisions(extract_clip(extraction(copied_cache, class_embeddings=embeddings), _silent)) == {
-        CLASS: "extract"
-    }
+    assert _decisions(extract_clip(extraction(copied_cache, class_embeddings=embeddings))) == {CLASS: "extract"}
 
 
 def test_synonyms_and_class_embeddings_exclude_each_other(
@@ -501,12 +501,12 @@ def test_repair_makes_the_class_level_from_the_same_file(
 ) -> None:
     file: Path = request.getfixturevalue({"synonyms": "synonyms", "class_embeddings": "embeddings"}[option])
     cache = tmp_path / "cache"
-    extract_clip(extraction(cache, **{option: file}), _silent, counting)
+    extract_clip(extraction(cache, **{option: file}), counting)
     before = contents(cache)
     (rows,) = cache.glob("class/*/embedding/c/0/0")
     rows.write_bytes(rows.read_bytes()[:-50])
-    assert check_cache(CheckConfig(cache=cache), _silent, counting).findings
-    check_cache(CheckConfig(cache=cache, repair=True), _silent, counting)
-    extract_clip(extraction(cache, **{option: file}), _silent, counting)
-    assert check_cache(CheckConfig(cache=cache), _silent, counting).findings == []
+    assert check_cache(CheckConfig(cache=cache), counting).findings
+    check_cache(CheckConfig(cache=cache, repair=True), counting)
+    extract_clip(extraction(cache, **{option: file}), counting)
+    assert check_cache(CheckConfig(cache=cache), counting).findings == []
     assert contents(cache) == before

@@ -17,6 +17,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import load_split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.extraction.config import ExtractConfig
@@ -26,9 +27,6 @@ from hdovd.pipelines.training.training_set import TrainingSet
 Config = Callable[..., ExtractConfig]
 MakeRecipe = Callable[..., Recipe]
 MISSING, TRUNCATED, RESIZED, EMPTY, TEXT = 1, 2, 3, 4, 5
-
-
-def _silent(_: str) -> None: ...
 
 
 def _file(world: Path, image_id: int) -> Path:
@@ -59,14 +57,15 @@ def _repair(world: Path, whole: Path, *image_ids: int) -> None:
         _file(world, image_id).write_bytes(_file(whole, image_id).read_bytes())
 
 
-def _training_set(world: Path, cache: Path, recipe: Recipe, log: Callable[[str], None] = _silent) -> TrainingSet:
+def _training_set(world: Path, cache: Path, recipe: Recipe, log: Callable[[str], None] = lambda _: None) -> TrainingSet:
     split = load_split(
         world / "annotations" / "instances_train2017.json",
         world / "train2017",
         load_protocol(str(world / "protocol.toml")),
         base_only=True,
     )
-    return TrainingSet(split, FeatureCache(cache), recipe, log)
+    with lines_to(log):
+        return TrainingSet(split, FeatureCache(cache), recipe)
 
 
 def _tables(found: dict[str, str]) -> dict[str, str]:
@@ -90,7 +89,8 @@ def test_broken_pictures_are_counted_listed_and_left_out_of_training(
     reasons = _break_pictures(copied_world)
     assert reasons.keys() <= set(kept)
     lines: list[str] = []
-    report = extract_clip(extraction(tmp_path / "cache", data=copied_world, part_rows=part_rows), lines.append)
+    with lines_to(lines.append):
+        report = extract_clip(extraction(tmp_path / "cache", data=copied_world, part_rows=part_rows))
     assert report.whole
     assert report.failed.keys() == reasons.keys()
     for image_id, reason in reasons.items():
@@ -125,10 +125,10 @@ def test_later_run_is_a_hit_that_says_again_what_failed(
 ) -> None:
     """Also when the pictures were repaired: what changes a cache is asked for."""
     _file(copied_world, MISSING).rename(tmp_path / "aside.jpg")
-    first = extract_clip(extraction(tmp_path / "cache", data=copied_world), _silent)
+    first = extract_clip(extraction(tmp_path / "cache", data=copied_world))
     (tmp_path / "aside.jpg").rename(_file(copied_world, MISSING))
     with untouched(tmp_path / "cache"):
-        report = extract_clip(extraction(tmp_path / "cache", data=copied_world), _silent, counting)
+        report = extract_clip(extraction(tmp_path / "cache", data=copied_world), counting)
     assert set(report.levels.values()) == {"hit"}
     assert report.failed == first.failed
     assert first.failed.keys() == {MISSING}
@@ -140,7 +140,7 @@ def test_base_only_training_leaves_the_same_images_out(
 ) -> None:
     """Runs that are compared see the same images."""
     _file(copied_world, MISSING).unlink()
-    extract_clip(extraction(tmp_path / "cache", data=copied_world), _silent)
+    extract_clip(extraction(tmp_path / "cache", data=copied_world))
     off = [f"loss.{level}.enabled=false" for level in ("instance", "class", "image")]
     assert {image.id for image in _training_set(copied_world, tmp_path / "cache", micro_recipe(*off)).images} == set(
         kept
@@ -155,7 +155,7 @@ def test_no_readable_picture_is_an_error_before_anything_is_written(
     for picture in (copied_world / "train2017").iterdir():
         picture.unlink()
     with pytest.raises(HdovdError, match=r"none of 16 pictures of .*train2017 can be read(.|\n)*no such file"):
-        extract_clip(extraction(tmp_path / "folder" / "cache", data=copied_world, dry_run=dry_run), _silent)
+        extract_clip(extraction(tmp_path / "folder" / "cache", data=copied_world, dry_run=dry_run))
     assert not (tmp_path / "folder").exists()
 
 
@@ -169,29 +169,28 @@ def test_retry_after_repair_gives_the_bytes_of_whole_pictures(
     """In parts of 10 rows, an image's crops lie in two of them; and the nouns of its proposals follow."""
     _break_pictures(copied_world)
     config = extraction(tmp_path / "cache", data=copied_world, part_rows=part_rows, retry_failed=True)
-    assert extract_clip(config, _silent).failed.keys() == {MISSING, TRUNCATED, RESIZED, EMPTY, TEXT}
+    assert extract_clip(config).failed.keys() == {MISSING, TRUNCATED, RESIZED, EMPTY, TEXT}
     _repair(copied_world, world, MISSING, TRUNCATED, RESIZED, EMPTY)
     lines: list[str] = []
-    report = extract_clip(config, lines.append)
+    with lines_to(lines.append):
+        report = extract_clip(config)
     assert report.failed.keys() == {TEXT}
     assert any("tries again what could not be read: 5 images" in line for line in lines)
     _repair(copied_world, world, TEXT)
-    assert extract_clip(config, _silent).failed == {}
-    extract_clip(extraction(tmp_path / "fresh", part_rows=part_rows), _silent)
+    assert extract_clip(config).failed == {}
+    extract_clip(extraction(tmp_path / "fresh", part_rows=part_rows))
     assert _tables(contents(tmp_path / "cache")) == _tables(contents(tmp_path / "fresh"))
-    assert set(extract_clip(config, _silent).levels.values()) == {"hit"}
+    assert set(extract_clip(config).levels.values()) == {"hit"}
 
 
 def test_retry_computes_the_rows_of_failed_images_alone(
     copied_world: Path, world: Path, tmp_path: Path, extraction: Config, counting: Any, contents: Callable[..., Any]
 ) -> None:
     _file(copied_world, MISSING).unlink()
-    extract_clip(extraction(tmp_path / "cache", data=copied_world, part_rows=32), _silent)
+    extract_clip(extraction(tmp_path / "cache", data=copied_world, part_rows=32))
     before = contents(tmp_path / "cache")
     _repair(copied_world, world, MISSING)
-    report = extract_clip(
-        extraction(tmp_path / "cache", data=copied_world, part_rows=32, retry_failed=True), _silent, counting
-    )
+    report = extract_clip(extraction(tmp_path / "cache", data=copied_world, part_rows=32, retry_failed=True), counting)
     assert {level for level, decision in report.levels.items() if decision != "hit"} >= {Level.INSTANCE, Level.IMAGE}
     assert counting.pictures == report.new_rows[Level.INSTANCE] + report.new_rows[Level.IMAGE]
     assert report.new_rows[Level.IMAGE] == 1
@@ -207,9 +206,9 @@ def test_retry_of_what_is_still_broken_changes_nothing(
 ) -> None:
     reasons = _break_pictures(copied_world)
     config = extraction(tmp_path / "cache", data=copied_world, retry_failed=True)
-    extract_clip(config, _silent)
+    extract_clip(config)
     before = contents(tmp_path / "cache")
-    report = extract_clip(config, _silent)
+    report = extract_clip(config)
     assert report.whole
     assert report.failed.keys() == reasons.keys()
     assert contents(tmp_path / "cache") == before
@@ -219,12 +218,10 @@ def test_dry_run_of_a_retry_forgets_nothing(
     copied_world: Path, world: Path, tmp_path: Path, extraction: Config, untouched: Callable[..., Any]
 ) -> None:
     _file(copied_world, MISSING).unlink()
-    extract_clip(extraction(tmp_path / "cache", data=copied_world), _silent)
+    extract_clip(extraction(tmp_path / "cache", data=copied_world))
     _repair(copied_world, world, MISSING)
     with untouched(tmp_path / "cache"):
-        report = extract_clip(
-            extraction(tmp_path / "cache", data=copied_world, retry_failed=True, dry_run=True), _silent
-        )
+        report = extract_clip(extraction(tmp_path / "cache", data=copied_world, retry_failed=True, dry_run=True))
     assert report.new_rows[Level.IMAGE] > 0
 
 
@@ -239,11 +236,11 @@ def test_zeros_are_not_handed_on(
     """
     _file(copied_world, MISSING).unlink()
     _file(copied_world, TEXT).write_text("<html>404</html>")
-    extract_clip(extraction(tmp_path / "cache", data=copied_world), _silent)
+    extract_clip(extraction(tmp_path / "cache", data=copied_world))
     _repair(copied_world, world, MISSING)
     (tmp_path / "fewer.json").write_text(json.dumps(json.loads(proposals.read_text())[2:]))
     changes = {"data": copied_world, "proposals": tmp_path / "fewer.json"}
-    report = extract_clip(extraction(tmp_path / "cache", **changes), _silent, counting)
+    report = extract_clip(extraction(tmp_path / "cache", **changes), counting)
     reader = FeatureCache(tmp_path / "cache")
     assert report.levels[Level.INSTANCE] == "extend"
     assert report.new_rows[Level.INSTANCE] == sum(len(reader.instances(i).box) for i in (MISSING, TEXT))
@@ -264,10 +261,10 @@ def test_image_that_failed_in_one_level_alone_does_not_train(
     """The image level is a hit, of a run in which the picture was missing, the instance level is new: the zero
     image embedding must not become a training target."""
     _file(copied_world, MISSING).unlink()
-    extract_clip(extraction(tmp_path / "cache", data=copied_world), _silent)
+    extract_clip(extraction(tmp_path / "cache", data=copied_world))
     _repair(copied_world, world, MISSING)
     (tmp_path / "fewer.json").write_text(json.dumps(json.loads(proposals.read_text())[2:]))
-    report = extract_clip(extraction(tmp_path / "cache", data=copied_world, proposals=tmp_path / "fewer.json"), _silent)
+    report = extract_clip(extraction(tmp_path / "cache", data=copied_world, proposals=tmp_path / "fewer.json"))
     assert report.levels[Level.IMAGE] == "hit"
     assert report.failed.keys() == {MISSING}
     data = _training_set(copied_world, tmp_path / "cache", micro_recipe())

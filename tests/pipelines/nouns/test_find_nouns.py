@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.pipelines.nouns.allowed import Nouns, read_noun_file, read_nouns
 from hdovd.pipelines.nouns.config import Matching, NounsConfig, Parser
 from hdovd.pipelines.nouns.find import NounsReport, find_nouns
@@ -45,7 +46,8 @@ def _job(
 
 def _run(job: NounsConfig) -> tuple[NounsReport, str]:
     lines: list[str] = []
-    return find_nouns(job, lines.append), "\n".join(lines)
+    with lines_to(lines.append):
+        return find_nouns(job), "\n".join(lines)
 
 
 def test_file_can_be_read_on_its_own(tmp_path: Path) -> None:

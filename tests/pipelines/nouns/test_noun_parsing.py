@@ -127,7 +127,7 @@ def _run(
         parser=parser,
         spacy_model=str(model),
     )
-    return find_nouns(job, lambda _: None), json.loads((tmp_path / "nouns.json").read_text())
+    return find_nouns(job), json.loads((tmp_path / "nouns.json").read_text())
 
 
 @pytest.mark.parametrize("parser", [Parser.SPACY, Parser.AUTO])

@@ -14,6 +14,7 @@ import pytest
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.pipelines.proposal_files.file import (
     Proposals,
     ProposalTable,
@@ -129,18 +130,21 @@ def test_converting_there_and_back_changes_nothing(tmp_path: Path, annotations: 
         tmp_path / "list.pkl", [[_rows(p)] for p in _found().values()]
     )  # a detector of one class: a list of one
     lines: list[str] = []
-    identity = convert_proposals(source, tmp_path / "a.npz", annotations, log=lines.append)
+    with lines_to(lines.append):
+        identity = convert_proposals(source, tmp_path / "a.npz", annotations)
     assert any("in the order of its images" in line and "--order file" in line for line in lines)
     assert any(identity in line and "unknown" in line for line in lines)
-    assert convert_proposals(tmp_path / "a.npz", tmp_path / "b.json", log=lines.append) == identity
-    assert convert_proposals(tmp_path / "b.json", tmp_path / "c.npz", log=lines.append) == identity
+    with lines_to(lines.append):
+        assert convert_proposals(tmp_path / "a.npz", tmp_path / "b.json") == identity
+    with lines_to(lines.append):
+        assert convert_proposals(tmp_path / "b.json", tmp_path / "c.npz") == identity
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "c.npz").read_bytes()
 
 
 def test_equal_float32_scores_keep_the_decimals_order_in_npz(tmp_path: Path) -> None:
     entries = [{"image_id": 1, "bbox": [k, 0, 10, 10], "score": 0.5 + (k * 7 % 20) * 1e-12} for k in range(20)]
     (tmp_path / "p.json").write_text(json.dumps(entries))
-    convert_proposals(tmp_path / "p.json", tmp_path / "p.npz", log=lambda _: None)
+    convert_proposals(tmp_path / "p.json", tmp_path / "p.npz")
     assert read_table(tmp_path / "p.npz").by_image()[1].boxes[:, 0].tolist() == sorted(
         range(20), key=lambda k: -(k * 7 % 20)
     )
@@ -163,7 +167,7 @@ def test_made_by_is_kept_and_converted(tmp_path: Path, suffix: str) -> None:
     write_proposals(tmp_path / f"p.{suffix}", _found(), MADE_BY)
     assert read_table(tmp_path / f"p.{suffix}").made_by == MADE_BY
     for other in ("json", "npz"):
-        convert_proposals(tmp_path / f"p.{suffix}", tmp_path / f"q.{other}", log=lambda _: None)
+        convert_proposals(tmp_path / f"p.{suffix}", tmp_path / f"q.{other}")
         assert read_table(tmp_path / f"q.{other}").made_by == MADE_BY
     assert any(line.split() == ["detector", "oln"] for line in info_lines(tmp_path / f"p.{suffix}"))
 
@@ -369,10 +373,11 @@ def test_the_set_says_what_made_its_proposals_and_no_key_depends_on_it(
     first = Catalog(copied_cache).sets()["default"]
     assert first.proposals["made_by"] is None
     assert first.proposals["identity"] == read_table(proposals).identity()
-    convert_proposals(proposals, tmp_path / "plain.npz", log=lambda _: None)
+    convert_proposals(proposals, tmp_path / "plain.npz")
     write_proposals(tmp_path / "p.npz", read_table(tmp_path / "plain.npz").by_image(), MADE_BY)
     lines: list[str] = []
-    report = extract_clip(extraction(copied_cache, proposals=tmp_path / "p.npz"), lines.append)
+    with lines_to(lines.append):
+        report = extract_clip(extraction(copied_cache, proposals=tmp_path / "p.npz"))
     assert set(report.levels.values()) == {"hit"}
     assert any(first.proposals["identity"] in line and "detector oln" in line for line in lines)
     now = Catalog(copied_cache).sets()["default"]
@@ -382,8 +387,7 @@ def test_the_set_says_what_made_its_proposals_and_no_key_depends_on_it(
     )
     shown = "\n".join(cache_info(Catalog(copied_cache), None))
     assert "training_boxes.anchor" in shown
-    extract_clip(
-        extraction(copied_cache), lines.append
-    )  # the same boxes from a file that does not say it: nothing is forgotten
+    with lines_to(lines.append):
+        extract_clip(extraction(copied_cache))  # the same boxes from a file that does not say it: nothing is forgotten
     assert Catalog(copied_cache).sets()["default"].proposals["made_by"] == MADE_BY
     assert now.levels[Level.BOXES] in {p.key for p in Catalog(copied_cache).products(Level.BOXES)}

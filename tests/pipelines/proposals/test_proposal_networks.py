@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hdovd.config.recipe import Recipe, ScheduleConfig
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths, ImageBoxes, Skips, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.backbones.pyramid import build_backbone
@@ -25,9 +26,6 @@ from hdovd.pipelines.proposals.propose import propose
 from hdovd.pipelines.proposals.recall import Recall, recall_report, recall_table, without_crowds
 
 Made = tuple[ProposeConfig, list[str]]
-
-
-def _silent(_: str) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +40,7 @@ def made(world: Path, micro_recipe: Callable[..., Recipe], tmp_path_factory: pyt
         device="cpu",
         top=6,
     )
-    propose(job, _silent)
+    propose(job)
     return job
 
 
@@ -53,7 +51,8 @@ def network(made: ProposeConfig) -> Path:
 
 def test_the_same_settings_take_the_network_that_is_there(made: ProposeConfig, network: Path) -> None:
     before, proposals, said = network.stat().st_mtime_ns, made.out.read_bytes(), list[str]()
-    propose(made, said.append)
+    with lines_to(said.append):
+        propose(made)
     assert network.stat().st_mtime_ns == before
     assert made.out.read_bytes() == proposals
     assert any("trained with these settings before" in line for line in said)
@@ -61,11 +60,11 @@ def test_the_same_settings_take_the_network_that_is_there(made: ProposeConfig, n
 
 def test_the_backbone_is_kept_with_what_made_it(made: ProposeConfig, network: Path, tmp_path: Path) -> None:
     file = tmp_path / "b.safetensors"
-    propose(replace(made, out=tmp_path / "p.json", checkpoint=network, backbone_out=file), _silent)
+    propose(replace(made, out=tmp_path / "p.json", checkpoint=network, backbone_out=file))
     with safe_open(file, "pt") as tensors:
         assert json.loads(tensors.metadata()["made_by"]) == made_by(network)
     config = made.recipe.detector.backbone.model_copy(update={"weights": str(file)})
-    loaded = build_backbone(config, _silent).body.state_dict()  # a detector starts from it
+    loaded = build_backbone(config).body.state_dict()  # a detector starts from it
     assert all(torch.equal(value, loaded[name]) for name, value in load_file(file).items())
 
 
@@ -76,9 +75,9 @@ def test_other_settings_are_refused_and_named(
     with pytest.raises(
         HdovdError, match=r"p\.oln\.safetensors was made otherwise:(.|\n)*recipe\.train\.lr differs(.|\n)*--overwrite"
     ):
-        propose(replace(made, recipe=micro_recipe("train.lr=0.001")), _silent)
+        propose(replace(made, recipe=micro_recipe("train.lr=0.001")))
     assert network.read_bytes() == before
-    propose(replace(made, recipe=micro_recipe("train.workers=1")), _silent)  # which change nothing
+    propose(replace(made, recipe=micro_recipe("train.workers=1")))  # which change nothing
     assert network.read_bytes() == before
 
 
@@ -90,7 +89,7 @@ def test_a_key_that_came_later_is_told_where_it_is_not_the_default(
         name for name, field in ScheduleConfig.model_fields.items() if field.is_required()
     } - {"workers"}
     with pytest.raises(HdovdError, match=r"recipe\.train\.accumulate"):
-        propose(replace(made, recipe=micro_recipe("train.accumulate=2")), _silent)
+        propose(replace(made, recipe=micro_recipe("train.accumulate=2")))
 
 
 def test_others_may_read_the_network(network: Path, made: ProposeConfig) -> None:
@@ -103,7 +102,7 @@ def test_others_may_read_the_network(network: Path, made: ProposeConfig) -> None
 def test_backbone_weights_count_by_content(
     made: ProposeConfig, world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    split = DataPaths(world).load("train2017", load_protocol(made.protocol), base_only=True, log=_silent)
+    split = DataPaths(world).load("train2017", load_protocol(made.protocol), base_only=True)
 
     def found(name: str, content: bytes) -> dict[str, object]:
         (tmp_path / name).write_bytes(content)
@@ -119,7 +118,7 @@ def test_other_annotations_are_refused(made: ProposeConfig, copied_world: Path) 
     tree = json.loads(file.read_text())
     file.write_text(json.dumps(tree | {"annotations": tree["annotations"][1:]}))
     with pytest.raises(HdovdError, match="annotations sha256 differs"):
-        propose(replace(made, data=DataPaths(copied_world)), _silent)
+        propose(replace(made, data=DataPaths(copied_world)))
 
 
 def test_a_network_proposes_the_same_anywhere(
@@ -132,7 +131,7 @@ def test_a_network_proposes_the_same_anywhere(
         checkpoint=network,
         recipe=micro_recipe("proposals.nms=0.1", "input.short_side=64"),
     )
-    propose(job, _silent)
+    propose(job)
     assert job.out.read_bytes() == made.out.read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["again.json", "again.json.made_by.json"]
 
@@ -207,9 +206,7 @@ def test_a_network_that_saw_classes_which_are_novel_here(
     text = (world / "protocol.toml").read_text().replace(f'"{BASE[0]}", ', "")
     (tmp_path / "other.toml").write_text(text.replace("novel = [", f'novel = ["{BASE[0]}", '))
     with pytest.raises(HdovdError, match=f"trained on boxes of {BASE[0]}"):
-        propose(
-            replace(made, out=tmp_path / "p.json", checkpoint=network, protocol=str(tmp_path / "other.toml")), _silent
-        )
+        propose(replace(made, out=tmp_path / "p.json", checkpoint=network, protocol=str(tmp_path / "other.toml")))
 
 
 def test_networks_side_by_side(made: ProposeConfig, network: Path, world: Path) -> None:
@@ -226,7 +223,8 @@ def test_networks_side_by_side(made: ProposeConfig, network: Path, world: Path) 
         checkpoints=(network,),
         device="cpu",
     )
-    rpn, oln, same = recall_report(job, said.append)
+    with lines_to(said.append):
+        rpn, oln, same = recall_report(job)
     tree = json.loads((world / "annotations" / "instances_val2017.json").read_text())
     base = {c["id"] for c in tree["categories"] if c["name"] in BASE}
     counts = [a["category_id"] in base for a in tree["annotations"]]
@@ -260,15 +258,13 @@ def test_recall_needs_a_place_for_networks_and_pictures(made: ProposeConfig) -> 
         recall_report(
             RecallConfig(
                 data=made.data, validation=made.data, recipe=made.recipe, out=None, protocol=made.protocol, device="cpu"
-            ),
-            _silent,
+            )
         )
     with pytest.raises(HdovdError, match="--val-images"):
         recall_report(
             RecallConfig(
                 data=made.data, validation=None, recipe=made.recipe, out=made.out, protocol=made.protocol, device="cpu"
-            ),
-            _silent,
+            )
         )
 
 
@@ -285,7 +281,7 @@ def test_a_picture_that_cannot_be_read_makes_no_recall(made: ProposeConfig, netw
         device="cpu",
     )
     with pytest.raises(HdovdError, match=picture.name):
-        recall_report(job, _silent)
+        recall_report(job)
 
 
 def test_crowds_are_no_objects(tmp_path: Path) -> None:

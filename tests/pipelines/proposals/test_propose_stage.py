@@ -12,13 +12,11 @@ from torchvision.ops import box_iou
 
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.proposal_files.file import made_by_file
 from hdovd.pipelines.proposals.propose import ProposeConfig, propose, select_proposals
-
-
-def _silent(_: str) -> None: ...
 
 
 def _job(data: Path, out: Path, recipe: Recipe, **changes: object) -> ProposeConfig:
@@ -30,7 +28,7 @@ def _job(data: Path, out: Path, recipe: Recipe, **changes: object) -> ProposeCon
 @pytest.fixture(scope="module")
 def proposed(world: Path, micro_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("proposed") / "p.json"
-    propose(_job(world, out, micro_recipe(), top=6, min_side=10.0), _silent)
+    propose(_job(world, out, micro_recipe(), top=6, min_side=10.0))
     return out
 
 
@@ -69,7 +67,8 @@ def test_other_proposals_in_the_place_of_the_new_ones_are_named(
 
     def notes(**changes: object) -> list[str]:
         lines: list[str] = []
-        propose(_job(world, out, micro_recipe(), **changes), lines.append)
+        with lines_to(lines.append):
+            propose(_job(world, out, micro_recipe(), **changes))
         return [line for line in lines if line.startswith("note:")]
 
     (tmp_path / "p.oln.safetensors").write_bytes(proposed.with_name("p.oln.safetensors").read_bytes())
@@ -93,7 +92,7 @@ def test_novel_annotations_leave_no_trace(
     tree = json.loads(file.read_text())
     base = {c["id"] for c in tree["categories"] if c["name"] in BASE}
     file.write_text(json.dumps(tree | {"annotations": [a for a in tree["annotations"] if a["category_id"] in base]}))
-    propose(_job(copied_world, tmp_path / "p.json", micro_recipe(), top=6, min_side=10.0), _silent)
+    propose(_job(copied_world, tmp_path / "p.json", micro_recipe(), top=6, min_side=10.0))
     assert (tmp_path / "p.json").read_bytes() == proposed.read_bytes()
 
 
@@ -107,7 +106,7 @@ def test_labels_do_not_matter(
         if a["category_id"] in base:
             a["category_id"] = base[(base.index(a["category_id"]) + 1) % len(base)]
     file.write_text(json.dumps(tree))
-    propose(_job(copied_world, tmp_path / "p.json", micro_recipe(), top=6, min_side=10.0), _silent)
+    propose(_job(copied_world, tmp_path / "p.json", micro_recipe(), top=6, min_side=10.0))
     assert (tmp_path / "p.json").read_bytes() == proposed.read_bytes()
 
 
@@ -116,7 +115,8 @@ def test_broken_picture_is_left_out_and_named(
 ) -> None:
     (copied_world / "train2017" / "000000000003.jpg").unlink()
     said: list[str] = []
-    found = propose(_job(copied_world, tmp_path / "p.json", micro_recipe()), said.append)
+    with lines_to(said.append):
+        found = propose(_job(copied_world, tmp_path / "p.json", micro_recipe()))
     assert 3 not in found
     assert len(found) > 1
     assert len([line for line in said if "skipped" in line and "000000000003.jpg" in line]) == 1
@@ -128,7 +128,7 @@ def test_no_readable_picture_is_an_error(
     for picture in (copied_world / "train2017").iterdir():
         picture.unlink()
     with pytest.raises(HdovdError, match="no training picture"):
-        propose(_job(copied_world, tmp_path / "p.json", micro_recipe()), _silent)
+        propose(_job(copied_world, tmp_path / "p.json", micro_recipe()))
     assert not (tmp_path / "p.json").exists()
 
 

@@ -157,7 +157,7 @@ def test_processes_train_one_network(job: Callable[..., ProposeConfig], unbroken
         assert found == 0, printed
         networks.append(load_file(out.with_name("p.oln.safetensors")))
     torch.manual_seed(recipe.train.seed)
-    start = build_network(Detector.OLN, recipe, lambda _: None).state_dict()
+    start = build_network(Detector.OLN, recipe).state_dict()
     learnt = [name for name, value in start.items() if not torch.equal(value, networks[0][name])]
     assert len(learnt) > 20
     for part in ("backbone.fpn", "rpn", "head"):

@@ -22,7 +22,7 @@ from hdovd.pipelines.runs.folder import RunFolder
 
 
 def _training(run: RunFolder, world: Path) -> Split:
-    return DataPaths(world).load("train2017", run.protocol(), base_only=True, log=lambda _: None)
+    return DataPaths(world).load("train2017", run.protocol(), base_only=True)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import pytest
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Source
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
@@ -71,7 +72,8 @@ def _report(runs: list[Path], data: Path | None, out: Path, **changes: Any) -> t
         "device": "cpu",
     }
     values |= changes
-    return _Page(report(ReportConfig(runs=tuple(runs), out=out, **values), said.append)), said
+    with lines_to(said.append):
+        return _Page(report(ReportConfig(runs=tuple(runs), out=out, **values))), said
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +158,7 @@ def test_a_run_whose_cache_is_gone_still_has_a_report(distilled: RunFolder, worl
     page, _ = _report([run], world, tmp_path / "out", trust=True)
     assert page.text.count("no feature cache at") == 2  # of pseudo boxes, and of relations
     with pytest.raises(HdovdError, match=r"where are the pictures.*moved away"):
-        report(ReportConfig(runs=(run,), out=tmp_path / "out", trust=True), lambda _: None)
+        report(ReportConfig(runs=(run,), out=tmp_path / "out", trust=True))
 
 
 def test_without_data_the_pictures_are_where_the_cache_was_made(distilled: RunFolder, tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_a_recipe_of_another_version_leaves_out_what_needs_the_model(
     distilled: RunFolder, world: Path, tmp_path: Path
 ) -> None:
     runs = _copies({"run": distilled}, tmp_path)
-    evaluate(EvalConfig(run=runs[0], data=DataPaths(world), device="cpu"), lambda _: None)
+    evaluate(EvalConfig(run=runs[0], data=DataPaths(world), device="cpu"))
     (runs[0] / "config.toml").write_text("some_old_key = 1\n" + (runs[0] / "config.toml").read_text())
     page, _ = _report(runs, world, tmp_path / "out", trust=True)
     assert "run: recipe" in page.text
@@ -225,10 +227,7 @@ def test_an_unfinished_run_is_called_that(distilled: RunFolder, world: Path, tmp
 def test_refusals(runs: tuple[str, ...], why: str, distilled: RunFolder, world: Path, tmp_path: Path) -> None:
     _copies({"run": distilled}, tmp_path)
     with pytest.raises(HdovdError, match=why):
-        report(
-            ReportConfig(runs=tuple(tmp_path / name for name in runs), out=tmp_path / "out", data=DataPaths(world)),
-            lambda _: None,
-        )
+        report(ReportConfig(runs=tuple(tmp_path / name for name in runs), out=tmp_path / "out", data=DataPaths(world)))
     assert not (tmp_path / "out").exists()
 
 
@@ -242,7 +241,7 @@ def test_out_that_is_something_else_is_refused(distilled: RunFolder, world: Path
         ("photos", "holds other things .cat.jpg"),
     ):
         with pytest.raises(HdovdError, match=why):
-            report(ReportConfig(runs=(distilled.path,), out=tmp_path / out, data=DataPaths(world)), lambda _: None)
+            report(ReportConfig(runs=(distilled.path,), out=tmp_path / out, data=DataPaths(world)))
 
 
 def test_a_folder_of_runs_and_a_slip_of_the_pen_are_told(distilled: RunFolder, world: Path, tmp_path: Path) -> None:
@@ -252,7 +251,7 @@ def test_a_folder_of_runs_and_a_slip_of_the_pen_are_told(distilled: RunFolder, w
         ("runs/distiled", "did you mean .*runs/distilled"),
     ):
         with pytest.raises(HdovdError, match=why):
-            report(ReportConfig(runs=(tmp_path / name,), out=tmp_path / "out", data=DataPaths(world)), lambda _: None)
+            report(ReportConfig(runs=(tmp_path / name,), out=tmp_path / "out", data=DataPaths(world)))
 
 
 def test_names_are_what_paths_do_not_share() -> None:

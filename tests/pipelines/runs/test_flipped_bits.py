@@ -22,6 +22,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.cache.tar_shards import TarShards
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.modeling.base import build_detector
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
@@ -62,7 +63,7 @@ def read_run(root: Path) -> Any:
     """What is read of a run to evaluate it, and to go on with it."""
     run = RunFolder.open(root)
     recipe, texts = run.recipe(), run.class_embeddings()
-    model = build_detector(recipe, texts.shape[1], None)
+    model = build_detector(recipe, texts.shape[1], initialise=False)
     run.load_model(model)
     return run.record(), recipe.model_dump(), texts, dict(model.state_dict()), load_checkpoint(root, STATE)
 
@@ -85,7 +86,8 @@ def plain(value: Any) -> Any:
 def verified(root: Path) -> bool:
     """Whether hdovd cache verify has nothing to say."""
     said: list[str] = []
-    findings = check_cache(CheckConfig(cache=root), said.append).findings
+    with lines_to(said.append):
+        findings = check_cache(CheckConfig(cache=root)).findings
     return not findings and not any(line.startswith("no checksum") for line in said)
 
 
@@ -95,7 +97,7 @@ def test_a_flipped_bit(
 ) -> None:
     root = tmp_path / kind
     if kind == "shards":
-        export_tars(TarExportConfig(cache=cache, out=root, samples=8), lambda _: None)
+        export_tars(TarExportConfig(cache=cache, out=root, samples=8))
     else:
         shutil.copytree(cache if kind == "cache" else distilled.path, root)
     files = [

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import build_detector
@@ -57,7 +58,7 @@ def model_of() -> Any:
 
     torch.manual_seed(4)
     recipe = load_recipe("ov-coco-faster-rcnn-r50", SETTINGS)
-    return build_detector(recipe, D, None)
+    return build_detector(recipe, D, initialise=False)
 
 
 def theirs_of(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -130,9 +131,6 @@ ADAMIXER = (
 Files = Callable[..., ImportCheckpointConfig]
 
 
-def silent(_: str) -> None: ...
-
-
 def test_their_names() -> None:
     assert {ours: PUBLISHED["faster_rcnn"].own_name(theirs) for ours, theirs in THEIRS.items()} == {
         ours: ours for ours in THEIRS
@@ -143,8 +141,9 @@ def test_their_names() -> None:
 def test_what_is_imported_is_the_model(files: Files) -> None:
     model, said = model_of(), list[str]()
     job = files({"meta": {"epoch": 12, "iter": 7}, "state_dict": theirs_of(model), "optimizer": {"state": {}}})
-    run = import_checkpoint(job, said.append)
-    again = build_detector(run.recipe(), D, None)
+    with lines_to(said.append):
+        run = import_checkpoint(job)
+    again = build_detector(run.recipe(), D, initialise=False)
     run.load_model(again)
     torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
     text = "\n".join(said)
@@ -158,8 +157,8 @@ def test_what_is_imported_is_the_model(files: Files) -> None:
 
 
 def test_the_run_is_evaluated_and_listed_and_has_no_cache(files: Files, world: Path) -> None:
-    run = import_checkpoint(files({"state_dict": theirs_of(model_of())}), silent)
-    result = evaluate(EvalConfig(run=run.path, data=DataPaths(world), device="cpu"), silent)
+    run = import_checkpoint(files({"state_dict": theirs_of(model_of())}))
+    result = evaluate(EvalConfig(run=run.path, data=DataPaths(world), device="cpu"))
     assert result.images > 0
     assert json.loads((run.path / "metrics.json").read_text())["cache"] == {"path": None, "levels": {}}
     listed = read_run(run.path)
@@ -167,25 +166,21 @@ def test_the_run_is_evaluated_and_listed_and_has_no_cache(files: Files, world: P
     page = report(
         ReportConfig(
             runs=(run.path,), out=run.path / "report", data=DataPaths(world), gallery=2, pseudo=2, device="cpu"
-        ),
-        silent,
+        )
     )
     assert (
         page.read_text().count("imported from a checkpoint, so there is no cache") == 2
     )  # of pseudo boxes, and of relations
     with pytest.raises(HdovdError, match="imported from a checkpoint, so there is no cache"):
-        relations(
-            RunFolder(run.path), DataPaths(world).load("train2017", run.protocol(), base_only=True, log=silent), 2
-        )
+        relations(RunFolder(run.path), DataPaths(world).load("train2017", run.protocol(), base_only=True), 2)
 
 
 def test_the_audit_does_not_know_what_an_imported_run_was_trained_on(
     files: Files, world: Path, training_cache: Path
 ) -> None:
-    run = import_checkpoint(files({"state_dict": theirs_of(model_of())}), silent)
+    run = import_checkpoint(files({"state_dict": theirs_of(model_of())}))
     found = audit(
-        AuditConfig(data=DataPaths(world), cache=training_cache, protocol=str(world / "protocol.toml"), run=run.path),
-        silent,
+        AuditConfig(data=DataPaths(world), cache=training_cache, protocol=str(world / "protocol.toml"), run=run.path)
     )
     of_run = [check for check in found.checks if check.name in ("run: cache", "run: backbone")]
     assert len(of_run) == 2
@@ -202,7 +197,7 @@ def their_adamixer() -> tuple[Any, dict[str, Tensor]]:
     from hdovd.config.recipe import load_recipe
 
     torch.manual_seed(5)
-    model = build_detector(load_recipe("ov-coco-adamixer-r50", ADAMIXER), D, None)
+    model = build_detector(load_recipe("ov-coco-adamixer-r50", ADAMIXER), D, initialise=False)
     state = {}
     for name, value in model.state_dict().items():
         for pattern, own in ADAMIXER_NAMES:
@@ -260,15 +255,15 @@ def test_an_adamixer_is_imported_with_the_text_of_object(files: Files, tmp_path:
     row = torch.randn(1, D, generator=torch.Generator().manual_seed(1))
     torch.save(row, tmp_path / "object.pt")
     job = files({"state_dict": state}, detector="adamixer", settings=ADAMIXER, object_embedding=tmp_path / "object.pt")
-    run = import_checkpoint(job, silent)
-    again = build_detector(run.recipe(), D, None)
+    run = import_checkpoint(job)
+    again = build_detector(run.recipe(), D, initialise=False)
     run.load_model(again)
     expected = model.state_dict() | {"object_text": torch.nn.functional.normalize(row, dim=1)[0]}
     torch.testing.assert_close(again.state_dict(), expected)
     with pytest.raises(HdovdError, match="give --object-embedding FILE"):
-        import_checkpoint(files({"state_dict": state}, detector="adamixer", settings=ADAMIXER, overwrite=True), silent)
+        import_checkpoint(files({"state_dict": state}, detector="adamixer", settings=ADAMIXER, overwrite=True))
     with pytest.raises(HdovdError, match="is a checkpoint of adamixer, not of faster_rcnn"):
-        import_checkpoint(files({"state_dict": state}, overwrite=True), silent)
+        import_checkpoint(files({"state_dict": state}, overwrite=True))
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -278,9 +273,10 @@ def test_half_precision_and_wrapped_names(wrapped: bool, files: Files) -> None:
         ("module." if wrapped else "") + k: v.half() if v.is_floating_point() else v
         for k, v in theirs_of(model).items()
     }
-    run = import_checkpoint(files({"state_dict": state}), said.append)
+    with lines_to(said.append):
+        run = import_checkpoint(files({"state_dict": state}))
     assert any(re.fullmatch(r"\d+ tensors are float16: made float32", line) for line in said)
-    again = build_detector(run.recipe(), D, None)
+    again = build_detector(run.recipe(), D, initialise=False)
     run.load_model(again)
     assert all(p.dtype == torch.float32 for p in again.parameters())
     torch.testing.assert_close(
@@ -293,7 +289,7 @@ def test_missing_unknown_and_misshapen_tensors_are_named_together(files: Files) 
     del state["rpn_head.rpn_cls.bias"]
     state |= {"roi_head.what": torch.zeros(3), "roi_head.fc.bias": torch.zeros(3)}
     with pytest.raises(HdovdError) as error:
-        import_checkpoint(job := files({"state_dict": state}), silent)
+        import_checkpoint(job := files({"state_dict": state}))
     for part in (
         "rpn.head.cls_logits.bias",
         "of no part of it: roi_head.what",
@@ -313,7 +309,7 @@ class _Evil:
 
 def test_a_pickle_that_wants_to_run_code_is_refused(files: Files, tmp_path: Path) -> None:
     with pytest.raises(HdovdError, match=r"it asks for .*, which is no tensor; do not trust it"):
-        import_checkpoint(files({"state_dict": theirs_of(model_of()), "meta": _Evil(tmp_path / "ran")}), silent)
+        import_checkpoint(files({"state_dict": theirs_of(model_of()), "meta": _Evil(tmp_path / "ran")}))
     assert not (tmp_path / "ran").exists()
 
 
@@ -329,7 +325,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused(files: Files, tmp_path: Path
 )
 def test_what_is_no_checkpoint_is_told(content: Any, told: str, files: Files) -> None:
     with pytest.raises(HdovdError, match=told):
-        import_checkpoint(files(content), silent)
+        import_checkpoint(files(content))
 
 
 @pytest.mark.parametrize(
@@ -342,15 +338,15 @@ def test_what_is_no_checkpoint_is_told(content: Any, told: str, files: Files) ->
 )
 def test_class_embeddings_that_do_not_fit(rows: Any, told: str, files: Files) -> None:
     with pytest.raises(HdovdError, match=told):
-        import_checkpoint(files({"state_dict": theirs_of(model_of())}, rows), silent)
+        import_checkpoint(files({"state_dict": theirs_of(model_of())}, rows))
 
 
 def test_class_embeddings_are_asked_for_and_a_run_is_kept(files: Files, micro_recipe: Callable[..., Recipe]) -> None:
     content = {"state_dict": theirs_of(model_of())}
     with pytest.raises(HdovdError, match="give --class-embeddings FILE"):
-        import_checkpoint(files(content, class_embeddings=None), silent)
-    import_checkpoint(files(content), silent)
+        import_checkpoint(files(content, class_embeddings=None))
+    import_checkpoint(files(content))
     with pytest.raises(HdovdError, match="holds a run already"):
-        import_checkpoint(files(content), silent)
+        import_checkpoint(files(content))
     with pytest.raises(HdovdError, match=" or ".join(PUBLISHED)):
-        import_checkpoint(files(content, detector="yolo", overwrite=True), silent)
+        import_checkpoint(files(content, detector="yolo", overwrite=True))

@@ -108,7 +108,7 @@ def test_caches(kind: str, copied_cache: Path) -> None:
         file.write_text(_sealed(mutated(tree, seed, 1 + seed % 2)))
 
     def read() -> None:
-        check_cache(CheckConfig(cache=copied_cache), lambda _: None)
+        check_cache(CheckConfig(cache=copied_cache))
         cache = FeatureCache(copied_cache)
         cache.require_together()
         cache.failed()

@@ -42,7 +42,7 @@ def load(run: Path, *, trusted: bool = False) -> None:
     """Read all that a run is read by."""
     folder = RunFolder.open(run, trusted=trusted)
     recipe, texts = folder.recipe(), folder.class_embeddings()
-    folder.load_model(build_detector(recipe, texts.shape[1], None))
+    folder.load_model(build_detector(recipe, texts.shape[1], initialise=False))
     assert load_checkpoint(run, STATE) is not None
 
 
@@ -84,7 +84,7 @@ def test_weights_that_are_not_finite_are_refused(run: Path, world: Path, value: 
     state[name].flatten()[0] = value
     save_file(state, run / "model.safetensors")
     with pytest.raises(HdovdError, match=r"model\.safetensors: values that are not finite in 1 of \d+ tensors"):
-        evaluate(EvalConfig(run=run, data=DataPaths(world), device="cpu"), lambda _: None)
+        evaluate(EvalConfig(run=run, data=DataPaths(world), device="cpu"))
     with pytest.raises(HdovdError, match="not finite"):
         Detector.from_run(run, device="cpu")
 
@@ -149,10 +149,10 @@ def test_checkpoints_that_lack_something_or_are_of_another_run(
     for name in STATE:
         torch.save({key: value for key, value in state.items() if key != name}, run / "checkpoint.pt")
         with pytest.raises(HdovdError, match=rf"checkpoint\.pt cannot be read \(it has no {name}\)"):
-            train(job, lambda _: None)
+            train(job)
     torch.save([1], run / "checkpoint.pt")
     with pytest.raises(HdovdError, match=r"checkpoint\.pt cannot be read"):
-        train(job, lambda _: None)
+        train(job)
     for wrong in (
         {"model": {}},
         {"optimizer": {}},
@@ -165,7 +165,7 @@ def test_checkpoints_that_lack_something_or_are_of_another_run(
     ):
         torch.save(state | wrong, run / "checkpoint.pt")
         with pytest.raises(HdovdError, match=r"checkpoint\.pt does not fit this training"):
-            train(job, lambda _: None)
+            train(job)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_class_embeddings_of_another_shape_or_norm(run: Path, rows: torch.Tensor
 def test_a_kill_between_any_two_writes_leaves_a_run_that_opens(run: Path, distilled: RunFolder) -> None:
     """Weights of one epoch beside the checkpoint and the record of another: what a kill between the writes leaves."""
     folder = RunFolder.open(run)
-    model = build_detector(folder.recipe(), folder.class_embeddings().shape[1], None)
+    model = build_detector(folder.recipe(), folder.class_embeddings().shape[1], initialise=False)
     folder.save_model(model)
     load(run)
     folder.save_model(model, "best.safetensors")
@@ -258,7 +258,7 @@ def test_code_of_init_needs_the_same_in_the_recipe(
         init=strange,
     )
     with pytest.raises(HdovdError, match=CODE):
-        train(job, lambda _: None)
+        train(job)
     assert not (tmp_path / "imported").exists()
 
 
@@ -274,7 +274,7 @@ def test_an_address_of_a_run_from_elsewhere_is_not_asked(
     with pytest.raises(HdovdError, match=r"names the cache .*your credentials.*--trust"):
         data_of_cache(RunFolder.open(run))
     with pytest.raises(HdovdError, match=r"where are the pictures.*--trust"):
-        report(ReportConfig(runs=(run,), out=tmp_path / "out"), lambda _: None)
+        report(ReportConfig(runs=(run,), out=tmp_path / "out"))
     detector = Detector.from_run(run, device="cpu")  # which needs no cache
     with pytest.raises(HdovdError, match=r"cannot be asked .*--trust"):
         detector.set_classes(["zebra crossing"])
@@ -303,8 +303,7 @@ def test_a_run_with_the_users_own_code_is_known_where_it_was_trained(
             recipe=recipe,
             protocol=str(world / "protocol.toml"),
             device="cpu",
-        ),
-        lambda _: None,
+        )
     )
     load(tmp_path / "own")
     shutil.copytree(tmp_path / "own", tmp_path / "sent")

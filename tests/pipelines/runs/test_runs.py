@@ -237,7 +237,7 @@ def test_difference_of_two_runs(write_run: WriteRun) -> None:
 def test_real_runs(distilled: RunFolder, base_only: RunFolder, world: Path, tmp_path: Path) -> None:
     """What training and evaluation write is what the table reads."""
     evaluated = Path(shutil.copytree(distilled.path, tmp_path / "evaluated"))
-    result = evaluate(EvalConfig(run=evaluated, data=DataPaths(world), device="cpu"), lambda _: None)
+    result = evaluate(EvalConfig(run=evaluated, data=DataPaths(world), device="cpu"))
     run, plain = read_run(evaluated), read_run(base_only.path)
     assert (run.state, run.epochs_done, run.epochs) == (State.FINISHED, 3, 3)
     assert (plain.state, plain.epochs_done, plain.epochs) == (State.NOT_EVALUATED, 1, 1)

@@ -295,7 +295,7 @@ def test_families_have_identities_of_their_own(saved: dict[str, str]) -> None:
 def test_extraction_with_a_timm_encoder(
     saved: dict[str, str], extraction: Callable[..., ExtractConfig], world: Path, kept: list[int], tmp_path: Path
 ) -> None:
-    extract_clip(extraction(tmp_path / "cache", clip=saved["ConvNeXt"]), lambda _: None)
+    extract_clip(extraction(tmp_path / "cache", clip=saved["ConvNeXt"]))
     reader, tree = (
         FeatureCache(tmp_path / "cache"),
         json.loads((world / "annotations" / "instances_train2017.json").read_text()),

@@ -37,13 +37,13 @@ Build = Callable[..., Loop[Sample]]
 def loop(world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe]) -> Build:
     """The loop over the micro world in its order, with 8 images a step; the same weights each time."""
     protocol = load_protocol(str(world / "protocol.toml"))
-    split = DataPaths(world).load("train2017", protocol, base_only=True, log=lambda _: None)
+    split = DataPaths(world).load("train2017", protocol, base_only=True)
 
     def build(*settings: str) -> Loop[Sample]:
         recipe = micro_recipe("train.optimizer=sgd", "train.clip_norm=0", *settings)
-        data = TrainingSet(split, FeatureCache(training_cache), recipe, lambda _: None)
+        data = TrainingSet(split, FeatureCache(training_cache), recipe)
         torch.manual_seed(0)
-        model = build_detector(recipe, data.dim, None).train()
+        model = build_detector(recipe, data.dim, initialise=False).train()
         texts = torch.from_numpy(data.class_embeddings(protocol.base))
         batches = TrainingBatches(data, Dealing(InOrder(len(data)), recipe.train.batch_size), 0, device=CPU)
         return loop_of(model, batches, texts, recipe, CPU)

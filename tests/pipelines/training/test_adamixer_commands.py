@@ -56,7 +56,7 @@ Job = Callable[..., TrainConfig]
 
 @pytest.fixture(scope="module")
 def run(job: Job, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return train(job(tmp_path_factory.mktemp("ada") / "run"), lambda _: None)
+    return train(job(tmp_path_factory.mktemp("ada") / "run"))
 
 
 def losses_of(run: RunFolder) -> list[dict[str, float]]:
@@ -93,25 +93,25 @@ def test_it_goes_on_in_the_middle_of_its_second_epoch(
     with monkeypatch.context() as patch:
         patch.setattr(RunHooks, "step", stop)
         with pytest.raises(Stopped):
-            train(job(tmp_path / "run"), lambda _: None)
+            train(job(tmp_path / "run"))
     state = load_checkpoint(tmp_path / "run")
     assert state is not None
     assert state["step"] == 3
-    again = train(job(tmp_path / "run", resume=True), lambda _: None)
+    again = train(job(tmp_path / "run", resume=True))
     torch.testing.assert_close(
         load_file(again.path / "model.safetensors"), load_file(run.path / "model.safetensors"), rtol=0, atol=0
     )
 
 
 def test_it_is_evaluated(run: RunFolder, world: Path) -> None:
-    result = evaluate(EvalConfig(run=run.path, data=DataPaths(world), device="cpu"), lambda _: None)
+    result = evaluate(EvalConfig(run=run.path, data=DataPaths(world), device="cpu"))
     assert (result.alpha, result.beta) == (0.35, 0.65)
     assert json.loads((run.path / "detections.json").read_text())
 
 
 def test_relations(run: RunFolder, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After four steps no query is near a box; with pairs of any IoU there are matrices."""
-    training = DataPaths(world).load("train2017", run.protocol(), base_only=True, log=lambda _: None)
+    training = DataPaths(world).load("train2017", run.protocol(), base_only=True)
     with pytest.raises(HdovdError, match=r"no box .* has a student embedding"):
         relations(run, training, 4)
     from hdovd.modeling.adamixer import pairs
@@ -124,16 +124,14 @@ def test_relations(run: RunFolder, world: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("form", ModelForm)
 def test_every_form_finds_what_the_model_finds(form: ModelForm, run: RunFolder, tmp_path: Path) -> None:
-    done = export_model(ExportModelConfig(run=run.path, form=form, out=tmp_path / "out"), lambda _: None)
+    done = export_model(ExportModelConfig(run=run.path, form=form, out=tmp_path / "out"))
     assert done.checked.detections > 0
     assert done.checked.difference < 5e-4
 
 
 def test_exported_weights_leave_training_out(run: RunFolder, tmp_path: Path) -> None:
     names = load_file(
-        export_model(
-            ExportModelConfig(run=run.path, form=ModelForm.SAFETENSORS, out=tmp_path / "out"), lambda _: None
-        ).file
+        export_model(ExportModelConfig(run=run.path, form=ModelForm.SAFETENSORS, out=tmp_path / "out")).file
     ).keys()
     assert "background" in names
     assert not [name for name in names if name.startswith(("text_level.", "instance_level.", "proposals.auxiliary."))]
@@ -145,11 +143,9 @@ def test_a_detector_that_cannot_be_traced_says_which_form_works(
 ) -> None:
     monkeypatch.setattr(AdaMixer, "exportable", None)
     with pytest.raises(HdovdError, match=rf"--format {form}: .*adamixer.*--format safetensors"):
-        export_model(ExportModelConfig(run=run.path, form=form, out=tmp_path / "out"), lambda _: None)
+        export_model(ExportModelConfig(run=run.path, form=form, out=tmp_path / "out"))
     assert not list(tmp_path.iterdir())
-    done = export_model(
-        ExportModelConfig(run=run.path, form=ModelForm.SAFETENSORS, out=tmp_path / "out"), lambda _: None
-    )
+    done = export_model(ExportModelConfig(run=run.path, form=ModelForm.SAFETENSORS, out=tmp_path / "out"))
     assert done.checked.difference < 1e-5
 
 
@@ -160,7 +156,7 @@ def test_a_grid_over_its_values() -> None:
 
 
 def test_base_only_trains_the_detector_alone(job: Job, tmp_path: Path) -> None:
-    run = train(job(tmp_path / "run", *PRESETS["base-only"], "train.epochs=1"), lambda _: None)
+    run = train(job(tmp_path / "run", *PRESETS["base-only"], "train.epochs=1"))
     assert {name.partition("_")[0] for name in losses_of(run)[0]} == {
         "rpn",
         "classification",
@@ -173,7 +169,7 @@ def test_base_only_trains_the_detector_alone(job: Job, tmp_path: Path) -> None:
 def test_adamw_decays_all_weights_alike() -> None:
     from hdovd.pipelines.training.loop import build_optimizer
 
-    model: Detector = build_detector(recipe("train.weight_decay=0.25"), 24, lambda _: None)
+    model: Detector = build_detector(recipe("train.weight_decay=0.25"), 24)
     groups = build_optimizer(model, model.recipe.train).param_groups
     assert [group["weight_decay"] for group in groups] == [0.25]
     assert sum(p.numel() for p in groups[0]["params"]) == sum(p.numel() for p in model.parameters())

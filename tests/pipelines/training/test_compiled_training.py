@@ -20,6 +20,7 @@ from torch._inductor import config as inductor
 
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.modeling.backbones.pyramid import build_backbone
 from hdovd.pipelines.proposals.config import ProposeConfig
@@ -61,7 +62,7 @@ def test_one_graph_serves_all_sizes_of_a_batch() -> None:
         graphs.append(graph)
         return graph.forward
 
-    backbone = build_backbone(load_recipe("demo", PLAIN).detector.backbone, lambda _: None).train()
+    backbone = build_backbone(load_recipe("demo", PLAIN).detector.backbone).train()
     names = list(backbone.state_dict())
     compile_backbone(backbone, CPU, backend)
     assert len(graphs) == 1  # of the trial
@@ -89,7 +90,7 @@ def test_a_run_goes_the_way_of_one_that_is_not_compiled(
             device="cpu",
             validation=DataPaths(world),
         )
-        runs.append(train.train(job, lambda _: None))
+        runs.append(train.train(job))
     assert len(compiled) == 1
     plain, other = (run.entries()[0] for run in runs)
     for name in plain.keys() - {"images_per_s", "data_wait", "memory_gb"}:
@@ -122,7 +123,8 @@ def test_a_run_may_be_compiled_from_some_step_on(
         resume=True,
     )
     lines: list[str] = []
-    train.train(job, lines.append)
+    with lines_to(lines.append):
+        train.train(job)
     assert lines[-1].endswith("is finished already")
 
 
@@ -137,13 +139,13 @@ def test_a_compiled_network_proposes(
         protocol=str(world / "protocol.toml"),
         device="cpu",
     )
-    propose(job, lambda _: None)
+    propose(job)
     assert len(compiled) == 1
     said: list[str] = []
-    propose(
-        ProposeConfig(data=job.data, out=job.out, recipe=micro_recipe(*PLAIN), protocol=job.protocol, device="cpu"),
-        said.append,
-    )
+    with lines_to(said.append):
+        propose(
+            ProposeConfig(data=job.data, out=job.out, recipe=micro_recipe(*PLAIN), protocol=job.protocol, device="cpu")
+        )
     assert any("trained with these settings before" in line for line in said)
 
 

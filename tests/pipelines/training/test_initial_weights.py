@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError, Stopped
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.modeling.base import build_detector
@@ -55,7 +56,8 @@ def started(job: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> Started:
             patch.setattr(
                 Loop, "run", lambda loop, _: seen.append({k: v.clone() for k, v in loop.model.state_dict().items()})
             )
-            train(replace(job, **changes), said.append)
+            with lines_to(said.append):
+                train(replace(job, **changes))
         return seen[0], "\n".join(said)
 
     return run
@@ -70,7 +72,7 @@ def untrained(world: Path, training_cache: Path, tmp_path: Path) -> Callable[...
         protocol = protocol or load_protocol(str(world / "protocol.toml"))
         texts = torch.nn.functional.normalize(torch.randn(len(protocol.names), dim), dim=1)
         run = RunFolder.create(tmp_path / name, recipe, protocol, texts, {"cache": {"levels": {}}}, overwrite=False)
-        model = build_detector(recipe, dim, None)
+        model = build_detector(recipe, dim, initialise=False)
         model.set_object_text(torch.randn(dim))
         run.save_model(model)
         return run
@@ -147,7 +149,7 @@ def test_an_adamixer_brings_its_text_of_object(
     recipe, classes = adamixer_recipe(), load_protocol(job.protocol)
     fewer = Protocol("fewer", classes.base[:3], classes.novel, classes.min_image_side_px)
     source = untrained("source", recipe, protocol=fewer)
-    model = build_detector(recipe, 24, None)
+    model = build_detector(recipe, 24, initialise=False)
     source.load_model(model)
     model.text_level.centroids = torch.ones(2, 3, 24)
     model.text_level.updates += 5
@@ -168,7 +170,8 @@ def test_an_adamixer_brings_its_text_of_object(
 
 def test_an_adamixer_trains_on(untrained: Callable[..., RunFolder], job: TrainConfig) -> None:
     source, said = untrained("source", adamixer_recipe()), list[str]()
-    run = train(replace(job, init=source.path, recipe=adamixer_recipe("train.epochs=1")), said.append)
+    with lines_to(said.append):
+        run = train(replace(job, init=source.path, recipe=adamixer_recipe("train.epochs=1")))
     assert torch.equal(weights(run)["object_text"], weights(source)["object_text"])
     assert not torch.equal(weights(run)["background"], weights(source)["background"])
     assert "stands in" not in "\n".join(said)
@@ -243,25 +246,23 @@ def test_a_resumed_run_needs_the_first_one_no_more(
     asked = replace(
         job, recipe=micro_recipe("train.epochs=2", "train.batch_size=8"), init=tmp_path / "first", resume=True
     )
-    whole = train(replace(asked, out=tmp_path / "whole"), lambda _: None)
+    whole = train(replace(asked, out=tmp_path / "whole"))
     with monkeypatch.context() as patch:
         patch.setattr(RunHooks, "step", stop)
         with pytest.raises(Stopped):
-            train(asked, lambda _: None)
+            train(asked)
     shutil.rmtree(tmp_path / "first")
     for other in (None, base_only.path):
         with pytest.raises(HdovdError, match=r"--init differs: asked for .*, began with .*first\n"):
-            train(replace(asked, init=other), lambda _: None)
-    require_same(weights(train(asked, lambda _: None)), weights(whole))
+            train(replace(asked, init=other))
+    require_same(weights(train(asked)), weights(whole))
 
 
 def test_the_audit_says_that_there_was_a_run_before(
     started: Started, distilled: RunFolder, job: TrainConfig, world: Path, training_cache: Path
 ) -> None:
     started(init=distilled.path)
-    found = audit(
-        AuditConfig(data=DataPaths(world), cache=training_cache, protocol=job.protocol, run=job.out), lambda _: None
-    )
+    found = audit(AuditConfig(data=DataPaths(world), cache=training_cache, protocol=job.protocol, run=job.out))
     backbone = next(check for check in found.checks if check.name == "run: backbone")
     assert backbone.verdict is Verdict.UNKNOWN
     assert f"began with the weights of {distilled.path.resolve()}" in backbone.text

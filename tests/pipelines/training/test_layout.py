@@ -46,13 +46,10 @@ def test_evaluating_detecting_and_relating(
 ) -> None:
     run = Path(shutil.copytree(distilled.path, tmp_path / "run"))  # evaluation writes into it
     for stage in (
-        lambda: evaluate(EvalConfig(run=run, data=DataPaths(world), device="cpu"), lambda _: None),
+        lambda: evaluate(EvalConfig(run=run, data=DataPaths(world), device="cpu")),
         lambda: Detector.from_run(distilled.path, device="cpu")(next((world / "val2017").iterdir())),
         lambda: relations(
-            distilled,
-            DataPaths(world).load("train2017", distilled.protocol(), base_only=True, log=lambda _: None),
-            images=4,
-            device="cpu",
+            distilled, DataPaths(world).load("train2017", distilled.protocol(), base_only=True), images=4, device="cpu"
         ),
     ):
         laid_out.clear()
@@ -85,8 +82,7 @@ def test_training_and_validating(
             protocol=str(world / "protocol.toml"),
             device="cpu",
             validation=DataPaths(world),
-        ),
-        lambda _: None,
+        )
     )
     assert len(laid_out) > 30
     assert all(laid_out)
@@ -100,7 +96,7 @@ def test_proposing(world: Path, micro_recipe: Callable[..., Recipe], tmp_path: P
         protocol=str(world / "protocol.toml"),
         device="cpu",
     )
-    propose(job, lambda _: None)
-    propose(replace(job, out=tmp_path / "q.json", checkpoint=tmp_path / "p.oln.safetensors"), lambda _: None)
+    propose(job)
+    propose(replace(job, out=tmp_path / "q.json", checkpoint=tmp_path / "p.oln.safetensors"))
     assert len(laid_out) > 30
     assert all(laid_out)

@@ -20,6 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hdovd.config.recipe import PRESETS, Recipe
 from hdovd.core.errors import HdovdError, Stopped
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.extraction.tar_export import TarExportConfig, export_tars
 from hdovd.pipelines.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -164,7 +165,7 @@ def test_workers_may_change_and_a_signal_to_all_processes_of_a_job_spares_them(
 
 def test_tar_shards_resume_too(play: Play, training_cache: Path, tmp_path: Path) -> None:
     """The order is that of the streams that the run began with."""
-    export_tars(TarExportConfig(cache=training_cache, out=tmp_path / "shards", samples=5), lambda _: None)
+    export_tars(TarExportConfig(cache=training_cache, out=tmp_path / "shards", samples=5))
     play(tmp_path / "whole", cache=tmp_path / "shards", settings=("train.workers=2",))
     play(tmp_path / "tar", cache=tmp_path / "shards", settings=("train.workers=2",), kill_at=8, code=-9)
     play(tmp_path / "tar", cache=tmp_path / "shards", resume=True)
@@ -324,7 +325,7 @@ def test_another_recipe_is_refused_naming_what_differs(
     with pytest.raises(
         HdovdError, match=r"began otherwise:\n  recipe\.train\.lr differs: asked for 0\.5, began with 0\.002"
     ):
-        train(_job(world, training_cache, out, micro_recipe(*SETTINGS, "train.lr=0.5")), lambda _: None)
+        train(_job(world, training_cache, out, micro_recipe(*SETTINGS, "train.lr=0.5")))
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
 
@@ -334,7 +335,7 @@ def test_a_damaged_checkpoint_is_named(
     out = Path(shutil.copytree(unbroken, tmp_path / "run"))
     (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:1000])
     with pytest.raises(HdovdError, match=r"checkpoint\.pt cannot be read.*--overwrite"):
-        train(_job(world, training_cache, out, micro_recipe(*SETTINGS)), lambda _: None)
+        train(_job(world, training_cache, out, micro_recipe(*SETTINGS)))
 
 
 def test_a_run_without_a_checkpoint_is_refused_as_such(
@@ -343,7 +344,7 @@ def test_a_run_without_a_checkpoint_is_refused_as_such(
     out = Path(shutil.copytree(unbroken, tmp_path / "run"))
     (out / "checkpoint.pt").unlink()
     with pytest.raises(HdovdError, match=r"holds a run without a checkpoint\.pt: it cannot be resumed"):
-        train(_job(world, training_cache, out, micro_recipe(*SETTINGS)), lambda _: None)
+        train(_job(world, training_cache, out, micro_recipe(*SETTINGS)))
 
 
 def test_other_images_are_refused(
@@ -357,14 +358,14 @@ def test_other_images_are_refused(
 ) -> None:
     """Base-only runs check nothing of their data against the cache."""
     settings = [*SETTINGS, *PRESETS["base-only"], "train.epochs=1"]
-    train(_job(world, training_cache, tmp_path / "run", micro_recipe(*settings)), lambda _: None)
+    train(_job(world, training_cache, tmp_path / "run", micro_recipe(*settings)))
     file = copied_world / "annotations" / "instances_train2017.json"
     tree = json.loads(file.read_text())
     tree["images"] = tree["images"][1:]
     tree["annotations"] = [a for a in tree["annotations"] if a["image_id"] in {i["id"] for i in tree["images"]}]
     file.write_text(json.dumps(tree))
     with pytest.raises(HdovdError, match="the run began with 23 images, now there are 22"):
-        train(_job(copied_world, training_cache, tmp_path / "run", micro_recipe(*settings)), lambda _: None)
+        train(_job(copied_world, training_cache, tmp_path / "run", micro_recipe(*settings)))
 
 
 def test_a_full_disk_keeps_the_checkpoint_that_is_there(tmp_path: Path) -> None:
@@ -402,7 +403,8 @@ def test_a_finished_run_is_left_as_it_is(
     out = Path(shutil.copytree(unbroken, tmp_path / "run"))
     before = {name: (out / name).read_bytes() for name in ("model.safetensors", "log.jsonl", "checkpoint.pt")}
     lines: list[str] = []
-    train(_job(world, training_cache, out, micro_recipe(*SETTINGS)), lines.append)
+    with lines_to(lines.append):
+        train(_job(world, training_cache, out, micro_recipe(*SETTINGS)))
     assert {name: (out / name).read_bytes() for name in before} == before
     assert lines[-1].endswith("is finished already")
 

@@ -18,6 +18,7 @@ from pretended_cuda import PretendedCuda
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.detection.detect import DetectConfig, detect
@@ -61,10 +62,6 @@ RECIPES: dict[str, Callable[[Micro], Recipe]] = {
 }
 
 
-def silent(_: str) -> None:
-    """A log that says nothing."""
-
-
 def on_host(cuda: PretendedCuda) -> set[str]:
     """The files in which the CPU computed with numbers that are not whole; forgotten then. Nowhere are they those of a
     network.
@@ -103,27 +100,26 @@ def test_train_eval_and_detect(
         protocol=str(world / "protocol.toml"),
         validation=data,
     )
-    run = train(job, silent)
+    run = train(job)
     assert not pretended_cuda.mixed
     assert on_host(pretended_cuda) <= ANCHORS | SAMPLES | LOSSES | LOADED
     assert load_checkpoint(run.path)["optimizer"]["state"]  # type: ignore[index]
-    on_cpu = train(replace(job, out=tmp_path / "cpu", device="cpu"), silent)
+    on_cpu = train(replace(job, out=tmp_path / "cpu", device="cpu"))
     np.testing.assert_allclose(
         losses_of(run), losses_of(on_cpu), rtol=0.05 if recipe.train.precision == "bf16" else 0.01
     )
 
     pretended_cuda.forget()
-    evaluate(EvalConfig(run=run.path, data=data, pictures=1), silent)
+    evaluate(EvalConfig(run=run.path, data=data, pictures=1))
     assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"evaluate.py"}
     found = found_in(run.path / "detections.json")
-    evaluate(EvalConfig(run=run.path, data=data, device="cpu"), silent)
+    evaluate(EvalConfig(run=run.path, data=data, device="cpu"))
     if recipe.train.precision == "fp32":
         np.testing.assert_allclose(found, found_in(run.path / "detections.json"), atol=0.02)
 
     pretended_cuda.forget()
     result = detect(
-        DetectConfig(run=run.path, images=(str(world / "val2017"),), out=tmp_path / "found", clip=clip, threshold=0.0),
-        silent,
+        DetectConfig(run=run.path, images=(str(world / "val2017"),), out=tmp_path / "found", clip=clip, threshold=0.0)
     )
     assert result.tally
     assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"names.py", "detector.py", "output.py"}
@@ -139,7 +135,7 @@ def test_a_run_goes_on_where_it_was(
         recipe=micro_recipe("train.epochs=2"),
         protocol=str(world / "protocol.toml"),
     )
-    whole = train(replace(job, out=tmp_path / "whole"), silent)
+    whole = train(replace(job, out=tmp_path / "whole"))
 
     class Killed(Exception):
         """After the first epoch."""
@@ -148,9 +144,9 @@ def test_a_run_goes_on_where_it_was(
         if "epoch 2" in line:
             raise Killed
 
-    with pytest.raises(Killed):
-        train(job, log)
-    resumed = train(replace(job, resume=True), silent)
+    with pytest.raises(Killed), lines_to(log):
+        train(job)
+    resumed = train(replace(job, resume=True))
     assert [entry["step"] for entry in resumed.entries()] == [entry["step"] for entry in whole.entries()]
     np.testing.assert_array_equal(losses_of(resumed), losses_of(whole))
 
@@ -167,9 +163,9 @@ def test_propose(
         top=4,
         detector=detector,
     )
-    found = propose(job, silent)
+    found = propose(job)
     assert on_host(pretended_cuda) <= ANCHORS | SAMPLES | LOSSES | LOADED | {"networks.py", "propose.py", "boxes.py"}
-    on_cpu = propose(replace(job, out=tmp_path / "cpu.json", device="cpu"), silent)
+    on_cpu = propose(replace(job, out=tmp_path / "cpu.json", device="cpu"))
     assert found.keys() == on_cpu.keys()
 
 
@@ -194,8 +190,7 @@ def test_extract(
     caches = []
     for device in ("auto", "cpu"):
         extract_clip(
-            extraction(tmp_path / device, device=device, recipe=recipe, precision=precision, batch_size=16, workers=0),
-            silent,
+            extraction(tmp_path / device, device=device, recipe=recipe, precision=precision, batch_size=16, workers=0)
         )
         caches.append(FeatureCache(tmp_path / device))
         if device == "auto":

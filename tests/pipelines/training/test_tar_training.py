@@ -22,6 +22,7 @@ from hdovd.cache.schema import TAR_META
 from hdovd.cache.tar_shards import TarMeta
 from hdovd.config.recipe import PRESETS, Recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
@@ -41,9 +42,6 @@ CPU = torch.device("cpu")
 OFF = {level: f"loss.{level}.enabled=false" for level in ("instance", "class", "image")}
 
 
-def _silent(_: str) -> None: ...
-
-
 def _in_order(data: TarTrainingSet) -> Iterator[Sample]:
     return (data[number] for number in range(len(data)))
 
@@ -52,7 +50,7 @@ def _in_order(data: TarTrainingSet) -> Iterator[Sample]:
 def shards(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The micro world's cache as shards of 5 images: five of them, the last of 3."""
     folder = tmp_path_factory.mktemp("tar") / "shards"
-    export_tars(TarExportConfig(cache=cache, out=folder, samples=5), _silent)
+    export_tars(TarExportConfig(cache=cache, out=folder, samples=5))
     return folder
 
 
@@ -63,8 +61,8 @@ def protocol(world: Path) -> Protocol:
 
 @pytest.fixture(scope="module")
 def zarr_set(world: Path, cache: Path, protocol: Protocol) -> Callable[[Recipe], TrainingSet]:
-    split = DataPaths(world).load("train2017", protocol, base_only=True, log=_silent)
-    return lambda recipe: TrainingSet(split, FeatureCache(cache), recipe, _silent)
+    split = DataPaths(world).load("train2017", protocol, base_only=True)
+    return lambda recipe: TrainingSet(split, FeatureCache(cache), recipe)
 
 
 def _same(found: Sample, expected: Sample) -> None:
@@ -92,7 +90,7 @@ def test_samples_are_those_of_the_zarr_cache(
 ) -> None:
     recipe = micro_recipe("input.flip=0.0", *(OFF[level] for level in off))
     expected = zarr_set(recipe)
-    data = TarTrainingSet(str(shards), protocol, recipe, _silent)
+    data = TarTrainingSet(str(shards), protocol, recipe)
     found = [data[number] for number in range(len(data))]
     assert [sample[2] for sample in found] == kept
     assert len(found) == len(expected)
@@ -103,9 +101,7 @@ def test_samples_are_those_of_the_zarr_cache(
 def test_image_without_proposals_keeps_its_base_boxes(
     shards: Path, protocol: Protocol, micro_recipe: MakeRecipe
 ) -> None:
-    _, targets, _ = next(
-        s for s in _in_order(TarTrainingSet(str(shards), protocol, micro_recipe(), _silent)) if s[2] == 2
-    )
+    _, targets, _ = next(s for s in _in_order(TarTrainingSet(str(shards), protocol, micro_recipe())) if s[2] == 2)
     assert len(targets.boxes) > 0
     assert len(targets.pseudo_boxes) == 0
 
@@ -114,7 +110,7 @@ def test_flips_are_those_of_the_zarr_cache(
     shards: Path, protocol: Protocol, zarr_set: Callable[[Recipe], TrainingSet], micro_recipe: MakeRecipe
 ) -> None:
     recipe = micro_recipe("input.flip=0.5")
-    tar, zarr = TarTrainingSet(str(shards), protocol, recipe, _silent), zarr_set(recipe)
+    tar, zarr = TarTrainingSet(str(shards), protocol, recipe), zarr_set(recipe)
     for epoch in (0, 3):
         for number in range(len(zarr)):
             _same(tar[Draw(epoch, 0, number)], zarr[Draw(epoch, 0, number)])
@@ -153,7 +149,7 @@ def test_every_image_once_an_epoch_however_many_workers(
     shards: Path, protocol: Protocol, kept: list[int], micro_recipe: MakeRecipe, workers: int
 ) -> None:
     """Five shards: fewer than workers, as many as two each and one left over, or all for one."""
-    data = TarTrainingSet(str(shards), protocol, micro_recipe(), _silent)
+    data = TarTrainingSet(str(shards), protocol, micro_recipe())
     first, second = _epochs(data, workers, batch_size=1)
     assert sorted(first) == sorted(second) == kept
     assert kept not in (first, second)
@@ -163,7 +159,7 @@ def test_every_image_once_an_epoch_however_many_workers(
 def test_a_seed_repeats_the_order_and_another_does_not(
     shards: Path, protocol: Protocol, micro_recipe: MakeRecipe
 ) -> None:
-    data = [TarTrainingSet(str(shards), protocol, micro_recipe(f"train.seed={seed}"), _silent) for seed in (4, 4, 5)]
+    data = [TarTrainingSet(str(shards), protocol, micro_recipe(f"train.seed={seed}")) for seed in (4, 4, 5)]
     one, same, other = (_epochs(some, 2) for some in data)
     assert one == same
     assert one != other
@@ -173,7 +169,7 @@ def test_an_epoch_entered_in_the_middle_by_other_workers_is_the_same(
     shards: Path, protocol: Protocol, kept: list[int], micro_recipe: MakeRecipe
 ) -> None:
     """As a run that is resumed with other processes does: it keeps its streams, and each image is still seen once."""
-    data = TarTrainingSet(str(shards), protocol, micro_recipe("input.flip=0.5"), _silent)
+    data = TarTrainingSet(str(shards), protocol, micro_recipe("input.flip=0.5"))
     order = data.order(Streams(2, 2))
     expected: list[int] = []
     for workers, world, steps in ((2, 1, range(2)), (0, 2, range(2, 4)), (3, 1, range(4, 11))):
@@ -201,7 +197,7 @@ def test_the_last_batch_that_is_not_full(
     expected: int,
 ) -> None:
     """As many steps an epoch as from the Zarr cache: the schedule and a comparison depend on it."""
-    data = TarTrainingSet(str(shards), protocol, micro_recipe(), _silent)
+    data = TarTrainingSet(str(shards), protocol, micro_recipe())
     (found,) = _epochs(data, 2, batch_size, 1)
     assert len(found) == len(set(found)) == expected
     other = zarr_set(micro_recipe())
@@ -211,7 +207,7 @@ def test_the_last_batch_that_is_not_full(
 def test_shards_are_read_once_by_the_worker_that_owns_them(
     shards: Path, protocol: Protocol, micro_recipe: MakeRecipe
 ) -> None:
-    data = TarTrainingSet(f"{shards}/{{000000..000003}}.tar", protocol, micro_recipe(), _silent)
+    data = TarTrainingSet(f"{shards}/{{000000..000003}}.tar", protocol, micro_recipe())
     for batches in _batches(data, 0, 4, world=2):
         mine = batches._loader.dataset.data  # type: ignore[attr-defined]
         opened: list[int] = []
@@ -225,14 +221,14 @@ def test_shards_are_read_once_by_the_worker_that_owns_them(
 def test_some_shards_are_some_images(
     shards: Path, protocol: Protocol, kept: list[int], micro_recipe: MakeRecipe
 ) -> None:
-    data = TarTrainingSet(f"{shards}/{{000001..000002}}.tar", protocol, micro_recipe(), _silent)
+    data = TarTrainingSet(f"{shards}/{{000001..000002}}.tar", protocol, micro_recipe())
     assert len(data) == 10
     assert sorted(_epochs(data, 3, 1, epochs=1)[0]) == kept[5:15]
 
 
 def test_a_copy_in_another_process_reads_the_same(shards: Path, protocol: Protocol, micro_recipe: MakeRecipe) -> None:
     """What workers that are spawned get."""
-    data = TarTrainingSet(str(shards), protocol, micro_recipe("input.flip=0.0"), _silent)
+    data = TarTrainingSet(str(shards), protocol, micro_recipe("input.flip=0.0"))
     for found, expected in zip(_in_order(pickle.loads(pickle.dumps(data))), _in_order(data), strict=True):
         _same(found, expected)
 
@@ -246,8 +242,8 @@ def broken(
     copied = Path(shutil.copytree(world, folder / "world"))
     for image in (kept[2], *kept[20:]):
         (copied / "train2017" / f"{image:012d}.jpg").unlink()
-    extract_clip(extraction(folder / "cache", data=copied), _silent)
-    export_tars(TarExportConfig(cache=folder / "cache", out=folder / "shards", samples=5), _silent)
+    extract_clip(extraction(folder / "cache", data=copied))
+    export_tars(TarExportConfig(cache=folder / "cache", out=folder / "shards", samples=5))
     return folder / "shards"
 
 
@@ -256,13 +252,14 @@ def test_images_that_failed_are_skipped_by_name(
 ) -> None:
     lines: list[str] = []
     left = [image for image in kept[:20] if image != kept[2]]
-    data = TarTrainingSet(str(broken), protocol, micro_recipe(), lines.append)
+    with lines_to(lines.append):
+        data = TarTrainingSet(str(broken), protocol, micro_recipe())
     assert any(line.startswith("skipped 4: image without embeddings") and str(kept[2]) in line for line in lines)
     assert len(data) == len(left)
     for workers in (0, 2):
         assert sorted(_epochs(data, workers, 1, epochs=1)[0]) == left
     with pytest.raises(HdovdError, match=r"no image of .*000004\.tar has embeddings; first reason: .*no such file"):
-        TarTrainingSet(str(broken / "000004.tar"), protocol, micro_recipe(), _silent)
+        TarTrainingSet(str(broken / "000004.tar"), protocol, micro_recipe())
 
 
 # --- the whole stage ---
@@ -288,9 +285,9 @@ def test_fixed_order_trains_the_same_weights_as_zarr(
     shards: Path, protocol: Protocol, zarr_set: Callable[[Recipe], TrainingSet], micro_recipe: MakeRecipe
 ) -> None:
     recipe, told, weights = micro_recipe(), [], []
-    for data in (zarr_set(recipe), TarTrainingSet(str(shards), protocol, recipe, _silent)):
+    for data in (zarr_set(recipe), TarTrainingSet(str(shards), protocol, recipe)):
         torch.manual_seed(7)
-        model, texts = FasterRCNN(recipe, data.dim, _silent), torch.from_numpy(data.class_embeddings(protocol.names))
+        model, texts = FasterRCNN(recipe, data.dim), torch.from_numpy(data.class_embeddings(protocol.names))
         batches, hooks = TrainingBatches(data, Dealing(InOrder(len(data)), 8), 0, device=CPU), _Entries()
         loop_of(model, batches, texts[: len(protocol.base)], recipe, CPU).run(hooks)
         told.append(hooks.told)
@@ -340,7 +337,7 @@ def test_trains_from_shards_alone_by_command(
 
 
 def test_same_seed_gives_the_same_bits(shards: Path, world: Path, micro_recipe: MakeRecipe, tmp_path: Path) -> None:
-    runs = [train(_job(shards, tmp_path / name, micro_recipe("train.epochs=2"), world), _silent) for name in ("a", "b")]
+    runs = [train(_job(shards, tmp_path / name, micro_recipe("train.epochs=2"), world)) for name in ("a", "b")]
     assert (runs[0].path / "model.safetensors").read_bytes() == (runs[1].path / "model.safetensors").read_bytes()
 
 
@@ -353,10 +350,7 @@ def test_damaged_picture_stops_naming_image_and_shards(
     data[512:3000] = b"\0" * 2488  # of the first picture in it
     (copied / "000001.tar").write_bytes(data)
     with pytest.raises(HdovdError, match=rf"000001\.tar: sample {kept[5]:012d} is damaged") as error:
-        train(
-            _job(copied, tmp_path / "run", micro_recipe(f"train.workers={workers}", "train.batch_size=1"), world),
-            _silent,
-        )
+        train(_job(copied, tmp_path / "run", micro_recipe(f"train.workers={workers}", "train.batch_size=1"), world))
     assert "Traceback" not in str(error.value)
 
 
@@ -365,7 +359,7 @@ def test_damaged_picture_stops_naming_image_and_shards(
 
 def _refused(shards: Path, world: Path, recipe: Recipe, said: str, **changes: Any) -> None:
     with pytest.raises(HdovdError, match=said):
-        train(replace(_job(shards, shards / "run", recipe, world), **changes), _silent)
+        train(replace(_job(shards, shards / "run", recipe, world), **changes))
     assert not (shards / "run").exists()
 
 
@@ -402,10 +396,10 @@ def test_other_protocols_are_refused_naming_the_classes(
 def test_class_level_needs_nouns(
     world: Path, tmp_path: Path, extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe, protocol: Protocol
 ) -> None:
-    extract_clip(extraction(tmp_path / "cache", vocabulary=None, captions=None), _silent)
-    export_tars(TarExportConfig(cache=tmp_path / "cache", out=tmp_path / "shards"), _silent)
+    extract_clip(extraction(tmp_path / "cache", vocabulary=None, captions=None))
+    export_tars(TarExportConfig(cache=tmp_path / "cache", out=tmp_path / "shards"))
     _refused(tmp_path / "shards", world, micro_recipe(), r"--vocabulary.*loss\.class\.enabled=false")
-    data = TarTrainingSet(str(tmp_path / "shards"), protocol, micro_recipe(OFF["class"]), _silent)
+    data = TarTrainingSet(str(tmp_path / "shards"), protocol, micro_recipe(OFF["class"]))
     assert max(len(sample[1].pseudo_boxes) for sample in _in_order(data)) > 0
 
 

@@ -21,6 +21,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.config.recipe import PRESETS, Recipe, load_recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.extraction.extract_clip import extract_clip
@@ -166,11 +167,12 @@ def test_the_precision_that_auto_came_to_is_recorded_and_gone_on_with(
         resume=True,
     )
     lines.clear()
-    train(job, lines.append)
+    with lines_to(lines.append):
+        train(job)
     assert lines[0].startswith("precision: bf16, the run's own")
     assert lines[-1].endswith("is finished already")
-    with pytest.raises(HdovdError, match=r'train\.precision.*"fp32".*"bf16"'):
-        train(replace(job, recipe=micro_recipe("train.precision=fp32")), lines.append)
+    with pytest.raises(HdovdError, match=r'train\.precision.*"fp32".*"bf16"'), lines_to(lines.append):
+        train(replace(job, recipe=micro_recipe("train.precision=fp32")))
 
 
 def test_resolved_config_repeats_the_run(
@@ -185,8 +187,7 @@ def test_resolved_config_repeats_the_run(
             recipe=recipe,
             protocol=str(world / "protocol.toml"),
             device="cpu",
-        ),
-        lambda _: None,
+        )
     )
     weights = _weights(again)
     assert all(torch.equal(value, weights[name]) for name, value in _weights(distilled).items())
@@ -217,7 +218,7 @@ def test_cache_that_cannot_be_written_to_can_be_trained_from(
 def test_features_name_the_set_that_is_read(
     world: Path, copied_cache: Path, tmp_path: Path, extraction: Callable[..., Any], micro_recipe: Callable[..., Recipe]
 ) -> None:
-    extract_clip(extraction(copied_cache, templates=("{} in the snow",), features="snow"), lambda _: None)
+    extract_clip(extraction(copied_cache, templates=("{} in the snow",), features="snow"))
     job = TrainConfig(
         data=DataPaths(world),
         cache=copied_cache,
@@ -227,7 +228,7 @@ def test_features_name_the_set_that_is_read(
         device="cpu",
         features="snow",
     )
-    run = train(job, lambda _: None)
+    run = train(job)
     reader = FeatureCache(copied_cache, "snow")
     assert {level: entry["key"] for level, entry in run.record()["cache"]["levels"].items()} == reader.set.levels
     np.testing.assert_array_equal(run.class_embeddings().numpy(), reader.class_embeddings([*BASE, *NOVEL]))
@@ -265,7 +266,7 @@ def test_pseudo_boxes_change_the_class_level(train_micro: TrainMicro, base_only:
 def test_cache_without_proposals_still_trains_the_instance_level(
     train_micro: TrainMicro, tmp_path: Path, extraction: Callable[..., Any]
 ) -> None:
-    extract_clip(extraction(tmp_path / "cache", proposals=None, vocabulary=None, captions=None), lambda _: None)
+    extract_clip(extraction(tmp_path / "cache", proposals=None, vocabulary=None, captions=None))
     run = train_micro(tmp_path / "run", "loss.class.enabled=false", from_cache=tmp_path / "cache")
     assert math.isfinite(_log(run)[-1]["instance_relation"])
 
@@ -375,7 +376,7 @@ def test_tensorboard_has_losses_and_validation_by_step(
         validation=DataPaths(world),
         tensorboard=True,
     )
-    entries = RunFolder(train(job, lambda _: None).path).entries()
+    entries = RunFolder(train(job).path).entries()
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     found = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
     assert found["loss/classification"] == {
@@ -409,7 +410,8 @@ def test_a_validation_that_fails_is_told_and_training_goes_on(
         device="cpu",
         validation=DataPaths(copied_world),
     )
-    run = train(job, log)
+    with lines_to(log):
+        run = train(job)
     told = re.compile(rf"epoch 1: NOT validated, and training goes on: image {int(picture.stem)}: .*{picture.name}")
     assert [line for line in lines if told.match(line)]
     assert "; validations that failed, as said above: 1; next: " in lines[-1]
@@ -436,5 +438,5 @@ def test_validation_pictures_that_are_not_there_are_named_before_the_first_step(
         validation=DataPaths(copied_world),
     )
     with pytest.raises(HdovdError, match=f"val2017: not there: 1 of 8 validation pictures .{picture.name}"):
-        train(job, lambda _: None)
+        train(job)
     assert not (tmp_path / "run").exists()

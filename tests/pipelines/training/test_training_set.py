@@ -31,9 +31,6 @@ from hdovd.pipelines.training.training_set import TrainingSet
 MakeRecipe = Callable[..., Recipe]
 
 
-def _silent(_: str) -> None: ...
-
-
 def _training_set(world: Path, cache: Path, recipe: Recipe, features: str = DEFAULT_SET) -> TrainingSet:
     split = load_split(
         world / "annotations" / "instances_train2017.json",
@@ -41,7 +38,7 @@ def _training_set(world: Path, cache: Path, recipe: Recipe, features: str = DEFA
         load_protocol(str(world / "protocol.toml")),
         base_only=True,
     )
-    return TrainingSet(split, FeatureCache(cache, features), recipe, _silent)
+    return TrainingSet(split, FeatureCache(cache, features), recipe)
 
 
 def _product(cache: Path, level: Level, mode: Any = "r") -> Any:
@@ -257,7 +254,7 @@ def test_validation_split_is_refused(world: Path, cache: Path, micro_recipe: Mak
         base_only=True,
     )
     with pytest.raises(HdovdError, match="does not fit"):
-        TrainingSet(split, FeatureCache(cache), micro_recipe(), _silent)
+        TrainingSet(split, FeatureCache(cache), micro_recipe())
 
 
 def _mix(cache: Path, one: str, other: str, *levels: Level) -> None:
@@ -275,7 +272,7 @@ def test_class_level_of_another_clip_is_refused(
     extraction: Callable[..., ExtractConfig],
     micro_recipe: MakeRecipe,
 ) -> None:
-    extract_clip(extraction(copied_cache, clip=save_clip(tmp_path / "clip", seed=1), features="other"), _silent)
+    extract_clip(extraction(copied_cache, clip=save_clip(tmp_path / "clip", seed=1), features="other"))
     _training_set(world, copied_cache, micro_recipe(), "other")  # on its own it is as good as the first
     _mix(copied_cache, "default", "other", Level.CLASS)
     with pytest.raises(
@@ -297,7 +294,7 @@ def test_embeddings_of_other_proposals_are_refused(
     entries = json.loads(proposals.read_text())
     entries[0]["bbox"][0] += 1
     (tmp_path / "other.json").write_text(json.dumps(entries))
-    extract_clip(extraction(copied_cache, proposals=tmp_path / "other.json", features="other"), _silent)
+    extract_clip(extraction(copied_cache, proposals=tmp_path / "other.json", features="other"))
     _mix(copied_cache, "default", "other", Level.BOXES)
     with pytest.raises(HdovdError, match=r"instance and boxes: boxes\.hash"):
         _training_set(world, copied_cache, micro_recipe(), "mixed")
@@ -306,7 +303,7 @@ def test_embeddings_of_other_proposals_are_refused(
 def test_pseudo_labels_of_other_nouns_are_refused(
     world: Path, copied_cache: Path, extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe
 ) -> None:
-    extract_clip(extraction(copied_cache, templates=("{} in the snow",), features="other"), _silent)
+    extract_clip(extraction(copied_cache, templates=("{} in the snow",), features="other"))
     _mix(copied_cache, "default", "other", Level.NOUN)
     with pytest.raises(HdovdError, match="pseudo_label and noun: it was made from"):
         _training_set(world, copied_cache, micro_recipe(), "mixed")
@@ -317,7 +314,7 @@ def test_pseudo_labels_of_other_nouns_are_refused(
 def test_class_level_needs_nouns(
     world: Path, tmp_path: Path, extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe
 ) -> None:
-    extract_clip(extraction(tmp_path / "cache", vocabulary=None, captions=None), _silent)
+    extract_clip(extraction(tmp_path / "cache", vocabulary=None, captions=None))
     with pytest.raises(HdovdError, match=r"--vocabulary.*loss\.class\.enabled=false"):
         _training_set(world, tmp_path / "cache", micro_recipe())
     data = _training_set(world, tmp_path / "cache", micro_recipe("loss.class.enabled=false"))

@@ -96,7 +96,7 @@ def test_a_state_goes_on() -> None:
 
 def test_memories_that_grow_and_what_a_model_learns_of_objects_are_taken_over() -> None:
     """AdaMixer's moving means have no rows before its first step, and its text of "object" may come with that step."""
-    model = build_detector(load_recipe("demo-adamixer"), 8, lambda _: None)
+    model = build_detector(load_recipe("demo-adamixer"), 8)
     assert isinstance(model, AdaMixer)
     average = WeightAverage(model, 0.9)
     assert model.text_level is not None
@@ -125,7 +125,7 @@ def run(
         device="cpu",
         validation=DataPaths(world),
     )
-    return train(job, lambda _: None)
+    return train(job)
 
 
 def _differ(one: dict[str, Tensor], two: dict[str, Tensor]) -> set[str]:
@@ -145,19 +145,17 @@ def test_a_run_keeps_the_averaged_weights_and_goes_on_with_the_others(run: RunFo
 def test_it_is_the_averaged_weights_that_are_validated(run: RunFolder, world: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(run.path, tmp_path / "run"))
     told = [entry for entry in run.entries() if "val_all" in entry][-1]
-    found = evaluate(EvalConfig(run=out, data=DataPaths(world), device="cpu", batch_size=4), lambda _: None).combined
+    found = evaluate(EvalConfig(run=out, data=DataPaths(world), device="cpu", batch_size=4)).combined
     assert {f"val_{group}": value for group, value in found.summary()["ap50"].items()} == {
         name: value for name, value in told.items() if name.startswith("val_")
     }
     state = load_checkpoint(out)
     assert state is not None
-    model = FasterRCNN(run.recipe(), run.class_embeddings().shape[1], log=None)
+    model = FasterRCNN(run.recipe(), run.class_embeddings().shape[1], initialise=False)
     model.load_state_dict(state["model"])
     RunFolder(out).save_model(model)  # others would have another AP
     assert (
-        evaluate(
-            EvalConfig(run=out, data=DataPaths(world), device="cpu", batch_size=4), lambda _: None
-        ).combined.summary()
+        evaluate(EvalConfig(run=out, data=DataPaths(world), device="cpu", batch_size=4)).combined.summary()
         != found.summary()
     )
 
@@ -177,6 +175,5 @@ def test_another_average_is_no_resumption(
                 protocol=str(world / "protocol.toml"),
                 device="cpu",
                 resume=True,
-            ),
-            lambda _: None,
+            )
         )

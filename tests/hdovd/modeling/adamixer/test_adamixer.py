@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hdovd.config.recipe import PRESETS, load_recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.targets import Targets
 from hdovd.modeling.adamixer.model import AdaMixer
 from hdovd.modeling.base import build_detector
@@ -37,7 +38,7 @@ def losses_of(model: AdaMixer, batch: list[Targets], sizes: tuple[tuple[int, int
 
 
 def test_registered_and_every_parameter_learns() -> None:
-    model = build_detector(small(), DIM, lambda _: None)
+    model = build_detector(small(), DIM)
     assert isinstance(model, AdaMixer)
     model = detector()
     losses = losses_of(model, found_batch(model))
@@ -160,7 +161,7 @@ def test_a_checkpoint_goes_on_where_it_was(build: Callable[[], AdaMixer]) -> Non
     model, again = build(), build()
     losses_of(model, full_batch())
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    fresh = AdaMixer(again.recipe, DIM, None)
+    fresh = AdaMixer(again.recipe, DIM, initialise=False)
     fresh.load_state_dict(state)
     expected, found = (losses_of(m, full_batch()) for m in (model, fresh))
     for name, loss in expected.items():
@@ -170,10 +171,11 @@ def test_a_checkpoint_goes_on_where_it_was(build: Callable[[], AdaMixer]) -> Non
 def test_without_the_text_of_object() -> None:
     """Training takes the mean of the base classes' and says so; prediction refuses."""
     said: list[str] = []
-    model = AdaMixer(small(), DIM, said.append)
+    model = AdaMixer(small(), DIM)
     with pytest.raises(HdovdError, match="object"):
         model.eval().predict(pictures(SIZES[0]), unit(3, DIM, seed=2))
-    losses_of(model, full_batch())
+    with lines_to(said.append):
+        losses_of(model, full_batch())
     assert "mean of the base classes" in said[-1]
     texts = unit(BASE, DIM, seed=1)
     torch.testing.assert_close(model.object_text, torch.nn.functional.normalize(texts.mean(dim=0), dim=0))
@@ -220,7 +222,7 @@ def test_recipes_that_do_not_fit(setting: str, word: str) -> None:
 
 def test_another_detectors_recipe() -> None:
     with pytest.raises(HdovdError, match="faster_rcnn"):
-        AdaMixer(load_recipe("demo"), DIM, None)
+        AdaMixer(load_recipe("demo"), DIM, initialise=False)
 
 
 def test_another_number_of_classes_than_the_checkpoints() -> None:

@@ -57,7 +57,7 @@ def weights() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def model(weights: dict[str, Tensor]) -> AdaMixer:
-    made = AdaMixer(small("detector.backbone.name=resnet50"), DIM, lambda _: None)
+    made = AdaMixer(small("detector.backbone.name=resnet50"), DIM)
     made.load_state_dict(weights, strict=False)
     made.set_object_text(unit(DIM, seed=5))
     return made
@@ -131,7 +131,7 @@ def own_state(model: AdaMixer) -> Iterator[tuple[str, tuple[int, ...]]]:
 def test_published_names_and_ours_are_one_to_one() -> None:
     """At full size: 665 entries, 146,400,674 parameters. No number is made: the meta device has shapes alone."""
     with torch.device("meta"):
-        model = AdaMixer(load_recipe("ov-coco-adamixer-r50", ["detector.backbone.weights=none"]), 512, None)
+        model = AdaMixer(load_recipe("ov-coco-adamixer-r50", ["detector.backbone.weights=none"]), 512, initialise=False)
     theirs = published_shapes(**FULL_SHAPE)
     assert len(theirs) == 665
     assert {PUBLISHED["adamixer"].own_name(name): shape for name, shape in theirs.items()} == dict(own_state(model))

@@ -12,6 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from hdovd.config.backbone import BackboneConfig
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.modeling.backbones.pyramid import TinyResNet, build_backbone
 
 
@@ -56,14 +57,15 @@ def test_levels_have_their_strides_and_one_more_is_pooled(levels: list[int]) -> 
 
 @pytest.mark.parametrize(("name", "widths"), [("resnet18", [64, 128, 256, 512]), ("resnet50", [256, 512, 1024, 2048])])
 def test_torchvision_resnets_fit_the_pyramid(name: str, widths: list[int]) -> None:
-    built = build_backbone(config(name=name, levels=[2, 3, 4, 5]), None)
+    built = build_backbone(config(name=name, levels=[2, 3, 4, 5]), initialise=False)
     assert [block[0].in_channels for block in built.fpn.inner_blocks] == widths
     assert {m.out_channels for m in built.fpn.modules() if isinstance(m, nn.Conv2d)} == {4}
 
 
 def test_random_weights_are_said() -> None:
     said: list[str] = []
-    build_backbone(config(), said.append)
+    with lines_to(said.append):
+        build_backbone(config())
     assert len(said) == 1
     assert "random" in said[0]
 
@@ -71,7 +73,7 @@ def test_random_weights_are_said() -> None:
 def test_random_weights_under_a_frozen_norm_are_an_error() -> None:
     with pytest.raises(HdovdError, match=r"weights.*none.*norm.*frozen"):
         build_backbone(config(norm="frozen"), ignore)
-    build_backbone(config(norm="frozen"), None)  # weights are loaded over it
+    build_backbone(config(norm="frozen"), initialise=False)  # weights are loaded over it
 
 
 def test_the_tiny_backbone_has_no_imagenet_weights() -> None:
@@ -90,7 +92,7 @@ def test_the_tiny_backbone_has_no_imagenet_weights() -> None:
 )
 @pytest.mark.parametrize("name", ["resnet-tiny", "resnet18"])
 def test_frozen_stages_have_no_gradient_and_the_others_do(name: str, stages: int, frozen: set[str]) -> None:
-    built = build_backbone(config(name=name, frozen_stages=stages), None)
+    built = build_backbone(config(name=name, frozen_stages=stages), initialise=False)
     for parameter_name, parameter in built.body.named_parameters():
         assert parameter.requires_grad == (parameter_name.split(".")[0] not in frozen), parameter_name
     assert all(p.requires_grad for p in built.fpn.parameters())
@@ -116,7 +118,8 @@ def test_weights_from_a_file(tmp_path: Path, suffix: str, norm: str) -> None:
     else:
         torch.save(state, file)
     said: list[str] = []
-    loaded = build_backbone(config(weights=str(file), norm=norm, frozen_stages=1), said.append).body.state_dict()
+    with lines_to(said.append):
+        loaded = build_backbone(config(weights=str(file), norm=norm, frozen_stages=1)).body.state_dict()
     assert str(file) in said[0]
     for key, value in state.items():
         if not key.startswith("fc.") and not key.endswith("num_batches_tracked"):

@@ -12,6 +12,7 @@ from torch import nn
 from hdovd.config.backbone import BackboneConfig
 from hdovd.config.recipe import load_recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.modeling.backbones.pyramid import ForeignPyramid, build_backbone, with_synced_norms
 
 MODULE = '''
@@ -105,7 +106,8 @@ def check(built: ForeignPyramid, levels: list[int]) -> None:
 )
 def test_levels_have_their_strides(folder: Path, name: str, levels: list[int]) -> None:
     said: list[str] = []
-    built = build_backbone(config(name, levels=levels), said.append)
+    with lines_to(said.append):
+        built = build_backbone(config(name, levels=levels))
     assert len(said) == 1
     assert name in said[0]
     check(built, levels)
@@ -113,7 +115,7 @@ def test_levels_have_their_strides(folder: Path, name: str, levels: list[int]) -
 
 def test_a_classifier_is_cut_where_its_stages_end() -> None:
     """In ResNet-50 the first convolution of a stage still has the stride of the one before."""
-    body = build_backbone(config("torchvision:resnet50", levels=[2, 3, 4, 5]), None).body
+    body = build_backbone(config("torchvision:resnet50", levels=[2, 3, 4, 5]), initialise=False).body
     assert body.channels == [256, 512, 1024, 2048]
     network = torchvision.models.resnet50().eval()
     network.load_state_dict(body.inner.state_dict(), strict=False)
@@ -124,9 +126,9 @@ def test_a_classifier_is_cut_where_its_stages_end() -> None:
 
 
 def test_timms_resnet_is_torchvisions() -> None:
-    names, widths = build_backbone(config("timm:resnet18"), None).body.inner.state_dict(), [128, 256, 512]
+    names, widths = build_backbone(config("timm:resnet18"), initialise=False).body.inner.state_dict(), [128, 256, 512]
     assert names.keys() <= torchvision.models.resnet18().state_dict().keys()
-    assert build_backbone(config("timm:resnet18"), None).body.channels == widths
+    assert build_backbone(config("timm:resnet18"), initialise=False).body.channels == widths
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["timm:resnet10t", "timm:mobilenetv3_small_050", "torchvision:mobilenet_v3_small"])
 def test_a_frozen_norm_has_no_statistics_that_move(name: str) -> None:
-    built = build_backbone(config(name, norm="frozen", levels=[3, 4]), None).train()
+    built = build_backbone(config(name, norm="frozen", levels=[3, 4]), initialise=False).train()
     before = {k: v.clone() for k, v in built.body.state_dict().items()}
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in built.body.modules())
     check(built, [3, 4])
@@ -183,7 +185,7 @@ def test_a_frozen_norm_has_no_statistics_that_move(name: str) -> None:
 def test_frozen_norms_keep_the_activation() -> None:
     """timm's norms can hold the activation."""
     one, two = (
-        build_backbone(config("timm:mobilenetv3_small_050", norm=norm, levels=[3, 4]), None).body
+        build_backbone(config("timm:mobilenetv3_small_050", norm=norm, levels=[3, 4]), initialise=False).body
         for norm in ("batch", "frozen")
     )
     two.load_state_dict(one.state_dict(), strict=False)
@@ -196,7 +198,7 @@ def test_frozen_norms_keep_the_activation() -> None:
 @pytest.mark.parametrize("name", ["timm:mobilenetv3_small_050", "torchvision:mobilenet_v3_small", "resnet-tiny"])
 def test_synced_norms_keep_the_activation(name: str) -> None:
     torch.manual_seed(5)
-    built = build_backbone(config(name, levels=[3, 4]), None).eval()
+    built = build_backbone(config(name, levels=[3, 4]), initialise=False).eval()
     pixels = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         before = built(pixels)
@@ -221,7 +223,7 @@ def test_synced_norms_keep_the_activation(name: str) -> None:
     ],
 )
 def test_frozen_stages(name: str, stages: int, frozen: set[str]) -> None:
-    built = build_backbone(config(name, frozen_stages=stages), None).train()
+    built = build_backbone(config(name, frozen_stages=stages), initialise=False).train()
     for parameter, value in built.body.inner.named_parameters():
         assert value.requires_grad == (parameter.split(".")[0] not in frozen), parameter
     before = {k: v.clone() for k, v in built.body.inner.state_dict().items() if k.split(".")[0] in frozen}

@@ -44,7 +44,7 @@ def picture(height: int, width: int, seed: int = 0) -> Tensor:
 def detector(*settings: str) -> FasterRCNN:
     """A random one whose proposals differ in score, place and level."""
     torch.manual_seed(0)
-    model = FasterRCNN(load_recipe("demo", [*SMALL, *settings]), DIM, lambda _: None)
+    model = FasterRCNN(load_recipe("demo", [*SMALL, *settings]), DIM)
     for layer, std in (
         (model.rpn.head.cls_logits, 0.5),
         (model.rpn.head.bbox_pred, 0.2),

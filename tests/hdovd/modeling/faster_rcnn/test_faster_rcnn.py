@@ -335,7 +335,7 @@ def losses_in_order(order: list[int], keys: list[int] = KEYS) -> tuple[dict[str,
 
 def frozen_detector(*settings: str) -> FasterRCNN:
     torch.manual_seed(0)
-    return FasterRCNN(small("detector.backbone.norm=frozen", *settings), DIM, None)
+    return FasterRCNN(small("detector.backbone.norm=frozen", *settings), DIM, initialise=False)
 
 
 @pytest.mark.parametrize("order", [[2, 0, 1], [1, 0, 2]])
@@ -487,7 +487,7 @@ def test_predict_does_not_depend_on_the_classes_asked_for_beyond_their_scores() 
 def test_a_state_dict_makes_the_same_detector() -> None:
     model = detector().train()
     run(model, *batch())
-    again = FasterRCNN(small(), DIM, log=None)
+    again = FasterRCNN(small(), DIM, initialise=False)
     again.load_state_dict(model.state_dict())
     assert len(again.instance_level.student_queue.read()) == len(model.instance_level.student_queue.read()) > 0
     images = pictures((64, 96))
@@ -511,7 +511,7 @@ def test_checkpoints_of_before_the_levels_were_parts_still_load() -> None:
         for name, value in model.state_dict().items()
     }
     assert not any("level" in name for name in state)
-    again = FasterRCNN(small(), DIM, log=None)
+    again = FasterRCNN(small(), DIM, initialise=False)
     again.load_state_dict(state)
     for name, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name

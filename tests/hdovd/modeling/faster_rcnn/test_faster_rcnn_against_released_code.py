@@ -73,7 +73,7 @@ def model() -> FasterRCNN:
             "pseudo_boxes.reliability_scale=1.3",
         ],
     )
-    made = FasterRCNN(recipe, DIM, log=None)  # weights are loaded over it
+    made = FasterRCNN(recipe, DIM, initialise=False)  # weights are loaded over it
     theirs = made_weights(published_shapes())
     theirs["rpn_head.rpn_reg.weight"] *= 0.2
     theirs["rpn_head.rpn_cls.weight"] *= 0.5

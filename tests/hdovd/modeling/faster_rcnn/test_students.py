@@ -28,7 +28,7 @@ D = 8
 
 def _model(*settings: str) -> FasterRCNN:
     torch.manual_seed(0)
-    return FasterRCNN(load_recipe("demo", [*SMALL, *settings]), D, log=None).eval()
+    return FasterRCNN(load_recipe("demo", [*SMALL, *settings]), D, initialise=False).eval()
 
 
 def _rows(count: int) -> torch.Tensor:

@@ -136,7 +136,7 @@ def test_rois_near_a_box_and_the_boxes_themselves() -> None:
 
 def test_score_is_the_geometric_mean_of_centerness_and_iou() -> None:
     torch.manual_seed(0)
-    network = ObjectLocalisationNetwork(recipe(), lambda _: None).eval()
+    network = ObjectLocalisationNetwork(recipe()).eval()
     images, features = (
         ImageList(torch.zeros(2, 3, 64, 64), [(64, 64), (50, 60)]),
         {str(level): torch.randn(2, 4, 64 >> level, 64 >> level) for level in (3, 4, 5)},
@@ -156,7 +156,7 @@ def test_it_learns_to_find_an_object() -> None:
     """A few steps on one picture: the best proposal is the labelled square, and its score says that it fits."""
     torch.manual_seed(0)
     network = ObjectLocalisationNetwork(
-        recipe("detector.backbone.fpn_channels=16", "detector.head.fc_channels=32"), lambda _: None
+        recipe("detector.backbone.fpn_channels=16", "detector.head.fc_channels=32")
     ).train()
     picture = torch.randint(100, 130, (3, 64, 64), dtype=torch.uint8)
     picture[:, 16:40, 20:44] = 250

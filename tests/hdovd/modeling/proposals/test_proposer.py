@@ -39,7 +39,7 @@ def pictures(*sizes: tuple[int, int]) -> list[Tensor]:
 
 def network(kind: type[ProposalNetwork]) -> ProposalNetwork:
     torch.manual_seed(0)
-    return kind(RECIPE, lambda _: None)
+    return kind(RECIPE)
 
 
 @each_network
@@ -77,7 +77,7 @@ def test_boxes_are_scaled_like_the_picture(kind: type[ProposalNetwork]) -> None:
 def test_training_scales_are_drawn_and_boxes_follow(kind: type[ProposalNetwork]) -> None:
     torch.manual_seed(0)
     recipe = RECIPE.model_copy(update={"input": RECIPE.input.model_copy(update={"train_short_sides": [32, 64]})})
-    model, seen = kind(recipe, lambda _: None).train(), []
+    model, seen = kind(recipe).train(), []
     model.rpn.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
     model(pictures(*[(64, 96)] * 8), [torch.tensor([[8.0, 16.0, 40.0, 40.0]])] * 8)
     ((batch, _, targets),) = seen
@@ -124,7 +124,7 @@ def test_with_keys_nothing_is_left_to_chance(kind: type[ProposalNetwork]) -> Non
         "demo", ["input.short_side=64", "input.long_side=96", "detector.rpn.samples=6", "detector.head.samples=2"]
     )
     torch.manual_seed(0)
-    model, images = kind(recipe, lambda _: None).train(), pictures((64, 96), (64, 96))
+    model, images = kind(recipe).train(), pictures((64, 96), (64, 96))
     boxes = [torch.tensor([[8.0, 8.0, 40.0, 40.0], [30.0, 4.0, 80.0, 60.0]])] * 2
 
     def losses(*keys: int) -> list[float]:
