@@ -20,10 +20,9 @@ from hdovd.modeling.proposals.base import ProposalNetwork
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.device import Team, placed, team
 from hdovd.pipelines.common.process import StopSignal
-from hdovd.pipelines.proposals.config import RecallConfig
-from hdovd.pipelines.proposals.networks import Pictures, found_in, load_network
+from hdovd.pipelines.proposals.config import ProposeConfig
+from hdovd.pipelines.proposals.networks import Pictures, found_in, load_network, trained_network
 from hdovd.pipelines.proposals.propose import stop_if_asked
-from hdovd.pipelines.proposals.training import trained_network
 
 MOST = (5, 10, 30, 100)  # proposals an image
 GROUPS = ("base", "novel")
@@ -64,7 +63,7 @@ def _without_nan(rows: dict[str, dict[int, float]]) -> dict[str, dict[int, float
     }
 
 
-def recall_report(job: RecallConfig) -> list[Recall]:
+def recall_report(job: ProposeConfig) -> list[Recall]:
     """Train or load the networks, count what they find and say it; with `job.out` also in NAME.recall.json beside it.
 
     Raises HdovdError for bad input or a validation picture that cannot be read, and Stopped if a signal ended it.
@@ -72,22 +71,23 @@ def recall_report(job: RecallConfig) -> list[Recall]:
     job.check()
     with team(job.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
         assert job.validation is not None  # as checked
-        wanted, protocol = job.networks(), load_protocol(job.protocol)
+        protocol, found = load_protocol(job.protocol), list[Recall]()
         validation = without_crowds(
             job.validation.load("val2017", protocol, base_only=False, exif=job.recipe.input.exif)
         )
-        found = []
-        if wanted:
+
+        def count(name: str, network: ProposalNetwork) -> None:
+            found.append(_recall(name, network, validation, protocol, job, us, stop))
+
+        if job.trained:
             split = job.data.load("train2017", protocol, base_only=True, exif=job.recipe.input.exif)
-            for network_job in wanted:
-                network, _ = trained_network(network_job, split, us, stop)
-                found.append(_recall(network_job.detector.value, network, validation, protocol, job, us, stop))
-        for file in job.checkpoints:
+            for detector in job.trained:
+                count(detector.value, trained_network(job, detector, split, us, stop)[0])
+        for file in job.checkpoint:
             network, origin = load_network(file, job.recipe)
-            name = f"{origin['detector']} {file.name}"
-            found.append(_recall(name, placed(network, us.device).eval(), validation, protocol, job, us, stop))
+            count(f"{origin['detector']} {file.name}", placed(network, us.device).eval())
         if us.leads and job.out is not None:
-            file = job.out.with_name(f"{job.out.stem}.recall.json")
+            file = job.beside("recall.json")
             write_text(file, json.dumps([one.to_dict() for one in found], indent=1))
             log(f"wrote {file}")
         log(recall_table(found))
@@ -109,12 +109,18 @@ def without_crowds(split: Split) -> Split:
 
 
 def _recall(
-    name: str, network: ProposalNetwork, split: Split, protocol: Protocol, job: RecallConfig, us: Team, stop: StopSignal
+    name: str,
+    network: ProposalNetwork,
+    split: Split,
+    protocol: Protocol,
+    job: ProposeConfig,
+    us: Team,
+    stop: StopSignal,
 ) -> Recall:
     numbers = list(range(len(split.images)))[us.rank :: us.world]
     found: dict[str, list[np.ndarray]] = {group: [] for group in GROUPS}
     count = 0
-    results = found_in(Pictures(split, job.recipe, numbers), network, us, f"recall {name}")
+    results = found_in(Pictures(split, job.recipe), numbers, network, us, f"recall {name}")
     for number, (picture, boxes, _) in zip(numbers, results, strict=True):
         stop_if_asked(stop, "counting; networks that were trained are kept")
         if picture.problem:

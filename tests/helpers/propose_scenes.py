@@ -16,6 +16,7 @@ import torch
 from forked_group import ranks
 
 from hdovd.core.errors import Stopped
+from hdovd.core.log import lines_to
 from hdovd.pipelines.proposals import propose as proposal_parts
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.propose import propose
@@ -40,17 +41,16 @@ def _run(job: ProposeConfig, kill_at: int = -1, kill_in_part: int = -1, signal: 
             os.kill(os.getpid(), signal)
         told(self, loop)
 
-    def write_or_die(self: proposal_parts.Parts, number: int, part: proposal_parts.Part) -> None:
-        if number == kill_in_part:
+    def write_or_die(self: proposal_parts.Parts, part: int, *found: Any) -> None:
+        if part == kill_in_part:
             os.kill(os.getpid(), signal)
-        write(self, number, part)
+        write(self, part, *found)
 
     SavingHooks.step = step  # type: ignore[method-assign]
     proposal_parts.Parts.write = write_or_die  # type: ignore[method-assign]
     try:
-        propose(
-            job, lambda line: os.write(1, f"{line}\n".encode()) and None
-        )  # not to what pytest put in place of sys.stdout
+        with lines_to(lambda line: os.write(1, f"{line}\n".encode())):  # not what pytest put in place of sys.stdout
+            propose(job)
     except Stopped as stopped:
         os.write(2, f"{stopped}\n".encode())
         return stopped.code

@@ -19,7 +19,7 @@ from hdovd.config.recipe import Recipe, build_recipe
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.common.tensors import tensors_hash
 from hdovd.pipelines.proposals.config import Detector, ProposeConfig
-from hdovd.pipelines.proposals.networks import build_network, made_by
+from hdovd.pipelines.proposals.networks import KINDS, made_by
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_processes_share_the_pictures_and_write_one_file(
     """Three parts for two processes: with the network of one, the proposals of one, to the byte."""
     out = tmp_path / "p.json"
     found, printed = play(
-        job(out, checkpoint=unbroken.with_name("p.oln.safetensors")), tmp_path / "printed.txt", processes=2
+        job(out, checkpoint=(unbroken.with_name("p.oln.safetensors"),)), tmp_path / "printed.txt", processes=2
     )
     assert found == 0, printed
     assert out.read_bytes() == unbroken.read_bytes()
@@ -157,7 +157,7 @@ def test_processes_train_one_network(job: Callable[..., ProposeConfig], unbroken
         assert found == 0, printed
         networks.append(load_file(out.with_name("p.oln.safetensors")))
     torch.manual_seed(recipe.train.seed)
-    start = build_network(Detector.OLN, recipe).state_dict()
+    start = KINDS[Detector.OLN](recipe).state_dict()
     learnt = [name for name, value in start.items() if not torch.equal(value, networks[0][name])]
     assert len(learnt) > 20
     for part in ("backbone.fpn", "rpn", "head"):

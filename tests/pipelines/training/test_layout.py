@@ -97,6 +97,6 @@ def test_proposing(world: Path, micro_recipe: Callable[..., Recipe], tmp_path: P
         device="cpu",
     )
     propose(job)
-    propose(replace(job, out=tmp_path / "q.json", checkpoint=tmp_path / "p.oln.safetensors"))
+    propose(replace(job, out=tmp_path / "q.json", checkpoint=(tmp_path / "p.oln.safetensors",)))
     assert len(laid_out) > 30
     assert all(laid_out)

@@ -161,7 +161,7 @@ def test_propose(
         recipe=micro_recipe(),
         protocol=str(world / "protocol.toml"),
         top=4,
-        detector=detector,
+        detector=(detector,),
     )
     found = propose(job)
     assert on_host(pretended_cuda) <= ANCHORS | SAMPLES | LOSSES | LOADED | {"networks.py", "propose.py", "boxes.py"}
