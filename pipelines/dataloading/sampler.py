@@ -103,19 +103,17 @@ class BlockShuffle(EpochOrder):
     count: int
     seed: int
     streams: Streams = Streams()
-    block: int = BLOCK
-    window: int = WINDOW
 
     def indices(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch])
-        blocks = rng.permutation(-(-self.count // self.block))
+        blocks = rng.permutation(-(-self.count // BLOCK))
         mixed = [self._mixed(blocks[start :: self.streams.count], rng) for start in range(self.streams.count)]
         return np.fromiter(self.streams.deal(mixed), np.int64, self.count)
 
     def _mixed(self, blocks: np.ndarray, rng: np.random.Generator) -> Iterator[int]:
         """The images of these blocks, a window of blocks after the other."""
-        for start in range(0, len(blocks), self.window):
-            images = (blocks[start : start + self.window, None] * self.block + np.arange(self.block)).ravel()
+        for start in range(0, len(blocks), WINDOW):
+            images = (blocks[start : start + WINDOW, None] * BLOCK + np.arange(BLOCK)).ravel()
             yield from rng.permutation(images[images < self.count]).tolist()
 
 
