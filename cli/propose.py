@@ -11,11 +11,9 @@ def propose(config: ProposeConfig) -> None:
     --nproc-per-node 8 -m hdovd propose ... Side by side: hdovd propose --report --detector rpn --detector oln. Next:
     hdovd extract-clip --proposals OUT.
     """
+    from hdovd.pipelines.proposals import propose as stage
+
     if config.report:
-        from hdovd.pipelines.proposals.recall import recall_report
-
-        recall_report(config)
+        stage.recall_report(config)
     else:
-        from hdovd.pipelines.proposals.propose import propose as run
-
-        run(config)
+        stage.propose(config)

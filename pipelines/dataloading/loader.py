@@ -85,7 +85,7 @@ def _tensor(raw: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> Tensor:
 
 def _parts(buffer: Tensor, sizes: list[int]) -> Iterator[memoryview]:
     """What lies in a buffer, in order."""
-    view, start = memoryview(buffer.numpy()), 0
+    view, start = buffer.numpy().data, 0
     for size in sizes:
         yield view[start : start + size]
         start += _aligned(size)

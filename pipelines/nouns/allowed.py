@@ -18,7 +18,8 @@ the captions that the vocabulary lacks, with the number of captions.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from hdovd.data.coco import whole
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.name_list import read_vocabulary
 from hdovd.pipelines.nouns.config import Matching
-from hdovd.pipelines.nouns.matching import Found, MatchFinder, StopList, longest_matches, noun_words, singular_of
+from hdovd.pipelines.nouns.matching import MatchFinder, StopList, noun_words, singular_of
 
 
 class Captions:
@@ -81,37 +82,19 @@ def read_nouns(vocabulary: Path, captions: Path | None, matching: Matching = Mat
     names = read_vocabulary(vocabulary)
     if captions is None:
         return Nouns(names, None)
-    finder = MatchFinder(names, StopList()) if matching is Matching.LEMMAS else _WholeWords(names)
-    row_of = {name: row for row, name in enumerate(names)}
-    found: dict[int, set[int]] = {}
-    for one in finder(Captions(captions)):
+    if matching is Matching.WORDS:
+        raise HdovdError(
+            f"--captions {captions}: an older hdovd found this set's nouns letter by letter, which this one does no "
+            f"more: name another set with --features"
+        )
+    row_of, found = {name: row for row, name in enumerate(names)}, dict[int, set[int]]()
+    for one in MatchFinder(names, StopList())(Captions(captions)):
         found.setdefault(one.image_id, set()).update(row_of[name] for name in one.nouns)
     if not any(found.values()):
         raise HdovdError(
             f"no caption of {captions} holds a word of {vocabulary} ({len(names)} names): are they of one language?"
         )
     return Nouns(names, {image_id: tuple(sorted(rows)) for image_id, rows in found.items()})
-
-
-class _WholeWords:
-    """The names that stand in captions letter by letter; at every place the longest one, which takes its words."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names, self._rows = names, {words(name): row for row, name in enumerate(names)}
-        self._longest = max(map(len, self._rows))
-
-    def __call__(self, captions: Iterable[tuple[int, str]]) -> Iterator[Found]:
-        for image_id, caption in captions:
-            yield Found(image_id, self._found(words(caption)), [])
-
-    def _found(self, caption: tuple[str, ...]) -> list[str]:
-        matches = longest_matches(len(caption), self._longest, lambda start, stop: self._rows.get(caption[start:stop]))
-        return [self._names[match.row] for match in matches]
-
-
-def words(text: str) -> tuple[str, ...]:
-    """The words of a text in lower case, without punctuation."""
-    return tuple(re.findall(r"\w+", text.lower()))
 
 
 def meaning(name: str) -> str:
@@ -164,9 +147,8 @@ def read_noun_file(path: Path) -> Nouns:
         raise HdovdError(f"{where}: vocabulary must be a list of names")
     for row, name in enumerate(vocabulary):
         checked_name(name, f"{where}: vocabulary must be a list of names: number {row}")
-    if len(set(vocabulary)) < len(vocabulary):
-        twice = sorted({n for n in vocabulary if vocabulary.count(n) > 1})
-        raise HdovdError(f"{where}: vocabulary holds {twice[0]!r} twice")
+    if twice := [name for name, count in Counter(vocabulary).items() if count > 1]:
+        raise HdovdError(f"{where}: vocabulary holds {min(twice)!r} twice")
     if not isinstance(images, dict):
         raise HdovdError(f"{where}: images must be rows by image id, not {shown(images)}")
     by_image: dict[int, tuple[int, ...]] = {}

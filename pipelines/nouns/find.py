@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+from hdovd.cache.identity import hash_file
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
 from hdovd.core.version import __version__
@@ -54,8 +55,6 @@ def find_nouns(job: NounsConfig) -> NounsReport:
             f"note: the vocabulary holds {shorten(list(kept))}, which the stop list that ships calls no object; a "
             f"vocabulary has its way, --stop-list takes them out"
         )
-    with job.captions.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     captions = Captions(job.captions)
     with progress(finder(captions), "nouns", "caption") as bar:
         report = _collect(bar, captions, finder.vocabulary)
@@ -75,7 +74,7 @@ def find_nouns(job: NounsConfig) -> NounsReport:
         else job.vocabulary.name
     )
     made_by = {
-        "captions": {"file": job.captions.name, "sha256": sha256, "captions": report.captions},
+        "captions": {"file": job.captions.name, "sha256": hash_file(job.captions), "captions": report.captions},
         "parser": made_with,
         "vocabulary": {"source": source, "sha256": _hash(vocabulary)},
         "stop_list": {"names": len(stop.names), "sha256": _hash(stop.names)},

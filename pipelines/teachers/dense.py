@@ -86,16 +86,13 @@ class DenseClip:
 
 def near_side(visual: nn.Module, side: int) -> int:
     """The side next to `side` of which the tower's map has whole cells. Raises HdovdError as `DenseClip` does."""
+    cell = 1
     if isinstance(visual, ModifiedResNet):
         cell = _ResNet.cell
     elif isinstance(visual, VisionTransformer):
         cell = _square(visual.patch_size)
-    else:
-        cell = (
-            _square(visual.trunk.patch_embed.patch_size)
-            if isinstance(visual, TimmModel) and hasattr(visual.trunk, "patch_embed")
-            else 1
-        )
+    elif isinstance(visual, TimmModel) and hasattr(visual.trunk, "patch_embed"):
+        cell = _square(visual.trunk.patch_embed.patch_size)
     return max(cell, round(side / cell) * cell)
 
 

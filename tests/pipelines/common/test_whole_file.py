@@ -212,7 +212,7 @@ ALLOWED = {
     "pipelines/common/job_pool.py _next": "a log that grows",
     "pipelines/detection/detect.py __init__": "a log that grows, and goes in the end",
     "pipelines/detection/detect.py _write": "given to replace_file",
-    "pipelines/proposal_files/file.py fill": "given to replace_file",
+    "pipelines/proposal_files/file.py _write_json": "given to replace_file",
     "pipelines/proposal_files/file.py _write_npz": "given to replace_file",
     "pipelines/export/model.py _write_onnx": "given to replace_file",
     "pipelines/export/model.py save_traced": "given to replace_file",

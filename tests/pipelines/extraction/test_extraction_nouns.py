@@ -98,26 +98,22 @@ def _plural(world: Path) -> None:
     file.write_text(json.dumps(tree))
 
 
-def test_old_sets_keep_their_keys(copied_world: Path, tmp_path: Path, extraction: Config) -> None:
+def test_old_sets_say_that_their_nouns_are_found_no_more(
+    copied_world: Path, tmp_path: Path, extraction: Config
+) -> None:
     """Their records say nothing of matching: names were found letter by letter."""
     _plural(copied_world)
     config = extraction(tmp_path / "cache", data=copied_world)
-    old = replace(config, matching=Matching.WORDS)
-    tree = json.loads(json.dumps(old.to_dict()))
+    tree = json.loads(json.dumps(replace(config, matching=Matching.WORDS).to_dict()))
     assert "matching" not in tree
     assert "nouns" not in tree
     again = ExtractConfig.from_dict(tree, tmp_path / "cache", device="cpu")
     assert again.matching is Matching.WORDS
+    with pytest.raises(HdovdError, match=r"letter by letter.*name another set"):
+        _keys(again)
     new = ExtractConfig.from_dict(json.loads(json.dumps(config.to_dict())), tmp_path / "cache", device="cpu")
     assert new.matching is Matching.LEMMAS
-    keys = _keys(old)
-    assert _keys(again) == keys
-    assert {level for level, key in _keys(new).items() if key != keys[level]} == {Level.PSEUDO_LABEL}
-
-
-def test_captions_in_singular_have_one_key_however_they_are_matched(extraction: Config, tmp_path: Path) -> None:
-    config = extraction(tmp_path / "cache")
-    assert _keys(config) == _keys(replace(config, matching=Matching.WORDS))
+    assert _keys(new) == _keys(config)
 
 
 # --- what does not go together ---
