@@ -1,7 +1,7 @@
 """Nouns of captions by matching: at every place the longest name of a vocabulary, whose words may be in the plural.
 
-Needs no parser, finds nothing but names of the vocabulary, and cannot tell "a watch" from "they watch". `parsing`
-matches first as well.
+Needs no parser, finds nothing but names of the vocabulary, and cannot tell "a watch" from "they watch". `find` with a
+parser matches first as well.
 
 The words of a text, and the singular of a noun.
 

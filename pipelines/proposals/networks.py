@@ -290,8 +290,6 @@ def _train(job: ProposeConfig, file: Path, split: Split, wanted: dict[str, Any],
     loop = Loop(
         model, losses_of, batches, config, us.device, f"train {wanted['detector']}", lambda sample: sample.image_id
     )
-    if us.world > 1:  # each process draws for itself, where a backbone draws from torch's own generator
-        torch.manual_seed(key_of(config.seed, -1, us.rank))
     hooks = SavingHooks(folder, network, us, stop, {"wanted": wanted}, job.save_minutes)
     if state is not None:
         hooks.restore(state, loop)

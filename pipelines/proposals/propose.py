@@ -51,6 +51,7 @@ from hdovd.pipelines.proposals.networks import (
     settled_job,
     trained_network,
 )
+from hdovd.pipelines.runs.listing import ap, table_lines
 
 IMAGES = 1024  # of a part, about; half a minute on a GPU
 MOST = (5, 10, 30, 100)  # proposals an image
@@ -374,19 +375,17 @@ def _recall(
 
 def recall_table(found: list[Recall]) -> str:
     """Networks side by side, base and novel, as text."""
-    first, width = found[0], max(len(one.network) for one in found)
-    heads = [f"AR@{most}" for most in MOST]
-    base, novel = (first.objects[group] for group in GROUPS)
-    lines = [
-        f"Average recall in percent, {first.images} pictures, {base} base and {novel} novel objects.",
-        "Novel is a diagnosis: choose nothing by it.",
-        f"{'':{width}s} "
-        f"{'':6s}{'IoU 0.5':>{8 * len(MOST)}s}{f'IoU {THRESHOLDS[0]}:{THRESHOLDS[-1]}':>{8 * len(MOST)}s}",
-        f"{'':{width}s} {'':6s}" + "".join(f"{head:>8s}" for head in heads * 2),
+    head = ("network", "objects", *(f"AR50@{most}" for most in MOST), *(f"AR@{most}" for most in MOST))
+    rows = [
+        (one.network, group, *map(ap, one.ar50[group].values()), *map(ap, one.ar50_95[group].values()))
+        for one in found
+        for group in GROUPS
     ]
-    for one in found:
-        for group in GROUPS:
-            values = [*one.ar50[group].values(), *one.ar50_95[group].values()]
-            columns = "".join(f"{'none' if value is None else f'{value:.1f}':>8s}" for value in values)
-            lines.append(f"{one.network:{width}s} {group:6s}{columns}")
+    counts = " and ".join(f"{found[0].objects[group]} {group}" for group in GROUPS)
+    lines = [
+        f"Average recall in percent at IoU 0.5 (AR50) and {THRESHOLDS[0]}:{THRESHOLDS[-1]} (AR), {found[0].images} "
+        f"pictures, {counts} objects.",
+        "Novel is a diagnosis: choose nothing by it.",
+        *table_lines(head, rows, set(head[2:])),
+    ]
     return "\n".join(lines)

@@ -142,8 +142,6 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal) -> RunFolder:
         validate=validation,
         val_every=job.val_every,
     )
-    if us.world > 1:  # each process draws for itself, where anything draws from torch's own generator
-        torch.manual_seed(key_of(recipe.train.seed, -1, us.rank))
     if state is not None:
         hooks.restore(state, loop)
         if hooks.ended == recipe.train.epochs:
@@ -188,6 +186,8 @@ def prepared(model: Network, recipe: Recipe, us: Team) -> Network:
     model = placed(model, us.device)
     if recipe.train.compile:
         compile_backbone(model.backbone, us.device)
+    if us.world > 1:  # from here on each process draws for itself, where anything draws from torch's own generator
+        torch.manual_seed(key_of(recipe.train.seed, -1, us.rank))
     return model
 
 

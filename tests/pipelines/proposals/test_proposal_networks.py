@@ -249,7 +249,7 @@ def test_table_of_recall() -> None:
     assert "3 pictures, 8 base and 0 novel objects" in table[0]
     assert "diagnosis" in table[1]
     assert table[-2].split() == ["oln", "base", *["50.0", "62.5", "75.0", "100.0"] * 2]
-    assert table[-1].split() == ["oln", "novel", *["none"] * 8]
+    assert table[-1].split() == ["oln", "novel", *["-"] * 8]
 
 
 def test_recall_needs_a_place_for_networks_and_pictures(made: ProposeConfig) -> None:
