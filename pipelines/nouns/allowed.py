@@ -85,7 +85,7 @@ def read_nouns(vocabulary: Path, captions: Path | None, matching: Matching = Mat
     if matching is Matching.WORDS:
         raise HdovdError(
             f"--captions {captions}: an older hdovd found this set's nouns letter by letter, which this one does no "
-            f"more: name another set with --features"
+            f"more: give its extract-clip command again, which makes pseudo_label anew if a caption holds a plural"
         )
     row_of, found = {name: row for row, name in enumerate(names)}, dict[int, set[int]]()
     for one in MatchFinder(names, StopList())(Captions(captions)):

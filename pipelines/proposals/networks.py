@@ -283,7 +283,9 @@ def _train(job: ProposeConfig, file: Path, split: Split, wanted: dict[str, Any],
         )
         return losses
 
-    dealing = Dealing(PlainShuffle(len(split.images), config.seed), config.batch_size, us.rank, us.world)
+    dealing = Dealing(
+        PlainShuffle(len(split.images), config.seed), config.batch_size, us.rank, us.world, config.accumulate
+    )
     batches = TrainingBatches(
         Pictures(split, job.recipe), dealing, training_workers(us.device, config.workers), device=us.device
     )

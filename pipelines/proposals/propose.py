@@ -23,13 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.ops import box_iou, nms
 
+from hdovd.cache.identity import key_of
 from hdovd.core.errors import HdovdError, Stopped
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import Split, read_instances
@@ -39,7 +37,15 @@ from hdovd.modeling.proposals.base import ProposalNetwork
 from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.device import Team, placed, team
 from hdovd.pipelines.common.process import StopSignal, exit_code
-from hdovd.pipelines.proposal_files.file import Proposals, ProposalTable, made_by_line, read_table, write_proposals
+from hdovd.pipelines.proposal_files.file import (
+    NO_PROPOSALS,
+    Proposals,
+    ProposalTable,
+    made_by_line,
+    read_table,
+    write_proposals,
+)
+from hdovd.pipelines.proposal_files.formats import read_npz
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.networks import (
     Pictures,
@@ -60,7 +66,8 @@ GROUPS = ("base", "novel")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of `images` images. `key`: of everything that determines them; those with another key are made again.
+    """The parts of `images` images, each a proposal file of its own. `key`: of everything that determines them; those
+    with another key are made again.
 
     `size`: images of a part, whole batches, so that a batch is the same whatever is there already and however many
     processes share it.
@@ -78,8 +85,7 @@ class Parts:
         for image in split.images:
             rows.update(f"{image.id} {len(image.boxes)} ".encode() + image.boxes.tobytes())
         size = batch_size * max(1, IMAGES // batch_size)
-        key = json.dumps([origin, rows.hexdigest(), size, batch_size], sort_keys=True)
-        return cls(folder, images, size, hashlib.sha256(key.encode()).hexdigest())
+        return cls(folder, images, size, key_of({"made_by": origin, "boxes": rows.hexdigest(), "batch": batch_size}))
 
     def numbers(self) -> range:
         return range(-(-self.images // self.size))
@@ -88,45 +94,20 @@ class Parts:
         """The images of a part, by number."""
         return range(part * self.size, min((part + 1) * self.size, self.images))
 
-    def missing(self) -> list[int]:
-        found = []
-        for part in self.numbers():
-            try:
-                if self._file(part).is_file() and self._metadata(part).get("key") == self.key:
-                    continue
-            except (SafetensorError, OSError):  # made again
-                pass
-            found.append(part)
-        return found
+    def file(self, part: int) -> Path:
+        return self.folder / f"{part:05d}-of-{self.size}-{self.key}.npz"
 
     def write(self, part: int, found: dict[int, Proposals], unreadable: list[str]) -> None:
         """What was found in the pictures of a part, by image id, and why others could not be read. Raises HdovdError
         if there is no room.
         """
-        table = ProposalTable.of(found)
-        arrays = {
-            "image_id": np.array(list(found), np.int64),
-            "count": np.array([len(p.scores) for p in found.values()], np.int64),
-            "boxes": table.box,
-            "scores": table.score,
-        }
-        metadata = {"key": self.key, "unreadable": json.dumps(unreadable)}
-        replace_file(self._file(part), lambda partial: save_arrays(arrays, partial, metadata))
+        write_proposals(self.file(part), found, {"images": list(found), "unreadable": unreadable})
 
     def read(self, part: int) -> tuple[dict[int, Proposals], list[str]]:
         """What was written."""
-        arrays = load_file(self._file(part))
-        ends = arrays["count"].cumsum()[:-1]
-        boxes, scores = (np.split(arrays[name], ends) for name in ("boxes", "scores"))
-        found = dict(zip(arrays["image_id"].tolist(), map(Proposals, boxes, scores), strict=False))
-        return found, json.loads(self._metadata(part)["unreadable"])
-
-    def _metadata(self, part: int) -> dict[str, str]:
-        with safe_open(self._file(part), "np") as tensors:
-            return tensors.metadata() or {}
-
-    def _file(self, part: int) -> Path:
-        return self.folder / f"{part:05d}.safetensors"
+        table, about = read_npz(self.file(part))
+        found, told = table.by_image(), about["made_by"]
+        return {image_id: found.get(image_id, NO_PROPOSALS) for image_id in told["images"]}, told["unreadable"]
 
 
 def propose(job: ProposeConfig) -> dict[int, Proposals]:
@@ -134,7 +115,7 @@ def propose(job: ProposeConfig) -> dict[int, Proposals]:
 
     Raises HdovdError for bad input, and Stopped if a signal ended it: the same call goes on.
     """
-    job.check()
+    replace(job, report=False).check()
     with team(job.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
         return _propose(job, us, stop)
 
@@ -145,7 +126,8 @@ def _propose(job: ProposeConfig, us: Team, stop: StopSignal) -> dict[int, Propos
     require_some_readable(split)
     origin["selection"] = job.selection()  # with it, everything that made the proposals
     parts = Parts.of(job.beside("parts"), split, job.recipe.train.batch_size, origin)
-    mine = parts.missing()[us.rank :: us.world]
+    missing = [part for part in parts.numbers() if not parts.file(part).is_file()]
+    mine = missing[us.rank :: us.world]
     us.wait()  # all have looked, before the first one writes
     _fill(parts, mine, network, split, job, us, stop)
     us.wait()
@@ -294,7 +276,7 @@ def recall_report(job: ProposeConfig) -> list[Recall]:
 
     Raises HdovdError for bad input or a validation picture that cannot be read, and Stopped if a signal ended it.
     """
-    job.check()
+    replace(job, report=True).check()
     with team(job.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
         assert job.validation is not None  # as checked
         protocol, found = load_protocol(job.protocol), list[Recall]()

@@ -17,7 +17,7 @@ from torch import Tensor
 from hdovd.config.recipe import load_recipe
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
-from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.published_weights import PUBLISHED, Published
 from hdovd.pipelines.common.device import provenance
@@ -45,7 +45,13 @@ def import_checkpoint(job: ImportCheckpointConfig) -> RunFolder:
     state, about = read_checkpoint(job.file)
     _require_detector(state, job)
     dim = int(state[published.background].shape[-1])
-    texts = _class_embeddings(job, protocol, dim)
+    texts = _rows(
+        job.class_embeddings,
+        (len(protocol.names), dim),
+        "--class-embeddings",
+        f"a checkpoint holds no class embeddings: a row for each class of protocol {protocol.name}, base before novel, "
+        f"of the checkpoint's embedding size",
+    )
     model = build_detector(recipe, dim, initialise=False)
     _give_object(model, job, dim)
     unused = take(model, state, published, str(job.file))
@@ -171,18 +177,6 @@ def _require_detector(state: Mapping[str, Tensor], job: ImportCheckpointConfig) 
             f"{job.file} is no checkpoint of the authors' {job.detector}: it has no "
             f"{PUBLISHED[job.detector].background}, but {shorten(list(state))}"
         )
-
-
-def _class_embeddings(job: ImportCheckpointConfig, protocol: Protocol, dim: int) -> Tensor:
-    """(C, D) float32, normalised."""
-    count = len(protocol.names)
-    return _rows(
-        job.class_embeddings,
-        (count, dim),
-        "--class-embeddings",
-        f"a checkpoint holds no class embeddings: a row for each class of protocol {protocol.name}, base before novel, "
-        f"of the checkpoint's embedding size",
-    )
 
 
 def _give_object(model: Detector, job: ImportCheckpointConfig, dim: int) -> None:

@@ -30,7 +30,6 @@ from hdovd.modeling.distributed import mean_count
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.precision import Precision, choose, training_products
 from hdovd.pipelines.dataloading.loader import TrainingBatches
-from hdovd.pipelines.dataloading.sampler import Dealing
 
 EXPLODED = 1e4  # a sum of losses above this teaches nothing any more; sound ones stay below a hundred
 
@@ -194,7 +193,7 @@ class Loop(Generic[Sample]):
     `id_of` names a sample where a loss is not sound. `begin_epoch` is told every epoch that begins or goes on, counted
     from 1. With `config.accumulate` above 1 the images of a step are split into that many micro-batches of equal size,
     in their order, and the mean of the micro-batches' losses is minimised. Everything that counts steps (schedule, log,
-    checkpoints) counts steps of the optimiser. Raises HdovdError if a step's images cannot be split evenly.
+    checkpoints) counts steps of the optimiser.
     """
 
     def __init__(
@@ -210,7 +209,6 @@ class Loop(Generic[Sample]):
     ) -> None:
         self.model, self.batches, self.config, self.device = model, batches, config, device
         self._losses_of, self._what, self._id_of, self._begin_epoch = losses_of, what, id_of, begin_epoch
-        _require_even_split(batches.dealing, config)
         self.optimizer = build_optimizer(model, config)
         self._bare: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self._average = WeightAverage(self._bare, config.ema) if config.ema else None
@@ -354,17 +352,6 @@ def memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def _require_even_split(dealing: Dealing, config: ScheduleConfig) -> None:
-    size = len(dealing.part(0, 0)) * dealing.world
-    if size % (dealing.world * config.accumulate):
-        among = f" of {dealing.world} processes" if dealing.world > 1 else ""
-        raise HdovdError(
-            f"a batch of {size} images cannot be split into train.accumulate = {config.accumulate} "
-            f"micro-batches{among}: "
-            f"set train.batch_size to a multiple of {dealing.world * config.accumulate}, or train.accumulate to less"
-        )
 
 
 def build_optimizer(model: nn.Module, config: ScheduleConfig) -> torch.optim.Optimizer:

@@ -245,7 +245,7 @@ def batches_of(
             else "the images come in another order than the run began with: go on with the "
             "same form and place of the cache (Zarr or tar shards, the same shards, on disk or in an object store)"
         )
-    dealing = Dealing(order, config.batch_size, us.rank, us.world)
+    dealing = Dealing(order, config.batch_size, us.rank, us.world, config.accumulate)
     if isinstance(data, TarTrainingSet):
         data.dealing = dealing
     return TrainingBatches(data, dealing, workers, device=us.device), found

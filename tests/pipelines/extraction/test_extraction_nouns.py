@@ -109,7 +109,7 @@ def test_old_sets_say_that_their_nouns_are_found_no_more(
     assert "nouns" not in tree
     again = ExtractConfig.from_dict(tree, tmp_path / "cache", device="cpu")
     assert again.matching is Matching.WORDS
-    with pytest.raises(HdovdError, match=r"letter by letter.*name another set"):
+    with pytest.raises(HdovdError, match=r"letter by letter.*extract-clip command again"):
         _keys(again)
     new = ExtractConfig.from_dict(json.loads(json.dumps(config.to_dict())), tmp_path / "cache", device="cpu")
     assert new.matching is Matching.LEMMAS
