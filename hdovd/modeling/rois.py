@@ -186,6 +186,30 @@ def number_boxes(matches: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     return torch.cat(numbered)
 
 
+class RoIHead(nn.Module):
+    """RoI features -> two FC -> box offsets, and whatever a subclass makes of `hidden`."""
+
+    def __init__(self, channels: int, fc_channels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels * POOL_SIZE**2, fc_channels)
+        self.fc2 = nn.Linear(fc_channels, fc_channels)
+        self.deltas = nn.Linear(fc_channels, 4)
+
+    def hidden(self, pooled: Tensor) -> Tensor:
+        """(R, C, 7, 7) -> (R, F)."""
+        features: Tensor = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
+        return features
+
+    def initialise(self, score: nn.Linear) -> None:
+        """The first weights of all layers; `score` is the subclass's own. Called when every layer is there."""
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for layer, std in ((self.deltas, 0.001), (score, 0.01)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+
 class PyramidRoIAlign(nn.Module):
     """RoIAlign 7x7 from the pyramid level that fits a RoI's size (FPN, arXiv 1612.03144, equation 1)."""
 

@@ -63,8 +63,8 @@ RECIPES: dict[str, Callable[[Micro], Recipe]] = {
 
 
 def on_host(cuda: PretendedCuda) -> set[str]:
-    """The files (of the training loop and of memories the classes) in which the CPU computed with numbers that are not whole; forgotten
-    then. Nowhere are they those of a network.
+    """The files (of the training loop and of memories the classes) in which the CPU computed with numbers that are not
+    whole; forgotten then. Nowhere are they those of a network.
     """
     assert not {operation.split(".")[1] for operation, _ in cuda.on_host} & OF_NETWORKS
     places = {where for operation, where in cuda.on_host if operation.split(".")[1] not in BEGIN_WITH}
