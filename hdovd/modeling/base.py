@@ -1,20 +1,12 @@
-"""What a detector is to the stages, and how one is built from a recipe: by its name in the registry, or module:Class of
-the user's own.
+"""What a detector is to the stages (`Detector`), how a recipe builds one, and what its losses see (`StepContext`).
 
-N images, R boxes of an image, C classes, K base classes, D embedding size.
+A detector is named by its key in the registry, or as module:Class of the user's own. A recipe adds losses as sections
+[loss.extra.NAME] (docs/EXTENDING.md): `use` names a class of torch.nn.Module, built as MyLoss(dim=D, channels=C,
+**options), options being all keys of the section but `use` and `weight`. Called with a `StepContext`, it returns a
+scalar; the detector adds `weight` times it to its losses as NAME, and its state is in the checkpoint.
 
-What the detector has at hand in a training step: the one argument of every level's loss, and of losses that a recipe
-adds.
-
-N images of this process, R RoIs, P of them positive, B boxes (image by image, base before pseudo), K base classes, C
-pyramid channels, D embedding size.
-
-Losses that a recipe adds: a section [loss.extra.NAME] each. docs/EXTENDING.md shows one.
-
-The contract: `use` names a class of torch.nn.Module, built as MyLoss(dim=D, channels=C, **options) with D the embedding
-size, C the pyramid's channels and options all keys of the section but `use` and `weight`; called as loss(view) with a
-`StepContext`, it returns a scalar. The detector adds `weight` times it to its losses as NAME. Its state is in the
-checkpoint.
+N images of this process, R RoIs or boxes of an image, P positive RoIs, B boxes (image by image, base before pseudo), C
+classes or pyramid channels, K base classes, D embedding size.
 """
 
 from collections.abc import Sequence

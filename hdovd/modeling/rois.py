@@ -1,14 +1,12 @@
-"""From proposals to the RoIs that the head sees: matching, sampling, pooling.
+"""From proposals to the RoIs that the head sees: matching, sampling, pooling; and the two layers of every RoI head.
 
-B boxes of an image (base before pseudo), R RoIs, C channels.
+RoIAlign has a gradient of its own on a CPU, which all cores share; torchvision's runs on one, and took a third of a
+training step. RoIAlign is linear, and separable in the axes: a bin is the sum of few cells, each times a weight of its
+row and one of its column. Its gradient is then, for each cell, a weighted sum of rows of the bins' gradients: an
+embedding bag. On a GPU torchvision's own gradient is used, and for the few RoIs that are very long.
 
-RoIAlign with a gradient that all cores of a CPU share; torchvision's runs on one, and was a third of a training
-step.
-
-RoIAlign is linear, and separable in the axes: a bin is the sum of few cells, each times a weight of its row and one of
-its column. Its gradient is then, for each cell, a weighted sum of rows of the bins' gradients: an embedding bag. On a
-GPU torchvision's own gradient is used, and for the few RoIs that are very long. R RoIs, N pictures, C channels, h x w
-cells, B bins a side, K cells a bin reaches over along one axis.
+B boxes of an image (base before pseudo), R RoIs, N pictures, C channels, h x w cells, B bins a side, K cells a bin
+reaches over along one axis.
 """
 
 import math
