@@ -16,9 +16,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from hdovd.config.detector import DETECTORS
-from hdovd.config.plugins import resolve_class
 from hdovd.config.recipe import ExtraLossConfig, Recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.registry import resolve_class
 from hdovd.data.targets import Targets
 
 
@@ -126,8 +126,7 @@ def build_detector(recipe: Recipe, dim: int, initialise: bool = True) -> Detecto
     """The detector that a recipe names, for embeddings of `dim` numbers. Raises HdovdError if there is none, or it
     cannot be built.
     """
-    name = recipe.detector.name
-    kind = resolve_class(DETECTORS.get(name, name), "detector.name", Detector, "hdovd.modeling.base.Detector")
+    kind = DETECTORS.find_class(recipe.detector.name, Detector, "hdovd.modeling.base.Detector")
     return kind(recipe, dim, initialise)
 
 
