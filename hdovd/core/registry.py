@@ -45,7 +45,7 @@ def resolve_class(use: str, key: str, kind: type[T], expected: str) -> type[T]:
 
 
 def resolve(use: str, key: str) -> Any:
-    """The attribute that `use`, the value of `key`, names, of a module in the current folder or among what is installed.
+    """The attribute that `use`, the value of `key`, names: of a module in the current folder, or an installed one.
 
     Raises HdovdError naming the key if the module cannot be imported or has no such attribute.
     """
