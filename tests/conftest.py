@@ -9,10 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -334,32 +332,13 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., _Forked]:
     """Start `hdovd WORDS` in a process forked from this one, which has imported torch already: a fresh one needs
     seconds for that.
     """
-    from hdovd.cli.main import main
+    import forked_commands
 
     def start(words: Sequence[object], cwd: Path) -> _Forked:
-        prints = tmp_path_factory.mktemp("prints")
-        process = _Forked(os.fork(), ("hdovd", *map(str, words)), prints / "out", prints / "err")
-        if process.pid:
-            return process
-        code = 99
-        try:
-            for number, file in ((1, process.out), (2, process.err)):
-                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
-            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-            signal.signal(
-                signal.SIGINT, signal.default_int_handler
-            )  # a shell's background job, tests among them, ignores it
-            os.environ.update({"OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
-            os.chdir(cwd)
-            sys.argv = list(process.words)
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
+        prints, printed = tmp_path_factory.mktemp("prints"), tuple(map(str, words))
+        with (prints / "out").open("w") as out, (prints / "err").open("w") as err:
+            pid = forked_commands.start(printed, out.fileno(), err.fileno(), cwd=cwd, env=forked_commands.SAME_FOR_ALL)
+        return _Forked(pid, ("hdovd", *printed), prints / "out", prints / "err")
 
     return start
 
