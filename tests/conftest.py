@@ -5,6 +5,7 @@ Session fixtures are read-only: a test that damages something copies it first (`
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -15,17 +16,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
-from pretended_cuda import PretendedCuda
 
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE, make_world
 from hdovd.pipelines.extraction.config import ExtractConfig
+
+if TYPE_CHECKING:  # pytest-xdist's own process reads this file too, and needs no torch
+    import torch
+    from pretended_cuda import PretendedCuda
 
 TRAIN_IMAGES, VAL_IMAGES = 24, 8
 # The demo recipe cut to a second an epoch. Thresholds of zero: an untrained detector must still detect something.
@@ -54,6 +57,8 @@ MICRO_SETTINGS = (
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """The tensors here are tiny: threads cost more than they gain, and sums come out the same on every machine."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -65,9 +70,21 @@ def _own_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_tokenizer() -> Iterator[None]:
+    """open_clip's tokenizer reads its vocabulary once, not with every CLIP: that is a third of a micro extraction."""
+    import open_clip.factory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_clip.factory, "SimpleTokenizer", functools.cache(open_clip.factory.SimpleTokenizer))
+        yield
+
+
 @pytest.fixture
 def pretended_cuda() -> Iterator[PretendedCuda]:
     """A GPU that is not there, for one test; no operation may mix its tensors with the CPU's."""
+    from pretended_cuda import PretendedCuda
+
     with PretendedCuda() as cuda:
         yield cuda
     assert not cuda.mixed
@@ -95,6 +112,7 @@ def kept(world: Path) -> list[int]:
 def save_clip() -> Callable[..., str]:
     """Save a tiny random CLIP in open_clip's local-dir form; returns its `local-dir:` name."""
     import open_clip
+    import torch
     from safetensors.torch import save_file
 
     def save(
