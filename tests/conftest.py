@@ -359,7 +359,3 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., _Forked]:
         return _Forked(pid, ("hdovd", *printed), prints / "out", prints / "err")
 
     return start
-
-
-def _silent(_: str) -> None:
-    """A log that says nothing."""
