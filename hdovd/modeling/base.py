@@ -86,6 +86,7 @@ class Detector(nn.Module):
     # safetensors
     exportable: ClassVar[str | None] = None
     training_parts: ClassVar[tuple[str, ...]] = ()  # beginnings of names in the state that no detection depends on
+    undecayed: ClassVar[tuple[str, ...]] = ()  # patterns of parameters' names without weight decay: "*norm*", "*.bias"
     has_idle_parameters: ClassVar[bool] = False  # whether some have no part in some steps
 
     def set_object_text(self, row: Tensor) -> None:
