@@ -49,7 +49,7 @@ def _run(job: ProposeConfig, kill_at: int = -1, kill_in_part: int = -1, signal: 
     SavingHooks.step = step  # type: ignore[method-assign]
     proposal_parts.Parts.write = write_or_die  # type: ignore[method-assign]
     try:
-        with lines_to(lambda line: os.write(1, f"{line}\n".encode())):  # not what pytest put in place of sys.stdout
+        with lines_to(lambda line: os.write(1, f"{line}\n".encode())):  # not to what pytest has as sys.stdout
             propose(job)
     except Stopped as stopped:
         os.write(2, f"{stopped}\n".encode())
