@@ -79,8 +79,7 @@ class PartRows:
 
     def batches(self, size: int) -> Iterator[RowBatch]:
         """In row order, all of the shape that `size` crops have, the last one filled up."""
-        rows = self.start + np.flatnonzero(self.missing)
-        groups = self.embedder.groups(rows, size)
+        groups = self.embedder.groups(self.start + np.flatnonzero(self.missing), size)
         for number, some in enumerate(groups, 1):
             yield RowBatch(
                 some,

@@ -185,11 +185,10 @@ class MatchFinder:
         self._matcher, self._stop = NameMatcher(vocabulary), stop
 
     def __call__(self, captions: Iterable[tuple[int, str]]) -> Iterator[Found]:
-        stopped = set(self.stopped)
         for image_id, caption in captions:
             words = noun_words(caption)
             matches = self._matcher.find(words)
-            names = [name for m in matches if (name := self.vocabulary[m.row]) not in stopped]
+            names = [name for m in matches if (name := self.vocabulary[m.row]) not in self.stopped]
             yield Found(image_id, names, unmatched(words, matches, self._stop))
 
 

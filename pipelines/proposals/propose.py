@@ -126,8 +126,7 @@ def _propose(job: ProposeConfig, us: Team, stop: StopSignal) -> dict[int, Propos
     require_some_readable(split)
     origin["selection"] = job.selection()  # with it, everything that made the proposals
     parts = Parts.of(job.beside("parts"), split, job.recipe.train.batch_size, origin)
-    missing = [part for part in parts.numbers() if not parts.file(part).is_file()]
-    mine = missing[us.rank :: us.world]
+    mine = [part for part in parts.numbers() if not parts.file(part).is_file()][us.rank :: us.world]
     us.wait()  # all have looked, before the first one writes
     _fill(parts, mine, network, split, job, us, stop)
     us.wait()

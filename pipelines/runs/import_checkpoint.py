@@ -70,10 +70,9 @@ def import_checkpoint(job: ImportCheckpointConfig) -> RunFolder:
     }
     run = RunFolder.create(job.out, recipe, protocol, texts, record, overwrite=job.overwrite)
     run.save_model(model)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
     log(
-        f"wrote {run.path}: {recipe.detector.name}, {millions:.1f} M parameters; next: hdovd eval {run.path} --data "
-        f"COCO"
+        f"wrote {run.path}: {recipe.detector.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
+        f"parameters; next: hdovd eval {run.path} --data COCO"
     )
     return run
 

@@ -274,10 +274,9 @@ def _resized(embedding: Tensor, grid: tuple[int, int], cells: int, prefix: int =
 
 
 def _vit_identity(after: str, by_class_token: bool) -> dict[str, Any]:
-    attention = "every token attends to itself alone" if by_class_token else "as trained"
     return {
         "features": f"patch tokens, {after}",
-        "last_attention": attention,
+        "last_attention": "every token attends to itself alone" if by_class_token else "as trained",
         "position_embeddings": "bicubic, no antialias, corners not aligned",
     }
 

@@ -245,8 +245,17 @@ def load_clip(
     with torch.inference_mode():  # asked of the model itself: no attribute for it is common to all families
         dim = int(net.encode_image(torch.zeros(1, 3, *transform.size, device=target)).shape[1])
     _round_weights(net.visual, choice.precision.dtype)
-    made_with = _made_with(model, pretrained, target)
-    return ClipTeacher(net, transform, tokenizer, target, choice.precision, dim, identity, tuple(notes), made_with)
+    return ClipTeacher(
+        net,
+        transform,
+        tokenizer,
+        target,
+        choice.precision,
+        dim,
+        identity,
+        tuple(notes),
+        _made_with(model, pretrained, target),
+    )
 
 
 def _made_with(model: str, pretrained: str | None, device: torch.device) -> dict[str, Any]:
@@ -397,17 +406,17 @@ def _activation(
 ) -> tuple[bool, list[str]]:
     """Whether the weights were trained with QuickGELU, and what to tell the user about how that is known."""
     configured = bool(config.get("quick_gelu", False))
+    kind = "quickgelu" if configured else "gelu"
     if wanted is not Activation.AUTO:
         return wanted is Activation.QUICK_GELU, [f"activation: {wanted}, as asked"]
     if ":" in model or pretrained is None:
-        return configured, [f"activation: {'quickgelu' if configured else 'gelu'}, from the model's own config"]
+        return configured, [f"activation: {kind}, from the model's own config"]
     tag = open_clip.get_pretrained_cfg(model, pretrained)
     if tag:
         trained = bool(tag.get("quick_gelu", configured))
         return trained, [f"activation: {'quickgelu' if trained else 'gelu'}, as tag {pretrained} was trained"]
     if _is_torchscript(pretrained) or _is_openai_file(Path(pretrained)):
         return True, ["activation: quickgelu, because the file is OpenAI's"]
-    kind = "quickgelu" if configured else "gelu"
     return configured, [
         f"activation: {kind}, from the config of {model}; the file {pretrained} does not say which it was trained "
         "with: if its authors used the other one, give --activation"
