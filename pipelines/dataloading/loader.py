@@ -75,8 +75,9 @@ class _Pickler(pickle.Pickler):
             or value.is_quantized
         ):
             return NotImplemented
-        raw = value.detach().resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8).numpy()
-        return _tensor, (raw, value.dtype, value.shape)
+        rows = value.detach().resolve_conj().resolve_neg().contiguous()
+        flat = rows.as_strided((rows.numel(),), (1,))  # of one number or none, any stride counts as contiguous
+        return _tensor, (flat.view(torch.uint8).numpy(), value.dtype, value.shape)
 
 
 def _tensor(raw: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> Tensor:
