@@ -69,6 +69,10 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if (
+            type(value) is np.ndarray and not value.flags.forc
+        ):  # numpy would pickle it within, in the machine's byte order
+            return np.ascontiguousarray(value).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        if (
             type(value) is not Tensor
             or value.device.type != "cpu"
             or value.layout != torch.strided
