@@ -5,11 +5,10 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.common.settings import Settings, flat, in_full, short_names
+from hdovd.pipelines.common.settings import Settings, flat, in_full, short_names, value_at
 
 SEED = "train.seed"
 LONGEST = 40  # characters of a value in a folder's name
@@ -59,7 +58,8 @@ def cells_of(recipe: str, settings: Sequence[str], grid: Sequence[str], preset: 
             made = load_recipe(recipe, [*base, *mine])
         except HdovdError as error:
             raise HdovdError(f"--grid {' '.join(mine)}: {error}") from error
-        values = {key: _value(made, key) for key in keys}
+        tree = made.model_dump(by_alias=True)
+        values = {key: value_at(tree, key) for key in keys}
         name = "_".join(f"{short[key]}-{_as_name(in_full(value))}" for key, value in values.items()) or "recipe"
         cell = Cell(name, values, mine)
         same = seen.setdefault(made.to_toml(), cell)
@@ -71,14 +71,6 @@ def cells_of(recipe: str, settings: Sequence[str], grid: Sequence[str], preset: 
             f"--grid {' '.join(grid)}: two cells have the same name: {', '.join(cell.name for cell in cells)}"
         )
     return cells
-
-
-def _value(recipe: Recipe, key: str) -> Any:
-    """What stands in the recipe at a dotted key: a value, or a section such as loss.extra."""
-    tree: Any = recipe.model_dump(by_alias=True)
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
 
 
 def _key_and_values(item: str) -> tuple[str, list[str]]:
@@ -95,17 +87,12 @@ def _split(text: str) -> list[str]:
     """At commas, but not at those within brackets or quotes."""
     parts = [""]
     for piece in text.split(","):
-        if _is_whole(parts[-1]):
-            parts.append(piece)
-        else:
+        bare = re.sub(r"\"[^\"]*\"|'[^']*'", "", parts[-1])
+        if re.search("[\"']", bare) or sum(map(bare.count, OPEN)) > sum(map(bare.count, CLOSE)):  # one is not closed
             parts[-1] += f",{piece}"
+        else:
+            parts.append(piece)
     return parts[1:]
-
-
-def _is_whole(text: str) -> bool:
-    """Whether every quote and, outside of quotes, every bracket is closed."""
-    bare = re.sub(r"\"[^\"]*\"|'[^']*'", "", text)
-    return not re.search("[\"']", bare) and sum(map(bare.count, OPEN)) <= sum(map(bare.count, CLOSE))
 
 
 def _as_name(text: str) -> str:

@@ -4,7 +4,7 @@ import csv
 import io
 import re
 import statistics
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,16 +49,13 @@ class Row:
             return str(self.done)
         return f"{self.done} of {self.seeds}" + (f", {self.failed} failed" if self.failed else "")
 
-    def numbers(self, metric: str) -> list[float]:
-        return [value for value in self.scores[metric].values() if value is not None]
-
     def mean(self, metric: str) -> float | None:
-        numbers = self.numbers(metric)
+        numbers = [value for value in self.scores[metric].values() if value is not None]
         return statistics.mean(numbers) if numbers else None
 
     def deviation(self, metric: str) -> float | None:
         """The sample standard deviation; None for a single value."""
-        numbers = self.numbers(metric)
+        numbers = [value for value in self.scores[metric].values() if value is not None]
         return statistics.stdev(numbers) if len(numbers) > 1 else None
 
     def text(self, metric: str) -> str:
@@ -82,6 +79,24 @@ class AblationTable:
         return all(row.done == row.seeds for row in self.rows)
 
 
+def scores_of(runs: Mapping[int, Run]) -> dict[str, dict[int, float | None]]:
+    """`Row.scores` of runs by seed."""
+    return {
+        metric: {
+            seed: run.ap50.get(metric) if metric in GROUPS else run.split_blind.get("novel")
+            for seed, run in sorted(runs.items())
+        }
+        for metric in METRICS
+    }
+
+
+def column_texts(values: Sequence[Any]) -> list[str]:
+    """Of one column: ticks for switches."""
+    if all(isinstance(value, bool) for value in values):
+        return [YES if value else NO for value in values]
+    return shown_apart(values)
+
+
 def ablation_table(
     cells: Sequence[Cell],
     seeds: int,
@@ -90,12 +105,10 @@ def ablation_table(
     made_of: Mapping[str, str],
 ) -> AblationTable:
     """The table of the runs that are done, by cell name and seed."""
-    rows = []
-    for cell in cells:
-        runs = dict(sorted(done[cell.name].items()))
-        scores = {group: {seed: run.ap50.get(group) for seed, run in runs.items()} for group in GROUPS}
-        scores[METRICS[-1]] = {seed: run.split_blind.get("novel") for seed, run in runs.items()}
-        rows.append(Row(cell.name, tuple(cell.values.values()), scores, seeds, len(failed[cell.name])))
+    rows = [
+        Row(cell.name, tuple(cell.values.values()), scores_of(done[cell.name]), seeds, len(failed[cell.name]))
+        for cell in cells
+    ]
     runs_done = [run for by_seed in done.values() for run in by_seed.values()]
     return AblationTable(tuple(cells[0].values), rows, _note(runs_done, seeds, made_of))
 
@@ -103,30 +116,32 @@ def ablation_table(
 def _note(runs: Sequence[Run], seeds: int, made_of: Mapping[str, str]) -> str:
     """Of the runs, not of the moment: the same runs have the same note."""
     over = f"seeds 0 to {seeds - 1}" if seeds > 1 else "seed 0"
+    features = _listed("features", (str(run.cache_id) for run in runs))
+    begun = sorted(f"{run.date:%Y-%m-%d}" for run in runs)
     parts = [
         f"AP50 in percent, mean (sample standard deviation) over {over}",
         f"data {made_of['data']}",
         f"protocol {made_of['protocol']}",
-        f"cache {made_of['cache']}, set {made_of['features']}",
+        f"cache {made_of['cache']}, set {made_of['features']}" + (f", {features}" if features else ""),
         f"recipe {made_of['recipe']}",
-    ]
-    if runs:
-        parts[3] += f", features {', '.join(sorted({str(run.cache_id) for run in runs}))}"
-        begun = sorted(run.date for run in runs)
-        first, last = f"{begun[0]:%Y-%m-%d}", f"{begun[-1]:%Y-%m-%d}"
-        parts.append(first if first == last else f"{first} to {last}")
-        parts += [
-            f"{name} {', '.join(sorted({run.versions.get(name, '?') for run in runs}))}" for name in ("hdovd", "torch")
-        ]
-        commits = sorted(
-            {
+        " to ".join(dict.fromkeys([*begun[:1], *begun[-1:]])),
+        *(_listed(name, (run.versions.get(name, "?") for run in runs)) for name in ("hdovd", "torch")),
+        _listed(
+            "commit",
+            (
                 str(run.git["commit"])[:10] + (" with changes" if run.git.get("dirty") else "")
                 for run in runs
                 if run.git and "commit" in run.git
-            }
-        )
-        parts += [f"commit {', '.join(commits)}"] if commits else []
-    return "; ".join(parts) + "."
+            ),
+        ),
+    ]
+    return "; ".join(part for part in parts if part) + "."
+
+
+def _listed(what: str, values: Iterable[str]) -> str:
+    """`what` the different values are, or nothing without one."""
+    different = sorted(set(values))
+    return f"{what} {', '.join(different)}" if different else ""
 
 
 def markdown(table: AblationTable) -> str:
@@ -134,24 +149,17 @@ def markdown(table: AblationTable) -> str:
     head, rows = _texts(table)
     rows = [[text.replace("|", "\\|") for text in row] for row in rows]
     widths = [max(3, *(len(row[column]) for row in [head, *rows])) for column in range(len(head))]
-    values = len(table.keys) or 1
+    words = len(table.keys) or 1  # columns to the left; after them, numbers to the right
     lines = [
-        "| "
-        + " | ".join(
-            text.ljust(width) if column < values else text.rjust(width)
+        " | ".join(
+            text.ljust(width) if column < words else text.rjust(width)
             for column, (text, width) in enumerate(zip(row, widths, strict=True))
         )
-        + " |"
         for row in [head, *rows]
     ]
-    rule = (
-        "|"
-        + "|".join(
-            "-" * (width + 2) if column < values else "-" * (width + 1) + ":" for column, width in enumerate(widths)
-        )
-        + "|"
-    )
-    return "\n".join([lines[0], rule, *lines[1:], "", table.note, *_marks(table)]) + "\n"
+    rule = "|".join("-" * (w + 2) if column < words else "-" * (w + 1) + ":" for column, w in enumerate(widths))
+    body = [f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])]
+    return "\n".join([*body, "", table.note, *_marks(table)]) + "\n"
 
 
 def latex(table: AblationTable) -> str:
@@ -175,54 +183,28 @@ def latex(table: AblationTable) -> str:
 def comma_separated(table: AblationTable) -> str:
     """The plain numbers: of each metric the mean, the deviation and the value of every seed; empty where there is
     none."""
-    seeds = range(max(row.seeds for row in table.rows))
-    out = io.StringIO()
+    out, seeds = io.StringIO(), range(max(row.seeds for row in table.rows))
+    parts = ["mean", "sd", *(f"seed{seed}" for seed in seeds)]
+    names = [f"ap50_{re.sub(r'[^a-z]+', '_', metric)}_{part}" for metric in METRICS for part in parts]
     writer = csv.writer(out, lineterminator="\n")
-    names = {metric: "ap50_" + re.sub(r"[^a-z]+", "_", metric) for metric in METRICS}
-    writer.writerow(
-        [
-            "cell",
-            *table.keys,
-            "seeds",
-            "done",
-            "failed",
-            *(
-                f"{names[metric]}_{what}"
-                for metric in METRICS
-                for what in ("mean", "sd", *(f"seed{seed}" for seed in seeds))
-            ),
-        ]
-    )
+    writer.writerow(["cell", *table.keys, "seeds", "done", "failed", *names])
     for row in table.rows:
         numbers = [
             value
             for metric in METRICS
             for value in (row.mean(metric), row.deviation(metric), *(row.scores[metric].get(seed) for seed in seeds))
-        ]
+        ]  # csv writes None as nothing
         values = [str(value).lower() if isinstance(value, bool) else value for value in row.values]
-        writer.writerow(
-            [
-                row.name,
-                *values,
-                row.seeds,
-                row.done,
-                row.failed,
-                *("" if number is None else number for number in numbers),
-            ]
-        )
+        writer.writerow([row.name, *values, row.seeds, row.done, row.failed, *numbers])
     return out.getvalue()
 
 
 def write_tables(table: AblationTable, out: Path) -> list[Path]:
     """table.md, table.csv and table.tex in `out`, each whole or as it was."""
-    texts = {
-        out / "table.md": markdown(table),
-        out / "table.csv": comma_separated(table),
-        out / "table.tex": latex(table),
-    }
-    for file, text in texts.items():
-        write_text(file, text)
-    return list(texts)
+    forms = {"table.md": markdown, "table.csv": comma_separated, "table.tex": latex}
+    for name, form in forms.items():
+        write_text(out / name, form(table))
+    return [out / name for name in forms]
 
 
 def tex(text: str) -> str:
@@ -233,19 +215,12 @@ def tex(text: str) -> str:
 def _texts(table: AblationTable) -> tuple[list[str], list[list[str]]]:
     """Head and rows: the values of the grid, the metrics, how many seeds."""
     short = short_names(table.keys, table.keys)
-    columns = []
-    for column in range(len(table.keys)):
-        values = [row.values[column] for row in table.rows]
-        switch = all(isinstance(value, bool) for value in values)
-        columns.append([YES if value else NO for value in values] if switch else shown_apart(values))
-    if not columns:
-        columns = [[row.name for row in table.rows]]
     head = [*(short[key] if key.endswith(SWITCH) else key for key in table.keys), *METRICS, "seeds"]
-    rows = [
-        [*(column[number] for column in columns), *(row.text(metric) for metric in METRICS), row.state]
-        for number, row in enumerate(table.rows)
-    ]
-    return (head if table.keys else ["", *head]), rows
+    columns = [column_texts([row.values[column] for row in table.rows]) for column in range(len(table.keys))]
+    if not columns:
+        head, columns = ["", *head], [[row.name for row in table.rows]]
+    numbers = [[*(row.text(metric) for metric in METRICS), row.state] for row in table.rows]
+    return head, [[*values, *own] for *values, own in zip(*columns, numbers, strict=True)]
 
 
 def _marks(table: AblationTable) -> list[str]:

@@ -18,7 +18,7 @@ from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import build_detector
 from hdovd.modeling.published_weights import PUBLISHED
 from hdovd.pipelines.audit.audit import AuditConfig, audit
-from hdovd.pipelines.audit.report import Verdict
+from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.report.relations import relations
 from hdovd.pipelines.report.report import ReportConfig, report
