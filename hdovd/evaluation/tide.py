@@ -106,6 +106,14 @@ class GroupErrors:
     false_positive_gain: float | None
     false_negative_gain: float | None
 
+    def cells(self) -> list[tuple[int, float | None]]:
+        """Count and gain of each of `ERRORS`, of all false detections and of all objects not found."""
+        return [
+            *((self.counts[kind], self.gains[kind]) for kind in ERRORS),
+            (self.false_positives, self.false_positive_gain),
+            (self.false_negatives, self.false_negative_gain),
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class ErrorBreakdown:

@@ -3,14 +3,14 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import quiet
-from hdovd.data.coco import DataPaths, Exif, Split
+from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import Protocol
+from hdovd.evaluation.groups import group_of
 from hdovd.pipelines.evaluation.analysis import RunAnalysis, analyse
 from hdovd.pipelines.extraction.source import data_of_cache
 from hdovd.pipelines.runs.folder import RunFolder
@@ -27,19 +27,6 @@ class OneRun:
     analysis: RunAnalysis
     entries: list[dict[str, Any]]
     notes: tuple[str, ...]
-
-
-class TrainingImages:
-    """The training images of a report, read when they are first asked for, and once: COCO's take a while."""
-
-    def __init__(self, data: DataPaths, protocol: Protocol, exif: Exif) -> None:
-        self._data, self._protocol, self._exif = data, protocol, exif
-
-    @cached_property
-    def split(self) -> Split:
-        """Raises HdovdError if they cannot be read."""
-        with quiet():
-            return self._data.load("train2017", self._protocol, base_only=True, exif=self._exif)
 
 
 def open_runs(folders: Sequence[RunFolder], validation: DataPaths, threshold: float) -> list[OneRun]:
@@ -97,8 +84,7 @@ def data_of(runs: Sequence[RunFolder], given: DataPaths, *, needed: bool = True)
 
 def novel_first(protocol: Protocol) -> list[int]:
     """Labels of the classes in the order that the whole report has."""
-    base = len(protocol.base)
-    return [*range(base, len(protocol.names)), *range(base)]
+    return sorted(range(len(protocol.names)), key=lambda label: group_of(label, protocol) == "base")
 
 
 def _require_same(first: OneRun, other: OneRun) -> None:
