@@ -43,9 +43,9 @@ from typing import Any
 import numpy as np
 
 from hdovd.data.protocol import Protocol
+from hdovd.evaluation.curves import curves_of
 from hdovd.evaluation.groups import GROUPS, group_mean, group_slice
 from hdovd.evaluation.matching import IOU, Found, Matching, Objects, Overlaps, Verdict, find_overlaps, match, ranking
-from hdovd.evaluation.pr_curves import curves_of
 
 
 class Kind(StrEnum):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hdovd.evaluation.coco import GROUPS
+from hdovd.evaluation.groups import GROUPS
 from hdovd.pipelines.ablation.cells import Cell
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.settings import SWITCH, short_names, shown_apart

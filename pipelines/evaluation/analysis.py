@@ -20,11 +20,9 @@ from hdovd.core.json_stream import JsonStream
 from hdovd.core.text_files import cut, read_json, shown
 from hdovd.data.coco import DataPaths, Exif, ImageBoxes, Split, is_finite
 from hdovd.data.protocol import Protocol, load_protocol
-from hdovd.evaluation.calibration import Reliability, score_reliability
-from hdovd.evaluation.coco import GROUPS, GroundTruth, group_slice
-from hdovd.evaluation.confusion import Confusion, confusion
+from hdovd.evaluation.coco import GroundTruth
+from hdovd.evaluation.curves import Confusion, Curves, Reliability, confusion, precision_curves, score_reliability
 from hdovd.evaluation.matching import Found, Matching, Objects, Verdict, find_overlaps, match, paired_ious
-from hdovd.evaluation.pr_curves import Curves, precision_curves
 from hdovd.evaluation.tide import KINDS, ErrorBreakdown, Errors, Kind, classify, count_errors
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.runs.folder import RunFolder, Weights, weights_hash
@@ -387,9 +385,8 @@ def _in_order(objects: Objects, split: Split) -> Objects:
 
 
 def _reliability(found: Found, matching: Matching, protocol: Protocol, bins: int) -> dict[str, Reliability]:
-    classes = np.arange(len(protocol.names))
-    counted = matching.verdict != Verdict.IGNORED
-    parts = {group: counted & np.isin(found.labels, classes[group_slice(protocol, group)]) for group in GROUPS}
+    is_novel, counted = found.labels >= len(protocol.base), matching.verdict != Verdict.IGNORED
+    parts = {"novel": counted & is_novel, "base": counted & ~is_novel, "all": counted}
     return {
         group: score_reliability(found.scores[part], matching.verdict[part] == Verdict.RIGHT, bins)
         for group, part in parts.items()

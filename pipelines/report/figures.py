@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from hdovd.evaluation.curves import RECALLS
 from hdovd.evaluation.groups import GROUPS, group_of
-from hdovd.evaluation.pr_curves import RECALLS
 from hdovd.evaluation.tide import ERRORS
 from hdovd.pipelines.ablation.cells import SEED
 from hdovd.pipelines.ablation.table import METRICS, Row, column_texts, scores_of

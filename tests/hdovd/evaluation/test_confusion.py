@@ -8,7 +8,7 @@ import matching_scenes as scenes
 import numpy as np
 from matching_scenes import ANT, BUS, CAT, DOG, PROTOCOL
 
-from hdovd.evaluation.confusion import ConfusedPair, Confusion, confusion
+from hdovd.evaluation.curves import ConfusedPair, Confusion, confusion
 from hdovd.evaluation.matching import Found, Objects, find_overlaps
 
 BACKGROUND = MISSED = 5

@@ -14,7 +14,7 @@ import pytest
 from matching_scenes import ANT, BUS, CAT, DOG, PROTOCOL, ZEBRA
 
 from hdovd.data.protocol import Protocol
-from hdovd.evaluation.coco import group_slice
+from hdovd.evaluation.groups import group_slice
 from hdovd.evaluation.matching import Found, Objects, Verdict, find_overlaps, match
 from hdovd.evaluation.tide import ERRORS, KINDS, ErrorBreakdown, Errors, Kind, break_down, classify
 from hdovd.pipelines.evaluation.evaluate import error_table
