@@ -14,7 +14,7 @@ def ablate(config: AblateConfig) -> None:
     between epochs. Look on: hdovd runs OUT.
     """
     from hdovd.pipelines.ablation.ablate import ablate as run
-    from hdovd.pipelines.ablation.table import markdown
+    from hdovd.pipelines.ablation.grid import markdown
     from hdovd.pipelines.common.process import exit_code
 
     result = run(config)

@@ -205,29 +205,29 @@ def count_errors(
     hit = np.bincount(objects.labels[matching.finder >= 0], minlength=classes)
     wrong = np.bincount(found.labels[matching.verdict == Verdict.WRONG], minlength=classes)
     missed = np.bincount(objects.labels[errors.missed], minlength=classes)
-    rank = matching.rank
 
-    def ap50(verdict: np.ndarray, left: np.ndarray) -> np.ndarray:
-        """(K,) percent, of `left` (K,) objects to find: 0 for a class of which none is left, NaN for one that had
-        none."""
-        precision, _ = curves_of(found.labels[rank], found.scores[rank], verdict[rank], left)
+    def ap50(verdict: np.ndarray, left: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
+        """(K,) percent, of `left` (K,) objects to find: 0 for a class of which none is left, NaN for one that had none.
+        labels: of detections, if they are not their own.
+        """
+        order = matching.rank if labels is None else ranking(labels, found.scores, found.image_ids)
+        labels = found.labels if labels is None else labels
+        precision, _ = curves_of(labels[order], found.scores[order], verdict[order], left)
         return np.where(held > 0, np.where(left > 0, precision.mean(axis=1) * 100, 0.0), np.nan)
 
     def mended(kind: Kind) -> np.ndarray:
         """AP50 (K,) without the errors of a kind."""
         if kind is Kind.MISSED:
             return ap50(matching.verdict, held - missed)
-        verdict, of_kind = matching.verdict.copy(), errors.of(kind)
-        verdict[of_kind] = Verdict.IGNORED  # dropped
+        of_kind = errors.of(kind)
+        verdict = np.where(of_kind, Verdict.IGNORED, matching.verdict)  # dropped
         if kind not in (Kind.CLASSIFICATION, Kind.LOCALISATION):
             return ap50(verdict, held)
-        menders = errors.mended_by[errors.mended_by >= 0]
+        menders, labels = errors.mended_by[errors.mended_by >= 0], found.labels.copy()
         menders = menders[of_kind[menders]]
         verdict[menders] = Verdict.RIGHT
-        labels = found.labels.copy()
         labels[menders] = objects.labels[errors.item[menders]]
-        order = ranking(labels, found.scores, found.image_ids)
-        return np.asarray(curves_of(labels[order], found.scores[order], verdict[order], held)[0].mean(axis=1) * 100)
+        return ap50(verdict, held, labels)
 
     plain = ap50(matching.verdict, held)
     gains = np.stack([mended(kind) - plain for kind in ERRORS], axis=1)

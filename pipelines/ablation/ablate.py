@@ -21,9 +21,8 @@ from hdovd.core.errors import HdovdError, counted
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.ablation.cells import Cell, cells_of, recipe_settings
 from hdovd.pipelines.ablation.config import AblateConfig
-from hdovd.pipelines.ablation.table import AblationTable, ablation_table, write_tables
+from hdovd.pipelines.ablation.grid import AblationTable, Cell, ablation_table, cells_of, recipe_settings, write_tables
 from hdovd.pipelines.calibration.values import with_reliability
 from hdovd.pipelines.common.job_pool import Ended, Job, log_end, run_jobs, stop_signals
 from hdovd.pipelines.common.process import usable_cores

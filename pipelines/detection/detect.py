@@ -20,12 +20,9 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import chain, count
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO
 
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.core.log import log
@@ -39,6 +36,7 @@ from hdovd.pipelines.common.picture_files import PictureFile, find_pictures, pri
 from hdovd.pipelines.dataloading.loader import Batches
 from hdovd.pipelines.detection.config import DETECTIONS_MARKER, DetectConfig
 from hdovd.pipelines.detection.detector import Detector, NamedDetections
+from hdovd.pipelines.evaluation.evaluate import Mapped
 from hdovd.pipelines.extraction.text import read_class_embeddings
 from hdovd.pipelines.runs.listing import table_lines
 
@@ -184,30 +182,12 @@ def _tree(head: Mapping[str, Any], lists: Mapping[str, Iterable[Any]]) -> Iterat
     yield "}\n"
 
 
-class _Opened(NamedTuple):
-    """`problem`: why the picture cannot be read; it has no pixels then."""
-
-    number: int
-    pixels: Tensor
-    width: int
-    height: int
-    problem: str
-
-
-class _Pictures(Dataset[_Opened]):
-    def __init__(self, files: Sequence[PictureFile]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, number: int) -> _Opened:
-        file = self.files[number]
-        try:
-            picture = decode(file.path if file.data is None else file.data)
-        except HdovdError as error:
-            return _Opened(number, torch.zeros(3, 0, 0, dtype=torch.uint8), 0, 0, str(error))
-        return _Opened(number, picture.pixels, picture.width, picture.height, "")
+def _opened(file: PictureFile) -> Decoded | str:
+    """The picture, or why it cannot be read."""
+    try:
+        return decode(file.path if file.data is None else file.data)
+    except HdovdError as error:
+        return str(error)
 
 
 def detect(job: DetectConfig, stdin: BinaryIO | None = None) -> DetectResult:
@@ -259,16 +239,17 @@ def _doubtful(names: Sequence[str], classes: Sequence[str]) -> Iterator[str]:
 
 def _run(detector: Detector, files: list[PictureFile], folder: DetectionFolder, job: DetectConfig) -> None:
     workers = min(workers_for(detector.device, job.workers), len(files))
-    batches = Batches(_Pictures(files), job.batch_size, workers, device=detector.device)
+    batches = Batches(Mapped(files, _opened), job.batch_size, workers, device=detector.device)
+    numbered = enumerate(files, start=1)
     with progress(None, "detect", "image", total=len(files)) as bar:
         for batch in batches:
-            good = [Decoded(one.pixels, one.width, one.height) for one in batch if not one.problem]
-            found = iter(zip(good, detector.find(good, job.threshold), strict=True))
+            found = iter(detector.find([one for one in batch if isinstance(one, Decoded)], job.threshold))
             for one in batch:  # in the order of the files
-                if one.problem:
-                    folder.skip(one.number + 1, files[one.number], one.problem)
+                number, file = next(numbered)
+                if isinstance(one, str):
+                    folder.skip(number, file, one)
                 else:
-                    folder.add(one.number + 1, files[one.number], *next(found))
+                    folder.add(number, file, one, next(found))
             folder.flush()
             bar.update(len(batch))
 

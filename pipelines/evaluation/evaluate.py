@@ -5,11 +5,12 @@ epochs of training; it talks to no other process: of several ranks, one runs it 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -37,6 +38,8 @@ from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
 from hdovd.pipelines.runs.folder import RunFolder, weights_hash
 from hdovd.pipelines.runs.listing import ap as ap_text
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Validated:
@@ -50,17 +53,17 @@ class Validated:
     split_blind: AveragePrecision
 
 
-class _Pictures(Dataset[Tensor]):
-    """The pictures of a split, in an order of our own."""
+class Mapped(Dataset[T]):
+    """What `read` makes of each item."""
 
-    def __init__(self, split: Split, order: list[int]) -> None:
-        self.split, self.order = split, order
+    def __init__(self, items: Sequence[Any], read: Callable[[Any], T]) -> None:
+        self.items, self.read = items, read
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.items)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return read_pixels(self.split, self.split.images[self.order[index]])
+    def __getitem__(self, index: int) -> T:
+        return self.read(self.items[index])
 
 
 class Validation:
@@ -127,7 +130,8 @@ class Validation:
         alone.
         """
         is_novel = torch.arange(len(self.protocol.names), device=self.device) >= len(self.protocol.base)
-        batches = Batches(_Pictures(self.split, self._order), self.batch_size, self.workers, device=self.device)
+        pictures_of = Mapped([self.split.images[k] for k in self._order], partial(read_pixels, self.split))
+        batches = Batches(pictures_of, self.batch_size, self.workers, device=self.device)
         combined, blind = list[Detections](), list[Detections]()
         for pictures in progress(batches, "eval", "batch", len(batches)):
             predictions = model.predict([picture.to(self.device, non_blocking=True) for picture in pictures], texts)

@@ -13,14 +13,12 @@ from markupsafe import Markup
 from hdovd.evaluation.curves import RECALLS
 from hdovd.evaluation.groups import GROUPS, group_of
 from hdovd.evaluation.tide import ERRORS
-from hdovd.pipelines.ablation.cells import SEED
-from hdovd.pipelines.ablation.table import METRICS, Row, column_texts, scores_of
+from hdovd.pipelines.ablation.grid import METRICS, SEED, Row, column_texts, scores_of
 from hdovd.pipelines.cache_tools.view import Reliability
 from hdovd.pipelines.common.charts import Axis, Line, line_chart, matrix_chart
 from hdovd.pipelines.common.console import duration
 from hdovd.pipelines.common.settings import SWITCH, Settings, different_keys, short_names
-from hdovd.pipelines.report.relations import Relations
-from hdovd.pipelines.report.runs import OneRun, novel_first
+from hdovd.pipelines.report.runs import OneRun, Relations, novel_first
 from hdovd.pipelines.runs.listing import Run
 from hdovd.pipelines.training.hooks import PLAIN
 

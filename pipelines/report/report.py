@@ -27,8 +27,7 @@ from hdovd.pipelines.evaluation.evaluate import evaluate
 from hdovd.pipelines.report import figures
 from hdovd.pipelines.report.config import REPORT_FILE, ReportConfig
 from hdovd.pipelines.report.gallery import TrainingImages, pseudo_boxes, validation_cards
-from hdovd.pipelines.report.relations import relations
-from hdovd.pipelines.report.runs import OneRun, data_of, open_runs
+from hdovd.pipelines.report.runs import OneRun, data_of, open_runs, relations
 from hdovd.pipelines.runs.folder import RunFolder
 
 # Nothing is loaded from anywhere: style, script and pictures are in the page.

@@ -18,7 +18,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.ablation.ablate import LOCK, AblateConfig, RunState, ablate, commands, places, plan, standing
-from hdovd.pipelines.ablation.cells import cells_of, recipe_settings
+from hdovd.pipelines.ablation.grid import cells_of, recipe_settings
 
 SWITCHES = ("loss.instance.enabled=true,false", "loss.class.enabled=true,false")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.pipelines.ablation.cells import Cell
-from hdovd.pipelines.ablation.table import (
+from hdovd.pipelines.ablation.grid import (
     AblationTable,
+    Cell,
     ablation_table,
     comma_separated,
     latex,
