@@ -4,7 +4,7 @@ which.
 K classes in label order. Precision is in 0..1; AP50 in percent.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -135,20 +135,6 @@ def score_reliability(scores: np.ndarray, right: np.ndarray, bins: int = 10) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class ConfusedPair:
-    """`count` objects of class `truth` were taken for `named`, a `share` (0..1) of its objects. Groups: "novel" or
-    "base".
-    """
-
-    truth: str
-    truth_group: str
-    named: str
-    named_group: str
-    count: int
-    share: float
-
-
-@dataclass(frozen=True, slots=True)
 class Confusion:
     """`counts` (K+1, K+1) int64: rows are objects' classes and then "background", columns detections' classes and then
     "missed"; the last corner is 0. A row of a class sums to its objects.
@@ -158,29 +144,29 @@ class Confusion:
     threshold: float
     counts: np.ndarray
 
-    def top(self, most: int = 20) -> list[ConfusedPair]:
-        """The commonest confusions of two classes, background and missed aside; of equals in label order."""
-        names, protocol = self.protocol.names, self.protocol
-        between = self.counts[:-1, :-1].copy()
-        np.fill_diagonal(between, 0)
+    def top(self, most: int = 20) -> list[dict[str, Any]]:
+        """The commonest confusions of two classes, background and missed aside; of equals in label order: `count`
+        objects of class `truth` were taken for `named`, a `share` (0..1) of its objects. Groups: "novel" or "base".
+        """
+        names, protocol, objects = self.protocol.names, self.protocol, self.counts.sum(axis=1)
+        between = self.counts[:-1, :-1] * ~np.eye(len(names), dtype=bool)
         order = np.argsort(-between, axis=None, kind="stable")[:most]
-        objects = self.counts.sum(axis=1)
         return [
-            ConfusedPair(
-                names[t],
-                group_of(t, protocol),
-                names[d],
-                group_of(d, protocol),
-                int(between[t, d]),
-                float(between[t, d] / objects[t]),
-            )
+            {
+                "truth": names[t],
+                "truth_group": group_of(t, protocol),
+                "named": names[d],
+                "named_group": group_of(d, protocol),
+                "count": int(between[t, d]),
+                "share": float(between[t, d] / objects[t]),
+            }
             for t, d in zip(*(rows.tolist() for rows in np.unravel_index(order, between.shape)), strict=True)
             if between[t, d]
         ]
 
     def to_tree(self) -> dict[str, Any]:
         """`{"threshold", "rows": [names, "background"], "columns": [names, "missed"], "counts": rows, "top":
-        [ConfusedPair]}`.
+        the pairs}`.
         """
         names = list(self.protocol.names)
         return {
@@ -188,7 +174,7 @@ class Confusion:
             "rows": [*names, "background"],
             "columns": [*names, "missed"],
             "counts": self.counts.tolist(),
-            "top": [asdict(pair) for pair in self.top()],
+            "top": self.top(),
         }
 
 

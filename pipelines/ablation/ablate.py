@@ -22,13 +22,22 @@ from hdovd.core.log import log, quiet
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.ablation.config import AblateConfig
-from hdovd.pipelines.ablation.grid import AblationTable, Cell, ablation_table, cells_of, recipe_settings, write_tables
+from hdovd.pipelines.ablation.grid import (
+    AblationTable,
+    Cell,
+    Row,
+    cells_of,
+    note,
+    recipe_settings,
+    scores_of,
+    write_tables,
+)
 from hdovd.pipelines.calibration.values import with_reliability
 from hdovd.pipelines.common.job_pool import Ended, Job, log_end, run_jobs, stop_signals
 from hdovd.pipelines.common.process import usable_cores
 from hdovd.pipelines.common.settings import SWITCH, lasting_values
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.listing import Run, read_run
+from hdovd.pipelines.runs.listing import read_run
 from hdovd.pipelines.training.config import TrainConfig
 
 LOCK = ".ablate.lock"
@@ -326,11 +335,17 @@ def _locked(out: Path) -> Iterator[int]:
 
 def _table(config: AblateConfig, plans: list[Planned]) -> AblationTable:
     """Of the runs that are done."""
-    cells = list({p.cell.name: p.cell for p in plans}.values())
-    done: dict[str, dict[int, Run]] = {cell.name: {} for cell in cells}
-    for p in plans:
-        if p.state is RunState.DONE and not p.failed:
-            done[p.cell.name][p.seed] = read_run(p.path)
+    done = {p.name: read_run(p.path) for p in plans if p.state is RunState.DONE and not p.failed}
+    rows = [
+        Row(
+            cell.name,
+            tuple(cell.values.values()),
+            scores_of({p.seed: done[p.name] for p in plans if p.cell is cell and p.name in done}),
+            config.seeds,
+            sum(p.cell is cell and bool(p.failed) for p in plans),
+        )
+        for cell in {p.cell.name: p.cell for p in plans}.values()
+    ]
     recipe = [config.recipe, *([f"with {config.preset}"] if config.preset else []), *config.settings]
     made_of = {
         "data": str(config.data.root or config.data.annotations or config.cache),
@@ -339,5 +354,5 @@ def _table(config: AblateConfig, plans: list[Planned]) -> AblationTable:
         "features": config.features,
         "recipe": " ".join([*recipe, *([f"from the weights of {config.init}"] if config.init else [])]),
     }
-    failed = {cell.name: {p.seed for p in plans if p.failed and p.cell is cell} for cell in cells}
-    return ablation_table(cells, config.seeds, done, failed, made_of)
+    keys = tuple(plans[0].cell.values)
+    return AblationTable(keys, rows, note(list(done.values()), config.seeds, made_of))

@@ -8,7 +8,7 @@ import io
 import itertools
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,23 +195,7 @@ def column_texts(values: Sequence[Any]) -> list[str]:
     return shown_apart(values)
 
 
-def ablation_table(
-    cells: Sequence[Cell],
-    seeds: int,
-    done: Mapping[str, Mapping[int, Run]],
-    failed: Mapping[str, Set[int]],
-    made_of: Mapping[str, str],
-) -> AblationTable:
-    """The table of the runs that are done, by cell name and seed."""
-    rows = [
-        Row(cell.name, tuple(cell.values.values()), scores_of(done[cell.name]), seeds, len(failed[cell.name]))
-        for cell in cells
-    ]
-    runs_done = [run for by_seed in done.values() for run in by_seed.values()]
-    return AblationTable(tuple(cells[0].values), rows, _note(runs_done, seeds, made_of))
-
-
-def _note(runs: Sequence[Run], seeds: int, made_of: Mapping[str, str]) -> str:
+def note(runs: Sequence[Run], seeds: int, made_of: Mapping[str, str]) -> str:
     """Of the runs, not of the moment: the same runs have the same note."""
     over = f"seeds 0 to {seeds - 1}" if seeds > 1 else "seed 0"
     features = _listed("features", (str(run.cache_id) for run in runs))

@@ -13,7 +13,7 @@ from hdovd.core.log import log, quiet
 from hdovd.pipelines.audit import checks
 from hdovd.pipelines.audit.checks import Check, Verdict
 from hdovd.pipelines.audit.config import AuditConfig
-from hdovd.pipelines.audit.inputs import Audited, read_audited
+from hdovd.pipelines.audit.inputs import Audited, read_audited, sha256_of
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.proposal_files.file import read_table
 
@@ -88,7 +88,7 @@ def audit(config: AuditConfig) -> AuditReport:
         log(line)
     if config.json_out is not None:
         keys = {str(level): cache.key(level) for level in cache.levels()}
-        tree = report.to_dict() | {"levels": keys, "annotations_sha256": audited.truth.sha256()}
+        tree = report.to_dict() | {"levels": keys, "annotations_sha256": sha256_of(audited.truth.file)}
         write_text(config.json_out, json.dumps(tree, indent=1))
     return report
 

@@ -344,9 +344,9 @@ def _judge_record(audited: Audited, found: Check, record: dict[str, Any], whose:
         found.unknown.append(f"{whose} does not say which classes were base")
     if not isinstance(recorded, str):
         found.unknown.append(f"{whose} does not say which annotation file was trained on (annotations.sha256)")
-    elif val is not None and recorded == val.sha256():
+    elif val is not None and recorded == sha256_of(val.file):
         found.leaks.append(f"{whose}: trained on {val.file}: those are the test pictures")
-    elif recorded != truth.sha256():
+    elif recorded != sha256_of(truth.file):
         beside = f" nor {val.file}" if val is not None else ", and no validation file was given"
         found.unknown.append(
             f"{whose}: trained on {record['annotations'].get('file', 'a file')} (sha256 {recorded[:12]}), which is not "

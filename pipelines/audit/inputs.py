@@ -46,9 +46,6 @@ class GroundTruth:
     def class_name(self, row: int) -> str:
         return self.names.get(int(self.category[row]), f"category {self.category[row]}")
 
-    def sha256(self) -> str:
-        return sha256_of(self.file)
-
 
 def sha256_of(path: Path) -> str:
     """The hash of a file's bytes, in hexadecimal."""

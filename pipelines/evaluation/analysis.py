@@ -123,14 +123,9 @@ class TruthVerdict:
 
 @dataclass(frozen=True, slots=True)
 class ImageVerdicts:
-    """`detections` best first, `truths` in the order of the annotation file. `file_name` is relative to the split's
-    folder.
-    """
+    """`detections` best first, `truths` in the order of the annotation file."""
 
-    image_id: int
-    file_name: str
-    width: int
-    height: int
+    image: ImageBoxes
     detections: list[DetectionVerdict]
     truths: list[TruthVerdict]
 
@@ -139,10 +134,10 @@ class ImageVerdicts:
         digits.
         """
         return {
-            "image_id": self.image_id,
-            "file_name": self.file_name,
-            "width": self.width,
-            "height": self.height,
+            "image_id": self.image.id,
+            "file_name": self.image.file_name,
+            "width": self.image.width,
+            "height": self.image.height,
             "detections": [
                 {
                     "box": [round(v, 2) for v in d.box],
@@ -203,10 +198,7 @@ def verdicts_on(image: ImageBoxes, found: Found, objects: Objects, matching: Mat
         else:
             fates.append((Fate.CROWD if objects.crowd[item] else Fate.MISSED, None))
     return ImageVerdicts(
-        image.id,
-        image.file_name,
-        image.width,
-        image.height,
+        image,
         detections,
         [
             TruthVerdict(box, label, number, *fate)

@@ -238,7 +238,7 @@ def test_out_that_is_something_else_is_refused(distilled: RunFolder, world: Path
     for out, why in (
         ("out", "is a file: give a folder"),
         ("page.html", "give a folder"),
-        ("photos", "holds other things .cat.jpg"),
+        ("photos", "other things .cat.jpg"),
     ):
         with pytest.raises(HdovdError, match=why):
             report(ReportConfig(runs=(distilled.path,), out=tmp_path / out, data=DataPaths(world)))

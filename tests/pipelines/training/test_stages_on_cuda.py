@@ -121,7 +121,7 @@ def test_train_eval_and_detect(
     result = detect(
         DetectConfig(run=run.path, images=(str(world / "val2017"),), out=tmp_path / "found", clip=clip, threshold=0.0)
     )
-    assert result.tally
+    assert result.images
     assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"names.py", "detector.py", "output.py"}
 
 
