@@ -48,11 +48,9 @@ class AveragePrecision:
                 raise AssertionError(f"AP of all {parts['all']} is not the weighted mean of base and novel {weighted}")
 
     def per_class(self) -> dict[str, dict[str, float | None]]:
-        values = np.stack([self.ap50, self.ap], axis=1).astype(object)
-        values[np.isnan(self.ap50)] = None
         return {
-            name: {"ap50": ap50, "ap": ap}
-            for name, (ap50, ap) in zip(self.protocol.names, values.tolist(), strict=True)
+            name: {"ap50": None, "ap": None} if np.isnan(ap50) else {"ap50": ap50, "ap": ap}
+            for name, ap50, ap in zip(self.protocol.names, self.ap50.tolist(), self.ap.tolist(), strict=True)
         }
 
 

@@ -191,10 +191,8 @@ def confusion(found: Found, objects: Objects, overlaps: Overlaps, protocol: Prot
     own = found.labels[overlaps.detection] == objects.labels[overlaps.item]
     able = shown[overlaps.detection] & (own | ~objects.crowd[overlaps.item])
     taker, taken = take(objects, overlaps, able, np.argsort(-found.scores, kind="stable"), own)
-    alone = shown.copy()
-    alone[taker] = False
-    missed = ~objects.crowd
-    missed[taken] = False
+    alone = np.setdiff1d(np.flatnonzero(shown), taker)
+    missed = np.setdiff1d(np.flatnonzero(~objects.crowd), taken)
     took_object = ~objects.crowd[taken]
     counts = np.zeros((classes + 1, classes + 1), np.int64)
     np.add.at(counts, (objects.labels[taken[took_object]], found.labels[taker[took_object]]), 1)

@@ -304,17 +304,18 @@ def _features(config: AblateConfig, plans: list[Planned]) -> dict[str, str]:
 
 def _check_features(plans: list[Planned], levels: dict[str, str] | None) -> None:
     """All runs that are there must have read the same features, those of the cache as it is. Raises HdovdError."""
-    first = "the cache holds now"
-    for planned in plans:
-        if not (planned.path / "run.json").exists():
-            continue
-        mine = {level: entry.get("key", "") for level, entry in read_run(planned.path).levels.items()}
-        if levels is None:
-            levels, first = mine, f"{planned.path} was trained with"
-        if mine != levels:
-            lines = differences(mine, levels, sides=("there", "expected"))
+    there = {
+        p.path: {level: entry.get("key", "") for level, entry in read_run(p.path).levels.items()}
+        for p in plans
+        if (p.path / "run.json").exists()
+    }
+    expected = next(iter(there.values()), {}) if levels is None else levels
+    whose = f"{next(iter(there), '')} was trained with" if levels is None else "the cache holds now"
+    for path, mine in there.items():
+        if mine != expected:
+            lines = differences(mine, expected, sides=("there", "expected"))
             raise HdovdError(
-                f"{planned.path} was trained with other features than {first}:\n  "
+                f"{path} was trained with other features than {whose}:\n  "
                 + "\n  ".join(lines)
                 + "\nAn ablation is of one cache: give another --out, or the --cache and --features of that run"
             )

@@ -214,9 +214,8 @@ def evaluate(job: EvalConfig) -> EvalResult:
     split, combined, blind = validation.split, found.combined, found.split_blind
     rows = results(split, found.detections)
     errors = break_down(found_of(rows, split.coco_ids), validation.truth.objects, protocol)
-    alpha = beta = 0.0
-    if combined is not blind:  # else there is one score, and nothing to combine
-        alpha, beta = recipe.inference.alpha, recipe.inference.beta
+    both = combined is not blind  # else there is one score, and nothing to combine
+    alpha, beta = (recipe.inference.alpha, recipe.inference.beta) if both else (0.0, 0.0)
     files = [run.path / "metrics.json", run.path / "detections.json"]
     metrics = {
         "protocol": protocol.name,

@@ -30,7 +30,6 @@ MISNAMED = {
     "base named another base": ("base", "base"),
 }
 EQUAL = 1e-9
-MOST_CONFUSIONS = 12
 LEVELS = {
     "rpn": "Detector",
     "box": "Detector",
@@ -74,7 +73,7 @@ def ablation(runs: Sequence[Run], weights: Sequence[str]) -> dict[str, Any] | No
             {
                 "texts": [column[i] for column in columns],
                 "row": row,
-                "best": {metric: _is_best(means[metric], i) for metric in METRICS},
+                "best": {metric: is_best(means[metric], i) for metric in METRICS},
             }
             for i, row in enumerate(rows)
         ],
@@ -93,28 +92,10 @@ def uses_pseudo_boxes(run: Run) -> bool:
     return any(run.settings.get(f"loss.{level}{SWITCH}") for level in ("instance", "class"))
 
 
-def _is_best(values: Sequence[float | None], place: int) -> bool:
+def is_best(values: Sequence[float | None], place: int) -> bool:
     """Whether no other is higher; a single one is not called the best."""
     value, numbers = values[place], [v for v in values if v is not None]
     return len(values) > 1 and value is not None and value >= max(numbers) - EQUAL
-
-
-def run_rows(runs: Sequence[OneRun]) -> list[dict[str, Any]]:
-    """Each run in the table of AP, its confusion, and the facts about it."""
-    ap50 = {group: [run.analysis.metrics["ap50"][group] for run in runs] for group in GROUPS}
-    return [
-        {
-            "name": run.name,
-            "levels": ", ".join(run.run.distillation) or "none",
-            "metrics": run.analysis.metrics,
-            "best": {group: _is_best(ap50[group], place) for group in GROUPS},
-            "facts": facts(run),
-            "seed": "-" if run.run.seed is None else run.run.seed,
-            "confusion": _confusion_chart(run),
-            "confusions": run.analysis.confusion.top(MOST_CONFUSIONS),
-        }
-        for place, run in enumerate(runs)
-    ]
 
 
 def class_rows(runs: Sequence[OneRun], in_gallery: Collection[str]) -> list[dict[str, Any]]:
@@ -134,38 +115,16 @@ def class_rows(runs: Sequence[OneRun], in_gallery: Collection[str]) -> list[dict
                 "ap50": ap50,
                 "ap": [value["ap"] for value in values],
                 "in_gallery": name in in_gallery,
-                "best": {k for k in range(len(runs)) if _is_best(ap50, k)},
+                "best": {k for k in range(len(runs)) if is_best(ap50, k)},
             }
         )
     return rows
 
 
-def error_rows(runs: Sequence[OneRun]) -> list[dict[str, Any]]:
-    """Counts and AP50 that would be gained, by kind, of novel and of base classes; the longest bar of the table has
-    share 1.
-    """
-    rows: list[dict[str, Any]] = [
-        {
-            "run": run.name,
-            "group": group,
-            "cells": [{"count": count, "dap": gain} for count, gain in run.analysis.errors.groups[group].cells()],
-        }
-        for group in ("novel", "base")
-        for run in runs
-    ]
-    cells = [cell for row in rows for cell in row["cells"]]
-    most = max((cell["dap"] or 0.0 for cell in cells), default=0.0) or 1.0
-    for cell in cells:
-        cell["share"] = max(cell["dap"] or 0.0, 0.0) / most
-    return rows
-
-
-def misnamed_rows(runs: Sequence[OneRun]) -> list[dict[str, Any]]:
-    """Of each run the classification errors in the order of `MISNAMED`."""
-    return [
-        {"run": run.name, "counts": [run.analysis.errors.misnamed[truth][named] for truth, named in MISNAMED.values()]}
-        for run in runs
-    ]
+def most_gained(runs: Sequence[OneRun]) -> float:
+    """The longest bar of the table of errors."""
+    groups = [run.analysis.errors.groups[group] for run in runs for group in ("novel", "base")]
+    return max((gain or 0.0 for errors in groups for _, gain in errors.cells()), default=0.0) or 1.0
 
 
 def facts(run: OneRun) -> list[tuple[str, str]]:
@@ -291,7 +250,7 @@ def losses(runs: Sequence[OneRun]) -> list[tuple[str, list[tuple[str, Markup]]]]
     return [(level, charts) for level, charts in (levels | {LEVELS["val"]: validation}).items() if charts]
 
 
-def _confusion_chart(run: OneRun) -> Markup:
+def confusion_chart(run: OneRun) -> Markup:
     """In shares of each row."""
     counts, protocol = run.analysis.confusion.counts.astype(np.float64), run.analysis.protocol
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
