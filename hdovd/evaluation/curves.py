@@ -57,8 +57,12 @@ class Curves:
 def precision_curves(found: Found, objects: Objects, matching: Matching, protocol: Protocol) -> Curves:
     """The curves of a run's detections as they are."""
     ranked = matching.rank
-    counts = np.bincount(objects.labels[~objects.crowd], minlength=len(protocol.names))
-    precision, scores = curves_of(found.labels[ranked], found.scores[ranked], matching.verdict[ranked], counts)
+    precision, scores = curves_of(
+        found.labels[ranked],
+        found.scores[ranked],
+        matching.verdict[ranked],
+        np.bincount(objects.labels[~objects.crowd], minlength=len(protocol.names)),
+    )
     return Curves(protocol, precision, scores)
 
 

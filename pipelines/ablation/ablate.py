@@ -355,5 +355,4 @@ def _table(config: AblateConfig, plans: list[Planned]) -> AblationTable:
         "features": config.features,
         "recipe": " ".join([*recipe, *([f"from the weights of {config.init}"] if config.init else [])]),
     }
-    keys = tuple(plans[0].cell.values)
-    return AblationTable(keys, rows, note(list(done.values()), config.seeds, made_of))
+    return AblationTable(tuple(plans[0].cell.values), rows, note(list(done.values()), config.seeds, made_of))

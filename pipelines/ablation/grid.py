@@ -60,8 +60,7 @@ def cells_of(recipe: str, settings: Sequence[str], grid: Sequence[str], preset: 
         if key in keys or key == SEED:
             raise HdovdError(f"--set {setting}: {'--seeds' if key == SEED else '--grid'} says what {key} is")
     base = [*preset, *settings]
-    known = recipe_settings(load_recipe(recipe, base))
-    short, cells, seen = short_names(keys, known), list[Cell](), dict[str, Cell]()
+    short, cells, seen = short_names(keys, recipe_settings(load_recipe(recipe, base))), list[Cell](), dict[str, Cell]()
     for combination in itertools.product(*keys.values()):
         mine = tuple(f"{key}={value}" for key, value in zip(keys, combination, strict=True))
         try:

@@ -52,8 +52,12 @@ class AuditReport:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         keys = ("name", "verdict", "text", "details", "numbers")
-        checks = [{key: getattr(check, key) for key in keys} for check in self.checks]
-        return {"about": self.about, "leaks": self.leaks, "unknown": self.unknown, "checks": checks}
+        return {
+            "about": self.about,
+            "leaks": self.leaks,
+            "unknown": self.unknown,
+            "checks": [{key: getattr(check, key) for key in keys} for check in self.checks],
+        }
 
 
 def audit(config: AuditConfig) -> AuditReport:
@@ -87,8 +91,10 @@ def audit(config: AuditConfig) -> AuditReport:
     for line in report.lines():
         log(line)
     if config.json_out is not None:
-        keys = {str(level): cache.key(level) for level in cache.levels()}
-        tree = report.to_dict() | {"levels": keys, "annotations_sha256": sha256_of(audited.truth.file)}
+        tree = report.to_dict() | {
+            "levels": {str(level): cache.key(level) for level in cache.levels()},
+            "annotations_sha256": sha256_of(audited.truth.file),
+        }
         write_text(config.json_out, json.dumps(tree, indent=1))
     return report
 

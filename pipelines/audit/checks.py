@@ -211,8 +211,9 @@ def _against_shipped(tree: Any, who: str) -> list[str]:
     name = tree.get("name")
     if name not in shipped_protocols():
         return []
-    shipped = load_protocol(name).to_dict()
-    return _differences(tree, shipped, f"{who}, which calls itself {name},", f"the {name} that hdovd ships")
+    return _differences(
+        tree, load_protocol(name).to_dict(), f"{who}, which calls itself {name},", f"the {name} that hdovd ships"
+    )
 
 
 def _differences(tree: Any, other: Any, who: str, whose: str) -> list[str]:
@@ -396,8 +397,12 @@ def copies(audited: Audited, found: Check) -> str:
         found.notes += [
             f"image {truth.of_image[i]}, annotation {truth.id[i]}, a {truth.class_name(i)!r}" for i in copied
         ]
-    by_class = Counter(map(truth.class_name, copied))
-    found.numbers = {"copies": count, "chance": chance, "proposals": proposals, "by_class": dict(by_class)}
+    found.numbers = {
+        "copies": count,
+        "chance": chance,
+        "proposals": proposals,
+        "by_class": dict(Counter(map(truth.class_name, copied))),
+    }
     return text + (f", by chance it would be about {chance}" if count else "")
 
 

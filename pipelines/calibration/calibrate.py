@@ -167,14 +167,16 @@ def draw_calibration(right: np.ndarray, wrong: np.ndarray, fit: Fit, file: Path)
         for left, stop, value in zip(edges[:-1], edges[1:], share, strict=True):
             if value:
                 pen.rectangle((x(left), y(value / top), x(stop) - 1, bottom), fill=(*colour, 130), outline=colour)
-    curve = [(x(c), y(w / most)) for c, w in zip(along.tolist(), fit.weights(along).tolist(), strict=True)]
-    pen.line(curve, fill=CURVE, width=3)
+    pen.line(
+        [(x(c), y(w / most)) for c, w in zip(along.tolist(), fit.weights(along).tolist(), strict=True)],
+        fill=CURVE,
+        width=3,
+    )
     if low < fit.centre < high:
         pen.line((x(fit.centre), TOP, x(fit.centre), bottom), fill=CURVE, width=1)
     pen.rectangle((LEFT, TOP, WIDTH - RIGHT_MARGIN, bottom), outline="black")
     formula = f"weight = {fit.scale:.3f} * sigmoid((cosine - {fit.centre:.4f}) / {fit.width:.4f})"
     of_wrong = f"{len(wrong):,d} wrong labels: the best wrong name of each box"
-    below = "cosine of the crop's and the label's embedding"
     words: list[tuple[float, float, str, tuple[int, int, int], str]] = [
         *((x(cosine), bottom + 6, f"{cosine:.3g}", BLACK, "ma") for cosine in ticks(low, high)),
         *((LEFT - 6, y(part / top), f"{100 * part:.3g}%", BLACK, "rm") for part in ticks(0, top)),
@@ -182,7 +184,7 @@ def draw_calibration(right: np.ndarray, wrong: np.ndarray, fit: Fit, file: Path)
         (LEFT, 10, f"{formula}, the black line, right axis; AUC {fit.auc:.3f}", BLACK, "la"),
         (LEFT, 30, f"{len(right):,d} right labels, share of them in each bin", RIGHT, "la"),
         (LEFT + across // 2, 30, of_wrong, WRONG, "la"),
-        (LEFT + across // 2, HEIGHT - 8, below, BLACK, "ms"),
+        (LEFT + across // 2, HEIGHT - 8, "cosine of the crop's and the label's embedding", BLACK, "ms"),
     ]
     for left, top_px, text, colour, anchor in words:
         pen.text((left, top_px), text, fill=colour, font=font, anchor=anchor)
@@ -344,7 +346,6 @@ def _require_prompts(cache: FeatureCache) -> None:
 
 def _lines(found: Cosines, fit: Fit) -> list[str]:
     right, wrong = found.right, found.wrong
-    few = [f"note: {len(right)} boxes are few: the values are uncertain"] if len(right) < MANY else []
     return [
         f"{len(right):,d} base boxes: their own names have cosine {right.mean():.3f} ({right.std():.3f}), the best "
         f"wrong ones "
@@ -352,5 +353,5 @@ def _lines(found: Cosines, fit: Fit) -> list[str]:
         f"would be named rightly among all base classes",
         f"centre {fit.centre:.4f}, width {fit.width:.4f}, scale {fit.scale:.3f}: right labels weigh "
         f"{fit.weights(right).mean():.2f} on average, wrong ones {fit.weights(wrong).mean():.2f}",
-        *few,
+        *([f"note: {len(right)} boxes are few: the values are uncertain"] if len(right) < MANY else []),
     ]

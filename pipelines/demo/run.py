@@ -42,8 +42,10 @@ def telling_pictures(world: Path, novel: tuple[str, ...]) -> list[Path]:
     tree = json.loads((world / "annotations" / "instances_val2017.json").read_text())
     wanted = {c["id"] for c in tree["categories"] if c["name"] in novel}
     counts = Counter(a["image_id"] for a in tree["annotations"] if a["category_id"] in wanted)
-    images = sorted(tree["images"], key=lambda image: counts[image["id"]] < 2)[:SHOWN_PICTURES]
-    return [world / "val2017" / image["file_name"] for image in images]
+    return [
+        world / "val2017" / image["file_name"]
+        for image in sorted(tree["images"], key=lambda image: counts[image["id"]] < 2)[:SHOWN_PICTURES]
+    ]
 
 
 def image_with_most_proposals(proposals: Path) -> int:
@@ -100,8 +102,7 @@ def demo(config: DemoConfig, command: Callable[[list[str]], None]) -> DemoResult
     root.mkdir(parents=True, exist_ok=True)
     (root / MARKER).touch()
     began, stages = time.monotonic(), _Stages(config, command, DemoResult())
-    clip = _world_teacher_and_proposals(stages)
-    _cache(stages, clip)
+    _cache(stages, _world_teacher_and_proposals(stages))
     _train_and_evaluate(stages)
     _look(stages)
     stages.result.total_s = time.monotonic() - began

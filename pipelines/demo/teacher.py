@@ -78,8 +78,10 @@ def save_clip(model: open_clip.CLIP, folder: Path) -> None:
     """Write a model of MODEL_CFG in open_clip's `local-dir:` form."""
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     replace_file(folder / "open_clip_model.safetensors", lambda partial: save_file(state, partial))
-    config = {"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG}
-    write_text(folder / "open_clip_config.json", json.dumps(config, indent=2))
+    write_text(
+        folder / "open_clip_config.json",
+        json.dumps({"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG}, indent=2),
+    )
 
 
 def train_teacher(seed: int, *, in_bf16: bool, scene_count: int = _SCENES, steps: int = _STEPS) -> open_clip.CLIP:

@@ -430,7 +430,10 @@ def _write_split(root: Path, split: str, count: int, seed: int, offset: int, wor
                 zip(scene.boxes.tolist(), scene.names, strict=True), start=len(annotations) + 1
             )
         ]
-    categories = [{"id": k, "name": name} for name, k in category_id.items()]
-    instances = {"images": images, "annotations": annotations, "categories": categories}
+    instances = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": k, "name": name} for name, k in category_id.items()],
+    }
     write_text(folder / f"instances_{split}.json", json.dumps(instances))
     write_text(folder / f"captions_{split}.json", json.dumps({"images": images, "annotations": captions}))

@@ -99,8 +99,9 @@ class DetectionFolder:
         if len(result.rows) < SHOWN_ROWS:
             best = ", ".join(f"{name} {score:.2f}" for name, score in zip(found.names[:4], scores, strict=False))
             more = f" and {number - 4} more" if number > 4 else ""
-            size = f"{picture.width}x{picture.height}"
-            result.rows.append((printable(file.name), size, str(number), best + more or "-"))
+            result.rows.append(
+                (printable(file.name), f"{picture.width}x{picture.height}", str(number), best + more or "-")
+            )
 
     def skip(self, image_id: int, file: PictureFile, reason: str) -> None:
         """A picture that cannot be read."""
@@ -123,8 +124,10 @@ class DetectionFolder:
         head: dict[str, Any] = {"info": info, "categories": categories, "annotations": []}
         detections, images = self.path / DETECTIONS, self.path / IMAGES
         replace_file(detections, lambda file: _write(file, _list(self._read("detections"))))
-        lists = {"images": self._read("image"), "skipped": self._read("skipped")}
-        replace_file(images, lambda file: _write(file, _tree(head, lists)))
+        replace_file(
+            images,
+            lambda file: _write(file, _tree(head, {"images": self._read("image"), "skipped": self._read("skipped")})),
+        )
         (self.path / LINES).unlink()
         self.result.files += [detections, images, *([self.path / PICTURES] if self._taken else [])]
         return self.result
@@ -238,8 +241,12 @@ def _doubtful(names: Sequence[str], classes: Sequence[str]) -> Iterator[str]:
 
 
 def _run(detector: Detector, files: list[PictureFile], folder: DetectionFolder, job: DetectConfig) -> None:
-    workers = min(workers_for(detector.device, job.workers), len(files))
-    batches = Batches(Mapped(files, _opened), job.batch_size, workers, device=detector.device)
+    batches = Batches(
+        Mapped(files, _opened),
+        job.batch_size,
+        min(workers_for(detector.device, job.workers), len(files)),
+        device=detector.device,
+    )
     numbered = enumerate(files, start=1)
     with progress(None, "detect", "image", total=len(files)) as bar:
         for batch in batches:

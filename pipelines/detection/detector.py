@@ -130,8 +130,13 @@ def load_text_tower(run: RunFolder, given: ClipName | None, device: torch.device
     from hdovd.pipelines.teachers.openclip import load_clip
 
     try:
-        activation = Activation(identity.get("activation", "auto"))
-        clip = load_clip(name, pretrained, device=str(device), precision=precision, activation=activation)
+        clip = load_clip(
+            name,
+            pretrained,
+            device=str(device),
+            precision=precision,
+            activation=Activation(identity.get("activation", "auto")),
+        )
     except HdovdError as error:
         if given is not None:
             raise
@@ -215,8 +220,11 @@ class NameEmbedder:
         if not others:
             return {}
         identity = clip_identity(inputs)
-        determine = {"clip": identity, "templates": list(templates), "tokens": inputs.get("tokens")}
-        folder = self._kept_in / "texts" / key_of(determine)
+        folder = (
+            self._kept_in
+            / "texts"
+            / key_of({"clip": identity, "templates": list(templates), "tokens": inputs.get("tokens")})
+        )
         files = {name: folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors" for name in others}
         kept = {name: kept_row(file, name, self.dim) for name, file in files.items() if identity}
         found = {name: row for name, row in kept.items() if row is not None}
@@ -354,8 +362,9 @@ class Detector:
                 f"embeddings have shape {tuple(rows.shape)}, expected ({len(names)}, {self.embedder.dim}): a row for "
                 "each name, of the run's CLIP"
             )
-        norms = rows.norm(dim=1)
-        if bad := [name for name, norm in zip(names, norms.tolist(), strict=True) if not 0 < norm < float("inf")]:
+        if bad := [
+            name for name, norm in zip(names, rows.norm(dim=1).tolist(), strict=True) if not 0 < norm < float("inf")
+        ]:
             raise HdovdError(f"embeddings that are zero or not finite: {shorten(list(bad))}")
         return F.normalize(rows, dim=1).half().float()
 
@@ -384,17 +393,24 @@ class Detector:
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, picture in enumerate(pictures):
             height, width = picture.pixels.shape[-2:]
-            size = input_size(height, width, self.recipe.input.short_side, self.recipe.input.long_side)
-            groups.setdefault(tuple(map(padded, size)), []).append(number)
+            groups.setdefault(
+                tuple(
+                    map(padded, input_size(height, width, self.recipe.input.short_side, self.recipe.input.long_side))
+                ),
+                [],
+            ).append(number)
         found: dict[int, NamedDetections] = {}
         for numbers in groups.values():
             with inference_autocast(self.device, self.recipe):
                 predictions = self.model.predict(
                     [pictures[n].pixels.to(self.device, non_blocking=True) for n in numbers], self._texts
                 )
-                is_novel = torch.cat([self.is_novel, self.is_novel.new_zeros(len(self.rivals))])
                 detections = detect_batch(
-                    predictions, is_novel, config, split_blind=self._split_blind, wanted=len(self.names)
+                    predictions,
+                    torch.cat([self.is_novel, self.is_novel.new_zeros(len(self.rivals))]),
+                    config,
+                    split_blind=self._split_blind,
+                    wanted=len(self.names),
                 )
             found |= {n: self._named(pictures[n], one) for n, one in zip(numbers, detections, strict=True)}
         return [found[number] for number in range(len(pictures))]

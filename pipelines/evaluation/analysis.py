@@ -291,8 +291,7 @@ def analyse(
     ignored = (
         read_run(run).settings.get("input.exif") == Exif.IGNORE
     )  # whatever else its recipe says: of another version perhaps
-    exif = Exif.IGNORE if ignored else Exif.APPLY
-    split = data.load("val2017", counted, base_only=False, exif=exif)
+    split = data.load("val2017", counted, base_only=False, exif=Exif.IGNORE if ignored else Exif.APPLY)
     if metrics.get("images") != len(split.images):
         raise HdovdError(
             f"{run} was evaluated on {metrics.get('images')} images, but {split.annotations} has {len(split.images)} "

@@ -259,8 +259,9 @@ def draw_detections(
         left = draw_boxes(picture, [_labelled(*one, protocol) for one in shown], "detections")
         sheet = Image.new("RGB", (left.width * 2 + 8, left.height), "white")
         sheet.paste(left, (0, 0))
-        right = draw_boxes(picture, [_labelled(*one, protocol) for one in truth], "ground truth")
-        sheet.paste(right, (left.width + 8, 0))
+        sheet.paste(
+            draw_boxes(picture, [_labelled(*one, protocol) for one in truth], "ground truth"), (left.width + 8, 0)
+        )
         files.append(folder / f"{image.id:012d}.png")
         write_picture(files[-1], sheet, "PNG")
     return files
@@ -322,8 +323,10 @@ def error_table(errors: ErrorBreakdown) -> str:
     for name, *cells in zip(kinds, *(part.cells() for part in parts), strict=True):
         gains = [(count, "-" if gain is None else f"{gain:+.1f}") for count, gain in cells]
         lines.append(f"{name:24s}" + "".join(f"{count:>11,d}{gain:>9s}" for count, gain in gains))
-    shares = [f"{part.found:,d} of {part.objects:,d}" for part in parts]
-    lines.append(f"{'objects found':24s}" + "".join(f"{share:>20s}" for share in shares))
+    lines.append(
+        f"{'objects found':24s}"
+        + "".join(f"{share:>20s}" for share in [f"{part.found:,d} of {part.objects:,d}" for part in parts])
+    )
     lines.append(f"{'classification errors':24s}" + "".join(f"{f'named {named}':>20s}" for named in sides))
     lines += [
         f"{f'  of {truth} objects':24s}" + "".join(f"{errors.misnamed[truth][named]:>20,d}" for named in sides)

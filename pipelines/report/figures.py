@@ -82,10 +82,9 @@ def ablation(runs: Sequence[Run], weights: Sequence[str]) -> dict[str, Any] | No
 
 def _that_count(run: Run) -> Settings:
     """Its settings, without those of pseudo boxes if it uses none, and which features it read, if it used any."""
-    kept = {
+    return {
         k: value for k, value in run.settings.items() if uses_pseudo_boxes(run) or not k.startswith("pseudo_boxes.")
-    }
-    return kept | ({"features": run.cache_id} if run.distillation else {})
+    } | ({"features": run.cache_id} if run.distillation else {})
 
 
 def uses_pseudo_boxes(run: Run) -> bool:
@@ -225,8 +224,12 @@ def reliability(runs: Sequence[OneRun]) -> Iterator[tuple[str, Markup, str]]:
             lines.append(Line(run.name, scores, right, place, dots=True))
             error = "no detections" if found.calibration_error is None else f"{found.calibration_error:.3f}"
             errors.append(f"{run.name} {error}" if len(runs) > 1 else error)
-        title = f"share of right detections by score, {group} classes"
-        chart = line_chart(title, lines, Axis("score", 0.0, 1.0), Axis("right", 0.0, 1.0))
+        chart = line_chart(
+            f"share of right detections by score, {group} classes",
+            lines,
+            Axis("score", 0.0, 1.0),
+            Axis("right", 0.0, 1.0),
+        )
         yield f"{group} classes", chart, "ECE " + "; ".join(errors)
 
 
@@ -278,5 +281,8 @@ def relation_figures(name: str, found: Relations, *, with_teacher: bool) -> Iter
     for side, values, note in sides[not with_teacher :]:
         others = values[~np.eye(len(values), dtype=bool)]
         low, high = (float(others.min()), float(others.max())) if others.size else (0.0, 1.0)
-        chart = matrix_chart(f"cosines between boxes: {side}", values, names, names, low=low, high=high)
-        yield {"name": side, "note": f"{note}; cosines {low:.2f} to {high:.2f}", "chart": chart}
+        yield {
+            "name": side,
+            "note": f"{note}; cosines {low:.2f} to {high:.2f}",
+            "chart": matrix_chart(f"cosines between boxes: {side}", values, names, names, low=low, high=high),
+        }

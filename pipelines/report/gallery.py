@@ -42,8 +42,10 @@ def validation_cards(runs: Sequence[OneRun], count: int, threshold: float) -> li
     """
     protocol, images = runs[0].analysis.protocol, runs[0].analysis.split.images
     novel = [sum(group_of(label, protocol) == "novel" for label in image.labels.tolist()) for image in images]
-    order = sorted(range(len(novel)), key=lambda place: -novel[place])[:count]
-    return [_validation_card(runs, place, threshold) for place in order]
+    return [
+        _validation_card(runs, place, threshold)
+        for place in sorted(range(len(novel)), key=lambda place: -novel[place])[:count]
+    ]
 
 
 def _validation_card(runs: Sequence[OneRun], place: int, threshold: float) -> dict[str, Any]:
@@ -138,8 +140,13 @@ def _pseudo_cards(
     cards = []
     for place in np.unique(np.linspace(0, len(with_some) - 1, count).round().astype(int)).tolist():
         image = with_some[place]
-        view = gather_view(cache, image.id, image, names=protocol.names, file=split.path(image), reliability=weight)
-        cards.append(_card(split, image, f"{key}-{image.id}") | _pseudo_rows(view, protocol))
+        cards.append(
+            _card(split, image, f"{key}-{image.id}")
+            | _pseudo_rows(
+                gather_view(cache, image.id, image, names=protocol.names, file=split.path(image), reliability=weight),
+                protocol,
+            )
+        )
     return cards
 
 
@@ -151,8 +158,14 @@ def _pseudo_rows(view: CacheView, protocol: Protocol) -> dict[str, Any]:
             marked(noun.name, protocol.novel) + (f" ({noun.share:.2f})" if len(row.nouns) > 1 else "")
             for noun in row.nouns
         )
-        title = f"{number}: {nouns or 'no noun'}"
-        boxes.append(_box(row.box, f"{number} {marked(row.name, protocol.novel)}", "pseudo", title=title))
+        boxes.append(
+            _box(
+                row.box,
+                f"{number} {marked(row.name, protocol.novel)}",
+                "pseudo",
+                title=f"{number}: {nouns or 'no noun'}",
+            )
+        )
         rows.append(
             {
                 "number": number,

@@ -47,8 +47,9 @@ def page(template: str, context: dict[str, Any]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False, loader=jinja2.FunctionLoader(text)
     )
-    parts = {end: Markup(text(f"page.{end}")) for end in ("css", "js")}
-    return environment.get_template(template).render(policy=CONTENT_POLICY, **parts, **context)
+    return environment.get_template(template).render(
+        policy=CONTENT_POLICY, **{end: Markup(text(f"page.{end}")) for end in ("css", "js")}, **context
+    )
 
 
 SECTIONS = (
@@ -107,9 +108,10 @@ def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths) -> dict
     shown = [box["score"] for card in cards for panel in card["panels"] for box in panel["boxes"]]
     pseudo, pseudo_none = pseudo_boxes(runs, training, job.pseudo)
     matrices, matrices_none = _relations(runs, job, training)
-    several = f"{len(runs)} runs of {os.path.commonpath([path.resolve() for path in paths])}"
     return {
-        "title": runs[0].name if len(runs) == 1 else several,
+        "title": runs[0].name
+        if len(runs) == 1
+        else f"{len(runs)} runs of {os.path.commonpath([path.resolve() for path in paths])}",
         "version": __version__,
         "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
         "sections": SECTIONS,
