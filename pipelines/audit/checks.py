@@ -20,7 +20,7 @@ from hdovd.core.text_files import read_toml
 from hdovd.data.coco import Skips, Split
 from hdovd.data.protocol import load_protocol, shipped_protocols
 from hdovd.evaluation.recall import box_ious
-from hdovd.pipelines.audit.inputs import Audited, GroundTruth, rows_of, sha256_of
+from hdovd.pipelines.audit.inputs import Audited, CachedBoxes, GroundTruth, sha256_of
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.settings import value_at
 from hdovd.pipelines.extraction.boxes import box_table
@@ -92,28 +92,30 @@ def base_rows(audited: Audited, found: Check) -> str:
     that one's too. Any other row is compared with all boxes of its image: on the box of an annotation that is not base
     it is that, under another id, unless a base annotation has the same box.
     """
-    truth, boxes = audited.truth, audited.boxes
-    rows = np.flatnonzero(boxes.is_base)
-    place, agree = _own_annotations(audited, truth, rows)
-    not_base = ~truth.of_classes(audited.protocol.base)
-    wrong = place[agree][not_base[place[agree]]]
+    truth, boxes, not_base = audited.truth, audited.boxes, ~audited.truth.of_classes(audited.protocol.base)
+    place, twin = np.full(len(boxes.box), -1), np.full(len(boxes.box), -1)
+    for _, rows, targets in _together(boxes, boxes.is_base, truth):
+        near = _near(boxes, rows, truth, targets)
+        own, other = near & _same_ids(boxes, rows, truth, targets), near & not_base[targets]
+        alone = other.any(1) & ~(near & ~not_base[targets]).any(1)
+        place[rows] = np.where(own.any(1), targets[own.argmax(1)], -1)
+        twin[rows] = np.where(alone & ~own.any(1), targets[other.argmax(1)], -1)
+    wrong = place[place >= 0][not_base[place[place >= 0]]]
     lines = [f"annotation {truth.id[at]} of image {truth.of_image[at]}" for at in wrong.tolist()]
     found.leaks += [
         f"{len(where):,d} base rows are annotations of {kind}: {shorten(where, 3)}"
         for kind, where in _by_class(audited, wrong, lines).items()
     ]
-    others, known = rows[~agree], place[~agree] >= 0
-    twin = _with_box_of(audited, np.flatnonzero(not_base), others)
-    twin[_with_box_of(audited, np.flatnonzero(~not_base), others) >= 0] = -1
-    copied = twin >= 0
+    others, copies_of = np.flatnonzero(boxes.is_base & (place < 0)), np.flatnonzero(twin >= 0)
+    known, copied = np.isin(boxes.annotation_id[others], truth.id), twin[others] >= 0
     lines = [
         f"that of annotation {boxes.annotation_id[row]}, image {boxes.of_image[row]}, has the box of annotation "
-        f"{truth.id[at]}"
-        for row, at in zip(others[copied].tolist(), twin[copied].tolist(), strict=True)
+        f"{truth.id[twin[row]]}"
+        for row in copies_of.tolist()
     ]
     found.leaks += [
         f"{len(where):,d} base rows have the box of a {kind}, under another id: {shorten(where, 3)}"
-        for kind, where in _by_class(audited, twin[copied], lines).items()
+        for kind, where in _by_class(audited, twin[copies_of], lines).items()
     ]
     for part, why, then in (
         (~known, "are of annotations that {} does not have", "give the annotation file that the cache was made from"),
@@ -123,26 +125,39 @@ def base_rows(audited: Audited, found: Check) -> str:
         if ids:
             found.unknown.append(f"{len(ids):,d} base rows {why.format(truth.file)} (ids {shorten(ids)}): {then}")
     found.numbers = {
-        "base_rows": len(rows),
+        "base_rows": int(boxes.is_base.sum()),
         "not_base": len(wrong),
         "copied": int(copied.sum()),
         "unknown_ids": int((~known).sum()),
         "moved": int(known.sum()),
     }
-    return f"all {len(rows):,d} base rows are annotations of base classes"
+    return f"all {boxes.is_base.sum():,d} base rows are annotations of base classes"
 
 
-def _own_annotations(audited: Audited, truth: GroundTruth, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of rows (R,) of the cache: the place of the annotation of that id in the file, -1 if there is none, (R,) int64;
-    and whether it has the row's image and box too, (R,) bool.
+def _together(
+    boxes: CachedBoxes, of_cache: np.ndarray, truth: GroundTruth, wanted: np.ndarray | None = None
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Of every image that has both: its id, its rows among `of_cache` (M,) bool, and its annotations among `wanted`
+    (A,) bool, or all.
     """
-    boxes = audited.boxes
-    place = rows_of(boxes.annotation_id[rows], truth.id)
-    agree = place >= 0
-    own, at = rows[agree], place[agree]
-    near = (np.abs(truth.box[at] - boxes.box[own]) <= SAME_BOX_PX).all(1)
-    agree[agree] = near & (truth.of_image[at] == boxes.of_image[own])
-    return place, agree
+    rows = _by_image(boxes.of_image, np.flatnonzero(of_cache))
+    targets = _by_image(truth.of_image, np.arange(len(truth.id)) if wanted is None else np.flatnonzero(wanted))
+    return ((i, rows[i], targets[i]) for i in sorted(rows.keys() & targets.keys()))
+
+
+def _by_image(of_image: np.ndarray, rows: np.ndarray) -> dict[int, np.ndarray]:
+    rows = rows[np.argsort(of_image[rows], kind="stable")]
+    ids, first = np.unique(of_image[rows], return_index=True)
+    return dict(zip(ids.tolist(), np.split(rows, first[1:]), strict=False))
+
+
+def _near(boxes: CachedBoxes, rows: np.ndarray, truth: GroundTruth, targets: np.ndarray) -> np.ndarray:
+    """(R, T) bool: rows of the cache that lie where annotations do."""
+    return np.asarray((np.abs(boxes.box[rows][:, None] - truth.box[targets]) <= SAME_BOX_PX).all(-1))
+
+
+def _same_ids(boxes: CachedBoxes, rows: np.ndarray, truth: GroundTruth, targets: np.ndarray) -> np.ndarray:
+    return np.asarray(boxes.annotation_id[rows][:, None] == truth.id[targets])
 
 
 def _by_class(audited: Audited, places: np.ndarray, lines: list[str]) -> dict[str, list[object]]:
@@ -150,24 +165,6 @@ def _by_class(audited: Audited, places: np.ndarray, lines: list[str]) -> dict[st
     found: dict[str, list[object]] = {}
     for at, line in zip(places.tolist(), lines, strict=True):
         found.setdefault(audited.called(audited.truth.class_name(at)), []).append(line)
-    return found
-
-
-def _with_box_of(audited: Audited, wanted: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """For rows (R,) of the cache the first annotation among `wanted` that has the row's image and box: its place, or
-    -1, (R,) int64.
-
-    Rows and annotations are joined by image, all pairs at once: a cache of another file has a million such rows.
-    """
-    truth, boxes = audited.truth, audited.boxes
-    wanted = wanted[np.argsort(truth.of_image[wanted], kind="stable")]
-    images = truth.of_image[wanted]
-    start, stop = (np.searchsorted(images, boxes.of_image[rows], side) for side in ("left", "right"))
-    count, found = stop - start, np.full(len(rows), -1, np.int64)
-    of_row = np.repeat(np.arange(len(rows)), count)
-    at = wanted[np.arange(len(of_row)) + np.repeat(start - np.cumsum(count) + count, count)]
-    same = (np.abs(truth.box[at] - boxes.box[rows[of_row]]) <= SAME_BOX_PX).all(1)
-    found[of_row[same][::-1]] = at[same][::-1]
     return found
 
 
@@ -278,8 +275,11 @@ def _judge_shared_ids(
     validation file.
     """
     boxes, unseen = audited.boxes, list[object]()
-    rows = np.flatnonzero(boxes.is_base)
-    annotated = set(boxes.of_image[rows[_own_annotations(audited, val, rows)[1]]].tolist())
+    annotated = {
+        image_id
+        for image_id, rows, targets in _together(boxes, boxes.is_base, val)
+        if (_near(boxes, rows, val, targets) & _same_ids(boxes, rows, val, targets)).any()
+    }
     for image_id in sorted(set(boxes.image_id.tolist()) & val_files.keys()):
         mine, other = files.get(image_id), val_files[image_id]
         if mine is not None and mine.is_file() and other.is_file():
@@ -383,7 +383,7 @@ def copies(audited: Audited, found: Check) -> str:
     boxes, truth = audited.boxes, audited.truth
     shifts = np.concatenate([np.zeros((1, 4)), np.eye(4), -np.eye(4)]).astype(np.float32)
     hits, copied = np.zeros(len(shifts), np.int64), list[int]()
-    for image_id, rows, targets in _together(audited, truth.of_classes(audited.protocol.novel)):
+    for image_id, rows, targets in _together(boxes, ~boxes.is_base, truth, truth.of_classes(audited.protocol.novel)):
         theirs, limit = truth.box[targets], np.array(truth.images[image_id][1:] * 2, np.float32)
         inside = ((theirs > 0.5) & (theirs < limit - 0.5)).sum(1) >= 3
         away = boxes.box[rows][:, None] - theirs[inside][None]
@@ -404,19 +404,6 @@ def copies(audited: Audited, found: Check) -> str:
         "by_class": dict(Counter(map(truth.class_name, copied))),
     }
     return text + (f", by chance it would be about {chance}" if count else "")
-
-
-def _together(audited: Audited, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Of every image that has both: its id, its proposals (rows of the cache) and its annotations among `wanted`."""
-    proposals = _by_image(audited.boxes.of_image, np.flatnonzero(~audited.boxes.is_base))
-    targets = _by_image(audited.truth.of_image, np.flatnonzero(wanted))
-    return ((i, proposals[i], targets[i]) for i in sorted(proposals.keys() & targets.keys()))
-
-
-def _by_image(of_image: np.ndarray, rows: np.ndarray) -> dict[int, np.ndarray]:
-    rows = rows[np.argsort(of_image[rows], kind="stable")]
-    ids, first = np.unique(of_image[rows], return_index=True)
-    return dict(zip(ids.tolist(), np.split(rows, first[1:]), strict=False))
 
 
 # --- the run ---
@@ -572,7 +559,7 @@ def pseudo_boxes(audited: Audited, found: Check) -> str:
     boxes, truth, novel = audited.boxes, audited.truth, audited.protocol.novel
     wanted, meant = truth.of_classes(novel) & ~truth.crowd, _novel_nouns(audited)
     on_novel, right, covered = Counter[str](), Counter[str](), Counter[str]()
-    for _, rows, targets in _together(audited, wanted):
+    for _, rows, targets in _together(boxes, ~boxes.is_base, truth, wanted):
         overlap = box_ious(boxes.box[rows], truth.box[targets])
         covered.update(map(truth.class_name, targets[(overlap >= IOU).any(0)].tolist()))
         on = np.flatnonzero(overlap.max(1) >= IOU)

@@ -60,8 +60,7 @@ def read_truth(file: Path, folder: Path | None = None) -> GroundTruth:
     found = read_instances(file, folder)
     of_image, box = np.array(found.image_ids, np.int64), np.array(found.boxes).reshape(-1, 4)
     box[:, 2:] += box[:, :2]
-    size = np.array([entry[1:] for entry in found.images.values()], np.float32).reshape(-1, 2)
-    edge = np.tile(size, 2)[rows_of(of_image, np.array(list(found.images), np.int64))] if len(size) else 0 * box
+    edge = np.array([found.images[image_id][1:] * 2 for image_id in found.image_ids], np.float32).reshape(-1, 4)
     return GroundTruth(
         file,
         folder or Path(),
@@ -73,15 +72,6 @@ def read_truth(file: Path, folder: Path | None = None) -> GroundTruth:
         np.clip(box.astype(np.float32), 0, edge),
         found.names,
     )
-
-
-def rows_of(wanted: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """For each of `wanted` its place in `among`, -1 if it is not there: int64."""
-    if not len(among):
-        return np.full(len(wanted), -1, np.int64)
-    order = np.argsort(among, kind="stable")
-    at = order[np.searchsorted(among[order], wanted).clip(max=len(among) - 1)]
-    return np.where(among[at] == wanted, at, -1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

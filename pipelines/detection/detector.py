@@ -49,15 +49,14 @@ def kept_row(file: Path, name: str, dim: int) -> np.ndarray | None:
     try:
         with safe_open(file, "np") as stored:
             row, about = np.asarray(stored.get_tensor("embedding")), stored.metadata() or {}
+            if about != _about(name, row) or row.shape != (dim,) or row.dtype != np.float16:
+                raise ValueError("its content is not what it says")
+            return row
     except FileNotFoundError:
         return None
     except Exception as error:  # safetensors and the file system have errors of their own
         log(f"note: {file} is damaged ({error}): {name} is embedded anew")
         return None
-    if about != _about(name, row) or row.shape != (dim,) or row.dtype != np.float16:
-        log(f"note: {file} is damaged (its content is not what it says): {name} is embedded anew")
-        return None
-    return row
 
 
 def keep_rows(files: dict[str, Path], rows: dict[str, np.ndarray]) -> None:
