@@ -173,16 +173,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class EvalResult:
-    """`combined` uses the base/novel split at test time (METHOD section 7), `split_blind` does not. `errors`: of
-    `combined`.
-    """
+class EvalResult(Validated):
+    """`errors`: of `combined`. `alpha`, `beta`: 0 where there is one score, and nothing to combine."""
 
-    protocol: Protocol
-    combined: AveragePrecision
-    split_blind: AveragePrecision
     errors: ErrorBreakdown
-    images: int
     alpha: float
     beta: float
     files: list[Path]
@@ -214,8 +208,7 @@ def evaluate(job: EvalConfig) -> EvalResult:
     split, combined, blind = validation.split, found.combined, found.split_blind
     rows = results(split, found.detections)
     errors = break_down(found_of(rows, split.coco_ids), validation.truth.objects, protocol)
-    both = combined is not blind  # else there is one score, and nothing to combine
-    alpha, beta = (recipe.inference.alpha, recipe.inference.beta) if both else (0.0, 0.0)
+    alpha, beta = (0.0, 0.0) if combined is blind else (recipe.inference.alpha, recipe.inference.beta)
     files = [run.path / "metrics.json", run.path / "detections.json"]
     metrics = {
         "protocol": protocol.name,
@@ -237,7 +230,7 @@ def evaluate(job: EvalConfig) -> EvalResult:
     write_text(files[0], json.dumps(metrics, indent=1))
     if job.pictures:
         files += draw_detections(split, found.detections, protocol, run.path / "pictures", job.pictures)
-    return EvalResult(protocol, combined, blind, errors, len(split.images), alpha, beta, files)
+    return EvalResult(found.detections, combined, blind, errors, alpha, beta, files)
 
 
 def draw_detections(
@@ -276,10 +269,10 @@ def _labelled(box: list[float], label: int, score: str, protocol: Protocol) -> L
 
 def result_table(result: EvalResult) -> str:
     """Novel, base and all of one evaluation, split-blind beside it."""
-    protocol = result.protocol
+    protocol = result.combined.protocol
     lines = [
         f"protocol {protocol.name}: {len(protocol.base)} base and {len(protocol.novel)} novel classes in one run, "
-        f"{result.images} images, AP in percent",
+        f"{len(result.detections)} images, AP in percent",
         f"{'':34s}{'AP50':>22s}{'AP':>24s}",
         f"{'':34s}" + "".join(f"{g:>8s}" for g in GROUPS * 2),
     ]
@@ -306,7 +299,7 @@ def class_table(result: EvalResult) -> str:
     """AP of every class."""
     lines = [f"{'class':24s}{'':8s}{'AP50':>8s}{'AP':>8s}"]
     for label, (name, ap) in enumerate(result.combined.per_class().items()):
-        group = group_of(label, result.protocol)
+        group = group_of(label, result.combined.protocol)
         lines.append(f"{name:24s}{group:8s}{ap_text(ap['ap50']):>8s}{ap_text(ap['ap']):>8s}")
     return "\n".join(lines)
 
