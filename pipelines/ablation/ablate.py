@@ -33,7 +33,7 @@ from hdovd.pipelines.ablation.grid import (
     write_tables,
 )
 from hdovd.pipelines.calibration.values import with_reliability
-from hdovd.pipelines.common.job_pool import Ended, Job, log_end, run_jobs, stop_signals
+from hdovd.pipelines.common.job_pool import Job, log_end, run_jobs, stop_signals
 from hdovd.pipelines.common.process import usable_cores
 from hdovd.pipelines.common.settings import SWITCH, lasting_values
 from hdovd.pipelines.runs.folder import RunFolder
@@ -231,19 +231,19 @@ def places(config: AblateConfig, runs: int) -> list[dict[str, str]]:
 
 def _run(config: AblateConfig, plans: list[Planned], to_do: list[Planned], lock: int) -> int:
     """Returns the signal that ended it before all was done, or 0."""
-    by_name, ended = {planned.name: planned for planned in to_do}, list[Ended]()
+    by_name, ended = {planned.name: planned for planned in to_do}, set[str]()
     jobs = [Job(planned.name, commands(planned, config), planned.log) for planned in to_do]
 
-    def on_end(end: Ended) -> None:
-        ended.append(end)
-        planned = by_name[end.job.name]
-        planned.failed = _failure(end, planned, config)
+    def on_end(job: Job, command: tuple[str, ...], code: int, seconds: float) -> None:
+        ended.add(job.name)
+        planned = by_name[job.name]
+        planned.failed = _failure(command, code, planned, config)
         count = f"[{len(ended)}/{len(jobs)}] {planned.name}"
         if planned.failed:
             log(f"{count}: FAILED: {planned.failed}; {log_end(planned.log)}")
         else:
             novel = read_run(planned.path).ap50.get("novel")
-            log(f"{count}: {end.seconds:.0f} s" + ("" if novel is None else f", novel AP50 {novel:.1f}"))
+            log(f"{count}: {seconds:.0f} s" + ("" if novel is None else f", novel AP50 {novel:.1f}"))
         write_tables(_table(config, plans), config.out)
 
     with stop_signals() as stop:
@@ -256,11 +256,10 @@ def _run(config: AblateConfig, plans: list[Planned], to_do: list[Planned], lock:
     return stop.signals[0] if stop.signals and len(ended) < len(jobs) else 0
 
 
-def _failure(end: Ended, planned: Planned, config: AblateConfig) -> str:
+def _failure(command: tuple[str, ...], code: int, planned: Planned, config: AblateConfig) -> str:
     """Why a job failed; nothing, and the run is done, if it did not."""
-    if end.code:
-        how = f"exit code {end.code}" if end.code > 0 else f"killed by signal {-end.code}"
-        return f"hdovd {end.command[3]}, {how}"
+    if code:
+        return f"hdovd {command[3]}, " + (f"exit code {code}" if code > 0 else f"killed by signal {-code}")
     try:
         planned.state = standing(planned, config)
     except HdovdError as error:  # a recipe file that was edited meanwhile

@@ -17,6 +17,8 @@ from hdovd.pipelines.common.process import StopSignal
 POLL_S = 0.1
 PATIENCE_S = 120.0  # for a process that was asked to end: it may be saving its state
 Process = subprocess.Popen[bytes]
+Ended = tuple[tuple[str, ...], int, float]  # of a job: the command that was the last, its exit code, seconds
+Running = Generator[Process, None, Ended]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +28,6 @@ class Job:
     name: str
     commands: tuple[tuple[str, ...], ...]
     log: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A job that ran to its end: the exit code of the command that was the last."""
-
-    job: Job
-    command: tuple[str, ...]
-    code: int
-    seconds: float
 
 
 def stop_signals() -> StopSignal:
@@ -48,28 +40,30 @@ def stop_signals() -> StopSignal:
 def run_jobs(
     jobs: Iterable[Job],
     places: Sequence[Mapping[str, str]],
-    on_end: Callable[[Ended], None],
+    on_end: Callable[[Job, tuple[str, ...], int, float], None],
     stop: StopSignal,
     keep_open: Sequence[int] = (),
 ) -> None:
     """Run all jobs, as many at a time as there are `places`: environment variables for the job that runs there.
 
+    `on_end`: is told of a job that ran to its end, with the command that was the last, its exit code, and seconds.
+
     Returns when all have ended or `stop` has a signal; no process of them is left then. `keep_open`: file descriptors
     that the processes hold too, such as a lock's.
     """
-    waiting, running, processes = iter(jobs), dict[int, Generator[Process, None, Ended]](), dict[int, Process]()
+    waiting, running, processes = iter(jobs), dict[int, tuple[Job, Running]](), dict[int, Process]()
     try:
         while not stop.signals:
             for place, job in zip([p for p in range(len(places)) if p not in running], waiting, strict=False):
-                running[place] = _run(job, places[place], tuple(keep_open))
+                running[place] = job, _run(job, places[place], tuple(keep_open))
             if not running:
                 break
-            for place in list(running):
+            for place, (job, processes_of_job) in list(running.items()):
                 try:
-                    processes[place] = next(running[place])
+                    processes[place] = next(processes_of_job)
                 except StopIteration as end:
                     del running[place]
-                    on_end(end.value)
+                    on_end(job, *end.value)
             time.sleep(POLL_S)
     finally:
         _end([process for process in processes.values() if process.poll() is None], stop)
@@ -88,7 +82,7 @@ def last_lines(log: Path, most: int = 8) -> list[str]:
     return [line for line in text.replace("\r", "\n").splitlines() if line.strip()][-most:]
 
 
-def _run(job: Job, environment: Mapping[str, str], keep_open: tuple[int, ...]) -> Generator[Process, None, Ended]:
+def _run(job: Job, environment: Mapping[str, str], keep_open: tuple[int, ...]) -> Running:
     """The process that runs, as often as it is asked for while there is one; then how the job ended."""
     began = time.monotonic()
     for command in job.commands:
@@ -97,7 +91,7 @@ def _run(job: Job, environment: Mapping[str, str], keep_open: tuple[int, ...]) -
             yield process
         if process.returncode:
             break
-    return Ended(job, command, process.returncode, time.monotonic() - began)
+    return command, process.returncode, time.monotonic() - began
 
 
 def _start(command: tuple[str, ...], file: Path, environment: Mapping[str, str], keep_open: tuple[int, ...]) -> Process:

@@ -24,7 +24,7 @@ from hdovd.core.errors import HdovdError, Stopped
 from hdovd.core.log import log
 from hdovd.evaluation.groups import GROUPS
 from hdovd.pipelines.common.atomic_write import write_picture
-from hdovd.pipelines.common.job_pool import Ended, Job, log_end, run_jobs, stop_signals
+from hdovd.pipelines.common.job_pool import Job, log_end, run_jobs, stop_signals
 from hdovd.pipelines.common.process import exit_code, usable_cores, user_cache_folder
 from hdovd.pipelines.demo.config import MARKER, DemoConfig
 from hdovd.pipelines.demo.teacher import demo_teacher
@@ -144,11 +144,11 @@ class _Stages:
         count = min(len(jobs), usable_cores())
         log(f"\n{count} at a time; what they print is in " + " ".join(shlex.quote(str(job.log)) for job in jobs))
 
-        def on_end(end: Ended) -> None:
-            if end.code:
-                raise HdovdError(f"{end.job.name} failed with exit code {end.code}; {log_end(end.job.log)}")
-            self.result.seconds[end.job.name] += end.seconds
-            log(f"{end.job.name}: {end.seconds:.0f} s")
+        def on_end(job: Job, _: tuple[str, ...], code: int, seconds: float) -> None:
+            if code:
+                raise HdovdError(f"{job.name} failed with exit code {code}; {log_end(job.log)}")
+            self.result.seconds[job.name] += seconds
+            log(f"{job.name}: {seconds:.0f} s")
 
         with stop_signals() as stop:
             run_jobs(jobs, [{"OMP_NUM_THREADS": str(usable_cores() // count)}] * count, on_end, stop)

@@ -1,7 +1,7 @@
 """One page about one run or several: what they find, what they miss, where the AP comes from. One HTML file that needs
 nothing else.
 
-The parts are made by `figures` and `gallery`; the page is `pages/report.html`, with its own style and script in it.
+The parts are made by `figures`; the page is `pages/report.html`, with its own style and script in it.
 
 HTML pages that need nothing else: a template of the folder `pages` with styles, scripts and data inside.
 """
@@ -26,7 +26,6 @@ from hdovd.pipelines.evaluation.config import EvalConfig
 from hdovd.pipelines.evaluation.evaluate import evaluate
 from hdovd.pipelines.report import figures
 from hdovd.pipelines.report.config import REPORT_FILE, ReportConfig
-from hdovd.pipelines.report.gallery import TrainingImages, pseudo_boxes, validation_cards
 from hdovd.pipelines.report.runs import OneRun, data_of, open_runs, relations
 from hdovd.pipelines.runs.folder import RunFolder
 
@@ -104,9 +103,9 @@ def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths) -> dict
         with quiet():
             return data.load("train2017", first.protocol, base_only=True, exif=first.split.exif)
 
-    cards = validation_cards(runs, job.gallery, job.threshold)
+    cards = figures.validation_cards(runs, job.gallery, job.threshold)
     shown = [box["score"] for card in cards for panel in card["panels"] for box in panel["boxes"]]
-    pseudo, pseudo_none = pseudo_boxes(runs, training, job.pseudo)
+    pseudo, pseudo_none = figures.pseudo_boxes(runs, training, job.pseudo)
     matrices, matrices_none = _relations(runs, job, training)
     return {
         "title": runs[0].name
@@ -145,7 +144,7 @@ def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths) -> dict
 
 
 def _relations(
-    runs: Sequence[OneRun], job: ReportConfig, training: TrainingImages
+    runs: Sequence[OneRun], job: ReportConfig, training: figures.TrainingImages
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The figures, and of each run without one why."""
     made, reasons = list[dict[str, Any]](), list[str]()
