@@ -63,14 +63,12 @@ class Kind(StrEnum):
     MISSED = "missed"  # of objects alone
 
 
-KINDS = tuple(Kind)  # `Errors.kind` holds places in it
 ERRORS = (Kind.CLASSIFICATION, Kind.LOCALISATION, Kind.BOTH, Kind.DUPLICATE, Kind.BACKGROUND, Kind.MISSED)
-_PLACE = {kind: place for place, kind in enumerate(KINDS)}
 
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """Every error of a run: `kind` (D,) places in `KINDS`; `item` (D,): the object that it is about (the one found, the
+    """Every error of a run: `kind` (D,) values of `Kind`; `item` (D,): the object that it is about (the one found, the
     crowd it lies in), or -1; `mended_by` (G,): the detection that would find an object that nothing found if its class
     or its box were mended, or -1; `missed` (G,) bool: not found, and not even that.
     """
@@ -79,10 +77,6 @@ class Errors:
     item: np.ndarray
     mended_by: np.ndarray
     missed: np.ndarray
-
-    def of(self, kind: Kind) -> np.ndarray:
-        """(D,) bool."""
-        return np.asarray(self.kind == _PLACE[kind])
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +166,9 @@ def classify(found: Found, objects: Objects, overlaps: Overlaps, matching: Match
         other_item >= 0,
     ]
     kinds = [Kind.RIGHT, Kind.IGNORED, Kind.LOCALISATION, Kind.CLASSIFICATION, Kind.DUPLICATE, Kind.BOTH]
-    kind = np.select(tests, [_PLACE[k] for k in kinds], _PLACE[Kind.BACKGROUND])
+    kind = np.select(tests, [np.array(k.value) for k in kinds], np.array(Kind.BACKGROUND.value))
     about = np.select(tests, [matching.item, matching.item, own_item, other_item, own_item, other_item], -1)
-    mendable = np.flatnonzero((kind == _PLACE[Kind.CLASSIFICATION]) | (kind == _PLACE[Kind.LOCALISATION]))
+    mendable = np.flatnonzero((kind == Kind.CLASSIFICATION) | (kind == Kind.LOCALISATION))
     mendable = mendable[matching.finder[about[mendable]] < 0]
     mendable = mendable[np.argsort(-found.scores[mendable], kind="stable")]
     items, best = np.unique(about[mendable], return_index=True)  # the first, and so the best scored, of each object
@@ -219,21 +213,19 @@ def count_errors(
         """AP50 (K,) without the errors of a kind."""
         if kind is Kind.MISSED:
             return ap50(matching.verdict, held - missed)
-        of_kind = errors.of(kind)
+        of_kind = errors.kind == kind
         verdict = np.where(of_kind, Verdict.IGNORED, matching.verdict)  # dropped
-        if kind not in (Kind.CLASSIFICATION, Kind.LOCALISATION):
-            return ap50(verdict, held)
         menders, labels = errors.mended_by[errors.mended_by >= 0], found.labels.copy()
         menders = menders[of_kind[menders]]
         verdict[menders] = Verdict.RIGHT
         labels[menders] = objects.labels[errors.item[menders]]
-        return ap50(verdict, held, labels)
+        return ap50(verdict, held, labels if len(menders) else None)
 
     plain = ap50(matching.verdict, held)
     gains = np.stack([mended(kind) - plain for kind in ERRORS], axis=1)
     counts = np.stack(
         [
-            missed if kind is Kind.MISSED else np.bincount(found.labels[errors.of(kind)], minlength=classes)
+            missed if kind is Kind.MISSED else np.bincount(found.labels[errors.kind == kind], minlength=classes)
             for kind in ERRORS
         ],
         axis=1,
@@ -264,7 +256,7 @@ def count_errors(
 
 
 def _misnamed(found: Found, objects: Objects, errors: Errors, protocol: Protocol) -> dict[str, dict[str, int]]:
-    wrong = errors.of(Kind.CLASSIFICATION)
+    wrong = errors.kind == Kind.CLASSIFICATION
     truth_novel = objects.labels[errors.item[wrong]] >= len(protocol.base)
     named_novel = found.labels[wrong] >= len(protocol.base)
     return {

@@ -23,7 +23,7 @@ from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.evaluation.coco import GroundTruth
 from hdovd.evaluation.curves import Confusion, Curves, Reliability, confusion, precision_curves, score_reliability
 from hdovd.evaluation.matching import Found, Matching, Objects, Verdict, find_overlaps, match, paired_ious
-from hdovd.evaluation.tide import KINDS, ErrorBreakdown, Errors, Kind, classify, count_errors
+from hdovd.evaluation.tide import ErrorBreakdown, Errors, Kind, classify, count_errors
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.runs.folder import RunFolder, Weights, weights_hash
 from hdovd.pipelines.runs.listing import read_run
@@ -173,7 +173,7 @@ def verdicts_on(image: ImageBoxes, found: Found, objects: Objects, matching: Mat
     ious[has] = paired_ious(found.boxes[mine[has]], objects.boxes[about[has]], objects.crowd[about[has]])
     place = {item: k for k, item in enumerate(truths.tolist())}
     detections = [
-        DetectionVerdict(box, label, score, KINDS[kind], place.get(item), iou)
+        DetectionVerdict(box, label, score, Kind(kind), place.get(item), iou)
         for box, label, score, kind, item, iou in zip(
             _corners(found.boxes[mine]),
             found.labels[mine].tolist(),
@@ -193,7 +193,7 @@ def verdicts_on(image: ImageBoxes, found: Found, objects: Objects, matching: Mat
             fates.append((Fate.FOUND, shown[finder]))
         elif mender >= 0:
             fates.append(
-                (Fate.MISNAMED if KINDS[errors.kind[mender]] is Kind.CLASSIFICATION else Fate.MISPLACED, shown[mender])
+                (Fate.MISNAMED if errors.kind[mender] == Kind.CLASSIFICATION else Fate.MISPLACED, shown[mender])
             )
         else:
             fates.append((Fate.CROWD if objects.crowd[item] else Fate.MISSED, None))
