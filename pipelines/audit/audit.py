@@ -7,6 +7,7 @@ docs/AUDIT.md says what each check means. It writes nothing into the cache or th
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from hdovd.core.log import log, quiet
@@ -112,14 +113,14 @@ def _made(audited: Audited, name: str, check: Callable[[Audited, Check], str], n
 def _proposal_checks(config: AuditConfig, audited: Audited) -> list[Check]:
     """Of the set's record and, where it was given, of the file."""
     recorded, name = audited.cache.set.proposals.get("made_by"), "proposals: made by"
-    by_cache = checks.made_by(recorded, "the cache's record of its proposals")
+    by_cache = partial(checks.made_by, recorded, "the cache's record of its proposals")
     if config.proposals is None:
         return [_made(audited, name, by_cache)]
     with quiet():
         split = config.data.load("train2017", audited.protocol, base_only=True)
     table = read_table(config.proposals, audited.truth.file)
     found = [
-        _made(audited, "proposals: the file", checks.same_proposals(table, split, config.proposals)),
-        _made(audited, name, checks.made_by(table.made_by, str(config.proposals))),
+        _made(audited, "proposals: the file", partial(checks.same_proposals, table, split, config.proposals)),
+        _made(audited, name, partial(checks.made_by, table.made_by, str(config.proposals))),
     ]
     return [*found, _made(audited, name, by_cache)] if recorded and recorded != table.made_by else found

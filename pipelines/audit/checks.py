@@ -4,7 +4,7 @@ returns what to say where nothing was found.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -303,19 +303,13 @@ def _judge_shared_ids(
 # --- proposals ---
 
 
-def made_by(record: dict[str, Any] | None, whose: str) -> Callable[[Audited, Check], str]:
-    """The check that the proposals' network was trained on base boxes alone, as its record says. `whose`: the record,
-    in words.
-    """
-
-    def check(audited: Audited, found: Check) -> str:
-        if record:
-            return _judge_record(audited, found, record, whose)
-        if audited.boxes.is_base.all():
-            return "the cache has no proposals"
-        return found.cannot(f"{whose} does not say what made the proposals: whether that saw novel boxes is not known")
-
-    return check
+def made_by(record: dict[str, Any] | None, whose: str, audited: Audited, found: Check) -> str:
+    """The proposals' network was trained on base boxes alone, as its record says. `whose`: the record, in words."""
+    if record:
+        return _judge_record(audited, found, record, whose)
+    if audited.boxes.is_base.all():
+        return "the cache has no proposals"
+    return found.cannot(f"{whose} does not say what made the proposals: whether that saw novel boxes is not known")
 
 
 def _judge_record(audited: Audited, found: Check, record: dict[str, Any], whose: str) -> str:
@@ -357,21 +351,16 @@ def _judge_record(audited: Audited, found: Check, record: dict[str, Any], whose:
     return f"{record.get('detector', 'a network')} trained on {total:,d} boxes, all of base classes"
 
 
-def same_proposals(table: ProposalTable, split: Split, file: Path) -> Callable[[Audited, Check], str]:
-    """The check that the proposal file that was given is what the cache holds."""
-
-    def check(audited: Audited, found: Check) -> str:
-        expected = box_table(split.images, table.for_images(split.images, Skips())).proposal_inputs()
-        lines = differences(
-            {"proposals": expected},
-            {"proposals": audited.cache.key_inputs(Level.BOXES).get("proposals")},
-            sides=("the file gives", "the cache has"),
-        )
-        if lines:
-            found.unknown.append(f"the cache was made from other proposals than {file}: " + "; ".join(lines))
-        return f"the cache holds the proposals of {file}"
-
-    return check
+def same_proposals(table: ProposalTable, split: Split, file: Path, audited: Audited, found: Check) -> str:
+    """The proposal file that was given is what the cache holds."""
+    lines = differences(
+        {"proposals": box_table(split.images, table.for_images(split.images, Skips())).proposal_inputs()},
+        {"proposals": audited.cache.key_inputs(Level.BOXES).get("proposals")},
+        sides=("the file gives", "the cache has"),
+    )
+    if lines:
+        found.unknown.append(f"the cache was made from other proposals than {file}: " + "; ".join(lines))
+    return f"the cache holds the proposals of {file}"
 
 
 def copies(audited: Audited, found: Check) -> str:
