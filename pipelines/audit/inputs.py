@@ -132,29 +132,29 @@ class Audited:
 
 def read_audited(config: AuditConfig) -> Audited:
     """Raises HdovdError for what cannot be read, and for data that do not know the protocol's classes."""
-    protocol, root, missing, run = load_protocol(config.protocol), config.data.root, dict[str, str](), {}
+    protocol, root = load_protocol(config.protocol), config.data.root
     truth = read_truth(config.data.annotation_file("train2017"), config.data.images or (root or Path()) / "train2017")
     if absent := [name for name in protocol.names if name not in truth.names.values()]:
         raise HdovdError(
             f"protocol {protocol.name} names classes that {truth.file} does not know: {', '.join(absent[:8])}. Give "
             f"the split that fits this data with --protocol"
         )
+    missing = {} if config.run is not None else {"run": "no --run was given: not checked"}
+    val = None
     if root is None:
         missing["val"] = "no --data was given: where the validation pictures are is not known"
-    elif not (val_file := instances_file(root, "val2017")).is_file():
-        missing["val"] = f"no {val_file}: whether training and validation share pictures is not known"
-    if config.run is None:
-        missing["run"] = "no --run was given: not checked"
+    elif (val_file := instances_file(root, "val2017")).is_file():
+        val = read_truth(val_file, root / "val2017")
     else:
-        run = _read_run(config.run / "run.json")
+        missing["val"] = f"no {val_file}: whether training and validation share pictures is not known"
     cache = FeatureCache(config.cache, config.features)
     return Audited(
         protocol,
         truth,
-        None if root is None or "val" in missing else read_truth(instances_file(root, "val2017"), root / "val2017"),
+        val,
         cache,
         read_boxes(cache),
-        run,
+        {} if config.run is None else _read_run(config.run / "run.json"),
         config.run or Path(),
         missing,
     )

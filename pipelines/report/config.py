@@ -77,7 +77,6 @@ def _require_run(path: Path) -> None:
         return
     inside = [str(run) for run in find_runs([path])] if path.is_dir() else []
     beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    hint = f"; there are runs in it: {shorten(list(inside))}" if inside else ""
-    for near in () if inside else get_close_matches(path.name, beside, 1):
-        hint = f"; did you mean {path.parent / near}?"
+    near = [f"; did you mean {path.parent / name}?" for name in get_close_matches(path.name, beside, 1)]
+    hint = f"; there are runs in it: {shorten(list(inside))}" if inside else "".join(near)
     raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote{hint}")
