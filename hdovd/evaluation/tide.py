@@ -166,7 +166,7 @@ def classify(found: Found, objects: Objects, overlaps: Overlaps, matching: Match
         other_item >= 0,
     ]
     kinds = [Kind.RIGHT, Kind.IGNORED, Kind.LOCALISATION, Kind.CLASSIFICATION, Kind.DUPLICATE, Kind.BOTH]
-    kind = np.select(tests, [np.array(k.value) for k in kinds], np.array(Kind.BACKGROUND.value))
+    kind = np.select(tests, kinds, Kind.BACKGROUND)
     about = np.select(tests, [matching.item, matching.item, own_item, other_item, own_item, other_item], -1)
     mendable = np.flatnonzero((kind == Kind.CLASSIFICATION) | (kind == Kind.LOCALISATION))
     mendable = mendable[matching.finder[about[mendable]] < 0]

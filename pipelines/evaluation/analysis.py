@@ -185,28 +185,21 @@ def verdicts_on(image: ImageBoxes, found: Found, objects: Objects, matching: Mat
         )
     ]
     shown = {detection: k for k, detection in enumerate(mine.tolist())}
-    fates: list[tuple[Fate, int | None]] = []
-    for item, finder, mender in zip(
-        truths.tolist(), matching.finder[truths].tolist(), errors.mended_by[truths].tolist(), strict=True
-    ):
-        if finder >= 0:
-            fates.append((Fate.FOUND, shown[finder]))
-        elif mender >= 0:
-            fates.append(
-                (Fate.MISNAMED if errors.kind[mender] == Kind.CLASSIFICATION else Fate.MISPLACED, shown[mender])
-            )
-        else:
-            fates.append((Fate.CROWD if objects.crowd[item] else Fate.MISSED, None))
+    finder, mender = matching.finder[truths], errors.mended_by[truths]  # of an object one of them at most
+    misnamed = np.isin(mender, mine[errors.kind[mine] == Kind.CLASSIFICATION])
+    tests = [finder >= 0, misnamed, mender >= 0, objects.crowd[truths]]
+    fates = np.select(tests, [Fate.FOUND, Fate.MISNAMED, Fate.MISPLACED, Fate.CROWD], Fate.MISSED)
     return ImageVerdicts(
         image,
         detections,
         [
-            TruthVerdict(box, label, number, *fate)
-            for box, label, number, fate in zip(
+            TruthVerdict(box, label, number, Fate(fate), shown.get(by))
+            for box, label, number, fate, by in zip(
                 _corners(objects.boxes[truths]),
                 objects.labels[truths].tolist(),
                 image.annotation_ids.tolist(),
-                fates,
+                fates.tolist(),
+                np.maximum(finder, mender).tolist(),
                 strict=True,
             )
         ],
