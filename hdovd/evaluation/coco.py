@@ -72,7 +72,7 @@ class GroundTruth:
         """`coco_ids`: the file's category id of every class, in label order. Raises HdovdError without the file or the
         engine.
         """
-        self.protocol, self.coco_ids, self.engine = protocol, coco_ids, engine
+        self.protocol, self.coco_ids = protocol, coco_ids
         self._coco, self._evaluation = classes(engine)
         self._image_ids, label = set(image_ids), {coco_id: k for k, coco_id in enumerate(coco_ids)}
         found = read_instances(annotations)
