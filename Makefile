@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Files of tests side by side, in their order: the quick ones are last. Each process makes anew what files share, and needs some 2 GB.
-PYTEST := "$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Their files lie in memory where it has room, as every small cache is synced to the disk some 190 times; what torch compiles stays on disk.
+IN_MEMORY := $(shell [ -w /dev/shm ] && df --output=avail --block-size=1G /dev/shm | awk 'END { if ($$1 >= 4) print "/dev/shm" }')
+COMPILED := /tmp/torchinductor_$(shell id -un)
+PYTEST := $(if $(IN_MEMORY),TMPDIR=$${TMPDIR:-$(IN_MEMORY)} TORCHINDUCTOR_CACHE_DIR=$${TORCHINDUCTOR_CACHE_DIR:-$(COMPILED)}) "$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Tests whose numbers depend on a CPU's instructions.
 NUMERICAL := tests/hdovd $(addprefix tests/pipelines/,teachers/test_clip_teacher.py teachers/test_dense_clip.py embedding/test_crop_embeddings.py \

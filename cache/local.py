@@ -164,14 +164,15 @@ class LocalFolder(Folder):
         return True
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        found = {}
-        for folder, folders, files in os.walk(self.path(prefix)):
+        self.path(prefix)
+        found, root = {}, os.path.join(self.root, "")
+        for folder, folders, files in os.walk(root + prefix):  # texts: a Path of every file more than doubles the time
             folders[:] = [f for f in folders if f != CLAIMS]
             for file in files:
                 if not file.startswith(PARTIAL):
-                    path = Path(folder, file)
+                    path = os.path.join(folder, file)
                     with contextlib.suppress(FileNotFoundError):
-                        found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+                        found[path.removeprefix(root)] = os.stat(path).st_size
         return dict(sorted(found.items()))
 
     def exists(self, name: str) -> bool:

@@ -17,14 +17,6 @@ embedding size:
     KEY.annotation_id.npy (n,) i64          KEY.instance.npy (n, D) f16       KEY.image.npy (D,) f16
     KEY.noun.npy (n,) i32                   KEY.noun_cosine.npy (n,) f32
 
-The `webdataset` package reads it on its own:
-
-    import webdataset
-
-    shards = webdataset.WebDataset("shards/{000000..000002}.tar", shardshuffle=False).decode("pil")
-    for sample in shards:
-        print(sample["json"]["file_name"], sample["jpg"].size, sample["boxes.npy"].shape, sample["instance.npy"].shape)
-
 What `meta.safetensors` holds: all that a folder of tar shards knows of its cache but the rows and pictures of single
 images.
 
@@ -33,6 +25,14 @@ stands in.
 
 One image in the tar form: what is in its sample, and the bytes of its files. See `tar_shards` for the names of the
 files.
+
+The `webdataset` package reads it on its own:
+
+    import webdataset
+
+    shards = webdataset.WebDataset("shards/{000000..000002}.tar", shardshuffle=False).decode("pil")
+    for sample in shards:
+        print(sample["json"]["file_name"], sample["jpg"].size, sample["boxes.npy"].shape, sample["instance.npy"].shape)
 """
 
 import hashlib

@@ -5,29 +5,30 @@ Session fixtures are read-only: a test that damages something copies it first (`
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
-from pretended_cuda import PretendedCuda
 
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE, make_world
 from hdovd.pipelines.extraction.config import ExtractConfig
+
+if TYPE_CHECKING:  # pytest-xdist's own process reads this file too, and needs no torch
+    import torch
+    from pretended_cuda import PretendedCuda
 
 TRAIN_IMAGES, VAL_IMAGES = 24, 8
 # The demo recipe cut to a second an epoch. Thresholds of zero: an untrained detector must still detect something.
@@ -56,6 +57,8 @@ MICRO_SETTINGS = (
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """The tensors here are tiny: threads cost more than they gain, and sums come out the same on every machine."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -67,9 +70,21 @@ def _own_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_tokenizer() -> Iterator[None]:
+    """open_clip's tokenizer reads its vocabulary once, not with every CLIP: that is a third of a micro extraction."""
+    import open_clip.factory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_clip.factory, "SimpleTokenizer", functools.cache(open_clip.factory.SimpleTokenizer))
+        yield
+
+
 @pytest.fixture
 def pretended_cuda() -> Iterator[PretendedCuda]:
     """A GPU that is not there, for one test; no operation may mix its tensors with the CPU's."""
+    from pretended_cuda import PretendedCuda
+
     with PretendedCuda() as cuda:
         yield cuda
     assert not cuda.mixed
@@ -97,6 +112,7 @@ def kept(world: Path) -> list[int]:
 def save_clip() -> Callable[..., str]:
     """Save a tiny random CLIP in open_clip's local-dir form; returns its `local-dir:` name."""
     import open_clip
+    import torch
     from safetensors.torch import save_file
 
     def save(
@@ -334,35 +350,12 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., _Forked]:
     """Start `hdovd WORDS` in a process forked from this one, which has imported torch already: a fresh one needs
     seconds for that.
     """
-    from hdovd.cli.main import main
+    import forked_commands
 
     def start(words: Sequence[object], cwd: Path) -> _Forked:
-        prints = tmp_path_factory.mktemp("prints")
-        process = _Forked(os.fork(), ("hdovd", *map(str, words)), prints / "out", prints / "err")
-        if process.pid:
-            return process
-        code = 99
-        try:
-            for number, file in ((1, process.out), (2, process.err)):
-                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
-            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-            signal.signal(
-                signal.SIGINT, signal.default_int_handler
-            )  # a shell's background job, tests among them, ignores it
-            os.environ.update({"OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
-            os.chdir(cwd)
-            sys.argv = list(process.words)
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
+        prints, printed = tmp_path_factory.mktemp("prints"), tuple(map(str, words))
+        with (prints / "out").open("w") as out, (prints / "err").open("w") as err:
+            pid = forked_commands.start(printed, out.fileno(), err.fileno(), cwd=cwd, env=forked_commands.SAME_FOR_ALL)
+        return _Forked(pid, ("hdovd", *printed), prints / "out", prints / "err")
 
     return start
-
-
-def _silent(_: str) -> None:
-    """A log that says nothing."""

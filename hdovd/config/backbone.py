@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+from hdovd.core.registry import Registry
+
 PRESETS: dict[str, tuple[str, ...]] = {
     "base-only": (
         "loss.instance.enabled=false",
@@ -18,6 +20,13 @@ PRESETS: dict[str, tuple[str, ...]] = {
     )
 }
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet-tiny")
+LIBRARIES = Registry(  # functions from (config, model's name) to a `Body`, by what stands before the colon of a name
+    "detector.backbone.name",
+    {
+        "timm": "hdovd.modeling.backbones.third_party:timm_body",
+        "torchvision": "hdovd.modeling.backbones.third_party:torchvision_body",
+    },
+)
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

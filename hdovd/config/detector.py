@@ -10,11 +10,15 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from hdovd.config.adamixer import AdaMixerConfig
 from hdovd.config.backbone import BackboneConfig, Count, Positive, Section, Share, name_of
+from hdovd.core.registry import Registry
 
-DETECTORS = {  # name -> module:Class, a class of `modeling.base.Detector`
-    "faster_rcnn": "hdovd.modeling.faster_rcnn.model:FasterRCNN",
-    "adamixer": "hdovd.modeling.adamixer.model:AdaMixer",
-}
+DETECTORS = Registry(  # classes of `modeling.base.Detector`
+    "detector.name",
+    {
+        "faster_rcnn": "hdovd.modeling.faster_rcnn.model:FasterRCNN",
+        "adamixer": "hdovd.modeling.adamixer.model:AdaMixer",
+    },
+)
 _OWN = "own"
 
 

@@ -22,15 +22,17 @@ class Lines(logging.Handler):
 
 @contextmanager
 def lines_to(write: Callable[[str], object]) -> Iterator[None]:
-    """While it lasts, what is logged goes to `write` too: `print`, or a list's `append`."""
-    handler, before = Lines(write), LOGGER.level
+    """While it lasts, what is logged goes to `write`: `print`, or a list's `append`."""
+    handler, level, propagates = Lines(write), LOGGER.level, LOGGER.propagate
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False  # a library that sets up the root logger would print every line once more
     try:
         yield
     finally:
         LOGGER.removeHandler(handler)
-        LOGGER.setLevel(before)
+        LOGGER.setLevel(level)
+        LOGGER.propagate = propagates
 
 
 @contextmanager

@@ -1,20 +1,12 @@
-"""What a detector is to the stages, and how one is built from a recipe: by its name in the registry, or module:Class of
-the user's own.
+"""What a detector is to the stages (`Detector`), how a recipe builds one, and what its losses see (`StepContext`).
 
-N images, R boxes of an image, C classes, K base classes, D embedding size.
+A detector is named by its key in the registry, or as module:Class of the user's own. A recipe adds losses as sections
+[loss.extra.NAME] (docs/EXTENDING.md): `use` names a class of torch.nn.Module, built as MyLoss(dim=D, channels=C,
+**options), options being all keys of the section but `use` and `weight`. Called with a `StepContext`, it returns a
+scalar; the detector adds `weight` times it to its losses as NAME, and its state is in the checkpoint.
 
-What the detector has at hand in a training step: the one argument of every level's loss, and of losses that a recipe
-adds.
-
-N images of this process, R RoIs, P of them positive, B boxes (image by image, base before pseudo), K base classes, C
-pyramid channels, D embedding size.
-
-Losses that a recipe adds: a section [loss.extra.NAME] each. docs/EXTENDING.md shows one.
-
-The contract: `use` names a class of torch.nn.Module, built as MyLoss(dim=D, channels=C, **options) with D the embedding
-size, C the pyramid's channels and options all keys of the section but `use` and `weight`; called as loss(view) with a
-`StepContext`, it returns a scalar. The detector adds `weight` times it to its losses as NAME. Its state is in the
-checkpoint.
+N images of this process, R RoIs or boxes of an image, P positive RoIs, B boxes (image by image, base before pseudo), C
+classes or pyramid channels, K base classes, D embedding size.
 """
 
 from collections.abc import Sequence
@@ -24,9 +16,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from hdovd.config.detector import DETECTORS
-from hdovd.config.plugins import resolve_class
 from hdovd.config.recipe import ExtraLossConfig, Recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.registry import resolve_class
 from hdovd.data.targets import Targets
 
 
@@ -94,6 +86,7 @@ class Detector(nn.Module):
     # safetensors
     exportable: ClassVar[str | None] = None
     training_parts: ClassVar[tuple[str, ...]] = ()  # beginnings of names in the state that no detection depends on
+    undecayed: ClassVar[tuple[str, ...]] = ()  # patterns of parameters' names without weight decay: "*norm*", "*.bias"
     has_idle_parameters: ClassVar[bool] = False  # whether some have no part in some steps
 
     def set_object_text(self, row: Tensor) -> None:
@@ -134,8 +127,7 @@ def build_detector(recipe: Recipe, dim: int, initialise: bool = True) -> Detecto
     """The detector that a recipe names, for embeddings of `dim` numbers. Raises HdovdError if there is none, or it
     cannot be built.
     """
-    name = recipe.detector.name
-    kind = resolve_class(DETECTORS.get(name, name), "detector.name", Detector, "hdovd.modeling.base.Detector")
+    kind = DETECTORS.find_class(recipe.detector.name, Detector, "hdovd.modeling.base.Detector")
     return kind(recipe, dim, initialise)
 
 

@@ -1,9 +1,7 @@
-"""From pictures of any size to one padded batch at the detector's input scale.
+"""From pictures of any size to one padded batch at the detector's input scale, and the random choices about each image.
 
-Random choices about one image: which anchors and RoIs are trained on, and at which scale.
-
-Each is drawn from a generator of its own, seeded by the image's key, so that it depends neither on the other
-images of the batch, nor on their order, nor on the number of processes.
+Which anchors and RoIs are trained on, and at which scale, is drawn from a generator of the image's own, seeded by its
+key: it depends neither on the other images of the batch, nor on their order, nor on the number of processes.
 n candidates of an image.
 """
 

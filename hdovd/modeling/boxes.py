@@ -1,17 +1,9 @@
-"""Boxes as offsets from anchors or RoIs and back: torchvision's coder, for which no number is copied to the device.
+"""Boxes after the network: offsets to corners and back, NMS of a batch, and detections from scores (METHOD section 7).
 
-torchvision copies its weights and halves there with each call, and a copy that is not told otherwise waits for all that
-the device has still to do.
+The coder is torchvision's, except that no number is copied to the device: such a copy waits for all that the device
+has still to do. NMS takes several images a call on a GPU, since the host waits for each call's result.
 
-NMS of the images of a batch, each for itself: one call of the kernel for several on a GPU, as the host waits for
-each call's result.
-
-N images, M boxes of each.
-
-From RoI scores to detections (METHOD section 7).
-
-R RoIs, C classes. Combining the two scores uses the base/novel split at test time; alpha = beta = 0 is the
-split-blind result, which does not.
+N images, M boxes of each, R RoIs, C classes.
 """
 
 from collections.abc import Sequence

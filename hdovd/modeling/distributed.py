@@ -1,12 +1,11 @@
-"""Losses of the global batch under data-parallel training (METHOD section 10).
+"""Losses of the global batch under data-parallel training (METHOD section 10), and the memories E and Q of the
+alignment losses (sections 4 and 6).
 
 Each process calculates the losses of its own images; what a loss sets against each other (pairs, prompts) is
 gathered from all processes first, and what a sum is divided by is counted over all of them. The mean over
 processes of losses and gradients, which DistributedDataParallel takes, is then that of the global batch. In
 one process everything here is the identity. All processes must call
 these functions alike. W processes, n rows of this one, D columns.
-
-The memories E and Q of the alignment losses (METHOD sections 4 and 6).
 """
 
 from typing import Any

@@ -1,14 +1,12 @@
-"""From proposals to the RoIs that the head sees: matching, sampling, pooling.
+"""From proposals to the RoIs that the head sees: matching, sampling, pooling; and the two layers of every RoI head.
 
-B boxes of an image (base before pseudo), R RoIs, C channels.
+RoIAlign has a gradient of its own on a CPU, which all cores share; torchvision's runs on one, and took a third of a
+training step. RoIAlign is linear, and separable in the axes: a bin is the sum of few cells, each times a weight of its
+row and one of its column. Its gradient is then, for each cell, a weighted sum of rows of the bins' gradients: an
+embedding bag. On a GPU torchvision's own gradient is used, and for the few RoIs that are very long.
 
-RoIAlign with a gradient that all cores of a CPU share; torchvision's runs on one, and was a third of a training
-step.
-
-RoIAlign is linear, and separable in the axes: a bin is the sum of few cells, each times a weight of its row and one of
-its column. Its gradient is then, for each cell, a weighted sum of rows of the bins' gradients: an embedding bag. On a
-GPU torchvision's own gradient is used, and for the few RoIs that are very long. R RoIs, N pictures, C channels, h x w
-cells, B bins a side, K cells a bin reaches over along one axis.
+B boxes of an image (base before pseudo), R RoIs, N pictures, C channels, h x w cells, B bins a side, K cells a bin
+reaches over along one axis.
 """
 
 import math
@@ -184,6 +182,30 @@ def number_boxes(matches: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
         numbered.append(torch.where(match >= 0, match + first, -1))
         first += count
     return torch.cat(numbered)
+
+
+class RoIHead(nn.Module):
+    """RoI features -> two FC -> box offsets, and whatever a subclass makes of `hidden`."""
+
+    def __init__(self, channels: int, fc_channels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels * POOL_SIZE**2, fc_channels)
+        self.fc2 = nn.Linear(fc_channels, fc_channels)
+        self.deltas = nn.Linear(fc_channels, 4)
+
+    def hidden(self, pooled: Tensor) -> Tensor:
+        """(R, C, 7, 7) -> (R, F)."""
+        features: Tensor = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
+        return features
+
+    def initialise(self, score: nn.Linear) -> None:
+        """The first weights of all layers; `score` is the subclass's own. Called when every layer is there."""
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for layer, std in ((self.deltas, 0.001), (score, 0.01)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
 
 
 class PyramidRoIAlign(nn.Module):

@@ -1,6 +1,6 @@
-"""Numbers in words: bytes and seconds in the unit that suits them.
+"""What a terminal shows: bytes and seconds in the unit that suits them, and one progress bar for all stages.
 
-One progress bar for all stages: rate and time left; in a log file a line now and then instead.
+In a log file the bar is a line now and then.
 """
 
 import sys

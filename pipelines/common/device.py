@@ -1,6 +1,5 @@
-"""Which device a stage runs on, how many processes feed it, and the team of processes that torchrun started.
-
-What made a run: versions of packages, the commit of the source tree, the machine.
+"""Which device a stage runs on, how many processes feed it, the team of processes that torchrun started, and what a run
+records of all that.
 """
 
 import os

@@ -1,10 +1,8 @@
-"""Boxes with labels on a picture: what every picture that hdovd makes of detections, truth or cached rows is drawn
-with.
+"""Boxes with labels on a picture: all that hdovd draws of detections, truth or cached rows.
 
 Pillow, and not torchvision's `draw_bounding_boxes`: that one puts no ground behind
-its labels at the oldest torchvision that hdovd supports, and has no font of its own that can be set larger.
-
-A font for a label. Pillow's own has the letters of English and its neighbours; for others the system is asked.
+its labels at the oldest torchvision that hdovd supports, and has no font of its own that can be set larger. Pillow's
+own font has the letters of English and its neighbours; for others the system is asked.
 """
 
 import shutil

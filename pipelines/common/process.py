@@ -1,11 +1,8 @@
-"""Cores and threads: a process computes on the cores that it may use, and takes none from its neighbours while it
-waits.
+"""This process: the cores that it may use, the signals that ask it to stop, and the user's own folder for what is kept.
 
 `limit_threads` sets environment variables that OpenMP reads as torch is loaded, so it has to come before that:
-`hdovd.cli.main` calls it. Nothing heavy is imported here.
-
-Being asked to stop: SIGTERM and SIGUSR1 (a SLURM preemption, or its warning of the time limit) and Ctrl-C, heard
-between two steps.
+`hdovd.cli.main` calls it. Nothing heavy is imported here. SIGTERM and SIGUSR1 (a SLURM preemption, or its warning of
+the time limit) and Ctrl-C are heard between two steps.
 """
 
 import os

@@ -32,10 +32,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hdovd.config.plugins import resolve
 from hdovd.config.recipe import InferenceConfig, InputConfig, build_recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
+from hdovd.core.registry import resolve
 from hdovd.core.version import __version__
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.batching import input_size

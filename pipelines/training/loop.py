@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -232,8 +233,8 @@ class Loop(Generic[Sample]):
         self.model, self.batches, self.config, self.device = model, batches, config, device
         self._losses_of, self._what, self._id_of, self._begin_epoch = losses_of, what, id_of, begin_epoch
         _require_even_split(batches.dealing, config)
-        self.optimizer = build_optimizer(model, config)
         self._bare: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        self.optimizer = build_optimizer(self._bare, config)
         self._average = WeightAverage(self._bare, config.ema) if config.ema else None
         self.step_number, self.total = 0, config.epochs * len(batches)
         self.window = LossWindow(what)
@@ -413,15 +414,20 @@ def build_optimizer(model: nn.Module, config: ScheduleConfig) -> torch.optim.Opt
     """SGD or AdamW in one pass over the memory of the parameters (`fused`): of AdaMixer's 146 million, several cost a
     tenth of a step.
 
-    A checkpoint brings its own choice: runs that were begun before there was one go on as they began.
+    Parameters that the model's `undecayed` names, such as norms, biases and temperatures, are a group without weight
+    decay. A checkpoint brings its own choice of `fused`: runs that were begun before there was one go on as they began.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    fused = parameters[0].device.type in ("cpu", "cuda")
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    spared = {name for name in named for pattern in getattr(model, "undecayed", ()) if fnmatch(name, pattern)}
+    groups: list[dict[str, Any]] = [{"params": [p for name, p in named.items() if name not in spared]}]
+    if spared:
+        groups.append({"params": [p for name, p in named.items() if name in spared], "weight_decay": 0.0})
+    fused = next(iter(named.values())).device.type in ("cpu", "cuda")
     if config.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
+            groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
         )
-    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
 def lr_factor(step: int, steps_per_epoch: int, config: ScheduleConfig) -> float:

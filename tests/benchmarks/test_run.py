@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import run
 from arguments import parsed
+from forked_group import ranks
 
 from hdovd.pipelines.forecast.extraction import make_world
 
@@ -60,7 +61,7 @@ def test_options_are_the_fields_of_a_config() -> None:
     assert parsed(Bench, "A bench.", words) == Bench(7, Path("a"), (3, 2), False)
 
 
-def test_steps_of_training_are_measured(clip: str) -> None:
+def test_steps_of_training_are_measured(clip: str, tmp_path: Path) -> None:
     words = [
         "--clip",
         clip,
@@ -79,12 +80,16 @@ def test_steps_of_training_are_measured(clip: str) -> None:
         "input.long_side=64",
         "train.workers=0",
     ]
-    done = subprocess.run(
-        [sys.executable, FOLDER / "bench_train.py", *words], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+
+    def script() -> int:
+        sys.argv = ["bench_train.py", *words]
+        runpy.run_path(str(FOLDER / "bench_train.py"), run_name="__main__")
+        return 0
+
+    code, printed = ranks(script, tmp_path / "printed.txt")
+    assert code == 0, printed
     for name in ("detector alone", "three levels, from the cache", "three levels, CLIP in every step"):
-        assert f"\n  {name}" in done.stdout
+        assert f"\n  {name}" in printed
 
 
 def test_the_made_up_world_is_as_asked(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 fails.
 
 Every command of a run is a process that imports torch, for seconds: what is not about such a process is done in this
-one beforehand, and `hdovd ablate` itself is forked from it.
+one beforehand, and the others are forked from it, `hdovd ablate` itself too. Only the run that fails is a fresh one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_commands import forked_jobs
 from typer.testing import CliRunner
 
 from hdovd.cli.main import app
@@ -112,9 +113,15 @@ def scene(
         )
     )
     first = out / CELLS[0] / "seed0" / "metrics.json"
-    process, deadline = forked(words, folder), time.monotonic() + 300
+    with pytest.MonkeyPatch.context() as patch:
+        forked_jobs(patch, "train", "eval")
+        return _stopped_and_gone_on_with(words, out, first, forked)
+
+
+def _stopped_and_gone_on_with(words: tuple[str, ...], out: Path, first: Path, forked: Callable[..., Any]) -> Scene:
+    process, deadline = forked(words, out.parent), time.monotonic() + 300
     while not (first.exists() and (out / CELLS[0] / "seed1.log").exists()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.02)
         if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):  # it ended, with an error
             break
     os.kill(process.pid, signal.SIGINT)
@@ -204,8 +211,9 @@ def test_another_config_under_the_same_name_is_an_error(scene: Scene) -> None:
 
 
 def test_a_cell_that_fails_is_told_and_the_others_finish(
-    scene: Scene, world: Path, micro_settings: list[str], tmp_path: Path
+    scene: Scene, world: Path, micro_settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    forked_jobs(monkeypatch, "eval")
     missing = tmp_path / "missing.pth"
     words = _words(world, scene.out.parent / "cache", micro_settings, tmp_path / "out")
     grid = ("--grid", f"detector.backbone.weights=none,{missing}", "--set", "train.lr=0.002", "--seeds", "1")

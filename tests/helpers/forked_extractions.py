@@ -18,10 +18,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hdovd.cli.main import main
+from hdovd.core.log import lines_to
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.teachers.openclip import load_clip
@@ -111,7 +113,8 @@ class Extractions:
 
         def run() -> None:
             before()
-            extract_clip(config, lambda line: print(line, flush=True), teacher or self.teacher)
+            with lines_to(partial(print, flush=True)):
+                extract_clip(config, teacher or self.teacher)
 
         return run
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,7 @@ def ranks(body: Callable[[], int], log: Path, processes: int = 1) -> tuple[int, 
                 os.environ.update({} if processes == 1 else address | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
                 for number in (1, 2):
                     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
+                sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)  # pytest has its own
                 code = body()
             except BaseException:
                 traceback.print_exc(file=open(log, "a"))  # noqa: SIM115 - the process ends here

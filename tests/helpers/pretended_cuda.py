@@ -396,5 +396,5 @@ def _where() -> str:
     while frame.f_back is not None:
         frame = frame.f_back
         if _is_ours(frame.f_code.co_filename):
-            return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+            return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno} {frame.f_code.co_qualname}"
     return "?"

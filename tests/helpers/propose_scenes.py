@@ -16,6 +16,7 @@ import torch
 from forked_group import ranks
 
 from hdovd.core.errors import Stopped
+from hdovd.core.log import lines_to
 from hdovd.pipelines.proposals import propose as proposal_parts
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.propose import propose
@@ -48,9 +49,8 @@ def _run(job: ProposeConfig, kill_at: int = -1, kill_in_part: int = -1, signal: 
     SavingHooks.step = step  # type: ignore[method-assign]
     proposal_parts.Parts.write = write_or_die  # type: ignore[method-assign]
     try:
-        propose(
-            job, lambda line: os.write(1, f"{line}\n".encode()) and None
-        )  # not to what pytest put in place of sys.stdout
+        with lines_to(lambda line: os.write(1, f"{line}\n".encode())):  # not to what pytest has as sys.stdout
+            propose(job)
     except Stopped as stopped:
         os.write(2, f"{stopped}\n".encode())
         return stopped.code

@@ -15,9 +15,9 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
-from moto.server import DomainDispatcherApplication, create_backend_app
+from moto.server import create_backend_app
 
-moto: Any = DomainDispatcherApplication(create_backend_app)
+moto: Any = create_backend_app("s3")  # moto's own server looks for the service, in its files, at every request
 one_at_a_time = threading.Lock()  # a condition on a PUT and the PUT are one step
 
 

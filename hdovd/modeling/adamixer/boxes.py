@@ -1,14 +1,12 @@
-"""Boxes as AdaMixer moves them, (x, y, z, r), and their overlaps.
+"""Boxes as AdaMixer moves them, (x, y, z, r), their overlaps, and features sampled at points of the pyramid.
 
 A box of centre (x, y) and sides (w, h), in pixels of the padded batch, is x, y, z = log2(sqrt(w h)), r = log2(h / w)
 (arXiv 2203.16507, section 3.1). Everything is float32, under autocast too.
 
-3-D feature sampling (arXiv 2203.16507, section 3.2): bilinear in the picture, and between pyramid levels by a
-softmax.
-
-A point takes 4 cells of each of L levels, 4 L rows of one table, weighted: an embedding bag. That neither copies values
-a level nor asks for maps of another layout, and its gradient is one pass over the rows. N pictures, C channels in G
-groups, Q queries, P points of each in each group.
+Sampling (section 3.2) is bilinear in the picture, and a softmax between pyramid levels: a point takes 4 cells of each
+of L levels, 4 L rows of one table, weighted: an embedding bag. That neither copies values a level nor asks for maps of
+another layout, and its gradient is one pass over the rows. N pictures, C channels in G groups, Q queries, P points of
+each in each group.
 """
 
 import torch

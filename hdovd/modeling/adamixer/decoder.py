@@ -1,14 +1,10 @@
 """One stage of AdaMixer: queries look at each other, sample the pyramid, mix what they found, and say what and where
 they are.
 
-arXiv 2203.16507, section 3. Departures of HD-OVD's released code, which are followed here: the residual of
-self-attention keeps the positional code; the class branch has no ReLU; a third branch says how likely there is any
-object. N pictures, Q queries of each, C channels, G groups, P points, D embedding size.
-
-Adaptive mixing (arXiv 2203.16507, section 3.3): channels, then points, are mixed by matrices made of the query
-itself.
-
-M queries of a batch, C channels in G groups, P points in, O points out.
+arXiv 2203.16507, section 3; in adaptive mixing (3.3) channels, then points, are mixed by matrices made of the query
+itself. Departures of HD-OVD's released code, which are followed here: the residual of self-attention keeps the
+positional code; the class branch has no ReLU; a third branch says how likely there is any object. N pictures, Q queries
+of each (M of a batch), C channels, G groups, P points in, O points out, D embedding size.
 """
 
 import torch

@@ -197,13 +197,15 @@ class AdaMixer(Detector):
         batch, factors = batch_images(images, self.recipe.input)
         look = self.look(batch.tensors, with_auxiliary=False)
         c = self.stage(-1).describe(look.contents[-1]).flatten(0, 1)
-        prompts = torch.cat([texts.to(self.background), self.background])
-        s1 = cosine_logits(self.adapters.classified(c), prompts, self.config.decoder.logit_scale).softmax(dim=1)
-        s2 = None
-        if self.recipe.loss.uses_pseudo_boxes:  # one of the levels that teach c, or its adapter, what CLIP says
-            s2 = cosine_logits(self.adapters.distilled(c), texts, self.recipe.inference.distillation_scale).softmax(
-                dim=1
-            )
+        d = self.adapters.distilled(c) if self.recipe.loss.uses_pseudo_boxes else None  # else no level teaches it
+        s1, s2 = query_scores(
+            self.adapters.classified(c),
+            d,
+            texts.to(self.background),
+            self.background,
+            self.config.decoder.logit_scale,
+            self.recipe.inference.distillation_scale,
+        )
         queries = look.boxes[-1].shape[1]
         seconds = [None] * len(images) if s2 is None else s2.split(queries)
         return [
@@ -344,6 +346,22 @@ class AdaMixer(Detector):
         if self.image_level is not None:
             losses.update(self.image_level(view))
         return losses
+
+
+def query_scores(
+    c: Tensor, d: Tensor | None, texts: Tensor, background: Tensor, logit_scale: float, distillation_scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Scores of queries for any classes (METHOD section 7); both are a softmax over the classes (released code).
+
+    Args:
+        c, d: (Q, D) class features in text space, as the classifier and, if a level teaches it, as the distillation
+        moves them. texts: (K, D) of the classes. background: (1, D).
+
+    Returns:
+        Probabilities (Q, K + 1), the last of the background; and (Q, K), or None.
+    """
+    first = cosine_logits(c, torch.cat([texts, background]), logit_scale).softmax(dim=1)
+    return first, None if d is None else cosine_logits(d, texts, distillation_scale).softmax(dim=1)
 
 
 def mean_text(texts: Tensor) -> Tensor:

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from hdovd.config.backbone import BackboneConfig
-from hdovd.config.plugins import resolve
+from hdovd.config.backbone import LIBRARIES, BackboneConfig
 from hdovd.core.errors import HdovdError
 
-KEY = "detector.backbone.name"
+KEY = LIBRARIES.key
 TRIAL = (128, 192)  # pixels
 
 
@@ -40,7 +39,7 @@ def build_body(config: BackboneConfig) -> Body:
     key.
     """
     origin, _, name = config.name.partition(":")
-    body = {"timm": _timm, "torchvision": _torchvision}.get(origin, _own)(config, name)
+    body: Body = LIBRARIES.find(origin)(config, name) if origin in LIBRARIES else _own(config)
     _try_out(body, config)
     if config.norm == "frozen":
         _freeze_norms(body, config)
@@ -49,7 +48,7 @@ def build_body(config: BackboneConfig) -> Body:
     return body
 
 
-def _timm(config: BackboneConfig, name: str) -> Body:
+def timm_body(config: BackboneConfig, name: str) -> Body:
     if name.partition(".")[0] not in timm.list_models():  # resnet18.a1_in1k: the model, and which weights
         raise _unknown(config, name, timm.list_models(), "timm")
     try:
@@ -77,7 +76,7 @@ def _last_at(strides: list[int], stride: int, config: BackboneConfig) -> int:
     return len(strides) - 1 - strides[::-1].index(stride)
 
 
-def _torchvision(config: BackboneConfig, name: str) -> Body:
+def torchvision_body(config: BackboneConfig, name: str) -> Body:
     """A classifier, cut at the last of its parts, or of their parts, that ends at each stride."""
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
@@ -123,8 +122,8 @@ def _torchvision(config: BackboneConfig, name: str) -> Body:
     return Body(inner, channels, lambda maps: list(maps.values()))
 
 
-def _own(config: BackboneConfig, _: str) -> Body:
-    build = resolve(config.name, KEY)
+def _own(config: BackboneConfig) -> Body:
+    build = LIBRARIES.find(config.name)
     if not callable(build):
         raise HdovdError(
             f"{KEY} = {config.name!r}: expected a function that returns a torch.nn.Module, found {type(build).__name__}"

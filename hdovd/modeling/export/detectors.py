@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from hdovd.modeling.adamixer.boxes import SamplingTable, to_corners, to_xyzr
-from hdovd.modeling.adamixer.model import AdaMixer
+from hdovd.modeling.adamixer.model import AdaMixer, query_scores
 from hdovd.modeling.adamixer.proposals import DensePredictions, by_rank
 from hdovd.modeling.base import Detector
 from hdovd.modeling.batching import SIZE_DIVISOR
 from hdovd.modeling.boxes import combine_scores
-from hdovd.modeling.faster_rcnn.model import CODER, FasterRCNN
-from hdovd.modeling.losses import classwise
-from hdovd.modeling.losses.classwise import cosine_logits
+from hdovd.modeling.faster_rcnn.model import CODER, FasterRCNN, roi_scores
 from hdovd.modeling.rpn import ExactAnchors
 
 
@@ -230,10 +228,8 @@ class ExportableAdaMixer(ExportableDetector):
         return boxes, self.adapters.classified(c), self.adapters.distilled(c) if self.has_second else None
 
     def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
-        first = cosine_logits(c, torch.cat([texts, self.background]), self.config.decoder.logit_scale).softmax(dim=1)
-        if d is None:
-            return first, None
-        return first, cosine_logits(d, texts, self.recipe.inference.distillation_scale).softmax(dim=1)
+        scales = self.config.decoder.logit_scale, self.recipe.inference.distillation_scale
+        return query_scores(c, d, texts, self.background, *scales)
 
     def _start(self, dense: DensePredictions, maps: list[Tensor]) -> Tensor:
         """`QueryProposals.candidates` and `choose` of one picture: (R, 4) xyxy."""
@@ -284,11 +280,7 @@ class ExportableFasterRCNN(ExportableDetector):
         return boxes / torch.cat([factor.flip(0), factor.flip(0)]).to(boxes), c, self.head.distill(r)
 
     def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
-        prompts = torch.cat([texts, self.background[None]])
-        first = classwise.cosine_logits(c, prompts, self.recipe.faster_rcnn.head.logit_scale).softmax(dim=1)
-        if d is None:
-            return first, None
-        return first, classwise.cosine_logits(d, texts, self.recipe.inference.distillation_scale).sigmoid()
+        return roi_scores(c, d, texts, self.background, self.recipe)
 
     def _pooled(self, features: dict[str, Tensor], rois: Tensor) -> Tensor:
         """`PyramidRoIAlign.forward` of one picture: how many RoIs each level has is not known when it is traced."""

@@ -22,34 +22,24 @@ from hdovd.modeling.levels.imagewise import ImageLevel
 from hdovd.modeling.levels.instance import InstanceLevel
 from hdovd.modeling.losses import classwise
 from hdovd.modeling.losses.instance import box_students
-from hdovd.modeling.rois import POOL_SIZE, PyramidRoIAlign, number_boxes, sample_rois_of_images
+from hdovd.modeling.rois import PyramidRoIAlign, RoIHead, number_boxes, sample_rois_of_images
 from hdovd.modeling.rpn import build_rpn
 
 CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
 
 
-class BoxHead(nn.Module):
-    """RoI features -> two FC -> box deltas, classification feature c and what the distillation feature d is made of, if
-    it is wanted.
-    """
+class BoxHead(RoIHead):
+    """Box deltas, classification feature c and what the distillation feature d is made of, if it is wanted."""
 
     def __init__(self, channels: int, fc_channels: int, dim: int, with_distillation: bool) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(channels * POOL_SIZE**2, fc_channels)
-        self.fc2 = nn.Linear(fc_channels, fc_channels)
-        self.deltas = nn.Linear(fc_channels, 4)
+        super().__init__(channels, fc_channels)
         self.class_feature = nn.Linear(fc_channels, dim)
         self.distillation = nn.Linear(fc_channels, dim) if with_distillation else None
-        for layer in (self.fc1, self.fc2):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        for layer, std in ((self.deltas, 0.001), (self.class_feature, 0.01)):
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
+        self.initialise(self.class_feature)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(R, C, 7, 7) -> deltas (R, 4), c (R, D), float32; and r (R, F), what `distill` takes."""
-        r = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
+        r = self.hidden(pooled)
         return self.deltas(r).float(), self.class_feature(r).float(), r
 
     def distill(self, r: Tensor) -> Tensor | None:
@@ -166,12 +156,7 @@ class FasterRCNN(Detector):
         features = self.backbone(batch.tensors)
         proposals, _ = self.rpn(batch, features)
         deltas, c, r = self.head(self.pool(features, proposals))
-        d = self.head.distill(r)
-        prompts = torch.cat([texts, self.background[None]])
-        s1 = classwise.cosine_logits(c, prompts, self.config.head.logit_scale).softmax(dim=1)
-        s2 = (
-            None if d is None else classwise.cosine_logits(d, texts, self.recipe.inference.distillation_scale).sigmoid()
-        )
+        s1, s2 = roi_scores(c, self.head.distill(r), texts, self.background, self.recipe)
         decoded = CODER.decode_single(deltas, torch.cat(proposals))
         counts = [len(p) for p in proposals]
         per_image = zip(
@@ -186,6 +171,25 @@ class FasterRCNN(Detector):
             RoIPredictions(clip_boxes_to_image(boxes, size) / boxes.new_tensor([*factor, *factor]), one, two)
             for boxes, one, two, size, factor in per_image
         ]
+
+
+def roi_scores(
+    c: Tensor, d: Tensor | None, texts: Tensor, background: Tensor, recipe: Recipe
+) -> tuple[Tensor, Tensor | None]:
+    """Scores of RoIs for any classes (METHOD section 7).
+
+    Args:
+        c, d: (R, D) features of the classification and, if the head has one, of the distillation.
+        texts: (C, D) of the classes. background: (D,).
+
+    Returns:
+        Probabilities (R, C + 1), the last of the background; and (R, C) of the distillation, or None.
+    """
+    prompts = torch.cat([texts, background[None]])
+    first = classwise.cosine_logits(c, prompts, recipe.faster_rcnn.head.logit_scale).softmax(dim=1)
+    if d is None:
+        return first, None
+    return first, classwise.cosine_logits(d, texts, recipe.inference.distillation_scale).sigmoid()
 
 
 def _box_loss(view: StepContext) -> Tensor:

@@ -19,7 +19,7 @@ from hdovd.modeling.boxes import BoxCoder
 from hdovd.modeling.distributed import divisor
 from hdovd.modeling.losses import localisation
 from hdovd.modeling.proposals.base import ProposalNetwork
-from hdovd.modeling.rois import POOL_SIZE, PyramidRoIAlign
+from hdovd.modeling.rois import PyramidRoIAlign, RoIHead
 from hdovd.modeling.rpn import FloatRPNHead, ObjectnessRPN, anchors_of
 
 _CODER = BoxCoder((10.0, 10.0, 5.0, 5.0))
@@ -92,25 +92,17 @@ class CenternessRPN(ObjectnessRPN):
         )
 
 
-class QualityHead(nn.Module):
-    """RoI features -> two FC -> box offsets, and a logit of the RoI's IoU with the object that it is about."""
+class QualityHead(RoIHead):
+    """Box offsets, and a logit of the RoI's IoU with the object that it is about."""
 
     def __init__(self, channels: int, fc_channels: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(channels * POOL_SIZE**2, fc_channels)
-        self.fc2 = nn.Linear(fc_channels, fc_channels)
-        self.deltas = nn.Linear(fc_channels, 4)
+        super().__init__(channels, fc_channels)
         self.iou = nn.Linear(fc_channels, 1)
-        for layer in (self.fc1, self.fc2):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        for layer, std in ((self.deltas, 0.001), (self.iou, 0.01)):
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
+        self.initialise(self.iou)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """(R, C, 7, 7) -> offsets (R, 4), IoU logits (R,), float32."""
-        r = self.fc2(self.fc1(pooled.flatten(1)).relu()).relu()
+        r = self.hidden(pooled)
         return self.deltas(r).float(), self.iou(r).float().flatten()
 
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import Level
 from hdovd.cache.tar_shards import TarShards
-from hdovd.cli.cache import app
+from hdovd.cli.main import app
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
@@ -358,7 +358,7 @@ def _retry_failed(extraction: Extraction, tmp_path: Path) -> None:
 
 def test_commands(cache: Path, world: Path, tmp_path: Path) -> None:
     def run(*words: object) -> str:
-        found = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+        found = CliRunner().invoke(app, ["cache", *map(str, words)], catch_exceptions=False)
         assert found.exit_code == 0, found.output
         return found.output
 

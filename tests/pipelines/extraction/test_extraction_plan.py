@@ -309,9 +309,9 @@ def test_probe_does_not_count_what_fills_up_a_batch(
         return embed(pixels)
 
     monkeypatch.setattr(counting, "embed_images", second_each)
-    monkeypatch.setattr("hdovd.pipelines.extraction.engine.PROBE_BATCH_CPU", 10_000)
+    monkeypatch.setattr("hdovd.pipelines.extraction.engine.PROBE_BATCH_CPU", 1_000)
     monkeypatch.setattr("hdovd.pipelines.extraction.engine.time.monotonic", lambda: now[0])
-    config = extraction(tmp_path / "cache", batch_size=10_000, recipe=CropRecipe(scales=scales))
+    config = extraction(tmp_path / "cache", batch_size=1_000, recipe=CropRecipe(scales=scales))
     costs = prepare(config, counting).probe().costs
     assert costs[INSTANCE].embed_s == pytest.approx(len(scales))
     assert costs[IMAGE].embed_s == pytest.approx(1)

@@ -1,23 +1,29 @@
 """Nouns by spaCy: real pipelines and Docs of its own, tagged by hand, since no trained model can be installed from a
 package index.
+
+spaCy is imported by the tests: every process of pytest-xdist reads this file, and one needs it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import spacy
-from spacy.tokens import Doc
 
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.nouns.config import NounsConfig, Parser
 from hdovd.pipelines.nouns.find import NounsReport, find_nouns
 from hdovd.pipelines.nouns.matching import StopList
 from hdovd.pipelines.nouns.parsing import ParsingFinder, load_parser, why_not
+
+if TYPE_CHECKING:
+    from spacy import Language
+    from spacy.tokens import Doc
 
 TAGS = {
     "NN": "NOUN",
@@ -30,22 +36,30 @@ TAGS = {
     "POS": "PART",
     ".": "PUNCT",
 }
-ENGLISH = spacy.blank("en")
+
+
+@cache
+def _english() -> Language:
+    import spacy
+
+    return spacy.blank("en")
 
 
 def _doc(tagged: str, parsed: bool = True) -> Doc:
     """A Doc from "the/DT tennis/NN+ rackets/NNS": + marks a compound of the next word."""
+    from spacy.tokens import Doc
+
     words, tags = zip(*(word.rsplit("/", 1) for word in tagged.split()), strict=True)
     plain = [tag.removesuffix("+") for tag in tags]
     deps = ["compound" if tag.endswith("+") else "dep" for tag in tags] if parsed else None
     heads = [at + tag.endswith("+") for at, tag in enumerate(tags)] if parsed else None
-    return Doc(ENGLISH.vocab, list(words), tags=plain, pos=[TAGS[tag] for tag in plain], deps=deps, heads=heads)
+    return Doc(_english().vocab, list(words), tags=plain, pos=[TAGS[tag] for tag in plain], deps=deps, heads=heads)
 
 
 def _nouns(
     tagged: str, vocabulary: Sequence[str] | None = None, parsed: bool = True, stop: tuple[str, ...] = ()
 ) -> list[str]:
-    return ParsingFinder(ENGLISH, "en", vocabulary, StopList(stop)).nouns(_doc(tagged, parsed), 1).nouns
+    return ParsingFinder(_english(), "en", vocabulary, StopList(stop)).nouns(_doc(tagged, parsed), 1).nouns
 
 
 @pytest.mark.parametrize(
@@ -87,7 +101,7 @@ def test_a_users_stop_list() -> None:
 
 
 def test_words_that_the_vocabulary_lacks_are_nouns() -> None:
-    finder = ParsingFinder(ENGLISH, "en", ["dog"], StopList())
+    finder = ParsingFinder(_english(), "en", ["dog"], StopList())
     assert finder.nouns(_doc("the/DT dog/NN jogs/VBZ near/IN kites/NNS"), 1).unmatched == ["kite"]
 
 
@@ -97,6 +111,8 @@ def test_words_that_the_vocabulary_lacks_are_nouns() -> None:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A pipeline that knows six words."""
+    import spacy
+
     pipeline = spacy.blank("en")
     ruler = pipeline.add_pipe("attribute_ruler")
     tags = {
@@ -137,7 +153,7 @@ def test_all_nouns_of_a_file(tmp_path: Path, model: Path, parser: Parser) -> Non
     assert tree["images"] == {"3": [0], "7": [0, 1, 2]}
     assert report.images_of == {"dog": 2, "qwok": 1, "tennis racket": 1}
     made = tree["made_by"]["parser"]
-    assert (made["name"], made["spacy"], made["model"]) == ("spacy", spacy.__version__, "en_pipeline")
+    assert (made["name"], made["spacy"], made["model"]) == ("spacy", version("spacy"), "en_pipeline")
     assert made["model_version"]
 
 
@@ -160,7 +176,7 @@ def test_folder_that_is_no_model(tmp_path: Path) -> None:
 
 
 def test_model_that_tags_nothing(tmp_path: Path) -> None:
-    spacy.blank("en").to_disk(tmp_path / "blank")
+    _english().to_disk(tmp_path / "blank")
     with pytest.raises(HdovdError, match="tags no part of speech"):
         _run(tmp_path, tmp_path / "blank")
     assert not (tmp_path / "nouns.json").exists()

@@ -110,3 +110,17 @@ def test_a_step_asks_for_them_and_leaves_the_process_as_it_was(
         loop.take_step([*torch.randn(8, 3)], 0)
     assert found == ["high", "high"]
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_weight_decay_leaves_alone_what_a_detector_names(name: str, micro_recipe: Callable[..., Recipe]) -> None:
+    """Without a gradient nothing but decay moves a weight."""
+    config = micro_recipe(f"train.optimizer={name}", "train.lr=0.1", "train.weight_decay=0.5").train
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    begun = {key: value.detach().clone().fill_(1.0) for key, value in model.state_dict().items()}
+    model.load_state_dict(begun)
+    model.undecayed = ("1.*", "*.bias")  # type: ignore[assignment]
+    for value in model.parameters():
+        value.grad = torch.zeros_like(value)
+    build_optimizer(model, config).step()
+    assert {key for key, value in model.state_dict().items() if not torch.equal(value, begun[key])} == {"0.weight"}
