@@ -18,6 +18,12 @@ class Engine(StrEnum):
     FASTER = "faster-coco-eval"
 
 
+CLASSES = {
+    Engine.PYCOCOTOOLS: (("pycocotools.coco", "COCO"), ("pycocotools.cocoeval", "COCOeval")),
+    Engine.FASTER: (("faster_coco_eval", "COCO"), ("faster_coco_eval", "COCOeval_faster")),
+}
+
+
 def require(engine: Engine) -> str:
     """The version of an engine's package. Raises HdovdError, with what to install, if it cannot be imported."""
     classes(engine)
@@ -29,12 +35,8 @@ def classes(engine: Engine) -> tuple[Any, Any]:
     does.
     """
     try:
-        if engine is Engine.FASTER:
-            package = importlib.import_module("faster_coco_eval")
-            return package.COCO, package.COCOeval_faster
-        return importlib.import_module("pycocotools.coco").COCO, importlib.import_module(
-            "pycocotools.cocoeval"
-        ).COCOeval
+        truth, comparison = (getattr(importlib.import_module(module), name) for module, name in CLASSES[engine])
+        return truth, comparison
     except ImportError as error:
         extra = "hdovd[fast-eval]" if engine is Engine.FASTER else engine.value
         raise HdovdError(

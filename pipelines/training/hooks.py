@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hdovd.core.errors import HdovdError, Stopped
 from hdovd.core.log import log
-from hdovd.evaluation.coco import GROUPS
+from hdovd.evaluation.groups import GROUPS
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.console import duration
 from hdovd.pipelines.common.device import Team

@@ -36,7 +36,7 @@ from hdovd.pipelines.common.precision import settled
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sampler import Dealing, Streams, key_of
-from hdovd.pipelines.evaluation.validation import Validation
+from hdovd.pipelines.evaluation.evaluate import Validation
 from hdovd.pipelines.extraction.text import give_object_text
 from hdovd.pipelines.runs.checkpoint import fits, load_checkpoint
 from hdovd.pipelines.runs.folder import RunFolder

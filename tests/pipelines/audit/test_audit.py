@@ -22,9 +22,8 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths, Skips
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.audit.audit import AuditConfig, audit
+from hdovd.pipelines.audit.checks import Verdict, class_of_noun
 from hdovd.pipelines.audit.inputs import read_truth
-from hdovd.pipelines.audit.proposals import class_of_noun
-from hdovd.pipelines.audit.report import Verdict
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip

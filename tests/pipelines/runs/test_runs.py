@@ -15,16 +15,7 @@ from hdovd.data.coco import DataPaths
 from hdovd.pipelines.common.settings import different_keys, flat, short_names, shown_apart
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.listing import (
-    GROUPS,
-    State,
-    difference_lines,
-    find_runs,
-    read_run,
-    read_runs,
-    run_lines,
-    run_values,
-)
+from hdovd.pipelines.runs.listing import State, difference_lines, find_runs, read_run, read_runs, run_lines, run_values
 
 WriteRun = Callable[..., Path]
 
@@ -241,8 +232,8 @@ def test_real_runs(distilled: RunFolder, base_only: RunFolder, world: Path, tmp_
     run, plain = read_run(evaluated), read_run(base_only.path)
     assert (run.state, run.epochs_done, run.epochs) == (State.FINISHED, 3, 3)
     assert (plain.state, plain.epochs_done, plain.epochs) == (State.NOT_EVALUATED, 1, 1)
-    assert run.ap50 == {group: result.combined.mean(result.combined.ap50, group) for group in GROUPS}
-    assert run.split_blind == {group: result.split_blind.mean(result.split_blind.ap50, group) for group in GROUPS}
+    assert run.ap50 == result.combined.summary()["ap50"]
+    assert run.split_blind == result.split_blind.summary()["ap50"]
     assert (run.distillation, plain.distillation) == (("instance", "class", "image"), ())
     assert run.cache_id == plain.cache_id
     assert run.levels["instance"]["key"]

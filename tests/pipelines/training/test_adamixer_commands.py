@@ -20,12 +20,12 @@ from hdovd.core.errors import HdovdError, Stopped
 from hdovd.data.coco import DataPaths
 from hdovd.modeling.adamixer.model import AdaMixer
 from hdovd.modeling.base import Detector, build_detector
-from hdovd.pipelines.ablation.cells import cells_of
+from hdovd.pipelines.ablation.grid import cells_of
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.export.config import ModelForm
 from hdovd.pipelines.export.model import ExportModelConfig, export_model
-from hdovd.pipelines.report.charts_of_runs import LEVELS
-from hdovd.pipelines.report.relations import relations
+from hdovd.pipelines.report.figures import LEVELS
+from hdovd.pipelines.report.runs import relations
 from hdovd.pipelines.runs.checkpoint import load_checkpoint
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.hooks import PLAIN, RunHooks
