@@ -67,7 +67,7 @@ class GroundTruth:
         coco_ids: tuple[int, ...],
         image_ids: Iterable[int],
         protocol: Protocol,
-        engine: Engine = Engine.PYCOCOTOOLS,
+        engine: str = Engine.PYCOCOTOOLS,
     ) -> None:
         """`coco_ids`: the file's category id of every class, in label order. Raises HdovdError without the file or the
         engine.

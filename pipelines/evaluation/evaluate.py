@@ -78,7 +78,7 @@ class Validation:
         exif: str = Exif.APPLY,
         batch_size: int = 16,
         workers: int | None = None,
-        engine: Engine = Engine.PYCOCOTOOLS,
+        engine: str = Engine.PYCOCOTOOLS,
     ) -> None:
         """`workers` None: what suits the device. Raises HdovdError for bad data, pictures that are not there, and
         without the engine's package.
@@ -220,7 +220,7 @@ def evaluate(job: EvalConfig) -> EvalResult:
         "beta": beta,
         "classes_without_ground_truth": combined.without_ground_truth(),
         "cache": run.record()["cache"],
-        "engine": {"name": job.engine.value, "version": require(job.engine)},
+        "engine": {"name": str(job.engine), "version": require(job.engine)},
         "precision": inference_precision(device, recipe),
         "weights": job.weights.value,
         "weights_hash": weights_hash(run.path / job.weights.file),
