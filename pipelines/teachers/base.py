@@ -1,4 +1,4 @@
-"""What extraction asks of a frozen model: CLIP is one (`openclip`); benchmarks and Ray workers bring their own."""
+"""What extraction asks of a frozen model: CLIP is one (`openclip`), and any other can be (docs/EXTENDING.md)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -21,8 +21,8 @@ class Teacher(Protocol):
     dim: int
     device: torch.device
     identity: dict[str, Any]
-    notes: Sequence[str]
-    made_with: dict[str, Any]
+    notes: Sequence[str] = ()
+    made_with: dict[str, Any] = {}  # noqa: RUF012  # nothing adds to it
 
     @property
     def input_size(self) -> tuple[int, int]: ...
@@ -46,9 +46,12 @@ class Teacher(Protocol):
         """What the user should know of the prompts: which are too long for the text tower, and which names it cannot
         tell apart.
         """
+        return []
 
     def best_batch(self) -> int:
         """How many pictures to embed at a time, found out on the device."""
+        return 64
 
     def peak_memory_bytes(self) -> int | None:
         """The most GPU memory that was in use, or None without a GPU."""
+        return None
