@@ -16,7 +16,7 @@ from hdovd.evaluation.recall import box_ious
 from hdovd.pipelines.audit.inputs import Audited
 from hdovd.pipelines.audit.report import Check, Findings, Verdict
 from hdovd.pipelines.audit.run import judge_record
-from hdovd.pipelines.extraction.boxes import box_table
+from hdovd.pipelines.extraction.identities import box_table
 from hdovd.pipelines.nouns.allowed import meaning
 from hdovd.pipelines.proposal_files.table import ProposalTable
 
@@ -91,7 +91,7 @@ def check_made_by(audited: Audited, made_by: dict[str, Any] | None, whose: str) 
 def check_same_proposals(audited: Audited, table: ProposalTable, split: Split, whose: str) -> Check:
     """The proposal file that was given is what the cache holds."""
     found = Findings("proposals: the file")
-    expected = box_table(split.images, table.for_images(split.images, Skips())).proposal_inputs()
+    expected = box_table(split.images, table.for_images(split.images, Skips())).inputs()["proposals"]
     lines = differences(
         {"proposals": expected},
         {"proposals": audited.cache.key_inputs(Level.BOXES).get("proposals")},

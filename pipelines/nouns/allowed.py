@@ -18,7 +18,7 @@ the captions that the vocabulary lacks, with the number of captions.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,7 @@ from hdovd.core.text_files import checked_name, cut, read_json, shown
 from hdovd.data.coco import whole
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.name_list import read_vocabulary
-from hdovd.pipelines.nouns.config import Matching
-from hdovd.pipelines.nouns.matching import Found, MatchFinder, StopList, longest_matches, noun_words, singular_of
+from hdovd.pipelines.nouns.matching import MatchFinder, StopList, noun_words, singular_of
 
 
 class Captions:
@@ -76,42 +75,20 @@ class Nouns:
         return self.by_image.get(image_id, ())
 
 
-def read_nouns(vocabulary: Path, captions: Path | None, matching: Matching = Matching.LEMMAS) -> Nouns:
+def read_nouns(vocabulary: Path, captions: Path | None) -> Nouns:
     """The nouns that images offer. Raises HdovdError if the captions hold no word of the vocabulary."""
     names = read_vocabulary(vocabulary)
     if captions is None:
         return Nouns(names, None)
-    finder = MatchFinder(names, StopList()) if matching is Matching.LEMMAS else _WholeWords(names)
     row_of = {name: row for row, name in enumerate(names)}
     found: dict[int, set[int]] = {}
-    for one in finder(Captions(captions)):
+    for one in MatchFinder(names, StopList())(Captions(captions)):
         found.setdefault(one.image_id, set()).update(row_of[name] for name in one.nouns)
     if not any(found.values()):
         raise HdovdError(
             f"no caption of {captions} holds a word of {vocabulary} ({len(names)} names): are they of one language?"
         )
     return Nouns(names, {image_id: tuple(sorted(rows)) for image_id, rows in found.items()})
-
-
-class _WholeWords:
-    """The names that stand in captions letter by letter; at every place the longest one, which takes its words."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names, self._rows = names, {words(name): row for row, name in enumerate(names)}
-        self._longest = max(map(len, self._rows))
-
-    def __call__(self, captions: Iterable[tuple[int, str]]) -> Iterator[Found]:
-        for image_id, caption in captions:
-            yield Found(image_id, self._found(words(caption)), [])
-
-    def _found(self, caption: tuple[str, ...]) -> list[str]:
-        matches = longest_matches(len(caption), self._longest, lambda start, stop: self._rows.get(caption[start:stop]))
-        return [self._names[match.row] for match in matches]
-
-
-def words(text: str) -> tuple[str, ...]:
-    """The words of a text in lower case, without punctuation."""
-    return tuple(re.findall(r"\w+", text.lower()))
 
 
 def meaning(name: str) -> str:
