@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.schema import Level, Source
@@ -50,6 +51,12 @@ def hash_tables(tables: Iterable[np.ndarray]) -> str:
 
 def hash_texts(texts: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
+
+
+def hash_file(file: Path) -> str:
+    """The sha256 of a file's bytes."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _source_inputs(tables: Mapping[str, np.ndarray], source: Source) -> KeyInputs:

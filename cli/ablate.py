@@ -14,28 +14,23 @@ def ablate(config: AblateConfig) -> None:
     between epochs. Look on: hdovd runs OUT.
     """
     from hdovd.pipelines.ablation.ablate import ablate as run
-    from hdovd.pipelines.ablation.table import markdown
+    from hdovd.pipelines.ablation.grid import markdown
     from hdovd.pipelines.common.process import exit_code
 
     result = run(config)
     if config.dry_run:
-        for name, standing in result.standing.items():
-            typer.echo(f"{standing:16s}{config.out / name}")
-        typer.echo(f"{len(result.standing) - result.left} of {len(result.standing)} runs done")
+        for planned in result.runs:
+            typer.echo(f"{planned.state:16s}{planned.path}")
+        typer.echo(f"{len(result.runs) - result.left} of {len(result.runs)} runs done")
         return
     typer.echo(f"\n{markdown(result.table)}")
     for file in result.files:
         typer.echo(f"wrote {file}")
-    if result.failed:
-        typer.secho(
-            f"{len(result.failed)} failed: {', '.join(result.failed)}; the same command tries them again",
-            fg="red",
-            err=True,
-        )
+    failed = [planned.name for planned in result.runs if planned.failed]
+    if failed:
+        typer.secho(f"{len(failed)} failed: {', '.join(failed)}; the same command tries them again", fg="red", err=True)
     if result.stopped:
-        typer.echo(
-            f"stopped, {result.left} of {len(result.standing)} runs are left: the same command goes on", err=True
-        )
+        typer.echo(f"stopped, {result.left} of {len(result.runs)} runs are left: the same command goes on", err=True)
         raise typer.Exit(exit_code(result.stopped))
-    if result.failed:
+    if failed:
         raise typer.Exit(1)

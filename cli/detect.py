@@ -18,5 +18,5 @@ def detect(config: DetectConfig) -> None:
     result = run(config)
     for line in [*detect_lines(result), *(f"wrote {file}" for file in result.files)]:
         typer.echo(line)
-    if not result.tally.images:
+    if not result.images:
         raise typer.Exit(1)

@@ -1,7 +1,5 @@
 """`hdovd export`."""
 
-import typer
-
 from hdovd.cli.command import command
 from hdovd.pipelines.export.config import ExportModelConfig
 
@@ -14,9 +12,4 @@ def export(config: ExportModelConfig) -> None:
     """
     from hdovd.pipelines.export.model import export_model
 
-    done = export_model(config)
-    typer.echo(
-        f"checked: {done.checked.detections} detections in {done.checked.pictures} pictures; largest difference from "
-        f"the model {done.checked.difference:.1e} (scores; boxes in percent of the input's long side)"
-    )
-    typer.echo(f"wrote {done.file} ({config.form.value}, {done.bytes / 1e6:.1f} MB)")
+    export_model(config)

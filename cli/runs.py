@@ -50,6 +50,6 @@ def diff(
     b: Annotated[Path, typer.Argument(metavar="B", help="The run to compare it with.")],
 ) -> None:
     """Say what differs: config, cache, versions, commit; and AP50 by group and by class, the largest changes first."""
-    from hdovd.pipelines.runs.listing import compare_runs, difference_lines
+    from hdovd.pipelines.runs.listing import difference_lines
 
-    typer.echo("\n".join(difference_lines(compare_runs(a, b))))
+    typer.echo("\n".join(difference_lines(a, b)))

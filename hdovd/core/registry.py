@@ -25,8 +25,18 @@ class Registry(dict[str, str]):
         super().__init__(known)
         self.key = key
 
+    def require(self, name: str) -> None:
+        """Imports nothing. Raises HdovdError for a name that is neither known nor `module:attribute`."""
+        if name not in self and not all(name.partition(":")):
+            near = difflib.get_close_matches(name, self, 1)
+            raise HdovdError(
+                f"{self.key} {name!r}{f', did you mean {near[0]}' if near else ''}: expected {', '.join(self)}, or "
+                "my_module:name of your own"
+            )
+
     def find(self, name: str) -> Any:
-        """What is registered as `name`, or what `name` itself names. Raises HdovdError as `resolve` does."""
+        """What is registered as `name`, or what it names itself. Raises HdovdError as `require` and `resolve` do."""
+        self.require(name)
         return resolve(self.get(name, name), self.key)
 
     def find_class(self, name: str, kind: type[T], expected: str) -> type[T]:

@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 
 from hdovd.core.errors import HdovdError, shorten
-from hdovd.data.coco import Instances, clip_box, read_instances
+from hdovd.data.coco import clip_box, read_instances
 from hdovd.data.protocol import Protocol
 from hdovd.evaluation.engines import Engine, classes
-from hdovd.evaluation.groups import GROUPS as GROUPS
-from hdovd.evaluation.groups import group_mean
-from hdovd.evaluation.groups import group_slice as group_slice
+from hdovd.evaluation.groups import GROUPS, group_mean
 from hdovd.evaluation.matching import Objects
 
 
@@ -31,14 +29,10 @@ class AveragePrecision:
     ap50: np.ndarray
     ap: np.ndarray
 
-    def mean(self, values: np.ndarray, group: str) -> float | None:
-        """Mean over the classes of a group that have ground truth; None if none has."""
-        return group_mean(values, self.protocol, group)
-
     def summary(self) -> dict[str, dict[str, float | None]]:
         """`{"ap50": {"novel", "base", "all"}, "ap": {...}}`."""
         return {
-            name: {group: self.mean(values, group) for group in GROUPS}
+            name: {group: group_mean(values, self.protocol, group) for group in GROUPS}
             for name, values in (("ap50", self.ap50), ("ap", self.ap))
         }
 
@@ -54,11 +48,9 @@ class AveragePrecision:
                 raise AssertionError(f"AP of all {parts['all']} is not the weighted mean of base and novel {weighted}")
 
     def per_class(self) -> dict[str, dict[str, float | None]]:
-        values = np.stack([self.ap50, self.ap], axis=1).astype(object)
-        values[np.isnan(self.ap50)] = None
         return {
-            name: {"ap50": ap50, "ap": ap}
-            for name, (ap50, ap) in zip(self.protocol.names, values.tolist(), strict=True)
+            name: {"ap50": None, "ap": None} if np.isnan(ap50) else {"ap50": ap50, "ap": ap}
+            for name, ap50, ap in zip(self.protocol.names, self.ap50.tolist(), self.ap.tolist(), strict=True)
         }
 
 
@@ -75,25 +67,30 @@ class GroundTruth:
         coco_ids: tuple[int, ...],
         image_ids: Iterable[int],
         protocol: Protocol,
-        engine: Engine = Engine.PYCOCOTOOLS,
+        engine: str = Engine.PYCOCOTOOLS,
     ) -> None:
         """`coco_ids`: the file's category id of every class, in label order. Raises HdovdError without the file or the
         engine.
         """
-        self.protocol, self.coco_ids, self.engine = protocol, coco_ids, engine
+        self.protocol, self.coco_ids = protocol, coco_ids
         self._coco, self._evaluation = classes(engine)
-        self._image_ids, wanted_classes = set(image_ids), set(coco_ids)
+        self._image_ids, label = set(image_ids), {coco_id: k for k, coco_id in enumerate(coco_ids)}
         found = read_instances(annotations)
         boxes = np.array(found.boxes).reshape(-1, 4)
         kept = [
             row
             for row, (image_id, category) in enumerate(zip(found.image_ids, found.categories, strict=True))
             if image_id in self._image_ids
-            and category in wanted_classes
+            and category in label
             and row not in found.odd
             and clip_box(boxes[row].tolist(), *found.images[image_id][1:])[0] is not None
         ]  # what `load_split` skipped is no object
-        self.objects = _flat(found, boxes, kept, coco_ids)
+        self.objects = Objects(
+            np.array(found.image_ids, np.int64)[kept],
+            boxes[kept],
+            np.array([label[found.categories[row]] for row in kept], np.int64),
+            np.array(found.crowd, bool)[kept],
+        )
         areas = np.array(found.areas)
         areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas).tolist()
         # pycocotools takes annotation id 0 for "unmatched": number them anew from 1
@@ -140,7 +137,7 @@ class GroundTruth:
                 for number, d in enumerate(detections, start=1)
             ]
         )
-        with _quiet():
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
             evaluation = self._evaluation(self._truth, found, "bbox")
             evaluation.params.imgIds = sorted(self._image_ids)
             evaluation.params.catIds = list(self.coco_ids)
@@ -157,7 +154,7 @@ class GroundTruth:
         return AveragePrecision(self.protocol, precision[0].mean(axis=0) * 100, precision.mean(axis=(0, 1)) * 100)
 
     def _indexed(self, annotations: list[dict[str, Any]]) -> Any:
-        with _quiet():
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
             coco = self._coco()
             coco.dataset = {
                 "info": {},
@@ -169,30 +166,3 @@ class GroundTruth:
             }
             coco.createIndex()
         return coco
-
-
-def average_precision(
-    annotations: Path,
-    coco_ids: tuple[int, ...],
-    image_ids: Iterable[int],
-    detections: list[dict[str, Any]],
-    protocol: Protocol,
-    engine: Engine = Engine.PYCOCOTOOLS,
-) -> AveragePrecision:
-    """AP of COCO results on `image_ids` of an annotation file, once; arguments and errors as of `GroundTruth`."""
-    return GroundTruth(annotations, coco_ids, image_ids, protocol, engine).average_precision(detections)
-
-
-def _flat(found: Instances, boxes: np.ndarray, rows: list[int], coco_ids: tuple[int, ...]) -> Objects:
-    label = {coco_id: k for k, coco_id in enumerate(coco_ids)}
-    return Objects(
-        np.array(found.image_ids, np.int64)[rows],
-        boxes[rows],
-        np.array([label[found.categories[row]] for row in rows], np.int64),
-        np.array(found.crowd, bool)[rows],
-    )
-
-
-def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
-    """pycocotools prints what it does."""
-    return contextlib.redirect_stdout(io.StringIO())

@@ -20,8 +20,7 @@ def group_of(label: int, protocol: Protocol) -> str:
 
 def group_slice(protocol: Protocol, group: str) -> slice:
     """The labels of the classes of a group."""
-    base = len(protocol.base)
-    return {"novel": slice(base, None), "base": slice(0, base), "all": slice(None)}[group]
+    return slice(len(protocol.base) * (group == "novel"), len(protocol.base) if group == "base" else None)
 
 
 def group_mean(values: np.ndarray, protocol: Protocol, group: str) -> float | None:

@@ -81,21 +81,13 @@ def find_overlaps(found: Found, objects: Objects) -> Overlaps:
     first = np.searchsorted(ids, found.image_ids, "left")
     count = np.searchsorted(ids, found.image_ids, "right") - first
     parts = []
-    ends = np.cumsum(count)
-    start = 0
-    while start < len(count):
-        before = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + PAIRS_AT_ONCE, "right")))
-        counts = count[start:stop]
-        detection = np.repeat(np.arange(start, stop), counts)
-        within = np.arange(len(detection)) - np.repeat(np.cumsum(counts) - counts, counts)
-        item = by_image[first[detection] + within]
+    for some in np.split(np.arange(len(count)), np.flatnonzero(np.diff(np.cumsum(count) // PAIRS_AT_ONCE)) + 1):
+        counts = count[some]
+        detection = np.repeat(some, counts)
+        item = by_image[first[detection] + (np.arange(len(detection)) - np.repeat(np.cumsum(counts) - counts, counts))]
         iou = paired_ious(found.boxes[detection], objects.boxes[item], objects.crowd[item])
         near = iou >= LEAST_IOU
         parts.append((detection[near], item[near], iou[near]))
-        start = stop
-    if not parts:
-        return Overlaps(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
     return Overlaps(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -174,5 +166,4 @@ def _beyond(found: Found, most: int) -> np.ndarray:
     same = np.zeros(len(order), bool)
     same[1:] = (np.diff(found.image_ids[order]) == 0) & (np.diff(found.labels[order]) == 0)
     place = np.arange(len(order))
-    first = np.maximum.accumulate(np.where(same, 0, place))
-    return np.asarray(order[place - first >= most])
+    return np.asarray(order[place - np.maximum.accumulate(np.where(same, 0, place)) >= most])

@@ -43,9 +43,9 @@ from typing import Any
 import numpy as np
 
 from hdovd.data.protocol import Protocol
+from hdovd.evaluation.curves import curves_of
 from hdovd.evaluation.groups import GROUPS, group_mean, group_slice
 from hdovd.evaluation.matching import IOU, Found, Matching, Objects, Overlaps, Verdict, find_overlaps, match, ranking
-from hdovd.evaluation.pr_curves import curves_of
 
 
 class Kind(StrEnum):
@@ -63,14 +63,12 @@ class Kind(StrEnum):
     MISSED = "missed"  # of objects alone
 
 
-KINDS = tuple(Kind)  # `Errors.kind` holds places in it
 ERRORS = (Kind.CLASSIFICATION, Kind.LOCALISATION, Kind.BOTH, Kind.DUPLICATE, Kind.BACKGROUND, Kind.MISSED)
-_PLACE = {kind: place for place, kind in enumerate(KINDS)}
 
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """Every error of a run: `kind` (D,) places in `KINDS`; `item` (D,): the object that it is about (the one found, the
+    """Every error of a run: `kind` (D,) values of `Kind`; `item` (D,): the object that it is about (the one found, the
     crowd it lies in), or -1; `mended_by` (G,): the detection that would find an object that nothing found if its class
     or its box were mended, or -1; `missed` (G,) bool: not found, and not even that.
     """
@@ -79,10 +77,6 @@ class Errors:
     item: np.ndarray
     mended_by: np.ndarray
     missed: np.ndarray
-
-    def of(self, kind: Kind) -> np.ndarray:
-        """(D,) bool."""
-        return np.asarray(self.kind == _PLACE[kind])
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +99,14 @@ class GroupErrors:
     false_negatives: int
     false_positive_gain: float | None
     false_negative_gain: float | None
+
+    def cells(self) -> list[tuple[int, float | None]]:
+        """Count and gain of each of `ERRORS`, of all false detections and of all objects not found."""
+        return [
+            *((self.counts[kind], self.gains[kind]) for kind in ERRORS),
+            (self.false_positives, self.false_positive_gain),
+            (self.false_negatives, self.false_negative_gain),
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +166,9 @@ def classify(found: Found, objects: Objects, overlaps: Overlaps, matching: Match
         other_item >= 0,
     ]
     kinds = [Kind.RIGHT, Kind.IGNORED, Kind.LOCALISATION, Kind.CLASSIFICATION, Kind.DUPLICATE, Kind.BOTH]
-    kind = np.select(tests, [_PLACE[k] for k in kinds], _PLACE[Kind.BACKGROUND])
+    kind = np.select(tests, kinds, Kind.BACKGROUND)
     about = np.select(tests, [matching.item, matching.item, own_item, other_item, own_item, other_item], -1)
-    mendable = np.flatnonzero((kind == _PLACE[Kind.CLASSIFICATION]) | (kind == _PLACE[Kind.LOCALISATION]))
+    mendable = np.flatnonzero((kind == Kind.CLASSIFICATION) | (kind == Kind.LOCALISATION))
     mendable = mendable[matching.finder[about[mendable]] < 0]
     mendable = mendable[np.argsort(-found.scores[mendable], kind="stable")]
     items, best = np.unique(about[mendable], return_index=True)  # the first, and so the best scored, of each object
@@ -197,35 +199,33 @@ def count_errors(
     hit = np.bincount(objects.labels[matching.finder >= 0], minlength=classes)
     wrong = np.bincount(found.labels[matching.verdict == Verdict.WRONG], minlength=classes)
     missed = np.bincount(objects.labels[errors.missed], minlength=classes)
-    rank = matching.rank
 
-    def ap50(verdict: np.ndarray, left: np.ndarray) -> np.ndarray:
-        """(K,) percent, of `left` (K,) objects to find: 0 for a class of which none is left, NaN for one that had
-        none."""
-        precision, _ = curves_of(found.labels[rank], found.scores[rank], verdict[rank], left)
+    def ap50(verdict: np.ndarray, left: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
+        """(K,) percent, of `left` (K,) objects to find: 0 for a class of which none is left, NaN for one that had none.
+        labels: of detections, if they are not their own.
+        """
+        order = matching.rank if labels is None else ranking(labels, found.scores, found.image_ids)
+        labels = found.labels if labels is None else labels
+        precision, _ = curves_of(labels[order], found.scores[order], verdict[order], left)
         return np.where(held > 0, np.where(left > 0, precision.mean(axis=1) * 100, 0.0), np.nan)
 
     def mended(kind: Kind) -> np.ndarray:
         """AP50 (K,) without the errors of a kind."""
         if kind is Kind.MISSED:
             return ap50(matching.verdict, held - missed)
-        verdict, of_kind = matching.verdict.copy(), errors.of(kind)
-        verdict[of_kind] = Verdict.IGNORED  # dropped
-        if kind not in (Kind.CLASSIFICATION, Kind.LOCALISATION):
-            return ap50(verdict, held)
-        menders = errors.mended_by[errors.mended_by >= 0]
+        of_kind = errors.kind == kind
+        verdict = np.where(of_kind, Verdict.IGNORED, matching.verdict)  # dropped
+        menders, labels = errors.mended_by[errors.mended_by >= 0], found.labels.copy()
         menders = menders[of_kind[menders]]
         verdict[menders] = Verdict.RIGHT
-        labels = found.labels.copy()
         labels[menders] = objects.labels[errors.item[menders]]
-        order = ranking(labels, found.scores, found.image_ids)
-        return np.asarray(curves_of(labels[order], found.scores[order], verdict[order], held)[0].mean(axis=1) * 100)
+        return ap50(verdict, held, labels if len(menders) else None)
 
     plain = ap50(matching.verdict, held)
     gains = np.stack([mended(kind) - plain for kind in ERRORS], axis=1)
     counts = np.stack(
         [
-            missed if kind is Kind.MISSED else np.bincount(found.labels[errors.of(kind)], minlength=classes)
+            missed if kind is Kind.MISSED else np.bincount(found.labels[errors.kind == kind], minlength=classes)
             for kind in ERRORS
         ],
         axis=1,
@@ -256,7 +256,7 @@ def count_errors(
 
 
 def _misnamed(found: Found, objects: Objects, errors: Errors, protocol: Protocol) -> dict[str, dict[str, int]]:
-    wrong = errors.of(Kind.CLASSIFICATION)
+    wrong = errors.kind == Kind.CLASSIFICATION
     truth_novel = objects.labels[errors.item[wrong]] >= len(protocol.base)
     named_novel = found.labels[wrong] >= len(protocol.base)
     return {

@@ -8,7 +8,7 @@ the rest.
 import fcntl
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -21,15 +21,23 @@ from hdovd.core.errors import HdovdError, counted
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.ablation.cells import Cell, cells_of, recipe_settings
 from hdovd.pipelines.ablation.config import AblateConfig
-from hdovd.pipelines.ablation.table import AblationTable, ablation_table, write_tables
+from hdovd.pipelines.ablation.grid import (
+    AblationTable,
+    Cell,
+    Row,
+    cells_of,
+    note,
+    recipe_settings,
+    scores_of,
+    write_tables,
+)
 from hdovd.pipelines.calibration.values import with_reliability
-from hdovd.pipelines.common.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
+from hdovd.pipelines.common.job_pool import Job, log_end, run_jobs, stop_signals
 from hdovd.pipelines.common.process import usable_cores
 from hdovd.pipelines.common.settings import SWITCH, lasting_values
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.listing import Run, read_run
+from hdovd.pipelines.runs.listing import read_run
 from hdovd.pipelines.training.config import TrainConfig
 
 LOCK = ".ablate.lock"
@@ -44,15 +52,17 @@ class RunState(StrEnum):
     TRAIN = "to do"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Planned:
-    """One run of an ablation."""
+    """One run of an ablation. `init`: hash of the weights that it begins with. `failed`: why it did."""
 
     cell: Cell
     seed: int
     recipe: Recipe
     path: Path
-    init: str | None = None  # hash of the weights that it begins with
+    init: str | None = None
+    state: RunState = RunState.TRAIN
+    failed: str = ""
 
     @property
     def name(self) -> str:
@@ -65,18 +75,16 @@ class Planned:
 
 @dataclass(slots=True)
 class Ablation:
-    """What came of it. `failed`: runs by name, and why. `stopped`: the signal that ended it before all was done, or
-    0."""
+    """What came of it. `stopped`: the signal that ended it before all was done, or 0."""
 
     table: AblationTable
-    standing: dict[str, RunState]
-    failed: dict[str, str] = field(default_factory=dict)
+    runs: list[Planned]
     files: list[Path] = field(default_factory=list)
     stopped: int = 0
 
     @property
     def left(self) -> int:
-        return sum(standing is not RunState.DONE for standing in self.standing.values())
+        return sum(run.state is not RunState.DONE for run in self.runs)
 
 
 def ablate(config: AblateConfig) -> Ablation:
@@ -86,35 +94,37 @@ def ablate(config: AblateConfig) -> Ablation:
     config in OUT.
     """
     plans = plan(config)
+    found = Ablation(_table(config, plans), plans)
     if config.dry_run:
-        return _result(config, plans, {p.name: standing(p, config) for p in plans})
-    if any(standing(p, config) is not RunState.DONE for p in plans):
+        return found
+    if found.left:
         config.check()
     config.out.mkdir(parents=True, exist_ok=True)
     with _locked(config.out) as lock:
-        standings = {p.name: standing(p, config) for p in plans}
-        to_do = [p for p in plans if standings[p.name] is not RunState.DONE]
+        for planned in plans:
+            planned.state = standing(planned, config)  # once more: another ablation may have been at work
+        to_do = [planned for planned in plans if planned.state is not RunState.DONE]
         log(
             f"{counted(len(plans) // config.seeds, 'cell')} x {counted(config.seeds, 'seed')}: "
             f"{len(plans) - len(to_do)} of {len(plans)} runs done"
         )
         _check_features(plans, _features(config, plans) if to_do else None)
-        result = _result(config, plans, standings)
         if to_do:
-            _run(config, plans, to_do, result, lock)
-        result.files = write_tables(result.table, config.out)
-    return result
+            found.stopped = _run(config, plans, to_do, lock)
+        found.table = _table(config, plans)
+        found.files = write_tables(found.table, config.out)
+    return found
 
 
 def plan(config: AblateConfig) -> list[Planned]:
-    """All runs, cell by cell. Raises HdovdError for a wrong recipe or grid."""
+    """All runs, cell by cell, and how far each is. Raises HdovdError for a wrong recipe or grid, and as `standing`."""
     cells = cells_of(config.recipe, config.settings, config.grid, PRESETS[config.preset] if config.preset else ())
     init = None
     if config.init is not None:
         from hdovd.pipelines.training.initial_weights import init_hash
 
         init = init_hash(config.init)
-    return [
+    plans = [
         Planned(
             cell,
             seed,
@@ -125,6 +135,9 @@ def plan(config: AblateConfig) -> list[Planned]:
         for cell in cells
         for seed in range(config.seeds)
     ]
+    for planned in plans:
+        planned.state = standing(planned, config)
+    return plans
 
 
 def standing(planned: Planned, config: AblateConfig) -> RunState:
@@ -138,17 +151,16 @@ def standing(planned: Planned, config: AblateConfig) -> RunState:
             f"{planned.path}: {'; '.join(run.wrong) or 'run.json names no protocol'}: delete this folder, and it is "
             f"made anew"
         )
-    init = (RunFolder(planned.path).record().get("init") or {}).get("sha256")
+    folder = RunFolder(planned.path)
     there = {
         "protocol": run.protocol,
-        "weights of --init": init,
-        **lasting_values(RunFolder(planned.path).written_recipe()),
+        "weights of --init": (folder.record().get("init") or {}).get("sha256"),
+        **lasting_values(folder.written_recipe()),
     }
-    recipe = planned.recipe.with_precision(str(run.settings.get("train.precision")))
     asked = {
         "protocol": load_protocol(config.protocol).to_dict(),
         "weights of --init": planned.init,
-        **lasting_values(recipe),
+        **lasting_values(planned.recipe.with_precision(str(run.settings.get("train.precision")))),
     }
     if lines := differences(asked, there, sides=("asked for", "there")):
         raise HdovdError(
@@ -164,46 +176,37 @@ def standing(planned: Planned, config: AblateConfig) -> RunState:
     return RunState.EVALUATE if trained else RunState.GO_ON
 
 
-def commands(planned: Planned, config: AblateConfig, standing: RunState) -> tuple[tuple[str, ...], ...]:
+def commands(planned: Planned, config: AblateConfig) -> tuple[tuple[str, ...], ...]:
     """The command lines that are left for a run."""
-    hdovd = (sys.executable, "-m", "hdovd")
+    hdovd, device = (sys.executable, "-m", "hdovd"), ("--device", config.device)
+    options = {
+        "--cache": config.cache,
+        "--out": planned.path,
+        "--recipe": config.recipe,
+        "--preset": config.preset,
+        "--protocol": config.protocol,
+        "--features": config.features,
+        "--calibration": config.calibration,
+        "--init": config.init,
+    }
+    settings = (*config.settings, *planned.cell.settings, f"train.seed={planned.seed}")
     train = (
-        *hdovd,
-        "train",
-        "--cache",
-        str(config.cache),
-        "--out",
-        str(planned.path),
-        "--recipe",
-        config.recipe,
-        *(("--preset", config.preset) if config.preset else ()),
-        "--protocol",
-        config.protocol,
-        "--features",
-        config.features,
-        "--device",
-        config.device,
-        "--val-every",
-        "0",
+        *(*hdovd, "train", "--val-every", "0", *device, *_words(options)),
         *(() if is_tar_form(config.cache) else _data_words(config.data)),
-        *(
-            word
-            for setting in (*config.settings, *planned.cell.settings, f"train.seed={planned.seed}")
-            for word in ("--set", setting)
-        ),
-        *(("--calibration", str(config.calibration)) if config.calibration else ()),
-        *(("--init", str(config.init)) if config.init else ()),
-        *(("--resume",) if standing is RunState.GO_ON else ()),
+        *(word for setting in settings for word in ("--set", setting)),
+        *(("--resume",) if planned.state is RunState.GO_ON else ()),
     )
-    evaluate = (
-        *hdovd,
-        "eval",
-        str(planned.path),
-        *_data_words(config.validation or config.data),
-        "--device",
-        config.device,
-    )
-    return {RunState.DONE: (), RunState.EVALUATE: (evaluate,)}.get(standing, (train, evaluate))
+    evaluate = (*hdovd, "eval", str(planned.path), *_data_words(config.validation or config.data), *device)
+    return {RunState.DONE: (), RunState.EVALUATE: (evaluate,)}.get(planned.state, (train, evaluate))
+
+
+def _data_words(data: DataPaths) -> list[str]:
+    return _words({"--data": data.root, "--images": data.images, "--annotations": data.annotations})
+
+
+def _words(options: Mapping[str, object]) -> list[str]:
+    """Of a command line: those that are given."""
+    return [word for option, value in options.items() if value is not None for word in (option, str(value))]
 
 
 def places(config: AblateConfig, runs: int) -> list[dict[str, str]]:
@@ -226,52 +229,42 @@ def places(config: AblateConfig, runs: int) -> list[dict[str, str]]:
     return [threads | ({"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if len(gpus) > 1 else {}) for job in range(jobs)]
 
 
-def _run(config: AblateConfig, plans: list[Planned], to_do: list[Planned], result: Ablation, lock: int) -> None:
-    by_name = {p.name: p for p in to_do}
-    jobs = [Job(p.name, commands(p, config, result.standing[p.name]), p.log) for p in to_do]
-    ended = []
+def _run(config: AblateConfig, plans: list[Planned], to_do: list[Planned], lock: int) -> int:
+    """Returns the signal that ended it before all was done, or 0."""
+    by_name, ended = {planned.name: planned for planned in to_do}, set[str]()
+    jobs = [Job(planned.name, commands(planned, config), planned.log) for planned in to_do]
 
-    def on_end(end: Ended) -> None:
-        planned = by_name[end.job.name]
-        ended.append(end)
-        reason = _failure(end, planned, config, result)
+    def on_end(job: Job, command: tuple[str, ...], code: int, seconds: float) -> None:
+        ended.add(job.name)
+        planned = by_name[job.name]
+        planned.failed = _failure(command, code, planned, config)
         count = f"[{len(ended)}/{len(jobs)}] {planned.name}"
-        if reason is None:
-            novel = read_run(planned.path).ap50.get("novel")
-            log(f"{count}: {end.seconds:.0f} s" + ("" if novel is None else f", novel AP50 {novel:.1f}"))
+        if planned.failed:
+            log(f"{count}: FAILED: {planned.failed}; {log_end(planned.log)}")
         else:
-            result.failed[planned.name] = reason
-            log(
-                "\n".join(
-                    [
-                        f"{count}: FAILED: {reason}; {planned.log} ends with",
-                        *(f"    {line}" for line in last_lines(planned.log)),
-                    ]
-                )
-            )
-        result.table = _table(config, plans, result.standing, result.failed)
-        write_tables(result.table, config.out)
+            novel = read_run(planned.path).ap50.get("novel")
+            log(f"{count}: {seconds:.0f} s" + ("" if novel is None else f", novel AP50 {novel:.1f}"))
+        write_tables(_table(config, plans), config.out)
 
     with stop_signals() as stop:
         at = places(config, len(jobs))
         log(f"{len(jobs)} to do, {len(at)} at a time; what each prints is in {config.out}/CELL/seedK.log")
         run_jobs(jobs, at, on_end, stop, [lock])
-        result.stopped = stop.signals[0] if stop.signals and len(ended) < len(jobs) else 0
-    result.standing |= {p.name: standing(p, config) for p in to_do if p.name not in result.failed}
-    result.table = _table(config, plans, result.standing, result.failed)
+    for planned in to_do:
+        if not planned.failed:
+            planned.state = standing(planned, config)
+    return stop.signals[0] if stop.signals and len(ended) < len(jobs) else 0
 
 
-def _failure(end: Ended, planned: Planned, config: AblateConfig, result: Ablation) -> str | None:
-    """Why a job failed; None, and the run is done, if it did not."""
-    if end.code:
-        return f"hdovd {end.command[3]}, " + (
-            f"exit code {end.code}" if end.code > 0 else f"killed by signal {-end.code}"
-        )
+def _failure(command: tuple[str, ...], code: int, planned: Planned, config: AblateConfig) -> str:
+    """Why a job failed; nothing, and the run is done, if it did not."""
+    if code:
+        return f"hdovd {command[3]}, " + (f"exit code {code}" if code > 0 else f"killed by signal {-code}")
     try:
-        result.standing[planned.name] = standing(planned, config)
+        planned.state = standing(planned, config)
     except HdovdError as error:  # a recipe file that was edited meanwhile
         return str(error)
-    return None if result.standing[planned.name] is RunState.DONE else "hdovd eval left no metrics.json"
+    return "" if planned.state is RunState.DONE else "hdovd eval left no metrics.json"
 
 
 @quiet()  # what is skipped is in the log of every run
@@ -292,9 +285,8 @@ def _features(config: AblateConfig, plans: list[Planned]) -> dict[str, str]:
     )
     protocol = load_protocol(config.protocol)
     (config.validation or config.data).load("val2017", protocol, base_only=False)
-    data = config.data if not is_tar_form(config.cache) else DataPaths()
     job = TrainConfig(
-        data=data,
+        data=config.data if not is_tar_form(config.cache) else DataPaths(),
         cache=config.cache,
         out=config.out,
         recipe=everything,
@@ -311,17 +303,18 @@ def _features(config: AblateConfig, plans: list[Planned]) -> dict[str, str]:
 
 def _check_features(plans: list[Planned], levels: dict[str, str] | None) -> None:
     """All runs that are there must have read the same features, those of the cache as it is. Raises HdovdError."""
-    first = "the cache holds now"
-    for planned in plans:
-        if not (planned.path / "run.json").exists():
-            continue
-        mine = {level: entry.get("key", "") for level, entry in read_run(planned.path).levels.items()}
-        if levels is None:
-            levels, first = mine, f"{planned.path} was trained with"
-        if mine != levels:
-            lines = differences(mine, levels, sides=("there", "expected"))
+    there = {
+        p.path: {level: entry.get("key", "") for level, entry in read_run(p.path).levels.items()}
+        for p in plans
+        if (p.path / "run.json").exists()
+    }
+    expected = next(iter(there.values()), {}) if levels is None else levels
+    whose = f"{next(iter(there), '')} was trained with" if levels is None else "the cache holds now"
+    for path, mine in there.items():
+        if mine != expected:
+            lines = differences(mine, expected, sides=("there", "expected"))
             raise HdovdError(
-                f"{planned.path} was trained with other features than {first}:\n  "
+                f"{path} was trained with other features than {whose}:\n  "
                 + "\n  ".join(lines)
                 + "\nAn ablation is of one cache: give another --out, or the --cache and --features of that run"
             )
@@ -340,39 +333,25 @@ def _locked(out: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def _data_words(data: DataPaths) -> list[str]:
-    given = (("--data", data.root), ("--images", data.images), ("--annotations", data.annotations))
-    return [word for option, path in given if path is not None for word in (option, str(path))]
-
-
-def _result(config: AblateConfig, plans: list[Planned], standings: dict[str, RunState]) -> Ablation:
-    return Ablation(_table(config, plans, standings, {}), dict(standings))
-
-
-def _table(
-    config: AblateConfig, plans: list[Planned], standings: dict[str, RunState], failed: dict[str, str]
-) -> AblationTable:
+def _table(config: AblateConfig, plans: list[Planned]) -> AblationTable:
     """Of the runs that are done."""
-    done: dict[str, dict[int, Run]] = {p.cell.name: {} for p in plans}
-    broken: dict[str, set[int]] = {p.cell.name: set() for p in plans}
-    for p in plans:
-        if p.name in failed:
-            broken[p.cell.name].add(p.seed)
-        elif standings[p.name] is RunState.DONE:
-            done[p.cell.name][p.seed] = read_run(p.path)
+    done = {p.name: read_run(p.path) for p in plans if p.state is RunState.DONE and not p.failed}
+    rows = [
+        Row(
+            cell.name,
+            tuple(cell.values.values()),
+            scores_of({p.seed: done[p.name] for p in plans if p.cell is cell and p.name in done}),
+            config.seeds,
+            sum(p.cell is cell and bool(p.failed) for p in plans),
+        )
+        for cell in {p.cell.name: p.cell for p in plans}.values()
+    ]
+    recipe = [config.recipe, *([f"with {config.preset}"] if config.preset else []), *config.settings]
     made_of = {
         "data": str(config.data.root or config.data.annotations or config.cache),
         "protocol": config.protocol,
         "cache": str(config.cache),
         "features": config.features,
-        "recipe": " ".join(
-            [
-                config.recipe,
-                *([f"with {config.preset}"] if config.preset else []),
-                *config.settings,
-                *([f"from the weights of {config.init}"] if config.init else []),
-            ]
-        ),
+        "recipe": " ".join([*recipe, *([f"from the weights of {config.init}"] if config.init else [])]),
     }
-    cells = list({p.cell.name: p.cell for p in plans}.values())
-    return ablation_table(cells, config.seeds, done, broken, made_of)
+    return AblationTable(tuple(plans[0].cell.values), rows, note(list(done.values()), config.seeds, made_of))

@@ -5,125 +5,122 @@ docs/AUDIT.md says what each check means. It writes nothing into the cache or th
 """
 
 import json
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from hdovd.cache.identity import require_seal
-from hdovd.cache.reader import FeatureCache
-from hdovd.core.errors import HdovdError
 from hdovd.core.log import log, quiet
-from hdovd.core.text_files import read_json
-from hdovd.data.coco import instances_file
-from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.pipelines.audit import checks
+from hdovd.pipelines.audit.checks import Check, Verdict
 from hdovd.pipelines.audit.config import AuditConfig
-from hdovd.pipelines.audit.inputs import Audited, read_boxes, read_truth
-from hdovd.pipelines.audit.proposals import (
-    check_copies,
-    check_made_by,
-    check_same_proposals,
-    report_names,
-    report_pseudo_boxes,
-)
-from hdovd.pipelines.audit.report import AuditReport, Check
-from hdovd.pipelines.audit.run import check_backbone, check_calibration, check_run_cache
-from hdovd.pipelines.audit.split import check_base_rows, check_pictures, check_split_lists
+from hdovd.pipelines.audit.inputs import Audited, read_audited, sha256_of
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.proposal_files.file import read_table
+
+SHOWN = 10  # details of a check in the text report; JSON has all
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """`about`: what was audited, by name."""
+
+    about: dict[str, Any]
+    checks: list[Check]
+
+    @property
+    def leaks(self) -> int:
+        return sum(check.verdict is Verdict.LEAK for check in self.checks)
+
+    @property
+    def unknown(self) -> int:
+        return sum(check.verdict is Verdict.UNKNOWN for check in self.checks)
+
+    def lines(self) -> list[str]:
+        """The report as text: a line a check, its details below it."""
+        lines = ["audit", *(f"  {name:12s}{value}" for name, value in self.about.items()), ""]
+        for check in self.checks:
+            shown = len(check.details) if len(check.details) <= SHOWN + 1 else SHOWN
+            lines.append(f"{check.verdict:9s}{check.name:22s}{check.text}")
+            lines += [f"{'':31s}{detail}" for detail in check.details[:shown]]
+            if shown < len(check.details):
+                lines.append(f"{'':31s}and {len(check.details) - shown} more: --json lists all")
+        verdict = f"{self.leaks} LEAK{'S' if self.leaks > 1 else ''}" if self.leaks else "no leak found"
+        if self.unknown:
+            verdict += f"; {self.unknown} of {len(self.checks)} checks could not be made in full"
+        return [*lines, "", verdict]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        keys = ("name", "verdict", "text", "details", "numbers")
+        return {
+            "about": self.about,
+            "leaks": self.leaks,
+            "unknown": self.unknown,
+            "checks": [{key: getattr(check, key) for key in keys} for check in self.checks],
+        }
 
 
 def audit(config: AuditConfig) -> AuditReport:
     """All checks; the report goes to `log`. Raises HdovdError for input that cannot be read."""
     config.check()
-    protocol = load_protocol(config.protocol)
-    audited = _read(config, protocol)
-    checks = [
-        check_base_rows(audited),
-        check_split_lists(audited),
-        check_pictures(audited),
-        *_proposal_checks(config, audited),
-        check_copies(audited),
-        check_run_cache(audited),
-        check_backbone(audited),
-        check_calibration(audited),
-        report_names(audited),
-        report_pseudo_boxes(audited),
-    ]
-    recorded = audited.cache.set.proposals
+    audited = read_audited(config)
+    cache, protocol = audited.cache, audited.protocol
     about = {
-        "cache": audited.cache.url,
+        "cache": cache.url,
         "set": config.features,
         "protocol": f"{protocol.name}, {len(protocol.base)} base and {len(protocol.novel)} novel classes",
         "annotations": str(audited.truth.file),
         "run": str(config.run or "none given"),
-        "proposals": recorded.get("identity", "not recorded"),
+        "proposals": cache.set.proposals.get("identity", "not recorded"),
     }
-    report = AuditReport(about, tuple(checks))
+    report = AuditReport(
+        about,
+        [
+            _made(audited, "base boxes", checks.base_rows),
+            _made(audited, "class lists", checks.class_lists),
+            _made(audited, "train and val", checks.pictures, "val"),
+            *_proposal_checks(config, audited),
+            _made(audited, "proposals: copies", checks.copies),
+            _made(audited, "run: cache", checks.run_cache, "run"),
+            _made(audited, "run: backbone", checks.backbone, "run"),
+            _made(audited, "calibration", checks.calibration, "run"),
+            _made(audited, "novel names", checks.novel_names),
+            _made(audited, "pseudo boxes", checks.pseudo_boxes),
+        ],
+    )
     for line in report.lines():
         log(line)
     if config.json_out is not None:
-        keys = {str(level): audited.cache.key(level) for level in audited.cache.levels()}
-        tree = report.to_dict() | {"levels": keys, "annotations_sha256": audited.truth.sha256()}
+        tree = report.to_dict() | {
+            "levels": {str(level): cache.key(level) for level in cache.levels()},
+            "annotations_sha256": sha256_of(audited.truth.file),
+        }
         write_text(config.json_out, json.dumps(tree, indent=1))
     return report
 
 
-def _read(config: AuditConfig, protocol: Protocol) -> Audited:
-    data = config.data
-    root, missing = data.root or Path(), {"run": "no --run was given: not checked"}
-    folder = data.images or root / "train2017"
-    truth = read_truth(data.annotation_file("train2017"), folder)
-    if absent := [name for name in protocol.names if name not in truth.names.values()]:
-        raise HdovdError(
-            f"protocol {protocol.name} names classes that {truth.file} does not know: {', '.join(absent[:8])}. Give "
-            f"the split that fits this data with --protocol"
-        )
-    val_file = instances_file(root, "val2017")
-    if data.root is None or not val_file.is_file():
-        missing["val"] = (
-            f"no {val_file}: whether training and validation share pictures is not known"
-            if data.root is not None
-            else "no --data was given: where the validation pictures are is not known"
-        )
-    cache = FeatureCache(config.cache, config.features)
-    return Audited(
-        protocol,
-        truth,
-        folder,
-        None if "val" in missing else read_truth(val_file, root / "val2017"),
-        None if "val" in missing else root / "val2017",
-        cache,
-        read_boxes(cache),
-        _read_run(config.run),
-        config.run,
-        missing,
-    )
-
-
-def _read_run(run: Path | None) -> dict[str, Any] | None:
-    if run is None:
-        return None
-    tree = read_json(run / "run.json", "--run")
-    if not isinstance(tree, dict):
-        raise HdovdError(f"{run / 'run.json'} is damaged: expected the record that hdovd train writes")
-    try:
-        require_seal(tree)
-    except ValueError as error:
-        raise HdovdError(f"{run / 'run.json'}: {error}; what it says cannot be audited") from error
-    return tree
+def _made(audited: Audited, name: str, check: Callable[[Audited, Check], str], needs: str = "") -> Check:
+    """A check of that name, which cannot be made without what it `needs`."""
+    found = Check(name)
+    if needs in audited.missing:
+        found.unknown.append(audited.missing[needs])
+    else:
+        found.fine = check(audited, found)
+    return found
 
 
 def _proposal_checks(config: AuditConfig, audited: Audited) -> list[Check]:
     """Of the set's record and, where it was given, of the file."""
-    recorded = audited.cache.set.proposals.get("made_by")
+    recorded, name = audited.cache.set.proposals.get("made_by"), "proposals: made by"
+    by_cache = partial(checks.made_by, recorded, "the cache's record of its proposals")
     if config.proposals is None:
-        return [check_made_by(audited, recorded, "the cache's record of its proposals")]
+        return [_made(audited, name, by_cache)]
     with quiet():
         split = config.data.load("train2017", audited.protocol, base_only=True)
     table = read_table(config.proposals, audited.truth.file)
-    checks = [
-        check_same_proposals(audited, table, split, str(config.proposals)),
-        check_made_by(audited, table.made_by or None, str(config.proposals)),
+    found = [
+        _made(audited, "proposals: the file", partial(checks.same_proposals, table, split, config.proposals)),
+        _made(audited, name, partial(checks.made_by, table.made_by, str(config.proposals))),
     ]
-    if recorded and recorded != table.made_by:
-        checks.append(check_made_by(audited, recorded, "the cache's record of its proposals"))
-    return checks
+    return [*found, _made(audited, name, by_cache)] if recorded and recorded != table.made_by else found

@@ -1,35 +1,37 @@
-"""What an audit looks at: annotation files as they are, all classes of them, and a cache's boxes. Read for `audit`
-alone.
+"""What an audit looks at: annotation files as they are, all classes of them, a cache's boxes, a run's record. Read for
+`audit` alone.
 
 Training never sees these: `coco.load_split` leaves novel boxes out. N images, A annotations, M rows of boxes.
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hdovd.cache.catalog import Catalog
+from hdovd.cache.identity import require_seal
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
 from hdovd.core.errors import HdovdError
-from hdovd.data.coco import read_instances
-from hdovd.data.protocol import Protocol
+from hdovd.core.text_files import read_json
+from hdovd.data.coco import instances_file, read_instances
+from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.pipelines.audit.config import AuditConfig
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroundTruth:
-    """image_id (N,) i64, file_name [N], size (N, 2) f32 width and height; id, of_image, category (A,) i64, crowd (A,)
-    bool, box (A, 4) f32 xyxy, cut to the image. of_image is an image id. `names`: category id -> name.
+    """`images`: id -> (file name, width, height); id, of_image, category (A,) i64, crowd (A,) bool, box (A, 4) f32
+    xyxy, cut to the image. of_image is an image id. `names`: category id -> name.
     """
 
     file: Path
-    image_id: np.ndarray
-    file_name: list[str]
-    size: np.ndarray
+    folder: Path
+    images: dict[int, tuple[str, int, int]]
     id: np.ndarray
     of_image: np.ndarray
     category: np.ndarray
@@ -44,9 +46,6 @@ class GroundTruth:
     def class_name(self, row: int) -> str:
         return self.names.get(int(self.category[row]), f"category {self.category[row]}")
 
-    def sha256(self) -> str:
-        return sha256_of(self.file)
-
 
 def sha256_of(path: Path) -> str:
     """The hash of a file's bytes, in hexadecimal."""
@@ -59,16 +58,13 @@ def read_truth(file: Path, folder: Path | None = None) -> GroundTruth:
 
     Raises HdovdError if it is no such file."""
     found = read_instances(file, folder)
-    image_id, of_image = np.array(list(found.images), np.int64), np.array(found.image_ids, np.int64)
-    size = np.array([entry[1:] for entry in found.images.values()], np.float32).reshape(-1, 2)
-    box = np.array(found.boxes).reshape(-1, 4)
+    of_image, box = np.array(found.image_ids, np.int64), np.array(found.boxes).reshape(-1, 4)
     box[:, 2:] += box[:, :2]
-    edge = np.tile(size, 2)[rows_of(of_image, image_id)] if len(size) else np.zeros_like(box)
+    edge = np.array([found.images[image_id][1:] * 2 for image_id in found.image_ids], np.float32).reshape(-1, 4)
     return GroundTruth(
         file,
-        image_id,
-        [entry[0] for entry in found.images.values()],
-        size,
+        folder or Path(),
+        found.images,
         np.array(found.ids, np.int64),
         of_image,
         np.array(found.categories, np.int64),
@@ -78,57 +74,20 @@ def read_truth(file: Path, folder: Path | None = None) -> GroundTruth:
     )
 
 
-def rows_of(wanted: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """For each of `wanted` its place in `among`, -1 if it is not there: int64."""
-    if not len(among):
-        return np.full(len(wanted), -1, np.int64)
-    order = np.argsort(among, kind="stable")
-    at = order[np.searchsorted(among[order], wanted).clip(max=len(among) - 1)]
-    return np.where(among[at] == wanted, at, -1)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class CachedBoxes:
-    """The box table of a cache: image_id (N,); of_image (M,), the image id of each row, box (M, 4) f32 xyxy, source
-    (M,), annotation_id (M,); noun (M,) int32, rows of `nouns` or -1, or None where nothing was named. `nouns`: empty if
-    they are not known.
+    """The box table of a cache: image_id (N,); of_image (M,), the image id of each row, box (M, 4) f32 xyxy, is_base
+    (M,) bool, annotation_id (M,); noun (M,) int32, rows of `nouns` or -1, or None where nothing was named. `nouns`:
+    empty if they are not known.
     """
 
     image_id: np.ndarray
     of_image: np.ndarray
     box: np.ndarray
-    source: np.ndarray
+    is_base: np.ndarray
     annotation_id: np.ndarray
     noun: np.ndarray | None
     nouns: tuple[str, ...]
-
-    @property
-    def is_base(self) -> np.ndarray:
-        return np.asarray(self.source == Source.BASE_BOX)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Audited:
-    """All that the checks look at. `val`, `run`: None if they were not given or are not there, and `missing` says of
-    each why.
-    """
-
-    protocol: Protocol
-    truth: GroundTruth
-    folder: Path
-    val: GroundTruth | None
-    val_folder: Path | None
-    cache: FeatureCache
-    boxes: CachedBoxes
-    run: dict[str, Any] | None
-    run_path: Path | None = None
-    missing: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def synonyms(self) -> dict[str, list[str]]:
-        """Other names of classes that the cache was made with."""
-        inputs = self.cache.key_inputs(Level.CLASS) if Level.CLASS in self.cache.levels() else {}
-        return dict(inputs.get("synonyms", {}))
 
 
 def read_boxes(cache: FeatureCache) -> CachedBoxes:
@@ -139,16 +98,74 @@ def read_boxes(cache: FeatureCache) -> CachedBoxes:
         )
     folder = Catalog(cache.url).folder
     boxes = Product(folder, Level.BOXES, cache.key(Level.BOXES))
-    image_id, offset = boxes.table("image_id"), boxes.table("offset")
+    image_id = boxes.table("image_id")
     named = {Level.PSEUDO_LABEL, Level.NOUN} <= set(cache.levels())
     has_names = named and not isinstance(cache.key_inputs(Level.NOUN).get("names"), dict)  # an import's texts have none
-    noun = Product(folder, Level.PSEUDO_LABEL, cache.key(Level.PSEUDO_LABEL)).table("noun") if named else None
     return CachedBoxes(
         image_id,
-        np.repeat(image_id, np.diff(offset)),
+        np.repeat(image_id, np.diff(boxes.table("offset"))),
         boxes.table("box"),
-        boxes.table("source"),
+        np.asarray(boxes.table("source") == Source.BASE_BOX),
         boxes.table("annotation_id"),
-        noun,
+        Product(folder, Level.PSEUDO_LABEL, cache.key(Level.PSEUDO_LABEL)).table("noun") if named else None,
         tuple(cache.names(Level.NOUN)) if has_names else (),
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Audited:
+    """All that the checks look at. `missing`: of `val` and of `run`, which is empty then, why they are not there."""
+
+    protocol: Protocol
+    truth: GroundTruth
+    val: GroundTruth | None
+    cache: FeatureCache
+    boxes: CachedBoxes
+    run: dict[str, Any]
+    run_path: Path
+    missing: dict[str, str]
+
+    def called(self, name: str) -> str:
+        """A class that is not base, in words."""
+        return f"{name!r}, which is {'novel' if name in self.protocol.novel else 'no base class'}"
+
+
+def read_audited(config: AuditConfig) -> Audited:
+    """Raises HdovdError for what cannot be read, and for data that do not know the protocol's classes."""
+    protocol, root = load_protocol(config.protocol), config.data.root
+    truth = read_truth(config.data.annotation_file("train2017"), config.data.images or (root or Path()) / "train2017")
+    if absent := [name for name in protocol.names if name not in truth.names.values()]:
+        raise HdovdError(
+            f"protocol {protocol.name} names classes that {truth.file} does not know: {', '.join(absent[:8])}. Give "
+            f"the split that fits this data with --protocol"
+        )
+    missing = {} if config.run is not None else {"run": "no --run was given: not checked"}
+    val = None
+    if root is None:
+        missing["val"] = "no --data was given: where the validation pictures are is not known"
+    elif (val_file := instances_file(root, "val2017")).is_file():
+        val = read_truth(val_file, root / "val2017")
+    else:
+        missing["val"] = f"no {val_file}: whether training and validation share pictures is not known"
+    cache = FeatureCache(config.cache, config.features)
+    return Audited(
+        protocol,
+        truth,
+        val,
+        cache,
+        read_boxes(cache),
+        {} if config.run is None else _read_run(config.run / "run.json"),
+        config.run or Path(),
+        missing,
+    )
+
+
+def _read_run(file: Path) -> dict[str, Any]:
+    tree = read_json(file, "--run")
+    if not isinstance(tree, dict):
+        raise HdovdError(f"{file} is damaged: expected the record that hdovd train writes")
+    try:
+        require_seal(tree)
+    except ValueError as error:
+        raise HdovdError(f"{file}: {error}; what it says cannot be audited") from error
+    return tree

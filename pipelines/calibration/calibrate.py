@@ -31,6 +31,7 @@ have 1 and 1.3.
 The picture of a calibration: which cosines right and wrong labels have, and the weight that was fitted.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -45,7 +46,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
-from hdovd.data.coco import Split
+from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.calibration.config import CalibrateConfig
 from hdovd.pipelines.calibration.values import Calibration, origin_of
@@ -138,7 +139,7 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))
 
 
-RIGHT, WRONG, CURVE, GRID = (40, 110, 220), (230, 120, 20), (20, 20, 20), (215, 215, 215)
+RIGHT, WRONG, CURVE, GRID, BLACK = (40, 110, 220), (230, 120, 20), (20, 20, 20), (215, 215, 215), (0, 0, 0)
 WIDTH, HEIGHT, LEFT, TOP, RIGHT_MARGIN, BOTTOM = 900, 520, 70, 70, 70, 60
 BINS = 80
 
@@ -147,10 +148,9 @@ def draw_calibration(right: np.ndarray, wrong: np.ndarray, fit: Fit, file: Path)
     """Write `file`, a PNG: histograms of cosines as shares of their kind on the left axis, the weight on the right
     one."""
     low, high = _range(right, wrong)
-    edges = np.linspace(low, high, BINS + 1)
+    edges, along = np.linspace(low, high, BINS + 1), np.linspace(low, high, 400)
     shares = [np.histogram(np.clip(cosines, low, high), edges)[0] / len(cosines) for cosines in (wrong, right)]
-    top = max(share.max() for share in shares) * 1.05
-    most = 1.1 * max(1.0, fit.scale)
+    top, most = max(share.max() for share in shares) * 1.05, 1.1 * max(1.0, fit.scale)
     canvas = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen, font = ImageDraw.Draw(canvas, "RGBA"), ImageFont.load_default(14)
     bottom, across, up = HEIGHT - BOTTOM, WIDTH - LEFT - RIGHT_MARGIN, HEIGHT - BOTTOM - TOP
@@ -163,16 +163,10 @@ def draw_calibration(right: np.ndarray, wrong: np.ndarray, fit: Fit, file: Path)
 
     for cosine in ticks(low, high):
         pen.line((x(cosine), TOP, x(cosine), bottom), fill=GRID)
-        pen.text((x(cosine), bottom + 6), f"{cosine:.3g}", fill="black", font=font, anchor="ma")
     for share, colour in zip(shares, (WRONG, RIGHT), strict=True):
         for left, stop, value in zip(edges[:-1], edges[1:], share, strict=True):
             if value:
                 pen.rectangle((x(left), y(value / top), x(stop) - 1, bottom), fill=(*colour, 130), outline=colour)
-    for part in ticks(0, top):
-        pen.text((LEFT - 6, y(part / top)), f"{100 * part:.3g}%", fill="black", font=font, anchor="rm")
-    for weight in ticks(0, most):
-        pen.text((WIDTH - RIGHT_MARGIN + 6, y(weight / most)), f"{weight:.3g}", fill="black", font=font, anchor="lm")
-    along = np.linspace(low, high, 400)
     pen.line(
         [(x(c), y(w / most)) for c, w in zip(along.tolist(), fit.weights(along).tolist(), strict=True)],
         fill=CURVE,
@@ -181,27 +175,19 @@ def draw_calibration(right: np.ndarray, wrong: np.ndarray, fit: Fit, file: Path)
     if low < fit.centre < high:
         pen.line((x(fit.centre), TOP, x(fit.centre), bottom), fill=CURVE, width=1)
     pen.rectangle((LEFT, TOP, WIDTH - RIGHT_MARGIN, bottom), outline="black")
-    pen.text(
-        (LEFT, 10),
-        f"weight = {fit.scale:.3f} * sigmoid((cosine - {fit.centre:.4f}) / {fit.width:.4f}), the black line, right "
-        f"axis; AUC {fit.auc:.3f}",
-        fill="black",
-        font=font,
-    )
-    pen.text((LEFT, 30), f"{len(right):,d} right labels, share of them in each bin", fill=RIGHT, font=font)
-    pen.text(
-        (LEFT + across // 2, 30),
-        f"{len(wrong):,d} wrong labels: the best wrong name of each box",
-        fill=WRONG,
-        font=font,
-    )
-    pen.text(
-        (LEFT + across // 2, HEIGHT - 8),
-        "cosine of the crop's and the label's embedding",
-        fill="black",
-        font=font,
-        anchor="ms",
-    )
+    formula = f"weight = {fit.scale:.3f} * sigmoid((cosine - {fit.centre:.4f}) / {fit.width:.4f})"
+    of_wrong = f"{len(wrong):,d} wrong labels: the best wrong name of each box"
+    words: list[tuple[float, float, str, tuple[int, int, int], str]] = [
+        *((x(cosine), bottom + 6, f"{cosine:.3g}", BLACK, "ma") for cosine in ticks(low, high)),
+        *((LEFT - 6, y(part / top), f"{100 * part:.3g}%", BLACK, "rm") for part in ticks(0, top)),
+        *((WIDTH - RIGHT_MARGIN + 6, y(w / most), f"{w:.3g}", BLACK, "lm") for w in ticks(0, most)),
+        (LEFT, 10, f"{formula}, the black line, right axis; AUC {fit.auc:.3f}", BLACK, "la"),
+        (LEFT, 30, f"{len(right):,d} right labels, share of them in each bin", RIGHT, "la"),
+        (LEFT + across // 2, 30, of_wrong, WRONG, "la"),
+        (LEFT + across // 2, HEIGHT - 8, "cosine of the crop's and the label's embedding", BLACK, "ms"),
+    ]
+    for left, top_px, text, colour, anchor in words:
+        pen.text((left, top_px), text, fill=colour, font=font, anchor=anchor)
     write_picture(file, canvas, "PNG")
 
 
@@ -282,32 +268,17 @@ def label_cosines(cache: FeatureCache, split: Split, protocol: Protocol) -> Cosi
         )
     wanted = inputs_of(split, cache)
     cache.require_together()
-    cache.require(Level.BOXES, wanted[Level.BOXES])
-    cache.require(Level.INSTANCE, wanted[Level.INSTANCE])
-    inputs = {level: cache.key_inputs(level) for level in cache.levels()}
-    rule = LabelRule.of(inputs.get(Level.PSEUDO_LABEL, {}))
+    for level in (Level.BOXES, Level.INSTANCE):
+        cache.require(level, wanted[level])
+    rule = LabelRule.of(cache.key_inputs(Level.PSEUDO_LABEL) if Level.PSEUDO_LABEL in cache.levels() else {})
     texts = F.normalize(torch.from_numpy(cache.class_embeddings(protocol.base)), dim=1)
     cache.hold(Level.INSTANCE)
-    failed, rows, labels = cache.failed(), list[np.ndarray](), list[np.ndarray]()
-    found, waiting = list[Cosines](), 0
-
-    def take() -> None:
-        crops = F.normalize(torch.from_numpy(np.concatenate(rows)).float(), dim=1)
-        found.append(labels_of_boxes(crops, torch.from_numpy(np.concatenate(labels)), texts, rule))
-        rows.clear()
-        labels.clear()
-
-    for image in progress(split.images, "base boxes", "image"):
-        if image.id in failed or not len(image.boxes):
-            continue
-        rows.append(cache.instances(image.id).base_boxes().embedding)
-        labels.append(image.labels)
-        waiting += len(image.labels)
-        if waiting >= BOXES_AT_ONCE:
-            take()
-            waiting = 0
-    if rows:
-        take()
+    failed, found = cache.failed(), list[Cosines]()
+    with_boxes = [image for image in split.images if image.id not in failed and len(image.boxes)]
+    for images in _batches(progress(with_boxes, "base boxes", "image")):
+        rows = np.concatenate([cache.instances(image.id).base_boxes().embedding for image in images])
+        labels = torch.from_numpy(np.concatenate([image.labels for image in images]))
+        found.append(labels_of_boxes(F.normalize(torch.from_numpy(rows).float(), dim=1), labels, texts, rule))
     if not found:
         raise HdovdError(
             f"{cache.url} has no embeddings of base boxes: a calibration needs them (imports of oadp have none)"
@@ -317,6 +288,19 @@ def label_cosines(cache: FeatureCache, split: Split, protocol: Protocol) -> Cosi
         np.concatenate([part.wrong for part in found]),
         sum(part.named for part in found),
     )
+
+
+def _batches(images: Iterable[ImageBoxes]) -> Iterator[list[ImageBoxes]]:
+    """Of `BOXES_AT_ONCE` boxes or a few more."""
+    batch, boxes = list[ImageBoxes](), 0
+    for image in images:
+        batch.append(image)
+        boxes += len(image.labels)
+        if boxes >= BOXES_AT_ONCE:
+            yield batch
+            batch, boxes = [], 0
+    if batch:
+        yield batch
 
 
 def labels_of_boxes(crops: Tensor, classes: Tensor, texts: Tensor, rule: LabelRule) -> Cosines:
@@ -362,7 +346,6 @@ def _require_prompts(cache: FeatureCache) -> None:
 
 def _lines(found: Cosines, fit: Fit) -> list[str]:
     right, wrong = found.right, found.wrong
-    few = [f"note: {len(right)} boxes are few: the values are uncertain"] if len(right) < MANY else []
     return [
         f"{len(right):,d} base boxes: their own names have cosine {right.mean():.3f} ({right.std():.3f}), the best "
         f"wrong ones "
@@ -370,5 +353,5 @@ def _lines(found: Cosines, fit: Fit) -> list[str]:
         f"would be named rightly among all base classes",
         f"centre {fit.centre:.4f}, width {fit.width:.4f}, scale {fit.scale:.3f}: right labels weigh "
         f"{fit.weights(right).mean():.2f} on average, wrong ones {fit.weights(wrong).mean():.2f}",
-        *few,
+        *([f"note: {len(right)} boxes are few: the values are uncertain"] if len(right) < MANY else []),
     ]

@@ -86,8 +86,12 @@ class LabelOrigin:
 
 def origin_of(cache: FeatureCache) -> LabelOrigin:
     """Raises HdovdError if the set has no crops."""
-    inputs = {level: cache.key_inputs(level) for level in cache.levels()}
-    return LabelOrigin(cache.url, inputs, cache.made_with(Level.INSTANCE), cache.dim)
+    return LabelOrigin(
+        cache.url,
+        {level: cache.key_inputs(level) for level in cache.levels()},
+        cache.made_with(Level.INSTANCE),
+        cache.dim,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +105,16 @@ class Calibration:
     found: dict[str, Any]
 
     def to_toml(self) -> str:
-        values = {f"reliability_{name}": getattr(self, name) for name in VALUES}
         return (
             "# Written by hdovd calibrate; for hdovd train --calibration. w = scale * sigmoid((cos(v, u) - centre) / "
-            "width)\n" + tomli_w.dumps({"pseudo_boxes": values, "found": self.found, "fitted_on": self.fitted_on})
+            "width)\n"
+            + tomli_w.dumps(
+                {
+                    "pseudo_boxes": {f"reliability_{name}": getattr(self, name) for name in VALUES},
+                    "found": self.found,
+                    "fitted_on": self.fitted_on,
+                }
+            )
         )
 
     def settings(self) -> tuple[str, ...]:

@@ -32,9 +32,8 @@ def cut_label(text: str, width: float, size: int) -> str:
     font = label_font(text, size)
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    fitting = (text[:length] + "..." for length in range(len(text), -1, -1))
+    return next((cut for cut in fitting if font.getlength(cut) <= width), "...")
 
 
 @lru_cache(maxsize=32)

@@ -7,7 +7,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from hdovd.pipelines.common.process import StopSignal
 
 POLL_S = 0.1
 PATIENCE_S = 120.0  # for a process that was asked to end: it may be saving its state
+Process = subprocess.Popen[bytes]
+Ended = tuple[tuple[str, ...], int, float]  # of a job: the command that was the last, its exit code, seconds
+Running = Generator[Process, None, Ended]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +30,6 @@ class Job:
     log: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A job that ran to its end: the exit code of the command that was the last."""
-
-    job: Job
-    command: tuple[str, ...]
-    code: int
-    seconds: float
-
-
 def stop_signals() -> StopSignal:
     """Collects the signals that ask this process to end; after the second, children are killed."""
     return StopSignal(
@@ -45,31 +38,40 @@ def stop_signals() -> StopSignal:
 
 
 def run_jobs(
-    jobs: Sequence[Job],
+    jobs: Iterable[Job],
     places: Sequence[Mapping[str, str]],
-    on_end: Callable[[Ended], None],
+    on_end: Callable[[Job, tuple[str, ...], int, float], None],
     stop: StopSignal,
     keep_open: Sequence[int] = (),
 ) -> None:
     """Run all jobs, as many at a time as there are `places`: environment variables for the job that runs there.
 
+    `on_end`: is told of a job that ran to its end, with the command that was the last, its exit code, and seconds.
+
     Returns when all have ended or `stop` has a signal; no process of them is left then. `keep_open`: file descriptors
     that the processes hold too, such as a lock's.
     """
-    waiting, running = list(jobs), dict[int, _Running]()
+    waiting, running, processes = iter(jobs), dict[int, tuple[Job, Running]](), dict[int, Process]()
     try:
-        while (waiting or running) and not stop.signals:
-            for place in range(len(places)):
-                if place not in running and waiting:
-                    running[place] = _Running(waiting.pop(0), places[place], keep_open)
-            ended = {place: result for place, job in running.items() if (result := job.poll()) is not None}
-            for place, result in ended.items():
-                del running[place]
-                on_end(result)
-            if not ended:
-                time.sleep(POLL_S)
+        while not stop.signals:
+            for place, job in zip([p for p in range(len(places)) if p not in running], waiting, strict=False):
+                running[place] = job, _run(job, places[place], tuple(keep_open))
+            if not running:
+                break
+            for place, (job, processes_of_job) in list(running.items()):
+                try:
+                    processes[place] = next(processes_of_job)
+                except StopIteration as end:
+                    del running[place]
+                    on_end(job, *end.value)
+            time.sleep(POLL_S)
     finally:
-        _end([job.process for job in running.values()], stop)
+        _end([process for process in processes.values() if process.poll() is None], stop)
+
+
+def log_end(log: Path) -> str:
+    """What a log ends with, to be said of a job that failed."""
+    return "\n".join([f"{log} ends with", *(f"    {line}" for line in last_lines(log))])
 
 
 def last_lines(log: Path, most: int = 8) -> list[str]:
@@ -80,49 +82,43 @@ def last_lines(log: Path, most: int = 8) -> list[str]:
     return [line for line in text.replace("\r", "\n").splitlines() if line.strip()][-most:]
 
 
-class _Running:
-    def __init__(self, job: Job, environment: Mapping[str, str], keep_open: Sequence[int]) -> None:
-        self.job, self.began = job, time.monotonic()
-        self.environment, self.keep_open = environment, tuple(keep_open)
-        self.left = list(job.commands)
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-        self._next()
-
-    def _next(self) -> None:
-        self.command = self.left.pop(0)
-        with writing(self.job.log), self.job.log.open("ab") as log:
-            log.write(f"$ {shlex.join(self.command)}\n".encode())
-            log.flush()
-            # a session of its own: Ctrl-C in the terminal reaches this process alone, which then lets them save
-            self.process = subprocess.Popen(
-                self.command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
-                start_new_session=True,
-                pass_fds=self.keep_open,
-            )
-
-    def poll(self) -> Ended | None:
-        """The result, if the last command or one that failed has ended; starts the next one."""
-        code = self.process.poll()
-        if code == 0 and self.left:
-            self._next()
-            return None
-        return None if code is None else Ended(self.job, self.command, code, time.monotonic() - self.began)
+def _run(job: Job, environment: Mapping[str, str], keep_open: tuple[int, ...]) -> Running:
+    """The process that runs, as often as it is asked for while there is one; then how the job ended."""
+    began = time.monotonic()
+    for command in job.commands:
+        process = _start(command, job.log, environment, keep_open)
+        while process.poll() is None:
+            yield process
+        if process.returncode:
+            break
+    return command, process.returncode, time.monotonic() - began
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]], stop: StopSignal) -> None:
+def _start(command: tuple[str, ...], file: Path, environment: Mapping[str, str], keep_open: tuple[int, ...]) -> Process:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with writing(file), file.open("ab") as log:
+        log.write(f"$ {shlex.join(command)}\n".encode())
+        log.flush()
+        # a session of its own: Ctrl-C in the terminal reaches this process alone, which then lets them save
+        return subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+            start_new_session=True,
+            pass_fds=keep_open,
+        )
+
+
+def _end(processes: Sequence[Process], stop: StopSignal) -> None:
     """SIGTERM to all, then SIGKILL to those, with their children, that are still there after a while or a second
     signal.
     """
+    deadline = time.monotonic() + PATIENCE_S
     for process in processes:
         process.terminate()
-    deadline = time.monotonic() + PATIENCE_S
-    while (
-        any(process.poll() is None for process in processes) and len(stop.signals) < 2 and time.monotonic() < deadline
-    ):
+    while any(p.poll() is None for p in processes) and len(stop.signals) < 2 and time.monotonic() < deadline:
         time.sleep(POLL_S)
     for process in processes:
         if process.poll() is None:

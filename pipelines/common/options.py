@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from hdovd.config.backbone import PRESETS
-from hdovd.core.errors import HdovdError
+from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import DataPaths, instances_file
 
 Preset = StrEnum("Preset", {name.replace("-", "_").upper(): name for name in PRESETS})  # type: ignore[misc]
@@ -138,6 +138,21 @@ def validation_group(build: Callable[[dict[str, Any]], DataPaths | None]) -> Gro
 
 
 VALIDATION = validation_group(validation_of)
+
+
+def require_own_folder(out: Path, marker: str, what: str) -> bool:
+    """Whether there is something in the folder --out. Raises HdovdError if it is a file, or holds other things than
+    `what`, which are known by the file `marker`.
+    """
+    if out.exists() and not out.is_dir():
+        raise HdovdError(f"--out {out} is a file: give a folder")
+    there = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
+    if there and marker not in there:
+        raise HdovdError(
+            f"--out {out} holds no {what}, but other things ({shorten(list(there))}): give a folder that is new, "
+            f"empty, or of {what}"
+        )
+    return bool(there)
 
 
 def refuse_two_sources(settings: Sequence[str], calibration: Path | None) -> None:

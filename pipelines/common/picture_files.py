@@ -66,18 +66,16 @@ def find_pictures(words: Sequence[str], stdin: BinaryIO | None, leave_out: Path)
     found: dict[str, PictureFile] = {}
     twice, own, inside = 0, 0, leave_out.resolve()
     for word in words:
-        empty = True
-        for picture in _of_stdin(stdin) if word == STANDARD_INPUT else map(PictureFile, _of_word(word)):
-            empty = False
-            key = STANDARD_INPUT if picture.data is not None else os.path.abspath(picture.path)
-            if picture.data is None and picture.path.resolve().is_relative_to(inside):
-                own += 1
-            elif key in found:
-                twice += 1
-            else:
-                found[key] = picture
-        if empty:
+        named = list(_of_stdin(stdin) if word == STANDARD_INPUT else map(PictureFile, _of_word(word)))
+        if not named:
             raise HdovdError(f"{'standard input' if word == STANDARD_INPUT else printable(word)}: no pictures there")
+        for picture in named:
+            key = STANDARD_INPUT if picture.data is not None else os.path.abspath(picture.path)
+            ours = picture.data is None and picture.path.resolve().is_relative_to(inside)
+            own += ours
+            twice += not ours and key in found
+            if not ours:
+                found.setdefault(key, picture)
     if twice:
         log(f"note: pictures that are named more than once, and taken once: {twice}")
     if own:

@@ -30,6 +30,13 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Settings:
     return leaves
 
 
+def value_at(tree: Any, key: str) -> Any:
+    """What stands in a tree of plain values at a dotted key; None where there is no such thing."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
 def pair_lines(tree: Mapping[str, Any]) -> list[str]:
     """A line for each value of a tree by its dotted key, long ones cut; what is not set is left out."""
     pairs = {key: value for key, value in flat(tree).items() if value is not None}

@@ -1,10 +1,7 @@
 """Batches of samples from a data set, with worker processes whose errors stay readable.
 
-A batch with all its tensors and arrays in one buffer: one shared-memory segment and one message from a DataLoader
-worker.
-
-Everything else of the batch is pickled, as it would be on its way out of a worker anyway, with a note in place of each
-tensor and array that says where it lies.
+A batch has all its tensors and arrays in one buffer: one shared-memory segment, one file descriptor and one message
+from a DataLoader worker. Everything else of it is pickled, as it would be on its way out of a worker anyway.
 
 Samples of tar shards in any order, from streams that only go forward: what comes past and is wanted later is
 kept.
@@ -13,9 +10,9 @@ kept.
 import io
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -30,94 +27,77 @@ ALIGNMENT = 64  # bytes: a cache line, and a multiple of the size of every dtype
 Batch = TypeVar("Batch")
 
 
-class Place(NamedTuple):
-    """Where a tensor or (by its dtype) a numpy array lies: contiguous from `offset`, a multiple of `ALIGNMENT`
-    bytes."""
-
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype | np.dtype[Any]
-
-    def view(self, buffer: Tensor) -> Any:
-        """The tensor or array in `buffer`, without a copy."""
-        if isinstance(self.dtype, torch.dtype):
-            # Not a slice of the buffer: slices share one version counter, and autograd would take a change of one for
-            # one of all.
-            number = self.offset // self.dtype.itemsize
-            return torch.empty(0, dtype=self.dtype).set_(
-                buffer.untyped_storage(), number, self.shape, ()
-            )  # no strides: contiguous
-        return np.ndarray(self.shape, self.dtype, buffer.numpy().data, self.offset)
-
-
 @dataclass(frozen=True, slots=True)
 class Packed(Generic[Batch]):
-    """`buffer`: uint8. `places`: what lies in it, in order. `rest`: the batch, pickled, with numbers of places in
-    it."""
+    """`buffer`: uint8. `sizes`: bytes of the tensors and arrays in it, in order, each from the next multiple of
+    ALIGNMENT on. `rest`: the batch, pickled without them.
+    """
 
     buffer: Tensor
-    places: list[Place]
+    sizes: list[int]
     rest: bytes
 
     def unpack(self) -> Batch:
         """The batch. Its tensors and arrays are views that keep the whole buffer alive; clone what outlives the
         batch."""
-        batch: Batch = _Unpickler(self).load()
+        batch: Batch = pickle.loads(self.rest, buffers=_parts(self.buffer, self.sizes))
         return batch
 
     def pin_memory(self) -> "Packed[Batch]":
         """The same in page-locked memory; the DataLoader calls it."""
-        return Packed(self.buffer.pin_memory(), self.places, self.rest)
+        return Packed(self.buffer.pin_memory(), self.sizes, self.rest)
 
 
 def pack(batch: Batch) -> Packed[Batch]:
     """Copy the tensors and arrays of a batch into one buffer.
 
-    The batch is any nesting of what can be pickled. Tensors come back detached and contiguous, and one that occurs
-    twice comes back as two. Others than plain ones (sparse, on a GPU, subclasses, arrays of objects) are pickled as
-    ever.
+    The batch is any nesting of what can be pickled. Tensors come back detached and contiguous. Others than plain ones
+    (sparse, on a GPU, subclasses, arrays of objects) are pickled as ever.
     """
-    file = io.BytesIO()
-    pickler = _Pickler(file)
-    pickler.dump(batch)
-    buffer = torch.empty(pickler.size, dtype=torch.uint8)
-    for place, source in zip(pickler.places, pickler.sources, strict=True):
-        if isinstance(source, Tensor):
-            place.view(buffer).copy_(source.detach())
-        else:
-            place.view(buffer)[...] = source
-    return Packed(buffer, pickler.places, file.getvalue())
+    file, found = io.BytesIO(), list[pickle.PickleBuffer]()
+    _Pickler(file, pickle.HIGHEST_PROTOCOL, buffer_callback=found.append).dump(batch)
+    raws = [part.raw() for part in found]
+    sizes = [raw.nbytes for raw in raws]
+    buffer = torch.empty(sum(map(_aligned, sizes)), dtype=torch.uint8)
+    for place, raw in zip(_parts(buffer, sizes), raws, strict=True):
+        place[:] = raw
+    return Packed(buffer, sizes, file.getvalue())
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, pickle.HIGHEST_PROTOCOL)
-        self.size = 0
-        self.places: list[Place] = []
-        self.sources: list[Tensor | np.ndarray] = []
+    """A tensor goes as an array of its bytes, which as all arrays lies in a buffer of its own."""
 
-    def persistent_id(self, value: Any) -> int | None:
-        if not _is_plain(value):
-            return None
-        self.places.append(Place(self.size, tuple(value.shape), value.dtype))
-        self.sources.append(value)
-        self.size += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
-        return len(self.places) - 1
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, packed: Packed[Any]) -> None:
-        super().__init__(io.BytesIO(packed.rest))
-        self._packed = packed
-
-    def persistent_load(self, number: int) -> Any:
-        return self._packed.places[number].view(self._packed.buffer)
+    def reducer_override(self, value: Any) -> Any:
+        if (
+            type(value) is np.ndarray and not value.flags.forc
+        ):  # numpy would pickle it within, in the machine's byte order
+            return np.ascontiguousarray(value).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        if (
+            type(value) is not Tensor
+            or value.device.type != "cpu"
+            or value.layout != torch.strided
+            or value.is_quantized
+        ):
+            return NotImplemented
+        rows = value.detach().resolve_conj().resolve_neg().contiguous()
+        flat = rows.as_strided((rows.numel(),), (1,))  # of one number or none, any stride counts as contiguous
+        return _tensor, (flat.view(torch.uint8).numpy(), value.dtype, value.shape)
 
 
-def _is_plain(value: Any) -> bool:
-    if type(value) is Tensor:
-        return value.device.type == "cpu" and value.layout == torch.strided and not value.is_quantized
-    return type(value) is np.ndarray and not value.dtype.hasobject
+def _tensor(raw: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return torch.from_numpy(raw).view(dtype).view(shape)
+
+
+def _parts(buffer: Tensor, sizes: list[int]) -> Iterator[memoryview]:
+    """What lies in a buffer, in order."""
+    view, start = buffer.numpy().data, 0
+    for size in sizes:
+        yield view[start : start + size]
+        start += _aligned(size)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 Sample = TypeVar("Sample")
@@ -157,41 +137,24 @@ class _Steps(Sampler[list[Draw]]):
 class Batches(Generic[Sample]):
     """Lists of the samples of a data set, in order.
 
-    From workers, the tensors and arrays of a batch are views into one buffer (`packing`), all of it held while one of
+    From workers, the tensors and arrays of a batch are views into one buffer (`pack`), all of it held while one of
     them is.
     """
 
-    def __init__(
-        self,
-        data: Dataset[Sample],
-        batch_size: int,
-        workers: int,
-        *,
-        device: torch.device,
-        on_error: Callable[[HdovdError], None] | None = None,
-    ) -> None:
-        """`on_error`: is told of a sample that cannot be had, which is then left out; without it the error is
-        raised."""
-        self._on_error = on_error
+    def __init__(self, data: Dataset[Sample], batch_size: int, workers: int, *, device: torch.device) -> None:
         self._loader = _loader(data, workers, device, batch_size=batch_size)
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        return self._loaded()
-
-    def _loaded(self) -> Iterator[list[Sample]]:
+        """Raises HdovdError for a sample that cannot be had."""
         for loaded in self._loader:
             batch = loaded.unpack() if isinstance(loaded, Packed) else loaded
-            good = [sample for sample in batch if not isinstance(sample, HdovdError)]
-            for error in batch:
-                if isinstance(error, HdovdError):
-                    if self._on_error is None:
-                        raise error
-                    self._on_error(error)
-            if good:
-                yield good
+            for sample in batch:
+                if isinstance(sample, HdovdError):
+                    raise sample
+            yield batch
 
 
 class TrainingBatches(Batches[Sample]):
@@ -199,16 +162,8 @@ class TrainingBatches(Batches[Sample]):
     step on.
     """
 
-    def __init__(
-        self,
-        data: Dataset[Sample],
-        dealing: Dealing,
-        workers: int,
-        *,
-        device: torch.device,
-        on_error: Callable[[HdovdError], None] | None = None,
-    ) -> None:
-        self._on_error, self.dealing, self._steps = on_error, dealing, _Steps(dealing)
+    def __init__(self, data: Dataset[Sample], dealing: Dealing, workers: int, *, device: torch.device) -> None:
+        self.dealing, self._steps = dealing, _Steps(dealing)
         self._loader = _loader(data, workers, device, batch_sampler=self._steps)
 
     def __len__(self) -> int:

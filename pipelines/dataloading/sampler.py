@@ -16,7 +16,7 @@ from itertools import islice
 
 import numpy as np
 
-from hdovd.core.errors import HdovdError
+from hdovd.core.errors import HdovdError, counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +103,17 @@ class BlockShuffle(EpochOrder):
     count: int
     seed: int
     streams: Streams = Streams()
-    block: int = BLOCK
-    window: int = WINDOW
 
     def indices(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch])
-        blocks = rng.permutation(-(-self.count // self.block))
+        blocks = rng.permutation(-(-self.count // BLOCK))
         mixed = [self._mixed(blocks[start :: self.streams.count], rng) for start in range(self.streams.count)]
         return np.fromiter(self.streams.deal(mixed), np.int64, self.count)
 
     def _mixed(self, blocks: np.ndarray, rng: np.random.Generator) -> Iterator[int]:
         """The images of these blocks, a window of blocks after the other."""
-        for start in range(0, len(blocks), self.window):
-            images = (blocks[start : start + self.window, None] * self.block + np.arange(self.block)).ravel()
+        for start in range(0, len(blocks), WINDOW):
+            images = (blocks[start : start + WINDOW, None] * BLOCK + np.arange(BLOCK)).ravel()
             yield from rng.permutation(images[images < self.count]).tolist()
 
 
@@ -162,7 +160,8 @@ def share_of(shards: Sequence[range], stream: int, streams: int) -> list[int]:
 
 @dataclass(slots=True)
 class Dealing:
-    """An epoch cut into steps of `batch_size` images of all processes; process `rank` of `world` gets its part of each.
+    """An epoch cut into steps of `batch_size` images of all processes; process `rank` of `world` gets its part of each,
+    for `accumulate` micro-batches.
 
     The images left over at the end are left out of the epoch, unless there is no full batch at all. Raises HdovdError
     if a batch cannot be parted evenly.
@@ -172,15 +171,17 @@ class Dealing:
     batch_size: int
     rank: int = 0
     world: int = 1
+    accumulate: int = 1
     _epoch: int = field(default=-1, init=False)
     _indices: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), init=False)
 
     def __post_init__(self) -> None:
-        size = min(self.batch_size, self.order.count)
-        if size % self.world:
+        size, parts = min(self.batch_size, self.order.count), self.world * self.accumulate
+        if size % parts:
+            each = f", in train.accumulate = {self.accumulate} micro-batches each" if self.accumulate > 1 else ""
             raise HdovdError(
-                f"a batch of {size} images cannot be parted among {self.world} processes: set train.batch_size, which "
-                f"is that of all of them together, to a multiple of {self.world}"
+                f"a batch of {size} images cannot be parted among {counted(self.world, 'process', 'processes')}{each}: "
+                f"set train.batch_size, which is that of all of them together, to a multiple of {parts}"
             )
 
     @property

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from hdovd.config.recipe import load_recipe
-from hdovd.core.errors import HdovdError
-from hdovd.pipelines.common.options import Option
+from hdovd.pipelines.common.options import Option, require_own_folder
 
 TRAIN_IMAGES, VAL_IMAGES = 1000, 250
 MARKER = ".hdovd-demo"  # a folder that holds it is a demo's, and a new demo may clear it
@@ -30,6 +29,5 @@ class DemoConfig:
 
     def check(self) -> None:
         """Raises HdovdError for a folder of other things, and for settings that the recipe does not know."""
-        if self.out.exists() and any(self.out.iterdir()) and not (self.out / MARKER).is_file():
-            raise HdovdError(f"{self.out} is not empty and is no demo folder: give another --out")
+        require_own_folder(self.out, MARKER, "demo")
         load_recipe("demo", self.settings)

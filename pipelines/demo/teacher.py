@@ -78,8 +78,10 @@ def save_clip(model: open_clip.CLIP, folder: Path) -> None:
     """Write a model of MODEL_CFG in open_clip's `local-dir:` form."""
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     replace_file(folder / "open_clip_model.safetensors", lambda partial: save_file(state, partial))
-    config = {"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG}
-    write_text(folder / "open_clip_config.json", json.dumps(config, indent=2))
+    write_text(
+        folder / "open_clip_config.json",
+        json.dumps({"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG}, indent=2),
+    )
 
 
 def train_teacher(seed: int, *, in_bf16: bool, scene_count: int = _SCENES, steps: int = _STEPS) -> open_clip.CLIP:
@@ -93,10 +95,9 @@ def train_teacher(seed: int, *, in_bf16: bool, scene_count: int = _SCENES, steps
     model.visual.to(memory_format=torch.channels_last)
     torch.nn.init.normal_(model.token_embedding.weight, std=0.1)  # so that short captions differ from the start
     model.logit_scale.data.fill_(np.log(_LOGIT_SCALE))
-    flat = [p for p in model.parameters() if p.ndim < 2]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.ndim >= 2]},
-        {"params": flat, "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, _RATE, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps, pct_start=0.15)
@@ -127,16 +128,8 @@ def captioned_crops(pictures: list[Scene], seed: int) -> tuple[Tensor, list[str]
     """Crops (n, 3, 64, 64) uint8 and their captions: every object twice, a patch of ground, now and then the whole
     scene.
     """
-    rng = np.random.default_rng(seed)
-    side = MODEL_CFG["vision_cfg"]["image_size"]
-    crops: list[np.ndarray] = []
-    captions: list[str] = []
-
-    def add(scene: Scene, box: np.ndarray | None, caption: str) -> None:
-        crop = scene.image.resize((side, side), Image.Resampling.BICUBIC, None if box is None else tuple(box))
-        crops.append(np.asarray(crop))
-        captions.append(caption)
-
+    rng, side = np.random.default_rng(seed), MODEL_CFG["vision_cfg"]["image_size"]
+    parts: list[tuple[Scene, Any, str]] = []
     for scene in pictures:
         limit = np.array([scene.image.width, scene.image.height] * 2, np.float32)
         for box, name in zip(scene.boxes, scene.names, strict=True):
@@ -144,13 +137,14 @@ def captioned_crops(pictures: list[Scene], seed: int) -> tuple[Tensor, list[str]
                 size = np.tile(box[2:] - box[:2], 2)
                 loose = np.clip(box + rng.normal(0, 0.09, 4) * size, 0, limit)
                 if (loose[2:] - loose[:2] >= 8).all():
-                    add(scene, loose, TEMPLATES[rng.integers(len(TEMPLATES))].format(name))
+                    parts.append((scene, tuple(loose), TEMPLATES[rng.integers(len(TEMPLATES))].format(name)))
         patch = _empty_patch(scene, rng)
         if patch is not None:
-            add(scene, patch, TEMPLATES[rng.integers(len(TEMPLATES))].format(scene.ground))
+            parts.append((scene, tuple(patch), TEMPLATES[rng.integers(len(TEMPLATES))].format(scene.ground)))
         if rng.random() < 0.25:
-            add(scene, None, scene.caption)
-    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous(), captions
+            parts.append((scene, None, scene.caption))
+    crops = [np.asarray(scene.image.resize((side, side), Image.Resampling.BICUBIC, box)) for scene, box, _ in parts]
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous(), [caption for _, _, caption in parts]
 
 
 def _empty_patch(scene: Scene, rng: np.random.Generator) -> np.ndarray | None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -30,22 +30,16 @@ CANVAS = 100  # drawing units a side
 _DRAWN_PX = 192  # pixels a side at which a shape is drawn before it is scaled down
 
 
-@dataclass(frozen=True, slots=True)
-class Stroke:
-    """One filled outline. `points` are canvas units: corners (poly, line) or two corners (ellipse)."""
-
-    kind: Literal["poly", "ellipse", "line"]
-    tone: int
-    points: tuple[tuple[float, float], ...]
-    width: float = 0.0  # line only
+Points = tuple[tuple[float, float], ...]
+Stroke = tuple[str, int, Points, float]  # kind, tone, canvas units (two corners of an ellipse), width of a line
 
 
 def _poly(tone: int, *xy: float) -> Stroke:
-    return Stroke("poly", tone, tuple(zip(xy[::2], xy[1::2], strict=True)))
+    return "poly", tone, tuple(zip(xy[::2], xy[1::2], strict=True)), 0.0
 
 
 def _oval(tone: int, x0: float, y0: float, x1: float, y1: float) -> Stroke:
-    return Stroke("ellipse", tone, ((x0, y0), (x1, y1)))
+    return "ellipse", tone, ((x0, y0), (x1, y1)), 0.0
 
 
 def _box(tone: int, x0: float, y0: float, x1: float, y1: float) -> Stroke:
@@ -53,7 +47,7 @@ def _box(tone: int, x0: float, y0: float, x1: float, y1: float) -> Stroke:
 
 
 def _line(tone: int, width: float, *xy: float) -> Stroke:
-    return Stroke("line", tone, tuple(zip(xy[::2], xy[1::2], strict=True)), width)
+    return "line", tone, tuple(zip(xy[::2], xy[1::2], strict=True)), width
 
 
 _STAR = [
@@ -230,18 +224,18 @@ def _draw(strokes: list[Stroke], rng: np.random.Generator) -> Image.Image:
     unit = _DRAWN_PX / (CANVAS + 12)
     image = Image.new("L", (_DRAWN_PX, _DRAWN_PX), O)
     pen = ImageDraw.Draw(image)
-    for stroke in strokes:
+    for kind, tone, points, width in strokes:
         moved = [
             ((x + 6 + dx) * unit, (y + 6 + dy) * unit)
-            for (x, y), (dx, dy) in zip(stroke.points, rng.uniform(-2.2, 2.2, (len(stroke.points), 2)), strict=True)
+            for (x, y), (dx, dy) in zip(points, rng.uniform(-2.2, 2.2, (len(points), 2)), strict=True)
         ]
-        if stroke.kind == "ellipse":
+        if kind == "ellipse":
             (x0, y0), (x1, y1) = moved
-            pen.ellipse((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)), fill=stroke.tone)
-        elif stroke.kind == "poly":
-            pen.polygon(moved, fill=stroke.tone)
+            pen.ellipse((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)), fill=tone)
+        elif kind == "poly":
+            pen.polygon(moved, fill=tone)
         else:
-            pen.line(moved, fill=stroke.tone, width=max(2, round(stroke.width * unit)), joint="curve")
+            pen.line(moved, fill=tone, width=max(2, round(width * unit)), joint="curve")
     return image
 
 
@@ -299,16 +293,14 @@ def make_world(root: Path, *, train_images: int, val_images: int, seed: int, wor
 
     The same arguments give the same bytes, whatever `workers` is.
     """
-    for split, count, offset in (("train2017", train_images, 0), ("val2017", val_images, 500_000)):
-        _write_split(root, split, count, seed, offset, workers)
+    _write_split(root, "train2017", train_images, seed, 0, workers)
+    _write_split(root, "val2017", val_images, seed, 500_000, workers)
     write_text(root / "vocabulary.txt", "\n".join(sorted((*SHAPES, *GROUNDS, *ABSENT))) + "\n")
-    quoted = {"base": BASE, "novel": NOVEL}
-    lines = [
-        "# The base/novel split of the demo world; every hdovd command takes it with --protocol.",
-        'name = "demo-world"',
-    ]
-    lines += [f"{key} = {json.dumps(names)}" for key, names in quoted.items()]
-    write_text(root / "protocol.toml", "\n".join(lines) + "\n")
+    write_text(
+        root / "protocol.toml",
+        "# The base/novel split of the demo world; every hdovd command takes it with --protocol.\n"
+        f'name = "demo-world"\nbase = {json.dumps(BASE)}\nnovel = {json.dumps(NOVEL)}\n',
+    )
 
 
 def scenes(count: int, seed: int, offset: int, workers: int = 2) -> list[Scene]:
@@ -418,33 +410,30 @@ def _caption(names: list[str], ground: str, rng: np.random.Generator) -> str:
 
 
 def _write_split(root: Path, split: str, count: int, seed: int, offset: int, workers: int) -> None:
-    category_id = {name: k for k, name in enumerate(sorted(SHAPES), start=1)}
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    captions: list[dict[str, Any]] = []
-    for i, scene in enumerate(scenes(count, seed, offset, workers)):
-        image_id = offset + i + 1
-        file_name = f"{image_id:012d}.jpg"
+    category_id, folder = {name: k for k, name in enumerate(sorted(SHAPES), start=1)}, root / "annotations"
+    images, annotations, captions = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
+    for image_id, scene in enumerate(scenes(count, seed, offset, workers), start=offset + 1):
+        width, height, file_name = scene.image.width, scene.image.height, f"{image_id:012d}.jpg"
         write_picture(root / split / file_name, scene.image, "JPEG", quality=92)
-        images.append(
-            {"id": image_id, "file_name": file_name, "width": scene.image.width, "height": scene.image.height}
-        )
+        images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
         captions.append({"id": image_id, "image_id": image_id, "caption": scene.caption})
-        for (x0, y0, x1, y1), name in zip(scene.boxes.tolist(), scene.names, strict=True):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": category_id[name],
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0),
-                    "iscrowd": 0,
-                }
+        annotations += [
+            {
+                "id": number,
+                "image_id": image_id,
+                "category_id": category_id[name],
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "area": (x1 - x0) * (y1 - y0),
+                "iscrowd": 0,
+            }
+            for number, ((x0, y0, x1, y1), name) in enumerate(
+                zip(scene.boxes.tolist(), scene.names, strict=True), start=len(annotations) + 1
             )
-    categories = [{"id": k, "name": name} for name, k in category_id.items()]
-    folder = root / "annotations"
-    write_text(
-        folder / f"instances_{split}.json",
-        json.dumps({"images": images, "annotations": annotations, "categories": categories}),
-    )
+        ]
+    instances = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": k, "name": name} for name, k in category_id.items()],
+    }
+    write_text(folder / f"instances_{split}.json", json.dumps(instances))
     write_text(folder / f"captions_{split}.json", json.dumps({"images": images, "annotations": captions}))

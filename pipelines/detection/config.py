@@ -6,7 +6,7 @@ from typing import Annotated
 
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.pipelines.common.name_list import names_asked
-from hdovd.pipelines.common.options import Device, Option, Run, Trust, workers_option
+from hdovd.pipelines.common.options import Device, Option, Run, Trust, require_own_folder, workers_option
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.runs.folder import RunFolder, Weights, WeightsOption
 from hdovd.pipelines.teachers.prompts import read_templates
@@ -94,17 +94,7 @@ class DetectConfig:
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths alone."""
-        _require_place(self.out, overwrite=self.overwrite)
+        if require_own_folder(self.out, DETECTIONS_MARKER, "detections") and not self.overwrite:
+            raise HdovdError(f"--out {self.out} holds detections: give another one, or --overwrite")
         RunFolder.open(self.run, trusted=self.trust).recipe()
         require_files(class_embeddings=self.class_embeddings)
-
-
-def _require_place(out: Path, *, overwrite: bool) -> None:
-    """Raises HdovdError if something else than old detections, or these without `overwrite`, is there."""
-    if out.exists() and not out.is_dir():
-        raise HdovdError(f"--out {out} is a file, expected a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / DETECTIONS_MARKER).is_file():
-            raise HdovdError(f"--out {out} is not empty and holds no detections: give another one")
-        if not overwrite:
-            raise HdovdError(f"--out {out} holds detections: give another one, or --overwrite")

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -69,9 +68,6 @@ class CropJob:
     def count(self) -> int:
         return 1 if self.regions is None else len(self.regions)
 
-    def region_list(self) -> list[Any]:
-        return [None] if self.regions is None else self.regions.tolist()
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -126,4 +122,7 @@ class Cutter:
 
     def crops(self, picture: Tensor, job: CropJob) -> Iterator[Tensor]:
         """(3, *size) uint8, one a region."""
-        return (self.fit(picture if region is None else cut(picture, region)) for region in job.region_list())
+        if job.regions is None:
+            yield self.fit(picture)
+        else:
+            yield from (self.fit(cut(picture, region)) for region in job.regions.tolist())

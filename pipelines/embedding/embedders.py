@@ -5,7 +5,6 @@ Whole pictures and crops are here; boxes of one pass over a picture are in `dens
 level's first.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +33,13 @@ class Pictures:
     exif: Exif = Exif.APPLY
 
 
-class Embedder(ABC):
-    """Of one level, with one model. `fit`, `input_size`: as a `Teacher` has them, of this way's input. `jobs` read no
-    files.
+class Embedder:
+    """Of one level, with one model: rows of which each is the mean of `crops` inputs. `fit`, `input_size`: as a
+    `Teacher` has them, of this way's input. `jobs` read no files.
     """
 
     level = Level.INSTANCE
+    crops = 1
 
     def __init__(self, teacher: Teacher, pictures: Pictures) -> None:
         self.teacher, self.pictures = teacher, pictures
@@ -52,23 +52,24 @@ class Embedder(ABC):
     def input_size(self) -> tuple[int, int]:
         return self.teacher.input_size
 
-    @abstractmethod
     def inputs(self) -> dict[str, Any]:
         """What of it determines embeddings, as JSON values: a part of the level's identity."""
+        return {"preprocessing": self.teacher.preprocessing}
 
-    @abstractmethod
     def groups(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
         """Sorted rows, batch by batch; `size`: of a batch in crops."""
+        step = max(1, size // self.crops)
+        return [rows[first : first + step] for first in range(0, len(rows), step)]
 
-    @abstractmethod
     def places(self, size: int) -> int:
         """How many inputs of `input_size` a batch of so many crops has."""
+        return max(size, self.crops)
 
-    @abstractmethod
     def encode(self, batch: Batch) -> np.ndarray:
         """(m, D) float32, L2-normalised: the rows of a batch in their order, then what filled it up. Called by several
         threads at once.
         """
+        return mean_of(self.teacher.embed_images(batch.pixels), self.crops)
 
     def jobs(self, rows: np.ndarray) -> list[CropJob]:
         """What to read and cut for a batch, image by image."""
@@ -105,18 +106,6 @@ class WholePictures(Embedder):
 
     level = Level.IMAGE
 
-    def inputs(self) -> dict[str, Any]:
-        return {"preprocessing": self.teacher.preprocessing}
-
-    def groups(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
-        return [rows[first : first + size] for first in range(0, len(rows), size)]
-
-    def places(self, size: int) -> int:
-        return size
-
-    def encode(self, batch: Batch) -> np.ndarray:
-        return self.teacher.embed_images(batch.pixels)
-
     def images_of(self, rows: np.ndarray) -> np.ndarray:
         return rows
 
@@ -126,20 +115,10 @@ class Crops(Embedder):
 
     def __init__(self, teacher: Teacher, pictures: Pictures, recipe: CropRecipe) -> None:
         super().__init__(teacher, pictures)
-        self._recipe, self._of_box = recipe, len(recipe.scales)
+        self._recipe, self.crops = recipe, len(recipe.scales)
 
     def inputs(self) -> dict[str, Any]:
-        return {"preprocessing": self.teacher.preprocessing, "crop": self._recipe.inputs()}
-
-    def groups(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
-        step = max(1, size // self._of_box)
-        return [rows[first : first + step] for first in range(0, len(rows), step)]
-
-    def places(self, size: int) -> int:
-        return max(size, self._of_box)
-
-    def encode(self, batch: Batch) -> np.ndarray:
-        return mean_of(self.teacher.embed_images(batch.pixels), self._of_box)
+        return super().inputs() | {"crop": self._recipe.inputs()}
 
     def cuts(self, image: ImageBoxes, rows: np.ndarray) -> dict[str, np.ndarray]:
         return {"regions": self._recipe.regions(self.pictures.box[rows], image.width, image.height)}

@@ -79,8 +79,7 @@ class PartRows:
 
     def batches(self, size: int) -> Iterator[RowBatch]:
         """In row order, all of the shape that `size` crops have, the last one filled up."""
-        rows = self.start + np.flatnonzero(self.missing)
-        groups = self.embedder.groups(rows, size)
+        groups = self.embedder.groups(self.start + np.flatnonzero(self.missing), size)
         for number, some in enumerate(groups, 1):
             yield RowBatch(
                 some,
@@ -115,18 +114,13 @@ def embed(
 
     on_gpu, workers = device.type == "cuda", _that_fit(workers, first, embedders[first.level].input_size)
     threads = GPU_THREADS if on_gpu and workers else torch.get_num_threads()
+    picture = read_picture if workers else lru_cache(threads + PICTURES_KEPT)(read_picture)
+    batches = _Batches({level: Cutter(e.fit, e.input_size, picture) for level, e in embedders.items()})
     with own_threads(threads) as pool:
         if workers:
-            batches = _Batches(
-                {level: Cutter(embedder.fit, embedder.input_size) for level, embedder in embedders.items()}
-            )
             loader = DataLoader(batches, sampler=wanted, batch_size=None, num_workers=workers, pin_memory=on_gpu)
             yield from in_order(pool, lambda made: answer(*made), _made(loader), 2 * threads)
         else:
-            shared = lru_cache(threads + PICTURES_KEPT)(read_picture)
-            batches = _Batches(
-                {level: Cutter(embedder.fit, embedder.input_size, shared) for level, embedder in embedders.items()}
-            )
             yield from in_order(pool, lambda w: answer(*batches[w]), wanted, 2 * threads)
 
 

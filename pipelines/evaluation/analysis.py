@@ -20,12 +20,10 @@ from hdovd.core.json_stream import JsonStream
 from hdovd.core.text_files import cut, read_json, shown
 from hdovd.data.coco import DataPaths, Exif, ImageBoxes, Split, is_finite
 from hdovd.data.protocol import Protocol, load_protocol
-from hdovd.evaluation.calibration import Reliability, score_reliability
-from hdovd.evaluation.coco import GROUPS, GroundTruth, group_slice
-from hdovd.evaluation.confusion import Confusion, confusion
+from hdovd.evaluation.coco import GroundTruth
+from hdovd.evaluation.curves import Confusion, Curves, Reliability, confusion, precision_curves, score_reliability
 from hdovd.evaluation.matching import Found, Matching, Objects, Verdict, find_overlaps, match, paired_ious
-from hdovd.evaluation.pr_curves import Curves, precision_curves
-from hdovd.evaluation.tide import KINDS, ErrorBreakdown, Errors, Kind, classify, count_errors
+from hdovd.evaluation.tide import ErrorBreakdown, Errors, Kind, classify, count_errors
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.runs.folder import RunFolder, Weights, weights_hash
 from hdovd.pipelines.runs.listing import read_run
@@ -125,14 +123,9 @@ class TruthVerdict:
 
 @dataclass(frozen=True, slots=True)
 class ImageVerdicts:
-    """`detections` best first, `truths` in the order of the annotation file. `file_name` is relative to the split's
-    folder.
-    """
+    """`detections` best first, `truths` in the order of the annotation file."""
 
-    image_id: int
-    file_name: str
-    width: int
-    height: int
+    image: ImageBoxes
     detections: list[DetectionVerdict]
     truths: list[TruthVerdict]
 
@@ -141,10 +134,10 @@ class ImageVerdicts:
         digits.
         """
         return {
-            "image_id": self.image_id,
-            "file_name": self.file_name,
-            "width": self.width,
-            "height": self.height,
+            "image_id": self.image.id,
+            "file_name": self.image.file_name,
+            "width": self.image.width,
+            "height": self.image.height,
             "detections": [
                 {
                     "box": [round(v, 2) for v in d.box],
@@ -180,7 +173,7 @@ def verdicts_on(image: ImageBoxes, found: Found, objects: Objects, matching: Mat
     ious[has] = paired_ious(found.boxes[mine[has]], objects.boxes[about[has]], objects.crowd[about[has]])
     place = {item: k for k, item in enumerate(truths.tolist())}
     detections = [
-        DetectionVerdict(box, label, score, KINDS[kind], place.get(item), iou)
+        DetectionVerdict(box, label, score, Kind(kind), place.get(item), iou)
         for box, label, score, kind, item, iou in zip(
             _corners(found.boxes[mine]),
             found.labels[mine].tolist(),
@@ -192,31 +185,21 @@ def verdicts_on(image: ImageBoxes, found: Found, objects: Objects, matching: Mat
         )
     ]
     shown = {detection: k for k, detection in enumerate(mine.tolist())}
-    fates: list[tuple[Fate, int | None]] = []
-    for item, finder, mender in zip(
-        truths.tolist(), matching.finder[truths].tolist(), errors.mended_by[truths].tolist(), strict=True
-    ):
-        if finder >= 0:
-            fates.append((Fate.FOUND, shown[finder]))
-        elif mender >= 0:
-            fates.append(
-                (Fate.MISNAMED if KINDS[errors.kind[mender]] is Kind.CLASSIFICATION else Fate.MISPLACED, shown[mender])
-            )
-        else:
-            fates.append((Fate.CROWD if objects.crowd[item] else Fate.MISSED, None))
+    finder, mender = matching.finder[truths], errors.mended_by[truths]  # of an object one of them at most
+    misnamed = np.isin(mender, mine[errors.kind[mine] == Kind.CLASSIFICATION])
+    tests = [finder >= 0, misnamed, mender >= 0, objects.crowd[truths]]
+    fates = np.select(tests, [Fate.FOUND, Fate.MISNAMED, Fate.MISPLACED, Fate.CROWD], Fate.MISSED)
     return ImageVerdicts(
-        image.id,
-        image.file_name,
-        image.width,
-        image.height,
+        image,
         detections,
         [
-            TruthVerdict(box, label, number, *fate)
-            for box, label, number, fate in zip(
+            TruthVerdict(box, label, number, Fate(fate), shown.get(by))
+            for box, label, number, fate, by in zip(
                 _corners(objects.boxes[truths]),
                 objects.labels[truths].tolist(),
                 image.annotation_ids.tolist(),
-                fates,
+                fates.tolist(),
+                np.maximum(finder, mender).tolist(),
                 strict=True,
             )
         ],
@@ -301,8 +284,7 @@ def analyse(
     ignored = (
         read_run(run).settings.get("input.exif") == Exif.IGNORE
     )  # whatever else its recipe says: of another version perhaps
-    exif = Exif.IGNORE if ignored else Exif.APPLY
-    split = data.load("val2017", counted, base_only=False, exif=exif)
+    split = data.load("val2017", counted, base_only=False, exif=Exif.IGNORE if ignored else Exif.APPLY)
     if metrics.get("images") != len(split.images):
         raise HdovdError(
             f"{run} was evaluated on {metrics.get('images')} images, but {split.annotations} has {len(split.images)} "
@@ -387,9 +369,8 @@ def _in_order(objects: Objects, split: Split) -> Objects:
 
 
 def _reliability(found: Found, matching: Matching, protocol: Protocol, bins: int) -> dict[str, Reliability]:
-    classes = np.arange(len(protocol.names))
-    counted = matching.verdict != Verdict.IGNORED
-    parts = {group: counted & np.isin(found.labels, classes[group_slice(protocol, group)]) for group in GROUPS}
+    is_novel, counted = found.labels >= len(protocol.base), matching.verdict != Verdict.IGNORED
+    parts = {"novel": counted & is_novel, "base": counted & ~is_novel, "all": counted}
     return {
         group: score_reliability(found.scores[part], matching.verdict[part] == Verdict.RIGHT, bins)
         for group, part in parts.items()

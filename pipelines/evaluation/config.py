@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from hdovd.data.protocol import load_protocol
-from hdovd.evaluation.engines import Engine
+from hdovd.evaluation.engines import ENGINES, Engine
 from hdovd.pipelines.common.options import Data, Device, Option, Run, Trust, workers_option
 from hdovd.pipelines.runs.folder import RunFolder, Weights, WeightsOption
 
@@ -29,7 +29,11 @@ class EvalConfig:
         bool, Option("Print what keeps AP50 from 100: errors by kind, novel and base apart (docs/ERRORS.md).")
     ] = False
     engine: Annotated[
-        Engine, Option("What counts AP. faster-coco-eval gives the same sooner; it comes with hdovd's extra fast-eval.")
+        str,
+        Option(
+            "What counts AP: pycocotools; faster-coco-eval, which gives the same sooner and comes with hdovd's extra "
+            "fast-eval; or my_module:engine, a function that returns classes with their interface."
+        ),
     ] = Engine.PYCOCOTOOLS
     weights: WeightsOption = Weights.LAST
     trust: Trust = False
@@ -39,4 +43,5 @@ class EvalConfig:
         RunFolder.open(self.run, trusted=self.trust).recipe()
         if self.protocol is not None:
             load_protocol(self.protocol)
+        ENGINES.require(self.engine)
         self.data.locate("val2017")

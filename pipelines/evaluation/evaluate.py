@@ -1,45 +1,182 @@
 """Evaluation: detections of a run on validation images, their OV-COCO AP, and pictures of them.
 
-Needs no cache: a run holds its class embeddings.
+Needs no cache: a run holds its class embeddings. `Validation` is built once and run as often as wanted, also between
+epochs of training; it talks to no other process: of several ranks, one runs it alone.
 """
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from hdovd.core.errors import HdovdError
-from hdovd.data.coco import ImageBoxes, Split
+from hdovd.core.errors import HdovdError, shorten
+from hdovd.data.coco import DataPaths, Exif, Split
 from hdovd.data.protocol import Protocol, load_protocol
-from hdovd.evaluation.coco import GROUPS, AveragePrecision
-from hdovd.evaluation.engines import require
+from hdovd.evaluation.coco import AveragePrecision, GroundTruth
+from hdovd.evaluation.engines import Engine, require
+from hdovd.evaluation.groups import GROUPS, group_of
 from hdovd.evaluation.tide import ERRORS, ErrorBreakdown, break_down
-from hdovd.modeling.base import build_detector
-from hdovd.modeling.boxes import Detections
+from hdovd.modeling.base import Detector, build_detector
+from hdovd.modeling.boxes import Detections, detect_batch
 from hdovd.pipelines.common.atomic_write import write_picture, write_text
-from hdovd.pipelines.common.device import pick_device, placed
+from hdovd.pipelines.common.console import progress
+from hdovd.pipelines.common.device import pick_device, placed, workers_for
 from hdovd.pipelines.common.drawing import BASE_COLOUR, NOVEL_COLOUR, Labelled, draw_boxes
-from hdovd.pipelines.common.images import read_image
-from hdovd.pipelines.common.precision import inference_precision
+from hdovd.pipelines.common.images import read_image, read_pixels
+from hdovd.pipelines.common.precision import inference_autocast, inference_precision
+from hdovd.pipelines.dataloading.loader import Batches
 from hdovd.pipelines.evaluation.analysis import found_of
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
-from hdovd.pipelines.evaluation.validation import Validation, results
 from hdovd.pipelines.runs.folder import RunFolder, weights_hash
+from hdovd.pipelines.runs.listing import ap as ap_text
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class EvalResult:
-    """`combined` uses the base/novel split at test time (METHOD section 7), `split_blind` does not. `errors`: of
-    `combined`.
+class Validated:
+    """`combined` uses the base/novel split at test time (METHOD section 7), `split_blind` does not; the same object
+    where there is one score alone. `detections`: of `combined`, one entry an image of the split, in its order, on the
+    CPU.
     """
 
-    protocol: Protocol
+    detections: list[Detections]
     combined: AveragePrecision
     split_blind: AveragePrecision
+
+
+class Mapped(Dataset[T]):
+    """What `read` makes of each item."""
+
+    def __init__(self, items: Sequence[Any], read: Callable[[Any], T]) -> None:
+        self.items, self.read = items, read
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> T:
+        return self.read(self.items[index])
+
+
+class Validation:
+    """Holds the validation split and its ground truth, read once."""
+
+    def __init__(
+        self,
+        data: DataPaths,
+        protocol: Protocol,
+        device: torch.device,
+        *,
+        exif: str = Exif.APPLY,
+        batch_size: int = 16,
+        workers: int | None = None,
+        engine: str = Engine.PYCOCOTOOLS,
+    ) -> None:
+        """`workers` None: what suits the device. Raises HdovdError for bad data, pictures that are not there, and
+        without the engine's package.
+        """
+        require(engine)  # before the files are read
+        self.protocol, self.device = protocol, device
+        self.batch_size, self.workers = batch_size, workers_for(device, workers)
+        self.split = data.load("val2017", protocol, base_only=False, exif=exif)
+        if missing := [image.file_name for image in self.split.images if not self.split.path(image).is_file()]:
+            raise HdovdError(
+                f"{self.split.folder}: not there: {len(missing)} of {len(self.split.images)} validation pictures "
+                f"({shorten(list(missing))})"
+            )
+        self.truth = GroundTruth(
+            self.split.annotations, self.split.coco_ids, [image.id for image in self.split.images], protocol, engine
+        )
+        self._order = by_shape(self.split)
+
+    def run(self, model: Detector, texts: Tensor) -> Validated:
+        """Detect on all images and count AP, combined and split-blind.
+
+        Leaves every module in the mode it was in, and torch's random state as it was: training goes on as if this had
+        not been.
+
+        Args:
+            model: on the device given; not wrapped for several processes. texts: (C, D) embeddings of the protocol's
+            classes.
+
+        Raises HdovdError if a picture cannot be read: an AP without it would not be the protocol's.
+        """
+        if len(texts) != len(self.protocol.names):
+            raise HdovdError(
+                f"protocol {self.protocol.name} has {len(self.protocol.names)} classes, but there are {len(texts)} "
+                f"class embeddings: give those of the protocol, base before novel"
+            )
+        devices = (
+            [self.device] if self.device.type == "cuda" else []
+        )  # whose generators are kept: a DataLoader draws its seed
+        with _evaluating(model), torch.random.fork_rng(devices), inference_autocast(self.device, model.recipe):
+            detections, blind = self._detect(model, texts.to(self.device))
+        combined = self.truth.average_precision(results(self.split, detections))
+        split_blind = combined if blind is None else self.truth.average_precision(results(self.split, blind))
+        for ap in (combined, split_blind):
+            ap.check_weighted_mean()
+        return Validated(detections, combined, split_blind)
+
+    def _detect(self, model: Detector, texts: Tensor) -> tuple[list[Detections], list[Detections] | None]:
+        """Detections in the split's order, with both scores and split-blind; None for the latter if there is one score
+        alone.
+        """
+        is_novel = torch.arange(len(self.protocol.names), device=self.device) >= len(self.protocol.base)
+        pictures_of = Mapped([self.split.images[k] for k in self._order], partial(read_pixels, self.split))
+        batches = Batches(pictures_of, self.batch_size, self.workers, device=self.device)
+        combined, blind = list[Detections](), list[Detections]()
+        for pictures in progress(batches, "eval", "batch", len(batches)):
+            predictions = model.predict([picture.to(self.device, non_blocking=True) for picture in pictures], texts)
+            combined += detect_batch(predictions, is_novel, model.recipe.inference)
+            if predictions[0].distillation_score is not None:
+                blind += detect_batch(predictions, is_novel, model.recipe.inference, split_blind=True)
+        place = sorted(range(len(self._order)), key=self._order.__getitem__)
+        return [combined[k] for k in place], [blind[k] for k in place] if blind else None
+
+
+def by_shape(split: Split) -> list[int]:
+    """The places of a split's images, from wide to high: pictures of one shape make a batch with little padding to
+    compute.
+    """
+    return sorted(range(len(split.images)), key=lambda i: split.images[i].height / split.images[i].width)
+
+
+def results(split: Split, detections: list[Detections]) -> list[dict[str, Any]]:
+    """COCO results form."""
+    return [
+        {"image_id": image.id, "category_id": split.coco_ids[label], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
+        for image, found in zip(split.images, detections, strict=True)
+        for (x0, y0, x1, y1), score, label in zip(
+            found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
+        )
+    ]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval(), and afterwards every module back in its own mode, which need not be the whole model's."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:  # parents first; torch.fx's modules change more than a flag
+            module.train(mode)
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult(Validated):
+    """`errors`: of `combined`. `alpha`, `beta`: 0 where there is one score, and nothing to combine."""
+
     errors: ErrorBreakdown
-    images: int
     alpha: float
     beta: float
     files: list[Path]
@@ -71,9 +208,7 @@ def evaluate(job: EvalConfig) -> EvalResult:
     split, combined, blind = validation.split, found.combined, found.split_blind
     rows = results(split, found.detections)
     errors = break_down(found_of(rows, split.coco_ids), validation.truth.objects, protocol)
-    alpha = beta = 0.0
-    if combined is not blind:  # else there is one score, and nothing to combine
-        alpha, beta = recipe.inference.alpha, recipe.inference.beta
+    alpha, beta = (0.0, 0.0) if combined is blind else (recipe.inference.alpha, recipe.inference.beta)
     files = [run.path / "metrics.json", run.path / "detections.json"]
     metrics = {
         "protocol": protocol.name,
@@ -85,7 +220,7 @@ def evaluate(job: EvalConfig) -> EvalResult:
         "beta": beta,
         "classes_without_ground_truth": combined.without_ground_truth(),
         "cache": run.record()["cache"],
-        "engine": {"name": job.engine.value, "version": require(job.engine)},
+        "engine": {"name": str(job.engine), "version": require(job.engine)},
         "precision": inference_precision(device, recipe),
         "weights": job.weights.value,
         "weights_hash": weights_hash(run.path / job.weights.file),
@@ -95,7 +230,7 @@ def evaluate(job: EvalConfig) -> EvalResult:
     write_text(files[0], json.dumps(metrics, indent=1))
     if job.pictures:
         files += draw_detections(split, found.detections, protocol, run.path / "pictures", job.pictures)
-    return EvalResult(protocol, combined, blind, errors, len(split.images), alpha, beta, files)
+    return EvalResult(found.detections, combined, blind, errors, alpha, beta, files)
 
 
 def draw_detections(
@@ -106,58 +241,38 @@ def draw_detections(
 
     Returns the PNG files written, `IMAGEID.png` each.
     """
-    has_novel = [bool((image.labels >= len(protocol.base)).any()) for image in split.images]
-    order = sorted(range(len(has_novel)), key=lambda i: not has_novel[i])[:count]
+    has_novel = [any(group_of(label, protocol) == "novel" for label in i.labels.tolist()) for i in split.images]
     files = []
-    for i in order:
+    for i in sorted(range(len(has_novel)), key=lambda i: not has_novel[i])[:count]:
         image, found = split.images[i], detections[i]
         picture = read_image(split.path(image), image.width, image.height, exif=split.exif)
-        shown = found.scores >= SHOWN_SCORE
-        left = _draw_sheet(
-            picture,
-            found.boxes[shown],
-            found.labels[shown].tolist(),
-            found.scores[shown].tolist(),
-            protocol,
-            "detections",
-        )
-        truth = _draw_sheet(
-            picture, torch.from_numpy(image.boxes), image.labels.tolist(), None, protocol, "ground truth"
-        )
+        rows = zip(found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True)
+        shown = [(box, label, f" {score:.2f}") for box, label, score in rows if score >= SHOWN_SCORE]
+        truth = [(box, label, "") for box, label in zip(image.boxes.tolist(), image.labels.tolist(), strict=True)]
+        left = draw_boxes(picture, [_labelled(*one, protocol) for one in shown], "detections")
         sheet = Image.new("RGB", (left.width * 2 + 8, left.height), "white")
         sheet.paste(left, (0, 0))
-        sheet.paste(truth, (left.width + 8, 0))
-        files.append(folder / _name(image))
+        sheet.paste(
+            draw_boxes(picture, [_labelled(*one, protocol) for one in truth], "ground truth"), (left.width + 8, 0)
+        )
+        files.append(folder / f"{image.id:012d}.png")
         write_picture(files[-1], sheet, "PNG")
     return files
 
 
-def _name(image: ImageBoxes) -> str:
-    return f"{image.id:012d}.png"
-
-
-def _draw_sheet(
-    picture: Image.Image,
-    boxes: torch.Tensor,
-    labels: list[int],
-    scores: list[float] | None,
-    protocol: Protocol,
-    title: str,
-) -> Image.Image:
-    shown = []
-    for k, (box, label) in enumerate(zip(boxes.tolist(), labels, strict=True)):
-        novel = label >= len(protocol.base)
-        text = protocol.names[label] + (f" {scores[k]:.2f}" if scores is not None else "") + (" novel" if novel else "")
-        shown.append(Labelled(tuple(box), text, NOVEL_COLOUR if novel else BASE_COLOUR))
-    return draw_boxes(picture, shown, title)
+def _labelled(box: list[float], label: int, score: str, protocol: Protocol) -> Labelled:
+    x0, y0, x1, y1 = box
+    novel = group_of(label, protocol) == "novel"
+    text = f"{protocol.names[label]}{score}{' novel' if novel else ''}"
+    return Labelled((x0, y0, x1, y1), text, NOVEL_COLOUR if novel else BASE_COLOUR)
 
 
 def result_table(result: EvalResult) -> str:
     """Novel, base and all of one evaluation, split-blind beside it."""
-    protocol = result.protocol
+    protocol = result.combined.protocol
     lines = [
         f"protocol {protocol.name}: {len(protocol.base)} base and {len(protocol.novel)} novel classes in one run, "
-        f"{result.images} images, AP in percent",
+        f"{len(result.detections)} images, AP in percent",
         f"{'':34s}{'AP50':>22s}{'AP':>24s}",
         f"{'':34s}" + "".join(f"{g:>8s}" for g in GROUPS * 2),
     ]
@@ -166,8 +281,11 @@ def result_table(result: EvalResult) -> str:
         if result.alpha or result.beta
         else "classification score alone"
     )
-    rows = {combined: result.combined, "split-blind (a=b=0)": result.split_blind}
-    lines += [f"{name:34s}" + "".join(f"{_number(v):>8s}" for v in _values(ap)) for name, ap in rows.items()]
+    rows = {combined: result.combined.summary(), "split-blind (a=b=0)": result.split_blind.summary()}
+    lines += [
+        f"{name:34s}" + "".join(f"{ap_text(ap[kind][g]):>8s}" for kind in ("ap50", "ap") for g in GROUPS)
+        for name, ap in rows.items()
+    ]
     absent = result.combined.without_ground_truth()
     if absent:
         lines.append(f"{len(absent)} classes without ground truth are left out of the means: {', '.join(absent)}")
@@ -181,46 +299,30 @@ def class_table(result: EvalResult) -> str:
     """AP of every class."""
     lines = [f"{'class':24s}{'':8s}{'AP50':>8s}{'AP':>8s}"]
     for label, (name, ap) in enumerate(result.combined.per_class().items()):
-        kind = "novel" if label >= len(result.protocol.base) else "base"
-        lines.append(f"{name:24s}{kind:8s}{_number(ap['ap50']):>8s}{_number(ap['ap']):>8s}")
+        group = group_of(label, result.combined.protocol)
+        lines.append(f"{name:24s}{group:8s}{ap_text(ap['ap50']):>8s}{ap_text(ap['ap']):>8s}")
     return "\n".join(lines)
 
 
 def error_table(errors: ErrorBreakdown) -> str:
     """How many errors of each kind the groups have, and the AP50 that mending them would gain."""
-    parts = [errors.groups[group] for group in GROUPS]
-    rows: list[tuple[str, list[tuple[int, float | None]]]] = [
-        *((kind.value, [(part.counts[kind], part.gains[kind]) for part in parts]) for kind in ERRORS),
-        ("all wrong detections", [(part.false_positives, part.false_positive_gain) for part in parts]),
-        ("all objects not found", [(part.false_negatives, part.false_negative_gain) for part in parts]),
-    ]
+    parts, sides = [errors.groups[group] for group in GROUPS], ("novel", "base")
+    kinds = [*(kind.value for kind in ERRORS), "all wrong detections", "all objects not found"]
     lines = [
         "errors at IoU 0.5: how many, and the AP50 gained if that kind alone were mended",
         f"{'':24s}" + "".join(f"{group:>20s}" for group in GROUPS),
         f"{'':24s}" + f"{'count':>11s}{'dAP50':>9s}" * len(GROUPS),
     ]
+    for name, *cells in zip(kinds, *(part.cells() for part in parts), strict=True):
+        gains = [(count, "-" if gain is None else f"{gain:+.1f}") for count, gain in cells]
+        lines.append(f"{name:24s}" + "".join(f"{count:>11,d}{gain:>9s}" for count, gain in gains))
+    lines.append(
+        f"{'objects found':24s}"
+        + "".join(f"{share:>20s}" for share in [f"{part.found:,d} of {part.objects:,d}" for part in parts])
+    )
+    lines.append(f"{'classification errors':24s}" + "".join(f"{f'named {named}':>20s}" for named in sides))
     lines += [
-        f"{name:24s}" + "".join(f"{count:>11,d}{_signed(gain):>9s}" for count, gain in cells) for name, cells in rows
-    ]
-    shares = [f"{part.found:,d} of {part.objects:,d}" for part in parts]
-    lines.append(f"{'objects found':24s}" + "".join(f"{share:>20s}" for share in shares))
-    lines.append(f"{'classification errors':24s}" + "".join(f"{f'named {named}':>20s}" for named in ("novel", "base")))
-    lines += [
-        f"{f'  of {truth} objects':24s}"
-        + "".join(f"{errors.misnamed[truth][named]:>20,d}" for named in ("novel", "base"))
-        for truth in ("novel", "base")
+        f"{f'  of {truth} objects':24s}" + "".join(f"{errors.misnamed[truth][named]:>20,d}" for named in sides)
+        for truth in sides
     ]
     return "\n".join(lines)
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.1f}"
-
-
-def _values(ap: AveragePrecision) -> list[float | None]:
-    summary = ap.summary()
-    return [summary[kind][group] for kind in ("ap50", "ap") for group in GROUPS]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"

@@ -179,15 +179,6 @@ def require(form: ModelForm) -> None:
             ) from error
 
 
-def require_traceable(form: ModelForm, detector: Detector) -> None:
-    """Raises HdovdError, naming the form that works, if the form needs a trace of a detector that has none."""
-    if form is not ModelForm.SAFETENSORS and detector.exportable is None:
-        raise HdovdError(
-            f"--format {form.value}: a run of detector {detector.recipe.detector.name} can be exported as safetensors "
-            f"alone (--format safetensors), which hdovd opens; there is no form of it that other programs run"
-        )
-
-
 def traceable(detector: Detector) -> nn.Module:
     """The detector as a module over (image, texts, is_novel), in eval mode: one that torch can trace, if it has one."""
     if detector.exportable is None:
@@ -324,14 +315,7 @@ def _open_safetensors(file: Path) -> tuple[Run, dict[str, str]]:
 TOLERANCE = 1e-3  # of boxes in percent of the input's long side, and of scores
 
 
-@dataclass(frozen=True, slots=True)
-class ExportedModel:
-    file: Path
-    bytes: int
-    checked: Checked
-
-
-def export_model(job: ExportModelConfig) -> ExportedModel:
+def export_model(job: ExportModelConfig) -> Checked:
     """Write the detector of a run to one file. Raises HdovdError for bad input, and if the file does not find what the
     model finds.
     """
@@ -339,29 +323,27 @@ def export_model(job: ExportModelConfig) -> ExportedModel:
     job.check()
     run = RunFolder(job.run, job.trust)
     recipe, protocol, texts = run.recipe(), run.protocol(), run.class_embeddings().float()
-    pictures = made_up_pictures(recipe.input) + [_read(path) for path in job.check_images]
+    pictures = made_up_pictures(recipe.input) + [decode(path).pixels for path in job.check_images]
     model = build_detector(recipe, texts.shape[1], initialise=False)
-    require_traceable(job.form, model)
+    if job.form is not ModelForm.SAFETENSORS and model.exportable is None:
+        raise HdovdError(
+            f"--format {job.form.value}: a run of detector {recipe.detector.name} can be exported as safetensors alone "
+            f"(--format safetensors), which hdovd opens; there is no form of it that other programs run"
+        )
     run.load_model(model, job.weights.file)
     is_novel = torch.arange(len(texts)) >= len(protocol.base)
     log(f"{job.run}: {job.weights.value} weights, {len(texts)} classes, embeddings of {texts.shape[1]} numbers")
-    example = (
-        pictures[0][:, :90, :120].contiguous(),
-        texts,
-        is_novel,
-    )  # smaller, and of another shape, than what is checked
-
+    smaller = pictures[0][:, :90, :120].contiguous()  # and of another shape than what is checked
     checked: list[Checked] = []
 
     def write_checked(partial: Path) -> None:
         try:
-            write(job.form, model, example, carried(run, job.weights), partial)
+            write(job.form, model, (smaller, texts, is_novel), carried(run, job.weights), partial)
         except (torch.onnx.OnnxExporterError, RuntimeError, TypeError) as error:
             raise RuntimeError(
                 f"torch {torch.__version__} cannot export a detector with backbone {recipe.detector.backbone.name}: "
                 f"{error}"
             ) from error
-
         checked.append(check(open_model(job.form, partial)[0], model, texts, is_novel, pictures))
         if not checked[0].difference <= TOLERANCE:
             raise HdovdError(
@@ -371,7 +353,13 @@ def export_model(job: ExportModelConfig) -> ExportedModel:
             )
 
     replace_file(job.out, write_checked)
-    return ExportedModel(job.out, job.out.stat().st_size, checked[0])
+    found = checked[0]
+    log(
+        f"checked: {found.detections} detections in {found.pictures} pictures; largest difference from the model "
+        f"{found.difference:.1e} (scores; boxes in percent of the input's long side)"
+    )
+    log(f"wrote {job.out} ({job.form.value}, {job.out.stat().st_size / 1e6:.1f} MB)")
+    return found
 
 
 def carried(run: RunFolder, weights: Weights) -> dict[str, str]:
@@ -403,10 +391,3 @@ def carried(run: RunFolder, weights: Weights) -> dict[str, str]:
     }
     assert values.keys() == CARRIED.keys()
     return values
-
-
-def _read(path: Path) -> Tensor:
-    try:
-        return decode(path).pixels
-    except HdovdError as error:
-        raise HdovdError(f"--check-image {error}") from error

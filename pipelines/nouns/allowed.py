@@ -18,6 +18,7 @@ the captions that the vocabulary lacks, with the number of captions.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,9 +142,8 @@ def read_noun_file(path: Path) -> Nouns:
         raise HdovdError(f"{where}: vocabulary must be a list of names")
     for row, name in enumerate(vocabulary):
         checked_name(name, f"{where}: vocabulary must be a list of names: number {row}")
-    if len(set(vocabulary)) < len(vocabulary):
-        twice = sorted({n for n in vocabulary if vocabulary.count(n) > 1})
-        raise HdovdError(f"{where}: vocabulary holds {twice[0]!r} twice")
+    if twice := [name for name, count in Counter(vocabulary).items() if count > 1]:
+        raise HdovdError(f"{where}: vocabulary holds {min(twice)!r} twice")
     if not isinstance(images, dict):
         raise HdovdError(f"{where}: images must be rows by image id, not {shown(images)}")
     by_image: dict[int, tuple[int, ...]] = {}

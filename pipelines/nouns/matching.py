@@ -1,7 +1,7 @@
 """Nouns of captions by matching: at every place the longest name of a vocabulary, whose words may be in the plural.
 
-Needs no parser, finds nothing but names of the vocabulary, and cannot tell "a watch" from "they watch". `parsing`
-matches first as well.
+Needs no parser, finds nothing but names of the vocabulary, and cannot tell "a watch" from "they watch". `find` with a
+parser matches first as well.
 
 The words of a text, and the singular of a noun.
 
@@ -10,9 +10,9 @@ painting. What it has otherwise than nouns need it stands in `names/singular.txt
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import simplemma
 
@@ -85,8 +85,7 @@ def _corrections() -> dict[str, str]:
 MIN_JOINED = 3  # letters of each word that may join to a name written as one: "skate board", not "a corn"
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """The name `row` stands in words `start` to `stop`."""
 
     row: int
@@ -94,28 +93,12 @@ class Match:
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """What one caption holds: nouns, and words that are neither in the vocabulary nor too common to be missed there."""
 
     image_id: int
     nouns: list[str]
     unmatched: list[str]
-
-
-def longest_matches(count: int, longest: int, row_of: Callable[[int, int], int | None]) -> list[Match]:
-    """Matches in `count` words, from left to right: at every place the longest name, which takes its words.
-
-    `longest`: words of a name at most; `row_of`: the row of the name that words `start` to `stop` are, None if they are
-    none.
-    """
-    found, at = list[Match](), 0
-    while at < count:
-        stops = range(min(at + longest, count), at, -1)
-        match = next((Match(row, at, stop) for stop in stops if (row := row_of(at, stop)) is not None), None)
-        found += [] if match is None else [match]
-        at = at + 1 if match is None else match.stop
-    return found
 
 
 class NameMatcher:
@@ -127,26 +110,32 @@ class NameMatcher:
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._exact: dict[str, int] = {}
-        self._singular: dict[str, int] = {}
         self._sizes = [len(noun_words(name)) for name in names]
         self._longest = max(self._sizes, default=0) + 1
+        self._exact: dict[str, int] = {}
         for row, name in enumerate(names):
             self._exact.setdefault("".join(noun_words(name)), row)
-        for key, row in self._exact.items():  # a name in the singular has its key before one in the plural
-            if "".join(singular_of(noun_words(names[row]))) == key:
-                self._singular.setdefault(key, row)
-        for row, name in enumerate(names):
-            self._singular.setdefault("".join(singular_of(noun_words(name))), row)
-        for keys in (self._exact, self._singular):
-            keys.pop("", None)
+        keys = ["".join(singular_of(noun_words(name))) for name in names]
+        # A name in the singular has its key before one in the plural.
+        self._singular = {key: row for key, row in self._exact.items() if keys[row] == key}
+        for row, key in enumerate(keys):
+            self._singular.setdefault(key, row)
+        for table in (self._exact, self._singular):
+            table.pop("", None)
 
     def find(self, words: Sequence[str]) -> list[Match]:
-        """All matches, from left to right; each takes its words."""
-        singulars = singular_of(words)
-        return longest_matches(
-            len(words), self._longest, lambda start, stop: self._row(words[start:stop], singulars[start:stop])
-        )
+        """All matches, from left to right: at every place the longest name, which takes its words."""
+        singulars, found, at = singular_of(words), list[Match](), 0
+        while at < len(words):
+            for stop in range(min(at + self._longest, len(words)), at, -1):
+                row = self._row(words[at:stop], singulars[at:stop])
+                if row is not None:
+                    found.append(Match(row, at, stop))
+                    at = stop
+                    break
+            else:
+                at += 1
+        return found
 
     def _row(self, words: Sequence[str], singulars: Sequence[str]) -> int | None:
         row = self._exact.get("".join(words))
@@ -196,11 +185,10 @@ class MatchFinder:
         self._matcher, self._stop = NameMatcher(vocabulary), stop
 
     def __call__(self, captions: Iterable[tuple[int, str]]) -> Iterator[Found]:
-        stopped = set(self.stopped)
         for image_id, caption in captions:
             words = noun_words(caption)
             matches = self._matcher.find(words)
-            names = [name for m in matches if (name := self.vocabulary[m.row]) not in stopped]
+            names = [name for m in matches if (name := self.vocabulary[m.row]) not in self.stopped]
             yield Found(image_id, names, unmatched(words, matches, self._stop))
 
 

@@ -7,10 +7,9 @@ Proposal files from one form to another, and what one holds.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
 from hdovd.core.text_files import printable, read_json, shown
 from hdovd.data.coco import ImageBoxes, Skips
-from hdovd.pipelines.common.atomic_write import replace_file
+from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.settings import pair_lines
 from hdovd.pipelines.proposal_files.formats import NPZ_FORMAT, NPZ_VERSION, read_coco_results, read_npz, read_pickle
 from hdovd.pipelines.proposal_files.options import ListOrder, require_form
@@ -31,12 +30,12 @@ __all__ = [
     "Proposals",
     "made_by_file",
     "made_by_line",
-    "read_proposals",
     "read_table",
     "usable_proposals",
     "write_proposals",
 ]
 PICKLES = (".pkl", ".pickle")
+_UNKNOWN = "what made these proposals counts as unknown"
 
 
 def read_table(path: Path, annotations: Path | None = None, order: ListOrder = ListOrder.FILE) -> ProposalTable:
@@ -49,10 +48,8 @@ def read_table(path: Path, annotations: Path | None = None, order: ListOrder = L
         with path.open("rb") as file:
             head = file.read(2)
     if head == b"PK":
-        table, metadata = read_npz(path)
-        table = _with_made_by(
-            table, metadata.get("identity"), metadata.get("made_by"), f"{path.name} says what made its proposals"
-        )
+        table, about = read_npz(path)
+        table = _with_made_by(table, about, f"{path.name} says what made its proposals")
     elif head[:1] == b"\x80" or path.suffix in PICKLES:
         table = read_pickle(path, annotations, order)
     else:
@@ -76,16 +73,6 @@ def usable_proposals(table: ProposalTable, path: Path, images: list[ImageBoxes],
     return found
 
 
-def read_proposals(
-    path: Path, images: list[ImageBoxes], skips: Skips, annotations: Path | None = None
-) -> dict[int, Proposals]:
-    """The usable proposals of `images`, by image id; what is left out goes to `skips`.
-
-    Raises HdovdError if the file is of no known form, is empty, or fits none of the images.
-    """
-    return usable_proposals(read_table(path, annotations), path, images, skips)
-
-
 def write_proposals(path: Path, proposals: dict[int, Proposals], made_by: MadeBy | None = None) -> int:
     """Write all proposals, image by image, and return how many; the file appears whole or not at all.
 
@@ -94,14 +81,14 @@ def write_proposals(path: Path, proposals: dict[int, Proposals], made_by: MadeBy
     table = ProposalTable.of(proposals)
     about = {"identity": table.identity(), "made_by": made_by}
     if path.suffix == ".npz":
-        _write_whole(path, lambda file: _write_npz(file, proposals, table, about))
+        replace_file(path, lambda partial: _write_npz(partial, proposals, table, about))
     else:
-        _write_whole(path, lambda file: _write_json(file, proposals))
+        replace_file(path, lambda partial: _write_json(partial, proposals))
         sidecar = made_by_file(path)
         if made_by is None:
             sidecar.unlink(missing_ok=True)  # of the proposals that were here before
         else:
-            _write_whole(sidecar, lambda file: file.write(json.dumps(about, indent=1).encode()))
+            write_text(sidecar, json.dumps(about, indent=1))
     return len(table.image_id)
 
 
@@ -128,63 +115,52 @@ def _with_sidecar(table: ProposalTable, path: Path) -> ProposalTable:
         return table
     try:
         tree = read_json(sidecar, "made_by")
-        identity, made_by = tree["identity"], tree["made_by"]
+        about = {name: tree[name] for name in ("identity", "made_by")}
     except (HdovdError, KeyError, TypeError) as error:
-        return _unknown(table, f"{sidecar} is damaged ({error}): what made these proposals counts as unknown")
-    return _with_made_by(table, identity, made_by, f"{sidecar} was written")
+        return replace(table, notes=(*table.notes, f"{sidecar} is damaged ({error}): {_UNKNOWN}"))
+    return _with_made_by(table, about, f"{sidecar} was written")
 
 
-def _with_made_by(table: ProposalTable, identity: Any, made_by: Any, who: str) -> ProposalTable:
-    """With `made_by`, if it is of these proposals."""
+def _with_made_by(table: ProposalTable, about: dict[str, Any], who: str) -> ProposalTable:
+    """With what a file says made proposals, if it is of these: its `identity` is theirs."""
+    made_by, own = about.get("made_by"), table.identity()
     if made_by is None:
         return table
     if not printable(made_by):
-        return _unknown(table, f"{who} with characters that cannot be printed: what made these counts as unknown")
-    if not isinstance(made_by, dict) or identity != (own := table.identity()):
-        found = (
-            "and is no table"
-            if not isinstance(made_by, dict)
-            else f"of the proposals {shown(identity)}, these are {own}"
-        )
-        return _unknown(table, f"{who} {found}: what made these counts as unknown")
-    return replace(table, made_by=made_by)
+        why = "with characters that cannot be printed"
+    elif not isinstance(made_by, dict):
+        why = "and is no table"
+    elif about.get("identity") != own:
+        why = f"of the proposals {shown(about.get('identity'))}, these are {own}"
+    else:
+        return replace(table, made_by=made_by)
+    return replace(table, notes=(*table.notes, f"{who} {why}: {_UNKNOWN}"))
 
 
-def _unknown(table: ProposalTable, note: str) -> ProposalTable:
-    return replace(table, notes=(*table.notes, note))
-
-
-def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    def fill(partial: Path) -> None:
-        with partial.open("wb") as file:
-            write(file)
-
-    replace_file(path, fill)
-
-
-def _write_npz(file: BinaryIO, proposals: dict[int, Proposals], table: ProposalTable, about: dict[str, Any]) -> None:
+def _write_npz(partial: Path, proposals: dict[int, Proposals], table: ProposalTable, about: dict[str, Any]) -> None:
     offset = np.cumsum([0, *(len(found.boxes) for found in proposals.values())], dtype=np.int64)
     metadata = json.dumps({"format": NPZ_FORMAT, "version": NPZ_VERSION, **about})
-    np.savez(
-        file,
-        image_id=np.array(list(proposals), np.int64),
-        offset=offset,
-        box=table.box.astype(np.float32),
-        score=table.score.astype(np.float32),
-        metadata=np.array(metadata),
+    with partial.open("wb") as file:
+        np.savez(
+            file,
+            image_id=np.array(list(proposals), np.int64),
+            offset=offset,
+            box=table.box.astype(np.float32),
+            score=table.score.astype(np.float32),
+            metadata=np.array(metadata),
+        )
+
+
+def _write_json(partial: Path, proposals: dict[int, Proposals]) -> None:
+    texts = (  # one at a time: millions of entries as objects would take gigabytes
+        json.dumps({"image_id": image_id, "bbox": box, "score": score})
+        for image_id, found in proposals.items()
+        for box, score in zip(_xywh(found.boxes), _decimals(found.scores).tolist(), strict=True)
     )
-
-
-def _write_json(file: BinaryIO, proposals: dict[int, Proposals]) -> None:
-    file.write(b"[")
-    first = True
-    for image_id, found in proposals.items():  # image by image: millions of entries as objects would take gigabytes
-        scores = _decimals(found.scores).tolist()
-        for box, score in zip(_xywh(found.boxes), scores, strict=True):
-            file.write(b"" if first else b", ")
-            file.write(json.dumps({"image_id": image_id, "bbox": box, "score": score}).encode())
-            first = False
-    file.write(b"]")
+    with partial.open("w") as file:
+        file.write("[" + next(texts, ""))
+        file.writelines(f", {text}" for text in texts)
+        file.write("]")
 
 
 def _decimals(values: np.ndarray) -> np.ndarray:
@@ -241,24 +217,13 @@ def info_lines(source: Path, annotations: Path | None = None, order: ListOrder =
 
 def _numbers(table: ProposalTable) -> dict[str, str]:
     counts = np.unique(table.image_id, return_counts=True)[1]
-    side = np.sqrt(np.maximum(table.box[:, 2:] - table.box[:, :2], 0).prod(axis=1))
-    with np.errstate(invalid="ignore"):
-        bad = int(
-            (
-                ~np.isfinite(table.box).all(1)
-                | ~np.isfinite(table.score)
-                | ~(table.box[:, 2:] > table.box[:, :2]).all(1)
-            ).sum()
-        )
+    sides, score = table.box[:, 2:] - table.box[:, :2], table.score
+    size = np.sqrt(np.maximum(sides, 0).prod(axis=1))
+    bad = int((~np.isfinite(table.box).all(1) | ~np.isfinite(score) | ~(sides > 0).all(1)).sum())
     return {
-        "proposals": f"{len(table.image_id):,d}"
-        + (f", {bad:,d} of them without area or not finite: not usable" if bad else ""),
+        "proposals": f"{len(score):,d}" + (f", {bad:,d} of them without area or not finite: not usable" if bad else ""),
         "images": f"{len(counts):,d} with {counts.min()} to {counts.max()} (median {np.median(counts):g}) proposals "
         f"each",
-        "scores": f"{np.nanmin(table.score):.4g} to {np.nanmax(table.score):.4g}"
-        if not np.isnan(table.score).all()
-        else "none",
-        "size": f"median {np.nanmedian(side):.0f} px (the square root of the area)"
-        if not np.isnan(side).all()
-        else "none",
+        "scores": "none" if np.isnan(score).all() else f"{np.nanmin(score):.4g} to {np.nanmax(score):.4g}",
+        "size": "none" if np.isnan(size).all() else f"median {np.nanmedian(size):.0f} px (the square root of the area)",
     }

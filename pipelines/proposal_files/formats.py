@@ -177,21 +177,17 @@ def _outside(box: np.ndarray, size: np.ndarray) -> int:
 
 def _images(annotations: Path) -> tuple[np.ndarray, np.ndarray]:
     """Ids (N,) and sizes (N, 2) of an annotation file's images, in its order; reads no further than it must."""
-    ids, sizes = array("q"), array("f")
+    rows: list[list[int]] = []
     for key, item in JsonStream(annotations, "annotations"):
-        if key != "images":
-            if len(ids):
-                break
-            continue
-        if not isinstance(item, dict):
-            raise HdovdError(f"{annotations}: entry {len(ids)} of images is {shown(item)}, expected an image")
-        number, *size = (
-            whole(item.get(name), f"{annotations}: image number {len(ids)}: {name}")
-            for name in ("id", "width", "height")
-        )
-        ids.append(number)
-        sizes.extend(size)
-    return np.frombuffer(ids, np.int64), np.frombuffer(sizes, np.float32).reshape(-1, 2)
+        if key == "images":
+            where = f"{annotations}: image number {len(rows)}"
+            if not isinstance(item, dict):
+                raise HdovdError(f"{where} is {shown(item)}, expected an image")
+            rows.append([whole(item.get(name), f"{where}: {name}") for name in ("id", "width", "height")])
+        elif rows:
+            break
+    table = np.array(rows, np.int64).reshape(-1, 3)
+    return table[:, 0], table[:, 1:].astype(np.float32)
 
 
 def _of_dict(content: dict[Any, Any], path: Path) -> ProposalTable:
@@ -219,10 +215,9 @@ def _of_dict(content: dict[Any, Any], path: Path) -> ProposalTable:
             f"{path}: ids, boxes and objectness_logits need one entry an image, and whole numbers as ids: {error}"
         ) from error
     parts = [_boxes(own, f"{path}: image {i}")[0] for i, own in zip(numbers, boxes, strict=True)]
-    logits = [_scores(own, f"{path}: image {i}") for i, own in zip(numbers, scores, strict=True)]
-    for i, own, values in zip(numbers, parts, logits, strict=True):
-        if len(own) != len(values):
-            raise HdovdError(f"{path}: image {i} has {len(own)} boxes and {len(values)} objectness_logits")
+    logits = [
+        _scores(own, f"{path}: image {i}", len(part)) for i, own, part in zip(numbers, scores, parts, strict=True)
+    ]
     box = np.concatenate([np.zeros((0, 4), np.float32), *parts])
     if mode == 1:
         box[:, 2:] += box[:, :2]
@@ -239,16 +234,18 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _scores(value: Any, what: str) -> np.ndarray:
-    """(n,) float32 of an array or a list of numbers."""
+def _scores(value: Any, what: str, count: int) -> np.ndarray:
+    """(count,) float32 of an array or a list of numbers."""
     try:
-        values = np.asarray(value)
+        values = np.asarray(value).reshape(-1)
     except ValueError:  # lists of different lengths
         values = np.array(None)
     if values.dtype.kind not in "iuf":
         raise HdovdError(f"{what}: objectness_logits are {shown(value)} of something else than numbers")
+    if len(values) != count:
+        raise HdovdError(f"{what} has {count} boxes and {len(values)} objectness_logits")
     with np.errstate(over="ignore"):
-        return values.astype(np.float32).reshape(-1)
+        return values.astype(np.float32)
 
 
 def _boxes(value: Any, what: str) -> tuple[np.ndarray, np.ndarray]:

@@ -56,10 +56,9 @@ class ProposalTable:
     @classmethod
     def of(cls, proposals: dict[int, Proposals]) -> "ProposalTable":
         """All of `proposals`, image by image."""
-        counts = [len(found.boxes) for found in proposals.values()]
         found = [NO_PROPOSALS, *proposals.values()]
         return cls(
-            np.repeat(np.array(list(proposals), np.int64), counts),
+            np.repeat(np.array(list(proposals), np.int64), [len(p.boxes) for p in found[1:]]),
             np.concatenate([p.boxes for p in found]),
             np.concatenate([p.scores for p in found]),
         )
@@ -100,8 +99,7 @@ class ProposalTable:
             skips.add(
                 f"image with proposals that is not in the training set ({unknown.total():,d} proposals)", image_id
             )
-        order = self._order(keep)
-        found = _grouped(self.image_id, self.box, self.score, order)
+        found = _grouped(self.image_id, self.box, self.score, self._order(keep))
         for image_id, own in found.items():
             own.boxes.clip(0, np.tile(sizes[np.searchsorted(ids, image_id)], 2), out=own.boxes)
         return found

@@ -25,141 +25,13 @@ class Detector(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkConfig:
-    """A network to train on the base boxes of `data`, kept in `file`; one that is there already, of the same settings,
-    is taken.
-
-    `overwrite`: train anew, whatever is there. `save_minutes`: between two checkpoints within an epoch.
-    """
-
-    data: DataPaths
-    file: Path
-    detector: Detector
-    recipe: Recipe
-    protocol: str = "ov-coco"
-    overwrite: bool = False
-    save_minutes: float = 10.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ProposeConfig:
-    """`top` proposals an image at most, of `min_score` or more, both sides at least `min_side` pixels of the original
-    image.
+    """Proposals of the images of `data`, by one network; or with `report` the average recall on `validation` of several
+    of them.
 
-    A proposal that overlaps a base box or a better proposal by an IoU of more than `overlap` is left out.
-    `checkpoint`: a trained network, of which the values are its own; of `recipe` batch size and workers are taken.
-    `backbone_out`: where to keep the trained backbone, a start for detectors where ImageNet weights do not fit.
+    A network lies beside `out`; one that is there already, of the same settings, is taken. `checkpoint`: a trained
+    network, of which the values are its own; of `recipe` batch size and workers are taken.
     """
-
-    data: DataPaths
-    out: Path
-    recipe: Recipe
-    protocol: str = "ov-coco"
-    top: int = 10
-    overlap: float = 0.5
-    min_side: float = 8.0
-    min_score: float = 0.0
-    device: str = "auto"
-    backbone_out: Path | None = None
-    detector: Detector = Detector.OLN
-    checkpoint: Path | None = None
-    overwrite: bool = False
-    save_minutes: float = 10.0
-
-    @property
-    def network(self) -> NetworkConfig:
-        """The network of this job lies beside its proposals."""
-        return NetworkConfig(
-            data=self.data,
-            file=network_file(self.out, self.detector),
-            detector=self.detector,
-            recipe=self.recipe,
-            protocol=self.protocol,
-            overwrite=self.overwrite,
-            save_minutes=self.save_minutes,
-        )
-
-    def check(self) -> None:
-        """Raises HdovdError for what is wrong with the paths and names alone."""
-        load_protocol(self.protocol)
-        self.data.locate("train2017")
-        if self.checkpoint is not None:
-            require_network(self.checkpoint)
-
-    def selection(self) -> dict[str, float]:
-        return {"top": self.top, "overlap": self.overlap, "min_side": self.min_side, "min_score": self.min_score}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecallConfig:
-    """Average recall on `validation` of networks side by side: those in `checkpoints`, and those of `detectors`, which
-    lie beside `out` or are trained on `data`.
-    """
-
-    data: DataPaths
-    validation: DataPaths | None
-    recipe: Recipe
-    out: Path | None = None
-    protocol: str = "ov-coco"
-    detectors: tuple[Detector, ...] = ()
-    checkpoints: tuple[Path, ...] = ()
-    device: str = "auto"
-    overwrite: bool = False
-    save_minutes: float = 10.0
-
-    def check(self) -> None:
-        """Raises HdovdError for what is wrong with the paths and names alone."""
-        if self.validation is None:
-            raise HdovdError(
-                "--report counts on validation pictures: there is no val2017 under --data; give --val-images and "
-                "--val-annotations"
-            )
-        if self.networks():
-            self.data.locate("train2017")
-        load_protocol(self.protocol)
-        self.validation.locate("val2017")
-        for file in self.checkpoints:
-            require_network(file)
-
-    def networks(self) -> list[NetworkConfig]:
-        """What is to be trained, or was. Raises HdovdError without a place for it."""
-        wanted = self.detectors if self.detectors or self.checkpoints else (Detector.OLN,)
-        if wanted and self.out is None:
-            raise HdovdError(
-                f"--report trains {' and '.join(wanted)}, and keeps the networks beside --out FILE, for proposals "
-                f"later: give --out, or trained networks with --checkpoint"
-            )
-        if self.out is not None:
-            require_form(self.out)
-        return [
-            NetworkConfig(
-                data=self.data,
-                file=network_file(self.out, detector),
-                detector=detector,
-                recipe=self.recipe,
-                protocol=self.protocol,
-                overwrite=self.overwrite,
-                save_minutes=self.save_minutes,
-            )
-            for detector in dict.fromkeys(wanted)
-            if self.out is not None
-        ]
-
-
-def require_network(file: Path) -> None:
-    """Raises HdovdError if there is no such file."""
-    if not file.is_file():
-        raise HdovdError(f"no file {file}: expected a network that hdovd propose trained (NAME.oln.safetensors)")
-
-
-def network_file(out: Path, detector: Detector) -> Path:
-    """Where the network of a proposal file lies: proposals.json has its OLN in proposals.oln.safetensors."""
-    return out.with_name(f"{out.stem}.{detector.value}.safetensors")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProposeOptions:
-    """What `hdovd propose` is asked for, of which a `ProposeConfig` or, with `report`, a `RecallConfig` follows."""
 
     data: Data
     recipe: Annotated[Recipe, RECIPE]
@@ -202,41 +74,54 @@ class ProposeOptions:
     save_minutes: SaveMinutes = 10.0
     validation: Annotated[DataPaths | None, VALIDATION] = None
 
-    def config(self) -> ProposeConfig | RecallConfig:
-        """Raises HdovdError without `out`, or for more than one network, where proposals are to be written."""
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        load_protocol(self.protocol)
+        if self.out is not None:
+            require_form(self.out)
         if self.report:
-            return RecallConfig(
-                data=self.data,
-                validation=self.validation,
-                recipe=self.recipe,
-                out=self.out,
-                protocol=self.protocol,
-                detectors=self.detector,
-                checkpoints=self.checkpoint,
-                device=self.device,
-                overwrite=self.overwrite,
-                save_minutes=self.save_minutes,
-            )
-        if self.out is None:
+            self._check_report()
+        elif self.out is None:
             raise HdovdError("--out FILE is missing: the proposal file to write (or --report, to count recall alone)")
-        require_form(self.out)
-        if len(self.detector) > 1 or len(self.checkpoint) > 1:
+        elif len(self.detector) > 1 or len(self.checkpoint) > 1:
             raise HdovdError("one --detector or --checkpoint makes a proposal file; several are compared with --report")
-        if self.detector and self.checkpoint:
+        elif self.detector and self.checkpoint:
             raise HdovdError("--checkpoint is a network of one kind already: leave --detector out")
-        return ProposeConfig(
-            data=self.data,
-            out=self.out,
-            recipe=self.recipe,
-            protocol=self.protocol,
-            top=self.top,
-            overlap=self.overlap,
-            min_side=self.min_side,
-            min_score=self.min_score,
-            device=self.device,
-            backbone_out=self.backbone_out,
-            detector=self.detector[0] if self.detector else Detector.OLN,
-            checkpoint=self.checkpoint[0] if self.checkpoint else None,
-            overwrite=self.overwrite,
-            save_minutes=self.save_minutes,
-        )
+        if self.trained or not self.report:
+            self.data.locate("train2017")
+        for file in self.checkpoint:
+            require_network(file)
+
+    def _check_report(self) -> None:
+        if self.validation is None:
+            raise HdovdError(
+                "--report counts on validation pictures: there is no val2017 under --data; give --val-images and "
+                "--val-annotations"
+            )
+        self.validation.locate("val2017")
+        if self.trained and self.out is None:
+            raise HdovdError(
+                f"--report trains {' and '.join(self.trained)}, and keeps the networks beside --out FILE, for "
+                f"proposals later: give --out, or trained networks with --checkpoint"
+            )
+
+    @property
+    def trained(self) -> tuple[Detector, ...]:
+        """The kinds of network that are to be trained, or were: OLN unless something else is asked for."""
+        wanted = self.detector if self.detector or self.checkpoint else (Detector.OLN,)
+        return tuple(dict.fromkeys(wanted))
+
+    def beside(self, ending: str) -> Path:
+        """A file that belongs to the proposals: proposals.json has its OLN in proposals.oln.safetensors."""
+        assert self.out is not None  # as checked
+        return self.out.with_name(f"{self.out.stem}.{ending}")
+
+    def selection(self) -> dict[str, float]:
+        """What is kept of what a network finds."""
+        return {"top": self.top, "overlap": self.overlap, "min_side": self.min_side, "min_score": self.min_score}
+
+
+def require_network(file: Path) -> None:
+    """Raises HdovdError if there is no such file."""
+    if not file.is_file():
+        raise HdovdError(f"no file {file}: expected a network that hdovd propose trained (NAME.oln.safetensors)")

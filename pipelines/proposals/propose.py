@@ -7,54 +7,67 @@ Proposals of a whole split in parts of a thousand images, each written as it is 
 processes share it.
 
 Beside NAME.json a folder NAME.parts holds them until the file is written.
+
+With `report`: how many objects networks find, side by side; average recall of base and of novel objects, counted over
+what a network proposes, before proposals that overlap base boxes are taken out. Novel objects are counted as a
+diagnosis alone: no stage chooses anything by them.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.ops import box_iou, nms
 
+from hdovd.cache.identity import key_of
 from hdovd.core.errors import HdovdError, Stopped
 from hdovd.core.log import log, quiet
-from hdovd.data.coco import Split
-from hdovd.data.protocol import load_protocol
+from hdovd.data.coco import Split, read_instances
+from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.evaluation.recall import THRESHOLDS, found_at, recall
 from hdovd.modeling.proposals.base import ProposalNetwork
-from hdovd.pipelines.common.atomic_write import replace_file
+from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.device import Team, placed, team
 from hdovd.pipelines.common.process import StopSignal, exit_code
-from hdovd.pipelines.proposal_files.file import Proposals, ProposalTable, made_by_line, read_table, write_proposals
+from hdovd.pipelines.proposal_files.file import (
+    NO_PROPOSALS,
+    Proposals,
+    ProposalTable,
+    made_by_line,
+    read_table,
+    write_proposals,
+)
+from hdovd.pipelines.proposal_files.formats import read_npz
 from hdovd.pipelines.proposals.config import ProposeConfig
-from hdovd.pipelines.proposals.networks import Pictures, found_in, load_network, require_some_readable, settings
-from hdovd.pipelines.proposals.networks import made_by as made_by_of
-from hdovd.pipelines.proposals.training import settled_job, trained_network
+from hdovd.pipelines.proposals.networks import (
+    Pictures,
+    found_in,
+    load_network,
+    made_by,
+    require_some_readable,
+    settings,
+    settled_job,
+    trained_network,
+)
+from hdovd.pipelines.runs.listing import ap, table_lines
 
 IMAGES = 1024  # of a part, about; half a minute on a GPU
-
-
-@dataclass(slots=True)
-class Part:
-    """What was found in the pictures of a part, by image id; `unreadable`: why others could not be read."""
-
-    found: dict[int, Proposals] = field(default_factory=dict)
-    unreadable: list[str] = field(default_factory=list)
+MOST = (5, 10, 30, 100)  # proposals an image
+GROUPS = ("base", "novel")
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of `images` images. `key`: of everything that determines them; those with another key are made again.
+    """The parts of `images` images, each a proposal file of its own. `key`: of everything that determines them; those
+    with another key are made again.
 
     `size`: images of a part, whole batches, so that a batch is the same whatever is there already and however many
     processes share it.
@@ -72,10 +85,7 @@ class Parts:
         for image in split.images:
             rows.update(f"{image.id} {len(image.boxes)} ".encode() + image.boxes.tobytes())
         size = batch_size * max(1, IMAGES // batch_size)
-        key = hashlib.sha256(
-            json.dumps([origin, rows.hexdigest(), size, batch_size], sort_keys=True).encode()
-        ).hexdigest()
-        return cls(folder, images, size, key)
+        return cls(folder, images, size, key_of({"made_by": origin, "boxes": rows.hexdigest(), "batch": batch_size}))
 
     def numbers(self) -> range:
         return range(-(-self.images // self.size))
@@ -84,61 +94,20 @@ class Parts:
         """The images of a part, by number."""
         return range(part * self.size, min((part + 1) * self.size, self.images))
 
-    def missing(self) -> list[int]:
-        return [part for part in self.numbers() if not self._is_done(part)]
+    def file(self, part: int) -> Path:
+        return self.folder / f"{part:05d}-of-{self.size}-{self.key}.npz"
 
-    def write(self, number: int, part: Part) -> None:
-        """Raises HdovdError if there is no room."""
-        found = part.found.values()
-        arrays = {
-            "image_id": np.array(list(part.found), np.int64),
-            "count": np.array([len(p.scores) for p in found], np.int64),
-            "boxes": np.concatenate([np.zeros((0, 4), np.float32), *(p.boxes for p in found)]),
-            "scores": np.concatenate([np.zeros(0, np.float32), *(p.scores for p in found)]),
-        }
-        metadata = {"key": self.key, "unreadable": json.dumps(part.unreadable)}
-        replace_file(self._file(number), lambda partial: save_arrays(arrays, partial, metadata))
+    def write(self, part: int, found: dict[int, Proposals], unreadable: list[str]) -> None:
+        """What was found in the pictures of a part, by image id, and why others could not be read. Raises HdovdError
+        if there is no room.
+        """
+        write_proposals(self.file(part), found, {"images": list(found), "unreadable": unreadable})
 
-    def read(self, number: int) -> Part:
-        arrays = load_file(self._file(number))
-        ends = arrays["count"].cumsum().tolist()
-        found = {
-            image_id: Proposals(arrays["boxes"][end - n : end], arrays["scores"][end - n : end])
-            for image_id, n, end in zip(arrays["image_id"].tolist(), arrays["count"].tolist(), ends, strict=True)
-        }
-        return Part(found, list(json.loads(self._metadata(number)["unreadable"])))
-
-    def _is_done(self, number: int) -> bool:
-        try:
-            return self._file(number).is_file() and self._metadata(number).get("key") == self.key
-        except (SafetensorError, OSError):
-            return False
-
-    def _metadata(self, number: int) -> dict[str, str]:
-        with safe_open(self._file(number), "np") as tensors:
-            return dict(tensors.metadata() or {})
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"{number:05d}.safetensors"
-
-
-def fill(
-    parts: Parts, mine: list[int], results: Iterable[tuple[int, Proposals | str]], check: Callable[[], None]
-) -> None:
-    """Write the parts `mine` from their images' results, in order: image id, and proposals or why there are none.
-    `check` may raise.
-    """
-    stream: Iterator[tuple[int, Proposals | str]] = iter(results)
-    for number in mine:
-        part = Part()
-        for _ in parts.rows(number):
-            image_id, result = next(stream)
-            check()
-            if isinstance(result, str):
-                part.unreadable.append(result)
-            else:
-                part.found[image_id] = result
-        parts.write(number, part)
+    def read(self, part: int) -> tuple[dict[int, Proposals], list[str]]:
+        """What was written."""
+        table, about = read_npz(self.file(part))
+        found, told = table.by_image(), about["made_by"]
+        return {image_id: found.get(image_id, NO_PROPOSALS) for image_id in told["images"]}, told["unreadable"]
 
 
 def propose(job: ProposeConfig) -> dict[int, Proposals]:
@@ -146,52 +115,46 @@ def propose(job: ProposeConfig) -> dict[int, Proposals]:
 
     Raises HdovdError for bad input, and Stopped if a signal ended it: the same call goes on.
     """
-    job.check()
+    replace(job, report=False).check()
     with team(job.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
         return _propose(job, us, stop)
 
 
 def _propose(job: ProposeConfig, us: Team, stop: StopSignal) -> dict[int, Proposals]:
     split = job.data.load("train2017", load_protocol(job.protocol), base_only=True, exif=job.recipe.input.exif)
-    if us.leads and job.out.is_file():
-        planned = made_by_of(job.checkpoint) if job.checkpoint else settings(settled_job(job.network, us)[0], split)
-        if note := replaced_line(job.out, {**planned, "selection": job.selection()}):
-            log(note)
-    network, origin = (
-        checkpointed(job.checkpoint, job, us) if job.checkpoint else trained_network(job.network, split, us, stop)
-    )
+    network, origin = _network(job, split, us, stop)
+    require_some_readable(split)
+    origin["selection"] = job.selection()  # with it, everything that made the proposals
+    parts = Parts.of(job.beside("parts"), split, job.recipe.train.batch_size, origin)
+    mine = [part for part in parts.numbers() if not parts.file(part).is_file()][us.rank :: us.world]
+    us.wait()  # all have looked, before the first one writes
+    _fill(parts, mine, network, split, job, us, stop)
+    us.wait()
+    done = [parts.read(part) for part in parts.numbers()]
+    us.wait()
+    found = {image_id: proposals for part, _ in done for image_id, proposals in part.items()}
+    for problem in (problem for _, unreadable in done for problem in unreadable):
+        log(f"skipped: {problem}")
+    if us.leads:
+        _write(job, found, origin)
+        shutil.rmtree(parts.folder, ignore_errors=True)
+    return found
+
+
+def _network(job: ProposeConfig, split: Split, us: Team, stop: StopSignal) -> tuple[ProposalNetwork, dict[str, Any]]:
+    """The network to propose with, and what made it; its backbone is kept where that is wanted."""
+    if us.leads and (note := replaced_line(job, split, us)):
+        log(note)
+    if job.checkpoint:
+        network, origin = checkpointed(job.checkpoint[0], job, us)
+    else:
+        network, origin = trained_network(job, job.trained[0], split, us, stop)
     if us.leads and job.backbone_out is not None:
         body = {k: v.cpu().contiguous() for k, v in network.backbone.body.state_dict().items()}
         about = {"made_by": json.dumps(origin)}  # for the audit of detectors that start from it
         replace_file(job.backbone_out, lambda partial: save_file(body, partial, about))
         log(f"wrote {job.backbone_out}: the backbone, for --set detector.backbone.weights=")
-    require_some_readable(split)
-    made_by = {**origin, "selection": job.selection()}  # everything that made the proposals
-    parts = Parts.of(job.out.with_name(f"{job.out.stem}.parts"), split, job.recipe.train.batch_size, made_by)
-    mine = parts.missing()[us.rank :: us.world]
-    us.wait()  # all have looked, before the first one writes
-    doing = f"proposing; whole parts are in {parts.folder}"
-    fill(parts, mine, _results(network, split, parts, mine, job, us), lambda: stop_if_asked(stop, doing))
-    us.wait()
-    done = [parts.read(number) for number in parts.numbers()]
-    us.wait()
-    found = {image_id: proposals for part in done for image_id, proposals in part.found.items()}
-    for problem in (problem for part in done for problem in part.unreadable):
-        log(f"skipped: {problem}")
-    if us.leads:
-        count = write_proposals(job.out, found, made_by)
-        shutil.rmtree(parts.folder, ignore_errors=True)
-        log(
-            f"wrote {job.out}: {count} proposals for {len(found)} images, {count / len(found):.1f} an image, identity "
-            + ProposalTable.of(found).identity()
-        )
-        if not count:
-            log(
-                f"note: no proposal is left of what the network found: lower --min-score ({job.min_score}), or raise "
-                f"--overlap"
-            )
-        log(f"next: hdovd extract-clip --proposals {quote(str(job.out))} ...")
-    return found
+    return network, origin
 
 
 def checkpointed(file: Path, job: ProposeConfig, us: Team) -> tuple[ProposalNetwork, dict[str, Any]]:
@@ -208,32 +171,53 @@ def checkpointed(file: Path, job: ProposeConfig, us: Team) -> tuple[ProposalNetw
     return placed(network, us.device).eval(), origin
 
 
-def replaced_line(file: Path, planned: Mapping[str, Any]) -> str | None:
-    """What to say of a file whose place new proposals will take; None if what is `planned` of them made it too."""
+def replaced_line(job: ProposeConfig, split: Split, us: Team) -> str | None:
+    """What to say of a file whose place new proposals will take; None without one, or if it was made as they will
+    be.
+    """
+    if job.out is None or not job.out.is_file():
+        return None
     try:
-        before = read_table(file)
+        before = read_table(job.out)
     except HdovdError:
-        return f"note: {file} is there, but is no proposal file that can be read; these proposals will replace it"
+        return f"note: {job.out} is there, but is no proposal file that can be read; these proposals will replace it"
+    if job.checkpoint:
+        planned = made_by(job.checkpoint[0])
+    else:
+        planned = settings(settled_job(job, job.trained[0], us)[0], job.trained[0], split)
     known = before.made_by or {}
-    if all(known.get(name) == value for name, value in planned.items()):
+    if all(known.get(name) == value for name, value in (planned | {"selection": job.selection()}).items()):
         return None
     return (
-        f"note: {file} is there with {len(before.image_id):,d} proposals made otherwise "
+        f"note: {job.out} is there with {len(before.image_id):,d} proposals made otherwise "
         f"({made_by_line(before.made_by)}); these will replace them. To keep them, stop here and give another --out"
     )
 
 
-def _results(
-    network: ProposalNetwork, split: Split, parts: Parts, mine: list[int], job: ProposeConfig, us: Team
-) -> Iterator[tuple[int, Proposals | str]]:
-    """The images of the parts `mine` in order: the id of each, and its proposals, or why it cannot be read."""
+def _fill(
+    parts: Parts,
+    mine: list[int],
+    network: ProposalNetwork,
+    split: Split,
+    job: ProposeConfig,
+    us: Team,
+    stop: StopSignal,
+) -> None:
+    """Propose in the images of the parts `mine`, and write each part when it is done. Raises Stopped if a signal
+    came.
+    """
     numbers = [number for part in mine for number in parts.rows(part)]
-    if not numbers:
-        return
-    found = found_in(Pictures(split, job.recipe, numbers), network, us, "propose")
-    for number, (picture, boxes, scores) in zip(numbers, found, strict=True):
-        keep = select_proposals(boxes, scores, torch.from_numpy(split.images[number].boxes), job)
-        yield picture.image_id, picture.problem or Proposals(boxes[keep].numpy(), scores[keep].numpy())
+    results = found_in(Pictures(split, job.recipe), numbers, network, us, "propose")
+    for part in mine:
+        found, unreadable = dict[int, Proposals](), list[str]()
+        for number, (picture, boxes, scores) in zip(parts.rows(part), results, strict=False):
+            stop_if_asked(stop, f"proposing; whole parts are in {parts.folder}")
+            keep = select_proposals(boxes, scores, torch.from_numpy(split.images[number].boxes), job)
+            if picture.problem:
+                unreadable.append(picture.problem)
+            else:
+                found[picture.image_id] = Proposals(boxes[keep].numpy(), scores[keep].numpy())
+        parts.write(part, found, unreadable)
 
 
 def stop_if_asked(stop: StopSignal, doing: str) -> None:
@@ -252,3 +236,137 @@ def select_proposals(boxes: Tensor, scores: Tensor, base: Tensor, job: ProposeCo
     usable &= (box_iou(boxes, base) <= job.overlap).all(dim=1)
     rows = usable.nonzero().flatten()
     return rows[nms(boxes[rows], scores[rows], job.overlap)][: job.top]
+
+
+def _write(job: ProposeConfig, found: dict[int, Proposals], origin: dict[str, Any]) -> None:
+    assert job.out is not None  # as checked
+    count = write_proposals(job.out, found, origin)
+    log(
+        f"wrote {job.out}: {count} proposals for {len(found)} images, {count / len(found):.1f} an image, identity "
+        + ProposalTable.of(found).identity()
+    )
+    if not count:
+        log(
+            f"note: no proposal is left of what the network found: lower --min-score ({job.min_score}), or raise "
+            f"--overlap"
+        )
+    log(f"next: hdovd extract-clip --proposals {quote(str(job.out))} ...")
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Average recall of one network in percent, by group ("base", "novel") and number of proposals an image; None
+    without objects.
+
+    `objects`: by group. `proposals_per_image`: in the mean, of all that the network has.
+    """
+
+    network: str
+    images: int
+    proposals_per_image: float
+    objects: dict[str, int]
+    ar50: dict[str, dict[int, float | None]]
+    ar50_95: dict[str, dict[int, float | None]]
+    novel: str = "a diagnosis: never used for choosing"
+
+
+def recall_report(job: ProposeConfig) -> list[Recall]:
+    """Train or load the networks, count what they find and say it; with `job.out` also in NAME.recall.json beside it.
+
+    Raises HdovdError for bad input or a validation picture that cannot be read, and Stopped if a signal ended it.
+    """
+    replace(job, report=True).check()
+    with team(job.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
+        assert job.validation is not None  # as checked
+        protocol, found = load_protocol(job.protocol), list[Recall]()
+        validation = without_crowds(
+            job.validation.load("val2017", protocol, base_only=False, exif=job.recipe.input.exif)
+        )
+
+        def count(name: str, network: ProposalNetwork) -> None:
+            found.append(_recall(name, network, validation, protocol, job, us, stop))
+
+        if job.trained:
+            split = job.data.load("train2017", protocol, base_only=True, exif=job.recipe.input.exif)
+            for detector in job.trained:
+                count(detector.value, trained_network(job, detector, split, us, stop)[0])
+        for file in job.checkpoint:
+            network, origin = load_network(file, job.recipe)
+            count(f"{origin['detector']} {file.name}", placed(network, us.device).eval())
+        if us.leads and job.out is not None:
+            file = job.beside("recall.json")
+            write_text(file, json.dumps([asdict(one) for one in found], indent=1))
+            log(f"wrote {file}")
+        log(recall_table(found))
+        return found
+
+
+def without_crowds(split: Split) -> Split:
+    """A box around many objects is none that a proposal could find."""
+    found = read_instances(split.annotations)
+    crowds = {number for number, crowd in zip(found.ids, found.crowd, strict=True) if crowd}
+    keep = [
+        np.array([number not in crowds for number in image.annotation_ids.tolist()], bool) for image in split.images
+    ]
+    images = [
+        replace(image, boxes=image.boxes[rows], labels=image.labels[rows], annotation_ids=image.annotation_ids[rows])
+        for image, rows in zip(split.images, keep, strict=True)
+    ]
+    return replace(split, images=images)
+
+
+def _recall(
+    name: str,
+    network: ProposalNetwork,
+    split: Split,
+    protocol: Protocol,
+    job: ProposeConfig,
+    us: Team,
+    stop: StopSignal,
+) -> Recall:
+    numbers = list(range(len(split.images)))[us.rank :: us.world]
+    found: dict[str, list[np.ndarray]] = {group: [] for group in GROUPS}
+    count = 0
+    results = found_in(Pictures(split, job.recipe), numbers, network, us, f"recall {name}")
+    for number, (picture, boxes, _) in zip(numbers, results, strict=True):
+        stop_if_asked(stop, "counting; networks that were trained are kept")
+        if picture.problem:
+            raise HdovdError(f"{picture.problem}; recall without it would be another data set's")
+        image, best = split.images[number], boxes[: max(MOST)].numpy()
+        is_base = image.labels < len(protocol.base)
+        for group, rows in (("base", is_base), ("novel", ~is_base)):
+            found[group].append(found_at(best, image.boxes[rows]))
+        count += len(boxes)
+    shares = us.gather((found, count))
+    every = {group: [one for part, _ in shares for one in part[group]] for group in GROUPS}
+    objects = {group: sum(one.shape[1] for one in every[group]) for group in GROUPS}
+    at = {group: {most: recall(every[group], most) * 100 for most in MOST} for group in GROUPS}
+    return Recall(
+        name,
+        len(split.images),
+        sum(n for _, n in shares) / len(split.images),
+        objects,
+        {group: {k: float(v[0]) if objects[group] else None for k, v in rows.items()} for group, rows in at.items()},
+        {
+            group: {k: float(v.mean()) if objects[group] else None for k, v in rows.items()}
+            for group, rows in at.items()
+        },
+    )
+
+
+def recall_table(found: list[Recall]) -> str:
+    """Networks side by side, base and novel, as text."""
+    head = ("network", "objects", *(f"AR50@{most}" for most in MOST), *(f"AR@{most}" for most in MOST))
+    rows = [
+        (one.network, group, *map(ap, one.ar50[group].values()), *map(ap, one.ar50_95[group].values()))
+        for one in found
+        for group in GROUPS
+    ]
+    counts = " and ".join(f"{found[0].objects[group]} {group}" for group in GROUPS)
+    lines = [
+        f"Average recall in percent at IoU 0.5 (AR50) and {THRESHOLDS[0]}:{THRESHOLDS[-1]} (AR), {found[0].images} "
+        f"pictures, {counts} objects.",
+        "Novel is a diagnosis: choose nothing by it.",
+        *table_lines(head, rows, set(head[2:])),
+    ]
+    return "\n".join(lines)

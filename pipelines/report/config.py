@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import DataPaths
-from hdovd.pipelines.common.options import DATA, Device, Group, Option, Trust, data_of, workers_option
+from hdovd.pipelines.common.options import (
+    DATA,
+    Device,
+    Group,
+    Option,
+    Trust,
+    data_of,
+    require_own_folder,
+    workers_option,
+)
 from hdovd.pipelines.runs.listing import find_runs
 
 REPORT_FILE = "index.html"
@@ -53,21 +62,13 @@ class ReportConfig:
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths alone."""
-        _require_room(self.out)
+        if self.out.suffix == ".html":
+            raise HdovdError(f"--out {self.out}: give a folder, in which {REPORT_FILE} is written")
+        require_own_folder(self.out, REPORT_FILE, "report")
         for run in self.runs:
             _require_run(run)
         if (data := self.validation or self.data) != DataPaths():
             data.locate("val2017")
-
-
-def _require_room(out: Path) -> None:
-    """Raises HdovdError for a file, or a folder that holds other things than a report."""
-    if out.is_file() or out.suffix == ".html":
-        raise HdovdError(f"--out {out} is a file: give a folder, in which {REPORT_FILE} is written")
-    if out.is_dir() and not (out / REPORT_FILE).is_file() and (others := sorted(entry.name for entry in out.iterdir())):
-        raise HdovdError(
-            f"--out {out} holds other things ({shorten(list(others))}): give a folder that is new, empty, or a report's"
-        )
 
 
 def _require_run(path: Path) -> None:
@@ -75,16 +76,7 @@ def _require_run(path: Path) -> None:
     if (path / "run.json").is_file():
         return
     inside = [str(run) for run in find_runs([path])] if path.is_dir() else []
-    near = (
-        get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], 1)
-        if path.parent.is_dir()
-        else []
-    )
-    hint = (
-        f"; there are runs in it: {shorten(list(inside))}"
-        if inside
-        else f"; did you mean {path.parent / near[0]}?"
-        if near
-        else ""
-    )
+    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    near = [f"; did you mean {path.parent / name}?" for name in get_close_matches(path.name, beside, 1)]
+    hint = f"; there are runs in it: {shorten(list(inside))}" if inside else "".join(near)
     raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote{hint}")

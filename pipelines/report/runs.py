@@ -1,20 +1,31 @@
-"""The runs that a report is about: opened, named, checked to be of one kind."""
+"""The runs that a report is about: opened, named, checked to be of one kind; and what the teacher and a trained
+detector say of how alike the boxes of one batch are, the two matrices of METHOD section 4.
+"""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from hdovd.cache.reader import FeatureCache
+from hdovd.cache.schema import Level, Source
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import quiet
-from hdovd.data.coco import DataPaths, Exif, Split
+from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import Protocol
+from hdovd.evaluation.groups import group_of
+from hdovd.modeling.base import build_detector
+from hdovd.modeling.losses.instance import relation_loss
+from hdovd.pipelines.common.device import pick_device, placed
 from hdovd.pipelines.evaluation.analysis import RunAnalysis, analyse
-from hdovd.pipelines.extraction.source import data_of_cache
+from hdovd.pipelines.extraction.source import cache_of, data_of_cache
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.listing import Run, read_run
+from hdovd.pipelines.training.training_set import TrainingSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +38,6 @@ class OneRun:
     analysis: RunAnalysis
     entries: list[dict[str, Any]]
     notes: tuple[str, ...]
-
-
-class TrainingImages:
-    """The training images of a report, read when they are first asked for, and once: COCO's take a while."""
-
-    def __init__(self, data: DataPaths, protocol: Protocol, exif: Exif) -> None:
-        self._data, self._protocol, self._exif = data, protocol, exif
-
-    @cached_property
-    def split(self) -> Split:
-        """Raises HdovdError if they cannot be read."""
-        with quiet():
-            return self._data.load("train2017", self._protocol, base_only=True, exif=self._exif)
 
 
 def open_runs(folders: Sequence[RunFolder], validation: DataPaths, threshold: float) -> list[OneRun]:
@@ -97,8 +95,7 @@ def data_of(runs: Sequence[RunFolder], given: DataPaths, *, needed: bool = True)
 
 def novel_first(protocol: Protocol) -> list[int]:
     """Labels of the classes in the order that the whole report has."""
-    base = len(protocol.base)
-    return [*range(base, len(protocol.names)), *range(base)]
+    return sorted(range(len(protocol.names)), key=lambda label: group_of(label, protocol) == "base")
 
 
 def _require_same(first: OneRun, other: OneRun) -> None:
@@ -112,3 +109,103 @@ def _require_same(first: OneRun, other: OneRun) -> None:
         raise HdovdError(
             f"{first.name} and {other.name} were evaluated on different images: run hdovd eval of both on the same"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Relations:
+    """Cosines (n, n) between the teacher's rows e and between the student's rows q, of the same boxes.
+
+    names: what each box is, a base class or the noun of a pseudo box. pseudo: (n,) bool. correlation: Pearson's, of the
+    entries above the diagonal; None where there are too few or one side is constant. loss: the relation loss of this
+    batch, without its weight.
+    """
+
+    image_ids: list[int]
+    names: list[str]
+    pseudo: np.ndarray
+    teacher: np.ndarray
+    student: np.ndarray
+    correlation: float | None
+    loss: float
+
+
+def relations(
+    run: RunFolder, split: Split, images: int, *, device: str = "auto", weights: str = "model.safetensors"
+) -> Relations:
+    """The matrices for `images` of the training images `split`: those with the most boxes, and those with a proposal
+    before all others.
+
+    Raises HdovdError, saying why, if the run has no instance level, or its cache cannot be read any more or is of other
+    images.
+    """
+    recipe, protocol = run.recipe(), run.protocol()
+    if not recipe.loss.instance.enabled:
+        raise HdovdError("this run has no instance level, so no student embeddings")
+    cache = cache_of(run)
+    as_it_is = recipe.model_copy(update={"input": recipe.input.model_copy(update={"flip": 0.0})})
+    with quiet():
+        training = TrainingSet(split, cache, as_it_is)
+    batch = [training[i] for i in _telling(training, images)]
+    place = pick_device(device)
+    model = build_detector(recipe, training.dim, initialise=False)
+    run.load_model(model, weights)
+    placed(model, place).eval()
+    ids = [image_id for _, _, image_id in batch]
+    found = model.students([pixels.to(place) for pixels, _, _ in batch], [t.to(place) for _, t, _ in batch], ids)
+    if not len(found.box):
+        raise HdovdError(
+            f"no box of these {len(ids)} training images has a student embedding: the run finds none of them yet"
+        )
+    teacher = torch.cat([rows for t in found.targets for rows in (t.embeddings, t.pseudo_embeddings)])[found.box]
+    names, pseudo = _names(found.targets, cache, protocol)
+    order = sorted(range(len(found.box)), key=lambda k: (bool(pseudo[found.box[k]]), names[found.box[k]]))
+    q, e, box = found.q[order], teacher[order], found.box[order].tolist()
+    loss = float(relation_loss(q, e, recipe.loss.instance.relation_tau, recipe.loss.instance.relation_temperature))
+    of_teacher, of_student = ((rows @ rows.T).cpu().numpy() for rows in (e, q))
+    return Relations(
+        ids,
+        [names[b] for b in box],
+        np.array([pseudo[b] for b in box], bool),
+        of_teacher,
+        of_student,
+        _correlation(of_teacher, of_student),
+        loss,
+    )
+
+
+def _telling(training: TrainingSet, count: int) -> list[int]:
+    """Places of the images that are shown: the most boxes first, those with a proposal before all others; then by
+    place.
+    """
+    base, proposals = (training.cache.counts(source) for source in (Source.BASE_BOX, Source.PROPOSAL))
+
+    def order(index: int) -> tuple[bool, int]:
+        image = training.images[index].id
+        return not proposals[image], -base[image] - proposals[image]
+
+    return sorted(range(len(training)), key=order)[:count]
+
+
+def _names(targets: list[Any], cache: FeatureCache, protocol: Protocol) -> tuple[list[str], list[bool]]:
+    """The name of every box of a batch, and whether it is a pseudo box. A label of several nouns is named by the one
+    most like it.
+    """
+    nouns = cache.names(Level.NOUN) if Level.NOUN in cache.levels() else []
+    rows = torch.from_numpy(cache.embeddings(Level.NOUN)) if nouns else torch.zeros(0, cache.dim)
+    names, pseudo = list[str](), list[bool]()
+    for target in targets:
+        names += [protocol.names[label] for label in target.labels.tolist()]
+        if nouns and len(target.pseudo_texts):
+            names += [nouns[k] for k in (target.pseudo_texts.cpu() @ rows.T).argmax(dim=1).tolist()]
+        elif not nouns:
+            names += ["pseudo box"] * len(target.pseudo_boxes)
+        pseudo += [False] * len(target.boxes) + [True] * len(target.pseudo_boxes)
+    return names, pseudo
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    above = np.triu_indices(len(a), k=1)
+    x, y = a[above], b[above]
+    if len(x) < 2 or x.std() == 0 or y.std() == 0:
+        return None
+    return float(np.corrcoef(x, y)[0, 1])

@@ -6,7 +6,7 @@
     layout                   of `train.batches_of`: what the order depends on
     log_bytes                length of log.jsonl
     best, ended, failed      of `training.hooks.RunHooks`
-    ema                      with `train.ema`: of `weight_average.WeightAverage`; `model` has the weights that are
+    ema                      with `train.ema`: of `training.loop.WeightAverage`; `model` has the weights that are
                              trained
 
 Losses, samples and their order follow from seed and epoch; torch's generators matter only

@@ -35,7 +35,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from hdovd.cache.identity import differences, require_seal, sealed
+from hdovd.cache.identity import differences, hash_file, require_seal, sealed
 from hdovd.config.plugins import outside_code
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.core.errors import HdovdError, require_readable, shorten
@@ -67,8 +67,7 @@ WeightsOption = Annotated[
 
 def weights_hash(file: Path) -> str:
     """What tells the weights in a file from others: the start of its SHA-256."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()[:24]
+    return hash_file(file)[:24]
 
 
 FILES = (
@@ -164,7 +163,8 @@ class RunFolder:
 
     def _write_record(self, record: dict[str, Any]) -> None:
         write_text(self.path / "run.json", json.dumps(sealed(record), indent=1))
-        if self._names():
+        code = outside_code(load_recipe(str(self.path / "config.toml")))
+        if code or _is_address(str(record["cache"].get("path"))):
             with suppress(OSError):  # then the user will be asked for --trust
                 self._made_here().parent.mkdir(parents=True, exist_ok=True)
                 self._made_here().touch()
@@ -239,12 +239,6 @@ class RunFolder:
                 f"{self.path} {what}. It was not trained here by you: if you trust who made it, give --trust"
             )
 
-    def _names(self) -> bool:
-        """Whether the run names code or an address."""
-        return _is_address(str(self.record()["cache"].get("path"))) or bool(
-            outside_code(load_recipe(str(self.path / "config.toml")))
-        )
-
     def _made_here(self) -> Path:
         """A file of the user's own that is there if hdovd wrote a run in this place, of this recipe and cache: nobody
         can send it along.
@@ -271,13 +265,18 @@ class RunFolder:
         tensors, names = load_tensors(file), self.protocol().names
         self._require_as_written(file.name)
         rows = tensors.get("embeddings")
-        if rows is None or rows.ndim != 2 or len(rows) != len(names) or not rows.is_floating_point():
+        if (
+            rows is None
+            or rows.ndim != 2
+            or len(rows) != len(names)
+            or not rows.is_floating_point()
+            or not ((rows.float().norm(dim=1) - 1).abs() < NORM_TOLERANCE).all()
+        ):
             found = "none" if rows is None else f"{rows.dtype} {tuple(rows.shape)}"
             raise HdovdError(
-                f"{file}: expected embeddings, a row for each of the {len(names)} classes of run.json, found {found}"
+                f"{file}: expected embeddings of norm 1, a row for each of the {len(names)} classes of run.json, found "
+                f"{found}: it is damaged, or of other classes"
             )
-        if not ((rows.float().norm(dim=1) - 1).abs() < NORM_TOLERANCE).all():
-            raise HdovdError(f"{file}: expected rows of norm 1, found others: it is damaged")
         return rows
 
     def save_model(self, model: nn.Module, name: str = "model.safetensors") -> None:
@@ -315,10 +314,6 @@ class RunFolder:
         with writing(self.path / "log.jsonl"), (self.path / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def mark_stopped(self) -> None:
-        """For job files, which do not see this process's exit code through torchrun."""
-        (self.path / "stopped").touch()
-
     def synced_log_bytes(self) -> int:
         """The length of the log, all of which is on the disk then."""
         file = self.path / "log.jsonl"
@@ -332,12 +327,14 @@ class RunFolder:
         """What was logged, but for a last line that is torn: the process was killed while it wrote. Raises HdovdError
         for another line that is no entry.
         """
-        file = self.path / "log.jsonl"
-        try:
-            whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
-            return [dict(json.loads(line)) for line in whole.splitlines()]
-        except (ValueError, TypeError, RecursionError) as error:
-            raise HdovdError(f"{file} is damaged: {error}") from error
+        file, found = self.path / "log.jsonl", list[dict[str, Any]]()
+        lines = file.read_bytes().rpartition(b"\n")[0].splitlines() if file.exists() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                found.append(dict(json.loads(line)))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise HdovdError(f"{file}: line {number} is damaged ({error})") from error
+        return found
 
     def write_csv(self) -> None:
         """The log as a table, a line an entry."""

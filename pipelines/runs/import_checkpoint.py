@@ -6,7 +6,7 @@ Every tensor of it is used or named, and every weight of the detector comes from
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from hdovd.config.recipe import load_recipe
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
-from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.published_weights import PUBLISHED, Published
 from hdovd.pipelines.common.device import provenance
@@ -45,7 +45,13 @@ def import_checkpoint(job: ImportCheckpointConfig) -> RunFolder:
     state, about = read_checkpoint(job.file)
     _require_detector(state, job)
     dim = int(state[published.background].shape[-1])
-    texts = _class_embeddings(job, protocol, dim)
+    texts = _rows(
+        job.class_embeddings,
+        (len(protocol.names), dim),
+        "--class-embeddings",
+        f"a checkpoint holds no class embeddings: a row for each class of protocol {protocol.name}, base before novel, "
+        f"of the checkpoint's embedding size",
+    )
     model = build_detector(recipe, dim, initialise=False)
     _give_object(model, job, dim)
     unused = take(model, state, published, str(job.file))
@@ -64,10 +70,9 @@ def import_checkpoint(job: ImportCheckpointConfig) -> RunFolder:
     }
     run = RunFolder.create(job.out, recipe, protocol, texts, record, overwrite=job.overwrite)
     run.save_model(model)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
     log(
-        f"wrote {run.path}: {recipe.detector.name}, {millions:.1f} M parameters; next: hdovd eval {run.path} --data "
-        f"COCO"
+        f"wrote {run.path}: {recipe.detector.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M "
+        f"parameters; next: hdovd eval {run.path} --data COCO"
     )
     return run
 
@@ -78,8 +83,6 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises HdovdError for a file that is none, or wants to run code.
     """
-    if not file.is_file():
-        raise HdovdError(f"{file}: no such file")
     content = load_pth(file)
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
@@ -130,16 +133,7 @@ def take(model: Detector, state: Mapping[str, Tensor], published: Published, fil
     rest = [name for name in own if name not in found]
     anew = {name: why for name in rest if (why := _why(name, published.anew))}
     missing = [name for name in rest if name not in anew]
-    problems = [
-        f"{len(names)} {what}: {shorten(list(names))}"
-        for what, names in (
-            ("weights of the detector are missing", missing),
-            ("tensors are of no part of it", unknown),
-            ("tensors are of another shape", wrong),
-        )
-        if names
-    ]
-    if problems:
+    if problems := misfits(missing, unknown, wrong):
         raise HdovdError(
             f"{file} does not fit detector {model.recipe.detector.name} of this recipe:\n  " + "\n  ".join(problems)
         )
@@ -150,6 +144,18 @@ def take(model: Detector, state: Mapping[str, Tensor], published: Published, fil
     model.load_state_dict(found, strict=False)
     log(f"{file}: {len(found)} of {len(state)} tensors used")
     return list(unneeded)
+
+
+def misfits(missing: Sequence[str], unknown: Sequence[str], wrong: Sequence[str]) -> list[str]:
+    """What keeps tensors from being the weights of a detector, a line each: names that it lacks, names that it has no
+    place for, and what is of another shape.
+    """
+    told = {
+        "weights of the detector are missing": missing,
+        "tensors are of no part of it": unknown,
+        "tensors are of another shape": wrong,
+    }
+    return [f"{len(names)} {what}: {shorten([*names])}" for what, names in told.items() if names]
 
 
 def _why(name: str, reasons: Mapping[str, str]) -> str | None:
@@ -172,50 +178,22 @@ def _require_detector(state: Mapping[str, Tensor], job: ImportCheckpointConfig) 
         )
 
 
-def _class_embeddings(job: ImportCheckpointConfig, protocol: Protocol, dim: int) -> Tensor:
-    """(C, D) float32, normalised."""
-    if job.class_embeddings is None:
-        raise HdovdError(
-            f"a checkpoint holds no class embeddings: give --class-embeddings FILE, a .pt of {len(protocol.names)} x "
-            f"{dim}, in the order of protocol {protocol.name}"
-        )
-    return _rows(
-        job.class_embeddings,
-        len(protocol.names),
-        dim,
-        f"--class-embeddings {job.class_embeddings}",
-        f"a row for each class of protocol {protocol.name}, base before novel, of the checkpoint's embedding size",
-    )
-
-
-def _rows(file: Path, count: int, dim: int, what: str, meaning: str) -> Tensor:
-    if not file.is_file():
-        raise HdovdError(f"{what}: no such file")
-    rows = torch.from_numpy(floats(load_pth(file), what))
-    if rows.shape != (count, dim):
-        raise HdovdError(f"{what} is {tuple(rows.shape)}, expected ({count}, {dim}): {meaning}")
-    if not (rows.isfinite().all() and rows.any(dim=1).all()):
-        raise HdovdError(f"{what} has rows that are zero or not finite")
-    return F.normalize(rows, dim=1)
-
-
 def _give_object(model: Detector, job: ImportCheckpointConfig, dim: int) -> None:
     """AdaMixer measures objectness against one text embedding, which is no weight and so not in a checkpoint."""
-    if job.detector != "adamixer":
-        if job.object_embedding is not None:
-            log(f"not used: --object-embedding; {job.detector} has no use for it")
-        return
-    if job.object_embedding is None:
-        raise HdovdError(
-            f"adamixer needs the text embedding that its objectness is measured against: give --object-embedding FILE, "
-            f"a .pt of 1 x {dim}"
-        )
-    model.set_object_text(
-        _rows(
-            job.object_embedding,
-            1,
-            dim,
-            f"--object-embedding {job.object_embedding}",
-            'the embedding of "object", of the checkpoint\'s embedding size',
-        )[0]
-    )
+    if job.detector == "adamixer":
+        meaning = 'what objectness is measured against: the embedding of "object", of the checkpoint\'s embedding size'
+        model.set_object_text(_rows(job.object_embedding, (1, dim), "--object-embedding", meaning)[0])
+    elif job.object_embedding is not None:
+        log(f"not used: --object-embedding; {job.detector} has no use for it")
+
+
+def _rows(file: Path | None, shape: tuple[int, int], option: str, meaning: str) -> Tensor:
+    """The rows of a file, normalised. Raises HdovdError for others than are wanted."""
+    if file is None:
+        raise HdovdError(f"give {option} FILE, a .pt of {shape[0]} x {shape[1]}: {meaning}")
+    rows = torch.from_numpy(floats(load_pth(file), f"{option} {file}"))
+    if rows.shape != shape:
+        raise HdovdError(f"{option} {file} is {tuple(rows.shape)}, expected {shape}: {meaning}")
+    if not (rows.isfinite().all() and rows.any(dim=1).all()):
+        raise HdovdError(f"{option} {file} has rows that are zero or not finite")
+    return F.normalize(rows, dim=1)

@@ -11,10 +11,7 @@ from hdovd.modeling.published_weights import PUBLISHED
 from hdovd.pipelines.common.options import Option, Protocol
 from hdovd.pipelines.runs.folder import RunFolder
 
-
-class PublishedDetector(StrEnum):
-    FASTER_RCNN = "faster_rcnn"
-    ADAMIXER = "adamixer"
+PublishedDetector = StrEnum("PublishedDetector", {name.upper(): name for name in PUBLISHED})  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,7 @@ from hdovd.pipelines.common.settings import (
     shown,
     shown_apart,
 )
+from hdovd.pipelines.runs.folder import RunFolder
 
 
 class State(StrEnum):
@@ -86,29 +87,9 @@ class Run:
 
     @property
     def cache_id(self) -> str | None:
-        """The same for runs that read the same features, wherever these lie."""
-        return features_id(self.levels) if self.levels else None
-
-
-@dataclass(frozen=True, slots=True)
-class RunDifference:
-    """What differs between two runs, as (what, value of a, value of b).
-
-    `parts`: config, cache, versions, git and protocol. `groups` and `classes` are AP50, of the latter the largest
-    difference first.
-    """
-
-    a: Run
-    b: Run
-    parts: dict[str, list[tuple[str, Any, Any]]]
-    groups: list[tuple[str, float | None, float | None]]
-    classes: list[tuple[str, float, float]]
-
-
-def features_id(levels: Mapping[str, Mapping[str, Any]]) -> str:
-    """Eight characters for a set of cache levels, from their keys."""
-    text = "\n".join(f"{level} {entry.get('key')}" for level, entry in sorted(levels.items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+        """Eight characters, the same for runs that read the same features, wherever these lie."""
+        text = "\n".join(f"{level} {entry.get('key')}" for level, entry in sorted(self.levels.items()))
+        return hashlib.sha256(text.encode()).hexdigest()[:8] if self.levels else None
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
@@ -184,35 +165,6 @@ def read_run(path: Path) -> Run:
     )
 
 
-def compare_runs(a: Path, b: Path) -> RunDifference:
-    """What differs between two runs. Raises HdovdError if one is no run; what is damaged in one is left out."""
-    first, second = read_run(a), read_run(b)
-    groups = [
-        (name, of_a.get(group), of_b.get(group))
-        for suffix, of_a, of_b in (
-            ("", first.ap50, second.ap50),
-            (" split-blind", first.split_blind, second.split_blind),
-        )
-        for group in GROUPS
-        for name in [group + suffix]
-        if group in of_a or group in of_b
-    ]
-    classes = [
-        (name, x, y)
-        for name, x in first.per_class.items()
-        if x is not None and (y := second.per_class.get(name)) is not None
-    ]
-    classes.sort(key=lambda entry: (-abs(entry[2] - entry[1]), entry[0]))
-    parts = {
-        "config": differences(first.settings, second.settings),
-        "cache": _cache_differences(first, second),
-        "versions": differences(first.versions, second.versions),
-        "git": differences(first.git or {}, second.git or {}),
-        "protocol": differences(first.protocol, second.protocol),
-    }
-    return RunDifference(first, second, parts, groups, classes)
-
-
 def _cache_differences(a: Run, b: Run) -> list[tuple[str, Any, Any]]:
     """Levels by their keys, and of a level with another key the inputs that differ; the place of the cache."""
     lines = differences({"path": a.cache}, {"path": b.cache})
@@ -246,17 +198,16 @@ def _epochs_done(path: Path, epochs: int | None, wrong: list[str]) -> int:
     """Epochs whose end is logged. The log tells the steps of an epoch from the first one on; the weights that it ended
     at all.
     """
-    entries: list[tuple[int, int]] = []
-    lines = (path / "log.jsonl").read_bytes().splitlines() if (path / "log.jsonl").is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            if number < len(lines):  # the last line may be torn: the process was killed while it wrote
-                wrong.append(f"log.jsonl: line {number} is no JSON")
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and isinstance(entry.get("epoch"), int):
-            entries.append((entry["epoch"], entry["step"]))
+    try:
+        told = RunFolder(path).entries()
+    except HdovdError as error:
+        wrong.append(str(error))
+        return 0
+    entries: list[tuple[int, int]] = [
+        (entry["epoch"], entry["step"])
+        for entry in told
+        if isinstance(entry.get("step"), int) and isinstance(entry.get("epoch"), int)
+    ]
     if not entries or not (path / "model.safetensors").is_file():
         return 0
     last_epoch, last_step = max(entries)
@@ -352,31 +303,43 @@ def run_values(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
 
 
-def difference_lines(difference: RunDifference) -> list[str]:
-    """What differs, part by part; a part without difference in one line."""
-    lines = [f"A {difference.a.path}", f"B {difference.b.path}"]
-    for name, entries in difference.parts.items():
-        rows = [(key, in_full(a), in_full(b)) for key, a, b in entries]
+def difference_lines(a: Path, b: Path) -> list[str]:
+    """What differs between two runs, part by part; a part without difference in one line, and of classes those with the
+    largest differences. Raises HdovdError if one is no run; what is damaged in one is left out.
+    """
+    first, second = read_run(a), read_run(b)
+    parts = {
+        "config": differences(first.settings, second.settings),
+        "cache": _cache_differences(first, second),
+        "versions": differences(first.versions, second.versions),
+        "git": differences(first.git or {}, second.git or {}),
+        "protocol": differences(first.protocol, second.protocol),
+    }
+    lines = [f"A {a}", f"B {b}"]
+    for name, entries in parts.items():
+        rows = [(key, in_full(x), in_full(y)) for key, x, y in entries]
         lines += ["", *(table_lines((name, "A", "B"), rows) if rows else [f"{name}: the same"])]
-    lines += [
-        "",
-        *(
-            _ap_lines("AP50, percent", difference.groups)
-            if difference.groups
-            else ["AP50: none of the two is evaluated"]
-        ),
-    ]
-    novel = set(difference.a.protocol.get("novel", ()))
-    changed = [(name + (" (novel)" if name in novel else ""), x, y) for name, x, y in difference.classes if x != y]
-    if changed:
-        head = (
-            "classes that differ"
-            if len(changed) <= MOST_CLASSES
-            else f"{MOST_CLASSES} of {len(changed)} classes that differ"
+    groups = [
+        (group + suffix, of_a.get(group), of_b.get(group))
+        for suffix, of_a, of_b in (
+            ("", first.ap50, second.ap50),
+            (" split-blind", first.split_blind, second.split_blind),
         )
-        lines += ["", *_ap_lines(head, changed[:MOST_CLASSES])]
-    lines += [f"{run.path}: {reason}" for run in (difference.a, difference.b) for reason in run.wrong]
-    return lines
+        for group in GROUPS
+        if group in of_a or group in of_b
+    ]
+    lines += ["", *(_ap_lines("AP50, percent", groups) if groups else ["AP50: none of the two is evaluated"])]
+    novel = first.protocol.get("novel", ())
+    classes = [
+        (name + (" (novel)" if name in novel else ""), x, y)
+        for name, x in first.per_class.items()
+        if x is not None and (y := second.per_class.get(name)) is not None and x != y
+    ]
+    if classes:
+        classes.sort(key=lambda entry: (-abs(entry[2] - entry[1]), entry[0]))
+        most = f"{MOST_CLASSES} of {len(classes)} " if len(classes) > MOST_CLASSES else ""
+        lines += ["", *_ap_lines(f"{most}classes that differ", classes[:MOST_CLASSES])]
+    return lines + [f"{run.path}: {reason}" for run in (first, second) for reason in run.wrong]
 
 
 def table_lines(

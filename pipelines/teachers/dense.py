@@ -67,10 +67,8 @@ class DenseClip:
             boxes: b tensors (n_i, 4), xyxy in pixels of the S x S input; n_i may be 0. A box is cut to the picture, and
             is at least a
                 pixel wide and high, as in `crop_recipe`'s plain box.
-
-        Raises HdovdError if shapes do not fit, or a box is not finite.
         """
-        rois = _rois(pixels, boxes, self._side).to(self._device)
+        rois = _rois(boxes, self._side).to(self._device)
         tower = self._tower
         features = tower.map(pixels.to(self._device))
         filled = F.pad(rois, (0, 0, 0, -len(rois) % BOXES_AT_A_TIME if len(rois) else BOXES_AT_A_TIME))
@@ -86,16 +84,13 @@ class DenseClip:
 
 def near_side(visual: nn.Module, side: int) -> int:
     """The side next to `side` of which the tower's map has whole cells. Raises HdovdError as `DenseClip` does."""
+    cell = 1
     if isinstance(visual, ModifiedResNet):
         cell = _ResNet.cell
     elif isinstance(visual, VisionTransformer):
         cell = _square(visual.patch_size)
-    else:
-        cell = (
-            _square(visual.trunk.patch_embed.patch_size)
-            if isinstance(visual, TimmModel) and hasattr(visual.trunk, "patch_embed")
-            else 1
-        )
+    elif isinstance(visual, TimmModel) and hasattr(visual.trunk, "patch_embed"):
+        cell = _square(visual.trunk.patch_embed.patch_size)
     return max(cell, round(side / cell) * cell)
 
 
@@ -279,10 +274,9 @@ def _resized(embedding: Tensor, grid: tuple[int, int], cells: int, prefix: int =
 
 
 def _vit_identity(after: str, by_class_token: bool) -> dict[str, Any]:
-    attention = "every token attends to itself alone" if by_class_token else "as trained"
     return {
         "features": f"patch tokens, {after}",
-        "last_attention": attention,
+        "last_attention": "every token attends to itself alone" if by_class_token else "as trained",
         "position_embeddings": "bicubic, no antialias, corners not aligned",
     }
 
@@ -322,21 +316,8 @@ def _check_side(side: int, cell: int) -> None:
         )
 
 
-def _rois(pixels: Tensor, boxes: Sequence[Tensor], side: int) -> Tensor:
+def _rois(boxes: Sequence[Tensor], side: int) -> Tensor:
     """RoIAlign's form of the boxes, on the CPU: (n, 5) float32, the picture's number and xyxy."""
-    if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side) or len(pixels) != len(boxes):
-        raise HdovdError(
-            f"pixels are {tuple(pixels.shape)} with boxes of {len(boxes)} pictures; expected "
-            f"({len(boxes)}, 3, {side}, {side})"
-        )
-    wrong = [
-        number for number, some in enumerate(boxes) if some.ndim != 2 or some.shape[1] != 4 or not some.isfinite().all()
-    ]
-    if wrong:
-        raise HdovdError(
-            f"boxes of picture {wrong[0]} of the batch: expected finite numbers of shape (n, 4), got shape "
-            f"{tuple(boxes[wrong[0]].shape)}"
-        )
     rows = [torch.zeros(0, 5)]
     for number, some in enumerate(boxes):
         some = some.float().cpu()

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from hdovd.cache.identity import hash_tables
+from hdovd.cache.identity import hash_file, hash_tables
 from hdovd.core.errors import HdovdError, counted, is_file, require_readable, shorten
 from hdovd.core.text_files import read_json
 from hdovd.pipelines.common.device import pick_device
@@ -165,12 +165,10 @@ class ClipTeacher:
         alike: dict[bytes, list[str]] = {}
         for name, digest in zip(names, told_apart, strict=True):
             alike.setdefault(digest.digest(), []).append(name if isinstance(name, str) else " or ".join(name))
-        notes = [
-            f"note: {counted(len(cut), 'prompt is', 'prompts are')} longer than the {length} tokens of the text tower, "
-            f"and cut: {shorten([*cut], 4)}"
-        ]
-        notes = notes if cut else []
-        return notes + [
+        told = (
+            f"note: {counted(len(cut), 'prompt is', 'prompts are')} longer than the {length} tokens of the text tower"
+        )
+        return [f"{told}, and cut: {shorten([*cut], 4)}"] * bool(cut) + [
             f"note: {' and '.join(map(repr, same))} become the same tokens: they have one embedding"
             for same in alike.values()
             if len(same) > 1
@@ -211,28 +209,19 @@ def load_clip(
     choose(precision, target, training=False)  # refused before weights are loaded
     config = _model_config(model, pretrained, random_weights)
     quick_gelu, notes = _activation(model, pretrained, config, activation)
-    overrides = {} if quick_gelu == bool(config.get("quick_gelu", False)) else {"quick_gelu": quick_gelu}
+    overrides: dict[str, Any] = {}
+    if quick_gelu != bool(config.get("quick_gelu", False)):
+        overrides["quick_gelu"] = quick_gelu
     tokenizer = _tokenizer(model, config, random_weights)  # first: weights may take minutes
-    torchscript = _is_torchscript(pretrained)
     of_file, said = _preprocessing_of_file(model, pretrained)
+    overrides |= {"device": target, "force_preprocess_cfg": of_file}
     try:
-        net = open_clip.create_model(
-            model,
-            None if torchscript else pretrained,
-            device=target,
-            pretrained_text=False,
-            force_preprocess_cfg=of_file,
-            require_pretrained=not (torchscript or random_weights),
-            **overrides,
-        )
-        if torchscript:
-            _load_torchscript(net, str(pretrained))
+        net = _built(model, pretrained, random_weights, overrides)
     except Exception as error:  # open_clip raises whatever its loaders raise
         raise HdovdError(
             f"CLIP {model}{f' with {pretrained}' if pretrained else ''} cannot be loaded: {error}"
             + _how_to_fetch(_repositories(model, pretrained, config))
         ) from error
-    net.eval().requires_grad_(False)
     _check_activation(net, quick_gelu)
     identity: dict[str, Any] = {
         "architecture": _hash_config(config),
@@ -256,16 +245,30 @@ def load_clip(
     with torch.inference_mode():  # asked of the model itself: no attribute for it is common to all families
         dim = int(net.encode_image(torch.zeros(1, 3, *transform.size, device=target)).shape[1])
     _round_weights(net.visual, choice.precision.dtype)
-    made_with = {
+    return ClipTeacher(
+        net,
+        transform,
+        tokenizer,
+        target,
+        choice.precision,
+        dim,
+        identity,
+        tuple(notes),
+        _made_with(model, pretrained, target),
+    )
+
+
+def _made_with(model: str, pretrained: str | None, device: torch.device) -> dict[str, Any]:
+    found = {
         "clip": "local-dir" if model.startswith("local-dir:") else model,
         "pretrained": pretrained and Path(pretrained).name,
-        "device": torch.cuda.get_device_name(target) if target.type == "cuda" else target.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,
     }
     if pretrained is not None and is_file(pretrained) and _is_openai_file(Path(pretrained)):
-        made_with["weights"] = "openai"  # whatever the file is called
-    return ClipTeacher(net, transform, tokenizer, target, choice.precision, dim, identity, tuple(notes), made_with)
+        found["weights"] = "openai"  # whatever the file is called
+    return found
 
 
 def _prompt_batches(names: Sequence[Name], templates: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
@@ -311,14 +314,13 @@ def _model_config(model: str, pretrained: str | None, random_weights: bool) -> d
             f"--clip {model}: open_clip knows no such model; python -c 'import open_clip; "
             f"print(open_clip.list_models())' lists them, and local-dir:PATH or hf-hub:NAME take one from elsewhere"
         )
-    if random_weights:
-        return dict(config)
-    if pretrained is None:
+    known = pretrained is not None and (open_clip.get_pretrained_cfg(model, pretrained) or is_file(pretrained))
+    if not (known or random_weights):
+        wrong = "" if pretrained is None else f", and {pretrained} is neither a file nor a tag of {model}"
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
-        raise HdovdError(f"--clip {model} needs --pretrained TAG_OR_FILE, or its weights would be random; tags: {tags}")
-    if not open_clip.get_pretrained_cfg(model, pretrained) and not is_file(pretrained):
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none known"
-        raise HdovdError(f"--pretrained {pretrained}: neither a file nor a tag of {model}; tags: {tags}")
+        raise HdovdError(
+            f"--clip {model} needs --pretrained TAG_OR_FILE, or its weights would be random{wrong}; tags: {tags}"
+        )
     return dict(config)
 
 
@@ -404,17 +406,17 @@ def _activation(
 ) -> tuple[bool, list[str]]:
     """Whether the weights were trained with QuickGELU, and what to tell the user about how that is known."""
     configured = bool(config.get("quick_gelu", False))
+    kind = "quickgelu" if configured else "gelu"
     if wanted is not Activation.AUTO:
         return wanted is Activation.QUICK_GELU, [f"activation: {wanted}, as asked"]
     if ":" in model or pretrained is None:
-        return configured, [f"activation: {'quickgelu' if configured else 'gelu'}, from the model's own config"]
+        return configured, [f"activation: {kind}, from the model's own config"]
     tag = open_clip.get_pretrained_cfg(model, pretrained)
     if tag:
         trained = bool(tag.get("quick_gelu", configured))
         return trained, [f"activation: {'quickgelu' if trained else 'gelu'}, as tag {pretrained} was trained"]
     if _is_torchscript(pretrained) or _is_openai_file(Path(pretrained)):
         return True, ["activation: quickgelu, because the file is OpenAI's"]
-    kind = "quickgelu" if configured else "gelu"
     return configured, [
         f"activation: {kind}, from the config of {model}; the file {pretrained} does not say which it was trained "
         "with: if its authors used the other one, give --activation"
@@ -430,8 +432,7 @@ def _is_openai_file(path: Path) -> bool:
         for part in str(open_clip.get_pretrained_cfg(name, tag).get("url", "")).split("/")
         if len(part) == 64
     }
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() in known
+    return hash_file(path) in known
 
 
 def _is_torchscript(pretrained: str | None) -> bool:
@@ -442,11 +443,18 @@ def _is_torchscript(pretrained: str | None) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def _load_torchscript(net: Any, path: str) -> None:
-    state = torch.jit.load(path, map_location="cpu").state_dict()  # runs no Python code, unlike a pickle
-    for extra in ("input_resolution", "context_length", "vocab_size"):
-        state.pop(extra, None)
-    net.load_state_dict({k: v.float() for k, v in state.items()})
+def _built(model: str, pretrained: str | None, random_weights: bool, overrides: dict[str, Any]) -> Any:
+    """open_clip's model with its weights, in eval mode."""
+    if not _is_torchscript(pretrained):
+        net = open_clip.create_model(
+            model, pretrained, pretrained_text=False, require_pretrained=not random_weights, **overrides
+        )
+    else:
+        net = open_clip.create_model(model, pretrained_text=False, **overrides)
+        state = torch.jit.load(pretrained, map_location="cpu").state_dict()  # runs no Python code, unlike a pickle
+        own = ("input_resolution", "context_length", "vocab_size")
+        net.load_state_dict({k: v.float() for k, v in state.items() if k not in own})
+    return net.eval().requires_grad_(False)
 
 
 def _check_activation(net: Any, quick_gelu: bool) -> None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hdovd.core.errors import HdovdError, Stopped
 from hdovd.core.log import log
-from hdovd.evaluation.coco import GROUPS
+from hdovd.evaluation.groups import GROUPS
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.console import duration
 from hdovd.pipelines.common.device import Team
@@ -57,7 +57,8 @@ class SavingHooks(Hooks):
         if due or signal:
             self._save(loop)
         if signal:
-            self.stopping()
+            if self.team.leads:  # for job files, which do not see this process's exit code through torchrun
+                (self.folder / "stopped").touch()
             raise Stopped(
                 f"stopped at step {loop.step_number} of {loop.total}, saved in {self.folder}; {self.command} goes on "
                 f"there",
@@ -68,9 +69,6 @@ class SavingHooks(Hooks):
         self._save(loop)  # before what takes a while and can be done again
         if loop.step_number < loop.total:
             self.step(loop)
-
-    def stopping(self) -> None:
-        """A signal came, and the checkpoint is written."""
 
     def kept(self) -> dict[str, Any]:
         """What the checkpoint holds besides weights, generators and the loop's state; asked of the process that
@@ -129,10 +127,6 @@ class RunHooks(SavingHooks):
         if loop.step_number == loop.total:
             self._save(loop)
 
-    def stopping(self) -> None:
-        if self.team.leads:
-            self.run.mark_stopped()
-
     def kept(self) -> dict[str, Any]:
         return {
             **self.extra,
@@ -162,27 +156,23 @@ class RunHooks(SavingHooks):
 
     def _validate(self, loop: Loop[Any], epoch: int) -> None:
         assert self.validate is not None
+        ap50: dict[str, float | None] = dict.fromkeys(GROUPS)
         try:
             ap50 = self.validate(loop.result)
-        except (
-            Exception
-        ) as error:  # whatever it is, what was trained for days goes on; its figures are empty in the log
+            numbers = (f"{group} {'none' if value is None else f'{value:.1f}'}" for group, value in ap50.items())
+            line = f"validation AP50 {', '.join(numbers)}"
+        except Exception as error:  # what was trained for days goes on; its figures are empty in the log
             self.failed += 1
-            self._record({"step": loop.step_number, "epoch": epoch, **{f"val_{group}": None for group in GROUPS}})
             kind = "" if isinstance(error, HdovdError) else f"{type(error).__name__}: "
-            self._say(f"epoch {epoch}: NOT validated, and training goes on: {kind}{error}")
-            return
-        self._record(
-            {"step": loop.step_number, "epoch": epoch, **{f"val_{group}": value for group, value in ap50.items()}}
-        )
+            line = f"NOT validated, and training goes on: {kind}{error}"
+        values = {f"val_{group}": value for group, value in ap50.items()}
+        self._record({"step": loop.step_number, "epoch": epoch, **values})
         base = ap50["base"]
-        better = base is not None and base > self.best
-        if better:
-            assert base is not None
+        if base is not None and base > self.best:
             self.best = base
             self.run.save_model(loop.result, "best.safetensors")
-        numbers = ", ".join(f"{group} {'none' if value is None else f'{value:.1f}'}" for group, value in ap50.items())
-        self._say(f"epoch {epoch}: validation AP50 {numbers}" + ("; best of base classes so far" if better else ""))
+            line += "; best of base classes so far"
+        self._say(f"epoch {epoch}: {line}")
 
     def _record(self, entry: dict[str, Any]) -> None:
         self.run.log(entry)

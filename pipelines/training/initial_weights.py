@@ -21,6 +21,7 @@ from hdovd.core.log import log
 from hdovd.data.protocol import Protocol
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.pipelines.runs.folder import RunFolder, Weights, weights_hash
+from hdovd.pipelines.runs.import_checkpoint import misfits
 
 SAME_TEXT = 0.999  # cosine of two embeddings of a name by one CLIP and the same prompts; float16 rows differ by less
 COUNTS = ".num_batches_tracked"  # of batch norms; frozen ones have none
@@ -34,7 +35,10 @@ def begin_with(model: Detector, init: Path, protocol: Protocol, texts: Tensor) -
 
     Raises HdovdError if they do not fit; the model is as it was then.
     """
-    run = _trusted(RunFolder.open(init), model.recipe)
+    run = RunFolder.open(init)
+    theirs = outside_code(run.written_recipe())
+    if theirs and theirs.items() <= outside_code(model.recipe).items():  # the user's own recipe names the same code
+        run = RunFolder(run.path, trusted=True)
     with torch.random.fork_rng(devices=[]):  # what is drawn in vain does not change the new run
         source = _source(model, run, init)
         found, anew, unused = _matched(model, source, init)
@@ -51,7 +55,7 @@ def begin_with(model: Detector, init: Path, protocol: Protocol, texts: Tensor) -
             f"not used of {init}: {len(unused)} tensors, of parts that this recipe does without "
             f"({shorten([*unused], 4)})"
         )
-    for note in (*_detector_notes(model.recipe, source.recipe, init), *_class_notes(run, init, protocol, texts)):
+    for note in (*_detector_lines(model.recipe, source.recipe, str(init)), *_class_notes(run, init, protocol, texts)):
         log(f"note: {note}")
     return {
         "run": str(init.resolve()),
@@ -62,12 +66,6 @@ def begin_with(model: Detector, init: Path, protocol: Protocol, texts: Tensor) -
         "begun_anew": anew,
         "unused": unused,
     }
-
-
-def _trusted(run: RunFolder, recipe: Recipe) -> RunFolder:
-    """A run whose code may be run if the recipe, which the user gave, names the same."""
-    theirs = outside_code(run.written_recipe())
-    return RunFolder(run.path, trusted=True) if theirs and theirs.items() <= outside_code(recipe).items() else run
 
 
 def init_hash(init: Path) -> str:
@@ -142,19 +140,8 @@ def _matched(model: Detector, source: Detector, init: Path) -> tuple[dict[str, T
     ]
     missing = _of_detector(anew, model.recipe, source.recipe, model.dim)
     unknown = _of_detector(unused, source.recipe, model.recipe, model.dim)
-    problems = [
-        f"{len(names)} {what}: {shorten([*names], 4)}"
-        for names, what in (
-            (wrong, "tensors are of another shape"),
-            (missing, "weights of the detector are missing"),
-            (unknown, "tensors are of no part of it"),
-        )
-        if names
-    ]
-    if problems:
-        lines = differences(
-            _detector_of(model.recipe), _detector_of(source.recipe), "detector.", sides=("this recipe", init.name)
-        )
+    if problems := misfits(missing, unknown, wrong):
+        lines = _detector_lines(model.recipe, source.recipe, init.name)
         raise HdovdError(
             f"--init {init}: its {Weights.LAST.file} does not fit this recipe:\n  "
             + "\n  ".join([*problems, *lines])
@@ -174,16 +161,12 @@ def _of_detector(names: Iterable[str], recipe: Recipe, other: Recipe, dim: int) 
     return [name for name in wanted if name in has]
 
 
-def _detector_notes(asked: Recipe, there: Recipe, init: Path) -> list[str]:
-    """Values that no shape tells."""
-    ours, theirs = _detector_of(asked), _detector_of(there)
+def _detector_lines(asked: Recipe, there: Recipe, name: str) -> list[str]:
+    """The values in which two detectors differ, those too that no shape tells."""
+    ours, theirs = (recipe.detector.model_dump(mode="json") for recipe in (asked, there))
     for tree in (ours, theirs):
         tree["backbone"].pop("weights", None)  # neither is loaded
-    return differences(ours, theirs, "detector.", sides=("this recipe", str(init)))
-
-
-def _detector_of(recipe: Recipe) -> dict[str, Any]:
-    return recipe.detector.model_dump(mode="json")
+    return differences(ours, theirs, "detector.", sides=("this recipe", name))
 
 
 def _class_notes(run: RunFolder, init: Path, protocol: Protocol, texts: Tensor) -> list[str]:

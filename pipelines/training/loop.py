@@ -12,8 +12,8 @@ Exponential moving average of a model's weights, `train.ema`: what is validated 
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -27,10 +27,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hdovd.config.recipe import ScheduleConfig
 from hdovd.core.errors import HdovdError
+from hdovd.modeling.distributed import mean_count
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.precision import Precision, choose, training_products
 from hdovd.pipelines.dataloading.loader import TrainingBatches
-from hdovd.pipelines.dataloading.sampler import Dealing
 
 EXPLODED = 1e4  # a sum of losses above this teaches nothing any more; sound ones stay below a hundred
 
@@ -46,20 +46,15 @@ class UnsoundLoss(HdovdError):
 
 
 class LossWindow:
+    """`rows`: of each step its number, the images of this process's part of the batch, and its losses."""
+
     def __init__(self, what: str) -> None:
         self._what = what
-        self._steps: list[int] = []
-        self._losses: list[dict[str, Tensor]] = []
-        self._ids: list[list[int]] = []
+        self.rows: list[tuple[int, list[int], dict[str, Tensor]]] = []
 
     def add(self, step: int, losses: dict[str, Tensor], image_ids: list[int]) -> None:
         """Of one step: scalars, kept where they are."""
-        self._steps.append(step)
-        self._losses.append({name: loss.detach().float() for name, loss in losses.items()})
-        self._ids.append(image_ids)
-
-    def clear(self) -> None:
-        self._steps, self._losses, self._ids = [], [], []
+        self.rows.append((step, image_ids, {name: loss.detach().float() for name, loss in losses.items()}))
 
     def means(self, device: torch.device) -> dict[str, float]:
         """Mean of every loss over steps and processes; empty if there was no step.
@@ -67,67 +62,50 @@ class LossWindow:
         Raises UnsoundLoss, in all processes, for the first step whose losses in one of them are not finite or sum up to
         more than EXPLODED.
         """
-        if not self._losses:
+        if not self.rows:
             return {}
         table = self._table(device)
-        mean = _over_processes(table.mean(dim=0))
+        mean = mean_count(table.mean(dim=0))
         table = table.cpu()
         wrong = (~table.isfinite().all(dim=1) | (table.sum(dim=1) > EXPLODED)).nonzero()
         own = int(wrong[0]) if len(wrong) else len(table)
-        first = _first_of_processes(own, device)
+        first = torch.tensor(own, device=device)
+        if dist.is_initialized():
+            dist.all_reduce(first, dist.ReduceOp.MIN)
         if first < len(table):
-            self._raise(first, table, is_own=own == first)
-        return dict(zip(self._losses[0], mean.tolist(), strict=True))
+            self._raise(int(first), table, is_own=own == first)
+        return dict(zip(self.rows[0][2], mean.tolist(), strict=True))
 
     def _raise(self, row: int, table: Tensor, *, is_own: bool) -> None:
+        step, image_ids, losses = self.rows[row]
         if not is_own:
             raise UnsoundLoss(
-                f"{self._what}: the loss is not sound at step {self._steps[row]} in another process, which says more",
-                None,
+                f"{self._what}: the loss is not sound at step {step} in another process, which says more", None
             )
-        values = dict(zip(self._losses[row], table[row].tolist(), strict=True))
+        values = dict(zip(losses, table[row].tolist(), strict=True))
         what = "too large to learn from" if bool(table[row].isfinite().all()) else "not finite"
         raise UnsoundLoss(
-            f"{self._what}: the loss is {what} at step {self._steps[row]}: {values}, images {self._ids[row]}; "
+            f"{self._what}: the loss is {what} at step {step}: {values}, images {image_ids}; "
             "lower train.lr or set train.clip_norm",
-            {"step": self._steps[row], "image_ids": self._ids[row], "losses": {k: str(v) for k, v in values.items()}},
+            {"step": step, "image_ids": image_ids, "losses": {k: str(v) for k, v in values.items()}},
         )
 
     def _table(self, device: torch.device) -> Tensor:
         """(steps, losses)."""
-        return torch.stack([torch.stack(list(losses.values())).to(device) for losses in self._losses])
+        return torch.stack([torch.stack(list(losses.values())).to(device) for _, _, losses in self.rows])
 
     def state(self, device: torch.device) -> dict[str, Any]:
         """Losses as means over processes, who all have to ask for it: another number of them may go on with it."""
-        losses = _over_processes(self._table(device)).cpu() if self._losses else torch.zeros(0)
         return {
-            "steps": self._steps,
-            "ids": self._ids,
-            "names": list(self._losses[0]) if self._losses else [],
-            "losses": losses,
+            "steps": [step for step, _, _ in self.rows],
+            "ids": [image_ids for _, image_ids, _ in self.rows],
+            "names": list(self.rows[0][2]) if self.rows else [],
+            "losses": mean_count(self._table(device)).cpu() if self.rows else torch.zeros(0),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self._steps, self._ids = list(state["steps"]), list(state["ids"])
-        self._losses = [dict(zip(state["names"], row.unbind(), strict=True)) for row in state["losses"]]
-
-
-def _first_of_processes(row: int, device: torch.device) -> int:
-    """The smallest row of all processes."""
-    if not dist.is_initialized():
-        return row
-    found = torch.tensor(row, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MIN)
-    return int(found)
-
-
-def _over_processes(values: Tensor) -> Tensor:
-    """The mean of what each process has."""
-    if dist.is_initialized():
-        values = values.clone()
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values
+        losses = [dict(zip(state["names"], row.unbind(), strict=True)) for row in state["losses"]]
+        self.rows = list(zip(state["steps"], state["ids"], losses, strict=True))
 
 
 WARM_UP = 9  # updates after which half of the average is new: see `WeightAverage`
@@ -216,7 +194,7 @@ class Loop(Generic[Sample]):
     `id_of` names a sample where a loss is not sound. `begin_epoch` is told every epoch that begins or goes on, counted
     from 1. With `config.accumulate` above 1 the images of a step are split into that many micro-batches of equal size,
     in their order, and the mean of the micro-batches' losses is minimised. Everything that counts steps (schedule, log,
-    checkpoints) counts steps of the optimiser. Raises HdovdError if a step's images cannot be split evenly.
+    checkpoints) counts steps of the optimiser.
     """
 
     def __init__(
@@ -232,7 +210,6 @@ class Loop(Generic[Sample]):
     ) -> None:
         self.model, self.batches, self.config, self.device = model, batches, config, device
         self._losses_of, self._what, self._id_of, self._begin_epoch = losses_of, what, id_of, begin_epoch
-        _require_even_split(batches.dealing, config)
         self._bare: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self.optimizer = build_optimizer(self._bare, config)
         self._average = WeightAverage(self._bare, config.ema) if config.ema else None
@@ -240,11 +217,6 @@ class Loop(Generic[Sample]):
         self.window = LossWindow(what)
         self._clock = _Clock()
         self._bf16 = choose(config.precision, device, training=True).precision is Precision.BF16
-
-    @property
-    def lr(self) -> float:
-        """Of the next step."""
-        return self.config.lr * lr_factor(self.step_number, len(self.batches), self.config)
 
     @property
     def result(self) -> nn.Module:
@@ -261,7 +233,7 @@ class Loop(Generic[Sample]):
                 self.model.train()
                 self._begin_epoch(epoch + 1)
                 self.batches.seek(epoch, done)
-                for batch in self._clock.waiting(iter(self.batches)):
+                for batch in self._clock.waiting(self.batches):
                     self.take_step(batch, epoch)
                     bar.update()
                     at_end = self.step_number == (epoch + 1) * len(self.batches)
@@ -269,9 +241,6 @@ class Loop(Generic[Sample]):
                         self._tell(epoch, hooks)
                     if not at_end:
                         hooks.step(self)
-                self.step_number = (epoch + 1) * len(
-                    self.batches
-                )  # batches of which no picture could be read count too
                 self.window.means(self.device)  # sound?
                 with self._clock.stopped():
                     hooks.epoch(self, epoch + 1)
@@ -279,7 +248,7 @@ class Loop(Generic[Sample]):
     def take_step(self, batch: list[Sample], epoch: int) -> None:
         """One step of optimisation."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.config.lr * lr_factor(self.step_number, len(self.batches), self.config)
         self.optimizer.zero_grad(set_to_none=True)  # the last step's make room for the activations
         with training_products(self.device):
             losses = self._add_gradients(batch, epoch)
@@ -300,30 +269,23 @@ class Loop(Generic[Sample]):
         parts = [batch[start : start + size] for start in range(0, len(batch), size)]
         found: list[dict[str, Tensor]] = []
         for number, part in enumerate(parts, start=1):
-            with self._gradients_exchanged(number == len(parts)):
+            alone = number < len(parts)  # processes average their gradients with the last micro-batch
+            with self.model.no_sync() if alone and isinstance(self.model, DistributedDataParallel) else nullcontext():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
                     losses = self._losses_of(part, epoch)
                 (torch.stack(list(losses.values())).sum() / len(parts)).backward()
             found.append({name: loss.detach() for name, loss in losses.items()})
         return {name: torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
 
-    def _gradients_exchanged(self, wanted: bool) -> AbstractContextManager[None]:
-        """Whether processes average their gradients after the passes within: once a step, with its last micro-batch."""
-        if wanted or not isinstance(self.model, DistributedDataParallel):
-            return nullcontext()
-        return self.model.no_sync()
-
     def _tell(self, epoch: int, hooks: Hooks) -> None:
         means = self.window.means(self.device)
-        self.window.clear()
+        self.window.rows.clear()
         rate, wait, step_s = self._clock.interval()
-        rate *= self.batches.dealing.world
-        last_lr = self.config.lr * lr_factor(self.step_number - 1, len(self.batches), self.config)
         entry = {
             "step": self.step_number,
             "epoch": epoch + 1,
-            "lr": last_lr,
-            "images_per_s": rate,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_s": rate * self.batches.dealing.world,
             "data_wait": wait,
             "memory_gb": memory_gb(self.device),
             **means,
@@ -334,12 +296,11 @@ class Loop(Generic[Sample]):
         """All that `load` needs to go on as if nothing had happened, but torch's own generators. All processes have to
         ask for it.
         """
-        average = {} if self._average is None else {"ema": self._average.state()}
         return {
             "optimizer": self.optimizer.state_dict(),
             "step": self.step_number,
             "window": self.window.state(self.device),
-            **average,
+            **({} if self._average is None else {"ema": self._average.state()}),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -355,33 +316,28 @@ class _Clock:
     """Images a second of this process, and the share of its time spent waiting for data, since the last interval."""
 
     images: int = 0
-    steps: int = 0
     waited_s: float = 0.0
     since: float = 0.0
     all_steps: int = 0
     all_s: float = 0.0
 
-    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def waiting(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches; how long each one takes to come is counted."""
-        self.since = self.since or time.monotonic()
-        while True:
-            before = time.monotonic()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        before = time.monotonic()
+        self.since = self.since or before
+        for batch in batches:
             self.waited_s += time.monotonic() - before
-            self.steps += 1
+            self.all_steps += 1
             yield batch
+            before = time.monotonic()
 
     def interval(self) -> tuple[float, float, float]:
         """Images a second, share of waiting, and seconds a step so far; begins the next interval."""
         now = time.monotonic()
         seconds = now - self.since
-        self.all_steps, self.all_s = self.all_steps + self.steps, self.all_s + seconds
+        self.all_s += seconds
         found = self.images / seconds, self.waited_s / seconds, self.all_s / max(1, self.all_steps)
-        self.images = self.steps = 0
-        self.waited_s, self.since = 0.0, now
+        self.images, self.waited_s, self.since = 0, 0.0, now
         return found
 
     @contextmanager
@@ -397,17 +353,6 @@ def memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def _require_even_split(dealing: Dealing, config: ScheduleConfig) -> None:
-    size = len(dealing.part(0, 0)) * dealing.world
-    if size % (dealing.world * config.accumulate):
-        among = f" of {dealing.world} processes" if dealing.world > 1 else ""
-        raise HdovdError(
-            f"a batch of {size} images cannot be split into train.accumulate = {config.accumulate} "
-            f"micro-batches{among}: "
-            f"set train.batch_size to a multiple of {dealing.world * config.accumulate}, or train.accumulate to less"
-        )
 
 
 def build_optimizer(model: nn.Module, config: ScheduleConfig) -> torch.optim.Optimizer:

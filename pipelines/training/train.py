@@ -36,7 +36,7 @@ from hdovd.pipelines.common.precision import settled
 from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sampler import Dealing, Streams, key_of
-from hdovd.pipelines.evaluation.validation import Validation
+from hdovd.pipelines.evaluation.evaluate import Validation
 from hdovd.pipelines.extraction.text import give_object_text
 from hdovd.pipelines.runs.checkpoint import fits, load_checkpoint
 from hdovd.pipelines.runs.folder import RunFolder
@@ -142,8 +142,6 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal) -> RunFolder:
         validate=validation,
         val_every=job.val_every,
     )
-    if us.world > 1:  # each process draws for itself, where anything draws from torch's own generator
-        torch.manual_seed(key_of(recipe.train.seed, -1, us.rank))
     if state is not None:
         hooks.restore(state, loop)
         if hooks.ended == recipe.train.epochs:
@@ -188,6 +186,8 @@ def prepared(model: Network, recipe: Recipe, us: Team) -> Network:
     model = placed(model, us.device)
     if recipe.train.compile:
         compile_backbone(model.backbone, us.device)
+    if us.world > 1:  # from here on each process draws for itself, where anything draws from torch's own generator
+        torch.manual_seed(key_of(recipe.train.seed, -1, us.rank))
     return model
 
 
@@ -245,7 +245,7 @@ def batches_of(
             else "the images come in another order than the run began with: go on with the "
             "same form and place of the cache (Zarr or tar shards, the same shards, on disk or in an object store)"
         )
-    dealing = Dealing(order, config.batch_size, us.rank, us.world)
+    dealing = Dealing(order, config.batch_size, us.rank, us.world, config.accumulate)
     if isinstance(data, TarTrainingSet):
         data.dealing = dealing
     return TrainingBatches(data, dealing, workers, device=us.device), found

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hdovd.data.coco import DataPaths
-from hdovd.pipelines.audit.audit import AuditConfig, audit
-from hdovd.pipelines.audit.report import AuditReport, Check, Verdict
+from hdovd.pipelines.audit.audit import AuditConfig, AuditReport, audit
+from hdovd.pipelines.audit.checks import Check, Verdict
 from hdovd.pipelines.demo.world import BASE
 
 MADE_BY = {

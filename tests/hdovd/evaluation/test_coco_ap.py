@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import load_split
 from hdovd.data.protocol import Protocol
-from hdovd.evaluation.coco import AveragePrecision, GroundTruth, average_precision
+from hdovd.evaluation.coco import AveragePrecision, GroundTruth
 from hdovd.evaluation.engines import Engine, require
 
 PROTOCOL = Protocol("mine", ("zebra", "cat", "bus"), ("dog", "ant"))
@@ -114,7 +114,7 @@ def compute(
     file = folder / "instances.json"
     file.write_text(json.dumps(tree))
     ids = [i["id"] for i in tree["images"]] if image_ids is None else image_ids
-    return average_precision(file, COCO_IDS, ids, detections, protocol, engine)
+    return GroundTruth(file, COCO_IDS, ids, protocol, engine).average_precision(detections)
 
 
 @EVERY_ENGINE

@@ -14,9 +14,9 @@ import pytest
 from matching_scenes import ANT, BUS, CAT, DOG, PROTOCOL, ZEBRA
 
 from hdovd.data.protocol import Protocol
-from hdovd.evaluation.coco import group_slice
+from hdovd.evaluation.groups import group_slice
 from hdovd.evaluation.matching import Found, Objects, Verdict, find_overlaps, match
-from hdovd.evaluation.tide import ERRORS, KINDS, ErrorBreakdown, Errors, Kind, break_down, classify
+from hdovd.evaluation.tide import ERRORS, ErrorBreakdown, Errors, Kind, break_down, classify
 from hdovd.pipelines.evaluation.evaluate import error_table
 
 WHOLE = (0.0, 0.0, 10.0, 10.0)
@@ -27,7 +27,7 @@ HALF = 100 * 50 / 101  # of AP50: what lies beyond recall 0.5
 def kinds(found: Found, objects: Objects) -> tuple[list[Kind], Errors]:
     overlaps = find_overlaps(found, objects)
     errors = classify(found, objects, overlaps, match(found, objects, overlaps, 100))
-    return [KINDS[k] for k in errors.kind.tolist()], errors
+    return [Kind(k) for k in errors.kind.tolist()], errors
 
 
 def lower(height: float) -> scenes.Box:

@@ -18,7 +18,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.ablation.ablate import LOCK, AblateConfig, RunState, ablate, commands, places, plan, standing
-from hdovd.pipelines.ablation.cells import cells_of, recipe_settings
+from hdovd.pipelines.ablation.grid import cells_of, recipe_settings
 
 SWITCHES = ("loss.instance.enabled=true,false", "loss.class.enabled=true,false")
 
@@ -156,10 +156,12 @@ def test_commands_say_all_that_the_run_needs(config: AblateConfig) -> None:
     validation = DataPaths(None, Path("v"), Path("w"))
     config = replace(config, preset="base-only", data=DataPaths(Path("d"), Path("i"), Path("a")), validation=validation)
     first = plan(config)[0]
-    train, evaluate = commands(first, config, RunState.GO_ON)
+    first.state = RunState.GO_ON
+    train, evaluate = commands(first, config)
     assert train[:4] == (sys.executable, "-m", "hdovd", "train")
     assert "--resume" in train
-    assert "--resume" not in commands(first, config, RunState.TRAIN)[0]
+    first.state = RunState.TRAIN
+    assert "--resume" not in commands(first, config)[0]
     pairs = list(pairwise(train))
     for pair in (
         ("--preset", "base-only"),
@@ -173,10 +175,12 @@ def test_commands_say_all_that_the_run_needs(config: AblateConfig) -> None:
     ):
         assert pair in pairs
     assert evaluate[4:] == (str(first.path), "--images", "v", "--annotations", "w", "--device", "cpu")
-    assert commands(first, config, RunState.EVALUATE) == (evaluate,)
-    assert commands(first, config, RunState.DONE) == ()
     tar = replace(config, cache="shards/{000000..000002}.tar")
-    assert "--data" not in commands(first, tar, RunState.TRAIN)[0]
+    assert "--data" not in commands(first, tar)[0]
+    first.state = RunState.EVALUATE
+    assert commands(first, config) == (evaluate,)
+    first.state = RunState.DONE
+    assert commands(first, config) == ()
 
 
 def test_jobs_share_cores_and_gpus(config: AblateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +198,7 @@ def test_jobs_share_cores_and_gpus(config: AblateConfig, monkeypatch: pytest.Mon
 
 def test_dry_run_writes_nothing(config: AblateConfig, begun: Callable[[AblateConfig], Path]) -> None:
     found = ablate(replace(config, dry_run=True, out=config.out / "deep"))
-    assert list(found.standing.values()) == [RunState.TRAIN] * 4
+    assert [planned.state for planned in found.runs] == [RunState.TRAIN] * 4
     assert not config.out.exists()
 
 

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.pipelines.ablation.cells import Cell
-from hdovd.pipelines.ablation.table import (
+from hdovd.pipelines.ablation.grid import (
     AblationTable,
-    ablation_table,
+    Cell,
+    Row,
     comma_separated,
     latex,
     markdown,
+    note,
+    scores_of,
     tex,
     write_tables,
 )
@@ -55,7 +57,12 @@ def table() -> AblationTable:
         cells[1].name: {1: _run(None, 3.0)},
         cells[2].name: {},
     }
-    return ablation_table(cells, 3, done, {cells[0].name: set(), cells[1].name: {0}, cells[2].name: set()}, MADE_OF)
+    rows = [
+        Row(cell.name, tuple(cell.values.values()), scores_of(done[cell.name]), 3, failed)
+        for cell, failed in zip(cells, (0, 1, 0), strict=True)
+    ]
+    runs = [run for by_seed in done.values() for run in by_seed.values()]
+    return AblationTable(tuple(cells[0].values), rows, note(runs, 3, MADE_OF))
 
 
 def test_mean_and_sample_deviation(table: AblationTable) -> None:
@@ -112,7 +119,8 @@ def test_latex_is_escaped(table: AblationTable) -> None:
 
 
 def test_one_cell_without_a_grid_and_files(tmp_path: Path) -> None:
-    table = ablation_table([Cell("recipe", {}, ())], 1, {"recipe": {0: _run(1.0, 2.0)}}, {"recipe": set()}, MADE_OF)
+    run = _run(1.0, 2.0)
+    table = AblationTable((), [Row("recipe", (), scores_of({0: run}), 1)], note([run], 1, MADE_OF))
     files = write_tables(table, tmp_path)
     assert [file.name for file in files] == ["table.md", "table.csv", "table.tex"]
     assert files == sorted(tmp_path.iterdir(), key=lambda file: [".md", ".csv", ".tex"].index(file.suffix))

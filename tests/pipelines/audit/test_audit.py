@@ -22,13 +22,12 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths, Skips
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.audit.audit import AuditConfig, audit
+from hdovd.pipelines.audit.checks import Verdict, class_of_noun
 from hdovd.pipelines.audit.inputs import read_truth
-from hdovd.pipelines.audit.proposals import class_of_noun
-from hdovd.pipelines.audit.report import Verdict
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.proposal_files.file import Proposals, read_proposals, read_table, write_proposals
+from hdovd.pipelines.proposal_files.file import Proposals, read_table, usable_proposals, write_proposals
 
 Extract = Callable[..., ExtractConfig]
 
@@ -235,7 +234,7 @@ def test_the_file_speaks_for_a_cache_that_does_not(world: Path, cache: Path, pro
 def _planted(world: Path, proposals: Path, share: float, move: float = 0.0) -> dict[int, Proposals]:
     """The proposals, a share of those near novel objects exchanged for the annotations themselves, `move` px off."""
     split = DataPaths(world).load("train2017", load_protocol(str(world / "protocol.toml")), base_only=True)
-    found = read_proposals(proposals, split.images, Skips())
+    found = usable_proposals(read_table(proposals), proposals, split.images, Skips())
     truth, rng = read_truth(world / "annotations" / "instances_train2017.json"), np.random.default_rng(0)
     novel = np.flatnonzero(~truth.of_classes(BASE))
     for image_id, own in found.items():

@@ -14,7 +14,7 @@ from audit_scenes import VAL, check_of, leak_of, made_by_training, report_of
 from safetensors.torch import save_file
 
 from hdovd.config.recipe import Recipe
-from hdovd.pipelines.audit.report import Verdict
+from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.demo.world import BASE
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from audit_scenes import TRAIN, VAL, check_of, edit, leak_of, report_of
 
-from hdovd.pipelines.audit.report import Verdict
+from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip

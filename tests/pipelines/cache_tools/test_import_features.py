@@ -21,7 +21,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.audit.audit import AuditConfig, audit
-from hdovd.pipelines.audit.report import Verdict
+from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.cache_tools.config import ForeignFormat, ImportConfig
 from hdovd.pipelines.cache_tools.importing import UNKNOWN_ORIGIN, import_features
 

@@ -23,7 +23,7 @@ from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.audit.audit import AuditConfig, audit
-from hdovd.pipelines.audit.report import Verdict
+from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.calibration.calibrate import CalibrateConfig, calibrate, labels_of_boxes
 from hdovd.pipelines.calibration.values import (
     KNOWN,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.common.job_pool import Ended, Job, last_lines, run_jobs, stop_signals
+from hdovd.pipelines.common.job_pool import Job, last_lines, run_jobs, stop_signals
 from hdovd.pipelines.common.process import StopSignal
 
 # for a file, half a minute at most
@@ -23,9 +23,14 @@ def _job(folder: Path, name: str, *scripts: str) -> Job:
     return Job(name, tuple(("sh", "-c", script) for script in scripts), folder / "logs" / f"{name}.log")
 
 
-def _run(jobs: list[Job], places: list[dict[str, str]]) -> dict[str, Ended]:
-    ended: dict[str, Ended] = {}
-    run_jobs(jobs, places, lambda end: ended.update({end.job.name: end}), StopSignal())
+def _run(jobs: list[Job], places: list[dict[str, str]]) -> dict[str, tuple[tuple[str, ...], int]]:
+    """The last command of each job, and its exit code."""
+    ended: dict[str, tuple[tuple[str, ...], int]] = {}
+
+    def on_end(job: Job, command: tuple[str, ...], code: int, _: float) -> None:
+        ended[job.name] = command, code
+
+    run_jobs(jobs, places, on_end, StopSignal())
     return ended
 
 
@@ -35,8 +40,7 @@ def test_commands_run_in_order_until_one_fails(tmp_path: Path) -> None:
         _job(tmp_path, "bad", "echo broken; exit 3", "touch never"),
     ]
     ended = _run(jobs, [{}])
-    assert {name: end.code for name, end in ended.items()} == {"good": 0, "bad": 3}
-    assert ended["bad"].command == jobs[1].commands[0]
+    assert ended == {"good": (jobs[0].commands[1], 0), "bad": (jobs[1].commands[0], 3)}
     assert jobs[0].log.read_text().splitlines() == [
         "$ sh -c 'echo first'",
         "first",
@@ -51,7 +55,7 @@ def test_commands_run_in_order_until_one_fails(tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.log").symlink_to("/dev/full")
     with stop_signals() as stop, pytest.raises(HdovdError, match=r"a\.log cannot be written: No space left on device"):
-        run_jobs([Job("a", (("true",),), tmp_path / "a.log")], [{}], lambda _: None, stop)
+        run_jobs([Job("a", (("true",),), tmp_path / "a.log")], [{}], lambda *_: None, stop)
 
 
 def test_each_place_holds_one_job_at_a_time_and_all_places_are_used(tmp_path: Path) -> None:
@@ -61,7 +65,7 @@ def test_each_place_holds_one_job_at_a_time_and_all_places_are_used(tmp_path: Pa
     ]
     jobs = [_job(tmp_path, f"job{i}", script) for i, script in enumerate([*meets, alone, alone, alone])]
     ended = _run(jobs, [{"PLACE": "zero"}, {"PLACE": "one"}])
-    assert [ended[job.name].code for job in jobs] == [0] * 5, [job.log.read_text() for job in jobs]
+    assert [ended[job.name][1] for job in jobs] == [0] * 5, [job.log.read_text() for job in jobs]
     assert set((tmp_path / "used").read_text().split()) == {"zero", "one"}
 
 
@@ -74,8 +78,8 @@ def test_stopped_jobs_may_save_and_none_is_begun_after(tmp_path: Path) -> None:
     ]
     stop, ended = StopSignal(), list[str]()
 
-    def on_end(end: Ended) -> None:
-        ended.append(end.job.name)
+    def on_end(job: Job, *_: object) -> None:
+        ended.append(job.name)
         stop.signals.append(signal.SIGTERM)
 
     run_jobs(jobs, [{}, {}], on_end, stop)
@@ -90,7 +94,7 @@ def test_a_second_signal_kills_with_all_children(tmp_path: Path) -> None:
     )
     jobs = [_job(tmp_path, "first", WAIT.format(tmp_path / "ready")), _job(tmp_path, "stubborn", stubborn)]
     stop = StopSignal()
-    run_jobs(jobs, [{}, {}], lambda _: stop.signals.extend([signal.SIGINT, signal.SIGINT]), stop)
+    run_jobs(jobs, [{}, {}], lambda *_: stop.signals.extend([signal.SIGINT, signal.SIGINT]), stop)
     child = int((tmp_path / "child").read_text())
     deadline = time.monotonic() + 20
     while _runs(child) and time.monotonic() < deadline:
@@ -104,7 +108,7 @@ def test_an_error_while_jobs_run_leaves_none(tmp_path: Path) -> None:
         _job(tmp_path, "long", f"echo $$ > {tmp_path}/pid; touch {tmp_path}/ready; exec sleep 600"),
     ]
 
-    def on_end(_: Ended) -> None:
+    def on_end(*_: object) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
@@ -140,7 +144,7 @@ def test_descriptors_are_held_by_the_jobs(tmp_path: Path) -> None:
         run_jobs(
             [Job("a", ((sys.executable, "-c", code),), tmp_path / "a.log")],
             [{}],
-            lambda end: ended.append(end.code),
+            lambda job, command, code, seconds: ended.append(code),
             StopSignal(),
             [file.fileno()],
         )

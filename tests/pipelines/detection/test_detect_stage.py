@@ -97,7 +97,7 @@ def test_pycocotools_reads_what_was_written(run_on: Callable[..., DetectResult],
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(tmp_path / "out" / "images.json"))
         loaded = coco.loadRes(str(tmp_path / "out" / "detections.json"))
-    assert len(loaded.anns) == result.tally.found > 0
+    assert len(loaded.anns) == result.objects.total() > 0
     assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(result.names)
     assert {c["supercategory"] for c in coco.cats.values()} == {"base", "novel"}
     assert not (tmp_path / "out" / "pictures").exists()
@@ -127,7 +127,7 @@ def test_the_unreadable_are_skipped_and_nothing_is_overwritten(
     assert list(result.skipped) == [str(photos / "broken.jpg")]
     assert [one["file_name"] for one in tree["skipped"]] == [str(photos / "broken.jpg")]
     assert "broken.jpg" in tree["skipped"][0]["reason"]
-    assert result.tally.images == len(tree["images"]) == 4
+    assert result.images == len(tree["images"]) == 4
     assert len({one["id"] for one in [*tree["images"], *tree["skipped"]]}) == 5
     drawn = {one["file_name"]: one["drawn"] for one in tree["images"]}
     assert len({name.lower() for name in drawn.values()}) == 4
@@ -160,7 +160,7 @@ def test_novel_names_are_orange_and_base_names_blue(
 def test_names_in_other_scripts_are_drawn(world: Path, run_on: Callable[..., DetectResult], tmp_path: Path) -> None:
     result = run_on(next((world / "val2017").iterdir()), classes=("雨傘", "зонтик", "مظلة"))
     assert {c["name"] for c in _json(tmp_path / "out" / "images.json")["categories"]} == {"雨傘", "зонтик", "مظلة"}
-    assert result.tally.found > 0
+    assert result.objects.total() > 0
 
 
 def test_a_folder_of_something_else_is_left_alone(

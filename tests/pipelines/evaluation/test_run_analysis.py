@@ -80,12 +80,7 @@ def test_every_image_tells_what_became_of_its_detections_and_objects(analysis: R
     for place, image in enumerate(analysis.split.images):
         told = analysis.image(place)
         mine = sorted((row for row in rows if row["image_id"] == image.id), key=lambda row: -row["score"])
-        assert (told.image_id, told.file_name, told.width, told.height) == (
-            image.id,
-            image.file_name,
-            image.width,
-            image.height,
-        )
+        assert told.image is image
         assert [d.score for d in told.detections] == [row["score"] for row in mine]
         for d, row in zip(told.detections, mine, strict=True):
             x, y, w, h = row["bbox"]

@@ -21,8 +21,7 @@ from hdovd.evaluation.engines import Engine
 from hdovd.modeling.boxes import detect
 from hdovd.modeling.faster_rcnn.model import FasterRCNN
 from hdovd.pipelines.common.images import read_pixels
-from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
-from hdovd.pipelines.evaluation.validation import Validated, Validation, by_shape, results
+from hdovd.pipelines.evaluation.evaluate import EvalConfig, Validated, Validation, by_shape, evaluate, results
 from hdovd.pipelines.runs.folder import RunFolder
 
 CPU = torch.device("cpu")

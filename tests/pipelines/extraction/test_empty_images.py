@@ -87,10 +87,10 @@ def test_empty_images_are_embedded_trained_and_evaluated_on(
     tarred = train(replace(job, data=DataPaths(), cache=tmp_path / "tars", out=tmp_path / "tarred"))
     assert sum(1 for _ in tarred.entries()) == sum(1 for _ in run.entries())
     found = evaluate(EvalConfig(run=run.path, data=data, device="cpu"))
-    assert found.images == 8
+    assert len(found.detections) == 8
     plain = protocol.with_name("plain.toml")
     plain.write_text(protocol.read_text().replace("keep_empty_val = true", ""))
-    assert evaluate(EvalConfig(run=run.path, data=data, device="cpu", protocol=str(plain))).images == 7
+    assert len(evaluate(EvalConfig(run=run.path, data=data, device="cpu", protocol=str(plain))).detections) == 7
 
 
 def test_a_cache_that_was_made_without_them_says_so(

@@ -17,9 +17,8 @@ import pytest
 
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.nouns.config import NounsConfig, Parser
-from hdovd.pipelines.nouns.find import NounsReport, find_nouns
+from hdovd.pipelines.nouns.find import NounsReport, ParsingFinder, find_nouns, load_parser, why_not
 from hdovd.pipelines.nouns.matching import StopList
-from hdovd.pipelines.nouns.parsing import ParsingFinder, load_parser, why_not
 
 if TYPE_CHECKING:
     from spacy import Language

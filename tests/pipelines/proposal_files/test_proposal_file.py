@@ -11,7 +11,11 @@ import pytest
 
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import ImageBoxes, Skips, clip_box
-from hdovd.pipelines.proposal_files.file import Proposals, read_proposals, write_proposals
+from hdovd.pipelines.proposal_files.file import Proposals, read_table, usable_proposals, write_proposals
+
+
+def read_proposals(path: Path, images: list[ImageBoxes], skips: Skips) -> dict[int, Proposals]:
+    return usable_proposals(read_table(path), path, images, skips)
 
 
 def _image(image_id: int) -> ImageBoxes:

@@ -20,10 +20,9 @@ from hdovd.data.protocol import load_protocol
 from hdovd.modeling.backbones.pyramid import build_backbone
 from hdovd.pipelines.common.tensors import tensors_hash
 from hdovd.pipelines.demo.world import BASE
-from hdovd.pipelines.proposals.config import Detector, ProposeConfig, ProposeOptions, RecallConfig
+from hdovd.pipelines.proposals.config import Detector, ProposeConfig
 from hdovd.pipelines.proposals.networks import load_network, made_by, save_network, settings
-from hdovd.pipelines.proposals.propose import propose
-from hdovd.pipelines.proposals.recall import Recall, recall_report, recall_table, without_crowds
+from hdovd.pipelines.proposals.propose import Recall, propose, recall_report, recall_table, without_crowds
 
 Made = tuple[ProposeConfig, list[str]]
 
@@ -46,7 +45,7 @@ def made(world: Path, micro_recipe: Callable[..., Recipe], tmp_path_factory: pyt
 
 @pytest.fixture
 def network(made: ProposeConfig) -> Path:
-    return made.out.with_name("p.oln.safetensors")
+    return made.beside("oln.safetensors")
 
 
 def test_the_same_settings_take_the_network_that_is_there(made: ProposeConfig, network: Path) -> None:
@@ -60,7 +59,7 @@ def test_the_same_settings_take_the_network_that_is_there(made: ProposeConfig, n
 
 def test_the_backbone_is_kept_with_what_made_it(made: ProposeConfig, network: Path, tmp_path: Path) -> None:
     file = tmp_path / "b.safetensors"
-    propose(replace(made, out=tmp_path / "p.json", checkpoint=network, backbone_out=file))
+    propose(replace(made, out=tmp_path / "p.json", checkpoint=(network,), backbone_out=file))
     with safe_open(file, "pt") as tensors:
         assert json.loads(tensors.metadata()["made_by"]) == made_by(network)
     config = made.recipe.detector.backbone.model_copy(update={"weights": str(file)})
@@ -106,9 +105,8 @@ def test_backbone_weights_count_by_content(
 
     def found(name: str, content: bytes) -> dict[str, object]:
         (tmp_path / name).write_bytes(content)
-        return settings(
-            replace(made, recipe=micro_recipe(f"detector.backbone.weights={tmp_path / name}")).network, split
-        )
+        job = replace(made, recipe=micro_recipe(f"detector.backbone.weights={tmp_path / name}"))
+        return settings(job, Detector.OLN, split)
 
     assert found("a.pth", b"1") == found("b.pth", b"1") != found("a.pth", b"2")
 
@@ -128,7 +126,7 @@ def test_a_network_proposes_the_same_anywhere(
     job = replace(
         made,
         out=tmp_path / "again.json",
-        checkpoint=network,
+        checkpoint=(network,),
         recipe=micro_recipe("proposals.nms=0.1", "input.short_side=64"),
     )
     propose(job)
@@ -206,21 +204,22 @@ def test_a_network_that_saw_classes_which_are_novel_here(
     text = (world / "protocol.toml").read_text().replace(f'"{BASE[0]}", ', "")
     (tmp_path / "other.toml").write_text(text.replace("novel = [", f'novel = ["{BASE[0]}", '))
     with pytest.raises(HdovdError, match=f"trained on boxes of {BASE[0]}"):
-        propose(replace(made, out=tmp_path / "p.json", checkpoint=network, protocol=str(tmp_path / "other.toml")))
+        propose(replace(made, out=tmp_path / "p.json", checkpoint=(network,), protocol=str(tmp_path / "other.toml")))
 
 
 def test_networks_side_by_side(made: ProposeConfig, network: Path, world: Path) -> None:
     """One call: the network that is there is taken, the other one trained; base and novel objects are those of
     val2017."""
     said: list[str] = []
-    job = RecallConfig(
+    job = ProposeConfig(
+        report=True,
         data=made.data,
         validation=made.data,
         recipe=made.recipe,
         out=made.out,
         protocol=made.protocol,
-        detectors=(Detector.RPN, Detector.OLN),
-        checkpoints=(network,),
+        detector=(Detector.RPN, Detector.OLN),
+        checkpoint=(network,),
         device="cpu",
     )
     with lines_to(said.append):
@@ -229,13 +228,13 @@ def test_networks_side_by_side(made: ProposeConfig, network: Path, world: Path) 
     base = {c["id"] for c in tree["categories"] if c["name"] in BASE}
     counts = [a["category_id"] in base for a in tree["annotations"]]
     assert rpn.objects == oln.objects == {"base": sum(counts), "novel": len(counts) - sum(counts)}
-    assert (oln.ar50, oln.ar, oln.proposals) == (same.ar50, same.ar, same.proposals)
+    assert replace(oln, network=same.network) == same
     assert rpn.ar50 != oln.ar50
     for one in (rpn, oln):
         for group in ("base", "novel"):
             at = list(one.ar50[group].values())
             assert at == sorted(at)
-            assert all(0 <= mean <= half <= 100 for mean, half in zip(one.ar[group].values(), at, strict=True))
+            assert all(0 <= mean <= half <= 100 for mean, half in zip(one.ar50_95[group].values(), at, strict=True))
         assert one.ar50["base"][100] > 0
     assert said[-1] == recall_table([rpn, oln, same])
     assert made.out.with_name("p.rpn.safetensors").is_file()
@@ -245,25 +244,37 @@ def test_networks_side_by_side(made: ProposeConfig, network: Path, world: Path) 
 
 
 def test_table_of_recall() -> None:
-    ar50 = {"base": {5: 50.0, 10: 62.5, 30: 75.0, 100: 100.0}, "novel": dict.fromkeys((5, 10, 30, 100), float("nan"))}
-    table = recall_table([Recall("oln", ar50, ar50, {"base": 8, "novel": 0}, 3, 12.0)]).splitlines()
+    ar50 = {"base": {5: 50.0, 10: 62.5, 30: 75.0, 100: 100.0}, "novel": dict.fromkeys((5, 10, 30, 100))}
+    table = recall_table([Recall("oln", 3, 12.0, {"base": 8, "novel": 0}, ar50, ar50)]).splitlines()
     assert "3 pictures, 8 base and 0 novel objects" in table[0]
     assert "diagnosis" in table[1]
     assert table[-2].split() == ["oln", "base", *["50.0", "62.5", "75.0", "100.0"] * 2]
-    assert table[-1].split() == ["oln", "novel", *["none"] * 8]
+    assert table[-1].split() == ["oln", "novel", *["-"] * 8]
 
 
 def test_recall_needs_a_place_for_networks_and_pictures(made: ProposeConfig) -> None:
     with pytest.raises(HdovdError, match=r"--out.*--checkpoint"):
         recall_report(
-            RecallConfig(
-                data=made.data, validation=made.data, recipe=made.recipe, out=None, protocol=made.protocol, device="cpu"
+            ProposeConfig(
+                report=True,
+                data=made.data,
+                validation=made.data,
+                recipe=made.recipe,
+                out=None,
+                protocol=made.protocol,
+                device="cpu",
             )
         )
     with pytest.raises(HdovdError, match="--val-images"):
         recall_report(
-            RecallConfig(
-                data=made.data, validation=None, recipe=made.recipe, out=made.out, protocol=made.protocol, device="cpu"
+            ProposeConfig(
+                report=True,
+                data=made.data,
+                validation=None,
+                recipe=made.recipe,
+                out=made.out,
+                protocol=made.protocol,
+                device="cpu",
             )
         )
 
@@ -271,13 +282,14 @@ def test_recall_needs_a_place_for_networks_and_pictures(made: ProposeConfig) -> 
 def test_a_picture_that_cannot_be_read_makes_no_recall(made: ProposeConfig, network: Path, copied_world: Path) -> None:
     picture = min((copied_world / "val2017").iterdir())
     picture.unlink()
-    job = RecallConfig(
+    job = ProposeConfig(
+        report=True,
         data=DataPaths(),
         validation=DataPaths(copied_world),
         recipe=made.recipe,
         out=None,
         protocol=made.protocol,
-        checkpoints=(network,),
+        checkpoint=(network,),
         device="cpu",
     )
     with pytest.raises(HdovdError, match=picture.name):
@@ -319,11 +331,11 @@ def test_one_network_makes_a_file(
     made: ProposeConfig, detectors: tuple[Detector, ...], checkpoints: tuple[Path, ...], message: str
 ) -> None:
     with pytest.raises(HdovdError, match=message):
-        ProposeOptions(
+        ProposeConfig(
             data=made.data, recipe=made.recipe, out=made.out, detector=detectors, checkpoint=checkpoints
-        ).config()
+        ).check()
     with pytest.raises(HdovdError, match="--out FILE"):
-        ProposeOptions(data=made.data, recipe=made.recipe, detector=detectors[:1]).config()
+        ProposeConfig(data=made.data, recipe=made.recipe, detector=detectors[:1]).check()
 
 
 @pytest.mark.parametrize("name", ["p.pkl", "p", "folder.json"])
@@ -332,4 +344,4 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(HdovdError, match=r"expected a file whose name ends in \.json or \.npz"):
-        ProposeOptions(data=made.data, recipe=made.recipe, out=tmp_path / name).config()
+        ProposeConfig(data=made.data, recipe=made.recipe, out=tmp_path / name).check()

@@ -73,7 +73,7 @@ def test_other_proposals_in_the_place_of_the_new_ones_are_named(
 
     (tmp_path / "p.oln.safetensors").write_bytes(proposed.with_name("p.oln.safetensors").read_bytes())
     assert notes(top=3) == notes(top=3) == []
-    assert notes(top=3, checkpoint=tmp_path / "p.oln.safetensors") == []
+    assert notes(top=3, checkpoint=(tmp_path / "p.oln.safetensors",)) == []
     count = len(json.loads(out.read_text()))
     [note] = notes(top=2)
     assert f"{out} is there with {count} proposals made otherwise (made by: detector oln" in note

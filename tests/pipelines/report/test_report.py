@@ -20,9 +20,9 @@ from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
+from hdovd.pipelines.report.figures import ablation
 from hdovd.pipelines.report.report import ReportConfig, report
 from hdovd.pipelines.report.runs import names_of
-from hdovd.pipelines.report.tables import ablation
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.listing import Run, State
 
@@ -238,7 +238,7 @@ def test_out_that_is_something_else_is_refused(distilled: RunFolder, world: Path
     for out, why in (
         ("out", "is a file: give a folder"),
         ("page.html", "give a folder"),
-        ("photos", "holds other things .cat.jpg"),
+        ("photos", "other things .cat.jpg"),
     ):
         with pytest.raises(HdovdError, match=why):
             report(ReportConfig(runs=(distilled.path,), out=tmp_path / out, data=DataPaths(world)))

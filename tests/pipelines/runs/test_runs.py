@@ -15,17 +15,7 @@ from hdovd.data.coco import DataPaths
 from hdovd.pipelines.common.settings import different_keys, flat, short_names, shown_apart
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.listing import (
-    GROUPS,
-    State,
-    compare_runs,
-    difference_lines,
-    find_runs,
-    read_run,
-    read_runs,
-    run_lines,
-    run_values,
-)
+from hdovd.pipelines.runs.listing import State, difference_lines, find_runs, read_run, read_runs, run_lines, run_values
 
 WriteRun = Callable[..., Path]
 
@@ -218,20 +208,21 @@ def test_difference_of_two_runs(write_run: WriteRun) -> None:
     record = json.loads((b / "run.json").read_text())
     record |= {"versions": {"torch": "2.7", "hdovd": "0.1.0"}, "git": {"commit": "abc", "dirty": True}}
     (b / "run.json").write_text(json.dumps(record))
-    found = compare_runs(a, b)
-    assert found.parts["config"] == [("train.lr", 0.1, 0.2)]
-    assert found.parts["cache"] == [("instance", "k1", "k2"), ("instance: clip.model", "k1", "k2")]
-    assert found.parts["versions"] == [("torch", "2.6", "2.7")]
-    assert found.parts["git"] == [("commit", None, "abc"), ("dirty", None, True)]
-    assert found.parts["protocol"] == []
-    assert found.groups[0] == ("novel", 10.0, 30.0)
-    assert found.groups[3] == ("novel split-blind", 9.0, 29.0)
-    assert found.classes == [("owl", 10.0, 30.0), ("cat", 50.0, 49.0), ("elk", 7.0, 7.0)]
-    text = [line.split() for line in difference_lines(found)]
-    assert ["train.lr", "0.1", "0.2"] in text
-    assert ["novel", "10.0", "30.0", "+20.0"] in text
-    assert ["owl", "(novel)", "10.0", "30.0", "+20.0"] in text
-    assert not any(line[:1] == ["elk"] for line in text)
+    text = [line.split() for line in difference_lines(a, b)]
+    for head, *rows in (
+        ("config", ["train.lr", "0.1", "0.2"]),
+        ("cache", ["instance", "k1", "k2"], ["instance:", "clip.model", "k1", "k2"]),
+        ("versions", ["torch", "2.6", "2.7"]),
+        ("git", ["commit", "-", "abc"], ["dirty", "-", "on"]),
+    ):
+        at = text.index([head, "A", "B"])
+        assert text[at + 1 : at + 2 + len(rows)] == [*rows, []]
+    assert ["protocol:", "the", "same"] in text
+    at = text.index(["AP50,", "percent", "A", "B", "B", "-", "A"])
+    assert text[at + 1] == ["novel", "10.0", "30.0", "+20.0"]
+    assert text[at + 4] == ["novel", "split-blind", "9.0", "29.0", "+20.0"]
+    at = text.index(["classes", "that", "differ", "A", "B", "B", "-", "A"])
+    assert text[at + 1 :] == [["owl", "(novel)", "10.0", "30.0", "+20.0"], ["cat", "50.0", "49.0", "-1.0"]]
 
 
 def test_real_runs(distilled: RunFolder, base_only: RunFolder, world: Path, tmp_path: Path) -> None:
@@ -241,17 +232,18 @@ def test_real_runs(distilled: RunFolder, base_only: RunFolder, world: Path, tmp_
     run, plain = read_run(evaluated), read_run(base_only.path)
     assert (run.state, run.epochs_done, run.epochs) == (State.FINISHED, 3, 3)
     assert (plain.state, plain.epochs_done, plain.epochs) == (State.NOT_EVALUATED, 1, 1)
-    assert run.ap50 == {group: result.combined.mean(result.combined.ap50, group) for group in GROUPS}
-    assert run.split_blind == {group: result.split_blind.mean(result.split_blind.ap50, group) for group in GROUPS}
+    assert run.ap50 == result.combined.summary()["ap50"]
+    assert run.split_blind == result.split_blind.summary()["ap50"]
     assert (run.distillation, plain.distillation) == (("instance", "class", "image"), ())
     assert run.cache_id == plain.cache_id
     assert run.levels["instance"]["key"]
-    difference = compare_runs(evaluated, base_only.path)
-    assert {key for key, _, _ in difference.parts["config"]} == {
+    lines = difference_lines(evaluated, base_only.path)
+    at = next(number for number, line in enumerate(lines) if line.split() == ["config", "A", "B"])
+    assert {line.split()[0] for line in lines[at + 1 : lines.index("cache: the same") - 1]} == {
         "loss.instance.enabled",
         "loss.class.enabled",
         "loss.image.enabled",
         "train.epochs",
     }
-    assert difference.classes == []
-    assert difference.parts["cache"] == difference.parts["versions"] == difference.parts["protocol"] == []
+    assert {"versions: the same", "protocol: the same"} <= set(lines)
+    assert not any("classes that differ" in line for line in lines)

@@ -315,26 +315,6 @@ def test_patches_that_are_not_square_are_refused() -> None:
         DenseClip(_vit(patch_size=(4, 8)), 32)
 
 
-@pytest.mark.parametrize(
-    ("pixels", "boxes", "message"),
-    [
-        (_pixels(1, 40), [_whole(32)], r"\(1, 3, 40, 40\).* expected \(1, 3, 32, 32\)"),
-        (_pixels(2, 32), [_whole(32)], r"boxes of 1 pictures"),
-        (_pixels(1, 32)[0], [_whole(32)], r"\(3, 32, 32\)"),
-        (
-            _pixels(2, 32),
-            [_whole(32), torch.tensor([[0, 0, torch.nan, 5]])],
-            r"picture 1 of the batch: expected finite",
-        ),
-        (_pixels(1, 32), [torch.zeros(4)], r"picture 0 .* got shape \(4,\)"),
-    ],
-    ids=["side", "count", "no batch", "nan", "shape"],
-)
-def test_what_does_not_fit_is_refused(pixels: Tensor, boxes: list[Tensor], message: str) -> None:
-    with pytest.raises(HdovdError, match=message):
-        DenseClip(_vit(), 32).embed_boxes(pixels, boxes)
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_the_side_near_another_is_one_that_it_takes(name: str) -> None:
     build, native = ALL[name]

@@ -45,7 +45,8 @@ def loop(world: Path, training_cache: Path, micro_recipe: Callable[..., Recipe])
         torch.manual_seed(0)
         model = build_detector(recipe, data.dim, initialise=False).train()
         texts = torch.from_numpy(data.class_embeddings(protocol.base))
-        batches = TrainingBatches(data, Dealing(InOrder(len(data)), recipe.train.batch_size), 0, device=CPU)
+        dealing = Dealing(InOrder(len(data)), recipe.train.batch_size, accumulate=recipe.train.accumulate)
+        batches = TrainingBatches(data, dealing, 0, device=CPU)
         return loop_of(model, batches, texts, recipe, CPU)
 
     return build
@@ -177,21 +178,9 @@ def test_processes_exchange_gradients_once_a_step(micro_recipe: Callable[..., Re
 def test_a_batch_that_cannot_be_split_is_refused(loop: Build) -> None:
     with pytest.raises(
         HdovdError,
-        match=r"a batch of 8 images cannot be split into train\.accumulate = 3 micro-batches: set "
-        r"train\.batch_size to a multiple of 3, or train\.accumulate to less",
+        match=r"a batch of 8 images cannot be parted among 1 process, in train\.accumulate = 3 micro-batches each: set "
+        r"train\.batch_size.* to a multiple of 3",
     ):
         loop("train.accumulate=3")
-    plain = loop()
-    batches = TrainingBatches([], Dealing(InOrder(100), 8, 1, 4), 0, device=CPU)  # type: ignore[arg-type]
-    with pytest.raises(
-        HdovdError, match=r"batch of 8 .*accumulate = 4 micro-batches of 4 processes: .* multiple of 16"
-    ):
-        Loop(
-            plain.model,
-            plain._losses_of,
-            batches,
-            plain.config.model_copy(update={"accumulate": 4}),
-            CPU,
-            "train",
-            lambda _: 0,
-        )
+    with pytest.raises(HdovdError, match=r"batch of 8 .*4 processes, in .*accumulate = 4 .* multiple of 16"):
+        Dealing(InOrder(100), 8, 1, 4, 4)

@@ -23,7 +23,7 @@ from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.modeling.base import build_detector
 from hdovd.pipelines.ablation.ablate import AblateConfig, commands, plan, standing
 from hdovd.pipelines.audit.audit import AuditConfig, audit
-from hdovd.pipelines.audit.report import Verdict
+from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.hooks import RunHooks
 from hdovd.pipelines.training.initial_weights import init_hash
@@ -283,7 +283,7 @@ def test_all_cells_of_an_ablation_begin_with_it(
         init=distilled.path,
     )
     first = plan(config)[0]
-    words = commands(first, config, standing(first, config))[0]
+    words = commands(first, config)[0]
     assert words[words.index("--init") + 1] == str(distilled.path)
     first.path.mkdir(parents=True)
     (first.path / "config.toml").write_text(first.recipe.to_toml())

@@ -22,7 +22,7 @@ from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.propose import propose
-from hdovd.pipelines.report.relations import relations
+from hdovd.pipelines.report.runs import relations
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.train import TrainConfig, train
 
@@ -97,6 +97,6 @@ def test_proposing(world: Path, micro_recipe: Callable[..., Recipe], tmp_path: P
         device="cpu",
     )
     propose(job)
-    propose(replace(job, out=tmp_path / "q.json", checkpoint=tmp_path / "p.oln.safetensors"))
+    propose(replace(job, out=tmp_path / "q.json", checkpoint=(tmp_path / "p.oln.safetensors",)))
     assert len(laid_out) > 30
     assert all(laid_out)

@@ -126,8 +126,8 @@ def test_train_eval_and_detect(
     result = detect(
         DetectConfig(run=run.path, images=(str(world / "val2017"),), out=tmp_path / "found", clip=clip, threshold=0.0)
     )
-    assert result.tally
-    assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"names.py", "detector.py", "detect.py"}
+    assert result.images
+    assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"detector.py", "detect.py"}
 
 
 def test_a_run_goes_on_where_it_was(
@@ -166,7 +166,7 @@ def test_propose(
         recipe=micro_recipe(),
         protocol=str(world / "protocol.toml"),
         top=4,
-        detector=detector,
+        detector=(detector,),
     )
     found = propose(job)
     assert on_host(pretended_cuda) <= ANCHORS | SAMPLES | LOSSES | LOADED | {"networks.py", "propose.py", "boxes.py"}

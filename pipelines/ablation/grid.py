@@ -1,0 +1,309 @@
+"""The grid of an ablation: which settings vary, and the cells that follow; and its table: a row a cell, mean and
+standard deviation over seeds, as Markdown, CSV and LaTeX.
+"""
+
+import csv
+import hashlib
+import io
+import itertools
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hdovd.config.recipe import Recipe, load_recipe
+from hdovd.core.errors import HdovdError
+from hdovd.evaluation.groups import GROUPS
+from hdovd.pipelines.common.atomic_write import write_text
+from hdovd.pipelines.common.settings import SWITCH, Settings, flat, in_full, short_names, shown_apart, value_at
+from hdovd.pipelines.runs.listing import Run
+
+SEED = "train.seed"
+LONGEST = 40  # characters of a value in a folder's name
+OPEN, CLOSE = "[{(", "]})"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One combination of the grid: a name that is a folder's, the values by dotted key, and the settings that make
+    them.
+    """
+
+    name: str
+    values: Settings
+    settings: tuple[str, ...]
+
+    def recipe(self, recipe: str, settings: Sequence[str], seed: int) -> Recipe:
+        return load_recipe(recipe, [*settings, *self.settings, f"{SEED}={seed}"])
+
+
+def recipe_settings(recipe: Recipe) -> Settings:
+    """A recipe's values by dotted key, as its TOML names them."""
+    return flat(recipe.model_dump(by_alias=True))
+
+
+def cells_of(recipe: str, settings: Sequence[str], grid: Sequence[str], preset: Sequence[str] = ()) -> list[Cell]:
+    """All combinations of the grid, the first key varying slowest; one cell, `recipe`, without a grid.
+
+    `settings` and, beneath them, `preset` hold for all cells; the grid may turn on again what the preset turned off.
+
+    Raises HdovdError for an unknown key (naming the nearest), a wrong value, a key given twice, and cells that are the
+    same.
+    """
+    keys = dict(_key_and_values(item) for item in grid)
+    if len(keys) < len(grid):
+        raise HdovdError(f"--grid has a key twice: {' '.join(grid)}; give all its values at once, KEY=A,B,C")
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        if key in keys or key == SEED:
+            raise HdovdError(f"--set {setting}: {'--seeds' if key == SEED else '--grid'} says what {key} is")
+    base = [*preset, *settings]
+    short, cells, seen = short_names(keys, recipe_settings(load_recipe(recipe, base))), list[Cell](), dict[str, Cell]()
+    for combination in itertools.product(*keys.values()):
+        mine = tuple(f"{key}={value}" for key, value in zip(keys, combination, strict=True))
+        try:
+            made = load_recipe(recipe, [*base, *mine])
+        except HdovdError as error:
+            raise HdovdError(f"--grid {' '.join(mine)}: {error}") from error
+        tree = made.model_dump(by_alias=True)
+        values = {key: value_at(tree, key) for key in keys}
+        name = "_".join(f"{short[key]}-{_as_name(in_full(value))}" for key, value in values.items()) or "recipe"
+        cell = Cell(name, values, mine)
+        same = seen.setdefault(made.to_toml(), cell)
+        if same is not cell:
+            raise HdovdError(f"--grid: {' '.join(mine)} and {' '.join(same.settings)} are the same cell: leave one out")
+        cells.append(cell)
+    if len({cell.name for cell in cells}) < len(cells):  # 1 and "1", where a recipe takes both
+        raise HdovdError(
+            f"--grid {' '.join(grid)}: two cells have the same name: {', '.join(cell.name for cell in cells)}"
+        )
+    return cells
+
+
+def _key_and_values(item: str) -> tuple[str, list[str]]:
+    key, equals, text = item.partition("=")
+    key, values = key.strip(), [value.strip() for value in _split(text)]
+    if not equals or not key or not all(values):
+        raise HdovdError(f"--grid takes KEY=VALUE,VALUE,..., such as loss.image.enabled=true,false; got {item!r}")
+    if key == SEED:
+        raise HdovdError(f"--grid {item}: seeds are no cells; give --seeds N")
+    return key, values
+
+
+def _split(text: str) -> list[str]:
+    """At commas, but not at those within brackets or quotes."""
+    parts = [""]
+    for piece in text.split(","):
+        bare = re.sub(r"\"[^\"]*\"|'[^']*'", "", parts[-1])
+        if re.search("[\"']", bare) or sum(map(bare.count, OPEN)) > sum(map(bare.count, CLOSE)):  # one is not closed
+            parts[-1] += f",{piece}"
+        else:
+            parts.append(piece)
+    return parts[1:]
+
+
+def _as_name(text: str) -> str:
+    """A value in a folder's name, of a path its end; with a few letters of its hash where not all of it can stand
+    there.
+    """
+    plain = re.sub(r"[^A-Za-z0-9.+-]+", "-", text.rstrip("/").rpartition("/")[2])[-LONGEST:].strip("-.")
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}".lstrip("-")
+
+
+METRICS = (*GROUPS, "novel, split-blind")
+YES, NO, NONE = "\N{CHECK MARK}", "\N{EN DASH}", "..."
+TEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    YES: r"\checkmark",
+    NO: "--",
+    NONE: r"\ldots",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A cell. `scores`: AP50 in percent by metric and seed, None without ground truth; only of seeds that are done."""
+
+    name: str
+    values: tuple[Any, ...]
+    scores: dict[str, dict[int, float | None]]
+    seeds: int
+    failed: int = 0
+
+    @property
+    def done(self) -> int:
+        return len(self.scores[METRICS[0]])
+
+    @property
+    def state(self) -> str:
+        """How many seeds are done; of how many, if not all."""
+        if self.done == self.seeds:
+            return str(self.done)
+        return f"{self.done} of {self.seeds}" + (f", {self.failed} failed" if self.failed else "")
+
+    def mean(self, metric: str) -> float | None:
+        numbers = [value for value in self.scores[metric].values() if value is not None]
+        return statistics.mean(numbers) if numbers else None
+
+    def deviation(self, metric: str) -> float | None:
+        """The sample standard deviation; None for a single value."""
+        numbers = [value for value in self.scores[metric].values() if value is not None]
+        return statistics.stdev(numbers) if len(numbers) > 1 else None
+
+    def text(self, metric: str) -> str:
+        """Mean (deviation), with one decimal."""
+        mean, deviation = self.mean(metric), self.deviation(metric)
+        if mean is None:
+            return "-" if self.done else NONE
+        return f"{mean:.1f}" + ("" if deviation is None else f" ({deviation:.1f})")
+
+
+@dataclass(frozen=True, slots=True)
+class AblationTable:
+    """`keys`: what varies, by dotted key. `note`: what the numbers were made of."""
+
+    keys: tuple[str, ...]
+    rows: list[Row]
+    note: str
+
+    @property
+    def complete(self) -> bool:
+        return all(row.done == row.seeds for row in self.rows)
+
+
+def scores_of(runs: Mapping[int, Run]) -> dict[str, dict[int, float | None]]:
+    """`Row.scores` of runs by seed."""
+    return {
+        metric: {
+            seed: run.ap50.get(metric) if metric in GROUPS else run.split_blind.get("novel")
+            for seed, run in sorted(runs.items())
+        }
+        for metric in METRICS
+    }
+
+
+def column_texts(values: Sequence[Any]) -> list[str]:
+    """Of one column: ticks for switches."""
+    if all(isinstance(value, bool) for value in values):
+        return [YES if value else NO for value in values]
+    return shown_apart(values)
+
+
+def note(runs: Sequence[Run], seeds: int, made_of: Mapping[str, str]) -> str:
+    """Of the runs, not of the moment: the same runs have the same note."""
+    over = f"seeds 0 to {seeds - 1}" if seeds > 1 else "seed 0"
+    features = _listed("features", (str(run.cache_id) for run in runs))
+    begun = sorted(f"{run.date:%Y-%m-%d}" for run in runs)
+    parts = [
+        f"AP50 in percent, mean (sample standard deviation) over {over}",
+        f"data {made_of['data']}",
+        f"protocol {made_of['protocol']}",
+        f"cache {made_of['cache']}, set {made_of['features']}" + (f", {features}" if features else ""),
+        f"recipe {made_of['recipe']}",
+        " to ".join(dict.fromkeys([*begun[:1], *begun[-1:]])),
+        *(_listed(name, (run.versions.get(name, "?") for run in runs)) for name in ("hdovd", "torch")),
+        _listed(
+            "commit",
+            (
+                str(run.git["commit"])[:10] + (" with changes" if run.git.get("dirty") else "")
+                for run in runs
+                if run.git and "commit" in run.git
+            ),
+        ),
+    ]
+    return "; ".join(part for part in parts if part) + "."
+
+
+def _listed(what: str, values: Iterable[str]) -> str:
+    """`what` the different values are, or nothing without one."""
+    different = sorted(set(values))
+    return f"{what} {', '.join(different)}" if different else ""
+
+
+def markdown(table: AblationTable) -> str:
+    """Readable as it is, in a terminal too."""
+    head, rows = _texts(table)
+    rows = [[text.replace("|", "\\|") for text in row] for row in rows]
+    widths = [max(3, *(len(row[column]) for row in [head, *rows])) for column in range(len(head))]
+    words = len(table.keys) or 1  # columns to the left; after them, numbers to the right
+    lines = [
+        " | ".join(
+            text.ljust(width) if column < words else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [head, *rows]
+    ]
+    rule = "|".join("-" * (w + 2) if column < words else "-" * (w + 1) + ":" for column, w in enumerate(widths))
+    body = [f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])]
+    return "\n".join([*body, "", table.note, *_marks(table)]) + "\n"
+
+
+def latex(table: AblationTable) -> str:
+    """A booktabs table."""
+    head, rows = _texts(table)
+    values = len(table.keys) or 1
+    lines = [
+        "% \\usepackage{booktabs, amssymb}",
+        *(f"% {line}" for line in (table.note, *_marks(table))),
+        f"\\begin{{tabular}}{{{'l' * values}{'r' * (len(head) - values)}}}",
+        "\\toprule",
+        " & ".join(map(tex, head)) + r" \\",
+        "\\midrule",
+        *(" & ".join(map(tex, row)) + r" \\" for row in rows),
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def comma_separated(table: AblationTable) -> str:
+    """The plain numbers: of each metric the mean, the deviation and the value of every seed; empty where there is
+    none."""
+    out, seeds = io.StringIO(), range(max(row.seeds for row in table.rows))
+    parts = ["mean", "sd", *(f"seed{seed}" for seed in seeds)]
+    names = [f"ap50_{re.sub(r'[^a-z]+', '_', metric)}_{part}" for metric in METRICS for part in parts]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["cell", *table.keys, "seeds", "done", "failed", *names])
+    for row in table.rows:
+        numbers = [
+            value
+            for metric in METRICS
+            for value in (row.mean(metric), row.deviation(metric), *(row.scores[metric].get(seed) for seed in seeds))
+        ]  # csv writes None as nothing
+        values = [str(value).lower() if isinstance(value, bool) else value for value in row.values]
+        writer.writerow([row.name, *values, row.seeds, row.done, row.failed, *numbers])
+    return out.getvalue()
+
+
+def write_tables(table: AblationTable, out: Path) -> list[Path]:
+    """table.md, table.csv and table.tex in `out`, each whole or as it was."""
+    forms = {"table.md": markdown, "table.csv": comma_separated, "table.tex": latex}
+    for name, form in forms.items():
+        write_text(out / name, form(table))
+    return [out / name for name in forms]
+
+
+def tex(text: str) -> str:
+    """A cell of a LaTeX table."""
+    return TEX[text] if text in TEX else "".join(TEX.get(letter, letter) for letter in text)
+
+
+def _texts(table: AblationTable) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: the values of the grid, the metrics, how many seeds."""
+    short = short_names(table.keys, table.keys)
+    head = [*(short[key] if key.endswith(SWITCH) else key for key in table.keys), *METRICS, "seeds"]
+    columns = [column_texts([row.values[column] for row in table.rows]) for column in range(len(table.keys))]
+    if not columns:
+        head, columns = ["", *head], [[row.name for row in table.rows]]
+    numbers = [[*(row.text(metric) for metric in METRICS), row.state] for row in table.rows]
+    return head, [[*values, *own] for *values, own in zip(*columns, numbers, strict=True)]
+
+
+def _marks(table: AblationTable) -> list[str]:
+    """What the marks of rows mean that are not finished."""
+    return [] if table.complete else [f"Not finished: {NONE} no seed is done yet; 1 of 3 seeds: the mean of that one."]

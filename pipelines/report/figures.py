@@ -1,0 +1,485 @@
+"""What a report shows of its runs, as plain values for its template: tables of AP by setting, run and class; charts of
+precision and recall, reliability of scores and losses by level, matrices; what made a run; and pictures, validation
+images with truth and detections, training images with their pseudo boxes.
+
+The colour of a run is its place among the runs. A card is a picture as data, its size in pixels of the original image,
+and boxes in the same pixels.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from hdovd.cache.schema import Source
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import ImageBoxes, Split
+from hdovd.data.protocol import Protocol
+from hdovd.evaluation.curves import RECALLS
+from hdovd.evaluation.groups import GROUPS, group_of
+from hdovd.evaluation.tide import ERRORS, Kind
+from hdovd.pipelines.ablation.grid import METRICS, SEED, Row, column_texts, scores_of
+from hdovd.pipelines.cache_tools.view import CacheView, Reliability, gather_view, marked, names_and_cosines
+from hdovd.pipelines.common.charts import Axis, Line, line_chart, matrix_chart, picture_data
+from hdovd.pipelines.common.console import duration
+from hdovd.pipelines.common.images import read_image
+from hdovd.pipelines.common.settings import SWITCH, Settings, different_keys, short_names
+from hdovd.pipelines.evaluation.analysis import Fate, ImageVerdicts
+from hdovd.pipelines.extraction.source import cache_of
+from hdovd.pipelines.report.runs import OneRun, Relations, novel_first
+from hdovd.pipelines.runs.listing import Run
+from hdovd.pipelines.training.hooks import PLAIN
+
+ERROR_NAMES = [*(str(kind) for kind in ERRORS), "all false detections", "all objects not found"]
+MISNAMED = {
+    "novel named base": ("novel", "base"),
+    "novel named another novel": ("novel", "novel"),
+    "base named novel": ("base", "novel"),
+    "base named another base": ("base", "base"),
+}
+EQUAL = 1e-9
+LEVELS = {
+    "rpn": "Detector",
+    "box": "Detector",
+    "giou": "Detector",
+    "objectness": "Detector",
+    "classification": "Class level: base classes and the nouns of pseudo boxes",
+    "text": "Class level, in text space",
+    "instance": "Instance level",
+    "image": "Image level",
+    "val": "Validation AP50",
+}
+RECALL, PRECISION = Axis("recall", 0.0, 1.0), Axis("precision", 0.0, 1.0)
+
+
+def ablation(runs: Sequence[Run], weights: Sequence[str]) -> dict[str, Any] | None:
+    """A row for each setting, features and weights that the runs do not share, the seed aside; None of a single run.
+
+    weights: which each run was evaluated with.
+    """
+    if len(runs) < 2:
+        return None
+    settings = [_that_count(run) | {"weights": of_run} for run, of_run in zip(runs, weights, strict=True)]
+    keys = [
+        key for key in different_keys(settings) if key != SEED and len({repr(s[key]) for s in settings if key in s}) > 1
+    ]
+    keys.sort(key=lambda key: not key.endswith(SWITCH))
+    groups: dict[str, tuple[Settings, list[Run]]] = {}
+    for run, values in zip(runs, settings, strict=True):
+        groups.setdefault(repr([values.get(key) for key in keys]), (values, []))[1].append(run)
+    rows = [
+        Row("", tuple(values.get(key) for key in keys), scores_of(dict(enumerate(members))), len(members))
+        for values, members in groups.values()
+    ]
+    means = {metric: [row.mean(metric) for row in rows] for metric in METRICS}
+    columns = [column_texts([row.values[k] for row in rows]) for k in range(len(keys))]
+    return {
+        "columns": list(short_names(keys, {key for run in runs for key in run.settings}).values()),
+        "switches": sum(key.endswith(SWITCH) for key in keys),
+        "metrics": METRICS,
+        "rows": [
+            {
+                "texts": [column[i] for column in columns],
+                "row": row,
+                "best": {metric: is_best(means[metric], i) for metric in METRICS},
+            }
+            for i, row in enumerate(rows)
+        ],
+    }
+
+
+def _that_count(run: Run) -> Settings:
+    """Its settings, without those of pseudo boxes if it uses none, and which features it read, if it used any."""
+    return {
+        k: value for k, value in run.settings.items() if uses_pseudo_boxes(run) or not k.startswith("pseudo_boxes.")
+    } | ({"features": run.cache_id} if run.distillation else {})
+
+
+def uses_pseudo_boxes(run: Run) -> bool:
+    return any(run.settings.get(f"loss.{level}{SWITCH}") for level in ("instance", "class"))
+
+
+def is_best(values: Sequence[float | None], place: int) -> bool:
+    """Whether no other is higher; a single one is not called the best."""
+    value, numbers = values[place], [v for v in values if v is not None]
+    return len(values) > 1 and value is not None and value >= max(numbers) - EQUAL
+
+
+def class_rows(runs: Sequence[OneRun], in_gallery: Collection[str]) -> list[dict[str, Any]]:
+    """Novel classes first."""
+    protocol, objects = runs[0].analysis.protocol, runs[0].analysis.objects
+    counts = np.bincount(objects.labels[~objects.crowd], minlength=len(protocol.names)).tolist()
+    rows = []
+    for label in novel_first(protocol):
+        name = protocol.names[label]
+        values = [run.analysis.metrics["per_class"][name] for run in runs]
+        ap50 = [value["ap50"] for value in values]
+        rows.append(
+            {
+                "name": name,
+                "group": group_of(label, protocol),
+                "objects": counts[label],
+                "ap50": ap50,
+                "ap": [value["ap"] for value in values],
+                "in_gallery": name in in_gallery,
+                "best": {k for k in range(len(runs)) if is_best(ap50, k)},
+            }
+        )
+    return rows
+
+
+def most_gained(runs: Sequence[OneRun]) -> float:
+    """The longest bar of the table of errors."""
+    groups = [run.analysis.errors.groups[group] for run in runs for group in ("novel", "base")]
+    return max((gain or 0.0 for errors in groups for _, gain in errors.cells()), default=0.0) or 1.0
+
+
+def facts(run: OneRun) -> list[tuple[str, str]]:
+    """What made a run, and how long it took, as far as its files say."""
+    record, known, git = run.folder.record(), run.run, run.run.git or {}
+    processes, weight = record.get("processes", "?"), weight_of(run)
+    engine = " ".join(map(str, run.analysis.metrics.get("engine", {}).values()))
+    found = {
+        "folder": run.folder.path.resolve(),
+        "begun": f"{known.date:%Y-%m-%d %H:%M}",
+        "epochs": f"{known.epochs_done} of {known.epochs}",
+        "weights": f"{run.analysis.weights}, evaluated by {engine}",
+        **_speed(run),
+        "device": f"{record.get('device', '?')}, {processes} process{'' if processes == 1 else 'es'}",
+        "cache": f"{known.cache or '-'}, features {known.cache_id or '-'}",
+        **{f"{level} level": entry.get("key", "-") for level, entry in known.levels.items()},
+        "weight of pseudo labels": weight and formula(weight),
+        "commit": git and f"{git.get('commit', '?')}{', with changes' if git.get('dirty') else ''}",
+        "versions": ", ".join(f"{name} {version}" for name, version in known.versions.items()),
+        "resumed": record.get("resumed") and f"{len(record['resumed'])} times",
+    }
+    return [(name, str(value)) for name, value in found.items() if value or name == "versions"]
+
+
+def _speed(run: OneRun) -> dict[str, str]:
+    """By the log: of its intervals of steps, as far as they say how fast they went."""
+    steps = [entry for entry in run.entries if "images_per_s" in entry]
+    rates = [entry["images_per_s"] for entry in steps if entry["images_per_s"]]
+    waits, memory = ([entry[key] for entry in steps if key in entry] for key in ("data_wait", "memory_gb"))
+    if not steps:
+        return {}
+    batch, since = run.run.settings.get("train.batch_size", 0), [0, *(entry["step"] for entry in steps)]
+    seconds = sum(
+        (entry["step"] - done) * batch / entry["images_per_s"]
+        for done, entry in zip(since, steps, strict=False)
+        if entry["images_per_s"]
+    )
+    waited = f", {np.mean(waits):.1%} of it waiting for data" if waits else ""
+    return {
+        "training time": f"{duration(seconds)} by the log, without validation and start",
+        "speed": f"{np.median(rates):.1f} images/s{waited}",
+        "memory": f"{max(memory):.1f} GB at most" if memory else "",
+    }
+
+
+def weight_of(run: OneRun) -> Reliability | None:
+    """That of its pseudo labels, as it recorded it."""
+    recorded = run.folder.record().get("reliability")
+    if not recorded:
+        return None
+    centre, width, scale = (float(recorded[name]) for name in ("centre", "width", "scale"))
+    return Reliability(centre, width, scale, str(recorded["source"]))
+
+
+def formula(weight: Reliability) -> str:
+    return f"{weight.scale:.3g} * sigmoid((cosine - {weight.centre:.4g}) / {weight.width:.3g}), from {weight.source}"
+
+
+def _curves(what: str, runs: Sequence[OneRun], curves: Sequence[np.ndarray | None]) -> Markup:
+    lines = [
+        Line(run.name, RECALLS.tolist(), [None] * len(RECALLS) if curve is None else curve.tolist(), place)
+        for place, (run, curve) in enumerate(zip(runs, curves, strict=True))
+    ]
+    return line_chart(f"precision by recall, {what}", lines, RECALL, PRECISION)
+
+
+def group_curves(runs: Sequence[OneRun]) -> list[tuple[str, Markup]]:
+    """Mean precision of novel, base and all classes."""
+    return [
+        (f"{group} classes", _curves(f"{group} classes", runs, [run.analysis.curves.group(group) for run in runs]))
+        for group in GROUPS
+    ]
+
+
+def class_curves(runs: Sequence[OneRun]) -> list[tuple[str, str, Markup]]:
+    """Of every class with objects, novel ones first: name, group, chart."""
+    protocol, of_runs = runs[0].analysis.protocol, [run.analysis.curves.precision for run in runs]
+    return [
+        (
+            protocol.names[label],
+            group_of(label, protocol),
+            _curves(protocol.names[label], runs, [curves[label] for curves in of_runs]),
+        )
+        for label in novel_first(protocol)
+        if not np.isnan(of_runs[0][label, 0])
+    ]
+
+
+def reliability(runs: Sequence[OneRun]) -> Iterator[tuple[str, Markup, str]]:
+    """Share of right detections by score, novel and base apart."""
+    for group in ("novel", "base"):
+        lines = [Line("right as often as it says", [0.0, 1.0], [0.0, 1.0], None, dashed=True)]
+        errors = []
+        for place, run in enumerate(runs):
+            found = run.analysis.reliability[group]
+            full = found.counts > 0
+            scores, right = found.mean_scores[full].tolist(), found.precisions[full].tolist()
+            lines.append(Line(run.name, scores, right, place, dots=True))
+            error = "no detections" if found.calibration_error is None else f"{found.calibration_error:.3f}"
+            errors.append(f"{run.name} {error}" if len(runs) > 1 else error)
+        chart = line_chart(
+            f"share of right detections by score, {group} classes",
+            lines,
+            Axis("score", 0.0, 1.0),
+            Axis("right", 0.0, 1.0),
+        )
+        yield f"{group} classes", chart, "ECE " + "; ".join(errors)
+
+
+def losses(runs: Sequence[OneRun]) -> list[tuple[str, list[tuple[str, Markup]]]]:
+    """By level the charts of its losses; losses that a recipe adds come under their own name."""
+    names = dict.fromkeys(name for run in runs for entry in run.entries for name in entry if name not in PLAIN)
+    levels: dict[str, list[tuple[str, Markup]]] = {level: [] for level in LEVELS.values()}
+    validation = levels.pop(LEVELS["val"])
+    for name in names:
+        of_runs = [[entry for entry in run.entries if name in entry] for run in runs]
+        is_ap = name.startswith("val_")
+        lines = [
+            Line(run.name, [float(e["step"]) for e in entries], [e[name] for e in entries], place, dots=is_ap)
+            for place, (run, entries) in enumerate(zip(runs, of_runs, strict=True))
+            if entries
+        ]
+        y = Axis("percent", 0.0, 100.0) if is_ap else Axis("loss", 0.0)
+        level = LEVELS.get(name.partition("_")[0], f"Added by the recipe: {name}")
+        charts = validation if is_ap else levels.setdefault(level, [])
+        charts.append((name, line_chart(f"{name} by step", lines, Axis("step"), y)))
+    return [(level, charts) for level, charts in (levels | {LEVELS["val"]: validation}).items() if charts]
+
+
+def confusion_chart(run: OneRun) -> Markup:
+    """In shares of each row."""
+    counts, protocol = run.analysis.confusion.counts.astype(np.float64), run.analysis.protocol
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    order = [*novel_first(protocol), len(protocol.names)]
+    rows, columns = ([(*protocol.names, last)[k] for k in order] for last in ("background", "missed"))
+    return matrix_chart(
+        f"confusion of {run.name}",
+        share[np.ix_(order, order)],
+        rows,
+        columns,
+        low=0.0,
+        high=1.0,
+        row_title="object: ",
+        column_title="detected: ",
+    )
+
+
+def relation_figures(name: str, found: Relations, *, with_teacher: bool) -> Iterator[dict[str, Any]]:
+    """The student's matrix, and before it the teacher's if it is not there yet."""
+    names = [text + (" (p)" if pseudo else "") for text, pseudo in zip(found.names, found.pseudo.tolist(), strict=True)]
+    batch = f"{len(names)} boxes of {len(found.image_ids)} training images"
+    alike = "" if found.correlation is None else f"correlation with the teacher's {found.correlation:.2f}; "
+    loss = f"{alike}relation loss of this batch {found.loss:.3g}, without its weight"
+    sides = [("CLIP, the teacher", found.teacher, batch), (f"{name}, the student", found.student, loss)]
+    for side, values, note in sides[not with_teacher :]:
+        others = values[~np.eye(len(values), dtype=bool)]
+        low, high = (float(others.min()), float(others.max())) if others.size else (0.0, 1.0)
+        yield {
+            "name": side,
+            "note": f"{note}; cosines {low:.2f} to {high:.2f}",
+            "chart": matrix_chart(f"cosines between boxes: {side}", values, names, names, low=low, high=high),
+        }
+
+
+# --- pictures ---
+
+TrainingImages = Callable[[], Split]  # raises HdovdError if they cannot be read
+LONGEST_SIDE_PX = 560
+MOST_BOXES = 40  # of one picture, and all of `threshold` or more
+TEXT_SHARE = 26  # letters are this part of the longer side high
+FOUND, MISSED, FALSE, APART = (
+    "novel objects found",
+    "novel objects missed",
+    "false novel detections",
+    "runs that disagree on novel objects",
+)
+
+
+def validation_cards(runs: Sequence[OneRun], count: int, threshold: float) -> list[dict[str, Any]]:
+    """The first `count` images: those whose novel objects are found or missed first, the most of them foremost, then by
+    place.
+    """
+    protocol, images = runs[0].analysis.protocol, runs[0].analysis.split.images
+    novel = [sum(group_of(label, protocol) == "novel" for label in image.labels.tolist()) for image in images]
+    return [
+        _validation_card(runs, place, threshold)
+        for place in sorted(range(len(novel)), key=lambda place: -novel[place])[:count]
+    ]
+
+
+def _validation_card(runs: Sequence[OneRun], place: int, threshold: float) -> dict[str, Any]:
+    analysis = runs[0].analysis
+    protocol, verdicts = analysis.protocol, [run.analysis.image(place) for run in runs]
+    truths = [truth for truth in verdicts[0].truths if truth.fate is not Fate.CROWD]
+    panels = [_panel(run.name, of_image, protocol, threshold) for run, of_image in zip(runs, verdicts, strict=True)]
+    labels = [d.label for of_image in verdicts for d in of_image.detections if d.score >= threshold]
+    events = {
+        FOUND: any(panel["novel_found"] for panel in panels),
+        MISSED: any(len(panel["novel_found"]) < panel["novel"] for panel in panels),
+        FALSE: any(panel["novel_false"] for panel in panels),
+        APART: any(panel["novel_found"] != panels[0]["novel_found"] for panel in panels),
+    }
+    return _card(analysis.split, analysis.split.images[place], f"val-{place}") | {
+        "classes": list(dict.fromkeys(protocol.names[label] for label in [*(t.label for t in truths), *labels])),
+        "events": [event for event, there in events.items() if there],
+        "panels": panels,
+        "truth": [_box(t.box, protocol.names[t.label], group_of(t.label, protocol)) for t in truths],
+    }
+
+
+def _panel(name: str, verdicts: ImageVerdicts, protocol: Protocol, threshold: float) -> dict[str, Any]:
+    """One run's view of an image. A truth counts as found by a detection of `threshold` or more."""
+    counted = [d for d in verdicts.detections if d.score >= threshold]
+    found = {d.truth for d in counted if d.kind is Kind.RIGHT}
+    objects = {k: t for k, t in enumerate(verdicts.truths) if t.fate is not Fate.CROWD}
+    novel = {k for k, t in objects.items() if group_of(t.label, protocol) == "novel"}
+    boxes = [
+        _box(t.box, "", group_of(t.label, protocol) + " missed", title=f"missed: {protocol.names[t.label]}")
+        for k, t in objects.items()
+        if k not in found
+    ]
+    for d in verdicts.detections[: max(MOST_BOXES, len(counted))][::-1]:  # the best on top
+        text, wrong = f"{protocol.names[d.label]} {d.score:.2f}", d.kind not in (Kind.RIGHT, Kind.IGNORED)
+        said = f"{text}: {d.kind}" + (" error" if wrong and d.kind is not Kind.DUPLICATE else "")
+        boxes.append(_box(d.box, text, group_of(d.label, protocol) + (" wrong" if wrong else ""), d.score, said))
+    return {
+        "run": name,
+        "boxes": boxes,
+        "objects": len(objects),
+        "found": len(found & objects.keys()),
+        "novel": len(novel),
+        "novel_found": found & novel,
+        "novel_false": any(
+            group_of(d.label, protocol) == "novel" and d.kind not in (Kind.RIGHT, Kind.IGNORED) for d in counted
+        ),
+    }
+
+
+def pseudo_boxes(
+    runs: Sequence[OneRun], training: TrainingImages, count: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Cards of the training images, for each features and weights that a run was trained with; and why there are none
+    of a run.
+    """
+    parts, reasons = dict[tuple[Any, ...], dict[str, Any]](), list[str]()
+    if not count:
+        return [], ["Pseudo boxes were left out."]
+    for run in runs:
+        weight = weight_of(run)
+        key = (run.run.cache_id, weight)
+        if not uses_pseudo_boxes(run.run):
+            reasons.append(f"{run.name} was trained without pseudo boxes.")
+        elif key in parts:
+            parts[key]["names"].append(run.name)
+        else:
+            try:
+                cards = _pseudo_cards(run, training, count, weight, f"train{len(parts)}")
+                parts[key] = {"names": [run.name], "weight": weight, "cards": cards}
+            except HdovdError as error:
+                reasons.append(f"{run.name}: {error}")
+    mosts = {str(most) for run in runs if (most := run.run.settings.get("pseudo_boxes.max_per_image"))}
+    for part in parts.values():
+        part["note"] = (
+            f"What {', '.join(part['names'])} learned from besides base boxes (blue): proposals (green), each with the "
+            f"noun that CLIP finds most like its crop; * marks a novel class. The images are spread evenly over the "
+            f"training images that have proposals; at most {' or '.join(sorted(mosts))} proposals of an image are used "
+            f"in a step."
+        ) + (f" Weight of a label: {formula(part['weight'])}." if part["weight"] else "")
+    return list(parts.values()), reasons
+
+
+def _pseudo_cards(
+    run: OneRun, training: TrainingImages, count: int, weight: Reliability | None, key: str
+) -> list[dict[str, Any]]:
+    cache, protocol, split = cache_of(run.folder), run.analysis.protocol, training()
+    failed, proposals = cache.failed(), cache.counts(Source.PROPOSAL)
+    with_some = [image for image in split.images if image.id not in failed and proposals.get(image.id)]
+    if not with_some:
+        raise HdovdError("no training image has a proposal in the cache")
+    cards = []
+    for place in np.unique(np.linspace(0, len(with_some) - 1, count).round().astype(int)).tolist():
+        image = with_some[place]
+        cards.append(
+            _card(split, image, f"{key}-{image.id}")
+            | _pseudo_rows(
+                gather_view(cache, image.id, image, names=protocol.names, file=split.path(image), reliability=weight),
+                protocol,
+            )
+        )
+    return cards
+
+
+def _pseudo_rows(view: CacheView, protocol: Protocol) -> dict[str, Any]:
+    base = [_box(row.box, row.name, "base") for row in view.rows if row.source is Source.BASE_BOX]
+    boxes, rows = list[dict[str, Any]](), list[dict[str, Any]]()
+    for number, row in enumerate((row for row in view.rows if row.source is not Source.BASE_BOX), start=1):
+        nouns = " + ".join(
+            marked(noun.name, protocol.novel) + (f" ({noun.share:.2f})" if len(row.nouns) > 1 else "")
+            for noun in row.nouns
+        )
+        boxes.append(
+            _box(
+                row.box,
+                f"{number} {marked(row.name, protocol.novel)}",
+                "pseudo",
+                title=f"{number}: {nouns or 'no noun'}",
+            )
+        )
+        rows.append(
+            {
+                "number": number,
+                "noun": nouns or "no noun",
+                "cosine": row.cosine,
+                "weight": row.weight,
+                "nearest": names_and_cosines(row.nearest, protocol.novel),
+            }
+        )
+    return {"boxes": base + boxes, "rows": rows}
+
+
+def _card(split: Split, image: ImageBoxes, key: str) -> dict[str, Any]:
+    width, height = image.width, image.height
+    picture = read_image(split.path(image), width, height, exif=split.exif)
+    picture.thumbnail((LONGEST_SIDE_PX, LONGEST_SIDE_PX), Image.Resampling.LANCZOS)
+    return {
+        "image_id": image.id,
+        "key": key,
+        "width": width,
+        "height": height,
+        "unit": round(max(width, height) / TEXT_SHARE, 1),
+        "data": picture_data(picture, quality=82),
+    }
+
+
+def _box(
+    box: tuple[float, float, float, float], text: str, style: str, score: float | None = None, title: str = ""
+) -> dict[str, Any]:
+    left, top, right, bottom = box
+    return {
+        "x": left,
+        "y": top,
+        "w": max(right - left, 0.0),
+        "h": max(bottom - top, 0.0),
+        "text": text,
+        "style": style,
+        "score": score,
+        "title": title or text,
+        "low": style.endswith("wrong"),
+    }
