@@ -3,18 +3,16 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hdovd.cache.identity import KeyInputs, differences, require_seal, sealed
-from hdovd.cache.local import open_folder
 from hdovd.cache.product import Product
 from hdovd.cache.schema import SCHEMA_VERSION, TAR_META, Level
-from hdovd.cache.store import Folder, naming_damage
+from hdovd.cache.store import Folder, naming_damage, open_folder
 from hdovd.core.errors import HdovdError
 
-_GROUPS = {"zarr.json", *(f"{level}/zarr.json" for level in Level)}  # all that an empty cache consists of
 NAMED = "named"  # a folder of an object for each set, by its name: a set that is lost is missed
 SET_NAME_TOLD = "letters, digits, and . _ -, no dot in front, 100 at most"
 
@@ -37,12 +35,9 @@ class FeatureSet:
     object_text: dict[str, Any] = field(default_factory=dict)
 
     def to_tree(self) -> dict[str, Any]:
-        """As JSON values."""
-        tree: dict[str, Any] = {"levels": self.levels, "skipped": self.skipped, "made_from": self.made_from}
-        later = {"proposals": self.proposals, "object_text": self.object_text}
-        return tree | {
-            name: value for name, value in later.items() if value
-        }  # sets that are older than these stay the same
+        """As JSON values; what older sets do not have is left out where it is empty, so that they stay the same."""
+        later = ("proposals", "object_text")
+        return {name: value for name, value in asdict(self).items() if value or name not in later}
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> "FeatureSet":
@@ -100,7 +95,7 @@ class Catalog:
         """The cache at `url`, None if there is nothing. Raises HdovdError if something else is in the way."""
         folder = open_folder(url)
         if not folder.exists("zarr.json"):
-            there = [name for name in folder.sizes("") if not name.startswith(".") and name not in _GROUPS]
+            there = [name for name in folder.sizes("") if not name.startswith(".") and name not in group_objects()]
             if there and not folder.exists("zarr.json"):  # another process may make the cache at the same time
                 raise HdovdError(f"{url} is not empty and is no feature cache ({there[0]}): give another --cache")
             return None
@@ -175,14 +170,11 @@ class Catalog:
 
 
 def group_objects() -> dict[str, bytes]:
-    """The metadata of the root and of every level, by name (`_GROUPS`)."""
-    import zarr  # here: a cache is found, listed and told apart without it
-
-    objects: dict[str, Any] = {}
-    root = zarr.create_group(zarr.storage.MemoryStore(objects), attributes={"schema_version": SCHEMA_VERSION})
-    for level in Level:
-        root.create_group(level)
-    return {name: data.to_bytes() for name, data in objects.items()}
+    """The metadata of the root and of every level, by name: all that an empty cache consists of."""
+    attributes: dict[str, dict[str, Any]] = {"zarr.json": {"schema_version": SCHEMA_VERSION}}
+    attributes |= {f"{level}/zarr.json": {} for level in Level}
+    group = {"zarr_format": 3, "node_type": "group"}
+    return {name: json.dumps({"attributes": found, **group}, indent=2).encode() for name, found in attributes.items()}
 
 
 def read_run(url: str, name: str, text: bytes) -> RunRecord:

@@ -59,17 +59,7 @@ def hash_file(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def image_inputs(tables: Mapping[str, np.ndarray]) -> KeyInputs:
-    """What a product's tables say of its images: which, of what name and size."""
-    return {"count": len(tables["image_id"]), "hash": hash_tables([tables["image_id"], tables["image_hash"]])}
-
-
-def box_inputs(tables: Mapping[str, np.ndarray]) -> KeyInputs:
-    """What a product's tables say of its boxes: where, and how many an image has."""
-    return {"count": len(tables["box"]), "hash": hash_tables([tables["offset"], tables["box"]])}
-
-
-def source_inputs(tables: Mapping[str, np.ndarray], source: Source) -> KeyInputs:
+def _source_inputs(tables: Mapping[str, np.ndarray], source: Source) -> KeyInputs:
     """The boxes of one source: how many an image has, where, and annotation ids or scores."""
     import numpy as np
 
@@ -83,16 +73,21 @@ def source_inputs(tables: Mapping[str, np.ndarray], source: Source) -> KeyInputs
 
 
 def table_inputs(level: Level, tables: Mapping[str, np.ndarray]) -> KeyInputs:
-    """The part of a level's inputs that follows from its tables."""
+    """The part of a level's inputs that follows from its tables: which images, of what name and size; where the boxes
+    are, and how many an image has.
+    """
     inputs: KeyInputs = {}
     if "image_id" in tables:
-        inputs["images"] = image_inputs(tables)
+        inputs["images"] = {
+            "count": len(tables["image_id"]),
+            "hash": hash_tables([tables["image_id"], tables["image_hash"]]),
+        }
     if "box" in tables:
-        inputs["boxes"] = box_inputs(tables)
+        inputs["boxes"] = {"count": len(tables["box"]), "hash": hash_tables([tables["offset"], tables["box"]])}
     if level is Level.BOXES:
         inputs["base_boxes"], inputs["proposals"] = (
-            source_inputs(tables, Source.BASE_BOX),
-            source_inputs(tables, Source.PROPOSAL),
+            _source_inputs(tables, Source.BASE_BOX),
+            _source_inputs(tables, Source.PROPOSAL),
         )
     return inputs
 

@@ -4,10 +4,11 @@ elsewhere."""
 import math
 import mmap
 import resource
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from functools import lru_cache, partial
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -32,33 +33,43 @@ class _NotPlainError(Exception):
     """A shard that Zarr can read and a map cannot."""
 
 
-class Rows(Protocol):
-    """An array (rows, ...) read by ranges of rows.
+class Rows(ABC):
+    """An array (rows, ...) read by ranges of rows. A copy in another process opens its own.
 
     `reads_best_in_blocks`: whether reads far from each other decode the same rows again and again.
     """
 
-    @property
-    def reads_best_in_blocks(self) -> bool: ...
+    mapped = True
 
+    def __init__(
+        self,
+        product: Product,
+        name: str,
+        array: zarr.Array[Any],
+        parts: Collection[int] | None = None,
+        *,
+        checked: bool = False,
+    ) -> None:
+        self._opened_from: dict[str, Any] = {"product": product, "name": name, "parts": parts, "checked": checked}
+        self._product, self._name, self._part_rows = product, name, product.part_rows
+        self._known = mmap.mmap(-1, max(1, product.parts))  # forked processes share it
+        self._known[:] = bytes([not checked]) * len(self._known)
+
+    def __reduce__(self) -> Any:
+        return partial(open_rows, mapped=self.mapped, **self._opened_from), ()
+
+    @property
+    def reads_best_in_blocks(self) -> bool:
+        return False
+
+    @abstractmethod
     def read(self, start: int, stop: int) -> np.ndarray:
         """A copy of rows start to stop."""
-        ...
 
-
-class _Sound:
-    """Compares a part's checksum when it is first read. What is known, forked processes share: a part is read whole
-    once, not by each.
-    """
-
-    def __init__(self, product: Product, name: str, *, checked: bool) -> None:
-        self._product, self._name = product, name
-        self._known = mmap.mmap(-1, max(1, product.parts))
-        if not checked:
-            self._known[:] = b"\1" * len(self._known)
-
-    def require(self, part: int) -> None:
-        """Raises HdovdError if a part is not what was written."""
+    def _require_sound(self, part: int) -> None:
+        """Raises HdovdError if a part is not what was written. It is read whole for that, once, by one process for all
+        that it forked.
+        """
         if not self._known[part]:
             self._product.require_sound(part, [self._product.row_objects(part)[self._name]])
             self._known[part] = 1
@@ -94,13 +105,11 @@ def open_rows(
     return ZarrRows(product, name, array, parts, checked=checked)
 
 
-class MappedRows:
+class MappedRows(Rows):
     """Uncompressed shards whose chunks lie in order are plain rows: each is mapped once and sliced.
 
     Safe after fork and spawn: a map is shared by processes, and a copy of this object opens its own.
     """
-
-    reads_best_in_blocks = False
 
     def __init__(
         self,
@@ -111,9 +120,7 @@ class MappedRows:
         *,
         checked: bool = False,
     ) -> None:
-        self._opened_from: dict[str, Any] = {"product": product, "name": name, "parts": parts, "checked": checked}
-        self._sound = _Sound(product, name, checked=checked)
-        self._part_rows = product.part_rows
+        super().__init__(product, name, array, parts, checked=checked)
         wanted = range(product.parts) if parts is None else sorted(parts)
         _allow_open_files(len(wanted))
         self._shards = {part: _map_shard(product, product.row_objects(part)[name], array, part) for part in wanted}
@@ -125,7 +132,7 @@ class MappedRows:
         last = first + stop - start
         if not first < last <= self._part_rows:
             return self._read_across(start, stop)
-        self._sound.require(part)
+        self._require_sound(part)
         if self._ahead:
             self._ask_for(part, first, last)
         since = perf_counter()
@@ -151,15 +158,14 @@ class MappedRows:
         begin = first * rows.strides[0] // mmap.PAGESIZE * mmap.PAGESIZE
         file.madvise(mmap.MADV_WILLNEED, begin, last * rows.strides[0] - begin)
 
-    def __reduce__(self) -> Any:
-        return partial(open_rows, mapped=True, **self._opened_from), ()
 
-
-class ZarrRows:
+class ZarrRows(Rows):
     """Any Zarr array, compressed or remote: decoded chunks are kept, the least recently used ones dropped.
 
     Fast where reads are near each other: use it with an order that shuffles blocks of images.
     """
+
+    mapped = False
 
     def __init__(
         self,
@@ -170,8 +176,7 @@ class ZarrRows:
         *,
         checked: bool = False,
     ) -> None:
-        self._opened_from: dict[str, Any] = {"product": product, "name": name, "parts": parts, "checked": checked}
-        self._sound, self._part_rows = _Sound(product, name, checked=checked), product.part_rows
+        super().__init__(product, name, array, parts, checked=checked)
         self._array = array
         # Whole chunks of one part: the next part may be missing.
         self._chunk = array.chunks[0] * math.gcd(CHUNKS_AT_ONCE, product.part_rows // array.chunks[0])
@@ -179,9 +184,6 @@ class ZarrRows:
         self._most = max(4, LRU_BYTES // per_chunk)
         self._decoded = lru_cache(self._most)(self._decode)
         _check_objects(product, name, array, range(product.parts) if parts is None else parts)
-
-    def __reduce__(self) -> Any:
-        return partial(open_rows, mapped=False, **self._opened_from), ()
 
     @property
     def reads_best_in_blocks(self) -> bool:
@@ -199,7 +201,7 @@ class ZarrRows:
     def _decode(self, chunk: int) -> np.ndarray:
         start = chunk * self._chunk
         if start < self._array.shape[0]:
-            self._sound.require(start // self._part_rows)
+            self._require_sound(start // self._part_rows)
         return decoded(self._array, slice(start, start + self._chunk))
 
 

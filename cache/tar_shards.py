@@ -40,23 +40,22 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import numpy as np
 from safetensors.numpy import load, save
 
 from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, FeatureSet, is_set_name
 from hdovd.cache.identity import KeyInputs, differences, hash_tables, hash_texts, key_of, require_seal, sealed
-from hdovd.cache.local import open_folder
 from hdovd.cache.product import Product, parse_record, require_sizes
 from hdovd.cache.reader import require_unit
 from hdovd.cache.schema import ROW_ARRAYS, SCHEMA_VERSION, TABLE_ARRAYS, TAR_META, TOP_ARRAYS, Level
-from hdovd.cache.store import Folder, naming_damage
+from hdovd.cache.store import Folder, naming_damage, open_folder
 from hdovd.core.errors import HdovdError, shorten
 
 TEXTS = (Level.CLASS, Level.NOUN)  # levels whose rows are no image's: they stand here, whole
@@ -277,16 +276,6 @@ class TarSample:
         member.size = len(data)
         return member, data
 
-    @classmethod
-    def from_raw(cls, image_id: int, raw: RawSample, names: list[str], rows: int, dim: int, top: int) -> "TarSample":
-        """The sample with the arrays `names`; `top`: how many nouns a label is made of, 0 for one.
-
-        Raises KeyError for what is missing, ValueError for what does not fit.
-        """
-        about = json.loads(raw["json"])
-        arrays = {name: _array(raw[f"{name}.npy"], name, rows, dim, top) for name in names}
-        return cls(image_id, about, None if about["picture"] is None else raw[about["picture"]], arrays)
-
 
 def key_of_image(image_id: int) -> str:
     return f"{image_id:012d}"
@@ -314,7 +303,6 @@ def _array(data: bytes, name: str, rows: int, dim: int, top: int) -> np.ndarray:
 
 
 STREAM_BLOCK = 4 * 2**20  # bytes asked of an object store at a time
-T = TypeVar("T")
 
 
 class TarShards:
@@ -334,14 +322,16 @@ class TarShards:
             raise HdovdError(
                 f"{root} holds no {TAR_META}: expected a folder that hdovd cache export --to webdataset wrote"
             ) from None
-        everything = {_tar(number): number for number in range(self.meta.shards)}
+        everything = {_name(number, "tar"): number for number in range(self.meta.shards)}
         unknown = [name for name in names or () if name not in everything]
         if unknown:
-            raise HdovdError(f"{root} has {self.meta.shards} shards, {_tar(0)} and on; asked for {shorten([*unknown])}")
+            raise HdovdError(
+                f"{root} has {self.meta.shards} shards, {_name(0, 'tar')} and on; asked for {shorten([*unknown])}"
+            )
         self.numbers = (
             list(everything.values()) if names is None else [everything[name] for name in dict.fromkeys(names)]
         )
-        missing = [_tar(number) for number in unfinished_shards(self._folder, self.numbers)] if whole else []
+        missing = [_name(number, "tar") for number in unfinished_shards(self._folder, self.numbers)] if whole else []
         if missing:
             raise HdovdError(
                 f"{root}: not there, or not as long as written: {len(missing)} of {len(self.numbers)} shards "
@@ -370,14 +360,13 @@ class TarShards:
 
         url, places = self._url(number), self.meta.places_of(number)
         ids, place = self.meta.tensors["image_id"], places.start
-        record = _told(url, lambda: _parse(self._folder.read(_json(number))))
-        sums = record.get("crc32")
-        if not isinstance(sums, list) or len(sums) != len(places):
-            sums, verify = None, True
-        with _stream(self._folder, _tar(number)) as stream:
-            source = _Hashed(stream) if verify else stream
-            samples = group_by_keys(tar_file_expander([{"url": url, "stream": source}]))
-            while (sample := _told(url, lambda: next(samples, None))) is not None:
+        with _reading(url), ExitStack() as opened:
+            record = _parse(self._folder.read(_name(number, "json")))
+            sums = record.get("crc32")
+            if not isinstance(sums, list) or len(sums) != len(places):
+                sums, verify = None, True
+            stream = opened.enter_context(_open(self._folder, _name(number, "tar")))
+            for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
                 expected = key_of_image(int(ids[place])) if place < places.stop else "no more"
                 if sample["__key__"] != expected:
                     raise HdovdError(
@@ -394,12 +383,13 @@ class TarShards:
                 raise HdovdError(
                     f"{url} is cut short: {place - places.start} of {len(places)} samples; export or copy it again"
                 )
-            if isinstance(source, _Hashed):
-                _told(url, source.drain)
-                if source.record() != {name: record.get(name) for name in ("bytes", "sha256")}:
-                    raise HdovdError(
-                        f"{url} is damaged: it is {source.record()}, its record says otherwise; export or copy it again"
-                    )
+            if verify and (
+                unfinished_shards(self._folder, [number])
+                or self._folder.sha256(_name(number, "tar")) != record.get("sha256")
+            ):
+                raise HdovdError(
+                    f"{url} is damaged: size or sha256 are not those of its record; export or copy it again"
+                )
 
     def decode(self, place: int, raw: RawSample) -> TarSample:
         """Raises HdovdError, naming the shard and the sample, if a file is missing or does not fit."""
@@ -412,7 +402,9 @@ class TarShards:
             if level in self.meta.products and (self.meta.top or array not in TOP_ARRAYS)
         ]
         with naming_damage(where, "export or copy the shard again"):
-            return TarSample.from_raw(image_id, raw, names, rows, self.meta.dim, self.meta.top)
+            about, dim, top = json.loads(raw["json"]), self.meta.dim, self.meta.top
+            arrays = {name: _array(raw[f"{name}.npy"], name, rows, dim, top) for name in names}
+            return TarSample(image_id, about, None if about["picture"] is None else raw[about["picture"]], arrays)
 
     def verify(self, number: int) -> None:
         """Read a shard whole. Raises HdovdError, naming it, if it is not the very file that was written, or holds
@@ -425,7 +417,7 @@ class TarShards:
                     require_unit(np.atleast_2d(rows), f"{self._url(number)}: sample {raw['__key__']}, {name}")
 
     def _url(self, number: int) -> str:
-        return f"{self.url}/{_tar(number)}"
+        return f"{self.url}/{_name(number, 'tar')}"
 
 
 class TarWriter:
@@ -458,9 +450,6 @@ class TarWriter:
         """The shards that are not there yet."""
         return unfinished_shards(self.folder, range(self.meta.shards))
 
-    def is_finished(self, number: int) -> bool:
-        return not unfinished_shards(self.folder, [number])
-
     def write(self, number: int, samples: Iterable[TarSample]) -> int:
         """Write a shard: the samples of `meta.places_of(number)`. It is held in memory. Returns its bytes."""
         buffer, sums = io.BytesIO(), []
@@ -471,9 +460,9 @@ class TarWriter:
                     tar.addfile(member, io.BytesIO(data))
                 sums.append(_crc32(data for _, data in files))
         data = buffer.getvalue()
-        self.folder.write(_tar(number), data)
+        self.folder.write(_name(number, "tar"), data)
         record = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "crc32": sums}
-        self.folder.write(_json(number), json.dumps(record).encode())
+        self.folder.write(_name(number, "json"), json.dumps(record).encode())
         return len(data)
 
 
@@ -485,19 +474,19 @@ def _crc32(files: Iterable[bytes]) -> int:
 def unfinished_shards(folder: Folder, numbers: Sequence[int]) -> list[int]:
     """Shards that have no record, or another size than it says."""
     sizes = folder.sizes("")
-    recorded = [number for number in numbers if _json(number) in sizes]
-    records = [_parse(text) for text in folder.read_many([_json(number) for number in recorded])]
+    recorded = [number for number in numbers if _name(number, "json") in sizes]
+    records = [_parse(text) for text in folder.read_many([_name(number, "json") for number in recorded])]
     whole = {
         number
         for number, record in zip(recorded, records, strict=True)
-        if sizes.get(_tar(number)) == record.get("bytes")
+        if sizes.get(_name(number, "tar")) == record.get("bytes")
     }
     return [number for number in numbers if number not in whole]
 
 
 def forget_shard(folder: Folder, number: int) -> None:
     """Count a shard as not written."""
-    folder.delete(_json(number))
+    folder.delete(_name(number, "json"))
 
 
 def _split(url: str) -> tuple[str, list[str] | None]:
@@ -516,12 +505,9 @@ def _split(url: str) -> tuple[str, list[str] | None]:
     return roots.pop() or ".", [name for _, _, name in found]
 
 
-def _tar(number: int) -> str:
-    return f"{number:06d}.tar"
-
-
-def _json(number: int) -> str:
-    return f"{number:06d}.json"
+def _name(number: int, ending: str) -> str:
+    """The object of a shard (tar), or of its record (json)."""
+    return f"{number:06d}.{ending}"
 
 
 def _parse(text: bytes) -> dict[str, Any]:
@@ -532,10 +518,13 @@ def _parse(text: bytes) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _told(url: str, read: Callable[[], T]) -> T:
-    """What `read` returns. Raises HdovdError naming the shard if it fails."""
+@contextmanager
+def _reading(url: str) -> Iterator[None]:
+    """Raises HdovdError naming the shard if reading it fails."""
     try:
-        return read()
+        yield
+    except HdovdError:
+        raise
     except Exception as error:  # tarfile's, the system's, and those of every store's client
         said = getattr(error, "strerror", None) or str(error.args[0] if error.args else error).partition(" @ ")[0]
         raise HdovdError(
@@ -543,39 +532,13 @@ def _told(url: str, read: Callable[[], T]) -> T:
         ) from error
 
 
-@contextmanager
-def _stream(folder: Folder, name: str) -> Iterator[IO[bytes]]:
-    """An object as a stream. Raises HdovdError if there is none."""
-    try:
-        path = folder.path(name)
-        if path is not None:
-            stream: IO[bytes] = path.open("rb")
-        else:
-            from fsspec.core import url_to_fs
+def _open(folder: Folder, name: str) -> IO[bytes]:
+    """An object as a stream."""
+    path = folder.path(name)
+    if path is not None:
+        return path.open("rb")
+    from fsspec.core import url_to_fs
 
-            system, where = url_to_fs(f"{folder.url}/{name}", use_listings_cache=False)
-            stream = system.open(where, "rb", block_size=STREAM_BLOCK)
-    except Exception as error:
-        raise HdovdError(f"{folder.url}/{name} cannot be opened: {type(error).__name__}: {error}") from error
-    with stream:
-        yield stream
-
-
-class _Hashed:
-    """A stream that is measured while it is read."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self._digest, self._bytes = stream, hashlib.sha256(), 0
-
-    def read(self, count: int) -> bytes:
-        data = self._stream.read(count)
-        self._digest.update(data)
-        self._bytes += len(data)
-        return data
-
-    def drain(self) -> None:
-        while self.read(STREAM_BLOCK):
-            pass
-
-    def record(self) -> dict[str, Any]:
-        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+    system, where = url_to_fs(f"{folder.url}/{name}", use_listings_cache=False)
+    stream: IO[bytes] = system.open(where, "rb", block_size=STREAM_BLOCK)
+    return stream

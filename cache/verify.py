@@ -6,22 +6,44 @@ blocks, part after part.
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
+
 from hdovd.cache.catalog import NAMED, FeatureSet, group_objects, read_run, read_set
-from hdovd.cache.content import Wrong, check_attributes, check_rows, check_tables
-from hdovd.cache.identity import SEAL, hash_tables
+from hdovd.cache.identity import SEAL, differences, hash_tables, key_of, table_inputs
 from hdovd.cache.picture_files import LATER, known_files
 from hdovd.cache.product import Product, parse_record, record_name
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import ROW_ARRAYS, SCHEMA_VERSION, TABLE_ARRAYS, TABLES, Level, row_arrays
+from hdovd.cache.rows import open_rows
+from hdovd.cache.schema import (
+    CHUNK_ROWS,
+    SCHEMA_VERSION,
+    STORED_NORM_TOLERANCE,
+    TABLE_ARRAYS,
+    TABLES,
+    Level,
+    Source,
+    row_arrays,
+)
 from hdovd.cache.store import Folder
-from hdovd.core.errors import HdovdError
+from hdovd.core.errors import HdovdError, shorten
 
+COSINE_TOLERANCE = 0.01
+RANGES_SHOWN = 4
 MOST_MISSING = 100  # parts of a product that are named
+RECORDS = {  # by kind, what is expected, and what to do
+    "groups": (f"the metadata of a cache of schema {SCHEMA_VERSION}", ""),
+    "sets": ("a set of features", ""),
+    NAMED: ("the name of a set", ""),
+    "runs": ("the record of a run", ": delete it (gc then does not know of that run)"),
+}
+# An array, where (n,) bool it is wrong, what is expected, its values; and what `expected` may name the row of.
+Check = tuple[Any, ...]
 Names = list[tuple[Level, str]]  # of products: level and key
 
 
@@ -41,9 +63,8 @@ class Finding:
     where: str = ""
 
     def __str__(self) -> str:
-        if self.product is None:
-            named = self.place
-        else:
+        named = self.place
+        if self.product is not None:
             level, key = self.product
             part = "" if self.part is None else ", tables" if self.part == TABLES else f", part {self.part}"
             named = f"{level} {key[:12]}{part}, {self.place.removeprefix(f'{level}/{key}/')}"
@@ -73,53 +94,38 @@ def product_names(folder: Folder) -> Names:
     return [(Level(level), key) for level, key in sorted(found, key=lambda p: (list(Level).index(Level(p[0])), p[1]))]
 
 
-def check_groups(folder: Folder) -> list[Finding]:
-    """The metadata of the root and of the levels."""
-    findings = []
-    for name, data in group_objects().items():
-        try:
-            tree, wanted = json.loads(folder.read(name)), json.loads(data)
-            found = (
-                ""
-                if all(tree[key] == wanted[key] for key in ("zarr_format", "node_type", "attributes"))
-                else "another one"
-            )
-        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-            found = _damage(error)
-        if found:
-            findings.append(Finding(name, f"the metadata of a cache of schema {SCHEMA_VERSION}", found))
-    return findings
-
-
 def unsealed_records(folder: Folder) -> list[str]:
     """Sets and runs of older versions, which have no checksum: what they say cannot be checked."""
     found = []
-    for name in (name for kind in ("sets", "runs") for name in folder.sizes(kind)):
+    for name in (*folder.sizes("sets"), *folder.sizes("runs")):
         with suppress(ValueError):  # a finding
             found += [name] * (SEAL not in json.loads(folder.read(name)))
     return found
 
 
 def check_records(folder: Folder) -> tuple[dict[str, FeatureSet], list[Finding]]:
-    """The sets that can be read, and what is wrong with sets and runs, or stands where nothing belongs."""
+    """The sets that can be read, and what is wrong with the metadata of the root and of the levels, with sets and runs,
+    or stands where nothing belongs.
+    """
     sets, findings, listed, groups = dict[str, FeatureSet](), list[Finding](), folder.sizes(""), group_objects()
-    for name in listed:
+    for name in {**groups, **listed}:
         top, _, rest = name.partition("/")
         kind = top if re.fullmatch(rf"(sets|runs)/[^/]+\.json|{NAMED}/[^/]+", name) else ""
+        kind = "groups" if name in groups else kind
         try:
-            if kind == "sets":
+            if kind == "groups":
+                _require_group(folder.read(name), groups[name])
+            elif kind == "sets":
                 sets[rest.removesuffix(".json")] = read_set(folder, name)
             elif kind == "runs":
                 read_run(folder.url, name, folder.read(name))
             elif kind == NAMED and folder.read(name) != rest.encode():
                 findings.append(Finding(name, rest, "something else: delete it"))
-            elif not kind and name not in groups and not (top in set(Level) and "/" in rest):
+            elif not kind and not (top in set(Level) and "/" in rest):
                 findings.append(Finding(name, "nothing there", "an object that is not the cache's: move it elsewhere"))
-        except HdovdError as error:
-            advice = ": delete it (gc then does not know of that run)" if kind == "runs" else ""
-            findings.append(
-                Finding(name, "the record of a run" if kind == "runs" else "a set of features", _damage(error) + advice)
-            )
+        except (HdovdError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            expected, advice = RECORDS[kind]
+            findings.append(Finding(name, expected, _damage(error) + advice))
         if kind == NAMED and f"sets/{rest}.json" not in listed:
             findings.append(
                 Finding(
@@ -129,6 +135,13 @@ def check_records(folder: Folder) -> tuple[dict[str, FeatureSet], list[Finding]]
                 )
             )
     return sets, findings
+
+
+def _require_group(data: bytes, wanted: bytes) -> None:
+    """Raises ValueError, KeyError or TypeError if the metadata of a group are others."""
+    tree = json.loads(data)
+    if any(tree[key] != value for key, value in json.loads(wanted).items()):
+        raise ValueError("it is another one")
 
 
 def check_set(folder: Folder, name: str, features: FeatureSet) -> list[Finding]:
@@ -148,6 +161,197 @@ def check_set(folder: Folder, name: str, features: FeatureSet) -> list[Finding]:
     return []
 
 
+def check_attributes(product: Product) -> list[Finding]:
+    """Whether a product's attributes say what its place and its key inputs say."""
+    attributes, inputs = product.attributes, product.attributes["key_inputs"]
+    if key_of(inputs) != product.key:
+        return [Finding("zarr.json", f"key inputs that give the key {product.key}", key_of(inputs))]
+    wanted: dict[str, Any] = {"level": str(product.level), "key": product.key}
+    if isinstance(inputs.get("names"), list):
+        wanted |= {"names": inputs["names"], "rows": len(inputs["names"])}
+    return [
+        Finding("zarr.json", f"{name} {str(value)[:60]}", f"{str(attributes.get(name))[:60]}")
+        for name, value in wanted.items()
+        if attributes.get(name) != value
+    ]
+
+
+def check_tables(product: Product) -> list[Finding]:
+    """The tables of a product against each other, and against its key inputs. Raises what Zarr raises for what it
+    cannot read.
+    """
+    tables = {name: product.table(name) for name in TABLE_ARRAYS[product.level]}
+    wrong = [*_check_shapes(product, tables)]
+    if wrong or not tables:
+        return wrong
+    wrong += _check_images(tables, product.rows)
+    if not wrong and "box" in tables:
+        named = partial(name_rows, image_id=tables["image_id"], offset=tables["offset"])
+        wrong += _findings(_box_checks(tables), named)
+    if not wrong:
+        found = table_inputs(product.level, tables)
+        wanted = {name: product.key_inputs[name] for name in found}
+        wrong += [
+            Finding(f"parts/{TABLES}.json", "tables that give the key inputs", line)
+            for line in differences(wanted, found, sides=("the key inputs say", "the tables give"))
+        ]
+    return wrong
+
+
+def _check_shapes(product: Product, tables: Mapping[str, np.ndarray]) -> Iterator[Finding]:
+    rows, images = product.rows, len(tables.get("image_id", ()))
+    shapes = {
+        "image_id": (rows if product.level is Level.IMAGE else images,),
+        "image_hash": (images,),
+        "image_size": (images, 2),
+        "offset": (images + 1,),
+        "box": (rows, 4),
+    }
+    wanted = {name: (dtype, shapes.get(name, (rows,))) for name, dtype in TABLE_ARRAYS[product.level].items()}
+    wanted |= {
+        name: (dtype, (rows, product.dim) if wide else (rows,))
+        for name, (dtype, wide) in row_arrays(product.level, product.dim).items()
+    }
+    for name, expected in wanted.items():
+        array = tables[name] if name in tables else product.array(name)
+        if (str(array.dtype), array.shape) != expected:
+            yield Finding(f"{name}/zarr.json", "{} {}".format(*expected), f"{array.dtype} {array.shape}")
+
+
+def _check_images(tables: Mapping[str, np.ndarray], rows: int) -> Iterator[Finding]:
+    offset = tables.get("offset", np.array([0, rows]))
+    if offset[0] != 0 or offset[-1] != rows:
+        yield Finding("offset", f"0 to {rows}, the number of rows", f"{offset[0]} to {offset[-1]}")
+    for number in np.flatnonzero(np.diff(offset) < 0)[:1]:
+        found = f"{offset[number]}, then {offset[number + 1]}"
+        yield Finding("offset", "numbers that do not fall", found, where=f"image number {number}")
+    ids, counts = np.unique(tables["image_id"], return_counts=True)
+    if len(twice := ids[counts > 1].tolist()):
+        yield Finding(
+            "image_id", "every image once", f"{len(twice)} ids more than once", where=f"image {shorten(twice)}"
+        )
+    if "image_size" in tables and len(small := tables["image_id"][(tables["image_size"] <= 0).any(axis=1)]):
+        where = f"image {shorten(small.tolist())}"
+        yield Finding("image_size", "widths and heights above 0", "others", where=where)
+
+
+def _box_checks(tables: Mapping[str, np.ndarray]) -> list[Check]:
+    box = tables["box"]
+    checks: list[Check] = [
+        ("box", ~np.isfinite(box).all(axis=1), "finite numbers", box),
+        ("box", (box[:, 2:] <= box[:, :2]).any(axis=1), "boxes with an area, xyxy", box),
+    ]
+    if "image_size" in tables:
+        size = np.repeat(tables["image_size"], np.diff(tables["offset"]), axis=0)
+        outside = (box[:, :2] < 0).any(axis=1) | (box[:, 2:] > size).any(axis=1)
+        checks.append(("box", outside, "boxes inside the image of {0[0]}x{0[1]}", box, size))
+    if "source" in tables:
+        source, score, annotation_id = tables["source"], tables["score"], tables["annotation_id"]
+        mixed = (annotation_id == -1) != (source == Source.PROPOSAL)
+        checks += [
+            ("source", ~np.isin(source, list(Source)), "0 (base box) or 1 (proposal)", source),
+            ("annotation_id", mixed, "-1 for proposals and for nothing else", annotation_id),
+            ("score", ~np.isfinite(score), "finite numbers", score),
+        ]
+    return checks
+
+
+def check_rows(product: Product, part: int, failed: set[int]) -> Iterator[Finding]:
+    """The rows of one part; `failed`: the images that it says could not be read."""
+    has_images = failed and "image_id" in TABLE_ARRAYS[product.level]
+    if strangers := failed - set(product.table("image_id").tolist() if has_images else ()):
+        yield Finding(
+            f"parts/{part:06d}.json", "failed images that the product has", f"image {shorten([*sorted(strangers)])}"
+        )
+    labels = product.level is Level.PSEUDO_LABEL
+    checks = _label_checks(product, part) if labels else _embedding_checks(product, part, failed)
+    yield from _findings(checks, partial(_named, product, product.rows_of(part)[0]))
+
+
+def _embedding_checks(product: Product, part: int, failed: set[int]) -> list[Check]:
+    start, stop = product.rows_of(part)
+    rows, norms = open_rows(product, "embedding", parts={part}), np.empty(stop - start, np.float32)
+    for first in range(start, stop, CHUNK_ROWS):
+        last = min(first + CHUNK_ROWS, stop)
+        norms[first - start : last - start] = np.linalg.norm(rows.read(first, last).astype(np.float32), axis=1)
+    place, finite = product.row_objects(part)["embedding"], np.isfinite(norms)
+    zero: np.ndarray = norms == 0
+    not_unit = finite & ~zero & (abs(norms - 1) > STORED_NORM_TOLERANCE)
+    if failed and zero.any():
+        image_id, row = product.table("image_id"), np.arange(start, stop)
+        image = row if product.level is Level.IMAGE else np.searchsorted(product.table("offset"), row, "right") - 1
+        zero = np.logical_and(zero, np.isin(image_id[image], list(failed), invert=True))
+    return [
+        (place, ~finite, "finite numbers", np.full(len(norms), "NaN or infinity")),
+        (place, not_unit, "rows of norm 1", norms),
+        (place, zero, "zeros only for images that could not be read", np.full(len(norms), "zeros")),
+    ]
+
+
+def _label_checks(product: Product, part: int) -> list[Check]:
+    start, stop = product.rows_of(part)
+    places = product.row_objects(part)
+    values = {name: open_rows(product, name, parts={part}).read(start, stop) for name in places}
+    noun, cosine = values["noun"], values["noun_cosine"]
+    key = str(product.key_inputs["noun"])
+    is_there = product.folder.exists(f"{Level.NOUN}/{key}/zarr.json")
+    most = Product(product.folder, Level.NOUN, key).rows if is_there else np.inf
+    last = str(most - 1) if is_there else "the last noun"
+    no_cosine = ~(abs(cosine) <= 1 + COSINE_TOLERANCE) | ((noun == -1) & (cosine != 0))
+    checks: list[Check] = [
+        (places["noun"], (noun < -1) | (noun >= most), f"-1 to {last}", noun),
+        (places["noun_cosine"], no_cosine, "cosines, and 0 where there is no noun", cosine),
+    ]
+    if product.dim:  # of several nouns: the winner first, weights that add up to 1, nothing where there is no noun
+        top, weight, total = values["top_noun"], values["top_weight"], np.where(noun == -1, 0, 1)
+        bad = ((top < -1) | (top >= most)).any(axis=1) | (top[:, 0] != noun)
+        adds_up = abs(weight.sum(axis=1) - total) <= COSINE_TOLERANCE
+        sound = adds_up & ((weight >= 0) & ((top >= 0) | (weight == 0))).all(axis=1)
+        checks += [
+            (places["top_noun"], bad, "nouns, {} first", top, noun),
+            (places["top_weight"], ~sound, "weights that add up to {}", weight, total),
+        ]
+    return checks
+
+
+def _findings(checks: Iterable[Check], named: Callable[[np.ndarray], str]) -> Iterator[Finding]:
+    """One for all rows where a check is True, with the value of the first."""
+    for array, wrong, expected, values, *about in checks:
+        rows = np.flatnonzero(wrong)
+        if len(rows):
+            value = values[rows[0]]
+            found = f"{value:.4g}" if values.dtype.kind == "f" and values.ndim == 1 else str(value.tolist())
+            expected = expected.format(*(column[rows[0]] for column in about))
+            yield Finding(array, expected, found, where=named(rows))
+
+
+def _named(product: Product, start: int, rows: np.ndarray) -> str:
+    """Rows of a part that begins at `start`, and what they are of, in words."""
+    rows = rows + start
+    if product.names:
+        return f"{_ranges(rows)} ({shorten([product.names[row] for row in rows])})"
+    if product.level is Level.PSEUDO_LABEL:
+        return _ranges(rows)
+    image_id = product.table("image_id")
+    return name_rows(
+        rows, image_id, np.arange(len(image_id) + 1) if product.level is Level.IMAGE else product.table("offset")
+    )
+
+
+def name_rows(rows: np.ndarray, image_id: np.ndarray, offset: np.ndarray) -> str:
+    """Rows, and the images that they are of, in words."""
+    images = image_id[np.unique(np.searchsorted(offset, rows, "right") - 1)].tolist()
+    return f"{_ranges(rows)} (image {shorten(images)})"
+
+
+def _ranges(rows: np.ndarray) -> str:
+    """Sorted row numbers in words: "row 3", "rows 3 to 7, 9 and 12 more"."""
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+    shown = ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs[:RANGES_SHOWN])
+    rest = sum(map(len, runs[RANGES_SHOWN:]))
+    return f"row{'s' if len(rows) > 1 else ''} {shown}" + (f" and {rest} more" if rest else "")
+
+
 class ProductCheck:
     """Checks one product and adds up how much that was."""
 
@@ -165,7 +369,7 @@ class ProductCheck:
         self.checked.products += 1
         with self._adding("zarr.json", "the product's metadata", TABLES):
             product = Product(self.folder, *self.name)
-            self._add_all(check_attributes(product), TABLES)
+            self._add(check_attributes(product), TABLES)
             self.product = None if self.findings else product
         records = self._read_records()
         listed = self.folder.sizes(self.prefix)  # after the records: what these name was there before
@@ -175,88 +379,87 @@ class ProductCheck:
                 continue
             with self._adding(_record(part), "values that can be read", part):  # whatever Zarr and numpy raise
                 if isinstance(part, str):
-                    self._add_all(check_tables(self.product), part)
+                    self._add(check_tables(self.product), part)
                 elif sound:
-                    self._add_all(check_rows(self.product, part, {int(image) for image in record["failed"]}), part)
+                    self._add(check_rows(self.product, part, {int(image) for image in record["failed"]}), part)
                     self.checked.rows += len(range(*self.product.rows_of(part)))
         if self.product is not None:
-            with self._adding(
-                "pictures", "what the files of the pictures were", None
-            ):  # may be deleted: the cache then knows less
-                known_files(self.product)
+            with self._adding("pictures", "what the files of the pictures were", None):
+                known_files(self.product)  # may be deleted: the cache then knows less
             self._check_missing(self.product)
             self._check_extra(self.product, records, listed)
         return self.findings
 
-    def _add(self, place: str, expected: str, found: str, part: int | str | None, where: str = "") -> None:
-        if not where and isinstance(part, int) and self.product is not None:
-            start, stop = self.product.rows_of(part)
-            where = f"rows {start} to {stop - 1}" if stop - start > 1 else f"row {start}"
-        self.findings.append(Finding(f"{self.prefix}/{place}", expected, found, self.name, part, where))
-
-    def _add_all(self, wrong: Iterable[Wrong], part: int | str) -> None:
-        for w in wrong:
-            self._add(w.array, w.expected, w.found, part, w.where)
+    def _add(self, found: Iterable[Finding], part: int | str | None) -> None:
+        """Findings, whose places are those in the product, of a part."""
+        for one in found:
+            where = one.where
+            if not where and isinstance(part, int) and self.product is not None:
+                start, stop = self.product.rows_of(part)
+                where = f"rows {start} to {stop - 1}" if stop - start > 1 else f"row {start}"
+            place = f"{self.prefix}/{one.place}"
+            self.findings.append(replace(one, place=place, product=self.name, part=part, where=where))
 
     @contextmanager
     def _adding(self, place: str, expected: str, part: int | str | None) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            self._add(place, expected, _damage(error), part)
+            self._add([Finding(place, expected, _damage(error))], part)
 
     def _is_found(self, part: int | str) -> bool:
         return any(finding.part == part for finding in self.findings)
 
     def _read_records(self) -> dict[int | str, dict[str, Any]]:
         """The records that can be read: of the tables first, then in order."""
-        records: dict[int | str, dict[str, Any]] = {}
-        for name in sorted(
-            self.folder.sizes(f"{self.prefix}/parts"), key=lambda n: (not n.endswith(f"/{TABLES}.json"), n)
-        ):
+        records, tables = dict[int | str, dict[str, Any]](), record_name(self.prefix, TABLES)
+        for name in sorted(self.folder.sizes(f"{self.prefix}/parts"), key=lambda name: (name != tables, name)):
             found = re.fullmatch(rf".*/parts/({TABLES}|\d{{6,}})\.json", name)
-            part = TABLES if found is None or found[1] == TABLES else int(found[1])
-            if found is not None and (isinstance(part, str) or self.product is None or part < self.product.parts):
+            if found is None:
+                continue
+            part = TABLES if found[1] == TABLES else int(found[1])
+            if isinstance(part, str) or self.product is None or part < self.product.parts:
                 with self._adding(_record(part), "the record of a part", part):
                     records[part] = parse_record(self.folder.read(name))
         return records
 
     def _check_objects(self, part: int | str, record: dict[str, Any], listed: dict[str, int]) -> bool:
         """Size and sha256 of every object of a part. True if all are as recorded."""
-        before = len(self.findings)
+        before, wrong = len(self.findings), list[Finding]()
         self.checked.parts += isinstance(part, int)
-        if not self._names_its_objects(part, record["objects"].keys()):
-            return False
-        for name, entry in record["objects"].items():
+        self._check_names(part, set(record["objects"]))
+        damaged = {finding.place for finding in self.findings}  # metadata that cannot be read
+        for name, entry in record["objects"].items() if len(self.findings) == before else ():
             path = f"{self.prefix}/{name}"
-            if any(finding.place == path for finding in self.findings):  # metadata that cannot be read
+            if path in damaged:
                 continue
             size = listed.get(path)
             self.checked.objects += 1
             if size is None or size != entry["bytes"]:
-                self._add(name, f"{entry['bytes']} bytes", "no such object" if size is None else str(size), part)
+                found = "no such object" if size is None else str(size)
+                wrong.append(Finding(name, f"{entry['bytes']} bytes", found))
             else:
                 self.checked.bytes += size
                 if (sha256 := self.folder.sha256(path)) != entry["sha256"]:
-                    self._add(name, f"sha256 {entry['sha256'][:16]}...", f"{sha256[:16]}...", part)
+                    wrong.append(Finding(name, f"sha256 {entry['sha256'][:16]}...", f"{sha256[:16]}..."))
             self.on_bytes(size or 0)
+        self._add(wrong, part)
         return len(self.findings) == before
 
-    def _names_its_objects(self, part: int | str, names: Collection[str]) -> bool:
-        level = self.name[0]
+    def _check_names(self, part: int | str, names: set[str]) -> None:
+        """Whether a record is of the objects that the part consists of, as far as the metadata can be read."""
+        if self.product is None:
+            return
+        tables, wanted = TABLE_ARRAYS[self.product.level], {"zarr.json"}
         if isinstance(part, int):
-            wanted = set(self.product.row_objects(part).values()) if self.product is not None else set(names)
-            wrong = wanted ^ set(names)
+            wanted = set(self.product.row_objects(part).values())
         else:
-            rows = ROW_ARRAYS[level] if self.product is None else row_arrays(level, self.product.dim)
-            wanted = {"zarr.json", *(f"{name}/zarr.json" for name in (*rows, *TABLE_ARRAYS[level]))}
-            wrong = {
-                name for name in wanted ^ set(names) if name in wanted or name.split("/")[0] not in TABLE_ARRAYS[level]
-            }
-        if wrong:
+            arrays = (*row_arrays(self.product.level, self.product.dim), *tables)
+            wanted |= {f"{name}/zarr.json" for name in arrays}
+            names = {name for name in names if name in wanted or name.split("/")[0] not in tables}
+        if wrong := wanted ^ names:
             expected = f"a record of {len(wanted)} objects and of no others"
-            self._add(_record(part), expected, f"wrong or missing: {', '.join(sorted(wrong))}", part)
-        return not wrong
+            self._add([Finding(_record(part), expected, f"wrong or missing: {', '.join(sorted(wrong))}")], part)
 
     def _check_missing(self, product: Product) -> None:
         rows = product.missing()
@@ -264,9 +467,10 @@ class ProductCheck:
         if missing and not self.needed_by:
             done = product.parts - len(rows)
             self.checked.unfinished.append(f"{product.level} {product.key[:12]}: {done}/{product.parts} parts")
+        expected = f"the record of a part that {self.needed_by} needs"
         for part in missing[:MOST_MISSING] if self.needed_by else ():
             if not self._is_found(part):
-                self._add(_record(part), f"the record of a part that {self.needed_by} needs", "no such object", part)
+                self._add([Finding(_record(part), expected, "no such object")], part)
 
     def _check_extra(self, product: Product, records: dict[int | str, dict[str, Any]], listed: dict[str, int]) -> None:
         """Objects that no record names, and that no part that is still to come or to be made again can have written."""
@@ -278,14 +482,13 @@ class ProductCheck:
         }
         for part in range(product.parts):
             known |= {_record(part), f"pictures/{part:06d}.npz", *product.row_objects(part).values()}
-        of_tables = (
-            *(f"{name}/" for name in TABLE_ARRAYS[product.level]),
-            *(f"{name}/zarr.json" for name in row_arrays(product.level, product.dim)),
-        )
-        tables_unknown = TABLES not in records or self._is_found(TABLES)
-        for name in (path.removeprefix(f"{self.prefix}/") for path in listed):
-            if name not in known and not (tables_unknown and name.startswith(of_tables)):
-                self._add(name, "nothing there", "an object that no record names", None)
+        still_to_come: tuple[str, ...] = ()
+        if TABLES not in records or self._is_found(TABLES):
+            arrays = row_arrays(product.level, product.dim)
+            still_to_come = (*(f"{n}/" for n in TABLE_ARRAYS[product.level]), *(f"{n}/zarr.json" for n in arrays))
+        names = [path.removeprefix(f"{self.prefix}/") for path in listed]
+        extra = [name for name in names if name not in known and not name.startswith(still_to_come)]
+        self._add([Finding(name, "nothing there", "an object that no record names") for name in extra], None)
 
 
 def _record(part: int | str) -> str:

@@ -157,6 +157,34 @@ class ProductWriter:
         product.folder.write(product.record_name(part), json.dumps(record, indent=1).encode())
 
 
+class PartFiller:
+    """Takes the rows of a product in order and writes each part when it is full, unless it is there."""
+
+    def __init__(self, writer: ProductWriter, failed: dict[int, dict[int, str]] | None = None) -> None:
+        """`failed`: of each part, where that is known; else what `add` is told."""
+        self._writer, self._known, self._part, self._rows = writer, failed, 0, 0
+        self._pieces, self._failed = list[dict[str, np.ndarray]](), dict[int, str]()
+
+    def add(self, arrays: dict[str, np.ndarray], failed: dict[int, str] | None = None) -> list[int]:
+        """(n, ...) more rows of every row array; `failed`: the image that they are of, if it could not be read. Returns
+        the parts that were written.
+        """
+        product, written = self._writer.product, list[int]()
+        self._failed |= failed or {}
+        self._pieces.append(arrays)
+        self._rows += len(next(iter(arrays.values())))
+        while self._part < product.parts and self._rows >= (wanted := int(np.diff(product.rows_of(self._part))[0])):
+            whole = {name: np.concatenate([piece[name] for piece in self._pieces]) for name in arrays}
+            if not product.is_finished(self._part):
+                known = self._failed if self._known is None else self._known[self._part]
+                self._writer.write_part(self._part, {name: rows[:wanted] for name, rows in whole.items()}, known)
+                written.append(self._part)
+            self._pieces = [{name: rows[wanted:] for name, rows in whole.items()}]
+            self._rows, self._part = self._rows - wanted, self._part + 1
+            self._failed = failed or {} if self._rows else {}  # an image that reaches into the next part
+        return written
+
+
 def _is_recorded(folder: Folder, prefix: str, metadata: bytes) -> bool:
     """Whether a product's tables were written beside these very metadata."""
     try:

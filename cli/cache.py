@@ -5,16 +5,11 @@ from typing import Annotated
 
 import typer
 
+from hdovd.cache.catalog import Catalog
 from hdovd.cli.command import command
 from hdovd.cli.lazy import new_app
-from hdovd.pipelines.cache_tools.config import (
-    CheckConfig,
-    ExportOptions,
-    ForeignFormat,
-    ImportConfig,
-    ParquetConfig,
-    ViewConfig,
-)
+from hdovd.pipelines.cache_tools.config import CheckConfig, ForeignFormat, ImportConfig, ViewConfig
+from hdovd.pipelines.extraction.source import ExportConfig, ExportForm
 
 app = new_app(
     no_args_is_help=True,
@@ -30,12 +25,10 @@ Cache = Annotated[str, typer.Argument(help="The cache: a folder, or s3://, gs://
 @app.command()
 def ls(cache: Cache) -> None:
     """List all products: size, rows, model, age, and which sets and runs use them."""
-    from hdovd.cache.catalog import Catalog
-
     catalog = Catalog(cache)
     from hdovd.pipelines.cache_tools.listing import product_lines
 
-    _print(product_lines(catalog))
+    typer.echo("\n".join(product_lines(catalog)))
 
 
 @app.command()
@@ -51,12 +44,10 @@ def info(
     ] = None,
 ) -> None:
     """Tell all of a set or a product: what made it, images that could not be read, what was skipped, runs."""
-    from hdovd.cache.catalog import Catalog
-
     catalog = Catalog(cache)
     from hdovd.pipelines.cache_tools.listing import info_lines
 
-    _print(info_lines(catalog, name))
+    typer.echo("\n".join(info_lines(catalog, name)))
 
 
 @app.command()
@@ -67,12 +58,10 @@ def diff(
     other: Annotated[str | None, typer.Option("--other", help="Look for B in this cache.")] = None,
 ) -> None:
     """Say which inputs differ between two products, or level by level between two sets."""
-    from hdovd.cache.catalog import Catalog
-
     first, second = Catalog(cache), Catalog(other or cache)
     from hdovd.pipelines.cache_tools.listing import difference_lines
 
-    _print(difference_lines(first, a, second, b))
+    typer.echo("\n".join(difference_lines(first, a, second, b)))
 
 
 @app.command()
@@ -89,15 +78,13 @@ def gc(
 
     A run counts while its folder is there, as seen from this machine.
     """
-    from hdovd.cache.catalog import Catalog
-
     catalog = Catalog(cache)
-    from hdovd.cache.inventory import delete_garbage, find_garbage
-    from hdovd.pipelines.cache_tools.listing import garbage_lines
+    from hdovd.pipelines.cache_tools.listing import delete_garbage, find_garbage, garbage_lines
     from hdovd.pipelines.common.console import size
 
     garbage = find_garbage(catalog, drop_set)
-    _print(garbage_lines(garbage))
+    for line in garbage_lines(garbage):
+        typer.echo(line)
     if not garbage.everything and drop_set is None:
         typer.echo("everything is in use: there is nothing to delete")
     elif yes:
@@ -128,7 +115,7 @@ def verify(config: CheckConfig) -> None:
 
 @app.command()
 @command
-def export(config: ExportOptions) -> None:
+def export(config: ExportConfig) -> None:
     """Write a set of features in a form that other programs read.
 
     webdataset: pictures, base annotations, boxes and embeddings of each image together, in tar shards to train from as
@@ -139,17 +126,15 @@ def export(config: ExportOptions) -> None:
 
     The data are those of the extraction unless they are given.
     """
-    form = config.config()
-    form.check()
-    if isinstance(form, ParquetConfig):
-        from hdovd.pipelines.cache_tools.parquet import export_parquet
+    if config.to is ExportForm.PARQUET:
+        from hdovd.pipelines.extraction.export import export_parquet
 
-        export_parquet(form)
-        return
-    from hdovd.pipelines.extraction.tar_export import export_tars
+        export_parquet(config)
+    else:
+        from hdovd.pipelines.extraction.export import export_tars
 
-    export_tars(form)
-    typer.echo(f"next: hdovd train --cache {quote(config.out)} --out RUN ...")
+        export_tars(config)
+        typer.echo(f"next: hdovd train --cache {quote(str(config.out))} --out RUN ...")
 
 
 @app.command("import")
@@ -161,9 +146,9 @@ def import_(config: ImportConfig) -> None:
     --format webdataset: tar shards become the cache again that they were exported from; no other option is read.
     """
     if config.format is ForeignFormat.WEBDATASET:
-        from hdovd.pipelines.extraction.tar_export import import_tars
+        from hdovd.pipelines.extraction.export import import_tars
 
-        import_tars(config.url, config.cache)
+        import_tars(config.source, config.cache)
     else:
         from hdovd.pipelines.cache_tools.importing import import_features
 
@@ -183,8 +168,3 @@ def view(config: ViewConfig) -> None:
     from hdovd.pipelines.cache_tools.view import view_images
 
     view_images(config)
-
-
-def _print(lines: list[str]) -> None:
-    for line in lines:
-        typer.echo(line)

@@ -6,7 +6,7 @@ import typer
 
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.cli.command import command
-from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.config import ExtractConfig, this_share
 
 
 @command
@@ -15,7 +15,6 @@ def extract_clip(config: ExtractConfig) -> None:
     that costs. Killed? The same command goes on where it was. Needs no GPU, but wants one. Next: hdovd train --cache
     CACHE.
     """
-    from hdovd.pipelines.extraction.engine import this_share
     from hdovd.pipelines.extraction.extract_clip import extract_clip as run
 
     report = run(config)

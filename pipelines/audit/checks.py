@@ -23,7 +23,7 @@ from hdovd.evaluation.recall import box_ious
 from hdovd.pipelines.audit.inputs import Audited, CachedBoxes, GroundTruth, sha256_of
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.settings import value_at
-from hdovd.pipelines.extraction.boxes import box_table
+from hdovd.pipelines.extraction.identities import box_table
 from hdovd.pipelines.nouns.allowed import meaning
 from hdovd.pipelines.proposal_files.table import ProposalTable
 
@@ -354,7 +354,7 @@ def _judge_record(audited: Audited, found: Check, record: dict[str, Any], whose:
 def same_proposals(table: ProposalTable, split: Split, file: Path, audited: Audited, found: Check) -> str:
     """The proposal file that was given is what the cache holds."""
     lines = differences(
-        {"proposals": box_table(split.images, table.for_images(split.images, Skips())).proposal_inputs()},
+        {"proposals": box_table(split.images, table.for_images(split.images, Skips())).inputs()["proposals"]},
         {"proposals": audited.cache.key_inputs(Level.BOXES).get("proposals")},
         sides=("the file gives", "the cache has"),
     )

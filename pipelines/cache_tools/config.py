@@ -1,81 +1,44 @@
-"""What `hdovd cache view` and `hdovd cache export --to parquet` are asked for. Imports no torch: a mistake shows before
-that.
-"""
+"""What `hdovd cache view`, `verify` and `import` are asked for. Imports no torch: a mistake shows before that."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from hdovd.cache.schema import DEFAULT_SET, TAR_SAMPLES
-from hdovd.core.errors import HdovdError
+from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, FeatureSet, is_set_name, is_tar_form
+from hdovd.cache.schema import DEFAULT_SET, Level
+from hdovd.cache.store import open_folder
+from hdovd.core.errors import HdovdError, require_files
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.calibration.values import read_calibration
 from hdovd.pipelines.common.options import (
     DATA,
-    FEATURES,
-    MISSING,
     OTHER_PROTOCOL,
     SET,
+    CacheArgument,
+    CacheWritten,
     Calibration,
+    Data,
+    Device,
+    Features,
     Group,
     Option,
+    Pretrained,
+    Protocol,
     data_if_given,
     read_recipe,
 )
-from hdovd.pipelines.extraction.source import CacheSource, TarExportConfig
-
-if TYPE_CHECKING:
-    from hdovd.config.recipe import Recipe
-from dataclasses import field, replace
-
-from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, FeatureSet, is_set_name, is_tar_form
-from hdovd.cache.local import open_folder
-from hdovd.cache.schema import Level
-from hdovd.core.errors import require_files
-from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.common.options import CacheArgument, CacheWritten, Data, Device, Features, Pretrained, Protocol
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, ActivationOption, Compute, ExtractConfig
-from hdovd.pipelines.extraction.source import extraction_of, laid_over
+from hdovd.pipelines.extraction.source import CacheSource, extraction_of, laid_over
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.prompts import Templates, check_templates
 
-
-def source_of(given: dict[str, Any]) -> CacheSource:
-    return CacheSource(given["cache"], given["features"], data_if_given(given), given["protocol"])
-
-
-SOURCE = Group(
-    {
-        "cache": (str, MISSING, Option("The cache: a folder, or s3://, gs://.", argument=True)),
-        "features": (str, DEFAULT_SET, FEATURES),
-        **DATA,
-        "protocol": (str | None, None, OTHER_PROTOCOL),
-    },
-    source_of,
-)
-
-
-class ExportForm(StrEnum):
-    WEBDATASET = "webdataset"
-    PARQUET = "parquet"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParquetConfig:
-    """`out`: the file to write, on this machine."""
-
-    source: CacheSource
-    out: Path
-
-    def check(self) -> None:
-        """Raises HdovdError for what is wrong with the paths and names alone."""
-        if self.out.suffix != ".parquet":
-            raise HdovdError(f"--out {self.out}: expected a file whose name ends in .parquet")
-        self.source.check()
+if TYPE_CHECKING:
+    from hdovd.config.recipe import Recipe
 
 
 def _recipe(given: dict[str, Any]) -> Recipe | None:
@@ -85,14 +48,13 @@ def _recipe(given: dict[str, Any]) -> Recipe | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ViewConfig:
+class ViewConfig(CacheSource):
     """`images`: ids, or `random` or `random:N`; empty: the first that has rows. `seed`: which random ones.
 
     `out`: a PNG, or a folder for IMAGEID.png. `calibration`, `recipe`: where weights are from; None: those known for
     the cache's CLIP.
     """
 
-    source: Annotated[CacheSource, SOURCE]
     images: Annotated[
         tuple[str, ...],
         Group(
@@ -130,32 +92,9 @@ class ViewConfig:
         """Raises HdovdError for what is wrong with the paths and names alone."""
         if self.out.suffix not in ("", ".png"):
             raise HdovdError(f"--out {self.out}: expected a name that ends in .png, or a folder")
-        self.source.check()
+        CacheSource.check(self)
         if self.calibration is not None:
             read_calibration(self.calibration)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
-    """What `hdovd cache export` is asked for, of which the config of a form follows."""
-
-    source: Annotated[CacheSource, SOURCE]
-    to: Annotated[ExportForm, Option("The form: tar shards that the webdataset package reads, or a Parquet file.")]
-    out: Annotated[str, Option("The folder to write, or s3://, gs://; for parquet a file, FILE.parquet.")]
-    samples: Annotated[int, Option("Images a tar shard; it is held in memory while it is made.", min=1)] = TAR_SAMPLES
-
-    def config(self) -> ParquetConfig | TarExportConfig:
-        if self.to is ExportForm.PARQUET:
-            return ParquetConfig(source=self.source, out=Path(self.out))
-        source = self.source
-        return TarExportConfig(
-            cache=source.cache,
-            out=self.out,
-            data=source.data,
-            protocol=source.protocol,
-            features=source.features,
-            samples=self.samples,
-        )
 
 
 def _changes(given: dict[str, Any]) -> dict[str, Any]:
@@ -244,13 +183,7 @@ class ImportConfig:
             "become the cache again that they were exported from; no other option is read."
         ),
     ]
-    folder: Annotated[
-        Path,
-        Group(
-            {"source": (str, MISSING, Option("The folder to import; of tar shards also s3://, gs://.", argument=True))},
-            lambda given: Path(given["source"]),
-        ),
-    ]
+    source: Annotated[Path | str, Option("The folder to import; of tar shards also s3://, gs://.", argument=True)]
     data: Data
     cache: CacheWritten
     proposals: Annotated[Path | None, Option("With hd-ovd: the .pkl of boxes that the files go with.")] = None
@@ -262,7 +195,6 @@ class ImportConfig:
     device: Device = "auto"
     precision: Compute = Precision.AUTO
     activation: ActivationOption = Activation.AUTO
-    url: Annotated[str, Group({}, lambda given: given["source"])] = ""
 
     def __post_init__(self) -> None:
         check_templates(self.templates)
@@ -282,6 +214,6 @@ class ImportConfig:
         load_protocol(self.protocol)
         self.data.locate("train2017")
         require_files(proposals=self.proposals)
-        if not self.folder.is_dir():
-            raise HdovdError(f"{self.folder}: no such folder")
+        if not Path(self.source).is_dir():
+            raise HdovdError(f"{self.source}: no such folder")
         Catalog.find_at(self.cache)

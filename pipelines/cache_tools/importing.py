@@ -31,6 +31,7 @@ missing, damaged or does not fit costs its image alone: the reason stands in the
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,16 @@ import numpy as np
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.schema import CHUNK_ROWS, IMAGE_PART_ROWS, PART_ROWS, SCHEMA_VERSION, Level, Source
-from hdovd.cache.writer import ProductWriter
+from hdovd.cache.writer import PartFiller, ProductWriter
 from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.core.log import log
 from hdovd.data.coco import ImageBoxes, Instances, Split, read_instances
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.cache_tools.config import ForeignFormat, ImportConfig
+from hdovd.pipelines.cache_tools.config import ImportConfig
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.tensors import Unfit, floats, load_pth
-from hdovd.pipelines.extraction.boxes import BoxTable, box_table
+from hdovd.pipelines.extraction.identities import BoxTable, box_table
+from hdovd.pipelines.extraction.text import TextRows
 from hdovd.pipelines.proposal_files.safe_pickle import load_arrays
 from hdovd.pipelines.proposal_files.table import Proposals, ProposalTable
 
@@ -82,6 +84,11 @@ class ForeignImage:
     dropped: int = 0
     reason: str | None = None
 
+    def rows(self) -> np.ndarray:
+        """Base boxes, then proposals, as the box table has them: (n + m, D)."""
+        parts = [rows for rows in (self.base_embedding, self.proposal_embedding) if rows is not None]
+        return np.concatenate(parts)
+
 
 def read_hd_ovd(folder: Path, proposals_pkl: Path, split: Split) -> Iterator[ForeignImage]:
     """The images of `split`, in its order, from the folder of .pth files and the proposal file of HD-OVD.
@@ -92,7 +99,11 @@ def read_hd_ovd(folder: Path, proposals_pkl: Path, split: Split) -> Iterator[For
     Raises HdovdError, at once, if the folder holds no .pth, or the proposal file is unsafe, damaged or for other
     annotations.
     """
-    _require_pth(folder, "the HD-OVD embeddings, one .pth an image (000000000009.pth)")
+    if next(folder.glob("*.pth"), None) is None:
+        raise HdovdError(
+            f"no folder {folder}, or it holds no .pth: expected the HD-OVD embeddings, one .pth an image "
+            f"(000000000009.pth)"
+        )
     kept = {i for image in split.images for i in image.annotation_ids.tolist()}
     found = read_instances(
         split.annotations, split.folder
@@ -219,13 +230,6 @@ def _left_out_by_mmdetection(found: Instances, row: int) -> bool:
     return row in found.ignored or area <= 0 or (area == area and min(found.boxes[4 * row + 2 : 4 * row + 4]) < 1)
 
 
-def _require_pth(folder: Path, what: str) -> None:
-    if not folder.is_dir():
-        raise HdovdError(f"no folder {folder}: expected {what}")
-    if next(folder.glob("*.pth"), None) is None:
-        raise HdovdError(f"{folder} holds no .pth: expected {what}")
-
-
 def _files(folder: Path, kind: str, split: Split) -> Path | None:
     """Where the files of `kind` lie, if anywhere."""
     choices = (folder / kind / split.folder.name, folder / kind / "train2017", folder / kind)
@@ -297,6 +301,7 @@ def _inside(
     return cut[keep], scores[keep], [r[keep] for r in rows], int((~keep).sum())
 
 
+Read = Callable[[Split], Iterator[ForeignImage]]
 UNKNOWN_ORIGIN = "imported, origin unknown"
 
 
@@ -305,10 +310,13 @@ def import_features(config: ImportConfig) -> FeatureSet:
     config.check()
     protocol = load_protocol(config.protocol)
     split = config.data.load("train2017", protocol, base_only=True)
-    found = _survey(config, split)
+    read: Read = partial(read_oadp, Path(config.source))
+    if config.proposals is not None:  # of this format alone
+        read = partial(read_hd_ovd, Path(config.source), config.proposals)
+    found = _survey(config, split, read)
     catalog = Catalog.create(config.cache)
     writers = _begin(config, found, catalog)
-    _write_rows(config, split, found, writers)
+    _write_rows(read, split, found, writers)
     if config.clip is None:
         log("no --clip: no class names were embedded, and training needs them; give the CLIP that the publishers used")
     else:
@@ -316,7 +324,7 @@ def import_features(config: ImportConfig) -> FeatureSet:
     features = FeatureSet(
         {level: writer.product.key for level, writer in writers.items()},
         {**split.skips.by_reason, **({"proposal without area, image": list(found.dropped)} if found.dropped else {})},
-        proposals={"file": (config.proposals or config.folder).name, "identity": found.proposals, "made_by": None},
+        proposals={"file": Path(config.proposals or config.source).name, "identity": found.identity, "made_by": None},
     )
     catalog.write_set(config.features, features)
     log(
@@ -330,185 +338,128 @@ def import_features(config: ImportConfig) -> FeatureSet:
 class _Survey:
     """What the first reading found. `texts`: the row number of every different text embedding, by its bytes.
 
-    `proposals`: their identity.
+    `content`: a hash of all rows of a level. `dropped`: images of which proposals were left out. `identity`: of the
+    proposals.
     """
 
     table: BoxTable
-    failed: dict[int, str]
     dropped: list[int | str]
     texts: dict[bytes, int]
     content: dict[Level, str]
     dim: int
-    proposals: str
-    with_base: bool
+    identity: str
     with_images: bool
 
 
-def _read(config: ImportConfig, split: Split) -> Iterator[ForeignImage]:
-    if config.format is ForeignFormat.HD_OVD:
-        assert config.proposals is not None
-        return read_hd_ovd(config.folder, config.proposals, split)
-    return read_oadp(config.folder, split)
-
-
-def _survey(config: ImportConfig, split: Split) -> _Survey:
+def _survey(config: ImportConfig, split: Split, read: Read) -> _Survey:
     hashes = {level: hashlib.sha256() for level in (Level.INSTANCE, Level.IMAGE, Level.PSEUDO_LABEL)}
-    proposals: dict[int, Proposals] = {}
-    failed: dict[int, str] = {}
-    dropped: list[int | str] = []
-    texts: dict[bytes, int] = {}
+    proposals, failed = dict[int, Proposals](), dict[int, str]()
+    dropped, texts = list[int | str](), dict[bytes, int]()
     dim, with_base, with_images = 0, False, False
-    for image in progress(_read(config, split), "reading", "image", total=len(split.images)):
+    for image in progress(read(split), "reading", "image", total=len(split.images)):
         if image.reason is not None:
             failed[image.image_id] = image.reason
             continue
         proposals[image.image_id] = Proposals(image.proposal_box, image.proposal_score)
         dropped += [image.image_id] * bool(image.dropped)
-        dim = max(
-            dim, image.proposal_embedding.shape[1], 0 if image.image_embedding is None else len(image.image_embedding)
-        )
-        with_base, with_images = (
-            with_base or image.base_embedding is not None,
-            with_images or image.image_embedding is not None,
-        )
-        hashes[Level.INSTANCE].update(_instance_rows(image, dim).tobytes())
-        hashes[Level.IMAGE].update(b"" if image.image_embedding is None else image.image_embedding.tobytes())
+        dim, with_base = image.proposal_embedding.shape[1], with_base or image.base_embedding is not None
+        hashes[Level.INSTANCE].update(image.rows().tobytes())
+        if image.image_embedding is not None:
+            hashes[Level.IMAGE].update(image.image_embedding.tobytes())
+            with_images = True
         for row in () if image.proposal_text is None else image.proposal_text.astype(np.float16):
             hashes[Level.PSEUDO_LABEL].update(texts.setdefault(row.tobytes(), len(texts)).to_bytes(8, "little"))
     for image_id, reason in list(failed.items())[:20]:
         log(f"left out: image {image_id}: {reason}")
     if len(failed) == len(split.images):
         raise HdovdError(
-            f"nothing in {config.folder} fits {split.annotations}: all {len(failed)} images were left out, first of "
+            f"nothing in {config.source} fits {split.annotations}: all {len(failed)} images were left out, first of "
             f"all image {next(iter(failed))}: {next(iter(failed.values()))}"
         )
     if failed:
         log(f"{counted(len(failed), 'image has', 'images have')} no embeddings; hdovd cache info lists them")
+    if dropped:
+        log(f"skipped proposals without area in {counted(len(dropped), 'image')} ({shorten(list(dropped))})")
+    images = split.images
     if not with_base:
+        images = [replace(i, boxes=i.boxes[:0], annotation_ids=i.annotation_ids[:0]) for i in images]
         log(
             f"{config.format} has no embeddings of base boxes: hdovd train will refuse the instance level for the "
             f"boxes that it lacks"
         )
-    images = (
-        split.images
-        if with_base
-        else [replace(i, boxes=i.boxes[:0], annotation_ids=i.annotation_ids[:0]) for i in split.images]
-    )
-    if dropped:
-        log(f"skipped proposals without area in {counted(len(dropped), 'image')} ({shorten(list(dropped))})")
     return _Survey(
         box_table(images, proposals),
-        failed,
         dropped,
         texts,
-        {level: h.hexdigest() for level, h in hashes.items()},
+        {level: found.hexdigest() for level, found in hashes.items()},
         dim,
         ProposalTable.of(proposals).identity(),
-        with_base,
         with_images,
     )
 
 
-def _instance_rows(image: ForeignImage, dim: int) -> np.ndarray:
-    """Base boxes, then proposals, as the box table has them: (n, D) float32."""
-    pieces = [rows for rows in (image.base_embedding, image.proposal_embedding) if rows is not None and len(rows)]
-    return np.concatenate(pieces) if pieces else np.zeros((0, dim), np.float32)
-
-
 def _begin(config: ImportConfig, found: _Survey, catalog: Catalog) -> dict[Level, ProductWriter]:
-    table = found.table
-    origin: KeyInputs = {
-        "schema_version": SCHEMA_VERSION,
-        "clip": {"origin": UNKNOWN_ORIGIN, "format": str(config.format)},
-    }
-    images, boxes = table.image_inputs(), table.box_inputs()
+    schema: KeyInputs = {"schema_version": SCHEMA_VERSION}
+    origin, given = schema | _origin(config), found.table.inputs()
+    of_images = {"images": given["images"]}
     inputs: dict[Level, KeyInputs] = {
-        Level.BOXES: {
-            "schema_version": SCHEMA_VERSION,
-            "images": images,
-            "base_boxes": table.base_box_inputs(),
-            "proposals": table.proposal_inputs(),
-            "boxes": boxes,
-        },
-        Level.INSTANCE: {**origin, "content": found.content[Level.INSTANCE], "images": images, "boxes": boxes},
+        Level.BOXES: schema | given,
+        Level.INSTANCE: {**origin, "content": found.content[Level.INSTANCE], **of_images, "boxes": given["boxes"]},
     }
     names = [f"text {row}" for row in range(len(found.texts))]
     if found.with_images:
-        inputs[Level.IMAGE] = {**origin, "content": found.content[Level.IMAGE], "images": images}
+        inputs[Level.IMAGE] = {**origin, "content": found.content[Level.IMAGE], **of_images}
     if names:
         texts = hashlib.sha256(b"".join(found.texts)).hexdigest()
         inputs[Level.NOUN] = {**origin, "content": texts, "names": {"count": len(names)}}
         inputs[Level.PSEUDO_LABEL] = {
-            "schema_version": SCHEMA_VERSION,
+            **schema,
             "instance": key_of(inputs[Level.INSTANCE]),
             "noun": key_of(inputs[Level.NOUN]),
             "content": found.content[Level.PSEUDO_LABEL],
         }
-    rows = {Level.IMAGE: len(table.image_id), Level.NOUN: len(names)}
-    writers = {}
-    for level, level_inputs in inputs.items():
-        writers[level] = ProductWriter.begin(
+    rows = {Level.IMAGE: len(found.table.image_id), Level.NOUN: len(names)}
+    return {
+        level: ProductWriter.begin(
             catalog.folder,
             level,
             level_inputs,
-            rows=rows.get(level, len(table.box)),
+            rows=rows.get(level, len(found.table.box)),
             part_rows=IMAGE_PART_ROWS if level is Level.IMAGE else PART_ROWS,
             dim=0 if level in (Level.BOXES, Level.PSEUDO_LABEL) else found.dim,
-            tables=table.tables(level),
+            tables=found.table.tables(level),
             names=names if level is Level.NOUN else None,
             made_with={"clip": UNKNOWN_ORIGIN, "format": str(config.format)},
         )
-    return writers
+        for level, level_inputs in inputs.items()
+    }
 
 
-class _Parts:
-    """Collects the rows of one product and writes every part when it is full."""
-
-    def __init__(self, writer: ProductWriter) -> None:
-        self._writer, self._part, self._rows = writer, 0, 0
-        self._pending: list[dict[str, np.ndarray]] = []
-        self._failed: dict[int, str] = {}
-
-    def add(self, rows: dict[str, np.ndarray], failed: dict[int, str]) -> None:
-        self._failed |= failed
-        self._pending.append(rows)
-        self._rows += len(next(iter(rows.values())))
-        product = self._writer.product
-        while self._part < product.parts and self._rows >= (wanted := np.diff(product.rows_of(self._part))[0]):
-            arrays = {name: np.concatenate([piece[name] for piece in self._pending]) for name in rows}
-            if not product.is_finished(self._part):
-                self._writer.write_part(
-                    self._part, {name: values[:wanted] for name, values in arrays.items()}, self._failed
-                )
-            self._pending = [{name: values[wanted:] for name, values in arrays.items()}]
-            self._rows -= wanted
-            self._part += 1
-            self._failed = failed if self._rows else {}  # an image that reaches into the next part
+def _origin(config: ImportConfig) -> KeyInputs:
+    """What stands for the CLIP in the keys."""
+    return {"clip": {"origin": UNKNOWN_ORIGIN, "format": str(config.format)}}
 
 
-def _write_rows(config: ImportConfig, split: Split, found: _Survey, writers: dict[Level, ProductWriter]) -> None:
+def _write_rows(read: Read, split: Split, found: _Survey, writers: dict[Level, ProductWriter]) -> None:
     """The second reading."""
-    parts: dict[Level, _Parts] = {level: _Parts(writer) for level, writer in writers.items() if writer.product.parts}
-    nouns = np.zeros((0, found.dim), np.float32)
-    if Level.NOUN in writers:
-        stored = np.frombuffer(b"".join(found.texts), np.float16).reshape(-1, found.dim)
-        nouns = stored.astype(np.float32)
-        parts[Level.NOUN].add({"embedding": stored}, {})
-    for number, image in enumerate(progress(_read(config, split), "writing", "image", total=len(split.images))):
-        start, stop = int(found.table.offset[number]), int(found.table.offset[number + 1])
+    parts = {level: PartFiller(writer) for level, writer in writers.items() if writer.product.parts}
+    stored = np.frombuffer(b"".join(found.texts), np.float16).reshape(-1, found.dim)
+    nouns = stored.astype(np.float32)
+    if Level.NOUN in parts:
+        parts[Level.NOUN].add({"embedding": stored})
+    for number, image in enumerate(progress(read(split), "writing", "image", total=len(split.images))):
+        start, stop = found.table.offset[number : number + 2].tolist()
         failed = {} if image.reason is None else {image.image_id: image.reason}
-        rows = np.zeros((stop - start, found.dim), np.float32) if failed else _instance_rows(image, found.dim)
+        rows = np.zeros((stop - start, found.dim), np.float32) if failed else image.rows()
         parts[Level.INSTANCE].add({"embedding": rows}, failed)
         if Level.IMAGE in parts:
             whole = image.image_embedding
             why = failed or ({image.image_id: "no embedding of the image was published"} if whole is None else {})
-            parts[Level.IMAGE].add(
-                {"embedding": np.zeros((1, found.dim), np.float32) if whole is None else whole[None]}, why
-            )
+            row = np.zeros((1, found.dim), np.float32) if whole is None else whole[None]
+            parts[Level.IMAGE].add({"embedding": row}, why)
         if Level.PSEUDO_LABEL in parts:
-            parts[Level.PSEUDO_LABEL].add(
-                _pseudo_labels(image, rows, found.table.source[start:stop], found.texts, nouns), {}
-            )
+            source = found.table.source[start:stop]
+            parts[Level.PSEUDO_LABEL].add(_pseudo_labels(image, rows, source, found.texts, nouns))
 
 
 def _pseudo_labels(
@@ -534,21 +485,15 @@ def _write_classes(config: ImportConfig, names: tuple[str, ...], catalog: Catalo
         log(note)
     if clip.dim != dim:
         raise HdovdError(
-            f"--clip {config.clip} embeds in {clip.dim} values, {config.folder} holds {dim}: it is not the CLIP that "
+            f"--clip {config.clip} embeds in {clip.dim} values, {config.source} holds {dim}: it is not the CLIP that "
             f"was used"
         )
-    inputs: KeyInputs = {
-        "schema_version": SCHEMA_VERSION,
-        "clip": {"origin": UNKNOWN_ORIGIN, "format": str(config.format)},
-        "text_clip": clip.identity,
-        "templates": list(config.templates),
-        "names": list(names),
-        "tokens": clip.hash_prompts(names, config.templates),
-    }
+    texts = TextRows(names)
+    inputs = texts.inputs(clip, config.templates) | _origin(config)
     writer = ProductWriter.begin(
         catalog.folder,
         Level.CLASS,
-        inputs,
+        {"schema_version": SCHEMA_VERSION, "text_clip": clip.identity, **inputs},
         rows=len(names),
         part_rows=CHUNK_ROWS,
         dim=dim,
@@ -556,6 +501,6 @@ def _write_classes(config: ImportConfig, names: tuple[str, ...], catalog: Catalo
         made_with=clip.made_with,
     )
     for part in writer.product.missing():
-        start, stop = writer.product.rows_of(part)
-        writer.write_part(part, {"embedding": clip.embed_names(names[start:stop], config.templates)})
+        rows = texts.embed(clip, config.templates, *writer.product.rows_of(part))
+        writer.write_part(part, {"embedding": rows})
     return writer

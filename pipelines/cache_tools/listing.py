@@ -1,25 +1,158 @@
-"""What `hdovd cache ls`, `info`, `diff` and `gc` print, line by line."""
+"""What lies in a cache, product by product, from one listing, and what of it nothing uses; and what `hdovd cache ls`,
+`info`, `diff` and `gc` print of it, line by line.
+"""
 
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from hdovd.cache.catalog import Catalog, FeatureSet
+from hdovd.cache.catalog import Catalog, FeatureSet, RunRecord
 from hdovd.cache.identity import KeyInputs, differences
-from hdovd.cache.inventory import Entry, Garbage, inventory, of_unfinished_extractions
 from hdovd.cache.product import Product
 from hdovd.cache.schema import DEFAULT_SET, TABLES, Level
+from hdovd.cache.store import Folder
 from hdovd.cache.verify import product_names
 from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.data.coco import Skips
 from hdovd.pipelines.common.console import size
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.common.settings import pair_lines
-from hdovd.pipelines.extraction.boxes import match_rows
+from hdovd.pipelines.extraction.identities import match_rows
 from hdovd.pipelines.proposal_files.file import made_by_line
+from hdovd.pipelines.runs.listing import table_lines
+
+TOGETHER = ("clip", "images", "boxes")  # inputs that the products of one extraction share
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One product. `product`: None if its metadata cannot be read. `state`: whole, damaged, or how much is done.
+    `touched`: when it was last written to, by the clock.
+    """
+
+    level: Level
+    key: str
+    product: Product | None
+    size: int
+    state: str
+    began: float
+    touched: float
+    users: tuple[str, ...]
+
+
+def inventory(folder: Folder, users: dict[tuple[Level, str], list[str]]) -> list[Entry]:
+    """Every product, in the order of levels, the oldest first."""
+    entries = []
+    for level, key in product_names(folder):
+        listed = folder.sizes(f"{level}/{key}")
+        records = [name for name in listed if name.startswith(f"{level}/{key}/parts/")]
+        numbers = {int(name[-11:-5]) for name in records if name[-11:-5].isdigit()}
+        product, state, began = None, "damaged", folder.modified(next(iter(listed)))
+        with suppress(HdovdError):
+            product = Product(folder, level, key)
+            done, began = len(numbers & set(range(product.parts))), product.modified()
+            state = f"{done}/{product.parts} parts"
+            if done == product.parts:
+                state = "whole" if product.record_name(TABLES) in records else "no tables"
+        touched = max([began, *(folder.modified(name) for name in records[-2:])])
+        its_users = tuple(users.get((level, key), ()))
+        entries.append(Entry(level, key, product, sum(listed.values()), state, began, touched, its_users))
+    return sorted(entries, key=lambda e: (list(Level).index(e.level), e.began))
+
+
+@dataclass(slots=True)
+class Garbage:
+    """What nothing uses. `unfinished`: products that lack parts, and whole ones that may belong to the same extraction.
+
+    `partial`: sizes of the files that dead processes left half-written; `runs`: records of runs whose folder is gone.
+    """
+
+    unused: list[Entry] = field(default_factory=list)
+    unfinished: list[Entry] = field(default_factory=list)
+    partial: dict[str, int] = field(default_factory=dict)
+    runs: list[RunRecord] = field(default_factory=list)
+
+    @property
+    def everything(self) -> list[object]:
+        return [*self.unused, *self.unfinished, *self.partial, *self.runs]
+
+    def bytes(self, *, unfinished: bool) -> int:
+        return sum(e.size for e in self.unused + (self.unfinished if unfinished else [])) + sum(self.partial.values())
+
+
+def find_garbage(catalog: Catalog, without_set: str | None = None) -> Garbage:
+    """What could be deleted, as if the set `without_set` were not there. Raises HdovdError if it is not, or if a set or
+    run is damaged.
+    """
+    sets = catalog.sets()
+    if without_set is not None and without_set not in sets:
+        raise HdovdError(f"{catalog.folder.url} has no set {without_set}; it has {', '.join(sets) or 'none'}")
+    users = {product: [user for user in of if user != f"set {without_set}"] for product, of in catalog.users().items()}
+    unused = [entry for entry in inventory(catalog.folder, users) if not entry.users]
+    unfinished = of_unfinished_extractions(unused)
+    return Garbage(
+        [e for e in unused if e not in unfinished],
+        unfinished,
+        catalog.folder.stale(),
+        [run for run in catalog.runs() if not run.is_there],
+    )
+
+
+def delete_garbage(
+    catalog: Catalog, garbage: Garbage, *, unfinished: bool, without_set: str | None = None
+) -> tuple[int, list[Entry]]:
+    """Delete it; returns the bytes that were, and what was left alone because an extraction is at work on it or with
+    it.
+    """
+    doomed = garbage.unused + (garbage.unfinished if unfinished else [])
+    claims = catalog.folder.claimed()
+    busy = [entry for entry in doomed if any(name.startswith(f"{entry.level}-{entry.key}-") for name in claims)]
+    left = _grown(busy, doomed)
+    if without_set is not None:
+        catalog.delete_set(without_set)
+    for entry in doomed:
+        if entry not in left:
+            prefix = f"{entry.level}/{entry.key}"
+            catalog.folder.delete(f"{prefix}/parts")  # first: without records nobody takes the rest for whole
+            catalog.folder.delete(prefix)
+    for run in garbage.runs:
+        catalog.folder.delete(run.file)
+    catalog.folder.sweep()
+    return garbage.bytes(unfinished=unfinished) - sum(entry.size for entry in left), left
+
+
+def of_unfinished_extractions(unused: Sequence[Entry]) -> list[Entry]:
+    """Products without all their parts, and whole ones that could have been begun with them: their extraction may be
+    running.
+    """
+    return _grown([entry for entry in unused if entry.product is not None and entry.state != "whole"], unused)
+
+
+def _grown(some: Sequence[Entry], entries: Sequence[Entry]) -> list[Entry]:
+    """`some` with all `entries` that could be of the same extractions."""
+    found, new = list(some), list(some)
+    while new:
+        new = [entry for entry in entries if entry not in found and any(_together(entry, other) for other in new)]
+        found += new
+    return [entry for entry in entries if entry in found]
+
+
+def _together(a: Entry, b: Entry) -> bool:
+    """Whether nothing in their inputs keeps two products from being of one extraction."""
+    if a.product is None or b.product is None or a.level is b.level:
+        return False
+    one, other = a.product.attributes["key_inputs"], b.product.attributes["key_inputs"]
+    same = [one[name] == other[name] for name in TOGETHER if name in one and name in other]
+    named = (
+        one.get(b.level) == b.key or other.get(a.level) == a.key
+    )  # pseudo labels name the products that they were made from
+    return named or (bool(same) and all(same))
+
 
 LEAST_PREFIX = 4  # characters of a key
 MEANING = {
@@ -62,8 +195,12 @@ def product_lines(catalog: Catalog) -> list[str]:
     entries = inventory(catalog.folder, users)
     if not entries:
         return [f"{catalog.folder.url} is empty: hdovd extract-clip --cache {catalog.folder.url} fills it", *note]
-    lines = _table((*HEAD, "used by"), [(*_cells(entry, entries), _users(entry)) for entry in entries])
-    unfinished = sum(entry.product is not None and not entry.whole for entry in entries)
+    lines = table_lines(
+        (*HEAD, "used by"),
+        [(*_cells(entry, entries), shorten([*map(_short_user, entry.users)], 4) or "-") for entry in entries],
+        NUMBERS,
+    )
+    unfinished = sum(entry.state not in ("whole", "damaged") for entry in entries)
     total = size(sum(entry.size for entry in entries))
     lines.append(f"{counted(len(entries), 'product')}{f' ({unfinished} not finished)' if unfinished else ''}, {total}")
     if note:
@@ -113,26 +250,14 @@ def _model(entry: Entry, entries: Sequence[Entry]) -> tuple[str, str]:
     return name, Precision.of(dtype) or dtype
 
 
-def _users(entry: Entry) -> str:
-    return shorten([user if user.startswith("set ") else f"run {Path(user).name}" for user in entry.users], 4) or "-"
+def _short_user(user: str) -> str:
+    return user if user.startswith("set ") else f"run {Path(user).name}"
 
 
 def age(seconds: float) -> str:
     """A time span in its largest unit."""
     length, unit = next((length, unit) for least, length, unit in AGES if seconds >= least)
     return f"{max(seconds, 0) / length:.0f} {unit}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    return [
-        indent
-        + "  ".join(
-            text.rjust(width) if name in NUMBERS else text.ljust(width)
-            for name, text, width in zip(head, row, widths, strict=True)
-        ).rstrip()
-        for row in [head, *rows]
-    ]
 
 
 # --- info ---
@@ -161,7 +286,7 @@ def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Seque
     lines = [
         f"set {name} of {catalog.folder.url}: {counted(len(mine), 'product')}, "
         f"{size(sum(entry.size for entry in mine))}",
-        *_table(HEAD, [_cells(entry, entries) for entry in mine], "  "),
+        *(f"  {line}" for line in table_lines(HEAD, [_cells(entry, entries) for entry in mine], NUMBERS)),
     ]
     lines += [
         f"  {level} {key[:12]} is not there: hdovd cache verify"
@@ -324,7 +449,8 @@ def garbage_lines(garbage: Garbage) -> list[str]:
         "not finished, or begun with what is not: an extraction may be running, or was killed and can go on": garbage.unfinished,  # noqa: E501
     }.items():
         rows = [(*_cells(entry, entries), f"{age(time.time() - entry.touched)} ago") for entry in entries]
-        lines += [head, *_table((*HEAD, "last written"), rows, "  ")] if entries else []
+        if entries:
+            lines += [head, *(f"  {line}" for line in table_lines((*HEAD, "last written"), rows, NUMBERS))]
     if garbage.partial:
         total = size(sum(garbage.partial.values()))
         lines.append(f"half-written by processes that are dead: {counted(len(garbage.partial), 'file')}, {total}")

@@ -19,22 +19,20 @@ from typing import Any
 import numpy as np
 
 from hdovd.cache.catalog import Catalog, FeatureSet, group_objects, is_tar_form
-from hdovd.cache.content import name_rows
 from hdovd.cache.identity import differences
-from hdovd.cache.local import open_folder
 from hdovd.cache.picture_files import known_files
 from hdovd.cache.product import Product, record_name
 from hdovd.cache.rows import open_rows
 from hdovd.cache.schema import DEFAULT_SET, TABLES, TAR_META, Level
-from hdovd.cache.store import Folder
+from hdovd.cache.store import open_folder
 from hdovd.cache.tar_shards import TarShards
 from hdovd.cache.verify import (
     Checked,
     Finding,
     ProductCheck,
-    check_groups,
     check_records,
     check_set,
+    name_rows,
     product_names,
     unsealed_records,
 )
@@ -46,10 +44,10 @@ from hdovd.pipelines.cache_tools.config import CheckConfig, settings_of
 from hdovd.pipelines.common.console import progress, size
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.embedding.build import embedders_of
-from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
 from hdovd.pipelines.embedding.crops import Cutter
 from hdovd.pipelines.embedding.embedders import Embedder, Pictures
-from hdovd.pipelines.extraction.picture_hashes import image_hash, picture_hashes
+from hdovd.pipelines.extraction.config import recipe_of
+from hdovd.pipelines.extraction.identities import image_hash, picture_hashes
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.base import Teacher
 from hdovd.pipelines.teachers.prompts import read_templates, shipped_templates
@@ -59,46 +57,39 @@ BATCH_ROWS = 64
 GONE = ImageBoxes(-1, "", 1, 1, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """Cosines of a sample with what the cache holds; rows: how many."""
+@dataclass(slots=True)
+class CheckReport:
+    findings: list[Finding] = field(default_factory=list)
+    checked: Checked = field(default_factory=Checked)
+    sampled: dict[tuple[Level, str], np.ndarray] = field(default_factory=dict)  # cosines with the cache, by product
 
-    rows: int
-    least: float
-    mean: float
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What to sample with: `count` rows of a level, of a choice that follows from `seed`."""
-
-    folder: Folder
-    split: Split
-    clip: Teacher
-    count: int
-    seed: int
+    def add(self, findings: Sequence[Finding]) -> None:
+        """Keep and tell them."""
+        for finding in findings:
+            self.findings.append(finding)
+            log(str(finding))
 
 
-def sample_set(
-    sample: Sample, features: FeatureSet, findings: Sequence[Finding], sampled: dict[tuple[Level, str], Sampled]
-) -> list[Finding]:
-    """Encode rows of the image and the instance level again; what is below LEAST_COSINE is returned. Adds to `sampled`.
+def _sample(config: CheckConfig, features: FeatureSet, split: Split, clip: Teacher, report: CheckReport) -> None:
+    """Encode rows of the image and the instance level again; what is below LEAST_COSINE is a finding.
 
-    What `findings` names already, and products that `sampled` has, are left out. Raises HdovdError if the CLIP is not
-    the cache's.
+    What was found already, and products that were sampled for another set, are left out. Raises HdovdError if the CLIP
+    is not the cache's.
     """
-    low: list[Finding] = []
     for level in (Level.IMAGE, Level.INSTANCE):
-        if level not in features.levels or (level, features.levels[level]) in sampled:
+        key = features.levels.get(level, "")
+        if not key or (level, key) in report.sampled:
             continue
-        name = f"{level} {features.levels[level][:12]}"
-        known = {f.part for f in findings if f.product == (level, features.levels[level])}
+        name, known = f"{level} {key[:12]}", {f.part for f in report.findings if f.product == (level, key)}
         if TABLES in known:
             log(f"sample of {name}: left out, its tables are damaged")
             continue
-        product = Product(sample.folder, level, features.levels[level])
-        embedder = _embedder(product, sample)
-        chosen = _choose(product, known, sample.count, sample.seed)
+        product = Product(open_folder(config.cache), level, key)
+        embedder = _embedder(product, split, clip)
+        sound = [np.arange(*product.rows_of(part)) for part in range(product.parts) if part not in known]
+        left = np.concatenate([np.arange(0), *sound])
+        random = np.random.default_rng(config.seed)
+        chosen = np.sort(left[random.choice(len(left), min(config.sample, len(left)), replace=False)])
         if not len(chosen):
             log(f"sample of {name}: left out, none of its rows is sound")
             continue
@@ -107,41 +98,32 @@ def sample_set(
             log(f"sample of {name}: {len(problems)} images could not be encoded again: {shorten([*problems], 4)}")
         if not len(rows):
             raise HdovdError(
-                f"sample of {name}: none of {len(chosen)} rows could be encoded again, pictures from "
-                f"{sample.split.folder}"
+                f"sample of {name}: none of {len(chosen)} rows could be encoded again, pictures from {split.folder}"
             )
-        sampled[level, product.key] = found = Sampled(len(rows), float(cosines.min()), float(cosines.mean()))
+        report.sampled[level, key] = cosines
         log(
-            f"sample of {name}: {found.rows:,d} rows encoded again, cosine min {found.least:.4f}, mean {found.mean:.4f}"
+            f"sample of {name}: {len(rows):,d} rows encoded again, cosine min {cosines.min():.4f}, mean "
+            f"{cosines.mean():.4f}"
         )
-        low += _findings(product, rows, cosines)
-    return low
+        report.add(_findings(product, rows, cosines))
 
 
-def _embedder(product: Product, sample: Sample) -> Embedder:
+def _embedder(product: Product, split: Split, teacher: Teacher) -> Embedder:
     """How the product's rows are embedded. Raises HdovdError if the CLIP is another one than made it.
 
     The precision may be another one: it costs far less than LEAST_COSINE. What was imported names no CLIP to compare
     with.
     """
-    inputs, teacher, tables = product.key_inputs, sample.clip, product.table
-    named = "weights_sha256" in inputs["clip"]
-    if named:
-        _refuse_others(product, {"clip": {**teacher.identity, "compute_dtype": inputs["clip"].get("compute_dtype")}})
-    by_id = {image.id: image for image in sample.split.images}
-    images = [by_id.get(image_id, GONE) for image_id in tables("image_id").tolist()]
+    inputs, table = product.key_inputs, product.table
+    by_id = {image.id: image for image in split.images}
+    images = [by_id.get(image_id, GONE) for image_id in table("image_id").tolist()]
     on_boxes = product.level is Level.INSTANCE
-    recipe = (
-        DenseRecipe(inputs["dense"]["side"])
-        if "dense" in inputs
-        else CropRecipe.from_inputs(inputs["crop"])
-        if "crop" in inputs
-        else PLAIN_BOX
-    )
-    offset, box = (tables("offset"), tables("box")) if on_boxes else (np.zeros(1), np.zeros((0, 4)))
-    pictures = Pictures(images, sample.split.path, offset, box, sample.split.exif)
-    embedder = embedders_of(teacher, pictures, recipe)[product.level]
-    if named:
+    offset, box = (table("offset"), table("box")) if on_boxes else (np.zeros(1), np.zeros((0, 4)))
+    pictures = Pictures(images, split.path, offset, box, split.exif)
+    if "weights_sha256" in inputs["clip"]:  # before what only that CLIP may be able to do
+        _refuse_others(product, {"clip": {**teacher.identity, "compute_dtype": inputs["clip"].get("compute_dtype")}})
+    embedder = embedders_of(teacher, pictures, recipe_of(inputs))[product.level]
+    if "weights_sha256" in inputs["clip"]:
         _refuse_others(product, embedder.inputs())
     return embedder
 
@@ -158,15 +140,6 @@ def _refuse_others(product: Product, have: dict[str, Any]) -> None:
             + "\n  ".join(lines)
             + "\nGive the one that it was made with: --clip, --pretrained."
         )
-
-
-def _choose(product: Product, known: set[int | str | None], count: int, seed: int) -> np.ndarray:
-    """Sorted rows, spread at random over the parts that are sound."""
-    left = np.concatenate(
-        [np.arange(0), *(np.arange(*product.rows_of(part)) for part in range(product.parts) if part not in known)]
-    )
-    chosen = np.random.default_rng(seed).choice(len(left), min(count, len(left)), replace=False)
-    return np.sort(left[chosen])
 
 
 def _cosines(product: Product, embedder: Embedder, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -197,17 +170,15 @@ def _cosines(product: Product, embedder: Embedder, rows: np.ndarray) -> tuple[np
     return rows, (new * have).sum(axis=1) / np.linalg.norm(new, axis=1) / np.linalg.norm(have, axis=1), problems
 
 
-def _findings(product: Product, rows: np.ndarray, cosines: np.ndarray) -> Sequence[Finding]:
+def _findings(product: Product, rows: np.ndarray, cosines: np.ndarray) -> list[Finding]:
     """One a part."""
-    low, image_id = cosines < LEAST_COSINE, product.table("image_id")
+    low, image_id, found = cosines < LEAST_COSINE, product.table("image_id"), list[Finding]()
     offset = np.arange(product.rows + 1) if product.level is Level.IMAGE else product.table("offset")
-    found = []
     for part in np.unique(rows[low] // product.part_rows).tolist():
         mine = low & (rows // product.part_rows == part)
-        place = f"{product.prefix}/{next(iter(product.row_objects(part).values()))}"
         found.append(
             Finding(
-                place,
+                f"{product.prefix}/{product.row_objects(part)['embedding']}",
                 f"a cosine of {LEAST_COSINE} or more with the CLIP's answer",
                 f"{cosines[mine].min():.4f} at the least",
                 (product.level, product.key),
@@ -234,13 +205,6 @@ OPTIONS = (
 )  # of extract-clip, as a set's `made_from` names them
 
 
-@dataclass(slots=True)
-class CheckReport:
-    findings: list[Finding] = field(default_factory=list)
-    checked: Checked = field(default_factory=Checked)
-    sampled: dict[tuple[Level, str], Sampled] = field(default_factory=dict)  # by product
-
-
 def check_cache(config: CheckConfig, teacher: Teacher | None = None) -> CheckReport:
     """Check a cache or a folder of tar shards; with `repair`, mark what is damaged as missing. Raises HdovdError for
     bad input.
@@ -249,31 +213,20 @@ def check_cache(config: CheckConfig, teacher: Teacher | None = None) -> CheckRep
     """
     config.check()
     report = CheckReport()
-
-    def found(findings: Sequence[Finding]) -> None:
-        for finding in findings:
-            report.findings.append(finding)
-            log(str(finding))
-
     if is_tar_form(config.cache):
-        _check_shards(config, found)
+        _check_shards(config, report)
+        advice = "export or copy these shards again"
     else:
-        _check_folder(config, report, found, teacher)
+        _check_folder(config, report, teacher)
+        advice = "--repair marks what is damaged as missing"
     count = len(report.findings)
-    advice = (
-        "export or copy these shards again"
-        if is_tar_form(config.cache)
-        else "--repair marks what is damaged as missing"
-    )
     log("nothing is wrong" if not count else counted(count, "finding") + ("" if config.repair else f"; {advice}"))
     if config.repair and count:
         _mark_missing(config, report.findings)
     return report
 
 
-def _check_folder(
-    config: CheckConfig, report: CheckReport, found: Callable[[Sequence[Finding]], None], teacher: Teacher | None
-) -> None:
+def _check_folder(config: CheckConfig, report: CheckReport, teacher: Teacher | None) -> None:
     folder, checked = open_folder(config.cache), report.checked
     there = product_names(folder)
     try:
@@ -282,40 +235,30 @@ def _check_folder(
         if (error.__cause__ is None and folder.exists("zarr.json")) or not there:
             raise
     sets, more = check_records(folder)
-    if (
-        config.features is not None
-        and config.features not in sets
-        and not any(f.place == f"sets/{config.features}.json" for f in more)
-    ):
+    known = {*sets, *(finding.place.removeprefix("sets/").removesuffix(".json") for finding in more)}
+    if config.features is not None and config.features not in known:
         raise HdovdError(
             f"{config.cache} has no set of features named {config.features}; it has {', '.join(sets) or 'none'}"
         )
-    found([*check_groups(folder), *more])
-    readable = not any(finding.place in group_objects() for finding in report.findings) and len(sets) == len(
-        folder.sizes("sets")
-    )
+    report.add(more)
+    readable = len(sets) == len(folder.sizes("sets")) and not any(f.place in group_objects() for f in report.findings)
     looked_at = {name: features for name, features in sets.items() if config.features in (None, name)}
     needed = {product: f"set {name}" for name, features in looked_at.items() for product in features.levels.items()}
-    wanted = [product for product in dict.fromkeys([*there, *needed]) if config.features is None or product in needed]
-    total = sum(
-        count
-        for level, key in wanted
-        for name, count in folder.sizes(f"{level}/{key}").items()
-        if "/parts/" not in name
-    )
-    with progress(None, "verify", "B", total=total) as bar:
+    wanted = list(needed) if config.features is not None else list(dict.fromkeys([*there, *needed]))
+    sizes = {name: size for level, key in wanted for name, size in folder.sizes(f"{level}/{key}").items()}
+    with progress(None, "verify", "B", total=sum(size for name, size in sizes.items() if "/parts/" not in name)) as bar:
         bar.unit_scale = True
         for product in wanted:
             findings = ProductCheck(folder, product, needed.get(product, ""), checked, bar.update).run()
             if findings:
                 bar.clear()
-            found(findings)
+            report.add(findings)
     for name, features in looked_at.items():
         if readable and not any(f.product in set(features.levels.items()) for f in report.findings):
-            found(check_set(folder, name, features))
+            report.add(check_set(folder, name, features))
     load = lru_cache(_load_clip) if teacher is None else lambda *_: teacher  # sets of one CLIP share it
     for name, features in looked_at.items() if config.sample or "data" in config.changes else ():
-        _check_pictures(config, name, features, report, found, load)
+        _check_pictures(config, name, features, report, load)
     for line in checked.unfinished:
         log(f"not finished, which is no fault: {line}")
     for line in unsealed_records(folder):
@@ -327,36 +270,31 @@ def _check_folder(
 
 
 def _check_pictures(
-    config: CheckConfig,
-    name: str,
-    features: FeatureSet,
-    report: CheckReport,
-    found: Callable[[Sequence[Finding]], None],
-    load: Callable[..., Teacher],
+    config: CheckConfig, name: str, features: FeatureSet, report: CheckReport, load: Callable[..., Teacher]
 ) -> None:
-    """Pictures whose files are not those that a set was made from, and a sample of its rows."""
+    """Pictures whose files are not those that a set was made from, and a sample of its rows; nothing of products that
+    are damaged.
+    """
     settings, folder = settings_of(config, name, features), open_folder(config.cache)
     try:
         protocol = load_protocol(settings.protocol)
         with quiet():
             split = settings.data.load("train2017", protocol, base_only=True, exif=settings.exif)
-        teacher = (
-            load(settings.clip, settings.pretrained, settings.device, settings.precision, settings.activation)
-            if config.sample
-            else None
-        )
+        clip = settings.clip, settings.pretrained, settings.device, settings.precision, settings.activation
+        teacher = load(*clip) if config.sample else None
     except HdovdError as error:
         raise HdovdError(
             f"{error}\nSet {name} was made from this. If it lies elsewhere now, say where: --data (or --images, "
             "--annotations), --clip, --protocol"
         ) from error
-    found(_changed_pictures(folder, name, features, split, report.findings))
+    damaged = {finding.product for finding in report.findings}
+    sound = [Product(folder, *product) for product in features.levels.items() if product not in damaged]
+    if changed := picture_hashes(split, sound).changed:
+        found = f"{len(changed)} of another content, which extract-clip embeds again"
+        where = f"images {shorten([*changed])}"
+        report.add([Finding(str(split.folder), f"the pictures that set {name} was made from", found, where=where)])
     if teacher is not None:
-        found(
-            sample_set(
-                Sample(folder, split, teacher, config.sample, config.seed), features, report.findings, report.sampled
-            )
-        )
+        _sample(config, features, split, teacher, report)
 
 
 def _load_clip(clip: str, pretrained: str | None, device: str, precision: Precision, activation: Activation) -> Teacher:
@@ -365,29 +303,7 @@ def _load_clip(clip: str, pretrained: str | None, device: str, precision: Precis
     return load_clip(clip, pretrained, device=device, precision=precision, activation=activation)
 
 
-def _changed_pictures(
-    folder: Folder, name: str, features: FeatureSet, split: Split, findings: Sequence[Finding]
-) -> list[Finding]:
-    """Pictures whose files are not those that a set was made from; nothing of products that are damaged."""
-    damaged = {finding.product for finding in findings}
-    changed = picture_hashes(
-        split, [Product(folder, *product) for product in features.levels.items() if product not in damaged]
-    ).changed
-    return (
-        [
-            Finding(
-                str(split.folder),
-                f"the pictures that set {name} was made from",
-                f"{len(changed)} of another content, which extract-clip embeds again",
-                where=f"images {shorten([*changed])}",
-            )
-        ]
-        if changed
-        else []
-    )
-
-
-def _check_shards(config: CheckConfig, found: Callable[[Sequence[Finding]], None]) -> None:
+def _check_shards(config: CheckConfig, report: CheckReport) -> None:
     """A folder of tar shards: what it holds besides them, and each shard whole."""
     shards = TarShards(config.cache, whole=False)
     checks = [(TAR_META, partial(shards.meta.check_rows, f"{shards.url}/{TAR_META}"))]
@@ -396,7 +312,7 @@ def _check_shards(config: CheckConfig, found: Callable[[Sequence[Finding]], None
         try:
             check()
         except HdovdError as error:
-            found([Finding(place, "what was exported", str(error))])
+            report.add([Finding(place, "what was exported", str(error))])
     log(
         f"checked {counted(len(shards.numbers), 'tar shard')} of {shards.images:,d} images: every file, by checksum "
         f"and by value"

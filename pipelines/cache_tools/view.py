@@ -29,7 +29,6 @@ from hdovd.pipelines.calibration.values import origin_of, with_reliability
 from hdovd.pipelines.common.atomic_write import write_picture
 from hdovd.pipelines.common.drawing import BASE_COLOUR, Colour, Labelled, cut_label, draw_boxes, label_font
 from hdovd.pipelines.common.images import read_image
-from hdovd.pipelines.extraction.source import CacheWithData, with_data
 from hdovd.pipelines.runs.listing import table_lines
 
 NEAREST = 3  # class names a box
@@ -136,128 +135,91 @@ def gather_view(
     `image`: the same image in the annotations, whose labels count into `names` (a protocol's); None: base boxes have no
     class name. `file`: its picture, only handed on. Raises HdovdError if the cache does not have the image.
     """
-    levels, failed = cache.levels(), cache.failed()
-    rows, notes = cache.instances(image_id), list[str]()
-    if image_id in failed:
-        notes.append(f"the extraction could not read it: {failed[image_id]}")
+    levels, failed, rows = cache.levels(), cache.failed(), cache.instances(image_id)
     crops = normalised_rows(rows.embedding)
     classes = cache.names(Level.CLASS) if Level.CLASS in levels else []
     texts = normalised_rows(cache.embeddings(Level.CLASS)) if classes else np.zeros((0, crops.shape[1]), np.float32)
-    labels = _Labels(cache, rows, crops)
-    notes += _missing(levels, rows, reliability)
-    own = (
-        {}
-        if image is None
-        else {
-            number: names[label]
-            for number, label in zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True)
-        }
-    )
-    unknown = [number for number in rows.annotation_id[rows.source == Source.BASE_BOX].tolist() if number not in own]
-    if image is not None and unknown:
-        notes.append(
-            f"the annotations do not have these of the cache: {shorten(unknown)}; is this the data that it was made "
-            f"from?"
-        )
-    found = []
-    for row, box in enumerate(rows.box.tolist()):
-        base = rows.source[row] == Source.BASE_BOX
+    annotated = () if image is None else zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True)
+    own = {number: names[label] for number, label in annotated}
+    base, found = rows.source == Source.BASE_BOX, []
+    for row, (nouns, cosine) in enumerate(_labels(cache, rows, crops)):
         likeness = texts @ crops[row] if crops[row].any() else np.zeros(0, np.float32)
-        number = int(rows.annotation_id[row]) if base else None
-        class_name = own.get(number) if number is not None else None
-        cosine = labels.cosine(row)
+        number = int(rows.annotation_id[row]) if base[row] else None
+        class_name = None if number is None else own.get(number)
         if class_name in classes and len(likeness):
             cosine = float(likeness[classes.index(class_name)])
-        weight = reliability.weight(cosine) if reliability and cosine is not None and not base else None
         found.append(
             ViewRow(
-                tuple(box),
+                tuple(rows.box[row].tolist()),
                 Source(rows.source[row]),
                 class_name,
                 number,
-                None if base else float(rows.score[row]),
-                labels.nouns(row),
+                None if base[row] else float(rows.score[row]),
+                nouns,
                 cosine,
-                weight,
+                reliability.weight(cosine) if reliability and cosine is not None and not base[row] else None,
                 _nearest(classes, likeness),
             )
         )
-    whole = (
-        normalised_rows(cache.image_embedding(image_id)[None])[0] if Level.IMAGE in levels else np.zeros(0, np.float32)
-    )
-    size = None if image is None else (image.width, image.height)
+    unread = [f"the extraction could not read it: {failed[image_id]}"] if image_id in failed else []
+    unknown = [number for number in rows.annotation_id[base].tolist() if number not in own]
+    if image is not None and unknown:
+        unread.append(
+            f"the annotations do not have these of the cache: {shorten(unknown)}; is this the data that it was made "
+            f"from?"
+        )
+    whole = normalised_rows(cache.image_embedding(image_id)[None])[0] if Level.IMAGE in levels else np.zeros(0)
     return CacheView(
         image_id,
         file,
-        size,
+        None if image is None else (image.width, image.height),
         tuple(found),
         _nearest(classes, texts @ whole) if whole.any() else (),
         reliability,
-        tuple(notes),
+        (*unread, *_missing(levels, rows, reliability)),
     )
 
 
-class _Labels:
-    """The pseudo labels of one image's rows."""
-
-    def __init__(self, cache: FeatureCache, rows: InstanceRows, crops: np.ndarray) -> None:
-        self._names: list[str] = []
-        if Level.NOUN not in cache.levels():
-            return
-        self._names, self._crops = cache.names(Level.NOUN), crops
-        if rows.top_noun.shape[1]:
-            self._noun, self._share = rows.top_noun, rows.top_weight
-        else:
-            self._noun, self._share = rows.noun[:, None], np.ones((len(rows.noun), 1), np.float32)
-        used = np.unique(self._noun[self._noun >= 0])
-        self._text = dict(zip(used.tolist(), normalised_rows(cache.embeddings(Level.NOUN)[used]), strict=True))
-
-    def nouns(self, row: int) -> tuple[Likeness, ...]:
-        return tuple(
-            Likeness(self._names[noun], float(self._text[noun] @ self._crops[row]), share)
-            for noun, share in self._made_of(row)
-        )
-
-    def cosine(self, row: int) -> float | None:
-        """Of the crop and u, the normalised weighted mean of the nouns' embeddings."""
-        made_of = self._made_of(row)
-        if not made_of:
-            return None
-        u = np.sum([self._text[noun] * share for noun, share in made_of], axis=0)
-        return float(u @ self._crops[row] / max(np.linalg.norm(u), 1e-12))
-
-    def _made_of(self, row: int) -> list[tuple[int, float]]:
-        if not self._names:
-            return []
-        return [
-            (noun, share)
-            for noun, share in zip(self._noun[row].tolist(), self._share[row].tolist(), strict=True)
-            if noun >= 0
-        ]
+def _labels(
+    cache: FeatureCache, rows: InstanceRows, crops: np.ndarray
+) -> list[tuple[tuple[Likeness, ...], float | None]]:
+    """Of each row the nouns that its label is made of, and the cosine of the crop and u, their normalised weighted
+    mean.
+    """
+    if Level.NOUN not in cache.levels():
+        return [((), None)] * len(crops)
+    names, found = cache.names(Level.NOUN), list[tuple[tuple[Likeness, ...], float | None]]()
+    several = rows.top_noun.shape[1] > 0
+    nouns = rows.top_noun if several else rows.noun[:, None]
+    shares: np.ndarray = rows.top_weight if several else np.ones(nouns.shape, np.float32)
+    used = np.unique(nouns[nouns >= 0])
+    texts = dict(zip(used.tolist(), normalised_rows(cache.embeddings(Level.NOUN)[used]), strict=True))
+    for crop, row_nouns, row_shares in zip(crops, nouns.tolist(), shares.tolist(), strict=True):
+        made_of = [pair for pair in zip(row_nouns, row_shares, strict=True) if pair[0] >= 0]
+        u = np.sum([texts[noun] * share for noun, share in made_of], axis=0)
+        cosine = float(u @ crop / max(np.linalg.norm(u), 1e-12)) if made_of else None
+        label = tuple(Likeness(names[noun], float(texts[noun] @ crop), share) for noun, share in made_of)
+        found.append((label, cosine))
+    return found
 
 
 def _missing(levels: Collection[Level], rows: InstanceRows, reliability: Reliability | None) -> list[str]:
+    """What the cache lacks, and what would give it."""
     proposals = rows.source == Source.PROPOSAL
-    notes = []
-    if not proposals.any():
-        notes.append("the cache has no proposals of this image")
-    elif Level.PSEUDO_LABEL not in levels or Level.NOUN not in levels:
-        notes.append("the cache has no nouns, so proposals have no label: extract-clip --nouns or --vocabulary")
-    elif without := int((rows.noun[proposals] < 0).sum()):
-        notes.append(
-            f"{without} of {int(proposals.sum())} proposals have no noun: the image offers none, or its picture was "
-            f"not read"
-        )
-    if Level.PSEUDO_LABEL in levels and reliability is None:
-        notes.append(
-            "no weights: no values are known for this CLIP and these prompts; give --calibration FILE (hdovd "
-            "calibrate), or a --recipe that has some"
-        )
-    if Level.CLASS not in levels:
-        notes.append("the cache has no class names, so there are no nearest classes")
-    if Level.IMAGE not in levels:
-        notes.append("the cache has no image level")
-    return notes
+    without, named = int((rows.noun[proposals] < 0).sum()), {Level.PSEUDO_LABEL, Level.NOUN} <= set(levels)
+    notes = {
+        "the cache has no proposals of this image": not proposals.any(),
+        "the cache has no nouns, so proposals have no label: extract-clip --nouns or --vocabulary": (
+            proposals.any() and not named
+        ),
+        f"{without} of {int(proposals.sum())} proposals have no noun: the image offers none, or its picture was not "
+        "read": named and without,
+        "no weights: no values are known for this CLIP and these prompts; give --calibration FILE (hdovd calibrate), "
+        "or a --recipe that has some": Level.PSEUDO_LABEL in levels and reliability is None,
+        "the cache has no class names, so there are no nearest classes": Level.CLASS not in levels,
+        "the cache has no image level": Level.IMAGE not in levels,
+    }
+    return [note for note, holds in notes.items() if holds]
 
 
 def _nearest(names: Sequence[str], cosines: np.ndarray) -> tuple[Likeness, ...]:
@@ -285,26 +247,29 @@ MARGIN, GAP, LINE, SIZE = 16, 18, 22, 14
 def view_images(config: ViewConfig) -> list[Path]:
     """Draw the images and print their tables; returns the files written. Raises HdovdError for bad input."""
     config.check()
-    cache = FeatureCache(config.source.cache, config.source.features)
+    cache = FeatureCache(config.cache, config.features)
     ids = chosen_images(cache, config.images, config.seed)
     if config.out.suffix and len(ids) > 1:
         raise HdovdError(f"--out {config.out} is one file, and {len(ids)} images are asked for: give a folder")
-    found = with_data(cache, config.source)
-    reliability = find_reliability(cache, config.calibration, config.recipe, found.protocol.base)
+    split, protocol = config.load_for(cache)
+    reliability = find_reliability(cache, config.calibration, config.recipe, protocol.base)
     if reliability is not None:
         log(
             f"weight = {reliability.scale:.4g} * sigmoid((cosine - {reliability.centre:.4g}) / "
             f"{reliability.width:.4g}), by {reliability.source}"
         )
-    files = []
-    for image_id in ids:
-        image = found.images[image_id]
-        view = gather_view(
-            cache, image_id, image, names=found.protocol.names, file=found.split.path(image), reliability=reliability
-        )
-        for line in view_lines(view, found.protocol.novel):
+    images, files = {image.id: image for image in split.images}, []
+    for image in (images[image_id] for image_id in ids):
+        path, problem, picture = split.path(image), "", None
+        view = gather_view(cache, image.id, image, names=protocol.names, file=path, reliability=reliability)
+        for line in view_lines(view, protocol.novel):
             log(line)
-        files.append(_draw(view, found, config.out))
+        try:
+            picture = read_image(path, image.width, image.height, exif=split.exif)
+        except HdovdError as error:  # the extraction could not read it either: its boxes are still to be seen
+            problem = f"the picture cannot be read: {error}"
+        files.append(config.out if config.out.suffix else config.out / f"{image.id}.png")
+        write_picture(files[-1], draw_view(view, picture, protocol.novel, problem), "PNG")
         log(f"wrote {files[-1]}")
     return files
 
@@ -326,7 +291,14 @@ def chosen_images(cache: FeatureCache, asked: Sequence[str], seed: int = 0) -> l
                 f"--image {word}: expected an image id, such as {there[0]}, or random:N; several with commas between"
             )
         elif int(word) not in known:
-            raise HdovdError(_not_there(cache, int(word), there))
+            near = sorted(sorted(there, key=lambda other: abs(other - int(word)))[:NEAR_IDS])
+            skipped = [why for why, ids in cache.set.skipped.items() if why.startswith("image") and int(word) in ids]
+            why = f"it was skipped: {skipped[0]}" if skipped else "only images with a base box are in a cache"
+            raise HdovdError(
+                f"{cache.url} does not have image {word} ({why}). It has {len(there):,d} images, "
+                f"ids {min(there)} to {max(there)}; the nearest ids are {', '.join(map(str, near))}. --image random "
+                f"shows any"
+            )
         else:
             ids.append(int(word))
     return list(dict.fromkeys(ids))
@@ -377,35 +349,6 @@ def _foot(view: CacheView, novel: Collection[str]) -> list[str]:
     names = {row.name for row in view.rows} | {one.name for likeness in shown for one in likeness}
     star = ["* a novel class of the protocol"] if names & set(novel) else []
     return star + [f"note: {note}" for note in view.notes]
-
-
-def _draw(view: CacheView, found: CacheWithData, out: Path) -> Path:
-    file = out if out.suffix else out / f"{view.image_id}.png"
-    assert view.file is not None and view.size is not None  # noqa: PT018
-    problem, picture = "", None
-    try:
-        picture = read_image(view.file, *view.size, exif=found.split.exif)
-    except HdovdError as error:  # an image that the extraction could not read either: its boxes are still to be seen
-        problem = f"the picture cannot be read: {error}"
-    sheet = draw_view(view, picture, found.protocol.novel, problem)
-    write_picture(file, sheet, "PNG")
-    return file
-
-
-def _not_there(cache: FeatureCache, image_id: int, there: Sequence[int]) -> str:
-    skipped = [reason for reason, ids in cache.set.skipped.items() if reason.startswith("image") and image_id in ids]
-    why = (
-        f"it was skipped: {skipped[0]}"
-        if skipped
-        else "only images with a base box are in a cache"
-        if len(there) > 1
-        else ""
-    )
-    near = sorted(sorted(there, key=lambda other: abs(other - image_id))[:NEAR_IDS])
-    return (
-        f"{cache.url} does not have image {image_id} ({why}). It has {len(there):,d} images, ids {min(there)} to "
-        f"{max(there)}; the nearest ids are {', '.join(map(str, near))}. --image random shows any"
-    )
 
 
 def draw_view(

@@ -219,7 +219,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     cache = FeatureCache(config.cache, config.features)
     origin = origin_of(cache)
     _require_prompts(cache)
-    split, protocol = config.source.load(cache.set)
+    split, protocol = config.load(cache.set)
     found = label_cosines(cache, split, protocol)
     try:
         fit = fit_reliability(found.right, found.wrong)

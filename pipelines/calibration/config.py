@@ -4,30 +4,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.common.options import DataIfGiven, Features, Option, OtherProtocol
+from hdovd.pipelines.common.options import Option
 from hdovd.pipelines.extraction.source import CacheSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrateConfig:
+class CalibrateConfig(CacheSource):
     """A calibration. `data` and `protocol`: None for those that the set was extracted from."""
 
     cache: Annotated[Path | str, Option("The cache that extract-clip wrote.")]
     out: Annotated[Path, Option("The file to write; a picture of the cosines lies beside it, as .png.")] = Path(
         "calibration.toml"
     )
-    features: Features = DEFAULT_SET
-    data: DataIfGiven = None
-    protocol: OtherProtocol = None
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
         if self.out.suffix != ".toml":  # the picture has its name, and another ending
             raise HdovdError(f"--out {self.out}: expected a name that ends in .toml")
-        self.source.check()
-
-    @property
-    def source(self) -> CacheSource:
-        return CacheSource(self.cache, self.features, self.data, self.protocol)
+        CacheSource.check(self)

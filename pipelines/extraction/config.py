@@ -4,7 +4,8 @@ How many nouns a pseudo label is made of. Imports no torch: the command line rea
 rule.
 """
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,6 @@ from hdovd.pipelines.common.options import (
 )
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe, Shape
-from hdovd.pipelines.nouns.config import Matching
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.prompts import Templates, check_templates
 
@@ -68,6 +68,7 @@ ONE_NOUN = LabelRule()
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 _FILES = ("proposals", "vocabulary", "captions")
+_MADE_FROM = ("data", *_FILES, "templates", "precision", "activation", "features")
 _LATER_FILES = (
     "synonyms",
     "class_embeddings",
@@ -92,10 +93,14 @@ class Executor(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The part of the work that this process does: worker `index` of `count`, index from 0."""
+    """The part of the work that this process does: worker `index` of `count`, index from 0; shared again among
+    torchrun's `world` processes, of which this is the one of `rank`.
+    """
 
-    index: int
-    count: int
+    index: int = 0
+    count: int = 1
+    rank: int = 0
+    world: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
@@ -107,6 +112,24 @@ class Share:
         if not (slash and index.isdigit() and count.isdigit()):
             raise HdovdError(f"--shard {text}: expected I/N, such as 0/8")
         return cls(int(index), int(count))
+
+    @property
+    def processes(self) -> int:
+        """How many there are for all of the work."""
+        return self.count * self.world
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process prints: one of torchrun's does."""
+        return self.rank == 0
+
+
+def this_share(asked: Share | None) -> Share:
+    """`asked` (None: all), shared again among the processes of torchrun if it started this one."""
+    command = asked or Share()
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return command
+    return replace(command, rank=int(os.environ["RANK"]), world=int(os.environ["WORLD_SIZE"]))
 
 
 def _recipe(given: dict[str, Any]) -> CropRecipe | DenseRecipe:
@@ -162,6 +185,15 @@ Compute = Annotated[
         "(docs/MACHINES.md). Embeddings are stored as float16."
     ),
 ]
+Batch = Annotated[
+    int | None,
+    Option(
+        "Crops that CLIP embeds at a time (or the pixels of so many), or auto: found by trying.",
+        flags=("--batch", "--batch-size"),
+        parse=partial(number_or_auto, "--batch", 1),
+        text="auto",
+    ),
+]
 ActivationOption = Annotated[Activation, Option("The activation that the weights were trained with.")]
 Synonyms = Annotated[Path | None, Option('TOML: couch = ["couch", "sofa"]: all names of some classes.')]
 ClassEmbeddings = Annotated[
@@ -176,8 +208,7 @@ ClassEmbeddings = Annotated[
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractConfig:
     """An extraction. `features` names the set that the products make up. `batch_size`: None for the teacher's best.
-    `workers`: None for what suits the device. `share`: None for torchrun's own, or all of the work. `matching`: how
-    names are found in captions.
+    `workers`: None for what suits the device. `share`: None for torchrun's own, or all of the work.
     """
 
     data: Data
@@ -204,15 +235,7 @@ class ExtractConfig:
     activation: ActivationOption = Activation.AUTO
     features: Features = DEFAULT_SET
     device: Device = "auto"
-    batch_size: Annotated[
-        int | None,
-        Option(
-            "Crops that CLIP embeds at a time (or the pixels of so many), or auto: found by trying.",
-            flags=("--batch", "--batch-size"),
-            parse=partial(number_or_auto, "--batch", 1),
-            text="auto",
-        ),
-    ] = None
+    batch_size: Batch = None
     part_rows: Annotated[int, Option("Rows of a part: the most that a killed process loses.", min=1)] = PART_ROWS
     workers: Workers = None
     dry_run: Annotated[bool, Option("Print the plan and stop.")] = False
@@ -234,7 +257,6 @@ class ExtractConfig:
     synonyms: Synonyms = None
     class_embeddings: ClassEmbeddings = None
     nouns: Annotated[Path | None, Option("A file of hdovd nouns, instead of --vocabulary and --captions.")] = None
-    matching: Matching = Matching.LEMMAS
     labels: Annotated[LabelRule, LABELS] = ONE_NOUN
     exif: Annotated[
         Exif,
@@ -287,79 +309,51 @@ class ExtractConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What another process needs to make the same products: JSON values, absolute paths."""
-        paths = {name: _absolute(getattr(self, name)) for name in _FILES}
-        if (
-            self.captions is not None and self.matching is not Matching.WORDS
-        ):  # sets that do not say it are of whole words
-            paths["matching"] = str(self.matching)
-        paths |= {name: _absolute(file) for name in _LATER_FILES if (file := getattr(self, name)) is not None}
-        data = {name: _absolute(getattr(self.data, name)) for name in ("root", "images", "annotations")}
-        pretrained = (
-            self.pretrained
-            if self.pretrained is None or not is_file(self.pretrained)
-            else _absolute(Path(self.pretrained))
-        )
-        clip = f"local-dir:{_absolute(Path(self.clip[10:]))}" if self.clip.startswith("local-dir:") else self.clip
-        protocol = _absolute(Path(self.protocol)) if is_file(self.protocol) else self.protocol
-        recipe = (
-            {"dense": {"side": self.recipe.side}}
-            if isinstance(self.recipe, DenseRecipe)
-            else {"crop": self.recipe.inputs()}
-        )
-        return {
-            "data": data,
-            **paths,
-            "clip": clip,
-            "pretrained": pretrained,
-            "protocol": protocol,
-            "templates": list(self.templates),
-            **recipe,
-            "precision": str(self.precision),
-            "activation": str(self.activation),
-            "features": self.features,
-            **({} if self.labels.top == 1 else {"labels": self.labels.inputs()}),
-            **({} if self.exif is Exif.APPLY else {"exif": str(self.exif)}),
+        tree = {name: _plain(getattr(self, name)) for name in _MADE_FROM}
+        kind = "dense" if isinstance(self.recipe, DenseRecipe) else "crop"
+        tree |= {
+            "clip": f"local-dir:{_plain(Path(self.clip[10:]))}" if self.clip.startswith("local-dir:") else self.clip,
+            "pretrained": _plain(Path(self.pretrained))
+            if self.pretrained and is_file(self.pretrained)
+            else self.pretrained,
+            "protocol": _plain(Path(self.protocol)) if is_file(self.protocol) else self.protocol,
+            kind: {"side": self.recipe.side} if isinstance(self.recipe, DenseRecipe) else self.recipe.inputs(),
         }
+        later = {name: _plain(getattr(self, name)) for name in _LATER_FILES}
+        later["matching"] = None if self.captions is None else "lemmas"
+        later |= {"labels": self.labels.inputs() or None, "exif": None if self.exif is Exif.APPLY else str(self.exif)}
+        return tree | {name: value for name, value in later.items() if value is not None}
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any], cache: Path | str, **changes: Any) -> "ExtractConfig":
-        """The extraction that `to_dict` described, with changes."""
-        paths = {name: _path(tree[name]) for name in _FILES} | {name: _path(tree.get(name)) for name in _LATER_FILES}
-        data = DataPaths(**{name: _path(value) for name, value in tree["data"].items()})
-        recipe = (
-            DenseRecipe(**tree["dense"])
-            if "dense" in tree
-            else CropRecipe.from_inputs(tree["crop"])
-            if "crop" in tree
-            else PLAIN_BOX
-        )
-        rest = {name: value for name, value in tree.items() if name not in ("crop", "dense", "labels")}
-        given = {
-            **rest,
-            **paths,
-            "data": data,
+        """The extraction that `to_dict` described, with changes. Sets that do not say how names are found in captions
+        are of a version that found them letter by letter: made again, they know plurals.
+        """
+        given = {name: value for name, value in tree.items() if name not in ("crop", "dense", "matching")}
+        given |= {name: Path(tree[name]) for name in (*_FILES, *_LATER_FILES) if tree.get(name) is not None}
+        given |= {
+            "data": DataPaths(**{name: None if value is None else Path(value) for name, value in tree["data"].items()}),
             "templates": tuple(tree["templates"]),
-            "recipe": recipe,
+            "recipe": recipe_of(tree),
             "labels": LabelRule.of(tree.get("labels", {})),
-            "matching": _matching(tree),
             "precision": Precision(tree["precision"]),
             "exif": Exif(tree.get("exif", Exif.APPLY)),
             "activation": Activation(tree["activation"]),
-            "cache": cache,
         }
-        return cls(**(given | changes))
+        return cls(**(given | {"cache": cache} | changes))
 
 
-def _matching(tree: dict[str, Any]) -> Matching:
-    """What a set says of how names were found in captions; one without captions says nothing, and one that is older
-    neither.
-    """
-    return Matching(tree.get("matching", Matching.LEMMAS if tree.get("captions") is None else Matching.WORDS))
+def recipe_of(tree: dict[str, Any]) -> CropRecipe | DenseRecipe:
+    """What becomes of a box, by what made a set, or a product's key inputs."""
+    if "dense" in tree:
+        return DenseRecipe(tree["dense"]["side"])
+    return CropRecipe.from_inputs(tree["crop"]) if "crop" in tree else PLAIN_BOX
 
 
-def _absolute(path: Path | None) -> str | None:
-    return None if path is None else str(path) if is_shipped(path) else str(path.absolute())
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
+def _plain(value: Any) -> Any:
+    """A field as a JSON value; paths are absolute."""
+    if isinstance(value, DataPaths):
+        return {name: _plain(getattr(value, name)) for name in ("root", "images", "annotations")}
+    if isinstance(value, Path):
+        return str(value) if is_shipped(value) else str(value.absolute())
+    return list(value) if isinstance(value, tuple) else value

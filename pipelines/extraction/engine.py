@@ -1,19 +1,18 @@
-"""One process's hands on an extraction: it can do any units of the work, parts of levels, in any order.
+"""What an extraction has to do, per level hit, extend or extract, and why; and one process's hands on it, which can do
+any units of the work, parts of levels, in any order.
 
 Units are the same whoever does them: a part's crops go through the model in row order, in batches of one fixed shape
 (the last one filled up with zeros), so that its bytes depend neither on the number of workers nor on what was done
 before.
 
-How the units of an extraction are shared out: one process, torchrun's, or a SLURM array's `--shard I/N`.
-
-There is one way through all of them: every process goes over its own share of the same list, leaves out what is done,
-and claims what it does. Shares may change between runs, and may overlap: the bytes are the same.
+The units are shared out over one process, torchrun's, or a SLURM array's `--shard I/N`. There is one way through all of
+them: every process goes over its own share of the same list, leaves out what is done, and claims what it does. Shares
+may change between runs, and may overlap: the bytes are the same.
 """
 
-import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -24,26 +23,199 @@ import torch
 from tqdm import tqdm
 
 from hdovd.cache.catalog import Catalog
-from hdovd.cache.picture_files import LATER, known_files, write_files
+from hdovd.cache.identity import KeyInputs, differences, key_of
+from hdovd.cache.picture_files import LATER, write_files
 from hdovd.cache.product import Product
 from hdovd.cache.rows import Rows, open_rows
-from hdovd.cache.schema import Level
+from hdovd.cache.schema import (
+    CHUNK_ROWS,
+    IMAGE_PART_ROWS,
+    PART_ROWS,
+    ROW_ARRAYS,
+    TABLE_ARRAYS,
+    TABLES,
+    Level,
+    row_arrays,
+)
 from hdovd.cache.writer import ProductWriter
-from hdovd.core.errors import HdovdError
+from hdovd.core.errors import HdovdError, counted
 from hdovd.data.coco import Split
 from hdovd.pipelines.common.console import progress
-from hdovd.pipelines.common.device import shown
+from hdovd.pipelines.common.device import shown, workers_for
 from hdovd.pipelines.embedding.crops import Cutter
 from hdovd.pipelines.embedding.embedders import Crops, Embedder
 from hdovd.pipelines.embedding.feed import PartRows, RowBatch, Wanted, embed, own_threads
-from hdovd.pipelines.extraction.boxes import BoxTable
-from hdovd.pipelines.extraction.config import LabelRule, Share
-from hdovd.pipelines.extraction.picture_hashes import PictureHashes, files_of
-from hdovd.pipelines.extraction.plan import LevelPlan
-from hdovd.pipelines.extraction.pseudo_labels import Labels, label_rows
+from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule, Share
+from hdovd.pipelines.extraction.identities import BoxTable, PictureHashes, files_of, match_rows
+from hdovd.pipelines.extraction.pseudo_labels import label_rows
 from hdovd.pipelines.extraction.text import TextRows
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.teachers.base import Teacher
+
+MATCHED_BY = {
+    Level.IMAGE: ("image_id", "image_hash"),
+    Level.INSTANCE: ("image_id", "image_hash", "box"),
+}  # what makes a row the same row
+DATA_INPUTS = (
+    "images",
+    "boxes",
+    "exif",
+)  # inputs that may differ between two products whose rows are the same where they match
+
+
+@dataclass(slots=True)
+class LevelPlan:
+    """One level of an extraction.
+
+    `decision` is "hit", "extend" or "extract", `reason` why it is no hit. `redo`: finished parts to make again.
+    `kept` (rows,) bool: rows whose image could be read, if parts are made again. `donor` and `reuse` (rows,): another
+    product that has rows of this one, and which; -1 where it has not.
+    """
+
+    level: Level
+    inputs: KeyInputs
+    rows: int
+    dim: int
+    part_rows: int
+    names: list[str] | None
+    decision: str = "extract"
+    reason: str = ""
+    missing: list[int] | None = None
+    redo: tuple[int, ...] = ()
+    kept: np.ndarray | None = None
+    donor: Product | None = None
+    reuse: np.ndarray | None = None
+
+    @property
+    def key(self) -> str:
+        return key_of(self.inputs)
+
+    @property
+    def parts(self) -> int:
+        return -(-self.rows // self.part_rows) if ROW_ARRAYS[self.level] else 0
+
+    @property
+    def todo(self) -> list[int]:
+        """The parts to write."""
+        return sorted({*(range(self.parts) if self.missing is None else self.missing), *self.redo})
+
+    @property
+    def new_rows(self) -> int:
+        """Rows to compute."""
+        return self.new_rows_of(self.todo)
+
+    def new_rows_of(self, parts: Iterable[int]) -> int:
+        """Rows of some parts, less those that the product itself or another one has."""
+        new = np.ones(self.rows, bool) if self.reuse is None else self.reuse < 0
+        new = new if self.kept is None else new & ~self.kept
+        return sum(int(new[part * self.part_rows : (part + 1) * self.part_rows].sum()) for part in parts)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of the row arrays, or of the tables of a level that has nothing else."""
+        arrays = row_arrays(self.level, self.dim)
+        if not arrays:
+            return (
+                sum(np.dtype(dtype).itemsize for dtype in TABLE_ARRAYS[self.level].values()) + 3 * 4
+            )  # box is four values
+        return sum(np.dtype(dtype).itemsize * (self.dim if wide else 1) for dtype, wide in arrays.values())
+
+
+def plan_levels(
+    catalog: Catalog | None,
+    inputs: dict[Level, KeyInputs],
+    table: BoxTable,
+    dim: int,
+    *,
+    part_rows: int,
+    retry_failed: bool,
+    read_alike: Callable[[int], bool] = lambda _: True,
+) -> list[LevelPlan]:
+    """A plan for every level of `inputs`, against what `catalog` holds; None for no cache yet. `read_alike`: whether
+    the picture of this number is the same by all rules of reading.
+    """
+    plans: list[LevelPlan] = []
+    for level in sorted(inputs, key=list(Level).index):
+        names = inputs[level].get("names")
+        rows = len(table.image_id if level is Level.IMAGE else table.box) if names is None else len(names)
+        asked = part_rows
+        if level is Level.IMAGE:  # a row where others have a picture's worth of boxes: smaller parts, of whole chunks
+            asked = max(1, part_rows * IMAGE_PART_ROWS // PART_ROWS)
+            asked -= asked % CHUNK_ROWS if asked > CHUNK_ROWS else 0
+        dim_of_row = dim if "embedding" in ROW_ARRAYS[level] else inputs[level].get("top_k", 0)
+        plan = LevelPlan(level, inputs[level], rows, dim_of_row, asked, names)
+        if catalog is None:
+            plan.reason = "no cache yet"
+        else:
+            _compare(catalog, plan, table, read_alike, retry_failed=retry_failed)
+        plans.append(plan)
+    return plans
+
+
+def _compare(
+    catalog: Catalog, plan: LevelPlan, table: BoxTable, read_alike: Callable[[int], bool], *, retry_failed: bool
+) -> None:
+    product = catalog.find(plan.level, plan.key)
+    if product is not None:
+        plan.part_rows, plan.missing = product.part_rows, product.missing()
+        plan.redo = tuple(product.failed_parts()) if retry_failed else ()
+        plan.kept = _usable(product)[:-1] if plan.redo else None
+        again = f"tries again what could not be read: {counted(len(product.failed()), 'image')}" if plan.redo else ""
+        if product.whole:
+            plan.decision, plan.reason = "extract" if plan.redo else "hit", again
+            return
+        _find_donor(catalog, plan, table, read_alike)
+        done = product.parts - len(plan.missing)
+        plan.decision = "extend" if done or plan.donor else "extract"
+        plan.reason = f"goes on: {done} of {product.parts} parts are done" + (f"; {again}" if again else "")
+        return
+    nearest, lines = catalog.nearest(plan.level, plan.inputs)
+    plan.reason = f"no {plan.level} product yet" if nearest is None else "; ".join(lines)
+    _find_donor(catalog, plan, table, read_alike)
+    if plan.donor is not None:
+        plan.decision = "extend"
+
+
+def _find_donor(catalog: Catalog, plan: LevelPlan, table: BoxTable, read_alike: Callable[[int], bool]) -> None:
+    """The product of the same CLIP and recipe that has most of the rows wanted."""
+    if plan.level not in MATCHED_BY:
+        return
+    wanted = [_per_row(name, plan.level, getattr(table, name), table.offset) for name in MATCHED_BY[plan.level]]
+    fixed = {name: value for name, value in plan.inputs.items() if name not in DATA_INPUTS}
+    for product in catalog.products(plan.level):
+        theirs = {name: value for name, value in product.attributes["key_inputs"].items() if name not in DATA_INPUTS}
+        if product.key == plan.key or differences(fixed, theirs) or not product.is_finished(TABLES):
+            continue
+        offset = product.table("offset") if product.level is Level.INSTANCE else table.offset
+        reuse = match_rows(
+            wanted, [_per_row(name, product.level, product.table(name), offset) for name in MATCHED_BY[product.level]]
+        )
+        reuse[~_usable(product)[reuse] & (reuse >= 0)] = -1
+        if product.attributes["key_inputs"].get("exif") != plan.inputs["exif"]:
+            alike = np.array([read_alike(n) for n in range(len(table.image_id))], bool)
+            reuse[~_per_row("", plan.level, alike, table.offset)] = -1
+        if (reuse >= 0).sum() > (0 if plan.reuse is None else (plan.reuse >= 0).sum()):
+            plan.donor, plan.reuse = product, reuse
+
+
+def _per_row(name: str, level: Level, values: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """A table with an entry a row of the level: what an image has stands once for each of its boxes."""
+    return values if level is Level.IMAGE or name == "box" else np.repeat(values, np.diff(offset))
+
+
+def _usable(product: Product) -> np.ndarray:
+    """(rows + 1,) bool: rows of finished parts whose image could be read; the last, for no row at all, is False."""
+    usable = np.zeros(product.rows + 1, bool)
+    for part in product.finished():
+        start, stop = product.rows_of(part)
+        usable[start:stop] = True
+    failed = list(product.failed())
+    if failed:
+        image_id = product.table("image_id")
+        per_row = image_id if product.level is Level.IMAGE else np.repeat(image_id, np.diff(product.table("offset")))
+        usable[:-1] &= ~np.isin(per_row, failed)
+    return usable
+
 
 PROBE_IMAGES = 16
 PROBE_BOXES = 64  # an image
@@ -83,19 +255,12 @@ class Cost:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What the rows of a level cost, measured on a few, and GPU memory in use."""
-
-    costs: dict[Level, Cost]
-    gpu_bytes: int | None
-
-
 class Extraction:
     """The inputs of an extraction, its plan, and the products that it fills."""
 
     def __init__(
         self,
+        config: ExtractConfig,
         split: Split,
         table: BoxTable,
         pictures: PictureHashes,
@@ -104,33 +269,25 @@ class Extraction:
         teacher: Teacher,
         embedders: Mapping[Level, Embedder],
         plans: list[LevelPlan],
-        *,
-        templates: tuple[str, ...],
-        batch_size: int | None,
-        workers: int,
-        origin: dict[str, Any] | None = None,
+        origin: dict[str, Any],
     ) -> None:
         """`origin`: what a set's record says of the proposals."""
-        self.origin = origin or {}
-        self.split, self.table, self.pictures, self.nouns, self.teacher = split, table, pictures, nouns, teacher
-        self.embedders = embedders
+        self.split, self.table, self.pictures, self.teacher = split, table, pictures, teacher
+        self.embedders, self.templates, self.origin = embedders, config.templates, origin
         self._texts = {Level.CLASS: classes} | ({} if nouns is None else {Level.NOUN: TextRows(nouns.vocabulary)})
         self.plans = {plan.level: plan for plan in plans}
-        self.templates, self._batch_size, self.workers = templates, batch_size, workers
+        self._batch_size = config.batch_size or teacher.best_batch()
+        self.workers = workers_for(teacher.device, config.workers)
         self.done: list[Unit] = []  # by this process, pseudo labels too
         self._writers: dict[Level, ProductWriter] = {}
         self._donors: dict[Level, Rows] = {}
-        self._sound: set[tuple[Level, int]] = set()  # parts of donors whose checksums were found right
-        by_image = None if nouns is None else nouns.by_image
-        self._offered = (
-            None if by_image is None else {image: np.array(rows, np.int64) for image, rows in by_image.items()}
-        )
+        self._offered = None if nouns is None else nouns.by_image
         self.bar: tqdm[Any] | None = None
 
     def begin(self, catalog: Catalog) -> None:
         """Begin every product that is not there yet."""
         self._catalog = catalog
-        made_with = {**self.teacher.made_with, "batch_size": self._batch_size or self.teacher.best_batch()}
+        made_with = {**self.teacher.made_with, "batch_size": self._batch_size}
         for level, plan in self.plans.items():
             if level is Level.PSEUDO_LABEL:  # made part by part with the crops that it names
                 plan.part_rows = self.plans[Level.INSTANCE].part_rows
@@ -145,9 +302,7 @@ class Extraction:
                 names=plan.names,
                 made_with={} if level is Level.BOXES else made_with,
             )
-            plan.part_rows = self._writers[
-                level
-            ].product.part_rows  # another process may have begun it since it was planned
+            plan.part_rows = self.product(level).part_rows  # another process may have begun it since it was planned
         if self.pictures.later:  # they need not be hashed again
             write_files(self.product(Level.IMAGE), LATER, self.pictures.files[self.pictures.files["size"] >= 0])
 
@@ -164,18 +319,12 @@ class Extraction:
         ]
         return texts, pictures
 
-    def do(self, units: Iterable[Unit]) -> list[Unit]:
-        """Do units unless they are done; those that another process is at are left out, and returned.
+    def do(self, units: Iterable[Unit], *, wait: bool = False) -> list[Unit]:
+        """Do units unless they are done; those that another process is at are left out, and returned. `wait`: until
+        that ends, or takes too long; for one unit, since who waits for a claim may hold no other.
 
         While a part is written, the next one is computed.
         """
-        return self._do(units, wait=False)
-
-    def wait_for(self, unit: Unit) -> None:
-        """Do a unit unless it is done; if another process is at it, wait until that ends, or takes too long."""
-        self._do([unit], wait=True)  # one unit: who waits for a claim may hold no other
-
-    def _do(self, units: Iterable[Unit], *, wait: bool) -> list[Unit]:
         busy: list[Unit] = []
         writes: deque[Future[None]] = deque()
         asked: deque[tuple[_Part, RowBatch]] = deque()  # what is being embedded
@@ -262,12 +411,13 @@ class Extraction:
         level, number = part.unit.level, part.unit.part
         with part.claim:
             if part.rows is not None:
-                files = files_of(part.rows.files, self.pictures.files, self._images_of(part).tolist())
-                write_files(self.product(level), number, files)
+                rows = np.arange(*self.product(level).rows_of(number))
+                images = np.unique(self.embedders[level].images_of(rows)).tolist()
+                write_files(self.product(level), number, files_of(part.rows.files, self.pictures.files, images))
                 self._writers[level].write_part(number, {"embedding": part.rows.embedding}, part.rows.failed)
             elif part.is_mine:
-                rows = self._texts[level].embed(self.teacher, self.templates, *self.product(level).rows_of(number))
-                self._writers[level].write_part(number, {"embedding": rows})
+                texts = self._texts[level].embed(self.teacher, self.templates, *self.product(level).rows_of(number))
+                self._writers[level].write_part(number, {"embedding": texts})
             if part.is_mine:
                 self.done.append(part.unit)
         for follows in self._levels_of(part.unit)[1:]:
@@ -278,20 +428,8 @@ class Extraction:
                 if not mine:
                     busy.append(part.unit)
                 elif not product.is_finished(number):
-                    self._writers[follows].write_part(number, self._pseudo_labels(*product.rows_of(number)).arrays())
+                    self._writers[follows].write_part(number, self._pseudo_labels(*product.rows_of(number)))
                     self.done.append(Unit(follows, number))
-
-    # --- pictures ---
-
-    def _images_of(self, part: _Part) -> np.ndarray:
-        """The numbers of the images that a part has rows of."""
-        rows = np.arange(*self.product(part.unit.level).rows_of(part.unit.part))
-        return np.unique(self.embedders[part.unit.level].images_of(rows))
-
-    def turned_either_way(self) -> int:
-        """Pictures whose annotated size fits them turned and as stored, as far as that is known."""
-        known = known_files(self.product(Level.IMAGE))
-        return len(np.unique(known["image_id"][known["either"]]))
 
     def _rows(self, unit: Unit) -> PartRows:
         """The rows of a part, with what another product has of them."""
@@ -307,45 +445,35 @@ class Extraction:
     def _rows_again(self, unit: Unit) -> PartRows:
         """The rows of a finished part, those of images that could not be read to be embedded again."""
         product, (start, stop) = self.product(unit.level), self.product(unit.level).rows_of(unit.part)
-        product.require_sound(unit.part)
-        rows = open_rows(product, "embedding", parts={unit.part}).read(start, stop)
+        rows = open_rows(product, "embedding", parts={unit.part}, checked=True).read(start, stop)
         embedder = self.embedders[unit.level]
         image_ids = self.table.image_id[embedder.images_of(np.arange(start, stop))]
         return PartRows(embedder, start, np.array(rows), np.isin(image_ids, [*product.failed()]))
 
     def _batch_size_of(self, level: Level) -> int:
         """The one that the product was begun with, whatever this process was told."""
-        return int(
-            self.product(level).attributes["made_with"].get("batch_size")
-            or self._batch_size
-            or self.teacher.best_batch()
-        )
+        return int(self.product(level).attributes["made_with"].get("batch_size") or self._batch_size)
 
     def _reused(self, level: Level, donor: Product, rows: np.ndarray) -> np.ndarray:
+        """Rows of another product, whose checksums are compared: a copy of a damaged row would have one that is
+        right.
+        """
         if level not in self._donors:
-            self._donors[level] = open_rows(donor, "embedding", parts=donor.finished())
-        for part in np.unique(rows // donor.part_rows).tolist():
-            if (level, part) not in self._sound:  # a copy of a damaged row would have a checksum that is right
-                donor.require_sound(part)
-                self._sound.add((level, part))
+            self._donors[level] = open_rows(donor, "embedding", parts=donor.finished(), checked=True)
         runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
         pieces = [self._donors[level].read(int(run[0]), int(run[-1]) + 1) for run in runs]
-        return np.concatenate(pieces) if pieces else np.zeros((0, self.teacher.dim), np.float16)
+        return np.concatenate([np.zeros((0, self.teacher.dim), np.float16), *pieces])
 
-    # --- pseudo labels ---
-
-    def _pseudo_labels(self, start: int, stop: int) -> Labels:
+    def _pseudo_labels(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Of the rows of a part, from what the cache holds of its crops and of the nouns."""
         instances = self.product(Level.INSTANCE)
         embeddings = open_rows(instances, "embedding", parts={start // instances.part_rows}).read(start, stop)
         nouns, rule = self.product(Level.NOUN).table("embedding"), LabelRule.of(self.plans[Level.PSEUDO_LABEL].inputs)
         return label_rows(self.table, start, stop, embeddings, nouns, self._offered, rule)
 
-    # --- measuring ---
-
-    def probe(self) -> Probe:
-        """Cut rows of some images spread over the list, and embed a few. Raises HdovdError if none of those images can
-        be read.
+    def probe(self) -> dict[Level, Cost]:
+        """What the rows of a level cost: rows of some images spread over the list are cut, and a few embedded. Raises
+        HdovdError if none of those images can be read.
         """
         count, offset = min(PROBE_IMAGES, len(self.split.images)), self.table.offset
         numbers = np.unique(np.linspace(0, len(self.split.images) - 1, count).astype(np.int64))
@@ -354,7 +482,7 @@ class Extraction:
         box = self._cost(Level.INSTANCE, boxes) if len(boxes) else None
         alike = isinstance(embedder, Crops) and embedder.places(1) == 1  # a picture is a crop like any other
         image = box if box is not None and alike else self._cost(Level.IMAGE, numbers)
-        return Probe({Level.IMAGE: image, Level.INSTANCE: box or image}, self.teacher.peak_memory_bytes())
+        return {Level.IMAGE: image, Level.INSTANCE: box or image}
 
     def _cost(self, level: Level, rows: np.ndarray) -> Cost:
         embedder, on_gpu = self.embedders[level], self.teacher.device.type == "cuda"
@@ -368,76 +496,31 @@ class Extraction:
                     f"none of {len(jobs)} pictures of {self.split.folder} can be read, spread over "
                     f"{len(self.split.images)}; the first: {next(iter(batch.problems.values()))}"
                 )
-            size = self._batch_size or self.teacher.best_batch()
-            size = size if on_gpu else min(size, PROBE_BATCH_CPU)
-            few = embedder.jobs(embedder.groups(rows, size)[0])
-            batch, filled = (
-                cutter.batch(few, embedder.places(size)),
-                sum(job.count for job in few) / embedder.places(size),
-            )
+            size = self._batch_size if on_gpu else min(self._batch_size, PROBE_BATCH_CPU)
+            few, places = embedder.jobs(embedder.groups(rows, size)[0]), embedder.places(size)
+            batch = cutter.batch(few, places)
             thread.submit(embedder.encode, batch).result()  # the first call prepares what later ones use
             since = time.monotonic()
             thread.submit(embedder.encode, batch).result()
-            embed_s = (
-                (time.monotonic() - since)
-                * filled
-                / sum(job.rows for job in few)
-                / (1 if on_gpu else torch.get_num_threads())
-            )
+            of_rows = (time.monotonic() - since) * sum(job.count for job in few) / places
+        embed_s = of_rows / sum(job.rows for job in few) / (1 if on_gpu else torch.get_num_threads())
         return Cost(cut_s, embed_s)
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessShare:
-    """What this process does: the part of the work that its command was given, and its rank among torchrun's `world`
-    processes.
-    """
-
-    command: Share = Share(0, 1)  # noqa: RUF009 - frozen
-    rank: int = 0
-    world: int = 1
-    local_rank: int | None = None
-
-    @property
-    def count(self) -> int:
-        """How many processes there are for all of the work."""
-        return self.command.count * self.world
-
-    @property
-    def speaks(self) -> bool:
-        """Whether this process prints: one of torchrun's does."""
-        return self.rank == 0
-
-    def device(self, asked: str) -> str:
-        """Under torchrun, one GPU a process."""
-        import torch
-
-        own = self.local_rank is not None and asked in ("auto", "cuda") and torch.cuda.is_available()
-        return f"cuda:{self.local_rank}" if own else asked
-
-
-def this_share(asked: Share | None) -> ProcessShare:
-    """`asked` (None: all), shared again among the processes of torchrun if it started this one."""
-    command = asked or Share(0, 1)
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return ProcessShare(command)
-    return ProcessShare(command, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
-
-
-def do_share(extraction: Extraction, share: ProcessShare) -> None:
+def do_share(extraction: Extraction, share: Share) -> None:
     """Do this process's units, then what the others of the same torchrun have not come to, and wait for what is in
     work.
     """
     texts, units = extraction.units()
     for unit in extraction.do(texts):
-        extraction.wait_for(unit)
-    asked = units[share.command.index :: share.command.count]
+        extraction.do([unit], wait=True)
+    asked = units[share.index :: share.count]
     mine = asked[share.rank :: share.world]
     others = [unit for unit in reversed(asked) if unit not in mine]  # from the end: where the others come last
     label = f"CLIP on {shown(extraction.teacher.device)}" + (f", 1 of {share.world}" if share.world > 1 else "")
     with progress(None, label, "row", total=new_rows(extraction, mine) if share.speaks else 0) as extraction.bar:
         for unit in extraction.do(mine + others):
-            extraction.wait_for(unit)
+            extraction.do([unit], wait=True)
 
 
 def new_rows(extraction: Extraction, units: list[Unit]) -> int:

@@ -1,36 +1,213 @@
 """Extraction: run the frozen CLIP once over class names, nouns, images, base boxes and proposals. See
 `hdovd.cache.schema` for what it writes.
 
-Extraction into a Zarr cache: the plan is told, its units are shared out over processes, and the finished products
-become a set.
+First inputs are read, the teacher is loaded, and all levels are planned; the plan is told, its units are shared out
+over processes, and the finished products become a set.
 
-Extraction straight to tar shards: `hdovd extract-clip --store webdataset`.
-
-Rows come in parts that are no shard's, and a killed extraction must go on where it was; so it fills a Zarr cache,
-`.zarr` in the folder of the shards, exports that, and deletes it when every shard has been read back.
+Straight to tar shards (`--store webdataset`): rows come in parts that are no shard's, and a killed extraction must go
+on where it was; so it fills a Zarr cache, `.zarr` in the folder of the shards, exports that, and deletes it when every
+shard has been read back.
 """
 
+import os
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
 
 from hdovd.cache.catalog import Catalog, FeatureSet
-from hdovd.cache.identity import differences
-from hdovd.cache.local import open_folder
+from hdovd.cache.identity import KeyInputs, differences
+from hdovd.cache.picture_files import known_files
 from hdovd.cache.schema import TAR_META, Level
-from hdovd.cache.store import Folder
+from hdovd.cache.store import Folder, open_folder
 from hdovd.cache.tar_shards import TarMeta, TarShards, forget_shard, unfinished_shards
-from hdovd.core.errors import HdovdError, counted
+from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.core.log import log, quiet
-from hdovd.data.coco import Exif
+from hdovd.data.coco import Exif, Skips, Split
+from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import duration, progress, size
+from hdovd.pipelines.common.images import read_alike
 from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.extraction.config import Executor, ExtractConfig, Store
-from hdovd.pipelines.extraction.engine import Extraction, do_share, this_share
-from hdovd.pipelines.extraction.prepare import ExtractReport, plan_lines, prepare
-from hdovd.pipelines.extraction.source import TarExportConfig
-from hdovd.pipelines.extraction.tar_export import export_tars
-from hdovd.pipelines.extraction.text import object_text_entry
+from hdovd.pipelines.embedding.build import embedders_of
+from hdovd.pipelines.embedding.embedders import Pictures
+from hdovd.pipelines.extraction.config import Executor, ExtractConfig, Store, this_share
+from hdovd.pipelines.extraction.engine import Cost, Extraction, do_share, plan_levels
+from hdovd.pipelines.extraction.export import export_tars
+from hdovd.pipelines.extraction.identities import box_table, level_inputs, picture_hashes
+from hdovd.pipelines.extraction.source import ExportConfig
+from hdovd.pipelines.extraction.text import TextRows, object_text_entry, read_class_embeddings, read_synonyms
+from hdovd.pipelines.nouns.allowed import Nouns, named_novel, read_noun_file, read_nouns
+from hdovd.pipelines.proposal_files.file import Proposals, made_by_line, read_table, usable_proposals
 from hdovd.pipelines.teachers.base import Teacher
+
+
+def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction:
+    """Read the inputs, load the model and plan. Writes nothing. Raises HdovdError for bad input."""
+    catalog = Catalog.find_at(config.cache)  # first: what is in the way is said before all work
+    protocol = load_protocol(config.protocol)
+    split = config.data.load("train2017", protocol, base_only=True, exif=config.exif)
+    proposals, origin = _proposals(config, split)
+    pictures = picture_hashes(split, () if catalog is None else catalog.products())
+    if pictures.changed:
+        log(
+            f"{counted(len(pictures.changed), 'picture is', 'pictures are')} not what the cache has of the same id and "
+            f"size (images {shorten([*pictures.changed])}): to be embedded anew"
+        )
+    table = box_table(split.images, proposals, pictures.values)
+    synonyms, embeddings = config.synonyms, config.class_embeddings
+    classes = TextRows(
+        protocol.names,
+        {} if synonyms is None else read_synonyms(synonyms, protocol.names),
+        None if embeddings is None else read_class_embeddings(embeddings, protocol.names),
+    )
+    nouns = _nouns(config, split)
+    if nouns is not None and config.labels.top > len(nouns.vocabulary):
+        raise HdovdError(f"--label-top-k {config.labels.top}: there are {len(nouns.vocabulary)} nouns")
+    novel = list(dict.fromkeys(name for own in protocol.novel for name in (own, *classes.synonyms.get(own, ()))))
+    if nouns is not None and (leaked := named_novel(nouns.vocabulary, novel)):
+        log(
+            f"note: the vocabulary holds {len(leaked)} of the {len(novel)} novel names ({shorten(list(leaked))}); "
+            "allowed, since captions hold them, and to be reported with results"
+        )
+    if teacher is None:
+        from hdovd.pipelines.teachers.openclip import load_clip
+
+        teacher = load_clip(
+            config.clip,
+            config.pretrained,
+            device=_own_device(config.device),
+            precision=config.precision,
+            activation=config.activation,
+            cached=partial(cached_precision, catalog, config.features),
+        )
+    for note in teacher.notes:
+        log(note)
+    if classes.embeddings is not None and classes.embeddings.shape[1] != teacher.dim:
+        raise HdovdError(
+            f"--class-embeddings {config.class_embeddings} holds rows of {classes.embeddings.shape[1]} values, the "
+            f"CLIP gives {teacher.dim}: are they of another CLIP?"
+        )
+    for rows in (classes, *(() if nouns is None else (TextRows(nouns.vocabulary),))):
+        for note in rows.notes(teacher, config.templates):
+            log(note)
+    embedders = embedders_of(
+        teacher, Pictures(split.images, split.path, table.offset, table.box, split.exif), config.recipe
+    )
+    inputs = level_inputs(teacher, table, nouns, classes, config.templates, embedders, config.labels)
+    plans = plan_levels(
+        catalog,
+        inputs,
+        table,
+        teacher.dim,
+        part_rows=config.part_rows,
+        retry_failed=config.retry_failed,
+        read_alike=partial(read_alike, split),
+    )
+    return Extraction(config, split, table, pictures, nouns, classes, teacher, embedders, plans, origin)
+
+
+def _own_device(asked: str) -> str:
+    """Under torchrun, one GPU a process."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and asked in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return asked
+
+
+def cached_precision(catalog: Catalog | None, features: str, clip: KeyInputs) -> Precision | None:
+    """What the cache's embeddings of a CLIP were computed in: those of the set `features`, else of whichever are there;
+    None without any.
+
+    clip: its identity, without `compute_dtype`.
+    """
+    if catalog is None:
+        return None
+    named = catalog.sets().get(features, FeatureSet({})).levels
+    products = sorted(catalog.products(), key=lambda product: named.get(product.level) != product.key)
+    for found in (product.attributes["key_inputs"].get("clip", {}) for product in products):
+        if all(found.get(name) == value for name, value in clip.items()):
+            return Precision.of(found.get("compute_dtype"))
+    return None
+
+
+def _nouns(config: ExtractConfig, split: Split) -> Nouns | None:
+    """What pseudo boxes may be named, if they are. Raises HdovdError for files that do not fit."""
+    if config.nouns is not None:
+        nouns, source = read_noun_file(config.nouns), f"--nouns {config.nouns}"
+    elif config.vocabulary is not None:
+        nouns, source = read_nouns(config.vocabulary, config.captions), f"--captions {config.captions}"
+    else:
+        return None
+    if not any(nouns.offered(image.id) for image in split.images):
+        raise HdovdError(
+            f"{source} has no noun for any of the {len(split.images)} training images (ids "
+            f"{shorten([image.id for image in split.images], 4)}): it is of the captions of other images"
+        )
+    return nouns
+
+
+def _proposals(config: ExtractConfig, split: Split) -> tuple[dict[int, Proposals], dict[str, Any]]:
+    """The proposals, and what the set's record says of them."""
+    if config.proposals is None:
+        log("no --proposals: caching base boxes alone; pseudo boxes need them")
+        return {}, {}
+    found = read_table(config.proposals, split.annotations)
+    identity = found.identity()
+    for line in (
+        f"proposals {identity} of {config.proposals}: {len(found.image_id):,d} boxes, {found.form}; "
+        + made_by_line(found.made_by),
+        *found.notes,
+    ):
+        log(line)
+    before = dict(split.skips.by_reason)
+    proposals = usable_proposals(found, config.proposals, split.images, split.skips)
+    for line in Skips({reason: ids for reason, ids in split.skips.by_reason.items() if reason not in before}).lines():
+        log(line)
+    return proposals, {"file": config.proposals.name, "identity": identity, "made_by": found.made_by}
+
+
+@dataclass(slots=True)
+class ExtractReport:
+    """What an extraction did. `whole`: whether the cache is, or other workers' parts are missing."""
+
+    levels: dict[Level, str] = field(default_factory=dict)
+    rows: dict[Level, int] = field(default_factory=dict)
+    new_rows: dict[Level, int] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+    whole: bool = True
+
+
+def report_plan(
+    extraction: Extraction, costs: dict[Level, Cost] | None, config: ExtractConfig, processes: int
+) -> ExtractReport:
+    """Say the plan as a table, with what it will cost."""
+    log(f"plan for {config.cache}")
+    log(f"  {'level':13s}{'plan':8s}{'rows':>11s}{'new':>11s}{'new bytes':>11s}  key")
+    plans = extraction.plans
+    for plan in plans.values():
+        new = plan.new_rows if plan.parts else (0 if plan.decision == "hit" else plan.rows)
+        numbers = f"{plan.rows:11,d}{new:11,d}{size(new * plan.row_bytes):>11s}"
+        log(f"  {plan.level:13s}{plan.decision:8s}{numbers}  {plan.key[:12]}")
+        for reason in filter(None, plan.reason.split("; ")):
+            log(f"  {'':13s}{reason}")
+    report = ExtractReport(
+        {level: plan.decision for level, plan in plans.items()},
+        {level: plan.rows for level, plan in plans.items()},
+        {level: plan.new_rows for level, plan in plans.items()},
+    )
+    if costs is not None:
+        rows, memory = {level: plans[level].new_rows for level in costs}, extraction.teacher.peak_memory_bytes()
+        seconds = sum(cost.seconds(rows[level], extraction.workers) for level, cost in costs.items()) / processes
+        box, who = costs[Level.INSTANCE], counted(processes, "process", "processes")
+        log(
+            f"  {sum(rows.values()):,d} pictures and boxes: about {duration(seconds)} (a short probe: "
+            f"{1000 * box.cut_s:.2f} ms to cut, {1000 * box.embed_s:.2f} ms to embed a box; "
+            f"{'a Ray worker' if config.executor is Executor.RAY else who} with --workers {extraction.workers})"
+            + ("" if memory is None else f"; GPU memory {size(memory)}")
+        )
+    return report
 
 
 def fill_cache(config: ExtractConfig, teacher: Teacher | None = None) -> ExtractReport:
@@ -39,7 +216,7 @@ def fill_cache(config: ExtractConfig, teacher: Teacher | None = None) -> Extract
     if config.executor is Executor.RAY:
         from hdovd.pipelines.extraction.ray_executor import do_with_ray
 
-        if share.count > 1:
+        if share.processes > 1:
             raise HdovdError(
                 "--executor ray shares the work out by itself: start one process, without --shard and torchrun"
             )
@@ -47,14 +224,9 @@ def fill_cache(config: ExtractConfig, teacher: Teacher | None = None) -> Extract
     config = replace(
         config, precision=Precision.of(extraction.teacher.identity.get("compute_dtype")) or config.precision
     )
-    plans = list(extraction.plans.values())
-    report = ExtractReport(
-        {p.level: p.decision for p in plans}, {p.level: p.rows for p in plans}, {p.level: p.new_rows for p in plans}
-    )
     with_pictures = any(extraction.plans[level].new_rows for level in (Level.IMAGE, Level.INSTANCE))
-    probe = extraction.probe() if with_pictures and share.speaks else None
-    for line in plan_lines(plans, probe, config, share.count, extraction.workers):
-        log(line)
+    costs = extraction.probe() if with_pictures and share.speaks else None
+    report = report_plan(extraction, costs, config, share.processes)
     if config.dry_run:
         log("a dry run: nothing was written")
         return report
@@ -65,7 +237,7 @@ def fill_cache(config: ExtractConfig, teacher: Teacher | None = None) -> Extract
     since = time.monotonic()
     try:
         if config.executor is Executor.RAY:
-            do_with_ray(extraction, config)
+            do_with_ray(extraction, config, prepare)
         else:
             do_share(extraction, share)
     except KeyboardInterrupt:
@@ -109,7 +281,8 @@ def _finish(
     )
     if before != features:
         catalog.write_set(config.features, features)
-    if count := extraction.turned_either_way():
+    known = known_files(extraction.product(Level.IMAGE))
+    if count := len(np.unique(known["image_id"][known["either"]])):
         log(
             f"{counted(count, 'picture has', 'pictures have')} an EXIF orientation, and a size that fits turned and as "
             f"stored: --exif "
@@ -170,10 +343,10 @@ def extract_to_tars(config: ExtractConfig, teacher: Teacher | None = None) -> Ex
         teacher = extraction.teacher
     if config.dry_run:
         return fill_cache(inner, teacher)
-    with folder.claim(f"worker-{share.command.index * share.world + share.rank}", wait=False):
+    with folder.claim(f"worker-{share.index * share.world + share.rank}", wait=False):
         report = fill_cache(inner, teacher)
     if report.whole:
-        for other in range(share.count):  # nobody may be reading what is deleted
+        for other in range(share.processes):  # nobody may be reading what is deleted
             with folder.claim(f"worker-{other}", wait=True):
                 pass
         with folder.claim("export", wait=True):
@@ -185,7 +358,7 @@ def extract_to_tars(config: ExtractConfig, teacher: Teacher | None = None) -> Ex
 def _export(config: ExtractConfig) -> None:
     """Write the shards, read them back, delete the Zarr cache."""
     export_tars(
-        TarExportConfig(
+        ExportConfig(
             cache=f"{config.cache}/{ZARR}",
             out=config.cache,
             data=config.data,
@@ -225,20 +398,14 @@ def _hit(config: ExtractConfig, extraction: Extraction, meta: TarMeta) -> Extrac
             f"--retry-failed: shards cannot be changed. Make a cache of them (hdovd cache import), give it to "
             f"extract-clip --retry-failed, and export it to another folder than {config.cache}"
         )
-    plans = list(extraction.plans.values())
-    for plan in plans:
+    for plan in extraction.plans.values():
         plan.decision, plan.reason, plan.missing = "hit", "", []
-    for line in plan_lines(plans, None, config, 1):
-        log(line)
+    report = report_plan(extraction, None, config, 1)
+    report.failed = meta.failed()
     log("everything is there: nothing to extract")
     if not config.dry_run:
         _delete_zarr(open_folder(config.cache))  # of a run that was killed while it deleted
-    return ExtractReport(
-        {p.level: p.decision for p in plans},
-        {p.level: p.rows for p in plans},
-        {p.level: 0 for p in plans},
-        meta.failed(),
-    )
+    return report
 
 
 def _delete_zarr(folder: Folder) -> None:

@@ -1,37 +1,233 @@
-"""What determines each level of a cache, computed alike by extraction and by training.
+"""What determines each level of a cache, computed alike by extraction and by training: all images and boxes as one
+table, what stands for each picture in it, and what made the levels.
+
+The table is the row order of every level that has a row a box or an image. N images, M boxes: image by image in file
+order, base boxes before proposals, proposals best first.
+
+What stands for a picture (`image_hash`) tells two pictures of one name apart: a hash of file name and size, and of the
+content where the cache has another picture of that name. Files of the place, size and time that the cache knows are not
+read; others are hashed.
 
 `data_inputs` holds what the training set decides; training asks the cache for exactly that.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
-from hdovd.cache.identity import KeyInputs, hash_tables, key_of
+from hdovd.cache.identity import KeyInputs, hash_tables, key_of, table_inputs
+from hdovd.cache.picture_files import FILE, PictureFile, known_files, place_of
+from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import SCHEMA_VERSION, Level
-from hdovd.core.errors import HdovdError
+from hdovd.cache.schema import SCHEMA_VERSION, TABLE_ARRAYS, Level, Source
+from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.data.coco import Exif, ImageBoxes, Split
 from hdovd.pipelines.embedding.embedders import Embedder
-from hdovd.pipelines.extraction.boxes import BoxTable, box_table
 from hdovd.pipelines.extraction.config import ONE_NOUN, LabelRule
-from hdovd.pipelines.extraction.picture_hashes import picture_hashes
 from hdovd.pipelines.extraction.text import TextRows
 from hdovd.pipelines.nouns.allowed import Nouns
+from hdovd.pipelines.proposal_files.file import NO_PROPOSALS, Proposals
 from hdovd.pipelines.teachers.base import Teacher
+
+READERS = 8  # threads that hash
+
+
+@dataclass(frozen=True, slots=True)
+class BoxTable:
+    """image_id (N,) i64, image_hash (N,) u64 (see `picture_hashes`), image_size (N, 2) i32, offset (N+1,) i64; box (M,
+    4) f32 xyxy pixels, source (M,) u8, score (M,) f32, annotation_id (M,) i64.
+    """
+
+    image_id: np.ndarray
+    image_hash: np.ndarray
+    image_size: np.ndarray
+    offset: np.ndarray
+    box: np.ndarray
+    source: np.ndarray
+    score: np.ndarray
+    annotation_id: np.ndarray
+
+    def tables(self, level: Level) -> dict[str, np.ndarray]:
+        """The tables that a level's product holds."""
+        return {name: getattr(self, name) for name in TABLE_ARRAYS[level]}
+
+    def inputs(self) -> KeyInputs:
+        """What the identities of a cache's levels say of `images`, `boxes`, `base_boxes` and `proposals`."""
+        return table_inputs(Level.BOXES, self.tables(Level.BOXES))
+
+    def images_of(self, start: int, stop: int) -> range:
+        """The images that have rows between `start` and `stop`."""
+        if stop <= start:
+            return range(0)
+        first = int(np.searchsorted(self.offset, start, "right")) - 1
+        return range(first, int(np.searchsorted(self.offset, stop, "left")))
+
+
+def box_table(
+    images: Sequence[ImageBoxes], proposals: dict[int, Proposals], hashes: np.ndarray | None = None
+) -> BoxTable:
+    """The table of all base boxes and proposals. hashes: None for those of images that no cache has another picture
+    of."""
+    found = [proposals.get(i.id, NO_PROPOSALS) for i in images]
+    counts = np.array([(len(i.boxes), len(p.boxes)) for i, p in zip(images, found, strict=True)], np.int64).reshape(
+        -1, 2
+    )
+    source = np.repeat(np.tile(np.array([Source.BASE_BOX, Source.PROPOSAL], np.uint8), len(images)), counts.reshape(-1))
+    base, extra = source == Source.BASE_BOX, source == Source.PROPOSAL
+    box, score, annotation_id = (
+        np.zeros((len(source), 4), np.float32),
+        np.ones(len(source), np.float32),
+        np.full(len(source), -1, np.int64),
+    )
+    if len(images):
+        box[base], box[extra] = np.concatenate([i.boxes for i in images]), np.concatenate([p.boxes for p in found])
+        score[extra] = np.concatenate([p.scores for p in found])
+        annotation_id[base] = np.concatenate([i.annotation_ids for i in images])
+    return BoxTable(
+        image_id=np.array([i.id for i in images], np.int64),
+        image_hash=np.array([image_hash(i) for i in images], np.uint64) if hashes is None else hashes,
+        image_size=np.array([(i.width, i.height) for i in images], np.int32).reshape(-1, 2),
+        offset=np.concatenate([[0], np.cumsum(counts.sum(axis=1))]).astype(np.int64),
+        box=box,
+        source=source,
+        score=score,
+        annotation_id=annotation_id,
+    )
+
+
+def match_rows(wanted: Sequence[np.ndarray], have: Sequence[np.ndarray]) -> np.ndarray:
+    """For every row of the columns `wanted` the row of the columns `have` with the same bytes, or -1: (rows,) int64."""
+    a, b = _row_bytes(wanted), _row_bytes(have)
+    if not len(a) or not len(b):
+        return np.full(len(a), -1, np.int64)
+    codes_a, codes_b = _mixed(a), _mixed(b)
+    order = np.argsort(codes_b, kind="stable")
+    at = np.minimum(np.searchsorted(codes_b[order], codes_a), len(b) - 1)
+    found = order[at]
+    same: np.ndarray = (a == b[found]).all(axis=1)  # whatever the codes say
+    return np.where(same, found, -1)
+
+
+def _row_bytes(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Columns (n, ...) of 4 or 8 bytes a value as (n, w) uint32."""
+    return np.concatenate(
+        [
+            np.ascontiguousarray(c).view(np.uint32).reshape(len(c), -1) if len(c) else np.zeros((0, 1), np.uint32)
+            for c in columns
+        ],
+        axis=1,
+    )
+
+
+def _mixed(rows: np.ndarray) -> np.ndarray:
+    """A 64-bit code a row."""
+    code = np.zeros(len(rows), np.uint64)
+    for column in rows.T:
+        code = (code ^ column) * np.uint64(0x9E3779B97F4A7C15)
+        code ^= code >> np.uint64(29)
+    return code
+
+
+@dataclass(frozen=True, slots=True)
+class PictureHashes:
+    """Of the N images of a split: `values` (N,) uint64; `files` (N,) of `FILE`, as the cache knows them (`size` -1
+    where it does not).
+
+    `changed`: ids of images whose file is not the one that the cache saw. `later`: whether files were found again in
+    another place, or of another time.
+    """
+
+    values: np.ndarray
+    files: np.ndarray
+    changed: list[int]
+    later: bool
+
+    def require_unchanged(self, where: str) -> None:
+        """Raises HdovdError if a picture has changed since it was embedded."""
+        if self.changed:
+            raise HdovdError(
+                f"{counted(len(self.changed), 'picture is', 'pictures are')} not what {where} was made from (images "
+                f"{shorten([*self.changed])}): another content has the same id and size. The same hdovd extract-clip "
+                f"command embeds what changed, and keeps the rest"
+            )
+
+
+def image_hash(image: ImageBoxes, content: bytes = b"") -> int:
+    """Of name and size, and `content` if that is given: 64 bits."""
+    text = f"{image.file_name}\0{image.width}x{image.height}".encode()
+    return int.from_bytes(hashlib.sha256(text + (b"\0" + content if content else b"")).digest()[:8], "little")
+
+
+def picture_hashes(split: Split, products: Iterable[Product]) -> PictureHashes:
+    """What stands for the pictures of a split, by what `products` know of them."""
+    with_pictures = [product for product in products if product.level in (Level.IMAGE, Level.INSTANCE)]
+    known = np.concatenate([np.zeros(0, FILE), *map(known_files, with_pictures)])
+    known = known[np.argsort(known["image_id"], kind="stable")]
+    files = np.zeros(len(split.images), FILE)
+    files["image_id"], files["size"] = [image.id for image in split.images], -1
+    files["label"] = np.array([image_hash(image) for image in split.images], np.uint64)
+    files["annotated"] = np.array([(image.width, image.height) for image in split.images], np.int32).reshape(-1, 2)
+    first, last = (np.searchsorted(known["image_id"], files["image_id"], side) for side in ("left", "right"))
+
+    def settle(n: int) -> str:
+        """Enter what is known of an image's file: it is the same; or found again later, in another place or of another
+        time; or changed, if the cache has other pictures of that id and size and not this one.
+        """
+        image, mine = split.images[n], known[first[n] : last[n]]
+        mine = mine[(mine["annotated"] == files[n]["annotated"]).all(axis=1)]
+        path = split.path(image)
+        try:
+            stat = path.stat()
+            same = mine[
+                (mine["size"] == stat.st_size)
+                & (mine["modified"] == stat.st_mtime_ns)
+                & (mine["place"] == place_of(path))
+            ]
+            if len(same):
+                files[n] = same[0]
+            if len(same) or not len(mine):
+                return "same"
+            file = PictureFile.of(path, stat, path.read_bytes())
+        except OSError:  # who needs its pixels says so
+            return "same"
+        label = int(files[n]["label"])
+        again = mine[mine["content"] == file.content]
+        if len(again):
+            best = again[int(np.argmax(again["label"] == label))]
+            files[n] = (image.id, best["annotated"], best["label"], *file[:-1], best["either"])
+            return "later"
+        if (mine["label"] == label).any():
+            files[n]["label"] = image_hash(image, file.content)
+        return "changed"
+
+    numbers = np.flatnonzero(first < last).tolist()
+    with ThreadPoolExecutor(READERS) as pool:
+        found = dict(zip(numbers, pool.map(settle, numbers), strict=True))
+    changed = [split.images[n].id for n, what in found.items() if what == "changed"]
+    return PictureHashes(files["label"].copy(), files, changed, "later" in found.values())
+
+
+def files_of(read: dict[int, PictureFile], known: np.ndarray, numbers: Iterable[int]) -> np.ndarray:
+    """(n,) of `FILE`: of some images of a split what was read now, else what is known; those of which nothing is are
+    left out.
+    """
+    files = known[[*numbers]]
+    for n, row in enumerate(files):
+        if (file := read.get(int(row["image_id"]))) is not None:
+            files[n] = (row["image_id"], row["annotated"], row["label"], *file)
+    return files[files["size"] >= 0]
 
 
 def data_inputs(images: Sequence[ImageBoxes], hashes: np.ndarray | None = None) -> dict[Level, KeyInputs]:
-    """The part of the identities that follows from the training images and base boxes. hashes: as `boxes.box_table`
+    """The part of the identities that follows from the training images and base boxes. hashes: as `box_table`
     takes them.
     """
-    table = box_table(images, {}, hashes)
-    listed = table.image_inputs()
-    return {
-        Level.IMAGE: {"images": listed},
-        Level.INSTANCE: {"images": listed},
-        Level.BOXES: {"images": listed, "base_boxes": table.base_box_inputs()},
-    }
+    found = box_table(images, {}, hashes).inputs()
+    listed = {"images": found["images"]}
+    return {Level.IMAGE: listed, Level.INSTANCE: listed, Level.BOXES: listed | {"base_boxes": found["base_boxes"]}}
 
 
 def inputs_of(split: Split, cache: FeatureCache) -> dict[Level, KeyInputs]:
@@ -70,19 +266,14 @@ def level_inputs(
 ) -> dict[Level, KeyInputs]:
     """All inputs of every level that an extraction writes: what determines its bytes, and nothing else."""
     schema: KeyInputs = {"schema_version": SCHEMA_VERSION}
-    images, boxes = table.image_inputs(), table.box_inputs()
-    pictures = {**schema, "clip": clip.identity, "images": images, "exif": str(embedders[Level.IMAGE].pictures.exif)}
+    given = table.inputs()
+    exif = str(embedders[Level.IMAGE].pictures.exif)
+    pictures = {**schema, "clip": clip.identity, "images": given["images"], "exif": exif}
     inputs: dict[Level, KeyInputs] = {
-        Level.BOXES: {
-            **schema,
-            "images": images,
-            "base_boxes": table.base_box_inputs(),
-            "proposals": table.proposal_inputs(),
-            "boxes": boxes,
-        },
+        Level.BOXES: {**schema, **given},
         Level.CLASS: {**schema, **classes.inputs(clip, templates)},
         Level.IMAGE: {**pictures, **embedders[Level.IMAGE].inputs()},
-        Level.INSTANCE: {**pictures, **embedders[Level.INSTANCE].inputs(), "boxes": boxes},
+        Level.INSTANCE: {**pictures, **embedders[Level.INSTANCE].inputs(), "boxes": given["boxes"]},
     }
     if nouns is not None:
         offered = (

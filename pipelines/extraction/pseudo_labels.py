@@ -3,8 +3,7 @@
 Works on cached rows, without CLIP. n crops, K nouns, k nouns a label, D embedding size.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,35 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hdovd.cache.schema import Source
-from hdovd.pipelines.extraction.boxes import BoxTable
 from hdovd.pipelines.extraction.config import LabelRule
+from hdovd.pipelines.extraction.identities import BoxTable
 
 SIMILARITY_ROWS = 4_096  # crops compared with nouns at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """top_noun (n, k) int32, best first, -1 where an image offers fewer than k; top_weight (n, k) float32; cosine (n,)
-    of the best.
-    """
-
-    top_noun: np.ndarray
-    top_weight: np.ndarray
-    cosine: np.ndarray
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The row arrays of a pseudo_label product."""
-        arrays = {"noun": self.top_noun[:, 0], "noun_cosine": self.cosine}
-        return arrays | (
-            {"top_noun": self.top_noun, "top_weight": self.top_weight} if self.top_noun.shape[1] > 1 else {}
-        )
-
-
-def no_labels(count: int, rule: LabelRule) -> Labels:
-    """Labels of rows that have none."""
-    return Labels(
-        np.full((count, rule.top), -1, np.int32), np.zeros((count, rule.top), np.float32), np.zeros(count, np.float32)
-    )
 
 
 def best_nouns(crops: Tensor, nouns: Tensor, rule: LabelRule) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,31 +44,36 @@ def label_rows(
     stop: int,
     embeddings: np.ndarray,
     nouns: np.ndarray,
-    offered: Mapping[int, np.ndarray] | None,
+    offered: Mapping[int, Sequence[int]] | None,
     rule: LabelRule,
-) -> Labels:
-    """Labels of rows `start` to `stop` of the box table: of proposals that have an embedding.
+) -> dict[str, np.ndarray]:
+    """The row arrays of a pseudo_label product, rows `start` to `stop` of the box table: of proposals that have an
+    embedding.
 
     embeddings (stop - start, D) float16; nouns (K, D) float16; offered: noun rows by image id, None for all of them
     everywhere.
     """
-    texts, labels = torch.from_numpy(nouns.astype(np.float32)), no_labels(stop - start, rule)
+    texts, rows_and_nouns = torch.from_numpy(nouns.astype(np.float32)), (stop - start, rule.top)
+    top_noun, top_weight = np.full(rows_and_nouns, -1, np.int32), np.zeros(rows_and_nouns, np.float32)
+    cosine = np.zeros(stop - start, np.float32)
     named = (table.source[start:stop] == Source.PROPOSAL) & embeddings.any(axis=1)
 
     def label(rows: np.ndarray, choice: np.ndarray | None) -> None:
         crops = torch.from_numpy(embeddings[rows].astype(np.float32))
-        found, weights, cosine = best_nouns(crops, texts if choice is None else texts[choice], rule)
+        found, weights, best = best_nouns(crops, texts if choice is None else texts[choice], rule)
         k = found.shape[1]
-        labels.top_noun[rows, :k] = found.numpy() if choice is None else choice[found.numpy()]
-        labels.top_weight[rows, :k], labels.cosine[rows] = weights.numpy(), cosine.numpy()
+        top_noun[rows, :k] = found.numpy() if choice is None else choice[found.numpy()]
+        top_weight[rows, :k], cosine[rows] = weights.numpy(), best.numpy()
 
     if offered is None:
         for rows in np.array_split(np.flatnonzero(named), max(1, -(-int(named.sum()) // SIMILARITY_ROWS))):
             label(rows, None)
-        return labels
-    for number in table.images_of(start, stop):
-        first, last = max(int(table.offset[number]), start) - start, min(int(table.offset[number + 1]), stop) - start
-        rows, choice = first + np.flatnonzero(named[first:last]), offered.get(int(table.image_id[number]))
-        if choice is not None and len(choice) and len(rows):
-            label(rows, choice)
-    return labels
+    else:
+        for number in table.images_of(start, stop):
+            first, last = max(int(table.offset[number]), start), min(int(table.offset[number + 1]), stop)
+            rows = first - start + np.flatnonzero(named[first - start : last - start])
+            choice = np.array(offered.get(int(table.image_id[number]), ()), np.int64)
+            if len(choice) and len(rows):
+                label(rows, choice)
+    arrays = {"noun": top_noun[:, 0], "noun_cosine": cosine}
+    return arrays | ({"top_noun": top_noun, "top_weight": top_weight} if rule.top > 1 else {})

@@ -9,8 +9,7 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,15 @@ try:
 except ImportError as error:
     raise HdovdError("--executor ray needs Ray: pip install 'hdovd[ray]'") from error
 
+Prepare = Callable[[ExtractConfig], Extraction]
 LOOK_EVERY_S = 5.0  # how often the nodes of the cluster are counted
 DEATHS = 3  # of workers at one part, or in a row while they load the model: then it is no accident
 
 
-def do_with_ray(extraction: Extraction, config: ExtractConfig) -> None:
+def do_with_ray(extraction: Extraction, config: ExtractConfig, prepare: Prepare) -> None:
     """Do all that is left of an extraction that has begun. Uses the cluster that Ray is connected to, that RAY_ADDRESS
-    names or that runs on this machine; else starts one here. Raises HdovdError for a worker's own error, or if workers
-    keep dying.
+    names or that runs on this machine; else starts one here. `prepare`: how a worker reads the inputs and loads the
+    model. Raises HdovdError for a worker's own error, or if workers keep dying.
     """
     left = extraction.left()
     if not left:
@@ -43,7 +43,7 @@ def do_with_ray(extraction: Extraction, config: ExtractConfig) -> None:
     connected = ray.is_initialized()
     if not connected:
         _connect()
-    crew = ActorPool(config, len(left))
+    crew = ActorPool(config, len(left), prepare)
     try:
         texts = [unit for unit in left if unit in extraction.units()[0]]
         pictures = left[len(texts) :]
@@ -61,10 +61,8 @@ def do_with_ray(extraction: Extraction, config: ExtractConfig) -> None:
 class Worker:
     """What an actor runs."""
 
-    def load(self, config: ExtractConfig) -> None:
+    def load(self, config: ExtractConfig, prepare: Prepare) -> None:
         """Read the inputs and load the model. No constructor: its errors would look like a death."""
-        from hdovd.pipelines.extraction.prepare import prepare
-
         os.environ.pop("TORCHELASTIC_RUN_ID", None)  # of whoever started Ray: an actor is nobody's rank
         self._extraction = prepare(config)
         self._extraction.begin(Catalog(config.cache))
@@ -72,38 +70,23 @@ class Worker:
     def do(self, unit: Unit, wait: bool) -> tuple[bool, list[Unit]]:
         """Whether the unit is done, by whomever, and what this worker has written."""
         before = len(self._extraction.done)
-        if wait:
-            self._extraction.wait_for(unit)
-            return True, self._extraction.done[before:]
-        return not self._extraction.do([unit]), self._extraction.done[before:]
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """What an actor takes of a node."""
-
-    gpus: int
-    cpus: int
-
-    def fits(self) -> int:
-        """How many actors have room in the cluster."""
-        have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return sum(int(node.get("GPU", 0)) if self.gpus else int(node.get("CPU", 0)) // self.cpus for node in have)
+        return not self._extraction.do([unit], wait=wait) or wait, self._extraction.done[before:]
 
 
 class ActorPool:
     """The actors, as many as the cluster has room for and the work needs."""
 
-    def __init__(self, config: ExtractConfig, most: int) -> None:
-        self._size, self._most = _size_of_actor(config), most
+    def __init__(self, config: ExtractConfig, most: int, prepare: Prepare) -> None:
+        self._gpus, self._cpus = _size_of_actor(config)
+        self._most, self._prepare = most, prepare
         cache = config.cache if "://" in str(config.cache) else Path(config.cache).absolute()
         self._config = ExtractConfig.from_dict(  # with absolute paths: actors have another working directory
             config.to_dict(),
             cache,
-            device="cuda" if self._size.gpus else "cpu",
+            device="cuda" if self._gpus else "cpu",
             batch_size=config.batch_size,
             part_rows=config.part_rows,
-            workers=_workers(config, self._size),
+            workers=_workers(config, self._gpus),
             retry_failed=config.retry_failed,
             executor=Executor.RAY,
         )
@@ -154,15 +137,14 @@ class ActorPool:
         """Start actors where there is room."""
         if time.monotonic() - self._looked < LOOK_EVERY_S:
             return
-        self._looked, fits = time.monotonic(), self._size.fits()
+        self._looked, kind, each = time.monotonic(), "GPU" if self._gpus else "CPU", 1 if self._gpus else self._cpus
+        fits = sum(int(node.get(kind, 0)) // each for node in _nodes())
         if fits != self._announced:
-            log(
-                f"ray: room for {fits} workers, each with " + ("a GPU" if self._size.gpus else f"{self._size.cpus} CPU")
-            )
+            log(f"ray: room for {fits} workers, each with " + ("a GPU" if self._gpus else f"{self._cpus} CPU"))
             self._announced = fits
         for _ in range(min(fits, self._most) - len(self._idle) - len(self._at_work)):
-            actor: Any = ray.remote(Worker).options(num_gpus=self._size.gpus, num_cpus=self._size.cpus).remote()
-            self._at_work[actor.load.remote(self._config)] = actor, None, False
+            actor: Any = ray.remote(Worker).options(num_gpus=self._gpus, num_cpus=self._cpus).remote()
+            self._at_work[actor.load.remote(self._config, self._prepare)] = actor, None, False
 
     def _bury(self, actor: Any, unit: Unit | None, error: RayError) -> None:
         """A worker has died, or cannot be reached: count it. Raises HdovdError if its work is what kills workers."""
@@ -189,25 +171,29 @@ def _connect() -> None:
         ) from error
 
 
-def _size_of_actor(config: ExtractConfig) -> Size:
-    """All actors are of one kind, so that all rows are computed alike."""
-    have = ray.cluster_resources()
-    if have.get("GPU", 0) >= 1 and config.device != "cpu":
-        return Size(1, 1)
+def _nodes() -> list[dict[str, float]]:
+    """What the living nodes of the cluster have."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _size_of_actor(config: ExtractConfig) -> tuple[int, int]:
+    """GPUs and CPUs that an actor takes of a node. All are of one kind, so that all rows are computed alike."""
+    if ray.cluster_resources().get("GPU", 0) >= 1 and config.device != "cpu":
+        return 1, 1
     if config.device not in ("auto", "cpu"):
         raise HdovdError(
             f"--device {config.device}: the Ray cluster has no GPU (`ray status`); use --device cpu, or wait for its "
             f"nodes"
         )
-    largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    return Size(0, max(1, min(1 + (config.workers or 0), largest)))
+    largest = max(int(node.get("CPU", 0)) for node in _nodes())
+    return 0, max(1, min(1 + (config.workers or 0), largest))
 
 
-def _workers(config: ExtractConfig, size: Size) -> int:
+def _workers(config: ExtractConfig, gpus: int) -> int:
     """Of an actor. It may see all cores of its node, and nothing of the others there."""
-    if config.workers is not None or not size.gpus:
+    if config.workers is not None or not gpus:
         return config.workers or 0
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+    nodes = [node for node in _nodes() if node.get("GPU", 0) >= 1]
     return min(workers_a_gpu(int(node.get("CPU", 0)), int(node["GPU"])) for node in nodes)
 
 

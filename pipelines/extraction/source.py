@@ -6,22 +6,29 @@ Imports no torch: the command line names a `CacheSource`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from hdovd.cache.catalog import Catalog, FeatureSet, is_tar_form
-from hdovd.cache.schema import DEFAULT_SET, Level
+from hdovd.cache.schema import DEFAULT_SET, TAR_SAMPLES, Level
 from hdovd.core.errors import HdovdError, shorten
-from hdovd.data.coco import DataPaths, Exif, ImageBoxes, Split
+from hdovd.data.coco import DataPaths, Exif, Split
 from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.pipelines.common.options import MISSING, CacheArgument, DataIfGiven, Features, Group, Option, OtherProtocol
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from hdovd.cache.reader import FeatureCache
-from hdovd.cache.schema import TAR_SAMPLES
 
 DATA_AND_PROTOCOL = "--data and --protocol"
+
+
+class ExportForm(StrEnum):
+    WEBDATASET = "webdataset"
+    PARQUET = "parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +37,10 @@ class CacheSource:
     themselves.
     """
 
-    cache: Path | str
-    features: str = DEFAULT_SET
-    data: DataPaths | None = None
-    protocol: str | None = None
+    cache: CacheArgument
+    features: Features = DEFAULT_SET
+    data: DataIfGiven = None
+    protocol: OtherProtocol = None
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
@@ -67,15 +74,45 @@ class CacheSource:
                 f"say where: --data (or --images, --annotations), --protocol"
             ) from error
 
+    def load_for(self, cache: FeatureCache) -> tuple[Split, Protocol]:
+        """`load` of the opened set. Raises HdovdError if the images are not known, not there, or not those that the set
+        was made from.
+        """
+        from hdovd.pipelines.extraction.identities import exif_of, inputs_of
 
-@dataclass(frozen=True, slots=True)
-class CacheWithData:
-    """`images`: the split's by id."""
+        exif = exif_of({level: cache.key_inputs(level) for level in cache.levels()}) or Exif.APPLY
+        split, protocol = self.load(cache.set, exif)
+        cache.require(Level.BOXES, {"images": inputs_of(split, cache)[Level.BOXES]["images"]})
+        return split, protocol
 
-    cache: FeatureCache
-    split: Split
-    protocol: Protocol
-    images: dict[int, ImageBoxes]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig(CacheSource):
+    """A set of features to write in a form that other programs read. `out`: a folder, or a Parquet file on this
+    machine.
+    """
+
+    to: Annotated[
+        ExportForm,
+        Group(
+            {
+                "to": (
+                    ExportForm,
+                    MISSING,
+                    Option("The form: tar shards that the webdataset package reads, or a Parquet file."),
+                )
+            },
+            itemgetter("to"),
+        ),
+    ] = ExportForm.WEBDATASET
+    out: Annotated[Path | str, Option("The folder to write, or s3://, gs://; for parquet a file, FILE.parquet.")]
+    samples: Annotated[int, Option("Images a tar shard; it is held in memory while it is made.", min=1)] = TAR_SAMPLES
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        if self.to is ExportForm.PARQUET and Path(self.out).suffix != ".parquet":
+            raise HdovdError(f"--out {self.out}: expected a file whose name ends in .parquet")
+        CacheSource.check(self)
 
 
 def extraction_of(
@@ -102,18 +139,6 @@ def laid_over(given: DataPaths, known: DataPaths) -> DataPaths:
     if given.root is not None:
         return given
     return DataPaths(known.root, given.images or known.images, given.annotations or known.annotations)
-
-
-def with_data(cache: FeatureCache, source: CacheSource) -> CacheWithData:
-    """The data of an opened set. Raises HdovdError if they are not known, not there, or not those that the set was made
-    from.
-    """
-    from hdovd.pipelines.extraction.identities import exif_of, inputs_of
-
-    exif = exif_of({level: cache.key_inputs(level) for level in cache.levels()}) or Exif.APPLY
-    split, protocol = source.load(cache.set, exif)
-    cache.require(Level.BOXES, {"images": inputs_of(split, cache)[Level.BOXES]["images"]})
-    return CacheWithData(cache, split, protocol, {image.id: image for image in split.images})
 
 
 def cache_of(run: RunFolder) -> FeatureCache:
@@ -153,23 +178,3 @@ def _find(run: RunFolder) -> tuple[str, str, FeatureSet]:
         f"{where} has no set of features with the products that the run was trained from "
         f"({'it has ' + shorten(list(sets)) if sets else 'it has no sets'})"
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TarExportConfig:
-    """What to export. `data` and `protocol`: None for those that the set was extracted from. `samples`: of a shard."""
-
-    cache: Path | str
-    out: Path | str
-    data: DataPaths | None = None
-    protocol: str | None = None
-    features: str = DEFAULT_SET
-    samples: int = TAR_SAMPLES
-
-    def check(self) -> None:
-        """Raises HdovdError for what is wrong with the paths and names alone."""
-        self.source.check()
-
-    @property
-    def source(self) -> CacheSource:
-        return CacheSource(self.cache, self.features, self.data, self.protocol)

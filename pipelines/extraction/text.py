@@ -84,25 +84,6 @@ class TextRows:
         rows = self.embeddings[start:stop].astype(np.float64)  # the norms of float32 numbers do not overflow there
         return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
 
-    def require_dim(self, dim: int, file: Path | None) -> None:
-        """Raises HdovdError if the embeddings of `file` are not of size `dim`."""
-        if self.embeddings is not None and self.embeddings.shape[1] != dim:
-            raise HdovdError(
-                f"--class-embeddings {file} holds rows of {self.embeddings.shape[1]} values, the CLIP gives {dim}: "
-                "are they of another CLIP?"
-            )
-
-
-def read_classes(names: Sequence[str], synonyms: Path | None, embeddings: Path | None) -> TextRows:
-    """The classes `names`, in protocol order, with what the files say of them. Raises HdovdError for a file that does
-    not fit.
-    """
-    return TextRows(
-        tuple(names),
-        {} if synonyms is None else read_synonyms(synonyms, names),
-        None if embeddings is None else read_class_embeddings(embeddings, names),
-    )
-
 
 def read_synonyms(file: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """All names of the classes that `file` lists: TOML, as protocols are, since JSON takes a class that is listed twice
@@ -213,30 +194,29 @@ def object_text_entry(clip: Teacher, templates: Sequence[str], sets: Iterable[Fe
     rows = TextRows((WORD,))
     key = key_of(rows.inputs(clip, templates))
     for features in sets:
-        if features.object_text.get("key") == key and _is_sound(features, clip.dim):
+        if features.object_text.get("key") == key and _row_of(features, clip.dim) is not None:
             return dict(features.object_text)
     return {"key": key, "embedding": rows.embed(clip, templates, 0, 1)[0].astype(np.float16).tolist()}
 
 
-def _is_sound(features: FeatureSet, dim: int) -> bool:
+def _row_of(features: FeatureSet, dim: int) -> Tensor | None:
+    """(D,) float32 as a set holds it; None if that is no embedding."""
     try:
-        return object_text_of(features, dim, "") is not None
-    except HdovdError:
-        return False
+        row = torch.tensor(features.object_text["embedding"], dtype=torch.float32)
+    except (KeyError, TypeError, ValueError):
+        return None
+    return row if row.shape == (dim,) and row.isfinite().all() and row.any() else None
 
 
 def object_text_of(features: FeatureSet, dim: int, where: str) -> Tensor | None:
     """(D,) float32, normalised; None if the set has none. Raises HdovdError, naming `where`, if it is damaged."""
-    if not features.object_text:
-        return None
-    damaged = f'{where}: the text embedding of "{WORD}" is damaged: delete object_text from the set\'s file and run its extract-clip again'  # noqa: E501
-    try:
-        row = torch.tensor(features.object_text["embedding"], dtype=torch.float32)
-    except (KeyError, TypeError, ValueError) as error:
-        raise HdovdError(f"{damaged} ({error!r})") from error
-    if row.shape != (dim,) or not row.isfinite().all() or not row.any():
-        raise HdovdError(f"{damaged} (expected {dim} finite values, found {tuple(row.shape)})")
-    return F.normalize(row, dim=0)
+    row = _row_of(features, dim)
+    if row is None and features.object_text:
+        raise HdovdError(
+            f'{where}: the text embedding of "{WORD}" is damaged (expected {dim} finite values): delete object_text from '  # noqa: E501
+            f"the set's file and run its extract-clip again"
+        )
+    return None if row is None else F.normalize(row, dim=0)
 
 
 def give_object_text(model: Detector, row: Tensor | None, where: str) -> dict[str, str]:

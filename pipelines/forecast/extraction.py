@@ -9,7 +9,7 @@ Made-up pictures and boxes in COCO's forms, of any number: what a forecast and b
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -20,21 +20,20 @@ import torch
 from PIL import Image
 
 from hdovd.cache.catalog import Catalog
-from hdovd.cache.local import open_folder
-from hdovd.cache.schema import ROW_ARRAYS, TABLE_ARRAYS, Level
+from hdovd.cache.schema import TABLE_ARRAYS, Level
+from hdovd.cache.store import open_folder
 from hdovd.cache.writer import ProductWriter
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import duration, size
 from hdovd.pipelines.common.device import workers_for
-from hdovd.pipelines.common.precision import Precision
-from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe
 from hdovd.pipelines.embedding.crops import Cutter
 from hdovd.pipelines.embedding.feed import GPU_THREADS, in_order, own_threads
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.engine import Extraction
-from hdovd.pipelines.extraction.prepare import prepare
+from hdovd.pipelines.extraction.extract_clip import prepare
+from hdovd.pipelines.forecast.config import ForecastConfig
 from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 
 
@@ -103,80 +102,32 @@ STAGE_BOXES = 120  # boxes, at least, on which a single stage is measured
 WRITE_ROWS = 8_192
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ForecastConfig:
-    """`folder`: an empty one to work in. `pretrained`: None for random weights, which are as fast as any.
+def forecast_lines(found: dict[str, Any]) -> list[str]:
+    """For people."""
+    gpu = "" if found["peak_gpu_bytes"] is None else f", {size(found['peak_gpu_bytes'])} of GPU memory"
+    return [
+        f"{found['device']}, {found['precision']}, batches of {found['batch_size']}, {found['cores']} cores, "
+        f"{found['workers']} workers; {found['crops']:,d} crops a round, {found['fill']:,d} of them to fill up batches",
+        f"  model only          {found['model_only']:10,.1f} crops/s",
+        f"  end to end          {found['end_to_end']:10,.1f} crops/s   efficiency {found['efficiency']:.3f}",
+        f"  of many images      {found['at_scale']:10,.1f} crops/s",
+        *(
+            f"  {name:20s}{rate:10,.0f} {'rows' if name == 'writing' else 'crops'}/s"
+            for name, rate in found["stages"].items()
+        ),
+        f"  what limits: {found['limit']}",
+        f"forecast: {duration(found['seconds'])} on this machine, {size(found['disk_bytes'])} on disk{gpu}",
+    ]
 
-    `images`: made up, with `boxes` boxes each, in JPEG files of `picture` (width, height) pixels; None for as many as
-    the bare model embeds in 10 s. `data_set`: how many images and boxes the forecast is for.
+
+def forecast(config: ForecastConfig, folder: Path) -> dict[str, Any]:
+    """Make pictures and boxes in `folder`, which is empty, extract them, and measure: as JSON values.
+
+    Rates are crops (rows for writing) a second of the whole machine. `crops`: of a round, of which `fill` only fill up
+    the last batches; both count, for the model does both. `at_scale`: end to end where next to nothing has to be filled
+    up: a crop's time in the model, and what all else adds for one that is no fill. `efficiency`: the median over rounds
+    of end to end / model only. `stages`: what each would do if it were alone.
     """
-
-    folder: Path
-    clip: str = "ViT-B-32"
-    pretrained: str | None = None
-    precision: Precision = Precision.AUTO
-    device: str = "auto"
-    workers: int | None = None
-    batch_size: int | None = None
-    crop: CropRecipe = PLAIN_BOX
-    images: int | None = None
-    boxes: int = 30
-    picture: tuple[int, int] = (640, 480)
-    rounds: int = 3
-    data_set: tuple[int, int] = (118_287, 118_287 * 37)
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """Rates are crops (rows for writing) a second of the whole machine.
-
-    `crops`: of a round, of which `fill` only fill up the last batches; both count, for the model does both. `at_scale`:
-    end to end where next to nothing has to be filled up: a crop's time in the model, and what all else adds for one
-    that is no fill. `efficiency`: the median over rounds of end to end / model only. `stages`: what each would do if it
-    were alone.
-    """
-
-    device: str
-    precision: str
-    cores: int
-    workers: int
-    batch_size: int
-    crops: int
-    fill: int
-    model_only: float
-    end_to_end: float
-    at_scale: float
-    efficiency: float
-    stages: dict[str, float]
-    limit: str
-    seconds: float
-    disk_bytes: int
-    peak_gpu_bytes: int | None
-
-    def lines(self) -> list[str]:
-        """For people."""
-        gpu = "" if self.peak_gpu_bytes is None else f", {size(self.peak_gpu_bytes)} of GPU memory"
-        return [
-            f"{self.device}, {self.precision}, batches of {self.batch_size}, {self.cores} cores, {self.workers} "
-            f"workers; {self.crops:,d} crops a round, {self.fill:,d} of them to fill up batches",
-            f"  model only          {self.model_only:10,.1f} crops/s",
-            f"  end to end          {self.end_to_end:10,.1f} crops/s   efficiency {self.efficiency:.3f}",
-            f"  of many images      {self.at_scale:10,.1f} crops/s",
-            *(
-                f"  {name:20s}{rate:10,.0f} {'rows' if name == 'writing' else 'crops'}/s"
-                for name, rate in self.stages.items()
-            ),
-            f"  what limits: {self.limit}",
-            f"forecast: {duration(self.seconds)} on this machine, {size(self.disk_bytes)} on disk{gpu}",
-        ]
-
-    def tree(self) -> dict[str, Any]:
-        """For programs: JSON values."""
-        return asdict(self)
-
-
-def forecast(config: ForecastConfig) -> Forecast:
-    """Make pictures and boxes in `config.folder`, extract them, and measure."""
     clip = load_clip(
         config.clip,
         config.pretrained,
@@ -185,19 +136,17 @@ def forecast(config: ForecastConfig) -> Forecast:
         random_weights=config.pretrained is None and ":" not in config.clip,
     )
     workers, batch_size = workers_for(clip.device, config.workers), config.batch_size or clip.best_batch()
-    config = replace(config, batch_size=batch_size, workers=workers)
-    pixels = torch.randint(256, (batch_size, *clip.input_size, 3), dtype=torch.uint8, device=clip.device).permute(
-        0, 3, 1, 2
-    )
-    guess = [_model_only(clip, pixels, 2 * torch.get_num_threads()) for _ in range(2)][
-        1
-    ]  # the first prepares what later ones use
+    config = replace(config, batch_size=batch_size, workers=workers, folder=folder)
+    pixels = torch.randint(256, (batch_size, *clip.input_size, 3), dtype=torch.uint8, device=clip.device)
+    pixels = pixels.permute(0, 3, 1, 2)
+    _model_only(clip, pixels, 2 * torch.get_num_threads())  # prepares what later calls use
+    guess = _model_only(clip, pixels, 2 * torch.get_num_threads())
     of_image = config.boxes * len(config.crop.scales) + 1  # crops
     images = config.images or max(4, round(guess * ROUND_S / of_image))
     log(f"making {images:,d} pictures of {config.picture[0]}x{config.picture[1]} with {config.boxes} boxes each")
     proposals = max(1, config.boxes // 2)
     make_world(
-        config.folder,
+        folder,
         images,
         base_boxes=config.boxes - proposals,
         proposals=proposals,
@@ -209,47 +158,40 @@ def forecast(config: ForecastConfig) -> Forecast:
     log(f"every round embeds {crops:,d} crops in {len(sizes)} batches")
     for number in range(config.rounds):
         extraction = _begun(config, clip, f"round {number}")
-        rounds.append(
-            (_model_only(clip, pixels, len(sizes)), crops / _seconds(partial(extraction.do, extraction.units()[1])))
-        )
+        bare = _model_only(clip, pixels, len(sizes))
+        rounds.append((bare, crops / _seconds(partial(extraction.do, extraction.units()[1]))))
     model_only, end_to_end = (median(values) for values in zip(*rounds, strict=True))
     at_scale = 1 / (1 / model_only + max(0.0, 1 / end_to_end - 1 / model_only) * crops / real)
     cores = torch.get_num_threads()
-    stages = _preparation(_begun(config, clip, "preparation"), workers or cores) | {
-        "writing": _writing(config.folder, clip.dim)
-    }
+    stages = _preparation(_begun(config, clip, "preparation"), workers or cores)
+    stages["writing"] = _writing(folder, clip.dim)
     rates = {"the model": model_only, "preparation": stages["both: preparation"], "writing": stages["writing"]}
     of_images, of_boxes = config.data_set
-    box_bytes = sum(
-        np.dtype(dtype).itemsize * (clip.dim if wide else 1) for dtype, wide in ROW_ARRAYS[Level.INSTANCE].values()
-    )
-    box_bytes += (
-        sum(np.dtype(TABLE_ARRAYS[Level.BOXES][name]).itemsize for name in ("source", "score", "annotation_id"))
-        + 2 * 4 * 4
-    )
-    return Forecast(
-        torch.cuda.get_device_name(clip.device) if clip.device.type == "cuda" else "CPU",
-        str(clip.precision),
-        cores,
-        workers,
-        batch_size,
-        crops,
-        crops - real,
-        model_only,
-        end_to_end,
-        at_scale,
-        median(ours / model for model, ours in rounds),
-        stages,
-        limit=min(rates, key=lambda name: rates[name]),
-        seconds=(of_boxes * len(config.crop.scales) + of_images) / at_scale,
-        disk_bytes=of_boxes * box_bytes + of_images * 2 * clip.dim,
-        peak_gpu_bytes=clip.peak_memory_bytes(),
-    )
+    in_boxes = sum(np.dtype(TABLE_ARRAYS[Level.BOXES][name]).itemsize for name in ("source", "score", "annotation_id"))
+    return {
+        "device": torch.cuda.get_device_name(clip.device) if clip.device.type == "cuda" else "CPU",
+        "precision": str(clip.precision),
+        "cores": cores,
+        "workers": workers,
+        "batch_size": batch_size,
+        "crops": crops,
+        "fill": crops - real,
+        "model_only": model_only,
+        "end_to_end": end_to_end,
+        "at_scale": at_scale,
+        "efficiency": median(ours / model for model, ours in rounds),
+        "stages": stages,
+        "limit": min(rates, key=lambda name: rates[name]),
+        "seconds": (of_boxes * len(config.crop.scales) + of_images) / at_scale,
+        "disk_bytes": of_boxes * (2 * clip.dim + in_boxes + 2 * 4 * 4) + of_images * 2 * clip.dim,  # float16; two boxes
+        "peak_gpu_bytes": clip.peak_memory_bytes(),
+    }
 
 
 def _begun(config: ForecastConfig, clip: ClipTeacher, name: str) -> Extraction:
     """The extraction of the world into a cache of its own, begun, its texts done."""
     world = config.folder
+    assert world is not None
     extract = ExtractConfig(
         data=DataPaths(images=world / "images", annotations=world / "annotations.json"),
         cache=world / name,

@@ -30,7 +30,6 @@ from hdovd.core.text_files import checked_name, cut, read_json, shown
 from hdovd.data.coco import whole
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.name_list import read_vocabulary
-from hdovd.pipelines.nouns.config import Matching
 from hdovd.pipelines.nouns.matching import MatchFinder, StopList, noun_words, singular_of
 
 
@@ -77,17 +76,13 @@ class Nouns:
         return self.by_image.get(image_id, ())
 
 
-def read_nouns(vocabulary: Path, captions: Path | None, matching: Matching = Matching.LEMMAS) -> Nouns:
+def read_nouns(vocabulary: Path, captions: Path | None) -> Nouns:
     """The nouns that images offer. Raises HdovdError if the captions hold no word of the vocabulary."""
     names = read_vocabulary(vocabulary)
     if captions is None:
         return Nouns(names, None)
-    if matching is Matching.WORDS:
-        raise HdovdError(
-            f"--captions {captions}: an older hdovd found this set's nouns letter by letter, which this one does no "
-            f"more: give its extract-clip command again, which makes pseudo_label anew if a caption holds a plural"
-        )
-    row_of, found = {name: row for row, name in enumerate(names)}, dict[int, set[int]]()
+    row_of = {name: row for row, name in enumerate(names)}
+    found: dict[int, set[int]] = {}
     for one in MatchFinder(names, StopList())(Captions(captions)):
         found.setdefault(one.image_id, set()).update(row_of[name] for name in one.nouns)
     if not any(found.values()):

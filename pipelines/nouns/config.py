@@ -15,15 +15,6 @@ from hdovd.pipelines.common.options import Option, Protocol
 SPACY_MODEL = "en_core_web_sm"
 
 
-class Matching(StrEnum):
-    """How names are found in captions. WORDS: letter by letter, as sets were made before there was LEMMAS, which knows
-    plurals.
-    """
-
-    WORDS = "words"
-    LEMMAS = "lemmas"
-
-
 class Parser(StrEnum):
     AUTO = "auto"
     MATCH = "match"

@@ -14,14 +14,14 @@ import pytest
 
 from hdovd.cache.catalog import Catalog, FeatureSet, RunRecord
 from hdovd.cache.identity import key_of
-from hdovd.cache.inventory import delete_garbage, find_garbage, inventory
-from hdovd.cache.local import LocalFolder
 from hdovd.cache.picture_files import FILE, known_files, write_files
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
+from hdovd.cache.store import LocalFolder
 from hdovd.cache.verify import Checked, ProductCheck, check_records, unsealed_records
 from hdovd.core.errors import HdovdError
+from hdovd.pipelines.cache_tools.listing import delete_garbage, find_garbage, inventory
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from store_contract import StoreContract, begin, contents, ragged, write_parts
 
-from hdovd.cache.local import PARTIAL, LocalFolder, open_folder
+from hdovd.cache.store import PARTIAL, LocalFolder, open_folder
 from hdovd.core.errors import HdovdError
 
 ODD = "a cache [1] 100%25 ü"
@@ -74,7 +74,7 @@ def test_file_system_without_locks(folder: LocalFolder, monkeypatch: pytest.Monk
 
 def test_a_claim_is_held_against_other_processes_and_ends_with_them(folder: LocalFolder) -> None:
     script = (
-        "import sys; from hdovd.cache.local import open_folder\n"
+        "import sys; from hdovd.cache.store import open_folder\n"
         "with open_folder(sys.argv[1]).claim('instance/k/0', wait=False) as mine: print(mine, flush=True); "
         "sys.stdin.read()"
     )

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from hdovd.cache import local
-from hdovd.cache import local as locks
-from hdovd.cache.local import CLAIMS, LocalFolder
+from hdovd.cache import store
+from hdovd.cache import store as locks
+from hdovd.cache.store import CLAIMS, LocalFolder
 
 DEAD = 2**22 + 1  # no process has this number: it is over the system's limit
 
@@ -60,14 +60,14 @@ def test_never_two_hold_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_wait_for_a_process_that_hangs_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "CLAIM_WAIT_S", 0.2)
+    monkeypatch.setattr(store, "CLAIM_WAIT_S", 0.2)
     with LocalFolder(tmp_path).claim("x", wait=False), LocalFolder(tmp_path).claim("x", wait=True) as mine:
         assert mine
 
 
 def test_a_claim_of_a_killed_process_is_free(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from hdovd.cache.local import LocalFolder\n"
+        "import os, sys; from pathlib import Path; from hdovd.cache.store import LocalFolder\n"
         "with LocalFolder(Path(sys.argv[1])).claim('x', wait=False): os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9

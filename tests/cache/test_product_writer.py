@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from hdovd.cache.catalog import Catalog
-from hdovd.cache.local import LocalFolder
 from hdovd.cache.product import Product
 from hdovd.cache.schema import TABLE_ARRAYS, Level
+from hdovd.cache.store import LocalFolder
 from hdovd.cache.writer import ProductWriter
 from hdovd.core.errors import HdovdError
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from store_contract import begin, contents, failing, ragged, write_parts
 from zarr.codecs import BloscCodec, BytesCodec, ZstdCodec
 
-from hdovd.cache.local import LocalFolder
 from hdovd.cache.product import Product
 from hdovd.cache.rows import MappedRows, ZarrRows, open_rows
 from hdovd.cache.schema import CHUNK_ROWS, TABLE_ARRAYS, Level
+from hdovd.cache.store import LocalFolder
 from hdovd.core.errors import HdovdError
 
 few = settings(max_examples=20, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])

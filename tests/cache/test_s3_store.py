@@ -24,12 +24,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from store_contract import COUNTS, StoreContract, begin, contents, ragged, write_parts
 from torch.utils.data import DataLoader
 
-import hdovd.cache.remote
+import hdovd.cache.store
 from hdovd.cache.catalog import Catalog
-from hdovd.cache.local import open_folder
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import open_rows
 from hdovd.cache.schema import TABLE_ARRAYS, Level
+from hdovd.cache.store import open_folder
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 
@@ -212,7 +212,7 @@ def test_a_store_that_cannot_be_reached_is_an_error_everywhere(
     patient = open_folder(s3)
     patient.write("x/a", b"1")
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": QUICK | {"read_timeout": 0.2}})
-    monkeypatch.setattr(hdovd.cache.remote, "WRITE_S", 0.2)
+    monkeypatch.setattr(hdovd.cache.store, "WRITE_S", 0.2)
     if fault == "down":
         proxy.down_after = 0
     else:

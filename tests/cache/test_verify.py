@@ -15,9 +15,9 @@ import pytest
 
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import KeyInputs, hash_tables, key_of, table_inputs
-from hdovd.cache.local import open_folder
 from hdovd.cache.schema import CHUNK_ROWS, ROW_ARRAYS, TABLE_ARRAYS, TABLES, Level
-from hdovd.cache.verify import Checked, Finding, ProductCheck, check_groups, check_records, check_set, product_names
+from hdovd.cache.store import open_folder
+from hdovd.cache.verify import Checked, Finding, ProductCheck, check_records, check_set, product_names
 from hdovd.cache.writer import ProductWriter
 
 D, PART_ROWS = 8, 4
@@ -101,9 +101,7 @@ def catalog(tmp_path: Path) -> Catalog:
 def findings(cache: Path, *, whole: bool = True, checked: Checked | None = None) -> list[Finding]:
     """All that is wrong; `whole`: a set needs every product."""
     folder, checked = open_folder(cache), checked or Checked()
-    found = check_groups(folder)
-    sets, more = check_records(folder)
-    found += more
+    sets, found = check_records(folder)
     for name in product_names(folder):
         found += ProductCheck(folder, name, "set default" if whole else "", checked, lambda _: None).run()
     return found + [
@@ -159,7 +157,7 @@ def test_a_flipped_bit_is_found_in_every_file(catalog: Catalog) -> None:
         for at in {0, len(before) - 1, int(rng.integers(len(before)))}:
             file.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
             if name.count("/") < 2:
-                found = check_groups(catalog.folder) + check_records(catalog.folder)[1]
+                found = check_records(catalog.folder)[1]
             else:
                 level, key = name.split("/")[:2]
                 found = ProductCheck(catalog.folder, (Level(level), key), "", Checked(), lambda _: None).run()

@@ -14,6 +14,7 @@ from hdovd.cache.schema import Level
 from hdovd.cli.main import app
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.forecast import extraction
+from hdovd.pipelines.forecast.config import ForecastConfig
 
 
 def test_the_extract_command(tmp_path: Path, clip: str) -> None:
@@ -56,23 +57,21 @@ def test_the_extract_command(tmp_path: Path, clip: str) -> None:
 
 
 def test_what_limits_is_the_slowest(tmp_path: Path, clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = extraction.ForecastConfig(folder=tmp_path, clip=clip, images=4, boxes=3, picture=(64, 48), rounds=1)
+    config = ForecastConfig(clip=clip, images=4, boxes=3, picture=(64, 48), rounds=1)
     monkeypatch.setattr(extraction, "_writing", lambda *_: 1e-3)
-    assert extraction.forecast(config).limit == "writing"
+    assert extraction.forecast(config, tmp_path)["limit"] == "writing"
     rows = [product.rows for product in Catalog(tmp_path / "round 0").products() if product.whole]
     assert sorted(rows) == [4, 12, 12, 65]  # images, boxes, crops, classes
 
 
 def test_the_disk_that_is_forecast_is_what_a_cache_takes(tmp_path: Path, clip: str) -> None:
     found = extraction.forecast(
-        extraction.ForecastConfig(
-            folder=tmp_path, clip=clip, images=400, boxes=20, picture=(48, 40), rounds=1, data_set=(400, 8_000)
-        )
+        ForecastConfig(clip=clip, images=400, boxes=20, picture=(48, 40), rounds=1, data_set=(400, 8_000)), tmp_path
     )
     whole = sum(
         product.bytes() for product in Catalog(tmp_path / "round 0").products() if product.level is not Level.CLASS
     )
-    assert found.disk_bytes == pytest.approx(whole, rel=0.3)
+    assert found["disk_bytes"] == pytest.approx(whole, rel=0.3)
 
 
 @pytest.mark.parametrize(

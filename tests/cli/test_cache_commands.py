@@ -25,7 +25,7 @@ from hdovd.pipelines.extraction.extract_clip import extract_clip
 BROKEN = 12
 HOLD = """
 import sys, time
-from hdovd.cache.local import open_folder
+from hdovd.cache.store import open_folder
 with open_folder(sys.argv[1]).claim(sys.argv[2], wait=False) as mine:
     print(mine, flush=True)
     time.sleep(60)
@@ -332,7 +332,7 @@ def test_gc_leaves_alone_what_a_process_is_writing(copied: Path, run: Callable[.
 
 
 def test_gc_sweeps_what_dead_processes_left_half_written(copied: Path, run: Callable[..., Ran]) -> None:
-    from hdovd.cache.local import partial_name
+    from hdovd.cache.store import partial_name
 
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()

@@ -16,12 +16,11 @@ import pytest
 import zarr
 
 from hdovd.cache.catalog import Catalog, FeatureSet
-from hdovd.cache.local import open_folder
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import MappedRows, ZarrRows, open_rows
 from hdovd.cache.schema import TABLE_ARRAYS, TABLES, Level
-from hdovd.cache.store import Folder
+from hdovd.cache.store import Folder, open_folder
 from hdovd.cache.writer import ProductWriter
 from hdovd.core.errors import HdovdError
 

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from hdovd.cache.catalog import Catalog
-from hdovd.cache.inventory import find_garbage
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import TABLES, Level
 from hdovd.cache.verify import Finding
@@ -25,11 +24,12 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.cache_tools.config import CheckConfig
+from hdovd.pipelines.cache_tools.listing import find_garbage
 from hdovd.pipelines.cache_tools.verify import CheckReport, check_cache
 from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.export import export_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.source import TarExportConfig
-from hdovd.pipelines.extraction.tar_export import export_tars
+from hdovd.pipelines.extraction.source import ExportConfig
 from hdovd.pipelines.teachers.openclip import ClipTeacher, load_clip
 
 PART_ROWS, BATCH = 64, 48  # neither is the default
@@ -246,8 +246,8 @@ def test_a_sound_cache_has_no_findings(
         for level in (Level.IMAGE, Level.INSTANCE)
     }
     rows = {level: tree["attributes"]["rows"] for level, tree in trees.items()}
-    assert {level: found.rows for (level, _), found in report.sampled.items()} == rows
-    assert all(found.least > 0.999 for found in report.sampled.values())
+    assert {level: len(found) for (level, _), found in report.sampled.items()} == rows
+    assert all(found.min() > 0.999 for found in report.sampled.values())
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__.strip("_"))
@@ -390,7 +390,7 @@ def test_sample_leaves_out_what_is_known_to_be_damaged(copied: Path, check: Call
         level: json.loads((_product(copied, level) / "zarr.json").read_text())["attributes"]["rows"]
         for level, _ in report.sampled
     }
-    assert {level: rows[level] - found.rows for (level, _), found in report.sampled.items()} == {
+    assert {level: rows[level] - len(found) for (level, _), found in report.sampled.items()} == {
         Level.INSTANCE: PART_ROWS,
         Level.IMAGE: 4,
     }
@@ -417,7 +417,7 @@ def test_sample_says_which_pictures_it_could_not_read(
     report = check(copied, sample=1_000, changes={"data": DataPaths(copied_world)}, log=lines.append)
     assert [finding.found for finding in report.findings] == ["11 of another content, which extract-clip embeds again"]
     assert any("images could not be encoded again" in line and "no picture of a kind" in line for line in lines)
-    assert all(found.rows > 0 for found in report.sampled.values())
+    assert all(len(found) > 0 for found in report.sampled.values())
     shutil.rmtree(copied_world / "train2017")
     (copied_world / "train2017").mkdir()
     with pytest.raises(HdovdError, match="none of 23 rows could be encoded again"):
@@ -548,7 +548,7 @@ def test_what_is_no_cache_is_refused(tmp_path: Path, check: Callable[..., CheckR
 
 def test_shards_are_checked_one_by_one(parted: Path, tmp_path: Path) -> None:
     """All that is wrong is named, and what is sound is said to be so."""
-    export_tars(TarExportConfig(cache=parted, out=tmp_path / "shards", samples=6))
+    export_tars(ExportConfig(cache=parted, out=tmp_path / "shards", samples=6))
     said: list[str] = []
     with lines_to(said.append):
         assert check_cache(CheckConfig(cache=tmp_path / "shards")).findings == []

@@ -376,7 +376,7 @@ def test_hd_ovd_proposals_for_other_annotations(hd_ovd: HdOvd) -> None:
 
 
 def test_hd_ovd_folder_that_is_none(tmp_path: Path, split: Split) -> None:
-    with pytest.raises(HdovdError, match=r"no folder .*none: expected the HD-OVD embeddings"):
+    with pytest.raises(HdovdError, match=r"no folder .*none, or it holds no \.pth: expected the HD-OVD embeddings"):
         read_hd_ovd(tmp_path / "none", tmp_path / "p.pkl", split)
     with pytest.raises(HdovdError, match=r"holds no \.pth"):
         read_hd_ovd(tmp_path, tmp_path / "p.pkl", split)

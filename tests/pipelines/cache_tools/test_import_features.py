@@ -22,7 +22,8 @@ from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.audit.audit import AuditConfig, audit
 from hdovd.pipelines.audit.checks import Verdict
-from hdovd.pipelines.cache_tools.importing import UNKNOWN_ORIGIN, ForeignFormat, ImportConfig, import_features
+from hdovd.pipelines.cache_tools.config import ForeignFormat, ImportConfig
+from hdovd.pipelines.cache_tools.importing import UNKNOWN_ORIGIN, import_features
 
 Import = Callable[..., list[str]]
 
@@ -62,7 +63,7 @@ def run(published: Path, world: Path, clip: str) -> Import:
         lines: list[str] = []
         values = {
             "format": ForeignFormat.HD_OVD,
-            "folder": published / "features",
+            "source": published / "features",
             "data": DataPaths(world),
             "cache": published / "imported",
             "proposals": published / "proposals.pkl",
@@ -225,7 +226,7 @@ def test_oadp_has_no_base_boxes_and_training_names_that(
         )
         whole = torch.from_numpy(reader.image_embedding(image_id))
         torch.save(whole, published / "oake" / "globals" / "train2017" / f"{image_id:012d}.pth")
-    lines = run(format=ForeignFormat.OADP, folder=published / "oake", proposals=None)
+    lines = run(format=ForeignFormat.OADP, source=published / "oake", proposals=None)
     assert any("no embeddings of base boxes" in line for line in lines)
     imported = FeatureCache(published / "imported")
     for image_id in kept:

@@ -27,16 +27,15 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.cache_tools import parquet
-from hdovd.pipelines.cache_tools.config import ParquetConfig
-from hdovd.pipelines.cache_tools.parquet import export_parquet
+from hdovd.pipelines.extraction import export
+from hdovd.pipelines.extraction.export import export_parquet
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.source import CacheSource
+from hdovd.pipelines.extraction.source import ExportConfig, ExportForm
 
 
 def _export(cache: Path, folder: Path, log: Callable[[str], None] = lambda _: None, **source: Any) -> pa.Table:
     with lines_to(log):
-        export_parquet(ParquetConfig(source=CacheSource(cache, **source), out=folder / "boxes.parquet"))
+        export_parquet(ExportConfig(cache=cache, **source, to=ExportForm.PARQUET, out=folder / "boxes.parquet"))
     return pq.read_table(folder / "boxes.parquet")
 
 
@@ -113,7 +112,7 @@ def test_duckdb_reads_the_same(cache: Path, tmp_path: Path) -> None:
 def test_row_groups_are_written_one_by_one(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "whole").mkdir()
     whole = _export(cache, tmp_path / "whole")
-    monkeypatch.setattr(parquet, "GROUP_ROWS", 32)
+    monkeypatch.setattr(export, "GROUP_ROWS", 32)
     asked, read = [], FeatureCache.rows_between
     monkeypatch.setattr(FeatureCache, "rows_between", lambda self, a, b: asked.append(b - a) or read(self, a, b))
     assert _export(cache, tmp_path).equals(whole)
@@ -161,7 +160,7 @@ def test_without_the_data_names_of_files_and_classes_are_null(copied_cache: Path
 
 def test_bad_input(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HdovdError, match=r"ends in \.parquet"):
-        export_parquet(ParquetConfig(source=CacheSource(cache), out=tmp_path / "boxes.csv"))
+        export_parquet(ExportConfig(cache=cache, to=ExportForm.PARQUET, out=tmp_path / "boxes.csv"))
     with pytest.raises(HdovdError, match="no set of features named other"):
         _export(cache, tmp_path, features="other")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
@@ -171,7 +170,7 @@ def test_bad_input(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_killed_export_leaves_what_was_there(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "GROUP_ROWS", 32)
+    monkeypatch.setattr(export, "GROUP_ROWS", 32)
     read = FeatureCache.rows_between
 
     def deadly(self: FeatureCache, start: int, stop: int) -> Any:

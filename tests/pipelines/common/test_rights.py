@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hdovd.cache.local import LocalFolder
+from hdovd.cache.store import LocalFolder
 from hdovd.core.errors import HdovdError, is_file, system_line
 from hdovd.modeling.backbones.pyramid import _read
 from hdovd.pipelines.common.atomic_write import write_text

@@ -16,7 +16,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hdovd.cache.catalog import Catalog
-from hdovd.cache.inventory import find_garbage
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import open_rows
@@ -25,6 +24,7 @@ from hdovd.cli.main import app
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.pipelines.cache_tools.config import CheckConfig
+from hdovd.pipelines.cache_tools.listing import find_garbage
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.embedding.crop_recipe import DenseRecipe
 from hdovd.pipelines.embedding.crops import Batch

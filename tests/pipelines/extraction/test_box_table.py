@@ -7,7 +7,7 @@ import pytest
 
 from hdovd.cache.schema import Source
 from hdovd.data.coco import ImageBoxes
-from hdovd.pipelines.extraction.boxes import BoxTable, box_table, match_rows
+from hdovd.pipelines.extraction.identities import BoxTable, box_table, match_rows
 from hdovd.pipelines.proposal_files.file import Proposals
 
 

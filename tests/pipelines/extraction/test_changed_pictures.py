@@ -15,6 +15,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from hdovd.cache.catalog import Catalog
+from hdovd.cache.picture_files import PictureFile
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
@@ -24,8 +25,7 @@ from hdovd.data.coco import DataPaths, Exif
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
-from hdovd.pipelines.extraction import picture_hashes
-from hdovd.pipelines.extraction import prepare as extract_module
+from hdovd.pipelines.extraction import extract_clip as extract_module
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.training.train import TrainConfig, training_data
@@ -149,7 +149,7 @@ def test_files_that_moved_or_were_copied_are_a_hit_and_hashed_once(
     annotations.write_text(json.dumps(tree))
     config = replace(extraction(cache, data=copied_world), data=DataPaths(None, moved, annotations))
     assert set(extract_clip(config).levels.values()) == {"hit"}
-    monkeypatch.setattr(picture_hashes, "_read", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(PictureFile, "of", lambda path, *_: pytest.fail(f"{path} was read again"))
     assert set(extract_clip(config).levels.values()) == {"hit"}
     assert len(Catalog(cache).products(Level.INSTANCE)) == 1
 

@@ -21,8 +21,8 @@ from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.export import ExportConfig, export_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.tar_export import TarExportConfig, export_tars
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.hooks import PLAIN
 from hdovd.pipelines.training.train import TrainConfig, train
@@ -83,7 +83,7 @@ def test_empty_images_are_embedded_trained_and_evaluated_on(
     for one in (run, ada):
         assert _losses(one)
         assert all(map(math.isfinite, _losses(one)))
-    export_tars(TarExportConfig(cache=cache, out=tmp_path / "tars", data=data))
+    export_tars(ExportConfig(cache=cache, out=tmp_path / "tars", data=data))
     tarred = train(replace(job, data=DataPaths(), cache=tmp_path / "tars", out=tmp_path / "tarred"))
     assert sum(1 for _ in tarred.entries()) == sum(1 for _ in run.entries())
     found = evaluate(EvalConfig(run=run.path, data=data, device="cpu"))

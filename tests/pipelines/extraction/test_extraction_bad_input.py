@@ -15,8 +15,7 @@ from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.pipelines.extraction.config import ExtractConfig
-from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.prepare import prepare
+from hdovd.pipelines.extraction.extract_clip import extract_clip, prepare
 
 Config = Callable[..., ExtractConfig]
 

@@ -13,18 +13,17 @@ import pytest
 import zarr
 from PIL import Image
 
-from hdovd.cache import local
+from hdovd.cache import store
 from hdovd.cache.catalog import Catalog
-from hdovd.cache.local import open_folder
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import ROW_ARRAYS, Level
+from hdovd.cache.store import open_folder
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.engine import Unit
-from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.prepare import ExtractReport, prepare
+from hdovd.pipelines.extraction.extract_clip import ExtractReport, extract_clip, prepare
 
 Config = Callable[..., ExtractConfig]
 BOXES, INSTANCE, IMAGE, CLASS, NOUN, PSEUDO_LABEL = Level
@@ -275,7 +274,7 @@ def test_part_of_a_process_that_hangs_is_done_after_some_time(
     tmp_path: Path, extraction: Config, monkeypatch: pytest.MonkeyPatch, level: Level
 ) -> None:
     """And until then everything else is: here the claim is never let go."""
-    monkeypatch.setattr(local, "CLAIM_WAIT_S", 0.3)
+    monkeypatch.setattr(store, "CLAIM_WAIT_S", 0.3)
     config = extraction(tmp_path / "cache", part_rows=32)
     begun = prepare(config)
     begun.begin(Catalog.create(config.cache))

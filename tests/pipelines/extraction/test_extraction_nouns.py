@@ -21,9 +21,8 @@ from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.common.name_list import shipped
 from hdovd.pipelines.extraction.config import ExtractConfig
-from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.prepare import prepare
-from hdovd.pipelines.nouns.config import Matching, NounsConfig, Parser
+from hdovd.pipelines.extraction.extract_clip import extract_clip, prepare
+from hdovd.pipelines.nouns.config import NounsConfig, Parser
 from hdovd.pipelines.nouns.find import find_nouns
 
 Config = Callable[..., ExtractConfig]
@@ -98,22 +97,15 @@ def _plural(world: Path) -> None:
     file.write_text(json.dumps(tree))
 
 
-def test_old_sets_say_that_their_nouns_are_found_no_more(
-    copied_world: Path, tmp_path: Path, extraction: Config
-) -> None:
+def test_old_sets_are_read_and_made_again_with_plurals(copied_world: Path, tmp_path: Path, extraction: Config) -> None:
     """Their records say nothing of matching: names were found letter by letter."""
     _plural(copied_world)
     config = extraction(tmp_path / "cache", data=copied_world)
-    tree = json.loads(json.dumps(replace(config, matching=Matching.WORDS).to_dict()))
-    assert "matching" not in tree
+    tree = json.loads(json.dumps(config.to_dict()))
+    assert tree.pop("matching") == "lemmas"
     assert "nouns" not in tree
     again = ExtractConfig.from_dict(tree, tmp_path / "cache", device="cpu")
-    assert again.matching is Matching.WORDS
-    with pytest.raises(HdovdError, match=r"letter by letter.*extract-clip command again"):
-        _keys(again)
-    new = ExtractConfig.from_dict(json.loads(json.dumps(config.to_dict())), tmp_path / "cache", device="cpu")
-    assert new.matching is Matching.LEMMAS
-    assert _keys(new) == _keys(config)
+    assert _keys(again) == _keys(config)
 
 
 # --- what does not go together ---

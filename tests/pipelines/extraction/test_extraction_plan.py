@@ -22,8 +22,7 @@ from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.demo.world import NOVEL
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe
 from hdovd.pipelines.extraction.config import ExtractConfig
-from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.prepare import ExtractReport, prepare
+from hdovd.pipelines.extraction.extract_clip import ExtractReport, extract_clip, prepare
 from hdovd.pipelines.teachers.openclip import load_clip
 
 Config = Callable[..., ExtractConfig]
@@ -312,7 +311,7 @@ def test_probe_does_not_count_what_fills_up_a_batch(
     monkeypatch.setattr("hdovd.pipelines.extraction.engine.PROBE_BATCH_CPU", 1_000)
     monkeypatch.setattr("hdovd.pipelines.extraction.engine.time.monotonic", lambda: now[0])
     config = extraction(tmp_path / "cache", batch_size=1_000, recipe=CropRecipe(scales=scales))
-    costs = prepare(config, counting).probe().costs
+    costs = prepare(config, counting).probe()
     assert costs[INSTANCE].embed_s == pytest.approx(len(scales))
     assert costs[IMAGE].embed_s == pytest.approx(1)
     assert costs[INSTANCE].cut_s == 0

@@ -18,8 +18,7 @@ from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.embedding.build import embedders_of
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, Shape
 from hdovd.pipelines.embedding.embedders import Pictures
-from hdovd.pipelines.extraction.boxes import box_table
-from hdovd.pipelines.extraction.identities import data_inputs, level_inputs
+from hdovd.pipelines.extraction.identities import box_table, data_inputs, level_inputs
 from hdovd.pipelines.extraction.text import TextRows
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.proposal_files.file import Proposals

@@ -21,8 +21,8 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
+from hdovd.pipelines.extraction.export import ExportConfig, export_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.tar_export import TarExportConfig, export_tars
 from hdovd.pipelines.extraction.text import object_text_of
 from hdovd.pipelines.teachers.openclip import load_clip
 from hdovd.pipelines.training.train import TrainConfig, train
@@ -112,7 +112,7 @@ def test_tar_shards_have_it_and_old_ones_get_it(
 ) -> None:
     file, shards = copied_cache / "sets" / "default.json", tmp_path / "shards"
     whole = file.read_text()
-    config = TarExportConfig(
+    config = ExportConfig(
         cache=str(copied_cache), out=str(shards), data=DataPaths(world), protocol=str(world / "protocol.toml")
     )
     forget(copied_cache)

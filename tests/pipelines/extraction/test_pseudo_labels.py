@@ -23,9 +23,9 @@ from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule
+from hdovd.pipelines.extraction.export import ExportConfig, export_tars, import_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts
-from hdovd.pipelines.extraction.tar_export import TarExportConfig, export_tars, import_tars
 from hdovd.pipelines.training.training_set import TarTrainingSet, TrainingSet
 
 Config = Callable[..., ExtractConfig]
@@ -157,7 +157,7 @@ def test_training_takes_u_of_all_of_them_from_the_cache_and_from_tar_shards(
     recipe, reader = micro_recipe("input.flip=0.0"), FeatureCache(two_ways, "top")
     data = TrainingSet(split, reader, recipe)
     export_tars(
-        TarExportConfig(
+        ExportConfig(
             cache=two_ways,
             out=tmp_path / "shards",
             data=DataPaths(world),

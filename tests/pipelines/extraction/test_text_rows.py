@@ -28,10 +28,8 @@ from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
 from hdovd.pipelines.extraction.config import Executor, ExtractConfig, LabelRule, Share, Store
-from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.prepare import ExtractReport, prepare
+from hdovd.pipelines.extraction.extract_clip import ExtractReport, extract_clip, prepare
 from hdovd.pipelines.extraction.text import read_class_embeddings, read_synonyms
-from hdovd.pipelines.nouns.config import Matching
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.openclip import load_clip
 
@@ -463,7 +461,6 @@ def test_config_survives_as_plain_values_with_absolute_paths(tmp_path: Path, mon
         "features": "mine",
         "class_embeddings": None,
         "nouns": None,
-        "matching": Matching.LEMMAS,
         "labels": LabelRule(),
         "device": "auto",
         "batch_size": None,

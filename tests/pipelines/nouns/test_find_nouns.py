@@ -11,7 +11,7 @@ import pytest
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.pipelines.nouns.allowed import Nouns, read_noun_file, read_nouns
-from hdovd.pipelines.nouns.config import Matching, NounsConfig, Parser
+from hdovd.pipelines.nouns.config import NounsConfig, Parser
 from hdovd.pipelines.nouns.find import NounsReport, find_nouns
 
 CAPTIONS = [
@@ -126,8 +126,6 @@ def test_extraction_finds_the_same_in_captions(tmp_path: Path) -> None:
     report, _ = _run(job)
     assert job.vocabulary is not None
     assert read_nouns(job.vocabulary, job.captions) == report.nouns == read_noun_file(job.out)
-    with pytest.raises(HdovdError, match="letter by letter"):  # as sets of an older hdovd want it
-        read_nouns(job.vocabulary, job.captions, Matching.WORDS)
 
 
 # --- what cannot be done ---

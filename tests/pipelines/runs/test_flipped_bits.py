@@ -26,8 +26,8 @@ from hdovd.core.log import lines_to
 from hdovd.modeling.base import build_detector
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
-from hdovd.pipelines.extraction.source import TarExportConfig
-from hdovd.pipelines.extraction.tar_export import export_tars
+from hdovd.pipelines.extraction.export import export_tars
+from hdovd.pipelines.extraction.source import ExportConfig
 from hdovd.pipelines.runs.checkpoint import load_checkpoint
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.train import STATE
@@ -97,7 +97,7 @@ def test_a_flipped_bit(
 ) -> None:
     root = tmp_path / kind
     if kind == "shards":
-        export_tars(TarExportConfig(cache=cache, out=root, samples=8))
+        export_tars(ExportConfig(cache=cache, out=root, samples=8))
     else:
         shutil.copytree(cache if kind == "cache" else distilled.path, root)
     files = [

@@ -269,7 +269,7 @@ def test_an_address_of_a_run_from_elsewhere_is_not_asked(
     def asked(*_: object) -> None:
         raise AssertionError("asked")
 
-    monkeypatch.setattr("hdovd.cache.remote._file_system", asked)
+    monkeypatch.setattr("hdovd.cache.store._file_system", asked)
     edit(run / "run.json", lambda record: record["cache"].update(path=url))
     with pytest.raises(HdovdError, match=r"names the cache .*your credentials.*--trust"):
         data_of_cache(RunFolder.open(run))

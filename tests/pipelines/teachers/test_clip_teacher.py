@@ -24,8 +24,7 @@ from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.embedding.build import embedders_of
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX
 from hdovd.pipelines.embedding.embedders import Pictures
-from hdovd.pipelines.extraction.boxes import box_table
-from hdovd.pipelines.extraction.identities import level_inputs
+from hdovd.pipelines.extraction.identities import box_table, level_inputs
 from hdovd.pipelines.extraction.text import TextRows
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.teachers import openclip as clip_teacher

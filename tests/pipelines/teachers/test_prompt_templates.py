@@ -13,7 +13,7 @@ import torch
 
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
-from hdovd.pipelines.cache_tools.importing import ForeignFormat, ImportConfig
+from hdovd.pipelines.cache_tools.config import ForeignFormat, ImportConfig
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, ExtractConfig
 from hdovd.pipelines.teachers import prompts as prompt_templates
 from hdovd.pipelines.teachers.openclip import load_clip
@@ -104,7 +104,7 @@ def test_template_with_other_braces_is_refused(
     assert repr(template) in str(error.value)
     with pytest.raises(HdovdError, match="template"):
         ImportConfig(
-            format=ForeignFormat.OADP, folder=tmp_path, data=DataPaths(tmp_path), cache=tmp_path, templates=(template,)
+            format=ForeignFormat.OADP, source=tmp_path, data=DataPaths(tmp_path), cache=tmp_path, templates=(template,)
         )
 
 

@@ -22,7 +22,7 @@ from hdovd.config.recipe import PRESETS, Recipe
 from hdovd.core.errors import HdovdError, Stopped
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
-from hdovd.pipelines.extraction.tar_export import TarExportConfig, export_tars
+from hdovd.pipelines.extraction.export import ExportConfig, export_tars
 from hdovd.pipelines.runs.checkpoint import load_checkpoint, save_checkpoint
 from hdovd.pipelines.runs.folder import RunFolder, replace_file
 from hdovd.pipelines.runs.listing import State, read_run
@@ -167,7 +167,7 @@ def test_workers_may_change_and_a_signal_to_all_processes_of_a_job_spares_them(
 
 def test_tar_shards_resume_too(play: Play, training_cache: Path, tmp_path: Path) -> None:
     """The order is that of the streams that the run began with."""
-    export_tars(TarExportConfig(cache=training_cache, out=tmp_path / "shards", samples=5))
+    export_tars(ExportConfig(cache=training_cache, out=tmp_path / "shards", samples=5))
     play(tmp_path / "whole", cache=tmp_path / "shards", settings=("train.workers=2",))
     play(tmp_path / "tar", cache=tmp_path / "shards", settings=("train.workers=2",), kill_at=8, code=-9)
     play(tmp_path / "tar", cache=tmp_path / "shards", resume=True)

@@ -29,8 +29,8 @@ from hdovd.modeling.faster_rcnn.model import FasterRCNN
 from hdovd.pipelines.dataloading.loader import TrainingBatches
 from hdovd.pipelines.dataloading.sampler import Dealing, Draw, Streams
 from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.export import ExportConfig, export_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.tar_export import TarExportConfig, export_tars
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.loop import Hooks
 from hdovd.pipelines.training.train import TrainConfig, loop_of, train
@@ -50,7 +50,7 @@ def _in_order(data: TarTrainingSet) -> Iterator[Sample]:
 def shards(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The micro world's cache as shards of 5 images: five of them, the last of 3."""
     folder = tmp_path_factory.mktemp("tar") / "shards"
-    export_tars(TarExportConfig(cache=cache, out=folder, samples=5))
+    export_tars(ExportConfig(cache=cache, out=folder, samples=5))
     return folder
 
 
@@ -243,7 +243,7 @@ def broken(
     for image in (kept[2], *kept[20:]):
         (copied / "train2017" / f"{image:012d}.jpg").unlink()
     extract_clip(extraction(folder / "cache", data=copied))
-    export_tars(TarExportConfig(cache=folder / "cache", out=folder / "shards", samples=5))
+    export_tars(ExportConfig(cache=folder / "cache", out=folder / "shards", samples=5))
     return folder / "shards"
 
 
@@ -397,7 +397,7 @@ def test_class_level_needs_nouns(
     world: Path, tmp_path: Path, extraction: Callable[..., ExtractConfig], micro_recipe: MakeRecipe, protocol: Protocol
 ) -> None:
     extract_clip(extraction(tmp_path / "cache", vocabulary=None, captions=None))
-    export_tars(TarExportConfig(cache=tmp_path / "cache", out=tmp_path / "shards"))
+    export_tars(ExportConfig(cache=tmp_path / "cache", out=tmp_path / "shards"))
     _refused(tmp_path / "shards", world, micro_recipe(), r"--vocabulary.*loss\.class\.enabled=false")
     data = TarTrainingSet(str(tmp_path / "shards"), protocol, micro_recipe(OFF["class"]))
     assert max(len(sample[1].pseudo_boxes) for sample in _in_order(data)) > 0

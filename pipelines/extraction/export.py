@@ -1,0 +1,316 @@
+"""A set of a cache in other forms: with its pictures and base annotations as tar shards, and from those a cache again,
+to the byte; or as one Parquet file.
+
+The boxes as a Parquet file are for whatever reads tables: DuckDB, pandas, Polars, LanceDB, Embedding
+Atlas.
+
+A row a box, image by image, base boxes before proposals. Columns; null means that a value is not known or does not
+apply:
+
+    image_id       int64
+    file_name      string; null without the annotations
+    x, y, w, h     float32, pixels of the original image: left, top, width, height
+    source         string, base or proposal
+    score          float32
+    name           string; the class of a base box (null without the annotations), or the noun of a proposal (null if it
+                   has none)
+    noun_cosine    float32, of a proposal's crop and its noun; null without one
+    annotation_id  int64; null for proposals
+    embedding      a list of D float32, the values of the cache's float16; null for images that could not be read
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hdovd.cache.catalog import Catalog, FeatureSet
+from hdovd.cache.product import Product
+from hdovd.cache.reader import FeatureCache
+from hdovd.cache.schema import TABLE_ARRAYS, TABLES, TOP_ARRAYS, Level, Source, row_arrays
+from hdovd.cache.tar_shards import (
+    MEMBERS,
+    TABLES_HERE,
+    TEXTS,
+    TarMeta,
+    TarSample,
+    TarShards,
+    TarWriter,
+    unfinished_shards,
+)
+from hdovd.cache.writer import PartFiller, ProductWriter
+from hdovd.core.errors import HdovdError, counted, system_reason
+from hdovd.core.log import log
+from hdovd.data.coco import ImageBoxes, Split
+from hdovd.data.protocol import Protocol
+from hdovd.pipelines.common.atomic_write import replace_file
+from hdovd.pipelines.common.console import progress, size
+from hdovd.pipelines.extraction.identities import inputs_of
+from hdovd.pipelines.extraction.source import ExportConfig
+
+
+def export_tars(config: ExportConfig) -> TarMeta:
+    """Write the shards that are not there yet. Raises HdovdError if the set does not fit the data, or a picture is
+    gone.
+    """
+    config.check()
+    cache = FeatureCache(config.cache, config.features)
+    cache.require_together()
+    split, protocol = config.load(cache.set)
+    inputs = inputs_of(split, cache)
+    for level in inputs.keys() & set(cache.levels()):
+        only_images = (
+            level is Level.BOXES and not cache.key_inputs(level)["base_boxes"]["count"]
+        )  # some imports have no base boxes
+        cache.require(level, {"images": inputs[level]["images"]} if only_images else inputs[level])
+    about = {"protocol": protocol.to_dict(), "data": {str(level): value for level, value in inputs.items()}}
+    writer = TarWriter(config.out, TarMeta.of(Catalog(config.cache), config.features, config.samples, about))
+    for name in writer.folder.sweep():
+        log(f"deleted {name}, left half-written by a process that is dead")
+    todo = writer.unfinished()
+    if len(todo) < writer.meta.shards:
+        log(f"{config.out}: there already: {writer.meta.shards - len(todo)} of {writer.meta.shards} shards")
+    with progress(None, "tar shards", "image", total=sum(len(writer.meta.places_of(number)) for number in todo)) as bar:
+
+        def write(number: int, *, wait: bool) -> bool:
+            with writer.folder.claim(f"{number:06d}.tar", wait=wait) as mine:
+                if mine and unfinished_shards(writer.folder, [number]):
+                    images = (split.images[place] for place in writer.meta.places_of(number))
+                    writer.write(number, (_sample(cache, split, protocol, image) for image in images))
+                bar.update(len(writer.meta.places_of(number)) if mine else 0)
+                return mine
+
+        busy = [number for number in todo if not write(number, wait=False)]  # another export of the same is at these
+        for number in busy:
+            write(number, wait=True)
+    failed, count, total = cache.failed(), writer.meta.shards, size(sum(writer.folder.sizes("").values()))
+    log(
+        f"{config.out}: {writer.meta.images:,d} images in {counted(count, 'tar shard')}, {total}"
+        + (f"; without embeddings, and so without a picture: {counted(len(failed), 'image')}" if failed else "")
+    )
+    return writer.meta
+
+
+def _sample(cache: FeatureCache, split: Split, protocol: Protocol, image: ImageBoxes) -> TarSample:
+    """What the shards hold of an image."""
+    boxes = zip(image.annotation_ids.tolist(), image.labels.tolist(), image.boxes.tolist(), strict=True)
+    about = {
+        "id": image.id,
+        "file_name": image.file_name,
+        "width": image.width,
+        "height": image.height,
+        "annotations": [
+            {"id": number, "category": protocol.names[label], "bbox": [left, top, right - left, bottom - top]}
+            for number, label, (left, top, right, bottom) in boxes
+        ],
+    }
+    if (reason := cache.failed().get(image.id)) is not None:
+        return TarSample(image.id, about | {"failed": reason}, None, _arrays(cache, image.id))
+    path = split.path(image)
+    try:
+        return TarSample(image.id, about, path.read_bytes(), _arrays(cache, image.id))
+    except OSError as error:
+        raise HdovdError(
+            f"image {image.id}: {path} cannot be read ({system_reason(error)}), but the cache has embeddings of it: "
+            f"give the data that it was made from"
+        ) from error
+
+
+def _arrays(cache: FeatureCache, image_id: int) -> dict[str, np.ndarray]:
+    levels, arrays = cache.levels(), dict[str, np.ndarray]()
+    if Level.INSTANCE in levels:
+        rows = cache.instances(image_id)
+        for name, (level, array) in MEMBERS.items():
+            of_several = array in TOP_ARRAYS and not rows.top_noun.shape[1]
+            if level in levels and level is not Level.IMAGE and not of_several:
+                arrays[name] = getattr(rows, array)
+    if Level.IMAGE in levels:
+        arrays["image"] = cache.image_embedding(image_id)
+    return arrays
+
+
+def import_tars(url: Path | str, cache: Path | str) -> FeatureSet:
+    """Write the products that shards were exported from, and name the set as it was. What is there already is left.
+
+    The shards are read twice, in flat memory: once for the boxes, which a product holds before its rows, and to
+    verify them. Raises HdovdError, naming the shard, if one is missing or is not the file that was written.
+    """
+    shards = TarShards(url)
+    meta = shards.meta
+    if len(shards.numbers) < meta.shards:
+        raise HdovdError(
+            f"{url} names {len(shards.numbers)} of {meta.shards} shards: give the folder, a cache needs all of them"
+        )
+    tables = {name: meta.tensors[name] for name in TABLES_HERE} | _box_tables(shards)
+    catalog, products, parts = Catalog.create(cache), list[Product](), dict[Level, PartFiller]()
+    for level in meta.products:
+        attributes = meta.attributes(level)
+        writer = ProductWriter.begin(
+            catalog.folder,
+            level,
+            attributes["key_inputs"],
+            rows=attributes["rows"],
+            part_rows=attributes["part_rows"],
+            dim=attributes["dim"],
+            tables={name: tables[name] for name in TABLE_ARRAYS[level]},
+            names=attributes.get("names"),
+            made_with=attributes["made_with"],
+        )
+        product, exported = writer.product, attributes["part_rows"]
+        if product.part_rows != exported and not product.whole:
+            raise HdovdError(
+                f"{cache} has some of {product}, in parts of {product.part_rows} rows, the shards are of parts of "
+                f"{exported}: give another --cache, or finish the extraction"
+            )
+        _compare(product, meta, TABLES)
+        products.append(product)
+        if product.parts:
+            parts[level] = PartFiller(writer, meta.failed_parts(level))
+
+    def add(level: Level, arrays: dict[str, np.ndarray]) -> None:
+        for part in parts[level].add(arrays):
+            _compare(Product(catalog.folder, level, meta.features.levels[level]), meta, part)
+
+    for level in parts.keys() & set(TEXTS):
+        add(level, {"embedding": meta.tensors[level]})
+    for sample in _samples(shards, "writing", verify=False):
+        for level in parts.keys() - set(TEXTS):
+            arrays = {
+                array: sample.arrays[name]
+                for name, (of, array) in MEMBERS.items()
+                if of is level and array in row_arrays(level, meta.attributes(level)["dim"])
+            }
+            add(level, {"embedding": arrays["embedding"][None]} if level is Level.IMAGE else arrays)
+    for product in products:
+        if not product.whole:
+            raise HdovdError(
+                f"{url} holds too few rows of {product}: {len(product.missing())} parts are not full; export again"
+            )
+    catalog.write_set(meta.name, meta.features)
+    log(f"{cache}: set {meta.name} of {meta.images:,d} images, {size(sum(product.bytes() for product in products))}")
+    return meta.features
+
+
+def _samples(shards: TarShards, what: str, *, verify: bool) -> Iterator[TarSample]:
+    with progress(None, what, "image", total=shards.images) as bar:
+        for number in shards.numbers:
+            for place, raw in shards.raw(number, verify=verify):
+                yield shards.decode(place, raw)
+                bar.update()
+
+
+def _box_tables(shards: TarShards) -> dict[str, np.ndarray]:
+    """The tables of the boxes level that have a row a box."""
+    names = {array: name for name, (level, array) in MEMBERS.items() if level is Level.BOXES}
+    rows = int(shards.meta.tensors["offset"][-1])
+    tables = {
+        array: np.zeros((rows, 4) if array == "box" else rows, TABLE_ARRAYS[Level.BOXES][array]) for array in names
+    }
+    start = 0
+    for sample in _samples(shards, "reading boxes", verify=True):
+        stop = start + len(sample.arrays["boxes"])
+        for array, name in names.items():
+            tables[array][start:stop] = sample.arrays[name]
+        start = stop
+    return tables
+
+
+def _compare(product: Product, meta: TarMeta, part: int | str) -> None:
+    """Raises HdovdError if the bytes of a part are not those that were exported; metadata may be of another version of
+    Zarr.
+    """
+    found = json.loads(product.folder.read(product.record_name(part)))["objects"]
+    exported = meta.products[product.level]["records"][str(part)]["objects"]
+    wrong = [name for name in found if not name.endswith("zarr.json") and found[name] != exported.get(name)]
+    if wrong:
+        raise HdovdError(
+            f"{product.folder.url}: {wrong[0]} of {product} is not what was exported: were the shards changed? Delete "
+            f"{product.prefix} in the cache, and import shards that hdovd exported"
+        )
+
+
+GROUP_ROWS = 16_384  # of a row group, which is held in memory: 32 MB of embeddings of 512 values
+
+
+def export_parquet(config: ExportConfig) -> None:
+    """Write the file whole or not at all. Raises HdovdError for bad input, or without pyarrow."""
+    config.check()
+    try:
+        from pyarrow.parquet import ParquetWriter
+    except ImportError as error:
+        raise HdovdError("hdovd cache export --to parquet needs pyarrow: pip install 'hdovd[parquet]'") from error
+    cache, out = FeatureCache(config.cache, config.features), Path(config.out)
+    images, (files, classes) = cache.row_images(), _annotated(cache, config)
+
+    def write(partial: Path) -> None:
+        # A float16 in float32 has two bytes of next to nothing: split from the others they take next to no room.
+        with (
+            ParquetWriter(
+                partial,
+                _table(cache, images[:0], 0, files, classes).schema,
+                compression="zstd",
+                use_dictionary=["file_name", "source", "name"],
+                column_encoding={"embedding.list.element": "BYTE_STREAM_SPLIT"},
+            ) as writer,
+            progress(None, "parquet", "box", total=len(images)) as bar,
+        ):
+            for start in range(0, len(images), GROUP_ROWS):
+                some = images[start : start + GROUP_ROWS]
+                writer.write_table(_table(cache, some, start, files, classes))
+                bar.update(len(some))
+
+    replace_file(out, write)
+    log(f"wrote {out}: {len(images):,d} boxes, {size(out.stat().st_size)}")
+
+
+def _annotated(cache: FeatureCache, config: ExportConfig) -> tuple[dict[int, str], dict[int, str]]:
+    """File names by image, class names by annotation. None, and a note, if nobody named the data and they are not where
+    the set was made from.
+    """
+    try:
+        split, protocol = config.load_for(cache)
+    except HdovdError as error:
+        if config.data is not None or config.protocol is not None:
+            raise
+        log(f"note: there are no file names, and base boxes have no class name: {error}")
+        return {}, {}
+    classes = {
+        number: protocol.names[label]
+        for image in split.images
+        for number, label in zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True)
+    }
+    return {image.id: image.file_name for image in split.images}, classes
+
+
+def _table(cache: FeatureCache, images: np.ndarray, start: int, files: dict[int, str], classes: dict[int, str]) -> Any:
+    """A pyarrow table of the rows from `start` on, which are of `images` (n,)."""
+    import pyarrow as pa
+
+    rows = cache.rows_between(start, start + len(images))
+    base, unread = rows.source == Source.BASE_BOX, ~rows.embedding.any(axis=1)
+    nouns = cache.names(Level.NOUN) if Level.NOUN in cache.levels() else []
+    names = [
+        nouns[noun] if noun >= 0 else classes.get(number)
+        for noun, number in zip(rows.noun.tolist(), rows.annotation_id.tolist(), strict=True)
+    ]
+    left, top, right, bottom = rows.box.T
+    return pa.table(
+        {
+            "image_id": images,
+            "file_name": pa.array([files.get(image) for image in images.tolist()], pa.string()),
+            "x": left,
+            "y": top,
+            "w": right - left,
+            "h": bottom - top,
+            "source": pa.array(np.where(base, "base", "proposal").tolist(), pa.string()),
+            "score": rows.score,
+            "name": pa.array(names, pa.string()),
+            "noun_cosine": pa.array(rows.noun_cosine, mask=rows.noun < 0),
+            "annotation_id": pa.array(rows.annotation_id, mask=~base),
+            "embedding": pa.FixedSizeListArray.from_arrays(
+                rows.embedding.astype(np.float32).ravel(), cache.dim, mask=pa.array(unread)
+            ),
+        }
+    )
