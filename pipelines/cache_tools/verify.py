@@ -51,6 +51,7 @@ from hdovd.pipelines.extraction.identities import image_hash, picture_hashes
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.base import Teacher
 from hdovd.pipelines.teachers.prompts import read_templates, shipped_templates
+from hdovd.pipelines.teachers.registry import TEACHERS
 
 LEAST_COSINE = 0.99
 BATCH_ROWS = 64
@@ -192,6 +193,7 @@ def _findings(product: Product, rows: np.ndarray, cosines: np.ndarray) -> list[F
 OPTIONS = (
     "clip",
     "pretrained",
+    "teacher",
     "proposals",
     "vocabulary",
     "captions",
@@ -276,6 +278,11 @@ def _check_pictures(
     are damaged.
     """
     settings, folder = settings_of(config, name, features), open_folder(config.cache)
+    if config.sample and settings.teacher not in TEACHERS:
+        raise HdovdError(
+            f"--sample: set {name} says that it was made by {settings.teacher}, code outside of hdovd, which is not "
+            "run because a cache names it. Leave --sample out"
+        )
     try:
         protocol = load_protocol(settings.protocol)
         with quiet():

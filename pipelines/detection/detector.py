@@ -103,7 +103,11 @@ def clip_of_cache(run: RunFolder, key: str) -> ClipName:
     except (HdovdError, OSError, ValueError, ImportError) as error:
         sets, why = [], f"the run's cache cannot be asked ({error})"
     for features in sets:
-        if features.levels.get(Level.CLASS) == key and "clip" in features.made_from:
+        if (
+            features.levels.get(Level.CLASS) == key
+            and "clip" in features.made_from
+            and "teacher" not in features.made_from
+        ):
             return str(features.made_from["clip"]), features.made_from.get("pretrained")
     raise HdovdError(
         f"other names than the run's classes need its CLIP, and it is not known where that is: {why}. Give --clip "

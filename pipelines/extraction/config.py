@@ -34,6 +34,7 @@ from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe, Shape
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.prompts import Templates, check_templates
+from hdovd.pipelines.teachers.registry import OPEN_CLIP, TEACHERS
 
 TEMPERATURE = 0.01  # of CLIP itself: its logits are 100 times the cosine, the most that its training allows
 
@@ -215,6 +216,13 @@ class ExtractConfig:
     cache: CacheWritten
     clip: Annotated[str, Option("open_clip model name, local-dir:PATH or hf-hub:NAME.")]
     pretrained: Pretrained = None
+    teacher: Annotated[
+        str,
+        Option(
+            "What reads --clip: open_clip, or my_module:load, a function that returns a model of your own "
+            "(docs/EXTENDING.md)."
+        ),
+    ] = OPEN_CLIP
     proposals: Annotated[
         Path | None, Option("COCO results JSON, hdovd's .npz, or a .pkl of mmdetection or Detectron2.")
     ] = None
@@ -295,6 +303,7 @@ class ExtractConfig:
         """Raises HdovdError for what is wrong with the paths and names alone."""
         if self.store is Store.ZARR:  # else it is a folder of tar shards, which the extraction looks into
             Catalog.find_at(self.cache)
+        TEACHERS.require(self.teacher)
         load_protocol(self.protocol)
         self.data.locate("train2017")
         require_files(
@@ -320,6 +329,7 @@ class ExtractConfig:
             kind: {"side": self.recipe.side} if isinstance(self.recipe, DenseRecipe) else self.recipe.inputs(),
         }
         later = {name: _plain(getattr(self, name)) for name in _LATER_FILES}
+        later["teacher"] = None if self.teacher == OPEN_CLIP else self.teacher
         later["matching"] = None if self.captions is None else "lemmas"
         later |= {"labels": self.labels.inputs() or None, "exif": None if self.exif is Exif.APPLY else str(self.exif)}
         return tree | {name: value for name, value in later.items() if value is not None}

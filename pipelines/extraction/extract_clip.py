@@ -42,6 +42,7 @@ from hdovd.pipelines.extraction.text import TextRows, object_text_entry, read_cl
 from hdovd.pipelines.nouns.allowed import Nouns, named_novel, read_noun_file, read_nouns
 from hdovd.pipelines.proposal_files.file import Proposals, made_by_line, read_table, usable_proposals
 from hdovd.pipelines.teachers.base import Teacher
+from hdovd.pipelines.teachers.registry import TEACHERS
 
 
 def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction:
@@ -73,9 +74,7 @@ def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction
             "allowed, since captions hold them, and to be reported with results"
         )
     if teacher is None:
-        from hdovd.pipelines.teachers.openclip import load_clip
-
-        teacher = load_clip(
+        made: Teacher = TEACHERS.find(config.teacher)(
             config.clip,
             config.pretrained,
             device=_own_device(config.device),
@@ -83,6 +82,7 @@ def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction
             activation=config.activation,
             cached=partial(cached_precision, catalog, config.features),
         )
+        teacher = made
     for note in teacher.notes:
         log(note)
     if classes.embeddings is not None and classes.embeddings.shape[1] != teacher.dim:

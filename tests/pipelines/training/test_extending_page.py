@@ -12,6 +12,7 @@ import tomli_w
 import torch
 from safetensors.torch import load_file
 
+from hdovd.cache.reader import FeatureCache
 from hdovd.config.recipe import Recipe
 
 PAGE = Path(__file__).parents[3] / "docs" / "EXTENDING.md"
@@ -36,10 +37,10 @@ def write_page(folder: Path, recipe: Recipe, block: str) -> None:
 
 def test_the_page_is_as_short_as_it_says() -> None:
     modules = sorted(text.split("\n", 1)[0] for kind, text in BLOCKS if kind == "python")
-    assert modules == ["# my_backbones.py", "# my_detectors.py", "# my_losses.py"]
+    assert modules == ["# my_backbones.py", "# my_detectors.py", "# my_losses.py", "# my_teachers.py"]
     assert all(len(text.splitlines()) <= 55 for _, text in BLOCKS)
     assert len(RECIPES) == 4
-    assert len(set(COMMANDS)) == 1
+    assert len(set(COMMANDS)) == 2
 
 
 @pytest.mark.parametrize("block", RECIPES, ids=["loss", "timm", "backbone", "detector"])
@@ -52,7 +53,7 @@ def test_the_page_trains(
     forked: Callable[..., Any],
 ) -> None:
     write_page(tmp_path, micro_recipe("train.batch_size=4"), block)
-    hdovd, *command = COMMANDS[0].split()
+    hdovd, *command = next(line for line in COMMANDS if " train " in line).split()
     assert hdovd == "hdovd"
     words = {"COCO": str(world), "CACHE": str(training_cache), "RUN": "run"}
     command = [words.get(word, word) for word in command]
@@ -76,3 +77,58 @@ def test_the_page_trains(
     if "my_" in block:  # what it names is imported again
         scored = forked(["eval", "run", "--data", world, "--device", "cpu"], tmp_path).wait()
         assert scored.returncode == 0, scored.stderr
+
+
+class Towers(torch.nn.Module):
+    """Two that know little: the mean colours of 8 x 8 cells, and the bytes of a text, both projected."""
+
+    def __init__(self, cells: int, dim: int) -> None:
+        super().__init__()
+        self.project = torch.nn.Linear(cells, dim)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if rows.dim() == 4:
+            rows = torch.nn.functional.avg_pool2d(rows, 8)
+        return self.project(rows.flatten(1).float() / 100)
+
+
+@pytest.fixture
+def towers(tmp_path: Path) -> Path:
+    folder = tmp_path / "towers"
+    folder.mkdir()
+    torch.manual_seed(0)
+    for name, inputs, cells, takes in (
+        ("images", torch.zeros(2, 3, 32, 32), 48, "pixels"),
+        ("texts", torch.zeros(2, 64, dtype=torch.int64), 64, "bytes"),
+    ):
+        torch.onnx.export(
+            Towers(cells, 16),
+            (inputs,),
+            str(folder / f"{name}.onnx"),
+            input_names=[takes],
+            dynamic_axes={takes: {0: "n"}},
+            dynamo=False,
+        )
+    return folder
+
+
+def test_the_page_extracts(tmp_path: Path, world: Path, towers: Path, forked: Callable[..., Any]) -> None:
+    (module,) = (text for kind, text in BLOCKS if kind == "python" and "my_teachers" in text)
+    (tmp_path / "my_teachers.py").write_text(module)
+    (line,) = (line for line in COMMANDS if "extract-clip" in line)
+    words = {"COCO": str(world), "CACHE": "cache", "TOWERS": str(towers)}
+    command = [*(words.get(word, word) for word in line.split()[1:]), "--protocol", str(world / "protocol.toml")]
+    made = forked([*command, "--workers", 1], tmp_path).wait()
+    assert made.returncode == 0, made.stderr
+    assert "set default is whole" in made.stdout
+    cache = FeatureCache(tmp_path / "cache")
+    assert cache.dim == 16
+    assert cache.set.made_from["teacher"] == "my_teachers:load"
+    again = forked(command, tmp_path).wait()
+    assert "everything is there: nothing to extract" in again.stdout, again.stderr
+
+    refused = forked(["cache", "verify", "cache", "--sample", 3], tmp_path).wait()
+    assert refused.returncode == 1
+    assert "my_teachers:load, code outside of hdovd, which is not" in refused.stderr
+    mistaken = forked([*command, "--teacher", "openclip"], tmp_path).wait()
+    assert "--teacher 'openclip', did you mean open_clip: expected open_clip, or my_module:name" in mistaken.stderr
