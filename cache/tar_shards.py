@@ -2,7 +2,7 @@
 
 A folder, or a prefix of an object store:
 
-    meta.safetensors   what is no single image's: see `tar_meta`
+    meta.safetensors   what is no single image's: see `TarMeta`
     000000.tar, ...    samples, one an image, in the order of the cache
     000000.json, ...   size and sha256 of the shard of that number, and crc32 of the files of each sample one after
                        another; written after it: what has one is whole
@@ -17,14 +17,7 @@ embedding size:
     KEY.annotation_id.npy (n,) i64          KEY.instance.npy (n, D) f16       KEY.image.npy (D,) f16
     KEY.noun.npy (n,) i32                   KEY.noun_cosine.npy (n,) f32
 
-What `meta.safetensors` holds: all that a folder of tar shards knows of its cache but the rows and pictures of single
-images.
-
-Written by `hdovd cache export` and `hdovd extract-clip --store webdataset`; see `tar_shards` for the folder that it
-stands in.
-
-One image in the tar form: what is in its sample, and the bytes of its files. See `tar_shards` for the names of the
-files.
+Written by `hdovd cache export` and `hdovd extract-clip --store webdataset`.
 
 The `webdataset` package reads it on its own:
 

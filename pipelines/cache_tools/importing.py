@@ -5,8 +5,6 @@ The files are read twice, in flat memory: once for boxes, counts and a hash of a
 in the keys, and once to write. Class names are embedded by a CLIP of the user's choice, which has to be the one that
 the publishers used: no file says which.
 
-Embeddings that others published, read for `hdovd cache import`.
-
 `hd-ovd` is what the HD-OVD authors (github: iSEE-Laboratory/HD-OVD) train from. Its folder holds one .pth an image,
 named after the picture without its extension, and in it a dict of tensors whose row counts only their trainer tells:
 `gt_clip_image_embedding` has a row for every base box in annotation order, crowd boxes left out, and those of no area

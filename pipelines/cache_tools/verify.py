@@ -3,10 +3,8 @@
 --repair marks what is damaged as missing; the command that made it then makes it again, as it does for all that is
 unfinished.
 
-Encoding rows of a cache again, to see whether they are still what the CLIP gives: `hdovd cache verify --sample N`.
-
-Finds what no checksum can: rows that were exchanged and checksummed anew, pictures or a CLIP that are not those of
-then.
+--sample N encodes rows again and compares. It finds what no checksum can: rows that were exchanged and checksummed
+anew, pictures or a CLIP that are not those of then.
 """
 
 import shlex

@@ -1,12 +1,8 @@
-"""What a cache knows of one image: its boxes with their nouns, cosines, weights and nearest class names. No CLIP,
-nothing drawn.
+"""`hdovd cache view`: what a cache knows of each image asked for, as a picture and a table. No CLIP is needed.
 
-D embedding size.
-
-`hdovd cache view`: a picture and a table for each image asked for, of what the cache knows of its boxes.
-
-In the picture base boxes are blue and proposals orange: the more a label weighs in training, the stronger the colour.
-The numbers of the boxes are those of the table, which stands below it.
+A box has its nouns, cosines, weight and nearest class names. In the picture base boxes are blue and proposals orange:
+the more a label weighs in training, the stronger the colour. The numbers of the boxes are those of the table, which
+stands below it. D embedding size.
 """
 
 import random

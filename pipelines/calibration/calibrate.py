@@ -1,9 +1,7 @@
-"""`hdovd calibrate`: fit the reliability weight of pseudo labels to a cache's own base boxes (METHOD section 2). No
-CLIP.
+"""`hdovd calibrate`: fit the reliability weight of pseudo labels, `w = scale * sigmoid((cos(v, u) - centre) /
+width)`, to a cache's own base boxes (METHOD section 2). No CLIP.
 
-Nothing novel is read: base boxes, and the text embeddings of base classes.
-
-Every base box makes two labels:
+Nothing novel is read: base boxes, and the text embeddings of base classes. Every base box makes two labels:
 
 - **right**: its own class. Boxes that are more like another class count too: the captions of a picture offer a few
   nouns, and the right one among them wins with cosines at which it would lose against all classes.
@@ -11,12 +9,8 @@ Every base box makes two labels:
   noun. Not any wrong class: a label is the best of its list, and the cosines of all wrong names lie far below.
 
 What this cannot know is which nouns a picture's captions offer, and what a proposal without any object looks like;
-`fit` says what follows from that. Where labels are made of the k best nouns, so are these (the right one of
+what follows from that stands below. Where labels are made of the k best nouns, so are these (the right one of
 its own class and the k - 1 best others), and the cosine is that of their mean.
-
-The reliability weight of pseudo labels, fitted to the cosines of right and of wrong labels (METHOD section 2).
-
-`w = scale * sigmoid((cos(v, u) - centre) / width)`. n right and m wrong labels.
 
 Centre and width are a logistic regression of "right" on the cosine in which all right labels together count as much as
 all wrong ones: how often a pseudo box's right noun is offered is not known from base boxes, so neither is preferred,
@@ -27,8 +21,7 @@ above 0 where no cosine is both right and wrong.
 The scale makes the mean weight of the right labels 1: a pseudo box whose label is right counts on average as a base box
 does. It lies between 1, for cosines that tell right from wrong, and 2, for those that say nothing; the known variants
 have 1 and 1.3.
-
-The picture of a calibration: which cosines right and wrong labels have, and the weight that was fitted.
+n right and m wrong labels.
 """
 
 from collections.abc import Iterable, Iterator

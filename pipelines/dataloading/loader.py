@@ -1,10 +1,8 @@
-"""Batches of samples from a data set, with worker processes whose errors stay readable.
+"""Batches of samples from a data set, with worker processes whose errors stay readable; and samples of tar shards in
+any order, from streams that only go forward.
 
 A batch has all its tensors and arrays in one buffer: one shared-memory segment, one file descriptor and one message
 from a DataLoader worker. Everything else of it is pickled, as it would be on its way out of a worker anyway.
-
-Samples of tar shards in any order, from streams that only go forward: what comes past and is wanted later is
-kept.
 """
 
 import io

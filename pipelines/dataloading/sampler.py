@@ -1,10 +1,7 @@
-"""In what order a run sees its images: every image once an epoch, as a function of seed and epoch alone.
+"""In what order a run sees its images, and what is random about each: functions of seed, epoch and image id alone.
 
-`Dealing` cuts an epoch into batches of all processes, and those into each process's part.
-
-What is random about an image in an epoch, as a function of seed, epoch and image id alone.
-
-So a sample does not depend on the number of processes or workers, nor on what was drawn before it: a run that is
+Every image comes once an epoch; `Dealing` cuts an epoch into batches of all processes, and those into each process's
+part. A sample depends neither on the number of processes or workers nor on what was drawn before it: a run that is
 resumed in mid-epoch, or spread over other GPUs, sees the very same samples.
 """
 

@@ -1,14 +1,11 @@
 """The demo world: a small COCO 2017 folder of pictures that we draw ourselves.
 
-It holds what real OV-COCO holds:
-base and novel objects together in the training pictures and in the raw annotation files, captions
-that name some of them and sometimes what is not there, cluttered backgrounds, occlusion.
+It holds what real OV-COCO holds: base and novel objects together in the training pictures and in the raw annotation
+files, captions that name some of them and sometimes what is not there, cluttered backgrounds, occlusion.
 
-The objects of the demo world: line drawings on a 100 x 100 canvas, and how one is painted.
-
-Every class is a list of strokes; its look varies by jittered corner points,
-rotation, aspect, mirror, two colours and two textures, none of which depends on the class.
-Tones: A and B are the object's two colours, O is a hole.
+Objects are line drawings on a 100 x 100 canvas. Every class is a list of strokes; its look varies by jittered corner
+points, rotation, aspect, mirror, two colours and two textures, none of which depends on the class. Tones: A and B are
+the object's two colours, O is a hole.
 """
 
 import colorsys

@@ -2,7 +2,7 @@
 
 `detector` is the same for single pictures in memory.
 
-The folder of `hdovd detect`, written picture by picture.
+The folder is written picture by picture:
 
 detections.json    COCO results form: [{image_id, category_id, bbox: [x, y, w, h], score}]
 images.json        what the ids mean, as a COCO data set without annotations; and which pictures were skipped, and

@@ -2,8 +2,6 @@
 is run.
 
 From Python: `analyse(Path("run"), DataPaths(Path("COCO")))`.
-
-Detections as arrays, from COCO results rows in memory or in a file.
 """
 
 from array import array

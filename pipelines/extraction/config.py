@@ -1,8 +1,4 @@
-"""What an extraction is asked to do. Imports no CLIP, so that the command line can name it at no cost.
-
-How many nouns a pseudo label is made of. Imports no torch: the command line reads it. `pseudo_labels` follows the
-rule.
-"""
+"""What an extraction is asked to do. Imports neither CLIP nor torch: the command line names it at no cost."""
 
 import os
 from dataclasses import dataclass, replace

@@ -1,5 +1,5 @@
-"""What an extraction has to do, per level hit, extend or extract, and why; and one process's hands on it, which can do
-any units of the work, parts of levels, in any order.
+"""What an extraction has to do, per level hit, extend or extract, and why; and the work of one process on it: any
+units, parts of levels, in any order.
 
 Units are the same whoever does them: a part's crops go through the model in row order, in batches of one fixed shape
 (the last one filled up with zeros), so that its bytes depend neither on the number of workers nor on what was done

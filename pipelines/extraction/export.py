@@ -1,11 +1,8 @@
 """A set of a cache in other forms: with its pictures and base annotations as tar shards, and from those a cache again,
 to the byte; or as one Parquet file.
 
-The boxes as a Parquet file are for whatever reads tables: DuckDB, pandas, Polars, LanceDB, Embedding
-Atlas.
-
-A row a box, image by image, base boxes before proposals. Columns; null means that a value is not known or does not
-apply:
+The Parquet file is for whatever reads tables: DuckDB, pandas, Polars, LanceDB, Embedding Atlas. A row a box, image by
+image, base boxes before proposals. Columns; null means that a value is not known or does not apply:
 
     image_id       int64
     file_name      string; null without the annotations

@@ -1,13 +1,9 @@
 """What the rows of the class and noun levels are made from: names, several names of one class, or a file of class
-embeddings.
+embeddings; and the text embedding of the word "object", by which AdaMixer knows objects.
 
-K names, D embedding size.
-
-CLIP's text embedding of the word "object", which detectors that know objects by it are measured against (AdaMixer).
-
-`extract_clip` embeds it with the templates of the class names and keeps it in the set's own file: as a level of the
-cache, or a row among the classes, one row would give every cache that is there other keys. `train` hands it to the
-detector. D embedding size.
+`extract_clip` embeds that word with the templates of the class names and keeps it in the set's own file: as a level
+of the cache, or a row among the classes, one row would give every cache that is there other keys. `train` hands it to
+the detector. K names, D embedding size.
 """
 
 from collections.abc import Iterable, Sequence

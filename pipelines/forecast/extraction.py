@@ -2,8 +2,7 @@
 extract`.
 
 Model only and end to end are measured in turns, on the same number of crops in the same batches; ratios are of one run.
-
-Made-up pictures and boxes in COCO's forms, of any number: what a forecast and benchmarks extract.
+What is extracted are made-up pictures and boxes in COCO's forms.
 """
 
 import json

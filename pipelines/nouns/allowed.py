@@ -3,11 +3,8 @@
 Without captions: the whole vocabulary, the same for every image. With captions, or a file of `hdovd nouns`: the
 vocabulary's names that the image's own captions hold. See `matching` for how they are found.
 
-COCO captions, one at a time: `{"images": [...], "annotations": [{"image_id": 1, "caption": "A dog."}]}`.
-
-The file of COCO's training images holds 591,753 of them.
-
-The file of nouns by image: written by `find`, read by extraction.
+COCO captions are read one at a time, `{"images": [...], "annotations": [{"image_id": 1, "caption": "A dog."}]}`: the
+file of COCO's training images holds 591,753. The file of nouns by image is written by `find`:
 
     {"format": "hdovd nouns", "version": 1, "made_by": {...}, "vocabulary": ["cat", "hot dog"], "images": {"139": [0,
     1]}, ...}

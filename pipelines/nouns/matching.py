@@ -3,10 +3,8 @@
 Needs no parser, finds nothing but names of the vocabulary, and cannot tell "a watch" from "they watch". `find` with a
 parser matches first as well.
 
-The words of a text, and the singular of a noun.
-
-simplemma's dictionary of English, asked for plurals alone: it knows no parts of speech, and would make "paint" of a
-painting. What it has otherwise than nouns need it stands in `names/singular.txt`.
+Singulars are from simplemma's dictionary of English, asked for plurals alone: it knows no parts of speech, and would
+make "paint" of a painting. What it has otherwise than nouns need it stands in `names/singular.txt`.
 """
 
 import re

@@ -1,9 +1,8 @@
-"""Proposal files: read in any form, written as COCO results JSON or .npz, with their identity and what made them.
+"""Proposal files: read in any form, written as COCO results JSON or .npz, with their identity and what made them;
+converted and described.
 
 What made them (`made_by`, JSON values) stands in the .npz, and for JSON in a sidecar,
 `FILE.made_by.json`, which names the identity of the proposals that it is of.
-
-Proposal files from one form to another, and what one holds.
 """
 
 import json

@@ -1,12 +1,8 @@
 """Proposals: train a class-agnostic network on base boxes alone, or take a trained one, then propose boxes on training
 images.
 
-Under torchrun every one of its processes runs `propose`.
-
-Proposals of a whole split in parts of a thousand images, each written as it is done: a killed pass goes on, and
-processes share it.
-
-Beside NAME.json a folder NAME.parts holds them until the file is written.
+Under torchrun every one of its processes runs `propose`. Proposals are made in parts of a thousand images, each written
+as it is done to a folder NAME.parts beside NAME.json: a killed pass goes on, and processes share it.
 
 With `report`: how many objects networks find, side by side; average recall of base and of novel objects, counted over
 what a network proposes, before proposals that overlap base boxes are taken out. Novel objects are counted as a

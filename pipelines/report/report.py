@@ -1,9 +1,7 @@
 """One page about one run or several: what they find, what they miss, where the AP comes from. One HTML file that needs
 nothing else.
 
-The parts are made by `figures`; the page is `pages/report.html`, with its own style and script in it.
-
-HTML pages that need nothing else: a template of the folder `pages` with styles, scripts and data inside.
+The parts are made by `figures`; the page is `pages/report.html`, with its own style, script and data in it.
 """
 
 import os

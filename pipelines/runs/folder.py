@@ -18,7 +18,7 @@ a checkpoint those of a zip file. So there is no moment in which a kill leaves a
 Older runs have none, and open as before. What its text files name, code to import and addresses to ask, is followed at
 the user's word alone, or if the user trained it here.
 
-Which weights of a run to evaluate, and which they are. Imports nothing heavy, for the sake of --help.
+Imports nothing heavy, for the sake of --help.
 """
 
 from __future__ import annotations

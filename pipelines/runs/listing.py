@@ -1,9 +1,8 @@
 """Run folders as values: what a run was made from, how far it came, what it reached; and what tells two of them apart.
 
 Reads text files alone, so that a table of many runs is there at once; what is
-missing or damaged is said of the run, and never stops the others.
-
-What `hdovd runs` and `hdovd runs diff` print, line by line, and the same as plain values.
+missing or damaged is said of the run, and never stops the others. `hdovd runs` and `hdovd runs diff`
+print it line by line, or as plain values.
 """
 
 import hashlib

@@ -1,12 +1,8 @@
-"""The optimisation loop that training stages share: schedule, precision, interval means, a sound loss, and a state to
-go on from.
+"""The optimisation loop that training stages share: schedule, precision, interval means, a sound loss, an average of
+the weights (`train.ema`), and a state to go on from.
 
-In several processes (torch.distributed) each has its part of every batch; `model` is then wrapped in DDP.
-
-The losses of the last steps, looked at together: a GPU is not waited for at every step, and none that is unsound
-goes by.
-
-Exponential moving average of a model's weights, `train.ema`: what is validated and kept of a run.
+In several processes (torch.distributed) each has its part of every batch; `model` is then wrapped in DDP. The losses of
+the last steps are looked at together: a GPU is not waited for at every step, and none that is unsound goes by.
 """
 
 import math

@@ -1,9 +1,8 @@
 """Training: stream pictures and cached rows into the detector, from a Zarr cache or tar shards. CLIP is not imported in
 this process.
 
-Under torchrun every one of its processes runs `train`.
-
-`train.compile`: the backbone and its pyramid as code that torch compiles for the machine.
+Under torchrun every one of its processes runs `train`. With `train.compile`, torch compiles the backbone and its
+pyramid for the machine.
 """
 
 import inspect
