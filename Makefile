@@ -41,6 +41,7 @@ check: setup
 	"$(BIN)/python" -m ruff check .
 	"$(BIN)/python" -m ruff format --check --quiet .
 	"$(BIN)/python" -m mypy
+	"$(BIN)/python" -m mypy benchmarks
 	"$(BIN)/python" tests/helpers/house.py
 	$(PYTEST)
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -250,7 +251,7 @@ def bench_cache(folder: Path, bench: CacheBench) -> None:
             found = rates(
                 bench,
                 some,
-                lambda layout, ids, collate=collate: by_workers(layout, ids, bench.workers, collate),
+                partial(by_workers, workers=bench.workers, collate=collate),
                 rounds=max(1, bench.rounds // 3),
                 workers=bench.workers,
             )

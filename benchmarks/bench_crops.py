@@ -12,8 +12,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,10 +91,8 @@ def bench_crops(folder: Path, bench: CropBench) -> dict[str, list[tuple[float, f
     for number in range(bench.rounds + 1):
         for name, (batches, embed) in ways.items():
             with own_threads(1) as pool:
-                preparation = pool.submit(_seconds, lambda batches=batches: list(batches()), time.thread_time).result()
-            whole = _seconds(
-                lambda batches=batches, embed=embed: [embed(batch) for batch in batches()], time.perf_counter
-            )
+                preparation = pool.submit(_seconds, partial(_all, batches), time.thread_time).result()
+            whole = _seconds(partial(_all, batches, embed), time.perf_counter)
             if number:  # the first round warms up
                 found[name].append((preparation, whole))
     print(
@@ -106,6 +106,10 @@ def bench_crops(folder: Path, bench: CropBench) -> dict[str, list[tuple[float, f
             shown.append((len(pictures.box) / median(own), median(b / a for a, b in zip(own, base, strict=True))))
         print(f"{name:20s}{shown[0][0]:28,.0f}{shown[0][1]:10.2f}{shown[1][0]:14,.1f}{shown[1][1]:10.2f}")
     return found
+
+
+def _all(batches: Callable[[], Iterator[Any]], embed: Callable[[Any], object] = lambda batch: batch) -> None:
+    _ = [embed(batch) for batch in batches()]
 
 
 def _seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:

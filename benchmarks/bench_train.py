@@ -183,7 +183,7 @@ def _of_loop(name: str, loop: Loop[Sample]) -> Variant:
 
 def _take(loop: Loop[Sample], batch: list[Sample]) -> None:
     loop.take_step(batch, 0)
-    loop.window.clear()
+    loop.window.rows.clear()
     if loop.device.type == "cuda":
         torch.cuda.synchronize(loop.device)
 

@@ -23,7 +23,8 @@ from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import build_detector
 from hdovd.pipelines.common.device import team
-from hdovd.pipelines.training.train import TrainConfig, batches_of, loop_of, prepared, training_data
+from hdovd.pipelines.training.config import TrainConfig
+from hdovd.pipelines.training.train import batches_of, loop_of, prepared, training_data
 
 
 def losses_of(recipe: Recipe, folder: Path, device: str, steps: int) -> list[dict[str, float]]:
@@ -46,7 +47,7 @@ def losses_of(recipe: Recipe, folder: Path, device: str, steps: int) -> list[dic
         for _, batch in zip(range(steps), loop.batches, strict=False):
             loop.take_step(batch, 0)
             found.append(loop.window.means(us.device))
-            loop.window.clear()
+            loop.window.rows.clear()
         return found
 
 

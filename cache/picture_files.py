@@ -20,7 +20,6 @@ LATER = "later"
 # `label` and `annotated`: `image_hash` and size (width, height) of the image in the product's tables. `content`: sha256
 # of the file, 32 hex digits of it. `place`: of its path. `modified`: nanoseconds. `either`: its annotated size fits it
 # turned, as EXIF says, and as stored.
-# says, and as stored.
 FILE = np.dtype(
     [
         ("image_id", "<i8"),

@@ -188,10 +188,10 @@ def picture_hashes(split: Split, products: Iterable[Product]) -> PictureHashes:
             ]
             if len(same):
                 files[n] = same[0]
-            if len(same) or not len(mine):
+            if len(same) or not len(mine) or not path.is_file():  # a pipe would be waited for
                 return "same"
             file = PictureFile.of(path, stat, path.read_bytes())
-        except OSError:  # who needs its pixels says so
+        except OSError:  # as of what is no file: who needs its pixels says so
             return "same"
         label = int(files[n]["label"])
         again = mine[mine["content"] == file.content]

@@ -362,10 +362,8 @@ def test_commands(cache: Path, world: Path, tmp_path: Path) -> None:
         assert found.exit_code == 0, found.output
         return found.output
 
-    said = run(
-        "cache", "export", cache, "--to", "webdataset", "--out", tmp_path / "shards", "--data", world, "--samples", 10
-    )
+    said = run("export", cache, "--to", "webdataset", "--out", tmp_path / "shards", "--data", world, "--samples", 10)
     assert "23 images in 3 tar shards" in said
     assert "hdovd train --cache" in said
-    run("cache", "import", tmp_path / "shards", "--format", "webdataset", "--cache", tmp_path / "back")
+    run("import", tmp_path / "shards", "--format", "webdataset", "--cache", tmp_path / "back")
     _same_files(cache, tmp_path / "back")
