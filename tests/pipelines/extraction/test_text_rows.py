@@ -472,9 +472,10 @@ def test_config_survives_as_plain_values_with_absolute_paths(tmp_path: Path, mon
         "executor": Executor.LOCAL,
         "store": Store.ZARR,
         "exif": Exif.IGNORE,
+        "teacher": "open_clip",
     }
     assert {f.name: getattr(again, f.name) for f in fields(ExtractConfig)} == expected
-    other = replace(again, synonyms=None, class_embeddings=Path("c.npy"))
+    other = replace(again, synonyms=None, class_embeddings=Path("c.npy"), teacher="my_module:load")
     assert ExtractConfig.from_dict(other.to_dict(), "elsewhere") == replace(other, class_embeddings=Path("/c.npy"))
 
 
