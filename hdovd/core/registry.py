@@ -1,7 +1,7 @@
 """Names that stand for code: what comes with hdovd, by its name, and what is the user's own, as `module:attribute`.
 
-Detectors, backbones, losses, teachers, data sets and engines of evaluation are found this way. Nothing is imported
-before it is asked for. Importing a module runs it, so a file that names one is to be trusted like code.
+Detectors, backbones, losses, teachers and engines of evaluation are found this way. Nothing is imported before it is
+asked for. Importing a module runs it, so a file that names one is to be trusted like code.
 """
 
 import difflib
