@@ -193,7 +193,12 @@ def _batches(folder: Path, bench: TrainBench, recipe: Recipe, device: torch.devi
     split = _paths(folder).load("train2017", load_protocol("ov-coco"), base_only=True)
     data, size = TrainingSet(split, FeatureCache(folder / "cache"), recipe), recipe.train.batch_size
     order = _OverAndOver(len(data), size * bench.rounds * (SETTLE + bench.steps))
-    return TrainingBatches(data, Dealing(order, size), training_workers(device, recipe.train.workers), device=device)
+    return TrainingBatches(
+        data,
+        Dealing(order, size, accumulate=recipe.train.accumulate),
+        training_workers(device, recipe.train.workers),
+        device=device,
+    )
 
 
 def _loop(folder: Path, bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Loop[Sample]:

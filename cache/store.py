@@ -305,7 +305,7 @@ class LocalFolder(Folder):
         found = {}
         for path in sorted(self.root.rglob(f"{PARTIAL}*")):
             with contextlib.suppress(FileNotFoundError):  # others sweep too
-                if is_stale(path):
+                if path.is_file() and is_stale(path):
                     found[path.relative_to(self.root).as_posix()] = path.stat().st_size
         return found
 
@@ -487,7 +487,9 @@ def _file_system(url: str) -> tuple[Any, str]:
         options["max_concurrency"] = theirs.get(
             "max_concurrency", 1
         )  # one request a read: with more it asks for the size first
-        options["config_kwargs"] = {**S3_CLIENT, **theirs.get("config_kwargs", {})}
+        options["config_kwargs"] = own = {**S3_CLIENT, **theirs.get("config_kwargs", {})}
+        if own["retries"] is S3_CLIENT["retries"] and {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
+            del own["retries"]  # which would go before the environment's
     fs, root = url_to_fs(url, **options)
     if url.startswith(("s3://", "s3a://")):
         fs.retries = S3FS_TRIES

@@ -124,6 +124,8 @@ def check_records(folder: Folder) -> tuple[dict[str, FeatureSet], list[Finding]]
             elif not kind and not (top in set(Level) and "/" in rest):
                 findings.append(Finding(name, "nothing there", "an object that is not the cache's: move it elsewhere"))
         except (HdovdError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            if kind == "groups" and isinstance(error, HdovdError):  # not to be read now: it may be sound
+                raise
             expected, advice = RECORDS[kind]
             findings.append(Finding(name, expected, _damage(error) + advice))
         if kind == NAMED and f"sets/{rest}.json" not in listed:

@@ -1,6 +1,5 @@
 """The command `hdovd`: one file a command, imported when it is asked for; errors on one screen."""
 
-import logging
 import os
 import select
 import sys
@@ -12,7 +11,7 @@ from typer.main import get_command
 
 from hdovd.cli.lazy import LazyGroup, new_app
 from hdovd.core.errors import HdovdError, Stopped, system_line
-from hdovd.core.log import LOGGER, lines_to
+from hdovd.core.log import is_printed, lines_to
 from hdovd.core.version import __version__
 from hdovd.pipelines.common.process import INTERRUPTED, limit_threads
 
@@ -78,7 +77,7 @@ def _root(
     ] = False,
 ) -> None:
     """Options before the command; `main` reads --debug itself, wherever it stands. What is logged is printed."""
-    if not LOGGER.isEnabledFor(logging.INFO):  # not again for the commands of `hdovd demo`
+    if not is_printed():  # not again for the commands of `hdovd demo`
         context.with_resource(lines_to(typer.echo))
 
 

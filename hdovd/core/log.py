@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 LOGGER = logging.getLogger("hdovd")
 LOGGER.addHandler(logging.NullHandler())
-log = LOGGER.info
+_quiet = False
 
 
 class Lines(logging.Handler):
@@ -20,17 +20,30 @@ class Lines(logging.Handler):
         self._write(record.getMessage())
 
 
+def log(line: str) -> None:
+    """Say a line."""
+    if not _quiet:
+        if is_printed():
+            LOGGER.disabled = False  # as logging.config leaves every logger that a library's settings do not name
+        LOGGER.info(line, stacklevel=2)
+
+
+def is_printed() -> bool:
+    """Whether lines go anywhere by `lines_to`."""
+    return any(isinstance(handler, Lines) for handler in LOGGER.handlers)
+
+
 @contextmanager
 def lines_to(write: Callable[[str], object]) -> Iterator[None]:
-    """While it lasts, what is logged goes to `write`: `print`, or a list's `append`."""
-    handler, level, propagates = Lines(write), LOGGER.level, LOGGER.propagate
-    LOGGER.addHandler(handler)
+    """While it lasts, what is logged goes to `write`, and to none of these around it: `print`, or a list's `append`."""
+    before, level, propagates = LOGGER.handlers, LOGGER.level, LOGGER.propagate
+    LOGGER.handlers = [*(handler for handler in before if not isinstance(handler, Lines)), Lines(write)]
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False  # a library that sets up the root logger would print every line once more
     try:
         yield
     finally:
-        LOGGER.removeHandler(handler)
+        LOGGER.handlers = before
         LOGGER.setLevel(level)
         LOGGER.propagate = propagates
 
@@ -38,8 +51,9 @@ def lines_to(write: Callable[[str], object]) -> Iterator[None]:
 @contextmanager
 def quiet(wanted: bool = True) -> Iterator[None]:
     """Nothing is logged while it lasts, if `wanted`: of processes that do not lead, and of data that are read again."""
-    before, LOGGER.disabled = LOGGER.disabled, LOGGER.disabled or wanted
+    global _quiet
+    before, _quiet = _quiet, _quiet or wanted
     try:
         yield
     finally:
-        LOGGER.disabled = before
+        _quiet = before

@@ -448,7 +448,7 @@ def _write_rows(read: Read, split: Split, found: _Survey, writers: dict[Level, P
     for number, image in enumerate(progress(read(split), "writing", "image", total=len(split.images))):
         start, stop = found.table.offset[number : number + 2].tolist()
         failed = {} if image.reason is None else {image.image_id: image.reason}
-        rows = np.zeros((stop - start, found.dim), np.float32) if failed else image.rows()
+        rows = np.zeros((stop - start, found.dim), np.float32) if failed or start == stop else image.rows()
         parts[Level.INSTANCE].add({"embedding": rows}, failed)
         if Level.IMAGE in parts:
             whole = image.image_embedding

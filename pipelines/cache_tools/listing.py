@@ -52,13 +52,14 @@ def inventory(folder: Folder, users: dict[tuple[Level, str], list[str]]) -> list
         listed = folder.sizes(f"{level}/{key}")
         records = [name for name in listed if name.startswith(f"{level}/{key}/parts/")]
         numbers = {int(name[-11:-5]) for name in records if name[-11:-5].isdigit()}
-        product, state, began = None, "damaged", folder.modified(next(iter(listed)))
+        product, state = None, "damaged"
         with suppress(HdovdError):
             product = Product(folder, level, key)
-            done, began = len(numbers & set(range(product.parts))), product.modified()
+            done = len(numbers & set(range(product.parts)))
             state = f"{done}/{product.parts} parts"
             if done == product.parts:
                 state = "whole" if product.record_name(TABLES) in records else "no tables"
+        began = folder.modified(next(iter(listed))) if product is None else product.modified()
         touched = max([began, *(folder.modified(name) for name in records[-2:])])
         its_users = tuple(users.get((level, key), ()))
         entries.append(Entry(level, key, product, sum(listed.values()), state, began, touched, its_users))

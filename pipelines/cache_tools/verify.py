@@ -235,8 +235,8 @@ def _check_folder(config: CheckConfig, report: CheckReport, teacher: Teacher | N
         if (error.__cause__ is None and folder.exists("zarr.json")) or not there:
             raise
     sets, more = check_records(folder)
-    known = {*sets, *(finding.place.removeprefix("sets/").removesuffix(".json") for finding in more)}
-    if config.features is not None and config.features not in known:
+    known = {*(f"sets/{name}.json" for name in sets), *(finding.place for finding in more)}
+    if config.features is not None and f"sets/{config.features}.json" not in known:
         raise HdovdError(
             f"{config.cache} has no set of features named {config.features}; it has {', '.join(sets) or 'none'}"
         )

@@ -58,13 +58,15 @@ def run_jobs(
                 running[place] = job, _run(job, places[place], tuple(keep_open))
             if not running:
                 break
+            count = len(running)
             for place, (job, processes_of_job) in list(running.items()):
                 try:
                     processes[place] = next(processes_of_job)
                 except StopIteration as end:
                     del running[place]
                     on_end(job, *end.value)
-            time.sleep(POLL_S)
+            if len(running) == count:  # else there is a place for the next one
+                time.sleep(POLL_S)
     finally:
         _end([process for process in processes.values() if process.poll() is None], stop)
 

@@ -147,7 +147,7 @@ def require_own_folder(out: Path, marker: str, what: str) -> bool:
     if out.exists() and not out.is_dir():
         raise HdovdError(f"--out {out} is a file: give a folder")
     there = sorted(entry.name for entry in out.iterdir()) if out.exists() else []
-    if there and marker not in there:
+    if there and not (out / marker).is_file():
         raise HdovdError(
             f"--out {out} holds no {what}, but other things ({shorten(list(there))}): give a folder that is new, "
             f"empty, or of {what}"

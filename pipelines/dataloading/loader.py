@@ -10,7 +10,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,77 +25,93 @@ ALIGNMENT = 64  # bytes: a cache line, and a multiple of the size of every dtype
 Batch = TypeVar("Batch")
 
 
+class Place(NamedTuple):
+    """Where a tensor or (by its dtype) an array lies: contiguous from `offset`, a multiple of `ALIGNMENT` bytes."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype | np.dtype[Any]
+
+    def view(self, buffer: Tensor) -> Any:
+        """The tensor or array in `buffer`, without a copy."""
+        if isinstance(self.dtype, torch.dtype):
+            # Not a slice of the buffer: slices share one version counter, and autograd would take a change of one for
+            # one of all. And of the buffer's own storage: torch waits for copies to a GPU from pinned memory by that.
+            number = self.offset // self.dtype.itemsize
+            return torch.empty(0, dtype=self.dtype).set_(
+                buffer.untyped_storage(), number, self.shape, ()
+            )  # no strides: contiguous
+        return np.ndarray(self.shape, self.dtype, buffer.numpy().data, self.offset)
+
+
 @dataclass(frozen=True, slots=True)
 class Packed(Generic[Batch]):
-    """`buffer`: uint8. `sizes`: bytes of the tensors and arrays in it, in order, each from the next multiple of
-    ALIGNMENT on. `rest`: the batch, pickled without them.
-    """
+    """`buffer`: uint8. `places`: what lies in it, in order. `rest`: the batch, pickled, with numbers of places in
+    it."""
 
     buffer: Tensor
-    sizes: list[int]
+    places: list[Place]
     rest: bytes
 
     def unpack(self) -> Batch:
         """The batch. Its tensors and arrays are views that keep the whole buffer alive; clone what outlives the
         batch."""
-        batch: Batch = pickle.loads(self.rest, buffers=_parts(self.buffer, self.sizes))
+        batch: Batch = _Unpickler(self).load()
         return batch
 
     def pin_memory(self) -> "Packed[Batch]":
         """The same in page-locked memory; the DataLoader calls it."""
-        return Packed(self.buffer.pin_memory(), self.sizes, self.rest)
+        return Packed(self.buffer.pin_memory(), self.places, self.rest)
 
 
 def pack(batch: Batch) -> Packed[Batch]:
     """Copy the tensors and arrays of a batch into one buffer.
 
-    The batch is any nesting of what can be pickled. Tensors come back detached and contiguous. Others than plain ones
-    (sparse, on a GPU, subclasses, arrays of objects) are pickled as ever.
+    The batch is any nesting of what can be pickled. Tensors come back detached and contiguous, and one that occurs
+    twice comes back as two. Others than plain ones (sparse, on a GPU, subclasses, arrays of objects) are pickled as
+    ever.
     """
-    file, found = io.BytesIO(), list[pickle.PickleBuffer]()
-    _Pickler(file, pickle.HIGHEST_PROTOCOL, buffer_callback=found.append).dump(batch)
-    raws = [part.raw() for part in found]
-    sizes = [raw.nbytes for raw in raws]
-    buffer = torch.empty(sum(map(_aligned, sizes)), dtype=torch.uint8)
-    for place, raw in zip(_parts(buffer, sizes), raws, strict=True):
-        place[:] = raw
-    return Packed(buffer, sizes, file.getvalue())
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(batch)
+    buffer = torch.empty(pickler.size, dtype=torch.uint8)
+    for place, source in zip(pickler.places, pickler.sources, strict=True):
+        if isinstance(source, Tensor):
+            place.view(buffer).copy_(source.detach())
+        else:
+            place.view(buffer)[...] = source
+    return Packed(buffer, pickler.places, file.getvalue())
 
 
 class _Pickler(pickle.Pickler):
-    """A tensor goes as an array of its bytes, which as all arrays lies in a buffer of its own."""
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.size = 0
+        self.places: list[Place] = []
+        self.sources: list[Tensor | np.ndarray] = []
 
-    def reducer_override(self, value: Any) -> Any:
-        if (
-            type(value) is np.ndarray and not value.flags.forc
-        ):  # numpy would pickle it within, in the machine's byte order
-            return np.ascontiguousarray(value).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
-        if (
-            type(value) is not Tensor
-            or value.device.type != "cpu"
-            or value.layout != torch.strided
-            or value.is_quantized
-        ):
-            return NotImplemented
-        rows = value.detach().resolve_conj().resolve_neg().contiguous()
-        flat = rows.as_strided((rows.numel(),), (1,))  # of one number or none, any stride counts as contiguous
-        return _tensor, (flat.view(torch.uint8).numpy(), value.dtype, value.shape)
+    def persistent_id(self, value: Any) -> int | None:
+        if not _is_plain(value):
+            return None
+        self.places.append(Place(self.size, tuple(value.shape), value.dtype))
+        self.sources.append(value)
+        self.size += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
+        return len(self.places) - 1
 
 
-def _tensor(raw: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    return torch.from_numpy(raw).view(dtype).view(shape)
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, packed: Packed[Any]) -> None:
+        super().__init__(io.BytesIO(packed.rest))
+        self._packed = packed
+
+    def persistent_load(self, number: int) -> Any:
+        return self._packed.places[number].view(self._packed.buffer)
 
 
-def _parts(buffer: Tensor, sizes: list[int]) -> Iterator[memoryview]:
-    """What lies in a buffer, in order."""
-    view, start = buffer.numpy().data, 0
-    for size in sizes:
-        yield view[start : start + size]
-        start += _aligned(size)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def _is_plain(value: Any) -> bool:
+    if type(value) is Tensor:
+        return value.device.type == "cpu" and value.layout == torch.strided and not value.is_quantized
+    return type(value) is np.ndarray and not value.dtype.hasobject
 
 
 Sample = TypeVar("Sample")

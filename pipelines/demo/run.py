@@ -166,8 +166,9 @@ def _world_teacher_and_proposals(stages: _Stages) -> str:
     make = (
         sys.executable,
         "-c",
-        "import pathlib, sys; "
-        "from hdovd.pipelines.demo.teacher import demo_teacher; demo_teacher(pathlib.Path(sys.argv[1]))",
+        "import pathlib, sys; from hdovd.core.log import lines_to; "
+        "from hdovd.pipelines.demo.teacher import demo_teacher\n"
+        "with lines_to(print): demo_teacher(pathlib.Path(sys.argv[1]))",
         str(teachers),
     )
     words = ["--recipe", "demo", "--set", f"train.epochs={PROPOSER_EPOCHS}", "--overlap", 0.15, "--min-score", 0.55]

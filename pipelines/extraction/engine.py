@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -276,13 +277,18 @@ class Extraction:
         self.embedders, self.templates, self.origin = embedders, config.templates, origin
         self._texts = {Level.CLASS: classes} | ({} if nouns is None else {Level.NOUN: TextRows(nouns.vocabulary)})
         self.plans = {plan.level: plan for plan in plans}
-        self._batch_size = config.batch_size or teacher.best_batch()
+        self._asked_batch = config.batch_size
         self.workers = workers_for(teacher.device, config.workers)
         self.done: list[Unit] = []  # by this process, pseudo labels too
         self._writers: dict[Level, ProductWriter] = {}
         self._donors: dict[Level, Rows] = {}
         self._offered = None if nouns is None else nouns.by_image
         self.bar: tqdm[Any] | None = None
+
+    @cached_property
+    def _batch_size(self) -> int:
+        """Searched for where none was asked for, and only where something is embedded."""
+        return self._asked_batch or self.teacher.best_batch()
 
     def begin(self, catalog: Catalog) -> None:
         """Begin every product that is not there yet."""

@@ -17,7 +17,7 @@ image, base boxes before proposals. Columns; null means that a value is not know
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def export_tars(config: ExportConfig) -> TarMeta:
     writer = TarWriter(config.out, TarMeta.of(Catalog(config.cache), config.features, config.samples, about))
     for name in writer.folder.sweep():
         log(f"deleted {name}, left half-written by a process that is dead")
-    todo = writer.unfinished()
+    todo, failed = writer.unfinished(), cache.failed()
     if len(todo) < writer.meta.shards:
         log(f"{config.out}: there already: {writer.meta.shards - len(todo)} of {writer.meta.shards} shards")
     with progress(None, "tar shards", "image", total=sum(len(writer.meta.places_of(number)) for number in todo)) as bar:
@@ -75,14 +75,14 @@ def export_tars(config: ExportConfig) -> TarMeta:
             with writer.folder.claim(f"{number:06d}.tar", wait=wait) as mine:
                 if mine and unfinished_shards(writer.folder, [number]):
                     images = (split.images[place] for place in writer.meta.places_of(number))
-                    writer.write(number, (_sample(cache, split, protocol, image) for image in images))
+                    writer.write(number, (_sample(cache, split, protocol, image, failed) for image in images))
                 bar.update(len(writer.meta.places_of(number)) if mine else 0)
                 return mine
 
         busy = [number for number in todo if not write(number, wait=False)]  # another export of the same is at these
         for number in busy:
             write(number, wait=True)
-    failed, count, total = cache.failed(), writer.meta.shards, size(sum(writer.folder.sizes("").values()))
+    count, total = writer.meta.shards, size(sum(writer.folder.sizes("").values()))
     log(
         f"{config.out}: {writer.meta.images:,d} images in {counted(count, 'tar shard')}, {total}"
         + (f"; without embeddings, and so without a picture: {counted(len(failed), 'image')}" if failed else "")
@@ -90,7 +90,9 @@ def export_tars(config: ExportConfig) -> TarMeta:
     return writer.meta
 
 
-def _sample(cache: FeatureCache, split: Split, protocol: Protocol, image: ImageBoxes) -> TarSample:
+def _sample(
+    cache: FeatureCache, split: Split, protocol: Protocol, image: ImageBoxes, failed: Mapping[int, str]
+) -> TarSample:
     """What the shards hold of an image."""
     boxes = zip(image.annotation_ids.tolist(), image.labels.tolist(), image.boxes.tolist(), strict=True)
     about = {
@@ -103,16 +105,17 @@ def _sample(cache: FeatureCache, split: Split, protocol: Protocol, image: ImageB
             for number, label, (left, top, right, bottom) in boxes
         ],
     }
-    if (reason := cache.failed().get(image.id)) is not None:
+    if (reason := failed.get(image.id)) is not None:
         return TarSample(image.id, about | {"failed": reason}, None, _arrays(cache, image.id))
     path = split.path(image)
     try:
-        return TarSample(image.id, about, path.read_bytes(), _arrays(cache, image.id))
+        picture = path.read_bytes()
     except OSError as error:
         raise HdovdError(
             f"image {image.id}: {path} cannot be read ({system_reason(error)}), but the cache has embeddings of it: "
             f"give the data that it was made from"
         ) from error
+    return TarSample(image.id, about, picture, _arrays(cache, image.id))
 
 
 def _arrays(cache: FeatureCache, image_id: int) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ from hdovd.cache.schema import TAR_META, Level
 from hdovd.cache.store import Folder, open_folder
 from hdovd.cache.tar_shards import TarMeta, TarShards, forget_shard, unfinished_shards
 from hdovd.core.errors import HdovdError, counted, shorten
-from hdovd.core.log import log, quiet
+from hdovd.core.log import lines_to, log, quiet
 from hdovd.data.coco import Exif, Skips, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.console import duration, progress, size
@@ -335,10 +335,13 @@ def extract_to_tars(config: ExtractConfig, teacher: Teacher | None = None) -> Ex
         if config.precision is Precision.AUTO:
             known = (Precision.of(inputs.get("clip", {}).get("compute_dtype")) for inputs in meta.key_inputs().values())
             inner = replace(inner, precision=next(filter(None, known), Precision.AUTO))
-        with quiet():  # what it has to say is said once more where there is something to extract
+        said = list[str]()
+        with lines_to(said.append):  # and once more where there is something to extract
             extraction = prepare(inner, teacher)
         _require_same(config, extraction, meta)
         if not unfinished_shards(folder, range(meta.shards)) and not folder.exists(f"{ZARR}/zarr.json"):
+            for line in said:
+                log(line)
             return _hit(config, extraction, meta)
         teacher = extraction.teacher
     if config.dry_run:

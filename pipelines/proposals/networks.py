@@ -270,6 +270,8 @@ def _train(job: ProposeConfig, file: Path, split: Split, wanted: dict[str, Any],
     us.wait()  # all have looked, before the first one writes
     if state is not None:
         _check_made_by(state["wanted"], wanted, folder)
+    if us.leads:
+        (folder / "stopped").unlink(missing_ok=True)  # of the call before, for job files
     require_some_readable(split)
     torch.manual_seed(config.seed)
     network = prepared(KINDS[Detector(wanted["detector"])](job.recipe, state is None), job.recipe, us)

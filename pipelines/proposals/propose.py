@@ -93,6 +93,13 @@ class Parts:
     def file(self, part: int) -> Path:
         return self.folder / f"{part:05d}-of-{self.size}-{self.key}.npz"
 
+    def is_done(self, part: int) -> bool:
+        """A damaged one is made again."""
+        try:
+            return self.file(part).is_file() and bool(self.read(part))
+        except HdovdError:
+            return False
+
     def write(self, part: int, found: dict[int, Proposals], unreadable: list[str]) -> None:
         """What was found in the pictures of a part, by image id, and why others could not be read. Raises HdovdError
         if there is no room.
@@ -122,7 +129,7 @@ def _propose(job: ProposeConfig, us: Team, stop: StopSignal) -> dict[int, Propos
     require_some_readable(split)
     origin["selection"] = job.selection()  # with it, everything that made the proposals
     parts = Parts.of(job.beside("parts"), split, job.recipe.train.batch_size, origin)
-    mine = [part for part in parts.numbers() if not parts.file(part).is_file()][us.rank :: us.world]
+    mine = [part for part in parts.numbers() if not parts.is_done(part)][us.rank :: us.world]
     us.wait()  # all have looked, before the first one writes
     _fill(parts, mine, network, split, job, us, stop)
     us.wait()

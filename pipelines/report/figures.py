@@ -260,7 +260,8 @@ def losses(runs: Sequence[OneRun]) -> list[tuple[str, list[tuple[str, Markup]]]]
         level = LEVELS.get(name.partition("_")[0], f"Added by the recipe: {name}")
         charts = validation if is_ap else levels.setdefault(level, [])
         charts.append((name, line_chart(f"{name} by step", lines, Axis("step"), y)))
-    return [(level, charts) for level, charts in (levels | {LEVELS["val"]: validation}).items() if charts]
+    levels[LEVELS["val"]] = levels.pop(LEVELS["val"], []) + validation  # last
+    return [(level, charts) for level, charts in levels.items() if charts]
 
 
 def confusion_chart(run: OneRun) -> Markup:
@@ -382,11 +383,12 @@ def pseudo_boxes(
     if not count:
         return [], ["Pseudo boxes were left out."]
     for run in runs:
-        weight = weight_of(run)
-        key = (run.run.cache_id, weight)
         if not uses_pseudo_boxes(run.run):
             reasons.append(f"{run.name} was trained without pseudo boxes.")
-        elif key in parts:
+            continue
+        weight = weight_of(run)
+        key = (run.run.cache_id, weight)
+        if key in parts:
             parts[key]["names"].append(run.name)
         else:
             try:

@@ -323,17 +323,20 @@ class RunFolder:
             os.fsync(log.fileno())
             return log.tell()
 
-    def entries(self) -> list[dict[str, Any]]:
-        """What was logged, but for a last line that is torn: the process was killed while it wrote. Raises HdovdError
-        for another line that is no entry.
+    def entries(self, wrong: list[str] | None = None) -> list[dict[str, Any]]:
+        """What was logged, but for a last line that is torn: the process was killed while it wrote. Another line that
+        is no entry is told in `wrong`; without it HdovdError is raised.
         """
         file, found = self.path / "log.jsonl", list[dict[str, Any]]()
-        lines = file.read_bytes().rpartition(b"\n")[0].splitlines() if file.exists() else []
+        lines = file.read_bytes().rpartition(b"\n")[0].splitlines() if file.is_file() else []
         for number, line in enumerate(lines, start=1):
             try:
                 found.append(dict(json.loads(line)))
             except (ValueError, TypeError, RecursionError) as error:
-                raise HdovdError(f"{file}: line {number} is damaged ({error})") from error
+                problem = f"{file}: line {number} is damaged ({error})"
+                if wrong is None:
+                    raise HdovdError(problem) from error
+                wrong.append(problem)
         return found
 
     def write_csv(self) -> None:

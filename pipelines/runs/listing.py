@@ -198,8 +198,8 @@ def _epochs_done(path: Path, epochs: int | None, wrong: list[str]) -> int:
     at all.
     """
     try:
-        told = RunFolder(path).entries()
-    except HdovdError as error:
+        told = RunFolder(path).entries(wrong)
+    except (HdovdError, OSError) as error:
         wrong.append(str(error))
         return 0
     entries: list[tuple[int, int]] = [

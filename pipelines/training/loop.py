@@ -204,6 +204,10 @@ class Loop(Generic[Sample]):
         id_of: Callable[[Sample], int],
         begin_epoch: Callable[[int], None] = lambda _: None,
     ) -> None:
+        if batches.dealing.accumulate != config.accumulate:
+            raise ValueError(
+                f"batches are cut into {batches.dealing.accumulate} micro-batches, not {config.accumulate}"
+            )
         self.model, self.batches, self.config, self.device = model, batches, config, device
         self._losses_of, self._what, self._id_of, self._begin_epoch = losses_of, what, id_of, begin_epoch
         self._bare: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model

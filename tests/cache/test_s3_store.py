@@ -194,6 +194,16 @@ def test_a_large_answer_that_breaks_off_is_read_again(s3: str, proxy: Proxy) -> 
     assert proxy.cuts > 2
 
 
+def test_the_tries_of_the_environment_win(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(fsspec.config.conf, "s3", raising=False)
+    retries = hdovd.cache.store._file_system(s3)[0].config_kwargs.get("retries")
+    assert retries == hdovd.cache.store.S3_CLIENT["retries"]
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "20")
+    assert "retries" not in hdovd.cache.store._file_system(s3)[0].config_kwargs
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": QUICK})
+    assert hdovd.cache.store._file_system(s3)[0].config_kwargs["retries"] == QUICK["retries"]
+
+
 def test_slow_answers_are_asked_for_again(s3: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     patient = QUICK | {"read_timeout": 0.5, "retries": {"mode": "standard", "total_max_attempts": 4}}
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": patient})

@@ -122,7 +122,12 @@ NESTED = st.recursive(
 def test_any_nesting_comes_back_equal_from_places_apart(batch: Any) -> None:
     packed = pack(batch)
     assert_same(packed.unpack(), batch)
-    assert len(packed.buffer) == sum(-(-size // ALIGNMENT) * ALIGNMENT for size in packed.sizes)
+    end = 0
+    for place in packed.places:
+        assert place.offset % ALIGNMENT == 0
+        assert place.offset >= end
+        end = place.offset + int(np.prod(place.shape, dtype=int)) * place.dtype.itemsize
+    assert end <= len(packed.buffer) < end + ALIGNMENT
     assert_same(pickle.loads(pickle.dumps(packed)).unpack(), batch)
 
 
@@ -136,8 +141,10 @@ def test_all_tensors_and_arrays_of_a_sample_lie_in_the_buffer() -> None:
     ]
     packed = pack(batch)
     assert packed.buffer.dtype == torch.uint8
-    assert len(packed.sizes) == 1 + len(fields(Targets)) + 3
+    assert len(packed.places) == 1 + len(fields(Targets)) + 3
     first = packed.unpack()
+    storages = {tensor.untyped_storage().data_ptr() for tensor in (first[0][0], first[0][1].pseudo_texts)}
+    assert storages == {packed.buffer.untyped_storage().data_ptr()}  # by which torch waits for copies to a GPU
     packed.buffer.zero_()
     assert not first[0][0].any()
     assert not first[0][1].image_embedding.any()

@@ -235,10 +235,12 @@ def test_out_that_is_something_else_is_refused(distilled: RunFolder, world: Path
     (tmp_path / "out").touch()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
+    (tmp_path / "site" / "index.html").mkdir(parents=True)
     for out, why in (
         ("out", "is a file: give a folder"),
         ("page.html", "give a folder"),
         ("photos", "other things .cat.jpg"),
+        ("site", "other things .index.html"),
     ):
         with pytest.raises(HdovdError, match=why):
             report(ReportConfig(runs=(distilled.path,), out=tmp_path / out, data=DataPaths(world)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,22 @@ def test_a_torn_last_line_of_the_log_is_what_a_kill_leaves(write_run: WriteRun) 
     with (path / "log.jsonl").open("a") as file:
         file.write('{"step": 5, "epo')
     assert read_run(path).state is State.NOT_EVALUATED
+
+
+def test_a_damaged_line_of_the_log_hides_no_epoch(write_run: WriteRun) -> None:
+    path = write_run("run", novel=10.0)
+    first, *others = (path / "log.jsonl").read_text().splitlines()
+    (path / "log.jsonl").write_text("\n".join([first, "nonsense", "5", *others, ""]))
+    run = read_run(path)
+    assert (run.epochs_done, run.state, len(run.wrong)) == (2, State.DAMAGED, 2)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_log_that_is_no_file_stops_no_listing(write_run: WriteRun, make: Callable[[Path], None]) -> None:
+    path = write_run("run")
+    (path / "log.jsonl").unlink()
+    make(path / "log.jsonl")
+    assert read_run(path).epochs_done == 0
 
 
 @pytest.mark.parametrize(
