@@ -168,7 +168,10 @@ def test_processes_exchange_gradients_once_a_step(micro_recipe: Callable[..., Re
 
     model.register_comm_hook(None, exchange)
     config = micro_recipe("train.optimizer=sgd", f"train.accumulate={parts}").train
-    batches = TrainingBatches([*torch.randn(8, 3)], Dealing(InOrder(8), 8), 0, device=CPU)  # type: ignore[arg-type]
+    dealing = Dealing(InOrder(8), 8, accumulate=parts)
+    batches = TrainingBatches([*torch.randn(8, 3)], dealing, 0, device=CPU)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"into {parts} micro-batches, not 2"):
+        Loop(model, losses_of, batches, config.model_copy(update={"accumulate": 2}), CPU, "train", lambda row: 0)
     run = Loop(model, losses_of, batches, config, CPU, "train", lambda row: 0)
     for step in (1, 2):
         run.take_step([*torch.randn(8, 3)], 0)
