@@ -23,6 +23,10 @@ class HdovdError(Exception):
     """Bad input. The text names the file and id, what was expected, what was found and what to do."""
 
 
+class Unfit(HdovdError):
+    """Why a file, or a value in it, cannot be taken."""
+
+
 class Stopped(HdovdError):
     """A signal ended the work: it was saved and can go on. `code`: the exit code of a command that ends so."""
 

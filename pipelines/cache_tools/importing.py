@@ -39,17 +39,17 @@ from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.schema import CHUNK_ROWS, IMAGE_PART_ROWS, PART_ROWS, SCHEMA_VERSION, Level, Source
 from hdovd.cache.writer import PartFiller, ProductWriter
-from hdovd.core.errors import HdovdError, counted, shorten
+from hdovd.core.errors import HdovdError, Unfit, counted, shorten
 from hdovd.core.log import log
 from hdovd.data.coco import ImageBoxes, Instances, Split, read_instances
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import ImportConfig
 from hdovd.pipelines.common.console import progress
-from hdovd.pipelines.common.tensors import Unfit, floats, load_pth
+from hdovd.pipelines.common.tensors import floats, load_pth
 from hdovd.pipelines.extraction.identities import BoxTable, box_table
 from hdovd.pipelines.extraction.text import TextRows
 from hdovd.pipelines.proposal_files.safe_pickle import load_arrays
-from hdovd.pipelines.proposal_files.table import Proposals, ProposalTable
+from hdovd.pipelines.proposal_files.table import Proposals, ProposalTable, boxes_of
 
 GT, PROPOSAL, TEXT, FULL = (
     "gt_clip_image_embedding",
@@ -138,7 +138,7 @@ def read_hd_ovd(folder: Path, proposals_pkl: Path, split: Split) -> Iterator[For
                 f"{file} holds no embedding of annotations {shorten(absent)}: the published trainer leaves out boxes "
                 f"with a side under 1 px. Leave them out of the annotation file as well"
             )
-        boxes, scores = _boxes(proposals[place[image.id]], f"{proposals_pkl}: entry {place[image.id]}")
+        boxes, scores = boxes_of(proposals[place[image.id]], f"{proposals_pkl}: entry {place[image.id]}")
         keys = [key for key in (PROPOSAL, TEXT) if key in tensors]
         of = f"boxes in {proposals_pkl.name}; is that in the order of the annotation file?"
         found = [
@@ -180,7 +180,7 @@ def read_oadp(folder: Path, split: Split) -> Iterator[ForeignImage]:
     def read(image: ImageBoxes) -> ForeignImage:
         file = objects / f"{image.id:012d}.pth"
         tensors = _load(file, "embeddings", "bboxes", "objectness")
-        boxes, _ = _boxes(floats(tensors["bboxes"], f"{file}: bboxes"), f"{file}: bboxes", (4,))
+        boxes, _ = boxes_of(floats(tensors["bboxes"], f"{file}: bboxes"), f"{file}: bboxes", (4,))
         scores = floats(tensors["objectness"], f"{file}: objectness").reshape(-1)
         if len(scores) != len(boxes):
             raise Unfit(f"{file}: objectness has {len(scores)} rows, expected one for each of the {len(boxes)} bboxes")
@@ -268,25 +268,6 @@ def _unit(rows: np.ndarray, what: str) -> np.ndarray:
             f"{what}: {len(bad)} of {len(rows)} rows cannot be normalised: zero or not finite (rows {shorten([*bad])})"
         )
     return np.asarray(rows / norms)
-
-
-def _boxes(value: Any, what: str, columns: tuple[int, ...] = (4, 5)) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (m, 4) and scores (m,), float32."""
-    if isinstance(value, np.ndarray) and value.size == 0:
-        return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
-    if (
-        not isinstance(value, np.ndarray)
-        or value.dtype.kind not in "iuf"
-        or value.ndim != 2
-        or value.shape[1] not in columns
-    ):
-        found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
-        raise Unfit(
-            f"{what} is no array of boxes: expected {' or '.join(f'(n, {c})' for c in columns)} numbers, found {found}"
-        )
-    with np.errstate(over="ignore"):
-        rows = value.astype(np.float32)
-    return rows[:, :4], rows[:, 4] if rows.shape[1] == 5 else np.ones(len(rows), np.float32)
 
 
 def _inside(

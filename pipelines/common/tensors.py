@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hdovd.core.errors import HdovdError, require_readable
+from hdovd.core.errors import HdovdError, Unfit, require_readable
 
 CHECKSUM = "sha256"  # in the metadata: `tensors_hash`
 
@@ -56,10 +56,6 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
             f"train again"
         )
     return tensors
-
-
-class Unfit(HdovdError):
-    """Why a file, or a value in it, cannot be taken."""
 
 
 def load_pth(file: Path) -> Any:

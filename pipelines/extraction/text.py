@@ -21,11 +21,11 @@ from torch import Tensor
 
 from hdovd.cache.catalog import FeatureSet
 from hdovd.cache.identity import KeyInputs, hash_tables, key_of
-from hdovd.core.errors import HdovdError, require_readable, shorten
+from hdovd.core.errors import HdovdError, Unfit, require_readable, shorten
 from hdovd.core.log import log
 from hdovd.core.text_files import checked_name, read_toml, shown
 from hdovd.modeling.base import Detector
-from hdovd.pipelines.common.tensors import Unfit, floats, load_pth
+from hdovd.pipelines.common.tensors import floats, load_pth
 from hdovd.pipelines.teachers.base import Teacher
 from hdovd.pipelines.teachers.prompts import Name
 

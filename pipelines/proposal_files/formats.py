@@ -28,7 +28,7 @@ from hdovd.core.text_files import cut, shown
 from hdovd.data.coco import whole
 from hdovd.pipelines.proposal_files.options import ListOrder
 from hdovd.pipelines.proposal_files.safe_pickle import load_arrays
-from hdovd.pipelines.proposal_files.table import ProposalTable
+from hdovd.pipelines.proposal_files.table import ProposalTable, boxes_of
 
 NPZ_FORMAT, NPZ_VERSION = "hdovd proposals", 1
 _NPZ = {"image_id": np.int64, "offset": np.int64, "box": np.float32, "score": np.float32}
@@ -249,19 +249,5 @@ def _scores(value: Any, what: str, count: int) -> np.ndarray:
 
 
 def _boxes(value: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (n, 4) and scores (n,), 1 without any; a detector of one class has a list of one array."""
-    if isinstance(value, list | tuple) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, np.ndarray) and value.size == 0:
-        return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
-    if (
-        not isinstance(value, np.ndarray)
-        or value.dtype.kind not in "iuf"
-        or value.ndim != 2
-        or value.shape[1] not in (4, 5)
-    ):
-        found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
-        raise HdovdError(f"{what} is no array of boxes: expected (n, 4) or (n, 5) numbers, found {found}")
-    with np.errstate(over="ignore"):
-        rows = value.astype(np.float32)
-    return rows[:, :4], rows[:, 4] if rows.shape[1] == 5 else np.ones(len(rows), np.float32)
+    """Boxes and scores as `boxes_of`; a detector of one class has a list of one array."""
+    return boxes_of(value[0] if isinstance(value, list | tuple) and len(value) == 1 else value, what)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hdovd.cache.identity import hash_tables
+from hdovd.core.errors import Unfit
 from hdovd.data.coco import ImageBoxes, Skips
 
 MadeBy = dict[str, Any]  # JSON values: what made proposals
@@ -108,6 +109,27 @@ class ProposalTable:
         """The rows to keep (M,), image by image, best first; equal scores in the file's order."""
         order = np.lexsort((-self.score, self.image_id))
         return order if keep.all() else order[keep[order]]
+
+
+def boxes_of(value: Any, what: str, columns: tuple[int, ...] = (4, 5)) -> tuple[np.ndarray, np.ndarray]:
+    """An array (n, 4 or 5) that a stranger's file holds as boxes (n, 4) and scores (n,), 1 without any; float32.
+
+    Raises Unfit, naming it as `what`, for anything else.
+    """
+    if isinstance(value, np.ndarray) and value.size == 0:
+        return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
+    if (
+        not isinstance(value, np.ndarray)
+        or value.dtype.kind not in "iuf"
+        or value.ndim != 2
+        or value.shape[1] not in columns
+    ):
+        found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+        expected = " or ".join(f"(n, {count})" for count in columns)
+        raise Unfit(f"{what} is no array of boxes: expected {expected} numbers, found {found}")
+    with np.errstate(over="ignore"):
+        rows = value.astype(np.float32)
+    return rows[:, :4], rows[:, 4] if rows.shape[1] == 5 else np.ones(len(rows), np.float32)
 
 
 def _grouped(image_id: np.ndarray, box: np.ndarray, score: np.ndarray, order: np.ndarray) -> dict[int, Proposals]:
