@@ -289,7 +289,7 @@ def test_second_extraction_to_shards_is_a_hit(extraction: Extraction, tmp_path: 
     assert set(report.levels.values()) == {"hit"}
     assert not any(report.new_rows.values())
     assert any("nothing to extract" in line for line in lines)
-    assert len(set(lines)) == len(lines) > 1  # what it has to say of the data too
+    assert sum(line.startswith("skipped 1: image with proposals") for line in lines) == 1
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()} == before
     assert not (folder / ".zarr").exists()
 
