@@ -333,10 +333,10 @@ class RunFolder:
             try:
                 found.append(dict(json.loads(line)))
             except (ValueError, TypeError, RecursionError) as error:
-                problem = f"{file}: line {number} is damaged ({error})"
+                problem = f"line {number} is damaged ({error})"
                 if wrong is None:
-                    raise HdovdError(problem) from error
-                wrong.append(problem)
+                    raise HdovdError(f"{file}: {problem}") from error
+                wrong.append(f"{file.name}: {problem}")
         return found
 
     def write_csv(self) -> None:
