@@ -74,24 +74,33 @@ def demo_teacher(folder: Path, seed: int = 0) -> str:
     return f"local-dir:{home}"
 
 
-def save_clip(model: open_clip.CLIP, folder: Path) -> None:
-    """Write a model of MODEL_CFG in open_clip's `local-dir:` form."""
+def save_clip(model: open_clip.CLIP, folder: Path, model_cfg: dict[str, Any] = MODEL_CFG) -> None:
+    """Write a model of `model_cfg` in open_clip's `local-dir:` form."""
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     replace_file(folder / "open_clip_model.safetensors", lambda partial: save_file(state, partial))
     write_text(
         folder / "open_clip_config.json",
-        json.dumps({"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG}, indent=2),
+        json.dumps({"model_cfg": model_cfg, "preprocess_cfg": PREPROCESS_CFG}, indent=2),
     )
 
 
 def train_teacher(seed: int, *, in_bf16: bool, scene_count: int = _SCENES, steps: int = _STEPS) -> open_clip.CLIP:
-    """Train the tiny CLIP contrastively; pairs with the same caption are positives of each other."""
+    """The demo's CLIP, trained on crops of scenes of its own."""
     images, captions = captioned_crops(scenes(scene_count, seed + 1000, 0), seed)
+    return fit_clip(images, captions, seed, steps=steps, in_bf16=in_bf16)
+
+
+def fit_clip(
+    images: Tensor, captions: list[str], seed: int, *, steps: int, in_bf16: bool, model_cfg: dict[str, Any] = MODEL_CFG
+) -> open_clip.CLIP:
+    """Train a CLIP contrastively on `images` (n, 3, side, side) uint8; pairs with the same caption are positives of
+    each other.
+    """
     row_of = {text: row for row, text in enumerate(dict.fromkeys(captions))}
-    tokens = open_clip.SimpleTokenizer(context_length=MODEL_CFG["text_cfg"]["context_length"])(list(row_of))
+    tokens = open_clip.SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"])(list(row_of))
     caption_id = torch.tensor([row_of[c] for c in captions])
     torch.manual_seed(seed)
-    model = open_clip.CLIP(**MODEL_CFG).train()
+    model = open_clip.CLIP(**model_cfg).train()
     model.visual.to(memory_format=torch.channels_last)
     torch.nn.init.normal_(model.token_embedding.weight, std=0.1)  # so that short captions differ from the start
     model.logit_scale.data.fill_(np.log(_LOGIT_SCALE))
@@ -124,11 +133,16 @@ def train_teacher(seed: int, *, in_bf16: bool, scene_count: int = _SCENES, steps
     return model.eval()
 
 
-def captioned_crops(pictures: list[Scene], seed: int) -> tuple[Tensor, list[str]]:
-    """Crops (n, 3, 64, 64) uint8 and their captions: every object twice, a patch of ground, now and then the whole
+def captioned_crops(
+    pictures: list[Scene],
+    seed: int,
+    side: int = MODEL_CFG["vision_cfg"]["image_size"],
+    templates: tuple[str, ...] = TEMPLATES,
+) -> tuple[Tensor, list[str]]:
+    """Crops (n, 3, side, side) uint8 and their captions: every object twice, a patch of ground, now and then the whole
     scene.
     """
-    rng, side = np.random.default_rng(seed), MODEL_CFG["vision_cfg"]["image_size"]
+    rng = np.random.default_rng(seed)
     parts: list[tuple[Scene, Any, str]] = []
     for scene in pictures:
         limit = np.array([scene.image.width, scene.image.height] * 2, np.float32)
@@ -137,10 +151,10 @@ def captioned_crops(pictures: list[Scene], seed: int) -> tuple[Tensor, list[str]
                 size = np.tile(box[2:] - box[:2], 2)
                 loose = np.clip(box + rng.normal(0, 0.09, 4) * size, 0, limit)
                 if (loose[2:] - loose[:2] >= 8).all():
-                    parts.append((scene, tuple(loose), TEMPLATES[rng.integers(len(TEMPLATES))].format(name)))
+                    parts.append((scene, tuple(loose), templates[rng.integers(len(templates))].format(name)))
         patch = _empty_patch(scene, rng)
         if patch is not None:
-            parts.append((scene, tuple(patch), TEMPLATES[rng.integers(len(TEMPLATES))].format(scene.ground)))
+            parts.append((scene, tuple(patch), templates[rng.integers(len(templates))].format(scene.ground)))
         if rng.random() < 0.25:
             parts.append((scene, None, scene.caption))
     crops = [np.asarray(scene.image.resize((side, side), Image.Resampling.BICUBIC, box)) for scene, box, _ in parts]

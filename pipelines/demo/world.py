@@ -10,6 +10,7 @@ the object's two colours, O is a hole.
 
 import colorsys
 import json
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -300,13 +301,15 @@ def make_world(root: Path, *, train_images: int, val_images: int, seed: int, wor
     )
 
 
-def scenes(count: int, seed: int, offset: int, workers: int = 2) -> list[Scene]:
-    """Draw `count` scenes; scene i depends on (seed, offset + i) alone."""
-    indices = range(offset, offset + count)
+def scenes(
+    count: int, seed: int, offset: int, workers: int = 2, draw: Callable[[int, int], Scene] | None = None
+) -> list[Scene]:
+    """Draw `count` scenes, by `draw_scene` unless told otherwise; scene i depends on (seed, offset + i) alone."""
+    draw, indices = draw or draw_scene, range(offset, offset + count)
     if workers <= 1:
-        return [draw_scene(seed, i) for i in indices]
+        return [draw(seed, i) for i in indices]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(partial(draw_scene, seed), indices, chunksize=32))
+        return list(pool.map(partial(draw, seed), indices, chunksize=32))
 
 
 def draw_scene(seed: int, index: int) -> Scene:
@@ -407,13 +410,27 @@ def _caption(names: list[str], ground: str, rng: np.random.Generator) -> str:
 
 
 def _write_split(root: Path, split: str, count: int, seed: int, offset: int, workers: int) -> None:
-    category_id, folder = {name: k for k, name in enumerate(sorted(SHAPES), start=1)}, root / "annotations"
-    images, annotations, captions = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
-    for image_id, scene in enumerate(scenes(count, seed, offset, workers), start=offset + 1):
+    pictures = scenes(count, seed, offset, workers)
+    images = write_instances(root, split, pictures, sorted(SHAPES), offset + 1)
+    captions = [
+        {"id": image["id"], "image_id": image["id"], "caption": scene.caption}
+        for image, scene in zip(images, pictures, strict=True)
+    ]
+    write_text(root / "annotations" / f"captions_{split}.json", json.dumps({"images": images, "annotations": captions}))
+
+
+def write_instances(
+    root: Path, split: str, pictures: Iterable[Scene], names: list[str], first_id: int
+) -> list[dict[str, Any]]:
+    """Write the pictures, and their objects as COCO has them, categories being `names` from 1 on. Returns the file's
+    images.
+    """
+    category_id = {name: k for k, name in enumerate(names, start=1)}
+    images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
+    for image_id, scene in enumerate(pictures, start=first_id):
         width, height, file_name = scene.image.width, scene.image.height, f"{image_id:012d}.jpg"
         write_picture(root / split / file_name, scene.image, "JPEG", quality=92)
         images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
-        captions.append({"id": image_id, "image_id": image_id, "caption": scene.caption})
         annotations += [
             {
                 "id": number,
@@ -432,5 +449,5 @@ def _write_split(root: Path, split: str, count: int, seed: int, offset: int, wor
         "annotations": annotations,
         "categories": [{"id": k, "name": name} for name, k in category_id.items()],
     }
-    write_text(folder / f"instances_{split}.json", json.dumps(instances))
-    write_text(folder / f"captions_{split}.json", json.dumps({"images": images, "annotations": captions}))
+    write_text(root / "annotations" / f"instances_{split}.json", json.dumps(instances))
+    return images
