@@ -24,7 +24,8 @@ class FeatureSet:
     `skipped`: ids by reason of what the input files hold and the cache does not. `made_from`: the extraction's
     settings, so that a damaged part can be made again; empty for an import. `proposals`: `file`, `identity` and
     `made_by` (None if that is not known) of the proposals; empty if that was not recorded. No key depends on it.
-    `object_text`: `key` and `embedding` (D float16 values) of the text of the word "object"; empty in older sets and
+    `object_text`: `key` and `embedding` (D float16 values) of the text of the word "object". `label_weights`: `centre`,
+    `width` and `scale` of the weight of pseudo labels, and what they were fitted to. Both are empty in older sets and
     imports.
     """
 
@@ -33,10 +34,11 @@ class FeatureSet:
     made_from: dict[str, Any] = field(default_factory=dict)
     proposals: dict[str, Any] = field(default_factory=dict)
     object_text: dict[str, Any] = field(default_factory=dict)
+    label_weights: dict[str, Any] = field(default_factory=dict)
 
     def to_tree(self) -> dict[str, Any]:
         """As JSON values; what older sets do not have is left out where it is empty, so that they stay the same."""
-        later = ("proposals", "object_text")
+        later = ("proposals", "object_text", "label_weights")
         return {name: value for name, value in asdict(self).items() if value or name not in later}
 
     @classmethod
@@ -48,6 +50,7 @@ class FeatureSet:
             dict(tree["made_from"]),
             dict(tree.get("proposals", {})),
             dict(tree.get("object_text", {})),
+            dict(tree.get("label_weights", {})),
         )
 
 

@@ -448,8 +448,9 @@ class TarWriter:
                     f"{url} holds the shards of something else; give another folder:\n  " + "\n  ".join(lines[:20])
                 )
             self.meta = found
-            if meta.features.object_text and not found.features.object_text:  # the cache learned it since
-                self.meta = replace(found, features=replace(found.features, object_text=meta.features.object_text))
+            known = {name: getattr(meta.features, name) for name in ("object_text", "label_weights")}
+            if later := {name: own for name, own in known.items() if own and not getattr(found.features, name)}:
+                self.meta = replace(found, features=replace(found.features, **later))  # the cache learned it since
                 self.folder.write(TAR_META, self.meta.to_bytes())
         elif there:
             raise HdovdError(f"{url} is not empty and holds no shards ({there[0]}): give another folder")

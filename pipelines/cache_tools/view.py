@@ -110,7 +110,8 @@ def find_reliability(
     """
     if recipe is None:
         recipe = load_recipe("ov-coco-faster-rcnn-r50")  # whose values are "auto"
-        if calibration is None and origin_of(cache).known() is None:
+        origin = origin_of(cache)
+        if calibration is None and origin.known() is None and not origin.fitted:
             return None
     with quiet():
         _, used, record = with_reliability(recipe, lambda: origin_of(cache), calibration, base)

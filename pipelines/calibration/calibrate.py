@@ -1,14 +1,15 @@
-"""`hdovd calibrate`: fit the reliability weight of pseudo labels, `w = scale * sigmoid((cos(v, u) - centre) /
-width)`, to a cache's own base boxes (METHOD section 2). No CLIP.
+"""`hdovd calibrate`: the reliability weight of pseudo labels, `w = scale * sigmoid((cos(v, u) - centre) / width)`,
+fitted to a cache's own base boxes (METHOD section 2), drawn and written to a file. No CLIP, and nothing novel is read.
 
-Nothing novel is read: base boxes, and the text embeddings of base classes. Every base box makes two labels:
+A set that extract-clip fitted a weight for gets it again: `extraction.label_weights` says how. What follows is for
+others, whose nouns are not there or name no base class: older sets and imports. Every base box makes two labels:
 
 - **right**: its own class. Boxes that are more like another class count too: the captions of a picture offer a few
   nouns, and the right one among them wins with cosines at which it would lose against all classes.
 - **wrong**: the class that it is most like when its own is left out, as where captions or vocabulary lack the right
   noun. Not any wrong class: a label is the best of its list, and the cosines of all wrong names lie far below.
 
-What this cannot know is which nouns a picture's captions offer, and what a proposal without any object looks like;
+What this does not know is which nouns a picture's captions offer, and what a proposal without any object looks like;
 what follows from that stands below. Where labels are made of the k best nouns, so are these (the right one of
 its own class and the k - 1 best others), and the cosine is that of their mean.
 
@@ -48,89 +49,19 @@ from hdovd.pipelines.common.charts import ticks
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.extraction.config import LabelRule
 from hdovd.pipelines.extraction.identities import inputs_of
+from hdovd.pipelines.extraction.label_weights import (
+    LEAST,
+    MANY,
+    Fit,
+    expectation,
+    fit_reliability,
+    label_evidence,
+    on_object,
+)
 from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts
-
-LEAST = 10  # labels of each kind; below MANY the fit is told to be uncertain
-MANY = 200
-STEPS = 100
-LEAST_SLOPE = 1e-3  # for cosines in units of their standard deviation: below, they say nothing
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """`centre` and `width` in units of the cosine. `auc`: how often a right label has the higher cosine of the two."""
-
-    centre: float
-    width: float
-    scale: float
-    auc: float
-
-    def weights(self, cosines: np.ndarray) -> np.ndarray:
-        """(n,) in 0..scale."""
-        return self.scale * _sigmoid((cosines - self.centre) / self.width)
-
-
-def fit_reliability(right: np.ndarray, wrong: np.ndarray) -> Fit:
-    """The weight that fits cosines (n,) of right and (m,) of wrong labels. Raises HdovdError if they do not say
-    enough."""
-    for name, cosines in (("right", right), ("wrong", wrong)):
-        if len(cosines) < LEAST:
-            raise HdovdError(f"{len(cosines)} {name} labels are too few to fit a weight to, expected {LEAST} or more")
-        if not np.isfinite(cosines).all():
-            raise HdovdError(
-                f"{int((~np.isfinite(cosines)).sum())} of {len(cosines)} cosines of {name} labels are not finite"
-            )
-    both = np.concatenate([right, wrong]).astype(np.float64)
-    mean, spread, auc = both.mean(), both.std(), area_under_curve(right, wrong)
-    slope, offset = _logistic((both - mean) / spread, len(right)) if spread > 1e-6 else (0.0, 0.0)
-    if slope < LEAST_SLOPE:
-        raise HdovdError(
-            f"the cosines do not tell right labels from wrong ones (AUC {auc:.3f}; means {right.mean():.3f} and "
-            f"{wrong.mean():.3f}): no weight can be fitted. Does this CLIP know the classes, by these prompts?"
-        )
-    centre, width = float(mean - spread * offset / slope), float(spread / slope)
-    return Fit(centre, width, float(1 / _sigmoid((right.astype(np.float64) - centre) / width).mean()), auc)
-
-
-def area_under_curve(right: np.ndarray, wrong: np.ndarray) -> float:
-    """The share of all pairs of a right and a wrong label in which the right one has the higher cosine; ties count
-    half.
-    """
-    order = np.sort(wrong)
-    below, up_to = np.searchsorted(order, right, "left"), np.searchsorted(order, right, "right")
-    return float((below + up_to).sum() / (2 * len(right) * len(wrong)))
-
-
-def _logistic(x: np.ndarray, right: int) -> tuple[float, float]:
-    """Slope and offset of p = sigmoid(slope * x + offset); x: the `right` right ones first. Newton's method, with
-    halved steps.
-    """
-    wrong = len(x) - right
-    target = np.repeat([(right + 1) / (right + 2), 1 / (wrong + 2)], [right, wrong])
-    weight = np.repeat([0.5 / right, 0.5 / wrong], [right, wrong])
-    design = np.stack([x, np.ones_like(x)], axis=1)
-    at = np.zeros(2)
-
-    def loss(point: np.ndarray) -> float:
-        logit = design @ point
-        return float((weight * (np.logaddexp(0, logit) - target * logit)).sum())
-
-    for _ in range(STEPS):
-        p = _sigmoid(design @ at)
-        gradient = design.T @ (weight * (p - target))
-        hessian = design.T @ (design * (weight * p * (1 - p))[:, None]) + 1e-12 * np.eye(2)
-        step, now = np.linalg.solve(hessian, gradient), loss(at)
-        while loss(at - step) > now and np.abs(step).max() > 1e-10:
-            step = step / 2
-        at = at - step
-        if np.abs(step).max() < 1e-8:
-            break
-    return float(at[0]), float(at[1])
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))
-
+from hdovd.pipelines.extraction.source import extraction_of
+from hdovd.pipelines.extraction.text import read_synonyms
+from hdovd.pipelines.nouns.allowed import offered_nouns
 
 RIGHT, WRONG, CURVE, GRID, BLACK = (40, 110, 220), (230, 120, 20), (20, 20, 20), (215, 215, 215), (0, 0, 0)
 WIDTH, HEIGHT, LEFT, TOP, RIGHT_MARGIN, BOTTOM = 900, 520, 70, 70, 70, 60
@@ -169,7 +100,7 @@ def draw_calibration(right: np.ndarray, wrong: np.ndarray, fit: Fit, file: Path)
         pen.line((x(fit.centre), TOP, x(fit.centre), bottom), fill=CURVE, width=1)
     pen.rectangle((LEFT, TOP, WIDTH - RIGHT_MARGIN, bottom), outline="black")
     formula = f"weight = {fit.scale:.3f} * sigmoid((cosine - {fit.centre:.4f}) / {fit.width:.4f})"
-    of_wrong = f"{len(wrong):,d} wrong labels: the best wrong name of each box"
+    of_wrong = f"{len(wrong):,d} wrong labels"
     words: list[tuple[float, float, str, tuple[int, int, int], str]] = [
         *((x(cosine), bottom + 6, f"{cosine:.3g}", BLACK, "ma") for cosine in ticks(low, high)),
         *((LEFT - 6, y(part / top), f"{100 * part:.3g}%", BLACK, "rm") for part in ticks(0, top)),
@@ -213,9 +144,13 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     origin = origin_of(cache)
     _require_prompts(cache)
     split, protocol = config.load(cache.set)
-    found = label_cosines(cache, split, protocol)
+    _require_boxes(cache, split)
     try:
-        fit = fit_reliability(found.right, found.wrong)
+        if cache.set.label_weights:
+            found, fit = held_out(cache, split, protocol, config)
+        else:
+            found = label_cosines(cache, split, protocol)
+            fit = fit_reliability(found.right, found.wrong)
     except HdovdError as error:
         raise HdovdError(
             f"set {config.features} of {config.cache}, {len(found.right)} base boxes of {len(protocol.base)} classes: "
@@ -223,7 +158,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         ) from error
     picture = config.out.with_suffix(".png")
     about = {
-        "boxes": len(found.right),
+        "boxes": len(found.right) + len(found.wrong) * bool(cache.set.label_weights),
         "named_rightly": found.named,
         "auc": fit.auc,
         "right_mean": float(found.right.mean()),
@@ -243,8 +178,9 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     result = Calibration(fit.centre, fit.width, fit.scale, fitted_on, about)
     draw_calibration(found.right, found.wrong, fit, picture)
     write_text(config.out, result.to_toml())
-    for line in _lines(found, fit):
-        log(line)
+    if not cache.set.label_weights:
+        for line in _lines(found, fit):
+            log(line)
     log(
         f"wrote {config.out} and {picture}; next: hdovd train --cache {quote(str(config.cache))} --calibration "
         f"{quote(str(config.out))} ..."
@@ -252,17 +188,43 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     return result
 
 
-def label_cosines(cache: FeatureCache, split: Split, protocol: Protocol) -> Cosines:
-    """The labels that base boxes would get from the base classes. Raises HdovdError if the cache is not of these
-    boxes."""
-    if len(protocol.base) < 2:
-        raise HdovdError(
-            f"protocol {protocol.name} has one base class: there is no wrong name to tell a right one from"
-        )
+def _require_boxes(cache: FeatureCache, split: Split) -> None:
+    """Raises HdovdError if the set is not of these base boxes."""
     wanted = inputs_of(split, cache)
     cache.require_together()
     for level in (Level.BOXES, Level.INSTANCE):
         cache.require(level, wanted[level])
+
+
+def held_out(cache: FeatureCache, split: Split, protocol: Protocol, config: CalibrateConfig) -> tuple[Cosines, Fit]:
+    """The labels of base boxes whose classes are held out, and the weight that extract-clip fitted to them: again,
+    from the files of nouns. Raises HdovdError if these are not there.
+    """
+    made = extraction_of(cache.set, config.cache, config.features)
+    nouns = offered_nouns(made.nouns, made.vocabulary, made.captions)
+    synonyms = {} if made.synonyms is None else read_synonyms(made.synonyms, protocol.names)
+    names = [(name, *synonyms.get(name, ())) for name in protocol.base]
+    found = label_evidence(cache, split, names, None if nouns is None else nouns.by_image)
+    fitted = found.fitted(on_object(cache.set.proposals))
+    for line in expectation(cache):
+        log(line)
+    right = found.right
+    if min(counts := (int(right.sum()), int((~right).sum()))) < LEAST:
+        raise HdovdError(
+            f"{counts[0]} right and {counts[1]} wrong labels are too few, expected {LEAST} or more of each"
+        )
+    fit = Fit(*(fitted[name] for name in ("centre", "width", "scale", "auc")))
+    return Cosines(found.cosines[right], found.cosines[~right], counts[0]), fit
+
+
+def label_cosines(cache: FeatureCache, split: Split, protocol: Protocol) -> Cosines:
+    """The labels that base boxes would get from the base classes. Raises HdovdError if the cache has none of their
+    embeddings.
+    """
+    if len(protocol.base) < 2:
+        raise HdovdError(
+            f"protocol {protocol.name} has one base class: there is no wrong name to tell a right one from"
+        )
     rule = LabelRule.of(cache.key_inputs(Level.PSEUDO_LABEL) if Level.PSEUDO_LABEL in cache.levels() else {})
     texts = F.normalize(torch.from_numpy(cache.class_embeddings(protocol.base)), dim=1)
     cache.hold(Level.INSTANCE)

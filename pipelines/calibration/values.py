@@ -9,7 +9,7 @@ names are part of that, so a calibration holds for every set that was made in th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,12 +42,15 @@ NOT_THE_WAY = {"schema_version", "images", "boxes", "names", "tokens", "synonyms
 
 @dataclass(frozen=True, slots=True)
 class LabelOrigin:
-    """The features that training reads. `url`: in messages. `made_with`: the instance level's. `dim`: D."""
+    """The features that training reads. `url`: in messages. `made_with`: the instance level's. `dim`: D. `fitted`: the
+    set's own weight of labels, empty if it has none.
+    """
 
     url: str
     inputs: dict[Level, KeyInputs]
     made_with: dict[str, Any]
     dim: int
+    fitted: dict[str, Any] = field(default_factory=dict)
 
     def way(self) -> KeyInputs:
         """What the cosine of a crop and its label depends on; of a set without nouns, the classes' prompts stand for
@@ -58,7 +61,7 @@ class LabelOrigin:
         return {
             "crops": _without(self.inputs[Level.INSTANCE]),
             "texts": {k: v for k, v in _without(texts).items() if k != "content"},
-            "labels": {name: rule[name] for name in ("top_k", "temperature") if name in rule},
+            "labels": {name: rule[name] for name in ("top_k", "temperature", "choice") if name in rule},
         }
 
     def known(self) -> tuple[str, str] | None:
@@ -74,7 +77,7 @@ class LabelOrigin:
             "crop" not in instance
             or "templates" not in nouns
             or instance["clip"].get("activation") != "quickgelu"
-            or self.way()["labels"]
+            or "top_k" in self.way()["labels"]
         ):
             return None
         name, tag = str(self.made_with.get("clip")), self.made_with.get("weights") or self.made_with.get("pretrained")
@@ -91,6 +94,7 @@ def origin_of(cache: FeatureCache) -> LabelOrigin:
         {level: cache.key_inputs(level) for level in cache.levels()},
         cache.made_with(Level.INSTANCE),
         cache.dim,
+        cache.set.label_weights,
     )
 
 
@@ -184,19 +188,24 @@ def with_reliability(
         return recipe, recipe, {}
     if AUTO not in (pseudo.reliability_centre, pseudo.reliability_width, pseudo.reliability_scale):
         return recipe, recipe, _record(recipe, "the recipe", {})
-    row = origin().known()
-    if row is None:
+    row, fitted = origin().known(), origin().fitted
+    if row is None and not fitted:
         rows = ", ".join(f"{clip} with {prompts} prompts" for clip, prompts in KNOWN)
         raise HdovdError(
-            f'pseudo_boxes.reliability_... = "auto" knows crops by OpenAI\'s CLIPs, {rows}, and {origin().url} is of none of '  # noqa: E501
-            f"them. Fit the values to it: hdovd calibrate --cache {origin().url} --out calibration.toml, then hdovd "
-            f"train --calibration calibration.toml"
+            f'pseudo_boxes.reliability_... = "auto" knows crops by OpenAI\'s CLIPs, {rows}, and {origin().url} is of '
+            f"none of them, nor has it a weight of its own. Fit the values to it: hdovd calibrate --cache "
+            f"{origin().url} --out calibration.toml, then hdovd train --calibration calibration.toml"
         )
     given = pseudo.reliability_centre, pseudo.reliability_width, pseudo.reliability_scale
     used = recipe.with_reliability(
-        *(known if isinstance(own, str) else own for own, known in zip(given, KNOWN[row], strict=True))
+        *(
+            auto if isinstance(own, str) else own
+            for own, auto in zip(given, KNOWN[row] if row else (fitted[name] for name in VALUES), strict=True)
+        )
     )
-    source = f"auto: METHOD section 2, CLIP {row[0]}, {row[1]} prompts"
+    source = (
+        f"auto: METHOD section 2, CLIP {row[0]}, {row[1]} prompts" if row else "auto: fitted to the set's base boxes"
+    )
     log(
         f"reliability of pseudo labels: centre {used.pseudo_boxes.reliability_centre}, width "
         f"{used.pseudo_boxes.reliability_width}, scale {used.pseudo_boxes.reliability_scale} ({source})"

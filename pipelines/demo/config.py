@@ -8,6 +8,7 @@ from hdovd.config.recipe import load_recipe
 from hdovd.pipelines.common.options import Option, require_own_folder
 
 TRAIN_IMAGES, VAL_IMAGES = 1000, 250
+WORLDS = 1000  # seeds; the teacher's pictures have others
 MARKER = ".hdovd-demo"  # a folder that holds it is a demo's, and a new demo may clear it
 
 
@@ -20,6 +21,7 @@ class DemoConfig:
     teacher_folder: Annotated[
         Path | None, Option("Where the demo's CLIP is kept; default ~/.cache/hdovd/teachers.", flags=("--teachers",))
     ] = None
+    world_seed: Annotated[int, Option("Which world to draw.", min=0, max=WORLDS - 1)] = 0
     train_images: int = TRAIN_IMAGES
     val_images: int = VAL_IMAGES
     settings: Annotated[

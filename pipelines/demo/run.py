@@ -1,6 +1,6 @@
 """`hdovd demo`: the whole main job on a world of our own, every stage through the command a user would type.
 
-World and teacher are made once; then propose, nouns, extract-clip, calibrate, for every seed train and eval, base-only
+World and teacher are made once; then propose, nouns, extract-clip, for every seed train and eval, base-only
 and distilled, the audit, and what there is to look at: detect, cache view, report. Short stages run in this process,
 from the same arguments as the printed commands; the long ones that need nothing of each other side by side, in
 processes of their own.
@@ -77,7 +77,7 @@ def _side_by_side(files: list[Path]) -> Image.Image:
 
 DISTILLED = "distilled"
 PROPOSER_EPOCHS = 5
-PROPOSALS, BACKBONE, CALIBRATION = "proposals.json", "backbone.safetensors", "calibration.toml"
+PROPOSALS, BACKBONE = "proposals.json", "backbone.safetensors"
 VARIANTS = {"base-only": ["--preset", "base-only"], DISTILLED: []}
 
 
@@ -159,7 +159,8 @@ class _Stages:
 def _world_teacher_and_proposals(stages: _Stages) -> str:
     """The name of the demo's CLIP."""
     config, root, since = stages.config, stages.config.out, time.monotonic()
-    make_world(root / "world", train_images=config.train_images, val_images=config.val_images, seed=0)
+    counts = {"train_images": config.train_images, "val_images": config.val_images}
+    make_world(root / "world", **counts, seed=config.world_seed)
     stages.result.seconds["world"] = time.monotonic() - since
     log(f"drew {config.train_images} training and {config.val_images} validation pictures: {root / 'world'}")
     teachers = config.teacher_folder or user_cache_folder() / "teachers"
@@ -171,7 +172,7 @@ def _world_teacher_and_proposals(stages: _Stages) -> str:
         "with lines_to(print): demo_teacher(pathlib.Path(sys.argv[1]))",
         str(teachers),
     )
-    words = ["--recipe", "demo", "--set", f"train.epochs={PROPOSER_EPOCHS}", "--overlap", 0.15, "--min-score", 0.55]
+    words = ["--recipe", "demo", "--set", f"train.epochs={PROPOSER_EPOCHS}"]
     outs = ["--out", root / PROPOSALS, "--backbone-out", root / BACKBONE]
     stages.side_by_side(
         [
@@ -189,7 +190,6 @@ def _cache(stages: _Stages, clip: str) -> None:
     stages.run("nouns", "nouns", *captions, *match, "--out", root / "nouns.json")
     made = ("--clip", clip, "--proposals", root / PROPOSALS, "--nouns", root / "nouns.json")
     stages.run("extract-clip", "extract-clip", *stages.data, "--cache", root / "cache", *made)
-    stages.run("calibrate", "calibrate", "--cache", root / "cache", "--out", root / CALIBRATION)
 
 
 def _folders(config: DemoConfig, order: Sequence[str]) -> dict[Path, tuple[str, int]]:
@@ -206,8 +206,7 @@ def _train_and_evaluate(stages: _Stages) -> None:
     for out, (variant, seed) in folders.items():
         settings = (f"train.seed={seed}", f"detector.backbone.weights={root / BACKBONE}", *stages.config.settings)
         sets = [word for setting in settings for word in ("--set", setting)]
-        calibrated = ("--calibration", root / CALIBRATION) if variant == DISTILLED else ()
-        words = ["--cache", root / "cache", "--recipe", "demo", *VARIANTS[variant], *sets, *calibrated]
+        words = ["--cache", root / "cache", "--recipe", "demo", *VARIANTS[variant], *sets]
         train = ["train", *stages.data, *words, "--val-every", 0, "--out", out]
         jobs.append(stages.job(out.name, train, ["eval", out, "--data", root / "world"]))
     stages.side_by_side(jobs)
@@ -222,8 +221,8 @@ def _look(stages: _Stages) -> None:
     stages.run("audit", "audit", *stages.data, "--cache", cache, "--run", distilled)
     shown = telling_pictures(root / "world", NOVEL)
     stages.run("detect", "detect", distilled, *shown, "--out", root / "detected")
-    image = ("--image", image_with_most_proposals(root / PROPOSALS), "--calibration", root / CALIBRATION)
-    stages.run("cache view", "cache", "view", cache, *image, "--out", view)
+    image = image_with_most_proposals(root / PROPOSALS)
+    stages.run("cache view", "cache", "view", cache, "--image", image, "--out", view)
     runs = _folders(stages.config, (DISTILLED, "base-only"))
     stages.run("report", "report", *runs, "--data", root / "world", "--out", root / "report")
     result.report = root / "report" / "index.html"

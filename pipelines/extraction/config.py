@@ -35,14 +35,26 @@ from hdovd.pipelines.teachers.registry import OPEN_CLIP, TEACHERS
 TEMPERATURE = 0.01  # of CLIP itself: its logits are 100 times the cosine, the most that its training allows
 
 
+class LabelChoice(StrEnum):
+    LIKELY = "likely"
+    MENTIONED = "mentioned"
+
+
 @dataclass(frozen=True, slots=True)
 class LabelRule:
-    """A label is made of the `top` nouns with the highest cosine, weighed by softmax(cosine / temperature). Raises
-    HdovdError.
+    """A label is made of the `top` nouns that rank highest, weighed by softmax(rank / temperature). Raises HdovdError.
+
+    mentioned: the rank is the cosine, of the nouns that the image offers (METHOD section 2). likely: of all nouns, but
+    those in `barred`, rows of base classes' names, whose objects are annotated already; nouns that the image offers
+    have `mention` more, or if that is None are the only ones. `barred` and `mention` follow from base boxes
+    (`pseudo_labels.settled`).
     """
 
     top: int = 1
     temperature: float = TEMPERATURE
+    choice: LabelChoice = LabelChoice.MENTIONED
+    barred: tuple[int, ...] = ()
+    mention: float | None = None
 
     def __post_init__(self) -> None:
         if self.top < 1:
@@ -51,16 +63,20 @@ class LabelRule:
             raise HdovdError(f"--label-temperature {self.temperature}: expected a number above 0")
 
     def inputs(self) -> KeyInputs:
-        """What the rule adds to the identity of labels: nothing for one noun, whose weight is 1 at any temperature."""
-        return {} if self.top == 1 else {"top_k": self.top, "temperature": self.temperature}
+        """What the rule adds to the identity of labels: no temperature for one noun, whose weight is 1 at any."""
+        of_top = {} if self.top == 1 else {"top_k": self.top, "temperature": self.temperature}
+        settled = {"barred": list(self.barred), "mention": self.mention} if self.barred or self.mention else {}
+        return of_top | ({} if self.choice is LabelChoice.MENTIONED else {"choice": str(self.choice)}) | settled
 
     @classmethod
     def of(cls, inputs: KeyInputs) -> "LabelRule":
         """The rule of a pseudo_label product, by its key inputs."""
-        return cls(int(inputs["top_k"]), float(inputs["temperature"])) if "top_k" in inputs else cls()
+        top = (int(inputs["top_k"]), float(inputs["temperature"])) if "top_k" in inputs else (1, TEMPERATURE)
+        choice = LabelChoice(inputs.get("choice", LabelChoice.MENTIONED))
+        return cls(*top, choice, tuple(inputs.get("barred", ())), inputs.get("mention"))
 
 
-ONE_NOUN = LabelRule()
+ONE_NOUN, LIKELY_NOUN = LabelRule(), LabelRule(choice=LabelChoice.LIKELY)
 
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)
@@ -169,8 +185,17 @@ LABELS = Group(
             Option("Nouns that a pseudo box's text embedding is the weighted mean of: the best K.", min=1),
         ),
         "label_temperature": (float, TEMPERATURE, Option("With K over 1: their weights are softmax(cosine / T).")),
+        "label_choice": (
+            LabelChoice,
+            LabelChoice.LIKELY,
+            Option(
+                "likely: the noun that crop and captions together make the most likely, never a base class's name, "
+                "whose "
+                "objects are annotated. mentioned: of the captions' nouns the one most like the crop, as in the paper."
+            ),
+        ),
     },
-    lambda given: LabelRule(given["label_top_k"], given["label_temperature"]),
+    lambda given: LabelRule(given["label_top_k"], given["label_temperature"], given["label_choice"]),
 )
 Workers = Annotated[
     int | None, workers_option("Processes that decode and crop, or auto: none on a CPU, up to 16 for a GPU.")
@@ -261,7 +286,7 @@ class ExtractConfig:
     synonyms: Synonyms = None
     class_embeddings: ClassEmbeddings = None
     nouns: Annotated[Path | None, Option("A file of hdovd nouns, instead of --vocabulary and --captions.")] = None
-    labels: Annotated[LabelRule, LABELS] = ONE_NOUN
+    labels: Annotated[LabelRule, LABELS] = LIKELY_NOUN
     exif: Annotated[
         Exif,
         Option(

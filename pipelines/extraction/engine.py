@@ -12,7 +12,7 @@ may change between runs, and may overlap: the bytes are the same.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -267,12 +267,13 @@ class Extraction:
         pictures: PictureHashes,
         nouns: Nouns | None,
         classes: TextRows,
+        base_names: Sequence[Sequence[str]],
         teacher: Teacher,
         embedders: Mapping[Level, Embedder],
         plans: list[LevelPlan],
         origin: dict[str, Any],
     ) -> None:
-        """`origin`: what a set's record says of the proposals."""
+        """`base_names`: all names of each base class. `origin`: what a set's record says of the proposals."""
         self.split, self.table, self.pictures, self.teacher = split, table, pictures, teacher
         self.embedders, self.templates, self.origin = embedders, config.templates, origin
         self._texts = {Level.CLASS: classes} | ({} if nouns is None else {Level.NOUN: TextRows(nouns.vocabulary)})
@@ -282,8 +283,12 @@ class Extraction:
         self.done: list[Unit] = []  # by this process, pseudo labels too
         self._writers: dict[Level, ProductWriter] = {}
         self._donors: dict[Level, Rows] = {}
-        self._offered = None if nouns is None else nouns.by_image
+        self.offered, self.base_names = None if nouns is None else nouns.by_image, base_names
         self.bar: tqdm[Any] | None = None
+
+    def keys(self) -> dict[Level, str]:
+        """Of the products that make up the set."""
+        return {level: plan.key for level, plan in self.plans.items()}
 
     @cached_property
     def _batch_size(self) -> int:
@@ -475,7 +480,7 @@ class Extraction:
         instances = self.product(Level.INSTANCE)
         embeddings = open_rows(instances, "embedding", parts={start // instances.part_rows}).read(start, stop)
         nouns, rule = self.product(Level.NOUN).table("embedding"), LabelRule.of(self.plans[Level.PSEUDO_LABEL].inputs)
-        return label_rows(self.table, start, stop, embeddings, nouns, self._offered, rule)
+        return label_rows(self.table, start, stop, embeddings, nouns, self.offered, rule)
 
     def probe(self) -> dict[Level, Cost]:
         """What the rows of a level cost: rows of some images spread over the list are cut, and a few embedded. Raises

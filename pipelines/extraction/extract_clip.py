@@ -21,6 +21,7 @@ import torch
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import KeyInputs, differences
 from hdovd.cache.picture_files import known_files
+from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import TAR_META, Level
 from hdovd.cache.store import Folder, open_folder
 from hdovd.cache.tar_shards import TarMeta, TarShards, forget_shard, unfinished_shards
@@ -33,13 +34,15 @@ from hdovd.pipelines.common.images import read_alike
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.embedding.build import embedders_of
 from hdovd.pipelines.embedding.embedders import Pictures
-from hdovd.pipelines.extraction.config import Executor, ExtractConfig, Store, this_share
+from hdovd.pipelines.extraction.config import TEMPERATURE, Executor, ExtractConfig, Store, this_share
 from hdovd.pipelines.extraction.engine import Cost, Extraction, do_share, plan_levels
 from hdovd.pipelines.extraction.export import export_tars
 from hdovd.pipelines.extraction.identities import box_table, level_inputs, picture_hashes
+from hdovd.pipelines.extraction.label_weights import expectation, label_evidence, on_object
+from hdovd.pipelines.extraction.pseudo_labels import rule_line, settled
 from hdovd.pipelines.extraction.source import ExportConfig
 from hdovd.pipelines.extraction.text import TextRows, object_text_entry, read_class_embeddings, read_synonyms
-from hdovd.pipelines.nouns.allowed import Nouns, named_novel, read_noun_file, read_nouns
+from hdovd.pipelines.nouns.allowed import Nouns, named_novel, offered_nouns
 from hdovd.pipelines.proposal_files.file import Proposals, made_by_line, read_table, usable_proposals
 from hdovd.pipelines.teachers.base import Teacher
 from hdovd.pipelines.teachers.registry import TEACHERS
@@ -96,7 +99,12 @@ def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction
     embedders = embedders_of(
         teacher, Pictures(split.images, split.path, table.offset, table.box, split.exif), config.recipe
     )
-    inputs = level_inputs(teacher, table, nouns, classes, config.templates, embedders, config.labels)
+    rule, base = config.labels, [(name, *classes.synonyms.get(name, ())) for name in protocol.base]
+    if nouns is not None:
+        rule = settled(rule, nouns, split.images, base, getattr(teacher, "temperature", TEMPERATURE))
+        if line := rule_line(rule, nouns):
+            log(line)
+    inputs = level_inputs(teacher, table, nouns, classes, config.templates, embedders, rule)
     plans = plan_levels(
         catalog,
         inputs,
@@ -106,7 +114,7 @@ def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction
         retry_failed=config.retry_failed,
         read_alike=partial(read_alike, split),
     )
-    return Extraction(config, split, table, pictures, nouns, classes, teacher, embedders, plans, origin)
+    return Extraction(config, split, table, pictures, nouns, classes, base, teacher, embedders, plans, origin)
 
 
 def _own_device(asked: str) -> str:
@@ -134,12 +142,10 @@ def cached_precision(catalog: Catalog | None, features: str, clip: KeyInputs) ->
 
 def _nouns(config: ExtractConfig, split: Split) -> Nouns | None:
     """What pseudo boxes may be named, if they are. Raises HdovdError for files that do not fit."""
-    if config.nouns is not None:
-        nouns, source = read_noun_file(config.nouns), f"--nouns {config.nouns}"
-    elif config.vocabulary is not None:
-        nouns, source = read_nouns(config.vocabulary, config.captions), f"--captions {config.captions}"
-    else:
+    nouns = offered_nouns(config.nouns, config.vocabulary, config.captions)
+    if nouns is None:
         return None
+    source = f"--captions {config.captions}" if config.nouns is None else f"--nouns {config.nouns}"
     if not any(nouns.offered(image.id) for image in split.images):
         raise HdovdError(
             f"{source} has no noun for any of the {len(split.images)} training images (ids "
@@ -273,14 +279,17 @@ def _finish(
     ):
         origin = before.proposals  # a file that was moved without its sidecar takes nothing away
     features = FeatureSet(
-        {level: plan.key for level, plan in extraction.plans.items()},
+        extraction.keys(),
         extraction.split.skips.by_reason,
         config.to_dict(),
         origin,
         object_text_entry(extraction.teacher, extraction.templates, sets.values()),
+        before.label_weights if before is not None and before.levels == extraction.keys() else {},
     )
     if before != features:
         catalog.write_set(config.features, features)
+    if Level.PSEUDO_LABEL in features.levels:
+        _weigh_labels(extraction, catalog, config, features)
     known = known_files(extraction.product(Level.IMAGE))
     if count := len(np.unique(known["image_id"][known["either"]])):
         log(
@@ -314,6 +323,24 @@ def _finish(
         + (f"; {rows:,d} pictures and boxes in {duration(seconds)} ({rows / seconds:.0f}/s)" if rows else "")
         + (f"; {elsewhere:,d} by other processes" if elsewhere > 0 else "")
     )
+
+
+def _weigh_labels(extraction: Extraction, catalog: Catalog, config: ExtractConfig, features: FeatureSet) -> None:
+    """Fit the weight of pseudo labels to base boxes, keep it with the set, and say what to expect of them."""
+    if not features.label_weights:
+        cache = FeatureCache(config.cache, config.features)
+        evidence = label_evidence(cache, extraction.split, extraction.base_names, extraction.offered)
+        if not evidence.classes:
+            log("note: the nouns name no base class, so nothing says how often labels are right: hdovd calibrate")
+            return
+        try:
+            fitted = evidence.fitted(on_object(features.proposals))
+        except HdovdError as error:
+            log(f"note: {error}; hdovd calibrate")
+            return
+        catalog.write_set(config.features, replace(features, label_weights=fitted))
+    for line in expectation(FeatureCache(config.cache, config.features)):
+        log(line)
 
 
 ZARR = ".zarr"

@@ -4,6 +4,7 @@ Works on cached rows, without CLIP. n crops, K nouns, k nouns a label, D embeddi
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,23 +12,98 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hdovd.cache.schema import Source
-from hdovd.pipelines.extraction.config import LabelRule
+from hdovd.core.errors import HdovdError
+from hdovd.data.coco import ImageBoxes
+from hdovd.pipelines.extraction.config import LabelChoice, LabelRule
 from hdovd.pipelines.extraction.identities import BoxTable
+from hdovd.pipelines.nouns.allowed import Nouns, meaning
 
-SIMILARITY_ROWS = 4_096  # crops compared with nouns at a time
+SIMILARITY_ROWS = 1_024  # crops compared with nouns at a time
 
 
-def best_nouns(crops: Tensor, nouns: Tensor, rule: LabelRule) -> tuple[Tensor, Tensor, Tensor]:
-    """The nouns of a label: crops (n, D), nouns (K, D), both L2-normalised, K >= 1.
+def settled(
+    rule: LabelRule, nouns: Nouns, images: Sequence[ImageBoxes], base: Sequence[Sequence[str]], temperature: float
+) -> LabelRule:
+    """The rule with what base boxes say: rows of the base classes' names are barred, and a noun that an image offers
+    has `mention` more than others.
 
-    Returns their rows (n, k) int64, best first, their weights (n, k), and the best one's cosine (n,); k is at most K.
+    `mention` is the log of how much likelier a name is to be offered where its object is than where it is not, counted
+    over base classes and their boxes, in units of the cosine: times the temperature of CLIP's softmax. It is Bayes's
+    rule for a noun, with CLIP's probability of the crop and the captions' of the noun.
+
+    Args:
+        base: the names of each base class. temperature: 1 / the teacher's logit scale.
+    """
+    if rule.choice is LabelChoice.MENTIONED:
+        return rule
+    of_class = rows_of_classes(nouns.vocabulary, base)
+    barred = tuple(sorted(row for rows in of_class for row in rows))
+    if len(barred) == len(nouns.vocabulary):
+        raise HdovdError(
+            "the vocabulary holds names of base classes alone, whose objects are annotated: nothing is left "
+            "to name pseudo boxes by. Give more names, or --label-choice mentioned"
+        )
+    if nouns.by_image is None or not barred:
+        return replace(rule, barred=barred)
+    counts = np.ones((2, 2))  # of classes in images: is there a box of it, is a name of it offered; one each beforehand
+    for image in images:
+        offered, there = set(nouns.offered(image.id)), set(image.labels.tolist())
+        for label, rows in enumerate(of_class):
+            if rows:
+                counts[int(label in there), int(not offered.isdisjoint(rows))] += 1
+    odds = counts[:, 1] / counts[:, 0]
+    return replace(rule, barred=barred, mention=round(max(0.0, temperature * float(np.log(odds[1] / odds[0]))), 4))
+
+
+def rule_line(rule: LabelRule, nouns: Nouns) -> str:
+    """What base boxes made of the rule, in words; nothing of one that they do not settle."""
+    if rule.choice is LabelChoice.MENTIONED:
+        return ""
+    mention = "" if rule.mention is None else f"; a noun that the captions hold counts as {rule.mention:g} more cosine"
+    return (
+        f"labels: {len(rule.barred)} of {len(nouns.vocabulary)} nouns name base classes, whose objects are annotated, "
+        f"and "
+        f"name no pseudo box{mention}"
+    )
+
+
+def rows_of_classes(vocabulary: Sequence[str], classes: Sequence[Sequence[str]]) -> list[set[int]]:
+    """The rows of a vocabulary that name each class, in whatever form (`nouns.meaning`)."""
+    rows = dict[str, set[int]]()
+    for row, noun in enumerate(vocabulary):
+        rows.setdefault(meaning(noun), set()).add(row)
+    return [set().union(*(rows.get(meaning(name), set()) for name in names)) for names in classes]
+
+
+def priors(offered: Sequence[Sequence[int] | None], nouns: int, rule: LabelRule) -> Tensor:
+    """What is added to the cosines of each crop with the K nouns, (n, K); -inf for nouns that it cannot have.
+
+    offered: noun rows of each crop's image, None for all of them.
+    """
+    prior = torch.zeros(len(offered), nouns)
+    for own, rows in zip(prior, offered, strict=True):
+        if rows is not None and rule.mention is None:
+            own.fill_(-torch.inf)
+        own[list(rows or ())] = rule.mention or 0.0
+    prior[:, list(rule.barred)] = -torch.inf
+    return prior
+
+
+def best_nouns(
+    crops: Tensor, nouns: Tensor, rule: LabelRule, prior: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The nouns of a label: crops (n, D), nouns (K, D), both L2-normalised, K >= 1; prior (n, K), see `priors`.
+
+    Returns their rows (n, k) int64, best first, -1 for none, their weights (n, k), 0 for none, and the best one's
+    cosine (n,), 0 for none; k is at most K.
     """
     cosines = crops @ nouns.T
-    if rule.top == 1:
-        best = cosines.max(dim=1)
-        return best.indices[:, None], torch.ones(len(crops), 1), best.values
-    top = cosines.topk(min(rule.top, len(nouns)), dim=1)
-    return top.indices, (top.values / rule.temperature).softmax(dim=1), top.values[:, 0]
+    ranks = cosines + prior
+    top = ranks.topk(min(rule.top, len(nouns)), dim=1) if rule.top > 1 else ranks.max(dim=1, keepdim=True)
+    none = top.values == -torch.inf
+    weights = (top.values / rule.temperature).softmax(dim=1).masked_fill(none, 0.0)
+    best = cosines.gather(1, top.indices[:, :1])[:, 0].masked_fill(none[:, 0], 0.0)
+    return top.indices.masked_fill(none, -1), weights, best
 
 
 def label_texts(nouns: Tensor, top_noun: Tensor, top_weight: Tensor) -> Tensor:
@@ -56,24 +132,14 @@ def label_rows(
     texts, rows_and_nouns = torch.from_numpy(nouns.astype(np.float32)), (stop - start, rule.top)
     top_noun, top_weight = np.full(rows_and_nouns, -1, np.int32), np.zeros(rows_and_nouns, np.float32)
     cosine = np.zeros(stop - start, np.float32)
-    named = (table.source[start:stop] == Source.PROPOSAL) & embeddings.any(axis=1)
-
-    def label(rows: np.ndarray, choice: np.ndarray | None) -> None:
+    named = np.flatnonzero((table.source[start:stop] == Source.PROPOSAL) & embeddings.any(axis=1))
+    image_ids = table.image_id[np.searchsorted(table.offset, start + named, "right") - 1].tolist()
+    for first in range(0, len(named), SIMILARITY_ROWS):
+        rows = named[first : first + SIMILARITY_ROWS]
+        own = [None if offered is None else offered.get(i, ()) for i in image_ids[first : first + SIMILARITY_ROWS]]
         crops = torch.from_numpy(embeddings[rows].astype(np.float32))
-        found, weights, best = best_nouns(crops, texts if choice is None else texts[choice], rule)
+        found, weights, best = best_nouns(crops, texts, rule, priors(own, len(texts), rule))
         k = found.shape[1]
-        top_noun[rows, :k] = found.numpy() if choice is None else choice[found.numpy()]
-        top_weight[rows, :k], cosine[rows] = weights.numpy(), best.numpy()
-
-    if offered is None:
-        for rows in np.array_split(np.flatnonzero(named), max(1, -(-int(named.sum()) // SIMILARITY_ROWS))):
-            label(rows, None)
-    else:
-        for number in table.images_of(start, stop):
-            first, last = max(int(table.offset[number]), start), min(int(table.offset[number + 1]), stop)
-            rows = first - start + np.flatnonzero(named[first - start : last - start])
-            choice = np.array(offered.get(int(table.image_id[number]), ()), np.int64)
-            if len(choice) and len(rows):
-                label(rows, choice)
+        top_noun[rows, :k], top_weight[rows, :k], cosine[rows] = found.numpy(), weights.numpy(), best.numpy()
     arrays = {"noun": top_noun[:, 0], "noun_cosine": cosine}
     return arrays | ({"top_noun": top_noun, "top_weight": top_weight} if rule.top > 1 else {})

@@ -89,6 +89,15 @@ def read_nouns(vocabulary: Path, captions: Path | None) -> Nouns:
     return Nouns(names, {image_id: tuple(sorted(rows)) for image_id, rows in found.items()})
 
 
+def offered_nouns(nouns: Path | None, vocabulary: Path | None, captions: Path | None) -> Nouns | None:
+    """The nouns of an extraction, by its files; None if it names no pseudo boxes. Raises HdovdError for files that do
+    not fit.
+    """
+    if nouns is not None:
+        return read_noun_file(nouns)
+    return None if vocabulary is None else read_nouns(vocabulary, captions)
+
+
 def meaning(name: str) -> str:
     """What names have in common that differ in case, number, signs and spaces alone: "Hot-dogs" and "hotdog" are
     one."""

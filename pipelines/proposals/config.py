@@ -60,15 +60,25 @@ class ProposeConfig:
             "novel; no proposals are written."
         ),
     ] = False
-    top: Annotated[int, Option("Proposals an image, at most.", min=1)] = 10
+    top: Annotated[int | None, Option("Proposals an image, at most; default: chosen by base boxes.", min=1)] = None
     overlap: Annotated[
-        float, Option("Largest IoU of a proposal with a base box or a better proposal.", min=0, max=1)
-    ] = 0.5
-    min_side: Annotated[float, Option("Shortest side of a proposal, pixels of the original image.", min=0)] = 8.0
+        float | None,
+        Option(
+            "Largest IoU of a proposal with a base box or a better proposal; default: chosen by base boxes.",
+            min=0,
+            max=1,
+        ),
+    ] = None
+    min_side: Annotated[
+        float | None,
+        Option("Shortest side of a proposal, pixels of the original image; default: chosen by base boxes.", min=0),
+    ] = None
     backbone_out: Annotated[
         Path | None, Option("Also keep the trained backbone and its record: hdovd train can start from it.")
     ] = None
-    min_score: Annotated[float, Option("Lowest score of a proposal.", min=0, max=1)] = 0.0
+    min_score: Annotated[
+        float | None, Option("Lowest score of a proposal; default: chosen by base boxes.", min=0, max=1)
+    ] = None
     device: Device = "auto"
     overwrite: Annotated[bool, Option("Train anew, whatever network or checkpoint is there.")] = False
     save_minutes: SaveMinutes = 10.0
@@ -117,8 +127,9 @@ class ProposeConfig:
         return self.out.with_name(f"{self.out.stem}.{ending}")
 
     def selection(self) -> dict[str, float]:
-        """What is kept of what a network finds."""
-        return {"top": self.top, "overlap": self.overlap, "min_side": self.min_side, "min_score": self.min_score}
+        """What is given of what is kept of what a network finds; the rest is chosen (`selection.choose`)."""
+        given = {"top": self.top, "overlap": self.overlap, "min_side": self.min_side, "min_score": self.min_score}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def require_network(file: Path) -> None:

@@ -12,7 +12,7 @@ diagnosis alone: no stage chooses anything by them.
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from torchvision.ops import box_iou, nms
 
 from hdovd.cache.identity import key_of
 from hdovd.core.errors import HdovdError, Stopped
@@ -53,6 +51,7 @@ from hdovd.pipelines.proposals.networks import (
     settled_job,
     trained_network,
 )
+from hdovd.pipelines.proposals.selection import TO_CHOOSE_BY, Example, Selection, choose
 from hdovd.pipelines.runs.listing import ap, table_lines
 
 IMAGES = 1024  # of a part, about; half a minute on a GPU
@@ -127,11 +126,12 @@ def _propose(job: ProposeConfig, us: Team, stop: StopSignal) -> dict[int, Propos
     split = job.data.load("train2017", load_protocol(job.protocol), base_only=True, exif=job.recipe.input.exif)
     network, origin = _network(job, split, us, stop)
     require_some_readable(split)
-    origin["selection"] = job.selection()  # with it, everything that made the proposals
+    selection, about = _selection(job, split, network, us)
+    origin["selection"] = about  # with it, everything that made the proposals
     parts = Parts.of(job.beside("parts"), split, job.recipe.train.batch_size, origin)
     mine = [part for part in parts.numbers() if not parts.is_done(part)][us.rank :: us.world]
     us.wait()  # all have looked, before the first one writes
-    _fill(parts, mine, network, split, job, us, stop)
+    _fill(parts, mine, network, split, job, selection, us, stop)
     us.wait()
     done = [parts.read(part) for part in parts.numbers()]
     us.wait()
@@ -189,12 +189,33 @@ def replaced_line(job: ProposeConfig, split: Split, us: Team) -> str | None:
     else:
         planned = settings(settled_job(job, job.trained[0], us)[0], job.trained[0], split)
     known = before.made_by or {}
-    if all(known.get(name) == value for name, value in (planned | {"selection": job.selection()}).items()):
+    kept, given = known.get("selection"), job.selection()
+    same = isinstance(kept, dict) and all(kept.get(name) == value for name, value in given.items())
+    if same and all(known.get(name) == value for name, value in planned.items()):
         return None
     return (
         f"note: {job.out} is there with {len(before.image_id):,d} proposals made otherwise "
         f"({made_by_line(before.made_by)}); these will replace them. To keep them, stop here and give another --out"
     )
+
+
+def _selection(
+    job: ProposeConfig, split: Split, network: ProposalNetwork, us: Team
+) -> tuple[Selection, dict[str, Any]]:
+    """What is kept of what the network finds, and what to record of it; chosen by one process, for all of them."""
+    given = job.selection()
+    if len(given) == len(fields(Selection)):
+        return Selection(**given), given  # type: ignore[arg-type]
+    chosen = None
+    if us.leads:
+        count = min(TO_CHOOSE_BY, len(split.images))
+        numbers = [number * len(split.images) // count for number in range(count)]
+        results = found_in(Pictures(split, job.recipe), numbers, network, us, "choose by base boxes")
+        own = [(torch.from_numpy(split.images[n].boxes), torch.from_numpy(split.images[n].labels)) for n in numbers]
+        chosen = choose([Example(*found[1:], *base) for found, base in zip(results, own, strict=True)], job)
+    best = us.gather(chosen)[0]
+    log(best.line)
+    return best.selection, best.about()
 
 
 def _fill(
@@ -203,6 +224,7 @@ def _fill(
     network: ProposalNetwork,
     split: Split,
     job: ProposeConfig,
+    selection: Selection,
     us: Team,
     stop: StopSignal,
 ) -> None:
@@ -215,7 +237,7 @@ def _fill(
         found, unreadable = dict[int, Proposals](), list[str]()
         for number, (picture, boxes, scores) in zip(parts.rows(part), results, strict=False):
             stop_if_asked(stop, f"proposing; whole parts are in {parts.folder}")
-            keep = select_proposals(boxes, scores, torch.from_numpy(split.images[number].boxes), job)
+            keep = selection.keep(boxes, scores, torch.from_numpy(split.images[number].boxes))
             if picture.problem:
                 unreadable.append(picture.problem)
             else:
@@ -229,18 +251,6 @@ def stop_if_asked(stop: StopSignal, doing: str) -> None:
         raise Stopped(f"stopped while {doing}; the same command goes on there", exit_code(stop.received))
 
 
-def select_proposals(boxes: Tensor, scores: Tensor, base: Tensor, job: ProposeConfig) -> Tensor:
-    """Rows to keep of an image's proposals, best first: those that overlap a base box go, then NMS.
-
-    Args:
-        boxes: (n, 4), scores: (n,), base: (b, 4); xyxy pixels of the original image.
-    """
-    usable = ((boxes[:, 2:] - boxes[:, :2]) >= job.min_side).all(dim=1) & (scores >= job.min_score)
-    usable &= (box_iou(boxes, base) <= job.overlap).all(dim=1)
-    rows = usable.nonzero().flatten()
-    return rows[nms(boxes[rows], scores[rows], job.overlap)][: job.top]
-
-
 def _write(job: ProposeConfig, found: dict[int, Proposals], origin: dict[str, Any]) -> None:
     assert job.out is not None  # as checked
     count = write_proposals(job.out, found, origin)
@@ -249,10 +259,7 @@ def _write(job: ProposeConfig, found: dict[int, Proposals], origin: dict[str, An
         + ProposalTable.of(found).identity()
     )
     if not count:
-        log(
-            f"note: no proposal is left of what the network found: lower --min-score ({job.min_score}), or raise "
-            f"--overlap"
-        )
+        log(f"note: no proposal is left of what the network found ({origin['selection']}): lower --min-score")
     log(f"next: hdovd extract-clip --proposals {quote(str(job.out))} ...")
 
 

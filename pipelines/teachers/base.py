@@ -15,7 +15,8 @@ class Teacher(Protocol):
 
     `fit`: a picture (3, h, w) uint8 -> (3, *input_size) uint8; called in worker processes. `identity`: what determines
     the answers, preprocessing aside; JSON values. `notes`: what a user should read. `made_with`: what a user may want
-    to know later, of no weight in the identity.
+    to know later, of no weight in the identity. It may also have a `temperature`, of its softmax over cosines: 1 / the
+    logit scale, 0.01 without.
     """
 
     dim: int

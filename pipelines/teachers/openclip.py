@@ -60,6 +60,11 @@ class ClipTeacher:
         return self.transform.size
 
     @property
+    def temperature(self) -> float:
+        """Of its softmax over cosines."""
+        return 1 / float(self.model.logit_scale.exp())
+
+    @property
     def fit(self) -> Callable[[Tensor], Tensor]:
         return self.transform.fit
 

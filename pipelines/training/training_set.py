@@ -228,7 +228,11 @@ class TarTrainingSet(Dataset[Sample]):
     def label_origin(self) -> LabelOrigin:
         """What the weights of pseudo labels depend on."""
         return LabelOrigin(
-            self.url, self._meta.key_inputs(), self._meta.attributes(Level.INSTANCE)["made_with"], self.dim
+            self.url,
+            self._meta.key_inputs(),
+            self._meta.attributes(Level.INSTANCE)["made_with"],
+            self.dim,
+            self._meta.features.label_weights,
         )
 
     def record(self) -> dict[str, Any]:

@@ -114,9 +114,13 @@ def test_what_a_cache_lacks_is_said(
         gather_view(FeatureCache(cache), 4711)
 
 
-def test_where_the_weights_come_from(cache: Path) -> None:
+def test_where_the_weights_come_from(cache: Path, extraction: Callable[..., ExtractConfig], tmp_path: Path) -> None:
     opened = FeatureCache(cache)
-    assert find_reliability(opened) is None  # a random CLIP is in no table
+    fitted = find_reliability(opened)
+    assert fitted is not None
+    assert fitted.source == "auto: fitted to the set's base boxes"
+    weights = opened.set.label_weights
+    assert (fitted.centre, fitted.width, fitted.scale) == (weights["centre"], weights["width"], weights["scale"])
     found = find_reliability(
         opened,
         recipe=load_recipe(
@@ -130,5 +134,8 @@ def test_where_the_weights_come_from(cache: Path) -> None:
     )
     assert found == Reliability(0.4, 0.1, 2.0, "the recipe")
     assert found.weight(0.4) == 1.0
+    extract_clip(extraction(tmp_path / "bare", vocabulary=None, captions=None))
+    bare = FeatureCache(tmp_path / "bare")
+    assert find_reliability(bare) is None  # a random CLIP is in no table, and there are no nouns to fit to
     with pytest.raises(HdovdError, match="hdovd calibrate"):
-        find_reliability(opened, recipe=load_recipe("ov-coco-faster-rcnn-r50"))
+        find_reliability(bare, recipe=load_recipe("ov-coco-faster-rcnn-r50"))

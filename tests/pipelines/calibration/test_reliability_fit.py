@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.calibration.calibrate import LEAST, area_under_curve, fit_reliability
+from hdovd.pipelines.extraction.label_weights import LEAST, Evidence, area_under_curve, fit_probability, fit_reliability
 
 
 def _normal(
@@ -78,3 +78,60 @@ def test_area_under_curve_by_hand() -> None:
 def test_cosines_that_say_nothing_are_refused(right: np.ndarray, wrong: np.ndarray, match: str) -> None:
     with pytest.raises(HdovdError, match=match):
         fit_reliability(right, wrong)
+
+
+def test_the_weight_is_the_probability_of_a_right_label() -> None:
+    right, wrong = _normal(0.29, 0.23, 0.03, 30_000, 10_000)  # odds of 3 to 1 move the centre by log 3 widths
+    cosines, is_right = np.concatenate([right, wrong]), np.repeat([True, False], [len(right), len(wrong)])
+    fit = fit_probability(cosines, is_right)
+    width = 0.03**2 / 0.06
+    assert fit.centre == pytest.approx(0.26 - width * np.log(3), abs=0.002)
+    assert fit.width == pytest.approx(width, rel=0.06)
+    assert fit.scale == 1
+    for low in (0.2, 0.25, 0.3):
+        near = (cosines > low) & (cosines < low + 0.01)
+        assert fit.weights(cosines[near]).mean() == pytest.approx(is_right[near].mean(), abs=0.03)
+
+
+@pytest.mark.parametrize("gap", [0.0, -0.05])
+def test_where_the_cosine_tells_nothing_every_label_weighs_the_share_of_right_ones(gap: float) -> None:
+    right, wrong = _normal(0.25 + gap, 0.25, 0.03, 6_000, 14_000)
+    fit = fit_probability(np.concatenate([right, wrong]), np.repeat([True, False], [6_000, 14_000]))
+    assert fit.weights(np.array([0.2, 0.25, 0.3])) == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_labels_of_one_kind_are_fitted_too(share: float) -> None:
+    cosines = np.linspace(0.2, 0.3, 200)
+    fit = fit_probability(cosines, np.full(200, share == 1))
+    assert fit.weights(cosines) == pytest.approx(share, abs=0.01)
+    assert np.isfinite([fit.centre, fit.width, fit.auc]).all()
+
+
+def test_proposals_on_nothing_count_as_wrong_labels() -> None:
+    """Half of the proposals on no object: as if there were the wrong labels of as many boxes more."""
+    right, wrong = _normal(0.29, 0.23, 0.03, 8_000, 2_000)
+    some = Evidence(np.concatenate([right, wrong]), np.repeat([True, False], [8_000, 2_000]), 4)
+    more = _normal(0.29, 0.23, 0.03, 8_000, 12_000)
+    all_of_them = Evidence(np.concatenate(more), np.repeat([True, False], [8_000, 12_000]), 4)
+    assert some.fitted(0.5)["centre"] == pytest.approx(all_of_them.fitted(None)["centre"], abs=0.003)
+    assert some.fitted(0.5)["centre"] > some.fitted(1.0)["centre"] == some.fitted(None)["centre"]
+    for share in (0.2, 0.9):
+        fitted = some.fitted(share)
+        assert 0.9 < fitted["weight_of_right"] < 1
+        assert fitted["weight_of_wrong"] < 0.5
+
+
+def test_weights_of_labels_that_nothing_tells_apart_fall() -> None:
+    """Right ones would weigh 1 in the mean by `fit_reliability`, and wrong ones nearly as much."""
+    rng = np.random.default_rng(0)
+    blind = Evidence(rng.normal(0.25, 0.03, 20_000).astype(np.float32), rng.random(20_000) < 0.4, 4)
+    fitted = blind.fitted(0.5)
+    assert fitted["weight_of_right"] == pytest.approx(0.2, abs=0.02)
+    assert fitted["weight_of_wrong"] == pytest.approx(0.2, abs=0.02)
+
+
+def test_too_few_labels_fit_nothing() -> None:
+    right, _ = _normal(0.29, 0.23, 0.03, 10, 10)
+    with pytest.raises(HdovdError, match="5 labels of base boxes are too few"):
+        Evidence(right[:5], np.ones(5, bool), 1).fitted(None)

@@ -18,14 +18,15 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
-from hdovd.data.coco import DataPaths, load_split
+from hdovd.data.coco import DataPaths, ImageBoxes, load_split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.verify import check_cache
-from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule
+from hdovd.pipelines.extraction.config import ExtractConfig, LabelChoice, LabelRule
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars, import_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts
+from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts, priors, settled
+from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.training.training_set import TarTrainingSet, TrainingSet
 
 Config = Callable[..., ExtractConfig]
@@ -50,6 +51,45 @@ def test_several_nouns_by_hand() -> None:
     torch.testing.assert_close(
         label_texts(NOUNS, found, weights)[0], torch.tensor(mean / np.linalg.norm(mean), dtype=torch.float32)
     )
+
+
+def test_a_mentioned_noun_ranks_higher_and_a_barred_one_never() -> None:
+    """Cosines of the crop: 0.8, 0.96, 0.6."""
+    crop = torch.tensor([[0.8, 0.6]]).repeat(5, 1)
+    offered: list[tuple[int, ...] | None] = [(0,), (2,), (), None, (1,)]
+    likely = LabelRule(choice=LabelChoice.LIKELY, mention=0.2)
+    assert best_nouns(crop, NOUNS, likely, priors(offered, 3, likely))[0].tolist() == [[0], [1], [1], [1], [1]]
+    barred = LabelRule(choice=LabelChoice.LIKELY, mention=0.3, barred=(1,))
+    found, _, cosine = best_nouns(crop, NOUNS, barred, priors(offered, 3, barred))
+    assert found.tolist() == [[0], [2], [0], [0], [0]]
+    torch.testing.assert_close(cosine, torch.tensor([0.8, 0.6, 0.8, 0.8, 0.8]))  # without what a mention adds
+    only = LabelRule(2)
+    found, weights, cosine = best_nouns(crop, NOUNS, only, priors(offered, 3, only))
+    assert found.tolist() == [[0, -1], [2, -1], [-1, -1], [1, 0], [1, -1]]
+    assert weights.sum(dim=1).tolist() == pytest.approx([1, 1, 0, 1, 1])
+    assert cosine[2] == 0
+
+
+def test_what_base_boxes_say_of_mentions_and_of_their_own_names() -> None:
+    """Cats are mentioned in 2 of 3 pictures with one and in 1 of 2 without; no noun names dogs. Counts begin at one."""
+    split = [_labelled(number, labels) for number, labels in enumerate(([0], [0, 1], [0], [1], [1]))]
+    vocabulary = ("Cats", "kite", "tomcat")
+    nouns = Nouns(vocabulary, {0: (0, 1), 1: (2,), 2: (1,), 3: (0,)})
+    names = [("cat", "tomcat"), ("dog",)]
+    rule = settled(LabelRule(choice=LabelChoice.LIKELY), nouns, split, names, 0.1)
+    assert rule.barred == (0, 2)
+    assert rule.mention == pytest.approx(0.1 * np.log((3 / 2) / (2 / 2)), abs=1e-4)
+    assert settled(LabelRule(), nouns, split, names, 0.1) == LabelRule()
+    everywhere = settled(LabelRule(choice=LabelChoice.LIKELY), Nouns(vocabulary, None), split, names, 0.1)
+    assert (everywhere.barred, everywhere.mention) == ((0, 2), None)
+    assert LabelRule.of(rule.inputs()) == rule
+    with pytest.raises(HdovdError, match=r"names of base classes alone.*--label-choice mentioned"):
+        settled(rule, Nouns(("cat",), None), split, names, 0.1)
+
+
+def _labelled(number: int, labels: list[int]) -> ImageBoxes:
+    boxes = np.tile(np.array([[0, 0, 9, 9]], np.float32), (len(labels), 1))
+    return ImageBoxes(number, f"{number}.jpg", 10, 10, boxes, np.array(labels), np.arange(len(labels)))
 
 
 def test_a_list_that_is_shorter_gives_all_it_has() -> None:
@@ -85,10 +125,11 @@ def test_several_nouns_need_a_vocabulary(tmp_path: Path, extraction: Config) -> 
 
 @pytest.fixture(scope="module")
 def two_ways(cache: Path, extraction: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the session's cache with the set `top`, of labels of three nouns."""
+    """A copy of the session's cache with the sets `plain`, of labels by the paper's rule, and `top`, of three nouns."""
     import shutil
 
     folder = Path(shutil.copytree(cache, tmp_path_factory.mktemp("labels") / "cache"))
+    extract_clip(extraction(folder, labels=LabelRule(), features="plain"))
     extract_clip(extraction(folder, labels=LabelRule(3, 0.02), features="top"))
     return folder
 
@@ -96,18 +137,18 @@ def two_ways(cache: Path, extraction: Config, tmp_path_factory: pytest.TempPathF
 def test_one_noun_has_the_arrays_and_the_identity_that_it_had(two_ways: Path) -> None:
     sets, catalog = Catalog(two_ways).sets(), Catalog(two_ways)
     one, many = (
-        Product(catalog.folder, Level.PSEUDO_LABEL, sets[name].levels[Level.PSEUDO_LABEL])
-        for name in ("default", "top")
+        Product(catalog.folder, Level.PSEUDO_LABEL, sets[name].levels[Level.PSEUDO_LABEL]) for name in ("plain", "top")
     )
     assert one.key_inputs.keys() == {"schema_version", "instance", "noun", "offered", "sources"}
     assert one.row_objects(0).keys() == {"noun", "noun_cosine"}
     assert one.dim == 0
-    assert "labels" not in sets["default"].made_from
+    assert "labels" not in sets["plain"].made_from
+    assert sets["default"].made_from["labels"] == {"choice": "likely"}
     assert many.key_inputs == one.key_inputs | {"top_k": 3, "temperature": 0.02}
     np.testing.assert_array_equal(many.table("noun"), one.table("noun"))
     np.testing.assert_allclose(many.table("noun_cosine"), one.table("noun_cosine"), atol=1e-6)
     others = {level: key for level, key in sets["top"].levels.items() if level is not Level.PSEUDO_LABEL}
-    assert others == {level: key for level, key in sets["default"].levels.items() if level is not Level.PSEUDO_LABEL}
+    assert others == {level: key for level, key in sets["plain"].levels.items() if level is not Level.PSEUDO_LABEL}
 
 
 def test_other_labels_and_other_nouns_ask_clip_for_no_picture(

@@ -16,7 +16,8 @@ from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.proposal_files.file import made_by_file
-from hdovd.pipelines.proposals.propose import ProposeConfig, propose, select_proposals
+from hdovd.pipelines.proposals.propose import ProposeConfig, propose
+from hdovd.pipelines.proposals.selection import Example, Selection, choose
 
 
 def _job(data: Path, out: Path, recipe: Recipe, **changes: object) -> ProposeConfig:
@@ -28,7 +29,7 @@ def _job(data: Path, out: Path, recipe: Recipe, **changes: object) -> ProposeCon
 @pytest.fixture(scope="module")
 def proposed(world: Path, micro_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("proposed") / "p.json"
-    propose(_job(world, out, micro_recipe(), top=6, min_side=10.0))
+    propose(_job(world, out, micro_recipe(), top=6, overlap=0.5, min_side=10.0, min_score=0.0))
     return out
 
 
@@ -92,7 +93,7 @@ def test_novel_annotations_leave_no_trace(
     tree = json.loads(file.read_text())
     base = {c["id"] for c in tree["categories"] if c["name"] in BASE}
     file.write_text(json.dumps(tree | {"annotations": [a for a in tree["annotations"] if a["category_id"] in base]}))
-    propose(_job(copied_world, tmp_path / "p.json", micro_recipe(), top=6, min_side=10.0))
+    propose(_job(copied_world, tmp_path / "p.json", micro_recipe(), top=6, overlap=0.5, min_side=10.0, min_score=0.0))
     assert (tmp_path / "p.json").read_bytes() == proposed.read_bytes()
 
 
@@ -106,7 +107,7 @@ def test_labels_do_not_matter(
         if a["category_id"] in base:
             a["category_id"] = base[(base.index(a["category_id"]) + 1) % len(base)]
     file.write_text(json.dumps(tree))
-    propose(_job(copied_world, tmp_path / "p.json", micro_recipe(), top=6, min_side=10.0))
+    propose(_job(copied_world, tmp_path / "p.json", micro_recipe(), top=6, overlap=0.5, min_side=10.0, min_score=0.0))
     assert (tmp_path / "p.json").read_bytes() == proposed.read_bytes()
 
 
@@ -132,9 +133,11 @@ def test_no_readable_picture_is_an_error(
     assert not (tmp_path / "p.json").exists()
 
 
-def _select(boxes: list[list[float]], scores: list[float], base: list[list[float]], **changes: float) -> list[int]:
-    job = ProposeConfig(data=DataPaths(), out=Path(), recipe=None, **changes)  # type: ignore[arg-type]
-    return select_proposals(torch.tensor(boxes).float(), torch.tensor(scores), torch.tensor(base).float(), job).tolist()
+def _select(
+    boxes: list[list[float]], scores: list[float], base: list[list[float]], top: int = 10, min_side: float = 8.0
+) -> list[int]:
+    selection = Selection(top, 0.5, min_side, 0.0)
+    return selection.keep(torch.tensor(boxes).float(), torch.tensor(scores), torch.tensor(base).float()).tolist()
 
 
 def test_selection_is_best_first_without_repeats_small_ones_and_base_boxes() -> None:
@@ -149,3 +152,66 @@ def test_base_boxes_that_overlap_each_other_all_count() -> None:
     """Two base objects close together: neither of them may come back as a pseudo box."""
     base = [[0, 0, 100, 100], [0, 25, 100, 125]]  # IoU 0.6
     assert _select([[0, 0, 100, 100], [0, 25, 100, 125], [0, 48, 100, 148]], [0.9, 0.8, 0.7], base) == []
+
+
+def _scene(number: int, unlabelled: bool) -> Example:
+    """Two base objects and perhaps an unlabelled one, 40 pixels each and found with scores of 0.8; a part of a base
+    object at IoU 0.4 with a score of 0.9; five boxes on nothing with scores of 0.3; and one of 10 pixels with 0.85.
+    """
+    objects = [[0, 0, 40, 40], [100, 0, 140, 40]] + [[200, 0, 240, 40]] * unlabelled
+    part, nothing = [0, 0, 16, 40], [[300 + 50 * k, 100, 340 + 50 * k, 140] for k in range(5)]
+    boxes = torch.tensor([*objects, part, *nothing, [500, 0, 510, 40]]).float()
+    scores = torch.tensor([0.8] * len(objects) + [0.9] + [0.3] * 5 + [0.85])
+    return Example(boxes, scores, torch.tensor(objects[:2]).float(), torch.tensor([number % 4, (number + 1) % 4]))
+
+
+def _open(**given: object) -> ProposeConfig:
+    return ProposeConfig(data=DataPaths(), out=Path(), recipe=None, **given)  # type: ignore[arg-type]
+
+
+def test_what_is_kept_is_chosen_by_base_boxes_alone() -> None:
+    """Half of the pictures have an unlabelled object: every proposal that is kept lies on one."""
+    chosen = choose([_scene(number, number % 2 == 0) for number in range(40)], _open())
+    kept = chosen.selection
+    assert kept.overlap < 0.4
+    assert 0.3 < kept.min_score <= 0.8
+    assert 10 < kept.min_side <= 40
+    assert chosen.recall == 1
+    assert chosen.per_image == pytest.approx(0.5)
+    assert chosen.on_object == 1
+    scene = _scene(0, True)
+    assert kept.keep(*scene[:3]).tolist() == [2]
+    assert kept.keep(*_scene(1, False)[:3]).tolist() == []
+
+
+def test_what_is_given_stays_and_what_it_costs_is_said() -> None:
+    """With the boxes on nothing there are seven proposals an image, but still no more than half an object."""
+    chosen = choose([_scene(number, number % 2 == 0) for number in range(40)], _open(min_score=0.0, top=20))
+    assert (chosen.selection.min_score, chosen.selection.top) == (0.0, 20)
+    assert chosen.per_image > 5
+    assert chosen.on_object <= 1  # that few are on objects, one fixed choice cannot tell
+    table = chosen.about()
+    assert table["by_base_boxes"]["per_image"] == pytest.approx(chosen.per_image, abs=1e-4)
+
+
+def test_without_a_base_box_or_a_proposal_something_is_chosen() -> None:
+    nothing = Example(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    assert choose([nothing], _open()).per_image == 0
+    assert choose([_scene(0, True)._replace(boxes=torch.zeros(0, 4), scores=torch.zeros(0))], _open()).recall == 0
+
+
+def test_the_choice_is_said_and_kept_with_the_proposals(
+    world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path, proposed: Path
+) -> None:
+    lines = list[str]()
+    network = proposed.with_name("p.oln.safetensors")
+    with lines_to(lines.append):
+        propose(_job(world, tmp_path / "q.json", micro_recipe(), checkpoint=(network,), top=3))
+    [line] = [line for line in lines if line.startswith("chosen by base boxes alone: --overlap")]
+    kept = json.loads(made_by_file(tmp_path / "q.json").read_text())["made_by"]["selection"]
+    assert kept["top"] == 3
+    assert f"--min-score {kept['min_score']:g}" in line
+    assert kept["by_base_boxes"].keys() == {"recall", "per_image", "on_object"}
+    with lines_to(lines.append):  # the choice is made again, and the same
+        propose(_job(world, tmp_path / "q.json", micro_recipe(), checkpoint=(network,), top=3))
+    assert not any(line.startswith("note: ") and "made otherwise" in line for line in lines)
