@@ -14,6 +14,19 @@ from hdovd.cache.store import Folder, naming_damage, open_folder
 from hdovd.core.errors import HdovdError
 
 NAMED = "named"  # a folder of an object for each set, by its name: a set that is lost is missed
+# What a set keeps of the weight of its labels.
+LABEL_WEIGHTS = {
+    "centre",
+    "width",
+    "scale",
+    "auc",
+    "boxes",
+    "classes",
+    "named_rightly",
+    "on_object",
+    "weight_of_right",
+    "weight_of_wrong",
+}
 SET_NAME_TOLD = "letters, digits, and . _ -, no dot in front, 100 at most"
 
 
@@ -50,8 +63,21 @@ class FeatureSet:
             dict(tree["made_from"]),
             dict(tree.get("proposals", {})),
             dict(tree.get("object_text", {})),
-            dict(tree.get("label_weights", {})),
+            _label_weights(tree),
         )
+
+
+def _label_weights(tree: dict[str, Any]) -> dict[str, Any]:
+    """Those of a set; empty if it has none. Raises ValueError if they are not numbers."""
+    found = dict(tree.get("label_weights", {}))
+    numbers = [value for name, value in found.items() if name != "on_object" or value is not None]
+    if found and not (
+        found.keys() >= LABEL_WEIGHTS
+        and all(type(value) in (int, float) and abs(value) < float("inf") for value in numbers)
+        and min(found["width"], found["scale"], found["boxes"]) > 0
+    ):
+        raise ValueError(f"label_weights are {found}, expected numbers: {', '.join(sorted(LABEL_WEIGHTS))}")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -308,6 +308,8 @@ def _set_lines(catalog: Catalog, name: str, features: FeatureSet, entries: Seque
         ]
     adds = "; extract-clip, run again, adds it" if features.made_from else ""
     lines += ['text embedding of "object": ' + ("there" if features.object_text else f"none{adds}")]
+    if features.label_weights:
+        lines += ["weight of pseudo labels, fitted to those of base boxes", *pair_lines(features.label_weights)]
     lines += Skips(features.skipped).lines() or ["skipped: nothing"]
     failed = {
         image: reason
