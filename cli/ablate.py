@@ -11,7 +11,8 @@ def ablate(config: AblateConfig) -> None:
     """--grid loss.instance.enabled=true,false loss.class.enabled=true,false are four cells. The same command skips what
     is done and goes on with what was stopped or failed; another config in a run's folder is an error. Ctrl-C, SIGTERM
     and SIGUSR1 let the runs save and end (exit code 130 or 75). Exit code 1 if a run failed. Runs are not validated
-    between epochs. Look on: hdovd runs OUT.
+    between epochs. --oracle adds the measure: the percentage of the novel gap, from base-only to the oracle, that each
+    cell closes. Look on: hdovd runs OUT.
     """
     from hdovd.pipelines.ablation.ablate import ablate as run
     from hdovd.pipelines.ablation.grid import markdown

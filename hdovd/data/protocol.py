@@ -5,7 +5,7 @@ A protocol is a small TOML file: `name`, `base`, `novel`, and optionally `min_im
 """
 
 from collections import Counter
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from hdovd.core.errors import HdovdError, shorten
@@ -34,6 +34,10 @@ class Protocol:
     def names(self) -> tuple[str, ...]:
         """All class names, base before novel: the label of a class is its place here."""
         return self.base + self.novel
+
+    def all_base(self) -> "Protocol":
+        """The same classes by the same labels, none of them novel: what an oracle is trained on."""
+        return replace(self, base=self.names, novel=())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; the switches where they are on, since records of before there were any have none."""

@@ -30,6 +30,8 @@ from hdovd.pipelines.ablation.grid import (
     note,
     recipe_settings,
     scores_of,
+    with_arms,
+    with_gap,
     write_tables,
 )
 from hdovd.pipelines.calibration.values import with_reliability
@@ -37,7 +39,7 @@ from hdovd.pipelines.common.job_pool import Job, log_end, run_jobs, stop_signals
 from hdovd.pipelines.common.process import usable_cores
 from hdovd.pipelines.common.settings import SWITCH, lasting_values
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.runs.listing import read_run
+from hdovd.pipelines.runs.listing import ORACLE, read_run
 from hdovd.pipelines.training.config import TrainConfig
 
 LOCK = ".ablate.lock"
@@ -119,6 +121,8 @@ def ablate(config: AblateConfig) -> Ablation:
 def plan(config: AblateConfig) -> list[Planned]:
     """All runs, cell by cell, and how far each is. Raises HdovdError for a wrong recipe or grid, and as `standing`."""
     cells = cells_of(config.recipe, config.settings, config.grid, PRESETS[config.preset] if config.preset else ())
+    if config.oracle:
+        cells = with_arms(cells, config.recipe, config.all_settings)
     init = None
     if config.init is not None:
         from hdovd.pipelines.training.initial_weights import init_hash
@@ -155,11 +159,13 @@ def standing(planned: Planned, config: AblateConfig) -> RunState:
     there = {
         "protocol": run.protocol,
         "weights of --init": (folder.record().get("init") or {}).get("sha256"),
+        ORACLE: run.oracle,
         **lasting_values(folder.written_recipe()),
     }
     asked = {
         "protocol": load_protocol(config.protocol).to_dict(),
         "weights of --init": planned.init,
+        ORACLE: planned.cell.arm == ORACLE,
         **lasting_values(planned.recipe.with_precision(str(run.settings.get("train.precision")))),
     }
     if lines := differences(asked, there, sides=("asked for", "there")):
@@ -194,6 +200,7 @@ def commands(planned: Planned, config: AblateConfig) -> tuple[tuple[str, ...], .
         *(*hdovd, "train", "--val-every", "0", *device, *_words(options)),
         *(() if is_tar_form(config.cache) else _data_words(config.data)),
         *(word for setting in settings for word in ("--set", setting)),
+        *(("--oracle",) if planned.cell.arm == ORACLE else ()),
         *(("--resume",) if planned.state is RunState.GO_ON else ()),
     )
     evaluate = (*hdovd, "eval", str(planned.path), *_data_words(config.validation or config.data), *device)
@@ -343,6 +350,7 @@ def _table(config: AblateConfig, plans: list[Planned]) -> AblationTable:
             scores_of({p.seed: done[p.name] for p in plans if p.cell is cell and p.name in done}),
             config.seeds,
             sum(p.cell is cell and bool(p.failed) for p in plans),
+            cell.arm,
         )
         for cell in {p.cell.name: p.cell for p in plans}.values()
     ]
@@ -354,4 +362,4 @@ def _table(config: AblateConfig, plans: list[Planned]) -> AblationTable:
         "features": config.features,
         "recipe": " ".join([*recipe, *([f"from the weights of {config.init}"] if config.init else [])]),
     }
-    return AblationTable(tuple(plans[0].cell.values), rows, note(list(done.values()), config.seeds, made_of))
+    return AblationTable(tuple(plans[0].cell.values), with_gap(rows), note(list(done.values()), config.seeds, made_of))

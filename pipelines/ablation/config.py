@@ -28,6 +28,7 @@ from hdovd.pipelines.common.options import (
     refuse_two_sources,
     validation_group,
 )
+from hdovd.pipelines.training.config import check_oracle
 
 
 def _validation(given: dict[str, Any]) -> DataPaths | None:
@@ -78,6 +79,13 @@ class AblateConfig:
     protocol: Protocol = "ov-coco"
     features: Features = DEFAULT_SET
     device: Device = "auto"
+    oracle: Annotated[
+        bool,
+        Option(
+            "Say of each cell how much of the novel gap it closes: two more cells, both without distillation, are run "
+            "with the same seeds, base-only and oracle, which is trained on the boxes of novel classes too."
+        ),
+    ] = False
     dry_run: Annotated[bool, Option("List the runs, done and to do, and stop.")] = False
     calibration: Calibration = None
     init: Init = None
@@ -99,6 +107,8 @@ class AblateConfig:
         """Raises HdovdError for what is wrong with the paths and names alone."""
         load_protocol(self.protocol)
         (self.validation or self.data).locate("val2017")
+        if self.oracle:
+            check_oracle(self.cache, self.protocol)
         if not is_tar_form(self.cache):
             self.data.locate("train2017")
             Catalog(self.cache)

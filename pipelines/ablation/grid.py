@@ -9,18 +9,20 @@ import itertools
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hdovd.config.recipe import Recipe, load_recipe
+from hdovd.config.recipe import PRESETS, Recipe, load_recipe
 from hdovd.core.errors import HdovdError
 from hdovd.evaluation.groups import GROUPS
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.settings import SWITCH, Settings, flat, in_full, short_names, shown_apart, value_at
-from hdovd.pipelines.runs.listing import Run
+from hdovd.pipelines.runs.folder import UPPER_BOUND
+from hdovd.pipelines.runs.listing import ORACLE, Run
 
 SEED = "train.seed"
+BASE_ONLY = "base-only"
 LONGEST = 40  # characters of a value in a folder's name
 OPEN, CLOSE = "[{(", "]})"
 
@@ -28,12 +30,13 @@ OPEN, CLOSE = "[{(", "]})"
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One combination of the grid: a name that is a folder's, the values by dotted key, and the settings that make
-    them.
+    them. `arm`: `BASE_ONLY` or `ORACLE` for the two that the gap lies between.
     """
 
     name: str
     values: Settings
     settings: tuple[str, ...]
+    arm: str = ""
 
     def recipe(self, recipe: str, settings: Sequence[str], seed: int) -> Recipe:
         return load_recipe(recipe, [*settings, *self.settings, f"{SEED}={seed}"])
@@ -82,6 +85,22 @@ def cells_of(recipe: str, settings: Sequence[str], grid: Sequence[str], preset: 
     return cells
 
 
+def with_arms(cells: Sequence[Cell], recipe: str, settings: Sequence[str]) -> list[Cell]:
+    """The cells and the two arms of the novel gap, which are the recipe without distillation, beside the grid.
+
+    `settings` hold for all cells. A cell that is base-only already is that arm, and not run twice.
+    """
+    made = load_recipe(recipe, [*settings, *PRESETS[BASE_ONLY]])
+    cells = [
+        replace(cell, arm=BASE_ONLY) if load_recipe(recipe, [*settings, *cell.settings]) == made else cell
+        for cell in cells
+    ]
+    arms = (ORACLE,) if any(cell.arm for cell in cells) else (BASE_ONLY, ORACLE)
+    tree = made.model_dump(by_alias=True)
+    values = {key: value_at(tree, key) for key in cells[0].values}
+    return [*cells, *(Cell(arm, values, PRESETS[BASE_ONLY], arm) for arm in arms)]
+
+
 def _key_and_values(item: str) -> tuple[str, list[str]]:
     key, equals, text = item.partition("=")
     key, values = key.strip(), [value.strip() for value in _split(text)]
@@ -113,6 +132,14 @@ def _as_name(text: str) -> str:
 
 
 METRICS = (*GROUPS, "novel, split-blind")
+GAP = "novel gap closed, %"
+GAP_TOLD = (
+    "Novel gap closed: (cell - base-only) / (oracle - base-only) of novel AP50, for each seed from its own three runs, "
+    "then mean (sample standard deviation) over the seeds that have all three, so that the spread holds that of the "
+    "arms too; -: in one of these seeds the oracle is not above base-only. Both arms are the recipe without "
+    "distillation, with its own values and not the grid's. The oracle was trained on boxes of novel classes too: it is "
+    f"{UPPER_BOUND}."
+)
 YES, NO, NONE = "\N{CHECK MARK}", "\N{EN DASH}", "..."
 TEX = {
     "\\": r"\textbackslash{}",
@@ -127,13 +154,16 @@ TEX = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A cell. `scores`: AP50 in percent by metric and seed, None without ground truth; only of seeds that are done."""
+    """A cell. `scores`: AP50 in percent by metric and seed, None without ground truth; only of seeds that are done.
+    `arm`: as `Cell`'s.
+    """
 
     name: str
     values: tuple[Any, ...]
     scores: dict[str, dict[int, float | None]]
     seeds: int
     failed: int = 0
+    arm: str = ""
 
     @property
     def done(self) -> int:
@@ -146,20 +176,27 @@ class Row:
             return str(self.done)
         return f"{self.done} of {self.seeds}" + (f", {self.failed} failed" if self.failed else "")
 
+    def _numbers(self, metric: str) -> list[float]:
+        """The values of seeds that have one; of the gap none at all where one seed has none."""
+        values = list(self.scores.get(metric, {}).values())
+        return [] if metric == GAP and None in values else [value for value in values if value is not None]
+
     def mean(self, metric: str) -> float | None:
-        numbers = [value for value in self.scores[metric].values() if value is not None]
+        numbers = self._numbers(metric)
         return statistics.mean(numbers) if numbers else None
 
     def deviation(self, metric: str) -> float | None:
         """The sample standard deviation; None for a single value."""
-        numbers = [value for value in self.scores[metric].values() if value is not None]
+        numbers = self._numbers(metric)
         return statistics.stdev(numbers) if len(numbers) > 1 else None
 
     def text(self, metric: str) -> str:
-        """Mean (deviation), with one decimal."""
+        """Mean (deviation), with one decimal; nothing for a metric that the row does not have."""
         mean, deviation = self.mean(metric), self.deviation(metric)
+        if metric not in self.scores:
+            return ""
         if mean is None:
-            return "-" if self.done else NONE
+            return "-" if self.scores[metric] else NONE
         return f"{mean:.1f}" + ("" if deviation is None else f" ({deviation:.1f})")
 
 
@@ -170,6 +207,15 @@ class AblationTable:
     keys: tuple[str, ...]
     rows: list[Row]
     note: str
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The columns of numbers."""
+        return (*METRICS, GAP) if self.has_arms else METRICS
+
+    @property
+    def has_arms(self) -> bool:
+        return any(row.arm for row in self.rows)
 
     @property
     def complete(self) -> bool:
@@ -185,6 +231,32 @@ def scores_of(runs: Mapping[int, Run]) -> dict[str, dict[int, float | None]]:
         }
         for metric in METRICS
     }
+
+
+def with_gap(rows: list[Row]) -> list[Row]:
+    """Rows with a score more, `GAP`, where there are the two arms: of each other cell, seed by seed."""
+    novel = {row.arm: row.scores["novel"] for row in rows if row.arm}
+    if not novel:
+        return rows
+    base_only, oracle = novel[BASE_ONLY], novel[ORACLE]
+    gaps = [
+        {
+            seed: gap_closed(value, base_only[seed], oracle[seed])
+            for seed, value in row.scores["novel"].items()
+            if seed in base_only and seed in oracle
+        }
+        for row in rows
+    ]
+    return [
+        row if row.arm else replace(row, scores={**row.scores, GAP: gap}) for row, gap in zip(rows, gaps, strict=True)
+    ]
+
+
+def gap_closed(value: float | None, base_only: float | None, oracle: float | None) -> float | None:
+    """Percentage of the way from base-only to the oracle; None where the oracle is not above base-only."""
+    if value is None or base_only is None or oracle is None or oracle <= base_only:
+        return None
+    return 100 * (value - base_only) / (oracle - base_only)
 
 
 def column_texts(values: Sequence[Any]) -> list[str]:
@@ -230,7 +302,7 @@ def markdown(table: AblationTable) -> str:
     head, rows = _texts(table)
     rows = [[text.replace("|", "\\|") for text in row] for row in rows]
     widths = [max(3, *(len(row[column]) for row in [head, *rows])) for column in range(len(head))]
-    words = len(table.keys) or 1  # columns to the left; after them, numbers to the right
+    words = len(head) - len(table.metrics) - 1  # columns to the left; after them, numbers to the right
     lines = [
         " | ".join(
             text.ljust(width) if column < words else text.rjust(width)
@@ -246,7 +318,7 @@ def markdown(table: AblationTable) -> str:
 def latex(table: AblationTable) -> str:
     """A booktabs table."""
     head, rows = _texts(table)
-    values = len(table.keys) or 1
+    values = len(head) - len(table.metrics) - 1
     lines = [
         "% \\usepackage{booktabs, amssymb}",
         *(f"% {line}" for line in (table.note, *_marks(table))),
@@ -266,17 +338,25 @@ def comma_separated(table: AblationTable) -> str:
     none."""
     out, seeds = io.StringIO(), range(max(row.seeds for row in table.rows))
     parts = ["mean", "sd", *(f"seed{seed}" for seed in seeds)]
-    names = [f"ap50_{re.sub(r'[^a-z]+', '_', metric)}_{part}" for metric in METRICS for part in parts]
+    slugs = [
+        ("" if metric == GAP else "ap50_") + re.sub(r"[^a-z]+", "_", metric).strip("_") for metric in table.metrics
+    ]
+    names = [f"{slug}_{part}" for slug in slugs for part in parts]
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["cell", *table.keys, "seeds", "done", "failed", *names])
+    writer.writerow(["cell", *(["arm"] if table.has_arms else []), *table.keys, "seeds", "done", "failed", *names])
     for row in table.rows:
         numbers = [
             value
-            for metric in METRICS
-            for value in (row.mean(metric), row.deviation(metric), *(row.scores[metric].get(seed) for seed in seeds))
+            for metric in table.metrics
+            for value in (
+                row.mean(metric),
+                row.deviation(metric),
+                *(row.scores.get(metric, {}).get(seed) for seed in seeds),
+            )
         ]  # csv writes None as nothing
         values = [str(value).lower() if isinstance(value, bool) else value for value in row.values]
-        writer.writerow([row.name, *values, row.seeds, row.done, row.failed, *numbers])
+        arm = [row.arm] if table.has_arms else []
+        writer.writerow([row.name, *arm, *values, row.seeds, row.done, row.failed, *numbers])
     return out.getvalue()
 
 
@@ -296,14 +376,16 @@ def tex(text: str) -> str:
 def _texts(table: AblationTable) -> tuple[list[str], list[list[str]]]:
     """Head and rows: the values of the grid, the metrics, how many seeds."""
     short = short_names(table.keys, table.keys)
-    head = [*(short[key] if key.endswith(SWITCH) else key for key in table.keys), *METRICS, "seeds"]
+    head = [*(short[key] if key.endswith(SWITCH) else key for key in table.keys), *table.metrics, "seeds"]
     columns = [column_texts([row.values[column] for row in table.rows]) for column in range(len(table.keys))]
-    if not columns:
-        head, columns = ["", *head], [[row.name for row in table.rows]]
-    numbers = [[*(row.text(metric) for metric in METRICS), row.state] for row in table.rows]
+    if not columns or table.has_arms:
+        names = [row.arm or ("" if columns else row.name) for row in table.rows]
+        head, columns = ["", *head], [names, *columns]
+    numbers = [[*(row.text(metric) for metric in table.metrics), row.state] for row in table.rows]
     return head, [[*values, *own] for *values, own in zip(*columns, numbers, strict=True)]
 
 
 def _marks(table: AblationTable) -> list[str]:
-    """What the marks of rows mean that are not finished."""
-    return [] if table.complete else [f"Not finished: {NONE} no seed is done yet; 1 of 3 seeds: the mean of that one."]
+    """What the marks of rows mean that are not finished, and what the gap is."""
+    unfinished = f"Not finished: {NONE} no seed is done yet; 1 of 3 seeds: the mean of that one."
+    return ([] if table.complete else [unfinished]) + ([GAP_TOLD] if table.has_arms else [])

@@ -83,6 +83,7 @@ def audit(config: AuditConfig) -> AuditReport:
             *_proposal_checks(config, audited),
             _made(audited, "proposals: copies", checks.copies),
             _made(audited, "run: cache", checks.run_cache, "run"),
+            _made(audited, "run: boxes", checks.run_boxes, "run"),
             _made(audited, "run: backbone", checks.backbone, "run"),
             _made(audited, "calibration", checks.calibration, "run"),
             _made(audited, "novel names", checks.novel_names),

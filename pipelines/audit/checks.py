@@ -26,6 +26,7 @@ from hdovd.pipelines.common.settings import value_at
 from hdovd.pipelines.extraction.identities import box_table
 from hdovd.pipelines.nouns.allowed import meaning
 from hdovd.pipelines.proposal_files.table import ProposalTable
+from hdovd.pipelines.runs.folder import UPPER_BOUND
 
 SAME_BOX_PX = 0.05  # between a cached base box and its annotation: float32 and a decimal or two
 COPY_PX = 0.02  # decimals of a file that was written and read
@@ -174,6 +175,11 @@ def class_lists(audited: Audited, found: Check) -> str:
     """
     protocol, compared = audited.protocol, ["the cache's class level"]
     given, called = protocol.to_dict(), f"protocol {protocol.name}"
+    if not protocol.novel:
+        found.unknown.append(
+            f"{called} holds no class back as novel: whether boxes of novel classes were trained on cannot be said by "
+            f"it; audit with the protocol that AP is stated for"
+        )
     found.leaks += _against_shipped(given, "the protocol that was given")
     if Level.CLASS in audited.cache.levels():
         names = audited.cache.names(Level.CLASS)
@@ -416,6 +422,20 @@ def run_cache(audited: Audited, found: Check) -> str:
                 f"with --features"
             )
     return f"{path} was trained on this cache: {len(levels)} levels with the same keys"
+
+
+def run_boxes(audited: Audited, found: Check) -> str:
+    """Neither the run nor the one whose weights it began with is an oracle, trained on the boxes of all classes."""
+    run, path, init = audited.run, audited.run_path, value_at(audited.run, "init.run")
+    if "imported" in run:
+        return found.cannot(f"{path} was imported from {_origin(run)}, which does not say what boxes it was trained on")
+    found.leaks += [
+        f"{whose} is an oracle: trained on the boxes of novel classes too (hdovd train --oracle). Its AP is "
+        f"{UPPER_BOUND}"
+        for key, whose in (("oracle", str(path)), ("init.oracle", f"{init}, whose weights {path} began with,"))
+        if value_at(run, key)
+    ]
+    return f"{path} is no oracle: hdovd train gave it boxes of base classes alone"
 
 
 def _origin(run: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.log import log
 from hdovd.data.coco import DataPaths, Exif, Split
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.evaluation.coco import AveragePrecision, GroundTruth
@@ -35,7 +36,7 @@ from hdovd.pipelines.common.precision import inference_autocast, inference_preci
 from hdovd.pipelines.dataloading.loader import Batches
 from hdovd.pipelines.evaluation.analysis import found_of
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
-from hdovd.pipelines.runs.folder import RunFolder, weights_hash
+from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder, weights_hash
 from hdovd.pipelines.runs.listing import ap as ap_text
 
 T = TypeVar("T")
@@ -212,6 +213,7 @@ def evaluate(job: EvalConfig) -> EvalResult:
     files = [run.path / "metrics.json", run.path / "detections.json"]
     metrics = {
         "protocol": protocol.name,
+        "oracle": run.saw_novel,
         **combined.summary(),
         "split_blind": blind.summary(),
         "per_class": combined.per_class(),
@@ -228,6 +230,8 @@ def evaluate(job: EvalConfig) -> EvalResult:
     }
     write_text(files[1], json.dumps(rows))
     write_text(files[0], json.dumps(metrics, indent=1))
+    if run.saw_novel:
+        log(f"oracle: boxes of novel classes were trained on; this AP is {UPPER_BOUND}")
     if job.pictures:
         files += draw_detections(split, found.detections, protocol, run.path / "pictures", job.pictures)
     return EvalResult(found.detections, combined, blind, errors, alpha, beta, files)

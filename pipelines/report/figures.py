@@ -29,7 +29,7 @@ from hdovd.pipelines.common.settings import SWITCH, Settings, different_keys, sh
 from hdovd.pipelines.evaluation.analysis import Fate, ImageVerdicts
 from hdovd.pipelines.extraction.source import cache_of
 from hdovd.pipelines.report.runs import OneRun, Relations, novel_first
-from hdovd.pipelines.runs.listing import Run
+from hdovd.pipelines.runs.listing import ORACLE, Run
 from hdovd.pipelines.training.hooks import PLAIN
 
 ERROR_NAMES = [*(str(kind) for kind in ERRORS), "all false detections", "all objects not found"]
@@ -91,10 +91,14 @@ def ablation(runs: Sequence[Run], weights: Sequence[str]) -> dict[str, Any] | No
 
 
 def _that_count(run: Run) -> Settings:
-    """Its settings, without those of pseudo boxes if it uses none, and which features it read, if it used any."""
-    return {
-        k: value for k, value in run.settings.items() if uses_pseudo_boxes(run) or not k.startswith("pseudo_boxes.")
-    } | ({"features": run.cache_id} if run.distillation else {})
+    """Its settings, without those of pseudo boxes if it uses none, which features it read, if it used any, and whether
+    it is an oracle.
+    """
+    return (
+        {k: value for k, value in run.settings.items() if uses_pseudo_boxes(run) or not k.startswith("pseudo_boxes.")}
+        | ({"features": run.cache_id} if run.distillation else {})
+        | {ORACLE: run.oracle}
+    )
 
 
 def uses_pseudo_boxes(run: Run) -> bool:

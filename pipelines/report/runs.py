@@ -23,7 +23,7 @@ from hdovd.modeling.losses.instance import relation_loss
 from hdovd.pipelines.common.device import pick_device, placed
 from hdovd.pipelines.evaluation.analysis import RunAnalysis, analyse
 from hdovd.pipelines.extraction.source import cache_of, data_of_cache
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
 from hdovd.pipelines.runs.listing import Run, read_run
 from hdovd.pipelines.training.training_set import TrainingSet
 
@@ -58,6 +58,8 @@ def open_runs(folders: Sequence[RunFolder], validation: DataPaths, threshold: fl
         except HdovdError as error:
             notes.append(f"{name}: {error}; its losses are left out")
             entries = []
+        if folder.saw_novel:
+            notes.append(f"{name} is an oracle, trained on boxes of novel classes too: its AP is {UPPER_BOUND}")
         if run.epochs is not None and run.epochs_done < run.epochs:
             notes.append(f"{name} has done {run.epochs_done} of its {run.epochs} epochs")
         runs.append(OneRun(name, folder, run, analysis, entries, tuple(notes)))

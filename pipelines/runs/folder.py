@@ -3,6 +3,7 @@
     config.toml                   the resolved recipe; can be given as --recipe
     run.json                      protocol, cache identity, package versions, git commit, command; `resumed`: the same
                                   of every resumption; `init`: the run whose weights it began with, and their hash;
+                                  `oracle`: true where boxes of novel classes were trained on;
                                   `files`: hashes of the two files above and below, which never change
     class_embeddings.safetensors  text embeddings of the protocol's classes, in its order: evaluation needs no cache
     model.safetensors             weights and queues after the last finished epoch; with `train.ema` the averaged
@@ -84,6 +85,7 @@ FILES = (
     "detections.json",
 )
 FOLDERS = ("pictures", "tensorboard")
+UPPER_BOUND = "an upper bound, and no open-vocabulary result"  # what an oracle's AP is
 LASTING = ("config.toml", "class_embeddings.safetensors")
 NORM_TOLERANCE = 0.01  # of class embeddings
 
@@ -137,11 +139,13 @@ class RunFolder:
             "recipe": lasting_values(recipe),
             "protocol": protocol.to_dict(),
             "cache": _levels(record),
+            "oracle": record.get("oracle", False),
         }
         began = {
             "recipe": lasting_values(self.written_recipe()),
             "protocol": before["protocol"],
             "cache": _levels(before),
+            "oracle": before.get("oracle", False),
         }
         if lines := differences(wanted, began, sides=("asked for", "began with")):
             raise HdovdError(
@@ -252,6 +256,12 @@ class RunFolder:
 
     def protocol(self) -> Protocol:
         return parse_protocol(self.record()["protocol"])
+
+    @property
+    def saw_novel(self) -> bool:
+        """Whether boxes of novel classes were trained on, by this run or by the one whose weights it began with."""
+        record = self.record()
+        return bool(record.get("oracle") or (record.get("init") or {}).get("oracle"))
 
     def class_embeddings(self) -> Tensor:
         """(C, D) text embeddings of the protocol's classes. Raises HdovdError if the file is not there, damaged, or of

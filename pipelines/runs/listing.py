@@ -30,7 +30,9 @@ from hdovd.pipelines.common.settings import (
     shown,
     shown_apart,
 )
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
+
+ORACLE = "oracle"
 
 
 class State(StrEnum):
@@ -45,7 +47,7 @@ class State(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Run:
     """One run folder. `wrong`: what could not be read of it, and why. AP50 in percent by group, None without ground
-    truth.
+    truth. `oracle`: whether it was trained on boxes of novel classes too.
     """
 
     path: Path
@@ -62,6 +64,7 @@ class Run:
     split_blind: dict[str, float | None] = field(default_factory=dict)
     per_class: dict[str, float | None] = field(default_factory=dict)
     wrong: tuple[str, ...] = ()
+    oracle: bool = False
 
     @property
     def epochs(self) -> int | None:
@@ -161,6 +164,7 @@ def read_run(path: Path) -> Run:
         blind,
         per_class,
         tuple(wrong),
+        record.get("oracle") is True,
     )
 
 
@@ -254,7 +258,7 @@ def run_lines(runs: Sequence[Run], root: Path | None = None) -> list[str]:
         (
             _name(run, root),
             settings or "-",
-            "+".join(run.distillation) or ("none" if run.settings else "-"),
+            ORACLE if run.oracle else "+".join(run.distillation) or ("none" if run.settings else "-"),
             shown(run.seed),
             f"{run.epochs_done}/{shown(run.epochs)}",
             *(ap(run.ap50.get(group)) for group in GROUPS),
@@ -270,6 +274,8 @@ def run_lines(runs: Sequence[Run], root: Path | None = None) -> list[str]:
         f"{counted(len(runs), 'run')}; AP50 in percent; blind: novel AP50 without the base/novel split at test "
         "time; cache: the same letters, the same features"
     )
+    if any(run.oracle for run in runs):
+        lines.append(f"{ORACLE}: trained on boxes of novel classes too; its AP is {UPPER_BOUND}")
     protocols = sorted({str(run.protocol["name"]) for run in runs if "name" in run.protocol})
     if len(protocols) > 1:
         lines.append(f"note: AP of several protocols, which do not compare: {', '.join(protocols)}")
@@ -290,6 +296,7 @@ def run_values(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "epochs_done": run.epochs_done,
             "epochs": run.epochs,
             "levels": list(run.distillation),
+            "oracle": run.oracle,
             "different": {key: run.settings.get(key) for key in keys if key in run.settings},
             "ap50": run.ap50,
             "split_blind": run.split_blind,
@@ -308,7 +315,7 @@ def difference_lines(a: Path, b: Path) -> list[str]:
     """
     first, second = read_run(a), read_run(b)
     parts = {
-        "config": differences(first.settings, second.settings),
+        "config": differences(*(run.settings | {ORACLE: run.oracle} for run in (first, second))),
         "cache": _cache_differences(first, second),
         "versions": differences(first.versions, second.versions),
         "git": differences(first.git or {}, second.git or {}),

@@ -63,6 +63,13 @@ class TrainConfig:
     tensorboard: Annotated[bool, Option("Write OUT/tensorboard too.")] = False
     calibration: Calibration = None
     init: Init = None
+    oracle: Annotated[
+        bool,
+        Option(
+            "Train on the boxes of novel classes too, without distillation (--preset base-only): the upper bound that "
+            "hdovd ablate --oracle measures by. No open-vocabulary detector, as its run.json says."
+        ),
+    ] = False
     checksums: Annotated[
         bool,
         Option(
@@ -74,6 +81,13 @@ class TrainConfig:
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
         load_protocol(self.protocol)
+        if self.oracle:
+            check_oracle(self.cache, self.protocol)
+            if self.recipe.loss.uses_cache or self.recipe.loss.extra:
+                raise HdovdError(
+                    "--oracle is trained without distillation, for which the cache has no embeddings of novel boxes: "
+                    "give --preset base-only"
+                )
         if not (self.resume or self.overwrite):
             RunFolder.require_none(self.out)
         if self.init is not None:
@@ -90,3 +104,14 @@ class TrainConfig:
             Catalog(self.cache)
         if self.validation is not None and self.val_every:
             self.validation.locate("val2017")
+
+
+def check_oracle(cache: Path | str, protocol: str) -> None:
+    """Raises HdovdError if no oracle can be trained: the cache does not lead to novel boxes, or there are none."""
+    if is_tar_form(cache):
+        raise HdovdError(
+            f"--oracle reads boxes of novel classes, and the tar shards {cache} hold none: give the Zarr cache that "
+            f"they were exported from, with --data"
+        )
+    if not load_protocol(protocol).novel:
+        raise HdovdError(f"--oracle: protocol {protocol} has no novel classes, so there is no gap to measure")

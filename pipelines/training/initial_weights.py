@@ -61,6 +61,7 @@ def begin_with(model: Detector, init: Path, protocol: Protocol, texts: Tensor) -
         "run": str(init.resolve()),
         "weights": Weights.LAST.file,
         "sha256": init_hash(init),
+        **({"oracle": True} if run.saw_novel else {}),
         "tensors": len(found),
         "memories_begun_anew": [*own],
         "begun_anew": anew,
@@ -172,6 +173,7 @@ def _detector_lines(asked: Recipe, there: Recipe, name: str) -> list[str]:
 def _class_notes(run: RunFolder, init: Path, protocol: Protocol, texts: Tensor) -> list[str]:
     """What is to be known of the classes that `init` was trained with."""
     before, notes = run.protocol(), []
+    before = before.all_base() if run.saw_novel else before
     if seen := [name for name in before.base if name in protocol.novel]:
         notes.append(
             f"{init} was trained with boxes of {len(seen)} classes that are novel in protocol {protocol.name} "

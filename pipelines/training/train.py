@@ -38,7 +38,7 @@ from hdovd.pipelines.dataloading.sampler import Dealing, Streams, key_of
 from hdovd.pipelines.evaluation.evaluate import Validation
 from hdovd.pipelines.extraction.text import give_object_text
 from hdovd.pipelines.runs.checkpoint import fits, load_checkpoint
-from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
 from hdovd.pipelines.training.config import TrainConfig
 from hdovd.pipelines.training.hooks import RunHooks, unsound_record
 from hdovd.pipelines.training.initial_weights import begin_with, require_same_init
@@ -113,8 +113,9 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal) -> RunFolder:
     written, recipe, reliability = with_reliability(job.recipe, data.label_origin, job.calibration, protocol.base)
     job = replace(job, recipe=written)
     state = load_checkpoint(job.out, STATE) if job.resume else None
+    begun: dict[str, Any] = {"precision": recipe.train.precision, **({"oracle": True} if job.oracle else {})}
     if state is not None:
-        run.check_same(job.recipe, protocol, data.record())
+        run.check_same(job.recipe, protocol, data.record() | begun)
         require_same_init(job.init, run)
         with fits(job.out):
             _ = int(state["log_bytes"]), *(state["layout"][name] for name in ("streams", "unit", "images"))
@@ -124,12 +125,12 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal) -> RunFolder:
     torch.manual_seed(recipe.train.seed)
     anew = state is None and job.init is None
     model = prepared(build_detector(recipe, data.dim, initialise=anew), recipe, us)
-    begun: dict[str, Any] = {"precision": recipe.train.precision}
     if state is None:
         if job.init is not None:
             begun["init"] = begin_with(model, job.init, protocol, class_embeddings)
         begun |= give_object_text(model, data.object_text(), str(job.cache))
-    loop = loop_of(model, batches, class_embeddings[: len(protocol.base)].to(us.device), recipe, us.device)
+    seen = protocol.names if job.oracle else protocol.base
+    loop = loop_of(model, batches, class_embeddings[: len(seen)].to(us.device), recipe, us.device)
     hooks = RunHooks(
         run.path,
         model,
@@ -149,9 +150,9 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal) -> RunFolder:
     _begin(job, data, protocol, class_embeddings, us, state, reliability | begun)
     if board is not None:
         hooks.tensorboard = board(run.path / "tensorboard", purge_step=None if state is None else loop.step_number + 1)
+    kind = "classes, base and novel" if job.oracle else "base classes"
     log(
-        f"{data.describe()} of {len(protocol.base)} classes; distillation levels: {enabled_levels(recipe.loss)}; "
-        f"{us.device}"
+        f"{data.describe()} of {len(seen)} {kind}; distillation levels: {enabled_levels(recipe.loss)}; {us.device}"
         + (f", {us.world} processes" if us.world > 1 else "")
         + (f"; goes on at step {loop.step_number} of {loop.total}" if state else "")
     )
@@ -205,13 +206,18 @@ def data_parallel(model: nn.Module) -> DistributedDataParallel:
 
 
 def training_data(job: TrainConfig, protocol: Protocol) -> TrainingSet | TarTrainingSet:
-    """Tar shards alone, or a Zarr cache with the data set that it was made of."""
+    """Tar shards alone, or a Zarr cache with the data set that it was made of; of an oracle with boxes of all
+    classes.
+    """
     if is_tar_form(job.cache):
         if job.data != DataPaths():
             log(
                 "note: the shards hold pictures and boxes; --data, --images and --annotations are not read for training"
             )
         return TarTrainingSet(str(job.cache), protocol, job.recipe, features=job.features)
+    if job.oracle:
+        log(f"oracle: boxes of the {len(protocol.novel)} novel classes are trained on; its AP is {UPPER_BOUND}")
+        protocol = protocol.all_base()
     split = job.data.load("train2017", protocol, base_only=True, exif=job.recipe.input.exif)
     return TrainingSet(split, FeatureCache(job.cache, job.features, checked=job.checksums), job.recipe)
 

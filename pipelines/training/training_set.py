@@ -104,7 +104,7 @@ class TrainingSet(Dataset[Sample]):
 
     def describe(self) -> str:
         """What there is to train on, in words."""
-        return f"{len(self)} images, {sum(len(image.boxes) for image in self.images)} base boxes"
+        return f"{len(self)} images, {sum(len(image.boxes) for image in self.images)} boxes"
 
     def object_text(self) -> Tensor | None:
         """(D,) the text embedding of "object", None if there is none. Raises HdovdError for one that is damaged."""
@@ -204,7 +204,7 @@ class TarTrainingSet(Dataset[Sample]):
 
     def describe(self) -> str:
         """What there is to train on, in words."""
-        return f"{len(self)} images in {len(self.shards.numbers)} of {self._meta.shards} tar shards, base boxes"
+        return f"{len(self)} images in {len(self.shards.numbers)} of {self._meta.shards} tar shards, boxes"
 
     @property
     def dim(self) -> int:

@@ -231,3 +231,66 @@ def test_a_cell_that_fails_is_told_and_the_others_finish(
     assert "hdovd eval" in log
     assert "hdovd train" not in log  # it was trained already
     assert "0 of 1, 1 failed" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def measured(
+    world: Path, cache: Path, micro_settings: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[tuple[str, ...], Path, Any]:
+    """The words, the folder and the end of an ablation of one cell with the two arms of the novel gap."""
+    out = tmp_path_factory.mktemp("oracle") / "out"
+    shared = Path(shutil.copytree(cache, out.parent / "cache"))
+    words = (*_words(world, shared, micro_settings, out), "--oracle", "--seeds", "1", "--jobs", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        forked_jobs(patch, "train", "eval")
+        return words, out, _here(*words)
+
+
+def test_the_arms_of_the_gap_are_runs_of_the_ablation(measured: tuple[Any, Path, Any], world: Path) -> None:
+    _, out, found = measured
+    assert found.exit_code == 0, found.output
+    records = {
+        name: json.loads((out / name / "seed0" / "run.json").read_text()) for name in ("recipe", "base-only", "oracle")
+    }
+    assert [record.get("oracle") for record in records.values()] == [None, None, True]
+    assert len({json.dumps(record["protocol"]) for record in records.values()}) == 1
+    log = (out / "oracle" / "seed0.log").read_text()
+    tree = json.loads((world / "annotations" / "instances_train2017.json").read_text())
+    everything = f"{len(tree['images'])} images, {len(tree['annotations'])} boxes of 24 classes, base and novel;"
+    assert everything in log
+    assert "no open-vocabulary result" in log.partition("hdovd eval")[0]
+    assert "no open-vocabulary result" in log.partition("hdovd eval")[2]
+    assert "boxes of 16 base classes;" in (out / "base-only" / "seed0.log").read_text()
+    metrics = json.loads((out / "oracle" / "seed0" / "metrics.json").read_text())
+    assert (metrics["protocol"], metrics["oracle"]) == ("demo-world", True)
+    table = (out / "table.md").read_text()
+    assert table in found.output
+    assert "novel gap closed, %" in table
+    rows = {row["cell"]: row for row in csv.DictReader((out / "table.csv").open())}
+    cell, base_only, oracle = (float(rows[name]["ap50_novel_seed0"]) for name in records)
+    gap = rows["recipe"]["novel_gap_closed_seed0"]
+    closed = None if oracle <= base_only else pytest.approx(100 * (cell - base_only) / (oracle - base_only))
+    assert (float(gap) if gap else None) == closed
+
+
+def test_arms_that_are_done_are_not_run_again(measured: tuple[Any, Path, Any], untouched: Watch) -> None:
+    words, out, _ = measured
+    with untouched(out / "oracle"), untouched(out / "base-only"):
+        again = _here(*words)
+    assert "3 of 3 runs done" in again.output
+    without = _here(*(word for word in words if word != "--oracle"), "--dry-run")
+    assert "1 of 1 runs done" in without.output
+
+
+def test_nobody_takes_an_oracle_for_an_open_vocabulary_detector(measured: tuple[Any, Path, Any], world: Path) -> None:
+    _, out, _ = measured
+    listed = _here("runs", str(out)).output
+    assert [line.split()[2] for line in listed.splitlines() if "oracle/seed0" in line] == ["oracle"]
+    assert "oracle: trained on boxes of novel classes too" in listed
+    paths = ("--data", str(world), "--protocol", str(world / "protocol.toml"), "--cache", str(out.parent / "cache"))
+    audited = [_here("audit", *paths, "--run", str(out / name / "seed0")) for name in ("oracle", "base-only")]
+    assert [found.exit_code for found in audited] == [1, 0]
+    assert "LEAK     run: boxes" in audited[0].output
+    assert "is an oracle: trained on the boxes of novel classes too" in audited[0].output
+    assert "1 LEAK" in audited[0].output
+    assert "ok       run: boxes" in audited[1].output

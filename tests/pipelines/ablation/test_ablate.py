@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -183,6 +184,23 @@ def test_commands_say_all_that_the_run_needs(config: AblateConfig) -> None:
     assert commands(first, config) == ()
 
 
+def test_the_oracle_is_trained_on_all_classes_and_told_from_base_only(
+    config: AblateConfig, begun: Callable[[AblateConfig], Path]
+) -> None:
+    config = replace(config, oracle=True, preset="base-only", seeds=1, grid=())
+    base_only, oracle = plan(config)
+    assert [p.name for p in (base_only, oracle)] == ["recipe/seed0", "oracle/seed0"]
+    assert [p.cell.arm for p in (base_only, oracle)] == ["base-only", "oracle"]
+    trained = [commands(p, config)[0] for p in (base_only, oracle)]
+    assert ["--oracle" in words for words in trained] == [False, True]
+    assert all(("--protocol", config.protocol) in pairwise(words) for words in trained)
+    begun(config).rename(config.out / "moved")
+    oracle.path.parent.mkdir(parents=True)
+    (config.out / "moved").rename(oracle.path)  # base-only, where the oracle should be
+    with pytest.raises(HdovdError, match="oracle differs: asked for true, there false"):
+        standing(oracle, config)
+
+
 def test_jobs_share_cores_and_gpus(config: AblateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -265,6 +283,16 @@ def test_a_cache_that_lacks_what_one_cell_needs_is_refused(config: AblateConfig,
     shutil.rmtree(copied_cache / "image")
     with pytest.raises(HdovdError, match="image"):
         ablate(replace(config, cache=copied_cache, grid=("loss.image.enabled=false,true",)))
+
+
+def test_an_oracle_is_refused_where_there_is_nothing_to_train_it_on(config: AblateConfig, tmp_path: Path) -> None:
+    with pytest.raises(HdovdError, match=r"tar shards shards/\{000000\.\.000002\}\.tar hold none: give the Zarr cache"):
+        ablate(replace(config, oracle=True, cache="shards/{000000..000002}.tar"))
+    protocol = tmp_path / "protocol.toml"
+    protocol.write_text(re.sub(r"novel = \[[^]]*\]", "novel = []", Path(config.protocol).read_text()))
+    with pytest.raises(HdovdError, match="has no novel classes"):
+        ablate(replace(config, oracle=True, protocol=str(protocol)))
+    assert not config.out.exists()
 
 
 def test_two_ablations_do_not_share_a_folder(config: AblateConfig) -> None:

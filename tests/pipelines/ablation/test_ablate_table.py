@@ -9,16 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from hdovd.config.recipe import PRESETS, load_recipe
 from hdovd.pipelines.ablation.grid import (
+    GAP,
     AblationTable,
     Cell,
     Row,
+    cells_of,
     comma_separated,
     latex,
     markdown,
     note,
     scores_of,
     tex,
+    with_arms,
+    with_gap,
     write_tables,
 )
 from hdovd.pipelines.runs.listing import Run, State
@@ -126,3 +131,88 @@ def test_one_cell_without_a_grid_and_files(tmp_path: Path) -> None:
     assert files == sorted(tmp_path.iterdir(), key=lambda file: [".md", ".csv", ".tex"].index(file.suffix))
     assert "| recipe |   1.0 |" in files[0].read_text()
     assert "seed 0;" in files[0].read_text()
+
+
+# --- the novel gap ---
+
+
+def _gap_table(
+    cell: dict[int, float], base_only: dict[int, float], oracle: dict[int, float], keys: tuple[str, ...] = ("train.lr",)
+) -> AblationTable:
+    """A cell of novel AP50 by seed and the two arms, of three seeds."""
+    rows = [
+        Row(name, (0.1,) * len(keys), scores_of({seed: _run(ap, 50.0) for seed, ap in novel.items()}), 3, 0, arm)
+        for name, arm, novel in (
+            ("lr-0.1" if keys else "recipe", "", cell),
+            ("base-only", "base-only", base_only),
+            ("oracle", "oracle", oracle),
+        )
+    ]
+    return AblationTable(keys, with_gap(rows), "note.")
+
+
+def test_the_gap_is_closed_seed_by_seed() -> None:
+    table = _gap_table({0: 40.0, 1: 55.0, 2: 25.0}, {0: 10.0, 1: 15.0, 2: 15.0}, {0: 70.0, 1: 65.0, 2: 55.0})
+    cell, base_only, _ = table.rows
+    assert cell.scores[GAP] == pytest.approx({0: 50.0, 1: 80.0, 2: 25.0})  # 30 / 60, 40 / 50, 10 / 40
+    assert cell.mean(GAP) == pytest.approx(155 / 3)
+    assert cell.deviation(GAP) == pytest.approx(758.3333333**0.5)  # squares 25/9, 7225/9 and 6400/9, over 2
+    assert GAP not in base_only.scores
+    lines = markdown(table).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:5]]
+    assert cells[0][:2] == ["", "train.lr"]
+    assert cells[0][-2:] == ["novel gap closed, %", "seeds"]
+    assert [row[0] for row in cells[2:]] == ["", "base-only", "oracle"]
+    assert [row[-2] for row in cells[2:]] == ["51.7 (27.5)", "", ""]
+    assert "(cell - base-only) / (oracle - base-only) of novel AP50, for each seed" in lines[7]
+    assert "no open-vocabulary result" in lines[7]
+    assert "novel gap closed, \\%" in latex(table)
+    assert r"\begin{tabular}{llrrrrrr}" in latex(table)
+
+
+def test_csv_of_the_gap() -> None:
+    table = _gap_table({0: 40.0, 1: 55.0}, {0: 10.0, 1: 15.0}, {0: 70.0})
+    rows = list(csv.DictReader(io.StringIO(comma_separated(table))))
+    assert [(row["cell"], row["arm"]) for row in rows] == [
+        ("lr-0.1", ""),
+        ("base-only", "base-only"),
+        ("oracle", "oracle"),
+    ]
+    names = [f"novel_gap_closed_{part}" for part in ("mean", "sd", "seed0", "seed1", "seed2")]
+    assert [rows[0][name] for name in names] == ["50.0", "", "50.0", "", ""]
+    assert [rows[2][name] for name in names] == [""] * 5
+
+
+def test_no_percentage_without_a_gap() -> None:
+    """Not even of the other seeds: which seeds count would depend on what came out."""
+    for worse in (15.0, 14.0):
+        table = _gap_table({0: 40.0, 1: 55.0}, {0: 10.0, 1: 15.0}, {0: 70.0, 1: worse})
+        assert table.rows[0].text(GAP) == "-"
+        assert table.rows[0].scores[GAP] == {0: 50.0, 1: None}
+    below = _gap_table({0: 5.0}, {0: 10.0}, {0: 60.0}).rows[0]
+    assert below.text(GAP) == "-10.0"  # a cell that is worse than base-only has a percentage
+
+
+def test_a_gap_waits_for_its_arms() -> None:
+    table = _gap_table({0: 40.0, 1: 55.0}, {0: 10.0}, {}, keys=())
+    assert table.rows[0].text(GAP) == "..."
+    assert "| recipe " in markdown(table)
+    assert "Not finished" in markdown(table)
+
+
+def test_the_arms_are_the_recipe_without_distillation_and_base_only_may_be_in_the_grid() -> None:
+    grid = ["loss.instance.enabled=true,false", "train.lr=0.1,0.002"]
+    cells = with_arms(cells_of("demo", ("train.epochs=3",), grid), "demo", ("train.epochs=3",))
+    assert [cell.name for cell in cells[-2:]] == ["base-only", "oracle"]
+    assert [cell.arm for cell in cells] == [""] * 4 + ["base-only", "oracle"]
+    lr = load_recipe("demo").train.lr
+    assert cells[-1].values == {"loss.instance.enabled": False, "train.lr": lr}
+    assert cells[-1].recipe("demo", ("train.epochs=3",), 1) == load_recipe(
+        "demo", ["train.epochs=3", *PRESETS["base-only"], "train.seed=1"]
+    )
+    levels = [f"loss.{level}.enabled=true,false" for level in ("instance", "class", "image")]
+    cells = with_arms(cells_of("demo", (), levels), "demo", ())
+    assert [(cell.name, cell.arm) for cell in cells[-2:]] == [
+        ("instance-off_class-off_image-off", "base-only"),
+        ("oracle", "oracle"),
+    ]

@@ -68,7 +68,7 @@ def documented(
 
 def test_an_honest_cache_and_run_pass(world: Path, documented: Callable[..., Path], run: Path) -> None:
     report = report_of(world, documented(made_by_training(world)), run=run)
-    assert [check.verdict for check in report.checks] == [Verdict.OK] * 8 + [Verdict.REPORT] * 2
+    assert [check.verdict for check in report.checks] == [Verdict.OK] * 9 + [Verdict.REPORT] * 2
     assert report.lines()[-1] == "no leak found"
     assert check_of(report, "calibration").text.startswith("no calibration recorded")
 
@@ -79,10 +79,11 @@ def test_what_cannot_be_checked_is_said(world: Path, cache: Path) -> None:
     assert [c.name for c in report.checks if c.verdict is Verdict.UNKNOWN] == [
         "proposals: made by",
         "run: cache",
+        "run: boxes",
         "run: backbone",
         "calibration",
     ]
-    assert "4 of 10 checks could not be made" in report.lines()[-1]
+    assert "5 of 11 checks could not be made" in report.lines()[-1]
 
 
 def test_nothing_is_written(world: Path, cache: Path, untouched: Callable[[Path], Any], run: Path) -> None:
@@ -147,6 +148,33 @@ def test_a_run_of_another_split(world: Path, cache: Path, run: Path) -> None:
     edit(run / "run.json", promote)
     text = leak_of(report_of(world, cache, run=run), "class lists")
     assert "run.json has 'star' as base, protocol demo-world has not" in text
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"oracle": True}, "is an oracle: trained on the boxes of novel classes too"),
+        ({"init": {"run": "/other", "sha256": "0", "oracle": True}}, "/other, whose weights"),
+    ],
+)
+def test_an_oracle_and_what_began_with_its_weights(
+    world: Path, cache: Path, run: Path, record: dict[str, Any], words: str
+) -> None:
+    edit(run / "run.json", lambda tree: tree.update(record))
+    assert words in leak_of(report_of(world, cache, run=run), "run: boxes")
+
+
+def test_a_protocol_that_calls_all_classes_base_does_not_pass(
+    world: Path, cache: Path, run: Path, tmp_path: Path
+) -> None:
+    """An oracle by hand: its own protocol has nothing to say of what was held back."""
+    own = load_protocol(str(world / "protocol.toml")).all_base().to_dict()
+    (tmp_path / "p.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in own.items()))
+    edit(run / "run.json", lambda tree: tree.update(protocol=own))
+    check = check_of(report_of(world, cache, run=run, protocol=str(tmp_path / "p.toml")), "class lists")
+    assert check.verdict is Verdict.UNKNOWN
+    assert "holds no class back as novel" in check.text
+    assert "has 'umbrella' as base" in leak_of(report_of(world, cache, run=run), "class lists")
 
 
 def test_lists_under_the_name_of_a_shipped_protocol(world: Path, cache: Path, tmp_path: Path) -> None:

@@ -316,3 +316,11 @@ def test_all_rows_of_zero_are_best() -> None:
     table = ablation([_run(0.0), _run(0.0, **{"loss.class.enabled": False})], ["last", "last"])
     assert table is not None
     assert [row["best"]["novel"] for row in table["rows"]] == [True, True]
+
+
+def test_an_oracle_is_a_row_of_its_own() -> None:
+    base_only = {f"loss.{level}.enabled": False for level in ("instance", "class", "image")}
+    table = ablation([_run(10.0, **base_only), replace(_run(60.0, **base_only), oracle=True)], ["last"] * 2)
+    assert table is not None
+    assert table["columns"] == ["oracle"]
+    assert [row["row"].mean("novel") for row in table["rows"]] == [10.0, 60.0]

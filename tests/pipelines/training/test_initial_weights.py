@@ -67,11 +67,14 @@ def started(job: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> Started:
 def untrained(world: Path, training_cache: Path, tmp_path: Path) -> Callable[..., RunFolder]:
     """A run folder of a model with weights drawn anew."""
 
-    def write(name: str, recipe: Recipe, dim: int = 24, protocol: Protocol | None = None) -> RunFolder:
+    def write(
+        name: str, recipe: Recipe, dim: int = 24, protocol: Protocol | None = None, record: dict[str, Any] | None = None
+    ) -> RunFolder:
         torch.manual_seed(7)
         protocol = protocol or load_protocol(str(world / "protocol.toml"))
         texts = torch.nn.functional.normalize(torch.randn(len(protocol.names), dim), dim=1)
-        run = RunFolder.create(tmp_path / name, recipe, protocol, texts, {"cache": {"levels": {}}}, overwrite=False)
+        record = {"cache": {"levels": {}}, **(record or {})}
+        run = RunFolder.create(tmp_path / name, recipe, protocol, texts, record, overwrite=False)
         model = build_detector(recipe, dim, initialise=False)
         model.set_object_text(torch.randn(dim))
         run.save_model(model)
@@ -183,6 +186,18 @@ def test_boxes_of_novel_classes_are_told(
     classes = load_protocol(job.protocol)
     source = untrained("source", micro_recipe(), protocol=Protocol("all", classes.names, (), classes.min_image_side_px))
     assert f"boxes of {len(classes.novel)} classes that are novel in protocol" in started(init=source.path)[1]
+
+
+def test_weights_of_an_oracle_are_told_and_recorded(
+    started: Started, untrained: Callable[..., RunFolder], job: TrainConfig, micro_recipe: Callable[..., Recipe]
+) -> None:
+    source, novel = untrained("source", micro_recipe(), record={"oracle": True}), load_protocol(job.protocol).novel
+    said = started(init=source.path)[1]
+    assert f"boxes of {len(novel)} classes that are novel in protocol" in said
+    record = json.loads((job.out / "run.json").read_text())
+    assert record["init"]["oracle"] is True
+    assert "oracle" not in record
+    assert RunFolder(job.out).saw_novel
 
 
 def test_another_size_is_refused_before_anything_is_written(

@@ -23,10 +23,12 @@ from hdovd.config.recipe import PRESETS, Recipe, load_recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.training.train import TrainConfig, train
+from hdovd.pipelines.training.train import TrainConfig, train, training_data
+from hdovd.pipelines.training.training_set import TrainingSet
 
 TrainMicro = Callable[..., RunFolder]
 LEVELS = ("instance", "class", "image")
@@ -440,3 +442,50 @@ def test_validation_pictures_that_are_not_there_are_named_before_the_first_step(
     with pytest.raises(HdovdError, match=f"val2017: not there: 1 of 8 validation pictures .{picture.name}"):
         train(job)
     assert not (tmp_path / "run").exists()
+
+
+# --- the oracle ---
+
+
+def _oracle(world: Path, training_cache: Path, out: Path, recipe: Recipe) -> TrainConfig:
+    return TrainConfig(
+        data=DataPaths(world),
+        cache=training_cache,
+        out=out,
+        recipe=recipe,
+        protocol=str(world / "protocol.toml"),
+        device="cpu",
+        oracle=True,
+    )
+
+
+def test_an_oracle_is_trained_on_all_classes_in_the_protocols_order(
+    world: Path, training_cache: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe], kept: list[int]
+) -> None:
+    job = _oracle(world, training_cache, tmp_path / "run", micro_recipe(*PRESETS["base-only"]))
+    data = training_data(job, load_protocol(job.protocol))
+    assert isinstance(data, TrainingSet)
+    tree = json.loads((world / "annotations" / "instances_train2017.json").read_text())
+    category = {a["id"]: a["category_id"] for a in tree["annotations"]}
+    name = {c["id"]: c["name"] for c in tree["categories"]}
+    found = {
+        number: (BASE + NOVEL)[label]
+        for image in data.images
+        for number, label in zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True)
+    }
+    assert found == {number: name[own] for number, own in category.items()}
+    only_novel = {a["image_id"] for a in tree["annotations"]} - set(kept)
+    assert only_novel
+    assert only_novel <= set(data.image_ids().tolist())
+
+
+def test_an_oracle_is_refused_with_distillation_and_in_another_runs_folder(
+    world: Path, training_cache: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe], base_only: RunFolder
+) -> None:
+    job = _oracle(world, training_cache, tmp_path / "run", micro_recipe("loss.instance.enabled=false"))
+    with pytest.raises(HdovdError, match=r"without distillation.*--preset base-only"):
+        train(job)
+    assert not job.out.exists()
+    shutil.copytree(base_only.path, job.out)
+    with pytest.raises(HdovdError, match=r"oracle differs: asked for true, began with false"):
+        train(replace(job, recipe=micro_recipe(*PRESETS["base-only"]), resume=True))
