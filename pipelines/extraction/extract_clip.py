@@ -257,7 +257,8 @@ def _finish(
     extraction: Extraction, catalog: Catalog, config: ExtractConfig, report: ExtractReport, seconds: float
 ) -> None:
     """Say what was done; name the set if all of it is there."""
-    if all(decision == "hit" for decision in report.levels.values()):
+    nothing_new = all(decision == "hit" for decision in report.levels.values())
+    if nothing_new:
         log("everything is there: nothing to extract")
     report.whole = extraction.whole
     if not report.whole:
@@ -284,7 +285,7 @@ def _finish(
         config.to_dict(),
         origin,
         object_text_entry(extraction.teacher, extraction.templates, sets.values()),
-        before.label_weights if before is not None and before.levels == extraction.keys() else {},
+        before.label_weights if before is not None and nothing_new and before.levels == extraction.keys() else {},
     )
     if before != features:
         catalog.write_set(config.features, features)
@@ -329,7 +330,9 @@ def _weigh_labels(extraction: Extraction, catalog: Catalog, config: ExtractConfi
     """Fit the weight of pseudo labels to base boxes, keep it with the set, and say what to expect of them."""
     if not features.label_weights:
         cache = FeatureCache(config.cache, config.features)
-        evidence = label_evidence(cache, extraction.split, extraction.base_names, extraction.offered)
+        evidence = label_evidence(
+            cache, extraction.split, extraction.base_names, extraction.offered, this_share(config.share).speaks
+        )
         if not evidence.classes:
             log("note: the nouns name no base class, so nothing says how often labels are right: hdovd calibrate")
             return

@@ -27,7 +27,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import Split
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.extraction.config import LabelRule
-from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts, priors, rows_of_classes
+from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts, prior, rows_of_classes
 
 FOLDS = 4  # of the base classes
 IMAGES = 20_000  # to fit to, evenly spaced
@@ -171,12 +171,17 @@ def _mean(values: np.ndarray) -> float:
 
 
 def label_evidence(
-    cache: FeatureCache, split: Split, base: Sequence[Sequence[str]], offered: Mapping[int, Sequence[int]] | None
+    cache: FeatureCache,
+    split: Split,
+    base: Sequence[Sequence[str]],
+    offered: Mapping[int, Sequence[int]] | None,
+    speaks: bool = True,
 ) -> Evidence:
     """The labels that base boxes get by the set's own rule with their classes held out.
 
     Args:
         base: the names of each base class. offered: noun rows by image id, None for all of them everywhere.
+        speaks: whether to show how far it is.
     """
     rule, of_class = LabelRule.of(cache.key_inputs(Level.PSEUDO_LABEL)), rows_of_classes(cache.names(Level.NOUN), base)
     nouns = F.normalize(torch.from_numpy(cache.embeddings(Level.NOUN)), dim=1)
@@ -188,15 +193,15 @@ def label_evidence(
         replace(rule, barred=tuple(sorted(set(rule.barred).difference(*of_class[fold::FOLDS]))))
         for fold in range(FOLDS)
     ]
-    for number in progress(range(count), "labels of base boxes", "image"):
+    for number in progress(range(count), "labels of base boxes", "image", count if speaks else 0):
         image = images[number * len(images) // count]
         crops = F.normalize(torch.from_numpy(cache.instances(image.id).base_boxes().embedding).float(), dim=1)
         own = None if offered is None else offered.get(image.id, ())
         for fold in range(FOLDS):
             mine = named[image.labels] & (image.labels % FOLDS == fold)
             if mine.any():
-                prior = priors([own], len(nouns), rules[fold])
-                found, weights, _ = best_nouns(crops[mine], nouns, rules[fold], prior)
+                added = prior(own, len(nouns), rules[fold])
+                found, weights, _ = best_nouns(crops[mine], nouns, rules[fold], added)
                 some = (found[:, 0] >= 0).numpy()
                 cosines.append((crops[mine] * label_texts(nouns, found, weights)).sum(dim=1).numpy()[some])
                 pairs = zip(found[:, 0].tolist(), image.labels[mine].tolist(), strict=True)

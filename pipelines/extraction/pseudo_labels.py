@@ -18,8 +18,6 @@ from hdovd.pipelines.extraction.config import LabelChoice, LabelRule
 from hdovd.pipelines.extraction.identities import BoxTable
 from hdovd.pipelines.nouns.allowed import Nouns, meaning
 
-SIMILARITY_ROWS = 1_024  # crops compared with nouns at a time
-
 
 def settled(
     rule: LabelRule, nouns: Nouns, images: Sequence[ImageBoxes], base: Sequence[Sequence[str]], temperature: float
@@ -75,33 +73,31 @@ def rows_of_classes(vocabulary: Sequence[str], classes: Sequence[Sequence[str]])
     return [set().union(*(rows.get(meaning(name), set()) for name in names)) for names in classes]
 
 
-def priors(offered: Sequence[Sequence[int] | None], nouns: int, rule: LabelRule) -> Tensor:
-    """What is added to the cosines of each crop with the K nouns, (n, K); -inf for nouns that it cannot have.
+def prior(offered: Sequence[int] | None, nouns: int, rule: LabelRule) -> Tensor:
+    """What is added to the cosines of an image's crops with the K nouns, (K,); -inf for nouns that they cannot have.
 
-    offered: noun rows of each crop's image, None for all of them.
+    offered: noun rows of the image, None for all of them.
     """
-    prior = torch.zeros(len(offered), nouns)
-    for own, rows in zip(prior, offered, strict=True):
-        if rows is not None and rule.mention is None:
-            own.fill_(-torch.inf)
-        own[list(rows or ())] = rule.mention or 0.0
-    prior[:, list(rule.barred)] = -torch.inf
-    return prior
+    added = torch.full((nouns,), -torch.inf if offered is not None and rule.mention is None else 0.0)
+    added[list(offered or ())] = rule.mention or 0.0
+    added[list(rule.barred)] = -torch.inf
+    return added
 
 
 def best_nouns(
-    crops: Tensor, nouns: Tensor, rule: LabelRule, prior: Tensor | float = 0.0
+    crops: Tensor, nouns: Tensor, rule: LabelRule, added: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The nouns of a label: crops (n, D), nouns (K, D), both L2-normalised, K >= 1; prior (n, K), see `priors`.
+    """The nouns of a label: crops (n, D), nouns (K, D), both L2-normalised, K >= 1; added (K,), see `prior`.
 
     Returns their rows (n, k) int64, best first, -1 for none, their weights (n, k), 0 for none, and the best one's
     cosine (n,), 0 for none; k is at most K.
     """
     cosines = crops @ nouns.T
-    ranks = cosines + prior
+    ranks = cosines + added
     top = ranks.topk(min(rule.top, len(nouns)), dim=1) if rule.top > 1 else ranks.max(dim=1, keepdim=True)
     none = top.values == -torch.inf
-    weights = (top.values / rule.temperature).softmax(dim=1).masked_fill(none, 0.0)
+    weights = (top.values / rule.temperature).softmax(dim=1) if rule.top > 1 else torch.ones_like(top.values)
+    weights = weights.masked_fill(none, 0.0)
     best = cosines.gather(1, top.indices[:, :1])[:, 0].masked_fill(none[:, 0], 0.0)
     return top.indices.masked_fill(none, -1), weights, best
 
@@ -132,14 +128,15 @@ def label_rows(
     texts, rows_and_nouns = torch.from_numpy(nouns.astype(np.float32)), (stop - start, rule.top)
     top_noun, top_weight = np.full(rows_and_nouns, -1, np.int32), np.zeros(rows_and_nouns, np.float32)
     cosine = np.zeros(stop - start, np.float32)
-    named = np.flatnonzero((table.source[start:stop] == Source.PROPOSAL) & embeddings.any(axis=1))
-    image_ids = table.image_id[np.searchsorted(table.offset, start + named, "right") - 1].tolist()
-    for first in range(0, len(named), SIMILARITY_ROWS):
-        rows = named[first : first + SIMILARITY_ROWS]
-        own = [None if offered is None else offered.get(i, ()) for i in image_ids[first : first + SIMILARITY_ROWS]]
-        crops = torch.from_numpy(embeddings[rows].astype(np.float32))
-        found, weights, best = best_nouns(crops, texts, rule, priors(own, len(texts), rule))
-        k = found.shape[1]
-        top_noun[rows, :k], top_weight[rows, :k], cosine[rows] = found.numpy(), weights.numpy(), best.numpy()
+    named = (table.source[start:stop] == Source.PROPOSAL) & embeddings.any(axis=1)
+    for number in table.images_of(start, stop):  # one at a time: a product's last bits depend on how many rows it has
+        first, last = max(int(table.offset[number]), start), min(int(table.offset[number + 1]), stop)
+        rows = first - start + np.flatnonzero(named[first - start : last - start])
+        if len(rows):
+            own = None if offered is None else offered.get(int(table.image_id[number]), ())
+            crops = torch.from_numpy(embeddings[rows].astype(np.float32))
+            found, weights, best = best_nouns(crops, texts, rule, prior(own, len(texts), rule))
+            k = found.shape[1]
+            top_noun[rows, :k], top_weight[rows, :k], cosine[rows] = found.numpy(), weights.numpy(), best.numpy()
     arrays = {"noun": top_noun[:, 0], "noun_cosine": cosine}
     return arrays | ({"top_noun": top_noun, "top_weight": top_weight} if rule.top > 1 else {})

@@ -40,6 +40,8 @@ WEIGHTS = (
     "pseudo_boxes.reliability_centre=0.2",
     "--set",
     "pseudo_boxes.reliability_width=0.1",
+    "--set",
+    "pseudo_boxes.reliability_scale=1.3",
 )
 
 

@@ -34,6 +34,7 @@ SETTINGS = (
     "pseudo_boxes.min_side=8.0",
     "pseudo_boxes.reliability_centre=0.1",
     "pseudo_boxes.reliability_width=0.5",
+    "pseudo_boxes.reliability_scale=1.3",
     "train.precision=fp32",
     "detector.backbone.norm=frozen",
     "loss.extra.agree.use=data_parallel_scenes:Agree",

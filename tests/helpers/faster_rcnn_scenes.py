@@ -28,6 +28,7 @@ SMALL = (
     "pseudo_boxes.max_per_image=2",
     "pseudo_boxes.reliability_centre=0.1",
     "pseudo_boxes.reliability_width=0.5",
+    "pseudo_boxes.reliability_scale=1.3",
     "train.precision=fp32",
 )
 DISTILLED = {

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from hdovd.cache.catalog import Catalog
 from hdovd.config.recipe import PRESETS, load_recipe
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
@@ -266,7 +267,6 @@ def test_runs_of_other_features_are_refused(config: AblateConfig, begun: Callabl
         ({"features": "other"}, "other"),
         ({"validation": DataPaths(Path("nowhere"))}, "nowhere: no such folder"),
         ({"data": DataPaths(Path("nowhere"))}, "nowhere: no such folder"),
-        ({"settings": ("pseudo_boxes.reliability_width=auto",)}, "Fit the values to it: hdovd calibrate"),
     ],
 )
 def test_data_and_cache_are_checked_once_before_anything_runs(
@@ -274,6 +274,16 @@ def test_data_and_cache_are_checked_once_before_anything_runs(
 ) -> None:
     with pytest.raises(HdovdError, match=expected):
         ablate(replace(config, **change))  # type: ignore[arg-type]
+    assert not list(config.out.rglob("seed*"))
+
+
+def test_a_weight_of_labels_that_is_not_known_is_told_before_anything_runs(
+    config: AblateConfig, copied_cache: Path
+) -> None:
+    catalog = Catalog(copied_cache)
+    catalog.write_set("default", replace(catalog.sets()["default"], label_weights={}))
+    with pytest.raises(HdovdError, match="Fit the values to it: hdovd calibrate"):
+        ablate(replace(config, cache=copied_cache, settings=("pseudo_boxes.reliability_width=auto",)))
     assert not list(config.out.rglob("seed*"))
 
 

@@ -24,7 +24,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.demo.world import BASE, NOVEL
-from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 
 Config = Callable[..., ExtractConfig]
@@ -223,11 +223,18 @@ def _check_nouns(reader: FeatureCache, kept: list[int], offered: Callable[[int],
     return named
 
 
-def test_nouns_come_from_the_images_own_captions(world: Path, cache: Path, kept: list[int]) -> None:
+def test_nouns_come_from_the_images_own_captions(
+    world: Path, copied_cache: Path, kept: list[int], extraction: Config
+) -> None:
+    extract_clip(extraction(copied_cache, labels=LabelRule(), features="paper"))
     vocabulary = set((world / "vocabulary.txt").read_text().split())
     captions = {c["image_id"]: c["caption"] for c in _tree(world, "captions")["annotations"]}
     assert (
-        _check_nouns(FeatureCache(cache), kept, lambda i: vocabulary & set(re.findall("[a-z]+", captions[i].lower())))
+        _check_nouns(
+            FeatureCache(copied_cache, "paper"),
+            kept,
+            lambda i: vocabulary & set(re.findall("[a-z]+", captions[i].lower())),
+        )
         > 100
     )
 
@@ -235,7 +242,7 @@ def test_nouns_come_from_the_images_own_captions(world: Path, cache: Path, kept:
 def test_without_captions_every_image_offers_all_nouns(
     world: Path, kept: list[int], tmp_path: Path, extraction: Config
 ) -> None:
-    extract_clip(extraction(tmp_path / "cache", captions=None))
+    extract_clip(extraction(tmp_path / "cache", captions=None, labels=LabelRule()))
     vocabulary = set((world / "vocabulary.txt").read_text().split())
     reader = FeatureCache(tmp_path / "cache")
     assert _check_nouns(reader, kept, lambda _: vocabulary) > 100
@@ -251,7 +258,7 @@ def test_image_whose_captions_name_nothing_has_no_nouns(copied_world: Path, tmp_
             caption["caption"] = "Something nobody has a word for."
     tree["annotations"] = [c for c in tree["annotations"] if c["image_id"] != 4]
     file.write_text(json.dumps(tree))
-    extract_clip(extraction(tmp_path / "cache", data=copied_world))
+    extract_clip(extraction(tmp_path / "cache", data=copied_world, labels=LabelRule()))
     reader = FeatureCache(tmp_path / "cache")
     unnamed = [reader.instances(i).proposals().noun for i in (3, 4)]
     assert all(len(n) > 0 and (n == -1).all() for n in unnamed)

@@ -25,7 +25,7 @@ from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.extraction.config import ExtractConfig, LabelChoice, LabelRule
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars, import_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts, priors, settled
+from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts, prior, settled
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.training.training_set import TarTrainingSet, TrainingSet
 
@@ -55,19 +55,23 @@ def test_several_nouns_by_hand() -> None:
 
 def test_a_mentioned_noun_ranks_higher_and_a_barred_one_never() -> None:
     """Cosines of the crop: 0.8, 0.96, 0.6."""
-    crop = torch.tensor([[0.8, 0.6]]).repeat(5, 1)
+    crop = torch.tensor([[0.8, 0.6]])
     offered: list[tuple[int, ...] | None] = [(0,), (2,), (), None, (1,)]
+
+    def best(rule: LabelRule) -> list[tuple[list[int], list[float], float]]:
+        found = [best_nouns(crop, NOUNS, rule, prior(own, 3, rule)) for own in offered]
+        return [(nouns[0].tolist(), weights[0].tolist(), float(cosine)) for nouns, weights, cosine in found]
+
     likely = LabelRule(choice=LabelChoice.LIKELY, mention=0.2)
-    assert best_nouns(crop, NOUNS, likely, priors(offered, 3, likely))[0].tolist() == [[0], [1], [1], [1], [1]]
+    assert [nouns for nouns, _, _ in best(likely)] == [[0], [1], [1], [1], [1]]
     barred = LabelRule(choice=LabelChoice.LIKELY, mention=0.3, barred=(1,))
-    found, _, cosine = best_nouns(crop, NOUNS, barred, priors(offered, 3, barred))
-    assert found.tolist() == [[0], [2], [0], [0], [0]]
-    torch.testing.assert_close(cosine, torch.tensor([0.8, 0.6, 0.8, 0.8, 0.8]))  # without what a mention adds
-    only = LabelRule(2)
-    found, weights, cosine = best_nouns(crop, NOUNS, only, priors(offered, 3, only))
-    assert found.tolist() == [[0, -1], [2, -1], [-1, -1], [1, 0], [1, -1]]
-    assert weights.sum(dim=1).tolist() == pytest.approx([1, 1, 0, 1, 1])
-    assert cosine[2] == 0
+    assert [nouns for nouns, _, _ in best(barred)] == [[0], [2], [0], [0], [0]]
+    cosines = [cosine for _, _, cosine in best(barred)]
+    assert cosines == pytest.approx([0.8, 0.6, 0.8, 0.8, 0.8])  # without what a mention adds
+    only = best(LabelRule(2))
+    assert [nouns for nouns, _, _ in only] == [[0, -1], [2, -1], [-1, -1], [1, 0], [1, -1]]
+    assert [sum(weights) for _, weights, _ in only] == pytest.approx([1, 1, 0, 1, 1])
+    assert only[2][2] == 0
 
 
 def test_what_base_boxes_say_of_mentions_and_of_their_own_names() -> None:

@@ -27,7 +27,7 @@ from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
-from hdovd.pipelines.extraction.config import Executor, ExtractConfig, LabelRule, Share, Store
+from hdovd.pipelines.extraction.config import Executor, ExtractConfig, LabelChoice, LabelRule, Share, Store
 from hdovd.pipelines.extraction.extract_clip import ExtractReport, extract_clip, prepare
 from hdovd.pipelines.extraction.text import read_class_embeddings, read_synonyms
 from hdovd.pipelines.teachers.activation import Activation
@@ -461,7 +461,7 @@ def test_config_survives_as_plain_values_with_absolute_paths(tmp_path: Path, mon
         "features": "mine",
         "class_embeddings": None,
         "nouns": None,
-        "labels": LabelRule(),
+        "labels": LabelRule(choice=LabelChoice.LIKELY),
         "device": "auto",
         "batch_size": None,
         "part_rows": 65_536,

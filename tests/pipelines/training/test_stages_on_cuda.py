@@ -169,7 +169,12 @@ def test_propose(
         detector=(detector,),
     )
     found = propose(job)
-    assert on_host(pretended_cuda) <= ANCHORS | SAMPLES | LOSSES | LOADED | {"networks.py", "propose.py", "boxes.py"}
+    assert on_host(pretended_cuda) <= ANCHORS | SAMPLES | LOSSES | LOADED | {
+        "networks.py",
+        "propose.py",
+        "boxes.py",
+        "selection.py",
+    }
     on_cpu = propose(replace(job, out=tmp_path / "cpu.json", device="cpu"))
     assert found.keys() == on_cpu.keys()
 
@@ -202,8 +207,9 @@ def test_extract(
             assert on_host(pretended_cuda) <= {
                 "openclip.py",
                 "pseudo_labels.py",
+                "label_weights.py",
                 "dense.py",
-            }  # a mask; labels; coordinates
+            }  # a mask; labels, of proposals and of base boxes; coordinates
     for image_id in kept:
         one, two = (cache.instances(image_id).embedding.astype(np.float64) for cache in caches)
         assert (one * two).sum(axis=1).min() > (0.999 if precision is Precision.FP32 else 0.98)

@@ -22,6 +22,8 @@ SMALL = (
     "pseudo_boxes.min_side=4.0",
     "pseudo_boxes.max_per_image=1",
     "pseudo_boxes.reliability_centre=0.0",
+    "pseudo_boxes.reliability_width=0.026",
+    "pseudo_boxes.reliability_scale=1.3",
 )
 D = 8
 
