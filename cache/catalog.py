@@ -22,6 +22,7 @@ LABEL_WEIGHTS = {
     "auc",
     "boxes",
     "classes",
+    "failed",
     "named_rightly",
     "on_object",
     "weight_of_right",

@@ -257,8 +257,7 @@ def _finish(
     extraction: Extraction, catalog: Catalog, config: ExtractConfig, report: ExtractReport, seconds: float
 ) -> None:
     """Say what was done; name the set if all of it is there."""
-    nothing_new = all(decision == "hit" for decision in report.levels.values())
-    if nothing_new:
+    if all(decision == "hit" for decision in report.levels.values()):
         log("everything is there: nothing to extract")
     report.whole = extraction.whole
     if not report.whole:
@@ -285,7 +284,7 @@ def _finish(
         config.to_dict(),
         origin,
         object_text_entry(extraction.teacher, extraction.templates, sets.values()),
-        before.label_weights if before is not None and nothing_new and before.levels == extraction.keys() else {},
+        before.label_weights if before is not None and before.levels == extraction.keys() else {},
     )
     if before != features:
         catalog.write_set(config.features, features)
@@ -328,20 +327,21 @@ def _finish(
 
 def _weigh_labels(extraction: Extraction, catalog: Catalog, config: ExtractConfig, features: FeatureSet) -> None:
     """Fit the weight of pseudo labels to base boxes, keep it with the set, and say what to expect of them."""
-    if not features.label_weights:
-        cache = FeatureCache(config.cache, config.features)
-        evidence = label_evidence(
-            cache, extraction.split, extraction.base_names, extraction.offered, this_share(config.share).speaks
-        )
+    cache, known = FeatureCache(config.cache, config.features), features.label_weights
+    on = on_object(features.proposals)
+    if (known.get("failed"), known.get("on_object")) != (len(cache.failed()), on) or not known:
+        speaks = this_share(config.share).speaks
+        evidence = label_evidence(cache, extraction.split, extraction.base_names, extraction.offered, speaks)
         if not evidence.classes:
             log("note: the nouns name no base class, so nothing says how often labels are right: hdovd calibrate")
             return
         try:
-            fitted = evidence.fitted(on_object(features.proposals))
+            fitted = evidence.fitted(on)
         except HdovdError as error:
             log(f"note: {error}; hdovd calibrate")
             return
-        catalog.write_set(config.features, replace(features, label_weights=fitted))
+        if fitted != known:
+            catalog.write_set(config.features, replace(features, label_weights=fitted))
     for line in expectation(FeatureCache(config.cache, config.features)):
         log(line)
 

@@ -141,6 +141,7 @@ class Evidence:
     cosines: np.ndarray
     right: np.ndarray
     classes: int
+    failed: int = 0
 
     def fitted(self, on_object: float | None) -> dict[str, Any]:
         """The weight, and what it was fitted to, as JSON values.
@@ -156,14 +157,16 @@ class Evidence:
         of_right = _mean(fit.weights(self.cosines)[self.right]) or 1.0
         fit = replace(fit, scale=1 + max(0.0, 2 * fit.auc - 1) * (1 / of_right - 1))
         weights = fit.weights(self.cosines)
-        return asdict(fit) | {
+        found = asdict(fit) | {
             "boxes": len(self.right),
             "classes": self.classes,
+            "failed": self.failed,
             "named_rightly": int(self.right.sum()),
             "on_object": on_object,
             "weight_of_right": _mean(weights[self.right]),
             "weight_of_wrong": _mean(weights[~self.right]),
-        }
+        }  # six digits: the last ones depend on where the cosines lie in memory
+        return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in found.items()}
 
 
 def _mean(values: np.ndarray) -> float:
@@ -206,7 +209,7 @@ def label_evidence(
                 cosines.append((crops[mine] * label_texts(nouns, found, weights)).sum(dim=1).numpy()[some])
                 pairs = zip(found[:, 0].tolist(), image.labels[mine].tolist(), strict=True)
                 right.append(np.array([noun in of_class[label] for noun, label in pairs], bool)[some])
-    return Evidence(np.concatenate(cosines), np.concatenate(right), int(named.sum()))
+    return Evidence(np.concatenate(cosines), np.concatenate(right), int(named.sum()), len(failed))
 
 
 def on_object(proposals: Mapping[str, Any]) -> float | None:

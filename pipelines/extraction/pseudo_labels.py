@@ -85,21 +85,23 @@ def prior(offered: Sequence[int] | None, nouns: int, rule: LabelRule) -> Tensor:
 
 
 def best_nouns(
-    crops: Tensor, nouns: Tensor, rule: LabelRule, added: Tensor | float = 0.0
+    crops: Tensor, nouns: Tensor, rule: LabelRule, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The nouns of a label: crops (n, D), nouns (K, D), both L2-normalised, K >= 1; added (K,), see `prior`.
 
     Returns their rows (n, k) int64, best first, -1 for none, their weights (n, k), 0 for none, and the best one's
-    cosine (n,), 0 for none; k is at most K.
+    cosine (n,), 0 for none; k is at most K. Cosines and weights are of sums in float64: the last bits of a matrix
+    product depend on where its rows lie in memory.
     """
-    cosines = crops @ nouns.T
-    ranks = cosines + added
-    top = ranks.topk(min(rule.top, len(nouns)), dim=1) if rule.top > 1 else ranks.max(dim=1, keepdim=True)
-    none = top.values == -torch.inf
-    weights = (top.values / rule.temperature).softmax(dim=1) if rule.top > 1 else torch.ones_like(top.values)
-    weights = weights.masked_fill(none, 0.0)
-    best = cosines.gather(1, top.indices[:, :1])[:, 0].masked_fill(none[:, 0], 0.0)
-    return top.indices.masked_fill(none, -1), weights, best
+    added = torch.zeros(len(nouns)) if added is None else added
+    likely = crops @ nouns.T + added
+    top = likely.topk(min(rule.top, len(nouns)), dim=1) if rule.top > 1 else likely.max(dim=1, keepdim=True)
+    rows = top.indices
+    cosines = (crops[:, None].double() * nouns[rows].double()).sum(dim=2)
+    ranks, none = cosines + added[rows], added[rows] == -torch.inf
+    weights = (ranks / rule.temperature).softmax(dim=1) if rule.top > 1 else torch.ones_like(ranks)
+    best = cosines[:, 0].masked_fill(none[:, 0], 0.0)
+    return rows.masked_fill(none, -1), weights.masked_fill(none, 0.0).float(), best.float()
 
 
 def label_texts(nouns: Tensor, top_noun: Tensor, top_weight: Tensor) -> Tensor:
