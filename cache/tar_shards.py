@@ -448,9 +448,13 @@ class TarWriter:
                     f"{url} holds the shards of something else; give another folder:\n  " + "\n  ".join(lines[:20])
                 )
             self.meta = found
-            known = {name: getattr(meta.features, name) for name in ("object_text", "label_weights")}
-            if later := {name: own for name, own in known.items() if own and not getattr(found.features, name)}:
-                self.meta = replace(found, features=replace(found.features, **later))  # the cache learned it since
+            text, weights = (meta.features.object_text, meta.features.label_weights)
+            later = found.features
+            if text and not later.object_text:  # the cache learned it since
+                later = replace(later, object_text=text)
+            later = replace(later, label_weights=weights or later.label_weights)
+            if later != found.features:
+                self.meta = replace(found, features=later)
                 self.folder.write(TAR_META, self.meta.to_bytes())
         elif there:
             raise HdovdError(f"{url} is not empty and holds no shards ({there[0]}): give another folder")

@@ -162,7 +162,7 @@ def view(config: ViewConfig) -> None:
     """Show what the cache knows of an image: a picture of its boxes with a legend beside them, and the same as a table.
 
     Of each box: its class or noun, the cosine, the weight of its label in training, and the class names that it is most
-    like. Weights are those of --calibration or --recipe, or those known for the cache's CLIP. CLIP is not needed. The
+    like. Weights are those of --calibration or --recipe, or as training has them by itself. CLIP is not needed. The
     cache knows where its data are; --data and --protocol say it anew.
     """
     from hdovd.pipelines.cache_tools.view import view_images

@@ -28,8 +28,7 @@ class _Commands(LazyGroup):
         "nouns": "Find the nouns in each image's captions: what its pseudo boxes may be named.",
         "extract-clip": "Run the frozen CLIP once and fill the cache: class names, nouns, images, base boxes and "
         "proposals.",
-        "calibrate": "Fit how far pseudo labels are trusted, w = scale * sigmoid((cosine - centre) / width), for the "
-        "cache's CLIP and prompts.",
+        "calibrate": "Say and draw how far pseudo labels are trusted, and what to expect of them, before training.",
         "train": "Train a detector from the cache; CLIP is not needed. --set overrides any value of the recipe.",
         "eval": "Detect on the validation images and print OV-COCO AP: novel, base, all, and split-blind beside it.",
         "detect": "Find anything that has a name in any pictures.",
@@ -56,8 +55,7 @@ app = new_app(
     New here? hdovd demo runs everything on a small world of its own and prints each command.
 
     On your COCO folder, in this order: propose (class-agnostic boxes), nouns (of captions), extract-clip (run CLIP once, fill the
-    cache), calibrate (the trust in pseudo labels, for other CLIPs than OpenAI's), train (the detector, without CLIP), eval (OV-COCO AP).
-    Then detect finds anything that has a name, in any pictures.
+    cache, and say what to expect), train (the detector, without CLIP), eval (OV-COCO AP). Then detect finds anything that has a name, in any pictures.
     """,  # noqa: E501
 )
 

@@ -44,7 +44,7 @@ from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.embedding.build import embedders_of
 from hdovd.pipelines.embedding.crops import Cutter
 from hdovd.pipelines.embedding.embedders import Embedder, Pictures
-from hdovd.pipelines.extraction.config import recipe_of
+from hdovd.pipelines.extraction.config import LabelChoice, recipe_of
 from hdovd.pipelines.extraction.identities import image_hash, picture_hashes
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.base import Teacher
@@ -382,8 +382,9 @@ def extract_command(cache: Path | str, name: str, made_from: Mapping[str, Any]) 
         given |= {"instance_teacher": "dense", "dense_side": made_from["dense"]["side"]}
     if "crop" in made_from:
         given |= {"crop": made_from["crop"]["shape"], "crop_scales": ",".join(map(str, made_from["crop"]["scales"]))}
-    if "labels" in made_from:
-        given |= {f"label_{rule}": value for rule, value in made_from["labels"].items()}  # top_k, temperature
+    if made_from.get("nouns") or made_from.get("vocabulary"):  # sets of before there was a choice do not say it
+        rule = {"choice": str(LabelChoice.MENTIONED)} | made_from.get("labels", {})
+        given |= {f"label_{name}": value for name, value in rule.items()}  # top_k, temperature
     words = [
         word
         for option, value in given.items()

@@ -48,7 +48,7 @@ from hdovd.pipelines.common.atomic_write import write_picture, write_text
 from hdovd.pipelines.common.charts import ticks
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.extraction.config import LabelRule
-from hdovd.pipelines.extraction.identities import inputs_of
+from hdovd.pipelines.extraction.identities import inputs_of, offered_input
 from hdovd.pipelines.extraction.label_weights import (
     LEAST,
     MANY,
@@ -145,17 +145,17 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     _require_prompts(cache)
     split, protocol = config.load(cache.set)
     _require_boxes(cache, split)
-    try:
-        if cache.set.label_weights:
-            found, fit = held_out(cache, split, protocol, config)
-        else:
-            found = label_cosines(cache, split, protocol)
+    if cache.set.label_weights:
+        found, fit = held_out(cache, split, protocol, config)
+    else:
+        found = label_cosines(cache, split, protocol)
+        try:
             fit = fit_reliability(found.right, found.wrong)
-    except HdovdError as error:
-        raise HdovdError(
-            f"set {config.features} of {config.cache}, {len(found.right)} base boxes of {len(protocol.base)} classes: "
-            f"{error}"
-        ) from error
+        except HdovdError as error:
+            raise HdovdError(
+                f"set {config.features} of {config.cache}, {len(found.right)} base boxes of {len(protocol.base)} "
+                f"classes: {error}"
+            ) from error
     picture = config.out.with_suffix(".png")
     about = {
         "boxes": len(found.right) + len(found.wrong) * bool(cache.set.label_weights),
@@ -198,15 +198,24 @@ def _require_boxes(cache: FeatureCache, split: Split) -> None:
 
 def held_out(cache: FeatureCache, split: Split, protocol: Protocol, config: CalibrateConfig) -> tuple[Cosines, Fit]:
     """The labels of base boxes whose classes are held out, and the weight that extract-clip fitted to them: again,
-    from the files of nouns. Raises HdovdError if these are not there.
+    from the files of nouns. Raises HdovdError if these are not there, or have changed since.
     """
     made = extraction_of(cache.set, config.cache, config.features)
     nouns = offered_nouns(made.nouns, made.vocabulary, made.captions)
+    if (
+        nouns is None
+        or list(nouns.vocabulary) != list(cache.names(Level.NOUN))
+        or offered_input(nouns, cache.image_ids().tolist()) != cache.key_inputs(Level.PSEUDO_LABEL)["offered"]
+    ):
+        raise HdovdError(
+            f"{made.nouns or made.captions or made.vocabulary} is not what set {config.features} of {config.cache} was "
+            f"made from any more: run its extract-clip command again, and then this one"
+        )
     synonyms = {} if made.synonyms is None else read_synonyms(made.synonyms, protocol.names)
     names = [(name, *synonyms.get(name, ())) for name in protocol.base]
-    found = label_evidence(cache, split, names, None if nouns is None else nouns.by_image)
+    found = label_evidence(cache, split, names, nouns.by_image)
     fitted = found.fitted(on_object(cache.set.proposals))
-    for line in expectation(cache):
+    for line in expectation(cache, fitted):
         log(line)
     right = found.right
     if min(counts := (int(right.sum()), int((~right).sum()))) < LEAST:

@@ -190,8 +190,7 @@ LABELS = Group(
             LabelChoice.LIKELY,
             Option(
                 "likely: the noun that crop and captions together make the most likely, never a base class's name, "
-                "whose "
-                "objects are annotated. mentioned: of the captions' nouns the one most like the crop, as in the paper."
+                "whose objects are annotated. mentioned: of the captions' nouns the one most like it (the paper's)."
             ),
         ),
     },
@@ -253,8 +252,8 @@ class ExtractConfig:
     captions: Annotated[
         Path | None,
         Option(
-            "COCO captions JSON: an image offers only its own captions' words, in singular or plural, as "
-            "hdovd nouns --parser match finds them."
+            "COCO captions JSON: an image offers its own captions' words, in singular or plural, as hdovd nouns "
+            "--parser match finds them."
         ),
     ] = None
     protocol: Protocol = "ov-coco"

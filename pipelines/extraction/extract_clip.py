@@ -288,7 +288,7 @@ def _finish(
     )
     if before != features:
         catalog.write_set(config.features, features)
-    if Level.PSEUDO_LABEL in features.levels:
+    if Level.PSEUDO_LABEL in features.levels and this_share(config.share).speaks:  # one of torchrun's processes
         _weigh_labels(extraction, catalog, config, features)
     known = known_files(extraction.product(Level.IMAGE))
     if count := len(np.unique(known["image_id"][known["either"]])):
@@ -327,11 +327,10 @@ def _finish(
 
 def _weigh_labels(extraction: Extraction, catalog: Catalog, config: ExtractConfig, features: FeatureSet) -> None:
     """Fit the weight of pseudo labels to base boxes, keep it with the set, and say what to expect of them."""
-    cache, known = FeatureCache(config.cache, config.features), features.label_weights
+    cache, fitted = FeatureCache(config.cache, config.features), features.label_weights
     on = on_object(features.proposals)
-    if (known.get("failed"), known.get("on_object")) != (len(cache.failed()), on) or not known:
-        speaks = this_share(config.share).speaks
-        evidence = label_evidence(cache, extraction.split, extraction.base_names, extraction.offered, speaks)
+    if (fitted.get("failed"), fitted.get("on_object")) != (len(cache.failed()), on):
+        evidence = label_evidence(cache, extraction.split, extraction.base_names, extraction.offered)
         if not evidence.classes:
             log("note: the nouns name no base class, so nothing says how often labels are right: hdovd calibrate")
             return
@@ -340,9 +339,8 @@ def _weigh_labels(extraction: Extraction, catalog: Catalog, config: ExtractConfi
         except HdovdError as error:
             log(f"note: {error}; hdovd calibrate")
             return
-        if fitted != known:
-            catalog.write_set(config.features, replace(features, label_weights=fitted))
-    for line in expectation(FeatureCache(config.cache, config.features)):
+        catalog.write_set(config.features, replace(features, label_weights=fitted))
+    for line in expectation(cache, fitted):
         log(line)
 
 

@@ -255,6 +255,13 @@ def require_exif(inputs: Mapping[Level, KeyInputs], wanted: str, where: str) -> 
         )
 
 
+def offered_input(nouns: Nouns, image_ids: Sequence[int]) -> str:
+    """What the identity of labels says of the nouns that images offer."""
+    if nouns.by_image is None:
+        return "all"
+    return hash_tables(np.array(nouns.offered(image_id), np.int64) for image_id in image_ids)
+
+
 def level_inputs(
     clip: Teacher,
     table: BoxTable,
@@ -276,17 +283,12 @@ def level_inputs(
         Level.INSTANCE: {**pictures, **embedders[Level.INSTANCE].inputs(), "boxes": given["boxes"]},
     }
     if nouns is not None:
-        offered = (
-            "all"
-            if nouns.by_image is None
-            else hash_tables(np.array(nouns.offered(i), np.int64) for i in table.image_id.tolist())
-        )
         inputs[Level.NOUN] = {**schema, **TextRows(nouns.vocabulary).inputs(clip, templates)}
         inputs[Level.PSEUDO_LABEL] = {
             **schema,
             "instance": key_of(inputs[Level.INSTANCE]),
             "noun": key_of(inputs[Level.NOUN]),
-            "offered": offered,
+            "offered": offered_input(nouns, table.image_id.tolist()),
             "sources": hash_tables([table.source]),
             **rule.inputs(),
         }

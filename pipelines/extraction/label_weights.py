@@ -174,17 +174,12 @@ def _mean(values: np.ndarray) -> float:
 
 
 def label_evidence(
-    cache: FeatureCache,
-    split: Split,
-    base: Sequence[Sequence[str]],
-    offered: Mapping[int, Sequence[int]] | None,
-    speaks: bool = True,
+    cache: FeatureCache, split: Split, base: Sequence[Sequence[str]], offered: Mapping[int, Sequence[int]] | None
 ) -> Evidence:
     """The labels that base boxes get by the set's own rule with their classes held out.
 
     Args:
         base: the names of each base class. offered: noun rows by image id, None for all of them everywhere.
-        speaks: whether to show how far it is.
     """
     rule, of_class = LabelRule.of(cache.key_inputs(Level.PSEUDO_LABEL)), rows_of_classes(cache.names(Level.NOUN), base)
     nouns = F.normalize(torch.from_numpy(cache.embeddings(Level.NOUN)), dim=1)
@@ -196,7 +191,7 @@ def label_evidence(
         replace(rule, barred=tuple(sorted(set(rule.barred).difference(*of_class[fold::FOLDS]))))
         for fold in range(FOLDS)
     ]
-    for number in progress(range(count), "labels of base boxes", "image", count if speaks else 0):
+    for number in progress(range(count), "labels of base boxes", "image"):
         image = images[number * len(images) // count]
         crops = F.normalize(torch.from_numpy(cache.instances(image.id).base_boxes().embedding).float(), dim=1)
         own = None if offered is None else offered.get(image.id, ())
@@ -218,27 +213,27 @@ def on_object(proposals: Mapping[str, Any]) -> float | None:
     proposals: what a set says of them.
     """
     try:
-        return float(proposals["made_by"]["selection"]["by_base_boxes"]["on_object"])
+        share = float(proposals["made_by"]["selection"]["by_base_boxes"]["on_object"])
     except (KeyError, TypeError, ValueError):
         return None
+    return round(share, 4) if 0 <= share <= 1 else None
 
 
-def expectation(cache: FeatureCache) -> list[str]:
-    """What to expect of training with the pseudo labels of a set that has weights for them, in words."""
-    fitted = cache.set.label_weights
+def expectation(cache: FeatureCache, fitted: Mapping[str, Any]) -> list[str]:
+    """What to expect of training with the pseudo labels of a set, in words; fitted: its weights of labels."""
     share = fitted["named_rightly"] / max(fitted["boxes"], 1)
     boxes, count = (sum(cache.counts(source).values()) for source in (Source.BASE_BOX, Source.PROPOSAL))
     lines = [
         f"labels of {fitted['boxes']:,d} base boxes, with their classes held out in turn: {share:.0%} right, AUC "
-        f"{fitted['auc']:.3f}; so a label's weight is {fitted['scale']:.2f} sigmoid((cosine - {fitted['centre']:.3f}) "
-        f"/ "
-        f"{fitted['width']:.3f}): right ones weigh {fitted['weight_of_right']:.2f} in the mean, wrong ones "
-        f"{fitted['weight_of_wrong']:.2f}"
+        f"{fitted['auc']:.3f}; so a label's weight, unless METHOD or --calibration has one for this CLIP, is "
+        f"{fitted['scale']:.2f} sigmoid((cosine - {fitted['centre']:.3f}) / {fitted['width']:.3f}): right ones weigh "
+        f"{fitted['weight_of_right']:.2f} in the mean, wrong ones {fitted['weight_of_wrong']:.2f}"
     ]
-    if (on := fitted["on_object"]) is not None and boxes:
-        wrong = count * (1 - on * share) * fitted["weight_of_wrong"]
-        lines.append(
-            f"expect of {count:,d} pseudo boxes about {on:.0%} on an object and {on * share:.0%} with its name; wrong "
-            f"ones weigh {wrong / boxes:.1%} of what the {boxes:,d} base boxes do: base AP is at risk by that"
-        )
-    return lines
+    if (on := fitted["on_object"]) is None:
+        return [*lines, "which share of the proposals lies on an object is not known: labels weigh as if all did"]
+    wrong = count * (1 - on * share) * fitted["weight_of_wrong"]
+    return [
+        *lines,
+        f"expect of {count:,d} pseudo boxes about {on:.0%} on an object and {on * share:.0%} with its name; wrong ones "
+        f"weigh {wrong / max(boxes, 1):.1%} of what the {boxes:,d} base boxes do: base AP is at risk by that",
+    ]

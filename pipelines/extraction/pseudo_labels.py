@@ -57,11 +57,12 @@ def rule_line(rule: LabelRule, nouns: Nouns) -> str:
     """What base boxes made of the rule, in words; nothing of one that they do not settle."""
     if rule.choice is LabelChoice.MENTIONED:
         return ""
+    if not rule.barred:
+        return "note: the nouns name no base class: a proposal gets the likeliest of those that its image offers"
     mention = "" if rule.mention is None else f"; a noun that the captions hold counts as {rule.mention:g} more cosine"
     return (
         f"labels: {len(rule.barred)} of {len(nouns.vocabulary)} nouns name base classes, whose objects are annotated, "
-        f"and "
-        f"name no pseudo box{mention}"
+        f"and name no pseudo box{mention}"
     )
 
 

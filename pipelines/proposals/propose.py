@@ -51,7 +51,7 @@ from hdovd.pipelines.proposals.networks import (
     settled_job,
     trained_network,
 )
-from hdovd.pipelines.proposals.selection import TO_CHOOSE_BY, Example, Selection, choose
+from hdovd.pipelines.proposals.selection import TO_CHOOSE_BY, USUAL, Example, Selection, choose
 from hdovd.pipelines.runs.listing import ap, table_lines
 
 IMAGES = 1024  # of a part, about; half a minute on a GPU
@@ -127,8 +127,9 @@ def _propose(job: ProposeConfig, us: Team, stop: StopSignal) -> dict[int, Propos
     network, origin = _network(job, split, us, stop)
     require_some_readable(split)
     selection, about = _selection(job, split, network, us)
-    origin["selection"] = about  # with it, everything that made the proposals
+    origin["selection"] = asdict(selection)  # with it, everything that made the proposals
     parts = Parts.of(job.beside("parts"), split, job.recipe.train.batch_size, origin)
+    origin["selection"] = about
     mine = [part for part in parts.numbers() if not parts.is_done(part)][us.rank :: us.world]
     us.wait()  # all have looked, before the first one writes
     _fill(parts, mine, network, split, job, selection, us, stop)
@@ -190,7 +191,11 @@ def replaced_line(job: ProposeConfig, split: Split, us: Team) -> str | None:
         planned = settings(settled_job(job, job.trained[0], us)[0], job.trained[0], split)
     known = before.made_by or {}
     kept, given = known.get("selection"), job.selection()
-    same = isinstance(kept, dict) and all(kept.get(name) == value for name, value in given.items())
+    same = (
+        isinstance(kept, dict)
+        and all(kept.get(name) == value for name, value in given.items())
+        and ("by_base_boxes" in kept) == (len(given) < len(fields(Selection)))
+    )
     if same and all(known.get(name) == value for name, value in planned.items()):
         return None
     return (
@@ -212,8 +217,13 @@ def _selection(
         numbers = [number * len(split.images) // count for number in range(count)]
         results = found_in(Pictures(split, job.recipe), numbers, network, us, "choose by base boxes")
         own = [(torch.from_numpy(split.images[n].boxes), torch.from_numpy(split.images[n].labels)) for n in numbers]
-        chosen = choose([Example(*found[1:], *base) for found, base in zip(results, own, strict=True)], job)
+        pairs = zip(results, own, strict=True)
+        chosen = choose([Example(*found[1:], *base) for found, base in pairs if not found[0].problem], job)
     best = us.gather(chosen)[0]
+    if best is None:
+        log("note: the network finds no box of a held-out base class, by which to choose what to keep")
+        selection = replace(USUAL, **given)  # type: ignore[arg-type]
+        return selection, asdict(selection)
     log(best.line)
     return best.selection, best.about()
 

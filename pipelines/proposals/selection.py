@@ -26,7 +26,7 @@ from torchvision.ops import box_iou, nms
 from hdovd.pipelines.proposals.config import ProposeConfig
 
 OVERLAPS = (0.05, 0.1, 0.2, 0.3, 0.5)
-SCORES = tuple(round(0.05 * k, 2) for k in range(19))
+SCORES = tuple(round(0.05 * k, 2) for k in reversed(range(19)))  # of equal choices the strictest
 TOPS = (1, 2, 3, 5, 10, 20)
 SIDE_QUANTILES = (0.0, 0.02)  # of the shorter sides of base boxes
 LEAST_SIDE = 8.0  # pixels
@@ -67,6 +67,9 @@ class Selection:
         return rows[nms(boxes[rows], scores[rows], self.overlap)][: self.top]
 
 
+USUAL = Selection(10, 0.5, LEAST_SIDE, 0.0)  # where base boxes say nothing
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A selection and what base boxes say of it: recall R of held-out boxes, proposals an image B, and of these the
@@ -89,18 +92,16 @@ class Choice:
         one = self.selection
         return (
             f"chosen by base boxes alone: --overlap {one.overlap:g} --min-score {one.min_score:g} --min-side "
-            f"{one.min_side:g} --top {one.top}. With base classes held out in turn it finds {self.recall:.0%} of "
-            f"their boxes "
-            f"at IoU {FOUND_IOU}; {self.per_image:.2f} proposals an image, of which about {self.on_object:.0%} lie on "
-            f"an "
-            f"object and {1 - self.on_object:.0%} on none"
+            f"{one.min_side:g} --top {one.top}. With base classes held out in turn it finds {self.recall:.0%} of their "
+            f"boxes at IoU {FOUND_IOU}; {self.per_image:.2f} proposals an image, of which about {self.on_object:.0%} "
+            f"lie on an object and {1 - self.on_object:.0%} on none"
         )
 
 
-def choose(examples: Iterable[Example], job: ProposeConfig) -> Choice:
-    """The best choice of what the job leaves open; what it gives stays."""
+def choose(examples: Iterable[Example], job: ProposeConfig) -> Choice | None:
+    """The best choice of what the job leaves open; what it gives stays. None if no held-out box is found."""
     seen = list(examples)
-    sides = torch.cat([(e.base[:, 2:] - e.base[:, :2]).amin(dim=1) for e in seen])
+    sides = torch.cat([torch.zeros(0), *((e.base[:, 2:] - e.base[:, :2]).amin(dim=1) for e in seen)])
     quantiles = [LEAST_SIDE]
     if len(sides):
         quantiles = torch.quantile(sides, torch.tensor(SIDE_QUANTILES)).floor().clamp(min=LEAST_SIDE).tolist()
@@ -124,8 +125,10 @@ def choose(examples: Iterable[Example], job: ProposeConfig) -> Choice:
                 # A box is found by the first proposal that lies on it: by a choice that keeps this one.
                 firsts = hit.int().argmax(dim=0)[hit.any(dim=0)].numpy()
                 found[where] += _counts(example.scores[rows].numpy(), scores, tops, firsts)
-    recall, per_image = found / max(len(sides), 1), kept / max(len(seen), 1)
-    objects = per_image / np.maximum(recall, 1e-9)
+    if not found.any():
+        return None
+    recall, per_image = found / len(sides), kept / len(seen)
+    objects = np.maximum(kept, 1) / len(seen) / np.maximum(recall, 1e-9)  # what keeps nothing says little of n
     count = objects[recall >= min(LEAST_RECALL, recall.max())].min()
     beta = RECALL_COUNTS**2
     score = (1 + beta) * count * recall / np.maximum(per_image + beta * count, 1e-9)

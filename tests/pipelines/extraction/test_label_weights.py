@@ -20,11 +20,12 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths, load_split
 from hdovd.data.protocol import load_protocol
+from hdovd.pipelines.cache_tools.verify import extract_command
 from hdovd.pipelines.calibration.calibrate import calibrate
 from hdovd.pipelines.calibration.config import CalibrateConfig
 from hdovd.pipelines.calibration.values import origin_of, read_calibration, with_reliability
 from hdovd.pipelines.demo.world import BASE
-from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.label_weights import label_evidence, on_object
@@ -127,3 +128,29 @@ def test_a_vocabulary_of_base_names_alone_is_refused(tmp_path: Path, extraction:
     with pytest.raises(HdovdError, match="names of base classes alone"):
         extract_clip(extraction(tmp_path / "c", vocabulary=tmp_path / "words.txt", captions=None))
     assert not (tmp_path / "c").exists() or not Catalog(tmp_path / "c").sets()
+
+
+@pytest.mark.parametrize("change", ["gone", "other words", "other captions"])
+def test_calibrate_needs_the_nouns_that_the_set_was_made_from(
+    copied_world: Path, extraction: Config, tmp_path: Path, change: str
+) -> None:
+    extract_clip(extraction(tmp_path / "cache", data=copied_world))
+    captions = copied_world / "annotations" / "captions_train2017.json"
+    if change == "gone":
+        captions.unlink()
+    elif change == "other words":
+        (copied_world / "vocabulary.txt").write_text("car\nstar\n")
+    else:
+        tree = json.loads(captions.read_text())
+        tree["annotations"] = tree["annotations"][::2]
+        captions.write_text(json.dumps(tree))
+    expected = "no file" if change == "gone" else "is not what set default of .* was made from any more"
+    with pytest.raises(HdovdError, match=expected):
+        calibrate(CalibrateConfig(cache=tmp_path / "cache", out=tmp_path / "c.toml"))
+
+
+def test_a_set_of_the_papers_rule_is_repaired_by_the_papers_rule(copied_cache: Path, extraction: Config) -> None:
+    extract_clip(extraction(copied_cache, labels=LabelRule(), features="paper"))
+    sets = Catalog(copied_cache).sets()
+    assert "--label-choice mentioned" in extract_command("cache", "paper", sets["paper"].made_from)
+    assert "--label-choice likely" in extract_command("cache", "default", sets["default"].made_from)

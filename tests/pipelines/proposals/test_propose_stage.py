@@ -172,6 +172,7 @@ def _open(**given: object) -> ProposeConfig:
 def test_what_is_kept_is_chosen_by_base_boxes_alone() -> None:
     """Half of the pictures have an unlabelled object: every proposal that is kept lies on one."""
     chosen = choose([_scene(number, number % 2 == 0) for number in range(40)], _open())
+    assert chosen is not None
     kept = chosen.selection
     assert kept.overlap < 0.4
     assert 0.3 < kept.min_score <= 0.8
@@ -187,6 +188,7 @@ def test_what_is_kept_is_chosen_by_base_boxes_alone() -> None:
 def test_what_is_given_stays_and_what_it_costs_is_said() -> None:
     """With the boxes on nothing there are seven proposals an image, but still no more than half an object."""
     chosen = choose([_scene(number, number % 2 == 0) for number in range(40)], _open(min_score=0.0, top=20))
+    assert chosen is not None
     assert (chosen.selection.min_score, chosen.selection.top) == (0.0, 20)
     assert chosen.per_image > 5
     assert chosen.on_object <= 1  # that few are on objects, one fixed choice cannot tell
@@ -194,10 +196,18 @@ def test_what_is_given_stays_and_what_it_costs_is_said() -> None:
     assert table["by_base_boxes"]["per_image"] == pytest.approx(chosen.per_image, abs=1e-4)
 
 
-def test_without_a_base_box_or_a_proposal_something_is_chosen() -> None:
+def test_without_a_held_out_box_that_is_found_nothing_is_chosen() -> None:
     nothing = Example(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-    assert choose([nothing], _open()).per_image == 0
-    assert choose([_scene(0, True)._replace(boxes=torch.zeros(0, 4), scores=torch.zeros(0))], _open()).recall == 0
+    assert choose([], _open()) is None
+    assert choose([nothing], _open()) is None
+    assert choose([_scene(0, True)._replace(boxes=torch.zeros(0, 4), scores=torch.zeros(0))], _open()) is None
+
+
+def test_where_nothing_is_unlabelled_the_strictest_choice_is_made() -> None:
+    chosen = choose([_scene(number, False) for number in range(40)], _open())
+    assert chosen is not None
+    assert chosen.selection.min_score == 0.8
+    assert (chosen.per_image, chosen.recall) == (0, 1)
 
 
 def test_the_choice_is_said_and_kept_with_the_proposals(
@@ -215,3 +225,14 @@ def test_the_choice_is_said_and_kept_with_the_proposals(
     with lines_to(lines.append):  # the choice is made again, and the same
         propose(_job(world, tmp_path / "q.json", micro_recipe(), checkpoint=(network,), top=3))
     assert not any(line.startswith("note: ") and "made otherwise" in line for line in lines)
+
+
+def test_proposals_by_the_choices_of_before_are_not_replaced_without_a_word(
+    world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path, proposed: Path
+) -> None:
+    network, lines = proposed.with_name("p.oln.safetensors"), list[str]()
+    given = {"top": 10, "overlap": 0.5, "min_side": 8.0, "min_score": 0.0}
+    propose(_job(world, tmp_path / "q.json", micro_recipe(), checkpoint=(network,), **given))
+    with lines_to(lines.append):
+        propose(_job(world, tmp_path / "q.json", micro_recipe(), checkpoint=(network,)))
+    assert any("proposals made otherwise" in line for line in lines)
