@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,7 +33,11 @@ def replace_file(file: Path, write: Callable[[Path], object], *, writer: str = "
         writer: who this is, where several processes may write the same file at once.
         durable: on the disk when this returns; not needed of pictures, which are many.
     """
-    if os.path.exists(file) and not (os.path.isfile(file) or os.path.isdir(file)):
+    try:
+        mode = os.stat(file).st_mode  # asked once: another process may delete it at any time
+    except OSError:
+        mode = stat.S_IFREG
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         write(file)
         return
     with writing(file):

@@ -294,3 +294,27 @@ def test_every_file_is_written_through_here() -> None:
                 others.append(f"{name}:{line} in {function}")
     assert others == []
     assert set(ALLOWED) == used
+
+
+def test_a_file_that_another_process_deletes_meanwhile_is_written_whole_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is gone after it was first looked at; it must not pass for a pipe, which is written to in place."""
+    file, look, written = tmp_path / "rows", os.stat, list[Path]()
+    file.write_text("before")
+
+    def looked_at(path: object, *rest: object, **more: object) -> os.stat_result:
+        found = look(path, *rest, **more)  # type: ignore[call-overload]
+        if path == file:
+            file.unlink(missing_ok=True)
+        return found
+
+    def write(partial: Path) -> None:
+        written.append(partial)
+        partial.write_text("after")
+
+    monkeypatch.setattr(os, "stat", looked_at)
+    replace_file(file, write)
+    monkeypatch.undo()
+    assert written != [file]
+    assert file.read_text() == "after"
