@@ -448,7 +448,7 @@ class TarWriter:
                     f"{url} holds the shards of something else; give another folder:\n  " + "\n  ".join(lines[:20])
                 )
             self.meta = found
-            text, weights = (meta.features.object_text, meta.features.label_weights)
+            text, weights = meta.features.object_text, meta.features.label_weights
             later = found.features
             if text and not later.object_text:  # the cache learned it since
                 later = replace(later, object_text=text)

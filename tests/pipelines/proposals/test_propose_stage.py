@@ -191,7 +191,6 @@ def test_what_is_given_stays_and_what_it_costs_is_said() -> None:
     assert chosen is not None
     assert (chosen.selection.min_score, chosen.selection.top) == (0.0, 20)
     assert chosen.per_image > 5
-    assert chosen.on_object <= 1  # that few are on objects, one fixed choice cannot tell
     table = chosen.about()
     assert table["by_base_boxes"]["per_image"] == pytest.approx(chosen.per_image, abs=1e-4)
 
