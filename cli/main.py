@@ -29,6 +29,7 @@ class _Commands(LazyGroup):
         "extract-clip": "Run the frozen CLIP once and fill the cache: class names, nouns, images, base boxes and "
         "proposals.",
         "calibrate": "Say and draw how far pseudo labels are trusted, and what to expect of them, before training.",
+        "relabel": "The next round: a trained detector proposes and names the pseudo boxes of a new set of the cache.",
         "train": "Train a detector from the cache; CLIP is not needed. --set overrides any value of the recipe.",
         "eval": "Detect on the validation images and print OV-COCO AP: novel, base, all, and split-blind beside it.",
         "detect": "Find anything that has a name in any pictures.",

@@ -38,6 +38,7 @@ ORDER = [
         "pipelines.evaluation",
         "pipelines.training",
         "pipelines.proposals",
+        "pipelines.relabelling",
         "pipelines.detection",
         "pipelines.export",
         "pipelines.ablation",

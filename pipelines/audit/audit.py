@@ -115,8 +115,10 @@ def _proposal_checks(config: AuditConfig, audited: Audited) -> list[Check]:
     """Of the set's record and, where it was given, of the file."""
     recorded, name = audited.cache.set.proposals.get("made_by"), "proposals: made by"
     by_cache = partial(checks.made_by, recorded, "the cache's record of its proposals")
+    named = audited.cache.set.proposals.get("verdicts")
+    others = [] if named is None else [_made(audited, "verdicts: made by", partial(checks.verdicts, named))]
     if config.proposals is None:
-        return [_made(audited, name, by_cache)]
+        return [_made(audited, name, by_cache), *others]
     with quiet():
         split = config.data.load("train2017", audited.protocol, base_only=True)
     table = read_table(config.proposals, audited.truth.file)
@@ -124,4 +126,5 @@ def _proposal_checks(config: AuditConfig, audited: Audited) -> list[Check]:
         _made(audited, "proposals: the file", partial(checks.same_proposals, table, split, config.proposals)),
         _made(audited, name, partial(checks.made_by, table.made_by, str(config.proposals))),
     ]
-    return [*found, _made(audited, name, by_cache)] if recorded and recorded != table.made_by else found
+    again = [_made(audited, name, by_cache)] if recorded and recorded != table.made_by else []
+    return [*found, *again, *others]

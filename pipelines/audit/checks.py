@@ -312,10 +312,45 @@ def _judge_shared_ids(
 def made_by(record: dict[str, Any] | None, whose: str, audited: Audited, found: Check) -> str:
     """The proposals' network was trained on base boxes alone, as its record says. `whose`: the record, in words."""
     if record:
-        return _judge_record(audited, found, record, whose)
+        return _judge_rounds(audited, found, record, whose)
     if audited.boxes.is_base.all():
         return "the cache has no proposals"
     return found.cannot(f"{whose} does not say what made the proposals: whether that saw novel boxes is not known")
+
+
+def verdicts(about: dict[str, Any], audited: Audited, found: Check) -> str:
+    """What named the proposals besides CLIP was trained on base boxes alone. `about`: the set's record of it."""
+    whose = f"the record of verdicts {about.get('file')}"
+    if not isinstance(record := about.get("made_by"), dict):
+        return found.cannot(f"{whose} does not say what made them: whether that saw novel annotations is not known")
+    return _judge_rounds(audited, found, record, whose)
+
+
+def _judge_rounds(audited: Audited, found: Check, record: dict[str, Any], whose: str) -> str:
+    """The record of a network, or that of a run of `hdovd relabel`, of which everything before counts: what its
+    backbone started from, and the proposals and verdicts that it was trained with.
+    """
+    first, texts = record, list[str]()
+    while True:
+        texts.append(_judge_record(audited, found, record, whose))
+        known = record.get("before")
+        if not isinstance(known, dict):
+            found.numbers = {"made_by": first}
+            return ", after ".join(texts)
+        for key, text in (("init", "began with the weights of another run"), ("oracle", "is an oracle")):
+            if record.get(key):
+                (found.leaks if key == "oracle" else found.unknown).append(f"{whose}: {record.get('run')} {text}")
+        network, weights = (str(value_at(record, f"backbone.{key}")) for key in ("name", "weights"))
+        _judge_start(audited, found, network, weights)
+        whose = f"{whose}, the round before"
+        named = value_at(known, "verdicts.made_by")
+        if not isinstance(known.get("made_by"), dict):
+            return found.cannot(f"{whose}: what made its proposals is not known")
+        if "verdicts" in known and not isinstance(named, dict):
+            found.unknown.append(f"{whose}: what made its verdicts is not known")
+        elif isinstance(named, dict) and named != known["made_by"]:
+            found.unknown.append(f"{whose}: its verdicts were made by something else than its proposals")
+        record = known["made_by"]
 
 
 def _judge_record(audited: Audited, found: Check, record: dict[str, Any], whose: str) -> str:
@@ -459,6 +494,11 @@ def backbone(audited: Audited, found: Check) -> str:
         network, weights = str(section["name"]), str(section["weights"])
     except (HdovdError, KeyError, TypeError) as error:
         return found.cannot(f"{path / 'config.toml'} does not say what the backbone started from ({error!r})")
+    return _judge_start(audited, found, network, weights)
+
+
+def _judge_start(audited: Audited, found: Check, network: str, weights: str) -> str:
+    """What a backbone started from."""
     if weights not in ("auto", "none"):
         return _judge_weights(audited, found, Path(weights))
     if ":" in network and not network.startswith(("timm:", "torchvision:")):

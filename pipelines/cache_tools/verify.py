@@ -196,6 +196,7 @@ OPTIONS = (
     "vocabulary",
     "captions",
     "nouns",
+    "verdicts",
     "synonyms",
     "class_embeddings",
     "protocol",

@@ -86,6 +86,7 @@ _LATER_FILES = (
     "synonyms",
     "class_embeddings",
     "nouns",
+    "verdicts",
 )  # not in `to_dict` without a value: sets that are older than these stay the same
 
 
@@ -286,6 +287,13 @@ class ExtractConfig:
     class_embeddings: ClassEmbeddings = None
     nouns: Annotated[Path | None, Option("A file of hdovd nouns, instead of --vocabulary and --captions.")] = None
     labels: Annotated[LabelRule, LABELS] = LIKELY_NOUN
+    verdicts: Annotated[
+        Path | None,
+        Option(
+            "What another model calls each proposal, mixed with CLIP's own: JSON lines of image_id, bbox and "
+            "names with scores (docs/VERDICTS.md)."
+        ),
+    ] = None
     exif: Annotated[
         Exif,
         Option(
@@ -311,6 +319,8 @@ class ExtractConfig:
                 f"--label-top-k {self.labels.top} is of pseudo labels, and there are none without --nouns or "
                 f"--vocabulary"
             )
+        if self.verdicts is not None and self.vocabulary is None and self.nouns is None:
+            raise HdovdError("--verdicts choose among nouns, and there are none without --nouns or --vocabulary")
         if self.synonyms is not None and self.class_embeddings is not None:
             raise HdovdError("--synonyms has no use with --class-embeddings, which takes the place of all class names")
         check_templates(self.templates)
@@ -330,6 +340,7 @@ class ExtractConfig:
             proposals=self.proposals,
             captions=self.captions,
             nouns=self.nouns,
+            verdicts=self.verdicts,
             synonyms=self.synonyms,
             class_embeddings=self.class_embeddings,
         )

@@ -46,10 +46,11 @@ from hdovd.pipelines.common.device import shown, workers_for
 from hdovd.pipelines.embedding.crops import Cutter
 from hdovd.pipelines.embedding.embedders import Crops, Embedder
 from hdovd.pipelines.embedding.feed import PartRows, RowBatch, Wanted, embed, own_threads
-from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule, Share
+from hdovd.pipelines.extraction.config import TEMPERATURE, ExtractConfig, LabelRule, Share
 from hdovd.pipelines.extraction.identities import BoxTable, PictureHashes, files_of, match_rows
 from hdovd.pipelines.extraction.pseudo_labels import label_rows
 from hdovd.pipelines.extraction.text import TextRows
+from hdovd.pipelines.extraction.verdicts import Verdicts
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.teachers.base import Teacher
 
@@ -272,10 +273,11 @@ class Extraction:
         embedders: Mapping[Level, Embedder],
         plans: list[LevelPlan],
         origin: dict[str, Any],
+        verdicts: Verdicts | None = None,
     ) -> None:
         """`base_names`: all names of each base class. `origin`: what a set's record says of the proposals."""
         self.split, self.table, self.pictures, self.teacher = split, table, pictures, teacher
-        self.embedders, self.templates, self.origin = embedders, config.templates, origin
+        self.embedders, self.templates, self.origin, self.verdicts = embedders, config.templates, origin, verdicts
         self._texts = {Level.CLASS: classes} | ({} if nouns is None else {Level.NOUN: TextRows(nouns.vocabulary)})
         self.plans = {plan.level: plan for plan in plans}
         self._asked_batch = config.batch_size
@@ -479,8 +481,10 @@ class Extraction:
         """Of the rows of a part, from what the cache holds of its crops and of the nouns."""
         instances = self.product(Level.INSTANCE)
         embeddings = open_rows(instances, "embedding", parts={start // instances.part_rows}).read(start, stop)
-        nouns, rule = self.product(Level.NOUN).table("embedding"), LabelRule.of(self.plans[Level.PSEUDO_LABEL].inputs)
-        return label_rows(self.table, start, stop, embeddings, nouns, self.offered, rule)
+        nouns, inputs = self.product(Level.NOUN).table("embedding"), self.plans[Level.PSEUDO_LABEL].inputs
+        temperature = inputs.get("verdicts", {}).get("temperature", TEMPERATURE)
+        rule = LabelRule.of(inputs)
+        return label_rows(self.table, start, stop, embeddings, nouns, self.offered, rule, self.verdicts, temperature)
 
     def probe(self) -> dict[Level, Cost]:
         """What the rows of a level cost: rows of some images spread over the list are cut, and a few embedded. Raises

@@ -13,13 +13,14 @@ import os
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from hdovd.cache.catalog import Catalog, FeatureSet
-from hdovd.cache.identity import KeyInputs, differences
+from hdovd.cache.identity import KeyInputs, differences, hash_file
 from hdovd.cache.picture_files import known_files
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import TAR_META, Level
@@ -42,6 +43,7 @@ from hdovd.pipelines.extraction.label_weights import expectation, label_evidence
 from hdovd.pipelines.extraction.pseudo_labels import rule_line, settled
 from hdovd.pipelines.extraction.source import ExportConfig
 from hdovd.pipelines.extraction.text import TextRows, object_text_entry, read_class_embeddings, read_synonyms
+from hdovd.pipelines.extraction.verdicts import read_verdicts
 from hdovd.pipelines.nouns.allowed import Nouns, named_novel, offered_nouns
 from hdovd.pipelines.proposal_files.file import Proposals, made_by_line, read_table, usable_proposals
 from hdovd.pipelines.teachers.base import Teacher
@@ -100,11 +102,16 @@ def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction
         teacher, Pictures(split.images, split.path, table.offset, table.box, split.exif), config.recipe
     )
     rule, base = config.labels, [(name, *classes.synonyms.get(name, ())) for name in protocol.base]
+    temperature, verdicts, told = getattr(teacher, "temperature", TEMPERATURE), None, None
     if nouns is not None:
-        rule = settled(rule, nouns, split.images, base, getattr(teacher, "temperature", TEMPERATURE))
+        rule = settled(rule, nouns, split.images, base, temperature)
         if line := rule_line(rule, nouns):
             log(line)
-    inputs = level_inputs(teacher, table, nouns, classes, config.templates, embedders, rule)
+        if config.verdicts is not None:
+            verdicts = read_verdicts(config.verdicts, table, nouns.vocabulary)
+            told = {"identity": verdicts.identity(), "temperature": float(f"{temperature:.6g}")}
+            origin = origin | {"verdicts": _made_verdicts(config.verdicts, origin.get("made_by"))}
+    inputs = level_inputs(teacher, table, nouns, classes, config.templates, embedders, rule, told)
     plans = plan_levels(
         catalog,
         inputs,
@@ -114,7 +121,7 @@ def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction
         retry_failed=config.retry_failed,
         read_alike=partial(read_alike, split),
     )
-    return Extraction(config, split, table, pictures, nouns, classes, base, teacher, embedders, plans, origin)
+    return Extraction(config, split, table, pictures, nouns, classes, base, teacher, embedders, plans, origin, verdicts)
 
 
 def _own_device(asked: str) -> str:
@@ -138,6 +145,18 @@ def cached_precision(catalog: Catalog | None, features: str, clip: KeyInputs) ->
         if all(found.get(name) == value for name, value in clip.items()):
             return Precision.of(found.get("compute_dtype"))
     return None
+
+
+def _made_verdicts(file: Path, made_by: dict[str, Any] | None) -> dict[str, Any]:
+    """What a set's record says of verdicts. `made_by`: of the proposals, which names the verdicts that were made with
+    them.
+    """
+    sha256 = hash_file(file)
+    return {
+        "file": file.name,
+        "sha256": sha256,
+        "made_by": made_by if (made_by or {}).get("verdicts_sha256") == sha256 else None,
+    }
 
 
 def _nouns(config: ExtractConfig, split: Split) -> Nouns | None:
@@ -277,7 +296,9 @@ def _finish(
         and origin.get("made_by") is None
         and before.proposals.get("identity") == origin.get("identity", "")
     ):
-        origin = before.proposals  # a file that was moved without its sidecar takes nothing away
+        origin = origin | {
+            "made_by": before.proposals.get("made_by")
+        }  # a file that was moved without its sidecar takes nothing away
     features = FeatureSet(
         extraction.keys(),
         extraction.split.skips.by_reason,

@@ -270,8 +270,11 @@ def level_inputs(
     templates: Sequence[str],
     embedders: Mapping[Level, Embedder],
     rule: LabelRule = ONE_NOUN,
+    verdicts: KeyInputs | None = None,
 ) -> dict[Level, KeyInputs]:
-    """All inputs of every level that an extraction writes: what determines its bytes, and nothing else."""
+    """All inputs of every level that an extraction writes: what determines its bytes, and nothing else. verdicts: what
+    the identity of labels says of them.
+    """
     schema: KeyInputs = {"schema_version": SCHEMA_VERSION}
     given = table.inputs()
     exif = str(embedders[Level.IMAGE].pictures.exif)
@@ -291,5 +294,6 @@ def level_inputs(
             "offered": offered_input(nouns, table.image_id.tolist()),
             "sources": hash_tables([table.source]),
             **rule.inputs(),
+            **({} if verdicts is None else {"verdicts": verdicts}),
         }
     return inputs

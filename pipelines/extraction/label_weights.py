@@ -208,12 +208,13 @@ def label_evidence(
 
 
 def on_object(proposals: Mapping[str, Any]) -> float | None:
-    """The share of proposals that lie on an object, as hdovd propose found by base boxes; None if it did not.
+    """The share of proposals that lie on an object, as what made them says; None if it does not.
 
     proposals: what a set says of them.
     """
     try:
-        share = float(proposals["made_by"]["selection"]["by_base_boxes"]["on_object"])
+        selection = proposals["made_by"]["selection"]
+        share = float(selection.get("by_base_boxes", selection)["on_object"])
     except (KeyError, TypeError, ValueError):
         return None
     return round(share, 4) if 0 <= share <= 1 else None

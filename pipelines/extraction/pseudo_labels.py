@@ -14,8 +14,9 @@ from torch import Tensor
 from hdovd.cache.schema import Source
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import ImageBoxes
-from hdovd.pipelines.extraction.config import LabelChoice, LabelRule
+from hdovd.pipelines.extraction.config import TEMPERATURE, LabelChoice, LabelRule
 from hdovd.pipelines.extraction.identities import BoxTable
+from hdovd.pipelines.extraction.verdicts import Verdicts
 from hdovd.pipelines.nouns.allowed import Nouns, meaning
 
 
@@ -88,18 +89,19 @@ def prior(offered: Sequence[int] | None, nouns: int, rule: LabelRule) -> Tensor:
 def best_nouns(
     crops: Tensor, nouns: Tensor, rule: LabelRule, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The nouns of a label: crops (n, D), nouns (K, D), both L2-normalised, K >= 1; added (K,), see `prior`.
+    """The nouns of a label: crops (n, D), nouns (K, D), both L2-normalised, K >= 1; added (K,) or (n, K), see `prior`.
 
     Returns their rows (n, k) int64, best first, -1 for none, their weights (n, k), 0 for none, and the best one's
     cosine (n,), 0 for none; k is at most K. Cosines and weights are of sums in float64: the last bits of a matrix
     product depend on where its rows lie in memory.
     """
-    added = torch.zeros(len(nouns)) if added is None else added
+    added = (torch.zeros(len(nouns)) if added is None else added).expand(len(crops), len(nouns))
     likely = crops @ nouns.T + added
     top = likely.topk(min(rule.top, len(nouns)), dim=1) if rule.top > 1 else likely.max(dim=1, keepdim=True)
     rows = top.indices
     cosines = (crops[:, None].double() * nouns[rows].double()).sum(dim=2)
-    ranks, none = cosines + added[rows], added[rows] == -torch.inf
+    added = added.gather(1, rows)
+    ranks, none = cosines + added, added == -torch.inf
     weights = (ranks / rule.temperature).softmax(dim=1) if rule.top > 1 else torch.ones_like(ranks)
     best = cosines[:, 0].masked_fill(none[:, 0], 0.0)
     return rows.masked_fill(none, -1), weights.masked_fill(none, 0.0).float(), best.float()
@@ -121,12 +123,15 @@ def label_rows(
     nouns: np.ndarray,
     offered: Mapping[int, Sequence[int]] | None,
     rule: LabelRule,
+    verdicts: Verdicts | None = None,
+    temperature: float = TEMPERATURE,
 ) -> dict[str, np.ndarray]:
     """The row arrays of a pseudo_label product, rows `start` to `stop` of the box table: of proposals that have an
     embedding.
 
     embeddings (stop - start, D) float16; nouns (K, D) float16; offered: noun rows by image id, None for all of them
-    everywhere.
+    everywhere. What a verdict adds to a cosine is the logarithm of its score times the temperature of CLIP's softmax:
+    Bayes's rule for two that judge by themselves.
     """
     texts, rows_and_nouns = torch.from_numpy(nouns.astype(np.float32)), (stop - start, rule.top)
     top_noun, top_weight = np.full(rows_and_nouns, -1, np.int32), np.zeros(rows_and_nouns, np.float32)
@@ -138,7 +143,10 @@ def label_rows(
         if len(rows):
             own = None if offered is None else offered.get(int(table.image_id[number]), ())
             crops = torch.from_numpy(embeddings[rows].astype(np.float32))
-            found, weights, best = best_nouns(crops, texts, rule, prior(own, len(texts), rule))
+            added = prior(own, len(texts), rule)
+            if verdicts is not None:
+                added = added + temperature * verdicts.of_rows(start + rows, len(texts))
+            found, weights, best = best_nouns(crops, texts, rule, added)
             k = found.shape[1]
             top_noun[rows, :k], top_weight[rows, :k], cosine[rows] = found.numpy(), weights.numpy(), best.numpy()
     arrays = {"noun": top_noun[:, 0], "noun_cosine": cosine}

@@ -147,22 +147,24 @@ def cache_of(run: RunFolder) -> FeatureCache:
     """
     from hdovd.cache.reader import FeatureCache
 
-    where, name, _ = _find(run)
+    where, name, _ = set_of_run(run)
     return FeatureCache(where, name)
 
 
 def data_of_cache(run: RunFolder) -> DataPaths:
     """Where the data lay that the run's features were made from. Raises HdovdError if that is not known."""
-    where, name, features = _find(run)
+    where, name, features = set_of_run(run)
     return extraction_of(features, where, name).data
 
 
-def _find(run: RunFolder) -> tuple[str, str, FeatureSet]:
-    """The cache's place, and the set with the run's keys."""
+def set_of_run(run: RunFolder, cache: Path | str | None = None) -> tuple[str, str, FeatureSet]:
+    """The cache's place, by default where it lay then, and the set with the run's keys. Raises HdovdError if there is
+    none.
+    """
     record = run.record()
     if "imported" in record:
         raise HdovdError("the run was imported from a checkpoint, so there is no cache that it was trained from")
-    where, levels = run.cache_url(), record["cache"]["levels"]
+    where, levels = cache or run.cache_url(), record["cache"]["levels"]
     if not where or not levels:
         raise HdovdError("the run does not say which cache it was trained from")
     if is_tar_form(where):

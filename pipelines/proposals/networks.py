@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -187,8 +187,17 @@ def require_some_readable(split: Split) -> None:
     raise HdovdError(f"no training picture of {split.folder} can be read; first reason: {first}")
 
 
+class Finder(Protocol):
+    """What finds boxes in pictures: a proposal network, or a detector that takes its place."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    def propose(self, images: list[Tensor]) -> list[tuple[Tensor, Tensor]]: ...
+
+
 def found_in(
-    pictures: Pictures, numbers: list[int], network: ProposalNetwork, us: Team, what: str
+    pictures: Pictures, numbers: list[int], network: Finder, us: Team, what: str
 ) -> Iterator[tuple[Picture, Tensor, Tensor]]:
     """Each picture of `numbers` in order, with the boxes (n, 4) and scores (n,) that a network proposes in it, on the
     CPU.

@@ -99,17 +99,17 @@ class Parts:
         except HdovdError:
             return False
 
-    def write(self, part: int, found: dict[int, Proposals], unreadable: list[str]) -> None:
-        """What was found in the pictures of a part, by image id, and why others could not be read. Raises HdovdError
-        if there is no room.
+    def write(self, part: int, found: dict[int, Proposals], **told: list[Any]) -> None:
+        """What was found in the pictures of a part, by image id, and what is told of it: JSON values by name, such as
+        `unreadable`, why pictures could not be read. Raises HdovdError if there is no room.
         """
-        write_proposals(self.file(part), found, {"images": list(found), "unreadable": unreadable})
+        write_proposals(self.file(part), found, {"images": list(found), **told})
 
-    def read(self, part: int) -> tuple[dict[int, Proposals], list[str]]:
+    def read(self, part: int) -> tuple[dict[int, Proposals], dict[str, list[Any]]]:
         """What was written."""
         table, about = read_npz(self.file(part))
         found, told = table.by_image(), about["made_by"]
-        return {image_id: found.get(image_id, NO_PROPOSALS) for image_id in told["images"]}, told["unreadable"]
+        return {image_id: found.get(image_id, NO_PROPOSALS) for image_id in told["images"]}, told
 
 
 def propose(job: ProposeConfig) -> dict[int, Proposals]:
@@ -137,7 +137,7 @@ def _propose(job: ProposeConfig, us: Team, stop: StopSignal) -> dict[int, Propos
     done = [parts.read(part) for part in parts.numbers()]
     us.wait()
     found = {image_id: proposals for part, _ in done for image_id, proposals in part.items()}
-    for problem in (problem for _, unreadable in done for problem in unreadable):
+    for problem in (problem for _, told in done for problem in told["unreadable"]):
         log(f"skipped: {problem}")
     if us.leads:
         _write(job, found, origin)
@@ -252,7 +252,7 @@ def _fill(
                 unreadable.append(picture.problem)
             else:
                 found[picture.image_id] = Proposals(boxes[keep].numpy(), scores[keep].numpy())
-        parts.write(part, found, unreadable)
+        parts.write(part, found, unreadable=unreadable)
 
 
 def stop_if_asked(stop: StopSignal, doing: str) -> None:

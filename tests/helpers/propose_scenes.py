@@ -41,10 +41,10 @@ def _run(job: ProposeConfig, kill_at: int = -1, kill_in_part: int = -1, signal: 
             os.kill(os.getpid(), signal)
         told(self, loop)
 
-    def write_or_die(self: proposal_parts.Parts, part: int, *found: Any) -> None:
+    def write_or_die(self: proposal_parts.Parts, part: int, *found: Any, **told: Any) -> None:
         if part == kill_in_part:
             os.kill(os.getpid(), signal)
-        write(self, part, *found)
+        write(self, part, *found, **told)
 
     SavingHooks.step = step  # type: ignore[method-assign]
     proposal_parts.Parts.write = write_or_die  # type: ignore[method-assign]

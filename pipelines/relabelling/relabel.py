@@ -1,0 +1,223 @@
+"""A round of pseudo boxes: a trained detector looks for base classes and nouns on the training images, what it finds
+there besides base boxes becomes proposals, and its names verdicts, which CLIP's own are mixed with.
+
+A box's score is the probability that it is no background, 1 - s1(background). As many proposals are kept as the set
+had that the detector was trained from, over all images those of the highest scores: the detector has learnt the base
+boxes, so that these cannot tell how many to keep, as they do for `hdovd propose`. Which share of them lies on an object
+follows from their scores: the mean, which is too high where the detector is too sure. Annotations of novel classes are
+not read.
+"""
+
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hdovd.cache.catalog import FeatureSet
+from hdovd.cache.identity import hash_file
+from hdovd.cache.reader import FeatureCache
+from hdovd.cache.schema import Level, Source
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError
+from hdovd.core.log import log, quiet
+from hdovd.core.version import __version__
+from hdovd.data.coco import Split
+from hdovd.modeling.base import Detector, build_detector
+from hdovd.modeling.boxes import combine_scores
+from hdovd.pipelines.common.device import Team, placed, team
+from hdovd.pipelines.common.process import StopSignal
+from hdovd.pipelines.extraction.extract_clip import ExtractReport, extract_clip
+from hdovd.pipelines.extraction.pseudo_labels import rows_of_classes
+from hdovd.pipelines.extraction.source import CacheSource, extraction_of, set_of_run
+from hdovd.pipelines.extraction.verdicts import FLOOR, write_verdicts
+from hdovd.pipelines.proposal_files.file import Proposals, read_table, write_proposals
+from hdovd.pipelines.proposals.networks import Pictures, found_in, require_some_readable
+from hdovd.pipelines.proposals.propose import Parts, stop_if_asked
+from hdovd.pipelines.proposals.selection import USUAL, Selection
+from hdovd.pipelines.relabelling.config import RelabelConfig, next_round
+from hdovd.pipelines.runs.folder import RunFolder, weights_hash
+
+NAMES = 20  # of a box, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Finder:
+    """A detector as a proposal network. texts: (C, D) of `base` classes and of nouns that name none."""
+
+    detector: Detector
+    texts: Tensor
+    base: int
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.detector.recipe
+
+    @torch.inference_mode()
+    def propose(self, images: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Of each image boxes (n, 4) xyxy pixels, and (n, 1 + N): how likely each is an object, and its scores for the
+        N nouns.
+        """
+        config, is_noun = self.recipe.inference, torch.arange(len(self.texts), device=self.texts.device) >= self.base
+        found = []
+        for one in self.detector.predict(images, self.texts):
+            names = one.class_probability
+            if one.distillation_score is not None:
+                names = combine_scores(names, one.distillation_score, is_noun, config.alpha, config.beta)
+            objects = 1 - one.class_probability[:, -1:]
+            found.append((one.boxes.float(), torch.cat([objects, names[:, self.base : -1]], dim=1).float()))
+        return found
+
+
+def relabel(config: RelabelConfig) -> tuple[ExtractReport, str]:
+    """Write the proposals and verdicts of a round, and fill the cache with the set that is made of them, whose name is
+    returned too.
+
+    The same call goes on where a killed one was. Raises HdovdError for bad input, such as a run of another cache or one
+    that saw novel boxes, and Stopped if a signal ended it.
+    """
+    config.check()
+    run = RunFolder.open(config.run, trusted=config.trust)
+    _, name, features = set_of_run(run, config.cache)
+    named, number = next_round(name)
+    extraction = extraction_of(
+        features,
+        config.cache,
+        name,
+        features=config.features or named,
+        proposals=config.proposals,
+        verdicts=config.verdicts,
+        device=config.device,
+        **({} if config.clip is None else {"clip": config.clip, "pretrained": config.pretrained}),
+        **({} if config.data is None else {"data": config.data}),
+    )
+    if extraction.features == name:
+        raise HdovdError(f"--features {name} is the set that {config.run} was trained from: give the new one a name")
+    with team(config.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
+        _propose(config, run, name, number, us, stop)
+        us.wait()
+    return extract_clip(extraction), extraction.features
+
+
+def _propose(config: RelabelConfig, run: RunFolder, name: str, number: int, us: Team, stop: StopSignal) -> None:
+    """Write the files of the round after the set of that name, unless they are there."""
+    cache = FeatureCache(config.cache, name)
+    if Level.PSEUDO_LABEL not in cache.levels():
+        raise HdovdError(f"{cache.url}: the set that {run.path} was trained from has no nouns to name boxes by")
+    split, protocol = CacheSource(config.cache, name, config.data).load_for(cache)
+    require_some_readable(split)
+    nouns, base = cache.names(Level.NOUN), protocol.base
+    synonyms = cache.key_inputs(Level.CLASS).get("synonyms", {})
+    taken = set().union(*rows_of_classes(nouns, [(own, *synonyms.get(own, ())) for own in base]))
+    others = [row for row in range(len(nouns)) if row not in taken]
+    selection = _selection(cache.set)
+    origin = _origin(config, run, cache.set, split, base, number) | {"selection": asdict(selection)}
+    if _is_there(config, origin):
+        log(f"{config.proposals}: the boxes and names of this round are there")
+        return
+    texts = torch.cat([run.class_embeddings()[: len(base)], torch.from_numpy(cache.embeddings(Level.NOUN))[others]])
+    detector = build_detector(run.recipe(), texts.shape[1], initialise=False)
+    run.load_model(detector, config.weights.file)
+    finder = Finder(placed(detector, us.device).eval(), texts.float().to(us.device), len(base))
+    folder = config.proposals.with_name(f"{config.proposals.stem}.parts")
+    parts = Parts.of(folder, split, run.recipe().train.batch_size, origin)
+    mine = [part for part in parts.numbers() if not parts.is_done(part)][us.rank :: us.world]
+    us.wait()  # all have looked, before the first one writes
+    results = found_in(
+        Pictures(split, run.recipe()), [n for part in mine for n in parts.rows(part)], finder, us, "relabel"
+    )
+    for part in mine:
+        found, names, unreadable = dict[int, Proposals](), list[Any](), list[str]()
+        for place, (picture, boxes, scores) in zip(parts.rows(part), results, strict=False):
+            stop_if_asked(stop, f"relabelling; whole parts are in {folder}")
+            if picture.problem:
+                unreadable.append(picture.problem)
+                continue
+            keep = selection.keep(boxes, scores[:, 0], torch.from_numpy(split.images[place].boxes))
+            found[picture.image_id] = Proposals(boxes[keep].numpy(), scores[keep, 0].numpy())
+            names.append([_best(row, [nouns[other] for other in others]) for row in scores[keep, 1:]])
+        parts.write(part, found, names=names, unreadable=unreadable)
+    us.wait()
+    if us.leads:
+        _write(config, parts, cache.counts(Source.PROPOSAL), origin)
+
+
+def _best(scores: Tensor, nouns: list[str]) -> dict[str, float]:
+    """The nouns (N,) of the highest scores, of `FLOOR` of the best or more."""
+    best = scores.topk(min(NAMES, len(nouns)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return {nouns[noun]: round(score, 6) for noun, score in pairs if score >= FLOOR * float(best.values[0])}
+
+
+def _write(config: RelabelConfig, parts: Parts, before: dict[Any, int], origin: dict[str, Any]) -> None:
+    """The files of a round, of what its parts hold, as many proposals as `before`."""
+    done = [parts.read(part) for part in parts.numbers()]
+    found = {image_id: proposals for part, _ in done for image_id, proposals in part.items()}
+    names = [own for _, told in done for own in told["names"]]
+    for problem in (problem for _, told in done for problem in told["unreadable"]):
+        log(f"skipped: {problem}")
+    scores = np.sort(np.concatenate([np.zeros(0), *(own.scores for own in found.values())]))[::-1]
+    count = min(sum(before.values()), len(scores))
+    least = float(scores[count - 1]) if count else 1.0
+    lines = list[tuple[int, list[float], dict[str, float]]]()
+    for (image_id, own), called in zip(found.items(), names, strict=True):
+        kept = int((own.scores >= least).sum())  # best first
+        found[image_id] = Proposals(own.boxes[:kept], own.scores[:kept])
+        box = own.boxes.astype(np.float64)
+        xywh = np.concatenate([box[:, :2], box[:, 2:] - box[:, :2]], axis=1).round(2).tolist()
+        lines += [(image_id, box, best) for box, best in zip(xywh[:kept], called[:kept], strict=True)]
+    write_verdicts(config.verdicts, lines)
+    share = round(float(scores[:count].mean()), 4) if count else 0.0
+    selection = origin["selection"] | {"min_score": least, "on_object": share}
+    made_by = origin | {"selection": selection, "verdicts_sha256": hash_file(config.verdicts)}
+    write_proposals(config.proposals, found, made_by)  # the last: with what made them, both are there
+    shutil.rmtree(parts.folder, ignore_errors=True)
+    log(
+        f"wrote {config.proposals} and {config.verdicts.name}: {len(lines):,d} proposals for {len(found):,d} images, "
+        f"as many as before, those of score {least:.3f} or more, and their names"
+    )
+
+
+def _origin(
+    config: RelabelConfig, run: RunFolder, features: FeatureSet, split: Split, base: tuple[str, ...], number: int
+) -> dict[str, Any]:
+    """What made the proposals of a round, as JSON has it; what `hdovd audit` asks for."""
+    counts, recipe = Counter(label for image in split.images for label in image.labels.tolist()), run.recipe()
+    return {
+        "detector": f"run of {recipe.detector.name}",
+        "run": str(run.path.resolve()),
+        "weights_sha256": weights_hash(run.path / config.weights.file),
+        "round": number,
+        "protocol": {"name": run.protocol().name, "base": list(base)},
+        "annotations": {"file": str(split.annotations.resolve()), "sha256": hash_file(split.annotations)},
+        "training_images": len(split.images),
+        "training_boxes": {base[label]: counts[label] for label in sorted(counts)},
+        "init": (run.record().get("init") or {}).get("run"),
+        "backbone": {"name": recipe.detector.backbone.name, "weights": str(recipe.detector.backbone.weights)},
+        "before": features.proposals,
+        "hdovd": __version__,
+    }
+
+
+def _selection(features: FeatureSet) -> Selection:
+    """What is kept of what a detector finds: as in the round before, where that is known, but for the score."""
+    given = (features.proposals.get("made_by") or {}).get("selection")
+    if not isinstance(given, dict) or not asdict(USUAL).keys() <= given.keys():
+        return USUAL
+    return replace(Selection(**{name: given[name] for name in asdict(USUAL)}), min_score=0.0)
+
+
+def _is_there(config: RelabelConfig, origin: dict[str, Any]) -> bool:
+    """Whether the files are those of this round; damaged ones are made again."""
+    try:
+        made_by = read_table(config.proposals).made_by or {}
+        same = made_by | {"selection": None} == origin | {
+            "selection": None,
+            "verdicts_sha256": hash_file(config.verdicts),
+        }
+    except (HdovdError, OSError):
+        return False
+    return same

@@ -1,0 +1,238 @@
+"""A round: what a run finds and names on the training images becomes a new set of its cache, of which the next run is
+trained; base boxes and novel annotations take no part; a killed round goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from audit_scenes import check_of, report_of
+
+from hdovd.cache.catalog import Catalog
+from hdovd.cache.identity import sealed
+from hdovd.cache.reader import FeatureCache
+from hdovd.cache.schema import Level, Source
+from hdovd.core.errors import HdovdError, Stopped
+from hdovd.core.log import lines_to
+from hdovd.data.coco import DataPaths
+from hdovd.modeling.base import build_detector
+from hdovd.modeling.boxes import combine_scores
+from hdovd.pipelines.audit.checks import Verdict
+from hdovd.pipelines.demo.world import BASE
+from hdovd.pipelines.evaluation.evaluate import read_pixels
+from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.proposal_files.file import read_table
+from hdovd.pipelines.proposals import propose as proposal_parts
+from hdovd.pipelines.proposals.selection import USUAL
+from hdovd.pipelines.relabelling import relabel as stage
+from hdovd.pipelines.relabelling.config import RelabelConfig, next_round
+from hdovd.pipelines.relabelling.relabel import relabel
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.train import TrainConfig, train
+
+
+@pytest.fixture(scope="module")
+def scene(
+    training_cache: Path, distilled: RunFolder, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, RelabelConfig, list[str]]:
+    """A cache with a second round in it, what was asked for, and what was said."""
+    folder = tmp_path_factory.mktemp("round")
+    cache = Path(shutil.copytree(training_cache, folder / "cache"))
+    config, lines = RelabelConfig(run=distilled.path, cache=cache, out=folder / "r.npz", device="cpu"), list[str]()
+    with lines_to(lines.append):
+        report, name = relabel(config)
+    assert report.whole
+    assert name == "default-round2"
+    return cache, config, lines
+
+
+def verdicts_of(config: RelabelConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in config.verdicts.read_text().splitlines()]
+
+
+def test_the_boxes_are_the_likeliest_objects_beside_base_boxes(
+    scene: tuple[Path, RelabelConfig, list[str]], distilled: RunFolder, world: Path
+) -> None:
+    """Counted once more by the model itself: of all boxes that overlap neither a base box nor a better one, the best,
+    as many as there were.
+    """
+    cache, config, lines = scene
+    before, after = FeatureCache(cache), FeatureCache(cache, "default-round2")
+    found = read_table(config.proposals).by_image()
+    assert sum(map(len, (own.boxes for own in found.values()))) == sum(before.counts(Source.PROPOSAL).values())
+    assert sum(after.counts(Source.PROPOSAL).values()) == sum(before.counts(Source.PROPOSAL).values())
+    protocol = distilled.protocol()
+    split = DataPaths(world).load("train2017", protocol, base_only=True)
+    model = build_detector(distilled.recipe(), before.dim, initialise=False)
+    distilled.load_model(model)
+    nouns = before.names(Level.NOUN)
+    others = [k for k, name in enumerate(nouns) if name not in BASE]
+    texts = torch.cat(
+        [distilled.class_embeddings()[: len(BASE)], torch.from_numpy(before.embeddings(Level.NOUN))[others]]
+    )
+    every, named, recipe = list[float](), dict[int, list[Any]](), distilled.recipe()
+    size, is_noun = recipe.train.batch_size, torch.arange(len(texts)) >= len(BASE)
+    for first in range(0, len(split.images), size):  # padding reaches into what is found
+        some = split.images[first : first + size]
+        for image, one in zip(
+            some, model.eval().predict([read_pixels(split, image) for image in some], texts), strict=True
+        ):
+            objects = 1 - one.class_probability[:, -1]
+            keep = USUAL.keep(one.boxes, objects, torch.from_numpy(image.boxes))
+            every += objects[keep].tolist()
+            assert one.distillation_score is not None
+            shares = recipe.inference.alpha, recipe.inference.beta
+            scores = combine_scores(one.class_probability, one.distillation_score, is_noun, *shares)
+            best = scores[:, len(BASE) : -1].argmax(dim=1)
+            named[image.id] = [(one.boxes[k], nouns[others[int(best[k])]]) for k in keep]
+    scores = np.concatenate([own.scores for own in found.values()])
+    np.testing.assert_allclose(np.sort(scores), np.sort(every)[-len(scores) :], atol=1e-5)
+    for verdict in verdicts_of(config):
+        assert not set(verdict["names"]) & set(BASE)
+        x, y, w, h = verdict["bbox"]
+        box = torch.tensor([x, y, x + w, y + h])
+        own = [name for other, name in named[verdict["image_id"]] if (other - box).abs().max() < 0.1]
+        assert own == [max(verdict["names"], key=verdict["names"].get)]
+    assert any("as many as before" in line for line in lines)
+
+
+def test_the_set_says_where_it_came_from_and_the_audit_proves_it(
+    scene: tuple[Path, RelabelConfig, list[str]], world: Path, distilled: RunFolder
+) -> None:
+    cache, _, _ = scene
+    features = FeatureCache(cache, "default-round2").set
+    made_by = features.proposals["made_by"]
+    assert made_by == features.proposals["verdicts"]["made_by"]
+    assert (made_by["run"], made_by["round"]) == (str(distilled.path.resolve()), 2)
+    assert set(made_by["training_boxes"]) <= set(BASE)
+    report = report_of(world, cache, features="default-round2")
+    for name in ("proposals: made by", "verdicts: made by"):  # the micro world's first proposals are of nobody known
+        assert check_of(report, name).verdict is Verdict.UNKNOWN
+        assert "the round before: what made its proposals is not known" in check_of(report, name).text
+    known = made_by | {"before": {"made_by": {**made_by, "before": None, "detector": "oln"}}}
+
+    def judged(record: dict[str, Any]) -> Verdict:
+        changed = features.to_tree()
+        changed["proposals"] = changed["proposals"] | {"made_by": record, "verdicts": {"file": "v", "made_by": record}}
+        Catalog(cache).folder.write("sets/changed.json", json.dumps(sealed(changed)).encode())
+        found = report_of(world, cache, features="changed")
+        (verdict,) = {check_of(found, name).verdict for name in ("proposals: made by", "verdicts: made by")}
+        return verdict
+
+    assert judged(known) is Verdict.OK
+    assert judged(known | {"oracle": True}) is Verdict.LEAK
+    assert judged(known | {"init": "other run"}) is Verdict.UNKNOWN
+    first = known["before"]["made_by"]
+    assert judged(known | {"before": {"made_by": first | {"training_boxes": {"key": 3}}}}) is Verdict.LEAK
+    assert judged(known | {"before": {"made_by": first, "verdicts": {"made_by": None}}}) is Verdict.UNKNOWN
+    assert judged(known | {"before": {"made_by": first, "verdicts": {"made_by": first}}}) is Verdict.OK
+    Catalog(cache).folder.delete("sets/changed.json")
+
+
+def test_the_next_run_is_trained_from_it(
+    scene: tuple[Path, RelabelConfig, list[str]], world: Path, tmp_path: Path, micro_recipe: Any
+) -> None:
+    cache, _, lines = scene
+    run = train(
+        TrainConfig(
+            data=DataPaths(world),
+            cache=cache,
+            out=tmp_path / "run",
+            recipe=micro_recipe(),
+            protocol=str(world / "protocol.toml"),
+            features="default-round2",
+            device="cpu",
+        )
+    )
+    third = RelabelConfig(run=run.path, cache=cache, device="cpu")
+    _, name = relabel(third)
+    assert name == "default-round3"
+    made_by = FeatureCache(cache, name).set.proposals["made_by"]
+    assert (made_by["round"], made_by["before"]["made_by"]["round"]) == (3, 2)
+    assert third.proposals == run.path / "relabelled.json"
+    assert any(line.startswith("labels of ") for line in lines)
+
+
+def test_a_killed_round_goes_on_and_a_done_one_is_not_done_again(
+    scene: tuple[Path, RelabelConfig, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, config, _ = scene
+    again = RelabelConfig(run=config.run, cache=cache, out=tmp_path / "r.npz", device="cpu")
+    monkeypatch.setattr(proposal_parts, "IMAGES", 8)
+    write, seen = proposal_parts.Parts.write, list[int]()
+
+    def write_or_die(self: proposal_parts.Parts, part: int, found: Any, **told: Any) -> None:
+        if part == 1 and not seen:
+            raise Stopped("killed", 75)
+        write(self, part, found, **told)
+
+    look = stage.found_in
+
+    def counted(pictures: Any, numbers: list[int], *rest: Any) -> Iterator[Any]:
+        seen.extend(numbers)
+        return look(pictures, numbers, *rest)
+
+    monkeypatch.setattr(proposal_parts.Parts, "write", write_or_die)
+    with pytest.raises(Stopped):
+        relabel(again)
+    monkeypatch.setattr(stage, "found_in", counted)
+    relabel(again)
+    assert seen
+    assert min(seen) >= 8
+    assert again.verdicts.read_bytes() == config.verdicts.read_bytes()
+    assert read_table(again.proposals).identity() == read_table(config.proposals).identity()
+    seen.clear()
+    lines = list[str]()
+    with lines_to(lines.append):
+        relabel(again)
+    assert not seen
+    assert f"{again.proposals}: the boxes and names of this round are there" in lines
+    assert not (tmp_path / "r.parts").exists()
+
+
+def changed_run(run: Path, folder: Path, **changes: Any) -> Path:
+    copy = Path(shutil.copytree(run, folder))
+    record = {name: value for name, value in json.loads((copy / "run.json").read_text()).items() if name != "sha256"}
+    (copy / "run.json").write_text(json.dumps(sealed(record | changes)))
+    return copy
+
+
+def test_refusals(
+    scene: tuple[Path, RelabelConfig, list[str]],
+    distilled: RunFolder,
+    copied_cache: Path,
+    extraction: Any,
+    tmp_path: Path,
+) -> None:
+    cache, _, _ = scene
+
+    def refused(**given: Any) -> str:
+        with pytest.raises(HdovdError) as error:
+            relabel(RelabelConfig(**({"run": distilled.path, "cache": cache, "device": "cpu"} | given)))
+        return str(error.value)
+
+    oracle = changed_run(distilled.path, tmp_path / "oracle", oracle=True)
+    assert f"{oracle} is an oracle, which saw boxes of novel classes" in refused(run=oracle)
+    begun = changed_run(distilled.path, tmp_path / "begun", init={"run": "x", "sha256": "y", "oracle": True})
+    assert "is an oracle" in refused(run=begun)
+    extract_clip(extraction(tmp_path / "other", templates=("a drawing of a {}",)))
+    assert "has no set of features with the products that the run was trained from" in refused(cache=tmp_path / "other")
+    assert "--features default is the set that" in refused(features="default")
+    assert "--features '../x': expected" in refused(features="../x")
+    assert "is no run" in refused(run=tmp_path)
+    assert "expected a file whose name ends in" in refused(out=tmp_path / "x.txt")
+    assert "no feature cache at" in refused(cache=tmp_path / "nothing")
+    assert not (distilled.path / "relabelled.json").exists()
+
+
+def test_rounds_are_counted() -> None:
+    assert next_round("default") == ("default-round2", 2)
+    assert next_round("a-round2") == ("a-round3", 3)
+    assert next_round("a-round9b") == ("a-round9b-round2", 2)
