@@ -1,5 +1,5 @@
 """A set of a cache in other forms: with its pictures and base annotations as tar shards, and from those a cache again,
-to the byte; or as one Parquet file.
+to the byte; as one Parquet file; or as crops to ask another model about.
 
 The Parquet file is for whatever reads tables: DuckDB, pandas, Polars, LanceDB, Embedding Atlas. A row a box, image by
 image, base boxes before proposals. Columns; null means that a value is not known or does not apply:
@@ -18,6 +18,7 @@ image, base boxes before proposals. Columns; null means that a value is not know
 
 import json
 from collections.abc import Iterator, Mapping
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,14 @@ from hdovd.core.errors import HdovdError, counted, system_reason
 from hdovd.core.log import log
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import Protocol
-from hdovd.pipelines.common.atomic_write import replace_file
+from hdovd.pipelines.common.atomic_write import replace_file, write_picture, write_text
 from hdovd.pipelines.common.console import progress, size
+from hdovd.pipelines.common.images import read_image
+from hdovd.pipelines.common.options import require_own_folder
 from hdovd.pipelines.extraction.identities import inputs_of
 from hdovd.pipelines.extraction.source import ExportConfig
+
+VERDICTS = "verdicts.jsonl"
 
 
 def export_tars(config: ExportConfig) -> TarMeta:
@@ -229,6 +234,38 @@ def _compare(product: Product, meta: TarMeta, part: int | str) -> None:
             f"{product.folder.url}: {wrong[0]} of {product} is not what was exported: were the shards changed? Delete "
             f"{product.prefix} in the cache, and import shards that hdovd exported"
         )
+
+
+AROUND = 0.1  # of a box's sides, on each side of a crop: what stands around an object helps to name it
+
+
+def export_crops(config: ExportConfig) -> None:
+    """Write the proposals' crops, and their lines for `verdicts.read_verdicts`. Images that could not be read are left
+    out, and told. Raises HdovdError if the set does not fit the data, or a picture is gone.
+    """
+    config.check()
+    require_own_folder(Path(config.out), VERDICTS, "crops")
+    cache, lines = FeatureCache(config.cache, config.features), list[dict[str, Any]]()
+    split, _ = config.load_for(cache)
+    first = dict(zip(*np.unique(cache.row_images(), return_index=True), strict=True))
+    nouns, failed = cache.names(Level.NOUN) if Level.NOUN in cache.levels() else [], cache.failed()
+    some = [image for image in split.images if image.id in first and image.id not in failed]
+    for image in progress(some, "crops", "image"):
+        rows = cache.instances(image.id)
+        picture = read_image(split.path(image), image.width, image.height, exif=split.exif)
+        for place in np.flatnonzero(rows.source == Source.PROPOSAL).tolist():
+            row, (left, top, right, bottom) = int(first[image.id]) + place, rows.box[place].astype(float).tolist()
+            x, y = AROUND * (right - left), AROUND * (bottom - top)
+            inside = max(left - x, 0), max(top - y, 0), min(right + x, image.width), min(bottom + y, image.height)
+            about = {"row": row, "image_id": image.id, "bbox": [left, top, right - left, bottom - top]}
+            lines.append(about | {"names": {nouns[rows.noun[place]]: 1.0} if rows.noun[place] >= 0 else {}})
+            crop = picture.crop((int(inside[0]), int(inside[1]), ceil(inside[2]), ceil(inside[3])))
+            write_picture(Path(config.out) / "crops" / f"{row}.jpg", crop, "JPEG", quality=95)
+    write_text(Path(config.out) / VERDICTS, "".join(f"{json.dumps(line)}\n" for line in lines))
+    log(
+        f"wrote {len(lines):,d} crops to {config.out}/crops, and {VERDICTS}, a line for each"
+        + (f"; left out: {counted(len(failed), 'image')} that could not be read" if failed else "")
+    )
 
 
 GROUP_ROWS = 16_384  # of a row group, which is held in memory: 32 MB of embeddings of 512 values

@@ -29,6 +29,7 @@ DATA_AND_PROTOCOL = "--data and --protocol"
 class ExportForm(StrEnum):
     WEBDATASET = "webdataset"
     PARQUET = "parquet"
+    CROPS = "crops"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +100,18 @@ class ExportConfig(CacheSource):
                 "to": (
                     ExportForm,
                     MISSING,
-                    Option("The form: tar shards that the webdataset package reads, or a Parquet file."),
+                    Option(
+                        "The form: tar shards that the webdataset package reads, a Parquet file, or a folder of the "
+                        "proposals' crops and verdicts to fill in."
+                    ),
                 )
             },
             itemgetter("to"),
         ),
     ] = ExportForm.WEBDATASET
-    out: Annotated[Path | str, Option("The folder to write, or s3://, gs://; for parquet a file, FILE.parquet.")]
+    out: Annotated[
+        Path | str, Option("The folder to write, for webdataset also s3://, gs://; for parquet a file, FILE.parquet.")
+    ]
     samples: Annotated[int, Option("Images a tar shard; it is held in memory while it is made.", min=1)] = TAR_SAMPLES
 
     def check(self) -> None:

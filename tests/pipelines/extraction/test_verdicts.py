@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hdovd.cache.identity import hash_file
 from hdovd.cache.reader import FeatureCache
@@ -23,8 +24,10 @@ from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.verify import extract_command
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.extraction.config import ExtractConfig
+from hdovd.pipelines.extraction.export import export_crops
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.identities import BoxTable, box_table
+from hdovd.pipelines.extraction.source import ExportConfig, ExportForm
 from hdovd.pipelines.extraction.verdicts import FLOOR, read_verdicts
 from hdovd.pipelines.proposal_files.file import read_table, usable_proposals, write_proposals
 
@@ -211,3 +214,33 @@ def test_data_paths_are_what_they_were(extraction: Config, world: Path, tmp_path
     """A set without verdicts says nothing of them: sets of before there were any stay the same."""
     assert "verdicts" not in extraction(tmp_path / "c").to_dict()
     assert extraction(tmp_path / "c").data == DataPaths(world)
+
+
+def test_crops_are_asked_about_and_answered(cache: Path, extraction: Config, table: BoxTable, tmp_path: Path) -> None:
+    """Every proposal has a crop that shows it, and a line; the lines are verdicts."""
+    lines, out = list[str](), tmp_path / "out"
+    with lines_to(lines.append):
+        export_crops(ExportConfig(cache=cache, to=ExportForm.CROPS, out=out))
+    told = [json.loads(line) for line in (out / "verdicts.jsonl").read_text().splitlines()]
+    assert [one["row"] for one in told] == rows_of(table)
+    assert lines[-1:] == [f"wrote {len(told)} crops to {out}/crops, and verdicts.jsonl, a line for each"]
+    rows = FeatureCache(cache).rows_between(0, len(table.box))
+    names = FeatureCache(cache).names(Level.NOUN)
+    split = extraction(tmp_path).data.load("train2017", load_protocol(extraction(tmp_path).protocol), base_only=True)
+    images = {image.id: image for image in split.images}
+    for one in told[::7]:
+        image, box = images[one["image_id"]], table.box[one["row"]]
+        assert one == line(table, one["row"], row=one["row"], names={names[rows.noun[one["row"]]]: 1.0})
+        with Image.open(split.path(image)) as picture, Image.open(out / "crops" / f"{one['row']}.jpg") as crop:
+            grown = box + 0.1 * np.tile(box[2:] - box[:2], 2) * [-1, -1, 1, 1]
+            wide = np.minimum(np.ceil(grown[2:]), picture.size) - np.maximum(np.floor(grown[:2]), 0)
+            assert np.abs(np.array(crop.size) - wide).max() <= 1
+            shown = np.asarray(crop.convert("RGB"), float)
+            left, top = np.maximum(np.floor(grown[:2]), 0).astype(int).tolist()
+            there = np.asarray(picture.convert("RGB"), float)[top : top + len(shown), left : left + shown.shape[1]]
+            assert np.abs(shown - there).mean() < 12  # JPEG's
+    assert read_verdicts(out / "verdicts.jsonl", table, names).offset[-1] == len(told)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(HdovdError, match="holds no crops, but other things"):
+        export_crops(ExportConfig(cache=cache, to=ExportForm.CROPS, out=tmp_path / "mine"))
