@@ -190,6 +190,11 @@ class FeatureCache:
         ]
         return dict(zip(self.image_ids().tolist(), np.diff(ends).tolist(), strict=True))
 
+    def named_share(self) -> float:
+        """The share of proposals that have a label; 0 without proposals."""
+        nouns = self._table(Level.PSEUDO_LABEL, "noun")[self._table(Level.BOXES, "source") == Source.PROPOSAL]
+        return float((nouns >= 0).sum() / max(len(nouns), 1))
+
     def image_embedding(self, image_id: int) -> np.ndarray:
         """(D,) float16."""
         row: np.ndarray = self._table(Level.IMAGE, "embedding")[self._row(Level.IMAGE, image_id)]

@@ -214,7 +214,7 @@ def held_out(cache: FeatureCache, split: Split, protocol: Protocol, config: Cali
     synonyms = {} if made.synonyms is None else read_synonyms(made.synonyms, protocol.names)
     names = [(name, *synonyms.get(name, ())) for name in protocol.base]
     found = label_evidence(cache, split, names, nouns.by_image)
-    fitted = found.fitted(on_object(cache.set.proposals))
+    fitted = found.fitted(on_object(cache.set.proposals), cache.named_share())
     for line in expectation(cache, fitted):
         log(line)
     right = found.right

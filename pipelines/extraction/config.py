@@ -46,7 +46,8 @@ class LabelRule:
 
     mentioned: the rank is the cosine, of the nouns that the image offers (METHOD section 2). likely: of all nouns, but
     those in `barred`, rows of base classes' names, whose objects are annotated already; nouns that the image offers
-    have `mention` more, or if that is None are the only ones. `barred` and `mention` follow from base boxes
+    have `mention` more, or if that is None are the only ones. `backgrounds`: rows of nouns that name no object; a crop
+    that is most like one of them gets no label. These three follow from base boxes and the nouns
     (`pseudo_labels.settled`).
     """
 
@@ -55,6 +56,7 @@ class LabelRule:
     choice: LabelChoice = LabelChoice.MENTIONED
     barred: tuple[int, ...] = ()
     mention: float | None = None
+    backgrounds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.top < 1:
@@ -66,14 +68,18 @@ class LabelRule:
         """What the rule adds to the identity of labels: no temperature for one noun, whose weight is 1 at any."""
         of_top = {} if self.top == 1 else {"top_k": self.top, "temperature": self.temperature}
         settled = {"barred": list(self.barred), "mention": self.mention} if self.barred or self.mention else {}
-        return of_top | ({} if self.choice is LabelChoice.MENTIONED else {"choice": str(self.choice)}) | settled
+        grounds = {"backgrounds": list(self.backgrounds)} if self.backgrounds else {}
+        return (
+            of_top | ({} if self.choice is LabelChoice.MENTIONED else {"choice": str(self.choice)}) | settled | grounds
+        )
 
     @classmethod
     def of(cls, inputs: KeyInputs) -> "LabelRule":
         """The rule of a pseudo_label product, by its key inputs."""
         top = (int(inputs["top_k"]), float(inputs["temperature"])) if "top_k" in inputs else (1, TEMPERATURE)
         choice = LabelChoice(inputs.get("choice", LabelChoice.MENTIONED))
-        return cls(*top, choice, tuple(inputs.get("barred", ())), inputs.get("mention"))
+        rows = (tuple(inputs.get(name, ())) for name in ("barred", "backgrounds"))
+        return cls(*top, choice, next(rows), inputs.get("mention"), next(rows))
 
 
 ONE_NOUN, LIKELY_NOUN = LabelRule(), LabelRule(choice=LabelChoice.LIKELY)
@@ -191,7 +197,7 @@ LABELS = Group(
             LabelChoice.LIKELY,
             Option(
                 "likely: the noun that crop and captions together make the most likely, never a base class's name, "
-                "whose objects are annotated. mentioned: of the captions' nouns the one most like it (the paper's)."
+                "whose objects are annotated; none for what is most like a background. mentioned: of the captions' nouns the one most like it (the paper's)."
             ),
         ),
     },

@@ -350,13 +350,13 @@ def _weigh_labels(extraction: Extraction, catalog: Catalog, config: ExtractConfi
     """Fit the weight of pseudo labels to base boxes, keep it with the set, and say what to expect of them."""
     cache, fitted = FeatureCache(config.cache, config.features), features.label_weights
     on = on_object(features.proposals)
-    if (fitted.get("failed"), fitted.get("on_object")) != (len(cache.failed()), on):
+    if (fitted.get("failed"), fitted.get("proposals_on_object")) != (len(cache.failed()), on):
         evidence = label_evidence(cache, extraction.split, extraction.base_names, extraction.offered)
         if not evidence.classes:
             log("note: the nouns name no base class, so nothing says how often labels are right: hdovd calibrate")
             return
         try:
-            fitted = evidence.fitted(on)
+            fitted = evidence.fitted(on, cache.named_share())
         except HdovdError as error:
             log(f"note: {error}; hdovd calibrate")
             return

@@ -135,37 +135,49 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
     """Labels of base boxes: their cosines (n,) and whether they are right (n,) bool. `classes`: how many of the base
-    classes the nouns name, without which none can be right, and whose boxes these are.
+    classes the nouns name, without which none can be right, and whose boxes these are. `unnamed`: boxes of theirs that
+    got no label, being most like a background.
     """
 
     cosines: np.ndarray
     right: np.ndarray
     classes: int
     failed: int = 0
+    unnamed: int = 0
 
-    def fitted(self, on_object: float | None) -> dict[str, Any]:
+    def fitted(self, on_object: float | None, named: float = 1.0) -> dict[str, Any]:
         """The weight, and what it was fitted to, as JSON values.
 
         on_object: the share of proposals that lie on an object; those on none are taken to look like wrong labels, of
         which there are so many more: odds of a right one fall, and the centre rises. None: not known, all of them.
+        named: the share of proposals that have a label. As few of those on objects have none as of base boxes, so that
+        of those with a label more lie on objects: what `on_object` says in the result.
 
         Raises HdovdError for too few labels.
         """
         fit, wrong = fit_probability(self.cosines, self.right), (int((~self.right).sum()) + 1) / (len(self.right) + 2)
+        known = {} if on_object is None else {"proposals_on_object": on_object}
+        if on_object is not None:
+            kept = len(self.right) / (len(self.right) + self.unnamed)
+            on_object = min(1.0, on_object * kept / max(named, 0.01))
         share = 1.0 if on_object is None else max(on_object, 0.01)
         fit = replace(fit, centre=fit.centre + fit.width * float(np.log1p((1 - share) / share / wrong)))
         of_right = _mean(fit.weights(self.cosines)[self.right]) or 1.0
         fit = replace(fit, scale=1 + max(0.0, 2 * fit.auc - 1) * (1 / of_right - 1))
         weights = fit.weights(self.cosines)
-        found = asdict(fit) | {
-            "boxes": len(self.right),
-            "classes": self.classes,
-            "failed": self.failed,
-            "named_rightly": int(self.right.sum()),
-            "on_object": on_object,
-            "weight_of_right": _mean(weights[self.right]),
-            "weight_of_wrong": _mean(weights[~self.right]),
-        }  # six digits: the last ones depend on where the cosines lie in memory
+        found = (
+            asdict(fit)
+            | known
+            | {
+                "boxes": len(self.right),
+                "classes": self.classes,
+                "failed": self.failed,
+                "named_rightly": int(self.right.sum()),
+                "on_object": on_object,
+                "weight_of_right": _mean(weights[self.right]),
+                "weight_of_wrong": _mean(weights[~self.right]),
+            }
+        )  # six digits: the last ones depend on where the cosines lie in memory
         return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in found.items()}
 
 
@@ -186,7 +198,7 @@ def label_evidence(
     failed, named = cache.failed(), np.array([bool(rows) for rows in of_class])
     images = [image for image in split.images if image.id not in failed and named[image.labels].any()]
     count = min(IMAGES, len(images))
-    cosines, right = [np.zeros(0, np.float32)], [np.zeros(0, bool)]
+    cosines, right, unnamed = [np.zeros(0, np.float32)], [np.zeros(0, bool)], 0
     rules = [
         replace(rule, barred=tuple(sorted(set(rule.barred).difference(*of_class[fold::FOLDS]))))
         for fold in range(FOLDS)
@@ -201,10 +213,11 @@ def label_evidence(
                 added = prior(own, len(nouns), rules[fold])
                 found, weights, _ = best_nouns(crops[mine], nouns, rules[fold], added)
                 some = (found[:, 0] >= 0).numpy()
+                unnamed += int((~some).sum())
                 cosines.append((crops[mine] * label_texts(nouns, found, weights)).sum(dim=1).numpy()[some])
                 pairs = zip(found[:, 0].tolist(), image.labels[mine].tolist(), strict=True)
                 right.append(np.array([noun in of_class[label] for noun, label in pairs], bool)[some])
-    return Evidence(np.concatenate(cosines), np.concatenate(right), int(named.sum()), len(failed))
+    return Evidence(np.concatenate(cosines), np.concatenate(right), int(named.sum()), len(failed), unnamed)
 
 
 def on_object(proposals: Mapping[str, Any]) -> float | None:
@@ -223,7 +236,8 @@ def on_object(proposals: Mapping[str, Any]) -> float | None:
 def expectation(cache: FeatureCache, fitted: Mapping[str, Any]) -> list[str]:
     """What to expect of training with the pseudo labels of a set, in words; fitted: its weights of labels."""
     share = fitted["named_rightly"] / max(fitted["boxes"], 1)
-    boxes, count = (sum(cache.counts(source).values()) for source in (Source.BASE_BOX, Source.PROPOSAL))
+    boxes, proposals = (sum(cache.counts(source).values()) for source in (Source.BASE_BOX, Source.PROPOSAL))
+    count = round(proposals * cache.named_share())
     lines = [
         f"labels of {fitted['boxes']:,d} base boxes, with their classes held out in turn: {share:.0%} right, AUC "
         f"{fitted['auc']:.3f}; so a label's weight, unless METHOD or --calibration has one for this CLIP, is "
@@ -236,5 +250,6 @@ def expectation(cache: FeatureCache, fitted: Mapping[str, Any]) -> list[str]:
     return [
         *lines,
         f"expect of {count:,d} pseudo boxes about {on:.0%} on an object and {on * share:.0%} with its name; wrong ones "
-        f"weigh {wrong / max(boxes, 1):.1%} of what the {boxes:,d} base boxes do: base AP is at risk by that",
+        f"weigh {wrong / max(boxes, 1):.1%} of what the {boxes:,d} base boxes do: base AP is at risk by that"
+        + (f"; {proposals - count:,d} proposals have no label" if count < proposals else ""),
     ]

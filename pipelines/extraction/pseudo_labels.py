@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hdovd.cache.schema import Source
-from hdovd.core.errors import HdovdError
+from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import ImageBoxes
+from hdovd.pipelines.common.name_list import shipped
 from hdovd.pipelines.extraction.config import TEMPERATURE, LabelChoice, LabelRule
 from hdovd.pipelines.extraction.identities import BoxTable
 from hdovd.pipelines.extraction.verdicts import Verdicts
@@ -24,7 +25,7 @@ def settled(
     rule: LabelRule, nouns: Nouns, images: Sequence[ImageBoxes], base: Sequence[Sequence[str]], temperature: float
 ) -> LabelRule:
     """The rule with what base boxes say: rows of the base classes' names are barred, and a noun that an image offers
-    has `mention` more than others.
+    has `mention` more than others. Nouns of the list `backgrounds` that ships are of no object.
 
     `mention` is the log of how much likelier a name is to be offered where its object is than where it is not, counted
     over base classes and their boxes, in units of the cosine: times the temperature of CLIP's softmax. It is Bayes's
@@ -42,8 +43,11 @@ def settled(
             "the vocabulary holds names of base classes alone, whose objects are annotated: nothing is left "
             "to name pseudo boxes by. Give more names, or --label-choice mentioned"
         )
+    grounds = {meaning(name) for name in shipped("backgrounds")}
+    found = (row for row, noun in enumerate(nouns.vocabulary) if meaning(noun) in grounds and row not in barred)
+    rule = replace(rule, barred=barred, backgrounds=tuple(found))
     if nouns.by_image is None or not barred:
-        return replace(rule, barred=barred)
+        return rule
     counts = np.ones((2, 2))  # of classes in images: is there a box of it, is a name of it offered; one each beforehand
     for image in images:
         offered, there = set(nouns.offered(image.id)), set(image.labels.tolist())
@@ -51,7 +55,7 @@ def settled(
             if rows:
                 counts[int(label in there), int(not offered.isdisjoint(rows))] += 1
     odds = counts[:, 1] / counts[:, 0]
-    return replace(rule, barred=barred, mention=round(max(0.0, temperature * float(np.log(odds[1] / odds[0]))), 4))
+    return replace(rule, mention=round(max(0.0, temperature * float(np.log(odds[1] / odds[0]))), 4))
 
 
 def rule_line(rule: LabelRule, nouns: Nouns) -> str:
@@ -61,9 +65,11 @@ def rule_line(rule: LabelRule, nouns: Nouns) -> str:
     if not rule.barred:
         return "note: the nouns name no base class: a proposal gets the likeliest of those that its image offers"
     mention = "" if rule.mention is None else f"; a noun that the captions hold counts as {rule.mention:g} more cosine"
+    grounds = [nouns.vocabulary[row] for row in rule.backgrounds]
+    what = f"; what is most like a background gets no label ({shorten([*grounds])})" if grounds else ""
     return (
         f"labels: {len(rule.barred)} of {len(nouns.vocabulary)} nouns name base classes, whose objects are annotated, "
-        f"and name no pseudo box{mention}"
+        f"and name no pseudo box{mention}{what}"
     )
 
 
@@ -100,8 +106,8 @@ def best_nouns(
     top = likely.topk(min(rule.top, len(nouns)), dim=1) if rule.top > 1 else likely.max(dim=1, keepdim=True)
     rows = top.indices
     cosines = (crops[:, None].double() * nouns[rows].double()).sum(dim=2)
-    added = added.gather(1, rows)
-    ranks, none = cosines + added, added == -torch.inf
+    added, grounds = added.gather(1, rows), torch.isin(rows, torch.tensor(rule.backgrounds, dtype=torch.int64))
+    ranks, none = cosines + added, (added == -torch.inf) | grounds | grounds[:, :1]
     weights = (ranks / rule.temperature).softmax(dim=1) if rule.top > 1 else torch.ones_like(ranks)
     best = cosines[:, 0].masked_fill(none[:, 0], 0.0)
     return rows.masked_fill(none, -1), weights.masked_fill(none, 0.0).float(), best.float()

@@ -86,7 +86,7 @@ def read_verdicts(path: Path, table: BoxTable, vocabulary: Sequence[str]) -> Ver
         row, scores, found = _row(tree, table, place, where), _scores(tree, where), dict[int, float]()
         if seen[row]:
             raise HdovdError(f"{where}: a second verdict on the same proposal: expected one line for each")
-        seen[row], best = True, max(scores.values())
+        seen[row], best = True, max(scores.values(), default=1.0)
         for name, score in scores.items():
             nouns = rows_of.get(meaning(name), [])
             unknown[name] += not nouns
@@ -156,13 +156,15 @@ def _row(tree: dict[str, Any], table: BoxTable, place: Mapping[int, int], where:
 
 
 def _scores(tree: dict[str, Any], where: str) -> dict[str, float]:
-    """Scores by name. Raises HdovdError if there is none above 0, or one that is no number of 0 or more."""
+    """Scores by name, {} where nothing was answered. Raises HdovdError if none is above 0, or one is no number of 0 or
+    more.
+    """
     names, expected = tree.get("names"), 'expected a score for each name, 0 or more, as {"cat": 0.9}'
     if not isinstance(names, dict):
         raise HdovdError(f"{where}: names is {shown(names)}, {expected}")
     for name, score in names.items():
         if type(score) not in (int, float) or not 0 <= score < math.inf:
             raise HdovdError(f"{where}: the score of {cut(name)!r} is {shown(score)}, {expected}")
-    if not any(names.values()):
+    if names and not any(names.values()):
         raise HdovdError(f"{where}: no name has a score above 0, {expected}")
     return names

@@ -10,6 +10,7 @@ not read.
 
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.boxes import combine_scores
 from hdovd.pipelines.common.device import Team, placed, team
 from hdovd.pipelines.common.process import StopSignal
+from hdovd.pipelines.extraction.config import LabelRule
 from hdovd.pipelines.extraction.extract_clip import ExtractReport, extract_clip
 from hdovd.pipelines.extraction.pseudo_labels import rows_of_classes
 from hdovd.pipelines.extraction.source import CacheSource, extraction_of, set_of_run
@@ -46,11 +48,14 @@ NAMES = 20  # of a box, at most
 
 @dataclass(frozen=True, slots=True)
 class Finder:
-    """A detector as a proposal network. texts: (C, D) of `base` classes and of nouns that name none."""
+    """A detector as a proposal network. texts: (C, D) of `base` classes and of N nouns that name none; `backgrounds`:
+    those of the nouns that name no object, (N,) bool.
+    """
 
     detector: Detector
     texts: Tensor
     base: int
+    backgrounds: Tensor
 
     @property
     def recipe(self) -> Recipe:
@@ -59,7 +64,7 @@ class Finder:
     @torch.inference_mode()
     def propose(self, images: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Of each image boxes (n, 4) xyxy pixels, and (n, 1 + N): how likely each is an object, and its scores for the
-        N nouns.
+        N nouns. What is most like a background is left out.
         """
         config, is_noun = self.recipe.inference, torch.arange(len(self.texts), device=self.texts.device) >= self.base
         found = []
@@ -67,8 +72,9 @@ class Finder:
             names = one.class_probability
             if one.distillation_score is not None:
                 names = combine_scores(names, one.distillation_score, is_noun, config.alpha, config.beta)
-            objects = 1 - one.class_probability[:, -1:]
-            found.append((one.boxes.float(), torch.cat([objects, names[:, self.base : -1]], dim=1).float()))
+            objects, names = 1 - one.class_probability[:, -1:], names[:, self.base : -1]
+            some = ~self.backgrounds[names.argmax(dim=1)]
+            found.append((one.boxes[some].float(), torch.cat([objects, names], dim=1)[some].float()))
         return found
 
 
@@ -121,7 +127,9 @@ def _propose(config: RelabelConfig, run: RunFolder, name: str, number: int, us: 
     texts = torch.cat([run.class_embeddings()[: len(base)], torch.from_numpy(cache.embeddings(Level.NOUN))[others]])
     detector = build_detector(run.recipe(), texts.shape[1], initialise=False)
     run.load_model(detector, config.weights.file)
-    finder = Finder(placed(detector, us.device).eval(), texts.float().to(us.device), len(base))
+    rule = LabelRule.of(cache.key_inputs(Level.PSEUDO_LABEL))
+    grounds = torch.tensor([row in rule.backgrounds for row in others], device=us.device)
+    finder = Finder(placed(detector, us.device).eval(), texts.float().to(us.device), len(base), grounds)
     folder = config.proposals.with_name(f"{config.proposals.stem}.parts")
     parts = Parts.of(folder, split, run.recipe().train.batch_size, origin)
     mine = [part for part in parts.numbers() if not parts.is_done(part)][us.rank :: us.world]
@@ -142,42 +150,49 @@ def _propose(config: RelabelConfig, run: RunFolder, name: str, number: int, us: 
         parts.write(part, found, names=names, unreadable=unreadable)
     us.wait()
     if us.leads:
-        _write(config, parts, cache.counts(Source.PROPOSAL), origin)
+        _write(config, parts, sum(cache.counts(Source.PROPOSAL).values()), origin)
 
 
 def _best(scores: Tensor, nouns: list[str]) -> dict[str, float]:
     """The nouns (N,) of the highest scores, of `FLOOR` of the best or more."""
     best = scores.topk(min(NAMES, len(nouns)))
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return {nouns[noun]: round(score, 6) for noun, score in pairs if score >= FLOOR * float(best.values[0])}
+    return {nouns[noun]: float(f"{score:.4g}") for noun, score in pairs if score >= FLOOR * float(best.values[0])}
 
 
-def _write(config: RelabelConfig, parts: Parts, before: dict[Any, int], origin: dict[str, Any]) -> None:
-    """The files of a round, of what its parts hold, as many proposals as `before`."""
-    done = [parts.read(part) for part in parts.numbers()]
-    found = {image_id: proposals for part, _ in done for image_id, proposals in part.items()}
-    names = [own for _, told in done for own in told["names"]]
-    for problem in (problem for _, told in done for problem in told["unreadable"]):
-        log(f"skipped: {problem}")
-    scores = np.sort(np.concatenate([np.zeros(0), *(own.scores for own in found.values())]))[::-1]
-    count = min(sum(before.values()), len(scores))
-    least = float(scores[count - 1]) if count else 1.0
-    lines = list[tuple[int, list[float], dict[str, float]]]()
-    for (image_id, own), called in zip(found.items(), names, strict=True):
-        kept = int((own.scores >= least).sum())  # best first
-        found[image_id] = Proposals(own.boxes[:kept], own.scores[:kept])
-        box = own.boxes.astype(np.float64)
-        xywh = np.concatenate([box[:, :2], box[:, 2:] - box[:, :2]], axis=1).round(2).tolist()
-        lines += [(image_id, box, best) for box, best in zip(xywh[:kept], called[:kept], strict=True)]
-    write_verdicts(config.verdicts, lines)
-    share = round(float(scores[:count].mean()), 4) if count else 0.0
-    selection = origin["selection"] | {"min_score": least, "on_object": share}
+def _write(config: RelabelConfig, parts: Parts, before: int, origin: dict[str, Any]) -> None:
+    """The files of a round, of what its parts hold: `before` proposals, or as many as there are."""
+    found = dict[int, Proposals]()
+    for part in parts.numbers():
+        boxes, told = parts.read(part)
+        found |= boxes
+        for problem in told["unreadable"]:
+            log(f"skipped: {problem}")
+    scores = np.sort(np.concatenate([np.zeros(0), *(own.scores for own in found.values())]))[::-1][:before]
+    if not len(scores):
+        raise HdovdError(f"{config.run} finds nothing on the training images besides base boxes")
+    least = float(scores[-1])
+
+    def lines() -> Iterator[tuple[int, list[float], dict[str, float]]]:
+        for part in parts.numbers():  # once more: names of millions of boxes would take gigabytes
+            boxes, told = parts.read(part)
+            for (image_id, own), names in zip(boxes.items(), told["names"], strict=True):
+                box = own.boxes[own.scores >= least].astype(np.float64)  # best first
+                xywh = np.concatenate([box[:, :2], box[:, 2:] - box[:, :2]], axis=1).round(2).tolist()
+                yield from ((image_id, one, called) for one, called in zip(xywh, names, strict=False))
+
+    write_verdicts(config.verdicts, lines())
+    selection = origin["selection"] | {"min_score": least, "on_object": round(float(scores.mean()), 4)}
     made_by = origin | {"selection": selection, "verdicts_sha256": hash_file(config.verdicts)}
-    write_proposals(config.proposals, found, made_by)  # the last: with what made them, both are there
+    kept = {
+        image_id: Proposals(own.boxes[own.scores >= least], own.scores[own.scores >= least])
+        for image_id, own in found.items()
+    }
+    count = write_proposals(config.proposals, kept, made_by)  # the last: with what made them, both are there
     shutil.rmtree(parts.folder, ignore_errors=True)
     log(
-        f"wrote {config.proposals} and {config.verdicts.name}: {len(lines):,d} proposals for {len(found):,d} images, "
-        f"as many as before, those of score {least:.3f} or more, and their names"
+        f"wrote {config.proposals} and {config.verdicts.name}: {count:,d} proposals for {len(kept):,d} images "
+        f"({before:,d} before), those of score {least:.3f} or more, {selection['on_object']:.3f} in the mean"
     )
 
 

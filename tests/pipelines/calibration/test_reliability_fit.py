@@ -122,6 +122,18 @@ def test_proposals_on_nothing_count_as_wrong_labels() -> None:
         assert fitted["weight_of_wrong"] < 0.5
 
 
+def test_of_proposals_with_a_label_more_lie_on_objects() -> None:
+    """Half of 100 proposals lie on objects; 90 % of base boxes have a label, so 45 of these too; 60 have one."""
+    right, wrong = _normal(0.29, 0.23, 0.03, 8_000, 1_000)
+    cosines, are_right = np.concatenate([right, wrong]), np.repeat([True, False], [len(right), len(wrong)])
+    some = Evidence(cosines, are_right, 1, unnamed=len(cosines) // 9)
+    fitted = some.fitted(0.5, 0.6)
+    assert (fitted["on_object"], fitted["proposals_on_object"]) == (pytest.approx(0.75, abs=1e-3), 0.5)
+    assert fitted["centre"] == Evidence(cosines, are_right, 1).fitted(fitted["on_object"])["centre"]
+    assert some.fitted(0.9, 0.6)["on_object"] == 1.0
+    assert "proposals_on_object" not in some.fitted(None, 0.6)
+
+
 def test_weights_of_labels_that_nothing_tells_apart_fall() -> None:
     """Right ones would weigh 1 in the mean by `fit_reliability`, and wrong ones nearly as much."""
     rng = np.random.default_rng(0)

@@ -24,7 +24,7 @@ from hdovd.pipelines.cache_tools.verify import extract_command
 from hdovd.pipelines.calibration.calibrate import calibrate
 from hdovd.pipelines.calibration.config import CalibrateConfig
 from hdovd.pipelines.calibration.values import origin_of, read_calibration, with_reliability
-from hdovd.pipelines.demo.world import BASE
+from hdovd.pipelines.demo.world import BASE, GROUNDS
 from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
@@ -48,7 +48,7 @@ def test_no_proposal_is_called_by_a_base_name(cache: Path) -> None:
 
 def test_labels_of_base_boxes_by_hand(cache: Path, world: Path) -> None:
     """Every base box may be called by the classes of its own quarter and by what is no base class, and by the best of
-    these is.
+    these is, if that is no background.
     """
     opened, protocol = FeatureCache(cache), load_protocol(str(world / "protocol.toml"))
     split = load_split(
@@ -60,7 +60,8 @@ def test_labels_of_base_boxes_by_hand(cache: Path, world: Path) -> None:
     mention = opened.key_inputs(Level.PSEUDO_LABEL)["mention"]
     assert mention > 0
     names, texts = opened.names(Level.NOUN), torch.from_numpy(opened.embeddings(Level.NOUN))
-    wanted = list[tuple[float, bool]]()
+    assert {names[row] for row in opened.key_inputs(Level.PSEUDO_LABEL)["backgrounds"]} == set(GROUNDS)
+    wanted, unnamed = list[tuple[float, bool]](), 0
     for image in split.images:
         crops = torch.from_numpy(opened.instances(image.id).base_boxes().embedding).float()
         for fold in range(4):
@@ -70,11 +71,14 @@ def test_labels_of_base_boxes_by_hand(cache: Path, world: Path) -> None:
                 free = [k for k, n in enumerate(names) if n not in BASE or protocol.base.index(n) % 4 == fold]
                 cosines = {k: float(torch.nn.functional.cosine_similarity(texts[k], crop, dim=0)) for k in free}
                 best = max(free, key=lambda k: cosines[k] + mention * (k in nouns.offered(image.id)))
-                wanted.append((cosines[best], names[best] == protocol.base[label]))
+                unnamed += names[best] in GROUNDS
+                if names[best] not in GROUNDS:
+                    wanted.append((cosines[best], names[best] == protocol.base[label]))
     assert found.right.tolist() == [right for _, right in wanted]
     np.testing.assert_allclose(found.cosines, [cosine for cosine, _ in wanted], atol=2e-3)  # rows are of float16
-    assert found.classes == len(BASE)
-    fitted = found.fitted(on_object(opened.set.proposals))
+    assert (found.classes, found.unnamed) == (len(BASE), unnamed)
+    assert unnamed > 5
+    fitted = found.fitted(on_object(opened.set.proposals), opened.named_share())
     assert fitted == pytest.approx(opened.set.label_weights)
     assert fitted.keys() == LABEL_WEIGHTS
 

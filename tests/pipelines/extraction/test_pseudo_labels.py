@@ -25,7 +25,7 @@ from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.extraction.config import ExtractConfig, LabelChoice, LabelRule
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars, import_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts, prior, settled
+from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts, prior, rule_line, settled
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.training.training_set import TarTrainingSet, TrainingSet
 
@@ -53,6 +53,19 @@ def test_several_nouns_by_hand() -> None:
     )
 
 
+def test_what_is_most_like_a_background_has_no_label() -> None:
+    """Cosines of the crops: 0.8, 0.96, 0.6 and 0, 0.8, 1."""
+    crops = torch.tensor([[0.8, 0.6], [0.0, 1.0]])
+    found, weights, cosine = best_nouns(crops, NOUNS, LabelRule(backgrounds=(1,)))
+    assert (found.tolist(), weights.tolist(), cosine.tolist()) == ([[-1], [2]], [[0], [1]], [0, 1])
+    found, weights, _ = best_nouns(crops, NOUNS, LabelRule(3, 0.1, backgrounds=(1,)))
+    assert found.tolist() == [[-1, -1, -1], [2, -1, 0]]  # nor is one a part of what another crop is called
+    assert (weights > 0).tolist() == [[False] * 3, [True, False, True]]
+    rule = LabelRule(choice=LabelChoice.LIKELY, barred=(0,), mention=0.5, backgrounds=(1, 2))
+    assert LabelRule.of(rule.inputs()) == rule
+    assert "backgrounds" not in LabelRule(barred=(0,), mention=0.5).inputs()
+
+
 def test_a_mentioned_noun_ranks_higher_and_a_barred_one_never() -> None:
     """Cosines of the crop: 0.8, 0.96, 0.6."""
     crop = torch.tensor([[0.8, 0.6]])
@@ -77,16 +90,18 @@ def test_a_mentioned_noun_ranks_higher_and_a_barred_one_never() -> None:
 def test_what_base_boxes_say_of_mentions_and_of_their_own_names() -> None:
     """Cats are mentioned in 2 of 3 pictures with one and in 1 of 2 without; no noun names dogs. Counts begin at one."""
     split = [_labelled(number, labels) for number, labels in enumerate(([0], [0, 1], [0], [1], [1]))]
-    vocabulary = ("Cats", "kite", "tomcat")
+    vocabulary = ("Cats", "kite", "tomcat", "Bricks")
     nouns = Nouns(vocabulary, {0: (0, 1), 1: (2,), 2: (1,), 3: (0,)})
     names = [("cat", "tomcat"), ("dog",)]
     rule = settled(LabelRule(choice=LabelChoice.LIKELY), nouns, split, names, 0.1)
-    assert rule.barred == (0, 2)
+    assert (rule.barred, rule.backgrounds) == ((0, 2), (3,))
     assert rule.mention == pytest.approx(0.1 * np.log((3 / 2) / (2 / 2)), abs=1e-4)
     assert settled(LabelRule(), nouns, split, names, 0.1) == LabelRule()
     everywhere = settled(LabelRule(choice=LabelChoice.LIKELY), Nouns(vocabulary, None), split, names, 0.1)
     assert (everywhere.barred, everywhere.mention) == ((0, 2), None)
     assert LabelRule.of(rule.inputs()) == rule
+    assert rule_line(rule, nouns).endswith("cosine; what is most like a background gets no label (Bricks)")
+    assert settled(rule, nouns, split, [("brick",)], 0.1).backgrounds == ()  # a base class of that name is an object
     with pytest.raises(HdovdError, match=r"names of base classes alone.*--label-choice mentioned"):
         settled(rule, Nouns(("cat",), None), split, names, 0.1)
 
