@@ -197,7 +197,8 @@ LABELS = Group(
             LabelChoice.LIKELY,
             Option(
                 "likely: the noun that crop and captions together make the most likely, never a base class's name, "
-                "whose objects are annotated; none for what is most like a background. mentioned: of the captions' nouns the one most like it (the paper's)."
+                "whose objects are annotated; none for what is most like a background. mentioned: of the captions' "
+                "nouns the one most like it (the paper's)."
             ),
         ),
     },

@@ -6,6 +6,7 @@ and knows no device.)
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,11 @@ from hdovd.pipelines.detection.detect import DetectConfig, detect
 from hdovd.pipelines.embedding.crop_recipe import PLAIN_BOX, CropRecipe, DenseRecipe
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.proposal_files.file import read_table
 from hdovd.pipelines.proposals.config import Detector, ProposeConfig
 from hdovd.pipelines.proposals.propose import propose
+from hdovd.pipelines.relabelling.config import RelabelConfig
+from hdovd.pipelines.relabelling.relabel import relabel
 from hdovd.pipelines.runs.checkpoint import load_checkpoint
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.hooks import PLAIN
@@ -128,6 +132,13 @@ def test_train_eval_and_detect(
     )
     assert result.images
     assert on_host(pretended_cuda) <= ANCHORS | LOADED | {"detector.py", "detect.py"}
+
+    cache = Path(shutil.copytree(training_cache, tmp_path / "cache"))
+    relabel(RelabelConfig(run=run.path, cache=cache))
+    assert not pretended_cuda.mixed
+    relabel(RelabelConfig(run=run.path, cache=cache, device="cpu", out=tmp_path / "cpu.json", features="cpu"))
+    scores, on_cpu_too = (read_table(file).score for file in (run.path / "relabelled.json", tmp_path / "cpu.json"))
+    np.testing.assert_allclose(np.sort(scores), np.sort(on_cpu_too), atol=0.02)
 
 
 def test_a_run_goes_on_where_it_was(
