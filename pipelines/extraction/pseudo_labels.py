@@ -151,7 +151,7 @@ def label_rows(
             crops = torch.from_numpy(embeddings[rows].astype(np.float32))
             added = prior(own, len(texts), rule)
             if verdicts is not None:
-                added = added + temperature * verdicts.of_rows(start + rows, len(texts))
+                added = added + temperature * verdicts.of_rows(start + rows, len(texts), rule.backgrounds)
             found, weights, best = best_nouns(crops, texts, rule, added)
             k = found.shape[1]
             top_noun[rows, :k], top_weight[rows, :k], cosine[rows] = found.numpy(), weights.numpy(), best.numpy()

@@ -52,14 +52,17 @@ class Verdicts:
     def identity(self) -> str:
         return hash_tables([self.offset, self.noun, self.log_score])
 
-    def of_rows(self, rows: np.ndarray, nouns: int) -> Tensor:
-        """Log scores (n, K) of rows of the box table; 0 in those without a verdict."""
+    def of_rows(self, rows: np.ndarray, nouns: int, backgrounds: Sequence[int] = ()) -> Tensor:
+        """Log scores (n, K) of rows of the box table; 0 in those without a verdict, and of backgrounds that a verdict
+        does not name: it says which object it is, and may not have been asked whether it is one.
+        """
         found = torch.zeros(len(rows), nouns)
         for log_scores, first, last in zip(
             found, self.offset[rows].tolist(), self.offset[rows + 1].tolist(), strict=True
         ):
             if last > first:
                 log_scores.fill_(math.log(FLOOR))
+                log_scores[list(backgrounds)] = 0.0
                 log_scores[torch.from_numpy(self.noun[first:last].astype(np.int64))] = torch.from_numpy(
                     self.log_score[first:last]
                 )

@@ -48,14 +48,11 @@ NAMES = 20  # of a box, at most
 
 @dataclass(frozen=True, slots=True)
 class Finder:
-    """A detector as a proposal network. texts: (C, D) of `base` classes and of N nouns that name none; `backgrounds`:
-    those of the nouns that name no object, (N,) bool.
-    """
+    """A detector as a proposal network. texts: (C, D) of `base` classes and of N nouns that name none."""
 
     detector: Detector
     texts: Tensor
     base: int
-    backgrounds: Tensor
 
     @property
     def recipe(self) -> Recipe:
@@ -64,7 +61,7 @@ class Finder:
     @torch.inference_mode()
     def propose(self, images: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Of each image boxes (n, 4) xyxy pixels, and (n, 1 + N): how likely each is an object, and its scores for the
-        N nouns. What is most like a background is left out.
+        N nouns.
         """
         config, is_noun = self.recipe.inference, torch.arange(len(self.texts), device=self.texts.device) >= self.base
         found = []
@@ -72,9 +69,8 @@ class Finder:
             names = one.class_probability
             if one.distillation_score is not None:
                 names = combine_scores(names, one.distillation_score, is_noun, config.alpha, config.beta)
-            objects, names = 1 - one.class_probability[:, -1:], names[:, self.base : -1]
-            some = ~self.backgrounds[names.argmax(dim=1)]
-            found.append((one.boxes[some].float(), torch.cat([objects, names], dim=1)[some].float()))
+            objects = 1 - one.class_probability[:, -1:]
+            found.append((one.boxes.float(), torch.cat([objects, names[:, self.base : -1]], dim=1).float()))
         return found
 
 
@@ -117,7 +113,9 @@ def _propose(config: RelabelConfig, run: RunFolder, name: str, number: int, us: 
     require_some_readable(split)
     nouns, base = cache.names(Level.NOUN), protocol.base
     synonyms = cache.key_inputs(Level.CLASS).get("synonyms", {})
-    taken = set().union(*rows_of_classes(nouns, [(own, *synonyms.get(own, ())) for own in base]))
+    taken = set(LabelRule.of(cache.key_inputs(Level.PSEUDO_LABEL)).backgrounds).union(
+        *rows_of_classes(nouns, [(own, *synonyms.get(own, ())) for own in base])
+    )
     others = [row for row in range(len(nouns)) if row not in taken]
     selection = _selection(cache.set)
     origin = _origin(config, run, cache.set, split, base, number) | {"selection": asdict(selection)}
@@ -127,9 +125,7 @@ def _propose(config: RelabelConfig, run: RunFolder, name: str, number: int, us: 
     texts = torch.cat([run.class_embeddings()[: len(base)], torch.from_numpy(cache.embeddings(Level.NOUN))[others]])
     detector = build_detector(run.recipe(), texts.shape[1], initialise=False)
     run.load_model(detector, config.weights.file)
-    rule = LabelRule.of(cache.key_inputs(Level.PSEUDO_LABEL))
-    grounds = torch.tensor([row in rule.backgrounds for row in others], device=us.device)
-    finder = Finder(placed(detector, us.device).eval(), texts.float().to(us.device), len(base), grounds)
+    finder = Finder(placed(detector, us.device).eval(), texts.float().to(us.device), len(base))
     folder = config.proposals.with_name(f"{config.proposals.stem}.parts")
     parts = Parts.of(folder, split, run.recipe().train.batch_size, origin)
     mine = [part for part in parts.numbers() if not parts.is_done(part)][us.rank :: us.world]

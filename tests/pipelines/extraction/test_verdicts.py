@@ -82,6 +82,8 @@ def test_scores_count_against_the_best_and_others_are_the_floor(table: BoxTable,
     added = found.of_rows(np.array([one, three, two, rows_of(table)[3]]), 3).exp()
     wanted = [[FLOOR, 1, FLOOR], [FLOOR, 0.5, 1], [1, FLOOR, 0.25], [1, 1, 1]]
     torch.testing.assert_close(added, torch.tensor(wanted), rtol=1e-5, atol=1e-7)
+    grounds = found.of_rows(np.array([one, two]), 4, (2, 3)).exp()  # a background that is named is as it is named
+    torch.testing.assert_close(grounds, torch.tensor([[FLOOR, 1, 1, 1], [1, FLOOR, 0.25, 1]]), rtol=1e-5, atol=1e-7)
     packed = tmp_path / "v.jsonl.gz"
     packed.write_bytes(gzip.compress(file.read_bytes()))
     assert read_verdicts(packed, table, NAMES).identity() == found.identity()
@@ -173,7 +175,9 @@ def test_labels_are_named_by_both(copied_cache: Path, extraction: Config, table:
         rank[list(offered.get(image, ()))] += mention
         if row in said:
             shares = {name: math.log(score / 1.0) for name, score in said[row].items()}  # a base name is the best one
-            rank += known["temperature"] * torch.tensor([shares.get(name, math.log(FLOOR)) for name in names])
+            rank += known["temperature"] * torch.tensor(
+                [shares.get(name, 0.0 if name in GROUNDS else math.log(FLOOR)) for name in names]
+            )
         rank[list(barred)] = -math.inf
         best = names[int(rank.argmax())] if now.noun[row] < 0 else names[now.noun[row]]
         assert rank[names.index(best)] == pytest.approx(float(rank.max()), abs=1e-4)

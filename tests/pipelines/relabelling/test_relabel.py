@@ -19,11 +19,10 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import sealed
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
-from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError, Stopped
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
-from hdovd.modeling.base import Detector, RoIPredictions, build_detector
+from hdovd.modeling.base import build_detector
 from hdovd.modeling.boxes import combine_scores
 from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.demo.world import BASE, GROUNDS
@@ -34,7 +33,7 @@ from hdovd.pipelines.proposals import propose as proposal_parts
 from hdovd.pipelines.proposals.selection import USUAL
 from hdovd.pipelines.relabelling import relabel as stage
 from hdovd.pipelines.relabelling.config import RelabelConfig, next_round
-from hdovd.pipelines.relabelling.relabel import Finder, relabel
+from hdovd.pipelines.relabelling.relabel import relabel
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.train import TrainConfig, train
 
@@ -74,7 +73,7 @@ def test_the_boxes_are_the_likeliest_objects_beside_base_boxes(
     model = build_detector(distilled.recipe(), before.dim, initialise=False)
     distilled.load_model(model)
     nouns = before.names(Level.NOUN)
-    others = [k for k, name in enumerate(nouns) if name not in BASE]
+    others = [k for k, name in enumerate(nouns) if name not in (*BASE, *GROUNDS)]
     texts = torch.cat(
         [distilled.class_embeddings()[: len(BASE)], torch.from_numpy(before.embeddings(Level.NOUN))[others]]
     )
@@ -90,43 +89,18 @@ def test_the_boxes_are_the_likeliest_objects_beside_base_boxes(
             shares = recipe.inference.alpha, recipe.inference.beta
             scores = combine_scores(one.class_probability, one.distillation_score, is_noun, *shares)
             best = scores[:, len(BASE) : -1].argmax(dim=1)
-            assert not [row for row in best.tolist() if nouns[others[row]] in GROUNDS]  # or it would be left out
             keep = USUAL.keep(one.boxes, objects, torch.from_numpy(image.boxes))
             every += objects[keep].tolist()
             named[image.id] = [(one.boxes[k], nouns[others[int(best[k])]]) for k in keep]
     scores = np.concatenate([own.scores for own in found.values()])
     np.testing.assert_allclose(np.sort(scores), np.sort(every)[-len(scores) :], atol=1e-5)
     for verdict in verdicts_of(config):
-        assert not set(verdict["names"]) & set(BASE)
+        assert not set(verdict["names"]) & {*BASE, *GROUNDS}
         x, y, w, h = verdict["bbox"]
         box = torch.tensor([x, y, x + w, y + h])
         own = [name for other, name in named[verdict["image_id"]] if (other - box).abs().max() < 0.1]
         assert own == [max(verdict["names"], key=verdict["names"].get)]
     assert any(f"({len(scores):,d} before)" in line for line in lines)
-
-
-class ByHand(Detector):
-    """Finds three boxes, whatever it is shown."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
-        self.recipe = recipe
-
-    def predict(self, images: list[torch.Tensor], texts: torch.Tensor) -> list[RoIPredictions]:
-        """One base class, the nouns sand and key, background."""
-        s1 = torch.tensor([[0.1, 0.5, 0.2, 0.2], [0.6, 0.1, 0.2, 0.1], [0.0, 0.3, 0.2, 0.5]])
-        s2 = torch.tensor([[0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0.5, 0.01, 0.9]])
-        return [RoIPredictions(torch.arange(12.0).view(3, 4), s1, s2) for _ in images]
-
-
-def test_what_the_detector_calls_a_background_is_left_out(micro_recipe: Any) -> None:
-    """The first box is sand. The third one is by s1 alone, and key by both scores: 0.2^0.55 0.9^0.45 > 0.3^0.55
-    0.01^0.45."""
-    finder = Finder(ByHand(micro_recipe()), torch.zeros(3, 2), 1, torch.tensor([True, False]))
-    ((boxes, scores),) = finder.propose([torch.zeros(3, 8, 8)])
-    assert boxes[:, 0].tolist() == [4, 8]
-    torch.testing.assert_close(scores[:, 0], torch.tensor([0.9, 0.5]))
-    assert (scores[:, 1:].argmax(dim=1) == 1).all()
 
 
 def test_the_set_says_where_it_came_from_and_the_audit_proves_it(
