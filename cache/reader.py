@@ -157,6 +157,11 @@ class FeatureCache:
         """Class or noun names, in row order."""
         return self._product(level).names
 
+    def known_nouns(self) -> list[str]:
+        """Nouns in row order; empty if the set has none, or nobody knows their words, as of an import's texts."""
+        known = Level.NOUN in self._products and not isinstance(self.key_inputs(Level.NOUN).get("names"), dict)
+        return self.names(Level.NOUN) if known else []
+
     def embeddings(self, level: Level) -> np.ndarray:
         """(n, D) float32 rows of the class, noun or image level, held in memory as float16."""
         return self._table(level, "embedding").astype(np.float32)
@@ -191,7 +196,9 @@ class FeatureCache:
         return dict(zip(self.image_ids().tolist(), np.diff(ends).tolist(), strict=True))
 
     def named_share(self) -> float:
-        """The share of proposals that have a label; 0 without proposals."""
+        """The share of proposals that have a label; 0 without proposals, 1 if the set is without labels."""
+        if Level.PSEUDO_LABEL not in self._products:
+            return 1.0
         nouns = self._table(Level.PSEUDO_LABEL, "noun")[self._table(Level.BOXES, "source") == Source.PROPOSAL]
         return float((nouns >= 0).sum() / max(len(nouns), 1))
 

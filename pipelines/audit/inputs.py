@@ -100,7 +100,6 @@ def read_boxes(cache: FeatureCache) -> CachedBoxes:
     boxes = Product(folder, Level.BOXES, cache.key(Level.BOXES))
     image_id = boxes.table("image_id")
     named = {Level.PSEUDO_LABEL, Level.NOUN} <= set(cache.levels())
-    has_names = named and not isinstance(cache.key_inputs(Level.NOUN).get("names"), dict)  # an import's texts have none
     return CachedBoxes(
         image_id,
         np.repeat(image_id, np.diff(boxes.table("offset"))),
@@ -108,7 +107,7 @@ def read_boxes(cache: FeatureCache) -> CachedBoxes:
         np.asarray(boxes.table("source") == Source.BASE_BOX),
         boxes.table("annotation_id"),
         Product(folder, Level.PSEUDO_LABEL, cache.key(Level.PSEUDO_LABEL)).table("noun") if named else None,
-        tuple(cache.names(Level.NOUN)) if has_names else (),
+        tuple(cache.known_nouns()) if named else (),
     )
 
 

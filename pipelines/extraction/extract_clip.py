@@ -352,13 +352,10 @@ def _weigh_labels(extraction: Extraction, catalog: Catalog, config: ExtractConfi
     on = on_object(features.proposals)
     if (fitted.get("failed"), fitted.get("proposals_on_object")) != (len(cache.failed()), on):
         evidence = label_evidence(cache, extraction.split, extraction.base_names, extraction.offered)
-        if not evidence.classes:
-            log("note: the nouns name no base class, so nothing says how often labels are right: hdovd calibrate")
-            return
         try:
             fitted = evidence.fitted(on, cache.named_share())
         except HdovdError as error:
-            log(f"note: {error}; hdovd calibrate")
+            log(f"note: {error}; hdovd calibrate tells more")
             return
         catalog.write_set(config.features, replace(features, label_weights=fitted))
     for line in expectation(cache, fitted):

@@ -1,12 +1,17 @@
 """How far pseudo labels are to be trusted, `w = scale * sigmoid((cos(v, u) - centre) / width)` (METHOD section 2),
 fitted to labels of base boxes.
 
-`extract-clip` ends with it: a quarter of the base classes after the other is held out, which is to say that their
-names may be given, as a novel class's may, and every base box of them gets the label that a proposal with its crop
-would get. Some of these labels are right. A logistic regression of "right" on the cosine gives the probability that a
-label is, in which proposals that lie on no object count as more wrong labels. That is the weight where the cosine tells
-nothing (AUC 0.5): all labels weigh their share of right ones. Where it tells right from wrong for certain (AUC 1),
-right labels weigh 1 in the mean, as base boxes do; in between the scale is, too. Nothing novel is read.
+`extract-clip` ends with it, and `calibrate` draws it: a quarter of the base classes after the other is held out, which
+is to say that their names may be given, as a novel class's may, and every base box of them gets the label that a
+proposal with its crop would get. Some of these labels are right. A logistic regression of "right" on the cosine gives
+the probability that a label is, in which proposals that lie on no object count as more wrong labels. That is the weight
+where the cosine tells nothing (AUC 0.5): all labels weigh their share of right ones. Where it tells right from wrong
+for certain (AUC 1), right labels weigh 1 in the mean, as base boxes do; in between the scale is, too. Nothing novel is
+read.
+
+Nouns that name no base class say nothing of that by themselves: then the embeddings of the base classes are nouns too,
+which every image offers. They are all nouns that there are where a set has none, or nobody knows the words of those
+that it has, as in imports.
 
 What this cannot see is that boxes of proposals fit less well than base boxes.
 
@@ -26,13 +31,12 @@ from hdovd.cache.schema import Level, Source
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import Split
 from hdovd.pipelines.common.console import progress
-from hdovd.pipelines.extraction.config import LabelRule
+from hdovd.pipelines.extraction.config import LabelChoice, LabelRule
 from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts, prior, rows_of_classes
 
 FOLDS = 4  # of the base classes
 IMAGES = 20_000  # to fit to, evenly spaced
-LEAST = 10  # labels of each kind; below MANY the fit is told to be uncertain
-MANY = 200
+LEAST = 10  # labels, without which nothing is fitted
 STEPS = 100
 LEAST_SLOPE = 1e-3  # for cosines in units of their standard deviation: below, they say nothing
 
@@ -61,36 +65,12 @@ def fit_probability(cosines: np.ndarray, right: np.ndarray) -> Fit:
         )
     x, count = np.concatenate([cosines[right], cosines[~right]]).astype(np.float64), int(right.sum())
     mean, spread = x.mean(), max(float(x.std()), 1e-3)
-    slope, offset = _logistic((x - mean) / spread, count, np.full(len(x), 1 / len(x)))
+    slope, offset = _logistic((x - mean) / spread, count)
     if slope < LEAST_SLOPE:  # a higher cosine does not speak for a label: all weigh alike
         share = (count + 1) / (len(x) + 2)
         slope, offset = LEAST_SLOPE, float(np.log(share / (1 - share)))
     auc = area_under_curve(cosines[right], cosines[~right]) if 0 < count < len(x) else 0.5
     return Fit(float(mean - spread * offset / slope), spread / slope, 1.0, auc)
-
-
-def fit_reliability(right: np.ndarray, wrong: np.ndarray) -> Fit:
-    """The weight that fits cosines (n,) of right and (m,) of wrong labels, for which it is not known how often each
-    comes: both kinds count alike, and right labels weigh 1 in the mean. Raises HdovdError if they do not say enough.
-    """
-    for name, cosines in (("right", right), ("wrong", wrong)):
-        if len(cosines) < LEAST:
-            raise HdovdError(f"{len(cosines)} {name} labels are too few to fit a weight to, expected {LEAST} or more")
-        if not np.isfinite(cosines).all():
-            raise HdovdError(
-                f"{int((~np.isfinite(cosines)).sum())} of {len(cosines)} cosines of {name} labels are not finite"
-            )
-    both = np.concatenate([right, wrong]).astype(np.float64)
-    mean, spread, auc = both.mean(), both.std(), area_under_curve(right, wrong)
-    halves = np.repeat([0.5 / len(right), 0.5 / len(wrong)], [len(right), len(wrong)])
-    slope, offset = _logistic((both - mean) / spread, len(right), halves) if spread > 1e-6 else (0.0, 0.0)
-    if slope < LEAST_SLOPE:
-        raise HdovdError(
-            f"the cosines do not tell right labels from wrong ones (AUC {auc:.3f}; means {right.mean():.3f} and "
-            f"{wrong.mean():.3f}): no weight can be fitted. Does this CLIP know the classes, by these prompts?"
-        )
-    centre, width = float(mean - spread * offset / slope), float(spread / slope)
-    return Fit(centre, width, float(1 / _sigmoid((right.astype(np.float64) - centre) / width).mean()), auc)
 
 
 def area_under_curve(right: np.ndarray, wrong: np.ndarray) -> float:
@@ -102,11 +82,14 @@ def area_under_curve(right: np.ndarray, wrong: np.ndarray) -> float:
     return float((below + up_to).sum() / (2 * len(right) * len(wrong)))
 
 
-def _logistic(x: np.ndarray, right: int, weight: np.ndarray) -> tuple[float, float]:
-    """Slope and offset of p = sigmoid(slope * x + offset); x: the `right` right ones first, each of its weight.
-    Newton's method, with halved steps.
+def _logistic(x: np.ndarray, right: int) -> tuple[float, float]:
+    """Slope and offset of p = sigmoid(slope * x + offset); x: the `right` right ones first. Newton's method, with
+    halved steps.
+
+    Targets are (n + 1) / (n + 2) and 1 / (m + 2) for n right and m wrong ones instead of 1 and 0 (Platt, 1999,
+    "Probabilistic outputs for support vector machines"): the width stays above 0 where no cosine is both.
     """
-    wrong = len(x) - right
+    wrong, weight = len(x) - right, 1 / len(x)
     target = np.repeat([(right + 1) / (right + 2), 1 / (wrong + 2)], [right, wrong])
     design = np.stack([x, np.ones_like(x)], axis=1)
     at = np.zeros(2)
@@ -134,9 +117,9 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
-    """Labels of base boxes: their cosines (n,) and whether they are right (n,) bool. `classes`: how many of the base
-    classes the nouns name, without which none can be right, and whose boxes these are. `unnamed`: boxes of theirs that
-    got no label, being most like a background.
+    """Labels of base boxes: their cosines (n,) and whether they are right (n,) bool. `classes`: how many base classes
+    have a noun, without which none can be right, and whose boxes these are. `unnamed`: boxes of theirs that got no
+    label, being most like a background.
     """
 
     cosines: np.ndarray
@@ -185,16 +168,33 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
+def same_prompts(cache: FeatureCache) -> bool:
+    """Whether nouns and classes are of the same prompts, as far as is known: a set may have no nouns, and an import
+    does not say it.
+    """
+    nouns = cache.key_inputs(Level.NOUN) if Level.NOUN in cache.levels() else {}
+    return "templates" not in nouns or cache.key_inputs(Level.CLASS).get("templates") == nouns["templates"]
+
+
 def label_evidence(
     cache: FeatureCache, split: Split, base: Sequence[Sequence[str]], offered: Mapping[int, Sequence[int]] | None
 ) -> Evidence:
-    """The labels that base boxes get by the set's own rule with their classes held out.
+    """The labels that base boxes get by the set's own rule with their classes held out; no labels if the nouns name no
+    base class and the classes are of other prompts.
 
     Args:
         base: the names of each base class. offered: noun rows by image id, None for all of them everywhere.
     """
-    rule, of_class = LabelRule.of(cache.key_inputs(Level.PSEUDO_LABEL)), rows_of_classes(cache.names(Level.NOUN), base)
-    nouns = F.normalize(torch.from_numpy(cache.embeddings(Level.NOUN)), dim=1)
+    rule = LabelRule.of(cache.key_inputs(Level.PSEUDO_LABEL) if Level.PSEUDO_LABEL in cache.levels() else {})
+    words, added = cache.known_nouns(), range(0)
+    of_class, texts = rows_of_classes(words, base), [cache.embeddings(Level.NOUN)] if words else []
+    if not any(of_class) and same_prompts(cache):
+        added = range(len(words), len(words) + len(base))
+        of_class = [{row} for row in added]
+        texts.append(cache.class_embeddings([names[0] for names in base]))
+        if rule.choice is LabelChoice.LIKELY:
+            rule = replace(rule, barred=(*rule.barred, *added))
+    nouns = F.normalize(torch.from_numpy(np.concatenate(texts)), dim=1)
     failed, named = cache.failed(), np.array([bool(rows) for rows in of_class])
     images = [image for image in split.images if image.id not in failed and named[image.labels].any()]
     count = min(IMAGES, len(images))
@@ -206,12 +206,11 @@ def label_evidence(
     for number in progress(range(count), "labels of base boxes", "image"):
         image = images[number * len(images) // count]
         crops = F.normalize(torch.from_numpy(cache.instances(image.id).base_boxes().embedding).float(), dim=1)
-        own = None if offered is None else offered.get(image.id, ())
+        own = None if offered is None else (*offered.get(image.id, ()), *added)
         for fold in range(FOLDS):
             mine = named[image.labels] & (image.labels % FOLDS == fold)
             if mine.any():
-                added = prior(own, len(nouns), rules[fold])
-                found, weights, _ = best_nouns(crops[mine], nouns, rules[fold], added)
+                found, weights, _ = best_nouns(crops[mine], nouns, rules[fold], prior(own, len(nouns), rules[fold]))
                 some = (found[:, 0] >= 0).numpy()
                 unnamed += int((~some).sum())
                 cosines.append((crops[mine] * label_texts(nouns, found, weights)).sum(dim=1).numpy()[some])

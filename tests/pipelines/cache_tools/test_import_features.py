@@ -20,10 +20,13 @@ from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.audit.audit import AuditConfig, audit
 from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.cache_tools.config import ForeignFormat, ImportConfig
 from hdovd.pipelines.cache_tools.importing import UNKNOWN_ORIGIN, import_features
+from hdovd.pipelines.calibration.calibrate import calibrate
+from hdovd.pipelines.calibration.config import CalibrateConfig
 
 Import = Callable[..., list[str]]
 
@@ -114,6 +117,31 @@ def test_audit_does_not_pass_what_the_publishers_do_not_say(published: Path, run
     unknown = {check.name for check in report.checks if check.verdict is Verdict.UNKNOWN}
     assert {"proposals: made by", "novel names"} <= unknown
     assert report.leaks == 0
+
+
+def test_an_import_is_calibrated_by_its_classes(published: Path, run: Import, world: Path, cache: Path) -> None:
+    """Nobody knows the words of its texts, so these are no nouns that a base box may be called by. Every other image's
+    boxes look as their class's name does.
+    """
+    given = {"data": DataPaths(world), "protocol": str(world / "protocol.toml")}
+    protocol = load_protocol(given["protocol"])
+    split, texts = given["data"].load("train2017", protocol, base_only=True), FeatureCache(cache)
+    for image in split.images[::2]:
+        file = published / "features" / f"{Path(image.file_name).stem}.pth"
+        own = torch.from_numpy(texts.class_embeddings([protocol.base[label] for label in image.labels.tolist()]))
+        torch.save(torch.load(file, weights_only=True) | {"gt_clip_image_embedding": own}, file)
+    run()
+    reader = FeatureCache(published / "imported")
+    assert reader.known_nouns() == []
+    assert len(reader.names(Level.NOUN)) > 5
+    found = calibrate(CalibrateConfig(cache=published / "imported", out=published / "c.toml", **given)).found
+    crops = np.concatenate([reader.instances(image.id).base_boxes().embedding for image in split.images]).astype(float)
+    cosines, labels = crops @ reader.class_embeddings(protocol.base).T, [image.labels for image in split.images]
+    right = cosines.argmax(axis=1) == np.concatenate(labels)
+    assert right.sum() >= sum(map(len, labels[::2])) >= 10
+    assert (found["boxes"], found["named_rightly"]) == (len(right), right.sum())
+    assert found["right_mean"] == pytest.approx(cosines.max(axis=1)[right].mean(), abs=2e-3)
+    assert found["wrong_mean"] == pytest.approx(cosines.max(axis=1)[~right].mean(), abs=2e-3)
 
 
 def test_other_rows_give_another_key(published: Path, run: Import) -> None:
@@ -235,3 +263,6 @@ def test_oadp_has_no_base_boxes_and_training_names_that(
         )
     with pytest.raises(HdovdError, match=r"base_boxes\.count differs"):
         train_micro(tmp_path / "run", from_cache=published / "imported")
+    given = {"data": DataPaths(world), "protocol": str(world / "protocol.toml")}
+    with pytest.raises(HdovdError, match=r"boxes level of .*imported does not fit this data:\n.*base_boxes\.count"):
+        calibrate(CalibrateConfig(cache=published / "imported", out=tmp_path / "c.toml", **given))

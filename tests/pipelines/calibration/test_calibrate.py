@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from hdovd.cache.reader import FeatureCache
@@ -24,7 +23,7 @@ from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.audit.audit import AuditConfig, audit
 from hdovd.pipelines.audit.checks import Verdict
-from hdovd.pipelines.calibration.calibrate import CalibrateConfig, calibrate, labels_of_boxes
+from hdovd.pipelines.calibration.calibrate import CalibrateConfig, calibrate
 from hdovd.pipelines.calibration.values import (
     KNOWN,
     Calibration,
@@ -35,7 +34,7 @@ from hdovd.pipelines.calibration.values import (
 )
 from hdovd.pipelines.common.options import refuse_two_sources
 from hdovd.pipelines.demo.world import BASE, NOVEL
-from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule
+from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.training.train import TrainConfig, train
 
@@ -44,23 +43,6 @@ OPENAI = {"clip": "ViT-B-32", "pretrained": "openai"}
 
 
 # --- which labels ---
-
-
-def test_labels_of_boxes_by_hand() -> None:
-    """Classes at 0, 60 and 90 degrees; a box at 10 degrees is of the first, one at 80 of the second, and taken for the
-    third.
-    """
-    angles = torch.deg2rad(torch.tensor([0.0, 60.0, 90.0])), torch.deg2rad(torch.tensor([10.0, 80.0]))
-    texts, crops = (torch.stack([a.cos(), a.sin()], dim=1) for a in angles)
-    found = labels_of_boxes(crops, torch.tensor([0, 1]), texts, LabelRule())
-    np.testing.assert_allclose(found.right, np.cos(np.deg2rad([10, 20])), rtol=1e-6)
-    np.testing.assert_allclose(found.wrong, np.cos(np.deg2rad([50, 10])), rtol=1e-6)  # the best wrong name of each box
-    assert found.named == 1
-    both = labels_of_boxes(
-        crops[:1], torch.tensor([0]), texts, LabelRule(2, 1e9)
-    )  # both classes alike: their mean, at 30 degrees
-    np.testing.assert_allclose(both.right, [np.cos(np.deg2rad(20))], rtol=1e-6)
-    np.testing.assert_allclose(both.wrong, [np.cos(np.deg2rad(65))], rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +66,29 @@ def knowing(cache: Path, world: Path, extraction: Config, tmp_path_factory: pyte
     return folder / "cache"
 
 
-def test_a_cache_is_calibrated(knowing: Path, tmp_path: Path) -> None:
+def test_a_cache_is_calibrated(knowing: Path, world: Path, tmp_path: Path) -> None:
+    """Without nouns, every base box is called by the base class that it is most like."""
     said: list[str] = []
     with lines_to(said.append):
         found = calibrate(CalibrateConfig(cache=knowing, out=tmp_path / "new" / "c.toml"))
-    again = read_calibration(tmp_path / "new" / "c.toml")
+    again, cache = read_calibration(tmp_path / "new" / "c.toml"), FeatureCache(knowing)
     assert again == found
     tree = tomllib.loads((tmp_path / "new" / "c.toml").read_text())
-    assert tree["fitted_on"]["levels"]["instance"] == FeatureCache(knowing).key(Level.INSTANCE)
+    assert tree["fitted_on"]["levels"]["instance"] == cache.key(Level.INSTANCE)
     assert any("AUC" in line for line in said)
-    assert "note: " in said[-2]  # few boxes
-    assert 0 < found.found["named_rightly"] <= found.found["boxes"]
-    assert found.found["weight_of_right"] == pytest.approx(1, abs=1e-4)
-    assert found.found["weight_of_wrong"] < 0.9
+    split = DataPaths(world).load("train2017", load_protocol(str(world / "protocol.toml")), base_only=True)
+    crops = np.concatenate([cache.instances(image.id).base_boxes().embedding for image in split.images]).astype(float)
+    texts, labels = cache.class_embeddings(BASE), np.concatenate([image.labels for image in split.images])
+    cosines = crops @ texts.T / np.linalg.norm(crops, axis=1, keepdims=True) / np.linalg.norm(texts, axis=1)
+    right = cosines.argmax(axis=1) == labels
+    assert (found.found["boxes"], found.found["named_rightly"]) == (len(labels), right.sum())
+    assert 10 <= right.sum() <= len(labels) - 10
+    assert found.found["right_mean"] == pytest.approx(cosines.max(axis=1)[right].mean(), abs=1e-3)
+    assert found.found["wrong_mean"] == pytest.approx(cosines.max(axis=1)[~right].mean(), abs=1e-3)
+    weights = found.scale / (1 + np.exp((found.centre - cosines.max(axis=1)) / found.width))
+    assert found.found["weight_of_right"] == pytest.approx(weights[right].mean(), abs=1e-3)
+    assert found.found["weight_of_wrong"] == pytest.approx(weights[~right].mean(), abs=1e-3)
+    assert weights[right].mean() > weights[~right].mean() + 0.05
     with Image.open(tmp_path / "new" / "c.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20) or ()}
     assert len(colours) > 5
@@ -136,6 +128,19 @@ def test_classes_of_other_prompts_than_the_nouns_are_refused(knowing: Path, extr
         HdovdError, match=r"the nouns are of the prompts .*the classes of a file of embeddings.*--features plain"
     ):
         calibrate(CalibrateConfig(cache=tmp_path / "cache", out=tmp_path / "c.toml"))
+
+
+def test_one_base_class_is_refused(extraction: Config, world: Path, tmp_path: Path) -> None:
+    """There is no wrong name to tell a right one from."""
+    protocol = tmp_path / "one.toml"
+    protocol.write_text(f'name = "one"\nbase = ["{BASE[0]}"]\nnovel = ["{NOVEL[0]}"]\n')
+    extract_clip(extraction(tmp_path / "cache", protocol=str(protocol), vocabulary=None, captions=None))
+    split = DataPaths(world).load("train2017", load_protocol(str(protocol)), base_only=True)
+    boxes = sum(len(image.labels) for image in split.images)
+    expected = f"set default of .*cache, {boxes} base boxes of 1 classes: {boxes} right and 0 wrong labels are too few"
+    with pytest.raises(HdovdError, match=expected):
+        calibrate(CalibrateConfig(cache=tmp_path / "cache", out=tmp_path / "c.toml"))
+    assert not (tmp_path / "c.toml").exists()
 
 
 # --- what training makes of it ---

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.extraction.label_weights import LEAST, Evidence, area_under_curve, fit_probability, fit_reliability
+from hdovd.pipelines.extraction.label_weights import LEAST, Evidence, Fit, area_under_curve, fit_probability
 
 
 def _normal(
@@ -19,75 +19,67 @@ def _normal(
     return rng.normal(right, spread, n).astype(np.float32), rng.normal(wrong, spread, m).astype(np.float32)
 
 
+def _fit(right: np.ndarray, wrong: np.ndarray) -> Fit:
+    return fit_probability(np.concatenate([right, wrong]), np.repeat([True, False], [len(right), len(wrong)]))
+
+
 @pytest.mark.parametrize(("n", "m"), [(40_000, 40_000), (60_000, 6_000), (3_000, 60_000)])
-def test_known_centre_and_width_come_back_however_many_there_are_of_each(n: int, m: int) -> None:
-    fit = fit_reliability(*_normal(0.29, 0.23, 0.03, n, m))
-    assert fit.centre == pytest.approx(0.26, abs=0.002)
-    assert fit.width == pytest.approx(0.03**2 / 0.06, rel=0.06)
+def test_known_centre_and_width_come_back(n: int, m: int) -> None:
+    """Odds of n to m move the centre by log(n / m) widths."""
+    fit, width = _fit(*_normal(0.29, 0.23, 0.03, n, m)), 0.03**2 / 0.06
+    assert fit.centre == pytest.approx(0.26 - width * np.log(n / m), abs=0.003)
+    assert fit.width == pytest.approx(width, rel=0.06)
+    assert fit.scale == 1
 
 
-def test_right_labels_weigh_one_on_average() -> None:
+def test_the_scale_by_hand() -> None:
+    """As far from 1 towards what makes right labels weigh 1 in the mean as the AUC is from 0.5 towards 1."""
     right, wrong = _normal(0.29, 0.25, 0.03)
-    fit = fit_reliability(right, wrong)
-    by_hand = fit.scale / (1 + np.exp(-(right.astype(float) - fit.centre) / fit.width))
-    assert by_hand.mean() == pytest.approx(1, abs=1e-6)
-    np.testing.assert_allclose(fit.weights(right), by_hand, rtol=1e-5)
-    assert 1 < fit.scale < 2
-    assert fit.weights(wrong).mean() < 0.7
+    labels = np.repeat([True, False], [len(right), len(wrong)])
+    fitted = Evidence(np.concatenate([right, wrong]), labels, 4).fitted(None)
+    centre, width, auc = (fitted[name] for name in ("centre", "width", "auc"))
+    of_right, of_wrong = ((1 / (1 + np.exp((centre - cosines) / width))).mean() for cosines in (right, wrong))
+    scale = 1 + (2 * auc - 1) * (1 / of_right - 1)
+    assert 1.1 < scale < 1 / of_right - 0.05
+    assert fitted["scale"] == pytest.approx(scale, rel=1e-3)
+    assert fitted["weight_of_right"] == pytest.approx(scale * of_right, rel=1e-3)
+    assert fitted["weight_of_wrong"] == pytest.approx(scale * of_wrong, rel=1e-3)
 
 
 def test_what_is_told_apart_better_is_weighed_more_sharply() -> None:
-    sharp, dull = (fit_reliability(*_normal(0.3, 0.2, spread)) for spread in (0.02, 0.08))
+    sharp, dull = (_fit(*_normal(0.3, 0.2, spread)) for spread in (0.02, 0.08))
     assert sharp.width < dull.width
-    assert sharp.scale < dull.scale
     assert sharp.auc > dull.auc
 
 
 @pytest.mark.parametrize("gap", [0.001, 0.4])
 def test_cosines_that_are_told_apart_without_fault_keep_a_width(gap: float) -> None:
     right, wrong = np.linspace(0.3, 0.35, 500), np.linspace(0.25, 0.3 - gap, 500)
-    fit = fit_reliability(right, wrong)
+    fit = _fit(right, wrong)
     assert fit.auc == 1
     assert 1e-6 < fit.width < 0.1
     assert wrong.max() < fit.centre < right.min()
-    assert 1 <= fit.scale < 1.1
+    whole = Evidence(np.concatenate([right, wrong]), np.repeat([True, False], 500), 4).fitted(None)
+    assert whole["weight_of_right"] == pytest.approx(1, abs=1e-5)
+    assert 1 <= whole["scale"] < 1.1
 
 
 def test_shifted_and_stretched_cosines_shift_and_stretch_the_weight() -> None:
     right, wrong = _normal(0.29, 0.25, 0.03, 2_000, 2_000)
-    one, other = fit_reliability(right, wrong), fit_reliability(right * 0.5 + 0.4, wrong * 0.5 + 0.4)
+    one, other = _fit(right, wrong), _fit(right * 0.5 + 0.4, wrong * 0.5 + 0.4)
     assert other.centre == pytest.approx(one.centre * 0.5 + 0.4, abs=1e-4)
     assert other.width == pytest.approx(one.width * 0.5, rel=1e-3)
-    assert other.scale == pytest.approx(one.scale, rel=1e-3)
+    assert other.auc == pytest.approx(one.auc, abs=1e-4)
 
 
 def test_area_under_curve_by_hand() -> None:
     assert area_under_curve(np.array([0.3, 0.2]), np.array([0.1, 0.2, 0.25])) == pytest.approx((3 + 1.5) / 6)
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong", "match"),
-    [
-        (np.zeros(0), np.full(50, 0.2), "0 right labels are too few"),
-        (np.full(50, 0.3), np.full(LEAST - 1, 0.2), "9 wrong labels are too few"),
-        (np.full(50, 0.25), np.full(50, 0.25), "do not tell right labels from wrong"),
-        (np.linspace(0.1, 0.2, 50), np.linspace(0.2, 0.3, 50), "do not tell right labels from wrong"),
-        (np.r_[np.full(50, 0.3), np.nan], np.full(50, 0.2), "1 of 51 cosines of right labels are not finite"),
-    ],
-)
-def test_cosines_that_say_nothing_are_refused(right: np.ndarray, wrong: np.ndarray, match: str) -> None:
-    with pytest.raises(HdovdError, match=match):
-        fit_reliability(right, wrong)
-
-
 def test_the_weight_is_the_probability_of_a_right_label() -> None:
-    right, wrong = _normal(0.29, 0.23, 0.03, 30_000, 10_000)  # odds of 3 to 1 move the centre by log 3 widths
+    right, wrong = _normal(0.29, 0.23, 0.03, 30_000, 10_000)
     cosines, is_right = np.concatenate([right, wrong]), np.repeat([True, False], [len(right), len(wrong)])
     fit = fit_probability(cosines, is_right)
-    width = 0.03**2 / 0.06
-    assert fit.centre == pytest.approx(0.26 - width * np.log(3), abs=0.002)
-    assert fit.width == pytest.approx(width, rel=0.06)
-    assert fit.scale == 1
     for low in (0.2, 0.25, 0.3):
         near = (cosines > low) & (cosines < low + 0.01)
         assert fit.weights(cosines[near]).mean() == pytest.approx(is_right[near].mean(), abs=0.03)
@@ -96,7 +88,7 @@ def test_the_weight_is_the_probability_of_a_right_label() -> None:
 @pytest.mark.parametrize("gap", [0.0, -0.05])
 def test_where_the_cosine_tells_nothing_every_label_weighs_the_share_of_right_ones(gap: float) -> None:
     right, wrong = _normal(0.25 + gap, 0.25, 0.03, 6_000, 14_000)
-    fit = fit_probability(np.concatenate([right, wrong]), np.repeat([True, False], [6_000, 14_000]))
+    fit = _fit(right, wrong)
     assert fit.weights(np.array([0.2, 0.25, 0.3])) == pytest.approx(0.3, abs=0.02)
 
 
@@ -135,7 +127,6 @@ def test_of_proposals_with_a_label_more_lie_on_objects() -> None:
 
 
 def test_weights_of_labels_that_nothing_tells_apart_fall() -> None:
-    """Right ones would weigh 1 in the mean by `fit_reliability`, and wrong ones nearly as much."""
     rng = np.random.default_rng(0)
     blind = Evidence(rng.normal(0.25, 0.03, 20_000).astype(np.float32), rng.random(20_000) < 0.4, 4)
     fitted = blind.fitted(0.5)
@@ -144,6 +135,7 @@ def test_weights_of_labels_that_nothing_tells_apart_fall() -> None:
 
 
 def test_too_few_labels_fit_nothing() -> None:
-    right, _ = _normal(0.29, 0.23, 0.03, 10, 10)
-    with pytest.raises(HdovdError, match="5 labels of base boxes are too few"):
-        Evidence(right[:5], np.ones(5, bool), 1).fitted(None)
+    right, _ = _normal(0.29, 0.23, 0.03, LEAST, LEAST)
+    assert Evidence(right, np.ones(LEAST, bool), 1).fitted(None)["boxes"] == LEAST
+    with pytest.raises(HdovdError, match="9 labels of base boxes are too few"):
+        Evidence(right[1:], np.ones(LEAST - 1, bool), 1).fitted(None)

@@ -5,12 +5,12 @@ run.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from hdovd.cache.catalog import LABEL_WEIGHTS, Catalog, FeatureSet
 from hdovd.cache.reader import FeatureCache
@@ -18,21 +18,55 @@ from hdovd.cache.schema import Level, Source
 from hdovd.config.recipe import load_recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
-from hdovd.data.coco import DataPaths, load_split
+from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.verify import extract_command
 from hdovd.pipelines.calibration.calibrate import calibrate
 from hdovd.pipelines.calibration.config import CalibrateConfig
 from hdovd.pipelines.calibration.values import origin_of, read_calibration, with_reliability
-from hdovd.pipelines.demo.world import BASE, GROUNDS
-from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule
+from hdovd.pipelines.demo.world import BASE, GROUNDS, NOVEL
+from hdovd.pipelines.extraction.config import ExtractConfig, LabelChoice, LabelRule
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.label_weights import label_evidence, on_object
+from hdovd.pipelines.extraction.label_weights import Evidence, label_evidence, on_object
 from hdovd.pipelines.nouns.allowed import offered_nouns
 from hdovd.pipelines.training.training_set import TarTrainingSet
 
 Config = Callable[..., ExtractConfig]
+
+
+def base_split(world: Path) -> Split:
+    return DataPaths(world).load("train2017", load_protocol(str(world / "protocol.toml")), base_only=True)
+
+
+def by_hand(
+    cache: FeatureCache,
+    split: Split,
+    texts: np.ndarray,
+    candidates: Callable[[int, int], dict[int, float]],
+    row_of: dict[int, int],
+    grounds: Sequence[int] = (),
+) -> list[tuple[float, bool]]:
+    """The cosine of every base box's label, and whether it is right. candidates: of an image and a class the rows of
+    texts that its boxes may be called by, with what is added to their cosines. row_of: the row that names a class.
+    grounds: rows of backgrounds, which are no labels.
+    """
+    wanted, unit = list[tuple[float, bool]](), texts / np.linalg.norm(texts, axis=1, keepdims=True)
+    for image in split.images:
+        crops = cache.instances(image.id).base_boxes().embedding.astype(np.float32)
+        for fold in range(4):
+            for label, crop in zip(image.labels.tolist(), crops, strict=True):
+                if label % 4 == fold:
+                    free, cosines = candidates(image.id, label), unit @ crop / np.linalg.norm(crop)
+                    best = max(free, key=lambda k: cosines[k] + free[k])
+                    if best not in grounds:
+                        wanted.append((float(cosines[best]), best == row_of[label]))
+    return wanted
+
+
+def require_labels(found: Evidence, wanted: list[tuple[float, bool]]) -> None:
+    assert found.right.tolist() == [right for _, right in wanted]
+    np.testing.assert_allclose(found.cosines, [cosine for cosine, _ in wanted], atol=2e-3)  # rows are of float16
 
 
 def test_no_proposal_is_called_by_a_base_name(cache: Path) -> None:
@@ -51,33 +85,25 @@ def test_labels_of_base_boxes_by_hand(cache: Path, world: Path) -> None:
     these is, if that is no background.
     """
     opened, protocol = FeatureCache(cache), load_protocol(str(world / "protocol.toml"))
-    split = load_split(
-        world / "annotations" / "instances_train2017.json", world / "train2017", protocol, base_only=True
-    )
+    split = base_split(world)
     nouns = offered_nouns(None, world / "vocabulary.txt", world / "annotations" / "captions_train2017.json")
     assert nouns is not None
     found = label_evidence(opened, split, [(name,) for name in protocol.base], nouns.by_image)
     mention = opened.key_inputs(Level.PSEUDO_LABEL)["mention"]
     assert mention > 0
-    names, texts = opened.names(Level.NOUN), torch.from_numpy(opened.embeddings(Level.NOUN))
-    assert {names[row] for row in opened.key_inputs(Level.PSEUDO_LABEL)["backgrounds"]} == set(GROUNDS)
-    wanted, unnamed = list[tuple[float, bool]](), 0
-    for image in split.images:
-        crops = torch.from_numpy(opened.instances(image.id).base_boxes().embedding).float()
-        for fold in range(4):
-            for label, crop in zip(image.labels.tolist(), crops, strict=True):
-                if label % 4 != fold:
-                    continue
-                free = [k for k, n in enumerate(names) if n not in BASE or protocol.base.index(n) % 4 == fold]
-                cosines = {k: float(torch.nn.functional.cosine_similarity(texts[k], crop, dim=0)) for k in free}
-                best = max(free, key=lambda k: cosines[k] + mention * (k in nouns.offered(image.id)))
-                unnamed += names[best] in GROUNDS
-                if names[best] not in GROUNDS:
-                    wanted.append((cosines[best], names[best] == protocol.base[label]))
-    assert found.right.tolist() == [right for _, right in wanted]
-    np.testing.assert_allclose(found.cosines, [cosine for cosine, _ in wanted], atol=2e-3)  # rows are of float16
-    assert (found.classes, found.unnamed) == (len(BASE), unnamed)
-    assert unnamed > 5
+    names, texts = opened.names(Level.NOUN), opened.embeddings(Level.NOUN)
+
+    def candidates(image_id: int, label: int) -> dict[int, float]:
+        free = [k for k, n in enumerate(names) if n not in BASE or protocol.base.index(n) % 4 == label % 4]
+        return {k: mention * (k in nouns.offered(image_id)) for k in free}
+
+    row_of = {label: names.index(name) for label, name in enumerate(protocol.base)}
+    grounds = opened.key_inputs(Level.PSEUDO_LABEL)["backgrounds"]
+    assert {names[row] for row in grounds} == set(GROUNDS)
+    wanted = by_hand(opened, split, texts, candidates, row_of, grounds)
+    require_labels(found, wanted)
+    assert found.classes == len(BASE)
+    assert found.unnamed == sum(len(image.labels) for image in split.images) - len(wanted) > 5
     fitted = found.fitted(on_object(opened.set.proposals), opened.named_share())
     assert fitted == pytest.approx(opened.set.label_weights)
     assert fitted.keys() == LABEL_WEIGHTS
@@ -107,13 +133,81 @@ def test_the_weights_are_the_sets_and_training_takes_them(
     assert read_calibration(tmp_path / "c.toml").found["boxes"] == weights["boxes"]
 
 
-def test_nouns_that_name_no_base_class_fit_nothing(copied_cache: Path, extraction: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("choice", list(LabelChoice))
+def test_where_nouns_name_no_base_class_the_classes_are_nouns_too(
+    copied_cache: Path,
+    extraction: Config,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    choice: LabelChoice,
+) -> None:
+    """Every image offers them; those of other quarters alone are barred, if the set's rule bars base classes."""
+    monkeypatch.setattr("hdovd.pipelines.calibration.calibrate.LEAST", 1)  # the CLIP of tests knows little
+    words, captions = tmp_path / "words.txt", world / "annotations" / "captions_train2017.json"
+    words.write_text("\n".join(NOVEL))
+    extract_clip(extraction(copied_cache, vocabulary=words, labels=LabelRule(choice=choice), features="few"))
+    opened, split, nouns = FeatureCache(copied_cache, "few"), base_split(world), offered_nouns(None, words, captions)
+    assert nouns is not None
+    found = label_evidence(opened, split, [(name,) for name in BASE], nouns.by_image)
+    row_of = {label: len(NOVEL) + label for label in range(len(BASE))}
+
+    def candidates(image_id: int, label: int) -> dict[int, float]:
+        barring = choice is LabelChoice.LIKELY
+        classes = [row for other, row in row_of.items() if not barring or other % 4 == label % 4]
+        return dict.fromkeys((*nouns.offered(image_id), *classes), 0.0)
+
+    texts = np.concatenate([opened.embeddings(Level.NOUN), opened.class_embeddings(BASE)])
+    require_labels(found, by_hand(opened, split, texts, candidates, row_of))
+    assert found.classes == len(BASE)
+    assert opened.set.label_weights == pytest.approx(found.fitted(None))
+    if choice is LabelChoice.LIKELY:  # by the other rule this CLIP names nothing rightly
+        calibrated = calibrate(CalibrateConfig(cache=copied_cache, features="few", out=tmp_path / "c.toml"))
+        assert calibrated.centre == opened.set.label_weights["centre"]
+
+
+def test_nouns_that_name_some_base_classes_are_judged_by_those_alone(
+    copied_cache: Path, extraction: Config, world: Path, tmp_path: Path
+) -> None:
+    named = BASE[::2]
+    (tmp_path / "words.txt").write_text("\n".join([*named, *NOVEL]))
+    extract_clip(extraction(copied_cache, vocabulary=tmp_path / "words.txt", captions=None, features="half"))
+    split, weights = base_split(world), FeatureCache(copied_cache, "half").set.label_weights
+    boxes = [BASE[label] for image in split.images for label in image.labels.tolist()]
+    assert weights["classes"] == len(named)
+    assert weights["boxes"] == sum(name in named for name in boxes) < len(boxes)
+
+
+def test_classes_of_other_prompts_are_no_nouns(copied_cache: Path, extraction: Config, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("zeppelin\nspoon\n")
-    lines = list[str]()
+    opened = FeatureCache(copied_cache)
+    np.save(tmp_path / "classes.npy", opened.embeddings(Level.CLASS))
+    lines, more = list[str](), {"vocabulary": tmp_path / "words.txt", "class_embeddings": tmp_path / "classes.npy"}
     with lines_to(lines.append):
-        extract_clip(extraction(copied_cache, vocabulary=tmp_path / "words.txt", captions=None, features="few"))
-    assert [line for line in lines if line.startswith("note: the nouns name no base class")]
+        extract_clip(extraction(copied_cache, captions=None, features="few", **more))
+    assert [line for line in lines if line.startswith("note: 0 labels of base boxes are too few")]
     assert FeatureCache(copied_cache, "few").set.label_weights == {}
+    with pytest.raises(HdovdError, match="the nouns are of the prompts"):
+        calibrate(CalibrateConfig(cache=copied_cache, features="few", out=tmp_path / "c.toml"))
+
+
+def test_where_nobody_knows_what_images_offer_all_nouns_are_offered(
+    copied_cache: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hdovd.pipelines.calibration.calibrate.LEAST", 1)  # the CLIP of tests knows little
+    catalog, opened, split = Catalog(copied_cache), FeatureCache(copied_cache), base_split(world)
+    catalog.write_set("default", replace(opened.set, made_from={}, label_weights={}))
+    given = {"data": DataPaths(world), "protocol": str(world / "protocol.toml")}
+    found = calibrate(CalibrateConfig(cache=copied_cache, out=tmp_path / "c.toml", **given)).found
+    names, row_of = opened.names(Level.NOUN), dict(enumerate(map(opened.names(Level.NOUN).index, BASE)))
+
+    def candidates(image_id: int, label: int) -> dict[int, float]:
+        return {k: 0.0 for k, n in enumerate(names) if n not in BASE or BASE.index(n) % 4 == label % 4}
+
+    grounds = opened.key_inputs(Level.PSEUDO_LABEL)["backgrounds"]
+    wanted = by_hand(opened, split, opened.embeddings(Level.NOUN), candidates, row_of, grounds)
+    assert (found["boxes"], found["named_rightly"]) == (len(wanted), sum(right for _, right in wanted))
+    assert found["right_mean"] == pytest.approx(np.mean([cosine for cosine, right in wanted if right]), abs=2e-3)
 
 
 @pytest.mark.parametrize(
