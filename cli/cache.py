@@ -124,7 +124,7 @@ def export(config: ExportConfig) -> None:
     parquet: a row a box, with its image, class or noun, and embedding, for DuckDB, pandas and others that read tables.
     Needs pip install 'hdovd[parquet]'.
 
-    crops: a folder of the proposals' crops, crops/ROW.jpg, and verdicts.jsonl, a line for each with the noun that it
+    crops: a folder of the proposals' crops, crops/ROW.jpg, and questions.jsonl, a line for each with the noun that it
     has: for another model to answer in that form, and extract-clip --verdicts to read (docs/LABELS.md).
 
     The data are those of the extraction unless they are given.

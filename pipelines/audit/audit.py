@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from hdovd.cache.schema import Level
 from hdovd.core.log import log, quiet
 from hdovd.pipelines.audit import checks
 from hdovd.pipelines.audit.checks import Check, Verdict
@@ -115,8 +116,9 @@ def _proposal_checks(config: AuditConfig, audited: Audited) -> list[Check]:
     """Of the set's record and, where it was given, of the file."""
     recorded, name = audited.cache.set.proposals.get("made_by"), "proposals: made by"
     by_cache = partial(checks.made_by, recorded, "the cache's record of its proposals")
-    named = audited.cache.set.proposals.get("verdicts")
-    others = [] if named is None else [_made(audited, "verdicts: made by", partial(checks.verdicts, named))]
+    cache = audited.cache
+    named = Level.PSEUDO_LABEL in cache.levels() and "verdicts" in cache.key_inputs(Level.PSEUDO_LABEL)
+    others = [_made(audited, "verdicts: made by", checks.verdicts)] if named else []
     if config.proposals is None:
         return [_made(audited, name, by_cache), *others]
     with quiet():

@@ -318,12 +318,17 @@ def made_by(record: dict[str, Any] | None, whose: str, audited: Audited, found: 
     return found.cannot(f"{whose} does not say what made the proposals: whether that saw novel boxes is not known")
 
 
-def verdicts(about: dict[str, Any], audited: Audited, found: Check) -> str:
-    """What named the proposals besides CLIP was trained on base boxes alone. `about`: the set's record of it."""
-    whose = f"the record of verdicts {about.get('file')}"
-    if not isinstance(record := about.get("made_by"), dict):
-        return found.cannot(f"{whose} does not say what made them: whether that saw novel annotations is not known")
-    return _judge_rounds(audited, found, record, whose)
+def verdicts(audited: Audited, found: Check) -> str:
+    """What named the proposals besides CLIP is what made them."""
+    if not _own_verdicts(audited.cache.set.proposals):
+        return found.cannot("what made the verdicts is not known: whether that saw novel annotations neither")
+    return "of what made the proposals"
+
+
+def _own_verdicts(proposals: Mapping[str, Any]) -> bool:
+    """Whether a set's verdicts, by what it says of its proposals, were made with them."""
+    sha256 = value_at(proposals, "verdicts.sha256")
+    return sha256 is not None and sha256 == value_at(proposals, "made_by.verdicts_sha256")
 
 
 def _judge_rounds(audited: Audited, found: Check, record: dict[str, Any], whose: str) -> str:
@@ -333,23 +338,20 @@ def _judge_rounds(audited: Audited, found: Check, record: dict[str, Any], whose:
     first, texts = record, list[str]()
     while True:
         texts.append(_judge_record(audited, found, record, whose))
-        known = record.get("before")
-        if not isinstance(known, dict):
+        if not record.keys() & {"round", "run", "before"}:
             found.numbers = {"made_by": first}
             return ", after ".join(texts)
-        for key, text in (("init", "began with the weights of another run"), ("oracle", "is an oracle")):
-            if record.get(key):
-                (found.leaks if key == "oracle" else found.unknown).append(f"{whose}: {record.get('run')} {text}")
+        if record.get("oracle", False):
+            found.leaks.append(f"{whose}: {record.get('run')} is an oracle")
+        if record.get("init", "not recorded") is not None or "oracle" not in record:
+            found.unknown.append(f"{whose}: what weights {record.get('run')} began with is not known")
         network, weights = (str(value_at(record, f"backbone.{key}")) for key in ("name", "weights"))
         _judge_start(audited, found, network, weights)
-        whose = f"{whose}, the round before"
-        named = value_at(known, "verdicts.made_by")
-        if not isinstance(known.get("made_by"), dict):
+        whose, known = f"{whose}, the round before", record.get("before")
+        if not isinstance(known, dict) or not isinstance(known.get("made_by"), dict):
             return found.cannot(f"{whose}: what made its proposals is not known")
-        if "verdicts" in known and not isinstance(named, dict):
+        if "verdicts" in known and not _own_verdicts(known):
             found.unknown.append(f"{whose}: what made its verdicts is not known")
-        elif isinstance(named, dict) and named != known["made_by"]:
-            found.unknown.append(f"{whose}: its verdicts were made by something else than its proposals")
         record = known["made_by"]
 
 

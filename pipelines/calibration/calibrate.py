@@ -22,15 +22,7 @@ from hdovd.pipelines.calibration.values import Calibration, origin_of
 from hdovd.pipelines.common.atomic_write import write_picture, write_text
 from hdovd.pipelines.common.charts import ticks
 from hdovd.pipelines.extraction.identities import box_table, offered_input
-from hdovd.pipelines.extraction.label_weights import (
-    LEAST,
-    Evidence,
-    Fit,
-    expectation,
-    label_evidence,
-    on_object,
-    same_prompts,
-)
+from hdovd.pipelines.extraction.label_weights import LEAST, Evidence, Fit, expectation, label_evidence, same_prompts
 from hdovd.pipelines.extraction.source import extraction_of
 from hdovd.pipelines.extraction.text import read_synonyms
 from hdovd.pipelines.nouns.allowed import offered_nouns
@@ -110,7 +102,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
             f"set {config.features} of {config.cache}, {len(found.right)} base boxes of {found.classes} classes: "
             f"{len(right)} right and {len(wrong)} wrong labels are too few, expected {LEAST} or more of each"
         )
-    fitted = found.fitted(on_object(cache.set.proposals), cache.named_share())
+    fitted = found.fitted_to(cache)
     for line in expectation(cache, fitted):
         log(line)
     fit = Fit(*(fitted[name] for name in ("centre", "width", "scale", "auc")))

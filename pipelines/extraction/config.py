@@ -298,7 +298,7 @@ class ExtractConfig:
         Path | None,
         Option(
             "What another model calls each proposal, mixed with CLIP's own: JSON lines of image_id, bbox and "
-            "names with scores (docs/VERDICTS.md)."
+            "names with scores (docs/LABELS.md)."
         ),
     ] = None
     exif: Annotated[

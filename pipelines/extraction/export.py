@@ -18,11 +18,12 @@ image, base boxes before proposals. Columns; null means that a value is not know
 
 import json
 from collections.abc import Iterator, Mapping
-from math import ceil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.product import Product
@@ -50,7 +51,7 @@ from hdovd.pipelines.common.options import require_own_folder
 from hdovd.pipelines.extraction.identities import inputs_of
 from hdovd.pipelines.extraction.source import ExportConfig
 
-VERDICTS = "verdicts.jsonl"
+QUESTIONS = "questions.jsonl"
 
 
 def export_tars(config: ExportConfig) -> TarMeta:
@@ -240,32 +241,38 @@ AROUND = 0.1  # of a box's sides, on each side of a crop: what stands around an 
 
 
 def export_crops(config: ExportConfig) -> None:
-    """Write the proposals' crops, and their lines for `verdicts.read_verdicts`. Images that could not be read are left
-    out, and told. Raises HdovdError if the set does not fit the data, or a picture is gone.
+    """Write the proposals' crops, and before them a line for each as `verdicts.read_verdicts` takes it. Images that
+    could not be read are left out, and told. Raises HdovdError if the set does not fit the data, or a picture is gone.
     """
     config.check()
-    require_own_folder(Path(config.out), VERDICTS, "crops")
-    cache, lines = FeatureCache(config.cache, config.features), list[dict[str, Any]]()
+    out, cache = Path(config.out), FeatureCache(config.cache, config.features)
+    require_own_folder(out, QUESTIONS, "crops")
     split, _ = config.load_for(cache)
-    first = dict(zip(*np.unique(cache.row_images(), return_index=True), strict=True))
-    nouns, failed = cache.names(Level.NOUN) if Level.NOUN in cache.levels() else [], cache.failed()
-    some = [image for image in split.images if image.id in first and image.id not in failed]
-    for image in progress(some, "crops", "image"):
-        rows = cache.instances(image.id)
-        picture = read_image(split.path(image), image.width, image.height, exif=split.exif)
-        for place in np.flatnonzero(rows.source == Source.PROPOSAL).tolist():
-            row, (left, top, right, bottom) = int(first[image.id]) + place, rows.box[place].astype(float).tolist()
-            x, y = AROUND * (right - left), AROUND * (bottom - top)
-            inside = max(left - x, 0), max(top - y, 0), min(right + x, image.width), min(bottom + y, image.height)
-            about = {"row": row, "image_id": image.id, "bbox": [left, top, right - left, bottom - top]}
-            lines.append(about | {"names": {nouns[rows.noun[place]]: 1.0} if rows.noun[place] >= 0 else {}})
-            crop = picture.crop((int(inside[0]), int(inside[1]), ceil(inside[2]), ceil(inside[3])))
-            write_picture(Path(config.out) / "crops" / f"{row}.jpg", crop, "JPEG", quality=95)
-    write_text(Path(config.out) / VERDICTS, "".join(f"{json.dumps(line)}\n" for line in lines))
-    log(
-        f"wrote {len(lines):,d} crops to {config.out}/crops, and {VERDICTS}, a line for each"
-        + (f"; left out: {counted(len(failed), 'image')} that could not be read" if failed else "")
-    )
+    images, failed = {image.id: image for image in split.images}, cache.failed()
+    nouns = cache.names(Level.NOUN) if Level.NOUN in cache.levels() else []
+    lines, of_image = list[str](), cache.row_images()
+    rows = cache.rows_between(0, len(of_image))
+    mine = [row for row in np.flatnonzero(rows.source == Source.PROPOSAL).tolist() if of_image[row] not in failed]
+    for row in mine:
+        x, y, right, bottom = rows.box[row].astype(float).tolist()
+        about = {"row": row, "image_id": int(of_image[row]), "bbox": [x, y, right - x, bottom - y]}
+        names = {nouns[rows.noun[row]]: 1.0} if rows.noun[row] >= 0 else {}
+        lines.append(json.dumps(about | {"names": names}) + "\n")
+    write_text(out / QUESTIONS, "".join(lines))
+
+    @lru_cache(1)  # the crops of an image come one after the other
+    def read(number: int) -> Image:
+        image = images[number]
+        return read_image(split.path(image), image.width, image.height, exif=split.exif)
+
+    for row in progress(mine, "crops", "crop"):
+        image, box = images[int(of_image[row])], rows.box[row].astype(float)
+        grown = box + AROUND * np.tile(box[2:] - box[:2], 2) * [-1, -1, 1, 1]
+        inside = np.concatenate([np.floor(grown[:2]), np.ceil(grown[2:])]).clip(0, [image.width, image.height] * 2)
+        picture = read(image.id)
+        write_picture(out / "crops" / f"{row}.jpg", picture.crop(inside.astype(int).tolist()), "JPEG", quality=95)
+    told = f"; left out: {counted(len(failed), 'image')} that could not be read" if failed else ""
+    log(f"wrote {QUESTIONS}, and {len(mine):,d} crops to {out}/crops{told}")
 
 
 GROUP_ROWS = 16_384  # of a row group, which is held in memory: 32 MB of embeddings of 512 values

@@ -13,7 +13,6 @@ import os
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,7 @@ from hdovd.pipelines.extraction.label_weights import expectation, label_evidence
 from hdovd.pipelines.extraction.pseudo_labels import rule_line, settled
 from hdovd.pipelines.extraction.source import ExportConfig
 from hdovd.pipelines.extraction.text import TextRows, object_text_entry, read_class_embeddings, read_synonyms
-from hdovd.pipelines.extraction.verdicts import read_verdicts
+from hdovd.pipelines.extraction.verdicts import FLOOR, read_verdicts
 from hdovd.pipelines.nouns.allowed import Nouns, named_novel, offered_nouns
 from hdovd.pipelines.proposal_files.file import Proposals, made_by_line, read_table, usable_proposals
 from hdovd.pipelines.teachers.base import Teacher
@@ -109,8 +108,8 @@ def prepare(config: ExtractConfig, teacher: Teacher | None = None) -> Extraction
             log(line)
         if config.verdicts is not None:
             verdicts = read_verdicts(config.verdicts, table, nouns.vocabulary)
-            told = {"identity": verdicts.identity(), "temperature": float(f"{temperature:.6g}")}
-            origin = origin | {"verdicts": _made_verdicts(config.verdicts, origin.get("made_by"))}
+            told = {"identity": verdicts.identity(), "temperature": float(f"{temperature:.6g}"), "floor": FLOOR}
+            origin = origin | {"verdicts": {"file": config.verdicts.name, "sha256": hash_file(config.verdicts)}}
     inputs = level_inputs(teacher, table, nouns, classes, config.templates, embedders, rule, told)
     plans = plan_levels(
         catalog,
@@ -145,18 +144,6 @@ def cached_precision(catalog: Catalog | None, features: str, clip: KeyInputs) ->
         if all(found.get(name) == value for name, value in clip.items()):
             return Precision.of(found.get("compute_dtype"))
     return None
-
-
-def _made_verdicts(file: Path, made_by: dict[str, Any] | None) -> dict[str, Any]:
-    """What a set's record says of verdicts. `made_by`: of the proposals, which names the verdicts that were made with
-    them.
-    """
-    sha256 = hash_file(file)
-    return {
-        "file": file.name,
-        "sha256": sha256,
-        "made_by": made_by if (made_by or {}).get("verdicts_sha256") == sha256 else None,
-    }
 
 
 def _nouns(config: ExtractConfig, split: Split) -> Nouns | None:
@@ -353,7 +340,7 @@ def _weigh_labels(extraction: Extraction, catalog: Catalog, config: ExtractConfi
     if (fitted.get("failed"), fitted.get("proposals_on_object")) != (len(cache.failed()), on):
         evidence = label_evidence(cache, extraction.split, extraction.base_names, extraction.offered)
         try:
-            fitted = evidence.fitted(on, cache.named_share())
+            fitted = evidence.fitted_to(cache)
         except HdovdError as error:
             log(f"note: {error}; hdovd calibrate tells more")
             return

@@ -128,6 +128,14 @@ class Evidence:
     failed: int = 0
     unnamed: int = 0
 
+    def fitted_to(self, cache: FeatureCache) -> dict[str, Any]:
+        """`fitted`, by what a set says of its proposals. Where verdicts were mixed in, how many have a label does not
+        compare with how many base boxes have one.
+        """
+        mixed = "verdicts" in (cache.key_inputs(Level.PSEUDO_LABEL) if Level.PSEUDO_LABEL in cache.levels() else ())
+        evidence = replace(self, unnamed=0) if mixed else self
+        return evidence.fitted(on_object(cache.set.proposals), 1.0 if mixed else cache.named_share())
+
     def fitted(self, on_object: float | None, named: float = 1.0) -> dict[str, Any]:
         """The weight, and what it was fitted to, as JSON values.
 
@@ -243,12 +251,13 @@ def expectation(cache: FeatureCache, fitted: Mapping[str, Any]) -> list[str]:
         f"{fitted['scale']:.2f} sigmoid((cosine - {fitted['centre']:.3f}) / {fitted['width']:.3f}): right ones weigh "
         f"{fitted['weight_of_right']:.2f} in the mean, wrong ones {fitted['weight_of_wrong']:.2f}"
     ]
+    if count < proposals:
+        lines.append(f"{proposals - count:,d} of {proposals:,d} proposals have no label")
     if (on := fitted["on_object"]) is None:
         return [*lines, "which share of the proposals lies on an object is not known: labels weigh as if all did"]
     wrong = count * (1 - on * share) * fitted["weight_of_wrong"]
     return [
         *lines,
         f"expect of {count:,d} pseudo boxes about {on:.0%} on an object and {on * share:.0%} with its name; wrong ones "
-        f"weigh {wrong / max(boxes, 1):.1%} of what the {boxes:,d} base boxes do: base AP is at risk by that"
-        + (f"; {proposals - count:,d} proposals have no label" if count < proposals else ""),
+        f"weigh {wrong / max(boxes, 1):.1%} of what the {boxes:,d} base boxes do: base AP is at risk by that",
     ]

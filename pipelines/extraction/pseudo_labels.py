@@ -38,14 +38,14 @@ def settled(
         return rule
     of_class = rows_of_classes(nouns.vocabulary, base)
     barred = tuple(sorted(row for rows in of_class for row in rows))
-    if len(barred) == len(nouns.vocabulary):
-        raise HdovdError(
-            "the vocabulary holds names of base classes alone, whose objects are annotated: nothing is left "
-            "to name pseudo boxes by. Give more names, or --label-choice mentioned"
-        )
     grounds = {meaning(name) for name in shipped("backgrounds")}
     found = (row for row, noun in enumerate(nouns.vocabulary) if meaning(noun) in grounds and row not in barred)
     rule = replace(rule, barred=barred, backgrounds=tuple(found))
+    if len(barred) + len(rule.backgrounds) == len(nouns.vocabulary):
+        raise HdovdError(
+            "the vocabulary holds names of base classes, whose objects are annotated, and of backgrounds alone: "
+            "nothing is left to name pseudo boxes by. Give more names, or --label-choice mentioned"
+        )
     if nouns.by_image is None or not barred:
         return rule
     counts = np.ones((2, 2))  # of classes in images: is there a box of it, is a name of it offered; one each beforehand
@@ -59,18 +59,21 @@ def settled(
 
 
 def rule_line(rule: LabelRule, nouns: Nouns) -> str:
-    """What base boxes made of the rule, in words; nothing of one that they do not settle."""
+    """What base boxes and the nouns made of the rule, in words; nothing of one that they do not settle."""
     if rule.choice is LabelChoice.MENTIONED:
         return ""
-    if not rule.barred:
-        return "note: the nouns name no base class: a proposal gets the likeliest of those that its image offers"
-    mention = "" if rule.mention is None else f"; a noun that the captions hold counts as {rule.mention:g} more cosine"
-    grounds = [nouns.vocabulary[row] for row in rule.backgrounds]
-    what = f"; what is most like a background gets no label ({shorten([*grounds])})" if grounds else ""
-    return (
+    parts = [
         f"labels: {len(rule.barred)} of {len(nouns.vocabulary)} nouns name base classes, whose objects are annotated, "
-        f"and name no pseudo box{mention}{what}"
-    )
+        "and name no pseudo box"
+    ]
+    if not rule.barred:
+        parts = ["labels: the nouns name no base class: a proposal gets the likeliest of those that its image offers"]
+    if rule.mention is not None:
+        parts.append(f"a noun that the captions hold counts as {rule.mention:g} more cosine")
+    if rule.backgrounds:
+        names = shorten([nouns.vocabulary[row] for row in rule.backgrounds])
+        parts.append(f"what is most like a background gets no label ({names})")
+    return "; ".join(parts)
 
 
 def rows_of_classes(vocabulary: Sequence[str], classes: Sequence[Sequence[str]]) -> list[set[int]]:
@@ -108,6 +111,7 @@ def best_nouns(
     cosines = (crops[:, None].double() * nouns[rows].double()).sum(dim=2)
     added, grounds = added.gather(1, rows), torch.isin(rows, torch.tensor(rule.backgrounds, dtype=torch.int64))
     ranks, none = cosines + added, (added == -torch.inf) | grounds | grounds[:, :1]
+    ranks = ranks.masked_fill(none, -torch.inf)
     weights = (ranks / rule.temperature).softmax(dim=1) if rule.top > 1 else torch.ones_like(ranks)
     best = cosines[:, 0].masked_fill(none[:, 0], 0.0)
     return rows.masked_fill(none, -1), weights.masked_fill(none, 0.0).float(), best.float()

@@ -118,6 +118,8 @@ class ExportConfig(CacheSource):
         """Raises HdovdError for what is wrong with the paths and names alone."""
         if self.to is ExportForm.PARQUET and Path(self.out).suffix != ".parquet":
             raise HdovdError(f"--out {self.out}: expected a file whose name ends in .parquet")
+        if self.to is ExportForm.CROPS and "://" in str(self.out):
+            raise HdovdError(f"--out {self.out}: expected a folder on this machine, for --to crops")
         CacheSource.check(self)
 
 

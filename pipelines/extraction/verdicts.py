@@ -18,6 +18,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.core.log import log
 from hdovd.core.text_files import DAMAGED, cut, json_fault, open_bytes, shown
 from hdovd.data.coco import whole
-from hdovd.pipelines.common.atomic_write import write_text
+from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.extraction.identities import BoxTable
 from hdovd.pipelines.nouns.allowed import meaning
 
@@ -72,7 +73,12 @@ class Verdicts:
 def write_verdicts(path: Path, lines: Iterable[tuple[int, list[float], dict[str, float]]]) -> None:
     """lines: image id, box as x, y, width, height, and scores by name. The file appears whole or not at all."""
     texts = (json.dumps({"image_id": image_id, "bbox": box, "names": names}) for image_id, box, names in lines)
-    write_text(path, "".join(f"{text}\n" for text in texts))
+
+    def write(partial: Path) -> None:
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(f"{text}\n" for text in texts)
+
+    replace_file(path, write)
 
 
 def read_verdicts(path: Path, table: BoxTable, vocabulary: Sequence[str]) -> Verdicts:
@@ -84,6 +90,7 @@ def read_verdicts(path: Path, table: BoxTable, vocabulary: Sequence[str]) -> Ver
     rows_of, unknown = dict[str, list[int]](), Counter[str]()
     for noun, name in enumerate(vocabulary):
         rows_of.setdefault(meaning(name), []).append(noun)
+    called = cache(lambda name: rows_of.get(meaning(name), ()))  # names come again and again
     seen, row_of, noun_of, score_of = np.zeros(len(table.box), bool), array("q"), array("i"), array("f")
     for where, tree in _lines(path):
         row, scores, found = _row(tree, table, place, where), _scores(tree, where), dict[int, float]()
@@ -91,7 +98,7 @@ def read_verdicts(path: Path, table: BoxTable, vocabulary: Sequence[str]) -> Ver
             raise HdovdError(f"{where}: a second verdict on the same proposal: expected one line for each")
         seen[row], best = True, max(scores.values(), default=1.0)
         for name, score in scores.items():
-            nouns = rows_of.get(meaning(name), [])
+            nouns = called(name)
             unknown[name] += not nouns
             found |= {noun: max(math.log(max(score / best, FLOOR)), found.get(noun, -math.inf)) for noun in nouns}
         row_of.extend([row] * len(found))
@@ -138,6 +145,10 @@ def _row(tree: dict[str, Any], table: BoxTable, place: Mapping[int, int], where:
         row = whole(tree["row"], f"{where}: row")
         if not (0 <= row < len(table.box) and table.source[row] == Source.PROPOSAL):
             raise HdovdError(f"{where}: row {row} is no proposal of the {len(table.box):,d} boxes of this extraction")
+        if "bbox" in tree and row != _row({key: tree[key] for key in tree if key != "row"}, table, place, where):
+            raise HdovdError(
+                f"{where}: row {row} is another proposal than its bbox: were they asked about another set?"
+            )
         return row
     image_id = whole(tree.get("image_id"), f"{where}: image_id")
     if image_id not in place:
@@ -152,7 +163,7 @@ def _row(tree: dict[str, Any], table: BoxTable, place: Mapping[int, int], where:
     away = np.abs(table.box[own] - box.clip(0, np.tile(table.image_size[place[image_id]], 2))).max(axis=1)
     if not len(own) or not away.min() <= SAME_BOX_PX:
         raise HdovdError(
-            f"{where}: image {image_id} has no proposal at {shown(tree['bbox'])}, it has {len(own)} elsewhere: "
+            f"{where}: image {image_id} has no proposal at {cut(str(tree['bbox']))}, it has {len(own)} elsewhere: "
             f"verdicts have to be on the boxes of --proposals"
         )
     return int(own[away.argmin()])

@@ -1,11 +1,11 @@
 """A round of pseudo boxes: a trained detector looks for base classes and nouns on the training images, what it finds
 there besides base boxes becomes proposals, and its names verdicts, which CLIP's own are mixed with.
 
-A box's score is the probability that it is no background, 1 - s1(background). As many proposals are kept as the set
-had that the detector was trained from, over all images those of the highest scores: the detector has learnt the base
-boxes, so that these cannot tell how many to keep, as they do for `hdovd propose`. Which share of them lies on an object
-follows from their scores: the mean, which is too high where the detector is too sure. Annotations of novel classes are
-not read.
+A box's score is the probability that it is no background, the sum of s1 over all names. As many proposals are kept as
+the set had that the detector was trained from, over all images those of the highest scores: the detector has learnt
+the base boxes, so that these cannot tell how many to keep, as they do for `hdovd propose`. Which share of them lies on
+an object follows from their scores: the mean, which is too high where the detector is too sure. Annotations of novel
+classes are not read.
 """
 
 import shutil
@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
 
-from hdovd.cache.catalog import FeatureSet
+from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import hash_file
 from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError
+from hdovd.core.errors import HdovdError, require_files
 from hdovd.core.log import log, quiet
 from hdovd.core.version import __version__
 from hdovd.data.coco import Split
@@ -31,7 +32,7 @@ from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.boxes import combine_scores
 from hdovd.pipelines.common.device import Team, placed, team
 from hdovd.pipelines.common.process import StopSignal
-from hdovd.pipelines.extraction.config import LabelRule
+from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule
 from hdovd.pipelines.extraction.extract_clip import ExtractReport, extract_clip
 from hdovd.pipelines.extraction.pseudo_labels import rows_of_classes
 from hdovd.pipelines.extraction.source import CacheSource, extraction_of, set_of_run
@@ -69,7 +70,7 @@ class Finder:
             names = one.class_probability
             if one.distillation_score is not None:
                 names = combine_scores(names, one.distillation_score, is_noun, config.alpha, config.beta)
-            objects = 1 - one.class_probability[:, -1:]
+            objects = one.class_probability[:, :-1].sum(dim=1, keepdim=True)
             found.append((one.boxes.float(), torch.cat([objects, names[:, self.base : -1]], dim=1).float()))
         return found
 
@@ -84,32 +85,36 @@ def relabel(config: RelabelConfig) -> tuple[ExtractReport, str]:
     config.check()
     run = RunFolder.open(config.run, trusted=config.trust)
     _, name, features = set_of_run(run, config.cache)
+    if Level.PSEUDO_LABEL not in features.levels:
+        raise HdovdError(f"set {name} of {config.cache}, which {config.run} was trained from, names no pseudo boxes")
+    moved = {key: getattr(config, key) for key in ("clip", "data", "protocol") if getattr(config, key) is not None}
+    moved |= {"pretrained": config.pretrained} if config.clip else {}
+    given = "another run: of a set that extract-clip made"
+    made = extraction_of(features, config.cache, name, given, device=config.device, **moved)
+    require_files(**{key: getattr(made, key) for key in ("captions", "nouns", "synonyms", "class_embeddings")})
     named, number = next_round(name)
-    extraction = extraction_of(
-        features,
-        config.cache,
-        name,
-        features=config.features or named,
-        proposals=config.proposals,
-        verdicts=config.verdicts,
-        device=config.device,
-        **({} if config.clip is None else {"clip": config.clip, "pretrained": config.pretrained}),
-        **({} if config.data is None else {"data": config.data}),
-    )
-    if extraction.features == name:
-        raise HdovdError(f"--features {name} is the set that {config.run} was trained from: give the new one a name")
+    extraction = replace(made, features=config.features or named, proposals=config.proposals, verdicts=config.verdicts)
+    _require_free(extraction, name)
     with team(config.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
         _propose(config, run, name, number, us, stop)
         us.wait()
     return extract_clip(extraction), extraction.features
 
 
+def _require_free(extraction: ExtractConfig, before: str) -> None:
+    """Raises HdovdError if the set is there, and of other proposals, or the file is, and of no round."""
+    name, file = extraction.features, extraction.proposals
+    there = Catalog(extraction.cache).sets().get(name)
+    if name == before or (there is not None and there.made_from.get("proposals") != str(file and file.absolute())):
+        raise HdovdError(f"set {name} of {extraction.cache} is there, of other proposals: name another by --features")
+    if file is not None and file.exists() and "round" not in (read_table(file).made_by or {}):
+        raise HdovdError(f"{file} is there, and hdovd relabel did not write it: give another --out")
+
+
 def _propose(config: RelabelConfig, run: RunFolder, name: str, number: int, us: Team, stop: StopSignal) -> None:
     """Write the files of the round after the set of that name, unless they are there."""
     cache = FeatureCache(config.cache, name)
-    if Level.PSEUDO_LABEL not in cache.levels():
-        raise HdovdError(f"{cache.url}: the set that {run.path} was trained from has no nouns to name boxes by")
-    split, protocol = CacheSource(config.cache, name, config.data).load_for(cache)
+    split, protocol = CacheSource(config.cache, name, config.data, config.protocol).load_for(cache)
     require_some_readable(split)
     nouns, base = cache.names(Level.NOUN), protocol.base
     synonyms = cache.key_inputs(Level.CLASS).get("synonyms", {})
@@ -117,14 +122,18 @@ def _propose(config: RelabelConfig, run: RunFolder, name: str, number: int, us: 
         *rows_of_classes(nouns, [(own, *synonyms.get(own, ())) for own in base])
     )
     others = [row for row in range(len(nouns)) if row not in taken]
+    if not others:
+        raise HdovdError(
+            f"set {name} of {cache.url} has nouns of base classes and backgrounds alone, to name nothing by"
+        )
+    texts = torch.cat([run.class_embeddings()[: len(base)], torch.from_numpy(cache.embeddings(Level.NOUN))[others]])
+    detector = build_detector(run.recipe(), texts.shape[1], initialise=False)
+    run.load_model(detector, config.weights.file)
     selection = _selection(cache.set)
     origin = _origin(config, run, cache.set, split, base, number) | {"selection": asdict(selection)}
     if _is_there(config, origin):
         log(f"{config.proposals}: the boxes and names of this round are there")
         return
-    texts = torch.cat([run.class_embeddings()[: len(base)], torch.from_numpy(cache.embeddings(Level.NOUN))[others]])
-    detector = build_detector(run.recipe(), texts.shape[1], initialise=False)
-    run.load_model(detector, config.weights.file)
     finder = Finder(placed(detector, us.device).eval(), texts.float().to(us.device), len(base))
     folder = config.proposals.with_name(f"{config.proposals.stem}.parts")
     parts = Parts.of(folder, split, run.recipe().train.batch_size, origin)
@@ -140,7 +149,9 @@ def _propose(config: RelabelConfig, run: RunFolder, name: str, number: int, us: 
             if picture.problem:
                 unreadable.append(picture.problem)
                 continue
-            keep = selection.keep(boxes, scores[:, 0], torch.from_numpy(split.images[place].boxes))
+            image = split.images[place]
+            boxes = clip_boxes_to_image(boxes, (image.height, image.width))
+            keep = selection.keep(boxes, scores[:, 0], torch.from_numpy(image.boxes))
             found[picture.image_id] = Proposals(boxes[keep].numpy(), scores[keep, 0].numpy())
             names.append([_best(row, [nouns[other] for other in others]) for row in scores[keep, 1:]])
         parts.write(part, found, names=names, unreadable=unreadable)
@@ -153,7 +164,8 @@ def _best(scores: Tensor, nouns: list[str]) -> dict[str, float]:
     """The nouns (N,) of the highest scores, of `FLOOR` of the best or more."""
     best = scores.topk(min(NAMES, len(nouns)))
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return {nouns[noun]: float(f"{score:.4g}") for noun, score in pairs if score >= FLOOR * float(best.values[0])}
+    least = FLOOR * float(best.values[0])
+    return {nouns[noun]: float(f"{score:.4g}") for noun, score in pairs if score >= least and score > 0}
 
 
 def _write(config: RelabelConfig, parts: Parts, before: int, origin: dict[str, Any]) -> None:
@@ -164,24 +176,28 @@ def _write(config: RelabelConfig, parts: Parts, before: int, origin: dict[str, A
         found |= boxes
         for problem in told["unreadable"]:
             log(f"skipped: {problem}")
-    scores = np.sort(np.concatenate([np.zeros(0), *(own.scores for own in found.values())]))[::-1][:before]
+    scores = np.concatenate([np.zeros(0), *(own.scores for own in found.values())])
     if not len(scores):
         raise HdovdError(f"{config.run} finds nothing on the training images besides base boxes")
-    least = float(scores[-1])
+    best = np.argsort(-scores, kind="stable")[:before]  # of equal scores the first images'
+    counts = np.bincount(
+        np.repeat(np.arange(len(found)), [len(own.scores) for own in found.values()])[best], minlength=len(found)
+    )
+    most, least = dict(zip(found, counts.tolist(), strict=True)), float(scores[best[-1]])
 
     def lines() -> Iterator[tuple[int, list[float], dict[str, float]]]:
         for part in parts.numbers():  # once more: names of millions of boxes would take gigabytes
             boxes, told = parts.read(part)
             for (image_id, own), names in zip(boxes.items(), told["names"], strict=True):
-                box = own.boxes[own.scores >= least].astype(np.float64)  # best first
+                box = own.boxes[: most[image_id]].astype(np.float64)  # best first
                 xywh = np.concatenate([box[:, :2], box[:, 2:] - box[:, :2]], axis=1).round(2).tolist()
                 yield from ((image_id, one, called) for one, called in zip(xywh, names, strict=False))
 
     write_verdicts(config.verdicts, lines())
-    selection = origin["selection"] | {"min_score": least, "on_object": round(float(scores.mean()), 4)}
+    selection = origin["selection"] | {"min_score": least, "on_object": round(float(scores[best].mean()), 4)}
     made_by = origin | {"selection": selection, "verdicts_sha256": hash_file(config.verdicts)}
     kept = {
-        image_id: Proposals(own.boxes[own.scores >= least], own.scores[own.scores >= least])
+        image_id: Proposals(own.boxes[: most[image_id]], own.scores[: most[image_id]])
         for image_id, own in found.items()
     }
     count = write_proposals(config.proposals, kept, made_by)  # the last: with what made them, both are there
@@ -206,6 +222,7 @@ def _origin(
         "annotations": {"file": str(split.annotations.resolve()), "sha256": hash_file(split.annotations)},
         "training_images": len(split.images),
         "training_boxes": {base[label]: counts[label] for label in sorted(counts)},
+        "oracle": run.saw_novel,
         "init": (run.record().get("init") or {}).get("run"),
         "backbone": {"name": recipe.detector.backbone.name, "weights": str(recipe.detector.backbone.weights)},
         "before": features.proposals,
@@ -218,7 +235,8 @@ def _selection(features: FeatureSet) -> Selection:
     given = (features.proposals.get("made_by") or {}).get("selection")
     if not isinstance(given, dict) or not asdict(USUAL).keys() <= given.keys():
         return USUAL
-    return replace(Selection(**{name: given[name] for name in asdict(USUAL)}), min_score=0.0)
+    known = Selection(**{name: given[name] for name in asdict(USUAL)})
+    return replace(known, min_score=0.0, min_side=max(1.0, known.min_side))
 
 
 def _is_there(config: RelabelConfig, origin: dict[str, Any]) -> bool:

@@ -223,7 +223,7 @@ def test_weights_that_are_no_numbers_are_a_damaged_set(cache: Path, change: dict
 
 def test_a_vocabulary_of_base_names_alone_is_refused(tmp_path: Path, extraction: Config) -> None:
     (tmp_path / "words.txt").write_text("\n".join(BASE))
-    with pytest.raises(HdovdError, match="names of base classes alone"):
+    with pytest.raises(HdovdError, match="nothing is left to name pseudo boxes by"):
         extract_clip(extraction(tmp_path / "c", vocabulary=tmp_path / "words.txt", captions=None))
     assert not (tmp_path / "c").exists() or not Catalog(tmp_path / "c").sets()
 

@@ -19,7 +19,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
-from hdovd.data.coco import DataPaths, load_split
+from hdovd.data.coco import load_split
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.cache_tools.verify import extract_command
 from hdovd.pipelines.demo.world import BASE, GROUNDS
@@ -29,7 +29,7 @@ from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.extraction.identities import BoxTable, box_table
 from hdovd.pipelines.extraction.source import ExportConfig, ExportForm
 from hdovd.pipelines.extraction.verdicts import FLOOR, read_verdicts
-from hdovd.pipelines.proposal_files.file import read_table, usable_proposals, write_proposals
+from hdovd.pipelines.proposal_files.file import read_table, usable_proposals
 
 Config = Callable[..., ExtractConfig]
 NAMES = ("key", "hot dog", "zeppelin")
@@ -140,6 +140,15 @@ def test_bad_lines_are_told_by_number(table: BoxTable, tmp_path: Path, change: d
     assert "\n" not in str(error.value)
 
 
+def test_a_row_is_that_of_its_box(table: BoxTable, tmp_path: Path) -> None:
+    """Crops of one set are not answers about another one, whose rows have moved."""
+    one, two, *_ = rows_of(table)
+    file = written(tmp_path / "v.jsonl", line(table, two, row=two), line(table, one, row=one, names={}))
+    assert np.flatnonzero(np.diff(read_verdicts(file, table, NAMES).offset)).tolist() == [two]
+    with pytest.raises(HdovdError, match=f"line 1: row {one} is another proposal than its bbox"):
+        read_verdicts(written(file, line(table, two, row=one)), table, NAMES)
+
+
 def test_a_file_without_a_known_name(table: BoxTable, tmp_path: Path) -> None:
     file = written(tmp_path / "v.jsonl", line(table, rows_of(table)[0], names={"spaceship": 1}))
     with pytest.raises(HdovdError, match=r"names no proposal by a noun of the vocabulary \(3 nouns, such as key"):
@@ -184,15 +193,8 @@ def test_labels_are_named_by_both(copied_cache: Path, extraction: Config, table:
         assert (now.noun[row] < 0) == (best in GROUNDS)
         if row not in said:
             assert now.noun[row] == was.noun[row]
-    sha256 = hash_file(file)
-    assert both.set.proposals["verdicts"] == {"file": "v.jsonl", "sha256": sha256, "made_by": None}
+    assert both.set.proposals["verdicts"] == {"file": "v.jsonl", "sha256": hash_file(file)}
     assert f"--verdicts {file}" in extract_command(copied_cache, "both", both.set.made_from)
-    told = read_table(extraction(copied_cache).proposals).by_image()
-    for name, sha in (("theirs", sha256), ("others", "0")):  # the proposals' maker made these verdicts too, or others
-        write_proposals(tmp_path / "p.npz", told, {"verdicts_sha256": sha})
-        extract_clip(extraction(copied_cache, proposals=tmp_path / "p.npz", verdicts=file, features=name))
-        made_by = FeatureCache(copied_cache, name).set.proposals["verdicts"]["made_by"]
-        assert made_by == ({"verdicts_sha256": sha} if name == "theirs" else None)
     again = ExtractConfig.from_dict(both.set.made_from, copied_cache, device="cpu")
     assert again.verdicts == file
     assert set(extract_clip(again).levels.values()) == {"hit"}
@@ -215,10 +217,10 @@ def test_verdicts_need_nouns_and_a_file(extraction: Config, tmp_path: Path) -> N
         extract_clip(extraction(tmp_path / "c", verdicts=tmp_path / "v"))
 
 
-def test_data_paths_are_what_they_were(extraction: Config, world: Path, tmp_path: Path) -> None:
-    """A set without verdicts says nothing of them: sets of before there were any stay the same."""
+def test_a_set_without_verdicts_says_nothing_of_them(extraction: Config, cache: Path, tmp_path: Path) -> None:
+    """Sets of before there were any stay the same."""
     assert "verdicts" not in extraction(tmp_path / "c").to_dict()
-    assert extraction(tmp_path / "c").data == DataPaths(world)
+    assert "verdicts" not in FeatureCache(cache).key_inputs(Level.PSEUDO_LABEL)
 
 
 def test_crops_are_asked_about_and_answered(cache: Path, extraction: Config, table: BoxTable, tmp_path: Path) -> None:
@@ -226,9 +228,9 @@ def test_crops_are_asked_about_and_answered(cache: Path, extraction: Config, tab
     lines, out = list[str](), tmp_path / "out"
     with lines_to(lines.append):
         export_crops(ExportConfig(cache=cache, to=ExportForm.CROPS, out=out))
-    told = [json.loads(line) for line in (out / "verdicts.jsonl").read_text().splitlines()]
+    told = [json.loads(line) for line in (out / "questions.jsonl").read_text().splitlines()]
     assert [one["row"] for one in told] == rows_of(table)
-    assert lines[-1:] == [f"wrote {len(told)} crops to {out}/crops, and verdicts.jsonl, a line for each"]
+    assert lines[-1:] == [f"wrote questions.jsonl, and {len(told)} crops to {out}/crops"]
     rows = FeatureCache(cache).rows_between(0, len(table.box))
     names = FeatureCache(cache).names(Level.NOUN)
     split = extraction(tmp_path).data.load("train2017", load_protocol(extraction(tmp_path).protocol), base_only=True)
@@ -245,8 +247,11 @@ def test_crops_are_asked_about_and_answered(cache: Path, extraction: Config, tab
             left, top = np.maximum(np.floor(grown[:2]), 0).astype(int).tolist()
             there = np.asarray(picture.convert("RGB"), float)[top : top + len(shown), left : left + shown.shape[1]]
             assert np.abs(shown - there).mean() < 12  # JPEG's
-    answered = read_verdicts(out / "verdicts.jsonl", table, names).offset[-1]
+    answered = read_verdicts(out / "questions.jsonl", table, names).offset[-1]
     assert answered == sum(bool(one["names"]) for one in told) < len(told)  # others have no label, and wait
+    export_crops(ExportConfig(cache=cache, to=ExportForm.CROPS, out=out))  # once more: it may have been killed
+    with pytest.raises(HdovdError, match="expected a folder on this machine"):
+        export_crops(ExportConfig(cache=cache, to=ExportForm.CROPS, out="s3://bucket/crops"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(HdovdError, match="holds no crops, but other things"):

@@ -84,7 +84,7 @@ def test_the_boxes_are_the_likeliest_objects_beside_base_boxes(
         for image, one in zip(
             some, model.eval().predict([read_pixels(split, image) for image in some], texts), strict=True
         ):
-            objects = 1 - one.class_probability[:, -1]
+            objects = one.class_probability[:, :-1].sum(dim=1)
             assert one.distillation_score is not None
             shares = recipe.inference.alpha, recipe.inference.beta
             scores = combine_scores(one.class_probability, one.distillation_score, is_noun, *shares)
@@ -106,33 +106,39 @@ def test_the_boxes_are_the_likeliest_objects_beside_base_boxes(
 def test_the_set_says_where_it_came_from_and_the_audit_proves_it(
     scene: tuple[Path, RelabelConfig, list[str]], world: Path, distilled: RunFolder
 ) -> None:
-    cache, _, _ = scene
+    cache, config, _ = scene
     features = FeatureCache(cache, "default-round2").set
     made_by = features.proposals["made_by"]
-    assert made_by == features.proposals["verdicts"]["made_by"]
+    assert features.proposals["verdicts"] == {"file": config.verdicts.name, "sha256": made_by["verdicts_sha256"]}
     assert (made_by["run"], made_by["round"]) == (str(distilled.path.resolve()), 2)
     assert set(made_by["training_boxes"]) <= set(BASE)
     report = report_of(world, cache, features="default-round2")
     for name in ("proposals: made by", "verdicts: made by"):  # the micro world's first proposals are of nobody known
-        assert check_of(report, name).verdict is Verdict.UNKNOWN
-        assert "the round before: what made its proposals is not known" in check_of(report, name).text
-    known = made_by | {"before": {"made_by": {**made_by, "before": None, "detector": "oln"}}}
+        assert check_of(report, name).verdict is (Verdict.UNKNOWN if name.startswith("p") else Verdict.OK)
+    assert "the round before: what made its proposals is not known" in check_of(report, "proposals: made by").text
+    first = {key: made_by[key] for key in ("detector", "training_boxes", "protocol", "annotations")}
+    known = made_by | {"before": {"made_by": first}}
 
     def judged(record: dict[str, Any]) -> Verdict:
         changed = features.to_tree()
-        changed["proposals"] = changed["proposals"] | {"made_by": record, "verdicts": {"file": "v", "made_by": record}}
+        changed["proposals"] = changed["proposals"] | {"made_by": record}
         Catalog(cache).folder.write("sets/changed.json", json.dumps(sealed(changed)).encode())
         found = report_of(world, cache, features="changed")
-        (verdict,) = {check_of(found, name).verdict for name in ("proposals: made by", "verdicts: made by")}
-        return verdict
+        return check_of(found, "proposals: made by").verdict
 
     assert judged(known) is Verdict.OK
     assert judged(known | {"oracle": True}) is Verdict.LEAK
     assert judged(known | {"init": "other run"}) is Verdict.UNKNOWN
-    first = known["before"]["made_by"]
     assert judged(known | {"before": {"made_by": first | {"training_boxes": {"key": 3}}}}) is Verdict.LEAK
-    assert judged(known | {"before": {"made_by": first, "verdicts": {"made_by": None}}}) is Verdict.UNKNOWN
-    assert judged(known | {"before": {"made_by": first, "verdicts": {"made_by": first}}}) is Verdict.OK
+    assert judged(known | {"before": {"made_by": first, "verdicts": {"sha256": "0"}}}) is Verdict.UNKNOWN
+    named = {"made_by": first | {"verdicts_sha256": "0"}, "verdicts": {"sha256": "0"}}
+    assert judged(known | {"before": named}) is Verdict.OK
+    for lost in ("before", "init", "oracle"):  # what is not recorded is not passed
+        assert judged({key: value for key, value in known.items() if key != lost}) is Verdict.UNKNOWN
+    changed = features.to_tree()
+    del changed["proposals"]["verdicts"]
+    Catalog(cache).folder.write("sets/changed.json", json.dumps(sealed(changed)).encode())
+    assert check_of(report_of(world, cache, features="changed"), "verdicts: made by").verdict is Verdict.UNKNOWN
     Catalog(cache).folder.delete("sets/changed.json")
 
 
@@ -164,7 +170,7 @@ def test_a_killed_round_goes_on_and_a_done_one_is_not_done_again(
     scene: tuple[Path, RelabelConfig, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, config, _ = scene
-    again = RelabelConfig(run=config.run, cache=cache, out=tmp_path / "r.npz", device="cpu")
+    again = RelabelConfig(run=config.run, cache=cache, out=tmp_path / "r.npz", features="again", device="cpu")
     monkeypatch.setattr(proposal_parts, "IMAGES", 8)
     write, seen = proposal_parts.Parts.write, list[int]()
 
@@ -224,7 +230,13 @@ def test_refusals(
     assert "is an oracle" in refused(run=begun)
     extract_clip(extraction(tmp_path / "other", templates=("a drawing of a {}",)))
     assert "has no set of features with the products that the run was trained from" in refused(cache=tmp_path / "other")
-    assert "--features default is the set that" in refused(features="default")
+    assert "set default of" in refused(features="default")
+    other = tmp_path / "of another run"
+    shutil.copytree(distilled.path, other)
+    assert "set default-round2 of" in refused(run=other)  # another run's round is not replaced
+    (tmp_path / "mine.json").write_text('[{"image_id": 1, "bbox": [0, 0, 9, 9], "score": 1}]')
+    assert "hdovd relabel did not write it" in refused(out=tmp_path / "mine.json", features="mine")
+    assert "--pretrained goes with --clip" in refused(pretrained="openai")
     assert "--features '../x': expected" in refused(features="../x")
     assert "is no run" in refused(run=tmp_path)
     assert "expected a file whose name ends in" in refused(out=tmp_path / "x.txt")
