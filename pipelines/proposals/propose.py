@@ -12,6 +12,7 @@ diagnosis alone: no stage chooses anything by them.
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from shlex import quote
@@ -20,8 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
 
 from hdovd.cache.identity import key_of
+from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError, Stopped
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import Split, read_instances
@@ -42,6 +46,7 @@ from hdovd.pipelines.proposal_files.file import (
 from hdovd.pipelines.proposal_files.formats import read_npz
 from hdovd.pipelines.proposals.config import ProposeConfig
 from hdovd.pipelines.proposals.networks import (
+    Finder,
     Pictures,
     found_in,
     load_network,
@@ -128,12 +133,8 @@ def _propose(job: ProposeConfig, us: Team, stop: StopSignal) -> dict[int, Propos
     require_some_readable(split)
     selection, about = _selection(job, split, network, us)
     origin["selection"] = asdict(selection)  # with it, everything that made the proposals
-    parts = Parts.of(job.beside("parts"), split, job.recipe.train.batch_size, origin)
+    parts = found_parts(job.beside("parts"), split, job.recipe, origin, network, selection, us, stop)
     origin["selection"] = about
-    mine = [part for part in parts.numbers() if not parts.is_done(part)][us.rank :: us.world]
-    us.wait()  # all have looked, before the first one writes
-    _fill(parts, mine, network, split, job, selection, us, stop)
-    us.wait()
     done = [parts.read(part) for part in parts.numbers()]
     us.wait()
     found = {image_id: proposals for part, _ in done for image_id, proposals in part.items()}
@@ -228,31 +229,45 @@ def _selection(
     return best.selection, best.about()
 
 
-def _fill(
-    parts: Parts,
-    mine: list[int],
-    network: ProposalNetwork,
+def found_parts(
+    folder: Path,
     split: Split,
-    job: ProposeConfig,
+    recipe: Recipe,
+    origin: dict[str, Any],
+    network: Finder,
     selection: Selection,
     us: Team,
     stop: StopSignal,
-) -> None:
-    """Propose in the images of the parts `mine`, and write each part when it is done. Raises Stopped if a signal
-    came.
+    names: Callable[[Tensor], Any] | None = None,
+) -> Parts:
+    """What a network finds in the images of a split, in parts, of which each process writes its own that are not there.
+
+    Args:
+        recipe: of which batch size and workers are taken. origin: all that made the parts, as JSON has it.
+        names: of a detector, whose scores are (n, 1 + N): what to tell of a box by its N scores, a JSON value.
+
+    Raises Stopped if a signal came.
     """
+    parts = Parts.of(folder, split, recipe.train.batch_size, origin)
+    mine = [part for part in parts.numbers() if not parts.is_done(part)][us.rank :: us.world]
+    us.wait()  # all have looked, before the first one writes
     numbers = [number for part in mine for number in parts.rows(part)]
-    results = found_in(Pictures(split, job.recipe), numbers, network, us, "propose")
+    results = found_in(Pictures(split, recipe), numbers, network, us, "propose")
     for part in mine:
-        found, unreadable = dict[int, Proposals](), list[str]()
+        found, unreadable, named = dict[int, Proposals](), list[str](), list[Any]()
         for number, (picture, boxes, scores) in zip(parts.rows(part), results, strict=False):
             stop_if_asked(stop, f"proposing; whole parts are in {parts.folder}")
-            keep = selection.keep(boxes, scores, torch.from_numpy(split.images[number].boxes))
+            image, score = split.images[number], scores if names is None else scores[:, 0]
             if picture.problem:
                 unreadable.append(picture.problem)
-            else:
-                found[picture.image_id] = Proposals(boxes[keep].numpy(), scores[keep].numpy())
-        parts.write(part, found, unreadable=unreadable)
+                continue
+            boxes = clip_boxes_to_image(boxes, (image.height, image.width))
+            keep = selection.keep(boxes, score, torch.from_numpy(image.boxes))
+            found[picture.image_id] = Proposals(boxes[keep].numpy(), score[keep].numpy())
+            named.append([] if names is None else [names(row) for row in scores[keep, 1:]])
+        parts.write(part, found, unreadable=unreadable, **({} if names is None else {"names": named}))
+    us.wait()
+    return parts
 
 
 def stop_if_asked(stop: StopSignal, doing: str) -> None:

@@ -12,12 +12,12 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import clip_boxes_to_image
 
 from hdovd.cache.catalog import Catalog, FeatureSet
 from hdovd.cache.identity import hash_file
@@ -38,8 +38,8 @@ from hdovd.pipelines.extraction.pseudo_labels import rows_of_classes
 from hdovd.pipelines.extraction.source import CacheSource, extraction_of, set_of_run
 from hdovd.pipelines.extraction.verdicts import FLOOR, write_verdicts
 from hdovd.pipelines.proposal_files.file import Proposals, read_table, write_proposals
-from hdovd.pipelines.proposals.networks import Pictures, found_in, require_some_readable
-from hdovd.pipelines.proposals.propose import Parts, stop_if_asked
+from hdovd.pipelines.proposals.networks import require_some_readable
+from hdovd.pipelines.proposals.propose import Parts, found_parts
 from hdovd.pipelines.proposals.selection import USUAL, Selection
 from hdovd.pipelines.relabelling.config import RelabelConfig, next_round
 from hdovd.pipelines.runs.folder import RunFolder, weights_hash
@@ -136,26 +136,8 @@ def _propose(config: RelabelConfig, run: RunFolder, name: str, number: int, us: 
         return
     finder = Finder(placed(detector, us.device).eval(), texts.float().to(us.device), len(base))
     folder = config.proposals.with_name(f"{config.proposals.stem}.parts")
-    parts = Parts.of(folder, split, run.recipe().train.batch_size, origin)
-    mine = [part for part in parts.numbers() if not parts.is_done(part)][us.rank :: us.world]
-    us.wait()  # all have looked, before the first one writes
-    results = found_in(
-        Pictures(split, run.recipe()), [n for part in mine for n in parts.rows(part)], finder, us, "relabel"
-    )
-    for part in mine:
-        found, names, unreadable = dict[int, Proposals](), list[Any](), list[str]()
-        for place, (picture, boxes, scores) in zip(parts.rows(part), results, strict=False):
-            stop_if_asked(stop, f"relabelling; whole parts are in {folder}")
-            if picture.problem:
-                unreadable.append(picture.problem)
-                continue
-            image = split.images[place]
-            boxes = clip_boxes_to_image(boxes, (image.height, image.width))
-            keep = selection.keep(boxes, scores[:, 0], torch.from_numpy(image.boxes))
-            found[picture.image_id] = Proposals(boxes[keep].numpy(), scores[keep, 0].numpy())
-            names.append([_best(row, [nouns[other] for other in others]) for row in scores[keep, 1:]])
-        parts.write(part, found, names=names, unreadable=unreadable)
-    us.wait()
+    names = partial(_best, nouns=[nouns[row] for row in others])
+    parts = found_parts(folder, split, run.recipe(), origin, finder, selection, us, stop, names)
     if us.leads:
         _write(config, parts, sum(cache.counts(Source.PROPOSAL).values()), origin)
 

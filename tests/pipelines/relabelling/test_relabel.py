@@ -31,7 +31,6 @@ from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.proposal_files.file import read_table
 from hdovd.pipelines.proposals import propose as proposal_parts
 from hdovd.pipelines.proposals.selection import USUAL
-from hdovd.pipelines.relabelling import relabel as stage
 from hdovd.pipelines.relabelling.config import RelabelConfig, next_round
 from hdovd.pipelines.relabelling.relabel import relabel
 from hdovd.pipelines.runs.folder import RunFolder
@@ -179,7 +178,7 @@ def test_a_killed_round_goes_on_and_a_done_one_is_not_done_again(
             raise Stopped("killed", 75)
         write(self, part, found, **told)
 
-    look = stage.found_in
+    look = proposal_parts.found_in
 
     def counted(pictures: Any, numbers: list[int], *rest: Any) -> Iterator[Any]:
         seen.extend(numbers)
@@ -188,7 +187,7 @@ def test_a_killed_round_goes_on_and_a_done_one_is_not_done_again(
     monkeypatch.setattr(proposal_parts.Parts, "write", write_or_die)
     with pytest.raises(Stopped):
         relabel(again)
-    monkeypatch.setattr(stage, "found_in", counted)
+    monkeypatch.setattr(proposal_parts, "found_in", counted)
     relabel(again)
     assert seen
     assert min(seen) >= 8
