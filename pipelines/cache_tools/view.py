@@ -209,8 +209,8 @@ def _missing(levels: Collection[Level], rows: InstanceRows, reliability: Reliabi
         "the cache has no nouns, so proposals have no label: extract-clip --nouns or --vocabulary": (
             proposals.any() and not named
         ),
-        f"{without} of {int(proposals.sum())} proposals have no noun: the image offers none, or its picture was not "
-        "read": named and without,
+        f"{without} of {int(proposals.sum())} proposals have no noun: they are most like a background, the image "
+        "offers none, or its picture was not read": named and without,
         "no weights: no values are known for this CLIP and these prompts; give --calibration FILE (hdovd calibrate), "
         "or a --recipe that has some": Level.PSEUDO_LABEL in levels and reliability is None,
         "the cache has no class names, so there are no nearest classes": Level.CLASS not in levels,
