@@ -6,8 +6,9 @@ A file of JSON lines, one proposal a line, as a vision-language model that was s
     {"image_id": 139, "bbox": [236.9, 142.5, 24.7, 69.5], "names": {"vase": 0.7, "bottle": 0.2}}
 
 `bbox` is x, y, width and height in pixels, as in proposal files; `"row": 17`, the proposal's place in the cache, may
-stand for image and box. Scores count against each other alone. A name that a proposal's line does not have counts as
-`FLOOR` of its best one; a proposal without a line is named by CLIP alone. `hdovd relabel` writes such a file too.
+stand for image and box. Scores count against each other alone. Names that a proposal's line does not have count as its
+`"others"`, the score of each of them, or as `FLOOR` of its best one; a proposal without a line is named by CLIP alone.
+`hdovd relabel` writes such a file too.
 
 M rows of the box table, V names that proposals have, K nouns.
 """
@@ -43,26 +44,26 @@ SAME_BOX_PX = 1.0  # on every side: files round
 @dataclass(frozen=True, slots=True, eq=False)
 class Verdicts:
     """Of row i of the box table the names offset[i]:offset[i + 1]: `noun` (V,) int32, and `log_score` (V,) float32, the
-    logarithm of its share of the row's best score, log(FLOOR) to 0.
+    logarithm of its share of the row's best score, log(FLOOR) to 0; `log_others` (M,) float32 that of all other names.
     """
 
     offset: np.ndarray
     noun: np.ndarray
     log_score: np.ndarray
+    log_others: np.ndarray
 
     def identity(self) -> str:
-        return hash_tables([self.offset, self.noun, self.log_score])
+        return hash_tables([self.offset, self.noun, self.log_score, self.log_others])
 
     def of_rows(self, rows: np.ndarray, nouns: int, backgrounds: Sequence[int] = ()) -> Tensor:
         """Log scores (n, K) of rows of the box table; 0 in those without a verdict, and of backgrounds that a verdict
         does not name: it says which object it is, and may not have been asked whether it is one.
         """
         found = torch.zeros(len(rows), nouns)
-        for log_scores, first, last in zip(
-            found, self.offset[rows].tolist(), self.offset[rows + 1].tolist(), strict=True
-        ):
+        for log_scores, row in zip(found, rows.tolist(), strict=True):
+            first, last = self.offset[row : row + 2].tolist()
             if last > first:
-                log_scores.fill_(math.log(FLOOR))
+                log_scores.fill_(float(self.log_others[row]))
                 log_scores[list(backgrounds)] = 0.0
                 log_scores[torch.from_numpy(self.noun[first:last].astype(np.int64))] = torch.from_numpy(
                     self.log_score[first:last]
@@ -70,9 +71,10 @@ class Verdicts:
         return found
 
 
-def write_verdicts(path: Path, lines: Iterable[tuple[int, list[float], dict[str, float]]]) -> None:
-    """lines: image id, box as x, y, width, height, and scores by name. The file appears whole or not at all."""
-    texts = (json.dumps({"image_id": image_id, "bbox": box, "names": names}) for image_id, box, names in lines)
+def write_verdicts(path: Path, lines: Iterable[tuple[int, list[float], dict[str, float], float]]) -> None:
+    """lines: image id, box as x, y, width, height, scores by name, the score of all others. Whole or absent."""
+    keys = ("image_id", "bbox", "names", "others")
+    texts = (json.dumps(dict(zip(keys, line, strict=True))) for line in lines)
 
     def write(partial: Path) -> None:
         with partial.open("w", encoding="utf-8") as file:
@@ -91,16 +93,19 @@ def read_verdicts(path: Path, table: BoxTable, vocabulary: Sequence[str]) -> Ver
     for noun, name in enumerate(vocabulary):
         rows_of.setdefault(meaning(name), []).append(noun)
     called = cache(lambda name: rows_of.get(meaning(name), ()))  # names come again and again
+    log_others = np.zeros(len(table.box), np.float32)
     seen, row_of, noun_of, score_of = np.zeros(len(table.box), bool), array("q"), array("i"), array("f")
     for where, tree in _lines(path):
-        row, scores, found = _row(tree, table, place, where), _scores(tree, where), dict[int, float]()
+        row, found = _row(tree, table, place, where), dict[int, float]()
+        scores, others = _scores(tree, where)
         if seen[row]:
             raise HdovdError(f"{where}: a second verdict on the same proposal: expected one line for each")
         seen[row], best = True, max(scores.values(), default=1.0)
+        log_others[row] = _log_share(others, best)
         for name, score in scores.items():
             nouns = called(name)
             unknown[name] += not nouns
-            found |= {noun: max(math.log(max(score / best, FLOOR)), found.get(noun, -math.inf)) for noun in nouns}
+            found |= {noun: max(_log_share(score, best), found.get(noun, -math.inf)) for noun in nouns}
         row_of.extend([row] * len(found))
         noun_of.extend(found)
         score_of.extend(found.values())
@@ -116,7 +121,11 @@ def read_verdicts(path: Path, table: BoxTable, vocabulary: Sequence[str]) -> Ver
     proposals = int((table.source == Source.PROPOSAL).sum())
     log(f"verdicts of {path}: on {len(np.unique(rows)):,d} of {proposals:,d} proposals")
     order, counts = np.lexsort((nouns_of_rows, rows)), np.bincount(rows + 1, minlength=len(table.box) + 1)
-    return Verdicts(counts.cumsum(), nouns_of_rows[order], scores_of_rows[order].astype(np.float32))
+    return Verdicts(counts.cumsum(), nouns_of_rows[order], scores_of_rows[order].astype(np.float32), log_others)
+
+
+def _log_share(score: float, best: float) -> float:
+    return math.log(min(max(score / best, FLOOR), 1.0))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -169,16 +178,17 @@ def _row(tree: dict[str, Any], table: BoxTable, place: Mapping[int, int], where:
     return int(own[away.argmin()])
 
 
-def _scores(tree: dict[str, Any], where: str) -> dict[str, float]:
-    """Scores by name, {} where nothing was answered. Raises HdovdError if none is above 0, or one is no number of 0 or
-    more.
+def _scores(tree: dict[str, Any], where: str) -> tuple[dict[str, float], float]:
+    """Scores by name, {} where nothing was answered, and that of all others. Raises HdovdError if none is above 0, or
+    one is no number of 0 or more.
     """
-    names, expected = tree.get("names"), 'expected a score for each name, 0 or more, as {"cat": 0.9}'
+    names, others = tree.get("names"), tree.get("others", 0.0)
+    expected = 'expected a score for each name, 0 or more, as {"cat": 0.9}'
     if not isinstance(names, dict):
         raise HdovdError(f"{where}: names is {shown(names)}, {expected}")
-    for name, score in names.items():
+    for name, score in (*names.items(), ("others", others)):
         if type(score) not in (int, float) or not 0 <= score < math.inf:
             raise HdovdError(f"{where}: the score of {cut(name)!r} is {shown(score)}, {expected}")
     if names and not any(names.values()):
         raise HdovdError(f"{where}: no name has a score above 0, {expected}")
-    return names
+    return names, others

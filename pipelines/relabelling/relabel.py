@@ -36,7 +36,7 @@ from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule
 from hdovd.pipelines.extraction.extract_clip import ExtractReport, extract_clip
 from hdovd.pipelines.extraction.pseudo_labels import rows_of_classes
 from hdovd.pipelines.extraction.source import CacheSource, extraction_of, set_of_run
-from hdovd.pipelines.extraction.verdicts import FLOOR, write_verdicts
+from hdovd.pipelines.extraction.verdicts import write_verdicts
 from hdovd.pipelines.proposal_files.file import Proposals, read_table, write_proposals
 from hdovd.pipelines.proposals.networks import require_some_readable
 from hdovd.pipelines.proposals.propose import Parts, found_parts
@@ -142,12 +142,12 @@ def _propose(config: RelabelConfig, run: RunFolder, name: str, number: int, us: 
         _write(config, parts, sum(cache.counts(Source.PROPOSAL).values()), origin)
 
 
-def _best(scores: Tensor, nouns: list[str]) -> dict[str, float]:
-    """The nouns (N,) of the highest scores, of `FLOOR` of the best or more."""
-    best = scores.topk(min(NAMES, len(nouns)))
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    least = FLOOR * float(best.values[0])
-    return {nouns[noun]: float(f"{score:.4g}") for noun, score in pairs if score >= least and score > 0}
+def _best(scores: Tensor, nouns: list[str]) -> tuple[dict[str, float], float]:
+    """The nouns (N,) of the highest scores, and a score for all others, which is no higher."""
+    best = scores.topk(min(NAMES + 1, len(nouns)))
+    values = [float(f"{score:.4g}") for score in best.values.tolist()]
+    names = {nouns[noun]: score for noun, score in zip(best.indices.tolist(), values, strict=True) if score > 0}
+    return dict(list(names.items())[:NAMES]), values[NAMES] if len(values) > NAMES else 0.0
 
 
 def _write(config: RelabelConfig, parts: Parts, before: int, origin: dict[str, Any]) -> None:
@@ -167,13 +167,13 @@ def _write(config: RelabelConfig, parts: Parts, before: int, origin: dict[str, A
     )
     most, least = dict(zip(found, counts.tolist(), strict=True)), float(scores[best[-1]])
 
-    def lines() -> Iterator[tuple[int, list[float], dict[str, float]]]:
+    def lines() -> Iterator[tuple[int, list[float], dict[str, float], float]]:
         for part in parts.numbers():  # once more: names of millions of boxes would take gigabytes
             boxes, told = parts.read(part)
             for (image_id, own), names in zip(boxes.items(), told["names"], strict=True):
                 box = own.boxes[: most[image_id]].astype(np.float64)  # best first
                 xywh = np.concatenate([box[:, :2], box[:, 2:] - box[:, :2]], axis=1).round(2).tolist()
-                yield from ((image_id, one, called) for one, called in zip(xywh, names, strict=False))
+                yield from ((image_id, one, *called) for one, called in zip(xywh, names, strict=False))
 
     write_verdicts(config.verdicts, lines())
     selection = origin["selection"] | {"min_score": least, "on_object": round(float(scores[best].mean()), 4)}

@@ -69,7 +69,7 @@ def test_scores_count_against_the_best_and_others_are_the_floor(table: BoxTable,
         tmp_path / "v.jsonl",
         line(table, two, names={"key": 0.8, "zeppelin": 0.2}),
         "",
-        line(table, one, names={"Hot-dogs": 5, "key": 1e-9, "spaceship": 2}),
+        line(table, one, names={"Hot-dogs": 5, "key": 1e-9, "spaceship": 2}, others=0.25),
         {"row": three, "names": {"zeppelin": 1, "hot dogs": 0, "hotdog": 0.5}},
     )
     lines = list[str]()
@@ -80,7 +80,7 @@ def test_scores_count_against_the_best_and_others_are_the_floor(table: BoxTable,
         f"verdicts of {file}: on 3 of {len(rows_of(table))} proposals",
     ]
     added = found.of_rows(np.array([one, three, two, rows_of(table)[3]]), 3).exp()
-    wanted = [[FLOOR, 1, FLOOR], [FLOOR, 0.5, 1], [1, FLOOR, 0.25], [1, 1, 1]]
+    wanted = [[FLOOR, 1, 0.05], [FLOOR, 0.5, 1], [1, FLOOR, 0.25], [1, 1, 1]]
     torch.testing.assert_close(added, torch.tensor(wanted), rtol=1e-5, atol=1e-7)
     grounds = found.of_rows(np.array([one, two]), 4, (2, 3)).exp()  # a background that is named is as it is named
     torch.testing.assert_close(grounds, torch.tensor([[FLOOR, 1, 1, 1], [1, FLOOR, 0.25, 1]]), rtol=1e-5, atol=1e-7)
@@ -125,6 +125,7 @@ def test_boxes_are_met_within_a_pixel_and_cut_to_the_image(table: BoxTable, tmp_
         ({"names": {"key": True}}, "the score of 'key' is true"),
         ({"names": {"key": -0.1, "zeppelin": 1}}, "the score of 'key' is -0.1"),
         ({"names": {"key": float("nan")}}, "the score of 'key' is nan"),
+        ({"others": "0.1"}, "the score of 'others' is the text"),
         ({"names": {"key": 0}}, "line 2: no name has a score above 0"),
         ({}, "line 3: a second verdict on the same proposal"),
     ],

@@ -32,7 +32,7 @@ from hdovd.pipelines.proposal_files.file import read_table
 from hdovd.pipelines.proposals import propose as proposal_parts
 from hdovd.pipelines.proposals.selection import USUAL
 from hdovd.pipelines.relabelling.config import RelabelConfig, next_round
-from hdovd.pipelines.relabelling.relabel import relabel
+from hdovd.pipelines.relabelling.relabel import _best, relabel
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.train import TrainConfig, train
 
@@ -241,6 +241,15 @@ def test_refusals(
     assert "expected a file whose name ends in" in refused(out=tmp_path / "x.txt")
     assert "no feature cache at" in refused(cache=tmp_path / "nothing")
     assert not (distilled.path / "relabelled.json").exists()
+
+
+def test_names_beyond_the_best_count_as_the_next_one() -> None:
+    nouns = [f"noun {number}" for number in range(30)]
+    names, others = _best(torch.linspace(0.0, 0.29, 30), nouns)
+    assert list(names) == nouns[:9:-1]
+    assert (names["noun 29"], names["noun 10"], others) == (0.29, 0.1, 0.09)
+    assert _best(torch.tensor([0.0, 0.5]), nouns[:2]) == ({"noun 1": 0.5}, 0.0)
+    assert _best(torch.zeros(30), nouns) == ({}, 0.0)
 
 
 def test_rounds_are_counted() -> None:
