@@ -28,6 +28,7 @@ from hdovd.core.errors import HdovdError, require_files
 from hdovd.core.log import log, quiet
 from hdovd.core.version import __version__
 from hdovd.data.coco import Split
+from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.boxes import combine_scores
 from hdovd.pipelines.common.device import Team, placed, team
@@ -91,6 +92,8 @@ def relabel(config: RelabelConfig) -> tuple[ExtractReport, str]:
     moved |= {"pretrained": config.pretrained} if config.clip else {}
     given = "another run: of a set that extract-clip made"
     made = extraction_of(features, config.cache, name, given, device=config.device, **moved)
+    if load_protocol(made.protocol).base != run.protocol().base:
+        raise HdovdError(f"protocol {made.protocol} has other base classes than {config.run}: give that of the run")
     require_files(**{key: getattr(made, key) for key in ("captions", "nouns", "synonyms", "class_embeddings")})
     named, number = next_round(name)
     extraction = replace(made, features=config.features or named, proposals=config.proposals, verdicts=config.verdicts)

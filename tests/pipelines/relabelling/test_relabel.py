@@ -210,11 +210,7 @@ def changed_run(run: Path, folder: Path, **changes: Any) -> Path:
 
 
 def test_refusals(
-    scene: tuple[Path, RelabelConfig, list[str]],
-    distilled: RunFolder,
-    copied_cache: Path,
-    extraction: Any,
-    tmp_path: Path,
+    scene: tuple[Path, RelabelConfig, list[str]], distilled: RunFolder, world: Path, extraction: Any, tmp_path: Path
 ) -> None:
     cache, _, _ = scene
 
@@ -235,6 +231,9 @@ def test_refusals(
     assert "set default-round2 of" in refused(run=other)  # another run's round is not replaced
     (tmp_path / "mine.json").write_text('[{"image_id": 1, "bbox": [0, 0, 9, 9], "score": 1}]')
     assert "hdovd relabel did not write it" in refused(out=tmp_path / "mine.json", features="mine")
+    text = (world / "protocol.toml").read_text()
+    (tmp_path / "p.toml").write_text(text.replace('"key", ', "").replace("base = [", 'base = ["key", '))
+    assert "has other base classes than" in refused(protocol=str(tmp_path / "p.toml"), features="mine")
     assert "--pretrained goes with --clip" in refused(pretrained="openai")
     assert "--features '../x': expected" in refused(features="../x")
     assert "is no run" in refused(run=tmp_path)
