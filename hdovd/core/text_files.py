@@ -10,6 +10,7 @@ import json
 import re
 import tomllib
 import zlib
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import IO, Any, cast
@@ -59,6 +60,27 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise HdovdError(f"{what} {path} is not valid JSON ({json_fault(error)}); is the download complete?") from error
+
+
+def json_lines(path: Path, expected: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The place and the object of each line of a file that is not empty; packed by gzip or not. Raises HdovdError
+    naming the line that holds none, and what was `expected`.
+    """
+    try:
+        with open_bytes(path) as file:
+            for number, line in enumerate(file, start=1):
+                where = f"{path}: line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    tree = json.loads(line.decode("utf-8-sig"))
+                except (ValueError, RecursionError) as error:
+                    raise HdovdError(f"{where} is no JSON ({json_fault(error)}): expected {expected}") from error
+                if not isinstance(tree, dict):
+                    raise HdovdError(f"{where} is {shown(tree)}: expected {expected}")
+                yield where, tree
+    except DAMAGED as error:
+        raise HdovdError(f"{path} is damaged ({error}): expected lines such as {expected}") from error
 
 
 def json_fault(error: ValueError | RecursionError) -> str:

@@ -17,7 +17,7 @@ import json
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,13 +31,14 @@ from hdovd.cache.identity import hash_tables
 from hdovd.cache.schema import Source
 from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.core.log import log
-from hdovd.core.text_files import DAMAGED, cut, json_fault, open_bytes, shown
+from hdovd.core.text_files import cut, json_lines, shown
 from hdovd.data.coco import whole
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.extraction.identities import BoxTable
 from hdovd.pipelines.nouns.allowed import meaning
 
 FLOOR = 1e-3
+EXPECTED = '{"image_id": 1, "bbox": [x, y, w, h], "names": {"cat": 0.9}}'
 SAME_BOX_PX = 1.0  # on every side: files round
 
 
@@ -95,7 +96,7 @@ def read_verdicts(path: Path, table: BoxTable, vocabulary: Sequence[str]) -> Ver
     called = cache(lambda name: rows_of.get(meaning(name), ()))  # names come again and again
     log_others = np.zeros(len(table.box), np.float32)
     seen, row_of, noun_of, score_of = np.zeros(len(table.box), bool), array("q"), array("i"), array("f")
-    for where, tree in _lines(path):
+    for where, tree in json_lines(path, EXPECTED):
         row, found = _row(tree, table, place, where), dict[int, float]()
         scores, others = _scores(tree, where)
         if seen[row]:
@@ -126,26 +127,6 @@ def read_verdicts(path: Path, table: BoxTable, vocabulary: Sequence[str]) -> Ver
 
 def _log_share(score: float, best: float) -> float:
     return math.log(min(max(score / best, FLOOR), 1.0))
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's place and its object. Raises HdovdError for a line that is none."""
-    expected = 'expected JSON lines: {"image_id": 1, "bbox": [x, y, w, h], "names": {"cat": 0.9}}'
-    try:
-        with open_bytes(path) as file:
-            for number, line in enumerate(file, start=1):
-                where = f"{path}: line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    tree = json.loads(line.decode("utf-8-sig"))
-                except (ValueError, RecursionError) as error:
-                    raise HdovdError(f"{where} is no JSON ({json_fault(error)}): {expected}") from error
-                if not isinstance(tree, dict):
-                    raise HdovdError(f"{where} is {shown(tree)}: {expected}")
-                yield where, tree
-    except DAMAGED as error:
-        raise HdovdError(f"{path} is damaged ({error}): {expected}") from error
 
 
 def _row(tree: dict[str, Any], table: BoxTable, place: Mapping[int, int], where: str) -> int:

@@ -214,6 +214,7 @@ ALLOWED = {
     "pipelines/detection/detect.py _write": "given to replace_file",
     "pipelines/proposal_files/file.py _write_json": "given to replace_file",
     "pipelines/proposal_files/file.py _write_npz": "given to replace_file",
+    "pipelines/extraction/verdicts.py write": "given to replace_file",
     "pipelines/export/model.py _write_onnx": "given to replace_file",
     "pipelines/export/model.py save_traced": "given to replace_file",
     "pipelines/export/model.py _write_safetensors": "given to replace_file",

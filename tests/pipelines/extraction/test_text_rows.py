@@ -461,6 +461,7 @@ def test_config_survives_as_plain_values_with_absolute_paths(tmp_path: Path, mon
         "features": "mine",
         "class_embeddings": None,
         "nouns": None,
+        "verdicts": None,
         "labels": LabelRule(choice=LabelChoice.LIKELY),
         "device": "auto",
         "batch_size": None,

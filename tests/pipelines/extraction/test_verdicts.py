@@ -109,7 +109,7 @@ def test_boxes_are_met_within_a_pixel_and_cut_to_the_image(table: BoxTable, tmp_
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("[1]", "line 2 is a list: expected JSON lines"),
+        ("[1]", "line 2 is a list: expected {"),
         ("{", "line 2 is no JSON"),
         ('{"names": {"key": 1}}', "line 2: image_id"),
         ({"image_id": 10**9}, "line 2: image 1000000000 is not in the training set"),

@@ -102,7 +102,7 @@ def test_pseudo_boxes_come_best_first_with_their_noun(world: Path, cache: Path, 
         np.testing.assert_allclose(targets.pseudo_texts.numpy(), nouns[rows.noun[named]], atol=1e-3)
         np.testing.assert_allclose(targets.pseudo_embeddings.numpy(), rows.embedding[named], atol=1e-3)
         seen += int(named.sum())
-    assert seen > 100
+    assert seen > 50
 
 
 def test_flip_keeps_boxes_pseudo_boxes_rows_and_pixels_together(
