@@ -94,19 +94,19 @@ def read_verdicts(path: Path, table: BoxTable, vocabulary: Sequence[str]) -> Ver
     for noun, name in enumerate(vocabulary):
         rows_of.setdefault(meaning(name), []).append(noun)
     called = cache(lambda name: rows_of.get(meaning(name), ()))  # names come again and again
-    log_others = np.zeros(len(table.box), np.float32)
-    seen, row_of, noun_of, score_of = np.zeros(len(table.box), bool), array("q"), array("i"), array("f")
+    of_others = np.zeros(len(table.box))
+    seen, row_of, noun_of, score_of = np.zeros(len(table.box), bool), array("q"), array("i"), array("d")
     for where, tree in json_lines(path, EXPECTED):
         row, found = _row(tree, table, place, where), dict[int, float]()
         scores, others = _scores(tree, where)
         if seen[row]:
             raise HdovdError(f"{where}: a second verdict on the same proposal: expected one line for each")
         seen[row], best = True, max(scores.values(), default=1.0)
-        log_others[row] = _log_share(others, best)
+        of_others[row] = others / best
         for name, score in scores.items():
             nouns = called(name)
             unknown[name] += not nouns
-            found |= {noun: max(_log_share(score, best), found.get(noun, -math.inf)) for noun in nouns}
+            found |= {noun: max(score / best, found.get(noun, 0.0)) for noun in nouns}
         row_of.extend([row] * len(found))
         noun_of.extend(found)
         score_of.extend(found.values())
@@ -122,11 +122,8 @@ def read_verdicts(path: Path, table: BoxTable, vocabulary: Sequence[str]) -> Ver
     proposals = int((table.source == Source.PROPOSAL).sum())
     log(f"verdicts of {path}: on {len(np.unique(rows)):,d} of {proposals:,d} proposals")
     order, counts = np.lexsort((nouns_of_rows, rows)), np.bincount(rows + 1, minlength=len(table.box) + 1)
-    return Verdicts(counts.cumsum(), nouns_of_rows[order], scores_of_rows[order].astype(np.float32), log_others)
-
-
-def _log_share(score: float, best: float) -> float:
-    return math.log(min(max(score / best, FLOOR), 1.0))
+    logs = (np.log(shares.clip(FLOOR, 1)).astype(np.float32) for shares in (scores_of_rows[order], of_others))
+    return Verdicts(counts.cumsum(), nouns_of_rows[order], *logs)
 
 
 def _row(tree: dict[str, Any], table: BoxTable, place: Mapping[int, int], where: str) -> int:
