@@ -14,7 +14,6 @@ M rows of the box table, V names that proposals have, K nouns.
 """
 
 import json
-import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +38,7 @@ from hdovd.pipelines.nouns.allowed import meaning
 
 FLOOR = 1e-3
 EXPECTED = '{"image_id": 1, "bbox": [x, y, w, h], "names": {"cat": 0.9}}'
+LARGEST = 1e300  # whole numbers in JSON have no end
 SAME_BOX_PX = 1.0  # on every side: files round
 
 
@@ -165,7 +165,7 @@ def _scores(tree: dict[str, Any], where: str) -> tuple[dict[str, float], float]:
     if not isinstance(names, dict):
         raise HdovdError(f"{where}: names is {shown(names)}, {expected}")
     for name, score in (*names.items(), ("others", others)):
-        if type(score) not in (int, float) or not 0 <= score < math.inf:
+        if type(score) not in (int, float) or not 0 <= score < LARGEST:
             raise HdovdError(f"{where}: the score of {cut(name)!r} is {shown(score)}, {expected}")
     if names and not any(names.values()):
         raise HdovdError(f"{where}: no name has a score above 0, {expected}")

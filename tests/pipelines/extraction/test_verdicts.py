@@ -125,6 +125,7 @@ def test_boxes_are_met_within_a_pixel_and_cut_to_the_image(table: BoxTable, tmp_
         ({"names": {"key": True}}, "the score of 'key' is true"),
         ({"names": {"key": -0.1, "zeppelin": 1}}, "the score of 'key' is -0.1"),
         ({"names": {"key": float("nan")}}, "the score of 'key' is nan"),
+        ({"others": 10**400}, "the score of 'others' is a number of more"),
         ({"others": "0.1"}, "the score of 'others' is the text"),
         ({"names": {"key": 0}}, "line 2: no name has a score above 0"),
         ({}, "line 3: a second verdict on the same proposal"),
