@@ -134,6 +134,7 @@ class ProposalsConfig(Section):
     rpn_box_weight: NonNegative = 10.0
     iou_weight: NonNegative = 1.0
     box_weight: NonNegative = 1.0
+    epochs: Annotated[int, Field(ge=0)] = 0  # of these networks; 0: train.epochs
 
 
 class ScheduleConfig(Section):

@@ -76,7 +76,6 @@ def _side_by_side(files: list[Path]) -> Image.Image:
 
 
 DISTILLED = "distilled"
-PROPOSER_EPOCHS = 5
 PROPOSALS, BACKBONE = "proposals.json", "backbone.safetensors"
 VARIANTS = {"base-only": ["--preset", "base-only"], DISTILLED: []}
 
@@ -172,12 +171,11 @@ def _world_teacher_and_proposals(stages: _Stages) -> str:
         "with lines_to(print): demo_teacher(pathlib.Path(sys.argv[1]))",
         str(teachers),
     )
-    words = ["--recipe", "demo", "--set", f"train.epochs={PROPOSER_EPOCHS}"]
     outs = ["--out", root / PROPOSALS, "--backbone-out", root / BACKBONE]
     stages.side_by_side(
         [
             Job("teacher", (make,), root / "logs" / "teacher.log"),
-            stages.job("propose", ["propose", *stages.data, *words, *outs]),
+            stages.job("propose", ["propose", *stages.data, "--recipe", "demo", *outs]),
         ]
     )
     return demo_teacher(teachers)

@@ -79,6 +79,13 @@ class ProposeConfig:
     min_score: Annotated[
         float | None, Option("Lowest score of a proposal; default: chosen by base boxes.", min=0, max=1)
     ] = None
+    no_rehearsal: Annotated[
+        bool,
+        Option(
+            "Choose what is not given by classes that the network has learnt, without training a second one that has "
+            "not."
+        ),
+    ] = False
     device: Device = "auto"
     overwrite: Annotated[bool, Option("Train anew, whatever network or checkpoint is there.")] = False
     save_minutes: SaveMinutes = 10.0

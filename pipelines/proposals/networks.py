@@ -8,7 +8,7 @@ import json
 import shutil
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -57,18 +57,22 @@ def network_file(job: ProposeConfig, detector: Detector) -> Path:
     return job.beside(f"{detector.value}.safetensors")
 
 
-def settings(job: ProposeConfig, detector: Detector, split: Split) -> dict[str, Any]:
-    """What a training is determined by: detector, recipe, protocol, and the annotation file with its sha256."""
+def settings(job: ProposeConfig, detector: Detector, split: Split, base: Sequence[str] = ()) -> dict[str, Any]:
+    """What a training is determined by: detector, recipe, protocol, and the annotation file with its sha256. `base`:
+    the classes whose boxes are learnt; by default all base classes.
+    """
     recipe, protocol = job.recipe.model_dump(by_alias=True), load_protocol(job.protocol)
     # A key that came later is left out at its default: files of before it was there say the same.
     recipe["train"] = job.recipe.train.model_dump(exclude={"workers", "compile"}, exclude_defaults=True)
+    if not recipe["proposals"]["epochs"]:
+        del recipe["proposals"]["epochs"]
     body = recipe["detector"]["backbone"]
     if is_file(body["weights"]):  # what is in it counts, not where it lies
         body["weights"] = f"sha256:{hash_file(Path(body['weights']))}"
     return {
         "detector": detector.value,
         "recipe": {name: recipe[name] for name in SECTIONS},
-        "protocol": {"name": protocol.name, "base": list(protocol.base)},
+        "protocol": {"name": protocol.name, "base": list(base or protocol.base)},
         "annotations": {"file": str(split.annotations.resolve()), "sha256": hash_file(split.annotations)},
     }
 
@@ -215,15 +219,16 @@ def found_in(
 
 
 def trained_network(
-    job: ProposeConfig, detector: Detector, split: Split, us: Team, stop: StopSignal
+    job: ProposeConfig, detector: Detector, split: Split, us: Team, stop: StopSignal, base: Sequence[str] = ()
 ) -> tuple[ProposalNetwork, dict[str, Any]]:
-    """A network of a job, on the team's device, and what made it: from its file, or trained and put there.
+    """A network of a job, on the team's device, and what made it: from its file, or trained and put there. `base`: as
+    in `settings`, of the boxes in `split`.
 
     Raises HdovdError if the file, or the checkpoint of a training that was killed, was made otherwise; Stopped if a
     signal came.
     """
     job, line = settled_job(job, detector, us)
-    wanted, file = settings(job, detector, split), network_file(job, detector)
+    wanted, file = settings(job, detector, split, base), network_file(job, detector)
     if file.is_file() and not job.overwrite:
         _check_made_by(made_by(file), wanted, file)
         log(f"network: {file}, trained with these settings before")
@@ -275,6 +280,7 @@ def _check_made_by(found: dict[str, Any], wanted: dict[str, Any], file: Path) ->
 
 def _train(job: ProposeConfig, file: Path, split: Split, wanted: dict[str, Any], us: Team, stop: StopSignal) -> None:
     config, folder = job.recipe.train, file.with_suffix(".training")
+    config = config.model_copy(update={"epochs": job.recipe.proposals.epochs or config.epochs})
     state = None if job.overwrite else load_checkpoint(folder, STATE)
     us.wait()  # all have looked, before the first one writes
     if state is not None:

@@ -12,8 +12,9 @@ diagnosis alone: no stage chooses anything by them.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import repeat
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -56,7 +57,7 @@ from hdovd.pipelines.proposals.networks import (
     settled_job,
     trained_network,
 )
-from hdovd.pipelines.proposals.selection import TO_CHOOSE_BY, USUAL, Example, Selection, choose
+from hdovd.pipelines.proposals.selection import TO_CHOOSE_BY, USUAL, Example, Selection, choose, held_out
 from hdovd.pipelines.runs.listing import ap, table_lines
 
 IMAGES = 1024  # of a part, about; half a minute on a GPU
@@ -131,7 +132,7 @@ def _propose(job: ProposeConfig, us: Team, stop: StopSignal) -> dict[int, Propos
     split = job.data.load("train2017", load_protocol(job.protocol), base_only=True, exif=job.recipe.input.exif)
     network, origin = _network(job, split, us, stop)
     require_some_readable(split)
-    selection, about = _selection(job, split, network, us)
+    selection, about = _selection(job, split, network, us, stop)
     origin["selection"] = asdict(selection)  # with it, everything that made the proposals
     parts = found_parts(job.beside("parts"), split, job.recipe, origin, network, selection, us, stop)
     origin["selection"] = about
@@ -206,27 +207,56 @@ def replaced_line(job: ProposeConfig, split: Split, us: Team) -> str | None:
 
 
 def _selection(
-    job: ProposeConfig, split: Split, network: ProposalNetwork, us: Team
+    job: ProposeConfig, split: Split, network: ProposalNetwork, us: Team, stop: StopSignal
 ) -> tuple[Selection, dict[str, Any]]:
     """What is kept of what the network finds, and what to record of it; chosen by one process, for all of them."""
     given = job.selection()
     if len(given) == len(fields(Selection)):
         return Selection(**given), given  # type: ignore[arg-type]
-    chosen = None
+    rehearsal, chosen = _rehearsal(job, split, us, stop), None
     if us.leads:
         count = min(TO_CHOOSE_BY, len(split.images))
         numbers = [number * len(split.images) // count for number in range(count)]
-        results = found_in(Pictures(split, job.recipe), numbers, network, us, "choose by base boxes")
+        pictures = Pictures(split, job.recipe)
+        rehearsed: Iterable[tuple[Tensor, Tensor] | None] = repeat(None)
+        if rehearsal is not None:
+            rehearsed = [own[1:] for own in found_in(pictures, numbers, rehearsal, us, "rehearsal")]
         own = [(torch.from_numpy(split.images[n].boxes), torch.from_numpy(split.images[n].labels)) for n in numbers]
-        pairs = zip(results, own, strict=True)
-        chosen = choose([Example(*found[1:], *base) for found, base in pairs if not found[0].problem], job)
+        results = found_in(pictures, numbers, network, us, "choose by base boxes")
+        every = zip(results, own, rehearsed, strict=False)
+        chosen = choose(
+            [Example(*found[1:], *base, there) for found, base, there in every if not found[0].problem], job
+        )
     best = us.gather(chosen)[0]
     if best is None:
         log("note: the network finds no box of a held-out base class, by which to choose what to keep")
         selection = replace(USUAL, **given)  # type: ignore[arg-type]
-        return selection, asdict(selection)
+        return selection, asdict(selection) | {"by_base_boxes": {}}
     log(best.line)
     return best.selection, best.about()
+
+
+def _rehearsal(job: ProposeConfig, split: Split, us: Team, stop: StopSignal) -> ProposalNetwork | None:
+    """The network that has not learnt from the held-out classes: from its file, or trained and put there; None if it is
+    not wanted, with a checkpoint that has none beside it, and where there is one base class alone.
+    """
+    base = load_protocol(job.protocol).base
+    out = held_out(torch.arange(len(base)))
+    taught = [name for name, left_out in zip(base, out.tolist(), strict=True) if not left_out]
+    if job.no_rehearsal or len(base) < 2:
+        return None
+    if job.checkpoint:
+        network = job.checkpoint[0]
+        name, _, kind = network.name.removesuffix(".safetensors").rpartition(".")
+        file = network.with_name(f"{name}.rehearsal.{kind}.safetensors")
+        if not file.is_file() or made_by(file)["protocol"]["base"] != taught:
+            log(f"what to keep is chosen by classes that the network has learnt: no {file.name} lies beside it")
+            return None
+        return placed(load_network(file, job.recipe)[0], us.device).eval()
+    known = with_rows(split, (~held_out(torch.from_numpy(image.labels)).numpy() for image in split.images))
+    log(f"rehearsal, to choose what to keep: the same network without boxes of {len(base) - len(taught)} base classes")
+    own = replace(job, out=job.beside("rehearsal.json"))
+    return trained_network(own, job.trained[0], known, us, stop, taught)[0]
 
 
 def found_parts(
@@ -343,6 +373,11 @@ def without_crowds(split: Split) -> Split:
     keep = [
         np.array([number not in crowds for number in image.annotation_ids.tolist()], bool) for image in split.images
     ]
+    return with_rows(split, keep)
+
+
+def with_rows(split: Split, keep: Iterable[np.ndarray]) -> Split:
+    """The split with the boxes of each image that a row of bool (n,) keeps."""
     images = [
         replace(image, boxes=image.boxes[rows], labels=image.labels[rows], annotation_ids=image.annotation_ids[rows])
         for image, rows in zip(split.images, keep, strict=True)

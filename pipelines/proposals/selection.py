@@ -1,16 +1,18 @@
 """Which of a network's boxes become proposals: the largest overlap with a base box, the shortest side, the lowest score
 and the number an image, those that are not given chosen by base boxes alone.
 
-Base classes are held out in turn: their boxes are taken to be unlabelled, as those of novel classes are, and a choice
-is measured by how many of them its proposals find: R, the recall. B proposals an image are what the same choice keeps
-when all base boxes are known. Of these, at most as many lie on objects as there are unlabelled objects, n, and the
-others lie on none. n is not known, but n <= B / R if unlabelled objects are found as often as held-out ones: the least
-B / R of all choices stands for it. The choice made is that of the highest F2 of finding unlabelled objects,
-5 n R / (B + 4 n), in which recall counts twice: training weighs a box by how likely its label is, so that one on
-nothing costs less than an object that is taught to be background.
+A rehearsal tells what becomes of objects that nobody labelled: a network that is trained as the one that proposes, but
+without the boxes of every other base class (`held_out`), which are then to it what novel classes are. A choice is
+measured by how many of their boxes its proposals find: R, the recall. B proposals an image are what the same choice
+keeps of the network that proposes, with all base boxes known. Of these, at most as many lie on objects as there are
+unlabelled objects, n, and the others lie on none. n is not known, but n <= B / R if unlabelled objects are found as
+often as held-out ones: the least B / R of all choices stands for it. The choice made is that of the highest F2 of
+finding unlabelled objects, 5 n R / (B + 4 n), in which recall counts twice: training weighs a box by how likely its
+label is, so that one on nothing costs less than an object that is taught to be background.
 
-What this cannot see: the network has learnt from the boxes that are held out, so that it scores them higher than
-others, n comes out too low, and proposals too few rather than too many.
+Without a rehearsal, as with a checkpoint that has none beside it, classes are held out in turn that the network has
+learnt from. It scores their boxes higher than those of other objects, the more so the longer it was trained: n comes
+out too low, and proposals too few.
 """
 
 from collections.abc import Iterable
@@ -30,7 +32,7 @@ SCORES = tuple(round(0.05 * k, 2) for k in reversed(range(19)))  # of equal choi
 TOPS = (1, 2, 3, 5, 10, 20)
 SIDE_QUANTILES = (0.0, 0.02)  # of the shorter sides of base boxes
 LEAST_SIDE = 8.0  # pixels
-FOLDS = 4  # of the base classes
+FOLDS = 4  # of the base classes, without a rehearsal
 FOUND_IOU = 0.5
 RECALL_COUNTS = 2.0  # times as much as precision
 LEAST_RECALL = 0.3  # of a choice that says how many objects there are: fewer are too few to tell
@@ -38,12 +40,26 @@ TO_CHOOSE_BY = 400  # images, evenly spaced
 
 
 class Example(NamedTuple):
-    """A picture to choose by: boxes (n, 4) and scores (n,) of the network, base boxes (b, 4) and their labels (b,)."""
+    """A picture to choose by: boxes (n, 4) and scores (n,) of the network, base boxes (b, 4) and their labels (b,);
+    `rehearsed`: boxes and scores of the rehearsal, if there is one.
+    """
 
     boxes: Tensor
     scores: Tensor
     base: Tensor
     labels: Tensor
+    rehearsed: tuple[Tensor, Tensor] | None = None
+
+    def trials(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Boxes (n, 4) and scores (n,), and which base boxes (b,) bool count as unlabelled."""
+        if self.rehearsed is not None:
+            return [(*self.rehearsed, held_out(self.labels))]
+        return [(self.boxes, self.scores, self.labels % FOLDS == fold) for fold in (self.labels % FOLDS).unique()]
+
+
+def held_out(labels: Tensor) -> Tensor:
+    """Which labels (b,) are of classes that a rehearsal does without (b,) bool: every other one."""
+    return labels % 2 == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +108,7 @@ class Choice:
         one = self.selection
         return (
             f"chosen by base boxes alone: --overlap {one.overlap:g} --min-score {one.min_score:g} --min-side "
-            f"{one.min_side:g} --top {one.top}. With base classes held out in turn it finds {self.recall:.0%} of their "
+            f"{one.min_side:g} --top {one.top}. With base classes held out it finds {self.recall:.0%} of their "
             f"boxes at IoU {FOUND_IOU}; {self.per_image:.2f} proposals an image, of which about {self.on_object:.0%} "
             f"lie on an object and {1 - self.on_object:.0%} on none"
         )
@@ -116,18 +132,18 @@ def choose(examples: Iterable[Example], job: ProposeConfig) -> Choice | None:
         where = np.unravel_index(at, kept.shape[:2])
         for example in seen:
             kept[where] += _counts(example.scores[most.keep(*example[:3])].numpy(), scores, tops)
-            for fold in (example.labels % FOLDS).unique():
-                out = example.labels % FOLDS == fold
-                rows = most.keep(example.boxes, example.scores, example.base[~out])
-                if not len(rows):
+            for boxes, ranks, out in example.trials():
+                rows = most.keep(boxes, ranks, example.base[~out])
+                if not len(rows) or not out.any():
                     continue
-                hit = box_iou(example.boxes[rows], example.base[out]) >= FOUND_IOU
+                hit = box_iou(boxes[rows], example.base[out]) >= FOUND_IOU
                 # A box is found by the first proposal that lies on it: by a choice that keeps this one.
                 firsts = hit.int().argmax(dim=0)[hit.any(dim=0)].numpy()
-                found[where] += _counts(example.scores[rows].numpy(), scores, tops, firsts)
+                found[where] += _counts(ranks[rows].numpy(), scores, tops, firsts)
     if not found.any():
         return None
-    recall, per_image = found / len(sides), kept / len(seen)
+    recall = found / sum(int(out.sum()) for example in seen for *_, out in example.trials())
+    per_image = kept / len(seen)
     objects = np.maximum(kept, 1) / len(seen) / np.maximum(recall, 1e-9)  # what keeps nothing says little of n
     count = objects[recall >= min(LEAST_RECALL, recall.max())].min()
     beta = RECALL_COUNTS**2

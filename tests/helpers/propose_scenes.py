@@ -1,7 +1,8 @@
 """Proposing in a process of its own, for tests that kill it. `play(job, ...)` forks, and returns the exit code and what
 was printed.
 
-`kill_at`: the training step after which the process sends itself `signal`; `kill_in_part`: so that this part is not
+`kill_at`: the training step of the network, or with `rehearsal` of the rehearsal, after which the process sends itself
+`signal`; `kill_in_part`: so that this part is not
 written.
 """
 
@@ -31,13 +32,15 @@ def play(job: ProposeConfig, log: Path, *, processes: int = 1, **kill: int) -> t
     return ranks(lambda: _run(job, **kill), log, processes)
 
 
-def _run(job: ProposeConfig, kill_at: int = -1, kill_in_part: int = -1, signal: int = signals.SIGKILL) -> int:
+def _run(
+    job: ProposeConfig, kill_at: int = -1, kill_in_part: int = -1, signal: int = signals.SIGKILL, rehearsal: int = 0
+) -> int:
     torch.set_num_threads(1)
     proposal_parts.IMAGES = PART
     told, write = SavingHooks.step, proposal_parts.Parts.write
 
     def step(self: SavingHooks, loop: Loop[Any]) -> None:
-        if loop.step_number == kill_at:
+        if loop.step_number == kill_at and ("rehearsal" in self.folder.name) == bool(rehearsal):
             os.kill(os.getpid(), signal)
         told(self, loop)
 

@@ -160,6 +160,7 @@ OF_OLN = {  # arXiv 2108.06753, section 3, and its authors' configuration, typed
     "proposals.rpn_box_weight": 10.0,
     "proposals.iou_weight": 1.0,
     "proposals.box_weight": 1.0,
+    "proposals.epochs": 0,
 }
 
 

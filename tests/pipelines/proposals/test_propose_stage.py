@@ -16,6 +16,7 @@ from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.demo.world import BASE
 from hdovd.pipelines.proposal_files.file import made_by_file
+from hdovd.pipelines.proposals.networks import made_by
 from hdovd.pipelines.proposals.propose import ProposeConfig, propose
 from hdovd.pipelines.proposals.selection import Example, Selection, choose
 
@@ -70,7 +71,7 @@ def test_other_proposals_in_the_place_of_the_new_ones_are_named(
         lines: list[str] = []
         with lines_to(lines.append):
             propose(_job(world, out, micro_recipe(), **changes))
-        return [line for line in lines if line.startswith("note:")]
+        return [line for line in lines if line.startswith("note: " + str(out))]
 
     (tmp_path / "p.oln.safetensors").write_bytes(proposed.with_name("p.oln.safetensors").read_bytes())
     assert notes(top=3) == notes(top=3) == []
@@ -183,6 +184,52 @@ def test_what_is_kept_is_chosen_by_base_boxes_alone() -> None:
     scene = _scene(0, True)
     assert kept.keep(*scene[:3]).tolist() == [2]
     assert kept.keep(*_scene(1, False)[:3]).tolist() == []
+
+
+def test_a_rehearsal_says_how_many_unlabelled_objects_are_found() -> None:
+    """The network knows its base objects, with scores of 0.8, and finds an unlabelled one in half of the pictures with
+    0.5; the rehearsal finds the class that it never saw with 0.46 or 0.51, and in a third of the pictures not at all.
+    """
+
+    def scene(number: int) -> Example:
+        own = _scene(number, number % 2 == 0)
+        labels = torch.tensor([0, 1])
+        scores = own.scores.where(own.boxes[:, 0] != 200, torch.tensor(0.5))
+        rehearsed = own.boxes[[1 - (number % 3 == 0), 0]], torch.tensor([0.46 + 0.05 * (number % 2), 0.1])
+        return Example(own.boxes, scores, own.base, labels, rehearsed)
+
+    scenes = [scene(number) for number in range(42)]
+    chosen = choose(scenes, _open())
+    assert chosen is not None
+    assert chosen.selection.min_score == 0.45
+    assert chosen.recall == pytest.approx(2 / 3)
+    alone = choose([one._replace(rehearsed=None) for one in scenes], _open())
+    assert alone is not None
+    assert alone.recall == 1
+
+
+def test_a_rehearsal_never_sees_the_held_out_classes(
+    world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path, proposed: Path
+) -> None:
+    """It is trained once, is no proposal network of all base classes, and lies beside a checkpoint or is missed."""
+    lines, out = list[str](), tmp_path / "p.json"
+    (tmp_path / "p.oln.safetensors").write_bytes(proposed.with_name("p.oln.safetensors").read_bytes())
+    propose(_job(world, out, micro_recipe(), top=3))
+    rehearsal = tmp_path / "p.rehearsal.oln.safetensors"
+    origin = made_by(rehearsal)
+    assert origin["protocol"]["base"] == list(BASE[::2])
+    assert origin["training_boxes"].keys() <= set(BASE[::2])
+    first = out.read_bytes()
+    with lines_to(lines.append):
+        propose(_job(world, out, micro_recipe(), top=3))
+        propose(_job(world, tmp_path / "q.json", micro_recipe(), top=3, checkpoint=(tmp_path / "p.oln.safetensors",)))
+    assert sum("trained with these settings before" in line for line in lines) == 2
+    assert out.read_bytes() == first == (tmp_path / "q.json").read_bytes()
+    assert not any("classes that the network has learnt" in line for line in lines)
+    rehearsal.unlink()
+    with lines_to(lines.append):
+        propose(_job(world, tmp_path / "q.json", micro_recipe(), top=3, checkpoint=(tmp_path / "p.oln.safetensors",)))
+    assert any("no p.rehearsal.oln.safetensors lies beside it" in line for line in lines)
 
 
 def test_what_is_given_stays_and_what_it_costs_is_said() -> None:

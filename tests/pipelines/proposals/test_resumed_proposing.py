@@ -47,7 +47,7 @@ def _same(one: Path, two: Path) -> None:
     first, second = (load_file(out.with_name("p.oln.safetensors")) for out in (one, two))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    kept = ["p.json", "p.json.made_by.json", "p.oln.safetensors", "printed.txt"]
+    kept = ["p.json", "p.json.made_by.json", "p.oln.safetensors", "p.rehearsal.oln.safetensors", "printed.txt"]
     assert sorted(file.name for file in two.parent.iterdir()) == kept  # nothing is left behind
     assert all(one.with_name(name).read_bytes() == two.with_name(name).read_bytes() for name in kept[:2])
 
@@ -79,6 +79,19 @@ def test_stopped_in_training_and_called_again(
     assert found == 0, printed
     assert f"goes on at step {2 if number == signal.SIGKILL else 3} of 5" in printed
     _same(unbroken, out)
+
+
+def test_stopped_in_the_rehearsal_and_called_again(
+    job: Callable[..., ProposeConfig], unbroken: Path, tmp_path: Path
+) -> None:
+    found, printed = play(job(tmp_path / "p.json"), tmp_path / "printed.txt", kill_at=2, rehearsal=1)
+    assert found == -9, printed
+    assert (tmp_path / "p.rehearsal.oln.training").is_dir()
+    found, printed = play(job(tmp_path / "p.json"), tmp_path / "printed.txt")
+    assert found == 0, printed
+    assert "trained with these settings before" in printed
+    assert "goes on at step 1 of 5" in printed
+    _same(unbroken, tmp_path / "p.json")
 
 
 def test_a_network_of_averaged_weights(job: Callable[..., ProposeConfig], unbroken: Path, tmp_path: Path) -> None:
