@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from hdovd.config.detector import DETECTORS
@@ -86,8 +87,26 @@ class Detector(nn.Module):
     # safetensors
     exportable: ClassVar[str | None] = None
     training_parts: ClassVar[tuple[str, ...]] = ()  # beginnings of names in the state that no detection depends on
+    knows_backgrounds: ClassVar[bool] = False  # whether texts of backgrounds are of use to it
     undecayed: ClassVar[tuple[str, ...]] = ()  # patterns of parameters' names without weight decay: "*norm*", "*.bias"
     has_idle_parameters: ClassVar[bool] = False  # whether some have no part in some steps
+
+    background_texts: Tensor  # (B, D), of those that know backgrounds
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+        self.register_buffer("background_texts", torch.zeros(0), persistent=False)
+        self.register_load_state_dict_pre_hook(_with_background_texts)
+
+    def set_background_texts(self, rows: Tensor) -> None:
+        """Before training: (B, D) text embeddings of what is no object, whose probabilities are added to that of the
+        learned background. They are kept with the weights.
+        """
+        self.register_buffer("background_texts", rows.detach().clone())
+
+    def backgrounds(self, learned: Tensor) -> Tensor:
+        """(B + 1, D): the texts of backgrounds, then the learned embedding (1, D)."""
+        return torch.cat([self.background_texts, learned]) if len(self.background_texts) else learned
 
     def set_object_text(self, row: Tensor) -> None:
         """Before training: (D,) the text embedding of the word "object", for a detector that knows objects by it."""
@@ -121,6 +140,13 @@ class Detector(nn.Module):
         changes.
         """
         raise HdovdError(f"detector {self.recipe.detector.name} does not give the embeddings of its boxes (`students`)")
+
+
+def _with_background_texts(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+    """Weights that were trained with texts of backgrounds bring them; those of before there were any have none."""
+    assert isinstance(module, Detector)
+    if (rows := state.get(prefix + "background_texts")) is not None:
+        module.set_background_texts(rows.to(module.background_texts.device))
 
 
 def build_detector(recipe: Recipe, dim: int, initialise: bool = True) -> Detector:

@@ -282,7 +282,7 @@ def found_parts(
     mine = [part for part in parts.numbers() if not parts.is_done(part)][us.rank :: us.world]
     us.wait()  # all have looked, before the first one writes
     numbers = [number for part in mine for number in parts.rows(part)]
-    results = found_in(Pictures(split, recipe), numbers, network, us, "propose")
+    results = found_in(Pictures(split, recipe), numbers, network, us, "propose" if names is None else "relabel")
     for part in mine:
         found, unreadable, named = dict[int, Proposals](), list[str](), list[Any]()
         for number, (picture, boxes, scores) in zip(parts.rows(part), results, strict=False):

@@ -129,14 +129,14 @@ def _propose(config: RelabelConfig, run: RunFolder, name: str, number: int, us: 
         raise HdovdError(
             f"set {name} of {cache.url} has nouns of base classes and backgrounds alone, to name nothing by"
         )
-    texts = torch.cat([run.class_embeddings()[: len(base)], torch.from_numpy(cache.embeddings(Level.NOUN))[others]])
-    detector = build_detector(run.recipe(), texts.shape[1], initialise=False)
-    run.load_model(detector, config.weights.file)
     selection = _selection(cache.set)
     origin = _origin(config, run, cache.set, split, base, number) | {"selection": asdict(selection)}
     if _is_there(config, origin):
         log(f"{config.proposals}: the boxes and names of this round are there")
         return
+    texts = torch.cat([run.class_embeddings()[: len(base)], torch.from_numpy(cache.embeddings(Level.NOUN))[others]])
+    detector = build_detector(run.recipe(), texts.shape[1], initialise=False)
+    run.load_model(detector, config.weights.file)
     finder = Finder(placed(detector, us.device).eval(), texts.float().to(us.device), len(base))
     folder = config.proposals.with_name(f"{config.proposals.stem}.parts")
     names = partial(_best, nouns=[nouns[row] for row in others])

@@ -43,7 +43,7 @@ from hdovd.pipelines.training.config import TrainConfig
 from hdovd.pipelines.training.hooks import RunHooks, unsound_record
 from hdovd.pipelines.training.initial_weights import begin_with, require_same_init
 from hdovd.pipelines.training.loop import Loop, UnsoundLoss
-from hdovd.pipelines.training.training_set import Sample, TarTrainingSet, TrainingSet
+from hdovd.pipelines.training.training_set import Sample, TarTrainingSet, TrainingSet, background_texts
 
 
 def compile_backbone(backbone: nn.Module, device: torch.device, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -129,6 +129,7 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal) -> RunFolder:
         if job.init is not None:
             begun["init"] = begin_with(model, job.init, protocol, class_embeddings)
         begun |= give_object_text(model, data.object_text(), str(job.cache))
+    _give_backgrounds(model, data, recipe)
     seen = protocol.names if job.oracle else protocol.base
     loop = loop_of(model, batches, class_embeddings[: len(seen)].to(us.device), recipe, us.device)
     hooks = RunHooks(
@@ -166,6 +167,14 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal) -> RunFolder:
     failed = f"; validations that failed, as said above: {hooks.failed}" if hooks.failed else ""
     log(f"wrote {run.path}{failed}; next: hdovd eval {quote(str(run.path))} ...")
     return run
+
+
+def _give_backgrounds(model: Detector, data: TrainingSet | TarTrainingSet, recipe: Recipe) -> None:
+    """The texts of backgrounds, where the recipe asks for them and the detector can use them."""
+    if recipe.loss.class_.enabled and recipe.loss.class_.backgrounds and model.knows_backgrounds:
+        rows = background_texts(data)
+        model.set_background_texts(rows.to(next(model.parameters()).device))
+        log(f"texts of {len(rows)} nouns that are backgrounds are negatives, beside the learned one")
 
 
 Network = TypeVar("Network", Detector, ProposalNetwork)

@@ -40,6 +40,7 @@ from hdovd.pipelines.dataloading.sampler import (
     is_flipped,
     key_of,
 )
+from hdovd.pipelines.extraction.config import LabelRule
 from hdovd.pipelines.extraction.identities import inputs_of, require_exif
 from hdovd.pipelines.extraction.pseudo_labels import label_texts
 from hdovd.pipelines.extraction.text import object_text_of
@@ -57,9 +58,9 @@ class TrainingSet(Dataset[Sample]):
         failed = cache.failed()  # left out of base-only runs too: runs that are compared see the same images
         self.images = [image for image in split.images if image.id not in failed]
         tell_failed(failed, len(self.images), "the cache says", f"of {split.annotations} has embeddings in {cache.url}")
-        self._nouns = torch.zeros(0, cache.dim)
+        self.nouns = torch.zeros(0, cache.dim)
         if uses_nouns(recipe.loss, cache.levels(), cache.url):
-            self._nouns = torch.from_numpy(cache.embeddings(Level.NOUN))
+            self.nouns = torch.from_numpy(cache.embeddings(Level.NOUN))
 
     def _check(self) -> None:
         loss, cache = self.recipe.loss, self.cache
@@ -130,7 +131,7 @@ class TrainingSet(Dataset[Sample]):
                 )
         whole = self.cache.image_embedding(image.id) if self.recipe.loss.image.enabled else None
         return make_targets(
-            image.boxes, image.labels, rows, whole, self._nouns, self.cache.dim, f"{self.cache.url}: image {image.id}"
+            image.boxes, image.labels, rows, whole, self.nouns, self.cache.dim, f"{self.cache.url}: image {image.id}"
         )
 
 
@@ -157,9 +158,9 @@ class TarTrainingSet(Dataset[Sample]):
             range(end - len(some), end) for some, end in zip(per_shard, accumulate(map(len, per_shard)), strict=True)
         )
         tell_failed(failed, len(self._places), "the shards say", f"of {url} has embeddings")
-        self._nouns = torch.zeros(0, self.dim)
+        self.nouns = torch.zeros(0, self.dim)
         if uses_nouns(recipe.loss, self._meta.products, self.url):
-            self._nouns = torch.from_numpy(self._meta.tensors[Level.NOUN].astype(np.float32))
+            self.nouns = torch.from_numpy(self._meta.tensors[Level.NOUN].astype(np.float32))
         self.dealing: Dealing | None = None
         self._reading: ShardReading | None = None
 
@@ -292,8 +293,14 @@ class TarTrainingSet(Dataset[Sample]):
         name, exif = f"{where}: {about['file_name']}", Exif(self.recipe.input.exif)
         picture = read_image(name, about["width"], about["height"], sample.picture, exif)
         whole = arrays["image"] if loss.image.enabled else None
-        targets = make_targets(boxes.astype(np.float32), labels, rows, whole, self._nouns, self.dim, where)
+        targets = make_targets(boxes.astype(np.float32), labels, rows, whole, self.nouns, self.dim, where)
         return flipped_at_random(pixels_of(picture), targets, sample.image_id, epoch, self.recipe)
+
+
+def background_texts(data: TrainingSet | TarTrainingSet) -> Tensor:
+    """(B, D) text embeddings of the nouns that the labels' rule calls backgrounds."""
+    rule = LabelRule.of(data.label_origin().inputs.get(Level.PSEUDO_LABEL, {}))
+    return data.nouns[list(rule.backgrounds)]
 
 
 def tell_failed(failed: Mapping[int, str], left: int, where: str, what: str) -> None:

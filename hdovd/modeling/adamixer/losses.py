@@ -61,27 +61,27 @@ def box_losses(predicted: Tensor, pairs: Pairs, boxes: StepBoxes, count: Tensor)
 
 
 def prompts_and_labels(
-    boxes: StepBoxes, texts: Tensor, background: Tensor, *, with_pseudo: bool
+    boxes: StepBoxes, texts: Tensor, backgrounds: Tensor, *, with_pseudo: bool
 ) -> tuple[Tensor, Tensor]:
     """The classifier's prompts (X, D), and which of them the query of each box should be found by, (G,) int64.
 
-    Prompts are [t_1..t_K; u of the pseudo boxes of all processes; bg]. The paper writes a picture's own u first: a
-    softmax does not see the order of its columns. Without pseudo boxes among them, those are to be found by bg (and
-    weigh nothing).
+    Prompts are [t_1..t_K; u of the pseudo boxes of all processes; bg], the last of B + 1 rows. The paper writes a
+    picture's own u first: a softmax does not see the order of its columns. Without pseudo boxes among them, those are
+    to be found by bg (and weigh nothing).
 
     Args:
-        texts: (K, D). background: (1, D).
+        texts: (K, D). backgrounds: (B + 1, D).
     """
     first = len(texts)
-    parts = [texts.to(background)]
+    parts = [texts.to(backgrounds)]
     place = torch.full_like(boxes.labels, first)  # of bg
     if with_pseudo:
-        own = torch.cat([t.pseudo_texts for t in boxes.targets]).to(background)
+        own = torch.cat([t.pseudo_texts for t in boxes.targets]).to(backgrounds)
         counts = counts_of_ranks(len(own), own.device)
         parts.append(gather_rows(own, counts))
         first += sum(counts[: rank()])
         place = first + (~boxes.is_base).cumsum(0) - 1
-    return torch.cat([*parts, background]), torch.where(boxes.is_base, boxes.labels, place)
+    return torch.cat([*parts, backgrounds]), torch.where(boxes.is_base, boxes.labels, place)
 
 
 SMALL = 1e-7  # added to what a quality is divided by; released code. It is felt where p * IoU^6 is as small

@@ -47,7 +47,7 @@ from hdovd.modeling.base import Detector, ExtraLosses, RoIPredictions, StepConte
 from hdovd.modeling.batching import batch_images, draw_short_sides, keys_of
 from hdovd.modeling.distributed import divisor
 from hdovd.modeling.levels.imagewise import ImageLevel
-from hdovd.modeling.losses.classwise import cosine_logits
+from hdovd.modeling.losses.classwise import cosine_logits, with_one_background
 
 LEAST_PROBABILITY = 1e-5  # of a candidate, and 1 less it the most, in the cost of pairing it; released code
 
@@ -109,6 +109,7 @@ class AdaMixer(Detector):
 
     training_parts = ("proposals.auxiliary.", "instance_level.", "text_level.", "image_level.", "extra.")
     exportable = "hdovd.modeling.export.detectors:ExportableAdaMixer"
+    knows_backgrounds = True
     has_idle_parameters = True  # before `pseudo_boxes.from_epoch`: the adapter of the text level, and the image level
 
     def __init__(self, recipe: Recipe, dim: int, initialise: bool = True) -> None:
@@ -202,7 +203,7 @@ class AdaMixer(Detector):
             self.adapters.classified(c),
             d,
             texts.to(self.background),
-            self.background,
+            self.backgrounds(self.background),
             self.config.decoder.logit_scale,
             self.recipe.inference.distillation_scale,
         )
@@ -312,9 +313,11 @@ class AdaMixer(Detector):
     ) -> dict[str, Tensor]:
         weights = self.config.loss
         count = divisor(boxes.is_base.sum())
-        prompts, labels = prompts_and_labels(boxes, texts, self.background, with_pseudo=self.recipe.loss.class_.enabled)
+        backgrounds = self.backgrounds(self.background)
+        prompts, labels = prompts_and_labels(boxes, texts, backgrounds, with_pseudo=self.recipe.loss.class_.enabled)
         scores = cosine_logits(classified.flatten(0, 2), prompts, self.config.decoder.logit_scale)
-        wanted = pairs.to_queries(labels, len(prompts) - 1)
+        scores = with_one_background(scores, len(backgrounds))
+        wanted = pairs.to_queries(labels, len(prompts) - len(backgrounds))
         far, apart = box_losses(torch.stack(look.boxes), pairs, boxes, count)
         is_object = pairs.to_queries(torch.ones_like(boxes.weights), 0.0)
         return {
@@ -349,18 +352,19 @@ class AdaMixer(Detector):
 
 
 def query_scores(
-    c: Tensor, d: Tensor | None, texts: Tensor, background: Tensor, logit_scale: float, distillation_scale: float
+    c: Tensor, d: Tensor | None, texts: Tensor, backgrounds: Tensor, logit_scale: float, distillation_scale: float
 ) -> tuple[Tensor, Tensor | None]:
     """Scores of queries for any classes (METHOD section 7); both are a softmax over the classes (released code).
 
     Args:
         c, d: (Q, D) class features in text space, as the classifier and, if a level teaches it, as the distillation
-        moves them. texts: (K, D) of the classes. background: (1, D).
+        moves them. texts: (K, D) of the classes. backgrounds: (B + 1, D).
 
     Returns:
         Probabilities (Q, K + 1), the last of the background; and (Q, K), or None.
     """
-    first = cosine_logits(c, torch.cat([texts, background]), logit_scale).softmax(dim=1)
+    logits = cosine_logits(c, torch.cat([texts, backgrounds]), logit_scale)
+    first = with_one_background(logits, len(backgrounds)).softmax(dim=1)
     return first, None if d is None else cosine_logits(d, texts, distillation_scale).softmax(dim=1)
 
 

@@ -198,6 +198,7 @@ def best_places(scores: Tensor, most: int) -> Tensor:
 class ExportableAdaMixer(ExportableDetector):
     """`AdaMixer.predict` of one picture."""
 
+    backgrounds: Tensor
     object_text: Tensor
 
     def __init__(self, model: AdaMixer) -> None:
@@ -209,7 +210,8 @@ class ExportableAdaMixer(ExportableDetector):
             model.proposals,
             model.stages,
         )
-        self.last, self.adapters, self.background = model.stage(-1), model.adapters, model.background
+        self.last, self.adapters = model.stage(-1), model.adapters
+        self.register_buffer("backgrounds", model.backgrounds(model.background).detach(), persistent=False)
         self.register_buffer("object_text", model.object_text, persistent=False)
 
     def rois(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -229,7 +231,7 @@ class ExportableAdaMixer(ExportableDetector):
 
     def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
         scales = self.config.decoder.logit_scale, self.recipe.inference.distillation_scale
-        return query_scores(c, d, texts, self.background, *scales)
+        return query_scores(c, d, texts, self.backgrounds, *scales)
 
     def _start(self, dense: DensePredictions, maps: list[Tensor]) -> Tensor:
         """`QueryProposals.candidates` and `choose` of one picture: (R, 4) xyxy."""
@@ -257,15 +259,12 @@ _SMALLEST = 1e-3  # pixels; torchvision's RPN drops proposals with a shorter sid
 class ExportableFasterRCNN(ExportableDetector):
     """`FasterRCNN.predict` of one picture."""
 
+    backgrounds: Tensor
+
     def __init__(self, model: FasterRCNN) -> None:
         super().__init__(model)
-        self.backbone, self.rpn, self.pool, self.head, self.background = (
-            model.backbone,
-            model.rpn,
-            model.pool,
-            model.head,
-            model.background,
-        )
+        self.backbone, self.rpn, self.pool, self.head = model.backbone, model.rpn, model.pool, model.head
+        self.register_buffer("backgrounds", model.backgrounds(model.background[None]).detach(), persistent=False)
         for level, anchors in enumerate(model.rpn.anchor_generator.cell_anchors):
             self.register_buffer(f"anchors{level}", anchors.float().clone(), persistent=False)
 
@@ -280,7 +279,7 @@ class ExportableFasterRCNN(ExportableDetector):
         return boxes / torch.cat([factor.flip(0), factor.flip(0)]).to(boxes), c, self.head.distill(r)
 
     def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
-        return roi_scores(c, d, texts, self.background, self.recipe)
+        return roi_scores(c, d, texts, self.backgrounds, self.recipe)
 
     def _pooled(self, features: dict[str, Tensor], rois: Tensor) -> Tensor:
         """`PyramidRoIAlign.forward` of one picture: how many RoIs each level has is not known when it is traced."""

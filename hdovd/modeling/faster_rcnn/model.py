@@ -54,6 +54,7 @@ class FasterRCNN(Detector):
     """
 
     exportable = "hdovd.modeling.export.detectors:ExportableFasterRCNN"
+    knows_backgrounds = True
     training_parts = ("class_level.", "instance_level.", "image_level.", "extra.")
 
     def __init__(self, recipe: Recipe, dim: int, initialise: bool = True) -> None:
@@ -97,7 +98,7 @@ class FasterRCNN(Detector):
         """
         view, rpn_losses = self._view(images, targets, texts, keys)
         losses = {"rpn_objectness": rpn_losses["loss_objectness"], "rpn_box": rpn_losses["loss_rpn_box_reg"]}
-        losses |= self.class_level(view, self.background)
+        losses |= self.class_level(view, self.backgrounds(self.background[None]))
         losses["box"] = _box_loss(view)
         for level in (self.instance_level, self.image_level, self.extra):
             if level is not None:
@@ -156,7 +157,7 @@ class FasterRCNN(Detector):
         features = self.backbone(batch.tensors)
         proposals, _ = self.rpn(batch, features)
         deltas, c, r = self.head(self.pool(features, proposals))
-        s1, s2 = roi_scores(c, self.head.distill(r), texts, self.background, self.recipe)
+        s1, s2 = roi_scores(c, self.head.distill(r), texts, self.backgrounds(self.background[None]), self.recipe)
         decoded = CODER.decode_single(deltas, torch.cat(proposals))
         counts = [len(p) for p in proposals]
         per_image = zip(
@@ -174,19 +175,19 @@ class FasterRCNN(Detector):
 
 
 def roi_scores(
-    c: Tensor, d: Tensor | None, texts: Tensor, background: Tensor, recipe: Recipe
+    c: Tensor, d: Tensor | None, texts: Tensor, backgrounds: Tensor, recipe: Recipe
 ) -> tuple[Tensor, Tensor | None]:
     """Scores of RoIs for any classes (METHOD section 7).
 
     Args:
         c, d: (R, D) features of the classification and, if the head has one, of the distillation.
-        texts: (C, D) of the classes. background: (D,).
+        texts: (C, D) of the classes. backgrounds: (B + 1, D).
 
     Returns:
         Probabilities (R, C + 1), the last of the background; and (R, C) of the distillation, or None.
     """
-    prompts = torch.cat([texts, background[None]])
-    first = classwise.cosine_logits(c, prompts, recipe.faster_rcnn.head.logit_scale).softmax(dim=1)
+    logits = classwise.cosine_logits(c, torch.cat([texts, backgrounds]), recipe.faster_rcnn.head.logit_scale)
+    first = classwise.with_one_background(logits, len(backgrounds)).softmax(dim=1)
     if d is None:
         return first, None
     return first, classwise.cosine_logits(d, texts, recipe.inference.distillation_scale).sigmoid()

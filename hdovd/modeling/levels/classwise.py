@@ -22,17 +22,19 @@ class ClassLevel(nn.Module):
         super().__init__()
         self.config, self.pseudo, self.logit_scale = config, pseudo, logit_scale
 
-    def forward(self, view: StepContext, background: Tensor) -> dict[str, Tensor]:
-        """`background`: (D,) the learned embedding."""
+    def forward(self, view: StepContext, backgrounds: Tensor) -> dict[str, Tensor]:
+        """`backgrounds`: (B + 1, D), B text embeddings of backgrounds and the learned one."""
         texts, first = [view.texts], len(view.texts)
         if self.config.enabled:
             own = torch.cat([t.pseudo_texts for t in view.targets])
             counts = counts_of_ranks(len(own), own.device)
             texts.append(gather_rows(own, counts))
             first += sum(counts[: rank()])
-        prompts = torch.cat([*texts, background[None]])
-        labels, weights = self.labels_and_weights(view.box_of_roi, view.targets, first, len(prompts) - 1)
+        prompts = torch.cat([*texts, backgrounds])
+        background = len(prompts) - len(backgrounds)
+        labels, weights = self.labels_and_weights(view.box_of_roi, view.targets, first, background)
         logits = classwise.cosine_logits(view.c, prompts, self.logit_scale)
+        logits = classwise.with_one_background(logits, len(backgrounds))
         return {"classification": classwise.classification_loss(logits, labels, weights, divisor((weights > 0).sum()))}
 
     def labels_and_weights(
@@ -44,7 +46,7 @@ class ClassLevel(nn.Module):
 
         Args:
             box_of_roi: (R,) box in 0..B-1, or -1. first: place of this process's first pseudo text among the prompts.
-            background: place of the background embedding.
+            background: place of the background.
 
         Returns:
             labels (R,) int64, weights (R,).

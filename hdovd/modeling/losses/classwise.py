@@ -18,6 +18,15 @@ def cosine_logits(features: Tensor, prompts: Tensor, scale: float) -> Tensor:
         return scale * F.normalize(features.float(), dim=1) @ F.normalize(prompts.float(), dim=1).T
 
 
+def with_one_background(logits: Tensor, rows: int) -> Tensor:
+    """Logits (R, C + rows), the last `rows` of backgrounds -> (R, C + 1), whose softmax has the sum of their parts
+    last.
+    """
+    if rows == 1:
+        return logits
+    return torch.cat([logits[:, :-rows], logits[:, -rows:].logsumexp(dim=1, keepdim=True)], dim=1)
+
+
 def classification_loss(logits: Tensor, labels: Tensor, weights: Tensor, count: Tensor | None = None) -> Tensor:
     """Weighted cross-entropy, summed and divided by the number of RoIs with positive weight.
 

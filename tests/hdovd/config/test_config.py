@@ -161,6 +161,7 @@ OF_OLN = {  # arXiv 2108.06753, section 3, and its authors' configuration, typed
     "proposals.iou_weight": 1.0,
     "proposals.box_weight": 1.0,
     "proposals.epochs": 0,
+    "loss.class.backgrounds": False,
 }
 
 

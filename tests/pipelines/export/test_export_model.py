@@ -191,7 +191,7 @@ def test_best_weights(tmp_path: Path, micro_recipe: Callable[..., Recipe]) -> No
 
 def test_safetensors_leave_training_out(distilled: RunFolder, tmp_path: Path) -> None:
     names = {name.split(".")[0] for name in load_file(_export(distilled, ModelForm.SAFETENSORS, tmp_path / "detector"))}
-    assert names == {"backbone", "rpn", "head", "background"}
+    assert names == {"backbone", "rpn", "head", "background", "background_texts"}
 
 
 @pytest.mark.parametrize("form", ModelForm)

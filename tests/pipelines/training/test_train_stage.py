@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 
 from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
+from hdovd.cache.schema import Level
 from hdovd.config.recipe import PRESETS, Recipe, load_recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.demo.world import BASE, NOVEL
+from hdovd.pipelines.demo.world import BASE, GROUNDS, NOVEL
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.train import TrainConfig, train, training_data
@@ -489,3 +490,17 @@ def test_an_oracle_is_refused_with_distillation_and_in_another_runs_folder(
     shutil.copytree(base_only.path, job.out)
     with pytest.raises(HdovdError, match=r"oracle differs: asked for true, began with false"):
         train(replace(job, recipe=micro_recipe(*PRESETS["base-only"]), resume=True))
+
+
+def test_backgrounds_of_the_nouns_are_negatives(
+    distilled: RunFolder, training_cache: Path, train_micro: TrainMicro, tmp_path: Path
+) -> None:
+    """Their cached texts are kept with the weights; without the class level, or the recipe's word, there are none."""
+    reader = FeatureCache(training_cache)
+    grounds = [reader.names(Level.NOUN).index(name) for name in sorted(GROUNDS)]
+    rows = _weights(distilled)["background_texts"]
+    assert len(rows) == len(grounds)
+    np.testing.assert_array_equal(rows.numpy(), reader.embeddings(Level.NOUN)[grounds])
+    for number, setting in enumerate(("loss.class.enabled=false", "loss.class.backgrounds=false")):
+        run = train_micro(tmp_path / str(number), "train.epochs=1", setting)
+        assert "background_texts" not in _weights(run)

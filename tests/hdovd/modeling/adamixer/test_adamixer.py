@@ -241,3 +241,21 @@ def test_under_autocast() -> None:
     sum(found.values()).backward()
     for name in ("rpn_aux_box", "objectness"):
         assert float(found[name].detach()) == pytest.approx(float(expected[name].detach()), rel=0.3)
+
+
+def test_texts_of_backgrounds_share_the_learned_ones_part() -> None:
+    """At training and in prediction; and they come with the weights."""
+    model, again = detector(), detector(initialise=False)
+    grounds, texts, images = unit(2, DIM, seed=11), unit(BASE, DIM, seed=1), pictures(*SIZES)
+    without = losses_of(model, full_batch())
+    many = [one.class_probability for one in model.eval().predict(images, torch.cat([texts, grounds]))]
+    model.set_background_texts(grounds)
+    again.load_state_dict(model.state_dict())
+    for one in (model, again.eval()):
+        for merged, apart in zip(one.predict(images, texts), many, strict=True):
+            torch.testing.assert_close(merged.class_probability[:, :BASE], apart[:, :BASE])
+            torch.testing.assert_close(merged.class_probability[:, BASE], apart[:, BASE:].sum(dim=1))
+    losses = losses_of(model, full_batch())
+    assert torch.isfinite(losses["classification"])
+    assert losses["classification"] != without["classification"]
+    torch.testing.assert_close(losses["objectness"], without["objectness"])

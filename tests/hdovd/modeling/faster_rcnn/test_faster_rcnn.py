@@ -525,3 +525,31 @@ def test_losses_barely_move_under_autocast() -> None:
     assert {loss.dtype for loss in mixed.values()} == {torch.float32}
     for name in ("rpn_objectness", "image_alignment"):  # these do not depend on which RoIs are drawn
         assert mixed[name].item() == pytest.approx(plain[name].item(), rel=0.05), name
+
+
+def test_texts_of_backgrounds_share_the_learned_ones_part() -> None:
+    """At training the background's part of the softmax is the sum over all its rows; so it is when it predicts."""
+    model, again = detector().train(), FasterRCNN(small(), DIM, initialise=False)
+    grounds, images = unit(2, DIM, seed=11), pictures((64, 96))
+    texts = unit(5, DIM, seed=3)
+    many = model.eval().predict(images, torch.cat([texts, grounds]))[0].class_probability
+    model.set_background_texts(grounds)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.background_texts, grounds)
+    for one in (model, again.eval()):
+        merged = one.predict(images, texts)[0].class_probability
+        assert merged.shape[1] == 6
+        torch.testing.assert_close(merged[:, :5], many[:, :5])
+        torch.testing.assert_close(merged[:, 5], many[:, 5:].sum(dim=1))
+    loss = run(model.train(), *batch())["classification"]
+    model.set_background_texts(grounds[:0])
+    assert torch.isfinite(loss)
+    assert loss != run(model, *batch())["classification"]
+
+
+def test_weights_of_before_there_were_texts_of_backgrounds_load() -> None:
+    model = detector()
+    assert "background_texts" not in model.state_dict()
+    again = FasterRCNN(small(), DIM, initialise=False)
+    again.load_state_dict(model.state_dict())
+    assert len(again.background_texts) == 0
