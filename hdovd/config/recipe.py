@@ -67,9 +67,7 @@ class InstanceLossConfig(Section):
 class ClassLossConfig(Section):
     enabled: bool
     weight: NonNegative  # factor on the weights w_j of pseudo boxes
-    backgrounds: bool = (
-        False  # texts of nouns that are backgrounds share the learned row's part (`set_background_texts`)
-    )
+    backgrounds: bool = False  # whether texts of nouns that are backgrounds are negatives beside the learned one
 
 
 class ImageLossConfig(Section):

@@ -173,7 +173,8 @@ def _give_backgrounds(model: Detector, data: TrainingSet | TarTrainingSet, recip
     """The texts of backgrounds, where the recipe asks for them and the detector can use them."""
     if recipe.loss.class_.enabled and recipe.loss.class_.backgrounds and model.knows_backgrounds:
         rows = background_texts(data)
-        model.set_background_texts(rows.to(next(model.parameters()).device))
+        if len(rows):
+            model.set_background_texts(rows.to(next(model.parameters()).device))
         log(f"texts of {len(rows)} nouns that are backgrounds are negatives, beside the learned one")
 
 
