@@ -286,18 +286,28 @@ class Scene:
     caption: str
 
 
-def make_world(root: Path, *, train_images: int, val_images: int, seed: int, workers: int = 2) -> None:
-    """Write train2017/, val2017/, annotations/, protocol.toml and vocabulary.txt under `root`.
+def make_world(
+    root: Path,
+    *,
+    train_images: int,
+    val_images: int,
+    seed: int,
+    workers: int = 2,
+    draw: Callable[[int, int], Scene] | None = None,
+    name: str = "demo-world",
+) -> None:
+    """Write train2017/, val2017/, annotations/, protocol.toml and vocabulary.txt under `root`; scenes are drawn by
+    `draw_scene` unless told otherwise.
 
     The same arguments give the same bytes, whatever `workers` is.
     """
-    _write_split(root, "train2017", train_images, seed, 0, workers)
-    _write_split(root, "val2017", val_images, seed, 500_000, workers)
+    for split, count, offset in (("train2017", train_images, 0), ("val2017", val_images, 500_000)):
+        _write_split(root, split, scenes(count, seed, offset, workers, draw), offset + 1)
     write_text(root / "vocabulary.txt", "\n".join(sorted((*SHAPES, *GROUNDS, *ABSENT))) + "\n")
     write_text(
         root / "protocol.toml",
         "# The base/novel split of the demo world; every hdovd command takes it with --protocol.\n"
-        f'name = "demo-world"\nbase = {json.dumps(BASE)}\nnovel = {json.dumps(NOVEL)}\n',
+        f'name = "{name}"\nbase = {json.dumps(BASE)}\nnovel = {json.dumps(NOVEL)}\n',
     )
 
 
@@ -312,8 +322,12 @@ def scenes(
         return list(pool.map(partial(draw, seed), indices, chunksize=32))
 
 
-def draw_scene(seed: int, index: int) -> Scene:
-    """Draw one picture with 2 to 6 objects."""
+def any_class(ground: str, rng: np.random.Generator) -> str:
+    return str(rng.choice(list(SHAPES)))
+
+
+def draw_scene(seed: int, index: int, pick: Callable[[str, np.random.Generator], str] = any_class) -> Scene:
+    """Draw one picture with 2 to 6 objects, the class of each by `pick`, of the picture's ground."""
     rng = np.random.default_rng((seed, index))
     width, height = (int(v) for v in rng.permutation((int(rng.integers(136, 177)), int(rng.integers(120, 145)))))
     ground = GROUNDS[rng.integers(len(GROUNDS))]
@@ -324,7 +338,7 @@ def draw_scene(seed: int, index: int) -> Scene:
     for _ in range(40):
         if len(boxes) == wanted:
             break
-        name = str(rng.choice(list(SHAPES)))
+        name = pick(ground, rng)
         picture = paint_object(name, int(rng.uniform(30, 68)), rng)
         x = int(rng.integers(-picture.width // 8, width - picture.width * 7 // 8))
         y = int(rng.integers(-picture.height // 8, height - picture.height * 7 // 8))
@@ -409,9 +423,8 @@ def _caption(names: list[str], ground: str, rng: np.random.Generator) -> str:
     return f"{subject.capitalize()} in front of {ground}."
 
 
-def _write_split(root: Path, split: str, count: int, seed: int, offset: int, workers: int) -> None:
-    pictures = scenes(count, seed, offset, workers)
-    images = write_instances(root, split, pictures, sorted(SHAPES), offset + 1)
+def _write_split(root: Path, split: str, pictures: list[Scene], first_id: int) -> None:
+    images = write_instances(root, split, pictures, sorted(SHAPES), first_id)
     captions = [
         {"id": image["id"], "image_id": image["id"], "caption": scene.caption}
         for image, scene in zip(images, pictures, strict=True)
