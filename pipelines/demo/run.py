@@ -158,8 +158,7 @@ class _Stages:
 def _world_teacher_and_proposals(stages: _Stages) -> str:
     """The name of the demo's CLIP."""
     config, root, since = stages.config, stages.config.out, time.monotonic()
-    counts = {"train_images": config.train_images, "val_images": config.val_images}
-    make_world(root / "world", **counts, seed=config.world_seed)
+    make_world(root / "world", train_images=config.train_images, val_images=config.val_images, seed=config.world_seed)
     stages.result.seconds["world"] = time.monotonic() - since
     log(f"drew {config.train_images} training and {config.val_images} validation pictures: {root / 'world'}")
     teachers = config.teacher_folder or user_cache_folder() / "teachers"

@@ -64,8 +64,7 @@ def settings(job: ProposeConfig, detector: Detector, split: Split, base: Sequenc
     recipe, protocol = job.recipe.model_dump(by_alias=True), load_protocol(job.protocol)
     # A key that came later is left out at its default: files of before it was there say the same.
     recipe["train"] = job.recipe.train.model_dump(exclude={"workers", "compile"}, exclude_defaults=True)
-    if not recipe["proposals"]["epochs"]:
-        del recipe["proposals"]["epochs"]
+    recipe["train"]["epochs"] = recipe["proposals"].pop("epochs") or recipe["train"]["epochs"]
     body = recipe["detector"]["backbone"]
     if is_file(body["weights"]):  # what is in it counts, not where it lies
         body["weights"] = f"sha256:{hash_file(Path(body['weights']))}"

@@ -14,7 +14,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import repeat
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -27,7 +26,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from hdovd.cache.identity import key_of
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError, Stopped
+from hdovd.core.errors import HdovdError, Stopped, counted
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import Split, read_instances
 from hdovd.data.protocol import Protocol, load_protocol
@@ -57,7 +56,7 @@ from hdovd.pipelines.proposals.networks import (
     settled_job,
     trained_network,
 )
-from hdovd.pipelines.proposals.selection import TO_CHOOSE_BY, USUAL, Example, Selection, choose, held_out
+from hdovd.pipelines.proposals.selection import TO_CHOOSE_BY, USUAL, Example, Selection, choose
 from hdovd.pipelines.runs.listing import ap, table_lines
 
 IMAGES = 1024  # of a part, about; half a minute on a GPU
@@ -132,7 +131,8 @@ def _propose(job: ProposeConfig, us: Team, stop: StopSignal) -> dict[int, Propos
     split = job.data.load("train2017", load_protocol(job.protocol), base_only=True, exif=job.recipe.input.exif)
     network, origin = _network(job, split, us, stop)
     require_some_readable(split)
-    selection, about = _selection(job, split, network, us, stop)
+    same = replace(job, recipe=job.recipe.with_precision(origin["recipe"]["train"]["precision"]))
+    selection, about = _selection(same, split, network, us, stop)
     origin["selection"] = asdict(selection)  # with it, everything that made the proposals
     parts = found_parts(job.beside("parts"), split, job.recipe, origin, network, selection, us, stop)
     origin["selection"] = about
@@ -197,6 +197,11 @@ def replaced_line(job: ProposeConfig, split: Split, us: Team) -> str | None:
         isinstance(kept, dict)
         and all(kept.get(name) == value for name, value in given.items())
         and ("by_base_boxes" in kept) == (len(given) < len(fields(Selection)))
+        and (
+            "by_base_boxes" not in kept
+            or bool(job.checkpoint)
+            or ("held_out" in kept["by_base_boxes"]) != job.no_rehearsal
+        )
     )
     if same and all(known.get(name) == value for name, value in planned.items()):
         return None
@@ -213,50 +218,69 @@ def _selection(
     given = job.selection()
     if len(given) == len(fields(Selection)):
         return Selection(**given), given  # type: ignore[arg-type]
-    rehearsal, chosen = _rehearsal(job, split, us, stop), None
+    rehearsal, out = _rehearsal(job, split, us, stop)
+    about: dict[str, Any] = (
+        {} if rehearsal is None else {"held_out": [load_protocol(job.protocol).base[k] for k in out]}
+    )
+    chosen = None
     if us.leads:
         count = min(TO_CHOOSE_BY, len(split.images))
         numbers = [number * len(split.images) // count for number in range(count)]
         pictures = Pictures(split, job.recipe)
-        rehearsed: Iterable[tuple[Tensor, Tensor] | None] = repeat(None)
-        if rehearsal is not None:
-            rehearsed = [own[1:] for own in found_in(pictures, numbers, rehearsal, us, "rehearsal")]
         own = [(torch.from_numpy(split.images[n].boxes), torch.from_numpy(split.images[n].labels)) for n in numbers]
         results = found_in(pictures, numbers, network, us, "choose by base boxes")
-        every = zip(results, own, rehearsed, strict=False)
-        chosen = choose(
-            [Example(*found[1:], *base, there) for found, base, there in every if not found[0].problem], job
-        )
+        every = [Example(*found[1:], *base) for found, base in zip(results, own, strict=True) if not found[0].problem]
+        if rehearsal is not None:
+            found = [one for one in found_in(pictures, numbers, rehearsal, us, "rehearsal") if not one[0].problem]
+            unseen = [torch.isin(example.labels, torch.tensor(out)) for example in every]
+            pairs = zip(every, found, unseen, strict=True)
+            chosen = choose([example._replace(rehearsed=(*one[1:], new)) for example, one, new in pairs], job)
+        chosen = chosen or choose(every, job)
     best = us.gather(chosen)[0]
     if best is None:
         log("note: the network finds no box of a held-out base class, by which to choose what to keep")
         selection = replace(USUAL, **given)  # type: ignore[arg-type]
-        return selection, asdict(selection) | {"by_base_boxes": {}}
+        return selection, asdict(selection) | {"by_base_boxes": about}
     log(best.line)
-    return best.selection, best.about()
+    told = best.about()
+    return best.selection, told | {"by_base_boxes": told["by_base_boxes"] | about}
 
 
-def _rehearsal(job: ProposeConfig, split: Split, us: Team, stop: StopSignal) -> ProposalNetwork | None:
-    """The network that has not learnt from the held-out classes: from its file, or trained and put there; None if it is
-    not wanted, with a checkpoint that has none beside it, and where there is one base class alone.
+def _rehearsal(
+    job: ProposeConfig, split: Split, us: Team, stop: StopSignal
+) -> tuple[ProposalNetwork | None, list[int]]:
+    """The network that has not learnt from the held-out classes: from its file, or trained and put there; and the
+    labels of these classes. None if it is not wanted, with a checkpoint that has none beside it, and where there are
+    boxes of one base class alone.
     """
-    base = load_protocol(job.protocol).base
-    out = held_out(torch.arange(len(base)))
-    taught = [name for name, left_out in zip(base, out.tolist(), strict=True) if not left_out]
-    if job.no_rehearsal or len(base) < 2:
-        return None
+    protocol, there = load_protocol(job.protocol), sorted({k for image in split.images for k in image.labels.tolist()})
+    out = there[1::2]
+    taught = [name for label, name in enumerate(protocol.base) if label not in out]
+    if job.no_rehearsal or not out:
+        return None, out
     if job.checkpoint:
         network = job.checkpoint[0]
         name, _, kind = network.name.removesuffix(".safetensors").rpartition(".")
-        file = network.with_name(f"{name}.rehearsal.{kind}.safetensors")
-        if not file.is_file() or made_by(file)["protocol"]["base"] != taught:
-            log(f"what to keep is chosen by classes that the network has learnt: no {file.name} lies beside it")
-            return None
-        return placed(load_network(file, job.recipe)[0], us.device).eval()
-    known = with_rows(split, (~held_out(torch.from_numpy(image.labels)).numpy() for image in split.images))
-    log(f"rehearsal, to choose what to keep: the same network without boxes of {len(base) - len(taught)} base classes")
+        file = network.with_name(f"{name}.rehearsal.{kind}.safetensors".lstrip("."))
+        known = [_training(made_by(one)) for one in (network, file) if one.is_file()]
+        if len(known) < 2 or known[0] != known[1] or made_by(file)["protocol"]["base"] != taught:
+            log(f"what to keep is chosen by classes that the network has learnt: no {file.name} of its lies beside it")
+            return None, out
+        return placed(load_network(file, job.recipe)[0], us.device).eval(), out
+    seen = with_rows(split, (~np.isin(image.labels, out) for image in split.images))
+    if not protocol.keep_empty_train:
+        seen = replace(seen, images=[image for image in seen.images if len(image.boxes)])
+    log(
+        f"rehearsal, to choose what to keep: the same network without the boxes of "
+        f"{counted(len(out), 'base class', 'base classes')}"
+    )
     own = replace(job, out=job.beside("rehearsal.json"))
-    return trained_network(own, job.trained[0], known, us, stop, taught)[0]
+    return trained_network(own, job.trained[0], seen, us, stop, taught)[0], out
+
+
+def _training(origin: dict[str, Any]) -> tuple[Any, ...]:
+    """What a rehearsal shares with its network."""
+    return origin["detector"], origin["recipe"], origin["annotations"]["sha256"]
 
 
 def found_parts(

@@ -2,7 +2,7 @@
 and the number an image, those that are not given chosen by base boxes alone.
 
 A rehearsal tells what becomes of objects that nobody labelled: a network that is trained as the one that proposes, but
-without the boxes of every other base class (`held_out`), which are then to it what novel classes are. A choice is
+without the boxes of every other base class, which are then to it what novel classes are. A choice is
 measured by how many of their boxes its proposals find: R, the recall. B proposals an image are what the same choice
 keeps of the network that proposes, with all base boxes known. Of these, at most as many lie on objects as there are
 unlabelled objects, n, and the others lie on none. n is not known, but n <= B / R if unlabelled objects are found as
@@ -41,25 +41,20 @@ TO_CHOOSE_BY = 400  # images, evenly spaced
 
 class Example(NamedTuple):
     """A picture to choose by: boxes (n, 4) and scores (n,) of the network, base boxes (b, 4) and their labels (b,);
-    `rehearsed`: boxes and scores of the rehearsal, if there is one.
+    `rehearsed`: boxes and scores of the rehearsal, if there is one, and which base boxes (b,) bool it never saw.
     """
 
     boxes: Tensor
     scores: Tensor
     base: Tensor
     labels: Tensor
-    rehearsed: tuple[Tensor, Tensor] | None = None
+    rehearsed: tuple[Tensor, Tensor, Tensor] | None = None
 
     def trials(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Boxes (n, 4) and scores (n,), and which base boxes (b,) bool count as unlabelled."""
         if self.rehearsed is not None:
-            return [(*self.rehearsed, held_out(self.labels))]
+            return [self.rehearsed]
         return [(self.boxes, self.scores, self.labels % FOLDS == fold) for fold in (self.labels % FOLDS).unique()]
-
-
-def held_out(labels: Tensor) -> Tensor:
-    """Which labels (b,) are of classes that a rehearsal does without (b,) bool: every other one."""
-    return labels % 2 == 1
 
 
 @dataclass(frozen=True, slots=True)

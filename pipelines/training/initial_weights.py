@@ -127,7 +127,10 @@ def _matched(model: Detector, source: Detector, init: Path) -> tuple[dict[str, T
     Raises HdovdError unless the levels of distillation, which differ from recipe to recipe, are the reason for what is
     lacking.
     """
-    ours, theirs = model.state_dict(), source.state_dict()
+    ours, theirs = (  # texts of backgrounds are those of the cache
+        {name: value for name, value in one.state_dict().items() if name != "background_texts"}
+        for one in (model, source)
+    )
     kept, memories = ours.keys() - memories_of(model), set(memories_of(source))
     found = {name: theirs[name] for name in ours if name in kept and name in theirs}
     anew, unused = (

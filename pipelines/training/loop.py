@@ -151,11 +151,9 @@ class WeightAverage:
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that are averaged, by name."""
-    memories = tuple(getattr(model, "training_parts", ()))
+    fixed = (*getattr(model, "training_parts", ()), "background_texts")
     buffers = {
-        name: value
-        for name, value in model.named_buffers()
-        if value.is_floating_point() and not name.startswith(memories)
+        name: value for name, value in model.named_buffers() if value.is_floating_point() and not name.startswith(fixed)
     }
     return {**dict(model.named_parameters()), **buffers}
 

@@ -196,13 +196,14 @@ def test_a_rehearsal_says_how_many_unlabelled_objects_are_found() -> None:
         labels = torch.tensor([0, 1])
         scores = own.scores.where(own.boxes[:, 0] != 200, torch.tensor(0.5))
         rehearsed = own.boxes[[1 - (number % 3 == 0), 0]], torch.tensor([0.46 + 0.05 * (number % 2), 0.1])
-        return Example(own.boxes, scores, own.base, labels, rehearsed)
+        return Example(own.boxes, scores, own.base, labels, (*rehearsed, labels == 1))
 
     scenes = [scene(number) for number in range(42)]
     chosen = choose(scenes, _open())
     assert chosen is not None
     assert chosen.selection.min_score == 0.45
     assert chosen.recall == pytest.approx(2 / 3)
+    assert chosen.per_image == pytest.approx(0.5)  # of the network's boxes
     alone = choose([one._replace(rehearsed=None) for one in scenes], _open())
     assert alone is not None
     assert alone.recall == 1
@@ -226,10 +227,30 @@ def test_a_rehearsal_never_sees_the_held_out_classes(
     assert sum("trained with these settings before" in line for line in lines) == 2
     assert out.read_bytes() == first == (tmp_path / "q.json").read_bytes()
     assert not any("classes that the network has learnt" in line for line in lines)
-    rehearsal.unlink()
+    assert json.loads(made_by_file(out).read_text())["made_by"]["selection"]["by_base_boxes"]["held_out"] == list(
+        BASE[1::2]
+    )
+    whole = (tmp_path / "q.json", (tmp_path / "p.oln.safetensors",))
+    other = micro_recipe("train.lr=0.001")
+    propose(_job(world, tmp_path / "r.json", other, top=3))
+    rehearsal.write_bytes((tmp_path / "r.rehearsal.oln.safetensors").read_bytes())  # of another training
     with lines_to(lines.append):
-        propose(_job(world, tmp_path / "q.json", micro_recipe(), top=3, checkpoint=(tmp_path / "p.oln.safetensors",)))
-    assert any("no p.rehearsal.oln.safetensors lies beside it" in line for line in lines)
+        propose(_job(world, whole[0], micro_recipe(), top=3, checkpoint=whole[1]))
+    assert any("no p.rehearsal.oln.safetensors of its lies beside it" in line for line in lines)
+
+
+def test_without_a_rehearsal_none_is_trained(
+    world: Path, micro_recipe: Callable[..., Recipe], tmp_path: Path, proposed: Path
+) -> None:
+    lines, out = list[str](), tmp_path / "p.json"
+    (tmp_path / "p.oln.safetensors").write_bytes(proposed.with_name("p.oln.safetensors").read_bytes())
+    propose(_job(world, out, micro_recipe(), top=3, no_rehearsal=True))
+    assert not list(tmp_path.glob("*rehearsal*"))
+    with lines_to(lines.append):
+        propose(_job(world, out, micro_recipe(), top=3, no_rehearsal=True))
+        assert not any("made otherwise" in line for line in lines)
+        propose(_job(world, out, micro_recipe(), top=3))
+    assert any("made otherwise" in line for line in lines)
 
 
 def test_what_is_given_stays_and_what_it_costs_is_said() -> None:

@@ -44,9 +44,10 @@ def unbroken(job: Callable[..., ProposeConfig], tmp_path_factory: pytest.TempPat
 
 
 def _same(one: Path, two: Path) -> None:
-    first, second = (load_file(out.with_name("p.oln.safetensors")) for out in (one, two))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for network in ("p.oln.safetensors", "p.rehearsal.oln.safetensors"):
+        first, second = (load_file(out.with_name(network)) for out in (one, two))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
     kept = ["p.json", "p.json.made_by.json", "p.oln.safetensors", "p.rehearsal.oln.safetensors", "printed.txt"]
     assert sorted(file.name for file in two.parent.iterdir()) == kept  # nothing is left behind
     assert all(one.with_name(name).read_bytes() == two.with_name(name).read_bytes() for name in kept[:2])
@@ -90,7 +91,7 @@ def test_stopped_in_the_rehearsal_and_called_again(
     found, printed = play(job(tmp_path / "p.json"), tmp_path / "printed.txt")
     assert found == 0, printed
     assert "trained with these settings before" in printed
-    assert "goes on at step 1 of 5" in printed
+    assert "goes on at step 1 of" in printed
     _same(unbroken, tmp_path / "p.json")
 
 

@@ -177,3 +177,13 @@ def test_another_average_is_no_resumption(
                 resume=True,
             )
         )
+
+
+def test_texts_of_backgrounds_are_not_averaged() -> None:
+    """They never change, and averages of before there were any go on."""
+    model = nn.Linear(2, 2)
+    before = WeightAverage(model, 0.9).state()
+    model.register_buffer("background_texts", torch.ones(3, 2))
+    average = WeightAverage(model, 0.9)
+    average.load(before)
+    assert torch.equal(average.model.background_texts, model.background_texts)  # type: ignore[arg-type]
