@@ -277,13 +277,18 @@ def next_commands(out: Path, clip: str) -> list[str]:
     ]
 
 
-def main() -> None:
-    limit_threads()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def world_arguments(page: str) -> argparse.Namespace:
+    """Of a script that draws a world: where, and how much. `page`: its docstring."""
+    parser = argparse.ArgumentParser(description=page.splitlines()[0])
     parser.add_argument("out", type=Path)
     for name, default in (("seed", 0), ("train-images", 1000), ("val-images", 250), ("workers", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    limit_threads()
+    given = world_arguments(__doc__)
     since = time.monotonic()
     make_world(given.out / "world", given.train_images, given.val_images, given.seed, given.workers)
     print(f"world: {given.out / 'world'}, {time.monotonic() - since:.0f} s", flush=True)

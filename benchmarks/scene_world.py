@@ -11,13 +11,13 @@ pictures, all of them others than the world's. The commands to run next are prin
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from other_world import world_arguments
 from PIL import Image
 from torch import Tensor
 
@@ -105,11 +105,7 @@ def next_commands(out: Path, clip: str) -> list[str]:
 
 def main() -> None:
     limit_threads()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    for name, default in (("seed", 0), ("train-images", 1000), ("val-images", 250), ("workers", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    given = parser.parse_args()
+    given = world_arguments(__doc__)
     since, counts = time.monotonic(), {"train_images": given.train_images, "val_images": given.val_images}
     make_world(
         given.out / "world", **counts, seed=given.seed, workers=given.workers, draw=draw_scene, name="scene-world"

@@ -131,8 +131,8 @@ def _propose(job: ProposeConfig, us: Team, stop: StopSignal) -> dict[int, Propos
     split = job.data.load("train2017", load_protocol(job.protocol), base_only=True, exif=job.recipe.input.exif)
     network, origin = _network(job, split, us, stop)
     require_some_readable(split)
-    same = replace(job, recipe=job.recipe.with_precision(origin["recipe"]["train"]["precision"]))
-    selection, about = _selection(same, split, network, us, stop)
+    as_trained = replace(job, recipe=job.recipe.with_precision(origin["recipe"]["train"]["precision"]))
+    selection, about = _selection(as_trained, split, network, us, stop)
     origin["selection"] = asdict(selection)  # with it, everything that made the proposals
     parts = found_parts(job.beside("parts"), split, job.recipe, origin, network, selection, us, stop)
     origin["selection"] = about
@@ -235,6 +235,8 @@ def _selection(
             unseen = [torch.isin(example.labels, torch.tensor(out)) for example in every]
             pairs = zip(every, found, unseen, strict=True)
             chosen = choose([example._replace(rehearsed=(*one[1:], new)) for example, one, new in pairs], job)
+            if chosen is None:
+                log("the rehearsal finds no box of a held-out class: chosen by classes that the network has learnt")
         chosen = chosen or choose(every, job)
     best = us.gather(chosen)[0]
     if best is None:
@@ -253,8 +255,8 @@ def _rehearsal(
     labels of these classes. None if it is not wanted, with a checkpoint that has none beside it, and where there are
     boxes of one base class alone.
     """
-    protocol, there = load_protocol(job.protocol), sorted({k for image in split.images for k in image.labels.tolist()})
-    out = there[1::2]
+    protocol = load_protocol(job.protocol)
+    out = np.unique(np.concatenate([image.labels for image in split.images])).tolist()[1::2]
     taught = [name for label, name in enumerate(protocol.base) if label not in out]
     if job.no_rehearsal or not out:
         return None, out

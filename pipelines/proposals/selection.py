@@ -2,9 +2,9 @@
 and the number an image, those that are not given chosen by base boxes alone.
 
 A rehearsal tells what becomes of objects that nobody labelled: a network that is trained as the one that proposes, but
-without the boxes of every other base class, which are then to it what novel classes are. A choice is
-measured by how many of their boxes its proposals find: R, the recall. B proposals an image are what the same choice
-keeps of the network that proposes, with all base boxes known. Of these, at most as many lie on objects as there are
+without the boxes of every other base class, which are then to it what novel classes are. A choice is measured by how
+many of their boxes its proposals find: R, the recall. B proposals an image are what the same choice keeps of the
+network that proposes, with all base boxes known. Of these, at most as many lie on objects as there are
 unlabelled objects, n, and the others lie on none. n is not known, but n <= B / R if unlabelled objects are found as
 often as held-out ones: the least B / R of all choices stands for it. The choice made is that of the highest F2 of
 finding unlabelled objects, 5 n R / (B + 4 n), in which recall counts twice: training weighs a box by how likely its
