@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 _PARTS = {"images", "annotations", "categories"}
-_IMAGE_KEYS = ("id", "file_name", "coco_url", "width", "height")
+_FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")  # of LVIS
+_IMAGE_KEYS = ("id", "file_name", "coco_url", "width", "height", *_FEDERATED)
 _MOST = (1 << 63) - 1  # of ids: caches hold them in 64 bits
 _LONGEST_SIDE = (1 << 31) - 1
 _LONGEST_PATH = 4096
@@ -198,8 +199,9 @@ class Instances:
 
     images: id -> (file name, width, height), in file order. names: category id -> name. ids, image_ids, categories,
     crowd (A,); boxes: x, y, w, h as the file has them, 4 * A; odd: why those of a row, which are zeros then, are no
-    box; areas (A,), NaN where there is none; ignored: rows that say `ignore`. As dicts, with outlines, the annotations
-    of COCO's training images take gigabytes.
+    box; areas (A,), NaN where there is none; ignored: rows that say `ignore`. absent, unfinished: of federated
+    annotations (LVIS), by image id, the categories that are known not to be in an image, and those whose objects are
+    not all annotated in it. As dicts, with outlines, the annotations of COCO's training images take gigabytes.
     """
 
     file: Path
@@ -213,6 +215,8 @@ class Instances:
     odd: dict[int, str] = field(default_factory=dict)
     areas: array[float] = field(default_factory=lambda: array("d"))
     ignored: set[int] = field(default_factory=set)
+    absent: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    unfinished: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def add(self, a: dict[str, Any]) -> None:
         """Check an annotation and add it. Raises HdovdError that says what is wrong with it."""
@@ -302,6 +306,8 @@ def read_instances(file: Path, folder: Path | None = None) -> Instances:
     if strange or not stream.lists >= _PARTS:
         raise HdovdError(f"{file} is no COCO instances file: it needs images, annotations and categories")
     found.names, found.images = _names(categories, file), _images(images, file, folder)
+    for key, into in zip(_FEDERATED, (found.absent, found.unfinished), strict=True):
+        into.update({whole(entry["id"], key): _categories(entry, key, found) for entry in images if key in entry})
     found.check()
     if fault is not None:
         raise fault
@@ -402,6 +408,16 @@ def _labels(names: dict[int, str], protocol: Protocol, file: Path) -> tuple[dict
         )
     coco_ids = tuple(id_of[name] for name in protocol.names)
     return {coco_id: label for label, coco_id in enumerate(coco_ids)}, coco_ids
+
+
+def _categories(entry: dict[str, Any], key: str, found: Instances) -> tuple[int, ...]:
+    """The category ids that an image lists under a key of federated annotations. Raises HdovdError."""
+    ids = entry[key]
+    if not isinstance(ids, list) or not all(type(one) is int and one in found.names for one in ids):
+        raise HdovdError(
+            f"{found.file}: image {shown(entry['id'])}: {key} is {shown(ids)}, expected a list of ids of its categories"
+        )
+    return tuple(ids)
 
 
 def _images(entries: list[dict[str, Any]], file: Path, folder: Path | None) -> dict[int, tuple[str, int, int]]:

@@ -1,11 +1,13 @@
 """Which classes are base and which are novel, and how AP is counted (METHOD section 1).
 
 A protocol is a small TOML file: `name`, `base`, `novel`, and optionally `min_image_side_px`, `max_detections`,
-`keep_empty_train` and `keep_empty_val`. `ov-coco` ships with the package. Category order is base 0..Kb-1, then novel.
+`keep_empty_train`, `keep_empty_val`, `federated`, `metric` and `groups`. `ov-coco` and `ov-lvis` ship with the package.
+Category order is base 0..Kb-1, then novel.
 """
 
 from collections import Counter
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from hdovd.core.errors import HdovdError, shorten
@@ -20,6 +22,10 @@ class Protocol:
     `max_detections`: COCOeval's maxDets; AP is read at the last of them.
     `keep_empty_train`, `keep_empty_val`: whether images without an object of the (base) classes are trained and
     evaluated on.
+    `federated`: whether annotations say of each image which classes they know of, as LVIS's do; AP is counted as LVIS
+    counts it, and the largest of `max_detections` is that of an image, all classes together.
+    `metric`: what tables of several runs show, "ap50" or "ap".
+    `groups`: other groups of classes that metrics are stated for, by name; tables show them in place of novel and base.
     """
 
     name: str
@@ -29,6 +35,9 @@ class Protocol:
     max_detections: tuple[int, ...] = (100, 300, 1000)
     keep_empty_train: bool = False
     keep_empty_val: bool = False
+    federated: bool = False
+    metric: str = "ap50"
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -40,18 +49,27 @@ class Protocol:
         return replace(self, base=self.names, novel=())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; the switches where they are on, since records of before there were any have none."""
+        """Plain values; what has a default only where it has another value, since records of before it was there have
+        none.
+        """
         return {
             "name": self.name,
             "base": list(self.base),
             "novel": list(self.novel),
             "min_image_side_px": self.min_image_side_px,
             "max_detections": list(self.max_detections),
-        } | {switch: True for switch in _SWITCHES if getattr(self, switch)}
+        } | {name: _plain(getattr(self, name)) for name in _LATER if getattr(self, name) != _DEFAULTS[name]}
 
 
-_DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Protocol) if f.default is not MISSING}
-_SWITCHES = ("keep_empty_train", "keep_empty_val")
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Protocol) if f.default is not MISSING} | {"groups": {}}
+_SWITCHES = ("keep_empty_train", "keep_empty_val", "federated")
+_LATER = (*_SWITCHES, "metric", "groups")
+METRICS = {"ap50": "AP50", "ap": "AP"}
+GROUPS = ("novel", "base", "all")  # of every protocol
+
+
+def _plain(value: Any) -> Any:
+    return {name: list(names) for name, names in value.items()} if isinstance(value, Mapping) else value
 
 
 def shipped_protocols() -> list[str]:
@@ -85,7 +103,8 @@ def parse_protocol(values: dict[str, Any]) -> Protocol:
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice or not values["base"]:
         raise HdovdError(f"named twice: {shorten(list(twice))}" if twice else "base holds no class name")
-    side, dets, *switches = (values.get(key, default) for key, default in _DEFAULTS.items())
+    settings = {key: values.get(key, default) for key, default in _DEFAULTS.items()}
+    side, dets = settings["min_image_side_px"], settings["max_detections"]
     if (
         type(side) is not int
         or not isinstance(dets, list | tuple)
@@ -95,13 +114,27 @@ def parse_protocol(values: dict[str, Any]) -> Protocol:
         raise HdovdError(
             f"min_image_side_px must be a whole number and max_detections a list of them: {cut(f'{side!r}, {dets!r}')}"
         )
+    switches = [settings[switch] for switch in _SWITCHES]
     if not all(isinstance(switch, bool) for switch in switches):
         raise HdovdError(f"{' and '.join(_SWITCHES)} must be true or false: {cut(repr(switches))}")
-    return Protocol(
-        checked_name(values["name"], "name"),
-        tuple(values["base"]),
-        tuple(values["novel"]),
-        side,
-        tuple(dets),
-        *switches,
-    )
+    if settings["metric"] not in METRICS:
+        raise HdovdError(f"metric is {shown(settings['metric'])}, expected {' or '.join(METRICS)}")
+    settings |= {"max_detections": tuple(dets), "groups": _groups(settings["groups"], names)}
+    return Protocol(checked_name(values["name"], "name"), tuple(values["base"]), tuple(values["novel"]), **settings)
+
+
+def _groups(given: Any, names: list[str]) -> dict[str, tuple[str, ...]]:
+    """The groups of a protocol of the classes `names`. Raises HdovdError."""
+    if not isinstance(given, Mapping):
+        raise HdovdError(f"groups must be a table of lists of class names, not {shown(given)}")
+    known = set(names)
+    for group, own in given.items():
+        if checked_name(group, "groups: a name") in GROUPS:
+            raise HdovdError(f"groups: every protocol has a group {group!r} already: give it another name")
+        if not isinstance(own, list | tuple) or not own or not all(isinstance(name, str) for name in own):
+            raise HdovdError(f"groups: {cut(group)} must be a list of class names, not {shown(own)}")
+        if strange := [name for name in own if name not in known]:
+            raise HdovdError(f"groups: {cut(group)} holds {shorten(strange)}, neither base nor novel classes")
+        if len(set(own)) < len(own):
+            raise HdovdError(f"groups: {cut(group)} names a class twice")
+    return {group: tuple(own) for group, own in given.items()}

@@ -1,24 +1,29 @@
-"""OV-COCO AP through pycocotools or an engine that gives the same (METHOD section 1).
+"""AP through pycocotools or an engine that gives the same (METHOD section 1); novel, base, all and the protocol's own
+groups are means over its classes. All values are in percent.
 
-One COCOeval run over all classes of the protocol; novel, base and all are means over slices of its classes.
-All values are in percent.
+Federated annotations, LVIS's (arXiv 1908.03195), are counted by the same engines, with what LVIS's own package does
+beforehand and afterwards done here: detections beyond the cap of an image, and those of classes that the image is not
+judged by, are left out, and in an image whose objects of a class are not all annotated the whole image is a crowd of
+that class, so that what finds none of them is ignored. They are counted class by class, over the images that have the
+class: of 1,203 classes in 20,000 images COCOeval would keep 24 million entries, nearly all of them empty.
 """
 
 import contextlib
 import io
-from collections.abc import Iterable
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hdovd.core.errors import HdovdError, shorten
-from hdovd.data.coco import clip_box, read_instances
+from hdovd.data.coco import Instances, clip_box, read_instances
 from hdovd.data.protocol import Protocol
 from hdovd.evaluation.engines import Engine, classes
-from hdovd.evaluation.groups import GROUPS, group_mean
-from hdovd.evaluation.matching import Objects
+from hdovd.evaluation.groups import group_mean, groups_of
+from hdovd.evaluation.matching import Found, Judged, Objects, counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +35,9 @@ class AveragePrecision:
     ap: np.ndarray
 
     def summary(self) -> dict[str, dict[str, float | None]]:
-        """`{"ap50": {"novel", "base", "all"}, "ap": {...}}`."""
+        """`{"ap50": {"novel", "base", "all", and the protocol's own groups}, "ap": {...}}`."""
         return {
-            name: {group: group_mean(values, self.protocol, group) for group in GROUPS}
+            name: {group: group_mean(values, self.protocol, group) for group in groups_of(self.protocol)}
             for name, values in (("ap50", self.ap50), ("ap", self.ap))
         }
 
@@ -54,6 +59,23 @@ class AveragePrecision:
         }
 
 
+ANYWHERE = (-1e7, -1e7, 2e7, 2e7)  # a box around whatever is detected, also beyond a picture's edges
+
+
+def found_of(rows: Iterable[Mapping[str, Any]], coco_ids: tuple[int, ...]) -> Found:
+    """Arrays of rows that are known to be sound. `coco_ids`: the category id of every class, in label order."""
+    label = {coco_id: k for k, coco_id in enumerate(coco_ids)}
+    image_ids, labels, boxes, scores = array("q"), array("q"), array("d"), array("d")
+    for row in rows:  # one by one: a list of COCO val's takes hundreds of megabytes
+        image_ids.append(row["image_id"])
+        labels.append(label[row["category_id"]])
+        boxes.extend(row["bbox"])
+        scores.append(row["score"])
+    return Found(
+        np.array(image_ids, np.int64), np.array(boxes).reshape(-1, 4), np.array(labels, np.int64), np.array(scores)
+    )
+
+
 class GroundTruth:
     """The objects of an annotation file that AP counts, read and indexed once: they serve one set of detections after
     another.
@@ -70,7 +92,7 @@ class GroundTruth:
         engine: str = Engine.PYCOCOTOOLS,
     ) -> None:
         """`coco_ids`: the file's category id of every class, in label order. Raises HdovdError without the file or the
-        engine.
+        engine, and if a federated protocol's file does not say what its images are judged by.
         """
         self.protocol, self.coco_ids = protocol, coco_ids
         self._coco, self._evaluation = classes(engine)
@@ -92,20 +114,49 @@ class GroundTruth:
             np.array(found.crowd, bool)[kept],
         )
         areas = np.array(found.areas)
-        areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas).tolist()
+        areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)[kept].tolist()
+        if protocol.federated:
+            self.objects = self._federated(found, label)
+            areas += [0.0] * (len(self.objects.labels) - len(kept))
+        columns = (self.objects.image_ids, self.objects.labels, self.objects.boxes, self.objects.crowd)
+        rows = zip(*(column.tolist() for column in columns), areas, strict=True)
         # pycocotools takes annotation id 0 for "unmatched": number them anew from 1
         self._truth = self._indexed(
             [
                 {
                     "id": number,
-                    "image_id": found.image_ids[row],
-                    "category_id": found.categories[row],
-                    "bbox": boxes[row].tolist(),
-                    "iscrowd": found.crowd[row],
-                    "area": areas[row],
+                    "image_id": image_id,
+                    "category_id": coco_ids[label],
+                    "bbox": box,
+                    "iscrowd": int(crowd),
+                    "area": area,
                 }
-                for number, row in enumerate(kept, start=1)
+                for number, (image_id, label, box, crowd, area) in enumerate(rows, start=1)
             ]
+        )
+
+    def _federated(self, found: Instances, label: Mapping[int, int]) -> Objects:
+        """The objects with what the file says of its images: which classes are judged, and, of classes whose objects
+        are not all annotated, a crowd that holds the whole image. Crowds come last.
+        """
+        ids, objects = np.array(sorted(self._image_ids), np.int64), self.objects
+        judged, crowds = np.zeros((len(ids), len(label)), bool), list[tuple[int, int]]()
+        judged[np.searchsorted(ids, objects.image_ids), objects.labels] = True
+        for row, image_id in enumerate(ids.tolist()):
+            if image_id not in found.absent:
+                raise HdovdError(
+                    f"{found.file}: image {image_id} has no neg_category_ids, which say what is known not to be in it: "
+                    f"protocol {self.protocol.name} is for LVIS's annotations, not for COCO's"
+                )
+            judged[row, [label[c] for c in found.absent[image_id] if c in label]] = True
+            crowds += [(image_id, label[c]) for c in found.unfinished.get(image_id, ()) if c in label]
+        added = np.array(crowds, np.int64).reshape(-1, 2)
+        return Objects(
+            np.concatenate([objects.image_ids, added[:, 0]]),
+            np.concatenate([objects.boxes, np.tile(ANYWHERE, (len(added), 1))]),
+            np.concatenate([objects.labels, added[:, 1]]),
+            np.concatenate([objects.crowd, np.ones(len(added), bool)]),
+            Judged(ids, judged),
         )
 
     def average_precision(self, detections: list[dict[str, Any]]) -> AveragePrecision:
@@ -123,6 +174,11 @@ class GroundTruth:
                 f"detections for images that the ground truth does not hold: {shorten(sorted(strange))}; "
                 "were they made for another split?"
             )
+        arrays = found_of(detections, self.coco_ids)
+        if self.protocol.federated:
+            within = counted(arrays, self.objects, max(self.protocol.max_detections))
+            detections = [detections[row] for row in np.flatnonzero(within).tolist()]
+            arrays = replace(arrays, **{name: getattr(arrays, name)[within] for name in Found.__slots__})
         found = self._indexed(
             [
                 {
@@ -137,21 +193,40 @@ class GroundTruth:
                 for number, d in enumerate(detections, start=1)
             ]
         )
+        if self.protocol.federated:
+            precision = np.concatenate(
+                [
+                    self._precision(found, self._images_of(label, arrays), [coco_id])
+                    for label, coco_id in enumerate(self.coco_ids)
+                ],
+                axis=2,
+            )
+        else:
+            precision = self._precision(found, sorted(self._image_ids), self.coco_ids)
+        precision = np.where(precision < 0, np.nan, precision)
+        return AveragePrecision(self.protocol, precision[0].mean(axis=0) * 100, precision.mean(axis=(0, 1)) * 100)
+
+    def _images_of(self, label: int, found: Found) -> list[int]:
+        """The images with an object of a class or a detection of it, or one at least: engines want one."""
+        ids = [part.image_ids[part.labels == label] for part in (self.objects, found)]
+        own: list[int] = np.unique(np.concatenate(ids)).tolist()
+        return own or [min(self._image_ids)]
+
+    def _precision(self, found: Any, image_ids: list[int], coco_ids: Sequence[int]) -> np.ndarray:
+        """COCOeval's precision of these images and classes, (IoU, recall, class): -1 without ground truth."""
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
             evaluation = self._evaluation(self._truth, found, "bbox")
-            evaluation.params.imgIds = sorted(self._image_ids)
-            evaluation.params.catIds = list(self.coco_ids)
+            evaluation.params.imgIds = image_ids
+            evaluation.params.catIds = list(coco_ids)
             evaluation.params.maxDets = [
                 max(self.protocol.max_detections)
             ]  # AP is read at the largest; the others would cost their time
             evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
             evaluation.evaluate()
             evaluation.accumulate()
-        # IoU x recall x class, -1 where there is no ground truth; COCOeval sorts the classes by category id
+        # COCOeval sorts the classes by category id
         place = {coco_id: k for k, coco_id in enumerate(evaluation.params.catIds)}
-        precision = evaluation.eval["precision"][:, :, [place[coco_id] for coco_id in self.coco_ids], 0, -1]
-        precision = np.where(precision < 0, np.nan, precision)
-        return AveragePrecision(self.protocol, precision[0].mean(axis=0) * 100, precision.mean(axis=(0, 1)) * 100)
+        return np.asarray(evaluation.eval["precision"][:, :, [place[coco_id] for coco_id in coco_ids], 0, -1])
 
     def _indexed(self, annotations: list[dict[str, Any]]) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from hdovd.data.protocol import Protocol
-from hdovd.evaluation.groups import GROUPS, group_of, group_slice
-from hdovd.evaluation.matching import Found, Matching, Objects, Overlaps, Verdict, take
+from hdovd.evaluation.groups import group_labels, group_of, groups_of
+from hdovd.evaluation.matching import Found, Matching, Objects, Overlaps, Verdict, counted, take
 
 # --- precision at 101 recalls, as COCOeval counts it at IoU 0.5: its mean is AP50 ---
 
@@ -34,8 +34,8 @@ class Curves:
         return np.asarray(self.precision.mean(axis=1) * 100)
 
     def group(self, group: str) -> np.ndarray | None:
-        """(101,) mean precision over the classes of "novel", "base" or "all" that have objects; None if none has."""
-        rows = self.precision[group_slice(self.protocol, group)]
+        """(101,) mean precision over the classes of a group that have objects; None if none has."""
+        rows = self.precision[group_labels(self.protocol, group)]
         rows = rows[~np.isnan(rows[:, 0])]
         return rows.mean(axis=0) if len(rows) else None
 
@@ -43,7 +43,7 @@ class Curves:
         """`{"recall": [101], "groups": {group: [101] or None}, "classes": {name: {"precision": [101], "scores": [101]}
         or None}}`.
         """
-        groups = {group: self.group(group) for group in GROUPS}
+        groups = {group: self.group(group) for group in groups_of(self.protocol)}
         return {
             "recall": _rounded(RECALLS),
             "groups": {group: None if line is None else _rounded(line) for group, line in groups.items()},
@@ -188,10 +188,13 @@ def confusion(found: Found, objects: Objects, overlaps: Overlaps, protocol: Prot
     Best first, they take in each image the object, of those still free, that they overlap most by IoU 0.5 or more,
     whatever its class (of equals the one of their own class): COCOeval's rule without classes. What takes an object
     counts in the row of its class and the column of the detection's; what takes none counts in the row "background",
-    unless it lies in a crowd of its own class; what is taken by none counts in the column "missed".
+    unless it lies in a crowd of its own class; what is taken by none counts in the column "missed". Where annotations
+    are federated, detections of classes that are not judged in their image are left out.
     """
     classes = len(protocol.names)
     shown = found.scores >= threshold
+    if objects.judged is not None:
+        shown &= counted(found, objects, max(protocol.max_detections))
     own = found.labels[overlaps.detection] == objects.labels[overlaps.item]
     able = shown[overlaps.detection] & (own | ~objects.crowd[overlaps.item])
     taker, taken = take(objects, overlaps, able, np.argsort(-found.scores, kind="stable"), own)

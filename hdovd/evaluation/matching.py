@@ -21,13 +21,24 @@ PAIRS_AT_ONCE = 1 << 19  # bounds the memory, some 200 bytes a pair
 @dataclass(frozen=True, slots=True)
 class Objects:
     """Ground truth, flat: `image_ids` (G,), `boxes` (G, 4), `labels` (G,), `crowd` (G,) bool: not one object, asks and
-    answers nothing.
+    answers nothing. `judged`: where annotations are federated, which classes they know of.
     """
 
     image_ids: np.ndarray
     boxes: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
+    judged: "Judged | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The classes that federated annotations know to be in an image or not to be (LVIS, arXiv 1908.03195, section 3):
+    `image_ids` (I,) in ascending order, `classes` (I, K) bool.
+    """
+
+    image_ids: np.ndarray
+    classes: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +64,8 @@ class Overlaps:
 
 
 class Verdict(IntEnum):
-    """On a detection. IGNORED: it lies in a crowd of its class, or beyond the cap on detections; AP does not count
-    it."""
+    """On a detection. IGNORED: it lies in a crowd of its class, beyond the cap on detections, or is of a class that is
+    not judged in its image; AP does not count it."""
 
     WRONG = 0
     RIGHT = 1
@@ -106,11 +117,10 @@ def match(found: Found, objects: Objects, overlaps: Overlaps, most: int) -> Matc
     free, that it overlaps most; else a crowd, which is never used up.
 
     Args:
-        most: the cap of COCOeval's maxDets: detections of one class in one image that count.
+        most: as of `counted`.
     """
     rank = ranking(found.labels, found.scores, found.image_ids)
-    verdict = np.full(len(rank), Verdict.WRONG, np.int8)
-    verdict[_beyond(found, most)] = Verdict.IGNORED
+    verdict = np.where(counted(found, objects, most), Verdict.WRONG, Verdict.IGNORED).astype(np.int8)
     own = found.labels[overlaps.detection] == objects.labels[overlaps.item]
     taker, taken = take(objects, overlaps, own & (verdict[overlaps.detection] == Verdict.WRONG), rank, own)
     of_crowd = objects.crowd[taken]
@@ -160,10 +170,19 @@ def take(
     return both[:, 0], both[:, 1]
 
 
-def _beyond(found: Found, most: int) -> np.ndarray:
-    """Places of detections beyond the `most` best of their class and image."""
-    order = np.lexsort((-found.scores, found.labels, found.image_ids))
+def counted(found: Found, objects: Objects, most: int) -> np.ndarray:
+    """(D,) bool, which detections AP counts: the `most` best of their class and image (COCOeval's maxDets). Where
+    annotations are federated: the `most` best of their image, if their class is judged there (LVIS).
+    """
+    federated = objects.judged is not None
+    group = np.zeros_like(found.labels) if federated else found.labels
+    order = np.lexsort((-found.scores, group, found.image_ids))
     same = np.zeros(len(order), bool)
-    same[1:] = (np.diff(found.image_ids[order]) == 0) & (np.diff(found.labels[order]) == 0)
+    same[1:] = (np.diff(found.image_ids[order]) == 0) & (np.diff(group[order]) == 0)
     place = np.arange(len(order))
-    return np.asarray(order[place - np.maximum.accumulate(np.where(same, 0, place)) >= most])
+    within = np.zeros(len(order), bool)
+    within[order] = place - np.maximum.accumulate(np.where(same, 0, place)) < most
+    if objects.judged is not None:
+        row = np.searchsorted(objects.judged.image_ids, found.image_ids)
+        within &= objects.judged.classes[row, found.labels]
+    return within

@@ -44,7 +44,7 @@ import numpy as np
 
 from hdovd.data.protocol import Protocol
 from hdovd.evaluation.curves import curves_of
-from hdovd.evaluation.groups import GROUPS, group_mean, group_slice
+from hdovd.evaluation.groups import group_labels, group_mean, groups_of
 from hdovd.evaluation.matching import IOU, Found, Matching, Objects, Overlaps, Verdict, find_overlaps, match, ranking
 
 
@@ -81,7 +81,7 @@ class Errors:
 
 @dataclass(frozen=True, slots=True)
 class GroupErrors:
-    """One group of classes ("novel", "base" or "all").
+    """One group of classes.
 
     `ap50`: percent, mean over its classes with objects; None if none has any. `objects`, `found`: how many there are
     and were found. `counts`: errors by kind: detections by their own class, missed objects by theirs. `gains`: AP50
@@ -111,9 +111,9 @@ class GroupErrors:
 
 @dataclass(frozen=True, slots=True)
 class ErrorBreakdown:
-    """`groups`: by "novel", "base" and "all". `misnamed[truth][detection]`: classification errors by the group
-    ("novel", "base") of the object's class and of the name it was given. `class_counts`, `class_gains` (K, 6): of each
-    class, by `ERRORS`; gains NaN for a class without objects.
+    """`groups`: by "novel", "base", "all", and the protocol's own. `misnamed[truth][detection]`: classification errors
+    by the group ("novel", "base") of the object's class and of the name it was given. `class_counts`, `class_gains`
+    (K, 6): of each class, by `ERRORS`; gains NaN for a class without objects.
     """
 
     protocol: Protocol
@@ -234,7 +234,7 @@ def count_errors(
     none_lost = ap50(matching.verdict, hit) - plain
 
     def group(name: str) -> GroupErrors:
-        part = group_slice(protocol, name)
+        part = group_labels(protocol, name)
         means = [group_mean(column, protocol, name) for column in (plain, *gains.T, no_wrong, none_lost)]
         by_kind = dict(zip(ERRORS, counts[part].sum(axis=0).tolist(), strict=True))
         there, got = int(held[part].sum()), int(hit[part].sum())
@@ -251,7 +251,11 @@ def count_errors(
         )
 
     return ErrorBreakdown(
-        protocol, {name: group(name) for name in GROUPS}, _misnamed(found, objects, errors, protocol), counts, gains
+        protocol,
+        {name: group(name) for name in groups_of(protocol)},
+        _misnamed(found, objects, errors, protocol),
+        counts,
+        gains,
     )
 
 

@@ -20,7 +20,8 @@ from hdovd.config.recipe import PRESETS, Recipe, load_recipe
 from hdovd.core.errors import HdovdError, counted
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import load_protocol
+from hdovd.data.protocol import METRICS, load_protocol
+from hdovd.evaluation.groups import shown_groups
 from hdovd.pipelines.ablation.config import AblateConfig
 from hdovd.pipelines.ablation.grid import (
     AblationTable,
@@ -174,7 +175,7 @@ def standing(planned: Planned, config: AblateConfig) -> RunState:
             + "\n  ".join(lines)
             + "\nAsk for that, give another --out, or delete that folder"
         )
-    if run.ap50 and run.epochs_done == run.epochs:
+    if run.ap and run.epochs_done == run.epochs:
         return RunState.DONE
     trained = (
         run.epochs_done == run.epochs and not (planned.path / "checkpoint.pt").exists()
@@ -249,8 +250,9 @@ def _run(config: AblateConfig, plans: list[Planned], to_do: list[Planned], lock:
         if planned.failed:
             log(f"{count}: FAILED: {planned.failed}; {log_end(planned.log)}")
         else:
-            novel = read_run(planned.path).ap50.get("novel")
-            log(f"{count}: {seconds:.0f} s" + ("" if novel is None else f", novel AP50 {novel:.1f}"))
+            run = read_run(planned.path)
+            novel = run.ap.get("novel")
+            log(f"{count}: {seconds:.0f} s" + ("" if novel is None else f", novel {METRICS[run.metric]} {novel:.1f}"))
         write_tables(_table(config, plans), config.out)
 
     with stop_signals() as stop:
@@ -362,4 +364,11 @@ def _table(config: AblateConfig, plans: list[Planned]) -> AblationTable:
         "features": config.features,
         "recipe": " ".join([*recipe, *([f"from the weights of {config.init}"] if config.init else [])]),
     }
-    return AblationTable(tuple(plans[0].cell.values), with_gap(rows), note(list(done.values()), config.seeds, made_of))
+    protocol = load_protocol(config.protocol)
+    return AblationTable(
+        tuple(plans[0].cell.values),
+        with_gap(rows),
+        note(list(done.values()), config.seeds, made_of),
+        protocol.metric,
+        shown_groups(protocol),
+    )

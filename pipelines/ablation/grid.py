@@ -15,11 +15,11 @@ from typing import Any
 
 from hdovd.config.recipe import PRESETS, Recipe, load_recipe
 from hdovd.core.errors import HdovdError
-from hdovd.evaluation.groups import GROUPS
+from hdovd.data.protocol import GROUPS
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.settings import SWITCH, Settings, flat, in_full, short_names, shown_apart, value_at
 from hdovd.pipelines.runs.folder import UPPER_BOUND
-from hdovd.pipelines.runs.listing import ORACLE, Run
+from hdovd.pipelines.runs.listing import ORACLE, Run, metric_of, table_groups
 
 SEED = "train.seed"
 BASE_ONLY = "base-only"
@@ -131,10 +131,10 @@ def _as_name(text: str) -> str:
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}".lstrip("-")
 
 
-METRICS = (*GROUPS, "novel, split-blind")
+BLIND = "novel, split-blind"
 GAP = "novel gap closed, %"
 GAP_TOLD = (
-    "Novel gap closed: (cell - base-only) / (oracle - base-only) of novel AP50, for each seed from its own three runs, "
+    "Novel gap closed: (cell - base-only) / (oracle - base-only) of novel AP, for each seed from its own three runs, "
     "then mean (sample standard deviation) over the seeds that have all three, so that the spread holds that of the "
     "arms too; -: in one of these seeds the oracle is not above base-only. Both arms are the recipe without "
     "distillation, with its own values and not the grid's. The oracle was trained on boxes of novel classes too: it is "
@@ -154,8 +154,8 @@ TEX = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A cell. `scores`: AP50 in percent by metric and seed, None without ground truth; only of seeds that are done.
-    `arm`: as `Cell`'s.
+    """A cell. `scores`: AP in percent by group, `BLIND` or `GAP`, and seed, None without ground truth; only of seeds
+    that are done. `arm`: as `Cell`'s.
     """
 
     name: str
@@ -167,7 +167,7 @@ class Row:
 
     @property
     def done(self) -> int:
-        return len(self.scores[METRICS[0]])
+        return len(self.scores["novel"])
 
     @property
     def state(self) -> str:
@@ -202,16 +202,20 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class AblationTable:
-    """`keys`: what varies, by dotted key. `note`: what the numbers were made of."""
+    """`keys`: what varies, by dotted key. `note`: what the numbers were made of. `metric`: "ap50" or "ap"; `groups`: of
+    classes, a column each.
+    """
 
     keys: tuple[str, ...]
     rows: list[Row]
     note: str
+    metric: str = "ap50"
+    groups: tuple[str, ...] = GROUPS
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """The columns of numbers."""
-        return (*METRICS, GAP) if self.has_arms else METRICS
+        return (*self.groups, BLIND, GAP) if self.has_arms else (*self.groups, BLIND)
 
     @property
     def has_arms(self) -> bool:
@@ -226,10 +230,10 @@ def scores_of(runs: Mapping[int, Run]) -> dict[str, dict[int, float | None]]:
     """`Row.scores` of runs by seed."""
     return {
         metric: {
-            seed: run.ap50.get(metric) if metric in GROUPS else run.split_blind.get("novel")
+            seed: run.split_blind.get("novel") if metric == BLIND else run.ap.get(metric)
             for seed, run in sorted(runs.items())
         }
-        for metric in METRICS
+        for metric in dict.fromkeys([*GROUPS, *table_groups(list(runs.values())), BLIND])
     }
 
 
@@ -272,7 +276,7 @@ def note(runs: Sequence[Run], seeds: int, made_of: Mapping[str, str]) -> str:
     features = _listed("features", (str(run.cache_id) for run in runs))
     begun = sorted(f"{run.date:%Y-%m-%d}" for run in runs)
     parts = [
-        f"AP50 in percent, mean (sample standard deviation) over {over}",
+        f"{metric_of(runs)} in percent, mean (sample standard deviation) over {over}",
         f"data {made_of['data']}",
         f"protocol {made_of['protocol']}",
         f"cache {made_of['cache']}, set {made_of['features']}" + (f", {features}" if features else ""),
@@ -339,7 +343,8 @@ def comma_separated(table: AblationTable) -> str:
     out, seeds = io.StringIO(), range(max(row.seeds for row in table.rows))
     parts = ["mean", "sd", *(f"seed{seed}" for seed in seeds)]
     slugs = [
-        ("" if metric == GAP else "ap50_") + re.sub(r"[^a-z]+", "_", metric).strip("_") for metric in table.metrics
+        ("" if metric == GAP else f"{table.metric}_") + re.sub(r"[^a-z]+", "_", metric).strip("_")
+        for metric in table.metrics
     ]
     names = [f"{slug}_{part}" for slug in slugs for part in parts]
     writer = csv.writer(out, lineterminator="\n")

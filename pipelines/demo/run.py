@@ -22,7 +22,7 @@ from PIL import Image
 
 from hdovd.core.errors import HdovdError, Stopped
 from hdovd.core.log import log
-from hdovd.evaluation.groups import GROUPS
+from hdovd.data.protocol import GROUPS
 from hdovd.pipelines.common.atomic_write import write_picture
 from hdovd.pipelines.common.job_pool import Job, log_end, run_jobs, stop_signals
 from hdovd.pipelines.common.process import exit_code, usable_cores, user_cache_folder

@@ -4,9 +4,8 @@ is run.
 From Python: `analyse(Path("run"), DataPaths(Path("COCO")))`.
 """
 
-from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -18,27 +17,14 @@ from hdovd.core.json_stream import JsonStream
 from hdovd.core.text_files import cut, read_json, shown
 from hdovd.data.coco import DataPaths, Exif, ImageBoxes, Split, is_finite
 from hdovd.data.protocol import Protocol, load_protocol
-from hdovd.evaluation.coco import GroundTruth
+from hdovd.evaluation.coco import GroundTruth, found_of
 from hdovd.evaluation.curves import Confusion, Curves, Reliability, confusion, precision_curves, score_reliability
+from hdovd.evaluation.groups import group_labels, groups_of
 from hdovd.evaluation.matching import Found, Matching, Objects, Verdict, find_overlaps, match, paired_ious
 from hdovd.evaluation.tide import ErrorBreakdown, Errors, Kind, classify, count_errors
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.runs.folder import RunFolder, Weights, weights_hash
 from hdovd.pipelines.runs.listing import read_run
-
-
-def found_of(rows: Iterable[Mapping[str, Any]], coco_ids: tuple[int, ...]) -> Found:
-    """Arrays of rows that are known to be sound. `coco_ids`: the category id of every class, in label order."""
-    label = {coco_id: k for k, coco_id in enumerate(coco_ids)}
-    image_ids, labels, boxes, scores = array("q"), array("q"), array("d"), array("d")
-    for row in rows:  # one by one: a list of COCO val's takes hundreds of megabytes
-        image_ids.append(row["image_id"])
-        labels.append(label[row["category_id"]])
-        boxes.extend(row["bbox"])
-        scores.append(row["score"])
-    return Found(
-        np.array(image_ids, np.int64), np.array(boxes).reshape(-1, 4), np.array(labels, np.int64), np.array(scores)
-    )
 
 
 def read_found(file: Path, split: Split) -> Found:
@@ -164,7 +150,7 @@ def verdicts_on(image: ImageBoxes, found: Found, objects: Objects, matching: Mat
     """What became of an image's detections and objects; `objects` holds those of the image in its order."""
     mine = np.flatnonzero(found.image_ids == image.id)
     mine = mine[np.argsort(-found.scores[mine], kind="stable")]
-    truths = np.flatnonzero(objects.image_ids == image.id)
+    truths = np.flatnonzero(objects.image_ids == image.id)[: len(image.annotation_ids)]  # not a whole image's crowds
     about = errors.item[mine]
     has = about >= 0
     ious = np.zeros(len(mine))
@@ -216,7 +202,7 @@ class RunAnalysis:
     """What `hdovd eval` found with one run's weights, taken apart.
 
     `metrics`: metrics.json, as it stands. `weights`: which of the run's. `split`: the validation images with their
-    boxes, and `split.path(image)` a picture. `reliability`: by "novel", "base" and "all". `found`, `objects`,
+    boxes, and `split.path(image)` a picture. `reliability`: by group. `found`, `objects`,
     `matching`, `detection_errors`: the flat arrays that the rest was counted from; `objects` image by image in the
     split's order.
     """
@@ -360,15 +346,18 @@ def _check_ap(run: RunFolder, metrics: dict[str, Any], curves: Curves) -> None:
 
 
 def _in_order(objects: Objects, split: Split) -> Objects:
-    """Image by image, as the split has them; those of an image stay in the file's order, which is the split's."""
+    """Image by image, as the split has them; those of an image stay in the file's order, which is the split's, before
+    crowds that hold the whole image.
+    """
     place = {image.id: k for k, image in enumerate(split.images)}
     order = np.argsort([place[i] for i in objects.image_ids.tolist()], kind="stable")
-    return Objects(objects.image_ids[order], objects.boxes[order], objects.labels[order], objects.crowd[order])
+    columns = {name: getattr(objects, name)[order] for name in ("image_ids", "boxes", "labels", "crowd")}
+    return replace(objects, **columns)
 
 
 def _reliability(found: Found, matching: Matching, protocol: Protocol, bins: int) -> dict[str, Reliability]:
-    is_novel, counted = found.labels >= len(protocol.base), matching.verdict != Verdict.IGNORED
-    parts = {"novel": counted & is_novel, "base": counted & ~is_novel, "all": counted}
+    counted = matching.verdict != Verdict.IGNORED
+    parts = {group: counted & np.isin(found.labels, group_labels(protocol, group)) for group in groups_of(protocol)}
     return {
         group: score_reliability(found.scores[part], matching.verdict[part] == Verdict.RIGHT, bins)
         for group, part in parts.items()

@@ -21,9 +21,9 @@ from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
 from hdovd.data.coco import DataPaths, Exif, Split
 from hdovd.data.protocol import Protocol, load_protocol
-from hdovd.evaluation.coco import AveragePrecision, GroundTruth
+from hdovd.evaluation.coco import AveragePrecision, GroundTruth, found_of
 from hdovd.evaluation.engines import Engine, require
-from hdovd.evaluation.groups import GROUPS, group_of
+from hdovd.evaluation.groups import group_of, shown_groups
 from hdovd.evaluation.tide import ERRORS, ErrorBreakdown, break_down
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.boxes import Detections, detect_batch
@@ -34,7 +34,6 @@ from hdovd.pipelines.common.drawing import BASE_COLOUR, NOVEL_COLOUR, Labelled, 
 from hdovd.pipelines.common.images import read_image, read_pixels
 from hdovd.pipelines.common.precision import inference_autocast, inference_precision
 from hdovd.pipelines.dataloading.loader import Batches
-from hdovd.pipelines.evaluation.analysis import found_of
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
 from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder, weights_hash
 from hdovd.pipelines.runs.listing import ap as ap_text
@@ -274,11 +273,12 @@ def _labelled(box: list[float], label: int, score: str, protocol: Protocol) -> L
 def result_table(result: EvalResult) -> str:
     """Novel, base and all of one evaluation, split-blind beside it."""
     protocol = result.combined.protocol
+    groups = shown_groups(protocol)
     lines = [
         f"protocol {protocol.name}: {len(protocol.base)} base and {len(protocol.novel)} novel classes in one run, "
         f"{len(result.detections)} images, AP in percent",
-        f"{'':34s}{'AP50':>22s}{'AP':>24s}",
-        f"{'':34s}" + "".join(f"{g:>8s}" for g in GROUPS * 2),
+        f"{'':34s}{'AP50':>{8 * len(groups) - 2}s}{'AP':>{8 * len(groups)}s}",
+        f"{'':34s}" + "".join(f"{g:>8s}" for g in groups * 2),
     ]
     combined = (
         f"combined (a={result.alpha:g}, b={result.beta:g})"
@@ -287,12 +287,12 @@ def result_table(result: EvalResult) -> str:
     )
     rows = {combined: result.combined.summary(), "split-blind (a=b=0)": result.split_blind.summary()}
     lines += [
-        f"{name:34s}" + "".join(f"{ap_text(ap[kind][g]):>8s}" for kind in ("ap50", "ap") for g in GROUPS)
+        f"{name:34s}" + "".join(f"{ap_text(ap[kind][g]):>8s}" for kind in ("ap50", "ap") for g in groups)
         for name, ap in rows.items()
     ]
     absent = result.combined.without_ground_truth()
     if absent:
-        lines.append(f"{len(absent)} classes without ground truth are left out of the means: {', '.join(absent)}")
+        lines.append(f"{len(absent)} classes without ground truth are left out of the means: {shorten(list(absent))}")
     elif protocol.novel:
         base, novel = len(protocol.base), len(protocol.novel)
         lines.append(f"checked: all = ({base}*base + {novel}*novel)/{base + novel}")
@@ -310,12 +310,13 @@ def class_table(result: EvalResult) -> str:
 
 def error_table(errors: ErrorBreakdown) -> str:
     """How many errors of each kind the groups have, and the AP50 that mending them would gain."""
-    parts, sides = [errors.groups[group] for group in GROUPS], ("novel", "base")
+    groups, sides = shown_groups(errors.protocol), ("novel", "base")
+    parts = [errors.groups[group] for group in groups]
     kinds = [*(kind.value for kind in ERRORS), "all wrong detections", "all objects not found"]
     lines = [
         "errors at IoU 0.5: how many, and the AP50 gained if that kind alone were mended",
-        f"{'':24s}" + "".join(f"{group:>20s}" for group in GROUPS),
-        f"{'':24s}" + f"{'count':>11s}{'dAP50':>9s}" * len(GROUPS),
+        f"{'':24s}" + "".join(f"{group:>20s}" for group in groups),
+        f"{'':24s}" + f"{'count':>11s}{'dAP50':>9s}" * len(groups),
     ]
     for name, *cells in zip(kinds, *(part.cells() for part in parts), strict=True):
         gains = [(count, "-" if gain is None else f"{gain:+.1f}") for count, gain in cells]

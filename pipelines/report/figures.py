@@ -18,9 +18,9 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import Protocol
 from hdovd.evaluation.curves import RECALLS
-from hdovd.evaluation.groups import GROUPS, group_of
+from hdovd.evaluation.groups import group_of, shown_groups
 from hdovd.evaluation.tide import ERRORS, Kind
-from hdovd.pipelines.ablation.grid import METRICS, SEED, Row, column_texts, scores_of
+from hdovd.pipelines.ablation.grid import BLIND, SEED, Row, column_texts, scores_of
 from hdovd.pipelines.cache_tools.view import CacheView, Reliability, gather_view, marked, names_and_cosines
 from hdovd.pipelines.common.charts import Axis, Line, line_chart, matrix_chart, picture_data
 from hdovd.pipelines.common.console import duration
@@ -29,7 +29,7 @@ from hdovd.pipelines.common.settings import SWITCH, Settings, different_keys, sh
 from hdovd.pipelines.evaluation.analysis import Fate, ImageVerdicts
 from hdovd.pipelines.extraction.source import cache_of
 from hdovd.pipelines.report.runs import OneRun, Relations, novel_first
-from hdovd.pipelines.runs.listing import ORACLE, Run
+from hdovd.pipelines.runs.listing import ORACLE, Run, table_groups
 from hdovd.pipelines.training.hooks import PLAIN
 
 ERROR_NAMES = [*(str(kind) for kind in ERRORS), "all false detections", "all objects not found"]
@@ -49,7 +49,7 @@ LEVELS = {
     "text": "Class level, in text space",
     "instance": "Instance level",
     "image": "Image level",
-    "val": "Validation AP50",
+    "val": "Validation AP",
 }
 RECALL, PRECISION = Axis("recall", 0.0, 1.0), Axis("precision", 0.0, 1.0)
 
@@ -73,17 +73,18 @@ def ablation(runs: Sequence[Run], weights: Sequence[str]) -> dict[str, Any] | No
         Row("", tuple(values.get(key) for key in keys), scores_of(dict(enumerate(members))), len(members))
         for values, members in groups.values()
     ]
-    means = {metric: [row.mean(metric) for row in rows] for metric in METRICS}
+    metrics = (*table_groups(runs), BLIND)
+    means = {metric: [row.mean(metric) for row in rows] for metric in metrics}
     columns = [column_texts([row.values[k] for row in rows]) for k in range(len(keys))]
     return {
         "columns": list(short_names(keys, {key for run in runs for key in run.settings}).values()),
         "switches": sum(key.endswith(SWITCH) for key in keys),
-        "metrics": METRICS,
+        "metrics": metrics,
         "rows": [
             {
                 "texts": [column[i] for column in columns],
                 "row": row,
-                "best": {metric: is_best(means[metric], i) for metric in METRICS},
+                "best": {metric: is_best(means[metric], i) for metric in metrics},
             }
             for i, row in enumerate(rows)
         ],
@@ -134,9 +135,14 @@ def class_rows(runs: Sequence[OneRun], in_gallery: Collection[str]) -> list[dict
     return rows
 
 
+def parts(runs: Sequence[OneRun]) -> list[str]:
+    """The groups that the classes fall into: novel and base, or the protocol's own."""
+    return [group for group in shown_groups(runs[0].analysis.protocol) if group != "all"]
+
+
 def most_gained(runs: Sequence[OneRun]) -> float:
     """The longest bar of the table of errors."""
-    groups = [run.analysis.errors.groups[group] for run in runs for group in ("novel", "base")]
+    groups = [run.analysis.errors.groups[group] for run in runs for group in parts(runs)]
     return max((gain or 0.0 for errors in groups for _, gain in errors.cells()), default=0.0) or 1.0
 
 
@@ -205,10 +211,10 @@ def _curves(what: str, runs: Sequence[OneRun], curves: Sequence[np.ndarray | Non
 
 
 def group_curves(runs: Sequence[OneRun]) -> list[tuple[str, Markup]]:
-    """Mean precision of novel, base and all classes."""
+    """Mean precision of the classes of each group."""
     return [
         (f"{group} classes", _curves(f"{group} classes", runs, [run.analysis.curves.group(group) for run in runs]))
-        for group in GROUPS
+        for group in shown_groups(runs[0].analysis.protocol)
     ]
 
 
@@ -227,8 +233,8 @@ def class_curves(runs: Sequence[OneRun]) -> list[tuple[str, str, Markup]]:
 
 
 def reliability(runs: Sequence[OneRun]) -> Iterator[tuple[str, Markup, str]]:
-    """Share of right detections by score, novel and base apart."""
-    for group in ("novel", "base"):
+    """Share of right detections by score, of each group apart."""
+    for group in parts(runs):
         lines = [Line("right as often as it says", [0.0, 1.0], [0.0, 1.0], None, dashed=True)]
         errors = []
         for place, run in enumerate(runs):

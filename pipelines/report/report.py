@@ -19,6 +19,8 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.log import log, quiet
 from hdovd.core.version import __version__
 from hdovd.data.coco import DataPaths, Split
+from hdovd.data.protocol import METRICS
+from hdovd.evaluation.groups import shown_groups
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.evaluation.config import EvalConfig
 from hdovd.pipelines.evaluation.evaluate import evaluate
@@ -121,6 +123,9 @@ def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths) -> dict
         "confusion_chart": figures.confusion_chart,
         "ablation": figures.ablation([run.run for run in runs], [run.analysis.weights.value for run in runs]),
         "classes": figures.class_rows(runs, {name for card in cards for name in card["classes"]}),
+        "groups": shown_groups(first.protocol),
+        "parts": figures.parts(runs),
+        "metric": METRICS[first.protocol.metric],
         "curves": figures.group_curves(runs),
         "class_curves": figures.class_curves(runs),
         "error_kinds": figures.ERROR_NAMES,

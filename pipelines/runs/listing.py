@@ -10,7 +10,7 @@ import json
 import os
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from hdovd.cache.identity import require_seal
 from hdovd.core.errors import HdovdError, counted
-from hdovd.evaluation.groups import GROUPS as GROUPS
+from hdovd.data.protocol import GROUPS, METRICS
 from hdovd.pipelines.common.settings import (
     SWITCH,
     Settings,
@@ -46,8 +46,9 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run folder. `wrong`: what could not be read of it, and why. AP50 in percent by group, None without ground
-    truth. `oracle`: whether it was trained on boxes of novel classes too.
+    """One run folder. `wrong`: what could not be read of it, and why. `ap`, `split_blind`, `per_class`: of the
+    protocol's metric, in percent by group or class, None without ground truth. `oracle`: whether it was trained on
+    boxes of novel classes too.
     """
 
     path: Path
@@ -60,7 +61,7 @@ class Run:
     versions: dict[str, str] = field(default_factory=dict)
     git: dict[str, Any] | None = None
     epochs_done: int = 0
-    ap50: dict[str, float | None] = field(default_factory=dict)
+    ap: dict[str, float | None] = field(default_factory=dict)
     split_blind: dict[str, float | None] = field(default_factory=dict)
     per_class: dict[str, float | None] = field(default_factory=dict)
     wrong: tuple[str, ...] = ()
@@ -71,6 +72,12 @@ class Run:
         """How many the recipe wants."""
         epochs = self.settings.get("train.epochs")
         return epochs if isinstance(epochs, int) else None
+
+    @property
+    def metric(self) -> str:
+        """ "ap50", or "ap"."""
+        metric = self.protocol.get("metric")
+        return metric if metric in METRICS else next(iter(METRICS))
 
     @property
     def seed(self) -> int | None:
@@ -141,30 +148,34 @@ def read_run(path: Path) -> Run:
     epochs = settings.get("train.epochs")
     planned = epochs if isinstance(epochs, int) else None
     done = planned if "imported" in record and planned else _epochs_done(path, planned, wrong)
-    per_class = {name: _number(_tree(values).get("ap50")) for name, values in _tree(metrics.get("per_class")).items()}
-    ap50, blind = _groups(metrics), _groups(_tree(metrics.get("split_blind")))
-    if metrics and not ap50:
+    protocol = _tree(record.get("protocol"))
+    run = Run(path, State.DAMAGED, _date(path, record), settings, protocol)
+    per_class = {
+        name: _number(_tree(values).get(run.metric)) for name, values in _tree(metrics.get("per_class")).items()
+    }
+    of_groups, blind = (
+        {group: _number(value) for group, value in _tree(tree.get(run.metric)).items()}
+        for tree in (metrics, _tree(metrics.get("split_blind")))
+    )
+    if metrics and not of_groups:
         wrong.append("metrics.json has no AP50: run hdovd eval again")
     at_end = bool(done) and done == epochs
     state = (
         State.DAMAGED if wrong else State.STOPPED if not at_end else State.FINISHED if metrics else State.NOT_EVALUATED
     )
-    return Run(
-        path,
-        state,
-        _date(path, record),
-        settings,
-        _tree(record.get("protocol")),
-        levels,
-        cache.get("path"),
-        _tree(record.get("versions")),
-        _tree(record.get("git")) or None,
-        done,
-        ap50,
-        blind,
-        per_class,
-        tuple(wrong),
-        record.get("oracle") is True,
+    return replace(
+        run,
+        state=state,
+        levels=levels,
+        cache=cache.get("path"),
+        versions=_tree(record.get("versions")),
+        git=_tree(record.get("git")) or None,
+        epochs_done=done,
+        ap=of_groups,
+        split_blind=blind,
+        per_class=per_class,
+        wrong=tuple(wrong),
+        oracle=record.get("oracle") is True,
     )
 
 
@@ -230,11 +241,6 @@ def _date(path: Path, record: Mapping[str, Any]) -> datetime:
         return datetime.fromtimestamp((file if file.exists() else path).stat().st_mtime).astimezone()
 
 
-def _groups(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    values = _tree(metrics.get("ap50"))
-    return {group: _number(values[group]) for group in GROUPS if group in values}
-
-
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
@@ -244,15 +250,29 @@ def _tree(value: Any) -> dict[str, Any]:
 
 
 OWN_COLUMN = ("train.seed", "train.epochs")
-NUMBERS = {"seed", "epochs", *GROUPS, "blind"}
+WORDS = {"name", "settings", "levels", "cache", "begun", "state"}
 MOST_CLASSES = 10
+
+
+def table_groups(runs: Sequence[Run]) -> tuple[str, ...]:
+    """The groups of classes that a table of runs shows: those of their protocols if they share them, and all; or novel,
+    base and all.
+    """
+    own = {tuple(_tree(run.protocol.get("groups"))) for run in runs if run.protocol}
+    return (*own.pop(), "all") if len(own) == 1 and own != {()} else GROUPS
+
+
+def metric_of(runs: Iterable[Run]) -> str:
+    """What the numbers of runs are: AP50, AP, or both."""
+    return " or ".join(dict.fromkeys(METRICS[run.metric] for run in runs))
 
 
 def run_lines(runs: Sequence[Run], root: Path | None = None) -> list[str]:
     """All runs as a table; names are paths from `root`. Below it, what is wrong with the damaged ones."""
     if not runs:
         return ["no runs here: hdovd train --out RUN makes one"]
-    head = ("name", "settings", "levels", "seed", "epochs", *GROUPS, "blind", "cache", "begun", "state")
+    groups = table_groups(runs)
+    head = ("name", "settings", "levels", "seed", "epochs", *groups, "blind", "cache", "begun", "state")
     apart = _apart(runs)
     rows = [
         (
@@ -261,7 +281,7 @@ def run_lines(runs: Sequence[Run], root: Path | None = None) -> list[str]:
             ORACLE if run.oracle else "+".join(run.distillation) or ("none" if run.settings else "-"),
             shown(run.seed),
             f"{run.epochs_done}/{shown(run.epochs)}",
-            *(ap(run.ap50.get(group)) for group in GROUPS),
+            *(ap(run.ap.get(group)) for group in groups),
             ap(run.split_blind.get("novel")),
             run.cache_id or "-",
             f"{run.date:%Y-%m-%d %H:%M}",
@@ -269,9 +289,10 @@ def run_lines(runs: Sequence[Run], root: Path | None = None) -> list[str]:
         )
         for run, settings in zip(runs, apart, strict=True)
     ]
-    lines = table_lines(head, rows, NUMBERS)
+    lines = table_lines(head, rows, set(head) - WORDS)
+    metric = metric_of(runs)
     lines.append(
-        f"{counted(len(runs), 'run')}; AP50 in percent; blind: novel AP50 without the base/novel split at test "
+        f"{counted(len(runs), 'run')}; {metric} in percent; blind: novel {metric} without the base/novel split at test "
         "time; cache: the same letters, the same features"
     )
     if any(run.oracle for run in runs):
@@ -298,7 +319,7 @@ def run_values(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "levels": list(run.distillation),
             "oracle": run.oracle,
             "different": {key: run.settings.get(key) for key in keys if key in run.settings},
-            "ap50": run.ap50,
+            run.metric: run.ap,
             "split_blind": run.split_blind,
             "protocol": run.protocol.get("name"),
             "cache": {"path": run.cache, "id": run.cache_id},
@@ -327,14 +348,12 @@ def difference_lines(a: Path, b: Path) -> list[str]:
         lines += ["", *(table_lines((name, "A", "B"), rows) if rows else [f"{name}: the same"])]
     groups = [
         (group + suffix, of_a.get(group), of_b.get(group))
-        for suffix, of_a, of_b in (
-            ("", first.ap50, second.ap50),
-            (" split-blind", first.split_blind, second.split_blind),
-        )
-        for group in GROUPS
+        for suffix, of_a, of_b in (("", first.ap, second.ap), (" split-blind", first.split_blind, second.split_blind))
+        for group in dict.fromkeys([*GROUPS, *of_a, *of_b])
         if group in of_a or group in of_b
     ]
-    lines += ["", *(_ap_lines("AP50, percent", groups) if groups else ["AP50: none of the two is evaluated"])]
+    head = f"{metric_of([first, second])}, percent"
+    lines += ["", *(_ap_lines(head, groups) if groups else ["AP: none of the two is evaluated"])]
     novel = first.protocol.get("novel", ())
     classes = [
         (name + (" (novel)" if name in novel else ""), x, y)
@@ -367,7 +386,7 @@ def ap(value: float | None) -> str:
 
 
 def _ap_lines(head: str, entries: Sequence[tuple[str, float | None, float | None]]) -> list[str]:
-    """A table of AP50 of two runs and their difference."""
+    """A table of AP of two runs and their difference."""
     rows = [(name, ap(a), ap(b), "-" if a is None or b is None else f"{b - a:+.1f}") for name, a, b in entries]
     return table_lines((head, "A", "B", "B - A"), rows, {"A", "B", "B - A"})
 

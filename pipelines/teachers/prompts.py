@@ -1,6 +1,6 @@
 """Prompt templates: the sets that ship (`templates/*.txt`), a user's own file, and what they make of names.
 
-`{}` is where the name goes, once; `{article}` becomes a or an.
+`{}` is where the name goes, once; `{article}` becomes a or an. Underscores of a name, as LVIS's have, are spaces.
 """
 
 import re
@@ -64,7 +64,7 @@ def prompts(names: Sequence[Name], templates: Sequence[str]) -> Iterator[tuple[i
     for row, name in enumerate(names):
         for one in (name,) if isinstance(name, str) else name:
             for template in templates:
-                yield row, template.replace(ARTICLE, _article(one)).replace("{}", one)
+                yield row, template.replace(ARTICLE, _article(one)).replace("{}", one.replace("_", " "))
 
 
 def _article(name: str) -> str:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hdovd.core.errors import HdovdError, Stopped
 from hdovd.core.log import log
-from hdovd.evaluation.groups import GROUPS
+from hdovd.data.protocol import GROUPS
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.console import duration
 from hdovd.pipelines.common.device import Team
@@ -99,14 +99,16 @@ class SavingHooks(Hooks):
 
 @dataclass(slots=True)
 class RunHooks(SavingHooks):
-    """Those of `hdovd train`: log and validation too. `validate`: AP50 by group of a model, every `val_every` epochs.
+    """Those of `hdovd train`: log and validation too. `validate`: AP by group of a model, every `val_every` epochs;
+    `metric`: which.
 
-    `best` is the best AP50 of base classes so far: novel boxes are for the test, not for choosing weights. `ended`:
+    `best` is the best AP of base classes so far: novel boxes are for the test, not for choosing weights. `ended`:
     epochs whose weights were kept and validated. `failed`: validations that could not be done.
     """
 
     validate: Callable[[nn.Module], dict[str, float | None]] | None = None
     val_every: int = 1
+    metric: str = "AP50"
     tensorboard: Any = None
     best: float = -1.0
     ended: int = 0
@@ -160,7 +162,7 @@ class RunHooks(SavingHooks):
         try:
             ap50 = self.validate(loop.result)
             numbers = (f"{group} {'none' if value is None else f'{value:.1f}'}" for group, value in ap50.items())
-            line = f"validation AP50 {', '.join(numbers)}"
+            line = f"validation {self.metric} {', '.join(numbers)}"
         except Exception as error:  # what was trained for days goes on; its figures are empty in the log
             self.failed += 1
             kind = "" if isinstance(error, HdovdError) else f"{type(error).__name__}: "

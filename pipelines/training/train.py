@@ -24,7 +24,7 @@ from hdovd.config.recipe import LossConfig, Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import DataPaths
-from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.data.protocol import METRICS, Protocol, load_protocol
 from hdovd.modeling.backbones.pyramid import with_synced_norms
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.distributed import world_size
@@ -142,6 +142,7 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal) -> RunFolder:
         "the same command with --resume",
         validate=validation,
         val_every=job.val_every,
+        metric=METRICS[protocol.metric],
     )
     if state is not None:
         hooks.restore(state, loop)
@@ -324,7 +325,9 @@ def _begin(
 def _validation(
     job: TrainConfig, protocol: Protocol, texts: Tensor, us: Team
 ) -> Callable[[nn.Module], dict[str, float | None]] | None:
-    """What gives the AP50 of each group of a detector, in the one process that validates; None without validation."""
+    """What gives the AP of each group of a detector, by the protocol's metric, in the one process that validates; None
+    without validation.
+    """
     if job.validation is None and job.val_every:
         log("no validation while training: no val2017 under --data, and no --val-images and --val-annotations")
     if job.validation is None or not job.val_every or not us.leads:
@@ -337,7 +340,7 @@ def _validation(
         exif=job.recipe.input.exif,
         batch_size=max(1, config.batch_size // (us.world * config.accumulate)),
     )
-    return lambda model: validation.run(cast(Detector, model), texts).combined.summary()["ap50"]
+    return lambda model: validation.run(cast(Detector, model), texts).combined.summary()[protocol.metric]
 
 
 def _tensorboard(job: TrainConfig, us: Team) -> Any:

@@ -86,5 +86,5 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(HdovdError, match=r"ov-lvis.*ov-coco"):
-        load_protocol("ov-lvis")
+    with pytest.raises(HdovdError, match=r"ov-vg.*ov-coco, ov-lvis"):
+        load_protocol("ov-vg")

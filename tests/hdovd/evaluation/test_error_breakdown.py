@@ -14,7 +14,7 @@ import pytest
 from matching_scenes import ANT, BUS, CAT, DOG, PROTOCOL, ZEBRA
 
 from hdovd.data.protocol import Protocol
-from hdovd.evaluation.groups import group_slice
+from hdovd.evaluation.groups import group_labels
 from hdovd.evaluation.matching import Found, Objects, Verdict, find_overlaps, match
 from hdovd.evaluation.tide import ERRORS, ErrorBreakdown, Errors, Kind, break_down, classify
 from hdovd.pipelines.evaluation.evaluate import error_table
@@ -259,7 +259,7 @@ def test_gains_are_cocoevals_on_detections_that_were_mended(seed: int) -> None:
     )
     all_found = _ap50(found, _those(objects, (finds.finder >= 0) | objects.crowd)) - plain
     for name, group in broken.groups.items():
-        part = group_slice(PROTOCOL, name)
+        part = group_labels(PROTOCOL, name)
         assert group.false_positive_gain == pytest.approx(without[part].mean(), abs=1e-9)
         assert group.false_negative_gain == pytest.approx(all_found[part].mean(), abs=1e-9)
         assert sum(group.counts[kind] for kind in ERRORS[:-1]) == group.false_positives

@@ -45,7 +45,7 @@ def _run(novel: float | None, base: float) -> Run:
         levels={"instance": {"key": "k"}},
         versions={"hdovd": "1.2", "torch": "2.6"},
         git={"commit": "0123456789abcdef", "dirty": False},
-        ap50={"novel": novel, "base": base, "all": 1.0},
+        ap={"novel": novel, "base": base, "all": 1.0},
         split_blind={"novel": novel},
     )
 
@@ -164,7 +164,7 @@ def test_the_gap_is_closed_seed_by_seed() -> None:
     assert cells[0][-2:] == ["novel gap closed, %", "seeds"]
     assert [row[0] for row in cells[2:]] == ["", "base-only", "oracle"]
     assert [row[-2] for row in cells[2:]] == ["51.7 (27.5)", "", ""]
-    assert "(cell - base-only) / (oracle - base-only) of novel AP50, for each seed" in lines[7]
+    assert "(cell - base-only) / (oracle - base-only) of novel AP, for each seed" in lines[7]
     assert "no open-vocabulary result" in lines[7]
     assert "novel gap closed, \\%" in latex(table)
     assert r"\begin{tabular}{llrrrrrr}" in latex(table)

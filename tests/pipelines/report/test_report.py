@@ -274,7 +274,7 @@ def _run(ap50: float, **settings: Any) -> Run:
         State.FINISHED,
         datetime(2026, 1, 1),
         values,
-        ap50={"novel": ap50, "base": 50.0, "all": 40.0},
+        ap={"novel": ap50, "base": 50.0, "all": 40.0},
         split_blind={"novel": ap50 - 1},
     )
 
@@ -293,8 +293,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row() -> None:
 
 def test_a_run_that_is_not_evaluated_has_no_mean() -> None:
     table = ablation(
-        [_run(10.0, **{"train.lr": 0.2}), replace(_run(0.0, **{"train.lr": 0.1}), ap50={}, split_blind={})],
-        ["last"] * 2,
+        [_run(10.0, **{"train.lr": 0.2}), replace(_run(0.0, **{"train.lr": 0.1}), ap={}, split_blind={})], ["last"] * 2
     )
     assert table is not None
     assert [row["row"].text("novel") for row in table["rows"]] == ["10.0", "-"]

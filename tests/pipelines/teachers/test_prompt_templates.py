@@ -164,3 +164,9 @@ def test_prompts_are_made_and_embedded_a_batch_at_a_time(clip: str) -> None:
     drawn = 0
     teacher.hash_prompts(names, ("a {}", "the {}"))
     assert seen == [(256, 128 * k) for k in range(1, 8)] + [(2_000 - 7 * 256, 1_000)]
+
+
+def test_underscores_of_a_name_are_spaces() -> None:
+    """As LVIS's names have them: a text tower was not taught `alarm_clock`."""
+    made = [text for _, text in prompts(["alarm_clock", ("bow_(weapon)", "bow")], ["{article} {}"])]
+    assert made == ["an alarm clock", "a bow (weapon)", "a bow"]
