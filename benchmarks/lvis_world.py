@@ -19,7 +19,8 @@ and the 60 classes are those of `other_world.py`, whose teacher OUT/teacher is. 
 
 - Classes have a long tail. By the training pictures that show one it is rare (r: at most 5 of 1,000; LVIS: 10 of
   100,000), common (c: at most 40 of 1,000; LVIS: 100 of 100,000) or frequent (f). Base is f and c, novel is r. Each is
-  in a training picture at least. Validation pictures show all classes about as often, so that AP_r says something.
+  in a training picture at least. Validation pictures show all classes about as often (the rarest at most 2.6 times the
+  most frequent), so that AP_r says something.
 - Labels are federated. A picture's annotations are complete for the classes that they name, but for those in its
   not_exhaustive_category_ids; neg_category_ids are some of the classes that are not there; of all others nothing is
   known, and some of them are in the picture. Counts and letters of the categories are of all that was drawn.
@@ -46,7 +47,7 @@ from hdovd.pipelines.common.process import limit_threads
 from hdovd.pipelines.demo.world import Scene, scenes
 
 RANK = 1 + np.argsort(np.argsort(-FREQUENCY))  # of NAMES: 1 is the most frequent, as in the other world
-TAIL_OFFSET, TRAIN_POWER, VAL_POWER = 10, -3.5, 0.25  # frequency: (rank + offset) ** power, Zipf-Mandelbrot's law
+TAIL_OFFSET, TRAIN_POWER, VAL_POWER = 10, -3.5, 0.5  # frequency: (rank + offset) ** power, Zipf-Mandelbrot's law
 REPEATED = 0.25  # of the objects after a picture's first: of a class that is there already
 RARE, COMMON = 0.005, 0.04  # of the training pictures, at most; in small worlds one picture and three
 LEFT_OUT = 0.1  # of a class's pictures: it is there, without annotation and in no list
@@ -82,7 +83,8 @@ def draw_train(seed: int, index: int) -> Scene:
 
 
 def draw_val(seed: int, index: int) -> Scene:
-    return draw_scene(seed, index, partial(next_class, VAL_POWER, None))
+    """A validation picture, the rarer classes somewhat more often; each begins with the class whose turn it is."""
+    return draw_scene(seed, index, partial(next_class, VAL_POWER, NAMES[index % len(NAMES)]))
 
 
 def frequencies(objects: Sequence[tuple[str, ...]]) -> dict[str, str]:
