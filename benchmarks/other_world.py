@@ -17,6 +17,7 @@ import argparse
 import colorsys
 import json
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -184,16 +185,28 @@ def ground(room: int, width: int, height: int, rng: np.random.Generator) -> Imag
     return picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
 
 
-def draw_scene(seed: int, index: int) -> Scene:
-    """Draw one picture with 3 to 10 objects, of which one may hide a third of another."""
+def of_room(frequency: np.ndarray, room: int, rng: np.random.Generator) -> str:
+    """A class by its frequency, five times as often where this kind of scene likes it."""
+    chance = frequency * np.where(np.isin(np.arange(len(NAMES)), LIKED[room]), 5, 1)
+    return str(rng.choice(NAMES, p=chance / chance.sum()))
+
+
+def any_class(room: int, names: list[str], rng: np.random.Generator) -> str:
+    return of_room(FREQUENCY, room, rng)
+
+
+Pick = Callable[[int, list[str], np.random.Generator], str]  # room, names of the objects so far, randomness: a class
+
+
+def draw_scene(seed: int, index: int, pick: Pick = any_class) -> Scene:
+    """Draw one picture with 3 to 10 objects, the class of each by `pick`; one may hide a third of another."""
     rng = np.random.default_rng((seed, index))
     width, height = int(rng.integers(200, 249)), int(rng.integers(144, 177))
     room = int(rng.integers(len(ROOMS)))
     image = ground(room, width, height, rng)
-    chance = FREQUENCY * np.where(np.isin(np.arange(len(NAMES)), LIKED[room]), 5, 1)
     boxes, names = list[tuple[float, ...]](), list[str]()
     for _ in range(int(rng.integers(3, 11))):
-        name = str(rng.choice(NAMES, p=chance / chance.sum()))
+        name = pick(room, names, rng)
         thing = paint(LOOKS[name], 14 + 46 * rng.beta(1.1, 2.0), rng)
         for _ in range(20):
             x, y = (int(rng.integers(0, room_for + 1)) for room_for in (width - thing.width, height - thing.height))
@@ -241,7 +254,9 @@ def make_teacher(folder: Path, seed: int, scene_count: int = 1200, steps: int = 
     return f"local-dir:{folder}"
 
 
-def named_rightly(clip: str, seed: int, scene_count: int = 150, workers: int = 2) -> dict[str, float]:
+def named_rightly(
+    clip: str, seed: int, scene_count: int = 150, workers: int = 2, novel: Collection[str] = NOVEL
+) -> dict[str, float]:
     """Share of the objects of unseen scenes that the teacher names rightly: of all, and of some of them."""
     teacher, side = load_clip(clip, None, device="cpu"), MODEL_CFG["vision_cfg"]["image_size"]
     pictures = scenes(scene_count, seed + 2000, 0, workers, draw_scene)
@@ -256,7 +271,7 @@ def named_rightly(clip: str, seed: int, scene_count: int = 150, workers: int = 2
     right = scores[:, : len(NAMES)].argmax(1) == labels
     return {
         "of all 60": float(right.mean()),
-        "novel": float(right[[name in NOVEL for _, _, name in objects]].mean()),
+        "novel": float(right[[name in novel for _, _, name in objects]].mean()),
         "under 24 pixels": float(right[longer < 24].mean()),
         "24 pixels and more": float(right[longer >= 24].mean()),
         f"of {scores.shape[1]}, the shipped vocabulary": float((scores.argmax(1) == labels).mean()),
@@ -277,11 +292,11 @@ def next_commands(out: Path, clip: str) -> list[str]:
     ]
 
 
-def world_arguments(page: str) -> argparse.Namespace:
+def world_arguments(page: str, val_images: int = 250) -> argparse.Namespace:
     """Of a script that draws a world: where, and how much. `page`: its docstring."""
     parser = argparse.ArgumentParser(description=page.splitlines()[0])
     parser.add_argument("out", type=Path)
-    for name, default in (("seed", 0), ("train-images", 1000), ("val-images", 250), ("workers", 2)):
+    for name, default in (("seed", 0), ("train-images", 1000), ("val-images", val_images), ("workers", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()
 
