@@ -5,7 +5,8 @@
 
 The defaults are COCO val2017 under the ov-coco protocol; the second line is LVIS v1's validation, federated, where
 detections that stand near nothing are mostly of classes that their image is not judged by. The truth is an instances
-file like COCO's, with outlines; detections stand near objects, best first, and elsewhere. Needs pip install 'hdovd[fast-eval]'.
+file like COCO's, with outlines; detections stand near objects, best first, and elsewhere. Needs pip install
+'hdovd[fast-eval]'.
 """
 
 from __future__ import annotations

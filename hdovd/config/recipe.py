@@ -14,7 +14,7 @@ from hdovd.config.backbone import AUTO, Auto, Count, Finite, NonNegative, Positi
 from hdovd.config.backbone import PRESETS as PRESETS
 from hdovd.config.detector import FORMS, DetectorConfig, FasterRCNNConfig
 from hdovd.core.errors import HdovdError
-from hdovd.core.text_files import cut, parse_toml, read_shipped, shipped
+from hdovd.core.text_files import cut, parse_toml, read_shipped, shipped, shown
 
 _MOST_ERRORS = 20  # said of one recipe
 
@@ -68,6 +68,7 @@ class ClassLossConfig(Section):
     enabled: bool
     weight: NonNegative  # factor on the weights w_j of pseudo boxes
     backgrounds: bool = False  # whether texts of nouns that are backgrounds are negatives beside the learned one
+    federated: bool = False  # whether classes that nobody looked for in an image are no negatives there (LVIS)
 
 
 class ImageLossConfig(Section):
@@ -160,6 +161,9 @@ class ScheduleConfig(Section):
         0.0  # decay of the moving average of weights that is validated and kept; 0: none
     )
     compile: bool = False  # the backbone by torch.compile
+    # Share of the images below which a class is rare: images of rare classes come sqrt(threshold / share) times as
+    # often (arXiv 1908.03195, appendix B); 0: every image once an epoch.
+    repeat_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class Recipe(Section):
@@ -202,14 +206,33 @@ def shipped_recipes() -> list[str]:
 
 
 def load_recipe(name_or_file: str, sets: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """A shipped recipe or a TOML file, with `key.path=value` settings laid over it.
+    """A shipped recipe or a TOML file, with `key.path=value` settings laid over it. A file with `extends = "NAME"` is
+    laid over the shipped recipe NAME.
 
     Raises HdovdError naming the key and the nearest valid one, or the wrong value.
     """
-    tree = read_shipped(name_or_file, "recipe")
+    tree = _extended(read_shipped(name_or_file, "recipe"), name_or_file)
     for setting in sets:
         _apply(tree, setting)
     return build_recipe(tree, name_or_file)
+
+
+def _extended(tree: dict[str, Any], origin: str) -> dict[str, Any]:
+    """The values of a file over those of the shipped recipe that it extends, if it does. Raises HdovdError."""
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if parent not in shipped_recipes():
+        raise HdovdError(
+            f"recipe {origin}: extends is {shown(parent)}, expected a shipped recipe: {', '.join(shipped_recipes())}"
+        )
+    return _laid_over(_extended(read_shipped(parent, "recipe"), parent), tree)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections key by key."""
+    both = {k for k in below.keys() & above.keys() if isinstance(below[k], dict) and isinstance(above[k], dict)}
+    return below | above | {key: _laid_over(below[key], above[key]) for key in both}
 
 
 def build_recipe(tree: dict[str, Any], origin: str) -> Recipe:

@@ -61,7 +61,9 @@ class Skips:
 
 @dataclass(frozen=True, slots=True)
 class ImageBoxes:
-    """One image and its boxes: boxes (n, 4) float32, labels (n,) int64, annotation_ids (n,) int64."""
+    """One image and its boxes: boxes (n, 4) float32, labels (n,) int64, annotation_ids (n,) int64. `judged` (K,) bool:
+    of a federated protocol, the classes that are known to be in it or not to be; None: all are.
+    """
 
     id: int
     file_name: str
@@ -70,6 +72,7 @@ class ImageBoxes:
     boxes: np.ndarray
     labels: np.ndarray
     annotation_ids: np.ndarray
+    judged: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +165,8 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
         found.boxes[4 * row : 4 * row + 4] = array("d", box)
         labels[row] = label
         rows[image_id].append(row)
+    wanted = protocol.base if base_only else protocol.names
     if not any(rows.values()):
-        wanted = protocol.base if base_only else protocol.names
         raise HdovdError(
             f"{annotations} holds no usable box of the {len(wanted)} classes of protocol {protocol.name} "
             f"({shorten(list(wanted))})" + "".join("\n" + line for line in skips.lines())
@@ -188,9 +191,22 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
                     boxes[own].astype(np.float32),
                     labels[own],
                     np.array([found.ids[row] for row in own], np.int64),
+                    _judged(found, i, labels[own], label_of, protocol)[: len(wanted)] if protocol.federated else None,
                 )
             )
     return Split(kept, folder, annotations, coco_ids, skips, empty=empty)
+
+
+def _judged(
+    found: Instances, image_id: int, present: np.ndarray, label_of: dict[int, int], protocol: Protocol
+) -> np.ndarray:
+    """`ImageBoxes.judged` of an image with objects of the labels `present`. Raises HdovdError as `known_absent`."""
+    import numpy as np
+
+    judged = np.zeros(len(protocol.names), bool)
+    judged[present] = True
+    judged[[label_of[c] for c in found.known_absent(image_id, protocol) if c in label_of]] = True
+    return judged
 
 
 @dataclass(slots=True)
@@ -259,6 +275,15 @@ class Instances:
 
     def _name(self, a: dict[str, Any]) -> str:
         return f"{self.file}: annotation {a['id'] if type(a.get('id')) is int else f'number {len(self.ids)}'}"
+
+    def known_absent(self, image_id: int, protocol: Protocol) -> tuple[int, ...]:
+        """The categories that are known not to be in an image. Raises HdovdError if the file does not say it."""
+        if image_id not in self.absent:
+            raise HdovdError(
+                f"{self.file}: image {image_id} has no neg_category_ids, which say what is known not to be in it: "
+                f"protocol {protocol.name} is for LVIS's annotations, not for COCO's"
+            )
+        return self.absent[image_id]
 
     def check(self) -> None:
         """Raises HdovdError for an annotation of an image that is not there, and for an id that stands twice."""

@@ -17,7 +17,8 @@ class Targets:
 
     boxes (n, 4), labels (n,) int64 in 0..K-1, embeddings (n, D) image embeddings of the base boxes;
     pseudo_boxes (m, 4) best first, pseudo_embeddings (m, D) image embeddings v, pseudo_texts (m, D) text
-    embeddings u; image_embedding (D,).
+    embeddings u; image_embedding (D,). judged (K,) bool: of federated annotations, the base classes that are known to
+    be in the image or not to be; None: all are.
     """
 
     boxes: Tensor
@@ -27,10 +28,12 @@ class Targets:
     pseudo_embeddings: Tensor
     pseudo_texts: Tensor
     image_embedding: Tensor
+    judged: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Targets":
         """The same, on a device."""
-        return Targets(*(getattr(self, name).to(device, non_blocking=True) for name in self.__slots__))
+        parts = {name: getattr(self, name) for name in self.__slots__ if getattr(self, name) is not None}
+        return Targets(**{name: part.to(device, non_blocking=True) for name, part in parts.items()})
 
     @property
     def all_boxes(self) -> Tensor:

@@ -143,12 +143,7 @@ class GroundTruth:
         judged, crowds = np.zeros((len(ids), len(label)), bool), list[tuple[int, int]]()
         judged[np.searchsorted(ids, objects.image_ids), objects.labels] = True
         for row, image_id in enumerate(ids.tolist()):
-            if image_id not in found.absent:
-                raise HdovdError(
-                    f"{found.file}: image {image_id} has no neg_category_ids, which say what is known not to be in it: "
-                    f"protocol {self.protocol.name} is for LVIS's annotations, not for COCO's"
-                )
-            judged[row, [label[c] for c in found.absent[image_id] if c in label]] = True
+            judged[row, [label[c] for c in found.known_absent(image_id, self.protocol) if c in label]] = True
             crowds += [(image_id, label[c]) for c in found.unfinished.get(image_id, ()) if c in label]
         added = np.array(crowds, np.int64).reshape(-1, 2)
         return Objects(

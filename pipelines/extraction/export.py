@@ -111,6 +111,8 @@ def _sample(
             for number, label, (left, top, right, bottom) in boxes
         ],
     }
+    if image.judged is not None:
+        about["judged"] = [protocol.names[label] for label in np.flatnonzero(image.judged).tolist()]
     if (reason := failed.get(image.id)) is not None:
         return TarSample(image.id, about | {"failed": reason}, None, _arrays(cache, image.id))
     path = split.path(image)

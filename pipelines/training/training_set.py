@@ -6,6 +6,7 @@ needed. D embedding size.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -58,6 +59,7 @@ class TrainingSet(Dataset[Sample]):
         failed = cache.failed()  # left out of base-only runs too: runs that are compared see the same images
         self.images = [image for image in split.images if image.id not in failed]
         tell_failed(failed, len(self.images), "the cache says", f"of {split.annotations} has embeddings in {cache.url}")
+        self.images = repeated(self.images, recipe)
         self.nouns = torch.zeros(0, cache.dim)
         if uses_nouns(recipe.loss, cache.levels(), cache.url):
             self.nouns = torch.from_numpy(cache.embeddings(Level.NOUN))
@@ -130,9 +132,9 @@ class TrainingSet(Dataset[Sample]):
                     f"{base.tolist()}, expected {image.annotation_ids.tolist()}: run extract-clip again"
                 )
         whole = self.cache.image_embedding(image.id) if self.recipe.loss.image.enabled else None
-        return make_targets(
-            image.boxes, image.labels, rows, whole, self.nouns, self.cache.dim, f"{self.cache.url}: image {image.id}"
-        )
+        where = f"{self.cache.url}: image {image.id}"
+        targets = make_targets(image.boxes, image.labels, rows, whole, self.nouns, self.cache.dim, where)
+        return targets if image.judged is None else replace(targets, judged=torch.from_numpy(image.judged))
 
 
 class TarTrainingSet(Dataset[Sample]):
@@ -144,6 +146,11 @@ class TarTrainingSet(Dataset[Sample]):
 
     def __init__(self, url: str, protocol: Protocol, recipe: Recipe, *, features: str = DEFAULT_SET) -> None:
         """Raises HdovdError if the shards do not fit the protocol or lack what the recipe uses."""
+        if recipe.train.repeat_threshold:
+            raise HdovdError(
+                f"{url}: tar shards are read once an epoch, but train.repeat_threshold wants images several times: "
+                f"train from the Zarr cache, or with --set train.repeat_threshold=0"
+            )
         self.shards, self.recipe = TarShards(url), recipe
         self.url, self._meta = self.shards.url, self.shards.meta
         self._label = {name: label for label, name in enumerate(protocol.base)}
@@ -294,6 +301,10 @@ class TarTrainingSet(Dataset[Sample]):
         picture = read_image(name, about["width"], about["height"], sample.picture, exif)
         whole = arrays["image"] if loss.image.enabled else None
         targets = make_targets(boxes.astype(np.float32), labels, rows, whole, self.nouns, self.dim, where)
+        if (judged := about.get("judged")) is not None:
+            mask = torch.zeros(len(self._label), dtype=torch.bool)
+            mask[[self._label[name] for name in judged if name in self._label]] = True
+            targets = replace(targets, judged=mask)
         return flipped_at_random(pixels_of(picture), targets, sample.image_id, epoch, self.recipe)
 
 
@@ -301,6 +312,26 @@ def background_texts(data: TrainingSet | TarTrainingSet) -> Tensor:
     """(B, D) text embeddings of the nouns that the labels' rule calls backgrounds."""
     rule = LabelRule.of(data.label_origin().inputs.get(Level.PSEUDO_LABEL, {}))
     return data.nouns[list(rule.backgrounds)]
+
+
+def repeated(images: list[ImageBoxes], recipe: Recipe) -> list[ImageBoxes]:
+    """The images of an epoch: those of rare classes several times, one after the other, as the recipe says.
+
+    An image comes as often as the rarest of its classes asks for, sqrt(threshold / share of the images that hold it),
+    one time at least (arXiv 1908.03195, appendix B). What is left over of a whole number comes by chance, the same in
+    all epochs, so that they are of one length.
+    """
+    threshold = recipe.train.repeat_threshold
+    if not threshold:
+        return images
+    held = [np.unique(image.labels) for image in images]
+    share = np.bincount(np.concatenate(held)) / len(images)
+    wanted = np.sqrt(threshold / np.maximum(share, np.finfo(float).tiny)).clip(min=1)
+    times = np.array([wanted[labels].max(initial=1.0) for labels in held])
+    times += np.random.default_rng(recipe.train.seed).random(len(images))
+    chosen = [image for image, count in zip(images, times.astype(int).tolist(), strict=True) for _ in range(count)]
+    log(f"{len(chosen):,d} images an epoch of {len(images):,d}: those of rare classes come several times")
+    return chosen
 
 
 def tell_failed(failed: Mapping[int, str], left: int, where: str, what: str) -> None:

@@ -38,6 +38,7 @@ def global_batch(model: AdaMixer) -> list[Targets]:
             *(
                 value.double() if value.is_floating_point() else value
                 for value in (getattr(t, name) for name in t.__slots__)
+                if value is not None
             )
         )
         for t in rows

@@ -47,7 +47,7 @@ from hdovd.modeling.base import Detector, ExtraLosses, RoIPredictions, StepConte
 from hdovd.modeling.batching import batch_images, draw_short_sides, keys_of
 from hdovd.modeling.distributed import divisor
 from hdovd.modeling.levels.imagewise import ImageLevel
-from hdovd.modeling.losses.classwise import cosine_logits, with_one_background
+from hdovd.modeling.losses.classwise import cosine_logits, of_judged, with_one_background
 
 LEAST_PROBABILITY = 1e-5  # of a candidate, and 1 less it the most, in the cost of pairing it; released code
 
@@ -318,6 +318,10 @@ class AdaMixer(Detector):
         scores = cosine_logits(classified.flatten(0, 2), prompts, self.config.decoder.logit_scale)
         scores = with_one_background(scores, len(backgrounds))
         wanted = pairs.to_queries(labels, len(prompts) - len(backgrounds))
+        if self.recipe.loss.class_.federated:
+            image = torch.arange(wanted.shape[1], device=wanted.device).view(1, -1, 1).expand_as(wanted).flatten()
+            is_background = wanted.flatten() == len(prompts) - len(backgrounds)
+            scores = of_judged(scores, [t.judged for t in boxes.targets], image, is_background)
         far, apart = box_losses(torch.stack(look.boxes), pairs, boxes, count)
         is_object = pairs.to_queries(torch.ones_like(boxes.weights), 0.0)
         return {

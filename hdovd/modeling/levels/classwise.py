@@ -35,6 +35,10 @@ class ClassLevel(nn.Module):
         labels, weights = self.labels_and_weights(view.box_of_roi, view.targets, first, background)
         logits = classwise.cosine_logits(view.c, prompts, self.logit_scale)
         logits = classwise.with_one_background(logits, len(backgrounds))
+        if self.config.federated:
+            rois = torch.tensor([len(part) for part in view.rois])
+            image = torch.arange(len(rois)).repeat_interleave(rois).to(logits.device, non_blocking=True)
+            logits = classwise.of_judged(logits, [t.judged for t in view.targets], image, labels == background)
         return {"classification": classwise.classification_loss(logits, labels, weights, divisor((weights > 0).sum()))}
 
     def labels_and_weights(

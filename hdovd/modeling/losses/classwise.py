@@ -27,6 +27,21 @@ def with_one_background(logits: Tensor, rows: int) -> Tensor:
     return torch.cat([logits[:, :-rows], logits[:, -rows:].logsumexp(dim=1, keepdim=True)], dim=1)
 
 
+def of_judged(logits: Tensor, judged: list[Tensor | None], image: Tensor, is_background: Tensor) -> Tensor:
+    """Logits (R, X), in which a RoI of background is none of the base classes that federated annotations know of in its
+    image: those that nobody looked for are at -inf, and so no negatives. An object is one of its own class alone.
+
+    Args:
+        judged: (K,) bool of each image; None anywhere: annotations that are not federated. image: (R,) int64, the image
+        of each RoI. is_background: (R,) bool.
+    """
+    known = [part for part in judged if part is not None]
+    if not known or len(known) < len(judged):
+        return logits
+    unknown = ~torch.stack(known)[image] & is_background[:, None]
+    return torch.cat([logits[:, : unknown.shape[1]].masked_fill(unknown, -torch.inf), logits[:, unknown.shape[1] :]], 1)
+
+
 def classification_loss(logits: Tensor, labels: Tensor, weights: Tensor, count: Tensor | None = None) -> Tensor:
     """Weighted cross-entropy, summed and divided by the number of RoIs with positive weight.
 

@@ -25,6 +25,41 @@ def test_names_of_shipped_recipes() -> None:
     assert {"demo", "ov-coco-faster-rcnn-r50"} <= set(shipped_recipes())
 
 
+@pytest.mark.parametrize("detector", ["faster-rcnn", "adamixer"])
+def test_the_ov_lvis_recipes_are_those_of_ov_coco_but_for_what_they_say(detector: str) -> None:
+    coco, lvis = (
+        leaves(load_recipe(f"ov-{data}-{detector}-r50").model_dump(by_alias=True)) for data in ("coco", "lvis")
+    )
+    assert {key: value for key, value in lvis.items() if value != coco[key]} == {
+        "input.train_short_sides": [640, 672, 704, 736, 768, 800],
+        "loss.class.federated": True,
+        "inference.score_threshold": 0.001 if detector == "faster-rcnn" else 0.0001,
+        "inference.detections_per_image": 300,
+        "train.epochs": 24,
+        "train.step_epochs": [16, 19],
+        "train.repeat_threshold": 0.001,
+    }
+
+
+def test_a_file_lies_over_the_shipped_recipe_that_it_extends(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('extends = "demo"\n[train]\nlr = 0.5\n[loss.class]\nweight = 0.25\n')
+    expected = load_recipe("demo", ["train.lr=0.5", "loss.class.weight=0.25", "train.seed=7"])
+    assert load_recipe(str(file), ["train.seed=7"]) == expected
+    file.write_text('extends = "demo"\n[train]\nlrr = 0.5\n')
+    with pytest.raises(HdovdError, match=r"mine\.toml:\s+unknown key train\.lrr; the nearest valid one is train\.lr"):
+        load_recipe(str(file))
+
+
+@pytest.mark.parametrize("parent", ['"dmo"', '"other.toml"', "3", '["demo"]'])
+def test_a_file_extends_no_other_file(parent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("other.toml").write_text(load_recipe("demo").to_toml())
+    Path("mine.toml").write_text(f"extends = {parent}\n")
+    with pytest.raises(HdovdError, match=r"recipe mine\.toml: extends is .*, expected a shipped recipe: demo, "):
+        load_recipe("mine.toml")
+
+
 OV_COCO = {  # every number of METHOD sections 2 to 8 for faster_rcnn, typed from there
     "detector.name": "faster_rcnn",
     "detector.backbone.name": "resnet50",
@@ -162,6 +197,7 @@ OF_OLN = {  # arXiv 2108.06753, section 3, and its authors' configuration, typed
     "proposals.box_weight": 1.0,
     "proposals.epochs": 0,
     "loss.class.backgrounds": False,
+    "loss.class.federated": False,
 }
 
 

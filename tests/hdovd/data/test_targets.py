@@ -86,7 +86,8 @@ def test_none_left(sides: list[tuple[float, float]]) -> None:
 
 
 def test_to_keeps_every_field_in_its_place() -> None:
-    targets = example()
+    targets = replace(example(), judged=torch.tensor([True, False]))
     moved = targets.to("cpu")
+    assert example().to("cpu").judged is None
     for name in Targets.__slots__:
         assert torch.equal(getattr(moved, name), getattr(targets, name)), name
