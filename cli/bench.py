@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 import typer
 
 from hdovd.cli.command import command
-from hdovd.cli.lazy import new_app
+from hdovd.cli.main import new_app
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.forecast.config import ForecastConfig
 

@@ -7,7 +7,7 @@ import typer
 
 from hdovd.cache.catalog import Catalog
 from hdovd.cli.command import command
-from hdovd.cli.lazy import new_app
+from hdovd.cli.main import new_app
 from hdovd.pipelines.cache_tools.config import CheckConfig, ForeignFormat, ImportConfig, ViewConfig
 from hdovd.pipelines.extraction.source import ExportConfig, ExportForm
 

@@ -3,15 +3,16 @@
 import typer
 
 from hdovd.cli.command import command
-from hdovd.pipelines.evaluation.config import EvalConfig
+from hdovd.pipelines.evaluation.config import ZERO_SHOT, EvalConfig
 
 
 @command
 def eval(config: EvalConfig) -> None:
     """Writes metrics.json and detections.json (COCO results form) into RUN."""
     from hdovd.pipelines.evaluation.evaluate import class_table, error_table, evaluate, result_table
+    from hdovd.pipelines.transfer.transfer import zero_shot
 
-    result = evaluate(config)
+    result = zero_shot(config) if config.protocol == ZERO_SHOT else evaluate(config)
     typer.echo(result_table(result))
     if config.per_class:
         typer.echo(class_table(result))

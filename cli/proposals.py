@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hdovd.cli.lazy import new_app
+from hdovd.cli.main import new_app
 from hdovd.pipelines.proposal_files.options import ListOrder
 
 app = new_app(

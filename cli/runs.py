@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hdovd.cli.lazy import Group, new_app
+from hdovd.cli.main import Group, new_app
 
 
 class _ListsByDefault(Group):

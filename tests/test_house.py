@@ -40,6 +40,7 @@ ORDER = [
         "pipelines.proposals",
         "pipelines.relabelling",
         "pipelines.detection",
+        "pipelines.transfer",
         "pipelines.export",
         "pipelines.ablation",
         "pipelines.audit",

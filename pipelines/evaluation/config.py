@@ -8,6 +8,11 @@ from hdovd.evaluation.engines import ENGINES, Engine
 from hdovd.pipelines.common.options import Data, Device, Option, Run, Trust, workers_option
 from hdovd.pipelines.runs.folder import RunFolder, Weights, WeightsOption
 
+ZERO_SHOT = "zero-shot"  # the protocol of data sets that the run was not trained on: all classes are novel
+ENGINE = Option(
+    "What counts AP: pycocotools; faster-coco-eval, which gives the same sooner and comes with hdovd's extra "
+    "fast-eval; or my_module:engine, a function that returns classes with their interface."
+)
 SHOWN_SCORE = 0.3  # detections of this score or more are drawn
 
 
@@ -17,7 +22,13 @@ class EvalConfig:
 
     run: Run
     data: Data
-    protocol: Annotated[str | None, Option("Default: the protocol that the run was trained with.")] = None
+    protocol: Annotated[
+        str | None,
+        Option(
+            "Default: the protocol that the run was trained with. zero-shot: all classes of --data, by their names "
+            "alone, as hdovd transfer does it."
+        ),
+    ] = None
     device: Device = "auto"
     batch_size: Annotated[int, Option("Images a batch.", min=1)] = 16
     workers: Annotated[
@@ -28,20 +39,14 @@ class EvalConfig:
     errors: Annotated[
         bool, Option("Print what keeps AP50 from 100: errors by kind, novel and base apart (docs/ERRORS.md).")
     ] = False
-    engine: Annotated[
-        str,
-        Option(
-            "What counts AP: pycocotools; faster-coco-eval, which gives the same sooner and comes with hdovd's extra "
-            "fast-eval; or my_module:engine, a function that returns classes with their interface."
-        ),
-    ] = Engine.PYCOCOTOOLS
+    engine: Annotated[str, ENGINE] = Engine.PYCOCOTOOLS
     weights: WeightsOption = Weights.LAST
     trust: Trust = False
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone, or a run that needs to be trusted."""
         RunFolder.open(self.run, trusted=self.trust).recipe()
-        if self.protocol is not None:
+        if self.protocol not in (None, ZERO_SHOT):
             load_protocol(self.protocol)
         ENGINES.require(self.engine)
         self.data.locate("val2017")

@@ -185,14 +185,20 @@ class EvalResult(Validated):
 def evaluate(job: EvalConfig) -> EvalResult:
     """Evaluate a run; writes metrics.json, detections.json and pictures into it. Raises HdovdError for bad input."""
     job.check()
-    run, device = RunFolder(job.run, job.trust), pick_device(job.device)
+    run = RunFolder(job.run, job.trust)
     trained = run.protocol()
     protocol = trained if job.protocol is None else load_protocol(job.protocol)
     if (protocol.base, protocol.novel) != (trained.base, trained.novel):
         raise HdovdError(
             f"{job.run} was trained for the base and novel classes of protocol {trained.name}, not of {protocol.name}"
         )
-    recipe, texts = run.recipe(), run.class_embeddings()
+    return evaluate_by(job, protocol, run.class_embeddings(), run.path)
+
+
+def evaluate_by(job: EvalConfig, protocol: Protocol, texts: Tensor, out: Path) -> EvalResult:
+    """Evaluate a run by a protocol whose classes have the text embeddings `texts` (K, D); files go to `out`."""
+    run, device = RunFolder(job.run, job.trust), pick_device(job.device)
+    recipe = run.recipe()
     validation = Validation(
         job.data,
         protocol,
@@ -209,7 +215,7 @@ def evaluate(job: EvalConfig) -> EvalResult:
     rows = results(split, found.detections)
     errors = break_down(found_of(rows, split.coco_ids), validation.truth.objects, protocol)
     alpha, beta = (0.0, 0.0) if combined is blind else (recipe.inference.alpha, recipe.inference.beta)
-    files = [run.path / "metrics.json", run.path / "detections.json"]
+    files = [out / "metrics.json", out / "detections.json"]
     metrics = {
         "protocol": protocol.name,
         "oracle": run.saw_novel,
@@ -232,7 +238,7 @@ def evaluate(job: EvalConfig) -> EvalResult:
     if run.saw_novel:
         log(f"oracle: boxes of novel classes were trained on; this AP is {UPPER_BOUND}")
     if job.pictures:
-        files += draw_detections(split, found.detections, protocol, run.path / "pictures", job.pictures)
+        files += draw_detections(split, found.detections, protocol, out / "pictures", job.pictures)
     return EvalResult(found.detections, combined, blind, errors, alpha, beta, files)
 
 

@@ -1,0 +1,21 @@
+"""`hdovd transfer`."""
+
+import typer
+
+from hdovd.cli.command import command
+from hdovd.pipelines.transfer.config import TransferConfig
+
+
+@command
+def transfer(config: TransferConfig) -> None:
+    """No class is called base, and all are scored alike. Names are embedded by the text tower of the run's CLIP, once:
+    they are kept in ~/.cache/hdovd. Results of each data set go to RUN/transfer/NAME.
+    """
+    from hdovd.pipelines.transfer.transfer import transfer as run
+    from hdovd.pipelines.transfer.transfer import transfer_table
+
+    found = run(config)
+    typer.echo(transfer_table(found))
+    for one in found:
+        for file in one.result.files:
+            typer.echo(f"wrote {file}")

@@ -1,0 +1,45 @@
+"""What `hdovd transfer` is asked for. Imports no torch: a mistake shows before that."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from hdovd.core.errors import HdovdError, shorten
+from hdovd.data.coco import DataPaths
+from hdovd.evaluation.engines import ENGINES, Engine
+from hdovd.pipelines.common.options import Device, Option, Pretrained, Run, Trust, workers_option
+from hdovd.pipelines.evaluation.config import ENGINE
+from hdovd.pipelines.runs.folder import RunFolder, Weights, WeightsOption
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferConfig:
+    """Data sets to evaluate a run on by the names of their classes. `trust`: as `RunFolder.trusted`."""
+
+    run: Run
+    data: Annotated[tuple[Path, ...], Option("Folders of data sets, as for --data of hdovd eval.", argument=True)]
+    clip: Annotated[
+        str | None, Option("The run's CLIP, where it lies elsewhere than the run's cache says: as for extract-clip.")
+    ] = None
+    pretrained: Pretrained = None
+    device: Device = "auto"
+    batch_size: Annotated[int, Option("Images a batch.", min=1)] = 16
+    workers: Annotated[
+        int | None, workers_option("Processes that decode images, or auto: none on a CPU, up to 16 for a GPU.")
+    ] = None
+    engine: Annotated[str, ENGINE] = Engine.PYCOCOTOOLS
+    weights: WeightsOption = Weights.LAST
+    trust: Trust = False
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone, or a run that needs to be trusted."""
+        RunFolder.open(self.run, trusted=self.trust).recipe()
+        ENGINES.require(self.engine)
+        names = [folder.absolute().name for folder in self.data]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise HdovdError(
+                f"several data sets of the name {shorten(list(twice))}, by which results are kept: give links of other "
+                "names"
+            )
+        for folder in self.data:
+            DataPaths(folder).locate("val2017")

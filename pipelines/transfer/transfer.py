@@ -1,0 +1,133 @@
+"""Transfer: a run on data sets that it was not trained on, by the names of their classes (ViLD, arXiv 2104.13921,
+section 4.5).
+
+No class is called base: all are scored alike, as novel ones are. Names that data sets spell in their own way are said
+as others say them: by a list that ships (`names/synonyms.txt`), and `A/B` is both A and B. K classes, D embedding size.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hdovd.core.errors import shorten
+from hdovd.core.log import log
+from hdovd.data.coco import DataPaths, read_instances
+from hdovd.data.protocol import Protocol
+from hdovd.pipelines.common.device import pick_device
+from hdovd.pipelines.common.name_list import shipped
+from hdovd.pipelines.detection.detector import NameEmbedder
+from hdovd.pipelines.evaluation.config import ZERO_SHOT, EvalConfig
+from hdovd.pipelines.evaluation.evaluate import EvalResult, evaluate_by
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.listing import ap, table_lines
+from hdovd.pipelines.transfer.config import TransferConfig
+
+SEEN, UNSEEN = "seen", "unseen"
+LVIS_DETECTIONS = (300,)
+
+
+@dataclass(frozen=True, slots=True)
+class Transferred:
+    """One data set's result."""
+
+    name: str
+    result: EvalResult
+
+
+def transfer(job: TransferConfig) -> list[Transferred]:
+    """Evaluate a run on each data set; results go to RUN/transfer/NAME. Raises HdovdError for bad input."""
+    job.check()
+    found = []
+    for folder in job.data:
+        one = EvalConfig(
+            run=job.run,
+            data=DataPaths(folder),
+            protocol=ZERO_SHOT,
+            device=job.device,
+            batch_size=job.batch_size,
+            workers=job.workers,
+            engine=job.engine,
+            weights=job.weights,
+            trust=job.trust,
+        )
+        name = folder.absolute().name
+        log(f"{name}:")
+        found.append(Transferred(name, zero_shot(one, job.clip, job.pretrained)))
+    return found
+
+
+def zero_shot(job: EvalConfig, clip: str | None = None, pretrained: str | None = None) -> EvalResult:
+    """Evaluate a run on any data set by the names of its classes, of which none is base. `clip`, `pretrained`: the
+    run's CLIP, where it lies elsewhere than its cache says; it is needed for names that are no classes of the run.
+    """
+    job.check()
+    run = RunFolder(job.run, job.trust)
+    embedder = NameEmbedder(run, pick_device(job.device), clip=clip, pretrained=pretrained)
+    protocol, said = protocol_of(job.data, run.protocol().base)
+    texts = embed(embedder, [said[name] for name in protocol.novel])
+    embedder.forget_clip()
+    out = run.path / "transfer" / (job.data.root or job.data.annotation_file("val2017")).absolute().name
+    return evaluate_by(job, protocol, texts, out)
+
+
+def protocol_of(data: DataPaths, trained: Sequence[str]) -> tuple[Protocol, dict[str, tuple[str, ...]]]:
+    """All classes of a data set as novel ones, in two groups, seen and unseen, by whether the run was trained on boxes
+    of a class of that name; and what each is called in prompts. Both are told. Raises HdovdError.
+    """
+    annotations, folder = data.locate("val2017")
+    found = read_instances(annotations, folder)
+    names = tuple(found.names.values())
+    said = {name: spoken(name) for name in names}
+    known = {name.casefold() for name in trained}
+    seen = tuple(name for name in names if known & {one.casefold() for one in said[name]})
+    unseen = tuple(name for name in names if name not in seen)
+    others = [f"{name} as {' or '.join(calls)}" for name, calls in said.items() if calls != (name,)]
+    log(
+        f"{len(names)} classes, {len(seen)} of which the run was trained on; said as they are: "
+        f"{len(names) - len(others)}" + (f"; otherwise: {shorten(list(others))}" if others else "")
+    )
+    groups = {name: own for name, own in ((SEEN, seen), (UNSEEN, unseen)) if own}
+    protocol = Protocol(ZERO_SHOT, (), names, keep_empty_val=True, groups=groups)
+    if found.absent:
+        protocol = replace(protocol, federated=True, max_detections=LVIS_DETECTIONS)
+    return protocol, said
+
+
+def embed(embedder: NameEmbedder, calls: Sequence[tuple[str, ...]]) -> Tensor:
+    """(K, D) float32, L2-normalised: of each class the mean over what it is called."""
+    names = list(dict.fromkeys(name for own in calls for name in own))
+    rows = dict(zip(names, embedder.embed(names), strict=True))
+    return F.normalize(torch.stack([torch.stack([rows[name] for name in own]).mean(dim=0) for own in calls]), dim=1)
+
+
+@cache
+def _synonyms() -> Mapping[str, tuple[str, ...]]:
+    entries = (line.partition(" = ") for line in shipped("synonyms"))
+    return {name: tuple(calls.split(", ")) for name, _, calls in entries}
+
+
+def spoken(name: str) -> tuple[str, ...]:
+    """What a class is called in prompts: `tvmonitor` is a tv or a monitor, `Cabinet/shelf` a cabinet or a shelf."""
+    plain = " ".join(name.casefold().split())
+    if plain in _synonyms():
+        return _synonyms()[plain]
+    parts = tuple(part.strip() for part in plain.split("/") if part.strip())
+    return parts if len(parts) > 1 else (name,)
+
+
+def transfer_table(found: Sequence[Transferred]) -> str:
+    """A row a data set: AP50 and AP of classes seen and unseen, and of all, all scored alike."""
+    groups = (SEEN, UNSEEN, "all")
+    head = ("data", "images", "classes", *(f"AP50 {group}" for group in groups), *(f"AP {group}" for group in groups))
+    rows = []
+    for one in found:
+        combined = one.result.combined
+        summary = combined.summary()
+        numbers = [ap(summary[kind].get(group)) for kind in ("ap50", "ap") for group in groups]
+        rows.append((one.name, f"{len(one.result.detections):,d}", f"{len(combined.protocol.novel):,d}", *numbers))
+    lines = table_lines(head, rows, set(head[1:]))
+    return "\n".join([*lines, "AP in percent; seen: the run was trained on boxes of a class of that name."])
