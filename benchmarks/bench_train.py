@@ -6,6 +6,8 @@ torchvision's detector.
     input.short_side=320 \\
                                      input.long_side=533 --images 16 --rounds 2 --steps 3 --no-online
 
+    python benchmarks/run.py bench_train --classes 866 --no-online
+
 All variants train in one process, in turns, on the same pictures and boxes; ratios are of one run. Weights are random:
 for speed alone. torchvision's fasterrcnn_resnet50_fpn is measured with recipes of a resnet50.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -23,6 +25,7 @@ import torch
 from arguments import parsed, workplace
 from online_clip import OnlineClip
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.detection.faster_rcnn import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.resnet import resnet50
@@ -46,13 +49,14 @@ from hdovd.pipelines.training.training_set import Sample, TrainingSet
 
 SETTLE = 3  # steps at the beginning of a turn that are not timed: what was loaded ahead meanwhile is used up
 NOUNS = 200
+JUDGED = 10
 STUB_S = 0.03  # a step of a GPU
 
 
 @dataclass(frozen=True)
 class TrainBench:
     """`steps`: timed, of a turn. `settings`: laid over the recipe. `clip`: a model name has random weights. `picture`:
-    width, height.
+    width, height. `classes`: also so many base classes instead of ov-coco's 48, federated as LVIS's 866 are; 0: not.
     """
 
     recipe: str = "demo"
@@ -64,6 +68,7 @@ class TrainBench:
     rounds: int = 3
     steps: int = 5
     online: bool = True
+    classes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +175,31 @@ def _variants(folder: Path, bench: TrainBench, recipe: Recipe, clip: ClipTeacher
         )
     if recipe.detector.name == "faster_rcnn" and recipe.detector.backbone.name == "resnet50":
         found.append(_torchvision(folder, bench, recipe, clip))
+    if bench.classes:
+        found.append(_of_many_classes(folder, bench, clip))
     stub = _loop(folder, bench, recipe, clip)
     found.append(
         Variant(f"the cache, a step that sleeps {STUB_S * 1e3:.0f} ms", stub.batches, lambda _: time.sleep(STUB_S))
     )
     return found
+
+
+def _of_many_classes(folder: Path, bench: TrainBench, clip: ClipTeacher) -> Variant:
+    """Three levels with random text embeddings of many base classes, of which an image is judged by its own, which are
+    the first, and by JUDGED others.
+    """
+    recipe = load_recipe(bench.recipe, [*bench.settings, "loss.class.federated=true"]).with_reliability(0.0, 1.0, 1.0)
+    texts = normalize(torch.randn(bench.classes, clip.dim), dim=1).to(clip.device)
+    loop = _loop(folder, bench, recipe, clip, texts)
+
+    def federated(sample: Sample) -> Sample:
+        picture, targets, image_id = sample
+        judged = torch.zeros(bench.classes, dtype=torch.bool)
+        judged[torch.cat([targets.labels, torch.randint(bench.classes, (JUDGED,))])] = True
+        return picture, replace(targets, judged=judged), image_id
+
+    name = f"three levels, {bench.classes} classes, federated"
+    return Variant(name, loop.batches, lambda batch: _take(loop, [federated(sample) for sample in batch]))
 
 
 def _of_loop(name: str, loop: Loop[Sample]) -> Variant:
@@ -201,13 +226,16 @@ def _batches(folder: Path, bench: TrainBench, recipe: Recipe, device: torch.devi
     )
 
 
-def _loop(folder: Path, bench: TrainBench, recipe: Recipe, clip: ClipTeacher) -> Loop[Sample]:
+def _loop(
+    folder: Path, bench: TrainBench, recipe: Recipe, clip: ClipTeacher, texts: Tensor | None = None
+) -> Loop[Sample]:
     torch.manual_seed(0)
     protocol, batches = load_protocol("ov-coco"), _batches(folder, bench, recipe, clip.device)
     model = build_detector(recipe, clip.dim, initialise=False)
     model.begin_epoch(recipe.pseudo_boxes.from_epoch)  # with all losses
     calm(model)
-    texts = torch.from_numpy(FeatureCache(folder / "cache").class_embeddings(protocol.base)).to(clip.device)
+    if texts is None:
+        texts = torch.from_numpy(FeatureCache(folder / "cache").class_embeddings(protocol.base)).to(clip.device)
     model = placed(model, clip.device).train()
     return loop_of(model, batches, texts, recipe, clip.device)
 
