@@ -40,6 +40,7 @@ MISNAMED = {
     "base named another base": ("base", "base"),
 }
 EQUAL = 1e-9
+MOST_CHARTED = 100  # classes: more would make the page unwieldy
 LEVELS = {
     "rpn": "Detector",
     "box": "Detector",
@@ -140,6 +141,22 @@ def parts(runs: Sequence[OneRun]) -> list[str]:
     return [group for group in shown_groups(runs[0].analysis.protocol) if group != "all"]
 
 
+def charted(run: OneRun) -> list[int]:
+    """The labels that charts by class show, novel ones first: all, or of many classes the MOST_CHARTED with the most
+    objects, half of them novel where there are as many.
+    """
+    protocol, objects = run.analysis.protocol, run.analysis.objects
+    held = np.bincount(objects.labels[~objects.crowd], minlength=len(protocol.names))
+    order = novel_first(protocol)
+    novel, base = (
+        sorted(some, key=lambda label: -held[label])
+        for some in (order[: len(protocol.novel)], order[len(protocol.novel) :])
+    )
+    few = max(MOST_CHARTED // 2, MOST_CHARTED - len(base))
+    shown = {*novel[:few], *base[: MOST_CHARTED - len(novel[:few])]}
+    return [label for label in order if label in shown]
+
+
 def most_gained(runs: Sequence[OneRun]) -> float:
     """The longest bar of the table of errors."""
     groups = [run.analysis.errors.groups[group] for run in runs for group in parts(runs)]
@@ -227,7 +244,7 @@ def class_curves(runs: Sequence[OneRun]) -> list[tuple[str, str, Markup]]:
             group_of(label, protocol),
             _curves(protocol.names[label], runs, [curves[label] for curves in of_runs]),
         )
-        for label in novel_first(protocol)
+        for label in charted(runs[0])
         if not np.isnan(of_runs[0][label, 0])
     ]
 
@@ -278,7 +295,7 @@ def confusion_chart(run: OneRun) -> Markup:
     """In shares of each row."""
     counts, protocol = run.analysis.confusion.counts.astype(np.float64), run.analysis.protocol
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    order = [*novel_first(protocol), len(protocol.names)]
+    order = [*charted(run), len(protocol.names)]
     rows, columns = ([(*protocol.names, last)[k] for k in order] for last in ("background", "missed"))
     return matrix_chart(
         f"confusion of {run.name}",

@@ -125,6 +125,7 @@ def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths) -> dict
         "classes": figures.class_rows(runs, {name for card in cards for name in card["classes"]}),
         "groups": shown_groups(first.protocol),
         "parts": figures.parts(runs),
+        "charted": len(figures.charted(runs[0])),
         "metric": METRICS[first.protocol.metric],
         "curves": figures.group_curves(runs),
         "class_curves": figures.class_curves(runs),

@@ -9,8 +9,10 @@ from dataclasses import replace
 from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from hdovd.cache.reader import FeatureCache
@@ -18,11 +20,12 @@ from hdovd.cache.schema import Source
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import Protocol
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
-from hdovd.pipelines.report.figures import ablation
+from hdovd.pipelines.report.figures import ablation, charted
 from hdovd.pipelines.report.report import ReportConfig, report
-from hdovd.pipelines.report.runs import names_of
+from hdovd.pipelines.report.runs import OneRun, names_of
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.listing import Run, State
 
@@ -328,3 +331,22 @@ def test_an_oracle_is_a_row_of_its_own() -> None:
     assert table is not None
     assert table["columns"] == ["oracle"]
     assert [row["row"].mean("novel") for row in table["rows"]] == [10.0, 60.0]
+
+
+@pytest.mark.parametrize(("base", "novel"), [(3, 2), (150, 80), (150, 10), (20, 200), (100, 0)])
+def test_charts_by_class_show_few_of_many(base: int, novel: int) -> None:
+    """Those with the most objects, half of them novel where there are as many, novel ones first."""
+    names = [f"class {k}" for k in range(base + novel)]
+    protocol = Protocol("many", tuple(names[:base]), tuple(names[base:]))
+    labels = np.repeat(np.arange(base + novel), np.arange(base + novel) % base + 1)
+    objects = SimpleNamespace(labels=labels, crowd=np.zeros(len(labels), bool))
+    run = SimpleNamespace(analysis=SimpleNamespace(protocol=protocol, objects=objects))
+    shown = charted(cast(OneRun, run))
+    of_novel = [label for label in shown if label >= base]
+    assert len(shown) == min(100, base + novel)
+    assert shown == [*of_novel, *(label for label in shown if label < base)]
+    assert len(of_novel) == (novel if base + novel <= 100 else min(novel, max(50, 100 - base)))
+    counts = np.bincount(labels)
+    for own in (range(base), range(base, base + novel)):
+        left = [counts[label] for label in own if label not in shown]
+        assert max(left, default=0) <= min((counts[label] for label in own if label in shown), default=0)
