@@ -144,6 +144,11 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
         raise HdovdError(f"no image folder {folder}: give it with --images")
     found = read_instances(annotations, folder)
     label_of, coco_ids = _labels(found.names, protocol, annotations)
+    if found.absent and not protocol.federated:
+        log(
+            f"note: {annotations} says what is not in its images, as LVIS's annotations do, but protocol {protocol.name} "
+            f"takes them for complete: federated = true in it would not"
+        )
     skips, rows = Skips(), {i: array("q") for i in found.images}  # rows of the columns, image by image
     labels, spoilt = np.zeros(len(found.ids), np.int64), set[int]()
     for row, (number, image_id, category) in enumerate(zip(found.ids, found.image_ids, found.categories, strict=True)):

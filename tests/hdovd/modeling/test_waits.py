@@ -3,6 +3,7 @@ there.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import adamixer_scenes as adamixer
 import faster_rcnn_scenes as faster_rcnn
@@ -32,8 +33,17 @@ def rcnn_scene(images: int, *settings: str) -> Scene:
     return faster_rcnn.detector(*settings).train(), [pictures[0][:, :60], *pictures[1:]], targets, faster_rcnn.TEXTS
 
 
-def adamixer_scene(images: int) -> Scene:
-    model = adamixer.detector().train()
+def federated(scene: Scene) -> Scene:
+    """Each picture is judged by every other class, and by those of its boxes."""
+    model, images, targets, texts = scene
+    known = [torch.arange(len(texts)) % 2 == 0 for _ in targets]
+    for judged, own in zip(known, targets, strict=True):
+        judged[own.labels] = True
+    return model, images, [replace(t, judged=judged) for t, judged in zip(targets, known, strict=True)], texts
+
+
+def adamixer_scene(images: int, *settings: str) -> Scene:
+    model = adamixer.detector(*settings).train()
     model.begin_epoch(2)
     boxes, pictures = [[5.0, 5, 60, 60], [30, 20, 90, 70]], adamixer.pictures(*[(80, 120), (96, 96)] * (images // 2))
     targets = [
@@ -69,6 +79,8 @@ SCENES = {
     "authors' rpn": lambda n: rcnn_scene(n, 'detector.rpn.rules="authors"'),
     "base-only": lambda n: rcnn_scene(n, *PRESETS["base-only"]),
     "adamixer": adamixer_scene,
+    "faster_rcnn, federated": lambda n: federated(rcnn_scene(n, "loss.class.federated=true")),
+    "adamixer, federated": lambda n: federated(adamixer_scene(n, "loss.class.federated=true")),
 }
 
 

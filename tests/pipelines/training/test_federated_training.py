@@ -18,6 +18,7 @@ import torch
 from hdovd.cache.reader import FeatureCache
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars
@@ -119,6 +120,18 @@ def test_a_run_trains_on_them(
     plain, federated, rare = logs
     assert federated[0]["classification"] < plain[0]["classification"]
     assert rare[-1]["step"] > plain[-1]["step"]
+
+
+def test_federated_annotations_that_are_taken_for_complete_are_told(
+    world: Path, annotations: Path, protocol: Protocol
+) -> None:
+    data, lines = DataPaths(images=world / "train2017", annotations=annotations), list[str]()
+    with lines_to(lines.append):
+        data.load("train2017", replace(protocol, federated=False), base_only=True)
+        told = [line for line in lines if "takes them for complete" in line]
+        data.load("train2017", protocol, base_only=True)
+        DataPaths(world).load("train2017", replace(protocol, federated=False), base_only=True)
+    assert len(told) == 1 == sum("takes them for complete" in line for line in lines)
 
 
 def test_annotations_of_cocos_form_are_refused(world: Path, protocol: Protocol) -> None:
