@@ -146,8 +146,8 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
     label_of, coco_ids = _labels(found.names, protocol, annotations)
     if found.absent and not protocol.federated:
         log(
-            f"note: {annotations} says what is not in its images, as LVIS's annotations do, but protocol {protocol.name} "
-            f"takes them for complete: federated = true in it would not"
+            f"note: {annotations} says what is not in its images, as LVIS's annotations do, but protocol "
+            f"{protocol.name} takes them for complete: federated = true in it would not"
         )
     skips, rows = Skips(), {i: array("q") for i in found.images}  # rows of the columns, image by image
     labels, spoilt = np.zeros(len(found.ids), np.int64), set[int]()
