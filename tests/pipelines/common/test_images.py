@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hdovd.core import picture_header
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import Exif, ImageBoxes, Skips, Split
 from hdovd.pipelines.common import images
@@ -172,7 +173,7 @@ def test_a_picture_beyond_our_limit_is_refused_before_it_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.new("L", (60, 50)).save(tmp_path / "x.png")
-    monkeypatch.setattr(images, "MOST_PIXELS", 2999)
+    monkeypatch.setattr(picture_header, "MOST_PIXELS", 2999)
     with pytest.raises(HdovdError, match=r"x\.png has 60x50 pixels, more than the 2,999"):
         decode(tmp_path / "x.png")
 
