@@ -20,6 +20,7 @@ from hdovd.config.recipe import PRESETS, Recipe, load_recipe
 from hdovd.core.errors import HdovdError, counted
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import DataPaths
+from hdovd.data.forms.base import AUTO
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.ablation.config import AblateConfig
 from hdovd.pipelines.ablation.grid import (
@@ -208,7 +209,8 @@ def commands(planned: Planned, config: AblateConfig) -> tuple[tuple[str, ...], .
 
 
 def _data_words(data: DataPaths) -> list[str]:
-    return _words({"--data": data.root, "--images": data.images, "--annotations": data.annotations})
+    options = {"--data": data.root, "--images": data.images, "--annotations": data.annotations}
+    return _words(options | {"--form": None if data.form == AUTO else data.form})
 
 
 def _words(options: Mapping[str, object]) -> list[str]:
