@@ -128,7 +128,7 @@ def clip_box(xywh: Any, width: int, height: int) -> tuple[list[float] | None, st
 def load_split(
     annotations: Path, folder: Path, protocol: Protocol, *, base_only: bool, federated: bool | None = None
 ) -> Split:
-    """Read an `instances_*.json`. `federated`: as `Form` has it.
+    """Read an `instances_*.json`. `federated`: as for `read_instances`.
 
     With `base_only` (training): base boxes alone, crowd boxes left out, images without a base box or with a
     side under the protocol's minimum left out. Otherwise (evaluation): images with at least one annotation
@@ -142,12 +142,7 @@ def load_split(
 
     if not folder.is_dir():
         raise HdovdError(f"no image folder {folder}: give it with --images")
-    found = read_instances(annotations, folder)
-    if federated not in (None, found.federated):
-        raise HdovdError(
-            f"{annotations} is {_FEDERATED[found.federated]}, expected {_FEDERATED[federated]}: say what the data are "
-            "with --form"
-        )
+    found = read_instances(annotations, folder, federated)
     label_of, coco_ids = _labels(found.names, protocol, annotations)
     skips, rows = Skips(), {i: array("q") for i in found.images}  # rows of the columns, image by image
     labels, spoilt = np.zeros(len(found.ids), np.int64), set[int]()
@@ -285,9 +280,9 @@ class Instances:
             )
 
 
-def read_instances(file: Path, folder: Path | None = None) -> Instances:
+def read_instances(file: Path, folder: Path | None = None, federated: bool | None = None) -> Instances:
     """Read and check an instances file; its lists come in any order. `folder`: of the pictures, in which the names of
-    files must lie.
+    files must lie. `federated`: as `hdovd.data.forms.base.Form` has it.
 
     Raises HdovdError that names the file and the first entry that is not as it should be.
     """
@@ -313,6 +308,9 @@ def read_instances(file: Path, folder: Path | None = None) -> Instances:
             categories.append(item)
     if strange or not stream.lists >= _PARTS:
         raise HdovdError(f"{file} is no COCO instances file: it needs images, annotations and categories")
+    if federated not in (None, found.federated):
+        was, wanted = _FEDERATED[found.federated], _FEDERATED[federated]
+        raise HdovdError(f"{file} is {was}, expected {wanted}: say what the data are with --form")
     found.names, found.images = _names(categories, file), _images(images, file, folder)
     found.check()
     if fault is not None:

@@ -30,7 +30,7 @@ def converted(
     sources: all files that these depend on, known by path, size and time of change.
     """
     about = [(os.path.abspath(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns) for file in sources]
-    key = hashlib.sha256(repr((VERSION, os.path.abspath(root), split, about)).encode()).hexdigest()
+    key = hashlib.sha256(repr((VERSION, read.__module__, os.path.abspath(root), split, about)).encode()).hexdigest()
     file = user_cache_folder() / "data" / f"{Path(os.path.abspath(root)).name[-30:]}-{split}-{key[:24]}.json"
     if not file.is_file():
         log(f"converting the annotations of {root} ({split}) to COCO's form: {file}")
