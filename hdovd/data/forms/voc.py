@@ -94,7 +94,7 @@ def _read(xml: Path, picture: Path) -> tuple[tuple[int, int], list[_Object]]:
         raise HdovdError(f"{xml} begins with <{cut(tree.tag, 80)}>, expected Pascal VOC's <annotation>")
     width, height = (tree.findtext(f"size/{side}", "").strip() for side in ("width", "height"))
     said = re.fullmatch("[1-9][0-9]{0,8} [1-9][0-9]{0,8}", f"{width} {height}")
-    objects = [_object(one, f"{xml}: object {number}") for number, one in enumerate(tree.iter("object"), start=1)]
+    objects = [_object(one, f"{xml}: object {number}") for number, one in enumerate(tree.findall("object"), start=1)]
     return (int(width), int(height)) if said else upright_size(picture), objects
 
 

@@ -539,10 +539,7 @@ def test_labels_of_yolo_that_cannot_be_read(tmp_path: Path, line: str, message: 
             "train: images/nowhere\nnames: [cat]",
             r"train: the text 'images/nowhere': there is no .*images/nowhere, expected",
         ),
-        (
-            "train: 3\nnames: [cat]",
-            r"train: 3: there is no .*/3, expected a folder of pictures or a file that lists them",
-        ),
+        ("train: 3\nnames: [cat]", r"data\.yaml: train is 3, expected a name"),
         ("train: images\nnames: [cat]", r"data\.yaml: no picture of train has labels, such as .*/labels/other/x\.txt"),
         ("train: empty\nnames: [cat]", r"data\.yaml: no picture of train has labels"),
         ("train: list.txt\nnames: [cat]", r"the text 'list\.txt': .*images/gone\.jpg is no picture in"),
@@ -570,6 +567,17 @@ def test_settings_of_yolo_that_cannot_be_read(tmp_path: Path, text: str, message
     (root / "data.yaml").write_text(text)
     with pytest.raises(HdovdError, match=message):
         load(root)
+
+
+@pytest.mark.parametrize("key", ["train", "path", "names"])
+def test_a_yaml_that_grows_is_not_written_out(tmp_path: Path, key: str) -> None:
+    """Each list holds the one before nine times: 9^12 entries."""
+    lines = ["l0: &l0 [a]", *(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 13))]
+    settings = {"train": "images/train", "path": ".", "names": "[cat]"} | {key: "[*l12]"}
+    (tmp_path / "data.yaml").write_text("\n".join([*lines, *(f"{name}: {value}" for name, value in settings.items())]))
+    picture(tmp_path / "images" / "train" / "x.jpg", 9, 9)
+    with pytest.raises(HdovdError, match=rf"data\.yaml: {key}(: 0)? is a list, expected a name"):
+        load(tmp_path)
 
 
 def test_a_picture_that_lies_on_its_side_is_as_wide_as_it_is_upright(tmp_path: Path) -> None:
