@@ -25,16 +25,20 @@ Picture = tuple[str, int, int, list[Box]]  # file name in the form's image folde
 def converted(
     root: Path, split: str, sources: Iterable[Path], read: Callable[[], tuple[Sequence[str], Sequence[Picture]]]
 ) -> Path:
-    """The COCO file of a split, made of the names of classes and the pictures of `read` if it is not there yet.
+    """The COCO file of a split, made of the names of classes and the pictures of `read` if it is not there yet. It is
+    not there afterwards if there are no pictures.
 
     sources: all files that these depend on, known by path, size and time of change.
     """
     about = [(os.path.abspath(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns) for file in sources]
-    key = hashlib.sha256(repr((VERSION, read.__module__, os.path.abspath(root), split, about)).encode()).hexdigest()
+    key = hashlib.sha256(repr((VERSION, read.__module__, os.path.abspath(root), about)).encode()).hexdigest()
     file = user_cache_folder() / "data" / f"{Path(os.path.abspath(root)).name[-30:]}-{split}-{key[:24]}.json"
     if not file.is_file():
         log(f"converting the annotations of {root} ({split}) to COCO's form: {file}")
-        text = json.dumps(_coco(*read()))
+        names, pictures = read()
+        if not pictures:
+            return file
+        text = json.dumps(_coco(names, pictures))
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent, prefix=".partial-") as folder:
             partial = Path(folder, file.name)

@@ -170,5 +170,11 @@ def test_the_page_reads_a_form_of_data_sets(tmp_path: Path, world: Path, clip: s
     refused = forked(view, tmp_path).wait()
     assert refused.returncode == 1
     assert "my_forms:form, code outside of hdovd, which is not run" in refused.stderr
-    given = forked([*view, "--data", "table", "--form", "my_forms:form"], tmp_path).wait()
+    data = ["--data", "table", "--form", "my_forms:form"]
+    given = forked([*view, *data], tmp_path).wait()
     assert given.returncode == 0, given.stderr
+    audited = forked(["audit", "--cache", "cache", *data, "--protocol", protocol], tmp_path).wait()
+    assert audited.returncode == 0, audited.stderr
+    assert "train2017" in audited.stdout
+    assert "val2017" in (unknown := next(line for line in audited.stdout.splitlines() if "train and val" in line))
+    assert unknown.startswith("unknown")
