@@ -122,7 +122,7 @@ def validation_of(given: dict[str, Any]) -> DataPaths | None:
     """The validation images: those named, or those of the data set if it has any; else None."""
     found = DataPaths(given["data"], given["val_images"], given["val_annotations"], given["form"])
     named = found.images or found.annotations
-    return found if named or (found.root is not None and found.has("val2017")) else None
+    return found if named or (found.root is not None and found.root.is_dir() and found.has("val2017")) else None
 
 
 def validation_group(build: Callable[[dict[str, Any]], DataPaths | None]) -> Group:

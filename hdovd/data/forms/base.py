@@ -50,9 +50,13 @@ def find_form(name: str, root: Path) -> Form:
         if isinstance(form := FORMS.find(name), Form):
             return form
         raise HdovdError(f"--form {name}: expected a Form of hdovd.data.forms.base, found {form!r}")
-    forms = {name: find_form(name, root) for name in FORMS}
-    fitting = [name for name, form in forms.items() if any(any(root.glob(one)) for one in form.looks_for)]
-    if fitting[:1] == [COCO] or len(fitting) == 1:
+    forms, fitting = dict[str, Form](), list[str]()
+    for name in FORMS:  # COCO is the first: the others need Pillow and more
+        forms[name] = find_form(name, root)
+        fitting += [name] if any(any(root.glob(one)) for one in forms[name].looks_for) else []
+        if fitting == [COCO]:
+            return forms[COCO]
+    if len(fitting) == 1:
         return forms[fitting[0]]
     if fitting:
         raise HdovdError(f"--data {root} is of several forms: say which with --form {' or '.join(fitting)}")
