@@ -15,6 +15,7 @@ ORDER = [
         "core",
         "cache",
         "config",
+        "data.forms",
         "data",
         "evaluation",
         "modeling",

@@ -21,6 +21,7 @@ from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.json_stream import JsonStream
 from hdovd.core.log import log
 from hdovd.core.text_files import checked_name, shown
+from hdovd.data.forms.base import AUTO, COCO, Form, find_form
 from hdovd.data.protocol import Protocol
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _IMAGE_KEYS = ("id", "file_name", "coco_url", "width", "height", *_FEDERATED)
 _MOST = (1 << 63) - 1  # of ids: caches hold them in 64 bits
 _LONGEST_SIDE = (1 << 31) - 1
 _LONGEST_PATH = 4096
+_ARE = ("not LVIS's (its images have no neg_category_ids)", "LVIS's (its images have neg_category_ids)")
 
 
 class Exif(StrEnum):
@@ -127,8 +129,10 @@ def clip_box(xywh: Any, width: int, height: int) -> tuple[list[float] | None, st
     return (None if why else box), why
 
 
-def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only: bool) -> Split:
-    """Read an `instances_*.json`.
+def load_split(
+    annotations: Path, folder: Path, protocol: Protocol, *, base_only: bool, federated: bool | None = None
+) -> Split:
+    """Read an `instances_*.json`. `federated`: as for `read_instances`.
 
     With `base_only` (training): base boxes alone, crowd boxes left out, images without a base box or with a
     side under the protocol's minimum left out. Otherwise (evaluation): images with at least one annotation
@@ -142,7 +146,7 @@ def load_split(annotations: Path, folder: Path, protocol: Protocol, *, base_only
 
     if not folder.is_dir():
         raise HdovdError(f"no image folder {folder}: give it with --images")
-    found = read_instances(annotations, folder)
+    found = read_instances(annotations, folder, federated)
     label_of, coco_ids = _labels(found.names, protocol, annotations)
     if found.absent and not protocol.federated:
         log(
@@ -308,9 +312,9 @@ class Instances:
             )
 
 
-def read_instances(file: Path, folder: Path | None = None) -> Instances:
+def read_instances(file: Path, folder: Path | None = None, federated: bool | None = None) -> Instances:
     """Read and check an instances file; its lists come in any order. `folder`: of the pictures, in which the names of
-    files must lie.
+    files must lie. `federated`: as `hdovd.data.forms.base.Form` has it.
 
     Raises HdovdError that names the file and the first entry that is not as it should be.
     """
@@ -335,6 +339,10 @@ def read_instances(file: Path, folder: Path | None = None) -> Instances:
             categories.append(item)
     if strange or not stream.lists >= _PARTS:
         raise HdovdError(f"{file} is no COCO instances file: it needs images, annotations and categories")
+    is_federated = any(_FEDERATED[0] in entry for entry in images)
+    if federated not in (None, is_federated):
+        was, wanted = _ARE[is_federated], _ARE[federated]
+        raise HdovdError(f"{file} is {was}, expected {wanted}: say what the data are with --form")
     found.names, found.images = _names(categories, file), _images(images, file, folder)
     for key, into in zip(_FEDERATED, (found.absent, found.unfinished), strict=True):
         into.update({whole(entry["id"], key): _categories(entry, key, found) for entry in images if key in entry})
@@ -464,6 +472,8 @@ def _images(entries: list[dict[str, Any]], file: Path, folder: Path | None) -> d
             raise HdovdError(f"{file}: image id {number} stands twice")
         if name is None:
             name = _name_of_url(checked_name(entry["coco_url"], f"{where}: coco_url", _LONGEST_PATH), folder)
+        elif isinstance(name, str) and name.startswith("images/v") and folder and not (folder / "images").is_dir():
+            name = "/".join(PurePosixPath(name).parts[-2:])  # Objects365 has images/v1/patch8/x.jpg in train/patch8
         images[number] = (
             _inside(checked_name(name, f"{where}: file_name", _LONGEST_PATH), folder, where),
             whole(entry["width"], f"{where}: width", 1, _LONGEST_SIDE),
@@ -494,26 +504,24 @@ def _inside(name: str, folder: Path | None, where: str) -> str:
     return os.path.relpath(path, root)
 
 
-def instances_file(root: Path, split: str) -> Path:
-    """Where a COCO folder has the annotations of a split; packed, if they are there so alone."""
-    plain = root / "annotations" / f"instances_{split}.json"
-    packed = plain.with_name(f"{plain.name}.gz")
-    return packed if packed.is_file() and not plain.is_file() else plain
-
-
 @dataclass(frozen=True, slots=True)
 class DataPaths:
-    """Where a COCO-style data set lies. `images` and `annotations` override the COCO 2017 layout under `root`."""
+    """Where a data set lies: the folder `root`, of the form of that name (`hdovd.data.forms`). `images` and
+    `annotations`, a COCO instances file, override what it has; beside `annotations` a form that is not named is COCO's.
+    """
 
     root: Path | None = None
     images: Path | None = None
     annotations: Path | None = None
+    form: str = AUTO
 
     def load(self, split: str, protocol: Protocol, *, base_only: bool, exif: str = Exif.APPLY) -> Split:
         """`load_split` of `split` ("train2017", "val2017"), its pictures to be read by `exif`; what is skipped goes to
         `log`.
         """
-        loaded = replace(load_split(*self.locate(split), protocol, base_only=base_only), exif=Exif(exif))
+        files, named = self.locate(split), self.annotations is None or self.form != AUTO
+        federated = self._form().federated if named else None
+        loaded = replace(load_split(*files, protocol, base_only=base_only, federated=federated), exif=Exif(exif))
         for line in loaded.skips.lines():
             log(line)
         if loaded.empty:
@@ -524,21 +532,37 @@ class DataPaths:
             )
         return loaded
 
+    def has(self, split: str) -> bool:
+        """Whether `locate` finds a split; False where the form is not known. Raises HdovdError for what cannot be
+        converted.
+        """
+        try:
+            form, root = self._form(), self.root or Path()
+        except HdovdError:
+            return False
+        return form.annotations(root, split).is_file() and form.images(root, split).is_dir()
+
     def locate(self, split: str) -> tuple[Path, Path]:
         """The annotation file and the image folder of a split. Raises HdovdError if they are not there."""
-        annotations, folder = self.annotation_file(split), self.images or (self.root or Path()) / split
+        annotations, folder = self.annotation_file(split), self.image_folder(split)
         if not folder.is_dir():
             raise HdovdError(f"no image folder {folder}: give it with --images")
         return annotations, folder
+
+    def image_folder(self, split: str) -> Path:
+        """It need not be there."""
+        return self.images or self._form().images(self.root or Path(), split)
 
     def annotation_file(self, split: str) -> Path:
         """Raises HdovdError if it is not there."""
         if self.root is None and (self.images is None or self.annotations is None):
             raise HdovdError("give --data ROOT, or both --images and --annotations")
-        root = self.root or Path()
-        if self.root is not None and not root.is_dir():
-            raise HdovdError(f"--data {root}: no such folder; expected a COCO folder with {split}/ and annotations/")
-        annotations = self.annotations or instances_file(root, split)
+        if self.root is not None and not self.root.is_dir():
+            raise HdovdError(f"--data {self.root}: no such folder; expected a data set such as COCO's (docs/DATA.md)")
+        annotations = self.annotations or self._form().annotations(self.root or Path(), split)
         if not annotations.is_file():
             raise HdovdError(f"annotations: no file {annotations}")
         return annotations
+
+    def _form(self) -> Form:
+        return find_form(COCO if self.annotations and self.form == AUTO else self.form, self.root or Path())

@@ -20,6 +20,7 @@ from hdovd.config.recipe import PRESETS, Recipe, load_recipe
 from hdovd.core.errors import HdovdError, counted
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import DataPaths
+from hdovd.data.forms.base import AUTO
 from hdovd.data.protocol import METRICS, load_protocol
 from hdovd.evaluation.groups import shown_groups
 from hdovd.pipelines.ablation.config import AblateConfig
@@ -209,7 +210,8 @@ def commands(planned: Planned, config: AblateConfig) -> tuple[tuple[str, ...], .
 
 
 def _data_words(data: DataPaths) -> list[str]:
-    return _words({"--data": data.root, "--images": data.images, "--annotations": data.annotations})
+    options = {"--data": data.root, "--images": data.images, "--annotations": data.annotations}
+    return _words(options | {"--form": None if data.form == AUTO else data.form})
 
 
 def _words(options: Mapping[str, object]) -> list[str]:

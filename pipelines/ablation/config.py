@@ -33,7 +33,7 @@ from hdovd.pipelines.training.config import check_oracle
 
 def _validation(given: dict[str, Any]) -> DataPaths | None:
     images, annotations = given["val_images"], given["val_annotations"]
-    return DataPaths(given["data"], images, annotations) if images or annotations else None
+    return DataPaths(given["data"], images, annotations, given["form"]) if images or annotations else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

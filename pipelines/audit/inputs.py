@@ -18,7 +18,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
 from hdovd.core.errors import HdovdError
 from hdovd.core.text_files import read_json
-from hdovd.data.coco import instances_file, read_instances
+from hdovd.data.coco import DataPaths, read_instances
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.pipelines.audit.config import AuditConfig
 
@@ -132,7 +132,7 @@ class Audited:
 def read_audited(config: AuditConfig) -> Audited:
     """Raises HdovdError for what cannot be read, and for data that do not know the protocol's classes."""
     protocol, root = load_protocol(config.protocol), config.data.root
-    truth = read_truth(config.data.annotation_file("train2017"), config.data.images or (root or Path()) / "train2017")
+    truth = read_truth(config.data.annotation_file("train2017"), config.data.image_folder("train2017"))
     if absent := [name for name in protocol.names if name not in truth.names.values()]:
         raise HdovdError(
             f"protocol {protocol.name} names classes that {truth.file} does not know: {', '.join(absent[:8])}. Give "
@@ -142,10 +142,14 @@ def read_audited(config: AuditConfig) -> Audited:
     val = None
     if root is None:
         missing["val"] = "no --data was given: where the validation pictures are is not known"
-    elif (val_file := instances_file(root, "val2017")).is_file():
-        val = read_truth(val_file, root / "val2017")
     else:
-        missing["val"] = f"no {val_file}: whether training and validation share pictures is not known"
+        data = DataPaths(root, form=config.data.form)
+        try:
+            val_file = data.annotation_file("val2017")
+        except HdovdError as error:
+            missing["val"] = f"{error}: whether training and validation share pictures is not known"
+        else:
+            val = read_truth(val_file, data.image_folder("val2017"))
     cache = FeatureCache(config.cache, config.features)
     return Audited(
         protocol,

@@ -12,28 +12,25 @@
 import io
 import math
 import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from hdovd.core.errors import HdovdError, system_line
+from hdovd.core.errors import HdovdError
+from hdovd.core.picture_header import open_picture, orientation_of, told
 from hdovd.data.coco import Exif, ImageBoxes, Split
 
 if "PILLOW_BLOCKS_MAX" not in os.environ:
     Image.core.set_blocks_max(4)  # type: ignore[attr-defined]  # memory of a picture that is kept for the next: page faults can cost as much as decoding
 
-MOST_PIXELS = 500_000_000  # refused beyond: 2 GB decoded, and a small file that claims more can be an attack
 KEPT_PIXELS = 25_000_000  # `decode` reduces a larger picture by a whole number: the detector's input is far smaller
 KEPT_SIDE = 16_384  # and so it does a longer one
-_ORIENTATION = 0x0112  # of EXIF; from 5 on the picture lies on its side
 _AVERAGED = (
     "L",
     "LA",
@@ -43,7 +40,6 @@ _AVERAGED = (
     "YCbCr",
 )  # modes that are reduced before they are converted, which needs less memory
 _16_BITS_AT_MOST = ("PNG", "PPM")  # kinds of files that Pillow, some versions of it, opens with mode I, which has 32
-_bomb_limit = threading.Lock()
 
 AnyPicture = Path | str | bytes | Image.Image | Tensor | np.ndarray
 
@@ -81,9 +77,9 @@ def read_image(
 
 def read_annotated(path: Path | str, width: int, height: int, data: bytes | None, exif: Exif) -> Annotated:
     """`read_image`, and what was to be decided."""
-    with told(str(path)), _open(path if data is None else io.BytesIO(data)) as file:
+    with told(str(path)), open_picture(path if data is None else io.BytesIO(data)) as file:
         file.load()  # a PNG may have its EXIF after its pixels
-        orientation, kind = _orientation(file), file.format
+        orientation, kind = orientation_of(file), file.format
         turned = file.size[::-1] if orientation >= 5 else file.size
         if (width, height) not in (file.size, turned):
             stored = f"{file.width}x{file.height}"
@@ -113,8 +109,8 @@ def read_alike(split: Split, number: int) -> bool:
     bits, and hides nothing. One that cannot be read is not.
     """
     try:
-        with told(""), _open(split.path(split.images[number])) as file:
-            return _orientation(file) == 1 and not _is_deep(file) and not file.has_transparency_data
+        with told(""), open_picture(split.path(split.images[number])) as file:
+            return orientation_of(file) == 1 and not _is_deep(file) and not file.has_transparency_data
     except HdovdError:
         return False
 
@@ -148,65 +144,20 @@ def decode(picture: AnyPicture) -> Decoded:
         return _read(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
 
 
-@contextmanager
-def told(name: str) -> Iterator[None]:
-    """Raises HdovdError, naming the picture, for whatever is wrong with it."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise HdovdError(f"{name}: no such file") from None
-    except IsADirectoryError:
-        raise HdovdError(f"{name} is a folder, expected a picture") from None
-    except UnidentifiedImageError:
-        raise HdovdError(f"{name}: no picture of a kind that Pillow reads") from None
-    except HdovdError as error:
-        raise HdovdError(f"{name} {error}") from None
-    except PermissionError as error:
-        raise HdovdError(system_line(error)) from error
-    except Exception as error:  # Pillow's decoders raise errors of many kinds on damaged files
-        raise HdovdError(f"{name}: {error}" if str(error) else f"{name}: {error!r}") from error
-
-
 def _read(source: Any) -> Decoded:
-    with _open(source) as file:
+    with open_picture(source) as file:
         whole = file.size
         if (factor := _factor(*whole)) > 1:
             file.draft(
                 None, (whole[0] // factor, whole[1] // factor)
             )  # a JPEG is decoded at 1/2, 1/4 or 1/8; others ignore it
-        drafted, orientation = file.size != whole, _orientation(file)
+        drafted, orientation = file.size != whole, orientation_of(file)
         file.load()
         with suppress(Exception):
             ImageOps.exif_transpose(file, in_place=True)
         if not drafted:
             return _reduced(file, *file.size)
         return _reduced(file, *(reversed(whole) if orientation >= 5 else whole))
-
-
-def _open(source: Any) -> Image.Image:
-    """Pillow's own limit, a setting of the whole process, is lifted for as long as a file is opened: `MOST_PIXELS` is
-    the one here.
-    """
-    with _bomb_limit:
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            file = Image.open(source)
-        finally:
-            Image.MAX_IMAGE_PIXELS = before
-    if file.width * file.height > MOST_PIXELS:
-        file.close()
-        raise HdovdError(
-            f"has {file.width}x{file.height} pixels, more than the {MOST_PIXELS:,d} that are read: make it smaller"
-        )
-    return file
-
-
-def _orientation(file: Image.Image) -> int:
-    """EXIF's, 1 for upright to 8. Pictures without it, and with what is no orientation, are taken as they are."""
-    with suppress(Exception):  # a picture with damaged EXIF is a picture
-        found = file.getexif().get(_ORIENTATION, 1)
-        return found if isinstance(found, int) and 1 <= found <= 8 else 1
-    return 1
 
 
 def _factor(width: int, height: int) -> int:

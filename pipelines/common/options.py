@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 from hdovd.config.backbone import PRESETS
 from hdovd.core.errors import HdovdError, shorten
-from hdovd.data.coco import DataPaths, instances_file
+from hdovd.data.coco import DataPaths
+from hdovd.data.forms.base import AUTO, FORMS
 
 Preset = StrEnum("Preset", {name.replace("-", "_").upper(): name for name in PRESETS})  # type: ignore[misc]
 MISSING = Parameter.empty  # the default of an option that has to be given
@@ -93,14 +94,19 @@ Run = Annotated[Path, Option("The run folder that hdovd train wrote.", argument=
 
 SET = Option("Override a value of the recipe: loss.image.enabled=false. Repeatable.", flags=("--set",))
 DATA: dict[str, tuple[Any, Any, Option]] = {
-    "data": (Path | None, None, Option("COCO folder: train2017/, val2017/, annotations/instances_*.json.")),
+    "data": (Path | None, None, Option("Data set: COCO's folder, or one of another --form (docs/DATA.md).")),
     "images": (Path | None, None, Option("Image folder, instead of the one under --data.")),
-    "annotations": (Path | None, None, Option("instances JSON, instead of the one under --data.")),
+    "annotations": (Path | None, None, Option("COCO instances JSON, instead of the one under --data.")),
+    "form": (
+        str,
+        AUTO,
+        Option(f"What --data is: {', '.join(FORMS)}, or my_module:form (docs/EXTENDING.md). auto: found out."),
+    ),
 }
 
 
 def data_of(given: dict[str, Any]) -> DataPaths:
-    return DataPaths(given["data"], given["images"], given["annotations"])
+    return DataPaths(given["data"], given["images"], given["annotations"], given["form"])
 
 
 def data_if_given(given: dict[str, Any]) -> DataPaths | None:
@@ -113,24 +119,21 @@ DataIfGiven = Annotated[DataPaths | None, Group(DATA, data_if_given)]
 
 
 def validation_of(given: dict[str, Any]) -> DataPaths | None:
-    """The validation images: those named, or val2017 of a COCO folder that has one; else None."""
-    data, images, annotations = given["data"], given["val_images"], given["val_annotations"]
-    if images or annotations:
-        return DataPaths(data, images, annotations)
-    if data is not None and instances_file(data, "val2017").is_file() and (data / "val2017").is_dir():
-        return DataPaths(data)
-    return None
+    """The validation images: those named, or those of the data set if it has any; else None."""
+    found = DataPaths(given["data"], given["val_images"], given["val_annotations"], given["form"])
+    named = found.images or found.annotations
+    return found if named or (found.root is not None and found.root.is_dir() and found.has("val2017")) else None
 
 
 def validation_group(build: Callable[[dict[str, Any]], DataPaths | None]) -> Group:
     """The group of --val-images and --val-annotations."""
     return Group(
         {
-            "val_images": (Path | None, None, Option("Validation images, instead of DATA/val2017.")),
+            "val_images": (Path | None, None, Option("Validation images, instead of those under --data.")),
             "val_annotations": (
                 Path | None,
                 None,
-                Option("Validation boxes, instead of DATA/annotations/instances_val2017.json."),
+                Option("Validation boxes, a COCO instances JSON, instead of those under --data."),
             ),
         },
         build,

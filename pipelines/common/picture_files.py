@@ -13,32 +13,8 @@ from PIL import Image
 
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
+from hdovd.core.picture_header import ENDINGS
 
-ENDINGS = frozenset(
-    (
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".bmp",
-        ".dib",
-        ".tif",
-        ".tiff",
-        ".gif",
-        ".avif",
-        ".jp2",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".tga",
-        ".mpo",
-        ".heic",
-        ".heif",
-    )
-)  # the last two are skipped with a reason where Pillow cannot read them
 STANDARD_INPUT = "-"
 
 

@@ -1,4 +1,4 @@
-"""This process: the cores that it may use, the signals that ask it to stop, and the user's own folder for what is kept.
+"""This process: the cores that it may use, and the signals that ask it to stop.
 
 `limit_threads` sets environment variables that OpenMP reads as torch is loaded, so it has to come before that:
 `hdovd.cli.main` calls it. Nothing heavy is imported here. SIGTERM and SIGUSR1 (a SLURM preemption, or its warning of
@@ -108,8 +108,3 @@ class StopSignal:
 def exit_code(number: int) -> int:
     """Of a command that saved its work because signal `number` came."""
     return INTERRUPTED if number == signal.SIGINT else PREEMPTED
-
-
-def user_cache_folder() -> Path:
-    """$XDG_CACHE_HOME/hdovd, or ~/.cache/hdovd."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hdovd"

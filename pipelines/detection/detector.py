@@ -25,6 +25,7 @@ from hdovd.cache.tar_shards import TarShards
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
+from hdovd.core.user_cache import user_cache_folder
 from hdovd.data.protocol import Protocol
 from hdovd.modeling.base import Detector as Model
 from hdovd.modeling.base import build_detector
@@ -34,7 +35,6 @@ from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.device import pick_device, placed
 from hdovd.pipelines.common.images import AnyPicture, Decoded, decode
 from hdovd.pipelines.common.precision import Precision, inference_autocast
-from hdovd.pipelines.common.process import user_cache_folder
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.runs.folder import RunFolder, Weights
 from hdovd.pipelines.teachers.activation import Activation

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hdovd.cache.picture_files import PictureFile
 from hdovd.core.errors import HdovdError
+from hdovd.core.picture_header import told
 from hdovd.data.coco import Exif
-from hdovd.pipelines.common.images import read_annotated, told
+from hdovd.pipelines.common.images import read_annotated
 
 
 def cut(picture: Tensor, region: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from hdovd.cache.identity import KeyInputs
 from hdovd.cache.schema import CHUNK_ROWS, DEFAULT_SET, PART_ROWS
 from hdovd.core.errors import HdovdError, is_file, require_files
 from hdovd.data.coco import DataPaths, Exif
+from hdovd.data.forms.base import AUTO
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.name_list import is_shipped, read_vocabulary
 from hdovd.pipelines.common.options import (
@@ -380,7 +381,10 @@ class ExtractConfig:
         given = {name: value for name, value in tree.items() if name not in ("crop", "dense", "matching")}
         given |= {name: Path(tree[name]) for name in (*_FILES, *_LATER_FILES) if tree.get(name) is not None}
         given |= {
-            "data": DataPaths(**{name: None if value is None else Path(value) for name, value in tree["data"].items()}),
+            "data": DataPaths(
+                **{name: Path(value) for name, value in tree["data"].items() if value is not None and name != "form"},
+                form=str(tree["data"].get("form", AUTO)),
+            ),
             "templates": tuple(tree["templates"]),
             "recipe": recipe_of(tree),
             "labels": LabelRule.of(tree.get("labels", {})),
@@ -401,7 +405,8 @@ def recipe_of(tree: dict[str, Any]) -> CropRecipe | DenseRecipe:
 def _plain(value: Any) -> Any:
     """A field as a JSON value; paths are absolute."""
     if isinstance(value, DataPaths):
-        return {name: _plain(getattr(value, name)) for name in ("root", "images", "annotations")}
+        form = {} if value.form == AUTO else {"form": value.form}  # sets of before there was a choice stay the same
+        return {name: _plain(getattr(value, name)) for name in ("root", "images", "annotations")} | form
     if isinstance(value, Path):
         return str(value) if is_shipped(value) else str(value.absolute())
     return list(value) if isinstance(value, tuple) else value

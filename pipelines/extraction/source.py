@@ -15,6 +15,7 @@ from hdovd.cache.catalog import Catalog, FeatureSet, is_tar_form
 from hdovd.cache.schema import DEFAULT_SET, TAR_SAMPLES, Level
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import DataPaths, Exif, Split
+from hdovd.data.forms.base import AUTO, FORMS
 from hdovd.data.protocol import Protocol, load_protocol
 from hdovd.pipelines.common.options import MISSING, CacheArgument, DataIfGiven, Features, Group, Option, OtherProtocol
 from hdovd.pipelines.extraction.config import ExtractConfig
@@ -142,11 +143,17 @@ def extraction_of(
 
 def laid_over(given: DataPaths, known: DataPaths) -> DataPaths:
     """The paths of a data set that are given, and of the rest those that are known. A root that is given takes the
-    place of all.
+    place of all. Raises HdovdError for a form that is code outside of hdovd, which is not run because a cache names it.
     """
     if given.root is not None:
         return given
-    return DataPaths(known.root, given.images or known.images, given.annotations or known.annotations)
+    form = known.form if given.form == AUTO else given.form
+    if form != given.form and form not in FORMS:
+        raise HdovdError(
+            f"the data are of form {form}, code outside of hdovd, which is not run because a cache names it: if you "
+            f"trust it, say so with --data {known.root} --form {form}"
+        )
+    return DataPaths(known.root, given.images or known.images, given.annotations or known.annotations, form)
 
 
 def cache_of(run: RunFolder) -> FeatureCache:
@@ -162,7 +169,7 @@ def cache_of(run: RunFolder) -> FeatureCache:
 def data_of_cache(run: RunFolder) -> DataPaths:
     """Where the data lay that the run's features were made from. Raises HdovdError if that is not known."""
     where, name, features = set_of_run(run)
-    return extraction_of(features, where, name).data
+    return laid_over(DataPaths(), extraction_of(features, where, name).data)
 
 
 def set_of_run(run: RunFolder, cache: Path | str | None = None) -> tuple[str, str, FeatureSet]:

@@ -56,8 +56,8 @@ class ProposeConfig:
     report: Annotated[
         bool,
         Option(
-            "Print the average recall on val2017 of these networks (trained where they are not there yet), base and "
-            "novel; no proposals are written."
+            "Print the average recall on the validation images of these networks (trained where they are not there "
+            "yet), base and novel; no proposals are written."
         ),
     ] = False
     top: Annotated[int | None, Option("Proposals an image, at most; default: chosen by base boxes.", min=1)] = None
@@ -112,7 +112,7 @@ class ProposeConfig:
     def _check_report(self) -> None:
         if self.validation is None:
             raise HdovdError(
-                "--report counts on validation pictures: there is no val2017 under --data; give --val-images and "
+                "--report counts on validation pictures: there are none under --data; give --val-images and "
                 "--val-annotations"
             )
         self.validation.locate("val2017")

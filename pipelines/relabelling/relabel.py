@@ -27,7 +27,7 @@ from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.core.log import log, quiet
 from hdovd.core.version import __version__
-from hdovd.data.coco import Split
+from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import load_protocol
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.boxes import combine_scores
@@ -36,7 +36,7 @@ from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule
 from hdovd.pipelines.extraction.extract_clip import ExtractReport, extract_clip
 from hdovd.pipelines.extraction.pseudo_labels import rows_of_classes
-from hdovd.pipelines.extraction.source import CacheSource, extraction_of, set_of_run
+from hdovd.pipelines.extraction.source import CacheSource, extraction_of, laid_over, set_of_run
 from hdovd.pipelines.extraction.verdicts import write_verdicts
 from hdovd.pipelines.proposal_files.file import Proposals, read_table, write_proposals
 from hdovd.pipelines.proposals.networks import require_some_readable
@@ -88,10 +88,11 @@ def relabel(config: RelabelConfig) -> tuple[ExtractReport, str]:
     _, name, features = set_of_run(run, config.cache)
     if Level.PSEUDO_LABEL not in features.levels:
         raise HdovdError(f"set {name} of {config.cache}, which {config.run} was trained from, names no pseudo boxes")
-    moved = {key: getattr(config, key) for key in ("clip", "data", "protocol") if getattr(config, key) is not None}
+    moved = {key: getattr(config, key) for key in ("clip", "protocol") if getattr(config, key) is not None}
     moved |= {"pretrained": config.pretrained} if config.clip else {}
     given = "another run: of a set that extract-clip made"
     made = extraction_of(features, config.cache, name, given, device=config.device, **moved)
+    made = replace(made, data=laid_over(config.data or DataPaths(), made.data))
     if load_protocol(made.protocol).base != run.protocol().base:
         raise HdovdError(f"protocol {made.protocol} has other base classes than {config.run}: give that of the run")
     require_files(**{key: getattr(made, key) for key in ("captions", "nouns", "synonyms", "class_embeddings")})

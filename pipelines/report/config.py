@@ -38,7 +38,9 @@ class ReportConfig:
         Option("Run folders that hdovd train wrote; several are set side by side.", argument=True, metavar="RUN..."),
     ]
     out: Annotated[Path, Option("Folder for the page, index.html.")] = Path("report")
-    data: Annotated[DataPaths, Group(DATA, lambda given: DataPaths(given["data"]))] = field(default_factory=DataPaths)
+    data: Annotated[DataPaths, Group(DATA, lambda given: DataPaths(given["data"], form=given["form"]))] = field(
+        default_factory=DataPaths
+    )
     validation: Annotated[DataPaths | None, Group({}, _validation)] = None
     gallery: Annotated[int, Option("How many validation images are shown, novel objects first.", min=0)] = 36
     pseudo: Annotated[int, Option("How many training images are shown with their pseudo boxes.", min=0)] = 12

@@ -40,10 +40,10 @@ from hdovd.cache.identity import differences, hash_file, require_seal, sealed
 from hdovd.config.plugins import outside_code
 from hdovd.config.recipe import Recipe, load_recipe
 from hdovd.core.errors import HdovdError, require_readable, shorten
+from hdovd.core.user_cache import user_cache_folder
 from hdovd.data.protocol import Protocol, parse_protocol
 from hdovd.pipelines.common.atomic_write import replace_file, write_text, writing
 from hdovd.pipelines.common.options import Option
-from hdovd.pipelines.common.process import user_cache_folder
 from hdovd.pipelines.common.settings import lasting_values
 
 if TYPE_CHECKING:

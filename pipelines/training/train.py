@@ -329,7 +329,7 @@ def _validation(
     without validation.
     """
     if job.validation is None and job.val_every:
-        log("no validation while training: no val2017 under --data, and no --val-images and --val-annotations")
+        log("no validation while training: no pictures for it under --data, and no --val-images and --val-annotations")
     if job.validation is None or not job.val_every or not us.leads:
         return None
     config = job.recipe.train

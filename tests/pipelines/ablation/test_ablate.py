@@ -155,8 +155,8 @@ def test_standing_follows_the_run_folder(config: AblateConfig, begun: Callable[[
 
 
 def test_commands_say_all_that_the_run_needs(config: AblateConfig) -> None:
-    validation = DataPaths(None, Path("v"), Path("w"))
-    config = replace(config, preset="base-only", data=DataPaths(Path("d"), Path("i"), Path("a")), validation=validation)
+    validation, data = DataPaths(None, Path("v"), Path("w")), DataPaths(Path("d"), Path("i"), Path("a"), "voc")
+    config = replace(config, preset="base-only", data=data, validation=validation)
     first = plan(config)[0]
     first.state = RunState.GO_ON
     train, evaluate = commands(first, config)
@@ -170,6 +170,7 @@ def test_commands_say_all_that_the_run_needs(config: AblateConfig) -> None:
         ("--images", "i"),
         ("--annotations", "a"),
         ("--data", "d"),
+        ("--form", "voc"),
         ("--set", "train.epochs=1"),
         ("--set", "loss.instance.enabled=true"),
         ("--set", "train.seed=0"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hdovd.core import picture_header
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import Exif, ImageBoxes, Skips, Split
 from hdovd.pipelines.common import images
@@ -172,7 +173,7 @@ def test_a_picture_beyond_our_limit_is_refused_before_it_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.new("L", (60, 50)).save(tmp_path / "x.png")
-    monkeypatch.setattr(images, "MOST_PIXELS", 2999)
+    monkeypatch.setattr(picture_header, "MOST_PIXELS", 2999)
     with pytest.raises(HdovdError, match=r"x\.png has 60x50 pixels, more than the 2,999"):
         decode(tmp_path / "x.png")
 
@@ -356,6 +357,9 @@ def test_no_command_opens_pictures_beside_the_reader() -> None:
     """`Image.open` of what is no picture of a data set: files that tell themselves apart from lists, and the demo's
     own.
     """
-    folder = Path(images.__file__).parents[1]
-    found = {file.relative_to(folder).as_posix() for file in folder.rglob("*.py") if "Image.open(" in file.read_text()}
-    assert found == {"common/images.py", "common/picture_files.py", "demo/run.py"}
+    folder = Path(images.__file__).resolve().parents[2]
+    files = [file for floor in ("hdovd", "pipelines", "cache", "cli") for file in (folder / floor).rglob("*.py")]
+    found = {file.resolve().relative_to(folder).as_posix() for file in files if "Image.open(" in file.read_text()}
+    assert found == {f"pipelines/{name}.py" for name in ("common/picture_files", "demo/run")} | {
+        "hdovd/core/picture_header.py"
+    }

@@ -29,6 +29,7 @@ from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe, Shape
 from hdovd.pipelines.extraction.config import Executor, ExtractConfig, LabelChoice, LabelRule, Share, Store
 from hdovd.pipelines.extraction.extract_clip import ExtractReport, extract_clip, prepare
+from hdovd.pipelines.extraction.source import laid_over
 from hdovd.pipelines.extraction.text import read_class_embeddings, read_synonyms
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.openclip import load_clip
@@ -423,7 +424,7 @@ def test_config_survives_as_plain_values_with_absolute_paths(tmp_path: Path, mon
         "synonyms": Path("s.toml"),
     }
     config = ExtractConfig(
-        data=DataPaths(Path("coco"), Path("images"), Path("a.json")),
+        data=DataPaths(Path("coco"), Path("images"), Path("a.json"), "voc"),
         cache="cache",
         clip="local-dir:clip",
         pretrained="weights.pt",
@@ -449,7 +450,7 @@ def test_config_survives_as_plain_values_with_absolute_paths(tmp_path: Path, mon
     monkeypatch.chdir("/")
     again = ExtractConfig.from_dict(tree, "elsewhere")
     expected = {name: tmp_path / path for name, path in here.items()} | {
-        "data": DataPaths(tmp_path / "coco", tmp_path / "images", tmp_path / "a.json"),
+        "data": DataPaths(tmp_path / "coco", tmp_path / "images", tmp_path / "a.json", "voc"),
         "cache": "elsewhere",
         "clip": f"local-dir:{tmp_path / 'clip'}",
         "pretrained": str(tmp_path / "weights.pt"),
@@ -480,9 +481,22 @@ def test_config_survives_as_plain_values_with_absolute_paths(tmp_path: Path, mon
     assert ExtractConfig.from_dict(other.to_dict(), "elsewhere") == replace(other, class_embeddings=Path("/c.npy"))
 
 
+def test_a_form_of_ones_own_is_not_imported_because_a_set_names_it() -> None:
+    known = DataPaths(Path("data"), form="my_forms:form")
+    with pytest.raises(HdovdError, match=r"form my_forms:form, code outside .* with --data data --form my_forms:form"):
+        laid_over(DataPaths(images=Path("i")), known)
+    assert laid_over(DataPaths(form="my_forms:form"), known) == known
+    assert laid_over(DataPaths(Path("elsewhere")), known) == DataPaths(Path("elsewhere"))
+    assert laid_over(DataPaths(images=Path("i")), replace(known, form="voc")) == DataPaths(
+        Path("data"), Path("i"), form="voc"
+    )
+    assert laid_over(DataPaths(form="yolo"), replace(known, form="voc")) == replace(known, form="yolo")
+
+
 def test_sets_from_before_these_options_stay_what_they_are(copied_cache: Path, extraction: Config) -> None:
     """What they were made from says nothing of the options; they are read, and written no other way."""
     made_from = FeatureCache(copied_cache).set.made_from
+    assert made_from["data"].keys() == {"root", "images", "annotations"}
     assert not made_from.keys() & {"synonyms", "class_embeddings"}
     assert ExtractConfig.from_dict(made_from, "c", device="cpu") == replace(
         extraction(Path("c")), cache="c", precision=Precision.FP32

@@ -1,7 +1,9 @@
 """docs/EXTENDING.md: its code blocks are written to files, and its commands are run on the micro world."""
 
+import csv
 import json
 import re
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,8 @@ from safetensors.torch import load_file
 
 from hdovd.cache.reader import FeatureCache
 from hdovd.config.recipe import Recipe
+from hdovd.data.coco import DataPaths
+from hdovd.data.protocol import load_protocol
 
 PAGE = Path(__file__).parents[3] / "docs" / "EXTENDING.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
@@ -37,10 +41,10 @@ def write_page(folder: Path, recipe: Recipe, block: str) -> None:
 
 def test_the_page_is_as_short_as_it_says() -> None:
     modules = sorted(text.split("\n", 1)[0] for kind, text in BLOCKS if kind == "python")
-    assert modules == ["# my_backbones.py", "# my_detectors.py", "# my_losses.py", "# my_teachers.py"]
+    assert modules == [f"# my_{name}.py" for name in ("backbones", "detectors", "forms", "losses", "teachers")]
     assert all(len(text.splitlines()) <= 55 for _, text in BLOCKS)
     assert len(RECIPES) == 4
-    assert len(set(COMMANDS)) == 2
+    assert len(set(COMMANDS)) == 3
 
 
 @pytest.mark.parametrize("block", RECIPES, ids=["loss", "timm", "backbone", "detector"])
@@ -115,7 +119,7 @@ def towers(tmp_path: Path) -> Path:
 def test_the_page_extracts(tmp_path: Path, world: Path, towers: Path, forked: Callable[..., Any]) -> None:
     (module,) = (text for kind, text in BLOCKS if kind == "python" and "my_teachers" in text)
     (tmp_path / "my_teachers.py").write_text(module)
-    (line,) = (line for line in COMMANDS if "extract-clip" in line)
+    (line,) = (line for line in COMMANDS if "--teacher" in line)
     words = {"COCO": str(world), "CACHE": "cache", "TOWERS": str(towers)}
     command = [*(words.get(word, word) for word in line.split()[1:]), "--protocol", str(world / "protocol.toml")]
     made = forked([*command, "--workers", 1], tmp_path).wait()
@@ -132,3 +136,45 @@ def test_the_page_extracts(tmp_path: Path, world: Path, towers: Path, forked: Ca
     assert "my_teachers:load, code outside of hdovd, which is not" in refused.stderr
     mistaken = forked([*command, "--teacher", "openclip"], tmp_path).wait()
     assert "--teacher 'openclip', did you mean open_clip: expected open_clip, or my_module:name" in mistaken.stderr
+
+
+def test_the_page_reads_a_form_of_data_sets(tmp_path: Path, world: Path, clip: str, forked: Callable[..., Any]) -> None:
+    (module,) = (text for kind, text in BLOCKS if kind == "python" and "my_forms" in text)
+    (tmp_path / "my_forms.py").write_text(module)
+    table = tmp_path / "table"
+    shutil.copytree(world / "train2017", table / "pictures")
+    tree = json.loads((world / "annotations" / "instances_train2017.json").read_text())
+    names, images = ({one["id"]: one for one in tree[key]} for key in ("categories", "images"))
+    with (table / "boxes.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["split", "file", "width", "height", "class", "x", "y", "w", "h"])
+        for one in tree["annotations"]:
+            image = images[one["image_id"]]
+            size = (image["width"], image["height"])
+            name = names[one["category_id"]]["name"]
+            rows.writerow(["train2017", image["file_name"], *size, name, *one["bbox"]])
+    protocol = str(world / "protocol.toml")
+    (line,) = (line for line in COMMANDS if "--form" in line)
+    words = {"TABLE": "table", "CACHE": "cache", "CLIP": clip}
+    command = [words.get(word, word) for word in line.removesuffix(" --pretrained openai").split()[1:]]
+    made = forked([*command, "--protocol", protocol, "--workers", 0], tmp_path).wait()
+    assert made.returncode == 0, made.stderr
+    assert "converting the annotations of table (train2017)" in made.stdout
+    assert "set default is whole" in made.stdout
+    cache = FeatureCache(tmp_path / "cache")
+    assert cache.set.made_from["data"]["form"] == "my_forms:form"
+    wanted = DataPaths(world).load("train2017", load_protocol(protocol), base_only=True)
+    assert len(cache.image_ids()) == len(wanted.images)
+
+    view = ["cache", "view", "cache", "--out", "view.png"]
+    refused = forked(view, tmp_path).wait()
+    assert refused.returncode == 1
+    assert "my_forms:form, code outside of hdovd, which is not run" in refused.stderr
+    data = ["--data", "table", "--form", "my_forms:form"]
+    given = forked([*view, *data], tmp_path).wait()
+    assert given.returncode == 0, given.stderr
+    audited = forked(["audit", "--cache", "cache", *data, "--protocol", protocol], tmp_path).wait()
+    assert audited.returncode == 0, audited.stderr
+    assert "train2017" in audited.stdout
+    assert "val2017" in (unknown := next(line for line in audited.stdout.splitlines() if "train and val" in line))
+    assert unknown.startswith("unknown")

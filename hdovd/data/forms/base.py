@@ -1,0 +1,64 @@
+"""What a form of data sets has to say of a folder, the forms by name, and which of them a folder is of.
+
+A split is "train2017" or "val2017", training or validation, whatever the data set itself calls it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hdovd.core.errors import HdovdError
+from hdovd.core.registry import Registry
+
+AUTO, COCO = "auto", "coco"
+SPLITS = {"train2017": "train", "val2017": "val"}  # and what most data sets call them
+FORMS = Registry(
+    "--form",
+    {
+        COCO: "hdovd.data.forms.coco:COCO",
+        "lvis": "hdovd.data.forms.coco:LVIS",
+        "objects365": "hdovd.data.forms.coco:OBJECTS365",
+        "voc": "hdovd.data.forms.voc:VOC",
+        "yolo": "hdovd.data.forms.yolo:YOLO",
+    },
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Where a folder of this form has what a run needs, as functions of the folder and the split.
+
+    looks_for: patterns of files; a folder that holds one of them is of this form. annotations: the COCO instances file,
+    which is converted if need be; a file that is not there stands for a split that is not. images: the folder that its
+    file names are relative to, which need not be there. federated: whether the file has to say of each image which
+    classes were looked for, as LVIS's do; None: not checked. Functions raise HdovdError for what is wrong with files.
+    """
+
+    looks_for: tuple[str, ...]
+    annotations: Callable[[Path, str], Path]
+    images: Callable[[Path, str], Path]
+    federated: bool | None = None
+
+
+def find_form(name: str, root: Path) -> Form:
+    """The form of that name, or of the user's own, `my_module:form`; auto: the one that the folder is of.
+
+    COCO's own files make a folder COCO's whatever lies beside them, such as LVIS's annotations of the same pictures.
+    Raises HdovdError for a name of no form, and for a folder of none or of several.
+    """
+    if name != AUTO:
+        if isinstance(form := FORMS.find(name), Form):
+            return form
+        raise HdovdError(f"--form {name}: expected a Form of hdovd.data.forms.base, found {form!r}")
+    forms, fitting = dict[str, Form](), list[str]()
+    for name in FORMS:  # COCO is the first: the others need Pillow and more
+        forms[name] = find_form(name, root)
+        fitting += [name] if any(any(root.glob(one)) for one in forms[name].looks_for) else []
+        if fitting == [COCO]:
+            return forms[COCO]
+    if len(fitting) == 1:
+        return forms[fitting[0]]
+    if fitting:
+        raise HdovdError(f"--data {root} is of several forms: say which with --form {' or '.join(fitting)}")
+    looked = "; ".join(f"{name}: {' or '.join(form.looks_for)}" for name, form in forms.items())
+    raise HdovdError(f"--data {root} is of no known form. Looked for {looked}. See docs/DATA.md, or give --form")

@@ -1,0 +1,73 @@
+"""Annotations of other forms, converted to COCO instances files in the user's own folder: once, and again when they
+change.
+
+The same annotations give the same bytes, so that identities in caches and runs are those of the data.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from hdovd.core.log import log
+from hdovd.core.user_cache import user_cache_folder
+
+VERSION = 1  # of what is written: another one converts anew
+
+# The class's place in the list of names; x, y, width and height, pixels from the picture's upper left corner; whether
+# the object is ignored: not trained on, and in evaluation neither found nor missed, as COCO's crowds.
+Box = tuple[int, float, float, float, float, bool]
+Picture = tuple[str, int, int, list[Box]]  # file name in the form's image folder; width and height, upright; boxes
+
+
+def converted(
+    root: Path, split: str, sources: Iterable[Path], read: Callable[[], tuple[Sequence[str], Sequence[Picture]]]
+) -> Path:
+    """The COCO file of a split, made of the names of classes and the pictures of `read` if it is not there yet. It is
+    not there afterwards if there are no pictures.
+
+    sources: all files that these depend on, known by path, size and time of change.
+    """
+    about = [(os.path.abspath(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns) for file in sources]
+    key = hashlib.sha256(repr((VERSION, read.__module__, os.path.abspath(root), about)).encode()).hexdigest()
+    file = user_cache_folder() / "data" / f"{Path(os.path.abspath(root)).name[-30:]}-{split}-{key[:24]}.json"
+    if not file.is_file():
+        log(f"converting the annotations of {root} ({split}) to COCO's form: {file}")
+        names, pictures = read()
+        if not pictures:
+            return file
+        text = json.dumps(_coco(names, pictures))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".partial-") as folder:
+            partial = Path(folder, file.name)
+            with partial.open("w", encoding="utf-8") as out:
+                out.write(text)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(partial, file)
+    return file
+
+
+def _coco(names: Sequence[str], pictures: Sequence[Picture]) -> dict[str, list[dict[str, object]]]:
+    """All is numbered from 1, in the order given."""
+    boxes = [(image, box) for image, (*_, own) in enumerate(pictures, start=1) for box in own]
+    return {
+        "images": [
+            {"id": image, "file_name": name, "width": width, "height": height}
+            for image, (name, width, height, _) in enumerate(pictures, start=1)
+        ],
+        "annotations": [
+            {
+                "id": number,
+                "image_id": image,
+                "category_id": place + 1,
+                "bbox": [x, y, width, height],
+                "area": width * height,
+                "iscrowd": int(ignored),
+            }
+            for number, (image, (place, x, y, width, height, ignored)) in enumerate(boxes, start=1)
+        ],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(names, start=1)],
+    }
