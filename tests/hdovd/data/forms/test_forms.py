@@ -506,6 +506,8 @@ def test_a_box_of_yolo_that_sticks_out_by_rounding_is_cut(tmp_path: Path) -> Non
         ("-1 0.5 0.5 0.1 0.1", r"of class -1, but"),
         ("0.5 0.5 0.5 0.1 0.1", r"of class 0\.5, but"),
         ("0 0.5 0.5 1.1 0.1", r"expected 'class cx cy w h' or .*within 0 to 1"),
+        ("0 0.9 0.5 0.3 0.1", r"expected 'class cx cy w h'"),
+        ("0 0.1 0.5 0.3 0.1", r"expected 'class cx cy w h'"),
         ("0 0.5 0.5 -0.1 0.1", r"expected 'class cx cy w h'"),
         ("0 0.5 0.5 nan 0.1", r"expected 'class cx cy w h'"),
         ("0 320 240 64 48", r"expected 'class cx cy w h'"),
