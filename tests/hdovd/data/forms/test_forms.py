@@ -495,8 +495,10 @@ def test_polygons_of_yolo_and_pictures_without_labels(tmp_path: Path) -> None:
 def test_a_box_of_yolo_that_sticks_out_by_rounding_is_cut(tmp_path: Path) -> None:
     write_yolo(tmp_path)
     (tmp_path / "labels" / "train" / "a1.txt").write_text("0 0.0625 0.5 0.1265 1.0005\n")
-    ((kind, *box),) = boxes_of(load(tmp_path))["a1"][2]
+    found = load(tmp_path)
+    ((kind, *box),) = boxes_of(found)["a1"][2]
     assert (kind, box) == ("cat", [0.0, 0.0, pytest.approx(64 * 0.12575), 48.0])
+    assert json.loads(found.annotations.read_text())["annotations"][0]["bbox"] == pytest.approx(box)
 
 
 @pytest.mark.parametrize(
@@ -506,6 +508,8 @@ def test_a_box_of_yolo_that_sticks_out_by_rounding_is_cut(tmp_path: Path) -> Non
         ("-1 0.5 0.5 0.1 0.1", r"of class -1, but"),
         ("0.5 0.5 0.5 0.1 0.1", r"of class 0\.5, but"),
         ("0 0.5 0.5 1.1 0.1", r"expected 'class cx cy w h' or .*within 0 to 1"),
+        ("0 0.9 0.5 0.3 0.1", r"expected 'class cx cy w h'"),
+        ("0 0.1 0.5 0.3 0.1", r"expected 'class cx cy w h'"),
         ("0 0.5 0.5 -0.1 0.1", r"expected 'class cx cy w h'"),
         ("0 0.5 0.5 nan 0.1", r"expected 'class cx cy w h'"),
         ("0 320 240 64 48", r"expected 'class cx cy w h'"),
