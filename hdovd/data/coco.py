@@ -64,7 +64,8 @@ class Skips:
 @dataclass(frozen=True, slots=True)
 class ImageBoxes:
     """One image and its boxes: boxes (n, 4) float32, labels (n,) int64, annotation_ids (n,) int64. `judged` (K,) bool:
-    of a federated protocol, the classes that are known to be in it or not to be; None: all are.
+    of a federated protocol, the classes all of whose objects in it have a box, or that are known not to be in it; None:
+    all are.
     """
 
     id: int
@@ -215,6 +216,7 @@ def _judged(
     judged = np.zeros(len(protocol.names), bool)
     judged[present] = True
     judged[[label_of[c] for c in found.known_absent(image_id, protocol) if c in label_of]] = True
+    judged[[label_of[c] for c in found.unfinished.get(image_id, ()) if c in label_of]] = False
     return judged
 
 

@@ -17,8 +17,8 @@ class Targets:
 
     boxes (n, 4), labels (n,) int64 in 0..K-1, embeddings (n, D) image embeddings of the base boxes;
     pseudo_boxes (m, 4) best first, pseudo_embeddings (m, D) image embeddings v, pseudo_texts (m, D) text
-    embeddings u; image_embedding (D,). judged (K,) bool: of federated annotations, the base classes that are known to
-    be in the image or not to be; None: all are.
+    embeddings u; image_embedding (D,). judged (K,) bool: of federated annotations, the base classes all of whose
+    objects in the image have a box, or that are known not to be there; None: all are.
     """
 
     boxes: Tensor

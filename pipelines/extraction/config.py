@@ -49,7 +49,8 @@ class LabelRule:
     those in `barred`, rows of base classes' names, whose objects are annotated already; nouns that the image offers
     have `mention` more, or if that is None are the only ones. `backgrounds`: rows of nouns that name no object; a crop
     that is most like one of them gets no label. These three follow from base boxes and the nouns
-    (`pseudo_labels.settled`).
+    (`pseudo_labels.settled`). `judged`: where annotations are federated, a hash of the rows that are barred in each
+    image: names of the base classes that it is judged by.
     """
 
     top: int = 1
@@ -58,6 +59,7 @@ class LabelRule:
     barred: tuple[int, ...] = ()
     mention: float | None = None
     backgrounds: tuple[int, ...] = ()
+    judged: str | None = None
 
     def __post_init__(self) -> None:
         if self.top < 1:
@@ -70,9 +72,9 @@ class LabelRule:
         of_top = {} if self.top == 1 else {"top_k": self.top, "temperature": self.temperature}
         settled = {"barred": list(self.barred), "mention": self.mention} if self.barred or self.mention else {}
         grounds = {"backgrounds": list(self.backgrounds)} if self.backgrounds else {}
-        return (
-            of_top | ({} if self.choice is LabelChoice.MENTIONED else {"choice": str(self.choice)}) | settled | grounds
-        )
+        judged = {} if self.judged is None else {"judged": self.judged}
+        choice = {} if self.choice is LabelChoice.MENTIONED else {"choice": str(self.choice)}
+        return of_top | choice | settled | grounds | judged
 
     @classmethod
     def of(cls, inputs: KeyInputs) -> "LabelRule":
@@ -80,7 +82,7 @@ class LabelRule:
         top = (int(inputs["top_k"]), float(inputs["temperature"])) if "top_k" in inputs else (1, TEMPERATURE)
         choice = LabelChoice(inputs.get("choice", LabelChoice.MENTIONED))
         rows = (tuple(inputs.get(name, ())) for name in ("barred", "backgrounds"))
-        return cls(*top, choice, next(rows), inputs.get("mention"), next(rows))
+        return cls(*top, choice, next(rows), inputs.get("mention"), next(rows), inputs.get("judged"))
 
 
 ONE_NOUN, LIKELY_NOUN = LabelRule(), LabelRule(choice=LabelChoice.LIKELY)

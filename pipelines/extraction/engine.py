@@ -48,7 +48,7 @@ from hdovd.pipelines.embedding.embedders import Crops, Embedder
 from hdovd.pipelines.embedding.feed import PartRows, RowBatch, Wanted, embed, own_threads
 from hdovd.pipelines.extraction.config import TEMPERATURE, ExtractConfig, LabelRule, Share
 from hdovd.pipelines.extraction.identities import BoxTable, PictureHashes, files_of, match_rows
-from hdovd.pipelines.extraction.pseudo_labels import label_rows
+from hdovd.pipelines.extraction.pseudo_labels import barred_in, label_rows
 from hdovd.pipelines.extraction.text import TextRows
 from hdovd.pipelines.extraction.verdicts import Verdicts
 from hdovd.pipelines.nouns.allowed import Nouns
@@ -286,6 +286,7 @@ class Extraction:
         self._writers: dict[Level, ProductWriter] = {}
         self._donors: dict[Level, Rows] = {}
         self.offered, self.base_names = None if nouns is None else nouns.by_image, base_names
+        self.barred = None if nouns is None else barred_in(config.labels, nouns, split.images, base_names)
         self.bar: tqdm[Any] | None = None
 
     def keys(self) -> dict[Level, str]:
@@ -484,7 +485,9 @@ class Extraction:
         nouns, inputs = self.product(Level.NOUN).table("embedding"), self.plans[Level.PSEUDO_LABEL].inputs
         temperature = inputs.get("verdicts", {}).get("temperature", TEMPERATURE)
         rule = LabelRule.of(inputs)
-        return label_rows(self.table, start, stop, embeddings, nouns, self.offered, rule, self.verdicts, temperature)
+        return label_rows(
+            self.table, start, stop, embeddings, nouns, self.offered, rule, self.verdicts, temperature, self.barred
+        )
 
     def probe(self) -> dict[Level, Cost]:
         """What the rows of a level cost: rows of some images spread over the list are cut, and a few embedded. Raises

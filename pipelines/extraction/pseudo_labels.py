@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hdovd.cache.identity import hash_tables
 from hdovd.cache.schema import Source
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import ImageBoxes
@@ -41,6 +42,8 @@ def settled(
     grounds = {meaning(name) for name in shipped("backgrounds")}
     found = (row for row, noun in enumerate(nouns.vocabulary) if meaning(noun) in grounds and row not in barred)
     rule = replace(rule, barred=barred, backgrounds=tuple(found))
+    if (in_images := barred_in(rule, nouns, images, base)) is not None:
+        rule = replace(rule, judged=hash_tables(np.array([i, *rows], np.int64) for i, rows in in_images.items()))
     if len(barred) + len(rule.backgrounds) == len(nouns.vocabulary):
         raise HdovdError(
             "the vocabulary holds names of base classes, whose objects are annotated, and of backgrounds alone: "
@@ -64,7 +67,7 @@ def rule_line(rule: LabelRule, nouns: Nouns) -> str:
         return ""
     parts = [
         f"labels: {len(rule.barred)} of {len(nouns.vocabulary)} nouns name base classes, whose objects are annotated, "
-        "and name no pseudo box"
+        "and name no pseudo box" + ("" if rule.judged is None else " in an image that is judged by their class")
     ]
     if not rule.barred:
         parts = ["labels: the nouns name no base class: a proposal gets the likeliest of those that its image offers"]
@@ -84,14 +87,29 @@ def rows_of_classes(vocabulary: Sequence[str], classes: Sequence[Sequence[str]])
     return [set().union(*(rows.get(meaning(name), set()) for name in names)) for names in classes]
 
 
-def prior(offered: Sequence[int] | None, nouns: int, rule: LabelRule) -> Tensor:
+def barred_in(
+    rule: LabelRule, nouns: Nouns, images: Sequence[ImageBoxes], base: Sequence[Sequence[str]]
+) -> dict[int, tuple[int, ...]] | None:
+    """The noun rows that name no pseudo box of each image: of the base classes that it is judged by, all of whose
+    objects have a box. None where annotations are not federated, and for a rule that bars none.
+
+    base: the names of each base class.
+    """
+    if rule.choice is LabelChoice.MENTIONED or not images or images[0].judged is None:
+        return None
+    of_class = rows_of_classes(nouns.vocabulary, base)
+    judged = {image.id: [] if image.judged is None else np.flatnonzero(image.judged).tolist() for image in images}
+    return {i: tuple(sorted(set().union(*(of_class[label] for label in labels)))) for i, labels in judged.items()}
+
+
+def prior(offered: Sequence[int] | None, nouns: int, rule: LabelRule, barred: Sequence[int] | None = None) -> Tensor:
     """What is added to the cosines of an image's crops with the K nouns, (K,); -inf for nouns that they cannot have.
 
-    offered: noun rows of the image, None for all of them.
+    offered: noun rows of the image, None for all of them. barred: those that name nothing in it, None for the rule's.
     """
     added = torch.full((nouns,), -torch.inf if offered is not None and rule.mention is None else 0.0)
     added[list(offered or ())] = rule.mention or 0.0
-    added[list(rule.barred)] = -torch.inf
+    added[list(rule.barred if barred is None else barred)] = -torch.inf
     return added
 
 
@@ -135,13 +153,14 @@ def label_rows(
     rule: LabelRule,
     verdicts: Verdicts | None = None,
     temperature: float = TEMPERATURE,
+    barred: Mapping[int, Sequence[int]] | None = None,
 ) -> dict[str, np.ndarray]:
     """The row arrays of a pseudo_label product, rows `start` to `stop` of the box table: of proposals that have an
     embedding.
 
     embeddings (stop - start, D) float16; nouns (K, D) float16; offered: noun rows by image id, None for all of them
-    everywhere. What a verdict adds to a cosine is the logarithm of its score times the temperature of CLIP's softmax:
-    Bayes's rule for two that judge by themselves.
+    everywhere; barred: as of `barred_in`. What a verdict adds to a cosine is the logarithm of its score times the
+    temperature of CLIP's softmax: Bayes's rule for two that judge by themselves.
     """
     texts, rows_and_nouns = torch.from_numpy(nouns.astype(np.float32)), (stop - start, rule.top)
     top_noun, top_weight = np.full(rows_and_nouns, -1, np.int32), np.zeros(rows_and_nouns, np.float32)
@@ -151,9 +170,10 @@ def label_rows(
         first, last = max(int(table.offset[number]), start), min(int(table.offset[number + 1]), stop)
         rows = first - start + np.flatnonzero(named[first - start : last - start])
         if len(rows):
-            own = None if offered is None else offered.get(int(table.image_id[number]), ())
+            image_id = int(table.image_id[number])
+            own = None if offered is None else offered.get(image_id, ())
             crops = torch.from_numpy(embeddings[rows].astype(np.float32))
-            added = prior(own, len(texts), rule)
+            added = prior(own, len(texts), rule, None if barred is None else barred[image_id])
             if verdicts is not None:
                 added = added + temperature * verdicts.of_rows(start + rows, len(texts), rule.backgrounds)
             found, weights, best = best_nouns(crops, texts, rule, added)

@@ -28,8 +28,8 @@ def with_one_background(logits: Tensor, rows: int) -> Tensor:
 
 
 def of_judged(logits: Tensor, judged: list[Tensor | None], image: Tensor, is_background: Tensor) -> Tensor:
-    """Logits (R, X), in which a RoI of background is none of the base classes that federated annotations know of in its
-    image: those that nobody looked for are at -inf, and so no negatives. An object is one of its own class alone.
+    """Logits (R, X), in which a RoI of background is none of the base classes that its image is judged by: the others,
+    whose objects may be there without a box, are at -inf, and so no negatives. An object is one of its own class alone.
 
     Args:
         judged: (K,) bool of each image; None anywhere: annotations that are not federated. image: (R,) int64, the image

@@ -25,7 +25,7 @@ from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.extraction.config import ExtractConfig, LabelChoice, LabelRule
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars, import_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.pseudo_labels import best_nouns, label_texts, prior, rule_line, settled
+from hdovd.pipelines.extraction.pseudo_labels import barred_in, best_nouns, label_texts, prior, rule_line, settled
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.training.training_set import TarTrainingSet, TrainingSet
 
@@ -107,9 +107,30 @@ def test_what_base_boxes_say_of_mentions_and_of_their_own_names() -> None:
         settled(rule, Nouns(("cat",), None), split, names, 0.1)
 
 
-def _labelled(number: int, labels: list[int]) -> ImageBoxes:
+def _labelled(number: int, labels: list[int], judged: list[bool] | None = None) -> ImageBoxes:
     boxes = np.tile(np.array([[0, 0, 9, 9]], np.float32), (len(labels), 1))
-    return ImageBoxes(number, f"{number}.jpg", 10, 10, boxes, np.array(labels), np.arange(len(labels)))
+    known = None if judged is None else np.array(judged)
+    return ImageBoxes(number, f"{number}.jpg", 10, 10, boxes, np.array(labels), np.arange(len(labels)), known)
+
+
+def test_federated_names_of_base_classes_are_barred_where_their_objects_have_boxes() -> None:
+    vocabulary, names = ("cat", "tree", "dogs", "tomcat"), [("cat", "tomcat"), ("dog",)]
+    nouns, likely = Nouns(vocabulary, None), LabelRule(choice=LabelChoice.LIKELY)
+    images = [_labelled(7, [0], [True, False]), _labelled(3, [], [False, False]), _labelled(5, [1], [True, True])]
+    assert barred_in(likely, nouns, images, names) == {7: (0, 3), 3: (), 5: (0, 2, 3)}
+    assert barred_in(LabelRule(), nouns, images, names) is None
+    assert barred_in(likely, nouns, [_labelled(7, [0])], names) is None
+    rule = settled(likely, nouns, images, names, 0.1)
+    assert rule.barred == (0, 2, 3)
+    assert LabelRule.of(rule.inputs()) == rule
+    assert rule.judged is not None
+    assert settled(likely, nouns, images[:2], names, 0.1).judged != rule.judged
+    assert "judged" not in settled(likely, nouns, [_labelled(7, [0])], names, 0.1).inputs()
+    assert "in an image that is judged by their class" in rule_line(rule, nouns)
+    everything, none = torch.tensor([0.0] * 4), -torch.inf
+    assert torch.equal(prior(None, 4, rule, ()), everything)
+    assert prior(None, 4, rule, (0, 3)).tolist() == [none, 0.0, 0.0, none]
+    assert prior(None, 4, rule).tolist() == [none, 0.0, none, none]
 
 
 def test_a_list_that_is_shorter_gives_all_it_has() -> None:

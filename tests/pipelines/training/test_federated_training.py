@@ -16,12 +16,15 @@ import pytest
 import torch
 
 from hdovd.cache.reader import FeatureCache
+from hdovd.cache.schema import Level
 from hdovd.config.recipe import Recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import Protocol, load_protocol
+from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars
+from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.training.train import TrainConfig, train
 from hdovd.pipelines.training.training_set import TarTrainingSet, TrainingSet, repeated
 
@@ -42,7 +45,9 @@ def protocol_file(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def annotations(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The world's training annotations; of each image one base class that is not there, and one novel, is known."""
+    """The world's training annotations; of each image one base class that is not there, and one novel, is known; in
+    every other image not all objects of a class have a box.
+    """
     tree = json.loads((world / "annotations" / "instances_train2017.json").read_text())
     base = set(load_protocol(str(world / "protocol.toml")).base)
     for image in tree["images"]:
@@ -50,7 +55,7 @@ def annotations(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         absent = [c for c in tree["categories"] if c["id"] not in own]
         of_base = [c["id"] for c in absent if c["name"] in base]
         image["neg_category_ids"] = [of_base[image["id"] % len(of_base)], *[c["id"] for c in absent][-1:]]
-        image["not_exhaustive_category_ids"] = []
+        image["not_exhaustive_category_ids"] = sorted(own)[: image["id"] % 2]
     file = tmp_path_factory.mktemp("federated") / "instances.json"
     file.write_text(json.dumps(tree))
     return file
@@ -67,7 +72,10 @@ def test_an_image_is_judged_by_what_is_in_it_and_what_is_known_not_to_be(
 ) -> None:
     tree = json.loads(annotations.read_text())
     names = {c["id"]: c["name"] for c in tree["categories"]}
-    absent = {image["id"]: {names[c] for c in image["neg_category_ids"]} for image in tree["images"]}
+    absent, unfinished = (
+        {image["id"]: {names[c] for c in image[key]} for image in tree["images"]}
+        for key in ("neg_category_ids", "not_exhaustive_category_ids")
+    )
     data = TrainingSet(split, FeatureCache(cache), micro_recipe())
     sizes = set()
     for index in range(len(data)):
@@ -76,10 +84,38 @@ def test_an_image_is_judged_by_what_is_in_it_and_what_is_known_not_to_be(
         assert targets.judged.shape == (len(protocol.base),)
         found = {protocol.base[k] for k in targets.judged.nonzero().flatten().tolist()}
         present = {protocol.base[k] for k in targets.labels.tolist()}
-        assert found == present | (absent[image_id] & set(protocol.base))
-        assert found > present
-        sizes.add(len(found))
-    assert len(sizes) > 1
+        assert found == (present | (absent[image_id] & set(protocol.base))) - unfinished[image_id]
+        assert found & absent[image_id]
+        sizes.add((len(found), len(present - found)))
+    assert len(sizes) > 2
+
+
+def test_an_object_without_a_box_may_be_named_by_its_base_class(
+    world: Path,
+    cache: Path,
+    copied_cache: Path,
+    annotations: Path,
+    protocol_file: Path,
+    split: Split,
+    protocol: Protocol,
+    extraction: Callable[..., ExtractConfig],
+) -> None:
+    """Of the same crops and nouns: proposals of images that are not judged by a class may have its name, others not."""
+    data = DataPaths(images=world / "train2017", annotations=annotations)
+    extract_clip(replace(extraction(copied_cache, features="federated"), data=data, protocol=str(protocol_file)))
+    plain, federated = FeatureCache(cache), FeatureCache(copied_cache, "federated")
+    names, base = federated.names(Level.NOUN), protocol.base
+    given, before = (
+        [(image, names[n]) for image in split.images for n in found.instances(image.id).noun.tolist() if n >= 0]
+        for found in (federated, plain)
+    )
+    of_base = [(image, name) for image, name in given if name in base]
+    assert of_base
+    assert not any(name in base for _, name in before)
+    for image, name in of_base:
+        assert image.judged is not None
+        assert not image.judged[base.index(name)]
+    assert federated.key(Level.INSTANCE) == plain.key(Level.INSTANCE)
 
 
 def test_tar_shards_hold_the_same(
