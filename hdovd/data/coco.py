@@ -344,7 +344,7 @@ def read_instances(file: Path, folder: Path | None = None, federated: bool | Non
     is_federated = any(_FEDERATED[0] in entry for entry in images)
     if federated not in (None, is_federated):
         was, wanted = _ARE[is_federated], _ARE[federated]
-        raise HdovdError(f"{file} is {was}, expected {wanted}: say what the data are with --form")
+        raise HdovdError(f"{file} is {was}, but is read as {wanted}: give the --form that the data are of")
     found.names, found.images = _names(categories, file), _images(images, file, folder)
     for key, into in zip(_FEDERATED, (found.absent, found.unfinished), strict=True):
         into.update({whole(entry["id"], key): _categories(entry, key, found) for entry in images if key in entry})
@@ -535,14 +535,18 @@ class DataPaths:
         return loaded
 
     def has(self, split: str) -> bool:
-        """Whether `locate` finds a split; False where the form is not known. Raises HdovdError for what cannot be
+        """Whether `locate` finds a split; False where the form is not known, and, which is told, for what cannot be
         converted.
         """
         try:
             form, root = self._form(), self.root or Path()
         except HdovdError:
             return False
-        return form.annotations(root, split).is_file() and form.images(root, split).is_dir()
+        try:
+            return form.annotations(root, split).is_file() and form.images(root, split).is_dir()
+        except HdovdError as error:
+            log(f"note: {split} cannot be used: {error}")
+            return False
 
     def locate(self, split: str) -> tuple[Path, Path]:
         """The annotation file and the image folder of a split. Raises HdovdError if they are not there."""

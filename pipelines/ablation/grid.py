@@ -343,7 +343,7 @@ def comma_separated(table: AblationTable) -> str:
     out, seeds = io.StringIO(), range(max(row.seeds for row in table.rows))
     parts = ["mean", "sd", *(f"seed{seed}" for seed in seeds)]
     slugs = [
-        ("" if metric == GAP else f"{table.metric}_") + re.sub(r"[^a-z]+", "_", metric).strip("_")
+        ("" if metric == GAP else f"{table.metric}_") + re.sub(r"[^A-Za-z0-9]+", "_", metric).strip("_")
         for metric in table.metrics
     ]
     names = [f"{slug}_{part}" for slug in slugs for part in parts]

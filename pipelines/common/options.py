@@ -64,7 +64,7 @@ def workers_option(what: str) -> Option:
 
 
 Device = Annotated[str, Option("auto, cpu or cuda.")]
-Protocol = Annotated[str, Option("The base/novel split: ov-coco, or a TOML file with name, base and novel.")]
+Protocol = Annotated[str, Option("The base/novel split: ov-coco, ov-lvis, or a TOML file with name, base and novel.")]
 OTHER_PROTOCOL = Option("The base/novel split. Default: the one that the cache was made with.")
 OtherProtocol = Annotated[str | None, OTHER_PROTOCOL]
 FEATURES = Option("The name of a set of features: products of one cache that belong together.")

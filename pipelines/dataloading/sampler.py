@@ -1,8 +1,8 @@
 """In what order a run sees its images, and what is random about each: functions of seed, epoch and image id alone.
 
-Every image comes once an epoch; `Dealing` cuts an epoch into batches of all processes, and those into each process's
-part. A sample depends neither on the number of processes or workers nor on what was drawn before it: a run that is
-resumed in mid-epoch, or spread over other GPUs, sees the very same samples.
+Every place in the list of images comes once an epoch; `Dealing` cuts an epoch into batches of all processes, and those
+into each process's part. A sample depends neither on the number of processes or workers nor on what was drawn before
+it: a run that is resumed in mid-epoch, or spread over other GPUs, sees the very same samples.
 """
 
 from abc import ABC, abstractmethod

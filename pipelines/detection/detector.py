@@ -39,7 +39,7 @@ from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.runs.folder import RunFolder, Weights
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.base import Teacher
-from hdovd.pipelines.teachers.prompts import check_templates
+from hdovd.pipelines.teachers.prompts import Name, check_templates, folded, said
 
 ClipName = tuple[str, str | None]  # name and tag, as `openclip.load_clip` takes them
 
@@ -156,8 +156,9 @@ def load_text_tower(run: RunFolder, given: ClipName | None, device: torch.device
     clip.model.visual = None  # the larger half of most
     if identity and inputs.get("names") and {"tokens", "templates"} <= inputs.keys():
         synonyms = inputs.get("synonyms", {})
-        asked = [tuple(synonyms[row]) if row in synonyms else row for row in inputs["names"]]
-        if clip.hash_prompts(asked, tuple(inputs["templates"])) != inputs["tokens"]:
+        asked: list[Name] = [tuple(synonyms[row]) if row in synonyms else row for row in inputs["names"]]
+        ways = asked, [said(name) for name in asked]  # runs of before have underscores in their prompts
+        if inputs["tokens"] not in [clip.hash_prompts(names, tuple(inputs["templates"])) for names in ways]:
             raise HdovdError(
                 f"--clip {called} has another tokenizer than the run's CLIP had: it gives other tokens for the "
                 "run's own classes"
@@ -192,7 +193,7 @@ class NameEmbedder:
         self._given = None if clip is None else (clip, pretrained)
         self._asked = None if templates is None else tuple(templates)
         self._rows = run.class_embeddings()
-        self._place = {name.casefold(): row for row, name in reversed([*enumerate(run.protocol().names)])}
+        self._place = {folded(name): row for row, name in reversed([*enumerate(run.protocol().names)])}
         self._clip: Teacher | None = None
 
     @property
@@ -201,7 +202,7 @@ class NameEmbedder:
 
     def embed(self, names: Sequence[str]) -> Tensor:
         """(K, D) float32. Raises HdovdError if the CLIP is needed and cannot be had, or is not the run's."""
-        strange = [name for name in names if name.casefold() not in self._place]
+        strange = [name for name in names if folded(name) not in self._place]
         if not strange and self._asked is None:
             return self.own_rows(names)
         others = self._others(names, strange)
@@ -209,7 +210,7 @@ class NameEmbedder:
 
     def own_rows(self, names: Sequence[str]) -> Tensor:
         """(K, D) float32, as the run has them, of classes of its protocol."""
-        return self._rows[[self._place[name.casefold()] for name in names]].float()
+        return self._rows[[self._place[folded(name)] for name in names]].float()
 
     def forget_clip(self) -> None:
         """Free the memory of the text tower; it is loaded again when it is needed."""
@@ -228,17 +229,20 @@ class NameEmbedder:
             / "texts"
             / key_of({"clip": identity, "templates": list(templates), "tokens": inputs.get("tokens")})
         )
-        files = {name: folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors" for name in others}
+        texts = {name: str(said(name)) for name in others}
+        asked = list(dict.fromkeys(texts.values()))
+        files = {text: folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors" for text in asked}
         kept = {name: kept_row(file, name, self.dim) for name, file in files.items() if identity}
         found = {name: row for name, row in kept.items() if row is not None}
-        new = self._by_clip([name for name in others if name not in found], templates)
+        new = self._by_clip([text for text in asked if text not in found], templates)
         if identity:
             keep_rows(files, new)
         log(
-            f"{len(others)} name{'s' * (len(others) > 1)} not of the run's class embeddings: {len(new)} embedded now, "
+            f"{len(asked)} name{'s' * (len(asked) > 1)} not of the run's class embeddings: {len(new)} embedded now, "
             f"{len(found)} embedded before; prompts: {shorten(list(templates), 3)}"
         )
-        return {name: torch.from_numpy(row.astype(np.float32)) for name, row in (found | new).items()}
+        rows = found | new
+        return {name: torch.from_numpy(rows[text].astype(np.float32)) for name, text in texts.items()}
 
     def _templates(self, of_run: list[str] | None) -> tuple[str, ...]:
         if self._asked is None and of_run is None:
@@ -342,19 +346,19 @@ class Detector:
         if isinstance(names, str):
             raise HdovdError(f"set_classes takes a list of names, not one text: [{names!r}]")
         asked = tuple(" ".join(name.split()) for name in names)
-        folded = [name.casefold() for name in asked]
-        if twice := sorted({name for name, low in zip(asked, folded, strict=True) if folded.count(low) > 1}):
+        wanted = [folded(name) for name in asked]
+        if twice := sorted({name for name, low in zip(asked, wanted, strict=True) if wanted.count(low) > 1}):
             raise HdovdError(f"named twice: {shorten(list(twice))}; each name once, in capitals or not")
         if not asked or not all(asked):
             raise HdovdError(
                 "no names to look for" if not asked else f"name {asked.index('') + 1} of {len(asked)} is empty"
             )
         rows = self.embedder.embed(asked) if embeddings is None else self._fitting(embeddings, asked)
-        base = {name.casefold() for name in self.protocol.base}
-        self.rivals = () if alone else tuple(name for name in self.protocol.base if name.casefold() not in folded)
+        base = {folded(name) for name in self.protocol.base}
+        self.rivals = () if alone else tuple(name for name in self.protocol.base if folded(name) not in wanted)
         self._texts = torch.cat([rows, self.embedder.own_rows(self.rivals)]).to(self.device)
         self.names, self._split_blind = asked, split_blind
-        self.is_novel = torch.tensor([name not in base for name in folded], device=self.device)
+        self.is_novel = torch.tensor([name not in base for name in wanted], device=self.device)
         return self
 
     def _fitting(self, embeddings: Tensor | np.ndarray, names: tuple[str, ...]) -> Tensor:

@@ -235,7 +235,7 @@ def evaluate_by(job: EvalConfig, protocol: Protocol, texts: Tensor, out: Path) -
     }
     write_text(files[1], json.dumps(rows))
     write_text(files[0], json.dumps(metrics, indent=1))
-    if run.saw_novel:
+    if run.saw_novel and protocol.base:
         log(f"oracle: boxes of novel classes were trained on; this AP is {UPPER_BOUND}")
     if job.pictures:
         files += draw_detections(split, found.detections, protocol, out / "pictures", job.pictures)

@@ -27,7 +27,7 @@ from hdovd.core.text_files import checked_name, read_toml, shown
 from hdovd.modeling.base import Detector
 from hdovd.pipelines.common.tensors import floats, load_pth
 from hdovd.pipelines.teachers.base import Teacher
-from hdovd.pipelines.teachers.prompts import Name
+from hdovd.pipelines.teachers.prompts import Name, said
 
 NORM_TOLERANCE = 1e-3  # of float16 rows that were normalised before they were rounded
 
@@ -47,7 +47,7 @@ class TextRows:
     @property
     def texts(self) -> list[Name]:
         """What goes into each row, (K)."""
-        return [self.synonyms.get(name, name) for name in self.names]
+        return [said(self.synonyms.get(name, name)) for name in self.names]
 
     def inputs(self, clip: Teacher, templates: Sequence[str]) -> KeyInputs:
         """What determines the rows. Rows of a file are taken to be of the CLIP that they are used with: no file says

@@ -99,9 +99,10 @@ def offered_nouns(nouns: Path | None, vocabulary: Path | None, captions: Path | 
 
 
 def meaning(name: str) -> str:
-    """What names have in common that differ in case, number, signs and spaces alone: "Hot-dogs" and "hotdog" are
-    one."""
-    return "".join(singular_of(noun_words(name)))
+    """What names have in common that differ in case, number, signs and spaces alone, or in what LVIS adds in brackets:
+    "Hot-dogs" and "hotdog" are one, and "car_(automobile)" is "cars".
+    """
+    return "".join(singular_of(noun_words(re.sub(r"\([^()]*\)", " ", name) or name)))
 
 
 def named_novel(vocabulary: Sequence[str], novel: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@
     class_embeddings.safetensors  text embeddings of the protocol's classes, in its order: evaluation needs no cache
     model.safetensors             weights and queues after the last finished epoch; with `train.ema` the averaged
                                   weights
-    best.safetensors              the same of the epoch with the best validation AP50 of base classes
+    best.safetensors              the same of the epoch with the best validation AP of base classes
     checkpoint.pt                 what `--resume` goes on from (see `checkpoint`)
     stopped                       there while a run rests that a signal ended: it can go on
     log.jsonl, log.csv            losses, learning rate, speed and validation while training
@@ -62,7 +62,7 @@ class Weights(StrEnum):
 
 
 WeightsOption = Annotated[
-    Weights, Option("Of the last epoch, or of the one with the best validation AP50 of base classes.")
+    Weights, Option("Of the last epoch, or of the one with the best validation AP of base classes.")
 ]
 
 

@@ -158,7 +158,7 @@ def read_run(path: Path) -> Run:
         for tree in (metrics, _tree(metrics.get("split_blind")))
     )
     if metrics and not of_groups:
-        wrong.append("metrics.json has no AP50: run hdovd eval again")
+        wrong.append(f"metrics.json has no {METRICS[run.metric]}: run hdovd eval again")
     at_end = bool(done) and done == epochs
     state = (
         State.DAMAGED if wrong else State.STOPPED if not at_end else State.FINISHED if metrics else State.NOT_EVALUATED

@@ -1,6 +1,6 @@
 """Prompt templates: the sets that ship (`templates/*.txt`), a user's own file, and what they make of names.
 
-`{}` is where the name goes, once; `{article}` becomes a or an. Underscores of a name, as LVIS's have, are spaces.
+`{}` is where the name goes, once; `{article}` becomes a or an.
 """
 
 import re
@@ -58,13 +58,23 @@ def check_templates(templates: Sequence[str]) -> None:
         raise HdovdError("no prompt template: one at least is needed, with {} where the name goes")
 
 
+def said(name: Name) -> Name:
+    """A name as prompts say it: underscores, as LVIS's names have them, are spaces."""
+    return name.replace("_", " ") if isinstance(name, str) else tuple(one.replace("_", " ") for one in name)
+
+
+def folded(name: str) -> str:
+    """What names have in common that differ in case, underscores and spaces alone."""
+    return " ".join(name.casefold().replace("_", " ").split())
+
+
 def prompts(names: Sequence[Name], templates: Sequence[str]) -> Iterator[tuple[int, str]]:
     """All prompts with the row of their name, one at a time: row by row, name by name, in the order of the
     templates."""
     for row, name in enumerate(names):
         for one in (name,) if isinstance(name, str) else name:
             for template in templates:
-                yield row, template.replace(ARTICLE, _article(one)).replace("{}", one.replace("_", " "))
+                yield row, template.replace(ARTICLE, _article(one)).replace("{}", one)
 
 
 def _article(name: str) -> str:

@@ -130,6 +130,11 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal) -> RunFolder:
             begun["init"] = begin_with(model, job.init, protocol, class_embeddings)
         begun |= give_object_text(model, data.object_text(), str(job.cache))
     _give_backgrounds(model, data, recipe)
+    if recipe.loss.class_.federated and not data.federated:
+        log(
+            f"note: loss.class.federated changes nothing: with protocol {protocol.name} annotations say of no image "
+            f"what it is judged by"
+        )
     seen = protocol.names if job.oracle else protocol.base
     loop = loop_of(model, batches, class_embeddings[: len(seen)].to(us.device), recipe, us.device)
     hooks = RunHooks(

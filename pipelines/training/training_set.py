@@ -98,6 +98,11 @@ class TrainingSet(Dataset[Sample]):
         return PlainShuffle(len(self), self.recipe.train.seed)
 
     @property
+    def federated(self) -> bool:
+        """Whether annotations say what their images are judged by."""
+        return self.images[0].judged is not None
+
+    @property
     def dim(self) -> int:
         return self.cache.dim
 
@@ -213,6 +218,11 @@ class TarTrainingSet(Dataset[Sample]):
     def describe(self) -> str:
         """What there is to train on, in words."""
         return f"{len(self)} images in {len(self.shards.numbers)} of {self._meta.shards} tar shards, boxes"
+
+    @property
+    def federated(self) -> bool:
+        """Whether annotations said what their images are judged by."""
+        return bool(self._meta.about["protocol"].get("federated"))
 
     @property
     def dim(self) -> int:

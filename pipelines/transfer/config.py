@@ -1,5 +1,6 @@
 """What `hdovd transfer` is asked for. Imports no torch: a mistake shows before that."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,14 @@ from hdovd.evaluation.engines import ENGINES, Engine
 from hdovd.pipelines.common.options import Device, Option, Pretrained, Run, Trust, workers_option
 from hdovd.pipelines.evaluation.config import ENGINE
 from hdovd.pipelines.runs.folder import RunFolder, Weights, WeightsOption
+
+
+def data_name(data: Path) -> str:
+    """What results on a data set are kept by: the name of its folder or file. Raises HdovdError if it has none."""
+    name = os.path.basename(os.path.abspath(data))
+    if not name:
+        raise HdovdError(f"{data} has no name to keep results by: give a link to it")
+    return name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +44,7 @@ class TransferConfig:
         """Raises HdovdError for what is wrong with the paths and names alone, or a run that needs to be trusted."""
         RunFolder.open(self.run, trusted=self.trust).recipe()
         ENGINES.require(self.engine)
-        names = [folder.absolute().name for folder in self.data]
+        names = [data_name(folder) for folder in self.data]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise HdovdError(
                 f"several data sets of the name {shorten(list(twice))}, by which results are kept: give links of other "

@@ -24,7 +24,8 @@ from hdovd.pipelines.evaluation.config import ZERO_SHOT, EvalConfig
 from hdovd.pipelines.evaluation.evaluate import EvalResult, evaluate_by
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.runs.listing import ap, table_lines
-from hdovd.pipelines.transfer.config import TransferConfig
+from hdovd.pipelines.teachers.prompts import folded
+from hdovd.pipelines.transfer.config import TransferConfig, data_name
 
 SEEN, UNSEEN = "seen", "unseen"
 LVIS_DETECTIONS = (300,)
@@ -54,7 +55,7 @@ def transfer(job: TransferConfig) -> list[Transferred]:
             weights=job.weights,
             trust=job.trust,
         )
-        name = folder.absolute().name
+        name = data_name(folder)
         log(f"{name}:")
         found.append(Transferred(name, zero_shot(one, job.clip, job.pretrained)))
     return found
@@ -67,23 +68,30 @@ def zero_shot(job: EvalConfig, clip: str | None = None, pretrained: str | None =
     job.check()
     run = RunFolder(job.run, job.trust)
     embedder = NameEmbedder(run, pick_device(job.device), clip=clip, pretrained=pretrained)
-    protocol, said = protocol_of(job.data, run.protocol().base)
+    trained = run.protocol()
+    protocol, said = protocol_of(job.data, trained.names, trained.names if run.saw_novel else trained.base)
     texts = embed(embedder, [said[name] for name in protocol.novel])
     embedder.forget_clip()
-    out = run.path / "transfer" / (job.data.root or job.data.annotation_file("val2017")).absolute().name
+    out = run.path / "transfer" / data_name(job.data.root or job.data.annotation_file("val2017"))
     return evaluate_by(job, protocol, texts, out)
 
 
-def protocol_of(data: DataPaths, trained: Sequence[str]) -> tuple[Protocol, dict[str, tuple[str, ...]]]:
+def protocol_of(
+    data: DataPaths, own: Sequence[str], trained: Sequence[str]
+) -> tuple[Protocol, dict[str, tuple[str, ...]]]:
     """All classes of a data set as novel ones, in two groups, seen and unseen, by whether the run was trained on boxes
-    of a class of that name; and what each is called in prompts. Both are told. Raises HdovdError.
+    of a class of that name, or of one that is called the same; and what each is called in prompts. Both are told.
+    Raises HdovdError.
+
+    Args:
+        own: the run's classes, which keep their names. trained: those of them with boxes in training.
     """
     annotations, folder = data.locate("val2017")
     found = read_instances(annotations, folder)
     names = tuple(found.names.values())
-    said = {name: spoken(name) for name in names}
-    known = {name.casefold() for name in trained}
-    seen = tuple(name for name in names if known & {one.casefold() for one in said[name]})
+    kept, known = set(map(folded, own)), set[str]().union(*map(_calls, trained))
+    said = {name: (name,) if folded(name) in kept else spoken(name) for name in names}
+    seen = tuple(name for name in names if known & _calls(name))
     unseen = tuple(name for name in names if name not in seen)
     others = [f"{name} as {' or '.join(calls)}" for name, calls in said.items() if calls != (name,)]
     log(
@@ -110,9 +118,14 @@ def _synonyms() -> Mapping[str, tuple[str, ...]]:
     return {name: tuple(calls.split(", ")) for name, _, calls in entries}
 
 
+def _calls(name: str) -> set[str]:
+    """A name and what it is called, folded."""
+    return {folded(one) for one in (name, *spoken(name))}
+
+
 def spoken(name: str) -> tuple[str, ...]:
     """What a class is called in prompts: `tvmonitor` is a tv or a monitor, `Cabinet/shelf` a cabinet or a shelf."""
-    plain = " ".join(name.casefold().split())
+    plain = folded(name)
     if plain in _synonyms():
         return _synonyms()[plain]
     parts = tuple(part.strip() for part in plain.split("/") if part.strip())
@@ -120,14 +133,26 @@ def spoken(name: str) -> tuple[str, ...]:
 
 
 def transfer_table(found: Sequence[Transferred]) -> str:
-    """A row a data set: AP50 and AP of classes seen and unseen, and of all, all scored alike."""
+    """A row a data set: AP50 and AP of classes seen and unseen, and of all, all scored alike; and of all by the
+    classification score alone.
+    """
     groups = (SEEN, UNSEEN, "all")
-    head = ("data", "images", "classes", *(f"AP50 {group}" for group in groups), *(f"AP {group}" for group in groups))
+    kinds = {"ap50": "AP50", "ap": "AP"}
+    columns = [f"{kind} {group}" for kind in kinds.values() for group in (*groups, "split-blind")]
+    head = ("data", "images", "classes", *columns)
     rows = []
     for one in found:
         combined = one.result.combined
-        summary = combined.summary()
-        numbers = [ap(summary[kind].get(group)) for kind in ("ap50", "ap") for group in groups]
+        summary, blind = combined.summary(), one.result.split_blind.summary()
+        numbers = [
+            ap(value)
+            for kind in kinds
+            for value in (*(summary[kind].get(group) for group in groups), blind[kind]["all"])
+        ]
         rows.append((one.name, f"{len(one.result.detections):,d}", f"{len(combined.protocol.novel):,d}", *numbers))
     lines = table_lines(head, rows, set(head[1:]))
-    return "\n".join([*lines, "AP in percent; seen: the run was trained on boxes of a class of that name."])
+    about = (
+        "AP in percent, of both scores, combined as novel classes' are; split-blind: all classes by the "
+        "classification score alone; seen: the run was trained on boxes of a class that is called so"
+    )
+    return "\n".join([*lines, about])

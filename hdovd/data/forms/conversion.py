@@ -14,7 +14,7 @@ from pathlib import Path
 from hdovd.core.log import log
 from hdovd.core.user_cache import user_cache_folder
 
-VERSION = 1  # of what is written: another one converts anew
+VERSION = 2  # of what is written: another one converts anew
 
 # The class's place in the list of names; x, y, width and height, pixels from the picture's upper left corner; whether
 # the object is ignored: not trained on, and in evaluation neither found nor missed, as COCO's crowds.
@@ -51,23 +51,30 @@ def converted(
 
 
 def _coco(names: Sequence[str], pictures: Sequence[Picture]) -> dict[str, list[dict[str, object]]]:
-    """All is numbered from 1, in the order given."""
-    boxes = [(image, box) for image, (*_, own) in enumerate(pictures, start=1) for box in own]
+    """Pictures and boxes are numbered by the names of files, so that proposals and cached rows of a picture stay its
+    own when others come or go; classes from 1.
+    """
+    boxes = [(name, place, box) for name, *_, own in pictures for place, box in enumerate(own)]
     return {
         "images": [
-            {"id": image, "file_name": name, "width": width, "height": height}
-            for image, (name, width, height, _) in enumerate(pictures, start=1)
+            {"id": _number(name), "file_name": name, "width": width, "height": height}
+            for name, width, height, _ in pictures
         ],
         "annotations": [
             {
-                "id": number,
-                "image_id": image,
-                "category_id": place + 1,
+                "id": _number(f"{name}/{place}"),
+                "image_id": _number(name),
+                "category_id": kind + 1,
                 "bbox": [x, y, width, height],
                 "area": width * height,
                 "iscrowd": int(ignored),
             }
-            for number, (image, (place, x, y, width, height, ignored)) in enumerate(boxes, start=1)
+            for name, place, (kind, x, y, width, height, ignored) in boxes
         ],
         "categories": [{"id": number, "name": name} for number, name in enumerate(names, start=1)],
     }
+
+
+def _number(name: str) -> int:
+    """Of 53 bits, which JSON readers hold exactly; readers of the file refuse two of the same."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 11

@@ -216,3 +216,12 @@ def test_the_arms_are_the_recipe_without_distillation_and_base_only_may_be_in_th
         ("instance-off_class-off_image-off", "base-only"),
         ("oracle", "oracle"),
     ]
+
+
+def test_csv_columns_of_groups_with_digits_and_capitals_are_told_apart() -> None:
+    groups = ("top10", "top20", "R", "all")
+    scores: dict[str, dict[int, float | None]] = {name: {0: 1.0} for name in (*groups, "novel", "novel, split-blind")}
+    table = AblationTable((), [Row("recipe", (), scores, 1)], "note.", "ap", groups)
+    head = comma_separated(table).splitlines()[0].split(",")
+    assert len(set(head)) == len(head)
+    assert {"ap_top10_mean", "ap_top20_mean", "ap_R_mean", "ap_all_mean", "ap_novel_split_blind_mean"} <= set(head)

@@ -222,6 +222,22 @@ def test_another_tokenizer_is_refused(embedder: Callable[..., NameEmbedder], cha
         embedder(run).embed(["zeppelin"])
 
 
+def test_a_run_whose_prompts_had_underscores_embeds_other_names(
+    distilled: RunFolder, embedder: Callable[..., NameEmbedder], changed: Callable[..., Path]
+) -> None:
+    """Its record is of names, and of tokens, as they were written; names of today are said with spaces."""
+    clip = name_embedding.load_text_tower(distilled, None, CPU)
+
+    def before(cache: dict[str, Any]) -> None:
+        inputs = cache["levels"]["class"]["inputs"]
+        inputs["names"] = ["traffic_light", *inputs["names"][1:]]
+        inputs["tokens"] = clip.hash_prompts(inputs["names"], tuple(inputs["templates"]))
+
+    rows = embedder(changed(before)).embed(["alarm_clock", "alarm clock", "clock tower"])
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0], rows[2])
+
+
 def test_without_its_cache_a_run_needs_to_be_told_where_clip_is(
     embedder: Callable[..., NameEmbedder], changed: Callable[..., Path], clip: str, tmp_path: Path
 ) -> None:

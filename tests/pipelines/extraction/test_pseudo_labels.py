@@ -25,7 +25,15 @@ from hdovd.pipelines.cache_tools.verify import check_cache
 from hdovd.pipelines.extraction.config import ExtractConfig, LabelChoice, LabelRule
 from hdovd.pipelines.extraction.export import ExportConfig, export_tars, import_tars
 from hdovd.pipelines.extraction.extract_clip import extract_clip
-from hdovd.pipelines.extraction.pseudo_labels import barred_in, best_nouns, label_texts, prior, rule_line, settled
+from hdovd.pipelines.extraction.pseudo_labels import (
+    barred_in,
+    best_nouns,
+    label_texts,
+    prior,
+    rows_of_classes,
+    rule_line,
+    settled,
+)
 from hdovd.pipelines.nouns.allowed import Nouns
 from hdovd.pipelines.training.training_set import TarTrainingSet, TrainingSet
 
@@ -272,3 +280,9 @@ def test_a_set_remembers_its_rule(extraction: Config, tmp_path: Path) -> None:
     config = extraction(tmp_path, labels=LabelRule(4, 0.5))
     assert ExtractConfig.from_dict(config.to_dict(), tmp_path).labels == LabelRule(4, 0.5)
     assert "labels" not in extraction(tmp_path, labels=LabelRule(1, 0.5)).to_dict()
+
+
+def test_what_lvis_adds_in_brackets_does_not_tell_a_noun_from_a_class() -> None:
+    vocabulary = ("cars", "bow tie", "monitor", "(odd)")
+    names = [("car_(automobile)",), ("bow-tie",), ("monitor_(computer_equipment)", "x"), ("(odd)",), ("bow_(weapon)",)]
+    assert rows_of_classes(vocabulary, names) == [{0}, {1}, {2}, {3}, set()]

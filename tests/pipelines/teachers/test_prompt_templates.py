@@ -15,9 +15,10 @@ from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.pipelines.cache_tools.config import ForeignFormat, ImportConfig
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, ExtractConfig
+from hdovd.pipelines.extraction.text import TextRows
 from hdovd.pipelines.teachers import prompts as prompt_templates
 from hdovd.pipelines.teachers.openclip import load_clip
-from hdovd.pipelines.teachers.prompts import check_templates, prompts, read_templates, shipped_templates
+from hdovd.pipelines.teachers.prompts import check_templates, prompts, read_templates, said, shipped_templates
 
 
 def test_shipped_sets() -> None:
@@ -166,7 +167,15 @@ def test_prompts_are_made_and_embedded_a_batch_at_a_time(clip: str) -> None:
     assert seen == [(256, 128 * k) for k in range(1, 8)] + [(2_000 - 7 * 256, 1_000)]
 
 
-def test_underscores_of_a_name_are_spaces() -> None:
+def test_underscores_of_a_name_are_spaces(clip: str) -> None:
     """As LVIS's names have them: a text tower was not taught `alarm_clock`."""
-    made = [text for _, text in prompts(["alarm_clock", ("bow_(weapon)", "bow")], ["{article} {}"])]
-    assert made == ["an alarm clock", "a bow (weapon)", "a bow"]
+    assert [said(name) for name in ("alarm_clock", ("bow_(weapon)", "bow"))] == ["alarm clock", ("bow (weapon)", "bow")]
+    teacher, templates = load_clip(clip, None, device="cpu"), ("{article} {}",)
+    spoken, written = (
+        TextRows(names, synonyms).inputs(teacher, templates)["tokens"]
+        for names, synonyms in ((("alarm clock", "bow"), {}), (("alarm_clock", "bow"), {"bow": ("bow", "long_bow")}))
+    )
+    assert TextRows(("alarm_clock", "bow")).inputs(teacher, templates)["tokens"] == spoken != written
+    rows = TextRows(("alarm_clock", "alarm clock", "clock")).embed(teacher, templates, 0, 3)
+    np.testing.assert_array_equal(rows[0], rows[1])
+    assert not np.array_equal(rows[0], rows[2])

@@ -158,6 +158,25 @@ def test_a_run_trains_on_them(
     assert rare[-1]["step"] > plain[-1]["step"]
 
 
+def test_a_loss_of_judged_images_without_any_is_told(
+    world: Path, copied_cache: Path, micro_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    lines = list[str]()
+    with lines_to(lines.append):
+        train(
+            TrainConfig(
+                recipe=micro_recipe("loss.class.federated=true"),
+                data=DataPaths(world),
+                protocol=str(world / "protocol.toml"),
+                cache=copied_cache,
+                out=tmp_path / "run",
+                device="cpu",
+                val_every=0,
+            )
+        )
+    assert sum("loss.class.federated changes nothing" in line for line in lines) == 1
+
+
 def test_federated_annotations_that_are_taken_for_complete_are_told(
     world: Path, annotations: Path, protocol: Protocol
 ) -> None:

@@ -21,7 +21,7 @@ from hdovd.pipelines.common.name_list import shipped
 from hdovd.pipelines.demo.world import BASE, NOVEL
 from hdovd.pipelines.detection.detector import NameEmbedder
 from hdovd.pipelines.runs.folder import RunFolder
-from hdovd.pipelines.transfer.config import TransferConfig
+from hdovd.pipelines.transfer.config import TransferConfig, data_name
 from hdovd.pipelines.transfer.transfer import embed, protocol_of, spoken, transfer, transfer_table
 
 VALIDATION = Path("annotations") / "instances_val2017.json"
@@ -73,7 +73,7 @@ def test_names_are_said_as_others_say_them() -> None:
 def test_all_classes_are_novel_in_groups_of_seen_and_unseen(world: Path) -> None:
     lines = list[str]()
     with lines_to(lines.append):
-        protocol, said = protocol_of(DataPaths(world), BASE)
+        protocol, said = protocol_of(DataPaths(world), BASE, BASE)
     assert protocol.base == ()
     assert set(protocol.novel) == {*BASE, *NOVEL}
     assert {group: set(names) for group, names in protocol.groups.items()} == {"seen": {*BASE}, "unseen": {*NOVEL}}
@@ -86,12 +86,46 @@ def test_a_class_is_seen_by_what_it_is_called(other: Callable[..., Path]) -> Non
     """As a synonym, and in capitals."""
     lines = list[str]()
     with lines_to(lines.append):
-        protocol, said = protocol_of(DataPaths(other("a", rename(BASE[0], "Aeroplane"))), ("AIRPLANE",))
+        protocol, said = protocol_of(DataPaths(other("a", rename(BASE[0], "Aeroplane"))), ("AIRPLANE",), ("AIRPLANE",))
     assert protocol.groups["seen"] == ("Aeroplane",)
     assert said["Aeroplane"] == ("airplane",)
     assert "otherwise: Aeroplane as airplane" in lines[-1]
-    alone, _ = protocol_of(DataPaths(other("b")), ())
+    alone, _ = protocol_of(DataPaths(other("b")), (), ())
     assert list(alone.groups) == ["unseen"]
+
+
+@pytest.mark.parametrize(
+    ("own", "named", "called"),
+    [
+        ("sofa", "sofa", "sofa"),  # the run's own class keeps its name, and so its row
+        ("sofa", "couch", "couch"),
+        ("couch", "sofa", "couch"),
+        ("dining_table", "diningtable", "dining table"),
+        ("traffic_light", "Traffic Light", "Traffic Light"),
+        ("traffic light", "traffic_light", "traffic_light"),
+    ],
+)
+def test_a_class_is_seen_whatever_either_side_calls_it(
+    own: str, named: str, called: str, other: Callable[..., Path]
+) -> None:
+    protocol, said = protocol_of(DataPaths(other("c", rename(BASE[0], named))), (own, "else"), (own,))
+    assert protocol.groups["seen"] == (named,)
+    assert said[named] == (called,)
+    unseen, _ = protocol_of(DataPaths(other("d", rename(BASE[0], named))), (own, "else"), ("else",))
+    assert list(unseen.groups) == ["unseen"]
+
+
+def test_results_never_take_the_runs_own_place(
+    run: Path, other: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data set is called by its folder's name, however it is given."""
+    folder, before = other("somewhere"), {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    monkeypatch.chdir(folder / "annotations")
+    (one,) = transfer(TransferConfig(run=run, data=(Path(".."),), device="cpu"))
+    assert {file.parent for file in one.result.files} == {run / "transfer" / "somewhere"}
+    assert {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
+    with pytest.raises(HdovdError, match="/ has no name to keep results by"):
+        data_name(Path("/"))
 
 
 def test_federated_data_are_counted_so(other: Callable[..., Path]) -> None:
@@ -99,7 +133,7 @@ def test_federated_data_are_counted_so(other: Callable[..., Path]) -> None:
         for image in tree["images"]:
             image |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
 
-    protocol, _ = protocol_of(DataPaths(other("lvis", change)), BASE)
+    protocol, _ = protocol_of(DataPaths(other("lvis", change)), BASE, BASE)
     assert protocol.federated
     assert protocol.max_detections == (300,)
 

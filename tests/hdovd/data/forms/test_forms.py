@@ -170,6 +170,13 @@ def expected(split: str) -> dict[str, Any]:
     }
 
 
+def number_of(found: Split, name: str) -> int:
+    """The id of a picture in the file that a split was read from."""
+    images = json.loads(found.annotations.read_text())["images"]
+    (number,) = [image["id"] for image in images if Path(image["file_name"]).stem == name]
+    return int(number)
+
+
 def alike(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """Boxes to a thousandth of a pixel: YOLO's are of parts of a side."""
     return found.keys() == wanted.keys() and all(
@@ -297,11 +304,11 @@ def test_lvis_under_cocos_name_and_the_other_way_round(tmp_path: Path) -> None:
     write_coco(tmp_path / "coco")
     lvis, coco = (tmp_path / form / "annotations" for form in ("lvis", "coco"))
     shutil.copy(lvis / "lvis_v1_train.json", coco / "instances_train2017.json")
-    with pytest.raises(HdovdError, match=r"instances_train2017\.json is LVIS's .*expected not LVIS's.*--form"):
+    with pytest.raises(HdovdError, match=r"instances_train2017\.json is LVIS's .*read as not LVIS's.*--form"):
         load(tmp_path / "coco")
     shutil.copy(coco / "instances_val2017.json", lvis / "lvis_v1_val.json")
     with pytest.raises(
-        HdovdError, match=r"lvis_v1_val\.json is not LVIS's .*no neg_category_ids.*expected LVIS's.*--form"
+        HdovdError, match=r"lvis_v1_val\.json is not LVIS's .*no neg_category_ids.*read as LVIS's.*--form"
     ):
         load(tmp_path / "lvis", "val")
     given = {"images": tmp_path / "coco" / "val2017", "annotations": coco / "instances_val2017.json"}
@@ -356,8 +363,8 @@ def test_difficult_objects_are_ignored(tmp_path: Path) -> None:
     found = load(tmp_path)
     assert [kind for kind, *_ in boxes_of(found)["a1"][2]] == ["zebra"]
     tree = json.loads(found.annotations.read_text())
-    assert [(one["id"], one["iscrowd"]) for one in tree["annotations"]][:2] == [(1, 1), (2, 0)]
-    assert [one["id"] for one in tree["images"]] == [1, 2, 3]
+    assert [one["iscrowd"] for one in tree["annotations"]][:2] == [1, 0]
+    assert [Path(one["file_name"]).stem for one in tree["images"]] == ["a1", "b2", "c.3"]
 
 
 def test_no_validation_picture_of_voc_is_trained_on(tmp_path: Path) -> None:
@@ -386,7 +393,7 @@ def test_a_picture_of_voc_without_a_size_or_objects(tmp_path: Path) -> None:
     (tmp_path / "Annotations" / "b2.xml").write_text("<annotation/>")
     found = load(tmp_path)
     assert boxes_of(found)["a1"] == expected("train")["a1"]
-    assert found.empty == [2]
+    assert found.empty == [number_of(found, "b2")]
 
 
 @pytest.mark.parametrize(
@@ -489,7 +496,7 @@ def test_polygons_of_yolo_and_pictures_without_labels(tmp_path: Path) -> None:
     (tmp_path / "labels" / "train" / "b2.txt").unlink()
     found = load(tmp_path)
     assert boxes_of(found)["a1"][2] == [("cat", 16.0, 6.0, 48.0, 48.0)]
-    assert found.empty == [2]
+    assert found.empty == [number_of(found, "b2")]
 
 
 def test_a_box_of_yolo_that_sticks_out_by_rounding_is_cut(tmp_path: Path) -> None:
@@ -634,6 +641,35 @@ def test_annotations_that_changed_are_converted_again(tmp_path: Path, form: str,
         os.utime(tmp_path / file, ns=(1, 1))
     after = load(tmp_path).annotations
     assert (after != before, before.is_file()) == (True, True)
+
+
+@pytest.mark.parametrize("form", ["voc", "yolo"])
+def test_a_picture_keeps_its_number_when_others_go(tmp_path: Path, form: str) -> None:
+    """Proposals, captions and cached rows are of numbers."""
+    {"voc": write_voc, "yolo": write_yolo}[form](tmp_path)
+    before = {image.file_name: image for image in load(tmp_path).images}
+    first, *_, last = sorted(before)
+    if form == "voc":
+        write_list(tmp_path, "train", [Path(name).stem for name in before if name != first])
+    else:
+        (tmp_path / first).unlink()
+    after = {image.file_name: image for image in load(tmp_path).images}
+    assert after.keys() == before.keys() - {first}
+    for name, image in after.items():
+        assert image.id == before[name].id
+        assert image.annotation_ids.tolist() == before[name].annotation_ids.tolist()
+    assert after[last].id < 2**53
+
+
+def test_validation_that_cannot_be_converted_is_told_and_training_goes_on(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text((tmp_path / "data.yaml").read_text().replace("images/val", "images/gone"))
+    given = {"data": tmp_path, "val_images": None, "val_annotations": None, "form": "auto"}
+    lines = list[str]()
+    with lines_to(lines.append):
+        assert validation_of(given) is None
+    assert any("note: val2017 cannot be used: " in line and "images/gone" in line for line in lines)
+    assert load(tmp_path).images
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
