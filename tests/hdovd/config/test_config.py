@@ -32,7 +32,6 @@ def test_the_ov_lvis_recipes_are_those_of_ov_coco_but_for_what_they_say(detector
     )
     assert {key: value for key, value in lvis.items() if value != coco[key]} == {
         "input.train_short_sides": [640, 672, 704, 736, 768, 800],
-        "loss.class.federated": True,
         "inference.score_threshold": 0.001 if detector == "faster-rcnn" else 0.0001,
         "inference.detections_per_image": 300,
         "train.epochs": 24,
