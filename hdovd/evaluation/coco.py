@@ -12,7 +12,7 @@ import contextlib
 import io
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +169,10 @@ class GroundTruth:
                 f"detections for images that the ground truth does not hold: {shorten(sorted(strange))}; "
                 "were they made for another split?"
             )
-        arrays = found_of(detections, self.coco_ids)
         if self.protocol.federated:
-            within = counted(arrays, self.objects, max(self.protocol.max_detections))
+            most = max(self.protocol.max_detections)
+            within = counted(found_of(detections, self.coco_ids), self.objects, most)
             detections = [detections[row] for row in np.flatnonzero(within).tolist()]
-            arrays = replace(arrays, **{name: getattr(arrays, name)[within] for name in Found.__slots__})
         found = self._indexed(
             [
                 {
@@ -188,24 +187,19 @@ class GroundTruth:
                 for number, d in enumerate(detections, start=1)
             ]
         )
-        if self.protocol.federated:
-            precision = np.concatenate(
-                [
-                    self._precision(found, self._images_of(label, arrays), [coco_id])
-                    for label, coco_id in enumerate(self.coco_ids)
-                ],
-                axis=2,
-            )
-        else:
-            precision = self._precision(found, sorted(self._image_ids), self.coco_ids)
+        parts = self._by_class(detections) if self.protocol.federated else [(sorted(self._image_ids), self.coco_ids)]
+        precision = np.concatenate([self._precision(found, *part) for part in parts], axis=2)
         precision = np.where(precision < 0, np.nan, precision)
         return AveragePrecision(self.protocol, precision[0].mean(axis=0) * 100, precision.mean(axis=(0, 1)) * 100)
 
-    def _images_of(self, label: int, found: Found) -> list[int]:
-        """The images with an object of a class or a detection of it, or one at least: engines want one."""
-        ids = [part.image_ids[part.labels == label] for part in (self.objects, found)]
-        own: list[int] = np.unique(np.concatenate(ids)).tolist()
-        return own or [min(self._image_ids)]
+    def _by_class(self, detections: list[dict[str, Any]]) -> list[tuple[list[int], tuple[int, ...]]]:
+        """The images with an object of a class or a detection of it, of each class; one at least: engines want one."""
+        images: dict[int, set[int]] = {coco_id: set() for coco_id in self.coco_ids}
+        for image_id, label in zip(self.objects.image_ids.tolist(), self.objects.labels.tolist(), strict=True):
+            images[self.coco_ids[label]].add(image_id)
+        for d in detections:
+            images[d["category_id"]].add(d["image_id"])
+        return [(sorted(own) or [min(self._image_ids)], (coco_id,)) for coco_id, own in images.items()]
 
     def _precision(self, found: Any, image_ids: list[int], coco_ids: Sequence[int]) -> np.ndarray:
         """COCOeval's precision of these images and classes, (IoU, recall, class): -1 without ground truth."""
