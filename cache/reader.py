@@ -1,6 +1,6 @@
 """Reading a set of products: small tables in memory, instance embeddings mapped. What `hdovd train` sees of a cache."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.product import Product
 from hdovd.cache.rows import Rows, open_rows
-from hdovd.cache.schema import DEFAULT_SET, STORED_NORM_TOLERANCE, TABLES, Level, Source, row_arrays
+from hdovd.cache.schema import DEFAULT_SET, PART_ROWS, STORED_NORM_TOLERANCE, TABLES, Level, Source, row_arrays
 from hdovd.core.errors import HdovdError
 
 
@@ -249,6 +249,22 @@ class FeatureCache:
                 row_arrays(Level.PSEUDO_LABEL, self._products[Level.PSEUDO_LABEL].dim), Level.PSEUDO_LABEL
             )
         return tables
+
+    def blocks(self, size: int) -> Iterator[tuple[int, InstanceRows]]:
+        """All instance rows in order, `size` at a time, each after the number of its first. What is mapped counts as
+        memory of this process for a part's rows at most.
+        """
+        rows, count = self._row_array(Level.INSTANCE, "embedding"), len(self._table(Level.BOXES, "box"))
+        for start in range(0, count, size):
+            if start % PART_ROWS < size:
+                rows.release()
+            yield start, self.rows_between(start, min(start + size, count))
+
+    def place_of(self, row: int) -> tuple[int, int]:
+        """The image of an instance row, and the row's number within that image."""
+        offset = self._table(Level.BOXES, "offset")
+        image = int(np.searchsorted(offset, row, "right")) - 1
+        return int(self.image_ids()[image]), row - int(offset[image])
 
     def image_ids(self) -> np.ndarray:
         """(N,) int64, the images that have rows, in row order."""
