@@ -270,6 +270,11 @@ class FeatureCache:
         """(N,) int64, the images that have rows, in row order."""
         return self._table(Level.BOXES, "image_id")
 
+    def image_size(self, image_id: int) -> tuple[int, int]:
+        """Width and height of the original image, pixels."""
+        width, height = self._table(Level.BOXES, "image_size")[self._row(Level.BOXES, image_id)].tolist()
+        return width, height
+
     def row_images(self) -> np.ndarray:
         """(M,) int64, the image of every instance row."""
         return np.repeat(self.image_ids(), np.diff(self._table(Level.BOXES, "offset")))
