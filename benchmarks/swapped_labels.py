@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from arguments import workplace
 
+from hdovd.cache.reader import FeatureCache
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.search.config import SearchConfig
-from hdovd.pipelines.search.search import Searched, search
+from hdovd.pipelines.search.search import search
 
 
 def swapped(demo: Path, out: Path, share: float, seed: int) -> set[int]:
@@ -43,7 +44,7 @@ def precision(demo: Path, annotations: Path, wrong: set[int]) -> float:
     """The share of swapped ones among the len(wrong) most suspicious boxes."""
     data = DataPaths(annotations=annotations)
     config = SearchConfig(cache=demo / "cache", data=data, suspicious=True, count=len(wrong))
-    cache = Searched.open(config).cache
+    cache = FeatureCache(demo / "cache")
     found = [int(cache.instances(hit.image_id).annotation_id[hit.row or 0]) for hit in search(config)]
     return len(wrong & set(found)) / len(wrong)
 
@@ -57,9 +58,8 @@ def main() -> None:
     with workplace() as place:
         for seed in range(asked.draws):
             wrong = swapped(asked.demo, place / "instances.json", asked.share, seed)
-            print(
-                f"draw {seed}: {len(wrong)} labels swapped, precision {precision(asked.demo, place / 'instances.json', wrong):.3f}"
-            )
+            found = precision(asked.demo, place / "instances.json", wrong)
+            print(f"draw {seed}: {len(wrong)} labels swapped, precision {found:.3f}")
 
 
 if __name__ == "__main__":

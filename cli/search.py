@@ -1,6 +1,7 @@
 """`hdovd search`."""
 
 import json
+from dataclasses import asdict
 
 import typer
 
@@ -18,5 +19,5 @@ def search(config: SearchConfig) -> None:
     from hdovd.pipelines.search.search import search_lines
 
     hits = run(config)
-    lines = [json.dumps([hit.values() for hit in hits], indent=1)] if config.json_ else search_lines(hits, config)
+    lines = [json.dumps([asdict(hit) for hit in hits], indent=1)] if config.json_ else search_lines(hits, config)
     typer.echo("\n".join(lines))

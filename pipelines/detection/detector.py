@@ -166,7 +166,9 @@ def load_same_clip(
 
 
 def require_tokenizer(clip: Teacher, inputs: KeyInputs, called: str, whose: str) -> None:
-    """Raises HdovdError if the CLIP gives other tokens for the names of a class level than `inputs`, what made it, say."""
+    """Raises HdovdError if the CLIP gives other tokens for the names of a class level than `inputs`, what made it,
+    say.
+    """
     if inputs.get("names") and {"tokens", "templates"} <= inputs.keys():
         synonyms = inputs.get("synonyms", {})
         asked = [tuple(synonyms[row]) if row in synonyms else row for row in inputs["names"]]

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
@@ -24,23 +25,9 @@ class Duplicates(StrEnum):
 
 
 def weighted(text: str) -> tuple[str, float]:
-    """A part of a query and its weight: `red umbrella=2` is the text "red umbrella" with weight 2; 1 if none is given.
-    Raises HdovdError for a weight of 0.
-    """
+    """A part of a query and its weight: `red umbrella=2` is "red umbrella" with weight 2; without a weight 1."""
     found = re.fullmatch(r"(.+)=(\d+(?:\.\d+)?)", text, re.DOTALL)
-    if found is None:
-        return text, 1.0
-    if not float(found[2]):
-        raise HdovdError(f"{text}: a weight of 0 leaves it out; give a number above 0")
-    return found[1], float(found[2])
-
-
-def row_asked(text: str) -> tuple[int, int]:
-    """The image id and the row of `--like IMAGE_ID:ROW`. Raises HdovdError."""
-    found = re.fullmatch(r"(-?\d+):(\d+)", text)
-    if found is None:
-        raise HdovdError(f"--like {text}: expected IMAGE_ID:ROW, as the table of a search prints it, such as 139:0")
-    return int(found[1]), int(found[2])
+    return (text, 1.0) if found is None else (found[1], float(found[2]))
 
 
 def _box(text: str) -> Box:
@@ -88,8 +75,8 @@ class SearchConfig(CacheSource):
     class_: Annotated[str | None, Option("Base boxes of this class alone.")] = None
     min_side: Annotated[float, Option("Boxes with a shorter side of so many pixels alone.", min=0)] = 0.0
     score: Annotated[
-        float | None, Option("Boxes with a score of at least this alone: of proposals; base boxes have 1.")
-    ] = None
+        float, Option("Boxes with a score of at least this alone: of proposals; base boxes have 1.")
+    ] = -inf
     least: Annotated[float, Option("The cosine from which on two are near-duplicates.", min=-1, max=1)] = 0.95
     count: Annotated[int, Option("How many are listed.", min=1, flags=("--count", "-k"))] = 20
     json_: Annotated[bool, Option("Print a JSON list instead of the table.")] = False
@@ -104,34 +91,23 @@ class SearchConfig(CacheSource):
     device: Device = "auto"
 
     def __post_init__(self) -> None:
-        asked = [self.is_query, self.duplicates is not None, self.suspicious, self.untypical is not None]
-        if sum(asked) != 1:
+        if sum((self.is_query, self.duplicates is not None, self.suspicious, self.untypical is not None)) != 1:
             raise HdovdError(
                 "expected one question: what to search for (words, --image, --like, --embeddings), or --duplicates, "
                 "--suspicious or --untypical CLASS"
             )
-        if self.not_ and not self.is_query:
-            raise HdovdError("--not is unlike a query: give one (words, --image, --like, --embeddings)")
         if self.box is not None and len(self.image) != 1:
             raise HdovdError("--box is a box of --image: give one --image with it")
-        if self.pretrained is not None and self.clip is None:
-            raise HdovdError("--pretrained goes with --clip")
-        for text in self.queries + self.not_:
-            if not weighted(text)[0].strip():
-                raise HdovdError("a query of no words: give some, such as a red umbrella")
-        for text in self.like:
-            row_asked(weighted(text)[0])
 
     @property
     def is_query(self) -> bool:
-        """Whether it is asked for what is like something."""
-        return bool(self.queries or self.image or self.like or self.embeddings)
+        """Whether it is asked for what is like, or unlike, something."""
+        return bool(self.queries or self.image or self.like or self.embeddings or self.not_)
 
     @property
-    def needs_data(self) -> bool:
-        """Whether the annotations are read: of the question, or since they were named."""
-        asked = self.suspicious or self.untypical is not None or self.class_ is not None or self.out is not None
-        return asked or self.data is not None
+    def of_class(self) -> str | None:
+        """The base class whose boxes alone are asked for."""
+        return self.untypical or self.class_
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
@@ -139,5 +115,3 @@ class SearchConfig(CacheSource):
             raise HdovdError(f"--out {self.out}: expected a name that ends in .html")
         CacheSource.check(self)
         require_files(embeddings=self.embeddings)
-        for text in self.image:
-            require_files(image=Path(weighted(text)[0]))

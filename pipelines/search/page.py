@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
@@ -25,19 +25,16 @@ def write_page(file: Path, title: str, hits: Sequence[Hit], split: Split) -> Non
     """Write the hits with their crops. A picture that cannot be read is said in its place."""
     images, pictures, cards = {image.id: image for image in split.images}, dict[int, dict[str, Any]](), []
     for hit in hits:
-        image, card = images[hit.image_id], {"hit": hit, "crop": "", "problem": ""}
+        image, crop, problem = images[hit.image_id], "", ""
         try:
             picture = read_image(split.path(image), image.width, image.height, exif=split.exif)
         except HdovdError as error:
-            card["problem"] = str(error)
+            problem = str(error)
         else:
             left, top, right, bottom = map(round, hit.box)
-            crop = picture.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
-            card["crop"] = _data(crop, CROP_SIDE)
-            if image.id not in pictures:
-                size = {"width": image.width, "height": image.height}
-                pictures[image.id] = {"data": _data(picture, PICTURE_SIDE), **size}
-        cards.append(card)
+            crop = _data(picture.crop((left, top, max(right, left + 1), max(bottom, top + 1))), CROP_SIDE)
+            pictures[image.id] = {"data": _data(picture, PICTURE_SIDE), "image": image}
+        cards.append({"hit": hit, "crop": crop, "problem": problem})
     context = {"title": title, "cards": cards, "pictures": pictures, "version": __version__}
     write_text(file, page("search.html", context))
     log(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB, one file that needs nothing else)")
@@ -45,6 +42,5 @@ def write_page(file: Path, title: str, hits: Sequence[Hit], split: Split) -> Non
 
 def _data(picture: Image.Image, side: int) -> str:
     """As data, reduced to `side` pixels at most."""
-    small = picture.copy()
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    small = ImageOps.contain(picture, (side, side)) if max(picture.size) > side else picture
     return picture_data(small, quality=82)

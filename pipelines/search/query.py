@@ -2,14 +2,14 @@
 rows of a file. D embedding size.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
 
 from hdovd.cache.reader import FeatureCache, normalised_rows
 from hdovd.cache.schema import Level
-from hdovd.core.errors import HdovdError, Unfit
-from hdovd.core.log import log
+from hdovd.core.errors import HdovdError, counted
 from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.common.images import decode
@@ -19,52 +19,43 @@ from hdovd.pipelines.embedding.crops import Cutter
 from hdovd.pipelines.embedding.embedders import Pictures
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, recipe_of
 from hdovd.pipelines.extraction.text import read_rows
-from hdovd.pipelines.search.config import Box, SearchConfig, row_asked, weighted
+from hdovd.pipelines.search.config import Box, SearchConfig, weighted
 from hdovd.pipelines.teachers.base import Teacher
+
+LEAST_NORM = 1e-6  # of the sum of a query's parts
 
 
 def query_of(config: SearchConfig, cache: FeatureCache) -> np.ndarray:
     """(D,) float32 of norm 1. Raises HdovdError for a part that cannot be had, and if the parts add up to nothing."""
-    total = np.zeros(cache.dim, np.float64)
+    parts = [(weight, _row_of_cache(cache, text)) for text, weight in map(weighted, config.like)]
     if config.embeddings is not None:
-        total += _rows_of_file(config.embeddings, cache.dim).sum(axis=0)
-    for text, weight in map(weighted, config.like):
-        total += weight * _row_of_cache(cache, *row_asked(text))
+        parts += [(1.0, row) for row in normalised_rows(np.atleast_2d(read_rows(config.embeddings)))]
     if config.queries or config.not_ or config.image:
         clip = _clip_of(config, cache)
-        for text, weight in map(weighted, config.queries):
-            total += weight * _embed_text(clip, cache, text)
-        for text, weight in map(weighted, config.not_):
-            total -= weight * _embed_text(clip, cache, text)
-        for text, weight in map(weighted, config.image):
-            total += weight * _embed_picture(clip, cache, Path(text), config.box)
-    if np.linalg.norm(total) < 1e-6:
-        raise HdovdError("the parts of the query cancel each other out: nothing is left to search for")
+        parts += [(weight, _embed_text(clip, cache, text)) for text, weight in map(weighted, config.queries)]
+        parts += [(-weight, _embed_text(clip, cache, text)) for text, weight in map(weighted, config.not_)]
+        for file, weight in map(weighted, config.image):
+            parts.append((weight, _embed_picture(clip, cache, Path(file), config.box)))
+    if other := [row.shape for _, row in parts if row.shape != (cache.dim,)]:
+        raise HdovdError(
+            f"a part of the query has shape {other[0]}, the set's embeddings have {cache.dim} values: the rows of "
+            "--embeddings, or --clip, are of another CLIP"
+        )
+    total = np.sum([weight * row for weight, row in parts], axis=0)
+    if not np.linalg.norm(total) >= LEAST_NORM:  # nor if it is no number
+        raise HdovdError("the parts of the query add up to nothing: they cancel each other out, or are no embeddings")
     return np.asarray(normalised_rows(total[None])[0])
 
 
-def _rows_of_file(file: Path, dim: int) -> np.ndarray:
-    """(n, D) float32 of norm 1. Raises HdovdError."""
-    try:
-        rows = read_rows(file)
-    except Unfit as unfit:
-        raise HdovdError(f"--embeddings: {unfit}") from unfit
-    rows = rows[None] if rows.ndim == 1 else rows
-    if rows.ndim != 2 or not len(rows) or rows.shape[1] != dim:
-        raise HdovdError(f"--embeddings {file} has shape {rows.shape}, expected (n, {dim}): rows of the set's CLIP")
-    if not (np.isfinite(rows).all() and rows.any(axis=1).all()):
-        raise HdovdError(f"--embeddings {file}: rows that are zero or not finite are no embeddings")
-    return normalised_rows(rows)
-
-
-def _row_of_cache(cache: FeatureCache, image_id: int, row: int) -> np.ndarray:
-    rows = cache.instance_embeddings(image_id)
-    if row >= len(rows):
-        there = f"rows 0 to {len(rows) - 1}" if len(rows) else "none"
-        raise HdovdError(f"--like {image_id}:{row}: image {image_id} has {there}")
-    if not rows[row].any():
-        why = cache.failed().get(image_id, "its picture was not read")
-        raise HdovdError(f"--like {image_id}:{row} has no embedding: {why}")
+def _row_of_cache(cache: FeatureCache, text: str) -> np.ndarray:
+    """(D,) float32 of norm 1, of IMAGE_ID:ROW. Raises HdovdError."""
+    found = re.fullmatch(r"(-?\d+):(\d+)", text)
+    if found is None:
+        raise HdovdError(f"--like {text}: expected IMAGE_ID:ROW, as the table of a search prints it, such as 139:0")
+    rows, row = cache.instance_embeddings(int(found[1])), int(found[2])
+    if row >= len(rows) or not rows[row].any():
+        why = cache.failed().get(int(found[1]), f"the image has {counted(len(rows), 'row')}, from 0 on")
+        raise HdovdError(f"--like {text}: there is no such row, or no embedding of it: {why}")
     return np.asarray(normalised_rows(rows[row : row + 1])[0])
 
 
@@ -85,8 +76,6 @@ def _clip_of(config: SearchConfig, cache: FeatureCache) -> Teacher:
         whose="set",
         without="search by --like or --embeddings",
     )
-    if clip.dim != cache.dim:
-        raise HdovdError(f"--clip {named[0]} embeds in {clip.dim} values, the set has {cache.dim}: it is not its CLIP")
     if identity and Level.CLASS in cache.levels():
         require_tokenizer(clip, cache.key_inputs(Level.CLASS), named[0], "set")
     return clip
@@ -98,8 +87,6 @@ def _embed_text(clip: Teacher, cache: FeatureCache, text: str) -> np.ndarray:
     templates = tuple(inputs.get("templates") or cache.set.made_from.get("templates") or DEFAULT_TEMPLATES)
     if clip.hash_prompts([text], ["{}"]) == clip.hash_prompts([""], ["{}"]):
         raise HdovdError(f"{text!r}: the tokenizer of the set's CLIP makes nothing of it; give other words")
-    for note in clip.prompt_notes([text], templates):
-        log(note)
     row: np.ndarray = clip.embed_names([text], templates)[0]
     return row
 
