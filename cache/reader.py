@@ -234,9 +234,11 @@ class FeatureCache:
         row, offset = self._row(Level.BOXES, image_id), self._table(Level.BOXES, "offset")
         return self.rows_between(int(offset[row]), int(offset[row + 1]))
 
-    def rows_between(self, start: int, stop: int) -> InstanceRows:
-        """Instance rows by their number in the product, with what is known of their boxes."""
-        embedding = self._row_array(Level.INSTANCE, "embedding").read(start, stop)
+    def rows_between(self, start: int, stop: int, *, copy: bool = True) -> InstanceRows:
+        """Instance rows by their number in the product, with what is known of their boxes. `copy`: as in `Rows.read`,
+        of embeddings.
+        """
+        embedding = self._row_array(Level.INSTANCE, "embedding").read(start, stop, copy=copy)
         known = {name: self._table(level, name)[start:stop] for name, level in self._box_tables.items()}
         return InstanceRows(embedding, **no_labels(len(embedding)) | known)
 
@@ -251,14 +253,14 @@ class FeatureCache:
         return tables
 
     def blocks(self, size: int) -> Iterator[tuple[int, InstanceRows]]:
-        """All instance rows in order, `size` at a time, each after the number of its first. What is mapped counts as
-        memory of this process for a part's rows at most.
+        """All instance rows in order, `size` at a time, each after the number of its first, to be read only. What is
+        mapped counts as memory of this process for a part's rows at most.
         """
         rows, count = self._row_array(Level.INSTANCE, "embedding"), len(self._table(Level.BOXES, "box"))
         for start in range(0, count, size):
             if start % PART_ROWS < size:
                 rows.release()
-            yield start, self.rows_between(start, min(start + size, count))
+            yield start, self.rows_between(start, min(start + size, count), copy=False)
 
     def place_of(self, row: int) -> tuple[int, int]:
         """The image of an instance row, and the row's number within that image."""

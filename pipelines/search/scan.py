@@ -3,6 +3,7 @@
 n rows of a block, Q queries, D embedding size.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,7 @@ def best_rows(cache: FeatureCache, queries: np.ndarray, count: int, value: Value
     """
     columns = torch.from_numpy(np.ascontiguousarray(queries.T, np.float32))
     best, wide = Best(count), torch.empty(BLOCK_ROWS, len(columns))
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing is written there
     for start, rows in cache.blocks(BLOCK_ROWS):
         block = wide[: len(rows.embedding)].copy_(torch.from_numpy(rows.embedding))
         cosines = block @ columns / torch.linalg.vector_norm(block, dim=1, keepdim=True)
