@@ -16,7 +16,7 @@ from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.charts import picture_data
 from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.common.pages import page
-from hdovd.pipelines.search.search import Hit
+from hdovd.pipelines.search.hit import Hit
 
 CROP_SIDE, PICTURE_SIDE = 200, 900  # pixels at most
 

@@ -17,37 +17,15 @@ from hdovd.core.log import log, quiet
 from hdovd.data.coco import Split
 from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.runs.listing import table_lines
-from hdovd.pipelines.search.config import Box, BoxSource, Duplicates, SearchConfig
+from hdovd.pipelines.search.config import BoxSource, Duplicates, SearchConfig
+from hdovd.pipelines.search.hit import Hit
+from hdovd.pipelines.search.page import write_page
 from hdovd.pipelines.search.query import query_of
 from hdovd.pipelines.search.scan import Choice, alike_pairs, best_rows, chosen_rows, mean_row
 
 NEAR_NAMES = 3
 HEAD = ("#", "cosine", "image:row", "source", "name", "score", "box: left, top, right, bottom", "other", "its cosine")
 NUMBERS = {"#", "cosine", "its cosine", "score"}
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """A box that was found. `row`: its number within its image, from 0; None: the picture itself. `box`: xyxy, pixels
-    of the original image. `name`: class or noun; empty if it has none, or the annotations were not read. `cosine`: with
-    the query, the text of its own class, the mean of its class, or `other`. `other`: the class that it speaks for, and
-    `other_cosine` with its text; or the other one of a pair, as `place`.
-    """
-
-    image_id: int
-    row: int | None
-    box: Box
-    source: str
-    name: str
-    score: float | None
-    cosine: float
-    other: str = ""
-    other_cosine: float | None = None
-
-    @property
-    def place(self) -> str:
-        """What `--like` takes; of a picture its id."""
-        return str(self.image_id) if self.row is None else f"{self.image_id}:{self.row}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +68,6 @@ def search(config: SearchConfig) -> list[Hit]:
             write_text(config.coco, json.dumps(results))
             log(f"wrote {config.coco}")
         if config.out is not None and searched.split is not None:
-            from hdovd.pipelines.search.page import write_page
-
             write_page(config.out, asked(config), hits, searched.split)
     return hits
 
