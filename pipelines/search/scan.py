@@ -12,12 +12,15 @@ import numpy as np
 import torch
 
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
+from hdovd.cache.schema import STORED_NORM_TOLERANCE
 from hdovd.core.errors import HdovdError, counted
 
 BLOCK_ROWS = 2_048  # as float32 they fit in a processor's cache
 MOST_COMPARED = 200_000  # rows that are compared each with each
 Choice = Callable[[InstanceRows], np.ndarray]  # rows -> (n,) bool, those that are asked for
-Value = Callable[[InstanceRows, np.ndarray], np.ndarray]  # rows, cosines (n, Q) -> (n,), what they are ranked by
+Value = Callable[
+    [InstanceRows, np.ndarray], np.ndarray
+]  # rows, cosines (n, Q) -> (n,), what they are ranked by; it scales with them
 
 
 @dataclass(slots=True)
@@ -28,10 +31,14 @@ class Best:
     values: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
+    @property
+    def enough(self) -> float:
+        """What a value has to exceed to be kept."""
+        return float(self.values[-1]) if len(self.values) == self.count else -np.inf
+
     def add(self, values: np.ndarray, rows: np.ndarray) -> None:
         """values (n,), rows (n,) or (n, 2). Values that are no numbers are left out."""
-        enough = self.values[-1] if len(self.values) == self.count else -np.inf
-        found = np.flatnonzero(values > enough)
+        found = np.flatnonzero(values > self.enough)
         if len(found):
             values = np.concatenate([self.values, values[found]])
             rows = np.concatenate([self.rows.reshape(-1, *rows.shape[1:]), rows[found]])
@@ -44,16 +51,21 @@ class Best:
 
 
 def best_rows(cache: FeatureCache, queries: np.ndarray, count: int, value: Value) -> Best:
-    """The rows with the largest `value` of their cosines with queries (Q, D) of norm 1. Cosines are not numbers where a
-    picture could not be read.
+    """The rows with the largest `value` of their cosines with queries (Q, D) of norm 1; none whose picture could not be
+    read.
+
+    Rows are stored rounded, so their norms are 1 but for STORED_NORM_TOLERANCE: `value` is asked with plain products,
+    and the norm is taken of those rows alone that may be among the best.
     """
     columns = torch.from_numpy(np.ascontiguousarray(queries.T, np.float32))
     best, wide = Best(count), torch.empty(BLOCK_ROWS, len(columns))
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing is written there
     for start, rows in cache.blocks(BLOCK_ROWS):
         block = wide[: len(rows.embedding)].copy_(torch.from_numpy(rows.embedding))
-        cosines = block @ columns / torch.linalg.vector_norm(block, dim=1, keepdim=True)
-        best.add(value(rows, cosines.numpy()), start + np.arange(len(block)))
+        found = value(rows, (block @ columns).numpy())
+        near = np.flatnonzero(found + 2 * STORED_NORM_TOLERANCE * np.abs(found) > best.enough)
+        norms = torch.linalg.vector_norm(block[torch.from_numpy(near)], dim=1)
+        best.add((torch.from_numpy(found[near]) / norms).numpy(), start + near)
     return best
 
 
