@@ -49,6 +49,8 @@ MISTAKES = (
     f"calibrate --cache {NO}",
     f"eval {NO} --data {{data}}",
     "eval {data} --data {data} --workers many",
+    f"search {NO} umbrella",
+    "search c",
     f"detect {NO} a.jpg --out {{out}}",
     f"export {NO} --out {{out}}.onnx",
     f"import-checkpoint {NO} --out {{out}} --detector adamixer",

@@ -1,6 +1,6 @@
 """Reading a set of products: small tables in memory, instance embeddings mapped. What `hdovd train` sees of a cache."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.product import Product
 from hdovd.cache.rows import Rows, open_rows
-from hdovd.cache.schema import DEFAULT_SET, STORED_NORM_TOLERANCE, TABLES, Level, Source, row_arrays
+from hdovd.cache.schema import DEFAULT_SET, PART_ROWS, STORED_NORM_TOLERANCE, TABLES, Level, Source, row_arrays
 from hdovd.core.errors import HdovdError
 
 
@@ -234,9 +234,11 @@ class FeatureCache:
         row, offset = self._row(Level.BOXES, image_id), self._table(Level.BOXES, "offset")
         return self.rows_between(int(offset[row]), int(offset[row + 1]))
 
-    def rows_between(self, start: int, stop: int) -> InstanceRows:
-        """Instance rows by their number in the product, with what is known of their boxes."""
-        embedding = self._row_array(Level.INSTANCE, "embedding").read(start, stop)
+    def rows_between(self, start: int, stop: int, *, copy: bool = True) -> InstanceRows:
+        """Instance rows by their number in the product, with what is known of their boxes. `copy`: as in `Rows.read`,
+        of embeddings.
+        """
+        embedding = self._row_array(Level.INSTANCE, "embedding").read(start, stop, copy=copy)
         known = {name: self._table(level, name)[start:stop] for name, level in self._box_tables.items()}
         return InstanceRows(embedding, **no_labels(len(embedding)) | known)
 
@@ -250,9 +252,30 @@ class FeatureCache:
             )
         return tables
 
+    def blocks(self, size: int) -> Iterator[tuple[int, InstanceRows]]:
+        """All instance rows in order, `size` at a time, each after the number of its first, to be read only. What is
+        mapped counts as memory of this process for a part's rows at most.
+        """
+        rows, count = self._row_array(Level.INSTANCE, "embedding"), len(self._table(Level.BOXES, "box"))
+        for start in range(0, count, size):
+            if start % PART_ROWS < size:
+                rows.release()
+            yield start, self.rows_between(start, min(start + size, count), copy=False)
+
+    def place_of(self, row: int) -> tuple[int, int]:
+        """The image of an instance row, and the row's number within that image."""
+        offset = self._table(Level.BOXES, "offset")
+        image = int(np.searchsorted(offset, row, "right")) - 1
+        return int(self.image_ids()[image]), row - int(offset[image])
+
     def image_ids(self) -> np.ndarray:
         """(N,) int64, the images that have rows, in row order."""
         return self._table(Level.BOXES, "image_id")
+
+    def image_size(self, image_id: int) -> tuple[int, int]:
+        """Width and height of the original image, pixels."""
+        width, height = self._table(Level.BOXES, "image_size")[self._row(Level.BOXES, image_id)].tolist()
+        return width, height
 
     def row_images(self) -> np.ndarray:
         """(M,) int64, the image of every instance row."""

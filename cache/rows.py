@@ -63,8 +63,11 @@ class Rows(ABC):
         return False
 
     @abstractmethod
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """A copy of rows start to stop."""
+    def read(self, start: int, stop: int, *, copy: bool = True) -> np.ndarray:
+        """Rows start to stop: a copy, or without `copy` what is mapped itself where it can be, to be read only."""
+
+    def release(self) -> None:  # noqa: B027
+        """Let go of the memory that read rows take, where the system can give them again without a copy."""
 
     def _require_sound(self, part: int) -> None:
         """Raises HdovdError if a part is not what was written. It is read whole for that, once, by one process for all
@@ -127,7 +130,7 @@ class MappedRows(Rows):
         self._no_rows = np.zeros((0, *array.shape[1:]), array.dtype)
         self._ahead = READS_AHEAD  # reads that are still to be asked for ahead
 
-    def read(self, start: int, stop: int) -> np.ndarray:
+    def read(self, start: int, stop: int, *, copy: bool = True) -> np.ndarray:
         part, first = divmod(start, self._part_rows)
         last = first + stop - start
         if not first < last <= self._part_rows:
@@ -136,12 +139,17 @@ class MappedRows(Rows):
         if self._ahead:
             self._ask_for(part, first, last)
         since = perf_counter()
-        rows = self._shards[part][1][first:last].copy()
+        rows = self._shards[part][1][first:last]
+        rows = rows.copy() if copy else rows
         if perf_counter() - since > SLOW_READ_S:
             self._ahead = READS_AHEAD
         elif self._ahead:
             self._ahead -= 1
         return rows
+
+    def release(self) -> None:
+        for file, _ in self._shards.values():
+            file.madvise(mmap.MADV_DONTNEED)
 
     def _read_across(self, start: int, stop: int) -> np.ndarray:
         """Rows of several parts, or none."""
@@ -190,7 +198,7 @@ class ZarrRows(Rows):
         """True if there are more chunks than are kept."""
         return -(-int(self._array.shape[0]) // self._chunk) > self._most
 
-    def read(self, start: int, stop: int) -> np.ndarray:
+    def read(self, start: int, stop: int, *, copy: bool = True) -> np.ndarray:
         first, last = start // self._chunk, max(start, stop - 1) // self._chunk
         if first == last:
             return self._decoded(first)[start - first * self._chunk : stop - first * self._chunk].copy()

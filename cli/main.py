@@ -40,9 +40,11 @@ def new_app(cls: type[TyperGroup] = Group, **settings: Any) -> typer.Typer:
 
 class LazyGroup(Group):
     """A group of commands that stand in files of their names. `table`: the first paragraph of each one's help, by
-    name."""
+    name. `groups`: those that are groups themselves, which stand in the folder `groups`.
+    """
 
     table: ClassVar[dict[str, str]]
+    groups: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -57,7 +59,7 @@ class LazyGroup(Group):
         if cmd_name not in self.table:
             return None
         word = cmd_name.replace("-", "_")
-        module = import_module(f"hdovd.cli.{word}")
+        module = import_module(f"hdovd.cli.{'groups.' * (cmd_name in self.groups)}{word}")
         app = getattr(module, "app", None)
         if app is None:  # a single command
             app = new_app()
@@ -68,6 +70,7 @@ class LazyGroup(Group):
 
 
 class _Commands(LazyGroup):
+    groups = frozenset({"cache", "runs", "proposals", "bench"})
     table: ClassVar[dict[str, str]] = {  # the first paragraph of each command's help; the rest stands in its file
         "demo": "Run the main job on a small drawn world: propose, extract-clip, train (base-only and distilled), "
         "eval, report.",
@@ -81,6 +84,8 @@ class _Commands(LazyGroup):
         "train": "Train a detector from the cache; CLIP is not needed. --set overrides any value of the recipe.",
         "eval": "Detect on the validation images and print OV-COCO AP: novel, base, all, and split-blind beside it.",
         "transfer": "Evaluate a run on data sets that it was not trained on, by their class names: a table of AP.",
+        "search": "Find the boxes of a cache that are most like words, pictures or other boxes; or near-duplicates and "
+        "doubtful labels.",
         "detect": "Find anything that has a name in any pictures.",
         "export": "Write the detector to one file for other programs: picture and class embeddings in, detections out.",
         "import-checkpoint": "Make a run folder of the authors' published weights, for eval, detect, export and "

@@ -41,6 +41,7 @@ ORDER = [
         "pipelines.proposals",
         "pipelines.relabelling",
         "pipelines.detection",
+        "pipelines.search",
         "pipelines.transfer",
         "pipelines.export",
         "pipelines.ablation",
@@ -50,6 +51,7 @@ ORDER = [
         "pipelines.forecast",
         "pipelines.demo",
         "cli",
+        "cli.groups",
     )
 ] + ["hdovd"]
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -40,6 +41,9 @@ from hdovd.pipelines.runs.folder import RunFolder, Weights
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.base import Teacher
 from hdovd.pipelines.teachers.prompts import Name, check_templates, folded, said
+
+if TYPE_CHECKING:
+    from hdovd.pipelines.teachers.openclip import ClipTeacher
 
 ClipName = tuple[str, str | None]  # name and tag, as `openclip.load_clip` takes them
 
@@ -115,6 +119,67 @@ def clip_of_cache(run: RunFolder, key: str) -> ClipName:
     )
 
 
+def load_same_clip(
+    clip: ClipName, identity: KeyInputs, device: torch.device, *, given: bool, whose: str, without: str
+) -> "ClipTeacher":
+    """The CLIP that made embeddings, in the precision of then.
+
+    Args:
+        identity: what is known of that CLIP; empty if nothing is, which is told.
+        given: whether the user said where it lies. whose: "run" or "set", for errors; without: the option that needs no
+            CLIP.
+
+    Raises HdovdError if it cannot be had, or is another one.
+    """
+    name, pretrained = clip
+    called = name if pretrained is None else f"{name} with {pretrained}"
+    precision = Precision.of(identity.get("compute_dtype")) or Precision.FP32
+    if precision is Precision.FP16 and device.type == "cpu":
+        raise HdovdError(
+            f"the {whose}'s CLIP was computed in float16, which needs a GPU: give --device cuda, or {without}"
+        )
+    from hdovd.pipelines.teachers.openclip import load_clip
+
+    try:
+        loaded = load_clip(
+            name,
+            pretrained,
+            device=str(device),
+            precision=precision,
+            activation=Activation(identity.get("activation", "auto")),
+        )
+    except HdovdError as error:
+        if given:
+            raise
+        raise HdovdError(
+            f"{error}\nThe {whose}'s cache says that its CLIP is this. If it lies elsewhere now, say where: --clip, "
+            f"--pretrained"
+        ) from error
+    if not identity:
+        log(
+            f"note: the {whose} does not know which CLIP its embeddings are of: that {called} is the same is taken on "
+            f"trust"
+        )
+    elif lines := differences(identity, loaded.identity, sides=(f"the {whose} has", f"{called} has")):
+        raise HdovdError(f"--clip {called} is not the CLIP of the {whose}:\n  " + "\n  ".join(lines))
+    return loaded
+
+
+def require_tokenizer(clip: Teacher, inputs: KeyInputs, called: str, whose: str) -> None:
+    """Raises HdovdError if the CLIP gives other tokens for the names of a class level than `inputs`, what made it,
+    say.
+    """
+    if inputs.get("names") and {"tokens", "templates"} <= inputs.keys():
+        synonyms = inputs.get("synonyms", {})
+        asked: list[Name] = [tuple(synonyms[row]) if row in synonyms else row for row in inputs["names"]]
+        ways = asked, [said(name) for name in asked]  # those of before have underscores in their prompts
+        if inputs["tokens"] not in [clip.hash_prompts(names, tuple(inputs["templates"])) for names in ways]:
+            raise HdovdError(
+                f"--clip {called} has another tokenizer than the {whose}'s CLIP had: it gives other tokens for the "
+                f"{whose}'s own classes"
+            )
+
+
 def load_text_tower(run: RunFolder, given: ClipName | None, device: torch.device) -> Teacher:
     """The run's CLIP, its image tower dropped: it can embed names and nothing else.
 
@@ -124,45 +189,13 @@ def load_text_tower(run: RunFolder, given: ClipName | None, device: torch.device
     inputs, key = class_level(run)
     identity = clip_identity(inputs)
     name, pretrained = given or clip_of_cache(run, key)
-    called = name if pretrained is None else f"{name} with {pretrained}"
-    precision = Precision.of(identity.get("compute_dtype")) or Precision.FP32
-    if precision is Precision.FP16 and device.type == "cpu":
-        raise HdovdError(
-            "the run's CLIP was computed in float16, which needs a GPU: give --device cuda, or --class-embeddings"
-        )
-    from hdovd.pipelines.teachers.openclip import load_clip
-
-    try:
-        clip = load_clip(
-            name,
-            pretrained,
-            device=str(device),
-            precision=precision,
-            activation=Activation(identity.get("activation", "auto")),
-        )
-    except HdovdError as error:
-        if given is not None:
-            raise
-        raise HdovdError(
-            f"{error}\nThe run's cache says that its CLIP is this. If it lies elsewhere now, say where: --clip, "
-            f"--pretrained"
-        ) from error
-    if not identity:
-        log(
-            f"note: the run does not know which CLIP its embeddings are of: that {called} is the same is taken on trust"
-        )
-    elif lines := differences(identity, clip.identity, sides=("the run has", f"{called} has")):
-        raise HdovdError(f"--clip {called} is not the CLIP of the run:\n  " + "\n  ".join(lines))
+    clip = load_same_clip(
+        (name, pretrained), identity, device, given=given is not None, whose="run", without="--class-embeddings"
+    )
     clip.model.visual = None  # the larger half of most
-    if identity and inputs.get("names") and {"tokens", "templates"} <= inputs.keys():
-        synonyms = inputs.get("synonyms", {})
-        asked: list[Name] = [tuple(synonyms[row]) if row in synonyms else row for row in inputs["names"]]
-        ways = asked, [said(name) for name in asked]  # runs of before have underscores in their prompts
-        if inputs["tokens"] not in [clip.hash_prompts(names, tuple(inputs["templates"])) for names in ways]:
-            raise HdovdError(
-                f"--clip {called} has another tokenizer than the run's CLIP had: it gives other tokens for the "
-                "run's own classes"
-            )
+    called = name if pretrained is None else f"{name} with {pretrained}"
+    if identity:
+        require_tokenizer(clip, inputs, called, "run")
     log(f"CLIP {called}: its text tower embeds names")
     return clip
 

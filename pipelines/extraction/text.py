@@ -122,7 +122,7 @@ def read_class_embeddings(
         raise HdovdError(f"{where}: no such file")
     require_readable(file)
     try:
-        rows = _read_rows(file)
+        rows = read_rows(file)
     except Unfit as unfit:
         raise HdovdError(f"--class-embeddings: {unfit}") from unfit
     if rows.ndim != 2 or len(rows) != len(names) or not rows.shape[1]:
@@ -144,7 +144,7 @@ def read_class_embeddings(
     return rows
 
 
-def _read_rows(file: Path) -> np.ndarray:
+def read_rows(file: Path) -> np.ndarray:
     """The one array of floating-point numbers that a file holds, as float32. Raises Unfit."""
     if file.suffix == ".npy":
         try:

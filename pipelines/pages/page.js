@@ -158,3 +158,10 @@ for (const gallery of all("[data-gallery]")) {
   score.addEventListener("input", apply);
   apply();
 }
+
+// --- dialogs: a button opens one; Escape, its own button and a click beside it close it ---
+for (const button of all("[data-opens]")) {
+  const dialog = document.getElementById(button.dataset.opens);
+  button.addEventListener("click", () => dialog.showModal());
+  dialog.addEventListener("click", event => { if (event.target === dialog) dialog.close(); });
+}

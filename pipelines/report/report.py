@@ -8,12 +8,8 @@ import os
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import jinja2
-from markupsafe import Markup
 
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log, quiet
@@ -22,34 +18,13 @@ from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import METRICS
 from hdovd.evaluation.groups import shown_groups
 from hdovd.pipelines.common.atomic_write import write_text
+from hdovd.pipelines.common.pages import page
 from hdovd.pipelines.evaluation.config import EvalConfig
 from hdovd.pipelines.evaluation.evaluate import evaluate
 from hdovd.pipelines.report import figures
 from hdovd.pipelines.report.config import REPORT_FILE, ReportConfig
 from hdovd.pipelines.report.runs import OneRun, data_of, open_runs, relations
 from hdovd.pipelines.runs.folder import RunFolder
-
-# Nothing is loaded from anywhere: style, script and pictures are in the page.
-CONTENT_POLICY = Markup(
-    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; img-src data:\">"
-)
-
-
-def page(template: str, context: dict[str, Any]) -> str:
-    """A template with `css` and `js`, what all pages have. What is not Markup is escaped: names may hold anything."""
-    folder = resources.files("hdovd").joinpath("pipelines", "pages")
-
-    def text(name: str) -> str:
-        return folder.joinpath(name).read_text(encoding="utf-8")
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False, loader=jinja2.FunctionLoader(text)
-    )
-    return environment.get_template(template).render(
-        policy=CONTENT_POLICY, **{end: Markup(text(f"page.{end}")) for end in ("css", "js")}, **context
-    )
-
 
 SECTIONS = (
     ("ap", "AP"),

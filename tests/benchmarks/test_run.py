@@ -19,7 +19,16 @@ from forked_group import ranks
 from hdovd.pipelines.forecast.extraction import make_world
 
 FOLDER = Path(run.__file__).parent
-NOT_RUN = {"run", "arguments", "memory_limit", "online_clip", "other_world", "scene_world", "lvis_world"}
+NOT_RUN = {
+    "run",
+    "arguments",
+    "memory_limit",
+    "online_clip",
+    "other_world",
+    "scene_world",
+    "lvis_world",
+    "swapped_labels",
+}
 
 
 @dataclass(frozen=True)

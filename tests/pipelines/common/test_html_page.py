@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from hdovd.pipelines.report.report import CONTENT_POLICY, page
+from hdovd.pipelines.common.pages import CONTENT_POLICY, page
 
 PAGES = resources.files("hdovd").joinpath("pipelines", "pages")
 

@@ -1,0 +1,23 @@
+"""`hdovd search`."""
+
+import json
+from dataclasses import asdict
+
+import typer
+
+from hdovd.cli.command import command
+from hdovd.pipelines.search.config import SearchConfig
+
+
+@command
+def search(config: SearchConfig) -> None:
+    """Several parts of a query add up, each with its weight: hdovd search CACHE "umbrella" "red=0.5" --not "rain".
+    Words and pictures are embedded by the set's own CLIP; --like and --embeddings need none. Every box is compared,
+    there is no index. The data are those of the extraction unless they are given. See docs/SEARCH.md.
+    """
+    from hdovd.pipelines.search.search import search as run
+    from hdovd.pipelines.search.search import search_lines
+
+    hits = run(config)
+    lines = [json.dumps([asdict(hit) for hit in hits], indent=1)] if config.json_ else search_lines(hits, config)
+    typer.echo("\n".join(lines))

@@ -1,0 +1,191 @@
+"""The answer of a search: hits, as a table, JSON, COCO results and a page; by a query, or of labels and duplicates.
+
+n rows of a block, K base classes.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+import numpy as np
+
+from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
+from hdovd.cache.schema import Level, Source
+from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.log import log, quiet
+from hdovd.data.coco import Split
+from hdovd.pipelines.common.atomic_write import write_text
+from hdovd.pipelines.runs.listing import table_lines
+from hdovd.pipelines.search.config import BoxSource, Duplicates, SearchConfig
+from hdovd.pipelines.search.hit import Hit
+from hdovd.pipelines.search.page import write_page
+from hdovd.pipelines.search.query import query_of
+from hdovd.pipelines.search.scan import Choice, alike_pairs, best_rows, chosen_rows, mean_row
+
+NEAR_NAMES = 3
+HEAD = ("#", "cosine", "image:row", "source", "name", "score", "box: left, top, right, bottom", "other", "its cosine")
+NUMBERS = {"#", "cosine", "its cosine", "score"}
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """A set that is open. Where the annotations were read: `split`, `names` (K) of its base classes, and `labels`, the
+    class of a base box by annotation id.
+    """
+
+    cache: FeatureCache
+    split: Split | None = None
+    names: tuple[str, ...] = ()
+    labels: dict[int, int] = field(default_factory=dict)
+
+    def labels_of(self, rows: InstanceRows) -> np.ndarray:
+        """(n,) int64, -1 for what is no base box, or has no annotation."""
+        return np.array([self.labels.get(number, -1) for number in rows.annotation_id.tolist()], np.int64)
+
+    def hit(self, row: int, cosine: float, other: str = "", other_cosine: float | None = None) -> Hit:
+        """A row, by its number in the set."""
+        rows, nouns = self.cache.rows_between(row, row + 1), self.cache.known_nouns()
+        label, noun = self.labels_of(rows)[0], rows.noun[0]
+        name = self.names[label] if label >= 0 else nouns[noun] if nouns and noun >= 0 else ""
+        kind = BoxSource.BASE if rows.source[0] == Source.BASE_BOX else BoxSource.PROPOSAL
+        box, score = tuple(rows.box[0].tolist()), float(rows.score[0])
+        return Hit(*self.cache.place_of(row), box, kind, name, score, cosine, other, other_cosine)
+
+
+def search(config: SearchConfig) -> list[Hit]:
+    """The hits, best first; pages and files that are asked for are written. Raises HdovdError."""
+    config.check()
+    with quiet(config.json_):
+        searched = _opened(config)
+        hits = _found(config, searched, _choice(config, searched))
+        if config.coco is not None:
+            boxes = [(hit, *hit.box) for hit in hits]
+            results = [
+                {"image_id": hit.image_id, "category_id": 1, "bbox": [x, y, x1 - x, y1 - y], "score": hit.cosine}
+                for hit, x, y, x1, y1 in boxes
+            ]
+            write_text(config.coco, json.dumps(results))
+            log(f"wrote {config.coco}")
+        if config.out is not None and searched.split is not None:
+            write_page(config.out, asked(config), hits, searched.split)
+    return hits
+
+
+def _opened(config: SearchConfig) -> Searched:
+    """Raises HdovdError for a set without rows of boxes, or whose data are needed and not there."""
+    cache = FeatureCache(config.cache, config.features)
+    cache.key(Level.INSTANCE)  # there is such a level
+    cache.require_together()
+    if not len(cache.row_images()):
+        raise HdovdError(f"{cache.url} has no boxes: its instance level is empty")
+    if not (config.suspicious or config.of_class or config.out or config.data):
+        return Searched(cache)
+    with quiet():  # the extraction said what it left out
+        split, protocol = config.load_for(cache)
+    pairs = (zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True) for image in split.images)
+    return Searched(cache, split, protocol.base, {number: label for image in pairs for number, label in image})
+
+
+def asked(config: SearchConfig) -> str:
+    """The question in a line."""
+    parts = [*config.queries, *config.image, *(f"like {text}" for text in config.like)]
+    parts += [*(f"not {text}" for text in config.not_), *map(str, filter(None, [config.embeddings]))]
+    parts += ["suspicious labels"] * config.suspicious + [f"untypical {config.untypical}"] * bool(config.untypical)
+    return ", ".join(parts) or f"near-duplicate {config.duplicates}"
+
+
+def _found(config: SearchConfig, searched: Searched, chosen: Choice) -> list[Hit]:
+    if config.duplicates is not None:
+        return _duplicates(config, searched, chosen)
+    if config.suspicious:
+        return _suspicious(config, searched, chosen)
+    sign = 1 if config.is_query else -1
+    query = query_of(config, searched.cache) if config.is_query else mean_row(searched.cache, chosen)
+    best = best_rows(
+        searched.cache,
+        normalised_rows(query[None]),
+        config.count,
+        lambda rows, cosines: np.where(chosen(rows), sign * cosines[:, 0], np.nan),
+    )
+    return [searched.hit(row, sign * value) for value, row in best.pairs()]
+
+
+def _suspicious(config: SearchConfig, searched: Searched, chosen: Choice) -> list[Hit]:
+    """Base boxes whose crop is more like the text of another base class than that of their own, by how much."""
+    texts, hits = normalised_rows(searched.cache.class_embeddings(searched.names)), list[Hit]()
+
+    def excess(rows: InstanceRows, cosines: np.ndarray) -> np.ndarray:
+        own, every = searched.labels_of(rows), np.arange(len(cosines))
+        mine = cosines[every, own]
+        cosines[every, own] = -np.inf
+        more = cosines.max(axis=1) - mine
+        return np.where(chosen(rows) & (own >= 0) & (more > 0), more, np.nan)
+
+    for _, row in best_rows(searched.cache, texts, config.count, excess).pairs():
+        rows = searched.cache.rows_between(row, row + 1)
+        cosines, own = texts @ normalised_rows(rows.embedding)[0], searched.labels_of(rows)[0]
+        other = int(cosines.argmax())
+        hits.append(searched.hit(row, float(cosines[own]), searched.names[other], float(cosines[other])))
+    return hits
+
+
+def _duplicates(config: SearchConfig, searched: Searched, chosen: Choice) -> list[Hit]:
+    """Pairs of pictures, or of boxes of two pictures."""
+    cache, hits = searched.cache, list[Hit]()
+    if config.duplicates is Duplicates.PICTURES:
+        ids = cache.image_ids()
+        rows = normalised_rows(np.stack([cache.image_embedding(image_id) for image_id in ids.tolist()]))
+        for cosine, pair in alike_pairs(rows, ids, config.count, config.least).pairs():
+            first, second = ids[pair].tolist()
+            box = (0.0, 0.0, *cache.image_size(first))
+            hits.append(Hit(first, None, box, "picture", "", None, cosine, str(second)))
+        return hits
+    numbers = chosen_rows(cache, chosen)
+    parts = [np.zeros((0, cache.dim)), *(cache.rows_between(row, row + 1).embedding for row in numbers.tolist())]
+    rows = normalised_rows(np.concatenate(parts))
+    for cosine, pair in alike_pairs(rows, cache.row_images()[numbers], config.count, config.least).pairs():
+        first, second = numbers[pair].tolist()
+        hits.append(searched.hit(first, cosine, searched.hit(second, cosine).place))
+    return hits
+
+
+def _choice(config: SearchConfig, searched: Searched) -> Choice:
+    """The filters, as one. Raises HdovdError for names that there are not."""
+    source = Source.BASE_BOX if config.source is BoxSource.BASE else Source.PROPOSAL
+    noun = -2 if config.noun is None else _number(config.noun, searched.cache.known_nouns(), "noun")
+    label = None if config.of_class is None else _number(config.of_class, searched.names, "base class")
+
+    def chosen(rows: InstanceRows) -> np.ndarray:
+        of_source, of_noun = rows.source == source, (rows.noun == noun) | (rows.top_noun == noun).any(axis=1)
+        sides, of_class = rows.box[:, 2:] - rows.box[:, :2], np.ones(len(rows.box), bool)
+        if label is not None:
+            of_class = searched.labels_of(rows) == label
+        enough = (sides.min(axis=1) >= config.min_side) & (rows.score >= config.score)
+        fit = enough & of_class & (of_source | (config.source is None)) & (of_noun | (config.noun is None))
+        return np.asarray(fit)
+
+    return chosen
+
+
+def _number(name: str, names: Sequence[str], what: str) -> int:
+    """The place of a name. Raises HdovdError naming those that are near."""
+    if name not in names:
+        near = get_close_matches(name, names, NEAR_NAMES, cutoff=0.3) or list(names)
+        raise HdovdError(
+            f"{name}: no {what} of this set; " + (f"the nearest: {shorten([*near])}" if near else "none is")
+        )
+    return list(names).index(name)
+
+
+def search_lines(hits: Sequence[Hit], config: SearchConfig) -> list[str]:
+    """The hits as a table for a terminal."""
+    rows = []
+    for number, hit in enumerate(hits, 1):
+        score, other = (f"{value:.3f}" if value is not None else "-" for value in (hit.score, hit.other_cosine))
+        box = ", ".join(f"{value:.0f}" for value in hit.box)
+        row = (f"{number}", f"{hit.cosine:.3f}", hit.place, hit.source, hit.name or "-", score, box, hit.other, other)
+        rows.append(row)
+    columns = len(HEAD) - (not config.suspicious) - (config.is_query or config.untypical is not None)
+    lines = table_lines(HEAD[:columns], [row[:columns] for row in rows], NUMBERS)
+    return lines if rows else [f"nothing found: {asked(config)}"]
