@@ -91,6 +91,18 @@ Init = Annotated[
 ]
 SaveMinutes = Annotated[float, Option("Minutes between two checkpoints within an epoch.", min=0)]
 Run = Annotated[Path, Option("The run folder that hdovd train wrote.", argument=True)]
+Examples = Annotated[
+    Path | None,
+    Option(
+        "Pictures of what to look for: a folder with a subfolder of crops for each class, called by the class's name; "
+        "or a COCO instances file, every box of which is an example."
+    ),
+]
+ExampleImages = Annotated[Path | None, Option("The image folder of a COCO file of --examples.")]
+DEFAULT_MIX = 0.25  # the best of 0.25, 0.5, 0.75 and 1 on base classes (docs/RESULTS.md)
+Mix = Annotated[
+    float, Option("How much examples count beside the name of their class: 0: the name alone; 1: examples alone.")
+]
 
 SET = Option("Override a value of the recipe: loss.image.enabled=false. Repeatable.", flags=("--set",))
 DATA: dict[str, tuple[Any, Any, Option]] = {
@@ -141,6 +153,16 @@ def validation_group(build: Callable[[dict[str, Any]], DataPaths | None]) -> Gro
 
 
 VALIDATION = validation_group(validation_of)
+
+
+def check_examples(examples: Path | None, images: Path | None, mix: float) -> None:
+    """Raises HdovdError for examples that are not there, and a share that is none."""
+    if not 0 <= mix <= 1:
+        raise HdovdError(f"--mix {mix:g}: expected a number from 0, the name alone, to 1, examples alone")
+    if examples is None and images is not None:
+        raise HdovdError("--example-images goes with --examples FILE.json")
+    if examples is not None and not examples.exists():
+        raise HdovdError(f"--examples {examples}: no such file or folder")
 
 
 def require_own_folder(out: Path, marker: str, what: str) -> bool:

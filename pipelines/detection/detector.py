@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,12 +35,18 @@ from hdovd.modeling.boxes import Detections, detect_batch
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.device import pick_device, placed
 from hdovd.pipelines.common.images import AnyPicture, Decoded, decode
+from hdovd.pipelines.common.options import DEFAULT_MIX, check_examples
 from hdovd.pipelines.common.precision import Precision, inference_autocast
+from hdovd.pipelines.detection.examples import Examples, Gap, Shown, embed_examples, read_examples
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
+from hdovd.pipelines.extraction.source import cache_of
 from hdovd.pipelines.runs.folder import RunFolder, Weights
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.base import Teacher
 from hdovd.pipelines.teachers.prompts import check_templates
+
+if TYPE_CHECKING:
+    from hdovd.pipelines.teachers.openclip import ClipTeacher
 
 ClipName = tuple[str, str | None]  # name and tag, as `openclip.load_clip` takes them
 
@@ -110,16 +117,23 @@ def clip_of_cache(run: RunFolder, key: str) -> ClipName:
         ):
             return str(features.made_from["clip"]), features.made_from.get("pretrained")
     raise HdovdError(
-        f"other names than the run's classes need its CLIP, and it is not known where that is: {why}. Give --clip "
-        f"(with --pretrained, as for hdovd extract-clip), or --class-embeddings"
+        f"other names than the run's classes, and examples, need its CLIP, and it is not known where that is: {why}. "
+        f"Give --clip (with --pretrained, as for hdovd extract-clip), or --class-embeddings"
     )
 
 
 def load_text_tower(run: RunFolder, given: ClipName | None, device: torch.device) -> Teacher:
-    """The run's CLIP, its image tower dropped: it can embed names and nothing else.
+    """`load_own_clip`, its image tower dropped: it can embed names and nothing else."""
+    clip = load_own_clip(run, given, device, "its text tower embeds names")
+    clip.model.visual = None  # the larger half of most
+    return clip
 
-    given: where it lies, instead of what the cache says. Raises HdovdError if it cannot be had, or is another one than
-    the run's.
+
+def load_own_clip(run: RunFolder, given: ClipName | None, device: torch.device, use: str) -> "ClipTeacher":
+    """The run's CLIP.
+
+    given: where it lies, instead of what the cache says. use: what for, in words. Raises HdovdError if it cannot be
+    had, or is another one than the run's.
     """
     inputs, key = class_level(run)
     identity = clip_identity(inputs)
@@ -153,7 +167,6 @@ def load_text_tower(run: RunFolder, given: ClipName | None, device: torch.device
         )
     elif lines := differences(identity, clip.identity, sides=("the run has", f"{called} has")):
         raise HdovdError(f"--clip {called} is not the CLIP of the run:\n  " + "\n  ".join(lines))
-    clip.model.visual = None  # the larger half of most
     if identity and inputs.get("names") and {"tokens", "templates"} <= inputs.keys():
         synonyms = inputs.get("synonyms", {})
         asked = [tuple(synonyms[row]) if row in synonyms else row for row in inputs["names"]]
@@ -162,7 +175,7 @@ def load_text_tower(run: RunFolder, given: ClipName | None, device: torch.device
                 f"--clip {called} has another tokenizer than the run's CLIP had: it gives other tokens for the "
                 "run's own classes"
             )
-    log(f"CLIP {called}: its text tower embeds names")
+    log(f"CLIP {called}: {use}")
     return clip
 
 
@@ -206,6 +219,17 @@ class NameEmbedder:
             return self.own_rows(names)
         others = self._others(names, strange)
         return torch.stack([others[name] if name in others else self.own_rows([name])[0] for name in names])
+
+    def embed_examples(self, examples: Examples, mix: float = DEFAULT_MIX) -> Tensor:
+        """(K, D) float32, L2-normalised: `mix` times the rows of examples, moved among the texts, and (1 - mix) times
+        those of their names. Raises HdovdError if the run's cache or its CLIP cannot be had, or a class has no readable
+        crop.
+        """
+        cache = cache_of(self._run)
+        self._clip = load_own_clip(self._run, self._given, self._device, "it embeds examples")
+        gap = Gap.of(cache, self.own_rows(self._run.protocol().base))
+        rows = gap.moved(embed_examples(examples, self._clip, cache))
+        return rows if mix == 1 else F.normalize(mix * rows + (1 - mix) * self.embed(examples.names), dim=1)
 
     def own_rows(self, names: Sequence[str]) -> Tensor:
         """(K, D) float32, as the run has them, of classes of its protocol."""
@@ -356,6 +380,36 @@ class Detector:
         self.names, self._split_blind = asked, split_blind
         self.is_novel = torch.tensor([name not in base for name in folded], device=self.device)
         return self
+
+    def set_examples(
+        self,
+        examples: Shown,
+        *,
+        images: Path | None = None,
+        names: Sequence[str] = (),
+        mix: float = DEFAULT_MIX,
+        split_blind: bool = False,
+        alone: bool = False,
+    ) -> "Detector":
+        """What to look for, by example; returns the detector itself. The run's cache and its CLIP are needed.
+
+        Args:
+            examples: pictures by the name of their class, `{"umbrella": ["a.jpg", picture]}`; a folder with a subfolder
+                of crops a class; or a COCO instances file, with `images`, its image folder.
+            names: other classes to look for too, by their names alone; those that have examples may be among them.
+            mix: 0: names alone; 1: examples alone. split_blind, alone: as for `set_classes`.
+
+        Raises HdovdError as `set_classes`, and for examples that cannot be used.
+        """
+        check_examples(None, None, mix)
+        shown = read_examples(examples, images)
+        rows = dict(zip(map(str.casefold, shown.names), self.embedder.embed_examples(shown, mix), strict=True))
+        asked = [" ".join(name.split()) for name in names]
+        asked += [name for name in shown.names if name.casefold() not in map(str.casefold, asked)]
+        others = [name for name in asked if name.casefold() not in rows]
+        rows |= dict(zip(map(str.casefold, others), self.embedder.embed(others), strict=True)) if others else {}
+        embeddings = torch.stack([rows[name.casefold()] for name in asked])
+        return self.set_classes(asked, embeddings=embeddings, split_blind=split_blind, alone=alone)
 
     def _fitting(self, embeddings: Tensor | np.ndarray, names: tuple[str, ...]) -> Tensor:
         """Normalised, and rounded to float16 as a cache would. Raises HdovdError."""
