@@ -161,8 +161,14 @@ def check_examples(examples: Path | None, images: Path | None, mix: float) -> No
         raise HdovdError(f"--mix {mix:g}: expected a number from 0, the name alone, to 1, examples alone")
     if examples is None and images is not None:
         raise HdovdError("--example-images goes with --examples FILE.json")
-    if examples is not None and not examples.exists():
+    if examples is None:
+        return
+    if not examples.exists():
         raise HdovdError(f"--examples {examples}: no such file or folder")
+    if examples.is_dir() and images is not None:
+        raise HdovdError(f"--examples {examples} is a folder of crops: --example-images goes with a COCO file")
+    if examples.is_file() and examples.suffix != ".json":
+        raise HdovdError(f"--examples {examples}: expected a folder of crops, or a COCO instances file, FILE.json")
 
 
 def require_own_folder(out: Path, marker: str, what: str) -> bool:

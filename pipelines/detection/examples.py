@@ -75,7 +75,8 @@ def read_examples(source: Shown, images: Path | None = None) -> Examples:
         nowhere = source / ".none"  # that results go to
         return _of_pictures({one.name: [f.path for f in find_pictures([str(one)], None, nowhere)] for one in folders})
     if images is None or not images.is_dir():
-        raise HdovdError(f"--examples {source}: the folder of its pictures is not there: give it with --example-images")
+        where = "give their folder" if images is None else f"{images} is no folder: give theirs"
+        raise HdovdError(f"--examples {source}: its boxes are of pictures: {where} with --example-images")
     return _of_annotations(source, images)
 
 

@@ -71,7 +71,8 @@ def test_boxes_of_the_training_pictures_have_the_rows_of_the_cache(
             rows[names[number]].append(row.astype(np.float32))
     gap = Gap.of(reader, embedder.own_rows(protocol.base))
     found = _alone(embedder, world / "annotations" / "instances_train2017.json", world / "train2017")
-    assert {*protocol.base} & {*found} and {*protocol.novel} & {*found}
+    assert {*protocol.base} & {*found}
+    assert {*protocol.novel} & {*found}
     for name in {*protocol.base} & {*found}:
         expected = gap.moved(normalize(torch.from_numpy(np.stack(rows[name])).mean(dim=0, keepdim=True), dim=1))[0]
         assert torch.allclose(found[name], expected, atol=2e-3), name
@@ -135,7 +136,8 @@ def test_unreadable_crops_are_told_and_a_class_without_any_is_refused(embedder: 
     assert torch.allclose(found["star"], expected["star"], atol=1e-6)
     line = next(line for line in told if "could not be read" in line)
     assert line.startswith("2 examples")
-    assert "text.png" in line and "torn.png" in line
+    assert "text.png" in line
+    assert "torn.png" in line
     for file in (crops / "fish").iterdir():
         file.write_bytes(b"")
     with pytest.raises(HdovdError, match="no readable crop of fish"):
@@ -193,7 +195,7 @@ def test_a_detector_takes_examples_and_names_together(distilled: RunFolder, crop
     )
     assert torch.allclose(detector._texts[:5], expected, atol=1e-3)
     assert len(detector(picture, 0.0).names) > 0
-    with pytest.raises(HdovdError, match="--mix 1.5"):
+    with pytest.raises(HdovdError, match=r"--mix 1\.5"):
         detector.set_examples(crops, mix=1.5)
 
 
@@ -208,12 +210,13 @@ def test_evaluation_by_example_leaves_the_run_s_own_alone(
         for mix in (0.0, 1.0)
     }
     assert before == {name: (run / name).read_bytes() for name in before}
-    assert found[0.0].combined.summary() == pytest.approx(plain.combined.summary())
+    assert found[0.0].combined.summary()["ap50"] == pytest.approx(plain.combined.summary()["ap50"])
     assert json.loads((run / "examples" / "crops-1" / "examples.json").read_text())["mix"] == 1
     ours, own = (
         json.loads(f.read_text()) for f in (run / "examples" / "crops-1" / "detections.json", found[0.0].files[1])
     )
-    assert ours and ours != own
+    assert ours
+    assert ours != own
     (crops / "star").rename(crops / "unheard of")
     with pytest.raises(HdovdError, match="no classes of protocol demo-world: unheard of"):
         evaluate_examples(EvalConfig(run=run, data=DataPaths(world), device="cpu", examples=crops))
@@ -226,6 +229,8 @@ def test_evaluation_by_example_leaves_the_run_s_own_alone(
         (["detect", "RUN", "PICTURE", "--out", "out", "--examples", "crops", "--mix", "2"], 1, "--mix 2"),
         (["detect", "RUN", "PICTURE", "--out", "out", "--examples", "nothing"], 1, "no such file or folder"),
         (["detect", "RUN", "PICTURE", "--out", "out", "--example-images", "crops"], 1, "--examples FILE.json"),
+        (["detect", "RUN", "PICTURE", "--out", "out", "--examples", "PICTURE"], 1, "expected a folder of crops"),
+        (["eval", "RUN", "--data", "WORLD", "--examples", "crops", "--example-images", "crops"], 1, "COCO file"),
         (["detect", "RUN", "PICTURE", "--out", "out", "--examples", "crops", "--class-embeddings", "x"], 1, "both"),
         (["eval", "RUN", "--data", "WORLD", "--examples", "crops"], 0, "examples/crops-0.25/metrics.json"),
         (["eval", "RUN", "--data", "WORLD", "--examples", "crops", "--protocol", "zero-shot"], 1, "--protocol"),
