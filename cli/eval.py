@@ -16,7 +16,7 @@ def eval(config: EvalConfig) -> None:
     from hdovd.pipelines.transfer.transfer import zero_shot
 
     if config.examples is not None:
-        result = evaluate_examples(config)
+        result = evaluate_examples(config, config.examples)
     else:
         result = zero_shot(config) if config.protocol == ZERO_SHOT else evaluate(config)
     typer.echo(result_table(result))

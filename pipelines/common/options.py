@@ -157,18 +157,16 @@ VALIDATION = validation_group(validation_of)
 
 def check_examples(examples: Path | None, images: Path | None, mix: float) -> None:
     """Raises HdovdError for examples that are not there, and a share that is none."""
-    if not 0 <= mix <= 1:
-        raise HdovdError(f"--mix {mix:g}: expected a number from 0, the name alone, to 1, examples alone")
-    if examples is None and images is not None:
-        raise HdovdError("--example-images goes with --examples FILE.json")
-    if examples is None:
-        return
-    if not examples.exists():
-        raise HdovdError(f"--examples {examples}: no such file or folder")
-    if examples.is_dir() and images is not None:
-        raise HdovdError(f"--examples {examples} is a folder of crops: --example-images goes with a COCO file")
-    if examples.is_file() and examples.suffix != ".json":
-        raise HdovdError(f"--examples {examples}: expected a folder of crops, or a COCO instances file, FILE.json")
+    path, there, where = examples or Path(), examples is not None, f"--examples {examples}"
+    faults = (
+        (not 0 <= mix <= 1, f"--mix {mix:g}: expected a number from 0, the name alone, to 1, examples alone"),
+        (not there and images is not None, "--example-images goes with --examples FILE.json"),
+        (not path.exists(), f"{where}: no such file or folder"),
+        (there and path.is_dir() and images is not None, f"{where} is a folder: --example-images is for a COCO file"),
+        (path.is_file() and path.suffix != ".json", f"{where}: expected a folder of crops, or a COCO file, FILE.json"),
+    )
+    if why := next((text for wrong, text in faults if wrong), ""):
+        raise HdovdError(why)
 
 
 def require_own_folder(out: Path, marker: str, what: str) -> bool:

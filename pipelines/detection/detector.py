@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -44,9 +43,6 @@ from hdovd.pipelines.runs.folder import RunFolder, Weights
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.base import Teacher
 from hdovd.pipelines.teachers.prompts import check_templates
-
-if TYPE_CHECKING:
-    from hdovd.pipelines.teachers.openclip import ClipTeacher
 
 ClipName = tuple[str, str | None]  # name and tag, as `openclip.load_clip` takes them
 
@@ -122,18 +118,11 @@ def clip_of_cache(run: RunFolder, key: str) -> ClipName:
     )
 
 
-def load_text_tower(run: RunFolder, given: ClipName | None, device: torch.device) -> Teacher:
-    """`load_own_clip`, its image tower dropped: it can embed names and nothing else."""
-    clip = load_own_clip(run, given, device, "its text tower embeds names")
-    clip.model.visual = None  # the larger half of most
-    return clip
+def load_text_tower(run: RunFolder, given: ClipName | None, device: torch.device, with_images: bool = False) -> Teacher:
+    """The run's CLIP, which can embed names, and nothing else: its image tower is dropped unless `with_images`.
 
-
-def load_own_clip(run: RunFolder, given: ClipName | None, device: torch.device, use: str) -> "ClipTeacher":
-    """The run's CLIP.
-
-    given: where it lies, instead of what the cache says. use: what for, in words. Raises HdovdError if it cannot be
-    had, or is another one than the run's.
+    given: where it lies, instead of what the cache says. Raises HdovdError if it cannot be had, or is another one than
+    the run's.
     """
     inputs, key = class_level(run)
     identity = clip_identity(inputs)
@@ -167,6 +156,8 @@ def load_own_clip(run: RunFolder, given: ClipName | None, device: torch.device, 
         )
     elif lines := differences(identity, clip.identity, sides=("the run has", f"{called} has")):
         raise HdovdError(f"--clip {called} is not the CLIP of the run:\n  " + "\n  ".join(lines))
+    if not with_images:
+        clip.model.visual = None  # the larger half of most
     if identity and inputs.get("names") and {"tokens", "templates"} <= inputs.keys():
         synonyms = inputs.get("synonyms", {})
         asked = [tuple(synonyms[row]) if row in synonyms else row for row in inputs["names"]]
@@ -175,7 +166,7 @@ def load_own_clip(run: RunFolder, given: ClipName | None, device: torch.device, 
                 f"--clip {called} has another tokenizer than the run's CLIP had: it gives other tokens for the "
                 "run's own classes"
             )
-    log(f"CLIP {called}: {use}")
+    log(f"CLIP {called}: {'it embeds examples' if with_images else 'its text tower embeds names'}")
     return clip
 
 
@@ -226,7 +217,7 @@ class NameEmbedder:
         crop.
         """
         cache = cache_of(self._run)
-        self._clip = load_own_clip(self._run, self._given, self._device, "it embeds examples")
+        self._clip = load_text_tower(self._run, self._given, self._device, True)
         gap = Gap.of(cache, self.own_rows(self._run.protocol().base))
         rows = gap.moved(embed_examples(examples, self._clip, cache))
         return rows if mix == 1 else F.normalize(mix * rows + (1 - mix) * self.embed(examples.names), dim=1)
@@ -403,13 +394,12 @@ class Detector:
         """
         check_examples(None, None, mix)
         shown = read_examples(examples, images)
+        asked = {" ".join(name.split()).casefold(): " ".join(name.split()) for name in names}
         rows = dict(zip(map(str.casefold, shown.names), self.embedder.embed_examples(shown, mix), strict=True))
-        asked = [" ".join(name.split()) for name in names]
-        asked += [name for name in shown.names if name.casefold() not in map(str.casefold, asked)]
-        others = [name for name in asked if name.casefold() not in rows]
-        rows |= dict(zip(map(str.casefold, others), self.embedder.embed(others), strict=True)) if others else {}
-        embeddings = torch.stack([rows[name.casefold()] for name in asked])
-        return self.set_classes(asked, embeddings=embeddings, split_blind=split_blind, alone=alone)
+        rows |= {low: self.embedder.embed([name])[0] for low, name in asked.items() if low not in rows}
+        asked = {name.casefold(): name for name in shown.names} | asked
+        embeddings = torch.stack([rows[low] for low in asked])
+        return self.set_classes([*asked.values()], embeddings=embeddings, split_blind=split_blind, alone=alone)
 
     def _fitting(self, embeddings: Tensor | np.ndarray, names: tuple[str, ...]) -> Tensor:
         """Normalised, and rounded to float16 as a cache would. Raises HdovdError."""

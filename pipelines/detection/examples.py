@@ -23,16 +23,14 @@ from hdovd.cache.reader import FeatureCache, normalised_rows
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.core.log import log
-from hdovd.core.picture_header import upright_size
 from hdovd.core.text_files import checked_name
-from hdovd.data.coco import Exif, ImageBoxes, load_split, read_instances
+from hdovd.data.coco import ImageBoxes, load_split, read_instances
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.images import AnyPicture, decode
 from hdovd.pipelines.common.picture_files import find_pictures
 from hdovd.pipelines.embedding.build import embedders_of
 from hdovd.pipelines.embedding.crops import Cutter, Picture, read_picture
 from hdovd.pipelines.embedding.embedders import Pictures
-from hdovd.pipelines.extraction.identities import exif_of
 from hdovd.pipelines.extraction.source import extraction_of
 from hdovd.pipelines.teachers.base import Teacher
 
@@ -45,13 +43,13 @@ _NO_FILE = PictureFile(b"", b"", 0, 0)  # of a picture in memory
 @dataclass(frozen=True, slots=True)
 class Examples:
     """Crops of K classes: boxes of `images`, whose labels are places in `names`, and which `picture` reads from `path`.
-    `skipped`: pictures of which not even the size could be read, with the reason.
+    `skipped`: pictures that could not be read, with the reason.
     """
 
     names: tuple[str, ...]
     images: Sequence[ImageBoxes]
     path: Callable[[ImageBoxes], Path]
-    picture: Callable[[Path, int, int, Exif], Picture] = read_picture
+    picture: Callable[..., Picture] = read_picture
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -72,37 +70,29 @@ def read_examples(source: Shown, images: Path | None = None) -> Examples:
         folders = sorted(one for one in source.iterdir() if one.is_dir() and not one.name.startswith("."))
         if not folders:
             raise HdovdError(f"--examples {source} has no subfolders: expected one a class, with its name, of crops")
-        nowhere = source / ".none"  # that results go to
-        return _of_pictures({one.name: [f.path for f in find_pictures([str(one)], None, nowhere)] for one in folders})
+        found = {one.name: find_pictures([str(one)], None, source / ".none") for one in folders}
+        return _of_pictures({name: [picture.path for picture in pictures] for name, pictures in found.items()})
     if images is None or not images.is_dir():
-        where = "give their folder" if images is None else f"{images} is no folder: give theirs"
-        raise HdovdError(f"--examples {source}: its boxes are of pictures: {where} with --example-images")
+        raise HdovdError(f"--examples {source}: no folder of its pictures: give it with --example-images")
     return _of_annotations(source, images)
 
 
 def _of_pictures(pictures: Mapping[str, Sequence[AnyPicture]]) -> Examples:
-    """Every picture is a crop as a whole."""
-    images, skipped, held = list[ImageBoxes](), dict[str, str](), dict[Path, Picture]()
+    """Every picture is a crop as a whole. It is read for its size, and again when it is embedded: memory holds few."""
+    images, skipped, sources = list[ImageBoxes](), dict[str, str](), dict[Path, AnyPicture]()
     for label, (name, shown) in enumerate(pictures.items()):
         for number, picture in enumerate(shown, start=1):
             path = Path(picture if isinstance(picture, Path | str) else f"{name} {number}")
             try:
-                if isinstance(picture, Path | str):
-                    width, height = upright_size(path)
-                else:
-                    held[path] = Picture(decode(picture).pixels, _NO_FILE)
-                    height, width = held[path].pixels.shape[1:]
+                height, width = decode(picture).pixels.shape[1:]
             except HdovdError as error:
                 skipped[str(path)] = str(error)
                 continue
-            box = np.array([[0, 0, width, height]], np.float32)
-            ids = np.array([len(images)], np.int64)
+            sources[path] = picture
+            box, ids = np.array([[0, 0, width, height]], np.float32), np.array([len(images)], np.int64)
             images.append(ImageBoxes(len(images), str(path), width, height, box, np.array([label]), ids))
-
-    def read(path: Path, width: int, height: int, exif: Exif) -> Picture:
-        return held[path] if path in held else read_picture(path, width, height, exif)
-
-    return Examples(_checked(pictures), images, lambda image: Path(image.file_name), read, skipped)
+    names, path_of = _checked(pictures), lambda image: Path(image.file_name)
+    return Examples(names, images, path_of, lambda path, *_: Picture(decode(sources[path]).pixels, _NO_FILE), skipped)
 
 
 def _of_annotations(file: Path, folder: Path) -> Examples:
@@ -139,11 +129,8 @@ def embed_examples(examples: Examples, clip: Teacher, cache: FeatureCache) -> Te
     """
     box = np.concatenate([image.boxes for image in examples.images] or [np.zeros((0, 4), np.float32)])
     offset = np.cumsum([0, *(len(image.boxes) for image in examples.images)])
-    inputs = cache.key_inputs(Level.INSTANCE)
-    exif = exif_of({Level.INSTANCE: inputs}) or Exif.IGNORE
     recipe = extraction_of(cache.set, cache.url, "of the run").recipe
-    pictures = Pictures(examples.images, examples.path, offset, box, exif)
-    embedder = embedders_of(clip, pictures, recipe)[Level.INSTANCE]
+    embedder = embedders_of(clip, Pictures(examples.images, examples.path, offset, box), recipe)[Level.INSTANCE]
     cache.require(Level.INSTANCE, {"clip": clip.identity, **embedder.inputs()})
     cutter = Cutter(embedder.fit, embedder.input_size, examples.picture)
     rows, good, skipped = np.zeros((len(box), clip.dim), np.float32), np.ones(len(box), bool), dict(examples.skipped)

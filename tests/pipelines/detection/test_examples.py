@@ -187,12 +187,10 @@ def test_a_detector_takes_examples_and_names_together(distilled: RunFolder, crop
     detector = Detector.from_run(distilled.path, device="cpu")
     picture = next((world / "val2017").iterdir())
     assert detector.set_examples(crops, names=["Star", "candle"], mix=1.0) is detector
-    assert detector.names == ("Star", "candle", "anchor", "bell", "fish")
-    assert detector.is_novel.tolist() == [True, False, False, False, True]
+    assert detector.names == ("anchor", "bell", "fish", "Star", "candle")
+    assert detector.is_novel.tolist() == [False, False, True, True, False]
     rows = _alone(detector.embedder, crops)
-    expected = torch.stack(
-        [rows["star"], detector.embedder.own_rows(["candle"])[0], *(rows[n] for n in list(rows)[:3])]
-    )
+    expected = torch.stack([*rows.values(), detector.embedder.own_rows(["candle"])[0]])
     assert torch.allclose(detector._texts[:5], expected, atol=1e-3)
     assert len(detector(picture, 0.0).names) > 0
     with pytest.raises(HdovdError, match=r"--mix 1\.5"):
@@ -206,7 +204,7 @@ def test_evaluation_by_example_leaves_the_run_s_own_alone(
     plain = evaluate(EvalConfig(run=run, data=DataPaths(world), device="cpu"))
     before = {name: (run / name).read_bytes() for name in ("metrics.json", "detections.json")}
     found = {
-        mix: evaluate_examples(EvalConfig(run=run, data=DataPaths(world), device="cpu", examples=crops, mix=mix))
+        mix: evaluate_examples(EvalConfig(run=run, data=DataPaths(world), device="cpu", mix=mix), crops)
         for mix in (0.0, 1.0)
     }
     assert before == {name: (run / name).read_bytes() for name in before}
@@ -219,7 +217,7 @@ def test_evaluation_by_example_leaves_the_run_s_own_alone(
     assert ours != own
     (crops / "star").rename(crops / "unheard of")
     with pytest.raises(HdovdError, match="no classes of protocol demo-world: unheard of"):
-        evaluate_examples(EvalConfig(run=run, data=DataPaths(world), device="cpu", examples=crops))
+        evaluate_examples(EvalConfig(run=run, data=DataPaths(world), device="cpu"), crops)
 
 
 @pytest.mark.parametrize(
