@@ -144,6 +144,22 @@ def test_unreadable_crops_are_told_and_a_class_without_any_is_refused(embedder: 
         _alone(embedder, crops)
 
 
+def test_boxes_of_a_torn_picture_count_for_nothing(embedder: NameEmbedder, copied_world: Path, tmp_path: Path) -> None:
+    file, folder = copied_world / "annotations" / "instances_train2017.json", copied_world / "train2017"
+    tree = json.loads(file.read_text())
+    torn = folder / tree["images"][0]["file_name"]
+    torn.write_bytes(torn.read_bytes()[:1500])
+    tree["annotations"] = [one for one in tree["annotations"] if one["image_id"] != tree["images"][0]["id"]]
+    (tmp_path / "without.json").write_text(json.dumps(tree))
+    told: list[str] = []
+    with lines_to(told.append):
+        found, expected = _alone(embedder, file, folder), _alone(embedder, tmp_path / "without.json", folder)
+    assert any(line.startswith("1 example could not be read") and torn.name in line for line in told)
+    assert found.keys() == expected.keys()
+    for name, row in found.items():
+        assert torch.allclose(row, expected[name], atol=1e-5), name
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
