@@ -6,7 +6,19 @@ from typing import Annotated
 
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.pipelines.common.name_list import names_asked
-from hdovd.pipelines.common.options import Device, Option, Run, Trust, require_own_folder, workers_option
+from hdovd.pipelines.common.options import (
+    DEFAULT_MIX,
+    Device,
+    ExampleImages,
+    Examples,
+    Mix,
+    Option,
+    Run,
+    Trust,
+    check_examples,
+    require_own_folder,
+    workers_option,
+)
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.runs.folder import RunFolder, Weights, WeightsOption
 from hdovd.pipelines.teachers.prompts import read_templates
@@ -16,8 +28,8 @@ DETECTIONS_MARKER = ".hdovd-detect"  # a folder that holds it is of detections, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectConfig:
-    """What to look for in which pictures. `classes` None: those of the run's protocol. `clip`, `pretrained`,
-    `templates`: None for those of the run. `trust`: as `RunFolder.trusted`.
+    """What to look for in which pictures. `classes` None: those of `examples`, or else of the run's protocol. `clip`,
+    `pretrained`, `templates`: None for those of the run. `trust`: as `RunFolder.trusted`.
     """
 
     run: Run
@@ -34,10 +46,13 @@ class DetectConfig:
         tuple[str, ...] | None,
         Option(
             'What to look for: "umbrella, red kite, dog", or @FILE with one name a line (@general: the 1,447 names that ship). Default: the '  # noqa: E501
-            "classes of the run's protocol.",
+            "classes of the run's protocol, or of --examples.",
             parse=names_asked,
         ),
     ] = None
+    examples: Examples = None
+    example_images: ExampleImages = None
+    mix: Mix = DEFAULT_MIX
     threshold: Annotated[
         float, Option("What scores above it is written and drawn; hdovd eval goes down to the recipe's, mostly 0.05.")
     ] = SHOWN_SCORE
@@ -87,6 +102,8 @@ class DetectConfig:
             raise HdovdError(f"--threshold {self.threshold}: expected a score of at least 0 and below 1")
         if self.batch_size < 1:
             raise HdovdError(f"--batch-size {self.batch_size}: expected 1 or more")
+        if self.class_embeddings is not None and self.examples is not None:
+            raise HdovdError("--examples and --class-embeddings both say what stands for a name: give one of them")
         if self.class_embeddings is not None and (self.clip is not None or self.templates is not None):
             raise HdovdError(
                 "--clip and --templates have no use with --class-embeddings, which takes the place of both"
@@ -97,4 +114,5 @@ class DetectConfig:
         if require_own_folder(self.out, DETECTIONS_MARKER, "detections") and not self.overwrite:
             raise HdovdError(f"--out {self.out} holds detections: give another one, or --overwrite")
         RunFolder.open(self.run, trusted=self.trust).recipe()
+        check_examples(self.examples, self.example_images, self.mix)
         require_files(class_embeddings=self.class_embeddings)

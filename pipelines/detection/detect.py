@@ -209,11 +209,9 @@ def detect(job: DetectConfig, stdin: BinaryIO | None = None) -> DetectResult:
         templates=job.templates,
         trust=job.trust,
     )
-    names = detector.names if job.classes is None else job.classes
     for line in _doubtful(job.classes or (), detector.protocol.names):
         log(line)
-    rows = None if job.class_embeddings is None else read_class_embeddings(job.class_embeddings, names, each="name")
-    detector.set_classes(names, embeddings=rows, split_blind=job.split_blind, alone=job.alone)
+    _set_classes(detector, job)
     detector.embedder.forget_clip()
     novel = detector.is_novel.tolist()
     log(
@@ -228,6 +226,22 @@ def detect(job: DetectConfig, stdin: BinaryIO | None = None) -> DetectResult:
     folder = DetectionFolder(job.out, detector.names, novel, draw=job.pictures)
     _run(detector, files, folder, job)
     return folder.finish(_info(detector, job))
+
+
+def _set_classes(detector: Detector, job: DetectConfig) -> None:
+    if job.examples is not None:
+        detector.set_examples(
+            job.examples,
+            images=job.example_images,
+            names=job.classes or (),
+            mix=job.mix,
+            split_blind=job.split_blind,
+            alone=job.alone,
+        )
+        return
+    names = detector.names if job.classes is None else job.classes
+    rows = None if job.class_embeddings is None else read_class_embeddings(job.class_embeddings, names, each="name")
+    detector.set_classes(names, embeddings=rows, split_blind=job.split_blind, alone=job.alone)
 
 
 def _doubtful(names: Sequence[str], classes: Sequence[str]) -> Iterator[str]:
@@ -274,6 +288,7 @@ def _info(detector: Detector, job: DetectConfig) -> dict[str, Any]:
         "device": str(detector.device),
         **({} if rows is None else {"class_embeddings": str(rows)}),
         **({} if templates is None else {"templates": list(templates)}),
+        **({} if job.examples is None else {"examples": str(job.examples), "mix": job.mix}),
     }
 
 

@@ -35,8 +35,11 @@ from hdovd.modeling.boxes import Detections, detect_batch
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.device import pick_device, placed
 from hdovd.pipelines.common.images import AnyPicture, Decoded, decode
+from hdovd.pipelines.common.options import DEFAULT_MIX, check_examples
 from hdovd.pipelines.common.precision import Precision, inference_autocast
+from hdovd.pipelines.detection.examples import Examples, Gap, Shown, embed_examples, read_examples
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
+from hdovd.pipelines.extraction.source import cache_of
 from hdovd.pipelines.runs.folder import RunFolder, Weights
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.base import Teacher
@@ -114,8 +117,8 @@ def clip_of_cache(run: RunFolder, key: str) -> ClipName:
         ):
             return str(features.made_from["clip"]), features.made_from.get("pretrained")
     raise HdovdError(
-        f"other names than the run's classes need its CLIP, and it is not known where that is: {why}. Give --clip "
-        f"(with --pretrained, as for hdovd extract-clip), or --class-embeddings"
+        f"other names than the run's classes, and examples, need its CLIP, and it is not known where that is: {why}. "
+        f"Give --clip (with --pretrained, as for hdovd extract-clip), or --class-embeddings"
     )
 
 
@@ -180,8 +183,8 @@ def require_tokenizer(clip: Teacher, inputs: KeyInputs, called: str, whose: str)
             )
 
 
-def load_text_tower(run: RunFolder, given: ClipName | None, device: torch.device) -> Teacher:
-    """The run's CLIP, its image tower dropped: it can embed names and nothing else.
+def load_text_tower(run: RunFolder, given: ClipName | None, device: torch.device, with_images: bool = False) -> Teacher:
+    """The run's CLIP, which can embed names, and nothing else: its image tower is dropped unless `with_images`.
 
     given: where it lies, instead of what the cache says. Raises HdovdError if it cannot be had, or is another one than
     the run's.
@@ -192,11 +195,12 @@ def load_text_tower(run: RunFolder, given: ClipName | None, device: torch.device
     clip = load_same_clip(
         (name, pretrained), identity, device, given=given is not None, whose="run", without="--class-embeddings"
     )
-    clip.model.visual = None  # the larger half of most
+    if not with_images:
+        clip.model.visual = None  # the larger half of most
     called = name if pretrained is None else f"{name} with {pretrained}"
     if identity:
         require_tokenizer(clip, inputs, called, "run")
-    log(f"CLIP {called}: its text tower embeds names")
+    log(f"CLIP {called}: {'it embeds examples' if with_images else 'its text tower embeds names'}")
     return clip
 
 
@@ -240,6 +244,17 @@ class NameEmbedder:
             return self.own_rows(names)
         others = self._others(names, strange)
         return torch.stack([others[name] if name in others else self.own_rows([name])[0] for name in names])
+
+    def embed_examples(self, examples: Examples, mix: float = DEFAULT_MIX) -> Tensor:
+        """(K, D) float32, L2-normalised: `mix` times the rows of examples, moved among the texts, and (1 - mix) times
+        those of their names. Raises HdovdError if the run's cache or its CLIP cannot be had, or a class has no readable
+        crop.
+        """
+        cache = cache_of(self._run)
+        self._clip = load_text_tower(self._run, self._given, self._device, True)
+        gap = Gap.of(cache, self.own_rows(self._run.protocol().base))
+        rows = gap.moved(embed_examples(examples, self._clip, cache))
+        return rows if mix == 1 else F.normalize(mix * rows + (1 - mix) * self.embed(examples.names), dim=1)
 
     def own_rows(self, names: Sequence[str]) -> Tensor:
         """(K, D) float32, as the run has them, of classes of its protocol."""
@@ -393,6 +408,35 @@ class Detector:
         self.names, self._split_blind = asked, split_blind
         self.is_novel = torch.tensor([name not in base for name in wanted], device=self.device)
         return self
+
+    def set_examples(
+        self,
+        examples: Shown,
+        *,
+        images: Path | None = None,
+        names: Sequence[str] = (),
+        mix: float = DEFAULT_MIX,
+        split_blind: bool = False,
+        alone: bool = False,
+    ) -> "Detector":
+        """What to look for, by example; returns the detector itself. The run's cache and its CLIP are needed.
+
+        Args:
+            examples: pictures by the name of their class, `{"umbrella": ["a.jpg", picture]}`; a folder with a subfolder
+                of crops a class; or a COCO instances file, with `images`, its image folder.
+            names: other classes to look for too, by their names alone; those that have examples may be among them.
+            mix: 0: names alone; 1: examples alone. split_blind, alone: as for `set_classes`.
+
+        Raises HdovdError as `set_classes`, and for examples that cannot be used.
+        """
+        check_examples(None, None, mix)
+        shown = read_examples(examples, images)
+        asked = {folded(name): " ".join(name.split()) for name in names}
+        rows = dict(zip(map(folded, shown.names), self.embedder.embed_examples(shown, mix), strict=True))
+        rows |= {low: self.embedder.embed([name])[0] for low, name in asked.items() if low not in rows}
+        asked = {folded(name): name for name in shown.names} | asked
+        embeddings = torch.stack([rows[low] for low in asked])
+        return self.set_classes([*asked.values()], embeddings=embeddings, split_blind=split_blind, alone=alone)
 
     def _fitting(self, embeddings: Tensor | np.ndarray, names: tuple[str, ...]) -> Tensor:
         """Normalised, and rounded to float16 as a cache would. Raises HdovdError."""

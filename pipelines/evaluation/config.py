@@ -3,9 +3,22 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from hdovd.core.errors import HdovdError
 from hdovd.data.protocol import load_protocol
 from hdovd.evaluation.engines import ENGINES, Engine
-from hdovd.pipelines.common.options import Data, Device, Option, Run, Trust, workers_option
+from hdovd.pipelines.common.options import (
+    DEFAULT_MIX,
+    Data,
+    Device,
+    ExampleImages,
+    Examples,
+    Mix,
+    Option,
+    Run,
+    Trust,
+    check_examples,
+    workers_option,
+)
 from hdovd.pipelines.runs.folder import RunFolder, Weights, WeightsOption
 
 ZERO_SHOT = "zero-shot"  # the protocol of data sets that the run was not trained on: all classes are novel
@@ -29,6 +42,9 @@ class EvalConfig:
             "alone, as hdovd transfer does it."
         ),
     ] = None
+    examples: Examples = None
+    example_images: ExampleImages = None
+    mix: Mix = DEFAULT_MIX
     device: Device = "auto"
     batch_size: Annotated[int, Option("Images a batch.", min=1)] = 16
     workers: Annotated[
@@ -46,6 +62,9 @@ class EvalConfig:
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone, or a run that needs to be trusted."""
         RunFolder.open(self.run, trusted=self.trust).recipe()
+        check_examples(self.examples, self.example_images, self.mix)
+        if self.examples is not None and self.protocol is not None:
+            raise HdovdError("--examples stand for classes that the run was trained for: leave --protocol out")
         if self.protocol not in (None, ZERO_SHOT):
             load_protocol(self.protocol)
         ENGINES.require(self.engine)

@@ -1,0 +1,194 @@
+"""Classes by example: pictures of what to look for, in place of a name or beside it, become rows of the classifier.
+
+CLIP's image embeddings and its text embeddings lie in two cones, and detectors are taught with texts. So a row that is
+made of pictures is moved from one cone to the other, by what the run's cache knows of its base classes (`Gap`):
+
+    v = normalise(mean of the normalised embeddings of a class's crops)
+    row = normalise(text + spread * normalise(v - image))
+
+The pictures are embedded as the boxes of the cache were. K classes, n crops, D embedding size.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hdovd.cache.picture_files import PictureFile
+from hdovd.cache.reader import FeatureCache, normalised_rows
+from hdovd.cache.schema import Level
+from hdovd.core.errors import HdovdError, counted, shorten
+from hdovd.core.log import log
+from hdovd.core.text_files import checked_name
+from hdovd.data.coco import ImageBoxes, load_split, read_instances
+from hdovd.data.protocol import Protocol
+from hdovd.pipelines.common.images import AnyPicture, decode
+from hdovd.pipelines.common.picture_files import find_pictures
+from hdovd.pipelines.embedding.build import embedders_of
+from hdovd.pipelines.embedding.crops import Cutter, Picture, read_picture
+from hdovd.pipelines.embedding.embedders import Pictures
+from hdovd.pipelines.extraction.source import extraction_of
+from hdovd.pipelines.teachers.base import Teacher
+from hdovd.pipelines.teachers.prompts import folded
+
+Shown = Path | str | Mapping[str, Sequence[AnyPicture]]  # a folder, a COCO file, or pictures by name
+SAMPLED_IMAGES = 4_000  # of a cache: a mean needs no more
+BATCH = 64  # crops
+_NO_FILE = PictureFile(b"", b"", 0, 0)  # of a picture in memory
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Crops of K classes: boxes of `images`, whose labels are places in `names`, and which `picture` reads from `path`.
+    `skipped`: pictures that could not be read, with the reason.
+    """
+
+    names: tuple[str, ...]
+    images: Sequence[ImageBoxes]
+    path: Callable[[ImageBoxes], Path]
+    picture: Callable[..., Picture] = read_picture
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def read_examples(source: Shown, images: Path | None = None) -> Examples:
+    """Examples of classes; crops are not read yet.
+
+    Args:
+        source: a folder with a subfolder of crops a class, the name of which is the class; a COCO instances file, every
+            box of which is an example; or pictures by name, in any form that `decode` takes.
+        images: the image folder of a COCO file.
+
+    Raises HdovdError if there are none, a name comes twice, or a file is not there.
+    """
+    if isinstance(source, Mapping):
+        return _of_pictures(source)
+    source = Path(source)
+    if source.is_dir():
+        folders = sorted(one for one in source.iterdir() if one.is_dir() and not one.name.startswith("."))
+        if not folders:
+            raise HdovdError(f"--examples {source} has no subfolders: expected one a class, with its name, of crops")
+        found = {one.name: find_pictures([str(one)], None, source / ".none") for one in folders}
+        return _of_pictures({name: [picture.path for picture in pictures] for name, pictures in found.items()})
+    if images is None or not images.is_dir():
+        raise HdovdError(f"--examples {source}: no folder of its pictures: give it with --example-images")
+    return _of_annotations(source, images)
+
+
+def _of_pictures(pictures: Mapping[str, Sequence[AnyPicture]]) -> Examples:
+    """Every picture is a crop as a whole. It is read for its size, and again when it is embedded: memory holds few."""
+    images, skipped, sources = list[ImageBoxes](), dict[str, str](), dict[Path, AnyPicture]()
+    for label, (name, shown) in enumerate(pictures.items()):
+        for number, picture in enumerate(shown, start=1):
+            path = Path(picture if isinstance(picture, Path | str) else f"{name} {number}")
+            try:
+                height, width = decode(picture).pixels.shape[1:]
+            except HdovdError as error:
+                skipped[str(path)] = str(error)
+                continue
+            sources[path] = picture
+            box, ids = np.array([[0, 0, width, height]], np.float32), np.array([len(images)], np.int64)
+            images.append(ImageBoxes(len(images), str(path), width, height, box, np.array([label]), ids))
+    names, path_of = _checked(pictures), lambda image: Path(image.file_name)
+    return Examples(names, images, path_of, lambda path, *_: Picture(decode(sources[path]).pixels, _NO_FILE), skipped)
+
+
+def _of_annotations(file: Path, folder: Path) -> Examples:
+    """Every box is an example of its category, but crowds; categories without any are left out."""
+    found = read_instances(file, folder)
+    names = tuple(name for number, name in found.names.items() if number in {*found.categories})
+    split = load_split(file, folder, Protocol("examples", names, (), min_image_side_px=1), base_only=True)
+    for line in split.skips.lines():
+        log(line)
+    if missing := [image.file_name for image in split.images if not split.path(image).is_file()]:
+        raise HdovdError(
+            f"--examples {file}: not in {folder}: {len(missing)} of {len(split.images)} pictures "
+            f"({shorten(list(missing))}): give their folder with --example-images"
+        )
+    return Examples(_checked(names), split.images, split.path)
+
+
+def _checked(names: Sequence[str] | Mapping[str, object]) -> tuple[str, ...]:
+    """Names without needless spaces. Raises HdovdError for none, and one that cannot be printed or comes twice."""
+    found = [" ".join(checked_name(name, "--examples: the name of a class").split()) for name in names]
+    alike = [folded(name) for name in found]
+    if twice := sorted(name for name, low in zip(found, alike, strict=True) if alike.count(low) > 1):
+        raise HdovdError(f"--examples: named twice: {shorten(list(twice))}; each class once, in capitals or not")
+    if not found:
+        raise HdovdError("--examples: no classes")
+    return tuple(found)
+
+
+def embed_examples(examples: Examples, clip: Teacher, cache: FeatureCache) -> Tensor:
+    """(K, D) float32: of each class the normalised mean of its crops' embeddings, made as the boxes of `cache` were.
+
+    Crops that cannot be read are told and left out. Raises HdovdError for a class without any, and for another CLIP or
+    preprocessing than the cache's.
+    """
+    box = np.concatenate([image.boxes for image in examples.images] or [np.zeros((0, 4), np.float32)])
+    offset = np.cumsum([0, *(len(image.boxes) for image in examples.images)])
+    recipe = extraction_of(cache.set, cache.url, "of the run").recipe
+    embedder = embedders_of(clip, Pictures(examples.images, examples.path, offset, box), recipe)[Level.INSTANCE]
+    cache.require(Level.INSTANCE, {"clip": clip.identity, **embedder.inputs()})
+    cutter = Cutter(embedder.fit, embedder.input_size, examples.picture)
+    rows, good, skipped = np.zeros((len(box), clip.dim), np.float32), np.ones(len(box), bool), dict(examples.skipped)
+    for some in embedder.groups(np.arange(len(box)), BATCH):
+        jobs = embedder.jobs(some)
+        batch = cutter.batch(jobs, sum(job.count for job in jobs))
+        rows[some] = embedder.encode(batch)[: len(some)]
+        bad = [job.image_id in batch.problems for job in jobs for _ in range(job.rows)]
+        good[some[bad]] = False
+        skipped |= {str(job.path): batch.problems[job.image_id] for job in jobs if job.image_id in batch.problems}
+    return _class_means(examples, rows, good, skipped)
+
+
+def _class_means(examples: Examples, rows: np.ndarray, good: np.ndarray, skipped: dict[str, str]) -> Tensor:
+    """(K, D), of the `good` (n,) of the rows (n, D). Raises HdovdError for a class without any."""
+    labels = np.concatenate([image.labels for image in examples.images] or [np.zeros(0, np.int64)])
+    if skipped:
+        log(f"{counted(len(skipped), 'example')} could not be read, and left out: {shorten([*skipped.values()])}")
+    counts = np.bincount(labels[good], minlength=len(examples.names))
+    if empty := [name for name, count in zip(examples.names, counts, strict=True) if not count]:
+        raise HdovdError(f"--examples: no readable crop of {shorten(list(empty))}")
+    log(f"examples: {counted(int(counts.sum()), 'crop')} of {counted(len(counts), 'class', 'classes')}")
+    unit = F.normalize(torch.from_numpy(rows), dim=1).numpy()
+    means = np.stack([unit[good & (labels == label)].mean(axis=0) for label in range(len(counts))])
+    return F.normalize(torch.from_numpy(means), dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """From images to texts. image, text (D,): means over base classes of their boxes' and of their names' embeddings;
+    spread: mean distance of the names' from `text`.
+    """
+
+    image: Tensor
+    text: Tensor
+    spread: float
+
+    @classmethod
+    def of(cls, cache: FeatureCache, texts: Tensor) -> "Gap":
+        """From a cache and the text embeddings (B, D) of its base classes.
+
+        The cache does not hold which class a base box is of: it is taken for the one whose text it is nearest to, so
+        that a class with many boxes weighs no more than another. Raises HdovdError for a cache without base boxes.
+        """
+        ids = cache.image_ids()
+        some = ids[:: max(1, len(ids) // SAMPLED_IMAGES)].tolist()
+        found = np.concatenate([cache.instances(number).base_boxes().embedding for number in some])
+        rows = torch.from_numpy(normalised_rows(found[found.any(axis=1)]))  # zeros: of pictures that could not be read
+        if not len(rows):
+            raise HdovdError(f"{cache.url} has no embeddings of base boxes: examples are compared with them")
+        near = (rows @ texts.T).argmax(dim=1)
+        image = F.normalize(torch.stack([rows[near == label].mean(dim=0) for label in near.unique()]), dim=1).mean(
+            dim=0
+        )
+        text = texts.mean(dim=0)
+        return cls(image, text, float((texts - text).norm(dim=1).mean()))
+
+    def moved(self, rows: Tensor) -> Tensor:
+        """Image embeddings (K, D), as normalised rows (K, D) among texts."""
+        return F.normalize(self.text + self.spread * F.normalize(rows - self.image, dim=1), dim=1)
