@@ -36,7 +36,7 @@ class _Data(Dataset[Sample]):
         rows = [torch.full((index % 3, 4), float(index)) for _ in range(6)]
         return (
             torch.full((3, 2, index), index, dtype=torch.uint8),
-            Targets(*rows, *[torch.full((4,), float(index))]),
+            Targets(*rows, torch.full((4,), float(index)), torch.arange(4) > index if index % 2 else None),
             index,
         )
 
@@ -51,7 +51,10 @@ def _plain(sample: Sample) -> Any:
     return [
         picture.shape,
         picture.tolist(),
-        *((value.shape, value.tolist()) for value in map(targets.__getattribute__, Targets.__slots__)),
+        *(
+            value if value is None else (value.shape, value.tolist())
+            for value in map(targets.__getattribute__, Targets.__slots__)
+        ),
         index,
     ]
 
