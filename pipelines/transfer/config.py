@@ -3,14 +3,23 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import DataPaths
 from hdovd.evaluation.engines import ENGINES, Engine
-from hdovd.pipelines.common.options import Device, Option, Pretrained, Run, Trust, workers_option
+from hdovd.pipelines.common.options import Device, Group, Option, Pretrained, Run, Trust, workers_option
 from hdovd.pipelines.evaluation.config import ENGINE
 from hdovd.pipelines.runs.folder import RunFolder, Weights, WeightsOption
+
+FOLDERS: dict[str, tuple[Any, Any, Option]] = {
+    "folders": (list[Path] | None, None, Option("Folders of data sets, as for --data of hdovd eval.", argument=True)),
+    "data": (list[Path] | None, None, Option("The same: RUN --data A B C.")),
+}
+
+
+def folders_of(given: dict[str, Any]) -> tuple[Path, ...]:
+    return (*(given["data"] or ()), *(given["folders"] or ()))
 
 
 def data_name(data: Path) -> str:
@@ -26,7 +35,7 @@ class TransferConfig:
     """Data sets to evaluate a run on by the names of their classes. `trust`: as `RunFolder.trusted`."""
 
     run: Run
-    data: Annotated[tuple[Path, ...], Option("Folders of data sets, as for --data of hdovd eval.", argument=True)]
+    data: Annotated[tuple[Path, ...], Group(FOLDERS, folders_of)]
     clip: Annotated[
         str | None, Option("The run's CLIP, where it lies elsewhere than the run's cache says: as for extract-clip.")
     ] = None
@@ -45,6 +54,8 @@ class TransferConfig:
         RunFolder.open(self.run, trusted=self.trust).recipe()
         ENGINES.require(self.engine)
         names = [data_name(folder) for folder in self.data]
+        if not names:
+            raise HdovdError("no data sets: give their folders")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise HdovdError(
                 f"several data sets of the name {shorten(list(twice))}, by which results are kept: give links of other "

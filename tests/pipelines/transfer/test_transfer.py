@@ -185,6 +185,15 @@ def test_eval_does_the_same_of_one(run: Path, other: Callable[..., Path]) -> Non
     assert metrics["ap50"] == pytest.approx(found["ap50"], nan_ok=True)
 
 
+def test_folders_may_stand_behind_an_option(run: Path, other: Callable[..., Path]) -> None:
+    one, two = other("one"), other("two")
+    words = ["transfer", str(run), "--device", "cpu", "--data", str(one), str(two)]
+    told = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert [line.split()[0] for line in told.output.splitlines() if line.startswith(("one ", "two "))] == ["one", "two"]
+    with pytest.raises(HdovdError, match="no data sets"):
+        TransferConfig(run=run, data=()).check()
+
+
 def test_refusals(run: Path, other: Callable[..., Path], tmp_path: Path) -> None:
     one = other("one")
     with pytest.raises(HdovdError, match="several data sets of the name one"):
