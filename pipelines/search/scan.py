@@ -59,9 +59,11 @@ def best_rows(cache: FeatureCache, queries: np.ndarray, count: int, value: Value
     """
     columns = torch.from_numpy(np.ascontiguousarray(queries.T, np.float32))
     best, wide = Best(count), torch.empty(BLOCK_ROWS, len(columns))
-    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing is written there
     for start, rows in cache.blocks(BLOCK_ROWS):
-        block = wide[: len(rows.embedding)].copy_(torch.from_numpy(rows.embedding))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing is written there
+            stored = torch.from_numpy(rows.embedding)
+        block = wide[: len(stored)].copy_(stored)
         found = value(rows, (block @ columns).numpy())
         near = np.flatnonzero(found + 2 * STORED_NORM_TOLERANCE * np.abs(found) > best.enough)
         norms = torch.linalg.vector_norm(block[torch.from_numpy(near)], dim=1)
