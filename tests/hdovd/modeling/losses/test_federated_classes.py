@@ -71,9 +71,11 @@ def test_a_step_of_a_detector(step: Callable[..., Any]) -> None:
     """
     plain = step(known=None)
     for same in (step(*SETTINGS, known=None), step(*SETTINGS, known=True), step(known=False)):
-        assert {name: float(value) for name, value in same.items()} == {n: float(v) for n, v in plain.items()}
+        assert {name: value.item() for name, value in same.items()} == {
+            name: value.item() for name, value in plain.items()
+        }
     found = step(*SETTINGS, known=False)
-    assert 0 < float(found["classification"]) < float(plain["classification"]) - 1e-3
+    assert 0 < found["classification"].item() < plain["classification"].item() - 1e-3
     for name in plain.keys() - {"classification"}:
-        assert float(found[name]) == float(plain[name])
+        assert found[name].item() == plain[name].item()
     sum(found.values()).backward()
