@@ -154,27 +154,8 @@ def load_split(
             f"note: {annotations} says what is not in its images, as LVIS's annotations do, but protocol "
             f"{protocol.name} takes them for complete: federated = true in it would not"
         )
-    skips, rows = Skips(), {i: array("q") for i in found.images}  # rows of the columns, image by image
-    labels, spoilt = np.zeros(len(found.ids), np.int64), set[int]()
-    for row, (number, image_id, category) in enumerate(zip(found.ids, found.image_ids, found.categories, strict=True)):
-        label = label_of.get(category)
-        if label is None and category in found.names:
-            continue
-        if label is None:
-            box, why = None, f"its category is none of {annotations.name}"
-        elif base_only and (label >= len(protocol.base) or found.crowd[row]):
-            continue
-        elif row in found.odd:
-            box, why = None, found.odd[row]
-        else:
-            box, why = clip_box(found.boxes[4 * row : 4 * row + 4].tolist(), *found.images[image_id][1:])
-        if box is None or label is None:
-            skips.add(f"annotation, {why}", number)
-            spoilt.add(image_id)
-            continue
-        found.boxes[4 * row : 4 * row + 4] = array("d", box)
-        labels[row] = label
-        rows[image_id].append(row)
+    skips = Skips()
+    rows, labels, spoilt = _usable(found, label_of, len(protocol.base) if base_only else None, skips)
     wanted = protocol.base if base_only else protocol.names
     if not any(rows.values()):
         raise HdovdError(
@@ -205,6 +186,37 @@ def load_split(
                 )
             )
     return Split(kept, folder, annotations, coco_ids, skips, empty=empty)
+
+
+def _usable(
+    found: Instances, label_of: dict[int, int], base: int | None, skips: Skips
+) -> tuple[dict[int, array[int]], np.ndarray, set[int]]:
+    """The rows of each image that are boxes of the protocol's classes, or without crowds of its first `base`; the label
+    of each row, (A,) int64; and the images that lost one, which is added to `skips`. Boxes become xyxy in place.
+    """
+    import numpy as np
+
+    rows, labels, spoilt = {i: array("q") for i in found.images}, np.zeros(len(found.ids), np.int64), set[int]()
+    for row, (number, image_id, category) in enumerate(zip(found.ids, found.image_ids, found.categories, strict=True)):
+        label = label_of.get(category)
+        if label is None and category in found.names:
+            continue
+        if label is None:
+            box, why = None, f"its category is none of {found.file.name}"
+        elif base is not None and (label >= base or found.crowd[row]):
+            continue
+        elif row in found.odd:
+            box, why = None, found.odd[row]
+        else:
+            box, why = clip_box(found.boxes[4 * row : 4 * row + 4].tolist(), *found.images[image_id][1:])
+        if box is None or label is None:
+            skips.add(f"annotation, {why}", number)
+            spoilt.add(image_id)
+            continue
+        found.boxes[4 * row : 4 * row + 4] = array("d", box)
+        labels[row] = label
+        rows[image_id].append(row)
+    return rows, labels, spoilt
 
 
 def _judged(
