@@ -33,7 +33,7 @@ _IMAGE_KEYS = ("id", "file_name", "coco_url", "width", "height", *_FEDERATED)
 _MOST = (1 << 63) - 1  # of ids: caches hold them in 64 bits
 _LONGEST_SIDE = (1 << 31) - 1
 _LONGEST_PATH = 4096
-_ARE = ("not LVIS's (its images have no neg_category_ids)", "LVIS's (its images have neg_category_ids)")
+_IN_WORDS = ("not LVIS's (its images have no neg_category_ids)", "LVIS's (its images have neg_category_ids)")
 
 
 class Exif(StrEnum):
@@ -355,7 +355,7 @@ def read_instances(file: Path, folder: Path | None = None, federated: bool | Non
         raise HdovdError(f"{file} is no COCO instances file: it needs images, annotations and categories")
     is_federated = any(_FEDERATED[0] in entry for entry in images)
     if federated not in (None, is_federated):
-        was, wanted = _ARE[is_federated], _ARE[federated]
+        was, wanted = _IN_WORDS[is_federated], _IN_WORDS[federated]
         raise HdovdError(f"{file} is {was}, but is read as {wanted}: give the --form that the data are of")
     found.names, found.images = _names(categories, file), _images(images, file, folder)
     for key, into in zip(_FEDERATED, (found.absent, found.unfinished), strict=True):

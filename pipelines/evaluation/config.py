@@ -22,10 +22,17 @@ from hdovd.pipelines.common.options import (
 from hdovd.pipelines.runs.folder import RunFolder, Weights, WeightsOption
 
 ZERO_SHOT = "zero-shot"  # the protocol of data sets that the run was not trained on: all classes are novel
-ENGINE = Option(
-    "What counts AP: pycocotools; faster-coco-eval, which gives the same sooner and comes with hdovd's extra "
-    "fast-eval; or my_module:engine, a function that returns classes with their interface."
-)
+ImagesABatch = Annotated[int, Option("Images a batch.", min=1)]
+DecodingWorkers = Annotated[
+    int | None, workers_option("Processes that decode images, or auto: none on a CPU, up to 16 for a GPU.")
+]
+ApEngine = Annotated[
+    str,
+    Option(
+        "What counts AP: pycocotools; faster-coco-eval, which gives the same sooner and comes with hdovd's extra "
+        "fast-eval; or my_module:engine, a function that returns classes with their interface."
+    ),
+]
 SHOWN_SCORE = 0.3  # detections of this score or more are drawn
 
 
@@ -46,16 +53,14 @@ class EvalConfig:
     example_images: ExampleImages = None
     mix: Mix = DEFAULT_MIX
     device: Device = "auto"
-    batch_size: Annotated[int, Option("Images a batch.", min=1)] = 16
-    workers: Annotated[
-        int | None, workers_option("Processes that decode images, or auto: none on a CPU, up to 16 for a GPU.")
-    ] = None
+    batch_size: ImagesABatch = 16
+    workers: DecodingWorkers = None
     pictures: Annotated[int, Option("Draw the detections of this many validation images.", min=0)] = 0
     per_class: Annotated[bool, Option("Print the table of all classes.")] = False
     errors: Annotated[
         bool, Option("Print what keeps AP50 from 100: errors by kind, novel and base apart (docs/ERRORS.md).")
     ] = False
-    engine: Annotated[str, ENGINE] = Engine.PYCOCOTOOLS
+    engine: ApEngine = Engine.PYCOCOTOOLS
     weights: WeightsOption = Weights.LAST
     trust: Trust = False
 

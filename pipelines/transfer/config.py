@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import DataPaths
 from hdovd.evaluation.engines import ENGINES, Engine
-from hdovd.pipelines.common.options import Device, Group, Option, Pretrained, Run, Trust, workers_option
-from hdovd.pipelines.evaluation.config import ENGINE
+from hdovd.pipelines.common.options import Device, Group, Option, Pretrained, Run, Trust
+from hdovd.pipelines.evaluation.config import ApEngine, DecodingWorkers, ImagesABatch
 from hdovd.pipelines.runs.folder import RunFolder, Weights, WeightsOption
 
 FOLDERS: dict[str, tuple[Any, Any, Option]] = {
@@ -41,11 +41,9 @@ class TransferConfig:
     ] = None
     pretrained: Pretrained = None
     device: Device = "auto"
-    batch_size: Annotated[int, Option("Images a batch.", min=1)] = 16
-    workers: Annotated[
-        int | None, workers_option("Processes that decode images, or auto: none on a CPU, up to 16 for a GPU.")
-    ] = None
-    engine: Annotated[str, ENGINE] = Engine.PYCOCOTOOLS
+    batch_size: ImagesABatch = 16
+    workers: DecodingWorkers = None
+    engine: ApEngine = Engine.PYCOCOTOOLS
     weights: WeightsOption = Weights.LAST
     trust: Trust = False
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -128,14 +129,31 @@ def test_results_never_take_the_runs_own_place(
         data_name(Path("/"))
 
 
-def test_federated_data_are_counted_so(other: Callable[..., Path]) -> None:
+def test_federated_data_are_counted_so(run: Path, world: Path, other: Callable[..., Path]) -> None:
+    """The same pictures and boxes, judged by nothing but what is in them: wrong detections of other classes do not
+    count, and no class is worse for it.
+    """
+
     def change(tree: dict[str, Any]) -> None:
         for image in tree["images"]:
             image |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
 
-    protocol, _ = protocol_of(DataPaths(other("lvis", change)), BASE, BASE)
+    lvis, plain = other("lvis", change), other("plain")
+    (lvis / VALIDATION).rename(lvis / "lvis_v1_val.json")
+    for name in ("train2017", "val2017"):
+        if not (lvis / name).exists():
+            (lvis / name).symlink_to(world / name)
+    tree = json.loads((lvis / "lvis_v1_val.json").read_text())
+    for image in tree["images"]:
+        image["coco_url"] = f"http://images.invalid/val2017/{image.pop('file_name')}"
+    (lvis / "lvis_v1_val.json").write_text(json.dumps(tree))
+    protocol, _ = protocol_of(DataPaths(lvis), BASE, BASE)
     assert protocol.federated
     assert protocol.max_detections == (300,)
+    one, two = (one.result.combined for one in transfer(TransferConfig(run=run, data=(lvis, plain), device="cpu")))
+    there = ~np.isnan(two.ap50)
+    assert (one.ap50[there] >= two.ap50[there] - 1e-9).all()
+    assert (one.ap50[there] > two.ap50[there]).any()
 
 
 def test_a_class_of_several_names_has_their_mean(distilled: RunFolder) -> None:
