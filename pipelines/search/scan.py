@@ -4,18 +4,24 @@ n rows of a block, Q queries, D embedding size.
 """
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
 from hdovd.cache.schema import STORED_NORM_TOLERANCE
 from hdovd.core.errors import HdovdError, counted
 
-BLOCK_ROWS = 2_048  # as float32 they fit in a processor's cache
+BLOCK_ROWS = 1_024  # as float32 they fit in a processor's cache
+BLOCKS_AT_ONCE = 16  # that threads share
 MOST_COMPARED = 200_000  # rows that are compared each with each
 Choice = Callable[[InstanceRows], np.ndarray]  # rows -> (n,) bool, those that are asked for
 Value = Callable[
@@ -58,17 +64,37 @@ def best_rows(cache: FeatureCache, queries: np.ndarray, count: int, value: Value
     and the norm is taken of those rows alone that may be among the best.
     """
     columns = torch.from_numpy(np.ascontiguousarray(queries.T, np.float32))
-    best, wide = Best(count), torch.empty(BLOCK_ROWS, len(columns))
-    for start, rows in cache.blocks(BLOCK_ROWS):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing is written there
-            stored = torch.from_numpy(rows.embedding)
-        block = wide[: len(stored)].copy_(stored)
-        found = value(rows, (block @ columns).numpy())
-        near = np.flatnonzero(found + 2 * STORED_NORM_TOLERANCE * np.abs(found) > best.enough)
-        norms = torch.linalg.vector_norm(block[torch.from_numpy(near)], dim=1)
-        best.add((torch.from_numpy(found[near]) / norms).numpy(), start + near)
+    best, threads = Best(count), torch.get_num_threads()
+    wide = torch.empty(threads, BLOCK_ROWS, len(columns))
+    with _single_threads(threads) as pool:
+        for start, rows in cache.blocks(BLOCKS_AT_ONCE * BLOCK_ROWS):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing is written there
+                stored = torch.from_numpy(rows.embedding)
+            cosines = torch.empty(len(stored), len(queries))
+            parts = stored.chunk(threads), cosines.chunk(threads)
+            deque(pool.map(partial(_multiply, columns), *parts, wide), maxlen=0)
+            found = value(rows, cosines.numpy())
+            near = np.flatnonzero(found + 2 * STORED_NORM_TOLERANCE * np.abs(found) > best.enough)
+            with np.errstate(divide="ignore", invalid="ignore"):  # rows of zeros
+                best.add(found[near] / np.linalg.norm(rows.embedding[near].astype(np.float32), axis=1), start + near)
     return best
+
+
+def _multiply(columns: Tensor, stored: Tensor, cosines: Tensor, wide: Tensor) -> None:
+    """Products of stored rows (n, D) with columns (D, Q) into `cosines` (n, Q), through `wide` (BLOCK_ROWS, D)."""
+    for some, out in zip(stored.split(BLOCK_ROWS), cosines.split(BLOCK_ROWS), strict=True):
+        torch.mm(wide[: len(some)].copy_(some), columns, out=out)
+
+
+@contextmanager
+def _single_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each do what torch is asked for alone: to share work as small as a block's costs more than it."""
+    try:
+        with ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, 1)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(count)  # torch gives threads of later the number that was set last
 
 
 def mean_row(cache: FeatureCache, chosen: Choice) -> np.ndarray:
