@@ -38,6 +38,7 @@ from hdovd.pipelines.common.images import AnyPicture, Decoded, decode
 from hdovd.pipelines.common.options import DEFAULT_MIX, check_examples
 from hdovd.pipelines.common.precision import Precision, inference_autocast
 from hdovd.pipelines.detection.examples import Examples, Gap, Shown, embed_examples, read_examples
+from hdovd.pipelines.detection.fitting import fit_rows
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.extraction.source import cache_of
 from hdovd.pipelines.runs.folder import RunFolder, Weights
@@ -240,7 +241,7 @@ class NameEmbedder:
     def embed(self, names: Sequence[str]) -> Tensor:
         """(K, D) float32. Raises HdovdError if the CLIP is needed and cannot be had, or is not the run's."""
         strange = [name for name in names if folded(name) not in self._place]
-        if not strange and self._asked is None:
+        if not names or (not strange and self._asked is None):
             return self.own_rows(names)
         others = self._others(names, strange)
         return torch.stack([others[name] if name in others else self.own_rows([name])[0] for name in names])
@@ -431,12 +432,19 @@ class Detector:
         """
         check_examples(None, None, mix)
         shown = read_examples(examples, images)
-        asked = {folded(name): " ".join(name.split()) for name in names}
-        rows = dict(zip(map(folded, shown.names), self.embedder.embed_examples(shown, mix), strict=True))
-        rows |= {low: self.embedder.embed([name])[0] for low, name in asked.items() if low not in rows}
-        asked = {folded(name): name for name in shown.names} | asked
-        embeddings = torch.stack([rows[low] for low in asked])
-        return self.set_classes([*asked.values()], embeddings=embeddings, split_blind=split_blind, alone=alone)
+        asked = {folded(name): name for name in shown.names} | {folded(name): " ".join(name.split()) for name in names}
+        rivals = [] if alone else [name for name in self.protocol.base if folded(name) not in asked]
+        by_name = self.embedder.embed([*asked.values()][len(shown.names) :])
+        rows = self.example_rows(shown, mix, torch.cat([by_name, self.embedder.own_rows(rivals)]))
+        both = torch.cat([rows, by_name])
+        return self.set_classes([*asked.values()], embeddings=both, split_blind=split_blind, alone=alone)
+
+    def example_rows(self, examples: Examples, mix: float, others: Tensor) -> Tensor:
+        """(K, D) rows of classes, of their examples and names: as `set_examples`. others: (O, D), classes beside
+        them.
+        """
+        rows = self.embedder.embed_examples(examples, mix)
+        return fit_rows(self.model, examples, rows, others) if mix else rows
 
     def _fitting(self, embeddings: Tensor | np.ndarray, names: tuple[str, ...]) -> Tensor:
         """Normalised, and rounded to float16 as a cache would. Raises HdovdError."""

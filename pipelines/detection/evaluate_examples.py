@@ -5,8 +5,7 @@ from pathlib import Path
 
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.pipelines.common.atomic_write import write_text
-from hdovd.pipelines.common.device import pick_device
-from hdovd.pipelines.detection.detector import NameEmbedder
+from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.detection.examples import read_examples
 from hdovd.pipelines.evaluation.config import EvalConfig
 from hdovd.pipelines.evaluation.evaluate import EvalResult, evaluate_by
@@ -27,9 +26,11 @@ def evaluate_examples(job: EvalConfig, source: Path) -> EvalResult:
             f"--examples {source}: no classes of protocol {protocol.name}: {shorten(list(strange))}; hdovd "
             f"detect looks for any"
         )
-    embedder = NameEmbedder(run, pick_device(job.device))
-    texts[[place[folded(name)] for name in examples.names]] = embedder.embed_examples(examples, job.mix)
-    embedder.forget_clip()
+    rows = [place[folded(name)] for name in examples.names]
+    others = [row for row in range(len(texts)) if row not in rows]
+    detector = Detector.from_run(job.run, weights=job.weights, device=job.device, trust=job.trust)
+    texts[rows] = detector.example_rows(examples, job.mix, texts[others])
+    del detector  # and CLIP
     out = run.path / "examples" / f"{source.absolute().stem}-{job.mix:g}"
     result = evaluate_by(job, protocol, texts, out)
     about = {"examples": str(source.absolute()), "mix": job.mix, "classes": list(examples.names)}

@@ -44,7 +44,7 @@ _NO_FILE = PictureFile(b"", b"", 0, 0)  # of a picture in memory
 @dataclass(frozen=True, slots=True)
 class Examples:
     """Crops of K classes: boxes of `images`, whose labels are places in `names`, and which `picture` reads from `path`.
-    `skipped`: pictures that could not be read, with the reason.
+    `skipped`: pictures that could not be read, with the reason. `in_pictures`: whether the images show what is around.
     """
 
     names: tuple[str, ...]
@@ -52,6 +52,7 @@ class Examples:
     path: Callable[[ImageBoxes], Path]
     picture: Callable[..., Picture] = read_picture
     skipped: dict[str, str] = field(default_factory=dict)
+    in_pictures: bool = False
 
 
 def read_examples(source: Shown, images: Path | None = None) -> Examples:
@@ -108,7 +109,7 @@ def _of_annotations(file: Path, folder: Path) -> Examples:
             f"--examples {file}: not in {folder}: {len(missing)} of {len(split.images)} pictures "
             f"({shorten(list(missing))}): give their folder with --example-images"
         )
-    return Examples(_checked(names), split.images, split.path)
+    return Examples(_checked(names), split.images, split.path, in_pictures=True)
 
 
 def _checked(names: Sequence[str] | Mapping[str, object]) -> tuple[str, ...]:
