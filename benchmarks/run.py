@@ -24,6 +24,7 @@ SMALL = {
     "bench_dense": "--clip CLIP --images 8 --sides 64 96 --rounds 3",
     "bench_eval": "--images 300 --objects 2000 --rounds 3",
     "bench_scale": "--images 1000 --boxes 10 --dim 64 --workers 1",
+    "bench_index": "--rows 5000 --dim 64 --centres 50 --queries 20",
     "bench_search": "--rows 20000 --dim 64 --rounds 2",
     "bench_train": "--clip CLIP --images 32 --picture 160 120 --rounds 2 --steps 2",
     "checksums": "--images 1000 --weights 1 --rounds 3",

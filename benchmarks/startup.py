@@ -66,6 +66,7 @@ MISTAKES = (
     f"cache verify {NO}",
     f"cache export {NO} --to webdataset --out {{out}}",
     f"cache import {NO} --format oadp --data {{data}} --cache {{out}}",
+    f"cache index {NO}",
     f"cache view {NO}",
     f"cache export {NO} --to parquet --out {{out}}.parquet",
     "cache export c --to parquet --out {out}.csv",

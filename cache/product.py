@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.identity import KeyInputs, key_of
-from hdovd.cache.schema import PART_ROWS, ROW_ARRAYS, TABLE_ARRAYS, TABLES, Level, row_arrays
+from hdovd.cache.schema import INDEX, PART_ROWS, ROW_ARRAYS, TABLE_ARRAYS, TABLES, Level, row_arrays
 from hdovd.cache.store import REPAIR, Folder, naming_damage
 from hdovd.core.errors import HdovdError
 
@@ -84,11 +84,12 @@ class Product:
         return record_name(self.prefix, part)
 
     def recorded(self) -> dict[str, int | str]:
-        """Finished parts, by number or TABLES, by the object that records them."""
+        """Finished parts, by number or TABLES, by the object that records them; no index."""
         names = {
             name: name.rsplit("/", 1)[1].removesuffix(".json") for name in self.folder.sizes(f"{self.prefix}/parts")
         }
-        return {name: int(part) if part.isdigit() else part for name, part in names.items()}
+        found = {name: part for name, part in names.items() if not part.startswith(INDEX)}
+        return {name: int(part) if part.isdigit() else part for name, part in found.items()}
 
     def finished(self) -> set[int]:
         """The parts that are done."""

@@ -19,6 +19,8 @@ image. A product reads on its own in any Zarr client:
 Beside the arrays, every product has `parts/`: tables.json and one NUMBER.json for every part, a fixed slice of its
 rows that is one Zarr shard of each of its row arrays. A part's file is written last, so what is listed there is
 what is done; it holds sizes and checksums of the objects, and which images could not be read, with the reason.
+An index of instance rows (`hdovd cache index`) is one part more, the object index-KEY and parts/index-KEY.json, which
+no set or run depends on; KEY follows from what made it, the checksums of all rows among them.
 
 Products of images also have `pictures/`: what the files were that their rows were made from (see `picture_files`).
 
@@ -42,6 +44,7 @@ TAR_META = "meta.safetensors"  # what tells a folder of tar shards from a cache
 NORM_TOLERANCE = 1e-3  # of embeddings that are written
 STORED_NORM_TOLERANCE = 2 * NORM_TOLERANCE  # and what rounding to float16 adds
 TABLES = "tables"  # the part that holds everything but the row arrays
+INDEX = "index-"  # how the names of parts begin that are an index of the rows
 
 
 class Level(StrEnum):

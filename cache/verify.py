@@ -22,6 +22,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.rows import open_rows
 from hdovd.cache.schema import (
     CHUNK_ROWS,
+    INDEX,
     SCHEMA_VERSION,
     STORED_NORM_TOLERANCE,
     TABLE_ARRAYS,
@@ -380,9 +381,9 @@ class ProductCheck:
             if self.product is None or self._is_found(TABLES):
                 continue
             with self._adding(_record(part), "values that can be read", part):  # whatever Zarr and numpy raise
-                if isinstance(part, str):
+                if part == TABLES:
                     self._add(check_tables(self.product), part)
-                elif sound:
+                elif sound and isinstance(part, int):
                     self._add(check_rows(self.product, part, {int(image) for image in record["failed"]}), part)
                     self.checked.rows += len(range(*self.product.rows_of(part)))
         if self.product is not None:
@@ -416,10 +417,10 @@ class ProductCheck:
         """The records that can be read: of the tables first, then in order."""
         records, tables = dict[int | str, dict[str, Any]](), record_name(self.prefix, TABLES)
         for name in sorted(self.folder.sizes(f"{self.prefix}/parts"), key=lambda name: (name != tables, name)):
-            found = re.fullmatch(rf".*/parts/({TABLES}|\d{{6,}})\.json", name)
+            found = re.fullmatch(rf".*/parts/({TABLES}|{INDEX}\w+|\d{{6,}})\.json", name)
             if found is None:
                 continue
-            part = TABLES if found[1] == TABLES else int(found[1])
+            part = int(found[1]) if found[1].isdigit() else found[1]
             if isinstance(part, str) or self.product is None or part < self.product.parts:
                 with self._adding(_record(part), "the record of a part", part):
                     records[part] = parse_record(self.folder.read(name))
@@ -455,6 +456,8 @@ class ProductCheck:
         tables, wanted = TABLE_ARRAYS[self.product.level], {"zarr.json"}
         if isinstance(part, int):
             wanted = set(self.product.row_objects(part).values())
+        elif part != TABLES:
+            wanted = {part}
         else:
             arrays = (*row_arrays(self.product.level, self.product.dim), *tables)
             wanted |= {f"{name}/zarr.json" for name in arrays}
@@ -484,12 +487,12 @@ class ProductCheck:
         }
         for part in range(product.parts):
             known |= {_record(part), f"pictures/{part:06d}.npz", *product.row_objects(part).values()}
-        still_to_come: tuple[str, ...] = ()
+        still_to_come: tuple[str, ...] = (INDEX, f"parts/{INDEX}")  # one may be built now, or was when it was killed
         if TABLES not in records or self._is_found(TABLES):
             arrays = row_arrays(product.level, product.dim)
-            still_to_come = (*(f"{n}/" for n in TABLE_ARRAYS[product.level]), *(f"{n}/zarr.json" for n in arrays))
-        names = [path.removeprefix(f"{self.prefix}/") for path in listed]
-        extra = [name for name in names if name not in known and not name.startswith(still_to_come)]
+            still_to_come += (*(f"{n}/" for n in TABLE_ARRAYS[product.level]), *(f"{n}/zarr.json" for n in arrays))
+        names = {path.removeprefix(f"{self.prefix}/") for path in listed} - known
+        extra = [name for name in sorted(names) if not name.startswith(still_to_come)]
         self._add([Finding(name, "nothing there", "an object that no record names") for name in extra], None)
 
 

@@ -116,7 +116,7 @@ class ProductWriter:
             if name == "embedding":
                 self._check_norms(part, arrays[name], zeros=bool(failed))
             group[name][start:stop] = arrays[name]
-        self._store(part, {name: objects[name].to_bytes() for name in product.row_objects(part).values()}, failed)
+        self.store(part, {name: objects[name].to_bytes() for name in product.row_objects(part).values()}, failed)
 
     def _check_norms(self, part: int, rows: np.ndarray, *, zeros: bool) -> None:
         norms = np.linalg.norm(rows.astype(np.float32, copy=False), axis=1)
@@ -137,7 +137,7 @@ class ProductWriter:
             if values.size:
                 group[name][:] = values
         encoded = {name: data.to_bytes() for name, data in objects.items()}
-        self._store(TABLES, encoded | {"zarr.json": self.product.folder.read(f"{self.product.prefix}/zarr.json")}, {})
+        self.store(TABLES, encoded | {"zarr.json": self.product.folder.read(f"{self.product.prefix}/zarr.json")}, {})
 
     def _empty(self) -> tuple[Any, dict[str, Any]]:
         """The product's group in memory, its row arrays still empty, and the objects that it consists of."""
@@ -148,9 +148,10 @@ class ProductWriter:
         del objects["zarr.json"]  # of the group: stored when it was begun
         return group, objects
 
-    def _store(self, part: int | str, objects: dict[str, bytes], failed: dict[int, str]) -> None:
-        product = self.product
-        record: dict[str, Any] = {"objects": {}, "failed": {str(image): reason for image, reason in failed.items()}}
+    def store(self, part: int | str, objects: dict[str, bytes], failed: dict[int, str], **more: KeyInputs) -> None:
+        """Write a part's objects, and its record last, with `more` in it."""
+        product, failures = self.product, {str(image): reason for image, reason in failed.items()}
+        record: dict[str, Any] = {"objects": {}, "failed": failures, **more}
         for name, data in sorted(objects.items()):
             product.folder.write(f"{product.prefix}/{name}", data)
             record["objects"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -13,7 +13,7 @@ from hdovd.pipelines.search.config import SearchConfig
 def search(config: SearchConfig) -> None:
     """Several parts of a query add up, each with its weight: hdovd search CACHE "umbrella" "red=0.5" --not "rain".
     Words and pictures are embedded by the set's own CLIP; --like and --embeddings need none. Every box is compared,
-    there is no index. The data are those of the extraction unless they are given. See docs/SEARCH.md.
+    unless --index is given. The data are those of the extraction unless they are given. See docs/SEARCH.md.
     """
     from hdovd.pipelines.search.search import search as run
     from hdovd.pipelines.search.search import search_lines

@@ -10,6 +10,7 @@ from hdovd.cli.command import command
 from hdovd.cli.main import new_app
 from hdovd.pipelines.cache_tools.config import CheckConfig, ForeignFormat, ImportConfig, ViewConfig
 from hdovd.pipelines.extraction.source import ExportConfig, ExportForm
+from hdovd.pipelines.search.config import IndexConfig
 
 app = new_app(
     no_args_is_help=True,
@@ -111,6 +112,19 @@ def verify(config: CheckConfig) -> None:
 
     if check_cache(config).findings:
         raise typer.Exit(1)
+
+
+@app.command()
+@command
+def index(config: IndexConfig) -> None:
+    """Build an index of a set's boxes, for hdovd search --index, unless it is there; say how many of the best it finds
+    and how fast.
+
+    Needs pip install "hdovd[index]". It lies beside the rows in the cache, and goes with them. See docs/SEARCH.md.
+    """
+    from hdovd.pipelines.search.index import index_rows
+
+    index_rows(config)
 
 
 @app.command()

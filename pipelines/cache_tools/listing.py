@@ -14,7 +14,7 @@ import numpy as np
 from hdovd.cache.catalog import Catalog, FeatureSet, RunRecord
 from hdovd.cache.identity import KeyInputs, differences
 from hdovd.cache.product import Product
-from hdovd.cache.schema import DEFAULT_SET, TABLES, Level
+from hdovd.cache.schema import DEFAULT_SET, INDEX, TABLES, Level
 from hdovd.cache.store import Folder
 from hdovd.cache.verify import product_names
 from hdovd.core.errors import HdovdError, counted, shorten
@@ -43,6 +43,7 @@ class Entry:
     began: float
     touched: float
     users: tuple[str, ...]
+    indexed: bool = False
 
 
 def inventory(folder: Folder, users: dict[tuple[Level, str], list[str]]) -> list[Entry]:
@@ -62,7 +63,8 @@ def inventory(folder: Folder, users: dict[tuple[Level, str], list[str]]) -> list
         began = folder.modified(next(iter(listed))) if product is None else product.modified()
         touched = max([began, *(folder.modified(name) for name in records[-2:])])
         its_users = tuple(users.get((level, key), ()))
-        entries.append(Entry(level, key, product, sum(listed.values()), state, began, touched, its_users))
+        indexed = any(name.rsplit("/", 1)[1].startswith(INDEX) for name in records)
+        entries.append(Entry(level, key, product, sum(listed.values()), state, began, touched, its_users, indexed))
     return sorted(entries, key=lambda e: (list(Level).index(e.level), e.began))
 
 
@@ -225,7 +227,7 @@ def _cells(entry: Entry, entries: Sequence[Entry]) -> tuple[str, ...]:
     return (
         str(entry.level),
         entry.key[:12],
-        entry.state,
+        entry.state + ", indexed" * entry.indexed,
         rows,
         size(entry.size),
         *_model(entry, entries),
@@ -339,7 +341,7 @@ def _product_lines(entry: Entry, entries: Sequence[Entry]) -> list[str]:
         else ", tables alone"
     )
     values = {
-        "state": entry.state + parts,
+        "state": entry.state + ", indexed" * entry.indexed + parts,
         "rows": f"{product.rows:,d}" + (f" of {product.dim} values" if product.dim else ""),
         "size": size(entry.size),
         "model": ", ".join(_model(entry, entries)),

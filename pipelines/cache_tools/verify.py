@@ -21,7 +21,7 @@ from hdovd.cache.identity import differences
 from hdovd.cache.picture_files import known_files
 from hdovd.cache.product import Product, record_name
 from hdovd.cache.rows import open_rows
-from hdovd.cache.schema import DEFAULT_SET, TABLES, TAR_META, Level
+from hdovd.cache.schema import DEFAULT_SET, INDEX, TABLES, TAR_META, Level
 from hdovd.cache.store import open_folder
 from hdovd.cache.tar_shards import TarShards
 from hdovd.cache.verify import (
@@ -350,9 +350,10 @@ def _mark_missing(config: CheckConfig, findings: Sequence[Finding]) -> None:
         log(f"marked as missing: {name}")
     if not gone:
         return
-    damaged = {finding.product for finding in findings}
+    damaged = {finding.product for finding in findings if not str(finding.part).startswith(INDEX)}
     again = {name: features for name, features in sets.items() if damaged & features.levels.items()}
     commands = [_command(config.cache, name, features) for name, features in again.items()]
+    commands += [f"hdovd cache index {shlex.quote(str(config.cache))}"] * any(f"/{INDEX}" in name for name in gone)
     commands += [f"the hdovd extract-clip command of set {name[5:-5]}" for name in gone if name.startswith("sets/")]
     log(
         f"{counted(len(gone), 'object')} marked as missing; "

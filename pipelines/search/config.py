@@ -7,8 +7,9 @@ from math import inf
 from pathlib import Path
 from typing import Annotated
 
+from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError, require_files
-from hdovd.pipelines.common.options import Device, Option
+from hdovd.pipelines.common.options import CacheArgument, Device, Features, Option
 from hdovd.pipelines.extraction.source import CacheSource
 
 Box = tuple[float, float, float, float]
@@ -36,6 +37,18 @@ def _box(text: str) -> Box:
     except ValueError:
         raise HdovdError(f"--box {text}: expected x,y,w,h in pixels, such as 10,20,64,48") from None
     return left, top, width, height
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexConfig:
+    """An index of a set's rows to build."""
+
+    cache: CacheArgument
+    features: Features = DEFAULT_SET
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        CacheSource(self.cache).check()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +92,9 @@ class SearchConfig(CacheSource):
     ] = -inf
     least: Annotated[float, Option("The cosine from which on two are near-duplicates.", min=-1, max=1)] = 0.95
     count: Annotated[int, Option("How many are listed.", min=1, flags=("--count", "-k"))] = 20
+    index: Annotated[
+        bool, Option("Let the index of hdovd cache index offer candidates: fast, and approximate in which are found.")
+    ] = False
     json_: Annotated[bool, Option("Print a JSON list instead of the table.")] = False
     out: Annotated[Path | None, Option("Write a page with their crops too, FILE.html.")] = None
     coco: Annotated[Path | None, Option("Write them in COCO results form too; category_id is 1, score the cosine.")] = (
@@ -95,6 +111,10 @@ class SearchConfig(CacheSource):
             raise HdovdError(
                 "expected one question: what to search for (words, --image, --like, --embeddings), or --duplicates, "
                 "--suspicious or --untypical CLASS"
+            )
+        if self.index and not self.is_query:
+            raise HdovdError(
+                "--index is for what is like something: --duplicates, --suspicious and --untypical take none"
             )
         if self.box is not None and len(self.image) != 1:
             raise HdovdError("--box is a box of --image: give one --image with it")

@@ -19,6 +19,7 @@ from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.runs.listing import table_lines
 from hdovd.pipelines.search.config import BoxSource, Duplicates, SearchConfig
 from hdovd.pipelines.search.hit import Hit
+from hdovd.pipelines.search.index import RowIndex
 from hdovd.pipelines.search.page import write_page
 from hdovd.pipelines.search.query import query_of
 from hdovd.pipelines.search.scan import Choice, alike_pairs, best_rows, chosen_rows, mean_row
@@ -100,6 +101,10 @@ def _found(config: SearchConfig, searched: Searched, chosen: Choice) -> list[Hit
         return _duplicates(config, searched, chosen)
     if config.suspicious:
         return _suspicious(config, searched, chosen)
+    if config.index:
+        index = RowIndex(searched.cache, "--features", config.features)
+        best = index.best(query_of(config, searched.cache), config.count, chosen)
+        return [searched.hit(row, value) for value, row in best.pairs()]
     sign = 1 if config.is_query else -1
     query = query_of(config, searched.cache) if config.is_query else mean_row(searched.cache, chosen)
     best = best_rows(

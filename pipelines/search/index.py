@@ -1,0 +1,154 @@
+"""An approximate index of a set's instance rows: faiss's inverted lists (IVF) of rows as bytes (SQ8). It offers
+candidates; their exact cosines are those of the cache's own rows.
+
+It is a part of the instance product of its own, `index-KEY`, and of no level: no set and no run depends on it. D
+embedding size.
+"""
+
+import time
+from importlib import import_module
+from shlex import join
+from typing import Any
+
+import numpy as np
+
+from hdovd.cache.identity import KeyInputs, key_of
+from hdovd.cache.product import Product
+from hdovd.cache.reader import FeatureCache, normalised_rows
+from hdovd.cache.schema import INDEX, Level
+from hdovd.cache.store import naming_damage, open_folder
+from hdovd.cache.writer import ProductWriter
+from hdovd.core.errors import HdovdError
+from hdovd.core.log import log
+from hdovd.pipelines.common.console import size
+from hdovd.pipelines.search.config import IndexConfig
+from hdovd.pipelines.search.scan import BLOCK_ROWS, Best, Choice, best_rows
+
+LISTS, ROWS_PER_LIST = 2, 64  # lists, times the square root of the rows; rows that a list's centre is fitted to
+# "file": faiss's own name for the form of its file. With another value of any of these it is another index.
+SETTINGS = {"kind": "IVF,SQ8", "lists": LISTS, "rows_per_list": ROWS_PER_LIST, "file": "faiss IwSq"}
+# Lists that are looked into, at least, and of all: texts, far from all rows, need many (benchmarks/bench_index.py).
+LEAST_PROBED, PROBED = 32, 1 / 8
+CANDIDATES = 2  # times what is asked for; with filters up to
+MOST_CANDIDATES = 1 / 64  # of all rows: to read more of them, one by one, takes longer than the scan
+TRIED, COUNT = 200, 20  # queries that recall is measured by, and rows that each asks for
+
+
+def _faiss() -> Any:
+    """Raises HdovdError without it."""
+    try:
+        return import_module("faiss")
+    except ImportError as error:
+        raise HdovdError(f'an index needs faiss: pip install "hdovd[index]" ({error})') from error
+
+
+def _instance(cache: FeatureCache) -> Product:
+    return Product(open_folder(cache.url), Level.INSTANCE, cache.key(Level.INSTANCE))
+
+
+def index_part(product: Product) -> tuple[str, KeyInputs]:
+    """What an index of the product is recorded under, and what it is made from: the checksums of all rows too, which
+    may be made again under one key.
+    """
+    rows = key_of({str(part): record["objects"] for part, record in product.records().items()})
+    inputs = {"instance": product.key, "rows": rows, **SETTINGS}
+    return f"{INDEX}{key_of(inputs)}", inputs
+
+
+class RowIndex:
+    """The index of a set, sound and open: of a local cache mapped, else in memory."""
+
+    def __init__(self, cache: FeatureCache, *words: str) -> None:
+        """`words`: more of the command that makes it. Raises HdovdError if the set has none, or it is damaged."""
+        faiss, product = _faiss(), _instance(cache)
+        part, _ = index_part(product)
+        name = f"{product.prefix}/{part}"
+        if not product.is_finished(part):
+            command = join(["hdovd", "cache", "index", cache.url, *words])
+            raise HdovdError(f"{cache.url} has no index of {product} as it is now: {command}")
+        product.require_sound(part)  # before the file is parsed
+        path = product.folder.path(name)
+        with naming_damage(f"{product.folder.url}/{name}"):
+            if path is None:
+                self._index = faiss.deserialize_index(np.frombuffer(product.folder.read(name), np.uint8))
+            else:
+                self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+                faiss.downcast_InvertedLists(self._index.invlists).prefetch_nthread = 0  # else 32 threads a query
+        self._cache, self.rows, self._parameters = cache, product.rows, faiss.SearchParametersIVF
+
+    def best(self, query: np.ndarray, count: int, chosen: Choice) -> Best:
+        """The chosen rows with the largest cosines with `query` (D,) of norm 1. Where too few of the candidates are
+        chosen, more are asked for; where those are too few, all rows are compared.
+        """
+        probed = max(LEAST_PROBED, int(PROBED * self._index.nlist))
+        for wanted in (CANDIDATES * count, int(MOST_CANDIDATES * self.rows)):
+            how = self._parameters(nprobe=probed if wanted < self.rows else self._index.nlist)
+            _, found = self._index.search(query[None].astype(np.float32), min(wanted, self.rows), params=how)
+            best, numbers = Best(count), np.sort(found[0][found[0] >= 0])
+            rows = self._cache.rows_at(numbers)
+            best.add(np.where(chosen(rows), normalised_rows(rows.embedding) @ query, np.nan), numbers)
+            if wanted >= self.rows or len(best.rows) == count:
+                return best
+            probed *= 4
+        log("too few of the rows that the index offers fit the filters: all rows are compared")
+        return best_rows(
+            self._cache, query[None], count, lambda rows, found: np.where(chosen(rows), found[:, 0], np.nan)
+        )
+
+
+def index_rows(config: IndexConfig) -> None:
+    """Build the index of a set unless it is there, and say how well it finds, and how fast. Raises HdovdError."""
+    config.check()
+    cache = FeatureCache(config.cache, config.features)
+    product = _instance(cache)
+    part, inputs = index_part(product)
+    with product.folder.claim(f"{product.prefix}/{part}", wait=True):
+        if not product.is_finished(part):
+            since, data = time.perf_counter(), _built(cache, product.rows)
+            for name in [name for name in product.folder.sizes(product.prefix) if f"/{INDEX}" in name]:
+                product.folder.delete(name)  # indices of other rows, records first, and what was killed
+            ProductWriter(product).store(part, {part: data}, {}, inputs=inputs)
+            log(f"built in {time.perf_counter() - since:.1f} s: {size(len(data))}")
+    log(f"index of {product.rows:,d} rows: {product.prefix}/{part}")
+    _measure(cache, RowIndex(cache))
+
+
+def _built(cache: FeatureCache, count: int) -> bytes:
+    """The file of an index of all rows but those of zeros. Raises HdovdError if all are."""
+    faiss, lists, taken = _faiss(), int(LISTS * count**0.5), np.zeros(count, bool)
+    taken[np.random.default_rng(0).permutation(count)[: ROWS_PER_LIST * lists]] = True
+    blocks = [rows.embedding[taken[at : at + BLOCK_ROWS]].astype(np.float32) for at, rows in cache.blocks(BLOCK_ROWS)]
+    sample = np.concatenate([np.zeros((0, cache.dim), np.float32), *blocks])
+    sample = sample[sample.any(axis=1)]
+    if not len(sample):
+        raise HdovdError(f"{cache.url} has no rows to index: it has no boxes, or none of their pictures could be read")
+    index = faiss.index_factory(cache.dim, f"IVF{min(lists, len(sample))},SQ8", faiss.METRIC_INNER_PRODUCT)
+    index.cp.min_points_per_centroid = 1  # no warning of small sets
+    index.train(sample)
+    for start, rows in cache.blocks(BLOCK_ROWS):
+        there = np.flatnonzero(rows.embedding.any(axis=1))
+        index.add_with_ids(normalised_rows(rows.embedding[there]), start + there)
+    return bytes(faiss.serialize_index(index))
+
+
+def _measure(cache: FeatureCache, index: RowIndex) -> None:
+    """Say how many of the best rows the index finds, by rows and by texts of the set, and how fast."""
+    rng, levels = np.random.default_rng(0), [level for level in (Level.NOUN, Level.CLASS) if level in cache.levels()]
+    own = cache.rows_at(np.sort(rng.permutation(index.rows)[:TRIED])).embedding
+    texts = np.concatenate([own[:0], *map(cache.embeddings, levels)])
+    kinds = {"rows": own[own.any(axis=1)], "texts": rng.permutation(texts)[:TRIED]}
+    queries = normalised_rows(np.concatenate([*kinds.values()]))
+    best = np.full((COUNT, len(queries)), -np.inf, np.float32)
+    for _, rows in cache.blocks(BLOCK_ROWS):
+        cosines = normalised_rows(rows.embedding[rows.embedding.any(axis=1)]) @ queries.T
+        best = np.partition(np.concatenate([best, cosines]), -COUNT, axis=0)[-COUNT:]
+    since = time.perf_counter()
+    best_rows(cache, queries[:1], COUNT, lambda _, cosines: cosines[:, 0])
+    between = time.perf_counter()
+    found = [index.best(query, COUNT, lambda rows: np.ones(len(rows.box), bool)).values for query in queries]
+    rates = len(queries) / (time.perf_counter() - between), 1 / (between - since)
+    right = [(one >= least - 1e-6).sum() for one, least in zip(found, best.min(axis=0), strict=True)]
+    halves = zip(kinds, np.split(right / np.isfinite(best).sum(axis=0), [len(kinds["rows"])]), strict=True)
+    said = ", ".join(f"{half.mean():.3f} by {len(half)} of its {kind}" for kind, half in halves if len(half))
+    log(f"recall@{COUNT} against the exact scan: {said}")
+    log(f"queries a second, one after another: {rates[0]:.1f} by the index, {rates[1]:.1f} by the exact scan")
