@@ -15,10 +15,10 @@ from hdovd.core.errors import HdovdError, counted
 from hdovd.core.log import log
 from hdovd.modeling.base import Detector
 from hdovd.modeling.export.detectors import ExportableDetector
+from hdovd.modeling.export.traceable import traceable
 from hdovd.pipelines.common.images import decode
 from hdovd.pipelines.common.precision import inference_autocast
 from hdovd.pipelines.detection.examples import Examples
-from hdovd.pipelines.export.model import traceable
 
 ON_IOU, OFF_IOU, OFF = 0.5, 0.3, -1  # a region is on an example from the one on, off all below the other
 OFF_REGIONS = 100  # of a picture

@@ -35,12 +35,12 @@ from torch import Tensor, nn
 from hdovd.config.recipe import InferenceConfig, InputConfig, build_recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
-from hdovd.core.registry import resolve
 from hdovd.core.version import __version__
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.modeling.batching import input_size
 from hdovd.modeling.boxes import Detections, detect
 from hdovd.modeling.export.detectors import ExportableDetector
+from hdovd.modeling.export.traceable import traceable
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.images import decode, pixels_of
 from hdovd.pipelines.export.config import ExportModelConfig, ModelForm
@@ -177,26 +177,6 @@ def require(form: ModelForm) -> None:
             raise HdovdError(
                 f"--format onnx needs the packages onnx and onnxruntime: pip install 'hdovd[export]' ({error})"
             ) from error
-
-
-def traceable(detector: Detector) -> nn.Module:
-    """The detector as a module over (image, texts, is_novel), in eval mode: one that torch can trace, if it has one."""
-    if detector.exportable is None:
-        return _OnePicture(detector)
-    module: nn.Module = resolve(detector.exportable, "the detector's exportable")(detector)
-    return module
-
-
-class _OnePicture(nn.Module):
-    """`Detector.predict` and `detect` of one picture."""
-
-    def __init__(self, detector: Detector) -> None:
-        super().__init__()
-        self.detector = detector.eval()
-
-    def forward(self, image: Tensor, texts: Tensor, is_novel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        found = detect(self.detector.predict([image], texts)[0], is_novel, self.detector.recipe.inference)
-        return found.boxes, found.scores, found.labels
 
 
 def write(

@@ -16,12 +16,12 @@ from torchvision.ops import box_iou
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import Protocol
+from hdovd.modeling.export.traceable import traceable
 from hdovd.pipelines.detection import evaluate_examples, fitting
 from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.detection.examples import Examples, read_examples
 from hdovd.pipelines.detection.fitting import fit_rows
 from hdovd.pipelines.evaluation.config import EvalConfig
-from hdovd.pipelines.export.model import traceable
 from hdovd.pipelines.runs.folder import RunFolder
 
 
