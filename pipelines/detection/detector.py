@@ -370,6 +370,11 @@ class Detector:
     def recipe(self) -> Recipe:
         return self.model.recipe
 
+    @property
+    def class_embeddings(self) -> Tensor:
+        """(K, D) float32: the rows of the names that are looked for, on the detector's device."""
+        return self._texts[: len(self.names)]
+
     def set_classes(
         self,
         names: Sequence[str],

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Annotated
 
 from hdovd.core.errors import HdovdError, require_files
-from hdovd.pipelines.common.options import Group, Option, Run, Trust
+from hdovd.pipelines.common.options import (
+    DEFAULT_MIX,
+    ExampleImages,
+    Examples,
+    Group,
+    Mix,
+    Option,
+    Run,
+    Trust,
+    check_examples,
+)
 from hdovd.pipelines.runs.folder import FILES, RunFolder, Weights, WeightsOption
 
 
@@ -73,6 +83,9 @@ class ExportModelConfig:
         tuple[Path, ...],
         Option("A picture to check the file on, besides those that are made up. Repeatable.", flags=("--check-image",)),
     ] = ()
+    examples: Examples = None
+    example_images: ExampleImages = None
+    mix: Mix = DEFAULT_MIX
     trust: Trust = False
 
     def check(self) -> None:
@@ -86,5 +99,6 @@ class ExportModelConfig:
             )
         if not self.out.resolve().parent.is_dir():
             raise HdovdError(f"--out {self.out}: there is no folder {self.out.resolve().parent}")
+        check_examples(self.examples, self.example_images, self.mix)
         for picture in self.check_images:
             require_files(check_image=picture)

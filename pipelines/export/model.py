@@ -36,13 +36,15 @@ from hdovd.config.recipe import InferenceConfig, InputConfig, build_recipe
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
 from hdovd.core.version import __version__
-from hdovd.modeling.base import Detector, build_detector
+from hdovd.modeling.base import Detector as Model
+from hdovd.modeling.base import build_detector
 from hdovd.modeling.batching import input_size
 from hdovd.modeling.boxes import Detections, detect
 from hdovd.modeling.export.detectors import ExportableDetector
 from hdovd.modeling.export.traceable import traceable
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.images import decode, pixels_of
+from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.export.config import ExportModelConfig, ModelForm
 from hdovd.pipelines.runs.folder import RunFolder, Weights
 
@@ -62,7 +64,7 @@ class Checked:
     difference: float
 
 
-def check(run: "Run", model: Detector, texts: Tensor, is_novel: Tensor, pictures: Sequence[Tensor]) -> Checked:
+def check(run: "Run", model: Model, texts: Tensor, is_novel: Tensor, pictures: Sequence[Tensor]) -> Checked:
     """Set a file's detections against those of `Detector.predict` and `detect`.
 
     Args:
@@ -151,7 +153,7 @@ def made_up_pictures(config: InputConfig) -> list[Tensor]:
 CARRIED = {
     "hdovd": "version of hdovd that wrote the file",
     "about": "inputs and outputs",
-    "class_names": "JSON list: the run's classes, base before novel",
+    "class_names": "JSON list: the run's classes, base before novel, and those of examples",
     "is_novel": "JSON list of booleans, one a class",
     "class_embeddings": "their text embeddings: base64 of little-endian float32, a row of embedding_size numbers a "
     "class",
@@ -180,7 +182,7 @@ def require(form: ModelForm) -> None:
 
 
 def write(
-    form: ModelForm, model: Detector, example: tuple[Tensor, Tensor, Tensor], carried: dict[str, str], file: Path
+    form: ModelForm, model: Model, example: tuple[Tensor, Tensor, Tensor], carried: dict[str, str], file: Path
 ) -> None:
     """Write a file of a form. `example`: inputs to trace with; the file takes others of any size."""
     with warnings.catch_warnings(), torch.no_grad():
@@ -207,7 +209,7 @@ def open_model(form: ModelForm, file: Path) -> tuple[Run, dict[str, str]]:
     }[form](file)
 
 
-def _write_onnx(model: Detector, example: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
+def _write_onnx(model: Model, example: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
     import onnx
 
     sizes = {"image": {1: "height", 2: "width"}, "texts": {0: "classes"}, "is_novel": {0: "classes"}}
@@ -249,7 +251,7 @@ def _open_onnx(file: Path) -> tuple[Run, dict[str, str]]:
     return run, dict(session.get_modelmeta().custom_metadata_map)
 
 
-def _write_torchscript(model: Detector, example: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
+def _write_torchscript(model: Model, example: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
     save_traced(
         torch.jit.trace(traceable(model), example, check_trace=False), file, {"hdovd.json": json.dumps(carried)}
     )
@@ -267,7 +269,7 @@ def _open_torchscript(file: Path) -> tuple[Run, dict[str, str]]:
         return torch.jit.load(str(file), map_location="cpu", _extra_files=extra), json.loads(extra["hdovd.json"])
 
 
-def _write_safetensors(model: Detector, _: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
+def _write_safetensors(model: Model, _: tuple[Tensor, ...], carried: dict[str, str], file: Path) -> None:
     state = model.state_dict()
     save_file(
         {name: value.contiguous() for name, value in state.items() if not name.startswith(model.training_parts)},
@@ -302,7 +304,7 @@ def export_model(job: ExportModelConfig) -> Checked:
     require(job.form)
     job.check()
     run = RunFolder(job.run, job.trust)
-    recipe, protocol, texts = run.recipe(), run.protocol(), run.class_embeddings().float()
+    recipe, (names, texts, is_novel) = run.recipe(), _classes(job, run)
     pictures = made_up_pictures(recipe.input) + [decode(path).pixels for path in job.check_images]
     model = build_detector(recipe, texts.shape[1], initialise=False)
     if job.form is not ModelForm.SAFETENSORS and model.exportable is None:
@@ -311,14 +313,13 @@ def export_model(job: ExportModelConfig) -> Checked:
             f"(--format safetensors), which hdovd opens; there is no form of it that other programs run"
         )
     run.load_model(model, job.weights.file)
-    is_novel = torch.arange(len(texts)) >= len(protocol.base)
     log(f"{job.run}: {job.weights.value} weights, {len(texts)} classes, embeddings of {texts.shape[1]} numbers")
     smaller = pictures[0][:, :90, :120].contiguous()  # and of another shape than what is checked
-    checked: list[Checked] = []
+    about, checked = carried(run, job.weights, names, texts, is_novel), list[Checked]()
 
     def write_checked(partial: Path) -> None:
         try:
-            write(job.form, model, (smaller, texts, is_novel), carried(run, job.weights), partial)
+            write(job.form, model, (smaller, texts, is_novel), about, partial)
         except (torch.onnx.OnnxExporterError, RuntimeError, TypeError) as error:
             raise RuntimeError(
                 f"torch {torch.__version__} cannot export a detector with backbone {recipe.detector.backbone.name}: "
@@ -342,9 +343,23 @@ def export_model(job: ExportModelConfig) -> Checked:
     return found
 
 
-def carried(run: RunFolder, weights: Weights) -> dict[str, str]:
-    """The text of `CARRIED` for a run."""
-    protocol, texts = run.protocol(), run.class_embeddings().float()
+def _classes(job: ExportModelConfig, run: RunFolder) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    """Names of C classes, their rows (C, D) and which are novel (C,) bool: those of the run's protocol, and of examples
+    that are none of them after those.
+    """
+    protocol = run.protocol()
+    if job.examples is None:
+        return protocol.names, run.class_embeddings().float(), torch.arange(len(protocol.names)) >= len(protocol.base)
+    detector = Detector.from_run(job.run, weights=job.weights, device="cpu", trust=job.trust)
+    detector.set_examples(job.examples, images=job.example_images, names=protocol.names, mix=job.mix)
+    place = {name: number for number, name in enumerate(protocol.names)}
+    order = sorted(range(len(detector.names)), key=lambda row: place.get(detector.names[row], len(place)))
+    return tuple(detector.names[row] for row in order), detector.class_embeddings[order], detector.is_novel[order]
+
+
+def carried(run: RunFolder, weights: Weights, names: Sequence[str], texts: Tensor, is_novel: Tensor) -> dict[str, str]:
+    """The text of `CARRIED` for a run and classes with rows (C, D)."""
+    protocol = run.protocol()
     made = dict(run.record()["cache"]["levels"].get("class", {}).get("inputs", {}))  # what made the class embeddings
     about = (
         f"image: (3, height, width) uint8 RGB, as decoded, any size; resizing and normalisation are inside. texts: "
@@ -359,8 +374,8 @@ def carried(run: RunFolder, weights: Weights) -> dict[str, str]:
     values = {
         "hdovd": __version__,
         "about": about,
-        "class_names": json.dumps(protocol.names),
-        "is_novel": json.dumps([name in set(protocol.novel) for name in protocol.names]),
+        "class_names": json.dumps(names),
+        "is_novel": json.dumps(is_novel.tolist()),
         "class_embeddings": base64.b64encode(texts.numpy().astype("<f4").tobytes()).decode(),
         "embedding_size": str(texts.shape[1]),
         "clip": json.dumps(made.get("clip")),

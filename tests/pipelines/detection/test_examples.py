@@ -207,7 +207,7 @@ def test_a_detector_takes_examples_and_names_together(distilled: RunFolder, crop
     assert detector.is_novel.tolist() == [False, False, True, True, False]
     rows = _alone(detector.embedder, crops)
     expected = torch.stack([*rows.values(), detector.embedder.own_rows(["candle"])[0]])
-    assert torch.allclose(detector._texts[:5], expected, atol=1e-3)
+    assert torch.allclose(detector.class_embeddings, expected, atol=1e-3)
     assert len(detector(picture, 0.0).names) > 0
     with pytest.raises(HdovdError, match=r"--mix 1\.5"):
         detector.set_examples(crops, mix=1.5)

@@ -164,6 +164,6 @@ def test_detection_and_evaluation_take_the_same_rows(
     assert any("region" in line for line in lines)
     assert detector.names == (*examples.names, *rest)
     places = [detector.protocol.names.index(name) for name in detector.names]
-    assert torch.allclose(detector._texts, normalize(taken[0][places], dim=1), atol=1e-3)
+    assert torch.allclose(detector.class_embeddings, normalize(taken[0][places], dim=1), atol=1e-3)
     by_crops = detector.embedder.embed_examples(examples, 1.0)
-    assert not torch.allclose(detector._texts[: len(by_crops)], by_crops, atol=1e-3)
+    assert not torch.allclose(detector.class_embeddings[: len(by_crops)], by_crops, atol=1e-3)
