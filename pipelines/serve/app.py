@@ -1,157 +1,140 @@
-"""The page of `hdovd serve` and its questions, each within limits, and one at a time."""
+"""The page of `hdovd serve` and the questions that it asks: what is refused, and one answer at a time."""
 
 import asyncio
+import re
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from math import isfinite
+from functools import partial
+from socket import gethostname
 from typing import Any
 
+import python_multipart  # noqa: F401  # which Starlette reads forms with
 from starlette.applications import Starlette
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message
 
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import log
 from hdovd.core.version import __version__
 from hdovd.pipelines.common.options import DEFAULT_MIX
 from hdovd.pipelines.common.pages import page
-from hdovd.pipelines.serve.answers import Answers, without_paths
+from hdovd.pipelines.serve.answers import Files, Finding, Searching, Texts, fitting
 from hdovd.pipelines.serve.config import ServeConfig
-from hdovd.pipelines.serve.guard import Guard
 
+Answer = dict[str, Any]
 POLICY = (
     "default-src 'none'; img-src 'self' data: blob:; connect-src 'self'; script-src 'nonce-{0}'; "
-    "style-src 'nonce-{0}'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "style-src 'nonce-{0}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-PATIENCE_S = 60  # for what a browser sends
-MOST_EXAMPLES = 64
-Job = Callable[[], dict[str, Any]]
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+LOCAL = r"localhost|127(\.\d+){3}|\[?::1\]?"
+NUMBERS = r"[\d.]+|\[[\da-f:.]+\]"  # addresses that no DNS is asked for
+MOST_FIELDS, MOST_TEXT = 64, 16_384  # characters of a field, which are some thousand names
+PATH = re.compile(r"'[^'\n]*/[^'\n]*'|\S*/\S*")
 
 
-def app(answers: Answers, config: ServeConfig) -> Guard:
-    """What a web server runs."""
-    return Guard(_App(answers, config).starlette, config.host)
+class Site:
+    """Page and answers. `waiting`: questions that are answered or wait for it, in the one thread of `pool`."""
 
-
-class _App:
-    """`waiting`: questions that are answered or wait for it, in the one thread of `pool`."""
-
-    def __init__(self, answers: Answers, config: ServeConfig) -> None:
-        self.answers, self.config = answers, config
-        self.pool, self.waiting = ThreadPoolExecutor(1), 0
-        self.starlette = Starlette(
-            routes=[
-                Route("/", self.page),
-                Route("/detect", self.detect, methods=["POST"]),
-                Route("/search", self.search, methods=["POST"]),
-                Route("/picture/{image_id:int}", self.picture),
-            ],
-            exception_handlers={HTTPException: _told, ClientDisconnect: _told, HdovdError: _told, Exception: _failed},
+    def __init__(self, config: ServeConfig) -> None:
+        """Loads what is served. Raises HdovdError."""
+        self.config, self.pool, self.waiting = config, ThreadPoolExecutor(1), 0
+        others = "" if is_local(config.host) else f"|{NUMBERS}|{re.escape(gethostname())}"
+        self.own = re.compile(rf"({LOCAL}|\[?{re.escape(config.host)}\]?{others})(:\d+)?", re.IGNORECASE)
+        finding = None if config.run is None else Finding(config)
+        searching = None if config.cache is None else Searching(config)
+        routes = [Route("/", partial(self.page, finds=finding is not None, searches=searching is not None))]
+        if finding is not None:
+            routes.append(Route("/detect", partial(self.answered, finding.answer), methods=["POST"]))
+        if searching is not None:
+            routes.append(Route("/search", partial(self.answered, searching.answer), methods=["POST"]))
+            routes.append(Route("/picture/{image_id:int}", partial(self.pictured, searching.picture)))
+        self.app = Starlette(
+            routes=routes,
+            middleware=[Middleware(BaseHTTPMiddleware, dispatch=self.guarded)],
+            exception_handlers=dict.fromkeys((HTTPException, HdovdError, ClientDisconnect), told_error),
         )
 
-    async def page(self, _: Request) -> Response:
-        nonce, answers = secrets.token_urlsafe(16), self.answers
-        context = {
-            "nonce": nonce,
-            "version": __version__,
-            "finds": answers.detector is not None,
-            "searches": answers.searched is not None,
-            "mix": DEFAULT_MIX,
-            "max_mb": self.config.max_mb,
-        }
+    async def guarded(self, request: Request, answer: RequestResponseEndpoint) -> Response:
+        """Refuses names that are not this host's, though another's DNS leads them here, and what other sites have a
+        browser ask.
+        """
+        host, origin, site = (request.headers.get(name, "") for name in ("host", "origin", "sec-fetch-site"))
+        own = site in ("", "same-origin", "none") and origin in ("", f"http://{host}", f"https://{host}")
+        if not self.own.fullmatch(host):
+            response: Response = JSONResponse({"error": "use the address that hdovd serve printed"}, 403)
+        elif not own and (request.method, request.url.path) != ("GET", "/"):
+            response = JSONResponse({"error": "asked by another site"}, 403)
+        else:
+            response = await answer(request)
+        response.headers.update(HEADERS)
+        return response
+
+    async def page(self, _: Request, **served: bool) -> Response:
+        nonce = secrets.token_urlsafe(16)
+        context = {"nonce": nonce, "version": __version__, "mix": DEFAULT_MIX, "max_mb": self.config.max_mb, **served}
         return HTMLResponse(page("serve.html", context), headers={"Content-Security-Policy": POLICY.format(nonce)})
 
-    async def detect(self, request: Request) -> Response:
-        def job(form: FormData) -> dict[str, Any]:
-            names, crops = form.getlist("example_name"), [_data(crop) for crop in form.getlist("example")]
-            if len(names) != len(crops):
-                raise HdovdError(f"{len(crops)} examples and {len(names)} names of them: expected as many")
-            examples = [*zip(map(str, names), crops, strict=True)]
-            mix, alone = _number(form, "mix", DEFAULT_MIX), "alone" in form
-            return self.answers.detect(_data(form.get("picture")), _text(form, "names"), examples, mix, alone)
+    async def pictured(self, answer: Callable[[int], Answer], request: Request) -> Response:
+        return await self.queued(partial(answer, request.path_params["image_id"]))
 
-        return await self._answered(request, job)
-
-    async def search(self, request: Request) -> Response:
-        def job(form: FormData) -> dict[str, Any]:
-            texts = {name: _text(form, name) for name in ("words", "unlike", "like", "box", "source")}
-            picture = _data(form["picture"]) if "picture" in form else None
-            return self.answers.search(**texts, picture=picture, count=int(_number(form, "count", 20)))
-
-        return await self._answered(request, job)
-
-    async def picture(self, request: Request) -> Response:
-        return JSONResponse(await self._queued(lambda: self.answers.whole(request.path_params["image_id"])))
-
-    async def _answered(self, request: Request, job: Callable[[FormData], dict[str, Any]]) -> Response:
-        """The answer to a form, which is read up to the limits."""
-        limited = Request(request.scope, self._limited(request))
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                form = await limited.form(max_files=MOST_EXAMPLES + 1, max_fields=MOST_EXAMPLES + 16)
-        except TimeoutError:
-            raise HTTPException(408, f"what was sent took longer than {PATIENCE_S} seconds") from None
-        try:
-            return JSONResponse(await self._queued(lambda: job(form)))
-        finally:
-            await form.close()
-
-    def _limited(self, request: Request) -> Callable[[], Any]:
+    async def answered(self, answer: Callable[[Texts, Files], Answer], request: Request) -> Response:
         left = 1e6 * self.config.max_mb
 
-        async def receive() -> Message:
+        async def limited() -> Message:
             nonlocal left
             message = await request.receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
+            if (left := left - len(message.get("body", b""))) < 0:
                 raise HTTPException(413, f"more than {self.config.max_mb:g} MB at once: send less, or smaller pictures")
             return message
 
-        return receive
+        limits = {"max_files": MOST_FIELDS, "max_fields": MOST_FIELDS, "max_part_size": MOST_TEXT}
+        async with Request(request.scope, limited).form(**limits) as form:
+            sent = {name: form.getlist(name) for name in form}
+            texts = {name: [value for value in sent[name] if isinstance(value, str)] for name in sent}
 
-    async def _queued(self, job: Job) -> dict[str, Any]:
+            def files() -> dict[str, list[bytes]]:
+                read = {name: [self.read(one) for one in sent[name] if not isinstance(one, str)] for name in sent}
+                return {name: files for name, files in read.items() if files}
+
+            return await self.queued(lambda: answer(texts, files()))
+
+    def read(self, file: UploadFile) -> bytes:
+        """A picture that was sent. Raises HdovdError for one that is none, or too large."""
+        return fitting(file.file.read(), self.config.max_megapixels)
+
+    async def queued(self, job: Callable[[], Answer]) -> Response:
+        """The job's answer, after those of before it."""
         if self.waiting > self.config.queue:
             raise HTTPException(503, "too many questions at once: ask again in some seconds", {"Retry-After": "3"})
         self.waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.pool, job)
+            return JSONResponse(await asyncio.get_running_loop().run_in_executor(self.pool, job))
         finally:
             self.waiting -= 1
 
 
-def _told(_: Request, error: Exception) -> Response:
-    """What was wrong with a question."""
+def told_error(_: Request, error: Exception) -> Response:
+    """What was wrong with a question, for someone who is to know no path of this machine."""
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-    gone = isinstance(error, ClientDisconnect)  # nobody reads this then
-    return JSONResponse({"error": "" if gone else without_paths(str(error))}, 422)
+    log(f"refused: {error}")
+    return JSONResponse({"error": PATH.sub("(a place on the server)", str(error))}, 422)
 
 
-def _failed(_: Request, error: Exception) -> Response:
-    """What is our fault; the server's user sees the traceback."""
-    return JSONResponse({"error": "the server failed at this; whoever runs it sees why"}, 500)
-
-
-def _data(value: UploadFile | str | None) -> bytes:
-    if not isinstance(value, UploadFile):
-        raise HdovdError("no picture was sent")
-    return value.file.read()
-
-
-def _text(form: FormData, name: str) -> str:
-    return str(form.get(name, ""))
-
-
-def _number(form: FormData, name: str, default: float) -> float:
-    text = _text(form, name) or f"{default}"
-    try:
-        if isfinite(number := float(text)):
-            return number
-    except ValueError:
-        pass
-    raise HdovdError(f"{name} {text!r}: expected a number")
+def is_local(host: str) -> bool:
+    """Whether this machine alone reaches it."""
+    return re.fullmatch(LOCAL, host) is not None

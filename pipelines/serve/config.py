@@ -8,18 +8,19 @@ from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.options import DataIfGiven, Device, Features, Option, Trust
 from hdovd.pipelines.extraction.source import CacheSource
-from hdovd.pipelines.runs.folder import RunFolder, Weights, WeightsOption
+from hdovd.pipelines.runs.folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """What to serve, where, and how much a browser may ask for. `trust`: as `RunFolder.trusted`."""
+    """What to serve, where, and how much a browser may ask for. `data`: as of `CacheSource`; `trust`: as of
+    `RunFolder.trusted`.
+    """
 
-    run: Annotated[Path | None, Option("The run that finds things by name or by example in pictures.")] = None
-    cache: Annotated[Path | None, Option("The cache to search by words, or by a box of a picture.")] = None
+    run: Annotated[Path | None, Option("The run that finds things in pictures, by name or by example.")] = None
+    cache: Annotated[Path | str | None, Option("The cache to search by words, or by a box of a picture.")] = None
     features: Features = DEFAULT_SET
     data: DataIfGiven = None
-    weights: WeightsOption = Weights.LAST
     clip: Annotated[
         str | None, Option("The CLIP, where it lies elsewhere than run and cache say: as for extract-clip.")
     ] = None
@@ -29,9 +30,9 @@ class ServeConfig:
         str, Option("The address to listen at; 0.0.0.0: all of this machine, for anyone who reaches it.")
     ] = "127.0.0.1"
     port: Annotated[int, Option("0: one that is free.", min=0, max=65_535)] = 8765
-    max_mb: Annotated[float, Option("What a browser may send at once, in MB.", min=0.001)] = 20.0
+    max_mb: Annotated[float, Option("MB that a browser may send at once.", min=0.001)] = 20.0
     max_megapixels: Annotated[float, Option("The largest picture that is decoded.", min=0.001)] = 50.0
-    queue: Annotated[int, Option("Questions that may wait for the one that is answered.", min=0)] = 16
+    queue: Annotated[int, Option("Questions that may wait while another is answered.", min=0)] = 16
     trust: Trust = False
 
     def check(self) -> None:
@@ -44,5 +45,3 @@ class ServeConfig:
             RunFolder.open(self.run, trusted=self.trust).recipe()
         if self.cache is not None:
             CacheSource(self.cache, self.features, self.data).check()
-        if self.pretrained is not None and self.clip is None:
-            raise HdovdError("--pretrained goes with --clip")
