@@ -39,8 +39,9 @@ class Finding:
 
     def __init__(self, config: ServeConfig) -> None:
         """Loads the run. Raises HdovdError."""
-        clip = {"clip": config.clip, "pretrained": config.pretrained}
-        self.detector = Detector.from_run(config.run or "", device=config.device, trust=config.trust, **clip)
+        self.detector = Detector.from_run(
+            config.run or "", device=config.device, clip=config.clip, pretrained=config.pretrained, trust=config.trust
+        )
         self._asked: object = None
 
     def answer(self, texts: Texts, files: Files) -> dict[str, Any]:
@@ -48,10 +49,8 @@ class Finding:
         mix, alone: as of `Detector.set_examples`. Raises HdovdError.
         """
         detector, names, alone = self.detector, listed(texts, "names"), bool(texts.get("alone"))
-        shown = {
-            unquote(name[len(EXAMPLE) :]): crops for name, crops in files.items() if crops and name.startswith(EXAMPLE)
-        }
-        if not files.get("picture"):
+        shown = {unquote(name[len(EXAMPLE) :]): crops for name, crops in files.items() if name.startswith(EXAMPLE)}
+        if "picture" not in files:
             raise HdovdError("no picture was sent")
         if (asked := (names, shown, mix := one(texts, "mix", float, DEFAULT_MIX), alone)) != self._asked:
             self._asked = None  # if this fails
@@ -95,17 +94,18 @@ class Searching:
         """The hits for the parts of a query, and their crops: words, unlike, like, and `picture` or a `box` of it;
         source, count. Raises HdovdError.
         """
+        pictures = {PICTURE: files["picture"][0]} if "picture" in files else {}
         asked = replace(
             self._config,
             queries=tuple(listed(texts, "words")),
             not_=tuple(listed(texts, "unlike")),
             like=tuple(listed(texts, "like")),
-            image=(PICTURE,) if files.get("picture") else (),
+            image=tuple(pictures),
             box=one(texts, "box", parse_box, None),
             source=one(texts, "source", BoxSource, None),
             count=max(1, min(one(texts, "count", int, 20), MOST_HITS)),
         )
-        hits = found(asked, self._searched, dict.fromkeys(asked.image, files["picture"][0]))
+        hits = found(asked, self._searched, pictures)
         return {"hits": [asdict(hit) | {"crop": self._crop(hit)} for hit in hits]}
 
     def picture(self, image_id: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-LOCAL = r"localhost|127(\.\d+){3}|\[?::1\]?"
+LOCAL = r"localhost|127(\.\d+){3}|::1|\[::1\]"
 NUMBERS = r"[\d.]+|\[[\da-f:.]+\]"  # addresses that no DNS is asked for
 MOST_FIELDS, MOST_TEXT = 64, 16_384  # characters of a field, which are some thousand names
 PATH = re.compile(r"'[^'\n]*/[^'\n]*'|\S*/\S*")
