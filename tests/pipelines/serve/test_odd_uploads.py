@@ -17,6 +17,21 @@ import pytest
 
 KEPT_MB = 24  # of the second hundred; one picture that is kept is 3 MB, of each upload 0.2
 
+NAMES = ("a.png", "../../etc/passwd", "a" * 300, 'q"uote.jpg', "\u2028.jpg", "CON", "x.py")
+TYPES = (
+    b"multipart/form-data",
+    b"multipart/form-data; boundary=x",
+    b"multipart/form-data; charset=none; boundary=\xff",
+    b"text/plain",
+    b"application/x-www-form-urlencoded",
+)
+FIELDS = {
+    "names": (*[""] * 9, "tree, star", ",,,\n", "\x00", "a" * 250, "%s{}", "<b>"),
+    "mix": (*[""] * 9, "nan", "1e999", "x", "0.5"),
+    "box": (*[""] * 9, "0,0,5,5", "-1,0,2,2", "a,b", "1e308,1,1e308,1"),
+    "count": (*[""] * 9, "-5", "1e9", "1" * 5_000, "3"),
+}
+
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -57,32 +72,13 @@ def _uploads(png: Callable[..., bytes], count: int, seed: int) -> Iterator[dict[
             png(1, rng.choice((1, 20_000)), "PNG"),
             noise + one,
         )[kind]
-        name = rng.choice(("a.png", "../../etc/passwd", "a" * 300, 'q"uote.jpg', "\u2028.jpg", "CON", "x.py"))
         if number % 17 == 0:
-            yield {
-                "content": noise,
-                "headers": {
-                    "content-type": rng.choice(
-                        (
-                            "multipart/form-data",
-                            "multipart/form-data; boundary=x",
-                            "text/plain",
-                            "application/x-www-form-urlencoded",
-                            "multipart/form-data; charset=none; boundary=\xff",
-                        )
-                    )
-                },
-            }
+            yield {"content": noise, "headers": {"content-type": rng.choice(TYPES)}}
         elif number % 17 == 1:
-            yield {"files": {rng.choice(("pictures", "example:", "example:a", "")): (name, data)}}
+            yield {"files": {rng.choice(("pictures", "example:", "example:a", "")): (rng.choice(NAMES), data)}}
         else:
-            fields = {
-                "names": rng.choice(("", "tree, star", ",,,\n", "\x00", "a" * 250, "%s{}", "<b>")),
-                "mix": rng.choice(("", "nan", "1e999", "x", "0.5")),
-                "box": rng.choice(("", "0,0,5,5", "-1,0,2,2", "a,b", "1e308,1,1e308,1")),
-                "count": rng.choice(("", "-5", "1e9", "1" * 5_000, "3")),
-            }
-            yield {"files": {"picture": (name, data)}, "data": fields}
+            fields = {name: rng.choice(values) for name, values in FIELDS.items()}
+            yield {"files": {"picture": (rng.choice(NAMES), data)}, "data": fields}
 
 
 def _resident_mb() -> float:
@@ -91,10 +87,10 @@ def _resident_mb() -> float:
 
 
 def test_odd_uploads(served: str, png: Callable[..., bytes]) -> None:
-    codes = list[int]()
+    codes, client = list[int](), httpx.Client(timeout=120)
 
     def ask(number: int, upload: dict[str, object]) -> int:
-        answer = httpx.post(f"{served}/{('detect', 'search')[number % 2]}", timeout=120, **upload)  # type: ignore[arg-type]
+        answer = client.post(f"{served}/{('detect', 'search')[number % 2]}", **upload)  # type: ignore[arg-type]
         assert answer.status_code != 500, (upload, answer.text)
         assert answer.status_code == 200 or set(answer.json()) == {"error"}
         assert "Traceback" not in answer.text
@@ -107,13 +103,13 @@ def test_odd_uploads(served: str, png: Callable[..., bytes]) -> None:
             found = [threads.submit(ask, *pair) for pair in enumerate(_uploads(png, 100, seed))]
         codes += [one.result() for one in found]
         resident.append(_resident_mb())
+    print(resident)
     assert set(codes) <= {200, 400, 413, 422, 503}
-    assert min(codes.count(code) for code in (200, 422, 503)) > 5
+    assert min(codes.count(code) for code in (200, 400, 422)) > 5
     assert resident[2] - resident[1] < KEPT_MB, resident
-    with httpx.Client() as client:
-        answer = client.post(f"{served}/detect", files={"picture": png()})
-        assert answer.status_code == 200
-        assert answer.json()["width"] == 40
+    answer = client.post(f"{served}/detect", files={"picture": png()})
+    assert (answer.status_code, answer.json()["width"]) == (200, 40)
+    client.close()
 
 
 def test_clients_that_go_away(served: str, png: Callable[..., bytes], caplog: pytest.LogCaptureFixture) -> None:

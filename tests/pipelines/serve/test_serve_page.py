@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,14 @@ def pictures(world: Path) -> list[Path]:
     return sorted((world / "val2017").iterdir())[:2]
 
 
+def _done(page: Any) -> None:
+    page.locator("#said", has_text=re.compile("^done$")).wait_for()
+
+
 def _find(page: Any, names: str) -> None:
-    page.get_by_label("Names").fill(names)
+    page.get_by_label("Names, with").fill(names)
     page.get_by_role("button", name="Find").click()
-    page.wait_for_function("document.getElementById('said').textContent === 'done'")
+    _done(page)
 
 
 def _saved(page: Any, button: Any) -> Any:
@@ -53,7 +58,7 @@ def _saved(page: Any, button: Any) -> Any:
 
 def test_pictures_and_names_give_boxes(page: Any, pictures: list[Path], distilled: RunFolder) -> None:
     page.get_by_label("Drop pictures here").set_input_files(pictures)
-    page.wait_for_function("document.getElementById('said').textContent === 'done'")
+    _done(page)
     names = [distilled.protocol().novel[0], distilled.protocol().base[0], MARKUP.replace("(1)", "")]
     _find(page, ", ".join(names))
     page.get_by_label("Score from").fill("0")
@@ -85,7 +90,7 @@ def test_a_drop_is_a_choice(page: Any, pictures: list[Path]) -> None:
         list(pictures[0].read_bytes()),
     )
     page.dispatch_event("#drop", "drop", {"dataTransfer": data})
-    page.wait_for_function("document.getElementById('said').textContent === 'done'")
+    _done(page)
     assert page.locator(".shot img").get_attribute("alt") == "dropped.jpg"
     page.get_by_role("button", name="Remove dropped.jpg").click()
     assert page.locator(".shot").count() == 0
@@ -95,7 +100,7 @@ def test_what_is_no_picture_is_said_at_its_place(page: Any, tmp_path: Path, pict
     (tmp_path / f"{MARKUP.replace('/', '')}.png").write_text("no picture")
     (tmp_path / "large.png").write_bytes(bytes(300_000))
     page.get_by_label("Drop pictures here").set_input_files([*sorted(tmp_path.iterdir()), pictures[0]])
-    page.wait_for_function("document.getElementById('said').textContent === 'done'")
+    _done(page)
     said = page.locator("figcaption").all_inner_texts()
     assert said[0] == "the picture: no picture of a kind that Pillow reads"
     assert said[1].startswith("0.3 MB, more than the 0.2 MB that are taken here")
@@ -119,7 +124,7 @@ def _draw(page: Any, number: int = 0) -> list[int]:
 
 def test_a_drawn_box_is_searched_for(page: Any, pictures: list[Path], cache: Path) -> None:
     page.get_by_label("Drop pictures here").set_input_files(pictures[:1])
-    page.wait_for_function("document.getElementById('said').textContent === 'done'")
+    _done(page)
     box = _draw(page)
     sides = page.locator(".shot svg").evaluate("svg => [svg.viewBox.baseVal.width, svg.viewBox.baseVal.height]")
     shares = [0.2 * sides[0], 0.3 * sides[1], 0.5 * sides[0], 0.5 * sides[1]]
@@ -156,9 +161,7 @@ def test_words_likes_and_pictures_of_hits(page: Any, cache: Path) -> None:
     assert box["width"] == pytest.approx((right - left) * scene["width"] / width, abs=4)
     page.keyboard.press("Escape")
     page.get_by_role("button", name=f"Search for boxes like {expected[1].place}").click()
-    page.wait_for_function(
-        f"document.querySelector('#hits .card .quiet').textContent.startsWith('{expected[1].place},')"
-    )
+    page.locator("#hits .card:first-child .quiet", has_text=f"{expected[1].place},").wait_for()
     assert page.locator("#hits .card b").first.inner_text().endswith(" 1.000")
 
 
@@ -166,7 +169,7 @@ def test_a_drawn_box_becomes_an_example(page: Any, pictures: list[Path], distill
     from PIL import Image
 
     page.get_by_label("Drop pictures here").set_input_files(pictures[:1])
-    page.wait_for_function("document.getElementById('said').textContent === 'done'")
+    _done(page)
     left, top, width, height = _draw(page)
     page.get_by_label("Its class").fill("part, 17 <b>")
     page.get_by_label("Examples beside names").fill("1")
@@ -189,7 +192,7 @@ def test_a_drawn_box_becomes_an_example(page: Any, pictures: list[Path], distill
 
 def test_everything_has_a_name_and_is_reached_by_keyboard(page: Any, pictures: list[Path]) -> None:
     page.get_by_label("Drop pictures here").set_input_files(pictures)
-    page.wait_for_function("document.getElementById('said').textContent === 'done'")
+    _done(page)
     controls = "input, textarea, select, button"
     assert (
         page.evaluate(
