@@ -23,8 +23,9 @@ def serve(config: ServeConfig) -> None:
     try:
         listener = socket.create_server((config.host, config.port), family=kind)
     except OSError as error:
+        why = system_reason(error).partition(" (while")[0]
         raise HdovdError(
-            f"cannot listen at {config.host}, port {config.port} ({system_reason(error)}): give another --port (0: one "
+            f"cannot listen at {config.host}, port {config.port} ({why}): give another --port (0: one "
             "that is free), or --host"
         ) from error
     settings = uvicorn.Config(
