@@ -11,7 +11,6 @@ from typing import Any
 
 import python_multipart  # noqa: F401  # which Starlette reads forms with
 from starlette.applications import Starlette
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
@@ -42,6 +41,7 @@ HEADERS = {
 }
 LOCAL = r"localhost|127(\.\d+){3}|::1|\[::1\]"
 NUMBERS = r"[\d.]+|\[[\da-f:.]+\]"  # addresses that no DNS is asked for
+is_local = re.compile(LOCAL).fullmatch  # whether this machine alone reaches a host
 MOST_FIELDS, MOST_TEXT = 64, 16_384  # characters of a field, which are some thousand names
 PATH = re.compile(r"'[^'\n]*/[^'\n]*'|\S*/\S*")
 
@@ -54,12 +54,11 @@ class Site:
         self.config, self.pool, self.waiting = config, ThreadPoolExecutor(1), 0
         others = "" if is_local(config.host) else f"|{NUMBERS}|{re.escape(gethostname())}"
         self.own = re.compile(rf"({LOCAL}|\[?{re.escape(config.host)}\]?{others})(:\d+)?", re.IGNORECASE)
-        finding = None if config.run is None else Finding(config)
-        searching = None if config.cache is None else Searching(config)
-        routes = [Route("/", partial(self.page, finds=finding is not None, searches=searching is not None))]
-        if finding is not None:
-            routes.append(Route("/detect", partial(self.answered, finding.answer), methods=["POST"]))
-        if searching is not None:
+        routes = [Route("/", self.page)]
+        if config.run is not None:
+            routes.append(Route("/detect", partial(self.answered, Finding(config).answer), methods=["POST"]))
+        if config.cache is not None:
+            searching = Searching(config)
             routes.append(Route("/search", partial(self.answered, searching.answer), methods=["POST"]))
             routes.append(Route("/picture/{image_id:int}", partial(self.pictured, searching.picture)))
         self.app = Starlette(
@@ -74,18 +73,15 @@ class Site:
         """
         host, origin, site = (request.headers.get(name, "") for name in ("host", "origin", "sec-fetch-site"))
         own = site in ("", "same-origin", "none") and origin in ("", f"http://{host}", f"https://{host}")
-        if not self.own.fullmatch(host):
-            response: Response = JSONResponse({"error": "use the address that hdovd serve printed"}, 403)
-        elif not own and (request.method, request.url.path) != ("GET", "/"):
-            response = JSONResponse({"error": "asked by another site"}, 403)
-        else:
-            response = await answer(request)
+        known, linked = self.own.fullmatch(host), (request.method, request.url.path) == ("GET", "/")
+        why = "asked by another site" if known else "use the address that hdovd serve printed"
+        response = await answer(request) if known and (own or linked) else JSONResponse({"error": why}, 403)
         response.headers.update(HEADERS)
         return response
 
-    async def page(self, _: Request, **served: bool) -> Response:
-        nonce = secrets.token_urlsafe(16)
-        context = {"nonce": nonce, "version": __version__, "mix": DEFAULT_MIX, "max_mb": self.config.max_mb, **served}
+    async def page(self, _: Request) -> Response:
+        nonce, config = secrets.token_urlsafe(16), self.config
+        context = {"nonce": nonce, "version": __version__, "mix": DEFAULT_MIX, "config": config}
         return HTMLResponse(page("serve.html", context), headers={"Content-Security-Policy": POLICY.format(nonce)})
 
     async def pictured(self, answer: Callable[[int], Answer], request: Request) -> Response:
@@ -101,20 +97,18 @@ class Site:
                 raise HTTPException(413, f"more than {self.config.max_mb:g} MB at once: send less, or smaller pictures")
             return message
 
-        limits = {"max_files": MOST_FIELDS, "max_fields": MOST_FIELDS, "max_part_size": MOST_TEXT}
-        async with Request(request.scope, limited).form(**limits) as form:
-            sent = {name: form.getlist(name) for name in form}
-            texts = {name: [value for value in sent[name] if isinstance(value, str)] for name in sent}
+        def job() -> Answer:
+            texts, files = dict[str, list[str]](), dict[str, list[bytes]]()
+            for name, value in form.multi_items():
+                if isinstance(value, str):
+                    texts.setdefault(name, []).append(value)
+                else:
+                    files.setdefault(name, []).append(fitting(value.file.read(), self.config.max_megapixels))
+            return answer(texts, files)
 
-            def files() -> dict[str, list[bytes]]:
-                read = {name: [self.read(one) for one in sent[name] if not isinstance(one, str)] for name in sent}
-                return {name: files for name, files in read.items() if files}
-
-            return await self.queued(lambda: answer(texts, files()))
-
-    def read(self, file: UploadFile) -> bytes:
-        """A picture that was sent. Raises HdovdError for one that is none, or too large."""
-        return fitting(file.file.read(), self.config.max_megapixels)
+        asked = Request(request.scope, limited)
+        async with asked.form(max_files=MOST_FIELDS, max_fields=MOST_FIELDS, max_part_size=MOST_TEXT) as form:
+            return await self.queued(job)
 
     async def queued(self, job: Callable[[], Answer]) -> Response:
         """The job's answer, after those of before it."""
@@ -131,10 +125,5 @@ def told_error(_: Request, error: Exception) -> Response:
     """What was wrong with a question, for someone who is to know no path of this machine."""
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-    log(f"refused: {error}")
+    log(f"refused: {error}" if str(error) else "a client went away")
     return JSONResponse({"error": PATH.sub("(a place on the server)", str(error))}, 422)
-
-
-def is_local(host: str) -> bool:
-    """Whether this machine alone reaches it."""
-    return re.fullmatch(LOCAL, host) is not None

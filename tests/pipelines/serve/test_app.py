@@ -49,6 +49,7 @@ def test_detections_are_those_of_the_detector(client: TestClient, distilled: Run
     for asked, alone, said in (
         (list(protocol.names), False, ""),
         (names, False, f"{names[0]},\r\n {names[1]}\n{names[2]}, {names[0]}"),
+        (names[:2], False, "\n".join(names[:2])),
         (names[:2], True, ",".join(names[:2])),
     ):
         fields = {"names": said} | ({"alone": "1"} if alone else {})

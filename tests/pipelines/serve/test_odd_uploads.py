@@ -1,5 +1,5 @@
-"""A real server, twenty clients at once, and two hundred uploads that are no pictures, or strange ones: it goes on, says
-what was wrong, and keeps nothing.
+"""A real server, twenty clients at once, and hundreds of uploads that are no pictures, or strange ones: it goes on,
+says what was wrong, and keeps nothing.
 """
 
 from __future__ import annotations

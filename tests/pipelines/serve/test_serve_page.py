@@ -72,7 +72,7 @@ def test_pictures_and_names_give_boxes(page: Any, pictures: list[Path], distille
         assert figure.locator("g").count() == len(found.names) > 5
         assert figure.locator("g.base").count() == sum(name == names[1] for name in found.names)
         scene, box = figure.locator("svg").bounding_box(), figure.locator("g").last.locator("rect").bounding_box()
-        left, top, right, bottom = found.boxes[0].tolist()  # the best is drawn last
+        left, top, _, bottom = found.boxes[0].tolist()  # the best is drawn last
         scale = scene["width"] / one["width"]
         assert scene["height"] == pytest.approx(scale * one["height"], rel=0.02)
         assert box["x"] - scene["x"] == pytest.approx(scale * left, abs=4)
@@ -86,7 +86,8 @@ def test_pictures_and_names_give_boxes(page: Any, pictures: list[Path], distille
 
 def test_a_drop_is_a_choice(page: Any, pictures: list[Path]) -> None:
     data = page.evaluate_handle(
-        "bytes => { const all = new DataTransfer(); all.items.add(new File([new Uint8Array(bytes)], 'dropped.jpg')); return all; }",
+        "bytes => { const all = new DataTransfer(); "
+        "all.items.add(new File([new Uint8Array(bytes)], 'dropped.jpg')); return all; }",
         list(pictures[0].read_bytes()),
     )
     page.dispatch_event("#drop", "drop", {"dataTransfer": data})
@@ -152,7 +153,7 @@ def test_words_likes_and_pictures_of_hits(page: Any, cache: Path) -> None:
     page.locator("#hits .card > button").first.click()
     dialog = page.locator("dialog[open]")
     dialog.wait_for()
-    left, top, right, bottom = expected[0].box
+    left, _, right, _ = expected[0].box
     scene = dialog.locator("svg").bounding_box()
     box, width = (
         dialog.locator("rect").bounding_box(),
@@ -196,7 +197,8 @@ def test_everything_has_a_name_and_is_reached_by_keyboard(page: Any, pictures: l
     controls = "input, textarea, select, button"
     assert (
         page.evaluate(
-            f"[...document.querySelectorAll('{controls}')].filter(c => !(c.labels?.length || c.textContent.trim() || c.ariaLabel)).length"
+            f"[...document.querySelectorAll('{controls}')].filter("
+            "c => !(c.labels?.length || c.textContent.trim() || c.ariaLabel)).length"
         )
         == 0
     )
