@@ -9,7 +9,7 @@ from functools import partial
 from socket import gethostname
 from typing import Any
 
-import python_multipart  # noqa: F401  # which Starlette reads forms with
+from python_multipart.exceptions import FormParserError  # of what Starlette reads forms with
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -64,7 +64,9 @@ class Site:
         self.app = Starlette(
             routes=routes,
             middleware=[Middleware(BaseHTTPMiddleware, dispatch=self.guarded)],
-            exception_handlers=dict.fromkeys((HTTPException, HdovdError, ClientDisconnect), told_error),
+            exception_handlers=dict.fromkeys(
+                (HTTPException, HdovdError, ClientDisconnect, FormParserError), told_error
+            ),
         )
 
     async def guarded(self, request: Request, answer: RequestResponseEndpoint) -> Response:
@@ -73,7 +75,7 @@ class Site:
         """
         host, origin, site = (request.headers.get(name, "") for name in ("host", "origin", "sec-fetch-site"))
         own = site in ("", "same-origin", "none") and origin in ("", f"http://{host}", f"https://{host}")
-        known, linked = self.own.fullmatch(host), (request.method, request.url.path) == ("GET", "/")
+        known, linked = self.own.fullmatch(host), (request.method, request.scope["path"]) == ("GET", "/")
         why = "asked by another site" if known else "use the address that hdovd serve printed"
         response = await answer(request) if known and (own or linked) else JSONResponse({"error": why}, 403)
         response.headers.update(HEADERS)
