@@ -87,6 +87,7 @@ class _Commands(LazyGroup):
         "search": "Find the boxes of a cache that are most like words, pictures or other boxes; or near-duplicates and "
         "doubtful labels.",
         "detect": "Find anything that has a name in any pictures.",
+        "serve": "Find and search in a browser: a page for pictures, names, examples and the boxes of a cache.",
         "export": "Write the detector to one file for other programs: picture and class embeddings in, detections out.",
         "import-checkpoint": "Make a run folder of the authors' published weights, for eval, detect, export and "
         "report.",

@@ -42,6 +42,7 @@ ORDER = [
         "pipelines.relabelling",
         "pipelines.detection",
         "pipelines.search",
+        "pipelines.serve",
         "pipelines.transfer",
         "pipelines.export",
         "pipelines.ablation",

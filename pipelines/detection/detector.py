@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hdovd.cache.catalog import Catalog, is_tar_form
 from hdovd.cache.identity import KeyInputs, differences, key_of
+from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level
 from hdovd.cache.tar_shards import TarShards
 from hdovd.config.recipe import Recipe
@@ -233,6 +234,13 @@ class NameEmbedder:
         self._rows = run.class_embeddings()
         self._place = {folded(name): row for row, name in reversed([*enumerate(run.protocol().names)])}
         self._clip: Teacher | None = None
+        self._sees = False  # whether that is with its image tower
+
+    @cached_property
+    def _gap(self) -> tuple[FeatureCache, Gap]:
+        """The run's cache, and what it knows of images and texts."""
+        cache = cache_of(self._run)
+        return cache, Gap.of(cache, self.own_rows(self._run.protocol().base))
 
     @property
     def dim(self) -> int:
@@ -251,9 +259,9 @@ class NameEmbedder:
         those of their names. Raises HdovdError if the run's cache or its CLIP cannot be had, or a class has no readable
         crop.
         """
-        cache = cache_of(self._run)
-        self._clip = load_text_tower(self._run, self._given, self._device, True)
-        gap = Gap.of(cache, self.own_rows(self._run.protocol().base))
+        cache, gap = self._gap
+        if not self._sees or self._clip is None:
+            self._clip, self._sees = load_text_tower(self._run, self._given, self._device, True), True
         rows = gap.moved(embed_examples(examples, self._clip, cache))
         return rows if mix == 1 else F.normalize(mix * rows + (1 - mix) * self.embed(examples.names), dim=1)
 
@@ -263,7 +271,7 @@ class NameEmbedder:
 
     def forget_clip(self) -> None:
         """Free the memory of the text tower; it is loaded again when it is needed."""
-        self._clip = None
+        self._clip, self._sees = None, False
 
     def _others(self, names: Sequence[str], strange: list[str]) -> dict[str, Tensor]:
         """Of the names that are no classes of the run, or of all, if they are wanted in other prompts than its."""

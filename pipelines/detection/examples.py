@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hdovd.cache.picture_files import PictureFile
 from hdovd.cache.reader import FeatureCache, normalised_rows
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError, counted, shorten
@@ -29,7 +28,7 @@ from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.images import AnyPicture, decode
 from hdovd.pipelines.common.picture_files import find_pictures
 from hdovd.pipelines.embedding.build import embedders_of
-from hdovd.pipelines.embedding.crops import Cutter, Picture, read_picture
+from hdovd.pipelines.embedding.crops import NO_FILE, Cutter, Picture, read_picture
 from hdovd.pipelines.embedding.embedders import Pictures
 from hdovd.pipelines.extraction.source import extraction_of
 from hdovd.pipelines.teachers.base import Teacher
@@ -38,7 +37,6 @@ from hdovd.pipelines.teachers.prompts import folded
 Shown = Path | str | Mapping[str, Sequence[AnyPicture]]  # a folder, a COCO file, or pictures by name
 SAMPLED_IMAGES = 4_000  # of a cache: a mean needs no more
 BATCH = 64  # crops
-_NO_FILE = PictureFile(b"", b"", 0, 0)  # of a picture in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +82,7 @@ def _of_pictures(pictures: Mapping[str, Sequence[AnyPicture]]) -> Examples:
     images, skipped, sources = list[ImageBoxes](), dict[str, str](), dict[Path, AnyPicture]()
     for label, (name, shown) in enumerate(pictures.items()):
         for number, picture in enumerate(shown, start=1):
-            path = Path(picture if isinstance(picture, Path | str) else f"{name} {number}")
+            path = Path(picture if isinstance(picture, Path | str) else f"example {number} of {name} ({label + 1})")
             try:
                 height, width = decode(picture).pixels.shape[1:]
             except HdovdError as error:
@@ -94,7 +92,7 @@ def _of_pictures(pictures: Mapping[str, Sequence[AnyPicture]]) -> Examples:
             box, ids = np.array([[0, 0, width, height]], np.float32), np.array([len(images)], np.int64)
             images.append(ImageBoxes(len(images), str(path), width, height, box, np.array([label]), ids))
     names, path_of = _checked(pictures), lambda image: Path(image.file_name)
-    return Examples(names, images, path_of, lambda path, *_: Picture(decode(sources[path]).pixels, _NO_FILE), skipped)
+    return Examples(names, images, path_of, lambda path, *_: Picture(decode(sources[path]).pixels, NO_FILE), skipped)
 
 
 def _of_annotations(file: Path, folder: Path) -> Examples:

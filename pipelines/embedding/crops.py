@@ -15,6 +15,8 @@ from hdovd.core.picture_header import told
 from hdovd.data.coco import Exif
 from hdovd.pipelines.common.images import read_annotated
 
+NO_FILE = PictureFile(b"", b"", 0, 0)  # of a picture in memory
+
 
 def cut(picture: Tensor, region: Sequence[int]) -> Tensor:
     """The pixels of a region xyxy of (3, h, w); black outside the picture. A view where it can be."""
@@ -36,14 +38,15 @@ class Picture:
     file: PictureFile
 
 
-def read_picture(path: Path, width: int, height: int, exif: Exif) -> Picture:
-    """A picture as `images.read_image` reads it. Raises HdovdError."""
-    with told(str(path)), path.open("rb") as file:
-        stat, data = os.fstat(file.fileno()), file.read()
+def read_picture(path: Path, width: int, height: int, exif: Exif, data: bytes | None = None) -> Picture:
+    """A picture as `images.read_image` reads it; data: its bytes, if it is no file. Raises HdovdError."""
+    stat = None
+    if data is None:
+        with told(str(path)), path.open("rb") as file:
+            stat, data = os.fstat(file.fileno()), file.read()
     found = read_annotated(path, width, height, data, exif)
-    return Picture(
-        torch.from_numpy(np.array(found.image)).permute(2, 0, 1), PictureFile.of(path, stat, data, either=found.either)
-    )
+    of = NO_FILE if stat is None else PictureFile.of(path, stat, data, either=found.either)
+    return Picture(torch.from_numpy(np.array(found.image)).permute(2, 0, 1), of)
 
 
 @dataclass(frozen=True, slots=True)

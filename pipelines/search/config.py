@@ -31,7 +31,8 @@ def weighted(text: str) -> tuple[str, float]:
     return (text, 1.0) if found is None else (found[1], float(found[2]))
 
 
-def _box(text: str) -> Box:
+def parse_box(text: str) -> Box:
+    """x,y,w,h. Raises HdovdError."""
     try:
         left, top, width, height = map(float, text.split(","))
     except ValueError:
@@ -63,7 +64,7 @@ class SearchConfig(CacheSource):
     ] = ()
     image: Annotated[tuple[str, ...], Option("Search by a picture; FILE=2 counts twice. Repeatable.")] = ()
     box: Annotated[
-        Box | None, Option("The box x,y,w,h of --image that is meant, in pixels. Default: all of it.", parse=_box)
+        Box | None, Option("The box x,y,w,h of --image that is meant, in pixels. Default: all of it.", parse=parse_box)
     ] = None
     like: Annotated[
         tuple[str, ...],
@@ -116,6 +117,8 @@ class SearchConfig(CacheSource):
             raise HdovdError(
                 "--index is for what is like something: --duplicates, --suspicious and --untypical take none"
             )
+        if self.pretrained is not None and self.clip is None:
+            raise HdovdError("--pretrained goes with --clip")
         if self.box is not None and len(self.image) != 1:
             raise HdovdError("--box is a box of --image: give one --image with it")
 

@@ -3,6 +3,8 @@ rows of a file. D embedding size.
 """
 
 import re
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.common.images import decode
 from hdovd.pipelines.detection.detector import clip_identity, load_same_clip, require_tokenizer
 from hdovd.pipelines.embedding.build import embedders_of
-from hdovd.pipelines.embedding.crops import Cutter
+from hdovd.pipelines.embedding.crops import Cutter, read_picture
 from hdovd.pipelines.embedding.embedders import Pictures
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, recipe_of
 from hdovd.pipelines.extraction.text import read_rows
@@ -25,17 +27,24 @@ from hdovd.pipelines.teachers.base import Teacher
 LEAST_NORM = 1e-6  # of the sum of a query's parts
 
 
-def query_of(config: SearchConfig, cache: FeatureCache) -> np.ndarray:
-    """(D,) float32 of norm 1. Raises HdovdError for a part that cannot be had, and if the parts add up to nothing."""
+def query_of(
+    config: SearchConfig,
+    cache: FeatureCache,
+    clip_of: Callable[[], Teacher] | None = None,
+    pictures: Mapping[str, bytes] | None = None,
+) -> np.ndarray:
+    """(D,) float32 of norm 1. clip_of: the set's CLIP, if it is loaded already. pictures: those of `config.image` that
+    are no files. Raises HdovdError for a part that cannot be had, and if the parts add up to nothing."""
     parts = [(weight, _row_of_cache(cache, text)) for text, weight in map(weighted, config.like)]
     if config.embeddings is not None:
         parts += [(1.0, row) for row in normalised_rows(np.atleast_2d(read_rows(config.embeddings)))]
     if config.queries or config.not_ or config.image:
-        clip = _clip_of(config, cache)
+        clip = (clip_of or partial(load_set_clip, config, cache))()
         parts += [(weight, _embed_text(clip, cache, text)) for text, weight in map(weighted, config.queries)]
         parts += [(-weight, _embed_text(clip, cache, text)) for text, weight in map(weighted, config.not_)]
-        for file, weight in map(weighted, config.image):
-            parts.append((weight, _embed_picture(clip, cache, Path(file), config.box)))
+        for name, weight in map(weighted, config.image):
+            data = (pictures or {}).get(name)
+            parts.append((weight, _embed_picture(clip, cache, Path(name), data, config.box)))
     if other := [row.shape for _, row in parts if row.shape != (cache.dim,)]:
         raise HdovdError(
             f"a part of the query has shape {other[0]}, the set's embeddings have {cache.dim} values: the rows of "
@@ -59,7 +68,7 @@ def _row_of_cache(cache: FeatureCache, text: str) -> np.ndarray:
     return np.asarray(normalised_rows(rows[row : row + 1])[0])
 
 
-def _clip_of(config: SearchConfig, cache: FeatureCache) -> Teacher:
+def load_set_clip(config: SearchConfig, cache: FeatureCache) -> Teacher:
     """The CLIP that made the set's embeddings. Raises HdovdError if it cannot be had, or is another one."""
     made, identity = cache.set.made_from, clip_identity(cache.key_inputs(Level.INSTANCE))
     if config.clip is None and ("clip" not in made or "teacher" in made):
@@ -91,11 +100,11 @@ def _embed_text(clip: Teacher, cache: FeatureCache, text: str) -> np.ndarray:
     return row
 
 
-def _embed_picture(clip: Teacher, cache: FeatureCache, file: Path, box: Box | None) -> np.ndarray:
-    """(D,) float32 of a box of an upright picture, as the set's boxes were embedded. Raises HdovdError for a picture
-    that cannot be read, and a box that is not within it.
+def _embed_picture(clip: Teacher, cache: FeatureCache, file: Path, data: bytes | None, box: Box | None) -> np.ndarray:
+    """(D,) float32 of a box of an upright picture, a file or the bytes of one, as the set's boxes were embedded. Raises
+    HdovdError for a picture that cannot be read, and a box that is not within it.
     """
-    picture = decode(file)
+    picture = decode(file if data is None else data)
     width, height = picture.width, picture.height
     left, top, wide, high = box or (0, 0, width, height)
     if not (0 <= left < left + wide <= width and 0 <= top < top + high <= height):
@@ -105,7 +114,8 @@ def _embed_picture(clip: Teacher, cache: FeatureCache, file: Path, box: Box | No
     pictures = Pictures([image], lambda _: file, np.array([0, 1]), boxes)
     embedder = embedders_of(clip, pictures, recipe_of(cache.key_inputs(Level.INSTANCE)))[Level.INSTANCE]
     jobs = embedder.jobs(np.zeros(1, np.int64))
-    batch = Cutter(embedder.fit, embedder.input_size).batch(jobs, embedder.places(embedder.crops))
+    cutter = Cutter(embedder.fit, embedder.input_size, partial(read_picture, data=data))
+    batch = cutter.batch(jobs, embedder.places(embedder.crops))
     if batch.problems:
         raise HdovdError(f"--image {batch.problems[0]}")
     row: np.ndarray = embedder.encode(batch)[0]

@@ -4,9 +4,11 @@ n rows of a block, K base classes.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache as once
+from functools import partial
 
 import numpy as np
 
@@ -21,8 +23,9 @@ from hdovd.pipelines.search.config import BoxSource, Duplicates, SearchConfig
 from hdovd.pipelines.search.hit import Hit
 from hdovd.pipelines.search.index import RowIndex
 from hdovd.pipelines.search.page import write_page
-from hdovd.pipelines.search.query import query_of
+from hdovd.pipelines.search.query import load_set_clip, query_of
 from hdovd.pipelines.search.scan import Choice, alike_pairs, best_rows, chosen_rows, mean_row
+from hdovd.pipelines.teachers.base import Teacher
 
 NEAR_NAMES = 3
 HEAD = ("#", "cosine", "image:row", "source", "name", "score", "box: left, top, right, bottom", "other", "its cosine")
@@ -32,10 +35,11 @@ NUMBERS = {"#", "cosine", "its cosine", "score"}
 @dataclass(frozen=True, slots=True)
 class Searched:
     """A set that is open. Where the annotations were read: `split`, `names` (K) of its base classes, and `labels`, the
-    class of a base box by annotation id.
+    class of a base box by annotation id. `clip_of`: the CLIP of the set, loaded once.
     """
 
     cache: FeatureCache
+    clip_of: Callable[[], Teacher]
     split: Split | None = None
     names: tuple[str, ...] = ()
     labels: dict[int, int] = field(default_factory=dict)
@@ -58,8 +62,8 @@ def search(config: SearchConfig) -> list[Hit]:
     """The hits, best first; pages and files that are asked for are written. Raises HdovdError."""
     config.check()
     with quiet(config.json_):
-        searched = _opened(config)
-        hits = _found(config, searched, _choice(config, searched))
+        searched = opened(config)
+        hits = found(config, searched)
         if config.coco is not None:
             boxes = [(hit, *hit.box) for hit in hits]
             results = [
@@ -73,19 +77,24 @@ def search(config: SearchConfig) -> list[Hit]:
     return hits
 
 
-def _opened(config: SearchConfig) -> Searched:
-    """Raises HdovdError for a set without rows of boxes, or whose data are needed and not there."""
+def opened(config: SearchConfig, *, pictures: bool = False) -> Searched:
+    """The set to search; pictures: with its annotations, which say where these are, whatever is asked for.
+
+    Raises HdovdError for a set without rows of boxes, or whose data are needed and not there.
+    """
     cache = FeatureCache(config.cache, config.features)
     cache.key(Level.INSTANCE)  # there is such a level
     cache.require_together()
     if not len(cache.row_images()):
         raise HdovdError(f"{cache.url} has no boxes: its instance level is empty")
-    if not (config.suspicious or config.of_class or config.out or config.data):
-        return Searched(cache)
+    clip_of = once(partial(load_set_clip, config, cache))
+    if not (pictures or config.suspicious or config.of_class or config.out or config.data):
+        return Searched(cache, clip_of)
     with quiet():  # the extraction said what it left out
         split, protocol = config.load_for(cache)
     pairs = (zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True) for image in split.images)
-    return Searched(cache, split, protocol.base, {number: label for image in pairs for number, label in image})
+    labels = {number: label for image in pairs for number, label in image}
+    return Searched(cache, clip_of, split, protocol.base, labels)
 
 
 def asked(config: SearchConfig) -> str:
@@ -96,7 +105,9 @@ def asked(config: SearchConfig) -> str:
     return ", ".join(parts) or f"near-duplicate {config.duplicates}"
 
 
-def _found(config: SearchConfig, searched: Searched, chosen: Choice) -> list[Hit]:
+def found(config: SearchConfig, searched: Searched, pictures: Mapping[str, bytes] | None = None) -> list[Hit]:
+    """The hits in a set that is open, best first. pictures: as `query_of` takes them. Raises HdovdError."""
+    chosen = _choice(config, searched)
     if config.duplicates is not None:
         return _duplicates(config, searched, chosen)
     if config.suspicious:
@@ -106,7 +117,11 @@ def _found(config: SearchConfig, searched: Searched, chosen: Choice) -> list[Hit
         best = index.best(query_of(config, searched.cache), config.count, chosen)
         return [searched.hit(row, value) for value, row in best.pairs()]
     sign = 1 if config.is_query else -1
-    query = query_of(config, searched.cache) if config.is_query else mean_row(searched.cache, chosen)
+    query = (
+        query_of(config, searched.cache, searched.clip_of, pictures)
+        if config.is_query
+        else mean_row(searched.cache, chosen)
+    )
     best = best_rows(
         searched.cache,
         normalised_rows(query[None]),

@@ -92,6 +92,23 @@ def test_pictures_of_python_are_examples_too(embedder: NameEmbedder, crops: Path
     assert not torch.allclose(found["fish"], expected["star"], atol=0.05)
 
 
+def test_clip_is_loaded_once_until_it_is_forgotten(
+    embedder: NameEmbedder, crops: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hdovd.pipelines.detection import detector
+
+    loads, load = list[bool](), detector.load_text_tower
+    monkeypatch.setattr(detector, "load_text_tower", lambda *given: (loads.append(len(given) > 3), load(*given))[1])
+    examples = read_examples(crops)
+    embedder.embed(["never named"])  # its text tower alone
+    first, second = embedder.embed_examples(examples), embedder.embed_examples(examples)
+    assert torch.equal(first, second)
+    assert loads == [False, True]
+    embedder.forget_clip()
+    assert torch.equal(embedder.embed_examples(examples), first)
+    assert loads == [False, True, True]
+
+
 def test_examples_alone_ask_nothing_of_the_name_and_a_mix_lies_between(embedder: NameEmbedder, crops: Path) -> None:
     examples = read_examples(crops)
     alone, half, names = (embedder.embed_examples(examples, mix) for mix in (1.0, 0.5, 0.0))

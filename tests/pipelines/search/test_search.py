@@ -160,6 +160,7 @@ def test_json_coco_and_table(cache: Path, kept: list[int], hits: Callable[..., l
         ({"suspicious": True, "queries": ("a",)}, "expected one question"),
         ({"like": ()}, "expected one question"),
         ({"box": (0, 0, 2, 2)}, "--box is a box of --image"),
+        ({"pretrained": "openai"}, "--pretrained goes with --clip"),
         ({"out": Path("page.pdf")}, "expected a name that ends in .html"),
     ],
 )

@@ -1,0 +1,1 @@
+"""`hdovd serve`: a run, a cache or both behind a page for a browser."""
