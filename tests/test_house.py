@@ -23,6 +23,7 @@ ORDER = [
         "modeling.levels",
         "modeling.backbones",
         "modeling.faster_rcnn",
+        "modeling.queries",
         "modeling.adamixer",
         "modeling.proposals",
         "modeling.export",

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from hdovd.modeling.adamixer.boxes import SamplingTable, to_corners, to_xyzr
-from hdovd.modeling.adamixer.model import AdaMixer, query_scores
+from hdovd.modeling.adamixer.model import AdaMixer
 from hdovd.modeling.adamixer.proposals import DensePredictions, by_rank
 from hdovd.modeling.base import Detector
 from hdovd.modeling.batching import SIZE_DIVISOR
 from hdovd.modeling.boxes import combine_scores
 from hdovd.modeling.faster_rcnn.model import CODER, FasterRCNN, roi_scores
+from hdovd.modeling.queries.scores import query_scores
 from hdovd.modeling.rpn import ExactAnchors
 
 

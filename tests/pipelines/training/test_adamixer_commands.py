@@ -114,7 +114,7 @@ def test_relations(run: RunFolder, world: Path, monkeypatch: pytest.MonkeyPatch)
     training = DataPaths(world).load("train2017", run.protocol(), base_only=True)
     with pytest.raises(HdovdError, match=r"no box .* has a student embedding"):
         relations(run, training, 4)
-    from hdovd.modeling.adamixer import pairs
+    from hdovd.modeling.queries import pairs
 
     monkeypatch.setattr(pairs, "STUDENT_IOU", -1.0)
     found = relations(run, training, 4)
