@@ -25,6 +25,7 @@ ORDER = [
         "modeling.faster_rcnn",
         "modeling.queries",
         "modeling.adamixer",
+        "modeling.rtdetr",
         "modeling.proposals",
         "modeling.export",
         "pipelines",

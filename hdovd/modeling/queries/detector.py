@@ -84,6 +84,7 @@ class Step:
 
     keys: one an image, or None. prompts: (X, D), the last rows those of backgrounds. labels: (G,) int64, the prompt
     that the query of each box should be found by. background: the first prompt of a background, which stands for all.
+    classes: K, the first prompts.
     """
 
     boxes: StepBoxes
@@ -91,6 +92,7 @@ class Step:
     prompts: Tensor
     labels: Tensor
     background: int
+    classes: int
 
 
 class QueryDetector(Detector):
@@ -166,6 +168,11 @@ class QueryDetector(Detector):
         assert isinstance(stage, QueryStage)
         return stage
 
+    def read(self, contents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Class features (S, N, Q, D) and logits of objectness (S, N, Q) of the contents (N, Q, C) after each stage."""
+        c = torch.stack([self.stage(s).describe(content) for s, content in enumerate(contents)])
+        return c, torch.stack([self.stage(s).object_logits(content) for s, content in enumerate(contents)])
+
     @torch.inference_mode()
     def predict(self, images: list[Tensor], texts: Tensor) -> list[RoIPredictions]:
         """The last stage's queries of every image, with their scores for any classes (METHOD section 7).
@@ -225,8 +232,7 @@ class QueryDetector(Detector):
         batch, boxes = self._batch(images, targets, keys)
         step = self._step(boxes, keys_of(keys, len(images)), texts)
         look = self.find(batch, step)
-        c = torch.stack([self.stage(s).describe(content) for s, content in enumerate(look.contents)])
-        logits = torch.stack([self.stage(s).object_logits(content) for s, content in enumerate(look.contents)])
+        c, logits = self.read(look.contents)
         pairs, paired = self._pair(look, logits, boxes)
         classified = self.adapters.classified(c)
         losses = self.own_losses(look, step, paired)
@@ -267,7 +273,7 @@ class QueryDetector(Detector):
     def _step(self, boxes: StepBoxes, keys: Sequence[int | None], texts: Tensor) -> Step:
         backgrounds = self.backgrounds(self.background)
         prompts, labels = prompts_and_labels(boxes, texts, backgrounds, with_pseudo=self.recipe.loss.class_.enabled)
-        return Step(boxes, keys, prompts, labels, len(prompts) - len(backgrounds))
+        return Step(boxes, keys, prompts, labels, len(prompts) - len(backgrounds), len(texts))
 
     def _pair(self, look: ForwardOutput, logits: Tensor, boxes: StepBoxes) -> tuple[Pairs, Tensor]:
         """Which query is which box's at each stage; and the candidate (N, H) of each object, or -1. One transfer each
