@@ -1,5 +1,5 @@
-"""Two steps of a small detector made of queries in W processes over gloo, or in one: shares of the batch, an integer a process
-(`forked_group`).
+"""Two steps of a small detector made of queries in W processes over gloo, or in one: shares of the batch, an
+integer a process (`forked_group`).
 
 Every process writes OUT/RANK.pt: losses of both steps, gradients of the second, the state. Run by
 test_queries_distributed.py.

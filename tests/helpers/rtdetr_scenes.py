@@ -4,8 +4,13 @@ import torch
 from adamixer_scenes import DIM, unit
 
 from hdovd.config.recipe import Recipe, load_recipe
-from hdovd.modeling.rtdetr.model import RTDETR
+from hdovd.modeling.rtdetr.model import DENOISING, RTDETR, SELECTION
 
+OWN = {*SELECTION, *DENOISING}  # losses that no other detector has
+FIRST = SELECTION[0]  # the one that pseudo boxes teach in all epochs
+# Of a map of one cell a GroupNorm wants two channels a group.
+WIDE = ("detector.backbone.fpn_channels=64", "detector.encoder.hidden=64")
+WITHOUT_BOXES = {SELECTION[0]}  # those that are not zero where no picture has a box
 SMALL = (
     "input.short_side=96",
     "input.long_side=128",
@@ -45,6 +50,7 @@ def detector(*settings: str, initialise: bool = True) -> RTDETR:
         for stage in model.stages:
             stage.sampling.offsets.weight.normal_(std=0.05)
             stage.sampling.weights.weight.normal_(std=0.05)
+            stage.objectness[0].bias.zero_()
         model.adapters.transfer[-1].weight.normal_(std=0.02)
     model.set_object_text(unit(DIM, seed=5))
     return model

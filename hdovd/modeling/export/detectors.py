@@ -26,8 +26,8 @@ from hdovd.modeling.rpn import ExactAnchors
 
 class Found(NamedTuple):
     """What does not depend on the classes: boxes (R, 4) xyxy pixels of the image; features (R, D) that are compared
-    with the classes' texts, and those that distillation taught, if the model has them; and, if it has it, the probability
-    (R,) that both scores are multiplied by.
+    with the classes' texts, and those that distillation taught, if the model has them; and, if it has it, the
+    probability (R,) that both scores are multiplied by.
     """
 
     boxes: Tensor
@@ -110,7 +110,7 @@ class ExportableDetector(nn.Module):
 
 def top_detections(boxes: Tensor, scores: Tensor, least: float, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `most` highest scores (R, C) above `least`, best first: boxes (n, 4), scores (n,), labels (n,) int64."""
-    flat, classes = scores.flatten(), torch._shape_as_tensor(scores)[1]
+    flat, classes = scores.flatten(), torch._shape_as_tensor(scores)[1].clamp(min=1)
     best = best_places(flat, most)
     best = best[flat[best] > least]
     return boxes[best // classes], flat[best], best % classes

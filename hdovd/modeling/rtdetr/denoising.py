@@ -59,17 +59,18 @@ def noised(step: Step, config: DenoisingConfig) -> Noised | None:
     sizes = boxes.sizes[:, None].expand(*box.shape, 2)
     own = boxes.boxes[box]
     half = (own[..., 2:] - own[..., :2]).tile(2) / 2
-    far = draws[..., :4] + torch.where(draws[..., :4] < 0, -1.0, 1.0) * negative[..., None]
+    away = 2 * draws[..., :4] - 1
+    far = away + torch.where(away < 0, -1.0, 1.0) * negative[..., None]
     moved = torch.minimum((own + far * half * config.box_noise).clamp(min=0), sizes.flip(-1).tile(2))
     corners = moved.unflatten(-1, (2, 2)).sort(dim=-2).values.flatten(-2)
-    other = (draws[..., 5].abs() * classes).long().clamp(max=classes - 1)
-    prompt = torch.where(draws[..., 4].abs() < config.label_noise, other, step.labels[box])
+    other = (draws[..., 5] * classes).long().clamp(max=classes - 1)
+    prompt = torch.where(draws[..., 4] < config.label_noise, other, step.labels[box])
     real = group != NOBODY
     return Noised(box, real & (negative == 0), group, real / groups.clamp(min=1), to_shares(corners, sizes), prompt)
 
 
 def _layout(boxes: StepBoxes, keys: Sequence[int | None], queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(N, M, 4) int64, box, group, whether too far, and the picture's groups; (N, M, 6) draws in -1..1. Made on the
+    """(N, M, 4) int64, box, group, whether too far, and the picture's groups; (N, M, 6) draws in 0..1. Made on the
     host, with one transfer each."""
     numbers, draws, first = [], [], 0
     for key, count in zip(keys, map(sum, zip(boxes.base, boxes.pseudo, strict=True)), strict=True):
@@ -79,7 +80,7 @@ def _layout(boxes: StepBoxes, keys: Sequence[int | None], queries: int, device: 
         )
         rows = torch.stack([box, of_group, negative, torch.full_like(box, groups)], dim=-1).flatten(0, 2)
         numbers.append(rows)
-        draws.append(2 * torch.rand(len(rows), 6, generator=image_generator(key, Use.NOISE)) - 1)
+        draws.append(torch.rand(len(rows), 6, generator=image_generator(key, Use.NOISE)))
         first += count
     padded = pad_sequence(numbers, batch_first=True)
     lengths = torch.tensor([len(rows) for rows in numbers])

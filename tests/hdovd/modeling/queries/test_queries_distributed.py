@@ -1,4 +1,6 @@
-"""Two processes train a detector made of queries as one does (METHOD section 10): losses, gradients, memories and moving means."""
+"""Two processes train a detector made of queries as one does (METHOD section 10): losses, gradients, memories and
+moving means.
+"""
 
 from functools import partial
 from pathlib import Path

@@ -9,6 +9,7 @@ from hdovd.data.targets import Targets
 from hdovd.modeling.batching import batch_images
 from hdovd.modeling.queries.detector import Step
 from hdovd.modeling.queries.pairs import NONE, Candidates, StepBoxes
+from hdovd.modeling.rtdetr.decoder import to_pixels
 from hdovd.modeling.rtdetr.denoising import CHOSEN, NOBODY, Noised, noised
 from hdovd.modeling.rtdetr.losses import candidate_losses, varifocal_rows
 from hdovd.modeling.rtdetr.model import RTDETR
@@ -53,10 +54,7 @@ def test_noise_is_near_or_too_far() -> None:
     """Corners of positives within half a side, those of negatives beyond it, but for the picture's edges."""
     found, step = slots_of()
     sizes = step.boxes.sizes[:, None]
-    wide = torch.cat(
-        [found.boxes[..., :2] - found.boxes[..., 2:] / 2, found.boxes[..., :2] + found.boxes[..., 2:] / 2], -1
-    )
-    corners = wide * sizes.flip(-1).tile(2)
+    corners = to_pixels(found.boxes, step.boxes.sizes)
     own = step.boxes.boxes[found.box]
     half = (own[..., 2:] - own[..., :2]).tile(2) / 2
     off = (corners - own).abs() / half
@@ -132,9 +130,7 @@ def test_what_a_group_holds_changes_no_other() -> None:
 def test_more_groups_of_the_same_noise_are_the_same_losses() -> None:
     """They are means over a picture's groups: without noise all are alike."""
     few, many = (
-        detector(
-            f"detector.denoising.queries={n}", "detector.denoising.box_noise=0.0", "detector.denoising.label_noise=0.0"
-        )
+        detector(*(f"detector.denoising.{value}" for value in (f"queries={n}", "box_noise=0.0", "label_noise=0.0")))
         for n in (4, 12)
     )
     one, other = (m.train()(pictures(*SIZES), batch(), unit(BASE, DIM, seed=1), [5, 6, 7]) for m in (few, many))

@@ -73,11 +73,8 @@ def test_deformable_attention_is_a_loop_and_so_are_its_gradients() -> None:
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
     pull = noise(N, Q, C, seed=9).double()
     wanted = [content, boxes, *maps, *part.parameters()]
-    for one, other in zip(
-        torch.autograd.grad((found * pull).sum(), wanted),
-        torch.autograd.grad((expected * pull).sum(), wanted),
-        strict=True,
-    ):
+    gradients = [torch.autograd.grad((one * pull).sum(), wanted) for one in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
         assert one.abs().max() > 0
         torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-9)
 
