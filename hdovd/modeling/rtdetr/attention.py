@@ -21,14 +21,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(channels, channels)
         initialise(self)
 
-    def forward(self, content: Tensor, position: Tensor, seen: Tensor | None = None) -> Tensor:
-        """(N, Q, C) twice -> (N, Q, C). `seen`: (N, Q or 1, Q) bool, which columns a row looks at; None: all."""
+    def forward(self, content: Tensor, position: Tensor, bias: Tensor) -> Tensor:
+        """(N, Q, C) twice -> (N, Q, C). `bias`: (N, H or 1, Q or 1, Q), added to logits: -inf where a row looks not."""
         placed = self.queries_and_keys(content + position).unflatten(-1, (2, self.heads, -1))
         q, k = placed.permute(2, 0, 3, 1, 4).unbind(0)
         v = self.values(content).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        logits = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float()
-        if seen is not None:
-            logits = logits.masked_fill(~seen[:, None], -torch.inf)
+        logits = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float() + bias
         out: Tensor = self.out((logits.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
         return out
 

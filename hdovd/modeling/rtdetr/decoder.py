@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from hdovd.config.rtdetr import RTDETRConfig
 from hdovd.modeling.boxes import best_places
 from hdovd.modeling.queries.detector import RARE, QueryStage
+from hdovd.modeling.queries.overlaps import covered
 from hdovd.modeling.queries.pairs import Candidates
 from hdovd.modeling.rtdetr.attention import Attention, DeformableAttention, feed_forward, initialise
 from hdovd.modeling.rtdetr.encoder import HybridEncoder
 
+SOME = 1e-7  # added to a covered share before its logarithm is taken; as AdaMixer
 LEAST = 1e-4  # of a side of the picture, and 1 less it the most, before a logit is taken
 ANCHOR = 0.05  # sides of the picture: of a box that a cell of stride 8 starts from; doubles with the stride; config
 OBJECT_SCALE = 20.0  # of the cosine with the text of "object" at the start; METHOD section 7 has it for s2
@@ -81,7 +83,11 @@ class Selection(nn.Module):
 
 
 class Stage(QueryStage):
-    """Attention between queries, to points of the pyramid, feed-forward; and the three branches."""
+    """Attention between queries, to points of the pyramid, feed-forward; and the three branches.
+
+    Attention between queries is biased by how much of the one's box the other's covers, a learned amount a head
+    (arXiv 2203.16507, section 3.4): queries on one object have to agree which of them is sure of it.
+    """
 
     def __init__(self, config: RTDETRConfig, dim: int) -> None:
         super().__init__()
@@ -99,19 +105,28 @@ class Stage(QueryStage):
             initialise(part)
         nn.init.constant_(self.objectness[0].get_parameter("bias"), RARE)
         self.deltas = box_branch(channels)
+        self.iof_tau = nn.Parameter(torch.rand(decoder.heads) * 4)
 
     def forward(
         self,
         content: Tensor,
         position: Tensor,
+        nearness: Tensor,
         boxes: Tensor,
         maps: list[Tensor],
         inside: list[Tensor],
         seen: Tensor | None,
     ) -> Tensor:
-        """Contents and positions (N, Q, C) -> new contents. The rest is as `DeformableAttention` and `Attention` take
-        it."""
-        content = self.attention_norm(content + self.attention(content, position, seen))
+        """Contents and positions (N, Q, C) -> new contents.
+
+        Args:
+            nearness: (N, Q, Q) logarithms of the share of the one's box that the other's covers. seen: (N, Q, Q) bool,
+            whom the one looks at; None: all. The rest is as `DeformableAttention` takes it.
+        """
+        bias = nearness[:, None] * self.iof_tau.view(-1, 1, 1)
+        if seen is not None:
+            bias = bias.masked_fill(~seen[:, None], -torch.inf)
+        content = self.attention_norm(content + self.attention(content, position, bias))
         content = self.sampling_norm(content + self.sampling(content + position, boxes, maps, inside))
         refined: Tensor = self.feedforward_norm(content + self.feedforward(content))
         return refined
@@ -158,7 +173,8 @@ class Network(nn.Module):
         for stage in self.stages:
             assert isinstance(stage, Stage)
             place = logits.sigmoid()
-            content = stage(content, self.position(place), place * scale, maps, inside, seen)
+            nearness = (covered(to_pixels(place, sizes)) + SOME).log()
+            content = stage(content, self.position(place), nearness, place * scale, maps, inside, seen)
             deltas = stage.deltas(content).float()
             contents.append(content)
             boxes.append(to_pixels((before + deltas).sigmoid(), sizes))  # a stage's boxes teach the stage before too

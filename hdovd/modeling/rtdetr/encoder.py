@@ -52,7 +52,8 @@ class LevelAttention(nn.Module):
         """(N, C, h, w) -> the same. `inside`: (N, h, w) bool, the cells that are looked at."""
         cells = pixels.flatten(2).transpose(1, 2)
         position = cell_positions(pixels)
-        cells = self.attention_norm(cells + self.attention(cells, position, inside.flatten(1)[:, None]))
+        bias = torch.where(inside.flatten(1)[:, None, None], 0.0, -torch.inf)
+        cells = self.attention_norm(cells + self.attention(cells, position, bias))
         cells = self.feedforward_norm(cells + self.feedforward(cells))
         out: Tensor = cells.transpose(1, 2).unflatten(2, pixels.shape[-2:])
         return out

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from adamixer_scenes import DIM, noise, unit
+from rtdetr_scenes import small
 from torch import Tensor
 
 from hdovd.config.rtdetr import HybridEncoderConfig
+from hdovd.modeling.queries.overlaps import covered
 from hdovd.modeling.rtdetr.attention import Attention, DeformableAttention
-from hdovd.modeling.rtdetr.decoder import Selection, cells_of, logit, to_pixels, to_shares
+from hdovd.modeling.rtdetr.decoder import Selection, Stage, cells_of, logit, to_pixels, to_shares
 from hdovd.modeling.rtdetr.encoder import HybridEncoder
 
 N, Q, C, HEADS, POINTS = 2, 3, 8, 2, 3
@@ -111,7 +113,8 @@ def test_attention_is_torchs() -> None:
         part.out.bias,
         attn_mask=~seen[0],
     )
-    torch.testing.assert_close(part(content, position, seen), expected.transpose(0, 1), atol=1e-6, rtol=1e-5)
+    bias = torch.where(seen, 0.0, -torch.inf)[:, None]
+    torch.testing.assert_close(part(content, position, bias), expected.transpose(0, 1), atol=1e-6, rtol=1e-5)
 
 
 def test_the_encoder_looks_at_no_cell_of_the_padding() -> None:
@@ -169,3 +172,22 @@ def test_queries_are_the_cells_that_are_most_like_an_object() -> None:
     torch.testing.assert_close(probability[0], expected[order])
     torch.testing.assert_close(content[0], token[0, order])
     torch.testing.assert_close(logits[0], anchors[0, order])
+
+
+def test_queries_look_at_those_that_cover_their_box() -> None:
+    """As far as the head's amount says: at none, a query far away counts as much as one on the same object."""
+    torch.manual_seed(0)
+    stage = Stage(small().detector, DIM)
+    content, maps = noise(1, 3, 32, seed=1), [noise(1, 32, 4 >> i, 4 >> i, seed=i) for i in range(3)]
+    inside = [torch.ones(1, 4 >> i, 4 >> i, dtype=torch.bool) for i in range(3)]
+    boxes = torch.tensor([[[0.2, 0.2, 0.2, 0.2], [0.22, 0.2, 0.2, 0.2], [0.8, 0.8, 0.2, 0.2]]])
+    nearness = (covered(to_pixels(boxes, torch.tensor([[96.0, 96.0]]))) + 1e-7).log()
+    moved = {}
+    for amount in (0.0, 4.0):
+        torch.nn.init.constant_(stage.iof_tau, amount)
+        for other in (1, 2):
+            changed = content.clone()
+            changed[0, other] += noise(32, seed=5)
+            one, two = (stage(c, torch.zeros_like(c), nearness, boxes, maps, inside, None) for c in (content, changed))
+            moved[amount, other] = (one - two)[0, 0].abs().max().item()
+    assert moved[4.0, 2] < 1e-5 < 1e-3 < min(moved[4.0, 1], moved[0.0, 1], moved[0.0, 2])
