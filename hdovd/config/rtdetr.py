@@ -36,6 +36,13 @@ class DenoisingConfig(Section):
     box_noise: NonNegative = 1.0  # most that a corner moves, half sides of the box; twice that for the others; config
 
 
+class RTDETRLossConfig(StageLossConfig):
+    """Weights of the stages' losses; those of objectness and boxes also of the choice of queries and of denoising."""
+
+    objectness: NonNegative = 1.0  # varifocal; config
+    near_iou: Share = 1.0  # none: without an NMS a second query on an object is a negative (METHOD section 12)
+
+
 class RTDETRConfig(QueryDetectorConfig):
     """Levels: `backbone.levels`, all of which the encoder fuses and the stages sample from. `backbone.fpn_channels`:
     channels of the encoder and of queries.
@@ -45,7 +52,7 @@ class RTDETRConfig(QueryDetectorConfig):
     encoder: HybridEncoderConfig = HybridEncoderConfig()
     decoder: RTDETRDecoderConfig = RTDETRDecoderConfig()
     denoising: DenoisingConfig = DenoisingConfig()
-    loss: StageLossConfig = StageLossConfig(objectness=1.0)  # config
+    loss: RTDETRLossConfig = RTDETRLossConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> "RTDETRConfig":

@@ -206,6 +206,7 @@ RTDETR = {  # typed from arXiv 2304.08069 (sections 4 and 5, tables A and B) and
     "detector.loss.objectness": 1.0,
     "detector.loss.box": 5.0,
     "detector.loss.giou": 2.0,
+    "detector.loss.near_iou": 1.0,
     "inference.nms": 1.0,
     "train.epochs": 72,
     "train.batch_size": 16,
@@ -270,6 +271,11 @@ def test_the_rtdetr_recipes_have_the_constants_of_their_papers() -> None:
     assert {k: v for k, v in found.items() if k.startswith(alike)} == {
         k: v for k, v in other.items() if k.startswith(alike)
     }
+
+
+def test_a_part_of_a_section_leaves_the_rest_as_that_detector_has_it() -> None:
+    loss = load_recipe("demo-rtdetr", ["detector.loss={poor_iou=0.25}"]).detector.model_dump()["loss"]
+    assert (loss["poor_iou"], loss["objectness"], loss["near_iou"]) == (0.25, 1.0, 1.0)
 
 
 def test_constants_of_the_method_that_are_not_in_recipes() -> None:
