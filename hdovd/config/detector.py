@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from hdovd.config.adamixer import AdaMixerConfig
 from hdovd.config.backbone import BackboneConfig, Count, Positive, Section, Share, name_of
+from hdovd.config.rtdetr import RTDETRConfig
 from hdovd.core.registry import Registry
 
 DETECTORS = Registry(  # classes of `modeling.base.Detector`
@@ -17,6 +18,7 @@ DETECTORS = Registry(  # classes of `modeling.base.Detector`
     {
         "faster_rcnn": "hdovd.modeling.faster_rcnn.model:FasterRCNN",
         "adamixer": "hdovd.modeling.adamixer.model:AdaMixer",
+        "rtdetr": "hdovd.modeling.rtdetr.model:RTDETR",
     },
 )
 _OWN = "own"
@@ -71,6 +73,7 @@ def _form(section: Any) -> str:
 DetectorConfig = Annotated[
     Annotated[FasterRCNNConfig, Tag("faster_rcnn")]
     | Annotated[AdaMixerConfig, Tag("adamixer")]
+    | Annotated[RTDETRConfig, Tag("rtdetr")]
     | Annotated[OwnDetectorConfig, Tag(_OWN)],
     Discriminator(_form),
 ]

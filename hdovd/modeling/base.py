@@ -172,6 +172,13 @@ OWN_NAMES = (
     "giou",
     "text_alignment",
     "text_relation",  # AdaMixer's
+    "selection_objectness",
+    "selection_box",
+    "selection_giou",
+    "denoising_classification",
+    "denoising_objectness",
+    "denoising_box",
+    "denoising_giou",  # RT-DETR's
     "step",
     "epoch",
     "lr",

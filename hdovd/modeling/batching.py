@@ -26,6 +26,7 @@ class Use(IntEnum):
     ANCHORS = 1
     ROIS = 2
     SCALE = 3
+    NOISE = 4
 
 
 def keys_of(keys: Sequence[int] | None, images: int) -> Sequence[int | None]:

@@ -84,6 +84,13 @@ def _nms_apart(boxes: Tensor, scores: Tensor, part: Tensor, threshold: float) ->
     return kept
 
 
+def best_places(scores: Tensor, most: int) -> Tensor:
+    """The places of the `most` highest scores (..., n), best first; of equal ones the first."""
+    if torch.onnx.is_in_onnx_export():  # its sort keeps the order of equal ones anyway, and has no word for it
+        return scores.sort(dim=-1, descending=True).indices[..., :most]
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :most]
+
+
 @dataclass(frozen=True, slots=True)
 class Detections:
     """Best first: boxes (n, 4) xyxy pixels of the original image, scores (n,), labels (n,) int64."""
@@ -124,7 +131,8 @@ def detect_batch(
     split_blind: bool = False,
     wanted: int | None = None,
 ) -> list[Detections]:
-    """Threshold, per-class NMS and the cap on detections of every image of a batch; what is found lies on the CPU.
+    """Threshold, per-class NMS and the cap on detections of every image of a batch; what is found lies on the CPU. With
+    `nms` at 1 there is no NMS.
 
     Of the classes only the first `wanted` are looked for; the others have taken their part of the scores.
     Without a distillation feature, or with `split_blind`, the classification score stands alone. Scores are combined
@@ -143,7 +151,10 @@ def detect_batch(
     for b, s, k in zip(boxes.split(per_image), score.split(per_image), label.split(per_image), strict=True):
         # batched_nms shifts the classes apart by the picture's size: with many classes, too far for pixels to be exact
         # in float32
-        keep = batched_nms(b.double(), s.double(), k, config.nms)[: config.detections_per_image]
+        if config.nms >= 1:
+            keep = best_places(s, config.detections_per_image)
+        else:
+            keep = batched_nms(b.double(), s.double(), k, config.nms)[: config.detections_per_image]
         kept.append((b[keep], s[keep], k[keep]))
     found = [len(s) for _, s, _ in kept]
     on_cpu = [torch.cat(parts).cpu().split(found) for parts in zip(*kept, strict=True)]

@@ -43,6 +43,8 @@ EQUAL = 1e-9
 MOST_CHARTED = 100  # classes: more would make the page unwieldy
 LEVELS = {
     "rpn": "Detector",
+    "selection": "Detector",
+    "denoising": "Detector",
     "box": "Detector",
     "giou": "Detector",
     "objectness": "Detector",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hdovd.config.recipe import Recipe, load_recipe
 
+NAME = "demo-adamixer"
 SETTINGS = (
     "detector.backbone.fpn_channels=32",
     "detector.proposals.shuffle=8",
@@ -30,4 +31,4 @@ SETTINGS = (
 
 
 def recipe(*settings: str) -> Recipe:
-    return load_recipe("demo-adamixer", [*SETTINGS, *settings])
+    return load_recipe(NAME, [*SETTINGS, *settings])

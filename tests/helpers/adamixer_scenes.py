@@ -19,6 +19,11 @@ from hdovd.modeling.boxes import Detections
 
 REFERENCE = Path(__file__).parents[1] / "data" / "adamixer_reference.json"
 BASE, DIM = 5, 16
+OWN = {"rpn_cls", "rpn_box", "rpn_aux_cls", "rpn_aux_box"}  # losses that no other detector has
+FIRST = "rpn_cls"  # the one that pseudo boxes teach in all epochs
+# Of a map of one cell a GroupNorm wants two channels a group.
+WIDE = ("detector.backbone.fpn_channels=64",)
+WITHOUT_BOXES: set[str] = set()  # those that are not zero where no picture has a box
 SMALL = (
     "input.short_side=96",
     "input.long_side=128",

@@ -10,13 +10,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 
 
-def played(scene: ModuleType, out: Path, shares: list[int]) -> list[dict[str, Any]]:
+def played(scene: ModuleType | SimpleNamespace, out: Path, shares: list[int]) -> list[dict[str, Any]]:
     """What the processes of a scene wrote, OUT/RANK.pt: one process for each share, in a group if there are several."""
     out.mkdir()
     work = scene.train if len(shares) == 1 else scene.work

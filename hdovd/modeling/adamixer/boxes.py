@@ -1,4 +1,4 @@
-"""Boxes as AdaMixer moves them, (x, y, z, r), their overlaps, and features sampled at points of the pyramid.
+"""Boxes as AdaMixer moves them, (x, y, z, r), and features sampled at points of the pyramid.
 
 A box of centre (x, y) and sides (w, h), in pixels of the padded batch, is x, y, z = log2(sqrt(w h)), r = log2(h / w)
 (arXiv 2203.16507, section 3.1). Everything is float32, under autocast too.
@@ -12,8 +12,6 @@ each in each group.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-TINY = 1e-6  # the least area that is divided by, square pixels; released code
 
 
 def to_xyzr(boxes: Tensor) -> Tensor:
@@ -40,31 +38,6 @@ def refine(xyzr: Tensor, deltas: Tensor) -> Tensor:
     """Boxes moved by (..., 4) deltas: the centre by parts of 2^z, z and r by addition (arXiv 2203.16507, section
     3.1)."""
     return torch.cat([xyzr[..., :2] + deltas[..., :2] * 2.0 ** xyzr[..., 2:3], xyzr[..., 2:] + deltas[..., 2:]], dim=-1)
-
-
-def overlap(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and generalised IoU (arXiv 1902.09630) of boxes (..., 4) xyxy that broadcast against each other."""
-    shared = _shared(one, two)
-    union = (area(one) + area(two) - shared).clamp(min=TINY)
-    iou = shared / union
-    hull = torch.maximum(one[..., 2:], two[..., 2:]) - torch.minimum(one[..., :2], two[..., :2])
-    around = hull.clamp(min=0).prod(dim=-1).clamp(min=TINY)
-    return iou, iou - (around - union) / around
-
-
-def covered(boxes: Tensor) -> Tensor:
-    """The share of each box (..., N, 4) that each other covers, intersection over its own area: (..., N, N)."""
-    return _shared(boxes[..., :, None, :], boxes[..., None, :, :]) / area(boxes)[..., :, None].clamp(min=TINY)
-
-
-def area(boxes: Tensor) -> Tensor:
-    """Square pixels (...) of boxes (..., 4) xyxy."""
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-
-
-def _shared(one: Tensor, two: Tensor) -> Tensor:
-    low, high = torch.maximum(one[..., :2], two[..., :2]), torch.minimum(one[..., 2:], two[..., 2:])
-    return (high - low).clamp(min=0).prod(dim=-1)
 
 
 SOFTNESS = 2.0  # of the weights between levels, tau in arXiv 2203.16507, section 3.2

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hdovd.config.adamixer import DecoderConfig
-from hdovd.modeling.adamixer.boxes import SamplingTable, covered, refine, sides, to_corners
+from hdovd.modeling.adamixer.boxes import SamplingTable, refine, sides, to_corners
+from hdovd.modeling.queries.detector import RARE, QueryStage
+from hdovd.modeling.queries.overlaps import covered
 
 
 class AdaptiveMixing(nn.Module):
@@ -41,11 +43,10 @@ def _normalised(values: Tensor, points: int, width: int) -> Tensor:
     return F.layer_norm(values, (points, width)).relu_()
 
 
-RARE = -4.595  # logit of the share of queries that hold an object at the start: 1 %
 PICTURE = 1000.0  # pixels, the unit of x and y in the positional code; released code
 
 
-class DecoderStage(nn.Module):
+class DecoderStage(QueryStage):
     """Attention, sampling with mixing, feed-forward; and the three branches, of which the class feature is read apart
     (`describe`).
     """
@@ -110,16 +111,6 @@ class DecoderStage(nn.Module):
         offsets: Tensor = self.offsets(content).float().unflatten(-1, (self.groups, self.points, 3))
         unit = torch.cat([sides(xyzr), torch.ones_like(xyzr[..., :1])], dim=-1)
         return xyzr[..., None, None, :3] + offsets * unit[..., None, None, :]
-
-    def describe(self, content: Tensor) -> Tensor:
-        """The class feature c (..., D) float32 of contents (..., C): in the space of CLIP's image embeddings."""
-        c: Tensor = self.class_feature(content).float()
-        return c
-
-    def object_logits(self, content: Tensor) -> Tensor:
-        """Logits (...) float32 of there being an object."""
-        logits: Tensor = self.objectness(content)[..., 0].float()
-        return logits
 
 
 class BoxAttention(nn.Module):

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdovd.config.adamixer import GROUPS_OF_NORM, QueryProposalsConfig
+from hdovd.config.adamixer import QueryProposalsConfig
+from hdovd.config.queries import GROUPS_OF_NORM
 from hdovd.modeling.adamixer.boxes import SamplingTable, to_xyzr
 from hdovd.modeling.boxes import nms_of_images
+from hdovd.modeling.queries.pairs import Candidates
 
 RARE = -math.log(99)  # logit of 1 %
 
@@ -26,17 +28,6 @@ class DensePredictions:
 
     probability: Tensor
     boxes: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """The best positions of each level: probability (N, M), boxes (N, M, 4); distinct (N, M) bool, those that survive
-    the NMS.
-    """
-
-    probability: Tensor
-    boxes: Tensor
-    distinct: Tensor
 
 
 class ProposalTrunk(nn.Module):

@@ -89,6 +89,15 @@ def build_backbone(config: BackboneConfig, initialise: bool = True) -> BackboneW
     )
 
 
+def without_pyramid(backbone: BackboneWithFPN | ForeignPyramid) -> list[int]:
+    """Takes the feature pyramid away: what is left gives the network's own maps by level name. Returns their
+    channels.
+    """
+    channels = [block[0].in_channels for block in backbone.fpn.inner_blocks]
+    backbone.fpn = nn.Identity()
+    return channels
+
+
 def with_synced_norms(model: nn.Module) -> nn.Module:
     """The model with SyncBatchNorm in place of every batch norm that is not frozen; timm's keep the activation that
     they hold.

@@ -6,7 +6,7 @@ or queries, C classes, D embedding size.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,26 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from hdovd.modeling.adamixer.boxes import SamplingTable, to_corners, to_xyzr
-from hdovd.modeling.adamixer.model import AdaMixer, query_scores
+from hdovd.modeling.adamixer.model import AdaMixer
 from hdovd.modeling.adamixer.proposals import DensePredictions, by_rank
 from hdovd.modeling.base import Detector
 from hdovd.modeling.batching import SIZE_DIVISOR
-from hdovd.modeling.boxes import combine_scores
+from hdovd.modeling.boxes import best_places, combine_scores
 from hdovd.modeling.faster_rcnn.model import CODER, FasterRCNN, roi_scores
+from hdovd.modeling.queries.scores import query_scores, with_objectness
 from hdovd.modeling.rpn import ExactAnchors
+
+
+class Found(NamedTuple):
+    """What does not depend on the classes: boxes (R, 4) xyxy pixels of the image; features (R, D) that are compared
+    with the classes' texts, and those that distillation taught, if the model has them; and, if it has it, the
+    probability (R,) that both scores are multiplied by.
+    """
+
+    boxes: Tensor
+    c: Tensor
+    d: Tensor | None
+    objectness: Tensor | None = None
 
 
 class ExportableDetector(nn.Module):
@@ -53,16 +66,15 @@ class ExportableDetector(nn.Module):
         Returns:
             Best first: boxes (n, 4) xyxy pixels of `image`, scores (n,), labels (n,) int64, rows of `texts`.
         """
-        boxes, c, d = self.rois(image)
+        boxes, c, d, objectness = self.rois(image)
         scores, second = self.scores(c, d, texts)
+        if objectness is not None:
+            scores, second = with_objectness(scores, second, objectness)
         if second is not None:
             scores = combine_scores(scores, second, is_novel, self.recipe.inference.alpha, self.recipe.inference.beta)
         return self._detections(boxes, scores[:, :-1])
 
-    def rois(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What does not depend on the classes: boxes (R, 4) xyxy pixels of `image`; features (R, D) that are compared
-        with the classes' texts, and those that distillation taught, if the model has them.
-        """
+    def rois(self, image: Tensor) -> Found:
         raise NotImplementedError
 
     def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -87,11 +99,21 @@ class ExportableDetector(nn.Module):
     def _detections(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`detect_batch` of one picture: scores (R, C)."""
         config = self.recipe.inference
+        if config.nms >= 1:
+            return top_detections(boxes, scores, config.score_threshold, config.detections_per_image)
         find = _OnnxClassNms.apply if torch.onnx.is_in_onnx_export() else class_nms
         roi, label = find(boxes, scores, config.nms, config.score_threshold).unbind(1)
         score = scores[roi, label]
         best = best_places(score, config.detections_per_image)
         return boxes[roi[best]], score[best], label[best]
+
+
+def top_detections(boxes: Tensor, scores: Tensor, least: float, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `most` highest scores (R, C) above `least`, best first: boxes (n, 4), scores (n,), labels (n,) int64."""
+    flat, classes = scores.flatten(), torch._shape_as_tensor(scores)[1].clamp(min=1)
+    best = best_places(flat, most)
+    best = best[flat[best] > least]
+    return boxes[best // classes], flat[best], best % classes
 
 
 def class_nms(boxes: Tensor, scores: Tensor, threshold: float, least: float) -> Tensor:
@@ -188,13 +210,6 @@ def at_most(rows: Tensor, most: int) -> Tensor:
     return torch._shape_as_tensor(rows)[0].clamp(max=most)
 
 
-def best_places(scores: Tensor, most: int) -> Tensor:
-    """The places of the `most` highest scores, best first; of equal ones the first."""
-    if torch.onnx.is_in_onnx_export():  # its sort keeps the order of equal ones anyway, and has no word for it
-        return scores.sort(descending=True).indices[:most]
-    return scores.sort(descending=True, stable=True).indices[:most]
-
-
 class ExportableAdaMixer(ExportableDetector):
     """`AdaMixer.predict` of one picture."""
 
@@ -214,7 +229,7 @@ class ExportableAdaMixer(ExportableDetector):
         self.register_buffer("backgrounds", model.backgrounds(model.background).detach(), persistent=False)
         self.register_buffer("object_text", model.object_text, persistent=False)
 
-    def rois(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def rois(self, image: Tensor) -> Found:
         """The last stage's queries: the class feature in text space, as the classifier and as the distillation move
         it."""
         pixels, _, factor = self.prepare(image)
@@ -227,7 +242,7 @@ class ExportableAdaMixer(ExportableDetector):
             content, xyzr, _ = stage(table, content, xyzr)
         c = self.last.describe(content[0])
         boxes = to_corners(xyzr[0]) / torch.cat([factor.flip(0), factor.flip(0)]).to(xyzr)
-        return boxes, self.adapters.classified(c), self.adapters.distilled(c) if self.has_second else None
+        return Found(boxes, self.adapters.classified(c), self.adapters.distilled(c) if self.has_second else None)
 
     def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
         scales = self.config.decoder.logit_scale, self.recipe.inference.distillation_scale
@@ -268,7 +283,7 @@ class ExportableFasterRCNN(ExportableDetector):
         for level, anchors in enumerate(model.rpn.anchor_generator.cell_anchors):
             self.register_buffer(f"anchors{level}", anchors.float().clone(), persistent=False)
 
-    def rois(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def rois(self, image: Tensor) -> Found:
         """c, and d if the model has it."""
         pixels, size, factor = self.prepare(image)
         features = self.backbone(pixels[None])
@@ -276,7 +291,7 @@ class ExportableFasterRCNN(ExportableDetector):
         proposals = self._proposals(features, pixels.shape, limit)
         deltas, c, r = self.head(self._pooled(features, proposals))
         boxes = clip(CODER.decode_single(deltas, proposals), limit)
-        return boxes / torch.cat([factor.flip(0), factor.flip(0)]).to(boxes), c, self.head.distill(r)
+        return Found(boxes / torch.cat([factor.flip(0), factor.flip(0)]).to(boxes), c, self.head.distill(r))
 
     def scores(self, c: Tensor, d: Tensor | None, texts: Tensor) -> tuple[Tensor, Tensor | None]:
         return roi_scores(c, d, texts, self.backgrounds, self.recipe)

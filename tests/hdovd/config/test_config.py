@@ -18,7 +18,8 @@ from hdovd.modeling.rpn import ASPECT_RATIOS
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_loads(name: str) -> None:
-    assert load_recipe(name).detector.name == ("adamixer" if "adamixer" in name else "faster_rcnn")
+    named = [known for known in ("adamixer", "rtdetr") if known in name]
+    assert load_recipe(name).detector.name == (named[0] if named else "faster_rcnn")
 
 
 def test_names_of_shipped_recipes() -> None:
@@ -183,6 +184,45 @@ ADAMIXER = {  # typed from METHOD sections 3 to 8, and from the authors' configu
 }
 
 
+RTDETR = {  # typed from arXiv 2304.08069 (sections 4 and 5, tables A and B) and its authors' configuration
+    "detector.backbone.norm": "frozen",
+    "detector.backbone.levels": [3, 4, 5],
+    "detector.backbone.fpn_channels": 256,
+    "detector.encoder.heads": 8,
+    "detector.encoder.feedforward": 1024,
+    "detector.encoder.blocks": 3,
+    "detector.encoder.hidden": 256,
+    "detector.decoder.queries": 300,
+    "detector.decoder.stages": 6,
+    "detector.decoder.points": 4,
+    "detector.decoder.heads": 8,
+    "detector.decoder.feedforward": 1024,
+    "detector.denoising.queries": 100,
+    "detector.denoising.label_noise": 0.5,
+    "detector.denoising.box_noise": 1.0,
+    "detector.matching.objectness": 2.0,
+    "detector.matching.l1": 5.0,
+    "detector.matching.giou": 2.0,
+    "detector.loss.objectness": 1.0,
+    "detector.loss.box": 5.0,
+    "detector.loss.giou": 2.0,
+    "detector.loss.near_iou": 1.0,
+    "inference.nms": 1.0,
+    "train.epochs": 72,
+    "train.batch_size": 16,
+    "train.optimizer": "adamw",
+    "train.lr": 1e-4,
+    "train.weight_decay": 1e-4,
+    "train.clip_norm": 0.1,
+    "train.ema": 0.9999,
+}
+OF_RESNET18 = {
+    "detector.backbone.name": "resnet18",
+    "detector.backbone.norm": "batch",
+    "detector.backbone.frozen_stages": 0,
+    "detector.encoder.hidden": 128,
+    "detector.decoder.stages": 3,
+}
 OF_OLN = {  # arXiv 2108.06753, section 3, and its authors' configuration, typed from there
     "proposals.score_iou": 0.3,
     "proposals.box_iou": 0.7,
@@ -219,6 +259,25 @@ def test_the_adamixer_recipe_has_the_constants_of_the_method() -> None:
     assert {key: found.get(key) for key in ADAMIXER} == ADAMIXER
 
 
+def test_the_rtdetr_recipes_have_the_constants_of_their_papers() -> None:
+    """What is about distillation is as AdaMixer's."""
+    found, small, other = (
+        leaves(load_recipe(f"ov-coco-{name}").model_dump(by_alias=True))
+        for name in ("rtdetr-r50", "rtdetr-r18", "adamixer-r50")
+    )
+    assert {key: found.get(key) for key in RTDETR} == RTDETR
+    assert {key: value for key, value in small.items() if value != found[key]} == OF_RESNET18
+    alike = ("detector.text.", "loss.", "pseudo_boxes.", "inference.alpha", "inference.beta")
+    assert {k: v for k, v in found.items() if k.startswith(alike)} == {
+        k: v for k, v in other.items() if k.startswith(alike)
+    }
+
+
+def test_a_part_of_a_section_leaves_the_rest_as_that_detector_has_it() -> None:
+    loss = load_recipe("demo-rtdetr", ["detector.loss={poor_iou=0.25}"]).detector.model_dump()["loss"]
+    assert (loss["poor_iou"], loss["objectness"], loss["near_iou"]) == (0.25, 1.0, 1.0)
+
+
 def test_constants_of_the_method_that_are_not_in_recipes() -> None:
     """Sections 3 to 6: RoIAlign 7x7, IoU 0.5, n >= 2, box deltas of the authors' configuration (0.1, 0.1, 0.2, 0.2)."""
     assert (POOL_SIZE, POSITIVE_IOU, MIN_PAIRS) == (7, 0.5, 2)
@@ -226,13 +285,15 @@ def test_constants_of_the_method_that_are_not_in_recipes() -> None:
     assert faster_rcnn.CODER.weights == (10.0, 10.0, 5.0, 5.0)
 
 
-@pytest.mark.parametrize("name", ["ov-coco-faster-rcnn-r50", "ov-coco-adamixer-r50"])
+@pytest.mark.parametrize("name", ["ov-coco-faster-rcnn-r50", "ov-coco-adamixer-r50", "ov-coco-rtdetr-r50"])
 def test_every_value_of_the_ov_coco_recipes_has_its_source_behind_it(name: str) -> None:
     lines = resources.files("hdovd").joinpath(f"recipes/{name}.toml").read_text().splitlines()
     values = [line for line in lines if re.match(r"\w+ = ", line)]
     assert len(values) > 60
     assert [
-        line for line in values if not re.search(r"# .*(METHOD \d|config|code|OLN|mmdetection|torchvision|here)", line)
+        line
+        for line in values
+        if not re.search(r"# .*(METHOD \d|config|code|OLN|mmdetection|torchvision|RT-DETR|here)", line)
     ] == []
 
 
@@ -332,6 +393,7 @@ def test_a_wrong_value_is_named(setting: str, key: str) -> None:
         ("demo", "detector.rpn.sample=3", "the nearest valid one is detector.rpn.samples"),
         ("demo-adamixer", "detector.decoder.quries=3", "the nearest valid one is detector.decoder.queries"),
         ("demo-adamixer", "detector.rpn.samples=3", "unknown key detector.rpn.samples"),
+        ("demo-rtdetr", "detector.encoder.block=3", "the nearest valid one is detector.encoder.blocks"),
         ("demo", "detector.backbone.nam=x", "the nearest valid one is detector.backbone.name"),
         ("demo", "detector.name=faster_rcn", "did you mean faster_rcnn"),
         ("demo", "detector.name=3", "detector.name = 3"),

@@ -159,3 +159,13 @@ def test_a_batch_is_its_images_one_by_one(with_distillation: bool, split_blind: 
         assert torch.equal(one.boxes, alone.boxes)
         assert torch.equal(one.scores, alone.scores)
         assert torch.equal(one.labels, alone.labels)
+
+
+def test_a_threshold_of_one_is_no_nms() -> None:
+    """Of equal boxes too, and of equal scores the first comes first."""
+    rows = [[0.6, 0.0, 0.0, 0.4], [0.7, 0.0, 0.0, 0.3], [0.6, 0.0, 0.0, 0.4]]
+    found = detect(predictions([OVERLAPPING[0]] * 3, rows), NOVEL, CONFIG.model_copy(update={"nms": 1.0}))
+    assert found.scores.tolist() == pytest.approx([0.7, 0.6, 0.6])
+    boxes = [OVERLAPPING[0], OVERLAPPING[1], OVERLAPPING[2]]
+    few = CONFIG.model_copy(update={"nms": 1.0, "detections_per_image": 2})
+    assert detect(predictions(boxes, rows), NOVEL, few).boxes.tolist() == [boxes[1], boxes[0]]

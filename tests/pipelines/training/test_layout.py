@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from adamixer_micro import recipe as adamixer_recipe
+from rtdetr_micro import recipe as rtdetr_recipe
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -58,7 +59,7 @@ def test_evaluating_detecting_and_relating(
         assert all(laid_out)
 
 
-@pytest.mark.parametrize("detector", ["faster_rcnn", "adamixer"])
+@pytest.mark.parametrize("detector", ["faster_rcnn", "adamixer", "rtdetr"])
 def test_training_and_validating(
     world: Path,
     training_cache: Path,
@@ -71,7 +72,7 @@ def test_training_and_validating(
     recipe = (
         micro_recipe("train.ema=0.9")
         if detector == "faster_rcnn"
-        else adamixer_recipe("train.ema=0.9", "train.epochs=1")
+        else {"adamixer": adamixer_recipe, "rtdetr": rtdetr_recipe}[detector]("train.ema=0.9", "train.epochs=1")
     )
     train(
         TrainConfig(

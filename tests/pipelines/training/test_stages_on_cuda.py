@@ -14,6 +14,7 @@ from pathlib import Path
 import adamixer_micro
 import numpy as np
 import pytest
+import rtdetr_micro
 from pretended_cuda import PretendedCuda
 
 from hdovd.cache.reader import FeatureCache
@@ -37,11 +38,11 @@ from hdovd.pipelines.training.hooks import PLAIN
 from hdovd.pipelines.training.train import TrainConfig, train
 
 BEGIN_WITH = {"uniform_", "normal_", "fill_", "zero_", "mul", "random_"}  # weights are drawn before they are moved
-ANCHORS = {"anchor_utils.py", "rpn.py"}  # the few of one cell, when the network is built
+ANCHORS = {"anchor_utils.py", "rpn.py", "attention.py"}  # the few of one cell, or directions, when the network is built
 SAMPLES = {"training_set.py", "targets.py", "loader.py", "text.py"}  # read and prepared before they are moved
 # Of what was read from a file: texts of backgrounds, whether there are rows, a text of "object", values that are not
 # finite, the values that were written.
-LOADED = {"FeatureQueue", "base.py", "model.py", "folder.py", "tensors.py"}
+LOADED = {"FeatureQueue", "base.py", "detector.py", "folder.py", "tensors.py"}
 LOSSES = {"LossWindow"}  # looked at every 50 steps
 OF_NETWORKS = {
     "convolution",
@@ -63,6 +64,7 @@ RECIPES: dict[str, Callable[[Micro], Recipe]] = {
     "faster_rcnn": lambda micro: micro(),
     "faster_rcnn in bf16": lambda micro: micro("train.precision=bf16", "train.optimizer=sgd", "train.clip_norm=0.0"),
     "adamixer": lambda _: adamixer_micro.recipe("pseudo_boxes.from_epoch=1"),
+    "rtdetr": lambda _: rtdetr_micro.recipe("pseudo_boxes.from_epoch=1"),
 }
 
 

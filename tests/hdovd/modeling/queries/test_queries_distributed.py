@@ -1,15 +1,26 @@
-"""Two processes train AdaMixer as one does (METHOD section 10): losses, gradients, memories and moving means."""
+"""Two processes train a detector made of queries as one does (METHOD section 10): losses, gradients, memories and
+moving means.
+"""
 
+from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
-import adamixer_processes
+import adamixer_scenes
+import pytest
+import query_processes
+import rtdetr_scenes
 import torch
 from forked_group import played
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scenes", [adamixer_scenes, rtdetr_scenes], ids=lambda scenes: scenes.__name__)
+def test_two_processes_are_one(scenes: ModuleType, tmp_path: Path) -> None:
     """In float64; counts are float32, so to 1e-6 of a tensor's largest value (and of the largest gradient)."""
-    (alone,), together = (played(adamixer_processes, tmp_path / str(len(shares)), shares) for shares in ([4], [1, 3]))
+    scene = SimpleNamespace(
+        train=partial(query_processes.train, scenes.detector), work=partial(query_processes.work, scenes.detector)
+    )
+    (alone,), together = (played(scene, tmp_path / str(len(shares)), shares) for shares in ([4], [1, 3]))
     assert all(loss > 0 for loss in alone["steps"][1].values())
     for step, losses in enumerate(alone["steps"]):
         for name, loss in losses.items():

@@ -19,11 +19,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hdovd.config.adamixer import MatchCosts
+from hdovd.config.queries import MatchCosts
 from hdovd.config.recipe import ClassLossConfig, PseudoBoxConfig
 from hdovd.data.targets import Targets, with_large_pseudo_boxes
-from hdovd.modeling.adamixer.boxes import overlap
 from hdovd.modeling.losses.classwise import reliability
+from hdovd.modeling.queries.overlaps import overlap
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +202,17 @@ def pair_stages(cost: Array, boxes: StepBoxes) -> NDArray[np.int64]:
     picture, column = np.array(boxes.places, dtype=np.int64).reshape(-1, 2).T
     flat = found[:, picture, column]
     return np.where(flat == NONE, NONE, flat + picture * queries)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What queries are chosen from: probability (N, M) of there being an object, boxes (N, M, 4) xyxy pixels; distinct
+    (N, M) bool, those that take part in pairs.
+    """
+
+    probability: Tensor
+    boxes: Tensor
+    distinct: Tensor
 
 
 def pair_candidates(cost: Array, distinct: Array, counts: Sequence[int]) -> NDArray[np.int64]:

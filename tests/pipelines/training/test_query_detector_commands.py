@@ -1,5 +1,5 @@
-"""AdaMixer through the stages that Faster R-CNN goes through: train, resume, eval, detect, relations, report, export,
-ablate.
+"""Detectors made of queries through the stages that Faster R-CNN goes through: train, resume, eval, detect, relations,
+report, export, ablate.
 """
 
 from __future__ import annotations
@@ -8,17 +8,18 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import adamixer_micro
 import pytest
+import rtdetr_micro
 import torch
-from adamixer_micro import SETTINGS, recipe
 from safetensors.torch import load_file
 
 from hdovd.config.recipe import PRESETS
 from hdovd.core.errors import HdovdError, Stopped
 from hdovd.data.coco import DataPaths
-from hdovd.modeling.adamixer.model import AdaMixer
 from hdovd.modeling.base import Detector, build_detector
 from hdovd.pipelines.ablation.grid import cells_of
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
@@ -33,15 +34,21 @@ from hdovd.pipelines.training.loop import Loop
 from hdovd.pipelines.training.train import TrainConfig, train
 
 
+@pytest.fixture(scope="module", params=[adamixer_micro, rtdetr_micro], ids=["adamixer", "rtdetr"])
+def micro(request: pytest.FixtureRequest) -> ModuleType:
+    module: ModuleType = request.param
+    return module
+
+
 @pytest.fixture(scope="module")
-def job(world: Path, training_cache: Path) -> Callable[..., TrainConfig]:
+def job(micro: ModuleType, world: Path, training_cache: Path) -> Callable[..., TrainConfig]:
     def make(out: Path, *settings: str, **changes: Any) -> TrainConfig:
         return replace(
             TrainConfig(
                 data=DataPaths(world),
                 cache=training_cache,
                 out=out,
-                recipe=recipe(*settings),
+                recipe=micro.recipe(*settings),
                 protocol=str(world / "protocol.toml"),
                 device="cpu",
             ),
@@ -110,12 +117,13 @@ def test_it_is_evaluated(run: RunFolder, world: Path) -> None:
 
 
 def test_relations(run: RunFolder, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After four steps no query is near a box; with pairs of any IoU there are matrices."""
+    """With pairs of no IoU there is nothing to compare; with pairs of any IoU there are matrices."""
     training = DataPaths(world).load("train2017", run.protocol(), base_only=True)
+    from hdovd.modeling.queries import pairs
+
+    monkeypatch.setattr(pairs, "STUDENT_IOU", 1.0)
     with pytest.raises(HdovdError, match=r"no box .* has a student embedding"):
         relations(run, training, 4)
-    from hdovd.modeling.adamixer import pairs
-
     monkeypatch.setattr(pairs, "STUDENT_IOU", -1.0)
     found = relations(run, training, 4)
     assert found.student.shape == found.teacher.shape == (len(found.names),) * 2
@@ -133,31 +141,31 @@ def test_exported_weights_leave_training_out(run: RunFolder, tmp_path: Path) -> 
     export_model(ExportModelConfig(run=run.path, form=ModelForm.SAFETENSORS, out=tmp_path / "out"))
     names = load_file(tmp_path / "out").keys()
     assert "background" in names
-    assert not [name for name in names if name.startswith(("text_level.", "instance_level.", "proposals.auxiliary."))]
+    assert not [name for name in names if name.startswith(build_detector(run.recipe(), 24).training_parts)]
 
 
 @pytest.mark.parametrize("form", [ModelForm.ONNX, ModelForm.TORCHSCRIPT])
 def test_a_detector_that_cannot_be_traced_says_which_form_works(
     form: ModelForm, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(AdaMixer, "exportable", None)
-    with pytest.raises(HdovdError, match=rf"--format {form}: .*adamixer.*--format safetensors"):
+    monkeypatch.setattr(type(build_detector(run.recipe(), 24)), "exportable", None)
+    with pytest.raises(HdovdError, match=rf"--format {form}: .*{run.recipe().detector.name}.*--format safetensors"):
         export_model(ExportModelConfig(run=run.path, form=form, out=tmp_path / "out"))
     assert not list(tmp_path.iterdir())
     done = export_model(ExportModelConfig(run=run.path, form=ModelForm.SAFETENSORS, out=tmp_path / "out"))
     assert done.difference < 1e-5
 
 
-def test_a_grid_over_its_values() -> None:
-    others = [setting for setting in SETTINGS if "stages" not in setting]
-    cells = cells_of("demo-adamixer", others, ["detector.decoder.stages=1,2", "loss.instance.enabled=true,false"])
+def test_a_grid_over_its_values(micro: ModuleType) -> None:
+    others = [setting for setting in micro.SETTINGS if "stages" not in setting]
+    cells = cells_of(micro.NAME, others, ["detector.decoder.stages=1,2", "loss.instance.enabled=true,false"])
     assert [cell.values["detector.decoder.stages"] for cell in cells] == [1, 1, 2, 2]
 
 
 def test_base_only_trains_the_detector_alone(job: Job, tmp_path: Path) -> None:
     run = train(job(tmp_path / "run", *PRESETS["base-only"], "train.epochs=1"))
     assert {name.partition("_")[0] for name in losses_of(run)[0]} == {
-        "rpn",
+        *({"rpn"} if run.recipe().detector.name == "adamixer" else {"selection", "denoising"}),
         "classification",
         "objectness",
         "box",
@@ -165,10 +173,10 @@ def test_base_only_trains_the_detector_alone(job: Job, tmp_path: Path) -> None:
     }
 
 
-def test_adamw_decays_all_weights_alike() -> None:
+def test_adamw_decays_all_weights_alike(micro: ModuleType) -> None:
     from hdovd.pipelines.training.loop import build_optimizer
 
-    model: Detector = build_detector(recipe("train.weight_decay=0.25"), 24)
+    model: Detector = build_detector(micro.recipe("train.weight_decay=0.25"), 24)
     groups = build_optimizer(model, model.recipe.train).param_groups
     assert [group["weight_decay"] for group in groups] == [0.25]
     assert sum(p.numel() for p in groups[0]["params"]) == sum(p.numel() for p in model.parameters())

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hdovd.config.adamixer import TextLevelConfig
+from hdovd.config.queries import TextLevelConfig
 from hdovd.config.recipe import InstanceLossConfig
 from hdovd.core.errors import HdovdError
 from hdovd.modeling.distributed import FeatureQueue, counts_of_ranks, gather_rows
@@ -109,7 +109,7 @@ class TextLevel(nn.Module):
             self.centroids = texts.detach().to(self.centroids).repeat(len(self.centroids), 1, 1)
         if self.centroids.shape[1] != len(texts):
             raise HdovdError(
-                f"the moving means of this AdaMixer are of {self.centroids.shape[1]} base classes, expected "
+                f"the moving means of this detector are of {self.centroids.shape[1]} base classes, expected "
                 f"{len(texts)}"
             )
         texts = texts.float()

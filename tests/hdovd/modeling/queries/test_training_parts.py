@@ -10,16 +10,18 @@ from adamixer_scenes import DIM, noise, small, targets, unit
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou
 
-from hdovd.config.adamixer import MatchCosts, StageLossConfig, TextLevelConfig
-from hdovd.modeling.adamixer.levels import InstanceLevels, TextLevel, fused
-from hdovd.modeling.adamixer.losses import (
+from hdovd.config.queries import MatchCosts, StageLossConfig, TextLevelConfig
+from hdovd.modeling.losses.classwise import reliability
+from hdovd.modeling.losses.instance import relation_loss
+from hdovd.modeling.queries.levels import InstanceLevels, TextLevel, fused
+from hdovd.modeling.queries.losses import (
     box_losses,
     classification_loss,
     objectness_loss,
     prompts_and_labels,
     query_weights,
 )
-from hdovd.modeling.adamixer.pairs import (
+from hdovd.modeling.queries.pairs import (
     NONE,
     Pairs,
     StepBoxes,
@@ -29,8 +31,6 @@ from hdovd.modeling.adamixer.pairs import (
     pair_stages,
     pairing_costs,
 )
-from hdovd.modeling.losses.classwise import reliability
-from hdovd.modeling.losses.instance import relation_loss
 
 S, N, Q = 2, 3, 6
 SIZES = [(96, 128), (80, 64), (96, 96)]

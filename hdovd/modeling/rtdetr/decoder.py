@@ -1,0 +1,229 @@
+"""Which cells of the encoder become queries, and the stages that refine them (arXiv 2304.08069, sections 4.3 and 4.4).
+
+A box is (x, y, w, h), centre and sides, in sides of its own picture, and kept as its logit, to which stages add. All of
+it is float32, under autocast too. Cells of the padding are never looked at, nor chosen while there are others. N
+pictures, Q queries of each and M more of the denoising, A cells of all levels, C channels, D embedding size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hdovd.config.rtdetr import RTDETRConfig
+from hdovd.modeling.boxes import best_places
+from hdovd.modeling.queries.detector import RARE, QueryStage
+from hdovd.modeling.queries.overlaps import covered
+from hdovd.modeling.queries.pairs import Candidates
+from hdovd.modeling.rtdetr.attention import Attention, DeformableAttention, feed_forward, initialise
+from hdovd.modeling.rtdetr.encoder import HybridEncoder
+
+SOME = 1e-7  # added to a covered share before its logarithm is taken; as AdaMixer
+LEAST = 1e-4  # of a side of the picture, and 1 less it the most, before a logit is taken
+ANCHOR = 0.05  # sides of the picture: of a box that a cell of stride 8 starts from; doubles with the stride; config
+OBJECT_SCALE = 20.0  # of the cosine with the text of "object" at the start; METHOD section 7 has it for s2
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """Queries beside the chosen ones: content (N, M, C), logits (N, M, 4) of their boxes; seen (N, Q + M, Q + M) bool,
+    which queries each query looks at, chosen ones first.
+    """
+
+    content: Tensor
+    logits: Tensor
+    seen: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Refined:
+    """maps: (N, C, h, w) of the encoder. contents: (N, Q + M, C) and boxes: (N, Q + M, 4) xyxy pixels after each stage.
+    deltas: (N, Q, 4) that the last stage added to logits.
+    """
+
+    maps: list[Tensor]
+    candidates: Candidates
+    contents: list[Tensor]
+    boxes: list[Tensor]
+    deltas: Tensor
+
+
+class Selection(nn.Module):
+    """A cell is as good a query as it is like the text of "object", which is brought to its C channels: there are many
+    cells, and one text.
+    """
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.token = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels))
+        self.text = nn.Linear(dim, channels)
+        self.deltas = box_branch(channels)
+        for part in (self.token, self.text):
+            initialise(part)
+        self.object_scale = nn.Parameter(torch.full((1,), OBJECT_SCALE))
+        self.object_bias = nn.Parameter(torch.full((1,), RARE))
+
+    def forward(
+        self, cells: Tensor, anchors: Tensor, inside: Tensor, object_text: Tensor, queries: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The best cells: contents (N, Q, C), logits of boxes (N, Q, 4), probabilities of an object (N, Q), and whether
+        they lie in the picture (N, Q) bool.
+
+        Args:
+            cells: (N, A, C). anchors: (N, A, 4) logits. inside: (N, A) bool. object_text: (D,).
+        """
+        token = self.token(cells)
+        aligned = F.normalize(token.float(), dim=-1) @ F.normalize(self.text(object_text).float(), dim=0)
+        probability = torch.sigmoid(self.object_scale * aligned + self.object_bias)
+        chosen = best_places(torch.where(inside, probability, probability.detach() - 1), queries)
+        content = _taken(token, chosen)
+        logits = _taken(anchors, chosen) + self.deltas(content).float()
+        return content, logits, probability.gather(1, chosen), inside.gather(1, chosen)
+
+
+class Stage(QueryStage):
+    """Attention between queries, to points of the pyramid, feed-forward; and the three branches.
+
+    Attention between queries is biased by how much of the one's box the other's covers, a learned amount a head
+    (arXiv 2203.16507, section 3.4): queries on one object have to agree which of them is sure of it.
+    """
+
+    def __init__(self, config: RTDETRConfig, dim: int) -> None:
+        super().__init__()
+        channels, decoder = config.backbone.fpn_channels, config.decoder
+        self.attention, self.attention_norm = Attention(channels, decoder.heads), nn.LayerNorm(channels)
+        self.sampling = DeformableAttention(channels, decoder.heads, len(config.backbone.levels), decoder.points)
+        self.sampling_norm = nn.LayerNorm(channels)
+        self.feedforward = feed_forward(channels, decoder.feedforward, nn.ReLU)
+        self.feedforward_norm = nn.LayerNorm(channels)
+        self.class_feature = nn.Sequential(
+            nn.Linear(channels, channels), nn.LayerNorm(channels), nn.Linear(channels, dim)
+        )
+        self.objectness = nn.Sequential(nn.Linear(channels, 1))
+        for part in (self.feedforward, self.class_feature, self.objectness):
+            initialise(part)
+        nn.init.constant_(self.objectness[0].get_parameter("bias"), RARE)
+        self.deltas = box_branch(channels)
+        self.iof_tau = nn.Parameter(torch.rand(decoder.heads) * 4)
+
+    def forward(
+        self,
+        content: Tensor,
+        position: Tensor,
+        nearness: Tensor,
+        boxes: Tensor,
+        maps: list[Tensor],
+        inside: list[Tensor],
+        seen: Tensor | None,
+    ) -> Tensor:
+        """Contents and positions (N, Q, C) -> new contents.
+
+        Args:
+            nearness: (N, Q, Q) logarithms of the share of the one's box that the other's covers. seen: (N, Q, Q) bool,
+            whom the one looks at; None: all. The rest is as `DeformableAttention` takes it.
+        """
+        bias = nearness[:, None] * self.iof_tau.view(-1, 1, 1)
+        if seen is not None:
+            bias = bias.masked_fill(~seen[:, None], -torch.inf)
+        content = self.attention_norm(content + self.attention(content, position, bias))
+        content = self.sampling_norm(content + self.sampling(content + position, boxes, maps, inside))
+        refined: Tensor = self.feedforward_norm(content + self.feedforward(content))
+        return refined
+
+
+class Network(nn.Module):
+    """All behind the backbone that detection needs."""
+
+    def __init__(self, config: RTDETRConfig, inputs: list[int], dim: int) -> None:
+        """`inputs`: channels of the backbone's maps."""
+        super().__init__()
+        channels = config.backbone.fpn_channels
+        self.queries, self.strides = config.decoder.queries, [2**level for level in config.backbone.levels]
+        self.encoder = HybridEncoder(config.encoder, inputs, channels)
+        self.selection = Selection(channels, dim)
+        self.position = nn.Sequential(nn.Linear(4, 2 * channels), nn.ReLU(), nn.Linear(2 * channels, channels))
+        initialise(self.position)
+        self.stages = nn.ModuleList(Stage(config, dim) for _ in range(config.decoder.stages))
+
+    def forward(
+        self, maps: list[Tensor], sizes: Tensor, whole: Tensor, object_text: Tensor, extra: Extra | None = None
+    ) -> Refined:
+        """Refine queries.
+
+        Args:
+            maps: (N, width, h, w) of the backbone. sizes: (N, 2) height and width of each picture. whole: (2,) those of
+            the padded batch. object_text: (D,) the embedding of "object".
+        """
+        inside, anchors = zip(*(cells_of(m, s, sizes) for m, s in zip(maps, self.strides, strict=True)), strict=True)
+        maps = self.encoder(maps, inside[-1])
+        content, logits, probability, within = self.selection(
+            torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1),
+            torch.cat(anchors, dim=1),
+            torch.cat([cells.flatten(1) for cells in inside], dim=1),
+            object_text,
+            self.queries,
+        )
+        chosen, content, logits, seen = logits, content.detach(), logits.detach(), None
+        if extra is not None:
+            content, seen = torch.cat([content, extra.content.to(content.dtype)], dim=1), extra.seen
+            logits = torch.cat([logits, extra.logits], dim=1)
+        scale = (sizes / whole).flip(-1).repeat(1, 2)[:, None]
+        contents, boxes, before = [], [], logits
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            place = logits.sigmoid()
+            nearness = (covered(to_pixels(place, sizes)) + SOME).log()
+            content = stage(content, self.position(place), nearness, place * scale, maps, inside, seen)
+            deltas = stage.deltas(content).float()
+            contents.append(content)
+            boxes.append(to_pixels((before + deltas).sigmoid(), sizes))  # a stage's boxes teach the stage before too
+            before = logits + deltas  # (arXiv 2203.03605, section 3.5)
+            logits = before.detach()
+        candidates = Candidates(probability, to_pixels(chosen.sigmoid(), sizes), within)
+        return Refined(maps, candidates, contents, boxes, deltas[:, : chosen.shape[1]])
+
+
+def box_branch(channels: int) -> nn.Sequential:
+    """What is to be added to a box's logits: nothing at the start."""
+    layers = [part for _ in range(2) for part in (nn.Linear(channels, channels), nn.ReLU())]
+    branch = nn.Sequential(*layers, nn.Linear(channels, 4))
+    initialise(branch)
+    nn.init.zeros_(branch[-1].get_parameter("weight"))
+    return branch
+
+
+def cells_of(pixels: Tensor, stride: int, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the cells of maps (N, C, h, w): which begin within the picture (N, h, w) bool, and the logits (N, h w, 4) of
+    the boxes that they start from.
+    """
+    down, across = (
+        torch.arange(side, device=pixels.device, dtype=torch.float32) * stride for side in pixels.shape[-2:]
+    )
+    inside = (down < sizes[:, :1])[:, :, None] & (across < sizes[:, 1:])[:, None]
+    y, x = ((line + stride / 2) / sizes[:, axis : axis + 1] for axis, line in enumerate((down, across)))
+    centres = torch.stack([x[:, None] + 0 * y[:, :, None], y[:, :, None] + 0 * x[:, None]], dim=-1)
+    sides = torch.full_like(centres, ANCHOR * stride / 8)
+    return inside, logit(torch.cat([centres, sides], dim=-1).flatten(1, 2))
+
+
+def logit(share: Tensor) -> Tensor:
+    share = share.clamp(LEAST, 1 - LEAST)
+    return (share / (1 - share)).log()
+
+
+def to_pixels(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes (N, Q, 4) in sides of pictures of sizes (N, 2) -> xyxy pixels."""
+    half = boxes[..., 2:] / 2
+    return torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], dim=-1) * sizes.flip(-1).repeat(1, 2)[:, None]
+
+
+def to_shares(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """The inverse of `to_pixels`, of boxes (..., 4) and sizes (..., 2)."""
+    low, high = (boxes / sizes.flip(-1).repeat_interleave(1, -1).tile(2)).split(2, dim=-1)
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def _taken(rows: Tensor, places: Tensor) -> Tensor:
+    """Rows (N, A, X) at places (N, Q): (N, Q, X)."""
+    return rows.gather(1, places[..., None].expand(-1, -1, rows.shape[-1]))
