@@ -91,18 +91,22 @@ Init = Annotated[
 ]
 SaveMinutes = Annotated[float, Option("Minutes between two checkpoints within an epoch.", min=0)]
 Run = Annotated[Path, Option("The run folder that hdovd train wrote.", argument=True)]
-Examples = Annotated[
-    Path | None,
-    Option(
-        "Pictures of what to look for: a folder with a subfolder of crops for each class, called by the class's name; "
-        "or a COCO instances file, every box of which is an example."
-    ),
-]
-ExampleImages = Annotated[Path | None, Option("The image folder of a COCO file of --examples.")]
-DEFAULT_MIX = 0.25  # the best of 0.25, 0.5, 0.75 and 1 on base classes (docs/RESULTS.md)
-Mix = Annotated[
-    float, Option("How much examples count beside the name of their class: 0: the name alone; 1: examples alone.")
-]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipOptions:
+    """Where the CLIP lies that made the embeddings of a cache, and where to compute. None: where the cache says."""
+
+    clip: Annotated[
+        str | None, Option("The CLIP, where it lies elsewhere than the cache says: as for extract-clip.")
+    ] = None
+    pretrained: Annotated[str | None, Option("Tag or checkpoint file, with --clip and a model name.")] = None
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        if self.pretrained is not None and self.clip is None:
+            raise HdovdError("--pretrained goes with --clip")
+
 
 SET = Option("Override a value of the recipe: loss.image.enabled=false. Repeatable.", flags=("--set",))
 DATA: dict[str, tuple[Any, Any, Option]] = {
@@ -153,20 +157,6 @@ def validation_group(build: Callable[[dict[str, Any]], DataPaths | None]) -> Gro
 
 
 VALIDATION = validation_group(validation_of)
-
-
-def check_examples(examples: Path | None, images: Path | None, mix: float) -> None:
-    """Raises HdovdError for examples that are not there, and a share that is none."""
-    path, there, where = examples or Path(), examples is not None, f"--examples {examples}"
-    faults = (
-        (not 0 <= mix <= 1, f"--mix {mix:g}: expected a number from 0, the name alone, to 1, examples alone"),
-        (not there and images is not None, "--example-images goes with --examples FILE.json"),
-        (not path.exists(), f"{where}: no such file or folder"),
-        (there and path.is_dir() and images is not None, f"{where} is a folder: --example-images is for a COCO file"),
-        (path.is_file() and path.suffix != ".json", f"{where}: expected a folder of crops, or a COCO file, FILE.json"),
-    )
-    if why := next((text for wrong, text in faults if wrong), ""):
-        raise HdovdError(why)
 
 
 def require_own_folder(out: Path, marker: str, what: str) -> bool:

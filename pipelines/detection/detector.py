@@ -36,12 +36,12 @@ from hdovd.modeling.boxes import Detections, detect_batch
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.device import pick_device, placed
 from hdovd.pipelines.common.images import AnyPicture, Decoded, decode
-from hdovd.pipelines.common.options import DEFAULT_MIX, check_examples
 from hdovd.pipelines.common.precision import Precision, inference_autocast
 from hdovd.pipelines.detection.examples import Examples, Gap, Shown, embed_examples, read_examples
 from hdovd.pipelines.detection.fitting import fit_rows
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.extraction.source import cache_of
+from hdovd.pipelines.runs.config import DEFAULT_MIX
 from hdovd.pipelines.runs.folder import RunFolder, Weights
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.base import Teacher
@@ -224,8 +224,6 @@ class NameEmbedder:
         """clip, pretrained: the run's CLIP, where it lies elsewhere than its cache says. templates: other prompts than
         the run's. kept_in: None: the user's cache folder. Raises HdovdError.
         """
-        if pretrained is not None and clip is None:
-            raise HdovdError("--pretrained goes with --clip")
         if templates is not None:
             check_templates(templates)
         self._run, self._device, self._kept_in = run, device, kept_in or user_cache_folder()
@@ -443,7 +441,8 @@ class Detector:
 
         Raises HdovdError as `set_classes`, and for examples that cannot be used.
         """
-        check_examples(None, None, mix)
+        if not 0 <= mix <= 1:
+            raise HdovdError(f"--mix {mix:g}: expected a number from 0 to 1")
         shown = read_examples(examples, images)
         asked = {folded(name): name for name in shown.names} | {folded(name): " ".join(name.split()) for name in names}
         rivals = [] if alone else [name for name in self.protocol.base if folded(name) not in asked]

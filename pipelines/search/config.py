@@ -9,7 +9,7 @@ from typing import Annotated
 
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError, require_files
-from hdovd.pipelines.common.options import CacheArgument, Device, Features, Option
+from hdovd.pipelines.common.options import CacheArgument, ClipOptions, Features, Option
 from hdovd.pipelines.extraction.source import CacheSource
 
 Box = tuple[float, float, float, float]
@@ -53,7 +53,7 @@ class IndexConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SearchConfig(CacheSource):
+class SearchConfig(ClipOptions, CacheSource):
     """A question to a set of a cache: a query of parts, each with a weight, or one of `duplicates`, `suspicious`,
     `untypical`. `box`: xywh, pixels of the upright `image`. `min_side`: pixels of the original image.
     """
@@ -101,13 +101,9 @@ class SearchConfig(CacheSource):
     coco: Annotated[Path | None, Option("Write them in COCO results form too; category_id is 1, score the cosine.")] = (
         None
     )
-    clip: Annotated[
-        str | None, Option("The set's CLIP, where it lies elsewhere than the set says: as for extract-clip.")
-    ] = None
-    pretrained: Annotated[str | None, Option("Tag or checkpoint file, with --clip and a model name.")] = None
-    device: Device = "auto"
 
     def __post_init__(self) -> None:
+        ClipOptions.__post_init__(self)
         if sum((self.is_query, self.duplicates is not None, self.suspicious, self.untypical is not None)) != 1:
             raise HdovdError(
                 "expected one question: what to search for (words, --image, --like, --embeddings), or --duplicates, "
@@ -117,8 +113,6 @@ class SearchConfig(CacheSource):
             raise HdovdError(
                 "--index is for what is like something: --duplicates, --suspicious and --untypical take none"
             )
-        if self.pretrained is not None and self.clip is None:
-            raise HdovdError("--pretrained goes with --clip")
         if self.box is not None and len(self.image) != 1:
             raise HdovdError("--box is a box of --image: give one --image with it")
 

@@ -17,8 +17,8 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.picture_header import open_picture, told
 from hdovd.core.text_files import checked_name
 from hdovd.pipelines.common.images import decode, read_image
-from hdovd.pipelines.common.options import DEFAULT_MIX
 from hdovd.pipelines.detection.detector import Detector
+from hdovd.pipelines.runs.config import DEFAULT_MIX
 from hdovd.pipelines.search.config import BoxSource, SearchConfig, parse_box
 from hdovd.pipelines.search.hit import Hit
 from hdovd.pipelines.search.page import CROP_SIDE, PICTURE_SIDE, cut_out, data_of

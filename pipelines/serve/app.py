@@ -22,8 +22,8 @@ from starlette.types import Message
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
 from hdovd.core.version import __version__
-from hdovd.pipelines.common.options import DEFAULT_MIX
 from hdovd.pipelines.common.pages import page
+from hdovd.pipelines.runs.config import DEFAULT_MIX
 from hdovd.pipelines.serve.answers import Files, Finding, Searching, Texts, fitting
 from hdovd.pipelines.serve.config import ServeConfig
 
