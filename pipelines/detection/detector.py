@@ -125,18 +125,25 @@ def clip_of_cache(run: RunFolder, key: str) -> ClipName:
 
 
 def load_same_clip(
-    clip: ClipName, identity: KeyInputs, device: torch.device, *, given: bool, whose: str, without: str
+    clip: ClipName,
+    inputs: KeyInputs,
+    of_classes: KeyInputs,
+    device: torch.device,
+    *,
+    given: bool,
+    whose: str,
+    without: str,
 ) -> "ClipTeacher":
-    """The CLIP that made embeddings, in the precision of then.
+    """The CLIP that made embeddings, in the precision of then; that nothing is known of it is told.
 
     Args:
-        identity: what is known of that CLIP; empty if nothing is, which is told.
+        inputs: what made the embeddings, of_classes: those of classes.
         given: whether the user said where it lies. whose: "run" or "set", for errors; without: the option that needs no
             CLIP.
 
     Raises HdovdError if it cannot be had, or is another one.
     """
-    name, pretrained = clip
+    identity, (name, pretrained) = clip_identity(inputs), clip
     called = name if pretrained is None else f"{name} with {pretrained}"
     precision = Precision.of(identity.get("compute_dtype")) or Precision.FP32
     if precision is Precision.FP16 and device.type == "cpu":
@@ -167,6 +174,9 @@ def load_same_clip(
         )
     elif lines := differences(identity, loaded.identity, sides=(f"the {whose} has", f"{called} has")):
         raise HdovdError(f"--clip {called} is not the CLIP of the {whose}:\n  " + "\n  ".join(lines))
+    else:
+        require_tokenizer(loaded, of_classes, called, whose)
+    log(f"CLIP: {called}")
     return loaded
 
 
@@ -192,17 +202,10 @@ def load_text_tower(run: RunFolder, given: ClipName | None, device: torch.device
     the run's.
     """
     inputs, key = class_level(run)
-    identity = clip_identity(inputs)
-    name, pretrained = given or clip_of_cache(run, key)
-    clip = load_same_clip(
-        (name, pretrained), identity, device, given=given is not None, whose="run", without="--class-embeddings"
-    )
+    named, is_given = given or clip_of_cache(run, key), given is not None
+    clip = load_same_clip(named, inputs, inputs, device, given=is_given, whose="run", without="--class-embeddings")
     if not with_images:
         clip.model.visual = None  # the larger half of most
-    called = name if pretrained is None else f"{name} with {pretrained}"
-    if identity:
-        require_tokenizer(clip, inputs, called, "run")
-    log(f"CLIP {called}: {'it embeds examples' if with_images else 'its text tower embeds names'}")
     return clip
 
 

@@ -45,9 +45,7 @@ class ExampleOptions(RunOptions):
         RunOptions.check(self)
         path, there, where = self.examples or Path(), self.examples is not None, f"--examples {self.examples}"
         faults = {
-            f"--mix {self.mix:g}: expected a number from 0, the name alone, to 1, examples alone": not 0
-            <= self.mix
-            <= 1,
+            f"--mix {self.mix:g}: expected a number from 0 to 1": not 0 <= self.mix <= 1,
             "--example-images goes with --examples FILE.json": self.example_images and not there,
             f"{where}: no such file or folder": not path.exists(),
             f"{where} is a folder: --example-images is for a COCO file": self.example_images and path.is_dir(),

@@ -122,6 +122,14 @@ class SearchConfig(ClipOptions, CacheSource):
         return bool(self.queries or self.image or self.like or self.embeddings or self.not_)
 
     @property
+    def question(self) -> str:
+        """In a line."""
+        parts = [*self.queries, *self.image, *(f"like {text}" for text in self.like)]
+        parts += [*(f"not {text}" for text in self.not_), *map(str, filter(None, [self.embeddings]))]
+        parts += ["suspicious labels"] * self.suspicious + [f"untypical {self.untypical}"] * bool(self.untypical)
+        return ", ".join(parts) or f"near-duplicate {self.duplicates}"
+
+    @property
     def of_class(self) -> str | None:
         """The base class whose boxes alone are asked for."""
         return self.untypical or self.class_

@@ -47,11 +47,11 @@ PATH = re.compile(r"'[^'\n]*/[^'\n]*'|\S*/\S*")
 
 
 class Site:
-    """Page and answers. `waiting`: questions that are answered or wait for it, in the one thread of `pool`."""
+    """Page and answers, which are found one after another, in the one thread of `pool`."""
 
     def __init__(self, config: ServeConfig) -> None:
         """Loads what is served. Raises HdovdError."""
-        self.config, self.pool, self.waiting = config, ThreadPoolExecutor(1), 0
+        self.config, self.pool = config, ThreadPoolExecutor(1)
         others = "" if is_local(config.host) else f"|{NUMBERS}|{re.escape(gethostname())}"
         self.own = re.compile(rf"({LOCAL}|\[?{re.escape(config.host)}\]?{others})(:\d+)?", re.IGNORECASE)
         routes = [Route("/", self.page)]
@@ -114,13 +114,7 @@ class Site:
 
     async def queued(self, job: Callable[[], Answer]) -> Response:
         """The job's answer, after those of before it."""
-        if self.waiting > self.config.queue:
-            raise HTTPException(503, "too many questions at once: ask again in some seconds", {"Retry-After": "3"})
-        self.waiting += 1
-        try:
-            return JSONResponse(await asyncio.get_running_loop().run_in_executor(self.pool, job))
-        finally:
-            self.waiting -= 1
+        return JSONResponse(await asyncio.get_running_loop().run_in_executor(self.pool, job))
 
 
 def told_error(_: Request, error: Exception) -> Response:

@@ -27,7 +27,6 @@ class ServeConfig(ClipOptions):
     port: Annotated[int, Option("0: one that is free.", min=0, max=65_535)] = 8765
     max_mb: Annotated[float, Option("MB that a browser may send at once.", min=0.001)] = 20.0
     max_megapixels: Annotated[float, Option("The largest picture that is decoded.", min=0.001)] = 50.0
-    queue: Annotated[int, Option("Questions that may wait while another is answered.", min=0)] = 16
     trust: Trust = False
 
     def check(self) -> None:
