@@ -160,7 +160,7 @@ def test_it_is_built_once_and_anew_for_other_rows(tmp_path: Path, said: Callable
     index_rows(IndexConfig(cache=folder))
     first, lines = _objects(folder), said()
     assert "built in" in lines
-    assert "by 200 of its rows\n" in lines
+    assert "by 10 of its rows;" in lines
     index_rows(IndexConfig(cache=folder))
     assert (_objects(folder), "built in" in said()) == (first, False)
     _write(folder, seed=1, part=1)  # as --retry-failed makes a part again, under the same key
