@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from hdovd.cache.catalog import Catalog, is_tar_form
-from hdovd.cache.schema import DEFAULT_SET
 from hdovd.config.recipe import PRESETS
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
@@ -17,14 +16,11 @@ from hdovd.pipelines.common.options import (
     RECIPE_NAME,
     SET,
     Calibration,
-    Data,
-    Device,
-    Features,
+    FeaturesOptions,
     Group,
     Init,
     Option,
     Preset,
-    Protocol,
     refuse_two_sources,
     validation_group,
 )
@@ -37,14 +33,13 @@ def _validation(given: dict[str, Any]) -> DataPaths | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AblateConfig:
+class AblateConfig(FeaturesOptions):
     """`grid`: KEY=VALUE,VALUE,... each. `settings` and `preset`: for all cells. `jobs`: runs at a time.
 
     `data`: as for training; `validation`: as for evaluation, the same data set if None. Raises HdovdError if it makes
     no sense.
     """
 
-    data: Data
     cache: Annotated[Path | str, Option("The one cache, or tar shards, that all runs read.")]
     out: Annotated[Path, Option("The folder of all runs, OUT/CELL/seedK, and of the tables.")]
     grid: Annotated[
@@ -76,9 +71,6 @@ class AblateConfig:
         int, Option("Runs at a time. Several GPUs are used in turn, one a run; CPU cores are shared.", min=1)
     ] = 1
     validation: Annotated[DataPaths | None, validation_group(_validation)] = None
-    protocol: Protocol = "ov-coco"
-    features: Features = DEFAULT_SET
-    device: Device = "auto"
     oracle: Annotated[
         bool,
         Option(

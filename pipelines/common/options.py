@@ -12,6 +12,7 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any
 
+from hdovd.cache.schema import DEFAULT_SET
 from hdovd.config.backbone import PRESETS
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import DataPaths
@@ -131,6 +132,24 @@ def data_if_given(given: dict[str, Any]) -> DataPaths | None:
 
 
 Data = Annotated[DataPaths, Group(DATA, data_of)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """A data set and its split."""
+
+    data: Data
+    protocol: Protocol = "ov-coco"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesOptions(DataOptions):
+    """A data set, and a set of features of it."""
+
+    features: Features = DEFAULT_SET
+    device: Device = "auto"
+
+
 DataIfGiven = Annotated[DataPaths | None, Group(DATA, data_if_given)]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.common.options import RECIPE, VALIDATION, Data, Device, Option, Protocol, SaveMinutes
+from hdovd.pipelines.common.options import RECIPE, VALIDATION, DataOptions, Device, Option, SaveMinutes
 from hdovd.pipelines.proposal_files.options import require_form
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Detector(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProposeConfig:
+class ProposeConfig(DataOptions):
     """Proposals of the images of `data`, by one network; or with `report` the average recall on `validation` of several
     of them.
 
@@ -33,12 +33,10 @@ class ProposeConfig:
     network, of which the values are its own; of `recipe` batch size and workers are taken.
     """
 
-    data: Data
     recipe: Annotated[Recipe, RECIPE]
     out: Annotated[
         Path | None, Option("The proposal file to write: COCO results JSON, or .npz. The network lies beside it.")
     ] = None
-    protocol: Protocol = "ov-coco"
     detector: Annotated[
         tuple[Detector, ...],
         Option(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from hdovd.cache.catalog import Catalog, is_tar_form
-from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
@@ -16,12 +15,9 @@ from hdovd.pipelines.common.options import (
     RECIPE_AND_PRESET,
     VALIDATION,
     Calibration,
-    Data,
-    Device,
-    Features,
+    FeaturesOptions,
     Init,
     Option,
-    Protocol,
     SaveMinutes,
 )
 from hdovd.pipelines.runs.folder import RunFolder
@@ -31,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(FeaturesOptions):
     """One training run, from a Zarr cache with the `data` that it was made of, or from tar shards, which need no other
     data.
 
@@ -39,17 +35,13 @@ class TrainConfig:
     `calibrate`.
     """
 
-    data: Data
     cache: Annotated[
         Path | str,
         Option("The cache that extract-clip wrote; or tar shards, without --data: DIR, DIR/{000000..000009}.tar."),
     ]
     out: Annotated[Path, Option("The run folder to write.")]
     recipe: Annotated[Recipe, RECIPE_AND_PRESET]
-    protocol: Protocol = "ov-coco"
-    device: Device = "auto"
     overwrite: Annotated[bool, Option("Replace a run that is there.")] = False
-    features: Features = DEFAULT_SET
     resume: Annotated[
         bool,
         Option(
