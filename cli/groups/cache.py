@@ -143,18 +143,10 @@ def export(config: ExportConfig) -> None:
 
     The data are those of the extraction unless they are given.
     """
-    if config.to is ExportForm.CROPS:
-        from hdovd.pipelines.extraction.export import export_crops
+    from hdovd.pipelines.extraction.export import export as run
 
-        export_crops(config)
-    elif config.to is ExportForm.PARQUET:
-        from hdovd.pipelines.extraction.export import export_parquet
-
-        export_parquet(config)
-    else:
-        from hdovd.pipelines.extraction.export import export_tars
-
-        export_tars(config)
+    run(config)
+    if config.to is ExportForm.WEBDATASET:
         typer.echo(f"next: hdovd train --cache {quote(str(config.out))} --out RUN ...")
 
 
