@@ -19,5 +19,7 @@ def search(config: SearchConfig) -> None:
     from hdovd.pipelines.search.search import search as run
 
     hits = run(config)
-    lines = [json.dumps([asdict(hit) for hit in hits], indent=1)] if config.json_ else search_lines(hits, config)
-    typer.echo("\n".join(lines))
+    if config.json_:
+        typer.echo(json.dumps([asdict(hit) for hit in hits], indent=1))
+    else:
+        typer.echo("\n".join(search_lines(hits, config)))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from hdovd.cache.catalog import Catalog, is_tar_form
 from hdovd.config.recipe import PRESETS
@@ -15,25 +15,19 @@ from hdovd.pipelines.common.options import (
     PRESET,
     RECIPE_NAME,
     SET,
-    Calibration,
-    FeaturesOptions,
     Group,
-    Init,
     Option,
     Preset,
+    RunsOptions,
+    named_validation,
     refuse_two_sources,
     validation_group,
 )
 from hdovd.pipelines.training.config import check_oracle
 
 
-def _validation(given: dict[str, Any]) -> DataPaths | None:
-    images, annotations = given["val_images"], given["val_annotations"]
-    return DataPaths(given["data"], images, annotations, given["form"]) if images or annotations else None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AblateConfig(FeaturesOptions):
+class AblateConfig(RunsOptions):
     """`grid`: KEY=VALUE,VALUE,... each. `settings` and `preset`: for all cells. `jobs`: runs at a time.
 
     `data`: as for training; `validation`: as for evaluation, the same data set if None. Raises HdovdError if it makes
@@ -70,7 +64,7 @@ class AblateConfig(FeaturesOptions):
     jobs: Annotated[
         int, Option("Runs at a time. Several GPUs are used in turn, one a run; CPU cores are shared.", min=1)
     ] = 1
-    validation: Annotated[DataPaths | None, validation_group(_validation)] = None
+    validation: Annotated[DataPaths | None, validation_group(named_validation)] = None
     oracle: Annotated[
         bool,
         Option(
@@ -79,13 +73,8 @@ class AblateConfig(FeaturesOptions):
         ),
     ] = False
     dry_run: Annotated[bool, Option("List the runs, done and to do, and stop.")] = False
-    calibration: Calibration = None
-    init: Init = None
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "jobs"):
-            if getattr(self, name) < 1:
-                raise HdovdError(f"--{name} {getattr(self, name)}: expected 1 or more")
         if self.preset is not None and self.preset not in PRESETS:
             raise HdovdError(f"--preset {self.preset}: expected one of {', '.join(PRESETS)}")
         refuse_two_sources((*self.settings, *self.grid), self.calibration)

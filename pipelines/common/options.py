@@ -83,15 +83,18 @@ Pretrained = Annotated[str | None, Option("Tag or checkpoint file, with a model 
 Calibration = Annotated[
     Path | None, Option("What hdovd calibrate wrote: how far to trust pseudo labels, over the recipe's values.")
 ]
-Init = Annotated[
-    Path | None,
-    Option(
-        "A run whose weights training begins with, such as import-checkpoint wrote: losses' memories, "
-        "optimizer and schedule begin anew."
-    ),
-]
-SaveMinutes = Annotated[float, Option("Minutes between two checkpoints within an epoch.", min=0)]
 Run = Annotated[Path, Option("The run folder that hdovd train wrote.", argument=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceOptions:
+    """How pictures go through a detector."""
+
+    device: Device = "auto"
+    batch_size: Annotated[int, Option("Images a batch.", min=1)] = 16
+    workers: Annotated[
+        int | None, workers_option("Processes that decode images, or auto: none on a CPU, up to 16 for a GPU.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +156,17 @@ class FeaturesOptions(DataOptions):
 DataIfGiven = Annotated[DataPaths | None, Group(DATA, data_if_given)]
 
 
+def named_validation(given: dict[str, Any]) -> DataPaths | None:
+    """The validation images that are named; None if there are none."""
+    found = DataPaths(given["data"], given["val_images"], given["val_annotations"], given["form"])
+    return found if found.images or found.annotations else None
+
+
 def validation_of(given: dict[str, Any]) -> DataPaths | None:
     """The validation images: those named, or those of the data set if it has any; else None."""
-    found = DataPaths(given["data"], given["val_images"], given["val_annotations"], given["form"])
-    named = found.images or found.annotations
-    return found if named or (found.root is not None and found.root.is_dir() and found.has("val2017")) else None
+    found = DataPaths(given["data"], form=given["form"])
+    there = found.root is not None and found.root.is_dir() and found.has("val2017")
+    return named_validation(given) or (found if there else None)
 
 
 def validation_group(build: Callable[[dict[str, Any]], DataPaths | None]) -> Group:
@@ -175,7 +184,26 @@ def validation_group(build: Callable[[dict[str, Any]], DataPaths | None]) -> Gro
     )
 
 
-VALIDATION = validation_group(validation_of)
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """A network that is trained."""
+
+    save_minutes: Annotated[float, Option("Minutes between two checkpoints within an epoch.", min=0)] = 10.0
+    validation: Annotated[DataPaths | None, validation_group(validation_of)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsOptions(FeaturesOptions):
+    """What runs are trained with."""
+
+    calibration: Calibration = None
+    init: Annotated[
+        Path | None,
+        Option(
+            "A run whose weights training begins with, such as import-checkpoint wrote: losses' memories, "
+            "optimizer and schedule begin anew."
+        ),
+    ] = None
 
 
 def require_own_folder(out: Path, marker: str, what: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.pipelines.common.name_list import names_asked
-from hdovd.pipelines.common.options import ClipOptions, Option, require_own_folder, workers_option
+from hdovd.pipelines.common.options import ClipOptions, InferenceOptions, Option, require_own_folder
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.runs.config import ExampleOptions
 from hdovd.pipelines.teachers.prompts import read_templates
@@ -15,7 +15,7 @@ DETECTIONS_MARKER = ".hdovd-detect"  # a folder that holds it is of detections, 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DetectConfig(ClipOptions, ExampleOptions):
+class DetectConfig(ClipOptions, InferenceOptions, ExampleOptions):
     """What to look for in which pictures. `classes` None: those of `examples`, or else of the run's protocol.
     `templates`: None for those of the run.
     """
@@ -54,9 +54,6 @@ class DetectConfig(ClipOptions, ExampleOptions):
         ),
     ] = None
     batch_size: Annotated[int, Option("Pictures at a time.", min=1)] = 8
-    workers: Annotated[
-        int | None, workers_option("Processes that decode pictures, or auto: none on a CPU, up to 16 for a GPU.")
-    ] = None
     pictures: Annotated[bool, Option("Draw nothing.")] = True
     split_blind: Annotated[
         bool,
@@ -78,8 +75,6 @@ class DetectConfig(ClipOptions, ExampleOptions):
         ClipOptions.__post_init__(self)
         if not 0 <= self.threshold < 1:
             raise HdovdError(f"--threshold {self.threshold}: expected a score of at least 0 and below 1")
-        if self.batch_size < 1:
-            raise HdovdError(f"--batch-size {self.batch_size}: expected 1 or more")
         if self.class_embeddings is not None and self.examples is not None:
             raise HdovdError("--examples and --class-embeddings both say what stands for a name: give one of them")
         if self.class_embeddings is not None and (self.clip is not None or self.templates is not None):

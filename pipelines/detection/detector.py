@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from hdovd.cache.catalog import Catalog, is_tar_form
@@ -37,6 +35,7 @@ from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.device import pick_device, placed
 from hdovd.pipelines.common.images import AnyPicture, Decoded, decode
 from hdovd.pipelines.common.precision import Precision, inference_autocast
+from hdovd.pipelines.common.tensors import load_tensors, save_tensors
 from hdovd.pipelines.detection.examples import Examples, Gap, Shown, embed_examples, read_examples
 from hdovd.pipelines.detection.fitting import fit_rows
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
@@ -55,32 +54,25 @@ ClipName = tuple[str, str | None]  # name and tag, as `openclip.load_clip` takes
 
 def kept_row(file: Path, name: str, dim: int) -> np.ndarray | None:
     """(D,) float16; None if it is not there, or damaged, which is told."""
+    if not file.is_file():
+        return None
     try:
-        with safe_open(file, "np") as stored:
-            row, about = np.asarray(stored.get_tensor("embedding")), stored.metadata() or {}
-            if about != _about(name, row) or row.shape != (dim,) or row.dtype != np.float16:
-                raise ValueError("its content is not what it says")
-            return row
-    except FileNotFoundError:
+        row = load_tensors(file)["embedding"].numpy()
+    except (HdovdError, KeyError):
+        log(f"note: {file} is damaged: {name} is embedded anew")
         return None
-    except Exception as error:  # safetensors and the file system have errors of their own
-        log(f"note: {file} is damaged ({error}): {name} is embedded anew")
-        return None
+    return row if row.shape == (dim,) and row.dtype == np.float16 else None
 
 
 def keep_rows(files: dict[str, Path], rows: dict[str, np.ndarray]) -> None:
     """(D,) float16 each, by name. A folder that cannot be used is told of, and never an error."""
     for name, row in rows.items():
-        tensors, about = {"embedding": row}, _about(name, row)
+        tensors = {"embedding": torch.from_numpy(row)}
         try:
-            replace_file(files[name], partial(save_file, tensors, metadata=about), writer=str(os.getpid()))
+            replace_file(files[name], partial(save_tensors, tensors, texts={"name": name}), writer=str(os.getpid()))
         except HdovdError as error:
             log(f"note: text embeddings are not kept for the next time ({error})")
             break
-
-
-def _about(name: str, row: np.ndarray) -> dict[str, str]:
-    return {"name": name, "sha256": hashlib.sha256(np.ascontiguousarray(row).tobytes()).hexdigest()}
 
 
 def class_level(run: RunFolder) -> tuple[KeyInputs, str]:
@@ -284,7 +276,7 @@ class NameEmbedder:
         identity = clip_identity(inputs)
         folder = (
             self._kept_in
-            / "texts"
+            / "names"
             / key_of({"clip": identity, "templates": list(templates), "tokens": inputs.get("tokens")})
         )
         texts = {name: str(said(name)) for name in others}
@@ -340,9 +332,6 @@ class Detector:
     def __init__(self, model: Model, protocol: Protocol, embedder: NameEmbedder, device: torch.device) -> None:
         """model: on the device. `from_run` is the usual way."""
         self.model, self.protocol, self.embedder, self.device = model.eval(), protocol, embedder, device
-        self.names: tuple[str, ...] = ()
-        self.rivals: tuple[str, ...] = ()
-        self.is_novel = torch.zeros(0, dtype=torch.bool)
         self.set_classes(protocol.names)
 
     @classmethod
@@ -418,7 +407,9 @@ class Detector:
             )
         rows = self.embedder.embed(asked) if embeddings is None else self._fitting(embeddings, asked)
         base = {folded(name) for name in self.protocol.base}
-        self.rivals = () if alone else tuple(name for name in self.protocol.base if folded(name) not in wanted)
+        self.rivals: tuple[str, ...] = (
+            () if alone else tuple(name for name in self.protocol.base if folded(name) not in wanted)
+        )
         self._texts = torch.cat([rows, self.embedder.own_rows(self.rivals)]).to(self.device)
         self.names, self._split_blind = asked, split_blind
         self.is_novel = torch.tensor([name not in base for name in wanted], device=self.device)

@@ -6,7 +6,7 @@ from typing import Annotated
 from hdovd.core.errors import HdovdError
 from hdovd.data.protocol import load_protocol
 from hdovd.evaluation.engines import ENGINES, Engine
-from hdovd.pipelines.common.options import Data, Device, Option, workers_option
+from hdovd.pipelines.common.options import Data, InferenceOptions, Option
 from hdovd.pipelines.runs.config import ExampleOptions, RunOptions
 
 ZERO_SHOT = "zero-shot"  # the protocol of data sets that the run was not trained on: all classes are novel
@@ -14,14 +14,9 @@ SHOWN_SCORE = 0.3  # detections of this score or more are drawn
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(RunOptions):
+class EvalOptions(InferenceOptions, RunOptions):
     """How runs are evaluated."""
 
-    device: Device = "auto"
-    batch_size: Annotated[int, Option("Images a batch.", min=1)] = 16
-    workers: Annotated[
-        int | None, workers_option("Processes that decode images, or auto: none on a CPU, up to 16 for a GPU.")
-    ] = None
     engine: Annotated[
         str,
         Option(

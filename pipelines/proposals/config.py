@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from hdovd.core.errors import HdovdError
-from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.common.options import RECIPE, VALIDATION, DataOptions, Device, Option, SaveMinutes
+from hdovd.pipelines.common.options import RECIPE, DataOptions, Device, NetworkOptions, Option
 from hdovd.pipelines.proposal_files.options import require_form
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ class Detector(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProposeConfig(DataOptions):
+class ProposeConfig(NetworkOptions, DataOptions):
     """Proposals of the images of `data`, by one network; or with `report` the average recall on `validation` of several
     of them.
 
@@ -86,8 +85,6 @@ class ProposeConfig(DataOptions):
     ] = False
     device: Device = "auto"
     overwrite: Annotated[bool, Option("Train anew, whatever network or checkpoint is there.")] = False
-    save_minutes: SaveMinutes = 10.0
-    validation: Annotated[DataPaths | None, VALIDATION] = None
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""

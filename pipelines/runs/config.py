@@ -6,7 +6,7 @@ from typing import Annotated
 
 from hdovd.core.errors import HdovdError
 from hdovd.pipelines.common.options import Option, Run, Trust
-from hdovd.pipelines.runs.folder import RunFolder, Weights, WeightsOption
+from hdovd.pipelines.runs.folder import RunFolder, Weights
 
 DEFAULT_MIX = 0.25  # the best of 0.25, 0.5, 0.75 and 1 on base classes (docs/RESULTS.md)
 
@@ -16,7 +16,9 @@ class RunOptions:
     """A run to use. `trust`: as `RunFolder.trusted`."""
 
     run: Run
-    weights: WeightsOption = Weights.LAST
+    weights: Annotated[
+        Weights, Option("Of the last epoch, or of the one with the best validation AP of base classes.")
+    ] = Weights.LAST
     trust: Trust = False
 
     def check(self) -> None:

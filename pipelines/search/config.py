@@ -7,9 +7,8 @@ from math import inf
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError, require_files
-from hdovd.pipelines.common.options import CacheArgument, ClipOptions, Features, Option
+from hdovd.pipelines.common.options import ClipOptions, Option
 from hdovd.pipelines.extraction.source import CacheSource
 
 Box = tuple[float, float, float, float]
@@ -38,18 +37,6 @@ def parse_box(text: str) -> Box:
     except ValueError:
         raise HdovdError(f"--box {text}: expected x,y,w,h in pixels, such as 10,20,64,48") from None
     return left, top, width, height
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IndexConfig:
-    """An index of a set's rows to build."""
-
-    cache: CacheArgument
-    features: Features = DEFAULT_SET
-
-    def check(self) -> None:
-        """Raises HdovdError for what is wrong with the paths and names alone."""
-        CacheSource(self.cache).check()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,9 +85,6 @@ class SearchConfig(ClipOptions, CacheSource):
     ] = False
     json_: Annotated[bool, Option("Print a JSON list instead of the table.")] = False
     out: Annotated[Path | None, Option("Write a page with their crops too, FILE.html.")] = None
-    coco: Annotated[Path | None, Option("Write them in COCO results form too; category_id is 1, score the cosine.")] = (
-        None
-    )
 
     def __post_init__(self) -> None:
         ClipOptions.__post_init__(self)

@@ -22,7 +22,7 @@ from hdovd.cache.writer import ProductWriter
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
 from hdovd.pipelines.common.console import size
-from hdovd.pipelines.search.config import IndexConfig
+from hdovd.pipelines.extraction.source import CacheSet
 from hdovd.pipelines.search.scan import BLOCK_ROWS, Best, Choice, nearest_rows
 
 LISTS, ROWS_PER_LIST = 2, 64  # lists, times the square root of the rows; rows that a list's centre is fitted to
@@ -56,7 +56,7 @@ def index_part(product: Product) -> tuple[str, KeyInputs]:
 
 
 class RowIndex:
-    """The index of a set, sound and open: of a local cache mapped, else in memory."""
+    """The index of a set, sound and in memory."""
 
     def __init__(self, cache: FeatureCache, *words: str) -> None:
         """`words`: more of the command that makes it. Raises HdovdError if the set has none, or it is damaged."""
@@ -67,12 +67,7 @@ class RowIndex:
             command = join(["hdovd", "cache", "index", cache.url, *words])
             raise HdovdError(f"{cache.url} has no index of {product} as it is now: {command}")
         product.require_sound(part)  # before the file is parsed
-        path = product.folder.path(name)
-        if path is None:
-            self._index = faiss.deserialize_index(np.frombuffer(product.folder.read(name), np.uint8))
-        else:
-            self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-            faiss.downcast_InvertedLists(self._index.invlists).prefetch_nthread = 0  # else 32 threads a query
+        self._index = faiss.deserialize_index(np.frombuffer(product.folder.read(name), np.uint8))
         self._cache, self.rows, self._parameters = cache, product.rows, faiss.SearchParametersIVF
 
     def best(self, query: np.ndarray, count: int, chosen: Choice) -> Best:
@@ -89,7 +84,7 @@ class RowIndex:
         return nearest_rows(self._cache, query, count, chosen)
 
 
-def index_rows(config: IndexConfig) -> None:
+def index_rows(config: CacheSet) -> None:
     """Build the index of a set unless it is there, and say how well it finds, and how fast. Raises HdovdError."""
     config.check()
     cache = FeatureCache(config.cache, config.features)

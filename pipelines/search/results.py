@@ -1,22 +1,16 @@
-"""What a search finds, and the forms that it is given in: a table, COCO results, and a page of crops, which is one HTML
-file that needs nothing else.
-"""
+"""What a search finds, and the forms that it is given in: a table, and a page of crops."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from hdovd.core.errors import HdovdError
-from hdovd.core.log import log
-from hdovd.core.version import __version__
 from hdovd.data.coco import ImageBoxes
-from hdovd.pipelines.common.atomic_write import write_text
-from hdovd.pipelines.common.charts import picture_data
-from hdovd.pipelines.common.pages import page
+from hdovd.pipelines.common.charts import small_picture_data
+from hdovd.pipelines.common.pages import write_page
 from hdovd.pipelines.runs.listing import table_lines
 from hdovd.pipelines.search.config import Box, SearchConfig
 
@@ -54,26 +48,14 @@ def search_lines(hits: Sequence[Hit], config: SearchConfig) -> list[str]:
     rows = []
     for number, hit in enumerate(hits, 1):
         score, other = (f"{value:.3f}" if value is not None else "-" for value in (hit.score, hit.other_cosine))
-        box = ", ".join(f"{value:.0f}" for value in hit.box)
-        row = (f"{number}", f"{hit.cosine:.3f}", hit.place, hit.source, hit.name or "-", score, box, hit.other, other)
-        rows.append(row)
+        box, name = ", ".join(f"{value:.0f}" for value in hit.box), hit.name or "-"
+        rows.append((f"{number}", f"{hit.cosine:.3f}", hit.place, hit.source, name, score, box, hit.other, other))
     columns = len(HEAD) - (not config.suspicious) - (config.is_query or config.untypical is not None)
     lines = table_lines(HEAD[:columns], [row[:columns] for row in rows], NUMBERS)
     return lines if rows else [f"nothing found: {config.question}"]
 
 
-def write_coco(file: Path, hits: Sequence[Hit]) -> None:
-    """Write the hits in COCO results form."""
-    results = []
-    for hit in hits:
-        left, top, right, bottom = hit.box
-        box = [left, top, right - left, bottom - top]
-        results.append({"image_id": hit.image_id, "category_id": 1, "bbox": box, "score": hit.cosine})
-    write_text(file, json.dumps(results))
-    log(f"wrote {file}")
-
-
-def write_page(
+def write_crops(
     file: Path, title: str, hits: Sequence[Hit], images: Mapping[int, ImageBoxes], read: Callable[[int], Image.Image]
 ) -> None:
     """Write the hits with their crops. `images`, `read`: the picture of an id; one that cannot be read is said in its
@@ -88,20 +70,12 @@ def write_page(
             problem = str(error)
         else:
             crop = crop_of(picture, hit)
-            pictures[hit.image_id] = {"data": data_of(picture, PICTURE_SIDE), "image": images[hit.image_id]}
+            pictures[hit.image_id] = {"data": small_picture_data(picture, PICTURE_SIDE), "image": images[hit.image_id]}
         cards.append({"hit": hit, "crop": crop, "problem": problem})
-    context = {"title": title, "cards": cards, "pictures": pictures, "version": __version__}
-    write_text(file, page("search.html", context))
-    log(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB, one file that needs nothing else)")
+    write_page(file, "search.html", {"title": title, "cards": cards, "pictures": pictures})
 
 
 def crop_of(picture: Image.Image, hit: Hit) -> str:
     """The hit's box of its picture, a pixel at least, as a data: address."""
     left, top, right, bottom = map(round, hit.box)
-    return data_of(picture.crop((left, top, max(right, left + 1), max(bottom, top + 1))), CROP_SIDE)
-
-
-def data_of(picture: Image.Image, side: int) -> str:
-    """A picture as a data: address, reduced to `side` pixels at most."""
-    small = ImageOps.contain(picture, (side, side)) if max(picture.size) > side else picture
-    return picture_data(small, quality=82)
+    return small_picture_data(picture.crop((left, top, max(right, left + 1), max(bottom, top + 1))), CROP_SIDE)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache as once
 from functools import partial
+from itertools import chain
 
 import numpy as np
 from PIL import Image
@@ -21,7 +22,7 @@ from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.search.config import BoxSource, Duplicates, SearchConfig
 from hdovd.pipelines.search.index import RowIndex
 from hdovd.pipelines.search.query import load_set_clip, query_of
-from hdovd.pipelines.search.results import Hit, write_coco, write_page
+from hdovd.pipelines.search.results import Hit, write_crops
 from hdovd.pipelines.search.scan import Choice, alike_pairs, best_rows, chosen_rows, mean_row, nearest_rows
 from hdovd.pipelines.teachers.base import Teacher
 
@@ -68,10 +69,8 @@ def search(config: SearchConfig) -> list[Hit]:
     with quiet(config.json_):
         searched = opened(config)
         hits = found(config, searched)
-        if config.coco is not None:
-            write_coco(config.coco, hits)
         if config.out is not None:
-            write_page(config.out, config.question, hits, searched.images, searched.picture)
+            write_crops(config.out, config.question, hits, searched.images, searched.picture)
     return hits
 
 
@@ -90,8 +89,8 @@ def opened(config: SearchConfig, *, pictures: bool = False) -> Searched:
         return Searched(cache, clip_of)
     with quiet():  # the extraction said what it left out
         split, protocol = config.load_for(cache)
-    pairs = (zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True) for image in split.images)
-    labels = {number: label for image in pairs for number, label in image}
+    boxes = (zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True) for image in split.images)
+    labels = dict(chain.from_iterable(boxes))
     return Searched(cache, clip_of, split, protocol.base, labels, {image.id: image for image in split.images})
 
 

@@ -14,11 +14,12 @@ from urllib.parse import unquote
 from hdovd.core.errors import HdovdError
 from hdovd.core.picture_header import open_picture, told
 from hdovd.core.text_files import checked_name
+from hdovd.pipelines.common.charts import small_picture_data
 from hdovd.pipelines.common.images import decode
 from hdovd.pipelines.detection.detector import Detector
 from hdovd.pipelines.runs.config import DEFAULT_MIX
 from hdovd.pipelines.search.config import BoxSource, SearchConfig, parse_box
-from hdovd.pipelines.search.results import PICTURE_SIDE, Hit, crop_of, data_of
+from hdovd.pipelines.search.results import PICTURE_SIDE, Hit, crop_of
 from hdovd.pipelines.search.search import found, opened
 from hdovd.pipelines.serve.config import ServeConfig
 from hdovd.pipelines.teachers.prompts import folded
@@ -50,7 +51,6 @@ class Finding:
         if "picture" not in files:
             raise HdovdError("no picture was sent")
         if (asked := (names, shown, mix := one(texts, "mix", float, DEFAULT_MIX), alone)) != self._asked:
-            self._asked = None  # if this fails
             if shown:
                 detector.set_examples(shown, names=names, mix=mix, alone=alone)
             else:
@@ -106,7 +106,7 @@ class Searching:
     def picture(self, image_id: int) -> dict[str, Any]:
         """A picture of the cache, as a data: address. Raises HdovdError."""
         picture = self._searched.picture(image_id)
-        return {"picture": data_of(picture, PICTURE_SIDE), "width": picture.width, "height": picture.height}
+        return {"picture": small_picture_data(picture, PICTURE_SIDE), "width": picture.width, "height": picture.height}
 
     def _crop(self, hit: Hit) -> str | None:
         """As a data: address; None for a picture that cannot be read."""

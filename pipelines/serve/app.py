@@ -21,7 +21,6 @@ from starlette.types import Message
 
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
-from hdovd.core.version import __version__
 from hdovd.pipelines.common.pages import page
 from hdovd.pipelines.runs.config import DEFAULT_MIX
 from hdovd.pipelines.serve.answers import Files, Finding, Searching, Texts, fitting
@@ -83,7 +82,7 @@ class Site:
 
     async def page(self, _: Request) -> Response:
         nonce, config = secrets.token_urlsafe(16), self.config
-        context = {"nonce": nonce, "version": __version__, "mix": DEFAULT_MIX, "config": config}
+        context = {"nonce": nonce, "mix": DEFAULT_MIX, "config": config}
         return HTMLResponse(page("serve.html", context), headers={"Content-Security-Policy": POLICY.format(nonce)})
 
     async def pictured(self, answer: Callable[[int], Answer], request: Request) -> Response:

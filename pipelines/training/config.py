@@ -8,18 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from hdovd.cache.catalog import Catalog, is_tar_form
 from hdovd.core.errors import HdovdError
-from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.calibration.values import read_calibration
-from hdovd.pipelines.common.options import (
-    RECIPE_AND_PRESET,
-    VALIDATION,
-    Calibration,
-    FeaturesOptions,
-    Init,
-    Option,
-    SaveMinutes,
-)
+from hdovd.pipelines.common.options import RECIPE_AND_PRESET, NetworkOptions, Option, RunsOptions
 from hdovd.pipelines.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -27,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig(FeaturesOptions):
+class TrainConfig(NetworkOptions, RunsOptions):
     """One training run, from a Zarr cache with the `data` that it was made of, or from tar shards, which need no other
     data.
 
@@ -49,12 +40,8 @@ class TrainConfig(FeaturesOptions):
             flags=("--resume", "--requeue-safe"),
         ),
     ] = False
-    save_minutes: SaveMinutes = 10.0
-    validation: Annotated[DataPaths | None, VALIDATION] = None
     val_every: Annotated[int, Option("Validate after so many epochs; 0: never.", min=0)] = 1
     tensorboard: Annotated[bool, Option("Write OUT/tensorboard too.")] = False
-    calibration: Calibration = None
-    init: Init = None
     oracle: Annotated[
         bool,
         Option(
