@@ -68,8 +68,7 @@ Device = Annotated[str, Option("auto, cpu or cuda.")]
 Protocol = Annotated[str, Option("The base/novel split: ov-coco, ov-lvis, or a TOML file with name, base and novel.")]
 OTHER_PROTOCOL = Option("The base/novel split. Default: the one that the cache was made with.")
 OtherProtocol = Annotated[str | None, OTHER_PROTOCOL]
-FEATURES = Option("The name of a set of features: products of one cache that belong together.")
-Features = Annotated[str, FEATURES]
+Features = Annotated[str, Option("The name of a set of features: products of one cache that belong together.")]
 Trust = Annotated[
     bool,
     Option(
@@ -83,7 +82,6 @@ Pretrained = Annotated[str | None, Option("Tag or checkpoint file, with a model 
 Calibration = Annotated[
     Path | None, Option("What hdovd calibrate wrote: how far to trust pseudo labels, over the recipe's values.")
 ]
-Run = Annotated[Path, Option("The run folder that hdovd train wrote.", argument=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,11 +54,11 @@ ClipName = tuple[str, str | None]  # name and tag, as `openclip.load_clip` takes
 
 def kept_row(file: Path, name: str, dim: int) -> np.ndarray | None:
     """(D,) float16; None if it is not there, or damaged, which is told."""
-    if not file.is_file():
-        return None
     try:
+        if not file.is_file():
+            return None
         row = load_tensors(file)["embedding"].numpy()
-    except (HdovdError, KeyError):
+    except (HdovdError, KeyError, OSError):
         log(f"note: {file} is damaged: {name} is embedded anew")
         return None
     return row if row.shape == (dim,) and row.dtype == np.float16 else None
@@ -219,6 +219,8 @@ class NameEmbedder:
         """clip, pretrained: the run's CLIP, where it lies elsewhere than its cache says. templates: other prompts than
         the run's. kept_in: None: the user's cache folder. Raises HdovdError.
         """
+        if pretrained is not None and clip is None:
+            raise HdovdError("--pretrained goes with --clip")
         if templates is not None:
             check_templates(templates)
         self._run, self._device, self._kept_in = run, device, kept_in or user_cache_folder()

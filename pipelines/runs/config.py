@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.common.options import Option, Run, Trust
+from hdovd.pipelines.common.options import Option, Trust
 from hdovd.pipelines.runs.folder import RunFolder, Weights
 
 DEFAULT_MIX = 0.25  # the best of 0.25, 0.5, 0.75 and 1 on base classes (docs/RESULTS.md)
@@ -15,7 +15,7 @@ DEFAULT_MIX = 0.25  # the best of 0.25, 0.5, 0.75 and 1 on base classes (docs/RE
 class RunOptions:
     """A run to use. `trust`: as `RunFolder.trusted`."""
 
-    run: Run
+    run: Annotated[Path, Option("The run folder that hdovd train wrote.", argument=True)]
     weights: Annotated[
         Weights, Option("Of the last epoch, or of the one with the best validation AP of base classes.")
     ] = Weights.LAST
