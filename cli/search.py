@@ -19,7 +19,5 @@ def search(config: SearchConfig) -> None:
     from hdovd.pipelines.search.search import search as run
 
     hits = run(config)
-    if config.json_:
-        typer.echo(json.dumps([asdict(hit) for hit in hits], indent=1))
-    else:
-        typer.echo("\n".join(search_lines(hits, config)))
+    as_list = [asdict(hit) for hit in hits]
+    typer.echo(json.dumps(as_list, indent=1) if config.json_ else "\n".join(search_lines(hits, config)))

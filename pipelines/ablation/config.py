@@ -75,6 +75,9 @@ class AblateConfig(RunsOptions):
     dry_run: Annotated[bool, Option("List the runs, done and to do, and stop.")] = False
 
     def __post_init__(self) -> None:
+        for name in ("seeds", "jobs"):
+            if getattr(self, name) < 1:
+                raise HdovdError(f"--{name} {getattr(self, name)}: expected 1 or more")
         if self.preset is not None and self.preset not in PRESETS:
             raise HdovdError(f"--preset {self.preset}: expected one of {', '.join(PRESETS)}")
         refuse_two_sources((*self.settings, *self.grid), self.calibration)

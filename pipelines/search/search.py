@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache as once
 from functools import partial
-from itertools import chain
 
 import numpy as np
 from PIL import Image
@@ -89,8 +88,11 @@ def opened(config: SearchConfig, *, pictures: bool = False) -> Searched:
         return Searched(cache, clip_of)
     with quiet():  # the extraction said what it left out
         split, protocol = config.load_for(cache)
-    boxes = (zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True) for image in split.images)
-    labels = dict(chain.from_iterable(boxes))
+    labels = {
+        number: label
+        for image in split.images
+        for number, label in zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True)
+    }
     return Searched(cache, clip_of, split, protocol.base, labels, {image.id: image for image in split.images})
 
 
