@@ -12,7 +12,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.product import Product
 from hdovd.cache.rows import Rows, open_rows
-from hdovd.cache.schema import DEFAULT_SET, PART_ROWS, STORED_NORM_TOLERANCE, TABLES, Level, Source, row_arrays
+from hdovd.cache.schema import DEFAULT_SET, STORED_NORM_TOLERANCE, TABLES, Level, Source, row_arrays
 from hdovd.core.errors import HdovdError
 
 
@@ -239,14 +239,16 @@ class FeatureCache:
         of embeddings.
         """
         embedding = self._row_array(Level.INSTANCE, "embedding").read(start, stop, copy=copy)
-        known = {name: self._table(level, name)[start:stop] for name, level in self._box_tables.items()}
-        return InstanceRows(embedding, **no_labels(len(embedding)) | known)
+        return self._with_boxes(embedding, slice(start, stop))
 
     def rows_at(self, numbers: np.ndarray) -> InstanceRows:
         """Instance rows of these numbers (n,) in the product, as `rows_between`."""
         read = self._row_array(Level.INSTANCE, "embedding").read
         embedding = np.concatenate([read(0, 0), *(read(row, row + 1, copy=False) for row in numbers.tolist())])
-        known = {name: self._table(level, name)[numbers] for name, level in self._box_tables.items()}
+        return self._with_boxes(embedding, numbers)
+
+    def _with_boxes(self, embedding: np.ndarray, which: slice | np.ndarray) -> InstanceRows:
+        known = {name: self._table(level, name)[which] for name, level in self._box_tables.items()}
         return InstanceRows(embedding, **no_labels(len(embedding)) | known)
 
     @cached_property
@@ -260,13 +262,9 @@ class FeatureCache:
         return tables
 
     def blocks(self, size: int) -> Iterator[tuple[int, InstanceRows]]:
-        """All instance rows in order, `size` at a time, each after the number of its first, to be read only. What is
-        mapped counts as memory of this process for a part's rows at most.
-        """
-        rows, count = self._row_array(Level.INSTANCE, "embedding"), len(self._table(Level.BOXES, "box"))
+        """All instance rows in order, `size` at a time, each after the number of its first, to be read only."""
+        count = len(self._table(Level.BOXES, "box"))
         for start in range(0, count, size):
-            if start % PART_ROWS < size:
-                rows.release()
             yield start, self.rows_between(start, min(start + size, count), copy=False)
 
     def place_of(self, row: int) -> tuple[int, int]:

@@ -15,9 +15,9 @@ def search(config: SearchConfig) -> None:
     Words and pictures are embedded by the set's own CLIP; --like and --embeddings need none. Every box is compared,
     unless --index is given. The data are those of the extraction unless they are given. See docs/SEARCH.md.
     """
+    from hdovd.pipelines.search.results import search_lines
     from hdovd.pipelines.search.search import search as run
-    from hdovd.pipelines.search.search import search_lines
 
     hits = run(config)
-    lines = [json.dumps([asdict(hit) for hit in hits], indent=1)] if config.json_ else search_lines(hits, config)
-    typer.echo("\n".join(lines))
+    as_list = [asdict(hit) for hit in hits]
+    typer.echo(json.dumps(as_list, indent=1) if config.json_ else "\n".join(search_lines(hits, config)))

@@ -16,6 +16,6 @@ def transfer(config: TransferConfig) -> None:
 
     found = run(config)
     typer.echo(transfer_table(found))
-    for one in found:
-        for file in one.result.files:
+    for result in found.values():
+        for file in result.files:
             typer.echo(f"wrote {file}")

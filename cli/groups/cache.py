@@ -9,8 +9,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cli.command import command
 from hdovd.cli.main import new_app
 from hdovd.pipelines.cache_tools.config import CheckConfig, ForeignFormat, ImportConfig, ViewConfig
-from hdovd.pipelines.extraction.source import ExportConfig, ExportForm
-from hdovd.pipelines.search.config import IndexConfig
+from hdovd.pipelines.extraction.source import CacheSet, ExportConfig, ExportForm
 
 app = new_app(
     no_args_is_help=True,
@@ -116,7 +115,7 @@ def verify(config: CheckConfig) -> None:
 
 @app.command()
 @command
-def index(config: IndexConfig) -> None:
+def index(config: CacheSet) -> None:
     """Build an index of a set's boxes, for hdovd search --index, unless it is there; say how many of the best it finds
     and how fast.
 
@@ -143,18 +142,10 @@ def export(config: ExportConfig) -> None:
 
     The data are those of the extraction unless they are given.
     """
-    if config.to is ExportForm.CROPS:
-        from hdovd.pipelines.extraction.export import export_crops
+    from hdovd.pipelines.extraction.export import export as run
 
-        export_crops(config)
-    elif config.to is ExportForm.PARQUET:
-        from hdovd.pipelines.extraction.export import export_parquet
-
-        export_parquet(config)
-    else:
-        from hdovd.pipelines.extraction.export import export_tars
-
-        export_tars(config)
+    run(config)
+    if config.to is ExportForm.WEBDATASET:
         typer.echo(f"next: hdovd train --cache {quote(str(config.out))} --out RUN ...")
 
 

@@ -26,6 +26,7 @@ class RTDETRDecoderConfig(QueryDecoderConfig):
 
     feedforward: Count = 1024  # config
     points: Count = 4  # sampled by a head at each level; config
+    grid: Annotated[int, Field(ge=0)] = 5  # side of a grid of points within the box, sampled too; here; 0: none
 
 
 class DenoisingConfig(Section):

@@ -4,6 +4,7 @@ words.
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -35,7 +36,7 @@ class Stopped(HdovdError):
         self.code = code
 
 
-def shorten(items: list[object], most: int = 8) -> str:
+def shorten(items: Sequence[object], most: int = 8) -> str:
     """`items` in one line, cut after `most` with a count of the rest."""
     shown = ", ".join(map(str, items[:most]))
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"

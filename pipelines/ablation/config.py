@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from hdovd.cache.catalog import Catalog, is_tar_form
-from hdovd.cache.schema import DEFAULT_SET
 from hdovd.config.recipe import PRESETS
 from hdovd.core.errors import HdovdError
 from hdovd.data.coco import DataPaths
@@ -16,35 +15,25 @@ from hdovd.pipelines.common.options import (
     PRESET,
     RECIPE_NAME,
     SET,
-    Calibration,
-    Data,
-    Device,
-    Features,
     Group,
-    Init,
     Option,
     Preset,
-    Protocol,
+    RunsOptions,
+    named_validation,
     refuse_two_sources,
     validation_group,
 )
 from hdovd.pipelines.training.config import check_oracle
 
 
-def _validation(given: dict[str, Any]) -> DataPaths | None:
-    images, annotations = given["val_images"], given["val_annotations"]
-    return DataPaths(given["data"], images, annotations, given["form"]) if images or annotations else None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AblateConfig:
+class AblateConfig(RunsOptions):
     """`grid`: KEY=VALUE,VALUE,... each. `settings` and `preset`: for all cells. `jobs`: runs at a time.
 
     `data`: as for training; `validation`: as for evaluation, the same data set if None. Raises HdovdError if it makes
     no sense.
     """
 
-    data: Data
     cache: Annotated[Path | str, Option("The one cache, or tar shards, that all runs read.")]
     out: Annotated[Path, Option("The folder of all runs, OUT/CELL/seedK, and of the tables.")]
     grid: Annotated[
@@ -75,10 +64,7 @@ class AblateConfig:
     jobs: Annotated[
         int, Option("Runs at a time. Several GPUs are used in turn, one a run; CPU cores are shared.", min=1)
     ] = 1
-    validation: Annotated[DataPaths | None, validation_group(_validation)] = None
-    protocol: Protocol = "ov-coco"
-    features: Features = DEFAULT_SET
-    device: Device = "auto"
+    validation: Annotated[DataPaths | None, validation_group(named_validation)] = None
     oracle: Annotated[
         bool,
         Option(
@@ -87,8 +73,6 @@ class AblateConfig:
         ),
     ] = False
     dry_run: Annotated[bool, Option("List the runs, done and to do, and stop.")] = False
-    calibration: Calibration = None
-    init: Init = None
 
     def __post_init__(self) -> None:
         for name in ("seeds", "jobs"):

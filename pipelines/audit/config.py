@@ -8,16 +8,14 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.common.options import Data, Features, Option, Protocol
+from hdovd.pipelines.common.options import DataOptions, Features, Option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AuditConfig:
+class AuditConfig(DataOptions):
     """An audit of a set of a cache, and of a run."""
 
-    data: Data
     cache: Annotated[Path | str, Option("The cache to audit: a folder, or s3://, gs://.")]
-    protocol: Protocol = "ov-coco"
     features: Features = DEFAULT_SET
     run: Annotated[Path | None, Option("A run folder: its cache, protocol and calibration are checked too.")] = None
     proposals: Annotated[

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, FeatureSet, is_set_name, is_tar_form
-from hdovd.cache.schema import DEFAULT_SET, Level
+from hdovd.cache.schema import Level
 from hdovd.cache.store import open_folder
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.data.coco import DataPaths
@@ -21,13 +21,10 @@ from hdovd.pipelines.common.options import (
     CacheArgument,
     CacheWritten,
     Calibration,
-    Data,
-    Device,
-    Features,
+    FeaturesOptions,
     Group,
     Option,
     Pretrained,
-    Protocol,
     data_if_given,
     read_recipe,
 )
@@ -173,7 +170,7 @@ class ForeignFormat(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImportConfig:
+class ImportConfig(FeaturesOptions):
     """An import of features that others made. `clip`: embeds the class names; None for no class level."""
 
     format: Annotated[
@@ -184,15 +181,11 @@ class ImportConfig:
         ),
     ]
     source: Annotated[Path | str, Option("The folder to import; of tar shards also s3://, gs://.", argument=True)]
-    data: Data
     cache: CacheWritten
     proposals: Annotated[Path | None, Option("With hd-ovd: the .pkl of boxes that the files go with.")] = None
-    protocol: Protocol = "ov-coco"
     clip: Annotated[str | None, Option("The CLIP that the publishers used: embeds the class names.")] = None
     pretrained: Pretrained = None
     templates: Templates = DEFAULT_TEMPLATES
-    features: Features = DEFAULT_SET
-    device: Device = "auto"
     precision: Compute = Precision.AUTO
     activation: ActivationOption = Activation.AUTO
 

@@ -42,7 +42,6 @@ from hdovd.pipelines.cache_tools.config import CheckConfig, settings_of
 from hdovd.pipelines.common.console import progress, size
 from hdovd.pipelines.common.precision import Precision
 from hdovd.pipelines.embedding.build import embedders_of
-from hdovd.pipelines.embedding.crops import Cutter
 from hdovd.pipelines.embedding.embedders import Embedder, Pictures
 from hdovd.pipelines.extraction.config import LabelChoice, recipe_of
 from hdovd.pipelines.extraction.identities import image_hash, picture_hashes
@@ -159,12 +158,10 @@ def _cosines(product: Product, embedder: Embedder, rows: np.ndarray) -> tuple[np
         if not named and usable[number == n].any():
             problems.append(f"image {image_id[n]} has another name or size in the annotations, or is not there")
             usable[number == n] = False
-    cutter, new = Cutter(embedder.fit, embedder.input_size), np.zeros(have.shape)
-    for some in progress(embedder.groups(rows[usable], BATCH_ROWS), f"sample of {product.level}", "batch"):
-        batch, mine = cutter.batch(embedder.jobs(some), embedder.places(BATCH_ROWS)), np.isin(rows, some)
-        problems += [f"image {unread}: {problem}" for unread, problem in batch.problems.items()]
-        new[mine] = embedder.encode(batch)[: len(some)]
-        usable[mine & np.isin(image_id[number], [*batch.problems])] = False
+    batches, new = embedder.groups(rows[usable], BATCH_ROWS), np.zeros(have.shape)
+    new[usable], unread = embedder.embed(progress(batches, f"sample of {product.level}", "batch"))
+    problems += [f"image {image}: {problem}" for image, problem in unread.items()]
+    usable &= ~np.isin(image_id[number], [*unread])
     rows, have, new = rows[usable], have[usable], new[usable]
     return rows, (new * have).sum(axis=1) / np.linalg.norm(new, axis=1) / np.linalg.norm(have, axis=1), problems
 

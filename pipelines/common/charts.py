@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
-from PIL import Image
+from PIL import Image, ImageOps
 
 WIDTH, HEIGHT = 360, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
@@ -151,6 +151,12 @@ def picture_data(picture: Image.Image, form: str = "JPEG", **options: Any) -> st
     file = io.BytesIO()
     picture.save(file, form, **options)
     return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def small_picture_data(picture: Image.Image, side: int) -> str:
+    """A picture as a data: address, reduced to `side` pixels at most."""
+    small = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS) if max(picture.size) > side else picture
+    return picture_data(small, quality=82)
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -12,6 +12,7 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any
 
+from hdovd.cache.schema import DEFAULT_SET
 from hdovd.config.backbone import PRESETS
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import DataPaths
@@ -67,8 +68,7 @@ Device = Annotated[str, Option("auto, cpu or cuda.")]
 Protocol = Annotated[str, Option("The base/novel split: ov-coco, ov-lvis, or a TOML file with name, base and novel.")]
 OTHER_PROTOCOL = Option("The base/novel split. Default: the one that the cache was made with.")
 OtherProtocol = Annotated[str | None, OTHER_PROTOCOL]
-FEATURES = Option("The name of a set of features: products of one cache that belong together.")
-Features = Annotated[str, FEATURES]
+Features = Annotated[str, Option("The name of a set of features: products of one cache that belong together.")]
 Trust = Annotated[
     bool,
     Option(
@@ -82,27 +82,33 @@ Pretrained = Annotated[str | None, Option("Tag or checkpoint file, with a model 
 Calibration = Annotated[
     Path | None, Option("What hdovd calibrate wrote: how far to trust pseudo labels, over the recipe's values.")
 ]
-Init = Annotated[
-    Path | None,
-    Option(
-        "A run whose weights training begins with, such as import-checkpoint wrote: losses' memories, "
-        "optimizer and schedule begin anew."
-    ),
-]
-SaveMinutes = Annotated[float, Option("Minutes between two checkpoints within an epoch.", min=0)]
-Run = Annotated[Path, Option("The run folder that hdovd train wrote.", argument=True)]
-Examples = Annotated[
-    Path | None,
-    Option(
-        "Pictures of what to look for: a folder with a subfolder of crops for each class, called by the class's name; "
-        "or a COCO instances file, every box of which is an example."
-    ),
-]
-ExampleImages = Annotated[Path | None, Option("The image folder of a COCO file of --examples.")]
-DEFAULT_MIX = 0.25  # the best of 0.25, 0.5, 0.75 and 1 on base classes (docs/RESULTS.md)
-Mix = Annotated[
-    float, Option("How much examples count beside the name of their class: 0: the name alone; 1: examples alone.")
-]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceOptions:
+    """How pictures go through a detector."""
+
+    device: Device = "auto"
+    batch_size: Annotated[int, Option("Images a batch.", min=1)] = 16
+    workers: Annotated[
+        int | None, workers_option("Processes that decode images, or auto: none on a CPU, up to 16 for a GPU.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipOptions:
+    """Where the CLIP lies that made the embeddings of a cache, and where to compute. None: where the cache says."""
+
+    clip: Annotated[
+        str | None, Option("The CLIP, where it lies elsewhere than the cache says: as for extract-clip.")
+    ] = None
+    pretrained: Annotated[str | None, Option("Tag or checkpoint file, with --clip and a model name.")] = None
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        if self.pretrained is not None and self.clip is None:
+            raise HdovdError("--pretrained goes with --clip")
+
 
 SET = Option("Override a value of the recipe: loss.image.enabled=false. Repeatable.", flags=("--set",))
 DATA: dict[str, tuple[Any, Any, Option]] = {
@@ -127,14 +133,38 @@ def data_if_given(given: dict[str, Any]) -> DataPaths | None:
 
 
 Data = Annotated[DataPaths, Group(DATA, data_of)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """A data set and its split."""
+
+    data: Data
+    protocol: Protocol = "ov-coco"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesOptions(DataOptions):
+    """A data set, and a set of features of it."""
+
+    features: Features = DEFAULT_SET
+    device: Device = "auto"
+
+
 DataIfGiven = Annotated[DataPaths | None, Group(DATA, data_if_given)]
+
+
+def named_validation(given: dict[str, Any]) -> DataPaths | None:
+    """The validation images that are named; None if there are none."""
+    found = DataPaths(given["data"], given["val_images"], given["val_annotations"], given["form"])
+    return found if found.images or found.annotations else None
 
 
 def validation_of(given: dict[str, Any]) -> DataPaths | None:
     """The validation images: those named, or those of the data set if it has any; else None."""
-    found = DataPaths(given["data"], given["val_images"], given["val_annotations"], given["form"])
-    named = found.images or found.annotations
-    return found if named or (found.root is not None and found.root.is_dir() and found.has("val2017")) else None
+    found = DataPaths(given["data"], form=given["form"])
+    there = found.root is not None and found.root.is_dir() and found.has("val2017")
+    return named_validation(given) or (found if there else None)
 
 
 def validation_group(build: Callable[[dict[str, Any]], DataPaths | None]) -> Group:
@@ -152,21 +182,26 @@ def validation_group(build: Callable[[dict[str, Any]], DataPaths | None]) -> Gro
     )
 
 
-VALIDATION = validation_group(validation_of)
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """A network that is trained."""
+
+    save_minutes: Annotated[float, Option("Minutes between two checkpoints within an epoch.", min=0)] = 10.0
+    validation: Annotated[DataPaths | None, validation_group(validation_of)] = None
 
 
-def check_examples(examples: Path | None, images: Path | None, mix: float) -> None:
-    """Raises HdovdError for examples that are not there, and a share that is none."""
-    path, there, where = examples or Path(), examples is not None, f"--examples {examples}"
-    faults = (
-        (not 0 <= mix <= 1, f"--mix {mix:g}: expected a number from 0, the name alone, to 1, examples alone"),
-        (not there and images is not None, "--example-images goes with --examples FILE.json"),
-        (not path.exists(), f"{where}: no such file or folder"),
-        (there and path.is_dir() and images is not None, f"{where} is a folder: --example-images is for a COCO file"),
-        (path.is_file() and path.suffix != ".json", f"{where}: expected a folder of crops, or a COCO file, FILE.json"),
-    )
-    if why := next((text for wrong, text in faults if wrong), ""):
-        raise HdovdError(why)
+@dataclass(frozen=True, kw_only=True)
+class RunsOptions(FeaturesOptions):
+    """What runs are trained with."""
+
+    calibration: Calibration = None
+    init: Annotated[
+        Path | None,
+        Option(
+            "A run whose weights training begins with, such as import-checkpoint wrote: losses' memories, "
+            "optimizer and schedule begin anew."
+        ),
+    ] = None
 
 
 def require_own_folder(out: Path, marker: str, what: str) -> bool:

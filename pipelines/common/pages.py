@@ -3,10 +3,15 @@ that all pages have.
 """
 
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
+
+from hdovd.core.log import log
+from hdovd.core.version import __version__
+from hdovd.pipelines.common.atomic_write import write_text
 
 # Nothing is loaded from anywhere: style, script and pictures are in the page.
 CONTENT_POLICY = Markup(
@@ -16,7 +21,9 @@ CONTENT_POLICY = Markup(
 
 
 def page(template: str, context: dict[str, Any]) -> str:
-    """A template with `css` and `js`, what all pages have. What is not Markup is escaped: names may hold anything."""
+    """A template with what all pages have: `css`, `js`, `policy`, `version`. What is not Markup is escaped: names may
+    hold anything.
+    """
     folder = resources.files("hdovd").joinpath("pipelines", "pages")
 
     def text(name: str) -> str:
@@ -25,6 +32,11 @@ def page(template: str, context: dict[str, Any]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False, loader=jinja2.FunctionLoader(text)
     )
-    return environment.get_template(template).render(
-        policy=CONTENT_POLICY, **{end: Markup(text(f"page.{end}")) for end in ("css", "js")}, **context
-    )
+    own = {"css": Markup(text("page.css")), "js": Markup(text("page.js")), "policy": CONTENT_POLICY}
+    return environment.get_template(template).render(own | context, version=__version__)
+
+
+def write_page(file: Path, template: str, context: dict[str, Any]) -> None:
+    """Write a `page`, and say so."""
+    write_text(file, page(template, context))
+    log(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB, one file that needs nothing else)")

@@ -6,33 +6,20 @@ from typing import Annotated
 
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.pipelines.common.name_list import names_asked
-from hdovd.pipelines.common.options import (
-    DEFAULT_MIX,
-    Device,
-    ExampleImages,
-    Examples,
-    Mix,
-    Option,
-    Run,
-    Trust,
-    check_examples,
-    require_own_folder,
-    workers_option,
-)
+from hdovd.pipelines.common.options import ClipOptions, InferenceOptions, Option, require_own_folder
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
-from hdovd.pipelines.runs.folder import RunFolder, Weights, WeightsOption
+from hdovd.pipelines.runs.config import ExampleOptions
 from hdovd.pipelines.teachers.prompts import read_templates
 
 DETECTIONS_MARKER = ".hdovd-detect"  # a folder that holds it is of detections, and may be overwritten
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DetectConfig:
-    """What to look for in which pictures. `classes` None: those of `examples`, or else of the run's protocol. `clip`,
-    `pretrained`, `templates`: None for those of the run. `trust`: as `RunFolder.trusted`.
+class DetectConfig(ClipOptions, InferenceOptions, ExampleOptions):
+    """What to look for in which pictures. `classes` None: those of `examples`, or else of the run's protocol.
+    `templates`: None for those of the run.
     """
 
-    run: Run
     images: Annotated[
         tuple[str, ...],
         Option(
@@ -50,9 +37,6 @@ class DetectConfig:
             parse=names_asked,
         ),
     ] = None
-    examples: Examples = None
-    example_images: ExampleImages = None
-    mix: Mix = DEFAULT_MIX
     threshold: Annotated[
         float, Option("What scores above it is written and drawn; hdovd eval goes down to the recipe's, mostly 0.05.")
     ] = SHOWN_SCORE
@@ -63,22 +47,13 @@ class DetectConfig:
             "in .npy, .safetensors, .pt."
         ),
     ] = None
-    clip: Annotated[
-        str | None, Option("The run's CLIP, where it lies elsewhere than the run's cache says: as for extract-clip.")
-    ] = None
-    pretrained: Annotated[str | None, Option("Tag or checkpoint file, with --clip and a model name.")] = None
     templates: Annotated[
         tuple[str, ...] | None,
         Option(
             "Other prompts than those of the run: photo, vild, clip80, or a file, one a line.", parse=read_templates
         ),
     ] = None
-    weights: WeightsOption = Weights.LAST
-    device: Device = "auto"
     batch_size: Annotated[int, Option("Pictures at a time.", min=1)] = 8
-    workers: Annotated[
-        int | None, workers_option("Processes that decode pictures, or auto: none on a CPU, up to 16 for a GPU.")
-    ] = None
     pictures: Annotated[bool, Option("Draw nothing.")] = True
     split_blind: Annotated[
         bool,
@@ -95,13 +70,11 @@ class DetectConfig:
             "a person is not called a dog where only dogs are asked for."
         ),
     ] = False
-    trust: Trust = False
 
     def __post_init__(self) -> None:
+        ClipOptions.__post_init__(self)
         if not 0 <= self.threshold < 1:
             raise HdovdError(f"--threshold {self.threshold}: expected a score of at least 0 and below 1")
-        if self.batch_size < 1:
-            raise HdovdError(f"--batch-size {self.batch_size}: expected 1 or more")
         if self.class_embeddings is not None and self.examples is not None:
             raise HdovdError("--examples and --class-embeddings both say what stands for a name: give one of them")
         if self.class_embeddings is not None and (self.clip is not None or self.templates is not None):
@@ -113,6 +86,5 @@ class DetectConfig:
         """Raises HdovdError for what is wrong with the paths alone."""
         if require_own_folder(self.out, DETECTIONS_MARKER, "detections") and not self.overwrite:
             raise HdovdError(f"--out {self.out} holds detections: give another one, or --overwrite")
-        RunFolder.open(self.run, trusted=self.trust).recipe()
-        check_examples(self.examples, self.example_images, self.mix)
+        ExampleOptions.check(self)
         require_files(class_embeddings=self.class_embeddings)

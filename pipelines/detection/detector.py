@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from hdovd.cache.catalog import Catalog, is_tar_form
@@ -36,12 +34,13 @@ from hdovd.modeling.boxes import Detections, detect_batch
 from hdovd.pipelines.common.atomic_write import replace_file
 from hdovd.pipelines.common.device import pick_device, placed
 from hdovd.pipelines.common.images import AnyPicture, Decoded, decode
-from hdovd.pipelines.common.options import DEFAULT_MIX, check_examples
 from hdovd.pipelines.common.precision import Precision, inference_autocast
+from hdovd.pipelines.common.tensors import load_tensors, save_tensors
 from hdovd.pipelines.detection.examples import Examples, Gap, Shown, embed_examples, read_examples
 from hdovd.pipelines.detection.fitting import fit_rows
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
 from hdovd.pipelines.extraction.source import cache_of
+from hdovd.pipelines.runs.config import DEFAULT_MIX
 from hdovd.pipelines.runs.folder import RunFolder, Weights
 from hdovd.pipelines.teachers.activation import Activation
 from hdovd.pipelines.teachers.base import Teacher
@@ -56,31 +55,24 @@ ClipName = tuple[str, str | None]  # name and tag, as `openclip.load_clip` takes
 def kept_row(file: Path, name: str, dim: int) -> np.ndarray | None:
     """(D,) float16; None if it is not there, or damaged, which is told."""
     try:
-        with safe_open(file, "np") as stored:
-            row, about = np.asarray(stored.get_tensor("embedding")), stored.metadata() or {}
-            if about != _about(name, row) or row.shape != (dim,) or row.dtype != np.float16:
-                raise ValueError("its content is not what it says")
-            return row
-    except FileNotFoundError:
+        if not file.is_file():
+            return None
+        row = load_tensors(file)["embedding"].numpy()
+    except (HdovdError, KeyError, OSError):
+        log(f"note: {file} is damaged: {name} is embedded anew")
         return None
-    except Exception as error:  # safetensors and the file system have errors of their own
-        log(f"note: {file} is damaged ({error}): {name} is embedded anew")
-        return None
+    return row if row.shape == (dim,) and row.dtype == np.float16 else None
 
 
 def keep_rows(files: dict[str, Path], rows: dict[str, np.ndarray]) -> None:
     """(D,) float16 each, by name. A folder that cannot be used is told of, and never an error."""
     for name, row in rows.items():
-        tensors, about = {"embedding": row}, _about(name, row)
+        tensors = {"embedding": torch.from_numpy(row)}
         try:
-            replace_file(files[name], partial(save_file, tensors, metadata=about), writer=str(os.getpid()))
+            replace_file(files[name], partial(save_tensors, tensors, texts={"name": name}), writer=str(os.getpid()))
         except HdovdError as error:
             log(f"note: text embeddings are not kept for the next time ({error})")
             break
-
-
-def _about(name: str, row: np.ndarray) -> dict[str, str]:
-    return {"name": name, "sha256": hashlib.sha256(np.ascontiguousarray(row).tobytes()).hexdigest()}
 
 
 def class_level(run: RunFolder) -> tuple[KeyInputs, str]:
@@ -125,18 +117,25 @@ def clip_of_cache(run: RunFolder, key: str) -> ClipName:
 
 
 def load_same_clip(
-    clip: ClipName, identity: KeyInputs, device: torch.device, *, given: bool, whose: str, without: str
+    clip: ClipName,
+    inputs: KeyInputs,
+    of_classes: KeyInputs,
+    device: torch.device,
+    *,
+    given: bool,
+    whose: str,
+    without: str,
 ) -> "ClipTeacher":
-    """The CLIP that made embeddings, in the precision of then.
+    """The CLIP that made embeddings, in the precision of then; that nothing is known of it is told.
 
     Args:
-        identity: what is known of that CLIP; empty if nothing is, which is told.
+        inputs: what made the embeddings, of_classes: those of classes.
         given: whether the user said where it lies. whose: "run" or "set", for errors; without: the option that needs no
             CLIP.
 
     Raises HdovdError if it cannot be had, or is another one.
     """
-    name, pretrained = clip
+    identity, (name, pretrained) = clip_identity(inputs), clip
     called = name if pretrained is None else f"{name} with {pretrained}"
     precision = Precision.of(identity.get("compute_dtype")) or Precision.FP32
     if precision is Precision.FP16 and device.type == "cpu":
@@ -167,6 +166,9 @@ def load_same_clip(
         )
     elif lines := differences(identity, loaded.identity, sides=(f"the {whose} has", f"{called} has")):
         raise HdovdError(f"--clip {called} is not the CLIP of the {whose}:\n  " + "\n  ".join(lines))
+    else:
+        require_tokenizer(loaded, of_classes, called, whose)
+    log(f"CLIP: {called}")
     return loaded
 
 
@@ -192,17 +194,10 @@ def load_text_tower(run: RunFolder, given: ClipName | None, device: torch.device
     the run's.
     """
     inputs, key = class_level(run)
-    identity = clip_identity(inputs)
-    name, pretrained = given or clip_of_cache(run, key)
-    clip = load_same_clip(
-        (name, pretrained), identity, device, given=given is not None, whose="run", without="--class-embeddings"
-    )
+    named, is_given = given or clip_of_cache(run, key), given is not None
+    clip = load_same_clip(named, inputs, inputs, device, given=is_given, whose="run", without="--class-embeddings")
     if not with_images:
         clip.model.visual = None  # the larger half of most
-    called = name if pretrained is None else f"{name} with {pretrained}"
-    if identity:
-        require_tokenizer(clip, inputs, called, "run")
-    log(f"CLIP {called}: {'it embeds examples' if with_images else 'its text tower embeds names'}")
     return clip
 
 
@@ -283,7 +278,7 @@ class NameEmbedder:
         identity = clip_identity(inputs)
         folder = (
             self._kept_in
-            / "texts"
+            / "names"
             / key_of({"clip": identity, "templates": list(templates), "tokens": inputs.get("tokens")})
         )
         texts = {name: str(said(name)) for name in others}
@@ -339,9 +334,6 @@ class Detector:
     def __init__(self, model: Model, protocol: Protocol, embedder: NameEmbedder, device: torch.device) -> None:
         """model: on the device. `from_run` is the usual way."""
         self.model, self.protocol, self.embedder, self.device = model.eval(), protocol, embedder, device
-        self.names: tuple[str, ...] = ()
-        self.rivals: tuple[str, ...] = ()
-        self.is_novel = torch.zeros(0, dtype=torch.bool)
         self.set_classes(protocol.names)
 
     @classmethod
@@ -417,7 +409,9 @@ class Detector:
             )
         rows = self.embedder.embed(asked) if embeddings is None else self._fitting(embeddings, asked)
         base = {folded(name) for name in self.protocol.base}
-        self.rivals = () if alone else tuple(name for name in self.protocol.base if folded(name) not in wanted)
+        self.rivals: tuple[str, ...] = (
+            () if alone else tuple(name for name in self.protocol.base if folded(name) not in wanted)
+        )
         self._texts = torch.cat([rows, self.embedder.own_rows(self.rivals)]).to(self.device)
         self.names, self._split_blind = asked, split_blind
         self.is_novel = torch.tensor([name not in base for name in wanted], device=self.device)
@@ -443,7 +437,8 @@ class Detector:
 
         Raises HdovdError as `set_classes`, and for examples that cannot be used.
         """
-        check_examples(None, None, mix)
+        if not 0 <= mix <= 1:
+            raise HdovdError(f"--mix {mix:g}: expected a number from 0 to 1")
         shown = read_examples(examples, images)
         asked = {folded(name): name for name in shown.names} | {folded(name): " ".join(name.split()) for name in names}
         rivals = [] if alone else [name for name in self.protocol.base if folded(name) not in asked]

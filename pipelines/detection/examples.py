@@ -10,7 +10,7 @@ The pictures are embedded as the boxes of the cache were. K classes, n crops, D 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.images import AnyPicture, decode
 from hdovd.pipelines.common.picture_files import find_pictures
 from hdovd.pipelines.embedding.build import embedders_of
-from hdovd.pipelines.embedding.crops import NO_FILE, Cutter, Picture, read_picture
+from hdovd.pipelines.embedding.crops import NO_FILE, Picture, read_picture
 from hdovd.pipelines.embedding.embedders import Pictures
 from hdovd.pipelines.extraction.source import extraction_of
 from hdovd.pipelines.teachers.base import Teacher
@@ -42,14 +42,14 @@ BATCH = 64  # crops
 @dataclass(frozen=True, slots=True)
 class Examples:
     """Crops of K classes: boxes of `images`, whose labels are places in `names`, and which `picture` reads from `path`.
-    `skipped`: pictures that could not be read, with the reason. `in_pictures`: whether the images show what is around.
+    `skipped`: why pictures could not be read. `in_pictures`: whether the images show what is around.
     """
 
     names: tuple[str, ...]
     images: Sequence[ImageBoxes]
     path: Callable[[ImageBoxes], Path]
     picture: Callable[..., Picture] = read_picture
-    skipped: dict[str, str] = field(default_factory=dict)
+    skipped: Sequence[str] = ()
     in_pictures: bool = False
 
 
@@ -79,14 +79,14 @@ def read_examples(source: Shown, images: Path | None = None) -> Examples:
 
 def _of_pictures(pictures: Mapping[str, Sequence[AnyPicture]]) -> Examples:
     """Every picture is a crop as a whole. It is read for its size, and again when it is embedded: memory holds few."""
-    images, skipped, sources = list[ImageBoxes](), dict[str, str](), dict[Path, AnyPicture]()
+    images, skipped, sources = list[ImageBoxes](), list[str](), dict[Path, AnyPicture]()
     for label, (name, shown) in enumerate(pictures.items()):
         for number, picture in enumerate(shown, start=1):
             path = Path(picture if isinstance(picture, Path | str) else f"example {number} of {name} ({label + 1})")
             try:
                 height, width = decode(picture).pixels.shape[1:]
             except HdovdError as error:
-                skipped[str(path)] = str(error)
+                skipped.append(str(error))
                 continue
             sources[path] = picture
             box, ids = np.array([[0, 0, width, height]], np.float32), np.array([len(images)], np.int64)
@@ -127,35 +127,22 @@ def embed_examples(examples: Examples, clip: Teacher, cache: FeatureCache) -> Te
     Crops that cannot be read are told and left out. Raises HdovdError for a class without any, and for another CLIP or
     preprocessing than the cache's.
     """
-    box = np.concatenate([image.boxes for image in examples.images] or [np.zeros((0, 4), np.float32)])
+    box = np.concatenate([np.zeros((0, 4), np.float32), *(image.boxes for image in examples.images)])
     offset = np.cumsum([0, *(len(image.boxes) for image in examples.images)])
     recipe = extraction_of(cache.set, cache.url, "of the run").recipe
     embedder = embedders_of(clip, Pictures(examples.images, examples.path, offset, box), recipe)[Level.INSTANCE]
     cache.require(Level.INSTANCE, {"clip": clip.identity, **embedder.inputs()})
-    cutter = Cutter(embedder.fit, embedder.input_size, examples.picture)
-    rows, good, skipped = np.zeros((len(box), clip.dim), np.float32), np.ones(len(box), bool), dict(examples.skipped)
-    for some in embedder.groups(np.arange(len(box)), BATCH):
-        jobs = embedder.jobs(some)
-        batch = cutter.batch(jobs, sum(job.count for job in jobs))
-        rows[some] = embedder.encode(batch)[: len(some)]
-        bad = [job.image_id in batch.problems for job in jobs for _ in range(job.rows)]
-        good[some[bad]] = False
-        skipped |= {str(job.path): batch.problems[job.image_id] for job in jobs if job.image_id in batch.problems}
-    return _class_means(examples, rows, good, skipped)
-
-
-def _class_means(examples: Examples, rows: np.ndarray, good: np.ndarray, skipped: dict[str, str]) -> Tensor:
-    """(K, D), of the `good` (n,) of the rows (n, D). Raises HdovdError for a class without any."""
-    labels = np.concatenate([image.labels for image in examples.images] or [np.zeros(0, np.int64)])
-    if skipped:
-        log(f"{counted(len(skipped), 'example')} could not be read, and left out: {shorten([*skipped.values()])}")
-    counts = np.bincount(labels[good], minlength=len(examples.names))
-    if empty := [name for name, count in zip(examples.names, counts, strict=True) if not count]:
-        raise HdovdError(f"--examples: no readable crop of {shorten(list(empty))}")
-    log(f"examples: {counted(int(counts.sum()), 'crop')} of {counted(len(counts), 'class', 'classes')}")
-    unit = F.normalize(torch.from_numpy(rows), dim=1).numpy()
-    means = np.stack([unit[good & (labels == label)].mean(axis=0) for label in range(len(counts))])
-    return F.normalize(torch.from_numpy(means), dim=1)
+    rows, problems = embedder.embed(embedder.groups(np.arange(len(box)), BATCH), examples.picture)
+    if skipped := [*examples.skipped, *problems.values()]:
+        log(f"{counted(len(skipped), 'example')} could not be read, and left out: {shorten(skipped)}")
+    good = (np.where(image.id in problems, -1, image.labels) for image in examples.images)
+    labels = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *good]))
+    of_class = [labels == label for label in range(len(examples.names))]
+    if empty := [name for name, mine in zip(examples.names, of_class, strict=True) if not mine.any()]:
+        raise HdovdError(f"--examples: no readable crop of {shorten(empty)}")
+    log(f"examples: {counted(int((labels >= 0).sum()), 'crop')} of {counted(len(of_class), 'class', 'classes')}")
+    unit = F.normalize(torch.from_numpy(rows), dim=1)
+    return F.normalize(torch.stack([unit[mine].mean(dim=0) for mine in of_class]), dim=1)
 
 
 @dataclass(frozen=True, slots=True)

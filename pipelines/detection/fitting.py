@@ -4,8 +4,6 @@ A crop is told to CLIP alone. A picture with its boxes also shows what the detec
 around it. n regions, D embedding size, K classes with examples, O other classes.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,15 +24,6 @@ KEPT, PRIOR = 10.0, 3000.0  # weights; chosen by base classes (docs/RESULTS.md)
 STEPS, RATE = 100, 0.02  # of Adam; more change nothing that counts
 
 
-@dataclass(frozen=True, slots=True)
-class _Regions:
-    """c (n, D), d (n, D) or None: features; label (n,) int64: the class of the example that a region is on, or OFF."""
-
-    c: Tensor
-    d: Tensor | None
-    label: Tensor
-
-
 def fit_rows(model: Detector, examples: Examples, rows: Tensor, others: Tensor) -> Tensor:
     """(K, D) L2-normalised: rows (K, D) of norm 1, moved until regions on examples are found as their class, and those
     off all examples have the probabilities that they had, as far as that takes no row far.
@@ -48,17 +37,13 @@ def fit_rows(model: Detector, examples: Examples, rows: Tensor, others: Tensor) 
     detector = traceable(model)
     if not examples.in_pictures or not isinstance(detector, ExportableDetector):
         return rows
-    found = [_regions(detector, examples, number) for number in range(len(examples.images))]
-    seen = [one for one in found if one is not None]
-    label = torch.cat([one.label for one in seen])
-    on = label != OFF
+    found = (_regions(detector, examples, number) for number in range(len(examples.images)))
+    c, label = map(torch.cat, zip(*filter(None, found), strict=True))
+    on, start = label != OFF, rows.to(c)
     log(f"examples in their pictures: the detector has {counted(int(on.sum()), 'region')} on them")
-    c = torch.cat([one.c for one in seen])
-    d = None if seen[0].d is None else torch.cat([one.d for one in seen if one.d is not None])
-    start = rows.to(c)
 
     def log_probabilities(moved: Tensor) -> Tensor:
-        first, _ = detector.scores(c, d, torch.cat([moved, others.to(c)]))
+        first, _ = detector.scores(c, None, torch.cat([moved, others.to(c)]))
         return first.clamp(min=1e-12).log()
 
     before, moved = log_probabilities(start).detach(), start.clone().requires_grad_()
@@ -75,9 +60,9 @@ def fit_rows(model: Detector, examples: Examples, rows: Tensor, others: Tensor) 
 
 
 @torch.no_grad()
-def _regions(detector: ExportableDetector, examples: Examples, number: int) -> _Regions | None:
-    """Of one picture: all regions on examples, and of those off all OFF_REGIONS at most, from first to last. None for a
-    picture that cannot be read.
+def _regions(detector: ExportableDetector, examples: Examples, number: int) -> tuple[Tensor, Tensor] | None:
+    """Features (n, D) and labels (n,) of regions of a picture, the class of the example that one is on, or OFF: of all
+    that are on examples, and of OFF_REGIONS at most that are off all. None for a picture that cannot be read.
     """
     image, device = examples.images[number], detector.mean.device
     try:
@@ -85,11 +70,11 @@ def _regions(detector: ExportableDetector, examples: Examples, number: int) -> _
     except HdovdError:
         return None  # its examples are told as left out
     with inference_autocast(device, detector.recipe):
-        boxes, c, d = detector.rois(picture.pixels.to(device))[:3]
+        boxes, c, _ = detector.rois(picture.pixels.to(device))
     height, width = picture.pixels.shape[1:]
     shown = torch.from_numpy(image.boxes) * torch.tensor([width / image.width, height / image.height] * 2)
     overlap, nearest = box_iou(boxes.float(), shown.to(device)).max(dim=1)
     label = torch.from_numpy(image.labels).to(device)[nearest].where(overlap >= ON_IOU, OFF)
     off = (overlap < OFF_IOU).nonzero().flatten()
     kept = torch.cat([(label != OFF).nonzero().flatten(), off[:: -(-len(off) // OFF_REGIONS) or 1]])
-    return _Regions(c[kept].float(), None if d is None else d[kept].float(), label[kept])
+    return c[kept].float(), label[kept]

@@ -38,15 +38,13 @@ class Picture:
     file: PictureFile
 
 
-def read_picture(path: Path, width: int, height: int, exif: Exif, data: bytes | None = None) -> Picture:
-    """A picture as `images.read_image` reads it; data: its bytes, if it is no file. Raises HdovdError."""
-    stat = None
-    if data is None:
-        with told(str(path)), path.open("rb") as file:
-            stat, data = os.fstat(file.fileno()), file.read()
+def read_picture(path: Path, width: int, height: int, exif: Exif) -> Picture:
+    """A picture as `images.read_image` reads it. Raises HdovdError."""
+    with told(str(path)), path.open("rb") as file:
+        stat, data = os.fstat(file.fileno()), file.read()
     found = read_annotated(path, width, height, data, exif)
-    of = NO_FILE if stat is None else PictureFile.of(path, stat, data, either=found.either)
-    return Picture(torch.from_numpy(np.array(found.image)).permute(2, 0, 1), of)
+    pixels = torch.from_numpy(np.array(found.image)).permute(2, 0, 1)
+    return Picture(pixels, PictureFile.of(path, stat, data, either=found.either))
 
 
 @dataclass(frozen=True, slots=True)

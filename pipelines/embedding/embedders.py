@@ -5,7 +5,7 @@ Whole pictures and crops are here; boxes of one pass over a picture are in `dens
 level's first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from hdovd.cache.schema import Level
 from hdovd.data.coco import Exif, ImageBoxes
 from hdovd.pipelines.embedding.crop_recipe import CropRecipe
-from hdovd.pipelines.embedding.crops import Batch, CropJob
+from hdovd.pipelines.embedding.crops import Batch, CropJob, Cutter, Picture, read_picture
 from hdovd.pipelines.teachers.base import Teacher
 
 
@@ -91,6 +91,21 @@ class Embedder:
             )
             first, place = first + len(mine), place + jobs[-1].count
         return jobs
+
+    def embed(
+        self, batches: Iterable[np.ndarray], picture: Callable[..., Picture] = read_picture
+    ) -> tuple[np.ndarray, dict[int, str]]:
+        """(n, D) float32, the rows of all batches (`groups`) in order, and by image id why a picture could not be read,
+        whose rows mean nothing. `picture`: as of `Cutter`.
+        """
+        cutter, problems = Cutter(self.fit, self.input_size, picture), dict[int, str]()
+        parts = [np.zeros((0, self.teacher.dim), np.float32)]
+        for rows in batches:
+            jobs = self.jobs(rows)
+            batch = cutter.batch(jobs, sum(job.count for job in jobs))
+            parts.append(self.encode(batch)[: len(rows)])
+            problems |= batch.problems
+        return np.concatenate(parts), problems
 
     def images_of(self, rows: np.ndarray) -> np.ndarray:
         """The number of each row's image."""

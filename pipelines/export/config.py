@@ -8,18 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 from hdovd.core.errors import HdovdError, require_files
-from hdovd.pipelines.common.options import (
-    DEFAULT_MIX,
-    ExampleImages,
-    Examples,
-    Group,
-    Mix,
-    Option,
-    Run,
-    Trust,
-    check_examples,
-)
-from hdovd.pipelines.runs.folder import FILES, RunFolder, Weights, WeightsOption
+from hdovd.pipelines.common.options import Group, Option
+from hdovd.pipelines.runs.config import ExampleOptions
+from hdovd.pipelines.runs.folder import FILES
 
 
 class ModelForm(StrEnum):
@@ -54,11 +45,9 @@ ENDINGS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportModelConfig:
-    """`check_images`: pictures to check the file on, besides those that are made up. `trust`: as
-    `RunFolder.trusted`."""
+class ExportModelConfig(ExampleOptions):
+    """`check_images`: pictures to check the file on, besides those that are made up."""
 
-    run: Run
     form: Annotated[
         ModelForm,
         Group(
@@ -78,7 +67,6 @@ class ExportModelConfig:
         ),
     ]
     out: Annotated[Path, Option("The file to write.")]
-    weights: WeightsOption = Weights.LAST
     batch: Annotated[
         bool,
         Option(
@@ -90,16 +78,11 @@ class ExportModelConfig:
         tuple[Path, ...],
         Option("A picture to check the file on, besides those that are made up. Repeatable.", flags=("--check-image",)),
     ] = ()
-    examples: Examples = None
-    example_images: ExampleImages = None
-    mix: Mix = DEFAULT_MIX
-    trust: Trust = False
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths alone."""
-        run = RunFolder.open(self.run, trusted=self.trust)
-        run.recipe()
-        if self.out.is_dir() or (self.out.name in FILES and self.out.resolve().parent == run.path.resolve()):
+        ExampleOptions.check(self)
+        if self.out.is_dir() or (self.out.name in FILES and self.out.resolve().parent == self.run.resolve()):
             raise HdovdError(
                 f"--out {self.out} is {'a folder' if self.out.is_dir() else 'a file of the run itself'}: expected the "
                 f"name of a new file, such as detector.{self.form.value}"
@@ -108,6 +91,5 @@ class ExportModelConfig:
             raise HdovdError("--batch: a .safetensors file holds weights alone, which take any batch; leave it out")
         if not self.out.resolve().parent.is_dir():
             raise HdovdError(f"--out {self.out}: there is no folder {self.out.resolve().parent}")
-        check_examples(self.examples, self.example_images, self.mix)
         for picture in self.check_images:
             require_files(check_image=picture)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from hdovd.cache.catalog import SET_NAME_TOLD, Catalog, is_set_name
 from hdovd.cache.identity import KeyInputs
-from hdovd.cache.schema import CHUNK_ROWS, DEFAULT_SET, PART_ROWS
+from hdovd.cache.schema import CHUNK_ROWS, PART_ROWS
 from hdovd.core.errors import HdovdError, is_file, require_files
 from hdovd.data.coco import DataPaths, Exif
 from hdovd.data.forms.base import AUTO
@@ -17,13 +17,10 @@ from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.common.name_list import is_shipped, read_vocabulary
 from hdovd.pipelines.common.options import (
     CacheWritten,
-    Data,
-    Device,
-    Features,
+    FeaturesOptions,
     Group,
     Option,
     Pretrained,
-    Protocol,
     number_or_auto,
     workers_option,
 )
@@ -238,12 +235,11 @@ ClassEmbeddings = Annotated[
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExtractConfig:
+class ExtractConfig(FeaturesOptions):
     """An extraction. `features` names the set that the products make up. `batch_size`: None for the teacher's best.
     `workers`: None for what suits the device. `share`: None for torchrun's own, or all of the work.
     """
 
-    data: Data
     cache: CacheWritten
     clip: Annotated[str, Option("open_clip model name, local-dir:PATH or hf-hub:NAME.")]
     pretrained: Pretrained = None
@@ -267,13 +263,10 @@ class ExtractConfig:
             "--parser match finds them."
         ),
     ] = None
-    protocol: Protocol = "ov-coco"
     templates: Templates = DEFAULT_TEMPLATES
     recipe: Annotated[CropRecipe | DenseRecipe, RECIPE_OF_BOX] = PLAIN_BOX
     precision: Compute = Precision.AUTO
     activation: ActivationOption = Activation.AUTO
-    features: Features = DEFAULT_SET
-    device: Device = "auto"
     batch_size: Batch = None
     part_rows: Annotated[int, Option("Rows of a part: the most that a killed process loses.", min=1)] = PART_ROWS
     workers: Workers = None

@@ -49,7 +49,7 @@ from hdovd.pipelines.common.console import progress, size
 from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.common.options import require_own_folder
 from hdovd.pipelines.extraction.identities import inputs_of
-from hdovd.pipelines.extraction.source import ExportConfig
+from hdovd.pipelines.extraction.source import ExportConfig, ExportForm
 
 QUESTIONS = "questions.jsonl"
 
@@ -359,4 +359,11 @@ def _table(cache: FeatureCache, images: np.ndarray, start: int, files: dict[int,
                 rows.embedding.astype(np.float32).ravel(), cache.dim, mask=pa.array(unread)
             ),
         }
+    )
+
+
+def export(config: ExportConfig) -> None:
+    """Write the set in the form that is asked for. Raises HdovdError."""
+    {ExportForm.WEBDATASET: export_tars, ExportForm.PARQUET: export_parquet, ExportForm.CROPS: export_crops}[config.to](
+        config
     )

@@ -33,16 +33,12 @@ class ExportForm(StrEnum):
     CROPS = "crops"
 
 
-@dataclass(frozen=True, slots=True)
-class CacheSource:
-    """A set of a cache. `data` and `protocol`: None for what the set says it was made from; parts of `data` count for
-    themselves.
-    """
+@dataclass(frozen=True)
+class CacheSet:
+    """A set of a cache."""
 
     cache: CacheArgument
     features: Features = DEFAULT_SET
-    data: DataIfGiven = None
-    protocol: OtherProtocol = None
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
@@ -52,6 +48,20 @@ class CacheSource:
                 f"cache import --format webdataset makes of them"
             )
         Catalog(self.cache)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSource(CacheSet):
+    """A set of a cache, and what it was made from. `data` and `protocol`: None for what the set says; parts of `data`
+    count for themselves.
+    """
+
+    data: DataIfGiven = None
+    protocol: OtherProtocol = None
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone."""
+        CacheSet.check(self)
         if self.protocol is not None:
             load_protocol(self.protocol)
         if self.data is not None and self.data.root is not None:

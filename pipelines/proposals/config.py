@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from hdovd.core.errors import HdovdError
-from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
-from hdovd.pipelines.common.options import RECIPE, VALIDATION, Data, Device, Option, Protocol, SaveMinutes
+from hdovd.pipelines.common.options import RECIPE, DataOptions, Device, NetworkOptions, Option
 from hdovd.pipelines.proposal_files.options import require_form
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ class Detector(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProposeConfig:
+class ProposeConfig(NetworkOptions, DataOptions):
     """Proposals of the images of `data`, by one network; or with `report` the average recall on `validation` of several
     of them.
 
@@ -33,12 +32,10 @@ class ProposeConfig:
     network, of which the values are its own; of `recipe` batch size and workers are taken.
     """
 
-    data: Data
     recipe: Annotated[Recipe, RECIPE]
     out: Annotated[
         Path | None, Option("The proposal file to write: COCO results JSON, or .npz. The network lies beside it.")
     ] = None
-    protocol: Protocol = "ov-coco"
     detector: Annotated[
         tuple[Detector, ...],
         Option(
@@ -88,8 +85,6 @@ class ProposeConfig:
     ] = False
     device: Device = "auto"
     overwrite: Annotated[bool, Option("Train anew, whatever network or checkpoint is there.")] = False
-    save_minutes: SaveMinutes = 10.0
-    validation: Annotated[DataPaths | None, VALIDATION] = None
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""

@@ -7,28 +7,19 @@ from typing import Annotated
 
 from hdovd.cache.catalog import SET_NAME_TOLD, is_set_name
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.common.options import (
-    CacheWritten,
-    DataIfGiven,
-    Device,
-    Option,
-    OtherProtocol,
-    Pretrained,
-    Run,
-    Trust,
-)
+from hdovd.pipelines.common.options import CacheWritten, ClipOptions, DataIfGiven, Option, OtherProtocol
 from hdovd.pipelines.proposal_files.options import require_form
-from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder, Weights, WeightsOption
+from hdovd.pipelines.runs.config import RunOptions
+from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RelabelConfig:
+class RelabelConfig(ClipOptions, RunOptions):
     """The next round of pseudo boxes. `features`: the new set, None for the name of the run's with its round. `out`:
     None for a file in the run's folder. `clip`, `pretrained`, `data`, `protocol`: None for what the run's set was made
     from.
     """
 
-    run: Run
     cache: CacheWritten
     features: Annotated[
         str | None, Option("Name of the new set of features. Default: that of the run's set, with -round2 behind it.")
@@ -37,19 +28,12 @@ class RelabelConfig:
         Path | None,
         Option("The proposal file to write, verdicts beside it. Default: relabelled.json in the run's folder."),
     ] = None
-    clip: Annotated[str | None, Option("The set's CLIP, where it lies elsewhere now: as for extract-clip.")] = None
-    pretrained: Pretrained = None
     data: DataIfGiven = None
     protocol: OtherProtocol = None
-    weights: WeightsOption = Weights.LAST
-    device: Device = "auto"
-    trust: Trust = False
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone, and for a run that saw novel boxes."""
         require_form(self.proposals)
-        if self.pretrained is not None and self.clip is None:
-            raise HdovdError("--pretrained goes with --clip")
         if self.features is not None and not is_set_name(self.features):
             raise HdovdError(f"--features {self.features[:100]!r}: expected {SET_NAME_TOLD}")
         if RunFolder.open(self.run, trusted=self.trust).saw_novel:

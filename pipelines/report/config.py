@@ -7,16 +7,7 @@ from typing import Annotated, Any
 
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import DataPaths
-from hdovd.pipelines.common.options import (
-    DATA,
-    Device,
-    Group,
-    Option,
-    Trust,
-    data_of,
-    require_own_folder,
-    workers_option,
-)
+from hdovd.pipelines.common.options import DATA, Group, InferenceOptions, Option, Trust, data_of, require_own_folder
 from hdovd.pipelines.runs.listing import find_runs
 
 REPORT_FILE = "index.html"
@@ -27,7 +18,7 @@ def _validation(given: dict[str, Any]) -> DataPaths | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(InferenceOptions):
     """A page about `runs`. `data`: where the pictures are; nothing given: where the first run's cache says that it was
     made from. `validation`: the validation images, if they are not val2017 of `data`. `trust`: as `RunFolder.trusted`,
     of all runs.
@@ -51,9 +42,6 @@ class ReportConfig:
         ),
     ] = 8
     threshold: Annotated[float, Option("Detections of this score or more are shown, and count in the confusion.")] = 0.3
-    device: Device = "auto"
-    batch_size: Annotated[int, Option("Images a batch, for runs that have to be evaluated first.", min=1)] = 16
-    workers: Annotated[int | None, workers_option("Processes that decode images for that, or auto.")] = None
     trust: Trust = False
 
     def __post_init__(self) -> None:

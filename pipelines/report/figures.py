@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
 from hdovd.cache.schema import Source
 from hdovd.core.errors import HdovdError
@@ -22,7 +21,7 @@ from hdovd.evaluation.groups import group_of, shown_groups
 from hdovd.evaluation.tide import ERRORS, Kind
 from hdovd.pipelines.ablation.grid import BLIND, SEED, Row, column_texts, scores_of
 from hdovd.pipelines.cache_tools.view import CacheView, Reliability, gather_view, marked, names_and_cosines
-from hdovd.pipelines.common.charts import Axis, Line, line_chart, matrix_chart, picture_data
+from hdovd.pipelines.common.charts import Axis, Line, line_chart, matrix_chart, small_picture_data
 from hdovd.pipelines.common.console import duration
 from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.common.settings import SWITCH, Settings, different_keys, short_names
@@ -488,14 +487,13 @@ def _pseudo_rows(view: CacheView, protocol: Protocol) -> dict[str, Any]:
 def _card(split: Split, image: ImageBoxes, key: str) -> dict[str, Any]:
     width, height = image.width, image.height
     picture = read_image(split.path(image), width, height, exif=split.exif)
-    picture.thumbnail((LONGEST_SIDE_PX, LONGEST_SIDE_PX), Image.Resampling.LANCZOS)
     return {
         "image_id": image.id,
         "key": key,
         "width": width,
         "height": height,
         "unit": round(max(width, height) / TEXT_SHARE, 1),
-        "data": picture_data(picture, quality=82),
+        "data": small_picture_data(picture, LONGEST_SIDE_PX),
     }
 
 

@@ -13,12 +13,10 @@ from typing import Any
 
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log, quiet
-from hdovd.core.version import __version__
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import METRICS
 from hdovd.evaluation.groups import shown_groups
-from hdovd.pipelines.common.atomic_write import write_text
-from hdovd.pipelines.common.pages import page
+from hdovd.pipelines.common.pages import write_page
 from hdovd.pipelines.evaluation.config import EvalConfig
 from hdovd.pipelines.evaluation.evaluate import evaluate
 from hdovd.pipelines.report import figures
@@ -53,8 +51,7 @@ def report(job: ReportConfig) -> Path:
     for run in job.runs:
         _evaluate_if_needed(run, job, validation)
     file = job.out / REPORT_FILE
-    write_text(file, page("report.html", _context(open_runs(folders, validation, job.threshold), job, data)))
-    log(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB, one file that needs nothing else)")
+    write_page(file, "report.html", _context(open_runs(folders, validation, job.threshold), job, data))
     return file
 
 
@@ -86,7 +83,6 @@ def _context(runs: Sequence[OneRun], job: ReportConfig, data: DataPaths) -> dict
         "title": runs[0].name
         if len(runs) == 1
         else f"{len(runs)} runs of {os.path.commonpath([path.resolve() for path in paths])}",
-        "version": __version__,
         "date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
         "sections": SECTIONS,
         "protocol": first.protocol,

@@ -34,7 +34,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from hdovd.cache.identity import differences, hash_file, require_seal, sealed
 from hdovd.config.plugins import outside_code
@@ -43,7 +43,6 @@ from hdovd.core.errors import HdovdError, require_readable, shorten
 from hdovd.core.user_cache import user_cache_folder
 from hdovd.data.protocol import Protocol, parse_protocol
 from hdovd.pipelines.common.atomic_write import replace_file, write_text, writing
-from hdovd.pipelines.common.options import Option
 from hdovd.pipelines.common.settings import lasting_values
 
 if TYPE_CHECKING:
@@ -59,11 +58,6 @@ class Weights(StrEnum):
     @property
     def file(self) -> str:
         return "model.safetensors" if self is Weights.LAST else "best.safetensors"
-
-
-WeightsOption = Annotated[
-    Weights, Option("Of the last epoch, or of the one with the best validation AP of base classes.")
-]
 
 
 def weights_hash(file: Path) -> str:

@@ -7,9 +7,8 @@ from math import inf
 from pathlib import Path
 from typing import Annotated
 
-from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError, require_files
-from hdovd.pipelines.common.options import CacheArgument, Device, Features, Option
+from hdovd.pipelines.common.options import ClipOptions, Option
 from hdovd.pipelines.extraction.source import CacheSource
 
 Box = tuple[float, float, float, float]
@@ -41,19 +40,7 @@ def parse_box(text: str) -> Box:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IndexConfig:
-    """An index of a set's rows to build."""
-
-    cache: CacheArgument
-    features: Features = DEFAULT_SET
-
-    def check(self) -> None:
-        """Raises HdovdError for what is wrong with the paths and names alone."""
-        CacheSource(self.cache).check()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchConfig(CacheSource):
+class SearchConfig(ClipOptions, CacheSource):
     """A question to a set of a cache: a query of parts, each with a weight, or one of `duplicates`, `suspicious`,
     `untypical`. `box`: xywh, pixels of the upright `image`. `min_side`: pixels of the original image.
     """
@@ -98,16 +85,9 @@ class SearchConfig(CacheSource):
     ] = False
     json_: Annotated[bool, Option("Print a JSON list instead of the table.")] = False
     out: Annotated[Path | None, Option("Write a page with their crops too, FILE.html.")] = None
-    coco: Annotated[Path | None, Option("Write them in COCO results form too; category_id is 1, score the cosine.")] = (
-        None
-    )
-    clip: Annotated[
-        str | None, Option("The set's CLIP, where it lies elsewhere than the set says: as for extract-clip.")
-    ] = None
-    pretrained: Annotated[str | None, Option("Tag or checkpoint file, with --clip and a model name.")] = None
-    device: Device = "auto"
 
     def __post_init__(self) -> None:
+        ClipOptions.__post_init__(self)
         if sum((self.is_query, self.duplicates is not None, self.suspicious, self.untypical is not None)) != 1:
             raise HdovdError(
                 "expected one question: what to search for (words, --image, --like, --embeddings), or --duplicates, "
@@ -117,8 +97,6 @@ class SearchConfig(CacheSource):
             raise HdovdError(
                 "--index is for what is like something: --duplicates, --suspicious and --untypical take none"
             )
-        if self.pretrained is not None and self.clip is None:
-            raise HdovdError("--pretrained goes with --clip")
         if self.box is not None and len(self.image) != 1:
             raise HdovdError("--box is a box of --image: give one --image with it")
 
@@ -126,6 +104,14 @@ class SearchConfig(CacheSource):
     def is_query(self) -> bool:
         """Whether it is asked for what is like, or unlike, something."""
         return bool(self.queries or self.image or self.like or self.embeddings or self.not_)
+
+    @property
+    def question(self) -> str:
+        """In a line."""
+        parts = [*self.queries, *self.image, *(f"like {text}" for text in self.like)]
+        parts += [*(f"not {text}" for text in self.not_), *map(str, filter(None, [self.embeddings]))]
+        parts += ["suspicious labels"] * self.suspicious + [f"untypical {self.untypical}"] * bool(self.untypical)
+        return ", ".join(parts) or f"near-duplicate {self.duplicates}"
 
     @property
     def of_class(self) -> str | None:

@@ -6,6 +6,7 @@ embedding size.
 """
 
 import time
+from functools import partial
 from importlib import import_module
 from shlex import join
 from typing import Any
@@ -16,22 +17,21 @@ from hdovd.cache.identity import KeyInputs, key_of
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache, normalised_rows
 from hdovd.cache.schema import INDEX, Level
-from hdovd.cache.store import naming_damage, open_folder
+from hdovd.cache.store import open_folder
 from hdovd.cache.writer import ProductWriter
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
 from hdovd.pipelines.common.console import size
-from hdovd.pipelines.search.config import IndexConfig
-from hdovd.pipelines.search.scan import BLOCK_ROWS, Best, Choice, best_rows
+from hdovd.pipelines.extraction.source import CacheSet
+from hdovd.pipelines.search.scan import BLOCK_ROWS, Best, Choice, nearest_rows
 
 LISTS, ROWS_PER_LIST = 2, 64  # lists, times the square root of the rows; rows that a list's centre is fitted to
 # "file": faiss's own name for the form of its file. With another value of any of these it is another index.
 SETTINGS = {"kind": "IVF,SQ8", "lists": LISTS, "rows_per_list": ROWS_PER_LIST, "file": "faiss IwSq"}
 # Lists that are looked into, at least, and of all: texts, far from all rows, need many (benchmarks/bench_index.py).
 LEAST_PROBED, PROBED = 32, 1 / 8
-CANDIDATES = 2  # times what is asked for; with filters up to
-MOST_CANDIDATES = 1 / 64  # of all rows: to read more of them, one by one, takes longer than the scan
-TRIED, COUNT = 200, 20  # queries that recall is measured by, and rows that each asks for
+CANDIDATES = 32  # times what is asked for: filters may leave one in so many
+TRIED, COUNT = 10, 20  # queries of a kind that recall is measured by, and rows that each asks for
 
 
 def _faiss() -> Any:
@@ -56,7 +56,7 @@ def index_part(product: Product) -> tuple[str, KeyInputs]:
 
 
 class RowIndex:
-    """The index of a set, sound and open: of a local cache mapped, else in memory."""
+    """The index of a set, sound and in memory."""
 
     def __init__(self, cache: FeatureCache, *words: str) -> None:
         """`words`: more of the command that makes it. Raises HdovdError if the set has none, or it is damaged."""
@@ -67,36 +67,24 @@ class RowIndex:
             command = join(["hdovd", "cache", "index", cache.url, *words])
             raise HdovdError(f"{cache.url} has no index of {product} as it is now: {command}")
         product.require_sound(part)  # before the file is parsed
-        path = product.folder.path(name)
-        with naming_damage(f"{product.folder.url}/{name}"):
-            if path is None:
-                self._index = faiss.deserialize_index(np.frombuffer(product.folder.read(name), np.uint8))
-            else:
-                self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-                faiss.downcast_InvertedLists(self._index.invlists).prefetch_nthread = 0  # else 32 threads a query
+        self._index = faiss.deserialize_index(np.frombuffer(product.folder.read(name), np.uint8))
         self._cache, self.rows, self._parameters = cache, product.rows, faiss.SearchParametersIVF
 
     def best(self, query: np.ndarray, count: int, chosen: Choice) -> Best:
-        """The chosen rows with the largest cosines with `query` (D,) of norm 1. Where too few of the candidates are
-        chosen, more are asked for; where those are too few, all rows are compared.
-        """
-        probed = max(LEAST_PROBED, int(PROBED * self._index.nlist))
-        for wanted in (CANDIDATES * count, int(MOST_CANDIDATES * self.rows)):
-            how = self._parameters(nprobe=probed if wanted < self.rows else self._index.nlist)
-            _, found = self._index.search(query[None].astype(np.float32), min(wanted, self.rows), params=how)
-            best, numbers = Best(count), np.sort(found[0][found[0] >= 0])
-            rows = self._cache.rows_at(numbers)
-            best.add(np.where(chosen(rows), normalised_rows(rows.embedding) @ query, np.nan), numbers)
-            if wanted >= self.rows or len(best.rows) == count:
-                return best
-            probed *= 4
+        """As `nearest_rows`, of candidates; where too few of these are chosen, all rows are compared."""
+        wanted, lists = min(CANDIDATES * count, self.rows), self._index.nlist
+        probed = max(LEAST_PROBED, int(PROBED * lists)) if wanted < self.rows else lists
+        _, found = self._index.search(query[None].astype(np.float32), wanted, params=self._parameters(nprobe=probed))
+        best, numbers = Best(count), np.sort(found[found >= 0])
+        rows = self._cache.rows_at(numbers)
+        best.add(np.where(chosen(rows), normalised_rows(rows.embedding) @ query, np.nan), numbers)
+        if wanted == self.rows or len(best.rows) == count:
+            return best
         log("too few of the rows that the index offers fit the filters: all rows are compared")
-        return best_rows(
-            self._cache, query[None], count, lambda rows, found: np.where(chosen(rows), found[:, 0], np.nan)
-        )
+        return nearest_rows(self._cache, query, count, chosen)
 
 
-def index_rows(config: IndexConfig) -> None:
+def index_rows(config: CacheSet) -> None:
     """Build the index of a set unless it is there, and say how well it finds, and how fast. Raises HdovdError."""
     config.check()
     cache = FeatureCache(config.cache, config.features)
@@ -115,40 +103,40 @@ def index_rows(config: IndexConfig) -> None:
 
 def _built(cache: FeatureCache, count: int) -> bytes:
     """The file of an index of all rows but those of zeros. Raises HdovdError if all are."""
-    faiss, lists, taken = _faiss(), int(LISTS * count**0.5), np.zeros(count, bool)
-    taken[np.random.default_rng(0).permutation(count)[: ROWS_PER_LIST * lists]] = True
-    blocks = [rows.embedding[taken[at : at + BLOCK_ROWS]].astype(np.float32) for at, rows in cache.blocks(BLOCK_ROWS)]
-    sample = np.concatenate([np.zeros((0, cache.dim), np.float32), *blocks])
-    sample = sample[sample.any(axis=1)]
+    faiss, lists = _faiss(), int(LISTS * count**0.5)
+    sample = _some(cache, ROWS_PER_LIST * lists)
     if not len(sample):
         raise HdovdError(f"{cache.url} has no rows to index: it has no boxes, or none of their pictures could be read")
     index = faiss.index_factory(cache.dim, f"IVF{min(lists, len(sample))},SQ8", faiss.METRIC_INNER_PRODUCT)
     index.cp.min_points_per_centroid = 1  # no warning of small sets
-    index.train(sample)
+    index.train(sample.astype(np.float32))
     for start, rows in cache.blocks(BLOCK_ROWS):
         there = np.flatnonzero(rows.embedding.any(axis=1))
         index.add_with_ids(normalised_rows(rows.embedding[there]), start + there)
     return bytes(faiss.serialize_index(index))
 
 
+def _some(cache: FeatureCache, count: int) -> np.ndarray:
+    """(n, D), rows of the set at random, but those of zeros."""
+    numbers = np.random.default_rng(0).permutation(len(cache.row_images()))[:count]
+    rows = cache.rows_at(np.sort(numbers)).embedding
+    return np.asarray(rows[rows.any(axis=1)])
+
+
 def _measure(cache: FeatureCache, index: RowIndex) -> None:
-    """Say how many of the best rows the index finds, by rows and by texts of the set, and how fast."""
-    rng, levels = np.random.default_rng(0), [level for level in (Level.NOUN, Level.CLASS) if level in cache.levels()]
-    own = cache.rows_at(np.sort(rng.permutation(index.rows)[:TRIED])).embedding
-    texts = np.concatenate([own[:0], *map(cache.embeddings, levels)])
-    kinds = {"rows": own[own.any(axis=1)], "texts": rng.permutation(texts)[:TRIED]}
-    queries = normalised_rows(np.concatenate([*kinds.values()]))
-    best = np.full((COUNT, len(queries)), -np.inf, np.float32)
-    for _, rows in cache.blocks(BLOCK_ROWS):
-        cosines = normalised_rows(rows.embedding[rows.embedding.any(axis=1)]) @ queries.T
-        best = np.partition(np.concatenate([best, cosines]), -COUNT, axis=0)[-COUNT:]
-    since = time.perf_counter()
-    best_rows(cache, queries[:1], COUNT, lambda _, cosines: cosines[:, 0])
-    between = time.perf_counter()
-    found = [index.best(query, COUNT, lambda rows: np.ones(len(rows.box), bool)).values for query in queries]
-    rates = len(queries) / (time.perf_counter() - between), 1 / (between - since)
-    right = [(one >= least - 1e-6).sum() for one, least in zip(found, best.min(axis=0), strict=True)]
-    halves = zip(kinds, np.split(right / np.isfinite(best).sum(axis=0), [len(kinds["rows"])]), strict=True)
-    said = ", ".join(f"{half.mean():.3f} by {len(half)} of its {kind}" for kind, half in halves if len(half))
-    log(f"recall@{COUNT} against the exact scan: {said}")
-    log(f"queries a second, one after another: {rates[0]:.1f} by the index, {rates[1]:.1f} by the exact scan")
+    """Say how many of the best rows the index finds, and how fast, by rows and by texts of the set."""
+    kinds = {"rows": _some(cache, TRIED)}
+    if levels := [level for level in (Level.NOUN, Level.CLASS) if level in cache.levels()]:
+        texts = np.concatenate([*map(cache.embeddings, levels)])
+        kinds["texts"] = np.random.default_rng(0).permutation(texts)[:TRIED]
+    for kind, queries in kinds.items():
+        asked, times, found = normalised_rows(queries), [time.perf_counter()], list[list[Best]]()
+        for best in (index.best, partial(nearest_rows, cache)):
+            found.append([best(query, COUNT, lambda rows: np.ones(len(rows.box), bool)) for query in asked])
+            times.append(time.perf_counter())
+        right = [np.isin(exact.rows, one.rows).mean() for one, exact in zip(*found, strict=True)]
+        fast, slow = len(queries) / np.diff(times)
+        log(
+            f"recall@{COUNT} against the exact scan: {np.mean(right):.3f} by {len(queries)} of its {kind}; queries a "
+            f"second, one after another: {fast:.1f} by the index, {slow:.1f} by the exact scan"
+        )

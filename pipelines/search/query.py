@@ -9,15 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from hdovd.cache.identity import KeyInputs
 from hdovd.cache.reader import FeatureCache, normalised_rows
 from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError, counted
 from hdovd.data.coco import ImageBoxes
 from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.common.images import decode
-from hdovd.pipelines.detection.detector import clip_identity, load_same_clip, require_tokenizer
+from hdovd.pipelines.detection.detector import load_same_clip
 from hdovd.pipelines.embedding.build import embedders_of
-from hdovd.pipelines.embedding.crops import Cutter, read_picture
+from hdovd.pipelines.embedding.crops import NO_FILE, Picture
 from hdovd.pipelines.embedding.embedders import Pictures
 from hdovd.pipelines.extraction.config import DEFAULT_TEMPLATES, recipe_of
 from hdovd.pipelines.extraction.text import read_rows
@@ -70,34 +71,33 @@ def _row_of_cache(cache: FeatureCache, text: str) -> np.ndarray:
 
 def load_set_clip(config: SearchConfig, cache: FeatureCache) -> Teacher:
     """The CLIP that made the set's embeddings. Raises HdovdError if it cannot be had, or is another one."""
-    made, identity = cache.set.made_from, clip_identity(cache.key_inputs(Level.INSTANCE))
+    made = cache.set.made_from
     if config.clip is None and ("clip" not in made or "teacher" in made):
         raise HdovdError(
             f"set {config.features} of {cache.url} does not say where its CLIP is: give --clip (with --pretrained, as "
             "for hdovd extract-clip), or search by --like or --embeddings, which need none"
         )
-    named = (str(made.get("clip")), made.get("pretrained")) if config.clip is None else (config.clip, config.pretrained)
-    clip = load_same_clip(
-        named,
-        identity,
+    return load_same_clip(
+        (str(made.get("clip")), made.get("pretrained")) if config.clip is None else (config.clip, config.pretrained),
+        cache.key_inputs(Level.INSTANCE),
+        _class_inputs(cache),
         pick_device(config.device),
         given=config.clip is not None,
         whose="set",
         without="search by --like or --embeddings",
     )
-    if identity and Level.CLASS in cache.levels():
-        require_tokenizer(clip, cache.key_inputs(Level.CLASS), named[0], "set")
-    return clip
+
+
+def _class_inputs(cache: FeatureCache) -> KeyInputs:
+    return cache.key_inputs(Level.CLASS) if Level.CLASS in cache.levels() else {}
 
 
 def _embed_text(clip: Teacher, cache: FeatureCache, text: str) -> np.ndarray:
     """(D,) float32, in the prompts of the set's names. Raises HdovdError for a text that becomes no token."""
-    inputs = cache.key_inputs(Level.CLASS) if Level.CLASS in cache.levels() else {}
-    templates = tuple(inputs.get("templates") or cache.set.made_from.get("templates") or DEFAULT_TEMPLATES)
+    templates = _class_inputs(cache).get("templates") or cache.set.made_from.get("templates")
     if clip.hash_prompts([text], ["{}"]) == clip.hash_prompts([""], ["{}"]):
         raise HdovdError(f"{text!r}: the tokenizer of the set's CLIP makes nothing of it; give other words")
-    row: np.ndarray = clip.embed_names([text], templates)[0]
-    return row
+    return np.asarray(clip.embed_names([text], tuple(templates or DEFAULT_TEMPLATES))[0])
 
 
 def _embed_picture(clip: Teacher, cache: FeatureCache, file: Path, data: bytes | None, box: Box | None) -> np.ndarray:
@@ -105,18 +105,15 @@ def _embed_picture(clip: Teacher, cache: FeatureCache, file: Path, data: bytes |
     HdovdError for a picture that cannot be read, and a box that is not within it.
     """
     picture = decode(file if data is None else data)
-    width, height = picture.width, picture.height
-    left, top, wide, high = box or (0, 0, width, height)
-    if not (0 <= left < left + wide <= width and 0 <= top < top + high <= height):
-        raise HdovdError(f"--box {left:g},{top:g},{wide:g},{high:g} is not within {file}, which is {width}x{height}")
-    boxes = np.array([[left, top, left + wide, top + high]], np.float32)
+    left, top, wide, high = box or (0, 0, picture.width, picture.height)
+    if not (0 <= left < left + wide <= picture.width and 0 <= top < top + high <= picture.height):
+        size = f"{picture.width}x{picture.height}"
+        raise HdovdError(f"--box {left:g},{top:g},{wide:g},{high:g} is not within {file}, which is {size}")
+    height, width = picture.pixels.shape[1:]  # fewer than the picture's, if it is a large one
+    scale = np.array([width / picture.width, height / picture.height] * 2, np.float32)
+    boxes = scale * np.array([[left, top, left + wide, top + high]], np.float32)
     image = ImageBoxes(0, file.name, width, height, boxes, np.zeros(1, np.int64), np.zeros(1, np.int64))
     pictures = Pictures([image], lambda _: file, np.array([0, 1]), boxes)
     embedder = embedders_of(clip, pictures, recipe_of(cache.key_inputs(Level.INSTANCE)))[Level.INSTANCE]
-    jobs = embedder.jobs(np.zeros(1, np.int64))
-    cutter = Cutter(embedder.fit, embedder.input_size, partial(read_picture, data=data))
-    batch = cutter.batch(jobs, embedder.places(embedder.crops))
-    if batch.problems:
-        raise HdovdError(f"--image {batch.problems[0]}")
-    row: np.ndarray = embedder.encode(batch)[0]
-    return row
+    rows, _ = embedder.embed([np.zeros(1, np.int64)], lambda *_: Picture(picture.pixels, NO_FILE))
+    return np.asarray(rows[0])

@@ -4,7 +4,6 @@ n rows of a block, Q queries, D embedding size.
 """
 
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
 from hdovd.cache.schema import STORED_NORM_TOLERANCE
@@ -64,16 +62,13 @@ def best_rows(cache: FeatureCache, queries: np.ndarray, count: int, value: Value
     and the norm is taken of those rows alone that may be among the best.
     """
     columns = torch.from_numpy(np.ascontiguousarray(queries.T, np.float32))
-    best, threads = Best(count), torch.get_num_threads()
-    wide = torch.empty(threads, BLOCK_ROWS, len(columns))
-    with _single_threads(threads) as pool:
+    best = Best(count)
+    with _single_threads(torch.get_num_threads()) as pool:
         for start, rows in cache.blocks(BLOCKS_AT_ONCE * BLOCK_ROWS):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing is written there
                 stored = torch.from_numpy(rows.embedding)
-            cosines = torch.empty(len(stored), len(queries))
-            parts = stored.chunk(threads), cosines.chunk(threads)
-            deque(pool.map(partial(_multiply, columns), *parts, wide), maxlen=0)
+            cosines = torch.cat([*pool.map(lambda some: some.float() @ columns, stored.split(BLOCK_ROWS))])
             found = value(rows, cosines.numpy())
             near = np.flatnonzero(found + 2 * STORED_NORM_TOLERANCE * np.abs(found) > best.enough)
             with np.errstate(divide="ignore", invalid="ignore"):  # rows of zeros
@@ -81,10 +76,9 @@ def best_rows(cache: FeatureCache, queries: np.ndarray, count: int, value: Value
     return best
 
 
-def _multiply(columns: Tensor, stored: Tensor, cosines: Tensor, wide: Tensor) -> None:
-    """Products of stored rows (n, D) with columns (D, Q) into `cosines` (n, Q), through `wide` (BLOCK_ROWS, D)."""
-    for some, out in zip(stored.split(BLOCK_ROWS), cosines.split(BLOCK_ROWS), strict=True):
-        torch.mm(wide[: len(some)].copy_(some), columns, out=out)
+def nearest_rows(cache: FeatureCache, query: np.ndarray, count: int, chosen: Choice) -> Best:
+    """The chosen rows with the largest cosines with `query` (D,) of norm 1."""
+    return best_rows(cache, query[None], count, lambda rows, found: np.where(chosen(rows), found[:, 0], np.nan))
 
 
 @contextmanager

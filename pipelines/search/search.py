@@ -1,9 +1,8 @@
-"""The answer of a search: hits, as a table, JSON, COCO results and a page; by a query, or of labels and duplicates.
+"""The answer of a search: by a query, or of labels and duplicates.
 
 n rows of a block, K base classes.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -11,31 +10,28 @@ from functools import cache as once
 from functools import partial
 
 import numpy as np
+from PIL import Image
 
 from hdovd.cache.reader import FeatureCache, InstanceRows, normalised_rows
 from hdovd.cache.schema import Level, Source
 from hdovd.core.errors import HdovdError, shorten
-from hdovd.core.log import log, quiet
-from hdovd.data.coco import Split
-from hdovd.pipelines.common.atomic_write import write_text
-from hdovd.pipelines.runs.listing import table_lines
+from hdovd.core.log import quiet
+from hdovd.data.coco import ImageBoxes, Split
+from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.search.config import BoxSource, Duplicates, SearchConfig
-from hdovd.pipelines.search.hit import Hit
 from hdovd.pipelines.search.index import RowIndex
-from hdovd.pipelines.search.page import write_page
 from hdovd.pipelines.search.query import load_set_clip, query_of
-from hdovd.pipelines.search.scan import Choice, alike_pairs, best_rows, chosen_rows, mean_row
+from hdovd.pipelines.search.results import Hit, write_crops
+from hdovd.pipelines.search.scan import Choice, alike_pairs, best_rows, chosen_rows, mean_row, nearest_rows
 from hdovd.pipelines.teachers.base import Teacher
 
 NEAR_NAMES = 3
-HEAD = ("#", "cosine", "image:row", "source", "name", "score", "box: left, top, right, bottom", "other", "its cosine")
-NUMBERS = {"#", "cosine", "its cosine", "score"}
 
 
 @dataclass(frozen=True, slots=True)
 class Searched:
     """A set that is open. Where the annotations were read: `split`, `names` (K) of its base classes, and `labels`, the
-    class of a base box by annotation id. `clip_of`: the CLIP of the set, loaded once.
+    class of a base box by annotation id, and `images` by id. `clip_of`: the CLIP of the set, loaded once.
     """
 
     cache: FeatureCache
@@ -43,6 +39,7 @@ class Searched:
     split: Split | None = None
     names: tuple[str, ...] = ()
     labels: dict[int, int] = field(default_factory=dict)
+    images: dict[int, ImageBoxes] = field(default_factory=dict)
 
     def labels_of(self, rows: InstanceRows) -> np.ndarray:
         """(n,) int64, -1 for what is no base box, or has no annotation."""
@@ -57,6 +54,13 @@ class Searched:
         box, score = tuple(rows.box[0].tolist()), float(rows.score[0])
         return Hit(*self.cache.place_of(row), box, kind, name, score, cosine, other, other_cosine)
 
+    def picture(self, image_id: int) -> Image.Image:
+        """Raises HdovdError for one that cannot be read, or that there is not."""
+        if self.split is None or image_id not in self.images:
+            raise HdovdError(f"the cache has no image {image_id}")
+        image = self.images[image_id]
+        return read_image(self.split.path(image), image.width, image.height, exif=self.split.exif)
+
 
 def search(config: SearchConfig) -> list[Hit]:
     """The hits, best first; pages and files that are asked for are written. Raises HdovdError."""
@@ -64,16 +68,8 @@ def search(config: SearchConfig) -> list[Hit]:
     with quiet(config.json_):
         searched = opened(config)
         hits = found(config, searched)
-        if config.coco is not None:
-            boxes = [(hit, *hit.box) for hit in hits]
-            results = [
-                {"image_id": hit.image_id, "category_id": 1, "bbox": [x, y, x1 - x, y1 - y], "score": hit.cosine}
-                for hit, x, y, x1, y1 in boxes
-            ]
-            write_text(config.coco, json.dumps(results))
-            log(f"wrote {config.coco}")
-        if config.out is not None and searched.split is not None:
-            write_page(config.out, asked(config), hits, searched.split)
+        if config.out is not None:
+            write_crops(config.out, config.question, hits, searched.images, searched.picture)
     return hits
 
 
@@ -92,17 +88,12 @@ def opened(config: SearchConfig, *, pictures: bool = False) -> Searched:
         return Searched(cache, clip_of)
     with quiet():  # the extraction said what it left out
         split, protocol = config.load_for(cache)
-    pairs = (zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True) for image in split.images)
-    labels = {number: label for image in pairs for number, label in image}
-    return Searched(cache, clip_of, split, protocol.base, labels)
-
-
-def asked(config: SearchConfig) -> str:
-    """The question in a line."""
-    parts = [*config.queries, *config.image, *(f"like {text}" for text in config.like)]
-    parts += [*(f"not {text}" for text in config.not_), *map(str, filter(None, [config.embeddings]))]
-    parts += ["suspicious labels"] * config.suspicious + [f"untypical {config.untypical}"] * bool(config.untypical)
-    return ", ".join(parts) or f"near-duplicate {config.duplicates}"
+    labels = {
+        number: label
+        for image in split.images
+        for number, label in zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True)
+    }
+    return Searched(cache, clip_of, split, protocol.base, labels, {image.id: image for image in split.images})
 
 
 def found(config: SearchConfig, searched: Searched, pictures: Mapping[str, bytes] | None = None) -> list[Hit]:
@@ -112,22 +103,12 @@ def found(config: SearchConfig, searched: Searched, pictures: Mapping[str, bytes
         return _duplicates(config, searched, chosen)
     if config.suspicious:
         return _suspicious(config, searched, chosen)
-    if config.index:
-        index = RowIndex(searched.cache, "--features", config.features)
-        best = index.best(query_of(config, searched.cache), config.count, chosen)
-        return [searched.hit(row, value) for value, row in best.pairs()]
-    sign = 1 if config.is_query else -1
-    query = (
-        query_of(config, searched.cache, searched.clip_of, pictures)
-        if config.is_query
-        else mean_row(searched.cache, chosen)
-    )
-    best = best_rows(
-        searched.cache,
-        normalised_rows(query[None]),
-        config.count,
-        lambda rows, cosines: np.where(chosen(rows), sign * cosines[:, 0], np.nan),
-    )
+    index = RowIndex(searched.cache, "--features", config.features) if config.index else None
+    if config.is_query:
+        query, sign = query_of(config, searched.cache, searched.clip_of, pictures), 1
+    else:
+        query, sign = normalised_rows(mean_row(searched.cache, chosen)[None])[0], -1
+    best = (index.best if index else partial(nearest_rows, searched.cache))(sign * query, config.count, chosen)
     return [searched.hit(row, sign * value) for value, row in best.pairs()]
 
 
@@ -152,21 +133,20 @@ def _suspicious(config: SearchConfig, searched: Searched, chosen: Choice) -> lis
 
 def _duplicates(config: SearchConfig, searched: Searched, chosen: Choice) -> list[Hit]:
     """Pairs of pictures, or of boxes of two pictures."""
-    cache, hits = searched.cache, list[Hit]()
-    if config.duplicates is Duplicates.PICTURES:
-        ids = cache.image_ids()
-        rows = normalised_rows(np.stack([cache.image_embedding(image_id) for image_id in ids.tolist()]))
-        for cosine, pair in alike_pairs(rows, ids, config.count, config.least).pairs():
-            first, second = ids[pair].tolist()
+    cache, of_pictures, hits = searched.cache, config.duplicates is Duplicates.PICTURES, list[Hit]()
+    if of_pictures:
+        numbers = groups = cache.image_ids()
+        rows = np.stack([cache.image_embedding(image_id) for image_id in numbers.tolist()])
+    else:
+        numbers = chosen_rows(cache, chosen)
+        groups, rows = cache.row_images()[numbers], cache.rows_at(numbers).embedding
+    for cosine, pair in alike_pairs(normalised_rows(rows), groups, config.count, config.least).pairs():
+        first, second = numbers[pair].tolist()
+        if of_pictures:
             box = (0.0, 0.0, *cache.image_size(first))
             hits.append(Hit(first, None, box, "picture", "", None, cosine, str(second)))
-        return hits
-    numbers = chosen_rows(cache, chosen)
-    parts = [np.zeros((0, cache.dim)), *(cache.rows_between(row, row + 1).embedding for row in numbers.tolist())]
-    rows = normalised_rows(np.concatenate(parts))
-    for cosine, pair in alike_pairs(rows, cache.row_images()[numbers], config.count, config.least).pairs():
-        first, second = numbers[pair].tolist()
-        hits.append(searched.hit(first, cosine, searched.hit(second, cosine).place))
+        else:
+            hits.append(searched.hit(first, cosine, searched.hit(second, cosine).place))
     return hits
 
 
@@ -196,16 +176,3 @@ def _number(name: str, names: Sequence[str], what: str) -> int:
             f"{name}: no {what} of this set; " + (f"the nearest: {shorten([*near])}" if near else "none is")
         )
     return list(names).index(name)
-
-
-def search_lines(hits: Sequence[Hit], config: SearchConfig) -> list[str]:
-    """The hits as a table for a terminal."""
-    rows = []
-    for number, hit in enumerate(hits, 1):
-        score, other = (f"{value:.3f}" if value is not None else "-" for value in (hit.score, hit.other_cosine))
-        box = ", ".join(f"{value:.0f}" for value in hit.box)
-        row = (f"{number}", f"{hit.cosine:.3f}", hit.place, hit.source, hit.name or "-", score, box, hit.other, other)
-        rows.append(row)
-    columns = len(HEAD) - (not config.suspicious) - (config.is_query or config.untypical is not None)
-    lines = table_lines(HEAD[:columns], [row[:columns] for row in rows], NUMBERS)
-    return lines if rows else [f"nothing found: {asked(config)}"]

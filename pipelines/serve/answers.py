@@ -11,17 +11,15 @@ from dataclasses import asdict, replace
 from typing import Any
 from urllib.parse import unquote
 
-from PIL import Image
-
 from hdovd.core.errors import HdovdError
 from hdovd.core.picture_header import open_picture, told
 from hdovd.core.text_files import checked_name
-from hdovd.pipelines.common.images import decode, read_image
-from hdovd.pipelines.common.options import DEFAULT_MIX
+from hdovd.pipelines.common.charts import small_picture_data
+from hdovd.pipelines.common.images import decode
 from hdovd.pipelines.detection.detector import Detector
+from hdovd.pipelines.runs.config import DEFAULT_MIX
 from hdovd.pipelines.search.config import BoxSource, SearchConfig, parse_box
-from hdovd.pipelines.search.hit import Hit
-from hdovd.pipelines.search.page import CROP_SIDE, PICTURE_SIDE, cut_out, data_of
+from hdovd.pipelines.search.results import PICTURE_SIDE, Hit, crop_of
 from hdovd.pipelines.search.search import found, opened
 from hdovd.pipelines.serve.config import ServeConfig
 from hdovd.pipelines.teachers.prompts import folded
@@ -53,7 +51,6 @@ class Finding:
         if "picture" not in files:
             raise HdovdError("no picture was sent")
         if (asked := (names, shown, mix := one(texts, "mix", float, DEFAULT_MIX), alone)) != self._asked:
-            self._asked = None  # if this fails
             if shown:
                 detector.set_examples(shown, names=names, mix=mix, alone=alone)
             else:
@@ -87,8 +84,6 @@ class Searching:
             device=config.device,
         )
         self._searched = opened(self._config, pictures=True)
-        assert self._searched.split is not None
-        self._split, self._images = self._searched.split, {image.id: image for image in self._searched.split.images}
 
     def answer(self, texts: Texts, files: Files) -> dict[str, Any]:
         """The hits for the parts of a query, and their crops: words, unlike, like, and `picture` or a `box` of it;
@@ -110,20 +105,15 @@ class Searching:
 
     def picture(self, image_id: int) -> dict[str, Any]:
         """A picture of the cache, as a data: address. Raises HdovdError."""
-        picture = self._read(image_id)
-        return {"picture": data_of(picture, PICTURE_SIDE), "width": picture.width, "height": picture.height}
+        picture = self._searched.picture(image_id)
+        return {"picture": small_picture_data(picture, PICTURE_SIDE), "width": picture.width, "height": picture.height}
 
     def _crop(self, hit: Hit) -> str | None:
         """As a data: address; None for a picture that cannot be read."""
         try:
-            return data_of(cut_out(self._read(hit.image_id), hit.box), CROP_SIDE)
+            return crop_of(self._searched.picture(hit.image_id), hit)
         except HdovdError:
             return None
-
-    def _read(self, image_id: int) -> Image.Image:
-        if (image := self._images.get(image_id)) is None:
-            raise HdovdError(f"the cache has no image {image_id}")
-        return read_image(self._split.path(image), image.width, image.height, exif=self._split.exif)
 
 
 def fitting(data: bytes, max_megapixels: float) -> bytes:

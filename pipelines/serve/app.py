@@ -21,9 +21,8 @@ from starlette.types import Message
 
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
-from hdovd.core.version import __version__
-from hdovd.pipelines.common.options import DEFAULT_MIX
 from hdovd.pipelines.common.pages import page
+from hdovd.pipelines.runs.config import DEFAULT_MIX
 from hdovd.pipelines.serve.answers import Files, Finding, Searching, Texts, fitting
 from hdovd.pipelines.serve.config import ServeConfig
 
@@ -47,11 +46,11 @@ PATH = re.compile(r"'[^'\n]*/[^'\n]*'|\S*/\S*")
 
 
 class Site:
-    """Page and answers. `waiting`: questions that are answered or wait for it, in the one thread of `pool`."""
+    """Page and answers, which are found one after another, in the one thread of `pool`."""
 
     def __init__(self, config: ServeConfig) -> None:
         """Loads what is served. Raises HdovdError."""
-        self.config, self.pool, self.waiting = config, ThreadPoolExecutor(1), 0
+        self.config, self.pool = config, ThreadPoolExecutor(1)
         others = "" if is_local(config.host) else f"|{NUMBERS}|{re.escape(gethostname())}"
         self.own = re.compile(rf"({LOCAL}|\[?{re.escape(config.host)}\]?{others})(:\d+)?", re.IGNORECASE)
         routes = [Route("/", self.page)]
@@ -83,7 +82,7 @@ class Site:
 
     async def page(self, _: Request) -> Response:
         nonce, config = secrets.token_urlsafe(16), self.config
-        context = {"nonce": nonce, "version": __version__, "mix": DEFAULT_MIX, "config": config}
+        context = {"nonce": nonce, "mix": DEFAULT_MIX, "config": config}
         return HTMLResponse(page("serve.html", context), headers={"Content-Security-Policy": POLICY.format(nonce)})
 
     async def pictured(self, answer: Callable[[int], Answer], request: Request) -> Response:
@@ -114,13 +113,7 @@ class Site:
 
     async def queued(self, job: Callable[[], Answer]) -> Response:
         """The job's answer, after those of before it."""
-        if self.waiting > self.config.queue:
-            raise HTTPException(503, "too many questions at once: ask again in some seconds", {"Retry-After": "3"})
-        self.waiting += 1
-        try:
-            return JSONResponse(await asyncio.get_running_loop().run_in_executor(self.pool, job))
-        finally:
-            self.waiting -= 1
+        return JSONResponse(await asyncio.get_running_loop().run_in_executor(self.pool, job))
 
 
 def told_error(_: Request, error: Exception) -> Response:

@@ -6,13 +6,13 @@ from typing import Annotated
 
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError
-from hdovd.pipelines.common.options import DataIfGiven, Device, Features, Option, Trust
+from hdovd.pipelines.common.options import ClipOptions, DataIfGiven, Features, Option, Trust
 from hdovd.pipelines.extraction.source import CacheSource
 from hdovd.pipelines.runs.folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServeConfig:
+class ServeConfig(ClipOptions):
     """What to serve, where, and how much a browser may ask for. `data`: as of `CacheSource`; `trust`: as of
     `RunFolder.trusted`.
     """
@@ -21,18 +21,12 @@ class ServeConfig:
     cache: Annotated[Path | str | None, Option("The cache to search by words, or by a box of a picture.")] = None
     features: Features = DEFAULT_SET
     data: DataIfGiven = None
-    clip: Annotated[
-        str | None, Option("The CLIP, where it lies elsewhere than run and cache say: as for extract-clip.")
-    ] = None
-    pretrained: Annotated[str | None, Option("Tag or checkpoint file, with --clip and a model name.")] = None
-    device: Device = "auto"
     host: Annotated[
         str, Option("The address to listen at; 0.0.0.0: all of this machine, for anyone who reaches it.")
     ] = "127.0.0.1"
     port: Annotated[int, Option("0: one that is free.", min=0, max=65_535)] = 8765
     max_mb: Annotated[float, Option("MB that a browser may send at once.", min=0.001)] = 20.0
     max_megapixels: Annotated[float, Option("The largest picture that is decoded.", min=0.001)] = 50.0
-    queue: Annotated[int, Option("Questions that may wait while another is answered.", min=0)] = 16
     trust: Trust = False
 
     def check(self) -> None:

@@ -7,23 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from hdovd.cache.catalog import Catalog, is_tar_form
-from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError
-from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.calibration.values import read_calibration
-from hdovd.pipelines.common.options import (
-    RECIPE_AND_PRESET,
-    VALIDATION,
-    Calibration,
-    Data,
-    Device,
-    Features,
-    Init,
-    Option,
-    Protocol,
-    SaveMinutes,
-)
+from hdovd.pipelines.common.options import RECIPE_AND_PRESET, NetworkOptions, Option, RunsOptions
 from hdovd.pipelines.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -31,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(NetworkOptions, RunsOptions):
     """One training run, from a Zarr cache with the `data` that it was made of, or from tar shards, which need no other
     data.
 
@@ -39,17 +26,13 @@ class TrainConfig:
     `calibrate`.
     """
 
-    data: Data
     cache: Annotated[
         Path | str,
         Option("The cache that extract-clip wrote; or tar shards, without --data: DIR, DIR/{000000..000009}.tar."),
     ]
     out: Annotated[Path, Option("The run folder to write.")]
     recipe: Annotated[Recipe, RECIPE_AND_PRESET]
-    protocol: Protocol = "ov-coco"
-    device: Device = "auto"
     overwrite: Annotated[bool, Option("Replace a run that is there.")] = False
-    features: Features = DEFAULT_SET
     resume: Annotated[
         bool,
         Option(
@@ -57,12 +40,8 @@ class TrainConfig:
             flags=("--resume", "--requeue-safe"),
         ),
     ] = False
-    save_minutes: SaveMinutes = 10.0
-    validation: Annotated[DataPaths | None, VALIDATION] = None
     val_every: Annotated[int, Option("Validate after so many epochs; 0: never.", min=0)] = 1
     tensorboard: Annotated[bool, Option("Write OUT/tensorboard too.")] = False
-    calibration: Calibration = None
-    init: Init = None
     oracle: Annotated[
         bool,
         Option(

@@ -7,10 +7,8 @@ from typing import Annotated, Any
 
 from hdovd.core.errors import HdovdError, shorten
 from hdovd.data.coco import DataPaths
-from hdovd.evaluation.engines import ENGINES, Engine
-from hdovd.pipelines.common.options import Device, Group, Option, Pretrained, Run, Trust
-from hdovd.pipelines.evaluation.config import ApEngine, DecodingWorkers, ImagesABatch
-from hdovd.pipelines.runs.folder import RunFolder, Weights, WeightsOption
+from hdovd.pipelines.common.options import ClipOptions, Group, Option
+from hdovd.pipelines.evaluation.config import EvalOptions
 
 FOLDERS: dict[str, tuple[Any, Any, Option]] = {
     "folders": (list[Path] | None, None, Option("Folders of data sets, as for --data of hdovd eval.", argument=True)),
@@ -31,26 +29,14 @@ def data_name(data: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TransferConfig:
-    """Data sets to evaluate a run on by the names of their classes. `trust`: as `RunFolder.trusted`."""
+class TransferConfig(ClipOptions, EvalOptions):
+    """Data sets to evaluate a run on by the names of their classes."""
 
-    run: Run
     data: Annotated[tuple[Path, ...], Group(FOLDERS, folders_of)]
-    clip: Annotated[
-        str | None, Option("The run's CLIP, where it lies elsewhere than the run's cache says: as for extract-clip.")
-    ] = None
-    pretrained: Pretrained = None
-    device: Device = "auto"
-    batch_size: ImagesABatch = 16
-    workers: DecodingWorkers = None
-    engine: ApEngine = Engine.PYCOCOTOOLS
-    weights: WeightsOption = Weights.LAST
-    trust: Trust = False
 
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone, or a run that needs to be trusted."""
-        RunFolder.open(self.run, trusted=self.trust).recipe()
-        ENGINES.require(self.engine)
+        EvalOptions.check(self)
         names = [data_name(folder) for folder in self.data]
         if not names:
             raise HdovdError("no data sets: give their folders")

@@ -6,7 +6,7 @@ as others say them: by a list that ships (`names/synonyms.txt`), and `A/B` is bo
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -31,18 +31,10 @@ SEEN, UNSEEN = "seen", "unseen"
 LVIS_DETECTIONS = (300,)
 
 
-@dataclass(frozen=True, slots=True)
-class Transferred:
-    """One data set's result."""
-
-    name: str
-    result: EvalResult
-
-
-def transfer(job: TransferConfig) -> list[Transferred]:
-    """Evaluate a run on each data set; results go to RUN/transfer/NAME. Raises HdovdError for bad input."""
+def transfer(job: TransferConfig) -> dict[str, EvalResult]:
+    """Results of a run on each data set, by its name; files go to RUN/transfer/NAME. Raises HdovdError."""
     job.check()
-    found = []
+    found = {}
     for folder in job.data:
         one = EvalConfig(
             run=job.run,
@@ -57,7 +49,7 @@ def transfer(job: TransferConfig) -> list[Transferred]:
         )
         name = data_name(folder)
         log(f"{name}:")
-        found.append(Transferred(name, zero_shot(one, job.clip, job.pretrained)))
+        found[name] = zero_shot(one, job.clip, job.pretrained)
     return found
 
 
@@ -132,7 +124,7 @@ def spoken(name: str) -> tuple[str, ...]:
     return parts if len(parts) > 1 else (name,)
 
 
-def transfer_table(found: Sequence[Transferred]) -> str:
+def transfer_table(found: Mapping[str, EvalResult]) -> str:
     """A row a data set: AP50 and AP of classes seen and unseen, and of all, all scored alike; and of all by the
     classification score alone.
     """
@@ -141,15 +133,15 @@ def transfer_table(found: Sequence[Transferred]) -> str:
     columns = [f"{kind} {group}" for kind in kinds.values() for group in (*groups, "split-blind")]
     head = ("data", "images", "classes", *columns)
     rows = []
-    for one in found:
-        combined = one.result.combined
-        summary, blind = combined.summary(), one.result.split_blind.summary()
+    for name, one in found.items():
+        combined = one.combined
+        summary, blind = combined.summary(), one.split_blind.summary()
         numbers = [
             ap(value)
             for kind in kinds
             for value in (*(summary[kind].get(group) for group in groups), blind[kind]["all"])
         ]
-        rows.append((one.name, f"{len(one.result.detections):,d}", f"{len(combined.protocol.novel):,d}", *numbers))
+        rows.append((name, f"{len(one.detections):,d}", f"{len(combined.protocol.novel):,d}", *numbers))
     lines = table_lines(head, rows, set(head[1:]))
     about = (
         "AP in percent, of both scores, combined as novel classes' are; split-blind: all classes by the "

@@ -1,7 +1,8 @@
 """Attention of queries to each other, and to points of the pyramid (arXiv 2010.04159, section 4.1).
 
 Softmax and sampling places are float32, under autocast too. Points are sampled by `grid_sample`: there is no operator
-that a runtime would lack. N pictures, Q queries, C channels in H heads, L levels, P points of a head at each level.
+that a runtime would lack. N pictures, Q queries, C channels in H heads, L levels, P points of a head at each level, G
+points of a grid.
 """
 
 import math
@@ -79,8 +80,34 @@ class DeformableAttention(nn.Module):
         return out
 
 
-def feed_forward(channels: int, hidden: int, activation: type[nn.Module]) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(channels, hidden), activation(), nn.Linear(hidden, channels))
+class GridSampling(nn.Module):
+    """What lies at the points of a grid within a query's box, summed over levels; each point has weights of its own,
+    so that the query knows what lies where, which a weighted mean of points does not tell.
+    """
+
+    def __init__(self, channels: int, levels: int, side: int) -> None:
+        super().__init__()
+        width = channels // 2
+        steps = (torch.arange(side) + 0.5) / side - 0.5
+        self.places: Tensor  # (G, 2) from the box's centre, in its sides
+        self.register_buffer("places", torch.cartesian_prod(steps, steps).flip(1), persistent=False)
+        self.values = nn.ModuleList(nn.Conv2d(channels, width, 1) for _ in range(levels))
+        self.out = feed_forward(width * side**2, channels, nn.ReLU, channels)
+        initialise(self)
+
+    def forward(self, boxes: Tensor, maps: list[Tensor], inside: list[Tensor]) -> Tensor:
+        """(N, Q, C). Arguments are as those of `DeformableAttention`."""
+        grid = 2 * (boxes[:, :, None, :2] + self.places * boxes[:, :, None, 2:]) - 1
+        found = torch.zeros((), device=boxes.device)
+        for values, pixels, within in zip(self.values, maps, inside, strict=True):
+            level = values(pixels).float() * within[:, None]
+            found = found + F.grid_sample(level, grid, align_corners=False)  # (N, C / 2, Q, G)
+        out: Tensor = self.out(found.permute(0, 2, 3, 1).flatten(2))
+        return out
+
+
+def feed_forward(channels: int, hidden: int, activation: type[nn.Module], out: int | None = None) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(channels, hidden), activation(), nn.Linear(hidden, out or channels))
 
 
 def initialise(module: nn.Module) -> None:

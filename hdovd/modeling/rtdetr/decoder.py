@@ -16,7 +16,7 @@ from hdovd.modeling.boxes import best_places
 from hdovd.modeling.queries.detector import RARE, QueryStage
 from hdovd.modeling.queries.overlaps import covered
 from hdovd.modeling.queries.pairs import Candidates
-from hdovd.modeling.rtdetr.attention import Attention, DeformableAttention, feed_forward, initialise
+from hdovd.modeling.rtdetr.attention import Attention, DeformableAttention, GridSampling, feed_forward, initialise
 from hdovd.modeling.rtdetr.encoder import HybridEncoder
 
 SOME = 1e-7  # added to a covered share before its logarithm is taken; as AdaMixer
@@ -94,6 +94,7 @@ class Stage(QueryStage):
         channels, decoder = config.backbone.fpn_channels, config.decoder
         self.attention, self.attention_norm = Attention(channels, decoder.heads), nn.LayerNorm(channels)
         self.sampling = DeformableAttention(channels, decoder.heads, len(config.backbone.levels), decoder.points)
+        self.grid = GridSampling(channels, len(config.backbone.levels), decoder.grid) if decoder.grid else None
         self.sampling_norm = nn.LayerNorm(channels)
         self.feedforward = feed_forward(channels, decoder.feedforward, nn.ReLU)
         self.feedforward_norm = nn.LayerNorm(channels)
@@ -127,7 +128,10 @@ class Stage(QueryStage):
         if seen is not None:
             bias = bias.masked_fill(~seen[:, None], -torch.inf)
         content = self.attention_norm(content + self.attention(content, position, bias))
-        content = self.sampling_norm(content + self.sampling(content + position, boxes, maps, inside))
+        sampled = self.sampling(content + position, boxes, maps, inside)
+        if self.grid is not None:
+            sampled = sampled + self.grid(boxes, maps, inside)
+        content = self.sampling_norm(content + sampled)
         refined: Tensor = self.feedforward_norm(content + self.feedforward(content))
         return refined
 

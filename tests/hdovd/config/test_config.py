@@ -195,6 +195,7 @@ RTDETR = {  # typed from arXiv 2304.08069 (sections 4 and 5, tables A and B) and
     "detector.decoder.queries": 300,
     "detector.decoder.stages": 6,
     "detector.decoder.points": 4,
+    "detector.decoder.grid": 5,
     "detector.decoder.heads": 8,
     "detector.decoder.feedforward": 1024,
     "detector.denoising.queries": 100,

@@ -23,8 +23,9 @@ from hdovd.core.log import LOGGER
 from hdovd.pipelines.cache_tools.config import CheckConfig
 from hdovd.pipelines.cache_tools.listing import delete_garbage, find_garbage, info_lines, product_lines
 from hdovd.pipelines.cache_tools.verify import check_cache
+from hdovd.pipelines.extraction.source import CacheSet
 from hdovd.pipelines.search import index as index_file
-from hdovd.pipelines.search.config import BoxSource, Duplicates, IndexConfig, SearchConfig
+from hdovd.pipelines.search.config import BoxSource, Duplicates, SearchConfig
 from hdovd.pipelines.search.index import RowIndex, index_part, index_rows
 from hdovd.pipelines.search.scan import Best, Choice, best_rows
 from hdovd.pipelines.search.search import search
@@ -74,7 +75,7 @@ def _write(folder: Path, seed: int = 0, part: int | None = None) -> FeatureCache
 def indexed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("indexed") / "cache"
     _write(folder)
-    index_rows(IndexConfig(cache=folder))
+    index_rows(CacheSet(cache=folder))
     return folder
 
 
@@ -157,16 +158,16 @@ def test_it_is_built_once_and_anew_for_other_rows(tmp_path: Path, said: Callable
     cache = _write(folder)
     with pytest.raises(HdovdError, match=f"has no index of instance .* as it is now: hdovd cache index {folder}"):
         RowIndex(cache)
-    index_rows(IndexConfig(cache=folder))
+    index_rows(CacheSet(cache=folder))
     first, lines = _objects(folder), said()
     assert "built in" in lines
-    assert "by 200 of its rows\n" in lines
-    index_rows(IndexConfig(cache=folder))
+    assert "by 10 of its rows;" in lines
+    index_rows(CacheSet(cache=folder))
     assert (_objects(folder), "built in" in said()) == (first, False)
     _write(folder, seed=1, part=1)  # as --retry-failed makes a part again, under the same key
     with pytest.raises(HdovdError, match="as it is now"):
         RowIndex(FeatureCache(folder))
-    index_rows(IndexConfig(cache=folder))
+    index_rows(CacheSet(cache=folder))
     assert "built in" in said()
     again = _objects(folder)
     assert len(again) == len(first) == 2
@@ -188,7 +189,7 @@ def test_cache_commands_know_it(tmp_path: Path, said: Callable[[], str]) -> None
     folder = tmp_path / "cache"
     _write(folder)
     assert "indexed" not in "\n".join(product_lines(Catalog(folder)))
-    index_rows(IndexConfig(cache=folder))
+    index_rows(CacheSet(cache=folder))
     listed = "\n".join(product_lines(Catalog(folder))), "\n".join(info_lines(Catalog(folder), None))
     assert [text.count("whole, indexed") for text in listed] == [1, 1]
     assert not check_cache(CheckConfig(cache=folder)).findings
@@ -201,7 +202,7 @@ def test_cache_commands_know_it(tmp_path: Path, said: Callable[[], str]) -> None
 def test_a_damaged_index_is_refused_found_and_made_again(tmp_path: Path, said: Callable[[], str]) -> None:
     folder = tmp_path / "cache"
     _write(folder)
-    index_rows(IndexConfig(cache=folder))
+    index_rows(CacheSet(cache=folder))
     data, record = _objects(folder)
     sound = data.read_bytes()
     for damaged in (sound[:-1], b"\0" + sound[1:], sound[:5_000] + b"\1\2\3" + sound[5_003:]):
@@ -214,7 +215,7 @@ def test_a_damaged_index_is_refused_found_and_made_again(tmp_path: Path, said: C
     assert f"hdovd cache index {folder}" in said()
     assert not record.exists()
     assert not check_cache(CheckConfig(cache=folder)).findings
-    index_rows(IndexConfig(cache=folder))
+    index_rows(CacheSet(cache=folder))
     assert _objects(folder) == [data, record]
     assert RowIndex(FeatureCache(folder)).rows == ROWS
 
@@ -235,13 +236,13 @@ def test_a_killed_build_leaves_no_index_and_the_next_one_goes_through(
             replace(source, target)
 
         monkeypatch.setattr(os, "replace", die)
-        index_rows(IndexConfig(cache=folder))
+        index_rows(CacheSet(cache=folder))
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     with pytest.raises(HdovdError, match="has no index"):
         RowIndex(FeatureCache(folder))
     assert not check_cache(CheckConfig(cache=folder)).findings
-    index_rows(IndexConfig(cache=folder))
+    index_rows(CacheSet(cache=folder))
     Catalog(folder).folder.sweep()
     assert len(_objects(folder)) == 2
     assert not [*folder.rglob(".partial-*")]
@@ -253,21 +254,21 @@ def test_an_index_in_an_object_store_is_held_in_memory(indexed: Path) -> None:
 
     fsspec.filesystem("memory").put(str(indexed), "/indexed", recursive=True)
     cache, query = FeatureCache("memory://indexed"), _queries(1)[0]
-    index_rows(IndexConfig(cache="memory://indexed"))
+    index_rows(CacheSet(cache="memory://indexed"))
     expected = RowIndex(FeatureCache(indexed)).best(query, 9, _every).rows.tolist()
     assert RowIndex(cache).best(query, 9, _every).rows.tolist() == expected
 
 
 def test_nothing_to_index_and_no_faiss(tmp_path: Path, indexed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HdovdError, match="no feature cache at"):
-        index_rows(IndexConfig(cache=tmp_path / "nothing"))
+        index_rows(CacheSet(cache=tmp_path / "nothing"))
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(HdovdError, match=r'an index needs faiss: pip install "hdovd\[index\]"'):
         search(SearchConfig(cache=indexed, like=("3:1",), index=True))
 
 
 def test_texts_of_a_set_are_asked_for_too(copied_cache: Path, kept: list[int], said: Callable[[], str]) -> None:
-    index_rows(IndexConfig(cache=copied_cache))
+    index_rows(CacheSet(cache=copied_cache))
     lines = said()
     assert "recall@20 against the exact scan: 1.000 by" in lines
     assert "of its texts" in lines

@@ -20,8 +20,8 @@ from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
 from hdovd.pipelines.search.config import BoxSource, Duplicates, SearchConfig
-from hdovd.pipelines.search.hit import Hit
-from hdovd.pipelines.search.search import search, search_lines
+from hdovd.pipelines.search.results import Hit, search_lines
+from hdovd.pipelines.search.search import search
 
 EVERY = 9_999
 
@@ -139,13 +139,8 @@ def test_a_picture_that_is_there_twice_is_found_with_its_boxes(
     assert (found[0].image_id, found[0].other) == (kept[0], f"777:{found[0].row}")
 
 
-def test_json_coco_and_table(cache: Path, kept: list[int], hits: Callable[..., list[Hit]], tmp_path: Path) -> None:
-    found = hits(count=2, coco=tmp_path / "found.json")
-    left, top, right, bottom = found[1].box
-    entry = json.loads((tmp_path / "found.json").read_text())[1]
-    assert entry["bbox"] == pytest.approx([left, top, right - left, bottom - top])
-    assert (entry["image_id"], entry["score"]) == (found[1].image_id, found[1].cosine)
-    lines = search_lines(found, SearchConfig(cache=cache, like=(f"{kept[0]}:0",)))
+def test_a_table(cache: Path, kept: list[int], hits: Callable[..., list[Hit]]) -> None:
+    lines = search_lines(hits(count=2), SearchConfig(cache=cache, like=(f"{kept[0]}:0",)))
     assert lines[1].split()[:4] == ["1", "1.000", f"{kept[0]}:0", "base"]
     assert len(lines) == 3
     assert search_lines([], SearchConfig(cache=cache, queries=("a", "b"))) == ["nothing found: a, b"]

@@ -23,8 +23,8 @@ from hdovd.pipelines.serve.config import ServeConfig
 
 @pytest.fixture(scope="session")
 def site(distilled: RunFolder, cache: Path) -> Site:
-    """A run and a cache; 0.2 MB at once, pictures of 1 million pixels, and 3 questions that wait."""
-    return Site(ServeConfig(run=distilled.path, cache=cache, device="cpu", max_mb=0.2, max_megapixels=1.0, queue=3))
+    """A run and a cache; 0.2 MB at once, and pictures of 1 million pixels."""
+    return Site(ServeConfig(run=distilled.path, cache=cache, device="cpu", max_mb=0.2, max_megapixels=1.0))
 
 
 @pytest.fixture

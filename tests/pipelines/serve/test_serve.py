@@ -41,7 +41,7 @@ def test_an_address_that_cannot_be_had(distilled: RunFolder) -> None:
         serve(ServeConfig(run=distilled.path, host="no.such.host.invalid", port=0))
 
 
-@pytest.mark.parametrize("package", ["uvicorn", "starlette.applications", "python_multipart"])
+@pytest.mark.parametrize("package", ["uvicorn", "starlette.applications", "python_multipart.exceptions"])
 def test_without_a_web_server(distilled: RunFolder, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "hdovd.pipelines.serve.app", raising=False)

@@ -153,13 +153,17 @@ def test_words_likes_and_pictures_of_hits(page: Any, cache: Path) -> None:
     page.locator("#hits .card > button").first.click()
     dialog = page.locator("dialog[open]")
     dialog.wait_for()
-    left, _, right, _ = expected[0].box
-    scene = dialog.locator("svg").bounding_box()
-    box, width = (
-        dialog.locator("rect").bounding_box(),
-        dialog.locator("svg").evaluate("svg => svg.viewBox.baseVal.width"),
-    )
-    assert box["width"] == pytest.approx((right - left) * scene["width"] / width, abs=4)
+    left, top, right, bottom = expected[0].box
+    shown, box = (dialog.locator(name).bounding_box() for name in ("img", "rect"))
+    width, height = dialog.locator("svg").evaluate("svg => [svg.viewBox.baseVal.width, svg.viewBox.baseVal.height]")
+    assert shown["height"] <= 0.75 * page.viewport_size["height"]
+    assert shown["width"] / shown["height"] == pytest.approx(width / height, rel=0.01)
+    across, down = shown["width"] / width, shown["height"] / height
+    assert box["x"] == pytest.approx(shown["x"] + left * across, abs=3)
+    assert box["y"] == pytest.approx(shown["y"] + top * down, abs=3)
+    assert box["width"] == pytest.approx((right - left) * across, abs=4)
+    assert box["height"] == pytest.approx((bottom - top) * down, abs=4)
+    assert dialog.get_by_role("button", name="Close").bounding_box()["y"] < page.viewport_size["height"]
     page.keyboard.press("Escape")
     page.get_by_role("button", name=f"Search for boxes like {expected[1].place}").click()
     page.locator("#hits .card:first-child .quiet", has_text=f"{expected[1].place},").wait_for()

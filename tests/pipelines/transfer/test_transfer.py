@@ -122,8 +122,8 @@ def test_results_never_take_the_runs_own_place(
     """A data set is called by its folder's name, however it is given."""
     folder, before = other("somewhere"), {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
     monkeypatch.chdir(folder / "annotations")
-    (one,) = transfer(TransferConfig(run=run, data=(Path(".."),), device="cpu"))
-    assert {file.parent for file in one.result.files} == {run / "transfer" / "somewhere"}
+    (one,) = transfer(TransferConfig(run=run, data=(Path(".."),), device="cpu")).values()
+    assert {file.parent for file in one.files} == {run / "transfer" / "somewhere"}
     assert {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
     with pytest.raises(HdovdError, match="/ has no name to keep results by"):
         data_name(Path("/"))
@@ -150,7 +150,7 @@ def test_federated_data_are_counted_so(run: Path, world: Path, other: Callable[.
     protocol, _ = protocol_of(DataPaths(lvis), BASE, BASE)
     assert protocol.federated
     assert protocol.max_detections == (300,)
-    one, two = (one.result.combined for one in transfer(TransferConfig(run=run, data=(lvis, plain), device="cpu")))
+    one, two = (one.combined for one in transfer(TransferConfig(run=run, data=(lvis, plain), device="cpu")).values())
     there = ~np.isnan(two.ap50)
     assert (one.ap50[there] >= two.ap50[there] - 1e-9).all()
     assert (one.ap50[there] > two.ap50[there]).any()
@@ -176,10 +176,10 @@ def test_a_table_of_data_sets(run: Path, other: Callable[..., Path]) -> None:
     assert [line.split()[:3] for line in lines[1:3]] == [
         [n, "8", str(len(BASE) + len(NOVEL))] for n in ("first", "second")
     ]
-    for folder, one in zip(folders, found, strict=True):
+    for folder, one in zip(folders, found.values(), strict=True):
         detections = json.loads((run / "transfer" / folder.name / "detections.json").read_text())
         metrics = json.loads((run / "transfer" / folder.name / "metrics.json").read_text())
-        protocol = one.result.combined.protocol
+        protocol = one.combined.protocol
         tree = json.loads((folder / VALIDATION).read_text())
         ids = {category["name"]: category["id"] for category in tree["categories"]}
         truth = GroundTruth(
@@ -192,7 +192,7 @@ def test_a_table_of_data_sets(run: Path, other: Callable[..., Path]) -> None:
 
 def test_eval_does_the_same_of_one(run: Path, other: Callable[..., Path]) -> None:
     folder = other("one")
-    found = transfer(TransferConfig(run=run, data=(folder,), device="cpu"))[0].result.combined.summary()
+    found = transfer(TransferConfig(run=run, data=(folder,), device="cpu"))["one"].combined.summary()
     command = ["eval", str(run), "--data", str(folder), "--protocol", "zero-shot", "--device", "cpu", "--errors"]
     told = CliRunner().invoke(app, command, catch_exceptions=False)
     assert told.exit_code == 0

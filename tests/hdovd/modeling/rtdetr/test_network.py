@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hdovd.config.rtdetr import HybridEncoderConfig
 from hdovd.modeling.queries.overlaps import covered
-from hdovd.modeling.rtdetr.attention import Attention, DeformableAttention
+from hdovd.modeling.rtdetr.attention import Attention, DeformableAttention, GridSampling
 from hdovd.modeling.rtdetr.decoder import Selection, Stage, cells_of, logit, to_pixels, to_shares
 from hdovd.modeling.rtdetr.encoder import HybridEncoder
 
@@ -58,6 +58,30 @@ def by_loop(
                 heads.append(total)
             rows.append(part.out(torch.cat(heads)))
     return torch.stack(rows).view(N, Q, C)
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_grid_is_a_loop_over_its_points_row_by_row() -> None:
+    torch.manual_seed(0)
+    part, side = GridSampling(C, len(SHAPES), 3).double(), 3
+    boxes = torch.rand(N, Q, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    maps = [noise(N, C, *shape, seed=3 + i).double() for i, shape in enumerate(SHAPES)]
+    inside = [torch.ones(N, *shape, dtype=torch.bool) for shape in SHAPES]
+    inside[0][1, -2:] = False
+    found = part(boxes, maps, inside)
+    for n in range(N):
+        for q in range(Q):
+            x, y, width, height = boxes[n, q]
+            parts = []
+            for row in range(side):
+                for column in range(side):
+                    place = x + ((column + 0.5) / side - 0.5) * width, y + ((row + 0.5) / side - 0.5) * height
+                    total = torch.zeros(C // 2, dtype=torch.float64)
+                    for values, pixels, within in zip(part.values, maps, inside, strict=True):
+                        level = (values(pixels) * within[:, None])[n]
+                        total = total + bilinear(level, place[0] * pixels.shape[3], place[1] * pixels.shape[2])
+                    parts.append(total)
+            torch.testing.assert_close(found[n, q], part.out(torch.cat(parts)), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("exact")

@@ -1,0 +1,57 @@
+"""Options of the commands that take a run: which weights, and examples of classes. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from hdovd.core.errors import HdovdError
+from hdovd.pipelines.common.options import Option, Trust
+from hdovd.pipelines.runs.folder import RunFolder, Weights
+
+DEFAULT_MIX = 0.25  # the best of 0.25, 0.5, 0.75 and 1 on base classes (docs/RESULTS.md)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """A run to use. `trust`: as `RunFolder.trusted`."""
+
+    run: Annotated[Path, Option("The run folder that hdovd train wrote.", argument=True)]
+    weights: Annotated[
+        Weights, Option("Of the last epoch, or of the one with the best validation AP of base classes.")
+    ] = Weights.LAST
+    trust: Trust = False
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone, or a run that needs to be trusted."""
+        RunFolder.open(self.run, trusted=self.trust).recipe()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleOptions(RunOptions):
+    """A run, and examples of what it is to find."""
+
+    examples: Annotated[
+        Path | None,
+        Option(
+            "Pictures of what to look for: a folder with a subfolder of crops for each class, called by the class's "
+            "name; or a COCO instances file, every box of which is an example."
+        ),
+    ] = None
+    example_images: Annotated[Path | None, Option("The image folder of a COCO file of --examples.")] = None
+    mix: Annotated[
+        float, Option("How much examples count beside the name of their class: 0: the name alone; 1: examples alone.")
+    ] = DEFAULT_MIX
+
+    def check(self) -> None:
+        """Raises HdovdError for what is wrong with the paths and names alone, or a run that needs to be trusted."""
+        RunOptions.check(self)
+        path, there, where = self.examples or Path(), self.examples is not None, f"--examples {self.examples}"
+        faults = {
+            f"--mix {self.mix:g}: expected a number from 0 to 1": not 0 <= self.mix <= 1,
+            "--example-images goes with --examples FILE.json": self.example_images and not there,
+            f"{where}: no such file or folder": not path.exists(),
+            f"{where} is a folder: --example-images is for a COCO file": self.example_images and path.is_dir(),
+            f"{where}: expected a folder of crops, or FILE.json of COCO": path.is_file() and path.suffix != ".json",
+        }
+        if why := next((why for why, wrong in faults.items() if wrong), ""):
+            raise HdovdError(why)
