@@ -12,7 +12,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.identity import KeyInputs, differences, key_of
 from hdovd.cache.product import Product
 from hdovd.cache.rows import Rows, open_rows
-from hdovd.cache.schema import DEFAULT_SET, STORED_NORM_TOLERANCE, TABLES, Level, Source, row_arrays
+from hdovd.cache.schema import DEFAULT_SET, PART_ROWS, STORED_NORM_TOLERANCE, TABLES, Level, Source, row_arrays
 from hdovd.core.errors import HdovdError
 
 
@@ -262,9 +262,13 @@ class FeatureCache:
         return tables
 
     def blocks(self, size: int) -> Iterator[tuple[int, InstanceRows]]:
-        """All instance rows in order, `size` at a time, each after the number of its first, to be read only."""
-        count = len(self._table(Level.BOXES, "box"))
+        """All instance rows in order, `size` at a time, each after the number of its first, to be read only. What is
+        mapped counts as memory of this process for a part's rows at most.
+        """
+        rows, count = self._row_array(Level.INSTANCE, "embedding"), len(self._table(Level.BOXES, "box"))
         for start in range(0, count, size):
+            if start % PART_ROWS < size:
+                rows.release()
             yield start, self.rows_between(start, min(start + size, count), copy=False)
 
     def place_of(self, row: int) -> tuple[int, int]:

@@ -66,6 +66,9 @@ class Rows(ABC):
     def read(self, start: int, stop: int, *, copy: bool = True) -> np.ndarray:
         """Rows start to stop: a copy, or without `copy` what is mapped itself where it can be, to be read only."""
 
+    def release(self) -> None:  # noqa: B027
+        """Let go of the memory that read rows take, where the system can give them again without a copy."""
+
     def _require_sound(self, part: int) -> None:
         """Raises HdovdError if a part is not what was written. It is read whole for that, once, by one process for all
         that it forked.
@@ -143,6 +146,10 @@ class MappedRows(Rows):
         elif self._ahead:
             self._ahead -= 1
         return rows
+
+    def release(self) -> None:
+        for file, _ in self._shards.values():
+            file.madvise(mmap.MADV_DONTNEED)
 
     def _read_across(self, start: int, stop: int) -> np.ndarray:
         """Rows of several parts, or none."""

@@ -96,18 +96,24 @@ class InferenceOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipOptions:
-    """Where the CLIP lies that made the embeddings of a cache, and where to compute. None: where the cache says."""
+class ClipNames:
+    """Where the CLIP lies that made the embeddings of a cache. None: where the cache says."""
 
     clip: Annotated[
         str | None, Option("The CLIP, where it lies elsewhere than the cache says: as for extract-clip.")
     ] = None
     pretrained: Annotated[str | None, Option("Tag or checkpoint file, with --clip and a model name.")] = None
-    device: Device = "auto"
 
     def __post_init__(self) -> None:
         if self.pretrained is not None and self.clip is None:
             raise HdovdError("--pretrained goes with --clip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipOptions(ClipNames):
+    """That CLIP, and where to compute."""
+
+    device: Device = "auto"
 
 
 SET = Option("Override a value of the recipe: loss.image.enabled=false. Repeatable.", flags=("--set",))

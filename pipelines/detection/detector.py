@@ -399,14 +399,10 @@ class Detector:
         """
         if isinstance(names, str):
             raise HdovdError(f"set_classes takes a list of names, not one text: [{names!r}]")
-        asked = tuple(" ".join(name.split()) for name in names)
-        wanted = [folded(name) for name in asked]
-        if twice := sorted({name for name, low in zip(asked, wanted, strict=True) if wanted.count(low) > 1}):
-            raise HdovdError(f"named twice: {shorten(list(twice))}; each name once, in capitals or not")
-        if not asked or not all(asked):
-            raise HdovdError(
-                "no names to look for" if not asked else f"name {asked.index('') + 1} of {len(asked)} is empty"
-            )
+        wanted = self._cleaned(names)
+        asked = tuple(wanted.values())
+        if not asked:
+            raise HdovdError("no names to look for")
         rows = self.embedder.embed(asked) if embeddings is None else self._fitting(embeddings, asked)
         base = {folded(name) for name in self.protocol.base}
         self.rivals: tuple[str, ...] = (
@@ -440,7 +436,7 @@ class Detector:
         if not 0 <= mix <= 1:
             raise HdovdError(f"--mix {mix:g}: expected a number from 0 to 1")
         shown = read_examples(examples, images)
-        asked = {folded(name): name for name in shown.names} | {folded(name): " ".join(name.split()) for name in names}
+        asked = {folded(name): name for name in shown.names} | self._cleaned(names)
         rivals = [] if alone else [name for name in self.protocol.base if folded(name) not in asked]
         by_name = self.embedder.embed([*asked.values()][len(shown.names) :])
         rows = self.example_rows(shown, mix, torch.cat([by_name, self.embedder.own_rows(rivals)]))
@@ -453,6 +449,16 @@ class Detector:
         """
         rows = self.embedder.embed_examples(examples, mix)
         return fit_rows(self.model, examples, rows, others) if mix else rows
+
+    def _cleaned(self, names: Sequence[str]) -> dict[str, str]:
+        """Names without needless spaces, by what tells them apart. Raises HdovdError for empty ones, and two alike."""
+        asked = [" ".join(name.split()) for name in names]
+        wanted = [folded(name) for name in asked]
+        if twice := sorted({name for name, low in zip(asked, wanted, strict=True) if wanted.count(low) > 1}):
+            raise HdovdError(f"named twice: {shorten(list(twice))}; each name once, in capitals or not")
+        if not all(asked):
+            raise HdovdError(f"name {asked.index('') + 1} of {len(asked)} is empty")
+        return dict(zip(wanted, asked, strict=True))
 
     def _fitting(self, embeddings: Tensor | np.ndarray, names: tuple[str, ...]) -> Tensor:
         """Normalised, and rounded to float16 as a cache would. Raises HdovdError."""

@@ -15,7 +15,8 @@ from hdovd.pipelines.teachers.prompts import folded
 
 def evaluate_examples(job: EvalConfig, source: Path) -> EvalResult:
     """Evaluate a run by its protocol, with the rows of the examples `source` for the classes that have any; files go to
-    RUN/examples/NAME-MIX. Raises HdovdError for bad input, and for examples of other classes than the protocol's.
+    RUN/examples/NAME-MIX. Raises HdovdError for bad input, for examples of other classes than the protocol's, and
+    where results of other examples of that name lie.
     """
     job.check()
     run, examples = RunFolder(job.run, job.trust), read_examples(source, job.example_images)
@@ -26,14 +27,22 @@ def evaluate_examples(job: EvalConfig, source: Path) -> EvalResult:
             f"--examples {source}: no classes of protocol {protocol.name}: {shorten(list(strange))}; hdovd "
             f"detect looks for any"
         )
+    out = run.path / "examples" / f"{source.absolute().name.removesuffix('.json')}-{job.mix:g}"
+    about = {"examples": str(source.absolute()), "mix": job.mix, "classes": list(examples.names)}
+    about["weights"] = str(job.weights)
+    told = out / "examples.json"
+    if told.exists() and (was := json.loads(told.read_text())) | about != was:
+        raise HdovdError(
+            f"{out} holds results of {was['examples']} ({was.get('weights', 'last')} weights): move it away"
+        )
     rows = [place[folded(name)] for name in examples.names]
     others = [row for row in range(len(texts)) if row not in rows]
-    detector = Detector.from_run(job.run, weights=job.weights, device=job.device, trust=job.trust)
+    detector = Detector.from_run(
+        job.run, weights=job.weights, device=job.device, clip=job.clip, pretrained=job.pretrained, trust=job.trust
+    )
     texts[rows] = detector.example_rows(examples, job.mix, texts[others])
     del detector  # and CLIP
-    out = run.path / "examples" / f"{source.absolute().stem}-{job.mix:g}"
     result = evaluate_by(job, protocol, texts, out)
-    about = {"examples": str(source.absolute()), "mix": job.mix, "classes": list(examples.names)}
-    write_text(out / "examples.json", json.dumps(about, indent=1))
-    result.files.append(out / "examples.json")
+    write_text(told, json.dumps(about, indent=1))
+    result.files.append(told)
     return result

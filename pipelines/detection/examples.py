@@ -70,7 +70,9 @@ def read_examples(source: Shown, images: Path | None = None) -> Examples:
         folders = sorted(one for one in source.iterdir() if one.is_dir() and not one.name.startswith("."))
         if not folders:
             raise HdovdError(f"--examples {source} has no subfolders: expected one a class, with its name, of crops")
-        found = {one.name: find_pictures([str(one)], None, source / ".none") for one in folders}
+        found = {one.name: find_pictures([str(one)], None, source / ".none") for one in folders if any(one.iterdir())}
+        if empty := [one.name for one in folders if one.name not in found]:
+            raise HdovdError(f"--examples {source}: no crops of {shorten(empty)}: its folder is empty")
         return _of_pictures({name: [picture.path for picture in pictures] for name, pictures in found.items()})
     if images is None or not images.is_dir():
         raise HdovdError(f"--examples {source}: no folder of its pictures: give it with --example-images")
@@ -98,7 +100,8 @@ def _of_pictures(pictures: Mapping[str, Sequence[AnyPicture]]) -> Examples:
 def _of_annotations(file: Path, folder: Path) -> Examples:
     """Every box is an example of its category, but crowds; categories without any are left out."""
     found = read_instances(file, folder)
-    names = tuple(name for number, name in found.names.items() if number in {*found.categories})
+    single = {number for number, crowd in zip(found.categories, found.crowd, strict=True) if not crowd}
+    names = tuple(name for number, name in found.names.items() if number in single)
     split = load_split(file, folder, Protocol("examples", names, (), min_image_side_px=1), base_only=True)
     for line in split.skips.lines():
         log(line)

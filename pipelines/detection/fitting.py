@@ -11,10 +11,10 @@ from torchvision.ops import box_iou
 
 from hdovd.core.errors import HdovdError, counted
 from hdovd.core.log import log
+from hdovd.data.coco import Exif
 from hdovd.modeling.base import Detector
 from hdovd.modeling.export.detectors import ExportableDetector
 from hdovd.modeling.export.traceable import traceable
-from hdovd.pipelines.common.images import decode
 from hdovd.pipelines.common.precision import inference_autocast
 from hdovd.pipelines.detection.examples import Examples
 
@@ -24,6 +24,8 @@ KEPT, PRIOR = 10.0, 3000.0  # weights; chosen by base classes (docs/RESULTS.md)
 STEPS, RATE = 100, 0.02  # of Adam; more change nothing that counts
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit_rows(model: Detector, examples: Examples, rows: Tensor, others: Tensor) -> Tensor:
     """(K, D) L2-normalised: rows (K, D) of norm 1, moved until regions on examples are found as their class, and those
     off all examples have the probabilities that they had, as far as that takes no row far.
@@ -39,11 +41,11 @@ def fit_rows(model: Detector, examples: Examples, rows: Tensor, others: Tensor) 
         return rows
     found = (_regions(detector, examples, number) for number in range(len(examples.images)))
     c, label = map(torch.cat, zip(*filter(None, found), strict=True))
-    on, start = label != OFF, rows.to(c)
+    on, start, others = label != OFF, rows.to(c).clone(), others.to(c).clone()  # copies, outside of inference mode
     log(f"examples in their pictures: the detector has {counted(int(on.sum()), 'region')} on them")
 
     def log_probabilities(moved: Tensor) -> Tensor:
-        first, _ = detector.scores(c, None, torch.cat([moved, others.to(c)]))
+        first, _ = detector.scores(c, None, torch.cat([moved, others]))
         return first.clamp(min=1e-12).log()
 
     before, moved = log_probabilities(start).detach(), start.clone().requires_grad_()
@@ -66,14 +68,12 @@ def _regions(detector: ExportableDetector, examples: Examples, number: int) -> t
     """
     image, device = examples.images[number], detector.mean.device
     try:
-        picture = decode(examples.path(image))
+        pixels = examples.picture(examples.path(image), image.width, image.height, Exif.APPLY).pixels
     except HdovdError:
         return None  # its examples are told as left out
     with inference_autocast(device, detector.recipe):
-        boxes, c, _ = detector.rois(picture.pixels.to(device))
-    height, width = picture.pixels.shape[1:]
-    shown = torch.from_numpy(image.boxes) * torch.tensor([width / image.width, height / image.height] * 2)
-    overlap, nearest = box_iou(boxes.float(), shown.to(device)).max(dim=1)
+        boxes, c = detector.rois(pixels.to(device))[:2]
+    overlap, nearest = box_iou(boxes.float(), torch.from_numpy(image.boxes).to(device)).max(dim=1)
     label = torch.from_numpy(image.labels).to(device)[nearest].where(overlap >= ON_IOU, OFF)
     off = (overlap < OFF_IOU).nonzero().flatten()
     kept = torch.cat([(label != OFF).nonzero().flatten(), off[:: -(-len(off) // OFF_REGIONS) or 1]])

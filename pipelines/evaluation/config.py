@@ -6,7 +6,7 @@ from typing import Annotated
 from hdovd.core.errors import HdovdError
 from hdovd.data.protocol import load_protocol
 from hdovd.evaluation.engines import ENGINES, Engine
-from hdovd.pipelines.common.options import Data, InferenceOptions, Option
+from hdovd.pipelines.common.options import ClipNames, Data, InferenceOptions, Option
 from hdovd.pipelines.runs.config import ExampleOptions, RunOptions
 
 ZERO_SHOT = "zero-shot"  # the protocol of data sets that the run was not trained on: all classes are novel
@@ -32,7 +32,7 @@ class EvalOptions(InferenceOptions, RunOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig(EvalOptions, ExampleOptions):
+class EvalConfig(ClipNames, EvalOptions, ExampleOptions):
     """One evaluation of a run."""
 
     data: Data

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from hdovd.core.errors import HdovdError, require_files
-from hdovd.pipelines.common.options import Group, Option
+from hdovd.pipelines.common.options import ClipNames, Group, Option
 from hdovd.pipelines.runs.config import ExampleOptions
 from hdovd.pipelines.runs.folder import FILES
 
@@ -45,7 +45,7 @@ ENDINGS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportModelConfig(ExampleOptions):
+class ExportModelConfig(ClipNames, ExampleOptions):
     """`check_images`: pictures to check the file on, besides those that are made up."""
 
     form: Annotated[

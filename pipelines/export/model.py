@@ -371,7 +371,9 @@ def _classes(job: ExportModelConfig, run: RunFolder) -> tuple[tuple[str, ...], T
     protocol = run.protocol()
     if job.examples is None:
         return protocol.names, run.class_embeddings().float(), torch.arange(len(protocol.names)) >= len(protocol.base)
-    detector = Detector.from_run(job.run, weights=job.weights, device="cpu", trust=job.trust)
+    detector = Detector.from_run(
+        job.run, weights=job.weights, device="cpu", clip=job.clip, pretrained=job.pretrained, trust=job.trust
+    )
     detector.set_examples(job.examples, images=job.example_images, names=protocol.names, mix=job.mix)
     place = {name: number for number, name in enumerate(protocol.names)}
     order = sorted(range(len(detector.names)), key=lambda row: place.get(detector.names[row], len(place)))

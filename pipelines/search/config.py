@@ -1,5 +1,6 @@
 """What `hdovd search` is asked for. Imports no torch: a mistake shows before that."""
 
+import contextlib
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,9 +26,16 @@ class Duplicates(StrEnum):
 
 
 def weighted(text: str) -> tuple[str, float]:
-    """A part of a query and its weight: `red umbrella=2` is "red umbrella" with weight 2; without a weight 1."""
-    found = re.fullmatch(r"(.+)=(\d+(?:\.\d+)?)", text, re.DOTALL)
-    return (text, 1.0) if found is None else (found[1], float(found[2]))
+    """A part of a query and its weight: `red umbrella=2` is "red umbrella" with weight 2; without a weight 1. Raises
+    HdovdError for a weight that is no positive number.
+    """
+    found = re.fullmatch(r"(.+)=([-+.\d][-+.\deE]*)", text, re.DOTALL)
+    if found is None:
+        return text, 1.0
+    with contextlib.suppress(ValueError):
+        if 0 < (weight := float(found[2])) < inf:
+            return found[1], weight
+    raise HdovdError(f"{text}: a weight is a number above 0, such as {found[1]}=0.5; what it is to be unlike is --not")
 
 
 def parse_box(text: str) -> Box:
@@ -86,6 +94,10 @@ class SearchConfig(ClipOptions, CacheSource):
     json_: Annotated[bool, Option("Print a JSON list instead of the table.")] = False
     out: Annotated[Path | None, Option("Write a page with their crops too, FILE.html.")] = None
 
+    coco: Annotated[Path | None, Option("Write them in COCO results form too; category_id is 1, score the cosine.")] = (
+        None
+    )
+
     def __post_init__(self) -> None:
         ClipOptions.__post_init__(self)
         if sum((self.is_query, self.duplicates is not None, self.suspicious, self.untypical is not None)) != 1:
@@ -97,6 +109,10 @@ class SearchConfig(ClipOptions, CacheSource):
             raise HdovdError(
                 "--index is for what is like something: --duplicates, --suspicious and --untypical take none"
             )
+        if self.untypical is not None and self.class_ is not None:
+            raise HdovdError("--untypical CLASS says the class already: leave --class out")
+        if self.duplicates is Duplicates.PICTURES and self.filters:
+            raise HdovdError("--duplicates pictures compares whole pictures: filters are for --duplicates boxes")
         if self.box is not None and len(self.image) != 1:
             raise HdovdError("--box is a box of --image: give one --image with it")
 
@@ -104,6 +120,11 @@ class SearchConfig(ClipOptions, CacheSource):
     def is_query(self) -> bool:
         """Whether it is asked for what is like, or unlike, something."""
         return bool(self.queries or self.image or self.like or self.embeddings or self.not_)
+
+    @property
+    def filters(self) -> bool:
+        """Whether only some of the boxes are asked for."""
+        return (self.source, self.noun, self.class_, self.min_side, self.score) != (None, None, None, 0, -inf)
 
     @property
     def question(self) -> str:

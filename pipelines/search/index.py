@@ -56,7 +56,7 @@ def index_part(product: Product) -> tuple[str, KeyInputs]:
 
 
 class RowIndex:
-    """The index of a set, sound and in memory."""
+    """The index of a set, sound and open: of a local cache mapped, else in memory."""
 
     def __init__(self, cache: FeatureCache, *words: str) -> None:
         """`words`: more of the command that makes it. Raises HdovdError if the set has none, or it is damaged."""
@@ -67,7 +67,11 @@ class RowIndex:
             command = join(["hdovd", "cache", "index", cache.url, *words])
             raise HdovdError(f"{cache.url} has no index of {product} as it is now: {command}")
         product.require_sound(part)  # before the file is parsed
-        self._index = faiss.deserialize_index(np.frombuffer(product.folder.read(name), np.uint8))
+        if path := product.folder.path(name):
+            self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+            faiss.downcast_InvertedLists(self._index.invlists).prefetch_nthread = 0  # else 32 threads a query
+        else:
+            self._index = faiss.deserialize_index(np.frombuffer(product.folder.read(name), np.uint8))
         self._cache, self.rows, self._parameters = cache, product.rows, faiss.SearchParametersIVF
 
     def best(self, query: np.ndarray, count: int, chosen: Choice) -> Best:

@@ -1,5 +1,6 @@
 """What a search finds, and the forms that it is given in: a table, and a page of crops."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 from PIL import Image
 
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import log
 from hdovd.data.coco import ImageBoxes
+from hdovd.pipelines.common.atomic_write import write_text
 from hdovd.pipelines.common.charts import small_picture_data
 from hdovd.pipelines.common.pages import write_page
 from hdovd.pipelines.runs.listing import table_lines
@@ -41,6 +44,17 @@ class Hit:
     def place(self) -> str:
         """What `--like` takes; of a picture its id."""
         return str(self.image_id) if self.row is None else f"{self.image_id}:{self.row}"
+
+
+def write_results(file: Path, hits: Sequence[Hit]) -> None:
+    """COCO results form."""
+    found = []
+    for hit in hits:
+        left, top, right, bottom = hit.box
+        box = [left, top, right - left, bottom - top]
+        found.append({"image_id": hit.image_id, "category_id": 1, "bbox": box, "score": hit.cosine})
+    write_text(file, json.dumps(found))
+    log(f"wrote {file}")
 
 
 def search_lines(hits: Sequence[Hit], config: SearchConfig) -> list[str]:

@@ -21,7 +21,7 @@ from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.search.config import BoxSource, Duplicates, SearchConfig
 from hdovd.pipelines.search.index import RowIndex
 from hdovd.pipelines.search.query import load_set_clip, query_of
-from hdovd.pipelines.search.results import Hit, write_crops
+from hdovd.pipelines.search.results import Hit, write_crops, write_results
 from hdovd.pipelines.search.scan import Choice, alike_pairs, best_rows, chosen_rows, mean_row, nearest_rows
 from hdovd.pipelines.teachers.base import Teacher
 
@@ -68,6 +68,8 @@ def search(config: SearchConfig) -> list[Hit]:
     with quiet(config.json_):
         searched = opened(config)
         hits = found(config, searched)
+        if config.coco is not None:
+            write_results(config.coco, hits)
         if config.out is not None:
             write_crops(config.out, config.question, hits, searched.images, searched.picture)
     return hits

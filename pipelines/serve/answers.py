@@ -50,6 +50,8 @@ class Finding:
         shown = {unquote(name[len(EXAMPLE) :]): crops for name, crops in files.items() if name.startswith(EXAMPLE)}
         if "picture" not in files:
             raise HdovdError("no picture was sent")
+        if strange := [name for name in texts if name.startswith(EXAMPLE)]:
+            raise HdovdError(f"{strange[0]}: expected a picture, found text")
         if (asked := (names, shown, mix := one(texts, "mix", float, DEFAULT_MIX), alone)) != self._asked:
             if shown:
                 detector.set_examples(shown, names=names, mix=mix, alone=alone)
@@ -90,6 +92,8 @@ class Searching:
         source, count. Raises HdovdError.
         """
         pictures = {PICTURE: files["picture"][0]} if "picture" in files else {}
+        if not pictures and not any("".join(texts.get(name, ())).strip() for name in ("words", "unlike", "like")):
+            raise HdovdError("nothing to search for: say words, or draw a box on a picture")
         asked = replace(
             self._config,
             queries=tuple(listed(texts, "words")),

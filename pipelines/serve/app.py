@@ -5,7 +5,9 @@ import re
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from functools import partial
+from pathlib import Path
 from socket import gethostname
 from typing import Any
 
@@ -21,6 +23,7 @@ from starlette.types import Message
 
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
+from hdovd.data.coco import DataPaths
 from hdovd.pipelines.common.pages import page
 from hdovd.pipelines.runs.config import DEFAULT_MIX
 from hdovd.pipelines.serve.answers import Files, Finding, Searching, Texts, fitting
@@ -42,6 +45,7 @@ LOCAL = r"localhost|127(\.\d+){3}|::1|\[::1\]"
 NUMBERS = r"[\d.]+|\[[\da-f:.]+\]"  # addresses that no DNS is asked for
 is_local = re.compile(LOCAL).fullmatch  # whether this machine alone reaches a host
 MOST_FIELDS, MOST_TEXT = 64, 16_384  # characters of a field, which are some thousand names
+SOMEWHERE = "(a place on the server)"
 PATH = re.compile(r"'[^'\n]*/[^'\n]*'|\S*/\S*")
 
 
@@ -63,10 +67,11 @@ class Site:
         self.app = Starlette(
             routes=routes,
             middleware=[Middleware(BaseHTTPMiddleware, dispatch=self.guarded)],
-            exception_handlers=dict.fromkeys(
-                (HTTPException, HdovdError, ClientDisconnect, FormParserError), told_error
-            ),
+            exception_handlers=dict.fromkeys((HTTPException, HdovdError, ClientDisconnect, FormParserError), self.told),
         )
+        given = [path for path in (config.run, config.cache, *astuple(config.data or DataPaths())) if path]
+        known = {str(path) for path in given} | {str(Path(path).resolve()) for path in given}
+        self.places = sorted((path for path in known if "/" in path), key=len, reverse=True)
 
     async def guarded(self, request: Request, answer: RequestResponseEndpoint) -> Response:
         """Refuses names that are not this host's, though another's DNS leads them here, and what other sites have a
@@ -111,14 +116,16 @@ class Site:
         async with asked.form(max_files=MOST_FIELDS, max_fields=MOST_FIELDS, max_part_size=MOST_TEXT) as form:
             return await self.queued(job)
 
+    def told(self, _: Request, error: Exception) -> Response:
+        """What was wrong with a question, for someone who is to know no path of this machine."""
+        if isinstance(error, HTTPException):
+            return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+        log(f"refused: {error}" if str(error) else "a client went away")
+        text = str(error)
+        for place in self.places:
+            text = text.replace(place, SOMEWHERE)
+        return JSONResponse({"error": PATH.sub(SOMEWHERE, text)}, 422)
+
     async def queued(self, job: Callable[[], Answer]) -> Response:
         """The job's answer, after those of before it."""
         return JSONResponse(await asyncio.get_running_loop().run_in_executor(self.pool, job))
-
-
-def told_error(_: Request, error: Exception) -> Response:
-    """What was wrong with a question, for someone who is to know no path of this machine."""
-    if isinstance(error, HTTPException):
-        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-    log(f"refused: {error}" if str(error) else "a client went away")
-    return JSONResponse({"error": PATH.sub("(a place on the server)", str(error))}, 422)

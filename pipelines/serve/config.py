@@ -26,7 +26,7 @@ class ServeConfig(ClipOptions):
     ] = "127.0.0.1"
     port: Annotated[int, Option("0: one that is free.", min=0, max=65_535)] = 8765
     max_mb: Annotated[float, Option("MB that a browser may send at once.", min=0.001)] = 20.0
-    max_megapixels: Annotated[float, Option("The largest picture that is decoded.", min=0.001)] = 50.0
+    max_megapixels: Annotated[float, Option("The largest picture that is decoded.", min=0.001)] = 25.0
     trust: Trust = False
 
     def check(self) -> None:

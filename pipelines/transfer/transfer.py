@@ -40,6 +40,8 @@ def transfer(job: TransferConfig) -> dict[str, EvalResult]:
             run=job.run,
             data=DataPaths(folder),
             protocol=ZERO_SHOT,
+            clip=job.clip,
+            pretrained=job.pretrained,
             device=job.device,
             batch_size=job.batch_size,
             workers=job.workers,
@@ -49,17 +51,17 @@ def transfer(job: TransferConfig) -> dict[str, EvalResult]:
         )
         name = data_name(folder)
         log(f"{name}:")
-        found[name] = zero_shot(one, job.clip, job.pretrained)
+        found[name] = zero_shot(one)
     return found
 
 
-def zero_shot(job: EvalConfig, clip: str | None = None, pretrained: str | None = None) -> EvalResult:
-    """Evaluate a run on any data set by the names of its classes, of which none is base. `clip`, `pretrained`: the
-    run's CLIP, where it lies elsewhere than its cache says; it is needed for names that are no classes of the run.
+def zero_shot(job: EvalConfig) -> EvalResult:
+    """Evaluate a run on any data set by the names of its classes, of which none is base. CLIP is needed for names that
+    are no classes of the run.
     """
     job.check()
     run = RunFolder(job.run, job.trust)
-    embedder = NameEmbedder(run, pick_device(job.device), clip=clip, pretrained=pretrained)
+    embedder = NameEmbedder(run, pick_device(job.device), clip=job.clip, pretrained=job.pretrained)
     trained = run.protocol()
     protocol, said = protocol_of(job.data, trained.names, trained.names if run.saw_novel else trained.base)
     texts = embed(embedder, [said[name] for name in protocol.novel])

@@ -161,6 +161,17 @@ def test_unreadable_crops_are_told_and_a_class_without_any_is_refused(embedder: 
         _alone(embedder, crops)
 
 
+def test_a_class_of_crowds_alone_is_left_out(world: Path, tmp_path: Path) -> None:
+    tree = json.loads((world / "annotations" / "instances_train2017.json").read_text())
+    bell = next(one["id"] for one in tree["categories"] if one["name"] == "bell")
+    for one in tree["annotations"]:
+        one["iscrowd"] = int(one["category_id"] == bell)
+    (tmp_path / "crowds.json").write_text(json.dumps(tree))
+    found = read_examples(tmp_path / "crowds.json", world / "train2017").names
+    assert "bell" not in found
+    assert len(found) == len({one["category_id"] for one in tree["annotations"]}) - 1
+
+
 def test_boxes_of_a_torn_picture_count_for_nothing(embedder: NameEmbedder, copied_world: Path, tmp_path: Path) -> None:
     file, folder = copied_world / "annotations" / "instances_train2017.json", copied_world / "train2017"
     tree = json.loads(file.read_text())
@@ -182,7 +193,7 @@ def test_boxes_of_a_torn_picture_count_for_nothing(embedder: NameEmbedder, copie
     [
         (lambda crops: [shutil.rmtree(one) for one in crops.iterdir()], "has no subfolders"),
         (lambda crops: shutil.copytree(crops / "star", crops / "Star"), "named twice: Star, star"),
-        (lambda crops: (crops / "empty").mkdir(), "empty: no pictures there"),
+        (lambda crops: (crops / "empty").mkdir(), "no crops of empty: its folder is empty"),
     ],
 )
 def test_folders_that_do_not_fit_are_refused(crops: Path, change: Callable[[Path], Any], said: str) -> None:
@@ -228,6 +239,8 @@ def test_a_detector_takes_examples_and_names_together(distilled: RunFolder, crop
     assert len(detector(picture, 0.0).names) > 0
     with pytest.raises(HdovdError, match=r"--mix 1\.5"):
         detector.set_examples(crops, mix=1.5)
+    with pytest.raises(HdovdError, match="named twice: Dog, dog"):
+        detector.set_examples(crops, names=["dog", "Dog"])
 
 
 def test_evaluation_by_example_leaves_the_run_s_own_alone(
@@ -248,6 +261,9 @@ def test_evaluation_by_example_leaves_the_run_s_own_alone(
     )
     assert ours
     assert ours != own
+    other = Path(shutil.copytree(crops, tmp_path / "other" / "crops"))
+    with pytest.raises(HdovdError, match=r"crops-1 holds results of .*: move it away"):
+        evaluate_examples(EvalConfig(run=run, data=DataPaths(world), device="cpu", mix=1.0), other)
     (crops / "star").rename(crops / "unheard of")
     with pytest.raises(HdovdError, match="no classes of protocol demo-world: unheard of"):
         evaluate_examples(EvalConfig(run=run, data=DataPaths(world), device="cpu"), crops)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import normalize
 from torchvision.ops import box_iou
 
@@ -140,6 +141,52 @@ def test_a_picture_that_cannot_be_read_counts_for_nothing(
     (tmp_path / "without.json").write_text(json.dumps(tree))
     without = fit_rows(detector.model, read_examples(tmp_path / "without.json", pictures), rows, others)
     assert torch.equal(fit_rows(detector.model, read_examples(shown, pictures), rows, others), without)
+
+
+@pytest.mark.parametrize("way", ["inference", "no gradient"])
+def test_it_does_not_matter_where_it_is_called(way: str, detector: Detector, shown: Path, world: Path) -> None:
+    examples = read_examples(shown, world / "train2017")
+    rows, others = _parts(detector, examples)
+    with torch.inference_mode() if way == "inference" else torch.no_grad():
+        found = fit_rows(detector.model, examples, rows.clone(), others.clone())
+    assert torch.equal(found, fit_rows(detector.model, examples, rows, others))
+
+
+def test_pictures_are_turned_as_their_boxes_say(detector: Detector, shown: Path, world: Path, tmp_path: Path) -> None:
+    """A picture with an orientation, annotated as it is stored, is read as it is stored; one of another size counts for
+    nothing, for it is told as left out.
+    """
+    examples = read_examples(shown, world / "train2017")
+    rows, others = _parts(detector, examples)
+    pictures, tree = Path(shutil.copytree(world / "train2017", tmp_path / "pictures")), json.loads(shown.read_text())
+    for one in tree["images"]:
+        one["file_name"] = f"{one['id']}.png"
+        with Image.open(pictures / f"{one['id']:012d}.jpg") as picture:
+            exif = picture.getexif()
+            picture.save(pictures / f"{one['id']}-plain.png")
+            exif[0x0112] = 6
+            picture.save(pictures / one["file_name"], exif=exif)
+    (tmp_path / "turned.json").write_text(json.dumps(tree))
+    turned = fit_rows(detector.model, read_examples(tmp_path / "turned.json", pictures), rows, others)
+    for one in tree["images"]:
+        one["file_name"] = f"{one['id']}-plain.png"
+    (tmp_path / "plain.json").write_text(json.dumps(tree))
+    plain = fit_rows(detector.model, read_examples(tmp_path / "plain.json", pictures), rows, others)
+    assert torch.equal(turned, plain)
+    first = tree["images"][0]["id"]
+    without = {
+        "images": tree["images"][1:],
+        "annotations": [one for one in tree["annotations"] if one["image_id"] != first],
+        "categories": tree["categories"],
+    }
+    (tmp_path / "without.json").write_text(json.dumps(without))
+    tree["images"][0] |= {side: 2 * tree["images"][0][side] for side in ("width", "height")}
+    (tmp_path / "larger.json").write_text(json.dumps(tree))
+    found = [
+        fit_rows(detector.model, read_examples(tmp_path / name, pictures), rows, others)
+        for name in ("larger.json", "without.json")
+    ]
+    assert torch.equal(*found)
 
 
 def test_detection_and_evaluation_take_the_same_rows(

@@ -139,8 +139,13 @@ def test_a_picture_that_is_there_twice_is_found_with_its_boxes(
     assert (found[0].image_id, found[0].other) == (kept[0], f"777:{found[0].row}")
 
 
-def test_a_table(cache: Path, kept: list[int], hits: Callable[..., list[Hit]]) -> None:
-    lines = search_lines(hits(count=2), SearchConfig(cache=cache, like=(f"{kept[0]}:0",)))
+def test_coco_results_and_a_table(cache: Path, kept: list[int], hits: Callable[..., list[Hit]], tmp_path: Path) -> None:
+    found = hits(count=2, coco=tmp_path / "found.json")
+    left, top, right, bottom = found[1].box
+    entry = json.loads((tmp_path / "found.json").read_text())[1]
+    assert entry["bbox"] == pytest.approx([left, top, right - left, bottom - top])
+    assert (entry["image_id"], entry["score"]) == (found[1].image_id, found[1].cosine)
+    lines = search_lines(found, SearchConfig(cache=cache, like=(f"{kept[0]}:0",)))
     assert lines[1].split()[:4] == ["1", "1.000", f"{kept[0]}:0", "base"]
     assert len(lines) == 3
     assert search_lines([], SearchConfig(cache=cache, queries=("a", "b"))) == ["nothing found: a, b"]
@@ -156,6 +161,10 @@ def test_a_table(cache: Path, kept: list[int], hits: Callable[..., list[Hit]]) -
         ({"like": ()}, "expected one question"),
         ({"box": (0, 0, 2, 2)}, "--box is a box of --image"),
         ({"pretrained": "openai"}, "--pretrained goes with --clip"),
+        ({"queries": ("umbrella=-1",)}, "umbrella=-1: a weight is a number above 0"),
+        ({"queries": ("umbrella=1e",)}, "umbrella=1e: a weight is a number above 0"),
+        ({"like": (), "untypical": "tree", "class_": "bell"}, "--untypical CLASS says the class already"),
+        ({"like": (), "duplicates": Duplicates.PICTURES, "min_side": 3.0}, "filters are for --duplicates boxes"),
         ({"out": Path("page.pdf")}, "expected a name that ends in .html"),
     ],
 )

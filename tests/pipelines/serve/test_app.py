@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -167,7 +168,7 @@ def test_what_is_no_picture_is_said_and_no_more(client: TestClient, png: Callabl
         ("/detect", {}, "no picture was sent"),
         ("/detect", {"picture": "text"}, "no picture was sent"),
         ("/detect", {"names": "a\0b", "picture": "x"}, "names"),
-        ("/search", {}, "expected one question"),
+        ("/search", {}, "nothing to search for: say words"),
         ("/search", {"words": "tree", "count": "many"}, "count: 'many' is not what was expected: int"),
         ("/search", {"words": "tree", "source": "?"}, "source: '?' is not"),
         ("/search", {"words": "tree", "box": "1,2"}, "--box 1,2: expected x,y,w,h"),
@@ -215,6 +216,19 @@ def test_no_path_is_told(
     monkeypatch.setattr("hdovd.pipelines.serve.answers.decode", lambda _: 1 / 0)
     failed = client.post("/detect", files={"picture": picture.read_bytes()})
     assert (failed.status_code, failed.text) == (500, "Internal Server Error")
+
+
+def test_folders_with_spaces_are_not_told_either(copied_cache: Path, tmp_path: Path) -> None:
+    cache = shutil.copytree(copied_cache, tmp_path / "my secret stuff" / "cache")
+    client = TestClient(Site(ServeConfig(cache=cache, device="cpu")).app, HOME, raise_server_exceptions=False)
+    answer = client.post("/search", data={"like": "99999:0"})
+    assert answer.status_code == 422
+    assert "secret" not in answer.text
+
+
+def test_a_text_in_place_of_an_example_is_told(client: TestClient, png: Callable[..., bytes]) -> None:
+    answer = client.post("/detect", data={"example:x": "hello"}, files={"picture": png()})
+    assert (answer.status_code, answer.json()["error"]) == (422, "example:x: expected a picture, found text")
 
 
 def _no_clip(name: str, *_: Any, **__: Any) -> None:
