@@ -282,10 +282,10 @@ def _torchvision(folder: Path, bench: TrainBench, recipe: Recipe, clip: ClipTeac
 
 
 def calm(model: nn.Module) -> None:
-    """Frozen norms without trained weights would let activations double at every block."""
+    """Norms that only scale, without trained weights, would let activations double at every block."""
     for name, module in model.named_modules():
-        if isinstance(module, FrozenBatchNorm2d) and name.endswith("bn3"):
-            module.weight.fill_(0.2)
+        if isinstance(module, (FrozenBatchNorm2d, nn.BatchNorm2d)) and name.endswith("bn3"):
+            module.weight.data.fill_(0.2)
 
 
 if __name__ == "__main__":

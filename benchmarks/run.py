@@ -22,6 +22,7 @@ SMALL = {
     "bench_cache": "--images 1000 --rounds 5 --reads 500 --workers 1",
     "bench_crops": "--clip CLIP --images 8 --rounds 2",
     "bench_dense": "--clip CLIP --images 8 --sides 64 96 --rounds 3",
+    "bench_detectors": "--side 64 --train-side 64 --rounds 1 --train-rounds 1",
     "bench_eval": "--images 300 --objects 2000 --rounds 3",
     "bench_scale": "--images 1000 --boxes 10 --dim 64 --workers 1",
     "bench_index": "--rows 5000 --dim 64 --centres 50 --queries 20",

@@ -3,8 +3,10 @@ returns what to say where nothing was found.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +22,7 @@ from hdovd.core.text_files import read_toml
 from hdovd.data.coco import Skips, Split
 from hdovd.data.protocol import load_protocol, shipped_protocols
 from hdovd.evaluation.recall import box_ious
-from hdovd.pipelines.audit.inputs import Audited, CachedBoxes, GroundTruth, sha256_of
+from hdovd.pipelines.audit.inputs import Audited, CachedBoxes, GroundTruth, read_run, sha256_of
 from hdovd.pipelines.common.console import progress
 from hdovd.pipelines.common.settings import value_at
 from hdovd.pipelines.extraction.identities import box_table
@@ -32,6 +34,11 @@ SAME_BOX_PX = 0.05  # between a cached base box and its annotation: float32 and 
 COPY_PX = 0.02  # decimals of a file that was written and read
 LEAST_COPIES, TIMES_CHANCE = 3, 5
 IOU = 0.5
+# COCO and Objects365 in names of published weights, such as rtdetr_r18vd_5x_coco_objects365.pth, dfine_l_obj2coco.pth;
+# but not ov-coco, whose detectors saw boxes of base classes alone.
+DETECTION_DATA = re.compile(
+    r"(?<![a-z])(?<!ov[-_])(?<!ovd[-_])(?:ms)?coco(?![a-z])|(?<![a-z])o(?:bj(?:ects?)?)?365(?!\d)", re.IGNORECASE
+)
 RECIPE = "the recipe"  # as `calibration.with_reliability` names numbers that the recipe gives
 
 
@@ -481,13 +488,23 @@ def _origin(run: dict[str, Any]) -> str:
 
 def backbone(audited: Audited, found: Check) -> str:
     """The run's backbone started from weights that saw no novel box and no test picture, as their file says."""
-    run, path = audited.run, audited.run_path
+    return _judge_run(audited, found, audited.run, audited.run_path, set())
+
+
+def _judge_run(audited: Audited, found: Check, run: dict[str, Any], path: Path, seen: set[Path]) -> str:
+    """A run's backbone, and that of the run whose weights it began with, where that is here. `seen`: runs before."""
     if "imported" in run:
+        _judge_name(audited, found, _origin(run))
         return found.cannot(
             f"{path} was imported from {_origin(run)}, which does not say what its backbone started from"
         )
     if run.get("init"):
-        before = value_at(run, "init.run") or "another run"
+        before = str(value_at(run, "init.run") or "another run")
+        _judge_name(audited, found, before)
+        seen.add(path.resolve())
+        if Path(before).resolve() not in seen and (Path(before) / "run.json").is_file():
+            with suppress(HdovdError):  # a record that cannot be read says nothing, and no more is known without it
+                _judge_run(audited, found, read_run(Path(before) / "run.json"), Path(before), seen)
         return found.cannot(
             f"{path} began with the weights of {before}: what those were trained on, its own audit says"
         )
@@ -511,8 +528,9 @@ def _judge_start(audited: Audited, found: Check, network: str, weights: str) -> 
 
 
 def _judge_weights(audited: Audited, found: Check, weights: Path) -> str:
-    """By what the file itself says made it."""
+    """By what the file itself says made it, and without that by its name."""
     if not weights.is_file():
+        _judge_name(audited, found, str(weights))
         return found.cannot(
             f"the backbone started from {weights}, which is not here: what made it is not known; run the audit where "
             f"it is (a relative path counts from the folder that hdovd train ran in)"
@@ -523,11 +541,21 @@ def _judge_weights(audited: Audited, found: Check, weights: Path) -> str:
     except (SafetensorError, OSError, ValueError, RecursionError):  # a .pth, or damaged: neither has a record
         record = None
     if not isinstance(record, dict):
+        _judge_name(audited, found, str(weights))
         return found.cannot(
             f"the backbone started from {weights}, which does not say what made it: whether that saw novel boxes or "
             f"test pictures is not known (files of hdovd propose --backbone-out say so)"
         )
     return f"{weights}: {_judge_record(audited, found, record, str(weights))}"
+
+
+def _judge_name(audited: Audited, found: Check, weights: str) -> None:
+    """Published detectors are named after the data that they were trained on."""
+    if audited.protocol.novel and (known := DETECTION_DATA.search(Path(weights).name)):
+        found.leaks.append(
+            f"{weights} is named as weights of a detector that was trained on {known[0]}, which has boxes of novel "
+            f"classes"
+        )
 
 
 def calibration(audited: Audited, found: Check) -> str:

@@ -157,13 +157,14 @@ def read_audited(config: AuditConfig) -> Audited:
         val,
         cache,
         read_boxes(cache),
-        {} if config.run is None else _read_run(config.run / "run.json"),
+        {} if config.run is None else read_run(config.run / "run.json"),
         config.run or Path(),
         missing,
     )
 
 
-def _read_run(file: Path) -> dict[str, Any]:
+def read_run(file: Path) -> dict[str, Any]:
+    """The record of a run. Raises HdovdError if it cannot be read or was changed by others."""
     tree = read_json(file, "--run")
     if not isinstance(tree, dict):
         raise HdovdError(f"{file} is damaged: expected the record that hdovd train writes")

@@ -67,6 +67,13 @@ class ExportModelConfig(ClipNames, ExampleOptions):
         ),
     ]
     out: Annotated[Path, Option("The file to write.")]
+    batch: Annotated[
+        bool,
+        Option(
+            "Take a batch of pictures of one size, (n, 3, height, width), and give as many detections of each; of "
+            "detectors without NMS."
+        ),
+    ] = False
     check_images: Annotated[
         tuple[Path, ...],
         Option("A picture to check the file on, besides those that are made up. Repeatable.", flags=("--check-image",)),
@@ -80,6 +87,8 @@ class ExportModelConfig(ClipNames, ExampleOptions):
                 f"--out {self.out} is {'a folder' if self.out.is_dir() else 'a file of the run itself'}: expected the "
                 f"name of a new file, such as detector.{self.form.value}"
             )
+        if self.batch and self.form is ModelForm.SAFETENSORS:
+            raise HdovdError("--batch: a .safetensors file holds weights alone, which take any batch; leave it out")
         if not self.out.resolve().parent.is_dir():
             raise HdovdError(f"--out {self.out}: there is no folder {self.out.resolve().parent}")
         for picture in self.check_images:

@@ -64,11 +64,14 @@ class Checked:
     difference: float
 
 
-def check(run: "Run", model: Model, texts: Tensor, is_novel: Tensor, pictures: Sequence[Tensor]) -> Checked:
+def check(
+    run: "Run", model: Model, texts: Tensor, is_novel: Tensor, pictures: Sequence[Tensor], batch: bool = False
+) -> Checked:
     """Set a file's detections against those of `Detector.predict` and `detect`.
 
     Args:
-        run: the file. model: that it was made of. pictures: (3, h, w) uint8 each.
+        run: the file. model: that it was made of. pictures: (3, h, w) uint8 each. batch: whether the file takes several
+        at once: each with its mirror image.
         texts: (C, D) the run's classes. is_novel: (C,) bool.
     """
     config, detector, worst, count = model.recipe.inference, traceable(model), 0.0, 0
@@ -78,11 +81,19 @@ def check(run: "Run", model: Model, texts: Tensor, is_novel: Tensor, pictures: S
             novel = torch.arange(len(classes)) % 2 == 1
             if number % 2 == 0:  # with the run's own, and without: the number of classes is the user's choice
                 classes, novel = torch.cat([texts, classes]), torch.cat([is_novel, novel])
-            expected = detect(model.predict([picture], classes)[0], novel, config)
-            found = Detections(*run(picture, classes, novel))
-            one, other = (in_percent(d, picture, model.recipe.input) for d in (expected, found))
-            worst, count = max(worst, largest_difference(one, other, config)), count + len(expected.scores)
+            given = (picture, picture.flip(2)) if batch else (picture,)
+            found = run(torch.stack(given) if batch else picture, classes, novel)
+            for image, rows in zip(given, zip(*found, strict=True) if batch else [found], strict=True):
+                expected = detect(model.predict([image], classes)[0], novel, config)
+                one, other = (in_percent(d, picture, model.recipe.input) for d in (expected, _over_zero(*rows)))
+                worst, count = max(worst, largest_difference(one, other, config)), count + len(expected.scores)
     return Checked(len(pictures), count, worst)
+
+
+def _over_zero(boxes: Tensor, scores: Tensor, labels: Tensor) -> Detections:
+    """Without those that a batch has so that its pictures have as many each."""
+    kept = scores != 0
+    return Detections(boxes[kept], scores[kept], labels[kept])
 
 
 def in_percent(found: Detections, picture: Tensor, config: InputConfig) -> Detections:
@@ -214,6 +225,9 @@ def _write_onnx(model: Model, example: tuple[Tensor, ...], carried: dict[str, st
 
     sizes = {"image": {1: "height", 2: "width"}, "texts": {0: "classes"}, "is_novel": {0: "classes"}}
     found = {name: {0: "detections"} for name in OUTPUTS}
+    if example[0].dim() == 4:
+        sizes["image"] = {0: "pictures", 2: "height", 3: "width"}
+        found = {name: {0: "pictures", 1: "detections"} for name in OUTPUTS}
     # The exporter that follows torch.export keeps no NMS whose result has a length of its own; this one is in torch 2.6
     # to 2.15 at least.
     torch.onnx.export(
@@ -312,10 +326,17 @@ def export_model(job: ExportModelConfig) -> Checked:
             f"--format {job.form.value}: a run of detector {recipe.detector.name} can be exported as safetensors alone "
             f"(--format safetensors), which hdovd opens; there is no form of it that other programs run"
         )
+    if job.batch and not getattr(traceable(model), "batches", False):
+        raise HdovdError(
+            f"--batch: detector {recipe.detector.name} with [inference] nms = {recipe.inference.nms:g} takes one "
+            f"picture at a time; batches are for a detector without NMS (rtdetr with nms = 1)"
+        )
     run.load_model(model, job.weights.file)
     log(f"{job.run}: {job.weights.value} weights, {len(texts)} classes, embeddings of {texts.shape[1]} numbers")
     smaller = pictures[0][:, :90, :120].contiguous()  # and of another shape than what is checked
-    about, checked = carried(run, job.weights, names, texts, is_novel), list[Checked]()
+    if job.batch:
+        smaller = smaller.repeat(3, 1, 1, 1)  # and of another number
+    about, checked = carried(run, job.weights, names, texts, is_novel, job.batch), list[Checked]()
 
     def write_checked(partial: Path) -> None:
         try:
@@ -325,7 +346,7 @@ def export_model(job: ExportModelConfig) -> Checked:
                 f"torch {torch.__version__} cannot export a detector with backbone {recipe.detector.backbone.name}: "
                 f"{error}"
             ) from error
-        checked.append(check(open_model(job.form, partial)[0], model, texts, is_novel, pictures))
+        checked.append(check(open_model(job.form, partial)[0], model, texts, is_novel, pictures, job.batch))
         if not checked[0].difference <= TOLERANCE:
             raise HdovdError(
                 f"{job.out} was not written: run as {job.form.value}, the detector with backbone "
@@ -359,7 +380,9 @@ def _classes(job: ExportModelConfig, run: RunFolder) -> tuple[tuple[str, ...], T
     return tuple(detector.names[row] for row in order), detector.class_embeddings[order], detector.is_novel[order]
 
 
-def carried(run: RunFolder, weights: Weights, names: Sequence[str], texts: Tensor, is_novel: Tensor) -> dict[str, str]:
+def carried(
+    run: RunFolder, weights: Weights, names: Sequence[str], texts: Tensor, is_novel: Tensor, batch: bool = False
+) -> dict[str, str]:
     """The text of `CARRIED` for a run and classes with rows (C, D)."""
     protocol = run.protocol()
     made = dict(run.record()["cache"]["levels"].get("class", {}).get("inputs", {}))  # what made the class embeddings
@@ -373,6 +396,11 @@ def carried(run: RunFolder, weights: Weights, names: Sequence[str], texts: Tenso
         "(detections,) int64, rows of texts. Threshold, NMS within each class and cap are inside, as in recipe "
         "[inference]."
     )
+    if batch:
+        about += (
+            " A batch: image is (pictures, 3, height, width); boxes, scores and labels have a row a picture, as many "
+            "detections of each; a score that is not over the threshold is 0."
+        )
     values = {
         "hdovd": __version__,
         "about": about,

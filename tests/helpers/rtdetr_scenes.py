@@ -8,8 +8,7 @@ from hdovd.modeling.rtdetr.model import DENOISING, RTDETR, SELECTION
 
 OWN = {*SELECTION, *DENOISING}  # losses that no other detector has
 FIRST = SELECTION[0]  # the one that pseudo boxes teach in all epochs
-# Of a map of one cell a GroupNorm wants two channels a group.
-WIDE = ("detector.backbone.fpn_channels=64", "detector.encoder.hidden=64")
+WIDE = ()  # for a picture of one cell
 WITHOUT_BOXES = {SELECTION[0]}  # those that are not zero where no picture has a box
 SMALL = (
     "input.short_side=96",

@@ -43,6 +43,7 @@ class ExportableDetector(nn.Module):
 
     mean: Tensor
     std: Tensor
+    batches = False  # whether it takes a batch of pictures of one size too
 
     def __init__(self, model: Detector) -> None:
         super().__init__()
@@ -66,13 +67,17 @@ class ExportableDetector(nn.Module):
         Returns:
             Best first: boxes (n, 4) xyxy pixels of `image`, scores (n,), labels (n,) int64, rows of `texts`.
         """
+        return self._detections(*self.all_scores(image, texts, is_novel))
+
+    def all_scores(self, image: Tensor, texts: Tensor, is_novel: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes (R, 4) and their scores (R, C)."""
         boxes, c, d, objectness = self.rois(image)
         scores, second = self.scores(c, d, texts)
         if objectness is not None:
             scores, second = with_objectness(scores, second, objectness)
         if second is not None:
             scores = combine_scores(scores, second, is_novel, self.recipe.inference.alpha, self.recipe.inference.beta)
-        return self._detections(boxes, scores[:, :-1])
+        return boxes, scores[:, :-1]
 
     def rois(self, image: Tensor) -> Found:
         raise NotImplementedError
@@ -82,11 +87,11 @@ class ExportableDetector(nn.Module):
         raise NotImplementedError
 
     def prepare(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`batch_images` of one: pixels (3, H, W), padded; size (2,) of the picture in them and resize factors (2,), y
-        before x.
+        """`batch_images` of one, or of pictures (N, 3, h, w) of one size: pixels (3, H, W), padded; size (2,) of a
+        picture in them and resize factors (2,), y before x.
         """
         config = self.recipe.input
-        shape = torch._shape_as_tensor(image)[1:].double()
+        shape = torch._shape_as_tensor(image)[-2:].double()
         # Both sides at once: of a number and a tensor, or of two numbers, ONNX would take the quotient in float32.
         limits = torch.tensor([config.short_side, config.long_side], dtype=torch.float64)
         scale = (limits / shape.sort().values).amin()
@@ -173,14 +178,14 @@ def _resized(image: Tensor, shape: Tensor, size: Tensor, prepare: Callable[[Tens
     ONNX's own Resize is some ten-thousandths of a pixel off in large pictures, which takes boxes along.
 
     Args:
-        image: (3, h, w). shape: (2,) float64, h and w. size: (2,) float64, whole numbers, those of the result.
+        image: (..., h, w). shape: (2,) float64, h and w. size: (2,) float64, whole numbers, those of the result.
         prepare: a function of each pixel alone; what is left out does not go through it.
     """
     (top, bottom, down), (left, right, across) = (_taken(shape[axis], size[axis]) for axis in (0, 1))
 
     def row(lines: Tensor) -> Tensor:
-        some = image[:, lines]
-        one, other = prepare(some[:, :, left]), prepare(some[:, :, right])
+        some = image[..., lines, :]
+        one, other = prepare(some[..., left]), prepare(some[..., right])
         return one * (1 - across.to(one)) + other * across.to(one)
 
     upper, lower = row(top), row(bottom)

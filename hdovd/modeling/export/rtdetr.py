@@ -3,19 +3,21 @@
 import torch
 from torch import Tensor
 
+from hdovd.modeling.boxes import best_places
 from hdovd.modeling.export.detectors import ExportableDetector, Found
 from hdovd.modeling.queries.scores import query_scores
 from hdovd.modeling.rtdetr.model import RTDETR
 
 
 class ExportableRTDETR(ExportableDetector):
-    """`RTDETR.predict` of one picture. After the network there is a top-k and nothing else."""
+    """`RTDETR.predict` of one picture, or of N of one size. After the network there is a top-k and nothing else."""
 
     backgrounds: Tensor
     object_text: Tensor
 
     def __init__(self, model: RTDETR) -> None:
         super().__init__(model)
+        self.batches = model.recipe.inference.nms >= 1
         self.config, self.has_second = model.config, model.recipe.loss.uses_pseudo_boxes
         self.backbone, self.network, self.adapters, self.last = (
             model.backbone,
@@ -26,15 +28,30 @@ class ExportableRTDETR(ExportableDetector):
         self.register_buffer("backgrounds", model.backgrounds(model.background).detach(), persistent=False)
         self.register_buffer("object_text", model.object_text, persistent=False)
 
+    def forward(self, image: Tensor, texts: Tensor, is_novel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Detect. Of pictures (N, 3, h, w): boxes (N, n, 4), scores and labels (N, n), as many of each; a score that is
+        not over the threshold is 0.
+        """
+        if image.dim() == 3:
+            return super().forward(image, texts, is_novel)
+        boxes, scores = self.all_scores(image, texts, is_novel)
+        images, inference = image.shape[0], self.recipe.inference
+        flat, classes = scores.reshape(images, -1), torch._shape_as_tensor(scores)[1].clamp(min=1)
+        best = best_places(flat, inference.detections_per_image)
+        score = flat.gather(1, best)
+        query = (best // classes)[..., None].expand(-1, -1, 4)
+        boxes = boxes.view(images, -1, 4).gather(1, query)
+        return boxes, torch.where(score > inference.score_threshold, score, 0), best % classes
+
     def rois(self, image: Tensor) -> Found:
-        """The last stage's queries."""
-        pixels, size, factor = self.prepare(image)
-        whole = torch._shape_as_tensor(pixels)[1:].to(pixels)
-        maps = list(self.backbone(pixels[None]).values())
-        found = self.network(maps, size.to(pixels)[None], whole, self.object_text)
-        content = found.contents[-1][0]
+        """The last stage's queries, of one picture or of all."""
+        pixels, size, factor = self.prepare(image if image.dim() == 4 else image[None])
+        whole = torch._shape_as_tensor(pixels)[2:].to(pixels)
+        maps = list(self.backbone(pixels).values())
+        found = self.network(maps, size.to(pixels).expand(pixels.shape[0], -1), whole, self.object_text)
+        content = found.contents[-1].flatten(0, 1)
         c = self.last.describe(content)
-        boxes = found.boxes[-1][0] / torch.cat([factor.flip(0), factor.flip(0)]).to(pixels)
+        boxes = found.boxes[-1].flatten(0, 1) / torch.cat([factor.flip(0), factor.flip(0)]).to(pixels)
         distilled = self.adapters.distilled(c) if self.has_second else None
         return Found(boxes, self.adapters.classified(c), distilled, self.last.object_logits(content).sigmoid())
 

@@ -17,7 +17,7 @@ def conv(inner: int, out: int, size: int = 1, stride: int = 1, *, activated: boo
     """A convolution, its norm and, if it is activated, a SiLU."""
     parts: list[nn.Module] = [
         nn.Conv2d(inner, out, size, stride, padding=size // 2, bias=False),
-        nn.GroupNorm(GROUPS_OF_NORM, out),
+        nn.GroupNorm(min(GROUPS_OF_NORM, out // 2), out),  # of a map of one cell a group of one channel has no norm
     ]
     return nn.Sequential(*parts, *([nn.SiLU(inplace=True)] if activated else []))
 

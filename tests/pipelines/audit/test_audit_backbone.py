@@ -101,3 +101,52 @@ def test_a_backbone_without_a_file(
     (run / "config.toml").write_text(f'[detector.backbone]\nname = "{name}"\nweights = "{weights}"\n')
     check = check_of(report_of(world, cache, run=run), "run: backbone")
     assert (check.verdict, words in check.text) == (verdict, True)
+
+
+@pytest.mark.parametrize(
+    ("file", "data"),
+    [
+        ("rtdetr_r18vd_5x_coco_objects365_from_paddle.pth", "coco"),
+        ("fasterrcnn_resnet50_fpn_COCO-258fb6c6.pth", "COCO"),
+        ("dfine_l_obj2coco_e25.pth", "coco"),
+        ("d-fine_m_obj365.safetensors", "obj365"),
+        ("faster_rcnn_r50_mscoco2017.pth", "mscoco"),
+        ("ov-coco-backbone.pth", None),
+        ("HD_OVD_coco.pth", None),
+        ("resnet18_soco_o3650.pth", None),
+    ],
+)
+@pytest.mark.parametrize("here", [True, False])
+def test_weights_that_are_named_as_of_a_detector_of_all_classes(
+    world: Path, cache: Path, run: Path, file: str, data: str | None, here: bool
+) -> None:
+    path = _weights(run, file)
+    if here:
+        torch.save({"conv1.weight": torch.zeros(2)}, path)
+    report = report_of(world, cache, run=run)
+    if data is None:
+        assert check_of(report, "run: backbone").verdict is Verdict.UNKNOWN
+    else:
+        assert f"{path} is named as weights of a detector that was trained on {data}," in leak_of(
+            report, "run: backbone"
+        )
+
+
+def test_a_record_counts_for_more_than_a_name(world: Path, cache: Path, run: Path) -> None:
+    _weights(run, "oln_coco.safetensors", made_by_training(world))
+    assert check_of(report_of(world, cache, run=run), "run: backbone").verdict is Verdict.OK
+
+
+def test_weights_of_the_runs_before_are_judged_by_their_names_too(world: Path, cache: Path, run: Path) -> None:
+    last, middle = run / "last", run / "middle"
+    for folder, before in ((last, middle), (middle, run)):
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps({"init": {"run": str(before)}}))
+    (run / "run.json").write_text(json.dumps({"imported": {"file": "/there/rtdetr_r50vd_coco.pth"}}))
+    assert "/there/rtdetr_r50vd_coco.pth is named as weights of a detector" in leak_of(
+        report_of(world, cache, run=last), "run: backbone"
+    )
+    (run / "run.json").write_text(json.dumps({"init": {"run": str(last)}}))  # a circle, of folders that were used again
+    assert check_of(report_of(world, cache, run=last), "run: backbone").verdict is Verdict.UNKNOWN
+    (run / "run.json").write_text("[]")
+    assert check_of(report_of(world, cache, run=last), "run: backbone").verdict is Verdict.UNKNOWN

@@ -16,6 +16,7 @@ import pytest
 import rtdetr_micro
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from hdovd.config.recipe import PRESETS
 from hdovd.core.errors import HdovdError, Stopped
@@ -24,7 +25,7 @@ from hdovd.modeling.base import Detector, build_detector
 from hdovd.pipelines.ablation.grid import cells_of
 from hdovd.pipelines.evaluation.evaluate import EvalConfig, evaluate
 from hdovd.pipelines.export.config import ModelForm
-from hdovd.pipelines.export.model import ExportModelConfig, export_model
+from hdovd.pipelines.export.model import ExportModelConfig, check, export_model, made_up_pictures, open_model
 from hdovd.pipelines.report.figures import LEVELS
 from hdovd.pipelines.report.runs import relations
 from hdovd.pipelines.runs.checkpoint import load_checkpoint
@@ -135,6 +136,38 @@ def test_every_form_finds_what_the_model_finds(form: ModelForm, run: RunFolder, 
     done = export_model(ExportModelConfig(run=run.path, form=form, out=tmp_path / "out"))
     assert done.detections > 0
     assert done.difference < 5e-4
+
+
+@pytest.mark.parametrize("form", [ModelForm.ONNX, ModelForm.TORCHSCRIPT])
+def test_a_file_that_takes_batches(form: ModelForm, run: RunFolder, tmp_path: Path) -> None:
+    """Of a detector without NMS. A file that mixes its pictures up is none."""
+    job = ExportModelConfig(run=run.path, form=form, out=tmp_path / "out", batch=True)
+    recipe = run.recipe()
+    if recipe.inference.nms < 1:
+        with pytest.raises(HdovdError, match=rf"--batch: detector {recipe.detector.name} .* one picture at a time"):
+            export_model(job)
+        return
+    done = export_model(job)
+    assert done.detections > 0
+    assert done.difference < 5e-4
+    opened, carried = open_model(form, tmp_path / "out")
+    assert "(pictures, 3, height, width)" in carried["about"]
+
+    def mixed_up(*given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return opened(given[0].flip(0), *given[1:])
+
+    model, texts = build_detector(recipe, 24, initialise=False), run.class_embeddings().float()
+    run.load_model(model)
+    picture = made_up_pictures(recipe.input)[:1]
+    assert check(opened, model, texts, torch.arange(len(texts)) < 2, picture, True).difference < 5e-4
+    assert check(mixed_up, model, texts, torch.arange(len(texts)) < 2, picture, True).difference > 1e-2
+
+
+def test_weights_alone_take_no_option_for_batches(run: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(HdovdError, match=r"--batch: a \.safetensors file holds weights alone"):
+        export_model(
+            ExportModelConfig(run=run.path, form=ModelForm.SAFETENSORS, out=tmp_path / "out.safetensors", batch=True)
+        )
 
 
 def test_exported_weights_leave_training_out(run: RunFolder, tmp_path: Path) -> None:

@@ -66,6 +66,34 @@ def test_a_trace_keeps_what_a_picture_decides(form: ModelForm, name: str, tmp_pa
     same(model, written(form, model, tmp_path / "out"))
 
 
+def each(model: RTDETR, run: Run) -> None:
+    """What it finds in batches of pictures of one size is what the model finds in each."""
+    least = model.recipe.inference.score_threshold
+    for number, size in enumerate(SIZES):
+        for classes in (0, 1, 9, 300):
+            batch = torch.stack(pictures(*[size] * (number + 1), first=size[0]))
+            texts, is_novel = unit(classes, DIM, seed=classes), torch.arange(classes) % 3 == 0
+            with torch.inference_mode():
+                boxes, scores, labels = run(batch, texts, is_novel)
+            assert len(boxes) == len(scores) == len(labels) == number + 1
+            assert not ((scores > 0) & (scores <= least)).any()
+            for row, picture in enumerate(batch):
+                expected = detect(model.predict([picture], texts)[0], is_novel, model.recipe.inference)
+                some = scores[row] > 0
+                found = Detections(boxes[row, some], scores[row, some], labels[row, some])
+                require_alike(found, expected, pixels=1e-3, score=5e-4)
+
+
+@pytest.mark.parametrize("name", ["usual", "one score", "all cells"])
+def test_a_batch(name: str, tmp_path: Path) -> None:
+    model = detector(*SETTINGS[name]).eval()
+    each(model, ExportableRTDETR(model))
+    example = torch.stack(pictures((90, 120), (90, 120))).contiguous(), unit(4, DIM, seed=1), torch.arange(4) > 2
+    for form in (ModelForm.ONNX, ModelForm.TORCHSCRIPT):
+        write(form, model, example, dict.fromkeys(CARRIED, ""), tmp_path / "out")
+        each(model, open_model(form, tmp_path / "out")[0])
+
+
 def test_an_onnx_file_has_no_nms_and_no_operators_of_its_own(tmp_path: Path) -> None:
     import onnx
 
