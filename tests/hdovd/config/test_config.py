@@ -221,8 +221,9 @@ OF_RESNET18 = {
     "detector.backbone.name": "resnet18",
     "detector.backbone.norm": "batch",
     "detector.backbone.frozen_stages": 0,
-    "detector.encoder.hidden": 128,
+    "detector.encoder.hidden": 64,
     "detector.decoder.stages": 3,
+    "detector.backbone.fpn_channels": 128,
 }
 OF_OLN = {  # arXiv 2108.06753, section 3, and its authors' configuration, typed from there
     "proposals.score_iou": 0.3,
