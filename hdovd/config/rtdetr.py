@@ -33,7 +33,7 @@ class DenoisingConfig(Section):
     """Boxes with noise, which the stages are to find again (arXiv 2203.03605, section 3.3). 0 queries: none."""
 
     queries: Annotated[int, Field(ge=0)] = 100  # near a box, an image, and as many too far from it; config
-    label_noise: Share = 0.5  # of the queries that get the text of a class drawn by chance; config
+    label_noise: Share = 0.25  # of the queries that get the text of a class drawn by chance; config: half of its 0.5
     box_noise: NonNegative = 1.0  # most that a corner moves, half sides of the box; twice that for the others; config
 
 

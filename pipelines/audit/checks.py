@@ -500,7 +500,6 @@ def _judge_run(audited: Audited, found: Check, run: dict[str, Any], path: Path, 
         )
     if run.get("init"):
         before = str(value_at(run, "init.run") or "another run")
-        _judge_name(audited, found, before)
         seen.add(path.resolve())
         if Path(before).resolve() not in seen and (Path(before) / "run.json").is_file():
             with suppress(HdovdError):  # a record that cannot be read says nothing, and no more is known without it

@@ -74,7 +74,9 @@ class Selection(nn.Module):
             cells: (N, A, C). anchors: (N, A, 4) logits. inside: (N, A) bool. object_text: (D,).
         """
         token = self.token(cells)
-        aligned = F.normalize(token.float(), dim=-1) @ F.normalize(self.text(object_text).float(), dim=0)
+        text = F.normalize(self.text(object_text).float(), dim=0)
+        with torch.autocast(cells.device.type, enabled=False):  # rounded, thousands of cells would be alike
+            aligned = F.normalize(token.float(), dim=-1) @ text
         probability = torch.sigmoid(self.object_scale * aligned + self.object_bias)
         chosen = best_places(torch.where(inside, probability, probability.detach() - 1), queries)
         content = _taken(token, chosen)

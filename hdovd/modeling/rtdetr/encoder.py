@@ -1,7 +1,8 @@
 """The hybrid encoder (arXiv 2304.08069, section 4.2): attention within the coarsest level, convolutions between levels.
 
-Every convolution has a GroupNorm, where the paper has batch norms: what is found in a picture depends then neither on
-the others of its batch nor on the number of processes. N pictures, C channels.
+Every convolution has a GroupNorm, where the paper has batch norms: what is found in a picture depends on what no other
+picture shows. It does depend on the padding, which the norms count, and so on the largest size in the batch. N
+pictures, C channels.
 """
 
 import torch

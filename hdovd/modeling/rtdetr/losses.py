@@ -4,22 +4,22 @@ N pictures, Q queries, M candidates, H objects of a picture, padded.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hdovd.modeling.queries.overlaps import overlap
 from hdovd.modeling.queries.pairs import NONE, Candidates, StepBoxes
 
 ALPHA, GAMMA = 0.75, 2.0  # arXiv 2008.13367, section 4.1
+TINY = 1e-7  # of a probability, before its logarithm is taken
 
 
 def varifocal_rows(probability: Tensor, quality: Tensor) -> Tensor:
     """Varifocal loss (arXiv 2008.13367): q BCE(p, q) where there is an object of quality q, else alpha p^gamma BCE(p,
     0); any shape, float32.
     """
-    with torch.autocast(probability.device.type, enabled=False):
-        weight = torch.where(quality > 0, quality, ALPHA * probability.detach() ** GAMMA)
-        return weight * F.binary_cross_entropy(probability, quality, reduction="none")
+    weight = torch.where(quality > 0, quality, ALPHA * probability.detach() ** GAMMA)
+    sure = probability.clamp(TINY, 1 - TINY)  # torch's own function stops at what is no number, before training says it
+    return -weight * (quality * sure.log() + (1 - quality) * (1 - sure).log())
 
 
 def box_rows(found: Tensor, wanted: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

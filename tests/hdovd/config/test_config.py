@@ -199,7 +199,7 @@ RTDETR = {  # typed from arXiv 2304.08069 (sections 4 and 5, tables A and B) and
     "detector.decoder.heads": 8,
     "detector.decoder.feedforward": 1024,
     "detector.denoising.queries": 100,
-    "detector.denoising.label_noise": 0.5,
+    "detector.denoising.label_noise": 0.25,
     "detector.denoising.box_noise": 1.0,
     "detector.matching.objectness": 2.0,
     "detector.matching.l1": 5.0,

@@ -63,8 +63,10 @@ def test_noise_is_near_or_too_far() -> None:
     far = found.real & ~found.positive
     edge = sizes.flip(-1).tile(2)
     at_edge = (corners < 1e-2) | (corners > edge - 1e-2)
-    crossed = off < 1  # a corner that passed its opposite one is taken for it
-    assert ((off > 1 - 1e-4) | at_edge | crossed)[far].all()
+    inwards = (corners[..., :2] > own[..., :2]) & (corners[..., 2:] < own[..., 2:])  # may have passed each other
+    away = (off > 1 - 1e-4) | at_edge | inwards.tile(2)
+    assert away[far].all()
+    assert not away[found.positive].any(dim=-1).all()
     assert off[far].mean() > 2 * off[found.positive].mean()
     assert (found.boxes[found.real][:, 2:] >= 0).all()
 

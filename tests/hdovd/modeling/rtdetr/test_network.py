@@ -13,6 +13,7 @@ from hdovd.modeling.queries.overlaps import covered
 from hdovd.modeling.rtdetr.attention import Attention, DeformableAttention, GridSampling
 from hdovd.modeling.rtdetr.decoder import Selection, Stage, cells_of, logit, to_pixels, to_shares
 from hdovd.modeling.rtdetr.encoder import HybridEncoder
+from hdovd.modeling.rtdetr.losses import varifocal_rows
 
 N, Q, C, HEADS, POINTS = 2, 3, 8, 2, 3
 SHAPES = [(6, 5), (3, 4)]
@@ -215,3 +216,27 @@ def test_queries_look_at_those_that_cover_their_box() -> None:
             one, two = (stage(c, torch.zeros_like(c), nearness, boxes, maps, inside, None) for c in (content, changed))
             moved[amount, other] = (one - two)[0, 0].abs().max().item()
     assert moved[4.0, 2] < 1e-5 < 1e-3 < min(moved[4.0, 1], moved[0.0, 1], moved[0.0, 2])
+
+
+def test_cells_are_told_apart_under_autocast() -> None:
+    """The cosines of thousands of cells with the text of "object" differ by less than bfloat16 can say."""
+    torch.manual_seed(0)
+    part = Selection(64, DIM)
+    cells, anchors = noise(1, 4000, 64, seed=1), torch.zeros(1, 4000, 4)
+    inside = torch.ones(1, 4000, dtype=torch.bool)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        probability = part(cells, anchors, inside, unit(1, DIM, seed=2)[0], 300)[2]
+    assert len(probability.unique()) > 250
+
+
+def test_varifocal_loss_is_that_of_the_paper_and_no_number_stays_none() -> None:
+    p, q = torch.rand(50, generator=torch.Generator().manual_seed(3)), torch.zeros(50)
+    q[:20] = torch.rand(20, generator=torch.Generator().manual_seed(4))
+    weight = torch.where(q > 0, q, 0.75 * p**2)
+    expected = weight * torch.nn.functional.binary_cross_entropy(p, q, reduction="none")
+    torch.testing.assert_close(varifocal_rows(p, q), expected)
+    ends = torch.tensor([0.0, 1.0, 0.0, 1.0]).requires_grad_()
+    varifocal_rows(ends, torch.tensor([0.0, 0.0, 0.7, 0.7])).sum().backward()
+    assert ends.grad is not None
+    assert ends.grad.isfinite().all()
+    assert varifocal_rows(torch.tensor([math.nan]), torch.zeros(1)).isnan().all()
