@@ -63,9 +63,9 @@ def inventory(folder: Folder, users: dict[tuple[Level, str], list[str]]) -> list
         began = folder.modified(next(iter(listed))) if product is None else product.modified()
         touched = max([began, *(folder.modified(name) for name in records[-2:])])
         its_users = tuple(users.get((level, key), ()))
-        changed = {name: folder.modified(name) for name in records} if f"/{INDEX}" in " ".join(records) else {}
-        newest = max(changed, key=lambda name: (changed[name], INDEX in name), default="")
-        indexed = INDEX in newest  # one that is older than a part is of other rows
+        indices = {name for name in records if f"/{INDEX}" in name}
+        others = [folder.modified(name) for name in records if indices and name not in indices]
+        indexed = any(folder.modified(name) >= max(others) for name in indices)  # an older one is of other rows
         entries.append(Entry(level, key, product, sum(listed.values()), state, began, touched, its_users, indexed))
     return sorted(entries, key=lambda e: (list(Level).index(e.level), e.began))
 

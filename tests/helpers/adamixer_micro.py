@@ -5,15 +5,7 @@ from __future__ import annotations
 from hdovd.config.recipe import Recipe, load_recipe
 
 NAME = "demo-adamixer"
-SETTINGS = (
-    "detector.backbone.fpn_channels=32",
-    "detector.proposals.shuffle=8",
-    "detector.proposals.pre_nms=60",
-    "detector.decoder.queries=8",
-    "detector.decoder.stages=2",
-    "detector.decoder.points=4",
-    "detector.decoder.out_points=8",
-    "detector.decoder.feedforward=32",
+ALIKE = (  # of all query detectors
     "input.short_side=96",
     "input.long_side=128",
     "pseudo_boxes.min_side=4.0",
@@ -27,6 +19,17 @@ SETTINGS = (
     "train.batch_size=8",
     "train.warmup_iterations=1",
     "train.workers=0",
+)
+SETTINGS = (
+    "detector.backbone.fpn_channels=32",
+    "detector.proposals.shuffle=8",
+    "detector.proposals.pre_nms=60",
+    "detector.decoder.queries=8",
+    "detector.decoder.stages=2",
+    "detector.decoder.points=4",
+    "detector.decoder.out_points=8",
+    "detector.decoder.feedforward=32",
+    *ALIKE,
 )
 
 

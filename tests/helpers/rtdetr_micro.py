@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from adamixer_micro import ALIKE
+
 from hdovd.config.recipe import Recipe, load_recipe
 
 NAME = "demo-rtdetr"
@@ -13,19 +15,7 @@ SETTINGS = (
     "detector.decoder.stages=2",
     "detector.decoder.feedforward=32",
     "detector.denoising.queries=4",
-    "input.short_side=96",
-    "input.long_side=128",
-    "pseudo_boxes.min_side=4.0",
-    "pseudo_boxes.reliability_centre=0.0",
-    "pseudo_boxes.reliability_width=0.026",
-    "pseudo_boxes.reliability_scale=1.3",
-    "loss.instance.queue=64",
-    "loss.image.queue=32",
-    "inference.score_threshold=0.0",
-    "train.epochs=2",
-    "train.batch_size=8",
-    "train.warmup_iterations=1",
-    "train.workers=0",
+    *ALIKE,
 )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -276,3 +278,14 @@ def test_texts_of_a_set_are_asked_for_too(copied_cache: Path, kept: list[int], s
     found, exact = ({hit.place for hit in search(SearchConfig(**asked, index=index))} for index in (True, False))
     assert found == exact
     assert not check_cache(CheckConfig(cache=copied_cache)).findings
+
+
+def test_the_list_of_products_tells_an_index_of_these_rows_alone(indexed: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(indexed, tmp_path / "cache"))
+    assert any("whole, indexed" in line for line in product_lines(Catalog(cache)))
+    (record,) = cache.glob("instance/*/parts/000000.json")
+    later = time.time() + 60
+    os.utime(record, (later, later))  # as when rows are made again
+    lines = product_lines(Catalog(cache))
+    assert any("whole" in line for line in lines)
+    assert not any("indexed" in line for line in lines)
