@@ -162,7 +162,7 @@ class Network(nn.Module):
             the padded batch. object_text: (D,) the embedding of "object".
         """
         inside, anchors = zip(*(cells_of(m, s, sizes) for m, s in zip(maps, self.strides, strict=True)), strict=True)
-        maps = self.encoder(maps, inside[-1])
+        maps = self.encoder(maps, inside)
         content, logits, probability, within = self.selection(
             torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1),
             torch.cat(anchors, dim=1),

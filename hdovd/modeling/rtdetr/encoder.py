@@ -1,9 +1,11 @@
 """The hybrid encoder (arXiv 2304.08069, section 4.2): attention within the coarsest level, convolutions between levels.
 
-Every convolution has a GroupNorm, where the paper has batch norms: what is found in a picture depends on what no other
-picture shows. It does depend on the padding, which the norms count, and so on the largest size in the batch. N
-pictures, C channels.
+Every convolution has a norm over groups of channels of the cells within the picture, where the paper has batch norms:
+what is found in a picture depends neither on what another picture shows nor on its size. N pictures, C channels;
+`inside`: (N, h, w) bool, the cells of a level that lie in a picture.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +15,54 @@ from hdovd.config.queries import GROUPS_OF_NORM
 from hdovd.config.rtdetr import HybridEncoderConfig
 from hdovd.modeling.rtdetr.attention import Attention, feed_forward, initialise
 
+TINY = 1e-5  # added to variances; as torch's GroupNorm
 
-def conv(inner: int, out: int, size: int = 1, stride: int = 1, *, activated: bool = True) -> nn.Sequential:
-    """A convolution, its norm and, if it is activated, a SiLU."""
-    parts: list[nn.Module] = [
-        nn.Conv2d(inner, out, size, stride, padding=size // 2, bias=False),
-        nn.GroupNorm(min(GROUPS_OF_NORM, out // 2), out),  # of a map of one cell a group of one channel has no norm
-    ]
-    return nn.Sequential(*parts, *([nn.SiLU(inplace=True)] if activated else []))
+
+class PictureNorm(nn.Module):
+    """GroupNorm (arXiv 1803.08494) whose means and variances are those of the cells within the picture; float32."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.groups = min(GROUPS_OF_NORM, channels // 2)  # one channel of one cell has no norm
+        self.of_group = channels // self.groups
+        self.weight, self.bias = (nn.Parameter(start(channels)) for start in (torch.ones, torch.zeros))
+
+    def forward(self, pixels: Tensor, inside: Tensor) -> Tensor:
+        """(N, C, h, w) -> the same; what is outside is as much moved and scaled as what is inside."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            pixels = pixels.float()
+            cells = inside.flatten(1)[..., None].to(pixels.dtype)
+            mean = self._means(pixels, cells)
+            variance = self._means((pixels - mean[..., None, None]).square(), cells)
+            scale = self.weight / (variance + TINY).sqrt()  # onnxruntime 1.32 cannot multiply it by a quotient
+            shift = self.bias - mean * scale
+            moved: Tensor = pixels * scale[..., None, None] + shift[..., None, None]
+        return moved
+
+    def _means(self, pixels: Tensor, cells: Tensor) -> Tensor:
+        """(N, C): of each channel the mean of its group over cells (N, h w, 1) that are 1."""
+        of_channel = (pixels.flatten(2) @ cells)[..., 0] / cells.sum(dim=1)
+        of_group = of_channel.view(-1, self.groups, self.of_group).mean(dim=2, keepdim=True)
+        of_its_channels: Tensor = of_group.expand(-1, -1, self.of_group).flatten(1)
+        return of_its_channels
+
+
+class Convolution(nn.Module):
+    """A convolution, its norm and, if it is activated, a SiLU. Beside the picture it sees zeros, as beyond the
+    edge."""
+
+    def __init__(self, inner: int, out: int, size: int = 1, stride: int = 1, *, activated: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inner, out, size, stride, padding=size // 2, bias=False)
+        self.norm = PictureNorm(out)
+        self.activated = activated
+
+    def forward(self, pixels: Tensor, inside: Tensor) -> Tensor:
+        """(N, inner, h, w) -> (N, out, h / stride, w / stride)."""
+        size, stride = self.conv.kernel_size[0], self.conv.stride[0]
+        seen = pixels * inside[:, None].to(pixels.dtype) if size > 1 else pixels
+        moved: Tensor = self.norm(self.conv(seen), inside[:, ::stride, ::stride])
+        return F.silu(moved) if self.activated else moved
 
 
 class Fusion(nn.Module):
@@ -30,12 +72,16 @@ class Fusion(nn.Module):
 
     def __init__(self, channels: int, hidden: int, blocks: int) -> None:
         super().__init__()
-        self.deep = nn.Sequential(conv(2 * channels, hidden), *(conv(hidden, hidden, 3) for _ in range(blocks)))
-        self.flat, self.out = conv(2 * channels, hidden), conv(hidden, channels)
+        self.deep = nn.ModuleList(
+            Convolution(hidden if block else 2 * channels, hidden, 3 if block else 1) for block in range(blocks + 1)
+        )
+        self.flat, self.out = Convolution(2 * channels, hidden), Convolution(hidden, channels)
 
-    def forward(self, one: Tensor, two: Tensor) -> Tensor:
-        both = torch.cat([one, two], dim=1)
-        fused: Tensor = self.out(self.deep(both) + self.flat(both))
+    def forward(self, one: Tensor, two: Tensor, inside: Tensor) -> Tensor:
+        both = deep = torch.cat([one, two], dim=1)
+        for block in self.deep:
+            deep = block(deep, inside)
+        fused: Tensor = self.out(deep + self.flat(both, inside), inside)
         return fused
 
 
@@ -50,7 +96,7 @@ class LevelAttention(nn.Module):
         initialise(self.feedforward)
 
     def forward(self, pixels: Tensor, inside: Tensor) -> Tensor:
-        """(N, C, h, w) -> the same. `inside`: (N, h, w) bool, the cells that are looked at."""
+        """(N, C, h, w) -> the same. No cell outside is looked at."""
         cells = pixels.flatten(2).transpose(1, 2)
         position = cell_positions(pixels)
         bias = torch.where(inside.flatten(1)[:, None, None], 0.0, -torch.inf)
@@ -66,25 +112,27 @@ class HybridEncoder(nn.Module):
     def __init__(self, config: HybridEncoderConfig, inputs: list[int], channels: int) -> None:
         super().__init__()
         steps = len(inputs) - 1
-        self.project = nn.ModuleList(conv(width, channels, activated=False) for width in inputs)
+        self.project = nn.ModuleList(Convolution(width, channels, activated=False) for width in inputs)
         self.coarsest = LevelAttention(channels, config.heads, config.feedforward)
-        self.lateral = nn.ModuleList(conv(channels, channels) for _ in range(steps))
-        self.downward = nn.ModuleList(conv(channels, channels, 3, 2) for _ in range(steps))
+        self.lateral = nn.ModuleList(Convolution(channels, channels) for _ in range(steps))
+        self.downward = nn.ModuleList(Convolution(channels, channels, 3, 2) for _ in range(steps))
         self.finer, self.coarser = (
             nn.ModuleList(Fusion(channels, config.hidden, config.blocks) for _ in range(steps)) for _ in range(2)
         )
 
-    def forward(self, maps: list[Tensor], inside: Tensor) -> list[Tensor]:
-        """`maps`: (N, width, h, w) each. `inside`: (N, h, w) bool, the cells of the coarsest level that lie in a
-        picture."""
-        projected = [project(pixels) for project, pixels in zip(self.project, maps, strict=True)]
-        found = [self.coarsest(projected[-1], inside)]
-        for lateral, fuse, pixels in zip(self.lateral, self.finer, projected[-2::-1], strict=True):
-            found[0] = lateral(found[0])
-            found.insert(0, fuse(F.interpolate(found[0], scale_factor=2.0, mode="nearest"), pixels))
+    def forward(self, maps: list[Tensor], inside: Sequence[Tensor]) -> list[Tensor]:
+        """`maps`: (N, width, h, w) each, with `inside` of each."""
+        projected = [project(m, i) for project, m, i in zip(self.project, maps, inside, strict=True)]
+        found = [self.coarsest(projected[-1], inside[-1])]
+        for level, (lateral, fuse) in enumerate(zip(self.lateral, self.finer, strict=True)):
+            fine = len(maps) - 2 - level
+            found[0] = lateral(found[0], inside[fine + 1])
+            wider = F.interpolate(found[0], scale_factor=2.0, mode="nearest")
+            found.insert(0, fuse(wider, projected[fine], inside[fine]))
         out = found[:1]
-        for downward, fuse, pixels in zip(self.downward, self.coarser, found[1:], strict=True):
-            out.append(fuse(downward(out[-1]), pixels))
+        for level, (downward, fuse) in enumerate(zip(self.downward, self.coarser, strict=True)):
+            coarse = level + 1
+            out.append(fuse(downward(out[-1], inside[level]), found[coarse], inside[coarse]))
         return out
 
 

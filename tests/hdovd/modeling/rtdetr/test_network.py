@@ -12,7 +12,7 @@ from hdovd.config.rtdetr import HybridEncoderConfig
 from hdovd.modeling.queries.overlaps import covered
 from hdovd.modeling.rtdetr.attention import Attention, DeformableAttention, GridSampling
 from hdovd.modeling.rtdetr.decoder import Selection, Stage, cells_of, logit, to_pixels, to_shares
-from hdovd.modeling.rtdetr.encoder import HybridEncoder
+from hdovd.modeling.rtdetr.encoder import HybridEncoder, PictureNorm
 from hdovd.modeling.rtdetr.losses import varifocal_rows
 
 N, Q, C, HEADS, POINTS = 2, 3, 8, 2, 3
@@ -142,27 +142,49 @@ def test_attention_is_torchs() -> None:
     torch.testing.assert_close(part(content, position, bias), expected.transpose(0, 1), atol=1e-6, rtol=1e-5)
 
 
-def test_the_encoder_looks_at_no_cell_of_the_padding() -> None:
-    """Attention is the one part that reaches over more than a neighbourhood: what lies in the padding of the coarsest
-    level reaches its cells within the picture by the convolutions around it alone.
-    """
+def test_norms_of_whole_pictures_are_torchs() -> None:
+    part, theirs, pixels = PictureNorm(12), torch.nn.GroupNorm(6, 12), noise(3, 12, 5, 6, seed=1) + 5
+    for seed, (ours, value) in enumerate(((part.weight, theirs.weight), (part.bias, theirs.bias))):
+        torch.nn.init.normal_(ours, generator=torch.Generator().manual_seed(seed))
+        value.data.copy_(ours)
+    everywhere = torch.ones(3, 5, 6, dtype=torch.bool)
+    torch.testing.assert_close(part(pixels, everywhere), theirs(pixels), atol=1e-5, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = part(pixels.bfloat16(), everywhere)
+    assert rounded.dtype == torch.float32
+
+
+def test_the_encoder_finds_in_a_picture_what_it_finds_in_it_alone() -> None:
+    """Whatever the padding holds, and however much of it there is; gradients too."""
     torch.manual_seed(0)
-    encoder = HybridEncoder(HybridEncoderConfig(heads=2, feedforward=16, blocks=1, hidden=32), [4, 6], 32).eval()
-    pixels = noise(1, 32, 4, 5, seed=1)
-    inside = (torch.arange(5) < 3).expand(1, 4, -1)
-    changed = torch.where(inside[:, None], pixels, 7.0)
-    one, other = (encoder.coarsest(p, inside) for p in (pixels, changed))
-    torch.testing.assert_close(one[..., :3], other[..., :3])
-    assert not torch.allclose(encoder.coarsest(changed, inside | True)[..., :3], other[..., :3], atol=1e-3)
-    maps = encoder([noise(1, 4, 8, 10, seed=2), noise(1, 6, 4, 5, seed=3)], inside)
-    assert [tuple(m.shape) for m in maps] == [(1, 32, 8, 10), (1, 32, 4, 5)]
+    encoder = HybridEncoder(HybridEncoderConfig(heads=2, feedforward=16, blocks=2, hidden=32), [4, 6, 8], 32)
+    alone = [noise(1, c, 12 >> i, 20 >> i, seed=i).requires_grad_() for i, c in enumerate((4, 6, 8))]
+    batch = [noise(2, c, 16 >> i, 28 >> i, seed=9 + i) * 7 for i, c in enumerate((4, 6, 8))]
+    inside = [torch.ones(2, 16 >> i, 28 >> i, dtype=torch.bool) for i in range(3)]
+    for one, padded, cells in zip(alone, batch, inside, strict=True):
+        cells[1] = False
+        cells[1, : one.shape[2], : one.shape[3]] = True
+        padded[1, :, : one.shape[2], : one.shape[3]] = one[0]
+    found, expected = (
+        encoder(batch, inside),
+        encoder(alone, [torch.ones_like(m[:, 0], dtype=torch.bool) for m in alone]),
+    )
+    pulls = [noise(*m.shape, seed=30 + i) for i, m in enumerate(expected)]
+    found = [m[1:, :, : e.shape[2], : e.shape[3]] for m, e in zip(found, expected, strict=True)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    totals = [sum((m * p).sum() for m, p in zip(maps, pulls, strict=True)) for maps in (found, expected)]
+    for one, other in zip(*(torch.autograd.grad(t, alone) for t in totals), strict=True):
+        assert other.abs().max() > 0
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
 def test_every_level_of_the_encoder_sees_every_other() -> None:
     torch.manual_seed(0)
     encoder = HybridEncoder(HybridEncoderConfig(heads=2, feedforward=16, blocks=1, hidden=32), [4, 6, 8], 32)
     maps = [noise(1, c, 16 >> i, 16 >> i, seed=i).requires_grad_() for i, c in enumerate((4, 6, 8))]
-    for out in encoder(maps, torch.ones(1, 4, 4, dtype=torch.bool)):
+    inside = [torch.ones(1, 16 >> i, 16 >> i, dtype=torch.bool) for i in range(3)]
+    for out in encoder(maps, inside):
         for gradient in torch.autograd.grad((out * noise(*out.shape, seed=7)).sum(), maps, retain_graph=True):
             assert gradient.abs().max() > 0
 
