@@ -124,8 +124,8 @@ def _source(model: Detector, run: RunFolder, init: Path) -> Detector:
 def _matched(model: Detector, source: Detector, init: Path) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """The tensors to take, our names that `source` lacks, and its names that we lack.
 
-    Raises HdovdError unless the levels of distillation, which differ from recipe to recipe, are the reason for what is
-    lacking.
+    Raises HdovdError unless what is lacking is there for training alone, or the levels of distillation, which differ
+    from recipe to recipe, are the reason.
     """
     ours, theirs = (  # texts of backgrounds are those of the cache
         {name: value for name, value in one.state_dict().items() if name != "background_texts"}
@@ -142,8 +142,8 @@ def _matched(model: Detector, source: Detector, init: Path) -> tuple[dict[str, T
         for name, value in found.items()
         if value.shape != ours[name].shape
     ]
-    missing = _of_detector(anew, model.recipe, source.recipe, model.dim)
-    unknown = _of_detector(unused, source.recipe, model.recipe, model.dim)
+    missing = _of_detector(anew, model, source.recipe)
+    unknown = _of_detector(unused, source, model.recipe)
     if problems := misfits(missing, unknown, wrong):
         lines = _detector_lines(model.recipe, source.recipe, init.name)
         raise HdovdError(
@@ -154,14 +154,15 @@ def _matched(model: Detector, source: Detector, init: Path) -> tuple[dict[str, T
     return found, anew, unused
 
 
-def _of_detector(names: Iterable[str], recipe: Recipe, other: Recipe, dim: int) -> list[str]:
-    """Those of `names`, which a model of `recipe` has, that it has with the other's losses too: the losses are no
-    reason for them.
+def _of_detector(names: Iterable[str], model: Detector, other: Recipe) -> list[str]:
+    """Those of `names`, which `model` has, that it has with the other recipe's losses too: the losses are no reason for
+    them. What is there for training alone may come and go.
     """
-    wanted = [name for name in names if not name.endswith(COUNTS)]
+    wanted = [name for name in names if not name.endswith(COUNTS) and not name.startswith(model.training_parts)]
     if not wanted:
         return []
-    has = build_detector(recipe.model_copy(update={"loss": other.loss}), dim, initialise=False).state_dict()
+    recipe = model.recipe.model_copy(update={"loss": other.loss})
+    has = build_detector(recipe, model.dim, initialise=False).state_dict()
     return [name for name in wanted if name in has]
 
 

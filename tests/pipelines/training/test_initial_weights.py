@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from adamixer_micro import recipe as adamixer_recipe
+from rtdetr_micro import recipe as rtdetr_recipe
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -178,6 +179,16 @@ def test_an_adamixer_trains_on(untrained: Callable[..., RunFolder], job: TrainCo
     assert torch.equal(weights(run)["object_text"], weights(source)["object_text"])
     assert not torch.equal(weights(run)["background"], weights(source)["background"])
     assert "stands in" not in "\n".join(said)
+
+
+@pytest.mark.parametrize(("there", "asked"), [(0, 20), (20, 0)])
+def test_denoising_may_come_and_go(
+    started: Started, untrained: Callable[..., RunFolder], there: int, asked: int
+) -> None:
+    source = untrained("source", rtdetr_recipe(f"detector.denoising.queries={there}"))
+    found, said = started(init=source.path, recipe=rtdetr_recipe(f"detector.denoising.queries={asked}"))
+    require_same(found, {name: value for name, value in weights(source).items() if name.startswith("network.")})
+    assert "denoising" in said
 
 
 def test_boxes_of_novel_classes_are_told(

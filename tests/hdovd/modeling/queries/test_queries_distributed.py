@@ -1,4 +1,4 @@
-"""Two processes train a detector made of queries as one does (METHOD section 10): losses, gradients, memories and
+"""Several processes train a detector made of queries as one does (METHOD section 10): losses, gradients, memories and
 moving means.
 """
 
@@ -14,13 +14,14 @@ import torch
 from forked_group import played
 
 
+@pytest.mark.parametrize("several", [[1, 3], [2, 1, 1]], ids=["two", "three, one without any box"])
 @pytest.mark.parametrize("scenes", [adamixer_scenes, rtdetr_scenes], ids=lambda scenes: scenes.__name__)
-def test_two_processes_are_one(scenes: ModuleType, tmp_path: Path) -> None:
+def test_several_processes_are_one(scenes: ModuleType, several: list[int], tmp_path: Path) -> None:
     """In float64; counts are float32, so to 1e-6 of a tensor's largest value (and of the largest gradient)."""
     scene = SimpleNamespace(
         train=partial(query_processes.train, scenes.detector), work=partial(query_processes.work, scenes.detector)
     )
-    (alone,), together = (played(scene, tmp_path / str(len(shares)), shares) for shares in ([4], [1, 3]))
+    (alone,), together = (played(scene, tmp_path / str(len(shares)), shares) for shares in ([4], several))
     assert all(loss > 0 for loss in alone["steps"][1].values())
     for step, losses in enumerate(alone["steps"]):
         for name, loss in losses.items():
