@@ -12,7 +12,7 @@ def export_labels(config: ExportLabelsConfig) -> None:
     instances.json, with scores.
 
     Pictures are those of hdovd detect, by its images.json; of a cache, of its data; or of --data, its training pictures
-    for a search, its validation pictures for hdovd eval. What is corrected there is a data set again: docs/LABELS.md.
+    for a search, its validation pictures for hdovd eval. What is corrected there is a data set again: docs/DATA.md.
     """
     from hdovd.pipelines.label_export.export import export_labels as run
 

@@ -322,8 +322,9 @@ def export_lance(config: ExportConfig) -> None:
     tables = _tables(config)
     schema = next(tables).schema
     batches = (batch for table in tables for batch in table.to_batches())
+    mode = "overwrite" if Path(config.out, f"{LANCE_TABLE}.lance").exists() else "create"
     with writing(Path(config.out)):
-        table = lancedb.connect(str(config.out)).create_table(LANCE_TABLE, batches, schema=schema, mode="overwrite")
+        table = lancedb.connect(str(config.out)).create_table(LANCE_TABLE, batches, schema=schema, mode=mode)
     log(f"wrote {config.out}: table {LANCE_TABLE} of {table.count_rows():,d} boxes")
 
 

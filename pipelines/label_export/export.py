@@ -95,7 +95,8 @@ def read_boxes(config: ExportLabelsConfig) -> tuple[dict[str, int], Pictures]:
 
 def _of_file(file: Path, data: DataPaths) -> tuple[Path, Instances, bool, Iterator[Any]]:
     """The folder and the data that the entries of a file are of, whether it is all that was looked at, and these."""
-    beside, searched = file.with_name("images.json"), "name" in next((one for _, one in JsonStream(file, "boxes")), {})
+    first = next((one for _, one in JsonStream(file, "boxes")), None)
+    beside, searched = file.with_name("images.json"), isinstance(first, dict) and "name" in first
     of_detect = beside.is_file() and data.root is None and data.annotations is None
     annotations, folder = (
         (beside, data.images or Path()) if of_detect else data.locate("train2017" if searched else "val2017")
