@@ -89,6 +89,8 @@ class _Commands(LazyGroup):
         "detect": "Find anything that has a name in any pictures.",
         "serve": "Find and search in a browser: a page for pictures, names, examples and the boxes of a cache.",
         "export": "Write the detector to one file for other programs: picture and class embeddings in, detections out.",
+        "export-labels": "Write detections, pseudo boxes or doubtful labels for FiftyOne, Label Studio, CVAT, YOLO or "
+        "COCO tools.",
         "import-checkpoint": "Make a run folder of the authors' published weights, for eval, detect, export and "
         "report.",
         "ablate": "Train and evaluate every cell of a grid with several seeds over one cache; write table.md, "

@@ -37,6 +37,7 @@ ORDER = [
         "pipelines.proposal_files",
         "pipelines.runs",
         "pipelines.extraction",
+        "pipelines.label_export",
         "pipelines.calibration",
         "pipelines.evaluation",
         "pipelines.training",

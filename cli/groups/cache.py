@@ -137,6 +137,9 @@ def export(config: ExportConfig) -> None:
     parquet: a row a box, with its image, class or noun, and embedding, for DuckDB, pandas and others that read tables.
     Needs pip install 'hdovd[parquet]'.
 
+    lance: the same as the table boxes of a LanceDB database, a folder, in place of one of that name. Needs pip install
+    'hdovd[lance]'.
+
     crops: a folder of the proposals' crops, crops/ROW.jpg, and questions.jsonl, a line for each with the noun that it
     has: for another model to answer in that form, and extract-clip --verdicts to read (docs/LABELS.md).
 

@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.core.json_stream import JsonStream
 from hdovd.core.log import log
 from hdovd.core.text_files import checked_name, shown
@@ -153,6 +153,12 @@ def load_split(
         log(
             f"note: {annotations} says what is not in its images, as LVIS's annotations do, but protocol "
             f"{protocol.name} takes them for complete: federated = true in it would not"
+        )
+    others = Counter(found.names[c] for c in found.categories if c not in label_of and c in found.names)
+    if others and federated is None:  # COCO's and LVIS's own have more classes than a protocol
+        log(
+            f"note: {annotations}: {counted(others.total(), 'box is', 'boxes are')} of classes that protocol "
+            f"{protocol.name} does not name: {shorten(sorted(others))}"
         )
     skips = Skips()
     rows, labels, spoilt = _usable(found, label_of, len(protocol.base) if base_only else None, skips)

@@ -1,8 +1,9 @@
 """A set of a cache in other forms: with its pictures and base annotations as tar shards, and from those a cache again,
-to the byte; as one Parquet file; or as crops to ask another model about.
+to the byte; as one Parquet file, or a LanceDB table; or as crops to ask another model about.
 
-The Parquet file is for whatever reads tables: DuckDB, pandas, Polars, LanceDB, Embedding Atlas. A row a box, image by
-image, base boxes before proposals. Columns; null means that a value is not known or does not apply:
+The Parquet file is for whatever reads tables: DuckDB, pandas, Polars, Embedding Atlas. A row a box, image by image,
+base boxes before proposals; LanceDB's table is the same. Columns; null means that a value is not known or does not
+apply:
 
     image_id       int64
     file_name      string; null without the annotations
@@ -44,7 +45,7 @@ from hdovd.core.errors import HdovdError, counted, system_reason
 from hdovd.core.log import log
 from hdovd.data.coco import ImageBoxes, Split
 from hdovd.data.protocol import Protocol
-from hdovd.pipelines.common.atomic_write import replace_file, write_picture, write_text
+from hdovd.pipelines.common.atomic_write import replace_file, write_picture, write_text, writing
 from hdovd.pipelines.common.console import progress, size
 from hdovd.pipelines.common.images import read_image
 from hdovd.pipelines.common.options import require_own_folder
@@ -277,38 +278,66 @@ def export_crops(config: ExportConfig) -> None:
     log(f"wrote {QUESTIONS}, and {len(mine):,d} crops to {out}/crops{told}")
 
 
-GROUP_ROWS = 16_384  # of a row group, which is held in memory: 32 MB of embeddings of 512 values
+GROUP_ROWS = 16_384  # held in memory: 32 MB of embeddings of 512 values. A row group of Parquet's
 
 
 def export_parquet(config: ExportConfig) -> None:
     """Write the file whole or not at all. Raises HdovdError for bad input, or without pyarrow."""
     config.check()
     try:
-        from pyarrow.parquet import ParquetWriter
+        from pyarrow.parquet import ParquetWriter, read_metadata
     except ImportError as error:
         raise HdovdError("hdovd cache export --to parquet needs pyarrow: pip install 'hdovd[parquet]'") from error
-    cache, out = FeatureCache(config.cache, config.features), Path(config.out)
-    images, (files, classes) = cache.row_images(), _annotated(cache, config)
+    out, tables = Path(config.out), _tables(config)
+    schema = next(tables).schema
 
     def write(partial: Path) -> None:
         # A float16 in float32 has two bytes of next to nothing: split from the others they take next to no room.
-        with (
-            ParquetWriter(
-                partial,
-                _table(cache, images[:0], 0, files, classes).schema,
-                compression="zstd",
-                use_dictionary=["file_name", "source", "name"],
-                column_encoding={"embedding.list.element": "BYTE_STREAM_SPLIT"},
-            ) as writer,
-            progress(None, "parquet", "box", total=len(images)) as bar,
-        ):
-            for start in range(0, len(images), GROUP_ROWS):
-                some = images[start : start + GROUP_ROWS]
-                writer.write_table(_table(cache, some, start, files, classes))
-                bar.update(len(some))
+        with ParquetWriter(
+            partial,
+            schema,
+            compression="zstd",
+            use_dictionary=["file_name", "source", "name"],
+            column_encoding={"embedding.list.element": "BYTE_STREAM_SPLIT"},
+        ) as writer:
+            for table in tables:
+                writer.write_table(table)
 
     replace_file(out, write)
-    log(f"wrote {out}: {len(images):,d} boxes, {size(out.stat().st_size)}")
+    log(f"wrote {out}: {read_metadata(out).num_rows:,d} boxes, {size(out.stat().st_size)}")
+
+
+LANCE_TABLE = "boxes"
+
+
+def export_lance(config: ExportConfig) -> None:
+    """Write the table of a LanceDB database, whole or not at all: a reader sees what was there until all rows are.
+    Raises HdovdError for bad input, or without lancedb.
+    """
+    config.check()
+    try:
+        import lancedb
+    except ImportError as error:
+        raise HdovdError("hdovd cache export --to lance needs lancedb: pip install 'hdovd[lance]'") from error
+    tables = _tables(config)
+    schema = next(tables).schema
+    batches = (batch for table in tables for batch in table.to_batches())
+    mode = "overwrite" if Path(config.out, f"{LANCE_TABLE}.lance").exists() else "create"
+    with writing(Path(config.out)):
+        table = lancedb.connect(str(config.out)).create_table(LANCE_TABLE, batches, schema=schema, mode=mode)
+    log(f"wrote {config.out}: table {LANCE_TABLE} of {table.count_rows():,d} boxes")
+
+
+def _tables(config: ExportConfig) -> Iterator[Any]:
+    """pyarrow tables of all rows, GROUP_ROWS at a time, after one without rows."""
+    cache = FeatureCache(config.cache, config.features)
+    images, (files, classes) = cache.row_images(), _annotated(cache, config)
+    yield _table(cache, images[:0], 0, files, classes)
+    with progress(None, str(config.to), "box", total=len(images)) as bar:
+        for start in range(0, len(images), GROUP_ROWS):
+            some = images[start : start + GROUP_ROWS]
+            yield _table(cache, some, start, files, classes)
+            bar.update(len(some))
 
 
 def _annotated(cache: FeatureCache, config: ExportConfig) -> tuple[dict[int, str], dict[int, str]]:
@@ -364,6 +393,9 @@ def _table(cache: FeatureCache, images: np.ndarray, start: int, files: dict[int,
 
 def export(config: ExportConfig) -> None:
     """Write the set in the form that is asked for. Raises HdovdError."""
-    {ExportForm.WEBDATASET: export_tars, ExportForm.PARQUET: export_parquet, ExportForm.CROPS: export_crops}[config.to](
-        config
-    )
+    {
+        ExportForm.WEBDATASET: export_tars,
+        ExportForm.PARQUET: export_parquet,
+        ExportForm.LANCE: export_lance,
+        ExportForm.CROPS: export_crops,
+    }[config.to](config)

@@ -30,6 +30,7 @@ DATA_AND_PROTOCOL = "--data and --protocol"
 class ExportForm(StrEnum):
     WEBDATASET = "webdataset"
     PARQUET = "parquet"
+    LANCE = "lance"
     CROPS = "crops"
 
 
@@ -112,8 +113,8 @@ class ExportConfig(CacheSource):
                     ExportForm,
                     MISSING,
                     Option(
-                        "The form: tar shards that the webdataset package reads, a Parquet file, or a folder of the "
-                        "proposals' crops and verdicts to fill in."
+                        "The form: tar shards that the webdataset package reads, a Parquet file, a LanceDB table, or a "
+                        "folder of the proposals' crops and verdicts to fill in."
                     ),
                 )
             },
@@ -129,8 +130,8 @@ class ExportConfig(CacheSource):
         """Raises HdovdError for what is wrong with the paths and names alone."""
         if self.to is ExportForm.PARQUET and Path(self.out).suffix != ".parquet":
             raise HdovdError(f"--out {self.out}: expected a file whose name ends in .parquet")
-        if self.to is ExportForm.CROPS and "://" in str(self.out):
-            raise HdovdError(f"--out {self.out}: expected a folder on this machine, for --to crops")
+        if self.to in (ExportForm.LANCE, ExportForm.CROPS) and "://" in str(self.out):
+            raise HdovdError(f"--out {self.out}: expected a folder on this machine, for --to {self.to}")
         CacheSource.check(self)
 
 

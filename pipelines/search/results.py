@@ -47,12 +47,12 @@ class Hit:
 
 
 def write_results(file: Path, hits: Sequence[Hit]) -> None:
-    """COCO results form."""
+    """COCO results form, with the names that `hdovd export-labels` takes."""
     found = []
     for hit in hits:
         left, top, right, bottom = hit.box
-        box = [left, top, right - left, bottom - top]
-        found.append({"image_id": hit.image_id, "category_id": 1, "bbox": box, "score": hit.cosine})
+        about = {"image_id": hit.image_id, "category_id": 1, "name": hit.name, "other": hit.other}
+        found.append(about | {"bbox": [left, top, right - left, bottom - top], "score": hit.cosine})
     write_text(file, json.dumps(found))
     log(f"wrote {file}")
 

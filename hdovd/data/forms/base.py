@@ -20,6 +20,8 @@ FORMS = Registry(
         "objects365": "hdovd.data.forms.coco:OBJECTS365",
         "voc": "hdovd.data.forms.voc:VOC",
         "yolo": "hdovd.data.forms.yolo:YOLO",
+        "label-studio": "hdovd.data.forms.labelling_tools:LABEL_STUDIO",
+        "cvat": "hdovd.data.forms.labelling_tools:CVAT",
     },
 )
 

@@ -10,8 +10,11 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
+from hdovd.core.errors import HdovdError
 from hdovd.core.log import log
+from hdovd.core.text_files import cut, read_text
 from hdovd.core.user_cache import user_cache_folder
 
 VERSION = 2  # of what is written: another one converts anew
@@ -78,3 +81,19 @@ def _coco(names: Sequence[str], pictures: Sequence[Picture]) -> dict[str, list[d
 def _number(name: str) -> int:
     """Of 53 bits, which JSON readers hold exactly; readers of the file refuse two of the same."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 11
+
+
+def read_xml(file: Path, whose: str, tag: str) -> ElementTree.Element:
+    """The first element of an XML file, which has that tag. `whose`: the form, in messages. Raises HdovdError, also for
+    a file that declares a document type or entities: they could make it grow, or name other files.
+    """
+    text = read_text(file, "annotations", f"{whose} XML")
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise HdovdError(f"{file} declares a document type or entities, which are not read: take them out")
+    try:
+        tree = ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError) as error:
+        raise HdovdError(f"{file} is not valid XML ({cut(str(error))}); is the download complete?") from error
+    if tree.tag != tag:
+        raise HdovdError(f"{file} begins with <{cut(tree.tag, 80)}>, expected {whose} <{tag}>")
+    return tree

@@ -16,7 +16,7 @@ from hdovd.core.log import log
 from hdovd.core.picture_header import upright_size
 from hdovd.core.text_files import checked_name, cut, read_text, shown
 from hdovd.data.forms.base import SPLITS, Form
-from hdovd.data.forms.conversion import Picture, converted
+from hdovd.data.forms.conversion import Picture, converted, read_xml
 
 _LISTS = ("ImageSets/Main/*.txt", "VOC*/ImageSets/Main/*.txt", "VOCdevkit/VOC*/ImageSets/Main/*.txt")
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
@@ -83,15 +83,7 @@ def _read_all(root: Path, wanted: Sequence[_Listed], files: dict[_Listed, Path])
 
 def _read(xml: Path, picture: Path) -> tuple[tuple[int, int], list[_Object]]:
     """The picture's width and height, by its own header if the file does not say it, and its objects."""
-    text = read_text(xml, "annotations", "Pascal VOC's XML")
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise HdovdError(f"{xml} declares a document type or entities, which are not read: take them out")
-    try:
-        tree = ElementTree.fromstring(text)
-    except (ElementTree.ParseError, ValueError) as error:
-        raise HdovdError(f"{xml} is not valid XML ({cut(str(error))}); is the download complete?") from error
-    if tree.tag != "annotation":
-        raise HdovdError(f"{xml} begins with <{cut(tree.tag, 80)}>, expected Pascal VOC's <annotation>")
+    tree = read_xml(xml, "Pascal VOC's", "annotation")
     width, height = (tree.findtext(f"size/{side}", "").strip() for side in ("width", "height"))
     said = re.fullmatch("[1-9][0-9]{0,8} [1-9][0-9]{0,8}", f"{width} {height}")
     objects = [_object(one, f"{xml}: object {number}") for number, one in enumerate(tree.findall("object"), start=1)]

@@ -33,7 +33,7 @@ def _annotations(root: Path, split: str) -> Path:
     if not tree.get(SPLITS[split]):
         return file.with_name(f"{SPLITS[split]} of data.yaml")
     names, pictures = _names(tree.get("names"), file), _pictures(tree, SPLITS[split], file)
-    labels = {picture: root / _label_of(picture) for picture in pictures}
+    labels = {picture: root / label_of(picture) for picture in pictures}
     there = [label for label in labels.values() if label.is_file()]
     if not there:
         raise HdovdError(f"{file}: no picture of {SPLITS[split]} has labels, such as {next(iter(labels.values()), '')}")
@@ -84,7 +84,7 @@ def _within(root: Path, picture: Path, where: str) -> str:
     return name
 
 
-def _label_of(picture: str) -> str:
+def label_of(picture: str) -> str:
     """images/train/x.jpg -> labels/train/x.txt: the last folder of that name is replaced."""
     before, found, after = f"/{os.path.splitext(picture)[0]}.txt".rpartition("/images/")
     return (f"{before}/labels/{after}" if found else after)[1:]

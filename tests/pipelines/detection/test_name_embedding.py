@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,8 @@ def test_two_processes_may_keep_the_same_names_at_once(
                     shutil.rmtree(tmp_path / "kept", ignore_errors=True)  # others' files go, as they write them
                 first.embed(names)
                 os._exit(0)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(1)
         children.append(child)

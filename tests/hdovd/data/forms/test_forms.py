@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -131,6 +132,69 @@ def write_yolo(root: Path, settings: str = "path: .\ntrain: images/train\nval: i
             label.write_text("\n".join(lines) + "\n")
 
 
+def region(width: int, height: int, kind: str, box: Sequence[float], **more: Any) -> dict[str, Any]:
+    """A rectangle as Label Studio has it: of upper left corner, width and height, in percent."""
+    x, y, x2, y2 = box
+    sides = {"x": 100 * x / width, "y": 100 * y / height}
+    sides |= {"width": 100 * (x2 - x) / width, "height": 100 * (y2 - y) / height}
+    value = {**sides, "rotation": 0, "rectanglelabels": [kind], **more}
+    return {"original_width": width, "original_height": height, "image_rotation": 0, "value": value}
+
+
+def task(address: str, regions: Sequence[dict[str, Any]], **annotation: Any) -> dict[str, Any]:
+    about = {"from_name": "label", "to_name": "image", "type": "rectanglelabels", "origin": "manual"}
+    result = [{"id": f"r{number}", **about, **one} for number, one in enumerate(regions)]
+    done = {"id": 7, "completed_by": 1, "was_cancelled": False, "ground_truth": False, "result": result, **annotation}
+    return {"id": 1, "annotations": [done], "predictions": [], "data": {"image": address}, "file_upload": "x.jpg"}
+
+
+def write_label_studio(root: Path, minimal: bool = False) -> None:
+    """Training pictures uploaded, validation pictures served from a folder."""
+    for split in SPLITS:
+        tasks = list[Any]()
+        for name, (width, height, boxes) in WORLD[split].items():
+            picture(root / split / "images" / f"{name}.jpg", width, height)
+            uploaded, served = f"/data/upload/3/0a1b2c3d-{name}.jpg", f"/data/local-files/?d=my%20set/{name}.jpg"
+            regions = [region(width, height, kind, box) for kind, *box in boxes]
+            tasks.append(task(uploaded if split == "train" else served, regions))
+            if minimal:
+                flat = [{**one.pop("value"), **one} for one in regions]
+                tasks[-1] = {
+                    "image": uploaded if split == "train" else served,
+                    "id": 1,
+                    "label": flat,
+                    "annotator": 1,
+                    "created_at": "2026-01-01",
+                }
+        write_json(root / split / "project-3-at-2026-01-01-00-00-0a1b2c3d.json", tasks)
+
+
+def cvat(pictures: Sequence[tuple[str, int, int, str]], more: str = "") -> str:
+    labels = "".join(f"<label><name>{name}</name><attributes/></label>" for name in NAMES)
+    images = "".join(
+        f'<image id="{number}" name="{name}" {more} width="{width}" height="{height}">{shapes}</image>\n'
+        for number, (name, width, height, shapes) in enumerate(pictures)
+    )
+    return (
+        f"<annotations><version>1.1</version><meta><task><labels>{labels}</labels></task></meta>{images}</annotations>"
+    )
+
+
+def shape(kind: str, box: Sequence[float], more: str = "") -> str:
+    sides = " ".join(f'{key}="{side}"' for key, side in zip(("xtl", "ytl", "xbr", "ybr"), box, strict=True))
+    about = f'label="{kind}" source="manual" occluded="0" {sides} z_order="0"{more}'
+    return f'<box {about}><attribute name="a">1</attribute></box>'
+
+
+def write_cvat(root: Path) -> None:
+    for split in SPLITS:
+        pictures = list[Any]()
+        for name, (width, height, boxes) in WORLD[split].items():
+            picture(root / split / "images" / f"{name}.jpg", width, height)
+            pictures.append((f"{name}.jpg", width, height, "".join(shape(kind, box) for kind, *box in boxes)))
+        (root / split / "annotations.xml").write_text(cvat(pictures))
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
     "coco": write_coco,
     "lvis": write_lvis,
@@ -142,6 +206,9 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "voc in its year": lambda root: write_voc(root / "VOC2007"),
     "voc in the devkit": lambda root: write_voc(root / "VOCdevkit" / "VOC2012"),
     "yolo": write_yolo,
+    "label-studio": write_label_studio,
+    "label-studio JSON-MIN": lambda root: write_label_studio(root, minimal=True),
+    "cvat": write_cvat,
 }
 
 
@@ -178,7 +245,7 @@ def number_of(found: Split, name: str) -> int:
 
 
 def alike(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Boxes to a thousandth of a pixel: YOLO's are of parts of a side."""
+    """Boxes to a thousandth of a pixel: YOLO's and Label Studio's are of parts of a side."""
     return found.keys() == wanted.keys() and all(
         found[name][:2] == wanted[name][:2]
         and [kind for kind, *_ in found[name][2]] == [kind for kind, *_ in wanted[name][2]]
@@ -193,7 +260,7 @@ def test_the_same_world_in_each_form(tmp_path: Path, form: str) -> None:
     for split in SPLITS:
         found = load(tmp_path, split)
         assert alike(boxes_of(found), expected(split))
-        if "yolo" not in form:
+        if "yolo" not in form and "label" not in form:
             assert boxes_of(found) == expected(split)
         assert [read_pixels(found, image).shape[1:] for image in found.images] == [
             (image.height, image.width) for image in found.images
@@ -216,7 +283,12 @@ def test_validation_is_found(tmp_path: Path, form: str) -> None:
     WRITERS[form](tmp_path)
     assert validation_of(given) == DataPaths(tmp_path)
     for file in tmp_path.rglob("*"):
-        if file.name in ("val.txt", "test.txt") or file.name.endswith(("_val.json", "_val2017.json")):
+        if (
+            file.match("val/project-*")
+            or file.match("val/annotations.xml")
+            or file.name in ("val.txt", "test.txt")
+            or file.name.endswith(("_val.json", "_val2017.json"))
+        ):
             file.unlink()
         elif file.name == "data.yaml":
             file.write_text("train: images/train\nnames: [cat, dog, zebra]\n")
@@ -605,11 +677,194 @@ def test_a_picture_that_lies_on_its_side_is_as_wide_as_it_is_upright(tmp_path: P
         load(tmp_path)
 
 
+# --- labelling tools ---
+
+
+ODD = [
+    region(40, 50, "cat", (20, 10, 30, 20), rotation=90),  # about its upper left corner: (10..20, 10..20)
+    {**region(40, 50, "zebra", (0, 0, 0, 0)), "type": "polygonlabels"},
+    {**region(40, 50, "cat", (0, 0, 9, 9)), "type": "brushlabels"},
+    region(40, 50, "cat", (0, 0, 9, 9), rectanglelabels=["cat", "dog"]),
+    {"type": "choices", "value": {"choices": ["sunny"]}},
+    {"type": "relation", "from_id": "r0", "to_id": "r1"},
+]
+ODD[1]["value"] = {"points": [[25, 10], [50, 20], [37.5, 40]], "polygonlabels": ["zebra"]}
+ODD[2]["value"] = {"format": "rle", "rle": [0, 1], "brushlabels": ["cat"]}
+
+
+def test_what_is_no_upright_rectangle_of_label_studio_is_told(tmp_path: Path) -> None:
+    write_label_studio(tmp_path)
+    write_json(tmp_path / "train" / "project-3-at-2026-01-01-00-00-0a1b2c3d.json", [task("images/b2.jpg", ODD)])
+    found, said = said_of(tmp_path)
+    assert boxes_of(found)["b2"][2] == [
+        ("cat", *map(pytest.approx, (10, 10, 20, 20))),
+        ("zebra", *map(pytest.approx, (10, 5, 20, 20))),
+    ]
+    for line in (
+        "(train2017): 1 taken as the upright box around each: rectanglelabels (images/b2.jpg)",
+        "1 taken as the upright box around each: polygonlabels",
+        "1 left out: brushlabels (images/b2.jpg)",
+        "1 left out: rectanglelabels of several labels",
+        "1 left out: choices",
+        "1 left out: relation",
+    ):
+        assert line in said
+
+
+def test_of_several_annotations_the_ground_truth_counts_or_the_last(tmp_path: Path) -> None:
+    write_label_studio(tmp_path)
+    rectangles = [region(40, 50, "cat", (0, 0, side, side)) for side in (10, 20, 30, 40)]
+    many = task("b2.jpg", rectangles[:1])
+    many["annotations"] += [task("", [one])["annotations"][0] for one in rectangles[1:3]]
+    many["annotations"] += task("", rectangles[3:], was_cancelled=True)["annotations"]
+    open_task = {**task("c.3.jpg", []), "annotations": [], "predictions": task("", rectangles[:1])["annotations"]}
+    file = tmp_path / "train" / "project-3-at-2026-01-01-00-00-0a1b2c3d.json"
+    write_json(file, [many, open_task, task("a1.jpg", [])])
+    found, said = said_of(tmp_path)
+    assert boxes_of(found) == {"b2": (40, 50, [("cat", 0, 0, *map(pytest.approx, (30, 30)))])}
+    assert found.empty == [number_of(found, "a1")]  # a finished annotation of nothing, whose size is the picture's own
+    assert "1 pictures left out, without a finished annotation (c.3.jpg)" in said
+    assert "1 pictures of several annotations, of which the ground truth counts, or the last (b2.jpg)" in said
+    many["annotations"][0]["ground_truth"] = True
+    write_json(file, [many, {**many, "annotations": task("", rectangles[1:2])["annotations"]}, many])
+    found, said = said_of(tmp_path)
+    assert boxes_of(found)["b2"][2][0][3] == pytest.approx(10)
+    assert "2 pictures that stand several times, of which the last counts" in said
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (
+            {"images": [], "annotations": [{"id": 1}], "categories": []},
+            r"no export of Label Studio: expected a list of task",
+        ),
+        ([3], r"\.json: number 1 is not as its tool writes it \(AttributeError"),
+        ([{"data": {"text": "a cat"}, "annotations": []}], r"number 1 names 0 pictures, expected one"),
+        ([{"data": {"a": "x.jpg", "b": "y.jpg"}, "annotations": []}], r"number 1 names 2 pictures, expected one"),
+        ([task("b2.jpg", [region(40, 50, "", (0, 0, 1, 1))])], r"number 1: label is the text '', expected a name"),
+        ([task("b2.jpg", [region(40, 50, "cat", (0, 0, 1, float("nan")))])], r"not as its tool writes.*not finite"),
+        (
+            [task("b2.jpg", [region(40, 50, "cat", (0, 0, 1, 1), x="3")])],
+            r"number 1 is not as its tool writes it \(TypeErr",
+        ),
+        (
+            [task("b2.jpg", [{"value": {"rectanglelabels": ["cat"]}}])],
+            r"not as its tool writes it \(KeyError\('original_w",
+        ),
+        (
+            [task("gone.jpg", []), task("b2.jpg", [])],
+            r"1 of 2 pictures of train2017 are not there \(gone\.jpg\): put them in",
+        ),
+        ([task("images/../images/b2.jpg", [])], r"1 of 1 pictures of train2017 are not there"),
+        (
+            [
+                task(
+                    "b2.jpg",
+                    [region(40, 50, "cat", (0, 0, 1, 1)), {**region(4, 5, "far", (0, 0, 1, 1)), "from_name": "size"}],
+                )
+            ],
+            r"boxes have labels of several lists \(label, size\), but classes are of one",
+        ),
+    ],
+    ids=["coco", "number", "text", "two", "no label", "nan", "word", "no size", "gone", "outside", "lists"],
+)
+def test_exports_of_label_studio_that_cannot_be_read(tmp_path: Path, tree: Any, message: str) -> None:
+    picture(tmp_path / "images" / "b2.jpg", 40, 50)
+    write_json(tmp_path / "project-1-at-x.json", tree)
+    with pytest.raises(HdovdError, match=message):
+        load(tmp_path)
+
+
+def test_the_picture_of_a_task_is_called_image_where_there_are_several(tmp_path: Path) -> None:
+    write_label_studio(tmp_path)
+    one = task("s3://bucket/some/where/b2.jpg?X-Signature=1", [region(40, 50, "cat", (0, 0, 10, 10))])
+    one["data"] = {"name": "IMG_1.jpg"} | one["data"]
+    write_json(tmp_path / "train" / "project-3-at-2026-01-01-00-00-0a1b2c3d.json", [one])
+    assert [image.file_name for image in load(tmp_path).images] == ["train/images/b2.jpg"]
+
+
+def test_subsets_of_cvat_are_splits(tmp_path: Path) -> None:
+    """As projects are exported, with pictures in folders of their subsets."""
+    text = ""
+    for split, subset in (("train", "Train"), ("val", "Validation")):
+        for name, (width, height, boxes) in WORLD[split].items():
+            picture(tmp_path / "images" / subset / "deep" / f"{name}.jpg", width, height)
+            shapes = "".join(shape(kind, box) for kind, *box in boxes)
+            text += cvat([(f"deep/{name}.jpg", width, height, shapes)], f'subset="{subset}" task_id="4"')
+    (tmp_path / "annotations.xml").write_text(text.replace("</annotations><annotations>", ""))
+    for split in SPLITS:
+        assert boxes_of(load(tmp_path, split)) == expected(split)
+    assert load(tmp_path).images[0].file_name == "images/Train/deep/a1.jpg"
+
+
+def test_what_is_no_upright_box_of_cvat_is_told(tmp_path: Path) -> None:
+    write_cvat(tmp_path)
+    odd = shape("cat", (10, 20, 30, 24), ' rotation="90.0"')  # about its middle: (18..22, 12..32)
+    odd += '<polygon label="zebra" points="10.0,5.0;20.0,10.0;15,20" z_order="0"/>'
+    odd += '<mask label="cat" rle="1"/><tag label="dog"/>'
+    (tmp_path / "train" / "annotations.xml").write_text(cvat([("b2.jpg", 40, 50, odd)]))
+    found, said = said_of(tmp_path)
+    assert boxes_of(found)["b2"][2] == [("cat", *map(pytest.approx, (18, 12, 22, 32))), ("zebra", 10, 5, 20, 20)]
+    for line in (
+        "1 taken as the upright box around each: box (train/b2.jpg)",
+        "taken as the upright box around each: polygon",
+        "1 left out: mask",
+        "1 left out: tag",
+    ):
+        assert line.replace("train/", "") in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<annotation/>", r"xml begins with <annotation>, expected CVAT's <annotations>"),
+        ("<annotations>", r"annotations\.xml is not valid XML"),
+        (
+            '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><annotations>&b;</annotations>',
+            r"declares a document type or entities, which are not read",
+        ),
+        (
+            "<annotations><track id='0' label='cat'/></annotations>",
+            r"number 1 is a track of a video: export it as CVAT for im",
+        ),
+        (cvat([("b2.jpg", 40, 50, "<box/>")]), r"number 3 is not as its tool writes it \(KeyError\('xtl'\)\)"),
+        (cvat([("b2.jpg", 40, 50, shape("cat", (0, 0, float("inf"), 3)))]), r"number 3 is not as its tool.*not finite"),
+        (
+            cvat([("b2.jpg", 40, 50, '<polygon label="cat" points="1,2,3"/>')]),
+            r"number 3 is not as its tool writes it \(ValueE",
+        ),
+        (cvat([("b2.jpg", 40, 50, shape("", (0, 0, 3, 3)))]), r"number 3: label is the text '', expected a name"),
+        (
+            cvat([("b2.jpg", 40, 50, "")]).replace('"40"', '"wide"'),
+            r"number 3 is not as its tool writes it \(ValueError",
+        ),
+        (cvat([("gone.jpg", 40, 50, "")]), r"1 of 1 pictures of train2017 are not there \(gone\.jpg\)"),
+    ],
+    ids=["voc", "cut", "entity", "video", "no sides", "infinite", "points", "no label", "size", "gone"],
+)
+def test_exports_of_cvat_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> None:
+    picture(tmp_path / "images" / "b2.jpg", 40, 50)
+    (tmp_path / "annotations.xml").write_text(text)
+    with pytest.raises(HdovdError, match=message):
+        load(tmp_path)
+
+
+def test_classes_that_the_protocol_does_not_name_are_told(tmp_path: Path) -> None:
+    write_cvat(tmp_path)
+    file = tmp_path / "train" / "annotations.xml"
+    file.write_text(file.read_text().replace('<box label="dog"', '<box label="dgo"'))
+    found, said = said_of(tmp_path)
+    assert re.search(r"note: .*\.json: 1 box is of classes that protocol mine does not name: dgo", said)
+    assert "dgo" not in {kind for *_, boxes in boxes_of(found).values() for kind, *_ in boxes}
+
+
 # --- conversion ---
 
 
 def test_annotations_are_converted_once_and_to_the_same_bytes(tmp_path: Path) -> None:
-    for form, write in (("voc", write_voc), ("yolo", write_yolo)):
+    for form in ("voc", "yolo", "label-studio", "cvat"):
+        write = WRITERS[form]
         first, again = tmp_path / form, tmp_path / f"{form} again"
         write(first)
         found, said = said_of(first)
@@ -630,10 +885,12 @@ def test_annotations_are_converted_once_and_to_the_same_bytes(tmp_path: Path) ->
         ("yolo", "labels/train/a1.txt"),
         ("yolo", "data.yaml"),
         ("yolo", "images/train/a1.jpg"),
+        ("label-studio", "val/project-3-at-2026-01-01-00-00-0a1b2c3d.json"),
+        ("cvat", "train/annotations.xml"),
     ],
 )
 def test_annotations_that_changed_are_converted_again(tmp_path: Path, form: str, file: str) -> None:
-    {"voc": write_voc, "yolo": write_yolo}[form](tmp_path)
+    WRITERS[form](tmp_path)
     before = load(tmp_path).annotations
     if file == "ImageSets/Main/train.txt":
         write_list(tmp_path, "train", ["a1"])
