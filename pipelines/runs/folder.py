@@ -12,6 +12,8 @@
     checkpoint.pt                 what `--resume` goes on from (see `checkpoint`)
     stopped                       there while a run rests that a signal ended: it can go on
     log.jsonl, log.csv            losses, learning rate, speed and validation while training
+    tracked.json                  how many entries of the log each tracker has been sent; their own files lie in
+                                  tensorboard/, wandb/, mlflow/
     metrics.json, detections.json, pictures/   written by hdovd eval
 
 What a run is read by is checked: run.json has a checksum of itself, the weights in their own files (`common.tensors`),
@@ -65,6 +67,7 @@ def weights_hash(file: Path) -> str:
     return hash_file(file)[:24]
 
 
+TRACKED = "tracked.json"
 FILES = (
     "config.toml",
     "run.json",
@@ -77,8 +80,9 @@ FILES = (
     "log.csv",
     "metrics.json",
     "detections.json",
+    TRACKED,
 )
-FOLDERS = ("pictures", "tensorboard")
+FOLDERS = ("pictures", "tensorboard", "wandb", "mlflow")
 UPPER_BOUND = "an upper bound, and no open-vocabulary result"  # what an oracle's AP is
 LASTING = ("config.toml", "class_embeddings.safetensors")
 NORM_TOLERANCE = 0.01  # of class embeddings
