@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from hdovd.cache.identity import SEAL, key_of
 from hdovd.core.errors import HdovdError
@@ -30,7 +29,7 @@ from hdovd.pipelines.runs.folder import TRACKED, RunFolder
 
 TRACKERS = Registry(
     "--track",
-    {
+    {  # those of hdovd are named as the package and the extra that they need
         "tensorboard": "hdovd.pipelines.runs.trackers:TensorBoard",
         "wandb": "hdovd.pipelines.runs.trackers:WeightsAndBiases",
         "mlflow": "hdovd.pipelines.runs.trackers:MLflow",
@@ -46,12 +45,7 @@ Track = Annotated[
 
 
 class Tracker:
-    """A run in a tracking program, opened when the run begins, goes on or is evaluated.
-
-    `package`: what it needs, if anything; the extra of hdovd of the tracker's name installs it.
-    """
-
-    package: ClassVar[str] = ""
+    """A run in a tracking program, opened when the run begins, goes on or is evaluated."""
 
     def __init__(self, run: Path, identity: str, settings: dict[str, Any]) -> None:
         """`identity`: of the run, the same whenever it goes on. `settings`: the recipe's values by dotted key."""
@@ -67,90 +61,59 @@ class Tracker:
 class TensorBoard(Tracker):
     """Event files in RUN/tensorboard."""
 
-    package = "tensorboard"
-
     def __init__(self, run: Path, identity: str, settings: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(run / "tensorboard")
+        self.finish = self._writer.close  # type: ignore[method-assign]
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def finish(self) -> None:
-        self._writer.close()
-
 
 class WeightsAndBiases(Tracker):
     """A run of Weights & Biases with its files in RUN/wandb. Its own variables hold: WANDB_MODE, WANDB_PROJECT, ..."""
-
-    package = "wandb"
 
     def __init__(self, run: Path, identity: str, settings: dict[str, Any]) -> None:
         import wandb
 
         os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")  # seconds that a kill may lose, not its 15
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            dir=run,
-            id=identity,
-            name=os.environ.get("WANDB_NAME", run.resolve().name),
-            config=settings,
-            resume="allow",
-        )
+        project, name = os.environ.get("WANDB_PROJECT", PROJECT), os.environ.get("WANDB_NAME", run.resolve().name)
+        self._run = wandb.init(project=project, name=name, id=identity, resume="allow", dir=run, config=settings)
         self._run.define_metric("*", step_metric="step")  # W&B's own steps count calls, and anew in every offline file
+        self.finish = self._run.finish  # type: ignore[method-assign]
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log({**values, "step": step})
-
-    def finish(self) -> None:
-        self._run.finish()
 
 
 class MLflow(Tracker):
     """A run at MLFLOW_TRACKING_URI, or in the file RUN/mlflow/mlflow.db."""
 
-    package = "mlflow"
-
     def __init__(self, run: Path, identity: str, settings: dict[str, Any]) -> None:
-        from mlflow.entities import Param
-        from mlflow.tracking import MlflowClient
+        import mlflow
 
         (run / "mlflow").mkdir(exist_ok=True)
-        own = f"sqlite:///{run.resolve()}/mlflow/mlflow.db"
-        self._client = client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or own)
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        known = client.get_experiment_by_name(name)
-        experiment = known.experiment_id if known else client.create_experiment(name)
-        tag = f"{PROJECT}.run"
-        found = client.search_runs([experiment], f"tags.`{tag}` = '{identity}'")
-        name = run.resolve().name
-        opened = found[0] if found else client.create_run(experiment, tags={tag: identity}, run_name=name)
-        self._id = opened.info.run_id
-        client.update_run(self._id, "RUNNING")
-        params = [Param(key, str(value)) for key, value in settings.items() if not found]
-        for first in range(0, len(params), 100):  # the most that it takes at once
-            client.log_batch(self._id, params=params[first : first + 100])
+        mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{run.resolve()}/mlflow/mlflow.db"))
+        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+        about = {f"{PROJECT}.run": identity}
+        found = mlflow.search_runs(filter_string=f"tags.`{PROJECT}.run` = '{identity}'", output_format="list")
+        mlflow.start_run(found[0].info.run_id if found else None, run_name=run.resolve().name, tags=about)
+        mlflow.log_params(settings)
+        self._log, self.finish = mlflow.log_metrics, mlflow.end_run  # type: ignore[method-assign]
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        from mlflow.entities import Metric
-
-        now = int(1000 * time.time())
-        self._client.log_batch(self._id, [Metric(name, value, now, step) for name, value in values.items()])
-
-    def finish(self) -> None:
-        self._client.set_terminated(self._id)
+        self._log(values, step=step)
 
 
 def tracker_class(name: str) -> type[Tracker]:
     """Raises HdovdError if there is none of that name, or what it needs is not installed."""
     TRACKERS.require(name)
-    found = TRACKERS.find_class(name, Tracker, "hdovd.pipelines.runs.trackers.Tracker")
-    if found.package and find_spec(found.package) is None:
-        raise HdovdError(f'--track {name} needs the package {found.package}: pip install "hdovd[{name}]"')
-    return found
+    if name in TRACKERS and find_spec(name) is None:
+        raise HdovdError(f'--track {name} needs the package {name}: pip install "hdovd[{name}]"')
+    return TRACKERS.find_class(name, Tracker, "hdovd.pipelines.runs.trackers.Tracker")
 
 
 @dataclass(slots=True)
@@ -163,9 +126,7 @@ class Tracking:
 
     def follow(self) -> None:
         """Send what of the log has not been sent."""
-        if not self.trackers:
-            return
-        entries, file = self.run.entries(), self.run.path / TRACKED
+        entries, file = self.run.entries() if self.trackers else [], self.run.path / TRACKED
         sent: dict[str, int] = read_json(file, "entries sent to trackers") if file.exists() else {}
         for name in self.trackers:
             for number in range(sent.get(name, 0), len(entries)):
@@ -177,46 +138,41 @@ class Tracking:
 
     def send(self, entry: dict[str, Any], name: str) -> bool:
         """Whether the tracker `name` took the numbers of an entry of the log."""
-        values = {key: value for key, value in entry.items() if key not in ("step", "epoch") and value is not None}
-        plain = {key: key in PLAIN or key.startswith(("val_", "eval_")) for key in values}
+        values = {
+            key if key in PLAIN or key.startswith(("val_", "eval_")) else f"loss/{key}": value
+            for key, value in entry.items()
+            if key not in ("step", "epoch") and value is not None
+        }
         try:
-            self.trackers[name].log(
-                entry["step"], {key if plain[key] else f"loss/{key}": values[key] for key in values}
-            )
+            self.trackers[name].log(entry["step"], values)
+            self.failed.discard(name)
         except Exception as error:  # what is trained for days goes on
             if name not in self.failed:
                 log(f"NOT tracked by {name} for now, and the run goes on: {_line_of(error)}")
             self.failed.add(name)
-            return False
-        self.failed.discard(name)
-        return True
+        return name not in self.failed
 
 
 @contextmanager
 def tracking(run: RunFolder, names: Sequence[str]) -> Iterator[Tracking]:
     """The trackers of these names, closed at the end. Raises HdovdError if one cannot be opened."""
-    record = {key: value for key, value in run.record().items() if key not in ("resumed", SEAL)} if names else {}
-    settings = flat(run.written_recipe().model_dump(by_alias=True)) if names else {}
     found = Tracking(run)
-    try:
+    with ExitStack() as stack:
         for name in names:
-            kind = tracker_class(name)
+            kind, record = tracker_class(name), run.record()
+            identity = key_of({key: value for key, value in record.items() if key not in ("resumed", SEAL)})
+            settings = flat(run.written_recipe().model_dump(by_alias=True))
             try:
-                found.trackers[name] = kind(run.path, key_of(record), settings)
+                found.trackers[name] = kind(run.path, identity, settings)
             except Exception as error:
                 raise HdovdError(
                     f"--track {name} cannot begin: {_line_of(error)}. Is it configured, and its server to be reached? "
                     f"Offline, WANDB_MODE=offline or no MLFLOW_TRACKING_URI; or leave --track {name} out"
                 ) from error
+            stack.callback(found.trackers[name].finish)
         found.follow()
         yield found
         found.follow()
-    finally:
-        for name, tracker in found.trackers.items():
-            try:
-                tracker.finish()
-            except Exception as error:
-                log(f"note: --track {name} was not closed: {_line_of(error)}")
 
 
 def _line_of(error: Exception) -> str:
