@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from hdovd.cache.catalog import Catalog, is_tar_form
+from hdovd.cache.hub import is_hub
 from hdovd.core.errors import HdovdError
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.calibration.values import read_calibration
@@ -61,6 +62,8 @@ class TrainConfig(NetworkOptions, RunsOptions):
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
         load_protocol(self.protocol)
+        if is_hub(self.out):
+            raise HdovdError(f"--out {self.out}: train into a folder; hdovd push puts it on the Hub")
         for name in self.track:
             tracker_class(name)
         if self.oracle:
