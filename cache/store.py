@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote
 
+from hdovd.cache.hub import is_hub, pulled
 from hdovd.core.errors import HdovdError, system_reason
 
 REPAIR = "hdovd cache verify --repair marks it as missing, to be made again"
@@ -513,11 +514,29 @@ def _tried(tries: int, call: Callable[..., Any], *words: Any, **options: Any) ->
         trial += 1
 
 
+class PulledFolder(LocalFolder):
+    """What was pushed to the Hub as a cache, hf://USER/NAME[@REVISION]: pulled once, and read only."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(pulled(url, "cache"))
+        self.url = url
+
+    def write(self, name: str, data: bytes, *, exclusive: bool = False) -> bool:
+        raise HdovdError(f"{self.url} is read only: write into a folder, and hdovd push it")
+
+    def delete(self, name: str) -> None:
+        self.write(name, b"")
+
+    claim = Folder.claim
+
+
 def open_folder(url: str | Path) -> Folder:
-    """A local path, or file://, s3://, gs:// and whatever else fsspec knows. Raises HdovdError for a file:// URL of
-    another machine.
+    """A local path, or file://, hf://, s3://, gs:// and whatever else fsspec knows. Raises HdovdError for a file:// URL
+    of another machine.
     """
     text = str(url)
+    if is_hub(text):
+        return PulledFolder(text)
     if "://" not in text:
         return LocalFolder(Path(text))
     if text.startswith("file://"):

@@ -97,6 +97,7 @@ class _Commands(LazyGroup):
         "table.csv and table.tex.",
         "report": "Write one HTML page about a run, or several side by side: it needs no network and no other file.",
         "audit": "Check that nothing learned from novel annotations or from test pictures; exit with 1 on a leak.",
+        "push": "Put a run or a cache on the Hugging Face Hub, with a card that tells what it is.",
         "cache": "Look into a feature cache, check it, mend it, tidy it.",
         "runs": "List runs as a table, or tell what differs between two.",
         "proposals": "Convert proposal files and look into them.",

@@ -51,6 +51,7 @@ ORDER = [
         "pipelines.ablation",
         "pipelines.audit",
         "pipelines.cache_tools",
+        "pipelines.hub",
         "pipelines.report",
         "pipelines.forecast",
         "pipelines.demo",

@@ -19,7 +19,7 @@ app = new_app(
     """,
 )
 
-Cache = Annotated[str, typer.Argument(help="The cache: a folder, or s3://, gs://.")]
+Cache = Annotated[str, typer.Argument(help="The cache: a folder, or hf://USER/NAME, s3://, gs://.")]
 
 
 @app.command()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from hdovd.cache.catalog import Catalog
+from hdovd.cache.hub import local_run
 from hdovd.cache.schema import DEFAULT_SET
 from hdovd.core.errors import HdovdError, require_files
 from hdovd.data.protocol import load_protocol
@@ -15,7 +16,7 @@ from hdovd.pipelines.common.options import DataOptions, Features, Option
 class AuditConfig(DataOptions):
     """An audit of a set of a cache, and of a run."""
 
-    cache: Annotated[Path | str, Option("The cache to audit: a folder, or s3://, gs://.")]
+    cache: Annotated[Path | str, Option("The cache to audit: a folder, or hf://USER/NAME, s3://, gs://.")]
     features: Features = DEFAULT_SET
     run: Annotated[Path | None, Option("A run folder: its cache, protocol and calibration are checked too.")] = None
     proposals: Annotated[
@@ -30,4 +31,4 @@ class AuditConfig(DataOptions):
         load_protocol(self.protocol)
         self.data.annotation_file("train2017")
         Catalog(self.cache)
-        require_files(run=None if self.run is None else self.run / "run.json", proposals=self.proposals)
+        require_files(run=None if self.run is None else local_run(self.run) / "run.json", proposals=self.proposals)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hdovd.cache.catalog import Catalog
+from hdovd.cache.hub import local_run
 from hdovd.cache.identity import require_seal
 from hdovd.cache.product import Product
 from hdovd.cache.reader import FeatureCache
@@ -157,8 +158,8 @@ def read_audited(config: AuditConfig) -> Audited:
         val,
         cache,
         read_boxes(cache),
-        {} if config.run is None else read_run(config.run / "run.json"),
-        config.run or Path(),
+        {} if config.run is None else read_run(local_run(config.run) / "run.json"),
+        Path() if config.run is None else local_run(config.run),
         missing,
     )
 

@@ -76,7 +76,7 @@ Trust = Annotated[
         "by you."
     ),
 ]
-CacheArgument = Annotated[Path | str, Option("The cache: a folder, or s3://, gs://.", argument=True)]
+CacheArgument = Annotated[Path | str, Option("The cache: a folder, or hf://USER/NAME, s3://, gs://.", argument=True)]
 CacheWritten = Annotated[Path | str, Option("The cache to write or add to: a folder, or s3://, gs://.")]
 Pretrained = Annotated[str | None, Option("Tag or checkpoint file, with a model name.")]
 Calibration = Annotated[

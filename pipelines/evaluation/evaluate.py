@@ -37,6 +37,7 @@ from hdovd.pipelines.dataloading.loader import Batches
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
 from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder, weights_hash
 from hdovd.pipelines.runs.listing import ap as ap_text
+from hdovd.pipelines.runs.trackers import tracking
 
 T = TypeVar("T")
 
@@ -192,7 +193,13 @@ def evaluate(job: EvalConfig) -> EvalResult:
         raise HdovdError(
             f"{job.run} was trained for the base and novel classes of protocol {trained.name}, not of {protocol.name}"
         )
-    return evaluate_by(job, protocol, run.class_embeddings(), run.path)
+    result = evaluate_by(job, protocol, run.class_embeddings(), run.path)
+    step = max((entry["step"] for entry in run.entries()), default=0)
+    ap = {f"eval_{group}": value for group, value in result.combined.summary()[protocol.metric].items()}
+    with tracking(run, job.track) as tracked:
+        for name in tracked.trackers:
+            tracked.send({"step": step, **ap}, name)
+    return result
 
 
 def evaluate_by(job: EvalConfig, protocol: Protocol, texts: Tensor, out: Path) -> EvalResult:

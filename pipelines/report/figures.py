@@ -29,7 +29,7 @@ from hdovd.pipelines.evaluation.analysis import Fate, ImageVerdicts
 from hdovd.pipelines.extraction.source import cache_of
 from hdovd.pipelines.report.runs import OneRun, Relations, novel_first
 from hdovd.pipelines.runs.listing import ORACLE, Run, table_groups
-from hdovd.pipelines.training.hooks import PLAIN
+from hdovd.pipelines.runs.trackers import PLAIN
 
 ERROR_NAMES = [*(str(kind) for kind in ERRORS), "all false detections", "all objects not found"]
 MISNAMED = {

@@ -15,7 +15,7 @@ DEFAULT_MIX = 0.25  # the best of 0.25, 0.5, 0.75 and 1 on base classes (docs/RE
 class RunOptions:
     """A run to use. `trust`: as `RunFolder.trusted`."""
 
-    run: Annotated[Path, Option("The run folder that hdovd train wrote.", argument=True)]
+    run: Annotated[Path, Option("The run folder that hdovd train wrote, or hf://USER/NAME.", argument=True)]
     weights: Annotated[
         Weights, Option("Of the last epoch, or of the one with the best validation AP of base classes.")
     ] = Weights.LAST

@@ -12,6 +12,8 @@
     checkpoint.pt                 what `--resume` goes on from (see `checkpoint`)
     stopped                       there while a run rests that a signal ended: it can go on
     log.jsonl, log.csv            losses, learning rate, speed and validation while training
+    tracked.json                  how many entries of the log each tracker has been sent; their own files lie in
+                                  tensorboard/, wandb/, mlflow/
     metrics.json, detections.json, pictures/   written by hdovd eval
 
 What a run is read by is checked: run.json has a checksum of itself, the weights in their own files (`common.tensors`),
@@ -36,6 +38,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hdovd.cache.hub import local_run
 from hdovd.cache.identity import differences, hash_file, require_seal, sealed
 from hdovd.config.plugins import outside_code
 from hdovd.config.recipe import Recipe, load_recipe
@@ -65,6 +68,7 @@ def weights_hash(file: Path) -> str:
     return hash_file(file)[:24]
 
 
+TRACKED = "tracked.json"
 FILES = (
     "config.toml",
     "run.json",
@@ -77,8 +81,9 @@ FILES = (
     "log.csv",
     "metrics.json",
     "detections.json",
+    TRACKED,
 )
-FOLDERS = ("pictures", "tensorboard")
+FOLDERS = ("pictures", "tensorboard", "wandb", "mlflow")
 UPPER_BOUND = "an upper bound, and no open-vocabulary result"  # what an oracle's AP is
 LASTING = ("config.toml", "class_embeddings.safetensors")
 NORM_TOLERANCE = 0.01  # of class embeddings
@@ -86,10 +91,15 @@ NORM_TOLERANCE = 0.01  # of class embeddings
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """`trusted`: the user answers for what run.json and config.toml name, and for changes to them."""
+    """`path`: of hf://USER/NAME[@REVISION] the folder into which it is pulled. `trusted`: the user answers for what
+    run.json and config.toml name, and for changes to them.
+    """
 
     path: Path
     trusted: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", local_run(self.path))
 
     @classmethod
     def create(
@@ -178,14 +188,15 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path, *, trusted: bool = False) -> RunFolder:
         """A finished run. Raises HdovdError if there is none."""
-        if not (path / "run.json").is_file():
+        run = cls(path, trusted)
+        if not (run.path / "run.json").is_file():
             raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote")
-        if not (path / "model.safetensors").is_file():
+        if not (run.path / "model.safetensors").is_file():
             raise HdovdError(
                 f"{path} has no model.safetensors: its training did not finish an epoch; go on with its hdovd train "
                 f"command and --resume"
             )
-        return cls(path, trusted)
+        return run
 
     def written_recipe(self) -> Recipe:
         """The recipe to compare with, not to build from. Raises HdovdError for one that was changed, unless the run is

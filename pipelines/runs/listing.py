@@ -16,6 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from hdovd.cache.hub import local_run
 from hdovd.cache.identity import require_seal
 from hdovd.core.errors import HdovdError, counted
 from hdovd.data.protocol import GROUPS, METRICS
@@ -108,7 +109,7 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     Raises HdovdError for a folder that is not there.
     """
     found: dict[Path, Path] = {}
-    for folder in folders:
+    for folder in map(local_run, folders):
         if not folder.is_dir():
             raise HdovdError(f"{folder}: no such folder; give folders that hold runs, or run folders")
         for path in _walk(folder):
@@ -132,6 +133,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 def read_run(path: Path) -> Run:
     """One run; what cannot be read is in `wrong`. Raises HdovdError if it is no run folder."""
+    path = local_run(path)
     if not path.is_dir() or not any((path / name).exists() for name in ("run.json", "config.toml")):
         raise HdovdError(f"{path} is no run: expected the folder that hdovd train --out wrote")
     wrong: list[str] = []

@@ -225,7 +225,7 @@ def load_clip(
     except Exception as error:  # open_clip raises whatever its loaders raise
         raise HdovdError(
             f"CLIP {model}{f' with {pretrained}' if pretrained else ''} cannot be loaded: {error}"
-            + _how_to_fetch(_repositories(model, pretrained, config))
+            + _how_to_fetch(repositories(model, pretrained, config))
         ) from error
     _check_activation(net, quick_gelu)
     identity: dict[str, Any] = {
@@ -311,7 +311,7 @@ def _model_config(model: str, pretrained: str | None, random_weights: bool) -> d
             return _towers(open_clip.factory._get_hf_config(model.removeprefix("hf-hub:")))
         except Exception as error:
             raise HdovdError(
-                f"--clip {model}: not reachable ({error!r}){_how_to_fetch(_repositories(model, None, {}))}"
+                f"--clip {model}: not reachable ({error!r}){_how_to_fetch(repositories(model, None, {}))}"
             ) from error
     config = open_clip.get_model_config(model)
     if config is None:
@@ -335,7 +335,7 @@ def _towers(tree: dict[str, Any]) -> dict[str, Any]:
     return config | {tower: dict(config[tower]) for tower in ("vision_cfg", "text_cfg")}
 
 
-def _repositories(model: str, pretrained: str | None, config: dict[str, Any]) -> list[str]:
+def repositories(model: str, pretrained: str | None, config: dict[str, Any]) -> list[str]:
     """Where Hugging Face has the weights, for a tag or an hf-hub name, and the configuration of a text tower that is
     one of its own.
     """

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from hdovd.cache.catalog import Catalog, is_tar_form
+from hdovd.cache.hub import is_hub
 from hdovd.core.errors import HdovdError
 from hdovd.data.protocol import load_protocol
 from hdovd.pipelines.calibration.values import read_calibration
 from hdovd.pipelines.common.options import RECIPE_AND_PRESET, NetworkOptions, Option, RunsOptions
 from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.trackers import Track, tracker_class
 
 if TYPE_CHECKING:
     from hdovd.config.recipe import Recipe
@@ -41,7 +43,7 @@ class TrainConfig(NetworkOptions, RunsOptions):
         ),
     ] = False
     val_every: Annotated[int, Option("Validate after so many epochs; 0: never.", min=0)] = 1
-    tensorboard: Annotated[bool, Option("Write OUT/tensorboard too.")] = False
+    track: Track = ()
     oracle: Annotated[
         bool,
         Option(
@@ -60,6 +62,10 @@ class TrainConfig(NetworkOptions, RunsOptions):
     def check(self) -> None:
         """Raises HdovdError for what is wrong with the paths and names alone."""
         load_protocol(self.protocol)
+        if is_hub(self.out):
+            raise HdovdError(f"--out {self.out}: train into a folder; hdovd push puts it on the Hub")
+        for name in self.track:
+            tracker_class(name)
         if self.oracle:
             check_oracle(self.cache, self.protocol)
             if self.recipe.loss.uses_cache or self.recipe.loss.extra:

@@ -22,9 +22,8 @@ from hdovd.pipelines.common.process import StopSignal, exit_code
 from hdovd.pipelines.dataloading.sampler import key_of
 from hdovd.pipelines.runs.checkpoint import fits, rng_state, save_checkpoint, set_rng_state
 from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.runs.trackers import PLAIN
 from hdovd.pipelines.training.loop import Hooks, Loop
-
-PLAIN = ("step", "epoch", "lr", "images_per_s", "data_wait", "memory_gb")  # of an entry; the rest are losses
 
 
 @dataclass(slots=True)
@@ -100,7 +99,7 @@ class SavingHooks(Hooks):
 @dataclass(slots=True)
 class RunHooks(SavingHooks):
     """Those of `hdovd train`: log and validation too. `validate`: AP by group of a model, every `val_every` epochs;
-    `metric`: which.
+    `metric`: which. `follow`: called after every entry of the log.
 
     `best` is the best AP of base classes so far: novel boxes are for the test, not for choosing weights. `ended`:
     epochs whose weights were kept and validated. `failed`: validations that could not be done.
@@ -109,7 +108,7 @@ class RunHooks(SavingHooks):
     validate: Callable[[nn.Module], dict[str, float | None]] | None = None
     val_every: int = 1
     metric: str = "AP50"
-    tensorboard: Any = None
+    follow: Callable[[], None] = lambda: None
     best: float = -1.0
     ended: int = 0
     failed: int = 0
@@ -178,13 +177,7 @@ class RunHooks(SavingHooks):
 
     def _record(self, entry: dict[str, Any]) -> None:
         self.run.log(entry)
-        if self.tensorboard is not None:
-            for name, value in entry.items():
-                if name not in ("step", "epoch") and value is not None:
-                    self.tensorboard.add_scalar(
-                        name if name in PLAIN or name.startswith("val_") else f"loss/{name}", value, entry["step"]
-                    )
-            self.tensorboard.flush()
+        self.follow()
 
 
 def line_of(entry: dict[str, float], left_s: float) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hdovd.cache.hub import local_run
 from hdovd.cache.identity import differences
 from hdovd.config.plugins import outside_code
 from hdovd.config.recipe import Recipe
@@ -58,7 +59,7 @@ def begin_with(model: Detector, init: Path, protocol: Protocol, texts: Tensor) -
     for note in (*_detector_lines(model.recipe, source.recipe, str(init)), *_class_notes(run, init, protocol, texts)):
         log(f"note: {note}")
     return {
-        "run": str(init.resolve()),
+        "run": str(run.path.resolve()),
         "weights": Weights.LAST.file,
         "sha256": init_hash(init),
         **({"oracle": True} if run.saw_novel else {}),
@@ -82,8 +83,9 @@ def require_same_init(init: Path | None, run: RunFolder) -> None:
     if init is None or began is None:
         same = init is None and began is None
     else:
-        same = str(init.resolve()) == began["run"] or (
-            (init / Weights.LAST.file).is_file() and init_hash(init) == began["sha256"]
+        there = local_run(init)
+        same = str(there.resolve()) == began["run"] or (
+            (there / Weights.LAST.file).is_file() and init_hash(init) == began["sha256"]
         )
     if not same:
         raise HdovdError(

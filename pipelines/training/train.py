@@ -39,6 +39,7 @@ from hdovd.pipelines.evaluation.evaluate import Validation
 from hdovd.pipelines.extraction.text import give_object_text
 from hdovd.pipelines.runs.checkpoint import fits, load_checkpoint
 from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
+from hdovd.pipelines.runs.trackers import tracking
 from hdovd.pipelines.training.config import TrainConfig
 from hdovd.pipelines.training.hooks import RunHooks, unsound_record
 from hdovd.pipelines.training.initial_weights import begin_with, require_same_init
@@ -121,7 +122,7 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal) -> RunFolder:
             _ = int(state["log_bytes"]), *(state["layout"][name] for name in ("streams", "unit", "images"))
     class_embeddings = torch.from_numpy(data.class_embeddings(protocol.names))
     batches, layout = batches_of(data, us, None if state is None else state["layout"])
-    validation, board = _validation(job, protocol, class_embeddings, us), _tensorboard(job, us)
+    validation = _validation(job, protocol, class_embeddings, us)
     torch.manual_seed(recipe.train.seed)
     anew = state is None and job.init is None
     model = prepared(build_detector(recipe, data.dim, initialise=anew), recipe, us)
@@ -155,8 +156,6 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal) -> RunFolder:
             log(f"{run.path} is finished already")
             return run
     _begin(job, data, protocol, class_embeddings, us, state, reliability | begun)
-    if board is not None:
-        hooks.tensorboard = board(run.path / "tensorboard", purge_step=None if state is None else loop.step_number + 1)
     kind = "classes, base and novel" if job.oracle else "base classes"
     log(
         f"{data.describe()} of {len(seen)} {kind}; distillation levels: {enabled_levels(recipe.loss)}; {us.device}"
@@ -164,8 +163,9 @@ def _train(job: TrainConfig, us: Team, stop: StopSignal) -> RunFolder:
         + (f"; goes on at step {loop.step_number} of {loop.total}" if state else "")
     )
     try:
-        hooks.catch_up(loop)
-        with told_shortly():
+        with tracking(run, job.track if us.leads else ()) as tracked, told_shortly():
+            hooks.follow = tracked.follow
+            hooks.catch_up(loop)
             loop.run(hooks)
     except UnsoundLoss as error:
         where = "" if error.record is None else f"; the batch is in {unsound_record(run, us, error.record)}"
@@ -346,19 +346,6 @@ def _validation(
         batch_size=max(1, config.batch_size // (us.world * config.accumulate)),
     )
     return lambda model: validation.run(cast(Detector, model), texts).combined.summary()[protocol.metric]
-
-
-def _tensorboard(job: TrainConfig, us: Team) -> Any:
-    """What writes for TensorBoard, if that is wanted of this process. Raises HdovdError if it is not installed."""
-    if not job.tensorboard or not us.leads:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise HdovdError(
-            f"--tensorboard needs the package tensorboard: pip install hdovd[tensorboard] ({error})"
-        ) from error
-    return SummaryWriter
 
 
 def _tell_cache(job: TrainConfig, cache: FeatureCache, run: RunFolder) -> None:

@@ -2,7 +2,8 @@
 
 JOB: data, cache, out, protocol, settings, resume, save_minutes, log_every; `kill_at`: the step after which the process
 kills itself (-9), or sends itself, or with `group` all its workers too, `signal`; `kill_in_validation`: of this number;
-`kill_in_catch_up`: at the end of the epoch that this step ends; `validate`: whether to validate at all.
+`kill_in_catch_up`: at the end of the epoch that this step ends; `validate`: whether to validate at all; `track`:
+names of trackers.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def main(job: dict[str, Any]) -> int:
                 resume=job.get("resume", False),
                 save_minutes=job.get("save_minutes", 0.0),
                 validation=data if job.get("validate") else None,
+                track=tuple(job.get("track", ())),
             )
         )
     except Stopped as stopped:

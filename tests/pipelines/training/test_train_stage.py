@@ -364,31 +364,6 @@ def test_base_only_needs_the_class_names_alone(train_micro: TrainMicro, copied_w
         train_micro(tmp_path / "other", *PRESETS["base-only"], data=copied_world)
 
 
-def test_tensorboard_has_losses_and_validation_by_step(
-    world: Path, training_cache: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe]
-) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    job = TrainConfig(
-        data=DataPaths(world),
-        cache=training_cache,
-        out=tmp_path / "run",
-        recipe=micro_recipe("train.epochs=2"),
-        protocol=str(world / "protocol.toml"),
-        device="cpu",
-        validation=DataPaths(world),
-        tensorboard=True,
-    )
-    entries = RunFolder(train(job).path).entries()
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    found = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
-    assert found["loss/classification"] == {
-        e["step"]: pytest.approx(e["classification"]) for e in entries if "classification" in e
-    }
-    assert found["val_base"] == {e["step"]: pytest.approx(e["val_base"]) for e in entries if "val_base" in e}
-    assert list(found["val_base"]) == [2, 4]
-
-
 def test_a_validation_that_fails_is_told_and_training_goes_on(
     copied_world: Path, training_cache: Path, tmp_path: Path, micro_recipe: Callable[..., Recipe]
 ) -> None:

@@ -1,0 +1,132 @@
+"""Runs and caches in repositories of the Hugging Face Hub, `hf://USER/NAME` or `hf://USER/NAME@REVISION`: models and
+data sets.
+
+`hdovd.json` lists what was pushed: the SHA-256 of every file, and of the list. What is pulled lies in Hugging Face's
+cache, by its rules (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT), and is checked once; what is not listed is not
+used. Nothing that the client says is repeated, since it may hold a token.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hdovd.cache.identity import SEAL, hash_file, sealed
+from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.user_cache import user_cache_folder
+
+LIST = "hdovd.json"
+FORMAT = 1  # of the list
+KINDS = {"run": "model", "cache": "dataset"}  # of repositories, by what they hold
+
+
+def is_hub(url: Path | str) -> bool:
+    return str(url).startswith("hf:/")  # a Path has one slash
+
+
+def repository(url: Path | str) -> tuple[str, str | None]:
+    """USER/NAME and the revision. Raises HdovdError for anything else."""
+    found = re.fullmatch(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@([\w.-][\w./-]*))?", str(url))
+    if found is None:
+        raise HdovdError(f"{url}: expected hf://USER/NAME, or hf://USER/NAME@REVISION")
+    return found[1], found[2]
+
+
+def file_list(files: dict[str, Path]) -> bytes:
+    """The list of files, by their names in the repository."""
+    tree = {"format": FORMAT, "files": {name: hash_file(file) for name, file in sorted(files.items())}}
+    return json.dumps(sealed(tree), indent=1).encode()
+
+
+@contextmanager
+def hub_client(url: Path | str) -> Iterator[Any]:
+    """The package huggingface_hub. Raises HdovdError if it is not installed, and for what fails at the Hub."""
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError:
+        raise HdovdError(f'{url} needs the package huggingface_hub: pip install "hdovd[hub]"') from None
+    reasons = {
+        errors.GatedRepoError: "its owner has to let you in: ask on its page, and log in (hf auth login, or HF_TOKEN)",
+        errors.RepositoryNotFoundError: "there is no such repository of this kind, or it is private: look at the name, "
+        "and log in as somebody who may read it (hf auth login, or HF_TOKEN)",
+        errors.RevisionNotFoundError: "it has no such revision: leave @REVISION out for the newest",
+        errors.LocalEntryNotFoundError: "the Hub is not to be reached, or HF_HUB_OFFLINE is set, and Hugging Face's "
+        "cache does not have all of it: pull it once where there is a network, with the same HF_HOME",
+        errors.EntryNotFoundError: f"it has no {LIST}: it was not made by hdovd push, or not by all of one",
+    }
+    try:
+        yield huggingface_hub
+    except (HdovdError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # no room, no right
+            raise
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        known = next((why for kind, why in reasons.items() if isinstance(error, kind)), None)
+        why = {401: "log in (hf auth login, or HF_TOKEN)", 403: "your token may not do this: take one that may write"}
+        told = known or why.get(status) or f"the Hub cannot be used ({type(error).__name__}): try it again later"
+        raise HdovdError(f"{url}: {told}") from None  # the client's words can hold a token
+
+
+@cache
+def pulled(url: Path | str, kind: str) -> Path:
+    """A folder of the user's own with what was pushed, of `kind` "run" or "cache": links into Hugging Face's cache.
+
+    Raises HdovdError if it cannot be had, or is not what was pushed.
+    """
+    url = re.sub("^hf:/+", "hf://", str(url))
+    (repo, revision), options = repository(url), {"repo_type": KINDS[kind]}
+    with hub_client(url) as client:
+        listed = Path(client.hf_hub_download(repo, LIST, revision=revision, **options))
+        files, commit = _listed(listed, url), listed.parent.name
+        folder = user_cache_folder() / "hub" / f"{kind}s" / f"{repo.replace('/', '--')}@{commit}"
+        if not all((folder / name).is_file() for name in files):
+            content = Path(client.snapshot_download(repo, revision=commit, **options))
+            if wrong := [name for name, known in files.items() if _hash(content / name) != known]:
+                raise HdovdError(
+                    f"{url} is not what was pushed ({shorten(wrong)}, at {commit[:12]}): it was changed since, or not "
+                    f"all of it is there; push it again, or give @REVISION of an earlier one"
+                )
+            _link(content, files, folder)
+    return folder
+
+
+def local_run(path: Path) -> Path:
+    """The folder of a run, pulled if it is on the Hub."""
+    return pulled(path, "run") if is_hub(path) else path
+
+
+def _listed(file: Path, url: Path | str) -> dict[str, str]:
+    """SHA-256 by name. Raises HdovdError for a list that is damaged, or of a newer version."""
+    try:
+        tree = json.loads(file.read_bytes())
+        if tree["format"] > FORMAT:
+            raise HdovdError(
+                f"{url} was pushed by a newer hdovd (format {tree['format']}, not {FORMAT}): update this one"
+            )
+        files = {str(name): str(known) for name, known in tree["files"].items()}
+        outside = [name for name in files if name.startswith("/") or ".." in name.split("/") or "\0" in name]
+        if outside or tree[SEAL] != sealed(tree)[SEAL]:
+            raise ValueError(SEAL)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise HdovdError(f"{url}: its {LIST} is damaged, or was changed since it was pushed: push it again") from None
+    return files
+
+
+def _hash(file: Path) -> str:
+    return hash_file(file) if file.is_file() else ""
+
+
+def _link(content: Path, files: dict[str, str], folder: Path) -> None:
+    """Links to all files; several processes may do it at once."""
+    for name in files:
+        link = folder / name
+        partial = link.with_name(f".partial-link-{os.getpid()}")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        partial.symlink_to((content / name).resolve())
+        os.replace(partial, link)
