@@ -1,4 +1,4 @@
-# make demo | make pictures | make test | make test-avx2 | make fuzz | make check | make docs: each sets up what it needs. Quotes keep paths with spaces whole.
+# make demo | make pictures | make test | make test-avx2 | make fuzz | make check | make docs | make release: each sets up what it needs. Quotes keep paths with spaces whole.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ NUMERICAL := tests/hdovd $(addprefix tests/pipelines/,teachers/test_clip_teacher
              detection/test_detector.py evaluation/test_evaluate_stage.py export/test_export_model.py common/test_precision.py \
              extraction/test_pseudo_labels.py training/test_train_stage.py)
 
-.PHONY: demo pictures test test-avx2 fuzz check docs setup clean
+.PHONY: demo pictures test test-avx2 fuzz check docs release setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -49,6 +49,11 @@ check: setup
 docs: setup
 	"$(BIN)/python" -m uv pip install --quiet --python "$(BIN)/python" --editable ".[docs]"
 	"$(BIN)/python" -m mkdocs build --quiet
+
+# Wheel and sdist into dist/, checked, and the wheel tried in fresh environments: CONTRIBUTING.md.
+release: setup
+	"$(BIN)/python" -m uv pip install --quiet --python "$(BIN)/python" build twine
+	"$(BIN)/python" benchmarks/release.py dist
 
 setup: $(VENV)/installed
 

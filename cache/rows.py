@@ -255,11 +255,11 @@ def _is_plain(sharding: ShardingCodec) -> bool:
     return (
         len(inner) == 1
         and isinstance(inner[0], BytesCodec)
-        and getattr(inner[0].endian, "value", "little") == "little"
+        and getattr(inner[0].endian, "value", inner[0].endian) in ("little", None)
         and len(index) == 2
         and isinstance(index[0], BytesCodec)
         and isinstance(index[1], Crc32cCodec)
-        and sharding.index_location.value == "end"
+        and getattr(sharding.index_location, "value", sharding.index_location) == "end"  # zarr 3.4: a plain text
     )
 
 

@@ -86,7 +86,7 @@ class _Commands(LazyGroup):
         "transfer": "Evaluate a run on data sets that it was not trained on, by their class names: a table of AP.",
         "search": "Find the boxes of a cache that are most like words, pictures or other boxes; or near-duplicates and "
         "doubtful labels.",
-        "detect": "Find anything that has a name in any pictures.",
+        "detect": "Find anything that has a name in any pictures and videos.",
         "serve": "Find and search in a browser: a page for pictures, names, examples and the boxes of a cache.",
         "export": "Write the detector to one file for other programs: picture and class embeddings in, detections out.",
         "export-labels": "Write detections, pseudo boxes or doubtful labels for FiftyOne, Label Studio, CVAT, YOLO or "
@@ -114,7 +114,7 @@ app = new_app(
     New here? hdovd demo runs everything on a small world of its own and prints each command.
 
     On your COCO folder, in this order: propose (class-agnostic boxes), nouns (of captions), extract-clip (run CLIP once, fill the
-    cache, and say what to expect), train (the detector, without CLIP), eval (OV-COCO AP). Then detect finds anything that has a name, in any pictures.
+    cache, and say what to expect), train (the detector, without CLIP), eval (OV-COCO AP). Then detect finds anything that has a name, in any pictures and videos.
     """,  # noqa: E501
 )
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+from typer.main import get_command
+
+from hdovd.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,3 +65,53 @@ def test_public_names_say_what_they_are(name: str) -> None:
     if inspect.ismodule(found):
         functions = inspect.getmembers(found, lambda member: inspect.isfunction(member) and member.__module__ == name)
         assert [key for key, value in functions if not key.startswith("_") and not value.__doc__] == []
+
+
+# --- docs/CLUSTERS.md: what is to be copied ---
+
+CLUSTERS = (ROOT / "docs" / "CLUSTERS.md").read_text()
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", CLUSTERS, re.MULTILINE | re.DOTALL)
+
+
+def _commands() -> list[str]:
+    """Whole lines of `hdovd extract-clip`, with what they would stand for in a job."""
+    text = CLUSTERS.replace("\\\n", " ").replace("$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT", "0/8")
+    plain = re.search(r"    (hdovd extract-clip --data.*)", text)
+    assert plain
+    found = re.findall(r"hdovd extract-clip [^\n'`]*", text.replace("hdovd extract-clip ...", plain[1]))
+    return [line for line in found if "--clip" in line]
+
+
+def test_commands_for_clusters_are_ones_that_the_command_line_takes() -> None:
+    group, seen = get_command(app), []
+    for line in _commands():
+        words = shlex.split(line, comments=True)[1:]
+        with group.make_context("hdovd", list(words)) as context:
+            command = group.get_command(context, words[0])  # type: ignore[attr-defined]
+            seen.append(command.make_context(words[0], words[1:], parent=context).params)
+    assert {str(params["executor"]) for params in seen} == {"local", "ray", "submitit"}
+    assert {params["share"] for params in seen} >= {"0/8"}
+
+
+def test_the_cluster_of_ray_is_whole() -> None:
+    (block,) = _blocks("yaml")
+    cluster = yaml.safe_load(block)
+    assert cluster["provider"]["type"] == "local"
+    assert {cluster["provider"]["head_ip"], *cluster["provider"]["worker_ips"]} >= {"192.0.2.10", "192.0.2.11"}
+    assert cluster["docker"]["image"] == "hdovd:cuda"
+    assert "--tag hdovd:cuda" in (ROOT / "Dockerfile").read_text()
+    assert any("ray start --head" in command for command in cluster["head_start_ray_commands"])
+    assert any("$RAY_HEAD_IP" in command for command in cluster["worker_start_ray_commands"])
+
+
+def test_the_settings_of_submitit_are_ones_that_it_takes(tmp_path: Path) -> None:
+    submitit = pytest.importorskip("submitit")
+    (block,) = _blocks("toml")
+    settings = tomllib.loads(block)
+    assert {settings.pop("jobs"), settings.pop("folder")} == {8, "/shared/logs/clip-cache"}
+    submitit.AutoExecutor(tmp_path, "local").update_parameters(**settings)
+    with pytest.raises(NameError):
+        submitit.AutoExecutor(tmp_path, "local").update_parameters(**settings, slurm_acount=1)

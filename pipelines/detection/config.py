@@ -23,12 +23,13 @@ class DetectConfig(ClipOptions, InferenceOptions, ExampleOptions):
     images: Annotated[
         tuple[str, ...],
         Option(
-            "Files; folders, with their folders; quoted patterns such as 'photos/**/*.jpg'; or - for "
-            "standard input: paths, one a line, or the bytes of one picture.",
+            "Pictures and videos: files; folders, with their folders; quoted patterns such as 'photos/**/*.jpg'; - for "
+            "standard input: paths, one a line, or the bytes of one picture; rtsp://... and other addresses of "
+            "streams; or camera:0.",
             argument=True,
         ),
     ]
-    out: Annotated[Path, Option("The folder to write: detections.json, images.json, pictures/.")]
+    out: Annotated[Path, Option("The folder to write: detections.json, images.json, pictures/, videos/.")]
     classes: Annotated[
         tuple[str, ...] | None,
         Option(
@@ -53,7 +54,8 @@ class DetectConfig(ClipOptions, InferenceOptions, ExampleOptions):
             "Other prompts than those of the run: photo, vild, clip80, or a file, one a line.", parse=read_templates
         ),
     ] = None
-    batch_size: Annotated[int, Option("Pictures at a time.", min=1)] = 8
+    batch_size: Annotated[int, Option("Pictures, or frames of a video, at a time.", min=1)] = 8
+    every: Annotated[int, Option("Of videos, look at every N-th frame, and write these alone.", min=1)] = 1
     pictures: Annotated[bool, Option("Draw nothing.")] = True
     split_blind: Annotated[
         bool,

@@ -1,4 +1,4 @@
-"""Detection of anything that has a name, in any pictures: JSON in COCO's forms, and the pictures with boxes.
+"""Detection of anything that has a name, in any pictures and videos: JSON in COCO's forms, and the pictures with boxes.
 
 `detector` is the same for single pictures in memory.
 
@@ -8,6 +8,7 @@ detections.json    COCO results form: [{image_id, category_id, bbox: [x, y, w, h
 images.json        what the ids mean, as a COCO data set without annotations; and which pictures were skipped, and
                    how it was made
 pictures/          the pictures with boxes
+videos/            of each video NAME.jsonl, a line a frame, and NAME.mp4, with boxes
 detections.jsonl   only while it runs, or if it was killed: a line a picture
 """
 
@@ -18,6 +19,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -28,11 +31,12 @@ from hdovd.core.errors import HdovdError, counted, shorten
 from hdovd.core.log import log
 from hdovd.core.version import __version__
 from hdovd.pipelines.common.atomic_write import replace_file, write_picture, writing
-from hdovd.pipelines.common.console import progress
+from hdovd.pipelines.common.console import duration, progress
 from hdovd.pipelines.common.device import workers_for
 from hdovd.pipelines.common.drawing import BASE_COLOUR, NOVEL_COLOUR, Labelled, draw_boxes
 from hdovd.pipelines.common.images import Decoded, decode
 from hdovd.pipelines.common.picture_files import PictureFile, find_pictures, printable
+from hdovd.pipelines.common.process import StopSignal
 from hdovd.pipelines.dataloading.loader import Batches
 from hdovd.pipelines.detection.config import DETECTIONS_MARKER, DetectConfig
 from hdovd.pipelines.detection.detector import Detector, NamedDetections
@@ -40,15 +44,16 @@ from hdovd.pipelines.evaluation.evaluate import Mapped
 from hdovd.pipelines.extraction.text import read_class_embeddings
 from hdovd.pipelines.runs.listing import table_lines
 
-LINES, DETECTIONS, IMAGES, PICTURES = "detections.jsonl", "detections.json", "images.json", "pictures"
+LINES, DETECTIONS, IMAGES = "detections.jsonl", "detections.json", "images.json"
+PICTURES, VIDEOS = "pictures", "videos"
 SHOWN_ROWS = 20
 
 
 @dataclass(slots=True)
 class DetectResult:
     """`names` that were looked for, `is_novel` of each; `images`: how many could be read; `rows` of a table of the
-    first `SHOWN_ROWS` of them; `objects` and `pictures_with` by name; `skipped`: pictures that could not be read, with
-    the reason.
+    first `SHOWN_ROWS` of them; `objects` and `pictures_with`, frames of videos too, by name; `skipped`: what could not
+    be read, with the reason; `videos`: what to say of each; `stopped`: the signal that ended the last one, or 0.
     """
 
     names: tuple[str, ...]
@@ -58,6 +63,8 @@ class DetectResult:
     objects: Counter[str] = field(default_factory=Counter)
     pictures_with: Counter[str] = field(default_factory=Counter)
     skipped: dict[str, str] = field(default_factory=dict)
+    videos: dict[str, str] = field(default_factory=dict)
+    stopped: int = 0
     files: list[Path] = field(default_factory=list)
 
 
@@ -76,7 +83,8 @@ class DetectionFolder:
             if (path / DETECTIONS_MARKER).is_file():
                 for name in (LINES, DETECTIONS, IMAGES):
                     (path / name).unlink(missing_ok=True)
-                shutil.rmtree(path / PICTURES, ignore_errors=True)
+                for name in (PICTURES, VIDEOS):
+                    shutil.rmtree(path / name, ignore_errors=True)
             path.mkdir(parents=True, exist_ok=True)
             (path / DETECTIONS_MARKER).touch()
             self._lines: IO[str] = (path / LINES).open("w")
@@ -85,7 +93,9 @@ class DetectionFolder:
         """image_id: from 1 on."""
         image = {"id": image_id, "file_name": file.name, "width": picture.width, "height": picture.height}
         if self._draw:
-            image["drawn"] = self._drawn(file.path.stem, picture, found)
+            drawn = self.place(PICTURES, file.path.stem, ".jpg")
+            write_picture(drawn, self.draw(picture, found), "JPEG", quality=90, subsampling=0)
+            image["drawn"] = f"{PICTURES}/{drawn.name}"
         scores = found.scores.tolist()
         detections = [
             {"image_id": image_id, "category_id": label + 1, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
@@ -94,8 +104,7 @@ class DetectionFolder:
         self._add({"image": image, "detections": detections})
         result, number = self.result, len(found.names)
         result.images += 1
-        result.objects.update(found.names)
-        result.pictures_with.update(set(found.names))
+        self.count([found])
         if len(result.rows) < SHOWN_ROWS:
             best = ", ".join(f"{name} {score:.2f}" for name, score in zip(found.names[:4], scores, strict=False))
             more = f" and {number - 4} more" if number > 4 else ""
@@ -103,8 +112,20 @@ class DetectionFolder:
                 (printable(file.name), f"{picture.width}x{picture.height}", str(number), best + more or "-")
             )
 
+    def add_video(self, file: PictureFile, video: dict[str, Any]) -> None:
+        """video: what images.json says of it."""
+        self._add({"video": {"file_name": file.name} | video})
+        about = f"{counted(video['frames'], 'frame')} of {video['width']}x{video['height']}"
+        self.result.videos[file.name] = "\n  ".join([f"{about} in {duration(video['seconds'])}", *video["notes"]])
+
+    def count(self, found: list[NamedDetections]) -> list[NamedDetections]:
+        """What is found in pictures, or frames; returns it."""
+        self.result.objects.update(name for one in found for name in one.names)
+        self.result.pictures_with.update(name for one in found for name in {*one.names})
+        return found
+
     def skip(self, image_id: int, file: PictureFile, reason: str) -> None:
-        """A picture that cannot be read."""
+        """A picture or a video that cannot be read."""
         self.result.skipped[file.name] = reason
         self._add({"skipped": {"id": image_id, "file_name": file.name, "reason": reason}})
 
@@ -124,12 +145,11 @@ class DetectionFolder:
         head: dict[str, Any] = {"info": info, "categories": categories, "annotations": []}
         detections, images = self.path / DETECTIONS, self.path / IMAGES
         replace_file(detections, lambda file: _write(file, _list(self._read("detections"))))
-        replace_file(
-            images,
-            lambda file: _write(file, _tree(head, {"images": self._read("image"), "skipped": self._read("skipped")})),
-        )
+        lists = {"images": self._read("image"), "videos": self._read("video"), "skipped": self._read("skipped")}
+        replace_file(images, lambda file: _write(file, _tree(head, lists)))
         (self.path / LINES).unlink()
-        self.result.files += [detections, images, *([self.path / PICTURES] if self._taken else [])]
+        folders = (self.path / name for name in (PICTURES, VIDEOS))
+        self.result.files += [detections, images, *(folder for folder in folders if folder.is_dir())]
         return self.result
 
     def _add(self, line: dict[str, Any]) -> None:
@@ -143,13 +163,15 @@ class DetectionFolder:
                 found = line.get(key, [])
                 yield from found if isinstance(found, list) else [found]
 
-    def _drawn(self, stem: str, picture: Decoded, found: NamedDetections) -> str:
-        """Draws the picture, reduced as it was for the detector, and calls it `stem`, if nothing else is called so;
-        returns the name of the file.
-        """
+    def place(self, folder: str, stem: str, ending: str) -> Path:
+        """A file in a folder of this one, called `stem` if nothing else there is called so."""
         names = chain([stem], (f"{stem}-{number}" for number in count(2)))  # a/x.jpg and b/x.jpg, or x.jpg and x.png
-        name = next(name for name in names if name.casefold() not in self._taken)
-        self._taken.add(name.casefold())
+        name = next(name for name in names if f"{folder}/{name}".casefold() not in self._taken)
+        self._taken.add(f"{folder}/{name}".casefold())
+        return self.path / folder / f"{name}{ending}"
+
+    def draw(self, picture: Decoded, found: NamedDetections) -> Image.Image:
+        """The picture with its boxes, reduced as it was for the detector."""
         canvas = Image.fromarray(picture.pixels.permute(1, 2, 0).contiguous().numpy())
         scale = found.boxes.new_tensor([canvas.width / picture.width, canvas.height / picture.height]).repeat(2)
         boxes = [
@@ -158,9 +180,7 @@ class DetectionFolder:
                 (found.boxes * scale).tolist(), found.scores.tolist(), found.labels.tolist(), found.names, strict=True
             )
         ]
-        file = self.path / PICTURES / f"{name}.jpg"
-        write_picture(file, draw_boxes(canvas, boxes), "JPEG", quality=90, subsampling=0)
-        return f"{PICTURES}/{file.name}"
+        return draw_boxes(canvas, boxes)
 
 
 def _write(file: Path, pieces: Iterable[str]) -> None:
@@ -199,7 +219,9 @@ def detect(job: DetectConfig, stdin: BinaryIO | None = None) -> DetectResult:
     stdin: instead of the process's own. Pictures that cannot be read are skipped. Raises HdovdError for bad input.
     """
     job.check()
-    files = find_pictures(job.images, stdin or sys.stdin.buffer, job.out)
+    files = find_pictures(job.images, stdin or sys.stdin.buffer, job.out, videos=find_spec("av") is not None)
+    pictures, videos = ([file for file in files if file.is_video is wanted] for wanted in (False, True))
+    watch = import_module("hdovd.pipelines.detection.video").detect_in_video if videos else None  # or an error, at once
     detector = Detector.from_run(
         job.run,
         weights=job.weights,
@@ -213,10 +235,10 @@ def detect(job: DetectConfig, stdin: BinaryIO | None = None) -> DetectResult:
         log(line)
     _set_classes(detector, job)
     detector.embedder.forget_clip()
-    novel = detector.is_novel.tolist()
+    novel, also = detector.is_novel.tolist(), f"videos: {len(videos):,d}; " if videos else ""
     log(
-        f"pictures: {len(files):,d}; names: {len(novel)}, of them base classes of the run: {len(novel) - sum(novel)}: "
-        f"{shorten(list(detector.names))}"
+        f"pictures: {len(pictures):,d}; {also}names: {len(novel)}, of them base classes of the run: "
+        f"{len(novel) - sum(novel)}: {shorten(list(detector.names))}"
     )
     if detector.rivals:
         log(
@@ -224,7 +246,8 @@ def detect(job: DetectConfig, stdin: BinaryIO | None = None) -> DetectResult:
             f"does without"
         )
     folder = DetectionFolder(job.out, detector.names, novel, draw=job.pictures)
-    _run(detector, files, folder, job)
+    _run(detector, pictures, folder, job)
+    _run_videos(detector, dict(enumerate(videos, start=len(pictures) + 1)), folder, job, watch)
     return folder.finish(_info(detector, job))
 
 
@@ -275,6 +298,33 @@ def _run(detector: Detector, files: list[PictureFile], folder: DetectionFolder, 
             bar.update(len(batch))
 
 
+def _run_videos(
+    detector: Detector, videos: dict[int, PictureFile], folder: DetectionFolder, job: DetectConfig, watch: Any
+) -> None:
+    """One after the other, by their ids. A signal ends the one that is being read, and all is written."""
+    with StopSignal() as stop:
+        for number, file in videos.items():
+            found = (
+                "not read, stopped before"
+                if stop.received
+                else watch(
+                    file,
+                    folder.place(VIDEOS, file.path.stem, ""),
+                    look=lambda pictures: folder.count(detector.find(pictures, job.threshold)),
+                    draw=folder.draw if job.pictures else None,
+                    batch_size=job.batch_size,
+                    every=job.every,
+                    stop=stop,
+                )
+            )
+            if isinstance(found, str):
+                folder.skip(number, file, f"{file.name}: {found}")
+            else:
+                folder.add_video(file, found)
+            folder.flush()
+    folder.result.stopped = stop.received
+
+
 def _info(detector: Detector, job: DetectConfig) -> dict[str, Any]:
     """What the detections were made with, for `images.json`."""
     rows, templates = job.class_embeddings, job.templates
@@ -303,19 +353,23 @@ def detect_lines(result: DetectResult) -> list[str]:
         lines += table_lines(("picture", "size", "found", "best"), result.rows, {"size", "found"})
         if result.images > len(result.rows):
             lines.append(f"... and {result.images - len(result.rows):,d} more pictures, in images.json")
+    lines += [f"{printable(name)}: {about}" for name, about in result.videos.items()]
+    if lines:
         kind = dict(zip(result.names, result.is_novel, strict=True))
         counts = [
             (name, "novel" if kind[name] else "base", f"{times:,d}", f"{result.pictures_with[name]:,d}")
             for name, times in result.objects.most_common(SHOWN_NAMES)
         ]
-        lines += ["", *table_lines(("name", "", "found", "in pictures"), counts, {"found", "in pictures"})]
+        places = "in pictures and frames" if result.videos else "in pictures"
+        lines += ["", *table_lines(("name", "", "found", places), counts, {"found", places})]
         if len(result.objects) > SHOWN_NAMES:
             lines.append(f"... and {len(result.objects) - SHOWN_NAMES} more names")
         if none := [name for name in result.names if name not in result.objects]:
             lines.append(f"not found: {shorten(list(none), SHOWN_NAMES)}")
-    lines.append(f"{counted(result.images, 'picture')}, {result.objects.total():,d} found")
+    videos = f" and {counted(len(result.videos), 'video')}" if result.videos else ""
+    lines.append(f"{counted(result.images, 'picture')}{videos}, {result.objects.total():,d} found")
     if skipped:
-        lines.append(f"{counted(len(skipped), 'picture')} skipped, which cannot be read:")
+        lines.append(f"{counted(len(skipped), 'file')} skipped, which cannot be read:")
         lines += [f"  {printable(reason)}" for reason in skipped[:SHOWN_SKIPPED]]
     if len(skipped) > SHOWN_SKIPPED:
         lines.append(f"  ... and {len(skipped) - SHOWN_SKIPPED:,d} more, in images.json")

@@ -109,6 +109,7 @@ class InstanceTeacher(StrEnum):
 class Executor(StrEnum):
     LOCAL = "local"
     RAY = "ray"
+    SUBMITIT = "submitit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,9 +281,14 @@ class ExtractConfig(FeaturesOptions):
             parse=Share.parse,
         ),
     ] = None
-    executor: Annotated[Executor, Option("local: this process (or torchrun's). ray: the actors of a Ray cluster.")] = (
-        Executor.LOCAL
-    )
+    executor: Annotated[
+        Executor,
+        Option("local: this process (or torchrun's). ray: the actors of a Ray cluster. submitit: jobs of SLURM."),
+    ] = Executor.LOCAL
+    submitit: Annotated[
+        Path | None,
+        Option("TOML for --executor submitit: jobs = 8, timeout_min, slurm_partition, ... (docs/CLUSTERS.md)."),
+    ] = None
     store: Annotated[
         Store, Option("webdataset: tar shards with pictures, boxes and embeddings, to train from as a stream.")
     ] = Store.ZARR
@@ -326,6 +332,10 @@ class ExtractConfig(FeaturesOptions):
             raise HdovdError("--verdicts choose among nouns, and there are none without --nouns or --vocabulary")
         if self.synonyms is not None and self.class_embeddings is not None:
             raise HdovdError("--synonyms has no use with --class-embeddings, which takes the place of all class names")
+        if self.submitit is not None and self.executor is not Executor.SUBMITIT:
+            raise HdovdError("--submitit says how --executor submitit starts its jobs: give both")
+        if self.retry_failed and self.executor is Executor.SUBMITIT:
+            raise HdovdError("--retry-failed has little to do: give it without --executor submitit")
         check_templates(self.templates)
         if self.part_rows < 1 or (self.part_rows > CHUNK_ROWS and self.part_rows % CHUNK_ROWS):
             raise HdovdError(f"--part-rows {self.part_rows}: expected at most {CHUNK_ROWS}, or a multiple of it")
@@ -346,6 +356,7 @@ class ExtractConfig(FeaturesOptions):
             verdicts=self.verdicts,
             synonyms=self.synonyms,
             class_embeddings=self.class_embeddings,
+            submitit=self.submitit,
         )
         if self.vocabulary is not None:
             read_vocabulary(self.vocabulary)

@@ -13,6 +13,7 @@ import os
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -216,7 +217,7 @@ def report_plan(
         log(
             f"  {sum(rows.values()):,d} pictures and boxes: about {duration(seconds)} (a short probe: "
             f"{1000 * box.cut_s:.2f} ms to cut, {1000 * box.embed_s:.2f} ms to embed a box; "
-            f"{'a Ray worker' if config.executor is Executor.RAY else who} with --workers {extraction.workers})"
+            f"{who if config.executor is Executor.LOCAL else 'a worker'} with --workers {extraction.workers})"
             + ("" if memory is None else f"; GPU memory {size(memory)}")
         )
     return report
@@ -225,12 +226,12 @@ def report_plan(
 def fill_cache(config: ExtractConfig, teacher: Teacher | None = None) -> ExtractReport:
     """Fill the Zarr cache at `config.cache` with what it lacks: see `extract_clip`."""
     share = this_share(config.share)
-    if config.executor is Executor.RAY:
-        from hdovd.pipelines.extraction.ray_executor import do_with_ray
-
+    if config.executor is not Executor.LOCAL:
+        executor = import_module(f"hdovd.pipelines.extraction.{config.executor}_executor")  # or an error, at once
         if share.processes > 1:
             raise HdovdError(
-                "--executor ray shares the work out by itself: start one process, without --shard and torchrun"
+                f"--executor {config.executor} shares the work out by itself: start one process, without --shard and "
+                f"torchrun"
             )
     extraction = prepare(config, teacher)
     config = replace(
@@ -249,7 +250,9 @@ def fill_cache(config: ExtractConfig, teacher: Teacher | None = None) -> Extract
     since = time.monotonic()
     try:
         if config.executor is Executor.RAY:
-            do_with_ray(extraction, config, prepare)
+            executor.do_with_ray(extraction, config, prepare)
+        elif config.executor is Executor.SUBMITIT:
+            executor.do_with_submitit(extraction, config, fill_cache)
         else:
             do_share(extraction, share)
     except KeyboardInterrupt:

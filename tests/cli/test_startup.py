@@ -13,6 +13,7 @@ from startup import commands, mistakes
 
 HEAVY = {
     "PIL",
+    "av",
     "fsspec",
     "google_crc32c",
     "jinja2",
@@ -25,6 +26,7 @@ HEAVY = {
     "scipy",
     "simplemma",
     "spacy",
+    "submitit",
     "timm",
     "torch",
     "torchvision",

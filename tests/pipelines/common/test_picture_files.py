@@ -109,3 +109,35 @@ def test_names_need_not_be_text(photos: Path) -> None:
     Path(name).touch()
     assert name in _found("photos")
     assert printable(name) == "photos/\N{REPLACEMENT CHARACTER}.jpg"
+
+
+# --- videos ---
+
+
+def test_videos_are_found_where_they_are_asked_for(photos: Path) -> None:
+    for name in ("photos/v.mp4", "photos/deep/W.MOV", "photos/.hidden/x.mkv"):
+        Path(name).touch()
+    log: list[str] = []
+    assert "photos/v.mp4" not in _found("photos", log=log)
+    assert "left out: (none), .mov, .mp4, .txt; hdovd detect reads videos with pip install 'hdovd[video]'" in log[0]
+    with lines_to(log.append):
+        found = find_pictures(["photos"], None, Path("out"), videos=True)
+    assert [file.name for file in found if file.is_video] == ["photos/v.mp4", "photos/deep/W.MOV"]
+    assert sum(not file.is_video for file in found) == 4
+    assert log[1].endswith("are no pictures, and left out: (none), .txt")
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "stem"),
+    [
+        ("rtsp://me:secret@camera:554/live/ch1.sdp?token=secret", "rtsp://camera:554/live/ch1.sdp", "ch1"),
+        ("tcp://192.0.2.7:9000", "tcp://192.0.2.7:9000", "192.0.2.7"),
+        ("udp://@:1234", "udp://:1234", "stream"),
+        ("camera:2", "camera:2", "camera2"),
+        ("/dev/video0", "camera:0", "camera0"),
+    ],
+)
+def test_streams_and_cameras(photos: Path, word: str, name: str, stem: str) -> None:
+    (file,) = find_pictures([word, word], None, Path("."))
+    assert (file.name, file.path.stem, file.is_video) == (name, stem, True)
+    assert "secret" not in file.name

@@ -296,5 +296,5 @@ def test_nothing_readable_ends_with_exit_code_1(
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 1
-    assert "1 picture skipped" in capsys.readouterr().out
+    assert "1 file skipped" in capsys.readouterr().out
     assert _json(tmp_path / "out" / "detections.json") == []

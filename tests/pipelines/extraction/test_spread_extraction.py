@@ -1,17 +1,22 @@
-"""An extraction by many processes: started twice by mistake, in shards that change, by torchrun, by Ray. The bytes are
-one process's.
+"""An extraction by many processes: started twice by mistake, in shards that change, by torchrun, Ray and submitit. The
+bytes are one process's.
 
 Most scenes are real processes played once (`spread_scenes`). The test of Ray needs `pip install 'hdovd[ray]'`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +25,13 @@ from forked_extractions import Child, play
 from spread_scenes import SCENES
 from torch.distributed.run import main as torchrun
 
+from hdovd.cache.catalog import Catalog
+from hdovd.cache.product import Product
+from hdovd.cache.schema import Level
 from hdovd.core.errors import HdovdError
+from hdovd.core.log import lines_to
 from hdovd.pipelines.extraction.config import Executor, ExtractConfig, Share
-from hdovd.pipelines.extraction.extract_clip import extract_clip
+from hdovd.pipelines.extraction.extract_clip import extract_clip, prepare
 
 Config = Callable[..., ExtractConfig]
 
@@ -172,4 +181,100 @@ def test_ray_takes_no_shard(extraction: Config, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     with pytest.raises(HdovdError, match="without --shard"):
         extract_clip(extraction(tmp_path / "cache", executor=Executor.RAY, share=Share(0, 2)))
+    assert not (tmp_path / "cache").exists()
+
+
+# --- jobs of submitit ---
+
+
+def _settings(folder: Path, text: str) -> Path:
+    file = folder / "jobs.toml"
+    file.write_text(f'cluster = "local"\nfolder = "{folder / "jobs"}"\n{text}\n')
+    return file
+
+
+def _tasks(folder: Path) -> list[int]:
+    """Processes that do the work of jobs with this folder, by their ids."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (place / "cmdline").read_bytes().split(b"\0")
+            if b"submitit.core._submit" in words and os.fsencode(folder) in words:
+                found.append(int(place.name))
+    return sorted(found)
+
+
+def test_submitits_jobs_are_killed_and_preempted_and_nothing_is_lost(
+    alone: Path, extraction: Config, tmp_path: Path
+) -> None:
+    """The parts of pictures are claimed here until both jobs have come to them: so both are at work when one is killed
+    and the other is told that its time is over.
+    """
+    pytest.importorskip("submitit")
+    cache, jobs = tmp_path / "cache", tmp_path / "jobs"
+    config = extraction(
+        cache, part_rows=16, batch_size=16, executor=Executor.SUBMITIT, submitit=_settings(tmp_path, "jobs = 2")
+    )
+
+    def extract() -> None:
+        with lines_to(partial(print, flush=True)):
+            assert extract_clip(config).whole
+
+    child = Child(extract)
+    with contextlib.ExitStack() as claims:
+        while not (products := {f.parent.parent.name: f.parent for f in cache.glob("*/*/zarr.json")}).keys() >= {
+            "noun",
+            "class",
+            "image",
+            "instance",
+            "pseudo_label",
+        }:
+            time.sleep(0.02)
+        folder = Catalog(cache).folder
+        for level in ("image", "instance"):
+            for part in range(100):
+                claims.enter_context(folder.claim(f"{products[level].relative_to(cache)}/{part}", wait=True))
+        while len(_tasks(jobs)) < 2 or not all(
+            Product(folder, level, products[level].name).whole for level in (Level.CLASS, Level.NOUN)
+        ):
+            time.sleep(0.02)
+        killed, preempted = _tasks(jobs)
+        os.kill(preempted, signal.SIGUSR2)
+        os.kill(killed, signal.SIGKILL)
+        while not any("Requeued job" in log.read_text() for log in jobs.glob("*.err")):
+            time.sleep(0.02)
+    assert child.wait() == 0, child.printed()
+    assert child.printed().count("to do, by local jobs ") == 2  # once more for what the killed one has left
+    assert "set default is whole" in child.printed()
+    assert _contents(cache) == _contents(alone)
+
+
+def test_submitits_jobs_that_do_nothing_are_an_error(extraction: Config, tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    from hdovd.pipelines.extraction.submitit_executor import do_with_submitit
+
+    config = extraction(tmp_path / "cache", executor=Executor.SUBMITIT, submitit=_settings(tmp_path, "jobs = 1"))
+    work = prepare(config)
+    work.begin(Catalog.create(config.cache))
+    with pytest.raises(HdovdError, match=r"none finished anything; they say: TypeError: .*has no len"):
+        do_with_submitit(work, config, len)  # type: ignore[arg-type]
+    for text, reason in (
+        ('jobs = "two"', "'str' object cannot be interpreted"),
+        ("slurm_partitoin = 1", "Unknown argument 'partitoin'"),
+        ("gpus = 1", "'gpus' need to be prefixed"),
+        ('timeout_min = "1 h"', 'Parameter "timeout_min" expected type'),
+    ):
+        with pytest.raises(HdovdError, match=rf"--submitit .*jobs.toml: .*{reason}"):
+            do_with_submitit(work, replace(config, submitit=_settings(tmp_path, text)), len)  # type: ignore[arg-type]
+
+
+def test_submitits_options(extraction: Config, tmp_path: Path) -> None:
+    with pytest.raises(HdovdError, match="without --shard"):
+        extract_clip(extraction(tmp_path / "cache", executor=Executor.SUBMITIT, share=Share(0, 2)))
+    with pytest.raises(HdovdError, match="without --executor submitit"):
+        extraction(tmp_path / "cache", executor=Executor.SUBMITIT, retry_failed=True)
+    with pytest.raises(HdovdError, match="give both"):
+        extraction(tmp_path / "cache", submitit=tmp_path / "jobs.toml")
+    with pytest.raises(HdovdError, match=r"jobs\.toml"):
+        extract_clip(extraction(tmp_path / "cache", executor=Executor.SUBMITIT, submitit=tmp_path / "jobs.toml"))
     assert not (tmp_path / "cache").exists()
