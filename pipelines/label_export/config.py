@@ -42,4 +42,6 @@ class ExportLabelsConfig(CacheSource):
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise HdovdError(f"--out {self.out} is there already: give a folder that is new or empty")
         if not Path(self.cache).is_file():
+            if str(self.cache).endswith(".json"):
+                raise HdovdError(f"no file {self.cache}: name what hdovd detect, eval or search wrote, or a cache")
             CacheSource.check(self)

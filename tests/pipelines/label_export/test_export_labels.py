@@ -302,8 +302,9 @@ def test_files_and_folders_that_are_others(data: Path, tmp_path: Path) -> None:
         exported(file, tmp_path / "out", "cvat")
     with pytest.raises(HdovdError, match=r"instances_val2017\.json: entry 0 is not of a picture and category"):
         exported(data / "annotations" / "instances_val2017.json", tmp_path / "out", "cvat", data=DataPaths(data))
-    with pytest.raises(HdovdError, match=r"no feature cache at .*gone"):
-        exported(tmp_path / "gone", tmp_path / "out", "cvat")
+    for name, told in {"gone": "no feature cache at .*gone", "gone.json": r"no file .*gone\.json: name"}.items():
+        with pytest.raises(HdovdError, match=told):
+            exported(tmp_path / name, tmp_path / "out", "cvat")
     with pytest.raises(HdovdError, match=r"data is there already: give a folder that is new or empty"):
         exported(file, data, "cvat", data=DataPaths(data))
     file.write_text("[1, 2]")
