@@ -40,11 +40,11 @@ def new_app(cls: type[TyperGroup] = Group, **settings: Any) -> typer.Typer:
 
 class LazyGroup(Group):
     """A group of commands that stand in files of their names. `table`: the first paragraph of each one's help, by
-    name. `groups`: those that are groups themselves, which stand in the folder `groups`.
+    name. `folders`: of those that do not stand in `hdovd.cli` itself, by command.
     """
 
     table: ClassVar[dict[str, str]]
-    groups: ClassVar[frozenset[str]] = frozenset()
+    folders: ClassVar[dict[str, str]] = {}
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -59,7 +59,7 @@ class LazyGroup(Group):
         if cmd_name not in self.table:
             return None
         word = cmd_name.replace("-", "_")
-        module = import_module(f"hdovd.cli.{'groups.' * (cmd_name in self.groups)}{word}")
+        module = import_module(".".join(["hdovd.cli", *self.folders.get(cmd_name, "").split(), word]))
         app = getattr(module, "app", None)
         if app is None:  # a single command
             app = new_app()
@@ -70,7 +70,10 @@ class LazyGroup(Group):
 
 
 class _Commands(LazyGroup):
-    groups = frozenset({"cache", "runs", "proposals", "bench"})
+    folders: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("cache", "runs", "proposals", "bench"), "groups"),
+        **dict.fromkeys(("export", "export-labels", "import-checkpoint", "push"), "exchange"),
+    }
     table: ClassVar[dict[str, str]] = {  # the first paragraph of each command's help; the rest stands in its file
         "demo": "Run the main job on a small drawn world: propose, extract-clip, train (base-only and distilled), "
         "eval, report.",

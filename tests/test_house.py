@@ -57,6 +57,7 @@ ORDER = [
         "pipelines.demo",
         "cli",
         "cli.groups",
+        "cli.exchange",
     )
 ] + ["hdovd"]
 

@@ -1,0 +1,1 @@
+"""Commands that take something out of hdovd or bring something in, one file each."""
