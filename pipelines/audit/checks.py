@@ -204,7 +204,7 @@ def class_lists(audited: Audited, found: Check) -> str:
         found.unknown.append("the cache has no class level, so which classes it was made for is not known")
     if "run" not in audited.missing:
         compared.append("run.json")
-        recorded = audited.run.get("protocol")
+        recorded = value_at(audited.run, "adapted.protocol") or audited.run.get("protocol")
         if all(isinstance(value_at(recorded, kind), list) for kind in ("base", "novel")):
             found.leaks += [*_differences(recorded, given, "run.json", called), *_against_shipped(recorded, "run.json")]
         else:
@@ -479,7 +479,25 @@ def run_boxes(audited: Audited, found: Check) -> str:
         for key, whose in (("oracle", str(path)), ("init.oracle", f"{init}, whose weights {path} began with,"))
         if value_at(run, key)
     ]
+    runs = dict(_boxes_seen(run, path))
+    found.leaks += [
+        f"{whose} was trained on boxes of {audited.called(name)}"
+        for whose, names in runs.items()
+        for name in names
+        if name in audited.protocol.novel
+    ]
+    found.notes += [f"{whose}: boxes of {shorten(names)}" for whose, names in runs.items() if len(runs) > 1]
     return f"{path} is no oracle: hdovd train gave it boxes of base classes alone"
+
+
+def _boxes_seen(run: dict[str, Any], path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, list[str]]]:
+    """A run and those whose weights it began with, the last first, as far as they are here: the classes whose boxes
+    each was trained on.
+    """
+    yield str(path), value_at(value_at(run, "adapted.protocol") or run.get("protocol"), "base") or []
+    before = Path(str(value_at(run, "init.run") or ""))
+    if before not in seen and (before / "run.json").is_file():
+        yield from _boxes_seen(read_run(before / "run.json"), before, (*seen, before))
 
 
 def _origin(run: dict[str, Any]) -> str:

@@ -99,21 +99,33 @@ def train(job: TrainConfig) -> RunFolder:
     """
     job.check()
     with team(job.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
-        return _train(job, us, stop)
+        return train_on(job, us, stop, load_protocol(job.protocol))
 
 
-def _train(job: TrainConfig, us: Team, stop: StopSignal) -> RunFolder:
-    protocol, run = load_protocol(job.protocol), RunFolder(job.out)
+def train_on(
+    job: TrainConfig,
+    us: Team,
+    stop: StopSignal,
+    protocol: Protocol,
+    given: TrainingSet | None = None,
+    about: dict[str, Any] | None = None,
+) -> RunFolder:
+    """`train` as one of a team. `given`: what to train on, by default that of the job; `about`: more for the run's
+    record.
+    """
+    run = RunFolder(job.out)
     began = run.written_recipe().train.precision if job.resume and (job.out / "config.toml").is_file() else None
     recipe, line = settled(job.recipe, us.device, began, "the run's")
     if line:
         log(line)
     job = replace(job, recipe=recipe)
-    data = training_data(job, protocol)
+    data = training_data(job, protocol) if given is None else given
     written, recipe, reliability = with_reliability(job.recipe, data.label_origin, job.calibration, protocol.base)
     job = replace(job, recipe=written)
     state = load_checkpoint(job.out, STATE) if job.resume else None
-    begun: dict[str, Any] = {"precision": recipe.train.precision, **({"oracle": True} if job.oracle else {})}
+    begun: dict[str, Any] = {"precision": recipe.train.precision, **({"oracle": True} if job.oracle else {})} | (
+        about or {}
+    )
     if state is not None:
         run.check_same(job.recipe, protocol, data.record() | begun)
         require_same_init(job.init, run)
