@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from hdovd.cache.catalog import Catalog, RunRecord
 from hdovd.cache.identity import differences
 from hdovd.cache.reader import FeatureCache
 from hdovd.config.recipe import Recipe, load_recipe
@@ -42,7 +41,7 @@ from hdovd.pipelines.extraction.source import data_of_cache, extraction_of, set_
 from hdovd.pipelines.runs.folder import RunFolder, Weights
 from hdovd.pipelines.runs.listing import ap, table_lines
 from hdovd.pipelines.training.loop import weights_of
-from hdovd.pipelines.training.train import train_on
+from hdovd.pipelines.training.train import tell_cache, train_on
 
 FEW, MOST_EPOCHS = 100, 50  # with fewer new pictures the backbone stays as it is
 SHORTER, SLOWER = 4, 10  # at least so many times less training, and a lower learning rate, than the run had
@@ -89,7 +88,7 @@ def adapt(config: AdaptConfig) -> RunFolder:
         train_on(replace(config, recipe=recipe), us, stop, joined, data, {"adapted": about})
         if us.leads:
             for part in earlier:
-                Catalog(part.cache.url).record_run(RunRecord(str(new.path.resolve()), part.cache.set.levels))
+                tell_cache(part.cache, new)
             if (known := new.record().get("mix")) is None or config.mix not in (None, known["factor"]):
                 new.add_to_record(mix=_mix(run, new, data, config.mix, us.device))
         us.wait()
@@ -307,11 +306,10 @@ def retention(
     rows, lines, tree = list[list[str]](), list[str](), list[dict[str, Any]]()
     texts = dict(zip(after.names, runs["after"].class_embeddings().float(), strict=True))
     for one in data:
-        file, folder = one.locate("val2017")
-        known = read_instances(file, folder)
+        known = read_instances(*one.locate("val2017"))
         names = [name for name in after.names if name in known.names.values()]
         if not names:
-            raise HdovdError(f"{file} knows none of the {len(after.names)} classes of {runs['after'].path}")
+            raise HdovdError(f"{known.file} knows none of the {len(after.names)} classes of {runs['after'].path}")
         of = {group: tuple(n for n in own if n in names) for group, own in groups_between(before, after).items()}
         ap50, seen, groups = dict[str, Any](), dict[str, set[Any]](), {group: own for group, own in of.items() if own}
         for which, run in runs.items():
@@ -323,21 +321,24 @@ def retention(
                 groups=groups,
                 federated=bool(known.absent),
             )
-            validation = Validation(
-                one, protocol, device, exif=run.recipe().input.exif, batch_size=batch_size, workers=workers
-            )
+            with quiet(which != "before"):  # what is left out is the same for all
+                validation = Validation(
+                    one, protocol, device, exif=run.recipe().input.exif, batch_size=batch_size, workers=workers
+                )
             every = torch.stack([texts[name] for name in protocol.names])
             said = validation.run(
                 load_detector(run, every.shape[1], device, weights.get(which, Weights.LAST).file), every
             )
             ap50[which], seen[which] = said.combined.summary()["ap50"], _found(validation, said.detections)
         missed = sorted(seen["before"] - seen["after"])
-        rows += [[str(file), g, str(len(own)), *(ap(ap50[which][g]) for which in runs)] for g, own in groups.items()]
+        rows += [
+            [str(known.file), g, str(len(own)), *(ap(ap50[which][g]) for which in runs)] for g, own in groups.items()
+        ]
         lines.append(
-            f"{file}: {len(missed)} of {len(seen['before'])} objects found before are missed now: "
+            f"{known.file}: {len(missed)} of {len(seen['before'])} objects found before are missed now: "
             f"{shorten([f'{name} in image {image}' for image, _, name in missed], 4) or 'none'}"
         )
-        tree += [{"data": str(file), "groups": groups, "ap50": ap50, "missed": missed}]
+        tree += [{"data": str(known.file), "groups": groups, "ap50": ap50, "missed": missed}]
     write_text(runs["after"].path / "retention.json", json.dumps(tree, indent=1))
     head, nothing = ["AP50 in percent on", "classes", "", *runs], "no validation images: no AP before and after"
     return "\n".join([*table_lines(head, rows, {*head[2:]}), *lines]) if lines else nothing
@@ -349,11 +350,11 @@ def _found(validation: Validation, detections: list[Detections]) -> set[tuple[in
     """
     split, protocol, objects = validation.split, validation.protocol, validation.truth.objects
     found, order = found_of(results(split, detections), split.coco_ids), np.argsort(objects.image_ids, kind="stable")
-    finder = match(found, objects, find_overlaps(found, objects), max(protocol.max_detections)).finder[order]
-    first = np.searchsorted(objects.image_ids[order], [image.id for image in split.images])
+    matching = match(found, objects, find_overlaps(found, objects), max(protocol.max_detections))
+    first = np.searchsorted(objects.image_ids, [image.id for image in split.images], sorter=order)
     return {
         (image.id, number, protocol.names[label])
         for at, image in zip(first.tolist(), split.images, strict=True)
         for k, (number, label) in enumerate(zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True))
-        if finder[at + k] >= 0
+        if matching.finder[order[at + k]] >= 0
     }

@@ -28,8 +28,7 @@ from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.initial_weights import SAME_TEXT
 from hdovd.pipelines.training.training_set import Sample, TrainingSet
 
-SAME_OBJECT = 0.5  # IoU
-HELD_OUT = 10  # one image in so many, and one at least
+SAME_OBJECT, HELD_OUT = 0.5, 10  # IoU; one image in so many is held out, and one at least
 # What tells the CLIP and the prompts of a class level from others; the precision that it was computed in does not.
 ORIGIN = ("clip.weights_sha256", "clip.architecture", "clip.activation", "clip.format", "templates")
 

@@ -479,25 +479,7 @@ def run_boxes(audited: Audited, found: Check) -> str:
         for key, whose in (("oracle", str(path)), ("init.oracle", f"{init}, whose weights {path} began with,"))
         if value_at(run, key)
     ]
-    runs = dict(_boxes_seen(run, path))
-    found.leaks += [
-        f"{whose} was trained on boxes of {audited.called(name)}"
-        for whose, names in runs.items()
-        for name in names
-        if name in audited.protocol.novel
-    ]
-    found.notes += [f"{whose}: boxes of {shorten(names)}" for whose, names in runs.items() if len(runs) > 1]
     return f"{path} is no oracle: hdovd train gave it boxes of base classes alone"
-
-
-def _boxes_seen(run: dict[str, Any], path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, list[str]]]:
-    """A run and those whose weights it began with, the last first, as far as they are here: the classes whose boxes
-    each was trained on.
-    """
-    yield str(path), value_at(value_at(run, "adapted.protocol") or run.get("protocol"), "base") or []
-    before = Path(str(value_at(run, "init.run") or ""))
-    if before not in seen and (before / "run.json").is_file():
-        yield from _boxes_seen(read_run(before / "run.json"), before, (*seen, before))
 
 
 def _origin(run: dict[str, Any]) -> str:
@@ -510,7 +492,16 @@ def backbone(audited: Audited, found: Check) -> str:
 
 
 def _judge_run(audited: Audited, found: Check, run: dict[str, Any], path: Path, seen: set[Path]) -> str:
-    """A run's backbone, and that of the run whose weights it began with, where that is here. `seen`: runs before."""
+    """A run's backbone, and that of the run whose weights it began with, where that is here; and which boxes each saw.
+    `seen`: runs that began with its weights.
+    """
+    boxes = value_at(value_at(run, "adapted.protocol") or run.get("protocol"), "base") or []
+    found.leaks += [
+        f"{path}, whose weights it began with, was trained on boxes of {audited.called(name)}"
+        for name in boxes
+        if seen and name in audited.protocol.novel
+    ]
+    found.notes += [f"{path} was trained on boxes of {shorten(boxes)}"] if seen or run.get("init") else []
     if "imported" in run:
         _judge_name(audited, found, _origin(run))
         return found.cannot(

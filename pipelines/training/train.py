@@ -335,7 +335,7 @@ def _begin(
             run = RunFolder(job.out)
             run.go_on(int(state["log_bytes"]), {**now, "step": int(state["step"])})
         if isinstance(data, TrainingSet):
-            _tell_cache(job, data.cache, run)
+            tell_cache(data.cache, run)
     us.wait()
 
 
@@ -373,10 +373,10 @@ def _tensorboard(job: TrainConfig, us: Team) -> Any:
     return SummaryWriter
 
 
-def _tell_cache(job: TrainConfig, cache: FeatureCache, run: RunFolder) -> None:
-    """Record in the cache that this run uses it, so that `hdovd cache gc` keeps what it needs."""
+def tell_cache(cache: FeatureCache, run: RunFolder) -> None:
+    """Record in a cache that a run uses it, so that `hdovd cache gc` keeps what it needs."""
     try:
-        Catalog(job.cache).record_run(RunRecord(str(run.path.resolve()), cache.set.levels))
+        Catalog(cache.url).record_run(RunRecord(str(run.path.resolve()), cache.set.levels))
     except HdovdError as error:
         log(f"note: {error}; hdovd cache gc will not know of this run")
 

@@ -25,7 +25,7 @@ from hdovd.cache.catalog import Catalog
 from hdovd.cache.reader import FeatureCache
 from hdovd.cli.main import app
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError, Stopped
+from hdovd.core.errors import HdovdError, Stopped, shorten
 from hdovd.core.log import lines_to
 from hdovd.data.coco import DataPaths
 from hdovd.data.protocol import Protocol, load_protocol, parse_protocol
@@ -498,27 +498,46 @@ def test_without_replay_and_teacher(config: AdaptConfig, tmp_path: Path) -> None
     assert run.record()["adapted"]["replay"] == {}
 
 
+def test_a_run_without_distillation(
+    config: AdaptConfig, base_only: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is sure of needs no row."""
+    monkeypatch.setattr(stage, "SURE", 0.0)
+    said = list[str]()
+    with lines_to(said.append):
+        adapt(replace(config, init=base_only.path, out=tmp_path / "new", replay=None, settings=()))
+    line = next(line for line in said if "sure of" in line)
+    sure, _, taught, *_ = [int(word.replace(",", "")) for word in line.split() if word.replace(",", "").isdigit()]
+    assert sure == taught > 0
+
+
 def test_an_adapted_run_is_adapted_again_with_the_first_cache(
     config: AdaptConfig, adapted: tuple[RunFolder, str], tmp_path: Path, mine: Path, my_cache: Path
 ) -> None:
-    """And so is an import, of which no cache is known."""
+    """And the audit says which boxes were seen when."""
     run = adapt(replace(config, init=adapted[0].path, out=tmp_path / "new", settings=("train.epochs=1",)))
     assert run.protocol().base == adapted[0].protocol().base
     report = report_of(mine, my_cache, run=run.path)
-    boxes = check_of(report, "run: boxes")
-    assert boxes.verdict is Verdict.OK
-    assert len(boxes.notes) == 3
-    assert all("boxes of hook, chime, star" in note for note in boxes.notes[:2])
-    assert boxes.notes[2].startswith(f"{config.init.resolve()}: boxes of anchor, bell")
     assert check_of(report, "class lists").verdict is not Verdict.LEAK
-
-
-def test_the_audit_knows_boxes_of_novel_classes(
-    adapted: tuple[RunFolder, str], world: Path, training_cache: Path
-) -> None:
-    boxes = check_of(report_of(world, training_cache, run=adapted[0].path), "run: boxes")
-    assert boxes.verdict is Verdict.LEAK
-    assert boxes.leaks == [f"{adapted[0].path} was trained on boxes of 'star', which is novel"]
+    found = check_of(report, "run: backbone")
+    assert found.verdict is Verdict.UNKNOWN  # the first run's: what it was drawn from
+    assert sorted(found.notes) == sorted(
+        [
+            f"{path} was trained on boxes of {names}"
+            for path, names in (
+                (run.path, "hook, chime, star"),
+                (adapted[0].path.resolve(), "hook, chime, star"),
+                (config.init.resolve(), shorten(list(BASE))),
+            )
+        ]
+    )
+    held_back = tmp_path / "held_back.toml"
+    held_back.write_text('name = "mine"\nbase = ["hook", "chime"]\nnovel = ["star"]\n')
+    report = report_of(mine, my_cache, run=run.path, protocol=str(held_back))
+    assert check_of(report, "run: backbone").leaks == [
+        f"{adapted[0].path.resolve()}, whose weights it began with, was trained on boxes of 'star', which is novel"
+    ]
+    assert any("'star'" in line for line in check_of(report, "class lists").leaks)
 
 
 def test_an_import_is_adapted(
