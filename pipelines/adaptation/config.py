@@ -18,13 +18,14 @@ class AdaptConfig(TrainConfig):
     """
 
     init: Annotated[Path, Option("The run to begin with; it stays as it is.", argument=True, metavar="RUN")]
+    cache: Annotated[Path | str, Option("The cache that extract-clip made of --data, by the CLIP of RUN.")]
     protocol: OtherProtocol = None  # type: ignore[assignment]
     recipe: Any = None
     oracle: bool = False
     val_every: int = 0
     settings: Annotated[tuple[str, ...], SET] = ()
     replay: Annotated[
-        Path | None, Option("The cache that RUN was trained from, pictures of which are trained on again.")
+        Path | str | None, Option("The cache that RUN was trained from, pictures of which are trained on again.")
     ] = None
     replay_data: Annotated[
         Path | None, Option("The data set of RUN, if it lies elsewhere than its cache says; also for the table.")

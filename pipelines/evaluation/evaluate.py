@@ -287,11 +287,12 @@ def result_table(result: EvalResult) -> str:
     """Novel, base and all of one evaluation, split-blind beside it."""
     protocol = result.combined.protocol
     groups = shown_groups(protocol)
+    wide = max(8, *(len(group) + 2 for group in groups))
     lines = [
         f"protocol {protocol.name}: {len(protocol.base)} base and {len(protocol.novel)} novel classes in one run, "
         f"{len(result.detections)} images, AP in percent",
-        f"{'':34s}{'AP50':>{8 * len(groups) - 2}s}{'AP':>{8 * len(groups)}s}",
-        f"{'':34s}" + "".join(f"{g:>8s}" for g in groups * 2),
+        f"{'':34s}{'AP50':>{wide * len(groups) - 2}s}{'AP':>{wide * len(groups)}s}",
+        f"{'':34s}" + "".join(f"{g:>{wide}s}" for g in groups * 2),
     ]
     combined = (
         f"combined (a={result.alpha:g}, b={result.beta:g})"
@@ -300,7 +301,7 @@ def result_table(result: EvalResult) -> str:
     )
     rows = {combined: result.combined.summary(), "split-blind (a=b=0)": result.split_blind.summary()}
     lines += [
-        f"{name:34s}" + "".join(f"{ap_text(ap[kind][g]):>8s}" for kind in ("ap50", "ap") for g in groups)
+        f"{name:34s}" + "".join(f"{ap_text(ap[kind][g]):>{wide}s}" for kind in ("ap50", "ap") for g in groups)
         for name, ap in rows.items()
     ]
     absent = result.combined.without_ground_truth()

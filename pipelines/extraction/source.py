@@ -176,7 +176,7 @@ def cache_of(run: RunFolder) -> FeatureCache:
     return FeatureCache(where, name)
 
 
-def data_of_cache(run: RunFolder, cache: Path | None = None, give: str = DATA_AND_PROTOCOL) -> DataPaths:
+def data_of_cache(run: RunFolder, cache: Path | str | None = None, give: str = DATA_AND_PROTOCOL) -> DataPaths:
     """Where the data lay that the run's features were made from. `cache`: as of `set_of_run`; `give`: as of
     `extraction_of`. Raises HdovdError if that is not known.
     """

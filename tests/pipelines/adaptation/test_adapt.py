@@ -617,3 +617,24 @@ def test_commands(adapted: tuple[RunFolder, str], config: AdaptConfig, world: Pa
     assert seen.exit_code == 0, seen.output
     assert [line.split()[1:3] for line in seen.output.splitlines() if "old base" in line] == [["old", "base"]]
     assert len(json.loads((tmp_path / "new" / "retention.json").read_text())) == 1
+    listed = CliRunner().invoke(app, ["runs", "ls", str(tmp_path / "new")])
+    assert listed.exit_code == 0, listed.output
+    assert "not evaluated" in listed.output
+
+
+def test_eval_and_report_take_data_that_know_all_classes(adapted: tuple[RunFolder, str], copied_world: Path) -> None:
+    for split in ("train", "val"):
+        file = copied_world / "annotations" / f"instances_{split}2017.json"
+        tree = json.loads(file.read_text())
+        tree["categories"] += [{"id": 1000 + k, "name": name} for k, name in enumerate(NEW.values())]
+        file.write_text(json.dumps(tree))
+    run = str(adapted[0].path)
+    done = CliRunner().invoke(app, ["eval", run, "--data", str(copied_world), "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert "new   old base  old novel" in done.output
+    page = CliRunner().invoke(
+        app, ["report", run, "--data", str(copied_world), "--device", "cpu", "--out", str(copied_world / "page")]
+    )
+    assert page.exit_code == 0, page.output
+    assert "old novel" in (copied_world / "page" / "index.html").read_text()
+    (adapted[0].path / "metrics.json").unlink()  # other tests read the run as it was
