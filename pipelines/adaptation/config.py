@@ -51,3 +51,5 @@ class AdaptConfig(TrainConfig):
         if why := next((why for why, wrong in faults.items() if wrong), ""):
             raise HdovdError(why)
         TrainConfig.check(replace(self, protocol=self.protocol or "ov-coco"))  # None: what the cache says
+        if self.validation is not None:
+            self.validation.locate("val2017")

@@ -572,6 +572,7 @@ def test_another_cache_is_no_replay(config: AdaptConfig, my_cache: Path, mine: P
         ({"replay": "x/{000..002}.tar"}, "tar shards"),
         ({"init": Path("nowhere")}, "nowhere is no run"),
         ({"protocol": "nowhere.toml"}, "nowhere.toml"),
+        ({"validation": DataPaths(Path("nowhere"))}, "nowhere"),
     ],
 )
 def test_bad_input(config: AdaptConfig, changes: dict[str, Any], why: str, tmp_path: Path) -> None:
