@@ -85,6 +85,8 @@ class _Commands(LazyGroup):
         "calibrate": "Say and draw how far pseudo labels are trusted, and what to expect of them, before training.",
         "relabel": "The next round: a trained detector proposes and names the pseudo boxes of a new set of the cache.",
         "train": "Train a detector from the cache; CLIP is not needed. --set overrides any value of the recipe.",
+        "adapt": "Train a run on pictures of new classes, so that it still finds those that it knew; a table says what "
+        "became of them.",
         "eval": "Detect on the validation images and print OV-COCO AP: novel, base, all, and split-blind beside it.",
         "transfer": "Evaluate a run on data sets that it was not trained on, by their class names: a table of AP.",
         "search": "Find the boxes of a cache that are most like words, pictures or other boxes; or near-duplicates and "

@@ -41,6 +41,7 @@ ORDER = [
         "pipelines.calibration",
         "pipelines.evaluation",
         "pipelines.training",
+        "pipelines.adaptation",
         "pipelines.proposals",
         "pipelines.relabelling",
         "pipelines.detection",

@@ -204,7 +204,7 @@ def class_lists(audited: Audited, found: Check) -> str:
         found.unknown.append("the cache has no class level, so which classes it was made for is not known")
     if "run" not in audited.missing:
         compared.append("run.json")
-        recorded = audited.run.get("protocol")
+        recorded = value_at(audited.run, "adapted.protocol") or audited.run.get("protocol")
         if all(isinstance(value_at(recorded, kind), list) for kind in ("base", "novel")):
             found.leaks += [*_differences(recorded, given, "run.json", called), *_against_shipped(recorded, "run.json")]
         else:
@@ -492,7 +492,16 @@ def backbone(audited: Audited, found: Check) -> str:
 
 
 def _judge_run(audited: Audited, found: Check, run: dict[str, Any], path: Path, seen: set[Path]) -> str:
-    """A run's backbone, and that of the run whose weights it began with, where that is here. `seen`: runs before."""
+    """A run's backbone, and that of the run whose weights it began with, where that is here; and which boxes each saw.
+    `seen`: runs that began with its weights.
+    """
+    boxes = value_at(value_at(run, "adapted.protocol") or run.get("protocol"), "base") or []
+    found.leaks += [
+        f"{path}, whose weights it began with, was trained on boxes of {audited.called(name)}"
+        for name in boxes
+        if seen and name in audited.protocol.novel
+    ]
+    found.notes += [f"{path} was trained on boxes of {shorten(boxes)}"] if seen or run.get("init") else []
     if "imported" in run:
         _judge_name(audited, found, _origin(run))
         return found.cannot(

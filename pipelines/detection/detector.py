@@ -28,17 +28,17 @@ from hdovd.core.log import log
 from hdovd.core.user_cache import user_cache_folder
 from hdovd.data.protocol import Protocol
 from hdovd.modeling.base import Detector as Model
-from hdovd.modeling.base import build_detector
 from hdovd.modeling.batching import input_size, padded
 from hdovd.modeling.boxes import Detections, detect_batch
 from hdovd.pipelines.common.atomic_write import replace_file
-from hdovd.pipelines.common.device import pick_device, placed
+from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.common.images import AnyPicture, Decoded, decode
 from hdovd.pipelines.common.precision import Precision, inference_autocast
 from hdovd.pipelines.common.tensors import load_tensors, save_tensors
 from hdovd.pipelines.detection.examples import Examples, Gap, Shown, embed_examples, read_examples
 from hdovd.pipelines.detection.fitting import fit_rows
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE
+from hdovd.pipelines.evaluation.evaluate import load_detector
 from hdovd.pipelines.extraction.source import cache_of
 from hdovd.pipelines.runs.config import DEFAULT_MIX
 from hdovd.pipelines.runs.folder import RunFolder, Weights
@@ -362,9 +362,8 @@ class Detector:
         """
         folder, target = RunFolder.open(Path(run), trusted=trust), pick_device(device)
         embedder = NameEmbedder(folder, target, clip=clip, pretrained=pretrained, templates=templates)
-        model = build_detector(folder.recipe(), embedder.dim, initialise=False)
-        folder.load_model(model, Weights(weights).file)
-        return cls(placed(model, target), folder.protocol(), embedder, target)
+        model = load_detector(folder, embedder.dim, target, Weights(weights).file)
+        return cls(model, folder.protocol(), embedder, target)
 
     @property
     def recipe(self) -> Recipe:

@@ -1,6 +1,7 @@
 """What `hdovd eval` is asked for. Imports no torch: a mistake shows before that."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from hdovd.core.errors import HdovdError
@@ -44,6 +45,13 @@ class EvalConfig(ClipNames, EvalOptions, ExampleOptions):
             "alone, as hdovd transfer does it."
         ),
     ] = None
+    before: Annotated[
+        Path | None,
+        Option(
+            "The run that RUN was adapted from: a table of AP50 before and after alone, of the classes that --data "
+            "knows (docs/ADAPT.md)."
+        ),
+    ] = None
     pictures: Annotated[int, Option("Draw the detections of this many validation images.", min=0)] = 0
     per_class: Annotated[bool, Option("Print the table of all classes.")] = False
     track: Track = ()
@@ -57,6 +65,8 @@ class EvalConfig(ClipNames, EvalOptions, ExampleOptions):
         ExampleOptions.check(self)
         for name in self.track:
             tracker_class(name)
+        if self.before is not None and (self.examples is not None or self.protocol is not None):
+            raise HdovdError("--before compares runs by all their classes: leave --examples and --protocol out")
         if self.examples is not None and self.protocol is not None:
             raise HdovdError("--examples stand for classes that the run was trained for: leave --protocol out")
         if self.protocol not in (None, ZERO_SHOT):

@@ -35,7 +35,7 @@ from hdovd.pipelines.common.images import read_image, read_pixels
 from hdovd.pipelines.common.precision import inference_autocast, inference_precision
 from hdovd.pipelines.dataloading.loader import Batches
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
-from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder, weights_hash
+from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder, Weights, weights_hash
 from hdovd.pipelines.runs.listing import ap as ap_text
 from hdovd.pipelines.runs.trackers import tracking
 
@@ -115,30 +115,30 @@ class Validation:
                 f"protocol {self.protocol.name} has {len(self.protocol.names)} classes, but there are {len(texts)} "
                 f"class embeddings: give those of the protocol, base before novel"
             )
-        devices = (
-            [self.device] if self.device.type == "cuda" else []
-        )  # whose generators are kept: a DataLoader draws its seed
-        with _evaluating(model), torch.random.fork_rng(devices), inference_autocast(self.device, model.recipe):
-            detections, blind = self._detect(model, texts.to(self.device))
+        detections, blind = self.detect(model, texts.to(self.device))
         combined = self.truth.average_precision(results(self.split, detections))
         split_blind = combined if blind is None else self.truth.average_precision(results(self.split, blind))
         for ap in (combined, split_blind):
             ap.check_weighted_mean()
         return Validated(detections, combined, split_blind)
 
-    def _detect(self, model: Detector, texts: Tensor) -> tuple[list[Detections], list[Detections] | None]:
+    def detect(self, model: Detector, texts: Tensor) -> tuple[list[Detections], list[Detections] | None]:
         """Detections in the split's order, with both scores and split-blind; None for the latter if there is one score
-        alone.
+        alone. As `run`, with texts on the device.
         """
+        devices = (
+            [self.device] if self.device.type == "cuda" else []
+        )  # whose generators are kept: a DataLoader draws its seed
         is_novel = torch.arange(len(self.protocol.names), device=self.device) >= len(self.protocol.base)
         pictures_of = Mapped([self.split.images[k] for k in self._order], partial(read_pixels, self.split))
         batches = Batches(pictures_of, self.batch_size, self.workers, device=self.device)
         combined, blind = list[Detections](), list[Detections]()
-        for pictures in progress(batches, "eval", "batch", len(batches)):
-            predictions = model.predict([picture.to(self.device, non_blocking=True) for picture in pictures], texts)
-            combined += detect_batch(predictions, is_novel, model.recipe.inference)
-            if predictions[0].distillation_score is not None:
-                blind += detect_batch(predictions, is_novel, model.recipe.inference, split_blind=True)
+        with _evaluating(model), torch.random.fork_rng(devices), inference_autocast(self.device, model.recipe):
+            for pictures in progress(batches, "eval", "batch", len(batches)):
+                predictions = model.predict([picture.to(self.device, non_blocking=True) for picture in pictures], texts)
+                combined += detect_batch(predictions, is_novel, model.recipe.inference)
+                if predictions[0].distillation_score is not None:
+                    blind += detect_batch(predictions, is_novel, model.recipe.inference, split_blind=True)
         place = sorted(range(len(self._order)), key=self._order.__getitem__)
         return [combined[k] for k in place], [blind[k] for k in place] if blind else None
 
@@ -183,6 +183,15 @@ class EvalResult(Validated):
     files: list[Path]
 
 
+def load_detector(run: RunFolder, dim: int, device: torch.device, file: str = Weights.LAST.file) -> Detector:
+    """The detector of a run for embeddings of `dim` numbers, on a device, with the weights in a file of the run's.
+    Raises HdovdError as `RunFolder.load_model`.
+    """
+    model = build_detector(run.recipe(), dim, initialise=False)
+    run.load_model(model, file)
+    return placed(model, device)
+
+
 def evaluate(job: EvalConfig) -> EvalResult:
     """Evaluate a run; writes metrics.json, detections.json and pictures into it. Raises HdovdError for bad input."""
     job.check()
@@ -215,9 +224,7 @@ def evaluate_by(job: EvalConfig, protocol: Protocol, texts: Tensor, out: Path) -
         workers=job.workers,
         engine=job.engine,
     )
-    model = build_detector(recipe, texts.shape[1], initialise=False)
-    run.load_model(model, job.weights.file)
-    found = validation.run(placed(model, device), texts)
+    found = validation.run(load_detector(run, texts.shape[1], device, job.weights.file), texts)
     split, combined, blind = validation.split, found.combined, found.split_blind
     rows = results(split, found.detections)
     errors = break_down(found_of(rows, split.coco_ids), validation.truth.objects, protocol)
@@ -287,11 +294,12 @@ def result_table(result: EvalResult) -> str:
     """Novel, base and all of one evaluation, split-blind beside it."""
     protocol = result.combined.protocol
     groups = shown_groups(protocol)
+    wide = max(8, *(len(group) + 2 for group in groups))
     lines = [
         f"protocol {protocol.name}: {len(protocol.base)} base and {len(protocol.novel)} novel classes in one run, "
         f"{len(result.detections)} images, AP in percent",
-        f"{'':34s}{'AP50':>{8 * len(groups) - 2}s}{'AP':>{8 * len(groups)}s}",
-        f"{'':34s}" + "".join(f"{g:>8s}" for g in groups * 2),
+        f"{'':34s}{'AP50':>{wide * len(groups) - 2}s}{'AP':>{wide * len(groups)}s}",
+        f"{'':34s}" + "".join(f"{g:>{wide}s}" for g in groups * 2),
     ]
     combined = (
         f"combined (a={result.alpha:g}, b={result.beta:g})"
@@ -300,7 +308,7 @@ def result_table(result: EvalResult) -> str:
     )
     rows = {combined: result.combined.summary(), "split-blind (a=b=0)": result.split_blind.summary()}
     lines += [
-        f"{name:34s}" + "".join(f"{ap_text(ap[kind][g]):>8s}" for kind in ("ap50", "ap") for g in groups)
+        f"{name:34s}" + "".join(f"{ap_text(ap[kind][g]):>{wide}s}" for kind in ("ap50", "ap") for g in groups)
         for name, ap in rows.items()
     ]
     absent = result.combined.without_ground_truth()

@@ -177,10 +177,12 @@ def cache_of(run: RunFolder) -> FeatureCache:
     return FeatureCache(where, name)
 
 
-def data_of_cache(run: RunFolder) -> DataPaths:
-    """Where the data lay that the run's features were made from. Raises HdovdError if that is not known."""
-    where, name, features = set_of_run(run)
-    return laid_over(DataPaths(), extraction_of(features, where, name).data)
+def data_of_cache(run: RunFolder, cache: Path | str | None = None, give: str = DATA_AND_PROTOCOL) -> DataPaths:
+    """Where the data lay that the run's features were made from. `cache`: as of `set_of_run`; `give`: as of
+    `extraction_of`. Raises HdovdError if that is not known.
+    """
+    where, name, features = set_of_run(run, cache)
+    return laid_over(DataPaths(), extraction_of(features, where, name, give).data)
 
 
 def set_of_run(run: RunFolder, cache: Path | str | None = None) -> tuple[str, str, FeatureSet]:

@@ -29,10 +29,11 @@ from hdovd.core.log import log, quiet
 from hdovd.core.version import __version__
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import load_protocol
-from hdovd.modeling.base import Detector, build_detector
+from hdovd.modeling.base import Detector
 from hdovd.modeling.boxes import combine_scores
-from hdovd.pipelines.common.device import Team, placed, team
+from hdovd.pipelines.common.device import Team, team
 from hdovd.pipelines.common.process import StopSignal
+from hdovd.pipelines.evaluation.evaluate import load_detector
 from hdovd.pipelines.extraction.config import ExtractConfig, LabelRule
 from hdovd.pipelines.extraction.extract_clip import ExtractReport, extract_clip
 from hdovd.pipelines.extraction.pseudo_labels import rows_of_classes
@@ -136,9 +137,8 @@ def _propose(config: RelabelConfig, run: RunFolder, name: str, number: int, us: 
         log(f"{config.proposals}: the boxes and names of this round are there")
         return
     texts = torch.cat([run.class_embeddings()[: len(base)], torch.from_numpy(cache.embeddings(Level.NOUN))[others]])
-    detector = build_detector(run.recipe(), texts.shape[1], initialise=False)
-    run.load_model(detector, config.weights.file)
-    finder = Finder(placed(detector, us.device).eval(), texts.float().to(us.device), len(base))
+    detector = load_detector(run, texts.shape[1], us.device, config.weights.file)
+    finder = Finder(detector.eval(), texts.float().to(us.device), len(base))
     folder = config.proposals.with_name(f"{config.proposals.stem}.parts")
     names = partial(_best, nouns=[nouns[row] for row in others])
     parts = found_parts(folder, split, run.recipe(), origin, finder, selection, us, stop, names)

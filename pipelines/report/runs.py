@@ -18,10 +18,10 @@ from hdovd.core.log import quiet
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import Protocol
 from hdovd.evaluation.groups import group_of
-from hdovd.modeling.base import build_detector
 from hdovd.modeling.losses.instance import relation_loss
-from hdovd.pipelines.common.device import pick_device, placed
+from hdovd.pipelines.common.device import pick_device
 from hdovd.pipelines.evaluation.analysis import RunAnalysis, analyse
+from hdovd.pipelines.evaluation.evaluate import load_detector
 from hdovd.pipelines.extraction.source import cache_of, data_of_cache
 from hdovd.pipelines.runs.folder import UPPER_BOUND, RunFolder
 from hdovd.pipelines.runs.listing import Run, read_run
@@ -149,9 +149,7 @@ def relations(
         training = TrainingSet(split, cache, as_it_is)
     batch = [training[i] for i in _telling(training, images)]
     place = pick_device(device)
-    model = build_detector(recipe, training.dim, initialise=False)
-    run.load_model(model, weights)
-    placed(model, place).eval()
+    model = load_detector(run, training.dim, place, weights).eval()
     ids = [image_id for _, _, image_id in batch]
     found = model.students([pixels.to(place) for pixels, _, _ in batch], [t.to(place) for _, t, _ in batch], ids)
     if not len(found.box):

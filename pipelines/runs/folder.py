@@ -3,6 +3,7 @@
     config.toml                   the resolved recipe; can be given as --recipe
     run.json                      protocol, cache identity, package versions, git commit, command; `resumed`: the same
                                   of every resumption; `init`: the run whose weights it began with, and their hash;
+                                  `adapted`, `mix`: of `hdovd adapt`, data and interpolation;
                                   `oracle`: true where boxes of novel classes were trained on;
                                   `files`: hashes of the two files above and below, which never change
     class_embeddings.safetensors  text embeddings of the protocol's classes, in its order: evaluation needs no cache
@@ -15,6 +16,8 @@
     tracked.json                  how many entries of the log each tracker has been sent; their own files lie in
                                   tensorboard/, wandb/, mlflow/
     metrics.json, detections.json, pictures/   written by hdovd eval
+    trained.safetensors, teacher.json, retention.json, naive/   of hdovd adapt: weights before the interpolation, boxes
+                                  of the frozen run, AP before and after, plain fine-tuning to compare with
 
 What a run is read by is checked: run.json has a checksum of itself, the weights in their own files (`common.tensors`),
 a checkpoint those of a zip file. So there is no moment in which a kill leaves a file and a checksum that do not fit.
@@ -75,6 +78,7 @@ FILES = (
     "class_embeddings.safetensors",
     "model.safetensors",
     "best.safetensors",
+    "trained.safetensors",
     "checkpoint.pt",
     "stopped",
     "log.jsonl",
@@ -82,8 +86,9 @@ FILES = (
     "metrics.json",
     "detections.json",
     TRACKED,
+    "retention.json",
 )
-FOLDERS = ("pictures", "tensorboard", "wandb", "mlflow")
+FOLDERS = ("pictures", "tensorboard", "wandb", "mlflow", "naive")
 UPPER_BOUND = "an upper bound, and no open-vocabulary result"  # what an oracle's AP is
 LASTING = ("config.toml", "class_embeddings.safetensors")
 NORM_TOLERANCE = 0.01  # of class embeddings
@@ -160,7 +165,7 @@ class RunFolder:
 
     def go_on(self, log_bytes: int, now: dict[str, Any]) -> None:
         """The log is cut back to `log_bytes`; detections of weights on the way go."""
-        for name in ("stopped", "metrics.json", "detections.json"):
+        for name in ("stopped", "metrics.json", "detections.json", "retention.json"):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "pictures", ignore_errors=True)
         before = self.record()
@@ -168,6 +173,10 @@ class RunFolder:
         if file.exists():
             os.truncate(file, min(log_bytes, file.stat().st_size))
         self._write_record(before | {"resumed": [*before.get("resumed", []), now]})
+
+    def add_to_record(self, **entries: Any) -> None:
+        """What became of the run after its training."""
+        self._write_record(self.record() | entries)
 
     def _write_record(self, record: dict[str, Any]) -> None:
         write_text(self.path / "run.json", json.dumps(sealed(record), indent=1))

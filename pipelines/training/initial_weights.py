@@ -21,6 +21,7 @@ from hdovd.core.errors import HdovdError, shorten
 from hdovd.core.log import log
 from hdovd.data.protocol import Protocol
 from hdovd.modeling.base import Detector, build_detector
+from hdovd.pipelines.evaluation.evaluate import load_detector
 from hdovd.pipelines.runs.folder import RunFolder, Weights, weights_hash
 from hdovd.pipelines.runs.import_checkpoint import misfits
 
@@ -118,9 +119,7 @@ def _source(model: Detector, run: RunFolder, init: Path) -> Detector:
             f"--init {init}: its embeddings have {dim} values, expected {model.dim}, which the cache has: give a cache "
             f"of the CLIP that it was trained with, or another run"
         )
-    source = build_detector(recipe, dim, initialise=False)
-    run.load_model(source)
-    return source
+    return load_detector(run, dim, torch.device("cpu"))
 
 
 def _matched(model: Detector, source: Detector, init: Path) -> tuple[dict[str, Tensor], list[str], list[str]]:

@@ -122,12 +122,12 @@ class WeightAverage:
     def __init__(self, live: nn.Module, decay: float) -> None:
         self.decay, self.updates, self._live = decay, 0, live
         self._averaged = deepcopy(live).float().requires_grad_(False)
-        self._weights = _weights(self._averaged)
+        self._weights = weights_of(self._averaged)
 
     @torch.no_grad()
     def update(self) -> None:
         """After a step of the optimiser."""
-        live = _weights(self._live)
+        live = weights_of(self._live)
         decay = min(self.decay, self.updates / (self.updates + WARM_UP))
         get_ema_multi_avg_fn(decay)(list(self._weights.values()), [live[name].float() for name in self._weights], 0)
         self.updates += 1
@@ -149,8 +149,8 @@ class WeightAverage:
             value.copy_(state["weights"][name])
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that are averaged, by name."""
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that are averaged, by name: parameters and statistics, but no memories."""
     fixed = (*getattr(model, "training_parts", ()), "background_texts")
     buffers = {
         name: value for name, value in model.named_buffers() if value.is_floating_point() and not name.startswith(fixed)

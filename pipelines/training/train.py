@@ -100,21 +100,33 @@ def train(job: TrainConfig) -> RunFolder:
     """
     job.check()
     with team(job.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
-        return _train(job, us, stop)
+        return train_on(job, us, stop, load_protocol(job.protocol))
 
 
-def _train(job: TrainConfig, us: Team, stop: StopSignal) -> RunFolder:
-    protocol, run = load_protocol(job.protocol), RunFolder(job.out)
+def train_on(
+    job: TrainConfig,
+    us: Team,
+    stop: StopSignal,
+    protocol: Protocol,
+    given: TrainingSet | None = None,
+    about: dict[str, Any] | None = None,
+) -> RunFolder:
+    """`train` as one of a team. `given`: what to train on, by default that of the job; `about`: more for the run's
+    record.
+    """
+    run = RunFolder(job.out)
     began = run.written_recipe().train.precision if job.resume and (job.out / "config.toml").is_file() else None
     recipe, line = settled(job.recipe, us.device, began, "the run's")
     if line:
         log(line)
     job = replace(job, recipe=recipe)
-    data = training_data(job, protocol)
+    data = training_data(job, protocol) if given is None else given
     written, recipe, reliability = with_reliability(job.recipe, data.label_origin, job.calibration, protocol.base)
     job = replace(job, recipe=written)
     state = load_checkpoint(job.out, STATE) if job.resume else None
-    begun: dict[str, Any] = {"precision": recipe.train.precision, **({"oracle": True} if job.oracle else {})}
+    begun: dict[str, Any] = {"precision": recipe.train.precision, **({"oracle": True} if job.oracle else {})} | (
+        about or {}
+    )
     if state is not None:
         run.check_same(job.recipe, protocol, data.record() | begun)
         require_same_init(job.init, run)
@@ -323,7 +335,7 @@ def _begin(
             run = RunFolder(job.out)
             run.go_on(int(state["log_bytes"]), {**now, "step": int(state["step"])})
         if isinstance(data, TrainingSet):
-            _tell_cache(job, data.cache, run)
+            tell_cache(data.cache, run)
     us.wait()
 
 
@@ -348,10 +360,10 @@ def _validation(
     return lambda model: validation.run(cast(Detector, model), texts).combined.summary()[protocol.metric]
 
 
-def _tell_cache(job: TrainConfig, cache: FeatureCache, run: RunFolder) -> None:
-    """Record in the cache that this run uses it, so that `hdovd cache gc` keeps what it needs."""
+def tell_cache(cache: FeatureCache, run: RunFolder) -> None:
+    """Record in a cache that a run uses it, so that `hdovd cache gc` keeps what it needs."""
     try:
-        Catalog(job.cache).record_run(RunRecord(str(run.path.resolve()), cache.set.levels))
+        Catalog(cache.url).record_run(RunRecord(str(run.path.resolve()), cache.set.levels))
     except HdovdError as error:
         log(f"note: {error}; hdovd cache gc will not know of this run")
 

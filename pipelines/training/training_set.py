@@ -83,9 +83,7 @@ class TrainingSet(Dataset[Sample]):
     def __getitem__(self, wanted: Draw | int) -> Sample:
         draw = as_draw(wanted)
         image = self.images[draw.index]
-        return flipped_at_random(
-            read_pixels(self.split, image), self._targets(image), image.id, draw.epoch, self.recipe
-        )
+        return flipped_at_random(read_pixels(self.split, image), self.targets(image), image.id, draw.epoch, self.recipe)
 
     def image_ids(self) -> np.ndarray:
         """(n,) int64, by index."""
@@ -126,7 +124,8 @@ class TrainingSet(Dataset[Sample]):
         """Where it came from, for the record of a run."""
         return {"cache": self.cache.identity(), "skipped": self.split.skips.by_reason}
 
-    def _targets(self, image: ImageBoxes) -> Targets:
+    def targets(self, image: ImageBoxes) -> Targets:
+        """What an image of the set brings to the detector. Raises HdovdError if its rows are those of other boxes."""
         rows = None
         if self.recipe.loss.uses_pseudo_boxes:
             rows = self.cache.instances(image.id)

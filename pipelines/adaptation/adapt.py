@@ -1,0 +1,360 @@
+"""Adaptation: a run is trained on new classes, held to what CLIP says of every picture, to its own earlier pictures, to
+what it says itself of the new ones, and to its own weights. It is a data set and a recipe laid over `train`.
+
+Weights in between those of before and after (WiSE-FT, arXiv 2109.01903) keep what fine-tuning forgets. How far between
+is chosen by AP50 on pictures held out of training: of the classes of the new data, and of the run's other base classes,
+on earlier pictures where there are any, else by the boxes of which the run is sure. Novel classes have no part in it.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.ops import box_iou, clip_boxes_to_image
+
+from hdovd.cache.identity import differences
+from hdovd.cache.reader import FeatureCache
+from hdovd.config.recipe import Recipe, load_recipe
+from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.log import log, quiet
+from hdovd.core.text_files import read_json
+from hdovd.data.coco import DataPaths, ImageBoxes, read_instances
+from hdovd.data.protocol import Protocol, load_protocol, parse_protocol
+from hdovd.evaluation.coco import found_of
+from hdovd.evaluation.matching import find_overlaps, match
+from hdovd.modeling.base import Detector
+from hdovd.modeling.boxes import Detections
+from hdovd.pipelines.adaptation.config import AdaptConfig
+from hdovd.pipelines.adaptation.data import SAME_OBJECT, JudgedSet, class_rows, groups_between, joined_protocol
+from hdovd.pipelines.common.atomic_write import replace_file, write_text
+from hdovd.pipelines.common.device import pick_device, team
+from hdovd.pipelines.common.process import StopSignal
+from hdovd.pipelines.evaluation.config import EvalConfig
+from hdovd.pipelines.evaluation.evaluate import Validation, load_detector, results
+from hdovd.pipelines.extraction.source import data_of_cache, extraction_of, set_of_run
+from hdovd.pipelines.runs.folder import RunFolder, Weights
+from hdovd.pipelines.runs.listing import ap, table_lines
+from hdovd.pipelines.training.loop import weights_of
+from hdovd.pipelines.training.train import tell_cache, train_on
+
+FEW, MOST_EPOCHS = 100, 50  # with fewer new pictures the backbone stays as it is
+SHORTER, SLOWER = 4, 10  # at least so many times less training, and a lower learning rate, than the run had
+SURE = 0.5  # score of a box that the run teaches
+FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)
+NAIVE = (  # to compare with: boxes alone, and what has none is background
+    "loss.class.federated=false",
+    "loss.instance.alignment_weight=0.0",
+    "loss.instance.relation_weight=0.0",
+    "loss.image.weight=0.0",
+    "loss.extra={}",
+    "pseudo_boxes.min_side=1e9",
+)
+
+
+def adapt(config: AdaptConfig) -> RunFolder:
+    """Adapt a run to new classes and return the folder of the new one; what became of its classes goes to `log`.
+
+    Raises HdovdError for bad input or a loss that is not sound, and Stopped if a signal ended it: it is saved, and can
+    be resumed.
+    """
+    config.check()
+    run, new = RunFolder.open(config.init, trusted=config.trust), RunFolder(config.out)
+    with team(config.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
+        own, joined, data = _data(config, run)
+        recipe = planned(run, data, config.settings)
+        earlier = [data.replay] if data.replay is not None else []
+        for part in (data, *earlier):
+            part.recipe = recipe
+        about = {
+            "protocol": own.to_dict(),
+            "share": config.share,
+            "teacher": config.teacher,
+            "replay": {str(level): key for part in earlier for level, key in part.cache.set.levels.items()},
+        }
+        goes_on, file = config.resume and (config.out / "checkpoint.pt").is_file(), config.out / "teacher.json"
+        if lines := goes_on and differences(about, new.record().get("adapted", {}), sides=("asked for", "began with")):
+            raise HdovdError(f"{config.out} began otherwise: {'; '.join(lines)}; or give another --out")
+        if config.teacher:
+            if us.leads and not (goes_on and file.is_file()):
+                write_text(file, json.dumps(taught_boxes(load_detector(run, data.dim, us.device), data, us.device)))
+            us.wait()
+            data.taught = {int(i): torch.tensor(boxes) for i, boxes in read_json(file, "taught boxes").items() if boxes}
+        train_on(replace(config, recipe=recipe), us, stop, joined, data, {"adapted": about})
+        if us.leads:
+            for part in earlier:
+                tell_cache(part.cache, new)
+            if (known := new.record().get("mix")) is None or config.mix not in (None, known["factor"]):
+                new.add_to_record(mix=_mix(run, new, data, config.mix, us.device))
+        us.wait()
+        runs = {"before": run, "after": new}
+        if config.compare_naive:
+            log("plain fine-tuning, to compare with:")
+            recipe = load_recipe(str(new.path / "config.toml"), NAIVE)
+            alone = JudgedSet(data.split, data.cache, recipe, own, data.rows, joined.base)
+            runs["naive"] = train_on(
+                replace(config, out=config.out / "naive", recipe=recipe),
+                us,
+                stop,
+                joined,
+                alone,
+                {"adapted": about | {"naive": True}},
+            )
+        if us.leads:
+            log(retention(runs, _validation(config, run), us.device))
+        us.wait()
+    return new
+
+
+def _data(config: AdaptConfig, run: RunFolder) -> tuple[Protocol, Protocol, JudgedSet]:
+    """The protocol of the new data, the joined one, and what is trained on. Raises HdovdError."""
+    recipe = load_recipe(str(run.path / "config.toml"), ["loss.class.federated=true", *config.settings])
+    cache = FeatureCache(config.cache, config.features, checked=config.checksums)
+    own = load_protocol(config.protocol or extraction_of(cache.set, cache.url, config.features, "--protocol").protocol)
+    joined = joined_protocol(run.protocol(), own)
+    rows = class_rows(run, cache, joined.names)
+    split = config.data.load("train2017", own, base_only=True, exif=recipe.input.exif)
+    replay = None if config.replay is None else _replayed(config, run, recipe, joined, rows)
+    return own, joined, JudgedSet(split, cache, recipe, own, rows, joined.base, replay, config.share)
+
+
+def _replayed(
+    config: AdaptConfig, run: RunFolder, recipe: Recipe, joined: Protocol, rows: Any, tried: tuple[Path, ...] = ()
+) -> JudgedSet:
+    """The training set of the run, or of one whose weights it began with. Raises HdovdError for another cache."""
+    try:
+        where, name, _ = set_of_run(run, config.replay)
+    except HdovdError as error:
+        before = Path((run.record().get("init") or {}).get("run", ""))
+        if before in tried or not (before / "run.json").is_file():
+            raise HdovdError(f"--replay {config.replay} is not the cache that RUN was trained from: {error}") from error
+        return _replayed(config, RunFolder(before), recipe, joined, rows, (*tried, before))
+    own = parse_protocol(run.record().get("adapted", run.record())["protocol"])
+    data = DataPaths(config.replay_data) if config.replay_data else data_of_cache(run, config.replay, "--replay-data")
+    split = data.load("train2017", own, base_only=True, exif=recipe.input.exif)
+    return JudgedSet(split, FeatureCache(where, name, checked=config.checksums), recipe, own, rows, joined.base)
+
+
+def planned(run: RunFolder, data: JudgedSet, settings: Sequence[str]) -> Recipe:
+    """The recipe of a run with how much of it is trained on data and for how long, and `settings` over that; told in a
+    line.
+    """
+    old, backbone, pictures, an_epoch = data.recipe, data.recipe.detector.backbone, len(data.images), len(data)
+    batch = min(old.train.batch_size, 1 << (an_epoch.bit_length() - 1))
+    steps, entries, lr = an_epoch // batch, run.entries(), old.train.lr / SLOWER * batch / old.train.batch_size
+    done = int(entries[-1]["step"]) if entries else old.train.epochs * steps  # an import has no log
+    # The stages of other libraries' backbones are not always known, and so not frozen.
+    epochs, few = min(MOST_EPOCHS, max(1, done // SHORTER // steps)), pictures < FEW and ":" not in backbone.name
+    plan = [
+        f"train.batch_size={batch}",
+        f"train.epochs={epochs}",
+        f"train.lr={lr!r}",
+        "train.schedule=cosine",
+        f"train.warmup_iterations={min(old.train.warmup_iterations, epochs * steps // 10)}",
+        "pseudo_boxes.from_epoch=1",
+        "loss.class.federated=true",
+        f"detector.backbone.frozen_stages={5 if few else backbone.frozen_stages}",
+    ]
+    recipe = load_recipe(str(run.path / "config.toml"), [*plan, *settings])
+    log(
+        f"{pictures:,d} new pictures, {data.drawn:,d} earlier ones an epoch: train.epochs={recipe.train.epochs} (the "
+        f"run had {done:,d} steps), train.batch_size={recipe.train.batch_size}, train.lr={recipe.train.lr:.2g}, "
+        f"detector.backbone.frozen_stages={recipe.detector.backbone.frozen_stages}; --set says otherwise"
+    )
+    return recipe
+
+
+def _validation(config: AdaptConfig, run: RunFolder) -> list[DataPaths]:
+    """The validation images of the new data, and of the run's own, as far as there are any."""
+    found = [] if config.validation is None else [config.validation]
+    try:
+        old = DataPaths(config.replay_data) if config.replay_data else data_of_cache(run)
+    except HdovdError as error:
+        log(f"note: no validation on the data of {run.path}: {error}")
+    else:
+        found += [DataPaths(old.root, form=old.form)] if old.root is not None and old.has("val2017") else []
+    return list({one.annotation_file("val2017").resolve(): one for one in found}.values())
+
+
+def _judging(data: JudgedSet, images: Sequence[tuple[JudgedSet, ImageBoxes]], device: torch.device) -> Validation:
+    """Detection and AP on training images, in their order, of the joined base classes, as LVIS counts it: in each image
+    of the classes that it is judged by, or, where the run taught boxes in place of earlier images, of all.
+    """
+    targets, every = [part.targets(image) for part, image in images], data.replay is None and bool(data.taught)
+    judged = [set(np.flatnonzero(every | np.asarray(t.judged)).tolist()) for t in targets]
+    pictures = [
+        {
+            "id": number,
+            "file_name": str(part.split.path(image).resolve()).lstrip("/"),
+            "width": image.width,
+            "height": image.height,
+            "neg_category_ids": sorted(known - {*own.labels.tolist()}),
+        }
+        for number, ((part, image), own, known) in enumerate(zip(images, targets, judged, strict=True))
+    ]
+    boxes = [
+        {"image_id": number, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0]}
+        for number, own in enumerate(targets)
+        for (x0, y0, x1, y1), label in zip(own.boxes.tolist(), own.labels.tolist(), strict=True)
+    ]
+    tree = {
+        "images": pictures,
+        "annotations": [{"id": number, **box} for number, box in enumerate(boxes)],
+        "categories": [{"id": label, "name": name} for label, name in enumerate(data.base)],
+    }
+    names, mine = tuple(data.base), {*data.place.tolist()}
+    groups = {
+        group: tuple(name for label, name in enumerate(names) if (label in mine) is new)
+        for group, new in (("new", True), ("old base", False))
+    }
+    protocol = Protocol("held out", names, (), keep_empty_val=True, federated=True, groups=groups)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "instances.json"
+        write_text(file, json.dumps(tree))
+        return Validation(
+            DataPaths(images=Path("/"), annotations=file),
+            protocol,
+            device,
+            exif=data.recipe.input.exif,
+            batch_size=data.recipe.train.batch_size,
+        )
+
+
+def taught_boxes(model: Detector, data: JudgedSet, device: torch.device) -> dict[int, list[list[float]]]:
+    """By new picture the boxes (x0, y0, x1, y1, label) in which a run is sure of one of the classes for which nobody
+    looked there, away from all that have a box. With distillation those that a pseudo box lies on, whose row they take.
+    How many is told. Held-out pictures are among them where they have to stand for earlier ones.
+    """
+    images = [*{i.id: i for i in data.images}.values(), *([] if data.replay else data.held)]
+    validation, taught, sure = _judging(data, [(data, image) for image in images], device), {}, 0
+    found, _ = validation.detect(model, torch.from_numpy(data.class_embeddings(data.base)).to(device))
+    for image, one in zip(images, found, strict=True):
+        targets, boxes = data.targets(image), clip_boxes_to_image(one.boxes.float(), (image.height, image.width))
+        free = (box_iou(boxes, targets.boxes) < SAME_OBJECT).all(dim=1) & (boxes[:, 2:] - boxes[:, :2] > 1).all(dim=1)
+        keep = (one.scores >= SURE) & ~torch.isin(one.labels, data.place) & free
+        sure += int(keep.sum())
+        on_row = (box_iou(boxes, targets.pseudo_boxes) >= SAME_OBJECT).any(dim=1)
+        keep &= on_row | (not data.recipe.loss.uses_pseudo_boxes)
+        taught[image.id] = torch.cat([boxes, one.labels[:, None].float()], dim=1)[keep].tolist()
+    log(
+        f"the run is sure of {sure:,d} boxes of its classes on {len(images):,d} new pictures; "
+        f"{sum(map(len, taught.values())):,d} of them are taught, on {sum(map(bool, taught.values())):,d} pictures: "
+        f"those that have an embedding in the cache"
+    )
+    return taught
+
+
+def _mix(run: RunFolder, new: RunFolder, data: JudgedSet, factor: float | None, device: torch.device) -> dict[str, Any]:
+    """Replace the new run's weights by the best mix with those of the run that it began with, or by that of `factor`;
+    returns what its record says of it. Memories and counters stay as they were trained.
+    """
+    trained, texts = new.path / "trained.safetensors", torch.from_numpy(data.class_embeddings(data.base))
+    if not trained.is_file():
+        replace_file(trained, lambda partial: shutil.copyfile(new.path / "model.safetensors", partial))
+    model, before = (
+        load_detector(new, data.dim, device, trained.name),
+        load_detector(run, data.dim, device).state_dict(),
+    )
+    after = {name: value.clone() for name, value in model.state_dict().items()}
+    names = [n for n in weights_of(model) if n in before and n in after and before[n].shape == after[n].shape]
+    held = [(part, image) for part in (data, data.replay) if part is not None for image in part.held]
+    validation, table, best = _judging(data, held, device), list[dict[str, Any]](), (-1.0, 0.0)
+    for one in FACTORS if factor is None else (factor,):
+        model.load_state_dict(after | {name: torch.lerp(before[name], after[name], one) for name in names})
+        found = validation.run(model, texts).combined.summary()["ap50"]
+        known = [value for value in (found["new"], found["old base"]) if value is not None]
+        table.append({"factor": one, "new": found["new"], "old base": found["old base"]})
+        log(f"weights {one:g} new: held-out AP50 new {ap(found['new'])}, old base {ap(found['old base'])}")
+        if (mean := (sum(known) / max(1, len(known)), one)) > best:
+            best = mean
+            new.save_model(model)
+    log(f"the weights of {new.path} are {best[1]:g} new and {1 - best[1]:g} of RUN, by {len(held)} held-out pictures")
+    return {"factor": best[1], "given": factor is not None, "tensors": len(names), "held": len(held), "table": table}
+
+
+def compare(job: EvalConfig) -> str:
+    """`hdovd eval --before`: `retention` of a run on one data set. Raises HdovdError for bad input."""
+    paths, weights = {"before": job.before or job.run, "after": job.run}, {"after": job.weights}
+    runs = {which: RunFolder.open(path, trusted=job.trust) for which, path in paths.items()}
+    return retention(runs, [job.data], pick_device(job.device), weights, job.batch_size, job.workers)
+
+
+def retention(
+    runs: Mapping[str, RunFolder],
+    data: Sequence[DataPaths],
+    device: torch.device,
+    weights: Mapping[str, Weights] = {},
+    batch_size: int = 16,
+    workers: int | None = None,
+) -> str:
+    """AP50 of each run ("before", "after" and others) on each data set, by groups of classes, and the objects that were
+    found before and are missed after, by image and annotation id: written into the run after, and returned as a table.
+    Counted are those of its classes that the annotations know, by all runs alike: one without boxes before is novel to
+    the run before, and found by its name.
+
+    Args:
+        weights: which of a run's, where it is not the last.
+
+    Raises HdovdError for data without any of the classes.
+    """
+    before, after = runs["before"].protocol(), runs["after"].protocol()
+    rows, lines, tree = list[list[str]](), list[str](), list[dict[str, Any]]()
+    texts = dict(zip(after.names, runs["after"].class_embeddings().float(), strict=True))
+    for one in data:
+        known = read_instances(*one.locate("val2017"))
+        names = [name for name in after.names if name in known.names.values()]
+        if not names:
+            raise HdovdError(f"{known.file} knows none of the {len(after.names)} classes of {runs['after'].path}")
+        of = {group: tuple(n for n in own if n in names) for group, own in groups_between(before, after).items()}
+        ap50, seen, groups = dict[str, Any](), dict[str, set[Any]](), {group: own for group, own in of.items() if own}
+        for which, run in runs.items():
+            own = (before if which == "before" else after).base
+            protocol = replace(
+                after,
+                base=tuple(name for name in names if name in own),
+                novel=tuple(name for name in names if name not in own),
+                groups=groups,
+                federated=bool(known.absent),
+            )
+            with quiet(which != "before"):  # what is left out is the same for all
+                validation = Validation(
+                    one, protocol, device, exif=run.recipe().input.exif, batch_size=batch_size, workers=workers
+                )
+            every = torch.stack([texts[name] for name in protocol.names])
+            said = validation.run(
+                load_detector(run, every.shape[1], device, weights.get(which, Weights.LAST).file), every
+            )
+            ap50[which], seen[which] = said.combined.summary()["ap50"], _found(validation, said.detections)
+        missed = sorted(seen["before"] - seen["after"])
+        rows += [
+            [str(known.file), g, str(len(own)), *(ap(ap50[which][g]) for which in runs)] for g, own in groups.items()
+        ]
+        lines.append(
+            f"{known.file}: {len(missed)} of {len(seen['before'])} objects found before are missed now: "
+            f"{shorten([f'{name} in image {image}' for image, _, name in missed], 4) or 'none'}"
+        )
+        tree += [{"data": str(known.file), "groups": groups, "ap50": ap50, "missed": missed}]
+    write_text(runs["after"].path / "retention.json", json.dumps(tree, indent=1))
+    head, nothing = ["AP50 in percent on", "classes", "", *runs], "no validation images: no AP before and after"
+    return "\n".join([*table_lines(head, rows, {*head[2:]}), *lines]) if lines else nothing
+
+
+def _found(validation: Validation, detections: list[Detections]) -> set[tuple[int, int, str]]:
+    """Image, annotation and class of the objects that were found. Of an image, objects are in the split's order, and
+    after them crowds that hold all of it.
+    """
+    split, protocol, objects = validation.split, validation.protocol, validation.truth.objects
+    found, order = found_of(results(split, detections), split.coco_ids), np.argsort(objects.image_ids, kind="stable")
+    matching = match(found, objects, find_overlaps(found, objects), max(protocol.max_detections))
+    first = np.searchsorted(objects.image_ids, [image.id for image in split.images], sorter=order)
+    return {
+        (image.id, number, protocol.names[label])
+        for at, image in zip(first.tolist(), split.images, strict=True)
+        for k, (number, label) in enumerate(zip(image.annotation_ids.tolist(), image.labels.tolist(), strict=True))
+        if matching.finder[order[at + k]] >= 0
+    }

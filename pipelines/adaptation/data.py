@@ -1,0 +1,170 @@
+"""What an adapted run is trained on: pictures with boxes of new classes, and pictures of the run's earlier cache.
+
+Nobody looked for the run's base classes in the new pictures, nor for the new ones in the earlier. So each picture is
+judged by the classes of its own data alone (`hdovd.modeling.losses.classwise.of_judged`), and in the new ones the boxes
+in which the run itself is sure of one of its classes count as boxes of it. C classes, D embedding size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from hdovd.cache.reader import FeatureCache
+from hdovd.cache.schema import Level
+from hdovd.config.recipe import Recipe
+from hdovd.core.errors import HdovdError, shorten
+from hdovd.core.log import log
+from hdovd.data.coco import ImageBoxes, Split
+from hdovd.data.protocol import Protocol
+from hdovd.data.targets import Targets
+from hdovd.pipelines.common.settings import value_at
+from hdovd.pipelines.dataloading.sampler import Draw, as_draw, key_of
+from hdovd.pipelines.nouns.allowed import meaning
+from hdovd.pipelines.runs.folder import RunFolder
+from hdovd.pipelines.training.initial_weights import SAME_TEXT
+from hdovd.pipelines.training.training_set import Sample, TrainingSet
+
+SAME_OBJECT, HELD_OUT = 0.5, 10  # IoU; one image in so many is held out, and one at least
+# What tells the CLIP and the prompts of a class level from others; the precision that it was computed in does not.
+ORIGIN = ("clip.weights_sha256", "clip.architecture", "clip.activation", "clip.format", "templates")
+
+
+def groups_between(before: Protocol, after: Protocol) -> dict[str, tuple[str, ...]]:
+    """The classes of `after` by what became of them, without groups that are empty: those that have boxes now alone,
+    those that had boxes before, and those that never had, known before or not.
+    """
+    found = {
+        "new": [name for name in after.base if name not in before.base],
+        "old base": [name for name in after.base if name in before.base],
+        "old novel": [name for name in after.novel if name in before.names],
+        "new novel": [name for name in after.novel if name not in before.names],
+    }
+    return {group: tuple(names) for group, names in found.items() if names}
+
+
+def joined_protocol(run: Protocol, mine: Protocol) -> Protocol:
+    """The classes of a run, whose base classes keep their labels, and those of new data. What is not new is told.
+    Raises HdovdError for a class that both have, in another spelling.
+    """
+    known = {meaning(name): name for name in run.names}
+    for name in mine.names:
+        if name not in run.names and (other := known.get(meaning(name))) is not None:
+            raise HdovdError(
+                f"class {name!r} of protocol {mine.name} is {other!r} of the run in another spelling: call it "
+                f"{other!r} in the protocol and in the annotations"
+            )
+    again, seen = (shorten([name for name in mine.base if name in own]) or "none" for own in (run.base, run.novel))
+    log(f"classes that the run had boxes of, trained further: {again}; novel before, and base now: {seen}")
+    base = tuple(dict.fromkeys((*run.base, *mine.base)))
+    novel = tuple(dict.fromkeys(name for name in (*run.novel, *mine.novel) if name not in base))
+    after = replace(run, name=f"{run.name}+{mine.name}"[:80], base=base, novel=novel)
+    return replace(after, groups=groups_between(run, after))
+
+
+def class_rows(run: RunFolder, cache: FeatureCache, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """(D,) text embedding of each class, the run's where it has one, and else the cache's. Raises HdovdError if the two
+    are of another CLIP, or of other prompts, or a class is in neither.
+    """
+    own = dict(zip(run.protocol().names, run.class_embeddings().float().numpy(), strict=True))
+    there = dict(zip(cache.names(Level.CLASS), cache.embeddings(Level.CLASS), strict=True))
+    dim, inputs = len(next(iter(own.values()))), value_at(run.record(), "cache.levels.class.inputs")
+    wrong = [f"embeddings have {cache.dim} values, expected {dim}"] if cache.dim != dim else []
+    cosines = {} if wrong else {name: float(row @ own[name]) for name, row in there.items() if name in own}
+    wrong += [f"that of {name!r} is another one, cosine {at:.3f}" for name, at in cosines.items() if at < SAME_TEXT]
+    wrong += [
+        f"{k} differs" for k in ORIGIN if inputs and value_at(cache.key_inputs(Level.CLASS), k) != value_at(inputs, k)
+    ]
+    if wrong:
+        raise HdovdError(
+            f"the text embeddings of {cache.url} are of another CLIP or other prompts than those of {run.path}: "
+            f"{shorten(wrong, 2)}; extract --data with the --clip, --pretrained and --templates of the run's cache"
+        )
+    if not (inputs or cosines):
+        log(f"note: nothing tells whether {cache.url} is of the CLIP of {run.path}: no class is in both")
+    new = [name for name in names if name not in own]
+    return own | dict(zip(new, cache.class_embeddings(new), strict=True))
+
+
+class JudgedSet(TrainingSet):
+    """A training set by the labels of a joined protocol, a tenth of whose images is `held` out. After its own images an
+    epoch has `drawn` of `replay`, if there is one, as many as have the share `share`: drawn anew by seed and epoch,
+    and called -1 - id.
+
+    `place`: the joined label of each of its own base classes. `taught`: by image, boxes of which the run is sure,
+    (t, 5): x0, y0, x1, y1, label. `rows`: by name, the text embeddings of the joined classes.
+    """
+
+    federated = True
+
+    def __init__(
+        self,
+        split: Split,
+        cache: FeatureCache,
+        recipe: Recipe,
+        own: Protocol,
+        rows: dict[str, np.ndarray],
+        base: Sequence[str],
+        replay: "JudgedSet | None" = None,
+        share: float = 0.5,
+    ) -> None:
+        """`base`: the joined base classes. Raises HdovdError as TrainingSet, and for a single image."""
+        super().__init__(split, cache, recipe)
+        self.place, self.rows, self.base = torch.tensor([base.index(name) for name in own.base]), rows, base
+        self.taught, self.replay, images = dict[int, Tensor](), replay, {image.id: image for image in self.images}
+        order = sorted(images, key=lambda image_id: key_of(recipe.train.seed, -3, image_id))
+        if len(order) < 2:
+            raise HdovdError(f"{split.annotations}: {len(order)} image of its base classes, expected two at least")
+        held = {image_id: images[image_id] for image_id in order[: max(1, len(order) // HELD_OUT)]}
+        self.held, self.images = [*held.values()], [image for image in self.images if image.id not in held]
+        self.drawn = 0 if replay is None else max(1, round(len(self.images) * share / (1 - share)))
+
+    def targets(self, image: ImageBoxes) -> Targets:
+        """By the joined protocol, with the boxes of which the run is sure."""
+        targets, judged = super().targets(image), torch.zeros(len(self.base), dtype=torch.bool)
+        judged[self.place if targets.judged is None else self.place[targets.judged]] = True
+        targets = replace(targets, labels=self.place[targets.labels], judged=judged)
+        return with_taught(targets, self.taught[image.id]) if image.id in self.taught else targets
+
+    def __len__(self) -> int:
+        return len(self.images) + self.drawn
+
+    def __getitem__(self, wanted: Draw | int) -> Sample:
+        draw = as_draw(wanted)
+        if self.replay is None or draw.index < len(self.images):
+            return super().__getitem__(draw)
+        index = key_of(self.recipe.train.seed, draw.epoch, -1 - draw.index) % len(self.replay)
+        pixels, targets, image_id = self.replay[replace(draw, index=index)]
+        return pixels, targets, -1 - image_id
+
+    def image_ids(self) -> np.ndarray:
+        """(n,) int64, by index; those of `replay`, which differ from epoch to epoch, are -1."""
+        return np.concatenate([super().image_ids(), np.full(self.drawn, -1, np.int64)])
+
+    def class_embeddings(self, names: Sequence[str]) -> np.ndarray:
+        return np.stack([self.rows[name] for name in names])
+
+    def describe(self) -> str:
+        earlier = f" and {self.drawn} of {len(self.replay)} earlier ones an epoch" if self.replay is not None else ""
+        return f"{len(self.images)} images{earlier}, {sum(len(image.boxes) for image in self.images)} new boxes"
+
+
+def with_taught(targets: Targets, taught: Tensor) -> Targets:
+    """The targets with boxes (t, 5) among the base boxes. Each has the row of the pseudo box that it overlaps most;
+    those that lie on it are pseudo boxes no more. Without pseudo boxes, rows are zeros, which no level asks for.
+    """
+    nothing = torch.zeros(1, targets.embeddings.shape[1])
+    overlap = box_iou(taught[:, :4], torch.cat([targets.pseudo_boxes, torch.zeros(1, 4)]))
+    rows, rest = torch.cat([targets.pseudo_embeddings, nothing]), (overlap[:, :-1] < SAME_OBJECT).all(dim=0)
+    return replace(
+        targets,
+        boxes=torch.cat([targets.boxes, taught[:, :4]]),
+        labels=torch.cat([targets.labels, taught[:, 4].long()]),
+        embeddings=torch.cat([targets.embeddings, rows[overlap.argmax(dim=1)]]),
+        pseudo_boxes=targets.pseudo_boxes[rest],
+        pseudo_embeddings=targets.pseudo_embeddings[rest],
+        pseudo_texts=targets.pseudo_texts[rest],
+    )
