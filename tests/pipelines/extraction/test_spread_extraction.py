@@ -241,7 +241,7 @@ def test_submitits_jobs_are_killed_and_preempted_and_nothing_is_lost(
         killed, preempted = _tasks(jobs)
         os.kill(preempted, signal.SIGUSR2)
         os.kill(killed, signal.SIGKILL)
-        while not any("Requeued job" in log.read_text() for log in jobs.glob("*.err")):
+        while not any("Requeued job" in log.read_text() for log in jobs.glob("*_log.*")):
             time.sleep(0.02)
     assert child.wait() == 0, child.printed()
     assert child.printed().count("to do, by local jobs ") == 2  # once more for what the killed one has left
