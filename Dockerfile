@@ -12,7 +12,7 @@ WORKDIR /work
 
 FROM base AS build
 ARG TORCH=cpu
-ARG EXTRAS=video,serve,parquet,s3,ray,submitit
+ARG EXTRAS=video,serve,hub,parquet,s3,ray,submitit
 RUN pip install --no-cache-dir uv==0.13.9 && python -m venv /opt/hdovd
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./

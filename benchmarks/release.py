@@ -6,7 +6,6 @@ that is here, with `release_smoke.py`; and the size of what was installed.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -61,10 +60,11 @@ def try_wheel(wheel: Path, python: Path, folder: Path) -> None:
 
 
 def main(out: Path) -> None:
-    shutil.rmtree(out, ignore_errors=True)
+    for old in (*out.glob("hdovd-*.whl"), *out.glob("hdovd-*.tar.gz")):
+        old.unlink()
     run(sys.executable, "-m", "build", "--installer", "uv", "--outdir", out, ROOT)
-    run(sys.executable, "-m", "twine", "check", "--strict", *out.iterdir())
-    (wheel,) = out.glob("*.whl")
+    run(sys.executable, "-m", "twine", "check", "--strict", *out.glob("hdovd-*"))
+    (wheel,) = out.glob("hdovd-*.whl")
     missing = []
     for version in PYTHONS:
         python = interpreter(version)
@@ -74,7 +74,7 @@ def main(out: Path) -> None:
         print(f"Python {version}: {python}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             try_wheel(wheel, python, Path(folder) / "env")
-    for file in sorted(out.iterdir()):
+    for file in sorted(out.glob("hdovd-*")):
         print(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
     if missing:
         sys.exit(f"not tried, since there is no such Python here: {', '.join(missing)}")

@@ -9,9 +9,11 @@ used. Nothing that the client says is repeated, since it may hold a token.
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ def is_hub(url: Path | str) -> bool:
 
 def repository(url: Path | str) -> tuple[str, str | None]:
     """USER/NAME and the revision. Raises HdovdError for anything else."""
-    found = re.fullmatch(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@([\w.-][\w./-]*))?", str(url))
+    found = re.fullmatch(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@([\w.-][\w./-]*))?", str(url), re.ASCII)
     if found is None:
         raise HdovdError(f"{url}: expected hf://USER/NAME, or hf://USER/NAME@REVISION")
     return found[1], found[2]
@@ -57,6 +59,7 @@ def hub_client(url: Path | str) -> Iterator[Any]:
         errors.RevisionNotFoundError: "it has no such revision: leave @REVISION out for the newest",
         errors.LocalEntryNotFoundError: "the Hub is not to be reached, or HF_HUB_OFFLINE is set, and Hugging Face's "
         "cache does not have all of it: pull it once where there is a network, with the same HF_HOME",
+        errors.HFValidationError: "no name that the Hub takes",
         errors.EntryNotFoundError: f"it has no {LIST}: it was not made by hdovd push, or not by all of one",
     }
     try:
@@ -75,7 +78,8 @@ def hub_client(url: Path | str) -> Iterator[Any]:
 
 @cache
 def pulled(url: Path | str, kind: str) -> Path:
-    """A folder of the user's own with what was pushed, of `kind` "run" or "cache": links into Hugging Face's cache.
+    """A folder of the user's own with what was pushed, of `kind` "run" or "cache": of large files links into Hugging
+    Face's cache.
 
     Raises HdovdError if it cannot be had, or is not what was pushed.
     """
@@ -86,13 +90,14 @@ def pulled(url: Path | str, kind: str) -> Path:
         files, commit = _listed(listed, url), listed.parent.name
         folder = user_cache_folder() / "hub" / f"{kind}s" / f"{repo.replace('/', '--')}@{commit}"
         if not all((folder / name).is_file() for name in files):
-            content = Path(client.snapshot_download(repo, revision=commit, **options))
+            tops = {escape(top) + "/*" * bool(rest) for top, _, rest in (name.partition("/") for name in files)}
+            content = Path(client.snapshot_download(repo, revision=commit, allow_patterns=sorted(tops), **options))
             if wrong := [name for name, known in files.items() if _hash(content / name) != known]:
                 raise HdovdError(
                     f"{url} is not what was pushed ({shorten(wrong)}, at {commit[:12]}): it was changed since, or not "
                     f"all of it is there; push it again, or give @REVISION of an earlier one"
                 )
-            _link(content, files, folder)
+            _lay(content, files, folder)
     return folder
 
 
@@ -110,8 +115,9 @@ def _listed(file: Path, url: Path | str) -> dict[str, str]:
                 f"{url} was pushed by a newer hdovd (format {tree['format']}, not {FORMAT}): update this one"
             )
         files = {str(name): str(known) for name, known in tree["files"].items()}
-        outside = [name for name in files if name.startswith("/") or ".." in name.split("/") or "\0" in name]
-        if outside or tree[SEAL] != sealed(tree)[SEAL]:
+        outside = [name for name in files if {"", ".", ".."}.intersection(name.split("/")) or "\0" in name]
+        unknown = [known for known in files.values() if not re.fullmatch("[0-9a-f]{64}", known)]
+        if outside or unknown or tree[SEAL] != sealed(tree)[SEAL]:
             raise ValueError(SEAL)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise HdovdError(f"{url}: its {LIST} is damaged, or was changed since it was pushed: push it again") from None
@@ -122,11 +128,16 @@ def _hash(file: Path) -> str:
     return hash_file(file) if file.is_file() else ""
 
 
-def _link(content: Path, files: dict[str, str], folder: Path) -> None:
-    """Links to all files; several processes may do it at once."""
+def _lay(content: Path, files: dict[str, str], folder: Path) -> None:
+    """All files: links to tensors and to what lies in folders, and copies of the others, which commands may write anew.
+    Several processes may do it at once.
+    """
     for name in files:
-        link = folder / name
-        partial = link.with_name(f".partial-link-{os.getpid()}")
-        link.parent.mkdir(parents=True, exist_ok=True)
-        partial.symlink_to((content / name).resolve())
-        os.replace(partial, link)
+        own = folder / name
+        partial = own.with_name(f".partial-link-{os.getpid()}")
+        own.parent.mkdir(parents=True, exist_ok=True)
+        if "/" in name or name.endswith(".safetensors"):
+            partial.symlink_to((content / name).resolve())
+        else:
+            shutil.copyfile(content / name, partial)
+        os.replace(partial, own)

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import gcd
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,10 +33,11 @@ from hdovd.modeling.base import Detector
 from hdovd.modeling.boxes import Detections
 from hdovd.pipelines.adaptation.config import AdaptConfig
 from hdovd.pipelines.adaptation.data import SAME_OBJECT, JudgedSet, class_rows, groups_between, joined_protocol
+from hdovd.pipelines.calibration.values import VALUES
 from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.device import pick_device, team
 from hdovd.pipelines.common.process import StopSignal
-from hdovd.pipelines.evaluation.config import EvalConfig
+from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
 from hdovd.pipelines.evaluation.evaluate import Validation, load_detector, results
 from hdovd.pipelines.extraction.source import data_of_cache, extraction_of, set_of_run
 from hdovd.pipelines.runs.folder import RunFolder, Weights
@@ -45,6 +47,7 @@ from hdovd.pipelines.training.train import tell_cache, train_on
 
 FEW, MOST_EPOCHS = 100, 50  # with fewer new pictures the backbone stays as it is
 SHORTER, SLOWER = 4, 10  # at least so many times less training, and a lower learning rate, than the run had
+LONGEST = 4000  # steps that a run is taken to have had where it does not say
 SURE = 0.5  # score of a box that the run teaches
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)
 NAIVE = (  # to compare with: boxes alone, and what has none is background
@@ -96,6 +99,9 @@ def adapt(config: AdaptConfig) -> RunFolder:
         if config.compare_naive:
             log("plain fine-tuning, to compare with:")
             recipe = load_recipe(str(new.path / "config.toml"), NAIVE)
+            parts = us.world * recipe.train.accumulate
+            batch = max(parts, min(recipe.train.batch_size, len(data.images)) // parts * parts)
+            recipe = load_recipe(str(new.path / "config.toml"), [*NAIVE, f"train.batch_size={batch}"])
             alone = JudgedSet(data.split, data.cache, recipe, own, data.rows, joined.base)
             runs["naive"] = train_on(
                 replace(config, out=config.out / "naive", recipe=recipe),
@@ -140,30 +146,42 @@ def _replayed(
     return JudgedSet(split, FeatureCache(where, name, checked=config.checksums), recipe, own, rows, joined.base)
 
 
+def _first(run: RunFolder) -> RunFolder:
+    """Of a chain of adaptations the run that they began with, as far as it is here: what is trained less than."""
+    record = run.record()
+    before = Path((record.get("init") or {}).get("run", ""))
+    return _first(RunFolder(before)) if "adapted" in record and (before / "run.json").is_file() else run
+
+
 def planned(run: RunFolder, data: JudgedSet, settings: Sequence[str]) -> Recipe:
     """The recipe of a run with how much of it is trained on data and for how long, and `settings` over that; told in a
     line.
     """
-    old, backbone, pictures, an_epoch = data.recipe, data.recipe.detector.backbone, len(data.images), len(data)
-    batch = min(old.train.batch_size, 1 << (an_epoch.bit_length() - 1))
-    steps, entries, lr = an_epoch // batch, run.entries(), old.train.lr / SLOWER * batch / old.train.batch_size
-    done = int(entries[-1]["step"]) if entries else old.train.epochs * steps  # an import has no log
+    first, file, pictures, an_epoch = _first(run), str(run.path / "config.toml"), len(data.images), len(data)
+    old, entries, weights = first.written_recipe(), first.entries(), run.record().get("reliability", {})
+    batch, backbone = min(old.train.batch_size, 1 << (an_epoch.bit_length() - 1)), old.detector.backbone
+    steps, done = an_epoch // batch, int(entries[-1]["step"]) if entries else None  # an import has no log
     # The stages of other libraries' backbones are not always known, and so not frozen.
-    epochs, few = min(MOST_EPOCHS, max(1, done // SHORTER // steps)), pictures < FEW and ":" not in backbone.name
+    epochs, few = max(1, (done or LONGEST) // SHORTER // steps), pictures < FEW and ":" not in backbone.name
+    auto = "auto" in (getattr(old.pseudo_boxes, f"reliability_{name}") for name in VALUES)
     plan = [
         f"train.batch_size={batch}",
-        f"train.epochs={epochs}",
-        f"train.lr={lr!r}",
+        f"train.accumulate={gcd(batch, old.train.accumulate)}",
+        f"train.epochs={min(MOST_EPOCHS, epochs)}",
         "train.schedule=cosine",
-        f"train.warmup_iterations={min(old.train.warmup_iterations, epochs * steps // 10)}",
         "pseudo_boxes.from_epoch=1",
         "loss.class.federated=true",
         f"detector.backbone.frozen_stages={5 if few else backbone.frozen_stages}",
+        *(f"pseudo_boxes.reliability_{name}={weights[name]!r}" for name in VALUES if auto and name in weights),
     ]
-    recipe = load_recipe(str(run.path / "config.toml"), [*plan, *settings])
+    asked = load_recipe(file, [*plan, *settings]).train
+    warm_up = min(old.train.warmup_iterations, asked.epochs * max(1, an_epoch // asked.batch_size) // 10)
+    lr = old.train.lr / SLOWER * asked.batch_size / old.train.batch_size
+    recipe = load_recipe(file, [*plan, f"train.lr={lr!r}", f"train.warmup_iterations={warm_up}", *settings])
+    had = "an unknown number of" if done is None else f"{done:,d}"
     log(
         f"{pictures:,d} new pictures, {data.drawn:,d} earlier ones an epoch: train.epochs={recipe.train.epochs} (the "
-        f"run had {done:,d} steps), train.batch_size={recipe.train.batch_size}, train.lr={recipe.train.lr:.2g}, "
+        f"run had {had} steps), train.batch_size={recipe.train.batch_size}, train.lr={recipe.train.lr:.2g}, "
         f"detector.backbone.frozen_stages={recipe.detector.backbone.frozen_stages}; --set says otherwise"
     )
     return recipe
@@ -345,11 +363,12 @@ def retention(
 
 
 def _found(validation: Validation, detections: list[Detections]) -> set[tuple[int, int, str]]:
-    """Image, annotation and class of the objects that were found. Of an image, objects are in the split's order, and
-    after them crowds that hold all of it.
+    """Image, annotation and class of the objects that were found, with a score that is shown. Of an image, objects are
+    in the split's order, and after them crowds that hold all of it.
     """
     split, protocol, objects = validation.split, validation.protocol, validation.truth.objects
-    found, order = found_of(results(split, detections), split.coco_ids), np.argsort(objects.image_ids, kind="stable")
+    sure = [Detections(d.boxes[k], d.scores[k], d.labels[k]) for d in detections for k in [d.scores >= SHOWN_SCORE]]
+    found, order = found_of(results(split, sure), split.coco_ids), np.argsort(objects.image_ids, kind="stable")
     matching = match(found, objects, find_overlaps(found, objects), max(protocol.max_detections))
     first = np.searchsorted(objects.image_ids, [image.id for image in split.images], sorter=order)
     return {

@@ -116,9 +116,12 @@ class JudgedSet(TrainingSet):
         self.place, self.rows, self.base = torch.tensor([base.index(name) for name in own.base]), rows, base
         self.taught, self.replay, images = dict[int, Tensor](), replay, {image.id: image for image in self.images}
         order = sorted(images, key=lambda image_id: key_of(recipe.train.seed, -3, image_id))
-        if len(order) < 2:
-            raise HdovdError(f"{split.annotations}: {len(order)} image of its base classes, expected two at least")
-        held = {image_id: images[image_id] for image_id in order[: max(1, len(order) // HELD_OUT)]}
+        told = [image_id for image_id in order if len(images[image_id].labels)]  # the others could not be held out
+        if len(told) < 2:
+            raise HdovdError(
+                f"{split.annotations}: {len(told)} image with boxes of its base classes, expected two at least"
+            )
+        held = {image_id: images[image_id] for image_id in told[: max(1, len(order) // HELD_OUT)]}
         self.held, self.images = [*held.values()], [image for image in self.images if image.id not in held]
         self.drawn = 0 if replay is None else max(1, round(len(self.images) * share / (1 - share)))
 

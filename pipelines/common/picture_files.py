@@ -107,7 +107,10 @@ def _of_word(word: str, videos: bool) -> Iterator[PictureFile]:
     if camera := _CAMERA.fullmatch(word):
         yield PictureFile(Path(f"camera{camera[1]}"), url=f"camera:{camera[1]}")
     elif re.match(r"\w+://", word):
-        address = urlsplit(word)
+        try:
+            address = urlsplit(word)
+        except ValueError as error:
+            raise HdovdError(f"{printable(word)}: no address ({error})") from error
         yield PictureFile(Path(address.path.strip("/") or f"{address.hostname or 'stream'}.live"), url=word)
     elif path.is_dir():
         yield from map(PictureFile, _of_folder(path, ENDINGS | VIDEO_ENDINGS if videos else ENDINGS))

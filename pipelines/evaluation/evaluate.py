@@ -203,11 +203,12 @@ def evaluate(job: EvalConfig) -> EvalResult:
             f"{job.run} was trained for the base and novel classes of protocol {trained.name}, not of {protocol.name}"
         )
     result = evaluate_by(job, protocol, run.class_embeddings(), run.path)
-    step = max((entry["step"] for entry in run.entries()), default=0)
-    ap = {f"eval_{group}": value for group, value in result.combined.summary()[protocol.metric].items()}
-    with tracking(run, job.track) as tracked:
-        for name in tracked.trackers:
-            tracked.send({"step": step, **ap}, name)
+    if job.track:
+        step = max((entry["step"] for entry in run.entries()), default=0)
+        ap = {f"eval_{group}": value for group, value in result.combined.summary()[protocol.metric].items()}
+        with tracking(run, job.track) as tracked:
+            for name in tracked.trackers:
+                tracked.send({"step": step, **ap}, name)
     return result
 
 

@@ -99,9 +99,21 @@ def _of_file(file: Path, data: DataPaths) -> tuple[Path, Instances, bool, Iterat
     beside, searched = file.with_name("images.json"), isinstance(first, dict) and "name" in first
     of_detect = beside.is_file() and data.root is None and data.annotations is None
     annotations, folder = (
-        (beside, data.images or Path()) if of_detect else data.locate("train2017" if searched else "val2017")
+        (beside, data.images or _folder_of(beside))
+        if of_detect
+        else data.locate("train2017" if searched else "val2017")
     )
     return folder, read_instances(annotations, folder), of_detect, (one for _, one in JsonStream(file, "boxes"))
+
+
+def _folder_of(file: Path) -> Path:
+    """The folder of all pictures of `hdovd detect`: here, or if they are named by absolute paths the last that holds
+    all.
+    """
+    names = [str(one.get("file_name")) for key, one in JsonStream(file, "pictures") if key == "images"]
+    return Path(
+        os.path.commonpath([os.path.dirname(one) for one in names]) if names and all(map(os.path.isabs, names)) else ""
+    )
 
 
 def _pseudo_boxes(cache: FeatureCache, split: Split) -> Iterator[dict[str, Any]]:

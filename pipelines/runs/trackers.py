@@ -152,6 +152,12 @@ class Tracking:
             self.failed.add(name)
         return name not in self.failed
 
+    def finish(self, name: str) -> None:
+        try:
+            self.trackers[name].finish()
+        except Exception as error:
+            log(f"{name} was not closed as it should be: {_line_of(error)}")
+
 
 @contextmanager
 def tracking(run: RunFolder, names: Sequence[str]) -> Iterator[Tracking]:
@@ -169,7 +175,7 @@ def tracking(run: RunFolder, names: Sequence[str]) -> Iterator[Tracking]:
                     f"--track {name} cannot begin: {_line_of(error)}. Is it configured, and its server to be reached? "
                     f"Offline, WANDB_MODE=offline or no MLFLOW_TRACKING_URI; or leave --track {name} out"
                 ) from error
-            stack.callback(found.trackers[name].finish)
+            stack.callback(found.finish, name)
         found.follow()
         yield found
         found.follow()

@@ -28,6 +28,8 @@ NOT_RUN = {
     "scene_world",
     "lvis_world",
     "swapped_labels",
+    "release",
+    "release_smoke",
 }
 
 

@@ -4,6 +4,7 @@ Exports in the folder itself are of training, as are those in its folder train; 
 no upright box is counted and told. Predictions, which nobody confirmed, are not read.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
@@ -51,7 +52,10 @@ def _form(pattern: str, parts: Callable[[Path], Iterable[Any]], read: _Read) -> 
     def annotations(root: Path, split: str) -> Path:
         files = [file for one in patterns for file in sorted(root.glob(one))]
         every = ((file, number, part) for file in files for number, part in enumerate(parts(file), start=1))
-        made = converted(root, split, files, lambda: _read_all(root, split, every, read))
+        pictures = (file for file in sorted(root.rglob("*")) if file.suffix.lower() in ENDINGS)  # where they lie counts
+        made = converted(root, split, [*files, *pictures], lambda: _read_all(root, split, every, read))
+        if files and split == "train2017" and not made.is_file():
+            raise HdovdError(f"{root}: {shorten([file.name for file in files])} hold no finished picture of training")
         return made if made.is_file() else root / SPLITS[split] / pattern
 
     return Form(patterns, annotations, lambda root, split: root)
@@ -62,7 +66,7 @@ def _read_all(
 ) -> tuple[list[str], list[Picture]]:
     """The classes of both splits, and the pictures of one. Raises HdovdError for pictures that are not there."""
     notes, found, lost = dict[str, list[str]](), dict[str, _Labelled](), list[str]()
-    classes, lists = set[str](), set[str]()
+    classes, lists, owners = set[str](), set[str](), dict[str, Sequence[str]]()
     for file, number, part in parts:
         where = f"{file}: number {number}"
         try:
@@ -71,16 +75,22 @@ def _read_all(
             raise HdovdError(f"{where} is not as its tool writes it ({cut(repr(error))})") from error
         classes.update(one.classes, (kind for kind, *_ in one.boxes or ()))
         lists.update(one.lists)
+        place = "" if one.boxes is None else _find(root, file.parent, one.names)
+        if place and owners.setdefault(place, one.names) != one.names:
+            both = [cut(max(names, key=len)) for names in (owners[place], one.names)]
+            raise HdovdError(
+                f"{where}: pictures {both[0]} and {both[1]} are both {place} here: give each a "
+                f"file of its own, by the last parts of its name, or take one of them out"
+            )
         if (one.split or ("val2017" if file.parent == root / "val" else "train2017")) != split:
             continue
-        place = "" if one.boxes is None else _find(root, file.parent, one.names)
         twice = ["pictures that stand several times, of which the last counts"] * (place in found)
         for note in (*one.notes, *twice):
             notes.setdefault(note, []).append(one.names[0])
         if place:
             found[place] = one
         elif one.boxes is not None:
-            lost.append(one.names[0])
+            lost.append(cut(one.names[0]))
     if len(lists) > 1:
         raise HdovdError(
             f"{root}: boxes have labels of several lists ({shorten(sorted(lists))}), but classes are of one: take the "
@@ -102,10 +112,11 @@ def _read_all(
 
 def _find(root: Path, folder: Path, names: Sequence[str]) -> str:
     """A picture, relative to the root, by all of a name or the last parts of it; empty if it is not there."""
-    parts = [part for name in names if ".." not in (part := PurePosixPath(name.lstrip("/")).parts)]
+    every = [*names, *(name.replace("\\", "/") for name in names)]  # exports of Windows
+    parts = [part for name in every if ".." not in (part := PurePosixPath(name.lstrip("/")).parts)]
     folders = (folder / "images", folder, root / "images", root)
     places = (place.joinpath(*part[start:]) for part in parts for start in range(len(part)) for place in folders)
-    return next((place.relative_to(root).as_posix() for place in places if place.is_file()), "")
+    return next((place.relative_to(root).as_posix() for place in places if os.path.isfile(place)), "")
 
 
 def _around(
@@ -135,11 +146,13 @@ def _tasks(file: Path) -> Iterator[Any]:
 
 def _task(task: dict[str, Any], where: str) -> _Labelled:
     texts = {key: value for key, value in task.get("data", task).items() if isinstance(value, str)}
-    found = [one for one in texts.values() if PurePosixPath(_path(one)).suffix.lower() in ENDINGS]
-    if "image" not in texts and len(found) != 1:
+    named = [texts["image"]] if "image" in texts else list(texts.values())
+    found = [one for one in named if "image" in texts or PurePosixPath(_path(one)).suffix.lower() in ENDINGS]
+    if len(found) != 1:
         raise HdovdError(f"{where} names {len(found)} pictures, expected one, by the name image if there are several")
-    name = checked_name(_path(texts.get("image") or found[0]), f"{where}: picture", _LONGEST_PATH)
-    names = [name, re.sub(r"(^|/)[0-9a-f]{8}-([^/]+)$", r"\1\2", name)]  # uploads get such a number before their name
+    checked_name(found[0], f"{where}: picture", _LONGEST_PATH)
+    plain = [checked_name(_path(found[0]), f"{where}: picture", _LONGEST_PATH), found[0]]  # "#" may be of the name
+    names = [*plain, *(re.sub(r"(^|/)[0-9a-f]{8}-([^/]+)$", r"\1\2", name) for name in plain)]  # uploads' numbers
     boxes, notes, lists, size = list[Any](), list[str](), set[str](), None
     if "data" in task:
         done = [one for one in task.get("annotations", ()) if not one.get("was_cancelled")]
@@ -148,6 +161,8 @@ def _task(task: dict[str, Any], where: str) -> _Labelled:
         notes += ["pictures of several annotations, of which the ground truth counts, or the last"] * (len(done) > 1)
         result = sorted(done, key=lambda one: bool(one.get("ground_truth")))[-1]["result"]
         regions = [(one.get("from_name", ""), one, one.get("value", {})) for one in result]
+    elif task.get("annotation_id", "") is None:
+        return _Labelled(names, notes=["pictures left out, without a finished annotation"])
     else:
         regions = [
             (key, one, one) for key, own in task.items() if isinstance(own, list) for one in own if type(one) is dict
@@ -155,7 +170,8 @@ def _task(task: dict[str, Any], where: str) -> _Labelled:
     for source, about, value in regions:
         kind = next((key for key in value if key.endswith("labels")), about.get("type", "regions without a label"))
         if kind not in _BOXED or len(value[kind]) != 1:
-            notes.append(f"left out: {cut(kind, 80)}{' of several labels' * (kind in _BOXED)}")
+            several = f" of {len(value[kind])} labels" if kind in _BOXED else ""
+            notes.append(f"left out: {cut(kind, 80)}{several}")
             continue
         lists.add(source)
         size = width, height = about["original_width"], about["original_height"]
@@ -171,9 +187,13 @@ def _task(task: dict[str, Any], where: str) -> _Labelled:
 
 
 def _path(address: str) -> str:
-    """The path of a picture's address; of /data/local-files/?d=PATH what follows."""
-    parts = urlsplit(address)
-    return parse_qs(parts.query).get("d", [unquote(parts.path)])[0]
+    """The path of a picture's address; of /data/local-files/?d=PATH what follows; empty for what is no address."""
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return ""
+    path = unquote(parts.path)
+    return parse_qs(parts.query).get("d", [path])[0] if path.endswith("/local-files/") else path
 
 
 # --- CVAT ---

@@ -352,7 +352,10 @@ def test_how_much_is_trained_is_decided_by_how_much_there_is(
     own = planned(distilled, alone, ["train.lr=0.5", "detector.backbone.frozen_stages=2"])
     assert (own.train.lr, own.detector.backbone.frozen_stages) == (0.5, 2)
     monkeypatch.setattr(RunFolder, "entries", lambda _: [])
-    assert planned(distilled, alone, []).train.epochs == max(1, old.epochs // 4)
+    assert planned(distilled, alone, []).train.epochs == min(50, 1000 // (100 // min(old.batch_size, 64)))  # an import
+    short = planned(distilled, alone, ["train.epochs=2", "train.batch_size=5"])
+    assert short.train.lr == pytest.approx(old.lr / 10 * 5 / old.batch_size)
+    assert short.train.warmup_iterations <= 2 * 20 // 10
 
 
 # --- the whole ---

@@ -205,6 +205,7 @@ ALLOWED = {
     "pipelines/forecast/extraction.py": "made-up data for measurements, deleted after them",
     "cache/store.py write": "the cache's own place: whole or absent, and safe beside other processes",
     "cache/store.py _link": "of it",
+    "cache/hub.py _lay": "what was pulled, under its name when whole",
     "cache/store.py lock": "a lock has no content",
     "cache/store.py is_stale": "opens what it locks",
     "pipelines/ablation/ablate.py _locked": "a lock has no content",

@@ -472,6 +472,7 @@ def test_config_survives_as_plain_values_with_absolute_paths(tmp_path: Path, mon
         "retry_failed": False,
         "share": None,
         "executor": Executor.LOCAL,
+        "submitit": None,
         "store": Store.ZARR,
         "exif": Exif.IGNORE,
         "teacher": "open_clip",

@@ -119,6 +119,8 @@ def test_a_run_goes_to_the_hub_and_comes_back(
     (folder,) = (tmp_path / "there" / "cache" / "hdovd" / "hub" / "runs").iterdir()
     assert folder.name == f"me--umbrellas@{repository.head}"
     assert json.loads((folder / "metrics.json").read_text())["ap50"] == ap
+    links = {file.name for file in folder.iterdir() if file.is_symlink()}
+    assert links == {"class_embeddings.safetensors", "model.safetensors"}  # the rest may be written anew
     picture = next((world / "val2017").iterdir())
     ran = hdovd("detect", "hf://me/umbrellas", picture, "--out", tmp_path / "found", "--device", "cpu")
     assert ran.code == 0, ran

@@ -222,6 +222,9 @@ class Lines(Tracker):
         with self.file.open("a") as file:
             file.write(json.dumps({"step": step, **self.about, **values}) + "\n")
 
+    def finish(self) -> None:
+        raise OSError("cannot be closed")
+
 
 class Refuses(Tracker):
     def __init__(self, run: Path, identity: str, settings: dict[str, Any]) -> None:
@@ -244,7 +247,8 @@ def test_a_tracker_of_ones_own_that_fails_for_a_while_misses_nothing(
         run.log({"step": 13, "epoch": 3, "rpn": 1.3})
     assert told == [
         "NOT tracked by own_trackers:Lines for now, and the run goes on: ConnectionError: no answer, secret of "
-        "another line"
+        "another line",
+        "own_trackers:Lines was not closed as it should be: OSError: cannot be closed",
     ]
     lines = [json.loads(line) for line in (out / "lines.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [entry["step"] for entry in run.entries()]

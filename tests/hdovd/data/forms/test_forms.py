@@ -21,6 +21,7 @@ from hdovd.core.errors import HdovdError
 from hdovd.core.log import lines_to
 from hdovd.core.user_cache import user_cache_folder
 from hdovd.data.coco import DataPaths, Split
+from hdovd.data.forms.labelling_tools import LABEL_STUDIO
 from hdovd.data.protocol import Protocol
 from hdovd.pipelines.common.images import read_pixels
 from hdovd.pipelines.common.options import data_of, validation_of
@@ -704,7 +705,7 @@ def test_what_is_no_upright_rectangle_of_label_studio_is_told(tmp_path: Path) ->
         "(train2017): 1 taken as the upright box around each: rectanglelabels (images/b2.jpg)",
         "1 taken as the upright box around each: polygonlabels",
         "1 left out: brushlabels (images/b2.jpg)",
-        "1 left out: rectanglelabels of several labels",
+        "1 left out: rectanglelabels of 2 labels",
         "1 left out: choices",
         "1 left out: relation",
     ):
@@ -756,6 +757,12 @@ def test_of_several_annotations_the_ground_truth_counts_or_the_last(tmp_path: Pa
             [task("gone.jpg", []), task("b2.jpg", [])],
             r"1 of 2 pictures of train2017 are not there \(gone\.jpg\): put them in",
         ),
+        ([task(f"{'a' * 300}.jpg", [])], r"1 of 1 pictures of train2017 are not there"),
+        (
+            [task("s3://one/b2.jpg", []), task("s3://two/b2.jpg", [])],
+            r"number 2: pictures .*b2\.jpg and .*b2\.jpg are both images/b2\.jpg here",
+        ),
+        ([], r"hold no finished picture of training"),
         ([task("images/../images/b2.jpg", [])], r"1 of 1 pictures of train2017 are not there"),
         (
             [
@@ -767,7 +774,22 @@ def test_of_several_annotations_the_ground_truth_counts_or_the_last(tmp_path: Pa
             r"boxes have labels of several lists \(label, size\), but classes are of one",
         ),
     ],
-    ids=["coco", "number", "text", "two", "no label", "nan", "word", "no size", "gone", "outside", "lists"],
+    ids=[
+        "coco",
+        "number",
+        "text",
+        "two",
+        "no label",
+        "nan",
+        "word",
+        "no size",
+        "gone",
+        "long",
+        "same",
+        "empty",
+        "outside",
+        "lists",
+    ],
 )
 def test_exports_of_label_studio_that_cannot_be_read(tmp_path: Path, tree: Any, message: str) -> None:
     picture(tmp_path / "images" / "b2.jpg", 40, 50)
@@ -782,6 +804,26 @@ def test_the_picture_of_a_task_is_called_image_where_there_are_several(tmp_path:
     one["data"] = {"name": "IMG_1.jpg"} | one["data"]
     write_json(tmp_path / "train" / "project-3-at-2026-01-01-00-00-0a1b2c3d.json", [one])
     assert [image.file_name for image in load(tmp_path).images] == ["train/images/b2.jpg"]
+
+
+def test_pictures_are_found_by_what_their_addresses_say(tmp_path: Path) -> None:
+    """Of Windows, with a number sign, with a query of their own, beside other texts of a task."""
+    names = {"b2.jpg": "/data/local-files/?d=set%5Cb2.jpg", "a#1.jpg": "/data/upload/1/0a1b2c3d-a#1.jpg"}
+    names |= {"q.jpg": "https://x/q.jpg?d=5"}
+    for name in names:
+        picture(tmp_path / "images" / name, 40, 50)
+    tasks = [task(address, []) for address in names.values()]
+    tasks[0]["data"]["note"] = "//[draft] not an address"
+    write_json(tmp_path / "project-1-at-x.json", tasks)
+    (made,) = [load_annotations(tmp_path)]
+    assert made == sorted(f"images/{name}" for name in names)
+    (tmp_path / "images" / "q.jpg").rename(tmp_path / "q.jpg")  # converted anew
+    assert load_annotations(tmp_path) == ["images/a#1.jpg", "images/b2.jpg", "q.jpg"]
+
+
+def load_annotations(root: Path) -> list[str]:
+    file = LABEL_STUDIO.annotations(root, "train2017")
+    return sorted(image["file_name"] for image in json.loads(file.read_text())["images"])
 
 
 def test_subsets_of_cvat_are_splits(tmp_path: Path) -> None:
