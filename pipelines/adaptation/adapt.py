@@ -146,18 +146,18 @@ def _replayed(
     return JudgedSet(split, FeatureCache(where, name, checked=config.checksums), recipe, own, rows, joined.base)
 
 
-def _first(run: RunFolder) -> RunFolder:
+def first_of(run: RunFolder) -> RunFolder:
     """Of a chain of adaptations the run that they began with, as far as it is here: what is trained less than."""
     record = run.record()
     before = Path((record.get("init") or {}).get("run", ""))
-    return _first(RunFolder(before)) if "adapted" in record and (before / "run.json").is_file() else run
+    return first_of(RunFolder(before)) if "adapted" in record and (before / "run.json").is_file() else run
 
 
 def planned(run: RunFolder, data: JudgedSet, settings: Sequence[str]) -> Recipe:
     """The recipe of a run with how much of it is trained on data and for how long, and `settings` over that; told in a
     line.
     """
-    first, file, pictures, an_epoch = _first(run), str(run.path / "config.toml"), len(data.images), len(data)
+    first, file, pictures, an_epoch = first_of(run), str(run.path / "config.toml"), len(data.images), len(data)
     old, entries, weights = first.written_recipe(), first.entries(), run.record().get("reliability", {})
     batch, backbone = min(old.train.batch_size, 1 << (an_epoch.bit_length() - 1)), old.detector.backbone
     steps, done = an_epoch // batch, int(entries[-1]["step"]) if entries else None  # an import has no log

@@ -32,7 +32,7 @@ from hdovd.data.protocol import Protocol, load_protocol, parse_protocol
 from hdovd.data.targets import Targets
 from hdovd.modeling.boxes import Detections
 from hdovd.pipelines.adaptation import adapt as stage
-from hdovd.pipelines.adaptation.adapt import adapt, planned
+from hdovd.pipelines.adaptation.adapt import adapt, first_of, planned
 from hdovd.pipelines.adaptation.config import AdaptConfig
 from hdovd.pipelines.adaptation.data import JudgedSet, class_rows, joined_protocol, with_taught
 from hdovd.pipelines.audit.checks import Verdict
@@ -356,6 +356,31 @@ def test_how_much_is_trained_is_decided_by_how_much_there_is(
     short = planned(distilled, alone, ["train.epochs=2", "train.batch_size=5"])
     assert short.train.lr == pytest.approx(old.lr / 10 * 5 / old.batch_size)
     assert short.train.warmup_iterations <= 2 * 20 // 10
+
+
+def test_the_weights_of_pseudo_boxes_are_the_runs(
+    data: JudgedSet, distilled: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few pictures tell none, and those of many would weigh the run's earlier pictures too."""
+    record, recipe = distilled.record(), distilled.written_recipe()
+    found = {"centre": 0.41, "width": 0.03, "scale": 1.25}
+    auto = recipe.pseudo_boxes.model_copy(update={f"reliability_{name}": "auto" for name in found})
+    monkeypatch.setattr(RunFolder, "record", lambda _: record | {"reliability": found})
+    assert planned(distilled, data, []).pseudo_boxes.reliability == recipe.pseudo_boxes.reliability
+    monkeypatch.setattr(RunFolder, "written_recipe", lambda _: recipe.model_copy(update={"pseudo_boxes": auto}))
+    assert planned(distilled, data, []).pseudo_boxes.reliability == (0.41, 0.03, 1.25)
+
+
+def test_a_chain_of_adaptations_is_planned_from_its_first_run(distilled: RunFolder, tmp_path: Path) -> None:
+    """Each would else be trained a quarter of the one before, and a tenth as fast."""
+    runs = [distilled]
+    for name in ("one", "two"):
+        run = RunFolder(Path(shutil.copytree(distilled.path, tmp_path / name)))
+        run.add_to_record(adapted={}, init={"run": str(runs[-1].path), "sha256": ""})
+        runs.append(run)
+    assert [first_of(run).path for run in runs] == [distilled.path] * 3
+    shutil.rmtree(runs[1].path)
+    assert first_of(runs[2]).path == runs[2].path
 
 
 # --- the whole ---
