@@ -137,6 +137,8 @@ def _picture(file: Path, side: int, threads: int) -> Callable[[], Any]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    # Threads of the detector before would else go on waiting busily, on the cores of the next one.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     image, own = _pixels(side).numpy(), {"texts": _unit(CLASSES).numpy(), "is_novel": np.arange(CLASSES) >= BASE}
     names = [given.name for given in session.get_inputs()]
