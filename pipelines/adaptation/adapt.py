@@ -58,6 +58,7 @@ NAIVE = (  # to compare with: boxes alone, and what has none is background
     "loss.extra={}",
     "pseudo_boxes.min_side=1e9",
 )
+NAIVE_TEXT = ("detector.text.alignment_weight=0.0", "detector.text.relation_weight=0.0")  # of detectors of queries
 
 
 def adapt(config: AdaptConfig) -> RunFolder:
@@ -98,10 +99,11 @@ def adapt(config: AdaptConfig) -> RunFolder:
         runs = {"before": run, "after": new}
         if config.compare_naive:
             log("plain fine-tuning, to compare with:")
-            recipe = load_recipe(str(new.path / "config.toml"), NAIVE)
             parts = us.world * recipe.train.accumulate
             batch = max(parts, min(recipe.train.batch_size, len(data.images)) // parts * parts)
-            recipe = load_recipe(str(new.path / "config.toml"), [*NAIVE, f"train.batch_size={batch}"])
+            of_text = NAIVE_TEXT if hasattr(recipe.detector, "text") else ()
+            plain = [*NAIVE, *of_text, f"train.batch_size={batch}"]
+            recipe = load_recipe(str(new.path / "config.toml"), plain)
             alone = JudgedSet(data.split, data.cache, recipe, own, data.rows, joined.base)
             runs["naive"] = train_on(
                 replace(config, out=config.out / "naive", recipe=recipe),

@@ -353,9 +353,11 @@ def test_how_much_is_trained_is_decided_by_how_much_there_is(
     assert (own.train.lr, own.detector.backbone.frozen_stages) == (0.5, 2)
     monkeypatch.setattr(RunFolder, "entries", lambda _: [])
     assert planned(distilled, alone, []).train.epochs == min(50, 1000 // (100 // min(old.batch_size, 64)))  # an import
+    slow = distilled.written_recipe().model_copy(update={"train": old.model_copy(update={"warmup_iterations": 1000})})
+    monkeypatch.setattr(RunFolder, "written_recipe", lambda _: slow)
     short = planned(distilled, alone, ["train.epochs=2", "train.batch_size=5"])
     assert short.train.lr == pytest.approx(old.lr / 10 * 5 / old.batch_size)
-    assert short.train.warmup_iterations <= 2 * 20 // 10
+    assert short.train.warmup_iterations == 2 * 20 // 10  # a tenth of what is trained, not of what was planned
 
 
 def test_the_weights_of_pseudo_boxes_are_the_runs(
@@ -511,10 +513,14 @@ def test_other_detectors(
         device="cpu",
     )
     before = train(job)
-    run = adapt(replace(config, init=before.path, out=tmp_path / "new", mix=1.0, settings=()))
+    run = adapt(replace(config, init=before.path, out=tmp_path / "new", mix=1.0, settings=(), compare_naive=True))
     first, last = weights(before), weights(run)
     assert any(not torch.equal(first[name], last[name]) for name in first if name.startswith("adapters."))
     assert run.entries()[-1]["classification"] > 0
+    plain = RunFolder(run.path / "naive").entries()[-1]  # no level teaches it
+    levels = [name for name in plain if name.endswith(("_alignment", "_relation"))]
+    assert len(levels) >= 4
+    assert all(plain[name] == 0 for name in levels)
 
 
 def test_without_replay_and_teacher(config: AdaptConfig, tmp_path: Path) -> None:
