@@ -2,8 +2,9 @@
 what it says itself of the new ones, and to its own weights. It is a data set and a recipe laid over `train`.
 
 Weights in between those of before and after (WiSE-FT, arXiv 2109.01903) keep what fine-tuning forgets. How far between
-is chosen by AP50 on pictures held out of training: of the classes of the new data, and of the run's other base classes,
-on earlier pictures where there are any, else by the boxes of which the run is sure. Novel classes have no part in it.
+is chosen by AP50 on pictures held out of training: the best for the classes of the new data which costs the run's other
+base classes little, on earlier pictures where there are any, else by the boxes of which the run is sure. Novel classes
+have no part in it.
 """
 
 import json
@@ -32,11 +33,20 @@ from hdovd.evaluation.matching import find_overlaps, match
 from hdovd.modeling.base import Detector
 from hdovd.modeling.boxes import Detections
 from hdovd.pipelines.adaptation.config import AdaptConfig
-from hdovd.pipelines.adaptation.data import SAME_OBJECT, JudgedSet, class_rows, groups_between, joined_protocol
+from hdovd.pipelines.adaptation.data import (
+    SAME_OBJECT,
+    JudgedSet,
+    class_rows,
+    groups_between,
+    joined_protocol,
+    mix_examples,
+)
 from hdovd.pipelines.calibration.values import VALUES
 from hdovd.pipelines.common.atomic_write import replace_file, write_text
 from hdovd.pipelines.common.device import pick_device, team
 from hdovd.pipelines.common.process import StopSignal
+from hdovd.pipelines.common.settings import value_at
+from hdovd.pipelines.detection.examples import Gap
 from hdovd.pipelines.evaluation.config import SHOWN_SCORE, EvalConfig
 from hdovd.pipelines.evaluation.evaluate import Validation, load_detector, results
 from hdovd.pipelines.extraction.source import data_of_cache, extraction_of, set_of_run
@@ -45,10 +55,14 @@ from hdovd.pipelines.runs.listing import ap, table_lines
 from hdovd.pipelines.training.loop import weights_of
 from hdovd.pipelines.training.train import tell_cache, train_on
 
-FEW, MOST_EPOCHS = 100, 50  # with fewer new pictures the backbone stays as it is
-SHORTER, SLOWER = 4, 10  # at least so many times less training, and a lower learning rate, than the run had
+SHORTER = 4  # so many times less training than the run would need anew, with the new pictures among its own
+FROZEN = 0.8  # of the time of a step is that of one in which the backbone stays as it is
+MANY = 1000  # new pictures; with fewer it does
+SLOWER = 4  # so many times smaller a learning rate than the run's, where there is little to learn or forget by
+MOST_EPOCHS, LEAST_SHARE = 20, 0.25  # how often a new picture is seen at most; share of earlier ones at least
 LONGEST = 4000  # steps that a run is taken to have had where it does not say
 SURE = 0.5  # score of a box that the run teaches
+MOST_LOST = 3.0  # points of AP50 that interpolation may cost the old base classes
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)
 NAIVE = (  # to compare with: boxes alone, and what has none is background
     "loss.class.federated=false",
@@ -71,7 +85,8 @@ def adapt(config: AdaptConfig) -> RunFolder:
     run, new = RunFolder.open(config.init, trusted=config.trust), RunFolder(config.out)
     with team(config.device) as us, StopSignal(interrupts=True) as stop, quiet(not us.leads):
         own, joined, data = _data(config, run)
-        recipe = planned(run, data, config.settings)
+        shown = _with_examples(data, run) if config.examples and data.recipe.loss.uses_pseudo_boxes else []
+        recipe = planned(run, data, config.settings, config.share)
         earlier = [data.replay] if data.replay is not None else []
         for part in (data, *earlier):
             part.recipe = recipe
@@ -79,13 +94,16 @@ def adapt(config: AdaptConfig) -> RunFolder:
             "protocol": own.to_dict(),
             "share": config.share,
             "teacher": config.teacher,
+            "shown": shown,
             "replay": {str(level): key for part in earlier for level, key in part.cache.set.levels.items()},
         }
         goes_on, file = config.resume and (config.out / "checkpoint.pt").is_file(), config.out / "teacher.json"
         if lines := goes_on and differences(about, new.record().get("adapted", {}), sides=("asked for", "began with")):
             raise HdovdError(f"{config.out} began otherwise: {'; '.join(lines)}; or give another --out")
+        if us.leads and not goes_on:
+            file.unlink(missing_ok=True)  # of a run that is overwritten
         if config.teacher:
-            if us.leads and not (goes_on and file.is_file()):
+            if us.leads and not file.is_file():
                 write_text(file, json.dumps(taught_boxes(load_detector(run, data.dim, us.device), data, us.device)))
             us.wait()
             data.taught = {int(i): torch.tensor(boxes) for i, boxes in read_json(file, "taught boxes").items() if boxes}
@@ -128,57 +146,86 @@ def _data(config: AdaptConfig, run: RunFolder) -> tuple[Protocol, Protocol, Judg
     rows = class_rows(run, cache, joined.names)
     split = config.data.load("train2017", own, base_only=True, exif=recipe.input.exif)
     replay = None if config.replay is None else _replayed(config, run, recipe, joined, rows)
-    return own, joined, JudgedSet(split, cache, recipe, own, rows, joined.base, replay, config.share)
+    return own, joined, JudgedSet(split, cache, recipe, own, rows, joined.base, replay)
 
 
-def _replayed(
-    config: AdaptConfig, run: RunFolder, recipe: Recipe, joined: Protocol, rows: Any, tried: tuple[Path, ...] = ()
-) -> JudgedSet:
-    """The training set of the run, or of one whose weights it began with. Raises HdovdError for another cache."""
-    try:
-        where, name, _ = set_of_run(run, config.replay)
-    except HdovdError as error:
-        before = Path((run.record().get("init") or {}).get("run", ""))
-        if before in tried or not (before / "run.json").is_file():
-            raise HdovdError(f"--replay {config.replay} is not the cache that RUN was trained from: {error}") from error
-        return _replayed(config, RunFolder(before), recipe, joined, rows, (*tried, before))
-    own = parse_protocol(run.record().get("adapted", run.record())["protocol"])
-    data = DataPaths(config.replay_data) if config.replay_data else data_of_cache(run, config.replay, "--replay-data")
-    split = data.load("train2017", own, base_only=True, exif=recipe.input.exif)
-    return JudgedSet(split, FeatureCache(where, name, checked=config.checksums), recipe, own, rows, joined.base)
-
-
-def first_of(run: RunFolder) -> RunFolder:
-    """Of a chain of adaptations the run that they began with, as far as it is here: what is trained less than."""
-    record = run.record()
-    before = Path((record.get("init") or {}).get("run", ""))
-    return first_of(RunFolder(before)) if "adapted" in record and (before / "run.json").is_file() else run
-
-
-def planned(run: RunFolder, data: JudgedSet, settings: Sequence[str]) -> Recipe:
-    """The recipe of a run with how much of it is trained on data and for how long, and `settings` over that; told in a
-    line.
+def _with_examples(data: JudgedSet, run: RunFolder) -> list[str]:
+    """The data's embeddings of classes that are new to the run become those of their boxes, where `mix_examples` finds
+    these better. Returns the classes whose embeddings are not of their names alone, of earlier adaptations too.
     """
-    first, file, pictures, an_epoch = first_of(run), str(run.path / "config.toml"), len(data.images), len(data)
+    known = run.protocol()
+    source, base = (data.replay, known.base) if data.replay else (data, data.base)
+    gap = Gap.of(source.cache, torch.from_numpy(data.class_embeddings(base)))
+    mixed = mix_examples(data, [name for name in data.base if name not in known.base], gap)
+    data.rows.update(mixed)
+    return sorted({*mixed, *(value_at(run.record(), "adapted.shown") or [])})
+
+
+def chain_of(run: RunFolder, tried: tuple[Path, ...] = ()) -> list[RunFolder]:
+    """A run, the one whose weights it began with, that of this one, and so on, as far as they are here."""
+    before = Path((run.record().get("init") or {}).get("run", ""))
+    more = before not in tried and (before / "run.json").is_file()
+    return [run, *(chain_of(RunFolder(before), (*tried, before)) if more else [])]
+
+
+def adapted_from(run: RunFolder) -> list[RunFolder]:
+    """Of the chain of a run the adaptations, the last first, and the run that they began with, if it is here."""
+    chain = chain_of(run)
+    return chain[: next((n for n, one in enumerate(chain, start=1) if "adapted" not in one.record()), len(chain))]
+
+
+def _replayed(config: AdaptConfig, run: RunFolder, recipe: Recipe, joined: Protocol, rows: Any) -> JudgedSet:
+    """The training set of the run, or of one whose weights it began with. Raises HdovdError for another cache."""
+    chain, reasons = chain_of(run), list[str]()
+    for one in chain:
+        try:
+            where, name, _ = set_of_run(one, config.replay)
+        except HdovdError as error:
+            reasons.append(str(error))
+            continue
+        own = parse_protocol(one.record().get("adapted", one.record())["protocol"])
+        data = (
+            DataPaths(config.replay_data) if config.replay_data else data_of_cache(one, config.replay, "--replay-data")
+        )
+        split = data.load("train2017", own, base_only=True, exif=recipe.input.exif)
+        return JudgedSet(split, FeatureCache(where, name, checked=config.checksums), recipe, own, rows, joined.base)
+    raise HdovdError(f"--replay {config.replay} is not the cache that RUN was trained from: {reasons[0]}")
+
+
+def planned(run: RunFolder, data: JudgedSet, settings: Sequence[str], share: float | None = None) -> Recipe:
+    """The recipe of a run with how much of it is trained on data and for how long, and `settings` over that; told in a
+    line. How many earlier pictures an epoch of `data` has becomes what `share` says, or what fills the time that there
+    is where no new picture is seen more than MOST_EPOCHS times.
+    """
+    first, file, pictures = adapted_from(run)[-1], str(run.path / "config.toml"), len(data.images)
     old, entries, weights = first.written_recipe(), first.entries(), run.record().get("reliability", {})
-    batch, backbone = min(old.train.batch_size, 1 << (an_epoch.bit_length() - 1)), old.detector.backbone
-    steps, done = an_epoch // batch, int(entries[-1]["step"]) if entries else None  # an import has no log
+    backbone, done = old.detector.backbone, int(entries[-1]["step"]) if entries else None  # an import has no log
     # The stages of other libraries' backbones are not always known, and so not frozen.
-    epochs, few = max(1, (done or LONGEST) // SHORTER // steps), pictures < FEW and ":" not in backbone.name
+    frozen = pictures < MANY and ":" not in backbone.name
+    seen = (done or LONGEST) * old.train.batch_size / SHORTER / (FROZEN if frozen else 1)  # pictures
+    least = 0.0
+    if data.replay is not None:
+        seen, least = seen * (1 + pictures / len(data.replay.images)), share or LEAST_SHARE
+    epochs = min(MOST_EPOCHS, max(1, round(seen * (1 - least) / pictures)))
+    if data.replay is not None:
+        fewest = max(1, round(pictures * least / (1 - least)))
+        data.drawn = fewest if share else max(fewest, round(seen / epochs) - pictures)
+    an_epoch = len(data)
+    batch = min(old.train.batch_size, 1 << (an_epoch.bit_length() - 1))
     auto = "auto" in (getattr(old.pseudo_boxes, f"reliability_{name}") for name in VALUES)
     plan = [
         f"train.batch_size={batch}",
         f"train.accumulate={gcd(batch, old.train.accumulate)}",
-        f"train.epochs={min(MOST_EPOCHS, epochs)}",
+        f"train.epochs={epochs}",
         "train.schedule=cosine",
         "pseudo_boxes.from_epoch=1",
         "loss.class.federated=true",
-        f"detector.backbone.frozen_stages={5 if few else backbone.frozen_stages}",
+        f"detector.backbone.frozen_stages={5 if frozen else backbone.frozen_stages}",
         *(f"pseudo_boxes.reliability_{name}={weights[name]!r}" for name in VALUES if auto and name in weights),
     ]
     asked = load_recipe(file, [*plan, *settings]).train
     warm_up = min(old.train.warmup_iterations, asked.epochs * max(1, an_epoch // asked.batch_size) // 10)
-    lr = old.train.lr / SLOWER * asked.batch_size / old.train.batch_size
+    lr = old.train.lr * asked.batch_size / old.train.batch_size / (SLOWER if data.few or data.replay is None else 1)
     recipe = load_recipe(file, [*plan, f"train.lr={lr!r}", f"train.warmup_iterations={warm_up}", *settings])
     had = "an unknown number of" if done is None else f"{done:,d}"
     log(
@@ -190,14 +237,17 @@ def planned(run: RunFolder, data: JudgedSet, settings: Sequence[str]) -> Recipe:
 
 
 def _validation(config: AdaptConfig, run: RunFolder) -> list[DataPaths]:
-    """The validation images of the new data, and of the run's own, as far as there are any."""
+    """The validation images of the new data, and of the data of the run and of those before it, as far as they are
+    there.
+    """
+    olds = [DataPaths(config.replay_data)] if config.replay_data else []
+    for one in adapted_from(run):
+        try:
+            olds.append(data_of_cache(one))
+        except HdovdError as error:
+            log(f"note: no validation on the data of {one.path}: {error}")
     found = [] if config.validation is None else [config.validation]
-    try:
-        old = DataPaths(config.replay_data) if config.replay_data else data_of_cache(run)
-    except HdovdError as error:
-        log(f"note: no validation on the data of {run.path}: {error}")
-    else:
-        found += [DataPaths(old.root, form=old.form)] if old.root is not None and old.has("val2017") else []
+    found += [DataPaths(old.root, form=old.form) for old in olds if old.root is not None and old.has("val2017")]
     return list({one.annotation_file("val2017").resolve(): one for one in found}.values())
 
 
@@ -219,8 +269,9 @@ def _judging(data: JudgedSet, images: Sequence[tuple[JudgedSet, ImageBoxes]], de
     ]
     boxes = [
         {"image_id": number, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0]}
-        for number, own in enumerate(targets)
+        for number, (own, known) in enumerate(zip(targets, judged, strict=True))
         for (x0, y0, x1, y1), label in zip(own.boxes.tolist(), own.labels.tolist(), strict=True)
+        if label in known  # boxes that the run taught say nothing beside earlier pictures
     ]
     tree = {
         "images": pictures,
@@ -250,7 +301,7 @@ def taught_boxes(model: Detector, data: JudgedSet, device: torch.device) -> dict
     looked there, away from all that have a box. With distillation those that a pseudo box lies on, whose row they take.
     How many is told. Held-out pictures are among them where they have to stand for earlier ones.
     """
-    images = [*{i.id: i for i in data.images}.values(), *([] if data.replay else data.held)]
+    images = [*{i.id: i for i in [*data.images, *([] if data.replay else data.judging)]}.values()]
     validation, taught, sure = _judging(data, [(data, image) for image in images], device), {}, 0
     found, _ = validation.detect(model, torch.from_numpy(data.class_embeddings(data.base)).to(device))
     for image, one in zip(images, found, strict=True):
@@ -282,19 +333,31 @@ def _mix(run: RunFolder, new: RunFolder, data: JudgedSet, factor: float | None, 
     )
     after = {name: value.clone() for name, value in model.state_dict().items()}
     names = [n for n in weights_of(model) if n in before and n in after and before[n].shape == after[n].shape]
-    held = [(part, image) for part in (data, data.replay) if part is not None for image in part.held]
-    validation, table, best = _judging(data, held, device), list[dict[str, Any]](), (-1.0, 0.0)
+    judging = [(part, image) for part in (data, data.replay) if part is not None for image in part.judging]
+    trained_on = sum(len(part.judging) for part in (data, data.replay) if part is not None and part.few)
+    validation, table, best = _judging(data, judging, device), list[dict[str, Any]](), (-1.0, 0.0)
     for one in FACTORS if factor is None else (factor,):
         model.load_state_dict(after | {name: torch.lerp(before[name], after[name], one) for name in names})
         found = validation.run(model, texts).combined.summary()["ap50"]
-        known = [value for value in (found["new"], found["old base"]) if value is not None]
         table.append({"factor": one, "new": found["new"], "old base": found["old base"]})
-        log(f"weights {one:g} new: held-out AP50 new {ap(found['new'])}, old base {ap(found['old base'])}")
-        if (mean := (sum(known) / max(1, len(known)), one)) > best:
-            best = mean
+        log(f"weights {one:g} new: AP50 new {ap(found['new'])}, old base {ap(found['old base'])}")
+        kept = (found["old base"] or 0) >= (table[0]["old base"] or 0) - MOST_LOST
+        if kept and (reached := (found["new"] or 0, one)) > best:
+            best = reached
             new.save_model(model)
-    log(f"the weights of {new.path} are {best[1]:g} new and {1 - best[1]:g} of RUN, by {len(held)} held-out pictures")
-    return {"factor": best[1], "given": factor is not None, "tensors": len(names), "held": len(held), "table": table}
+    log(
+        f"the weights of {new.path} are {best[1]:g} new and {1 - best[1]:g} of RUN, by {len(judging)} pictures"
+        + (f", {trained_on} of which were trained on" if trained_on else "")
+    )
+    tried = {row["factor"]: row for row in [*new.record().get("mix", {}).get("table", []), *table]}
+    return {
+        "factor": best[1],
+        "given": factor is not None,
+        "tensors": len(names),
+        "judged": len(judging),
+        "trained_on": trained_on,
+        "table": [tried[one] for one in sorted(tried)],
+    }
 
 
 def compare(job: EvalConfig) -> str:

@@ -30,7 +30,10 @@ class AdaptConfig(TrainConfig):
     replay_data: Annotated[
         Path | None, Option("The data set of RUN, if it lies elsewhere than its cache says; also for the table.")
     ] = None
-    share: Annotated[float, Option("Share of --replay's pictures in an epoch.")] = 0.5
+    share: Annotated[
+        float | None, Option("Share of --replay's pictures in an epoch. Default: by how many new ones there are.")
+    ] = None
+    examples: Annotated[bool, Option("New classes whose names say nothing to CLIP are embedded by their boxes.")] = True
     teacher: Annotated[bool, Option("RUN labels its base classes on my pictures, where it is sure of them.")] = True
     mix: Annotated[
         float | None,
@@ -43,7 +46,8 @@ class AdaptConfig(TrainConfig):
         """Raises HdovdError for what is wrong with the paths and names alone, or a run that needs to be trusted."""
         RunFolder.open(self.init, trusted=self.trust).recipe()
         faults = {
-            f"--share {self.share:g}: expected a number between 0 and 1": not 0 < self.share < 1,
+            f"--share {self.share}: expected a number between 0 and 1": self.share is not None
+            and not 0 < self.share < 1,
             f"--mix {self.mix}: expected a number from 0 to 1": self.mix is not None and not 0 <= self.mix <= 1,
             "tar shards are read from first to last alone: --cache and --replay take the Zarr caches that they were "
             "made from": is_tar_form(self.cache) or is_tar_form(str(self.replay)),

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
@@ -23,12 +24,14 @@ from hdovd.data.protocol import Protocol
 from hdovd.data.targets import Targets
 from hdovd.pipelines.common.settings import value_at
 from hdovd.pipelines.dataloading.sampler import Draw, as_draw, key_of
+from hdovd.pipelines.detection.examples import Gap
 from hdovd.pipelines.nouns.allowed import meaning
 from hdovd.pipelines.runs.folder import RunFolder
 from hdovd.pipelines.training.initial_weights import SAME_TEXT
 from hdovd.pipelines.training.training_set import Sample, TrainingSet
 
-SAME_OBJECT, HELD_OUT = 0.5, 10  # IoU; one image in so many is held out, and one at least
+SAME_OBJECT, HELD_OUT = 0.5, 10  # IoU; one image in so many is held out
+FEW = 100  # of fewer images none is held out: they are too few to judge by, and to do without
 # What tells the CLIP and the prompts of a class level from others; the precision that it was computed in does not.
 ORIGIN = ("clip.weights_sha256", "clip.architecture", "clip.activation", "clip.format", "templates")
 
@@ -73,7 +76,8 @@ def class_rows(run: RunFolder, cache: FeatureCache, names: Sequence[str]) -> dic
     there = dict(zip(cache.names(Level.CLASS), cache.embeddings(Level.CLASS), strict=True))
     dim, inputs = len(next(iter(own.values()))), value_at(run.record(), "cache.levels.class.inputs")
     wrong = [f"embeddings have {cache.dim} values, expected {dim}"] if cache.dim != dim else []
-    cosines = {} if wrong else {name: float(row @ own[name]) for name, row in there.items() if name in own}
+    same = own.keys() - set(value_at(run.record(), "adapted.shown") or [])  # the others are not of names alone
+    cosines = {} if wrong else {name: float(row @ own[name]) for name, row in there.items() if name in same}
     wrong += [f"that of {name!r} is another one, cosine {at:.3f}" for name, at in cosines.items() if at < SAME_TEXT]
     wrong += [
         f"{k} differs" for k in ORIGIN if inputs and value_at(cache.key_inputs(Level.CLASS), k) != value_at(inputs, k)
@@ -90,9 +94,9 @@ def class_rows(run: RunFolder, cache: FeatureCache, names: Sequence[str]) -> dic
 
 
 class JudgedSet(TrainingSet):
-    """A training set by the labels of a joined protocol, a tenth of whose images is `held` out. After its own images an
-    epoch has `drawn` of `replay`, if there is one, as many as have the share `share`: drawn anew by seed and epoch,
-    and called -1 - id.
+    """A training set by the labels of a joined protocol. `judging` are the images to judge by: a tenth, held out of
+    training, or, if there are `few` images, all that have boxes. After its own images an epoch has `drawn` of `replay`,
+    if there is one: others by seed and epoch, and called -1 - id.
 
     `place`: the joined label of each of its own base classes. `taught`: by image, boxes of which the run is sure,
     (t, 5): x0, y0, x1, y1, label. `rows`: by name, the text embeddings of the joined classes.
@@ -109,21 +113,20 @@ class JudgedSet(TrainingSet):
         rows: dict[str, np.ndarray],
         base: Sequence[str],
         replay: "JudgedSet | None" = None,
-        share: float = 0.5,
     ) -> None:
-        """`base`: the joined base classes. Raises HdovdError as TrainingSet, and for a single image."""
+        """`base`: the joined base classes. Raises HdovdError as TrainingSet, and for images without any box."""
         super().__init__(split, cache, recipe)
         self.place, self.rows, self.base = torch.tensor([base.index(name) for name in own.base]), rows, base
-        self.taught, self.replay, images = dict[int, Tensor](), replay, {image.id: image for image in self.images}
-        order = sorted(images, key=lambda image_id: key_of(recipe.train.seed, -3, image_id))
-        told = [image_id for image_id in order if len(images[image_id].labels)]  # the others could not be held out
-        if len(told) < 2:
-            raise HdovdError(
-                f"{split.annotations}: {len(told)} image with boxes of its base classes, expected two at least"
-            )
-        held = {image_id: images[image_id] for image_id in told[: max(1, len(order) // HELD_OUT)]}
-        self.held, self.images = [*held.values()], [image for image in self.images if image.id not in held]
-        self.drawn = 0 if replay is None else max(1, round(len(self.images) * share / (1 - share)))
+        images = {image.id: image for image in self.images}  # each once, however often an epoch has it
+        self.taught, self.replay, self.few = dict[int, Tensor](), replay, len(images) < FEW
+        order = sorted(images.values(), key=lambda image: key_of(recipe.train.seed, -3, image.id))
+        told = [image for image in order if len(image.labels)]  # by the others no class is judged
+        if not told:
+            raise HdovdError(f"{split.annotations}: no image with boxes of its base classes, expected one at least")
+        self.judging = told if self.few else told[: len(order) // HELD_OUT]
+        held = set() if self.few else {image.id for image in self.judging}
+        self.images = [image for image in self.images if image.id not in held]
+        self.drawn = 0
 
     def targets(self, image: ImageBoxes) -> Targets:
         """By the joined protocol, with the boxes of which the run is sure."""
@@ -153,6 +156,49 @@ class JudgedSet(TrainingSet):
     def describe(self) -> str:
         earlier = f" and {self.drawn} of {len(self.replay)} earlier ones an epoch" if self.replay is not None else ""
         return f"{len(self.images)} images{earlier}, {sum(len(image.boxes) for image in self.images)} new boxes"
+
+
+def mix_examples(data: JudgedSet, names: Sequence[str], gap: Gap) -> dict[str, np.ndarray]:
+    """(D,) embedding of those of the classes `names` whose own names say nothing: fewer than half of the boxes that the
+    data have of it are named rightly among all classes. It is that of its boxes, moved among the texts, or the mean
+    with its name's: whichever names most of these boxes rightly, each by the others of its class alone. It is told.
+    """
+    images = {image.id: image for image in [*data.images, *data.judging]}.values()
+    found = [(t.labels, t.embeddings) for t in map(data.targets, images)]
+    label, rows = torch.cat([one for one, _ in found]), torch.cat([two for _, two in found])
+    mine, texts = [data.base.index(name) for name in names], torch.from_numpy(data.class_embeddings(data.base))
+    shown = torch.isin(label, torch.tensor(mine)) & rows.any(dim=1)  # zeros: not in the cache
+    label, rows = label[shown], F.normalize(rows[shown], dim=1)
+    total = torch.zeros_like(texts).index_add(0, label, rows)
+
+    def mixed(shown: Tensor, texts: Tensor, mix: float) -> Tensor:
+        moved = F.normalize(mix * gap.moved(F.normalize(shown, dim=1)) + (1 - mix) * texts, dim=1)
+        return moved.where(shown.norm(dim=1, keepdim=True) > 1e-3, texts)  # no example, or none but the box itself
+
+    def right(classes: Tensor, mix: float) -> Tensor:
+        """(C,) share of boxes of each class."""
+        scores, changed = rows @ classes.T, (classes != texts).any(dim=1)[label]
+        own = (rows * mixed(total[label] - rows, texts[label], mix)).sum(dim=1)
+        scores[changed, label[changed]] = own[changed]
+        hits = torch.zeros(len(texts)).index_add(0, label, (scores.argmax(dim=1) == label).float())
+        return hits / label.bincount(minlength=len(texts)).clamp(min=1)
+
+    by_name, count = right(texts, 0.0), label.bincount(minlength=len(texts))
+    weak = [k for k in mine if count[k] > 1 and by_name[k] < 0.5]
+    best, reached = texts, float(by_name[weak].sum())
+    for mix in (0.5, 1.0):
+        classes = texts.clone()
+        classes[weak] = mixed(total[weak], texts[weak], mix)
+        if (found_now := float(right(classes, mix)[weak].sum())) > reached:
+            best, reached = classes, found_now
+    if best is texts:
+        return {}
+    told = shorten([f"{data.base[k]} ({by_name[k]:.0%} of {count[k]})" for k in weak])
+    log(
+        f"new classes whose names CLIP finds in fewer than half of their boxes: {told}; they are embedded by their "
+        f"boxes, which name {reached / len(weak):.0%} of each other rightly"
+    )
+    return {data.base[k]: best[k].numpy() for k in weak}
 
 
 def with_taught(targets: Targets, taught: Tensor) -> Targets:

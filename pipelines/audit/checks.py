@@ -495,24 +495,27 @@ def _judge_run(audited: Audited, found: Check, run: dict[str, Any], path: Path, 
     """A run's backbone, and that of the run whose weights it began with, where that is here; and which boxes each saw.
     `seen`: runs that began with its weights.
     """
-    boxes = value_at(value_at(run, "adapted.protocol") or run.get("protocol"), "base") or []
+    before, adapted = Path(str(value_at(run, "init.run") or "another run")), run.get("adapted") or {}
+    boxes = value_at(adapted.get("protocol") or run.get("protocol"), "base") or []
+    knows = adapted.get("teacher") or adapted.get("replay") or not (before / "run.json").is_file()
+    again = [name for name in value_at(run, "protocol.base") or [] if knows and name not in boxes]
     found.leaks += [
         f"{path}, whose weights it began with, was trained on boxes of {audited.called(name)}"
-        for name in boxes
+        for name in (*boxes, *again)
         if seen and name in audited.protocol.novel
     ]
-    found.notes += [f"{path} was trained on boxes of {shorten(boxes)}"] if seen or run.get("init") else []
+    earlier = f", and of earlier classes: {shorten(again)}" if again else ""
+    found.notes += [f"{path} was trained on boxes of {shorten(boxes)}{earlier}"] if seen or run.get("init") else []
     if "imported" in run:
         _judge_name(audited, found, _origin(run))
         return found.cannot(
             f"{path} was imported from {_origin(run)}, which does not say what its backbone started from"
         )
     if run.get("init"):
-        before = str(value_at(run, "init.run") or "another run")
         seen.add(path.resolve())
-        if Path(before).resolve() not in seen and (Path(before) / "run.json").is_file():
+        if before.resolve() not in seen and (before / "run.json").is_file():
             with suppress(HdovdError):  # a record that cannot be read says nothing, and no more is known without it
-                _judge_run(audited, found, read_run(Path(before) / "run.json"), Path(before), seen)
+                _judge_run(audited, found, read_run(before / "run.json"), before, seen)
         return found.cannot(
             f"{path} began with the weights of {before}: what those were trained on, its own audit says"
         )

@@ -26,7 +26,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from hdovd.cache.identity import key_of
 from hdovd.config.recipe import Recipe
-from hdovd.core.errors import HdovdError, Stopped, counted
+from hdovd.core.errors import HdovdError, Stopped, counted, shorten
 from hdovd.core.log import log, quiet
 from hdovd.data.coco import Split, read_instances
 from hdovd.data.protocol import Protocol, load_protocol
@@ -164,16 +164,18 @@ def _network(job: ProposeConfig, split: Split, us: Team, stop: StopSignal) -> tu
 
 
 def checkpointed(file: Path, job: ProposeConfig, us: Team) -> tuple[ProposalNetwork, dict[str, Any]]:
-    """The network of --checkpoint, on the team's device, and what made it. Raises HdovdError if it saw other base
+    """The network of --checkpoint, on the team's device, and what made it. Raises HdovdError if it saw boxes of novel
     classes.
     """
-    network, origin = load_network(file, job.recipe)
-    known, base = set(origin["protocol"]["base"]), set(load_protocol(job.protocol).base)
-    if not known <= base:
+    (network, origin), protocol = load_network(file, job.recipe), load_protocol(job.protocol)
+    known = sorted(set(origin["protocol"]["base"]).difference(protocol.base))
+    if novel := [name for name in known if name in protocol.novel]:
         raise HdovdError(
-            f"{file} was trained on boxes of {', '.join(sorted(known - base)[:8])}, which {job.protocol} does not call "
-            f"base: its proposals would give novel classes away. Train a network with this protocol"
+            f"{file} was trained on boxes of {shorten(novel)}, which {job.protocol} calls novel: its proposals would "
+            f"give them away. Train a network with this protocol"
         )
+    if known:
+        log(f"{file} was trained on boxes of {shorten(known)}, which {job.protocol} does not name")
     return placed(network, us.device).eval(), origin
 
 

@@ -333,7 +333,8 @@ TrainingImages = Callable[[], Split]  # raises HdovdError if they cannot be read
 LONGEST_SIDE_PX = 560
 MOST_BOXES = 40  # of one picture, and all of `threshold` or more
 TEXT_SHARE = 26  # letters are this part of the longer side high
-FOUND, MISSED, FALSE, APART = (
+LOST, FOUND, MISSED, FALSE, APART = (
+    "objects that were found before the adaptation",
     "novel objects found",
     "novel objects missed",
     "false novel detections",
@@ -342,14 +343,15 @@ FOUND, MISSED, FALSE, APART = (
 
 
 def validation_cards(runs: Sequence[OneRun], count: int, threshold: float) -> list[dict[str, Any]]:
-    """The first `count` images: those whose novel objects are found or missed first, the most of them foremost, then by
-    place.
+    """The first `count` images: those with the most objects lost by an adaptation first, then those whose novel objects
+    are found or missed, the most of them foremost, then by place.
     """
     protocol, images = runs[0].analysis.protocol, runs[0].analysis.split.images
     novel = [sum(group_of(label, protocol) == "novel" for label in image.labels.tolist()) for image in images]
+    lost = [sum(len(run.lost.intersection(image.annotation_ids.tolist())) for run in runs) for image in images]
     return [
         _validation_card(runs, place, threshold)
-        for place in sorted(range(len(novel)), key=lambda place: -novel[place])[:count]
+        for place in sorted(range(len(novel)), key=lambda place: (-lost[place], -novel[place]))[:count]
     ]
 
 
@@ -357,9 +359,10 @@ def _validation_card(runs: Sequence[OneRun], place: int, threshold: float) -> di
     analysis = runs[0].analysis
     protocol, verdicts = analysis.protocol, [run.analysis.image(place) for run in runs]
     truths = [truth for truth in verdicts[0].truths if truth.fate is not Fate.CROWD]
-    panels = [_panel(run.name, of_image, protocol, threshold) for run, of_image in zip(runs, verdicts, strict=True)]
+    panels = [_panel(run, of_image, protocol, threshold) for run, of_image in zip(runs, verdicts, strict=True)]
     labels = [d.label for of_image in verdicts for d in of_image.detections if d.score >= threshold]
     events = {
+        LOST: any(run.lost & {t.annotation_id for t in truths} for run in runs),
         FOUND: any(panel["novel_found"] for panel in panels),
         MISSED: any(len(panel["novel_found"]) < panel["novel"] for panel in panels),
         FALSE: any(panel["novel_false"] for panel in panels),
@@ -373,23 +376,24 @@ def _validation_card(runs: Sequence[OneRun], place: int, threshold: float) -> di
     }
 
 
-def _panel(name: str, verdicts: ImageVerdicts, protocol: Protocol, threshold: float) -> dict[str, Any]:
+def _panel(run: OneRun, verdicts: ImageVerdicts, protocol: Protocol, threshold: float) -> dict[str, Any]:
     """One run's view of an image. A truth counts as found by a detection of `threshold` or more."""
     counted = [d for d in verdicts.detections if d.score >= threshold]
     found = {d.truth for d in counted if d.kind is Kind.RIGHT}
     objects = {k: t for k, t in enumerate(verdicts.truths) if t.fate is not Fate.CROWD}
     novel = {k for k, t in objects.items() if group_of(t.label, protocol) == "novel"}
     boxes = [
-        _box(t.box, "", group_of(t.label, protocol) + " missed", title=f"missed: {protocol.names[t.label]}")
+        _box(t.box, "", group_of(t.label, protocol) + " missed", title=f"missed{why}: {protocol.names[t.label]}")
         for k, t in objects.items()
         if k not in found
+        for why in [", and found before the adaptation" if t.annotation_id in run.lost else ""]
     ]
     for d in verdicts.detections[: max(MOST_BOXES, len(counted))][::-1]:  # the best on top
         text, wrong = f"{protocol.names[d.label]} {d.score:.2f}", d.kind not in (Kind.RIGHT, Kind.IGNORED)
         said = f"{text}: {d.kind}" + (" error" if wrong and d.kind is not Kind.DUPLICATE else "")
         boxes.append(_box(d.box, text, group_of(d.label, protocol) + (" wrong" if wrong else ""), d.score, said))
     return {
-        "run": name,
+        "run": run.name,
         "boxes": boxes,
         "objects": len(objects),
         "found": len(found & objects.keys()),

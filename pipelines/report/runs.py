@@ -15,6 +15,7 @@ from hdovd.cache.reader import FeatureCache
 from hdovd.cache.schema import Level, Source
 from hdovd.core.errors import HdovdError
 from hdovd.core.log import quiet
+from hdovd.core.text_files import read_json
 from hdovd.data.coco import DataPaths, Split
 from hdovd.data.protocol import Protocol
 from hdovd.evaluation.groups import group_of
@@ -30,7 +31,9 @@ from hdovd.pipelines.training.training_set import TrainingSet
 
 @dataclass(frozen=True, slots=True)
 class OneRun:
-    """A run by the name that the report calls it by. `entries`: its log. `notes`: what a reader should know of it."""
+    """A run by the name that the report calls it by. `entries`: its log. `notes`: what a reader should know of it.
+    `lost`: annotation ids of objects that it misses, and that the run which it was adapted from found.
+    """
 
     name: str
     folder: RunFolder
@@ -38,6 +41,7 @@ class OneRun:
     analysis: RunAnalysis
     entries: list[dict[str, Any]]
     notes: tuple[str, ...]
+    lost: frozenset[int] = frozenset()
 
 
 def open_runs(folders: Sequence[RunFolder], validation: DataPaths, threshold: float) -> list[OneRun]:
@@ -62,9 +66,17 @@ def open_runs(folders: Sequence[RunFolder], validation: DataPaths, threshold: fl
             notes.append(f"{name} is an oracle, trained on boxes of novel classes too: its AP is {UPPER_BOUND}")
         if run.epochs is not None and run.epochs_done < run.epochs:
             notes.append(f"{name} has done {run.epochs_done} of its {run.epochs} epochs")
-        runs.append(OneRun(name, folder, run, analysis, entries, tuple(notes)))
+        runs.append(OneRun(name, folder, run, analysis, entries, tuple(notes), _lost(folder, analysis.split)))
         _require_same(runs[0], runs[-1])
     return runs
+
+
+def _lost(folder: RunFolder, split: Split) -> frozenset[int]:
+    """By the table that `hdovd adapt` or `hdovd eval --before` made of these annotations, if one did."""
+    file = folder.path / "retention.json"
+    tables = read_json(file, "table of AP before and after") if file.is_file() else []
+    same = (one for one in tables if Path(one["data"]).resolve() == split.annotations.resolve())
+    return frozenset(annotation for one in same for _, annotation, _ in one["missed"])
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:

@@ -136,7 +136,7 @@ def _matched(model: Detector, source: Detector, init: Path) -> tuple[dict[str, T
     found = {name: theirs[name] for name in ours if name in kept and name in theirs}
     anew, unused = (
         [n for n in ours if n in kept and n not in theirs],
-        [n for n in theirs if n not in ours and n not in memories],
+        [n for n in theirs if n not in ours and n not in memories and not n.endswith(COUNTS)],
     )
     wrong = [
         f"{name} is {tuple(value.shape)}, expected {tuple(ours[name].shape)}"

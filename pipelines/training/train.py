@@ -183,7 +183,7 @@ def train_on(
         where = "" if error.record is None else f"; the batch is in {unsound_record(run, us, error.record)}"
         raise HdovdError(f"{error}{where}") from error
     failed = f"; validations that failed, as said above: {hooks.failed}" if hooks.failed else ""
-    log(f"wrote {run.path}{failed}; next: hdovd eval {quote(str(run.path))} ...")
+    log(f"wrote {run.path}{failed}" + ("" if given is not None else f"; next: hdovd eval {quote(str(run.path))} ..."))
     return run
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import rtdetr_micro
 import torch
+import torch.nn.functional as F
 from audit_scenes import check_of, report_of
 from forked_group import ranks
 from safetensors.torch import load_file
@@ -32,12 +33,13 @@ from hdovd.data.protocol import Protocol, load_protocol, parse_protocol
 from hdovd.data.targets import Targets
 from hdovd.modeling.boxes import Detections
 from hdovd.pipelines.adaptation import adapt as stage
-from hdovd.pipelines.adaptation.adapt import adapt, first_of, planned
+from hdovd.pipelines.adaptation.adapt import adapt, adapted_from, planned
 from hdovd.pipelines.adaptation.config import AdaptConfig
-from hdovd.pipelines.adaptation.data import JudgedSet, class_rows, joined_protocol, with_taught
+from hdovd.pipelines.adaptation.data import JudgedSet, class_rows, joined_protocol, mix_examples, with_taught
 from hdovd.pipelines.audit.checks import Verdict
 from hdovd.pipelines.dataloading.sampler import Draw, Streams
 from hdovd.pipelines.demo.world import BASE, NOVEL, make_world
+from hdovd.pipelines.detection.examples import Gap
 from hdovd.pipelines.evaluation.evaluate import Validated, Validation, results
 from hdovd.pipelines.extraction.config import ExtractConfig
 from hdovd.pipelines.extraction.extract_clip import extract_clip
@@ -183,7 +185,9 @@ def data(mine: Path, my_cache: Path, world: Path, training_cache: Path, distille
     old = DataPaths(world).load("train2017", distilled.protocol(), base_only=True)
     replay = JudgedSet(old, FeatureCache(training_cache), recipe, distilled.protocol(), rows, joined.base)
     split = DataPaths(mine).load("train2017", own, base_only=True)
-    return JudgedSet(split, cache, recipe, own, rows, joined.base, replay, 0.75)
+    found = JudgedSet(split, cache, recipe, own, rows, joined.base, replay)
+    found.drawn = 3 * len(found.images)
+    return found
 
 
 def test_pictures_are_judged_by_the_classes_of_their_own_data(data: JudgedSet, mine: Path) -> None:
@@ -203,13 +207,19 @@ def test_pictures_are_judged_by_the_classes_of_their_own_data(data: JudgedSet, m
     assert -1 - image_id in {image.id for image in data.replay.images}
 
 
-def test_a_tenth_is_held_out(data: JudgedSet) -> None:
-    for part in (data, data.replay):
-        assert part is not None
-        held, kept = {i.id for i in part.held}, {i.id for i in part.images}
-        assert not held & kept
-        assert held | kept == {i.id for i in part.split.images}
-        assert len(held) == max(1, len(part.split.images) // 10)
+def test_a_share_is_held_out_of_many(data: JudgedSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few pictures are all trained on, and judged by: a tenth of them says nothing."""
+    assert data.few
+    assert {i.id for i in data.judging} == {i.id for i in data.images if len(i.labels)}
+    assert len(data.images) == len(data.split.images) < 100
+    monkeypatch.setattr("hdovd.pipelines.adaptation.data.FEW", len(data.images))
+    monkeypatch.setattr("hdovd.pipelines.adaptation.data.HELD_OUT", 3)
+    many = made_again(data)
+    held, kept = {i.id for i in many.judging}, {i.id for i in many.images}
+    assert not many.few
+    assert not held & kept
+    assert held | kept == {i.id for i in many.split.images}
+    assert len(held) == len(many.split.images) // 3 > 1
 
 
 def test_an_epoch_has_the_share_of_earlier_pictures_and_each_epoch_others(data: JudgedSet) -> None:
@@ -289,7 +299,7 @@ def test_the_run_teaches_what_nobody_looked_for(data: JudgedSet, monkeypatch: py
 def test_held_out_pictures_are_judged_as_they_should_be(data: JudgedSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """What finds all is worth 100; a box of a class that nobody looked for costs nothing, one that was looked for
     does."""
-    held = [(part, image) for part in (data, data.replay) if part is not None for image in part.held]
+    held = [(part, image) for part in (data, data.replay) if part is not None for image in part.judging]
     validation = stage._judging(data, held, torch.device("cpu"))
     perfect = [
         Detections(t.boxes, torch.full((len(t.boxes),), 0.5), t.labels)
@@ -307,13 +317,18 @@ def test_held_out_pictures_are_judged_as_they_should_be(data: JudgedSet, monkeyp
         return validation.truth.average_precision([*rows, wrong]).summary()["ap50"]
 
     assert with_wrong(0, old) == ap50  # image 0 is a new one
-    other = next(row["image_id"] for row in rows if row["image_id"] > 0 and row["category_id"] != old)
+    earlier = [row for row in rows if row["image_id"] >= len(data.judging)]
+    other = next(row["image_id"] for row in earlier if row["category_id"] != old)
     assert with_wrong(other, old)["old base"] < 100
+    both = replace_replay(data, data.replay)
+    both.taught = {data.judging[0].id: torch.tensor([[1.0, 1.0, 20.0, 20.0, float(old)]])}
+    taught = stage._judging(both, [(both, image) for image in both.judging], torch.device("cpu"))
+    assert taught.truth.average_precision([]).summary()["ap50"]["old base"] is None  # it would be found by heart
     alone = replace_replay(data, None)
-    alone.taught = {data.held[0].id: torch.tensor([[1.0, 1.0, 20.0, 20.0, float(old)]])}
-    taught = stage._judging(alone, [(alone, image) for image in alone.held], torch.device("cpu"))
+    alone.taught = {data.judging[0].id: torch.tensor([[1.0, 1.0, 20.0, 20.0, float(old)]])}
+    taught = stage._judging(alone, [(alone, image) for image in alone.judging], torch.device("cpu"))
     wrong = Detections(torch.tensor([[30.0, 30.0, 40.0, 40.0]]), torch.tensor([0.9]), torch.tensor([old]))
-    rows = results(taught.split, [wrong, *[wrong] * (len(alone.held) - 1)])
+    rows = results(taught.split, [wrong, *[wrong] * (len(alone.judging) - 1)])
     assert taught.truth.average_precision(rows).summary()["ap50"]["old base"] == 0
 
 
@@ -323,40 +338,97 @@ def replace_replay(data: JudgedSet, replay: JudgedSet | None) -> JudgedSet:
     return found
 
 
+def made_again(data: JudgedSet, names: tuple[str, ...] = MINE) -> JudgedSet:
+    """With rows of its own."""
+    own = Protocol("mine", names, ())
+    return JudgedSet(data.split, data.cache, data.recipe, own, dict(data.rows), data.base)
+
+
+# --- embeddings of new classes ---
+
+
+def boxes_of(data: JudgedSet, name: str, like: torch.Tensor, count: int, noise: float, seed: int = 0) -> Any:
+    """`targets` that give an image `count` boxes of a class, whose rows are near `like`."""
+    drawn = torch.randn(count, data.dim, generator=torch.Generator().manual_seed(seed)) * noise
+    rows = F.normalize(F.normalize(like, dim=0) + F.normalize(drawn, dim=1) * noise, dim=1)
+    one = targets_of([[0, 0, 5, 5]] * count, [])
+    return replace(one, labels=torch.full((count,), data.base.index(name)), embeddings=rows)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_class_whose_name_says_nothing_is_what_its_boxes_are(
+    data: JudgedSet, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Where names tell the boxes they stay: then examples have nothing to add."""
+    some = made_again(data)
+    texts = {name: torch.from_numpy(row) for name, row in some.rows.items()}
+    middle = torch.stack([texts[name] for name in some.base]).mean(dim=0)
+    aside = F.normalize(torch.randn(some.dim, generator=torch.Generator().manual_seed(5)), dim=0)
+    shown = texts["hook"] if known else texts["boat"] + aside  # unknown: of all names the boats' is nearest to it
+    found = {1: boxes_of(some, "hook", shown, 6, 0.2), 2: boxes_of(some, "chime", texts["chime"], 1, 0.0)}
+    some.images, some.judging = [replace(some.images[0], id=k) for k in found], []
+    monkeypatch.setattr(JudgedSet, "targets", lambda _, image: found[image.id])
+    gap = Gap(middle, middle, float((torch.stack([texts[name] for name in some.base]) - middle).norm(dim=1).mean()))
+    said = list[str]()
+    with lines_to(said.append):
+        rows = mix_examples(some, ["hook", "chime"], gap)
+    if known:
+        assert rows == {}
+        assert said == []
+        return
+    assert "in fewer than half of their boxes: hook (0% of 6); they" in said[-1]
+    assert set(rows) == {"hook"}  # the chime's name says what it is
+    assert np.linalg.norm(rows["hook"]) == pytest.approx(1, abs=1e-5)
+    assert (found[1].embeddings.numpy() @ rows["hook"] > found[1].embeddings.numpy() @ some.rows["boat"]).all()
+
+
 # --- how much ---
 
 
 def test_how_much_is_trained_is_decided_by_how_much_there_is(
     data: JudgedSet, distilled: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = data.recipe.train
-    monkeypatch.setattr(RunFolder, "entries", lambda _: [{"step": 3}, {"step": 4000}])
+    """A quarter of the time of training anew on both: of steps that take 0.8 of its own, where the backbone rests."""
+    old, backbone, data = data.recipe.train, data.recipe.detector.backbone, copy.copy(data)
+    monkeypatch.setattr(RunFolder, "entries", lambda _: [{"step": 3}, {"step": 40}])
+    assert data.replay is not None
+    new, earlier, anew = len(data.images), len(data.replay.images), 40 * old.batch_size
     said = list[str]()
     with lines_to(said.append):
         recipe = planned(distilled, data, [])
-    steps = len(data) // recipe.train.batch_size
-    assert recipe.train.batch_size == 8
-    assert recipe.train.epochs == min(50, 1000 // steps)
-    assert recipe.train.epochs * steps <= 1000
-    assert recipe.train.lr == pytest.approx(old.lr / 10)
+    seen = anew * (1 + new / earlier) / 4 / 0.8
+    assert recipe.train.epochs == round(0.75 * seen / new)
+    assert data.drawn == max(round(new / 3), round(seen / recipe.train.epochs) - new)
+    assert len(data) * recipe.train.epochs == pytest.approx(seen, abs=recipe.train.epochs)
+    assert (recipe.train.batch_size, recipe.train.lr) == (old.batch_size, old.lr / 4)  # few pictures
     assert recipe.detector.backbone.frozen_stages == 5
     assert recipe.loss.class_.federated
-    assert "the run had 4,000 steps" in said[0]
-    alone = replace_replay(data, None)
-    alone.images = alone.images[:5]
-    few = planned(distilled, alone, [])
-    assert few.train.batch_size == 4
-    assert few.train.lr == pytest.approx(old.lr / 10 * 4 / old.batch_size)
-    alone.images = [data.images[0]] * 100
-    assert planned(distilled, alone, []).detector.backbone.frozen_stages == data.recipe.detector.backbone.frozen_stages
+    assert "the run had 40 steps" in said[0]
+    planned(distilled, data, [], share=0.5)
+    assert data.drawn == new
+    data.few = False
+    assert planned(distilled, data, []).train.lr == old.lr
+    few = replace_replay(data, data.replay)
+    few.images = few.images[:2]
+    assert planned(distilled, few, []).train.epochs == stage.MOST_EPOCHS  # no new picture is seen more often
+    seen = anew * (1 + 2 / earlier) / 4 / 0.8
+    assert len(few) * stage.MOST_EPOCHS == pytest.approx(seen, abs=stage.MOST_EPOCHS)  # the rest are earlier ones
+    alone = replace_replay(few, None)
+    plan = planned(distilled, alone, [])
+    assert (alone.drawn, plan.train.batch_size, plan.train.epochs) == (0, 2, stage.MOST_EPOCHS)
+    assert plan.train.lr == pytest.approx(old.lr / 4 * 2 / old.batch_size)
+    alone.images = [data.images[0]] * 1000
+    many = planned(distilled, alone, [])
+    assert many.detector.backbone.frozen_stages == backbone.frozen_stages
+    assert many.train.epochs == 1
     own = planned(distilled, alone, ["train.lr=0.5", "detector.backbone.frozen_stages=2"])
     assert (own.train.lr, own.detector.backbone.frozen_stages) == (0.5, 2)
     monkeypatch.setattr(RunFolder, "entries", lambda _: [])
-    assert planned(distilled, alone, []).train.epochs == min(50, 1000 // (100 // min(old.batch_size, 64)))  # an import
+    assert planned(distilled, alone, []).train.epochs == 1000 * old.batch_size // 1000  # an import
     slow = distilled.written_recipe().model_copy(update={"train": old.model_copy(update={"warmup_iterations": 1000})})
     monkeypatch.setattr(RunFolder, "written_recipe", lambda _: slow)
-    short = planned(distilled, alone, ["train.epochs=2", "train.batch_size=5"])
-    assert short.train.lr == pytest.approx(old.lr / 10 * 5 / old.batch_size)
+    short = planned(distilled, alone, ["train.epochs=2", "train.batch_size=50"])
+    assert short.train.lr == pytest.approx(old.lr / 4 * 50 / old.batch_size)
     assert short.train.warmup_iterations == 2 * 20 // 10  # a tenth of what is trained, not of what was planned
 
 
@@ -380,9 +452,9 @@ def test_a_chain_of_adaptations_is_planned_from_its_first_run(distilled: RunFold
         run = RunFolder(Path(shutil.copytree(distilled.path, tmp_path / name)))
         run.add_to_record(adapted={}, init={"run": str(runs[-1].path), "sha256": ""})
         runs.append(run)
-    assert [first_of(run).path for run in runs] == [distilled.path] * 3
+    assert [adapted_from(run)[-1].path for run in runs] == [distilled.path] * 3
     shutil.rmtree(runs[1].path)
-    assert first_of(runs[2]).path == runs[2].path
+    assert [run.path for run in adapted_from(runs[2])] == [runs[2].path]
 
 
 # --- the whole ---
@@ -400,8 +472,9 @@ def test_an_adapted_run_knows_both(adapted: tuple[RunFolder, str], distilled: Ru
     assert record["init"]["run"] == str(distilled.path.resolve())
     assert str(run.path.resolve()) in {user.path for user in Catalog(training_cache).runs()}
     assert [row["factor"] for row in record["mix"]["table"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
-    rows = {row["factor"]: (row["new"] + row["old base"]) / 2 for row in record["mix"]["table"]}
-    assert record["mix"]["factor"] == max(rows, key=lambda factor: (rows[factor], factor))
+    table = record["mix"]["table"]
+    kept = [row for row in table if row["old base"] >= table[0]["old base"] - stage.MOST_LOST]
+    assert record["mix"]["factor"] == max(kept, key=lambda row: (row["new"], row["factor"]))["factor"]
     assert read_run(run.path).state is State.NOT_EVALUATED
     assert "taught, on" in said
     assert json.loads((run.path / "teacher.json").read_text())
@@ -441,6 +514,7 @@ def test_weights_are_interpolated_and_memories_are_not(
             torch.testing.assert_close(value, (1 - factor) * before[name] + factor * after[name])
     assert any("running_mean" in name for name in found)
     assert run.record()["mix"]["factor"] == factor
+    assert run.record()["mix"]["table"] == adapted[0].record()["mix"]["table"]  # what was measured before stays
 
 
 def test_it_goes_on_to_the_sample(
@@ -523,10 +597,10 @@ def test_other_detectors(
     assert all(plain[name] == 0 for name in levels)
 
 
-def test_without_replay_and_teacher(config: AdaptConfig, tmp_path: Path) -> None:
-    said = list[str]()
-    with lines_to(said.append):
-        run = adapt(replace(config, replay=None, teacher=False, out=tmp_path / "new", protocol=None))
+def test_without_replay_and_teacher(config: AdaptConfig, adapted: tuple[RunFolder, str], tmp_path: Path) -> None:
+    """In the place of a run that had both."""
+    out = Path(shutil.copytree(adapted[0].path, tmp_path / "new"))
+    run = adapt(replace(config, replay=None, teacher=False, out=out, overwrite=True, protocol=None))
     assert not (run.path / "teacher.json").exists()
     assert {row["old base"] for row in run.record()["mix"]["table"]} == {None}  # nothing tells
     assert run.record()["adapted"]["replay"] == {}
@@ -546,11 +620,13 @@ def test_a_run_without_distillation(
 
 
 def test_an_adapted_run_is_adapted_again_with_the_first_cache(
-    config: AdaptConfig, adapted: tuple[RunFolder, str], tmp_path: Path, mine: Path, my_cache: Path
+    config: AdaptConfig, adapted: tuple[RunFolder, str], tmp_path: Path, mine: Path, my_cache: Path, world: Path
 ) -> None:
     """And the audit says which boxes were seen when."""
     run = adapt(replace(config, init=adapted[0].path, out=tmp_path / "new", settings=("train.epochs=1",)))
     assert run.protocol().base == adapted[0].protocol().base
+    tables = json.loads((run.path / "retention.json").read_text())
+    assert [Path(one["data"]).parents[1] for one in tables] == [mine, world]  # of the first run's data too
     report = report_of(mine, my_cache, run=run.path)
     assert check_of(report, "class lists").verdict is not Verdict.LEAK
     found = check_of(report, "run: backbone")
@@ -559,8 +635,8 @@ def test_an_adapted_run_is_adapted_again_with_the_first_cache(
         [
             f"{path} was trained on boxes of {names}"
             for path, names in (
-                (run.path, "hook, chime, star"),
-                (adapted[0].path.resolve(), "hook, chime, star"),
+                (run.path, f"hook, chime, star, and of earlier classes: {shorten(list(BASE))}"),
+                (adapted[0].path.resolve(), f"hook, chime, star, and of earlier classes: {shorten(list(BASE))}"),
                 (config.init.resolve(), shorten(list(BASE))),
             )
         ]
@@ -572,6 +648,14 @@ def test_an_adapted_run_is_adapted_again_with_the_first_cache(
         f"{adapted[0].path.resolve()}, whose weights it began with, was trained on boxes of 'star', which is novel"
     ]
     assert any("'star'" in line for line in check_of(report, "class lists").leaks)
+    lone = {"teacher": False, "replay": {}, "protocol": run.record()["adapted"]["protocol"]}
+    for before, more in (
+        (adapted[0].path, ""),
+        (tmp_path / "gone", f", and of earlier classes: {shorten(list(BASE))}"),
+    ):
+        run.add_to_record(adapted=lone, init=run.record()["init"] | {"run": str(before)})
+        notes = check_of(report_of(mine, my_cache, run=run.path), "run: backbone").notes
+        assert f"{run.path} was trained on boxes of hook, chime, star{more}" in notes
 
 
 def test_an_import_is_adapted(
@@ -601,7 +685,7 @@ def test_another_cache_is_no_replay(config: AdaptConfig, my_cache: Path, mine: P
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"share": 1.0}, "--share 1: expected"),
+        ({"share": 1.0}, "--share 1.0: expected"),
         ({"mix": 1.5}, "--mix 1.5: expected"),
         ({"replay": "x/{000..002}.tar"}, "tar shards"),
         ({"init": Path("nowhere")}, "nowhere is no run"),
@@ -667,9 +751,22 @@ def test_eval_and_report_take_data_that_know_all_classes(adapted: tuple[RunFolde
     done = CliRunner().invoke(app, ["eval", run, "--data", str(copied_world), "--device", "cpu"])
     assert done.exit_code == 0, done.output
     assert "new   old base  old novel" in done.output
+    lost = next(a for a in reversed(tree["annotations"]) if a["category_id"] < 1000)
+    name = next(c["name"] for c in tree["categories"] if c["id"] == lost["category_id"])
+    before = (adapted[0].path / "retention.json").read_text()
+    table = [
+        {"data": str(file), "missed": [[lost["image_id"], lost["id"], name]]},
+        {"data": "other.json", "missed": []},
+    ]
+    (adapted[0].path / "retention.json").write_text(json.dumps(table))
     page = CliRunner().invoke(
         app, ["report", run, "--data", str(copied_world), "--device", "cpu", "--out", str(copied_world / "page")]
     )
     assert page.exit_code == 0, page.output
-    assert "old novel" in (copied_world / "page" / "index.html").read_text()
+    text = (copied_world / "page" / "index.html").read_text()
+    assert "old novel" in text
+    assert text.count(f"missed, and found before the adaptation: {name}") == 1
+    first = text.index('<article class="card"')  # the picture of it is the first one
+    assert f'aria-label="image {lost["image_id"]}"' in text[first : text.index(">", first)]
+    (adapted[0].path / "retention.json").write_text(before)
     (adapted[0].path / "metrics.json").unlink()  # other tests read the run as it was

@@ -204,8 +204,15 @@ def test_a_network_that_saw_classes_which_are_novel_here(
 ) -> None:
     text = (world / "protocol.toml").read_text().replace(f'"{BASE[0]}", ', "")
     (tmp_path / "other.toml").write_text(text.replace("novel = [", f'novel = ["{BASE[0]}", '))
-    with pytest.raises(HdovdError, match=f"trained on boxes of {BASE[0]}"):
-        propose(replace(made, out=tmp_path / "p.json", checkpoint=(network,), protocol=str(tmp_path / "other.toml")))
+    other = replace(made, out=tmp_path / "p.json", checkpoint=(network,), protocol=str(tmp_path / "other.toml"))
+    with pytest.raises(HdovdError, match=f"trained on boxes of {BASE[0]}, which .* calls novel"):
+        propose(other)
+    (tmp_path / "other.toml").write_text(text)  # names it neither base nor novel: pictures of other classes
+    said = list[str]()
+    with lines_to(said.append):
+        propose(other)
+    assert any(f"trained on boxes of {BASE[0]}, which {tmp_path / 'other.toml'} does not name" in line for line in said)
+    assert (tmp_path / "p.json").is_file()
 
 
 def test_networks_side_by_side(made: ProposeConfig, network: Path, world: Path) -> None:
