@@ -298,7 +298,7 @@ def test_names_of_files_that_are_no_text(
 def test_annotations_that_name_files_that_are_no_text(data: Path, tmp_path: Path, form: str, known: int) -> None:
     file = data / "annotations" / "instances_val2017.json"
     file.write_text(file.read_text().replace("deep/b&c.jpg", "caf\\udce9.jpg"))
-    out, lines = exported(tmp_path / "detections.json", tmp_path / "out", form, data=DataPaths(data))
+    _, lines = exported(tmp_path / "detections.json", tmp_path / "out", form, data=DataPaths(data))
     assert lines[-1].endswith(f" on {counted(known, 'picture')}")
     file.write_text(file.read_text().replace("caf\\udce9.jpg", "caf\\ud800.jpg"))
     with pytest.raises(HdovdError, match=r"image 2: file_name is .*ud800.* cannot be printed"):
