@@ -499,8 +499,11 @@ def _images(
             name = _name_of_url(checked_name(entry["coco_url"], f"{where}: coco_url", _LONGEST_PATH), folder)
         elif isinstance(name, str) and name.startswith("images/v") and folder and not (folder / "images").is_dir():
             name = "/".join(PurePosixPath(name).parts[-2:])  # Objects365 has images/v1/patch8/x.jpg in train/patch8
-        text = re.sub("[\udc80-\udcff]", "?", name) if any_bytes and isinstance(name, str) else name
-        checked_name(text, f"{where}: file_name", _LONGEST_PATH)
+        checked_name(
+            re.sub("[\udc80-\udcff]", "?", name) if any_bytes and isinstance(name, str) else name,
+            f"{where}: file_name",
+            _LONGEST_PATH,
+        )
         images[number] = (
             _inside(name, folder, file, where),
             whole(entry["width"], f"{where}: width", 1, _LONGEST_SIDE),

@@ -5,6 +5,7 @@ import io
 import os
 import re
 from codecs import BOM_UTF8
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -131,22 +132,20 @@ def _of_word(word: str, videos: bool) -> Iterator[PictureFile]:
 
 
 def _of_folder(folder: Path, videos: bool) -> Iterator[PictureFile]:
-    others, unread = set[str](), False
+    others = Counter[str]()  # videos among them
     for place, folders, files in os.walk(folder, onerror=lambda error: log(f"note: {error}: that folder is left out")):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in files if not name.startswith(".")):
             ending, found = os.path.splitext(name)[1].lower(), PictureFile(Path(place, name))
-            is_video = found.is_video
-            if ending in ENDINGS or (videos and is_video):
+            if ending in ENDINGS or (videos and found.is_video):
                 yield found
             else:
-                others.add(ending or "(none)")
-                unread |= is_video
+                others[ending or "(none)"] += found.is_video
     if others:
         log(
             f"note: files in {printable(str(folder))} with these endings are no pictures{' or videos' * videos}, and "
             f"left out: {shorten(sorted(others))}"
-            + ("; hdovd detect reads videos with pip install 'hdovd[video]'" if unread else "")
+            + ("; hdovd detect reads videos with pip install 'hdovd[video]'" if others.total() else "")
         )
 
 

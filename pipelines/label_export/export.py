@@ -106,13 +106,15 @@ def _of_file(file: Path, data: DataPaths) -> tuple[Path, Instances, bool, Iterat
     """The folder and the data that the entries of a file are of, whether it is all that was looked at, and these."""
     first = next((one for _, one in JsonStream(file, "boxes")), None)
     beside, searched = file.with_name("images.json"), isinstance(first, dict) and "name" in first
-    if of_detect := beside.is_file() and data.root is None and data.annotations is None:
-        found = read_instances(beside, any_bytes=True)
-        folder = _gathered(found, data.images or Path())
-    else:
-        annotations, folder = data.locate("train2017" if searched else "val2017")
-        found = read_instances(annotations, folder, any_bytes=True)
-    return folder, found, of_detect, (one for _, one in JsonStream(file, "boxes"))
+    of_detect = beside.is_file() and data.root is None and data.annotations is None
+    annotations, folder = (beside, None) if of_detect else data.locate("train2017" if searched else "val2017")
+    found = read_instances(annotations, folder, any_bytes=True)
+    return (
+        folder or _gathered(found, data.images or Path()),
+        found,
+        of_detect,
+        (one for _, one in JsonStream(file, "boxes")),
+    )
 
 
 def _gathered(found: Instances, here: Path) -> Path:
@@ -123,7 +125,7 @@ def _gathered(found: Instances, here: Path) -> Path:
     elsewhere = any(name.startswith("/") or ".." in name.split("/") for name, *_ in found.images.values())
     folder = os.path.commonpath(map(os.path.dirname, paths.values())) if elsewhere else here
     found.images = {
-        number: (os.path.relpath(paths[number], folder), *size) for number, (_, *size) in found.images.items()
+        number: (os.path.relpath(paths[number], folder), w, h) for number, (_, w, h) in found.images.items()
     }
     return Path(folder)
 

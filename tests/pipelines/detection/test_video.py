@@ -47,7 +47,12 @@ IDENTITY, ON_ITS_SIDE = (
 
 
 def _encoded(
-    frames: Iterator[np.ndarray], form: str = "mp4", codec: str = "h264", rate: int = RATE, pixels: str = "yuv420p", **options: str
+    frames: Iterator[np.ndarray],
+    form: str = "mp4",
+    codec: str = "h264",
+    rate: int = RATE,
+    pixels: str = "yuv420p",
+    **options: str,
 ) -> bytes:
     """(h, w, 3) uint8 each, all of one size, as a video of `rate` frames a second."""
     first = next(frames)
@@ -276,9 +281,7 @@ def test_a_size_that_no_encoder_takes_is_a_line(find: Find, file: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (3, 5), (17, 1), (500, 1), (4100, 1)])
-def test_small_videos_are_drawn(
-    run_on: Callable[..., DetectResult], tmp_path: Path, width: int, height: int
-) -> None:
+def test_small_videos_are_drawn(run_on: Callable[..., DetectResult], tmp_path: Path, width: int, height: int) -> None:
     (tmp_path / "small.avi").write_bytes(_encoded(_greys(3, width, height), "avi", "png", pixels="rgb24"))
     result = run_on(tmp_path / "small.avi")
     assert not result.skipped
